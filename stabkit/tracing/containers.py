@@ -1,0 +1,73 @@
+"""Finding and replacing the tensors inside whatever a model takes and returns."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+_ATOMS = (int, float, complex, str, bytes, bool, type(None), type, nn.Module, torch.dtype, torch.device)
+
+
+def named_tensors(container: Any, depth: int = 8) -> list[tuple[str, Tensor]]:
+    """Tensors in a nest of mappings, sequences, dataclasses and plain objects, with their paths, in order.
+
+    Example:
+        >>> [path for path, _ in named_tensors({"a": torch.ones(1), "b": (torch.ones(1), 3)})]
+        ['a', 'b.0']
+    """
+    seen: set[int] = set()
+
+    def walk(item: Any, path: str, left: int) -> Iterator[tuple[str, Tensor]]:
+        if isinstance(item, Tensor):
+            yield path, item
+            return
+        if isinstance(item, _ATOMS) or left == 0 or id(item) in seen:
+            return
+        seen.add(id(item))
+        for key, child in _children(item):
+            yield from walk(child, f"{path}.{key}" if path else str(key), left - 1)
+
+    return list(walk(container, "", depth))
+
+
+def _children(item: Any) -> list[tuple[Any, Any]]:
+    if isinstance(item, Mapping):
+        return list(item.items())
+    if isinstance(item, list | tuple | set | frozenset):
+        return list(enumerate(item))
+    if dataclasses.is_dataclass(item):
+        return [(f.name, getattr(item, f.name, None)) for f in dataclasses.fields(item)]
+    return list(vars(item).items()) if hasattr(item, "__dict__") else []
+
+
+def map_tensors(container: Any, function: Callable[[Tensor], Tensor]) -> Any:
+    """The same nest with every tensor replaced; containers without tensors are passed on as they are.
+
+    Plain objects (not mappings, sequences or dataclasses) are shared, not copied.
+    """
+    if isinstance(container, Tensor):
+        return function(container)
+    if isinstance(container, _ATOMS):
+        return container
+    if isinstance(container, dict):
+        items = {key: map_tensors(child, function) for key, child in container.items()}
+        return items if type(container) is dict else _rebuild_mapping(container, items)
+    if isinstance(container, tuple) and hasattr(container, "_fields"):
+        return type(container)(*(map_tensors(child, function) for child in container))
+    if type(container) in (list, tuple):
+        return type(container)(map_tensors(child, function) for child in container)
+    if dataclasses.is_dataclass(container) and not isinstance(container, type):
+        fields = {f.name: getattr(container, f.name) for f in dataclasses.fields(container) if f.init}
+        return dataclasses.replace(container, **{name: map_tensors(child, function) for name, child in fields.items()})
+    return container
+
+
+def _rebuild_mapping(original: dict[Any, Any], items: dict[Any, Any]) -> Any:
+    rebuilt = original.copy()
+    for key, child in items.items():
+        rebuilt[key] = child
+    return rebuilt

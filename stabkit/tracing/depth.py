@@ -1,0 +1,331 @@
+"""Where one step ends and the next begins: the depth axis that a person would draw.
+
+Module calls say what the author named; the width of the frontier says where the graph can be cut. A boundary
+needs both: it lies between two calls, at a position where as little as possible is alive.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import itertools
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import nn
+
+from stabkit.errors import TraceError
+from stabkit.tracing.frontiers import Frontiers
+from stabkit.tracing.intervals import Interval, Intervals
+from stabkit.tracing.values import operation
+
+Depth = str | Sequence[str] | Callable[[str, nn.Module], bool]
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A stretch of the graph that will be one step.
+
+    Attributes:
+        start: first position.
+        stop: last position.
+        calls: the module calls in it that were taken as units, in order.
+        shape: ``"block"`` (branches inside), ``"layer"`` (plain, with weights) or ``"glue"`` (plain, without).
+    """
+
+    start: int
+    stop: int
+    calls: tuple[Interval, ...]
+    shape: str = "layer"
+
+    @property
+    def main(self) -> Interval | None:
+        """The call that does most of the work."""
+
+        def work(call: Interval) -> tuple[int, int]:
+            weights = sum(p.numel() for p in call.module.parameters())
+            return (min(weights, 1), min(call.stop, self.stop) - max(call.start, self.start))
+
+        return max(self.calls, key=work, default=None)
+
+
+def choose(intervals: Intervals, frontiers: Frontiers, depth: Depth = "auto") -> list[Piece]:
+    """The pieces of a graph, in order and without gaps.
+
+    Args:
+        intervals: the module calls on the graph.
+        frontiers: its live frontiers.
+        depth: ``"auto"``; ``"cuts"`` (every position where one value carries everything); ``"modules"`` (every
+            module without children); a list of module paths or globs; or a function of path and module that picks
+            the modules to be steps.
+
+    Raises:
+        TraceError: ``depth`` is none of these, or picks no module that the graph passes through.
+    """
+    if depth == "auto":
+        pieces = _by_modules(intervals)
+        if len(pieces) <= 2 and intervals.end >= 8:
+            by_operations = _by_operations(intervals, frontiers)
+            if len(by_operations) > len(pieces) + 1:
+                return by_operations
+        return pieces
+    if depth == "cuts":
+        return _between(intervals, [], [0, *frontiers.cuts(), intervals.end])
+    picked = _picked(intervals, depth)
+    return _between(intervals, picked, _around(intervals, picked))
+
+
+def _picked(intervals: Intervals, depth: Depth) -> list[Interval]:
+    if depth == "modules":
+        return [call for call in intervals.calls if intervals.is_leaf(call)]
+    if callable(depth):
+        picked = [call for call in intervals.calls if depth(call.path, call.module)]
+    elif isinstance(depth, str):
+        raise TraceError(
+            f'depth={depth!r}; expected "auto", "cuts", "modules", a list of module paths or globs such as '
+            f"[{depth!r}], or a function of path and module"
+        )
+    else:
+        picked = [call for call in intervals.calls if any(fnmatch.fnmatchcase(call.path, glob) for glob in depth)]
+    if not picked:
+        known = ", ".join(dict.fromkeys(call.path for call in intervals.calls if call.path))
+        raise TraceError(f"depth={depth!r} picks no module on the way from input to output; there are: {known[:600]}")
+    outermost: list[Interval] = []
+    for call in picked:  # in the order of their beginnings; what lies inside one that was picked belongs to it
+        if not outermost or call.start >= outermost[-1].stop:
+            outermost.append(call)
+    return outermost
+
+
+def _around(intervals: Intervals, units: Sequence[Interval]) -> list[int]:
+    """One boundary in each gap between units, and around the first and the last."""
+    first = _narrowest(intervals, 0, units[0].start)
+    last = _narrowest(intervals, units[-1].stop, intervals.end, latest=False)
+    return [0, first, *(gap.position for gap in _gaps(intervals, units)), last, intervals.end]
+
+
+def _narrowest(intervals: Intervals, low: int, high: int, *, latest: bool = True) -> int:
+    sign = -1 if latest else 1
+    return min(range(low, high + 1), key=lambda position: (int(intervals.width[position]), sign * position))
+
+
+@dataclass(frozen=True)
+class _Gap:
+    """The place between two consecutive units where the least is alive."""
+
+    position: int
+    width: int
+    before: Interval
+    after: Interval
+
+
+def _gaps(intervals: Intervals, units: Sequence[Interval]) -> list[_Gap]:
+    gaps = []
+    for before, after in itertools.pairwise(units):
+        if after.start >= before.stop:
+            # the latest among equals: in h = h + f(h) this is h after the addition
+            position = _narrowest(intervals, before.stop, after.start)
+            gaps.append(_Gap(position, int(intervals.width[position]), before, after))
+    return gaps
+
+
+def _between(intervals: Intervals, units: Sequence[Interval], boundaries: Sequence[int]) -> list[Piece]:
+    pieces = []
+    for start, stop in itertools.pairwise(sorted(set(boundaries))):
+        inside = tuple(u for u in units if min(u.stop, stop) > max(u.start, start))
+        if not units:
+            inside = tuple(c for c in intervals.calls if c.start <= start and stop <= c.stop and c.path)[-1:]
+        pieces.append(Piece(start, stop, inside, _shape(intervals, start, stop)))
+    return pieces
+
+
+def _shape(intervals: Intervals, start: int, stop: int) -> str:
+    if intervals.is_wide(start, stop):
+        return "block"
+    return "layer" if intervals.has_weights(start, stop) else "glue"
+
+
+# ---------------------------------------------------------------- from the modules
+
+
+def _by_modules(intervals: Intervals) -> list[Piece]:
+    units: list[Interval] = []
+    for root in intervals.children(None):
+        units.extend(_Units(intervals).of(root) or [root])
+    gaps = _gaps(intervals, units)
+    boundaries = {0, intervals.end, *(gap.position for gap in gaps if gap.width == 1)}
+    first = _narrowest(intervals, 0, units[0].start) if units else 0
+    last = _narrowest(intervals, units[-1].stop, intervals.end, latest=False) if units else 0
+    # what the model does outside any module before the first unit and after the last is no part of these
+    boundaries.update(position for position in (first, last) if intervals.width[position] == 1)
+    for start, stop in itertools.pairwise(sorted(boundaries)):
+        inside = [gap for gap in gaps if start < gap.position < stop]
+        # no narrow boundary over most of the graph: a ladder of states that are tuples
+        if len(inside) >= 4 and stop - start > 0.5 * intervals.end:
+            boundaries.update(gap.position for gap in inside)
+    return _glued(intervals, _between(intervals, units, sorted(boundaries)))
+
+
+class _Units:
+    """The module calls that are not opened any further, found from the root downwards."""
+
+    def __init__(self, intervals: Intervals) -> None:
+        self.intervals = intervals
+        self._stages: dict[type, bool] = {}
+
+    def of(self, call: Interval) -> list[Interval]:
+        """The units inside a call."""
+        units: list[Interval] = []
+        for item in self.intervals.items(call):
+            units.extend(self._opened(item) or [item])
+        return units
+
+    def _opened(self, item: Interval) -> list[Interval]:
+        """The units of an item that is opened; empty when the item is itself a unit."""
+        intervals = self.intervals
+        if intervals.is_leaf(item):
+            return []
+        if intervals.instances[type(item.module)] > 1 and not self._is_stage(type(item.module)):
+            return []
+        inside = self.of(item)
+        gaps = _gaps(intervals, inside)
+        narrow = max(intervals.base(item.start, item.stop), 1)
+        if len(inside) > 1 and gaps and min(gap.width for gap in gaps) > narrow and not _repeats(intervals, inside):
+            return []  # parallel branches: the item cannot be cut
+        return inside
+
+    def _is_stage(self, module_class: type) -> bool:
+        """Whether calls of a class are stacks of blocks (to be opened) rather than blocks."""
+        if module_class not in self._stages:
+            calls = [c for c in self.intervals.calls if type(c.module) is module_class]
+            self._stages[module_class] = self._alike_regions(calls) or self._alike_children(calls)
+        return self._stages[module_class]
+
+    def _alike_regions(self, calls: list[Interval]) -> bool:
+        """Each call holds wide regions only, several in one of them, that all consist of much the same operations."""
+        intervals = self.intervals
+        if not all(not intervals.is_leaf(c) and intervals.is_narrow_to_narrow(c) for c in calls):
+            return False
+        regions = [intervals.wide_regions(c.start, c.stop) for c in calls]
+        if max(map(len, regions)) < 2:
+            return False
+        signatures = [intervals.operations(*region) for found in regions for region in found]
+        return all(_similarity(signatures[0], signature) > 0.6 for signature in signatures)
+
+    def _alike_children(self, calls: list[Interval]) -> bool:
+        """Every wide position lies in a narrow-to-narrow child, and these children are of one class."""
+        intervals = self.intervals
+        sequences: set[tuple[str, ...]] = set()
+        kinds: set[str] = set()
+        several = False
+        for call in calls:
+            if intervals.is_leaf(call):
+                return False
+            if not intervals.is_wide(call.start, call.stop):
+                continue
+            blocks = [
+                item
+                for item in intervals.items(call)
+                if intervals.is_narrow_to_narrow(item) and intervals.is_wide(item.start, item.stop)
+            ]
+            if not intervals.is_narrow_to_narrow(call) or not _cover(intervals, call, blocks):
+                return False
+            names = tuple(type(block.module).__name__ for block in blocks)
+            sequences.add(names)
+            kinds.update(names)
+            several |= len(blocks) >= 2
+        repeated = any(len(set(names)) < len(names) for names in sequences)
+        return several and (len(kinds) == 1 or (repeated and len(sequences) > 1))
+
+
+def _cover(intervals: Intervals, call: Interval, blocks: list[Interval]) -> bool:
+    base = intervals.base(call.start, call.stop)
+    return all(
+        any(block.start < position < block.stop for block in blocks)
+        for position in range(call.start + 1, call.stop)
+        if intervals.width[position] > base
+    )
+
+
+def _similarity(a: Counter[str], b: Counter[str]) -> float:
+    return sum((a & b).values()) / max(1, sum((a | b).values()))
+
+
+def _repeats(intervals: Intervals, units: Sequence[Interval]) -> bool:
+    """Three or more units of one class, or calls of one module: a ladder, not parallel branches."""
+    keys: Counter[Any] = Counter(id(u.module) if intervals.is_leaf(u) else type(u.module) for u in units)
+    return max(keys.values()) >= 3
+
+
+def _glued(intervals: Intervals, pieces: list[Piece]) -> list[Piece]:
+    """Join norms, activations and pools to the plain layer before them, or after; never to a block."""
+    plain = all(piece.shape != "block" for piece in pieces) and not intervals.has_convolutions
+    joined: list[Piece] = []
+    for piece in pieces:
+        last = joined[-1] if joined else None
+        together = last is not None and (
+            (piece.shape == "glue" and last.shape in ("layer", "glue"))
+            or (piece.shape == "layer" and last.shape == "glue")
+        )
+        if last is not None and together and not (plain and _own_items(intervals, last, piece)):
+            shape = "layer" if "layer" in (last.shape, piece.shape) else "glue"
+            joined[-1] = replace(last, stop=piece.stop, calls=(*last.calls, *piece.calls), shape=shape)
+        else:
+            joined.append(piece)
+    return joined
+
+
+def _own_items(intervals: Intervals, before: Piece, after: Piece) -> bool:
+    """Whether two pieces are items of one Sequential of linear layers: there the author's items are the steps."""
+    if not before.calls or not after.calls:
+        return False
+    parents = {call.parent for call in (*before.calls, *after.calls)}
+    parent = intervals.by_index.get(parents.pop()) if len(parents) == 1 else None
+    if parent is None or type(parent.module) is not nn.Sequential:
+        return False
+    weighted = [item for item in parent.module if any(p.dim() >= 2 for p in item.parameters())]
+    return all(isinstance(item, nn.Linear) for item in weighted)
+
+
+# ---------------------------------------------------------------- from the operations alone
+
+
+def _by_operations(intervals: Intervals, frontiers: Frontiers) -> list[Piece]:
+    """Without usable modules (scripted, functional, fused recurrent code): regions between cuts, else repeats."""
+    end = intervals.end
+    regions = intervals.wide_regions(0, end)
+    if len(regions) >= 2:
+        boundaries = {0, end, *itertools.chain.from_iterable(regions)}
+        return _glued(intervals, _between(intervals, [], sorted(boundaries)))
+    repeat = _tandem_repeat([operation(node) for node in intervals.graph.nodes])
+    if repeat is not None:
+        first, period, count = repeat
+        if period * count > 0.4 * end:
+            offset = min(
+                range(period),
+                key=lambda o: sum(int(intervals.width[p]) for p in range(first + o, end, period)[:count]),
+            )
+            boundaries = {0, end, *range(first + offset, end, period)[:count]}
+            return _between(intervals, [], sorted(boundaries))
+    if not regions:
+        return _glued(intervals, _between(intervals, [], [0, *frontiers.cuts(), end]))
+    return []
+
+
+def _tandem_repeat(names: list[str]) -> tuple[int, int, int] | None:
+    """The longest run of one period of operations, at least three times over: first position, period, count."""
+    weights = [i for i, name in enumerate(names) if name.startswith(("Addmm", "Mm", "Bmm", "Convolution"))]
+    periods = sorted({b - a for lag in (1, 2, 3, 4) for a, b in zip(weights, weights[lag:], strict=False)})
+    best: tuple[int, int, int] | None = None
+    for period in periods:
+        first = 0
+        while first + period < len(names):
+            last = first
+            while last + period < len(names) and names[last] == names[last + period]:
+                last += 1
+            count = (last - first) // period + 1
+            if count >= 3 and (best is None or count * period > 1.15 * best[1] * best[2]):
+                best = (first, period, count)
+            first = max(last, first) + 1
+    return best

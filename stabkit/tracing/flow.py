@@ -1,0 +1,270 @@
+"""A forward pass as a chain: states, the steps between them, and their Jacobians."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import networkx as nx
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge
+
+from stabkit.errors import TraceError
+from stabkit.tracing.graph import Graph
+from stabkit.tracing.products import Products, Space
+from stabkit.tracing.recording import Recording
+from stabkit.tracing.samples import Layout
+from stabkit.tracing.segments import Segment
+from stabkit.tracing.values import Value, meta_of, operation
+
+if TYPE_CHECKING:
+    from stabkit.jacobians.operator import Jacobian
+
+
+@dataclass(frozen=True, eq=False)
+class State:
+    """Everything that the rest of the model depends on, at one depth.
+
+    Attributes:
+        index: place in ``flow.states``.
+        position: how many operations lie before it.
+        values: the live values on the graph.
+        layouts: which entries of each belong to which sample.
+    """
+
+    index: int
+    position: int
+    values: tuple[Value, ...]
+    layouts: tuple[Layout, ...]
+    _data: dict[Value, Tensor] = field(repr=False)
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """The state itself: detached tensors, as the forward pass computed them."""
+        missing = [value for value in self.values if value not in self._data]
+        if missing:
+            raise TraceError(f"state {self.index} holds a value that no operation consumed: {missing[0].node.name()}")
+        return tuple(self._data[value] for value in self.values)
+
+    @property
+    def shapes(self) -> tuple[tuple[int, ...], ...]:
+        """Shapes of the tensors, batch included."""
+        return tuple(meta_of(value).shape for value in self.values)
+
+    @property
+    def sample_shapes(self) -> tuple[tuple[int, ...], ...]:
+        """Shapes of the tensors of one sample."""
+        return self.space.sample_shapes
+
+    @property
+    def space(self) -> Space:
+        """Flat coordinates of the state."""
+        return Space([meta_of(value) for value in self.values], self.layouts)
+
+    @property
+    def size(self) -> int:
+        """Real coordinates per sample."""
+        return self.space.size
+
+    def flatten(self) -> Tensor:
+        """The state as ``(batch, size)``."""
+        return self.space.flatten([tensor.unsqueeze(0) for tensor in self.tensors]).squeeze(-1)
+
+
+@dataclass(frozen=True, eq=False)
+class Step:
+    """The map from one state to the next.
+
+    Attributes:
+        index: place in ``flow.steps``.
+        name: what a person would call it; unique in the flow.
+        module_path: path of the module that does most of its work, ``""`` when no module does.
+        module_class: the class of that module.
+        kind: ``"step"`` (same space before and after) or ``"transition"`` (stem, downsampling, head).
+        source: the state before.
+        target: the state after.
+        operations: names of the autograd nodes that it consists of, in order.
+        notes: where its derivative is not, or may not be, that of what it computes.
+    """
+
+    index: int
+    name: str
+    module_path: str
+    module_class: str
+    kind: str
+    source: State
+    target: State
+    operations: tuple[str, ...]
+    notes: tuple[str, ...]
+    segment: Segment = field(repr=False)
+    products: Products = field(repr=False)
+
+    def vjp(self, cotangents: Sequence[Tensor]) -> list[Tensor]:
+        """Cotangents of the target's tensors pulled back to the source's."""
+        return self.segment.vjp(cotangents)
+
+    def jacobian(self) -> Jacobian:
+        """The Jacobian of the step, one block per sample, as an operator of shape ``(batch, m, n)``."""
+        return _operator(self.products)
+
+
+@dataclass(frozen=True, eq=False)
+class Flow:
+    """One recorded forward pass as a chain of states and steps.
+
+    Attributes:
+        states: the states, from the source to the target.
+        steps: ``steps[i]`` leads from ``states[i]`` to ``states[i + 1]``.
+        output: what the model returned, still on the graph.
+        target_name: path of the output that the flow leads to.
+        source_name: path of the input (or embedding) that it starts from.
+        side_inputs: other inputs that could carry derivatives, held fixed here.
+        batch: number of samples; 1 when the whole batch is one state.
+        chain_error: relative difference between the chain's and the model's own VJP; None when it was not checked.
+        notes: what the reader should know about how the flow was found.
+    """
+
+    states: tuple[State, ...]
+    steps: tuple[Step, ...]
+    output: Any = field(repr=False)
+    target_name: str
+    source_name: str
+    side_inputs: tuple[str, ...]
+    batch: int
+    chain_error: float | None
+    notes: tuple[str, ...]
+    model: nn.Module = field(repr=False)
+    _graph: Graph = field(repr=False)
+    _recording: Recording = field(repr=False)
+
+    def __len__(self) -> int:
+        return len(self.steps)
+
+    def __repr__(self) -> str:
+        lines = [f"Flow of {type(self.model).__name__}: {len(self.steps)} steps, batch {self.batch}"]
+        for step in self.steps:
+            shapes = f"{list(step.source.sample_shapes)} -> {list(step.target.sample_shapes)}"
+            lines.append(f"  {step.index:3d} {step.kind:10s} {step.name}: {shapes}")
+        return "\n".join(lines)
+
+    def jacobian(self, start: int = 0, stop: int | None = None) -> Jacobian:
+        """The Jacobian of the map from ``states[start]`` to ``states[stop]`` (default: the last).
+
+        Raises:
+            IndexError: the two do not name states in this order.
+        """
+        last = len(self.states) - 1
+        stop = last if stop is None else stop
+        if not 0 <= start < stop <= last:
+            raise IndexError(f"start={start}, stop={stop}; expected 0 <= start < stop <= {last} (the number of steps)")
+        if stop == start + 1:
+            return self.steps[start].jacobian()
+        source, target = self.states[start], self.states[stop]
+        segment = Segment(
+            self._graph, source.values, target.values, source.position, target.position, list(self.model.parameters())
+        )
+        return _operator(Products(segment, source.space, target.space))
+
+    @property
+    def graph(self) -> nx.DiGraph:
+        """The operations as a directed graph; nodes are numbered by position and carry their module path."""
+        graph = nx.DiGraph()
+        graph.add_node(-1, operation="source", module_path="", step=-1)
+        boundaries = [state.position for state in self.states]
+        for position, node in enumerate(self._graph.nodes):
+            step = sum(1 for boundary in boundaries[1:] if boundary <= position)
+            path = self._recording.path_at(node._sequence_nr())
+            graph.add_node(position, operation=operation(node), module_path=path, step=step)
+            for value in self._graph.inputs[node]:
+                graph.add_edge(self._graph.rank.get(value.node, -1), position, shape=meta_of(value).shape)
+        return graph
+
+    def cotangent(self, loss: Any = None, *, seed: int = 0) -> list[Tensor]:
+        """Cotangent of the last state: the gradient of a loss, or standard normal numbers.
+
+        Args:
+            loss: a callable on the model's output that returns a scalar, or None.
+            seed: of the random cotangent.
+
+        Raises:
+            TraceError: the loss is not a differentiable scalar, or reaches the source around the target.
+        """
+        values = self.states[-1].values
+        if loss is None:
+            return random_tensors(values, seed)
+        with torch.enable_grad():
+            scalar = loss(self.output)
+        if not isinstance(scalar, Tensor) or scalar.numel() != 1:
+            found = f"shape {tuple(scalar.shape)}" if isinstance(scalar, Tensor) else type(scalar).__name__
+            raise TraceError(f"loss returned {found}; expected a scalar, e.g. loss=lambda out: out.square().mean()")
+        if not scalar.requires_grad:
+            raise TraceError("the loss does not depend on the model's output; compute it from its argument")
+        edges = [value.edge for value in values]
+        grads = torch.autograd.grad(scalar, edges, retain_graph=True, allow_unused=True)
+        if all(g is None for g in grads):
+            raise TraceError(
+                f"the loss does not depend on {self.target_name!r}, the output that the flow leads to; "
+                "choose another with trace(..., target=...)"
+            )
+        tensors = [
+            torch.zeros(meta_of(v).shape, dtype=meta_of(v).dtype, device=meta_of(v).device) if g is None else g.detach()
+            for v, g in zip(values, grads, strict=True)
+        ]
+        self._refuse_bypass(scalar, tensors)
+        return tensors
+
+    def _refuse_bypass(self, scalar: Tensor, cotangents: list[Tensor]) -> None:
+        """A loss that reads other outputs too has a gradient that does not pass through the target."""
+        source = self.states[0].values
+        total = torch.autograd.grad(scalar, [v.edge for v in source], retain_graph=True, allow_unused=True)
+        through = engine_vjp(self.states[-1].values, source, cotangents)
+        for whole, part in zip(total, through, strict=True):
+            whole = torch.zeros_like(part) if whole is None else whole
+            if bool((whole - part).norm() > 1e-3 * whole.norm() + 1e-30):
+                raise TraceError(
+                    f"part of the loss reaches the input around {self.target_name!r}, the output that the flow leads "
+                    "to; trace with target=loss to follow the loss itself"
+                )
+
+
+def engine_vjp(target: Sequence[Value], source: Sequence[Value], cotangents: Sequence[Tensor]) -> list[Tensor]:
+    """The model's own VJP, by autograd's engine."""
+    edges: list[GradientEdge] = [value.edge for value in target]
+    grads = torch.autograd.grad(
+        edges, [value.edge for value in source], list(cotangents), retain_graph=True, allow_unused=True
+    )
+    metas = [meta_of(value) for value in source]
+    return [
+        torch.zeros(meta.shape, dtype=meta.dtype, device=meta.device) if grad is None else grad
+        for grad, meta in zip(grads, metas, strict=True)
+    ]
+
+
+def random_tensors(values: Sequence[Value], seed: int) -> list[Tensor]:
+    """Standard normal tensors of the shapes of some values; the same on every device."""
+    generator = torch.Generator().manual_seed(seed)
+    tensors = []
+    for value in values:
+        shape, dtype, device = meta_of(value)
+        drawn = torch.randn(shape, generator=generator, dtype=torch.float64)
+        if dtype.is_complex:
+            drawn = torch.complex(drawn, torch.randn(shape, generator=generator, dtype=torch.float64))
+        tensors.append(drawn.to(dtype=dtype, device=device))
+    return tensors
+
+
+def _operator(products: Products) -> Jacobian:
+    # the layout puts operators after tracing, so that tracing itself can be used without them
+    from stabkit.jacobians.operator import Jacobian
+
+    source, target = products.source, products.target
+    return Jacobian(
+        (source.batch, target.size, source.size),
+        products.forward,
+        products.backward,
+        dtype=torch.promote_types(source.dtype, target.dtype),
+        device=source.device,
+        path="recorded graph",
+    )

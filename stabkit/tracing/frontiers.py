@@ -1,0 +1,63 @@
+"""Live frontiers: the values that everything later needs, at every position of a graph."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable
+
+from torch.autograd.graph import Node
+
+from stabkit.tracing.graph import Graph
+from stabkit.tracing.values import Value
+
+
+class Frontiers:
+    """For every position the values born before it and used at or after it.
+
+    The frontier at *any* position is an exact state: everything later depends on the source through it alone. A
+    frontier of width 1 is a cut of the graph.
+
+    Attributes:
+        width: ``width[t]`` is the number of values in the frontier at position ``t``.
+    """
+
+    def __init__(self, graph: Graph) -> None:
+        self._graph = graph
+        consumers: defaultdict[Value, list[Node]] = defaultdict(list)
+        for node in graph.nodes:
+            for value in dict.fromkeys(graph.inputs[node]):
+                consumers[value].append(node)
+        end = len(graph.nodes)
+        self.born = {value: graph.rank.get(value.node, -1) + 1 for value in [*consumers, *graph.targets]}
+        self.last_use = {value: max(graph.rank[node] for node in nodes) for value, nodes in consumers.items()}
+        self.last_use.update(dict.fromkeys(graph.targets, end))
+        self.consumers = dict(consumers)
+        self.width = self._widths(end)
+
+    def at(self, position: int) -> tuple[Value, ...]:
+        """The frontier at a position, in the order of birth."""
+        live = [v for v, born in self.born.items() if born <= position <= self.last_use[v]]
+        return tuple(sorted(live, key=lambda value: (self.born[value], value.output)))
+
+    def cuts(self) -> list[int]:
+        """Positions where one value carries everything; for each such value the latest position."""
+        latest: dict[Value, int] = {}
+        for position, width in enumerate(self.width):
+            if width == 1:
+                latest[self.at(position)[0]] = position
+        return sorted(latest.values())
+
+    def narrowest(self, positions: Iterable[int]) -> int:
+        """The position with the smallest frontier, the latest among equals."""
+        return min(positions, key=lambda position: (self.width[position], -position))
+
+    def _widths(self, end: int) -> list[int]:
+        change = [0] * (end + 2)
+        for value, born in self.born.items():
+            change[born] += 1
+            change[self.last_use[value] + 1] -= 1
+        widths, live = [], 0
+        for position in range(end + 1):
+            live += change[position]
+            widths.append(live)
+        return widths

@@ -1,0 +1,184 @@
+"""Module calls as intervals of positions on a graph, and how narrow the graph is around them."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from torch import nn
+
+from stabkit.tracing.frontiers import Frontiers
+from stabkit.tracing.graph import Graph
+from stabkit.tracing.recording import Call
+from stabkit.tracing.values import operation
+
+_CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
+_MATRIX_OPERATIONS = ("Addmm", "Mm", "Bmm", "Baddbmm", "Convolution", "MkldnnLinear")
+
+
+@dataclass(frozen=True)
+class Interval:
+    """One module call between two positions of the graph."""
+
+    index: int
+    parent: int
+    path: str
+    module: nn.Module
+    start: int
+    stop: int
+
+    @property
+    def pattern(self) -> str:
+        """The path with every run of digits replaced: blocks that repeat share it."""
+        return re.sub(r"\d+", "#", self.path)
+
+    @property
+    def length(self) -> int:
+        """Number of operations inside."""
+        return self.stop - self.start
+
+
+class Intervals:
+    """The calls of a recording that contain operations of the graph, as a forest.
+
+    Widths here are those that count when boundaries are *chosen*: values that many blocks read but none of them
+    makes (an encoder's output in a decoder) are left out, and nothing inside a norm counts as wide.
+
+    Attributes:
+        calls: the calls, in the order of their beginnings.
+        width: the width of the frontier at every position, as it counts for choosing.
+    """
+
+    def __init__(self, graph: Graph, frontiers: Frontiers, calls: Sequence[Call]) -> None:
+        self.graph = graph
+        self.end = len(graph.nodes)
+        placed = [
+            Interval(c.index, c.parent, c.path, c.module, graph.position(c.start), graph.position(c.stop))
+            for c in calls
+            if c.finished
+        ]
+        self.calls = [c for c in placed if c.length > 0]
+        known = {c.index for c in self.calls}
+        self._children: defaultdict[int, list[Interval]] = defaultdict(list)
+        for call in self.calls:
+            self._children[call.parent if call.parent in known else -1].append(call)
+        self.by_index = {c.index: c for c in self.calls}
+        self.instances = Counter(type(c.module) for c in self.calls)
+        self.width = np.array(frontiers.width)
+        self._discount_context(frontiers)
+        self._flatten_norms()
+
+    @property
+    def has_convolutions(self) -> bool:
+        """Whether any operation is a convolution."""
+        return any(operation(node).startswith("Convolution") for node in self.graph.nodes)
+
+    def children(self, call: Interval | None) -> list[Interval]:
+        """Calls made directly from a call, or the outermost ones."""
+        return self._children[-1 if call is None else call.index]
+
+    def parent(self, call: Interval) -> Interval | None:
+        """The call that a call was made from."""
+        return self.by_index.get(call.parent)
+
+    def is_leaf(self, call: Interval) -> bool:
+        """Whether the call made no further module calls."""
+        return not self._children[call.index]
+
+    def is_container(self, call: Interval) -> bool:
+        """Whether the call does nothing but run its children, and is not itself one of several alike layers."""
+        if self.is_leaf(call) or not isinstance(call.module, _CONTAINERS):
+            return False
+        own = call.length - sum(child.length for child in self.children(call))
+        return (own == 0 or type(call.module) in _CONTAINERS) and not self._is_layer(call)
+
+    def _is_layer(self, call: Interval) -> bool:
+        """A Sequential of plain modules that stands beside others of the same numbered name is one layer."""
+        if any(not self.is_leaf(child) for child in self.children(call)):
+            return False
+        siblings = self._children[call.parent if call.parent in self.by_index else -1]
+        alike = [s for s in siblings if type(s.module) is type(call.module) and s.pattern == call.pattern]
+        return len(alike) >= 2 and self.has_weights(call.start, call.stop)
+
+    def items(self, call: Interval | None) -> list[Interval]:
+        """Children with containers opened, so that items of nested Sequentials stand side by side."""
+        found: list[Interval] = []
+        for child in self.children(call):
+            found.extend(self.items(child) if self.is_container(child) else [child])
+        return found
+
+    def base(self, start: int, stop: int) -> int:
+        """The narrowest width between two positions."""
+        return int(self.width[start : stop + 1].min())
+
+    def is_wide(self, start: int, stop: int) -> bool:
+        """Whether some position strictly inside is wider than both ends allow: a branch, not a plain layer."""
+        inside = self.width[start + 1 : stop]
+        return bool(inside.size) and int(inside.max()) > min(int(self.width[start]), int(self.width[stop]))
+
+    def is_narrow_to_narrow(self, call: Interval) -> bool:
+        """Whether a call begins and ends where the graph is as narrow as anywhere within it."""
+        base = self.base(call.start, call.stop)
+        return int(self.width[call.start]) <= base and int(self.width[call.stop]) <= base
+
+    def wide_regions(self, start: int, stop: int) -> list[tuple[int, int]]:
+        """Maximal stretches between narrow positions, such as residual branches with their skip."""
+        base = self.base(start, stop)
+        regions, begin, previous = [], None, start
+        for position in range(start + 1, stop + 1):
+            if position < stop and self.width[position] > base:
+                begin = previous if begin is None else begin
+                continue
+            if begin is not None:
+                regions.append((begin, position))
+                begin = None
+            previous = position
+        return regions
+
+    def operations(self, start: int, stop: int) -> Counter[str]:
+        """How often each operation occurs between two positions."""
+        return Counter(operation(node) for node in self.graph.nodes[start:stop])
+
+    def has_weights(self, start: int, stop: int) -> bool:
+        """Whether a stretch multiplies by a weight matrix or a kernel, rather than only norms and activations."""
+        for call in self.calls:
+            overlap = min(call.stop, stop) - max(call.start, start)
+            if overlap > 0 and self.is_leaf(call) and any(p.dim() >= 2 for p in call.module.parameters(recurse=False)):
+                return True
+        return any(name.startswith(_MATRIX_OPERATIONS) for name in self.operations(start, stop))
+
+    def _discount_context(self, frontiers: Frontiers) -> None:
+        """Leave out values that several calls of one class under one parent read and none of them makes."""
+        for value, consumers in frontiers.consumers.items():
+            born, last = frontiers.born[value], frontiers.last_use[value]
+            uses = [self.graph.rank[node] for node in consumers]
+            if len(uses) < 2 or max(uses) - born < 4:
+                continue
+            readers: defaultdict[tuple[int, type], set[int]] = defaultdict(set)
+            for call in self.calls:
+                outside = call.start > born and not isinstance(call.module, _CONTAINERS)
+                if outside and any(call.start <= use < call.stop for use in uses):
+                    readers[call.parent, type(call.module)].add(call.index)
+            if any(self._lives_through(group, born, last) for group in readers.values()):
+                self.width[born : last + 1] = np.maximum(1, self.width[born : last + 1] - 1)
+
+    def _lives_through(self, group: set[int], born: int, last: int) -> bool:
+        calls = [self.by_index[index] for index in group]
+        return (
+            len(calls) >= 2
+            and not self.is_leaf(calls[0])
+            and any(born < call.start and last >= call.stop for call in calls)
+        )
+
+    def _flatten_norms(self) -> None:
+        """Inside a leaf module without weight matrices (norms, gates, softmax) nothing counts as wide."""
+        for call in self.calls:
+            weighty = any(p.dim() >= 2 for p in call.module.parameters(recurse=False))
+            parent = self.parent(call)
+            if self.is_leaf(call) and not weighty and parent is not None:
+                ends = max(self.width[call.start], self.width[call.stop])
+                inside = slice(call.start + 1, call.stop)
+                self.width[inside] = np.minimum(self.width[inside], ends)

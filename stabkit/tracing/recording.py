@@ -1,0 +1,254 @@
+"""One real forward pass, recorded on one clock; the autograd graph it leaves is the tape.
+
+The clock is autograd's own sequence number: every node gets one when it is made, and the beginnings and ends of
+module calls are read off the same counter, so modules and operations share a time axis and no tensor has to be
+matched by identity.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from stabkit.tracing.inputs import INDEXING, VALUE_FREE, Source, differentiable, non_leaf
+from stabkit.tracing.safekeeping import Safe
+from stabkit.tracing.values import Value, value_of
+
+
+def clock() -> int:
+    """The sequence number that the next autograd node of this thread will get."""
+    now: int = torch.autograd._get_sequence_nr()  # type: ignore[attr-defined]
+    return now
+
+
+@dataclass
+class Call:
+    """One call of a module: an interval on the clock, and the call it was made from."""
+
+    index: int
+    path: str
+    module: nn.Module
+    parent: int
+    start: int
+    stop: int = -1
+    finished: bool = False
+
+    @property
+    def module_class(self) -> str:
+        """The class of the module, as its author named it."""
+        return str(getattr(self.module, "original_name", type(self.module).__name__))
+
+
+@dataclass
+class Stopped:
+    """A place where a tensor that depends on the input stopped carrying gradient."""
+
+    operation: str
+    time: int
+    path: str
+
+
+@dataclass
+class Recording:
+    """What one forward pass left behind.
+
+    Attributes:
+        sources: where depth can be counted from, in the order of their creation.
+        calls: module calls in the order of their beginnings.
+        values: the data of every recorded value, detached, at its own version.
+        output: what the model returned, still on the graph.
+        stopped: where dependence on the input went on without gradient.
+    """
+
+    sources: list[Source] = field(default_factory=list)
+    calls: list[Call] = field(default_factory=list)
+    values: dict[Value, Tensor] = field(default_factory=dict)
+    output: Any = None
+    stopped: list[Stopped] = field(default_factory=list)
+    stop: int = 0
+
+    def path_at(self, time: int) -> str:
+        """Path of the innermost module that was running when the clock showed ``time``."""
+        inside = [c for c in self.calls if c.start <= time and (time < c.stop or c.stop < 0)]
+        return inside[-1].path if inside else ""
+
+
+class _Values(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Notes the value of every tensor on the graph when it is consumed, before anything can overwrite it.
+
+    Below autograd the arguments still show the node that made them, and keep their identity.
+    """
+
+    def __init__(self, recording: Recording, safe: Safe, tainted: list[Tensor], promote_casts: bool) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.recording = recording
+        self.safe = safe
+        self.promote_casts = promote_casts
+        self.tainted = {id(t): t for t in tainted}  # integers made from the input; kept so that ids stay theirs
+        self.promoted: dict[int, tuple[Tensor, str]] = {}
+        self.silent: dict[int, tuple[Tensor, str]] = {}  # depend on the input, carry no gradient
+        self._on_storage: defaultdict[int, list[Value]] = defaultdict(list)
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        tensors = [a for a in tree_leaves((args, kwargs)) if isinstance(a, Tensor)]
+        for tensor in tensors:
+            if tensor.requires_grad:
+                self._see(tensor)
+        if func._schema.is_mutable:
+            for tensor in _written(func._schema, args, kwargs):
+                self._before_write(tensor)
+        out = func(*args, **kwargs)
+        name = func._schema.name.split("::")[-1]
+        if name not in VALUE_FREE:
+            results = [o for o in tree_leaves(out) if isinstance(o, Tensor)]
+            if self.tainted:
+                self._follow_integers(name, tensors, results)
+            self._follow_gradients(func, tensors, results)
+        return out
+
+    def _see(self, tensor: Tensor) -> None:
+        if tensor.grad_fn is None:
+            return  # a promoted leaf: its only consumer is the clone that is the source
+        value = Value(tensor.grad_fn, tensor.output_nr)
+        if value not in self.recording.values:
+            self.recording.values[value] = data = tensor.detach()
+            if data.layout == torch.strided:
+                self._on_storage[data.untyped_storage()._cdata].append(value)
+
+    def _before_write(self, tensor: Tensor) -> None:
+        if tensor.layout != torch.strided:
+            return
+        storage = tensor.untyped_storage()._cdata
+        self.safe.before_write(storage)
+        for value in self._on_storage.pop(storage, ()):
+            self.recording.values[value] = self.recording.values[value].clone()
+
+    def _follow_integers(self, name: str, tensors: list[Tensor], results: list[Tensor]) -> None:
+        if not any(id(t) in self.tainted for t in tensors):
+            return
+        for result in results:
+            if any(result is t for t in tensors):
+                continue
+            if not differentiable(result):
+                self.tainted[id(result)] = result
+            elif self._is_source(name, tensors) and not result.is_inference():
+                result.requires_grad_(True)
+                self.promoted[id(result)] = (result, name)
+
+    def _is_source(self, name: str, tensors: list[Tensor]) -> bool:
+        return not any(t.requires_grad for t in tensors) and (name in INDEXING or self.promote_casts)
+
+    def _follow_gradients(self, func: Any, tensors: list[Tensor], results: list[Tensor]) -> None:
+        """Mark floats that depend on the input but left the graph, and note where the graph takes them up again.
+
+        Inside a custom ``autograd.Function`` everything is off the graph and that is as it should be; so a loss
+        of gradient is noted only when such a value is used where gradients are on.
+        """
+        with_grad = torch.is_grad_enabled()
+        lost = [t for t in tensors if id(t) in self.silent and not t.requires_grad]
+        if lost and with_grad:
+            now = clock()
+            operation = self.silent[id(lost[0])][1]
+            self.recording.stopped.append(Stopped(operation, now, self.recording.path_at(now)))
+        detached = func is torch.ops.aten.detach.default or not with_grad
+        if not lost and not (detached and any(t.requires_grad for t in tensors)):
+            return
+        for result in results:
+            if differentiable(result) and not any(result is t for t in tensors):
+                self.silent[id(result)] = (result, (lost and self.silent[id(lost[0])][1]) or str(func))
+
+
+class _NonLeafSources(TorchFunctionMode):
+    """Replaces a promoted leaf by a copy on the graph, since models write to their embeddings in place."""
+
+    def __init__(self, recording: Recording, values: _Values) -> None:
+        super().__init__()
+        self.recording = recording
+        self.values = values
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        entry = self.values.promoted.pop(id(result), None) if isinstance(result, Tensor) else None
+        if entry is None or result.grad_fn is not None:
+            return result
+        copy = non_leaf(result)
+        path = self.recording.path_at(clock())
+        self.recording.sources.append(Source(path or "input", entry[1], copy, value_of(copy)))
+        return copy
+
+
+def _written(schema: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[Tensor]:
+    for position, argument in enumerate(schema.arguments):
+        if argument.alias_info is None or not argument.alias_info.is_write:
+            continue
+        given = args[position] if position < len(args) else kwargs.get(argument.name)
+        for item in given if isinstance(given, list | tuple) else (given,):
+            if isinstance(item, Tensor):
+                yield item
+
+
+@contextlib.contextmanager
+def recording_calls(model: nn.Module, recording: Recording) -> Iterator[None]:
+    """Note when each module of this thread is entered and left; the modules themselves are not touched."""
+    paths = {id(module): path for path, module in model.named_modules()}
+    thread = threading.get_ident()
+    stack: list[Call] = []
+
+    def enter(module: nn.Module, _args: Any) -> None:
+        if threading.get_ident() != thread:
+            return
+        path = paths.get(id(module), type(module).__name__)
+        parent = stack[-1].index if stack else -1
+        call = Call(len(recording.calls), path, module, parent, clock())
+        recording.calls.append(call)
+        stack.append(call)
+
+    def leave(module: nn.Module, _args: Any, _output: Any) -> None:
+        if threading.get_ident() != thread:
+            return
+        while stack:
+            call = stack.pop()
+            call.stop = clock()
+            if call.module is module:
+                call.finished = True
+                return
+
+    handles = [
+        register_module_forward_pre_hook(enter),
+        register_module_forward_hook(leave),
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def record(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any], recording: Recording, values: _Values) -> Any:
+    """Run the model once under the recording modes; the caller prepares inputs, freezing and kernels."""
+    root = model if isinstance(model, nn.Module) else nn.Module()
+    with recording_calls(root, recording), _NonLeafSources(recording, values), values:
+        recording.output = model(*args, **kwargs)
+    recording.stop = clock()
+    return recording.output
+
+
+def value_recorder(recording: Recording, safe: Safe, integers: list[Tensor], promote_casts: bool) -> _Values:
+    """The mode that `record` runs under."""
+    return _Values(recording, safe, integers, promote_casts)

@@ -1,0 +1,89 @@
+"""Which entries of a state belong to which sample of the batch, found by shape and proven by a probe."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from stabkit.tracing.values import Meta
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a tensor's entries are shared out among the samples.
+
+    Axis ``axis`` is split into ``batch`` samples: sample-major (``outer``: blocks of consecutive entries) or
+    sample-minor. ``axis=None`` means that the whole tensor is one sample.
+    """
+
+    batch: int
+    axis: int | None
+    outer: bool = True
+
+    def columns(self, tensor: Tensor, shape: Sequence[int]) -> Tensor:
+        """``(*shape, ...)`` to ``(batch, numel per sample, ...)`` for a tensor with trailing extra dimensions."""
+        extra = tensor.shape[len(shape) :]
+        if self.axis is None:
+            return tensor.reshape(1, -1, *extra)
+        moved = self._split(tensor, shape).movedim(self._sample_axis, 0)
+        return moved.reshape(self.batch, -1, *extra)
+
+    def tensor(self, columns: Tensor, shape: Sequence[int]) -> Tensor:
+        """The inverse of `columns`."""
+        extra = columns.shape[2:]
+        if self.axis is None:
+            return columns.reshape(*shape, *extra)
+        split = self._split_shape(shape)
+        rest = [size for i, size in enumerate(split) if i != self._sample_axis]
+        return columns.reshape(self.batch, *rest, *extra).movedim(0, self._sample_axis).reshape(*shape, *extra)
+
+    def sample_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
+        """Shape of one sample: the sample axis is dropped, or divided when it holds more than samples."""
+        if self.axis is None:
+            return tuple(shape)
+        left = shape[self.axis] // self.batch
+        middle = () if left == 1 else (left,)
+        return (*shape[: self.axis], *middle, *shape[self.axis + 1 :])
+
+    @property
+    def _sample_axis(self) -> int:
+        if self.axis is None:
+            raise ValueError("the whole tensor is one sample")
+        return self.axis if self.outer else self.axis + 1
+
+    def _split_shape(self, shape: Sequence[int]) -> list[int]:
+        axis = self.axis or 0
+        left = shape[axis] // self.batch
+        pair = (self.batch, left) if self.outer else (left, self.batch)
+        return [*shape[:axis], *pair, *shape[axis + 1 :]]
+
+    def _split(self, tensor: Tensor, shape: Sequence[int]) -> Tensor:
+        return tensor.reshape(*self._split_shape(shape), *tensor.shape[len(shape) :])
+
+
+def candidates(meta: Meta, batch: int, first: int = 0) -> list[Layout]:
+    """Ways in which a tensor could hold ``batch`` samples, the likeliest first."""
+    if batch == 1:
+        return [Layout(1, None)]
+    axes = sorted(range(len(meta.shape)), key=lambda axis: (axis != first, axis))
+    exact = [Layout(batch, axis) for axis in axes if meta.shape[axis] == batch]
+    larger = [axis for axis in axes if meta.shape[axis] > batch and meta.shape[axis] % batch == 0]
+    return [*exact, *(Layout(batch, axis, outer) for axis in larger for outer in (True, False))]
+
+
+def one_sample(tensor: Tensor, layout: Layout, sample: int) -> Tensor:
+    """The tensor with every entry that belongs to another sample set to zero."""
+    columns = layout.columns(tensor, tensor.shape)
+    kept = torch.zeros_like(columns)
+    kept[sample] = columns[sample]
+    return layout.tensor(kept, tensor.shape)
+
+
+def leaks(tensor: Tensor, layout: Layout, sample: int) -> bool:
+    """Whether entries of other samples are non-zero."""
+    columns = layout.columns(tensor, tensor.shape)
+    others = torch.arange(columns.shape[0], device=tensor.device) != sample
+    return bool((columns[others] != 0).any())

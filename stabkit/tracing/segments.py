@@ -1,0 +1,174 @@
+"""The map between two states of a recorded forward pass, differentiated exactly by walking its own nodes."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from stabkit.errors import TraceError
+from stabkit.tracing.graph import Graph
+from stabkit.tracing.nodes import apply_node
+from stabkit.tracing.values import Meta, Value, meta_of, value_of
+
+Tensors = list[Tensor]
+
+
+@contextlib.contextmanager
+def frozen(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
+    """Let no parameter require grad.
+
+    The nodes hold the parameters themselves; while a graph of the backward pass is built they must not join it, or
+    every later product would compute weight gradients as well.
+    """
+    trainable = [p for p in parameters if p.requires_grad]
+    for parameter in trainable:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in trainable:
+            parameter.requires_grad_(True)
+
+
+class Segment:
+    """The nodes between two positions of a graph, as a differentiable map from one frontier to the next.
+
+    The engine of autograd gives *total* derivatives: with x and h(x) both in the state it runs through h into x. A
+    chain needs the *partial* ones, so the nodes of the segment, and only these, are applied by hand.
+
+    Args:
+        graph: the recorded operations.
+        source: values at the beginning.
+        target: values at the end; values in both are carried unchanged.
+        start: first position.
+        stop: last position.
+        parameters: parameters of the model, frozen while a double-backward graph is built.
+    """
+
+    def __init__(
+        self,
+        graph: Graph,
+        source: Sequence[Value],
+        target: Sequence[Value],
+        start: int,
+        stop: int,
+        parameters: Sequence[nn.Parameter] = (),
+    ) -> None:
+        self.graph = graph
+        self.source = tuple(source)
+        self.target = tuple(target)
+        self.nodes = graph.nodes[start:stop]
+        self._parameters = parameters
+        self._linearized: tuple[Tensors, Segment, list[int]] | None = None
+        self._vmap_works = True
+
+    @property
+    def source_metas(self) -> list[Meta]:
+        """Shape, dtype and device of every source value."""
+        return [meta_of(value) for value in self.source]
+
+    @property
+    def target_metas(self) -> list[Meta]:
+        """Shape, dtype and device of every target value."""
+        return [meta_of(value) for value in self.target]
+
+    def dtypes(self) -> set[torch.dtype]:
+        """The dtypes of all values that the segment passes through."""
+        return {meta_of(value).dtype for node in self.nodes for value in self.graph.inputs[node]}
+
+    def vjp(self, cotangents: Sequence[Tensor]) -> Tensors:
+        """Cotangents of the target pulled back to the source."""
+        with torch.no_grad():
+            return fill(self._walk(cotangents), self.source_metas)
+
+    def vjp_batch(self, cotangents: Sequence[Tensor]) -> Tensors:
+        """The same for k cotangents at once, stacked along a new first dimension."""
+        return self._batched(self.vjp, cotangents, lambda *one: tuple(fill(self._walk(one), self.source_metas)))
+
+    def jvp(self, tangents: Sequence[Tensor]) -> Tensors:
+        """Tangents of the source pushed forward to the target, by a second reverse pass through the first.
+
+        The VJP g(v) = J^T v is linear in v, so its own VJP with respect to v is J u.
+        """
+        backward, indices = self._linearize()
+        with torch.no_grad():
+            return fill(backward._walk([tangents[i] for i in indices]), self.target_metas)
+
+    def jvp_batch(self, tangents: Sequence[Tensor]) -> Tensors:
+        """The same for k tangents at once, stacked along a new first dimension."""
+        backward, indices = self._linearize()
+
+        def one(*slices: Tensor) -> tuple[Tensor, ...]:
+            return tuple(fill(backward._walk([slices[i] for i in indices]), self.target_metas))
+
+        return self._batched(self.jvp, tangents, one)
+
+    def release(self) -> None:
+        """Forget the graph of the backward pass."""
+        self._linearized = None
+
+    def _batched(
+        self,
+        single: Callable[[Sequence[Tensor]], Tensors],
+        stacked: Sequence[Tensor],
+        mapped: Callable[..., tuple[Tensor, ...]],
+    ) -> Tensors:
+        """One ``torch.vmap``, or a loop where some operation of the segment cannot be batched."""
+        count = stacked[0].shape[0]
+        if self._vmap_works and count > 1:
+            try:
+                with torch.no_grad():
+                    return list(torch.vmap(mapped)(*stacked))
+            except (RuntimeError, NotImplementedError, TypeError, ValueError):
+                self._vmap_works = False  # sparse, numpy and solver backwards have no batching rule
+        results = [single([tensor[i] for tensor in stacked]) for i in range(count)]
+        return [torch.stack(parts) for parts in zip(*results, strict=True)]
+
+    def _walk(self, cotangents: Sequence[Tensor]) -> list[Tensor | None]:
+        grads: dict[Value, Tensor] = {}
+        for value, cotangent in zip(self.target, cotangents, strict=True):
+            grads[value] = grads[value] + cotangent if value in grads else cotangent
+        try:
+            for node in reversed(self.nodes):
+                outputs = len(node._input_metadata)
+                given = [grads.pop(Value(node, i), None) for i in range(outputs)]
+                if all(g is None for g in given):
+                    continue
+                for value, grad in apply_node(node, given, self.graph.inputs[node]):
+                    grads[value] = grads[value] + grad if value in grads else grad
+        except RuntimeError as error:
+            if "modified by an inplace operation" in str(error):
+                raise TraceError(
+                    "the model's weights or saved tensors were changed after it was traced, so its derivatives are "
+                    "gone; call stabkit.trace again"
+                ) from error
+            raise
+        return [grads.get(value) for value in self.source]
+
+    def _linearize(self) -> tuple[Segment, list[int]]:
+        """The backward pass of this segment as a segment of its own, from its cotangents to its gradients."""
+        if self._linearized is None:
+            seeds = [
+                torch.zeros(meta.shape, dtype=meta.dtype, device=meta.device).normal_().requires_grad_()
+                for meta in self.target_metas
+            ]
+            with torch.enable_grad(), frozen(self._parameters), torch.random.fork_rng():
+                grads = self._walk(seeds)
+            indices = [i for i, g in enumerate(grads) if g is not None and g.requires_grad]
+            outputs = [value_of(grads[i]) for i in indices]  # type: ignore[arg-type]
+            inputs = [value_of(seed) for seed in seeds]
+            graph = Graph(inputs, outputs, prune=False)
+            backward = Segment(graph, inputs, outputs, 0, len(graph.nodes))
+            self._linearized = (seeds, backward, indices)
+        return self._linearized[1], self._linearized[2]
+
+
+def fill(tensors: Sequence[Tensor | None], metas: Sequence[Meta]) -> Tensors:
+    """Zeros where nothing flows."""
+    return [
+        torch.zeros(meta.shape, dtype=meta.dtype, device=meta.device) if tensor is None else tensor
+        for tensor, meta in zip(tensors, metas, strict=True)
+    ]

@@ -1,0 +1,385 @@
+"""`trace`: any torch model, run once, as an exact chain of steps."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
+
+from stabkit.errors import TraceError
+from stabkit.tracing import chain as chains
+from stabkit.tracing.audit import audit
+from stabkit.tracing.containers import named_tensors
+from stabkit.tracing.depth import Depth, Piece, choose
+from stabkit.tracing.flow import Flow, State, Step
+from stabkit.tracing.frontiers import Frontiers
+from stabkit.tracing.graph import Graph, mend_batch_norm
+from stabkit.tracing.inputs import Source, differentiable, prepare
+from stabkit.tracing.intervals import Intervals
+from stabkit.tracing.naming import kinds, names
+from stabkit.tracing.products import Products, Space
+from stabkit.tracing.recording import Recording, record, value_recorder
+from stabkit.tracing.safekeeping import unchanged, unwrap
+from stabkit.tracing.samples import Layout
+from stabkit.tracing.segments import Segment
+from stabkit.tracing.transparency import transparent
+from stabkit.tracing.values import Value, meta_of, operation, value_of
+
+Target = Callable[[Any], Tensor] | str | None
+
+# how the chain may differ from the engine by the order of additions, as a multiple of the dtype's rounding unit
+_CHAIN_SLACK = 500
+
+
+def trace(
+    model: Any,
+    *inputs: Any,
+    kwargs: Mapping[str, Any] | None = None,
+    depth: Depth = "auto",
+    batch_dim: int | None = 0,
+    source: str | None = None,
+    target: Target = None,
+    seed: int = 0,
+    check: bool = True,
+) -> Flow:
+    """Run a model once and return its forward pass as a chain of states and differentiable steps.
+
+    The autograd graph of the one real forward pass is the record: nothing is re-executed, rewritten or approximated.
+    Parameters, buffers, gradients, flags and the random state are afterwards what they were, also after an error.
+
+    Args:
+        model: a ``torch.nn.Module``, or any function of tensors.
+        *inputs: what it is called with. Float tensors are differentiated; for integer tensors, the embeddings made
+            from them.
+        kwargs: keyword arguments of the call.
+        depth: where steps end: ``"auto"`` (the blocks that a person would name), ``"cuts"``, ``"modules"``, a list of
+            module paths or globs, or a function of path and module that picks the modules to be steps.
+        batch_dim: which dimension of the input counts samples; None makes the whole batch one state. Samples that
+            turn out to influence each other do the same, with a note.
+        source: name of the input or embedding to start from, when there are several.
+        target: the output to end at: a function of the model's output that returns a tensor, or its path
+            (``"logits"``). By default the first that is not a loss.
+        seed: of the random numbers that the model draws (dropout) and of the cotangent that checks the chain.
+        check: compare the product of the steps' VJPs with the model's own VJP.
+
+    Returns:
+        A `Flow`. It holds the graph of the forward pass; its derivatives are those at these weights and inputs.
+
+    Raises:
+        TraceError: the call fails, nothing differentiable leads from the input to the output, or the chain is not
+            exact.
+
+    Example:
+        >>> import torch
+        >>> model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Tanh(), torch.nn.Linear(4, 2))
+        >>> flow = trace(model, torch.ones(5, 3))
+        >>> [step.name for step in flow.steps]
+        ['0', '1', '2']
+        >>> flow.steps[0].jacobian().shape
+        (5, 4, 3)
+    """
+    if not callable(model):
+        raise TraceError(f"model is a {type(model).__name__}; expected a torch.nn.Module or a function of tensors")
+    given = named_tensors([inputs, dict(kwargs or {})])
+    if not given:
+        raise TraceError("no tensor among the inputs; call stabkit.trace(model, tensor) with what the model takes")
+    model = unwrap(model)
+    if batch_dim is None:
+        batch = None
+    else:
+        shaped = [tensor for _, tensor in given if tensor.dim() > 0]
+        if shaped and not -shaped[0].dim() <= batch_dim < shaped[0].dim():
+            raise TraceError(f"batch_dim={batch_dim}, but the first input has shape {tuple(shaped[0].shape)}")
+        batch = shaped[0].shape[batch_dim] if shaped else 1
+    module = model if isinstance(model, nn.Module) else nn.Module()
+    recorded = _record(model, module, inputs, dict(kwargs or {}), source, target, seed)
+    return _build(recorded, module, depth, batch, batch_dim or 0, seed, check)
+
+
+@dataclass
+class _Recorded:
+    recording: Recording
+    source: Source
+    side: list[Source]
+    target_name: str
+    target: Value
+    graph: Graph
+    notes: list[str]
+
+
+def _record(
+    model: Any,
+    module: nn.Module,
+    inputs: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    source: str | None,
+    target: Target,
+    seed: int,
+) -> _Recorded:
+    """Record the forward pass; when nothing leads from input to output, look further before giving up."""
+    notes = _initialise_lazy(model, module, inputs, kwargs)
+    failure: TraceError | None = None
+    for promote_casts, through_no_grad in ((False, False), (True, False), (False, True), (True, True)):
+        recording = _run(model, module, inputs, kwargs, seed, promote_casts, through_no_grad)
+        try:
+            name, value = _target(recording.output, target)
+            graph, start = _source(recording.sources, value, source)
+        except _UnreachedError as error:
+            failure = failure or error
+            continue
+        if promote_casts:
+            notes.append(f"the input is not looked up in a table: depth starts where {start.how!r} makes floats of it")
+        if through_no_grad:
+            notes.append("the model runs under no_grad, which was looked through")
+        side = [s for s in recording.sources if s is not start]
+        return _Recorded(recording, start, side, name, value, graph, notes)
+    if failure is None:
+        raise TraceError("the forward pass was not recorded")
+    raise TraceError(str(failure)) from None
+
+
+class _UnreachedError(TraceError):
+    """Nothing differentiable leads from an input to the output in this recording; another may find more."""
+
+
+def _run(
+    model: Any,
+    module: nn.Module,
+    inputs: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    seed: int,
+    promote_casts: bool,
+    through_no_grad: bool,
+) -> Recording:
+    recording = Recording()
+    with unchanged(module) as safe:
+        safe.freeze()
+        torch.manual_seed(seed)
+        prepared = prepare(inputs, kwargs)
+        recording.sources.extend(prepared.sources)
+        for start in prepared.sources:
+            recording.values[start.value] = start.tensor.detach().clone()
+        modes = value_recorder(recording, safe, prepared.integers, promote_casts)
+        try:
+            with transparent(through_no_grad):
+                record(model, prepared.args, prepared.kwargs, recording, modes)
+        except TraceError:
+            raise
+        except Exception as error:
+            raise _failed_forward(error, recording, inputs) from error
+    return recording
+
+
+def _failed_forward(error: Exception, recording: Recording, inputs: tuple[Any, ...]) -> TraceError:
+    running = [call for call in recording.calls if not call.finished]
+    where = "the model"
+    if running and running[-1].path:
+        where = f"module {running[-1].path!r} ({running[-1].module_class})"
+    shapes = ", ".join(str(tuple(tensor.shape)) for _, tensor in named_tensors(list(inputs)))
+    message = " ".join(str(error).split())[:400]
+    return TraceError(
+        f"the forward pass failed in {where}: {type(error).__name__}: {message} (inputs of shape {shapes or 'none'})"
+    )
+
+
+def _initialise_lazy(model: Any, module: nn.Module, inputs: tuple[Any, ...], kwargs: dict[str, Any]) -> list[str]:
+    lazy = (UninitializedParameter, UninitializedBuffer)
+    if not any(isinstance(t, lazy) for t in itertools.chain(module.parameters(), module.buffers())):
+        return []
+    with torch.no_grad():
+        model(*inputs, **kwargs)
+    return ["lazy modules were initialised by a first forward pass"]
+
+
+def _target(output: Any, target: Target) -> tuple[str, Value]:
+    if callable(target):
+        with torch.enable_grad():
+            chosen = target(output)
+        found = [("target", chosen)] if isinstance(chosen, Tensor) else []
+        if not found:
+            raise TraceError(f"target returned {type(chosen).__name__}; expected a function of the output to a tensor")
+    else:
+        found = named_tensors(output)
+        if target is not None:
+            found = [(path, tensor) for path, tensor in found if path == target]
+            if not found:
+                known = ", ".join(path or "''" for path, _ in named_tensors(output))
+                raise TraceError(f"target={target!r} is not a tensor of the output; there are: {known}")
+    floats = [(path, tensor) for path, tensor in found if differentiable(tensor)]
+    if not floats:
+        kinds_found = ", ".join(str(tensor.dtype) for _, tensor in found) or type(output).__name__
+        raise TraceError(
+            f"the model's output has no floating-point tensor (found: {kinds_found}); "
+            "give target=, a function of the output that returns one, or trace an inner module"
+        )
+    reached = [(path, tensor) for path, tensor in floats if tensor.requires_grad]
+    if not reached:
+        raise _UnreachedError(
+            f"the output {floats[0][0] or ''!r} does not depend differentiably on any input: it is constant, detached, "
+            "computed under no_grad or by operations without a derivative"
+        )
+    wide = [(path, tensor) for path, tensor in reached if not (tensor.dim() == 0 and "loss" in path)]
+    path, tensor = (wide or reached)[0]
+    return path or "output", value_of(tensor)
+
+
+def _source(sources: Sequence[Source], target: Value, wanted: str | None) -> tuple[Graph, Source]:
+    """The source with the longest way to the target; among equals the larger, then the earlier."""
+    if wanted is not None:
+        sources = [s for s in sources if s.name == wanted] or _unknown_source(sources, wanted)
+    reached = []
+    for candidate in sources:
+        graph = Graph([candidate.value], [target])
+        if graph.reached:
+            reached.append((graph, candidate))
+    if not reached:
+        raise _UnreachedError("the output does not depend differentiably on the input that was given")
+    direct = [pair for pair in reached if pair[1].how == "input" or pair[1].embedded] or reached
+    longest = max(len(graph.nodes) for graph, _ in direct)
+    if longest == 0:
+        raise TraceError("the output is the input itself: there is no step between them")
+    nearly = [pair for pair in direct if len(pair[0].nodes) >= 0.9 * longest]
+    return max(nearly, key=lambda pair: meta_of(pair[1].value).numel)
+
+
+def _unknown_source(sources: Sequence[Source], wanted: str) -> list[Source]:
+    known = ", ".join(repr(s.name) for s in sources)
+    raise TraceError(f"source={wanted!r} is not an input or embedding of this model; there are: {known or 'none'}")
+
+
+def _build(
+    recorded: _Recorded,
+    module: nn.Module,
+    depth: Depth,
+    batch: int | None,
+    batch_dim: int,
+    seed: int,
+    check: bool,
+) -> Flow:
+    graph, recording = recorded.graph, recorded.recording
+    mend_batch_norm(graph)
+    frontiers = Frontiers(graph)
+    pieces = choose(Intervals(graph, frontiers, recording.calls), frontiers, depth)
+    positions = [0, *(piece.stop for piece in pieces)]
+    values = [frontiers.at(position) for position in positions]
+    parameters = list(module.parameters())
+    segments = [
+        Segment(graph, before, after, start, stop, parameters)
+        for (before, after), (start, stop) in zip(
+            itertools.pairwise(values), itertools.pairwise(positions), strict=True
+        )
+    ]
+    notes = list(recorded.notes)
+    chain, whole_batch_note = _chain(segments, values, batch, batch_dim, seed)
+    notes.extend(whole_batch_note)
+    names_of_pieces = names(pieces)
+    if chain.silent:
+        quiet = ", ".join(names_of_pieces[i] for i in reversed(chain.silent))
+        notes.append(
+            f"no gradient passes back through {quiet}: the Jacobian is zero there (weights initialised at zero?)"
+        )
+    chain_error = _checked(chain, values, graph, recorded) if check else None
+    wanted = {value for state in values for value in state}
+    data = {value: tensor for value, tensor in recording.values.items() if value in wanted}
+    data.update(_outputs(recording.output, wanted - data.keys()))
+    recording.values = {}
+    states = tuple(
+        State(index, position, state, layouts, data)
+        for index, (position, state, layouts) in enumerate(zip(positions, values, chain.layouts, strict=True))
+    )
+    return Flow(
+        states=states,
+        steps=_steps(pieces, names_of_pieces, segments, states, recording, graph),
+        output=recording.output,
+        target_name=recorded.target_name,
+        source_name=recorded.source.name,
+        side_inputs=tuple(s.name for s in recorded.side),
+        batch=states[0].space.batch,
+        chain_error=chain_error,
+        notes=tuple(notes),
+        model=module,
+        _graph=graph,
+        _recording=recording,
+    )
+
+
+def _chain(
+    segments: Sequence[Segment],
+    values: Sequence[tuple[Value, ...]],
+    batch: int | None,
+    batch_dim: int,
+    seed: int,
+) -> tuple[chains.Chain, list[str]]:
+    notes: list[str] = []
+    if batch is not None and batch > 1:
+        shape = meta_of(values[0][0]).shape
+        axis = batch_dim % len(shape) if shape else 0
+        if shape and shape[axis] % batch == 0 and len(values[0]) == 1:
+            chain = chains.walk(segments, values, (Layout(batch, axis),), seed)
+            if chain is not None:
+                return chain, notes
+        notes.append("the samples of the batch influence each other, so the whole batch is one state")
+    layouts = tuple(Layout(1, None) for _ in values[0])
+    whole = chains.walk(segments, values, layouts, seed)
+    if whole is None:
+        raise TraceError("the chain of steps could not be walked")
+    return whole, notes
+
+
+def _checked(chain: chains.Chain, values: Sequence[tuple[Value, ...]], graph: Graph, recorded: _Recorded) -> float:
+    found = chains.error(chain, values)
+    eps = max(torch.finfo(meta_of(value).dtype).eps for node in graph.nodes for value in graph.inputs[node])
+    allowed = max(1e-10, _CHAIN_SLACK * eps)
+    if not found <= allowed:
+        raise TraceError(
+            f"the product of the steps' VJPs differs from the model's own by {found:.1e} (allowed: {allowed:.1e}) "
+            f"between {recorded.source.name!r} and {recorded.target_name!r}: the chain is not exact. Please report "
+            "this model; check=False skips the test"
+        )
+    return found
+
+
+def _outputs(output: Any, wanted: set[Value]) -> dict[Value, Tensor]:
+    """Values that no operation consumed: the outputs themselves."""
+    found = {}
+    for _, tensor in named_tensors(output):
+        if tensor.requires_grad and value_of(tensor) in wanted:
+            found[value_of(tensor)] = tensor.detach()
+    return found
+
+
+def _steps(
+    pieces: Sequence[Piece],
+    step_names: Sequence[str],
+    segments: Sequence[Segment],
+    states: Sequence[State],
+    recording: Recording,
+    graph: Graph,
+) -> tuple[Step, ...]:
+    spaces: list[Space] = [state.space for state in states]
+    same = [before.sample_shapes == after.sample_shapes for before, after in itertools.pairwise(spaces)]
+    clocks = [*graph.clock, recording.stop]
+    steps = []
+    for index, (piece, kind) in enumerate(zip(pieces, kinds(pieces, same), strict=True)):
+        main, segment = piece.main, segments[index]
+        steps.append(
+            Step(
+                index=index,
+                name=step_names[index],
+                module_path=main.path if main else "",
+                module_class=type(main.module).__name__ if main else "",
+                kind=kind,
+                source=states[index],
+                target=states[index + 1],
+                operations=tuple(operation(node) for node in segment.nodes),
+                notes=audit(segment.nodes, recording, clocks[piece.start], clocks[piece.stop]),
+                segment=segment,
+                products=Products(segment, spaces[index], spaces[index + 1]),
+            )
+        )
+    return tuple(steps)

@@ -1,0 +1,83 @@
+"""A context in which every operation of a forward pass leaves differentiable nodes of its own.
+
+Compiled regions, activation checkpoints, fused attention and fused recurrent kernels hide what they do behind
+one node, or recompute it later in another context. Inside `transparent` they take their plain, equivalent
+path; the values change by rounding at most.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.utils.checkpoint
+from torch.overrides import TorchFunctionMode
+
+_FUSED_RNN = frozenset(getattr(torch._VF, name) for name in ("lstm", "gru", "rnn_tanh", "rnn_relu"))
+
+
+class _NoCheckpointFunction:
+    """Stands in for the reentrant ``CheckpointFunction``: calls the function and keeps its graph."""
+
+    @staticmethod
+    def apply(function: Callable[..., Any], _preserve_rng_state: bool, *args: Any) -> Any:
+        return function(*args)
+
+
+def _no_checkpoint_generator(*_args: Any, **_kwargs: Any) -> Iterator[None]:
+    yield
+
+
+# private names differ between versions of torch: those that exist are replaced
+_CHECKPOINT_STAND_INS = {
+    "CheckpointFunction": _NoCheckpointFunction,
+    "_checkpoint_without_reentrant_generator": _no_checkpoint_generator,
+    "_checkpoint_without_reentrant_generator_impl": _no_checkpoint_generator,
+}
+
+
+@contextlib.contextmanager
+def _without_checkpointing() -> Iterator[None]:
+    module = torch.utils.checkpoint
+    saved = {name: getattr(module, name) for name in _CHECKPOINT_STAND_INS if hasattr(module, name)}
+    try:
+        for name in saved:
+            setattr(module, name, _CHECKPOINT_STAND_INS[name])
+        yield
+    finally:
+        for name, original in saved.items():
+            setattr(module, name, original)
+
+
+class PlainKernels(TorchFunctionMode):
+    """Recurrent kernels take their composite path; ``no_grad`` is looked through when asked."""
+
+    def __init__(self, through_no_grad: bool = False) -> None:
+        super().__init__()
+        self.through_no_grad = through_no_grad
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if self.through_no_grad and func is torch._C._set_grad_enabled:
+            return None
+        if func in _FUSED_RNN:  # the fused kernels have no double backward
+            with torch.backends.mkldnn.flags(enabled=False), torch.backends.cudnn.flags(enabled=False):
+                return func(*args, **kwargs)
+        return func(*args, **kwargs)
+
+
+@contextlib.contextmanager
+def transparent(through_no_grad: bool = False) -> Iterator[None]:
+    """Run a forward pass eagerly, with gradients, without fusion and without recomputation."""
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(_without_checkpointing())
+        stack.enter_context(torch.compiler.set_stance("force_eager"))
+        stack.enter_context(torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH))
+        stack.enter_context(torch.jit.optimized_execution(False))  # type: ignore[attr-defined]
+        stack.enter_context(torch.enable_grad())
+        stack.enter_context(PlainKernels(through_no_grad))
+        yield

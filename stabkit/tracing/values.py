@@ -1,0 +1,61 @@
+"""Values of a recorded forward pass: outputs of autograd nodes, versioned against in-place writes."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
+
+
+class Value(NamedTuple):
+    """One output of one autograd node.
+
+    The pair names a tensor *at one version*: an in-place operation makes a new node, so the values before and
+    after the write are two different ones although they share their storage.
+    """
+
+    node: Node
+    output: int
+
+    @property
+    def edge(self) -> GradientEdge:
+        """The same value as ``torch.autograd.grad`` takes it."""
+        return GradientEdge(self.node, self.output)
+
+
+class Meta(NamedTuple):
+    """Shape, dtype and device of a value, known without its data."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+
+    @property
+    def numel(self) -> int:
+        """Number of elements."""
+        return torch.Size(self.shape).numel()
+
+
+def value_of(tensor: Tensor) -> Value:
+    """The value that a tensor holds now; the tensor must require grad."""
+    if tensor.grad_fn is not None:
+        return Value(tensor.grad_fn, tensor.output_nr)
+    edge = get_gradient_edge(tensor)
+    return Value(edge.node, edge.output_nr)
+
+
+def meta_of(value: Value) -> Meta:
+    """Shape, dtype and device of a value, as autograd recorded them."""
+    node: Any = value.node
+    if hasattr(node, "_input_metadata"):
+        entry = node._input_metadata[value.output]
+        return Meta(tuple(entry.shape), entry.dtype, entry.device)
+    leaf: Tensor = node.variable  # an AccumulateGrad node
+    return Meta(tuple(leaf.shape), leaf.dtype, leaf.device)
+
+
+def operation(node: Node) -> str:
+    """The operation behind an autograd node: ``"Addmm"`` for ``AddmmBackward0``."""
+    return type(node).__name__.split("Backward")[0]
