@@ -11,15 +11,33 @@ from typing import TYPE_CHECKING, Any
 from stabkit._version import __version__
 
 if TYPE_CHECKING:
+    from stabkit.analysis import analyze as analyze
+    from stabkit.checkpoints import load as load
     from stabkit.errors import StabkitError as StabkitError
+    from stabkit.growth import gradient_profile as gradient_profile
+    from stabkit.identification import identify as identify
+    from stabkit.jacobians import eigenvalues as eigenvalues
+    from stabkit.jacobians import non_normality as non_normality
+    from stabkit.jacobians import singular_values as singular_values
+    from stabkit.report.schema import Report as Report
+    from stabkit.tracing import trace as trace
 
 # public name -> module that defines it
 _PUBLIC = {
+    "Report": "stabkit.report.schema",
     "StabkitError": "stabkit.errors",
+    "analyze": "stabkit.analysis",
+    "eigenvalues": "stabkit.jacobians",
+    "gradient_profile": "stabkit.growth",
+    "identify": "stabkit.identification",
+    "load": "stabkit.checkpoints",
+    "non_normality": "stabkit.jacobians",
+    "singular_values": "stabkit.jacobians",
+    "trace": "stabkit.tracing",
 }
-_SUBMODULES = ("integrators",)
+_SUBMODULES = ("integrators", "plotting")
 
-__all__ = ["__version__", *_PUBLIC, *_SUBMODULES]  # noqa: PLE0604
+__all__ = ["__version__", *_PUBLIC, *_SUBMODULES]
 
 
 def __getattr__(name: str) -> Any:

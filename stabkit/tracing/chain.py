@@ -72,13 +72,14 @@ def _walk_from(
         options = [candidates(meta_of(value), batch, axis) for value in frontiers[index]]
         if index == 0:
             options = [[layout] for layout in source_layouts]
-        fitting = [
-            [layout for layout in option if not leaks(cotangent, layout, 0)]
+        fitting = tuple(
+            next((layout for layout in option if not leaks(cotangent, layout, 0)), None)
             for option, cotangent in zip(options, cotangents, strict=True)
-        ]
-        if any(not fit for fit in fitting):
+        )
+        found = tuple(layout for layout in fitting if layout is not None)
+        if len(found) < len(fitting):
             return None
-        layouts.append(tuple(fit[0] for fit in fitting))
+        layouts.append(found)
         if not any(bool((cotangent != 0).any()) for cotangent in cotangents):
             silent.append(index)
             if index > 0:
