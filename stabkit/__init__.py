@@ -16,10 +16,12 @@ if TYPE_CHECKING:
     from stabkit.errors import StabkitError as StabkitError
     from stabkit.growth import gradient_profile as gradient_profile
     from stabkit.identification import identify as identify
+    from stabkit.jacobians import Jacobian as Jacobian
     from stabkit.jacobians import eigenvalues as eigenvalues
     from stabkit.jacobians import non_normality as non_normality
     from stabkit.jacobians import singular_values as singular_values
     from stabkit.report.schema import Report as Report
+    from stabkit.tracing import Flow as Flow
     from stabkit.tracing import trace as trace
 
 # public name -> module that defines it
@@ -27,6 +29,8 @@ _PUBLIC = {
     "Report": "stabkit.report.schema",
     "StabkitError": "stabkit.errors",
     "analyze": "stabkit.analysis",
+    "Flow": "stabkit.tracing",
+    "Jacobian": "stabkit.jacobians",
     "eigenvalues": "stabkit.jacobians",
     "gradient_profile": "stabkit.growth",
     "identify": "stabkit.identification",

@@ -23,13 +23,13 @@ from stabkit.report.schema import Report, StepReport
 from stabkit.tracing import Flow, Step, trace
 from stabkit.tracing.depth import Depth
 from stabkit.tracing.safekeeping import unchanged, unwrap
-from stabkit.tracing.trace import Target
+from stabkit.tracing.tracer import Target
 
 SPECTRA = ("auto", "dense", "krylov", "none")
 _DENSE_SIZE = 512  # up to here all eigenvalues are cheaper than a dozen by Krylov, and say more
 _WANTED = 6  # eigenvalues and singular values of larger steps
 _TOLERANCE = 1e-3  # residual of a Krylov value, as a fraction of the norm of J
-_WORK = 8_000_000  # numbers that all products of one Krylov spectrum may pass, a bound on its time
+_WORK = 5_000_000  # numbers that all products of one Krylov spectrum may pass, a bound on its time
 _ROUNDING = 1e-4  # how far |a + z| may exceed 1 by rounding before an eigenvalue counts as outside
 
 Progress = Callable[[int, int, str], None]

@@ -1,1 +1,7 @@
-"""To be written."""
+"""Any saved file or model name -> a model and an input for it, safely."""
+
+from __future__ import annotations
+
+from stabkit.checkpoints.load import Loaded, load
+
+__all__ = ["Loaded", "load"]

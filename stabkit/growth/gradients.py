@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from stabkit.tracing import Flow, State
-from stabkit.tracing.flow import random_tensors
+from stabkit.tracing.values import random_tensors
 
 
 @dataclass(frozen=True)

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from stabkit.tracing.flow import engine_vjp, random_tensors
+from stabkit.tracing.flow import engine_vjp
 from stabkit.tracing.samples import Layout, candidates, leaks, one_sample
 from stabkit.tracing.segments import Segment
-from stabkit.tracing.values import Value, meta_of
+from stabkit.tracing.values import Value, meta_of, random_tensors
 
 
 @dataclass(frozen=True)

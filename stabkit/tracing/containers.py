@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -45,29 +46,41 @@ def _children(item: Any) -> list[tuple[Any, Any]]:
 
 
 def map_tensors(container: Any, function: Callable[[Tensor], Tensor]) -> Any:
-    """The same nest with every tensor replaced; containers without tensors are passed on as they are.
+    """The same nest with every tensor replaced; the containers given are not changed, but copied where it matters.
 
-    Plain objects (not mappings, sequences or dataclasses) are shared, not copied.
+    A tensor that occurs several times is passed to the function each time.
     """
     if isinstance(container, Tensor):
         return function(container)
     if isinstance(container, _ATOMS):
         return container
-    if isinstance(container, dict):
-        items = {key: map_tensors(child, function) for key, child in container.items()}
-        return items if type(container) is dict else _rebuild_mapping(container, items)
+    if isinstance(container, Mapping):
+        return _map_mapping(container, function)
     if isinstance(container, tuple) and hasattr(container, "_fields"):
         return type(container)(*(map_tensors(child, function) for child in container))
-    if type(container) in (list, tuple):
+    if type(container) in (list, tuple, set, frozenset):
         return type(container)(map_tensors(child, function) for child in container)
     if dataclasses.is_dataclass(container) and not isinstance(container, type):
         fields = {f.name: getattr(container, f.name) for f in dataclasses.fields(container) if f.init}
         return dataclasses.replace(container, **{name: map_tensors(child, function) for name, child in fields.items()})
-    return container
+    return _map_object(container, function) if named_tensors(container) else container
 
 
-def _rebuild_mapping(original: dict[Any, Any], items: dict[Any, Any]) -> Any:
-    rebuilt = original.copy()
+def _map_mapping(container: Mapping[Any, Any], function: Callable[[Tensor], Tensor]) -> Any:
+    items = {key: map_tensors(child, function) for key, child in container.items()}
+    if type(container) is dict:
+        return items
+    rebuilt: Any = copy.copy(container)
     for key, child in items.items():
-        rebuilt[key] = child
+        if child is not container[key]:
+            rebuilt[key] = child
+    return rebuilt
+
+
+def _map_object(container: Any, function: Callable[[Tensor], Tensor]) -> Any:
+    rebuilt = copy.copy(container)
+    for name, child in vars(container).items():
+        mapped = map_tensors(child, function)
+        if mapped is not child:
+            setattr(rebuilt, name, mapped)
     return rebuilt

@@ -121,13 +121,27 @@ class _Gap:
 
 
 def _gaps(intervals: Intervals, units: Sequence[Interval]) -> list[_Gap]:
-    gaps = []
+    gaps: list[_Gap] = []
+    before_shapes = intervals.shapes(0)
     for before, after in itertools.pairwise(units):
         if after.start >= before.stop:
-            # the latest among equals: in h = h + f(h) this is h after the addition
-            position = _narrowest(intervals, before.stop, after.start)
+            position = _boundary(intervals, before.stop, after.start, before_shapes)
             gaps.append(_Gap(position, int(intervals.width[position]), before, after))
+            before_shapes = intervals.shapes(position)
     return gaps
+
+
+def _boundary(intervals: Intervals, low: int, high: int, before: list[tuple[int, ...]]) -> int:
+    """Where the least is alive: in h = h + f(h), after the addition.
+
+    Among equals the last position that leaves the step in the space it began in, so that an activation belongs to the
+    layer before it but the pooling after a block does not belong to the block; else the last of all.
+    """
+    width = intervals.base(low, high)
+    equals = [position for position in range(low, high + 1) if intervals.width[position] == width]
+    if len(equals) > 1:
+        equals = [position for position in equals if intervals.shapes(position) == before] or equals
+    return equals[-1]
 
 
 def _between(intervals: Intervals, units: Sequence[Interval], boundaries: Sequence[int]) -> list[Piece]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +17,7 @@ from stabkit.tracing.products import Products, Space
 from stabkit.tracing.recording import Recording
 from stabkit.tracing.samples import Layout
 from stabkit.tracing.segments import Segment
-from stabkit.tracing.values import Value, meta_of, operation
+from stabkit.tracing.values import Value, meta_of, operation, random_tensors
 
 if TYPE_CHECKING:
     from stabkit.jacobians.operator import Jacobian
@@ -82,6 +82,7 @@ class Step:
         name: what a person would call it; unique in the flow.
         module_path: path of the module that does most of its work, ``""`` when no module does.
         module_class: the class of that module.
+        stack: the stack of like blocks that it belongs to (``"encoder.layers"``), ``""`` when it stands alone.
         kind: ``"step"`` (same space before and after) or ``"transition"`` (stem, downsampling, head).
         source: the state before.
         target: the state after.
@@ -93,6 +94,7 @@ class Step:
     name: str
     module_path: str
     module_class: str
+    stack: str
     kind: str
     source: State
     target: State
@@ -138,6 +140,25 @@ class Flow:
     model: nn.Module = field(repr=False)
     _graph: Graph = field(repr=False)
     _recording: Recording = field(repr=False)
+    _chains: Callable[[], dict[str, Flow]] = field(repr=False)
+
+    @property
+    def chains(self) -> dict[str, Flow]:
+        """One flow for every input that leads to the target, by the name of its first stack of blocks.
+
+        An encoder and a decoder, or the two towers of a contrastive model, are chains of the same recorded pass; each
+        holds what the others bring fixed. This flow is the one that starts furthest from the target.
+        """
+        return self._chains()
+
+    @property
+    def stacks(self) -> dict[str, tuple[int, ...]]:
+        """The steps of every stack of like blocks, by its name."""
+        found: dict[str, tuple[int, ...]] = {}
+        for step in self.steps:
+            if step.stack:
+                found[step.stack] = (*found.get(step.stack, ()), step.index)
+        return found
 
     def __len__(self) -> int:
         return len(self.steps)
@@ -240,19 +261,6 @@ def engine_vjp(target: Sequence[Value], source: Sequence[Value], cotangents: Seq
         torch.zeros(meta.shape, dtype=meta.dtype, device=meta.device) if grad is None else grad
         for grad, meta in zip(grads, metas, strict=True)
     ]
-
-
-def random_tensors(values: Sequence[Value], seed: int) -> list[Tensor]:
-    """Standard normal tensors of the shapes of some values; the same on every device."""
-    generator = torch.Generator().manual_seed(seed)
-    tensors = []
-    for value in values:
-        shape, dtype, device = meta_of(value)
-        drawn = torch.randn(shape, generator=generator, dtype=torch.float64)
-        if dtype.is_complex:
-            drawn = torch.complex(drawn, torch.randn(shape, generator=generator, dtype=torch.float64))
-        tensors.append(drawn.to(dtype=dtype, device=device))
-    return tensors
 
 
 def _operator(products: Products) -> Jacobian:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stabkit.tracing.containers import map_tensors
+from stabkit.tracing.containers import map_tensors, named_tensors
 from stabkit.tracing.values import Value, value_of
 
 
@@ -89,10 +89,12 @@ def prepare(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Prepared:
     """Copy the float inputs into sources; a tensor passed twice stays one tensor."""
     prepared = Prepared((), {})
     copies: dict[int, Tensor] = {}
-    names = iter(_names(args, kwargs))
+    names: dict[int, str] = {}
+    for path, tensor in (*named_tensors(list(args)), *named_tensors(kwargs)):
+        names.setdefault(id(tensor), path)
 
     def promote(tensor: Tensor) -> Tensor:
-        name = next(names)
+        name = names.get(id(tensor), "input")
         if id(tensor) in copies:
             return copies[id(tensor)]
         if differentiable(tensor):
@@ -107,21 +109,3 @@ def prepare(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Prepared:
     prepared.args = tuple(map_tensors(list(args), promote))
     prepared.kwargs = map_tensors(dict(kwargs), promote)
     return prepared
-
-
-def _names(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[str]:
-    """Paths of the tensors in the order in which `map_tensors` meets them."""
-    names: list[str] = []
-
-    def visit(path: str) -> Any:
-        def note(tensor: Tensor) -> Tensor:
-            names.append(path)
-            return tensor
-
-        return note
-
-    for position, item in enumerate(args):
-        map_tensors(item, visit(str(position)))
-    for key, item in kwargs.items():
-        map_tensors(item, visit(key))
-    return names

@@ -13,7 +13,7 @@ from torch import nn
 from stabkit.tracing.frontiers import Frontiers
 from stabkit.tracing.graph import Graph
 from stabkit.tracing.recording import Call
-from stabkit.tracing.values import operation
+from stabkit.tracing.values import meta_of, operation
 
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 _MATRIX_OPERATIONS = ("Addmm", "Mm", "Bmm", "Baddbmm", "Convolution", "MkldnnLinear")
@@ -54,6 +54,7 @@ class Intervals:
 
     def __init__(self, graph: Graph, frontiers: Frontiers, calls: Sequence[Call]) -> None:
         self.graph = graph
+        self._frontiers = frontiers
         self.end = len(graph.nodes)
         placed = [
             Interval(c.index, c.parent, c.path, c.module, graph.position(c.start), graph.position(c.stop))
@@ -110,6 +111,10 @@ class Intervals:
             found.extend(self.items(child) if self.is_container(child) else [child])
         return found
 
+    def shapes(self, position: int) -> list[tuple[int, ...]]:
+        """Shapes of the values alive at a position."""
+        return [meta_of(value).shape for value in self._frontiers.at(position)]
+
     def base(self, start: int, stop: int) -> int:
         """The narrowest width between two positions."""
         return int(self.width[start : stop + 1].min())
@@ -159,7 +164,7 @@ class Intervals:
                 continue
             readers: defaultdict[tuple[int, type], set[int]] = defaultdict(set)
             for call in self.calls:
-                outside = call.start > born and not isinstance(call.module, _CONTAINERS)
+                outside = call.start >= born and not isinstance(call.module, _CONTAINERS)
                 if outside and any(call.start <= use < call.stop for use in uses):
                     readers[call.parent, type(call.module)].add(call.index)
             if any(self._lives_through(group, born, last) for group in readers.values()):
@@ -170,7 +175,7 @@ class Intervals:
         return (
             len(calls) >= 2
             and not self.is_leaf(calls[0])
-            and any(born < call.start and last >= call.stop for call in calls)
+            and any(born <= call.start and last >= call.stop for call in calls)
         )
 
     def _flatten_norms(self) -> None:

@@ -32,19 +32,43 @@ def _name(piece: Piece, is_last: bool) -> str:
 
 
 def families(pieces: Sequence[Piece]) -> list[str]:
-    """The repeated pattern that each piece belongs to; ``""`` for pieces that stand alone."""
+    """What each piece has in common with others like it; ``""`` for pieces that stand alone.
+
+    Blocks are alike by the pattern of their paths, or else by their class, or because they are calls of one module.
+    """
     patterns = [re.sub(r"\d+", "#", piece.main.path) if piece.main else "" for piece in pieces]
-    blocks = Counter(p for p, piece in zip(patterns, pieces, strict=True) if p and piece.shape == "block")
-    counts = blocks if blocks and max(blocks.values()) >= 2 else Counter(p for p in patterns if p)
+    classes = [type(piece.main.module).__name__ if piece.main else "" for piece in pieces]
     modules = Counter(id(piece.main.module) for piece in pieces if piece.main)
-    return [
-        p if counts[p] >= 2 or (piece.main and modules[id(piece.main.module)] >= 2) else ""
-        for p, piece in zip(patterns, pieces, strict=True)
-    ]
+    among = [piece.shape == "block" for piece in pieces]
+    by_class = Counter(c for c, block in zip(classes, among, strict=True) if block)
+    if sum(among) < 2 or max(by_class.values()) < 2:
+        among = [True] * len(pieces)  # plain layers only
+        by_class = Counter()
+    by_pattern = Counter(p for p, block in zip(patterns, among, strict=True) if block and p)
+    found = []
+    for piece, pattern, name, block in zip(pieces, patterns, classes, among, strict=True):
+        if block and by_pattern[pattern] >= 2:
+            found.append(pattern)
+        elif block and by_class[name] >= 2:
+            found.append(name)
+        else:
+            found.append(pattern if piece.main and modules[id(piece.main.module)] >= 2 else "")
+    return found
+
+
+def stacks(pieces: Sequence[Piece]) -> list[str]:
+    """The stack of blocks that each piece belongs to (``"encoder.layers"``); ``""`` for pieces that stand alone."""
+    return [family.split("#")[0].rstrip("._-") if "#" in family else family for family in families(pieces)]
 
 
 def kinds(pieces: Sequence[Piece], same_space: Sequence[bool]) -> list[str]:
     """``"step"`` where the space stays the same; what comes before or after all repeated blocks is a transition."""
-    repeated = [i for i, family in enumerate(families(pieces)) if family]
+    family = families(pieces)
+    repeated = [i for i, name in enumerate(family) if name]
     first, last = (repeated[0], repeated[-1]) if repeated else (0, len(pieces) - 1)
-    return ["step" if same and first <= i <= last else "transition" for i, same in enumerate(same_space)]
+
+    def is_step(i: int) -> bool:
+        alone = not family[i] and bool(repeated) and pieces[i].shape == "glue"  # the norm between two stacks
+        return same_space[i] and first <= i <= last and not alone
+
+    return ["step" if is_step(i) else "transition" for i in range(len(pieces))]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import Node
 
-from stabkit.tracing.values import Value, meta_of
+from stabkit.tracing.values import Value, meta_of, operation
 
 Cotangents = list[Tensor | None]
 
@@ -31,7 +31,12 @@ def apply_node(node: Node, cotangents: Cotangents, active: Sequence[Value]) -> l
         edges, grads = _apply_python(node, cotangents)
     else:
         override = _OVERRIDES.get(type(node).__name__)
-        raw = override(node, cotangents, active) if override else _call(node, cotangents)
+        if override is not None:
+            raw = override(node, cotangents, active)
+        elif operation(node) in _SELF_ADJOINT and torch.is_grad_enabled():
+            raw = _SelfAdjoint.apply(cotangents[0], node)
+        else:
+            raw = _call(node, cotangents)
         grads = raw if isinstance(raw, tuple) else (raw,)
         edges = list(node.next_functions)
     wanted = set(active)
@@ -47,6 +52,24 @@ def apply_node(node: Node, cotangents: Cotangents, active: Sequence[Value]) -> l
 
 def _call(node: Any, cotangents: Cotangents) -> Any:
     return node(*cotangents)
+
+
+# elementwise operations whose backward has no derivative in torch; it is linear and diagonal, hence self-adjoint
+_SELF_ADJOINT = frozenset({"Hardsigmoid", "Hardswish"})
+
+
+class _SelfAdjoint(torch.autograd.Function):
+    """The backward of an elementwise operation, differentiable with respect to its cotangent."""
+
+    @staticmethod
+    def forward(ctx: Any, cotangent: Tensor, node: Any) -> Tensor:
+        ctx.node = node
+        grad: Tensor = node(cotangent)
+        return grad
+
+    @staticmethod
+    def backward(ctx: Any, tangent: Tensor) -> tuple[Tensor, None]:
+        return ctx.node(tangent), None
 
 
 def _apply_python(node: Any, cotangents: Cotangents) -> tuple[list[Any], Sequence[Tensor | None]]:

@@ -12,7 +12,7 @@ from stabkit.tracing.samples import Layout
 from stabkit.tracing.segments import Segment
 from stabkit.tracing.values import Meta
 
-_DENSE_LIMIT = 4096  # rows of the largest Jacobian that is built only to multiply with it
+_DENSE_BYTES = 2**30  # the largest Jacobian that is built only to multiply with it
 
 
 class Space:
@@ -80,6 +80,7 @@ class Products:
         self.source = source
         self.target = target
         self._forward: Callable[[Tensor], Tensor] | None = None
+        self._dense: Tensor | None = None
         self.path = "vjp"
         self.attempts: list[str] = []
 
@@ -115,11 +116,18 @@ class Products:
         return self.target.flatten(self.segment.jvp_batch(self.source.unflatten(columns)))
 
     def _from_dense(self, columns: Tensor) -> Tensor:
-        if self.target.size > _DENSE_LIMIT:
-            raise NotImplementedError(f"{self.target.size} outputs are too many for a dense Jacobian")
+        size = self.target.batch * self.target.size * self.source.size * self.target.dtype.itemsize
+        if size > _DENSE_BYTES:
+            raise NotImplementedError(f"a dense Jacobian would take {size / 2**30:.1f} GiB")
+        if self._dense is None:
+            self._dense = self._rows()
+        return self._dense.to(columns.dtype) @ columns
+
+    def _rows(self) -> Tensor:
+        """The Jacobian itself, row by row from the transposed products."""
         eye = torch.eye(self.target.size, dtype=self.target.dtype, device=self.target.device)
-        rows = self.backward(eye.expand(self.target.batch, -1, -1))
-        return rows.transpose(1, 2).to(columns.dtype) @ columns
+        blocks = [self.backward(part.expand(self.target.batch, -1, -1)) for part in torch.split(eye, 64, dim=1)]
+        return torch.cat(blocks, dim=2).transpose(1, 2)
 
     def _dot_error(self, way: Callable[[Tensor], Tensor]) -> float:
         """The largest relative difference of the two sides over the samples, on two random pairs at once."""

@@ -141,16 +141,22 @@ class _Values(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if not any(id(t) in self.tainted for t in tensors):
             return
         for result in results:
-            if any(result is t for t in tensors):
-                continue
             if not differentiable(result):
                 self.tainted[id(result)] = result
+            elif any(result is t for t in tensors):
+                continue
             elif self._is_source(name, tensors) and not result.is_inference():
                 result.requires_grad_(True)
                 self.promoted[id(result)] = (result, name)
 
     def _is_source(self, name: str, tensors: list[Tensor]) -> bool:
         return not any(t.requires_grad for t in tensors) and (name in INDEXING or self.promote_casts)
+
+    def note_exit(self, tensor: Tensor) -> None:
+        """Note that the data of a tensor is handed to numpy, if it depends on the input."""
+        if id(tensor) in self.silent:
+            now = clock()
+            self.recording.stopped.append(Stopped("numpy()", now, self.recording.path_at(now)))
 
     def _follow_gradients(self, func: Any, tensors: list[Tensor], results: list[Tensor]) -> None:
         """Mark floats that depend on the input but left the graph, and note where the graph takes them up again.
@@ -160,16 +166,21 @@ class _Values(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """
         with_grad = torch.is_grad_enabled()
         lost = [t for t in tensors if id(t) in self.silent and not t.requires_grad]
-        if lost and with_grad:
-            now = clock()
+        on_graph = any(t.requires_grad for t in tensors)
+        if lost and with_grad and on_graph:
+            now = clock() - 1  # the node that takes it up has its number already
             operation = self.silent[id(lost[0])][1]
             self.recording.stopped.append(Stopped(operation, now, self.recording.path_at(now)))
         detached = func is torch.ops.aten.detach.default or not with_grad
-        if not lost and not (detached and any(t.requires_grad for t in tensors)):
+        if not lost and not (detached and on_graph):
             return
         for result in results:
             if differentiable(result) and not any(result is t for t in tensors):
                 self.silent[id(result)] = (result, (lost and self.silent[id(lost[0])][1]) or str(func))
+
+
+# where values leave torch; what comes back from there has no gradient
+_EXITS: tuple[Any, ...] = (torch.Tensor.numpy, torch.Tensor.__array__)
 
 
 class _NonLeafSources(TorchFunctionMode):
@@ -183,13 +194,17 @@ class _NonLeafSources(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        if func in _EXITS:
+            self.values.note_exit(args[0])
         result = func(*args, **(kwargs or {}))
         entry = self.values.promoted.pop(id(result), None) if isinstance(result, Tensor) else None
         if entry is None or result.grad_fn is not None:
             return result
         copy = non_leaf(result)
-        path = self.recording.path_at(clock())
-        self.recording.sources.append(Source(path or "input", entry[1], copy, value_of(copy)))
+        name = self.recording.path_at(clock()) or "input"
+        earlier = sum(s.name.split("#")[0] == name for s in self.recording.sources)
+        name = f"{name}#{earlier + 1}" if earlier else name  # a table shared by encoder and decoder is two sources
+        self.recording.sources.append(Source(name, entry[1], copy, value_of(copy)))
         return copy
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import copy
+from collections import OrderedDict, deque
 from collections.abc import Iterator
 from typing import Any
 
@@ -10,34 +12,55 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
-_TABLES = ("_parameters", "_buffers", "_modules")
+_Container = list[Any] | dict[Any, Any] | set[Any] | deque[Any]
 
 
 class Safe:
     """What a forward pass may change about a model, and how to put it back.
 
-    Buffers are copied at once: batch norm and quantisation observers write to them without saying so in their
-    operator schema. Parameters are as large as the model, so they are copied only when an operation is about
-    to write to their storage (`before_write`).
+    The forward pass runs on copies of the buffers: batch norm and quantisation observers write to them without
+    saying so in their operator schema, and the graph keeps what was written. Parameters are as large as the model,
+    so they are copied only when an operation is about to write to their storage (`before_write`).
     """
 
     def __init__(self, model: nn.Module) -> None:
         self._modules = list(model.modules())
         self._attributes = [dict(vars(module)) for module in self._modules]
-        self._tables = [{name: dict(vars(m)[name]) for name in _TABLES} for m in self._modules]
+        # parameters, buffers, hooks, and whatever the model collects in attributes of its own
+        self._containers: list[tuple[_Container, _Container]] = [
+            (held, copy.copy(held))
+            for attributes in self._attributes
+            for held in attributes.values()
+            if type(held) in (list, dict, OrderedDict, set, deque)
+        ]
         self._grads = [(p, p.grad) for p in model.parameters()]
-        self._flags = [(p, p.requires_grad) for p in model.parameters()]
-        self._buffers = [(b, b.detach().clone()) for b in model.buffers() if not _lazy(b)]
+        self._flags = [(p, p.requires_grad) for p in model.parameters() if not p.is_inference()]
         self._by_storage: dict[int, list[Tensor]] = {}
         self._written: dict[int, tuple[Tensor, Tensor]] = {}
-        for parameter in model.parameters():
-            if not _lazy(parameter) and parameter.layout == torch.strided:
-                self._by_storage.setdefault(parameter.untyped_storage()._cdata, []).append(parameter)
+        self._names = {id(p): name for name, p in model.named_parameters()}
+        for tensor in (*model.parameters(), *model.buffers()):
+            if not _lazy(tensor) and tensor.layout == torch.strided:
+                self._by_storage.setdefault(tensor.untyped_storage()._cdata, []).append(tensor)
 
     @property
-    def changed_parameters(self) -> int:
-        """How many parameters the forward pass wrote to."""
-        return len(self._written)
+    def written_parameters(self) -> list[str]:
+        """Names of the parameters that the forward pass wrote to."""
+        return [self._names[key] for key in self._written if key in self._names]
+
+    def copy_buffers(self) -> None:
+        """Put copies in place of the buffers, until `restore`.
+
+        Parameters made under ``inference_mode`` cannot be saved for a backward pass and are replaced likewise.
+        """
+        copies: dict[int, Tensor] = {}
+        for module in self._modules:
+            for name, parameter in module._parameters.items():
+                if parameter is not None and parameter.is_inference():
+                    module._parameters[name] = nn.Parameter(parameter.clone(), requires_grad=False)
+            for name, buffer in module._buffers.items():
+                if buffer is not None and not _lazy(buffer):
+                    copy = copies.setdefault(id(buffer), buffer.detach().clone())
+                    module._buffers[name] = copy
 
     def freeze(self) -> None:
         """Let no parameter require grad, so that the graph holds only what depends on the input."""
@@ -46,24 +69,22 @@ class Safe:
                 parameter.requires_grad_(False)
 
     def before_write(self, storage: int) -> None:
-        """Copy the parameters on a storage (its ``_cdata``) that is about to be written."""
+        """Copy the parameters and buffers on a storage (its ``_cdata``) that is about to be written."""
         for parameter in self._by_storage.pop(storage, ()):
             self._written[id(parameter)] = (parameter, parameter.detach().clone())
 
     def restore(self) -> None:
         """Put everything back; safe to call after an exception."""
-        for module, attributes, tables in zip(self._modules, self._attributes, self._tables, strict=True):
+        for module, attributes in zip(self._modules, self._attributes, strict=True):
             state = vars(module)
             if state.keys() != attributes.keys() or any(state[k] is not v for k, v in attributes.items()):
                 state.clear()
                 state.update(attributes)
-            for name, entries in tables.items():
-                table = state[name]
-                if list(table) != list(entries) or any(table[k] is not v for k, v in entries.items()):
-                    table.clear()
-                    table.update(entries)
+        for held, contents in self._containers:
+            if not _same_contents(held, contents):
+                _refill(held, contents)
         with torch.no_grad():
-            for tensor, saved in [*self._buffers, *self._written.values()]:
+            for tensor, saved in self._written.values():
                 if not _same_bits(tensor, saved):
                     tensor.copy_(saved)
         for parameter, flag in self._flags:
@@ -72,6 +93,25 @@ class Safe:
         for parameter, grad in self._grads:
             if parameter.grad is not grad:
                 parameter.grad = grad
+
+
+def _same_contents(held: _Container, contents: _Container) -> bool:
+    """Whether a container holds the very same objects as before."""
+    if len(held) != len(contents):
+        return False
+    if isinstance(held, dict) and isinstance(contents, dict):
+        return list(held) == list(contents) and all(held[key] is value for key, value in contents.items())
+    if isinstance(held, set):
+        return held == contents
+    return all(a is b for a, b in zip(held, contents, strict=True))
+
+
+def _refill(held: _Container, contents: _Container) -> None:
+    held.clear()
+    if isinstance(held, list | deque):
+        held.extend(contents)
+    else:
+        held.update(contents)
 
 
 def _lazy(tensor: Tensor) -> bool:

@@ -35,10 +35,10 @@ class Layout:
         """The inverse of `columns`."""
         extra = columns.shape[2:]
         if self.axis is None:
-            return columns.reshape(*shape, *extra)
+            return columns.reshape((*shape, *extra))
         split = self._split_shape(shape)
         rest = [size for i, size in enumerate(split) if i != self._sample_axis]
-        return columns.reshape(self.batch, *rest, *extra).movedim(0, self._sample_axis).reshape(*shape, *extra)
+        return columns.reshape(self.batch, *rest, *extra).movedim(0, self._sample_axis).reshape((*shape, *extra))
 
     def sample_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
         """Shape of one sample: the sample axis is dropped, or divided when it holds more than samples."""

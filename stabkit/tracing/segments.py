@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from stabkit.errors import TraceError
 from stabkit.tracing.graph import Graph
 from stabkit.tracing.nodes import apply_node
-from stabkit.tracing.values import Meta, Value, meta_of, value_of
+from stabkit.tracing.values import Meta, Value, meta_of, random_tensors, value_of
 
 Tensors = list[Tensor]
 
@@ -120,7 +121,9 @@ class Segment:
         count = stacked[0].shape[0]
         if self._vmap_works and count > 1:
             try:
-                with torch.no_grad():
+                with torch.no_grad(), warnings.catch_warnings():
+                    # operations without a batching rule of their own are looped over, which torch warns of
+                    warnings.filterwarnings("ignore", message="There is a performance drop")
                     return list(torch.vmap(mapped)(*stacked))
             except (RuntimeError, NotImplementedError, TypeError, ValueError):
                 self._vmap_works = False  # sparse, numpy and solver backwards have no batching rule
@@ -151,11 +154,8 @@ class Segment:
     def _linearize(self) -> tuple[Segment, list[int]]:
         """The backward pass of this segment as a segment of its own, from its cotangents to its gradients."""
         if self._linearized is None:
-            seeds = [
-                torch.zeros(meta.shape, dtype=meta.dtype, device=meta.device).normal_().requires_grad_()
-                for meta in self.target_metas
-            ]
-            with torch.enable_grad(), frozen(self._parameters), torch.random.fork_rng():
+            seeds = [seed.requires_grad_() for seed in random_tensors(self.target, 0)]
+            with torch.enable_grad(), frozen(self._parameters):
                 grads = self._walk(seeds)
             indices = [i for i, g in enumerate(grads) if g is not None and g.requires_grad]
             outputs = [value_of(grads[i]) for i in indices]  # type: ignore[arg-type]

@@ -51,6 +51,17 @@ def _without_checkpointing() -> Iterator[None]:
             setattr(module, name, original)
 
 
+@contextlib.contextmanager
+def _without_mkldnn() -> Iterator[None]:
+    """As ``torch.backends.mkldnn.flags(enabled=False)``, which also touches TF32 settings and warns about them."""
+    before = torch._C._get_mkldnn_enabled()
+    torch._C._set_mkldnn_enabled(False)
+    try:
+        yield
+    finally:
+        torch._C._set_mkldnn_enabled(before)
+
+
 class PlainKernels(TorchFunctionMode):
     """Recurrent kernels take their composite path; ``no_grad`` is looked through when asked."""
 
@@ -65,7 +76,7 @@ class PlainKernels(TorchFunctionMode):
         if self.through_no_grad and func is torch._C._set_grad_enabled:
             return None
         if func in _FUSED_RNN:  # the fused kernels have no double backward
-            with torch.backends.mkldnn.flags(enabled=False), torch.backends.cudnn.flags(enabled=False):
+            with _without_mkldnn(), torch.backends.cudnn.flags(enabled=False):
                 return func(*args, **kwargs)
         return func(*args, **kwargs)
 

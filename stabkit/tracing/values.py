@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -59,3 +60,16 @@ def meta_of(value: Value) -> Meta:
 def operation(node: Node) -> str:
     """The operation behind an autograd node: ``"Addmm"`` for ``AddmmBackward0``."""
     return type(node).__name__.split("Backward")[0]
+
+
+def random_tensors(values: Sequence[Value], seed: int) -> list[Tensor]:
+    """Standard normal tensors of the shapes of some values; the same on every device."""
+    generator = torch.Generator().manual_seed(seed)
+    tensors = []
+    for value in values:
+        shape, dtype, device = meta_of(value)
+        drawn = torch.randn(shape, generator=generator, dtype=torch.float64)
+        if dtype.is_complex:
+            drawn = torch.complex(drawn, torch.randn(shape, generator=generator, dtype=torch.float64))
+        tensors.append(drawn.to(dtype=dtype, device=device))
+    return tensors

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -21,7 +21,7 @@ from stabkit.tracing.frontiers import Frontiers
 from stabkit.tracing.graph import Graph, mend_batch_norm
 from stabkit.tracing.inputs import Source, differentiable, prepare
 from stabkit.tracing.intervals import Intervals
-from stabkit.tracing.naming import kinds, names
+from stabkit.tracing.naming import kinds, names, stacks
 from stabkit.tracing.products import Products, Space
 from stabkit.tracing.recording import Recording, record, value_recorder
 from stabkit.tracing.safekeeping import unchanged, unwrap
@@ -96,9 +96,24 @@ def trace(
         if shaped and not -shaped[0].dim() <= batch_dim < shaped[0].dim():
             raise TraceError(f"batch_dim={batch_dim}, but the first input has shape {tuple(shaped[0].shape)}")
         batch = shaped[0].shape[batch_dim] if shaped else 1
+        if batch == 0:
+            raise TraceError(f"the input of shape {tuple(shaped[0].shape)} holds no samples; give at least one")
     module = model if isinstance(model, nn.Module) else nn.Module()
-    recorded = _record(model, module, inputs, dict(kwargs or {}), source, target, seed)
-    return _build(recorded, module, depth, batch, batch_dim or 0, seed, check)
+    with torch.inference_mode(False):
+        recorded = _record(model, module, inputs, dict(kwargs or {}), source, target, seed)
+    return _build(recorded, _Settings(module, depth, batch, batch_dim or 0, seed, check))
+
+
+@dataclass(frozen=True)
+class _Settings:
+    """What a flow is built with, beside the recording."""
+
+    module: nn.Module
+    depth: Depth
+    batch: int | None
+    batch_dim: int
+    seed: int
+    check: bool
 
 
 @dataclass
@@ -159,6 +174,7 @@ def _run(
     recording = Recording()
     with unchanged(module) as safe:
         safe.freeze()
+        safe.copy_buffers()
         torch.manual_seed(seed)
         prepared = prepare(inputs, kwargs)
         recording.sources.extend(prepared.sources)
@@ -172,6 +188,12 @@ def _run(
             raise
         except Exception as error:
             raise _failed_forward(error, recording, inputs) from error
+        if safe.written_parameters:
+            written = ", ".join(safe.written_parameters)
+            raise TraceError(
+                f"the forward pass writes to its own parameters ({written}); they are as they were again, but the "
+                "derivatives at what was written are not kept. Apply the change (a max_norm, a clamp) beforehand"
+            )
     return recording
 
 
@@ -252,69 +274,81 @@ def _unknown_source(sources: Sequence[Source], wanted: str) -> list[Source]:
     raise TraceError(f"source={wanted!r} is not an input or embedding of this model; there are: {known or 'none'}")
 
 
-def _build(
-    recorded: _Recorded,
-    module: nn.Module,
-    depth: Depth,
-    batch: int | None,
-    batch_dim: int,
-    seed: int,
-    check: bool,
-) -> Flow:
+def _build(recorded: _Recorded, settings: _Settings) -> Flow:
     graph, recording = recorded.graph, recorded.recording
     mend_batch_norm(graph)
     frontiers = Frontiers(graph)
-    pieces = choose(Intervals(graph, frontiers, recording.calls), frontiers, depth)
+    pieces = choose(Intervals(graph, frontiers, recording.calls), frontiers, settings.depth)
     positions = [0, *(piece.stop for piece in pieces)]
     values = [frontiers.at(position) for position in positions]
-    parameters = list(module.parameters())
+    parameters = list(settings.module.parameters())
     segments = [
         Segment(graph, before, after, start, stop, parameters)
         for (before, after), (start, stop) in zip(
             itertools.pairwise(values), itertools.pairwise(positions), strict=True
         )
     ]
-    notes = list(recorded.notes)
-    chain, whole_batch_note = _chain(segments, values, batch, batch_dim, seed)
-    notes.extend(whole_batch_note)
-    names_of_pieces = names(pieces)
-    if chain.silent:
-        quiet = ", ".join(names_of_pieces[i] for i in reversed(chain.silent))
-        notes.append(
-            f"no gradient passes back through {quiet}: the Jacobian is zero there (weights initialised at zero?)"
-        )
-    chain_error = _checked(chain, values, graph, recorded) if check else None
-    wanted = {value for state in values for value in state}
-    data = {value: tensor for value, tensor in recording.values.items() if value in wanted}
-    data.update(_outputs(recording.output, wanted - data.keys()))
-    recording.values = {}
+    chain, whole_batch_note = _chain(segments, values, settings)
+    chain_error = _checked(chain, values, graph, recorded) if settings.check else None
+    data = _state_values(recorded, {value for state in values for value in state})
     states = tuple(
         State(index, position, state, layouts, data)
         for index, (position, state, layouts) in enumerate(zip(positions, values, chain.layouts, strict=True))
     )
     return Flow(
         states=states,
-        steps=_steps(pieces, names_of_pieces, segments, states, recording, graph),
+        steps=_steps(pieces, segments, states, recording, graph),
         output=recording.output,
         target_name=recorded.target_name,
         source_name=recorded.source.name,
         side_inputs=tuple(s.name for s in recorded.side),
         batch=states[0].space.batch,
         chain_error=chain_error,
-        notes=tuple(notes),
-        model=module,
+        notes=(*recorded.notes, *whole_batch_note, *_silence_notes(chain, names(pieces))),
+        model=settings.module,
         _graph=graph,
         _recording=recording,
+        _chains=lambda: _sibling_flows(recorded, settings),
     )
 
 
+def _sibling_flows(recorded: _Recorded, settings: _Settings) -> dict[str, Flow]:
+    """The flows from every source that reaches the target; values of all of them were kept for this."""
+    flows: dict[str, Flow] = {}
+    for start in (recorded.source, *recorded.side):
+        graph = Graph([start.value], [recorded.target])
+        if not graph.reached or not graph.nodes:
+            continue
+        side = [s for s in (recorded.source, *recorded.side) if s is not start]
+        flow = _build(replace(recorded, source=start, side=side, graph=graph), settings)
+        stack = next(iter(flow.stacks), start.name)
+        flows[stack if stack not in flows else start.name] = flow
+    return flows
+
+
+def _state_values(recorded: _Recorded, wanted: set[Value]) -> dict[Value, Tensor]:
+    """The data of the states; all else is forgotten, unless flows from other sources may still be asked for."""
+    recording = recorded.recording
+    data = {value: tensor for value, tensor in recording.values.items() if value in wanted}
+    for _, tensor in named_tensors(recording.output):  # outputs that no operation consumed
+        if tensor.requires_grad and value_of(tensor) in wanted:
+            data.setdefault(value_of(tensor), tensor.detach())
+    if not recorded.side:
+        recording.values = {}
+    return data
+
+
+def _silence_notes(chain: chains.Chain, step_names: Sequence[str]) -> list[str]:
+    if not chain.silent:
+        return []
+    quiet = ", ".join(step_names[i] for i in reversed(chain.silent))
+    return [f"no gradient passes back through {quiet}: its Jacobian is zero (weights initialised at zero?)"]
+
+
 def _chain(
-    segments: Sequence[Segment],
-    values: Sequence[tuple[Value, ...]],
-    batch: int | None,
-    batch_dim: int,
-    seed: int,
+    segments: Sequence[Segment], values: Sequence[tuple[Value, ...]], settings: _Settings
 ) -> tuple[chains.Chain, list[str]]:
+    batch, batch_dim, seed = settings.batch, settings.batch_dim, settings.seed
     notes: list[str] = []
     if batch is not None and batch > 1:
         shape = meta_of(values[0][0]).shape
@@ -344,18 +378,8 @@ def _checked(chain: chains.Chain, values: Sequence[tuple[Value, ...]], graph: Gr
     return found
 
 
-def _outputs(output: Any, wanted: set[Value]) -> dict[Value, Tensor]:
-    """Values that no operation consumed: the outputs themselves."""
-    found = {}
-    for _, tensor in named_tensors(output):
-        if tensor.requires_grad and value_of(tensor) in wanted:
-            found[value_of(tensor)] = tensor.detach()
-    return found
-
-
 def _steps(
     pieces: Sequence[Piece],
-    step_names: Sequence[str],
     segments: Sequence[Segment],
     states: Sequence[State],
     recording: Recording,
@@ -365,14 +389,16 @@ def _steps(
     same = [before.sample_shapes == after.sample_shapes for before, after in itertools.pairwise(spaces)]
     clocks = [*graph.clock, recording.stop]
     steps = []
-    for index, (piece, kind) in enumerate(zip(pieces, kinds(pieces, same), strict=True)):
+    labels = zip(pieces, names(pieces), stacks(pieces), kinds(pieces, same), strict=True)
+    for index, (piece, name, stack, kind) in enumerate(labels):
         main, segment = piece.main, segments[index]
         steps.append(
             Step(
                 index=index,
-                name=step_names[index],
+                name=name,
                 module_path=main.path if main else "",
                 module_class=type(main.module).__name__ if main else "",
+                stack=stack,
                 kind=kind,
                 source=states[index],
                 target=states[index + 1],

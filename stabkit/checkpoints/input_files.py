@@ -1,0 +1,124 @@
+"""An input saved in a file -> tensors; nothing in the file is executed."""
+
+from __future__ import annotations
+
+import warnings
+import zipfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from stabkit.checkpoints.files import read_file, regular_file
+from stabkit.errors import CheckpointError
+
+_IMAGES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm")
+_IMAGENET_MEAN, _IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+_LARGEST = 2**31  # bytes of an unpacked .npz: beyond it, the archive is taken for a bomb
+
+
+@dataclass(frozen=True)
+class FileInput:
+    """The tensors in an input file.
+
+    Attributes:
+        tensors: by name, in the order of the file.
+        how: what they are, in words.
+        ordered: whether their order is the order of the model's arguments.
+    """
+
+    tensors: dict[str, Tensor]
+    how: str
+    ordered: bool = True
+
+
+def read_input_file(
+    path: Path, *, size: tuple[int, ...] | None = None, config: Mapping[str, Any] | None = None
+) -> FileInput:
+    """Read a ``.npy``, ``.npz``, ``.pt``, ``.pth``, ``.safetensors`` or image file.
+
+    Args:
+        path: the file.
+        size: ``(channels, height, width)`` that the model takes; images are resized to it.
+        config: ``mean`` and ``std`` per channel, as timm's ``default_cfg`` has them; ImageNet's otherwise.
+
+    Raises:
+        CheckpointError: the file is missing, damaged, or of another kind.
+    """
+    suffix = path.suffix.lower()
+    if suffix not in {".npy", ".npz", ".pt", ".pth", ".bin", ".safetensors", *_IMAGES}:
+        raise CheckpointError(
+            f"input {str(path)!r} is neither a shape (1x3x224x224, tokens:1x128) nor a file of a known kind: "
+            f".npy, .npz, .pt, .pth, .safetensors, {', '.join(_IMAGES)}"
+        )
+    regular_file(path)
+    if suffix in _IMAGES:
+        return _image(path, size, config or {})
+    if suffix in {".npy", ".npz"}:
+        return _arrays(path)
+    return _saved(path, read_file(path).content)
+
+
+def _saved(path: Path, saved: Any) -> FileInput:
+    if isinstance(saved, Tensor):
+        saved = (saved,)
+    if isinstance(saved, (tuple, list)) and saved and all(isinstance(t, Tensor) for t in saved):
+        tensors = {str(i): t.detach() for i, t in enumerate(saved)}
+        return FileInput(tensors, _described(tensors))
+    if isinstance(saved, Mapping) and saved and all(isinstance(t, Tensor) for t in saved.values()):
+        tensors = {str(k): t.detach() for k, t in saved.items()}
+        return FileInput(tensors, _described(tensors), ordered=False)
+    raise CheckpointError(
+        f"input {path} holds a {type(saved).__name__}; expected a tensor, a tuple of tensors or a dictionary of them"
+    )
+
+
+def _arrays(path: Path) -> FileInput:
+    try:
+        if path.suffix.lower() == ".npy":
+            # a memory map is refused when the header claims more than the file has
+            arrays = {"0": np.array(np.lib.format.open_memmap(path, mode="r"))}
+            ordered = True
+        else:
+            with zipfile.ZipFile(path) as archive:
+                if sum(entry.file_size for entry in archive.infolist()) > _LARGEST:
+                    raise CheckpointError(f"input {path} would unpack to more than {_LARGEST >> 30} GiB")
+            with np.load(path, allow_pickle=False) as loaded:
+                arrays = {name: loaded[name] for name in loaded.files}
+            ordered = all(name.startswith("arr_") for name in arrays)
+        tensors = {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in arrays.items()}
+    except (OSError, ValueError, TypeError, EOFError, MemoryError, KeyError, zipfile.BadZipFile) as error:
+        raise CheckpointError(f"input {path} cannot be read as numbers: {error}") from error
+    return FileInput(tensors, _described(tensors), ordered)
+
+
+def _image(path: Path, size: tuple[int, ...] | None, config: Mapping[str, Any]) -> FileInput:
+    from PIL import Image
+
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(path) as opened:
+                picture = opened.convert("L" if size and size[0] == 1 else "RGB")
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise CheckpointError(f"input {path} cannot be read as an image: {error}") from error
+    if size is not None:
+        picture = picture.resize((size[2], size[1]), Image.Resampling.BICUBIC)
+    pixels = torch.from_numpy(np.asarray(picture, dtype=np.float32) / 255)
+    pixels = pixels.unsqueeze(0) if pixels.dim() == 2 else pixels.permute(2, 0, 1)
+    how = f"image, {picture.width}x{picture.height} pixels"
+    if pixels.shape[0] == 3:
+        mean, std = config.get("mean", _IMAGENET_MEAN), config.get("std", _IMAGENET_STD)
+        pixels = (pixels - torch.tensor(mean).view(-1, 1, 1)) / torch.tensor(std).view(-1, 1, 1)
+        how += f", normalised with mean {tuple(mean)} and standard deviation {tuple(std)}"
+    return FileInput({"0": pixels.unsqueeze(0).contiguous()}, how)
+
+
+def _described(tensors: Mapping[str, Tensor]) -> str:
+    return ", ".join(
+        f"{'x'.join(map(str, t.shape)) or 'scalar'} {str(t.dtype).removeprefix('torch.')}" for t in tensors.values()
+    )

@@ -1,0 +1,1 @@
+"""Unmodified models, traced: the zoo."""

@@ -1,0 +1,85 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.autograd.functional import jacobian
+
+from stabkit.tracing import trace
+from stabkit.tracing.nodes import apply_node
+from stabkit.tracing.values import value_of
+
+
+def test_broadcast_dimensions_are_summed_and_dtypes_cast_as_the_engine_does():
+    x = torch.randn(3, requires_grad=True).clone()
+    out = x.double() + torch.zeros(2, 3, dtype=torch.float64)
+    node = value_of(out).node
+    (cast,) = [parent for parent, _ in node.next_functions if parent is not None]
+    ((value, grad),) = apply_node(node, [torch.ones(2, 3, dtype=torch.float64)], [value_of(x)._replace(node=cast)])
+    assert grad.tolist() == [2, 2, 2]
+    ((_, grad),) = apply_node(value.node, [grad], [value_of(x)])
+    assert grad.dtype == torch.float32
+
+
+def test_only_active_inputs_get_a_cotangent():
+    a, b = (torch.randn(2, requires_grad=True).clone() for _ in range(2))
+    node = value_of(a * b).node
+    pulled = dict(apply_node(node, [torch.ones(2)], [value_of(b)]))
+    assert set(pulled) == {value_of(b)}
+    assert torch.equal(pulled[value_of(b)], a)
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("norm", [nn.BatchNorm2d(3).eval(), nn.InstanceNorm2d(3), nn.BatchNorm2d(3)])
+def test_batch_norm_before_a_transpose_has_the_right_jacobian(norm, batch):
+    # torch's own backward is silently wrong at batch size 1 for these strides; finite differences are not
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(2, 3, 2), norm, nn.Flatten(2)).double()
+    weight = torch.randn(4, 3, dtype=torch.float64)
+
+    def forward(x: Tensor) -> Tensor:
+        return model(x).transpose(1, 2) * weight
+
+    x = torch.randn(batch, 2, 3, 3, dtype=torch.float64).contiguous(memory_format=torch.channels_last)
+    u = torch.randn_like(x)
+    found = trace(forward, x, batch_dim=None, depth="cuts").jacobian() @ u.reshape(1, -1, 1)
+    eps = 1e-5
+    truth = (forward(x + eps * u) - forward(x - eps * u)) / (2 * eps)
+    torch.testing.assert_close(found.flatten(), truth.flatten(), rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize(
+    "convolution",
+    [
+        nn.Conv1d(4, 6, 3, stride=2, padding=1, groups=2),
+        nn.Conv1d(4, 2, 2, dilation=2, padding="same", padding_mode="circular"),
+        nn.ConvTranspose1d(4, 3, 3, stride=2, padding=1, output_padding=1),
+        nn.ConvTranspose1d(4, 4, 2, groups=4, dilation=2),
+    ],
+)
+def test_forward_products_of_convolutions_need_no_weight_gradient(convolution):
+    convolution = convolution.double()
+    x = torch.randn(2, 4, 8, dtype=torch.float64)
+    operator = trace(nn.Sequential(convolution, nn.Tanh()), x).jacobian()
+    for sample in range(2):
+        truth = jacobian(lambda one: convolution(one.unsqueeze(0)).tanh().flatten(), x[sample]).flatten(1)
+        eye = torch.eye(32, dtype=torch.float64).expand(2, -1, -1)
+        torch.testing.assert_close(operator.matmat(eye)[sample], truth, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(operator.dense()[sample], truth, rtol=1e-12, atol=1e-12)
+
+
+def test_a_custom_function_may_return_fewer_gradients_than_arguments():
+    class Scale(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, factor, x):
+            ctx.factor = factor
+            return x * factor, x + 1
+
+        @staticmethod
+        def backward(ctx, first, second):
+            return None, first * ctx.factor + second
+
+    x = torch.randn(2, 3, dtype=torch.float64)
+    dense = trace(lambda x: Scale.apply(3.0, x)[0].tanh(), x, depth="cuts").jacobian().dense()
+    truth = 3 * (1 - (3 * x).tanh() ** 2)
+    torch.testing.assert_close(dense, torch.diag_embed(truth), rtol=1e-12, atol=1e-12)

@@ -1,0 +1,130 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import stabkit
+from stabkit.errors import StabkitError, TraceError
+from stabkit.tracing import trace
+
+X = torch.randn(4, 3)
+
+
+class Inner(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        raise ValueError("mat1 and mat2 do not fit")
+
+
+@pytest.mark.parametrize(
+    ("model", "inputs", "message"),
+    [
+        (nn.Linear(3, 2), (), "no tensor among the inputs"),
+        (lambda text: text, ("hello",), "no tensor among the inputs"),
+        (lambda x: x.argmax(1), (X,), r"no floating-point tensor \(found: torch.int64\)"),
+        (lambda x: None, (X,), r"no floating-point tensor \(found: NoneType\)"),
+        (lambda x: {"n": 3}, (X,), r"no floating-point tensor \(found: dict\)"),
+        (lambda x: torch.ones(4, 3), (X,), "does not depend differentiably"),
+        (lambda x: x.detach() * 2, (X,), "does not depend differentiably"),
+        (lambda x: torch.from_numpy(x.detach().numpy() * 2), (X,), "does not depend differentiably"),
+        (lambda x: x, (X,), "the output is the input itself"),
+        (nn.Sequential(nn.Linear(3, 3), nn.ModuleDict({"head": Inner()})["head"]), (X,), r"module '1' \(Inner\)"),
+        (nn.Sequential(nn.Linear(3, 5), nn.Linear(4, 2)), (X,), r"module '1' \(Linear\).*inputs of shape \(4, 3\)"),
+        (nn.Linear(3, 2), (X, X, X), "takes 2 positional arguments but 4 were given"),
+        (3, (X,), "model is a int; expected a torch.nn.Module or a function"),
+        ({"weight": X}, (X,), "model is a dict"),
+        (torch.nn.Linear, (X,), "model is|failed|no floating-point"),
+    ],
+)
+def test_what_cannot_be_traced_is_an_error_that_says_why(model, inputs, message):
+    with pytest.raises(TraceError, match=message):
+        trace(model, *inputs)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"batch_dim": 2}, r"batch_dim=2, but the first input has shape \(4, 3\)"),
+        ({"batch_dim": -3}, "batch_dim=-3"),
+        ({"source": "nothing"}, r"source='nothing' is not an input .*'0'"),
+        ({"target": "nothing"}, r"target='nothing' is not a tensor of the output"),
+        ({"target": lambda out: 3}, "target returned int"),
+        ({"depth": "all"}, "depth='all'"),
+        ({"kwargs": {"unknown": 1}}, "unexpected keyword argument 'unknown'"),
+    ],
+)
+def test_wrong_options_are_errors_that_name_the_option(options, message):
+    with pytest.raises(TraceError, match=message):
+        trace(nn.Linear(3, 2), X, **options)
+
+
+def test_the_error_of_the_forward_pass_stays_attached():
+    with pytest.raises(StabkitError) as caught:
+        trace(nn.Sequential(Inner()), X)
+    assert isinstance(caught.value.__cause__, ValueError)
+
+
+def test_trace_stands_at_the_top_level():
+    assert stabkit.trace is trace
+
+
+@pytest.mark.parametrize("batch_dim", [0, -2])
+def test_a_negative_batch_dimension_counts_from_the_end(batch_dim):
+    assert trace(nn.Linear(3, 2), X, batch_dim=batch_dim).batch == 4
+
+
+def test_keyword_inputs_are_followed():
+    flow = trace(nn.MultiheadAttention(4, 2), kwargs=dict.fromkeys(("query", "key", "value"), torch.randn(3, 2, 4)))
+    assert flow.source_name == "query"
+
+
+def test_the_first_output_that_is_no_loss_is_the_target():
+    def forward(x: Tensor) -> dict[str, Tensor]:
+        return {"loss": x.square().mean(), "logits": x.sin(), "count": torch.tensor(3)}
+
+    assert trace(forward, X).target_name == "logits"
+    assert trace(forward, X, target="loss", batch_dim=None).target_name == "loss"
+
+
+def test_a_scalar_loss_as_only_output_is_traced():
+    flow = trace(lambda x: x.sin().square().mean(), X)
+    assert flow.batch == 1
+    assert flow.jacobian().shape == (1, 1, 12)
+
+
+def test_lazy_modules_are_initialised_and_stay_so():
+    model = nn.Sequential(nn.LazyLinear(4), nn.Tanh(), nn.LazyLinear(2))
+    flow = trace(model, X)
+    assert any("lazy" in note for note in flow.notes)
+    assert model[0].weight.shape == (4, 3)
+    assert flow.chain_error < 1e-6
+
+
+def test_the_same_seed_gives_the_same_dropout_whatever_the_random_state():
+    model = nn.Sequential(nn.Linear(3, 8), nn.Dropout(0.5))
+    first = trace(model, X, seed=1).states[-1].tensors[0]
+    torch.rand(7)
+    assert torch.equal(trace(model, X, seed=1).states[-1].tensors[0], first)
+    assert not torch.equal(trace(model, X, seed=2).states[-1].tensors[0], first)
+
+
+@pytest.mark.parametrize("batch", [0, 1])
+def test_batches_of_one_and_of_none(batch):
+    x = torch.randn(batch, 3)
+    if batch == 0:
+        with pytest.raises(TraceError, match=r"batch|empty|\(0, 3\)"):
+            trace(nn.Linear(3, 2), x)
+    else:
+        assert trace(nn.Linear(3, 2), x).jacobian().shape == (1, 2, 3)
+
+
+def test_inputs_with_nan_or_inf_are_traced():
+    x = torch.tensor([[1.0, float("nan"), float("inf")], [1.0, 2.0, 3.0]])
+    flow = trace(nn.Sequential(nn.Linear(3, 3), nn.Tanh()), x)
+    assert flow.states[-1].tensors[0].isnan().any()
+
+
+def test_an_input_without_dimensions_is_one_sample():
+    flow = trace(lambda x: x.sin(), torch.tensor(2.0))
+    assert flow.batch == 1
+    torch.testing.assert_close(flow.jacobian().dense(), torch.tensor(2.0).cos().view(1, 1, 1))
