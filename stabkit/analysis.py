@@ -22,7 +22,7 @@ from stabkit.jacobians import Jacobian, Spectrum, eigenvalues, from_dense, singu
 from stabkit.report.schema import Report, StepReport
 from stabkit.tracing import Flow, Step, trace
 from stabkit.tracing.depth import Depth
-from stabkit.tracing.safekeeping import unchanged, unwrap
+from stabkit.tracing.safekeeping import modules_behind, unchanged, unwrap
 from stabkit.tracing.tracer import Target
 
 SPECTRA = ("auto", "dense", "krylov", "none")
@@ -93,7 +93,7 @@ def analyze(
     limits = thresholds or Thresholds()
     model = unwrap(model)
     # the whole analysis, not only the forward pass, must leave the model as it was
-    with unchanged(model if isinstance(model, nn.Module) else nn.Module()):
+    with unchanged(modules_behind(model)):
         flow = trace(
             model, *inputs, kwargs=kwargs, depth=depth, batch_dim=batch_dim, source=source, target=target, seed=seed
         )

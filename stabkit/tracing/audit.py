@@ -38,6 +38,8 @@ def audit(nodes: Sequence[Node], recording: Recording, start_clock: int, stop_cl
     flat = sorted(names & _FLAT)
     if flat:
         notes.append(f"piecewise constant operation {', '.join(flat)}: its derivative is zero")
+    if any(value.node in set(nodes) for value in recording.hooks):
+        notes.append("a tensor hook changes the gradient: the Jacobian is what the hook makes of it")
     stopped = [s for s in recording.stopped if start_clock <= s.time < stop_clock]
     lost = sorted({f"{s.operation} in {s.path or 'the model'}" for s in stopped})
     if lost:

@@ -147,11 +147,23 @@ def _boundary(intervals: Intervals, low: int, high: int, before: list[tuple[int,
 def _between(intervals: Intervals, units: Sequence[Interval], boundaries: Sequence[int]) -> list[Piece]:
     pieces = []
     for start, stop in itertools.pairwise(sorted(set(boundaries))):
-        inside = tuple(u for u in units if min(u.stop, stop) > max(u.start, start))
+        inside = _whole(intervals, [u for u in units if min(u.stop, stop) > max(u.start, start)], start, stop)
         if not units:
             inside = tuple(c for c in intervals.calls if c.start <= start and stop <= c.stop and c.path)[-1:]
         pieces.append(Piece(start, stop, inside, _shape(intervals, start, stop)))
     return pieces
+
+
+def _whole(intervals: Intervals, units: list[Interval], start: int, stop: int) -> tuple[Interval, ...]:
+    """The one call that several units of a piece are all of, if it lies within the piece."""
+    if len(units) < 2:
+        return tuple(units)
+    parent = intervals.parent(units[0])
+    while parent is not None and start <= parent.start and parent.stop <= stop:
+        if all(parent.start <= unit.start and unit.stop <= parent.stop for unit in units):
+            return (parent,)
+        parent = intervals.parent(parent)
+    return tuple(units)
 
 
 def _shape(intervals: Intervals, start: int, stop: int) -> str:
@@ -213,8 +225,17 @@ class _Units:
         """Whether calls of a class are stacks of blocks (to be opened) rather than blocks."""
         if module_class not in self._stages:
             calls = [c for c in self.intervals.calls if type(c.module) is module_class]
-            self._stages[module_class] = self._alike_regions(calls) or self._alike_children(calls)
+            numbered = any(self._numbered_items(call) for call in calls)
+            self._stages[module_class] = numbered and (self._alike_regions(calls) or self._alike_children(calls))
         return self._stages[module_class]
+
+    def _numbered_items(self, call: Interval) -> bool:
+        """Whether several items bear one numbered name, as blocks in a list do and the two halves of a block do not."""
+        inside = [item for item in self.intervals.items(call) if not self.intervals.is_leaf(item)]
+        own = len(call.pattern)
+        names = Counter(item.pattern[own:] for item in inside)
+        repeated = {name for name, count in names.items() if count >= 2}
+        return any("#" in name for name in repeated) or any(n >= 2 for n in Counter(i.path for i in inside).values())
 
     def _alike_regions(self, calls: list[Interval]) -> bool:
         """Each call holds wide regions only, several in one of them, that all consist of much the same operations."""
@@ -284,7 +305,8 @@ def _glued(intervals: Intervals, pieces: list[Piece]) -> list[Piece]:
         )
         if last is not None and together and not (plain and _own_items(intervals, last, piece)):
             shape = "layer" if "layer" in (last.shape, piece.shape) else "glue"
-            joined[-1] = replace(last, stop=piece.stop, calls=(*last.calls, *piece.calls), shape=shape)
+            calls = _whole(intervals, [*last.calls, *piece.calls], last.start, piece.stop)
+            joined[-1] = replace(last, stop=piece.stop, calls=calls, shape=shape)
         else:
             joined.append(piece)
     return joined

@@ -184,7 +184,13 @@ class Flow:
             return self.steps[start].jacobian()
         source, target = self.states[start], self.states[stop]
         segment = Segment(
-            self._graph, source.values, target.values, source.position, target.position, list(self.model.parameters())
+            self._graph,
+            source.values,
+            target.values,
+            source.position,
+            target.position,
+            list(self.model.parameters()),
+            self._recording.hooks,
         )
         return _operator(Products(segment, source.space, target.space))
 

@@ -13,7 +13,7 @@ from torch import nn
 from stabkit.tracing.frontiers import Frontiers
 from stabkit.tracing.graph import Graph
 from stabkit.tracing.recording import Call
-from stabkit.tracing.values import meta_of, operation
+from stabkit.tracing.values import Value, meta_of, operation
 
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 _MATRIX_OPERATIONS = ("Addmm", "Mm", "Bmm", "Baddbmm", "Convolution", "MkldnnLinear")
@@ -167,16 +167,25 @@ class Intervals:
                 outside = call.start >= born and not isinstance(call.module, _CONTAINERS)
                 if outside and any(call.start <= use < call.stop for use in uses):
                     readers[call.parent, type(call.module)].add(call.index)
-            if any(self._lives_through(group, born, last) for group in readers.values()):
+            if any(self._is_context_of(group, value) for group in readers.values()):
                 self.width[born : last + 1] = np.maximum(1, self.width[born : last + 1] - 1)
 
-    def _lives_through(self, group: set[int], born: int, last: int) -> bool:
+    def _is_context_of(self, group: set[int], value: Value) -> bool:
+        """Whether several calls read a value that outlives one of them, and one reads other values besides.
+
+        Parallel branches read their common input too, but nothing else.
+        """
         calls = [self.by_index[index] for index in group]
-        return (
-            len(calls) >= 2
-            and not self.is_leaf(calls[0])
-            and any(born <= call.start and last >= call.stop for call in calls)
-        )
+        born, last = self._frontiers.born[value], self._frontiers.last_use[value]
+        outlived = any(born <= call.start and last >= call.stop for call in calls)
+        if len(calls) < 2 or self.is_leaf(calls[0]) or not outlived:
+            return False
+        return any(self._taken(call) - {value} for call in calls)
+
+    def _taken(self, call: Interval) -> set[Value]:
+        """The values from before a call that are used in it."""
+        used = {v for node in self.graph.nodes[call.start : call.stop] for v in self.graph.inputs[node]}
+        return {v for v in used if self._frontiers.born[v] <= call.start}
 
     def _flatten_norms(self) -> None:
         """Inside a leaf module without weight matrices (norms, gates, softmax) nothing counts as wide."""

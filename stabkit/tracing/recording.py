@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -67,6 +67,7 @@ class Recording:
         sources: where depth can be counted from, in the order of their creation.
         calls: module calls in the order of their beginnings.
         values: the data of every recorded value, detached, at its own version.
+        hooks: tensor hooks that the model registered, by the value whose gradient they see.
         output: what the model returned, still on the graph.
         stopped: where dependence on the input went on without gradient.
     """
@@ -74,6 +75,7 @@ class Recording:
     sources: list[Source] = field(default_factory=list)
     calls: list[Call] = field(default_factory=list)
     values: dict[Value, Tensor] = field(default_factory=dict)
+    hooks: dict[Value, list[Callable[[Tensor], Tensor | None]]] = field(default_factory=dict)
     output: Any = None
     stopped: list[Stopped] = field(default_factory=list)
     stop: int = 0
@@ -196,12 +198,15 @@ class _NonLeafSources(TorchFunctionMode):
     ) -> Any:
         if func in _EXITS:
             self.values.note_exit(args[0])
+        if func is torch.Tensor.register_hook and args[0].requires_grad and args[0].grad_fn is not None:
+            self.recording.hooks.setdefault(value_of(args[0]), []).append(args[1])
         result = func(*args, **(kwargs or {}))
         entry = self.values.promoted.pop(id(result), None) if isinstance(result, Tensor) else None
         if entry is None or result.grad_fn is not None:
             return result
         copy = non_leaf(result)
         name = self.recording.path_at(clock()) or "input"
+        name = f"module {name}" if name.isdigit() else name  # "0" is the first input
         earlier = sum(s.name.split("#")[0] == name for s in self.recording.sources)
         name = f"{name}#{earlier + 1}" if earlier else name  # a table shared by encoder and decoder is two sources
         self.recording.sources.append(Source(name, entry[1], copy, value_of(copy)))
@@ -228,14 +233,16 @@ def recording_calls(model: nn.Module, recording: Recording) -> Iterator[None]:
     def enter(module: nn.Module, _args: Any) -> None:
         if threading.get_ident() != thread:
             return
-        path = paths.get(id(module), type(module).__name__)
+        path = paths.get(id(module))
+        if path is None:
+            return  # a wrapper made by a library on the way, not part of the model
         parent = stack[-1].index if stack else -1
         call = Call(len(recording.calls), path, module, parent, clock())
         recording.calls.append(call)
         stack.append(call)
 
     def leave(module: nn.Module, _args: Any, _output: Any) -> None:
-        if threading.get_ident() != thread:
+        if threading.get_ident() != thread or id(module) not in paths:
             return
         while stack:
             call = stack.pop()
@@ -255,10 +262,11 @@ def recording_calls(model: nn.Module, recording: Recording) -> Iterator[None]:
             handle.remove()
 
 
-def record(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any], recording: Recording, values: _Values) -> Any:
+def record(
+    model: Any, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], recording: Recording, values: _Values
+) -> Any:
     """Run the model once under the recording modes; the caller prepares inputs, freezing and kernels."""
-    root = model if isinstance(model, nn.Module) else nn.Module()
-    with recording_calls(root, recording), _NonLeafSources(recording, values), values:
+    with recording_calls(module, recording), _NonLeafSources(recording, values), values:
         recording.output = model(*args, **kwargs)
     recording.stop = clock()
     return recording.output

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,7 @@ from stabkit.tracing.nodes import apply_node
 from stabkit.tracing.values import Meta, Value, meta_of, random_tensors, value_of
 
 Tensors = list[Tensor]
+Hook = Callable[[Tensor], Tensor | None]
 
 
 @contextlib.contextmanager
@@ -47,6 +48,7 @@ class Segment:
         start: first position.
         stop: last position.
         parameters: parameters of the model, frozen while a double-backward graph is built.
+        hooks: tensor hooks of the model, which change the gradient of a value once it is complete.
     """
 
     def __init__(
@@ -57,12 +59,15 @@ class Segment:
         start: int,
         stop: int,
         parameters: Sequence[nn.Parameter] = (),
+        hooks: Mapping[Value, Sequence[Hook]] | None = None,
     ) -> None:
         self.graph = graph
         self.source = tuple(source)
         self.target = tuple(target)
         self.nodes = graph.nodes[start:stop]
         self._parameters = parameters
+        self._hooks = hooks or {}
+        self._from_source = start == 0
         self._linearized: tuple[Tensors, Segment, list[int]] | None = None
         self._vmap_works = True
 
@@ -137,7 +142,7 @@ class Segment:
         try:
             for node in reversed(self.nodes):
                 outputs = len(node._input_metadata)
-                given = [grads.pop(Value(node, i), None) for i in range(outputs)]
+                given = [self._hooked(Value(node, i), grads.pop(Value(node, i), None)) for i in range(outputs)]
                 if all(g is None for g in given):
                     continue
                 for value, grad in apply_node(node, given, self.graph.inputs[node]):
@@ -145,11 +150,22 @@ class Segment:
         except RuntimeError as error:
             if "modified by an inplace operation" in str(error):
                 raise TraceError(
-                    "the model's weights or saved tensors were changed after it was traced, so its derivatives are "
-                    "gone; call stabkit.trace again"
+                    "the model's weights were changed after it was traced, so its derivatives are gone: call "
+                    "stabkit.trace again. (If nothing changed them, the forward pass overwrites its own parameters, by "
+                    "clamping or renormalising them: apply that change beforehand)"
                 ) from error
             raise
+        if self._from_source:
+            return [self._hooked(value, grads.get(value)) for value in self.source]
         return [grads.get(value) for value in self.source]
+
+    def _hooked(self, value: Value, grad: Tensor | None) -> Tensor | None:
+        if grad is None:
+            return None
+        for hook in self._hooks.get(value, ()):
+            changed = hook(grad)
+            grad = grad if changed is None else changed
+        return grad
 
     def _linearize(self) -> tuple[Segment, list[int]]:
         """The backward pass of this segment as a segment of its own, from its cotangents to its gradients."""

@@ -24,7 +24,7 @@ from stabkit.tracing.intervals import Intervals
 from stabkit.tracing.naming import kinds, names, stacks
 from stabkit.tracing.products import Products, Space
 from stabkit.tracing.recording import Recording, record, value_recorder
-from stabkit.tracing.safekeeping import unchanged, unwrap
+from stabkit.tracing.safekeeping import modules_behind, unchanged, unwrap
 from stabkit.tracing.samples import Layout
 from stabkit.tracing.segments import Segment
 from stabkit.tracing.transparency import transparent
@@ -98,7 +98,7 @@ def trace(
         batch = shaped[0].shape[batch_dim] if shaped else 1
         if batch == 0:
             raise TraceError(f"the input of shape {tuple(shaped[0].shape)} holds no samples; give at least one")
-    module = model if isinstance(model, nn.Module) else nn.Module()
+    module = modules_behind(model)
     with torch.inference_mode(False):
         recorded = _record(model, module, inputs, dict(kwargs or {}), source, target, seed)
     return _build(recorded, _Settings(module, depth, batch, batch_dim or 0, seed, check))
@@ -183,17 +183,11 @@ def _run(
         modes = value_recorder(recording, safe, prepared.integers, promote_casts)
         try:
             with transparent(through_no_grad):
-                record(model, prepared.args, prepared.kwargs, recording, modes)
+                record(model, module, prepared.args, prepared.kwargs, recording, modes)
         except TraceError:
             raise
         except Exception as error:
             raise _failed_forward(error, recording, inputs) from error
-        if safe.written_parameters:
-            written = ", ".join(safe.written_parameters)
-            raise TraceError(
-                f"the forward pass writes to its own parameters ({written}); they are as they were again, but the "
-                "derivatives at what was written are not kept. Apply the change (a max_norm, a clamp) beforehand"
-            )
     return recording
 
 
@@ -283,7 +277,7 @@ def _build(recorded: _Recorded, settings: _Settings) -> Flow:
     values = [frontiers.at(position) for position in positions]
     parameters = list(settings.module.parameters())
     segments = [
-        Segment(graph, before, after, start, stop, parameters)
+        Segment(graph, before, after, start, stop, parameters, recording.hooks)
         for (before, after), (start, stop) in zip(
             itertools.pairwise(values), itertools.pairwise(positions), strict=True
         )
