@@ -1,1 +1,35 @@
-"""To be written."""
+"""Jacobians as batched linear operators, and their spectra, each number with its error."""
+
+from __future__ import annotations
+
+from stabkit.jacobians.nonnormality import NonNormality, non_normality
+from stabkit.jacobians.operator import Jacobian, compose, from_dense
+from stabkit.jacobians.spectra import eigenvalues, singular_values
+from stabkit.jacobians.spectrum import Spectrum
+from stabkit.jacobians.traces import (
+    Estimate,
+    SingularValueDensity,
+    log_abs_det,
+    singular_value_density,
+    squared_frobenius_norm,
+    trace,
+    trace_of_square,
+)
+
+__all__ = [
+    "Estimate",
+    "Jacobian",
+    "NonNormality",
+    "SingularValueDensity",
+    "Spectrum",
+    "compose",
+    "eigenvalues",
+    "from_dense",
+    "log_abs_det",
+    "non_normality",
+    "singular_value_density",
+    "singular_values",
+    "squared_frobenius_norm",
+    "trace",
+    "trace_of_square",
+]

@@ -1,0 +1,115 @@
+"""What every spectral method needs of an operator: checked input, and counted products in float64."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from stabkit.jacobians.operator import Jacobian, from_dense
+
+
+class BudgetSpentError(Exception):
+    """The next product would exceed ``max_products``; caught by the methods, never seen by a user."""
+
+
+def as_jacobian(J: Jacobian | Tensor | np.ndarray, name: str = "J") -> Jacobian:
+    """The operator itself, or one over the explicit matrices ``(m, n)`` or ``(batch, m, n)``.
+
+    Raises:
+        TypeError: neither an operator nor a matrix, or entries that are not real floating-point numbers.
+        ValueError: wrong number of dimensions, no entries, or entries that are not finite.
+    """
+    if isinstance(J, np.ndarray):
+        J = _tensor(J, name)
+    if isinstance(J, Tensor):
+        if J.is_complex():
+            raise TypeError(f"{name} has dtype {J.dtype}; expected real entries (a Jacobian is real)")
+        if not J.is_floating_point():
+            raise TypeError(f"{name} has dtype {J.dtype}; expected a floating-point dtype: {name}.double()")
+        if J.dim() not in (2, 3):
+            raise ValueError(f"{name} has shape {tuple(J.shape)}; expected (m, n) or (batch, m, n)")
+        J = J.detach()
+        J = from_dense((J.cpu() if J.device.type == "mps" else J).double())  # exact; mps has no float64
+    if not isinstance(J, Jacobian):
+        raise TypeError(f"{name} is a {type(J).__name__}; expected a Jacobian, a torch tensor or a numpy array")
+    if 0 in J.shape:
+        raise ValueError(f"{name} has shape {tuple(J.shape)}; expected at least one sample, row and column")
+    return J
+
+
+def _tensor(matrix: np.ndarray, name: str) -> Tensor:
+    if matrix.dtype.kind not in "fiubc":
+        raise TypeError(f"{name} has dtype {matrix.dtype}; expected a floating-point dtype")
+    return torch.from_numpy(np.ascontiguousarray(matrix))
+
+
+def dense_float64(J: Jacobian) -> Tensor:
+    """The matrices ``(batch, m, n)`` in float64 on the CPU.
+
+    Raises:
+        ValueError: an entry is nan or infinite.
+    """
+    dense = J.dense().detach().to(device="cpu", dtype=torch.float64)
+    if not torch.isfinite(dense).all():
+        sample = int((~torch.isfinite(dense)).flatten(1).any(1).nonzero()[0])
+        raise ValueError(
+            f"J has nan or infinite entries (first in sample {sample}); its spectrum is not defined: "
+            "check the inputs and the parameters with torch.isfinite"
+        )
+    return dense
+
+
+def rounding(J: Jacobian) -> float:
+    """Relative rounding error of one product."""
+    return float(torch.finfo(J.dtype).eps)
+
+
+def entry_rounding(J: Jacobian) -> float:
+    """Relative error of the entries of ``J.dense()``: of the products that made them, none in explicit matrices."""
+    return float(torch.finfo(torch.float64).eps) if J.path == "dense" else rounding(J)
+
+
+class Products:
+    """Products with an operator, made in its dtype, returned in float64, counted against a budget.
+
+    Vectors are rows here, ``(batch, k, n)``: a basis that grows is then contiguous for each sample.
+    """
+
+    def __init__(self, J: Jacobian, max_products: int | None) -> None:
+        self.J = J
+        self.max_products = max_products
+        self.count = 0
+        self.device = torch.device("cpu") if J.device.type == "mps" else J.device  # mps has no float64
+
+    def remaining(self) -> float:
+        """How many vectors may still be multiplied."""
+        return float("inf") if self.max_products is None else self.max_products - self.count
+
+    def forward(self, V: Tensor) -> Tensor:
+        """J V for rows ``(batch, k, n)``; returns ``(batch, k, m)``."""
+        return self._apply(self.J, V)
+
+    def adjoint(self, U: Tensor) -> Tensor:
+        """J^T U for rows ``(batch, k, m)``; returns ``(batch, k, n)``."""
+        return self._apply(self.J.T, U)
+
+    def transposed(self) -> Products:
+        """The same count and budget on the transposed operator, starting from what is left."""
+        left = None if self.max_products is None else self.max_products - self.count
+        return Products(self.J.T, left)
+
+    def _apply(self, J: Jacobian, rows: Tensor) -> Tensor:
+        if rows.shape[1] > self.remaining():
+            raise BudgetSpentError
+        if not rows.shape[1]:
+            return rows.new_zeros(J.shape[0], 0, J.shape[1])
+        product = J.matmat(rows.transpose(1, 2)).detach()
+        self.count += rows.shape[1]
+        out = product.to(device=self.device, dtype=torch.float64).transpose(1, 2).contiguous()
+        if not torch.isfinite(out).all():
+            raise ValueError(
+                "a product with J has nan or infinite entries: check the inputs and the parameters with "
+                f"torch.isfinite, or use a wider dtype than {J.dtype}"
+            )
+        return out

@@ -1,0 +1,72 @@
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from stabkit.jacobians import compose, from_dense
+
+SIZES = st.integers(1, 6)
+
+
+def matrices(batch, m, n, seed=0, dtype=torch.float64):
+    return torch.randn(batch, m, n, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+@settings(deadline=None, max_examples=30)
+@given(SIZES, SIZES, SIZES, SIZES, st.sampled_from([torch.float32, torch.float64]))
+def test_products_equal_the_dense_ones(batch, m, n, k, dtype):
+    A, V, U = matrices(batch, m, n, 1, dtype), matrices(batch, n, k, 2, dtype), matrices(batch, m, k, 3, dtype)
+    J = from_dense(A)
+    assert torch.equal(J @ V, torch.bmm(A, V))
+    torch.testing.assert_close(J.T @ U, torch.einsum("bmn,bmk->bnk", A, U))
+    torch.testing.assert_close(J.matvec(V[:, :, 0]), torch.einsum("bmn,bn->bm", A, V[:, :, 0]))
+    torch.testing.assert_close(J.T @ U[:, :, 0], J.rmatvec(U[:, :, 0]))
+
+
+@settings(deadline=None, max_examples=30)
+@given(SIZES, st.integers(1, 9), st.integers(1, 9), st.integers(1, 4))
+def test_dense_gives_the_matrix_back_for_every_chunk(batch, m, n, chunk):
+    A = matrices(batch, m, n)
+    assert torch.equal(from_dense(A).dense(chunk), A)
+    assert torch.equal(from_dense(A).T.dense(chunk), A.transpose(1, 2))
+
+
+def test_composition_is_the_matrix_product():
+    A, B = matrices(2, 3, 4, 1), matrices(2, 4, 5, 2)
+    J = from_dense(A) @ from_dense(B)
+    assert J.shape == (2, 3, 5)
+    torch.testing.assert_close(J.dense(), A @ B)
+    torch.testing.assert_close(J.T.dense(), (A @ B).transpose(1, 2))
+
+
+def test_composition_needs_matching_sizes_and_batches():
+    with pytest.raises(ValueError, match="do not chain"):
+        compose(from_dense(matrices(2, 3, 4)), from_dense(matrices(2, 3, 4)))
+    with pytest.raises(ValueError, match="do not chain"):
+        compose(from_dense(matrices(2, 3, 3)), from_dense(matrices(1, 3, 3)))
+
+
+def test_scipy_operator_is_one_sample():
+    A = matrices(3, 4, 5)
+    operator = from_dense(A).to_scipy(sample=1)
+    v, u = np.arange(5.0), np.arange(4.0)
+    np.testing.assert_allclose(operator @ v, A[1].numpy() @ v)
+    np.testing.assert_allclose(operator.rmatvec(u), A[1].numpy().T @ u)
+    np.testing.assert_allclose(operator @ np.eye(5), A[1].numpy())
+    with pytest.raises(IndexError, match="3 samples"):
+        from_dense(A).to_scipy(sample=3)
+
+
+def test_bad_blocks_and_matrices_are_named():
+    J = from_dense(matrices(2, 3, 4))
+    with pytest.raises(ValueError, match=r"V has shape \(2, 3, 1\)"):
+        J.matmat(torch.ones(2, 3, 1))
+    with pytest.raises(ValueError, match=r"U has shape \(2, 4, 1\)"):
+        J.rmatmat(torch.ones(2, 4, 1))
+    with pytest.raises(ValueError, match="expected"):
+        from_dense(torch.ones(3))
+    with pytest.raises(TypeError, match="floating-point"):
+        from_dense(torch.ones(3, 3, dtype=torch.int64))
+    with pytest.raises(TypeError):
+        J @ "text"
