@@ -150,19 +150,19 @@ def _name(low: float, high: float, thresholds: Thresholds) -> str:
 
 
 def factor(growth: float) -> str:
-    """A growth in nats as a factor a person can read: ``"x 3.2"``, ``"x 1e-27"``."""
-    if math.isnan(growth):
-        return "x nan"
-    if growth == -math.inf:
-        return "x 0"
-    exponent = growth / math.log(10.0)
-    if abs(exponent) < 3:
-        return f"x {10**exponent:.3g}"
-    return f"x 1e{exponent:+.0f}"
+    """A growth in nats as a factor that a person can read, also where it leaves the range of a float.
+
+    Example:
+        >>> factor(0.0), factor(-2000.0), factor(float("-inf"))
+        ('1', '10^-869', '0')
+    """
+    if not math.isfinite(growth):
+        return "0" if growth == -math.inf else str(growth)
+    return f"{math.exp(growth):.3g}" if abs(growth) < 10 else f"10^{growth / math.log(10):.0f}"
 
 
 def _summary(name: str, growth: float, count: int) -> str:
-    change = f"over {count} step{'s' if count != 1 else ''} the gradient changes by {factor(growth)} on its way back"
+    change = f"over {count} step{'s' if count != 1 else ''} the gradient changes by a factor of {factor(growth)} on its way back"
     return {
         "stable": f"Stable: {change}.",
         "drift": f"Drift: {change}; one learning rate still serves all layers.",

@@ -1,1 +1,7 @@
-"""To be written."""
+"""The result of an analysis as pure data: schema, JSON, tables and files; knows no torch."""
+
+from __future__ import annotations
+
+from stabkit.report.schema import Report, StepReport
+
+__all__ = ["Report", "StepReport"]

@@ -1,0 +1,222 @@
+"""Pictures in the complex plane: stability regions and eigenvalues."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import BoundaryNorm, ListedColormap
+from matplotlib.patches import Circle
+from matplotlib.ticker import MaxNLocator
+
+from stabkit.plotting.style import BLUE, GREY, LIGHT, ORANGE, finish, new_axes, small_text
+from stabkit.report.tables import middle
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from stabkit.integrators.linear_stability import LinearStability
+    from stabkit.report import Report, StepReport
+
+LARGEST_VIEW = 25.0  # radii of the stability region that a picture of it may show
+
+
+def region(report: Report, ax: Axes | None = None) -> Axes:
+    r"""The eigenvalues of every step against the stability region of its method.
+
+    A step x' = a x + f(x) with an eigenvalue z of the Jacobian of f multiplies that mode by a + z, so it is
+    stable where \|a + z\| <= 1: for a = 1 the disc of forward Euler about -1 (Hairer and Wanner, Solving
+    Ordinary Differential Equations II, section IV.2). Triangles on the frame stand for eigenvalues beyond it.
+
+    Args:
+        report: a report; its steps without eigenvalues are left out, those without a known skip have a = 0.
+        ax: where to draw; a new figure when None.
+    """
+    ax, font = new_axes(ax, 8, 7, margin=0.03)
+    steps = [step for step in report.steps if step.z is not None]
+    discs = sorted({_skip(step) for step in steps}, reverse=True)
+    _discs(ax, discs, steps)
+    points = [np.asarray(step.z, dtype=complex) for step in steps]
+    z = np.concatenate([np.empty(0, dtype=complex), *points])
+    depth = np.repeat([step.index for step in steps], [len(values) for values in points])
+    finite = np.isfinite(z)
+    z, depth = z[finite], depth[finite]
+    low, high = _view(z, discs)
+    _eigenvalues(ax, z, depth, (low, high), len(report.steps), font)
+    ax.axhline(0, color=GREY, linewidth=0.5, zorder=0)
+    ax.axvline(0, color=GREY, linewidth=0.5, zorder=0)
+    # above the discs there must be room for what they are called
+    headroom = 0.14 * min(len(discs), 4) * high.imag if len(discs) > 1 else 0.0
+    ax.set_xlim(low.real, high.real)
+    ax.set_ylim(low.imag, high.imag + headroom)
+    ax.set_aspect("equal")
+    title = "Stability region"
+    if any(step.spectrum_method == "krylov" for step in steps):
+        words = "largest |a + z| only"
+        ax.text(0.03, 0.03, words, transform=ax.transAxes, ha="left", va="bottom", fontsize=font)
+    if not steps:
+        words = "no eigenvalues\nin this report"
+        ax.text(0.5, 0.5, words, transform=ax.transAxes, ha="center", va="center", fontsize=font)
+    elif len(discs) == 1:
+        title = f"Stability region {_inequality(discs[0])}"
+    else:
+        ax.legend(loc="upper left", fontsize=font, handlelength=1.5, borderpad=0.2, labelspacing=0.2, framealpha=0.8)
+    return finish(ax, font, "Re z", "Im z", title)
+
+
+def _inequality(a: float) -> str:
+    return f"|{a:.3g} + z| ≤ 1" if a else "|z| ≤ 1"
+
+
+def _skip(step: StepReport) -> float:
+    return round(float(step.skip or 0.0), 6)
+
+
+def _discs(ax: Axes, discs: list[float], steps: list[StepReport]) -> None:
+    """One disc per skip coefficient, named in the legend while there are few."""
+    method = {_skip(step): step.method for step in reversed(steps)}
+    styles = ["-", "--", ":", "-."]
+    crowded = len(discs) > len(styles)
+    for i, a in enumerate(discs):
+        label = f"{_inequality(a)}, {middle(method[a].partition(' (')[0], 14)}"
+        if crowded:
+            label = "_" if i else f"|a + z| ≤ 1, a = {discs[-1]:.3g} to {discs[0]:.3g}"
+        edge: dict[str, Any] = (
+            {"linewidth": 0.4, "linestyle": "-"} if crowded else {"linewidth": 0.9, "linestyle": styles[i]}
+        )
+        ax.add_patch(Circle((-a, 0), 1, facecolor=LIGHT, edgecolor="none", zorder=-2))
+        ax.add_patch(Circle((-a, 0), 1, fill=False, edgecolor="black", label=label, zorder=1, **edge))
+
+
+def _view(z: NDArray[np.complex128], discs: list[float]) -> tuple[complex, complex]:
+    """Corners of a window around all discs and nearly all eigenvalues, square enough to read."""
+    center = -float(np.mean(discs)) if discs else 0.0
+    spread = (max(discs) - min(discs)) / 2 if discs else 0.0
+    if not len(z):
+        return complex(center - 1.4, -1.4), complex(center + 1.4, 1.4)
+    limit = min(float(np.quantile(np.abs(z - center), 0.98)) * 1.2, LARGEST_VIEW)
+    near = z[np.abs(z - center) <= limit]
+    reach = [np.abs(near.imag).max(initial=0.0), 1.0]
+    left = min(near.real.min(initial=center), center - spread - 1)
+    right = max(near.real.max(initial=center), center + spread + 1)
+    half = max(max(reach), (right - left) / 2 * 0.75)
+    margin = 0.12 * half
+    return complex(left - margin, -half - margin), complex(right + margin, half + margin)
+
+
+def _eigenvalues(
+    ax: Axes,
+    z: NDArray[np.complex128],
+    depth: NDArray[np.int64],
+    frame: tuple[complex, complex],
+    n: int,
+    font: float | None,
+) -> None:
+    # drawn in a fixed random order, so that late steps do not hide early ones
+    order = np.random.default_rng(0).permutation(len(z))
+    z, depth = z[order], depth[order]
+    low, high = frame
+    beyond = (z.real < low.real) | (z.real > high.real) | (z.imag < low.imag) | (z.imag > high.imag)
+    colors, norm = _depth_colors(n)
+    size = float(np.clip(3000 / max(len(z), 1), 3, 14))
+    look: dict[str, Any] = {"cmap": colors, "norm": norm, "rasterized": len(z) > 2000}
+    near = z[~beyond]
+    ax.scatter(near.real, near.imag, c=depth[~beyond], s=size, linewidths=0, alpha=0.85, **look)
+    if beyond.any():
+        pad = 0.02 * (high - low)
+        x = z.real[beyond].clip(low.real + pad.real, high.real - pad.real)
+        y = z.imag[beyond].clip(low.imag + pad.imag, high.imag - pad.imag)
+        ax.scatter(x, y, c=depth[beyond], s=16, marker="^", linewidths=0.3, edgecolors="black", **look)
+        text = f"{int(beyond.sum())} beyond, |z| up to {np.abs(z).max():.2g}"
+        ax.text(0.97, 0.97, text, transform=ax.transAxes, ha="right", va="top", fontsize=font)
+    if n > 1 and len(z):
+        bar = ax.figure.colorbar(
+            ScalarMappable(norm, colors), cax=ax.inset_axes((1.03, 0, 0.05, 1)), ticks=MaxNLocator(5, integer=True)
+        )
+        bar.set_label("step", fontsize=font)
+        bar.ax.minorticks_off()
+        small_text(bar.ax, font)
+
+
+def _depth_colors(n: int) -> tuple[ListedColormap, BoundaryNorm]:
+    """One color per step; the palest end of viridis is left out because it fades on white."""
+    colors = ListedColormap(matplotlib.colormaps["viridis"](np.linspace(0, 0.92, max(n, 2))))
+    return colors, BoundaryNorm(np.arange(-0.5, max(n, 2)), max(n, 2))
+
+
+def spectrum(spectrum: Any, ax: Axes | None = None) -> Axes:
+    """A spectrum: eigenvalues in the plane with the unit circle, or singular values in falling order.
+
+    Hollow markers have not converged.
+
+    Args:
+        spectrum: an object with ``values`` (batch, k), complex for eigenvalues, and ``converged`` (batch, k).
+        ax: where to draw; a new figure when None.
+    """
+    values = np.atleast_2d(np.asarray(spectrum.values))
+    converged = np.broadcast_to(np.asarray(spectrum.converged, dtype=bool), values.shape)
+    planar = np.iscomplexobj(values)
+    ax, font = new_axes(ax, 8, 7 if planar else 6)
+    for sample, (row, good) in enumerate(zip(values, converged, strict=True)):
+        color = _sample_color(sample, len(values))
+        if planar:
+            x, y = row.real, row.imag
+        else:
+            order = np.argsort(-row, kind="stable")
+            x, y, good = np.arange(1, len(row) + 1), row[order], good[order]
+        ax.scatter(x[good], y[good], s=8, color=color, linewidths=0)
+        ax.scatter(x[~good], y[~good], s=10, facecolors="none", edgecolors=color, linewidths=0.7)
+    if planar:
+        ax.add_patch(Circle((0, 0), 1, fill=False, edgecolor="black", linewidth=0.8))
+        ax.autoscale_view()
+        ax.set_aspect("equal", adjustable="datalim")
+        return finish(ax, font, "Re λ", "Im λ", "Eigenvalues of J")
+    if (values[np.isfinite(values)] > 0).all():
+        ax.set_yscale("log")
+    ax.axhline(1, color=GREY, linewidth=0.6, zorder=0)
+    ax.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+    return finish(ax, font, "index", "singular value", "Singular values of J")
+
+
+def _sample_color(sample: int, n: int) -> Any:
+    return BLUE if n == 1 else matplotlib.colormaps["viridis"](0.92 * sample / (n - 1))
+
+
+def method(method: LinearStability, ax: Axes | None = None) -> Axes:
+    """The stability region of an integrator: where the powers of M(z) stay bounded.
+
+    Args:
+        method: a method of ``stabkit.integrators``; all its fields see the same z.
+        ax: where to draw; a new figure when None.
+    """
+    ax, font = new_axes(ax, 8, 7)
+    left, right, height = _window(method)
+    x, y = np.linspace(left, right, 401), np.linspace(-height, height, 401)
+    with np.errstate(all="ignore"):
+        radius = np.nan_to_num(method.amplification(x[None, :] + 1j * y[:, None]), nan=np.inf, posinf=1e300)
+    # the logarithm keeps the contour smooth beside poles
+    level = np.log(np.maximum(radius, 1e-300))
+    ax.contourf(x, y, level, levels=[-1e3, 0.0], colors=[LIGHT])
+    ax.contour(x, y, level, levels=[0.0], colors=["black"], linewidths=0.9)
+    reach = min(float(method.imaginary_interval()), height)
+    if reach > 0:
+        # the region of leapfrog is nothing but this
+        ax.plot([0, 0], [-reach, reach], color=ORANGE, linewidth=1.4)
+    ax.axhline(0, color=GREY, linewidth=0.5, zorder=0)
+    ax.axvline(0, color=GREY, linewidth=0.5, zorder=0)
+    ax.set_xlim(left, right)
+    ax.set_ylim(-height, height)
+    ax.set_aspect("equal")
+    return finish(ax, font, "Re z", "Im z", f"Stability region, {middle(method.name, 24)}")
+
+
+def _window(method: LinearStability) -> tuple[float, float, float]:
+    """Left, right and upper end of a picture that shows the whole region, or where it starts to be everything."""
+    real, imaginary = (float(b) for b in (method.real_interval(), method.imaginary_interval()))
+    unbounded = not np.isfinite([real, imaginary]).all()
+    width = 6.0 if unbounded else float(np.clip(real, 1.0, 60.0))
+    height = 4.0 if unbounded else float(np.clip(max(1.25 * imaginary, 0.6 * width), 1.5, 60.0))
+    return -1.15 * width, max(0.25 * width, 1.0) if not unbounded else 5.0, height

@@ -1,0 +1,64 @@
+"""What all pictures share: colors, sizes, new Axes, and figures as bytes."""
+
+from __future__ import annotations
+
+import io
+from typing import Any
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
+
+BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#7F7F7F"
+LIGHT = "#E8EEF2"
+FONT = 8.0  # points, in figures 8 cm wide: still 6 points when printed at 6 cm
+CENTIMETER = 1 / 2.54
+
+
+def new_axes(ax: Axes | None, width: float, height: float, margin: float = 0.0) -> tuple[Axes, float | None]:
+    """The given Axes, or new ones in a figure of that many centimetres, and the size of all their text in points.
+
+    In Axes that were given, text takes the size that was set for the tick labels; None is matplotlib's own.
+    """
+    if ax is not None:
+        return ax, ax.yaxis.get_tick_params().get("labelsize")
+    # the layout does not see labels of an inset color bar beside axes of equal aspect: the margin is for them
+    layout = ConstrainedLayoutEngine(rect=(margin, 0, 1 - 2 * margin, 1))
+    figure = Figure(figsize=(width * CENTIMETER, height * CENTIMETER), dpi=200, layout=layout)
+    ax = figure.subplots()
+    small_text(ax, FONT)
+    return ax, FONT
+
+
+def small_text(ax: Axes, font: float | None) -> None:
+    """Set the size of the tick labels, and lines as fine as small text needs; nothing when ``font`` is None."""
+    if font is not None:
+        ax.tick_params(which="both", labelsize=font, width=0.5, length=2)
+        ax.spines[:].set_linewidth(0.5)
+
+
+def finish(ax: Axes, font: float | None, x: str | None, y: str, title: str) -> Axes:
+    """Label Axes and return them; ``x`` is None where the axis has its label already."""
+    if x is not None:
+        ax.set_xlabel(x, fontsize=font)
+    ax.set_ylabel(y, fontsize=font)
+    ax.set_title(title, fontsize=font)
+    return ax
+
+
+def figure_of(ax: Axes) -> Figure:
+    """The figure that Axes are in, also when they are in a part of it."""
+    figure = ax.figure
+    while not isinstance(figure, Figure):
+        figure = figure.figure
+    return figure
+
+
+def render(figure: Figure, kind: str) -> bytes:
+    """A figure as the bytes of a ``"png"``, ``"svg"`` or ``"pdf"`` file; the same figure gives the same bytes."""
+    dates: dict[str, dict[str, Any]] = {"png": {}, "svg": {"Date": None}, "pdf": {"CreationDate": None}}
+    stream = io.BytesIO()
+    with matplotlib.rc_context({"svg.hashsalt": "stabkit"}):
+        figure.savefig(stream, format=kind, metadata=dates[kind])
+    return stream.getvalue()

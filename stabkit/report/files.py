@@ -1,0 +1,120 @@
+"""Reports and pictures to and from files; a file is written whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import os
+import uuid
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from stabkit.errors import ReportError
+from stabkit.report import decoding, encoding, tables
+from stabkit.report.schema import Report
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+PICTURES = (".png", ".svg", ".pdf")
+SUFFIXES = (".json", ".csv", *PICTURES)
+
+
+def save(report: Report, path: str | os.PathLike[str]) -> Path:
+    """Write a report in the format that the suffix of ``path`` names; see ``Report.save``."""
+    path = Path(path)
+    suffix = path.suffix.lower()
+    if suffix == ".json":
+        return write(path, encoding.lines(report.to_dict()).encode())
+    if suffix == ".csv":
+        return write(path, tables.csv_text(report).encode())
+    if suffix in PICTURES:
+        from stabkit import plotting
+
+        return write_figure(plotting.overview(report), path)
+    if suffix in (".html", ".htm"):
+        raise ReportError(f"{path}: the HTML page is not written yet; accepted suffixes: {', '.join(SUFFIXES)}")
+    raise ReportError(f"{path}: unknown suffix {suffix!r}; accepted: {', '.join(SUFFIXES)}")
+
+
+def save_all(report: Report, folder: str | os.PathLike[str]) -> list[Path]:
+    """``report.json``, ``region.png``, ``growth.png`` and ``gradients.png`` in a folder, which is made if needed.
+
+    Everything is drawn before anything is written.
+
+    Raises:
+        ReportError: the folder or a file in it cannot be written.
+    """
+    from stabkit import plotting
+
+    folder = Path(folder)
+    contents = {"report.json": encoding.lines(report.to_dict()).encode()}
+    for draw in (plotting.region, plotting.growth, plotting.gradients):
+        contents[f"{draw.__name__}.png"] = plotting.render(plotting.figure_of(draw(report)), "png")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ReportError(f"{folder}: the directory cannot be made: {error.strerror}") from error
+    return [write(folder / name, content) for name, content in contents.items()]
+
+
+def load(path: str | os.PathLike[str]) -> Report:
+    """Read a report back from JSON; see ``Report.load``."""
+    path = Path(path)
+    try:
+        content = path.read_bytes()
+    except FileNotFoundError:
+        raise ReportError(f"{path}: no such file") from None
+    except OSError as error:
+        raise ReportError(f"{path}: cannot be read: {error.strerror}") from error
+    try:
+        data = json.loads(content)
+    except (ValueError, RecursionError) as error:
+        raise ReportError(
+            f"{path}: not a whole JSON file ({error}); save the report again with report.save('....json')"
+        ) from error
+    return decoding.report(data, str(path))
+
+
+def write_figure(figure: Figure, path: str | os.PathLike[str]) -> Path:
+    """Write a figure as ``.png``, ``.svg`` or ``.pdf``; the same figure gives the same bytes.
+
+    Returns:
+        The path that was written.
+
+    Raises:
+        ReportError: the suffix is another one, or the file cannot be written.
+    """
+    path = Path(path)
+    suffix = path.suffix.lower()
+    if suffix not in PICTURES:
+        raise ReportError(f"{path}: unknown suffix {suffix!r} for a picture; accepted: {', '.join(PICTURES)}")
+    from stabkit import plotting
+
+    return write(path, plotting.render(figure, suffix.removeprefix(".")))
+
+
+def write(path: Path, content: bytes) -> Path:
+    """Write a file through a temporary neighbour, so that a reader never meets half of it.
+
+    Returns:
+        ``path``.
+
+    Raises:
+        ReportError: the directory does not exist or the file cannot be written.
+    """
+    # the rename must not turn a link into a file
+    target = Path(os.path.realpath(path))
+    if not target.parent.is_dir():
+        raise ReportError(f"{path}: the directory {target.parent} does not exist; create it first")
+    if target.is_dir():
+        raise ReportError(f"{path}: is a directory; name a file in it")
+    temporary = target.with_name(f".stabkit-{uuid.uuid4().hex}.tmp")
+    try:
+        with temporary.open("xb") as stream:
+            stream.write(content)
+        temporary.replace(target)
+    except OSError as error:
+        raise ReportError(f"{path}: cannot be written: {error.strerror}") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+    return path

@@ -1,0 +1,211 @@
+"""The result of an analysis as plain data: it can be printed, saved, read back and compared without torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from stabkit.diagnosis import Finding
+from stabkit.report import encoding
+
+if TYPE_CHECKING:
+    import os
+
+    import pandas
+
+SCHEMA = "stabkit.report/1"
+
+VERDICTS = ("stable", "drift", "exploding", "vanishing", "inconclusive", "non-finite")
+KINDS = ("step", "transition")
+EVIDENCE = ("proven", "measured", "statistical", "convention", "unknown")
+SPECTRUM_METHODS = ("dense", "krylov", "none")
+SEVERITIES = ("info", "warning", "critical")  # in rising order
+FINDINGS = ("exploding", "vanishing", "non_finite")
+
+Shapes = tuple[tuple[int, ...], ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepReport:
+    r"""What was measured at one step of the flow.
+
+    Shapes and sizes are those of one sample. A value that was not computed is None; one that came out as not
+    finite stays so.
+
+    Attributes:
+        index: position in the flow, 0 at the input.
+        name: what a person would call the step.
+        module_path: the module that does its work, as in ``model.named_modules()``.
+        kind: ``"step"`` (same shapes in and out) or ``"transition"`` (a change of space).
+        source_shapes: shapes of the tensors of the state before the step.
+        target_shapes: shapes of the tensors of the state after it.
+        source_size: numbers in the state before the step.
+        target_size: numbers in the state after it.
+        method: the integrator that the step implements, in words.
+        skip: a of x' = a x + f(x), None when no such form was read; ``z`` is then taken with a = 0.
+        evidence: how sure the method is, one of ``EVIDENCE``.
+        residual: relative residual of the numerical test behind ``evidence``.
+        z: eigenvalues of J - a of all analysed samples, one after another.
+        spectral_radius: largest \|eigenvalue\| of J.
+        largest_singular_value: largest singular value of J, the worst growth in one step.
+        outside_share: share of the spectrum with \|a + z\| > 1, from 0 to 1; at least this when only the
+            largest eigenvalues were computed.
+        spectrum_method: how the eigenvalues were computed, one of ``SPECTRUM_METHODS``.
+        spectrum_converged: whether every eigenvalue in ``z`` has converged.
+        growth: log of the gradient norm before the step over that after it, mean over samples, in nats.
+        growth_interval: confidence interval of ``growth``, in nats.
+        gradient_norm: geometric mean over samples of the gradient norm before the step.
+        state_norm: geometric mean over samples of the norm of the state before the step.
+        notes: what the reader should know about these numbers.
+
+    Raises:
+        ValueError: ``kind``, ``evidence`` or ``spectrum_method`` is not one of the words above.
+    """
+
+    index: int
+    name: str
+    module_path: str
+    kind: str
+    source_shapes: Shapes
+    target_shapes: Shapes
+    source_size: int
+    target_size: int
+    method: str = "unknown"
+    skip: float | None = None
+    evidence: str = "unknown"
+    residual: float | None = None
+    z: tuple[complex, ...] | None = None
+    spectral_radius: float | None = None
+    largest_singular_value: float | None = None
+    outside_share: float | None = None
+    spectrum_method: str = "none"
+    spectrum_converged: bool = False
+    growth: float
+    growth_interval: tuple[float, float]
+    gradient_norm: float
+    state_norm: float
+    notes: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        _one_of("kind", self.kind, KINDS)
+        _one_of("evidence", self.evidence, EVIDENCE)
+        _one_of("spectrum_method", self.spectrum_method, SPECTRUM_METHODS)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """The result of ``stabkit.analyze``: verdict, findings and one record per step.
+
+    Attributes:
+        model: the class of the model, or what it was loaded from.
+        verdict: one of ``VERDICTS``.
+        summary: the verdict in a sentence or two.
+        findings: diagnosed facts, see ``stabkit.diagnosis``.
+        steps: one record per step, input first.
+        total_growth: log of the gradient norm before the first block over that after the last, mean over
+            samples, nats; transitions before and behind the blocks (stem, head) do not count.
+        total_growth_interval: confidence interval of ``total_growth``, nats.
+        chain_error: relative distance of the product of the step VJPs from the model's own VJP.
+        n_parameters: number of parameters of the model.
+        dtype: dtype of the analysis.
+        device: device of the analysis.
+        mode: ``"train"`` or ``"eval"``.
+        loss: what was differentiated, in words.
+        seed: seed of every random choice.
+        seconds: wall-clock time of the analysis.
+        thresholds: the limits behind the verdict.
+        notes: what the reader should know about the whole.
+        versions: versions of stabkit and of what it stands on.
+
+    Raises:
+        ValueError: ``verdict`` is not one of ``VERDICTS``.
+
+    Example:
+        >>> report = Report(
+        ...     model="MLP", verdict="stable", summary="Gradients keep their size.", findings=(), steps=(),
+        ...     total_growth=0.1, total_growth_interval=(0.0, 0.2), chain_error=1e-15, n_parameters=12,
+        ...     dtype="float64", device="cpu", mode="eval", loss="random cotangent", seed=0, seconds=0.01,
+        ... )
+        >>> report.to_dict()["schema"]
+        'stabkit.report/1'
+    """
+
+    model: str
+    verdict: str
+    summary: str
+    findings: tuple[Finding, ...]
+    steps: tuple[StepReport, ...]
+    total_growth: float
+    total_growth_interval: tuple[float, float]
+    chain_error: float
+    n_parameters: int
+    dtype: str
+    device: str
+    mode: str
+    loss: str
+    seed: int
+    seconds: float
+    thresholds: Mapping[str, Any] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+    versions: Mapping[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        _one_of("verdict", self.verdict, VERDICTS)
+
+    def __str__(self) -> str:
+        from stabkit.report import tables
+
+        return tables.plain(self)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as data that ``json.dumps`` takes, with a versioned ``"schema"``.
+
+        Floats that are not finite become ``"NaN"``, ``"Infinity"`` or ``"-Infinity"``, complex numbers
+        ``[re, im]``; see ``stabkit.report.encoding``.
+        """
+        return {"schema": SCHEMA, **encoding.encode(self)}
+
+    def to_dataframe(self) -> pandas.DataFrame:
+        """One row per step, the columns of the CSV file, as a ``pandas.DataFrame`` indexed by ``index``.
+
+        Raises:
+            ReportError: pandas is not installed.
+        """
+        from stabkit.report import tables
+
+        return tables.dataframe(self)
+
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """Write the report to a file, whole or not at all.
+
+        Args:
+            path: the suffix says what is written: ``.json`` (everything), ``.csv`` (one row per step), ``.png``,
+                ``.svg`` or ``.pdf`` (the three plots side by side).
+
+        Returns:
+            The path that was written.
+
+        Raises:
+            ReportError: the suffix is unknown, or the file cannot be written.
+        """
+        from stabkit.report import files
+
+        return files.save(self, path)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Report:
+        """Read a report from a ``.json`` file that ``save`` wrote.
+
+        Raises:
+            ReportError: there is no such file, or it is not a whole report of schema ``stabkit.report/1``.
+        """
+        from stabkit.report import files
+
+        return files.load(path)
+
+
+def _one_of(name: str, value: str, accepted: tuple[str, ...]) -> None:
+    if value not in accepted:
+        raise ValueError(f"{name}={value!r}; accepted: {', '.join(map(repr, accepted))}")

@@ -1,0 +1,99 @@
+"""A report as people meet it in a terminal: verdict first, then the steps, then what to do.
+
+Names and messages may come from a checkpoint. They are shown as text, never as markup, and without control
+characters, so that no file can color, clear or rewrite the terminal.
+"""
+
+from __future__ import annotations
+
+from rich import box
+from rich.console import Console, Group, RenderableType
+from rich.padding import Padding
+from rich.table import Table
+from rich.text import Text
+
+from stabkit.report import tables
+from stabkit.report.schema import Report
+
+_VERDICT = {
+    "stable": "bold green",
+    "drift": "bold yellow",
+    "exploding": "bold red",
+    "vanishing": "bold red",
+    "inconclusive": "bold yellow",
+    "non-finite": "bold red",
+}
+# one space between columns and a rule under the titles
+_RULE = box.Box("    \n    \n ── \n    \n    \n    \n    \n    \n")
+_SEVERITY = {"info": "cyan", "warning": "yellow", "critical": "red"}
+
+
+def plain_text(text: str, style: str = "") -> Text:
+    """A user's text for rich: no markup, no control characters."""
+    return Text(tables.printable(text), style=style)
+
+
+def render(report: Report, width: int) -> RenderableType:
+    """Everything in a report that a terminal of ``width`` columns can show."""
+    head = Text.assemble(
+        plain_text(report.model, "bold"), ": ", (report.verdict.upper(), _VERDICT[report.verdict]), "\n"
+    )
+    head.append_text(plain_text(report.summary))
+    parts: list[RenderableType] = [
+        head,
+        plain_text(tables.origin(report), "dim"),
+        Padding(steps(report, width), (1, 0)),
+        plain_text(tables.total(report)),
+    ]
+    parts += [_finding(report, i) for i in range(len(report.findings))]
+    parts += [plain_text(f"Note: {note}", "dim") for note in notes(report)]
+    parts += [plain_text(line, "dim") for line in tables.legend(report)]
+    return Group(*parts)
+
+
+def steps(report: Report, width: int) -> Table:
+    """One row per step; transitions, which are no steps of an integrator, are dim."""
+    chosen = tables.columns(report, width)
+    table = Table(box=_RULE, show_edge=False, padding=0, collapse_padding=True)
+    for column in chosen:
+        table.add_column(column.title, justify="left" if column.is_text else "right", no_wrap=True)
+    accused = {index for finding in report.findings if finding.severity == "critical" for index in finding.steps}
+    for step in report.steps:
+        style = "dim" if step.kind == "transition" else ""
+        cells = [plain_text(column.cell(step)) for column in chosen]
+        if step.index in accused:
+            cells[[column.title for column in chosen].index("growth")].stylize("red")
+        table.add_row(*cells, style=style)
+    return table
+
+
+def _finding(report: Report, index: int) -> RenderableType:
+    finding = report.findings[index]
+    where = " at ".join(filter(None, (tables.steps_named(finding.steps), finding.module_path)))
+    first = Text.assemble(
+        (finding.severity, _SEVERITY.get(finding.severity, "")),
+        plain_text(f" {finding.kind}"),
+        plain_text(f", {where}" if where else ""),
+        f" (confidence {finding.confidence:.0%})",
+    )
+    lines: list[RenderableType] = [first]
+    for label, text in (("seen", finding.evidence), ("remedy", finding.remedy), ("source", finding.reference)):
+        if text:
+            lines.append(Padding(plain_text(f"{label}: {text}"), (0, 0, 0, 2)))
+    return Group(*lines)
+
+
+def notes(report: Report, at_most: int = 8) -> list[str]:
+    """Notes on the whole and on the steps; one that several steps share is said once."""
+    places: dict[str, list[int]] = {}
+    for step in report.steps:
+        for note in step.notes:
+            places.setdefault(note, []).append(step.index)
+    found = [*report.notes, *(f"{tables.steps_named(tuple(where))}: {note}" for note, where in places.items())]
+    left = len(found) - at_most
+    return found if left <= 0 else [*found[:at_most], f"{left} more notes are in the JSON report"]
+
+
+def show(report: Report, console: Console) -> None:
+    """Print a report on a console, in columns that fit its width."""
+    console.print(render(report, console.width), highlight=False)
