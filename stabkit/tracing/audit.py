@@ -20,6 +20,8 @@ _OPAQUE = frozenset(
         "DifferentiableGraph",
     }
 )
+# torch's own marker of full backward hooks
+_HARMLESS = {"BackwardHookFunctionBackward"}
 _FLAT = frozenset({"Round", "Sign", "Floor", "Ceil", "Trunc", "Sgn", "Heaviside"})
 
 
@@ -27,7 +29,7 @@ def audit(nodes: Sequence[Node], recording: Recording, start_clock: int, stop_cl
     """Notes on one stretch of a recording: what is opaque, hand-written, flat or detached there."""
     names = {operation(node) for node in nodes}
     notes = []
-    custom = sorted({type(node).__name__ for node in nodes if is_python_node(node)})
+    custom = sorted({type(node).__name__ for node in nodes if is_python_node(node)} - _HARMLESS)
     if custom:
         notes.append(f"hand-written backward {', '.join(custom)}: its Jacobian is what that backward says")
     opaque = sorted(names & _OPAQUE)

@@ -156,7 +156,7 @@ class _Values(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def note_exit(self, tensor: Tensor) -> None:
         """Note that the data of a tensor is handed to numpy, if it depends on the input."""
-        if id(tensor) in self.silent:
+        if id(tensor) in self.silent and torch.is_grad_enabled():  # inside a custom Function nothing is lost
             now = clock()
             self.recording.stopped.append(Stopped("numpy()", now, self.recording.path_at(now)))
 

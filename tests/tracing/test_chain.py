@@ -77,6 +77,17 @@ def test_the_chain_equals_the_vjp_of_the_untraced_model():
     torch.testing.assert_close(cotangents[0], truth, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("register", ["register_full_backward_hook", "register_full_backward_pre_hook"])
+def test_a_module_hook_that_changes_gradients_is_named_in_the_error(register):
+    def double(_module, *grads):
+        return tuple(2 * grad for grad in grads[0])
+
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3), nn.Tanh(), nn.Linear(3, 2))
+    getattr(model[1], register)(double)
+    with pytest.raises(TraceError, match=r"backward hook.*'1'"):
+        trace(model, torch.randn(2, 3))
+
+
 def test_a_chain_that_is_not_exact_is_refused(monkeypatch):
     # a node whose hand-applied formula is off by a tenth of a per mille
     from stabkit.tracing import nodes

@@ -6,6 +6,7 @@ from stabkit.tracing.depth import Piece
 from stabkit.tracing.intervals import Interval
 from stabkit.tracing.naming import families, kinds, names
 
+
 def call(path: str, start: int, stop: int, module: nn.Module | None = None) -> Interval:
     return Interval(start, -1, path, module or nn.Linear(2, 2), start, stop)
 

