@@ -41,6 +41,9 @@ Seed = Annotated[int, typer.Option(help="Seed of every random choice.")]
 
 def main() -> None:
     """The console entry; leaves by ``SystemExit`` with the exit codes above."""
+    # Beside a busy neighbour, OpenMP threads that spin while they wait make two threads slower than one. torch reads
+    # this when it is imported; a command line may set it, a library may not.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     app()
 
 

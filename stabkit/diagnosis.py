@@ -162,7 +162,8 @@ def factor(growth: float) -> str:
 
 
 def _summary(name: str, growth: float, count: int) -> str:
-    change = f"over {count} step{'s' if count != 1 else ''} the gradient changes by a factor of {factor(growth)} on its way back"
+    steps = f"{count} step{'s' if count != 1 else ''}"
+    change = f"over {steps} the gradient changes by a factor of {factor(growth)} on its way back"
     return {
         "stable": f"Stable: {change}.",
         "drift": f"Drift: {change}; one learning rate still serves all layers.",

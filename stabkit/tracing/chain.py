@@ -1,4 +1,4 @@
-"""The chain of steps checked against the model's own VJP, and the samples told apart, in one backward pass."""
+"""The chain of steps held against the model's own VJP, and the samples told apart, in two backward passes."""
 
 from __future__ import annotations
 
@@ -9,10 +9,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from stabkit.errors import TraceError
 from stabkit.tracing.flow import engine_vjp
-from stabkit.tracing.samples import Layout, candidates, leaks, one_sample
+from stabkit.tracing.samples import Layout, candidates, is_scaled, scale, scales
 from stabkit.tracing.segments import Segment
 from stabkit.tracing.values import Value, meta_of, random_tensors
+
+_SLACK = 1e3  # multiple of the rounding unit by which orders of addition may differ
+_COARSEST = 1e-2  # a tenth of a sample's gradient is no rounding in any dtype
 
 
 @dataclass(frozen=True)
@@ -21,31 +25,27 @@ class Chain:
 
     Attributes:
         layouts: for every state and every tensor in it, which entries belong to which sample.
-        cotangents: what arrived at the source.
-        restart: the state at which the cotangent was last drawn; later ones pass nothing back.
-        restart_cotangents: what was drawn there.
-        silent: steps whose Jacobian let nothing through.
+        error: relative difference between what the steps and what autograd's engine brought to the source.
+        silent: steps whose Jacobian let nothing through; the cotangent was drawn anew before each of them.
     """
 
     layouts: tuple[tuple[Layout, ...], ...]
-    cotangents: tuple[Tensor, ...]
-    restart: int
-    restart_cotangents: tuple[Tensor, ...]
+    error: float
     silent: tuple[int, ...]
 
 
 def walk(
     segments: Sequence[Segment], frontiers: Sequence[tuple[Value, ...]], source_layouts: tuple[Layout, ...], seed: int
 ) -> Chain | None:
-    """Pull a random cotangent of the first sample back through every step; None when it reaches other samples.
+    """Pull a random cotangent back through every step; None when samples turn out to influence each other.
 
-    Whether samples are independent is thus tested, not assumed: batch norm in training mode, or attention across
-    the batch, lets the cotangent of one sample reach the others.
+    The engine pulls back w, the steps pull back D w, where D multiplies every sample by a power of two of its own. If
+    the samples are independent, the second is D times the first at every state, and says which entries belong to
+    which sample. So independence is tested, not assumed: batch norm in training mode, or attention across the batch,
+    mixes the factors.
     """
-    batch = source_layouts[0].batch
-    target = frontiers[-1]
-    axis = source_layouts[0].axis or 0
-    options = [candidates(meta_of(value), batch, axis) for value in target]
+    batch, axis = source_layouts[0].batch, source_layouts[0].axis or 0
+    options = [candidates(meta_of(value), batch, axis) for value in frontiers[-1]]
     if any(not option for option in options):
         return None
     for attempt in range(max(len(option) for option in options)):
@@ -64,46 +64,101 @@ def _walk_from(
     seed: int,
 ) -> Chain | None:
     batch, axis = source_layouts[0].batch, source_layouts[0].axis or 0
-    cotangents = _draw(frontiers[-1], target_layouts, seed)
-    layouts = [target_layouts]
-    restart, drawn, silent = len(segments), cotangents, []
+    factors, tolerance = scales(batch, seed), _tolerance(segments)
+    layouts, silent = [target_layouts], []
+    drawn = random_tensors(frontiers[-1], seed)
+    plain = _adjoints(segments, frontiers, len(segments), drawn)
+    scaled = _scaled(drawn, target_layouts, factors)
     for index in range(len(segments) - 1, -1, -1):
-        cotangents = segments[index].vjp(cotangents)
+        scaled = segments[index].vjp(scaled)
         options = [candidates(meta_of(value), batch, axis) for value in frontiers[index]]
         if index == 0:
             options = [[layout] for layout in source_layouts]
-        fitting = tuple(
-            next((layout for layout in option if not leaks(cotangent, layout, 0)), None)
-            for option, cotangent in zip(options, cotangents, strict=True)
-        )
-        found = tuple(layout for layout in fitting if layout is not None)
-        if len(found) < len(fitting):
+        found = _fitting(options, scaled, plain[index], factors, tolerance)
+        if found is None:
             return None
         layouts.append(found)
-        if not any(bool((cotangent != 0).any()) for cotangent in cotangents):
+        if not any(bool((cotangent != 0).any()) for cotangent in scaled):
             silent.append(index)
             if index > 0:
                 # nothing flows back through this step (a head initialised at zero): start anew before it
-                cotangents = _draw(frontiers[index], layouts[-1], seed + index)
-                restart, drawn = index, cotangents
-    return Chain(tuple(reversed(layouts)), tuple(cotangents), restart, tuple(drawn), tuple(silent))
+                drawn = random_tensors(frontiers[index], seed + index)
+                plain = _adjoints(segments, frontiers, index, drawn)
+                scaled = _scaled(drawn, found, factors)
+    difference = _relative_difference(scaled, _scaled(plain[0], layouts[-1], factors))
+    return Chain(tuple(reversed(layouts)), difference, tuple(silent))
 
 
-def _draw(values: tuple[Value, ...], layouts: tuple[Layout, ...], seed: int) -> list[Tensor]:
-    """A random cotangent that belongs to the first sample."""
-    return [one_sample(tensor, layout, 0) for tensor, layout in zip(random_tensors(values, seed), layouts, strict=True)]
+def _adjoints(
+    segments: Sequence[Segment], frontiers: Sequence[tuple[Value, ...]], start: int, cotangents: list[Tensor]
+) -> list[list[Tensor]]:
+    """What arrives at every state before ``start``, by the engine where it can say.
+
+    The engine gives total derivatives, which at a state of one tensor are those of the chain. At states of several
+    they are not, and the steps are walked; the source is the engine's in any case.
+    """
+    single = all(len(frontier) == 1 for frontier in frontiers[:start])
+    if single:
+        sources = [frontier[0] for frontier in frontiers[:start]]
+        return [[grad] for grad in _engine(segments, frontiers, start, sources, cotangents)]
+    walked = [cotangents]
+    for segment in reversed(segments[:start]):
+        walked.append(segment.vjp(walked[-1]))
+    return [_engine(segments, frontiers, start, frontiers[0], cotangents), *walked[-2:0:-1]]
 
 
-def error(chain: Chain, frontiers: Sequence[tuple[Value, ...]]) -> float:
-    """Relative difference between what the chain and what autograd's engine bring to the source."""
-    truth = engine_vjp(frontiers[chain.restart], frontiers[0], chain.restart_cotangents)
-    difference = scale = 0.0
-    for ours, theirs in zip(chain.cotangents, truth, strict=True):
-        finite = ours.isfinite()
-        if not torch.equal(finite, theirs.isfinite()):
-            return float("inf")
-        wide = torch.complex128 if ours.is_complex() else torch.float64
-        ours, theirs = ours[finite].to(wide), theirs[finite].to(wide)
-        difference += float((ours - theirs).abs().square().sum())
-        scale += float(theirs.abs().square().sum())
-    return math.sqrt(difference / scale) if scale > 0 else math.sqrt(difference)
+def _engine(
+    segments: Sequence[Segment],
+    frontiers: Sequence[tuple[Value, ...]],
+    start: int,
+    sources: Sequence[Value],
+    cotangents: list[Tensor],
+) -> list[Tensor]:
+    try:
+        return engine_vjp(frontiers[start], sources, cotangents)
+    except Exception as error:
+        for segment in reversed(segments[:start]):  # fails at the same node, and can name it
+            cotangents = segment.vjp(cotangents)
+        raise TraceError(f"the model's own backward failed: {type(error).__name__}: {error}") from error
+
+
+def _fitting(
+    options: list[list[Layout]],
+    scaled: Sequence[Tensor],
+    plain: Sequence[Tensor],
+    factors: Tensor,
+    tolerance: float,
+) -> tuple[Layout, ...] | None:
+    found = []
+    for option, result, reference in zip(options, scaled, plain, strict=True):
+        if len(factors) == 1:
+            found.append(option[0])  # one sample: there is nothing to tell apart
+            continue
+        fits = (layout for layout in option if is_scaled(result, reference, layout, factors, tolerance))
+        layout = next(fits, None)
+        if layout is None:
+            return None
+        found.append(layout)
+    return tuple(found)
+
+
+def _scaled(tensors: Sequence[Tensor], layouts: Sequence[Layout], factors: Tensor) -> list[Tensor]:
+    return [scale(tensor, layout, factors) for tensor, layout in zip(tensors, layouts, strict=True)]
+
+
+def _tolerance(segments: Sequence[Segment]) -> float:
+    eps = max(torch.finfo(dtype).eps for segment in segments for dtype in segment.dtypes())
+    return min(_SLACK * eps, _COARSEST)
+
+
+def _relative_difference(ours: Sequence[Tensor], theirs: Sequence[Tensor]) -> float:
+    difference = size = 0.0
+    for a, b in zip(ours, theirs, strict=True):
+        finite = a.isfinite()
+        if not torch.equal(finite, b.isfinite()):
+            return math.inf
+        wide = torch.complex128 if a.is_complex() else torch.float64
+        x, y = a[finite].to(wide), b[finite].to(wide)
+        difference += float((x - y).abs().square().sum())
+        size += float(y.abs().square().sum())
+    return math.sqrt(difference / size) if size > 0 else math.sqrt(difference)

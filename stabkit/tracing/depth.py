@@ -185,12 +185,24 @@ def _by_modules(intervals: Intervals) -> list[Piece]:
     last = _narrowest(intervals, units[-1].stop, intervals.end, latest=False) if units else 0
     # what the model does outside any module before the first unit and after the last is no part of these
     boundaries.update(position for position in (first, last) if intervals.width[position] == 1)
+    boundaries.update(gap.position for gap in gaps if _passed_by(intervals, gap))
     for start, stop in itertools.pairwise(sorted(boundaries)):
         inside = [gap for gap in gaps if start < gap.position < stop]
         # no narrow boundary over most of the graph: a ladder of states that are tuples
         if len(inside) >= 4 and stop - start > 0.5 * intervals.end:
             boundaries.update(gap.position for gap in inside)
     return _glued(intervals, _between(intervals, units, sorted(boundaries)))
+
+
+def _passed_by(intervals: Intervals, gap: _Gap) -> bool:
+    """Whether a gap between two like blocks is wide only because of values that pass both of them by.
+
+    A long skip, kept for a decoder, does not make the blocks beside it one block.
+    """
+    before, after = gap.before, gap.after
+    alike = before.pattern == after.pattern and type(before.module) is type(after.module)
+    blocks = all(intervals.is_wide(unit.start, unit.stop) and not intervals.is_leaf(unit) for unit in (before, after))
+    return alike and blocks and gap.width == intervals.base(before.start, after.stop)
 
 
 class _Units:
@@ -230,12 +242,12 @@ class _Units:
         return self._stages[module_class]
 
     def _numbered_items(self, call: Interval) -> bool:
-        """Whether several items bear one numbered name, as blocks in a list do and the two halves of a block do not."""
+        """Whether most items bear one numbered name, as blocks in a list do and the parts of a block do not."""
         inside = [item for item in self.intervals.items(call) if not self.intervals.is_leaf(item)]
-        own = len(call.pattern)
-        names = Counter(item.pattern[own:] for item in inside)
-        repeated = {name for name, count in names.items() if count >= 2}
-        return any("#" in name for name in repeated) or any(n >= 2 for n in Counter(i.path for i in inside).values())
+        patterns = Counter(item.pattern for item in inside if "#" in item.pattern[len(call.pattern) :])
+        again = Counter(item.path for item in inside)  # one module called several times
+        most = max([*patterns.values(), *again.values()], default=0)
+        return most >= 2 and most >= 0.5 * len(inside)
 
     def _alike_regions(self, calls: list[Interval]) -> bool:
         """Each call holds wide regions only, several in one of them, that all consist of much the same operations."""
@@ -247,6 +259,12 @@ class _Units:
             return False
         signatures = [intervals.operations(*region) for found in regions for region in found]
         return all(_similarity(signatures[0], signature) > 0.6 for signature in signatures)
+
+    def _can_be_cut(self, call: Interval) -> bool:
+        """Whether the graph is as narrow at the ends of a call as inside it, or narrower inside than at both ends."""
+        intervals = self.intervals
+        ends = min(int(intervals.width[call.start]), int(intervals.width[call.stop]))
+        return intervals.is_narrow_to_narrow(call) or intervals.base(call.start, call.stop) < ends
 
     def _alike_children(self, calls: list[Interval]) -> bool:
         """Every wide position lies in a narrow-to-narrow child, and these children are of one class."""
@@ -264,7 +282,7 @@ class _Units:
                 for item in intervals.items(call)
                 if intervals.is_narrow_to_narrow(item) and intervals.is_wide(item.start, item.stop)
             ]
-            if not intervals.is_narrow_to_narrow(call) or not _cover(intervals, call, blocks):
+            if not self._can_be_cut(call) or not _cover(intervals, call, blocks):
                 return False
             names = tuple(type(block.module).__name__ for block in blocks)
             sequences.add(names)

@@ -97,12 +97,13 @@ def prepare(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Prepared:
         name = names.get(id(tensor), "input")
         if id(tensor) in copies:
             return copies[id(tensor)]
-        if differentiable(tensor):
+        if differentiable(tensor) and tensor.layout == torch.strided:
             copy = non_leaf(tensor)
             prepared.sources.append(Source(name, "input", copy, value_of(copy)))
         else:
             copy = tensor.clone()  # the model may write to its input; the user's stays as it was
-            prepared.integers.append(copy)
+            if not differentiable(tensor):
+                prepared.integers.append(copy)
         copies[id(tensor)] = copy
         return copy
 

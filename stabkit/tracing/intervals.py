@@ -160,7 +160,7 @@ class Intervals:
         for value, consumers in frontiers.consumers.items():
             born, last = frontiers.born[value], frontiers.last_use[value]
             uses = [self.graph.rank[node] for node in consumers]
-            if len(uses) < 2 or max(uses) - born < 4:
+            if max(uses) - born < 4:
                 continue
             readers: defaultdict[tuple[int, type], set[int]] = defaultdict(set)
             for call in self.calls:
@@ -171,16 +171,18 @@ class Intervals:
                 self.width[born : last + 1] = np.maximum(1, self.width[born : last + 1] - 1)
 
     def _is_context_of(self, group: set[int], value: Value) -> bool:
-        """Whether several calls read a value that outlives one of them, and one reads other values besides.
+        """Whether a value lives through several calls of one class and is read in one that reads others besides.
 
         Parallel branches read their common input too, but nothing else.
         """
-        calls = [self.by_index[index] for index in group]
+        readers = [self.by_index[index] for index in group]
         born, last = self._frontiers.born[value], self._frontiers.last_use[value]
-        outlived = any(born <= call.start and last >= call.stop for call in calls)
-        if len(calls) < 2 or self.is_leaf(calls[0]) or not outlived:
+        siblings = self._children[readers[0].parent if readers[0].parent in self.by_index else -1]
+        alike = [c for c in siblings if type(c.module) is type(readers[0].module) and born <= c.start <= last]
+        outlived = any(last >= call.stop for call in alike)
+        if len(alike) < 2 or self.is_leaf(readers[0]) or not outlived:
             return False
-        return any(self._taken(call) - {value} for call in calls)
+        return any(self._taken(call) - {value} for call in readers)
 
     def _taken(self, call: Interval) -> set[Value]:
         """The values from before a call that are used in it."""

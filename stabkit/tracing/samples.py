@@ -74,17 +74,33 @@ def candidates(meta: Meta, batch: int, first: int = 0) -> list[Layout]:
     return [*exact, *(Layout(batch, axis, outer) for axis in larger for outer in (True, False))]
 
 
-def one_sample(tensor: Tensor, layout: Layout, sample: int) -> Tensor:
-    """The tensor with every entry that belongs to another sample set to zero."""
-    columns = layout.columns(tensor, tensor.shape)
-    kept = torch.zeros_like(columns)
-    kept[sample] = columns[sample]
-    return layout.tensor(kept, tensor.shape)
+def scales(batch: int, seed: int) -> Tensor:
+    """A power of two for every sample, different ones for any two of up to eight.
+
+    Multiplying by a power of two commutes with every rounding, so a linear map that keeps samples apart turns scaled
+    samples into equally scaled results, bit for bit; one that does not turns them into something else.
+    """
+    exponents = torch.arange(batch) % 8
+    shuffled = exponents[torch.randperm(batch, generator=torch.Generator().manual_seed(seed))]
+    return torch.pow(2.0, shuffled.double())
 
 
-def leaks(tensor: Tensor, layout: Layout, sample: int) -> bool:
-    """Whether entries of other samples are non-zero."""
+def scale(tensor: Tensor, layout: Layout, factors: Tensor) -> Tensor:
+    """The tensor with every sample multiplied by its factor."""
     if layout.axis is None:
-        return False
+        return tensor * float(factors[0])
     columns = layout.columns(tensor, tensor.shape)
-    return any(bool(torch.count_nonzero(part)) for part in (columns[:sample], columns[sample + 1 :]))
+    return layout.tensor(columns * factors.to(device=tensor.device, dtype=columns.dtype).unsqueeze(1), tensor.shape)
+
+
+def is_scaled(result: Tensor, plain: Tensor, layout: Layout, factors: Tensor, tolerance: float) -> bool:
+    """Whether every sample of a result is that of the plain one, times its factor."""
+    expected = layout.columns(scale(plain, layout, factors), plain.shape)
+    difference = layout.columns(result, result.shape) - expected
+    wide = torch.complex128 if plain.is_complex() else torch.float64
+    norms: Tensor = torch.linalg.vector_norm(expected.to(wide), dim=1)
+    if not bool(norms.isfinite().all()):
+        return True  # nothing can be told from numbers that are not finite
+    allowed = tolerance * norms.clamp_min(1e-6 * float(norms.max()))
+    off: Tensor = torch.linalg.vector_norm(difference.to(wide), dim=1)
+    return bool((off <= allowed).all())

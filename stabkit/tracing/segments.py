@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import Node
 
 from stabkit.errors import TraceError
 from stabkit.tracing.graph import Graph
@@ -69,7 +70,7 @@ class Segment:
         self._hooks = hooks or {}
         self._from_source = start == 0
         self._linearized: tuple[Tensors, Segment, list[int]] | None = None
-        self._vmap_works = True
+        self._vmap = {"vjp": "untested", "jvp": "untested"}
 
     @property
     def source_metas(self) -> list[Meta]:
@@ -92,7 +93,7 @@ class Segment:
 
     def vjp_batch(self, cotangents: Sequence[Tensor]) -> Tensors:
         """The same for k cotangents at once, stacked along a new first dimension."""
-        return self._batched(self.vjp, cotangents, lambda *one: tuple(fill(self._walk(one), self.source_metas)))
+        return self._batched("vjp", self.vjp, cotangents, lambda *one: tuple(fill(self._walk(one), self.source_metas)))
 
     def jvp(self, tangents: Sequence[Tensor]) -> Tensors:
         """Tangents of the source pushed forward to the target, by a second reverse pass through the first.
@@ -110,7 +111,7 @@ class Segment:
         def one(*slices: Tensor) -> tuple[Tensor, ...]:
             return tuple(fill(backward._walk([slices[i] for i in indices]), self.target_metas))
 
-        return self._batched(self.jvp, tangents, one)
+        return self._batched("jvp", self.jvp, tangents, one)
 
     def release(self) -> None:
         """Forget the graph of the backward pass."""
@@ -118,20 +119,29 @@ class Segment:
 
     def _batched(
         self,
+        direction: str,
         single: Callable[[Sequence[Tensor]], Tensors],
         stacked: Sequence[Tensor],
         mapped: Callable[..., tuple[Tensor, ...]],
     ) -> Tensors:
         """One ``torch.vmap``, or a loop where some operation of the segment cannot be batched."""
         count = stacked[0].shape[0]
-        if self._vmap_works and count > 1:
+        if count > 1 and self._vmap[direction] != "wrong":
             try:
                 with torch.no_grad(), warnings.catch_warnings():
                     # operations without a batching rule of their own are looped over, which torch warns of
                     warnings.filterwarnings("ignore", message="There is a performance drop")
-                    return list(torch.vmap(mapped)(*stacked))
-            except (RuntimeError, NotImplementedError, TypeError, ValueError):
-                self._vmap_works = False  # sparse, numpy and solver backwards have no batching rule
+                    batched = list(torch.vmap(mapped)(*stacked))
+            except (TraceError, RuntimeError, NotImplementedError, TypeError, ValueError):
+                self._vmap[direction] = "wrong"  # sparse, numpy and solver backwards have no batching rule
+            else:
+                if self._vmap[direction] == "untested":
+                    # batching rules can be silently wrong (torch 2.14: the backward of cdist): test the sum of all
+                    summed = single([tensor.sum(0) for tensor in stacked])
+                    right = all(_close(part.sum(0), one) for part, one in zip(batched, summed, strict=True))
+                    self._vmap[direction] = "right" if right else "wrong"
+                if self._vmap[direction] == "right":
+                    return batched
         results = [single([tensor[i] for tensor in stacked]) for i in range(count)]
         return [torch.stack(parts) for parts in zip(*results, strict=True)]
 
@@ -139,22 +149,17 @@ class Segment:
         grads: dict[Value, Tensor] = {}
         for value, cotangent in zip(self.target, cotangents, strict=True):
             grads[value] = grads[value] + cotangent if value in grads else cotangent
-        try:
-            for node in reversed(self.nodes):
-                outputs = len(node._input_metadata)
-                given = [self._hooked(Value(node, i), grads.pop(Value(node, i), None)) for i in range(outputs)]
-                if all(g is None for g in given):
-                    continue
-                for value, grad in apply_node(node, given, self.graph.inputs[node]):
-                    grads[value] = grads[value] + grad if value in grads else grad
-        except RuntimeError as error:
-            if "modified by an inplace operation" in str(error):
-                raise TraceError(
-                    "the model's weights were changed after it was traced, so its derivatives are gone: call "
-                    "stabkit.trace again. (If nothing changed them, the forward pass overwrites its own parameters, by "
-                    "clamping or renormalising them: apply that change beforehand)"
-                ) from error
-            raise
+        for node in reversed(self.nodes):
+            outputs = len(node._input_metadata)
+            given = [self._hooked(Value(node, i), grads.pop(Value(node, i), None)) for i in range(outputs)]
+            if all(g is None for g in given):
+                continue
+            try:
+                pulled = apply_node(node, given, self.graph.inputs[node])
+            except Exception as error:
+                raise _failed_backward(node, error) from error
+            for value, grad in pulled:
+                grads[value] = grads[value] + grad if value in grads else grad
         if self._from_source:
             return [self._hooked(value, grads.get(value)) for value in self.source]
         return [grads.get(value) for value in self.source]
@@ -180,6 +185,31 @@ class Segment:
             backward = Segment(graph, inputs, outputs, 0, len(graph.nodes))
             self._linearized = (seeds, backward, indices)
         return self._linearized[1], self._linearized[2]
+
+
+def _close(a: Tensor, b: Tensor) -> bool:
+    """Equal up to the order of additions."""
+    eps = torch.finfo(a.dtype).eps
+    return bool((a - b).abs().max() <= 1e3 * eps * b.abs().max()) if a.numel() and bool(b.isfinite().all()) else True
+
+
+def _failed_backward(node: Node, error: Exception) -> TraceError:
+    if "modified by an inplace operation" in str(error):
+        return TraceError(
+            "the model's weights were changed after it was traced, so its derivatives are gone: call stabkit.trace "
+            "again. (If nothing changed them, the forward pass overwrites its own parameters, by clamping or "
+            "renormalising them: apply that change beforehand)"
+        )
+    message = " ".join(str(error).split())[:300]
+    return BackwardError(f"the backward of {type(node).__name__} failed: {type(error).__name__}: {message}", node)
+
+
+class BackwardError(TraceError):
+    """One node of the recorded graph could not be applied."""
+
+    def __init__(self, message: str, node: Node) -> None:
+        super().__init__(message)
+        self.node = node
 
 
 def fill(tensors: Sequence[Tensor | None], metas: Sequence[Meta]) -> Tensors:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -26,7 +27,7 @@ from stabkit.tracing.products import Products, Space
 from stabkit.tracing.recording import Recording, record, value_recorder
 from stabkit.tracing.safekeeping import modules_behind, unchanged, unwrap
 from stabkit.tracing.samples import Layout
-from stabkit.tracing.segments import Segment
+from stabkit.tracing.segments import BackwardError, Segment
 from stabkit.tracing.transparency import transparent
 from stabkit.tracing.values import Value, meta_of, operation, value_of
 
@@ -88,6 +89,9 @@ def trace(
     given = named_tensors([inputs, dict(kwargs or {})])
     if not given:
         raise TraceError("no tensor among the inputs; call stabkit.trace(model, tensor) with what the model takes")
+    floats = [tensor for _, tensor in given if differentiable(tensor)]
+    if floats and len(floats) == len(given) and all(tensor.layout != torch.strided for tensor in floats):
+        raise TraceError(f"the input has the sparse layout {floats[0].layout}; pass a dense tensor: x.to_dense()")
     model = unwrap(model)
     if batch_dim is None:
         batch = None
@@ -239,6 +243,11 @@ def _target(output: Any, target: Target) -> tuple[str, Value]:
             f"the output {floats[0][0] or ''!r} does not depend differentiably on any input: it is constant, detached, "
             "computed under no_grad or by operations without a derivative"
         )
+    reached = [(path, tensor) for path, tensor in reached if tensor.numel() > 0]
+    if not reached:
+        raise TraceError(
+            f"the output {floats[0][0] or ''!r} has no elements: for this input there is nothing to analyse"
+        )
     wide = [(path, tensor) for path, tensor in reached if not (tensor.dim() == 0 and "loss" in path)]
     path, tensor = (wide or reached)[0]
     return path or "output", value_of(tensor)
@@ -253,6 +262,11 @@ def _source(sources: Sequence[Source], target: Value, wanted: str | None) -> tup
         graph = Graph([candidate.value], [target])
         if graph.reached:
             reached.append((graph, candidate))
+    if not reached and not sources:
+        raise _UnreachedError(
+            "no input carries derivatives to the output: float inputs of sparse layout are held fixed (pass a dense "
+            "tensor), and integer inputs must be looked up in a table or cast to floats"
+        )
     if not reached:
         raise _UnreachedError("the output does not depend differentiably on the input that was given")
     direct = [pair for pair in reached if pair[1].how == "input" or pair[1].embedded] or reached
@@ -282,8 +296,12 @@ def _build(recorded: _Recorded, settings: _Settings) -> Flow:
             itertools.pairwise(values), itertools.pairwise(positions), strict=True
         )
     ]
-    chain, whole_batch_note = _chain(segments, values, settings)
-    chain_error = _checked(chain, values, graph, recorded) if settings.check else None
+    try:
+        chain, whole_batch_note = _chain(segments, values, settings, recorded.source)
+    except BackwardError as error:
+        path = recording.path_at(error.node._sequence_nr())
+        raise TraceError(f"no gradient passes back through {path or 'the model'!r}: {error}") from error
+    chain_error = _checked(chain, graph, recorded, settings.module) if settings.check else None
     data = _state_values(recorded, {value for state in values for value in state})
     states = tuple(
         State(index, position, state, layouts, data)
@@ -340,34 +358,43 @@ def _silence_notes(chain: chains.Chain, step_names: Sequence[str]) -> list[str]:
 
 
 def _chain(
-    segments: Sequence[Segment], values: Sequence[tuple[Value, ...]], settings: _Settings
+    segments: Sequence[Segment], values: Sequence[tuple[Value, ...]], settings: _Settings, source: Source
 ) -> tuple[chains.Chain, list[str]]:
-    batch, batch_dim, seed = settings.batch, settings.batch_dim, settings.seed
     notes: list[str] = []
+    shape = meta_of(values[0][0]).shape
+    batch, axis = settings.batch, settings.batch_dim % len(shape) if shape else 0
+    if batch is not None and source.how == "input":
+        batch = shape[axis] if shape else 1
     if batch is not None and batch > 1:
-        shape = meta_of(values[0][0]).shape
-        axis = batch_dim % len(shape) if shape else 0
         if shape and shape[axis] % batch == 0 and len(values[0]) == 1:
-            chain = chains.walk(segments, values, (Layout(batch, axis),), seed)
+            chain = chains.walk(segments, values, (Layout(batch, axis),), settings.seed)
             if chain is not None:
                 return chain, notes
         notes.append("the samples of the batch influence each other, so the whole batch is one state")
-    layouts = tuple(Layout(1, None) for _ in values[0])
-    whole = chains.walk(segments, values, layouts, seed)
-    if whole is None:
-        raise TraceError("the chain of steps could not be walked")
-    return whole, notes
+    whole = tuple(tuple(Layout(1, None) for _ in state) for state in values)
+    if not settings.check:
+        return chains.Chain(whole, math.nan, ()), notes
+    found = chains.walk(segments, values, whole[0], settings.seed)
+    if found is None:  # with one sample there is nothing to mix: the two passes differ
+        found = chains.Chain(whole, math.inf, ())
+    return found, notes
 
 
-def _checked(chain: chains.Chain, values: Sequence[tuple[Value, ...]], graph: Graph, recorded: _Recorded) -> float:
-    found = chains.error(chain, values)
+def _checked(chain: chains.Chain, graph: Graph, recorded: _Recorded, module: nn.Module) -> float:
+    found = chain.error
     eps = max(torch.finfo(meta_of(value).dtype).eps for node in graph.nodes for value in graph.inputs[node])
     allowed = max(1e-10, _CHAIN_SLACK * eps)
     if not found <= allowed:
+        between = f"{recorded.source.name!r} and {recorded.target_name!r}"
+        hooked = [repr(path) for path, m in module.named_modules() if m._backward_hooks or m._backward_pre_hooks]
+        if hooked:
+            raise TraceError(
+                f"the chain of steps between {between} is off by {found:.1e} from the model's own VJP, because a full "
+                f"backward hook changes the gradient in {', '.join(hooked)}: take it off while tracing"
+            )
         raise TraceError(
             f"the product of the steps' VJPs differs from the model's own by {found:.1e} (allowed: {allowed:.1e}) "
-            f"between {recorded.source.name!r} and {recorded.target_name!r}: the chain is not exact. Please report "
-            "this model; check=False skips the test"
+            f"between {between}: the chain is not exact. Please report this model; check=False skips the test"
         )
     return found
 

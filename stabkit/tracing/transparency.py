@@ -38,6 +38,21 @@ _CHECKPOINT_STAND_INS = {
 }
 
 
+def _plain_cond(pred: Any, true_fn: Callable[..., Any], false_fn: Callable[..., Any], operands: Any = ()) -> Any:
+    """``torch.cond`` as the branch that it takes, which is all that one forward pass sees of it."""
+    return (true_fn if pred else false_fn)(*operands)
+
+
+@contextlib.contextmanager
+def _plain_branches() -> Iterator[None]:
+    original = torch.cond
+    torch.cond = _plain_cond
+    try:
+        yield
+    finally:
+        torch.cond = original
+
+
 @contextlib.contextmanager
 def _without_checkpointing() -> Iterator[None]:
     module = torch.utils.checkpoint
@@ -86,6 +101,7 @@ def transparent(through_no_grad: bool = False) -> Iterator[None]:
     """Run a forward pass eagerly, with gradients, without fusion and without recomputation."""
     with contextlib.ExitStack() as stack:
         stack.enter_context(_without_checkpointing())
+        stack.enter_context(_plain_branches())
         stack.enter_context(torch.compiler.set_stance("force_eager"))
         stack.enter_context(torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH))
         stack.enter_context(torch.jit.optimized_execution(False))  # type: ignore[attr-defined]

@@ -21,6 +21,18 @@ def test_batch_norm_in_training_mode_makes_the_whole_batch_one_state():
     assert (independent.batch, independent.notes) == (5, ())
 
 
+def shifted(x: Tensor) -> Tensor:
+    y = x.clone()
+    y[1:] += x[:-1].cos()
+    return y
+
+
+def one_pair(x: Tensor) -> Tensor:
+    y = x.clone()
+    y[2] += x[3].sin()
+    return y
+
+
 @pytest.mark.parametrize(
     "couple",
     [
@@ -28,13 +40,22 @@ def test_batch_norm_in_training_mode_makes_the_whole_batch_one_state():
         lambda x: x + x.flip(0).tanh(),
         lambda x: torch.softmax(x @ x.T, -1) @ x,
         lambda x: x / x.norm(),
+        lambda x: x.cumsum(0),
+        lambda x: x[[0, 0, 0, 0]],
+        shifted,
+        one_pair,
     ],
-    ids=["mean", "flip", "attention", "norm"],
+    ids=["mean", "flip", "attention", "norm", "cumsum", "gather", "shift", "pair"],
 )
 def test_samples_that_see_each_other_are_found_out(couple):
     flow = trace(lambda x: couple(x.sin()).cos(), torch.randn(4, 3, dtype=torch.float64))
     assert flow.batch == 1
     assert any("influence each other" in note for note in flow.notes)
+
+
+def test_the_batch_is_that_of_the_source():
+    flow = trace(lambda b, a: a.sin().cos() * b.sum(), torch.randn(7), torch.randn(4, 3))
+    assert (flow.source_name, flow.batch, flow.notes) == ("1", 4, ())
 
 
 def test_samples_folded_into_windows_stay_apart():

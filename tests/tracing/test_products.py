@@ -93,6 +93,30 @@ def test_complex_states_count_as_pairs_of_real_coordinates():
     assert_jacobian(flow, 0, 1, truth)
 
 
+def test_complex_columns_may_be_slices():
+    x = torch.randn(1, 4, dtype=torch.complex128)
+    operator = trace(lambda x: x.exp(), x).jacobian()
+    columns = torch.randn(1, 8, 3, dtype=torch.float64)
+    together = operator @ columns
+    for k in range(3):
+        assert torch.equal((operator @ columns[..., k : k + 1])[..., 0], together[..., k])
+
+
+def test_a_complex_tensor_may_follow_an_odd_number_of_real_coordinates():
+    space = Space([Meta((1, 3), torch.float64, CPU), Meta((1, 2), torch.complex128, CPU)], [Layout(1, None)] * 2)
+    columns = torch.randn(1, 7, 1, dtype=torch.float64)
+    real, complex_part = space.unflatten(columns)
+    assert torch.equal(real.flatten(), columns.flatten()[:3])
+    assert torch.equal(torch.view_as_real(complex_part).flatten(), columns.flatten()[3:])
+
+
+def test_a_jacobian_of_rounding_noise_is_zero_not_an_error():
+    model = nn.Sequential(nn.Linear(3, 1), nn.LayerNorm(1), nn.Linear(1, 2)).double()
+    x = torch.randn(2, 3, dtype=torch.float64)
+    moved = trace(model, x).jacobian() @ torch.randn(2, 3, dtype=torch.float64)
+    torch.testing.assert_close(moved, torch.zeros(2, 2, dtype=torch.float64), rtol=0, atol=1e-8)
+
+
 def test_steps_between_tuple_states_have_partial_jacobians():
     a, b = torch.randn(2, 3, 3, dtype=torch.float64)
 

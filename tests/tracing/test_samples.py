@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stabkit.tracing.samples import Layout, candidates, leaks, one_sample
+from stabkit.tracing.samples import Layout, candidates, is_scaled, scale, scales
 from stabkit.tracing.values import Meta
 
 
@@ -54,10 +54,16 @@ def test_candidates_prefer_the_given_axis_then_exact_sizes():
     assert candidates(meta(5, 3), batch=1) == [Layout(1, None)]
 
 
-def test_one_sample_keeps_its_own_entries_and_leaks_sees_the_others():
-    tensor, layout = torch.ones(4, 3), Layout(2, 0, outer=False)
-    kept = one_sample(tensor, layout, 1)
-    assert kept[:, 0].tolist() == [0, 1, 0, 1]
-    assert not leaks(kept, layout, 1)
-    assert leaks(kept, layout, 0)
-    assert leaks(kept, Layout(2, 0), 1)  # read in blocks, the same tensor reaches both samples
+def test_scaling_tells_the_samples_apart():
+    layout, factors = Layout(2, 0, outer=False), scales(2, seed=0)
+    tensor = torch.randn(6, 3)
+    scaled = scale(tensor, layout, factors)
+    assert is_scaled(scaled, tensor, layout, factors, 1e-12)
+    assert not is_scaled(scaled, tensor, Layout(2, 0), factors, 1e-3)  # read in blocks, the factors do not fit
+    mixed = scaled + 1e-3 * scaled.flip(0)
+    assert not is_scaled(mixed, tensor, layout, factors, 1e-4)
+
+
+def test_up_to_eight_samples_have_factors_of_their_own():
+    assert len(set(scales(8, seed=3).tolist())) == 8
+    assert (scales(100, seed=3).log2() % 1 == 0).all()

@@ -128,3 +128,36 @@ def test_an_input_without_dimensions_is_one_sample():
     flow = trace(lambda x: x.sin(), torch.tensor(2.0))
     assert flow.batch == 1
     torch.testing.assert_close(flow.jacobian().dense(), torch.tensor(2.0).cos().view(1, 1, 1))
+
+
+@pytest.mark.parametrize("rows", [lambda x: x.sin()[:, :0], lambda x: x[x[:, 0] > 100].sin()])
+def test_an_output_without_elements_is_an_error_that_says_so(rows):
+    with pytest.raises(TraceError, match=r"empty|no elements"):
+        trace(rows, X)
+
+
+@pytest.mark.filterwarnings("ignore:Sparse CSR")
+def test_a_sparse_input_is_an_error_that_says_what_to_pass():
+    sparse = torch.eye(3).to_sparse_csr()
+    with pytest.raises(TraceError, match=r"sparse layout.*to_dense"):
+        trace(lambda a: torch.sparse.mm(a, torch.ones(3, 2)), sparse)
+
+
+def test_a_backward_that_fails_is_an_error_that_names_where():
+    class NoBackward(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.exp()
+
+        @staticmethod
+        def backward(ctx, grad):
+            raise ValueError("no derivative today")
+
+    class Opaque(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return NoBackward.apply(x)
+
+    model = nn.Sequential(nn.Linear(3, 3), nn.Tanh(), Opaque(), nn.Linear(3, 2))
+    with pytest.raises(TraceError, match=r"NoBackward|'2'") as caught:
+        trace(model, X)
+    assert "no derivative today" in str(caught.value)
