@@ -201,8 +201,11 @@ def _passed_by(intervals: Intervals, gap: _Gap) -> bool:
     """
     before, after = gap.before, gap.after
     alike = before.pattern == after.pattern and type(before.module) is type(after.module)
-    blocks = all(intervals.is_wide(unit.start, unit.stop) and not intervals.is_leaf(unit) for unit in (before, after))
-    return alike and blocks and gap.width == intervals.base(before.start, after.stop)
+    if not alike or intervals.is_leaf(before) or gap.width == 1:
+        return False
+    # the widths that count for choosing leave out what decoders read, so they are compared with the full count
+    alive = len(intervals.shapes(gap.position))
+    return alive - intervals.passing_by(gap.position, before.start, after.stop) == 1
 
 
 class _Units:
@@ -224,7 +227,7 @@ class _Units:
         intervals = self.intervals
         if intervals.is_leaf(item):
             return []
-        if intervals.instances[type(item.module)] > 1 and not self._is_stage(type(item.module)):
+        if intervals.repeats(item) and not self._is_stage(type(item.module)):
             return []
         inside = self.of(item)
         gaps = _gaps(intervals, inside)

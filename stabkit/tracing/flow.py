@@ -141,6 +141,7 @@ class Flow:
     _graph: Graph = field(repr=False)
     _recording: Recording = field(repr=False)
     _chains: Callable[[], dict[str, Flow]] = field(repr=False)
+    _prefetch: Callable[[int, int], Callable[[], None] | None] = field(repr=False)
 
     @property
     def chains(self) -> dict[str, Flow]:
@@ -191,6 +192,7 @@ class Flow:
             target.position,
             list(self.model.parameters()),
             self._recording.hooks,
+            self._prefetch(source.position, target.position),
         )
         return _operator(Products(segment, source.space, target.space))
 

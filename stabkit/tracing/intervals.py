@@ -67,6 +67,9 @@ class Intervals:
         for call in self.calls:
             self._children[call.parent if call.parent in known else -1].append(call)
         self.by_index = {c.index: c for c in self.calls}
+        self._patterns: defaultdict[str, set[str]] = defaultdict(set)
+        for call in self.calls:
+            self._patterns[call.pattern].add(call.path)
         self.instances = Counter(type(c.module) for c in self.calls)
         self.width = np.array(frontiers.width)
         self._discount_context(frontiers)
@@ -97,12 +100,29 @@ class Intervals:
         return (own == 0 or type(call.module) in _CONTAINERS) and not self._is_layer(call)
 
     def _is_layer(self, call: Interval) -> bool:
-        """A Sequential of plain modules that stands beside others of the same numbered name is one layer."""
-        if any(not self.is_leaf(child) for child in self.children(call)):
-            return False
+        """A Sequential that stands beside others of the same numbered name, and is no stack of like blocks.
+
+        It holds plain modules (convolution, norm, activation), or one block together with such modules.
+        """
         siblings = self._children[call.parent if call.parent in self.by_index else -1]
         alike = [s for s in siblings if type(s.module) is type(call.module) and s.pattern == call.pattern]
-        return len(alike) >= 2 and self.has_weights(call.start, call.stop)
+        if len(alike) < 2 or not self.has_weights(call.start, call.stop):
+            return False
+        blocks = [child for child in self.children(call) if not self.is_leaf(child)]
+        plain = [child for child in self.children(call) if self.is_leaf(child)]
+        weighty = any(p.dim() >= 2 for child in plain for p in child.module.parameters(recurse=False))
+        return not blocks or (len(blocks) == 1 and weighty)
+
+    def repeats(self, call: Interval) -> bool:
+        """Whether there are other calls of its class, or other modules of the same numbered name."""
+        return self.instances[type(call.module)] > 1 or ("#" in call.pattern and len(self._patterns[call.pattern]) > 1)
+
+    def passing_by(self, position: int, start: int, stop: int) -> int:
+        """How many values alive at a position are born before ``start``, live past ``stop`` and are not used between."""
+        used = {v for node in self.graph.nodes[start:stop] for v in self.graph.inputs[node]}
+        born, last = self._frontiers.born, self._frontiers.last_use
+        alive = self._frontiers.at(position)
+        return sum(born[v] <= start and last[v] >= stop and v not in used for v in alive)
 
     def items(self, call: Interval | None) -> list[Interval]:
         """Children with containers opened, so that items of nested Sequentials stand side by side."""

@@ -58,7 +58,11 @@ def families(pieces: Sequence[Piece]) -> list[str]:
 
 def stacks(pieces: Sequence[Piece]) -> list[str]:
     """The stack of blocks that each piece belongs to (``"encoder.layers"``); ``""`` for pieces that stand alone."""
-    return [family.split("#")[0].rstrip("._-") if "#" in family else family for family in families(pieces)]
+    found = []
+    for piece, family in zip(pieces, families(pieces), strict=True):
+        name = family.split("#")[0].rstrip("._-")
+        found.append(name or (type(piece.main.module).__name__ if family and piece.main else ""))
+    return found
 
 
 def kinds(pieces: Sequence[Piece], same_space: Sequence[bool]) -> list[str]:

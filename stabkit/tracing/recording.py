@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
+import weakref
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -78,7 +79,12 @@ class Recording:
     hooks: dict[Value, list[Callable[[Tensor], Tensor | None]]] = field(default_factory=dict)
     output: Any = None
     stopped: list[Stopped] = field(default_factory=list)
+    start: int = 0
     stop: int = 0
+
+    def place(self, value: Value) -> tuple[int, int]:
+        """What tells a value of this recording from others, the same whenever the pass is run again."""
+        return value.node._sequence_nr() - self.start, value.output
 
     def path_at(self, time: int) -> str:
         """Path of the innermost module that was running when the clock showed ``time``."""
@@ -92,14 +98,23 @@ class _Values(TorchDispatchMode):  # type: ignore[no-untyped-call]
     Below autograd the arguments still show the node that made them, and keep their identity.
     """
 
-    def __init__(self, recording: Recording, safe: Safe, tainted: list[Tensor], promote_casts: bool) -> None:
+    def __init__(
+        self,
+        recording: Recording,
+        safe: Safe,
+        tainted: list[Tensor],
+        promote_casts: bool,
+        wanted: frozenset[tuple[int, int]] | None,
+    ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
+        self.wanted = wanted
         self.recording = recording
         self.safe = safe
         self.promote_casts = promote_casts
         self.tainted = {id(t): t for t in tainted}  # integers made from the input; kept so that ids stay theirs
         self.promoted: dict[int, tuple[Tensor, str]] = {}
-        self.silent: dict[int, tuple[Tensor, str]] = {}  # depend on the input, carry no gradient
+        # depend on the input, carry no gradient; held weakly, or everything inside a custom Function would stay alive
+        self.silent: dict[int, tuple[weakref.ref[Tensor], str]] = {}
         self._on_storage: defaultdict[int, list[Value]] = defaultdict(list)
 
     def __torch_dispatch__(
@@ -126,6 +141,8 @@ class _Values(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if tensor.grad_fn is None:
             return  # a promoted leaf: its only consumer is the clone that is the source
         value = Value(tensor.grad_fn, tensor.output_nr)
+        if self.wanted is not None and self.recording.place(value) not in self.wanted:
+            return
         if value not in self.recording.values:
             self.recording.values[value] = data = tensor.detach()
             if data.layout == torch.strided:
@@ -156,7 +173,7 @@ class _Values(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def note_exit(self, tensor: Tensor) -> None:
         """Note that the data of a tensor is handed to numpy, if it depends on the input."""
-        if id(tensor) in self.silent and torch.is_grad_enabled():  # inside a custom Function nothing is lost
+        if self._is_silent(tensor) and torch.is_grad_enabled():  # inside a custom Function nothing is lost
             now = clock()
             self.recording.stopped.append(Stopped("numpy()", now, self.recording.path_at(now)))
 
@@ -167,7 +184,7 @@ class _Values(TorchDispatchMode):  # type: ignore[no-untyped-call]
         of gradient is noted only when such a value is used where gradients are on.
         """
         with_grad = torch.is_grad_enabled()
-        lost = [t for t in tensors if id(t) in self.silent and not t.requires_grad]
+        lost = [t for t in tensors if not t.requires_grad and self._is_silent(t)]
         on_graph = any(t.requires_grad for t in tensors)
         if lost and with_grad and on_graph:
             now = clock() - 1  # the node that takes it up has its number already
@@ -176,9 +193,14 @@ class _Values(TorchDispatchMode):  # type: ignore[no-untyped-call]
         detached = func is torch.ops.aten.detach.default or not with_grad
         if not lost and not (detached and on_graph):
             return
+        operation = self.silent[id(lost[0])][1] if lost else str(func)
         for result in results:
             if differentiable(result) and not any(result is t for t in tensors):
-                self.silent[id(result)] = (result, (lost and self.silent[id(lost[0])][1]) or str(func))
+                self.silent[id(result)] = (weakref.ref(result), operation)
+
+    def _is_silent(self, tensor: Tensor) -> bool:
+        entry = self.silent.get(id(tensor))
+        return entry is not None and entry[0]() is tensor
 
 
 # where values leave torch; what comes back from there has no gradient
@@ -272,6 +294,12 @@ def record(
     return recording.output
 
 
-def value_recorder(recording: Recording, safe: Safe, integers: list[Tensor], promote_casts: bool) -> _Values:
-    """The mode that `record` runs under."""
-    return _Values(recording, safe, integers, promote_casts)
+def value_recorder(
+    recording: Recording,
+    safe: Safe,
+    integers: list[Tensor],
+    promote_casts: bool,
+    wanted: frozenset[tuple[int, int]] | None = None,
+) -> _Values:
+    """The mode that `record` runs under; ``wanted`` says which values it keeps, by their places."""
+    return _Values(recording, safe, integers, promote_casts, wanted)

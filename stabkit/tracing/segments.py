@@ -50,6 +50,7 @@ class Segment:
         stop: last position.
         parameters: parameters of the model, frozen while a double-backward graph is built.
         hooks: tensor hooks of the model, which change the gradient of a value once it is complete.
+        prefetch: called before the nodes are applied, to bring back saved tensors that were forgotten.
     """
 
     def __init__(
@@ -61,6 +62,7 @@ class Segment:
         stop: int,
         parameters: Sequence[nn.Parameter] = (),
         hooks: Mapping[Value, Sequence[Hook]] | None = None,
+        prefetch: Callable[[], None] | None = None,
     ) -> None:
         self.graph = graph
         self.source = tuple(source)
@@ -68,6 +70,7 @@ class Segment:
         self.nodes = graph.nodes[start:stop]
         self._parameters = parameters
         self._hooks = hooks or {}
+        self._prefetch = prefetch
         self._from_source = start == 0
         self._linearized: tuple[Tensors, Segment, list[int]] | None = None
         self._vmap = {"vjp": "untested", "jvp": "untested"}
@@ -88,11 +91,13 @@ class Segment:
 
     def vjp(self, cotangents: Sequence[Tensor]) -> Tensors:
         """Cotangents of the target pulled back to the source."""
+        self._fetch()
         with torch.no_grad():
             return fill(self._walk(cotangents), self.source_metas)
 
     def vjp_batch(self, cotangents: Sequence[Tensor]) -> Tensors:
         """The same for k cotangents at once, stacked along a new first dimension."""
+        self._fetch()
         return self._batched("vjp", self.vjp, cotangents, lambda *one: tuple(fill(self._walk(one), self.source_metas)))
 
     def jvp(self, tangents: Sequence[Tensor]) -> Tensors:
@@ -112,6 +117,10 @@ class Segment:
             return tuple(fill(backward._walk([slices[i] for i in indices]), self.target_metas))
 
         return self._batched("jvp", self.jvp, tangents, one)
+
+    def _fetch(self) -> None:
+        if self._prefetch is not None:
+            self._prefetch()
 
     def release(self) -> None:
         """Forget the graph of the backward pass."""
@@ -175,6 +184,7 @@ class Segment:
     def _linearize(self) -> tuple[Segment, list[int]]:
         """The backward pass of this segment as a segment of its own, from its cotangents to its gradients."""
         if self._linearized is None:
+            self._fetch()
             seeds = [seed.requires_grad_() for seed in random_tensors(self.target, 0)]
             with torch.enable_grad(), frozen(self._parameters):
                 grads = self._walk(seeds)

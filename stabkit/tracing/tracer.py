@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -10,25 +11,25 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 from stabkit.errors import TraceError
 from stabkit.tracing import chain as chains
 from stabkit.tracing.audit import audit
-from stabkit.tracing.containers import named_tensors
+from stabkit.tracing.containers import map_tensors, named_tensors
 from stabkit.tracing.depth import Depth, Piece, choose
 from stabkit.tracing.flow import Flow, State, Step
+from stabkit.tracing.forward_pass import ForwardPass
 from stabkit.tracing.frontiers import Frontiers
 from stabkit.tracing.graph import Graph, mend_batch_norm
-from stabkit.tracing.inputs import Source, differentiable, prepare
+from stabkit.tracing.inputs import Source, differentiable
 from stabkit.tracing.intervals import Intervals
 from stabkit.tracing.naming import kinds, names, stacks
 from stabkit.tracing.products import Products, Space
-from stabkit.tracing.recording import Recording, record, value_recorder
-from stabkit.tracing.safekeeping import modules_behind, unchanged, unwrap
+from stabkit.tracing.recomputation import SavedTensors
+from stabkit.tracing.recording import Recording, clock
+from stabkit.tracing.safekeeping import modules_behind, unwrap
 from stabkit.tracing.samples import Layout
 from stabkit.tracing.segments import BackwardError, Segment
-from stabkit.tracing.transparency import transparent
 from stabkit.tracing.values import Value, meta_of, operation, value_of
 
 Target = Callable[[Any], Tensor] | str | None
@@ -47,6 +48,7 @@ def trace(
     target: Target = None,
     seed: int = 0,
     check: bool = True,
+    memory: str = "keep",
 ) -> Flow:
     """Run a model once and return its forward pass as a chain of states and differentiable steps.
 
@@ -67,6 +69,9 @@ def trace(
             (``"logits"``). By default the first that is not a loss.
         seed: of the random numbers that the model draws (dropout) and of the cotangent that checks the chain.
         check: compare the product of the steps' VJPs with the model's own VJP.
+        memory: ``"keep"`` what one training forward pass keeps, or ``"recompute"`` the saved tensors of a step when it
+            is differentiated: memory is then that of the largest step and the states, and every step costs a forward
+            pass up to its end.
 
     Returns:
         A `Flow`. It holds the graph of the forward pass; its derivatives are those at these weights and inputs.
@@ -86,6 +91,8 @@ def trace(
     """
     if not callable(model):
         raise TraceError(f"model is a {type(model).__name__}; expected a torch.nn.Module or a function of tensors")
+    if memory not in ("keep", "recompute"):
+        raise TraceError(f"memory={memory!r}; expected 'keep' or 'recompute'")
     given = named_tensors([inputs, dict(kwargs or {})])
     if not given:
         raise TraceError("no tensor among the inputs; call stabkit.trace(model, tensor) with what the model takes")
@@ -104,7 +111,11 @@ def trace(
             raise TraceError(f"the input of shape {tuple(shaped[0].shape)} holds no samples; give at least one")
     module = modules_behind(model)
     with torch.inference_mode(False):
-        recorded = _record(model, module, inputs, dict(kwargs or {}), source, target, seed)
+        forward = ForwardPass(model, module, inputs, dict(kwargs or {}), seed)
+        if memory == "recompute":  # the inputs are needed again, so they must stay what they are
+            own = map_tensors([inputs, forward.kwargs], lambda tensor: tensor.detach().clone())
+            forward = replace(forward, inputs=own[0], kwargs=own[1])
+        recorded = _record(forward, source, target, memory == "recompute")
     return _build(recorded, _Settings(module, depth, batch, batch_dim or 0, seed, check))
 
 
@@ -129,22 +140,18 @@ class _Recorded:
     target: Value
     graph: Graph
     notes: list[str]
+    again: ForwardPass
+    saved: SavedTensors | None
 
 
-def _record(
-    model: Any,
-    module: nn.Module,
-    inputs: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    source: str | None,
-    target: Target,
-    seed: int,
-) -> _Recorded:
+def _record(forward: ForwardPass, source: str | None, target: Target, recompute: bool) -> _Recorded:
     """Record the forward pass; when nothing leads from input to output, look further before giving up."""
-    notes = _initialise_lazy(model, module, inputs, kwargs)
+    notes = ["lazy modules were initialised by a first forward pass"] if forward.initialise_lazy() else []
     failure: TraceError | None = None
     for promote_casts, through_no_grad in ((False, False), (True, False), (False, True), (True, True)):
-        recording = _run(model, module, inputs, kwargs, seed, promote_casts, through_no_grad)
+        attempt = replace(forward, promote_casts=promote_casts, through_no_grad=through_no_grad)
+        saved = SavedTensors(forward.module, attempt.run, clock) if recompute else None
+        recording = attempt.run(saved, frozenset() if recompute else None)
         try:
             name, value = _target(recording.output, target)
             graph, start = _source(recording.sources, value, source)
@@ -156,7 +163,7 @@ def _record(
         if through_no_grad:
             notes.append("the model runs under no_grad, which was looked through")
         side = [s for s in recording.sources if s is not start]
-        return _Recorded(recording, start, side, name, value, graph, notes)
+        return _Recorded(recording, start, side, name, value, graph, notes, attempt, saved)
     if failure is None:
         raise TraceError("the forward pass was not recorded")
     raise TraceError(str(failure)) from None
@@ -164,56 +171,6 @@ def _record(
 
 class _UnreachedError(TraceError):
     """Nothing differentiable leads from an input to the output in this recording; another may find more."""
-
-
-def _run(
-    model: Any,
-    module: nn.Module,
-    inputs: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    seed: int,
-    promote_casts: bool,
-    through_no_grad: bool,
-) -> Recording:
-    recording = Recording()
-    with unchanged(module) as safe:
-        safe.freeze()
-        safe.copy_buffers()
-        torch.manual_seed(seed)
-        prepared = prepare(inputs, kwargs)
-        recording.sources.extend(prepared.sources)
-        for start in prepared.sources:
-            recording.values[start.value] = start.tensor.detach().clone()
-        modes = value_recorder(recording, safe, prepared.integers, promote_casts)
-        try:
-            with transparent(through_no_grad):
-                record(model, module, prepared.args, prepared.kwargs, recording, modes)
-        except TraceError:
-            raise
-        except Exception as error:
-            raise _failed_forward(error, recording, inputs) from error
-    return recording
-
-
-def _failed_forward(error: Exception, recording: Recording, inputs: tuple[Any, ...]) -> TraceError:
-    running = [call for call in recording.calls if not call.finished]
-    where = "the model"
-    if running and running[-1].path:
-        where = f"module {running[-1].path!r} ({running[-1].module_class})"
-    shapes = ", ".join(str(tuple(tensor.shape)) for _, tensor in named_tensors(list(inputs)))
-    message = " ".join(str(error).split())[:400]
-    return TraceError(
-        f"the forward pass failed in {where}: {type(error).__name__}: {message} (inputs of shape {shapes or 'none'})"
-    )
-
-
-def _initialise_lazy(model: Any, module: nn.Module, inputs: tuple[Any, ...], kwargs: dict[str, Any]) -> list[str]:
-    lazy = (UninitializedParameter, UninitializedBuffer)
-    if not any(isinstance(t, lazy) for t in itertools.chain(module.parameters(), module.buffers())):
-        return []
-    with torch.no_grad():
-        model(*inputs, **kwargs)
-    return ["lazy modules were initialised by a first forward pass"]
 
 
 def _target(output: Any, target: Target) -> tuple[str, Value]:
@@ -290,8 +247,10 @@ def _build(recorded: _Recorded, settings: _Settings) -> Flow:
     positions = [0, *(piece.stop for piece in pieces)]
     values = [frontiers.at(position) for position in positions]
     parameters = list(settings.module.parameters())
+    if recorded.saved is not None:
+        recorded.saved.divide([_clock_at(recorded, position) for position in positions])
     segments = [
-        Segment(graph, before, after, start, stop, parameters, recording.hooks)
+        Segment(graph, before, after, start, stop, parameters, recording.hooks, _prefetch(recorded, start, stop))
         for (before, after), (start, stop) in zip(
             itertools.pairwise(values), itertools.pairwise(positions), strict=True
         )
@@ -321,6 +280,7 @@ def _build(recorded: _Recorded, settings: _Settings) -> Flow:
         _graph=graph,
         _recording=recording,
         _chains=lambda: _sibling_flows(recorded, settings),
+        _prefetch=lambda start, stop: _prefetch(recorded, start, stop),
     )
 
 
@@ -338,10 +298,27 @@ def _sibling_flows(recorded: _Recorded, settings: _Settings) -> dict[str, Flow]:
     return flows
 
 
+def _clock_at(recorded: _Recorded, position: int) -> int:
+    clocks = recorded.graph.clock
+    return clocks[position] if position < len(clocks) else recorded.recording.stop
+
+
+def _prefetch(recorded: _Recorded, start: int, stop: int) -> Callable[[], None] | None:
+    """What a segment calls before it is walked, when saved tensors are computed anew."""
+    saved = recorded.saved
+    if saved is None:
+        return None
+    return functools.partial(saved.prefetch, _clock_at(recorded, start), _clock_at(recorded, stop))
+
+
 def _state_values(recorded: _Recorded, wanted: set[Value]) -> dict[Value, Tensor]:
     """The data of the states; all else is forgotten, unless flows from other sources may still be asked for."""
-    recording = recorded.recording
-    data = {value: tensor for value, tensor in recording.values.items() if value in wanted}
+    recording, values = recorded.recording, recorded.recording.values
+    if recorded.saved is not None:
+        places = {recording.place(value): value for value in wanted}
+        again = recorded.again.run(recorded.saved, frozenset(places))
+        values = {places[place]: t for v, t in again.values.items() if (place := again.place(v)) in places}
+    data = {value: tensor for value, tensor in values.items() if value in wanted}
     for _, tensor in named_tensors(recording.output):  # outputs that no operation consumed
         if tensor.requires_grad and value_of(tensor) in wanted:
             data.setdefault(value_of(tensor), tensor.detach())

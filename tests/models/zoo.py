@@ -127,7 +127,8 @@ def examine(subject: Subject) -> Result:
             found["failure"] = f"{type(error).__name__}: {' '.join(str(error).split())[:400]}"
     gc.collect()
     result = Result(subject, seconds=time.process_time() - start, **found)
-    return result if result.failure else dataclasses.replace(result, failure=_cause(result))
+    inexact = _inexact(result) if result.traced else ""
+    return dataclasses.replace(result, failure="; ".join(filter(None, [result.failure, inexact])))
 
 
 def _examine(subject: Subject, found: dict[str, Any]) -> None:
@@ -149,11 +150,7 @@ def _examine(subject: Subject, found: dict[str, Any]) -> None:
     found["replay_error"] = relative(flow.states[-1].tensors[0], pick(plain, subject.target, flow.target_name))
     found["blocks"], inside = count_blocks(flow, subject.blocks)
     problems = [f"changed by the trace: {', '.join(changes[:4])}"] if changes else []
-    if subject.steps is not None and inside:
-        problems.append(f"boundaries inside a block: {', '.join(inside[:4])}")
-    if subject.steps is not None and found["blocks"] != subject.steps:
-        names = ", ".join(f"{step.name} ({step.module_class})" for step in flow.steps)
-        problems.append(f"{found['blocks']} blocks instead of {subject.steps}; the steps are: {names[:300]}")
+    problems += _miscounted(flow, subject, found["blocks"], inside)
     found["failure"] = "; ".join(problems)
     if subject.independent:
         cotangents = random_cotangents(flow)
@@ -168,12 +165,20 @@ def _examine(subject: Subject, found: dict[str, Any]) -> None:
         found["independent_error"] = relative(pulled[0], truth)
 
 
-def _cause(result: Result) -> str:
-    bad = [name for name, passed in result.columns().items() if passed is False]
-    errors = (
-        f"chain {result.chain_error:.1e}, own backward {result.independent_error:.1e}, replay {result.replay_error:.1e}"
-    )
-    return f"{', '.join(bad)} ({errors})" if bad else ""
+def _miscounted(flow: Flow, subject: Subject, blocks: int, inside: list[str]) -> list[str]:
+    if subject.steps is None:
+        return []
+    problems = [f"boundaries inside a block: {', '.join(inside[:4])}"] if inside else []
+    if blocks != subject.steps:
+        names = ", ".join(f"{step.name} ({step.module_class})" for step in flow.steps)
+        problems.append(f"{blocks} blocks instead of {subject.steps}; the steps are: {names[:300]}")
+    return problems
+
+
+def _inexact(result: Result) -> str:
+    errors = {"chain": result.chain_error, "own backward": result.independent_error, "replay": result.replay_error}
+    columns = result.columns()
+    return ", ".join(f"{name} off by {error:.1e}" for name, error in errors.items() if columns[name] is False)
 
 
 def count_blocks(flow: Flow, pattern: str) -> tuple[int, list[str]]:
