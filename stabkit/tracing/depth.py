@@ -205,7 +205,7 @@ def _passed_by(intervals: Intervals, gap: _Gap) -> bool:
         return False
     # the widths that count for choosing leave out what decoders read, so they are compared with the full count
     alive = len(intervals.shapes(gap.position))
-    return alive - intervals.passing_by(gap.position, before.start, after.stop) == 1
+    return alive - intervals.passing_by(gap.position, before, after) == 1
 
 
 class _Units:
@@ -263,17 +263,9 @@ class _Units:
         signatures = [intervals.operations(*region) for found in regions for region in found]
         return all(_similarity(signatures[0], signature) > 0.6 for signature in signatures)
 
-    def _can_be_cut(self, call: Interval) -> bool:
-        """Whether the graph is as narrow at the ends of a call as inside it, or narrower inside than at both ends."""
-        intervals = self.intervals
-        ends = min(int(intervals.width[call.start]), int(intervals.width[call.stop]))
-        return intervals.is_narrow_to_narrow(call) or intervals.base(call.start, call.stop) < ends
-
     def _alike_children(self, calls: list[Interval]) -> bool:
-        """Every wide position lies in a narrow-to-narrow child, and these children are of one class."""
+        """Each call runs several blocks of one class, one after the other, with nothing wide between them."""
         intervals = self.intervals
-        sequences: set[tuple[str, ...]] = set()
-        kinds: set[str] = set()
         several = False
         for call in calls:
             if intervals.is_leaf(call):
@@ -285,21 +277,22 @@ class _Units:
                 for item in intervals.items(call)
                 if intervals.is_narrow_to_narrow(item) and intervals.is_wide(item.start, item.stop)
             ]
-            if not self._can_be_cut(call) or not _cover(intervals, call, blocks):
+            if not blocks:
                 return False
-            names = tuple(type(block.module).__name__ for block in blocks)
-            sequences.add(names)
-            kinds.update(names)
-            several |= len(blocks) >= 2
-        repeated = any(len(set(names)) < len(names) for names in sequences)
-        return several and (len(kinds) == 1 or (repeated and len(sequences) > 1))
+            most_common = Counter(type(block.module) for block in blocks).most_common(1)[0][0]
+            alike = [block for block in blocks if type(block.module) is most_common]
+            if not _cover(intervals, blocks, alike[0].start, alike[-1].stop):
+                return False
+            several |= len(alike) >= 2
+        return several
 
 
-def _cover(intervals: Intervals, call: Interval, blocks: list[Interval]) -> bool:
-    base = intervals.base(call.start, call.stop)
+def _cover(intervals: Intervals, blocks: list[Interval], start: int, stop: int) -> bool:
+    """Whether the graph is narrow wherever it is not inside one of the blocks."""
+    base = intervals.base(start, stop)
     return all(
         any(block.start < position < block.stop for block in blocks)
-        for position in range(call.start + 1, call.stop)
+        for position in range(start + 1, stop)
         if intervals.width[position] > base
     )
 

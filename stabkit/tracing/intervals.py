@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import re
 from collections import Counter, defaultdict
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 from torch import nn
@@ -41,6 +41,30 @@ class Interval:
         return self.stop - self.start
 
 
+def _with_uncalled(calls: list[Interval], modules: Mapping[str, nn.Module]) -> list[Interval]:
+    """Add the numbered modules whose parts are called but not they themselves, as ``layer.forward(x)`` does it."""
+    known = {call.index: call for call in calls}
+    groups: defaultdict[tuple[int, str], list[Interval]] = defaultdict(list)
+    for call in calls:
+        parent = known.get(call.parent)
+        prefix = parent.path + "." if parent is not None and parent.path else ""
+        parts = call.path[len(prefix) :].split(".") if call.path.startswith(prefix) else []
+        digits = [i for i, part in enumerate(parts[:-1]) if part.isdigit()]
+        if digits:
+            groups[call.parent, prefix + ".".join(parts[: digits[0] + 1])].append(call)
+    added: list[Interval] = []
+    moved: dict[int, int] = {}
+    for (parent_index, path), members in groups.items():
+        start, stop = members[0].start, members[-1].stop
+        between = [c for c in calls if c.parent == parent_index and start <= c.start < stop and c not in members]
+        if path in modules and len(members) >= 2 and not between:
+            index = -2 - len(added)
+            added.append(Interval(index, parent_index, path, modules[path], start, stop))
+            moved.update({member.index: index for member in members})
+    placed = [replace(call, parent=moved.get(call.index, call.parent)) for call in calls]
+    return sorted([*placed, *added], key=lambda call: (call.start, -call.stop, call.index >= 0, call.index))
+
+
 class Intervals:
     """The calls of a recording that contain operations of the graph, as a forest.
 
@@ -52,7 +76,13 @@ class Intervals:
         width: the width of the frontier at every position, as it counts for choosing.
     """
 
-    def __init__(self, graph: Graph, frontiers: Frontiers, calls: Sequence[Call]) -> None:
+    def __init__(
+        self,
+        graph: Graph,
+        frontiers: Frontiers,
+        calls: Sequence[Call],
+        modules: Mapping[str, nn.Module] | None = None,
+    ) -> None:
         self.graph = graph
         self._frontiers = frontiers
         self.end = len(graph.nodes)
@@ -61,7 +91,7 @@ class Intervals:
             for c in calls
             if c.finished
         ]
-        self.calls = [c for c in placed if c.length > 0]
+        self.calls = _with_uncalled([c for c in placed if c.length > 0], modules or {})
         known = {c.index for c in self.calls}
         self._children: defaultdict[int, list[Interval]] = defaultdict(list)
         for call in self.calls:
@@ -117,12 +147,15 @@ class Intervals:
         """Whether there are other calls of its class, or other modules of the same numbered name."""
         return self.instances[type(call.module)] > 1 or ("#" in call.pattern and len(self._patterns[call.pattern]) > 1)
 
-    def passing_by(self, position: int, start: int, stop: int) -> int:
-        """How many values alive at a position are born before ``start``, live past ``stop`` and are not used between."""
-        used = {v for node in self.graph.nodes[start:stop] for v in self.graph.inputs[node]}
+    def passing_by(self, position: int, before: Interval, after: Interval) -> int:
+        """How many values alive between two calls are older than the first and outlive the second without being used.
+
+        The first may have read them: a skip to a decoder starts at the input of some block.
+        """
+        used = {v for node in self.graph.nodes[after.start : after.stop] for v in self.graph.inputs[node]}
         born, last = self._frontiers.born, self._frontiers.last_use
         alive = self._frontiers.at(position)
-        return sum(born[v] <= start and last[v] >= stop and v not in used for v in alive)
+        return sum(born[v] <= before.start and last[v] >= after.stop and v not in used for v in alive)
 
     def items(self, call: Interval | None) -> list[Interval]:
         """Children with containers opened, so that items of nested Sequentials stand side by side."""

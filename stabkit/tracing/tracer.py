@@ -243,7 +243,9 @@ def _build(recorded: _Recorded, settings: _Settings) -> Flow:
     graph, recording = recorded.graph, recorded.recording
     mend_batch_norm(graph)
     frontiers = Frontiers(graph)
-    pieces = choose(Intervals(graph, frontiers, recording.calls), frontiers, settings.depth)
+    pieces = choose(
+        Intervals(graph, frontiers, recording.calls, dict(settings.module.named_modules())), frontiers, settings.depth
+    )
     positions = [0, *(piece.stop for piece in pieces)]
     values = [frontiers.at(position) for position in positions]
     parameters = list(settings.module.parameters())
