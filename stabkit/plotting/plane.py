@@ -16,7 +16,7 @@ from stabkit.plotting.style import BLUE, GREY, LIGHT, ORANGE, finish, new_axes, 
 from stabkit.report.tables import middle
 
 if TYPE_CHECKING:
-    from numpy.typing import NDArray
+    from numpy.typing import ArrayLike, NDArray
 
     from stabkit.integrators.linear_stability import LinearStability
     from stabkit.report import Report, StepReport
@@ -185,15 +185,21 @@ def _sample_color(sample: int, n: int) -> Any:
     return BLUE if n == 1 else matplotlib.colormaps["viridis"](0.92 * sample / (n - 1))
 
 
-def method(method: LinearStability, ax: Axes | None = None) -> Axes:
+def method(method: LinearStability, ax: Axes | None = None, *, z: ArrayLike | None = None) -> Axes:
     """The stability region of an integrator: where the powers of M(z) stay bounded.
 
     Args:
         method: a method of ``stabkit.integrators``; all its fields see the same z.
         ax: where to draw; a new figure when None.
+        z: points to draw on top, such as the eigenvalues h lambda of a problem; the picture grows to hold them.
     """
     ax, font = new_axes(ax, 8, 7)
     left, right, height = _window(method)
+    points = np.ravel(np.asarray([] if z is None else z, dtype=complex))
+    points = points[np.isfinite(points)]
+    if points.size:
+        left, right = min(left, 1.1 * points.real.min()), max(right, 1.1 * points.real.max())
+        height = max(height, 1.1 * float(np.abs(points.imag).max()))
     x, y = np.linspace(left, right, 401), np.linspace(-height, height, 401)
     with np.errstate(all="ignore"):
         radius = np.nan_to_num(method.amplification(x[None, :] + 1j * y[:, None]), nan=np.inf, posinf=1e300)
@@ -207,6 +213,8 @@ def method(method: LinearStability, ax: Axes | None = None) -> Axes:
         ax.plot([0, 0], [-reach, reach], color=ORANGE, linewidth=1.4)
     ax.axhline(0, color=GREY, linewidth=0.5, zorder=0)
     ax.axvline(0, color=GREY, linewidth=0.5, zorder=0)
+    if points.size:
+        ax.scatter(points.real, points.imag, s=9, color=BLUE, linewidths=0, zorder=3)
     ax.set_xlim(left, right)
     ax.set_ylim(-height, height)
     ax.set_aspect("equal")

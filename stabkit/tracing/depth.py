@@ -281,15 +281,15 @@ class _Units:
                 return False
             most_common = Counter(type(block.module) for block in blocks).most_common(1)[0][0]
             alike = [block for block in blocks if type(block.module) is most_common]
-            if not _cover(intervals, blocks, alike[0].start, alike[-1].stop):
+            narrow = intervals.base(call.start, call.stop)
+            if not _cover(intervals, blocks, alike[0].start, alike[-1].stop, narrow):
                 return False
             several |= len(alike) >= 2
         return several
 
 
-def _cover(intervals: Intervals, blocks: list[Interval], start: int, stop: int) -> bool:
-    """Whether the graph is narrow wherever it is not inside one of the blocks."""
-    base = intervals.base(start, stop)
+def _cover(intervals: Intervals, blocks: list[Interval], start: int, stop: int, base: int) -> bool:
+    """Whether the graph is no wider than ``base`` wherever it is not inside one of the blocks."""
     return all(
         any(block.start < position < block.stop for block in blocks)
         for position in range(start + 1, stop)

@@ -152,7 +152,7 @@ class Intervals:
 
         The first may have read them: a skip to a decoder starts at the input of some block.
         """
-        used = {v for node in self.graph.nodes[after.start : after.stop] for v in self.graph.inputs[node]}
+        used = {v for node in self.graph.nodes[before.stop : after.stop] for v in self.graph.inputs[node]}
         born, last = self._frontiers.born, self._frontiers.last_use
         alive = self._frontiers.at(position)
         return sum(born[v] <= before.start and last[v] >= after.stop and v not in used for v in alive)

@@ -150,7 +150,8 @@ def _record(forward: ForwardPass, source: str | None, target: Target, recompute:
     failure: TraceError | None = None
     for promote_casts, through_no_grad in ((False, False), (True, False), (False, True), (True, True)):
         attempt = replace(forward, promote_casts=promote_casts, through_no_grad=through_no_grad)
-        saved = SavedTensors(forward.module, attempt.run, clock) if recompute else None
+        again = functools.partial(attempt.run, wanted=frozenset())
+        saved = SavedTensors(forward.module, again, clock) if recompute else None
         recording = attempt.run(saved, frozenset() if recompute else None)
         try:
             name, value = _target(recording.output, target)

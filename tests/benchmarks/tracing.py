@@ -1,8 +1,8 @@
 """Tracing against one forward pass, and the chain of steps against the model's own backward, interleaved in one run.
 
 Run with ``python tests/benchmarks/tracing.py``; ratios are medians over the rounds, smallest and largest beside them.
-The floor is the forward pass without gradients; the peer is TorchLens (``pip install torchlens``), which logs values and
-no derivatives. Peak memory is measured in processes of their own: what a run takes beyond the model and its input.
+The floor is the forward pass without gradients; the peer is TorchLens (``pip install torchlens``), which logs values
+and no derivatives. Peak memory is measured in processes of their own: what a run takes beyond the model and its input.
 """
 
 from __future__ import annotations

@@ -105,3 +105,11 @@ def test_unusual_regions_can_be_drawn(name):
     ax = plotting.method(integrators.named(name))
     ax.figure.draw_without_rendering()
     assert np.isfinite([*ax.get_xlim(), *ax.get_ylim()]).all()
+
+
+def test_eigenvalues_lie_on_top_of_the_region_and_inside_the_picture():
+    z = np.array([[-1 + 0.5j, -1 - 0.5j], [-40.0, np.nan]])
+    ax = plotting.method(integrators.named("rk4"), z=z)
+    drawn = ax.collections[-1].get_offsets()
+    assert np.asarray(drawn).tolist() == [[-1, 0.5], [-1, -0.5], [-40, 0]]
+    assert ax.get_xlim()[0] < -40 < ax.get_xlim()[1]
