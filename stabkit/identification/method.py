@@ -84,6 +84,9 @@ def _identify(step: Step) -> Identification:
     skip = read_skip(step.segment)
     if skip.opaque and skip.kind in ("none", "other"):
         return _not_a_step(step, "unknown", f"a skip may hide inside {', '.join(skip.opaque)}", "unknown")
+    if skip.kind == "normed":
+        why = f"the skip passes {len(skip.after)} norm(s) after {skip.merges} addition(s), so no single a describes it"
+        return _not_a_step(step, "projected Euler (post-norm)", why, "proven", skip)
     if skip.kind == "other":
         return _not_a_step(step, "not a step", "the skip moves or mixes coordinates", "measured", skip)
     return _single_stage(step, skip)
@@ -131,7 +134,7 @@ def _not_a_step(step: Step, name: str, why: str, evidence: str, skip: Skip | Non
         step_size=None,
         convention="none",
         evidence=evidence,
-        residual=skip.residual if skip else None,
+        residual=skip.residual if skip and skip.kind == "other" else None,
         steps=(step.index,),
         after=skip.after if skip else (),
         notes=(why,),

@@ -47,6 +47,7 @@ _MOVES = frozenset(
     }
 )
 _SCALES = frozenset({"Mul", "Div", "Neg", "NativeDropout", "MaskedFill"})  # diagonal when one factor depends on x
+_NORMS = frozenset({"NativeLayerNorm", "NativeGroupNorm", "NativeBatchNorm", "CudnnBatchNorm", "FusedRmsNorm"})
 _ADDS = frozenset({"Add", "Sub", "Rsub", "Lerp"})
 _OPAQUE = frozenset({"CompiledFunction", "CheckpointFunction", "MkldnnRnnLayer", "CudnnRnn", "DifferentiableGraph"})
 _POST_LIMIT = 64
@@ -58,7 +59,8 @@ class Skip:
 
     Attributes:
         kind: ``"identity"``, ``"scaled"`` (one number for all coordinates), ``"diagonal"`` (a number for each),
-            ``"other"`` (moved or mixed coordinates) or ``"none"``.
+            ``"other"`` (moved or mixed coordinates), ``"normed"`` (it passes norms, as in a post-norm transformer) or
+            ``"none"``.
         coefficient: the number ``a`` of x' = a x + f(x); the mean for a diagonal skip, 0 for none.
         residual: relative deviation of the skip from ``a`` times the identity, on random cotangents.
         merges: how many additions lie on the skip; 2 in a transformer block, one after each of its branches.
@@ -94,7 +96,32 @@ def read_skip(segment: Segment) -> Skip:
             break
         after.append(operation(node))
         merged = inputs[0]
+    norms, merges_passed = _through_norms(segment, source, target)
+    if norms and merges_passed:
+        return Skip("normed", float("nan"), float("nan"), merges_passed, norms, opaque)
     return Skip("none", 0.0, 0.0, 0, (), opaque)
+
+
+def _through_norms(segment: Segment, source: Value, target: Value) -> tuple[tuple[str, ...], int]:
+    """The norms and the additions on a way back to the source that passes nothing else but moves and scalings."""
+    inside = set(segment.nodes)
+    seen: set[Value] = set()
+    stack: list[tuple[Value, tuple[str, ...], int]] = [(target, (), 0)]
+    while stack:
+        value, norms, merges = stack.pop()
+        if value == source:
+            return norms, merges
+        if value in seen or value.node not in inside:
+            continue
+        seen.add(value)
+        name, inputs = operation(value.node), list(dict.fromkeys(segment.graph.inputs[value.node]))
+        if name in _NORMS:
+            norms = (name, *norms)
+        elif not _is_linear(value.node, segment):
+            continue
+        merges += name in _ADDS and len(inputs) > 1
+        stack.extend((v, norms, merges) for v in inputs)
+    return (), 0
 
 
 def _is_linear(node: Node, segment: Segment) -> bool:

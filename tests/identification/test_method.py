@@ -92,6 +92,22 @@ def test_two_branches_in_a_row_are_a_splitting():
     assert "2 additions" in found.notes[0]
 
 
+def test_a_post_norm_transformer_is_projected_after_each_half():
+    def post_norm(m, x):
+        x = m.norm(x + m.f(x))
+        return m.norm(x + m.g(x))
+
+    found = read(post_norm)
+    assert (found.name, found.evidence, found.skip) == ("projected Euler (post-norm)", "proven", None)
+    assert found.after == ("NativeLayerNorm",) * 2
+    assert "2 norm(s) after 2 addition(s)" in found.notes[0]
+
+
+def test_a_norm_without_a_skip_is_plain():
+    assert read(lambda m, x: m.norm(m.f(x) + m.g(x))).name == "plain"
+    assert read(lambda m, x: m.norm(m.f(m.norm(x)))).name == "plain"
+
+
 def test_a_change_of_space_is_a_transition():
     found = identify(trace(nn.Sequential(nn.Linear(3, 5), nn.Linear(5, 5)), torch.randn(2, 3)))
     assert [f.name for f in found] == ["transition", "plain"]
