@@ -10,6 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import BoundaryNorm, ListedColormap
 from matplotlib.patches import Circle
+from matplotlib.patheffects import withStroke
 from matplotlib.ticker import MaxNLocator
 
 from stabkit.plotting.style import BLUE, GREY, LIGHT, ORANGE, finish, new_axes, small_text
@@ -56,7 +57,9 @@ def region(report: Report, ax: Axes | None = None) -> Axes:
     title = "Stability region"
     if any(step.spectrum_method == "krylov" for step in steps):
         words = "largest |a + z| only"
-        ax.text(0.03, 0.03, words, transform=ax.transAxes, ha="left", va="bottom", fontsize=font)
+        halo = [withStroke(linewidth=2.5, foreground="white")]  # eigenvalues may lie beneath
+        label = ax.text(0.03, 0.03, words, fontsize=font, path_effects=halo, transform=ax.transAxes, zorder=4)
+        label.set(ha="left", va="bottom")
     if not steps:
         words = "no eigenvalues\nin this report"
         ax.text(0.5, 0.5, words, transform=ax.transAxes, ha="center", va="center", fontsize=font)

@@ -11,7 +11,6 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from stabkit.plotting.style import BLUE, GREEN, GREY, ORANGE, finish, new_axes, small_text
-from stabkit.report.tables import middle
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -26,7 +25,7 @@ def depth_axis(ax: Axes, report: Report, font: float | None) -> None:
     n = len(report.steps)
     ax.set_xlim(-0.7, max(n, 1) - 0.3)
     if 0 < n <= MANY_STEPS:
-        ax.set_xticks(range(n), [middle(step.name, 12) for step in report.steps], rotation=60, ha="right")
+        ax.set_xticks(range(n), [_end(step.name, 13) for step in report.steps], rotation=60, ha="right")
         for tick in ax.get_xticklabels():
             tick.set_rotation_mode("anchor")
             if font is not None:
@@ -35,6 +34,11 @@ def depth_axis(ax: Axes, report: Report, font: float | None) -> None:
     else:
         ax.xaxis.set_major_locator(MaxNLocator(6, integer=True))
         ax.set_xlabel("step (input left, output right)", fontsize=font)
+
+
+def _end(name: str, width: int) -> str:
+    """The end of a name, where blocks differ; the beginning is what they share."""
+    return name if len(name) <= width else f"…{name[1 - width :]}"
 
 
 def growth(report: Report, ax: Axes | None = None) -> Axes:
