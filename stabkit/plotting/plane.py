@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
 import matplotlib
@@ -226,8 +227,7 @@ def method(method: LinearStability, ax: Axes | None = None, *, z: ArrayLike | No
 
 def _window(method: LinearStability) -> tuple[float, float, float]:
     """Left, right and upper end of a picture that shows the whole region, or where it starts to be everything."""
-    real, imaginary = (float(b) for b in (method.real_interval(), method.imaginary_interval()))
-    unbounded = not np.isfinite([real, imaginary]).all()
-    width = 6.0 if unbounded else float(np.clip(real, 1.0, 60.0))
-    height = 4.0 if unbounded else float(np.clip(max(1.25 * imaginary, 0.6 * width), 1.5, 60.0))
-    return -1.15 * width, max(0.25 * width, 1.0) if not unbounded else 5.0, height
+    if math.isinf(method.real_interval()) or math.isinf(method.imaginary_interval()):
+        return -6.9, 5.0, 4.0
+    left, right, _, top = method.region().box
+    return min(left, -0.6), max(right, 0.6), max(top, 0.6)
