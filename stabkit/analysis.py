@@ -22,8 +22,8 @@ from stabkit.jacobians import Jacobian, Spectrum, eigenvalues, from_dense, singu
 from stabkit.report.schema import Report, StepReport
 from stabkit.tracing import Flow, Step, trace
 from stabkit.tracing.depth import Depth
+from stabkit.tracing.endpoints import Target
 from stabkit.tracing.safekeeping import modules_behind, unchanged, unwrap
-from stabkit.tracing.tracer import Target
 
 SPECTRA = ("auto", "dense", "krylov", "none")
 _DENSE_SIZE = 512  # up to here all eigenvalues are cheaper than a dozen by Krylov, and say more

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import Node
 
+from stabkit.tracing.audit import OPAQUE
 from stabkit.tracing.nodes import apply_node, is_python_node
 from stabkit.tracing.segments import Segment
 from stabkit.tracing.values import Value, meta_of, operation
@@ -49,7 +50,6 @@ _MOVES = frozenset(
 _SCALES = frozenset({"Mul", "Div", "Neg", "NativeDropout", "MaskedFill"})  # diagonal when one factor depends on x
 _NORMS = frozenset({"NativeLayerNorm", "NativeGroupNorm", "NativeBatchNorm", "CudnnBatchNorm", "FusedRmsNorm"})
 _ADDS = frozenset({"Add", "Sub", "Rsub", "Lerp"})
-_OPAQUE = frozenset({"CompiledFunction", "CheckpointFunction", "MkldnnRnnLayer", "CudnnRnn", "DifferentiableGraph"})
 _POST_LIMIT = 64
 
 
@@ -80,7 +80,7 @@ def read_skip(segment: Segment) -> Skip:
     """Find the skip of a segment between two single-tensor states, and measure what it does to random cotangents."""
     source, target = segment.source[0], segment.target[0]
     inside = set(segment.nodes)
-    opaque = tuple(sorted({operation(n) for n in segment.nodes if is_python_node(n) or operation(n) in _OPAQUE}))
+    opaque = tuple(sorted({operation(n) for n in segment.nodes if is_python_node(n) or operation(n) in OPAQUE}))
     linear = {node for node in segment.nodes if _is_linear(node, segment)}
     after: list[str] = []
     merged = target

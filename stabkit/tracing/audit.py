@@ -10,7 +10,8 @@ from stabkit.tracing.nodes import is_python_node
 from stabkit.tracing.recording import Recording
 from stabkit.tracing.values import operation
 
-_OPAQUE = frozenset(
+# fused or compiled operations: one node that hides what it does
+OPAQUE = frozenset(
     {
         "CompiledFunction",
         "CheckpointFunction",
@@ -32,7 +33,7 @@ def audit(nodes: Sequence[Node], recording: Recording, start_clock: int, stop_cl
     custom = sorted({type(node).__name__ for node in nodes if is_python_node(node)} - _HARMLESS)
     if custom:
         notes.append(f"hand-written backward {', '.join(custom)}: its Jacobian is what that backward says")
-    opaque = sorted(names & _OPAQUE)
+    opaque = sorted(names & OPAQUE)
     if opaque:
         notes.append(f"opaque operation {', '.join(opaque)}: no states inside, no second derivative")
     if any("NotImplemented" in node.name() for node in nodes):

@@ -17,6 +17,7 @@ from stabkit.tracing import chain as chains
 from stabkit.tracing.audit import audit
 from stabkit.tracing.containers import map_tensors, named_tensors
 from stabkit.tracing.depth import Depth, Piece, choose
+from stabkit.tracing.endpoints import Target, UnreachedError, find_source, find_target
 from stabkit.tracing.flow import Flow, State, Step
 from stabkit.tracing.forward_pass import ForwardPass
 from stabkit.tracing.frontiers import Frontiers
@@ -31,8 +32,6 @@ from stabkit.tracing.safekeeping import modules_behind, unwrap
 from stabkit.tracing.samples import Layout
 from stabkit.tracing.segments import BackwardError, Segment
 from stabkit.tracing.values import Value, meta_of, operation, value_of
-
-Target = Callable[[Any], Tensor] | str | None
 
 # how the chain may differ from the engine by the order of additions, as a multiple of the dtype's rounding unit
 _CHAIN_SLACK = 500
@@ -154,9 +153,9 @@ def _record(forward: ForwardPass, source: str | None, target: Target, recompute:
         saved = SavedTensors(forward.module, again, clock) if recompute else None
         recording = attempt.run(saved, frozenset() if recompute else None)
         try:
-            name, value = _target(recording.output, target)
-            graph, start = _source(recording.sources, value, source)
-        except _UnreachedError as error:
+            name, value = find_target(recording.output, target)
+            graph, start = find_source(recording.sources, value, source)
+        except UnreachedError as error:
             failure = failure or error
             continue
         if promote_casts:
@@ -168,76 +167,6 @@ def _record(forward: ForwardPass, source: str | None, target: Target, recompute:
     if failure is None:
         raise TraceError("the forward pass was not recorded")
     raise TraceError(str(failure)) from None
-
-
-class _UnreachedError(TraceError):
-    """Nothing differentiable leads from an input to the output in this recording; another may find more."""
-
-
-def _target(output: Any, target: Target) -> tuple[str, Value]:
-    if callable(target):
-        with torch.enable_grad():
-            chosen = target(output)
-        found = [("target", chosen)] if isinstance(chosen, Tensor) else []
-        if not found:
-            raise TraceError(f"target returned {type(chosen).__name__}; expected a function of the output to a tensor")
-    else:
-        found = named_tensors(output)
-        if target is not None:
-            found = [(path, tensor) for path, tensor in found if path == target]
-            if not found:
-                known = ", ".join(path or "''" for path, _ in named_tensors(output))
-                raise TraceError(f"target={target!r} is not a tensor of the output; there are: {known}")
-    floats = [(path, tensor) for path, tensor in found if differentiable(tensor)]
-    if not floats:
-        kinds_found = ", ".join(str(tensor.dtype) for _, tensor in found) or type(output).__name__
-        raise TraceError(
-            f"the model's output has no floating-point tensor (found: {kinds_found}); "
-            "give target=, a function of the output that returns one, or trace an inner module"
-        )
-    reached = [(path, tensor) for path, tensor in floats if tensor.requires_grad]
-    if not reached:
-        raise _UnreachedError(
-            f"the output {floats[0][0] or ''!r} does not depend differentiably on any input: it is constant, detached, "
-            "computed under no_grad or by operations without a derivative"
-        )
-    reached = [(path, tensor) for path, tensor in reached if tensor.numel() > 0]
-    if not reached:
-        raise TraceError(
-            f"the output {floats[0][0] or ''!r} has no elements: for this input there is nothing to analyse"
-        )
-    wide = [(path, tensor) for path, tensor in reached if not (tensor.dim() == 0 and "loss" in path)]
-    path, tensor = (wide or reached)[0]
-    return path or "output", value_of(tensor)
-
-
-def _source(sources: Sequence[Source], target: Value, wanted: str | None) -> tuple[Graph, Source]:
-    """The source with the longest way to the target; among equals the larger, then the earlier."""
-    if wanted is not None:
-        sources = [s for s in sources if s.name == wanted] or _unknown_source(sources, wanted)
-    reached = []
-    for candidate in sources:
-        graph = Graph([candidate.value], [target])
-        if graph.reached:
-            reached.append((graph, candidate))
-    if not reached and not sources:
-        raise _UnreachedError(
-            "no input carries derivatives to the output: float inputs of sparse layout are held fixed (pass a dense "
-            "tensor), and integer inputs must be looked up in a table or cast to floats"
-        )
-    if not reached:
-        raise _UnreachedError("the output does not depend differentiably on the input that was given")
-    direct = [pair for pair in reached if pair[1].how == "input" or pair[1].embedded] or reached
-    longest = max(len(graph.nodes) for graph, _ in direct)
-    if longest == 0:
-        raise TraceError("the output is the input itself: there is no step between them")
-    nearly = [pair for pair in direct if len(pair[0].nodes) >= 0.9 * longest]
-    return max(nearly, key=lambda pair: meta_of(pair[1].value).numel)
-
-
-def _unknown_source(sources: Sequence[Source], wanted: str) -> list[Source]:
-    known = ", ".join(repr(s.name) for s in sources)
-    raise TraceError(f"source={wanted!r} is not an input or embedding of this model; there are: {known or 'none'}")
 
 
 def _build(recorded: _Recorded, settings: _Settings) -> Flow:
