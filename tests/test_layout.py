@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -81,3 +83,13 @@ def test_integrators_know_no_torch():
         assert "torch" not in {
             name.name for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Import) for name in n.names
         }
+
+
+def test_an_analysis_imports_little_beside_torch():
+    code = (
+        "import sys, torch; before = set(sys.modules); import stabkit.analysis, stabkit.checkpoints; "
+        "heavy = {'scipy', 'networkx', 'matplotlib', 'pandas', 'torchvision', 'timm', 'transformers'}; "
+        "print(sorted(heavy & (set(sys.modules) - before)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

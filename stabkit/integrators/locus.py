@@ -6,7 +6,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
-from scipy.optimize import linear_sum_assignment
 
 from stabkit.integrators.characteristic import Characteristic
 from stabkit.integrators.spectral_radius import ComplexArray
@@ -88,6 +87,8 @@ def _follow(roots: ComplexArray) -> npt.NDArray[np.intp]:
 
 
 def _match(current: ComplexArray, target: ComplexArray) -> npt.NDArray[np.intp]:
+    from scipy.optimize import linear_sum_assignment
+
     if len(current) == 1:
         return np.zeros(1, dtype=np.intp)
     # On the Riemann sphere, so that a root that passes infinity is continued on the other side.

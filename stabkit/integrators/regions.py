@@ -15,7 +15,6 @@ from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
-from scipy.spatial import cKDTree
 
 from stabkit.integrators.characteristic import Characteristic
 from stabkit.integrators.general_linear import GeneralLinearMethod
@@ -274,6 +273,8 @@ def _with_margin(points: ComplexArray) -> Box:
 
 def _distance_to_curves(curves: Sequence[Curve], z: ComplexArray) -> FloatArray:
     """The distance to the nearest point of parabolas through neighbouring boundary points."""
+    from scipy.spatial import cKDTree
+
     best = np.full(z.shape, np.inf)
     for curve in curves:
         points = curve.points

@@ -15,7 +15,6 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
-from scipy.optimize import minimize_scalar
 
 from stabkit.integrators import rational_polynomials as poly
 from stabkit.integrators.characteristic import Characteristic
@@ -232,6 +231,8 @@ def wedge_angle(p: Characteristic, real: float, samples: int = 4096) -> float:
         real: its real stability limit.
         samples: points of the locus from which the least angle is refined.
     """
+    from scipy.optimize import minimize_scalar
+
     if not math.isinf(real):
         return 0.0
 

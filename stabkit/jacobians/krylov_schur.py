@@ -11,7 +11,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
-import scipy.linalg
 import torch
 from torch import Tensor
 
@@ -93,6 +92,8 @@ class _Arnoldi:
 
     def restart(self, badness: Badness, keep: int, *, deflate: bool) -> None:
         """Keep the Schur vectors of the ``keep`` most wanted values (a conjugate pair is never split)."""
+        import scipy.linalg
+
         p, block = self.size, self.next_block().clone()
         T, Z = scipy.linalg.schur(self.H[:p, :p], output="real")
         chosen = _closed_choice(_schur_values(T), badness, keep, self.H.shape[1] - 2 * self.block)

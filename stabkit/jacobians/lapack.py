@@ -5,9 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-import scipy.linalg
-import scipy.sparse
-from scipy.sparse.csgraph import connected_components
 
 _EPS = float(np.finfo(np.float64).eps)
 
@@ -39,6 +36,8 @@ def dense_eigenvalues(A: np.ndarray, rounding: float) -> DenseEigenvalues:
         A: the matrix.
         rounding: relative error of its entries, as a fraction of the norm.
     """
+    import scipy.linalg
+
     n = len(A)
     norm = float(scipy.linalg.svdvals(A)[0])
     values = np.zeros(n, dtype=complex)
@@ -55,6 +54,9 @@ def dense_eigenvalues(A: np.ndarray, rounding: float) -> DenseEigenvalues:
 
 
 def _irreducible_blocks(A: np.ndarray) -> list[np.ndarray]:
+    import scipy.sparse
+    from scipy.sparse.csgraph import connected_components
+
     pattern = scipy.sparse.csr_array(A != 0)
     count, labels = connected_components(pattern, directed=True, connection="strong")
     by_label = np.argsort(labels, kind="stable")
@@ -63,6 +65,8 @@ def _irreducible_blocks(A: np.ndarray) -> list[np.ndarray]:
 
 def _block_eigenvalues(A: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Values, residuals and condition numbers ``1 / |y^H x|``."""
+    import scipy.linalg
+
     if np.array_equal(A, A.T):
         real_values, X = np.linalg.eigh(A)
         return real_values.astype(complex), np.linalg.norm(A @ X - X * real_values, axis=0), np.ones(len(A))
@@ -81,6 +85,8 @@ def plain_eigenvalues(A: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 def _disc_groups(values: np.ndarray, radii: np.ndarray, norm: float) -> np.ndarray:
     """For each value, the farthest point of the connected group of discs that it belongs to."""
+    from scipy.sparse.csgraph import connected_components
+
     distances = np.abs(values[:, None] - values[None, :])
     _, labels = connected_components(distances <= radii[:, None] + radii[None, :], directed=False)
     bounds = radii.copy()
@@ -97,6 +103,8 @@ def dense_singular_values(A: np.ndarray, rounding: float) -> tuple[np.ndarray, n
     LAPACK's values are exact for a matrix within a few eps ||A||_2 of A (Weyl), and ``rounding * ||A||_2`` is
     added for the entries themselves.
     """
+    import scipy.linalg
+
     U, values, Vt = scipy.linalg.svd(A, full_matrices=False, check_finite=False)
     forward = np.linalg.norm(A @ Vt.T - U * values, axis=0)
     adjoint = np.linalg.norm(A.T @ U - Vt.T * values, axis=0)

@@ -7,12 +7,12 @@ the largest eigenvalue of the Hermitian part of exp(i theta) A.
 from __future__ import annotations
 
 import numpy as np
-import scipy.linalg
-from scipy.optimize import minimize_scalar
 
 
 def support(A: np.ndarray, theta: float) -> tuple[float, complex]:
     """Max Re(exp(i theta) w) over w in W(A), and the boundary point w that attains it."""
+    import scipy.linalg
+
     n = len(A)
     rotated = np.exp(1j * theta) * A if np.sin(theta) else np.cos(theta) * A
     hermitian = (rotated + rotated.conj().T) / 2
@@ -30,6 +30,8 @@ def numerical_range(A: np.ndarray, angles: int) -> tuple[np.ndarray, float]:
     Returns:
         points ``(2 (angles // 2),)`` complex, and max |w| over W(A), refined between the directions.
     """
+    from scipy.optimize import minimize_scalar
+
     half = angles // 2
     grid = np.linspace(0, np.pi, half + 1)
     heights, upper = zip(*(support(A, -theta) for theta in grid), strict=True)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import scipy.sparse.linalg
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    import scipy.sparse.linalg
 
 Product = Callable[[Tensor], Tensor]
 
@@ -119,6 +121,8 @@ class Jacobian:
         Raises:
             IndexError: there is no such sample.
         """
+        import scipy.sparse.linalg
+
         batch, m, n = self.shape
         if not -batch <= sample < batch:
             raise IndexError(f"sample={sample}, but the Jacobian has {batch} samples (0 to {batch - 1})")

@@ -10,9 +10,6 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import numpy as np
-import scipy.linalg
-from scipy.linalg.lapack import ztrtrs
-from scipy.optimize import brentq, minimize, minimize_scalar
 
 _SVD_SIZE = 40  # up to here a full SVD is as fast as a few triangular solves
 
@@ -25,6 +22,8 @@ class Resolvent:
     """
 
     def __init__(self, A: np.ndarray) -> None:
+        import scipy.linalg
+
         rows, self.n = A.shape
         self.square = rows == self.n
         self.norm = float(np.linalg.norm(A, 2))
@@ -48,6 +47,9 @@ class Resolvent:
 
 def _inverse_lanczos(R: np.ndarray, steps: int = 40) -> float:
     """Smallest singular value of an upper triangular matrix: Lanczos on (R^H R)^-1 (S. H. Lui, 1997)."""
+    import scipy.linalg
+    from scipy.linalg.lapack import ztrtrs
+
     rng = np.random.default_rng(0)
     n = len(R)
     q = rng.standard_normal(n) + 1j * rng.standard_normal(n)
@@ -114,6 +116,8 @@ def _on_line(y: float, x: float) -> complex:
 
 def _root(gap: Callable[[float], float], inner: float, outer: float) -> float:
     """Where ``gap`` changes sign; an end where it does not (rounding of the inverse iteration)."""
+    from scipy.optimize import brentq
+
     if gap(inner) >= 0:
         return inner
     return outer if gap(outer) <= 0 else float(brentq(gap, inner, outer, rtol=1e-11))
@@ -128,6 +132,8 @@ def _outermost(
     epsilon: float,
 ) -> float:
     """The largest t in ``span`` with sigma_min(point(s, t)) <= epsilon over the lines s, from outside inwards."""
+    from scipy.optimize import minimize_scalar
+
     outside, inside = span
     ts = np.linspace(outside + 1e-9 * (abs(outside) + epsilon), inside, 13)
 
@@ -159,6 +165,8 @@ def kreiss_constant(resolvent: Resolvent, spectral_radius: float, outside: float
     K <= sup_k ||A^k|| <= e n K (H.-O. Kreiss 1962; M. N. Spijker 1991). A polar grid, then Nelder-Mead from its
     best points.
     """
+    from scipy.optimize import minimize
+
     if spectral_radius > 1 + 1e-12:
         return float("inf")
 

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import scipy.stats
 import torch
 from torch import Tensor
 
@@ -242,6 +241,8 @@ def _hutchinson(
 
 def _estimate(samples: Tensor, confidence: float, n_products: int, method: str) -> Estimate:
     """Mean, standard error and Student's interval over probes ``(batch, probes)``."""
+    import scipy.stats
+
     samples = samples.cpu()
     count = samples.shape[1]
     mean = samples.mean(1)

@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-import networkx as nx
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge
@@ -20,6 +19,8 @@ from stabkit.tracing.segments import Segment
 from stabkit.tracing.values import Value, meta_of, operation, random_tensors
 
 if TYPE_CHECKING:
+    import networkx as nx
+
     from stabkit.jacobians.operator import Jacobian
 
 
@@ -199,6 +200,8 @@ class Flow:
     @property
     def graph(self) -> nx.DiGraph:
         """The operations as a directed graph; nodes are numbered by position and carry their module path."""
+        import networkx as nx  # takes longer to import than most traces take to run
+
         graph = nx.DiGraph()
         graph.add_node(-1, operation="source", module_path="", step=-1)
         boundaries = [state.position for state in self.states]
