@@ -27,6 +27,7 @@ from stabkit.tracing.safekeeping import modules_behind, unchanged, unwrap
 
 SPECTRA = ("auto", "dense", "krylov", "none")
 _DENSE_SIZE = 512  # up to here all eigenvalues are cheaper than a dozen by Krylov, and say more
+_LARGEST_DENSE = 8192  # beyond, a matrix and its factors no longer fit beside a model, and take hours
 _WANTED = 6  # eigenvalues and singular values of larger steps
 _TOLERANCE = 1e-3  # residual of a Krylov value, as a fraction of the norm of J
 _WORK = 5_000_000  # numbers that all products of one Krylov spectrum may pass, a bound on its time
@@ -65,8 +66,8 @@ def analyze(
         batch_dim: which dimension counts samples; None makes the whole batch one state.
         source: the input to start from, when there are several.
         target: the output to end at, see `stabkit.trace`.
-        spectrum: ``"dense"`` (every eigenvalue), ``"krylov"`` (the largest few), ``"none"``, or ``"auto"`` (dense for
-            states of up to 512 numbers, Krylov beyond).
+        spectrum: ``"dense"`` (every eigenvalue, of states of up to 8192 numbers), ``"krylov"`` (the largest few),
+            ``"none"``, or ``"auto"`` (dense up to 512 numbers, Krylov beyond).
         spectrum_samples: how many samples' spectra are computed.
         probes: random cotangents per sample when there is no loss.
         thresholds: the limits behind the verdict.
@@ -161,6 +162,10 @@ def _step_spectrum(step: Step, method: Identification, mode: str, samples: int, 
     _, m, n = J.shape
     dense = mode == "dense" or (mode == "auto" and max(m, n) <= _DENSE_SIZE)
     try:
+        if dense and max(m, n) > _LARGEST_DENSE:
+            raise ValueError(
+                f"a dense spectrum of {max(m, n)} numbers is too large (at most {_LARGEST_DENSE}): use krylov"
+            )
         if dense:
             J = from_dense(J.dense())  # once, for both spectra
         largest = _largest_singular_value(J, dense, seed)

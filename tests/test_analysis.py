@@ -141,6 +141,12 @@ def test_weights_that_are_nan_are_a_finding():
     assert any("no spectrum" in note for note in report.steps[1].notes)
 
 
+def test_a_dense_spectrum_that_would_not_fit_is_said_and_not_tried():
+    report = stabkit.analyze(lambda x: (2 * x).sin(), torch.ones(1, 100_000), spectrum="dense", probes=1)
+    assert all(step.z is None for step in report.steps)
+    assert all("use krylov" in step.notes[-1] for step in report.steps)
+
+
 def test_progress_is_told_step_by_step():
     told: list[tuple[int, int, str]] = []
     model = nn.Sequential(nn.Linear(4, 4), nn.Tanh())

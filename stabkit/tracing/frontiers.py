@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable
 
 from torch.autograd.graph import Node
 
@@ -46,10 +45,6 @@ class Frontiers:
             if width == 1:
                 latest[self.at(position)[0]] = position
         return sorted(latest.values())
-
-    def narrowest(self, positions: Iterable[int]) -> int:
-        """The position with the smallest frontier, the latest among equals."""
-        return min(positions, key=lambda position: (self.width[position], -position))
 
     def _widths(self, end: int) -> list[int]:
         change = [0] * (end + 2)

@@ -135,10 +135,9 @@ def test_densely_connected_layers_have_a_growing_frontier():
     assert [frontiers.width[end] for end in ends] == [2, 3, 4, 5]
 
 
-def test_the_narrowest_position_is_the_latest_among_equals():
+def test_a_skip_is_two_values_wide_and_its_ends_one():
     x = non_leaf(torch.randn(2, 3))
     graph = Graph([value_of(x)], [value_of((x.tanh() + x).exp())])
     frontiers = Frontiers(graph)
     assert frontiers.width == [1, 2, 1, 1]
-    assert frontiers.narrowest(range(3)) == 2
     assert meta_of(frontiers.at(1)[0]).shape == (2, 3)
