@@ -1,10 +1,12 @@
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 from torch import Tensor, nn
 
-from stabkit.identification import identify
+from stabkit.identification import by_step, identify
 from stabkit.tracing import trace
 
 
@@ -49,7 +51,7 @@ def read(function):
         (lambda m, x: m.f(x), "plain", 0.0, "proven"),
         (lambda m, x: m.f(x) + m.project.bias, "plain", 0.0, "proven"),
         (lambda m, x: m.f(x) + m.g(x), "plain", 0.0, "proven"),
-        (lambda m, x: m.project(x) + m.f(x), "plain", 0.0, "proven"),
+        (lambda m, x: m.project(x) + m.f(x), "projection shortcut", None, "proven"),
         (lambda m, x: 1.5 * x + m.f(x), "scaled skip (a = 1.5)", 1.5, "proven"),
         (lambda m, x: x + m.f(x) + x, "scaled skip (a = 2)", 2.0, "proven"),
         (lambda m, x: m.scales * x + m.f(x), "damped Euler (a = 0.35)", 0.35, "measured"),
@@ -60,7 +62,7 @@ def test_the_skip_is_read_off_the_code(function, name, skip, evidence):
     found = read(function)
     assert (found.name, found.evidence) == (name, evidence)
     assert found.skip == (skip if skip is None else pytest.approx(skip, abs=1e-12))
-    assert evidence != "proven" or found.residual < 1e-14
+    assert skip is None or evidence != "proven" or found.residual < 1e-14
 
 
 def test_the_method_has_the_region_of_the_skip():
@@ -71,15 +73,16 @@ def test_the_method_has_the_region_of_the_skip():
 
 
 @pytest.mark.parametrize(
-    ("function", "after"),
+    ("function", "name", "after"),
     [
-        (lambda m, x: torch.relu(x + m.f(x)), ("Relu",)),
-        (lambda m, x: m.norm(x + m.f(x)), ("NativeLayerNorm",)),
+        (lambda m, x: torch.relu(x + m.f(x)), "projected Euler (ReLU)", ("Relu",)),
+        (lambda m, x: m.norm(x + m.f(x)), "projected Euler (post-norm)", ("NativeLayerNorm",)),
+        (lambda m, x: torch.tanh(x + m.f(x)), "forward Euler", ("Tanh",)),
     ],
 )
-def test_what_follows_the_addition_is_named(function, after):
+def test_what_follows_the_addition_is_named(function, name, after):
     found = read(function)
-    assert (found.name, found.after) == ("forward Euler", after)
+    assert (found.name, found.after) == (name, after)
 
 
 def test_two_branches_in_a_row_are_a_splitting():
@@ -88,8 +91,9 @@ def test_two_branches_in_a_row_are_a_splitting():
         return x + m.g(m.norm(x))
 
     found = read(pre_norm)
-    assert found.name == "forward Euler"
+    assert (found.name, found.skip) == ("Lie splitting (2 Euler steps)", 1.0)
     assert "2 additions" in found.notes[0]
+    assert found.shared_weights is False
 
 
 def test_a_post_norm_transformer_is_projected_after_each_half():
@@ -126,6 +130,91 @@ def test_an_opaque_step_is_unknown_rather_than_plain():
 
     found = read(lambda m, x: Residual.apply(m.project(x)))
     assert (found.name, found.method, found.evidence) == ("unknown", None, "unknown")
+
+
+def test_learned_damping_is_traced_to_its_parameter():
+    found = read(lambda m, x: m.f(x) + (1 - m.damping) * x)
+    assert found.notes == ("learned factors: 1 - 1.damping",)
+
+
+@pytest.mark.parametrize(
+    ("function", "h"),
+    [
+        (lambda m, x: x + m.f(x), 1.0),
+        (lambda m, x: x - 0.1 * m.f(x), 0.1),
+        (lambda m, x: torch.add(x, m.f(x), alpha=0.5), 0.5),
+        (lambda m, x: x + m.scales * m.f(x), 0.35),
+        (lambda m, x: x + 0.1 * (m.f(x) + m.g(x)), 0.1),
+        (lambda m, x: x + 0.5 * (m.f(x) + m.f(x + m.f(x))), 1.0),
+    ],
+)
+def test_the_step_size_is_the_number_before_the_branch(function, h):
+    assert abs(read(function).step_size) == pytest.approx(h, abs=1e-12)
+
+
+def test_the_commutator_of_a_splitting_is_that_of_the_dense_jacobians():
+    torch.manual_seed(0)
+    model = nn.Sequential(Step(lambda m, x: (y := x + m.f(x)) + m.g(y)), nn.Identity()).double()
+    x = torch.randn(1, 6, dtype=torch.float64)
+    block = model[0]
+    y = x + block.f(x)
+    F, G = (torch.autograd.functional.jacobian(f, at).reshape(6, 6) for f, at in ((block.f, x), (block.g, y)))
+    truth = (F @ G - G @ F).norm() / (F.norm() * G.norm())
+    (check,) = identify(trace(model, x, depth=["0"]))[0].checks
+    assert check.name == "commutator"
+    assert check.value == pytest.approx(float(truth), rel=0.7)  # two random vectors in six dimensions
+
+
+def test_two_linear_fields_of_one_matrix_commute():
+    torch.manual_seed(0)
+    model = nn.Sequential(Step(lambda m, x: (y := x + m.project(x)) + m.project(m.project(y))), nn.Identity()).double()
+    (check,) = identify(trace(model, torch.randn(1, 6, dtype=torch.float64), depth=["0"]))[0].checks
+    assert check.value < 1e-14
+
+
+def test_r_of_h_j_is_the_step_for_a_linear_field():
+    torch.manual_seed(0)
+    linear = nn.Sequential(Step(lambda m, x: x + m.project(x + 0.5 * m.project(x))), nn.Identity()).double()
+    found = identify(trace(linear, torch.randn(2, 6, dtype=torch.float64)))[0]
+    assert found.name == "midpoint"
+    assert {check.name: check.value for check in found.checks}["defect of R(h J_f)"] < 1e-14
+    curved = read(lambda m, x: x + m.f(x + 0.5 * m.f(x)))
+    assert 1e-6 < {check.name: check.value for check in curved.checks}["defect of R(h J_f)"] < 1
+
+
+def test_parts_of_a_method_have_no_method_of_their_own():
+    torch.manual_seed(0)
+    model = nn.Sequential(*(Step(lambda m, x: x + m.f(x)) for _ in range(2))).double()
+    flow = trace(model, torch.randn(2, 6, dtype=torch.float64), depth="modules")
+    found = identify(flow)
+    assert [r.steps for r in found] == [(0, 1, 2), (3, 4, 5)]
+    assert {r.name for r in found} == {"forward Euler"}
+    parts = by_step(found, len(flow.steps))
+    assert [p.name for p in parts[:2]] == ["forward Euler, part 1 of 3", "forward Euler, part 2 of 3"]
+    assert all(p.method is None and p.skip is None for p in parts)
+
+
+def test_records_that_miss_a_step_are_refused():
+    records = identify(trace(nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3)), torch.randn(2, 3)))
+    assert by_step(records, 2) == records
+    with pytest.raises(ValueError, match="expected each of 0 to 2 once"):
+        by_step(records, 3)
+    with pytest.raises(ValueError, match="belongs to two records"):
+        by_step((*records, records[0]), 2)
+
+
+def test_a_record_is_plain_values():
+    data = read(lambda m, x: x + 0.5 * (m.f(x) + m.f(x + m.f(x)))).to_dict()
+    assert json.loads(json.dumps(data)) == data
+    assert (data["name"], data["tableau"]["A"]) == ("heun2", [[0, 0], [1, 0]])
+
+
+def test_saved_tensors_that_were_forgotten_are_read_again():
+    torch.manual_seed(0)
+    model = nn.Sequential(*(Step(lambda m, x: x + m.scales * m.f(m.norm(x))) for _ in range(3))).double()
+    x = torch.randn(2, 6, dtype=torch.float64)
+    kept, recomputed = (identify(trace(model, x, memory=memory)) for memory in ("keep", "recompute"))
+    assert [r.to_dict() for r in recomputed] == [r.to_dict() for r in kept]
 
 
 def test_a_shift_is_no_step_of_euler():

@@ -1,0 +1,77 @@
+"""Which steps belong together, because one method spans them."""
+
+from __future__ import annotations
+
+from stabkit.identification.slots import parts_of
+from stabkit.tracing import Flow
+from stabkit.tracing.values import meta_of
+
+
+def groups(flow: Flow) -> tuple[tuple[int, int], ...]:
+    """Half-open ranges of steps, each one method: single steps, cut branches, and pairs of reversible half-steps."""
+    found: list[tuple[int, int]] = []
+    start = 0
+    while start < len(flow.steps):
+        stop = _branch(flow, start) or _half_steps(flow, start) or start + 1
+        found.append((start, stop))
+        start = stop
+    return tuple(found)
+
+
+def _branch(flow: Flow, start: int) -> int | None:
+    """The end of a step that was cut inside its branch: the state at its start stays alive in all states between."""
+    source = flow.states[start].values
+    if len(source) != 1:
+        return None
+    for stop in range(start + 1, len(flow.states)):
+        values = flow.states[stop].values
+        if source[0] in values:
+            continue
+        same = len(values) == 1 and meta_of(values[0]).shape == meta_of(source[0]).shape
+        return stop if same and stop > start + 1 else None
+    return None
+
+
+def _half_steps(flow: Flow, start: int) -> int | None:
+    """The end of a pair of half-steps of two streams, y_1 = x_1 + F(x_2) and then y_2 = x_2 + G(y_1).
+
+    Seen one by one these are two-step methods s_{n+1} = s_{n-1} + F(s_n); that the streams are parts of one tensor
+    tells them apart.
+    """
+    if start + 1 >= len(flow.steps):
+        return None
+    origin = _split_before(flow, start)
+    if origin is None or (start - origin) % 2:
+        return None
+    return start + 2 if _is_shift(flow, start) and _is_shift(flow, start + 1) else None
+
+
+def _split_before(flow: Flow, start: int) -> int | None:
+    """The step at which the streams of a run of half-steps are split off one tensor."""
+    for index in range(start, -1, -1):
+        state = flow.states[index]
+        if len(state.values) == 1:
+            nodes = flow._graph.nodes[state.position :]
+            parts = parts_of(flow._graph, nodes, state.values[0])
+            return index if parts is not None and len(parts) == 2 else None
+        if len(state.values) != 2:
+            return None
+    return None
+
+
+def _is_shift(flow: Flow, index: int) -> bool:
+    """Whether a step replaces the older of two streams and keeps the younger; streams may just be split or joined."""
+    graph = flow._graph
+    before, after = flow.states[index], flow.states[index + 1]
+    nodes = graph.nodes[before.position : after.position]
+    old = list(before.values)
+    if len(old) == 1:
+        parts = parts_of(graph, graph.nodes[before.position :], old[0])
+        old = list(parts) if parts else old
+    new = list(after.values)
+    if len(new) == 1:
+        inputs = graph.inputs.get(new[0].node, [])
+        new = [v for v in inputs if v not in old or v in before.values]
+        return len(new) == 2 and any(v in before.values for v in inputs) and bool(nodes)
+    kept = [v for v in new if v in old]
+    return len(old) == 2 and len(new) == 2 and len(kept) == 1

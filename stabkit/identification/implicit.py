@@ -1,0 +1,99 @@
+"""Layers that solve for a fixed point, z = f(z, x): found by the calls they make, confirmed by running them again."""
+
+from __future__ import annotations
+
+import inspect
+import itertools
+import math
+from collections import Counter
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from stabkit.tracing import Flow
+from stabkit.tracing.safekeeping import modules_behind, unchanged
+
+_FEWEST = 3
+_AVERAGED = 12  # changes, since complex eigenvalues make their ratios swing
+
+
+@dataclass(frozen=True)
+class FixedPoint:
+    """A fixed-point iteration inside a forward pass.
+
+    Attributes:
+        module_path: the module that is called again and again.
+        iterations: how often.
+        residual: relative change of its input at the last call: ``||z - f(z, x)|| / ||z||``.
+        contraction: mean ratio of the last changes, about the spectral radius of df/dz; None when they are rounding.
+    """
+
+    module_path: str
+    iterations: int
+    residual: float
+    contraction: float | None
+
+
+def solves_inside(flow: Flow, start: int, stop: int) -> bool:
+    """Whether some steps take up values that were computed off the graph by calling modules again and again."""
+    recording = flow._recording
+    clocks = [*flow._graph.clock, recording.stop]
+    first, last = clocks[flow.states[start].position], clocks[flow.states[stop].position]
+    if not any(first <= s.time < last for s in recording.stopped):
+        return False
+    silent = Counter(c.path for c in recording.calls if c.finished and c.start == c.stop and first <= c.start < last)
+    return any(count >= _FEWEST for count in silent.values())
+
+
+def fixed_point(flow: Flow) -> FixedPoint | None:
+    """The fixed-point iteration of a traced model, measured by running the model once more on the recorded input.
+
+    Returns:
+        The iteration that moves least at its end; None when the model has none, or cannot be called with the
+        recorded input alone.
+    """
+    if flow.side_inputs or not _takes_the_source(flow):
+        return None
+    seen: dict[str, list[Tensor]] = {}
+
+    def watch(path: str) -> object:
+        def note(_module: nn.Module, args: tuple[object, ...], _output: object) -> None:
+            if args and isinstance(args[0], Tensor):
+                seen.setdefault(path, []).append(args[0].detach().clone())
+
+        return note
+
+    with unchanged(modules_behind(flow.model)), torch.no_grad():
+        handles = [m.register_forward_hook(watch(path)) for path, m in flow.model.named_modules()]
+        try:
+            flow.model(flow.states[0].tensors[0])
+        finally:
+            for handle in handles:
+                handle.remove()
+    found = [_measured(path, inputs) for path, inputs in seen.items()]
+    return min((f for f in found if f is not None), key=lambda f: f.residual, default=None)
+
+
+def _takes_the_source(flow: Flow) -> bool:
+    parameters = [
+        p
+        for p in inspect.signature(flow.model.forward).parameters.values()
+        if p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
+    ]
+    names = {"0", "input", *(p.name for p in parameters)}
+    return len(parameters) == 1 and flow.source_name in names
+
+
+def _measured(path: str, inputs: list[Tensor]) -> FixedPoint | None:
+    """The iteration behind a module's inputs: None unless they settle."""
+    if len(inputs) <= _FEWEST or any(x.shape != inputs[0].shape for x in inputs):
+        return None
+    changes = [float((b - a).double().norm()) for a, b in itertools.pairwise(inputs)]
+    size = float(inputs[-1].double().norm())
+    if size == 0.0 or max(changes) == 0.0 or changes[-1] > 0.1 * max(changes):
+        return None
+    rounding = 100 * torch.finfo(inputs[0].dtype).eps * size
+    clear = list(itertools.takewhile(lambda change: change > rounding, changes))[-_AVERAGED - 1 :]
+    contraction = math.exp(math.log(clear[-1] / clear[0]) / (len(clear) - 1)) if len(clear) > 1 else None
+    return FixedPoint(path, len(inputs), changes[-1] / size, contraction)

@@ -1,0 +1,252 @@
+"""The affine normal form of a step: new states and stage inputs as linear combinations of old states and stages.
+
+    Y_i = sum_j U_ij x_j + sum_m A_im k_m,   k_i = F_i(Y_i),   x'_j = sum_l V_jl x_l + sum_i B_ji k_i.
+
+A stage F_i is a maximal region of operations that are not linear; it begins where a linear combination ends in which
+a state takes part, at a state itself, or at another stage that also enters such a combination.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from torch.autograd.graph import Node
+
+from stabkit.identification.coefficients import Coefficient, measure
+from stabkit.identification.fields import key_of
+from stabkit.identification.operations import JOINS, MOVES, has_matrix, is_affine, is_opaque
+from stabkit.identification.pieces import Piece
+from stabkit.tracing.graph import Graph
+from stabkit.tracing.values import Value, operation
+
+Terms = dict[Value, Coefficient]
+
+
+@dataclass(frozen=True, eq=False)
+class Stage:
+    """A maximal nonlinear region.
+
+    Attributes:
+        output: what it gives out.
+        nodes: its operations, in order.
+        entries: the values at which it begins.
+        inputs: these values as linear combinations of states and earlier stages.
+        is_affine: whether all its operations are affine in what depends on the state.
+        is_weightless: whether it has no matrix and no kernel: a norm, an activation.
+        opaque: its operations whose inside is not on the graph.
+        key: equal for two stages that evaluate the same field.
+    """
+
+    output: Value
+    nodes: tuple[Node, ...]
+    entries: tuple[Value, ...]
+    inputs: tuple[Terms, ...]
+    is_affine: bool
+    is_weightless: bool
+    opaque: tuple[str, ...]
+    key: tuple[object, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class NormalForm:
+    """New states and stage inputs in terms of old states and stages.
+
+    Attributes:
+        piece: the stretch of the graph.
+        stages: in the order in which they are computed.
+        forms: every target as a linear combination.
+        merges: how many additions join a state with something else.
+    """
+
+    piece: Piece
+    stages: tuple[Stage, ...]
+    forms: tuple[Terms, ...]
+    merges: int
+
+    @property
+    def sources(self) -> tuple[Value, ...]:
+        """The old states."""
+        return self.piece.sources
+
+    @property
+    def targets(self) -> tuple[Value, ...]:
+        """The new states."""
+        return self.piece.targets
+
+
+def normal_form(
+    graph: Graph,
+    nodes: Sequence[Node],
+    sources: Sequence[Value],
+    targets: Sequence[Value],
+    *,
+    names: Mapping[int, str],
+    contexts: Sequence[Value] = (),
+    calls: Sequence[tuple[int, int]] = (),
+) -> NormalForm:
+    """The affine normal form of a stretch of a graph.
+
+    Args:
+        graph: the recorded graph.
+        nodes: those that may lie between the sources and the targets, in order.
+        sources: the old states.
+        targets: the new states.
+        names: parameters and buffers of the model by address, which tell shared fields.
+        contexts: values that come from before and are held fixed.
+        calls: calls of modules that are called repeatedly, as intervals of the clock. A factor that a field's own
+            module applies to its result, such as cos(t), belongs to the field; without this the stages of a
+            Runge-Kutta method would carry it.
+    """
+    form = _build(Piece(graph, nodes, sources, targets, contexts=contexts), names)
+    owned = _owned_scalings(form, calls)
+    if not owned:
+        return form
+    return _build(Piece(graph, nodes, sources, targets, contexts=contexts, owned=owned), names)
+
+
+def _owned_scalings(form: NormalForm, calls: Sequence[tuple[int, int]]) -> set[Node]:
+    """Scalings of stages that happen in the call of a repeated module that adds nothing to a state."""
+    stages = {stage.output: stage for stage in form.stages}
+    piece = form.piece
+    merged = [value.node._sequence_nr() for value in piece.merges]
+    owned: set[Node] = set()
+    for node, edges in piece.linear.items():
+        if len(edges) != 1 or operation(node) in MOVES or Value(node, 0) in piece.carrying:
+            continue
+        atoms = piece.expand(edges[0])[0]
+        if len(atoms) != 1 or atoms[0] not in stages:
+            continue
+        first, last = stages[atoms[0]].nodes[0]._sequence_nr(), node._sequence_nr()
+        around = [c for c in calls if c[0] <= first and last < c[1]]
+        if any(not any(start <= time < stop for time in merged) for start, stop in around):
+            owned.add(node)
+    return owned
+
+
+def _build(piece: Piece, names: Mapping[int, str]) -> NormalForm:
+    atoms: dict[Value, None] = {}  # stages, in the order in which they were met
+    entered: dict[Value, None] = {}
+    paths: set[Node] = set()
+    for target in piece.targets:
+        found, path = piece.expand(target)
+        atoms.update(dict.fromkeys(v for v in found if v not in piece.ends))
+        paths |= path
+    regions: dict[Value, tuple[tuple[Node, ...], tuple[Value, ...]]] = {}
+    while True:
+        regions = {atom: _region(piece, atom, set(atoms)) for atom in atoms}
+        entered = dict.fromkeys(entry for _, entries in regions.values() for entry in entries)
+        more = [v for entry in entered for v in piece.expand(entry)[0] if v not in piece.ends and v not in atoms]
+        if not more:
+            break
+        atoms.update(dict.fromkeys(more))
+    regions = _divide_repeated(piece, regions)
+    rank = {node: i for i, node in enumerate(piece.nodes)}
+    ordered = sorted(regions, key=lambda v: (rank[v.node], v.output))
+    stages = tuple(_stage(piece, atom, *regions[atom], names) for atom in ordered)
+    forms = tuple(_terms(piece, target) for target in piece.targets)
+    merges = sum(Value(node, 0) in piece.merges for node in paths)
+    return NormalForm(piece, stages, forms, merges)
+
+
+def _terms(piece: Piece, value: Value) -> Terms:
+    atoms, path = piece.expand(value)
+    found = {atom: measure(piece, value, atom, path) for atom in atoms}
+    return {atom: coefficient for atom, coefficient in found.items() if coefficient is not None}
+
+
+def _region(piece: Piece, atom: Value, boundaries: set[Value]) -> tuple[tuple[Node, ...], tuple[Value, ...]]:
+    """The operations of a stage and the values at which it begins."""
+    stops = boundaries | piece.ends
+    nodes: set[Node] = set()
+    entries: dict[Value, None] = {}
+    stack = [atom.node]
+    while stack:
+        node = stack.pop()
+        if node in nodes:
+            continue
+        nodes.add(node)
+        for value in piece.inputs(node):
+            if _is_entry(piece, value, stops):
+                entries[value] = None
+            else:
+                stack.append(value.node)
+    return tuple(n for n in piece.nodes if n in nodes), tuple(entries)
+
+
+def _is_entry(piece: Piece, value: Value, stops: set[Value]) -> bool:
+    if value in stops or value in piece.merges:
+        return True
+    if value.node not in piece.linear:
+        return False
+    atoms, path = piece.expand(value)
+    joins = any(operation(node) in JOINS and len(set(piece.inputs(node))) > 1 for node in path)
+    return set(atoms) <= stops and not joins and not piece.is_gated(path)
+
+
+def _stage(
+    piece: Piece, atom: Value, nodes: tuple[Node, ...], entries: tuple[Value, ...], names: Mapping[int, str]
+) -> Stage:
+    inputs: list[Terms] = []
+    for entry in entries:
+        terms = _terms(piece, entry) if entry not in piece.ends else {entry: Coefficient("scalar", 1, 1, 1, 0)}
+        if terms and not any(_same(terms, known) for known in inputs):
+            inputs.append(terms)
+    return Stage(
+        output=atom,
+        nodes=nodes,
+        entries=entries,
+        inputs=tuple(inputs),
+        is_affine=all(is_affine(n, len(piece.inputs(n))) for n in nodes),
+        is_weightless=not any(has_matrix(n) or is_opaque(n) for n in nodes),
+        opaque=tuple(sorted({operation(n) for n in nodes if is_opaque(n)})),
+        key=key_of(nodes, names),
+    )
+
+
+def _same(a: Terms, b: Terms) -> bool:
+    return a.keys() == b.keys() and all(replace(a[k], residual=0.0) == replace(b[k], residual=0.0) for k in a)
+
+
+def _divide_repeated(
+    piece: Piece, regions: dict[Value, tuple[tuple[Node, ...], tuple[Value, ...]]]
+) -> dict[Value, tuple[tuple[Node, ...], tuple[Value, ...]]]:
+    """Cut a chain of operations that repeats those of another stage m times into m stages (FractalNet's columns)."""
+    patterns = {atom: _pattern(nodes) for atom, (nodes, _) in regions.items()}
+    out = dict(regions)
+    for atom, (nodes, entries) in regions.items():
+        for pattern in patterns.values():
+            times = len(patterns[atom]) // max(1, len(pattern))
+            if times < 2 or pattern * times != patterns[atom] or not pattern:
+                continue
+            cut = _cut_chain(piece, nodes, len(pattern))
+            if cut is None:
+                continue
+            del out[atom]
+            begins: tuple[Value, ...] = entries
+            for part in cut:
+                end = atom if part[-1] is nodes[-1] else Value(part[-1], 0)
+                out[end] = (part, begins)
+                begins = (end,)
+            break
+    return out
+
+
+def _pattern(nodes: Sequence[Node]) -> tuple[str, ...]:
+    return tuple(operation(n) for n in nodes if operation(n) not in MOVES)
+
+
+def _cut_chain(piece: Piece, nodes: tuple[Node, ...], length: int) -> list[tuple[Node, ...]] | None:
+    """Parts of ``length`` operations each, when every operation reads just the one before it."""
+    if any(len(set(piece.inputs(node))) != 1 for node in nodes):
+        return None
+    parts: list[list[Node]] = [[]]
+    count = 0
+    for node in nodes:
+        moves = operation(node) in MOVES
+        if count == length and not moves:
+            parts.append([])
+            count = 0
+        parts[-1].append(node)
+        count += not moves
+    return [tuple(part) for part in parts]

@@ -1,0 +1,100 @@
+"""Kinds of recorded operations, as far as reading a method needs them."""
+
+from __future__ import annotations
+
+from torch.autograd.graph import Node
+
+from stabkit.tracing.audit import OPAQUE
+from stabkit.tracing.nodes import is_python_node
+from stabkit.tracing.values import operation
+
+# operations that only move, copy or cast entries; linear in all of their inputs
+MOVES = frozenset(
+    {
+        "Alias",
+        "AsStrided",
+        "Cat",
+        "Clone",
+        "ConstantPadNd",
+        "Copy",
+        "CopySlices",
+        "Expand",
+        "Flip",
+        "Permute",
+        "PixelShuffle",
+        "PixelUnshuffle",
+        "Reshape",
+        "ReshapeAlias",
+        "Roll",
+        "Select",
+        "Slice",
+        "SliceScatter",
+        "Split",
+        "SplitWithSizes",
+        "Squeeze",
+        "Stack",
+        "T",
+        "ToCopy",
+        "Transpose",
+        "Unbind",
+        "UnsafeSplit",
+        "UnsafeView",
+        "Unsqueeze",
+        "View",
+        "_UncheckedAssign",
+    }
+)
+#: Moves that put several tensors side by side.
+JOINS = frozenset({"Cat", "Stack"})
+#: Operations that add their inputs, with constant weights.
+ADDS = frozenset({"Add", "Sub", "Rsub"})
+#: Operations that are diagonal and linear when one input alone depends on the state.
+SCALES = frozenset({"Mul", "Neg", "NativeDropout", "MaskedFill", "Where"})
+#: Operations that multiply two tensors entry by entry.
+PRODUCTS = frozenset({"Mul", "Div"})
+NORMS = frozenset({"NativeLayerNorm", "NativeGroupNorm", "NativeBatchNorm", "CudnnBatchNorm", "FusedRmsNorm"})
+#: Operations with a weight matrix or a kernel, or a product of two matrices.
+MATRICES = ("Addmm", "Mm", "Bmm", "Baddbmm", "Addbmm", "Addmv", "Mv", "Dot", "Convolution", "MkldnnLinear", "Linear")
+#: Operations that are affine in their one input that depends on the state, and mix its entries.
+_MIXES = frozenset(
+    {
+        "AdaptiveAvgPool2D",
+        "AdaptiveAvgPool1D",
+        "AvgPool1D",
+        "AvgPool2D",
+        "AvgPool3D",
+        "Cumsum",
+        "FftC2C",
+        "FftC2R",
+        "FftR2C",
+        "Gather",
+        "Index",
+        "IndexSelect",
+        "Mean",
+        "Sum",
+        "UpsampleBilinear2D",
+        "UpsampleNearest2D",
+    }
+)
+
+
+def is_opaque(node: Node) -> bool:
+    """Whether the inside of the operation is not on the graph: a hand-written backward, or a fused kernel."""
+    return is_python_node(node) or operation(node) in OPAQUE
+
+
+def has_matrix(node: Node) -> bool:
+    """Whether the operation multiplies by a matrix, a kernel, or another tensor's matrix."""
+    return operation(node).startswith(MATRICES)
+
+
+def is_affine(node: Node, active: int) -> bool:
+    """Whether the operation is affine in its ``active`` inputs that depend on the state."""
+    name = operation(node)
+    if is_opaque(node):
+        return False
+    if name in MOVES or name in ADDS:
+        return True
+    if "BatchNorm" in name:
+        return getattr(node, "_saved_training", True) is False
+    return active == 1 and (name in SCALES or name == "Div" or name in _MIXES or has_matrix(node))

@@ -1,0 +1,141 @@
+"""Methods of several states: momentum, multistep, reversible, gated and oscillating pairs."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from stabkit.identification.confirmation import Check, is_symmetric, volume
+from stabkit.identification.naming import name_several_states
+from stabkit.identification.normal_form import NormalForm
+from stabkit.identification.operations import JOINS, is_opaque
+from stabkit.identification.record import Identification
+from stabkit.identification.slots import Slots, joined
+from stabkit.identification.surroundings import Surroundings
+from stabkit.identification.tableau import Blocks, blocks
+from stabkit.integrators import GeneralLinearMethod
+from stabkit.tracing.values import operation
+
+
+def read_several_states(around: Surroundings, found: Slots, steps: tuple[int, ...]) -> Identification:
+    """The method of a step whose old or new state is a tuple of tensors."""
+    start, stop = steps[0], steps[-1] + 1
+    nodes = around.nodes(start, stop)
+    opaque = sorted({operation(n) for n in nodes if is_opaque(n)})
+    if len(found.sources) != len(found.targets):
+        return _change_of_count(around, found, steps)
+    if found.split:
+        found = _paired(around, found, steps)
+    form = around.normal_form(start, stop, found)
+    table = blocks(form, found.contexts)
+    if table is None or (opaque and not form.merges):
+        hidden = f"hidden in {', '.join(opaque)}" if opaque else "the states are mixed or moved"
+        return _nothing(steps, "unknown", f"the state is a tuple of tensors; {hidden}", "unknown")
+    coefficients = [c for terms in form.forms for c in terms.values()]
+    gated = any(c.kind == "gate" for c in coefficients)
+    symmetric = is_symmetric(form) if not gated and len(form.stages) == 2 else None
+    named = name_several_states(table, symmetric=symmetric, gated=gated)
+    method = table.method(named.unit)
+    method.name = named.name
+    checks: tuple[Check, ...] = ()
+    if named.name.startswith(("reversible", "symplectic Euler (H")):
+        measured = volume(around.flow, start, stop)
+        checks = (measured,) if measured is not None else ()
+    certified = all(c.kind in ("scalar", "dropout") for c in coefficients)
+    return Identification(
+        name=named.name,
+        method=method,
+        skip=None,
+        step_size=named.h,
+        convention=named.convention,
+        evidence="proven" if certified else "measured",
+        residual=max((c.residual for c in coefficients), default=0.0),
+        steps=steps,
+        notes=_notes(around, form, table, found),
+        system=named.system,
+        shared_weights=table.shared if len(table.rows) > 1 else None,
+        checks=checks,
+    )
+
+
+def _paired(around: Surroundings, found: Slots, steps: tuple[int, ...]) -> Slots:
+    """Parts of one tensor in the order of the states that they carry on, which need not be that of their making."""
+    piece = around.whole(steps[0], steps[-1] + 1, found)
+    carried = [[v for v in piece.expand(target)[0] if v in found.sources] for target in found.targets]
+    followed = [sources[0] for sources in carried if len(sources) == 1]
+    if set(followed) != set(found.sources) or len(followed) != len(found.targets):
+        return found
+    return replace(found, targets=tuple(found.targets[followed.index(v)] for v in found.sources))
+
+
+def _notes(around: Surroundings, form: NormalForm, table: Blocks, found: Slots) -> tuple[str, ...]:
+    notes = [f"{len(form.sources)} states" + (", parts of one tensor" if found.split else "")]
+    if found.contexts:
+        notes.append(f"{len(found.contexts)} tensor(s) from before are held fixed")
+    learned = around.learned_factors(form.piece)
+    if learned:
+        notes.append(f"learned factors: {', '.join(learned)}")
+    gates = [c for terms in form.forms for c in terms.values() if c.kind == "gate"]
+    if gates:
+        low, high = min(c.low for c in gates), max(c.high for c in gates)
+        notes.append(f"gates from {low:.3g} to {high:.3g} here, held fixed in M(z)")
+    return tuple(notes)
+
+
+def _change_of_count(around: Surroundings, found: Slots, steps: tuple[int, ...]) -> Identification:
+    """Where a method with several states, a branch or a long skip begins or ends; and layers that keep everything."""
+    before, after = len(found.sources), len(found.targets)
+    kept = [v for v in found.targets if v in found.sources]
+    if len(kept) == before and after == before + 1 and _reads_joined(around, found, steps):
+        return _dense(found, steps)
+    if after < before:
+        why = f"{before} states become {after}: the end of a method with several states, of a branch or of a long skip"
+        return _nothing(steps, "join", why, "proven")
+    why = f"{before} state(s) become {after}: the start of a method with several states, of a branch or of a long skip"
+    return _nothing(steps, "fork", why, "proven")
+
+
+def _reads_joined(around: Surroundings, found: Slots, steps: tuple[int, ...]) -> bool:
+    """Whether several old states are all read side by side, as one."""
+    graph = around.flow._graph
+    nodes = around.nodes(steps[0], steps[-1] + 1)
+    readers = {operation(node) for node in nodes for v in found.sources if v in graph.inputs[node]}
+    return len(found.sources) > 1 and readers <= JOINS
+
+
+def _dense(found: Slots, steps: tuple[int, ...]) -> Identification:
+    """DenseNet: in the padded space J = I + (a strictly lower triangular part), so that all eigenvalues are 1."""
+    count = len(found.sources)
+    zeros = [[0.0] * count]
+    method = GeneralLinearMethod(
+        [[0.0] * count for _ in range(count)],
+        [[float(i == j) for j in range(count + 1)] for i in range(count)],
+        [*zeros * count, [1.0] * count],
+        [[float(i == j) for j in range(count + 1)] for i in range(count + 1)],
+        fields=range(count),
+        name="dense (concatenation)",
+    )
+    return Identification(
+        name="dense (concatenation)",
+        method=method,
+        skip=None,
+        step_size=1.0,
+        convention="h = 1: only the product h f can be seen",
+        evidence="proven",
+        residual=0.0,
+        steps=steps,
+        notes=("the state is kept whole and grows: every eigenvalue is 1, all growth is non-normal",),
+        system="none: nothing that is there is changed",
+    )
+
+
+def dense_concatenation(around: Surroundings, found: Slots, steps: tuple[int, ...]) -> Identification | None:
+    """The record of a step s' = [s; H(s)] whose state is one tensor; None when it is something else."""
+    graph = around.flow._graph
+    parts = joined(graph, around.nodes(steps[0], steps[-1] + 1), found.targets[0])
+    if parts is None or len(parts) != 2 or found.sources[0] not in parts:
+        return None
+    return _dense(found, steps)
+
+
+def _nothing(steps: tuple[int, ...], name: str, why: str, evidence: str) -> Identification:
+    return Identification(name, None, None, None, "none", evidence, None, steps, (), (why,), "none")

@@ -1,0 +1,321 @@
+"""One method read off the graph: the states, the tableau, what happens around it, and how sure that is."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from stabkit.identification.chain import Link
+from stabkit.identification.coefficients import Coefficient, measure
+from stabkit.identification.confirmation import Check, commutator, defect
+from stabkit.identification.implicit import fixed_point, solves_inside
+from stabkit.identification.naming import Name, name_one_state
+from stabkit.identification.normal_form import NormalForm
+from stabkit.identification.operations import NORMS, is_opaque
+from stabkit.identification.pairs import dense_concatenation, read_several_states
+from stabkit.identification.record import Identification
+from stabkit.identification.relaxation import with_linear_part
+from stabkit.identification.slots import Slots
+from stabkit.identification.surroundings import Surroundings
+from stabkit.identification.tableau import Blocks, blocks
+from stabkit.integrators import GeneralLinearMethod, LinearStability, stochastic_depth
+from stabkit.tracing.values import meta_of, operation
+
+_STATISTICS = frozenset({"Mean", "Std", "Var", "VarMean", "LinalgVectorNorm"})
+_RECTIFIERS = frozenset({"Relu", "Threshold", "Hardtanh", "Clamp", "ClampMin"})
+
+
+def read(around: Surroundings, start: int, stop: int) -> Identification:
+    """The method between two states of a flow."""
+    found = around.slots(start, stop)
+    steps = tuple(range(start, stop))
+    if solves_inside(around.flow, start, stop):
+        return _implicit(around, steps)
+    if not found.sources or not found.targets:
+        return nothing(steps, "unknown", "nothing that this step computes is used by a later one", "unknown")
+    if len(found.sources) == len(found.targets) == 1:
+        return _one_state(around, found, steps)
+    return read_several_states(around, found, steps)
+
+
+def _implicit(around: Surroundings, steps: tuple[int, ...]) -> Identification:
+    """A layer that solves for its output."""
+    found = fixed_point(around.flow)
+    if found is None:
+        why = "modules are called again and again off the graph, and no fixed point was found in them"
+        return nothing(steps, "unknown", why, "unknown")
+    rate = "" if found.contraction is None else f", contracting by {found.contraction:.3g} a call"
+    record = nothing(
+        steps,
+        "implicit (fixed point)",
+        f"{found.module_path} is called {found.iterations} times{rate}; what the graph holds is the last call alone",
+        "measured",
+        system="0 = f(z, x) - z: the equilibrium of z' = f(z, x) - z",
+    )
+    return replace(record, residual=found.residual)
+
+
+def nothing(
+    steps: tuple[int, ...], name: str, why: str, evidence: str, *, after: tuple[str, ...] = (), system: str = "none"
+) -> Identification:
+    """The record of steps in which no method was read."""
+    return Identification(name, None, None, None, "none", evidence, None, steps, after, (why,), system)
+
+
+def _one_state(around: Surroundings, found: Slots, steps: tuple[int, ...]) -> Identification:
+    start, stop = steps[0], steps[-1] + 1
+    links = around.chain(start, stop, found)
+    opaque = sorted({operation(n) for link in links for n in link.form.piece.nodes if is_opaque(n)})
+    if meta_of(found.sources[0]).shape != meta_of(found.targets[0]).shape:
+        dense = dense_concatenation(around, found, steps)
+        if dense is not None:
+            return dense
+        return nothing(steps, "transition", _change_of_space(links, opaque), "proven")
+    sums = [link for link in links if link.kind == "sum"]
+    maps = [link for link in links if link.kind in ("map", "join")]
+    if opaque and (maps or not sums):
+        return nothing(steps, "unknown", f"a skip may hide inside {', '.join(opaque)}", "unknown")
+    if maps:
+        return _without_skip(around, found, links, steps)
+    if not sums:
+        return _without_sum(around, found, links, steps)
+    first = links.index(sums[0])
+    before = [n for link in links[:first] if link.kind == "weightless" for n in link.operations]
+    if before:
+        why = f"the skip begins after {', '.join(before)}: x' = P(x) + f(P(x)), which is no step from x"
+        return nothing(steps, "transformed skip", why, "proven")
+    return _sums(around, found, links, steps)
+
+
+def _change_of_space(links: Sequence[Link], opaque: Sequence[str]) -> str:
+    """What a change of space looks like inside."""
+    form = max((link.form for link in links), key=lambda form: len(form.piece.nodes))
+    terms = form.forms[0]
+    affine = [s for s in form.stages if s.is_affine and s.output in terms]
+    parts = [terms[a] for a in form.sources if a in terms]
+    text = "the space changes, so this is no step of a method"
+    if affine and len(terms) > len(affine):
+        return f"{text}; the shortcut is a projection, a linear map"
+    if parts and len(terms) > len(parts):
+        kind = {"part": "takes or pads entries of the state (option A)", "moved": "moves entries"}
+        return f"{text}; the shortcut {kind.get(parts[0].kind, 'passes the state on')}"
+    if _is_concatenation(form):
+        return f"{text}; the state is kept and concatenated with a function of it"
+    return f"{text}; hidden in {', '.join(opaque)}" if opaque else text
+
+
+def _is_concatenation(form: NormalForm) -> bool:
+    name = operation(form.targets[0].node)
+    return name in ("Cat", "Stack") and form.targets[0] in form.piece.carrying
+
+
+def _without_skip(around: Surroundings, found: Slots, links: Sequence[Link], steps: tuple[int, ...]) -> Identification:
+    """A map without a skip; or one whose skip is a linear map."""
+    notes = []
+    if any(link.kind == "sum" for link in links):
+        notes.append("a residual lies inside, but no skip leads around the whole step")
+    if any(link.kind == "join" for link in links):
+        notes.append("the state is put beside a function of it, and both are mixed: several projections, no skip")
+    for link in links:
+        terms = link.form.forms[0]
+        affine = [s for s in link.form.stages if s.is_affine and s.output in terms]
+        if link.kind == "map" and affine and len(affine) < len(terms) and all(len(s.inputs) == 1 for s in affine):
+            why = "the skip is a linear map (projection): a change of space and then a sum, no step of an ODE"
+            return nothing(steps, "projection shortcut", why, "proven")
+    table = blocks(around.normal_form(steps[0], steps[-1] + 1, found), found.contexts)
+    if table is not None and len(table.rows) > 1 and not notes:
+        named = name_one_state(table)
+        return _record(named, table, steps, skip=0.0, residual=0.0, notes=tuple(notes))
+    name = Name("plain", "none: a map without a skip", 1.0, "h = 1: the map itself")
+    return _record(name, None, steps, skip=0.0, residual=0.0, notes=tuple(notes))
+
+
+def _without_sum(around: Surroundings, found: Slots, links: Sequence[Link], steps: tuple[int, ...]) -> Identification:
+    weightless = [n for link in links if link.kind == "weightless" for n in link.operations]
+    if weightless:
+        name = Name("plain", "none: a map without a skip", 1.0, "h = 1: the map itself")
+        return _record(name, None, steps, skip=0.0, residual=0.0)
+    total = _total(around, found, steps)
+    if total is None or total.kind in ("moved", "mixed", "part"):
+        return nothing(steps, "not a step", "the state's entries are moved, and nothing is added", "measured")
+    name = Name("no branch", "none: nothing that depends on the state is added", 1.0, "h = 1")
+    return replace(_record(name, None, steps, skip=total.value, residual=total.residual), method=None)
+
+
+def _total(around: Surroundings, found: Slots, steps: tuple[int, ...]) -> Coefficient | None:
+    """The skip as a whole: what of the old state reaches the new one along linear paths."""
+    piece = around.whole(steps[0], steps[-1] + 1, found)
+    target, source = found.targets[0], found.sources[0]
+    return measure(piece, target, source, piece.expand(target)[1]) if target in piece.carrying else None
+
+
+def _sums(around: Surroundings, found: Slots, links: Sequence[Link], steps: tuple[int, ...]) -> Identification:
+    """A chain of sums, with norms or activations after them."""
+    sums = [link.form for link in links if link.kind == "sum"]
+    first = next(i for i, link in enumerate(links) if link.kind == "sum")
+    after = tuple(n for link in links[first:] if link.kind == "weightless" for n in link.operations)
+    total = None if after else _total(around, found, steps)
+    if total is not None and total.kind in ("moved", "mixed"):
+        return nothing(steps, "not a step", "the skip moves or mixes coordinates", "measured")
+    tables = [blocks(form, found.contexts, moves_cancel=total is not None) for form in sums]
+    if any(table is None for table in tables):
+        return nothing(steps, "not a step", "the skip moves, mixes or drops coordinates", "measured")
+    table, *others = [t for t in tables if t is not None]
+    for other in others:
+        table = table.then(other)
+    if total is not None and total.kind == "scalar":
+        table.V[0, 0] = total.value
+    relaxed = with_linear_part(table)
+    if relaxed is not None:
+        table = relaxed[0]
+    named = name_one_state(table)
+    skips = [form.forms[0][form.sources[0]] for form in sums if form.sources[0] in form.forms[0]]
+    kinds = {c.kind for c in skips} if total is None else {total.kind}
+    residual = total.residual if total is not None else max((c.residual for c in skips), default=0.0)
+    record = _record(named, table, steps, skip=float(table.V[0, 0]), residual=residual, after=after)
+    record = replace(
+        record,
+        evidence="proven" if kinds <= {"scalar"} else "measured",
+        notes=(*_linear_part(relaxed), *_notes(around, sums, table), *record.notes),
+        checks=_checks(sums, table),
+    )
+    return _with_randomness(_with_gates(_with_projection(record, _norms_after(links), len(sums)), kinds, sums), sums)
+
+
+def _linear_part(relaxed: tuple[Blocks, float] | None) -> tuple[str, ...]:
+    if relaxed is None:
+        return ()
+    return (f"the field is f(x) = g(x) - {relaxed[1]:.4g} x: its linear part was told from the inputs of the stages",)
+
+
+def _record(
+    named: Name,
+    table: Blocks | None,
+    steps: tuple[int, ...],
+    *,
+    skip: float | None,
+    residual: float | None,
+    after: tuple[str, ...] = (),
+    notes: tuple[str, ...] = (),
+) -> Identification:
+    method: LinearStability = GeneralLinearMethod([[0]], [[1]], [[1]], [[0]], name="plain")
+    if table is not None:
+        method = table.method(named.unit)
+        method.name = named.name
+    shared = table.shared if table is not None and len({id(s) for s in table.rows}) > 1 else None
+    return Identification(
+        name=named.name,
+        method=method,
+        skip=skip,
+        step_size=named.h,
+        convention=named.convention,
+        evidence="proven",
+        residual=residual,
+        steps=steps,
+        after=after,
+        notes=notes,
+        system=named.system,
+        shared_weights=shared,
+    )
+
+
+def _notes(around: Surroundings, sums: Sequence[NormalForm], table: Blocks) -> tuple[str, ...]:
+    notes = []
+    count = len(sums)
+    if count > 1:
+        notes.append(f"{count} additions: a splitting, each branch a step of its own")
+    learned = dict.fromkeys(text for form in sums for text in around.learned_factors(form.piece))
+    if learned:
+        notes.append(f"learned factors: {', '.join(learned)}")
+    coefficients = [c for form in sums for atom, c in form.forms[0].items() if atom not in form.piece.ends]
+    for c in coefficients:
+        if c.kind == "diagonal":
+            notes.append(f"every channel has a step of its own (LayerScale), {c.low:.3g} to {c.high:.3g}")
+        if c.kind == "dropout":
+            notes.append("dropout after the branch counts as part of it")
+        if c.kind == "scalar" and c.value == 0.0:
+            notes.append("a branch is multiplied by zero now: the step is the identity until training moves it")
+    if any(stage.opaque for form in sums for stage in form.stages):
+        notes.append("the field is opaque: only the step around it was read")
+    if table.shared and len(table.rows) > 1:
+        notes.append(f"{len(table.rows)} stages share weights")
+    return tuple(dict.fromkeys(notes))
+
+
+def _checks(sums: Sequence[NormalForm], table: Blocks) -> tuple[Check, ...]:
+    found: list[Check] = []
+    if len(sums) > 1 and table.n_fields > 1:
+        found.append(commutator(sums))
+    if len(sums) == 1 and table.shared and table.n_fields == 1 and sums[0].stages:
+        measured = defect(sums[0], table)
+        if measured is not None:
+            found.append(measured)
+        b = table.B[0] / (table.B[0].sum() or 1.0)
+        c = (table.A / (table.B[0].sum() or 1.0)).sum(axis=1)
+        found.append(Check("b.c - 1/2", float(b @ c - 0.5), "condition of order 2; b sums to 1 by the choice of h"))
+    return tuple(found)
+
+
+def _with_projection(record: Identification, norms: int, sums: int) -> Identification:
+    """Norms or rectifiers after an addition: Euler's step, followed by a projection."""
+    if not record.after:
+        return record
+    note = f"after the addition: {', '.join(record.after)}"
+    if norms:
+        why = f"the skip passes {norms} norm(s) after {sums} addition(s), so no single a describes it"
+        system = f"{record.system}, retracted to the sphere after each step"
+        return replace(record, name="projected Euler (post-norm)", skip=None, notes=(why, note, *record.notes),
+                       system=system)  # fmt: skip
+    if all(n in _RECTIFIERS for n in record.after) and record.name == "forward Euler":
+        system = "x' in f(x) - N(x), N the normal cone of the nonnegative states"
+        return replace(record, name="projected Euler (ReLU)", notes=(note, *record.notes), system=system)
+    return replace(record, notes=(note, *record.notes))
+
+
+def _norms_after(links: Sequence[Link]) -> int:
+    """How many sums are followed by a norm."""
+    count, open_sum = 0, False
+    for link in links:
+        if link.kind == "sum":
+            open_sum = True
+        elif link.kind == "weightless" and open_sum and set(link.operations) & (NORMS | _STATISTICS):
+            count, open_sum = count + 1, False
+    return count
+
+
+def _with_gates(record: Identification, kinds: set[str], sums: Sequence[NormalForm]) -> Identification:
+    if kinds == {"diagonal"}:
+        return replace(record, notes=("every coordinate has its own damping; a is their mean", *record.notes))
+    if "gate" not in kinds:
+        return record
+    gates = [c for form in sums for c in form.forms[0].values() if c.kind == "gate"]
+    low, high = min(c.low for c in gates), max(c.high for c in gates)
+    return replace(
+        record,
+        name=f"gated Euler (mean a = {record.skip:.3g})",
+        convention="h: the gate, which depends on the state; its mean is shown",
+        system="x' = T(x) (f(x) - x), or the exponential step exp(-tau) = 1 - T",
+        notes=(f"gates from {low:.3g} to {high:.3g} here, held fixed in R(z)", *record.notes),
+    )
+
+
+def _with_randomness(record: Identification, sums: Sequence[NormalForm]) -> Identification:
+    """Branches that are dropped for whole samples."""
+    dropped = [c for form in sums for c in form.forms[0].values() if c.kind == "samples"]
+    if not dropped:
+        return record
+    factor = dropped[0].value
+    if factor <= 1.0:
+        why = "whole samples skip the branch at random (stochastic depth); how often does not show in one pass"
+        return replace(record, name=f"{record.name}, stochastic depth", notes=(why, *record.notes))
+    survival = 1.0 / factor
+    method = stochastic_depth(survival, rescaled=True) if len(sums) == 1 else None
+    return replace(
+        record,
+        name=f"{record.name}, stochastic depth (p = {survival:.3g})",
+        method=method,
+        step_size=1.0,
+        convention="h = 1, drawn 1/p with probability p and 0 otherwise; R is the mean square",
+        system="a weak approximation of a stochastic differential equation",
+        notes=("kept branches are divided by p", *record.notes),
+    )

@@ -1,0 +1,66 @@
+"""The record of one reading: a method, its name, and how both are known."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from stabkit.identification.confirmation import Check
+from stabkit.integrators import LinearStability
+
+
+@dataclass(frozen=True)
+class Identification:
+    """The method that one step, or several together, implement.
+
+    Attributes:
+        name: ``"forward Euler"``, ``"damped Euler (a = 0.78)"``, ``"rk4"``, ``"plain"``, ``"transition"``,
+            ``"unknown"``, ...
+        method: the general linear method, with z = h times the eigenvalue of the Jacobian of a field; None where none
+            was read.
+        skip: the coefficient ``a`` of x' = a x + f(x); None where none was read.
+        step_size: the step size h; only the product h f can be seen, so ``convention`` says how it was fixed.
+        convention: how h was fixed.
+        evidence: ``"proven"`` (read off the graph and confirmed), ``"measured"``, ``"convention"`` or ``"unknown"``.
+        residual: relative deviation of the skip from ``a`` times the identity, measured on random cotangents.
+        steps: indices of the steps that make up the method.
+        after: operations that follow the addition, such as a ReLU or a norm.
+        notes: what else was seen.
+        system: the continuous system that the method integrates, in words.
+        shared_weights: whether stages of one step evaluate the same field with the same weights; None for one stage.
+        checks: numerical confirmations.
+    """
+
+    name: str
+    method: LinearStability | None
+    skip: float | None
+    step_size: float | None
+    convention: str
+    evidence: str
+    residual: float | None
+    steps: tuple[int, ...]
+    after: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+    system: str = ""
+    shared_weights: bool | None = None
+    checks: tuple[Check, ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, ready for JSON; the method by its tableau where it has one."""
+        blocks = ("A", "U", "B", "V")
+        tableau = {name: getattr(self.method, name).tolist() for name in blocks if hasattr(self.method, name)}
+        return {
+            "name": self.name,
+            "skip": self.skip,
+            "step_size": self.step_size,
+            "convention": self.convention,
+            "evidence": self.evidence,
+            "residual": self.residual,
+            "steps": list(self.steps),
+            "after": list(self.after),
+            "notes": list(self.notes),
+            "system": self.system,
+            "shared_weights": self.shared_weights,
+            "checks": [asdict(check) for check in self.checks],
+            "tableau": tableau or None,
+        }

@@ -1,0 +1,130 @@
+"""Which values of a recorded state are the states of the method, and which old one a new one follows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch.autograd.graph import Node
+
+from stabkit.identification.operations import JOINS
+from stabkit.tracing import Flow
+from stabkit.tracing.graph import Graph
+from stabkit.tracing.nodes import apply_node
+from stabkit.tracing.values import Value, meta_of, operation
+
+_SPLITS = frozenset({"Split", "SplitWithSizes", "UnsafeSplit", "Unbind", "Slice", "Select"})
+
+
+@dataclass(frozen=True, eq=False)
+class Slots:
+    """States of a method before and after some steps.
+
+    Attributes:
+        sources: old states; the parts of one tensor where the code splits it at once.
+        targets: new states, in the same order.
+        contexts: values held fixed: the input of a recurrent network.
+        split: whether the states are parts of one tensor.
+    """
+
+    sources: tuple[Value, ...]
+    targets: tuple[Value, ...]
+    contexts: tuple[Value, ...]
+    split: bool
+
+
+def slots(flow: Flow, start: int, stop: int) -> Slots:
+    """The states of the method that leads from ``states[start]`` to ``states[stop]``.
+
+    Values that only wait for the output (the hidden states that a recurrent network returns) are none. A value that
+    passes unchanged while a younger one is replaced is a context; one that passes while an older one is dropped is the
+    history of a multistep method.
+    """
+    graph = flow._graph
+    before, after = flow.states[start], flow.states[stop]
+    nodes = graph.nodes[before.position : after.position]
+    used = {v for node in nodes for v in graph.inputs[node]}
+    if stop < len(flow.steps):
+        end = flow.states[stop + 1].position
+        last = {v.node for v in flow.states[-1].values if operation(v.node) in JOINS}  # it collects what was returned
+        later = {v for node in graph.nodes[after.position : end] if node not in last for v in graph.inputs[node]}
+        new = [v for v in after.values if v in later]
+    else:
+        new = list(after.values)
+    new = [v for v in new if v in used or v not in before.values]  # the others only pass by, on their way to the output
+    old = [v for v in before.values if v in used]
+    fed = _read_ahead(flow, nodes, old, new)
+    old, new = [v for v in old if v not in fed], [v for v in new if v not in fed]
+    dropped = [v for v in old if v not in new]
+    contexts = tuple(v for v in old if v in new and any(_born(graph, d) > _born(graph, v) for d in dropped))
+    sources = sorted((v for v in old if v not in contexts), key=lambda v: (_born(graph, v), v.output))
+    targets = sorted((v for v in new if v not in contexts), key=lambda v: (_born(graph, v), v.output))
+    parted = _parted(graph, nodes, sources, targets)
+    if parted is not None:
+        return Slots(*parted, (*contexts, *(v for v in fed if v in before.values)), True)
+    return Slots(tuple(sources), tuple(targets), (*contexts, *(v for v in fed if v in before.values)), False)
+
+
+def _born(graph: Graph, value: Value) -> int:
+    return graph.rank.get(value.node, -1)
+
+
+def _read_ahead(flow: Flow, nodes: Sequence[Node], old: list[Value], new: list[Value]) -> tuple[Value, ...]:
+    """The input of a recurrent network, and what of it is prepared for the next step: read, but no state.
+
+    Inputs are what came unchanged from the beginning of the flow, when some of the new values depend on nothing else
+    while others do.
+    """
+    first = flow.states[0].values
+    inputs = {v for v in old if v in first}
+    if not inputs or len(inputs) == len(old):
+        return ()
+    only: dict[Node, bool] = {}
+    for node in nodes:
+        taken = flow._graph.inputs[node]
+        only[node] = all(v in inputs or only.get(v.node, False) for v in taken)
+    ahead = [v for v in new if v not in old and only.get(v.node, False)]
+    return (*inputs, *ahead) if ahead else ()
+
+
+def _parted(
+    graph: Graph, nodes: Sequence[Node], sources: list[Value], targets: list[Value]
+) -> tuple[tuple[Value, ...], tuple[Value, ...]] | None:
+    """The parts of a source that is split at once, and of a target that was just joined; None unless they match."""
+    begin = parts_of(graph, nodes, sources[0]) if len(sources) == 1 else tuple(sources)
+    end = joined(graph, nodes, targets[0]) if len(targets) == 1 else tuple(targets)
+    if begin is None or end is None or len(begin) != len(end) or len(begin) < 2:
+        return None
+    if len(sources) == len(begin) and len(targets) == len(end):
+        return None
+    if [meta_of(v).numel for v in begin] != [meta_of(v).numel for v in end]:
+        return None
+    return begin, end
+
+
+def parts_of(graph: Graph, nodes: Sequence[Node], value: Value) -> tuple[Value, ...] | None:
+    """The parts that a value is split into at once; None when something reads it whole."""
+    readers = [node for node in nodes if value in graph.inputs[node]]
+    if not readers or any(operation(node) not in _SPLITS for node in readers):
+        return None
+    taken = {v for node in nodes for v in graph.inputs[node]}
+    parts = [Value(r, i) for r in readers for i in range(len(r._input_metadata)) if Value(r, i) in taken]
+    covered = torch.zeros(meta_of(value).shape, dtype=torch.float64)
+    with torch.no_grad():
+        for part in parts:
+            meta = meta_of(part)
+            ones = torch.ones(meta.shape, dtype=meta.dtype, device=meta.device)
+            given = [ones if i == part.output else None for i in range(len(part.node._input_metadata))]
+            for _, mask in apply_node(part.node, given, [value]):
+                covered += mask.double().cpu()
+    return tuple(parts) if len(parts) > 1 and bool((covered == 1).all()) else None
+
+
+def joined(graph: Graph, nodes: Sequence[Node], value: Value) -> tuple[Value, ...] | None:
+    """The values that a value is a concatenation of; None when it is none of values that depend on the source."""
+    if operation(value.node) not in JOINS or value.node not in set(nodes):
+        return None
+    parts = tuple(graph.inputs[value.node])
+    complete = sum(meta_of(v).numel for v in parts) == meta_of(value).numel
+    return parts if complete and len(set(parts)) == len(parts) > 1 else None

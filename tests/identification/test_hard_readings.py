@@ -1,0 +1,177 @@
+"""What is easily misread: each case says what it looks like and what it is."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional
+
+from stabkit.identification import identify
+from stabkit.tracing import trace
+
+from .family import Step, conv, dense, stack
+
+
+def read(make, shape=(2, 6), depth=("0", "1", "2")):
+    torch.manual_seed(0)
+    model, inputs, _ = stack(make, shape)()
+    found = identify(trace(model, *inputs, depth=list(depth)))
+    assert len(found) == 3
+    return found[1]
+
+
+def amplification(record, z=0.3 + 0.4j):
+    return complex(record.method.stability_matrix(record.step_size * z)[0, 0])
+
+
+def test_a_bias_is_no_skip():
+    found = read(lambda: Step(lambda m, x: m.parts[0](x) + m.b, dense(), b=nn.Parameter(torch.randn(6))))
+    assert (found.name, found.skip) == ("plain", 0.0)
+
+
+def test_a_residual_inside_a_branch_belongs_to_the_branch():
+    def forward(m, x):
+        u = m.parts[0](x)
+        return x + m.parts[1](u + torch.relu(u))
+
+    found = read(lambda: Step(forward, nn.Linear(6, 6), nn.Linear(6, 6)))
+    assert (found.name, found.method.stages) == ("forward Euler", 1)
+
+
+def test_a_residual_inside_a_layer_without_a_skip_is_plain():
+    def forward(m, x):
+        u = m.parts[0](x)
+        return m.parts[1](u + torch.relu(u))
+
+    found = read(lambda: Step(forward, nn.Linear(6, 6), nn.Linear(6, 6)))
+    assert (found.name, found.skip) == ("plain", 0.0)
+    assert "no skip leads around" in found.notes[0]
+
+
+def test_a_branch_that_reads_the_sum_before_it_is_a_second_stage():
+    found = read(lambda: Step(lambda m, x: x + m.parts[1](x + m.parts[0](x)), dense(), dense()))
+    z, w = 0.3 + 0.4j, -0.2 + 0.1j
+    assert found.name == "unnamed (2 stages of different fields)"
+    assert complex(found.method.stability_matrix(z, w)[0, 0]) == pytest.approx(1 + w * (1 + z))
+
+
+def test_a_concatenated_skip_that_is_mixed_is_none():
+    found = read(lambda: Step(lambda m, x: m.parts[1](torch.cat([x, m.parts[0](x)], 1)), dense(), nn.Linear(12, 6)))
+    assert (found.name, found.skip) == ("plain", 0.0)
+    assert "several projections" in found.notes[0]
+
+
+def test_a_module_called_twice_in_a_row_is_two_steps_of_one_field():
+    found = read(lambda: Step(lambda m, x: (y := x + m.parts[0](x)) + m.parts[0](y), dense()))
+    z = 0.3 + 0.4j
+    assert (found.name, found.shared_weights) == ("2 steps of forward Euler", True)
+    assert amplification(found, z) == pytest.approx((1 + z) ** 2)
+
+
+def test_a_module_called_twice_at_one_point_is_one_step_of_twice_the_size():
+    found = read(lambda: Step(lambda m, x: x + m.parts[0](x) + m.parts[0](x), dense()))
+    assert (found.name, found.step_size) == ("forward Euler", 2.0)
+
+
+def test_equal_weights_are_no_shared_weights():
+    def make():
+        first, second = dense(), dense()
+        second.load_state_dict(first.state_dict())
+        return Step(lambda m, x: (y := x + m.parts[0](x)) + m.parts[1](y), first, second)
+
+    found = read(make)
+    assert (found.name, found.shared_weights) == ("Lie splitting (2 Euler steps)", False)
+
+
+def test_a_shared_norm_makes_no_shared_field():
+    def forward(m, x):
+        x = x + m.parts[0](m.parts[2](x))
+        return x + m.parts[1](m.parts[2](x))
+
+    found = read(lambda: Step(forward, dense(), dense(), nn.LayerNorm(6)))
+    assert (found.name, found.shared_weights) == ("Lie splitting (2 Euler steps)", False)
+
+
+def test_a_skip_that_begins_after_a_norm_and_relu_is_transformed():
+    def forward(m, x):
+        y = torch.relu(m.parts[1](x))
+        return y + m.parts[0](y)
+
+    found = read(lambda: Step(forward, conv(), nn.BatchNorm2d(4)), (2, 4, 5, 5))
+    assert (found.name, found.method) == ("transformed skip", None)
+    assert "NativeBatchNorm, Relu" in found.notes[0]
+
+
+def test_a_state_that_is_only_gated_has_no_branch():
+    found = read(lambda: Step(lambda m, x: x * torch.sigmoid(m.parts[0](x)), dense()))
+    assert (found.name, found.method) == ("no branch", None)
+
+
+def test_a_gate_in_lerp_is_a_gate():
+    gates = Step(lambda m, x: torch.lerp(x, m.parts[0](x), torch.sigmoid(m.parts[1](x))), dense(), dense())
+    found = read(lambda: gates)
+    assert found.name.startswith("gated Euler")
+    assert found.evidence == "measured"
+
+
+def test_addcmul_is_a_sum():
+    found = read(lambda: Step(lambda m, x: torch.addcmul(x, m.g, m.parts[0](x), value=2.0), dense(),
+                              g=nn.Parameter(torch.full((6,), 0.25))))  # fmt: skip
+    assert (found.name, found.step_size) == ("forward Euler", 0.5)
+
+
+class OptionA(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(4, 8, 3, stride=2, padding=1), nn.Conv2d(8, 8, 3, padding=1)
+
+    def forward(self, x):
+        return functional.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, 2, 2)) + self.second(torch.relu(self.first(x)))
+
+
+class OptionB(OptionA):
+    def __init__(self) -> None:
+        super().__init__()
+        self.project = nn.Sequential(nn.Conv2d(4, 8, 1, stride=2), nn.BatchNorm2d(8))
+
+    def forward(self, x):
+        return torch.relu(self.project(x) + self.second(torch.relu(self.first(x))))
+
+
+@pytest.mark.parametrize(("block", "note"), [(OptionA, "takes or pads entries"), (OptionB, "projection")])
+def test_downsampling_is_a_transition_and_says_how_the_shortcut_goes(block, note):
+    (found,) = identify(trace(nn.Sequential(block()).double().eval(), torch.randn(2, 4, 6, 6, dtype=torch.float64)))
+    assert (found.name, found.method) == ("transition", None)
+    assert note in found.notes[0]
+
+
+def test_an_opaque_field_between_a_visible_skip_is_euler_with_a_note():
+    class Opaque(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.tanh()
+
+        @staticmethod
+        def backward(ctx, g):
+            return g
+
+    found = read(lambda: Step(lambda m, x: x + Opaque.apply(m.parts[0](x)), dense()))
+    assert found.name == "forward Euler"
+    assert any("opaque" in note for note in found.notes)
+    hidden = read(lambda: Step(lambda m, x: Opaque.apply(m.parts[0](x)), dense()))
+    assert (hidden.name, hidden.method, hidden.evidence) == ("unknown", None, "unknown")
+
+
+def test_batch_norm_in_training_mode_is_still_euler():
+    torch.manual_seed(0)
+    model, inputs, _ = stack(lambda: Step(lambda m, x: x + m.parts[0](x), conv()), (3, 4, 5, 5), train=True)()
+    flow = trace(model, *inputs)
+    assert flow.batch == 1
+    assert {found.name for found in identify(flow)} == {"forward Euler"}
+
+
+def test_half_precision_is_read_with_its_own_rounding():
+    model, inputs, _ = stack(lambda: Step(lambda m, x: 0.9 * x + 0.1 * m.parts[0](x), dense()))()
+    found = identify(trace(model.bfloat16(), inputs[0].bfloat16()))
+    assert [f.name for f in found] == ["damped Euler (a = 0.898)"] * 3
