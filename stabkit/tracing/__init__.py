@@ -1,6 +1,8 @@
 """One forward pass of any torch model as an exact chain of differentiable steps."""
 
 from stabkit.tracing.flow import Flow, State, Step
+from stabkit.tracing.iteration import Iteration, iterate
+from stabkit.tracing.recurrent import recurrent_flow
 from stabkit.tracing.tracer import trace
 
-__all__ = ["Flow", "State", "Step", "trace"]
+__all__ = ["Flow", "Iteration", "State", "Step", "iterate", "recurrent_flow", "trace"]

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge
 
 from stabkit.errors import TraceError
+from stabkit.tracing.forward_pass import ForwardPass
 from stabkit.tracing.graph import Graph
 from stabkit.tracing.products import Products, Space
 from stabkit.tracing.recording import Recording
@@ -127,6 +128,8 @@ class Flow:
         batch: number of samples; 1 when the whole batch is one state.
         chain_error: relative difference between the chain's and the model's own VJP; None when it was not checked.
         notes: what the reader should know about how the flow was found.
+        model: the module.
+        forward_pass: the call that was recorded, to run it again.
     """
 
     states: tuple[State, ...]
@@ -139,6 +142,7 @@ class Flow:
     chain_error: float | None
     notes: tuple[str, ...]
     model: nn.Module = field(repr=False)
+    forward_pass: ForwardPass = field(repr=False)
     _graph: Graph = field(repr=False)
     _recording: Recording = field(repr=False)
     _chains: Callable[[], dict[str, Flow]] = field(repr=False)

@@ -209,6 +209,7 @@ def _build(recorded: _Recorded, settings: _Settings) -> Flow:
         chain_error=chain_error,
         notes=(*recorded.notes, *whole_batch_note, *_silence_notes(chain, names(pieces))),
         model=settings.module,
+        forward_pass=recorded.again,
         _graph=graph,
         _recording=recording,
         _chains=lambda: _sibling_flows(recorded, settings),

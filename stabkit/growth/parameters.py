@@ -1,0 +1,213 @@
+"""Gradients of the parameters, shared out among the steps that use them."""
+
+from __future__ import annotations
+
+import bisect
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from stabkit.errors import TraceError
+from stabkit.growth.frames import wide
+from stabkit.tracing import Flow, Iteration
+from stabkit.tracing.containers import map_tensors, named_tensors
+from stabkit.tracing.forward_pass import ForwardPass
+from stabkit.tracing.recording import clock
+from stabkit.tracing.safekeeping import unchanged
+from stabkit.tracing.transparency import transparent
+
+_AGREEMENT = 1e-4  # how far the shares may be from the whole by rounding, relative to its norm
+
+
+@dataclass(frozen=True)
+class ParameterGradients:
+    """Gradients of a loss with respect to parameters, for every step.
+
+    Attributes:
+        norms: ``(steps,)``, Euclidean norm of the gradient over all parameters that a step uses, counting its own use
+            of those that several steps share; 0 for a step without parameters.
+        parameter_norms: ``(steps,)``, norm of the parameters themselves.
+        names: for every step, the parameters that it uses.
+        by_name: norm of the whole gradient of every parameter, as ``loss.backward()`` makes it.
+        elsewhere: parameters used outside all steps of the flow, or not at all.
+    """
+
+    norms: Tensor
+    parameter_norms: Tensor
+    names: tuple[tuple[str, ...], ...]
+    by_name: dict[str, float]
+    elsewhere: tuple[str, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain lists, ready for JSON."""
+        return {
+            "norms": self.norms.tolist(),
+            "parameter_norms": self.parameter_norms.tolist(),
+            "names": [list(names) for names in self.names],
+            "by_name": dict(self.by_name),
+            "elsewhere": list(self.elsewhere),
+        }
+
+
+# attributes that are made of the numbers of a tensor; all others (shape, dtype, ...) are no use of them
+_TRANSPOSES = tuple(getattr(torch.Tensor, name).__get__ for name in ("T", "mT", "H", "mH"))
+
+
+class _Uses(TorchFunctionMode):
+    """Sees every call that takes a parameter, notes when it was, and passes an alias on, on the graph if wanted."""
+
+    def __init__(self, parameters: Mapping[str, nn.Parameter], aliased: bool) -> None:
+        super().__init__()
+        self.names = {id(parameter): name for name, parameter in parameters.items()}
+        self.aliased = aliased
+        self.uses: list[tuple[str, int, Tensor]] = []
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        attribute = getattr(func, "__name__", "") in ("__get__", "__set__") and func not in _TRANSPOSES
+        given = [] if attribute else named_tensors([args, kwargs])
+        if any(id(tensor) in self.names for _, tensor in given):
+            args, kwargs = map_tensors([list(args), kwargs], self._note)
+        return func(*args, **kwargs)
+
+    def _note(self, tensor: Tensor) -> Tensor:
+        name = self.names.get(id(tensor))
+        if name is None or not (tensor.is_floating_point() or tensor.is_complex()):
+            return tensor
+        now = clock()
+        # another tensor in either case: functions that call functions must not be counted twice
+        alias = tensor.view_as(tensor) if self.aliased else tensor.detach()
+        self.uses.append((name, now, alias))
+        return alias
+
+
+def parameter_gradients(
+    flow: Flow | Iteration, loss: Any, inputs: Any = None, kwargs: Mapping[str, Any] | None = None
+) -> ParameterGradients:
+    """Gradients of a loss with respect to the parameters of every step of a flow.
+
+    The model runs twice more on the same inputs: as it was recorded, to see at which step each use of a parameter
+    falls, and with gradients. A parameter that several steps use has a gradient at each of them; they sum to the one
+    that ``loss.backward()`` makes.
+
+    Args:
+        flow: the traced forward pass.
+        loss: a callable on the model's output that returns a scalar.
+        inputs: other inputs than those that were traced, a tensor or a tuple, of the same shapes.
+        kwargs: their keyword arguments.
+
+    Raises:
+        TraceError: the model does not do the same again, or uses parameters out of sight (in compiled code).
+
+    Example:
+        >>> import stabkit
+        >>> model, x = nn.Sequential(nn.Linear(2, 3), nn.Tanh(), nn.Linear(3, 1)), torch.ones(4, 2)
+        >>> found = parameter_gradients(stabkit.trace(model, x), torch.sum)
+        >>> found.names
+        (('0.weight', '0.bias'), (), ('2.weight', '2.bias'))
+    """
+    if isinstance(flow, Iteration):
+        raise TraceError("gradients of parameters are those of a traced model; an iterated map has none of its own")
+    traced = flow.forward_pass
+    args = traced.inputs if inputs is None else inputs if isinstance(inputs, tuple) else (inputs,)
+    named = traced.kwargs if inputs is None else dict(kwargs or {})
+    known = dict(flow.model.named_parameters())
+    seen = _Uses(known, aliased=False)
+
+    def watched(*given: Any, **named: Any) -> Any:
+        with seen:
+            return flow.model(*given, **named)
+
+    forward = ForwardPass(watched, flow.model, args, named, traced.seed)
+    start = forward.run(wanted=frozenset()).start
+    places = [_step_at(flow, time - start) for _, time, _ in seen.uses]
+    shares, whole = _gradients(forward, loss, known, [name for name, _, _ in seen.uses])
+    _refuse_hidden_uses(shares, whole)
+    return _shared_out(flow, known, places, shares, whole)
+
+
+def _step_at(flow: Flow, time: int) -> int | None:
+    """The step that was running so long after the start; None before the first and after the last."""
+    clock_now = time + flow._recording.start
+    if clock_now <= flow.states[0].values[0].node._sequence_nr():
+        return None
+    position = flow._graph.position(clock_now)
+    if position >= flow.states[-1].position:
+        return None
+    return bisect.bisect_right([state.position for state in flow.states], position) - 1
+
+
+def _gradients(
+    forward: ForwardPass, loss: Any, known: dict[str, nn.Parameter], expected: list[str]
+) -> tuple[list[tuple[str, Tensor | None]], dict[str, Tensor | None]]:
+    """The gradient at every use of a parameter, and of every parameter as a whole."""
+    with torch.inference_mode(False), unchanged(forward.module) as safe, transparent():
+        safe.copy_buffers()
+        torch.manual_seed(forward.seed)
+        differentiable = {name: p for name, p in known.items() if p.is_floating_point() or p.is_complex()}
+        for parameter in differentiable.values():
+            parameter.requires_grad_()
+        args, kwargs = map_tensors([list(forward.inputs), forward.kwargs], lambda tensor: tensor.detach().clone())
+        with _Uses(known, aliased=True) as seen:
+            output = forward.module(*args, **kwargs)
+        if [name for name, _, _ in seen.uses] != expected:
+            raise TraceError("the model took another course when it was run again: its parameters cannot be placed")
+        scalar = loss(output)
+        if not isinstance(scalar, Tensor) or scalar.numel() != 1 or not scalar.requires_grad:
+            raise TraceError("the loss is not a scalar that depends on the parameters of the model")
+        aliases = [alias for _, _, alias in seen.uses]
+        grads = torch.autograd.grad(scalar, [*aliases, *differentiable.values()], allow_unused=True)
+    shares: list[tuple[str, Tensor | None]] = [
+        (name, grad) for (name, _, _), grad in zip(seen.uses, grads, strict=False)
+    ]
+    return shares, dict(zip(differentiable, grads[len(aliases) :], strict=True))
+
+
+def _refuse_hidden_uses(shares: list[tuple[str, Tensor | None]], whole: dict[str, Tensor | None]) -> None:
+    for name, gradient in whole.items():
+        if gradient is None:
+            continue
+        rest = gradient.detach().clone()
+        for other, share in shares:
+            if other == name and share is not None:
+                rest -= share
+        if bool(rest.norm() > _AGREEMENT * gradient.norm()):
+            raise TraceError(
+                f"parameter {name!r} is used where Python does not see it (TorchScript, a custom Function that holds "
+                "it), so its gradient cannot be shared out among the steps"
+            )
+
+
+def _shared_out(
+    flow: Flow,
+    known: dict[str, nn.Parameter],
+    places: list[int | None],
+    shares: list[tuple[str, Tensor | None]],
+    whole: dict[str, Tensor | None],
+) -> ParameterGradients:
+    sums: list[dict[str, Tensor | None]] = [{} for _ in flow.steps]
+    for place, (name, share) in zip(places, shares, strict=True):
+        if place is not None:
+            earlier = sums[place].get(name)
+            sums[place][name] = share if earlier is None else earlier if share is None else earlier + share
+    used = {name for names in sums for name in names}
+    return ParameterGradients(
+        norms=torch.tensor([_norm(list(step.values())) for step in sums], dtype=torch.float64),
+        parameter_norms=torch.tensor([_norm([known[name] for name in step]) for step in sums], dtype=torch.float64),
+        names=tuple(tuple(step) for step in sums),
+        by_name={name: _norm([gradient]) for name, gradient in whole.items()},
+        elsewhere=tuple(name for name in known if name not in used),
+    )
+
+
+def _norm(tensors: Sequence[Tensor | None]) -> float:
+    """Euclidean norm over several tensors, in float64."""
+    wide_norms = [float(torch.linalg.vector_norm(wide(t.detach().abs()))) for t in tensors if t is not None]
+    return math.hypot(*wide_norms)
