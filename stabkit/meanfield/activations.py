@@ -1,0 +1,245 @@
+"""Activation functions as mean field theory needs them: value, derivative, kinks and known Gaussian moments."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from stabkit.meanfield.closed_forms import ERF, GELU, LINEAR, SIN, UNKNOWN, ClosedForms, leaky
+from stabkit.meanfield.gaussian import Array, Function
+
+SELU_SCALE, SELU_ALPHA = 1.0507009873554805, 1.6732632423543772
+
+
+@dataclass(frozen=True)
+class Activation:
+    """A scalar function that acts on every unit alone.
+
+    Attributes:
+        name: what it is called.
+        function: takes and returns float64 arrays.
+        derivative: the same for its derivative.
+        kinks: points where function or derivative is not smooth.
+        closed: the Gaussian moments that are known in closed form.
+        log_derivative: log of the absolute derivative, where it would underflow; None computes it from the derivative.
+    """
+
+    name: str
+    function: Function
+    derivative: Function
+    kinks: tuple[float, ...] = ()
+    closed: ClosedForms = UNKNOWN
+    log_derivative: Function | None = None
+
+    def log_slope(self, h: Array) -> Array:
+        """Log of the absolute derivative; -inf where it is zero or underflows."""
+        if self.log_derivative is not None:
+            return self.log_derivative(h)
+        with np.errstate(divide="ignore"):
+            return np.log(np.abs(self.derivative(h)))
+
+
+def activation(source: str | nn.Module | Activation | Callable[..., Any], kinks: tuple[float, ...] = ()) -> Activation:
+    """An activation from its name, its torch module, or any scalar function of a torch tensor.
+
+    Args:
+        source: one of `activation_names()`; a module such as ``nn.LeakyReLU(0.2)``; or a function that maps a float64
+            tensor element by element. The derivative of a function comes from autograd.
+        kinks: points where a function that is given is not smooth; quadrature splits there.
+
+    Raises:
+        ValueError: the name is not known, or the function does not act element by element on tensors.
+
+    Example:
+        >>> import torch
+        >>> activation("tanh").name, activation(torch.nn.LeakyReLU(0.2)).name
+        ('tanh', 'leaky_relu(0.2)')
+        >>> float(activation(lambda h: h**3).derivative(np.array([2.0]))[0])
+        12.0
+    """
+    if isinstance(source, Activation):
+        return source
+    if isinstance(source, str):
+        if source not in _NAMED:
+            raise ValueError(f"activation={source!r}; expected one of {', '.join(_NAMED)}, a module or a function")
+        return _NAMED[source]
+    if isinstance(source, nn.Module):
+        return _of_module(source, kinks)
+    return _of_function(source, kinks, getattr(source, "__name__", type(source).__name__))
+
+
+def activation_names() -> list[str]:
+    """The names that `activation` knows."""
+    return list(_NAMED)
+
+
+def leaky_relu(slope: float = 0.01) -> Activation:
+    """``max(h, 0) + slope * min(h, 0)``; slope 0 is the ReLU, slope 1 linear, slope -1 the absolute value.
+
+    Example:
+        >>> leaky_relu(0.2).function(np.array([-1.0, 1.0])).tolist()
+        [-0.2, 1.0]
+    """
+    return Activation(
+        f"leaky_relu({slope:g})" if slope else "relu",
+        lambda h: np.where(h > 0, h, slope * h),
+        lambda h: np.where(h > 0, 1.0, slope),
+        (0.0,),
+        leaky(slope),
+    )
+
+
+def hardtanh(low: float = -1.0, high: float = 1.0) -> Activation:
+    """``min(max(h, low), high)``.
+
+    Example:
+        >>> hardtanh().function(np.array([-3.0, 0.5])).tolist()
+        [-1.0, 0.5]
+    """
+    name = "hardtanh" if (low, high) == (-1.0, 1.0) else f"hardtanh({low:g}, {high:g})"
+    return Activation(
+        name, lambda h: np.clip(h, low, high), lambda h: ((h > low) & (h < high)).astype(float), (low, high)
+    )
+
+
+def elu(alpha: float = 1.0, scale: float = 1.0) -> Activation:
+    """``scale * (max(h, 0) + alpha * (exp(min(h, 0)) - 1))``.
+
+    Example:
+        >>> elu().function(np.array([0.0, 2.0])).tolist()
+        [0.0, 2.0]
+    """
+    name = "elu" if (alpha, scale) == (1.0, 1.0) else f"elu({alpha:g}, {scale:g})"
+    return Activation(
+        name,
+        lambda h: scale * np.where(h > 0, h, alpha * np.expm1(np.minimum(h, 0))),
+        lambda h: scale * np.where(h > 0, 1.0, alpha * np.exp(np.minimum(h, 0))),
+        (0.0,),
+    )
+
+
+def _erf(h: Array) -> Array:
+    from scipy.special import erf
+
+    return np.asarray(erf(h), dtype=float)
+
+
+def _normal_cdf(h: Array) -> Array:
+    return 0.5 * (1 + _erf(h / math.sqrt(2)))
+
+
+def _normal_density(h: Array) -> Array:
+    return np.exp(-h * h / 2) / math.sqrt(2 * math.pi)
+
+
+def _sigmoid(h: Array) -> Array:
+    from scipy.special import expit
+
+    return np.asarray(expit(h), dtype=float)
+
+
+def _log_sech_squared(h: Array) -> Array:
+    size = np.abs(h)
+    return np.asarray(2 * (math.log(2) - size - np.log1p(np.exp(-2 * size))))
+
+
+def _tanh_slope(h: Array) -> Array:
+    """1 - tanh^2 without cancellation: it is 0 in float64 from h = 19 on when written that way."""
+    return np.exp(_log_sech_squared(h))
+
+
+def _silu_slope(h: Array) -> Array:
+    s = _sigmoid(h)
+    return s * (1 + h * (1 - s))
+
+
+def _of_module(module: nn.Module, kinks: tuple[float, ...]) -> Activation:
+    """The known activation that a module is, or the function that it computes."""
+    if isinstance(module, nn.LeakyReLU):
+        return leaky_relu(module.negative_slope)
+    if isinstance(module, nn.PReLU) and module.weight.numel() == 1:
+        return leaky_relu(float(module.weight.detach()))
+    if isinstance(module, nn.ReLU6):
+        return hardtanh(0.0, 6.0)
+    if isinstance(module, nn.Hardtanh):
+        return hardtanh(module.min_val, module.max_val)
+    if isinstance(module, nn.ELU):
+        return elu(module.alpha)
+    plain = "gelu_tanh" if isinstance(module, nn.GELU) and module.approximate == "tanh" else _MODULES.get(type(module))
+    if plain is not None:
+        return _NAMED[plain]
+    return _of_function(module, kinks, type(module).__name__)
+
+
+def _of_function(source: Callable[..., Any], kinks: tuple[float, ...], name: str) -> Activation:
+    def function(h: Array) -> Array:
+        with torch.no_grad():
+            return np.asarray(source(torch.from_numpy(np.ascontiguousarray(h))).double().numpy())
+
+    def derivative(h: Array) -> Array:
+        with torch.enable_grad():
+            x = torch.from_numpy(np.ascontiguousarray(h)).requires_grad_()
+            out = source(x)
+            if not out.requires_grad:
+                return np.zeros_like(h)
+            return np.asarray(torch.autograd.grad(out.sum(), x)[0].double().numpy())
+
+    points = np.linspace(-2.0, 2.0, 7)
+    try:
+        values, reverse = function(points), function(points[::-1])
+        derivative(points)
+    except Exception as error:
+        raise ValueError(
+            f"activation={name}: it fails on a float64 tensor ({type(error).__name__}: {error}); "
+            "expected a function of torch tensors such as torch.tanh"
+        ) from error
+    if values.shape != points.shape or not np.allclose(values, reverse[::-1], equal_nan=True):
+        raise ValueError(
+            f"activation={name} does not act element by element; expected a scalar function like torch.tanh"
+        )
+    return Activation(name, function, derivative, kinks)
+
+
+_NAMED: dict[str, Activation] = {
+    "linear": Activation("linear", lambda h: h, np.ones_like, (), LINEAR),
+    "relu": leaky_relu(0.0),
+    "leaky_relu": leaky_relu(),
+    "tanh": Activation("tanh", np.tanh, _tanh_slope, (), UNKNOWN, _log_sech_squared),
+    "erf": Activation("erf", _erf, lambda h: 2 / math.sqrt(math.pi) * np.exp(-h * h), (), ERF),
+    "gelu": Activation(
+        "gelu", lambda h: h * _normal_cdf(h), lambda h: _normal_cdf(h) + h * _normal_density(h), (), GELU
+    ),
+    "gelu_tanh": _of_function(nn.GELU(approximate="tanh"), (), "gelu_tanh"),
+    "silu": Activation("silu", lambda h: h * _sigmoid(h), _silu_slope),
+    "sigmoid": Activation("sigmoid", _sigmoid, lambda h: _sigmoid(h) * _sigmoid(-h)),
+    "softplus": Activation("softplus", lambda h: np.logaddexp(0.0, h), _sigmoid),
+    "elu": elu(),
+    "selu": elu(SELU_ALPHA, SELU_SCALE),
+    "hardtanh": hardtanh(),
+    "relu6": hardtanh(0.0, 6.0),
+    "sin": Activation("sin", np.sin, np.cos, (), SIN),
+    "mish": _of_function(nn.Mish(), (), "mish"),
+    "hardswish": _of_function(nn.Hardswish(), (-3.0, 3.0), "hardswish"),
+    "hardsigmoid": _of_function(nn.Hardsigmoid(), (-3.0, 3.0), "hardsigmoid"),
+    "softsign": _of_function(nn.Softsign(), (0.0,), "softsign"),
+}
+
+_MODULES: dict[type[nn.Module], str] = {
+    nn.Identity: "linear",
+    nn.ReLU: "relu",
+    nn.Tanh: "tanh",
+    nn.GELU: "gelu",
+    nn.SiLU: "silu",
+    nn.Sigmoid: "sigmoid",
+    nn.SELU: "selu",
+    nn.Mish: "mish",
+    nn.Hardswish: "hardswish",
+    nn.Hardsigmoid: "hardsigmoid",
+    nn.Softsign: "softsign",
+}

@@ -1,0 +1,397 @@
+"""A model at initialisation: what is measured beside what mean field theory expects of its own weights."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from stabkit.meanfield.gaussian import Array
+from stabkit.meanfield.propagation import Energy, Moments, Propagation
+from stabkit.meanfield.rates import FEWEST, Rate, fit_rate
+from stabkit.meanfield.weights import LayerStatistics, WeightTable
+from stabkit.tracing import Flow, State, trace
+from stabkit.tracing.products import Space
+from stabkit.tracing.values import Value
+
+_MAX_PAIRS = 4
+
+
+@dataclass(frozen=True)
+class StepExpectation:
+    """One step, measured and expected; ``None`` where there is no expectation.
+
+    Attributes:
+        index: place in ``flow.steps``.
+        name: what the step is called.
+        kind: ``"step"`` or ``"transition"``.
+        activations: names of the activations in it.
+        layers: statistics of the linear layers in it.
+        q: mean square of the units after the step, over samples.
+        q_expected: the same by the recursion.
+        c: correlation of the units of two samples after the step, over pairs; None with a single sample.
+        c_expected: the same by the recursion.
+        log_chi: log of the sum of squares of the gradient before the step over that after it, mean squares over
+            samples, probes and networks, in nats; half of it is the growth of the norm. -inf where a step passes
+            nothing back (a head initialised at zero); what lies before it is then measured with new cotangents.
+        log_chi_expected: the same by the recursion.
+        width_variance: variance over weights of the log of that ratio at this width, to first order.
+        restarted: whether the recursion starts from the measured state before this step.
+        reason: why there is no expectation.
+    """
+
+    index: int
+    name: str
+    kind: str
+    activations: tuple[str, ...]
+    layers: tuple[LayerStatistics, ...]
+    q: float
+    q_expected: float | None
+    c: float | None
+    c_expected: float | None
+    log_chi: float
+    log_chi_expected: float | None
+    width_variance: float | None
+    restarted: bool
+    reason: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, ready for JSON."""
+        plain = dataclasses.asdict(self)
+        return {**plain, "activations": list(self.activations), "layers": [layer.to_dict() for layer in self.layers]}
+
+
+@dataclass(frozen=True)
+class Initialisation:
+    """A model at initialisation, measured beside what mean field theory expects.
+
+    Attributes:
+        steps: step by step.
+        rate: the law of the measured gradient over the longest stretch of states of one size; None when it is short.
+        log_growth: log of the mean square gradient at the input over that at the output, in nats; steps that pass
+            nothing back left out.
+        log_growth_expected: the same by the recursion; None unless every step has an expectation.
+        typical_log_growth: mean of the log instead of log of the mean.
+        gap: the first less the second: fluctuation between samples, probes and networks.
+        gap_expected: half the variance over weights, sum of ``width_variance`` / 2 (for ReLU layers 5 L / 2 n); None
+            unless it is known for every step. A gap over networks comes close to it; that of one network does not,
+            for its samples share the weights.
+        deviation: by how much (one standard deviation) the gradient of one sample in a single network of this width
+            differs from the expectation; averages over samples and probes lie closer to it.
+        samples: inputs per network.
+        probes: random cotangents per network.
+        networks: how many were measured.
+        seed: of the cotangents and of resampling.
+        notes: what the reader should know.
+    """
+
+    steps: tuple[StepExpectation, ...]
+    rate: Rate | None
+    log_growth: float
+    log_growth_expected: float | None
+    typical_log_growth: float
+    gap: float
+    gap_expected: float | None
+    deviation: float | None
+    samples: int
+    probes: int
+    networks: int
+    seed: int
+    notes: tuple[str, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain lists and numbers, ready for JSON."""
+        plain = dataclasses.asdict(self)
+        plain["steps"] = [step.to_dict() for step in self.steps]
+        plain["rate"] = None if self.rate is None else self.rate.to_dict()
+        return {**plain, "notes": list(self.notes)}
+
+    def __str__(self) -> str:
+        from stabkit.meanfield.table import text
+
+        return text(self)
+
+
+@dataclass(frozen=True)
+class _Measured:
+    """Of one network: squared gradient norms ``(states, batch, probes)``, per value too, and steps that pass none."""
+
+    flow: Flow
+    squares: Array
+    per_value: tuple[dict[Value, Array], ...]
+    silent: frozenset[int]
+
+
+def at_initialisation(
+    model: nn.Module,
+    *inputs: Any,
+    kwargs: Mapping[str, Any] | None = None,
+    depth: Any = "auto",
+    batch_dim: int | None = 0,
+    probes: int = 8,
+    others: Sequence[nn.Module] = (),
+    seed: int = 0,
+) -> Initialisation:
+    """What a model does to signals and gradients, measured beside what mean field theory expects of its weights.
+
+    Measured are the mean square of the units, the correlation of pairs of samples, and the squared gradient over depth
+    (Hutchinson probes: standard normal cotangents of the last state). Expected are the same by the recursions of mean
+    field theory through the operations of the recorded pass, with the mean square of the weights, that of the biases
+    and the activations that the model has. An operation without a rule gets no expectation; the recursion starts anew
+    from the state measured after it.
+
+    Args:
+        model: the model, not trained yet: theory assumes weights that do not depend on the data or on each other.
+        *inputs: what it is called with; several samples give correlations and intervals.
+        kwargs: keyword arguments of the call.
+        depth: where steps end, as for `stabkit.trace`.
+        batch_dim: which dimension counts samples, as for `stabkit.trace`.
+        probes: random cotangents, at least 1.
+        others: further networks from the same initialiser, measured too. With eight of them the interval of chi, and
+            the gap between mean square and typical gradient, cover the randomness of the weights.
+        seed: of the cotangents.
+
+    Raises:
+        TraceError: the model cannot be recorded.
+        ValueError: ``probes`` is not positive, or one of ``others`` has another depth.
+
+    Source: Poole et al., NeurIPS 2016; Schoenholz et al., ICLR 2017; the partial Jacobian norm of Doshi et al., 2023.
+
+    Example:
+        >>> import torch
+        >>> _ = torch.manual_seed(0)
+        >>> layers = [torch.nn.Linear(64, 64, bias=False) for _ in range(6)]
+        >>> for layer in layers: _ = torch.nn.init.orthogonal_(layer.weight, 0.5)
+        >>> found = at_initialisation(torch.nn.Sequential(*layers), torch.randn(4, 64))
+        >>> round(found.rate.chi, 6), round(found.log_growth_expected / 6, 6)
+        (0.25, -1.386294)
+    """
+    if probes < 1:
+        raise ValueError(f"probes={probes}; expected at least 1 random cotangent")
+    measured = []
+    for network in (model, *others):
+        flow = trace(network, *inputs, kwargs=kwargs, depth=depth, batch_dim=batch_dim, seed=seed)
+        measured.append(_measure(flow, probes, seed))
+    first = measured[0].flow
+    for other in measured[1:]:
+        if len(other.flow) != len(first):
+            raise ValueError(f"others has a network of {len(other.flow)} steps; expected {len(first)} as in the model")
+    return _assemble(measured, _expect(measured[0]), probes, seed)
+
+
+def _measure(flow: Flow, probes: int, seed: int) -> _Measured:
+    cotangents = _drawn(flow.states[-1].space, probes, seed)
+    squares = [_squares(flow.states[-1], cotangents)]
+    silent = set()
+    for step in reversed(flow.steps):
+        cotangents = step.segment.vjp_batch(cotangents)
+        found = _squares(step.source, cotangents)
+        if all((values == 0).all() for values in found.values()):
+            # nothing passes a head initialised at zero: what lies before it is measured with new cotangents
+            silent.add(step.index)
+            cotangents = _drawn(step.source.space, probes, seed + 1 + step.index)
+            found = _squares(step.source, cotangents)
+        squares.append(found)
+    per_value = tuple(squares[::-1])
+    totals = np.stack([np.sum(list(state.values()), axis=0) for state in per_value])
+    return _Measured(flow, totals, per_value, frozenset(silent))
+
+
+def _drawn(space: Space, probes: int, seed: int) -> list[Tensor]:
+    """Standard normal cotangents of a state, stacked along a new first dimension."""
+    generator = torch.Generator().manual_seed(seed)
+    columns = torch.randn(space.batch, space.size, probes, generator=generator, dtype=torch.float64)
+    return space.unflatten(columns.to(dtype=space.dtype, device=space.device))
+
+
+def _squares(state: State, cotangents: Sequence[Tensor]) -> dict[Value, Array]:
+    """Sums of squares per sample and probe, for every value of a state."""
+    found = {}
+    for value, tensor, meta, layout in zip(state.values, cotangents, state.space.metas, state.layouts, strict=True):
+        columns = Space([meta], [layout]).flatten([tensor])
+        found[value] = columns.double().square().sum(1).cpu().numpy()
+    return found
+
+
+def _state_moments(state: State, pairs: Any) -> dict[Value, Moments]:
+    """Measured moments of every value of a state."""
+    found = {}
+    for value, tensor, meta, layout in zip(state.values, state.tensors, state.space.metas, state.layouts, strict=True):
+        units = Space([meta], [layout]).flatten([tensor.unsqueeze(0)])[..., 0].double().cpu().numpy()
+        products = np.mean(units[pairs[:, 0]] * units[pairs[:, 1]], axis=1)
+        found[value] = Moments(pairs, np.mean(units**2, axis=1), units.mean(axis=1), products)
+    return found
+
+
+@dataclass(frozen=True)
+class _Expected:
+    """The recursion over the steps of one flow."""
+
+    q: list[float | None]
+    c: list[float | None]
+    log_chi: list[float | None]
+    variances: list[float | None]
+    restarted: list[bool]
+    measured: list[tuple[float, float | None]]
+    propagation: Propagation
+
+
+def _expect(measured: _Measured) -> _Expected:
+    flow = measured.flow
+    batch = flow.batch
+    pairs = np.array(list(itertools.pairwise(range(batch))), dtype=np.int64).reshape(-1, 2)
+    pairs = pairs[:: max(1, math.ceil(len(pairs) / _MAX_PAIRS))]
+    propagation = Propagation(WeightTable(flow.model), batch)
+    states = [_state_moments(state, pairs) for state in flow.states]
+    sizes = [dict(zip(s.values, s.space.sizes, strict=True)) for s in flow.states]
+    q: list[float | None] = []
+    c: list[float | None] = []
+    restarted = []
+    _restart(propagation, states[0], 0)
+    fresh = True
+    for step in flow.steps:
+        restarted.append(fresh)
+        propagation.forward(step)
+        after = {value: propagation.moments[value] for value in step.target.values}
+        q.append(_number(_mean_square(after, sizes[step.index + 1])))
+        c.append(_number(_correlation(after, sizes[step.index + 1])))
+        fresh = _restart(propagation, states[step.index + 1], step.index + 1)
+    log_chi, variances = _pull_back(measured, propagation)
+    seen = [
+        (_mean_square(state, size), _number(_correlation(state, size)))
+        for state, size in zip(states[1:], sizes[1:], strict=True)
+    ]
+    return _Expected(q, c, log_chi, variances, restarted, seen, propagation)
+
+
+def _restart(propagation: Propagation, measured: dict[Value, Moments], index: int) -> bool:
+    """Put measured moments where none are expected; what is measured may depend on all that the state depends on."""
+    known = {v: propagation.moments[v] for v in measured if v in propagation.moments}
+    sources = frozenset().union(*(m.sources for m in known.values()), [("state", index)])
+    renewed = False
+    for value, moments in measured.items():
+        before = known.get(value)
+        if before is None or np.isnan(before.q).any():
+            propagation.moments[value] = dataclasses.replace(moments, sources=sources)
+            renewed = True
+        elif np.isnan(before.k).any():
+            propagation.moments[value] = dataclasses.replace(before, k=moments.k)
+    return renewed
+
+
+def _pull_back(measured: _Measured, propagation: Propagation) -> tuple[list[float | None], list[float | None]]:
+    """Expected growth of squared gradients, step by step from the output."""
+    flow = measured.flow
+    growth: list[float | None] = []
+    variances: list[float | None] = []
+    energies = {v: Energy(s.mean(1), 0.0) for v, s in measured.per_value[-1].items()}
+    for step in reversed(flow.steps):
+        before = np.sum([energy.total for energy in energies.values()], axis=0)
+        pulled = propagation.backward(step, energies)
+        after = np.sum([energy.total for energy in pulled.values()], axis=0) if pulled else before * np.nan
+        with np.errstate(divide="ignore", invalid="ignore"):
+            log_chi = float(np.log(after.mean() / before.mean()))
+        growth.append(_number(log_chi))
+        shares = [energy.total.mean() / after.mean() for energy in pulled.values()] if log_chi > -math.inf else []
+        noise = sum(share**2 * energy.variance for share, energy in zip(shares, pulled.values(), strict=False))
+        variances.append(_number(float(noise)) if shares else None)
+        if growth[-1] is None:
+            energies = {v: Energy(s.mean(1), 0.0) for v, s in measured.per_value[step.index].items()}
+        else:
+            energies = {v: Energy(energy.total / after.mean(), 0.0) for v, energy in pulled.items()}
+    return growth[::-1], variances[::-1]
+
+
+def _mean_square(moments: dict[Value, Moments], sizes: dict[Value, int]) -> float:
+    total = sum(sizes.values())
+    return float(sum(sizes[v] * m.q.mean() for v, m in moments.items()) / total)
+
+
+def _correlation(moments: dict[Value, Moments], sizes: dict[Value, int]) -> float:
+    """Normalised product of the units of two samples, the mean over pairs; NaN without pairs."""
+    products = np.sum([sizes[v] * m.k for v, m in moments.items()], axis=0)
+    squares = np.sum([sizes[v] * m.q for v, m in moments.items()], axis=0)
+    pairs = next(iter(moments.values())).pairs
+    if not len(pairs):
+        return math.nan
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return float(np.mean(products / np.sqrt(squares[pairs[:, 0]] * squares[pairs[:, 1]])))
+
+
+def _number(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+def _assemble(measured: list[_Measured], expected: _Expected, probes: int, seed: int) -> Initialisation:
+    flow, propagation = measured[0].flow, expected.propagation
+    squares = np.stack([m.squares.reshape(len(m.squares), -1) for m in measured])  # networks, states, draws
+    silent = sorted(frozenset().union(*(m.silent for m in measured)))
+    with np.errstate(divide="ignore", invalid="ignore"):
+        log_chi = -np.diff(np.log(squares.mean(axis=(0, 2))))
+        typical = -np.diff(np.log(squares).mean(axis=(0, 2)))
+    passing = [index for index in range(len(flow)) if index not in silent]
+    growth, typical_growth = float(log_chi[passing].sum()), float(typical[passing].sum())
+    log_chi[silent] = -np.inf
+    steps = tuple(
+        StepExpectation(
+            index=step.index,
+            name=step.name,
+            kind=step.kind,
+            activations=tuple(propagation.names(step)),
+            layers=tuple(propagation.statistics(step)),
+            q=expected.measured[step.index][0],
+            q_expected=expected.q[step.index],
+            c=expected.measured[step.index][1],
+            c_expected=expected.c[step.index],
+            log_chi=float(log_chi[step.index]),
+            log_chi_expected=expected.log_chi[step.index],
+            width_variance=expected.variances[step.index],
+            restarted=expected.restarted[step.index],
+            reason=propagation.reasons.get(step.index, ""),
+        )
+        for step in flow.steps
+    )
+    variance = _total([step.width_variance for step in steps])
+    shared = ("some layers share their weights: theory takes them for independent",) if propagation.shared else ()
+    return Initialisation(
+        steps=steps,
+        rate=_rate(flow, squares, silent, seed),
+        log_growth=growth,
+        log_growth_expected=_total([step.log_chi_expected for step in steps]),
+        typical_log_growth=typical_growth,
+        gap=growth - typical_growth,
+        gap_expected=None if variance is None else variance / 2,
+        deviation=None if variance is None else math.sqrt(variance),
+        samples=flow.batch,
+        probes=probes,
+        networks=len(measured),
+        seed=seed,
+        notes=(*flow.notes, *shared),
+    )
+
+
+def _total(values: list[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return sum(known) if len(known) == len(values) else None
+
+
+def _rate(flow: Flow, squares: Array, silent: Sequence[int], seed: int) -> Rate | None:
+    """The law over the longest run of states of one size."""
+    runs: list[list[int]] = [[0]]
+    for step in flow.steps:
+        if step.kind == "step" and step.index not in silent:
+            runs[-1].append(step.index + 1)
+        else:
+            runs.append([step.index + 1])
+    longest = max(runs, key=len)
+    chosen = squares[:, longest]
+    if len(longest) < FEWEST or not (chosen > 0).all() or not np.isfinite(chosen).all():
+        return None
+    return fit_rate(chosen, longest[0], seed)
