@@ -1,0 +1,204 @@
+"""`attribute` and `mechanisms`: one walk back through the flow."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from stabkit.attribution.mechanism import TOLERANCE, Mechanism
+from stabkit.attribution.persistence import Persistence, branch_cosine, field_cosines, straightness
+from stabkit.attribution.predictors import Prediction, compare, persistent_rate
+from stabkit.attribution.result import COLUMNS, Attribution
+from stabkit.attribution.step_terms import Budget, Terms, measure_step, skip_of
+from stabkit.attribution.zplane import damping_limit, mechanism_of
+from stabkit.growth import GradientProfile, gradient_profile
+from stabkit.identification import Identification, by_step, identify
+from stabkit.tracing import Flow
+from stabkit.tracing.values import random_tensors
+
+
+def attribute(
+    flow: Flow,
+    loss: Any = None,
+    *,
+    seed: int = 0,
+    samples: int | None = None,
+    dense_limit: int = 512,
+    probes: int = 16,
+    krylov: int = 4,
+    confidence: float = 0.95,
+    tolerance: float = TOLERANCE,
+    identifications: Sequence[Identification] | None = None,
+    fields: Mapping[int, Tensor] | None = None,
+) -> Attribution:
+    """Measured growth of the gradient at every step as an exact sum of named terms.
+
+    States of up to ``dense_limit`` numbers are treated exactly, from their matrix and all its eigenvalues (about
+    2 d^3 ns per sample and step). Larger ones are estimated from ``probes`` random cotangents with Student intervals,
+    and their spectral term is bracketed.
+
+    Args:
+        flow: a traced forward pass.
+        loss: a callable on the model's output that returns a scalar; None pulls back a standard normal cotangent.
+        seed: of that cotangent, of the probes and of the start vectors.
+        samples: how many samples, from the first; all by default.
+        dense_limit: the largest state that is treated exactly.
+        probes: random cotangents for larger states.
+        krylov: eigenvalues of largest modulus that are sought for larger states; 0 for none, which is much cheaper.
+        confidence: of the intervals.
+        tolerance: how far the modulus of an eigenvalue may exceed 1 before its mode counts as unstable.
+        identifications: from ``identify(flow)``; made here by default.
+        fields: for steps with several stages, by index: the Jacobian ``(samples, d, d)`` of h f, whose spectrum is z.
+
+    Raises:
+        ValueError: an argument is out of range.
+        TraceError: the loss is not a differentiable scalar of the output that the flow leads to.
+
+    Example:
+        >>> import torch, stabkit
+        >>> class Block(torch.nn.Module):
+        ...     def forward(self, x):
+        ...         return x + x @ torch.tensor([[-0.5, 0.0], [0.6, -0.5]])
+        >>> flow = stabkit.trace(torch.nn.Sequential(Block(), Block()), torch.ones(1, 2))
+        >>> found = stabkit.attribute(flow, lambda out: out[:, 0].sum())
+        >>> [round(float(x), 4) for x in (found.growth[1, 0], found.spectral[1, 0], found.non_normal[1, 0])]
+        [-0.2471, -0.6931, 0.2712]
+        >>> round(found.mechanisms[0].largest_step_factor, 6)
+        4.0
+    """
+    _check(flow, samples, dense_limit, probes, krylov, confidence)
+    budget = Budget(dense_limit, probes, krylov, confidence, samples or flow.batch, seed)
+    profile = gradient_profile(flow, loss, seed=seed)
+    read = identify(flow) if identifications is None else identifications
+    found = by_step(read, len(flow.steps))
+    growth = profile.log_growth[:, : budget.samples]
+    terms, cosines = _walk(flow, loss, profile, found, growth, budget)
+    columns = {column: torch.stack([t.columns[column] for t in terms]) for column in COLUMNS}
+    skips = [skip_of(f) for f in found]
+    straight, run = straightness(flow)
+    persistence = Persistence(cosines, field_cosines(flow, skips), straight, run)
+    return Attribution(
+        **columns,
+        spectral_interval=torch.stack([t.spectral_interval for t in terms]),
+        isotropic_interval=torch.stack([t.isotropic_interval for t in terms]),
+        methods=tuple(t.method for t in terms),
+        names=tuple(step.name for step in flow.steps),
+        module_paths=tuple(step.module_path for step in flow.steps),
+        kinds=tuple(step.kind for step in flow.steps),
+        mechanisms=_mechanisms(flow, found, terms, tolerance, fields or {}),
+        persistence=persistence,
+        predictions=_predictions(columns, terms, skips, persistence, flow),
+        restarts=profile.restarts,
+        loss=profile.loss,
+        seed=seed,
+        confidence=confidence,
+        notes=tuple(t.notes for t in terms),
+    )
+
+
+def mechanisms(flow: Flow, *, loss: Any = None, **options: Any) -> tuple[Mechanism, ...]:
+    """The mechanism of every step in the z plane; the same as ``attribute(flow, loss, **options).mechanisms``.
+
+    Example:
+        >>> import torch, stabkit
+        >>> class Block(torch.nn.Module):
+        ...     def forward(self, x):
+        ...         return x + x @ torch.diag(torch.tensor([0.1, -2.5, -0.9, -0.1]))
+        >>> flow = stabkit.trace(torch.nn.Sequential(Block(), Block()), torch.ones(1, 4))
+        >>> modes = mechanisms(flow)[0].modes
+        >>> modes.continuous, modes.discretisation, modes.overdamped, modes.neutral
+        (0.25, 0.25, 0.25, 0.25)
+    """
+    return attribute(flow, loss, **options).mechanisms
+
+
+def _check(flow: Flow, samples: int | None, dense_limit: int, probes: int, krylov: int, confidence: float) -> None:
+    if samples is not None and not 1 <= samples <= flow.batch:
+        raise ValueError(f"samples={samples}; the flow has {flow.batch}: give 1 to {flow.batch}, or None for all")
+    if dense_limit < 0:
+        raise ValueError(f"dense_limit={dense_limit}; expected the size of a state, or 0 to estimate every step")
+    if probes < 2:
+        raise ValueError(f"probes={probes}; expected at least 2, an interval needs a spread")
+    if krylov < 0:
+        raise ValueError(f"krylov={krylov}; expected how many eigenvalues to look for, or 0 for none")
+    if not 0 < confidence < 1:
+        raise ValueError(f"confidence={confidence}; expected a probability between 0 and 1, such as 0.95")
+
+
+def _walk(
+    flow: Flow,
+    loss: Any,
+    profile: GradientProfile,
+    found: Sequence[Identification],
+    growth: Tensor,
+    budget: Budget,
+) -> tuple[list[Terms], Tensor]:
+    """The terms of every step, and the cosine of each step's branch with the next one's."""
+    cotangents = flow.cotangent(loss, seed=budget.seed)
+    cosines = torch.full((len(flow.steps),), float("nan"), dtype=torch.float64)
+    terms: list[Terms] = []
+    following: Tensor | None = None
+    for step in reversed(flow.steps):
+        arriving = step.target.space.flatten([c.detach().unsqueeze(0) for c in cotangents]).squeeze(-1)
+        arriving = arriving[: budget.samples].to(device="cpu", dtype=torch.float64)
+        cotangents = step.vjp(cotangents)
+        if step.index in profile.restarts:
+            cotangents = random_tensors(step.source.values, profile.seed + step.index)
+        measured = measure_step(step, found[step.index], growth[step.index], arriving, budget)
+        if following is not None and measured.branch is not None and following.shape == measured.branch.shape:
+            cosines[step.index] = branch_cosine(measured.branch, following)
+        following = measured.branch
+        terms.append(_without_branch(measured))
+        step.segment.release()
+    return terms[::-1], cosines
+
+
+def _without_branch(terms: Terms) -> Terms:
+    return replace(terms, branch=None)
+
+
+def _mechanisms(
+    flow: Flow,
+    found: Sequence[Identification],
+    terms: Sequence[Terms],
+    tolerance: float,
+    fields: Mapping[int, Tensor],
+) -> tuple[Mechanism, ...]:
+    damped = damping_limit(sum(step.kind == "step" for step in flow.steps))
+    return tuple(
+        mechanism_of(
+            step,
+            found[i],
+            terms[i].spectrum,
+            damped_below=damped,
+            tolerance=tolerance,
+            field_jacobian=fields[i].detach().double().cpu().numpy() if i in fields else None,
+        )
+        for i, step in enumerate(flow.steps)
+    )
+
+
+def _predictions(
+    columns: Mapping[str, Tensor],
+    terms: Sequence[Terms],
+    skips: Sequence[float | None],
+    persistence: Persistence,
+    flow: Flow,
+) -> dict[str, Prediction]:
+    """Every predictor over the blocks: steps that keep their space and belong to no stem or head."""
+    blocks = torch.tensor([step.kind == "step" for step in flow.steps])
+    blocks = blocks & columns["spectral"].isfinite().all(1)
+    nan = torch.full_like(columns["growth"], float("nan"))
+    persistent = nan.clone()
+    for index, (term, a) in enumerate(zip(terms, skips, strict=True)):
+        if term.values is not None and a is not None:
+            persistent[index] = persistent_rate(term.values, a, persistence.at(index), term.columns["isotropic"])
+    predicted = {name: columns[name] for name in ("spectral", "isotropic", "frozen")} | {"persistent": persistent}
+    return {
+        name: compare(name, torch.where(blocks[:, None], rate, nan), columns["growth"])
+        for name, rate in predicted.items()
+    }
