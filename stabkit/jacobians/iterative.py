@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -14,7 +15,11 @@ from stabkit.jacobians.operator import Jacobian
 from stabkit.jacobians.products import Products, rounding
 from stabkit.jacobians.spectrum import SIMPLE, Spectrum, from_rows, leading, row, trusted_values
 
-_BASIS_BYTES = 2**31
+_Checked = TypeVar("_Checked")
+
+_MARGIN = 0.8  # of the tolerance is what the search aims at: rounding in the products comes on top
+_BASIS_BYTES = 2**30
+_FULL_BASES = 20  # products spent by default, as multiples of the preferred size of a basis
 
 
 def iterative_singular_values(J: Jacobian, k: int, which: str, tol: float, limit: int | None, seed: int) -> Spectrum:
@@ -22,18 +27,27 @@ def iterative_singular_values(J: Jacobian, k: int, which: str, tol: float, limit
     wide = J.shape[1] < J.shape[2]
     operator = J.T if wide else J  # the smaller side carries the basis that can become complete
     batch, m, n = operator.shape
-    size = _basis_size(k, batch, m, n, max(3 * k + 30, 120))
-    total = 20 * size if limit is None else limit
+    size = _basis_size(k, batch, m, n, max(4 * k + 100, 300))
+    total = _FULL_BASES * max(3 * k + 30, 120) if limit is None else limit
     products = Products(operator, total - 2 * k)
-    found, stopped = golub_kahan(products, k, smallest=which == "SM", tol=0.5 * tol, seed=seed, size=size)
+    found, stopped = golub_kahan(products, k, smallest=which == "SM", tol=_MARGIN * tol, seed=seed, size=size)
     products.max_products = total
     right = _stack([t.right for t in found], products.device)
     left = _stack([t.left for t in found], products.device)
+    (JV, JTU), interrupted = _despite_interrupt(lambda: (products.forward(right), products.adjoint(left)))
     rows = []
-    JV, JTU = products.forward(right), products.adjoint(left)
     for s, triple in enumerate(found):
         rows.append(_singular_row(triple, JV[s], JTU[s], which, tol, rounding(J)))
+    stopped = "interrupted" if interrupted else stopped
     return from_rows(rows, k, "singular values", which, "golub-kahan", products.count, stopped)
+
+
+def _despite_interrupt(check: Callable[[], _Checked]) -> tuple[_Checked, bool]:
+    """The result of ``check``, and whether it was interrupted: a first interrupt must not lose what was found."""
+    try:
+        return check(), False
+    except KeyboardInterrupt:
+        return check(), True
 
 
 def _singular_row(
@@ -61,12 +75,13 @@ def iterative_eigenvalues(
 ) -> Spectrum:
     """``k`` most wanted eigenvalues by Krylov-Schur, at most ``limit`` products; see ``eigenvalues``."""
     batch, _, n = J.shape
-    size = _basis_size(k, batch, 0, n, max(2 * k + 40, 160))
-    total = 20 * size if limit is None else limit
+    size = _basis_size(k, batch, 0, n, max(4 * k + 100, 300))
+    total = _FULL_BASES * max(2 * k + 60, 120) if limit is None else limit
     products = Products(J, total - 2 * k)
-    found, stopped = krylov_schur(products, k, badness=badness, tol=0.5 * tol, seed=seed, size=size)
+    found, stopped = krylov_schur(products, k, badness=badness, tol=_MARGIN * tol, seed=seed, size=size)
     products.max_products = total
-    residuals = _eigen_residuals(products, found, transposed=False)
+    residuals, interrupted = _despite_interrupt(lambda: _eigen_residuals(products, found, transposed=False))
+    stopped = "interrupted" if interrupted else stopped
     conditions = [pairs.conditions for pairs in found]
     if two_sided and stopped != "interrupted":
         conditions, left_stopped = _condition_numbers(products, found, badness, k, tol, seed, size)
@@ -133,19 +148,22 @@ def _condition_numbers(
     rows = 2 * max(len(pairs.values) for pairs in found)
     if products.remaining() < rows or not rows:
         return [np.full(len(pairs.values), np.inf) for pairs in found], "budget"
-    normal = _eigen_residuals(products, found, transposed=True)
+    normal, interrupted = _despite_interrupt(lambda: _eigen_residuals(products, found, transposed=True))
     if all((r <= tol * p.norm).all() for r, p in zip(normal, found, strict=True)):
-        return [_duality(pairs.vectors.conj(), pairs.vectors) for pairs in found], "done"
+        conditions = [_duality(pairs.vectors.conj(), pairs.vectors) for pairs in found]
+        return conditions, "interrupted" if interrupted else "done"
+    if interrupted:
+        return [pairs.conditions for pairs in found], "interrupted"
     transposed = products.transposed()
     wanted = min(k + 2, products.J.shape[2])
     left, stopped = krylov_schur(
         transposed,
         wanted,
         badness=badness,
-        tol=0.5 * tol,
+        tol=_MARGIN * tol,
         seed=seed + 1,
         size=size,
-        second_look=any(_has_copies(pairs, 100 * tol) for pairs in found),
+        look=any(_has_copies(pairs, 100 * tol) for pairs in found),
     )
     products.count += transposed.count
     out = []

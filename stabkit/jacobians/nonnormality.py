@@ -75,6 +75,14 @@ class NonNormality:
     method: str
     n_products: int
 
+    @property
+    def lower_bounds(self) -> tuple[str, ...]:
+        """Names of the fields that the true number may exceed."""
+        if self.method == "dense":
+            return ("kreiss",)
+        searched = ("numerical_radius", "kreiss", "max_power_norm")
+        return (*searched, "pseudospectral_radius", "pseudospectral_abscissa")
+
     def to_dict(self) -> dict[str, Any]:
         """Plain Python values, ready for JSON; a complex number becomes ``[real, imaginary]``."""
         out: dict[str, Any] = {}
@@ -83,7 +91,7 @@ class NonNormality:
             if isinstance(value, Tensor):
                 value = (torch.view_as_real(value) if value.is_complex() else value).tolist()
             out[field.name] = value
-        return out
+        return out | {"lower_bounds": list(self.lower_bounds)}
 
 
 def non_normality(

@@ -6,6 +6,61 @@ import torch
 from torch import Tensor
 
 _DEPENDENT = 50 * torch.finfo(torch.float64).eps
+# A pass over the basis multiplies the lack of orthogonality by (part removed) / (part left): passes are repeated until
+# that is at most this, which two nearly always achieve ("twice is enough", Kahan, Parlett).
+_REMOVED = 0.1
+_PASSES = 4
+
+
+class KrylovBasis:
+    """Orthonormal rows V that a Krylov method has multiplied, and after them the block that comes next.
+
+    Args:
+        n: length of the rows.
+        size: most rows before a restart; ``room`` may hold fewer for a while.
+        block: rows multiplied at a time.
+        device: of the rows.
+        seed: of the random start block.
+    """
+
+    def __init__(self, n: int, size: int, block: int, device: torch.device, seed: int) -> None:
+        self.generator = torch.Generator().manual_seed(seed)
+        self.V = torch.zeros(min(n, size + block), n, dtype=torch.float64, device=device)
+        self.capacity = self.room = min(n, size)
+        self.block = block
+        self.size = 0
+        self.random_block()
+
+    def random_block(self) -> None:
+        """Random directions, orthogonal to the rows that are there, become the next block."""
+        n = self.V.shape[1]
+        width = min(self.block, n - self.size)
+        rows = random_rows(width, n, self.generator, self.V.device)
+        self.place(extend(self.V[: self.size], rows, width, self.generator)[2])
+
+    def place(self, block: Tensor) -> None:
+        """Orthonormal rows become the next block."""
+        self.width = len(block)
+        self.V[self.size : self.size + self.width] = block
+
+    @property
+    def complete(self) -> bool:
+        """The rows span the whole space."""
+        return self.size == self.V.shape[1]
+
+    @property
+    def full(self) -> bool:
+        """The next block does not fit: a restart is due."""
+        return self.size + self.width > self.room
+
+    def next_block(self) -> Tensor:
+        """The rows to be multiplied next."""
+        return self.V[self.size : self.size + self.width]
+
+    def following(self) -> tuple[int, int]:
+        """Size of the basis once it has the next block, and the width of the block after that."""
+        end = self.size + self.width
+        return end, min(self.width, self.V.shape[1] - end)
 
 
 def random_rows(count: int, size: int, generator: torch.Generator, device: torch.device) -> Tensor:
@@ -13,7 +68,9 @@ def random_rows(count: int, size: int, generator: torch.Generator, device: torch
     return torch.randn(count, size, generator=generator, dtype=torch.float64).to(device)
 
 
-def extend(basis: Tensor, rows: Tensor, width: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+def extend(
+    basis: Tensor, rows: Tensor, width: int, generator: torch.Generator, recent: int | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
     """Split ``rows`` into their part in the span of ``basis`` and new orthonormal rows.
 
     ``rows = C basis + R new``. Where a row depends on the earlier ones, its new direction is a random one
@@ -25,35 +82,39 @@ def extend(basis: Tensor, rows: Tensor, width: int, generator: torch.Generator) 
         rows: ``(b, n)``.
         width: how many new rows are wanted, ``width <= b`` (fewer where the space is full).
         generator: for the random directions.
+        recent: where ``rows`` can have parts along the last ``recent`` rows of ``basis`` only, but for rounding; saves
+            a pass over the others.
 
     Returns:
         C ``(b, p)``, R ``(b, width)``, new ``(width, n)``.
     """
-    if len(rows) == 1 and width == 1:
-        return _extend_by_one(basis, rows[0], generator)
-    scale = torch.linalg.vector_norm(rows, dim=1)
-    C = rows @ basis.T
-    rest = rows - C @ basis
-    correction = rest @ basis.T  # "twice is enough" (Kahan, Parlett)
-    C, rest = C + correction, rest - correction @ basis
-    if width == len(rows):
+    scales = torch.linalg.vector_norm(rows, dim=1).tolist()
+    C, rest, norms = _split(basis, rows, basis.shape[0] if recent is None else min(recent, basis.shape[0]))
+    if width == rows.shape[0] and all(r > _DEPENDENT * scale for r, scale in zip(norms, scales, strict=True)):
+        if width == 1:
+            return C, rest.new_tensor([norms]), rest / norms[0]
         Q, R = torch.linalg.qr(rest.T)
-        if bool((R.diagonal().abs() > _DEPENDENT * scale).all()):
-            return C, R.T.contiguous(), Q.T.contiguous()
-    return C, *_by_columns(basis, rest, width, float(scale.max()), generator)
+        if all(abs(r) > _REMOVED * norm for r, norm in zip(R.diagonal().tolist(), norms, strict=True)):
+            return C, R.T, Q.T
+    return C, *_by_columns(basis, rest, width, max(scales, default=0.0), generator)
 
 
-def _extend_by_one(basis: Tensor, row: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
-    """The common case without the cost of a QR decomposition."""
-    C = basis @ row
-    rest = row - basis.T @ C
-    correction = basis @ rest
-    rest -= basis.T @ correction
-    norm = torch.linalg.vector_norm(rest)
-    if float(norm) > _DEPENDENT * float(torch.linalg.vector_norm(row)):
-        return (C + correction)[None], norm.reshape(1, 1), (rest / norm)[None]
-    direction = random_rows(1, len(row), generator, row.device)[0]
-    return (C + correction)[None], torch.zeros_like(norm).reshape(1, 1), _purge(direction, basis, basis[:0])[None]
+def _split(basis: Tensor, rows: Tensor, recent: int) -> tuple[Tensor, Tensor, list[float]]:
+    """Coefficients along ``basis``, the remainders and their norms."""
+    size = basis.shape[0]
+    C = rows.new_zeros(rows.shape[0], size)
+    part, start, rest = basis[size - recent :], size - recent, rows
+    for _ in range(_PASSES):
+        removed = rest @ part.T
+        rest = torch.addmm(rest, removed, part, alpha=-1)
+        C[:, start:] += removed
+        norms: list[float] = torch.linalg.vector_norm(rest, dim=1).tolist()
+        if start == 0:
+            parts = torch.linalg.vector_norm(removed, dim=1).tolist()
+            if all(gone <= _REMOVED * norm for gone, norm in zip(parts, norms, strict=True)):
+                break
+        part, start = basis, 0
+    return C, rest, norms
 
 
 def _by_columns(

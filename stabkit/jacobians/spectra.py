@@ -2,25 +2,21 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 from torch import Tensor
 
+from stabkit.jacobians.dense_spectra import whole_eigenvalues, whole_singular_values
 from stabkit.jacobians.iterative import iterative_eigenvalues, iterative_singular_values
-from stabkit.jacobians.krylov_schur import EDGES, Badness, order
-from stabkit.jacobians.lapack import dense_eigenvalues, dense_singular_values
+from stabkit.jacobians.krylov_schur import EDGES, Badness
 from stabkit.jacobians.operator import Jacobian
-from stabkit.jacobians.products import as_jacobian, dense_float64, entry_rounding, rounding
-from stabkit.jacobians.spectrum import Spectrum, from_rows, row, trusted_values
+from stabkit.jacobians.planning import Plan, plan
+from stabkit.jacobians.products import as_jacobian, rounding
+from stabkit.jacobians.spectrum import Spectrum
 
 Operator = Jacobian | Tensor | np.ndarray
-
-# Sizes up to which LAPACK is cheaper than iterating, and up to which it takes over when the iteration fails.
-# Measured on one core in float64: eigenvalues with both eigenvectors 2 n^3 ns, SVD .7 n^3 ns.
-_DENSE_EIGEN, _DENSE_EIGEN_RESCUE = 512, 2048
-_DENSE_SINGULAR, _DENSE_SINGULAR_RESCUE = 512, 4096
-_LARGEST_DENSE = 20_000
 
 
 def eigenvalues(
@@ -74,19 +70,14 @@ def eigenvalues(
     badness = _badness(which)
     tol = _tolerance(tol, J)
     _check_budget(max_products)
-    plan = _plan(method, "krylov-schur", k, n, n, max_products, _DENSE_EIGEN)
-    used = 0
-    if plan == "krylov-schur":
-        rescue = method == "auto" and n <= _DENSE_EIGEN_RESCUE
-        limit = max_products
-        if rescue:
-            limit = n if max_products is None else min(n, max_products)
-        spectrum = iterative_eigenvalues(J, k, badness, str(which), tol, limit, seed, two_sided)
-        used = spectrum.n_products
-        affordable = max_products is None or max_products - used >= n
-        if bool(spectrum.converged.all()) or not rescue or not affordable or spectrum.stopped == "interrupted":
-            return spectrum
-    return _dense_eigenvalues(J, k, badness, str(which), tol, used)
+    chosen = plan("eigenvalues", "krylov-schur", k, J.shape, str(which), method, max_products)
+    used, reason = 0, chosen.reason
+    if chosen.method != "dense":
+        spectrum = iterative_eigenvalues(J, k, badness, str(which), tol, chosen.limit, seed, two_sided)
+        if not _rescued(chosen, spectrum, n, max_products):
+            return replace(spectrum, reason=reason, path=J.path)
+        used, reason = spectrum.n_products, _rescue_reason(spectrum)
+    return replace(whole_eigenvalues(J, k, badness, str(which), tol, used), reason=reason, path=J.path)
 
 
 def singular_values(
@@ -112,8 +103,10 @@ def singular_values(
         method: ``"dense"`` (LAPACK in float64), ``"golub-kahan"``, or ``"auto"``.
 
     Returns:
-        A :class:`Spectrum`. J^T J is never formed, so small values are as good as the products: absolute
-        errors of about the rounding unit times the largest singular value.
+        A :class:`Spectrum`, with absolute errors of about the rounding unit of the products times the largest value.
+        The iteration and ``which="SM"`` never go through J^T J. For most or all values at once of more than 512, with
+        a tolerance that allows it (the default in float32), eigenvalues of the Gram matrix in float64 are the cheaper
+        way, and ``method`` says ``"dense gram"``.
 
     Raises:
         TypeError: entries are not real floating-point numbers.
@@ -133,20 +126,26 @@ def singular_values(
         raise ValueError(f"which={which!r}; singular values are 'LM' (largest) or 'SM' (smallest)")
     tol = _tolerance(tol, J)
     _check_budget(max_products)
-    small = _DENSE_SINGULAR if which == "LM" else _DENSE_SINGULAR_RESCUE
-    plan = _plan(method, "golub-kahan", k, m, n, max_products, small)
-    used = 0
-    if plan == "golub-kahan":
-        rescue = method == "auto" and min(m, n) <= _DENSE_SINGULAR_RESCUE
-        limit = max_products
-        if rescue:
-            limit = min(m, n) if max_products is None else min(m, n, max_products)
-        spectrum = iterative_singular_values(J, k, which, tol, limit, seed)
-        used = spectrum.n_products
-        affordable = max_products is None or max_products - used >= min(m, n)
-        if bool(spectrum.converged.all()) or not rescue or not affordable or spectrum.stopped == "interrupted":
-            return spectrum
-    return _dense_singular_values(J, k, which, tol, used)
+    chosen = plan("singular values", "golub-kahan", k, J.shape, which, method, max_products)
+    used, reason = 0, chosen.reason
+    if chosen.method != "dense":
+        spectrum = iterative_singular_values(J, k, which, tol, chosen.limit, seed)
+        if not _rescued(chosen, spectrum, min(m, n), max_products):
+            return replace(spectrum, reason=reason, path=J.path)
+        used, reason = spectrum.n_products, _rescue_reason(spectrum)
+    return replace(whole_singular_values(J, k, which, tol, used), reason=reason, path=J.path)
+
+
+def _rescued(chosen: Plan, spectrum: Spectrum, size: int, max_products: int | None) -> bool:
+    """Whether LAPACK takes over from an iteration that has failed."""
+    if bool(spectrum.converged.all()) or not chosen.rescue or spectrum.stopped == "interrupted":
+        return False
+    return max_products is None or max_products - spectrum.n_products >= size
+
+
+def _rescue_reason(spectrum: Spectrum) -> str:
+    missing = int((~spectrum.converged).sum())
+    return f"{missing} values had not converged after {spectrum.n_products} products of {spectrum.method}"
 
 
 def _count(k: Any, largest: int) -> int:
@@ -184,47 +183,3 @@ def _tolerance(tol: float | None, J: Jacobian) -> float:
 def _check_budget(max_products: int | None) -> None:
     if max_products is not None and max_products < 1:
         raise ValueError(f"max_products={max_products}; expected at least 1, or None")
-
-
-def _plan(method: str, iterative: str, k: int, m: int, n: int, max_products: int | None, small: int) -> str:
-    """``"dense"`` or the name of the iteration."""
-    if method not in ("auto", "dense", iterative):
-        raise ValueError(f"method={method!r}; expected 'auto', 'dense' or {iterative!r}")
-    if method == iterative:
-        return method
-    size = min(m, n)
-    affordable = max_products is None or max_products >= size
-    if method == "dense" and not affordable:
-        raise ValueError(
-            f"max_products={max_products}, but method='dense' needs {size} products: raise it, or use {iterative!r}"
-        )
-    wants_dense = method == "dense" or size <= small or 6 * k >= size
-    if wants_dense and size > _LARGEST_DENSE:
-        raise ValueError(
-            f"J has shape ({m}, {n}): a dense decomposition for k={k} is out of reach; ask for k below {size // 6}"
-        )
-    return "dense" if wants_dense and affordable else iterative
-
-
-def _dense_eigenvalues(J: Jacobian, k: int, badness: Badness, which: str, tol: float, used: int) -> Spectrum:
-    rows = []
-    for A in dense_float64(J).numpy():
-        found = dense_eigenvalues(A, entry_rounding(J))
-        best = order(found.values, badness)[:k]
-        values, residuals, bounds, conditions = (
-            column[best] for column in (found.values, found.residuals, found.error_bounds, found.condition_numbers)
-        )
-        relative = np.maximum(residuals / (found.norm or 1.0), entry_rounding(J))
-        trusted = trusted_values(residuals, bounds, conditions, relative, tol, found.norm)
-        rows.append(row(values, residuals, bounds, conditions, trusted))
-    return from_rows(rows, k, "eigenvalues", which, "dense", used + J.shape[2], "done")
-
-
-def _dense_singular_values(J: Jacobian, k: int, which: str, tol: float, used: int) -> Spectrum:
-    rows = []
-    for A in dense_float64(J).numpy():
-        values, residuals, bounds = dense_singular_values(A, entry_rounding(J))
-        best = np.arange(k) if which == "LM" else np.arange(len(values))[::-1][:k]
-        converged = residuals[best] <= tol * values[0]
-        rows.append(row(values[best], residuals[best], bounds[best], np.ones(k), converged))
-    return from_rows(rows, k, "singular values", which, "dense", used + min(J.shape[1:]), "done")

@@ -21,7 +21,8 @@ class Spectrum:
         values: ``(batch, k)``, complex128 for eigenvalues, float64 for singular values, on the CPU, in the
             order asked for (``which``). ``nan`` where nothing was found within the budget.
         residuals: ``(batch, k)``; for an eigenpair ``||J x - value x||`` with ``||x|| = 1``, for a singular
-            triple ``sqrt((||J v - value u||^2 + ||J^T u - value v||^2) / 2)``, recomputed with products.
+            triple ``sqrt((||J v - value u||^2 + ||J^T u - value v||^2) / 2)``, recomputed with products. Where most
+            singular values of more than 512 are computed at once there are no vectors: then LAPACK's backward error.
         converged: ``(batch, k)``, True where the residual meets ``tol`` times the norm of the operator and
             the error bound shows that the value itself can be trusted.
         error_bounds: ``(batch, k)``, how far the value may be from an exact one, in the units of ``values``:
@@ -31,10 +32,14 @@ class Spectrum:
             eigenvectors; 1 for every singular value. The dense method gives them within the irreducible diagonal
             block of the eigenvalue, for perturbations that keep the zeros of the matrix.
         n_products: products with J or with its transpose, counted in vectors (per sample).
-        method: ``"dense"``, ``"golub-kahan"`` or ``"krylov-schur"``.
+        method: ``"dense"``, ``"dense gram"``, ``"golub-kahan"`` or ``"krylov-schur"``.
         kind: ``"eigenvalues"`` or ``"singular values"``.
         which: the part of the spectrum that was asked for, or the target point as text.
-        stopped: why the work ended: ``"done"``, ``"budget"`` or ``"interrupted"``.
+        stopped: why the work ended: ``"done"``, ``"budget"``, or ``"interrupted"`` by the keyboard, which returns what
+            was there. After the last two, values marked converged are values of J, but copies of them, and so ranks,
+            may be missing, and condition numbers are those of the projected matrix.
+        reason: why this method was taken.
+        path: how the products are made.
 
     Example:
         >>> import torch
@@ -56,6 +61,8 @@ class Spectrum:
     kind: str
     which: str
     stopped: str = "done"
+    reason: str = ""
+    path: str = ""
 
     def to_dict(self) -> dict[str, Any]:
         """Plain Python values, ready for JSON; a complex number becomes ``[real, imaginary]``."""
@@ -67,6 +74,8 @@ class Spectrum:
             "which": self.which,
             "method": self.method,
             "stopped": self.stopped,
+            "reason": self.reason,
+            "path": self.path,
             "n_products": self.n_products,
             "values": values,
             "residuals": self.residuals.tolist(),
@@ -127,7 +136,7 @@ def from_rows(
 ) -> Spectrum:
     """A Spectrum from the rows of its samples, each filled up to ``k`` where fewer values were found."""
     missing = {"values": np.nan, "residuals": np.inf, "converged": False, "error_bounds": np.inf}
-    columns = {}
+    columns: dict[str, Any] = {}
     for name in rows[0]:
         dtype: type = {"values": complex if kind == "eigenvalues" else float, "converged": bool}.get(name, float)
         full: np.ndarray = np.full((len(rows), k), missing.get(name, np.nan), dtype=dtype)

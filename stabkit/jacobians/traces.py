@@ -51,11 +51,11 @@ class Estimate:
 
 @dataclass(frozen=True, eq=False)
 class SingularValueDensity:
-    """The distribution of the ``min(m, n)`` singular values as weighted nodes.
+    """The distribution of the ``min(m, n)`` singular values: a Gauss rule from every random probe.
 
     Attributes:
-        nodes: ``(batch, p)``, singular values, ascending.
-        weights: ``(batch, p)``, fractions that sum to 1.
+        nodes: ``(batch, probes, steps)``, singular values, ascending.
+        weights: ``(batch, probes, steps)``, fractions that sum to 1 for every probe.
         n_products: products spent, in vectors per sample.
     """
 
@@ -65,12 +65,48 @@ class SingularValueDensity:
 
     def cumulative(self, x: Tensor) -> Tensor:
         """Estimated fraction of singular values up to ``x (q,)``; returns ``(batch, q)``."""
-        below = self.nodes[:, None, :] <= x.to(self.nodes)[None, :, None]
-        return (below * self.weights[:, None, :]).sum(-1)
+        return self._up_to(x).mean(1)
+
+    def cumulative_interval(self, x: Tensor, confidence: float = 0.95) -> Tensor:
+        """Where the fraction of singular values up to ``x (q,)`` lies; returns ``(batch, q, 2)``.
+
+        The distribution that a probe sees runs between the sums of its weights around x (Chebyshev, Markov,
+        Stieltjes), whatever the number of steps; Student's interval over the probes is put around these bounds.
+        """
+        nothing = self.weights.new_zeros(*self.weights.shape[:2], 1)
+        sums = torch.cat([nothing, nothing, self.weights.cumsum(-1), nothing + 1], dim=-1)
+        below = (self.nodes[:, :, None, :] <= x.to(self.nodes)[None, None, :, None]).sum(-1)
+        lower, upper = sums.gather(-1, below), sums.gather(-1, below + 2)
+        ends = [_student(lower.movedim(1, -1), confidence)[0], _student(upper.movedim(1, -1), confidence)[1]]
+        return torch.stack(ends, dim=-1).clamp(0, 1)
+
+    def density(self, x: Tensor, width: float) -> Tensor:
+        """The density at ``x (q,)``, smoothed by a normal of standard deviation ``width``; returns ``(batch, q)``."""
+        return self._smooth(x, width).mean(1)
+
+    def density_interval(self, x: Tensor, width: float, confidence: float = 0.95) -> Tensor:
+        """Where the smoothed density lies, by Student over the probes; returns ``(batch, q, 2)``.
+
+        The quadrature's own error is not included: it vanishes where the steps resolve ``width``.
+        """
+        return torch.stack(_student(self._smooth(x, width).movedim(1, -1), confidence), dim=-1)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain Python values, ready for JSON."""
         return {"nodes": self.nodes.tolist(), "weights": self.weights.tolist(), "n_products": self.n_products}
+
+    def _up_to(self, x: Tensor) -> Tensor:
+        below = self.nodes[:, :, None, :] <= x.to(self.nodes)[None, None, :, None]
+        fractions: Tensor = (below * self.weights[:, :, None, :]).sum(-1)
+        return fractions
+
+    def _smooth(self, x: Tensor, width: float) -> Tensor:
+        if not width > 0:
+            raise ValueError(f"width={width}; expected a positive standard deviation, in units of the singular values")
+        distances = (x.to(self.nodes)[None, None, :, None] - self.nodes[:, :, None, :]) / width
+        bells = torch.exp(-(distances**2) / 2) / (width * (2 * torch.pi) ** 0.5)
+        smooth: Tensor = (bells * self.weights[:, :, None, :]).sum(-1)
+        return smooth
 
 
 def trace(J: Operator, *, n_probes: int = 30, confidence: float = 0.95, seed: int = 0) -> Estimate:
@@ -199,14 +235,9 @@ def singular_value_density(J: Operator, *, n_probes: int = 10, steps: int = 60, 
     J = _checked(J, n_probes, 0.95, square=False)
     products = Products(J.T if J.shape[1] < J.shape[2] else J, None)
     runs = _bidiagonals(products, n_probes, min(steps, *J.shape[1:]), seed)
-    nodes, weights = [], []
-    for row in runs:
-        rules = [_quadrature(run.B) for run in row]
-        sample_nodes = np.concatenate([rule[0] for rule in rules])
-        ascending = np.argsort(sample_nodes)
-        nodes.append(sample_nodes[ascending])
-        weights.append(np.concatenate([rule[1] for rule in rules])[ascending] / n_probes)
-    return SingularValueDensity(torch.from_numpy(np.array(nodes)), torch.from_numpy(np.array(weights)), products.count)
+    rules = [[_quadrature(run.B) for run in row] for row in runs]
+    nodes, weights = (np.array([[rule[i][::-1] for rule in row] for row in rules]) for i in (0, 1))
+    return SingularValueDensity(torch.from_numpy(nodes), torch.from_numpy(weights), products.count)
 
 
 def _checked(J: Operator, n_probes: int, confidence: float, *, square: bool) -> Jacobian:
@@ -241,14 +272,22 @@ def _hutchinson(
 
 def _estimate(samples: Tensor, confidence: float, n_products: int, method: str) -> Estimate:
     """Mean, standard error and Student's interval over probes ``(batch, probes)``."""
+    samples = samples.cpu()
+    error = samples.std(1) / samples.shape[1] ** 0.5
+    interval = torch.stack(_student(samples, confidence), 1)
+    return Estimate(samples.mean(1), error, interval, confidence, n_products, method)
+
+
+def _student(samples: Tensor, confidence: float) -> tuple[Tensor, Tensor]:
+    """Ends of Student's interval of the mean over the last dimension."""
     import scipy.stats
 
-    samples = samples.cpu()
-    count = samples.shape[1]
-    mean = samples.mean(1)
-    error = samples.std(1) / count**0.5
-    reach = float(scipy.stats.t.ppf((1 + confidence) / 2, count - 1)) * error
-    return Estimate(mean, error, torch.stack([mean - reach, mean + reach], 1), confidence, n_products, method)
+    if not 0 < confidence < 1:
+        raise ValueError(f"confidence={confidence}; expected a probability between 0 and 1, such as 0.95")
+    count = samples.shape[-1]
+    mean = samples.mean(-1)
+    reach = float(scipy.stats.t.ppf((1 + confidence) / 2, count - 1)) * samples.std(-1) / count**0.5
+    return mean - reach, mean + reach
 
 
 def _exact(value: Tensor, n_products: int, confidence: float) -> Estimate:

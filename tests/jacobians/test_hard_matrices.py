@@ -7,13 +7,14 @@ from tests.jacobians.hard_matrices import (
     eigenvalue_error,
     hard_matrices,
     operator,
+    rows,
     singular_value_error,
 )
 
 N, K = 60, 6
 HARD = {hard.name: hard for hard in hard_matrices(N)}
 # eigenvalues that no backward stable method can know from products with the matrix alone
-LOST = {"Jordan", "Jordan rotated", "nilpotent shift", "nilpotent rotated", "Grcar"}
+LOST = {"Jordan", "Jordan rotated", "defective", "nilpotent shift", "nilpotent rotated", "Grcar"}
 
 
 @pytest.mark.parametrize("method", ["dense", "krylov-schur"])
@@ -57,3 +58,10 @@ def test_a_triangular_pattern_gives_exact_eigenvalues_of_a_defective_matrix(name
 def test_small_singular_values_keep_their_digits():
     spectrum = singular_values(operator(HARD["logspaced"].A), 3, "SM")
     np.testing.assert_allclose(spectrum.values[0], np.logspace(0, -12, N)[::-1][:3], rtol=1e-3)
+
+
+def test_the_table_has_a_line_for_every_matrix_and_part():
+    lines = rows(24)
+    assert len(lines) == 1 + 4 * len(HARD)
+    identity = next(line for line in lines if line.startswith("identity ") and "sv LM" in line)
+    assert "6/6" in identity

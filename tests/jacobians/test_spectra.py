@@ -6,7 +6,7 @@ import scipy.linalg
 import torch
 
 from stabkit.jacobians import Jacobian, eigenvalues, singular_values
-from tests.jacobians.hard_matrices import operator
+from tests.jacobians.hard_matrices import operator, orthogonal
 
 
 def ginibre(*shape, seed=0):
@@ -65,11 +65,39 @@ def test_iteration_on_float32_products_is_good_to_their_rounding():
 
 
 def test_auto_falls_back_to_lapack_where_iteration_cannot_converge():
-    Q = np.linalg.qr(np.random.default_rng(0).standard_normal((540, 540)))[0]
-    spectrum = eigenvalues(operator(Q), 4)
+    spectrum = eigenvalues(operator(orthogonal(np.random.default_rng(0), 780)), 4)
     assert spectrum.method == "dense"
+    assert "had not converged after" in spectrum.reason
+    assert spectrum.n_products > 780
     assert bool(spectrum.converged.all())
     np.testing.assert_allclose(spectrum.values.abs(), 1, atol=1e-12)
+
+
+def test_the_result_says_which_way_it_went_and_why():
+    A = ginibre(520, 520)
+    small, many, few = singular_values(A[:90], 4), singular_values(operator(A), 100), singular_values(operator(A), 2)
+    assert "at most 512" in small.reason
+    assert "more than 1/6" in many.reason
+    assert "iterating is cheaper" in few.reason
+    assert (small.method, many.method, few.method) == ("dense", "dense", "golub-kahan")
+    assert (small.path, few.path) == ("dense", "products")
+    budget = singular_values(operator(A), 100, max_products=300)
+    assert "too few for the dense matrix" in budget.reason
+
+
+def test_all_singular_values_of_float32_products_by_the_gram_matrix_meet_their_bounds():
+    rng = np.random.default_rng(0)
+    A = (orthogonal(rng, 520) * np.logspace(0, -9, 520)) @ orthogonal(rng, 520)
+    rounded = A.astype(np.float32)
+    gram = singular_values(operator(rounded, torch.float32))
+    truth = scipy.linalg.svdvals(rounded.astype(float))
+    assert gram.method == "dense gram"
+    assert (np.abs(gram.values[0].numpy() - truth) <= gram.residuals[0].numpy()).all()
+    assert float(gram.error_bounds.max()) < 2e-6
+    exact = singular_values(operator(A))  # in float64 the tolerance asks for more than the Gram matrix has
+    assert exact.method == "dense"
+    np.testing.assert_allclose(exact.values[0], np.logspace(0, -9, 520), atol=1e-15)
+    assert singular_values(operator(rounded, torch.float32), which="SM").method == "dense"
 
 
 @pytest.mark.parametrize("budget", [1, 7, 40, 150, 400])
@@ -99,7 +127,7 @@ def test_an_interrupt_returns_what_has_converged():
 
     def interrupted(V):
         calls[0] += 1
-        if calls[0] == 150:
+        if calls[0] == 60:
             raise KeyboardInterrupt
         return J.matmat(V)
 
@@ -109,6 +137,46 @@ def test_an_interrupt_returns_what_has_converged():
     assert spectrum.stopped == "interrupted"
     assert 0 < converged.sum() < 40
     np.testing.assert_allclose(spectrum.values[0].numpy()[converged], scipy.linalg.svdvals(A)[:40][converged])
+
+
+def raising_at(J, call):
+    """The operator, with a keyboard interrupt in its ``call``-th product (forward and transposed together)."""
+    calls = [0]
+
+    def counted(f):
+        def product(V):
+            calls[0] += 1
+            if calls[0] == call:
+                raise KeyboardInterrupt
+            return f(V)
+
+        return product
+
+    return Jacobian(J.shape, counted(J.matmat), counted(J.rmatmat), dtype=J.dtype, device=J.device)
+
+
+@pytest.mark.parametrize("call", [1, 2, 20, 60, 90, 120])
+def test_an_interrupt_at_any_moment_leaves_only_right_values_marked(call):
+    A = np.diag(np.append(1.5 ** -np.arange(40.0), np.zeros(40))) + 1e-3 * ginibre(80, 80)
+    J, truth = operator(A), scipy.linalg.eigvals(A)
+    spectrum = eigenvalues(raising_at(J, call), 8, method="krylov-schur")
+    assert spectrum.stopped in ("interrupted", "done")
+    for value in spectrum.values[spectrum.converged].numpy():
+        assert np.abs(truth - value).min() < 1e-9
+    values = singular_values(raising_at(J, call), 8, method="golub-kahan")
+    found = values.converged[0].numpy()
+    np.testing.assert_allclose(values.values[0].numpy()[found], scipy.linalg.svdvals(A)[:8][found], atol=1e-9)
+    assert call < 60 or found.all()
+
+
+def test_an_interrupt_while_the_dense_matrix_is_built_marks_everything_unconverged():
+    J = raising_at(operator(ginibre(2, 30, 30)), 1)
+    for compute in (eigenvalues, singular_values):
+        spectrum = compute(raising_at(J, 1), 4)
+        assert spectrum.stopped == "interrupted"
+        assert not spectrum.converged.any()
+        assert bool(spectrum.values.isnan().all())
+        assert spectrum.values.shape == (2, 4)
 
 
 def test_residuals_are_those_of_the_definition():
