@@ -12,34 +12,50 @@ from stabkit._version import __version__
 
 if TYPE_CHECKING:
     from stabkit.analysis import analyze as analyze
+    from stabkit.attribution import attribute as attribute
     from stabkit.checkpoints import load as load
+    from stabkit.comparison import compare as compare
+    from stabkit.diagnosis import diagnose as diagnose
     from stabkit.errors import StabkitError as StabkitError
+    from stabkit.growth import finite_time_exponents as finite_time_exponents
     from stabkit.growth import gradient_profile as gradient_profile
+    from stabkit.growth import lyapunov_spectrum as lyapunov_spectrum
     from stabkit.identification import identify as identify
     from stabkit.jacobians import Jacobian as Jacobian
     from stabkit.jacobians import eigenvalues as eigenvalues
     from stabkit.jacobians import non_normality as non_normality
     from stabkit.jacobians import singular_values as singular_values
+    from stabkit.monitor import Monitor as Monitor
     from stabkit.report.schema import Report as Report
     from stabkit.tracing import Flow as Flow
+    from stabkit.tracing import iterate as iterate
+    from stabkit.tracing import recurrent_flow as recurrent_flow
     from stabkit.tracing import trace as trace
 
 # public name -> module that defines it
 _PUBLIC = {
+    "Flow": "stabkit.tracing",
+    "Jacobian": "stabkit.jacobians",
+    "Monitor": "stabkit.monitor",
     "Report": "stabkit.report.schema",
     "StabkitError": "stabkit.errors",
     "analyze": "stabkit.analysis",
-    "Flow": "stabkit.tracing",
-    "Jacobian": "stabkit.jacobians",
+    "compare": "stabkit.comparison",
+    "attribute": "stabkit.attribution",
+    "diagnose": "stabkit.diagnosis",
     "eigenvalues": "stabkit.jacobians",
+    "finite_time_exponents": "stabkit.growth",
     "gradient_profile": "stabkit.growth",
     "identify": "stabkit.identification",
+    "iterate": "stabkit.tracing",
     "load": "stabkit.checkpoints",
+    "lyapunov_spectrum": "stabkit.growth",
     "non_normality": "stabkit.jacobians",
+    "recurrent_flow": "stabkit.tracing",
     "singular_values": "stabkit.jacobians",
     "trace": "stabkit.tracing",
 }
-_SUBMODULES = ("integrators", "plotting")
+_SUBMODULES = ("integrators", "meanfield", "plotting")
 
 __all__ = ["__version__", *_PUBLIC, *_SUBMODULES]
 

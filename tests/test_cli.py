@@ -80,6 +80,7 @@ def test_a_healthy_model(folder):
         "gradients.png",
         "growth.png",
         "region.png",
+        "report.html",
         "report.json",
     ]
     report = Report.load(folder / "a" / "b" / "report.json")
@@ -126,7 +127,10 @@ def test_a_misspelt_fail_on_is_refused_before_the_work():
     [
         (["nowhere.pt"], "no file nowhere.pt"),
         (["cut.pt", "--model", "net.py:chain"], "cut.pt"),
-        (["whole.pt"], "give the architecture: --model"),
+        (["whole.pt", "--fail-on", "exploding"], "give the architecture: --model"),
+        (["whole.pt", "--activation", "odd"], "--activation 'odd'; accepted: "),
+        (["whole.pt", "cut.pt"], "add --over-time"),
+        (["whole.pt", "--cache", "kept"], "--cache keeps"),
         (["net.py:raises"], "RuntimeError: no such width [bold]"),
         (["net.py:leaves"], "SystemExit"),
         (["net.py:absent"], "absent"),
@@ -158,6 +162,75 @@ def test_what_cannot_run_gets_one_message_and_code_2(folder, arguments, message)
     if "Overflows" not in arguments[0]:
         assert result.stdout == ""
         assert [path for path in sorted(folder.iterdir()) if path.name != "__pycache__"] == before
+
+
+@pytest.fixture
+def epochs(folder):
+    for epoch, gain in ((9, 1.0), (10, 0.5)):
+        weights = {f"{i}.weight": gain * torch.eye(4) for i in range(12)}
+        torch.save({"model": weights, "epoch": epoch}, folder / f"epoch{epoch}.pt")
+    return ["epoch10.pt", "epoch9.pt", "--model", "net.py:chain", "--input", "2x4"]
+
+
+def test_compare_and_resume(folder, epochs, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    result = run("compare", *epochs, "--out", "out")
+    assert result.exit_code == 0
+    lines = [line.split() for line in result.stdout.splitlines()[1:3]]
+    assert [(line[0], line[1], line[2]) for line in lines] == [
+        ("epoch10.pt", "10", "vanishing"),
+        ("epoch9.pt", "9", "stable"),
+    ]
+    assert sorted(p.name for p in (folder / "out").iterdir()) == [
+        ".stabkit",
+        "comparison.csv",
+        "comparison.html",
+        "comparison.json",
+        "comparison.png",
+    ]
+    again = run("compare", *epochs, "--out", "out")
+    assert "2 of 2 taken from the cache" in again.stdout
+
+
+def test_over_time_is_in_the_order_of_training(epochs):
+    result = run("analyze", *epochs, "--over-time", "--json", "-", "--fail-on", "vanishing")
+    assert result.exit_code == 1
+    data = json.loads(result.stdout)
+    assert [snapshot["step"] for snapshot in data["snapshots"]] == [9, 10]
+    assert "between 9 and 10: stable became vanishing" in data["changes"][0]
+
+
+def test_a_checkpoint_that_cannot_be_read_is_an_exit_code_after_the_others(folder, epochs):
+    (folder / "epoch11.pt").write_bytes(b"PK")
+    result = run("analyze", "epoch11.pt", *epochs, "--over-time")
+    assert result.exit_code == 2
+    assert "stable became vanishing" in result.stdout
+    assert "epoch11.pt" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [(["epoch9.pt"], "at least two"), (["no1.pt", "no2.pt", "--model", "net.py:chain"], "none of 2 checkpoints")],
+)
+def test_what_cannot_be_compared(epochs, arguments, message):
+    result = run("compare", *arguments)
+    assert result.exit_code == 2
+    assert message in result.stderr
+
+
+def test_weights_alone(folder):
+    torch.save({"model": torch.nn.LSTM(3, 4).state_dict(), "epoch": 1}, folder / "lstm.pt")
+    result = run("analyze", "lstm.pt", "--out", "out", "--json", "w.json")
+    assert result.exit_code == 0
+    assert "WEIGHTS ONLY" in result.stdout
+    assert "weaker statement" in result.stdout
+    assert "give the architecture: --model" in " ".join(result.stdout.split())
+    data = json.loads((folder / "w.json").read_text())
+    assert data == json.loads((folder / "out" / "weights.json").read_text())
+    assert [m["kind"] for m in data["matrices"]] == ["recurrent", "matrix"]
+    torch.save({"w.weight": torch.full((2, 2), float("nan"))}, folder / "bad.pt")
+    assert run("analyze", "bad.pt").exit_code == 0
+    assert run("analyze", "bad.pt", "--fail-on", "non-finite").exit_code == 1
 
 
 def test_debug_shows_the_traceback():
@@ -197,7 +270,7 @@ def test_plot_draws_a_saved_report(folder, kind):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["report.json", "odd"], "no plot is called 'odd'; there are: region, growth, gradients, overview"),
+        (["report.json", "odd"], "no plot is called 'odd'; there are: region, "),
         (["nowhere.json", "region"], "nowhere.json: no such file"),
         (["net.py", "region"], "not a whole JSON file"),
         (["report.json", "region", "--out", "r.txt"], "unknown suffix '.txt'"),
@@ -241,8 +314,10 @@ def test_the_module_runs():
     assert done.stdout.startswith("stabkit 0.")
 
 
-def test_a_closed_pipe_is_quiet():
-    command = f"{sys.executable} -m stabkit methods | head -1; echo ${{PIPESTATUS[0]}}"
-    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=True)
+@pytest.mark.parametrize("command", ["methods", "analyze many.pt"])
+def test_a_closed_pipe_is_quiet(folder, command):
+    torch.save({f"layer_with_a_long_name_{i}.weight": torch.eye(2) for i in range(2000)}, folder / "many.pt")
+    pipe = f"{sys.executable} -m stabkit {command} | head -1; echo ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", pipe], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] in ("0", "141")
     assert done.stderr == ""

@@ -49,7 +49,7 @@ def test_checkpoints_reports_and_pictures_are_there(done):
             load_file(out / f"{outcome.name}.safetensors").keys() == getattr(demo, outcome.name)().state_dict().keys()
         )
         names = {path.name for path in (out / outcome.name).iterdir()}
-        assert names == {"report.json", "region.png", "growth.png", "gradients.png"}
+        assert names == {"report.html", "report.json", "region.png", "growth.png", "gradients.png"}
         assert f"--model stabkit.demo:{outcome.name}" in text
     assert np.load(out / "digits.npy").shape == (32, 64)
     assert (out / "contrast.png").exists()

@@ -21,10 +21,16 @@ LAYERS = [
     "growth",
     "identification",
     "meanfield",
+    "attribution",
     "diagnosis",
     "checkpoints",
     "report",
+    "weights",
     "analysis",
+    "planning",
+    "distributed",
+    "streaming",
+    "comparison",
     "plotting",
     "monitor",
     "demo",
@@ -39,6 +45,7 @@ UPWARD = {
     ("jacobians", "plotting"),  # spectrum.plot()
     ("growth", "plotting"),
     ("report", "plotting"),  # report.save("report.png")
+    ("comparison", "plotting"),  # comparison.plot()
 }
 
 FILES = sorted(PACKAGE.rglob("*.py"))

@@ -3,5 +3,6 @@
 from __future__ import annotations
 
 from stabkit.checkpoints.load import Loaded, load
+from stabkit.checkpoints.opening import ArchitectureMissingError, StoredWeights
 
-__all__ = ["Loaded", "load"]
+__all__ = ["ArchitectureMissingError", "Loaded", "StoredWeights", "load"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import NoReturn
 
 from stabkit.errors import CheckpointError
 
@@ -10,34 +11,29 @@ _SINGLE = ("model.safetensors", "pytorch_model.bin")
 _WEIGHTS = (".pt", ".pth", ".ckpt", ".bin", ".safetensors")
 
 
-def refuse_other_directories(folder: Path) -> None:
-    """Recognise distributed checkpoints, adapters and pipelines, and name what turns them into one model.
+def holds_whole_weights(folder: Path) -> bool:
+    """Whether a directory has the weights of a whole model, maybe beside a sharded state that a trainer left there.
+
+    Raises:
+        CheckpointError: the directory cannot be listed.
+    """
+    names = (name for name in _names(folder) if name != "model_index.json")
+    return any(name in _SINGLE or name.endswith(".index.json") for name in names)
+
+
+def refuse_other_directories(folder: Path) -> NoReturn:
+    """Say what a directory without readable weights is, and what turns it into one model.
 
     Only file names are looked at.
 
     Raises:
-        CheckpointError: the directory is one of these, or cannot be listed.
+        CheckpointError: always.
     """
-    try:
-        names = sorted(p.name for p in folder.iterdir())
-    except OSError as error:
-        raise CheckpointError(f"{folder} cannot be listed: {error.strerror}") from error
-    if any(name in _SINGLE or name.endswith(".index.json") for name in names if name != "model_index.json"):
-        return  # a trainer leaves whole weights beside its sharded state
-    if (sharded := next((p for p in _with_children(folder) if _is_distributed(p)), None)) is not None:
-        raise CheckpointError(
-            f"{sharded} is a distributed checkpoint (DCP, FSDP), whose metadata is a pickle and is not read; convert "
-            f"it: python -m torch.distributed.checkpoint.format_utils dcp_to_torch {sharded} model.pt"
-        )
+    names = _names(folder)
     if any(any(p.glob("zero_pp_rank_*")) for p in _with_children(folder)):
         raise CheckpointError(
             f"{folder} is a DeepSpeed ZeRO checkpoint, split over its ranks; convert it with the script that DeepSpeed "
             f"puts beside it: python zero_to_fp32.py {folder} model.pt"
-        )
-    if "adapter_config.json" in names:
-        raise CheckpointError(
-            f"{folder} is a LoRA adapter: it changes a base model, which adapter_config.json names, and is none by "
-            "itself. Merge it (peft: model.merge_and_unload()), save that, and give that directory"
         )
     if "model_index.json" in names:
         parts = [n for n in names if (folder / n / "config.json").exists()]
@@ -54,5 +50,8 @@ def _with_children(folder: Path) -> list[Path]:
     return [folder, *(child for child in sorted(folder.iterdir()) if child.is_dir())]
 
 
-def _is_distributed(folder: Path) -> bool:
-    return (folder / ".metadata").exists() or any(folder.glob("*.distcp"))
+def _names(folder: Path) -> list[str]:
+    try:
+        return sorted(p.name for p in folder.iterdir())
+    except OSError as error:
+        raise CheckpointError(f"{folder} cannot be listed: {error.strerror}") from error

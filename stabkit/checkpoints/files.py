@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 import stat
 import warnings
@@ -10,7 +11,7 @@ import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import safetensors
 import safetensors.torch
@@ -18,6 +19,7 @@ import torch
 
 from stabkit.checkpoints.names import near
 from stabkit.checkpoints.pickles import globals_asked, not_inert, stand_ins
+from stabkit.checkpoints.programs import kind_of_archive, refusal
 from stabkit.errors import CheckpointError
 
 _MAGIC = {
@@ -59,7 +61,7 @@ def read_file(path: Path, *, trust_pickle: bool = False) -> SavedObject:
         CheckpointError: the file is missing, damaged, of another kind, or asks for code to be run.
     """
     regular_file(path)
-    with _reading(path), warnings.catch_warnings():
+    with reading(path), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # on protocols and storages of old files, on escapes in damaged ones
         with path.open("rb") as file:
             head = file.read(64)
@@ -97,7 +99,7 @@ def regular_file(path: Path) -> None:
 
 
 @contextlib.contextmanager
-def _reading(path: Path) -> Iterator[None]:
+def reading(path: Path) -> Iterator[None]:
     """Whatever a damaged file makes the readers raise becomes one message."""
     try:
         yield
@@ -124,7 +126,25 @@ def _looks_like_safetensors(path: Path, head: bytes) -> bool:
 
 
 def _read_zip(path: Path, trust_pickle: bool) -> SavedObject:
-    with zipfile.ZipFile(path) as archive:
+    with path.open("rb") as stream:
+        check_archive(stream, path.stat().st_size, path, trust_pickle=trust_pickle)
+    content = _load(path, trust_pickle, mmap=True)
+    return SavedObject(content, "torch.save, memory-mapped" + _trusted(trust_pickle))
+
+
+def check_archive(stream: IO[bytes], size: int, path: Path, *, trust_pickle: bool = False) -> None:
+    """Check that a zip is one that ``torch.save`` wrote and, unless it is trusted, that it asks for no code.
+
+    Args:
+        stream: the zip.
+        size: its length in bytes.
+        path: what messages call it.
+        trust_pickle: leave the pickle inside unchecked.
+
+    Raises:
+        CheckpointError: it is another kind of zip, is forged, or asks for code to be run.
+    """
+    with zipfile.ZipFile(stream) as archive:
         entries = archive.infolist()
         names = [entry.filename.partition("/")[2] or entry.filename for entry in entries]
         _refuse_other_archives(path, names)
@@ -134,7 +154,7 @@ def _read_zip(path: Path, trust_pickle: bool) -> SavedObject:
             )
         if len({entry.filename for entry in entries}) < len(entries):
             raise CheckpointError(f"{path} holds two entries of one name, which torch.save never writes")
-        if sum(entry.file_size for entry in entries) > path.stat().st_size:
+        if sum(entry.file_size for entry in entries) > size:
             raise CheckpointError(f"{path} claims more data than it has; it is damaged or forged")
         record = next(e for e, name in zip(entries, names, strict=True) if name == "data.pkl")
         if record.file_size > _DATA_PICKLE_LIMIT:
@@ -142,10 +162,21 @@ def _read_zip(path: Path, trust_pickle: bool) -> SavedObject:
                 f"{path} has a pickle of {record.file_size >> 20} MiB beside its tensors; save the state dict alone"
             )
         if not trust_pickle:
-            with archive.open(record) as stream:
-                _refuse_code(path, globals_asked(stream))
-    content = _load(path, trust_pickle, mmap=True)
-    return SavedObject(content, "torch.save, memory-mapped" + _trusted(trust_pickle))
+            with archive.open(record) as pickled:
+                refuse_code(path, globals_asked(pickled))
+
+
+def read_part(data: bytes, path: Path) -> Any:
+    """What ``torch.save`` wrote as one part of a larger file, with the same care as :func:`read_file`.
+
+    Raises:
+        CheckpointError: the part is damaged or asks for code to be run.
+    """
+    with reading(path):
+        if not data.startswith(b"PK"):
+            raise CheckpointError(f"{path} has a part that torch.save did not write; it is damaged")
+        check_archive(io.BytesIO(data), len(data), path)
+        return _load(io.BytesIO(data), trust_pickle=False, mmap=False)
 
 
 def _read_legacy(path: Path, trust_pickle: bool) -> SavedObject:
@@ -160,29 +191,22 @@ def _read_legacy(path: Path, trust_pickle: bool) -> SavedObject:
             )
         stream.seek(0)
         if not trust_pickle:
-            _refuse_code(path, globals_asked(stream))
+            refuse_code(path, globals_asked(stream))
             stream.seek(0)
             if _LEGACY_MAGIC not in stream.read(32):
                 raise CheckpointError(
                     f"{path} is a plain pickle, not what torch.save writes; save the state dict with torch.save"
                 )
             stream.seek(0)
-            _refuse_code(path, globals_asked(stream, pickles=5))
+            refuse_code(path, globals_asked(stream, pickles=5))
     content = _load(path, trust_pickle, mmap=False)
     return SavedObject(content, "torch.save, legacy format" + _trusted(trust_pickle))
 
 
 def _refuse_other_archives(path: Path, names: list[str]) -> None:
-    if any(n == "archive_format" or n.endswith("serialized_exported_program.json") for n in names):
-        raise CheckpointError(
-            f"{path} is a torch.export program (.pt2), which is not read here; save the state dict of its module "
-            "and give the architecture with --model"
-        )
-    if "constants.pkl" in names and any(n.startswith("code/") for n in names):
-        raise CheckpointError(
-            f"{path} is TorchScript, which carries code and is not read here; save the state dict "
-            "(torch.jit.load(...).state_dict()) and give the architecture with --model"
-        )
+    kind = kind_of_archive(names)
+    if kind is not None:
+        raise refusal(path, kind)
     if "data.pkl" not in names:
         raise CheckpointError(
             f"{path} is a zip without a checkpoint of its own; it holds {', '.join(names[:5]) or 'nothing'}. "
@@ -190,19 +214,25 @@ def _refuse_other_archives(path: Path, names: list[str]) -> None:
         )
 
 
-def _refuse_code(path: Path, asked: set[str]) -> None:
+def refuse_code(path: Path, asked: set[str], trusted: str = "give --trust-pickle (trust_pickle=True)") -> None:
+    """Raise CheckpointError when a pickle asks for anything that is neither a tensor nor inert.
+
+    Args:
+        path: the file, for the message.
+        asked: names that the pickle would import.
+        trusted: what remains to someone who trusts the author.
+    """
     allowed = {f"{g.__module__}.{g.__qualname__}" for g in torch.serialization.get_safe_globals() if callable(g)}
     refused = not_inert(asked - allowed)  # what the caller allowed in torch is no concern of ours
     if refused:
         shown = ", ".join(refused[:12]) + (f" and {len(refused) - 12} more" if len(refused) > 12 else "")
         raise CheckpointError(
             f"{path} asks for code to be run while it is read: {shown}. Nothing was run. Save the state dict alone "
-            "(torch.save(model.state_dict(), ...)), or, only if you trust its author, give --trust-pickle "
-            "(trust_pickle=True)"
+            f"(torch.save(model.state_dict(), ...)), or, only if you trust its author, {trusted}"
         )
 
 
-def _load(path: Path, trust_pickle: bool, mmap: bool) -> Any:
+def _load(path: Path | IO[bytes], trust_pickle: bool, mmap: bool) -> Any:
     if trust_pickle:
         return torch.load(path, weights_only=False, mmap=mmap, map_location="cpu")
     with torch.serialization.safe_globals([(inert, name) for name, inert in stand_ins().items()]):

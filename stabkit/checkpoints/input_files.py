@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from stabkit.checkpoints.files import read_file, regular_file
+from stabkit.checkpoints.state_dict import check_claims
 from stabkit.errors import CheckpointError
 
 _IMAGES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm")
@@ -68,9 +69,11 @@ def _saved(path: Path, saved: Any) -> FileInput:
         saved = (saved,)
     if isinstance(saved, (tuple, list)) and saved and all(isinstance(t, Tensor) for t in saved):
         tensors = {str(i): t.detach() for i, t in enumerate(saved)}
+        check_claims(tensors)
         return FileInput(tensors, _described(tensors))
     if isinstance(saved, Mapping) and saved and all(isinstance(t, Tensor) for t in saved.values()):
         tensors = {str(k): t.detach() for k, t in saved.items()}
+        check_claims(tensors)
         return FileInput(tensors, _described(tensors), ordered=False)
     raise CheckpointError(
         f"input {path} holds a {type(saved).__name__}; expected a tensor, a tuple of tensors or a dictionary of them"
@@ -111,7 +114,7 @@ def _image(path: Path, size: tuple[int, ...] | None, config: Mapping[str, Any]) 
     pixels = torch.from_numpy(np.asarray(picture, dtype=np.float32) / 255)
     pixels = pixels.unsqueeze(0) if pixels.dim() == 2 else pixels.permute(2, 0, 1)
     how = f"image, {picture.width}x{picture.height} pixels"
-    if pixels.shape[0] == 3:
+    if pixels.shape[0] == 3 or len(config.get("mean", ())) == 1:
         mean, std = config.get("mean", _IMAGENET_MEAN), config.get("std", _IMAGENET_STD)
         pixels = (pixels - torch.tensor(mean).view(-1, 1, 1)) / torch.tensor(std).view(-1, 1, 1)
         how += f", normalised with mean {tuple(mean)} and standard deviation {tuple(std)}"

@@ -13,10 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from stabkit.checkpoints.input_files import read_input_file
-from stabkit.checkpoints.names import seeded
+from stabkit.checkpoints.names import optional, seeded
+from stabkit.checkpoints.processors import Processor
 from stabkit.errors import CheckpointError
-
-Input = str | Path | Tensor | tuple[Any, ...] | list[Any]
 
 _SHAPE = re.compile(r"\d+(x\d+)*")
 _TOKENS = 16
@@ -38,16 +37,28 @@ class Inputs:
     kwargs: dict[str, Any] = field(default_factory=dict)
 
 
-def make_inputs(model: nn.Module, given: Input | None = None, *, name: str = "", seed: int = 0) -> Inputs:
+Input = str | Path | Tensor | tuple[Any, ...] | list[Any] | Inputs
+
+
+def make_inputs(
+    model: nn.Module,
+    given: Input | None = None,
+    *,
+    name: str = "",
+    seed: int = 0,
+    processor: Processor | None = None,
+) -> Inputs:
     """The input that ``given`` describes, or the one that the model itself names.
 
     Args:
         model: decides dtype, device, vocabulary and, when ``given`` is None, the shape.
         given: a shape (``"1x3x64x64"``: standard normal), ``"tokens:1x8"`` (ids below the vocabulary size),
-            a path to a ``.npy``, ``.npz``, ``.pt``, ``.safetensors`` or image file, a tensor, or a tuple of
-            tensors. Several shapes, for several positional inputs, are separated by commas.
+            a path to a ``.npy``, ``.npz``, ``.pt``, ``.safetensors`` or image file, a tensor, a tuple of tensors,
+            or what an earlier call returned. Several shapes, for several positional inputs, are separated by
+            commas. ``"text:..."`` is encoded by the tokenizer that the model was saved with.
         name: the model's name, when it came from torchvision or timm.
         seed: seed of the random values.
+        processor: the preparation of inputs that was saved beside the model.
 
     Raises:
         CheckpointError: ``given`` cannot be read, or nothing was given and the model does not say.
@@ -58,7 +69,9 @@ def make_inputs(model: nn.Module, given: Input | None = None, *, name: str = "",
         (torch.Size([4, 6]), 'standard normal 4x6, seed 0')
     """
     if given is None:
-        return _inferred(model, name, seed)
+        return _inferred(model, name, seed, processor)
+    if isinstance(given, Inputs):
+        return given
     if isinstance(given, Tensor):
         return Inputs((given,), f"the given tensor {_shape(given.shape)}")
     if isinstance(given, (tuple, list)):
@@ -66,9 +79,11 @@ def make_inputs(model: nn.Module, given: Input | None = None, *, name: str = "",
             raise CheckpointError(f"input is a {type(given).__name__} that holds other things than tensors")
         return Inputs(tuple(given), "the given tensors " + ", ".join(_shape(t.shape) for t in given))
     if isinstance(given, Path):
-        return _from_file(model, given, name)
+        return _from_file(model, given, name, processor)
     if not isinstance(given, str):
         raise CheckpointError(f"input is a {type(given).__name__}; expected {_ACCEPTED}, a tensor or a tuple of them")
+    if given.startswith("text:"):
+        return _encoded(model, given.removeprefix("text:"), processor)
     parts = [part.strip() for part in given.split(",")]
     if all(_SHAPE.fullmatch(part.removeprefix("tokens:")) for part in parts):
         generator = torch.Generator().manual_seed(seed)
@@ -76,11 +91,15 @@ def make_inputs(model: nn.Module, given: Input | None = None, *, name: str = "",
         return Inputs(tuple(t for t, _ in made), ", ".join(how for _, how in made) + f", seed {seed}")
     if given.startswith("tokens:"):
         raise CheckpointError(f"input {given!r} is not tokens:BATCHxLENGTH, for example tokens:1x128")
-    return _from_file(model, Path(given).expanduser(), name)
+    return _from_file(model, Path(given).expanduser(), name, processor)
 
 
-def input_size(model: nn.Module, name: str) -> tuple[int, ...] | None:
+def input_size(model: nn.Module, name: str, processor: Processor | None = None) -> tuple[int, ...] | None:
     """The shape of one sample that a vision model says it takes, batch left out; None when it does not say."""
+    if processor is not None and processor.size is not None:
+        first = next((m for m in model.modules() if isinstance(m, nn.Conv2d)), None)
+        channels = first.in_channels if first is not None else 3
+        return int(getattr(getattr(model, "config", None), "num_channels", channels)), *processor.size
     config = getattr(model, "pretrained_cfg", None) or getattr(model, "default_cfg", None)
     if isinstance(config, Mapping) and config.get("input_size"):
         return tuple(int(n) for n in config["input_size"])
@@ -138,25 +157,26 @@ def _token_embedding(model: nn.Module) -> tuple[str, nn.Embedding] | None:
     return next(iter(words or layers), None)
 
 
-def _inferred(model: nn.Module, name: str, seed: int) -> Inputs:
-    said = f"inferred from {name or type(model).__name__}: "
+def _inferred(model: nn.Module, name: str, seed: int, processor: Processor | None) -> Inputs:
     main = getattr(model, "main_input_name", None)
+    told = processor is not None and (processor.size is not None or processor.longest is not None)
+    said = f"inferred from {processor.source if processor is not None and told else name or type(model).__name__}: "
     if isinstance(main, str) and hasattr(model, "config"):
-        made = _for_hugging_face(model, main, seed)
-    elif (size := input_size(model, name)) is not None:
+        made = _for_hugging_face(model, main, seed, processor)
+    elif (size := input_size(model, name, processor)) is not None:
         made = make_inputs(model, _shape((1, *size)), seed=seed)
     else:
         made = _for_first_layer(model, seed)
     return Inputs(made.args, said + made.how, made.kwargs)
 
 
-def _for_hugging_face(model: nn.Module, main: str, seed: int) -> Inputs:
+def _for_hugging_face(model: nn.Module, main: str, seed: int, processor: Processor | None) -> Inputs:
     config: Any = model.config
-    if main == "pixel_values" and (size := input_size(model, "")) is not None:
+    if main == "pixel_values" and (size := input_size(model, "", processor)) is not None:
         return make_inputs(model, _shape((1, *size)), seed=seed)
     if main == "input_ids":
-        longest = getattr(config, "max_position_embeddings", None)
-        length = min(_TOKENS, longest) if isinstance(longest, int) and longest > 0 else _TOKENS
+        limits = (getattr(config, "max_position_embeddings", None), processor.longest if processor else None)
+        length = min([_TOKENS, *(n for n in limits if isinstance(n, int) and n > 0)])
         made = make_inputs(model, f"tokens:1x{length}", seed=seed)
         if getattr(config, "is_encoder_decoder", False):
             decoder = make_inputs(model, f"tokens:1x{length}", seed=seed + 1)
@@ -237,8 +257,35 @@ def _torchvision_size(name: str) -> tuple[int, ...] | None:
     return (3, max(frames or 1, 16), height, width) if ".video" in kind else (3, height, width)
 
 
-def _from_file(model: nn.Module, path: Path, name: str) -> Inputs:
-    content = read_input_file(path, size=input_size(model, name), config=_image_config(model))
+def _encoded(model: nn.Module, text: str, processor: Processor | None) -> Inputs:
+    """A text as the token ids of the tokenizer beside the model."""
+    if processor is None or processor.tokenizer is None:
+        raise CheckpointError(
+            "input text:... needs the tokenizer.json that a Hugging Face directory has, and there is none; give "
+            "tokens:1x128 or a file of token ids"
+        )
+    tokenizers = optional("tokenizers", f"{processor.tokenizer}")
+    try:
+        tokenizer = tokenizers.Tokenizer.from_file(str(processor.tokenizer))
+        tokenizer.no_padding()  # a pad token without a mask is a word like any other
+        ids = tokenizer.encode(text).ids
+    except Exception as error:  # the library raises a plain Exception for a damaged file
+        raise CheckpointError(f"{processor.tokenizer} cannot be read: {error}") from error
+    ids = ids[: processor.longest]
+    vocabulary, source = _vocabulary(model)
+    if not ids or max(ids) >= vocabulary:
+        raise CheckpointError(
+            f"{processor.tokenizer} makes {len(ids)} tokens of the text, up to {max(ids, default=0)}, but the model "
+            f"has {vocabulary} ({source})"
+        )
+    reference = next(_floating(model), None)
+    device = reference.device if reference is not None else None
+    return Inputs((torch.tensor([ids], device=device),), f"{len(ids)} tokens of the text, by {processor.tokenizer}")
+
+
+def _from_file(model: nn.Module, path: Path, name: str, processor: Processor | None) -> Inputs:
+    size = input_size(model, name, processor)
+    content = read_input_file(path, size=size, config=_image_config(model, processor))
     reference = next(_floating(model), None)
 
     def fitted(tensor: Tensor) -> Tensor:
@@ -259,7 +306,9 @@ def _from_file(model: nn.Module, path: Path, name: str) -> Inputs:
     )
 
 
-def _image_config(model: nn.Module) -> Mapping[str, Any]:
+def _image_config(model: nn.Module, processor: Processor | None) -> Mapping[str, Any]:
+    if processor is not None and processor.mean is not None and processor.std is not None:
+        return {"mean": processor.mean, "std": processor.std}
     config = getattr(model, "pretrained_cfg", None) or getattr(model, "default_cfg", None)
     return config if isinstance(config, Mapping) else {}
 

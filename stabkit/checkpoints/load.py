@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -11,13 +10,11 @@ from typing import Any
 
 from torch import nn
 
-from stabkit.checkpoints.directories import refuse_other_directories
-from stabkit.checkpoints.files import read_file, regular_file
-from stabkit.checkpoints.hugging_face import load_directory, read_json, read_weights
-from stabkit.checkpoints.inputs import Input, make_inputs
-from stabkit.checkpoints.matching import fill, non_finite
-from stabkit.checkpoints.names import Model, build_model, is_model_name
-from stabkit.checkpoints.state_dict import architecture_hint, arrange, choose_weights, find_weights
+from stabkit.checkpoints.inputs import Input, Inputs, make_inputs
+from stabkit.checkpoints.matching import non_finite
+from stabkit.checkpoints.names import Model
+from stabkit.checkpoints.opening import Opened, Options, open_model
+from stabkit.checkpoints.processors import read_processor
 from stabkit.errors import CheckpointError
 
 
@@ -33,6 +30,7 @@ class Loaded:
         description: what was loaded: the tensors used, renamed and ignored, which key, what was stripped,
             averaged weights or raw ones, and where the input comes from; one sentence a line.
         non_finite: names of tensors that hold NaN or infinity.
+        step: what counts the steps of training in the file, or in its name, and the count; None when nothing does.
     """
 
     model: nn.Module
@@ -41,6 +39,7 @@ class Loaded:
     name: str = ""
     description: str = ""
     non_finite: tuple[str, ...] = ()
+    step: tuple[str, float] | None = None
 
     def __iter__(self) -> Iterator[Any]:
         yield self.model
@@ -55,6 +54,7 @@ class Loaded:
             "kwargs": {name: list(getattr(t, "shape", ())) for name, t in self.kwargs.items()},
             "description": self.description,
             "non_finite": list(self.non_finite),
+            "step": None if self.step is None else list(self.step),
         }
 
 
@@ -62,36 +62,45 @@ def load(
     source: str | os.PathLike[str],
     *,
     model: Model | None = None,
+    base: Model | Path | None = None,
     input: Input | None = None,
     key: str | None = None,
     weights: str = "raw",
     factory_args: Mapping[str, Any] | None = None,
     trust_pickle: bool = False,
+    allow_export: bool = False,
+    allow_torchscript: bool = False,
     seed: int = 0,
 ) -> Loaded:
     """The model in a checkpoint, or behind a name, and an input for it.
 
-    Nothing in a file is executed unless ``trust_pickle`` says so, and nothing is downloaded. A factory is
-    the caller's own code and is run.
+    Nothing in a file is executed unless ``trust_pickle``, ``allow_export`` or ``allow_torchscript`` says so, and
+    nothing is downloaded. A factory is the caller's own code and is run.
 
     Args:
         source: a file (state dict, training dict, Lightning checkpoint; ``torch.save`` or safetensors), a
-            Hugging Face directory, or a name for the architecture with random weights: ``torchvision:NAME``,
-            ``timm:NAME``, ``pkg.mod:factory``, ``file.py:factory``.
-        model: the architecture of a state dict: a name as above, a module, or a callable.
-        input: a shape (``"1x3x64x64"``), ``"tokens:1x8"``, a file, a tensor or a tuple of them; None asks
-            the model itself.
+            Hugging Face directory, a distributed checkpoint (DCP, FSDP), a LoRA adapter, or a name for the
+            architecture with random weights: ``torchvision:NAME``, ``timm:NAME``, ``pkg.mod:factory``,
+            ``file.py:factory``.
+        model: the architecture of a state dict: a name as above, a module, or a callable. A module is changed.
+        base: the model that a LoRA adapter changes: a source as above, a module, or a callable.
+        input: a shape (``"1x3x64x64"``), ``"tokens:1x8"``, ``"text:..."``, a file, a tensor or a tuple of them;
+            None asks the model itself and the processor that was saved beside it.
         key: where the weights are in the file, for example ``"state_dict"`` or ``"ema.shadow"``.
         weights: ``"raw"`` or ``"ema"``, when the file has both.
         factory_args: keyword arguments of the factory.
         trust_pickle: unpickle whatever the file asks for, which runs its code.
+        allow_export: load a ``torch.export`` program (.pt2), whose loader runs what the file says.
+        allow_torchscript: load TorchScript, which is code.
         seed: seed of random weights and inputs; the global generators are left as they were.
 
     Returns:
         The model, the input, and what was done to get them.
 
     Raises:
-        CheckpointError: anything that the caller can mend, in one message.
+        ArchitectureMissingError: there are weights, but nothing says which model they belong to; ``weights`` of the
+            error has them.
+        CheckpointError: anything else that the caller can mend, in one message.
 
     Example:
         >>> from torch import nn
@@ -108,128 +117,28 @@ def load(
         raise CheckpointError(f"source is a {type(source).__name__}; expected a path or a model name")
     if not str(source):
         raise CheckpointError("source is empty; expected a path or a model name")
-    path = Path(source).expanduser()
-    options = _Options(model, key, weights, dict(factory_args or {}), trust_pickle, seed)
-    if not _exists(path) and is_model_name(str(source)):
-        module, name, notes = _from_name(str(source), options)
-    elif path.is_dir():
-        module, name, notes = _from_directory(path, options)
-    else:
-        module, name, notes = _from_file(path, options)
-    module.eval()
-    made = make_inputs(module, input, name=name, seed=seed)
-    lines = [f"source: {source}", *notes, f"input: {made.how}"]
-    return Loaded(module, made.args, made.kwargs, name, "\n".join(lines), non_finite(module))
-
-
-@dataclass(frozen=True)
-class _Options:
-    model: Model | None
-    key: str | None
-    weights: str
-    factory_args: dict[str, Any]
-    trust_pickle: bool
-    seed: int
-
-    def refuse(self, what: str, *names: str) -> None:
-        """Say which options have no meaning for ``what``, rather than pass over them."""
-        unset: dict[str, Any] = {"key": None, "weights": "raw", "factory_args": {}}
-        given = [f"{name}={getattr(self, name)!r}" for name in names if getattr(self, name) != unset[name]]
-        if given:
-            raise CheckpointError(f"{', '.join(given)} has no meaning for {what}; leave it out")
-
-    def build(self, model: Model) -> tuple[nn.Module, str]:
-        return build_model(model, factory_args=self.factory_args, seed=self.seed)
-
-
-_Found = tuple[nn.Module, str, tuple[str, ...]]
-
-
-def _exists(path: Path) -> bool:
-    try:
-        return path.exists()
-    except (OSError, ValueError):  # a name with a null byte, or too long for a path
-        return False
-
-
-def _from_name(text: str, options: _Options) -> _Found:
-    if options.model is not None:
-        raise CheckpointError(
-            f"source {text!r} is a model name, and model={options.model!r} names another; "
-            "give a checkpoint file as the source, or leave model out"
-        )
-    options.refuse(f"the model name {text!r}, which has no file of weights", "key", "weights")
-    module, name = options.build(text)
-    return module, name, (f"{name} with its own initial weights, seed {options.seed}",)
-
-
-def _from_file(path: Path, options: _Options) -> _Found:
-    regular_file(path)
-    if path.suffix == ".distcp" or path.name == ".metadata" or path.name.startswith("zero_pp_rank_"):
-        refuse_other_directories(path.parent)
-    if path.name.endswith(".index.json"):
-        return _from_directory(path.parent, options)
-    saved = read_file(path, trust_pickle=options.trust_pickle)
-    if options.model is None:
-        if options.trust_pickle and (module := _pickled_module(saved.content, options.key)) is not None:
-            return module, type(module).__name__, (saved.how, "the module that was pickled")
-        raise CheckpointError(_needs_model(path, saved.content))
-    module, name = options.build(options.model)
-    return module, name, (f"format: {saved.how}", *_fill_from(saved.content, module, path, options))
-
-
-def _fill_from(content: Any, module: nn.Module, path: Path, options: _Options) -> tuple[str, ...]:
-    found = find_weights(content)
-    try:
-        taken, notes = choose_weights(found, module, key=options.key, weights=options.weights)
-        filled = fill(module, arrange(taken, found, module), taken.metadata)
-    except CheckpointError as error:
-        raise CheckpointError(f"{path}: {error}") from error.__cause__
-    return (*notes, *filled.notes)
-
-
-def _from_directory(folder: Path, options: _Options) -> _Found:
-    refuse_other_directories(folder)
-    config = folder / "config.json"
-    if options.model is None and config.exists():
-        content = read_json(config)
-        if "model_type" in content or "architecture" not in content:
-            options.refuse(f"{folder}, whose config.json says it all", "key", "weights", "factory_args")
-            return load_directory(folder, trust_pickle=options.trust_pickle, seed=options.seed)
-        timm_name = f"timm:{content['architecture']}"
-        arguments = content.get("model_args")
-        known = {k: content[k] for k in ("num_classes", "global_pool") if content.get(k) is not None}
-        known.update(arguments if isinstance(arguments, dict) else {})
-        options = dataclasses.replace(options, model=timm_name, factory_args={**known, **options.factory_args})
-    if options.model is None:
-        raise CheckpointError(
-            f"{folder} has weights but no config.json to say what they belong to; give the architecture: "
-            "--model pkg.mod:factory, file.py:factory, timm:NAME or torchvision:NAME"
-        )
-    tensors, origin = read_weights(folder, trust_pickle=options.trust_pickle)
-    module, name = options.build(options.model)
-    return module, name, (f"weights: {origin}", *_fill_from(tensors, module, folder, options))
-
-
-def _pickled_module(content: Any, key: str | None) -> nn.Module | None:
-    """The module in an unpickled object: the object itself, or the entry that holds one."""
-    if isinstance(content, nn.Module):
-        return content
-    entries = content if isinstance(content, Mapping) else {}
-    names = [key] if key is not None else ["model", "module", "net", "network", *map(str, entries)]
-    return next((entries[n] for n in names if isinstance(entries.get(n), nn.Module)), None)
-
-
-def _needs_model(path: Path, content: Any) -> str:
-    found = find_weights(content)
-    if not found:
-        return f"{path} holds no tensors with names: it is a {type(content).__name__}; expected a state dict"
-    if any(".lora_" in name for name in found[0].tensors):
-        return (
-            f"{path} is a LoRA adapter: it changes a base model and is none by itself. Merge it into its base "
-            "(peft: model.merge_and_unload()), save that, and give that file"
-        )
-    return (
-        f"{path} holds {len(found[0].tensors)} tensors, which is not yet a model; give the architecture: --model "
-        f"pkg.mod:factory, file.py:factory, timm:NAME or torchvision:NAME.{architecture_hint(content)}"
+    options = Options(
+        model, base, key, weights, dict(factory_args or {}), trust_pickle, allow_export, allow_torchscript, seed
     )
+    opened = open_model(str(source), options)
+    return _with_input(str(source), opened, input, seed)
+
+
+def _with_input(source: str, opened: Opened, given: Input | None, seed: int) -> Loaded:
+    _set_evaluation(opened.module)
+    if given is None and opened.inputs:
+        made = Inputs(opened.inputs, "the example that was saved with the program")
+    else:
+        processor = read_processor(opened.folder) if opened.folder is not None else None
+        made = make_inputs(opened.module, given, name=opened.name, seed=seed, processor=processor)
+    lines = [f"source: {source}", *opened.notes, f"input: {made.how}"]
+    bad = non_finite(opened.module) if opened.non_finite is None else opened.non_finite
+    return Loaded(opened.module, made.args, made.kwargs, opened.name, "\n".join(lines), bad, opened.step)
+
+
+def _set_evaluation(module: nn.Module) -> None:
+    """Switch to evaluation mode; an exported program has none: it is what it was when it was exported."""
+    try:
+        module.eval()
+    except NotImplementedError:
+        return

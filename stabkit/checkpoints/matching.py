@@ -15,6 +15,7 @@ from stabkit.errors import CheckpointError
 # names that wrappers put between a module and its own children
 _WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_fpw_module", "module")
 _SHOWN = 8
+_LARGE = 2**10  # tensors of fewer numbers are not worth freeing
 
 
 @dataclass(frozen=True)
@@ -114,6 +115,20 @@ def fill(model: nn.Module, tensors: Mapping[str, Tensor], metadata: Mapping[str,
         notes.append(f"absent from the file and tied to a loaded tensor: {_listed(tied)}")
     notes.insert(0, f"{len(state)} tensors loaded")
     return Filled(tuple(notes), non_finite(model))
+
+
+def let_go(model: nn.Module) -> None:
+    """Free the memory of a model's weights: shapes and dtypes stay, with a single zero behind each large tensor.
+
+    Example:
+        >>> layer = nn.Linear(64, 64)
+        >>> let_go(layer)
+        >>> layer.weight.shape, layer.weight.untyped_storage().nbytes()
+        (torch.Size([64, 64]), 4)
+    """
+    for tensor in model.state_dict(keep_vars=True).values():
+        if isinstance(tensor, Tensor) and tensor.numel() >= _LARGE and not nn.parameter.is_lazy(tensor):
+            tensor.data = torch.zeros((), dtype=tensor.dtype, device=tensor.device).expand(tensor.shape)
 
 
 def non_finite(model: nn.Module) -> tuple[str, ...]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import encodings
+import encodings.aliases
 import pickletools
 import re
 import struct
@@ -22,6 +24,8 @@ _TORCH = re.compile(
     r"|torch\.(bool|per_tensor_\w+|per_channel_\w+)"
 )
 _PYTHON_2 = {"__builtin__": "builtins", "copy_reg": "copyreg"}
+# codecs that make longer bytes of bytes: applied to its own result, each doubles what the pickle holds
+_GROWING = {"hex_codec", "base64_codec", "quopri_codec", "uu_codec"}
 _STRING_OPS = {"SHORT_BINUNICODE", "BINUNICODE", "BINUNICODE8", "UNICODE", "SHORT_BINSTRING", "BINSTRING", "STRING"}
 
 
@@ -91,6 +95,24 @@ class Array(Inert):
             return None
 
 
+class Scalar(Inert):
+    """Stands for a numpy scalar; :meth:`number` is its value when it is a plain number."""
+
+    dtype: Any = None
+    data: Any = None
+
+    def __init__(self, dtype: Any = None, data: Any = None, *_: Any) -> None:
+        self.dtype, self.data = dtype, data
+
+    def number(self) -> int | float | bool | complex | None:
+        """The number, or None when it is none."""
+        plain = self.dtype.plain() if isinstance(self.dtype, Dtype) else None
+        if plain is None or not isinstance(self.data, bytes) or len(self.data) != plain.itemsize:
+            return None
+        value: int | float | bool | complex = np.frombuffer(self.data, plain)[0].item()
+        return value
+
+
 def stand_ins() -> dict[str, type[Inert]]:
     """The name of each class that is allowed for its data -> the inert class that is built in its place.
 
@@ -103,7 +125,7 @@ def stand_ins() -> dict[str, type[Inert]]:
     }
     for module in ("numpy.core.multiarray", "numpy._core.multiarray"):
         names[f"{module}._reconstruct"] = Array
-        names[f"{module}.scalar"] = Inert
+        names[f"{module}.scalar"] = Scalar
     return names
 
 
@@ -123,6 +145,7 @@ def globals_asked(stream: IO[bytes], pickles: int = 1) -> set[str]:
         ['builtins.print']
     """
     found: set[str] = set()
+    growing: set[str] = set()
     for _ in range(pickles):
         strings: list[str] = []
         memo: dict[int, str] = {}
@@ -138,6 +161,8 @@ def globals_asked(stream: IO[bytes], pickles: int = 1) -> set[str]:
                 elif op.name in _STRING_OPS:
                     top = str(argument)
                     strings.append(top)
+                    if len(top) < 64 and _codec(top) in _GROWING:
+                        growing.add(top)
                 elif op.name == "MEMOIZE":
                     memo[len(memo)] = top
                 elif op.name in ("BINPUT", "LONG_BINPUT", "PUT"):
@@ -146,7 +171,14 @@ def globals_asked(stream: IO[bytes], pickles: int = 1) -> set[str]:
                     strings.append(memo.get(int(str(argument)), "?"))
         except (ValueError, IndexError, struct.error, UnicodeDecodeError, OverflowError) as error:
             raise ValueError(str(error)) from error
+    if "_codecs.encode" in found:
+        found |= {f"_codecs.encode({codec!r})" for codec in growing}
     return found
+
+
+def _codec(name: str) -> str:
+    plain = encodings.normalize_encoding(name).lower()
+    return encodings.aliases.aliases.get(plain, plain)
 
 
 def not_inert(names: set[str]) -> list[str]:

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from stabkit.checkpoints.matching import match_names
@@ -14,10 +15,22 @@ from stabkit.checkpoints.names import near
 from stabkit.checkpoints.pickles import Array, Namespace
 from stabkit.errors import CheckpointError
 
-_KNOWN = ("state_dict", "model_state_dict", "model_state", "model", "net", "network", "module", "params", "weights")
+_KNOWN = (
+    "state_dict",
+    "current_model_state",
+    "model_state_dict",
+    "model_state",
+    "model",
+    "net",
+    "network",
+    "module",
+    "params",
+    "weights",
+)
 _OTHER = re.compile(r"optim|sched|scaler|rng|grad|momentum|criterion|loss|metric|callback|loops", re.IGNORECASE)
 _AVERAGED = re.compile(r"(^|[_.])(ema|swa|averaged?|shadow)([_.]|$)|^n_averaged$|shadow_params", re.IGNORECASE)
 _DEPTH = 4
+_HARMLESS = 2**28  # bytes that an expanded tensor may take when it is copied
 
 
 @dataclass(frozen=True)
@@ -34,7 +47,7 @@ class Weights:
     """
 
     path: tuple[str, ...]
-    tensors: dict[str, Tensor]
+    tensors: Mapping[str, Tensor]
     averaged: bool = False
     named: bool = True
     metadata: Mapping[str, Any] | None = None
@@ -97,7 +110,7 @@ def choose_weights(
     return taken, tuple(notes)
 
 
-def arrange(weights: Weights, found: list[Weights], model: nn.Module) -> dict[str, Tensor]:
+def arrange(weights: Weights, found: list[Weights], model: nn.Module) -> Mapping[str, Tensor]:
     """The tensors by name, when the file lists them in the order of ``model.parameters()`` (torch_ema).
 
     Buffers, which such a list lacks, come from the raw weights beside it.
@@ -136,20 +149,28 @@ def architecture_hint(saved: Any) -> str:
     return ""
 
 
-def _walk(value: Any, path: tuple[str, ...], seen: set[int]) -> Iterator[Weights]:
+def _walk(value: Any, path: tuple[str, ...], seen: set[int], averaged: bool = False) -> Iterator[Weights]:
     if id(value) in seen or len(path) > _DEPTH:
         return
     seen.add(id(value))
     if isinstance(value, nn.Module):
         value = value.state_dict()
-    averaged = any(_AVERAGED.search(part) for part in path)
+    averaged = averaged or any(_AVERAGED.search(part) for part in path)
     if isinstance(value, list) and path and path[-1] == "shadow_params" and all(isinstance(t, Tensor) for t in value):
         yield Weights(path, {str(i): t for i, t in enumerate(value)}, averaged=True, named=False)
     if not isinstance(value, Mapping):
         return
     entries = {k: v.tensor() if isinstance(v, Array) else v for k, v in value.items() if isinstance(k, str)}
     tensors = {k: v for k, v in entries.items() if isinstance(v, Tensor)}
-    inner = [w for k, v in entries.items() if k not in tensors for w in _walk(v, (*path, k), seen)]
+    check_claims(tensors)
+    # Lightning's WeightAveraging puts the average under the usual name, and the raw weights beside it
+    swapped = "current_model_state" in entries and "averaging_state" in entries
+    inner = [
+        w
+        for k, v in entries.items()
+        if k not in tensors
+        for w in _walk(v, (*path, k), seen, averaged or (swapped and k == "state_dict"))
+    ]
     if tensors and (not inner or any("." in name for name in tensors)):
         metadata = getattr(value, "_metadata", None)
         yield from _groups(
@@ -162,6 +183,20 @@ def _walk(value: Any, path: tuple[str, ...], seen: set[int]) -> Iterator[Weights
             )
         )
     yield from inner
+
+
+def check_claims(tensors: Mapping[str, Tensor]) -> None:
+    """Refuse tensors that are much larger than what is stored: a stride of 0 lets one number claim to be any number.
+
+    Raises:
+        CheckpointError: a tensor would take more than 256 MiB, and more than four times what is stored for it.
+    """
+    for name, tensor in tensors.items():
+        if tensor.is_meta or tensor.layout != torch.strided or tensor.numel() * tensor.itemsize <= _HARMLESS:
+            continue
+        if tensor.numel() * tensor.itemsize > 4 * tensor.untyped_storage().nbytes():
+            held = tensor.untyped_storage().nbytes()
+            raise CheckpointError(f"{name} claims {tensor.numel()} numbers and has {held} bytes; it is forged")
 
 
 def _groups(weights: Weights) -> Iterator[Weights]:

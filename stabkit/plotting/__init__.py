@@ -11,14 +11,48 @@ from typing import TYPE_CHECKING
 
 from matplotlib.figure import Figure
 
+from stabkit.plotting.attribution import attribution
+from stabkit.plotting.discs import sliding_disc
+from stabkit.plotting.exponents import exponent_field, lyapunov, lyapunov_convergence, sum_rule
+from stabkit.plotting.graph import graph
+from stabkit.plotting.planar import animate_flow_map, flow_map, grid_points, phase_portrait, vector_field
 from stabkit.plotting.plane import method, region, spectrum
-from stabkit.plotting.profile import compare, gradients, growth
+from stabkit.plotting.profile import compare, gradients, growth, norms
+from stabkit.plotting.pseudospectra import pseudospectra
+from stabkit.plotting.records import training
+from stabkit.plotting.ridgelines import ridgelines
 from stabkit.plotting.style import CENTIMETER, FONT, figure_of, render, small_text
 
 if TYPE_CHECKING:
     from stabkit.report import Report
 
-__all__ = ["compare", "figure_of", "gradients", "growth", "method", "overview", "region", "render", "spectrum"]
+__all__ = [
+    "animate_flow_map",
+    "attribution",
+    "compare",
+    "exponent_field",
+    "figure_of",
+    "flow_map",
+    "gradients",
+    "graph",
+    "grid_points",
+    "growth",
+    "lyapunov",
+    "lyapunov_convergence",
+    "method",
+    "norms",
+    "overview",
+    "phase_portrait",
+    "pseudospectra",
+    "region",
+    "render",
+    "ridgelines",
+    "sliding_disc",
+    "spectrum",
+    "sum_rule",
+    "training",
+    "vector_field",
+]
 
 
 def overview(report: Report) -> Figure:

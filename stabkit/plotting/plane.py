@@ -14,7 +14,7 @@ from matplotlib.patches import Circle
 from matplotlib.patheffects import withStroke
 from matplotlib.ticker import MaxNLocator
 
-from stabkit.plotting.style import BLUE, GREY, LIGHT, ORANGE, finish, new_axes, small_text
+from stabkit.plotting.style import BLUE, GREY, LIGHT, ORANGE, finish, new_axes, sample_color, small_text
 from stabkit.report.tables import middle
 
 if TYPE_CHECKING:
@@ -165,7 +165,7 @@ def spectrum(spectrum: Any, ax: Axes | None = None) -> Axes:
     planar = np.iscomplexobj(values)
     ax, font = new_axes(ax, 8, 7 if planar else 6)
     for sample, (row, good) in enumerate(zip(values, converged, strict=True)):
-        color = _sample_color(sample, len(values))
+        color = sample_color(sample, len(values))
         if planar:
             x, y = row.real, row.imag
         else:
@@ -183,10 +183,6 @@ def spectrum(spectrum: Any, ax: Axes | None = None) -> Axes:
     ax.axhline(1, color=GREY, linewidth=0.6, zorder=0)
     ax.xaxis.set_major_locator(MaxNLocator(6, integer=True))
     return finish(ax, font, "index", "singular value", "Singular values of J")
-
-
-def _sample_color(sample: int, n: int) -> Any:
-    return BLUE if n == 1 else matplotlib.colormaps["viridis"](0.92 * sample / (n - 1))
 
 
 def method(method: LinearStability, ax: Axes | None = None, *, z: ArrayLike | None = None) -> Axes:

@@ -136,6 +136,32 @@ def gradients(report: Report, ax: Axes | None = None) -> Axes:
     return finish(ax, font, None, "‖gradient‖", title)
 
 
+def norms(report: Report, ax: Axes | None = None) -> Axes:
+    """Norms of the states and of the gradient over depth, on one logarithmic scale.
+
+    Args:
+        report: a report.
+        ax: where to draw; a new figure when None.
+    """
+    ax, font = new_axes(ax, 8, 6)
+    ax.set_yscale("log")
+    series = ((_norms(report), BLUE, "-", "gradient"), (_state_norms(report), ORANGE, "--", "state"))
+    drawn = [np.empty(0)]
+    for values, color, line, label in series:
+        shown = np.isfinite(values) & (values > 0)
+        where = np.arange(len(values)) - 0.5
+        ax.plot(where, np.where(shown, values, np.nan), color=color, linestyle=line, linewidth=1.2, label=label)
+        drawn.append(values[shown])
+    _log_limits(ax, np.concatenate(drawn))
+    ax.legend(fontsize=font, borderpad=0.3, framealpha=0.8)
+    depth_axis(ax, report, font)
+    return finish(ax, font, None, "norm", "States and gradients over depth")
+
+
+def _state_norms(report: Report) -> NDArray[np.float64]:
+    return np.array([step.state_norm for step in report.steps], dtype=float)
+
+
 def compare(reports: Mapping[str, Report], ax: Axes | None = None) -> Axes:
     """The gradient norms of several reports over depth, each divided by its norm at the output.
 

@@ -7,11 +7,13 @@ from typing import Any
 
 import matplotlib
 from matplotlib.axes import Axes
+from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 
 BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#7F7F7F"
 LIGHT = "#E8EEF2"
+DIVERGING = LinearSegmentedColormap.from_list("stabkit.diverging", [BLUE, "#FFFFFF", ORANGE])  # shrinks, keeps, grows
 FONT = 8.0  # points, in figures 8 cm wide: still 6 points when printed at 6 cm
 CENTIMETER = 1 / 2.54
 
@@ -29,6 +31,11 @@ def new_axes(ax: Axes | None, width: float, height: float, margin: float = 0.0) 
     ax = figure.subplots()
     small_text(ax, FONT)
     return ax, FONT
+
+
+def sample_color(index: int, n: int) -> Any:
+    """The color of one of ``n`` curves; the palest end of viridis is left out because it fades on white."""
+    return BLUE if n == 1 else matplotlib.colormaps["viridis"](0.92 * index / (n - 1))
 
 
 def small_text(ax: Axes, font: float | None) -> None:

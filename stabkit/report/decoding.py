@@ -41,6 +41,8 @@ def _record(data: Any, cls: Callable[..., Any], decoders: Mapping[str, Decoder],
         where = f"{place}: {key}"
         if not isinstance(data, dict):
             raise ReportError(f"{place}: expected an object, found {encoding.shorten(data)}")
+        if key not in data and key in _LATER:
+            continue
         if key not in data:
             raise ReportError(f"{where} is missing; the file is not a whole {SCHEMA}")
         try:
@@ -69,6 +71,10 @@ def _records(cls: Callable[..., Any], decoders: Mapping[str, Decoder]) -> Decode
         return tuple(_record(item, cls, decoders, f"[{index}]") for index, item in items)
 
     return decode
+
+
+def _numbers(value: Any) -> dict[str, float]:
+    return {name: encoding.number(item) for name, item in encoding.mapping(value).items()}
 
 
 def _plain(value: Any) -> dict[str, Any]:
@@ -101,6 +107,15 @@ _STEP: dict[str, Decoder] = {
     "growth_interval": encoding.interval,
     "gradient_norm": encoding.number,
     "state_norm": encoding.number,
+    "parameter_gradient_norm": _optional(encoding.number),
+    "step_size": _optional(encoding.number),
+    "convention": encoding.text,
+    "after": _strings,
+    "attribution": _optional(_numbers),
+    "mechanism": _optional(_numbers),
+    "margin": _optional(encoding.number),
+    "step_factor": _optional(encoding.number),
+    "operations": _strings,
     "notes": _strings,
 }
 
@@ -132,6 +147,14 @@ _REPORT: dict[str, Decoder] = {
     "seed": encoding.integer,
     "seconds": encoding.number,
     "thresholds": _plain,
+    "explained": _plain,
+    "rate_law": _plain,
     "notes": _strings,
     "versions": _plain,
+}
+
+# keys that reports of the same schema written earlier do not have
+_LATER = {
+    *("parameter_gradient_norm", "step_size", "convention", "after", "attribution", "mechanism", "margin"),
+    *("step_factor", "operations", "explained", "rate_law"),
 }

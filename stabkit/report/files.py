@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 PICTURES = (".png", ".svg", ".pdf")
-SUFFIXES = (".json", ".csv", *PICTURES)
+SUFFIXES = (".html", ".json", ".csv", *PICTURES)
 
 
 def save(report: Report, path: str | os.PathLike[str]) -> Path:
@@ -32,12 +32,14 @@ def save(report: Report, path: str | os.PathLike[str]) -> Path:
 
         return write_figure(plotting.overview(report), path)
     if suffix in (".html", ".htm"):
-        raise ReportError(f"{path}: the HTML page is not written yet; accepted suffixes: {', '.join(SUFFIXES)}")
+        from stabkit.report.page import report_page
+
+        return write(path, report_page(report).encode())
     raise ReportError(f"{path}: unknown suffix {suffix!r}; accepted: {', '.join(SUFFIXES)}")
 
 
 def save_all(report: Report, folder: str | os.PathLike[str]) -> list[Path]:
-    """``report.json``, ``region.png``, ``growth.png`` and ``gradients.png`` in a folder, which is made if needed.
+    """``report.html``, ``report.json`` and three pictures in a folder, which is made if needed.
 
     Everything is drawn before anything is written.
 
@@ -45,9 +47,11 @@ def save_all(report: Report, folder: str | os.PathLike[str]) -> list[Path]:
         ReportError: the folder or a file in it cannot be written.
     """
     from stabkit import plotting
+    from stabkit.report.page import report_page
 
     folder = Path(folder)
-    contents = {"report.json": encoding.lines(report.to_dict()).encode()}
+    contents = {"report.html": report_page(report).encode()}
+    contents["report.json"] = encoding.lines(report.to_dict()).encode()
     for draw in (plotting.region, plotting.growth, plotting.gradients):
         contents[f"{draw.__name__}.png"] = plotting.render(plotting.figure_of(draw(report)), "png")
     try:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from stabkit.diagnosis import KINDS as DIAGNOSES
 from stabkit.diagnosis import Finding
 from stabkit.report import encoding
 
@@ -17,12 +18,21 @@ if TYPE_CHECKING:
 
 SCHEMA = "stabkit.report/1"
 
-VERDICTS = ("stable", "drift", "exploding", "vanishing", "inconclusive", "non-finite")
+VERDICTS = (
+    "stable",
+    "drift",
+    "exploding",
+    "vanishing",
+    "transient growth",
+    "chaotic",
+    "inconclusive",
+    "non-finite",
+)
 KINDS = ("step", "transition")
 EVIDENCE = ("proven", "measured", "statistical", "convention", "unknown")
 SPECTRUM_METHODS = ("dense", "krylov", "none")
 SEVERITIES = ("info", "warning", "critical")  # in rising order
-FINDINGS = ("exploding", "vanishing", "non_finite")
+FINDINGS = DIAGNOSES
 
 Shapes = tuple[tuple[int, ...], ...]
 
@@ -58,6 +68,16 @@ class StepReport:
         growth_interval: confidence interval of ``growth``, in nats.
         gradient_norm: geometric mean over samples of the gradient norm before the step.
         state_norm: geometric mean over samples of the norm of the state before the step.
+        parameter_gradient_norm: norm of the loss gradient with respect to the parameters that the step uses.
+        step_size: the step size h of the method; 1 by convention where only h f can be seen.
+        convention: how ``step_size`` was fixed.
+        after: operations behind the addition, such as a ReLU or a norm.
+        attribution: parts of ``growth`` by name, means over samples, in nats; they sum to it.
+        mechanism: shares of the spectrum's energy, from 0 to 1, by what happens to it (``continuous`` and
+            ``discretisation`` instability, ``overdamped``, ``neutral``).
+        margin: distance of the spectrum from the boundary of the region in the plane of z, negative outside.
+        step_factor: largest factor on the branch that keeps the whole spectrum in the region.
+        operations: names of the operations that the step consists of, in order.
         notes: what the reader should know about these numbers.
 
     Raises:
@@ -86,6 +106,15 @@ class StepReport:
     growth_interval: tuple[float, float]
     gradient_norm: float
     state_norm: float
+    parameter_gradient_norm: float | None = None
+    step_size: float | None = None
+    convention: str = ""
+    after: tuple[str, ...] = ()
+    attribution: Mapping[str, float] | None = None
+    mechanism: Mapping[str, float] | None = None
+    margin: float | None = None
+    step_factor: float | None = None
+    operations: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
@@ -116,6 +145,8 @@ class Report:
         seed: seed of every random choice.
         seconds: wall-clock time of the analysis.
         thresholds: the limits behind the verdict.
+        explained: how much of the growth the stability functions account for, by name of the number.
+        rate_law: how growth depends on depth: the law chosen and the evidence for it.
         notes: what the reader should know about the whole.
         versions: versions of stabkit and of what it stands on.
 
@@ -148,6 +179,8 @@ class Report:
     seed: int
     seconds: float
     thresholds: Mapping[str, Any] = field(default_factory=dict)
+    explained: Mapping[str, Any] = field(default_factory=dict)
+    rate_law: Mapping[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     versions: Mapping[str, str] = field(default_factory=dict)
 
@@ -181,8 +214,8 @@ class Report:
         """Write the report to a file, whole or not at all.
 
         Args:
-            path: the suffix says what is written: ``.json`` (everything), ``.csv`` (one row per step), ``.png``,
-                ``.svg`` or ``.pdf`` (the three plots side by side).
+            path: the suffix says what is written: ``.html`` (a page to look at), ``.json`` (everything), ``.csv`` (one
+                row per step), ``.png``, ``.svg`` or ``.pdf`` (three plots side by side).
 
         Returns:
             The path that was written.

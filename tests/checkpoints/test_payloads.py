@@ -13,6 +13,7 @@ import hypothesis.strategies as st
 import numpy as np
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from hypothesis import HealthCheck, given, settings
 from safetensors.torch import save_file
 
@@ -78,11 +79,12 @@ def test_a_checkpoint_in_a_zip_is_not_searched(tmp_path, network, tripwire):
         load(tmp_path / "outer.pt", model=network)
 
 
-def test_the_pickle_of_a_distributed_checkpoint_is_not_read(tmp_path, tripwire):
+@pytest.mark.parametrize("protocol", range(6))
+def test_the_pickle_of_a_distributed_checkpoint_does_not_run(tmp_path, tripwire, protocol):
     (tmp_path / "dcp").mkdir()
-    (tmp_path / "dcp" / ".metadata").write_bytes(pickle.dumps(tripwire))
+    (tmp_path / "dcp" / ".metadata").write_bytes(pickle.dumps(tripwire, protocol))
     for source in (tmp_path / "dcp", tmp_path / "dcp" / ".metadata", tmp_path):
-        with pytest.raises(CheckpointError, match="dcp_to_torch"):
+        with pytest.raises(CheckpointError, match=r"mkdir.*Nothing was run.*dcp_to_torch"):
             load(source)
 
 
@@ -185,3 +187,32 @@ def test_a_mutated_file_loads_or_says_why_not(tmp_path, network, state, kind, da
         message = f"{good} gives {list(loaded.model(*loaded.inputs).shape)}"
     assert str(good) in message
     assert len(message) < 2000
+
+
+@pytest.mark.filterwarnings("ignore")  # torch's own, about saving from a single process
+@pytest.mark.parametrize("part", ["metadata", "shard"])
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_a_mutated_distributed_checkpoint_loads_or_says_why_not(tmp_path, network, state, part, data):
+    folder = tmp_path / "dcp"
+    if not folder.exists():
+        dcp.save({"model": state, "step": 3}, checkpoint_id=str(folder))
+        (tmp_path / "good").write_bytes((folder / ".metadata").read_bytes())
+        (tmp_path / "good_shard").write_bytes((folder / "__0_0.distcp").read_bytes())
+    content = (tmp_path / ("good" if part == "metadata" else "good_shard")).read_bytes()
+    (folder / ".metadata").write_bytes((tmp_path / "good").read_bytes())
+    start = data.draw(st.integers(0, len(content) - 1))
+    end = data.draw(st.integers(start, min(len(content), start + 60)))
+    new = data.draw(st.sampled_from([b"", content[start:end] * 2, b"\xff\xff\xff\x7f"]) | st.binary(max_size=8))
+    changed = data.draw(st.sampled_from([content[:start], content[:start] + new + content[end:]]))
+    (folder / (".metadata" if part == "metadata" else "__0_0.distcp")).write_bytes(changed)
+    before = sorted(folder.iterdir())
+    try:
+        loaded = load(folder, model=network, input="2x3")
+    except CheckpointError as error:
+        message = str(error)
+    else:
+        message = f"{folder} gives {list(loaded.model(*loaded.inputs).shape)}"
+    assert str(folder) in message
+    assert len(message) < 2000
+    assert sorted(folder.iterdir()) == before

@@ -92,3 +92,26 @@ def test_the_architecture_named_in_a_training_dict(state):
     assert "timm:resnet18" in architecture_hint({"arch": "resnet18", "state_dict": state})
     assert "timm:vit" in architecture_hint({"model": state, "args": {"model": "vit"}})
     assert architecture_hint(state) == ""
+
+
+def test_lightning_weight_averaging_puts_the_average_under_the_usual_name(state):
+    average = {name: value + 1 for name, value in state.items()}
+    saved = {
+        "state_dict": average,
+        "current_model_state": state,
+        "averaging_state": {"n_averaged": torch.tensor(3)},
+        "pytorch-lightning_version": "2.6.0",
+    }
+    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2))
+    found = find_weights(saved)
+    assert torch.equal(choose_weights(found, model)[0].tensors["0.weight"], state["0.weight"])
+    taken, notes = choose_weights(found, model, weights="ema")
+    assert torch.equal(taken.tensors["0.weight"], average["0.weight"])
+    assert "averaged weights (EMA)" in notes
+
+
+def test_a_tensor_that_claims_more_than_it_has_is_refused():
+    with pytest.raises(CheckpointError, match="w claims 1099511627776 numbers and has 4 bytes"):
+        find_weights({"w": torch.ones(1).expand(2**20, 2**20)})
+    # a mask that was expanded before it was saved is no attack
+    assert find_weights({"mask": torch.ones(1, 1).expand(64, 64)})

@@ -1,0 +1,283 @@
+"""A source -> its weights, or the module they belong to: every kind of file and directory finds its reader here."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from stabkit.checkpoints import adapters, programs
+from stabkit.checkpoints.directories import holds_whole_weights, refuse_other_directories
+from stabkit.checkpoints.distributed import Distributed, Placed, distributed_folder, read_distributed
+from stabkit.checkpoints.files import read_file, regular_file
+from stabkit.checkpoints.hugging_face import load_directory, read_json, read_weights
+from stabkit.checkpoints.matching import fill, let_go
+from stabkit.checkpoints.names import Model, build_model, is_model_name
+from stabkit.checkpoints.state_dict import Weights, architecture_hint, arrange, choose_weights, find_weights
+from stabkit.checkpoints.training import step_in_name, training_step
+from stabkit.errors import CheckpointError
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the caller asked for beside the source; see ``load``."""
+
+    model: Model | None = None
+    base: Model | Path | None = None
+    key: str | None = None
+    weights: str = "raw"
+    factory_args: dict[str, Any] = field(default_factory=dict)
+    trust_pickle: bool = False
+    allow_export: bool = False
+    allow_torchscript: bool = False
+    seed: int = 0
+
+    def refuse(self, what: str, *names: str) -> None:
+        """Say which options have no meaning for ``what``, rather than pass over them."""
+        unset: dict[str, Any] = {"key": None, "weights": "raw", "factory_args": {}, "model": None, "base": None}
+        values = {name: getattr(self, name) for name in names if getattr(self, name) != unset[name]}
+        given = [f"{n}={type(v).__name__ if isinstance(v, nn.Module) else repr(v)}" for n, v in values.items()]
+        if given:
+            raise CheckpointError(f"{', '.join(given)} has no meaning for {what}; leave it out")
+
+    def build(self, model: Model) -> tuple[nn.Module, str]:
+        """The architecture with random weights, and its name."""
+        return build_model(model, factory_args=self.factory_args, seed=self.seed)
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A module with its weights.
+
+    Attributes:
+        module: the module.
+        name: what it is called.
+        notes: what was done, in sentences.
+        folder: the directory it came from, which may say how its inputs are prepared.
+        inputs: positional inputs that were saved with it.
+        non_finite: names of tensors that hold NaN or infinity; None where nobody has looked yet.
+        step: what counts the steps of training, and the count.
+    """
+
+    module: nn.Module
+    name: str
+    notes: tuple[str, ...]
+    folder: Path | None = None
+    inputs: tuple[Any, ...] = ()
+    non_finite: tuple[str, ...] | None = None
+    step: tuple[str, float] | None = None
+
+
+@dataclass(frozen=True)
+class StoredWeights:
+    """The tensors of a checkpoint whose architecture is not known.
+
+    Attributes:
+        tensors: by name; memory-mapped, or read when they are looked up.
+        name: what they are called.
+        description: which set was taken, one sentence a line.
+    """
+
+    tensors: Mapping[str, Tensor]
+    name: str
+    description: str
+
+
+class ArchitectureMissingError(CheckpointError):
+    """Weights were found, but nothing says which model they belong to.
+
+    Attributes:
+        weights: what was found.
+    """
+
+    def __init__(self, message: str, weights: StoredWeights) -> None:
+        super().__init__(message)
+        self.weights = weights
+
+
+@dataclass(frozen=True)
+class _Archive:
+    """What a file or a directory holds.
+
+    ``shards`` is set when the tensors in ``content`` are placeholders, which it reads.
+    """
+
+    path: Path
+    content: Any
+    how: str
+    shards: Distributed | None = None
+
+    def placed(self, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        return tensors if self.shards is None else Placed(self.shards, tensors)
+
+    def weights(self) -> list[Weights]:
+        try:
+            return find_weights(self.content)
+        except CheckpointError as error:
+            raise CheckpointError(f"{self.path}: {error}") from error
+
+    @property
+    def step(self) -> tuple[str, float] | None:
+        return training_step(self.content) or step_in_name(self.path)
+
+
+def open_model(source: str, options: Options) -> Opened:
+    """The model behind a source, with its weights.
+
+    Raises:
+        ArchitectureMissingError: there are weights, but nothing says which model they belong to.
+        CheckpointError: anything else that the caller can mend.
+    """
+    path = Path(source).expanduser()
+    if not _exists(path) and is_model_name(source):
+        return _from_name(source, options)
+    if path.is_dir():
+        return _from_directory(path, options)
+    return _from_file(path, options)
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except (OSError, ValueError):  # a name with a null byte, or too long for a path
+        return False
+
+
+def _from_name(text: str, options: Options) -> Opened:
+    if options.model is not None:
+        raise CheckpointError(
+            f"source {text!r} is a model name, and model={options.model!r} names another; "
+            "give a checkpoint file as the source, or leave model out"
+        )
+    options.refuse(f"the model name {text!r}, which has no file of weights", "key", "weights", "base")
+    module, name = options.build(text)
+    return Opened(module, name, (f"{name} with its own initial weights, seed {options.seed}",))
+
+
+def _from_file(path: Path, options: Options) -> Opened:
+    regular_file(path)
+    if path.suffix == ".distcp" or path.name == ".metadata" or path.name.startswith("zero_pp_rank_"):
+        return _from_directory(path.parent, options)
+    if path.name.endswith(".index.json") or path.name == adapters.CONFIG:
+        return _from_directory(path.parent, options)
+    if path.name.startswith("adapter_model.") and (path.parent / adapters.CONFIG).exists():
+        return _from_directory(path.parent, options)
+    kind = programs.kind_of(path)
+    if kind is not None:
+        return _from_program(path, kind, options)
+    saved = read_file(path, trust_pickle=options.trust_pickle)
+    archive = _Archive(path, saved.content, saved.how)
+    if options.model is None and options.trust_pickle:
+        module = _pickled_module(saved.content, options.key)
+        if module is not None:
+            notes = (f"format: {saved.how}", "the module that was pickled")
+            return Opened(module, type(module).__name__, notes, step=archive.step)
+    return _filled(archive, options)
+
+
+def _from_program(path: Path, kind: str, options: Options) -> Opened:
+    options.refuse(f"a {kind}", "key", "weights", "base")
+    allowed = options.allow_export if kind == programs.EXPORT else options.allow_torchscript
+    program = programs.load_program(path, kind, allowed=allowed)
+    step = step_in_name(path)
+    if options.model is None:
+        options.refuse(f"a {kind} without --model", "factory_args")
+        notes = (f"format: {program.how}", "its modules are lost: depth is read from its operations")
+        return Opened(program.module, path.name, notes, inputs=program.inputs, step=step)
+    module, name = options.build(options.model)
+    filled = fill(module, program.module.state_dict())
+    return Opened(module, name, (f"format: {program.how}", *filled.notes), inputs=program.inputs, step=step)
+
+
+def _filled(archive: _Archive, options: Options) -> Opened:
+    """The architecture that the options name, with the weights of an archive."""
+    options.refuse(f"{archive.path}, which is no LoRA adapter", "base")
+    found = archive.weights()
+    if options.model is None:
+        raise _missing_architecture(archive, options)
+    module, name = options.build(options.model)
+    if archive.shards is not None and module is not options.model:
+        let_go(module)  # its random weights, which would stand beside those that are put together from shards
+    try:
+        taken, notes = choose_weights(found, module, key=options.key, weights=options.weights)
+        filled = fill(module, archive.placed(arrange(taken, found, module)), taken.metadata)
+    except CheckpointError as error:
+        raise CheckpointError(f"{archive.path}: {error}") from error.__cause__
+    said = (f"format: {archive.how}", *notes, *filled.notes)
+    return Opened(module, name, said, non_finite=filled.non_finite, step=archive.step)
+
+
+def _from_directory(folder: Path, options: Options) -> Opened:
+    config = folder / "config.json"
+    if not holds_whole_weights(folder):
+        if (sharded := distributed_folder(folder)) is not None:
+            shards = read_distributed(sharded)
+            return _filled(_Archive(sharded, shards.content, "distributed checkpoint (DCP), sharded", shards), options)
+        if (folder / adapters.CONFIG).exists():
+            return _from_adapter(folder, options)
+        refuse_other_directories(folder)
+    if options.model is None and config.exists():
+        content = read_json(config)
+        if "model_type" in content or "architecture" not in content:
+            options.refuse(f"{folder}, whose config.json says it all", "key", "weights", "factory_args", "base")
+            module, name, notes = load_directory(folder, trust_pickle=options.trust_pickle, seed=options.seed)
+            return Opened(module, name, notes, folder, step=step_in_name(folder))
+        options = dataclasses.replace(
+            options, model=f"timm:{content['architecture']}", factory_args=_timm_arguments(content, options)
+        )
+    tensors, origin = read_weights(folder, trust_pickle=options.trust_pickle)
+    opened = _filled(_Archive(folder, tensors, origin), options)
+    return dataclasses.replace(opened, folder=folder)
+
+
+def _timm_arguments(config: Mapping[str, Any], options: Options) -> dict[str, Any]:
+    """What a timm directory says about its model, and over it what the caller says."""
+    arguments = config.get("model_args")
+    known = {k: config[k] for k in ("num_classes", "global_pool") if config.get(k) is not None}
+    return {**known, **(arguments if isinstance(arguments, dict) else {}), **options.factory_args}
+
+
+def _from_adapter(folder: Path, options: Options) -> Opened:
+    if options.base is None:
+        raise adapters.needs_base(folder)
+    adapter = adapters.read_adapter(folder, trust_pickle=options.trust_pickle)
+    if isinstance(options.base, str | Path):
+        base = open_model(str(options.base), dataclasses.replace(options, base=None))
+    else:
+        module, name = options.build(options.base)
+        base = Opened(module, name, ())
+    notes = adapters.merge(base.module, adapter)
+    said = (f"base: {base.name}, by the adapter's config {adapter.base}", *base.notes, *notes)
+    return dataclasses.replace(base, notes=said, non_finite=None, step=step_in_name(folder))
+
+
+def _pickled_module(content: Any, key: str | None) -> nn.Module | None:
+    """The module in an unpickled object: the object itself, or the entry that holds one."""
+    if isinstance(content, nn.Module):
+        return content
+    entries = content if isinstance(content, Mapping) else {}
+    names = [key] if key is not None else ["model", "module", "net", "network", *map(str, entries)]
+    return next((entries[n] for n in names if isinstance(entries.get(n), nn.Module)), None)
+
+
+def _missing_architecture(archive: _Archive, options: Options) -> CheckpointError:
+    found = archive.weights()
+    if not found:
+        kind = type(archive.content).__name__
+        return CheckpointError(f"{archive.path} holds no tensors with names: it is a {kind}; expected a state dict")
+    if any(".lora_" in name for name in found[0].tensors):
+        return CheckpointError(
+            f"{archive.path} is a LoRA adapter without its {adapters.CONFIG}, which says how it scales; give the "
+            "directory that peft saved, and its base model with --base"
+        )
+    taken, notes = choose_weights(found, None, key=options.key, weights=options.weights)
+    said = "\n".join([f"source: {archive.path}", f"format: {archive.how}", *notes])
+    return ArchitectureMissingError(
+        f"{archive.path} holds {len(taken.tensors)} tensors, which is not yet a model; give the architecture: --model "
+        f"pkg.mod:factory, file.py:factory, timm:NAME or torchvision:NAME.{architecture_hint(archive.content)}",
+        StoredWeights(archive.placed(taken.tensors), archive.path.name, said),
+    )

@@ -1,0 +1,51 @@
+"""The command line, one module a command. What a command needs, it imports when it runs.
+
+Exit codes: 0, it ran (and nothing that ``--fail-on`` names was found); 1, ``--fail-on`` found something; 2, it could
+not run, or nothing finite could be measured; 130, interrupted.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Annotated
+
+import typer
+
+from stabkit._version import __version__
+from stabkit.cli import analyze, compare, demo, methods, plot
+
+app = typer.Typer(
+    name="stabkit",
+    help="Stability analysis for PyTorch: a deep network read as a numerical integrator.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+
+def main() -> None:
+    """The console entry; leaves by ``SystemExit`` with the exit codes above."""
+    # Beside a busy neighbour, OpenMP threads that spin while they wait make two threads slower than one. torch reads
+    # this when it is imported; a command line may set it, a library may not.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    app()
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"stabkit {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _top(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and leave.")
+    ] = False,
+) -> None:
+    pass
+
+
+for _command in (analyze.analyze, compare.compare, plot.plot, methods.methods, demo.demo):
+    app.command()(_command)

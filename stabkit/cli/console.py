@@ -1,0 +1,100 @@
+"""What a command says and how it ends: messages, exit codes, a progress bar."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import typer
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+FOUND, FAILED, INTERRUPTED, PIPE_CLOSED = 1, 2, 130, 141
+
+
+@contextmanager
+def guarded(debug: bool) -> Iterator[None]:
+    """One clear message and an exit code for everything that can go wrong."""
+    from stabkit.errors import StabkitError
+
+    try:
+        yield
+    except typer.Exit:
+        raise
+    except KeyboardInterrupt:
+        fail("interrupted", debug=False, code=INTERRUPTED)
+    except BrokenPipeError:
+        # the reader of a pipe has left: no message can reach it, and closing must not try again
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise typer.Exit(PIPE_CLOSED) from None
+    except StabkitError as error:
+        fail(str(error), debug)
+    except SystemExit as error:
+        fail(f"the code of the model left the program with exit code {error.code!r}", debug)
+    except Exception as error:
+        hint = "" if debug else "; run again with --debug for the traceback"
+        fail(f"unexpected {type(error).__name__}: {error}{hint}", debug)
+
+
+def fail(message: str, debug: bool, code: int = FAILED) -> NoReturn:
+    """Print one line to standard error and leave with an exit code."""
+    if debug:
+        import traceback
+
+        traceback.print_exc()
+    from rich.text import Text
+
+    from stabkit.report.terminal import plain_text
+
+    line = Text.assemble(("error: ", "bold red"), plain_text(message))
+    screen(stderr=True).print(line, highlight=False, soft_wrap=True)
+    raise typer.Exit(code)
+
+
+def screen(stderr: bool = False) -> Console:
+    """The terminal, or the pipe in its place."""
+    from rich.console import Console
+
+    class Screen(Console):
+        def on_broken_pipe(self) -> None:
+            raise BrokenPipeError  # rich would leave by SystemExit, as if the user's code had
+
+    return Screen(stderr=stderr, emoji=False)
+
+
+def say(console: Console, message: str) -> None:
+    """Print a line as it is: nothing in it is markup or a control code."""
+    from stabkit.report.terminal import plain_text
+
+    console.print(plain_text(message), highlight=False, soft_wrap=True)
+
+
+@contextmanager
+def stdout_to_stderr() -> Iterator[None]:
+    """What a model prints must not mix with the report."""
+    from contextlib import redirect_stdout
+
+    with redirect_stdout(sys.stderr):
+        yield
+
+
+@contextmanager
+def progress_bar() -> Iterator[Any]:
+    """A bar on standard error, on a terminal only; yields ``progress(done, total, name)``."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    from stabkit.report.tables import printable
+
+    console = screen(stderr=True)
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task("tracing", total=None)
+
+        def progress(done: int, total: int, name: str) -> None:
+            bar.update(task, completed=done, total=total, description=printable(name)[:40])
+
+        yield progress

@@ -1,0 +1,263 @@
+"""One recipe of analysis run over many checkpoints, one at a time."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from stabkit.analysis import analyze
+from stabkit.checkpoints import load
+from stabkit.checkpoints.inputs import Input, Inputs
+from stabkit.checkpoints.load import Loaded
+from stabkit.checkpoints.matching import let_go
+from stabkit.checkpoints.names import Model, build_model
+from stabkit.checkpoints.training import natural_order
+from stabkit.comparison import cache as cached
+from stabkit.comparison.hashing import architecture_hash, content_hash, recipe_hash, source_hash, tensors_hash
+from stabkit.comparison.result import Comparison, Snapshot
+from stabkit.diagnosis import Thresholds
+from stabkit.errors import CheckpointError, StabkitError
+from stabkit.tracing.depth import Depth
+
+Progress = Callable[[int, int, str], None]
+
+
+def compare(
+    sources: Sequence[str | os.PathLike[str]],
+    *,
+    model: Model | None = None,
+    input: Input | None = None,
+    over_time: bool = False,
+    cache: str | os.PathLike[str] | None = None,
+    loss: Callable[[Any], torch.Tensor] | None = None,
+    depth: Depth = "auto",
+    batch_dim: int | None = 0,
+    spectrum: str = "auto",
+    thresholds: Thresholds | None = None,
+    seed: int = 0,
+    factory_args: Mapping[str, Any] | None = None,
+    progress: Progress | None = None,
+    **options: Any,
+) -> Comparison:
+    """The same analysis of one model at several checkpoints, with what changed between them.
+
+    All checkpoints get the same input. One is in memory at a time. A checkpoint that cannot be read, or whose weights
+    are not finite, is a snapshot that says so; the others are analysed all the same.
+
+    Args:
+        sources: checkpoints, as `stabkit.load` takes them.
+        model: their architecture, as `stabkit.load` takes it. A module comes back as it was.
+        input: as `stabkit.load` takes it; without it, the model is asked once.
+        over_time: order the snapshots by training step, read from the files or from their names.
+        cache: a directory for finished checkpoints, by the hash of their content and of everything that decides the
+            result: a second run takes them from there.
+        loss: as `stabkit.analyze` takes it, like ``depth``, ``batch_dim``, ``spectrum``, ``thresholds`` and ``seed``.
+        depth: where steps end.
+        batch_dim: which dimension counts samples.
+        spectrum: which eigenvalues.
+        thresholds: the limits behind the verdict.
+        seed: of every random choice.
+        factory_args: keyword arguments of the factory.
+        progress: called with (done, total, source) before each checkpoint and at the end.
+        **options: further arguments of `stabkit.load`: ``key``, ``weights``, ``base``, ``trust_pickle``, ...
+
+    Raises:
+        CheckpointError: there are no sources, or none could be analysed.
+
+    Example:
+        >>> import tempfile, torch
+        >>> layer = lambda gain: {"weight": gain * torch.eye(3)}
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     for epoch, gain in enumerate([1.0, 0.5]):
+        ...         torch.save({"model": layer(gain), "epoch": epoch}, f"{folder}/{epoch}.pt")
+        ...     found = compare([f"{folder}/{e}.pt" for e in (1, 0)], over_time=True, input="2x3",
+        ...                     model=lambda: nn.Linear(3, 3, bias=False))
+        >>> [snapshot.step for snapshot in found.snapshots], found.growth.round(3).tolist()
+        ([0.0, 1.0], [[0.0], [-0.693]])
+    """
+    named = [str(source) for source in sources]
+    if not named:
+        raise CheckpointError("there are no checkpoints to compare; give at least one")
+    if isinstance(options.get("base"), nn.Module):
+        raise CheckpointError(
+            "base is a module, into which one adapter after another would be merged; give its file or directory"
+        )
+    if over_time:
+        named = sorted(named, key=natural_order)
+    settings = _Settings(
+        analysis={"depth": depth, "batch_dim": batch_dim, "spectrum": spectrum, "thresholds": thresholds, "seed": seed},
+        loss=loss,
+        loading={"seed": seed, **options},
+        folder=None if cache is None else Path(cache),
+    )
+    with contextlib.ExitStack() as stack:
+        built = None
+        if model is not None:
+            built, _ = build_model(model, factory_args=factory_args, seed=seed)
+            if built is model:  # one that was built here has no weights worth keeping
+                stack.enter_context(_put_back(built))
+        runner = _Runner(settings, built, input, {} if built is not None else dict(factory_args or {}))
+        snapshots = []
+        for index, source in enumerate(named):
+            if progress is not None:
+                progress(index, len(named), source)
+            snapshots.append(runner.run(source))
+    if progress is not None:
+        progress(len(named), len(named), "")
+    if all(snapshot.state == "failed" for snapshot in snapshots):
+        raise CheckpointError(f"none of {len(named)} checkpoints could be analysed. {snapshots[0].message}")
+    return _ordered(snapshots, over_time)
+
+
+@dataclass(frozen=True)
+class _Settings:
+    analysis: dict[str, Any]
+    loss: Callable[[Any], torch.Tensor] | None
+    loading: dict[str, Any]
+    folder: Path | None
+
+
+@dataclass
+class _Runner:
+    """Analyses one source after another with the same module, where there is one, and the same input."""
+
+    settings: _Settings
+    module: nn.Module | None
+    input: Input | None
+    factory_args: dict[str, Any]
+    inputs: Inputs | None = None
+    _recipe: str | None = field(default=None, init=False)
+
+    def run(self, source: str) -> Snapshot:
+        content = ""
+        if self.settings.folder is not None:
+            # a model name has no content; of a file that is not there, loading says what is wrong
+            with contextlib.suppress(OSError, ValueError):
+                content = content_hash(Path(source).expanduser())
+        key = self._key(content)
+        if key is not None and self.settings.folder is not None:
+            found = cached.fetch(self.settings.folder, key, source)
+            if found is not None:
+                return found
+        try:
+            snapshot = self._analysed(source, content)
+        except StabkitError as error:
+            return Snapshot(source, "failed", content=content, message=str(error))
+        finally:
+            if self.module is not None:
+                let_go(self.module)
+        if key is not None and self.settings.folder is not None:
+            cached.store(self.settings.folder, key, snapshot)
+        return snapshot
+
+    def _analysed(self, source: str, content: str) -> Snapshot:
+        loaded = load(
+            source,
+            model=self.module,
+            input=self.inputs if self.inputs is not None else self.input,
+            factory_args=self.factory_args,
+            **self.settings.loading,
+        )
+        self._remember(loaded)
+        name, step = loaded.step if loaded.step is not None else ("", None)
+        snapshot = Snapshot(source, "analysed", step, name, content)
+        if loaded.non_finite:
+            shown = ", ".join(loaded.non_finite[:5]) + " ..." * (len(loaded.non_finite) > 5)
+            return dataclasses.replace(
+                snapshot, state="non-finite", message=f"NaN or infinity in {len(loaded.non_finite)} tensors: {shown}"
+            )
+        report = analyze(
+            loaded.model,
+            *loaded.inputs,
+            kwargs=loaded.kwargs,
+            loss=self.settings.loss,
+            name=source,
+            **self.settings.analysis,
+        )
+        return dataclasses.replace(snapshot, report=report)
+
+    def _remember(self, loaded: Loaded) -> None:
+        """Every later checkpoint gets the input of the first."""
+        if self.inputs is None:
+            self.inputs = Inputs(loaded.inputs, "that of the first checkpoint", loaded.kwargs)
+
+    def _key(self, content: str) -> str | None:
+        """What decides the result, as a file name; None when that cannot be known."""
+        if not content or self.settings.folder is None:
+            return None
+        if self._recipe is None:
+            self._recipe = _recipe(self.settings, self.module, self.input, self.factory_args)
+        return recipe_hash({"recipe": self._recipe, "content": content})[:40] if self._recipe else None
+
+
+def _recipe(settings: _Settings, module: nn.Module | None, given: Input | None, arguments: dict[str, Any]) -> str:
+    """A hash of everything but the checkpoint; empty when part of it cannot be hashed."""
+    loss = "none" if settings.loss is None else source_hash(settings.loss)
+    if loss is None:
+        return ""
+    loading = dict(settings.loading)
+    base = loading.pop("base", None)
+    if isinstance(base, str | Path) and Path(base).exists():
+        loading["base"] = content_hash(Path(base))
+    elif base is not None:
+        return ""
+    thresholds = settings.analysis["thresholds"] or Thresholds()
+    return recipe_hash(
+        {
+            "architecture": "its own" if module is None else architecture_hash(module),
+            "arguments": arguments,
+            "input": _input_hash(given),
+            "loss": loss,
+            "loading": loading,
+            "analysis": {**settings.analysis, "thresholds": thresholds.to_dict()},
+        }
+    )
+
+
+def _input_hash(given: Input | None) -> str:
+    if given is None or isinstance(given, Inputs):
+        return "inferred" if given is None else tensors_hash((given.args, given.kwargs))
+    if isinstance(given, str | Path):
+        path = Path(given)
+        return f"file {content_hash(path)}" if len(str(given)) < 1024 and path.is_file() else str(given)
+    return tensors_hash(given)
+
+
+@contextlib.contextmanager
+def _put_back(module: nn.Module) -> Iterator[None]:
+    """Weights, buffers and training flags as they were before; no copy is made, only references are kept."""
+    tensors = [*module.parameters(), *module.buffers()]
+    before = [(tensor, tensor.data) for tensor in tensors]
+    flags = [(part, part.training) for part in module.modules()]
+    try:
+        yield
+    finally:
+        for tensor, data in before:
+            tensor.data = data
+        for part, flag in flags:
+            part.training = flag
+
+
+def _ordered(snapshots: list[Snapshot], over_time: bool) -> Comparison:
+    notes = []
+    if over_time:
+        counted = {snapshot.step_name for snapshot in snapshots if snapshot.state != "failed"}
+        if len(counted) == 1 and counted != {""}:
+            last = float("inf")
+            snapshots = sorted(snapshots, key=lambda s: last if s.step is None else s.step)
+            notes.append(f"ordered by {next(iter(counted))}")
+        else:
+            notes.append("ordered by file name: the checkpoints do not all count their steps in the same way")
+    result = Comparison(tuple(snapshots), over_time, tuple(notes))
+    if not result.step_names and len(result.analysed) > 1:
+        said = "the checkpoints do not have the same steps: growths are compared as totals only"
+        result = dataclasses.replace(result, notes=(*notes, said))
+    return result

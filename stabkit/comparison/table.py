@@ -1,0 +1,143 @@
+"""A comparison as rows: the table that people read, and CSV."""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+from typing import Any
+
+from stabkit.comparison.result import Comparison, Snapshot
+from stabkit.report.tables import figures, middle, percent, printable, signed
+
+_NAME = 34
+TITLES = (
+    *("checkpoint", "step", "verdict", "growth", "interval", "change", "most changed"),
+    *("radius", "margin", "sigma", "out", "findings"),
+)
+_DROPPED = ("interval", "margin", "out", "sigma", "most changed", "change")  # in this order, where there is no room
+LEFT = ("checkpoint", "verdict", "most changed", "findings")
+
+
+def rows(comparison: Comparison) -> list[list[str]]:
+    """One row a checkpoint, in the order of ``TITLES``."""
+    drifts = {drift.source: drift for drift in comparison.drift}
+    first = comparison.analysed[0].source if comparison.analysed else ""
+    found = []
+    for snapshot in comparison.snapshots:
+        drift = drifts.get(snapshot.source)
+        changed = "-" if drift is None or snapshot.source == first else _marked(drift.growth_change, drift.moved)
+        place = "-"
+        if drift is not None and drift.step_name and snapshot.source != first:
+            place = f"{middle(printable(drift.step_name), 18)} {signed(drift.step_change)}"
+        found.append([*_start(snapshot), changed, place, *_end(snapshot)])
+    return found
+
+
+def fitted(comparison: Comparison, width: int) -> list[list[str]]:
+    """Titles, then one row a checkpoint, in the columns that fit into ``width`` characters."""
+    table = [list(TITLES), *rows(comparison)]
+    kept = list(TITLES)
+    for title in _DROPPED:
+        if sum(max(len(row[TITLES.index(t)]) for row in table) + 1 for t in kept) <= width:
+            break
+        kept.remove(title)
+    return [[row[TITLES.index(title)] for title in kept] for row in table]
+
+
+def _start(snapshot: Snapshot) -> list[str]:
+    report = snapshot.report
+    name = middle(printable(snapshot.source), _NAME)
+    step = "-" if snapshot.step is None else f"{snapshot.step:g}"
+    if report is None:
+        return [name, step, snapshot.state, "-", "-"]
+    low, high = report.total_growth_interval
+    return [name, step, report.verdict, signed(report.total_growth), f"{signed(low)} to {signed(high)}"]
+
+
+def _end(snapshot: Snapshot) -> list[str]:
+    if snapshot.report is None:
+        return ["-"] * 4 + [middle(printable(snapshot.message), 60)]
+    kinds = sorted({f"{finding.kind} ({finding.severity})" for finding in snapshot.report.findings})
+    return [
+        _figure(snapshot.largest_radius),
+        _figure(snapshot.margin),
+        _figure(snapshot.largest_singular_value),
+        percent(None if math.isnan(snapshot.outside_share) else snapshot.outside_share),
+        ", ".join(kinds) or "none",
+    ]
+
+
+def _figure(value: float) -> str:
+    return figures(None if math.isnan(value) else value)
+
+
+def _marked(change: float, moved: bool) -> str:
+    return signed(change) + ("*" if moved else "")
+
+
+def legend() -> str:
+    """What the columns mean."""
+    return (
+        "growth: of the gradient through the blocks, nats; change: against the first checkpoint, * where the intervals "
+        "do not overlap; most changed: the step whose growth moved furthest from the first checkpoint's; "
+        "radius, sigma, out: the largest spectral radius, singular value and share of eigenvalues outside the region "
+        "of any step; "
+        "margin: 1 - radius."
+    )
+
+
+def plain(comparison: Comparison, width: int = 160) -> str:
+    """The comparison as text without colors, in lines of about ``width`` characters."""
+    table = fitted(comparison, width)
+    titles = table[0]
+    widths = [max(len(row[i]) for row in table) for i in range(len(titles))]
+    lines = []
+    for row in table:
+        cells = zip(row, widths, titles, strict=True)
+        lines.append(" ".join(c.ljust(w) if title in LEFT else c.rjust(w) for c, w, title in cells).rstrip())
+    lines.insert(1, "-" * max(map(len, lines)))
+    tail = [*comparison.changes, *comparison.notes]
+    return "\n".join([*lines, "", *map(printable, tail), legend()])
+
+
+def csv_text(comparison: Comparison) -> str:
+    """One row a checkpoint and step of the flow, for a spreadsheet or a data frame."""
+    stream = io.StringIO()
+    columns = ["source", "training_step", "step_name", "state", "verdict", "index", "name", "kind", "growth"]
+    columns += ["growth_low", "growth_high", "spectral_radius", "largest_singular_value", "outside_share"]
+    writer = csv.DictWriter(stream, columns, lineterminator="\n")
+    writer.writeheader()
+    for snapshot in comparison.snapshots:
+        start: dict[str, Any] = {
+            "source": _cell(snapshot.source),
+            "training_step": snapshot.step,
+            "step_name": _cell(snapshot.step_name),
+            "state": snapshot.state,
+        }
+        if snapshot.report is None:
+            writer.writerow(start)
+            continue
+        for step in snapshot.report.steps:
+            low, high = step.growth_interval
+            writer.writerow(
+                {
+                    **start,
+                    "verdict": snapshot.report.verdict,
+                    "index": step.index,
+                    "name": _cell(step.name),
+                    "kind": step.kind,
+                    "growth": step.growth,
+                    "growth_low": low,
+                    "growth_high": high,
+                    "spectral_radius": step.spectral_radius,
+                    "largest_singular_value": step.largest_singular_value,
+                    "outside_share": step.outside_share,
+                }
+            )
+    return stream.getvalue()
+
+
+def _cell(text: str) -> str:
+    """No text that a spreadsheet would run as a formula."""
+    return "'" + text if text.startswith(("=", "+", "-", "@", "\t", "\r")) else text

@@ -1,0 +1,210 @@
+"""A two-dimensional model as a flow: how points, grid lines and vectors move through depth or time."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from stabkit.plotting.style import BLUE, CENTIMETER, FONT, GREY, ORANGE, finish, new_axes, sample_color, small_text
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from stabkit.tracing import Flow, Iteration
+
+_PANELS = 6
+
+
+def grid_points(low: float = -2.0, high: float = 2.0, lines: int = 11, along: int = 61) -> torch.Tensor:
+    """Points of a square grid, line by line: the input for `flow_map`, of shape ``(2 * lines * along, 2)``.
+
+    Example:
+        >>> grid_points(lines=3, along=5).shape
+        torch.Size([30, 2])
+    """
+    across, fine = torch.linspace(low, high, lines), torch.linspace(low, high, along)
+    rows = torch.stack(torch.meshgrid(across, fine, indexing="ij"), -1)
+    return torch.cat([rows, rows.flip(-1)]).reshape(-1, 2)
+
+
+def flow_map(flow: Flow | Iteration, *, along: int = 61, panels: int = _PANELS) -> Figure:
+    """Grid lines bending step by step: the flow map of a two-dimensional model through depth.
+
+    Args:
+        flow: of a batch from `grid_points`; its states have two numbers where the space does not change.
+        along: points of one line, as given to `grid_points`.
+        panels: how many depths are shown, evenly spaced.
+
+    Raises:
+        ValueError: the states are not two-dimensional, or the batch is no whole number of lines.
+    """
+    states = _planar_states(flow)
+    if len(states[0][1]) % along:
+        raise ValueError(f"the batch has {len(states[0][1])} points, no multiple of along={along}; use grid_points()")
+    picks = np.unique(np.linspace(0, len(states) - 1, min(panels, len(states))).round().astype(int))
+    columns = min(len(picks), 3)
+    rows = -(-len(picks) // columns)
+    size = (columns * 5 * CENTIMETER, rows * 5.4 * CENTIMETER)
+    figure = Figure(figsize=size, dpi=200, layout="constrained")
+    grid = figure.subplots(rows, columns, squeeze=False)
+    for ax in grid.ravel()[len(picks) :]:
+        ax.set_visible(False)
+    for ax, pick in zip(grid.ravel(), picks, strict=False):
+        small_text(ax, FONT)
+        depth, points = states[pick]
+        _lines(ax, points, along)
+        ax.set_aspect("equal", adjustable="datalim")
+        ax.xaxis.set_major_locator(MaxNLocator(4))
+        ax.yaxis.set_major_locator(MaxNLocator(4))
+        ax.set_title("input" if depth == 0 else f"after {depth} step{'s' if depth > 1 else ''}", fontsize=FONT)
+    figure.supxlabel("x₁", fontsize=FONT)
+    figure.supylabel("x₂", fontsize=FONT)
+    return figure
+
+
+def animate_flow_map(
+    flow: Flow | Iteration, path: str | os.PathLike[str], *, along: int = 61, between: int = 6, per_second: int = 12
+) -> Path:
+    """The flow map as an animated GIF; between two depths points move on straight lines.
+
+    Args:
+        flow: as in `flow_map`.
+        path: the file to write, ``.gif``.
+        along: points of one line.
+        between: frames between two depths.
+        per_second: frames a second.
+
+    Raises:
+        ValueError: the suffix is not ``.gif``, or as in `flow_map`.
+    """
+    from matplotlib.animation import FuncAnimation, PillowWriter
+
+    path = Path(path)
+    if path.suffix.lower() != ".gif":
+        raise ValueError(f"path={str(path)!r}; the animation is a .gif")
+    states = _planar_states(flow)
+    figure = Figure(figsize=(8 * CENTIMETER, 8 * CENTIMETER), dpi=120, layout="constrained")
+    ax = figure.subplots()
+    whole = np.concatenate([points for _, points in states])
+    low, high = whole.min(axis=0), whole.max(axis=0)
+    margin = 0.05 * (high - low)
+
+    def frame(index: int) -> list[Any]:
+        place, rest = divmod(index, between)
+        start, stop = states[place], states[min(place + 1, len(states) - 1)]
+        ax.clear()
+        _lines(ax, start[1] + (stop[1] - start[1]) * rest / between, along)
+        ax.set_xlim(low[0] - margin[0], high[0] + margin[0])
+        ax.set_ylim(low[1] - margin[1], high[1] + margin[1])
+        ax.set_aspect("equal")
+        small_text(ax, FONT)
+        finish(ax, FONT, "x₁", "x₂", f"depth {start[0] + rest / between:.1f}")
+        return []
+
+    frames = (len(states) - 1) * between + 1
+    FuncAnimation(figure, frame, frames=frames).save(path, writer=PillowWriter(fps=per_second))
+    return path
+
+
+def vector_field(flow: Flow | Iteration, ax: Axes | None = None, *, step: int = 0) -> Axes:
+    """What one step adds to every point of the plane: the field h f(x) = x' - x of a two-dimensional model.
+
+    Args:
+        flow: of a batch of points, such as ``grid_points(lines=15, along=15)``.
+        ax: where to draw; a new figure when None.
+        step: which step.
+
+    Raises:
+        ValueError: the step does not map the plane to itself.
+    """
+    source, target = _plane(flow.states[step]), _plane(flow.states[step + 1])
+    if source is None or target is None:
+        raise ValueError(f"step {step} does not map two numbers to two numbers; choose another")
+    ax, font = new_axes(ax, 8, 7)
+    change = target - source
+    speed = np.hypot(*change.T)
+    span = np.ptp(source, axis=0).max() or 1.0
+    # the longest arrow is a twelfth of the picture, so that arrows do not cover each other
+    scale = max(float(speed.max()), 1e-300) * 12 / span
+    arrows = ax.quiver(
+        *source.T, *change.T, speed, angles="xy", scale_units="xy", scale=scale, cmap="viridis", width=0.004
+    )
+    bar = ax.figure.colorbar(arrows, ax=ax)
+    bar.set_label("|x′ − x|", fontsize=font)
+    small_text(bar.ax, font)
+    ax.set_aspect("equal", adjustable="datalim")
+    return finish(ax, font, "x₁", "x₂", f"Field of {_name(flow, step)}")
+
+
+def phase_portrait(flow: Flow | Iteration, ax: Axes | None = None, *, samples: int = 40) -> Axes:
+    """Trajectories of a recurrent net or an iterated map; in more than two dimensions their two principal directions.
+
+    A circle marks the start of a trajectory, a dot its end.
+
+    Args:
+        flow: a flow whose states all have the same size.
+        ax: where to draw; a new figure when None.
+        samples: trajectories drawn, at most.
+
+    Raises:
+        ValueError: the states have different sizes.
+    """
+    sizes = {state.size for state in flow.states[:: max(1, len(flow.states) // 50)]}
+    if len(sizes) > 1:
+        raise ValueError(f"the states have {sorted(sizes)} numbers; a portrait needs one space, as in recurrent_flow")
+    path = np.stack([_flat(state)[:samples] for state in flow.states])
+    ax, font = new_axes(ax, 8, 7)
+    names = ("x₁", "x₂")
+    if path.shape[-1] == 1:
+        path = np.stack([path[:-1, :, 0], path[1:, :, 0]], -1)
+        names = ("x(n)", "x(n + 1)")
+    elif path.shape[-1] > 2:
+        flat = path.reshape(-1, path.shape[-1])
+        _, values, directions = np.linalg.svd(flat - flat.mean(axis=0), full_matrices=False)
+        share = (values[:2] ** 2).sum() / max((values**2).sum(), 1e-300)
+        path = (path - flat.mean(axis=0)) @ directions[:2].T
+        names = ("first principal direction", f"second ({share:.0%} together)")
+    count = path.shape[1]
+    for sample in range(count):
+        x, y = path[:, sample].T
+        color = sample_color(sample, max(count, 2))
+        ax.plot(x, y, color=color, linewidth=0.7, alpha=0.8)
+        ax.plot(x[:1], y[:1], "o", color=color, markersize=3, markerfacecolor="none", markeredgewidth=0.7)
+        ax.plot(x[-1:], y[-1:], "o", color=color, markersize=3)
+    return finish(ax, font, *names, f"Phase portrait, {len(path) - 1} steps")
+
+
+def _lines(ax: Axes, points: NDArray[np.float64], along: int) -> None:
+    lines = points.reshape(-1, along, 2)
+    half = len(lines) // 2
+    for place, line in enumerate(lines):
+        ax.plot(*line.T, color=BLUE if place < half else ORANGE, linewidth=0.6)
+    ax.plot(*points[:1].T, ".", color=GREY, markersize=3)
+
+
+def _planar_states(flow: Flow | Iteration) -> list[tuple[int, NDArray[np.float64]]]:
+    found = [(index, plane) for index, state in enumerate(flow.states) if (plane := _plane(state)) is not None]
+    if len(found) < 2:
+        sizes = [state.size for state in flow.states[:8]]
+        raise ValueError(f"the states have {sizes} numbers; this picture needs two states of two numbers each")
+    return found
+
+
+def _plane(state: Any) -> NDArray[np.float64] | None:
+    return _flat(state) if state.size == 2 else None
+
+
+def _flat(state: Any) -> NDArray[np.float64]:
+    flat: NDArray[np.float64] = state.flatten().detach().double().cpu().numpy()
+    return flat
+
+
+def _name(flow: Flow | Iteration, step: int) -> str:
+    return str(getattr(flow.steps[step], "name", "") or f"step {step}")

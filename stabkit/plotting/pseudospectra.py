@@ -1,0 +1,79 @@
+"""Pseudospectra: how far eigenvalues can be trusted, and how much powers may grow before they decay."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import Normalize
+from matplotlib.patches import Circle
+
+from stabkit.plotting.style import GREY, ORANGE, finish, new_axes, small_text
+
+if TYPE_CHECKING:
+    from stabkit.jacobians import Jacobian
+
+_LARGEST = 400  # a resolvent norm at 4000 points takes minutes beyond this size
+
+
+def pseudospectra(
+    J: Jacobian,
+    ax: Axes | None = None,
+    *,
+    sample: int = 0,
+    levels: Sequence[float] = (-3.0, -2.5, -2.0, -1.5, -1.0, -0.5),
+    resolution: int = 64,
+) -> Axes:
+    r"""Level lines of \|\|(z - J)^-1\|\|^-1 with the eigenvalues and the unit circle.
+
+    The line at epsilon encloses the eigenvalues of all J + E with \|\|E\|\| <= epsilon; where it reaches far out of the
+    unit circle while the eigenvalues lie inside, powers of J grow before they decay (Trefethen and Embree, Spectra and
+    Pseudospectra, 2005).
+
+    Args:
+        J: a square Jacobian of at most 400 coordinates.
+        ax: where to draw; a new figure when None.
+        sample: which sample.
+        levels: log10 of epsilon, rising.
+        resolution: points along each side of the picture.
+
+    Raises:
+        ValueError: J is not square, or too large.
+    """
+    from stabkit.jacobians.numerical_range import numerical_range
+    from stabkit.jacobians.pseudospectra import Resolvent
+
+    _, m, n = J.shape
+    if m != n:
+        raise ValueError(f"J is {m} x {n}; pseudospectra need a square Jacobian")
+    if n > _LARGEST:
+        raise ValueError(f"J has {n} coordinates, at most {_LARGEST} can be drawn; stabkit.non_normality has bounds")
+    A = J.dense()[sample].detach().double().cpu().numpy()
+    values = np.linalg.eigvals(A)
+    boundary, _ = numerical_range(A, 64)
+    reach = np.concatenate([boundary, values, [1.0, -1.0, 1.0j, -1.0j]])
+    center = complex((reach.real.max() + reach.real.min()) / 2, 0.0)
+    half = 1.25 * max(float(np.ptp(reach.real)) / 2, float(np.abs(reach.imag).max()))
+    x = np.linspace(center.real - half, center.real + half, resolution)
+    y = np.linspace(0.0, half, resolution // 2 + 1)  # J is real, so the picture is symmetric
+    resolvent = Resolvent(A)
+    upper = np.array([[resolvent.smallest(complex(a, b)) for a in x] for b in y])
+    with np.errstate(divide="ignore"):
+        level = np.log10(np.concatenate([upper[:0:-1], upper]))
+    ax, font = new_axes(ax, 9, 7)
+    colors: dict[str, Any] = {"cmap": "viridis", "norm": Normalize(min(levels) - 0.25, max(levels) + 0.25)}
+    ax.contour(x, np.concatenate([-y[:0:-1], y]), level, levels=sorted(levels), linewidths=0.8, **colors)
+    around = np.append(boundary, boundary[0])
+    ax.plot(around.real, around.imag, "--", color=ORANGE, linewidth=0.8)
+    ax.add_patch(Circle((0, 0), 1, fill=False, edgecolor="black", linewidth=0.8))
+    ax.plot(values.real, values.imag, ".", color="black", markersize=2.5)
+    ax.axhline(0, color=GREY, linewidth=0.4, zorder=0)
+    look = ScalarMappable(colors["norm"], colors["cmap"])
+    bar = ax.figure.colorbar(look, ax=ax, shrink=0.85, ticks=sorted(levels))
+    bar.set_label("log10 ε", fontsize=font)
+    small_text(bar.ax, font)
+    ax.set_aspect("equal")
+    return finish(ax, font, "Re z", "Im z", "Pseudospectra (dashed: W(J))")

@@ -1,0 +1,81 @@
+"""A training run as its monitor saw it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.colors import TwoSlopeNorm
+from matplotlib.ticker import MaxNLocator
+
+from stabkit.plotting.style import DIVERGING, GREY, finish, new_axes, small_text
+
+_NAMES = 12  # rows that can carry a name
+_COUNTED = {"growth", "gain"}  # quantities around zero, in nats
+
+
+def training(records: Iterable[Any], ax: Axes | None = None, *, quantity: str = "growth") -> Axes:
+    """A heat map of one quantity of every block over the training steps; a cross where findings were raised.
+
+    Args:
+        records: ``monitor.records``, or the mappings of a ``records.jsonl`` file.
+        ax: where to draw; a new figure when None.
+        quantity: a field of the blocks; ``"growth"`` is drawn as it is (orange grows, blue shrinks), a norm or ratio as
+            its log10.
+
+    Raises:
+        ValueError: there is no record, or its blocks have no such field.
+    """
+    plain = [record if isinstance(record, Mapping) else record.to_dict() for record in records]
+    if not plain:
+        raise ValueError("records is empty; a picture of a training run needs at least one record")
+    names = list(dict.fromkeys(block["name"] for record in plain for block in record["blocks"]))
+    known = plain[0]["blocks"][0] if plain[0]["blocks"] else {}
+    if quantity not in known:
+        raise ValueError(f"quantity={quantity!r}; the blocks have {', '.join(k for k in known if k != 'name')}")
+    values = np.full((len(names), len(plain)), np.nan)
+    for column, record in enumerate(plain):
+        for block in record["blocks"]:
+            values[names.index(block["name"]), column] = float(block[quantity])
+    steps = np.array([record["step"] for record in plain], dtype=float)
+    ax, font = new_axes(ax, 9, 6.5)
+    look: dict[str, Any] = {"cmap": "viridis"}
+    label = quantity.replace("_", " ")
+    if quantity in _COUNTED:
+        finite = np.abs(values[np.isfinite(values)])
+        reach = float(np.quantile(finite, 0.99)) if finite.size else 1.0
+        look = {"cmap": DIVERGING, "norm": TwoSlopeNorm(0.0, -(reach or 1.0), reach or 1.0)}
+        label += " (nats)"
+    else:
+        with np.errstate(divide="ignore", invalid="ignore"):
+            values = np.log10(values)
+        values[~np.isfinite(values)] = np.nan
+        label = f"log10 {label}"
+    image = ax.pcolormesh(_edges(steps), np.arange(len(names) + 1) - 0.5, values, rasterized=True, **look)
+    ax.set_facecolor("#DDDDDD")  # what was not measured
+    raised = [step for step, record in zip(steps, plain, strict=True) if record["findings"]]
+    ax.plot(raised, np.full(len(raised), -0.5), "x", color="black", markersize=4, clip_on=False)
+    ax.set_ylim(len(names) - 0.5, -0.5)
+    every = -(-len(names) // _NAMES)
+    ax.set_yticks(range(0, len(names), every), [_end(name) for name in names[::every]])
+    ax.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+    bar = ax.figure.colorbar(image, ax=ax)
+    bar.set_label(label, fontsize=font)
+    bar.outline.set_edgecolor(GREY)
+    small_text(bar.ax, font)
+    title = f"{quantity.replace('_', ' ').capitalize()} of every block" + (" (×: findings)" if raised else "")
+    return finish(ax, font, "training step", "", title)
+
+
+def _edges(steps: np.ndarray) -> np.ndarray:
+    """Borders of the columns: half way between steps."""
+    if len(steps) == 1:
+        return np.array([steps[0] - 0.5, steps[0] + 0.5])
+    middle = (steps[1:] + steps[:-1]) / 2
+    return np.concatenate([[2 * steps[0] - middle[0]], middle, [2 * steps[-1] - middle[-1]]])
+
+
+def _end(name: str) -> str:
+    return name if len(name) <= 16 else f"…{name[-15:]}"

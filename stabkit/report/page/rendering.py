@@ -1,0 +1,113 @@
+"""Reports put into the HTML templates; styles, script and data are all inside the file."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Mapping
+from importlib.resources import files
+from typing import TYPE_CHECKING, Any
+
+from stabkit.diagnosis import factor
+from stabkit.report.page.data import comparison_data, report_data
+
+if TYPE_CHECKING:
+    import jinja2
+
+    from stabkit.report.schema import Report
+
+
+def report_page(report: Report) -> str:
+    """One report as a self-contained HTML page.
+
+    Everything that comes from a model or a checkpoint is escaped; the page loads nothing and works from disk.
+
+    Example:
+        >>> import torch, stabkit
+        >>> report = stabkit.analyze(torch.nn.Linear(2, 2), torch.ones(1, 2))
+        >>> report_page(report).startswith("<!doctype html>")
+        True
+    """
+    return _render("report.html", report=report, data=report_data(report))
+
+
+def comparison_page(reports: Mapping[str, Report]) -> str:
+    """Several reports on the same model, such as the checkpoints of a run, as one self-contained HTML page.
+
+    Args:
+        reports: reports in order, by the names they get.
+
+    Raises:
+        ValueError: there is no report.
+    """
+    if not reports:
+        raise ValueError("reports is empty; a comparison needs at least one report")
+    return _render("comparison.html", reports=reports, data=comparison_data(reports))
+
+
+def _render(template: str, **values: Any) -> str:
+    environment = _environment()
+    return environment.get_template(template).render(
+        style=_asset("page.css"), script=_asset(template.replace(".html", ".js")), shared=_asset("shared.js"), **values
+    )
+
+
+@functools.cache
+def _environment() -> jinja2.Environment:
+    import jinja2  # needed for pages alone
+
+    environment = jinja2.Environment(
+        loader=jinja2.FunctionLoader(_asset), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True
+    )
+    environment.lstrip_blocks = True
+    environment.filters |= {
+        "number": number,
+        "signed": signed,
+        "factor": factor,
+        "shapes": _shapes,
+        "percent": _percent,
+    }
+    return environment
+
+
+@functools.cache
+def _asset(name: str) -> str:
+    return files(__package__ or "stabkit.report.page").joinpath(name).read_text(encoding="utf-8")
+
+
+def number(value: float | None, digits: int = 3) -> str:
+    """A number for reading; a dash when it was not measured.
+
+    Example:
+        >>> number(0.123456), number(None), number(float("nan")), number(-2e-9)
+        ('0.123', '–', 'not finite', '−2e-09')
+    """
+    if value is None:
+        return "–"
+    if not math.isfinite(value):
+        return "not finite"
+    return f"{value:.{digits}g}".replace("-", "−", 1) if value < 0 else f"{value:.{digits}g}"
+
+
+def signed(value: float | None, digits: int = 2) -> str:
+    """A number of nats with its sign.
+
+    Example:
+        >>> signed(1.234), signed(-0.5), signed(float("-inf"))
+        ('+1.23', '−0.50', 'no gradient')
+    """
+    if value is None:
+        return "–"
+    if value == -math.inf:
+        return "no gradient"
+    if not math.isfinite(value):
+        return "not finite"
+    return f"{value:+.{digits}f}".replace("-", "−")
+
+
+def _shapes(shapes: tuple[tuple[int, ...], ...]) -> str:
+    return ", ".join("×".join(map(str, shape)) or "scalar" for shape in shapes)
+
+
+def _percent(value: float | None) -> str:
+    return "–" if value is None else f"{value:.0%}"

@@ -1,0 +1,146 @@
+"""A checkpoint without its architecture, measured matrix by matrix."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from stabkit.checkpoints.training import natural_order
+from stabkit.meanfield import activation_names
+from stabkit.weights.matrices import MatrixReport, measure
+from stabkit.weights.roles import role_of
+
+SCHEMA = "stabkit.weights/1"
+LABEL = (
+    "Weights only, the weaker statement: nothing was run. Skip connections, normalisation and the order of the layers "
+    "are not known, so growths may not be added up and there is no verdict. Give the architecture (--model) for one."
+)
+
+
+@dataclass(frozen=True)
+class WeightsReport:
+    """What a set of weights says without an architecture.
+
+    Attributes:
+        name: what the weights are called.
+        description: where they come from, one sentence a line.
+        label: what these numbers can and cannot say.
+        activation: the nonlinearity that ``expected_growth`` assumes.
+        matrices: one record per matrix, by the natural order of names, which need not be that of depth.
+        n_parameters: numbers in all tensors.
+        others: how many tensors are no matrices (biases, norms, counters).
+        non_finite: names of tensors, matrices or not, that hold NaN or infinity.
+    """
+
+    name: str
+    description: str
+    label: str
+    activation: str
+    matrices: tuple[MatrixReport, ...]
+    n_parameters: int
+    others: int
+    non_finite: tuple[str, ...]
+
+    def __str__(self) -> str:
+        from stabkit.weights import table
+
+        return table.plain(self)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for JSON, with a versioned ``"schema"``."""
+        from stabkit.report import encoding
+
+        return {"schema": SCHEMA, **encoding.encode(self)}
+
+    def save(self, path: str | Path) -> Path:
+        """Write the report as JSON, whole or not at all.
+
+        Raises:
+            ReportError: the file cannot be written.
+        """
+        from stabkit.report import encoding, files
+
+        return files.write(Path(path), encoding.lines(self.to_dict()).encode())
+
+
+def analyze_weights(
+    tensors: Mapping[str, Tensor],
+    *,
+    name: str = "weights",
+    description: str = "",
+    activation: str = "relu",
+    seed: int = 0,
+    progress: Callable[[int, int, str], None] | None = None,
+) -> WeightsReport:
+    """Singular values, stable rank, recurrent eigenvalues and expected growth of every matrix among some tensors.
+
+    Expected growth is that of mean field theory for random weights of the same scale (Schoenholz et al., "Deep
+    information propagation", ICLR 2017); for relu it is half the log of fan-in times variance over 2. Trained weights
+    are not random: it says what their scale alone would do.
+
+    Args:
+        tensors: by name; each is looked up once and let go.
+        name: what the report calls them.
+        description: where they come from.
+        activation: the nonlinearity to assume, one of ``stabkit.meanfield.activation_names()``.
+        seed: of the iterations for large matrices.
+        progress: called with (done, total, name).
+
+    Raises:
+        ValueError: the activation is unknown.
+
+    Example:
+        >>> import torch
+        >>> report = analyze_weights({"layer.weight": 3 * torch.eye(4)}, activation="linear")
+        >>> m = report.matrices[0]
+        >>> m.largest_singular_value, m.stable_rank, round(m.expected_growth, 4)
+        (3.0, 4.0, 1.0986)
+    """
+    if activation not in activation_names():
+        raise ValueError(f"activation={activation!r}; accepted: {', '.join(activation_names())}")
+    names = sorted(tensors, key=natural_order)
+    matrices, bad, parameters = [], [], 0
+    shapes: dict[str, tuple[int, ...]] = {}
+    biases: dict[str, Tensor] = {}
+    for key, tensor in _vectors(tensors, names):
+        shapes[key], biases[key] = tuple(tensor.shape), tensor
+    for index, key in enumerate(names):
+        tensor = biases[key] if key in biases else tensors[key]
+        parameters += tensor.numel()
+        if tensor.is_meta or tensor.layout != torch.strided or tensor.is_quantized:
+            continue  # counted among the others: it has no plain entries
+        role = role_of(key, tensor, shapes)
+        if role is not None:
+            bias = biases.get(re.sub(r"weight(?=[^.]*$)", "bias", key))
+            matrices.append(measure(key, tensor, role, bias, activation, seed))
+            if not matrices[-1].finite:
+                bad.append(key)
+        elif tensor.is_floating_point() and not bool(torch.isfinite(tensor.detach().float()).all()):
+            bad.append(key)
+        if progress is not None:
+            progress(index + 1, len(names), key)
+    return WeightsReport(
+        name=name,
+        description=description,
+        label=LABEL,
+        activation=activation,
+        matrices=tuple(matrices),
+        n_parameters=parameters,
+        others=len(names) - len(matrices),
+        non_finite=tuple(bad),
+    )
+
+
+def _vectors(tensors: Mapping[str, Tensor], names: list[str]) -> Iterator[tuple[str, Tensor]]:
+    """The biases, which are small: their shapes say how the matrices beside them are stored."""
+    for name in names:
+        if "bias" in name.rpartition(".")[2]:
+            tensor = tensors[name]
+            if tensor.dim() == 1:
+                yield name, tensor

@@ -1,0 +1,57 @@
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from stabkit.comparison.hashing import architecture_hash, content_hash, recipe_hash, source_hash, tensors_hash
+
+
+def test_content_not_names_of_files(tmp_path):
+    (tmp_path / "a").write_bytes(b"1" * 3_000_000)
+    (tmp_path / "b").write_bytes(b"1" * 3_000_000)
+    assert content_hash(tmp_path / "a") == content_hash(tmp_path / "b")
+    (tmp_path / "b").write_bytes(b"1" * 2_999_999 + b"2")
+    assert content_hash(tmp_path / "a") != content_hash(tmp_path / "b")
+
+
+def test_a_directory_is_its_names_and_contents(tmp_path):
+    for name in ("one", "two"):
+        (tmp_path / name / "inner").mkdir(parents=True)
+        (tmp_path / name / "inner" / "w").write_bytes(b"1")
+    assert content_hash(tmp_path / "one") == content_hash(tmp_path / "two")
+    (tmp_path / "two" / ".stabkit").mkdir()
+    (tmp_path / "two" / ".stabkit" / "x").write_bytes(b"kept by an earlier run")
+    assert content_hash(tmp_path / "one") == content_hash(tmp_path / "two")
+    (tmp_path / "two" / "inner" / "w").rename(tmp_path / "two" / "inner" / "v")
+    assert content_hash(tmp_path / "one") != content_hash(tmp_path / "two")
+
+
+class Step(nn.Module):
+    def __init__(self, h):
+        super().__init__()
+        self.h = h
+        self.layer = nn.Linear(2, 2)
+
+
+def test_an_architecture_is_its_structure_and_settings_not_its_weights():
+    assert architecture_hash(Step(0.1)) == architecture_hash(Step(0.1))
+    assert architecture_hash(Step(0.1)) == architecture_hash(Step(0.1).eval())
+    assert architecture_hash(Step(0.1)) != architecture_hash(Step(0.2))
+    assert architecture_hash(nn.Linear(2, 2)) != architecture_hash(nn.Linear(2, 3))
+
+
+def test_tensors_and_recipes():
+    assert tensors_hash((torch.ones(2), {"a": torch.ones(1)})) != tensors_hash((torch.ones(2), {"b": torch.ones(1)}))
+    assert tensors_hash(torch.ones(2)) != tensors_hash(torch.ones(2, 1))
+    assert tensors_hash(torch.ones(2).bfloat16()) == tensors_hash(torch.ones(2).bfloat16())
+    assert recipe_hash({"a": 1, "b": 2}) == recipe_hash({"b": 2, "a": 1}) != recipe_hash({"a": 1, "b": 3})
+
+
+def test_a_function_is_its_source_and_what_it_closes_over():
+    def power(exponent):
+        return lambda y: (y**exponent).sum()
+
+    assert source_hash(power(2)) != source_hash(power(3))
+    kept = torch.ones(2)
+    assert source_hash(lambda y: y @ kept) is None
+    assert source_hash(torch.sum) is None

@@ -1,0 +1,177 @@
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from selenium.webdriver.common.by import By
+from selenium.webdriver.common.keys import Keys
+
+from stabkit.report import Report
+from stabkit.report.page import comparison_page
+from tests.report.page.browser import browser
+from tests.report.synthetic import FINDING, make_chain, make_report, make_step
+
+HOSTILE = "<img src=x onerror=\"document.title='owned'\">&'</script><script>document.title='owned'</script>"
+
+
+@pytest.fixture(scope="module")
+def driver(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    with browser(tmp_path_factory.mktemp("profile")) as started:
+        yield started
+
+
+@pytest.fixture
+def page(driver: Any, tmp_path: Path) -> Any:
+    def show(report: Report) -> Any:
+        driver.get(report.save(tmp_path / "report.html").as_uri())
+        return driver
+
+    yield show
+    severe = [entry["message"] for entry in driver.get_log("browser") if entry["level"] in ("SEVERE", "WARNING")]
+    assert severe == []
+
+
+def shown(driver: Any) -> list[str]:
+    return [
+        a.get_attribute("data-step") for a in driver.find_elements(By.CSS_SELECTOR, "article.step") if a.is_displayed()
+    ]
+
+
+def column(driver: Any, index: int) -> list[str]:
+    return [row.text for row in driver.find_elements(By.CSS_SELECTOR, f"#steps tbody td:nth-child({index})")]
+
+
+def test_the_page_opens_from_disk_with_the_verdict_first(page):
+    driver = page(make_chain([0.1] * 3))
+    assert driver.find_element(By.TAG_NAME, "h1").text.split() == ["Net", "stable"]
+    assert len(driver.find_elements(By.CSS_SELECTOR, "#spine svg")) == 1
+
+
+def test_arrow_keys_walk_along_depth_and_stop_at_its_ends(page):
+    driver = page(make_chain([0.1, 0.5, 0.1]))
+    spine = driver.find_element(By.ID, "spine")
+    assert shown(driver) == ["1"]  # the step that changes the gradient most
+    for key, step in (
+        (Keys.ARROW_RIGHT, "2"),
+        (Keys.ARROW_RIGHT, "2"),
+        (Keys.HOME, "0"),
+        (Keys.ARROW_LEFT, "0"),
+        (Keys.END, "2"),
+    ):
+        spine.send_keys(key)
+        assert shown(driver) == [step]
+        assert spine.get_attribute("aria-valuenow") == step
+    assert "blocks.2" in spine.get_attribute("aria-valuetext")
+
+
+def test_a_click_on_the_chart_chooses_the_step_under_it(page):
+    driver = page(make_chain([0.1, 0.2, 0.3, 0.4]))
+    svg = driver.find_element(By.CSS_SELECTOR, "#spine svg")
+    width = svg.size["width"]
+    left, right, scale = 64, 64, width / 1120
+    for step in (0, 2):
+        x = (left + (step + 0.5) * (1120 - left - right) / 4) * scale
+        driver.execute_script(
+            "const [svg, x] = arguments, b = svg.getBoundingClientRect();"
+            "svg.dispatchEvent(new MouseEvent('click', {bubbles: true, clientX: b.left + x, clientY: b.top + 60}))",
+            svg,
+            x,
+        )
+        assert shown(driver) == [str(step)]
+
+
+def test_the_region_holds_one_mark_per_eigenvalue_and_says_which_lie_outside(page):
+    z = (-0.5 + 0j, -1.5 + 0.2j, 0.5 + 0j)
+    driver = page(make_report(make_step(z=z)))
+    marks = driver.find_elements(By.CSS_SELECTOR, "article:not([hidden]) [data-region] circle")[1:]
+    assert len(marks) == 3
+    assert [m.get_attribute("fill") for m in marks].count("var(--orange)") == 1
+
+
+@pytest.mark.parametrize(("index", "values"), [(5, [-0.3, 0.1, 0.2]), (2, None)])
+def test_columns_sort_both_ways_by_value(page, index: int, values: list[float] | None):
+    driver = page(make_chain([0.2, -0.3, 0.1]))
+    head = driver.find_element(By.CSS_SELECTOR, f"#steps th:nth-child({index}) button")
+    head.click()
+    rising = column(driver, index)
+    head.click()
+    assert column(driver, index) == rising[::-1]
+    if values:
+        assert [float(text.replace("−", "-")) for text in rising] == values
+    assert (
+        driver.find_element(By.CSS_SELECTOR, f"#steps th:nth-child({index})").get_attribute("aria-sort") == "descending"
+    )
+
+
+def test_values_that_are_not_finite_stay_last_in_the_table(page):
+    driver = page(make_report(make_step(0, growth=float("nan")), make_step(1, growth=1.0), make_step(2, growth=-1.0)))
+    head = driver.find_element(By.CSS_SELECTOR, "#steps th:nth-child(5) button")
+    for _ in range(2):
+        head.click()
+        assert column(driver, 5)[-1] == "not finite"
+
+
+def test_a_finding_leads_to_its_step(page):
+    report = make_report(make_step(0), make_step(1), make_step(2), findings=(FINDING,), verdict="exploding")
+    driver = page(report)
+    driver.find_element(By.ID, "spine").send_keys(Keys.END)
+    driver.find_element(By.CSS_SELECTOR, ".findings button.go").click()
+    assert shown(driver) == ["0"]
+
+
+def test_names_from_a_model_are_text_and_nothing_else(page):
+    step = make_step(0, name=HOSTILE, module_path=HOSTILE, method=HOSTILE, notes=(HOSTILE,), operations=(HOSTILE,))
+    driver = page(make_report(step, model=HOSTILE, summary=HOSTILE, notes=(HOSTILE,), loss=HOSTILE))
+    assert HOSTILE in driver.title
+    assert not driver.find_elements(By.CSS_SELECTOR, "img")
+    assert HOSTILE in driver.find_element(By.CSS_SELECTOR, "article h3").text
+
+
+def test_attribution_is_drawn_part_by_part(page):
+    parts = {"spectral": 0.3, "non_normal": 0.4, "alignment": -0.2}
+    driver = page(make_report(make_step(0, attribution=parts)))
+    title = driver.find_element(By.CSS_SELECTOR, "[data-parts] title").get_attribute("textContent")
+    assert all(word in title for word in ("spectral +0.30", "non_normal +0.40", "alignment −0.20"))
+
+
+def test_dark_and_light_can_be_switched(page):
+    driver = page(make_chain([0.1]))
+
+    def paper() -> str:
+        return driver.execute_script("return getComputedStyle(document.body).backgroundColor")
+
+    before = paper()
+    driver.find_element(By.ID, "theme").click()
+    assert paper() != before
+
+
+def test_everything_can_be_reached_with_the_tab_key(page):
+    driver = page(make_chain([0.1, 0.2]))
+    reached = set()
+    for _ in range(40):
+        driver.switch_to.active_element.send_keys(Keys.TAB)
+        active = driver.switch_to.active_element
+        reached.add(active.get_attribute("id") or active.text)
+    assert {"theme", "spine", "blocks.0"} <= reached
+
+
+def test_extreme_reports_are_drawn_without_an_error(page):
+    page(make_report())
+    page(make_report(make_step(growth=float("nan"), growth_interval=(float("nan"), float("nan")), gradient_norm=0.0)))
+    page(make_report(make_step(growth=-float("inf"), gradient_norm=float("inf"), z=(), attribution={})))
+    page(make_chain([200.0] * 3))
+
+
+def test_a_comparison_shows_every_report(driver, tmp_path):
+    rng = np.random.default_rng(0)
+    path = tmp_path / "comparison.html"
+    path.write_text(comparison_page({f"<b>{i}</b>": make_chain(list(rng.normal(0, 0.3, 5))) for i in range(4)}))
+    driver.get(path.as_uri())
+    assert len(driver.find_elements(By.CSS_SELECTOR, "#map rect title")) == 20
+    assert [row.text for row in driver.find_elements(By.CSS_SELECTOR, "#reports td:nth-child(2)")] == [
+        f"<b>{i}</b>" for i in range(4)
+    ]
+    assert [e for e in driver.get_log("browser") if e["level"] == "SEVERE"] == []

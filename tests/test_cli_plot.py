@@ -1,0 +1,68 @@
+"""`stabkit plot` reaches every picture, from a report, from the records of a monitor, and from a model."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from stabkit.cli import app
+from stabkit.cli.plot import KINDS, OF_REPORT
+from tests.report.synthetic import make_chain
+
+PLANAR = """
+import torch
+from torch import nn
+
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.f = nn.Linear(2, 2)
+    def forward(self, x):
+        return x + 0.3 * torch.tanh(self.f(x))
+
+def planar():
+    torch.manual_seed(0)
+    return nn.Sequential(*[Block() for _ in range(3)])
+"""
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    make_chain([0.5, -0.2], attribution={"spectral": 0.1}).save(tmp_path / "report.json")
+    block = {"name": "0", "growth": 0.1}
+    lines = [json.dumps({"step": i, "findings": [], "blocks": [block]}) for i in range(3)]
+    (tmp_path / "records.jsonl").write_text("\n".join(lines) + "\n")
+    (tmp_path / "planar.py").write_text(PLANAR)
+    return tmp_path
+
+
+def run(*arguments: str) -> tuple[int, str]:
+    done = CliRunner().invoke(app, ["plot", *arguments])
+    return done.exit_code, done.output
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_is_written(folder: Path, kind: str):
+    source = ["report.json"] if kind in OF_REPORT else ["records.jsonl"] if kind == "training" else []
+    code, output = run(*(source or ["planar.py:planar"]), kind, *([] if source else ["--input", "1x2"]))
+    assert code == 0, output
+    assert (folder / f"{kind}.png").stat().st_size > 1000
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["report.json", "regoin"], "did you mean region?"),
+        (["missing.json", "region"], "no such file"),
+        (["report.json", "training"], "no readable records"),
+        (["planar.py:planar", "field", "--input", "1x2", "--step", "9"], "there is no such step"),
+    ],
+)
+def test_what_cannot_be_drawn_is_said_in_one_line(folder: Path, arguments: list[str], words: str):
+    code, output = run(*arguments)
+    assert code == 2
+    assert words in " ".join(output.split())
