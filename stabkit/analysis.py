@@ -14,10 +14,10 @@ import torch
 from torch import nn
 
 from stabkit._version import __version__
-from stabkit.diagnosis import Array, Thresholds, bootstrap_interval, diagnose_growth, judge
+from stabkit.diagnosis import Array, Measurement, Thresholds, bootstrap_interval, examine
 from stabkit.errors import TraceError
-from stabkit.growth import GradientProfile, gradient_profile
-from stabkit.identification import Identification, identify
+from stabkit.explanation import Explanation, explain
+from stabkit.identification import Identification, by_step, identify
 from stabkit.jacobians import Jacobian, Spectrum, eigenvalues, from_dense, singular_values
 from stabkit.report.schema import Report, StepReport
 from stabkit.tracing import Flow, Step, trace
@@ -28,6 +28,7 @@ from stabkit.tracing.safekeeping import modules_behind, unchanged, unwrap
 SPECTRA = ("auto", "dense", "krylov", "none")
 _DENSE_SIZE = 512  # up to here all eigenvalues are cheaper than a dozen by Krylov, and say more
 _LARGEST_DENSE = 8192  # beyond, a matrix and its factors no longer fit beside a model, and take hours
+_EXPLAINED = 4  # samples over which growth is attributed
 _WANTED = 6  # eigenvalues and singular values of larger steps
 _TOLERANCE = 1e-3  # residual of a Krylov value, as a fraction of the norm of J
 _WORK = 5_000_000  # numbers that all products of one Krylov spectrum may pass, a bound on its time
@@ -98,25 +99,26 @@ def analyze(
         flow = trace(
             model, *inputs, kwargs=kwargs, depth=depth, batch_dim=batch_dim, source=source, target=target, seed=seed
         )
-        profiles = _profiles(flow, loss, probes, seed)
-        methods = identify(flow)
+        found = identify(flow)
+        methods = by_step(found, len(flow.steps))
+        diagnosis = examine(flow, loss, thresholds=limits, probes=probes, seed=seed, methods=found)
         spectra = []
         for step, method in zip(flow.steps, methods, strict=True):
             spectra.append(_step_spectrum(step, method, spectrum, spectrum_samples, seed))
             step.segment.release()
             if progress is not None:
                 progress(step.index + 1, len(flow.steps), step.name)
-    growth: Array = np.concatenate([profile.log_growth.numpy() for profile in profiles], axis=1)
-    kinds = [step.kind for step in flow.steps]
-    verdict = judge(growth, kinds, limits, seed)
-    names, paths = [s.name for s in flow.steps], [s.module_path for s in flow.steps]
+        why = Explanation()
+        if spectrum != "none":
+            why = explain(flow, diagnosis, found, min(flow.batch, max(spectrum_samples, _EXPLAINED)), seed)
+    verdict, measurement = diagnosis.verdict, diagnosis.measurement
     return Report(
         model=name or type(flow.model if isinstance(model, nn.Module) else model).__name__,
         verdict=verdict.name,
         summary=verdict.summary,
-        findings=diagnose_growth(verdict, growth, names, paths, [m.skip for m in methods], limits, seed),
+        findings=diagnosis.findings,
         steps=tuple(
-            _step_report(step, methods[i], spectra[i], growth[i], profiles, limits, seed)
+            why.completed(_step_report(step, methods[i], spectra[i], measurement, limits, seed))
             for i, step in enumerate(flow.steps)
         ),
         total_growth=verdict.growth,
@@ -126,20 +128,15 @@ def analyze(
         dtype=str(flow.states[0].space.dtype).removeprefix("torch."),
         device=str(flow.states[0].space.device),
         mode="train" if flow.model.training else "eval",
-        loss=profiles[0].loss if loss else f"{probes} standard normal cotangents per sample",
+        loss=measurement.loss,
         seed=seed,
         seconds=time.perf_counter() - began,
         thresholds=limits.to_dict(),
-        notes=(*flow.notes, *_restart_notes(flow, profiles), *_side_input_notes(flow)),
+        explained=why.explained,
+        rate_law=why.rate_law,
+        notes=(*flow.notes, *why.notes, *_restart_notes(flow, measurement), *_side_input_notes(flow)),
         versions={"stabkit": __version__, "torch": torch.__version__, "python": platform.python_version()},
     )
-
-
-def _profiles(flow: Flow, loss: Any, probes: int, seed: int) -> list[GradientProfile]:
-    if loss is not None:
-        return [gradient_profile(flow, loss, seed=seed)]
-    # one profile a probe: the seeds differ by more than the restarts within a profile add
-    return [gradient_profile(flow, seed=seed + 1_000_003 * probe) for probe in range(probes)]
 
 
 @dataclass(frozen=True)
@@ -246,11 +243,11 @@ def _step_report(
     step: Step,
     method: Identification,
     spectrum: _StepSpectrum,
-    growth: Array,
-    profiles: list[GradientProfile],
+    measurement: Measurement,
     limits: Thresholds,
     seed: int,
 ) -> StepReport:
+    growth = measurement.growth[step.index]
     finite = bool(np.isfinite(growth).all())
     mean = float(growth.mean())
     return StepReport(
@@ -266,6 +263,10 @@ def _step_report(
         skip=method.skip,
         evidence=method.evidence,
         residual=method.residual,
+        step_size=method.step_size,
+        convention=method.convention if method.step_size is not None else "",
+        after=method.after,
+        operations=step.operations,
         z=spectrum.z,
         spectral_radius=spectrum.radius,
         largest_singular_value=spectrum.norm,
@@ -274,20 +275,21 @@ def _step_report(
         spectrum_converged=spectrum.converged,
         growth=mean,
         growth_interval=bootstrap_interval(growth, limits, seed) if finite else (mean, mean),
-        gradient_norm=_geometric_mean([profile.gradient_norms[step.index] for profile in profiles]),
-        state_norm=_geometric_mean([profiles[0].state_norms[step.index]]),
+        gradient_norm=_geometric_mean(measurement.log_gradients[step.index]),
+        state_norm=_geometric_mean(measurement.log_states[step.index] + 0.5 * math.log(max(step.source.size, 1))),
         notes=(*step.notes, *method.notes, *spectrum.notes),
     )
 
 
-def _geometric_mean(norms: list[torch.Tensor]) -> float:
-    return float(torch.cat(norms).log().mean().exp())
+def _geometric_mean(logs: Array) -> float:
+    with np.errstate(over="ignore"):
+        return float(np.exp(logs.mean()))
 
 
-def _restart_notes(flow: Flow, profiles: list[GradientProfile]) -> tuple[str, ...]:
-    restarts = sorted({index for profile in profiles for index in profile.restarts})
+def _restart_notes(flow: Flow, measurement: Measurement) -> tuple[str, ...]:
     return tuple(
-        f"gradient norms before {flow.steps[index].name} are those of a fresh random cotangent" for index in restarts
+        f"gradient norms before {flow.steps[index].name} are those of a fresh random cotangent"
+        for index in measurement.restarts
     )
 
 

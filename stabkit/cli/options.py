@@ -50,7 +50,7 @@ Json = Annotated[
 FailOn = Annotated[
     str | None,
     typer.Option(
-        help="Exit with 1 on a finding of this kind (exploding, vanishing, non_finite) or of at least this "
+        help="Exit with 1 on a finding of this kind (exploding, vanishing, dead, chaotic, ...) or of at least this "
         "severity (info, warning, critical). Without it, findings do not change the exit code.",
         metavar="KIND|SEVERITY",
     ),

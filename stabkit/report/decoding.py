@@ -128,6 +128,8 @@ _FINDING: dict[str, Decoder] = {
     "evidence": encoding.text,
     "remedy": encoding.text,
     "reference": encoding.text,
+    "numbers": _plain,
+    "actions": _tuple_of(_plain),
 }
 
 _REPORT: dict[str, Decoder] = {
@@ -156,5 +158,5 @@ _REPORT: dict[str, Decoder] = {
 # keys that reports of the same schema written earlier do not have
 _LATER = {
     *("parameter_gradient_norm", "step_size", "convention", "after", "attribution", "mechanism", "margin"),
-    *("step_factor", "operations", "explained", "rate_law"),
+    *("step_factor", "operations", "explained", "rate_law", "numbers", "actions"),
 }

@@ -20,6 +20,8 @@ _VERDICT = {
     "drift": "bold yellow",
     "exploding": "bold red",
     "vanishing": "bold red",
+    "transient growth": "bold yellow",
+    "chaotic": "bold red",
     "inconclusive": "bold yellow",
     "non-finite": "bold red",
 }

@@ -1,0 +1,60 @@
+"""What is wrong, where, how sure that is, and what to change: verdicts, findings, and remedies that can be applied.
+
+Findings and verdicts are data, and need no torch: what measures is imported on first use.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from stabkit.diagnosis.finding import KINDS, Finding
+from stabkit.diagnosis.thresholds import Thresholds
+from stabkit.diagnosis.verdict import Array, Verdict, bootstrap_interval, factor, judge, stretch_of_blocks
+
+if TYPE_CHECKING:
+    from stabkit.diagnosis.examination import Diagnosis as Diagnosis
+    from stabkit.diagnosis.examination import diagnose as diagnose
+    from stabkit.diagnosis.examination import examine as examine
+    from stabkit.diagnosis.measurement import Measurement as Measurement
+    from stabkit.diagnosis.measurement import StepMeasurement as StepMeasurement
+    from stabkit.diagnosis.measurement import measure as measure
+    from stabkit.diagnosis.treatment import apply as apply
+
+# name -> module that defines it
+_LAZY = {
+    "Diagnosis": "stabkit.diagnosis.examination",
+    "Measurement": "stabkit.diagnosis.measurement",
+    "StepMeasurement": "stabkit.diagnosis.measurement",
+    "apply": "stabkit.diagnosis.treatment",
+    "diagnose": "stabkit.diagnosis.examination",
+    "examine": "stabkit.diagnosis.examination",
+    "measure": "stabkit.diagnosis.measurement",
+}
+
+__all__ = [
+    "KINDS",
+    "Array",
+    "Diagnosis",
+    "Finding",
+    "Measurement",
+    "StepMeasurement",
+    "Thresholds",
+    "Verdict",
+    "apply",
+    "bootstrap_interval",
+    "diagnose",
+    "examine",
+    "factor",
+    "judge",
+    "measure",
+    "stretch_of_blocks",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module 'stabkit.diagnosis' has no attribute {name!r}")
+    value = getattr(importlib.import_module(_LAZY[name]), name)
+    globals()[name] = value
+    return value

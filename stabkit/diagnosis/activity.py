@@ -1,0 +1,127 @@
+"""How much elementwise activations let through: their own derivative, at the recorded states."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import Node
+
+from stabkit.identification.operations import ADDS, MOVES, PRODUCTS, SCALES, has_matrix
+from stabkit.tracing import Flow, Step
+from stabkit.tracing.nodes import apply_node, is_python_node
+from stabkit.tracing.segments import Segment
+from stabkit.tracing.values import Value, meta_of, operation
+
+#: activations that are flat on one side: a unit that stays there is dead
+ONE_SIDED = frozenset(
+    {"Relu", "Threshold", "Gelu", "Silu", "Elu", "Softplus", "Mish", "Hardswish", "LeakyRelu", "PreluKernel"}
+    | {"ClampMin", "Clamp", "Hardtanh"}
+)
+#: activations that are flat on both sides: a unit that stays there is saturated
+TWO_SIDED = frozenset({"Tanh", "Sigmoid", "Hardsigmoid", "Erf", "Atan", "Softsign"})
+_FLAT = 1e-3  # derivative, over its largest value, under which a one-sided unit passes nothing
+_STEEP = {"Sigmoid": 0.25, "Hardsigmoid": 1 / 6, "Erf": 2 / math.sqrt(math.pi)}  # largest derivatives that are not 1
+_SATURATED = 0.05  # derivative, over its largest value, under which an entry counts as saturated
+
+
+@dataclass(frozen=True)
+class Activity:
+    """How much one activation lets through.
+
+    Attributes:
+        operation: ``"Relu"``, ``"Tanh"``, ...
+        module_path: the module that it runs in.
+        units: how many units (channels) it has.
+        observations: entries per unit: samples times positions.
+        dead: share of units that pass nothing at any of them; 0 for two-sided activations.
+        inactive: share of entries that pass nothing.
+        saturated: share of entries where the derivative is below a twentieth of its largest value; 0 for one-sided
+            activations.
+        log_derivative: mean log of the derivative over its largest value, at least log 1e-6, nats.
+        gate: whether its output multiplies something else: a gate may well stay open or shut.
+    """
+
+    operation: str
+    module_path: str
+    units: int
+    observations: int
+    dead: float
+    inactive: float
+    saturated: float
+    log_derivative: float
+    gate: bool
+
+
+def activities(flow: Flow, step: Step) -> tuple[Activity, ...]:
+    """The activations of a step whose saved tensors are at hand (it was differentiated before)."""
+    segment = step.segment
+    nodes = [n for n in segment.nodes if operation(n) in ONE_SIDED | TWO_SIDED and not is_python_node(n)]
+    return tuple(_activity(flow, segment, node) for node in nodes if len(set(segment.graph.inputs[node])) == 1)
+
+
+def _activity(flow: Flow, segment: Segment, node: Node) -> Activity:
+    name, source = operation(node), segment.graph.inputs[node][0]
+    derivative = _derivative(node, source).to(torch.float32)
+    size = derivative.abs() / _STEEP.get(name, 1.0)
+    axis = _unit_axis(segment, node, derivative.dim())
+    rows = size.movedim(axis, 0).flatten(1) if size.dim() > 1 else size.unsqueeze(1)
+    flat = rows <= _FLAT
+    two_sided = name in TWO_SIDED or (name == "Hardtanh" and float(getattr(node, "_saved_min_val", 0.0)) < 0)
+    return Activity(
+        operation=name,
+        module_path=flow._recording.path_at(node._sequence_nr()),
+        units=rows.shape[0],
+        observations=rows.shape[1],
+        dead=0.0 if two_sided else float(flat.all(1).float().mean()),
+        inactive=float(flat.float().mean()),
+        saturated=float((rows < _SATURATED).float().mean()) if two_sided else 0.0,
+        log_derivative=float(rows.clamp_min(1e-6).log().mean()),
+        gate=_feeds_product(segment, node),
+    )
+
+
+def _derivative(node: Node, source: Value) -> Tensor:
+    """The derivative of an elementwise operation, entry by entry: what it makes of ones."""
+    meta = meta_of(Value(node, 0))
+    ones = torch.ones(meta.shape, dtype=meta.dtype, device=meta.device)
+    with torch.no_grad():
+        pulled = apply_node(node, [ones, *[None] * (len(_outputs(node)) - 1)], [source])
+    return pulled[0][1] if pulled else torch.zeros_like(ones)
+
+
+def _outputs(node: Any) -> Any:
+    return node._input_metadata
+
+
+def _unit_axis(segment: Segment, node: Node, dims: int) -> int:
+    """Which axis counts units: the second after a convolution, the last otherwise."""
+    current, inside = node, set(segment.nodes)
+    while current in inside and segment.graph.inputs.get(current):
+        if operation(current).startswith("Convolution"):
+            return 1 if dims > 2 else 0
+        if has_matrix(current):
+            break
+        if "BatchNorm" in operation(current) or "GroupNorm" in operation(current):
+            return 1 if dims > 1 else 0
+        current = segment.graph.inputs[current][0].node
+    else:
+        return 1 if dims == 4 else dims - 1  # the activation stands alone: images are (batch, channels, ...)
+    return dims - 1
+
+
+def _feeds_product(segment: Segment, node: Node) -> bool:
+    """Whether what it puts out is multiplied, perhaps after shifts and scalings, by something that depends on x."""
+    reached = {node}
+    for consumer in segment.nodes:
+        inputs = segment.graph.inputs[consumer]
+        if not any(value.node in reached for value in inputs):
+            continue
+        if operation(consumer) in PRODUCTS and len(set(inputs)) > 1:
+            return True
+        if len(set(inputs)) == 1 and (operation(consumer) in SCALES or operation(consumer) in ADDS | MOVES):
+            reached.add(consumer)
+    return False

@@ -1,0 +1,167 @@
+"""Blocks that act unlike their peers: in gain, in what their branch adds, in what their activations let through."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from stabkit.diagnosis.activity import Activity
+from stabkit.diagnosis.measurement import Measurement, StepMeasurement
+from stabkit.diagnosis.peers import FLOOR, Deviation, deviation
+from stabkit.diagnosis.thresholds import Thresholds
+
+_FEWEST = 2  # peers
+_JUMP = 0.3  # by how much the share of saturated entries or dead units may exceed that of the peers
+_FEW_UNITS = 12  # units under which a share of dead ones is mostly chance
+_NOTICED = 0.35  # nats from which a deviation confirms that a weight's size matters
+
+
+@dataclass(frozen=True)
+class Behaviour:
+    """What sets one step apart from its peers.
+
+    Attributes:
+        step: the step.
+        gain: of the Jacobian.
+        change: of the size of the state.
+        branch: gains of its branches, in order.
+        added: what it adds, absolutely.
+        added_relative: what it adds, beside the state.
+        saturation: by how much the share of saturated entries exceeds that of the peers.
+        dead: by how much the share of dead units exceeds that of the peers.
+        neighbours: smallest deviation of each branch gain from the two blocks beside it; 0 without two.
+        peers: how many there are.
+        alike: whether they act between the same spaces, so that a deviation alone means something.
+    """
+
+    step: StepMeasurement
+    gain: Deviation
+    change: Deviation
+    branch: tuple[Deviation, ...] = ()
+    added: Deviation | None = None
+    added_relative: Deviation | None = None
+    saturation: float = 0.0
+    dead: float = 0.0
+    neighbours: tuple[float, ...] = field(default=())
+    peers: int = 0
+    alike: bool = True
+
+    @property
+    def largest(self) -> float:
+        """The largest deviation of any kind, nats; -inf where something passes nothing."""
+        sizes = [d.size for d in (self.gain, self.change, *self.branch, self.added, self.added_relative) if d]
+        return max((s for s in sizes if not math.isnan(s)), key=abs, default=0.0)
+
+    def confirms(self) -> bool:
+        """Whether the step acts unlike its peers at all; True where there are none to compare with."""
+        return self.peers < _FEWEST or abs(self.largest) > _NOTICED or max(self.saturation, self.dead) > _JUMP / 2
+
+    def outlying(self, thresholds: Thresholds) -> float:
+        """How far the step lies from its peers where two independent readings agree, nats; 0 if they do not."""
+        if self.peers < _FEWEST or not self.alike:
+            return 0.0
+        limit, sigmas = thresholds.outlier_behaviour, thresholds.outlier
+        found = [0.0]
+        if not self.step.renormalised and max(abs(self.gain.value), abs(self.change.value)) > abs(self.gain.typical):
+            found.append(_agreed(self.gain, self.change, limit, sigmas))  # unless its peers are the odd ones
+        for index, branch in enumerate(self.branch):
+            if self.added is not None and self.added_relative is not None:
+                both = _smaller(self.added, self.added_relative)
+                found.append(_agreed(branch, both, limit, sigmas) if len(self.branch) == 1 else 0.0)
+            near = self.neighbours[index] if index < len(self.neighbours) else 0.0
+            if branch.exceeds(limit, sigmas) and abs(near) > limit and near * branch.size > 0:
+                found.append(_smaller_size(branch.size, near))
+        return max(found, key=abs, default=0.0)
+
+
+def _agreed(one: Deviation, two: Deviation, limit: float, sigmas: float) -> float:
+    if one.exceeds(limit, sigmas) and two.exceeds(limit, sigmas) and one.size * two.size > 0:
+        return _smaller_size(one.size, two.size)
+    return 0.0
+
+
+def _smaller(one: Deviation, two: Deviation) -> Deviation:
+    return one if abs(one.size) < abs(two.size) else two
+
+
+def _smaller_size(one: float, two: float) -> float:
+    return one if abs(one) < abs(two) else two
+
+
+def behaviours(measurement: Measurement) -> list[Behaviour]:
+    """Every step beside its peers: the same module class between the same spaces, or else just of the same class."""
+    steps = [step for step in measurement.steps if step.finite]
+    groups: defaultdict[tuple[object, ...], list[StepMeasurement]] = defaultdict(list)
+    for step in steps:
+        groups[step.module_class, step.kind, step.space].append(step)
+        groups[step.module_class, step.kind].append(step)
+    found = []
+    for step in steps:
+        narrow = groups[step.module_class, step.kind, step.space]
+        group = narrow if len(narrow) > _FEWEST else groups[step.module_class, step.kind]
+        found.append(_beside(step, group if step.module_class else [step], measurement))
+    return found
+
+
+def _beside(step: StepMeasurement, group: Sequence[StepMeasurement], measurement: Measurement) -> Behaviour:
+    place = next(i for i, other in enumerate(group) if other is step)
+
+    def of(read: Callable[[StepMeasurement], float]) -> Deviation:
+        return deviation([read(other) for other in group], place)
+
+    sizes = [float(row.mean()) for row in measurement.log_states]
+    alike = [other for other in group if len(other.merges) == len(step.merges)]
+    at = next(i for i, other in enumerate(alike) if other is step)
+    gains = np.array([[merge.gain for merge in other.merges] for other in alike]).reshape(len(alike), -1)
+    return Behaviour(
+        step=step,
+        gain=of(lambda s: s.mean_gain),
+        change=of(lambda s: s.log_change),
+        branch=tuple(deviation(list(column), at) for column in gains.T),
+        added=of(lambda s: s.log_branch) if step.merges and step.kind == "step" else None,
+        added_relative=of(lambda s: s.log_branch - sizes[s.index]) if step.merges and step.kind == "step" else None,
+        saturation=_excess(step, group, lambda a: 0.0 if a.gate else a.saturated),
+        dead=_excess(step, group, _dead_beyond_chance),
+        neighbours=tuple(_between(column, at) for column in gains.T),
+        peers=len(group) - 1,
+        alike=all(other.space == step.space for other in group),
+    )
+
+
+def _between(column: np.ndarray, at: int) -> float:
+    """The smaller of the differences to the blocks before and after, when they have one sign; 0 otherwise."""
+    if not 0 < at < len(column) - 1:
+        return 0.0
+    with np.errstate(invalid="ignore"):
+        one, two = float(column[at] - column[at - 1]), float(column[at] - column[at + 1])
+    return _smaller_size(one, two) if one * two > 0 else 0.0
+
+
+def _dead_beyond_chance(activity: Activity) -> float:
+    """The share of dead units beyond the half that is always inactive where all inputs look alike to the layer."""
+    return max(0.0, activity.dead - 0.5) if activity.units >= _FEW_UNITS else 0.0
+
+
+def _excess(step: StepMeasurement, group: Sequence[StepMeasurement], share: Callable[[Activity], float]) -> float:
+    """By how much a share of an activation of this step exceeds that of the same one of its peers, if clearly."""
+    excess = 0.0
+    for position, activity in enumerate(step.activities):
+        others = [
+            share(other.activities[position])
+            for other in group
+            if other is not step and len(other.activities) == len(step.activities)
+        ]
+        if len(others) >= _FEWEST:
+            far = deviation([*others, share(activity)], len(others))
+            spread = 0.0 if far.spread <= FLOOR else far.spread  # shares of entries need no floor of nats
+            excess = max(excess, far.size if far.size > 6 * spread else 0.0)
+    return excess
+
+
+def jump(behaviour: Behaviour) -> bool:
+    """Whether far more of a step's units are saturated or dead than of its peers'."""
+    return max(behaviour.saturation, behaviour.dead) > _JUMP

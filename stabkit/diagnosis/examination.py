@@ -1,0 +1,214 @@
+"""`diagnose`: measure a flow, judge it, and say what is wrong."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from stabkit.attribution import Mechanism, mechanisms
+from stabkit.diagnosis.broken import all_finite, non_finite_findings
+from stabkit.diagnosis.chaos import chaos_finding, recurrent_matrices
+from stabkit.diagnosis.finding import SEVERITIES, Finding, serious
+from stabkit.diagnosis.layers import dead_findings, saturated_findings
+from stabkit.diagnosis.local import local_findings
+from stabkit.diagnosis.measurement import AnyFlow, Measurement, measure
+from stabkit.diagnosis.states import collapse_finding, precision_findings, spread
+from stabkit.diagnosis.stretch import growth_finding, mechanism_findings, transient
+from stabkit.diagnosis.structure import missing_norm_findings
+from stabkit.diagnosis.thresholds import Thresholds
+from stabkit.diagnosis.verdict import Verdict, judge
+from stabkit.growth.rate_laws import rate_law
+from stabkit.identification import Identification, by_step, identify
+from stabkit.tracing import Flow, Iteration
+
+_FEWEST_RATES = 6  # steps that telling a power from an exponential needs
+_DENSE = 512  # states up to this size have their whole spectrum computed when growth must be explained
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """A verdict with its findings and the measurement behind both.
+
+    Attributes:
+        verdict: on the stretch of blocks.
+        findings: worst first; single blocks before stretches.
+        measurement: what they rest on.
+    """
+
+    verdict: Verdict
+    findings: tuple[Finding, ...]
+    measurement: Measurement
+
+
+def diagnose(
+    flow: AnyFlow,
+    loss: object = None,
+    *,
+    thresholds: Thresholds | None = None,
+    probes: int = 4,
+    seed: int = 0,
+) -> list[Finding]:
+    """What is wrong with a network, worst first; empty when it is healthy.
+
+    A block far from its peers is named before anything that concerns a whole stretch. Nothing depends on the units of
+    the loss or on the order of the batch.
+
+    Args:
+        flow: a traced forward pass, or an iterated map. More samples make findings surer.
+        loss: a callable on the model's output that returns a scalar. None pulls back random cotangents.
+        thresholds: the limits behind the findings.
+        probes: random cotangents per sample when there is no loss.
+        seed: of every random choice.
+
+    Raises:
+        TraceError: the loss is not a differentiable scalar of the output that the flow leads to.
+
+    Example:
+        >>> import torch, stabkit
+        >>> layers = [torch.nn.Linear(16, 16, bias=False) for _ in range(12)]
+        >>> for layer in layers: _ = torch.nn.init.orthogonal_(layer.weight)
+        >>> _ = layers[5].weight.data.mul_(0.05)
+        >>> flow = stabkit.trace(torch.nn.Sequential(*layers), torch.randn(4, 16))
+        >>> [(found.kind, found.severity, found.module_path) for found in stabkit.diagnose(flow)]
+        [('vanishing', 'warning', '5')]
+    """
+    return list(examine(flow, loss, thresholds=thresholds, probes=probes, seed=seed).findings)
+
+
+def examine(
+    flow: AnyFlow,
+    loss: object = None,
+    *,
+    thresholds: Thresholds | None = None,
+    probes: int = 4,
+    seed: int = 0,
+    methods: Sequence[Identification] | None = None,
+) -> Diagnosis:
+    """The same as `diagnose`, with the verdict and the measurement; ``methods`` are those of `stabkit.identify`."""
+    limits = thresholds or Thresholds()
+    measurement = measure(flow, loss, probes=probes, seed=seed)
+    verdict = judge(measurement.growth, measurement.kinds, limits, seed)
+    if verdict.name == "non-finite" or not all_finite(measurement):
+        broken = non_finite_findings(measurement)
+        return Diagnosis(_broken(verdict) if broken else verdict, tuple(broken), measurement)
+    verdict = _by_rate_law(verdict, measurement, limits)
+    spreads = spread(flow)
+    blocks = _block_findings(flow, measurement, limits)
+    explained = _explains(blocks, verdict, limits)
+    found = list(blocks)
+    blamed = {index for finding in blocks for index in finding.steps}
+    found += saturated_findings(measurement, limits, blamed)
+    tied = recurrent_matrices(flow) if isinstance(flow, Iteration) else {}
+    if not explained:
+        found += growth_finding(verdict, measurement, tied, limits, seed)
+        found += _mechanism(flow, verdict, measurement, limits, methods)
+        passing = transient(measurement, verdict.stretch, verdict.growth, limits, seed)
+        if passing is not None and abs(verdict.growth) <= limits.drift and not _accounts(blocks, passing, limits):
+            found.append(passing)
+            verdict = _renamed(verdict, "transient growth", passing.evidence)
+        chaos = chaos_finding(flow, measurement, spreads, verdict.stretch, limits, seed)
+        if chaos:
+            found += chaos
+            # of layers that grow beyond range it is said that they explode; a tied map has no other name for it
+            if verdict.name != "exploding" or not isinstance(flow, Flow):
+                verdict = _renamed(verdict, "chaotic", chaos[0].evidence)
+    if not any(finding.kind == "dead" for finding in found):
+        found += collapse_finding(measurement, spreads, verdict.stretch, limits)
+    found += precision_findings(flow, measurement)
+    return Diagnosis(verdict, tuple(_ordered(found)), measurement)
+
+
+def _by_rate_law(verdict: Verdict, measurement: Measurement, limits: Thresholds) -> Verdict:
+    """A drift instead of an explosion where growth is decisively a power of depth, not an exponential.
+
+    Normalised residual networks grow so: log growth goes with the log of depth, and no depth makes it explode.
+    """
+    first, last = verdict.stretch
+    rows = measurement.growth[first : last + 1]
+    merged = sum(bool(step.merges) for step in measurement.steps[first : last + 1])
+    if verdict.name not in ("exploding", "vanishing") or merged < len(rows) / 2 or len(rows) < _FEWEST_RATES:
+        return verdict
+    if not np.isfinite(rows).all():
+        return verdict
+    law = rate_law(np.concatenate([[0.0], rows.mean(axis=1).cumsum()]), decisive=limits.rate_law)
+    if law.margin > -limits.rate_law:
+        return verdict
+    return _renamed(
+        verdict, "drift", f"the growth of {verdict.growth:+.1f} nats is a {law.law} of depth, no exponential"
+    )
+
+
+def _block_findings(flow: AnyFlow, measurement: Measurement, limits: Thresholds) -> list[Finding]:
+    """Single blocks at fault, one finding each: what says most about the cause goes first."""
+    local = local_findings(measurement, limits)
+    by_weight = [finding for finding in local if any("weight_deviation" in key for key in finding.numbers)]
+    weighed = {index for finding in by_weight for index in finding.steps}
+    dead = [f for f in dead_findings(measurement, limits) if not weighed & set(f.steps)]
+    norms = missing_norm_findings(flow, measurement)
+    blamed = weighed | {index for finding in (*dead, *norms) for index in finding.steps}
+    rest = [f for f in local if f not in by_weight and not blamed & set(f.steps)]
+    norms = [finding for finding in norms if not weighed & set(finding.steps)]
+    return [*by_weight, *dead, *norms, *rest]
+
+
+def _explains(blocks: Sequence[Finding], verdict: Verdict, limits: Thresholds) -> bool:
+    """Whether the growth would be within range but for the blocks at fault."""
+    if verdict.name not in ("exploding", "vanishing"):
+        return False
+    if not math.isfinite(verdict.growth):
+        return any(f.kind == "dead" and f.severity == "critical" for f in blocks)
+    excess = sum(f.numbers.get("gain_deviation", 0.0) for f in blocks if serious(f))
+    return math.isfinite(excess) and abs(verdict.growth - excess) < min(limits.drift, abs(verdict.growth))
+
+
+def _accounts(blocks: Sequence[Finding], passing: Finding, limits: Thresholds) -> bool:
+    """Whether transient growth is that of single blocks at fault."""
+    inside = [f for f in blocks if serious(f) and set(f.steps) & set(passing.steps)]
+    excess = sum(f.numbers.get("gain_deviation", 0.0) for f in inside)
+    return math.isfinite(excess) and passing.numbers["growth"] - excess < limits.stable
+
+
+def _mechanism(
+    flow: AnyFlow,
+    verdict: Verdict,
+    measurement: Measurement,
+    limits: Thresholds,
+    methods: Sequence[Identification] | None,
+) -> list[Finding]:
+    """The mechanism, where growth asks for one and the states are small enough for whole spectra."""
+    if not isinstance(flow, Flow) or not math.isfinite(verdict.growth) or abs(verdict.growth) <= limits.stable:
+        return []
+    first, last = verdict.stretch
+    with_branch = sum(bool(step.merges) for step in measurement.steps[first : last + 1])
+    if 2 * with_branch < last - first + 1 or max(state.size for state in flow.states) > _DENSE:
+        return []
+    methods = identify(flow) if methods is None else methods
+    found: tuple[Mechanism, ...] = mechanisms(flow, samples=1, krylov=0, identifications=methods)
+    return mechanism_findings(
+        verdict, measurement, found, [method.skip for method in by_step(methods, len(flow.steps))], limits
+    )
+
+
+def _broken(verdict: Verdict) -> Verdict:
+    return replace(
+        verdict,
+        name="non-finite",
+        summary="Gradients, states or weights are not finite.",
+        growth=math.nan,
+        interval=(math.nan, math.nan),
+    )
+
+
+def _renamed(verdict: Verdict, name: str, evidence: str) -> Verdict:
+    return replace(verdict, name=name, summary=f"{name.capitalize()}: {evidence}.")
+
+
+def _ordered(found: Sequence[Finding]) -> list[Finding]:
+    """Worst first; among equals, single blocks before stretches, in the order in which they were found."""
+    worth = {severity: -rank for rank, severity in enumerate(SEVERITIES)}
+    blocks = [f for f in found if len(f.steps) <= 2 and serious(f)]
+    rest = sorted((f for f in found if f not in blocks), key=lambda f: worth[f.severity])
+    return [*blocks, *rest]

@@ -1,0 +1,63 @@
+"""One diagnosed fact, with the numbers behind it and what to change."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+KINDS = (
+    "exploding",
+    "vanishing",
+    "unstable_step",
+    "overdamped",
+    "dead",
+    "saturated",
+    "transient_growth",
+    "chaotic",
+    "rank_collapse",
+    "non_finite",
+    "precision_loss",
+)
+SEVERITIES = ("info", "warning", "critical")  # in rising order
+
+Action = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One diagnosed fact.
+
+    Attributes:
+        kind: one of `KINDS`.
+        severity: ``"info"``, ``"warning"`` or ``"critical"``.
+        steps: indices of the steps where it happens.
+        module_path: the module at fault, or the one that contributes most.
+        confidence: how sure the finding is, 0 to 1.
+        evidence: the numbers behind it, in words.
+        remedy: what to change.
+        reference: where the reasoning comes from.
+        numbers: the numbers behind it, by name.
+        actions: the remedy as data, each of one of the forms that `stabkit.diagnosis.apply` carries out, such as
+            ``{"action": "scale", "parameter": "layers.3.weight", "factor": 0.2}``.
+    """
+
+    kind: str
+    severity: str
+    steps: tuple[int, ...]
+    module_path: str
+    confidence: float
+    evidence: str
+    remedy: str
+    reference: str
+    numbers: Mapping[str, float] = field(default_factory=dict, compare=False)
+    actions: tuple[Action, ...] = field(default=(), compare=False)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, ready for JSON."""
+        return asdict(self)
+
+
+def serious(finding: Finding) -> bool:
+    """Whether it is a warning or worse."""
+    return SEVERITIES.index(finding.severity) >= SEVERITIES.index("warning")

@@ -1,0 +1,140 @@
+"""Layers whose units are dead or saturated, whatever their peers do."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+from stabkit.diagnosis import remedies
+from stabkit.diagnosis.activity import Activity
+from stabkit.diagnosis.finding import Finding
+from stabkit.diagnosis.measurement import Measurement, StepMeasurement
+from stabkit.diagnosis.thresholds import Thresholds
+from stabkit.diagnosis.weights import Weight
+
+_CHANCE = 1e-4  # of so many dead units in a layer where every unit is as likely active as not
+_WIDESPREAD = 0.5  # share of the layers from which a fault is that of the network, not of a layer
+
+
+def dead_findings(measurement: Measurement, thresholds: Thresholds) -> list[Finding]:
+    """Layers in which nearly no unit is ever active; those that only see zeros are not blamed for it."""
+    layers = [(step, a) for step in measurement.steps for a in step.activities if step.finite]
+    found = [(step, a) for step, a in layers if _is_dead(step, a, thresholds) and not _is_fed_zeros(step, measurement)]
+    if not found:
+        return []
+    widespread = len(found) > max(1, _WIDESPREAD * len(layers))
+    groups = [found] if widespread else [[one] for one in found]
+    return [_dead(group, measurement) for group in groups]
+
+
+def _is_dead(step: StepMeasurement, activity: Activity, thresholds: Thresholds) -> bool:
+    """Whether more units are dead than chance allows, or all of them, so that nothing passes them."""
+    count = round(activity.dead * activity.units)
+    stopped = bool(np.isneginf(step.gain).all()) or any(merge.gain == -math.inf for merge in step.merges)
+    unlikely = _tail(count, activity.units) < _CHANCE
+    return activity.dead >= thresholds.dead and (unlikely or (activity.dead == 1.0 and stopped))
+
+
+def _tail(count: int, units: int) -> float:
+    """Chance of at least ``count`` dead among ``units`` when half of them are."""
+    if units > 64:
+        return 0.0 if count > 0.75 * units else 1.0  # beyond eight standard deviations, or within
+    return float(sum(math.comb(units, k) for k in range(count, units + 1)) / 2**units)
+
+
+def _is_fed_zeros(step: StepMeasurement, measurement: Measurement) -> bool:
+    """Whether its units are dead only since the layer before passes nothing."""
+    nothing = bool(np.isneginf(measurement.log_states[step.index]).all())
+    return nothing and not _low_biases(step.index, measurement)
+
+
+def _dead(group: Sequence[tuple[StepMeasurement, Activity]], measurement: Measurement) -> Finding:
+    step, activity = group[0]
+    indices = sorted({s.index for s, _ in group})
+    biases = [b for s in dict.fromkeys(indices) for b in _low_biases(s, measurement)]
+    home = measurement.steps[biases[0][0]] if biases and len(indices) == 1 else step
+    steps = tuple(sorted({*indices, home.index}))
+    stopped = any(np.isneginf(measurement.growth[i]).any() for i in indices)
+    evidence = (
+        f"{activity.dead:.0%} of the {activity.units} {activity.operation} units of "
+        f"{activity.module_path or step.name} pass nothing at any of {activity.observations} observations"
+    )
+    if len(indices) > 1:
+        evidence += f"; so do those of {len(group) - 1} more layers"
+    if stopped:
+        evidence += "; no gradient gets through for some samples"
+    if biases:
+        remedy = remedies.lift([bias for _, bias in biases])
+    else:
+        before = [w for i in indices for w in _before(i, measurement) if w.kind == "matrix"]
+        remedy = remedies.Remedy(
+            "draw the weights before these units anew, or use an activation that leaks below zero",
+            tuple(remedies.redraw(weight.path, math.sqrt(2.0) / weight.unit) for weight in before),
+        )
+    return Finding(
+        kind="dead",
+        severity="critical" if stopped else "warning",
+        steps=steps,
+        module_path=home.module_path,
+        confidence=1.0 - min(_tail(round(a.dead * a.units), a.units) for _, a in group),
+        evidence=evidence,
+        remedy=remedy.text,
+        reference="Lu et al., Dying ReLU and initialization, 2019",
+        numbers={"dead": activity.dead, "units": float(activity.units), "observations": float(activity.observations)},
+        actions=remedy.actions,
+    )
+
+
+def _before(index: int, measurement: Measurement) -> list[Weight]:
+    """The parameters of a step, or of the nearest one before it that has any."""
+    for step in reversed(measurement.steps[: index + 1]):
+        if step.weights:
+            return list(step.weights)
+    return []
+
+
+def _low_biases(index: int, measurement: Measurement) -> list[tuple[int, Weight]]:
+    """Biases that push the units of a step below zero: far below those of the others."""
+    for step in reversed(measurement.steps[: index + 1]):
+        if any(weight.kind == "bias" for weight in step.weights):
+            return [(step.index, bias) for bias in remedies.low_biases(step)]
+    return []
+
+
+def saturated_findings(measurement: Measurement, thresholds: Thresholds, blamed: set[int]) -> list[Finding]:
+    """Layers of which most outputs lie in the flat ends of their activation, gates apart."""
+    layers = [(s, a) for s in measurement.steps for a in s.activities if s.finite and not a.gate and _two_sided(a)]
+    found = [(s, a) for s, a in layers if a.saturated >= thresholds.saturated and s.index not in blamed]
+    if not found:
+        return []
+    groups = [found] if len(found) > max(1, _WIDESPREAD * len(layers)) else [[one] for one in found]
+    return [_saturated(group, measurement) for group in groups]
+
+
+def _two_sided(activity: Activity) -> bool:
+    return activity.saturated > 0.0
+
+
+def _saturated(group: Sequence[tuple[StepMeasurement, Activity]], measurement: Measurement) -> Finding:
+    step, activity = max(group, key=lambda pair: pair[1].saturated)
+    indices = tuple(sorted({s.index for s, _ in group}))
+    share = float(np.mean([a.saturated for _, a in group]))
+    by = 1.0 / remedies.preactivation_scale(activity.saturated)
+    weights = [w for i in indices for w in _before(i, measurement)[-2:] if w.kind == "matrix"]
+    first, last = measurement.steps[indices[0]], measurement.steps[indices[-1]]
+    where = first.name if len(indices) == 1 else f"{first.name} to {last.name}"
+    return Finding(
+        kind="saturated",
+        severity="warning",
+        steps=indices,
+        module_path=step.module_path,
+        confidence=min(1.0, share),
+        evidence=f"{share:.0%} of the {activity.operation} outputs of {where} lie where the derivative is below a "
+        f"twentieth of its largest; mean log derivative {activity.log_derivative:+.1f}",
+        remedy=f"multiply the weights before these activations by about {by:.2g}, so that their inputs are of size 1",
+        reference="Glorot and Bengio, 2010",
+        numbers={"saturated": share, "log_derivative": activity.log_derivative},
+        actions=tuple(remedies.scale(path, by) for path in dict.fromkeys(w.path for w in weights)),
+    )

@@ -1,0 +1,212 @@
+"""What to change, computed: which weight by which factor, which bias, where a norm goes, which damping."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from statistics import NormalDist
+from typing import TYPE_CHECKING
+
+from stabkit.diagnosis.finding import Action
+
+if TYPE_CHECKING:
+    from stabkit.diagnosis.measurement import StepMeasurement
+    from stabkit.diagnosis.weight_faults import WeightFault
+    from stabkit.diagnosis.weights import Weight
+
+_SATURATED = 0.3  # mean share of saturated outputs from which growth is that of large pre-activations
+_LOW = 0.5  # mean of a bias, over its size and below zero, from which it can switch units off
+
+
+@dataclass(frozen=True)
+class Remedy:
+    """A remedy in words and as data.
+
+    Attributes:
+        text: for people.
+        actions: for `stabkit.diagnosis.apply`.
+    """
+
+    text: str
+    actions: tuple[Action, ...] = ()
+
+
+def scale(parameter: str, by: float) -> Action:
+    """Multiply a parameter."""
+    return {"action": "scale", "parameter": parameter, "factor": by}
+
+
+def redraw(parameter: str, rms: float) -> Action:
+    """Draw a parameter anew, normal with this root mean square."""
+    return {"action": "redraw", "parameter": parameter, "rms": rms}
+
+
+def for_block(index: int, step: StepMeasurement, kind: str, weights: Sequence[WeightFault], size: float) -> Remedy:
+    """The remedy of one block: bring its weights to the size of the peers, or else its last matrix."""
+    if weights:
+        return to_peers(weights)
+    low = low_biases(step)
+    if low and kind == "dead":
+        return lift(low)
+    last = last_matrix(step)
+    if last is None or not math.isfinite(size):
+        return Remedy(f"look into {step.module_path or step.name}: compare its code and settings with its peers'")
+    by = math.exp(-size)
+    text = f"multiply {last} and its bias by {by:.3g}, which brings the block to its peers, or take out what scales it"
+    owner = last.rpartition(".")[0]
+    biases = [w.path for w in step.weights if w.kind == "bias" and w.module_path == owner]
+    return Remedy(text, tuple(scale(path, by) for path in (last, *biases)))
+
+
+def to_peers(weights: Sequence[WeightFault]) -> Remedy:
+    """Every weight brought to the size that it has in the peers."""
+    actions: list[Action] = []
+    texts = []
+    for found in weights:
+        path, far = found.weight.path, found.deviation
+        if far.value == -math.inf:
+            rms = math.exp(far.typical) / found.weight.unit
+            texts.append(f"draw {path} anew with standard deviation {rms:.3g}, as in its peers")
+            actions.append(redraw(path, rms))
+        else:
+            by = math.exp(-far.size)
+            texts.append(f"multiply {path} by {by:.3g}")
+            actions.append(scale(path, by))
+    return Remedy("; ".join(texts), tuple(actions))
+
+
+def low_biases(step: StepMeasurement) -> list[Weight]:
+    """Biases of which nearly all entries push their units below zero, by more than weights of size 1 bring back."""
+    biases = [weight for weight in step.weights if weight.kind == "bias"]
+    return [b for b in biases if b.mean < -_LOW and b.mean < -_LOW * math.exp(min(b.gains[0], 50.0))]
+
+
+def lift(biases: Sequence[Weight]) -> Remedy:
+    """Biases set back to zero."""
+    text = "; ".join(f"set {bias.path} to zero (its mean is {bias.mean:.3g})" for bias in biases)
+    return Remedy(text, tuple(fill(bias.path, 0.0) for bias in biases))
+
+
+def last_matrix(step: StepMeasurement) -> str | None:
+    """Path of the last matrix of a step: scaling it scales the branch, whatever lies before."""
+    matrices = [weight.path for weight in step.weights if weight.kind == "matrix"]
+    return matrices[-1] if matrices else None
+
+
+def fill(parameter: str, value: float) -> Action:
+    """Set every entry of a parameter."""
+    return {"action": "fill", "parameter": parameter, "value": value}
+
+
+def add_skip(module: str) -> Action:
+    """Replace a module f by x + f(x)."""
+    return {"action": "add_skip", "module": module}
+
+
+def insert_norm(module: str, like: str) -> Action:
+    """Put a fresh copy of another module's norm in the place of a module."""
+    return {"action": "insert_norm", "module": module, "like": like}
+
+
+def orthogonalise(parameter: str, gain: float) -> Action:
+    """Replace a matrix by this multiple of the orthogonal one that is nearest to it."""
+    return {"action": "orthogonalise", "parameter": parameter, "gain": gain}
+
+
+def convert(dtype: str) -> Action:
+    """Run the model in another dtype."""
+    return {"action": "convert", "dtype": dtype}
+
+
+def branch_matrices(steps: Sequence[StepMeasurement]) -> list[tuple[str, float]]:
+    """The last matrix of every branch, with the gain of the branch in nats."""
+    found = []
+    for step in steps:
+        for merge in step.merges:
+            inside = [w for w in step.weights if w.kind == "matrix" and w.module_path == merge.module_path]
+            if inside and math.isfinite(merge.gain):
+                found.append((inside[-1].path, merge.gain))
+    return found
+
+
+def branch_factor(gains: Sequence[float], budget: float) -> float:
+    """The s for which branches of these gains, scaled by s, grow a random gradient by ``budget`` nats in all.
+
+    Solves sum 1/2 log(1 + s^2 exp(2 gain)) = budget by bisection.
+    """
+    low, high = 0.0, 1.0
+
+    def total(s: float) -> float:
+        return sum(0.5 * math.log1p(s * s * math.exp(2 * min(gain, 300.0))) for gain in gains)
+
+    if total(high) <= budget:
+        return 1.0
+    for _ in range(80):
+        middle = (low + high) / 2
+        low, high = (middle, high) if total(middle) <= budget else (low, middle)
+    return low
+
+
+def for_passing(steps: Sequence[StepMeasurement], total: float, growth: float, stable: float) -> Remedy:
+    """What takes away growth that does not last: branches that are scaled, or matrices made normal.
+
+    A multiple of an orthogonal matrix amplifies nothing that it does not keep, so a plain stretch of such has the
+    growth of the whole and no more on the way.
+    """
+    if 2 * sum(bool(step.merges) for step in steps) >= len(steps):
+        return for_stretch(steps, growth, stable)
+    paths = list(dict.fromkeys(path for path in (last_matrix(step) for step in steps) if path is not None))
+    gain = math.exp(total / max(len(paths), 1))
+    text = (
+        f"make the weights of these {len(paths)} layers normal: {gain:.3g} times an orthogonal matrix has the same "
+        "growth over the whole and none on the way"
+    )
+    return Remedy(text, tuple(orthogonalise(path, gain) for path in paths))
+
+
+def preactivation_scale(saturated: float) -> float:
+    """Standard deviation of normal pre-activations of which this share has a tanh' below 1/20 (beyond 2.18)."""
+    inside = min(max(1.0 - saturated, 1e-3), 1.0 - 1e-9)
+    return 2.178 / NormalDist().inv_cdf(0.5 + inside / 2)
+
+
+def for_stretch(
+    steps: Sequence[StepMeasurement], growth: float, stable: float, tied: Mapping[str, float] | None = None
+) -> Remedy:
+    """What brings a stretch of steps back to a growth near zero.
+
+    Residual stretches: the branches are scaled so that they grow a gradient by no more than half of what counts as
+    stable. Plain ones: the last matrix of every layer is scaled by what a layer grows too much, or so that its
+    pre-activations are of size 1 where most are saturated. ``tied`` are the matrices that every step uses, with the log
+    of their gain, where steps do not tell their own.
+    """
+    branches = branch_matrices(steps)
+    if len(branches) >= len(steps) / 2 and branches:
+        by = branch_factor([gain for _, gain in branches], stable / 2)
+        if by < 0.999:
+            text = (
+                f"scale the branches: multiply the last matrix of each by {by:.2g} (1/sqrt(depth) would be "
+                f"{len(branches) ** -0.5:.2g}), or start it at zero; or damp the skip: (1 - lambda) x + f(x)"
+            )
+            return Remedy(text, tuple(scale(path, by) for path, _ in branches))
+        text = "the skip itself loses gradient: move norms and activations behind the addition into the branch"
+        return Remedy(text)
+    uses = [path for path in (last_matrix(step) for step in steps) if path is not None] or list(tied or {}) * len(steps)
+    layers = list(dict.fromkeys(uses))
+    if not math.isfinite(growth):
+        return Remedy("a layer passes nothing back: look for dead units, or weights that are zero")
+    if not layers:
+        by = math.exp(-growth / max(len(steps), 1))
+        return Remedy(f"every step changes the gradient by {1 / by:.3g}: scale what it multiplies by about {by:.3g}")
+    by = math.exp(-growth / len(uses))
+    shares = [a.saturated for step in steps for a in step.activities if a.saturated > 0.0 and not a.gate]
+    if growth > 0 and shares and sum(shares) / len(shares) > _SATURATED:
+        by = min(by, 1.0 / preactivation_scale(sum(shares) / len(shares)))
+    if growth > 0 and tied:
+        by = min(by, math.exp(-max(tied.values())))
+    what = (
+        f"the weights of each of these {len(layers)} layers" if len(layers) > 1 else f"{layers[0]}, used at every step,"
+    )
+    text = f"multiply {what} by about {by:.3g} (an initialisation of gain 1), or give them a skip: x + f(x)"
+    return Remedy(text, tuple(scale(path, by) for path in layers))

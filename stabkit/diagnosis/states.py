@@ -1,0 +1,180 @@
+"""What the states themselves show: samples or tokens becoming one, and numbers that the dtype cannot hold."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from stabkit.diagnosis import remedies
+from stabkit.diagnosis.finding import Finding
+from stabkit.diagnosis.measurement import AnyFlow, AnyState, Array, Measurement
+from stabkit.diagnosis.thresholds import Thresholds
+
+_FALL = 10.0  # factor by which the dispersion must fall over the stretch to be a collapse
+_HEADROOM = math.log(1e3)  # that a gradient needs between its typical and its smallest or largest entries
+
+
+@dataclass(frozen=True)
+class Spread:
+    """How much of the states tells samples, or the tokens of a sample, apart.
+
+    Attributes:
+        samples: ``(states,)``, 1 - |mean over samples|^2 / mean |x|^2; NaN for one sample.
+        tokens: the same over the tokens of a sample, mean over samples; NaN where a state is no sequence.
+        rank: effective rank of samples (or tokens) as vectors: exp of the entropy of their squared singular values.
+    """
+
+    samples: Array
+    tokens: Array
+    rank: Array
+
+
+def spread(flow: AnyFlow) -> Spread:
+    """Dispersion and effective rank of every state."""
+    rows = [_spread(state) for state in flow.states]
+    columns = np.array(rows, dtype=float).reshape(-1, 3).T
+    return Spread(columns[0], columns[1], columns[2])
+
+
+def _spread(state: AnyState) -> tuple[float, float, float]:
+    flat = state.flatten().detach().to(device="cpu", dtype=torch.float64)
+    if not bool(flat.isfinite().all()) or not bool((flat != 0).any()):
+        return math.nan, math.nan, math.nan
+    shapes = state.sample_shapes
+    tokens = flat.reshape(len(flat), *shapes[0]) if len(shapes) == 1 and len(shapes[0]) == 2 else None
+    by_sample = _dispersion(flat.unsqueeze(0)) if len(flat) > 1 else math.nan
+    by_token = math.nan if tokens is None or tokens.shape[1] < 2 else _dispersion(tokens)
+    vectors = flat if tokens is None else tokens.flatten(0, 1)
+    return by_sample, by_token, _effective_rank(vectors)
+
+
+def _dispersion(groups: Tensor) -> float:
+    """1 - |mean|^2 / mean |x|^2 within every group ``(groups, members, d)``, averaged."""
+    total = groups.square().sum(2).mean(1)
+    centred = (groups - groups.mean(1, keepdim=True)).square().sum(2).mean(1)
+    return float((centred / total.clamp_min(1e-300)).mean())
+
+
+def _effective_rank(vectors: Tensor) -> float:
+    """Roy and Vetterli, 2007, on at most 256 vectors."""
+    energy = torch.linalg.svdvals(vectors[:256]).square()
+    share = energy / energy.sum()
+    return float(torch.exp(-(share * share.clamp_min(1e-300).log()).sum()))
+
+
+def collapse_finding(
+    measurement: Measurement, found: Spread, stretch: tuple[int, int], thresholds: Thresholds
+) -> list[Finding]:
+    """Samples or tokens that arrive as one, although they entered as several."""
+    first, last = stretch
+    end = last if measurement.steps[last].kind == "transition" else last + 1  # a head may well forget what it pools
+    for what, values in (("tokens", found.tokens), ("samples", found.samples)):
+        path = values[first : end + 1]
+        usable = np.isfinite(path)
+        if usable.sum() < 2:
+            continue
+        known = path[usable]
+        if known[-1] < thresholds.collapsed and known[0] > _FALL * max(known[-1], thresholds.collapsed):
+            return [_collapse(measurement, what, values, found.rank, (first, end), thresholds)]
+    return []
+
+
+def _collapse(
+    measurement: Measurement, what: str, values: Array, rank: Array, states: tuple[int, int], thresholds: Thresholds
+) -> Finding:
+    first, end = states
+    below = np.flatnonzero(values[first : end + 1] < thresholds.collapsed)
+    where = first + max(int(below[0]) - 1, 0)
+    steps = [step for step in measurement.steps[first:end] if step.kind == "step" and step.module_path]
+    bare = [step.module_path for step in steps if not step.merges and step.weights]
+    remedy = "give every block a skip, x + f(x), so that what tells them apart is carried on"
+    return Finding(
+        kind="rank_collapse",
+        severity="warning",
+        steps=tuple(range(first, end)),
+        module_path=measurement.steps[where].module_path,
+        confidence=1.0,
+        evidence=f"what tells {what} apart falls from {values[first]:.2g} of the energy of the state to "
+        f"{values[end]:.2g}, and the effective rank from {rank[first]:.3g} to {rank[end]:.3g}; it is below "
+        f"{thresholds.collapsed:g} from {measurement.steps[where].name} on",
+        remedy=remedy if bare else "scale the branches up, or the part of the state that all share down",
+        reference="Dong et al., Attention is not all you need, 2021; Schoenholz et al., 2017",
+        numbers={"before": float(values[first]), "after": float(values[end]), "rank": float(rank[end])},
+        actions=tuple(remedies.add_skip(path) for path in bare),
+    )
+
+
+def precision_findings(flow: AnyFlow, measurement: Measurement) -> list[Finding]:
+    """Numbers that the dtype of the model cannot hold, beside the scale that the network itself sets.
+
+    A loss scale can move all gradients, but not bring them closer together: so it is their range over depth that is
+    held against the range of the dtype, and the units of the loss do not matter.
+    """
+    dtype = flow.states[0].space.dtype
+    limits = torch.finfo(dtype)
+    room = math.log(limits.max) - math.log(limits.tiny) - _HEADROOM
+    with np.errstate(invalid="ignore"):
+        sizes = _log_gradient_rms(flow, measurement)
+    held = np.flatnonzero(np.isfinite(sizes))
+    found = []
+    if held.size:
+        reach = float(sizes[held].max() - sizes[held].min())
+        if reach > room:
+            found.append(_range_finding(measurement, held, sizes, reach, room, str(dtype)))
+    states = measurement.log_states.max(axis=1)
+    over = np.flatnonzero(np.isfinite(states) & (states > math.log(limits.max) - _HEADROOM))
+    if over.size:
+        found.append(_state_finding(measurement, int(over[0]), float(states[over[0]]), str(dtype)))
+    return found
+
+
+def _log_gradient_rms(flow: AnyFlow, measurement: Measurement) -> Array:
+    """Typical size of a gradient entry at every state, joined over restarts."""
+    logs = np.array(measurement.log_gradients.mean(axis=1))
+    logs -= 0.5 * np.log([max(state.size, 1) for state in flow.states])
+    logs[: max(measurement.restarts, default=0)] = np.nan  # in other units than those behind
+    return logs
+
+
+def _range_finding(
+    measurement: Measurement, held: npt.NDArray[np.intp], sizes: Array, reach: float, room: float, dtype: str
+) -> Finding:
+    low = int(held[int(np.argmin(sizes[held]))])
+    step = measurement.steps[min(low, len(measurement.steps) - 1)]
+    name = dtype.removeprefix("torch.")
+    return Finding(
+        kind="precision_loss",
+        severity="warning",
+        steps=(step.index,),
+        module_path=step.module_path,
+        confidence=1.0,
+        evidence=f"gradients of different depths lie {reach:.1f} nats apart, more than the {room:.1f} that {name} "
+        f"leaves; under the best loss scale those at {step.name} still underflow",
+        remedy="compute in float32 or bfloat16, and bring the growth over depth down: no loss scale helps",
+        reference="Micikevicius et al., Mixed precision training, 2018",
+        numbers={"range": reach, "room": room},
+        actions=(remedies.convert("float32"),),
+    )
+
+
+def _state_finding(measurement: Measurement, state: int, size: float, dtype: str) -> Finding:
+    step = measurement.steps[max(state - 1, 0)]
+    name = dtype.removeprefix("torch.")
+    return Finding(
+        kind="precision_loss",
+        severity="warning",
+        steps=(step.index,),
+        module_path=step.module_path,
+        confidence=1.0,
+        evidence=f"behind {step.name} the entries of the state are of size {math.exp(min(size, 700.0)):.3g}, within a "
+        f"factor of a thousand of the largest number of {name}",
+        remedy="compute in float32 or bfloat16, or scale the states down before this step",
+        reference="Micikevicius et al., Mixed precision training, 2018",
+        numbers={"log_size": size},
+        actions=(remedies.convert("float32"),),
+    )

@@ -1,0 +1,196 @@
+"""Faults of a whole stretch: growth and decay over depth, transient growth, and the mechanism behind them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from stabkit.attribution import Mechanism
+from stabkit.diagnosis import remedies
+from stabkit.diagnosis.finding import Finding
+from stabkit.diagnosis.measurement import Array, Measurement
+from stabkit.diagnosis.thresholds import Thresholds
+from stabkit.diagnosis.verdict import Verdict, bootstrap_interval, factor, share_beyond
+
+_REFERENCE = "Yang et al., ICML 2020; Haber and Ruthotto, 2017"
+
+
+def growth_finding(
+    verdict: Verdict, measurement: Measurement, tied: Mapping[str, float], thresholds: Thresholds, seed: int
+) -> list[Finding]:
+    """The finding behind a verdict of exploding or vanishing, if it is one; ``tied`` are the matrices of a tied map."""
+    if verdict.name not in ("exploding", "vanishing"):
+        return []
+    first, last = verdict.stretch
+    steps = measurement.steps[first : last + 1]
+    rows = measurement.growth[first : last + 1]
+    rates = rows.mean(axis=1)
+    sign = 1.0 if verdict.name == "exploding" else -1.0
+    worst = first + int(np.nanargmax(sign * rates))
+    totals: Array = rows.sum(axis=0)
+    sure = 1.0 if np.isinf(totals).any() else share_beyond(sign * totals, thresholds, seed)
+    low, high = verdict.interval
+    count = last - first + 1
+    remedy = remedies.for_stretch(steps, verdict.growth, thresholds.stable, tied)
+    evidence = (
+        f"log growth {verdict.growth:+.1f} nats ({thresholds.confidence:.0%} interval {low:+.1f} to {high:+.1f}) over "
+        f"{count} steps, {verdict.growth / count:+.2f} a step; most at {measurement.steps[worst].name} "
+        f"({rates[worst - first]:+.2f}); relative to the size of the states {_relative(measurement, first, last):+.1f}"
+    )
+    return [
+        Finding(
+            kind=verdict.name,
+            severity="critical",
+            steps=tuple(range(first, last + 1)),
+            module_path=measurement.steps[worst].module_path,
+            confidence=sure,
+            evidence=evidence,
+            remedy=remedy.text,
+            reference=_REFERENCE,
+            numbers={"growth": verdict.growth, "low": low, "high": high, "rate": verdict.growth / count},
+            actions=remedy.actions,
+        )
+    ]
+
+
+def _relative(measurement: Measurement, first: int, last: int) -> float:
+    """Growth of the gradient times the state, which does not see by what the states are scaled."""
+    with np.errstate(invalid="ignore"):
+        states = measurement.log_states[first].mean() - measurement.log_states[last + 1].mean()
+        return float(measurement.growth[first : last + 1].mean(axis=1).sum() + states)
+
+
+def transient(
+    measurement: Measurement, stretch: tuple[int, int], total: float, thresholds: Thresholds, seed: int
+) -> Finding | None:
+    """Growth over part of a stretch that the rest of it takes back, if it is large."""
+    first, last = stretch
+    rows = measurement.growth[first : last + 1]
+    if not np.isfinite(rows).all() or not math.isfinite(total):
+        return None
+    start, stop = _largest_run(rows.mean(axis=1))
+    inside = rows[start : stop + 1].sum(axis=0)
+    low, high = bootstrap_interval(inside, thresholds, seed)
+    limit = thresholds.stable + max(0.0, total)
+    if low < limit:
+        return None
+    start = _taken_back(rows.mean(axis=1), start, stop, thresholds.stable)
+    steps = tuple(range(first + start, first + stop + 1))
+    peak = max(steps, key=lambda i: float(measurement.growth[i].mean()))
+    growth = float(inside.mean())
+    remedy = remedies.for_passing(measurement.steps[first : last + 1], total, growth, thresholds.stable)
+    return Finding(
+        kind="transient_growth",
+        severity="warning",
+        steps=steps,
+        module_path=measurement.steps[peak].module_path,
+        confidence=share_beyond(inside - limit + thresholds.drift, thresholds, seed),
+        evidence=f"the gradient grows by a factor of {factor(growth)} within steps {steps[0]} to {steps[-1]} "
+        f"(interval {low:+.1f} to {high:+.1f} nats), of which the whole stretch keeps {total:+.1f} nats",
+        remedy=remedy.text,
+        reference="Trefethen and Embree, Spectra and Pseudospectra, 2005",
+        numbers={"growth": growth, "low": low, "high": high, "total": total},
+        actions=remedy.actions,
+    )
+
+
+def _largest_run(rates: Array) -> tuple[int, int]:
+    """First and last index of the run of steps with the largest sum."""
+    best, best_run, running, start = -math.inf, (0, 0), 0.0, 0
+    for index, rate in enumerate(rates):
+        if running <= 0.0:
+            running, start = 0.0, index
+        running += float(rate)
+        if running > best:
+            best, best_run = running, (start, index)
+    return best_run
+
+
+def _taken_back(rates: Array, start: int, stop: int, stable: float) -> int:
+    """The step up to which, on its way back from the run, the gradient stays larger than what counts as stable."""
+    growth = float(rates[start : stop + 1].sum())
+    while start > 0 and growth + float(rates[start - 1]) > stable:
+        start -= 1
+        growth += float(rates[start])
+    return start
+
+
+def mechanism_findings(
+    verdict: Verdict,
+    measurement: Measurement,
+    found: Sequence[Mechanism],
+    skips: Sequence[float | None],
+    thresholds: Thresholds,
+) -> list[Finding]:
+    """Whether the step size is what makes gradients grow, or over-damping what makes them decay.
+
+    Only steps with a skip have a step size that can be at fault.
+    """
+    first, last = verdict.stretch
+    read = [m for m in found[first : last + 1] if m.excess is not None and skips[m.step]]
+    if len(read) < max(1, (last - first + 1) / 2):
+        return []
+    continuous, discrete, damped = (
+        float(np.mean([getattr(m.excess, name) for m in read]))
+        for name in ("continuous", "discretisation", "overdamped")
+    )
+    if verdict.growth > thresholds.stable and discrete > 0:
+        share = discrete / (discrete + max(continuous, 0.0))
+        if share > thresholds.mechanism:
+            return [_unstable(measurement, read, share, thresholds)]
+    if verdict.growth < -thresholds.stable and damped < 0:
+        share = -damped / (-damped - min(continuous, 0.0) - min(discrete, 0.0) + 1e-300)
+        if share > thresholds.mechanism:
+            return [_overdamped(measurement, read, share)]
+    return []
+
+
+def _unstable(measurement: Measurement, read: Sequence[Mechanism], share: float, thresholds: Thresholds) -> Finding:
+    factors = [m.largest_step_factor for m in read if m.largest_step_factor is not None]
+    usable = [f for f in factors if f > 0]
+    steps = [measurement.steps[m.step] for m in read]
+    matrices = remedies.branch_matrices(steps)
+    if usable and len(usable) > len(read) / 2:
+        by = min(1.0, 0.95 * float(np.median(usable)))
+        text = f"make the step {by:.2g} times as large: then the modes of a typical block lie in the stability region"
+    else:
+        by = remedies.branch_factor([gain for _, gain in matrices] or [0.0] * len(steps), thresholds.stable / 2)
+        text = (
+            f"no step size makes these modes stable (they lie on the imaginary axis or beyond): make the step {by:.2g} "
+            "times as large, or damp it: (1 - lambda) x + f(x)"
+        )
+    worst = max(read, key=lambda m: m.radius or 0.0)
+    return Finding(
+        kind="unstable_step",
+        severity="warning",
+        steps=tuple(m.step for m in read),
+        module_path=measurement.steps[worst.step].module_path,
+        confidence=share,
+        evidence=f"{share:.0%} of the growth of the modes comes from steps too large for their region, not from the "
+        f"system itself; largest |R(z)| {worst.radius:.3g} at {worst.name}, margin {worst.margin:.3g}",
+        remedy=text,
+        reference="Haber and Ruthotto, 2017",
+        numbers={"share": share, "radius": worst.radius or math.nan, "step_factor": by},
+        actions=tuple(remedies.scale(path, by) for path, _ in matrices),
+    )
+
+
+def _overdamped(measurement: Measurement, read: Sequence[Mechanism], share: float) -> Finding:
+    worst = max(read, key=lambda m: m.modes.overdamped if m.modes else 0.0)
+    modes = float(np.mean([m.modes.overdamped for m in read if m.modes]))
+    matrices = remedies.branch_matrices([measurement.steps[m.step] for m in read])
+    return Finding(
+        kind="overdamped",
+        severity="warning",
+        steps=tuple(m.step for m in read),
+        module_path=measurement.steps[worst.step].module_path,
+        confidence=share,
+        evidence=f"{modes:.0%} of the modes lie so deep in the stability region that they are gone after the stretch, "
+        f"and they make {share:.0%} of the decay",
+        remedy="make the step a quarter as large, which moves the modes towards 1, or damp the skip less",
+        reference="Haber and Ruthotto, 2017",
+        numbers={"share": share, "modes": modes},
+        actions=tuple(remedies.scale(path, 0.25) for path, _ in matrices),
+    )

@@ -1,0 +1,77 @@
+"""A norm that every block of a stack has but one."""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+
+from torch import nn
+
+from stabkit.diagnosis import remedies
+from stabkit.diagnosis.behaviour import behaviours
+from stabkit.diagnosis.finding import Finding
+from stabkit.diagnosis.measurement import AnyFlow, Measurement, StepMeasurement
+from stabkit.diagnosis.weights import is_norm
+from stabkit.identification.operations import has_matrix
+from stabkit.tracing import Flow
+
+_FEWEST = 3  # peers that must agree
+
+
+def missing_norm_findings(flow: AnyFlow, measurement: Measurement) -> list[Finding]:
+    """Blocks that run fewer norms than all their peers, which run equally many, and as many matrices."""
+    if not isinstance(flow, Flow):
+        return []
+    groups: defaultdict[tuple[object, ...], list[tuple[StepMeasurement, int]]] = defaultdict(list)
+    # a single layer holds no norm, so only modules of several parts are compared
+    composed = {path for path, module in flow.model.named_modules() if any(True for _ in module.children())}
+    for step, measured in zip(flow.steps, measurement.steps, strict=True):
+        if step.module_path not in composed:
+            continue
+        matrices = sum(has_matrix(node) for node in step.segment.nodes)
+        key = (measured.module_class, measured.kind, matrices)
+        groups[key].append((measured, measured.norms))
+    found = []
+    for members in groups.values():
+        for measured, count in members:
+            others = {other for one, other in members if one is not measured}
+            if len(members) > _FEWEST and len(others) == 1 and count < min(others) and measured.module_class:
+                found.append(_finding(flow, measured, measurement, min(others) - count))
+    return found
+
+
+def _finding(flow: Flow, step: StepMeasurement, measurement: Measurement, missing: int) -> Finding:
+    acting = next((b for b in behaviours(measurement) if b.step is step), None)
+    gain = acting.gain.size if acting is not None else 0.0
+    places = _empty_places(flow, step.module_path)
+    remedy = "put the norm that its peers have in front of its branch" + (
+        f": at {', '.join(place for place, _ in places)}, as at {places[0][1]}" if places else ""
+    )
+    return Finding(
+        kind="vanishing" if acting is not None and acting.largest < 0 else "exploding",
+        severity="warning",
+        steps=(step.index,),
+        module_path=step.module_path,
+        confidence=1.0,
+        evidence=f"{step.module_path or step.name} runs {missing} norm{'s' if missing > 1 else ''} less than each of "
+        f"its peers; its gain deviates from theirs by {gain:+.2f} nats, what it adds or passes by "
+        f"{acting.largest if acting is not None else 0.0:+.2f}",
+        remedy=remedy,
+        reference="Xiong et al., ICML 2020",
+        numbers={"missing": float(missing), "gain_deviation": gain},
+        actions=tuple(remedies.insert_norm(place, like) for place, like in places),
+    )
+
+
+def _empty_places(flow: Flow, block: str) -> list[tuple[str, str]]:
+    """Modules of a block that do nothing where those of its peers, by the same name, are norms."""
+    modules = dict(flow.model.named_modules())
+
+    def role(path: str) -> str:
+        return re.sub(r"\d+", "*", path)
+
+    norms = {role(path): path for path, module in modules.items() if is_norm(module)}
+    inside = [path for path in modules if path.startswith(f"{block}.")]
+    return [
+        (path, norms[role(path)]) for path in inside if isinstance(modules[path], nn.Identity) and role(path) in norms
+    ]

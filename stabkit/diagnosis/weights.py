@@ -1,0 +1,122 @@
+"""The parameters that a step uses, in numbers that can be compared between blocks of different width."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import Tensor, nn
+
+from stabkit.tracing import Flow, Step
+from stabkit.tracing.recording import Call
+
+
+@dataclass(frozen=True)
+class Weight:
+    """One parameter of a step.
+
+    Attributes:
+        path: as in ``model.named_parameters()``.
+        module_path: the module that owns it.
+        module_class: the class of that module.
+        role: the path without the numbers that tell blocks apart; the peers of a weight have the same role.
+        kind: ``"matrix"``, ``"scale"`` (of a norm, or a vector of step sizes) or ``"bias"``.
+        gains: log of the gain that its size means, by the conventions of fan-in, fan-out and their mean for a matrix
+            (sigma sqrt(fan)); log of its root mean square otherwise. -inf for zeros, NaN where it is not finite.
+        unit: what the first gain divides by its size: sqrt(fan-in) for a matrix, 1 otherwise.
+        mean: mean of its entries.
+        finite: whether all entries are.
+    """
+
+    path: str
+    module_path: str
+    module_class: str
+    role: str
+    kind: str
+    gains: tuple[float, ...]
+    unit: float
+    mean: float
+    finite: bool
+
+
+def weights_of(flow: Flow, step: Step) -> tuple[Weight, ...]:
+    """The parameters of the modules that ran in a step, and of modules below them that never run on their own."""
+    called = {call.path for call in flow._recording.calls}
+    found: dict[str, Weight] = {}
+    for call in calls_of(flow, step):
+        for weight in _owned(call, called):
+            found.setdefault(weight.path, weight)
+    return tuple(found.values())
+
+
+def calls_of(flow: Flow, step: Step) -> list[Call]:
+    """The calls of modules that began and ended in a step, in the order of their beginnings."""
+    clock = flow._graph.clock
+    start, stop = step.source.position, step.target.position
+    last_before = clock[start - 1] if start > 0 else -1
+    first_after = clock[stop] if stop < len(clock) else math.inf
+    # a container of several steps lies in none of them
+    return [call for call in flow._recording.calls if last_before < call.start and call.stop <= first_after]
+
+
+def is_norm(module: nn.Module) -> bool:
+    """Whether a module normalises, by the name of its class."""
+    return "Norm" in type(module).__name__
+
+
+def norms_in(flow: Flow, step: Step) -> int:
+    """How many norms run in a step."""
+    return sum(is_norm(call.module) for call in calls_of(flow, step))
+
+
+def ends_in_norm(flow: Flow, step: Step) -> bool:
+    """Whether the last module that runs in a step is a norm."""
+    calls = [call for call in calls_of(flow, step) if not list(call.module.children())]
+    return bool(calls) and is_norm(calls[-1].module)
+
+
+def _owned(call: Call, called: set[str]) -> Iterator[Weight]:
+    """Parameters of a module that ran, and of those below it that the recording never saw running."""
+    for name, module in call.module.named_modules():
+        path = ".".join(filter(None, (call.path, name)))
+        if name and path in called:
+            continue
+        for key, parameter in module.named_parameters(recurse=False):
+            if isinstance(module, nn.Embedding | nn.EmbeddingBag) or parameter.numel() == 0:
+                continue
+            yield describe(".".join(filter(None, (path, key))), path, module, parameter)
+
+
+def describe(path: str, module_path: str, module: nn.Module, parameter: Tensor) -> Weight:
+    """One parameter in comparable numbers."""
+    data = parameter.detach()
+    finite = bool(data.isfinite().all())
+    rms = float(data.to(torch.float64).abs().square().mean().sqrt())
+    log = math.log(rms) if rms > 0 and math.isfinite(rms) else (-math.inf if rms == 0 else math.nan)
+    kind = "bias" if "bias" in path.rsplit(".", 1)[-1] else "matrix" if data.dim() > 1 else "scale"
+    gains: tuple[float, ...] = (log,)
+    unit = 1.0
+    if kind == "matrix":
+        field = math.prod(data.shape[2:])
+        fans = [data.shape[1] * field, data.shape[0] * field]
+        unit = math.sqrt(max(fans[0], 1))
+        gains = tuple(log + 0.5 * math.log(max(fan, 1)) for fan in (*fans, sum(fans) / 2))
+    cls = type(module).__name__
+    return Weight(path, module_path, cls, role_of(path), kind, gains, unit, float(data.double().mean().real), finite)
+
+
+@lru_cache(maxsize=4096)
+def role_of(path: str) -> str:
+    """What the numbers of blocks leave of a path.
+
+    Example:
+        >>> role_of("layer2.0.conv1.weight"), role_of("net.4.weight")
+        ('layer*.*.conv1.weight', 'net.*.weight')
+    """
+    *parents, module, name = ["", "", *path.split(".")][-max(2, path.count(".") + 1) :]
+    above = [re.sub(r"\d+", "*", part) for part in parents]
+    return ".".join([*above, "*" if module.isdigit() else module, name]).lstrip(".")

@@ -1,0 +1,118 @@
+"""What a report says about why its growth is what it is: parts of the growth of every step, and what explains them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from stabkit.attribution import Attribution, Mechanism, attribute
+from stabkit.diagnosis import Diagnosis
+from stabkit.errors import TraceError
+from stabkit.growth import rate_law
+from stabkit.identification import Identification
+from stabkit.report.schema import StepReport
+from stabkit.tracing import Flow
+
+_PROBES = 8  # random vectors behind the estimated terms of a large step
+_PARTS = ("spectral", "non_normal", "transition")
+_FEWEST_RATES = 6  # steps that telling a power from an exponential needs
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """Why the growth is what it is; empty where it could not be said.
+
+    Attributes:
+        attribution: parts of the growth of every step.
+        explained: for the report, by name of the number.
+        rate_law: how growth depends on depth.
+        notes: why something is missing.
+    """
+
+    attribution: Attribution | None = None
+    explained: Mapping[str, Any] = field(default_factory=dict)
+    rate_law: Mapping[str, Any] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+    def completed(self, step: StepReport) -> StepReport:
+        """A step's report with its parts, its mechanism and its margin."""
+        if self.attribution is None:
+            return step
+        mechanism = self.attribution.mechanisms[step.index]
+        return replace(
+            step,
+            attribution=_parts(self.attribution, step),
+            mechanism=_shares(mechanism),
+            margin=mechanism.margin,
+            step_factor=mechanism.largest_step_factor,
+        )
+
+
+def explain(
+    flow: Flow, diagnosis: Diagnosis, methods: Sequence[Identification], samples: int, seed: int
+) -> Explanation:
+    """Attribute the growth of a flow; what cannot be attributed is said in the notes.
+
+    Args:
+        flow: the traced forward pass.
+        diagnosis: with the measured growth.
+        methods: from `stabkit.identify`.
+        samples: how many samples' spectra are taken.
+        seed: of every random choice.
+    """
+    law = _law(diagnosis)
+    if not np.isfinite(diagnosis.measurement.growth).any():
+        return Explanation(rate_law=law, notes=("no growth is finite, so none of it is attributed",))
+    try:
+        # eigenvalues of large steps are the spectrum's business; here only the terms of the growth are wanted
+        found = attribute(flow, samples=samples, probes=_PROBES, krylov=0, seed=seed, identifications=methods)
+    except (TraceError, ArithmeticError) as error:
+        return Explanation(rate_law=law, notes=(f"growth is not attributed: {error}",))
+    predictor = found.applicable
+    return Explanation(
+        attribution=found,
+        explained={
+            "share": found.explained,
+            "predictor": next(name for name, p in found.predictions.items() if p is predictor),
+            "predictor_share": predictor.share,
+            "persistence": found.persistence.mean,
+            "applies": found.applies,
+            **{f"{name}_share": prediction.share for name, prediction in found.predictions.items()},
+        },
+        rate_law=law,
+    )
+
+
+def _law(diagnosis: Diagnosis) -> dict[str, Any]:
+    first, last = diagnosis.verdict.stretch
+    rows = diagnosis.measurement.growth[first : last + 1]
+    if len(rows) < _FEWEST_RATES or not np.isfinite(rows).all():
+        return {}
+    law = rate_law(np.concatenate([[0.0], rows.mean(axis=1).cumsum()]))
+    return {"law": law.law, "margin": law.margin}
+
+
+def _parts(found: Attribution, step: StepReport) -> dict[str, float] | None:
+    """Means over samples; alignment is the remainder of the growth that the report shows, over all its cotangents."""
+    parts = {name: _mean(getattr(found, name)[step.index]) for name in _PARTS}
+    known = {name: value for name, value in parts.items() if math.isfinite(value) and (value or name != "transition")}
+    if not known or not math.isfinite(step.growth):
+        return None
+    return {**known, "alignment": step.growth - sum(known.values())}
+
+
+def _mean(values: torch.Tensor) -> float:
+    finite = values[values.isfinite()]
+    return float(finite.mean()) if len(finite) else math.nan
+
+
+def _shares(mechanism: Mechanism) -> dict[str, float] | None:
+    shares = mechanism.energy
+    if shares is None:
+        return None
+    return {name: float(getattr(shares, name)) for name in ("continuous", "discretisation", "overdamped", "neutral")}
