@@ -66,6 +66,7 @@ def _environment() -> jinja2.Environment:
         "factor": factor,
         "shapes": _shapes,
         "percent": _percent,
+        "room": room,
     }
     return environment
 
@@ -103,6 +104,20 @@ def signed(value: float | None, digits: int = 2) -> str:
     if not math.isfinite(value):
         return "not finite"
     return f"{value:+.{digits}f}".replace("-", "−")
+
+
+def room(factor: float) -> str:
+    """How far the branch of a step may grow before its spectrum leaves the region.
+
+    Example:
+        >>> room(1.7), room(0.25), room(0.0)
+        ('the branch may grow by ×1.7', 'the branch would have to shrink to ×0.25', 'no step size would be stable')
+    """
+    if factor == 0:
+        return "no step size would be stable"
+    if math.isinf(factor):
+        return "the branch may grow without bound"
+    return f"the branch {'may grow by' if factor >= 1 else 'would have to shrink to'} ×{number(factor)}"
 
 
 def _shapes(shapes: tuple[tuple[int, ...], ...]) -> str:
