@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from stabkit.jacobians.coordinates import coordinates
 from stabkit.jacobians.nonnormality import NonNormality, non_normality
 from stabkit.jacobians.operator import Jacobian, compose, from_dense
 from stabkit.jacobians.spectra import eigenvalues, singular_values
@@ -23,6 +24,7 @@ __all__ = [
     "SingularValueDensity",
     "Spectrum",
     "compose",
+    "coordinates",
     "eigenvalues",
     "from_dense",
     "log_abs_det",

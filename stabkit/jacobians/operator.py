@@ -9,10 +9,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from stabkit.jacobians.coordinates import Index, checked_index
+from stabkit.jacobians.recorded import recorded
+
 if TYPE_CHECKING:
+    import scipy.sparse
     import scipy.sparse.linalg
 
 Product = Callable[[Tensor], Tensor]
+Shapes = tuple[tuple[int, ...], ...]
 
 
 class Jacobian:
@@ -24,7 +29,12 @@ class Jacobian:
         rmatmat: ``(batch, m, k) -> (batch, n, k)``, the products J^T U.
         dtype: the dtype of the products.
         device: where the products live.
-        path: how the products are computed, in a few words; shown in results.
+        path: how the products are computed, in a few words; shown in results. ``dense()`` and ``sparse()`` add how
+            they found the entries.
+        row_shapes: shapes of one sample of the tensors that the m rows run through, one after the other; one vector
+            by default. Structure is looked for along their axes.
+        column_shapes: the same for the n columns.
+        matrix: the entries, if they are known.
 
     Example:
         >>> import torch
@@ -44,13 +54,23 @@ class Jacobian:
         dtype: torch.dtype,
         device: torch.device,
         path: str = "",
+        row_shapes: Shapes | None = None,
+        column_shapes: Shapes | None = None,
+        matrix: Tensor | None = None,
     ) -> None:
         self.shape = shape
         self.dtype = dtype
         self.device = device
         self.path = path
+        self.matrix = matrix
+        self.recorded = recorded(matmat)
+        self._products_path = path
         self._matmat = matmat
         self._rmatmat = rmatmat
+        if self.recorded is not None:
+            row_shapes, column_shapes = self.recorded.rows.axes, self.recorded.columns.axes
+        self.row_shapes = row_shapes or ((shape[1],),)
+        self.column_shapes = column_shapes or ((shape[2],),)
 
     def __repr__(self) -> str:
         batch, m, n = self.shape
@@ -87,7 +107,15 @@ class Jacobian:
         """The transpose, per sample."""
         batch, m, n = self.shape
         return Jacobian(
-            (batch, n, m), self._rmatmat, self._matmat, dtype=self.dtype, device=self.device, path=self.path
+            (batch, n, m),
+            self._rmatmat,
+            self._matmat,
+            dtype=self.dtype,
+            device=self.device,
+            path=self._products_path,
+            row_shapes=self.column_shapes,
+            column_shapes=self.row_shapes,
+            matrix=None if self.matrix is None else self.matrix.transpose(1, 2),
         )
 
     def __matmul__(self, other: Any) -> Any:
@@ -97,23 +125,123 @@ class Jacobian:
             return NotImplemented
         return self.matvec(other) if other.dim() == 2 else self.matmat(other)
 
-    def dense(self, chunk: int = 128) -> Tensor:
-        """The matrices themselves, ``(batch, m, n)``, built from ``min(m, n)`` products.
+    def minus_identity(self) -> Jacobian:
+        """J - I: of a residual step ``x + f(x)`` the Jacobian of its branch f.
+
+        Raises:
+            ValueError: J is not square.
+
+        Example:
+            >>> import torch
+            >>> from_dense(torch.tensor([[3.0, 1.0], [0.0, 1.0]])).minus_identity().dense()[0].tolist()
+            [[2.0, 1.0], [0.0, 0.0]]
+        """
+        _, m, n = self.shape
+        if m != n:
+            raise ValueError(f"minus_identity() needs a square Jacobian; this one is {m} x {n}: the step changes space")
+        eye = None if self.matrix is None else torch.eye(n, dtype=self.dtype, device=self.device)
+        return Jacobian(
+            self.shape,
+            lambda V: self.matmat(V) - V,
+            lambda U: self.rmatmat(U) - U,
+            dtype=self.dtype,
+            device=self.device,
+            path=f"{self._products_path} minus identity",
+            row_shapes=self.row_shapes,
+            column_shapes=self.column_shapes,
+            matrix=None if self.matrix is None or eye is None else self.matrix - eye,
+        )
+
+    def restrict(self, rows: Index | None = None, columns: Index | None = None) -> Jacobian:
+        """The block of J at some rows and columns, say of one token or of some channels (see `coordinates`).
 
         Args:
-            chunk: how many products are computed at once.
+            rows: which coordinates of the target are looked at, in this order; all by default.
+            columns: which coordinates of the source may move; all by default.
+
+        Raises:
+            IndexError: a coordinate does not exist.
+            ValueError: no coordinate is named, or one twice.
+
+        Example:
+            >>> import torch
+            >>> from_dense(torch.arange(6.0).view(2, 3)).restrict(rows=[1], columns=[2, 0]).dense()[0].tolist()
+            [[5.0, 3.0]]
         """
         batch, m, n = self.shape
-        out = torch.empty(batch, m, n, dtype=self.dtype, device=self.device)
-        for start in range(0, min(m, n), chunk):
-            stop = min(start + chunk, min(m, n))
-            unit = torch.zeros(batch, min(m, n), stop - start, dtype=self.dtype, device=self.device)
-            unit[:, torch.arange(start, stop), torch.arange(stop - start)] = 1
-            if m <= n:
-                out[:, start:stop, :] = self._rmatmat(unit).transpose(1, 2)
-            else:
-                out[:, :, start:stop] = self._matmat(unit)
-        return out
+        r = checked_index(rows, m, "rows", self.device)
+        c = checked_index(columns, n, "columns", self.device)
+
+        def spread(block: Tensor, index: Tensor, size: int) -> Tensor:
+            rows_first = block.new_zeros(block.shape[2], batch, size)
+            rows_first[:, :, index] = block.permute(2, 0, 1)
+            return rows_first.permute(1, 2, 0)
+
+        return Jacobian(
+            (batch, len(r), len(c)),
+            lambda V: self.matmat(spread(V, c, n))[:, r],
+            lambda U: self.rmatmat(spread(U, r, m))[:, c],
+            dtype=self.dtype,
+            device=self.device,
+            path=f"block of {self._products_path}",
+            matrix=None if self.matrix is None else self.matrix[:, r][:, :, c],
+        )
+
+    def dense(self, chunk: int | None = None, *, memory: int | None = None, structure: bool = True) -> Tensor:
+        """The matrices themselves, ``(batch, m, n)``, from rows pulled back or columns pushed forward.
+
+        Structure that makes this cheaper is looked for and used: rows that share no column are pulled back together,
+        the weight of a last linear layer is read off rather than multiplied with, and what keeps tokens apart is
+        differentiated for all tokens at once. The result must then agree with a random product, or it is built
+        anew without structure; ``path`` says which.
+
+        Args:
+            chunk: how many products are made at once; chosen to suit the caches, and ``memory``, by default.
+            memory: bytes that the result and the work on it may take; by default four fifths of what is free.
+            structure: False to make one product for every row or column.
+
+        Raises:
+            ValueError: the result does not fit in ``memory``, or ``chunk`` is not positive.
+
+        Example:
+            >>> import torch, stabkit
+            >>> J = stabkit.trace(torch.nn.Linear(2, 2, bias=False), torch.ones(1, 2)).jacobian()
+            >>> J.dense().shape
+            torch.Size([1, 2, 2])
+        """
+        from stabkit.jacobians.dense import dense
+
+        matrix, how = dense(self, chunk, memory, structure)
+        self.path = f"{self._products_path}; {how}" if how else self._products_path
+        return matrix
+
+    def sparse(self, *, memory: int | None = None) -> list[scipy.sparse.csr_array]:
+        """The exact matrices as ``scipy.sparse.csr_array``, one of shape ``(m, n)`` per sample, on the CPU.
+
+        The pattern is found from a few random products along the axes of the state; rows that share no column are
+        then pulled back together (Curtis, Powell and Reid 1974), so that a convolution takes as many products as
+        its receptive field has entries, whatever the image size. The result agrees with a random product; if the
+        first one does not, the rows are pulled back one by one, and ``path`` says so. Entries of the pattern that
+        happen to be zero are kept.
+
+        Args:
+            memory: bytes that the result and the work on it may take; by default four fifths of what is free.
+
+        Raises:
+            ValueError: the result does not fit in ``memory``.
+
+        Example:
+            >>> import torch, stabkit
+            >>> block = torch.nn.Conv1d(1, 1, 3, padding=1, bias=False)
+            >>> (J,) = stabkit.trace(block, torch.ones(1, 1, 100)).jacobian().sparse()
+            >>> J.shape, J.nnz
+            ((100, 100), 298)
+        """
+        from stabkit.jacobians.sparse import sparse
+
+        matrices, how = sparse(self, memory)
+        self.path = f"{self._products_path}; {how}" if how else self._products_path
+        return matrices
 
     def to_scipy(self, sample: int = 0) -> scipy.sparse.linalg.LinearOperator:
         """One sample as a ``scipy.sparse.linalg.LinearOperator`` of shape ``(m, n)``.
@@ -177,6 +305,7 @@ def from_dense(matrix: Tensor) -> Jacobian:
         dtype=matrix.dtype,
         device=matrix.device,
         path="dense",
+        matrix=matrix,
     )
 
 
@@ -195,4 +324,6 @@ def compose(left: Jacobian, right: Jacobian) -> Jacobian:
         dtype=left.dtype,
         device=left.device,
         path=f"{left.path} after {right.path}",
+        row_shapes=left.row_shapes,
+        column_shapes=right.column_shapes,
     )

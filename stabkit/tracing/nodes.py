@@ -20,18 +20,28 @@ def is_python_node(node: Node) -> bool:
     return isinstance(node, torch.autograd.function.BackwardCFunction)
 
 
-def apply_node(node: Node, cotangents: Cotangents, active: Sequence[Value]) -> list[tuple[Value, Tensor]]:
+def apply_node(
+    node: Node, cotangents: Cotangents, active: Sequence[Value], *, rewrite: bool = False
+) -> list[tuple[Value, Tensor]]:
     """Pull the cotangents of a node's outputs back to those of its inputs that are ``active``.
 
     The engine itself also sums broadcast dimensions and casts to the dtype of the input; so does this. It never
     runs hooks, and a cotangent goes to the node's own inputs only: the derivative is partial, not total.
+
+    Args:
+        node: the node.
+        cotangents: one for every output, None where nothing arrives.
+        active: the inputs that are wanted.
+        rewrite: let convolutions and batch norms be computed in a way that is cheaper under ``torch.vmap`` and for a
+            second derivative, and rounds differently from the engine's.
     """
-    if "BatchNorm" in type(node).__name__:
+    name = type(node).__name__
+    if "BatchNorm" in name:
         cotangents = match_layout(node, cotangents)
     if is_python_node(node):
         edges, grads = _apply_python(node, cotangents)
     else:
-        override = _OVERRIDES.get(type(node).__name__)
+        override = (_REWRITES if rewrite else _OVERRIDES).get(name)
         if override is not None:
             raw = override(node, cotangents, active)
         elif operation(node) in _SELF_ADJOINT and torch.is_grad_enabled():
@@ -49,6 +59,60 @@ def apply_node(node: Node, cotangents: Cotangents, active: Sequence[Value]) -> l
         if value in wanted:
             pulled.append((value, _as_recorded(value, grad)))
     return pulled
+
+
+def stackable(node: Node, active: Sequence[Value]) -> bool:
+    """Whether the node can take many cotangents at once, stacked along a new first dimension, without ``torch.vmap``.
+
+    So it is for convolutions, into whose batch they are folded, and for elementwise operations of one argument, whose
+    backward is a product of the cotangent with something of the shape of the value.
+    """
+    name, kind = type(node).__name__, operation(node)
+    if is_python_node(node) or len(node._input_metadata) != 1 or not active:
+        return False
+    same = {(meta.shape, meta.dtype) for meta in map(meta_of, (*active, Value(node, 0)))}
+    if name == "ConvolutionBackward0":
+        saved: Any = node
+        first = Value(*node.next_functions[0])  # type: ignore[arg-type]
+        return list(active) == [first] and len(meta_of(first).shape) == saved._saved_weight.dim()
+    if name == "NativeBatchNormBackward0":
+        return len(same) == 1 and list(active) == [node.next_functions[0]] and not node._saved_training  # type: ignore[attr-defined]
+    return len(same) == 1 and (kind in _STACKABLE or (kind in _STACKABLE_UNARY and len(active) == 1))
+
+
+def apply_stacked(
+    node: Node, cotangent: Tensor, active: Sequence[Value], *, overwrite: bool = False
+) -> list[tuple[Value, Tensor]]:
+    """Pull stacked cotangents ``(k, *shape)`` of a `stackable` node's output back to its active inputs.
+
+    Args:
+        node: the node.
+        cotangent: the cotangents.
+        active: the inputs that are wanted.
+        overwrite: whether the result may take the cotangents' place: nobody else needs them.
+    """
+    name, saved = type(node).__name__, node
+    if name == "ConvolutionBackward0":
+        raw = _convolution_backward(node, [cotangent.flatten(0, 1)], active)
+        return [(active[0], raw[0].unflatten(0, cotangent.shape[:2]))]
+    if name == "NativeBatchNormBackward0":
+        factor = _batch_norm_factor(node).view(-1, *[1] * (cotangent.dim() - 3))
+        return [(active[0], _times(cotangent, factor, overwrite))]
+    if name in _REWRITES:
+        return [(active[0], _times(cotangent, _elementwise_derivative(node), overwrite))]
+    if name == "ReluBackward0" and overwrite:
+        result: Tensor = saved._saved_result  # type: ignore[attr-defined]
+        return [(active[0], torch.ops.aten.threshold_backward.grad_input(cotangent, result, 0, grad_input=cotangent))]
+    raw = _call(node, [cotangent])
+    grads = raw if isinstance(raw, tuple) else (raw,)
+    pulled = ((edge, grad) for edge, grad in zip(node.next_functions, grads, strict=False) if grad is not None)
+    return [(Value(*edge), grad) for edge, grad in pulled if edge in active]  # type: ignore[arg-type]
+
+
+def _times(cotangent: Tensor, factor: Tensor, overwrite: bool) -> Tensor:
+    if overwrite and torch.promote_types(cotangent.dtype, factor.dtype) == cotangent.dtype:
+        return cotangent.mul_(factor)
+    return (cotangent * factor).to(cotangent.dtype)
 
 
 def _call(node: Any, cotangents: Cotangents) -> Any:
@@ -147,6 +211,58 @@ def _convolution_double_backward(node: Any, cotangents: Cotangents, active: Sequ
     return (out, *[None] * (len(node.next_functions) - 1))
 
 
+def _convolution_backward(node: Any, cotangents: Cotangents, active: Sequence[Value]) -> Any:
+    """The transposed convolution, whose batching rule copies nothing."""
+    cotangent = cotangents[0]
+    only_first = set(active) == {Value(*node.next_functions[0])}
+    if cotangent is None or not only_first or cotangent.dtype == torch.float64:  # slower there: not in oneDNN
+        return _call(node, cotangents)
+    stride, padding, dilation = (
+        _signed(sizes) for sizes in (node._saved_stride, node._saved_padding, node._saved_dilation)
+    )
+    weight, transposed = node._saved_weight, node._saved_transposed
+    after, before = cotangent.shape[2:], meta_of(Value(*node.next_functions[0])).shape[2:]
+    geometry = zip(before, after, stride, padding, dilation, weight.shape[2:], strict=True)
+    left = [size - ((out - 1) * s - 2 * p + d * (k - 1) + 1) for size, out, s, p, d, k in geometry]
+    output_padding = [0] * len(left) if transposed else left
+    grad = torch.ops.aten.convolution(
+        cotangent, weight, None, stride, padding, dilation, not transposed, output_padding, node._saved_groups
+    )
+    return (grad, *[None] * (len(node.next_functions) - 1))
+
+
+def _batch_norm_backward(node: Any, cotangents: Cotangents, active: Sequence[Value]) -> Any:
+    """With running statistics a factor for every channel; ``native_batch_norm_backward`` copies its cotangents."""
+    cotangent = cotangents[0]
+    only_first = set(active) == {Value(*node.next_functions[0])}
+    if cotangent is None or not only_first or node._saved_training:
+        return _call(node, cotangents)
+    factor = _batch_norm_factor(node).view(-1, *[1] * (cotangent.dim() - 2))
+    return ((cotangent * factor).to(cotangent.dtype), *[None] * (len(node.next_functions) - 1))
+
+
+def _batch_norm_factor(node: Any) -> Tensor:
+    """What a batch norm with running statistics multiplies every channel with."""
+    factor = torch.rsqrt(node._saved_running_var + node._saved_eps)
+    if node._saved_weight is not None:
+        factor = factor * node._saved_weight
+    return factor.detach()
+
+
+def _elementwise_backward(node: Any, cotangents: Cotangents, active: Sequence[Value]) -> Any:
+    """The derivative, computed once, times the cotangents; the kernel would compute it anew for each of them."""
+    if cotangents[0] is None:
+        return _call(node, cotangents)
+    return cotangents[0] * _elementwise_derivative(node)
+
+
+def _elementwise_derivative(node: Any) -> Tensor:
+    meta = meta_of(Value(node, 0))
+    with torch.no_grad():
+        derivative: Tensor = node(torch.ones(meta.shape, dtype=meta.dtype, device=meta.device))
+    return derivative
+
+
 def _signed(sizes: Sequence[int]) -> list[int]:
     """Saved sizes come back as unsigned 64-bit numbers."""
     return [size - (1 << 64) if size >= (1 << 63) else size for size in sizes]
@@ -154,4 +270,17 @@ def _signed(sizes: Sequence[int]) -> list[int]:
 
 _OVERRIDES: dict[str, Callable[[Any, Cotangents, Sequence[Value]], Any]] = {
     "ConvolutionBackwardBackward0": _convolution_double_backward,
+}
+# activations whose derivative takes longer to compute than to multiply with
+_ELEMENTWISE = ("Elu", "Erf", "Gelu", "Hardsigmoid", "Hardswish", "LogSigmoid", "Mish", "Silu", "Softplus")
+# operations whose backward is elementwise in the cotangent: of any argument, or if only one depends on the source
+_STACKABLE = frozenset({"Add", "Neg", "Sub"})
+_STACKABLE_UNARY = frozenset(
+    {*_ELEMENTWISE, "Clone", "Hardtanh", "LeakyRelu", "Mul", "Relu", "Sigmoid", "Tanh", "Threshold"}
+)
+_REWRITES = {
+    **_OVERRIDES,
+    **{f"{name}Backward0": _elementwise_backward for name in _ELEMENTWISE},
+    "ConvolutionBackward0": _convolution_backward,
+    "NativeBatchNormBackward0": _batch_norm_backward,
 }

@@ -45,15 +45,23 @@ class Space:
         """Shapes of the tensors of one sample."""
         return tuple(layout.sample_shape(meta.shape) for meta, layout in zip(self.metas, self.layouts, strict=True))
 
+    @property
+    def axes(self) -> tuple[tuple[int, ...], ...]:
+        """Shapes in which the flat coordinates run: those of one sample, with an axis of two for complex numbers."""
+        pairs = ((2,) if meta.dtype.is_complex else () for meta in self.metas)
+        return tuple((*shape, *pair) for shape, pair in zip(self.sample_shapes, pairs, strict=True))
+
     def flatten(self, tensors: Sequence[Tensor]) -> Tensor:
-        """Stacked tensors ``(k, *shape)`` to columns ``(batch, size, k)``."""
+        """Stacked tensors ``(k, *shape)`` to columns ``(batch, size, k)``, which stay rows in memory."""
         parts = []
         for tensor, meta, layout in zip(tensors, self.metas, self.layouts, strict=True):
             columns = layout.columns(tensor.movedim(0, -1), meta.shape)
             if meta.dtype.is_complex:
                 columns = torch.view_as_real(columns.movedim(1, -1).resolve_conj()).flatten(-2).movedim(-1, 1)
             parts.append(columns.to(self.dtype))
-        return torch.cat(parts, dim=1)
+        if len(parts) == 1:
+            return parts[0]
+        return torch.cat([part.transpose(1, 2) for part in parts], dim=2).transpose(1, 2)
 
     def unflatten(self, columns: Tensor) -> list[Tensor]:
         """Columns ``(batch, size, k)`` to stacked tensors ``(k, *shape)``."""
@@ -62,7 +70,8 @@ class Space:
             if meta.dtype.is_complex:
                 pairs = part.movedim(1, -1).to(meta.dtype.to_real())
                 part = torch.complex(pairs[..., 0::2].contiguous(), pairs[..., 1::2].contiguous()).movedim(-1, 1)
-            tensors.append(layout.tensor(part, meta.shape).movedim(-1, 0).to(meta.dtype))
+            # each vector contiguous: kernels of the backward pass would otherwise copy it, one after the other
+            tensors.append(layout.tensor(part, meta.shape).movedim(-1, 0).to(meta.dtype).contiguous())
         return tensors
 
 
@@ -104,7 +113,7 @@ class Products:
                 continue
             self.attempts.append(f"{name}: <w, J u> = <J^T w, u> to {error:.1e}")
             # a dense Jacobian is transposed exactly: what is left is noise of the backward itself, say of a solver
-            if error <= max(self._tolerance(), 1e-6 if way == self._from_dense else 0.0):
+            if error <= max(self.tolerance(), 1e-6 if way == self._from_dense else 0.0):
                 self.path = name
                 return way
         raise TraceError(
@@ -141,8 +150,11 @@ class Products:
         error = ((left - right).abs() / scale.clamp_min(torch.finfo(torch.float64).tiny)).max()
         return float(error) if bool(error.isfinite()) else 0.0 if not bool(jw.isfinite().all()) else float("inf")
 
-    def _tolerance(self) -> float:
-        """From the coarsest dtype inside: a float64 model may well cast to float32 in its norms and softmax."""
+    def tolerance(self) -> float:
+        """The relative error allowed, by the coarsest dtype inside.
+
+        A float64 model may well cast to float32 in its norms and softmax.
+        """
         metas = [*self.source.metas, *self.target.metas]
         dtypes = {meta.dtype for meta in metas} | self.segment.dtypes()
         eps = max(torch.finfo(dtype).eps for dtype in dtypes)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +12,7 @@ from torch.autograd.graph import Node
 
 from stabkit.errors import TraceError
 from stabkit.tracing.graph import Graph
-from stabkit.tracing.nodes import apply_node
+from stabkit.tracing.nodes import apply_node, apply_stacked, stackable
 from stabkit.tracing.values import Meta, Value, meta_of, random_tensors, value_of
 
 Tensors = list[Tensor]
@@ -74,6 +74,28 @@ class Segment:
         self._from_source = start == 0
         self._linearized: tuple[Tensors, Segment, list[int]] | None = None
         self._vmap = {"vjp": "untested", "jvp": "untested"}
+        self._stacks: bool | None = None
+
+    def live(self, position: int) -> tuple[Value, ...]:
+        """The values that everything after the first ``position`` nodes of the segment depends on."""
+        made = set(self.nodes[position:])
+        needed = [value for node in self.nodes[position:] for value in self.graph.inputs[node]]
+        return tuple(dict.fromkeys(value for value in (*needed, *self.target) if value.node not in made))
+
+    def part(self, start: int, stop: int) -> Segment:
+        """The map through some of the nodes alone, between the values that are live before and after them."""
+        source = self.source if start == 0 else self.live(start)
+        target = self.target if stop == len(self.nodes) else self.live(stop)
+        return self.between(source, target, start, stop)
+
+    def between(self, source: Sequence[Value], target: Sequence[Value], start: int, stop: int) -> Segment:
+        """The map from some values to others through the nodes ``start`` to ``stop`` of this segment."""
+        inner = Segment(self.graph, source, target, 0, 0, self._parameters, self._hooks, self._prefetch)
+        inner.nodes = self.nodes[start:stop]
+        inner._from_source = self._from_source and start == 0
+        if self._vmap["vjp"] == "right":  # then so are its nodes
+            inner._vmap["vjp"] = "right"
+        return inner
 
     @property
     def source_metas(self) -> list[Meta]:
@@ -89,6 +111,21 @@ class Segment:
         """The dtypes of all values that the segment passes through."""
         return {meta_of(value).dtype for node in self.nodes for value in self.graph.inputs[node]}
 
+    def footprint(self) -> tuple[int, int]:
+        """Bytes of all values alive at once while one cotangent is pulled back, at most, and of the widest value."""
+
+        def size(values: Iterable[Value]) -> int:
+            return sum(meta.numel * meta.dtype.itemsize for meta in map(meta_of, values))
+
+        alive = set(self.target)
+        most, widest = size(alive), max(size([value]) for value in (*self.target, *self.source))
+        for node in reversed(self.nodes):
+            alive.update(self.graph.inputs[node])
+            most = max(most, size(alive))
+            widest = max([widest, *(size([value]) for value in self.graph.inputs[node])])
+            alive = {value for value in alive if value.node is not node}
+        return most, widest
+
     def vjp(self, cotangents: Sequence[Tensor]) -> Tensors:
         """Cotangents of the target pulled back to the source."""
         self._fetch()
@@ -98,7 +135,7 @@ class Segment:
     def vjp_batch(self, cotangents: Sequence[Tensor]) -> Tensors:
         """The same for k cotangents at once, stacked along a new first dimension."""
         self._fetch()
-        return self._batched("vjp", self.vjp, cotangents, lambda *one: tuple(fill(self._walk(one), self.source_metas)))
+        return self._batched("vjp", self.vjp, cotangents, self, list(range(len(self.target))), self.source_metas)
 
     def jvp(self, tangents: Sequence[Tensor]) -> Tensors:
         """Tangents of the source pushed forward to the target, by a second reverse pass through the first.
@@ -112,11 +149,7 @@ class Segment:
     def jvp_batch(self, tangents: Sequence[Tensor]) -> Tensors:
         """The same for k tangents at once, stacked along a new first dimension."""
         backward, indices = self._linearize()
-
-        def one(*slices: Tensor) -> tuple[Tensor, ...]:
-            return tuple(fill(backward._walk([slices[i] for i in indices]), self.target_metas))
-
-        return self._batched("jvp", self.jvp, tangents, one)
+        return self._batched("jvp", self.jvp, tangents, backward, indices, self.target_metas)
 
     def _fetch(self) -> None:
         if self._prefetch is not None:
@@ -131,16 +164,15 @@ class Segment:
         direction: str,
         single: Callable[[Sequence[Tensor]], Tensors],
         stacked: Sequence[Tensor],
-        mapped: Callable[..., tuple[Tensor, ...]],
+        walked: Segment,
+        indices: list[int],
+        metas: list[Meta],
     ) -> Tensors:
-        """One ``torch.vmap``, or a loop where some operation of the segment cannot be batched."""
+        """All vectors in one walk, or in a loop where some operation of the segment cannot be batched."""
         count = stacked[0].shape[0]
         if count > 1 and self._vmap[direction] != "wrong":
             try:
-                with torch.no_grad(), warnings.catch_warnings():
-                    # operations without a batching rule of their own are looped over, which torch warns of
-                    warnings.filterwarnings("ignore", message="There is a performance drop")
-                    batched = list(torch.vmap(mapped)(*stacked))
+                batched = walked._walk_many([stacked[i] for i in indices], metas)
             except (TraceError, RuntimeError, NotImplementedError, TypeError, ValueError):
                 self._vmap[direction] = "wrong"  # sparse, numpy and solver backwards have no batching rule
             else:
@@ -154,7 +186,55 @@ class Segment:
         results = [single([tensor[i] for tensor in stacked]) for i in range(count)]
         return [torch.stack(parts) for parts in zip(*results, strict=True)]
 
-    def _walk(self, cotangents: Sequence[Tensor]) -> list[Tensor | None]:
+    def _walk_many(self, stacked: Sequence[Tensor], metas: list[Meta]) -> Tensors:
+        """One walk for all cotangents: stacked through the nodes themselves, or else by ``torch.vmap``."""
+        if self._stacks is None:
+            self._stacks = not self._hooks and all(stackable(node, self.graph.inputs[node]) for node in self.nodes)
+        if self._stacks:
+            count = stacked[0].shape[0]
+            with torch.no_grad():
+                grads = self._walk_stacked(stacked)
+            whole = [Meta((count, *meta.shape), meta.dtype, meta.device) for meta in metas]
+            return fill(grads, whole)
+
+        def one(*slices: Tensor) -> tuple[Tensor, ...]:
+            return tuple(fill(self._walk(slices, rewrite=True), metas))
+
+        with torch.no_grad(), warnings.catch_warnings():
+            # operations without a batching rule of their own are looped over, which torch warns of
+            warnings.filterwarnings("ignore", message="There is a performance drop")
+            return list(torch.vmap(one)(*stacked))
+
+    def _walk_stacked(self, cotangents: Sequence[Tensor]) -> list[Tensor | None]:
+        """`_walk` for many cotangents where every node takes them stacked; tensors that are done with are reused."""
+        grads: dict[Value, Tensor] = {}
+        own: set[Value] = set()  # whose tensor is held by nobody else
+        for value, cotangent in zip(self.target, cotangents, strict=True):
+            grads[value] = grads[value] + cotangent if value in grads else cotangent
+        for node in reversed(self.nodes):
+            output = Value(node, 0)
+            given = grads.pop(output, None)
+            if given is None:
+                continue
+            try:
+                pulled = apply_stacked(node, given, self.graph.inputs[node], overwrite=output in own)
+            except Exception as error:
+                raise _failed_backward(node, error) from error
+            for value, grad in pulled:
+                fresh = len(pulled) == 1 and (output in own or grad.data_ptr() != given.data_ptr())
+                if value not in grads:
+                    grads[value] = grad
+                elif fresh:
+                    grads[value] = grad.add_(grads[value])
+                else:
+                    grads[value], fresh = grads[value] + grad, True
+                if fresh:
+                    own.add(value)
+                else:
+                    own.discard(value)
+        return [grads.get(value) for value in self.source]
+
+    def _walk(self, cotangents: Sequence[Tensor], *, rewrite: bool = False) -> list[Tensor | None]:
         grads: dict[Value, Tensor] = {}
         for value, cotangent in zip(self.target, cotangents, strict=True):
             grads[value] = grads[value] + cotangent if value in grads else cotangent
@@ -164,7 +244,7 @@ class Segment:
             if all(g is None for g in given):
                 continue
             try:
-                pulled = apply_node(node, given, self.graph.inputs[node])
+                pulled = apply_node(node, given, self.graph.inputs[node], rewrite=rewrite)
             except Exception as error:
                 raise _failed_backward(node, error) from error
             for value, grad in pulled:
@@ -187,7 +267,7 @@ class Segment:
             self._fetch()
             seeds = [seed.requires_grad_() for seed in random_tensors(self.target, 0)]
             with torch.enable_grad(), frozen(self._parameters):
-                grads = self._walk(seeds)
+                grads = self._walk(seeds, rewrite=True)
             indices = [i for i, g in enumerate(grads) if g is not None and g.requires_grad]
             outputs = [value_of(grads[i]) for i in indices]  # type: ignore[arg-type]
             inputs = [value_of(seed) for seed in seeds]

@@ -4,7 +4,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stabkit.jacobians import compose, from_dense
+from stabkit.jacobians import Jacobian, compose, from_dense
+from stabkit.tracing import trace
 
 SIZES = st.integers(1, 6)
 
@@ -70,3 +71,51 @@ def test_bad_blocks_and_matrices_are_named():
         from_dense(torch.ones(3, 3, dtype=torch.int64))
     with pytest.raises(TypeError):
         J @ "text"
+
+
+def test_minus_identity_is_the_branch_of_a_residual_step():
+    A = matrices(2, 4, 4)
+    eye = torch.eye(4, dtype=torch.float64)
+    for J in (from_dense(A), Jacobian((2, 4, 4), lambda V: A @ V, lambda U: A.mT @ U, dtype=A.dtype, device=A.device)):
+        branch = J.minus_identity()
+        torch.testing.assert_close(branch.dense(), A - eye)
+        torch.testing.assert_close(branch.T.dense(), (A - eye).mT)
+        torch.testing.assert_close(branch @ A, A @ A - A)
+    with pytest.raises(ValueError, match=r"square Jacobian; this one is 3 x 4"):
+        from_dense(matrices(1, 3, 4)).minus_identity()
+
+
+@settings(deadline=None, max_examples=20)
+@given(st.data(), SIZES, SIZES, SIZES)
+def test_restriction_is_the_block_at_these_rows_and_columns(data, batch, m, n):
+    A = matrices(batch, m, n)
+    rows = data.draw(st.lists(st.integers(0, m - 1), min_size=1, unique=True))
+    columns = data.draw(st.lists(st.integers(0, n - 1), min_size=1, unique=True))
+    J = Jacobian((batch, m, n), lambda V: A @ V, lambda U: A.mT @ U, dtype=A.dtype, device=A.device)
+    block = A[:, rows][:, :, columns]
+    for found in (J.restrict(rows, torch.tensor(columns)), from_dense(A).restrict(rows, columns)):
+        torch.testing.assert_close(found.dense(), block)
+        torch.testing.assert_close(found.T.dense(), block.mT)
+        torch.testing.assert_close(found @ block.mT, block @ block.mT)
+    torch.testing.assert_close(J.restrict(slice(1)).dense(), A[:, :1])
+
+
+def test_structure_survives_composition_and_difference():
+    J = from_dense(matrices(1, 4, 4))
+    assert compose(J, J).row_shapes == ((4,),)
+    flow = trace(torch.nn.Sequential(torch.nn.Conv1d(2, 3, 3), torch.nn.Conv1d(3, 2, 3)), torch.randn(2, 2, 8))
+    step = flow.jacobian()
+    assert (step.row_shapes, step.column_shapes) == (((2, 4),), ((2, 8),))
+    assert (step.T.row_shapes, step.T.column_shapes) == (((2, 8),), ((2, 4),))
+
+
+def test_bad_restrictions_are_named():
+    J = from_dense(matrices(1, 3, 4))
+    with pytest.raises(IndexError, match=r"rows reaches from 0 to 3; expected 0 to 2"):
+        J.restrict(rows=[0, 3])
+    with pytest.raises(ValueError, match=r"columns names a coordinate twice"):
+        J.restrict(columns=[1, -3])
+    with pytest.raises(ValueError, match=r"rows names no coordinate"):
+        J.restrict(rows=[])
+    with pytest.raises(IndexError, match=r"dtype torch.float32"):
+        J.restrict(rows=torch.ones(1))

@@ -1,0 +1,139 @@
+"""The dense Jacobian, by the cheapest way that is proven to give it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+from stabkit.jacobians.blocks import arithmetic, plan_sites
+from stabkit.jacobians.closed_forms import UnitPuller, linear_nodes
+from stabkit.jacobians.compression import compressed, row_groups, slabs
+from stabkit.jacobians.memory import budget, keep_workspace, readable, zeros
+from stabkit.jacobians.operator import Jacobian, Product
+from stabkit.jacobians.site_products import fill_by_sites
+from stabkit.jacobians.sparsity import Pattern, find_pattern
+from stabkit.jacobians.verification import disagreement
+from stabkit.tracing.products import Products
+
+_SMALLEST = 192  # rows; below, looking for structure takes about as long as they do
+_WORTHWHILE = 0.8  # of the work without structure
+_CACHED = 2**22  # bytes of the widest tensor on the way, for all products of a chunk
+_CHUNKS = 32, 512
+_PUSH = 1.5  # what J V costs, in J^T U
+
+Way = Callable[[Tensor], str]
+"""Writes the rows into zeros ``(batch, m, n)`` and says how."""
+
+
+def dense(J: Jacobian, chunk: int | None, memory: int | None, structure: bool) -> tuple[Tensor, str]:
+    """The matrices ``(batch, m, n)``, and how they were obtained; see `Jacobian.dense`."""
+    if chunk is not None and chunk < 1:
+        raise ValueError(f"chunk={chunk}; expected at least one product at once")
+    width = products_at_once(J, chunk, memory, _result_bytes(J))
+    if J.matrix is not None:
+        return J.matrix.clone(), ""
+    out = zeros(J.shape, J.dtype, J.device)
+    keep_workspace()
+    by_rows = cheaper_by_rows(J)
+    pulled, target = (J, out) if by_rows else (J.T, out.transpose(1, 2))
+    doubts = ""
+    if structure and min(J.shape[1:]) >= _SMALLEST:
+        for way in _ways(pulled, width):
+            name = way(target)
+            error = disagreement(pulled, lambda u: (u.unsqueeze(1).to(target.dtype) @ target).squeeze(1))
+            if error <= 1:
+                return out, name
+            doubts += f" ({name}: off by {error:.1g} times what rounding explains)"
+            out.zero_()
+    return out, _fill_rows(pulled, pulled.rmatmat, target, width) + doubts
+
+
+def _result_bytes(J: Jacobian) -> int:
+    batch, m, n = J.shape
+    return batch * m * n * J.dtype.itemsize
+
+
+def cheaper_by_rows(J: Jacobian) -> bool:
+    """Whether pulling back the rows takes no longer than pushing forward the columns."""
+    return J.shape[1] * _cost(J, pull=True) <= J.shape[2] * _cost(J, pull=False)
+
+
+def _cost(J: Jacobian, *, pull: bool) -> float:
+    """What a product costs: that with the transpose, or the other, which a recording makes in a second pass."""
+    if J.recorded is None:
+        return 1.0
+    return _PUSH if pull == J.recorded.transposed else 1.0
+
+
+def products_at_once(J: Jacobian, chunk: int | None, memory: int | None, result: int) -> int:
+    """How many products are made at once: as many as suit the caches and the memory.
+
+    Raises:
+        ValueError: the result and one product do not fit.
+    """
+    room = budget(memory, J.device)
+    batch, m, n = J.shape
+    one = 2 * batch * (m + n) * J.dtype.itemsize
+    widest = max(m, n) * batch * J.dtype.itemsize
+    if J.recorded is not None:
+        live, widest = J.recorded.products.segment.footprint()
+        one += 2 * live
+    if room is not None and result + one > room:
+        given = "memory=" if memory is not None else "the free memory, of which "
+        raise ValueError(
+            f"the Jacobian of shape {J.shape} takes {readable(result)} and {readable(one)} for the work on it, but "
+            f"{given}{readable(room)} is all there is: multiply with it (J @ V, J.T @ U), take a block "
+            "(J.restrict(...)), or its sparse form if it has one (J.sparse())"
+        )
+    fitting = (room - result) // one if room is not None else _CHUNKS[1]
+    wanted = chunk if chunk is not None else min(max(_CACHED // max(widest, 1), _CHUNKS[0]), _CHUNKS[1])
+    return int(max(min(wanted, fitting), 1))
+
+
+def _ways(J: Jacobian, width: int) -> Iterator[Way]:
+    """Ways that promise to be cheaper than row by row, the most promising first."""
+    pattern = find_pattern(J)
+    if pattern.restricted and pattern.n_groups <= _WORTHWHILE * J.shape[1]:
+        yield lambda out: _fill_groups(J, pattern, out, width)
+    if J.recorded is None or J.recorded.transposed:
+        return
+    products = J.recorded.products
+    plan = plan_sites(products)
+    if plan is not None and arithmetic(plan, products.segment) <= _WORTHWHILE:
+        yield lambda out: fill_by_sites(plan, products.source, out, width)
+    if linear_nodes(products.segment):
+        yield lambda out: _fill_from_weights(J, products, out, width)
+
+
+def _fill_from_weights(J: Jacobian, products: Products, out: Tensor, width: int) -> str:
+    puller = UnitPuller(products.segment)
+    how = _fill_rows(J, lambda U: products.source.flatten(puller(products.target.unflatten(U))), out, width)
+    return f"{how}, from the weights of {puller.n_read} layers" if puller.n_read else how
+
+
+def _fill_rows(J: Jacobian, pull: Product, out: Tensor, width: int) -> str:
+    batch, m, _ = J.shape
+    for start in range(0, m, width):
+        stop = min(start + width, m)
+        unit = torch.zeros(stop - start, batch, m, dtype=J.dtype, device=J.device)
+        unit[torch.arange(stop - start), :, torch.arange(start, stop)] = 1
+        out[:, start:stop] = pull(unit.permute(1, 2, 0)).transpose(1, 2)
+    return f"{m} products J V" if J.recorded is not None and J.recorded.transposed else f"{m} products J^T U"
+
+
+def _fill_groups(J: Jacobian, pattern: Pattern, out: Tensor, width: int) -> str:
+    like = torch.empty(J.shape[0], J.shape[2], dtype=J.dtype, device=J.device)
+    row_step, column_step = out.stride()[1:]
+    for groups in row_groups(pattern):
+        places = groups.site_rows[groups.entry_sites] * row_step + groups.entry_columns * column_step
+        at = torch.from_numpy(places).to(J.device)
+        for slab in slabs(J.rmatmat, J.shape[1], like, groups, width):
+            for sample, matrix in enumerate(out):
+                rows = groups.free_rows[slab.start : slab.stop]
+                for row, entries in zip(rows, slab.entries(sample), strict=True):
+                    first = matrix.storage_offset() + int(row) * row_step
+                    tail = matrix.as_strided((J.shape[1] * J.shape[2] - int(row) * row_step,), (1,), first)
+                    tail.scatter_(0, at, entries)
+    return compressed(pattern)

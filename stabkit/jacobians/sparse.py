@@ -1,0 +1,104 @@
+"""The exact sparse Jacobian, from as many products as rows can be told apart with."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from stabkit.jacobians.compression import RowGroups, compressed, count_entries, row_groups, slabs
+from stabkit.jacobians.dense import cheaper_by_rows, products_at_once
+from stabkit.jacobians.memory import keep_workspace, zeros
+from stabkit.jacobians.operator import Jacobian
+from stabkit.jacobians.sparsity import Pattern, find_pattern, full_pattern
+from stabkit.jacobians.verification import disagreement
+
+if TYPE_CHECKING:
+    import scipy.sparse
+
+_INDEX_BYTES = 4
+
+
+def sparse(J: Jacobian, memory: int | None) -> tuple[list[scipy.sparse.csr_array], str]:
+    """One matrix per sample, and how they were obtained; see `Jacobian.sparse`."""
+    import scipy.sparse
+
+    if J.matrix is not None:
+        return [scipy.sparse.csr_array(_storable(matrix).cpu().numpy()) for matrix in J.matrix], ""
+    if cheaper_by_rows(J):
+        return _by_rows(J, memory)
+    found, how = _by_rows(J.T, memory)
+    return [matrix.T.tocsr() for matrix in found], how.replace(" rows", " columns")
+
+
+def _by_rows(J: Jacobian, memory: int | None) -> tuple[list[scipy.sparse.csr_array], str]:
+    pattern = find_pattern(J)
+    matrices = _assembled(J, pattern, memory)
+    error = disagreement(J, lambda u: _transposed_product(matrices, u))
+    if error <= 1:
+        return matrices, compressed(pattern)
+    doubts = f" ({compressed(pattern)}: off by {error:.1g} times what rounding explains)"
+    return _assembled(J, full_pattern(J), memory), f"{J.shape[1]} products{doubts}"
+
+
+def _assembled(J: Jacobian, pattern: Pattern, memory: int | None) -> list[scipy.sparse.csr_array]:
+    import scipy.sparse
+
+    batch, m, n = J.shape
+    dtype = _storable(torch.empty(0, dtype=J.dtype)).dtype
+    result = batch * count_entries(pattern) * (dtype.itemsize + _INDEX_BYTES)
+    width = products_at_once(J, None, memory, result)
+    keep_workspace()
+    like = torch.empty(batch, n, dtype=J.dtype, device=J.device)
+    by_tensor: list[list[scipy.sparse.csr_array]] = []
+    for groups in row_groups(pattern):
+        values = [
+            zeros((len(groups.free_rows), len(groups.entry_sites)), dtype, torch.device("cpu")) for _ in range(batch)
+        ]
+        for slab in slabs(J.rmatmat, m, like, groups, width):
+            for sample, stored in enumerate(values):
+                into = stored[slab.start : slab.stop]
+                if (into.dtype, into.device) == (like.dtype, like.device):
+                    slab.entries(sample, out=into)
+                else:
+                    into.copy_(slab.entries(sample))
+        indices, starts = _row_indices(groups, n)
+        by_tensor.append([_matrix(groups, sample, indices, starts, n) for sample in values])
+    if len(by_tensor) == 1:
+        return by_tensor[0]
+    return [scipy.sparse.vstack(blocks, format="csr") for blocks in zip(*by_tensor, strict=True)]
+
+
+def _row_indices(groups: RowGroups, n: int) -> tuple[np.ndarray, np.ndarray]:
+    """The columns of all rows, free index by free index, and where each row begins."""
+    sites, free = len(groups.site_rows), len(groups.free_rows)
+    one = len(groups.entry_columns)
+    kind = np.int32 if max(one * free, n) < 2**31 else np.int64
+    indices = zeros((free, one), torch.int32 if kind is np.int32 else torch.int64, torch.device("cpu")).numpy()
+    np.copyto(indices, groups.entry_columns.astype(kind))
+    lengths = np.bincount(groups.entry_sites, minlength=sites)
+    starts = np.concatenate([[0], np.cumsum(np.tile(lengths, free))]).astype(kind)
+    return indices.reshape(-1), starts
+
+
+def _matrix(
+    groups: RowGroups, values: Tensor, indices: np.ndarray, starts: np.ndarray, n: int
+) -> scipy.sparse.csr_array:
+    import scipy.sparse
+
+    matrix = scipy.sparse.csr_array((values.numpy().reshape(-1), indices, starts), shape=(len(starts) - 1, n))
+    if groups.in_order:
+        return matrix
+    return matrix[np.argsort(groups.rows)]
+
+
+def _transposed_product(matrices: list[scipy.sparse.csr_array], u: Tensor) -> Tensor:
+    rows = _storable(u).cpu().numpy()
+    return torch.from_numpy(np.stack([matrix.T @ row for matrix, row in zip(matrices, rows, strict=True)]))
+
+
+def _storable(tensor: Tensor) -> Tensor:
+    """In a dtype that scipy knows."""
+    return tensor.detach() if tensor.dtype in (torch.float32, torch.float64) else tensor.detach().float()
