@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import platform
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,6 +35,7 @@ _WORK = 5_000_000  # numbers that all products of one Krylov spectrum may pass, 
 _ROUNDING = 1e-4  # how far |a + z| may exceed 1 by rounding before an eigenvalue counts as outside
 
 Progress = Callable[[int, int, str], None]
+Share = Callable[[Callable[[int], Any], Sequence[float]], list[Any]]
 
 
 def analyze(
@@ -53,6 +54,7 @@ def analyze(
     seed: int = 0,
     name: str | None = None,
     progress: Progress | None = None,
+    share: Share | None = None,
 ) -> Report:
     """Trace a model and report, step by step, its integrator, its spectrum and its gradient growth, with a verdict.
 
@@ -75,6 +77,8 @@ def analyze(
         seed: of every random choice.
         name: what the report calls the model; its class by default.
         progress: called with (done, total, step name) as steps are finished.
+        share: does the spectra of steps in another way than one after the other: called with a function of a step's
+            index and the costs of all, it returns all results in order; see `stabkit.distributed`.
 
     Raises:
         TraceError: the model could not be traced, or an argument makes no sense for it.
@@ -102,12 +106,18 @@ def analyze(
         found = identify(flow)
         methods = by_step(found, len(flow.steps))
         diagnosis = examine(flow, loss, thresholds=limits, probes=probes, seed=seed, methods=found)
-        spectra = []
-        for step, method in zip(flow.steps, methods, strict=True):
-            spectra.append(_step_spectrum(step, method, spectrum, spectrum_samples, seed))
+
+        def spectrum_of(index: int) -> _StepSpectrum:
+            step = flow.steps[index]
+            measured = _step_spectrum(step, methods[index], spectrum, spectrum_samples, seed)
             step.segment.release()
             if progress is not None:
                 progress(step.index + 1, len(flow.steps), step.name)
+            return measured
+
+        # the cost of a step's products; what a spectrum gives does not depend on who computes it
+        costs = [float(max(step.source.size, step.target.size)) for step in flow.steps]
+        spectra = [spectrum_of(index) for index in range(len(costs))] if share is None else share(spectrum_of, costs)
         why = Explanation()
         if spectrum != "none":
             why = explain(flow, diagnosis, found, min(flow.batch, max(spectrum_samples, _EXPLAINED)), seed)

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
+from stabkit.checkpoints.capsules import is_capsule
 from stabkit.checkpoints.inputs import Input, Inputs, make_inputs
 from stabkit.checkpoints.matching import non_finite
 from stabkit.checkpoints.names import Model
 from stabkit.checkpoints.opening import Opened, Options, open_model
 from stabkit.checkpoints.processors import read_processor
+from stabkit.checkpoints.recall import load_capsule
 from stabkit.errors import CheckpointError
 
 
@@ -23,7 +25,7 @@ class Loaded:
     """A model with an input; unpacks as ``model, inputs = load(...)``.
 
     Attributes:
-        model: in evaluation mode.
+        model: in evaluation mode; that of a capsule in the mode of its step.
         inputs: positional arguments of the model.
         kwargs: keyword arguments of the model.
         name: what the model is called.
@@ -31,6 +33,7 @@ class Loaded:
             averaged weights or raw ones, and where the input comes from; one sentence a line.
         non_finite: names of tensors that hold NaN or infinity.
         step: what counts the steps of training in the file, or in its name, and the count; None when nothing does.
+        loss: of a capsule, a callable on the output with the gradient that the loss of the run had there.
     """
 
     model: nn.Module
@@ -40,6 +43,7 @@ class Loaded:
     description: str = ""
     non_finite: tuple[str, ...] = ()
     step: tuple[str, float] | None = None
+    loss: Callable[[Any], Tensor] | None = None
 
     def __iter__(self) -> Iterator[Any]:
         yield self.model
@@ -79,7 +83,8 @@ def load(
 
     Args:
         source: a file (state dict, training dict, Lightning checkpoint; ``torch.save`` or safetensors), a
-            Hugging Face directory, a distributed checkpoint (DCP, FSDP), a LoRA adapter, or a name for the
+            Hugging Face directory, a distributed checkpoint (DCP, FSDP), a LoRA adapter, a capsule of a monitor (with
+            the batch, the loss and the mode of its step), or a name for the
             architecture with random weights: ``torchvision:NAME``, ``timm:NAME``, ``pkg.mod:factory``,
             ``file.py:factory``.
         model: the architecture of a state dict: a name as above, a module, or a callable. A module is changed.
@@ -120,8 +125,21 @@ def load(
     options = Options(
         model, base, key, weights, dict(factory_args or {}), trust_pickle, allow_export, allow_torchscript, seed
     )
+    if is_capsule(source):
+        return _recalled(str(source), options, input)
     opened = open_model(str(source), options)
     return _with_input(str(source), opened, input, seed)
+
+
+def _recalled(source: str, options: Options, given: Input | None) -> Loaded:
+    """The model of a capsule, in the mode that it was in, with the batch and the loss of its step."""
+    if given is not None:
+        raise CheckpointError(f"{source} is a capsule, which holds the batch of its step; leave the input out")
+    options.refuse("a capsule", "key", "weights", "base")
+    found = load_capsule(source, options.model, factory_args=options.factory_args, seed=options.seed)
+    lines = "\n".join([f"source: {source}", *found.notes])
+    bad = non_finite(found.module)
+    return Loaded(found.module, found.inputs, found.kwargs, found.name, lines, bad, ("step", found.step), found.loss)
 
 
 def _with_input(source: str, opened: Opened, given: Input | None, seed: int) -> Loaded:

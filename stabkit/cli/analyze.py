@@ -154,6 +154,7 @@ def _analyze(loaded: Loaded, recipe: Recipe) -> Report:
             loaded.model,
             *loaded.inputs,
             kwargs=loaded.kwargs,
+            loss=loaded.loss,
             name=loaded.name,
             progress=progress,
             **recipe.analysing(),

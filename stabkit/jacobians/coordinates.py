@@ -20,8 +20,9 @@ def coordinates(state: State, *, dim: int, index: Index, tensor: int = 0) -> Ten
 
     Args:
         state: the state that the rows (``step.target``) or the columns (``step.source``) run through.
-        dim: a dimension of one sample of the tensor: 0 for the tokens of ``(tokens, channels)`` or the channels of
-            ``(channels, height, width)``.
+        dim: a dimension of one sample of the tensor (``state.sample_shapes``), best counted from the end: -2 for the
+            tokens of ``(tokens, channels)``, -3 for the channels of ``(channels, height, width)``. A batch of one is
+            one sample, and keeps its axis.
         index: one index, several, or a slice.
         tensor: which tensor of the state.
 
@@ -34,9 +35,9 @@ def coordinates(state: State, *, dim: int, index: Index, tensor: int = 0) -> Ten
     Example:
         >>> import torch, stabkit
         >>> step = stabkit.trace(torch.nn.LayerNorm(3), torch.randn(1, 2, 3)).steps[0]
-        >>> coordinates(step.source, dim=0, index=1).tolist()  # the second of two tokens
+        >>> coordinates(step.source, dim=-2, index=1).tolist()  # the second of two tokens
         [3, 4, 5]
-        >>> token = step.jacobian().restrict(rows=coordinates(step.target, dim=0, index=1))
+        >>> token = step.jacobian().restrict(rows=coordinates(step.target, dim=-2, index=1))
         >>> token.shape
         (1, 3, 6)
     """

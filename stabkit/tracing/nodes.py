@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -93,15 +93,15 @@ def apply_stacked(
     """
     name, saved = type(node).__name__, node
     if name == "ConvolutionBackward0":
-        raw = _convolution_backward(node, [cotangent.flatten(0, 1)], active)
-        return [(active[0], raw[0].unflatten(0, cotangent.shape[:2]))]
+        folded = _transposed_convolution(node, cotangent.flatten(0, 1))
+        return [(active[0], folded.reshape(*cotangent.shape[:2], *folded.shape[1:]))]
     if name == "NativeBatchNormBackward0":
         factor = _batch_norm_factor(node).view(-1, *[1] * (cotangent.dim() - 3))
         return [(active[0], _times(cotangent, factor, overwrite))]
     if name in _REWRITES:
         return [(active[0], _times(cotangent, _elementwise_derivative(node), overwrite))]
     if name == "ReluBackward0" and overwrite:
-        result: Tensor = saved._saved_result  # type: ignore[attr-defined]
+        result: Tensor = saved._saved_result.detach()  # type: ignore[attr-defined]
         return [(active[0], torch.ops.aten.threshold_backward.grad_input(cotangent, result, 0, grad_input=cotangent))]
     raw = _call(node, [cotangent])
     grads = raw if isinstance(raw, tuple) else (raw,)
@@ -217,18 +217,30 @@ def _convolution_backward(node: Any, cotangents: Cotangents, active: Sequence[Va
     only_first = set(active) == {Value(*node.next_functions[0])}
     if cotangent is None or not only_first or cotangent.dtype == torch.float64:  # slower there: not in oneDNN
         return _call(node, cotangents)
+    return (_transposed_convolution(node, cotangent), *[None] * (len(node.next_functions) - 1))
+
+
+def _transposed_convolution(node: Any, cotangent: Tensor) -> Tensor:
+    """A convolution's cotangent pulled back; the batch may be any."""
     stride, padding, dilation = (
         _signed(sizes) for sizes in (node._saved_stride, node._saved_padding, node._saved_dilation)
     )
-    weight, transposed = node._saved_weight, node._saved_transposed
-    after, before = cotangent.shape[2:], meta_of(Value(*node.next_functions[0])).shape[2:]
-    geometry = zip(before, after, stride, padding, dilation, weight.shape[2:], strict=True)
+    weight, transposed, groups = node._saved_weight, node._saved_transposed, node._saved_groups
+    shape = meta_of(Value(*node.next_functions[0])).shape
+    if cotangent.dtype == torch.float64:
+        unread = cotangent.new_zeros(1).expand(cotangent.shape[0], *shape[1:])  # the weight's gradient would read it
+        padded = _signed(node._saved_output_padding)
+        grads = torch.ops.aten.convolution_backward(
+            cotangent, unread, weight, None, stride, padding, dilation, transposed, padded, groups, [True, False, False]
+        )
+        return cast(Tensor, grads[0])
+    geometry = zip(shape[2:], cotangent.shape[2:], stride, padding, dilation, weight.shape[2:], strict=True)
     left = [size - ((out - 1) * s - 2 * p + d * (k - 1) + 1) for size, out, s, p, d, k in geometry]
-    output_padding = [0] * len(left) if transposed else left
+    padded = [0] * len(left) if transposed else left
     grad = torch.ops.aten.convolution(
-        cotangent, weight, None, stride, padding, dilation, not transposed, output_padding, node._saved_groups
+        cotangent, weight, None, stride, padding, dilation, not transposed, padded, groups
     )
-    return (grad, *[None] * (len(node.next_functions) - 1))
+    return cast(Tensor, grad)
 
 
 def _batch_norm_backward(node: Any, cotangents: Cotangents, active: Sequence[Value]) -> Any:

@@ -170,7 +170,7 @@ class Segment:
     ) -> Tensors:
         """All vectors in one walk, or in a loop where some operation of the segment cannot be batched."""
         count = stacked[0].shape[0]
-        if count > 1 and self._vmap[direction] != "wrong":
+        if count > 1 and indices and self._vmap[direction] != "wrong":
             try:
                 batched = walked._walk_many([stacked[i] for i in indices], metas)
             except (TraceError, RuntimeError, NotImplementedError, TypeError, ValueError):

@@ -39,8 +39,9 @@ def assert_sparse(model: nn.Module, x: Tensor) -> str:
     transposed=st.booleans(),
 )
 def test_convolutions_of_every_shape_are_exact(kernel, stride, padding, dilation, groups, size, transposed):
-    assume(all(s + 2 * padding > dilation * (k - 1) for s, k in zip(size, kernel, strict=True)))
-    assume(not transposed or all((s - 1) * stride + dilation * (k - 1) + 1 > 2 * padding for s, k in zip(size, kernel)))
+    reach = [dilation * (k - 1) for k in kernel]
+    assume(all(s + 2 * padding > r for s, r in zip(size, reach, strict=True)))
+    assume(all((s - 1) * stride + r + 1 > 2 * padding for s, r in zip(size, reach, strict=True)))
     torch.manual_seed(0)
     kind = nn.ConvTranspose2d if transposed else nn.Conv2d
     layer = kind(4, 4, kernel, stride=stride, padding=padding, dilation=dilation, groups=groups)

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from torch.autograd.functional import jacobian
 
 from stabkit.tracing import trace
-from stabkit.tracing.nodes import apply_node
+from stabkit.tracing.nodes import apply_node, apply_stacked, stackable
 from stabkit.tracing.values import value_of
 
 
@@ -83,3 +83,62 @@ def test_a_custom_function_may_return_fewer_gradients_than_arguments():
     dense = trace(lambda x: Scale.apply(3.0, x)[0].tanh(), x, depth="cuts").jacobian().dense()
     truth = 3 * (1 - (3 * x).tanh() ** 2)
     torch.testing.assert_close(dense, torch.diag_embed(truth), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(
+    ("layer", "shape"),
+    [
+        (nn.Conv2d(4, 6, 3, stride=2, padding=1, groups=2), (2, 4, 7, 8)),
+        (nn.Conv1d(4, 4, 3, dilation=2, groups=4), (2, 4, 9)),
+        (nn.ConvTranspose2d(4, 3, 3, stride=2, padding=1, output_padding=1), (2, 4, 5, 4)),
+        (nn.Conv3d(2, 3, 2), (2, 2, 3, 4, 3)),
+        (nn.BatchNorm1d(4).eval(), (3, 4, 5)),
+        (nn.BatchNorm2d(4, affine=False).eval(), (3, 4, 5, 2)),
+        (nn.GELU(), (3, 4)),
+        (nn.SiLU(), (3, 4)),
+        (nn.Softplus(), (3, 4)),
+        (nn.Hardswish(), (3, 4)),
+        (nn.LogSigmoid(), (3, 4)),
+    ],
+)
+def test_rewritten_nodes_agree_with_the_engine(layer, shape, dtype):
+    torch.manual_seed(0)
+    layer = layer.to(dtype)
+    for parameter in layer.parameters():
+        parameter.requires_grad_(False)
+    x = torch.randn(shape, dtype=dtype, requires_grad=True).clone()
+    out = layer(x)
+    cotangents = torch.randn(3, *out.shape, dtype=dtype)
+    node, active = value_of(out).node, [value_of(x)]
+    stacked = dict(apply_stacked(node, cotangents, active))[value_of(x)] if stackable(node, active) else None
+    for k in range(3):
+        (expected,) = torch.autograd.grad(out, x, cotangents[k], retain_graph=True)
+        ((_, rewritten),) = apply_node(node, [cotangents[k]], active, rewrite=True)
+        torch.testing.assert_close(rewritten, expected)
+        if stacked is not None:
+            torch.testing.assert_close(stacked[k], expected)
+
+
+@pytest.mark.parametrize(
+    "function", [lambda x: x + x, lambda x: x - 1, lambda x: 3 * x, lambda x: x.relu(), lambda x: x.tanh()]
+)
+def test_elementwise_nodes_take_stacked_cotangents_in_place(function):
+    x = torch.randn(2, 3, requires_grad=True).clone()
+    out = function(x)
+    node = value_of(out).node
+    active = [value_of(x)] * sum(parent is value_of(x).node for parent, _ in node.next_functions)
+    assert stackable(node, active)
+    cotangents = torch.randn(4, 2, 3)
+    (expected,) = torch.autograd.grad(out, x, cotangents, is_grads_batched=True, retain_graph=True)
+    given = cotangents.clone()
+    pulled = apply_stacked(node, given, active, overwrite=True)
+    torch.testing.assert_close(sum(grad for _, grad in pulled), expected)
+
+
+def test_broadcasting_nodes_and_attention_do_not_stack():
+    x = torch.randn(3, requires_grad=True).clone()
+    assert not stackable(value_of(x + torch.zeros(2, 3)).node, [value_of(x)])
+    square = torch.randn(2, 3, 3, requires_grad=True).clone()
+    assert not stackable(value_of(square * square).node, [value_of(square)] * 2)
+    assert not stackable(value_of(square @ square).node, [value_of(square)] * 2)

@@ -248,3 +248,17 @@ def test_half_precision_steps_are_certified_at_their_own_precision():
     model = nn.Sequential(nn.Linear(3, 3), nn.Tanh()).bfloat16()
     operator = trace(model, torch.randn(2, 3, dtype=torch.bfloat16)).jacobian()
     assert (operator @ torch.randn(2, 3)).isfinite().all()
+
+
+def test_vectors_lie_one_after_the_other_in_memory():
+    space = Space([Meta((2, 3), torch.float64, CPU)], [Layout(2, 0)])
+    columns = torch.randn(2, 3, 5, dtype=torch.float64)
+    (tensor,) = space.unflatten(columns)
+    assert tensor.is_contiguous()
+    assert torch.equal(space.flatten([tensor]), columns)
+    assert space.flatten([tensor]).data_ptr() == tensor.data_ptr()
+
+
+def test_complex_tensors_have_an_axis_of_pairs():
+    space = Space([Meta((2, 3), torch.complex64, CPU), Meta((2, 4), torch.float32, CPU)], [Layout(2, 0)] * 2)
+    assert space.axes == ((3, 2), (4,))

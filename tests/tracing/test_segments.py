@@ -118,3 +118,69 @@ def test_products_leave_the_random_state_alone():
     before = torch.get_rng_state()
     flow.jacobian() @ torch.randn(2, 3, 4, generator=torch.Generator().manual_seed(0))
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def convolutions() -> nn.Sequential:
+    torch.manual_seed(0)
+    layers = [nn.Conv1d(2, 3, 3, padding=1), nn.BatchNorm1d(3), nn.ReLU(), nn.Conv1d(3, 2, 3, padding=1), nn.GELU()]
+    model = nn.Sequential(*layers)
+    model(torch.randn(5, 2, 7))
+    return model.eval()
+
+
+class Skip(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = convolutions()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x + self.inner(x)).relu() + x
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("direction", ["vjp", "jvp"])
+def test_stacked_walks_are_those_with_one_vector(direction, dtype):
+    model, x = Skip().to(dtype), torch.randn(3, 2, 7, dtype=dtype)
+    segment = trace(model, x).jacobian().recorded.products.segment
+    many = torch.randn(4, 3, 2, 7, dtype=dtype)
+    before = many.clone()
+    (together,) = getattr(segment, f"{direction}_batch")([many])
+    assert segment._stacks or direction == "jvp"
+    assert segment._vmap[direction] == "right"
+    assert torch.equal(many, before)  # reused tensors are never those of the caller
+    for k in range(4):
+        (alone,) = getattr(segment, direction)([many[k]])
+        torch.testing.assert_close(together[k], alone)
+
+
+def test_values_of_the_caller_survive_where_a_step_only_passes_them_on():
+    x = torch.randn(2, 3)
+    segment = trace(lambda x: (x + 0.0).relu() * 2.0 + 1.0, x).jacobian().recorded.products.segment
+    many = torch.randn(4, 2, 3)
+    before = many.clone()
+    (first,) = segment.vjp_batch([many])
+    (second,) = segment.vjp_batch([many])
+    assert torch.equal(many, before)
+    assert torch.equal(first, second)
+    torch.testing.assert_close(first, 2 * many * (x > 0))
+
+
+def test_parts_of_a_segment_chain_to_the_whole():
+    model, x = Skip().double(), torch.randn(3, 2, 7, dtype=torch.float64)
+    segment = trace(model, x).jacobian().recorded.products.segment
+    cotangent = torch.randn(3, 2, 7, dtype=torch.float64)
+    expected = segment.vjp([cotangent])
+    for position in range(len(segment.nodes) + 1):
+        after, before = segment.part(position, len(segment.nodes)), segment.part(0, position)
+        assert set(before.target) == set(segment.live(position)) or position == len(segment.nodes)
+        arrived = dict(zip(after.source, after.vjp([cotangent]), strict=True))
+        torch.testing.assert_close(before.vjp([arrived[value] for value in before.target]), expected)
+
+
+def test_the_footprint_counts_what_is_alive_at_once():
+    x = torch.randn(2, 3, dtype=torch.float64)
+    weight = torch.randn(3, 50, dtype=torch.float64)
+    segment = trace(lambda x: x + (x @ weight).tanh() @ weight.T, x).jacobian().recorded.products.segment
+    most, widest = segment.footprint()
+    assert widest == 2 * 50 * 8
+    assert 2 * widest <= most <= 2 * widest + 4 * 2 * 3 * 8

@@ -1,0 +1,196 @@
+"""A capsule -> the model as it was at that step, ready to run the same forward and backward pass again."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from stabkit.checkpoints.capsules import Call, Capsule, read_capsule
+from stabkit.checkpoints.matching import fill
+from stabkit.checkpoints.names import Model, build_model
+from stabkit.checkpoints.randomness import restore_random
+from stabkit.errors import CheckpointError
+from stabkit.tracing.containers import named_tensors
+from stabkit.tracing.safekeeping import unchanged
+
+MOST_OUTPUTS = 8  # tensors of an output whose gradients are kept
+
+
+@dataclass(frozen=True)
+class Recalled:
+    """The model of a capsule and the last forward call of its step.
+
+    Attributes:
+        module: with the weights, the modes and the buffers of the step. Every forward call sets the random generators,
+            and autocast, to what they were before the call of the step, so that dropout drops the same.
+        inputs: positional arguments of the call.
+        kwargs: keyword arguments of the call.
+        loss: a callable on the output with the gradient that the loss of the run had there; None when none was seen.
+        name: what the model is called.
+        notes: what was done, in sentences.
+        step: number of the training step.
+    """
+
+    module: nn.Module
+    inputs: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    loss: Callable[[Any], Tensor] | None
+    name: str
+    notes: tuple[str, ...]
+    step: int
+
+
+def load_capsule(
+    path: str | os.PathLike[str],
+    model: Model | None = None,
+    *,
+    factory_args: Mapping[str, Any] | None = None,
+    seed: int = 0,
+) -> Recalled:
+    """The model of a capsule, the last batch of its step, and the loss as its gradient at the output.
+
+    Args:
+        path: the directory.
+        model: the architecture: a name, a module (which is changed) or a callable; None takes the factory that the
+            monitor was told.
+        factory_args: keyword arguments of the factory.
+        seed: of a factory that draws random weights, which are then replaced.
+
+    Raises:
+        CheckpointError: it is no readable capsule, or the model does not fit its weights.
+    """
+    capsule = read_capsule(path)
+    if not capsule.calls:
+        raise CheckpointError(f"{capsule.path} holds no call of the model")
+    module, name = build(capsule, model, factory_args=factory_args, seed=seed)
+    call = capsule.calls[-1]
+    set_buffers(module, call)
+    remembered(module, call, capsule.autocast)
+    with unchanged(module):
+        gradients = outer_gradients(module(*call.args, **call.kwargs), call, capsule.scale)
+    mode = "training" if capsule.training else "evaluation"
+    notes = (
+        f"format: capsule of training step {capsule.step}, written because: {capsule.reason}",
+        f"input: that of the last of {len(capsule.calls)} calls, in {mode} mode",
+        "loss: the gradient that the loss of the run had at the output" if gradients else "loss: none was seen",
+    )
+
+    def loss(output: Any) -> Tensor:
+        tensors = output_tensors(output)
+        return torch.stack([_inner(gradient, tensors[number]) for number, gradient in gradients.items()]).sum()
+
+    return Recalled(module, call.args, dict(call.kwargs), loss if gradients else None, name, notes, capsule.step)
+
+
+def build(
+    capsule: Capsule, model: Model | None, *, factory_args: Mapping[str, Any] | None = None, seed: int = 0
+) -> tuple[nn.Module, str]:
+    """The module of a capsule with its weights and modes, and its name.
+
+    Raises:
+        CheckpointError: nothing says how to build it, or it does not fit.
+    """
+    from safetensors.torch import load_file
+
+    chosen = capsule.model_factory if model is None else model
+    if chosen is None:
+        raise CheckpointError(
+            f"{capsule.path} does not say how to build its model; give --model, or tell the monitor: "
+            "Monitor(..., model_factory='pkg.mod:factory')"
+        )
+    module, name = build_model(chosen, factory_args=factory_args, seed=seed)
+    try:
+        fill(module, load_file(capsule.weights))
+    except CheckpointError as error:
+        raise CheckpointError(f"{capsule.path}: {error}") from error
+    module.train(capsule.training)
+    for path in capsule.unlike:
+        module.get_submodule(path).training = not capsule.training
+    return module, name
+
+
+def set_buffers(module: nn.Module, call: Call) -> None:
+    """Set the buffers that a call changed to what they were before it."""
+    known = dict(module.named_buffers())
+    with torch.no_grad():
+        for name, value in call.buffers.items():
+            if name in known:
+                known[name].copy_(value)
+
+
+def remembered(module: nn.Module, call: Call, autocast: Mapping[str, str]) -> Callable[[], None]:
+    """Make every forward call of a module draw the random numbers of ``call``, under its autocast; returns the undo."""
+    active: list[Any] = []
+
+    def before(_: nn.Module, args: Any) -> None:
+        restore_random(call.random)
+        for device, dtype in autocast.items():
+            context: Any = torch.autocast(device, getattr(torch, dtype))
+            context.__enter__()
+            active.append(context)
+
+    def after(_: nn.Module, args: Any, output: Any) -> None:
+        while active:
+            active.pop().__exit__(None, None, None)
+
+    handles = [module.register_forward_pre_hook(before), module.register_forward_hook(after, always_call=True)]
+
+    def undo() -> None:
+        for handle in handles:
+            handle.remove()
+
+    return undo
+
+
+def output_tensors(output: Any) -> dict[str, Tensor]:
+    """The tensors of an output that can carry a gradient, by their number, the first few of them."""
+    listed = {id(t): t for _, t in named_tensors(output, 3) if t.is_floating_point() or t.is_complex()}.values()
+    return {str(number): t for number, t in enumerate(list(listed)[:MOST_OUTPUTS]) if t.requires_grad}
+
+
+def outer_gradients(output: Any, call: Call, scale: float = 1.0) -> dict[str, Tensor]:
+    """The gradient of the loss that enters at each tensor of an output from outside of the model.
+
+    What was seen in the run is the whole gradient at each of them; where one output depends on another (logits and the
+    loss that a model returns) a part of it came through the other, which is taken away here.
+
+    Args:
+        output: of the same call, with its graph.
+        call: what was seen.
+        scale: the loss scale of AMP, by which to divide.
+    """
+    tensors = output_tensors(output)
+    left = {n: call.gradients[n].to(t.device, t.dtype) / scale for n, t in tensors.items() if n in call.gradients}
+    behind = {number: _nodes_behind(tensors[number]) for number in left}
+    outer: dict[str, Tensor] = {}
+    while left:
+        last = next(n for n in left if not any(m != n and tensors[n].grad_fn in behind[m] for m in left))
+        gradient = left.pop(last)
+        if outer:
+            (inner,) = torch.autograd.grad(
+                [tensors[n] for n in outer], [tensors[last]], list(outer.values()), retain_graph=True, allow_unused=True
+            )
+            gradient = gradient if inner is None else gradient - inner
+        outer[last] = gradient
+    return outer
+
+
+def _nodes_behind(tensor: Tensor) -> set[Any]:
+    """The operations that a tensor was computed from, without the one that made it."""
+    found: set[Any] = set()
+    stack = [] if tensor.grad_fn is None else [node for node, _ in tensor.grad_fn.next_functions]
+    while stack:
+        node = stack.pop()
+        if node is not None and node not in found:
+            found.add(node)
+            stack += [following for following, _ in node.next_functions]
+    return found
+
+
+def _inner(a: Tensor, b: Tensor) -> Tensor:
+    return (a.conj() * b).real.sum() if b.is_complex() else (a * b).sum()

@@ -1,0 +1,109 @@
+"""Spikes and drifts in what a monitor records, and the block that moved first."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from stabkit.diagnosis import Finding
+from stabkit.monitor.movers import Mover, first_mover, moved_finding, non_finite_finding
+from stabkit.monitor.record import Record
+from stabkit.monitor.rules import AlertRules
+from stabkit.monitor.series import SeriesBank
+
+_FIELDS = ("growth", "gain", "total")
+
+
+class Alerts:
+    """Turns records into findings, with the words and the kinds of ``diagnose``.
+
+    Args:
+        rules: when a change is an alert.
+        scaled: whether a loss scaler is at work, which runs into infinities on purpose.
+    """
+
+    def __init__(self, rules: AlertRules | None = None, *, scaled: bool = False) -> None:
+        self.rules = rules or AlertRules()
+        self._scaled = scaled
+        self._names: tuple[str, ...] = ()
+        self._bank: SeriesBank | None = None
+        self._overflows = 0
+        self._broken = False
+        self._quiet = 0
+        self._before = 0
+        self._said: set[tuple[str, str]] = set()  # in this episode
+        self.first: Mover | None = None
+
+    def judge(self, record: Record) -> list[Finding]:
+        """The findings that this record gives rise to; a condition that persists is reported once."""
+        if record.non_finite:
+            return self._judge_non_finite(record)
+        self._broken, self._overflows = False, 0
+        movers = self._movers(record)
+        if not movers:
+            self._quiet += 1
+            if self._quiet >= self.rules.warmup:
+                self.first = None
+                self._said.clear()
+            return []
+        self._quiet = 0
+        leader = first_mover(movers)
+        self.first = self.first or leader
+        kinds: dict[str, list[Mover]] = {}
+        for mover in movers:
+            if mover.fresh:
+                kinds.setdefault(mover.kind, []).append(mover)
+        findings = [
+            moved_finding(leader if leader in alike else first_mover(alike), alike, self.first)
+            for alike in kinds.values()
+        ]
+        # one block may move in several quantities, some of them a record later
+        news = [finding for finding in findings if (finding.kind, finding.module_path) not in self._said]
+        self._said.update((finding.kind, finding.module_path) for finding in findings)
+        return sorted(news, key=lambda finding: finding.module_path != leader.name)
+
+    def _judge_non_finite(self, record: Record) -> list[Finding]:
+        self._overflows += 1
+        mendable = self._scaled and not record.blocks.bad[0].any() and not record.loss_is_broken
+        if self._broken or (mendable and self._overflows < self.rules.overflows):
+            return []
+        self._broken, self._quiet = True, 0
+        finding = non_finite_finding(record, self.first)
+        index = finding.steps[0] if finding.steps else -1
+        began = Mover(record.step, finding.module_path, index, "non_finite", "spike", math.inf, 0.0, math.inf)
+        self.first = self.first or began
+        return [finding]
+
+    def _movers(self, record: Record) -> list[Mover]:
+        """The blocks that moved, in the order of the forward pass; the model as a whole comes last."""
+        names, blocks = record.blocks.names, record.blocks
+        if self._bank is None:
+            self._names = names
+            jumps = np.full(2 * len(names) + 1, self.rules.jump)
+            jumps[-1] = self.rules.total_jump
+            certain = np.zeros(len(jumps))
+            certain[: len(names)] = self.rules.certain
+            self._bank = SeriesBank(self.rules, jumps, certain, drifting=2 * len(names))
+        places = self._places(names)
+        total = math.log(record.gradient_norm) if record.gradient_norm > 0 else math.nan
+        values = np.concatenate([blocks.growth[places], blocks.gain[places], [total]])
+        found = []
+        for move in self._bank.add(values):
+            field, block = divmod(move.series, len(self._names))
+            if _FIELDS[field] == "total" and move.value < move.usual:
+                continue  # a small gradient of everything is how training ends
+            name, index = ("", -1) if _FIELDS[field] == "total" else (self._names[block], places[block])
+            step = self._before if move.late else record.step
+            found.append(
+                Mover(step, name, index, _FIELDS[field], move.what, move.value, move.usual, move.size, move.fresh)
+            )
+        self._before = record.step
+        return sorted(found, key=lambda mover: mover.index if mover.index >= 0 else len(names))
+
+    def _places(self, names: tuple[str, ...]) -> list[int]:
+        """Where the blocks of the first record are in this one, which may have called them in another order."""
+        if names == self._names:
+            return list(range(len(names)))
+        place = {name: index for index, name in enumerate(names)}
+        return [place[name] for name in self._names]

@@ -1,0 +1,145 @@
+"""The flight recorder's disk: at most so many capsules, each whole."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import re
+import shutil
+import uuid
+import warnings
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from stabkit._version import __version__
+from stabkit.checkpoints.capsules import Call, is_capsule, write_capsule
+from stabkit.monitor.inputs import Inputs
+from stabkit.monitor.ranks import Ranks
+from stabkit.monitor.record import Record
+from stabkit.monitor.writers import json_line
+
+RECORDS = 100  # the newest of the ring buffer that go into a capsule
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What goes into a capsule, from all processes.
+
+    Attributes:
+        calls: forward calls, process after process.
+        complete: whether these are all.
+        weights: of the whole model.
+    """
+
+    calls: list[Call]
+    complete: bool
+    weights: dict[str, Tensor]
+
+
+class CapsuleStore:
+    """Writes capsules into ``directory/capsules`` and removes the oldest beyond ``limit``.
+
+    A new capsule is whole before an old one goes, and a removal is one rename: whenever the process is killed, what
+    has a capsule's name is a whole capsule. What is left of a killed write goes with the next one.
+    """
+
+    def __init__(
+        self, directory: Path | None, limit: int, model: nn.Module, model_factory: str | None, ranks: Ranks
+    ) -> None:
+        self.enabled = directory is not None and limit > 0
+        self._directory = Path() if directory is None else directory / "capsules"
+        self._limit = limit
+        self._model = model
+        self._factory = model_factory
+        self._ranks = ranks
+        self._broken = False
+
+    @property
+    def paths(self) -> tuple[Path, ...]:
+        """The capsules on disk, by training step."""
+        if not self.enabled or not self._directory.is_dir():
+            return ()
+        return tuple(sorted(path for path in self._directory.glob("step-*") if is_capsule(path)))
+
+    def gather(self, inputs: Inputs) -> Kept:
+        """The calls and the weights of all processes, which all have to call this.
+
+        The calls of a process that fail to be copied are left out, and the capsule says that it is not complete.
+        """
+        try:
+            calls = [captured.to_call() for captured in inputs.captured]
+            complete = inputs.complete and bool(calls)
+        except Exception as error:  # the other processes wait for this one
+            warnings.warn(f"stabkit's monitor: a batch cannot be kept: {error}", RuntimeWarning, stacklevel=5)
+            calls, complete = [], False
+        gathered = self._ranks.gather((calls, complete))
+        return Kept(
+            [call for part, _ in gathered for call in part],
+            all(whole for _, whole in gathered),
+            self._ranks.whole_weights(self._model),
+        )
+
+    def write(
+        self,
+        reason: str,
+        record: Record,
+        kept: Kept,
+        records: Iterable[Record],
+        *,
+        scale: float,
+        autocast: Mapping[str, str],
+    ) -> None:
+        """Write a capsule, in the first process; nothing more after one could not be written.
+
+        Args:
+            reason: why.
+            record: of this step.
+            kept: its calls and weights.
+            records: those up to it.
+            scale: the loss scale of AMP.
+            autocast: dtype by device type, where autocast was on.
+        """
+        if self._broken or not self._ranks.first:
+            return
+        path = self._directory / f"step-{record.step:09d}-{re.sub('[^a-z0-9]+', '-', reason.lower())[:60].strip('-')}"
+        if path.exists():
+            return
+        self._broken = True  # unless it is written
+        self._sweep()
+        write_capsule(
+            path,
+            weights=kept.weights,
+            calls=kept.calls,
+            manifest={
+                "step": record.step,
+                "reason": reason,
+                "complete": kept.complete,
+                "training": self._model.training,
+                "unlike": [n for n, m in self._model.named_modules() if m.training != self._model.training],
+                "autocast": dict(autocast),
+                "scale": scale,
+                "processes": self._ranks.count,
+                "model_factory": self._factory,
+                "model_class": f"{type(self._model).__module__}.{type(self._model).__qualname__}",
+                "record": json.loads(json_line(record)),
+                "versions": {"stabkit": __version__, "torch": torch.__version__, "python": platform.python_version()},
+            },
+            records=map(json_line, list(records)[-RECORDS:]),
+        )
+        for old in self.paths[: -self._limit]:
+            self._remove(old)
+        self._broken = False
+
+    def _remove(self, path: Path) -> None:
+        away = path.with_name(f".step-removed-{uuid.uuid4().hex}")
+        os.replace(path, away)
+        shutil.rmtree(away)
+
+    def _sweep(self) -> None:
+        for left in self._directory.glob(".step-*"):
+            shutil.rmtree(left, ignore_errors=True)

@@ -1,0 +1,411 @@
+"""The monitor: what goes on inside a model while it trains, at the price of a few norms."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import warnings
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from stabkit.diagnosis import Finding
+from stabkit.monitor.alerts import Alerts
+from stabkit.monitor.blocks import choose_blocks, visible
+from stabkit.monitor.capsule import CapsuleStore
+from stabkit.monitor.clipping import Clipped, clip
+from stabkit.monitor.collection import AFTER, SCALE, TRAINED, Collector, Sums, finish
+from stabkit.monitor.inputs import Inputs
+from stabkit.monitor.measurement import Hooks, Measurement
+from stabkit.monitor.parameters import Parameters
+from stabkit.monitor.probes import Probe
+from stabkit.monitor.ranks import Ranks
+from stabkit.monitor.record import Record
+from stabkit.monitor.rules import AlertRules
+from stabkit.monitor.updates import UpdateSampler
+from stabkit.monitor.writers import Writer, open_writers
+from stabkit.tracing.safekeeping import unwrap
+
+PRESETS = ("economy", "standard", "full")
+
+Callback = Callable[[Finding], object]
+
+
+class Monitor:
+    """Watches a model in its training loop: gradient growth by block, alerts, and a capsule of what went wrong.
+
+    Call ``monitor.step(loss)`` after ``loss.backward()`` and before ``optimizer.step()``. Every ``every``-th step is
+    recorded; on the steps between, no hook is on. Training with a monitor gives the same weights, bit for bit, as
+    training without. An error inside the monitor warns once and switches off what failed: it never stops a run.
+
+    Blocks are the repeated modules of the model (``blocks`` overrides), in the order in which they are called. A
+    quantity of a block sums over the whole batch, over micro-batches and over repeated calls (root of the sum of
+    squares), and over processes when the model given is wrapped by ``DistributedDataParallel`` or ``fully_shard``: then
+    all numbers are those of the whole batch and the whole model, and every process must have the monitor. Inside a
+    region compiled as one by ``torch.compile`` blocks are not seen, only their parameters; compile block by block to
+    see them.
+
+    Args:
+        model: the model being trained, as it is called, wrapped or not.
+        every: record each so many-th call of `step`, beginning with the first.
+        preset: ``"economy"`` (norms), ``"standard"`` (and, every ``probe_every`` records, gradient growth from a random
+            cotangent and the largest singular values of a few blocks) or ``"full"`` (and ``stabkit.diagnose``).
+        writers: where records go: paths (``.jsonl`` or ``.csv``), writers of ``stabkit.monitor.writers``, or callables
+            that take a record. None writes ``records.jsonl`` into ``directory``, or nothing when there is none.
+        directory: where capsules, and records by default, are kept; None keeps everything in memory.
+        optimizer: one or several, to measure update ratios.
+        scaler: the ``torch.amp.GradScaler``, so that gradients are reported unscaled.
+        blocks: paths of the modules to watch instead of those found.
+        on_alert: called with every finding; one callable or several.
+        rules: when a change is an alert.
+        history: records kept in memory.
+        capsules: at most so many capsules on disk, the oldest beyond that are removed; 0 for none.
+        probe_every: a probe comes every so many records.
+        model_factory: ``"pkg.mod:factory"`` or ``"file.py:factory"``, written into capsules so that
+            ``stabkit analyze CAPSULE`` can rebuild the model.
+        distributed: whether the processes of ``torch.distributed`` train this one model together, each with a monitor;
+            None asks the wrapper of the model.
+        seed: of random cotangents.
+
+    Raises:
+        ValueError: an argument makes no sense.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 1))
+        >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        >>> with Monitor(model, every=1, optimizer=optimizer) as monitor:
+        ...     for _ in range(3):
+        ...         optimizer.zero_grad()
+        ...         loss = model(torch.ones(2, 4)).square().mean()
+        ...         loss.backward()
+        ...         monitor.step(loss)
+        ...         optimizer.step()
+        >>> [block.name for block in monitor.records[0].blocks], len(monitor.records)
+        (['0', '2'], 3)
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        every: int = 10,
+        preset: str = "economy",
+        writers: Iterable[Any] | None = None,
+        *,
+        directory: str | os.PathLike[str] | None = None,
+        optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer] | None = None,
+        scaler: Any = None,
+        blocks: Sequence[str] | None = None,
+        on_alert: Callback | Sequence[Callback] | None = None,
+        rules: AlertRules | None = None,
+        history: int = 400,
+        capsules: int = 3,
+        probe_every: int = 10,
+        model_factory: str | None = None,
+        distributed: bool | None = None,
+        seed: int = 0,
+    ) -> None:
+        _check(model, every, preset, history, capsules, probe_every)
+        self.every = every
+        self.preset = preset
+        self.directory = None if directory is None else Path(directory)
+        self.records: deque[Record] = deque(maxlen=history)
+        self.findings: list[Finding] = []
+        inner = unwrap(model)
+        chosen = choose_blocks(inner) if blocks is None else _named_modules(inner, blocks)
+        self.blocks = tuple(chosen)
+        self._scaler = scaler
+        self._on_alert = [] if on_alert is None else [on_alert] if callable(on_alert) else list(on_alert)
+        self._alerts = Alerts(rules, scaled=scaler is not None)
+        parameters = Parameters(inner, self.blocks)
+        self._collector = Collector(parameters, len(chosen))
+        self._hooks = Hooks(visible(model, chosen.values()), self._fail)
+        self._updates = UpdateSampler(_as_list(optimizer), parameters, self._fail)
+        self._ranks = Ranks(model, parameters.tensors, distributed)
+        self._writers: list[Writer] = open_writers(writers, self.directory) if self._ranks.first else []
+        self._capsules = CapsuleStore(self.directory, capsules, inner, model_factory, self._ranks)
+        probing = preset != "economy" and self._ranks.first
+        self._probe = Probe(inner, preset, probe_every, seed) if probing else None
+        self._inputs = Inputs(model, inner, self._fail, enabled=probing or self._capsules.enabled)
+        self._step = 0
+        self._count = 0
+        self._requested: str | None = None
+        self._clipped: list[Clipped] = []
+        self._off = False
+        self._failed = False
+        self._told = False
+        self._agreed = -1  # the last step whose sums were exchanged
+        self.attach()
+
+    def __enter__(self) -> Monitor:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def attach(self) -> None:
+        """Start watching (again); a new monitor is attached already."""
+        self._off = False
+        if self._due(self._step):
+            self._switch_on(self._step)
+
+    def detach(self) -> None:
+        """Stop watching: no hook stays behind. `attach` starts again."""
+        self._off = True
+        self._switch_off()
+
+    def close(self) -> None:
+        """Detach and close the writers; what was recorded stays readable."""
+        self.detach()
+        for writer in self._writers:
+            self._part(f"the writer {type(writer).__name__}", writer.close)
+        self._writers = []
+
+    def step(self, loss: Tensor | float | None = None) -> None:
+        """Say that a training step's backward pass is done; call it before ``optimizer.step()``.
+
+        Args:
+            loss: the loss, for the record.
+        """
+        if self._off:
+            return
+        try:
+            self._take(loss)
+        except Exception as error:
+            self._fail(error)
+            if self._agreed != self._step:
+                self._tell()
+        self._clipped.clear()
+        self._step += 1
+
+    def clip_grad_norm_(
+        self,
+        parameters: Iterable[Tensor] | Tensor,
+        max_norm: float,
+        norm_type: float = 2.0,
+        error_if_nonfinite: bool = False,
+        foreach: bool | None = None,
+    ) -> Tensor:
+        """``torch.nn.utils.clip_grad_norm_`` with the same result, whose norms the record then gets for nothing.
+
+        Call it before `step`; the record has the norms before clipping, and ``clipped_norm``. Returns the total norm
+        before clipping.
+        """
+        listed = [parameters] if isinstance(parameters, Tensor) else list(parameters)
+        recording = self._hooks.measurement is not None
+        total, clipped = clip(listed, max_norm, norm_type, error_if_nonfinite, foreach, recording=recording)
+        if clipped is not None:
+            self._clipped.append(clipped)
+        return total
+
+    def capsule(self, reason: str = "asked for") -> None:
+        """Ask for a capsule of the next whole training step, which is recorded whatever its number.
+
+        The capsule holds weights, batch, random state and records; its directory is then in ``monitor.capsules``. When
+        several processes train together it is of the next step whose turn it is.
+
+        Raises:
+            ValueError: the monitor has no directory to write to, or keeps no capsules.
+        """
+        if not self._capsules.enabled:
+            raise ValueError("capsule() needs Monitor(..., directory=DIR) and capsules of at least 1")
+        self._requested = reason
+
+    @property
+    def capsules(self) -> tuple[Path, ...]:
+        """The capsules on disk, the oldest first."""
+        return self._capsules.paths
+
+    def plot(self, ax: Any = None, *, quantity: str = "growth") -> Any:
+        """The Axes of a heat map of one quantity of every block over the steps; see ``stabkit.plotting.training``."""
+        from stabkit import plotting
+
+        return plotting.training(self.records, ax, quantity=quantity)
+
+    def _due(self, step: int) -> bool:
+        return step % self.every == 0 or (self._requested is not None and not self._ranks.together)
+
+    def _take(self, loss: Tensor | float | None) -> None:
+        measurement = self._hooks.measurement
+        if self._failed:
+            if self._due(self._step):
+                self._tell()
+            return
+        if measurement is not None:
+            # what follows may run the model itself
+            self._hooks.measurement = None
+            if self._probe is not None:
+                self._inputs.pause()
+            self._record(measurement, loss)
+        if self._failed or self._off:
+            self._switch_off()
+        elif self._due(self._step + 1):
+            self._switch_on(self._step + 1)
+        else:
+            self._switch_off()
+
+    def _record(self, measurement: Measurement, loss: Tensor | float | None) -> None:
+        scale = getattr(self._scaler, "_scale", None)
+        sums = self._collector.collect(
+            self._step,
+            measurement,
+            loss=loss,
+            scale=scale,
+            unscaled=self._unscaled(),
+            clipped=self._clipped,
+            updates=self._updates.take(),
+        )
+        asked = self._ranks.reduce(sums, sums.rows.shape, self._requested is not None)
+        self._agreed = self._step
+        if asked.stopped:
+            self._told = True
+            raise RuntimeError("the monitor of another process stopped")
+        record = finish(sums, self.blocks, self._ranks.count, self.records[-1].blocks if self.records else None)
+        began = self._alerts.first is None
+        findings = self._alerts.judge(record)
+        reason = next((f.kind for f in findings if began or f.kind == "non_finite"), None)
+        if asked.requested:
+            reason, self._requested = reason or self._requested or "asked for", None
+        probes, more = self._probed()
+        findings += more
+        record = replace(record, probes=probes, findings=tuple(finding.kind for finding in findings))
+        self.records.append(record)
+        if self._count == 0 and not measurement.called and sums.rows[TRAINED].any():
+            self._hooks.drop()
+            warnings.warn(
+                "stabkit's monitor saw none of the blocks run, only their parameters: is the model compiled as one, or "
+                "not the one that is called? Compile it block by block, or give the monitor the model that is called",
+                RuntimeWarning,
+                stacklevel=4,
+            )
+        self._count += 1
+        if reason is not None and self._capsules.enabled:
+            self._keep(reason, record, measurement, sums)
+        self._publish(record, findings)
+
+    def _probed(self) -> tuple[dict[str, Any], list[Finding]]:
+        if self._probe is None or not self._inputs.captured:
+            return {}, []
+        try:
+            return self._probe.measure(self._count, self._inputs.captured[-1])
+        except Exception as error:
+            self._warn("the probes", error)
+            self._probe = None
+            return {"skipped": f"{type(error).__name__}: {error}"}, []
+
+    def _keep(self, reason: str, record: Record, measurement: Measurement, sums: Sums) -> None:
+        """Write a capsule; its first half is collective and must not fail in one process alone."""
+        kept = self._capsules.gather(self._inputs)
+        self._part(
+            "writing capsules",
+            lambda: self._capsules.write(
+                reason,
+                record,
+                kept,
+                self.records,
+                scale=float(sums.scalars[SCALE]),
+                autocast=measurement.autocast or {},
+            ),
+        )
+
+    def _publish(self, record: Record, findings: list[Finding]) -> None:
+        self.findings.extend(findings)
+        for writer in tuple(self._writers):
+            if not self._part(f"the writer {type(writer).__name__}", partial(writer.write, record)):
+                self._writers.remove(writer)
+        for finding in findings:
+            for callback in tuple(self._on_alert):
+                if not self._part("a callback on alerts", partial(callback, finding)):
+                    self._on_alert.remove(callback)
+
+    def _unscaled(self) -> bool:
+        """Whether ``scaler.unscale_`` has been called for the optimizers in this step."""
+        states = getattr(self._scaler, "_per_optimizer_states", None)
+        if states is None:
+            return True
+        stages = [state["stage"] for state in states.values()]
+        return any(getattr(stage, "name", "") in ("UNSCALED", "STEPPED") for stage in stages)
+
+    def _switch_on(self, step: int) -> None:
+        if self._failed:
+            return
+        self._hooks.on()
+        self._inputs.on()
+        if self._collector.weights_due(step):
+            self._updates.on()
+        else:
+            self._updates.off()
+
+    def _switch_off(self) -> None:
+        self._hooks.off()
+        self._inputs.off()
+        self._updates.off()
+
+    def _part(self, what: str, action: Callable[[], object]) -> bool:
+        """Run a part that the rest can do without; whether it worked. When it fails, warn."""
+        try:
+            action()
+        except Exception as error:
+            self._warn(what, error)
+            return False
+        return True
+
+    def _warn(self, what: str, error: Exception) -> None:
+        text = f"stabkit's monitor: {what} failed at step {self._step} and is off: {type(error).__name__}: {error}"
+        warnings.warn(text, RuntimeWarning, stacklevel=4)
+
+    def _fail(self, error: Exception) -> None:
+        """Warn once and go quiet, so that the training goes on."""
+        if self._failed:
+            return
+        self._failed = True
+        self._switch_off()
+        text = f"stabkit's monitor stopped at step {self._step}: {type(error).__name__}: {error}"
+        warnings.warn(text, RuntimeWarning, stacklevel=4)
+
+    def _tell(self) -> None:
+        """Let the other processes know, who wait for this one's part of the record."""
+        if self._ranks.together and not self._told:
+            self._told = True
+            self._ranks.reduce(None, (AFTER + 1, len(self.blocks) + 1), requested=False)
+
+
+def _check(model: Any, every: int, preset: str, history: int, capsules: int, probe_every: int) -> None:
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"model is {type(model).__name__}; expected a torch.nn.Module")
+    if preset not in PRESETS:
+        raise ValueError(f"preset={preset!r}; expected one of {', '.join(PRESETS)}")
+    for name, value, least in (
+        ("every", every, 1),
+        ("history", history, 1),
+        ("capsules", capsules, 0),
+        ("probe_every", probe_every, 1),
+    ):
+        if value < least:
+            raise ValueError(f"{name}={value}; expected at least {least}")
+
+
+def _named_modules(model: nn.Module, paths: Sequence[str]) -> dict[str, nn.Module]:
+    known = dict(model.named_modules())
+    missing = [path for path in paths if path not in known]
+    if missing:
+        near = difflib.get_close_matches(missing[0], known, n=1)
+        guess = f"; did you mean {near[0]!r}?" if near else ""
+        raise ValueError(f"blocks: the model has no module {missing[0]!r}{guess}")
+    return {path: known[path] for path in paths}
+
+
+def _as_list(
+    optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer] | None,
+) -> list[torch.optim.Optimizer]:
+    if optimizer is None:
+        return []
+    return [optimizer] if isinstance(optimizer, torch.optim.Optimizer) else list(optimizer)

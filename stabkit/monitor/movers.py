@@ -1,0 +1,147 @@
+"""What moved in a record, in the words of findings."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from stabkit.diagnosis import Finding, factor
+from stabkit.monitor.record import Record
+
+_WORDS = {"growth": "gradient growth", "gain": "activation gain", "total": "log of the gradient norm"}
+
+
+@dataclass(frozen=True)
+class Mover:
+    """One quantity of one block that left its usual range.
+
+    Attributes:
+        step: of training.
+        name: path of the block; empty for the model as a whole.
+        index: place of the block in the record; -1 for the model as a whole.
+        field: ``growth``, ``gain``, ``total`` or ``non_finite``.
+        what: ``spike`` or ``drift``.
+        value: what it is, in nats.
+        usual: what it was.
+        size: distance in robust deviations for a spike, in thresholds for a drift.
+        fresh: whether this was not reported lately.
+    """
+
+    step: int
+    name: str
+    index: int
+    field: str
+    what: str
+    value: float
+    usual: float
+    size: float
+    fresh: bool = True
+
+    @property
+    def kind(self) -> str:
+        """The kind of finding."""
+        return "exploding" if self.value > self.usual else "vanishing"
+
+    @property
+    def change(self) -> float:
+        """How far it moved, in nats."""
+        return self.value - self.usual
+
+
+def first_mover(movers: Sequence[Mover]) -> Mover:
+    """The earliest block in the forward pass of those that moved far.
+
+    A block that changes leaves all before it as they were in the forward pass, and after it anything may follow.
+    """
+    far = max(abs(mover.change) for mover in movers if mover.index >= 0 or len(movers) == 1)
+    return next(mover for mover in movers if abs(mover.change) >= 0.5 * far)
+
+
+def moved_finding(mover: Mover, others: Sequence[Mover], first: Mover) -> Finding:
+    """The finding on a mover.
+
+    Args:
+        mover: of those that moved alike at this step, the one that the finding names.
+        others: all of them.
+        first: what moved first in this episode.
+    """
+    where = mover.name or "the model"
+    evidence = (
+        f"{mover.what} at training step {mover.step}: {_WORDS[mover.field]} of {where} is {mover.value:+.2f} nats, "
+        f"usually {mover.usual:+.2f} (a factor of {factor(mover.change)})"
+    )
+    beside = sorted({other.name for other in others if other.index >= 0} - {mover.name})
+    evidence += f"; so do {len(beside)} other blocks" if len(beside) > 1 else "".join(f"; so does {b}" for b in beside)
+    evidence += _began(first, mover.step, mover.name)
+    return Finding(
+        kind=mover.kind,
+        severity="critical" if abs(mover.change) > math.log(100.0) else "warning",
+        steps=tuple(sorted({other.index for other in others if other.index >= 0})),
+        module_path=mover.name,
+        confidence=1.0 - 1.0 / (1.0 + mover.size**2),
+        evidence=evidence,
+        remedy=_remedy(mover, where),
+        reference="",
+        numbers={
+            "training_step": float(mover.step),
+            "value": mover.value,
+            "usual": mover.usual,
+            "deviations": mover.size if mover.what == "spike" else math.nan,
+        },
+    )
+
+
+def _remedy(mover: Mover, where: str) -> str:
+    if mover.field == "total":
+        return "look at the batch and the loss of this step; clip the gradient or lower the learning rate"
+    if mover.what == "drift":
+        return f"lower the learning rate of {where}, decay its weights, or normalise its output"
+    return (
+        f"undo what changed {where} since the last quiet record: clip the gradient or lower the learning rate, and go "
+        f"back to an earlier checkpoint or multiply its weights by about {factor(-mover.change)}"
+    )
+
+
+def _began(first: Mover, step: int, name: str) -> str:
+    if (first.step, first.name) == (step, name):
+        return ""
+    return f"; {first.name or 'the model as a whole'} moved first, at training step {first.step}"
+
+
+def non_finite_finding(record: Record, first: Mover | None) -> Finding:
+    """The finding on NaN or infinity; names the tensor where it began.
+
+    Args:
+        record: of the step.
+        first: what moved first in this episode, before it.
+    """
+    index, what = _first_non_finite(record)
+    name = record.blocks.names[index] if index >= 0 else ""
+    where = name or "the model"
+    evidence = f"at training step {record.step} the {what} of {where} is not finite; {record.non_finite} in all"
+    return Finding(
+        kind="non_finite",
+        severity="critical",
+        steps=(index,) if index >= 0 else (),
+        module_path=name,
+        confidence=1.0,
+        evidence=evidence + ("" if first is None else _began(first, record.step, name)),
+        remedy=f"look at the {what} of {where} first: it is the first that is not finite; lower the learning rate or "
+        "clip the gradient, and analyse the capsule of this step",
+        reference="",
+        numbers={"training_step": float(record.step), "count": float(record.non_finite)},
+    )
+
+
+def _first_non_finite(record: Record) -> tuple[int, str]:
+    """The block where it began: outputs in the order of the forward pass, the loss, then gradients back from it."""
+    output, gradient, parameter_gradient = record.blocks.bad
+    if output.any():
+        return int(output.argmax()), "output"
+    if record.loss_is_broken:
+        return -1, "loss"
+    for index in reversed(range(len(record.blocks))):
+        if gradient[index] or parameter_gradient[index]:
+            return index, "gradient" if gradient[index] else "parameter gradient"
+    return -1, "gradient of a parameter outside the blocks"

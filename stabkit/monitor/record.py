@@ -1,0 +1,190 @@
+"""What one recorded training step says: plain numbers, on the host."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, overload
+
+import numpy as np
+
+Array = np.ndarray[Any, np.dtype[Any]]
+
+PARTS = ("output", "gradient", "parameter_gradient")  # of a block, that may hold NaN or infinity
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlockRecord:
+    """One block at one training step. A number that was not measured is NaN.
+
+    Attributes:
+        name: path of the module.
+        activation_norm: Euclidean norm of its output over the whole batch.
+        gradient_norm: Euclidean norm of the loss gradient with respect to that output, unscaled under AMP.
+        growth: log of the gradient norm at the output of the block before over that at this block's output, in nats:
+            what the gradient gains on its way back through the block. NaN for the first block.
+        parameter_norm: Euclidean norm of its parameters, measured at most 10 training steps before.
+        parameter_gradient_norm: Euclidean norm of their gradients, unscaled, before clipping.
+        update_ratio: norm of the last update of its parameters over their norm, from up to 1024 entries of each
+            tensor; NaN between two measurements, which are at least 10 training steps apart.
+        calls: how often it was called in the step (micro-batches and weight sharing; the mean over processes).
+        non_finite: which of ``output``, ``gradient`` and ``parameter_gradient`` have no finite norm.
+    """
+
+    name: str
+    activation_norm: float = math.nan
+    gradient_norm: float = math.nan
+    growth: float = math.nan
+    parameter_norm: float = math.nan
+    parameter_gradient_norm: float = math.nan
+    update_ratio: float = math.nan
+    calls: float = 0
+    non_finite: tuple[str, ...] = ()
+
+
+class Blocks(Sequence[BlockRecord]):
+    """The blocks of a record in the order of their first call: a sequence, kept as columns.
+
+    Attributes:
+        names: paths of the modules.
+        norms: of outputs, their gradients, parameters, parameter gradients, and update ratios; ``(5, blocks)``.
+        calls: how often each was called; ``(blocks,)``.
+        entries: how many numbers its outputs had; ``(blocks,)``.
+        bad: which of `PARTS` are not finite; ``(3, blocks)``.
+    """
+
+    __slots__ = ("bad", "calls", "entries", "names", "norms")
+
+    def __init__(self, names: tuple[str, ...], norms: Array, calls: Array, entries: Array, bad: Array) -> None:
+        self.names = names
+        self.norms = norms
+        self.calls = calls
+        self.entries = entries
+        self.bad = bad
+
+    def sharing(self, other: Blocks) -> Blocks:
+        """The same, with those columns of another that are equal: thousands of records then take little memory."""
+        mine = (self.names, self.calls, self.entries, self.bad)
+        theirs = (other.names, other.calls, other.entries, other.bad)
+        same = [b if a is b or np.array_equal(a, b) else a for a, b in zip(mine[1:], theirs[1:], strict=True)]
+        return Blocks(theirs[0] if mine[0] == theirs[0] else mine[0], self.norms, *same)
+
+    @property
+    def growth(self) -> Array:
+        """Log growth of the gradient back through every block, nats; ``(blocks,)``."""
+        logs = _log(self.norms[1])
+        found = np.full(len(logs), math.nan)
+        found[1:] = logs[:-1] - logs[1:]
+        return found
+
+    @property
+    def gain(self) -> Array:
+        """Log of the ratio of every output's norm to that of the block before, nats; ``(blocks,)``.
+
+        For the first block that of the root mean square of its output.
+        """
+        logs = _log(self.norms[0])
+        found = logs.copy()
+        found[1:] -= logs[:-1]
+        found[:1] -= 0.5 * _log(self.entries[:1])
+        return found
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    @overload
+    def __getitem__(self, index: int) -> BlockRecord: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[BlockRecord]: ...
+    def __getitem__(self, index: int | slice) -> BlockRecord | Sequence[BlockRecord]:
+        listed = tuple(self)
+        return listed[index]
+
+    def __iter__(self) -> Iterator[BlockRecord]:
+        columns = zip(self.names, self.growth.tolist(), self.calls.tolist(), self.norms.T.tolist(), strict=True)
+        for i, (name, growth, calls, (activation, gradient, parameter, parameter_gradient, ratio)) in enumerate(
+            columns
+        ):
+            yield BlockRecord(
+                name=name,
+                activation_norm=activation,
+                gradient_norm=gradient,
+                growth=growth,
+                parameter_norm=parameter,
+                parameter_gradient_norm=parameter_gradient,
+                update_ratio=ratio,
+                calls=calls,
+                non_finite=tuple(part for part, bad in zip(PARTS, self.bad[:, i], strict=True) if bad),
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Record:
+    """One training step.
+
+    Attributes:
+        step: number of the step, counted by calls of ``monitor.step`` from 0.
+        time: seconds since the epoch.
+        loss: value of the loss; NaN when it was not given.
+        gradient_norm: norm of all parameter gradients, unscaled, before clipping.
+        clipped_norm: the same after ``monitor.clip_grad_norm_``; NaN when nothing was clipped.
+        non_finite: how many losses, outputs, output gradients and parameter gradients of blocks are not finite.
+        blocks: the blocks, in the order in which they were called.
+        probes: what presets above ``economy`` measured at this step, by name.
+        findings: kinds of the findings raised at this step.
+        loss_is_broken: whether a loss was given and is not finite.
+    """
+
+    step: int
+    time: float
+    loss: float
+    gradient_norm: float
+    clipped_norm: float
+    non_finite: int
+    blocks: Blocks
+    probes: Mapping[str, Any] = field(default_factory=dict)
+    findings: tuple[str, ...] = ()
+
+    loss_is_broken: bool = False
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, ready for JSON."""
+        return {
+            **self.totals(),
+            "blocks": [{**vars(block), "non_finite": list(block.non_finite)} for block in self.blocks],
+            "probes": dict(self.probes),
+            "findings": list(self.findings),
+        }
+
+    def totals(self) -> dict[str, Any]:
+        """The numbers of the whole model by name."""
+        return {
+            "step": self.step,
+            "time": self.time,
+            "loss": self.loss,
+            "gradient_norm": self.gradient_norm,
+            "clipped_norm": self.clipped_norm,
+            "non_finite": self.non_finite,
+        }
+
+    def scalars(self) -> dict[str, float]:
+        """The finite-or-not numbers by a flat name, as logging tools want them; what was not measured is left out.
+
+        Names are ``loss``, ``gradient_norm``, ``clipped_norm``, ``non_finite``, and ``BLOCK/QUANTITY`` for every block.
+        """
+        top = {name: float(value) for name, value in self.totals().items() if name not in ("step", "time")}
+        found = {name: value for name, value in top.items() if not math.isnan(value)}
+        for block in self.blocks:
+            for name, value in vars(block).items():
+                if isinstance(value, float) and not math.isnan(value):
+                    found[f"{block.name or 'model'}/{name}"] = value
+        return found
+
+
+def _log(values: Array) -> Array:
+    """Logarithm of what is positive and finite, NaN elsewhere."""
+    with np.errstate(divide="ignore", invalid="ignore"):
+        found: Array = np.log(values)
+    found[~np.isfinite(found)] = math.nan
+    return found

@@ -1,0 +1,50 @@
+"""Hooks around the call of a module, also of one that was compiled in place."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+Before = Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]
+After = Callable[[nn.Module, Any, Any], None]
+
+
+def watch(module: nn.Module, after: After, before: Before | None = None) -> Callable[[], None]:
+    """Call ``before`` and ``after`` around every eager call of a module; returns what undoes that.
+
+    A module that was compiled in place (``module.compile()``) compiles its hooks as well and would never run ours, so
+    its compiled call is wrapped instead.
+    """
+    if getattr(module, "_compiled_call_impl", None) is not None:
+        return _wrap_compiled(module, after, before)
+    handles = [module.register_forward_hook(after)]
+    if before is not None:
+        handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
+    if len(handles) == 1:
+        return handles[0].remove
+
+    def undo() -> None:
+        for handle in handles:
+            handle.remove()
+
+    return undo
+
+
+def _wrap_compiled(module: nn.Module, after: After, before: Before | None) -> Callable[[], None]:
+    compiled: Callable[..., Any] = module._compiled_call_impl  # type: ignore[assignment]
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if before is not None:
+            before(module, args, kwargs)
+        output = compiled(*args, **kwargs)
+        after(module, args, output)
+        return output
+
+    def undo() -> None:
+        if module._compiled_call_impl is call:
+            module._compiled_call_impl = compiled
+
+    module._compiled_call_impl = call
+    return undo

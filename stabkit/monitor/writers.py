@@ -1,0 +1,197 @@
+"""Where records go: files, TensorBoard, Weights & Biases, MLflow, or any callable."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+from stabkit.monitor.record import Record
+
+
+@runtime_checkable
+class Writer(Protocol):
+    """What a monitor hands its records to."""
+
+    def write(self, record: Record) -> None:
+        """Take one record."""
+
+    def close(self) -> None:
+        """Finish; called once."""
+
+
+class JSONLinesWriter:
+    """One JSON object a line, flushed after each, so that a killed run leaves whole lines.
+
+    NaN and infinities are written as the strings ``"nan"``, ``"inf"`` and ``"-inf"``, since JSON has no numbers for
+    them.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = self.path.open("a", encoding="utf-8")
+
+    def write(self, record: Record) -> None:
+        """Append a line."""
+        self._file.write(json_line(record) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+class CSVWriter:
+    """One line for each block of each record: step, time, loss, gradient norm, and the block's numbers."""
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        new = not self.path.exists() or self.path.stat().st_size == 0
+        self._file = self.path.open("a", encoding="utf-8", newline="")
+        self._lines = csv.writer(self._file)
+        self._new = new
+
+    def write(self, record: Record) -> None:
+        """Append the lines of a record."""
+        for block in record.blocks:
+            values = {**vars(block), "non_finite": " ".join(block.non_finite)}
+            if self._new:
+                self._lines.writerow(["step", "time", "loss", "total_gradient_norm", "clipped_norm", *values])
+                self._new = False
+            self._lines.writerow(
+                [record.step, record.time, record.loss, record.gradient_norm, record.clipped_norm, *values.values()]
+            )
+        self._file.flush()
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+class TensorBoardWriter:
+    """Scalars for TensorBoard; needs the ``tensorboard`` package.
+
+    Args:
+        target: a directory, or a ``SummaryWriter`` that is already open (and stays open).
+    """
+
+    def __init__(self, target: Any) -> None:
+        self._own = isinstance(target, str | os.PathLike)
+        if self._own:
+            from torch.utils.tensorboard import SummaryWriter
+
+            target = SummaryWriter(log_dir=os.fspath(target))
+        self._board = target
+
+    def write(self, record: Record) -> None:
+        """Log every scalar under ``stabkit/``."""
+        for name, value in record.scalars().items():
+            self._board.add_scalar(f"stabkit/{name}", value, record.step, walltime=record.time)
+
+    def close(self) -> None:
+        """Close the board if it was opened here; otherwise flush it."""
+        self._board.close() if self._own else self._board.flush()
+
+
+class WandbWriter:
+    """Scalars for Weights & Biases, into a given run or the current one; needs the ``wandb`` package."""
+
+    def __init__(self, run: Any = None) -> None:
+        if run is None:
+            import wandb
+
+            run = wandb.run
+            if run is None:
+                raise ValueError("no Weights & Biases run is active; call wandb.init first or pass the run")
+        self._run = run
+
+    def write(self, record: Record) -> None:
+        """Log all scalars of a record at once, with the training step as ``stabkit/step``."""
+        scalars = {f"stabkit/{name}": value for name, value in record.scalars().items()}
+        self._run.log({**scalars, "stabkit/step": record.step})
+
+    def close(self) -> None:
+        """Leave the run open: it belongs to the caller."""
+
+
+class MLflowWriter:
+    """Metrics for MLflow, into the active run; needs the ``mlflow`` package."""
+
+    def __init__(self, run_id: str | None = None) -> None:
+        import mlflow
+
+        self._mlflow = mlflow
+        self._run_id = run_id
+
+    def write(self, record: Record) -> None:
+        """Log all metrics of a record at once."""
+        metrics = {f"stabkit/{name}": value for name, value in record.scalars().items()}
+        self._mlflow.log_metrics(metrics, step=record.step, run_id=self._run_id)
+
+    def close(self) -> None:
+        """Leave the run open: it belongs to the caller."""
+
+
+class CallableWriter:
+    """Hands each record to a function."""
+
+    def __init__(self, function: Callable[[Record], Any]) -> None:
+        self._function = function
+
+    def write(self, record: Record) -> None:
+        """Call the function."""
+        self._function(record)
+
+    def close(self) -> None:
+        """Nothing to close."""
+
+
+def open_writers(writers: Iterable[Any] | None, directory: Path | None) -> list[Writer]:
+    """Writers from what a user gives: paths by suffix, writers, callables.
+
+    Raises:
+        ValueError: something that is none of these, or a path with another suffix.
+    """
+    if writers is None:
+        return [] if directory is None else [JSONLinesWriter(directory / "records.jsonl")]
+    return [_open(writer) for writer in writers]
+
+
+def _open(writer: Any) -> Writer:
+    if isinstance(writer, str | os.PathLike):
+        path = Path(writer)
+        if path.suffix == ".csv":
+            return CSVWriter(path)
+        if path.suffix in (".jsonl", ".ndjson"):
+            return JSONLinesWriter(path)
+        raise ValueError(
+            f"writers: {str(path)!r} has suffix {path.suffix!r}; expected .jsonl or .csv, or pass a writer"
+        )
+    if isinstance(writer, Writer):
+        return writer
+    if callable(writer):
+        return CallableWriter(writer)
+    raise ValueError(
+        f"writers: got {type(writer).__name__}; expected a path (.jsonl, .csv), an object with write and close, "
+        "or a callable"
+    )
+
+
+def json_line(record: Record) -> str:
+    """A record as one line of strict JSON."""
+    return json.dumps(_plain(record.to_dict()), allow_nan=False)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if value - value == 0 else str(value)
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return value
