@@ -36,6 +36,10 @@ class Jacobian:
         column_shapes: the same for the n columns.
         matrix: the entries, if they are known.
 
+    Attributes:
+        recorded: the recorded part of a forward pass whose products these are; None for other operators. Its states
+            give the row and column shapes.
+
     Example:
         >>> import torch
         >>> J = from_dense(torch.tensor([[[2.0, 1.0], [0.0, 3.0]]]))

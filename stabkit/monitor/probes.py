@@ -33,6 +33,7 @@ class Probe:
         self._full = preset == "full"
         self._every = every
         self._seed = seed
+        self._standing: set[tuple[str, str]] = set()  # found by the last probe, and said already
 
     def measure(self, count: int, captured: Captured) -> tuple[dict[str, Any], list[Finding]]:
         """Measurements by name, and findings when the preset is full; nothing on records between two probes.
@@ -58,7 +59,9 @@ class Probe:
                 "largest_singular_values": self._singular_values(flow),
             }
             findings = self._findings(flow)
-        return found, [finding for finding in findings if finding.severity != "info"]
+        news = [f for f in findings if f.severity != "info" and (f.kind, f.module_path) not in self._standing]
+        self._standing = {(f.kind, f.module_path) for f in findings}
+        return found, news
 
     def _findings(self, flow: Flow) -> list[Finding]:
         if not self._full:

@@ -41,7 +41,14 @@ class GPT(nn.Module):
         super().__init__()
         transformers = importlib.import_module("transformers")
         config = transformers.GPT2Config(
-            n_layer=4, n_embd=256, n_head=8, vocab_size=512, n_positions=128, use_cache=False
+            n_layer=4,
+            n_embd=256,
+            n_head=8,
+            vocab_size=512,
+            n_positions=128,
+            use_cache=False,
+            bos_token_id=0,
+            eos_token_id=0,
         )
         self.model = transformers.GPT2LMHeadModel(config)
 

@@ -41,11 +41,15 @@ def test_full_raises_the_findings_of_diagnose():
     with torch.no_grad():
         for layer in model:
             layer.weight.mul_(0.05)
-    monitor = Monitor(model, 1, "full")
-    model(torch.randn(4, 8)).square().sum().backward()
-    monitor.step()
+    monitor = Monitor(model, 1, "full", probe_every=1)
+    x = torch.randn(4, 8)
+    for _ in range(2):
+        model(x).square().sum().backward()
+        monitor.step()
     monitor.close()
-    assert "vanishing" in {finding.kind for finding in monitor.findings}
+    kinds = [(finding.kind, finding.module_path) for finding in monitor.findings]
+    assert "vanishing" in dict(kinds)
+    assert len(kinds) == len(set(kinds))  # what stays is said once
     assert hooks_of(model) == 0
 
 

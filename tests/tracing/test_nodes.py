@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.autograd.functional import jacobian
 
@@ -142,3 +144,36 @@ def test_broadcasting_nodes_and_attention_do_not_stack():
     square = torch.randn(2, 3, 3, requires_grad=True).clone()
     assert not stackable(value_of(square * square).node, [value_of(square)] * 2)
     assert not stackable(value_of(square @ square).node, [value_of(square)] * 2)
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    kernel=st.integers(1, 4),
+    stride=st.integers(1, 3),
+    padding=st.integers(0, 2),
+    dilation=st.integers(1, 3),
+    groups=st.sampled_from([1, 2]),
+    size=st.integers(3, 12),
+    transposed=st.booleans(),
+    double=st.booleans(),
+)
+def test_convolutions_are_pulled_back_by_their_transposes(
+    kernel, stride, padding, dilation, groups, size, transposed, double
+):
+    reach = dilation * (kernel - 1)
+    assume(size + 2 * padding > reach)
+    assume((size - 1) * stride + reach + 1 > 2 * padding)
+    torch.manual_seed(0)
+    kind = nn.ConvTranspose1d if transposed else nn.Conv1d
+    layer = kind(4, 2, kernel, stride=stride, padding=padding, dilation=dilation, groups=groups).requires_grad_(False)
+    dtype = torch.float64 if double else torch.float32
+    x = torch.randn(2, 4, size, dtype=dtype, requires_grad=True).clone()
+    out = layer.to(dtype)(x)
+    cotangents = torch.randn(3, *out.shape, dtype=dtype)
+    node, active = value_of(out).node, [value_of(x)]
+    ((_, stacked),) = apply_stacked(node, cotangents, active)
+    for k in range(3):
+        (expected,) = torch.autograd.grad(out, x, cotangents[k], retain_graph=True)
+        ((_, rewritten),) = apply_node(node, [cotangents[k]], active, rewrite=True)
+        torch.testing.assert_close(stacked[k], expected)
+        torch.testing.assert_close(rewritten, expected)
