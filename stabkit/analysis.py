@@ -5,9 +5,8 @@ from __future__ import annotations
 import math
 import platform
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import numpy as np
 import torch
@@ -15,29 +14,31 @@ from torch import nn
 
 from stabkit._version import __version__
 from stabkit.diagnosis import Array, Measurement, Thresholds, bootstrap_interval, examine
-from stabkit.errors import TraceError
+from stabkit.distributed import Ranks, current, fingerprint, is_spread, is_tensor_parallel, whole_parameters
+from stabkit.errors import StabkitError, TraceError
 from stabkit.explanation import Explanation, explain
 from stabkit.identification import Identification, by_step, identify
-from stabkit.jacobians import Jacobian, Spectrum, eigenvalues, from_dense, singular_values
 from stabkit.report.schema import Report, StepReport
+from stabkit.sharing import ALONE, Sharing
+from stabkit.step_spectra import SPECTRA, StepSpectrum, step_spectrum
 from stabkit.tracing import Flow, Step, trace
 from stabkit.tracing.depth import Depth
 from stabkit.tracing.endpoints import Target
 from stabkit.tracing.safekeeping import modules_behind, unchanged, unwrap
 
-SPECTRA = ("auto", "dense", "krylov", "none")
-_DENSE_SIZE = 512  # up to here all eigenvalues are cheaper than a dozen by Krylov, and say more
-_LARGEST_DENSE = 8192  # beyond, a matrix and its factors no longer fit beside a model, and take hours
-_EXPLAINED = 4  # samples over which growth is attributed
-_WANTED = 6  # eigenvalues and singular values of larger steps
-_TOLERANCE = 1e-3  # residual of a Krylov value, as a fraction of the norm of J
-_WORK = 5_000_000  # numbers that all products of one Krylov spectrum may pass, a bound on its time
-_ROUNDING = 1e-4  # how far |a + z| may exceed 1 by rounding before an eigenvalue counts as outside
+if TYPE_CHECKING:
+    from stabkit.planning import Plan
+
+EXPLAINED = 4  # samples over which growth is attributed
 
 Progress = Callable[[int, int, str], None]
-Share = Callable[[Callable[[int], Any], Sequence[float]], list[Any]]
 
 
+@overload
+def analyze(model: Any, *inputs: Any, plan_only: Literal[True], **options: Any) -> Plan: ...
+
+
+@overload
 def analyze(
     model: Any,
     *inputs: Any,
@@ -54,8 +55,36 @@ def analyze(
     seed: int = 0,
     name: str | None = None,
     progress: Progress | None = None,
-    share: Share | None = None,
-) -> Report:
+    distributed: bool = True,
+    ranks: Ranks | None = None,
+    budget: str | float | None = None,
+    memory: str | float | None = None,
+    plan_only: Literal[False] = False,
+) -> Report: ...
+
+
+def analyze(  # type: ignore[misc]  # where only the plan is wanted, the options are those of the other overload
+    model: Any,
+    *inputs: Any,
+    loss: Callable[[Any], torch.Tensor] | None = None,
+    kwargs: Mapping[str, Any] | None = None,
+    depth: Depth = "auto",
+    batch_dim: int | None = 0,
+    source: str | None = None,
+    target: Target = None,
+    spectrum: str = "auto",
+    spectrum_samples: int = 1,
+    probes: int = 4,
+    thresholds: Thresholds | None = None,
+    seed: int = 0,
+    name: str | None = None,
+    progress: Progress | None = None,
+    distributed: bool = True,
+    ranks: Ranks | None = None,
+    budget: str | float | None = None,
+    memory: str | float | None = None,
+    plan_only: bool = False,
+) -> Report | Plan:
     """Trace a model and report, step by step, its integrator, its spectrum and its gradient growth, with a verdict.
 
     The model, its gradients and the random state come back as they were, also after an error.
@@ -77,11 +106,19 @@ def analyze(
         seed: of every random choice.
         name: what the report calls the model; its class by default.
         progress: called with (done, total, step name) as steps are finished.
-        share: does the spectra of steps in another way than one after the other: called with a function of a step's
-            index and the costs of all, it returns all results in order; see `stabkit.distributed`.
+        distributed: where a process group runs (``torchrun``), share the work with its other ranks. Every rank must
+            then make this call, with the same model and input, and gets the same report. False analyses on this rank
+            alone; a model whose parameters are spread over the ranks cannot be.
+        ranks: who shares the work; by default all ranks of the process group that runs.
+        budget: time that the analysis may take, in seconds or as ``"10m"``. Samples, probes and spectra are left out
+            to keep it, and the notes of the report say which.
+        memory: bytes that the process may use, or ``"8G"``; likewise.
+        plan_only: analyse nothing but return what it would cost, a `stabkit.planning.Plan`, whose ``str`` is a table.
 
     Raises:
+        StabkitError: not even the least analysis keeps the budget.
         TraceError: the model could not be traced, or an argument makes no sense for it.
+        RankError: the ranks were called with different models or inputs, or one of them failed or is gone.
 
     Example:
         >>> import torch
@@ -90,6 +127,8 @@ def analyze(
         >>> report = analyze(torch.nn.Sequential(*layers), torch.ones(4, 8))
         >>> report.verdict, round(report.total_growth, 3), round(20 * math.log(0.5), 3)
         ('vanishing', -13.863, -13.863)
+        >>> analyze(torch.nn.Sequential(*layers), torch.ones(4, 8), plan_only=True).steps
+        20
     """
     if spectrum not in SPECTRA:
         raise TraceError(f"spectrum={spectrum!r}; expected one of {', '.join(SPECTRA)}")
@@ -98,18 +137,35 @@ def analyze(
     began = time.perf_counter()
     limits = thresholds or Thresholds()
     model = unwrap(model)
+    group = _group(model, inputs, kwargs, distributed, ranks)
+    given_up: tuple[str, ...] = ()
+    if plan_only or budget is not None or memory is not None:
+        options = {
+            "depth": depth, "source": source, "target": target, "spectrum": spectrum,
+            "spectrum_samples": spectrum_samples, "probes": probes, "seed": seed, "budget": budget, "memory": memory,
+        }  # fmt: skip
+        plan = _planned(group, model, inputs, kwargs, loss, batch_dim, options)
+        if plan_only:
+            return plan
+        _refuse_unaffordable(plan, budget, memory)
+        inputs, kwargs = plan.call(*inputs, kwargs=kwargs, batch_dim=batch_dim)
+        chosen = plan.settings
+        probes, spectrum, spectrum_samples = chosen.probes, chosen.spectrum, chosen.spectrum_samples
+        given_up = tuple(f"left out to keep the budget: {words}" for words in plan.given_up)
+    # products of tensor-parallel models are collective: all ranks do all of them together
+    sharing: Sharing = ALONE if is_tensor_parallel(model) else group
     # the whole analysis, not only the forward pass, must leave the model as it was
-    with unchanged(modules_behind(model)):
+    with whole_parameters(model), unchanged(modules_behind(model)):
         flow = trace(
             model, *inputs, kwargs=kwargs, depth=depth, batch_dim=batch_dim, source=source, target=target, seed=seed
         )
-        found = identify(flow)
+        found = identify(flow, sharing=sharing)
         methods = by_step(found, len(flow.steps))
-        diagnosis = examine(flow, loss, thresholds=limits, probes=probes, seed=seed, methods=found)
+        diagnosis = examine(flow, loss, thresholds=limits, probes=probes, seed=seed, methods=found, sharing=sharing)
 
-        def spectrum_of(index: int) -> _StepSpectrum:
+        def spectrum_of(index: int) -> StepSpectrum:
             step = flow.steps[index]
-            measured = _step_spectrum(step, methods[index], spectrum, spectrum_samples, seed)
+            measured = step_spectrum(step, methods[index], spectrum, spectrum_samples, seed)
             step.segment.release()
             if progress is not None:
                 progress(step.index + 1, len(flow.steps), step.name)
@@ -117,10 +173,11 @@ def analyze(
 
         # the cost of a step's products; what a spectrum gives does not depend on who computes it
         costs = [float(max(step.source.size, step.target.size)) for step in flow.steps]
-        spectra = [spectrum_of(index) for index in range(len(costs))] if share is None else share(spectrum_of, costs)
+        spectra = sharing.share(spectrum_of, costs, name="step")
         why = Explanation()
         if spectrum != "none":
-            why = explain(flow, diagnosis, found, min(flow.batch, max(spectrum_samples, _EXPLAINED)), seed)
+            samples = min(flow.batch, max(spectrum_samples, EXPLAINED))
+            why = explain(flow, diagnosis, found, samples, seed, sharing)
     verdict, measurement = diagnosis.verdict, diagnosis.measurement
     return Report(
         model=name or type(flow.model if isinstance(model, nn.Module) else model).__name__,
@@ -144,115 +201,61 @@ def analyze(
         thresholds=limits.to_dict(),
         explained=why.explained,
         rate_law=why.rate_law,
-        notes=(*flow.notes, *why.notes, *_restart_notes(flow, measurement), *_side_input_notes(flow)),
+        notes=(*given_up, *flow.notes, *why.notes, *_restart_notes(flow, measurement), *_side_input_notes(flow)),
         versions={"stabkit": __version__, "torch": torch.__version__, "python": platform.python_version()},
     )
 
 
-@dataclass(frozen=True)
-class _StepSpectrum:
-    """What the spectrum of one step's Jacobian says; None where it was not computed."""
-
-    z: tuple[complex, ...] | None = None
-    radius: float | None = None
-    norm: float | None = None
-    outside: float | None = None
-    method: str = "none"
-    converged: bool = False
-    notes: tuple[str, ...] = ()
-
-
-def _step_spectrum(step: Step, method: Identification, mode: str, samples: int, seed: int) -> _StepSpectrum:
-    if mode == "none":
-        return _StepSpectrum()
-    J: Jacobian = _first_samples(step.jacobian(), samples)
-    _, m, n = J.shape
-    dense = mode == "dense" or (mode == "auto" and max(m, n) <= _DENSE_SIZE)
-    try:
-        if dense and max(m, n) > _LARGEST_DENSE:
-            raise ValueError(
-                f"a dense spectrum of {max(m, n)} numbers is too large (at most {_LARGEST_DENSE}): use krylov"
+def _group(
+    model: Any, inputs: tuple[Any, ...], kwargs: Mapping[str, Any] | None, distributed: bool, ranks: Ranks | None
+) -> Ranks:
+    """Who takes part; they have all been called with the same."""
+    if not distributed:
+        if is_spread(model):
+            raise TraceError(
+                "distributed=False for a model whose parameters are spread over the ranks; leave it out, and make the "
+                "call on every rank"
             )
-        if dense:
-            J = from_dense(J.dense())  # once, for both spectra
-        largest = _largest_singular_value(J, dense, seed)
-        if m != n or step.source.sample_shapes != step.target.sample_shapes:
-            norm, converged = _maximum(largest.values), bool(largest.converged.all())
-            return _StepSpectrum(norm=norm, method="dense" if dense else "krylov", converged=converged)
-        found = _eigenvalues(J, dense, seed)
-    except (ValueError, ArithmeticError, TraceError) as error:
-        # non-finite weights or an operation without a certified product: a fact about the step, not a failure
-        return _StepSpectrum(notes=(f"no spectrum: {str(error).splitlines()[0]}",))
-    return _summarise(found, largest, method, n, dense)
+        return Ranks()
+    ranks = current() if ranks is None else ranks
+    ranks.meet("stabkit.analyze", lambda: fingerprint(model, inputs, kwargs or {}))
+    return ranks
 
 
-def _summarise(found: Spectrum, largest: Spectrum, method: Identification, n: int, dense: bool) -> _StepSpectrum:
-    values = found.values.numpy()
-    a = 0.0 if method.skip is None else method.skip
-    outside = np.abs(values) > 1.0 + _ROUNDING
-    notes = []
-    if not dense and bool(outside.all()):
-        notes.append(f"all {values.shape[1]} eigenvalues computed lie outside the region: the share is a lower bound")
-    converged = bool(found.converged.all() and largest.converged.all())
-    if not converged:
-        count = int((~found.converged).sum() + (~largest.converged).sum())
-        notes.append(f"{count} of the spectral values computed have not converged")
-    return _StepSpectrum(
-        z=tuple(complex(v) - a for v in values.reshape(-1)),
-        radius=float(np.abs(values).max()),
-        norm=_maximum(largest.values),
-        outside=float(outside.sum(axis=1).mean() / n),
-        method="dense" if dense else "krylov",
-        converged=converged,
-        notes=tuple(notes),
-    )
+def _planned(
+    group: Ranks,
+    model: Any,
+    inputs: tuple[Any, ...],
+    kwargs: Mapping[str, Any] | None,
+    loss: Any,
+    batch_dim: int | None,
+    options: Mapping[str, Any],
+) -> Plan:
+    """What the analysis will cost in one process; the first rank measures it for all."""
+    from stabkit.planning import plan
+
+    def foretell() -> Plan | None:
+        if not (group.first or is_tensor_parallel(model)):
+            return None
+        return plan(model, *inputs, loss=loss, kwargs=kwargs, batch_dim=batch_dim, **options)
+
+    with whole_parameters(model):
+        found = group.together(foretell)
+    agreed: Plan = group.gather(found)[0]
+    return agreed
 
 
-def _largest_singular_value(J: Jacobian, dense: bool, seed: int) -> Spectrum:
-    if dense:
-        return singular_values(J, seed=seed, method="dense")
-    return singular_values(J, 1, tol=_TOLERANCE, seed=seed, method="golub-kahan", max_products=_products(J))
-
-
-def _eigenvalues(J: Jacobian, dense: bool, seed: int) -> Spectrum:
-    if dense:
-        return eigenvalues(J, seed=seed, method="dense")
-    wanted = min(_WANTED, J.shape[1])
-    return eigenvalues(
-        J, wanted, tol=_TOLERANCE, seed=seed, method="krylov-schur", max_products=_products(J), two_sided=False
-    )
-
-
-def _products(J: Jacobian) -> int:
-    """How many products a Krylov spectrum may spend: fewer on larger steps, where each costs more."""
-    return min(400, max(60, _WORK // max(J.shape[1:])))
-
-
-def _maximum(values: torch.Tensor) -> float:
-    return float(values.max()) if values.numel() else 0.0
-
-
-def _first_samples(J: Jacobian, count: int) -> Jacobian:
-    """The blocks of the first samples; products still pass the whole batch, with zeros for the others."""
-    batch, m, n = J.shape
-    if count >= batch:
-        return J
-
-    def padded(product: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[torch.Tensor], torch.Tensor]:
-        def apply(block: torch.Tensor) -> torch.Tensor:
-            whole = block.new_zeros(batch, *block.shape[1:])
-            whole[:count] = block
-            return product(whole)[:count]
-
-        return apply
-
-    return Jacobian((count, m, n), padded(J.matmat), padded(J.rmatmat), dtype=J.dtype, device=J.device, path=J.path)
+def _refuse_unaffordable(plan: Plan, budget: str | float | None, memory: str | float | None) -> None:
+    if plan.fits:
+        return
+    limits = [f"{name}={given}" for name, given in (("budget", budget), ("memory", memory)) if given is not None]
+    raise StabkitError(f"no analysis of this model keeps {' and '.join(limits)}; the least that one takes:\n{plan}")
 
 
 def _step_report(
     step: Step,
     method: Identification,
-    spectrum: _StepSpectrum,
+    spectrum: StepSpectrum,
     measurement: Measurement,
     limits: Thresholds,
     seed: int,

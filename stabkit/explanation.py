@@ -16,6 +16,7 @@ from stabkit.errors import TraceError
 from stabkit.growth import rate_law
 from stabkit.identification import Identification
 from stabkit.report.schema import StepReport
+from stabkit.sharing import ALONE, Sharing
 from stabkit.tracing import Flow
 
 _PROBES = 8  # random vectors behind the estimated terms of a large step
@@ -54,7 +55,12 @@ class Explanation:
 
 
 def explain(
-    flow: Flow, diagnosis: Diagnosis, methods: Sequence[Identification], samples: int, seed: int
+    flow: Flow,
+    diagnosis: Diagnosis,
+    methods: Sequence[Identification],
+    samples: int,
+    seed: int,
+    sharing: Sharing = ALONE,
 ) -> Explanation:
     """Attribute the growth of a flow; what cannot be attributed is said in the notes.
 
@@ -64,13 +70,16 @@ def explain(
         methods: from `stabkit.identify`.
         samples: how many samples' spectra are taken.
         seed: of every random choice.
+        sharing: who measures which steps.
     """
     law = _law(diagnosis)
     if not np.isfinite(diagnosis.measurement.growth).any():
         return Explanation(rate_law=law, notes=("no growth is finite, so none of it is attributed",))
     try:
         # eigenvalues of large steps are the spectrum's business; here only the terms of the growth are wanted
-        found = attribute(flow, samples=samples, probes=_PROBES, krylov=0, seed=seed, identifications=methods)
+        found = attribute(
+            flow, samples=samples, probes=_PROBES, krylov=0, seed=seed, identifications=methods, sharing=sharing
+        )
     except (TraceError, ArithmeticError) as error:
         return Explanation(rate_law=law, notes=(f"growth is not attributed: {error}",))
     predictor = found.applicable

@@ -15,6 +15,7 @@ PACKAGE = Path(__file__).parent.parent / "stabkit"
 LAYERS = [
     "_version",
     "errors",
+    "sharing",
     "integrators",
     "tracing",
     "jacobians",
@@ -27,8 +28,9 @@ LAYERS = [
     "report",
     "weights",
     "explanation",
-    "analysis",
     "distributed",
+    "step_spectra",
+    "analysis",
     "planning",
     "streaming",
     "comparison",
@@ -47,6 +49,7 @@ UPWARD = {
     ("growth", "plotting"),
     ("report", "plotting"),  # report.save("report.png")
     ("comparison", "plotting"),  # comparison.plot()
+    ("analysis", "planning"),  # analyze(budget=..., plan_only=True)
 }
 
 FILES = sorted(PACKAGE.rglob("*.py"))

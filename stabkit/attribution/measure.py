@@ -17,6 +17,7 @@ from stabkit.attribution.step_terms import Budget, Terms, measure_step, skip_of
 from stabkit.attribution.zplane import damping_limit, mechanism_of
 from stabkit.growth import GradientProfile, gradient_profile
 from stabkit.identification import Identification, by_step, identify
+from stabkit.sharing import ALONE, Sharing, runs
 from stabkit.tracing import Flow
 from stabkit.tracing.values import random_tensors
 
@@ -34,6 +35,7 @@ def attribute(
     tolerance: float = TOLERANCE,
     identifications: Sequence[Identification] | None = None,
     fields: Mapping[int, Tensor] | None = None,
+    sharing: Sharing = ALONE,
 ) -> Attribution:
     """Measured growth of the gradient at every step as an exact sum of named terms.
 
@@ -53,6 +55,7 @@ def attribute(
         tolerance: how far the modulus of an eigenvalue may exceed 1 before its mode counts as unstable.
         identifications: from ``identify(flow)``; made here by default.
         fields: for steps with several stages, by index: the Jacobian ``(samples, d, d)`` of h f, whose spectrum is z.
+        sharing: who measures which steps.
 
     Raises:
         ValueError: an argument is out of range.
@@ -76,7 +79,7 @@ def attribute(
     read = identify(flow) if identifications is None else identifications
     found = by_step(read, len(flow.steps))
     growth = profile.log_growth[:, : budget.samples]
-    terms, cosines = _walk(flow, loss, profile, found, growth, budget)
+    terms, cosines = _shared_walk(flow, loss, profile, found, growth, budget, sharing)
     columns = {column: torch.stack([t.columns[column] for t in terms]) for column in COLUMNS}
     skips = [skip_of(f) for f in found]
     straight, run = straightness(flow)
@@ -129,6 +132,25 @@ def _check(flow: Flow, samples: int | None, dense_limit: int, probes: int, krylo
         raise ValueError(f"confidence={confidence}; expected a probability between 0 and 1, such as 0.95")
 
 
+def _shared_walk(
+    flow: Flow,
+    loss: Any,
+    profile: GradientProfile,
+    found: Sequence[Identification],
+    growth: Tensor,
+    budget: Budget,
+    sharing: Sharing,
+) -> tuple[list[Terms], Tensor]:
+    """The terms of every step, and the cosine of each step's branch with the next one's; by runs of steps."""
+    parts = [run for run in runs(len(flow.steps), sharing.count) if run[0] < run[1]]
+
+    def walk(part: int) -> tuple[list[Terms], Tensor]:
+        return _walk(flow, loss, profile, found, growth, budget, parts[part])
+
+    done = sharing.share(walk, [1.0] * len(parts), name="run of steps")
+    return [term for terms, _ in done for term in terms], torch.cat([cosines for _, cosines in done])
+
+
 def _walk(
     flow: Flow,
     loss: Any,
@@ -136,23 +158,28 @@ def _walk(
     found: Sequence[Identification],
     growth: Tensor,
     budget: Budget,
+    run: tuple[int, int],
 ) -> tuple[list[Terms], Tensor]:
-    """The terms of every step, and the cosine of each step's branch with the next one's."""
+    """Those of a run of steps, from its first to one before its end; the step at its end is measured for its branch."""
+    first, end = run
     cotangents = flow.cotangent(loss, seed=budget.seed)
-    cosines = torch.full((len(flow.steps),), float("nan"), dtype=torch.float64)
+    cosines = torch.full((end - first,), float("nan"), dtype=torch.float64)
     terms: list[Terms] = []
     following: Tensor | None = None
-    for step in reversed(flow.steps):
+    for step in reversed(flow.steps[first:]):
         arriving = step.target.space.flatten([c.detach().unsqueeze(0) for c in cotangents]).squeeze(-1)
         arriving = arriving[: budget.samples].to(device="cpu", dtype=torch.float64)
         cotangents = step.vjp(cotangents)
         if step.index in profile.restarts:
             cotangents = random_tensors(step.source.values, profile.seed + step.index)
+        if step.index > end:
+            continue
         measured = measure_step(step, found[step.index], growth[step.index], arriving, budget)
-        if following is not None and measured.branch is not None and following.shape == measured.branch.shape:
-            cosines[step.index] = branch_cosine(measured.branch, following)
+        if step.index < end:
+            if following is not None and measured.branch is not None and following.shape == measured.branch.shape:
+                cosines[step.index - first] = branch_cosine(measured.branch, following)
+            terms.append(_without_branch(measured))
         following = measured.branch
-        terms.append(_without_branch(measured))
         step.segment.release()
     return terms[::-1], cosines
 

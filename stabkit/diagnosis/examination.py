@@ -22,6 +22,7 @@ from stabkit.diagnosis.thresholds import Thresholds
 from stabkit.diagnosis.verdict import Verdict, judge
 from stabkit.growth.rate_laws import rate_law
 from stabkit.identification import Identification, by_step, identify
+from stabkit.sharing import ALONE, Sharing
 from stabkit.tracing import Flow, Iteration
 
 _FEWEST_RATES = 6  # steps that telling a power from an exponential needs
@@ -86,10 +87,21 @@ def examine(
     probes: int = 4,
     seed: int = 0,
     methods: Sequence[Identification] | None = None,
+    sharing: Sharing = ALONE,
 ) -> Diagnosis:
-    """The same as `diagnose`, with the verdict and the measurement; ``methods`` are those of `stabkit.identify`."""
+    """The same as `diagnose`, with the verdict and the measurement.
+
+    Args:
+        flow: as for `diagnose`, like all that is not named here.
+        loss: a callable on the model's output.
+        thresholds: the limits behind the findings.
+        probes: random cotangents per sample when there is no loss.
+        seed: of every random choice.
+        methods: those of `stabkit.identify`, where they are known.
+        sharing: who measures what.
+    """
     limits = thresholds or Thresholds()
-    measurement = measure(flow, loss, probes=probes, seed=seed)
+    measurement = measure(flow, loss, probes=probes, seed=seed, sharing=sharing)
     verdict = judge(measurement.growth, measurement.kinds, limits, seed)
     if verdict.name == "non-finite" or not all_finite(measurement):
         broken = non_finite_findings(measurement)

@@ -7,7 +7,7 @@ other units, or a gradient that leaves the range of its dtype, gives the same gr
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -18,6 +18,7 @@ from torch import Tensor
 from stabkit.diagnosis.activity import Activity, activities
 from stabkit.diagnosis.branches import Merge, merges
 from stabkit.diagnosis.weights import Weight, ends_in_norm, norms_in, weights_of
+from stabkit.sharing import ALONE, Sharing, runs
 from stabkit.tracing import Flow, Iteration, State, Step
 from stabkit.tracing.map_states import MapState, MapStep
 from stabkit.tracing.samples import scale
@@ -103,7 +104,9 @@ class Measurement:
         return tuple(step.kind for step in self.steps)
 
 
-def measure(flow: AnyFlow, loss: object = None, *, probes: int = 4, seed: int = 0) -> Measurement:
+def measure(
+    flow: AnyFlow, loss: object = None, *, probes: int = 4, seed: int = 0, sharing: Sharing = ALONE
+) -> Measurement:
     """Growth, gains, branches, activity and weights of every step.
 
     Args:
@@ -111,9 +114,60 @@ def measure(flow: AnyFlow, loss: object = None, *, probes: int = 4, seed: int = 
         loss: a callable on the model's output that returns a scalar. None pulls back ``probes`` random cotangents.
         probes: random cotangents per sample when there is no loss; with one, it alone is pulled back.
         seed: of the cotangents.
+        sharing: who pulls back which cotangents, and measures which steps.
     """
-    count = len(flow.steps)
     seeds = [seed] if loss is not None else [seed + 1_000_003 * probe for probe in range(probes)]
+    carried, measured = _shared_walks(flow, loss, seeds, seed, sharing)
+    name = f"{probes} standard normal cotangents per sample"
+    return Measurement(
+        steps=tuple(measured),
+        growth=carried.growth,
+        log_gradients=carried.log_gradients,
+        log_states=np.stack([log_rms(state) for state in flow.states]),
+        restarts=carried.restarts,
+        loss=name if loss is None else getattr(loss, "__name__", type(loss).__name__),
+        probes=len(seeds),
+    )
+
+
+@dataclass(frozen=True)
+class _Walk:
+    """What became of some cotangents on their way back through the flow; columns as in `Measurement`."""
+
+    growth: Array
+    log_gradients: Array
+    restarts: tuple[int, ...]
+
+
+def _shared_walks(
+    flow: AnyFlow, loss: object, seeds: Sequence[int], seed: int, sharing: Sharing
+) -> tuple[_Walk, list[StepMeasurement]]:
+    """Everyone walks back with some of the cotangents and measures some of the steps on the way."""
+    count = len(flow.steps)
+    mine = runs(len(seeds), sharing.count)
+
+    def walk(part: int) -> tuple[_Walk | None, list[StepMeasurement]]:
+        low, high = mine[part]
+        return _walk(flow, loss, seeds[low:high], range(part, count, sharing.count), seed)
+
+    found = sharing.share(walk, [1.0] * sharing.count, name="walk")
+    walks = [carried for carried, _ in found if carried is not None]
+    measured = sorted((step for _, steps in found for step in steps), key=lambda step: step.index)
+    if len({carried.restarts for carried in walks}) > 1:  # cotangents start anew where nothing came back to any of them
+        carried, _ = _walk(flow, loss, seeds, (), seed)
+        walks = [] if carried is None else [carried]
+    return _beside(walks), measured
+
+
+def _beside(walks: Sequence[_Walk]) -> _Walk:
+    growth, gradients = (np.concatenate([getattr(w, name) for w in walks], 1) for name in ("growth", "log_gradients"))
+    return _Walk(growth, gradients, walks[0].restarts)
+
+
+def _walk(
+    flow: AnyFlow, loss: object, seeds: Sequence[int], wanted: Container[int], seed: int
+) -> tuple[_Walk | None, list[StepMeasurement]]:
+    """One walk back with one cotangent a seed, which measures the steps that are wanted; no walk without seeds."""
     cotangents = [_Carried(flow.states[-1], flow.cotangent(loss, seed=each)) for each in seeds]
     gradients = [[c.log_norms for c in cotangents]]
     growth: list[list[Array]] = []
@@ -121,25 +175,23 @@ def measure(flow: AnyFlow, loss: object = None, *, probes: int = 4, seed: int = 
     restarts = []
     steps: Sequence[AnyStep] = flow.steps
     for step in reversed(steps):
+        if not (cotangents or step.index in wanted):
+            continue
         pull = _pullback(step)
         before = [_Carried(step.source, pull(c.tensors), c.shift) for c in cotangents]
         growth.append([_difference(b.log_norms, c.log_norms) for b, c in zip(before, cotangents, strict=True)])
-        measured.append(_measure_step(flow, step, pull, seed))
-        if step.index > 0 and all(np.isneginf(b.log_norms).all() for b in before):
+        if step.index in wanted:
+            measured.append(_measure_step(flow, step, pull, seed))
+        if step.index > 0 and before and all(np.isneginf(b.log_norms).all() for b in before):
             before = [_Carried(step.source, _drawn(step.source, each + step.index)) for each in seeds]
             restarts.append(step.index)
         gradients.append([b.log_norms for b in before])
         cotangents = before
-    name = f"{probes} standard normal cotangents per sample"
-    return Measurement(
-        steps=tuple(measured[::-1]),
-        growth=np.stack([np.concatenate(row) for row in growth[::-1]]) if count else np.zeros((0, 1)),
-        log_gradients=np.stack([np.concatenate(row) for row in gradients[::-1]]),
-        log_states=np.stack([log_rms(state) for state in flow.states]),
-        restarts=tuple(sorted(restarts)),
-        loss=name if loss is None else getattr(loss, "__name__", type(loss).__name__),
-        probes=len(seeds),
-    )
+    if not cotangents:
+        return None, measured
+    rows = np.stack([np.concatenate(row) for row in growth[::-1]]) if growth else np.zeros((0, 1))
+    columns = np.stack([np.concatenate(row) for row in gradients[::-1]])
+    return _Walk(rows, columns, tuple(sorted(restarts))), measured
 
 
 class _Carried:

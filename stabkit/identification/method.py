@@ -9,12 +9,13 @@ from stabkit.identification.grouping import groups
 from stabkit.identification.reading import read
 from stabkit.identification.record import Identification
 from stabkit.identification.surroundings import Surroundings
+from stabkit.sharing import ALONE, Sharing
 from stabkit.tracing import Flow
 
 _NOTHING_READ = frozenset({"unknown", "not a step", "plain", "transition", "unnamed"})
 
 
-def identify(flow: Flow) -> tuple[Identification, ...]:
+def identify(flow: Flow, *, sharing: Sharing = ALONE) -> tuple[Identification, ...]:
     """The method of every step of a flow, or of several steps together where one method spans them.
 
     Every step is brought into affine normal form: new states and stage inputs as linear combinations of old states and
@@ -38,14 +39,17 @@ def identify(flow: Flow) -> tuple[Identification, ...]:
         ['forward Euler', 'forward Euler']
     """
     around = Surroundings(flow)
-    found: list[Identification] = []
-    for start, stop in groups(flow):
+    places = groups(flow)
+
+    def read_group(index: int) -> list[Identification]:
+        start, stop = places[index]
         record = read(around, start, stop)
         if stop > start + 1 and record.name in _NOTHING_READ:
-            found.extend(read(around, index, index + 1) for index in range(start, stop))
-        else:
-            found.append(record)
-    return tuple(found)
+            return [read(around, step, step + 1) for step in range(start, stop)]
+        return [record]
+
+    costs = [float(sum(len(flow.steps[i].segment.nodes) for i in range(start, stop))) for start, stop in places]
+    return tuple(record for records in sharing.share(read_group, costs, name="reading") for record in records)
 
 
 def by_step(identifications: Sequence[Identification], n_steps: int) -> tuple[Identification, ...]:

@@ -1,0 +1,20 @@
+"""The same analyses, shared out over the processes of a distributed program."""
+
+from __future__ import annotations
+
+from stabkit.distributed.profile import gradient_profile
+from stabkit.distributed.ranks import RankError, Ranks, current, session
+from stabkit.distributed.sameness import fingerprint
+from stabkit.distributed.sharded import is_spread, is_tensor_parallel, whole_parameters
+
+__all__ = [
+    "RankError",
+    "Ranks",
+    "current",
+    "fingerprint",
+    "gradient_profile",
+    "is_spread",
+    "is_tensor_parallel",
+    "session",
+    "whole_parameters",
+]

@@ -1,0 +1,133 @@
+"""Models whose parameters are spread over ranks by ``fully_shard``, put together for an analysis.
+
+``DistributedDataParallel`` and tensor-parallel ``DTensor`` parameters need nothing of this: the first holds a whole
+model, and the operations of the second are recorded like all others, with their collectives. ``fully_shard`` gathers
+parameters in hooks that only run inside autograd's engine, one backward pass at a time; the steps of a flow are
+differentiated one by one outside of it. So the parameters are gathered before, and the hooks kept out.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from stabkit.tracing.containers import map_tensors
+
+
+@contextlib.contextmanager
+def whole_parameters(model: Any) -> Iterator[None]:
+    """Inside the block, every rank has all parameters of the modules that ``fully_shard`` wrapped; a collective call.
+
+    Inputs and outputs are cast as the mixed-precision policy says. Afterwards the parameters are sharded again and the
+    hooks are where they were. It takes memory for a whole model; nothing is done to other models.
+
+    Args:
+        model: the same one on all ranks.
+
+    Example:
+        >>> model = nn.Linear(2, 2)
+        >>> with whole_parameters(model): model.weight.shape
+        torch.Size([2, 2])
+    """
+    modules = _sharded_modules(model)
+    if not modules:
+        yield
+        return
+    for module in modules:
+        module.unshard()
+    undo: list[Callable[[], None]] = []
+    try:
+        for module in modules:
+            undo.extend(_without_hooks(module))
+        yield
+    finally:
+        for restore in reversed(undo):
+            restore()
+        for module in modules:
+            module.reshard()
+
+
+def is_tensor_parallel(model: Any) -> bool:
+    """Whether some parameters are spread over ranks otherwise than by ``fully_shard``, so that products are collective.
+
+    Example:
+        >>> is_tensor_parallel(nn.Linear(2, 2))
+        False
+    """
+    if not (isinstance(model, nn.Module) and dist.is_available() and dist.is_initialized()):
+        return False
+    from torch.distributed.tensor import DTensor
+
+    gathered = {id(p) for module in _sharded_modules(model) for p in module.parameters()}
+    return any(isinstance(p, DTensor) and id(p) not in gathered for p in model.parameters())
+
+
+def is_spread(model: Any) -> bool:
+    """Whether some parameters are spread over ranks in any way, so that no rank can run the model alone.
+
+    Example:
+        >>> is_spread(nn.Linear(2, 2))
+        False
+    """
+    return bool(_sharded_modules(model)) or is_tensor_parallel(model)
+
+
+def _sharded_modules(model: Any) -> list[Any]:
+    if not (isinstance(model, nn.Module) and dist.is_available() and dist.is_initialized()):
+        return []
+    from torch.distributed.fsdp import FSDPModule
+
+    return [module for module in model.modules() if isinstance(module, FSDPModule)]
+
+
+def _without_hooks(module: Any) -> list[Callable[[], None]]:
+    """Take out the hooks of ``fully_shard``, put in those that cast; returns what undoes it."""
+    state = module._get_fsdp_state()
+    handles = [*_single(state._pre_forward_hook_handle), *_single(state._post_forward_hook_handle)]
+    undo = [_taken_out(handle) for handle in handles]
+    policy = state._mp_policy
+    if policy.param_dtype is not None and policy.cast_forward_inputs:
+
+        def cast_inputs(_: nn.Module, args: Any, kwargs: Any) -> Any:
+            return _cast(args, policy.param_dtype), _cast(kwargs, policy.param_dtype)
+
+        undo.append(module.register_forward_pre_hook(cast_inputs, prepend=True, with_kwargs=True).remove)
+    if policy.output_dtype is not None:
+
+        def cast_output(_: nn.Module, args: Any, output: Any) -> Any:
+            return _cast(output, policy.output_dtype)
+
+        undo.append(module.register_forward_hook(cast_output).remove)
+    return undo
+
+
+def _single(handle: Any) -> list[RemovableHandle]:
+    """The handles inside one that may stand for several."""
+    return list(getattr(handle, "handles", (handle,)))
+
+
+def _taken_out(handle: RemovableHandle) -> Callable[[], None]:
+    hooks: Any = handle.hooks_dict_ref()
+    if hooks is None or handle.id not in hooks:
+        return lambda: None
+    before = list(hooks.items())
+    del hooks[handle.id]
+
+    def restore() -> None:
+        hooks.clear()
+        hooks.update(before)
+
+    return restore
+
+
+def _cast(container: Any, dtype: torch.dtype) -> Any:
+    def cast(tensor: Tensor) -> Tensor:
+        return tensor.to(dtype) if tensor.is_floating_point() else tensor
+
+    return map_tensors(container, cast)

@@ -1,0 +1,160 @@
+"""What an analysis of some samples, probes and spectra costs, from trials on one and two samples."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from stabkit.analysis import EXPLAINED
+from stabkit.planning.machine import Machine
+from stabkit.planning.trial import StepCost, Trial
+from stabkit.step_spectra import DENSE_SIZE, LARGEST_DENSE, WORK
+
+# measured by tests/benchmarks/scale.py on ResNet-50, MiniLM and GPT-2 small, CPU, one thread
+_MARGINAL = 0.65  # seconds of one more sample over those of the first, where only one was tried
+_CHAIN_WALKS = 3  # walks back through all steps that check the chain
+_GAIN_WALKS = 4  # that measure steps and their branches, whatever the number of probes
+_SINGULAR_SHARE = 0.8  # of the products allowed that the largest singular value takes
+_PASSES = 4  # over the basis that make one new vector orthogonal to it, twice
+_LAPACK_RATE = 1 / 40  # of the rate of a float32 matrix product: n^3 operations of an eigenvalue decomposition
+_LAPACK_COPIES = 6  # of a dense matrix in float64
+_BATCHED = 0.6  # seconds a vector of a dense Jacobian's large blocks over those of blocks of two
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What of an analysis can be had for less.
+
+    Attributes:
+        samples: how many of the batch are analysed.
+        probes: random cotangents per sample; 1 with a loss.
+        spectrum: ``"auto"``, ``"dense"``, ``"krylov"`` or ``"none"``.
+        spectrum_samples: how many samples' spectra are computed.
+    """
+
+    samples: int
+    probes: int
+    spectrum: str
+    spectrum_samples: int
+
+
+@dataclass(frozen=True)
+class Price:
+    """What an analysis costs.
+
+    Attributes:
+        seconds: of time.
+        peak_bytes: of memory of the whole process at most; None where the system does not say what a trial took.
+        products: vectors multiplied with the Jacobian of a step or its transpose, over all steps, per sample.
+        flops: floating-point operations of the forward passes and products.
+        read_bytes: of weights that the forward passes and products read from memory.
+    """
+
+    seconds: float
+    peak_bytes: int | None
+    products: int
+    flops: float
+    read_bytes: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain numbers, ready for JSON."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Costs:
+    """What was found out about a model.
+
+    Attributes:
+        machine: that it runs on.
+        weight_bytes: of its parameters and buffers.
+        one: the trial on one sample.
+        two: the trial on two; None where there is one sample, or one took long.
+    """
+
+    machine: Machine
+    weight_bytes: int
+    one: Trial
+    two: Trial | None = None
+
+    def price(self, settings: Settings) -> Price:
+        """What an analysis costs with these settings."""
+        batch = self._grown
+        extra_walks = settings.probes - 1
+        seconds = batch(self.one.seconds, _of(self.two, "seconds"), settings.samples)
+        seconds += extra_walks * batch(self.one.probe, _of(self.two, "probe"), settings.samples)
+        if settings.spectrum != "none":
+            seconds += batch(self.one.explaining, _of(self.two, "explaining"), min(settings.samples, EXPLAINED))
+        walks = _CHAIN_WALKS + _GAIN_WALKS + settings.probes
+        products, basis, spent = walks * len(self.one.steps), 0, 0.0
+        flops = self.one.forward_flops + walks * sum(step.flops for step in self.one.steps)
+        reads = float(1 + walks)
+        for index, step in enumerate(self.one.steps):
+            larger = None if self.two is None else self.two.steps[index]
+            spectrum = self._spectrum(step, larger, settings)
+            products += spectrum.products
+            flops += spectrum.products * step.flops
+            reads += spectrum.reads / len(self.one.steps)
+            basis, spent = max(basis, spectrum.bytes), spent + spectrum.seconds
+        return Price(
+            seconds=seconds + spent,
+            peak_bytes=self._peak(settings.samples, basis),
+            products=products,
+            flops=flops * settings.samples,
+            read_bytes=reads * self.weight_bytes,
+        )
+
+    def _grown(self, one: float, two: float | None, samples: int) -> float:
+        """A cost that grows by the same for every sample."""
+        marginal = _MARGINAL * one if two is None else max(two - one, 0.0)
+        return one + (samples - 1) * marginal
+
+    def _peak(self, samples: int, basis: int) -> int | None:
+        """The trial's own peak grows with the samples; a basis comes on top of the recorded graph."""
+        if self.one.peak is None:
+            return None
+        if self.two is not None and self.two.peak is not None:
+            return int(self._grown(self.one.peak, self.two.peak, samples)) + basis
+        return self.one.peak + (samples - 1) * max(self.one.graph_bytes, 0) + basis
+
+    def _spectrum(self, step: StepCost, larger: StepCost | None, settings: Settings) -> _Spectrum:
+        if settings.spectrum == "none":
+            return _Spectrum()
+        size = max(step.source, step.target)
+        dense = settings.spectrum == "dense" or (settings.spectrum == "auto" and size <= DENSE_SIZE)
+        backward = self._grown(step.backward, None if larger is None else larger.backward, settings.samples)
+        forward = self._grown(step.forward, None if larger is None else larger.forward, settings.samples)
+        if dense and size > LARGEST_DENSE:
+            return _Spectrum()  # refused
+        kept = settings.spectrum_samples
+        if dense:
+            lapack = kept * size**3 / (self.machine.flops * _LAPACK_RATE)
+            copies = _LAPACK_COPIES * kept * 8 * step.source * step.target
+            return _Spectrum(step.target, 1, _BATCHED * step.target * backward + lapack, copies)
+        allowed = min(400, max(60, WORK // size))
+        pairs = int(_SINGULAR_SHARE * allowed) // 2  # of a product and one with the transpose
+        seconds = pairs * (forward + backward)
+        basis = kept * pairs * 8 * (step.source + step.target)
+        traffic = pairs**2 / 2 * 8 * (step.source + step.target)
+        products = 2 * pairs
+        if step.square:
+            seconds += allowed * forward
+            products += allowed
+            basis = max(basis, kept * allowed * 8 * size)
+            traffic += allowed**2 / 2 * 8 * size
+        seconds += kept * _PASSES * traffic / self.machine.bandwidth
+        return _Spectrum(products, products / 2, seconds, basis)
+
+
+@dataclass(frozen=True)
+class _Spectrum:
+    """Cost of one step's spectra: products, readings of its weights, seconds, bytes of the basis."""
+
+    products: int = 0
+    reads: float = 0.0
+    seconds: float = 0.0
+    bytes: int = 0
+
+
+def _of(trial: Trial | None, name: str) -> float | None:
+    return None if trial is None else float(getattr(trial, name))

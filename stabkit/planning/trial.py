@@ -1,0 +1,257 @@
+"""An analysis of one sample with one probe, timed part by part: what everything larger is priced from."""
+
+from __future__ import annotations
+
+import contextlib
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from stabkit.analysis import EXPLAINED
+from stabkit.diagnosis import examine
+from stabkit.distributed.samples import Call
+from stabkit.explanation import explain
+from stabkit.identification import identify
+from stabkit.planning.machine import PeakMemory, timed
+from stabkit.tracing import Flow, Step, trace
+from stabkit.tracing.safekeeping import modules_behind, unchanged, unwrap
+
+_BLOCK = 2  # vectors that the iterations multiply at once
+# parts of an analysis as multiples of a plain forward pass: ResNet-50, GPT-2 small and MiniLM take 3.5 to 4.7 to trace,
+# 3 to 9 to read, 13 to 14 to examine; attribution multiplies by 16 probes
+_TRACING, _READING, _EXAMINING, _EXPLAINING = 4.5, 4.0, 13.0, 24.0
+
+
+@dataclass(frozen=True)
+class StepCost:
+    """What products with one step's Jacobian cost, for one sample.
+
+    Attributes:
+        name: of the step.
+        source: numbers in the state before it.
+        target: numbers in the state after it.
+        square: whether it keeps the space, so that it has eigenvalues.
+        backward: seconds of a product with the transpose.
+        forward: seconds of a product.
+        flops: floating-point operations of a product with the transpose.
+    """
+
+    name: str
+    source: int
+    target: int
+    square: bool
+    backward: float
+    forward: float
+    flops: float
+
+
+@dataclass(frozen=True)
+class Trial:
+    """Seconds, operations and bytes of an analysis of ``samples`` samples with one probe and no spectra.
+
+    Attributes:
+        samples: how many.
+        tracing: seconds to record the forward pass and check the chain.
+        reading: seconds to identify the integrators.
+        examining: seconds to measure and diagnose with one probe.
+        explaining: seconds to attribute the growth, which goes with spectra; 0 when there are none.
+        forward_flops: operations of one forward pass.
+        graph_bytes: of the tensors that the recorded graph keeps, weights aside.
+        peak: bytes in use at most, with the model and everything else in the process; None where nobody says.
+        steps: what products with every step cost.
+    """
+
+    samples: int
+    tracing: float
+    reading: float
+    examining: float
+    explaining: float
+    forward_flops: float
+    graph_bytes: int
+    peak: int | None
+    steps: tuple[StepCost, ...] = field(repr=False)
+
+    @property
+    def seconds(self) -> float:
+        """Of all parts together."""
+        return self.tracing + self.reading + self.examining
+
+    @property
+    def probe(self) -> float:
+        """Seconds of one more probe: a walk back through all steps."""
+        return sum(step.backward for step in self.steps)
+
+
+def device_of(model: Any) -> torch.device:
+    """Where a model's parameters are."""
+    module = modules_behind(unwrap(model))
+    return next((p.device for p in module.parameters()), torch.device("cpu"))
+
+
+def weight_bytes(model: Any) -> int:
+    """Bytes of a model's parameters and buffers."""
+    module = modules_behind(unwrap(model))
+    return sum(t.numel() * t.element_size() for t in (*module.parameters(), *module.buffers()))
+
+
+def forward_seconds(model: Any, call: Call) -> tuple[float, float]:
+    """Seconds and operations of one plain forward pass, without gradients."""
+    with unchanged(modules_behind(model)), torch.no_grad():
+        with FlopCounterMode(display=False) as counter:
+            model(*call.inputs, **call.kwargs)
+        _, seconds = timed(lambda: model(*call.inputs, **call.kwargs), device_of(model))
+    return seconds, float(counter.get_total_flops())
+
+
+def record_only(
+    model: Any, call: Call, forward: tuple[float, float], options: Mapping[str, Any], seed: int, spectra: bool
+) -> Trial:
+    """The same without an analysis, for models of which one forward pass takes seconds: parts are typical multiples.
+
+    Args:
+        model: a module, or a function of tensors.
+        call: the samples.
+        forward: seconds and operations of one forward pass over them.
+        options: where to trace: ``depth``, ``source``, ``target``.
+        seed: of every random choice.
+        spectra: also time products in both directions.
+    """
+    device, module = device_of(model), modules_behind(model)
+    saved = _Saved(module)
+    with unchanged(module), PeakMemory(device) as peak:
+        with saved:
+            flow = trace(
+                model,
+                *call.inputs,
+                kwargs=call.kwargs,
+                batch_dim=call.batch_dim,
+                seed=seed,
+                check=call.samples > 1,
+                **options,
+            )
+        steps = _step_costs(flow, device, spectra)
+    return Trial(
+        samples=call.samples,
+        tracing=_TRACING * forward[0],
+        reading=_READING * forward[0],
+        examining=_EXAMINING * forward[0],
+        explaining=_EXPLAINING * forward[0] if spectra else 0.0,
+        forward_flops=forward[1],
+        graph_bytes=saved.total,
+        peak=peak.most,
+        steps=steps,
+    )
+
+
+def run_trial(
+    model: Any, call: Call, forward_flops: float, options: Mapping[str, Any], loss: Any, seed: int, spectra: bool
+) -> Trial:
+    """Analyse a few samples with one probe and no spectra, and time the parts.
+
+    Args:
+        model: a module, or a function of tensors.
+        call: the samples.
+        forward_flops: operations of one forward pass over them.
+        options: where to trace: ``depth``, ``source``, ``target``.
+        loss: a callable on the model's output, or None.
+        seed: of every random choice.
+        spectra: also time products in both directions.
+    """
+    device = device_of(model)
+    module: nn.Module = modules_behind(model)
+    saved = _Saved(module)
+    with unchanged(module), PeakMemory(device) as peak:
+        with saved:
+            flow, tracing = timed(
+                lambda: trace(model, *call.inputs, kwargs=call.kwargs, batch_dim=call.batch_dim, seed=seed, **options),
+                device,
+            )
+        found, reading = timed(lambda: identify(flow), device)
+        diagnosis, examining = timed(lambda: examine(flow, loss, probes=1, seed=seed, methods=found), device)
+        explaining = 0.0
+        if spectra:
+            samples = min(flow.batch, EXPLAINED)
+            _, explaining = timed(lambda: explain(flow, diagnosis, found, samples, seed), device)
+    with unchanged(module):
+        steps = _step_costs(flow, device, spectra)
+    return Trial(
+        samples=call.samples,
+        tracing=tracing,
+        reading=reading,
+        examining=examining,
+        explaining=explaining,
+        forward_flops=forward_flops,
+        graph_bytes=saved.total,
+        peak=peak.most,
+        steps=steps,
+    )
+
+
+class _Saved(torch.autograd.graph.saved_tensors_hooks):
+    """Counts the bytes that a graph keeps for its backward pass, each storage once, weights aside."""
+
+    def __init__(self, module: nn.Module) -> None:
+        seen = {t.untyped_storage()._cdata for t in (*module.parameters(), *module.buffers()) if _plain(t)}
+        self.total = 0
+
+        def count(tensor: torch.Tensor) -> torch.Tensor:
+            if _plain(tensor) and tensor.untyped_storage()._cdata not in seen:
+                seen.add(tensor.untyped_storage()._cdata)
+                self.total += tensor.untyped_storage().nbytes()
+            return tensor
+
+        super().__init__(count, lambda tensor: tensor)
+
+
+def _plain(tensor: torch.Tensor) -> bool:
+    return tensor.layout == torch.strided
+
+
+def _step_costs(flow: Flow, device: torch.device, spectra: bool) -> tuple[StepCost, ...]:
+    """Like steps are measured once."""
+    known: dict[tuple[Any, ...], tuple[float, float, float]] = {}
+    costs = []
+    kinds = [_likeness(step) for step in flow.steps]
+    for step, kind in zip(flow.steps, kinds, strict=True):
+        if kind not in known:
+            known[kind] = _product_costs(step, device, spectra)
+        backward, forward, flops = known[kind]
+        square = step.source.sample_shapes == step.target.sample_shapes
+        costs.append(StepCost(step.name, step.source.size, step.target.size, square, backward, forward, flops))
+    return tuple(costs)
+
+
+def _likeness(step: Step) -> tuple[Any, ...]:
+    operations = tuple(sorted(Counter(step.operations).items()))
+    return step.module_class, step.source.sample_shapes, step.target.sample_shapes, operations
+
+
+def _product_costs(step: Step, device: torch.device, spectra: bool) -> tuple[float, float, float]:
+    """Seconds of J^T u and of J v a vector, operations of J^T u."""
+    J = step.jacobian()
+    batch, m, n = J.shape
+    width = _BLOCK if spectra else 1
+    U = torch.randn(batch, m, width, generator=torch.Generator().manual_seed(0)).to(device, J.dtype)
+    counter: Any = FlopCounterMode(display=False)
+    with counter:
+        J.rmatmat(U[..., :1])  # the first block of several is also multiplied another way, to check it
+    J.rmatmat(U)
+    backward = _second(lambda: J.rmatmat(U), device) / width
+    forward = 0.0
+    if spectra:
+        V = torch.randn(batch, n, width, generator=torch.Generator().manual_seed(0)).to(device, J.dtype)
+        with contextlib.suppress(Exception):  # a step without a certified product has no iterated spectrum either
+            J.matmat(V)
+            forward = _second(lambda: J.matmat(V), device) / width
+    step.segment.release()
+    return backward, forward, float(counter.get_total_flops())
+
+
+def _second(work: Callable[[], Any], device: torch.device) -> float:
+    """The first call compiled kernels and touched fresh memory."""
+    return min(timed(work, device)[1] for _ in range(2))

@@ -1,0 +1,241 @@
+"""What the ranks of a test run; every program returns plain data."""
+
+from __future__ import annotations
+
+import datetime
+import functools
+import multiprocessing
+import os
+import pickle
+import socket
+import tempfile
+import traceback
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+
+class Block(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm, self.inner = nn.LayerNorm(width), nn.Linear(width, 2 * width)
+        self.outer = nn.Linear(2 * width, width)
+
+    def forward(self, x):
+        return x + self.outer(torch.tanh(self.inner(self.norm(x))))
+
+
+def residual(width: int = 16, depth: int = 4) -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(*[Block(width) for _ in range(depth)]).eval()
+
+
+def convolutional() -> nn.Sequential:
+    torch.manual_seed(0)
+    layers = [nn.Sequential(nn.Conv2d(3, 3, 3, padding=1), nn.BatchNorm2d(3), nn.ReLU()) for _ in range(3)]
+    return nn.Sequential(*layers)
+
+
+def batch(*shape: int) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(1))
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def on_ranks(count: int, program: str, *, timeout: float = 120, die: int | None = None) -> list[Any]:
+    """What ``program`` (one of ``PROGRAMS``) returned on every rank; None for one that died.
+
+    The processes are forked from a server that has imported everything once.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__, "stabkit.distributed", "torch.distributed.fsdp"])
+    port = free_port()
+    with tempfile.TemporaryDirectory() as folder:
+        running = [
+            context.Process(target=one_rank, args=(rank, count, port, program, folder, die)) for rank in range(count)
+        ]
+        for process in running:
+            process.start()
+        for process in running:
+            process.join(timeout)
+            if process.is_alive():
+                process.kill()
+        paths = [Path(folder) / f"{rank}.pkl" for rank in range(count)]
+        results = [pickle.loads(path.read_bytes()) if path.exists() else None for path in paths]
+    failed = [result for result in results if isinstance(result, str)]
+    assert not failed, failed[0]
+    assert [rank for rank, result in enumerate(results) if result is None] == ([] if die is None else [die])
+    return results
+
+
+def one_rank(rank: int, count: int, port: int, program: str, folder: str, die: int | None) -> None:
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(count), "LOCAL_RANK": str(rank)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "STABKIT_TEST_DIES": str(die)}
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=60))
+    try:
+        result = PROGRAMS[program]()
+    except BaseException:
+        result = traceback.format_exc()
+    (Path(folder) / f"{rank}.pkl").write_bytes(pickle.dumps(result))
+    os._exit(0)  # ranks do not wait for one that has died
+
+
+@functools.cache
+def together(count: int) -> list[dict[str, Any]]:
+    """What the quick programs return on so many ranks, from one start of the processes."""
+    return on_ranks(count, "everything")
+
+
+def everything() -> dict[str, Any]:
+    return {"profiles": profiles(), "analysed": analysed(), "shared": shared()}
+
+
+def profiles() -> dict[str, Any]:
+    """Profiles of several models, with random cotangents and with losses that join samples."""
+    from stabkit.distributed import gradient_profile
+
+    def contrast(out: torch.Tensor) -> torch.Tensor:
+        return (out @ out.T).logsumexp(1).sum()
+
+    model, x = residual(), batch(6, 16)
+    images = batch(5, 3, 8, 8)
+    found = {
+        "cotangents": gradient_profile(model, x, cotangents=4, seed=3),
+        "loss": gradient_profile(model, x, loss=contrast),
+        "one sample": gradient_profile(model, x[:1], cotangents=4),
+        "fewer samples than ranks": gradient_profile(model, x[:3], cotangents=2),
+        "images": gradient_profile(convolutional().eval(), images, cotangents=2, depth="modules"),
+        "mixing": gradient_profile(convolutional().train(), images, cotangents=2),
+        "whole": gradient_profile(model, x, batch_dim=None, cotangents=2),
+    }
+    return {
+        name: {
+            "growth": profile.log_growth,
+            "all": profile.all_log_growth,
+            "gradients": profile.gradient_norms,
+            "states": profile.state_norms,
+            "batch": profile.batch,
+            "loss": profile.loss,
+            "below": profile.below,
+        }
+        for name, profile in found.items()
+    }
+
+
+def shared() -> dict[str, Any]:
+    """Pieces of work, who did them, and a failure that is told everywhere."""
+    from stabkit.distributed import RankError, current
+
+    ranks, mine = current(), []
+
+    def work(piece: int) -> int:
+        mine.append(piece)
+        return piece**2
+
+    def fails(piece: int) -> int:
+        if piece == 1:
+            raise ValueError("no such piece")
+        return piece
+
+    results = ranks.share(work, [3.0, 1.0, 2.0, 1.0, 1.0])
+    try:
+        ranks.share(fails, [1.0] * 4, name="step")
+    except (RankError, ValueError) as error:
+        return {"results": results, "mine": mine, "error": str(error), "type": type(error).__name__}
+    return {}
+
+
+def analysed() -> Any:
+    """Reports of one model, with and without a loss."""
+    from stabkit.analysis import analyze
+
+    reports = [
+        analyze(residual(depth=3), batch(6, 16), probes=3),
+        analyze(residual(depth=3), batch(4, 16), loss=lambda out: out.square().sum(), spectrum="none"),
+    ]
+    found = [report.to_dict() for report in reports]
+    for report in found:
+        report.pop("seconds")
+    return found
+
+
+def dying() -> dict[str, Any]:
+    """One rank leaves in the middle of its work."""
+    from stabkit.distributed import RankError, current
+
+    folder = Path(tempfile.mkdtemp())
+    ranks = current(keep=folder)
+
+    def work(piece: int) -> float:
+        if os.environ["STABKIT_TEST_DIES"] == str(ranks.rank):
+            os._exit(9)
+        return piece / 2
+
+    try:
+        ranks.share(work, [1.0] * 4, name="step")
+    except RankError as error:
+        kept = [path.read_text() for path in folder.glob("*.json")]
+        return {"error": str(error), "finished": error.finished, "kept": kept}
+    return {}
+
+
+def wrapped() -> dict[str, Any]:
+    """One model wrapped in every way that spreads it over ranks, and what an unwrapped one gives."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+    from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+    import stabkit
+    from stabkit import distributed
+
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+
+    def sharded(**options: Any) -> nn.Module:
+        model = residual()
+        for block in model:
+            fully_shard(block, mesh=mesh, **options)
+        return fully_shard(model, mesh=mesh, **options)
+
+    parallel = residual()
+    for block in parallel:
+        parallelize_module(block, mesh, {"inner": ColwiseParallel(), "outer": RowwiseParallel()})
+    models = {
+        "plain": residual(),
+        "ddp": nn.parallel.DistributedDataParallel(residual()),
+        "fully_shard": sharded(),
+        "fully_shard kept": sharded(reshard_after_forward=False),
+        "fully_shard bf16": sharded(mp_policy=MixedPrecisionPolicy(torch.bfloat16, output_dtype=torch.float32)),
+        "tensor parallel": parallel,
+    }
+    x, found = batch(4, 16), {}
+    for name, model in models.items():
+        before = [type(p).__name__ for p in model.parameters()]
+        hooks = [list(m._forward_pre_hooks) + list(m._forward_hooks) for m in model.modules()]
+        profile = distributed.gradient_profile(model, x, cotangents=2)
+        report = stabkit.analyze(model, x, spectrum="krylov")
+        with distributed.whole_parameters(model):
+            flow = stabkit.trace(model, x)
+            dense = flow.steps[1].jacobian().dense()
+        found[name] = {
+            "growth": profile.log_growth,
+            "norms": [step.largest_singular_value for step in report.steps],
+            "dense": dense,
+            "same": before == [type(p).__name__ for p in model.parameters()]
+            and hooks == [list(m._forward_pre_hooks) + list(m._forward_hooks) for m in model.modules()],
+            "parameters": before[0],
+        }
+    model = models["fully_shard"].train()
+    model(x).square().sum().backward()  # training goes on
+    found["trained"] = all(p.grad is not None for p in model.parameters())
+    return found
+
+
+PROGRAMS = {function.__name__: function for function in (everything, dying, wrapped)}

@@ -1,0 +1,34 @@
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+import stabkit
+from tests.distributed.programs import analysed, batch, residual, together
+
+
+def leaves(item: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(item, dict | list):
+        for key, child in item.items() if isinstance(item, dict) else enumerate(item):
+            yield from leaves(child, f"{path}.{key}")
+    else:
+        yield path, item
+
+
+@pytest.mark.parametrize("count", [2, 4])
+def test_reports_on_several_ranks_are_those_of_one(count):
+    alone = dict(leaves(analysed()))
+    for found in together(count):
+        told = dict(leaves(found["analysed"]))
+        assert told.keys() == alone.keys()
+        for path, value in alone.items():
+            rounded = pytest.approx(value, rel=1e-4, abs=1e-5) if isinstance(value, float) else value
+            assert told[path] == rounded, path
+
+
+def test_a_report_of_one_process_is_the_plain_one():
+    plain = stabkit.analyze(residual(depth=3), batch(6, 16), probes=3).to_dict()
+    plain.pop("seconds")
+    assert analysed()[0] == plain
