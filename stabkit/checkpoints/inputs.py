@@ -113,13 +113,18 @@ def input_size(model: nn.Module, name: str, processor: Processor | None = None) 
     return None
 
 
+def _device(reference: Tensor | None) -> torch.device:
+    """Where the input goes: beside the parameters; to the CPU when there are none, or none with storage yet."""
+    return torch.device("cpu") if reference is None or reference.device.type == "meta" else reference.device
+
+
 def _random(model: nn.Module, part: str, generator: torch.Generator) -> tuple[Tensor, str]:
     text = part.removeprefix("tokens:")
     shape = [int(n) for n in text.split("x")]
     if 0 in shape:
         raise CheckpointError(f"input {part!r} has a dimension of size 0; expected {_ACCEPTED}")
     reference = next(_floating(model), None)
-    device = reference.device if reference is not None else torch.device("cpu")
+    device = _device(reference)
     try:
         if part.startswith("tokens:"):
             vocabulary, source = _vocabulary(model)
@@ -279,8 +284,9 @@ def _encoded(model: nn.Module, text: str, processor: Processor | None) -> Inputs
             f"has {vocabulary} ({source})"
         )
     reference = next(_floating(model), None)
-    device = reference.device if reference is not None else None
-    return Inputs((torch.tensor([ids], device=device),), f"{len(ids)} tokens of the text, by {processor.tokenizer}")
+    return Inputs(
+        (torch.tensor([ids], device=_device(reference)),), f"{len(ids)} tokens of the text, by {processor.tokenizer}"
+    )
 
 
 def _from_file(model: nn.Module, path: Path, name: str, processor: Processor | None) -> Inputs:
@@ -291,7 +297,7 @@ def _from_file(model: nn.Module, path: Path, name: str, processor: Processor | N
     def fitted(tensor: Tensor) -> Tensor:
         if reference is None:
             return tensor
-        return tensor.to(reference.device, reference.dtype if tensor.is_floating_point() else tensor.dtype)
+        return tensor.to(_device(reference), reference.dtype if tensor.is_floating_point() else tensor.dtype)
 
     how = f"{path}: {content.how}"
     tensors = {key: fitted(value) for key, value in content.tensors.items()}

@@ -1,0 +1,175 @@
+"""A model without its weights, and its weights, a few at a time, from safetensors files."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import torch
+from torch import Tensor, nn
+
+from stabkit.checkpoints.files import reading
+from stabkit.checkpoints.hugging_face import _quiet, _resolve, read_json, weight_files
+from stabkit.checkpoints.names import near, seeded
+from stabkit.errors import CheckpointError
+
+
+@contextlib.contextmanager
+def without_weights() -> Iterator[None]:
+    """Modules that are built inside the block have parameters without storage; buffers are what they are.
+
+    A parameter is allocated by its module, but not yet written to, when it loses its storage: that costs no memory.
+    """
+    module_class: Any = nn.Module
+    register = module_class.register_parameter
+
+    def bare(self: nn.Module, name: str, param: nn.Parameter | None) -> None:
+        if param is not None and param.device.type != "meta":
+            param = nn.Parameter(param.detach().to("meta"), requires_grad=False)
+        register(self, name, param)
+
+    module_class.register_parameter = bare
+    try:
+        yield
+    finally:
+        module_class.register_parameter = register
+
+
+def skeleton(folder: Path) -> nn.Module:
+    """The model that ``config.json`` of a Hugging Face directory describes, in evaluation mode, without weights.
+
+    Raises:
+        CheckpointError: the config is missing or damaged, or asks for code of its own.
+    """
+    config = read_json(folder / "config.json")
+    if config.get("auto_map"):
+        raise CheckpointError(
+            f"{folder / 'config.json'} asks for code of its own (auto_map), which is not run; import its class "
+            "yourself and give model="
+        )
+    model_class, settings = _resolve(folder, config)
+    settings._attn_implementation = "eager"  # has a derivative everywhere
+    with seeded(0), _quiet(), without_weights():
+        try:
+            model: nn.Module = model_class(settings)
+        except Exception as error:  # a config class validates with whatever it likes
+            raise CheckpointError(
+                f"transformers cannot build {model_class.__name__} from {folder / 'config.json'}: "
+                f"{type(error).__name__}: {error}"
+            ) from error
+    return model.eval()
+
+
+class WeightFiles:
+    """The tensors of a directory of safetensors files, read by name; nothing stays mapped between two calls.
+
+    Args:
+        folder: holds ``model.safetensors``, or shards and their index.
+
+    Raises:
+        CheckpointError: there are none, or they are no safetensors.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._files: dict[str, Path] = {}
+        for path in weight_files(folder):
+            if path.suffix != ".safetensors":
+                raise CheckpointError(
+                    f"{path} cannot be read a block at a time; save the model with save_pretrained(..., "
+                    "safe_serialization=True), or load it whole"
+                )
+            with reading(path), safetensors.safe_open(path, framework="pt") as opened:
+                self._files.update(dict.fromkeys(opened.keys(), path))
+
+    @property
+    def n_bytes(self) -> int:
+        """Of all files together."""
+        return sum(path.stat().st_size for path in set(self._files.values()))
+
+    def named(self, aliases: Iterable[str], prefix: str) -> str:
+        """What the files call a parameter that the model knows by some names.
+
+        Raises:
+            CheckpointError: they do not have it.
+        """
+        names = list(aliases)
+        for name in names:
+            for candidate in (name, f"{prefix}.{name}", name.removeprefix(f"{prefix}.")):
+                if candidate in self._files:
+                    return candidate
+        raise CheckpointError(f"{self.folder} has no tensor {names[0]!r}{near(names[0], list(self._files))}")
+
+    def read(self, names: Iterable[str], dtype: torch.dtype, device: torch.device) -> tuple[dict[str, Tensor], str]:
+        """Tensors in ``dtype``, in memory of their own, and a hash of their bytes as they are in the files."""
+        digest = hashlib.blake2b(digest_size=16)
+        found: dict[str, Tensor] = {}
+        by_file: dict[Path, list[str]] = {}
+        for name in sorted(set(names)):
+            by_file.setdefault(self._files[name], []).append(name)
+        for path, inside in sorted(by_file.items()):
+            with reading(path), safetensors.safe_open(path, framework="pt") as opened:
+                for name in inside:
+                    tensor = opened.get_tensor(name)
+                    digest.update(f"{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
+                    digest.update(raw(tensor))
+                    kind = dtype if tensor.is_floating_point() else tensor.dtype
+                    found[name] = tensor.to(device, kind, copy=True)
+        return found, digest.hexdigest()
+
+
+def raw(tensor: Tensor) -> memoryview:
+    """The bytes of a tensor."""
+    entries: Any = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()
+    return memoryview(entries)
+
+
+class Weights:
+    """The parameters of a model without weights, filled in for as long as they are needed.
+
+    Args:
+        model: without weights.
+        files: where they are.
+        dtype: of the parameters while they are there.
+        device: where they are then.
+    """
+
+    def __init__(self, model: nn.Module, files: WeightFiles, dtype: torch.dtype, device: torch.device) -> None:
+        self.files = files
+        self.dtype = dtype
+        self.device = device
+        self._prefix = str(getattr(model, "base_model_prefix", "") or "")
+        self._aliases: dict[int, list[str]] = {}
+        for name, parameter in model.named_parameters(remove_duplicate=False):
+            self._aliases.setdefault(id(parameter), []).append(name)
+        for module in model.modules():
+            module._buffers.update({n: _cast(b, dtype).to(device) for n, b in module._buffers.items() if b is not None})
+
+    @contextlib.contextmanager
+    def present(self, modules: Iterable[nn.Module]) -> Iterator[str]:
+        """The direct parameters of some modules are there inside the block; yields a hash of their bytes."""
+        places = [(m, n, p) for m in modules for n, p in m._parameters.items() if p is not None]
+        names = {id(p): self.files.named(self._aliases[id(p)], self._prefix) for _, _, p in places}
+        tensors, digest = self.files.read(names.values(), self.dtype, self.device)
+        for module, name, parameter in places:
+            tensor = tensors[names[id(parameter)]]
+            if tensor.shape != parameter.shape:
+                raise CheckpointError(
+                    f"{names[id(parameter)]} has shape {tuple(tensor.shape)} in the files, {tuple(parameter.shape)} in "
+                    "the model"
+                )
+            module._parameters[name] = nn.Parameter(tensor, requires_grad=False)
+        del tensors
+        try:
+            yield digest
+        finally:
+            for module, name, parameter in places:
+                module._parameters[name] = parameter
+
+
+def _cast(buffer: Tensor, dtype: torch.dtype) -> Tensor:
+    return buffer.to(dtype) if buffer.is_floating_point() else buffer

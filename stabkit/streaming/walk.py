@@ -1,0 +1,206 @@
+"""Gradient norms and singular values of a model that does not fit into memory, one block at a time."""
+
+from __future__ import annotations
+
+import gc
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from stabkit.errors import TraceError
+from stabkit.streaming.measurement import Settings, as_method, measure_block
+from stabkit.streaming.profile import StreamedProfile
+from stabkit.streaming.skeleton import WeightFiles, Weights, skeleton, without_weights
+from stabkit.streaming.stack import Block, Progress, run_forward, stack_of
+from stabkit.streaming.store import Store, key_of
+from stabkit.tracing.containers import map_tensors, named_tensors
+
+_GARBAGE = 2**26  # bytes of weights dropped before memory is swept, which takes a quarter of a second
+_VERSION = 2  # of what is kept; results of others are computed again
+
+
+def analyze_files(
+    directory: str | os.PathLike[str],
+    *inputs: Any,
+    kwargs: Mapping[str, Any] | None = None,
+    model: Callable[[], nn.Module] | None = None,
+    probes: int = 4,
+    k: int = 1,
+    tol: float = 1e-3,
+    max_products: int = 60,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    out: str | os.PathLike[str] | None = None,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> StreamedProfile:
+    """Growth and largest singular values of every block, with the weights of one block in memory at a time.
+
+    The model's own forward pass runs once over blocks that get their weights from memory-mapped safetensors files when
+    they are called and lose them when they return. Then the blocks are taken from the last to the first: each is
+    recorded alone, from the state that was kept before it, and standard normal cotangents of the last state are pulled
+    back. Peak memory is that of one block with its probes; the states are in ``out``.
+
+    Args:
+        directory: a Hugging Face directory with safetensors files.
+        *inputs: what the model is called with, batch first.
+        kwargs: keyword arguments of the call.
+        model: builds the architecture, when the directory has no ``config.json`` that transformers knows. Its blocks
+            must be in one ``ModuleList``, take the state first and return the next.
+        probes: random cotangents per sample.
+        k: singular values of every block; 0 for none.
+        tol: residual at which they count as converged, as a fraction of the largest.
+        max_products: the most products that they may take per block.
+        dtype: in which weights and states are used, whatever they have in the files.
+        device: where blocks are run; weights go there one block at a time.
+        out: a directory for states and finished blocks, from which an interrupted run goes on; None keeps them in
+            memory. Results are found again by the bytes of the weights and the input, not by name.
+        seed: of the probes.
+        progress: called with (done, total, block name), forward and back.
+
+    Raises:
+        CheckpointError: the directory cannot be read, or its tensors do not fit the model.
+        TraceError: the blocks form no chain.
+
+    Example:
+        >>> import tempfile
+        >>> from safetensors.torch import save_file
+        >>> class Tower(nn.Module):
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.blocks = nn.ModuleList([nn.Linear(3, 3, bias=False) for _ in range(2)])
+        ...     def forward(self, x):
+        ...         for block in self.blocks: x = block(x)
+        ...         return x
+        >>> halves = {f"blocks.{i}.weight": torch.eye(3) / 2 for i in range(2)}
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     save_file(halves, f"{folder}/model.safetensors")
+        ...     found = analyze_files(folder, torch.ones(1, 3), model=Tower)
+        >>> [round(float(value), 4) for value in (found.log_growth.sum(), found.singular_values[0, 0, 0])]
+        [-1.3863, 0.5]
+    """
+    began = time.perf_counter()
+    _check(probes, k, max_products, inputs, kwargs)
+    folder = Path(directory)
+    files = WeightFiles(folder)
+    bare = skeleton(folder) if model is None else _built(model)
+    weights = Weights(bare, files, dtype, torch.device(device))
+    blocks = stack_of(bare)
+    store = Store(None if out is None else Path(out))
+    args, named = map_tensors([inputs, dict(kwargs or {})], lambda tensor: tensor.to(weights.device))
+    run_forward(bare, blocks, weights, args, named, store, progress)
+    settings = Settings(probes, k, tol, max_products, seed)
+    results = _walk_back(blocks, weights, store, settings, progress)
+    return _profile(bare, blocks, weights, results, store, settings, time.perf_counter() - began)
+
+
+def _check(probes: int, k: int, max_products: int, inputs: tuple[Any, ...], kwargs: Mapping[str, Any] | None) -> None:
+    if probes < 1 or k < 0 or max_products < 1:
+        raise TraceError(
+            f"probes={probes}, k={k}, max_products={max_products}; expected at least 1 probe, 0 values and 1 product"
+        )
+    bare = [path or "input" for path, tensor in named_tensors([inputs, dict(kwargs or {})]) if tensor.is_meta]
+    if bare:
+        raise TraceError(f"{', '.join(bare)} on the meta device has no values; give tensors that have")
+    if not inputs and not kwargs:
+        raise TraceError("no input; give what the model is called with, e.g. torch.randint(1000, (1, 16))")
+
+
+def _built(model: Callable[[], nn.Module]) -> nn.Module:
+    with without_weights():
+        return model().eval()
+
+
+def _walk_back(
+    blocks: Sequence[Block], weights: Weights, store: Store, settings: Settings, progress: Progress | None
+) -> list[dict[str, Tensor]]:
+    """Results of every block, from the last to the first; those that are there already are taken as they are."""
+    results: list[dict[str, Tensor]] = []
+    below = key_of("cotangent", len(blocks), blocks[-1].following, vars(settings), _VERSION)
+    cotangents: Tensor | None = None
+    powers: Tensor | None = None
+    dropped = 0
+    for block in reversed(blocks):
+        key = key_of("block", block.index, below, block.following, vars(settings), _VERSION)
+        known = store.get(key)
+        if known is None:
+            known = measure_block(
+                block, weights, _state(store, block.key).to(weights.device), cotangents, powers, settings
+            )
+            store.put(key, known)
+        else:
+            store.found += 1
+        cotangents, powers, below = known["cotangents"], known["powers"], key
+        results.append({name: value for name, value in known.items() if name != "cotangents"})
+        if progress is not None:
+            progress(2 * len(blocks) - block.index, 2 * len(blocks), block.name)
+        dropped += sum(p.numel() for p in block.module.parameters()) * weights.dtype.itemsize
+        if dropped > _GARBAGE:  # recorded graphs hold cycles, and the weights of a block with them
+            gc.collect()
+            dropped = 0
+    return results[::-1]
+
+
+def _state(store: Store, key: str) -> Tensor:
+    found = store.get(key)
+    if found is None:
+        raise TraceError(f"the state {key} is gone from {store.folder}; run again")
+    return found["state"]
+
+
+def _profile(
+    model: nn.Module,
+    blocks: Sequence[Block],
+    weights: Weights,
+    results: Sequence[Mapping[str, Tensor]],
+    store: Store,
+    settings: Settings,
+    seconds: float,
+) -> StreamedProfile:
+    def stacked(what: str) -> Tensor | None:
+        return torch.stack([result[what] for result in results]) if what in results[0] else None
+
+    after, before = (torch.stack([result[what] for result in results]) for what in ("log_after", "log_before"))
+    growth = before - after
+    logs = torch.cat([before, after[-1:]]).mean(2)
+    states = torch.stack([*(result["state_before"] for result in results), results[-1]["state_after"]])
+    return StreamedProfile(
+        model=type(model).__name__,
+        names=tuple(block.name for block in blocks),
+        gradient_norms=logs.exp(),
+        state_norms=states,
+        log_growth=growth.mean(2),
+        all_log_growth=growth.permute(2, 0, 1),
+        singular_values=stacked("singular_values"),
+        residuals=stacked("residuals"),
+        converged=stacked("converged"),
+        seed=settings.seed,
+        reused=store.found,
+        weight_bytes=weights.files.n_bytes,
+        notes=_held_fixed(blocks),
+        gains=torch.stack([result["gain"] for result in results]),
+        methods=tuple(as_method(result["method"]) for result in results),
+        state_shape=tuple(_state(store, blocks[0].key).shape[1:]),
+        block_class=type(blocks[0].module).__name__,
+        n_parameters=sum(p.numel() for p in model.parameters()),
+        dtype=str(weights.dtype).removeprefix("torch."),
+        device=str(weights.device),
+        chain_error=max(float(result["chain_error"]) for result in results),
+        seconds=seconds,
+    )
+
+
+def _held_fixed(blocks: Sequence[Block]) -> tuple[str, ...]:
+    """Floating-point tensors that come into a block beside the state: masks, position codes, an encoder's output."""
+    block = blocks[-1]
+    found = [
+        path for path, tensor in named_tensors([block.args, dict(block.kwargs or {})]) if tensor.is_floating_point()
+    ]
+    if not found:
+        return ()
+    return (f"held fixed in every block, with what they carry: {', '.join(found)}",)
