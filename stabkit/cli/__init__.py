@@ -12,7 +12,7 @@ from typing import Annotated
 import typer
 
 from stabkit._version import __version__
-from stabkit.cli import analyze, compare, demo, methods, plot
+from stabkit.cli import analyze, compare, demo, methods, plan, plot
 
 app = typer.Typer(
     name="stabkit",
@@ -47,5 +47,5 @@ def _top(
     pass
 
 
-for _command in (analyze.analyze, compare.compare, plot.plot, methods.methods, demo.demo):
+for _command in (analyze.analyze, compare.compare, plan.plan, plot.plot, methods.methods, demo.demo):
     app.command()(_command)

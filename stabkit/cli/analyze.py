@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from stabkit.cli import compare, weights_only
+from stabkit.cli import compare, scale, weights_only
 from stabkit.cli.console import FOUND, fail, guarded, progress_bar, say, screen, stdout_to_stderr
 from stabkit.cli.options import (
     AllowExport,
@@ -32,6 +33,7 @@ from stabkit.cli.options import (
     is_accused,
     write_json,
 )
+from stabkit.cli.scale import Budget, Memory, Probes
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -62,6 +64,17 @@ def analyze(
         bool, typer.Option("--over-time", help="Several checkpoints of one training run, in the order of training.")
     ] = False,
     cache: Cache = None,
+    probes: Probes = 4,
+    budget: Budget = None,
+    memory: Memory = None,
+    stream: Annotated[
+        bool,
+        typer.Option(
+            "--stream",
+            help="A Hugging Face directory larger than memory: the weights of one block at a time. With --out, an "
+            "interrupted run goes on where it stopped.",
+        ),
+    ] = False,
     key: Key = None,
     weights: Weights = "raw",
     base: Base = None,
@@ -77,6 +90,8 @@ def analyze(
 ) -> None:
     """Say, step by step, what a model's gradients do and why."""
     with guarded(debug):
+        from stabkit.errors import StabkitError
+
         check_fail_on(fail_on)
         check_targets(out, json_)
         recipe = Recipe(
@@ -93,23 +108,29 @@ def analyze(
             spectrum=spectrum,
             seed=seed,
         )
+        effort = _Effort(probes, budget, memory)
         if over_time:
+            if stream or effort != _Effort():
+                raise StabkitError("--over-time takes no --probes, --budget, --memory or --stream; leave them out")
             compare.run(source, recipe, over_time=True, out=out, json_=json_, fail_on=fail_on, cache=cache)
             return
-        _one(source, recipe, activation, out, json_, fail_on, cache)
+        _check_single(source, cache)
+        if stream:
+            _stream(source[0], recipe, effort, out, json_, fail_on)
+        else:
+            _one(source[0], recipe, effort, activation, out, json_, fail_on)
 
 
-def _one(
-    sources: list[str],
-    recipe: Recipe,
-    activation: str,
-    out: Path | None,
-    json_: str | None,
-    fail_on: str | None,
-    cache: Path | None,
-) -> None:
-    """A single checkpoint or model."""
-    from stabkit import checkpoints
+@dataclass(frozen=True)
+class _Effort:
+    """How much is measured."""
+
+    probes: int = 4
+    budget: str | None = None
+    memory: str | None = None
+
+
+def _check_single(sources: list[str], cache: Path | None) -> None:
     from stabkit.errors import StabkitError
 
     if len(sources) > 1:
@@ -119,16 +140,64 @@ def _one(
         )
     if cache is not None:
         raise StabkitError("--cache keeps the checkpoints of a run with --over-time; leave it out")
-    human = screen(stderr=json_ == "-")
+
+
+def _one(
+    source: str,
+    recipe: Recipe,
+    effort: _Effort,
+    activation: str,
+    out: Path | None,
+    json_: str | None,
+    fail_on: str | None,
+) -> None:
+    """A single checkpoint or model."""
+    from stabkit import checkpoints
+
     try:
         with stdout_to_stderr():
-            loaded = checkpoints.load(sources[0], **recipe.loading())
+            loaded = checkpoints.load(source, **recipe.loading())
     except checkpoints.ArchitectureMissingError as missing:
-        weights_only.run(missing, activation, recipe.seed, out=out, json_=json_, fail_on=fail_on)
+        if scale.first_rank():
+            weights_only.run(missing, activation, recipe.seed, out=out, json_=json_, fail_on=fail_on)
         return
     with stdout_to_stderr():
-        report = _analyze(loaded, recipe)
-    _print_report(report, loaded, human)
+        report = _analyze(loaded, recipe, effort, keep=out)
+    if report is not None:  # another rank reports
+        _deliver(report, loaded.description, out, json_, fail_on)
+
+
+def _stream(
+    source: str, recipe: Recipe, effort: _Effort, out: Path | None, json_: str | None, fail_on: str | None
+) -> None:
+    """A directory larger than memory."""
+    from stabkit.errors import StabkitError
+
+    given = {"--model": recipe.model, "--base": recipe.base, "--key": recipe.key, "--factory-args": recipe.factory_args}
+    given |= {"--budget": effort.budget, "--memory": effort.memory}
+    given |= {"--depth": None if recipe.depth == "auto" else recipe.depth}
+    unused = [name for name, value in given.items() if value is not None]
+    if unused:
+        raise StabkitError(f"--stream reads a Hugging Face directory block by block; leave out {', '.join(unused)}")
+    if not scale.first_rank():
+        return
+    with stdout_to_stderr(), progress_bar() as progress:
+        found = scale.streamed(
+            Path(source).expanduser(),
+            recipe.input,
+            recipe.seed,
+            progress,
+            probes=effort.probes,
+            values=0 if recipe.spectrum == "none" else 1,
+            out=out,
+        )
+    _deliver(found.report(), found.description, out, json_, fail_on)
+
+
+def _deliver(report: Report, description: str, out: Path | None, json_: str | None, fail_on: str | None) -> None:
+    """Print and write the report, and leave by what was found."""
+    human = screen(stderr=json_ == "-")
+    _print_report(report, description, human)
     if out is not None:
         from stabkit.report import files
 
@@ -138,8 +207,7 @@ def _one(
     _leave(report, fail_on)
 
 
-def _analyze(loaded: Loaded, recipe: Recipe) -> Report:
-    from stabkit.analysis import analyze as run
+def _analyze(loaded: Loaded, recipe: Recipe, effort: _Effort, keep: Path | None) -> Report | None:
     from stabkit.errors import CheckpointError
 
     if loaded.non_finite:
@@ -150,21 +218,21 @@ def _analyze(loaded: Loaded, recipe: Recipe) -> Report:
             "Give an earlier checkpoint of this run"
         )
     with progress_bar() as progress:
-        return run(
-            loaded.model,
-            *loaded.inputs,
-            kwargs=loaded.kwargs,
-            loss=loaded.loss,
-            name=loaded.name,
-            progress=progress,
-            **recipe.analysing(),
+        return scale.analyzed(
+            loaded,
+            recipe,
+            progress,
+            probes=effort.probes,
+            budget=effort.budget,
+            memory=effort.memory,
+            keep=keep,
         )
 
 
-def _print_report(report: Report, loaded: Loaded, console: Console) -> None:
+def _print_report(report: Report, description: str, console: Console) -> None:
     from stabkit.report import terminal
 
-    console.print(terminal.plain_text(loaded.description, "dim"), highlight=False)
+    console.print(terminal.plain_text(description, "dim"), highlight=False)
     console.print()
     terminal.show(report, console)
 

@@ -1,0 +1,132 @@
+"""What `stabkit analyze` does under ``torchrun``, within ``--budget`` and ``--memory``, and with ``--stream``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from stabkit.checkpoints import Loaded
+    from stabkit.cli.options import Recipe
+    from stabkit.planning import Plan
+    from stabkit.report import Report
+    from stabkit.streaming import StreamedProfile
+
+Budget = Annotated[
+    str | None,
+    typer.Option(
+        help="Time that the analysis may take (90s, 10m, 2h); samples, probes and spectra are left out to keep it.",
+        metavar="TIME",
+    ),
+]
+Memory = Annotated[
+    str | None,
+    typer.Option(help="Memory that the process may use (8G, 512M); the same is left out.", metavar="BYTES"),
+]
+Probes = Annotated[int, typer.Option(min=1, help="Random cotangents per sample.")]
+
+
+def analyzed(
+    loaded: Loaded,
+    recipe: Recipe,
+    progress: Any = None,
+    *,
+    probes: int = 4,
+    budget: str | None = None,
+    memory: str | None = None,
+    keep: Path | None = None,
+) -> Report | None:
+    """The report, on the first of the ranks that ``torchrun`` started and None on the others; alone without it.
+
+    Args:
+        loaded: the model and its input.
+        recipe: how it is analysed.
+        progress: called as steps are finished.
+        probes: random cotangents per sample.
+        budget: time that the analysis may take.
+        memory: that each process may use.
+        keep: where a rank writes what it had finished when another one failed.
+
+    Raises:
+        StabkitError: not even the least fits the budget, a rank failed, or the model cannot be analysed.
+    """
+    from stabkit.analysis import analyze
+    from stabkit.distributed import session
+
+    with session(keep=keep) as ranks:
+        report = analyze(
+            loaded.model,
+            *loaded.inputs,
+            kwargs=loaded.kwargs,
+            loss=loaded.loss,
+            name=loaded.name,
+            progress=progress if ranks.first else None,
+            ranks=ranks,
+            probes=probes,
+            budget=budget,
+            memory=memory,
+            **recipe.analysing(),
+        )
+        return report if ranks.first else None
+
+
+def planned(
+    loaded: Loaded, recipe: Recipe, *, probes: int = 4, budget: str | None = None, memory: str | None = None
+) -> Plan:
+    """What `analyzed` will cost in one process."""
+    from stabkit.planning import plan
+
+    return plan(
+        loaded.model,
+        *loaded.inputs,
+        kwargs=loaded.kwargs,
+        loss=loaded.loss,
+        probes=probes,
+        budget=budget,
+        memory=memory,
+        **recipe.analysing(),
+    )
+
+
+def first_rank() -> bool:
+    """Whether this process is the one that speaks: alone, or the first that ``torchrun`` started."""
+    import os
+
+    return os.environ.get("RANK", "0") == "0"
+
+
+def streamed(
+    folder: Path,
+    input_: str | None,
+    seed: int,
+    progress: Any = None,
+    *,
+    probes: int = 4,
+    values: int = 1,
+    out: Path | None = None,
+) -> StreamedProfile:
+    """What `stabkit analyze DIR --stream` measures: a Hugging Face directory, one block of weights at a time.
+
+    Args:
+        folder: the directory.
+        input_: as ``--input`` describes it; 16 random tokens by default.
+        seed: of the input and the probes.
+        progress: called as blocks are finished.
+        probes: random cotangents per sample.
+        values: singular values of every block.
+        out: where states and finished blocks are kept, so that an interrupted run goes on.
+
+    Raises:
+        StabkitError: the directory cannot be read, or its blocks form no chain.
+    """
+    from stabkit.checkpoints.inputs import make_inputs
+    from stabkit.streaming import analyze_files
+    from stabkit.streaming.skeleton import skeleton
+
+    made = make_inputs(skeleton(folder), input_ or "tokens:1x16", seed=seed)
+    kept = None if out is None else out / "blocks"
+    return analyze_files(
+        folder, *made.args, kwargs=made.kwargs, seed=seed, probes=probes, k=values, out=kept, progress=progress
+    )
