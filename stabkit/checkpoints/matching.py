@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from stabkit.errors import CheckpointError
+from stabkit.tracing.sharding import copy_own_part, own_part
 
 # names that wrappers put between a module and its own children
 _WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_fpw_module", "module")
@@ -105,7 +106,10 @@ def fill(model: nn.Module, tensors: Mapping[str, Tensor], metadata: Mapping[str,
     match = match_names(tensors, expected)
     if match.how:
         notes.append(match.how)
-    state = {match.renamed.get(name, name): tensor for name, tensor in tensors.items()}
+    state = {}
+    for name, tensor in tensors.items():  # one is whole in memory at a time, where ranks have a part of each
+        target = match.renamed.get(name, name)
+        state[target] = own_part(tensor, expected.get(target))
     state = _drop_recomputed(model, state, match.unexpected, notes)
     _check_shapes(state, expected)
     state = {name: _converted(name, tensor, expected.get(name), notes) for name, tensor in state.items()}
@@ -285,6 +289,9 @@ def _keep_identity(before: list[tuple[nn.Module, str, Tensor]]) -> None:
     for module, name, old in before:
         new = getattr(module, name)
         if new is old or nn.parameter.is_lazy(old):
+            continue
+        if copy_own_part(new, old):
+            setattr(module, name, old)
             continue
         data = new.detach()
         # two parameters that share memory in the file, but not in the model, must not move together

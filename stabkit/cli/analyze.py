@@ -179,8 +179,6 @@ def _stream(
     unused = [name for name, value in given.items() if value is not None]
     if unused:
         raise StabkitError(f"--stream reads a Hugging Face directory block by block; leave out {', '.join(unused)}")
-    if not scale.first_rank():
-        return
     with stdout_to_stderr(), progress_bar() as progress:
         found = scale.streamed(
             Path(source).expanduser(),
@@ -191,7 +189,8 @@ def _stream(
             values=0 if recipe.spectrum == "none" else 1,
             out=out,
         )
-    _deliver(found.report(), found.description, out, json_, fail_on)
+    if found is not None:  # another rank reports
+        _deliver(found.report(), found.description, out, json_, fail_on)
 
 
 def _deliver(report: Report, description: str, out: Path | None, json_: str | None, fail_on: str | None) -> None:

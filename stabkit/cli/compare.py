@@ -100,12 +100,16 @@ def run(
 ) -> None:
     """Analyse, show and write; exit code 1 when ``fail_on`` names a finding, 2 when a checkpoint could not be read."""
     from stabkit.comparison import compare as compared
+    from stabkit.distributed import session
 
     human = screen(stderr=json_ == "-")
     folder = cache if cache is not None or out is None else out / CACHE
-    with stdout_to_stderr(), progress_bar() as progress:
+    with session() as ranks, stdout_to_stderr(), progress_bar() as progress:
         options = {**recipe.loading(), **recipe.analysing()}
-        found = compared(sources, over_time=over_time, cache=folder, progress=progress, **options)
+        shown = progress if ranks.first else None
+        found = compared(sources, over_time=over_time, cache=folder, progress=shown, **options)
+    if not ranks.first:  # another rank reports
+        return
     _print(found, human)
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)

@@ -106,8 +106,10 @@ def streamed(
     probes: int = 4,
     values: int = 1,
     out: Path | None = None,
-) -> StreamedProfile:
+) -> StreamedProfile | None:
     """What `stabkit analyze DIR --stream` measures: a Hugging Face directory, one block of weights at a time.
+
+    None on all ranks but the first that ``torchrun`` started.
 
     Args:
         folder: the directory.
@@ -122,11 +124,21 @@ def streamed(
         StabkitError: the directory cannot be read, or its blocks form no chain.
     """
     from stabkit.checkpoints.inputs import make_inputs
+    from stabkit.distributed import session
     from stabkit.streaming import analyze_files
     from stabkit.streaming.skeleton import skeleton
 
     made = make_inputs(skeleton(folder), input_ or "tokens:1x16", seed=seed)
-    kept = None if out is None else out / "blocks"
-    return analyze_files(
-        folder, *made.args, kwargs=made.kwargs, seed=seed, probes=probes, k=values, out=kept, progress=progress
-    )
+    with session(keep=out) as ranks:
+        found = analyze_files(
+            folder,
+            *made.args,
+            kwargs=made.kwargs,
+            seed=seed,
+            probes=probes,
+            k=values,
+            out=None if out is None else out / "blocks",
+            progress=progress if ranks.first else None,
+            ranks=ranks,
+        )
+    return found if ranks.first else None

@@ -24,6 +24,7 @@ from stabkit.comparison import cache as cached
 from stabkit.comparison.hashing import architecture_hash, content_hash, recipe_hash, source_hash, tensors_hash
 from stabkit.comparison.result import Comparison, Snapshot
 from stabkit.diagnosis import Thresholds
+from stabkit.distributed import current
 from stabkit.errors import CheckpointError, StabkitError
 from stabkit.tracing.depth import Depth
 
@@ -145,7 +146,8 @@ class _Runner:
         key = self._key(content)
         if key is not None and self.settings.folder is not None:
             found = cached.fetch(self.settings.folder, key, source)
-            if found is not None:
+            # where ranks share the work, all of them have to do it, or none
+            if all(current().gather(found is not None)) and found is not None:
                 return found
         try:
             snapshot = self._analysed(source, content)

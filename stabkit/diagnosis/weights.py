@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from stabkit.tracing import Flow, Step
+from stabkit.tracing.offloading import values_of
 from stabkit.tracing.recording import Call
 
 
@@ -88,7 +89,9 @@ def _owned(call: Call, called: set[str]) -> Iterator[Weight]:
         for key, parameter in module.named_parameters(recurse=False):
             if isinstance(module, nn.Embedding | nn.EmbeddingBag) or parameter.numel() == 0:
                 continue
-            yield describe(".".join(filter(None, (path, key))), path, module, parameter)
+            values = values_of(module, key)
+            if values is not None:
+                yield describe(".".join(filter(None, (path, key))), path, module, values)
 
 
 def describe(path: str, module_path: str, module: nn.Module, parameter: Tensor) -> Weight:

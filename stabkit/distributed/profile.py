@@ -13,7 +13,6 @@ from torch import Tensor
 from stabkit.distributed.outputs import output_gradients
 from stabkit.distributed.ranks import Ranks, current
 from stabkit.distributed.samples import Call
-from stabkit.distributed.sharded import is_tensor_parallel, whole_parameters
 from stabkit.errors import TraceError
 from stabkit.growth import GradientProfile
 from stabkit.growth import gradient_profile as profile_of
@@ -24,6 +23,7 @@ from stabkit.tracing.depth import Depth
 from stabkit.tracing.endpoints import Target
 from stabkit.tracing.safekeeping import modules_behind, unwrap
 from stabkit.tracing.samples import Layout
+from stabkit.tracing.sharding import is_tensor_parallel, whole_parameters
 from stabkit.tracing.values import meta_of
 
 

@@ -135,10 +135,10 @@ class Ranks:
         waiting = threading.Timer(
             _PATIENCE,
             lambda: _LOG.warning(
-                "rank %d waits for the other %d ranks to call %s too; to call it on one rank only, give "
+                "rank %d of %d waits for the others to call %s too; to call it on one rank only, give "
                 "distributed=False",
                 self.rank,
-                self.count - 1,
+                self.count,
                 name,
             ),
         )

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 from stabkit.planning import sizes
 
-_BF16, _FLOAT32 = 2, 4  # bytes of a number
+_BF16, _FLOAT32, _FLOAT64 = 2, 4, 8  # bytes of a number
+_CHECKS, _GAINS, _READING = 3, 2, 4  # products with every block beside those with probes
 
 
 @dataclass(frozen=True)
@@ -62,10 +63,10 @@ class Accelerator:
 
     Attributes:
         name: of it.
-        flops: operations per second that its data sheet promises for dense bf16.
+        flops: operations per second that its data sheet promises in float32.
         efficiency: share of them that large matrix products reach.
         memory: bytes.
-        link: bytes per second that it receives from its neighbours.
+        link: bytes per second that reach it from the memory of its host, where the files are cached.
     """
 
     name: str
@@ -77,43 +78,45 @@ class Accelerator:
 
 @dataclass(frozen=True)
 class PaperPrice:
-    """Of a gradient profile, one device's share.
+    """Of a streamed gradient profile, one device's share.
 
     Attributes:
         flops: operations.
         compute_seconds: of them.
-        gathered_bytes: weights received from the neighbours.
-        gather_seconds: of that; it overlaps with computing where it is shorter.
-        weights: bytes of its shard of the weights.
-        blocks: bytes of two gathered blocks, one in use and one on its way.
-        states: bytes of the states at all block boundaries.
+        read_bytes: weights that come to the device.
+        read_seconds: of that.
+        block: bytes of the weights of one block.
+        state: bytes of the state before a block.
         cotangents: bytes of its probes, before and after a block.
         recorded: bytes that the recorded graph of one block keeps.
+        basis: bytes of the basis of the search for singular values.
+        host: bytes of the states at all block boundaries, on the host or on disk.
     """
 
     flops: float
     compute_seconds: float
-    gathered_bytes: float
-    gather_seconds: float
-    weights: float
-    blocks: float
-    states: float
+    read_bytes: float
+    read_seconds: float
+    block: float
+    state: float
     cotangents: float
     recorded: float
+    basis: float
+    host: float
 
     @property
     def seconds(self) -> float:
-        """The longer of the two, since weights arrive while the block before is computed."""
-        return max(self.compute_seconds, self.gather_seconds)
+        """Of both: a block is computed after it was read."""
+        return self.compute_seconds + self.read_seconds
 
     @property
     def memory(self) -> float:
-        """Bytes in use at once."""
-        return self.weights + self.blocks + self.states + self.cotangents + self.recorded
+        """Bytes in use on the device at once."""
+        return self.block + self.state + self.cotangents + self.recorded + self.basis
 
 
 LLAMA_70B = Transformer(layers=80, width=8192, heads=64, kv_heads=8, inner=28672, vocabulary=128_256)
-H100 = Accelerator("H100 SXM", flops=989e12, efficiency=0.4, memory=80e9, link=450e9)
+H100 = Accelerator("H100 SXM", flops=67e12, efficiency=0.7, memory=80e9, link=50e9)
 
 
 def profile_price(
@@ -126,10 +129,11 @@ def profile_price(
     samples: int = 1,
     singular_products: int = 0,
 ) -> PaperPrice:
-    """What one of several devices does when weights are sharded, blocks gathered in turn, and probes shared out.
+    """What `stabkit.streaming.analyze_files` costs on several devices; the dearest device's share.
 
-    Every device runs the forward pass once to find the states, and once more block by block to record it; then it
-    pulls its own probes back, and spends ``singular_products`` on every block's spectrum, shared out by blocks.
+    Every device runs the forward pass, block by block, and walks back with its share of the probes: it records each
+    block anew, and spends a few products on checking the recording, on its gain, and on reading its integrator.
+    Singular values of the blocks are shared out by blocks.
 
     Args:
         model: the sizes.
@@ -153,23 +157,24 @@ def profile_price(
             f"tokens={tokens}, probes={probes}, devices={devices}, samples={samples}; expected at least 1 of each"
         )
     own = -(-probes // devices)
-    walks = own + singular_products / devices
+    blocks = -(-model.layers // devices)
+    walks = own + _CHECKS + _GAINS + _READING + singular_products * blocks / model.layers
     flops = samples * (2 * model.forward_flops(tokens) + walks * model.product_flops(tokens))
-    passes = 2 + (1 if singular_products else 0)  # of all weights through every device
-    received = passes * _BF16 * model.layers * model.block_parameters * (devices - 1) / devices
+    read = 2 * _BF16 * model.layers * model.block_parameters
     state = samples * tokens * model.width
     inner = (3 if model.gated else 2) * samples * tokens * model.inner
     attention = samples * model.heads * tokens**2
     return PaperPrice(
         flops=flops,
         compute_seconds=flops / (device.flops * device.efficiency),
-        gathered_bytes=received,
-        gather_seconds=received / device.link,
-        weights=_BF16 * model.parameters / devices,
-        blocks=2 * _BF16 * model.block_parameters,
-        states=(model.layers + 1) * _BF16 * state,
+        read_bytes=read,
+        read_seconds=read / device.link,
+        block=_FLOAT32 * model.block_parameters,
+        state=_FLOAT32 * state,
         cotangents=2 * own * _FLOAT32 * state,
-        recorded=_BF16 * (8 * state + inner + 2 * attention),
+        recorded=_FLOAT32 * (8 * state + inner + 2 * attention),
+        basis=_FLOAT64 * singular_products * state,
+        host=(model.layers + 1) * _FLOAT32 * state,
     )
 
 
@@ -184,41 +189,53 @@ def page() -> str:
 
     rows = [
         ("Parameters", sizes.amount(model.parameters, "").strip()),
+        ("Files, in bf16", byte(_BF16 * model.parameters)),
         ("Forward pass through the blocks", sizes.amount(model.forward_flops(tokens), "FLOP")),
         ("One product with the transposed Jacobian", sizes.amount(model.product_flops(tokens), "FLOP")),
         ("Arithmetic of one GPU", sizes.amount(price.flops, "FLOP")),
         ("Time to compute", sizes.duration(price.compute_seconds)),
-        ("Weights received by one GPU", f"{byte(price.gathered_bytes)} in {sizes.duration(price.gather_seconds)}"),
-        ("Memory: shard of the weights", byte(price.weights)),
-        ("Memory: two gathered blocks", byte(price.blocks)),
-        (f"Memory: {model.layers + 1} states", byte(price.states)),
-        ("Memory: probes", byte(price.cotangents)),
+        ("Weights read by one GPU", f"{byte(price.read_bytes)} in {sizes.duration(price.read_seconds)}"),
+        ("Memory: the weights of one block", byte(price.block)),
+        ("Memory: a state and the probes", byte(price.state + price.cotangents)),
         ("Memory: the recorded graph of one block", byte(price.recorded)),
         ("**Memory of one GPU**", f"**{byte(price.memory)}** of {byte(device.memory)}"),
+        (f"On the host or on disk: {model.layers + 1} states", byte(price.host)),
         ("**Time in all**", f"**{sizes.duration(price.seconds)}**"),
-        ("With the largest singular value of every block, 60 products each", sizes.duration(spectra.seconds)),
+        (
+            "With the largest singular value of every block, 60 products each",
+            f"{sizes.duration(spectra.seconds)}, {byte(spectra.memory)}",
+        ),
     ]
     table = "\n".join(["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows)])
+    disk = sizes.duration(_BF16 * model.parameters / 7e9)
+    share = -(-probes // devices)
     return f"""# A model of 70 billion parameters, on paper
 
-A gradient profile with {probes} probes of one sequence of {tokens} tokens, on {devices} {device.name}. Nothing here was
-measured on such a machine: every number comes from the formulas in `stabkit.planning.transformer`, whose counts of
-operations are tested against torch's own counter on small models.
+A gradient profile with {probes} probes of one sequence of {tokens} tokens, on {devices} {device.name}:
+
+```sh
+torchrun --nproc-per-node {devices} -m stabkit analyze DIR --stream --probes {probes} --spectrum none
+```
+
+Nothing here was measured on such a machine: every number comes from the formulas in `stabkit.planning.transformer`,
+whose counts of operations are tested against torch's own counter on small models.
 
 {table}
 
 What is assumed:
 
 - {model.layers} blocks of width {model.width}, {model.heads} heads, {model.kv_heads} of keys and values, a gated inner
-  layer of {model.inner}; weights, states and recorded tensors in bf16, probes in float32. Products in bf16 are a
-  preview: they were off by half the largest singular value on a ResNet block. In float32, weights, states and the graph
-  take twice the memory.
-- Every GPU holds one part of the weights in {devices} and receives one block after the other while it computes with the
-  one before ({sizes.amount(device.link, "B/s")}). Products reach {device.efficiency:.0%} of
-  {sizes.amount(device.flops, "FLOP/s")}.
-- The probes are shared out, {probes // devices} for each GPU. The forward pass runs twice on all of them: once for the
-  states, once more, block by block, to record what a product needs.
-- Attention keeps its matrix of weights, since its fused form has no second derivative. Pulling probes back alone can do
-  without: then the recorded graph is {byte(price.recorded - 2 * _BF16 * model.heads * tokens**2)}.
-- The embedding, the head and the loss are left out; cotangents start at the last state.
+  layer of {model.inner}. The files hold bf16; weights, states, probes and the recorded graph are in float32, as by
+  default. Products in bf16 would be faster and are a preview at best: they were off by half the largest singular value
+  on a ResNet block.
+- The files are in the page cache of the host ({sizes.amount(device.link, "B/s")} to every GPU). Read from a disk of
+  7 GB/s that all GPUs share, they arrive in {disk} a pass instead.
+- Products reach {device.efficiency:.0%} of {sizes.amount(device.flops, "FLOP/s")}.
+- The probes are shared out, {share} for each GPU; {_CHECKS} more products a block check what was recorded, {_GAINS}
+  measure its gain, {_READING} confirm which integrator it is. The forward pass runs twice on every GPU: once for the
+  states, once more, block by block, to record what a product needs. A block is computed after it was read, not
+  meanwhile.
+- Attention keeps its matrix of weights, since its fused form has no second derivative:
+  {byte(2 * _FLOAT32 * model.heads * tokens**2)} of the recorded graph.
+- The embedding and the head are left out; cotangents start at the last state.
 """

@@ -20,8 +20,18 @@ from stabkit.tracing import Flow, trace
 
 @dataclass(frozen=True)
 class Settings:
-    """What the results of a block depend on beside its weights and its input."""
+    """What the results of a block depend on beside its weights and its input.
 
+    Attributes:
+        first: number of the first probe.
+        probes: how many, from that one on; none when there are more ranks than probes.
+        k: singular values.
+        tol: of them.
+        max_products: that they may take.
+        seed: of the first of all probes and of the start vectors.
+    """
+
+    first: int
     probes: int
     k: int
     tol: float
@@ -44,7 +54,7 @@ def measure_block(
         if cotangents is None or powers is None:
             cotangents = _drawn(flow, settings)
             powers = torch.zeros(J.shape[0], settings.probes, dtype=torch.float64)
-        pulled = J.rmatmat(cotangents.to(J.device))
+        pulled = J.rmatmat(cotangents.to(J.device)) if settings.probes else cotangents
         arriving = cotangents.cpu()
         scaled, exponents = _rescaled(pulled, powers)
         found = {
@@ -93,9 +103,13 @@ def as_method(tensor: Tensor) -> Method:
 
 def _drawn(flow: Flow, settings: Settings) -> Tensor:
     """Standard normal columns ``(batch, size, probes)``, those of ``stabkit.gradient_profile``."""
-    drawn = [flow.cotangent(seed=settings.seed + _PROBE * i) for i in range(settings.probes)]
+    numbers = range(settings.first, settings.first + settings.probes)
+    drawn = [flow.cotangent(seed=settings.seed + _PROBE * i) for i in numbers]
+    space = flow.states[-1].space
+    if not drawn:
+        return torch.zeros(space.batch, space.size, 0, dtype=space.dtype)
     stacked = [torch.stack([tensor.detach() for tensor in parts]) for parts in zip(*drawn, strict=True)]
-    return flow.states[-1].space.flatten(stacked)
+    return space.flatten(stacked)
 
 
 def _log_norms(columns: Tensor, powers: Tensor) -> Tensor:

@@ -12,7 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from stabkit.distributed import Ranks, current, fingerprint
 from stabkit.errors import TraceError
+from stabkit.sharing import runs
 from stabkit.streaming.measurement import Settings, as_method, measure_block
 from stabkit.streaming.profile import StreamedProfile
 from stabkit.streaming.skeleton import WeightFiles, Weights, skeleton, without_weights
@@ -38,6 +40,7 @@ def analyze_files(
     out: str | os.PathLike[str] | None = None,
     seed: int = 0,
     progress: Progress | None = None,
+    ranks: Ranks | None = None,
 ) -> StreamedProfile:
     """Growth and largest singular values of every block, with the weights of one block in memory at a time.
 
@@ -45,6 +48,9 @@ def analyze_files(
     they are called and lose them when they return. Then the blocks are taken from the last to the first: each is
     recorded alone, from the state that was kept before it, and standard normal cotangents of the last state are pulled
     back. Peak memory is that of one block with its probes; the states are in ``out``.
+
+    In a distributed program every rank makes this call and gets the result. Each streams the weights for itself, pulls
+    back some of the probes and computes the singular values of some of the blocks.
 
     Args:
         directory: a Hugging Face directory with safetensors files.
@@ -62,8 +68,10 @@ def analyze_files(
             memory. Results are found again by the bytes of the weights and the input, not by name.
         seed: of the probes.
         progress: called with (done, total, block name), forward and back.
+        ranks: who shares the work; by default all ranks of the process group that runs.
 
     Raises:
+        RankError: the ranks were called with different inputs, or one of them failed or is gone.
         CheckpointError: the directory cannot be read, or its tensors do not fit the model.
         TraceError: the blocks form no chain.
 
@@ -93,10 +101,21 @@ def analyze_files(
     blocks = stack_of(bare)
     store = Store(None if out is None else Path(out))
     args, named = map_tensors([inputs, dict(kwargs or {})], lambda tensor: tensor.to(weights.device))
-    run_forward(bare, blocks, weights, args, named, store, progress)
-    settings = Settings(probes, k, tol, max_products, seed)
-    results = _walk_back(blocks, weights, store, settings, progress)
-    return _profile(bare, blocks, weights, results, store, settings, time.perf_counter() - began)
+    ranks = current() if ranks is None else ranks
+    ranks.meet("stabkit.streaming.analyze_files", lambda: fingerprint(nn.Module(), inputs, kwargs or {}))
+    shares = runs(probes, ranks.count)
+
+    def walk(part: int) -> list[dict[str, Tensor]]:
+        first, end = shares[part]
+        run_forward(bare, blocks, weights, args, named, store, progress)
+        settings = [
+            Settings(first, end - first, k if block.index % ranks.count == part else 0, tol, max_products, seed)
+            for block in blocks
+        ]
+        return _walk_back(blocks, weights, store, settings, progress)
+
+    results = _put_together(ranks.share(walk, [1.0] * ranks.count, name="part"))
+    return _profile(bare, blocks, weights, results, store, seed, time.perf_counter() - began)
 
 
 def _check(probes: int, k: int, max_products: int, inputs: tuple[Any, ...], kwargs: Mapping[str, Any] | None) -> None:
@@ -117,21 +136,21 @@ def _built(model: Callable[[], nn.Module]) -> nn.Module:
 
 
 def _walk_back(
-    blocks: Sequence[Block], weights: Weights, store: Store, settings: Settings, progress: Progress | None
+    blocks: Sequence[Block], weights: Weights, store: Store, settings: Sequence[Settings], progress: Progress | None
 ) -> list[dict[str, Tensor]]:
     """Results of every block, from the last to the first; those that are there already are taken as they are."""
     results: list[dict[str, Tensor]] = []
-    below = key_of("cotangent", len(blocks), blocks[-1].following, vars(settings), _VERSION)
+    below = key_of("cotangent", len(blocks), blocks[-1].following, _VERSION)
     cotangents: Tensor | None = None
     powers: Tensor | None = None
     dropped = 0
     for block in reversed(blocks):
-        key = key_of("block", block.index, below, block.following, vars(settings), _VERSION)
+        wanted = settings[block.index]
+        key = key_of("block", block.index, below, block.following, vars(wanted), _VERSION)
         known = store.get(key)
         if known is None:
-            known = measure_block(
-                block, weights, _state(store, block.key).to(weights.device), cotangents, powers, settings
-            )
+            state = _state(store, block.key).to(weights.device)
+            known = measure_block(block, weights, state, cotangents, powers, wanted)
             store.put(key, known)
         else:
             store.found += 1
@@ -144,6 +163,19 @@ def _walk_back(
             gc.collect()
             dropped = 0
     return results[::-1]
+
+
+def _put_together(parts: Sequence[Sequence[Mapping[str, Tensor]]]) -> list[dict[str, Tensor]]:
+    """Results of every block from those of the ranks: all probes beside one another, singular values of whoever did."""
+    found = []
+    for of_block in zip(*parts, strict=True):
+        whole = dict(of_block[0])
+        for name in ("log_after", "log_before"):
+            whole[name] = torch.cat([part[name] for part in of_block], dim=1)
+        for part in of_block:
+            whole.update({name: value for name, value in part.items() if name not in whole})
+        found.append(whole)
+    return found
 
 
 def _state(store: Store, key: str) -> Tensor:
@@ -159,7 +191,7 @@ def _profile(
     weights: Weights,
     results: Sequence[Mapping[str, Tensor]],
     store: Store,
-    settings: Settings,
+    seed: int,
     seconds: float,
 ) -> StreamedProfile:
     def stacked(what: str) -> Tensor | None:
@@ -179,7 +211,7 @@ def _profile(
         singular_values=stacked("singular_values"),
         residuals=stacked("residuals"),
         converged=stacked("converged"),
-        seed=settings.seed,
+        seed=seed,
         reused=store.found,
         weight_bytes=weights.files.n_bytes,
         notes=_held_fixed(blocks),
@@ -198,9 +230,8 @@ def _profile(
 def _held_fixed(blocks: Sequence[Block]) -> tuple[str, ...]:
     """Floating-point tensors that come into a block beside the state: masks, position codes, an encoder's output."""
     block = blocks[-1]
-    found = [
-        path for path, tensor in named_tensors([block.args, dict(block.kwargs or {})]) if tensor.is_floating_point()
-    ]
+    beside = {f"argument {i}": value for i, value in enumerate(block.args, 2)} | dict(block.kwargs or {})
+    found = [path for path, tensor in named_tensors(beside) if tensor.is_floating_point()]
     if not found:
         return ()
     return (f"held fixed in every block, with what they carry: {', '.join(found)}",)

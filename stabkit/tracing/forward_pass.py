@@ -17,6 +17,7 @@ from stabkit.tracing.inputs import prepare
 from stabkit.tracing.recomputation import SavedTensors
 from stabkit.tracing.recording import Recording, clock, record, value_recorder
 from stabkit.tracing.safekeeping import unchanged
+from stabkit.tracing.sharding import take_whole
 from stabkit.tracing.transparency import transparent
 
 
@@ -56,6 +57,7 @@ class ForwardPass:
         with unchanged(self.module) as safe:
             safe.freeze()
             safe.copy_buffers()
+            take_whole(self.module)
             torch.manual_seed(self.seed)
             recording.start = clock()
             prepared = prepare(self.inputs, self.kwargs)

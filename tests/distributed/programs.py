@@ -9,6 +9,7 @@ import os
 import pickle
 import socket
 import tempfile
+import time
 import traceback
 from pathlib import Path
 from typing import Any
@@ -95,7 +96,13 @@ def together(count: int) -> list[dict[str, Any]]:
 
 
 def everything() -> dict[str, Any]:
-    return {"profiles": profiles(), "analysed": analysed(), "shared": shared()}
+    return {
+        "profiles": profiles(),
+        "analysed": analysed(),
+        "shared": shared(),
+        "streamed": streamed(),
+        "compared": compared(),
+    }
 
 
 def profiles() -> dict[str, Any]:
@@ -167,6 +174,36 @@ def analysed() -> Any:
     return found
 
 
+def streamed() -> dict[str, Any]:
+    """A small tower, streamed from its files."""
+    from stabkit.streaming import analyze_files
+    from tests.streaming.models import Tower, saved, tokens, tower
+
+    (folder,) = broadcast(tempfile.mkdtemp())
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        saved(Path(folder), tower())
+    broadcast()
+    found = [analyze_files(folder, tokens(), model=Tower, probes=3, out=Path(folder) / "out") for _ in range(2)]
+    assert [one.reused for one in found] == [0, 10] or dist.is_initialized()
+    told = found[0].to_dict()
+    return {name: told[name] for name in ("all_log_growth", "gradient_norms", "singular_values", "gains", "methods")}
+
+
+def compared() -> list[Any]:
+    """Two checkpoints, the second time from the cache."""
+    import stabkit
+
+    (folder,) = broadcast(tempfile.mkdtemp())
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        for index, gain in enumerate((1.0, 2.0)):
+            torch.save({n: gain * p for n, p in residual(depth=2).state_dict().items()}, f"{folder}/{index}.pt")
+    broadcast()
+    sources = [f"{folder}/{index}.pt" for index in range(2)]
+    options = {"model": residual(depth=2), "input": batch(2, 16), "cache": f"{folder}/cache"}
+    found = [stabkit.compare(sources, **options) for _ in range(2)]
+    return [[(s.cached, s.report.total_growth) for s in one.snapshots if s.report] for one in found]
+
+
 def dying() -> dict[str, Any]:
     """One rank leaves in the middle of its work."""
     from stabkit.distributed import RankError, current
@@ -204,16 +241,19 @@ def wrapped() -> dict[str, Any]:
             fully_shard(block, mesh=mesh, **options)
         return fully_shard(model, mesh=mesh, **options)
 
-    parallel = residual()
-    for block in parallel:
-        parallelize_module(block, mesh, {"inner": ColwiseParallel(), "outer": RowwiseParallel()})
+    def split() -> nn.Module:
+        model = residual()
+        for block in model:
+            parallelize_module(block, mesh, {"inner": ColwiseParallel(), "outer": RowwiseParallel()})
+        return model
+
     models = {
         "plain": residual(),
         "ddp": nn.parallel.DistributedDataParallel(residual()),
         "fully_shard": sharded(),
         "fully_shard kept": sharded(reshard_after_forward=False),
         "fully_shard bf16": sharded(mp_policy=MixedPrecisionPolicy(torch.bfloat16, output_dtype=torch.float32)),
-        "tensor parallel": parallel,
+        "tensor parallel": split(),
     }
     x, found = batch(4, 16), {}
     for name, model in models.items():
@@ -221,9 +261,8 @@ def wrapped() -> dict[str, Any]:
         hooks = [list(m._forward_pre_hooks) + list(m._forward_hooks) for m in model.modules()]
         profile = distributed.gradient_profile(model, x, cotangents=2)
         report = stabkit.analyze(model, x, spectrum="krylov")
-        with distributed.whole_parameters(model):
-            flow = stabkit.trace(model, x)
-            dense = flow.steps[1].jacobian().dense()
+        flow = stabkit.trace(model, x)
+        dense = flow.steps[1].jacobian().dense()
         found[name] = {
             "growth": profile.log_growth,
             "norms": [step.largest_singular_value for step in report.steps],
@@ -232,10 +271,96 @@ def wrapped() -> dict[str, Any]:
             and hooks == [list(m._forward_pre_hooks) + list(m._forward_hooks) for m in model.modules()],
             "parameters": before[0],
         }
+    found["alone"] = refused_alone(models["fully_shard"], x)
+    found["loaded"] = loaded_from_parts(models["fully_shard"], [sharded(), split()], x)
     model = models["fully_shard"].train()
     model(x).square().sum().backward()  # training goes on
     found["trained"] = all(p.grad is not None for p in model.parameters())
     return found
 
 
-PROGRAMS = {function.__name__: function for function in (everything, dying, wrapped)}
+def refused_alone(model: nn.Module, x: torch.Tensor) -> str:
+    """What is said of a model in parts that one rank is to analyse alone."""
+    import stabkit
+
+    try:
+        stabkit.analyze(model, x, distributed=False)
+    except stabkit.StabkitError as error:
+        return str(error)
+    return ""
+
+
+def loaded_from_parts(source: nn.Module, targets: list[nn.Module], x: torch.Tensor) -> list[dict[str, Any]]:
+    """A distributed checkpoint of a model in parts, loaded into others in parts: what changed about each of them."""
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.state_dict import get_model_state_dict
+
+    import stabkit
+
+    (folder,) = broadcast(tempfile.mkdtemp())
+    dcp.save({"model": get_model_state_dict(source)}, checkpoint_id=folder)
+    found = []
+    for model in targets:
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.mul_(2.0)
+            before = [(id(p), type(p).__name__) for p in model.parameters()]
+            stabkit.load(folder, model=model, input=x)
+            same = before == [(id(p), type(p).__name__) for p in model.parameters()]
+            found.append({"difference": float((model(x) - residual()(x)).abs().max()), "same": same})
+    return found
+
+
+def broadcast(*items: Any) -> list[Any]:
+    """What the first rank gives; all ranks wait for it."""
+    told = list(items) or [None]
+    if dist.is_initialized():
+        dist.broadcast_object_list(told)
+    return told
+
+
+def meeting() -> dict[str, Any]:
+    """Calls that do not agree, on one rank alone, and of a rank that comes late."""
+    import logging
+
+    import stabkit
+    from stabkit.distributed import RankError, ranks
+
+    rank, x, found = dist.get_rank(), batch(2, 16), {}
+    try:
+        stabkit.analyze(residual(), x + rank, spectrum="none")
+    except RankError as error:
+        found["other input"] = str(error)
+    if rank == 0:
+        found["alone"] = stabkit.analyze(residual(), x, spectrum="none", distributed=False).verdict
+    records: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: records.append(record.getMessage())  # type: ignore[method-assign]
+    logging.getLogger("stabkit").addHandler(handler)
+    ranks._PATIENCE = 0.2
+    dist.barrier()
+    if rank == 1:
+        time.sleep(1.5)
+    found["verdict"] = stabkit.analyze(residual(), x, spectrum="none").verdict
+    found["said"] = records
+    found["raised"] = raising()
+    return found
+
+
+def raising() -> str:
+    """What a piece of work says about the model is raised on every rank, as one process would raise it."""
+    from stabkit.distributed import current
+
+    def work(piece: int) -> int:
+        if piece:
+            raise ZeroDivisionError(f"piece {piece}")
+        return piece
+
+    try:
+        current().share(work, [1.0, 1.0, 1.0])
+    except ZeroDivisionError as error:
+        return str(error)
+    return ""
+
+
+PROGRAMS = {function.__name__: function for function in (everything, dying, wrapped, meeting)}

@@ -28,6 +28,20 @@ def test_a_dead_rank_ends_the_run_and_what_was_finished_is_kept():
     assert kept["step"] == {"0": 0.0, "2": 1.0}
 
 
+def test_ranks_that_do_not_agree_are_told_and_one_may_go_alone():
+    first, second = on_ranks(2, "meeting")
+    for told in (first, second):
+        assert "on rank 1 was given another model or input than on rank 0" in told["other input"]
+        assert told["verdict"] == "stable"
+        assert told["raised"] == "piece 1"
+    assert first["alone"] == "stable"
+    assert first["said"] == [
+        "rank 0 of 2 waits for the others to call stabkit.analyze too; to call it on one rank only, give "
+        "distributed=False"
+    ]
+    assert second["said"] == []
+
+
 def test_one_process_does_everything_itself_and_raises_what_fails():
     assert Ranks().share(lambda piece: -piece, [1.0, 1.0]) == [0, -1]
     with pytest.raises(ZeroDivisionError):

@@ -35,5 +35,16 @@ def test_mixed_precision_is_kept(found):
 def test_parameters_and_hooks_are_afterwards_where_they_were(found):
     for told in found:
         assert told["fully_shard"]["parameters"] == "DTensor"
-        assert all(one["same"] for name, one in told.items() if name != "trained")
+        assert all(one["same"] for name, one in told.items() if name not in ("trained", "alone", "loaded"))
         assert told["trained"]
+
+
+def test_a_model_in_parts_cannot_be_analysed_by_one_rank(found):
+    assert all("parameters are spread over the ranks" in told["alone"] for told in found)
+
+
+def test_a_distributed_checkpoint_is_loaded_into_the_parts_that_a_rank_has(found):
+    for told in found:
+        for loaded in told["loaded"]:
+            assert loaded["difference"] < 1e-5
+            assert loaded["same"]

@@ -3,7 +3,8 @@
 ``DistributedDataParallel`` and tensor-parallel ``DTensor`` parameters need nothing of this: the first holds a whole
 model, and the operations of the second are recorded like all others, with their collectives. ``fully_shard`` gathers
 parameters in hooks that only run inside autograd's engine, one backward pass at a time; the steps of a flow are
-differentiated one by one outside of it. So the parameters are gathered before, and the hooks kept out.
+differentiated one by one outside of it. So the parameters are gathered before, and the hooks kept out: for the forward
+pass of one trace, in copies that its graph keeps, or for a whole analysis, in place.
 """
 
 from __future__ import annotations
@@ -53,6 +54,80 @@ def whole_parameters(model: Any) -> Iterator[None]:
             module.reshard()
 
 
+def take_whole(model: nn.Module) -> None:
+    """Put whole copies in the place of parameters that ``fully_shard`` spread over the ranks; a collective call.
+
+    To be undone by what keeps the model unchanged. The copies are what a recorded graph needs, and live as long as it.
+
+    Example:
+        >>> model = nn.Linear(2, 2)
+        >>> take_whole(model)  # nothing is spread
+        >>> model.weight.shape
+        torch.Size([2, 2])
+    """
+    modules = _sharded_modules(model)
+    if not modules:
+        return
+    from torch.distributed.tensor import DTensor
+
+    dtypes: dict[int, torch.dtype | None] = {}
+    for module in modules:  # from the outside in: the innermost wrapper decides
+        dtypes.update(dict.fromkeys(map(id, module.parameters()), module._get_fsdp_state()._mp_policy.param_dtype))
+    copies: dict[int, nn.Parameter] = {}
+    for part in model.modules():
+        held: dict[str, Any] = part._parameters
+        for name, parameter in held.items():
+            if id(parameter) in dtypes and isinstance(parameter, DTensor):
+                if id(parameter) not in copies:
+                    whole = parameter.full_tensor().detach().to(dtypes[id(parameter)] or parameter.dtype)
+                    copies[id(parameter)] = nn.Parameter(whole, requires_grad=False)
+                held[name] = copies[id(parameter)]
+    for module in modules:
+        _without_hooks(module)
+
+
+def own_part(tensor: Tensor, slot: Tensor | None) -> Tensor:
+    """What of a whole tensor belongs to this rank, in the form of a parameter that is spread over ranks.
+
+    Args:
+        tensor: whole, and the same on all ranks.
+        slot: the parameter; a plain one, or None, takes the tensor as it is.
+
+    Example:
+        >>> own_part(torch.ones(2), nn.Parameter(torch.zeros(2)))
+        tensor([1., 1.])
+    """
+    if slot is None or type(slot) in (Tensor, nn.Parameter) or tensor.shape != slot.shape or tensor.is_meta:
+        return tensor
+    from torch.distributed.tensor import DTensor, distribute_tensor
+
+    if not isinstance(slot, DTensor):
+        return tensor
+    whole = tensor.to(slot.device_mesh.device_type)
+    part: Any = distribute_tensor(whole, slot.device_mesh, slot.placements, src_data_rank=None)  # nothing is sent
+    return DTensor.from_local(
+        part.to_local().clone(), slot.device_mesh, slot.placements, shape=slot.shape, stride=slot.stride()
+    )
+
+
+def copy_own_part(new: Tensor, old: Tensor) -> bool:
+    """Write the part of this rank into a parameter that is spread over ranks; False for a plain one, left alone.
+
+    Example:
+        >>> copy_own_part(torch.ones(2), torch.zeros(2))
+        False
+    """
+    if type(old) in (Tensor, nn.Parameter):
+        return False
+    from torch.distributed.tensor import DTensor
+
+    if not (isinstance(old, DTensor) and isinstance(new, DTensor)):
+        return False
+    with torch.no_grad():
+        old.to_local().copy_(new.to_local())
+    return True
+
+
 def is_tensor_parallel(model: Any) -> bool:
     """Whether some parameters are spread over ranks otherwise than by ``fully_shard``, so that products are collective.
 
@@ -90,6 +165,8 @@ def _without_hooks(module: Any) -> list[Callable[[], None]]:
     """Take out the hooks of ``fully_shard``, put in those that cast; returns what undoes it."""
     state = module._get_fsdp_state()
     handles = [*_single(state._pre_forward_hook_handle), *_single(state._post_forward_hook_handle)]
+    if not any(_in_place(handle) for handle in handles):
+        return []  # they were taken out before
     undo = [_taken_out(handle) for handle in handles]
     policy = state._mp_policy
     if policy.param_dtype is not None and policy.cast_forward_inputs:
@@ -112,9 +189,14 @@ def _single(handle: Any) -> list[RemovableHandle]:
     return list(getattr(handle, "handles", (handle,)))
 
 
+def _in_place(handle: RemovableHandle) -> bool:
+    hooks: Any = handle.hooks_dict_ref()
+    return hooks is not None and handle.id in hooks
+
+
 def _taken_out(handle: RemovableHandle) -> Callable[[], None]:
     hooks: Any = handle.hooks_dict_ref()
-    if hooks is None or handle.id not in hooks:
+    if not _in_place(handle):
         return lambda: None
     before = list(hooks.items())
     del hooks[handle.id]
