@@ -33,7 +33,7 @@ from stabkit.cli.options import (
     is_accused,
     write_json,
 )
-from stabkit.cli.scale import Budget, Memory, Probes
+from stabkit.cli.scale import Budget, Device, Memory, Probes
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -64,6 +64,7 @@ def analyze(
         bool, typer.Option("--over-time", help="Several checkpoints of one training run, in the order of training.")
     ] = False,
     cache: Cache = None,
+    device: Device = "cpu",
     probes: Probes = 4,
     budget: Budget = None,
     memory: Memory = None,
@@ -108,10 +109,12 @@ def analyze(
             spectrum=spectrum,
             seed=seed,
         )
-        effort = _Effort(probes, budget, memory)
+        effort = _Effort(device, probes, budget, memory)
         if over_time:
             if stream or effort != _Effort():
-                raise StabkitError("--over-time takes no --probes, --budget, --memory or --stream; leave them out")
+                raise StabkitError(
+                    "--over-time takes no --device, --probes, --budget, --memory or --stream; leave them out"
+                )
             compare.run(source, recipe, over_time=True, out=out, json_=json_, fail_on=fail_on, cache=cache)
             return
         _check_single(source, cache)
@@ -123,8 +126,9 @@ def analyze(
 
 @dataclass(frozen=True)
 class _Effort:
-    """How much is measured."""
+    """How much is measured, and where."""
 
+    device: str = "cpu"
     probes: int = 4
     budget: str | None = None
     memory: str | None = None
@@ -185,6 +189,7 @@ def _stream(
             recipe.input,
             recipe.seed,
             progress,
+            device=effort.device,
             probes=effort.probes,
             values=0 if recipe.spectrum == "none" else 1,
             out=out,
@@ -221,6 +226,7 @@ def _analyze(loaded: Loaded, recipe: Recipe, effort: _Effort, keep: Path | None)
             loaded,
             recipe,
             progress,
+            device=effort.device,
             probes=effort.probes,
             budget=effort.budget,
             memory=effort.memory,

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
+    import torch
+
     from stabkit.checkpoints import Loaded
     from stabkit.cli.options import Recipe
     from stabkit.planning import Plan
@@ -25,6 +27,10 @@ Memory = Annotated[
     str | None,
     typer.Option(help="Memory that the process may use (8G, 512M); the same is left out.", metavar="BYTES"),
 ]
+Device = Annotated[
+    str,
+    typer.Option(help="Where the model runs: cpu, cuda (under torchrun, each rank its own), cuda:1.", metavar="NAME"),
+]
 Probes = Annotated[int, typer.Option(min=1, help="Random cotangents per sample.")]
 
 
@@ -33,6 +39,7 @@ def analyzed(
     recipe: Recipe,
     progress: Any = None,
     *,
+    device: str = "cpu",
     probes: int = 4,
     budget: str | None = None,
     memory: str | None = None,
@@ -44,6 +51,7 @@ def analyzed(
         loaded: the model and its input.
         recipe: how it is analysed.
         progress: called as steps are finished.
+        device: where the model runs.
         probes: random cotangents per sample.
         budget: time that the analysis may take.
         memory: that each process may use.
@@ -54,12 +62,17 @@ def analyzed(
     """
     from stabkit.analysis import analyze
     from stabkit.distributed import session
+    from stabkit.tracing.containers import map_tensors
 
+    place = chosen_device(device)
+    if place.type != "cpu":
+        loaded.model.to(place)
+    inputs, kwargs = map_tensors([loaded.inputs, loaded.kwargs], lambda tensor: tensor.to(place))
     with session(keep=keep) as ranks:
         report = analyze(
             loaded.model,
-            *loaded.inputs,
-            kwargs=loaded.kwargs,
+            *inputs,
+            kwargs=kwargs,
             loss=loaded.loss,
             name=loaded.name,
             progress=progress if ranks.first else None,
@@ -90,6 +103,33 @@ def planned(
     )
 
 
+def chosen_device(name: str) -> torch.device:
+    """The device that ``--device`` names; of several ranks on one host, each has its own.
+
+    Raises:
+        StabkitError: there is no such device.
+    """
+    import os
+
+    import torch
+
+    from stabkit.errors import StabkitError
+
+    try:
+        device = torch.device(name)
+        if device.type == "cuda" and ":" not in name and "LOCAL_RANK" in os.environ:
+            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        why = str(error).splitlines()[0]
+        raise StabkitError(
+            f"--device {name!r} cannot be used: {why}; expected cpu, or a device that torch sees"
+        ) from None
+    if device.type == "meta":
+        raise StabkitError("--device 'meta' holds no numbers; expected cpu or cuda")
+    return device
+
+
 def first_rank() -> bool:
     """Whether this process is the one that speaks: alone, or the first that ``torchrun`` started."""
     import os
@@ -103,6 +143,7 @@ def streamed(
     seed: int,
     progress: Any = None,
     *,
+    device: str = "cpu",
     probes: int = 4,
     values: int = 1,
     out: Path | None = None,
@@ -116,6 +157,7 @@ def streamed(
         input_: as ``--input`` describes it; 16 random tokens by default.
         seed: of the input and the probes.
         progress: called as blocks are finished.
+        device: where blocks run.
         probes: random cotangents per sample.
         values: singular values of every block.
         out: where states and finished blocks are kept, so that an interrupted run goes on.
@@ -128,6 +170,7 @@ def streamed(
     from stabkit.streaming import analyze_files
     from stabkit.streaming.skeleton import skeleton
 
+    place = chosen_device(device)
     made = make_inputs(skeleton(folder), input_ or "tokens:1x16", seed=seed)
     with session(keep=out) as ranks:
         found = analyze_files(
@@ -137,6 +180,7 @@ def streamed(
             seed=seed,
             probes=probes,
             k=values,
+            device=place,
             out=None if out is None else out / "blocks",
             progress=progress if ranks.first else None,
             ranks=ranks,

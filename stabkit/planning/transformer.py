@@ -214,7 +214,7 @@ def page() -> str:
 A gradient profile with {probes} probes of one sequence of {tokens} tokens, on {devices} {device.name}:
 
 ```sh
-torchrun --nproc-per-node {devices} -m stabkit analyze DIR --stream --probes {probes} --spectrum none
+torchrun --nproc-per-node {devices} -m stabkit analyze DIR --stream --device cuda --probes {probes} --spectrum none
 ```
 
 Nothing here was measured on such a machine: every number comes from the formulas in `stabkit.planning.transformer`,

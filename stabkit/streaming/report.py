@@ -98,7 +98,7 @@ def _step(found: StreamedProfile, index: int, growth: Array, limits: Thresholds)
         norm, converged = float(found.singular_values[index].max()), bool(found.converged[index].all())
     return StepReport(
         index=index,
-        name=name.rpartition(".")[2],
+        name=name,
         module_path=name,
         kind="step",
         source_shapes=(found.state_shape,),

@@ -3,14 +3,16 @@ from __future__ import annotations
 import json
 
 import pytest
+import torch
 import typer
 from typer.testing import CliRunner
 
 import stabkit
 from stabkit import checkpoints
+from stabkit.cli import app
 from stabkit.cli.options import Recipe
 from stabkit.cli.plan import plan
-from stabkit.cli.scale import analyzed, streamed
+from stabkit.cli.scale import analyzed, chosen_device, streamed
 from stabkit.errors import StabkitError
 
 NETWORK = """
@@ -95,3 +97,26 @@ def test_a_directory_is_streamed(tmp_path):
     assert again is not None
     assert found.log_growth.shape == (2, 2)
     assert again.reused == 4
+
+
+def test_a_device_that_is_not_there_is_named():
+    assert chosen_device("cpu") == torch.device("cpu")
+    for name in ("warp", "meta", "cuda:99"):
+        with pytest.raises(StabkitError, match=f"--device '{name}'"):
+            chosen_device(name)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--stream", "--model", "x:y", "--budget", "1m"], "leave out --model, --budget"),
+        (["--over-time", "--stream"], "--over-time takes no"),
+        (["--budget", "soon"], "90s, 10m"),
+        (["--memory", "0G"], "512M, 8G"),
+        (["--device", "warp"], "--device 'warp' cannot be used"),
+    ],
+)
+def test_options_that_make_no_sense_are_named(network, arguments, said):
+    done = CliRunner().invoke(app, ["analyze", network, "--input", "2x4", *arguments])
+    assert done.exit_code == 2
+    assert said in " ".join(done.output.split())
