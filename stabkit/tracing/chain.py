@@ -25,7 +25,8 @@ class Chain:
 
     Attributes:
         layouts: for every state and every tensor in it, which entries belong to which sample.
-        error: relative difference between what the steps and what autograd's engine brought to the source.
+        error: relative difference between what the steps and what autograd's engine brought to the source, and to
+            every state at which the cotangent was drawn anew; the largest.
         silent: steps whose Jacobian let nothing through; the cotangent was drawn anew before each of them.
     """
 
@@ -64,8 +65,8 @@ def _walk_from(
     seed: int,
 ) -> Chain | None:
     batch, axis = source_layouts[0].batch, source_layouts[0].axis or 0
-    factors, tolerance = scales(batch, seed), _tolerance(segments)
-    layouts, silent = [target_layouts], []
+    factors, tolerance, reach = scales(batch, seed), _tolerance(segments), _range(segments)
+    layouts, silent, error = [target_layouts], [], 0.0
     drawn = random_tensors(frontiers[-1], seed)
     plain = _adjoints(segments, frontiers, len(segments), drawn)
     scaled = _scaled(drawn, target_layouts, factors)
@@ -78,15 +79,18 @@ def _walk_from(
         if found is None:
             return None
         layouts.append(found)
-        if not any(bool((cotangent != 0).any()) for cotangent in scaled):
+        largest = _largest(scaled)
+        if largest == 0:
             silent.append(index)
+        if index == 0 or largest <= 1 / reach or reach <= largest < math.inf:
+            error = max(error, _relative_difference(scaled, _scaled(plain[index], found, factors)))
             if index > 0:
-                # nothing flows back through this step (a head initialised at zero): start anew before it
+                # nothing flows back through this step (a head initialised at zero), or so little or so much that
+                # rounding at the ends of the range of a float would pass for a mixing of samples: start anew before it
                 drawn = random_tensors(frontiers[index], seed + index)
                 plain = _adjoints(segments, frontiers, index, drawn)
                 scaled = _scaled(drawn, found, factors)
-    difference = _relative_difference(scaled, _scaled(plain[0], layouts[-1], factors))
-    return Chain(tuple(reversed(layouts)), difference, tuple(silent))
+    return Chain(tuple(reversed(layouts)), error, tuple(silent))
 
 
 def _adjoints(
@@ -149,6 +153,18 @@ def _scaled(tensors: Sequence[Tensor], layouts: Sequence[Layout], factors: Tenso
 def _tolerance(segments: Sequence[Segment]) -> float:
     eps = max(torch.finfo(dtype).eps for segment in segments for dtype in segment.dtypes())
     return min(_SLACK * eps, _COARSEST)
+
+
+def _largest(tensors: Sequence[Tensor]) -> float:
+    """The largest magnitude; nan if there is one."""
+    largest = torch.stack([tensor.abs().max().double() for tensor in tensors if tensor.numel()] or [torch.zeros(())])
+    return float(largest.max())
+
+
+def _range(segments: Sequence[Segment]) -> float:
+    """How far from 1 a cotangent may be, up or down, with as much room again for a step to take it further."""
+    smallest = max(torch.finfo(dtype).smallest_normal for segment in segments for dtype in segment.dtypes())
+    return 1 / math.sqrt(smallest)
 
 
 def _relative_difference(ours: Sequence[Tensor], theirs: Sequence[Tensor]) -> float:

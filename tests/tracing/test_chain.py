@@ -85,6 +85,29 @@ def test_a_head_initialised_at_zero_is_named_and_the_rest_still_checked():
     assert flow.jacobian(0, 3).dense().any()
 
 
+def deep(scale: float, dtype: torch.dtype, depth: int = 60) -> nn.Sequential:
+    torch.manual_seed(0)
+    layers = [nn.Linear(4, 4, bias=False) for _ in range(depth)]
+    for layer in layers:
+        nn.init.orthogonal_(layer.weight, gain=scale)
+    return nn.Sequential(*layers).to(dtype)
+
+
+@pytest.mark.parametrize("scale", [1e-2, 1e2], ids=["vanishing", "exploding"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_samples_stay_apart_where_gradients_leave_the_range_of_a_float(scale, dtype):
+    # 1e-120 in all: an earlier check took the rounding of subnormal numbers for a mixing of samples
+    flow = trace(deep(scale, dtype), torch.zeros(3, 4, dtype=dtype))
+    assert (flow.batch, flow.notes) == (3, ())
+
+
+def test_samples_that_see_each_other_are_found_out_behind_vanishing_gradients():
+    model = nn.Sequential(nn.BatchNorm1d(4), nn.Tanh(), deep(1e-2, torch.float32))
+    flow = trace(model, torch.randn(3, 4), depth=["0", "1", "2.*"])
+    assert flow.batch == 1
+    assert any("influence each other" in note for note in flow.notes)
+
+
 def test_the_chain_equals_the_vjp_of_the_untraced_model():
     torch.manual_seed(0)
     model = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), 3).double().eval()
