@@ -15,7 +15,7 @@ from stabkit.jacobians.lapack import (
     only_singular_values,
 )
 from stabkit.jacobians.operator import Jacobian
-from stabkit.jacobians.products import dense_float64, entry_rounding
+from stabkit.jacobians.products import dense_float64, entry_rounding, powers_of_two
 from stabkit.jacobians.spectrum import Spectrum, from_rows, row, trusted_values
 
 Row = dict[str, np.ndarray]
@@ -29,15 +29,15 @@ def whole_eigenvalues(J: Jacobian, k: int, badness: Badness, which: str, tol: fl
     """The ``k`` most wanted of all eigenvalues; ``used`` products were spent before."""
     rounding = entry_rounding(J)
 
-    def decompose(A: np.ndarray) -> Row:
+    def decompose(A: np.ndarray, unit: float) -> Row:
         found = dense_eigenvalues(A, rounding)
-        best = order(found.values, badness)[:k]
+        best = order(found.values, lambda values: badness(values * unit) / unit)[:k]
         values, residuals, bounds, conditions = (
             column[best] for column in (found.values, found.residuals, found.error_bounds, found.condition_numbers)
         )
         relative = np.maximum(residuals / (found.norm or 1.0), rounding)
         trusted = trusted_values(residuals, bounds, conditions, relative, tol, found.norm)
-        return row(values, residuals, bounds, conditions, trusted)
+        return row(values, residuals, bounds, conditions, trusted, unit)
 
     rows, stopped = _each_sample(J, decompose)
     return from_rows(rows, k, "eigenvalues", which, "dense", used + J.shape[2], stopped)
@@ -58,23 +58,27 @@ def whole_singular_values(J: Jacobian, k: int, which: str, tol: float, used: int
     elif bounds_only:
         decomposition = only_singular_values
 
-    def decompose(A: np.ndarray) -> Row:
+    def decompose(A: np.ndarray, unit: float) -> Row:
         values, residuals, bounds = decomposition(A, rounding)
         best = np.arange(k) if which == "LM" else np.arange(len(values))[::-1][:k]
         converged = residuals[best] <= tol * values[0]
-        return row(values[best], residuals[best], bounds[best], np.ones(k), converged)
+        return row(values[best], residuals[best], bounds[best], np.ones(k), converged, unit)
 
     rows, stopped = _each_sample(J, decompose)
     return from_rows(rows, k, "singular values", which, method, used + size, stopped)
 
 
-def _each_sample(J: Jacobian, decompose: Callable[[np.ndarray], Row]) -> tuple[list[Row], str]:
-    """The rows of every sample; empty ones from where an interrupt came."""
+def _each_sample(J: Jacobian, decompose: Callable[[np.ndarray, float], Row]) -> tuple[list[Row], str]:
+    """The rows of every sample, from its matrix over a unit and that unit; empty ones from where an interrupt came."""
     nothing = np.zeros(0)
     rows: list[Row] = []
     stopped = "done"
     try:
-        rows.extend(map(decompose, dense_float64(J).numpy()))  # keeps the finished ones
+        dense = dense_float64(J)
+        units = powers_of_two(dense)
+        if bool((units != 1).any()):
+            dense = dense / units.reshape(-1, 1, 1)
+        rows.extend(map(decompose, dense.numpy(), units.tolist()))  # keeps the finished ones
     except KeyboardInterrupt:
         stopped = "interrupted"
     empty = row(nothing, nothing, nothing, nothing, nothing.astype(bool))

@@ -29,7 +29,7 @@ def iterative_singular_values(J: Jacobian, k: int, which: str, tol: float, limit
     batch, m, n = operator.shape
     size = _basis_size(k, batch, m, n, max(4 * k + 100, 300))
     total = _FULL_BASES * max(3 * k + 30, 120) if limit is None else limit
-    products = Products(operator, total - 2 * k)
+    products = Products(operator, total - 2 * k, units="own")
     found, stopped = golub_kahan(products, k, smallest=which == "SM", tol=_MARGIN * tol, seed=seed, size=size)
     products.max_products = total
     right = _stack([t.right for t in found], products.device)
@@ -37,7 +37,7 @@ def iterative_singular_values(J: Jacobian, k: int, which: str, tol: float, limit
     (JV, JTU), interrupted = _despite_interrupt(lambda: (products.forward(right), products.adjoint(left)))
     rows = []
     for s, triple in enumerate(found):
-        rows.append(_singular_row(triple, JV[s], JTU[s], which, tol, rounding(J)))
+        rows.append(_singular_row(triple, JV[s], JTU[s], which, tol, rounding(J), products.unit(s)))
     stopped = "interrupted" if interrupted else stopped
     return from_rows(rows, k, "singular values", which, "golub-kahan", products.count, stopped)
 
@@ -51,7 +51,7 @@ def _despite_interrupt(check: Callable[[], _Checked]) -> tuple[_Checked, bool]:
 
 
 def _singular_row(
-    triple: Triples, JV: Tensor, JTU: Tensor, which: str, tol: float, eps: float
+    triple: Triples, JV: Tensor, JTU: Tensor, which: str, tol: float, eps: float, unit: float
 ) -> dict[str, np.ndarray]:
     count = len(triple.values)
     values = torch.from_numpy(triple.values.copy()).to(JV)[:, None]
@@ -60,7 +60,7 @@ def _singular_row(
     residuals = torch.sqrt((forward**2 + adjoint**2) / 2).cpu().numpy()
     converged = leading(residuals <= tol * triple.norm, triple.settled, extremal=which == "LM")
     resolution = eps if which == "LM" else 20 * eps  # how finely the search tells the smallest values apart
-    return row(triple.values, residuals, residuals + resolution * triple.norm, np.ones(count), converged)
+    return row(triple.values, residuals, residuals + resolution * triple.norm, np.ones(count), converged, unit)
 
 
 def iterative_eigenvalues(
@@ -77,7 +77,7 @@ def iterative_eigenvalues(
     batch, _, n = J.shape
     size = _basis_size(k, batch, 0, n, max(4 * k + 100, 300))
     total = _FULL_BASES * max(2 * k + 60, 120) if limit is None else limit
-    products = Products(J, total - 2 * k)
+    products = Products(J, total - 2 * k, units="own")
     found, stopped = krylov_schur(products, k, badness=badness, tol=_MARGIN * tol, seed=seed, size=size)
     products.max_products = total
     residuals, interrupted = _despite_interrupt(lambda: _eigen_residuals(products, found, transposed=False))
@@ -87,20 +87,27 @@ def iterative_eigenvalues(
         conditions, left_stopped = _condition_numbers(products, found, badness, k, tol, seed, size)
         stopped = left_stopped if stopped == "done" else stopped
     rows = [
-        _eigen_row(pairs, r, c, tol, rounding(J), which in EDGES)
-        for pairs, r, c in zip(found, residuals, conditions, strict=True)
+        _eigen_row(pairs, r, c, tol, rounding(J), which in EDGES, products.unit(s))
+        for s, (pairs, r, c) in enumerate(zip(found, residuals, conditions, strict=True))
     ]
     return from_rows(rows, k, "eigenvalues", which, "krylov-schur", products.count, stopped)
 
 
 def _eigen_row(
-    pairs: Pairs, residuals: np.ndarray, conditions: np.ndarray, tol: float, eps: float, extremal: bool
+    pairs: Pairs,
+    residuals: np.ndarray,
+    conditions: np.ndarray,
+    tol: float,
+    eps: float,
+    extremal: bool,
+    unit: float,
 ) -> dict[str, np.ndarray]:
     relative = np.maximum(residuals / (pairs.norm or 1.0), eps)
     with np.errstate(over="ignore", invalid="ignore"):
         bounds = np.where(conditions**2 * relative <= SIMPLE, conditions * (residuals + eps * pairs.norm), np.inf)
     trusted = trusted_values(residuals, bounds, conditions, relative, tol, pairs.norm)
-    return row(pairs.values, residuals, bounds, conditions, leading(trusted, pairs.settled, extremal=extremal))
+    converged = leading(trusted, pairs.settled, extremal=extremal)
+    return row(pairs.values, residuals, bounds, conditions, converged, unit)
 
 
 def _eigen_residuals(products: Products, found: Sequence[Pairs], *, transposed: bool) -> list[np.ndarray]:

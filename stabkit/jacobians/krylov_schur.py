@@ -189,7 +189,15 @@ def krylov_schur(
     """
     batch, _, n = products.J.shape
     states = [Arnoldi(n, size, block, products.device, seed) for _ in range(batch)]
-    searches = [_Search(state, k, badness, tol, 20 * rounding(products.J), look) for state in states]
+
+    def wanted(sample: int) -> Badness:
+        def scaled(values: np.ndarray) -> np.ndarray:
+            unit = products.unit(sample)  # known once the first product is made
+            return badness(values * unit) / unit
+
+        return scaled
+
+    searches = [_Search(state, k, wanted(s), tol, 20 * rounding(products.J), look) for s, state in enumerate(states)]
     stopped = "done"
     try:
         while not all(search.settled for search in searches):
@@ -205,7 +213,7 @@ def krylov_schur(
         stopped = "budget"
     except KeyboardInterrupt:
         stopped = "interrupted"
-    return [search.state.pairs(badness, k, search.settled) for search in searches], stopped
+    return [search.state.pairs(search.badness, k, search.settled) for search in searches], stopped
 
 
 def arnoldi(products: Products, size: int, seed: int) -> list[np.ndarray]:
@@ -220,4 +228,4 @@ def arnoldi(products: Products, size: int, seed: int) -> list[np.ndarray]:
         JV = products.forward(torch.stack([state.next_block() for state in states]))
         for state, image in zip(states, JV, strict=True):
             state.absorb(image)
-    return [state.H for state in states]
+    return [state.H * products.unit(s) for s, state in enumerate(states)]

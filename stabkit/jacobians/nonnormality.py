@@ -144,7 +144,7 @@ def non_normality(
     if method == "dense" or n <= (size if method == "arnoldi" else _DENSE):
         rows = [_measure(A, levels, angles, max_power) for A in dense_float64(J).numpy()]
         return _collect(rows, levels, "dense", n)
-    products = Products(J, None)
+    products = Products(J, None, units="own")
     hessenbergs = arnoldi(products, size, seed)
     edges = _edges(J, seed)
     rows = [

@@ -92,11 +92,13 @@ class Jacobian:
         Raises:
             ValueError: ``V`` has another shape.
         """
-        return self._matmat(self._block(V, "V", self.shape[2]))
+        V = self._block(V, "V", self.shape[2])
+        return self._matmat(V) if V.shape[2] else V.new_zeros(self.shape[0], self.shape[1], 0)
 
     def rmatmat(self, U: Tensor) -> Tensor:
         """J^T U for a block of vectors ``(batch, m, k)``; returns ``(batch, n, k)``."""
-        return self._rmatmat(self._block(U, "U", self.shape[1]))
+        U = self._block(U, "U", self.shape[1])
+        return self._rmatmat(U) if U.shape[2] else U.new_zeros(self.shape[0], self.shape[2], 0)
 
     def matvec(self, v: Tensor) -> Tensor:
         """J v for one vector per sample, ``(batch, n) -> (batch, m)``."""
@@ -126,7 +128,10 @@ class Jacobian:
         if isinstance(other, Jacobian):
             return compose(self, other)
         if not isinstance(other, Tensor):
-            return NotImplemented
+            raise TypeError(
+                f"J @ {type(other).__name__}: expected a torch tensor (batch, n, k) or another Jacobian; for numpy "
+                "arrays there are torch.from_numpy(V) and J.to_scipy(sample)"
+            )
         return self.matvec(other) if other.dim() == 2 else self.matmat(other)
 
     def minus_identity(self) -> Jacobian:
@@ -250,12 +255,15 @@ class Jacobian:
     def to_scipy(self, sample: int = 0) -> scipy.sparse.linalg.LinearOperator:
         """One sample as a ``scipy.sparse.linalg.LinearOperator`` of shape ``(m, n)``.
 
+        It works in float64 or, for products in any coarser dtype, in float32: scipy's solvers take no others.
+
         Raises:
             IndexError: there is no such sample.
         """
         import scipy.sparse.linalg
 
         batch, m, n = self.shape
+        precision = torch.float64 if self.dtype == torch.float64 else torch.float32
         if not -batch <= sample < batch:
             raise IndexError(f"sample={sample}, but the Jacobian has {batch} samples (0 to {batch - 1})")
 
@@ -263,7 +271,7 @@ class Jacobian:
             def apply(v: np.ndarray) -> np.ndarray:
                 block = torch.zeros(batch, size, v.size // size, dtype=self.dtype, device=self.device)
                 block[sample] = torch.as_tensor(v.reshape(size, -1)).to(block)
-                out: np.ndarray = f(block)[sample].detach().cpu().numpy()
+                out: np.ndarray = f(block)[sample].detach().cpu().to(precision).numpy()
                 return out.reshape(-1) if v.ndim == 1 else out
 
             return apply
@@ -275,7 +283,7 @@ class Jacobian:
             rmatvec=backward,
             matmat=forward,
             rmatmat=backward,
-            dtype=np.dtype(str(self.dtype).removeprefix("torch.")),
+            dtype=np.dtype(str(precision).removeprefix("torch.")),
         )
 
     def _block(self, V: Tensor, name: str, size: int) -> Tensor:

@@ -70,15 +70,35 @@ def entry_rounding(J: Jacobian) -> float:
     return float(torch.finfo(torch.float64).eps) if J.path == "dense" else rounding(J)
 
 
+_FAR = 200  # powers of two beyond which squares of squares come near the ends of the range of a float64
+
+
+def powers_of_two(numbers: Tensor) -> Tensor:
+    """For every sample of ``(batch, ...)`` the size of its numbers, where that is so far from 1 that squares get lost.
+
+    1 elsewhere. Dividing by a power of two is exact.
+    """
+    powers = numbers.abs().flatten(1).amax(1).log2()
+    far = powers.isfinite() & (powers.abs() > _FAR)
+    return torch.where(far, powers.round().clamp_max(1000), torch.zeros_like(powers)).exp2()
+
+
 class Products:
     """Products with an operator, made in its dtype, returned in float64, counted against a budget.
 
     Vectors are rows here, ``(batch, k, n)``: a basis that grows is then contiguous for each sample.
+
+    Args:
+        J: the operator.
+        max_products: the budget, in vectors per sample.
+        units: what products are divided by, ``(batch,)``; ``"own"`` for what the first product shows to be needed for
+            squares to stay in the range of a float, None for nothing.
     """
 
-    def __init__(self, J: Jacobian, max_products: int | None) -> None:
+    def __init__(self, J: Jacobian, max_products: int | None, units: Tensor | str | None = None) -> None:
         self.J = J
         self.max_products = max_products
+        self._units = units
         self.count = 0
         self.device = torch.device("cpu") if J.device.type == "mps" else J.device  # mps has no float64
 
@@ -94,10 +114,14 @@ class Products:
         """J^T U for rows ``(batch, k, m)``; returns ``(batch, k, n)``."""
         return self._apply(self.J.T, U)
 
+    def unit(self, sample: int) -> float:
+        """What the products of a sample were divided by."""
+        return float(self._units[sample]) if isinstance(self._units, Tensor) else 1.0
+
     def transposed(self) -> Products:
         """The same count and budget on the transposed operator, starting from what is left."""
         left = None if self.max_products is None else self.max_products - self.count
-        return Products(self.J.T, left)
+        return Products(self.J.T, left, self._units)
 
     def _apply(self, J: Jacobian, rows: Tensor) -> Tensor:
         if rows.shape[1] > self.remaining():
@@ -112,4 +136,7 @@ class Products:
                 "a product with J has nan or infinite entries: check the inputs and the parameters with "
                 f"torch.isfinite, or use a wider dtype than {J.dtype}"
             )
-        return out
+        if isinstance(self._units, str):
+            units = powers_of_two(out)
+            self._units = None if bool((units == 1).all()) else units
+        return out if self._units is None else out / self._units.reshape(-1, 1, 1)

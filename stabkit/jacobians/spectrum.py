@@ -119,14 +119,19 @@ def leading(converged: np.ndarray, settled: bool, *, extremal: bool) -> np.ndarr
 
 
 def row(
-    values: np.ndarray, residuals: np.ndarray, bounds: np.ndarray, conditions: np.ndarray, converged: np.ndarray
+    values: np.ndarray,
+    residuals: np.ndarray,
+    bounds: np.ndarray,
+    conditions: np.ndarray,
+    converged: np.ndarray,
+    unit: float = 1.0,
 ) -> dict[str, np.ndarray]:
-    """One sample's columns of a Spectrum."""
+    """One sample's columns of a Spectrum; ``unit``, what the operator was divided by before."""
     return {
-        "values": values,
-        "residuals": residuals,
+        "values": values * unit,
+        "residuals": residuals * unit,
         "converged": converged,
-        "error_bounds": bounds,
+        "error_bounds": bounds * unit,
         "condition_numbers": conditions,
     }
 

@@ -1,5 +1,6 @@
 import numpy as np
 import pytest
+import scipy.sparse.linalg
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -59,6 +60,23 @@ def test_scipy_operator_is_one_sample():
         from_dense(A).to_scipy(sample=3)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)
+def test_scipy_gets_an_operator_of_a_precision_that_its_solvers_take(dtype):
+    A = matrices(1, 20, 20, dtype=dtype)
+    operator = from_dense(A).to_scipy()
+    assert operator.dtype == (np.float64 if dtype == torch.float64 else np.float32)
+    values = scipy.sparse.linalg.svds(operator, k=2, random_state=0, return_singular_vectors=False)
+    truth = np.linalg.svd(A[0].double().numpy(), compute_uv=False)[:2]
+    np.testing.assert_allclose(np.sort(values)[::-1], truth, rtol=40 * torch.finfo(dtype).eps)
+
+
+def test_no_vectors_have_no_products():
+    model = torch.nn.Sequential(torch.nn.Linear(4, 5), torch.nn.Tanh(), torch.nn.Linear(5, 3))
+    J = trace(model, torch.randn(2, 4)).jacobian()
+    assert (J @ torch.ones(2, 4, 0)).shape == (2, 3, 0)
+    assert (J.T @ torch.ones(2, 3, 0)).shape == (2, 4, 0)
+
+
 def test_bad_blocks_and_matrices_are_named():
     J = from_dense(matrices(2, 3, 4))
     with pytest.raises(ValueError, match=r"V has shape \(2, 3, 1\)"):
@@ -69,8 +87,10 @@ def test_bad_blocks_and_matrices_are_named():
         from_dense(torch.ones(3))
     with pytest.raises(TypeError, match="floating-point"):
         from_dense(torch.ones(3, 3, dtype=torch.int64))
-    with pytest.raises(TypeError):
+    with pytest.raises(TypeError, match="J @ str"):
         J @ "text"
+    with pytest.raises(TypeError, match=r"J @ ndarray.*to_scipy"):
+        J @ np.ones((2, 4, 1))
 
 
 def test_minus_identity_is_the_branch_of_a_residual_step():

@@ -44,6 +44,27 @@ def test_singular_values_of_a_rectangular_batch(shape, which, method):
     assert bool(spectrum.converged.all())
 
 
+@pytest.mark.parametrize("iterate", [False, True], ids=["dense", "iterative"])
+def test_operators_whose_squares_leave_the_range_of_a_float(iterate):
+    # a product over depth may have any size, and another one in every sample
+    A = ginibre(80, 80)
+    sizes = np.array([1e-200, 1.0, 1e200])
+    J = operator(sizes[:, None, None] * A)
+    sigma = scipy.linalg.svdvals(A)
+    for which, truth in (("LM", sigma[:3]), ("SM", sigma[::-1][:3])):
+        spectrum = singular_values(J, 3, which, method="golub-kahan" if iterate else "dense")
+        np.testing.assert_allclose(spectrum.values.numpy() / sizes[:, None], np.tile(truth, (3, 1)), atol=1e-9)
+        assert bool(spectrum.converged.all())
+        assert bool((spectrum.error_bounds / spectrum.values.max(1, keepdim=True).values < 1e-6).all())
+    values = scipy.linalg.eigvals(A)
+    for which, badness in (("LR", lambda z: -z.real), (1e200 * 1.2, lambda z: np.abs(z - 1.2))):
+        large = operator(1e200 * A)
+        spectrum = eigenvalues(large, 3, which, method="krylov-schur" if iterate else "dense")
+        best = np.sort(badness(values))[:3]
+        np.testing.assert_allclose(badness(spectrum.values[0].numpy() / 1e200), best, atol=1e-8)
+        assert bool(spectrum.converged.all())
+
+
 def test_all_values_by_default_and_in_order():
     A = ginibre(30, 30)
     values = eigenvalues(A).values[0].numpy()
