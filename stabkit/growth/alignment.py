@@ -55,6 +55,12 @@ class AlignmentIndex:
             "seed": self.seed,
         }
 
+    def plot(self, ax: Any = None) -> Any:
+        """The log of the volume over the steps; see ``stabkit.plotting.alignment_index``."""
+        from stabkit import plotting
+
+        return plotting.alignment_index(self, ax)
+
 
 def alignment_index(flow: Flow | Iteration, k: int = 2, *, seed: int = 0) -> AlignmentIndex:
     """The generalised alignment index GALI_k of every sample along a flow; for k = 2 it is SALI up to a factor.

@@ -63,6 +63,12 @@ class CovariantVectors:
             "seed": self.seed,
         }
 
+    def plot(self, ax: Any = None) -> Any:
+        """How often the first two vectors stand at which angle; see ``stabkit.plotting.covariant_angles``."""
+        from stabkit import plotting
+
+        return plotting.covariant_angles(self, ax)
+
 
 def covariant_vectors(
     flow: Flow | Iteration, k: int | None = None, *, discard: int | None = None, seed: int = 0

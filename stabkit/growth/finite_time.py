@@ -57,6 +57,12 @@ class FiniteTimeExponents:
         """Plain lists, ready for JSON."""
         return {name: v.tolist() if isinstance(v, Tensor) else v for name, v in vars(self).items()}
 
+    def plot(self, ax: Any = None) -> Any:
+        """The exponents in falling order; see ``stabkit.plotting.finite_time``."""
+        from stabkit import plotting
+
+        return plotting.finite_time(self, ax)
+
 
 def finite_time_exponents(
     flow: Flow | Iteration,

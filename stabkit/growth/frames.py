@@ -6,6 +6,7 @@ import contextlib
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -61,6 +62,18 @@ def sizes(flow: Flow | Iteration) -> list[int]:
     return [flow.space.size] if isinstance(flow, Iteration) else [state.size for state in flow.states]
 
 
+def check_flow(flow: Any) -> None:
+    """Refuse anything but a flow.
+
+    Raises:
+        TypeError: it is something else.
+    """
+    if not isinstance(flow, Flow | Iteration):
+        raise TypeError(
+            f"flow is a {type(flow).__name__}; expected what stabkit.trace, iterate or recurrent_flow returns"
+        )
+
+
 def checked_k(flow: Flow | Iteration, k: int | None, default: int) -> int:
     """How many directions to follow: what was asked for, or all up to ``default``.
 
@@ -68,10 +81,7 @@ def checked_k(flow: Flow | Iteration, k: int | None, default: int) -> int:
         TypeError: ``flow`` is no flow.
         TraceError: the narrowest state has fewer directions, or the flow has no steps.
     """
-    if not isinstance(flow, Flow | Iteration):
-        raise TypeError(
-            f"flow is a {type(flow).__name__}; expected what stabkit.trace, iterate or recurrent_flow returns"
-        )
+    check_flow(flow)
     if not len(flow):
         raise TraceError("the flow has no steps")
     narrowest = min(sizes(flow))

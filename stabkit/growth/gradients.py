@@ -7,16 +7,19 @@ import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from stabkit.errors import TraceError
-from stabkit.growth.frames import tangents, wide
+from stabkit.growth.frames import check_flow, tangents, wide
 from stabkit.growth.parameters import ParameterGradients, parameter_gradients
 from stabkit.tracing import Flow, Iteration
 from stabkit.tracing.values import random_tensors
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 # magnitudes below which a gradient entry is lost: halfway to the smallest subnormal numbers it is rounded away
 THRESHOLDS: dict[str, float] = {"fp16": 2.0**-24, "bf16": 2.0**-133, "adam_eps": 1e-8}
@@ -30,14 +33,15 @@ class GradientProfile:
 
     Attributes:
         gradient_norms: ``(states, batch)``, Euclidean norm of the gradient with respect to each state; the geometric
-            mean over random cotangents when there are several.
+            mean over random cotangents when there are several. 0 where it is below the range of a float.
+        log_gradient_norms: ``(states, batch)``, their natural logs, exact in any range.
         state_norms: ``(states, batch)``, Euclidean norm of each state.
         log_growth: ``(steps, batch)``, in nats: log of the gradient norm at a step's source over that at its target.
             Sums over steps to ``log ||g_0|| - log ||g_L||``. ``-inf`` where a step passes nothing back; NaN where
             there was nothing left to pass.
         restarts: states at which a random cotangent was drawn anew, because the step after them passes nothing back
             (a head initialised at zero). Norms before and after such a state are not comparable.
-        loss: what was differentiated, in words.
+        loss: what was differentiated, in words: the name of the loss, or that there were random cotangents.
         seed: of the random cotangent.
         batch: number of samples; 1 when the norms are those of the whole batch.
         all_log_growth: ``(cotangents, steps, batch)``, for each random cotangent; ``log_growth`` is their mean.
@@ -49,6 +53,7 @@ class GradientProfile:
     """
 
     gradient_norms: Tensor
+    log_gradient_norms: Tensor
     state_norms: Tensor
     log_growth: Tensor
     restarts: tuple[int, ...]
@@ -94,6 +99,7 @@ class GradientProfile:
         """Plain lists, ready for JSON."""
         return {
             "gradient_norms": self.gradient_norms.tolist(),
+            "log_gradient_norms": self.log_gradient_norms.tolist(),
             "state_norms": self.state_norms.tolist(),
             "log_growth": self.log_growth.tolist(),
             "relative_growth": self.relative_growth.tolist(),
@@ -103,7 +109,14 @@ class GradientProfile:
             "cotangents": len(self.all_log_growth),
             "below": None if self.below is None else {name: share.tolist() for name, share in self.below.items()},
             "parameters": None if self.parameters is None else self.parameters.to_dict(),
+            "notes": list(self.notes),
         }
+
+    def plot(self, ax: Axes | None = None) -> Axes:
+        """Norms of gradient and state over depth, one line a sample; see ``stabkit.plotting.gradient_profile``."""
+        from stabkit import plotting
+
+        return plotting.gradient_profile(self, ax)
 
 
 def gradient_profile(
@@ -132,6 +145,7 @@ def gradient_profile(
     Raises:
         TraceError: the loss is not a differentiable scalar of the output that the flow leads to, or an argument makes
             no sense.
+        TypeError: ``flow`` is no flow.
 
     Example:
         >>> import torch, stabkit
@@ -141,6 +155,7 @@ def gradient_profile(
         >>> [round(float(g), 4) for g in profile.log_growth[:, 0]]
         [-0.6931, -0.6931, -0.6931]
     """
+    check_flow(flow)
     if isinstance(cotangents, bool) or not isinstance(cotangents, int) or cotangents < 1:
         raise TraceError(f"cotangents={cotangents!r}; expected a whole number of at least 1")
     if loss is not None and cotangents > 1:
@@ -151,7 +166,7 @@ def gradient_profile(
         words = "standard normal cotangent" if cotangents == 1 else f"{cotangents} standard normal cotangents"
     else:
         pulled, words = _pull_back(flow, [flow.cotangent(loss)], None), _name(loss)
-    return _profile(flow, pulled, slice(None), words, seed, per_sample, found, why)
+    return _profile(flow, pulled, slice(None), words, seed, per_sample, loss is None, found, why)
 
 
 def gradient_profiles(
@@ -165,6 +180,7 @@ def gradient_profiles(
         >>> [p.loss for p in gradient_profiles(flow, [torch.sum, torch.norm])]
         ['sum', 'norm']
     """
+    check_flow(flow)
     if not losses:
         raise TraceError("losses is empty; give at least one callable on the model's output")
     pulled = _pull_back(flow, [flow.cotangent(loss) for loss in losses], None)
@@ -272,11 +288,12 @@ def _profile(
     words: str,
     seed: int,
     per_sample: bool,
+    random: bool = False,
     parameters: ParameterGradients | None = None,
     notes: tuple[str, ...] = (),
 ) -> GradientProfile:
     logs, growth = pulled.logs[..., chosen], pulled.growth[..., chosen]
-    below = {name: share[..., chosen].mean(2) for name, share in pulled.below.items()}
+    below = None if random else {name: share[..., chosen].mean(2) for name, share in pulled.below.items()}
     if isinstance(flow, Iteration):
         states = torch.linalg.vector_norm(flow.trajectory().double(), dim=2).cpu()
     else:
@@ -284,11 +301,12 @@ def _profile(
     if not per_sample:
         logs = 0.5 * torch.logsumexp(2 * logs, dim=1, keepdim=True)
         growth = _whole_growth(logs, pulled)
-        below = {name: share.mean(1, keepdim=True) for name, share in below.items()}
+        below = below and {name: share.mean(1, keepdim=True) for name, share in below.items()}
         states = torch.linalg.vector_norm(states, dim=1, keepdim=True)
     mean_logs = logs.mean(2)
     return GradientProfile(
         gradient_norms=mean_logs.exp(),
+        log_gradient_norms=mean_logs,
         state_norms=states,
         log_growth=growth.mean(2),
         restarts=pulled.restarts,
@@ -296,7 +314,7 @@ def _profile(
         seed=seed,
         batch=mean_logs.shape[1],
         all_log_growth=growth.permute(2, 0, 1),
-        below=None if "cotangent" in words else below,
+        below=below,
         parameters=parameters,
         notes=notes,
     )

@@ -16,6 +16,7 @@ from stabkit.errors import TraceError
 from stabkit.growth.frames import wide
 from stabkit.tracing import Flow, Iteration
 from stabkit.tracing.containers import map_tensors, named_tensors
+from stabkit.tracing.endpoints import scalar_loss
 from stabkit.tracing.forward_pass import ForwardPass
 from stabkit.tracing.recording import clock
 from stabkit.tracing.safekeeping import unchanged
@@ -159,9 +160,7 @@ def _gradients(
             output = forward.module(*args, **kwargs)
         if [name for name, _, _ in seen.uses] != expected:
             raise TraceError("the model took another course when it was run again: its parameters cannot be placed")
-        scalar = loss(output)
-        if not isinstance(scalar, Tensor) or scalar.numel() != 1 or not scalar.requires_grad:
-            raise TraceError("the loss is not a scalar that depends on the parameters of the model")
+        scalar = scalar_loss(loss, output)
         aliases = [alias for _, _, alias in seen.uses]
         grads = torch.autograd.grad(scalar, [*aliases, *differentiable.values()], allow_unused=True)
     shares: list[tuple[str, Tensor | None]] = [

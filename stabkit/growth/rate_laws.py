@@ -56,7 +56,7 @@ def rate_law(logs: Tensor | Array, *, places: Array | None = None, decisive: flo
 
     Args:
         logs: natural logs of norms, ``(states,)`` in order from the input, or ``(states, samples)``, averaged.
-            For a gradient profile: ``profile.gradient_norms.log()``.
+            For a gradient profile: ``profile.log_gradient_norms``.
         places: depth or time of every value, increasing from 0, in steps; 0, 1, 2, ... by default.
         decisive: the difference in AIC that an exponential must have.
 

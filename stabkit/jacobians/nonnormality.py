@@ -93,6 +93,12 @@ class NonNormality:
             out[field.name] = value
         return out | {"lower_bounds": list(self.lower_bounds)}
 
+    def plot(self, ax: Any = None) -> Any:
+        """Eigenvalues within the numerical range; see ``stabkit.plotting.numerical_range``."""
+        from stabkit import plotting
+
+        return plotting.numerical_range(self, ax)
+
 
 def non_normality(
     J: Jacobian | Tensor | np.ndarray,

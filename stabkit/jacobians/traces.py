@@ -95,6 +95,12 @@ class SingularValueDensity:
         """Plain Python values, ready for JSON."""
         return {"nodes": self.nodes.tolist(), "weights": self.weights.tolist(), "n_products": self.n_products}
 
+    def plot(self, ax: Any = None) -> Any:
+        """The share of singular values up to each size; see ``stabkit.plotting.singular_value_density``."""
+        from stabkit import plotting
+
+        return plotting.singular_value_density(self, ax)
+
     def _up_to(self, x: Tensor) -> Tensor:
         below = self.nodes[:, :, None, :] <= x.to(self.nodes)[None, None, :, None]
         fractions: Tensor = (below * self.weights[:, :, None, :]).sum(-1)

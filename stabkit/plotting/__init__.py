@@ -12,13 +12,15 @@ from typing import TYPE_CHECKING
 from matplotlib.figure import Figure
 
 from stabkit.plotting.attribution import attribution
+from stabkit.plotting.directions import alignment_index, covariant_angles
 from stabkit.plotting.discs import sliding_disc
-from stabkit.plotting.exponents import exponent_field, lyapunov, lyapunov_convergence, sum_rule
+from stabkit.plotting.exponents import exponent_field, finite_time, lyapunov, lyapunov_convergence, sum_rule
+from stabkit.plotting.gradient_norms import gradient_profile
 from stabkit.plotting.graph import graph
 from stabkit.plotting.planar import animate_flow_map, flow_map, grid_points, phase_portrait, vector_field
-from stabkit.plotting.plane import method, region, spectrum
+from stabkit.plotting.plane import method, region, singular_value_density, spectrum
 from stabkit.plotting.profile import compare, gradients, growth, norms
-from stabkit.plotting.pseudospectra import pseudospectra
+from stabkit.plotting.pseudospectra import numerical_range, pseudospectra
 from stabkit.plotting.records import training
 from stabkit.plotting.ridgelines import ridgelines
 from stabkit.plotting.style import CENTIMETER, FONT, figure_of, render, small_text
@@ -27,12 +29,16 @@ if TYPE_CHECKING:
     from stabkit.report import Report
 
 __all__ = [
+    "alignment_index",
     "animate_flow_map",
     "attribution",
     "compare",
+    "covariant_angles",
     "exponent_field",
     "figure_of",
+    "finite_time",
     "flow_map",
+    "gradient_profile",
     "gradients",
     "graph",
     "grid_points",
@@ -41,12 +47,14 @@ __all__ = [
     "lyapunov_convergence",
     "method",
     "norms",
+    "numerical_range",
     "overview",
     "phase_portrait",
     "pseudospectra",
     "region",
     "render",
     "ridgelines",
+    "singular_value_density",
     "sliding_disc",
     "spectrum",
     "sum_rule",

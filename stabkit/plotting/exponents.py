@@ -12,7 +12,7 @@ from matplotlib.ticker import MaxNLocator
 from stabkit.plotting.style import DIVERGING, finish, new_axes, sample_color, small_text
 
 if TYPE_CHECKING:
-    from stabkit.growth import LyapunovSpectrum
+    from stabkit.growth import FiniteTimeExponents, LyapunovSpectrum
     from stabkit.growth.fields import ExponentField
 
 _CURVES = 8  # exponents whose convergence can be told apart
@@ -71,6 +71,29 @@ def lyapunov_convergence(spectrum: LyapunovSpectrum, ax: Axes | None = None, *, 
     margin = 0.12 * (high - low) or 1.0
     ax.set_ylim(low - margin, high + margin)  # the first few steps would squeeze all that follows
     return finish(ax, font, "steps", "running mean (nats per step)", "Convergence of the exponents")
+
+
+def finite_time(found: FiniteTimeExponents, ax: Axes | None = None) -> Axes:
+    """Finite-time exponents in falling order, as squares: they are not Lyapunov exponents, which are discs.
+
+    Hollow where they have not converged; those of directions that the product does not have are left out.
+
+    Args:
+        found: from ``stabkit.finite_time_exponents``; samples have colors of their own.
+        ax: where to draw; a new figure when None.
+    """
+    ax, font = new_axes(ax, 8, 6)
+    values, converged = _array(found.exponents), _array(found.converged).astype(bool)
+    index = np.arange(1, values.shape[1] + 1)
+    ax.axhline(0, color="black", linewidth=0.6)
+    for sample, (row, good) in enumerate(zip(values, converged, strict=True)):
+        color, there = sample_color(sample, len(values)), np.isfinite(row)
+        ax.plot(index[there & good], row[there & good], "s", color=color, markersize=3)
+        hollow = there & ~good
+        ax.plot(index[hollow], row[hollow], "s", color=color, markersize=3, markerfacecolor="none", markeredgewidth=0.7)
+    ax.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+    title = "Finite-time exponents" + ("" if converged.all() else " (hollow: NOT converged)")
+    return finish(ax, font, "index", "exponent (nats per step)", title)
 
 
 def exponent_field(field: ExponentField, ax: Axes | None = None, *, index: int = 0) -> Axes:

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from numpy.typing import ArrayLike, NDArray
 
     from stabkit.integrators.linear_stability import LinearStability
+    from stabkit.jacobians import SingularValueDensity
     from stabkit.report import Report, StepReport
 
 LARGEST_VIEW = 25.0  # radii of the stability region that a picture of it may show
@@ -183,6 +184,24 @@ def spectrum(spectrum: Any, ax: Axes | None = None) -> Axes:
     ax.axhline(1, color=GREY, linewidth=0.6, zorder=0)
     ax.xaxis.set_major_locator(MaxNLocator(6, integer=True))
     return finish(ax, font, "index", "singular value", "Singular values of J")
+
+
+def singular_value_density(density: SingularValueDensity, ax: Axes | None = None, *, sample: int = 0) -> Axes:
+    """The share of singular values up to each size, with the band in which it lies at 95 % confidence.
+
+    Args:
+        density: from ``stabkit.jacobians.singular_value_density``.
+        ax: where to draw; a new figure when None.
+        sample: which sample.
+    """
+    ax, font = new_axes(ax, 8, 6)
+    x = np.linspace(0.0, 1.05 * float(density.nodes[sample].max()) or 1.0, 300)
+    points = density.nodes.new_tensor(x)
+    low, high = density.cumulative_interval(points)[sample].T.numpy()
+    ax.fill_between(x, low, high, color=BLUE, alpha=0.25, linewidth=0)
+    ax.plot(x, density.cumulative(points)[sample].numpy(), color=BLUE, linewidth=1.1)
+    ax.set_ylim(0, 1)
+    return finish(ax, font, "singular value", "share up to it", "Distribution of the singular values")
 
 
 def method(method: LinearStability, ax: Axes | None = None, *, z: ArrayLike | None = None) -> Axes:

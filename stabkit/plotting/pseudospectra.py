@@ -14,7 +14,7 @@ from matplotlib.patches import Circle
 from stabkit.plotting.style import GREY, ORANGE, finish, new_axes, small_text
 
 if TYPE_CHECKING:
-    from stabkit.jacobians import Jacobian
+    from stabkit.jacobians import Jacobian, NonNormality
 
 _LARGEST = 400  # a resolvent norm at 4000 points takes minutes beyond this size
 
@@ -77,3 +77,28 @@ def pseudospectra(
     small_text(bar.ax, font)
     ax.set_aspect("equal")
     return finish(ax, font, "Re z", "Im z", "Pseudospectra (dashed: W(J))")
+
+
+def numerical_range(result: NonNormality, ax: Axes | None = None, *, sample: int = 0) -> Axes:
+    """Eigenvalues inside the numerical range, and the unit circle.
+
+    Of a normal J the range (dashed) is the convex hull of the eigenvalues; what it has beyond that, and beyond the unit
+    circle, is what powers of J may grow by before they decay. The numbers in the title say how far they do.
+
+    Args:
+        result: from ``stabkit.non_normality``.
+        ax: where to draw; a new figure when None.
+        sample: which sample.
+    """
+    ax, font = new_axes(ax, 8, 7)
+    values, boundary = result.eigenvalues[sample].numpy(), result.numerical_range[sample].numpy()
+    around = np.append(boundary, boundary[0])
+    ax.plot(around.real, around.imag, "--", color=ORANGE, linewidth=0.8)
+    ax.add_patch(Circle((0, 0), 1, fill=False, edgecolor="black", linewidth=0.8))
+    ax.plot(values.real, values.imag, ".", color="black", markersize=2.5)
+    ax.axhline(0, color=GREY, linewidth=0.4, zorder=0)
+    ax.autoscale_view()
+    ax.set_aspect("equal", adjustable="datalim")
+    largest, at = float(result.max_power_norm[sample]), int(result.max_power_at[sample])
+    words = f"max ‖J^k‖ = {largest:.3g} at k = {at}"
+    return finish(ax, font, "Re z", "Im z", f"Numerical range, {words}")

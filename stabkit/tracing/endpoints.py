@@ -88,3 +88,27 @@ def find_source(sources: Sequence[Source], target: Value, wanted: str | None) ->
 def _unknown_source(sources: Sequence[Source], wanted: str) -> list[Source]:
     known = ", ".join(repr(s.name) for s in sources)
     raise TraceError(f"source={wanted!r} is not an input or embedding of this model; there are: {known or 'none'}")
+
+
+def scalar_loss(loss: Any, output: Any) -> Tensor:
+    """A loss of the model's output, on the graph.
+
+    Raises:
+        TraceError: the loss is no function of the output that returns a differentiable scalar.
+    """
+    if not callable(loss):
+        several = (
+            "; for several losses there is stabkit.growth.gradient_profiles" if isinstance(loss, list | tuple) else ""
+        )
+        raise TraceError(
+            f"loss is a {type(loss).__name__}; expected a callable on the model's output that returns a scalar, "
+            f"e.g. loss=lambda out: out.square().mean(){several}"
+        )
+    with torch.enable_grad():
+        scalar = loss(output)
+    if not isinstance(scalar, Tensor) or scalar.numel() != 1:
+        found = f"shape {tuple(scalar.shape)}" if isinstance(scalar, Tensor) else type(scalar).__name__
+        raise TraceError(f"loss returned {found}; expected a scalar, e.g. loss=lambda out: out.square().mean()")
+    if not scalar.requires_grad:
+        raise TraceError("the loss does not depend on the model's output; compute it from its argument")
+    return scalar

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge
 
 from stabkit.errors import TraceError
+from stabkit.tracing.endpoints import scalar_loss
 from stabkit.tracing.forward_pass import ForwardPass
 from stabkit.tracing.graph import Graph
 from stabkit.tracing.products import Products, Space
@@ -230,13 +231,7 @@ class Flow:
         values = self.states[-1].values
         if loss is None:
             return random_tensors(values, seed)
-        with torch.enable_grad():
-            scalar = loss(self.output)
-        if not isinstance(scalar, Tensor) or scalar.numel() != 1:
-            found = f"shape {tuple(scalar.shape)}" if isinstance(scalar, Tensor) else type(scalar).__name__
-            raise TraceError(f"loss returned {found}; expected a scalar, e.g. loss=lambda out: out.square().mean()")
-        if not scalar.requires_grad:
-            raise TraceError("the loss does not depend on the model's output; compute it from its argument")
+        scalar = scalar_loss(loss, self.output)
         edges = [value.edge for value in values]
         grads = torch.autograd.grad(scalar, edges, retain_graph=True, allow_unused=True)
         if all(g is None for g in grads):

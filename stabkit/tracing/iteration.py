@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from stabkit.errors import TraceError
+from stabkit.tracing.endpoints import scalar_loss
 from stabkit.tracing.first_step import check_sizes, tensors_of, try_first_step
 from stabkit.tracing.linearization import RecordedStep, StepFunction, Tensors, jacobians
 from stabkit.tracing.map_states import Lazy, MapState, MapStep
@@ -152,11 +153,7 @@ class Iteration:
             generator = torch.Generator().manual_seed(seed)
             return [torch.randn(t.shape, generator=generator, dtype=torch.float64).to(t) for t in last]
         leaves = tuple(tensor.detach().clone().requires_grad_() for tensor in last)
-        with torch.enable_grad():
-            scalar = loss(self._as_given(leaves))
-        if not isinstance(scalar, Tensor) or scalar.numel() != 1 or not scalar.requires_grad:
-            found = f"shape {tuple(scalar.shape)}" if isinstance(scalar, Tensor) else type(scalar).__name__
-            raise TraceError(f"loss returned {found}; expected a scalar that depends on the last state")
+        scalar = scalar_loss(loss, self._as_given(leaves))
         grads = torch.autograd.grad(scalar, leaves, allow_unused=True)
         return [torch.zeros_like(x) if g is None else g for x, g in zip(leaves, grads, strict=True)]
 

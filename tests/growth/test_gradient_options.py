@@ -68,6 +68,22 @@ def test_shared_parameters_have_a_gradient_at_each_use():
     torch.testing.assert_close(found.norms, torch.tensor(expected, dtype=DOUBLE), rtol=1e-10, atol=0)
 
 
+def test_a_loss_may_have_any_name_but_must_be_one_function():
+    flow = stabkit.trace(network(), X)
+
+    def cotangent_energy(output: Tensor) -> Tensor:
+        return energy(output)
+
+    assert gradient_profile(flow, cotangent_energy).below is not None
+    assert gradient_profile(flow).below is None
+    with pytest.raises(TraceError, match=r"loss is a list; expected a callable.*gradient_profiles"):
+        gradient_profile(flow, [energy])
+    with pytest.raises(TraceError, match="loss is a str; expected a callable"):
+        gradient_profile(flow, "mse")
+    with pytest.raises(TypeError, match="flow is a Sequential; expected what stabkit"):
+        gradient_profile(network(), energy)
+
+
 def test_random_masks_are_drawn_again():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 8), nn.Dropout(0.5), nn.Linear(8, 2)).double()

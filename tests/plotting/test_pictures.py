@@ -14,7 +14,7 @@ from matplotlib.patches import Circle, FancyBboxPatch
 from torch import nn
 
 import stabkit
-from stabkit import plotting
+from stabkit import growth, jacobians, plotting
 from stabkit.jacobians import from_dense
 from tests.report.synthetic import make_chain, make_report, make_step
 
@@ -56,6 +56,48 @@ DRAWN = {
     "portrait": lambda ax: plotting.phase_portrait(turning(torch.randn(3, 2)), ax),
     "pseudospectra": lambda ax: plotting.pseudospectra(from_dense(torch.eye(3)[None] * 0.5), ax, resolution=12),
 }
+
+
+def drawn_results() -> dict[str, object]:
+    """A result of every kind that has a picture of its own, with a name for its method ``plot``."""
+    torch.manual_seed(0)
+    layers = [nn.Sequential(nn.Linear(4, 4), nn.Tanh()) for _ in range(8)]
+    flow = stabkit.trace(nn.Sequential(*layers).double(), torch.randn(3, 4, dtype=torch.float64))
+    J = flow.steps[0].jacobian()
+    return {
+        "eigenvalues": stabkit.eigenvalues(J),
+        "singular values": stabkit.singular_values(J),
+        "non-normality": stabkit.non_normality(J),
+        "density": jacobians.singular_value_density(J, n_probes=3),
+        "lyapunov": stabkit.lyapunov_spectrum(flow),
+        "finite time": stabkit.finite_time_exponents(flow),
+        "gradients": stabkit.gradient_profile(flow),
+        "alignment": growth.alignment_index(flow),
+        "covariant": growth.covariant_vectors(flow),
+    }
+
+
+def test_every_result_draws_itself():
+    titles = {}
+    for name, result in drawn_results().items():
+        ax = result.plot()
+        assert ax.get_xlabel(), name
+        assert ax.get_ylabel(), name
+        titles[name] = ax.get_title()
+        given = plotting.figure_of(ax).add_subplot()
+        assert result.plot(given) is given
+        assert len(plotting.render(plotting.figure_of(ax), "png")) > 1000
+    assert len(set(titles.values())) == len(titles)
+    assert ("Lyapunov" in titles["lyapunov"], "Finite-time" in titles["finite time"]) == (True, True)
+
+
+def test_the_gradient_of_every_sample_is_drawn_in_powers_of_ten():
+    model = nn.Sequential(*[nn.Linear(2, 2, bias=False) for _ in range(400)]).double()
+    for layer in model:
+        nn.init.eye_(layer.weight).data.mul_(0.1)
+    profile = stabkit.gradient_profile(stabkit.trace(model, torch.ones(1, 2, dtype=torch.float64)))
+    line = profile.plot().lines[0].get_ydata()
+    np.testing.assert_allclose(np.diff(line), 1.0, rtol=1e-9)  # over 400 powers of ten, beyond any float
 
 
 @pytest.mark.parametrize("name", DRAWN)
