@@ -64,8 +64,9 @@ def apply_node(
 def stackable(node: Node, active: Sequence[Value]) -> bool:
     """Whether the node can take many cotangents at once, stacked along a new first dimension, without ``torch.vmap``.
 
-    So it is for convolutions, into whose batch they are folded, and for elementwise operations of one argument, whose
-    backward is a product of the cotangent with something of the shape of the value.
+    So it is for convolutions and linear layers, into whose batch they are folded, for changes of shape, and for
+    elementwise operations of one argument, whose backward is a product of the cotangent with something of the shape of
+    the value.
     """
     name, kind = type(node).__name__, operation(node)
     if is_python_node(node) or len(node._input_metadata) != 1 or not active:
@@ -75,6 +76,16 @@ def stackable(node: Node, active: Sequence[Value]) -> bool:
         saved: Any = node
         first = Value(*node.next_functions[0])  # type: ignore[arg-type]
         return list(active) == [first] and len(meta_of(first).shape) == saved._saved_weight.dim()
+    if name in _LINEAR:
+        weight: Tensor = node._saved_mat2  # type: ignore[attr-defined]
+        return (
+            list(active) == [node.next_functions[_LINEAR[name]]]
+            and weight is not None
+            and weight.layout == torch.strided
+            and weight.dtype == meta_of(active[0]).dtype
+        )
+    if kind in _RESHAPED:
+        return len(active) == 1
     if name == "NativeBatchNormBackward0":
         return len(same) == 1 and list(active) == [node.next_functions[0]] and not node._saved_training  # type: ignore[attr-defined]
     return len(same) == 1 and (kind in _STACKABLE or (kind in _STACKABLE_UNARY and len(active) == 1))
@@ -95,6 +106,10 @@ def apply_stacked(
     if name == "ConvolutionBackward0":
         folded = _transposed_convolution(node, cotangent.flatten(0, 1))
         return [(active[0], folded.reshape(*cotangent.shape[:2], *folded.shape[1:]))]
+    if name in _LINEAR:
+        return [(active[0], _linear_backward(node, cotangent))]
+    if operation(node) in _RESHAPED:
+        return [(active[0], cotangent.reshape(len(cotangent), *meta_of(active[0]).shape))]
     if name == "NativeBatchNormBackward0":
         factor = _batch_norm_factor(node).view(-1, *[1] * (cotangent.dim() - 3))
         return [(active[0], _times(cotangent, factor, overwrite))]
@@ -107,6 +122,14 @@ def apply_stacked(
     grads = raw if isinstance(raw, tuple) else (raw,)
     pulled = ((edge, grad) for edge, grad in zip(node.next_functions, grads, strict=False) if grad is not None)
     return [(Value(*edge), grad) for edge, grad in pulled if edge in active]  # type: ignore[arg-type]
+
+
+def _linear_backward(node: Any, cotangent: Tensor) -> Tensor:
+    """Stacked cotangents of ``x @ mat2`` or ``alpha x @ mat2 + beta b`` pulled back to x, in one product."""
+    matrix: Tensor = node._saved_mat2
+    rows = cotangent.flatten(0, 1) @ matrix.mH
+    alpha = getattr(node, "_saved_alpha", 1)
+    return (rows if alpha == 1 else rows * alpha).reshape(*cotangent.shape[:2], matrix.shape[0])
 
 
 def _times(cotangent: Tensor, factor: Tensor, overwrite: bool) -> Tensor:
@@ -283,6 +306,9 @@ def _signed(sizes: Sequence[int]) -> list[int]:
 _OVERRIDES: dict[str, Callable[[Any, Cotangents, Sequence[Value]], Any]] = {
     "ConvolutionBackwardBackward0": _convolution_double_backward,
 }
+# products with a matrix, and which of their arguments the matrix multiplies
+_LINEAR = {"AddmmBackward0": 1, "MmBackward0": 0}
+_RESHAPED = frozenset({"ReshapeAlias", "UnsafeView", "View"})
 # activations whose derivative takes longer to compute than to multiply with
 _ELEMENTWISE = ("Elu", "Erf", "Gelu", "Hardsigmoid", "Hardswish", "LogSigmoid", "Mish", "Silu", "Softplus")
 # operations whose backward is elementwise in the cotangent: of any argument, or if only one depends on the source

@@ -138,6 +138,37 @@ def test_elementwise_nodes_take_stacked_cotangents_in_place(function):
     torch.testing.assert_close(sum(grad for _, grad in pulled), expected)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.complex128], ids=str)
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x, W: x @ W,
+        lambda x, W: torch.addmm(W[0], x, W, alpha=0.5, beta=2),
+        lambda x, W: nn.functional.linear(x, W.T),
+        lambda x, W: x.view(3, 2, 2),
+        lambda x, W: x.unflatten(1, (1, 4)),
+        lambda x, W: x.reshape(12),
+    ],
+    ids=["mm", "addmm", "linear", "view", "unflatten", "reshape"],
+)
+def test_linear_layers_and_changes_of_shape_take_stacked_cotangents(function, dtype):
+    torch.manual_seed(0)
+    x, W = torch.randn(3, 4, dtype=dtype, requires_grad=True).clone(), torch.randn(4, 5, dtype=dtype)
+    out = function(x, W)
+    node, active = value_of(out).node, [value_of(x)]
+    assert stackable(node, active)
+    cotangents = torch.randn(6, *out.shape, dtype=dtype)
+    ((_, stacked),) = apply_stacked(node, cotangents, active)
+    expected = [torch.autograd.grad(out, x, cotangent, retain_graph=True)[0] for cotangent in cotangents]
+    torch.testing.assert_close(stacked, torch.stack(expected))
+
+
+def test_a_product_with_a_matrix_that_depends_on_the_source_does_not_stack():
+    x, W = torch.randn(4, 4, requires_grad=True).clone(), torch.randn(4, 4)
+    assert not stackable(value_of(x @ x).node, [value_of(x)] * 2)
+    assert not stackable(value_of(W @ x).node, [value_of(x)])
+
+
 def test_broadcasting_nodes_and_attention_do_not_stack():
     x = torch.randn(3, requires_grad=True).clone()
     assert not stackable(value_of(x + torch.zeros(2, 3)).node, [value_of(x)])
