@@ -36,6 +36,7 @@ class FiniteTimeExponents:
         step_size: time per step, None when a step is a step.
         tolerance: nats per step.
         seed: of the first frame.
+        stopped: ``"done"``, or ``"interrupted"`` by the keyboard, which returns what the passes before it found.
     """
 
     exponents: Tensor
@@ -47,6 +48,7 @@ class FiniteTimeExponents:
     step_size: float | None
     tolerance: float
     seed: int
+    stopped: str = "done"
 
     @property
     def exponents_per_time(self) -> Tensor:
@@ -91,6 +93,7 @@ def finite_time_exponents(
     Raises:
         TraceError: an argument makes no sense for this flow, or a Jacobian is not finite.
         TypeError: ``flow`` is no flow.
+        KeyboardInterrupt: it came before the second pass was done; later ones return what there is.
 
     Source:
         Stewart, "On graded QR decompositions of products of matrices" (1995); Oliveira and Stewart, "Exponential
@@ -114,10 +117,16 @@ def finite_time_exponents(
     # unit vectors could be singular vectors in the wrong order
     frame = propagate(flow, start_frame(flow, width, adjoint=False, seed=seed, generic=True), adjoint=False).frame
     previous = torch.full((batch, k), math.nan, dtype=torch.float64)
-    changes, passes = previous, 1
+    changes, passes, stopped = previous, 1, "done"
     while passes < max_passes:
         product = GradedProduct(batch, width)
-        swept = propagate(flow, frame, adjoint=passes % 2 == 1, on_factor=product.multiply)
+        try:
+            swept = propagate(flow, frame, adjoint=passes % 2 == 1, on_factor=product.multiply)
+        except KeyboardInterrupt:
+            if passes == 1:
+                raise
+            stopped = "interrupted"
+            break
         frame, passes = swept.frame, passes + 1
         values = _without_lost(product.log_singular_values(), swept.growth)[:, :k]
         # two zeros are the same; so is everything between steps whose sizes are all that is kept
@@ -136,6 +145,7 @@ def finite_time_exponents(
         step_size=time,
         tolerance=tolerance,
         seed=seed,
+        stopped=stopped,
     )
 
 

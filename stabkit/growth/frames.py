@@ -49,12 +49,14 @@ class Propagation:
         frame: ``(batch, n, k)`` orthonormal columns at the end.
         decompositions: how often the frame was made orthonormal.
         volume: ``(steps, batch)``, log |det J|, where it was asked for.
+        done: how many steps were taken: all, unless the keyboard interrupted.
     """
 
     growth: Tensor
     frame: Tensor
     decompositions: int
-    volume: Tensor | None = None
+    volume: Tensor | None
+    done: int
 
 
 def sizes(flow: Flow | Iteration) -> list[int]:
@@ -142,6 +144,7 @@ def propagate(
     on_factor: Callable[[Factor], None] | None = None,
     on_frame: Callable[[Factor, Tensor], None] | None = None,
     every_step: bool = False,
+    partial: bool = False,
 ) -> Propagation:
     """Carry a frame along the whole flow.
 
@@ -153,6 +156,7 @@ def propagate(
         on_factor: called with every triangular factor, in the order of the sweep.
         on_frame: called with the factor and the orthonormal frame after it.
         every_step: decompose after every single step, so that there is one factor a step.
+        partial: when the keyboard interrupts, return what is there; NaN at steps that were not taken.
     """
     batch, _, k = frame.shape
     growth = torch.full((len(flow), batch, k), math.nan, dtype=torch.float64)
@@ -165,23 +169,31 @@ def propagate(
             on_frame(factor, after)
 
     work = _Sweep(frame, dtype_of(flow), adjoint, report if on_factor or on_frame else None, every_step)
-    with contextlib.closing(tangents(flow, k, adjoint=adjoint)) as pieces:  # type: ignore[type-var]
-        for piece in pieces:
-            part = slice(piece.steps.start, piece.steps.stop)
-            if piece.dense is not None:
-                J = piece.dense.cpu().to(torch.float64)
-                if not bool(J.isfinite().all()):
-                    raise TraceError(_not_finite(int((~J.isfinite()).flatten(1).any(1).nonzero()[0]) + part.start))
-                growth[part] = work.windows(J, piece.steps)
+    done = 0
+    try:
+        with contextlib.closing(tangents(flow, k, adjoint=adjoint)) as pieces:  # type: ignore[type-var]
+            for piece in pieces:
+                part = slice(piece.steps.start, piece.steps.stop)
+                growth[part] = work.over(piece)
                 if volumes is not None:
-                    volumes[part] = torch.linalg.slogdet(J).logabsdet
-            elif piece.multiply is not None:
-                growth[part.start] = work.single(piece.multiply, piece.steps).cpu()
-                if volumes is not None:
-                    eye = torch.eye(k, device=frame.device).expand(batch, k, k)
-                    volumes[part.start] = torch.linalg.slogdet(wide(piece.multiply(eye.to(frame)))).logabsdet.cpu()
-    work.finish()
-    return Propagation(growth, work.frame, work.decompositions, volumes)
+                    volumes[part] = _log_volumes(piece, frame)
+                done += len(piece.steps)
+        work.finish()
+    except KeyboardInterrupt:
+        if not partial:
+            raise
+    return Propagation(growth, work.frame, work.decompositions, volumes, done)
+
+
+def _log_volumes(piece: Tangents, like: Tensor) -> Tensor:
+    """Log |det J| of the steps of a piece, ``(steps, batch)``; ``like`` is a frame of all directions."""
+    if piece.dense is not None:
+        logs: Tensor = torch.linalg.slogdet(wide(piece.dense)).logabsdet
+        return logs.cpu()
+    eye = torch.eye(like.shape[2], dtype=like.dtype, device=like.device).expand_as(like)
+    images = piece.multiply(eye) if piece.multiply is not None else eye
+    logs = torch.linalg.slogdet(wide(images)).logabsdet
+    return logs.cpu().unsqueeze(0)
 
 
 def _not_finite(step: int) -> str:
@@ -212,6 +224,21 @@ class _Sweep:
     def rounding(self) -> float:
         """Below this share of its length a direction is rounding."""
         return min(0.02, 4 * math.sqrt(self.frame.shape[1]) * torch.finfo(self.dtype).eps)
+
+    def over(self, piece: Tangents) -> Tensor:
+        """Growth ``(steps, batch, k)`` over the steps of a piece.
+
+        Raises:
+            TraceError: a Jacobian is not finite.
+        """
+        if piece.multiply is not None:
+            return self.single(piece.multiply, piece.steps).cpu().unsqueeze(0)
+        if piece.dense is None:
+            raise ValueError("tangents come as products or as Jacobians; these are neither")
+        J = wide(piece.dense).cpu()
+        if not bool(J.isfinite().all()):
+            raise TraceError(_not_finite(int((~J.isfinite()).flatten(1).any(1).nonzero()[0]) + piece.steps.start))
+        return self.windows(J, piece.steps)
 
     def windows(self, J: Tensor, steps: range) -> Tensor:
         """Growth ``(steps, batch, k)`` over explicit Jacobians, several steps to a QR decomposition.

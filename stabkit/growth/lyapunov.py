@@ -48,6 +48,7 @@ class LyapunovSpectrum:
         size: coordinates of the narrowest state; there are that many exponents.
         tolerance: absolute (nats per step, or per unit of time where there is one) and relative.
         seed: of the first frame.
+        stopped: ``"done"``, or ``"interrupted"`` by the keyboard: then ``steps`` counts what had been done by then.
     """
 
     exponents: Tensor
@@ -66,13 +67,14 @@ class LyapunovSpectrum:
     size: int
     tolerance: tuple[float, float]
     seed: int
+    stopped: str = "done"
 
     def __str__(self) -> str:
         unit = "per step" if self.step_size is None else "per unit of time"
         scale = self.step_size or 1.0
         lines = [
-            f"Lyapunov exponents in nats {unit}, {self.direction}, {int(self.steps.min())} steps, mean over "
-            f"{len(self.exponents)} samples:"
+            f"Lyapunov exponents in nats {unit}, {self.direction}, {int(self.steps.min())} steps"
+            f"{' (interrupted)' if self.stopped != 'done' else ''}, mean over {len(self.exponents)} samples:"
         ]
         for i in range(self.exponents.shape[1]):
             value, error = float(self.exponents[:, i].mean()), float(self.standard_errors[:, i].mean())
@@ -167,9 +169,13 @@ def lyapunov_spectrum(
         tolerance: absolute and relative error at which an exponent counts as converged.
         seed: of the random frame.
 
+    Returns:
+        A `LyapunovSpectrum`; when the keyboard interrupts, of the steps that had been taken by then.
+
     Raises:
         TraceError: an argument makes no sense for this flow, or a Jacobian is not finite.
         TypeError: ``flow`` is no flow.
+        KeyboardInterrupt: it came before any step that counts, or in a packed batch.
 
     Source:
         Benettin, Galgani, Giorgilli and Strelcyn (1980); Geist, Parlitz and Lauterborn, "Comparison of different
@@ -185,17 +191,20 @@ def lyapunov_spectrum(
     k = checked_k(flow, k, _ALL)
     if direction not in DIRECTIONS:
         raise TraceError(f"direction={direction!r}; expected one of {', '.join(DIRECTIONS)}")
+    _check_tolerance(tolerance)
     over_time = isinstance(flow, Iteration)
     adjoint = direction == "adjoint" or (direction == "auto" and not over_time)
     kept = _kept_steps(flow, discard, adjoint)
     whole = set(sizes(flow)) == {k}
-    found = propagate(flow, start_frame(flow, k, adjoint=adjoint, seed=seed), adjoint=adjoint, volume=whole)
+    frame = start_frame(flow, k, adjoint=adjoint, seed=seed)
     lengths = flow.lengths if isinstance(flow, Iteration) else None
+    found = propagate(flow, frame, adjoint=adjoint, volume=whole, partial=lengths is None)
+    counted = _taken(kept, found.done, len(flow), adjoint)
     time = step_size if step_size is not None else flow.step_size if isinstance(flow, Iteration) else None
     if time is not None and not (math.isfinite(time) and time > 0):
         raise TraceError(f"step_size={time!r}; expected a positive number, or None")
     absolute = tolerance[0] * (time or 1.0)
-    summary = _summary(found, kept, lengths, (absolute, tolerance[1]))
+    summary = _summary(found, counted, lengths, (absolute, tolerance[1]))
     spectrum = LyapunovSpectrum(
         **summary,
         direction="adjoint" if adjoint else "forward",
@@ -205,8 +214,27 @@ def lyapunov_spectrum(
         size=min(sizes(flow)),
         tolerance=tolerance,
         seed=seed,
+        stopped="done" if found.done == len(flow) else "interrupted",
     )
     return _sorted(spectrum)
+
+
+def _check_tolerance(tolerance: Any) -> None:
+    right = isinstance(tolerance, tuple | list) and len(tolerance) == 2
+    if not right or not all(isinstance(part, int | float) and part >= 0 for part in tolerance):
+        raise TraceError(f"tolerance={tolerance!r}; expected two numbers, absolute and relative, such as (1e-3, 0.05)")
+
+
+def _taken(kept: range, done: int, steps: int, adjoint: bool) -> range:
+    """Those of the steps that count that were taken before an interrupt.
+
+    Raises:
+        KeyboardInterrupt: there are none.
+    """
+    taken = range(max(kept.start, steps - done), kept.stop) if adjoint else range(kept.start, min(kept.stop, done))
+    if not taken:
+        raise KeyboardInterrupt
+    return taken
 
 
 def _kept_steps(flow: Flow | Iteration, discard: int | None, adjoint: bool) -> range:

@@ -12,7 +12,8 @@ from torch.autograd.functional import jacobian
 
 import stabkit
 from stabkit.errors import TraceError
-from stabkit.growth import finite_time_exponents, gradient_profile
+from stabkit.growth import finite_time, finite_time_exponents, gradient_profile
+from stabkit.growth.frames import propagate
 from tests.growth import systems
 from tests.growth.systems import DOUBLE, normal
 
@@ -104,3 +105,25 @@ def test_a_run_that_is_cut_short_says_so():
     W = normal(3, 1, 40, 40)
     flow = stabkit.iterate(lambda x, w: systems.apply(w, x), torch.zeros(1, 40, dtype=DOUBLE), 3, inputs=W)
     assert not finite_time_exponents(flow, 8, max_passes=2).converged.any()
+
+
+def test_an_interrupt_returns_what_earlier_passes_found(monkeypatch):
+    calls = [0]
+
+    def interrupted(*args, **options):
+        calls[0] += 1
+        if calls[0] > allowed:
+            raise KeyboardInterrupt
+        return propagate(*args, **options)
+
+    monkeypatch.setattr(finite_time, "propagate", interrupted)
+    flow = systems.jordan(10)
+    allowed = 2
+    found = finite_time_exponents(flow)
+    assert (found.stopped, found.passes) == ("interrupted", 2)
+    assert not found.converged.any()
+    allowed, calls[0] = 12, 0
+    torch.testing.assert_close(found.exponents, finite_time_exponents(flow).exponents, rtol=0, atol=1e-6)
+    allowed, calls[0] = 1, 0
+    with pytest.raises(KeyboardInterrupt):
+        finite_time_exponents(flow)

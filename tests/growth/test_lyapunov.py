@@ -31,6 +31,40 @@ def test_a_linear_map_has_the_logs_of_its_eigenvalues(direction):
     assert found.converged.all()
 
 
+def interrupting(flow, after: int):
+    """The same flow, whose ``after``-th piece of derivatives is interrupted by the keyboard."""
+    pieces = flow.tangents
+
+    def tangents(k, *, adjoint=False):
+        for index, piece in enumerate(pieces(k, adjoint=adjoint)):
+            if index == after:
+                raise KeyboardInterrupt
+            yield piece
+
+    object.__setattr__(flow, "tangents", tangents)
+    return flow
+
+
+@pytest.mark.parametrize("direction", ["forward", "adjoint"])
+def test_an_interrupt_returns_the_exponents_of_the_steps_so_far(direction):
+    A = torch.diag(torch.tensor([0.9, 0.5], dtype=DOUBLE)) + 0.1 * normal(2, 2)
+    whole = lyapunov_spectrum(systems.linear(A, 6000), direction=direction)
+    found = lyapunov_spectrum(interrupting(systems.linear(A, 6000), 2), direction=direction)
+    assert (whole.stopped, found.stopped) == ("done", "interrupted")
+    assert 1000 < int(found.steps) < int(whole.steps)
+    torch.testing.assert_close(found.exponents, whole.exponents, rtol=0, atol=1e-10)
+    taken = found.local_growth.isfinite().all(2).all(1)
+    assert torch.equal(found.local_growth[taken], whole.local_growth[taken])
+    assert "(interrupted)" in str(found)
+    with pytest.raises(KeyboardInterrupt):
+        lyapunov_spectrum(interrupting(systems.linear(A, 6000), 0), direction=direction)
+
+
+def test_a_tolerance_is_a_pair():
+    with pytest.raises(TraceError, match=r"tolerance=0.001; expected two numbers"):
+        lyapunov_spectrum(systems.jordan(20), tolerance=1e-3)
+
+
 def test_a_jordan_block_has_one_eigenvalue_twice():
     found = lyapunov_spectrum(systems.jordan(200))
     torch.testing.assert_close(found.exponents[0], torch.full((2,), -0.10536052, dtype=DOUBLE), rtol=0, atol=1e-8)
