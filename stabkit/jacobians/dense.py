@@ -17,8 +17,8 @@ from stabkit.jacobians.sparsity import Pattern, find_pattern
 from stabkit.jacobians.verification import disagreement
 from stabkit.tracing.products import Products
 
-_SMALLEST = 192  # rows; below, looking for structure takes about as long as they do
-_WORTHWHILE = 0.8  # of the work without structure
+SMALLEST = 192  # rows; below, looking for structure takes about as long as they do
+WORTHWHILE = 0.8  # of the work without structure
 _CACHED = 2**22  # bytes of the widest tensor on the way, for all products of a chunk
 _CHUNKS = 32, 512
 _PUSH = 1.5  # what J V costs, in J^T U
@@ -39,7 +39,7 @@ def dense(J: Jacobian, chunk: int | None, memory: int | None, structure: bool) -
     by_rows = cheaper_by_rows(J)
     pulled, target = (J, out) if by_rows else (J.T, out.transpose(1, 2))
     doubts = ""
-    if structure and min(J.shape[1:]) >= _SMALLEST:
+    if structure and min(J.shape[1:]) >= SMALLEST:
         for way in _ways(pulled, width):
             name = way(target)
             error = disagreement(pulled, lambda u: (u.unsqueeze(1).to(target.dtype) @ target).squeeze(1))
@@ -95,13 +95,18 @@ def products_at_once(J: Jacobian, chunk: int | None, memory: int | None, result:
 def _ways(J: Jacobian, width: int) -> Iterator[Way]:
     """Ways that promise to be cheaper than row by row, the most promising first."""
     pattern = find_pattern(J)
-    if pattern.restricted and pattern.n_groups <= _WORTHWHILE * J.shape[1]:
+    if pattern.restricted and pattern.n_groups <= WORTHWHILE * J.shape[1]:
         yield lambda out: _fill_groups(J, pattern, out, width)
+    yield from ways_by_parts(J, width)
+
+
+def ways_by_parts(J: Jacobian, width: int) -> Iterator[Way]:
+    """Those of the ways that rest on what the recorded step consists of, not on the pattern of zeros."""
     if J.recorded is None or J.recorded.transposed:
         return
     products = J.recorded.products
     plan = plan_sites(products)
-    if plan is not None and arithmetic(plan, products.segment) <= _WORTHWHILE:
+    if plan is not None and arithmetic(plan, products.segment) <= WORTHWHILE:
         yield lambda out: fill_by_sites(plan, products.source, out, width)
     if linear_nodes(products.segment):
         yield lambda out: _fill_from_weights(J, products, out, width)

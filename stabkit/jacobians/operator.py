@@ -229,9 +229,10 @@ class Jacobian:
 
         The pattern is found from a few random products along the axes of the state; rows that share no column are
         then pulled back together (Curtis, Powell and Reid 1974), so that a convolution takes as many products as
-        its receptive field has entries, whatever the image size. The result agrees with a random product; if the
-        first one does not, the rows are pulled back one by one, and ``path`` says so. Entries of the pattern that
-        happen to be zero are kept.
+        its receptive field has entries, whatever the image size. Entries of the pattern that happen to be zero are
+        kept. Where hardly any rows can go together, as in attention, the nonzero entries are taken from the dense
+        matrix, if there is a cheaper way to that than row by row. The result agrees with a random product; if the
+        first one does not, the rows are pulled back one by one, and ``path`` says so.
 
         Args:
             memory: bytes that the result and the work on it may take; by default four fifths of what is free.

@@ -48,6 +48,12 @@ def test_convolutions_of_every_shape_are_exact(kernel, stride, padding, dilation
     assert_sparse(nn.Sequential(layer, nn.Tanh()), torch.randn(1, 4, *size))
 
 
+@pytest.mark.parametrize("causal", [True, False])
+def test_attention_is_found_by_the_blocks_of_its_tokens(causal):
+    path = assert_sparse(Attention(32, 4, causal=causal), torch.randn(2, 8, 32))
+    assert "one block for each of 8 sites" in path
+
+
 @pytest.mark.parametrize("size", [20, 60])
 def test_products_do_not_grow_with_the_image(size):
     torch.manual_seed(0)
