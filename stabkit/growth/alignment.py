@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +15,7 @@ from stabkit.growth.frames import Factor, checked_k, propagate, start_frame
 from stabkit.growth.rate_laws import RateLaw, rate_law
 from stabkit.tracing import Flow, Iteration
 
+_BEYOND = 3.0  # nats beyond what regular motion can do
 _POINTS = 400  # of the curve, when a law is fitted
 
 
@@ -40,9 +42,16 @@ class AlignmentIndex:
 
     @property
     def chaotic(self) -> Tensor:
-        """``(batch,)``, whether the volume falls exponentially while vectors grow."""
-        falls = [law.law == "exponential" and law.rate < 0 for law in self.laws]
-        return torch.tensor(falls) & (self.growth > 0)
+        """``(batch,)``, whether vectors grow and the volume falls as in no regular motion.
+
+        There vectors are only sheared, which makes them grow like time, and the index of k of them falls no faster than
+        ``time^-2k``. The volume must fall by more, or by a law that is exponential, and vectors grow by more; over few
+        steps that takes strong chaos to be seen.
+        """
+        steps = len(self.log_volume) - 1
+        exponential = torch.tensor([law.law == "exponential" and law.rate < 0 for law in self.laws])
+        deep = self.log_volume[-1] < -2 * self.order * math.log(steps) - _BEYOND
+        return (exponential | deep) & (self.growth * steps > math.log(steps) + _BEYOND)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain lists, ready for JSON."""

@@ -178,7 +178,7 @@ def _measure(A: np.ndarray, levels: list[float], angles: int, max_power: int) ->
         "numerical_abscissa": numerical_abscissa,
         "numerical_radius": numerical_radius,
         "numerical_range": points,
-        "henrici": float(np.sqrt(max(float(np.linalg.norm(A) ** 2 - (np.abs(values) ** 2).sum()), 0.0))),
+        "henrici": resolvent.departure,
         "kreiss": kreiss_constant(resolvent, radius, numerical_radius),
         "max_power_norm": power_norm,
         "max_power_at": power_at,

@@ -26,6 +26,20 @@ def test_a_regular_orbit_is_told_from_a_chaotic_one():
     assert -3 < found.laws[0].exponent < -1.3  # areas stay, both vectors grow like t: 1/t^2
 
 
+@pytest.mark.parametrize("steps", [200, 500, 2000])
+def test_regular_orbits_are_not_chaotic_however_their_volume_falls_at_first(steps):
+    # all around the elliptic point of the standard map with K = 0.5, and one in the layer of its separatrix
+    regular = [[3.0, 0.0], [2.5, 0.0], [3.14, 0.3], [1.0, 2.5], [1.0, 1.5]]
+    start = torch.tensor([*regular, [0.1, 0.05]], dtype=DOUBLE)
+
+    def weaker_map(x: Tensor) -> Tensor:
+        p = x[:, 1] + 0.5 * torch.sin(x[:, 0])
+        return torch.stack([x[:, 0] + p, p], 1)
+
+    found = alignment_index(stabkit.iterate(weaker_map, start, steps))
+    assert found.chaotic.tolist() == [False] * len(regular) + [True]
+
+
 def test_the_volume_is_that_of_normalised_deviation_vectors():
     flow = systems.henon(25, 3)
     found = alignment_index(flow)

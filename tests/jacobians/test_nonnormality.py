@@ -22,6 +22,18 @@ def test_jordan_block_has_the_published_constants():
     assert (result.condition_numbers > 1e7).all()
 
 
+def test_normal_matrices_have_no_departure_to_the_last_digits():
+    Q = scipy.linalg.qr(np.random.default_rng(0).standard_normal((40, 40)))[0]
+    symmetric = Q @ np.diag(np.linspace(-1, 1, 40)) @ Q.T
+    for A in (Q, symmetric, Q - Q.T, np.eye(3)):
+        result = non_normality(A)
+        assert result.henrici.item() < 1e-13 * len(A)  # sqrt(||A||_F^2 - sum |lambda|^2) is off by 1e-7 here
+        assert result.numerical_radius.item() == pytest.approx(result.spectral_radius.item(), rel=1e-9)
+    upper = np.triu(np.random.default_rng(1).standard_normal((40, 40)))
+    expected = np.sqrt((upper**2).sum() - (np.diag(upper) ** 2).sum())
+    assert non_normality(upper).henrici.item() == pytest.approx(expected, rel=1e-10)
+
+
 def test_jordan_block_pseudospectra_in_closed_form():
     # sigma_min(z - A) = eps has |z - .9| = sqrt(eps + eps^2) for a 2 x 2 Jordan block with unit coupling
     result = non_normality(JORDAN, epsilons=(1e-2, 1e-5))
