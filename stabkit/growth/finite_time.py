@@ -16,6 +16,8 @@ from stabkit.tracing import Flow, Iteration
 
 _ALL = 64
 _GUARDS = 4  # directions carried beyond those asked for, at least, so that these settle sooner
+_PATIENCE = 4  # passes until more are added, and every other pass from then on
+_WIDEST = 64
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,7 @@ class FiniteTimeExponents:
         changes: ``(batch, k)``, by how much the exponents changed in the last pass over the flow.
         converged: ``(batch, k)``, whether that is within the tolerance.
         passes: how often the flow was swept, forth and back.
+        width: how many directions were followed in the end.
         steps: ``(batch,)``, length of the product.
         step_size: time per step, None when a step is a step.
         tolerance: nats per step.
@@ -44,6 +47,7 @@ class FiniteTimeExponents:
     changes: Tensor
     converged: Tensor
     passes: int
+    width: int
     steps: Tensor
     step_size: float | None
     tolerance: float
@@ -71,15 +75,16 @@ def finite_time_exponents(
     k: int | None = None,
     *,
     tolerance: float = 1e-9,
-    max_passes: int = 12,
+    max_passes: int = 20,
     step_size: float | None = None,
     seed: int = 0,
 ) -> FiniteTimeExponents:
     """The k largest finite-time exponents of every sample: (1/L) log of the singular values of the product.
 
     The product is never formed. A frame goes forth with J V and back with J^T U, with QR decompositions on the way,
-    until it stands at the leading singular vectors; the triangular factors of the last pass hold the singular values,
-    which Jacobi rotations on graded rows read off as logs. So products may span any range, and small values are not
+    until it stands at the leading singular vectors; where that takes long, because singular values are close, more
+    directions are followed. The triangular factors of the last pass hold the singular values, which Jacobi rotations on
+    graded rows read off as logs. So products may span any range, and small values are not
     computed through J^T J.
 
     Args:
@@ -119,6 +124,9 @@ def finite_time_exponents(
     previous = torch.full((batch, k), math.nan, dtype=torch.float64)
     changes, passes, stopped = previous, 1, "done"
     while passes < max_passes:
+        if passes >= _PATIENCE and passes % 2 == 0:
+            width = max(width, min(2 * width, *sizes(flow), max(_WIDEST, 2 * k)))
+            frame = _widened(frame, width, seed + passes)
         product = GradedProduct(batch, width)
         try:
             swept = propagate(flow, frame, adjoint=passes % 2 == 1, on_factor=product.multiply)
@@ -141,12 +149,24 @@ def finite_time_exponents(
         changes=changes,
         converged=changes <= tolerance,
         passes=passes,
+        width=width,
         steps=steps,
         step_size=time,
         tolerance=tolerance,
         seed=seed,
         stopped=stopped,
     )
+
+
+def _widened(frame: Tensor, width: int, seed: int) -> Tensor:
+    """Orthonormal columns with random ones added up to ``width``; those that are there stay, up to their signs."""
+    batch, n, there = frame.shape
+    if width == there:
+        return frame
+    generator = torch.Generator().manual_seed(seed)
+    more = torch.randn(batch, n, width - there, generator=generator, dtype=frame.dtype).to(frame.device)
+    Q: Tensor = torch.linalg.qr(torch.cat([frame, more], dim=2))[0]
+    return Q
 
 
 def _without_lost(values: Tensor, growth: Tensor) -> Tensor:
