@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from stabkit.errors import TraceError
-from stabkit.growth.frames import Factor, checked_k, propagate, start_frame
+from stabkit.growth.arguments import checked_k
+from stabkit.growth.frames import Factor, propagate, start_frame
 from stabkit.tracing import Flow, Iteration
 
 _ALL = 64

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from stabkit.errors import TraceError
-from stabkit.growth.frames import checked_k, dtype_of, propagate, sizes, start_frame
+from stabkit.growth.arguments import checked_k, time_per_step
+from stabkit.growth.frames import dtype_of, propagate, sizes, start_frame
 from stabkit.growth.graded import GradedProduct
 from stabkit.tracing import Flow, Iteration
 
@@ -114,7 +115,7 @@ def finite_time_exponents(
     k = checked_k(flow, k, _ALL)
     if max_passes < 2:
         raise TraceError(f"max_passes={max_passes!r}; expected at least 2: one to find the directions, one to measure")
-    width = min(*sizes(flow), k + max(k, _GUARDS))
+    width, time = min(*sizes(flow), k + max(k, _GUARDS)), time_per_step(flow, step_size)
     batch = flow.batch
     lengths = flow.lengths if isinstance(flow, Iteration) and flow.lengths is not None else None
     steps = torch.full((batch,), len(flow)) if lengths is None else lengths.clamp_min(1).cpu()
@@ -142,7 +143,6 @@ def finite_time_exponents(
         previous, changes = values, change
         if bool((changes <= tolerance).all()):
             break
-    time = step_size if step_size is not None else flow.step_size if isinstance(flow, Iteration) else None
     return FiniteTimeExponents(
         exponents=previous / steps.unsqueeze(1),
         log_singular_values=previous,

@@ -6,7 +6,6 @@ import contextlib
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -62,39 +61,6 @@ class Propagation:
 def sizes(flow: Flow | Iteration) -> list[int]:
     """Real coordinates per sample of the states; one number where they are all alike."""
     return [flow.space.size] if isinstance(flow, Iteration) else [state.size for state in flow.states]
-
-
-def check_flow(flow: Any) -> None:
-    """Refuse anything but a flow.
-
-    Raises:
-        TypeError: it is something else.
-    """
-    if not isinstance(flow, Flow | Iteration):
-        raise TypeError(
-            f"flow is a {type(flow).__name__}; expected what stabkit.trace, iterate or recurrent_flow returns"
-        )
-
-
-def checked_k(flow: Flow | Iteration, k: int | None, default: int) -> int:
-    """How many directions to follow: what was asked for, or all up to ``default``.
-
-    Raises:
-        TypeError: ``flow`` is no flow.
-        TraceError: the narrowest state has fewer directions, or the flow has no steps.
-    """
-    check_flow(flow)
-    if not len(flow):
-        raise TraceError("the flow has no steps")
-    narrowest = min(sizes(flow))
-    if k is None:
-        return min(narrowest, default)
-    if isinstance(k, bool) or not isinstance(k, int) or not 1 <= k <= narrowest:
-        raise TraceError(
-            f"k={k!r}; expected a whole number from 1 to {narrowest}, the coordinates of the narrowest state: "
-            "a product of Jacobians has no more directions"
-        )
-    return k
 
 
 def dtype_of(flow: Flow | Iteration) -> torch.dtype:

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from stabkit.errors import TraceError
-from stabkit.growth.frames import check_flow, tangents, wide
+from stabkit.growth.arguments import check_flow
+from stabkit.growth.frames import tangents, wide
 from stabkit.growth.parameters import ParameterGradients, parameter_gradients
 from stabkit.tracing import Flow, Iteration
 from stabkit.tracing.values import random_tensors

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from stabkit.errors import TraceError
+from stabkit.growth.arguments import checked_k, time_per_step
 from stabkit.growth.convergence import autocorrelation_times, halves, has_converged, standard_errors
-from stabkit.growth.frames import Propagation, checked_k, propagate, sizes, start_frame
+from stabkit.growth.frames import Propagation, propagate, sizes, start_frame
 from stabkit.tracing import Flow, Iteration
 
 if TYPE_CHECKING:
@@ -194,15 +195,12 @@ def lyapunov_spectrum(
     _check_tolerance(tolerance)
     over_time = isinstance(flow, Iteration)
     adjoint = direction == "adjoint" or (direction == "auto" and not over_time)
-    kept = _kept_steps(flow, discard, adjoint)
+    kept, time = _kept_steps(flow, discard, adjoint), time_per_step(flow, step_size)
     whole = set(sizes(flow)) == {k}
     frame = start_frame(flow, k, adjoint=adjoint, seed=seed)
     lengths = flow.lengths if isinstance(flow, Iteration) else None
     found = propagate(flow, frame, adjoint=adjoint, volume=whole, partial=lengths is None)
     counted = _taken(kept, found.done, len(flow), adjoint)
-    time = step_size if step_size is not None else flow.step_size if isinstance(flow, Iteration) else None
-    if time is not None and not (math.isfinite(time) and time > 0):
-        raise TraceError(f"step_size={time!r}; expected a positive number, or None")
     absolute = tolerance[0] * (time or 1.0)
     summary = _summary(found, counted, lengths, (absolute, tolerance[1]))
     spectrum = LyapunovSpectrum(

@@ -300,7 +300,7 @@ def iterate(
         if driven:
             given.append(drive[0] if alone else drive)
         after = step_fn(*given)
-        return (after,) if isinstance(after, Tensor) else tuple(after)
+        return (after,) if isinstance(after, Tensor) else tensors_of(after, "what step_fn returned")
 
     if batch_dim is None and driven:
         plain = call

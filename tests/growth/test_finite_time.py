@@ -129,6 +129,11 @@ def test_an_interrupt_returns_what_earlier_passes_found(monkeypatch):
         finite_time_exponents(flow)
 
 
+def test_a_step_size_is_positive():
+    with pytest.raises(TraceError, match=r"step_size=-1.0; expected a positive number"):
+        finite_time_exponents(systems.jordan(10), step_size=-1.0)
+
+
 @pytest.mark.parametrize("k", [1, 3])
 def test_close_singular_values_are_found_by_following_more_directions(k):
     # a frame of 2 k vectors alone was still off by 1e-3 after 12 passes

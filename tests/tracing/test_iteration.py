@@ -158,6 +158,8 @@ X = normal(4, 2)
         (lambda: iterate(lambda x: x.sum(1), X, 5), r"from float64\[4, 2\] to float64\[4\]"),
         (lambda: iterate(lambda x: x.mul_(0.5), X, 5), "writes into its argument"),
         (lambda: iterate(lambda x: x.detach() * 2, X, 5), "does not depend differentiably"),
+        (lambda: iterate(lambda x: x.detach().numpy(), X, 5), "what step_fn returned is a ndarray; expected a tensor"),
+        (lambda: iterate(lambda x: None, X, 5), "what step_fn returned is a NoneType"),
         (lambda: iterate(lambda x: x - x.mean(0), X, 5), "influence each other"),
         (lambda: iterate(lambda x: x + torch.randn_like(x), X, 5), "draws random numbers"),
         (lambda: iterate(henon, X, 5, step_size=0.0), "step_size=0.0"),
