@@ -6,16 +6,17 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from stabkit.identification.grouping import groups
+from stabkit.identification.iterated import read_iteration
 from stabkit.identification.reading import read
 from stabkit.identification.record import Identification
 from stabkit.identification.surroundings import Surroundings
 from stabkit.sharing import ALONE, Sharing
-from stabkit.tracing import Flow
+from stabkit.tracing import Flow, Iteration
 
 _NOTHING_READ = frozenset({"unknown", "not a step", "plain", "transition", "unnamed"})
 
 
-def identify(flow: Flow, *, sharing: Sharing = ALONE) -> tuple[Identification, ...]:
+def identify(flow: Flow | Iteration, *, sharing: Sharing = ALONE) -> tuple[Identification, ...]:
     """The method of every step of a flow, or of several steps together where one method spans them.
 
     Every step is brought into affine normal form: new states and stage inputs as linear combinations of old states and
@@ -25,6 +26,9 @@ def identify(flow: Flow, *, sharing: Sharing = ALONE) -> tuple[Identification, .
 
     A step without a skip is ``"plain"``; one that changes the space is a ``"transition"``; what hides inside opaque
     operations stays ``"unknown"``.
+
+    Args:
+        flow: from `stabkit.trace`, `stabkit.recurrent_flow` or `stabkit.iterate`.
 
     Example:
         >>> import torch, stabkit
@@ -38,6 +42,8 @@ def identify(flow: Flow, *, sharing: Sharing = ALONE) -> tuple[Identification, .
         >>> [found.name for found in identify(flow)]
         ['forward Euler', 'forward Euler']
     """
+    if isinstance(flow, Iteration):
+        return read_iteration(flow)
     around = Surroundings(flow)
     places = groups(flow)
 

@@ -15,6 +15,8 @@ from stabkit.identification.tableau import Blocks, blocks
 from stabkit.integrators import GeneralLinearMethod
 from stabkit.tracing.values import operation
 
+PARTS = ", parts of one tensor"
+
 
 def read_several_states(around: Surroundings, found: Slots, steps: tuple[int, ...]) -> Identification:
     """The method of a step whose old or new state is a tuple of tensors."""
@@ -68,7 +70,7 @@ def _paired(around: Surroundings, found: Slots, steps: tuple[int, ...]) -> Slots
 
 
 def _notes(around: Surroundings, form: NormalForm, table: Blocks, found: Slots) -> tuple[str, ...]:
-    notes = [f"{len(form.sources)} states" + (", parts of one tensor" if found.split else "")]
+    notes = [f"{len(form.sources)} states" + (PARTS if found.split else "")]
     if found.contexts:
         notes.append(f"{len(found.contexts)} tensor(s) from before are held fixed")
     learned = around.learned_factors(form.piece)
