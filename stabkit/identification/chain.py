@@ -68,7 +68,7 @@ def _cuts(piece: Piece, source: Value, target: Value) -> list[tuple[Value, int]]
     for position, node in enumerate(piece.nodes):
         alive.update(value for value in (Value(node, i) for i in range(len(node._input_metadata))) if value in last)
         alive.difference_update(dies.get(position, ()))
-        if len(alive) == 1 and (value := next(iter(alive))) != source:
+        if len(alive) == 1 and (value := next(iter(alive))) != source and value not in piece.stacked:
             found.append((value, position + 1))
     return found if found and found[-1][0] == target else [*found, (target, len(piece.nodes))]
 

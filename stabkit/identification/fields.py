@@ -13,7 +13,7 @@ from torch.autograd.graph import Node
 from stabkit.identification.operations import MOVES
 from stabkit.tracing.values import operation
 
-Constant = tuple[str, int, tuple[int, ...]]
+Constant = tuple[str, int, tuple[int, ...], tuple[int, ...]]
 
 
 @cache
@@ -22,14 +22,17 @@ def _saved_names(kind: type) -> tuple[str, ...]:
 
 
 def constants(node: Node) -> tuple[Constant, ...]:
-    """The saved tensors of a node that do not depend on the input, by name, address and shape."""
+    """The saved tensors of a node that do not depend on the input, by name, address, shape and strides.
+
+    Strides tell a weight from its transpose: the two fields K^T f(K y) and K f(K^T y) are not one.
+    """
     found = []
     for name in _saved_names(type(node)):
         if name.startswith("_saved_result"):
             continue  # a by-product of the operation, made anew by every call
         saved: Any = getattr(node, name)
         if isinstance(saved, Tensor) and saved.grad_fn is None and saved.layout == torch.strided and saved.numel() > 1:
-            found.append((name, saved.data_ptr(), tuple(saved.shape)))
+            found.append((name, saved.data_ptr(), tuple(saved.shape), saved.stride()))
     return tuple(found)
 
 
@@ -56,5 +59,5 @@ def addresses(model: nn.Module) -> dict[int, str]:
 
 def parameters_of(nodes: Iterable[Node], names: Mapping[int, str]) -> tuple[str, ...]:
     """Names of the parameters and buffers that some operations use directly."""
-    found = {names[address] for node in nodes for _, address, _ in constants(node) if address in names}
+    found = {names[address] for node in nodes for _, address, *_ in constants(node) if address in names}
     return tuple(sorted(found))

@@ -45,7 +45,7 @@ def name_one_state(found: Blocks) -> Name:
     """The name of a one-state tableau."""
     h, convention = step_size(found)
     a = float(found.V[0, 0])
-    stages = len(found.rows)
+    stages = len(found.A)
     if stages == 0:
         return Name("no branch", "none: nothing is added to the state", h, convention)
     if not found.B.any() and a == 1.0:

@@ -166,7 +166,7 @@ def _region(piece: Piece, atom: Value, boundaries: set[Value]) -> tuple[tuple[No
         if node in nodes:
             continue
         nodes.add(node)
-        for value in piece.inputs(node):
+        for value in piece.inputs_of(atom) if node is atom.node else piece.inputs(node):
             if _is_entry(piece, value, stops):
                 entries[value] = None
             else:
@@ -197,7 +197,7 @@ def _stage(
         nodes=nodes,
         entries=entries,
         inputs=tuple(inputs),
-        is_affine=all(is_affine(n, len(piece.inputs(n))) for n in nodes),
+        is_affine=all(is_affine(n, len(piece.inputs_of(atom) if n is atom.node else piece.inputs(n))) for n in nodes),
         is_weightless=not any(has_matrix(n) or is_opaque(n) for n in nodes),
         opaque=tuple(sorted({operation(n) for n in nodes if is_opaque(n)})),
         key=key_of(nodes, names),

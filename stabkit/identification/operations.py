@@ -20,6 +20,9 @@ MOVES = frozenset(
         "CopySlices",
         "Expand",
         "Flip",
+        "IndexCopy",
+        "MaskedScatter",
+        "SelectScatter",
         "Permute",
         "PixelShuffle",
         "PixelUnshuffle",
@@ -46,15 +49,23 @@ MOVES = frozenset(
 )
 #: Moves that put several tensors side by side.
 JOINS = frozenset({"Cat", "Stack"})
+#: Moves that write one tensor into a part of another.
+WRITES = frozenset({"CopySlices", "IndexCopy", "MaskedScatter", "SelectScatter", "SliceScatter", "_UncheckedAssign"})
 #: Operations that add their inputs, with constant weights.
-ADDS = frozenset({"Add", "Sub", "Rsub"})
+ADDS = frozenset({"Add", "Sub", "Rsub", "ForeachAdd", "ForeachSub"})
+#: Operations that add something to their first input: a product, entries that are scattered into it.
+ADDENDS = frozenset({"Addbmm", "Addcdiv", "Addcmul", "Addmm", "Addmv", "Addr", "Baddbmm", "IndexAdd", "ScatterAdd"})
+#: Operations that combine entries along a dimension with constant weights.
+CONTRACTIONS = frozenset({"Bmm", "Mean", "Mm", "Mv", "Sum"})
 #: Operations that are diagonal and linear when one input alone depends on the state.
-SCALES = frozenset({"Mul", "Neg", "NativeDropout", "MaskedFill", "Where"})
+SCALES = frozenset({"ForeachMul", "ForeachNeg", "MaskedFill", "Mul", "NativeDropout", "Neg", "Where"})
 #: Operations that multiply two tensors entry by entry.
 PRODUCTS = frozenset({"Mul", "Div"})
 NORMS = frozenset({"NativeLayerNorm", "NativeGroupNorm", "NativeBatchNorm", "CudnnBatchNorm", "FusedRmsNorm"})
 #: Operations with a weight matrix or a kernel, or a product of two matrices.
 MATRICES = ("Addmm", "Mm", "Bmm", "Baddbmm", "Addbmm", "Addmv", "Mv", "Dot", "Convolution", "MkldnnLinear", "Linear")
+#: Operations that are affine in all their inputs, and put entries into other places.
+_SCATTERS = frozenset({"IndexAdd", "IndexPut", "Scatter", "ScatterAdd"})
 #: Operations that are affine in their one input that depends on the state, and mix its entries.
 _MIXES = frozenset(
     {
@@ -79,8 +90,11 @@ _MIXES = frozenset(
 
 
 def is_opaque(node: Node) -> bool:
-    """Whether the inside of the operation is not on the graph: a hand-written backward, or a fused kernel."""
-    return is_python_node(node) or operation(node) in OPAQUE
+    """Whether the inside of the operation is not on the graph: a hand-written backward, or a fused kernel.
+
+    ``CppFunction`` is what torch shows of every compiled operation that has no class of its own.
+    """
+    return is_python_node(node) or operation(node) in OPAQUE | {"CppFunction"}
 
 
 def has_matrix(node: Node) -> bool:
@@ -93,7 +107,7 @@ def is_affine(node: Node, active: int) -> bool:
     name = operation(node)
     if is_opaque(node):
         return False
-    if name in MOVES or name in ADDS:
+    if name in MOVES | ADDS | _SCATTERS:
         return True
     if "BatchNorm" in name:
         return getattr(node, "_saved_training", True) is False

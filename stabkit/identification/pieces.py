@@ -3,15 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import Node
 
-from stabkit.identification.operations import ADDS, JOINS, MOVES, PRODUCTS, SCALES, has_matrix, is_opaque
+from stabkit.identification.operations import (
+    ADDENDS,
+    ADDS,
+    CONTRACTIONS,
+    JOINS,
+    MOVES,
+    PRODUCTS,
+    SCALES,
+    WRITES,
+    has_matrix,
+    is_opaque,
+)
 from stabkit.tracing.graph import Graph
 from stabkit.tracing.nodes import apply_node
-from stabkit.tracing.values import Value, meta_of, operation
+from stabkit.tracing.values import Value, meta_of, operation, random_tensors
+
+#: Output number of what an operation adds to its first input, as if it were a value of its own.
+ADDED = -1
+_ROUNDINGS = 64.0
 
 
 class Piece:
@@ -19,7 +35,8 @@ class Piece:
 
     Through a *linear* node the states pass by moving, scaling and adding only; a product of two tensors counts as
     linear in the one that carries a state, and the other is its gate. All other nodes are nonlinear, and what they
-    give out are *atoms*: beginnings of linear paths, as the sources are.
+    give out are *atoms*: beginnings of linear paths, as the sources are. An operation that adds a product to its first
+    input, such as ``addmm``, is linear in that, and the product is an atom, ``Value(node, ADDED)``.
 
     Attributes:
         graph: the recorded graph.
@@ -33,6 +50,8 @@ class Piece:
         merges: the carrying values that are sums of several things.
         base: for every value the last value of which it is a function without weights (norm, activation, statistic).
         gates: atoms that multiply a state.
+        stacked: values that hold several tensors side by side, which a contraction then adds.
+        added: for operations that add something nonlinear to their first input, what that is made of.
 
     Args:
         graph: the recorded graph.
@@ -64,6 +83,8 @@ class Piece:
         self.carrying: set[Value] = set(sources)
         self.merges: set[Value] = set()
         self.base: dict[Value, Value] = {value: value for value in self.ends}
+        self.added: dict[Node, list[Value]] = {}
+        self.stacked: set[Value] = set()
         self._gating: dict[Node, Value] = {}
         self._owned = frozenset(owned)
         for node in self.nodes:
@@ -74,6 +95,10 @@ class Piece:
     def inputs(self, node: Node) -> list[Value]:
         """The inputs of a node that depend on the sources, one entry for every edge."""
         return [v for v in self.graph.inputs[node] if v in self.base]
+
+    def inputs_of(self, atom: Value) -> list[Value]:
+        """What an atom is made of: the inputs of its node, without a first one that something is added to."""
+        return self.added[atom.node] if atom.output == ADDED else self.inputs(atom.node)
 
     def _needed(self, nodes: Sequence[Node]) -> tuple[Node, ...]:
         """Those nodes that lead to a target without passing a source."""
@@ -93,7 +118,10 @@ class Piece:
         if linear:
             self.linear[node] = linear
         carried = [v for v in linear if v in self.carrying]
-        merged = bool(carried) and operation(node) not in PRODUCTS | JOINS and len(set(linear)) > 1
+        terms = len(set(linear)) + (node in self.added)
+        if operation(node) in CONTRACTIONS and carried:
+            terms = len(self._joined(node) or ())
+        merged = bool(carried) and operation(node) not in PRODUCTS | JOINS and terms > 1
         bases = {self.base[v] for v in edges}
         weightless = len(bases) == 1 and not has_matrix(node) and not is_opaque(node) and not merged
         for output in range(len(node._input_metadata)):
@@ -114,8 +142,8 @@ class Piece:
                 return []  # x - mean(x), x / std(x): part of a norm
         if name in MOVES or name in ADDS or (name in SCALES and len(edges) == 1) or name == "Where":
             return edges
-        if name in ("Mean", "Sum") and operation(edges[0].node) == "Stack":
-            return edges  # columns joined by their mean
+        if name in CONTRACTIONS:
+            return edges if self._combines(node, edges) else []
         if name == "Div" and len(edges) == 1:
             return edges if edges[0] == _argument(node, 0) else []
         if name == "Lerp":
@@ -124,8 +152,8 @@ class Piece:
             if weight:
                 self._gating[node] = weight[0]
             return [v for v in edges if v in ends]
-        if name == "Addcmul":
-            return self._addcmul(node, edges)
+        if name in ADDENDS:
+            return self._product(node, edges) or self._addend(node, edges)
         if name in PRODUCTS and len(edges) == 2:
             return self._gated(node, edges)
         return []
@@ -142,16 +170,70 @@ class Piece:
         self._gating[node] = next(v for v in edges if v != carried[0])
         return carried
 
-    def _addcmul(self, node: Node, edges: list[Value]) -> list[Value]:
+    def _product(self, node: Node, edges: list[Value]) -> list[Value]:
+        """Inputs in which x + v a b or x + v a / b is linear: x, and a factor when the other is constant or a gate."""
+        if operation(node) not in ("Addcmul", "Addcdiv"):
+            return []
         added = [v for v in edges if v == _argument(node, 0)]
         factors = [v for v in edges if v not in added]
-        if len(factors) == 1:
+        divided = operation(node) == "Addcdiv" and _argument(node, 2) in factors
+        if len(factors) == 1 and not divided:
             return [*added, factors[0]]
         carried = [v for v in factors if v in self.carrying]
-        if len(factors) == 2 and len(carried) == 1:
+        if len(factors) == 2 and len(carried) == 1 and not divided:
             self._gating[node] = next(v for v in factors if v != carried[0])
             return [*added, carried[0]]
         return []
+
+    def _addend(self, node: Node, edges: list[Value]) -> list[Value]:
+        """The first input, when something else is added to it."""
+        first = _argument(node, 0)
+        if first not in edges or len(edges) == 1:
+            return []
+        self.added[node] = edges[edges.index(first) + 1 :]
+        return [first]
+
+    def _joined(self, node: Node) -> list[Value] | None:
+        """The tensors that stand side by side in the input of a contraction; None when it is not made of such."""
+        parts: list[Value] = []
+        for value in self._stacked(node):
+            if value in self.ends or operation(value.node) not in MOVES | SCALES:
+                return None
+            inner = self.inputs(value.node)
+            if operation(value.node) in JOINS | WRITES:
+                parts += [v for v in inner if v in self.ends or operation(v.node) not in WRITES]
+            elif len(self.linear.get(value.node, ())) != 1:
+                return None
+        return parts
+
+    def _stacked(self, node: Node) -> set[Value]:
+        """The values between a contraction and the tensors that were put side by side."""
+        stack, found = list(self.inputs(node)), set[Value]()
+        while stack:
+            value = stack.pop()
+            if value in found:
+                continue
+            found.add(value)
+            name = operation(value.node)
+            if value in self.ends or name in JOINS or name not in MOVES | SCALES:
+                continue
+            inner = self.inputs(value.node)
+            stack += [v for v in inner if name not in WRITES or (v not in self.ends and operation(v.node) in WRITES)]
+        return found
+
+    def _combines(self, node: Node, edges: list[Value]) -> bool:
+        """Whether a contraction multiplies tensors that stand side by side by a number each, and adds them."""
+        parts = self._joined(node) if len(edges) == 1 else None
+        output = Value(node, 0)
+        if not parts or any(meta_of(part).numel != meta_of(output).numel for part in parts):
+            return False
+        w = random_tensors([output], seed=0)[0]
+        between = [n for n in self.nodes[: self.nodes.index(node)] if n in self.linear and n not in _nodes_of(parts)]
+        arrived = pull(self.graph, [*between, node], {**self.linear, node: edges}, {output: w})
+        if not all(_is_multiple(arrived[part], w) for part in parts if part in arrived):
+            return False
+        self.stacked.update(self._stacked(node))
+        return True
 
     def _find_gates(self) -> set[Value]:
         """The atoms of gates that lie on the way of a state to a target."""
@@ -187,17 +269,19 @@ class Piece:
         stack = [value]
         while stack:
             v = stack.pop()
-            if v in self.ends or v.node not in self.linear:
+            if v in self.ends or v.node not in self.linear or v.output == ADDED:
                 atoms[v] = None
             elif v.node not in path:
                 path.add(v.node)
                 stack.extend(self.linear[v.node])
+                if v.node in self.added:
+                    atoms[Value(v.node, ADDED)] = None
         order = {node: i for i, node in enumerate(self.nodes)}
         return sorted(atoms, key=lambda v: (order.get(v.node, -1), v.output)), path
 
     def pull(self, path: set[Node], cotangents: Mapping[Value, Tensor]) -> dict[Value, Tensor]:
         """Cotangents pulled back along the linear nodes of a path, gates held fixed; what arrives at its atoms."""
-        return pull(self.graph, [n for n in self.nodes if n in path], self.linear, cotangents)
+        return pull(self.graph, [n for n in self.nodes if n in path], self.linear, cotangents, self.added)
 
 
 def _argument(node: Node, position: int) -> Value | None:
@@ -206,8 +290,30 @@ def _argument(node: Node, position: int) -> Value | None:
     return None if parent is None else Value(parent, output)
 
 
+def _alpha(node: Node) -> float:
+    """The number before what an operation adds to its first input."""
+    known: Any = node
+    factor = getattr(known, "_saved_alpha", getattr(known, "_saved_value", 1.0))
+    return float(factor) or 1.0
+
+
+def _nodes_of(values: Collection[Value]) -> set[Node]:
+    return {value.node for value in values}
+
+
+def _is_multiple(pulled: Tensor, w: Tensor) -> bool:
+    """Whether a cotangent arrived as a number times itself, entries in their places."""
+    a, b = pulled.reshape(-1), w.reshape(-1)
+    c = torch.vdot(b, a) / torch.vdot(b, b)
+    return float((a - c * b).norm()) <= _ROUNDINGS * torch.finfo(w.dtype).eps * float(a.norm())
+
+
 def pull(
-    graph: Graph, nodes: Sequence[Node], allowed: Mapping[Node, Sequence[Value]], cotangents: Mapping[Value, Tensor]
+    graph: Graph,
+    nodes: Sequence[Node],
+    allowed: Mapping[Node, Sequence[Value]],
+    cotangents: Mapping[Value, Tensor],
+    added: Collection[Node] = (),
 ) -> dict[Value, Tensor]:
     """Cotangents pulled back through some nodes, along the allowed inputs of each only.
 
@@ -216,16 +322,30 @@ def pull(
         nodes: in the order of the forward pass.
         allowed: the inputs of every node that cotangents may go to.
         cotangents: by value.
+        added: nodes that add something to their first input; a cotangent goes to that input, and to the value
+            ``Value(node, ADDED)`` that stands for the rest.
 
     Returns:
         The cotangents of all values that none of the nodes made.
     """
     grads = dict(cotangents)
+
+    def give(value: Value, grad: Tensor) -> None:
+        grads[value] = grads[value] + grad if value in grads else grad
+
     with torch.no_grad():
         for node in reversed(nodes):
             given = [grads.pop(Value(node, i), None) for i in range(len(node._input_metadata))]
+            rest = grads.pop(Value(node, ADDED), None)
+            if rest is not None:
+                for value, grad in apply_node(node, [rest / _alpha(node)], graph.inputs[node])[1:]:
+                    give(value, grad)
             if all(g is None for g in given):
                 continue
+            if node in added and given[0] is not None:
+                give(*apply_node(node, given, graph.inputs[node])[0])
+                give(Value(node, ADDED), given[0] * _alpha(node))
+                continue
             for value, grad in apply_node(node, given, list(allowed[node])):
-                grads[value] = grads[value] + grad if value in grads else grad
+                give(value, grad)
     return grads

@@ -8,6 +8,7 @@ from dataclasses import replace
 from stabkit.identification.chain import Link
 from stabkit.identification.coefficients import Coefficient, measure
 from stabkit.identification.confirmation import Check, commutator, defect
+from stabkit.identification.hidden_skip import HiddenSkip, hidden_skip
 from stabkit.identification.implicit import fixed_point, solves_inside
 from stabkit.identification.naming import Name, name_one_state
 from stabkit.identification.normal_form import NormalForm
@@ -111,6 +112,9 @@ def _is_concatenation(form: NormalForm) -> bool:
 
 def _without_skip(around: Surroundings, found: Slots, links: Sequence[Link], steps: tuple[int, ...]) -> Identification:
     """A map without a skip; or one whose skip is a linear map."""
+    hidden = hidden_skip(around.whole(steps[0], steps[-1] + 1, found))
+    if hidden is not None:
+        return _measured(hidden, steps)
     notes = []
     if any(link.kind == "sum" for link in links):
         notes.append("a residual lies inside, but no skip leads around the whole step")
@@ -128,6 +132,14 @@ def _without_skip(around: Surroundings, found: Slots, links: Sequence[Link], ste
         return _record(named, table, steps, skip=0.0, residual=0.0, notes=tuple(notes))
     name = Name("plain", "none: a map without a skip", 1.0, "h = 1: the map itself")
     return _record(name, None, steps, skip=0.0, residual=0.0, notes=tuple(notes))
+
+
+def _measured(hidden: HiddenSkip, steps: tuple[int, ...]) -> Identification:
+    """A skip that was measured: all else is one field."""
+    table = Blocks.single(hidden.value)
+    record = _record(name_one_state(table), table, steps, skip=hidden.value, residual=hidden.residual)
+    why = f"the skip was measured: it passes {', '.join(dict.fromkeys(hidden.operations))}"
+    return replace(record, evidence="measured", notes=(why, "all else is taken as one field"))
 
 
 def _without_sum(around: Surroundings, found: Slots, links: Sequence[Link], steps: tuple[int, ...]) -> Identification:
@@ -157,7 +169,8 @@ def _sums(around: Surroundings, found: Slots, links: Sequence[Link], steps: tupl
     total = None if after else _total(around, found, steps)
     if total is not None and total.kind in ("moved", "mixed"):
         return nothing(steps, "not a step", "the skip moves or mixes coordinates", "measured")
-    tables = [blocks(form, found.contexts, moves_cancel=total is not None) for form in sums]
+    parts = [link for link in links if link.kind in ("sum", "scaling")]
+    tables = [blocks(p.form, found.contexts, moves_cancel=total is not None or p.kind == "scaling") for p in parts]
     if any(table is None for table in tables):
         return nothing(steps, "not a step", "the skip moves, mixes or drops coordinates", "measured")
     table, *others = [t for t in tables if t is not None]

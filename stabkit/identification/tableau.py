@@ -39,6 +39,12 @@ class Blocks:
     fields: tuple[int, ...]
     rows: tuple[Stage, ...]
 
+    @classmethod
+    def single(cls, a: float) -> Blocks:
+        """X' = a x + f(x), with a field of which nothing else is known."""
+        one = np.ones((1, 1))
+        return cls(0.0 * one, one, one, a * one, (0,), ())
+
     @property
     def n_fields(self) -> int:
         """How many different fields there are."""

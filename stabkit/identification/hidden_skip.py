@@ -1,0 +1,68 @@
+"""A skip along operations that mix entries in general, but not with these constants: found by measuring it.
+
+An identity matrix, a running sum of which the last is taken, entries that are read and written by index: each is
+affine, so it hides a multiple of the identity or it does not, and two random cotangents tell which.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch.autograd.graph import Node
+
+from stabkit.identification.operations import ADDENDS, is_affine
+from stabkit.identification.pieces import Piece, pull
+from stabkit.tracing.values import Value, operation, random_tensors
+
+_ROUNDINGS = 64.0
+
+
+@dataclass(frozen=True)
+class HiddenSkip:
+    """A skip that was measured.
+
+    Attributes:
+        value: the number ``a`` of x' = a x + f(x).
+        residual: relative deviation from it on random cotangents.
+        operations: the affine operations on the way, in order.
+    """
+
+    value: float
+    residual: float
+    operations: tuple[str, ...]
+
+
+def hidden_skip(piece: Piece) -> HiddenSkip | None:
+    """What reaches the one target from the one source along affine operations alone, when that is a multiple of it.
+
+    Returns:
+        None when nothing arrives, when it is not a multiple of the identity, and when nothing else is added.
+    """
+    source, target = piece.sources[0], piece.targets[0]
+    reached: set[Value] = {source}
+    allowed: dict[Node, list[Value]] = {}
+    for node in piece.nodes:
+        inputs = piece.inputs(node)
+        if operation(node) in ADDENDS and len(inputs) > 1:
+            affine = inputs[:1]
+        else:
+            affine = inputs if is_affine(node, len(inputs)) else []
+        taken = [value for value in affine if value in reached]
+        if taken:
+            allowed[node] = taken
+            reached.update(Value(node, i) for i in range(len(node._input_metadata)))
+    if target not in reached or len(allowed) == len(piece.nodes):
+        return None
+    drawn = [random_tensors([target], seed)[0] for seed in range(2)]
+    pulled = [pull(piece.graph, list(allowed), allowed, {target: w}).get(source) for w in drawn]
+    if any(p is None or p.numel() != w.numel() for p, w in zip(pulled, drawn, strict=True)):
+        return None
+    w = torch.stack([t.reshape(-1) for t in drawn]).double()
+    s = torch.stack([t.reshape(-1) for t in pulled if t is not None]).double()
+    a = float((w * s).sum() / (w * w).sum())
+    residual = float((s - a * w).norm() / w.norm())
+    tolerance = _ROUNDINGS * torch.finfo(drawn[0].dtype).eps
+    if residual > tolerance or abs(a) <= tolerance:
+        return None
+    return HiddenSkip(a, residual, tuple(operation(node) for node in allowed))
