@@ -11,7 +11,7 @@ from torch.autograd.graph import Node
 
 from stabkit.identification.operations import ADDS, PRODUCTS
 from stabkit.identification.pieces import Piece
-from stabkit.tracing.values import Value, meta_of, operation
+from stabkit.tracing.values import Meta, Value, meta_of, operation
 
 _ROUNDINGS = 8.0
 
@@ -55,7 +55,7 @@ def measure(piece: Piece, value: Value, atom: Value, path: set[Node]) -> Coeffic
         return Coefficient("scalar", 0.0, 0.0, 0.0, 0.0) if factors is not None and atom not in piece.ends else None
     if _is_broadcast(piece, path, atom):
         factors = factors * (meta_of(atom).numel / meta_of(value).numel)
-    kind, number = _kind(factors, meta_of(value).dtype, piece.is_gated(path))
+    kind, number = _kind(factors, meta_of(value), piece.is_gated(path), _masks(path))
     low, high = float(factors.min()), float(factors.max())
     if atom not in piece.ends:
         return Coefficient(kind, number, low, high, 0.0)
@@ -77,21 +77,43 @@ def node_numel(node: Node) -> int:
     return meta_of(Value(node, 0)).numel
 
 
-def _kind(factors: Tensor, dtype: torch.dtype, gated: bool) -> tuple[str, float]:
+def _kind(factors: Tensor, meta: Meta, gated: bool, masks: list[Tensor]) -> tuple[str, float]:
     flat = factors.detach().double().reshape(-1).cpu()
-    mean = float(flat.mean())
+    mean, dtype = float(flat.mean()), meta.dtype
     if gated and not _is_constant(factors, dtype):
         return "gate", mean
     if _is_constant(factors, dtype):
-        number = float(flat[0])
-        exact = round(number)
-        return "scalar", float(exact) if abs(number - exact) <= _tolerance(dtype) else number
+        return "scalar", _number(flat, dtype)
     kept = flat[flat != 0]
-    if kept.numel() < flat.numel() and bool((kept - kept[0]).abs().max() <= _tolerance(dtype) * kept[0].abs()):
-        rows = factors.detach().reshape(factors.shape[0], -1)
-        whole = bool(((rows == rows[:, :1]).all(dim=1)).all()) and factors.shape[0] > 1
-        return "samples" if whole else "dropout", float(kept[0])
-    return "diagonal", mean
+    if kept.numel() == flat.numel() or bool((kept - kept[0]).abs().max() > _tolerance(dtype) * kept[0].abs()):
+        return "diagonal", mean
+    number = _number(kept, dtype)
+    if any(_drops_samples(mask) for mask in masks):
+        return "samples", number
+    if masks and number != 1.0:  # dropout divides what it keeps; a mask of ones is a choice of entries
+        return "dropout", number
+    # entries of a stage that are cut off again (padding) are no choice of entries of the state
+    return "part" if flat.numel() == meta.numel else "scalar", number
+
+
+def _number(flat: Tensor, dtype: torch.dtype) -> float:
+    number = float(flat[0])
+    exact = round(number)
+    return float(exact) if abs(number - exact) <= _tolerance(dtype) else number
+
+
+def _masks(path: set[Node]) -> list[Tensor]:
+    """The constant factors on a path that are zero somewhere."""
+    names = ("_saved_other", "_saved_self", "_saved_result1", "_saved_mask")
+    nodes: list[Any] = [n for n in path if operation(n) in PRODUCTS or operation(n) == "NativeDropout"]
+    saved = [getattr(node, name, None) for node in nodes for name in names]
+    return [t for t in saved if isinstance(t, Tensor) and t.grad_fn is None and not bool((t != 0).all())]
+
+
+def _drops_samples(mask: Tensor) -> bool:
+    """Whether a mask has one number for each sample: the first dimension alone is longer than one, or tells all."""
+    rows = mask.detach().reshape(mask.shape[0], -1) if mask.dim() else mask.reshape(1, 1)
+    return len(rows) > 1 and bool((rows == rows[:, :1]).all()) and (rows.shape[1] > 1 or mask.dim() > 1)
 
 
 def _is_constant(factors: Tensor, dtype: torch.dtype) -> bool:

@@ -35,28 +35,36 @@ def _branch(flow: Flow, start: int) -> int | None:
 def _half_steps(flow: Flow, start: int) -> int | None:
     """The end of a pair of half-steps of two streams, y_1 = x_1 + F(x_2) and then y_2 = x_2 + G(y_1).
 
-    Seen one by one these are two-step methods s_{n+1} = s_{n-1} + F(s_n); that the streams are parts of one tensor
-    tells them apart.
+    Seen one by one these are two-step methods s_{n+1} = s_{n-1} + F(s_n). That the streams are parts of one tensor
+    tells them apart; or that every other step renews both streams, as when velocity Verlet is cut between its kicks.
     """
     if start + 1 >= len(flow.steps):
         return None
-    origin = _split_before(flow, start)
-    if origin is None or (start - origin) % 2:
+    if _alternates(flow, start) and (_alternates(flow, start + 2) or _alternates(flow, start - 2)):
+        return start + 2
+    if not _split_before(flow, start):
         return None
     return start + 2 if _is_shift(flow, start) and _is_shift(flow, start + 1) else None
 
 
-def _split_before(flow: Flow, start: int) -> int | None:
-    """The step at which the streams of a run of half-steps are split off one tensor."""
+def _split_before(flow: Flow, start: int) -> bool:
+    """Whether the two streams before a step were split off one tensor."""
     for index in range(start, -1, -1):
         state = flow.states[index]
         if len(state.values) == 1:
-            nodes = flow._graph.nodes[state.position :]
-            parts = parts_of(flow._graph, nodes, state.values[0])
-            return index if parts is not None and len(parts) == 2 else None
+            parts = parts_of(flow._graph, flow._graph.nodes[state.position :], state.values[0])
+            return parts is not None and len(parts) == 2
         if len(state.values) != 2:
-            return None
-    return None
+            return False
+    return False
+
+
+def _alternates(flow: Flow, start: int) -> bool:
+    """Whether a step renews one of two streams, and the next one both."""
+    if not 0 <= start < len(flow.steps) - 1:
+        return False
+    a, b, c = (set(flow.states[i].values) for i in range(start, start + 3))
+    return len(a) == len(b) == len(c) == 2 and len(a & b) == 1 and not b & c
 
 
 def _is_shift(flow: Flow, index: int) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from stabkit.identification.confirmation import Check, is_symmetric, volume
-from stabkit.identification.naming import name_several_states
+from stabkit.identification.naming_systems import name_several_states
 from stabkit.identification.normal_form import NormalForm
 from stabkit.identification.operations import JOINS, is_opaque
 from stabkit.identification.record import Identification
@@ -25,7 +25,7 @@ def read_several_states(around: Surroundings, found: Slots, steps: tuple[int, ..
     opaque = sorted({operation(n) for n in nodes if is_opaque(n)})
     if len(found.sources) != len(found.targets):
         return _change_of_count(around, found, steps)
-    if found.split:
+    if found.split or len({value.node for value in found.sources}) == 1:
         found = _paired(around, found, steps)
     form = around.normal_form(start, stop, found)
     table = blocks(form, found.contexts)
@@ -60,7 +60,7 @@ def read_several_states(around: Surroundings, found: Slots, steps: tuple[int, ..
 
 
 def _paired(around: Surroundings, found: Slots, steps: tuple[int, ...]) -> Slots:
-    """Parts of one tensor in the order of the states that they carry on, which need not be that of their making."""
+    """Parts of one tensor, made at once, in the order of the states that carry them on."""
     piece = around.whole(steps[0], steps[-1] + 1, found)
     carried = [[v for v in piece.expand(target)[0] if v in found.sources] for target in found.targets]
     followed = [sources[0] for sources in carried if len(sources) == 1]

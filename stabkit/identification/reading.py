@@ -23,6 +23,7 @@ from stabkit.integrators import GeneralLinearMethod, LinearStability, stochastic
 from stabkit.tracing.values import meta_of, operation
 
 _STATISTICS = frozenset({"Mean", "Std", "Var", "VarMean", "LinalgVectorNorm"})
+_GATED = 1e-3  # by how much the gates of the old state and of the new one may miss one
 _RECTIFIERS = frozenset({"Relu", "Threshold", "Hardtanh", "Clamp", "ClampMin"})
 
 
@@ -169,7 +170,7 @@ def _sums(around: Surroundings, found: Slots, links: Sequence[Link], steps: tupl
     total = None if after else _total(around, found, steps)
     if total is not None and total.kind in ("moved", "mixed"):
         return nothing(steps, "not a step", "the skip moves or mixes coordinates", "measured")
-    parts = [link for link in links if link.kind in ("sum", "scaling")]
+    parts = _linear_links(links)
     tables = [blocks(p.form, found.contexts, moves_cancel=total is not None or p.kind == "scaling") for p in parts]
     if any(table is None for table in tables):
         return nothing(steps, "not a step", "the skip moves, mixes or drops coordinates", "measured")
@@ -193,6 +194,16 @@ def _sums(around: Surroundings, found: Slots, links: Sequence[Link], steps: tupl
         checks=_checks(sums, table),
     )
     return _with_randomness(_with_gates(_with_projection(record, _norms_after(links), len(sums)), kinds, sums), sums)
+
+
+def _linear_links(links: Sequence[Link]) -> list[Link]:
+    """Sums and the scalings around them; one after a norm or an activation is a part of that."""
+    found, after = [], False
+    for link in links:
+        after = link.kind == "weightless" or (after and link.kind == "scaling")
+        if link.kind in ("sum", "scaling") and not after:
+            found.append(link)
+    return found
 
 
 def _linear_part(relaxed: tuple[Blocks, float] | None) -> tuple[str, ...]:
@@ -236,7 +247,7 @@ def _notes(around: Surroundings, sums: Sequence[NormalForm], table: Blocks) -> t
     notes = []
     count = len(sums)
     if count > 1:
-        notes.append(f"{count} additions: a splitting, each branch a step of its own")
+        notes.append(f"{count} additions, each a step of its own" + (": a splitting" if table.n_fields > 1 else ""))
     learned = dict.fromkeys(text for form in sums for text in around.learned_factors(form.piece))
     if learned:
         notes.append(f"learned factors: {', '.join(learned)}")
@@ -244,6 +255,8 @@ def _notes(around: Surroundings, sums: Sequence[NormalForm], table: Blocks) -> t
     for c in coefficients:
         if c.kind == "diagonal":
             notes.append(f"every channel has a step of its own (LayerScale), {c.low:.3g} to {c.high:.3g}")
+        if c.kind == "part":
+            notes.append("the branch is added to some entries only")
         if c.kind == "dropout":
             notes.append("dropout after the branch counts as part of it")
         if c.kind == "scalar" and c.value == 0.0:
@@ -303,12 +316,16 @@ def _with_gates(record: Identification, kinds: set[str], sums: Sequence[NormalFo
         return record
     gates = [c for form in sums for c in form.forms[0].values() if c.kind == "gate"]
     low, high = min(c.low for c in gates), max(c.high for c in gates)
+    notes = (f"gates from {low:.3g} to {high:.3g} here, held fixed in R(z)", *record.notes)
+    if abs((record.skip or 0.0) + (record.step_size or 0.0) - 1.0) > _GATED:
+        name, system = f"gated skip (mean a = {record.skip:.3g})", "x' = a(x) x + f(x) - x, the old state times a gate"
+        return replace(record, name=name, system=system, notes=notes)
     return replace(
         record,
         name=f"gated Euler (mean a = {record.skip:.3g})",
         convention="h: the gate, which depends on the state; its mean is shown",
         system="x' = T(x) (f(x) - x), or the exponential step exp(-tau) = 1 - T",
-        notes=(f"gates from {low:.3g} to {high:.3g} here, held fixed in R(z)", *record.notes),
+        notes=notes,
     )
 
 

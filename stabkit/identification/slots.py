@@ -38,8 +38,8 @@ def slots(flow: Flow, start: int, stop: int) -> Slots:
     """The states of the method that leads from ``states[start]`` to ``states[stop]``.
 
     Values that only wait for the output (the hidden states that a recurrent network returns) are none. A value that
-    passes unchanged while a younger one is replaced is a context; one that passes while an older one is dropped is the
-    history of a multistep method.
+    passes unchanged while a younger one is replaced is a context, unless values take turns in its place: these are the
+    history of a multistep method. What was a context before stays one where the method ends.
     """
     graph = flow._graph
     before, after = flow.states[start], flow.states[stop]
@@ -56,14 +56,53 @@ def slots(flow: Flow, start: int, stop: int) -> Slots:
     old = [v for v in before.values if v in used]
     fed = _read_ahead(flow, nodes, old, new)
     old, new = [v for v in old if v not in fed], [v for v in new if v not in fed]
-    dropped = [v for v in old if v not in new]
-    contexts = tuple(v for v in old if v in new and any(_born(graph, d) > _born(graph, v) for d in dropped))
+    contexts = tuple(_contexts(flow, start, old, new))
     sources = sorted((v for v in old if v not in contexts), key=lambda v: (_born(graph, v), v.output))
     targets = sorted((v for v in new if v not in contexts), key=lambda v: (_born(graph, v), v.output))
     parted = _parted(graph, nodes, sources, targets)
     if parted is not None:
         return Slots(*parted, (*contexts, *(v for v in fed if v in before.values)), True)
     return Slots(tuple(sources), tuple(targets), (*contexts, *(v for v in fed if v in before.values)), False)
+
+
+def _contexts(flow: Flow, start: int, old: list[Value], new: list[Value]) -> list[Value]:
+    """Which of the old values are held fixed."""
+    graph = flow._graph
+    dropped = [v for v in old if v not in new]
+    passing = [v for v in old if v in new]
+    found = [v for v in passing if _takes_no_turn(flow, v) and
+             (_span(flow, v) > len(old) or any(_born(graph, d) > _born(graph, v) for d in dropped))]  # fmt: skip
+    if not passing and len(old) > len(new):  # the last step of a method: a context is read, and not needed any more
+        found = [v for v in old if _span(flow, v) > len(old) and _takes_no_turn(flow, v)]
+        found = found if len(old) - len(found) == len(new) else []
+    if not found and len(old) > len(new):
+        found = [v for v in dropped if _is_one_of_a_sequence(flow, v)]
+        found = found if len(old) - len(found) == len(new) else []
+    return found if len(found) < len(old) else []
+
+
+def _is_one_of_a_sequence(flow: Flow, value: Value) -> bool:
+    """Whether a value was taken from one tensor together with others that are read at other times: an input."""
+    if operation(value.node) not in _SPLITS:
+        return False
+    siblings = [{v for v in state.values if v.node is value.node} for state in flow.states]
+    return any(others and value not in others for others in siblings)
+
+
+def _span(flow: Flow, value: Value) -> int:
+    """In how many states of the flow a value is alive."""
+    return sum(value in state.values for state in flow.states)
+
+
+def _takes_no_turn(flow: Flow, value: Value) -> bool:
+    """Whether no other value of its shape lives as long as this one, earlier or later, as in a shift register."""
+    lives: dict[Value, list[int]] = {}
+    for state in flow.states:
+        for v in state.values:
+            if meta_of(v).shape == meta_of(value).shape:
+                lives.setdefault(v, []).append(state.index)
+    first, last = lives[value][0], lives[value][-1]
+    return not any(life[0] - first == life[-1] - last != 0 for life in lives.values())
 
 
 def _born(graph: Graph, value: Value) -> int:
