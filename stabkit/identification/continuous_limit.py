@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -14,7 +14,10 @@ from torch import Tensor, nn
 
 from stabkit.errors import TraceError
 from stabkit.identification.method import by_step, identify
+from stabkit.identification.naming import order_of
 from stabkit.identification.record import Identification
+from stabkit.identification.solver_swap import HIGHEST_ORDER, Map, solver_swaps
+from stabkit.integrators import GeneralLinearMethod
 from stabkit.tracing import Flow, Step
 from stabkit.tracing.safekeeping import modules_behind, unchanged
 
@@ -23,7 +26,6 @@ _PERSISTENT = 0.5  # a field that turns by less than 60 degrees from layer to la
 _INDEPENDENT = 0.25
 _SMALL_CHANGE = 0.25  # of the distance that the state travels
 _AROUND = 1.6  # factor about L^-1/2 within which a path is that of a random walk
-Map = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -41,9 +43,9 @@ class ContinuousLimit:
         same_point: whether both fields were evaluated at one point; otherwise each at its own state.
         straightness: ``||x_L - x_0|| / sum ||x_{l+1} - x_l||``, mean over samples; 1 for a straight path.
         random_walk: what independent increments would give: ``L^-1/2``.
-        solver_swaps: change of the last state when the read method is replaced, as a fraction of the distance
-            travelled: ``"paired"`` takes two steps at once at one point, ``"half steps"`` each step in two halves. None
-            where the blocks cannot be called by themselves.
+        solver_swaps: change of the last state when the read method is replaced by another of its order, as a fraction
+            of the distance travelled: ``"paired"`` takes two steps at once, ``"half steps"`` each step in two halves.
+            None where the blocks cannot be called by themselves.
         notes: what could not be measured and why.
     """
 
@@ -110,7 +112,8 @@ def continuous_limit(flow: Flow, identifications: Sequence[Identification] | Non
         else:
             points = [flow.states[step.index].tensors[0] for step in run]
             cosines = [_cosine(f(x) - x, g(x) - x) for f, g, x in zip(blocks, blocks[1:], points, strict=False)]
-            swaps = _solver_swaps(blocks, points[0], flow.states[run[-1].index + 1].tensors[0])
+            order = min(_order(records[step.index]) for step in run)
+            swaps = solver_swaps(blocks, points[0], flow.states[run[-1].index + 1].tensors[0], order)
     if length == 0.0:
         notes.append("the state does not move: every branch is zero")
     persistence = sum(cosines) / len(cosines)
@@ -153,6 +156,14 @@ def _longest_run(flow: Flow, records: Sequence[Identification]) -> tuple[Step, .
     return tuple(best)
 
 
+def _order(record: Identification) -> int:
+    """The order of a Runge-Kutta method of one field; everything else is as accurate as Euler's."""
+    method = record.method
+    if not record.shared_weights or not isinstance(method, GeneralLinearMethod) or method.n_fields > 1:
+        return 1
+    return min(max(1, order_of(method)), HIGHEST_ORDER)
+
+
 def _callable_blocks(flow: Flow, run: Sequence[Step]) -> list[Map] | None:
     """The blocks as maps of the state, if calling each on its recorded state gives the next one."""
     modules = dict(flow.model.named_modules())
@@ -163,12 +174,22 @@ def _callable_blocks(flow: Flow, run: Sequence[Step]) -> list[Map] | None:
             return None
         source, target = (flow.states[i].tensors[0] for i in (step.index, step.index + 1))
         out = _called(module, source)
-        if out is None or out.shape != target.shape:
+        block = None if out is None or out.shape != target.shape else _as_block(module, source, target, out)
+        if block is None:
             return None
-        if not torch.allclose(out, target, rtol=1e-3, atol=1e-5 * float(target.abs().max())):
-            return None
-        found.append(module)
+        found.append(block)
     return found
+
+
+def _as_block(module: nn.Module, source: Tensor, target: Tensor, out: Tensor) -> Map | None:
+    """The module itself when it gives the next state; x + h times it when it is the field of an Euler step."""
+    if torch.allclose(out, target, rtol=1e-3, atol=1e-5 * float(target.abs().max())):
+        return module
+    size = float(out.double().square().sum())
+    h = float((out * (target - source)).double().sum()) / size if size > 0 else 0.0
+    if h == 0.0 or not torch.allclose(h * out, target - source, rtol=1e-3, atol=1e-5 * float((h * out).abs().max())):
+        return None
+    return lambda x: x + h * module(x)
 
 
 def _takes_one_tensor(module: nn.Module) -> bool:
@@ -187,19 +208,6 @@ def _called(module: nn.Module, x: Tensor) -> Tensor | None:
     except (TypeError, ValueError, RuntimeError, AttributeError, IndexError):
         return None  # a mask or rotary angles that its model always gives it
     return out if isinstance(out, Tensor) else None
-
-
-def _solver_swaps(blocks: Sequence[Map], start: Tensor, end: Tensor) -> dict[str, float]:
-    paired = start
-    for f, g in zip(blocks[::2], [*blocks[1::2], None], strict=False):
-        paired = f(paired) if g is None else f(paired) + g(paired) - paired
-    halves = start
-    for f in blocks:
-        middle = (halves + f(halves)) / 2
-        halves = (middle + f(middle)) / 2
-    travelled = float((end - start).double().norm())
-    changes = {"paired": paired, "half steps": halves}
-    return {name: float((x - end).double().norm()) / travelled if travelled > 0 else 0.0 for name, x in changes.items()}
 
 
 def _cosine(a: Tensor, b: Tensor) -> float:

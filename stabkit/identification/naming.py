@@ -108,10 +108,10 @@ def _runge_kutta(found: Blocks, a: float, h: float, convention: str) -> Name:
         return Name("unnamed", "none that is consistent", h, convention)
     alike = [name for name, other in _catalogue(None) if _same_function(method, other)]
     hint = f", R(z) of {alike[0]}" if alike else ""
-    return Name(f"unnamed Runge-Kutta ({method.stages} stages, order {_order(method)}{hint})", system, h, convention)
+    return Name(f"unnamed Runge-Kutta ({method.stages} stages, order {order_of(method)}{hint})", system, h, convention)
 
 
-def _order(method: GeneralLinearMethod) -> int:
+def order_of(method: GeneralLinearMethod) -> int:
     """The order up to the rounding of single precision: conditions up to order 4, Hairer, Norsett and Wanner, II.2."""
     A, b = method.A, method.B[0]
     c, one = A.sum(axis=1), np.ones(method.stages)

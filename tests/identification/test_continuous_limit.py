@@ -93,6 +93,52 @@ def test_blocks_that_need_more_than_the_state_are_compared_along_the_path():
     assert "along the path" in found.notes[0]
 
 
+class RungeKutta(nn.Module):
+    """One step of the classical method for x' = tanh(W x)."""
+
+    def __init__(self, weight: torch.Tensor, h: float) -> None:
+        super().__init__()
+        self.weight, self.h = nn.Parameter(weight), h
+
+    def forward(self, x):
+        def f(y):
+            return torch.tanh(y @ self.weight.T)
+
+        h, k = self.h, f(x)
+        total = k / 6
+        for c, b in ((0.5, 1 / 3), (0.5, 1 / 3), (1.0, 1 / 6)):
+            k = f(x + c * h * k)
+            total = total + b * k
+        return x + h * total
+
+
+@pytest.mark.parametrize(("h", "label"), [(0.2, "ODE-like"), (3.0, "neither")])
+def test_a_method_is_replaced_by_one_of_its_own_order(h, label):
+    torch.manual_seed(0)
+    weight = torch.randn(100, 100, dtype=torch.float64) / 10
+    found = measured(nn.Sequential(*(RungeKutta(weight - weight.T, h) for _ in range(8))))
+    assert found.label == label
+    if h < 1:  # the rotation turns by 70 degrees: methods of order 1 are off by a third
+        assert max(found.solver_swaps.values()) < 1e-2
+
+
+def test_fields_called_in_a_loop_are_swapped_too():
+    class Loop(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fields = nn.ModuleList(nn.Sequential(nn.Linear(100, 100), nn.Tanh()) for _ in range(8))
+
+        def forward(self, x):
+            for field in self.fields:
+                x = x + 0.1 * field(x)
+            return x
+
+    torch.manual_seed(0)
+    found = measured(Loop().double())
+    assert found.same_point
+    assert set(found.solver_swaps) == {"paired", "half steps"}
+
+
 def test_a_plain_network_has_no_continuous_limit():
     flow = trace(nn.Sequential(*(nn.Linear(4, 4) for _ in range(6))), torch.randn(2, 4))
     with pytest.raises(TraceError, match="longest run of steps x \\+ f\\(x\\) has 0 steps"):
