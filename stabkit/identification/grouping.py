@@ -8,11 +8,15 @@ from stabkit.tracing.values import meta_of
 
 
 def groups(flow: Flow) -> tuple[tuple[int, int], ...]:
-    """Half-open ranges of steps, each one method: single steps, cut branches, and pairs of reversible half-steps."""
+    """Half-open ranges of steps, each one method.
+
+    Single steps, cut branches, pairs of reversible half-steps, and the last of a run of like steps where it was cut
+    before its end.
+    """
     found: list[tuple[int, int]] = []
     start = 0
     while start < len(flow.steps):
-        stop = _branch(flow, start) or _half_steps(flow, start) or start + 1
+        stop = _branch(flow, start) or _half_steps(flow, start) or _cut_short(flow, start) or start + 1
         found.append((start, stop))
         start = stop
     return tuple(found)
@@ -30,6 +34,15 @@ def _branch(flow: Flow, start: int) -> int | None:
         same = len(values) == 1 and meta_of(values[0]).shape == meta_of(source[0]).shape
         return stop if same and stop > start + 1 else None
     return None
+
+
+def _cut_short(flow: Flow, start: int) -> int | None:
+    """The end of a step and the rest of it, which together repeat the step before."""
+    if not 0 < start < len(flow.steps) - 1:
+        return None
+    before, first, rest = (flow.steps[i].operations for i in range(start - 1, start + 2))
+    same = flow.states[start].sample_shapes == flow.states[start + 2].sample_shapes
+    return start + 2 if same and first + rest == before else None
 
 
 def _half_steps(flow: Flow, start: int) -> int | None:

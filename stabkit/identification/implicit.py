@@ -1,4 +1,7 @@
-"""Layers that solve for a fixed point, z = f(z, x): found by the calls they make, confirmed by running them again."""
+"""Layers that solve for their result: a linear system, or a fixed point z = f(z, x).
+
+Fixed points are found by the calls they make, and confirmed by running them again.
+"""
 
 from __future__ import annotations
 
@@ -11,9 +14,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from stabkit.identification.operations import MOVES
+from stabkit.identification.pieces import Piece
 from stabkit.tracing import Flow
 from stabkit.tracing.safekeeping import modules_behind, unchanged
+from stabkit.tracing.values import operation
 
+_SOLVES = frozenset(
+    {"CholeskySolve", "LinalgLuSolve", "LinalgSolve", "LinalgSolveEx", "LinalgSolveTriangular", "TriangularSolve"}
+)
 _FEWEST = 3
 _AVERAGED = 12  # changes, since complex eigenvalues make their ratios swing
 
@@ -33,6 +42,28 @@ class FixedPoint:
     iterations: int
     residual: float
     contraction: float | None
+
+
+@dataclass(frozen=True)
+class LinearSolve:
+    """Linear systems that are solved inside a step.
+
+    Attributes:
+        count: how many, one after the other.
+        of_the_state: whether each is M x' = x with a constant M, and nothing else.
+    """
+
+    count: int
+    of_the_state: bool
+
+
+def linear_solve(piece: Piece) -> LinearSolve | None:
+    """The linear systems that a step of one state solves; None without one."""
+    nodes = [node for node in piece.nodes if operation(node) in _SOLVES]
+    if not nodes:
+        return None
+    moves_else = all(operation(node) in MOVES | _SOLVES for node in piece.nodes)
+    return LinearSolve(len(nodes), moves_else and all(len(piece.inputs(node)) == 1 for node in nodes))
 
 
 def solves_inside(flow: Flow, start: int, stop: int) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
+from stabkit.errors import TraceError
 from stabkit.identification.grouping import groups
 from stabkit.identification.iterated import read_iteration
 from stabkit.identification.reading import read
@@ -30,6 +31,9 @@ def identify(flow: Flow | Iteration, *, sharing: Sharing = ALONE) -> tuple[Ident
     Args:
         flow: from `stabkit.trace`, `stabkit.recurrent_flow` or `stabkit.iterate`.
 
+    Raises:
+        TraceError: ``flow`` is something else.
+
     Example:
         >>> import torch, stabkit
         >>> class Block(torch.nn.Module):
@@ -44,6 +48,11 @@ def identify(flow: Flow | Iteration, *, sharing: Sharing = ALONE) -> tuple[Ident
     """
     if isinstance(flow, Iteration):
         return read_iteration(flow)
+    if not isinstance(flow, Flow):
+        raise TraceError(
+            f"flow is a {type(flow).__name__}; expected what stabkit.trace, stabkit.recurrent_flow or stabkit.iterate "
+            "returns: stabkit.identify(stabkit.trace(model, input))"
+        )
     around = Surroundings(flow)
     places = groups(flow)
 

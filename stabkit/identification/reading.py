@@ -9,7 +9,7 @@ from stabkit.identification.chain import Link
 from stabkit.identification.coefficients import Coefficient, measure
 from stabkit.identification.confirmation import Check, commutator, defect
 from stabkit.identification.hidden_skip import HiddenSkip, hidden_skip
-from stabkit.identification.implicit import fixed_point, solves_inside
+from stabkit.identification.implicit import LinearSolve, fixed_point, linear_solve, solves_inside
 from stabkit.identification.naming import Name, name_one_state
 from stabkit.identification.normal_form import NormalForm
 from stabkit.identification.operations import NORMS, is_opaque
@@ -19,7 +19,7 @@ from stabkit.identification.relaxation import with_linear_part
 from stabkit.identification.slots import Slots
 from stabkit.identification.surroundings import Surroundings
 from stabkit.identification.tableau import Blocks, blocks
-from stabkit.integrators import GeneralLinearMethod, LinearStability, stochastic_depth
+from stabkit.integrators import GeneralLinearMethod, LinearStability, named, stochastic_depth
 from stabkit.tracing.values import meta_of, operation
 
 _STATISTICS = frozenset({"Mean", "Std", "Var", "VarMean", "LinalgVectorNorm"})
@@ -77,6 +77,9 @@ def _one_state(around: Surroundings, found: Slots, steps: tuple[int, ...]) -> Id
     maps = [link for link in links if link.kind in ("map", "join")]
     if opaque and (maps or not sums):
         return nothing(steps, "unknown", f"a skip may hide inside {', '.join(opaque)}", "unknown")
+    solved = linear_solve(around.whole(start, stop, found))
+    if solved is not None:
+        return _solved(solved, steps)
     if maps:
         return _without_skip(around, found, links, steps)
     if not sums:
@@ -89,6 +92,19 @@ def _one_state(around: Surroundings, found: Slots, steps: tuple[int, ...]) -> Id
     return _sums(around, found, links, steps)
 
 
+def _solved(solved: LinearSolve, steps: tuple[int, ...]) -> Identification:
+    """A step that solves a linear system for its result."""
+    if not solved.of_the_state:
+        why = "a linear system is solved for the result, with more than the old state on its other side"
+        return nothing(steps, "semi-implicit (linear solve)", why, "proven", system="M x' = x + h f(x)")
+    many = f"{solved.count} steps of " if solved.count > 1 else ""
+    system = "x' = f(x), f = (1 - M) x, M the matrix that is solved"
+    record = _record(
+        Name(f"{many}backward_euler", system, 1.0, "h = 1: M = 1 - h J"), None, steps, skip=None, residual=0.0
+    )
+    return replace(record, method=None if many else named("backward_euler"))
+
+
 def _change_of_space(links: Sequence[Link], opaque: Sequence[str]) -> str:
     """What a change of space looks like inside."""
     form = max((link.form for link in links), key=lambda form: len(form.piece.nodes))
@@ -96,7 +112,7 @@ def _change_of_space(links: Sequence[Link], opaque: Sequence[str]) -> str:
     affine = [s for s in form.stages if s.is_affine and s.output in terms]
     parts = [terms[a] for a in form.sources if a in terms]
     text = "the space changes, so this is no step of a method"
-    if affine and len(terms) > len(affine):
+    if affine and not parts and len(terms) > len(affine):
         return f"{text}; the shortcut is a projection, a linear map"
     if parts and len(terms) > len(parts):
         kind = {"part": "takes or pads entries of the state (option A)", "moved": "moves entries"}
@@ -123,6 +139,10 @@ def _without_skip(around: Surroundings, found: Slots, links: Sequence[Link], ste
         notes.append("the state is put beside a function of it, and both are mixed: several projections, no skip")
     for link in links:
         terms = link.form.forms[0]
+        bent = _bent_skip(link)
+        if bent:
+            why = f"the skip passes {', '.join(bent)}, which is not linear: x' = P(x) + f(x) is no step from x"
+            return nothing(steps, "transformed skip", why, "proven")
         affine = [s for s in link.form.stages if s.is_affine and s.output in terms]
         if link.kind == "map" and affine and len(affine) < len(terms) and all(len(s.inputs) == 1 for s in affine):
             why = "the skip is a linear map (projection): a change of space and then a sum, no step of an ODE"
@@ -133,6 +153,16 @@ def _without_skip(around: Surroundings, found: Slots, links: Sequence[Link], ste
         return _record(named, table, steps, skip=0.0, residual=0.0, notes=tuple(notes))
     name = Name("plain", "none: a map without a skip", 1.0, "h = 1: the map itself")
     return _record(name, None, steps, skip=0.0, residual=0.0, notes=tuple(notes))
+
+
+def _bent_skip(link: Link) -> tuple[str, ...]:
+    """What a state passes without weights on its way to a sum, beside a branch with weights: norms, activations."""
+    form = link.form
+    stages = [s for s in form.stages if s.output in form.forms[0]]
+    weightless = [s for s in stages if s.is_weightless and not s.is_affine and s.entries == form.sources]
+    if link.kind != "map" or not weightless or len(weightless) == len(stages):
+        return ()
+    return tuple(dict.fromkeys(operation(node) for node in weightless[0].nodes))
 
 
 def _measured(hidden: HiddenSkip, steps: tuple[int, ...]) -> Identification:

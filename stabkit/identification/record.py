@@ -45,6 +45,17 @@ class Identification:
     shared_weights: bool | None = None
     checks: tuple[Check, ...] = ()
 
+    def __str__(self) -> str:
+        """One line: which steps, the method, its step size and convention, how sure, and what it integrates."""
+        first, last = self.steps[0], self.steps[-1]
+        parts = [f"step {first}" if first == last else f"steps {first} to {last}", self.name]
+        if self.step_size is not None:
+            parts.append(f"h = {self.step_size:.4g} ({self.convention.removeprefix('h: ').removeprefix('h = 1: ')})")
+        residual = "" if self.residual is None else f", residual {self.residual:.1g}"
+        parts.append(f"{self.evidence}{residual}")
+        system = "" if self.system.startswith("none") or not self.system else f"; {self.system}"
+        return f"{parts[0]}: {', '.join(parts[1:])}{system}"
+
     def to_dict(self) -> dict[str, Any]:
         """Plain values, ready for JSON; the method by its tableau where it has one."""
         blocks = ("A", "U", "B", "V")

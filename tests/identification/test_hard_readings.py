@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from stabkit.errors import TraceError
 from stabkit.identification import identify
 from stabkit.tracing import trace
 
@@ -175,3 +176,65 @@ def test_half_precision_is_read_with_its_own_rounding():
     model, inputs, _ = stack(lambda: Step(lambda m, x: 0.9 * x + 0.1 * m.parts[0](x), dense()))()
     found = identify(trace(model.bfloat16(), inputs[0].bfloat16()))
     assert [f.name for f in found] == ["damped Euler (a = 0.898)"] * 3
+
+
+def test_a_norm_or_an_activation_on_the_skip_beside_a_branch():
+    found = read(lambda: Step(lambda m, x: torch.tanh(x) + m.parts[0](x), dense()))
+    assert (found.name, found.method) == ("transformed skip", None)
+    assert "Tanh" in found.notes[0]
+
+
+def test_a_linear_system_that_is_solved_for_the_state_is_backward_euler():
+    M = 1.5 * torch.eye(6, dtype=torch.float64) - 0.5 * torch.softmax(torch.randn(6, 6, dtype=torch.float64), -1)
+    found = read(lambda: Step(lambda m, x: torch.linalg.solve(M, x.T).T))
+    assert (found.name, found.step_size, found.evidence) == ("backward_euler", 1.0, "proven")
+    assert amplification(found) == pytest.approx(1 / (1 - 0.3 - 0.4j))
+
+
+def test_a_linear_system_with_a_field_on_its_other_side_is_semi_implicit():
+    M = 2 * torch.eye(6, dtype=torch.float64)
+    found = read(lambda: Step(lambda m, x: torch.linalg.solve(M, (x + m.parts[0](x)).T).T, dense()))
+    assert (found.name, found.method) == ("semi-implicit (linear solve)", None)
+
+
+def test_padding_that_widens_beside_a_linear_branch_is_option_a():
+    model = nn.Sequential(Step(lambda m, x: functional.pad(x, (0, 2)) + m.parts[0](x), nn.Linear(4, 6)))
+    found = identify(trace(model, torch.randn(3, 4)))[0]
+    assert found.name == "transition"
+    assert "option A" in found.notes[0]
+
+
+def test_a_branch_that_is_added_to_a_slice_says_so():
+    def forward(m, x):
+        x = x.clone()
+        x[:, :3] += m.parts[0](x)[:, :3]
+        return x
+
+    found = read(lambda: Step(forward, dense()))
+    assert (found.name, found.skip) == ("forward Euler", 1.0)
+    assert "the branch is added to some entries only" in found.notes
+
+
+def test_the_last_step_of_a_loop_is_read_whole():
+    class Loop(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fields = nn.ModuleList(dense() for _ in range(3))
+
+        def forward(self, x):
+            for field in self.fields:
+                x = (3 * x + field(x)) / 3
+            return x
+
+    found = identify(trace(Loop().double(), torch.randn(2, 6, dtype=torch.float64)))
+    assert [record.name for record in found] == ["forward Euler"] * 3
+    assert found[-1].step_size == pytest.approx(1 / 3)
+
+
+def test_a_record_is_one_line_and_other_things_are_refused():
+    found = read(lambda: Step(lambda m, x: x + 0.5 * m.parts[0](x), dense()))
+    assert str(found) == (
+        "step 1: forward Euler, h = 0.5 (the number that multiplies the branch), proven, residual 0; x' = f(x)"
+    )
+    with pytest.raises(TraceError, match=r"flow is a int; expected what stabkit.trace"):
+        identify(3)
