@@ -27,6 +27,7 @@ from torch import nn
 from stabkit.checkpoints import ArchitectureMissingError, load
 from stabkit.errors import CheckpointError
 from stabkit.weights import analyze_weights
+from tests.processes import leave
 
 
 def network() -> nn.Module:
@@ -176,6 +177,7 @@ def _fsdp_rank(rank: int, folder: str) -> None:
         fully_shard(layer, mesh=init_device_mesh("cpu", (2,)))
     dcp.save({"app": {"model": get_model_state_dict(model)}}, checkpoint_id=f"{folder}/fsdp")
     dist.destroy_process_group()
+    leave()
 
 
 def zero(folder: Path) -> Path:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from stabkit.monitor import Monitor
 from tests.monitor.networks import Layers
+from tests.processes import leave
 
 STEPS = 12
 FAULT = 10
@@ -91,3 +92,4 @@ def main(directory: Path) -> None:
 if __name__ == "__main__":
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     main(Path(sys.argv[1]))
+    leave()
