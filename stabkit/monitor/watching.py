@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from typing import Any
 
@@ -9,6 +10,27 @@ from torch import nn
 
 Before = Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]
 After = Callable[[nn.Module, Any, Any], None]
+
+
+class Hook:
+    """A function around the call of a module, that does nothing in copies of the module.
+
+    A model may be copied or pickled at any time of its training, by ``copy.deepcopy`` as averages of weights are made,
+    or by ``torch.save``. A copy is not watched, what the function holds on to (open files) is none of its business, and
+    a saved model must open where stabkit is not installed.
+    """
+
+    __slots__ = ("_function",)
+
+    def __init__(self, function: Callable[..., None]) -> None:
+        self._function = function
+
+    def __call__(self, *args: Any) -> None:
+        """Call the function."""
+        self._function(*args)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return getattr, (contextlib.nullcontext(), "__exit__")  # takes anything and returns None
 
 
 def watch(module: nn.Module, after: After, before: Before | None = None) -> Callable[[], None]:
@@ -19,9 +41,9 @@ def watch(module: nn.Module, after: After, before: Before | None = None) -> Call
     """
     if getattr(module, "_compiled_call_impl", None) is not None:
         return _wrap_compiled(module, after, before)
-    handles = [module.register_forward_hook(after)]
+    handles = [module.register_forward_hook(Hook(after))]
     if before is not None:
-        handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
+        handles.append(module.register_forward_pre_hook(Hook(before), with_kwargs=True))
     if len(handles) == 1:
         return handles[0].remove
 
