@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import os
 import warnings
 from collections import deque
@@ -18,6 +17,8 @@ from torch import Tensor, nn
 
 from stabkit.diagnosis import Finding
 from stabkit.monitor.alerts import Alerts
+from stabkit.monitor.arguments import Callback, callbacks, check_counts, check_kinds, check_model, named_modules
+from stabkit.monitor.arguments import optimizers as as_optimizers
 from stabkit.monitor.blocks import choose_blocks, visible
 from stabkit.monitor.capsule import CapsuleStore
 from stabkit.monitor.clipping import Clipped, clip
@@ -32,10 +33,6 @@ from stabkit.monitor.rules import AlertRules
 from stabkit.monitor.updates import UpdateSampler
 from stabkit.monitor.writers import Writer, open_writers
 from stabkit.tracing.safekeeping import unwrap
-
-PRESETS = ("economy", "standard", "full")
-
-Callback = Callable[[Finding], object]
 
 
 class Monitor:
@@ -58,7 +55,8 @@ class Monitor:
         preset: ``"economy"`` (norms), ``"standard"`` (and, every ``probe_every`` records, gradient growth from a random
             cotangent and the largest singular values of a few blocks) or ``"full"`` (and ``stabkit.diagnose``).
         writers: where records go: paths (``.jsonl`` or ``.csv``), writers of ``stabkit.monitor.writers``, or callables
-            that take a record. None writes ``records.jsonl`` into ``directory``, or nothing when there is none.
+            that take a record; one or several. None writes ``records.jsonl`` into ``directory``, or nothing when there
+            is none.
         directory: where capsules, and records by default, are kept; None keeps everything in memory.
         optimizer: one or several, to measure update ratios.
         scaler: the ``torch.amp.GradScaler``, so that gradients are reported unscaled.
@@ -96,7 +94,7 @@ class Monitor:
         model: nn.Module,
         every: int = 10,
         preset: str = "economy",
-        writers: Iterable[Any] | None = None,
+        writers: Any = None,
         *,
         directory: str | os.PathLike[str] | None = None,
         optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer] | None = None,
@@ -111,22 +109,24 @@ class Monitor:
         distributed: bool | None = None,
         seed: int = 0,
     ) -> None:
-        _check(model, every, preset, history, capsules, probe_every)
+        check_model(model, preset)
+        check_counts(every=(every, 1), history=(history, 1), capsules=(capsules, 0), probe_every=(probe_every, 1))
+        check_kinds(directory, scaler, rules, model_factory)
         self.every = every
         self.preset = preset
         self.directory = None if directory is None else Path(directory)
         self.records: deque[Record] = deque(maxlen=history)
         self.findings: list[Finding] = []
         inner = unwrap(model)
-        chosen = choose_blocks(inner) if blocks is None else _named_modules(inner, blocks)
+        chosen = choose_blocks(inner) if blocks is None else named_modules(inner, blocks)
         self.blocks = tuple(chosen)
         self._scaler = scaler
-        self._on_alert = [] if on_alert is None else [on_alert] if callable(on_alert) else list(on_alert)
+        self._on_alert = callbacks(on_alert)
         self._alerts = Alerts(rules, scaled=scaler is not None)
         parameters = Parameters(inner, self.blocks)
         self._collector = Collector(parameters, len(chosen))
         self._hooks = Hooks(visible(model, chosen.values()), self._fail)
-        self._updates = UpdateSampler(_as_list(optimizer), parameters, self._fail)
+        self._updates = UpdateSampler(as_optimizers(optimizer), parameters, self._fail)
         self._ranks = Ranks(model, parameters.tensors, distributed)
         self._writers: list[Writer] = open_writers(writers, self.directory) if self._ranks.first else []
         self._capsules = CapsuleStore(self.directory, capsules, inner, model_factory, self._ranks)
@@ -376,36 +376,3 @@ class Monitor:
         if self._ranks.together and not self._told:
             self._told = True
             self._ranks.reduce(None, (AFTER + 1, len(self.blocks) + 1), requested=False)
-
-
-def _check(model: Any, every: int, preset: str, history: int, capsules: int, probe_every: int) -> None:
-    if not isinstance(model, nn.Module):
-        raise ValueError(f"model is {type(model).__name__}; expected a torch.nn.Module")
-    if preset not in PRESETS:
-        raise ValueError(f"preset={preset!r}; expected one of {', '.join(PRESETS)}")
-    for name, value, least in (
-        ("every", every, 1),
-        ("history", history, 1),
-        ("capsules", capsules, 0),
-        ("probe_every", probe_every, 1),
-    ):
-        if value < least:
-            raise ValueError(f"{name}={value}; expected at least {least}")
-
-
-def _named_modules(model: nn.Module, paths: Sequence[str]) -> dict[str, nn.Module]:
-    known = dict(model.named_modules())
-    missing = [path for path in paths if path not in known]
-    if missing:
-        near = difflib.get_close_matches(missing[0], known, n=1)
-        guess = f"; did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"blocks: the model has no module {missing[0]!r}{guess}")
-    return {path: known[path] for path in paths}
-
-
-def _as_list(
-    optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer] | None,
-) -> list[torch.optim.Optimizer]:
-    if optimizer is None:
-        return []
-    return [optimizer] if isinstance(optimizer, torch.optim.Optimizer) else list(optimizer)

@@ -151,15 +151,16 @@ class CallableWriter:
         """Nothing to close."""
 
 
-def open_writers(writers: Iterable[Any] | None, directory: Path | None) -> list[Writer]:
-    """Writers from what a user gives: paths by suffix, writers, callables.
+def open_writers(writers: Any, directory: Path | None) -> list[Writer]:
+    """Writers from what a user gives: paths by suffix, writers, callables; one or several.
 
     Raises:
         ValueError: something that is none of these, or a path with another suffix.
     """
     if writers is None:
         return [] if directory is None else [JSONLinesWriter(directory / "records.jsonl")]
-    return [_open(writer) for writer in writers]
+    several = isinstance(writers, Iterable) and not isinstance(writers, str | Writer)
+    return [_open(writer) for writer in (writers if several else [writers])]
 
 
 def _open(writer: Any) -> Writer:

@@ -366,20 +366,3 @@ def test_a_model_compiled_as_one_keeps_its_parameters_in_view(inner):
     truth = one_step(mlp(), x).records[0].blocks[0]
     assert block.parameter_gradient_norm == pytest.approx(truth.parameter_gradient_norm, rel=1e-5)
     assert math.isnan(block.activation_norm)
-
-
-def test_bad_arguments_are_refused_with_the_nearest_fix():
-    model = mlp()
-    for options, text in (
-        ({"every": 0}, "every=0"),
-        ({"preset": "cheap"}, "economy, standard, full"),
-        ({"blocks": ["33"]}, "no module '33'"),
-        ({"writers": ["run.txt"]}, r"\.jsonl or \.csv"),
-        ({"writers": [3]}, "got int"),
-    ):
-        with pytest.raises(ValueError, match=text):
-            Monitor(model, **options)
-    with pytest.raises(ValueError, match="model is int"):
-        Monitor(3)
-    with pytest.raises(ValueError, match="directory"):
-        Monitor(model).capsule()
