@@ -81,7 +81,7 @@ def moved_finding(mover: Mover, others: Sequence[Mover], first: Mover) -> Findin
         module_path=mover.name,
         confidence=1.0 - 1.0 / (1.0 + mover.size**2),
         evidence=evidence,
-        remedy=_remedy(mover, where),
+        remedy=_remedy(mover, where, first),
         reference="",
         numbers={
             "training_step": float(mover.step),
@@ -92,7 +92,9 @@ def moved_finding(mover: Mover, others: Sequence[Mover], first: Mover) -> Findin
     )
 
 
-def _remedy(mover: Mover, where: str) -> str:
+def _remedy(mover: Mover, where: str, first: Mover) -> str:
+    if first.name and first.name != mover.name and first.step <= mover.step:
+        return f"see to {first.name} first: it moved first, and what {where} does may follow from that"
     if mover.field == "total":
         return "look at the batch and the loss of this step; clip the gradient or lower the learning rate"
     if mover.what == "drift":

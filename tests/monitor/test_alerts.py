@@ -89,6 +89,7 @@ def test_the_block_that_moved_first_is_named_later_on():
     (finding,) = alerts.judge(record(21, [0.0, 5.0, 5.0]))
     assert finding.module_path == "d"
     assert "c moved first, at training step 20" in finding.evidence
+    assert finding.remedy.startswith("see to c first")
 
 
 def test_of_blocks_that_move_together_the_earliest_leads():
