@@ -53,12 +53,20 @@ def test_every_kind_is_written(folder: Path, kind: str):
     assert (folder / f"{kind}.png").stat().st_size > 1000
 
 
+@pytest.mark.parametrize("source", [".", "records.jsonl"])
+def test_the_growth_of_a_run_is_the_heat_map_of_its_training(folder: Path, source: str):
+    assert run(source, "growth")[0] == run(source, "training", "--out", "other.png")[0] == 0
+    assert (folder / "growth.png").read_bytes() == (folder / "other.png").read_bytes()
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
         (["report.json", "regoin"], "did you mean region?"),
         (["missing.json", "region"], "no such file"),
         (["report.json", "training"], "no readable records"),
+        (["records.jsonl", "region"], "of which training and growth are drawn"),
+        (["records.jsonl", "growth", "--quantity", "groth"], "did you mean 'growth'?"),
         (["planar.py:planar", "field", "--input", "1x2", "--step", "9"], "there is no such step"),
     ],
 )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -30,19 +29,19 @@ OF_REPORT = {
     "graph": "graph",
     "overview": "overview",
 }
-OF_RECORDS = ("training",)
+OF_RECORDS = ("training", "growth")
 OF_STEP = {"spectrum": "spectrum", "pseudospectra": "pseudospectra"}
 OF_EXPONENTS = {"lyapunov": "lyapunov", "convergence": "lyapunov_convergence", "sums": "sum_rule"}
 OF_PLANE = ("flow-map", "field", "exponents")
-KINDS = (*OF_REPORT, *OF_RECORDS, *OF_STEP, *OF_EXPONENTS, "portrait", *OF_PLANE)
+KINDS = (*OF_REPORT, "training", *OF_STEP, *OF_EXPONENTS, "portrait", *OF_PLANE)
 
 
 def plot(
     source: Annotated[
         str,
         typer.Argument(
-            help="A report.json that analyze wrote, the records.jsonl of a monitor, or a checkpoint or model as for "
-            "analyze.",
+            help="A report.json that analyze wrote, a run that a monitor wrote (its directory, .jsonl or .csv), or a "
+            "checkpoint or model as for analyze.",
             metavar="SOURCE",
         ),
     ],
@@ -60,7 +59,7 @@ def plot(
         int | None, typer.Option("--k", help="How many exponents lyapunov, convergence and sums take.")
     ] = None,
     quantity: Annotated[
-        str, typer.Option(help="What training shows: growth, gradient_norm, update_ratio, ...")
+        str, typer.Option(help="What growth and training show of a run: growth, gradient_norm, update_ratio, ...")
     ] = "growth",
     seed: Seed = 0,
     debug: Debug = False,
@@ -68,16 +67,17 @@ def plot(
     """Draw a saved report, a monitored run, or a model."""
     with guarded(debug):
         from stabkit.errors import ReportError
+        from stabkit.monitor import is_run
         from stabkit.report import files
 
         if kind not in KINDS:
             near = difflib.get_close_matches(kind, KINDS, n=1)
             guess = f"; did you mean {near[0]}?" if near else ""
             raise ReportError(f"no plot is called {kind!r}; there are: {', '.join(KINDS)}{guess}")
-        if kind in OF_REPORT:
+        if kind == "training" or is_run(source):
+            figure = _of_run(source, kind, quantity)
+        elif kind in OF_REPORT:
             figure = _of_report(source, kind)
-        elif kind in OF_RECORDS:
-            figure = _of_records(source, quantity)
         else:
             from stabkit import checkpoints
 
@@ -95,17 +95,20 @@ def _of_report(source: str, kind: str) -> Figure:
     return _figure(getattr(plotting, OF_REPORT[kind])(Report.load(source)))
 
 
-def _of_records(source: str, quantity: str) -> Figure:
+def _of_run(source: str, kind: str, quantity: str) -> Figure:
     from stabkit import plotting
     from stabkit.errors import ReportError
+    from stabkit.monitor import read_records
 
-    path = Path(source)
-    path = path / "records.jsonl" if path.is_dir() else path
+    if kind not in OF_RECORDS:
+        raise ReportError(
+            f"{source} is what a monitor wrote, of which {' and '.join(OF_RECORDS)} are drawn (--quantity says what); "
+            f"{kind} needs a report or a model"
+        )
     try:
-        lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line]
-    except (OSError, ValueError) as error:
-        raise ReportError(f"{path}: no readable records of a monitor ({error})") from error
-    return _figure(plotting.training(lines, quantity=quantity))
+        return _figure(plotting.training(read_records(source), quantity=quantity))
+    except ValueError as error:
+        raise ReportError(f"{source}: {error}") from error
 
 
 def _of_model(loaded: Loaded, kind: str, step: str | None, count: int | None, seed: int) -> Figure:

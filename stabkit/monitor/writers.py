@@ -7,9 +7,11 @@ import json
 import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, TextIO, runtime_checkable
 
 from stabkit.monitor.record import Record
+
+_BLOCK = 1 << 16  # bytes read at once in the search for the end of the last whole line
 
 
 @runtime_checkable
@@ -32,8 +34,7 @@ class JSONLinesWriter:
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = self.path.open("a", encoding="utf-8")
+        self._file = _continued(self.path)
 
     def write(self, record: Record) -> None:
         """Append a line."""
@@ -46,31 +47,45 @@ class JSONLinesWriter:
 
 
 class CSVWriter:
-    """One line for each block of each record: step, time, loss, gradient norm, and the block's numbers."""
+    """One line for each block of each record: step, time, loss, norms, findings, and the block's numbers."""
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        new = not self.path.exists() or self.path.stat().st_size == 0
-        self._file = self.path.open("a", encoding="utf-8", newline="")
+        self._file = _continued(self.path)
         self._lines = csv.writer(self._file)
-        self._new = new
+        self._new = self._file.tell() == 0
 
     def write(self, record: Record) -> None:
         """Append the lines of a record."""
         for block in record.blocks:
             values = {**vars(block), "non_finite": " ".join(block.non_finite)}
             if self._new:
-                self._lines.writerow(["step", "time", "loss", "total_gradient_norm", "clipped_norm", *values])
+                self._lines.writerow(
+                    ["step", "time", "loss", "total_gradient_norm", "clipped_norm", "findings", *values]
+                )
                 self._new = False
-            self._lines.writerow(
-                [record.step, record.time, record.loss, record.gradient_norm, record.clipped_norm, *values.values()]
-            )
+            totals = [record.step, record.time, record.loss, record.gradient_norm, record.clipped_norm]
+            self._lines.writerow([*totals, " ".join(record.findings), *values.values()])
         self._file.flush()
 
     def close(self) -> None:
         """Close the file."""
         self._file.close()
+
+
+def _continued(path: Path) -> TextIO:
+    """A file open at its end, without a last line that a killed run has left unfinished."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a+b") as file:
+        end = file.seek(0, os.SEEK_END)
+        start, tail = end, b""
+        while start and b"\n" not in tail:
+            start = file.seek(max(0, start - _BLOCK))
+            tail = file.read(end - start)
+        file.truncate(start + tail.rfind(b"\n") + 1)
+    opened = path.open("a", encoding="utf-8", newline="")
+    opened.seek(0, os.SEEK_END)
+    return opened
 
 
 class TensorBoardWriter:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -20,21 +21,23 @@ def training(records: Iterable[Any], ax: Axes | None = None, *, quantity: str = 
     """A heat map of one quantity of every block over the training steps; a cross where findings were raised.
 
     Args:
-        records: ``monitor.records``, or the mappings of a ``records.jsonl`` file.
+        records: ``monitor.records``, or what ``stabkit.monitor.read_records`` gives.
         ax: where to draw; a new figure when None.
-        quantity: a field of the blocks; ``"growth"`` is drawn as it is (orange grows, blue shrinks), a norm or ratio as
-            its log10.
+        quantity: a number that the blocks have; ``"growth"`` is drawn as it is (orange grows, blue shrinks), a norm or
+            ratio as its log10.
 
     Raises:
-        ValueError: there is no record, or its blocks have no such field.
+        ValueError: there is no record, or its blocks have no such number.
     """
     plain = [record if isinstance(record, Mapping) else record.to_dict() for record in records]
     if not plain:
         raise ValueError("records is empty; a picture of a training run needs at least one record")
     names = list(dict.fromkeys(block["name"] for record in plain for block in record["blocks"]))
-    known = plain[0]["blocks"][0] if plain[0]["blocks"] else {}
+    known = [key for key in (plain[0]["blocks"] or [{}])[0] if key not in ("name", "non_finite")]
     if quantity not in known:
-        raise ValueError(f"quantity={quantity!r}; the blocks have {', '.join(k for k in known if k != 'name')}")
+        near = difflib.get_close_matches(quantity, known, n=1)
+        guess = f"; did you mean {near[0]!r}?" if near else ""
+        raise ValueError(f"quantity={quantity!r}; the blocks have {', '.join(known)}{guess}")
     values = np.full((len(names), len(plain)), np.nan)
     for column, record in enumerate(plain):
         for block in record["blocks"]:
