@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import itertools
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +16,7 @@ from stabkit.tracing.sharding import copy_own_part, own_part
 
 # names that wrappers put between a module and its own children
 _WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_fpw_module", "module")
+_COUNTER = "num_batches_tracked"  # unused outside of training
 _SHOWN = 8
 _LARGE = 2**10  # tensors of fewer numbers are not worth freeing
 
@@ -268,7 +270,7 @@ def _assign(model: nn.Module, state: dict[str, Tensor]) -> list[str]:
     except (RuntimeError, TypeError, ValueError) as error:
         _restore(before)
         raise CheckpointError(f"the model does not accept the weights: {error}") from error
-    missing = [n for n in missing if not n.endswith("num_batches_tracked")]  # unused outside of training
+    missing = [n for n in missing if not n.endswith(_COUNTER)]
     tied = _tied_names(model, before)
     if unexpected or any(name not in tied for name in missing):
         _restore(before)
@@ -315,15 +317,39 @@ def misfit(missing: list[str], unexpected: list[str]) -> str:
     if unexpected:
         shown = [f"{name}{_near(name, missing)}" for name in unexpected[:_SHOWN]]
         lines.append(f"{len(unexpected)} unknown to the model: {_listed(shown, total=len(unexpected))}")
-    return (
-        "the names in the file do not fit the model: " + "; ".join(lines) + ". Give the architecture that was "
-        "saved (--model, --factory-args), or the part of the file that belongs to it (--key)"
+    part = _fitting_part(missing, unexpected)
+    advice = (
+        f"What lies below {part!r} fits: take that part of the file (--key {part})"
+        if part
+        else "Give the architecture that was saved (--model, --factory-args), or the part of the file that belongs to "
+        "it (--key)"
     )
+    return f"the names in the file do not fit the model: {'; '.join(lines)}. {advice}"
+
+
+def _fitting_part(missing: list[str], unexpected: list[str]) -> str:
+    """The prefix below which the file has just the names that the model misses; empty when there is none."""
+    wanted = set(missing)
+    end = "." + max(missing, key=len, default="")
+    prefixes = [name.removesuffix(end) for name in unexpected if name.endswith(end)]
+    for prefix in sorted(prefixes, key=len)[:_SHOWN]:
+        inside = {name.removeprefix(f"{prefix}.") for name in unexpected if name.startswith(f"{prefix}.")}
+        if wanted <= inside and all(name.endswith(_COUNTER) for name in inside - wanted):
+            return prefix
+    return ""
 
 
 def _near(name: str, others: list[str]) -> str:
     found = difflib.get_close_matches(name, others[:500], n=1, cutoff=0.75)
+    ends = {other: _common_end(name, other) for other in others} if not found else {}
+    found += [other for other, count in ends.items() if count >= 2 and count == max(ends.values())]
     return f" (near {found[0]})" if found else ""
+
+
+def _common_end(name: str, other: str) -> int:
+    """How many parts two names have in common, from the last on."""
+    pairs = zip(reversed(name.split(".")), reversed(other.split(".")), strict=False)
+    return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
 
 
 def _listed(names: list[str], separator: str = ", ", total: int | None = None) -> str:

@@ -211,7 +211,7 @@ def _call(
     given = ", ".join(f"{k}={v!r}" for k, v in (arguments if shown is None else shown).items())
     module = _guarded(lambda: factory(**arguments), f"{name}({given})", signature=factory)
     if not isinstance(module, nn.Module):
-        raise CheckpointError(f"{name}({given}) returned a {type(module).__name__}; expected a torch.nn.Module")
+        raise CheckpointError(f"{name}({given}) returned {type(module).__name__}; expected a torch.nn.Module")
     return module
 
 

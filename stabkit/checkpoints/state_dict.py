@@ -29,6 +29,7 @@ _KNOWN = (
 )
 _OTHER = re.compile(r"optim|sched|scaler|rng|grad|momentum|criterion|loss|metric|callback|loops", re.IGNORECASE)
 _AVERAGED = re.compile(r"(^|[_.])(ema|swa|averaged?|shadow)([_.]|$)|^n_averaged$|shadow_params", re.IGNORECASE)
+_COUNTERS = ("n_averaged", "initted", "step", "num_updates")  # what averages count beside their tensors
 _DEPTH = 4
 _HARMLESS = 2**28  # bytes that an expanded tensor may take when it is copied
 
@@ -43,7 +44,7 @@ class Weights:
         averaged: whether it is an average over training (EMA, SWA).
         named: False for a list in the order of ``model.parameters()``.
         metadata: torch's module versions.
-        ignored: entries beside the tensors that are not tensors.
+        ignored: entries beside the tensors that are no weights.
     """
 
     path: tuple[str, ...]
@@ -106,7 +107,7 @@ def choose_weights(
     if others:
         notes.append(f"not taken: {_keys(others)} (--key, --weights)")
     if taken.ignored:
-        notes.append(f"ignored, not tensors: {', '.join(taken.ignored[:8])}")
+        notes.append(f"ignored, not weights: {', '.join(taken.ignored[:8])}")
     return taken, tuple(notes)
 
 
@@ -201,16 +202,21 @@ def check_claims(tensors: Mapping[str, Tensor]) -> None:
 
 def _groups(weights: Weights) -> Iterator[Weights]:
     """Split averaged weights that lie beside the raw ones in one flat dictionary (``ema.layer.weight``)."""
-    heads = {name.partition(".")[0] for name in weights.tensors}
-    averaged = {head for head in heads if _AVERAGED.search(head) and head != "n_averaged"}
-    if weights.averaged or not averaged or averaged == heads:
+    heads = {name.partition(".")[0] for name in weights.tensors if name not in _COUNTERS}
+    averaged = {head for head in heads if _AVERAGED.search(head)}
+    if not averaged or averaged == heads:
         yield weights
         return
-    raw = {n: t for n, t in weights.tensors.items() if n.partition(".")[0] not in averaged}
-    yield Weights(weights.path, raw, metadata=weights.metadata, ignored=weights.ignored)
+    if weights.averaged:  # a model inside of an average may have a part of such a name as well
+        yield weights
+    counters = tuple(n for n in weights.tensors if n in _COUNTERS)
+    raw = {n: t for n, t in weights.tensors.items() if n.partition(".")[0] not in averaged and n not in counters}
+    yield Weights(weights.path, raw, metadata=weights.metadata, ignored=weights.ignored + counters)
     for head in sorted(averaged):
         inside = {n: t for n, t in weights.tensors.items() if n.partition(".")[0] == head}
-        yield Weights((*weights.path, head), inside, averaged=True, metadata=weights.metadata)
+        counters = tuple(n for n in inside if n.partition(".")[2] in _COUNTERS)
+        inside = {n: t for n, t in inside.items() if n not in counters}
+        yield Weights((*weights.path, head), inside, averaged=True, metadata=weights.metadata, ignored=counters)
 
 
 def _by_key(found: list[Weights], key: str) -> Weights:
@@ -223,7 +229,7 @@ def _by_key(found: list[Weights], key: str) -> Weights:
         if inside:
             return Weights((*weights.path, prefix[:-1]), inside, weights.averaged, metadata=weights.metadata)
     names = [".".join(w.path) for w in found]
-    raise CheckpointError(f"key {key!r} leads to no tensors{near(key, names)} Found: {_keys(found)}")
+    raise CheckpointError(f"key {key!r} leads to no tensors{near(key, names) or '.'} Found: {_keys(found)}")
 
 
 def _rank(weights: Weights, model_names: list[str]) -> tuple[Any, ...]:

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from torch import nn
 
-from stabkit.checkpoints.matching import fill, match_names, non_finite
+from stabkit.checkpoints.matching import fill, match_names, misfit, non_finite
 from stabkit.errors import CheckpointError
 
 WRAPPERS = ["module.", "_orig_mod.", "model.", "net.", "_fsdp_wrapped_module."]
@@ -71,6 +71,11 @@ def test_recurrent_weights_reach_the_kernel():
     [
         (lambda s: s.pop("2.weight"), r"1 missing from the file: 2\.weight"),
         (lambda s: s.update({"2.wieght": s.pop("2.weight")}), r"2\.weight \(near 2\.wieght\).*unknown to the model"),
+        (lambda s: s.update({"3.weight": s.pop("2.weight")}), r"2\.weight.*Give the architecture"),
+        (
+            lambda s: s.update({f"net.{k}": s.pop(k) for k in list(s)}, loss=torch.ones(2)),
+            r"take that part of the file \(--key net\)",
+        ),
         (lambda s: s.update({"0.bias": torch.zeros(5)}), r"0\.bias: 5 in the file, 4 in the model"),
         (lambda s: s.update({"0.bias": torch.zeros(4, device="meta")}), "without its data"),
         (lambda s: s.update({"0.bias": torch.zeros(4, dtype=torch.int8)}), "quantised"),
@@ -85,6 +90,12 @@ def test_a_misfit_is_listed_and_leaves_the_model_as_it_was(network, state, chang
         fill(model, state)
     after = model.state_dict(keep_vars=True)
     assert all(after[k] is old and torch.equal(old, copy) for k, (old, copy) in before.items())
+
+
+def test_a_renamed_part_is_near_by_the_end_of_its_name():
+    text = misfit(["blocks.0.f.bias"], ["layers.0.f.bias", "layers.1.g.bias"])
+    assert "blocks.0.f.bias (near layers.0.f.bias)" in text
+    assert "layers.1.g.bias (near" not in text
 
 
 class Tied(nn.Module):

@@ -59,7 +59,7 @@ def test_a_module_path_is_found_in_the_current_folder(factory, tmp_path, monkeyp
     ("attribute", "arguments", "message"),
     [
         ("raises", {}, r"raised ValueError: no such thing \(.*nets\.py:10\)"),
-        ("text", {}, "returned a str; expected a torch"),
+        ("text", {}, "returned str; expected a torch"),
         ("leaves", {}, "raised SystemExit"),
         ("number", {}, "is a int; expected a function"),
         ("biuld", {}, "did you mean build"),
@@ -130,7 +130,7 @@ def test_a_missing_package_names_the_extra(monkeypatch):
 def test_a_model_of_another_type():
     with pytest.raises(CheckpointError, match="model is a int; expected a name"):
         build_model(3)  # type: ignore[arg-type]
-    with pytest.raises(CheckpointError, match="returned a NoneType"):
+    with pytest.raises(CheckpointError, match="returned NoneType"):
         build_model(lambda: None)
     module = nn.Linear(2, 2)
     assert build_model(module)[0] is module

@@ -54,6 +54,23 @@ def test_averaged_weights_beside_the_raw_ones_in_one_dictionary(network, state):
     assert set(chosen(flat, network(), weights="ema").tensors) == {f"ema.{k}" for k in state}
 
 
+def test_counters_of_averages_are_no_weights(network, state):
+    """As ``ema-pytorch`` saves itself, and as a LightningModule with an ``AveragedModel`` inside."""
+    average = {k: v * 0 for k, v in state.items()}
+    online, averaged = (
+        {f"{h}.{k}": v for k, v in s.items()} for h, s in (("online_model", state), ("ema_model", average))
+    )
+    saved = {"ema": {"initted": torch.tensor(True), "step": torch.tensor(3), **online, **averaged}}
+    assert set(chosen(saved, network(), weights="raw").tensors) == set(online)
+    assert set(chosen(saved, network(), weights="ema").tensors) == set(averaged)
+    module = torch.optim.swa_utils.AveragedModel(network()).state_dict()
+    inside = {**{f"model.{k}": v for k, v in state.items()}, **{f"ema_model.{k}": v for k, v in module.items()}}
+    assert set(chosen({"state_dict": inside}, network()).tensors) == {f"model.{k}" for k in state}
+    taken = chosen({"state_dict": inside}, network(), weights="ema")
+    assert set(taken.tensors) == {f"ema_model.module.{k}" for k in state}
+    assert taken.ignored == ("ema_model.n_averaged",)
+
+
 def test_shadow_parameters_come_in_the_order_of_the_model(network, state):
     model = network()
     shadow = [torch.full_like(p, i) for i, p in enumerate(model.parameters())]
