@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import itertools
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -113,7 +113,7 @@ def fill(model: nn.Module, tensors: Mapping[str, Tensor], metadata: Mapping[str,
         target = match.renamed.get(name, name)
         state[target] = own_part(tensor, expected.get(target))
     state = _drop_recomputed(model, state, match.unexpected, notes)
-    _check_shapes(state, expected)
+    _check_shapes(state, expected, match.missing)
     state = {name: _converted(name, tensor, expected.get(name), notes) for name, tensor in state.items()}
     _check_ties(state, expected)
     tied = _assign(model, _with_versions(state, match, metadata))
@@ -196,15 +196,17 @@ def _drop_recomputed(
     return {name: tensor for name, tensor in state.items() if name not in ignored}
 
 
-def _check_shapes(state: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
+def _check_shapes(state: Mapping[str, Tensor], expected: Mapping[str, Tensor], missing: Sequence[str]) -> None:
     wrong = [
         f"{name}: {_shape(tensor)} in the file, {_shape(expected[name])} in the model"
         for name, tensor in state.items()
         if name in expected and not nn.parameter.is_lazy(expected[name]) and tensor.shape != expected[name].shape
     ]
     if wrong:
+        unknown = [name for name in state if name not in expected]
+        names = f"{misfit(list(missing), unknown)}. Beside that, " if unknown else ""
         raise CheckpointError(
-            f"{len(wrong)} tensors have another shape than the model's: {_listed(wrong, '; ')}. "
+            f"{names}{len(wrong)} tensors have another shape than the model's: {_listed(wrong, '; ')}. "
             "Build the model with the sizes of this checkpoint: factory_args (--factory-args '{\"name\": value}')"
         )
 

@@ -91,7 +91,32 @@ class ForwardPass:
             where = f"module {running[-1].path!r} ({running[-1].module_class})"
         shapes = ", ".join(str(tuple(tensor.shape)) for _, tensor in named_tensors([self.inputs, self.kwargs]))
         message = " ".join(str(error).split())[:400]
+        modules = dict(self.module.named_modules())
+        takes = what_it_takes(modules[running[-1].path]) if running and running[-1].path in modules else ""
         return TraceError(
             f"the forward pass failed in {where}: {type(error).__name__}: {message} "
-            f"(inputs of shape {shapes or 'none'})"
+            f"(inputs of shape {shapes or 'none'}{'; ' * bool(takes)}{takes})"
         )
+
+
+def what_it_takes(module: nn.Module) -> str:
+    """What a layer of torch accepts, in words; empty where it does not say.
+
+    Example:
+        >>> what_it_takes(nn.Linear(4, 2))
+        'it takes (..., 4) of float32'
+    """
+    if isinstance(module, nn.Embedding):
+        return f"it takes integers from 0 to {module.num_embeddings - 1}"
+    if isinstance(module, nn.Linear):
+        shape = f"(..., {module.in_features})"
+    elif isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+        shape = ", ".join(["(batch", str(module.in_channels), *["size"] * len(module.kernel_size)]) + ")"
+    elif isinstance(module, nn.RNNBase):
+        shape = f"({'batch, time' if module.batch_first else 'time, batch'}, {module.input_size})"
+    elif isinstance(module, nn.LayerNorm):
+        shape = ", ".join(["(...", *map(str, module.normalized_shape)]) + ")"
+    else:
+        return ""
+    weight = next(module.parameters(), None)
+    return f"it takes {shape}" + ("" if weight is None else f" of {str(weight.dtype).removeprefix('torch.')}")
