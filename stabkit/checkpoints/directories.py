@@ -7,7 +7,7 @@ from typing import NoReturn
 
 from stabkit.errors import CheckpointError
 
-_SINGLE = ("model.safetensors", "pytorch_model.bin")
+SINGLE = ("model.safetensors", "pytorch_model.bin")
 _WEIGHTS = (".pt", ".pth", ".ckpt", ".bin", ".safetensors")
 
 
@@ -18,7 +18,7 @@ def holds_whole_weights(folder: Path) -> bool:
         CheckpointError: the directory cannot be listed.
     """
     names = (name for name in _names(folder) if name != "model_index.json")
-    return any(name in _SINGLE or name.endswith(".index.json") for name in names)
+    return any(name in SINGLE or name.endswith(".index.json") for name in names)
 
 
 def refuse_other_directories(folder: Path) -> NoReturn:
@@ -39,10 +39,11 @@ def refuse_other_directories(folder: Path) -> NoReturn:
         parts = [n for n in names if (folder / n / "config.json").exists()]
         raise CheckpointError(f"{folder} is a diffusers pipeline of several models; give one: {', '.join(parts)}")
     files = [n for n in names if n.endswith(_WEIGHTS)]
+    folders = [n for n in names if not files and (folder / n).is_dir() and holds_whole_weights(folder / n)]
     raise CheckpointError(
-        f"{folder} has no weights by their usual name ({', '.join(_SINGLE)}); "
-        + ("give one of its files: " if files else "it holds ")
-        + (", ".join((files or names)[:8]) or "nothing")
+        f"{folder} has no weights by their usual name ({', '.join(SINGLE)}); "
+        + ("give one of its files: " if files else "give one of its folders: " if folders else "it holds ")
+        + (", ".join((files or folders or names)[:8]) or "nothing")
     )
 
 

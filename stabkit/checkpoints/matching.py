@@ -197,18 +197,31 @@ def _drop_recomputed(
 
 
 def _check_shapes(state: Mapping[str, Tensor], expected: Mapping[str, Tensor], missing: Sequence[str]) -> None:
-    wrong = [
-        f"{name}: {_shape(tensor)} in the file, {_shape(expected[name])} in the model"
+    wrong = {
+        name: (tensor.shape, expected[name].shape)
         for name, tensor in state.items()
         if name in expected and not nn.parameter.is_lazy(expected[name]) and tensor.shape != expected[name].shape
-    ]
+    }
     if wrong:
+        said = [
+            f"{name}: {_shape(ours)} in the file, {_shape(theirs)} in the model"
+            for name, (ours, theirs) in wrong.items()
+        ]
         unknown = [name for name in state if name not in expected]
         names = f"{misfit(list(missing), unknown)}. Beside that, " if unknown else ""
         raise CheckpointError(
-            f"{names}{len(wrong)} tensors have another shape than the model's: {_listed(wrong, '; ')}. "
+            f"{names}{len(wrong)} tensors have another shape than the model's: {_listed(said, '; ')}. "
             "Build the model with the sizes of this checkpoint: factory_args (--factory-args '{\"name\": value}')"
+            f"{_classes(list(wrong.values()))}"
         )
+
+
+def _classes(wrong: Sequence[tuple[torch.Size, torch.Size]]) -> str:
+    """The advice on a head of another number of outputs, where that is all that differs."""
+    counts = {(ours[:1], theirs[:1]) for ours, theirs in wrong}
+    if len(counts) > 1 or any(not ours or ours[1:] != theirs[1:] for ours, theirs in wrong):
+        return ""
+    return f"; for a head of so many classes timm and torchvision take '{{\"num_classes\": {wrong[0][0][0]}}}'"
 
 
 def _converted(name: str, tensor: Tensor, slot: Tensor | None, notes: list[str]) -> Tensor:
@@ -360,8 +373,8 @@ def _listed(names: list[str], separator: str = ", ", total: int | None = None) -
     return separator.join(names[:_SHOWN]) + more
 
 
-def _shape(tensor: Tensor) -> str:
-    return "x".join(map(str, tensor.shape)) or "scalar"
+def _shape(shape: torch.Size) -> str:
+    return "x".join(map(str, shape)) or "scalar"
 
 
 def _dtype(tensor: Tensor) -> str:

@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from stabkit.checkpoints import adapters, programs
-from stabkit.checkpoints.directories import holds_whole_weights, refuse_other_directories
+from stabkit.checkpoints.directories import SINGLE, holds_whole_weights, refuse_other_directories
 from stabkit.checkpoints.distributed import Distributed, Placed, distributed_folder, read_distributed
 from stabkit.checkpoints.files import read_file, regular_file
 from stabkit.checkpoints.hugging_face import load_directory, read_json, read_weights
@@ -166,6 +166,8 @@ def _from_file(path: Path, options: Options) -> Opened:
         return _from_directory(path.parent, options)
     if path.name.startswith("adapter_model.") and (path.parent / adapters.CONFIG).exists():
         return _from_directory(path.parent, options)
+    if path.name in SINGLE and options.model is None and _names_architecture(path.parent / "config.json"):
+        return _from_directory(path.parent, options)
     kind = programs.kind_of(path)
     if kind is not None:
         return _from_program(path, kind, options)
@@ -232,6 +234,11 @@ def _from_directory(folder: Path, options: Options) -> Opened:
     tensors, origin = read_weights(folder, trust_pickle=options.trust_pickle)
     opened = _filled(_Archive(folder, tensors, origin), options)
     return dataclasses.replace(opened, folder=folder)
+
+
+def _names_architecture(config: Path) -> bool:
+    """Whether there is a config that says which model the weights beside it belong to."""
+    return config.exists() and not {"model_type", "architecture"}.isdisjoint(read_json(config))
 
 
 def _timm_arguments(config: Mapping[str, Any], options: Options) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from stabkit.errors import CheckpointError
         (["latest", "global_step10/zero_pp_rank_0_mp_rank_00_optim_states.pt"], "zero_to_fp32.py"),
         (["model_index.json", "unet/config.json", "vae/config.json"], "give one: unet, vae"),
         (["last.ckpt", "notes.txt"], r"give one of its files: last\.ckpt"),
+        (["checkpoint-2/model.safetensors", "runs/log", "a.txt"], r"give one of its folders: checkpoint-2$"),
         (["notes.txt"], r"it holds notes\.txt"),
         ([], "it holds nothing"),
     ],

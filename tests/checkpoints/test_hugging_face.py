@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from stabkit.checkpoints import load
+from stabkit.checkpoints import ArchitectureMissingError, load
 from stabkit.errors import CheckpointError
 
 transformers = pytest.importorskip("transformers")
@@ -57,6 +57,15 @@ def test_the_model_of_the_config_with_the_weights_beside_it(tmp_path, name, capf
     assert torch.allclose(ours.logits, theirs.logits, atol=1e-6)
     assert "past_key_values" not in ours
     assert loaded.model.config._attn_implementation == "eager"
+
+
+def test_the_file_of_weights_stands_for_its_directory(tmp_path):
+    reference = saved(tmp_path, "GPT2LMHeadModel")
+    loaded = load(tmp_path / "model.safetensors")
+    assert type(loaded.model) is type(reference)
+    (tmp_path / "config.json").write_text('{"lr": 0.1}')  # of somebody's training, no architecture
+    with pytest.raises(ArchitectureMissingError):
+        load(tmp_path / "model.safetensors")
 
 
 def test_tokens_fit_the_positions_and_the_vocabulary(tmp_path):

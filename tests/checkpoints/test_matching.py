@@ -78,6 +78,10 @@ def test_recurrent_weights_reach_the_kernel():
         ),
         (lambda s: s.update({"0.bias": torch.zeros(5)}), r"^1 tensors have.*0\.bias: 5 in the file, 4 in the model"),
         (
+            lambda s: s.update({"2.weight": torch.zeros(7, 4), "2.bias": torch.zeros(7)}),
+            r"2 tensors.*timm and torchvision take '\{\"num_classes\": 7\}'",
+        ),
+        (
             lambda s: s.update({"0.bias": torch.zeros(5), "rnn.bias": s.pop("2.bias")}),
             r"2\.bias.*1 unknown to the model: rnn\.bias.*Beside that, 1 tensors.*0\.bias: 5 in the file",
         ),
