@@ -30,6 +30,7 @@ def identify(flow: Flow | Iteration, *, sharing: Sharing = ALONE) -> tuple[Ident
 
     Args:
         flow: from `stabkit.trace`, `stabkit.recurrent_flow` or `stabkit.iterate`.
+        sharing: who reads which steps.
 
     Raises:
         TraceError: ``flow`` is something else.
