@@ -252,13 +252,16 @@ def _put_together(found: list[GradientProfile], shares: list[Part], samples: int
     rows = list(groups.values())
     growth = torch.cat([torch.cat([p.all_log_growth for p in row]) for row in rows], dim=2)
     count = len(growth)
-    logs = [torch.stack([p.gradient_norms.log() * len(p.all_log_growth) for p in row]).sum(0) / count for row in rows]
+    logs = torch.cat(
+        [torch.stack([p.log_gradient_norms * len(p.all_log_growth) for p in row]).sum(0) / count for row in rows], dim=1
+    )
     first = found[order[0]]
     below = first.below
     if below is not None:
         below = {name: torch.cat([_below(row[0])[name] for row in rows], dim=1) for name in below}
     return GradientProfile(
-        gradient_norms=torch.cat(logs, dim=1).exp(),
+        gradient_norms=logs.exp(),
+        log_gradient_norms=logs,
         state_norms=torch.cat([row[0].state_norms for row in rows], dim=1),
         log_growth=growth.mean(0),
         restarts=tuple(sorted({index for p in found for index in p.restarts})),
