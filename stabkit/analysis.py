@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import platform
 import time
@@ -13,12 +14,14 @@ import torch
 from torch import nn
 
 from stabkit._version import __version__
-from stabkit.diagnosis import Array, Measurement, Thresholds, bootstrap_interval, examine
+from stabkit.diagnosis import Measurement, Thresholds, bootstrap_interval, examine
 from stabkit.distributed import Ranks, current, fingerprint, is_spread, is_tensor_parallel, whole_parameters
 from stabkit.errors import StabkitError, TraceError
 from stabkit.explanation import Explanation, explain
+from stabkit.growth import lyapunov_spectrum
 from stabkit.identification import Identification, by_step, identify
-from stabkit.report.schema import Report, StepReport
+from stabkit.integrators import GeneralLinearMethod
+from stabkit.report.schema import Exponents, Report, StepReport
 from stabkit.sharing import ALONE, Sharing
 from stabkit.step_spectra import SPECTRA, StepSpectrum, step_spectrum
 from stabkit.tracing import Flow, Step, trace
@@ -30,6 +33,8 @@ if TYPE_CHECKING:
     from stabkit.planning import Plan
 
 EXPLAINED = 4  # samples over which growth is attributed
+_EXPONENTS = 4  # Lyapunov exponents of the whole flow
+_EXPONENTS_COST = 0.05  # of them, over that of all spectra
 
 Progress = Callable[[int, int, str], None]
 
@@ -173,9 +178,15 @@ def analyze(  # type: ignore[misc]  # where only the plan is wanted, the options
 
         # the cost of a step's products; what a spectrum gives does not depend on who computes it
         costs = [float(max(step.source.size, step.target.size)) for step in flow.steps]
-        spectra = sharing.share(spectrum_of, costs, name="step")
-        why = Explanation()
+        pieces: list[Callable[[], Any]] = [functools.partial(spectrum_of, index) for index in range(len(costs))]
         if spectrum != "none":
+            pieces.append(functools.partial(_lyapunov, flow, seed))
+            costs.append(_EXPONENTS_COST * sum(costs))
+        spectra = sharing.share(lambda piece: pieces[piece](), costs, name="step")
+        why, exponents = Explanation(), None
+        missing: tuple[str, ...] = ()
+        if spectrum != "none":
+            exponents, missing = spectra[-1]
             samples = min(flow.batch, max(spectrum_samples, EXPLAINED))
             why = explain(flow, diagnosis, found, samples, seed, sharing)
     verdict, measurement = diagnosis.verdict, diagnosis.measurement
@@ -201,7 +212,19 @@ def analyze(  # type: ignore[misc]  # where only the plan is wanted, the options
         thresholds=limits.to_dict(),
         explained=why.explained,
         rate_law=why.rate_law,
-        notes=(*given_up, *flow.notes, *why.notes, *_restart_notes(flow, measurement), *_side_input_notes(flow)),
+        lyapunov=exponents,
+        **{
+            f"output_{name}": value
+            for name, value in _norms(measurement, -1, flow.states[-1].size, limits, seed).items()
+        },
+        notes=(
+            *given_up,
+            *flow.notes,
+            *why.notes,
+            *missing,
+            *_restart_notes(flow, measurement),
+            *_side_input_notes(flow),
+        ),
         versions={"stabkit": __version__, "torch": torch.__version__, "python": platform.python_version()},
     )
 
@@ -252,6 +275,21 @@ def _refuse_unaffordable(plan: Plan, budget: str | float | None, memory: str | f
     raise StabkitError(f"no analysis of this model keeps {' and '.join(limits)}; the least that one takes:\n{plan}")
 
 
+def _lyapunov(flow: Flow, seed: int) -> tuple[Exponents | None, tuple[str, ...]]:
+    """The largest exponents of the first sample, or why there are none."""
+    count = min(_EXPONENTS, *(state.size for state in flow.states))
+    if count < 1 or not flow.steps:
+        return None, ()
+    try:
+        found = lyapunov_spectrum(flow, count, seed=seed)
+    except (TraceError, ArithmeticError) as error:
+        return None, (f"no Lyapunov exponents: {str(error).splitlines()[0]}",)
+    first = {name: getattr(found, name)[:1].tolist() for name in ("exponents", "standard_errors", "converged")}
+    rows = {name: tuple(map(tuple, values)) for name, values in first.items()}
+    growth = tuple((tuple(row),) for row in found.local_growth[:, 0].tolist())
+    return Exponents(**rows, local_growth=growth), ()
+
+
 def _step_report(
     step: Step,
     method: Identification,
@@ -280,7 +318,9 @@ def _step_report(
         convention=method.convention if method.step_size is not None else "",
         after=method.after,
         operations=step.operations,
+        **_tableau(method),
         z=spectrum.z,
+        numerical_range=spectrum.numerical_range,
         spectral_radius=spectrum.radius,
         largest_singular_value=spectrum.norm,
         outside_share=spectrum.outside,
@@ -288,15 +328,33 @@ def _step_report(
         spectrum_converged=spectrum.converged,
         growth=mean,
         growth_interval=bootstrap_interval(growth, limits, seed) if finite else (mean, mean),
-        gradient_norm=_geometric_mean(measurement.log_gradients[step.index]),
-        state_norm=_geometric_mean(measurement.log_states[step.index] + 0.5 * math.log(max(step.source.size, 1))),
+        **_norms(measurement, step.index, step.source.size, limits, seed),
         notes=(*step.notes, *method.notes, *spectrum.notes),
     )
 
 
-def _geometric_mean(logs: Array) -> float:
+def _norms(measurement: Measurement, index: int, size: int, limits: Thresholds, seed: int) -> dict[str, Any]:
+    """Geometric means over samples of the norms of one state and of its gradient, with their intervals."""
+    logs = {
+        "gradient_norm": measurement.log_gradients[index],
+        "state_norm": measurement.log_states[index] + 0.5 * math.log(max(size, 1)),
+    }
+    found: dict[str, Any] = {}
     with np.errstate(over="ignore"):
-        return float(np.exp(logs.mean()))
+        for name, row in logs.items():
+            mean = float(row.mean())
+            ends = bootstrap_interval(row, limits, seed) if np.isfinite(row).all() else (mean, mean)
+            found[name] = float(np.exp(mean))
+            found[f"{name}_interval"] = (float(np.exp(ends[0])), float(np.exp(ends[1])))
+    return found
+
+
+def _tableau(found: Identification) -> dict[str, Any]:
+    """The blocks of a method and the field of each stage; those of several steps together are not those of each."""
+    if len(found.steps) != 1 or not isinstance(found.method, GeneralLinearMethod):
+        return {}
+    blocks = {name: tuple(map(tuple, getattr(found.method, name).tolist())) for name in "AUBV"}
+    return {"tableau": blocks, "stage_fields": found.method.fields}
 
 
 def _restart_notes(flow: Flow, measurement: Measurement) -> tuple[str, ...]:

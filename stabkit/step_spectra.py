@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -11,6 +11,7 @@ import torch
 from stabkit.errors import TraceError
 from stabkit.identification import Identification
 from stabkit.jacobians import Jacobian, Spectrum, eigenvalues, from_dense, singular_values
+from stabkit.jacobians.numerical_range import outline
 from stabkit.tracing import Step
 
 SPECTRA = ("auto", "dense", "krylov", "none")
@@ -18,6 +19,7 @@ DENSE_SIZE = 512  # up to here all eigenvalues are cheaper than a dozen by Krylo
 LARGEST_DENSE = 8192  # beyond, a matrix and its factors no longer fit beside a model, and take hours
 WORK = 5_000_000  # numbers that all products of one Krylov spectrum may pass, a bound on its time
 _WANTED = 6  # eigenvalues and singular values of larger steps
+_DIRECTIONS = 32  # around the numerical range
 _TOLERANCE = 1e-3  # residual of a Krylov value, as a fraction of the norm of J
 _ROUNDING = 1e-4  # how far |a + z| may exceed 1 by rounding before an eigenvalue counts as outside
 
@@ -27,6 +29,7 @@ class StepSpectrum:
     """What the spectrum of one step's Jacobian says; None where it was not computed."""
 
     z: tuple[complex, ...] | None = None
+    numerical_range: tuple[complex, ...] | None = None
     radius: float | None = None
     norm: float | None = None
     outside: float | None = None
@@ -65,12 +68,19 @@ def step_spectrum(step: Step, method: Identification, mode: str, samples: int, s
     except (ValueError, ArithmeticError, TraceError) as error:
         # non-finite weights or an operation without a certified product: a fact about the step, not a failure
         return StepSpectrum(notes=(f"no spectrum: {str(error).splitlines()[0]}",))
-    return _summarise(found, largest, method, n, dense)
-
-
-def _summarise(found: Spectrum, largest: Spectrum, method: Identification, n: int, dense: bool) -> StepSpectrum:
-    values = found.values.numpy()
     a = 0.0 if method.skip is None else method.skip
+    around = _numerical_range(J, a) if dense and n <= DENSE_SIZE else None
+    return replace(_summarise(found, largest, a, n, dense), numerical_range=around)
+
+
+def _numerical_range(J: Jacobian, a: float) -> tuple[complex, ...]:
+    """Around the numerical range of J - a at the first sample."""
+    A = J.dense()[0].double().cpu().numpy()
+    return tuple(complex(w) - a for w in outline(A, _DIRECTIONS))
+
+
+def _summarise(found: Spectrum, largest: Spectrum, a: float, n: int, dense: bool) -> StepSpectrum:
+    values = found.values.numpy()
     outside = np.abs(values) > 1.0 + _ROUNDING
     notes = []
     if not dense and bool(outside.all()):

@@ -191,3 +191,21 @@ def test_a_real_trained_transformer():
     assert [step.module_path for step in steps] == [f"encoder.layer.{i}" for i in range(6)]
     assert report.chain_error < 1e-5
     assert np.isfinite([step.growth for step in steps]).all()
+
+
+def test_norms_have_intervals_and_the_numerical_range_holds_the_spectrum(tmp_path):
+    torch.manual_seed(0)
+    report = stabkit.analyze(nn.Sequential(*[Block(0.3 * torch.randn(8, 8)) for _ in range(3)]), torch.randn(6, 8))
+    for step in report.steps:
+        for name in ("gradient_norm", "state_norm"):
+            low, high = getattr(step, f"{name}_interval")
+            assert low < getattr(step, name) < high
+        outline = np.asarray(step.numerical_range)
+        for angle in np.linspace(0, 2 * np.pi, 32, endpoint=False):
+            turned = np.exp(-1j * angle)
+            assert (turned * np.asarray(step.z)).real.max() <= (turned * outline).real.max() + 0.02
+        assert step.tableau["B"] == ((1.0,),)
+        assert step.stage_fields == (0,)
+    low, high = report.output_state_norm_interval
+    assert low < report.output_state_norm < high
+    assert stabkit.Report.load(report.save(tmp_path / "report.json")) == report

@@ -6,8 +6,11 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
+from torch import nn
 from typer.testing import CliRunner
 
+import stabkit
 from stabkit.cli import app
 from stabkit.cli.plot import KINDS, OF_REPORT
 from tests.report.synthetic import make_chain
@@ -74,3 +77,36 @@ def test_what_cannot_be_drawn_is_said_in_one_line(folder: Path, arguments: list[
     code, output = run(*arguments)
     assert code == 2
     assert words in " ".join(output.split())
+
+
+@pytest.mark.parametrize("kind", ["spectrum", "lyapunov", "convergence", "sums"])
+def test_a_report_has_its_spectra_and_exponents(folder: Path, kind: str):
+    code, output = run("planar.py:planar", "growth", "--input", "3x2")  # a model is analysed first
+    assert code == 0, output
+    model = nn.Sequential(*[nn.Linear(2, 2) for _ in range(4)])
+    stabkit.analyze(model, torch.randn(3, 2)).save(folder / "whole.json")
+    code, output = run("whole.json", kind, "--out", "drawn.svg")
+    assert code == 0, output
+    assert (folder / "drawn.svg").read_text().startswith("<?xml")
+
+
+def test_what_a_report_does_not_hold_is_said_with_the_way_to_it(folder: Path):
+    code, output = run("report.json", "pseudospectra")
+    assert code == 2
+    assert "stabkit plot MODEL pseudospectra" in " ".join(output.split())
+
+
+def test_a_recurrent_module_is_followed_over_time(folder: Path):
+    (folder / "net.py").write_text("from torch import nn\n\ndef net():\n    return nn.GRU(3, 4)\n")
+    for kind in ("portrait", "lyapunov"):
+        code, output = run("net.py:net", kind, "--input", "20x2x3")
+        assert code == 0, output
+
+
+def test_the_flow_map_can_move(folder: Path):
+    code, output = run("planar.py:planar", "flow-map", "--input", "1x2", "--out", "moving.gif")
+    assert code == 0, output
+    assert (folder / "moving.gif").read_bytes()[:3] == b"GIF"
+    code, output = run("planar.py:planar", "field", "--input", "1x2", "--out", "moving.gif")
+    assert code == 2
+    assert "only flow-map can be a .gif" in " ".join(output.split())

@@ -48,7 +48,12 @@ def standard_errors(series: Tensor) -> Tensor:
 
 
 def autocorrelation_times(series: Tensor, errors: Tensor) -> Tensor:
-    """How many steps carry the information of one independent step: squared error over that of white noise."""
+    """How many steps carry the information of one independent step: squared error over that of white noise.
+
+    NaN for fewer than two steps.
+    """
+    if len(series) < 2:
+        return torch.full(series.shape[1:], math.nan, dtype=torch.float64)
     white = series.var(0) / len(series)
     return torch.where(white > 0, errors.square() / white, torch.ones_like(white))
 

@@ -8,6 +8,9 @@ from __future__ import annotations
 
 import numpy as np
 
+_EXACT = 64  # up to this size the exact eigenvalue is as cheap as the iteration
+_CLOSE = 1e-3  # relative accuracy of a height: half a pixel in a picture
+
 
 def support(A: np.ndarray, theta: float) -> tuple[float, complex]:
     """Max Re(exp(i theta) w) over w in W(A), and the boundary point w that attains it."""
@@ -44,3 +47,41 @@ def numerical_range(A: np.ndarray, angles: int) -> tuple[np.ndarray, float]:
         )
         radius = max(radius, -float(best.fun))
     return points, radius
+
+
+def outline(A: np.ndarray, angles: int) -> np.ndarray:
+    """Points of W(A) at its boundary as in `numerical_range`, to the accuracy of a picture and much faster when large.
+
+    Lanczos iterations, each started from the vector of the direction before; every point lies in W(A).
+
+    Args:
+        A: real ``(n, n)``.
+        angles: how many directions around the circle (at least 4).
+
+    Example:
+        >>> A = np.array([[0.0, 1.0], [0.0, 0.0]])  # W is the disc of radius 1/2
+        >>> bool(np.allclose(abs(outline(A, 16)), 0.5))
+        True
+    """
+    half = angles // 2
+    upper, vector = [], np.ones(len(A), dtype=complex)
+    for theta in np.linspace(0, np.pi, half + 1):
+        if len(A) <= _EXACT:
+            upper.append(support(A, -theta)[1])
+            continue
+        vector = _leading(np.exp(-1j * theta) * A, vector)
+        upper.append(complex(np.vdot(vector, A @ vector)))
+    return np.concatenate([upper, np.conj(upper[-2:0:-1])])
+
+
+def _leading(rotated: np.ndarray, start: np.ndarray) -> np.ndarray:
+    """The unit vector of the largest eigenvalue of the Hermitian part."""
+    from scipy.sparse.linalg import ArpackNoConvergence, eigsh
+
+    hermitian = (rotated + rotated.conj().T) / 2
+    try:
+        _, vectors = eigsh(hermitian, k=1, which="LA", tol=_CLOSE, v0=start)
+    except ArpackNoConvergence:  # a crowded top of the spectrum
+        _, vectors = np.linalg.eigh(hermitian)
+    found: np.ndarray = vectors[:, -1]
+    return found

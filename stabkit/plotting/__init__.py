@@ -18,10 +18,11 @@ from stabkit.plotting.exponents import exponent_field, finite_time, lyapunov, ly
 from stabkit.plotting.gradient_norms import gradient_profile
 from stabkit.plotting.graph import graph
 from stabkit.plotting.planar import animate_flow_map, flow_map, grid_points, phase_portrait, vector_field
-from stabkit.plotting.plane import method, region, singular_value_density, spectrum
+from stabkit.plotting.plane import method, singular_value_density, spectrum
 from stabkit.plotting.profile import compare, gradients, growth, norms
 from stabkit.plotting.pseudospectra import numerical_range, pseudospectra
 from stabkit.plotting.records import training
+from stabkit.plotting.region import region
 from stabkit.plotting.ridgelines import ridgelines
 from stabkit.plotting.style import CENTIMETER, FONT, figure_of, render, small_text
 

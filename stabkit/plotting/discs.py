@@ -14,6 +14,8 @@ from stabkit.plotting.style import GREY, finish, new_axes, sample_color
 if TYPE_CHECKING:
     from stabkit.report import Report
 
+_LARGEST_VIEW = 3.0
+
 
 def sliding_disc(
     report: Report | None = None, ax: Axes | None = None, *, damping: Sequence[float] = (0.0, 0.25, 0.5, 0.75, 1.0)
@@ -49,20 +51,26 @@ def sliding_disc(
             )
         )
         ax.plot([center], [0], "+", color=color, markersize=5)
-    left, right, height = -2.25, 1.25, 1.15
+    left, right, height, beyond = -2.25, 1.25, 1.15, 0
     if report is not None:
         values = [np.asarray(step.z) for step in report.steps if step.z]
         z = np.concatenate([np.empty(0, complex), *values])
         z = z[np.isfinite(z)]
         ax.scatter(z.real, z.imag, s=3, color="black", linewidths=0, alpha=0.6, rasterized=len(z) > 2000, zorder=3)
         if len(z):
-            near = z[np.abs(z + 0.5) <= np.quantile(np.abs(z + 0.5), 0.98)]
-            left, right = min(left, 1.05 * near.real.min()), max(right, 1.05 * near.real.max())
-            height = max(height, 1.05 * float(np.abs(near.imag).max()))
+            # beyond, the discs would be too small to see what slides over what
+            reach = min(float(np.quantile(np.abs(z + 0.5), 0.98)), _LARGEST_VIEW)
+            near = z[np.abs(z + 0.5) <= reach]
+            left, right = min(left, 1.05 * near.real.min(initial=0)), max(right, 1.05 * near.real.max(initial=0))
+            height = max(height, 1.05 * float(np.abs(near.imag).max(initial=0)))
+            beyond = int(((z.real < left) | (z.real > right) | (np.abs(z.imag) > height)).sum())
+    spare = max(0.0, 3.2 * height - (right - left)) / 2  # as wide as the legend
+    left, right = left - spare, right + spare
     ax.axhline(0, color=GREY, linewidth=0.5, zorder=0)
     ax.axvline(0, color=GREY, linewidth=0.5, zorder=0)
     ax.set_xlim(left, right)
     ax.set_ylim(-height, 1.5 * height)  # room for the legend
     ax.set_aspect("equal")
     ax.legend(loc="upper center", ncols=len(damping), fontsize=font, handlelength=0.6, columnspacing=0.6, frameon=False)
-    return finish(ax, font, "Re z", "Im z", "From residual, λ = 0, to plain, λ = 1")
+    title = "From residual, λ = 0, to plain, λ = 1" + (f"\n{beyond} eigenvalues beyond the frame" if beyond else "")
+    return finish(ax, font, "Re z", "Im z", title)

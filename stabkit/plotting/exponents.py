@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -9,51 +10,62 @@ from matplotlib.axes import Axes
 from matplotlib.colors import TwoSlopeNorm
 from matplotlib.ticker import MaxNLocator
 
-from stabkit.plotting.style import DIVERGING, finish, new_axes, sample_color, small_text
+from stabkit.plotting.style import DIVERGING, figure_of, finish, new_axes, sample_color, small_text
+from stabkit.report import Exponents, Report
 
 if TYPE_CHECKING:
     from stabkit.growth import FiniteTimeExponents, LyapunovSpectrum
     from stabkit.growth.fields import ExponentField
 
 _CURVES = 8  # exponents whose convergence can be told apart
+_BARS = 20  # exponents whose error bars can; of more there is a band
+_LINE = 1.3  # height of a line of text in its own size
 
 
-def lyapunov(spectrum: LyapunovSpectrum, ax: Axes | None = None) -> Axes:
+def lyapunov(spectrum: LyapunovSpectrum | Report, ax: Axes | None = None) -> Axes:
     """Lyapunov exponents in falling order with their standard errors; hollow where they have not converged.
 
     Args:
-        spectrum: from ``stabkit.lyapunov_spectrum``; samples have colors of their own.
+        spectrum: from ``stabkit.lyapunov_spectrum``, or a report that has exponents; samples have colors of their own.
         ax: where to draw; a new figure when None.
     """
     ax, font = new_axes(ax, 8, 6)
-    values, errors = (np.atleast_2d(_array(v)) for v in (spectrum.exponents, spectrum.standard_errors))
-    converged = np.broadcast_to(_array(spectrum.converged).astype(bool).reshape(len(values), -1), values.shape)
-    index = np.arange(1, values.shape[1] + 1)
+    found = _exponents(spectrum)
+    values, errors = (np.atleast_2d(_array(v)) for v in (found.exponents, found.standard_errors))
+    converged = np.broadcast_to(_array(found.converged).astype(bool).reshape(len(values), -1), values.shape)
+    count, samples = values.shape[1], len(values)
     ax.axhline(0, color="black", linewidth=0.6)
-    for sample in range(len(values)):
-        color = sample_color(sample, len(values))
+    for sample in range(samples):
+        color = sample_color(sample, samples)
         row, error, good = values[sample], np.nan_to_num(errors[sample]), converged[sample]
-        ax.vlines(index, row - error, row + error, color=color, linewidth=0.8)
+        # side by side, so that error bars of samples do not hide each other
+        index = np.arange(1, count + 1) + (sample - (samples - 1) / 2) * min(0.12, 0.6 / samples)
+        if count > _BARS:
+            ax.fill_between(index, row - error, row + error, color=color, alpha=0.2, linewidth=0)
+        else:
+            ax.vlines(index, row - error, row + error, color=color, linewidth=0.8)
         ax.plot(index[good], row[good], "o", color=color, markersize=3)
         ax.plot(index[~good], row[~good], "o", color=color, markersize=3, markerfacecolor="none", markeredgewidth=0.7)
+    ax.set_xlim(0.5, count + 0.5)
     ax.xaxis.set_major_locator(MaxNLocator(6, integer=True))
-    title = "Lyapunov exponents" + ("" if converged.all() else " (hollow: NOT converged)")
+    title = "Lyapunov exponents" + ("" if converged.all() else ", hollow: NOT converged")
     return finish(ax, font, "index", "exponent (nats per step)", title)
 
 
-def lyapunov_convergence(spectrum: LyapunovSpectrum, ax: Axes | None = None, *, sample: int = 0) -> Axes:
+def lyapunov_convergence(spectrum: LyapunovSpectrum | Report, ax: Axes | None = None, *, sample: int = 0) -> Axes:
     """Running means of the local growth over the steps: where each Lyapunov exponent settles, if it does.
 
     The band is the exponent with its standard error. At most eight exponents are drawn, evenly spaced.
 
     Args:
-        spectrum: from ``stabkit.lyapunov_spectrum``, with its local growth.
+        spectrum: from ``stabkit.lyapunov_spectrum``, or a report that has exponents.
         ax: where to draw; a new figure when None.
         sample: which sample.
     """
     ax, font = new_axes(ax, 8, 6)
-    local = _array(spectrum.local_growth)[:, sample]
-    exponents, errors = _array(spectrum.exponents)[sample], _array(spectrum.standard_errors)[sample]
+    found = _exponents(spectrum)
+    local = _array(found.local_growth)[:, sample]
+    exponents, errors = _array(found.exponents)[sample], _array(found.standard_errors)[sample]
     steps, count = local.shape
     shown = np.unique(np.linspace(0, count - 1, min(count, _CURVES)).round().astype(int))
     running = np.cumsum(local, axis=0) / np.arange(1, steps + 1)[:, None]
@@ -62,14 +74,14 @@ def lyapunov_convergence(spectrum: LyapunovSpectrum, ax: Axes | None = None, *, 
         color = sample_color(place, len(shown))
         ax.axhspan(exponents[k] - errors[k], exponents[k] + errors[k], color=color, alpha=0.2, linewidth=0)
         ax.plot(np.arange(1, steps + 1), running[:, k], color=color, linewidth=0.9)
-        end = (steps, running[-1, k])
-        ax.annotate(f"λ{k + 1}", end, (3, 0), textcoords="offset points", va="center", fontsize=font)
     if steps > 200:
         ax.set_xscale("log")
-    settled = running[max(steps // 20, 1) :]
-    low, high = np.nanmin([settled.min(), 0.0]), np.nanmax([settled.max(), 0.0])
+    settled = running[max(steps // 5, 1) - 1 :]
+    settled = settled[np.isfinite(settled)]
+    low, high = settled.min(initial=0.0), settled.max(initial=0.0)
     margin = 0.12 * (high - low) or 1.0
     ax.set_ylim(low - margin, high + margin)  # the first few steps would squeeze all that follows
+    _name_curves(ax, [(int(k), float(running[-1, k])) for k in shown], steps, font)
     return finish(ax, font, "steps", "running mean (nats per step)", "Convergence of the exponents")
 
 
@@ -96,6 +108,18 @@ def finite_time(found: FiniteTimeExponents, ax: Axes | None = None) -> Axes:
     return finish(ax, font, "index", "exponent (nats per step)", title)
 
 
+def _name_curves(ax: Axes, ends: list[tuple[int, float]], steps: int, font: float | None) -> None:
+    """Names behind the ends of the curves; of ends too close to be told apart, one."""
+    low, high = ax.get_ylim()
+    height = figure_of(ax).get_size_inches()[1] * 72 * 0.7  # about what the labels take is not in the Axes
+    apart = _LINE * (font or 10.0) / height * (high - low)
+    taken = math.inf
+    for k, end in ends:
+        if math.isfinite(end) and abs(taken - end) >= apart:
+            ax.annotate(f"λ{k + 1}", (steps, end), (3, 0), textcoords="offset points", va="center", fontsize=font)
+            taken = end
+
+
 def exponent_field(field: ExponentField, ax: Axes | None = None, *, index: int = 0) -> Axes:
     """A finite-time exponent over a plane of inputs, as colors: orange separates neighbours, blue brings them together.
 
@@ -107,17 +131,17 @@ def exponent_field(field: ExponentField, ax: Axes | None = None, *, index: int =
         ax: where to draw; a new figure when None.
         index: which exponent, 0 for the largest.
     """
-    ax, font = new_axes(ax, 8, 6.5, margin=0.02)
+    ax, font = new_axes(ax, 8, 6.5, margin=0.06)
     values = _array(field.exponents)[..., index]
     first, second = _array(field.first), _array(field.second)
     image = ax.pcolormesh(first, second, values, cmap=DIVERGING, norm=_around_zero(values), shading="nearest")
     image.set_rasterized(True)
-    bar = ax.figure.colorbar(image, ax=ax)
+    bar = ax.figure.colorbar(image, cax=ax.inset_axes((1.03, 0, 0.05, 1)))
     bar.set_label("nats per step", fontsize=font)
     small_text(bar.ax, font)
     ax.set_aspect("equal", adjustable="box")
     title = f"Finite-time exponent {index + 1}, {field.steps} steps"
-    return finish(ax, font, "first direction", "second direction", title)
+    return finish(ax, font, "first direction (input units)", "second direction (input units)", title)
 
 
 def _around_zero(values: Any) -> TwoSlopeNorm:
@@ -127,15 +151,15 @@ def _around_zero(values: Any) -> TwoSlopeNorm:
     return TwoSlopeNorm(0.0, -(reach or 1.0), reach or 1.0)
 
 
-def sum_rule(spectrum: LyapunovSpectrum, ax: Axes | None = None) -> Axes:
+def sum_rule(spectrum: LyapunovSpectrum | Report, ax: Axes | None = None) -> Axes:
     """Partial sums of the Lyapunov exponents; where they cross zero is the Kaplan-Yorke dimension.
 
     Args:
-        spectrum: from ``stabkit.lyapunov_spectrum``.
+        spectrum: from ``stabkit.lyapunov_spectrum``, or a report that has exponents.
         ax: where to draw; a new figure when None.
     """
     ax, font = new_axes(ax, 8, 6)
-    values = np.atleast_2d(_array(spectrum.exponents))
+    values = np.atleast_2d(_array(_exponents(spectrum).exponents))
     ax.axhline(0, color="black", linewidth=0.6)
     index = np.arange(values.shape[1] + 1)
     for sample, row in enumerate(values):
@@ -143,6 +167,14 @@ def sum_rule(spectrum: LyapunovSpectrum, ax: Axes | None = None) -> Axes:
         ax.plot(index, sums, ".-", color=sample_color(sample, len(values)), linewidth=0.9, markersize=3)
     ax.xaxis.set_major_locator(MaxNLocator(6, integer=True))
     return finish(ax, font, "number of exponents", "sum (nats per step)", "Partial sums of the exponents")
+
+
+def _exponents(result: LyapunovSpectrum | Report) -> LyapunovSpectrum | Exponents:
+    if not isinstance(result, Report):
+        return result
+    if result.lyapunov is None:
+        raise ValueError("the report has no Lyapunov exponents; analyze computes them unless spectrum='none'")
+    return result.lyapunov
 
 
 def _array(value: Any) -> np.ndarray:

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from stabkit.tracing import Flow, Iteration
 
 _PANELS = 6
+_LONG = 60  # steps of a trajectory that can be followed as a line
 
 
 def grid_points(low: float = -2.0, high: float = 2.0, lines: int = 11, along: int = 61) -> torch.Tensor:
@@ -34,39 +35,66 @@ def grid_points(low: float = -2.0, high: float = 2.0, lines: int = 11, along: in
     return torch.cat([rows, rows.flip(-1)]).reshape(-1, 2)
 
 
-def flow_map(flow: Flow | Iteration, *, along: int = 61, panels: int = _PANELS) -> Figure:
+def flow_map(flow: Flow | Iteration, ax: Axes | None = None, *, along: int | None = 61, panels: int = _PANELS) -> Axes:
     """Grid lines bending step by step: the flow map of a two-dimensional model through depth.
+
+    Every depth is a panel inside the Axes, with a scale of its own.
 
     Args:
         flow: of a batch from `grid_points`; its states have two numbers where the space does not change.
-        along: points of one line, as given to `grid_points`.
+        ax: where to draw, room for the panels; a new figure when None.
+        along: points of one line, as given to `grid_points`; None draws every sample as a point, in the color of its
+            place at the input, for any batch of points.
         panels: how many depths are shown, evenly spaced.
 
     Raises:
         ValueError: the states are not two-dimensional, or the batch is no whole number of lines.
+
+    Example:
+        >>> import torch, stabkit
+        >>> flow = stabkit.iterate(lambda x: x + 0.1 * torch.tanh(x.flip(-1)), grid_points(), 5)
+        >>> len(flow_map(flow, panels=4).child_axes)
+        4
     """
     states = _planar_states(flow)
-    if len(states[0][1]) % along:
-        raise ValueError(f"the batch has {len(states[0][1])} points, no multiple of along={along}; use grid_points()")
+    _check_lines(states, along)
     picks = np.unique(np.linspace(0, len(states) - 1, min(panels, len(states))).round().astype(int))
     columns = min(len(picks), 3)
     rows = -(-len(picks) // columns)
-    size = (columns * 5 * CENTIMETER, rows * 5.4 * CENTIMETER)
-    figure = Figure(figsize=size, dpi=200, layout="constrained")
-    grid = figure.subplots(rows, columns, squeeze=False)
-    for ax in grid.ravel()[len(picks) :]:
-        ax.set_visible(False)
-    for ax, pick in zip(grid.ravel(), picks, strict=False):
-        small_text(ax, FONT)
+    ax, font = new_axes(ax, columns * 5, rows * 5.4)
+    ax.set_xticks([])
+    ax.set_yticks([])
+    ax.spines[:].set_visible(False)
+    width, height = 1 / columns, 1 / rows
+    for place, pick in enumerate(picks):
+        row, column = divmod(place, columns)
+        corner = ((column + 0.2) * width, 1 - (row + 0.86) * height)
+        panel = ax.inset_axes((*corner, 0.78 * width, 0.76 * height))
+        small_text(panel, font)
         depth, points = states[pick]
-        _lines(ax, points, along)
-        ax.set_aspect("equal", adjustable="datalim")
-        ax.xaxis.set_major_locator(MaxNLocator(4))
-        ax.yaxis.set_major_locator(MaxNLocator(4))
-        ax.set_title("input" if depth == 0 else f"after {depth} step{'s' if depth > 1 else ''}", fontsize=FONT)
-    figure.supxlabel("x₁", fontsize=FONT)
-    figure.supylabel("x₂", fontsize=FONT)
-    return figure
+        if along is None:
+            panel.scatter(points[:, 0], points[:, 1], c=_angles(states[0][1]), cmap="twilight", s=3, linewidths=0)
+        else:
+            _lines(panel, points, along)
+        panel.set_aspect("equal", adjustable="datalim")
+        panel.xaxis.set_major_locator(MaxNLocator(4))
+        panel.yaxis.set_major_locator(MaxNLocator(4))
+        panel.set_title("input" if depth == 0 else f"after {depth} step{'s' if depth > 1 else ''}", fontsize=font)
+    return finish(ax, font, "x₁", "x₂", "Flow map")
+
+
+def _angles(points: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Direction of every point from the middle of all."""
+    x, y = (points - points.mean(axis=0)).T
+    return np.asarray(np.arctan2(y, x))
+
+
+def _check_lines(states: list[tuple[int, NDArray[np.float64]]], along: int | None) -> None:
+    count = len(states[0][1])
+    if along is not None and count % along:
+        raise ValueError(
+            f"the batch has {count} points, no multiple of along={along}; use grid_points(), or along=None for points"
+        )
 
 
 def animate_flow_map(
@@ -90,6 +118,7 @@ def animate_flow_map(
     if path.suffix.lower() != ".gif":
         raise ValueError(f"path={str(path)!r}; the animation is a .gif")
     states = _planar_states(flow)
+    _check_lines(states, along)
     figure = Figure(figsize=(8 * CENTIMETER, 8 * CENTIMETER), dpi=120, layout="constrained")
     ax = figure.subplots()
     whole = np.concatenate([points for _, points in states])
@@ -127,7 +156,7 @@ def vector_field(flow: Flow | Iteration, ax: Axes | None = None, *, step: int = 
     source, target = _plane(flow.states[step]), _plane(flow.states[step + 1])
     if source is None or target is None:
         raise ValueError(f"step {step} does not map two numbers to two numbers; choose another")
-    ax, font = new_axes(ax, 8, 7)
+    ax, font = new_axes(ax, 8, 7, margin=0.04)
     change = target - source
     speed = np.hypot(*change.T)
     span = np.ptp(source, axis=0).max() or 1.0
@@ -136,11 +165,11 @@ def vector_field(flow: Flow | Iteration, ax: Axes | None = None, *, step: int = 
     arrows = ax.quiver(
         *source.T, *change.T, speed, angles="xy", scale_units="xy", scale=scale, cmap="viridis", width=0.004
     )
-    bar = ax.figure.colorbar(arrows, ax=ax)
+    bar = ax.figure.colorbar(arrows, cax=ax.inset_axes((1.03, 0, 0.05, 1)))
     bar.set_label("|x′ − x|", fontsize=font)
     small_text(bar.ax, font)
-    ax.set_aspect("equal", adjustable="datalim")
-    return finish(ax, font, "x₁", "x₂", f"Field of {_name(flow, step)}")
+    ax.set_aspect("equal", adjustable="box")
+    return finish(ax, font, "x₁", "x₂", f"What {_name(flow, step)} adds")
 
 
 def phase_portrait(flow: Flow | Iteration, ax: Axes | None = None, *, samples: int = 40) -> Axes:
@@ -154,12 +183,17 @@ def phase_portrait(flow: Flow | Iteration, ax: Axes | None = None, *, samples: i
         samples: trajectories drawn, at most.
 
     Raises:
-        ValueError: the states have different sizes.
+        ValueError: the states have different sizes, or are not finite.
     """
     sizes = {state.size for state in flow.states[:: max(1, len(flow.states) // 50)]}
     if len(sizes) > 1:
         raise ValueError(f"the states have {sorted(sizes)} numbers; a portrait needs one space, as in recurrent_flow")
     path = np.stack([_flat(state)[:samples] for state in flow.states])
+    if not np.isfinite(path).all():
+        broken = int(np.flatnonzero(~np.isfinite(path).all(axis=(1, 2)))[0])
+        path = path[:broken]  # from there on there is nothing to draw
+        if broken < 2:
+            raise ValueError("the states are not finite; there is no trajectory to draw")
     ax, font = new_axes(ax, 8, 7)
     names = ("x₁", "x₂")
     if path.shape[-1] == 1:
@@ -171,14 +205,16 @@ def phase_portrait(flow: Flow | Iteration, ax: Axes | None = None, *, samples: i
         share = (values[:2] ** 2).sum() / max((values**2).sum(), 1e-300)
         path = (path - flat.mean(axis=0)) @ directions[:2].T
         names = ("first principal direction", f"second ({share:.0%} together)")
-    count = path.shape[1]
+    count, long = path.shape[1], len(path) > _LONG  # long trajectories are clouds: their points say more than lines
     for sample in range(count):
         x, y = path[:, sample].T
         color = sample_color(sample, max(count, 2))
-        ax.plot(x, y, color=color, linewidth=0.7, alpha=0.8)
+        ax.plot(x, y, color=color, linewidth=0.2 if long else 0.7, alpha=0.5 if long else 0.8)
+        if long:
+            ax.plot(x, y, ".", color=color, markersize=1.5, markeredgewidth=0)
         ax.plot(x[:1], y[:1], "o", color=color, markersize=3, markerfacecolor="none", markeredgewidth=0.7)
         ax.plot(x[-1:], y[-1:], "o", color=color, markersize=3)
-    return finish(ax, font, *names, f"Phase portrait, {len(path) - 1} steps")
+    return finish(ax, font, *names, f"Phase portrait, {len(path) - 1} steps: ○ start, ● end")
 
 
 def _lines(ax: Axes, points: NDArray[np.float64], along: int) -> None:
@@ -191,6 +227,8 @@ def _lines(ax: Axes, points: NDArray[np.float64], along: int) -> None:
 
 def _planar_states(flow: Flow | Iteration) -> list[tuple[int, NDArray[np.float64]]]:
     found = [(index, plane) for index, state in enumerate(flow.states) if (plane := _plane(state)) is not None]
+    if not all(np.isfinite(points).all() for _, points in found):
+        raise ValueError("the states are not finite; there is nothing to draw")
     if len(found) < 2:
         sizes = [state.size for state in flow.states[:8]]
         raise ValueError(f"the states have {sizes} numbers; this picture needs two states of two numbers each")
@@ -207,4 +245,5 @@ def _flat(state: Any) -> NDArray[np.float64]:
 
 
 def _name(flow: Flow | Iteration, step: int) -> str:
-    return str(getattr(flow.steps[step], "name", "") or f"step {step}")
+    name = str(getattr(flow.steps[step], "name", ""))
+    return f"step {step}" if not name or name.isdigit() else name

@@ -10,38 +10,19 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
-from stabkit.plotting.style import BLUE, GREEN, GREY, ORANGE, finish, new_axes, small_text
+from stabkit.plotting.depth import FloatArray, Norms, depth_axis, over_depth
+from stabkit.plotting.style import BLUE, GREEN, GREY, ORANGE, empty, finish, new_axes, small_text
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+    from stabkit.growth import GradientProfile
     from stabkit.report import Report
 
-MANY_STEPS = 12  # up to here the depth axis carries names
+_FLAT = 0.01  # nats that the axis of growth spans at least, so that rounding does not look like growth
 
 
-def depth_axis(ax: Axes, report: Report, font: float | None) -> None:
-    """Names of the steps while they fit, their indices beyond; input on the left."""
-    n = len(report.steps)
-    ax.set_xlim(-0.7, max(n, 1) - 0.3)
-    if 0 < n <= MANY_STEPS:
-        ax.set_xticks(range(n), [_end(step.name, 13) for step in report.steps], rotation=60, ha="right")
-        for tick in ax.get_xticklabels():
-            tick.set_rotation_mode("anchor")
-            if font is not None:
-                tick.set_fontsize(font - 1)
-        ax.set_xlabel("")
-    else:
-        ax.xaxis.set_major_locator(MaxNLocator(6, integer=True))
-        ax.set_xlabel("step (input left, output right)", fontsize=font)
-
-
-def _end(name: str, width: int) -> str:
-    """The end of a name, where blocks differ; the beginning is what they share."""
-    return name if len(name) <= width else f"…{name[1 - width :]}"
-
-
-def growth(report: Report, ax: Axes | None = None) -> Axes:
+def growth(result: Report | GradientProfile, ax: Axes | None = None) -> Axes:
     """Gradient growth of every step as bars, and its sum from the output as a line; both in nats.
 
     The line has an axis of its own on the right, with the same zero: a single step is small beside the sum of
@@ -49,21 +30,27 @@ def growth(report: Report, ax: Axes | None = None) -> Axes:
     has a cross on the zero line and ends the sum.
 
     Args:
-        report: a report.
+        result: a report, or what ``stabkit.gradient_profile`` returned.
         ax: where to draw; a new figure when None.
+
+    Example:
+        >>> import torch, stabkit
+        >>> flow = stabkit.trace(torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Tanh()), torch.ones(3, 2))
+        >>> growth(stabkit.gradient_profile(flow)).get_ylabel()
+        'per step (nats)'
     """
     ax, font = new_axes(ax, 8, 6)
-    values = np.array([step.growth for step in report.steps], dtype=float)
-    where = np.arange(len(values))
+    depth = over_depth(result)
+    values, where = depth.growth, np.arange(len(depth.growth))
     finite = np.isfinite(values)
     heights = np.where(finite, values, 0.0)
     bars = ax.bar(
         where, heights, width=0.75, color=[ORANGE if value > 0 else BLUE for value in heights], linewidth=0, zorder=2
     )
-    for bar, step in zip(bars, report.steps, strict=True):
-        if step.kind == "transition":
+    for bar, kind in zip(bars, depth.kinds, strict=True):
+        if kind == "transition":
             bar.set(hatch="/////", edgecolor="white", linewidth=0)
-    _whiskers(ax, report, where, finite)
+    _whiskers(ax, depth.ends, where, finite)
     if (~finite).any():
         ax.plot(where[~finite], np.zeros((~finite).sum()), "x", color="black", markersize=5, zorder=4, clip_on=False)
     ax.axhline(0, color="black", linewidth=0.6, zorder=3)
@@ -76,15 +63,14 @@ def growth(report: Report, ax: Axes | None = None) -> Axes:
     _share_zero(ax, right)
     right.set_ylabel("sum from output (nats)", fontsize=font)
     small_text(right, font)
-    depth_axis(ax, report, font)
+    depth_axis(ax, depth.names, font)
     title = "Gradient growth"
     if (~finite).any():
         title += f" (×: {int((~finite).sum())} not finite)"
     return finish(ax, font, None, "per step (nats)", title)
 
 
-def _whiskers(ax: Axes, report: Report, where: NDArray[np.int64], finite: NDArray[np.bool_]) -> None:
-    ends = np.array([step.growth_interval for step in report.steps], dtype=float).reshape(-1, 2)
+def _whiskers(ax: Axes, ends: FloatArray, where: NDArray[np.int64], finite: NDArray[np.bool_]) -> None:
     shown = finite & np.isfinite(ends).all(axis=1)
     width = 0.7 if len(where) < 40 else 0.4
     ax.vlines(where[shown], ends[shown, 0], ends[shown, 1], color="#333333", linewidth=width, zorder=4)
@@ -96,77 +82,86 @@ def _share_zero(left: Axes, right: Axes) -> None:
     for ax in (left, right):
         low, high = ax.dataLim.intervaly
         low, high = (min(low, 0.0), max(high, 0.0)) if math.isfinite(low + high) else (0.0, 0.0)
-        size = high - low or 1.0
-        spans.append((low, high, size))
+        spans.append((low, high, max(high - low, _FLAT)))
     below = max(-low / size for low, _, size in spans)
     above = max(high / size for _, high, size in spans)
-    if below + above == 0:
-        below = above = 0.5
+    if below + above < 1:  # both spans are at their least: zero in the middle of what is left
+        below, above = below + (1 - below - above) / 2, above + (1 - below - above) / 2
     for ax, (_, _, size) in zip((left, right), spans, strict=True):
         ax.set_ylim(-(below + 0.06) * size, (above + 0.06) * size)
 
 
-def gradients(report: Report, ax: Axes | None = None) -> Axes:
-    """The norm of the gradient over depth, on a logarithmic scale.
+def gradients(result: Report | GradientProfile, ax: Axes | None = None) -> Axes:
+    """The norm of the gradient over depth, on a logarithmic scale, with its interval over samples.
 
     Step i is drawn where its source state is, so the line starts at the first state and ends at the last. A norm
     of zero has a triangle on the lower frame, one that is not finite a cross on the upper.
 
     Args:
-        report: a report.
+        result: a report, or what ``stabkit.gradient_profile`` returned.
         ax: where to draw; a new figure when None.
     """
     ax, font = new_axes(ax, 8, 6)
-    norms = _norms(report)
-    where = np.arange(len(norms)) - 0.5
-    shown = np.isfinite(norms) & (norms > 0)
     ax.set_yscale("log")
-    ax.plot(where, np.where(shown, norms, np.nan), "-", color=BLUE, linewidth=1.1)
-    ax.plot(where[shown], norms[shown], ".", color=BLUE, markersize=4 if len(norms) < 40 else 2.5)
+    depth = over_depth(result)
+    norms = depth.gradient.values
+    drawn = _norm_line(ax, depth.gradient, BLUE, "-", "gradient")
     signs = []
+    where = np.arange(len(norms)) - 0.5
     zero, wild = norms == 0, ~np.isfinite(norms)
     for sign, marker, missing, height in (("▼ zero", "v", zero, 0.03), ("× not finite", "x", wild, 0.97)):
         if missing.any():
             signs.append(sign)
             heights = np.full(missing.sum(), height)
             ax.plot(where[missing], heights, marker, color=ORANGE, markersize=4, transform=ax.get_xaxis_transform())
-    _log_limits(ax, norms[shown])
-    depth_axis(ax, report, font)
+    _log_limits(ax, drawn)
+    depth_axis(ax, depth.names, font)
     title = f"Gradient norm ({', '.join(signs)})" if signs else "Gradient norm over depth"
     return finish(ax, font, None, "‖gradient‖", title)
 
 
-def norms(report: Report, ax: Axes | None = None) -> Axes:
-    """Norms of the states and of the gradient over depth, on one logarithmic scale.
+def norms(result: Report | GradientProfile, ax: Axes | None = None) -> Axes:
+    """Norms of the states and of the gradient over depth, on one logarithmic scale, with intervals over samples.
 
     Args:
-        report: a report.
+        result: a report, or what ``stabkit.gradient_profile`` returned.
         ax: where to draw; a new figure when None.
     """
     ax, font = new_axes(ax, 8, 6)
     ax.set_yscale("log")
-    series = ((_norms(report), BLUE, "-", "gradient"), (_state_norms(report), ORANGE, "--", "state"))
-    drawn = [np.empty(0)]
-    for values, color, line, label in series:
-        shown = np.isfinite(values) & (values > 0)
-        where = np.arange(len(values)) - 0.5
-        ax.plot(where, np.where(shown, values, np.nan), color=color, linestyle=line, linewidth=1.2, label=label)
-        drawn.append(values[shown])
-    _log_limits(ax, np.concatenate(drawn))
-    ax.legend(fontsize=font, borderpad=0.3, framealpha=0.8)
-    depth_axis(ax, report, font)
+    depth = over_depth(result)
+    series = ((depth.gradient, BLUE, "-", "gradient"), (depth.state, ORANGE, "--", "state"))
+    _log_limits(ax, np.concatenate([_norm_line(ax, *one) for one in series]))
+    handles, labels = ax.get_legend_handles_labels()
+    if handles:
+        ax.legend(handles, labels, fontsize=font, borderpad=0.3, framealpha=0.8)
+    else:
+        empty(ax, "no norm is finite\nand above zero", font)
+    depth_axis(ax, depth.names, font)
     return finish(ax, font, None, "norm", "States and gradients over depth")
 
 
-def _state_norms(report: Report) -> NDArray[np.float64]:
-    return np.array([step.state_norm for step in report.steps], dtype=float)
+def _norm_line(ax: Axes, norms: Norms, color: str, line: str, label: str) -> FloatArray:
+    """Draw one norm as a line through dots with its interval as a band; the values that the axis must hold."""
+    values, ends = norms.values, norms.ends
+    where = np.arange(len(values)) - 0.5
+    shown = np.isfinite(values) & (values > 0)
+    if not shown.any():
+        return np.empty(0)
+    size = 2.0 if len(values) < 40 else 1.0
+    ax.plot(where, np.where(shown, values, np.nan), color=color, linestyle=line, linewidth=1.1, label=label)
+    ax.plot(where[shown], values[shown], "o", color=color, markersize=size)
+    known = shown & np.isfinite(ends).all(axis=1) & (ends > 0).all(axis=1)
+    low, high = (np.where(known, side, np.nan) for side in ends.T)
+    ax.fill_between(where, low, high, color=color, alpha=0.2, linewidth=0, zorder=1)
+    return np.concatenate([values[shown], ends[known].ravel()])
 
 
-def compare(reports: Mapping[str, Report], ax: Axes | None = None) -> Axes:
+def compare(reports: Mapping[str, Report | GradientProfile], ax: Axes | None = None) -> Axes:
     """The gradient norms of several reports over depth, each divided by its norm at the output.
 
     Args:
-        reports: reports by the names they get in the legend.
+        reports: reports or gradient profiles by the names they get in the legend.
         ax: where to draw; a new figure when None.
     """
     ax, font = new_axes(ax, 8, 6)
@@ -174,7 +169,7 @@ def compare(reports: Mapping[str, Report], ax: Axes | None = None) -> Axes:
     drawn = [np.empty(0)]
     styles = ((BLUE, "-"), (ORANGE, "--"), (GREEN, "-."), (GREY, ":"))
     for i, (name, report) in enumerate(reports.items()):
-        norms = _norms(report)
+        norms = over_depth(report).gradient.values
         norms = norms / norms[-1] if len(norms) else norms
         shown = np.isfinite(norms) & (norms > 0)
         color, line = styles[i % len(styles)]
@@ -187,15 +182,6 @@ def compare(reports: Mapping[str, Report], ax: Axes | None = None) -> Axes:
     if reports:
         ax.legend(fontsize=font, borderpad=0.3)
     return finish(ax, font, "depth (0 input, 1 output)", "‖gradient‖ / ‖at output‖", "Gradient over depth")
-
-
-def _norms(report: Report) -> NDArray[np.float64]:
-    """Gradient norms at every state; that of the last follows from the growth of the last step."""
-    norms = np.array([step.gradient_norm for step in report.steps], dtype=float)
-    if not len(norms):
-        return norms
-    with np.errstate(all="ignore"):
-        return np.append(norms, norms[-1] * np.exp(-report.steps[-1].growth))
 
 
 def _log_limits(ax: Axes, values: NDArray[np.float64]) -> None:

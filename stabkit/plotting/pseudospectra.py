@@ -41,7 +41,7 @@ def pseudospectra(
         resolution: points along each side of the picture.
 
     Raises:
-        ValueError: J is not square, or too large.
+        ValueError: J is not square, too large, or not finite.
     """
     from stabkit.jacobians.numerical_range import numerical_range
     from stabkit.jacobians.pseudospectra import Resolvent
@@ -52,6 +52,8 @@ def pseudospectra(
     if n > _LARGEST:
         raise ValueError(f"J has {n} coordinates, at most {_LARGEST} can be drawn; stabkit.non_normality has bounds")
     A = J.dense()[sample].detach().double().cpu().numpy()
+    if not np.isfinite(A).all():
+        raise ValueError("J has entries that are not finite, so it has no pseudospectra")
     values = np.linalg.eigvals(A)
     boundary, _ = numerical_range(A, 64)
     reach = np.concatenate([boundary, values, [1.0, -1.0, 1.0j, -1.0j]])
@@ -76,7 +78,7 @@ def pseudospectra(
     bar.set_label("log10 ε", fontsize=font)
     small_text(bar.ax, font)
     ax.set_aspect("equal")
-    return finish(ax, font, "Re z", "Im z", "Pseudospectra (dashed: W(J))")
+    return finish(ax, font, "Re z", "Im z", "Pseudospectra, dashed: numerical range")
 
 
 def numerical_range(result: NonNormality, ax: Axes | None = None, *, sample: int = 0) -> Axes:

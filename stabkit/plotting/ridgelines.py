@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 from matplotlib.axes import Axes
 
-from stabkit.plotting.style import GREY, finish, new_axes, sample_color
+from stabkit.plotting.depth import end_of
+from stabkit.plotting.style import GREY, empty, finish, new_axes, sample_color
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -22,7 +23,8 @@ _FLOOR = 1e-6  # smaller moduli are drawn here
 def ridgelines(report: Report, ax: Axes | None = None) -> Axes:
     r"""Densities of log10 \|eigenvalue of J\|, one ridge a step, the input at the top.
 
-    What lies right of the line at \|eigenvalue\| = 1 grows. Only steps whose whole spectrum was computed are drawn: the
+    What lies right of the line at \|eigenvalue\| = 1 grows. Every ridge has the same height, so that a narrow one does
+    not flatten the others. Only steps whose whole spectrum was computed are drawn: the
     largest few eigenvalues are no density.
 
     Args:
@@ -36,27 +38,26 @@ def ridgelines(report: Report, ax: Axes | None = None) -> Axes:
     logs = [np.log10(np.maximum(np.abs(np.asarray(s.z) + (s.skip or 0.0)), _FLOOR)) for s in shown]
     ax.axvline(0, color=GREY, linewidth=0.8, zorder=100)
     if not shown:
-        ax.text(0.5, 0.5, "no whole spectrum\nin this report", transform=ax.transAxes, ha="center", fontsize=font)
-        ax.set_yticks([])
-        return finish(ax, font, "log10 |eigenvalue|", "", "Spectra over depth")
+        empty(ax, "no whole spectrum\nin this report", font)
+        ax.set_xticks([])
+        return finish(ax, font, "log10 |eigenvalue of J|", "step (input on top)", "Spectra over depth")
     low = min(float(np.quantile(row, 0.02)) for row in logs)
     high = max(float(row.max()) for row in logs)
     low, high = min(low, -0.1), max(high, 0.1)
     margin = 0.15 * (high - low)
     grid = np.linspace(low - margin, high + margin, _GRID)
     ridges = [_density(row, grid) for row in logs]
-    tallest = max(float(ridge.max()) for ridge in ridges)
     for place, ridge in enumerate(ridges):
         base = -float(place)
-        height = 1.6 * ridge / tallest
+        height = 1.6 * ridge / ridge.max()
         color = sample_color(place, len(shown))
         ax.fill_between(grid, base, base + height, color=color, alpha=0.75, linewidth=0, zorder=place)
         ax.plot(grid, base + height, color="white", linewidth=0.6, zorder=place)
     spaced = range(0, len(shown), max(1, len(shown) // 8))
-    ax.set_yticks([-float(place) for place in spaced], [_short(shown[place].name) for place in spaced])
+    ax.set_yticks([-float(place) for place in spaced], [end_of(shown[place].name, 14) for place in spaced])
     ax.set_xlim(grid[0], grid[-1])
     ax.set_ylim(-len(shown) + 0.6, 1.9)
-    return finish(ax, font, "log10 |eigenvalue of J|", "", "Spectra over depth")
+    return finish(ax, font, "log10 |eigenvalue of J|", "step (input on top)", "Spectra over depth")
 
 
 def _density(values: NDArray[np.float64], grid: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -66,7 +67,3 @@ def _density(values: NDArray[np.float64], grid: NDArray[np.float64]) -> NDArray[
     kernels = np.exp(-0.5 * ((grid[:, None] - values[None, :]) / width) ** 2)
     density: NDArray[np.float64] = kernels.sum(axis=1) / (len(values) * width * np.sqrt(2 * np.pi))
     return density
-
-
-def _short(name: str) -> str:
-    return name if len(name) <= 14 else f"…{name[-13:]}"

@@ -42,6 +42,8 @@ def small_text(ax: Axes, font: float | None) -> None:
     """Set the size of the tick labels, and lines as fine as small text needs; nothing when ``font`` is None."""
     if font is not None:
         ax.tick_params(which="both", labelsize=font, width=0.5, length=2)
+        for axis in (ax.xaxis, ax.yaxis):
+            axis.get_offset_text().set_fontsize(font)
         ax.spines[:].set_linewidth(0.5)
 
 
@@ -52,6 +54,12 @@ def finish(ax: Axes, font: float | None, x: str | None, y: str, title: str) -> A
     ax.set_ylabel(y, fontsize=font)
     ax.set_title(title, fontsize=font)
     return ax
+
+
+def empty(ax: Axes, words: str, font: float | None) -> None:
+    """Say in the middle of Axes why nothing is drawn there, and take the numbers off an axis that has none."""
+    ax.text(0.5, 0.5, words, transform=ax.transAxes, ha="center", va="center", fontsize=font)
+    ax.set_yticks([])
 
 
 def figure_of(ax: Axes) -> Figure:

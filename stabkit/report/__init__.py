@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from stabkit.report.schema import Report, StepReport
+from stabkit.report.schema import Exponents, Report, StepReport
 
-__all__ = ["Report", "StepReport"]
+__all__ = ["Exponents", "Report", "StepReport"]

@@ -8,7 +8,7 @@ from typing import Any
 from stabkit.diagnosis import Finding
 from stabkit.errors import ReportError
 from stabkit.report import encoding
-from stabkit.report.schema import SCHEMA, Report, StepReport
+from stabkit.report.schema import SCHEMA, Exponents, Report, StepReport
 
 Decoder = Callable[[Any], Any]
 
@@ -81,6 +81,11 @@ def _plain(value: Any) -> dict[str, Any]:
     return dict(encoding.mapping(value))
 
 
+def _blocks(value: Any) -> dict[str, Any]:
+    rows = _tuple_of(_tuple_of(encoding.number))
+    return {name: rows(block) for name, block in encoding.mapping(value).items()}
+
+
 _strings = _tuple_of(encoding.text)
 _shapes = _tuple_of(_tuple_of(encoding.integer))
 
@@ -98,6 +103,7 @@ _STEP: dict[str, Decoder] = {
     "evidence": encoding.text,
     "residual": _optional(encoding.number),
     "z": _optional(_tuple_of(encoding.complex_number)),
+    "numerical_range": _optional(_tuple_of(encoding.complex_number)),
     "spectral_radius": _optional(encoding.number),
     "largest_singular_value": _optional(encoding.number),
     "outside_share": _optional(encoding.number),
@@ -107,16 +113,27 @@ _STEP: dict[str, Decoder] = {
     "growth_interval": encoding.interval,
     "gradient_norm": encoding.number,
     "state_norm": encoding.number,
+    "gradient_norm_interval": _optional(encoding.interval),
+    "state_norm_interval": _optional(encoding.interval),
     "parameter_gradient_norm": _optional(encoding.number),
     "step_size": _optional(encoding.number),
     "convention": encoding.text,
     "after": _strings,
+    "tableau": _optional(_blocks),
+    "stage_fields": _tuple_of(encoding.integer),
     "attribution": _optional(_numbers),
     "mechanism": _optional(_numbers),
     "margin": _optional(encoding.number),
     "step_factor": _optional(encoding.number),
     "operations": _strings,
     "notes": _strings,
+}
+
+_EXPONENTS: dict[str, Decoder] = {
+    "exponents": _tuple_of(_tuple_of(encoding.number)),
+    "standard_errors": _tuple_of(_tuple_of(encoding.number)),
+    "converged": _tuple_of(_tuple_of(encoding.boolean)),
+    "local_growth": _tuple_of(_tuple_of(_tuple_of(encoding.number))),
 }
 
 _FINDING: dict[str, Decoder] = {
@@ -151,6 +168,11 @@ _REPORT: dict[str, Decoder] = {
     "thresholds": _plain,
     "explained": _plain,
     "rate_law": _plain,
+    "lyapunov": _optional(lambda value: _record(value, Exponents, _EXPONENTS, "")),
+    "output_gradient_norm": _optional(encoding.number),
+    "output_gradient_norm_interval": _optional(encoding.interval),
+    "output_state_norm": _optional(encoding.number),
+    "output_state_norm_interval": _optional(encoding.interval),
     "notes": _strings,
     "versions": _plain,
 }
@@ -158,5 +180,8 @@ _REPORT: dict[str, Decoder] = {
 # keys that reports of the same schema written earlier do not have
 _LATER = {
     *("parameter_gradient_norm", "step_size", "convention", "after", "attribution", "mechanism", "margin"),
-    *("step_factor", "operations", "explained", "rate_law", "numbers", "actions"),
+    *("step_factor", "operations", "explained", "rate_law", "numbers", "actions", "numerical_range", "tableau"),
+    "lyapunov",
+    *("stage_fields", "gradient_norm_interval", "state_norm_interval"),
+    *("output_gradient_norm", "output_gradient_norm_interval", "output_state_norm", "output_state_norm_interval"),
 }

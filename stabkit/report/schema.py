@@ -58,6 +58,7 @@ class StepReport:
         evidence: how sure the method is, one of ``EVIDENCE``.
         residual: relative residual of the numerical test behind ``evidence``.
         z: eigenvalues of J - a of all analysed samples, one after another.
+        numerical_range: points around the boundary of the numerical range of J - a at the first sample.
         spectral_radius: largest \|eigenvalue\| of J.
         largest_singular_value: largest singular value of J, the worst growth in one step.
         outside_share: share of the spectrum with \|a + z\| > 1, from 0 to 1; at least this when only the
@@ -68,10 +69,14 @@ class StepReport:
         growth_interval: confidence interval of ``growth``, in nats.
         gradient_norm: geometric mean over samples of the gradient norm before the step.
         state_norm: geometric mean over samples of the norm of the state before the step.
+        gradient_norm_interval: confidence interval of ``gradient_norm`` over samples.
+        state_norm_interval: confidence interval of ``state_norm`` over samples.
         parameter_gradient_norm: norm of the loss gradient with respect to the parameters that the step uses.
         step_size: the step size h of the method; 1 by convention where only h f can be seen.
         convention: how ``step_size`` was fixed.
         after: operations behind the addition, such as a ReLU or a norm.
+        tableau: the blocks ``A``, ``U``, ``B`` and ``V`` of the method, in rows.
+        stage_fields: the field that each stage of the method evaluates, numbered from 0.
         attribution: parts of ``growth`` by name, means over samples, in nats; they sum to it.
         mechanism: shares of the spectrum's energy, from 0 to 1, by what happens to it (``continuous`` and
             ``discretisation`` instability, ``overdamped``, ``neutral``).
@@ -97,6 +102,7 @@ class StepReport:
     evidence: str = "unknown"
     residual: float | None = None
     z: tuple[complex, ...] | None = None
+    numerical_range: tuple[complex, ...] | None = None
     spectral_radius: float | None = None
     largest_singular_value: float | None = None
     outside_share: float | None = None
@@ -106,10 +112,14 @@ class StepReport:
     growth_interval: tuple[float, float]
     gradient_norm: float
     state_norm: float
+    gradient_norm_interval: tuple[float, float] | None = None
+    state_norm_interval: tuple[float, float] | None = None
     parameter_gradient_norm: float | None = None
     step_size: float | None = None
     convention: str = ""
     after: tuple[str, ...] = ()
+    tableau: Mapping[str, tuple[tuple[float, ...], ...]] | None = None
+    stage_fields: tuple[int, ...] = ()
     attribution: Mapping[str, float] | None = None
     mechanism: Mapping[str, float] | None = None
     margin: float | None = None
@@ -121,6 +131,23 @@ class StepReport:
         _one_of("kind", self.kind, KINDS)
         _one_of("evidence", self.evidence, EVIDENCE)
         _one_of("spectrum_method", self.spectrum_method, SPECTRUM_METHODS)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Exponents:
+    """The largest Lyapunov exponents over the whole flow, of the first sample; see ``stabkit.lyapunov_spectrum``.
+
+    Attributes:
+        exponents: ``(1, k)``, nats per step, in falling order.
+        standard_errors: ``(1, k)``, nats per step.
+        converged: ``(1, k)``.
+        local_growth: ``(steps, 1, k)``, nats.
+    """
+
+    exponents: tuple[tuple[float, ...], ...]
+    standard_errors: tuple[tuple[float, ...], ...]
+    converged: tuple[tuple[bool, ...], ...]
+    local_growth: tuple[tuple[tuple[float, ...], ...], ...]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,6 +174,11 @@ class Report:
         thresholds: the limits behind the verdict.
         explained: how much of the growth the stability functions account for, by name of the number.
         rate_law: how growth depends on depth: the law chosen and the evidence for it.
+        lyapunov: Lyapunov exponents over the flow; None where they were not computed.
+        output_gradient_norm: geometric mean over samples of the gradient norm behind the last step.
+        output_gradient_norm_interval: its confidence interval over samples.
+        output_state_norm: geometric mean over samples of the norm of the last state.
+        output_state_norm_interval: its confidence interval over samples.
         notes: what the reader should know about the whole.
         versions: versions of stabkit and of what it stands on.
 
@@ -181,6 +213,11 @@ class Report:
     thresholds: Mapping[str, Any] = field(default_factory=dict)
     explained: Mapping[str, Any] = field(default_factory=dict)
     rate_law: Mapping[str, Any] = field(default_factory=dict)
+    lyapunov: Exponents | None = None
+    output_gradient_norm: float | None = None
+    output_gradient_norm_interval: tuple[float, float] | None = None
+    output_state_norm: float | None = None
+    output_state_norm_interval: tuple[float, float] | None = None
     notes: tuple[str, ...] = ()
     versions: Mapping[str, str] = field(default_factory=dict)
 

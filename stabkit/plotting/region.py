@@ -1,0 +1,230 @@
+"""The eigenvalues of a report against the stability regions that they must lie in."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Literal
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import BoundaryNorm, ListedColormap
+from matplotlib.lines import Line2D
+from matplotlib.patches import Circle
+from matplotlib.patheffects import withStroke
+from matplotlib.ticker import MaxNLocator
+
+from stabkit.plotting.depth import end_of
+from stabkit.plotting.style import GREY, LIGHT, finish, new_axes, small_text
+from stabkit.report.plane import Plane, plane_of, worst
+from stabkit.report.tables import middle
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from stabkit.integrators import GeneralLinearMethod
+    from stabkit.report import Report, StepReport
+
+LARGEST_VIEW = 8.0  # radii that a picture may show around the regions: more, and they would be dots
+_RANGES = 3  # numerical ranges that can be told apart
+_STYLES: tuple[Literal["-", "--", ":", "-."], ...] = ("-", "--", ":", "-.")
+_GRID = 301
+
+
+def region(report: Report, ax: Axes | None = None) -> Axes:
+    r"""The eigenvalues of every step against the stability region of its method; depth is the color.
+
+    A step x' = a x + f(x) with an eigenvalue z of the Jacobian of f multiplies that mode by a + z, so it is
+    stable where \|a + z\| <= 1: for a = 1 the disc of forward Euler about -1 (Hairer and Wanner, Solving
+    Ordinary Differential Equations II, section IV.2). A method of several stages has the region \|R(z)\| <= 1, with z
+    the root of R(z) = eigenvalue of J nearest to 0. Triangles on the frame stand for eigenvalues beyond it. Dashed
+    outlines are numerical ranges, of the steps where they reach furthest: while one lies in a disc, no power of that
+    step exceeds 2 (Berger). The ring marks the eigenvalue with the smallest margin, negative outside its region.
+
+    Args:
+        report: a report; its steps without eigenvalues are left out, those without a known skip have a = 0.
+        ax: where to draw; a new figure when None.
+    """
+    ax, font = new_axes(ax, 8, 7, margin=0.03)
+    steps = [step for step in report.steps if step.z is not None]
+    planes = [plane for step in steps if (plane := plane_of(step)) is not None]
+    discs = sorted({plane.a for plane in planes if plane.method is None}, reverse=True)
+    methods = list({plane.method: None for plane in planes if plane.method is not None})
+    z, depth = _points(steps, planes)
+    ranges = _ranges(steps, planes)
+    low, high = _view(np.concatenate([z, *(outline for _, outline in ranges)]), discs, methods)
+    _regions(ax, discs, methods, (low, high))
+    colors, norm = _depth_colors(len(report.steps))
+    for step, outline in ranges:
+        around = np.append(outline, outline[0])
+        ax.plot(around.real, around.imag, "--", color=colors(norm(step.index)), linewidth=0.8, zorder=1.5)
+    _eigenvalues(ax, z, depth, (low, high), colors, norm, font)
+    _depth_bar(ax, colors, norm, len(report.steps) if len(z) else 0, font)
+    notes = [*_margin(ax, steps, planes, font), *(["dashed: numerical range"] if ranges else [])]
+    ax.axhline(0, color=GREY, linewidth=0.5, zorder=0)
+    ax.axvline(0, color=GREY, linewidth=0.5, zorder=0)
+    ax.set_xlim(low.real, high.real)
+    ax.set_ylim(low.imag, high.imag + _headroom(discs, methods) * (high.imag - low.imag))
+    ax.set_aspect("equal")
+    if any(step.spectrum_method == "krylov" for step in steps):
+        _note(ax, (0.03, 0.03), "largest |a + z| only", font, ha="left", va="bottom")
+    if not steps:
+        words = "no eigenvalues\nin this report"
+        ax.text(0.5, 0.5, words, transform=ax.transAxes, ha="center", va="center", fontsize=font)
+    if len(discs) + len(methods) > 1:
+        ax.legend(loc="upper center", ncols=2, fontsize=font, handlelength=1.2, frameon=False, borderpad=0.2,
+                  labelspacing=0.2, columnspacing=0.8)  # fmt: skip
+    finish(ax, font, "Re z", "Im z", _title(discs, methods))
+    if notes:
+        ax.set_title("\n".join([ax.get_title(), " · ".join(notes)]), fontsize=font)
+    return ax
+
+
+def _headroom(discs: list[float], methods: list[GeneralLinearMethod]) -> float:
+    """Room above the regions for what they are called, as a fraction of their window."""
+    names = (1 if len(discs) > len(_STYLES) else len(discs)) + len(methods)
+    share = 0.03 + 0.09 * -(-names // 2)
+    return share / (1 - share) if len(discs) + len(methods) > 1 else 0.0
+
+
+def _title(discs: list[float], methods: list[GeneralLinearMethod]) -> str:
+    if len(discs) + len(methods) != 1:
+        return "Stability region" if not methods else "Stability regions"
+    return f"Stability region {_inequality(discs[0])}" if discs else f"Stability region, {middle(methods[0].name, 24)}"
+
+
+def _inequality(a: float) -> str:
+    return f"|{a:.3g} + z| ≤ 1" if a else "|z| ≤ 1"
+
+
+def _points(steps: Sequence[StepReport], planes: Sequence[Plane]) -> tuple[NDArray[np.complex128], NDArray[np.int64]]:
+    z = np.concatenate([np.empty(0, dtype=complex), *(plane.z for plane in planes)])
+    depth = np.repeat(np.array([step.index for step in steps], dtype=np.int64), [len(plane.z) for plane in planes])
+    finite = np.isfinite(z)
+    return z[finite], depth[finite]
+
+
+def _ranges(steps: Sequence[StepReport], planes: Sequence[Plane]) -> list[tuple[StepReport, NDArray[np.complex128]]]:
+    """The numerical ranges that reach furthest, in the plane of the discs."""
+    found = []
+    for step, plane in zip(steps, planes, strict=True):
+        outline = np.asarray(step.numerical_range or (), dtype=complex)
+        if plane.method is None and len(outline) and np.isfinite(outline).all():
+            found.append((float(np.abs(outline + plane.a).max()), step, outline))
+    found.sort(key=lambda one: -one[0])
+    return [(step, outline) for _, step, outline in found[:_RANGES]]
+
+
+def _margin(ax: Axes, steps: Sequence[StepReport], planes: Sequence[Plane], font: float | None) -> list[str]:
+    """Ring the eigenvalue with the smallest margin, join it to the boundary, and say how far that is."""
+    place = worst(planes)
+    if place is None:
+        return []
+    plane, margin = planes[place], planes[place].margin
+    if plane.outermost is not None:
+        z, center = plane.outermost, complex(-plane.a)
+        edge = center + (z - center) / (abs(z - center) or 1.0)
+        ax.plot([z.real, edge.real], [z.imag, edge.imag], color="black", linewidth=0.8, zorder=2.5)
+        ax.plot([z.real], [z.imag], "o", markersize=6, markerfacecolor="none", markeredgecolor="black",
+                markeredgewidth=0.8, zorder=4)  # fmt: skip
+    return [f"margin {margin:+.2g} at {end_of(steps[place].name, 9)}".replace("-", "−", 1)]
+
+
+def _note(ax: Axes, where: tuple[float, float], words: str, font: float | None, **place: Any) -> None:
+    halo = [withStroke(linewidth=2.5, foreground="white")]  # eigenvalues may lie beneath
+    ax.text(*where, words, fontsize=font, path_effects=halo, transform=ax.transAxes, zorder=5, **place)
+
+
+def _regions(
+    ax: Axes,
+    discs: list[float],
+    methods: list[GeneralLinearMethod],
+    frame: tuple[complex, complex],
+) -> None:
+    """One disc per skip coefficient, one level line per method, named in the legend while there are few."""
+    crowded = len(discs) > len(_STYLES)
+    for i, a in enumerate(discs):
+        label = _inequality(a)
+        if crowded:
+            label = "_" if i else f"|a + z| ≤ 1, a = {discs[-1]:.3g} to {discs[0]:.3g}"
+        edge: dict[str, Any] = (
+            {"linewidth": 0.4, "linestyle": "-"} if crowded else {"linewidth": 0.9, "linestyle": _STYLES[i]}
+        )
+        ax.add_patch(Circle((-a, 0), 1, facecolor=LIGHT, edgecolor="none", zorder=-2))
+        ax.add_patch(Circle((-a, 0), 1, fill=False, edgecolor="black", label=label, zorder=1, **edge))
+    low, high = frame
+    x, y = np.linspace(low.real, high.real, _GRID), np.linspace(low.imag, high.imag, _GRID)
+    for i, method in enumerate(methods):
+        style = _STYLES[(len(discs) + i) % len(_STYLES)]
+        with np.errstate(all="ignore"):
+            size = np.nan_to_num(method.amplification(x[None, :] + 1j * y[:, None]), nan=np.inf, posinf=1e300)
+        level = np.log(np.maximum(size, 1e-300))  # the logarithm keeps the line smooth beside poles
+        ax.contourf(x, y, level, levels=[-1e3, 0.0], colors=[LIGHT], zorder=-2)
+        ax.contour(x, y, level, levels=[0.0], colors=["black"], linewidths=0.9, linestyles=[style], zorder=1)
+        label = f"|R(z)| ≤ 1, {middle(method.name, 10)}"
+        ax.add_line(Line2D([], [], color="black", linewidth=0.9, linestyle=style, label=label))
+
+
+def _view(z: NDArray[np.complex128], discs: list[float], methods: list[GeneralLinearMethod]) -> tuple[complex, complex]:
+    """Corners of a window around all regions and nearly all eigenvalues, square enough to read."""
+    boxes = [(-a - 1.0, 1.0 - a, 1.0) for a in discs]
+    for method in methods:
+        left, right, _, top = method.region().box
+        boxes.append((max(left, -LARGEST_VIEW), min(right, LARGEST_VIEW), min(top, LARGEST_VIEW)))
+    left = min((box[0] for box in boxes), default=-1.0)
+    right = max((box[1] for box in boxes), default=1.0)
+    top = max((box[2] for box in boxes), default=1.0)
+    center = (left + right) / 2
+    if not len(z):
+        half = 1.4 * max((right - left) / 2, top)
+        return complex(center - half, -half), complex(center + half, half)
+    limit = min(float(np.quantile(np.abs(z - center), 0.98)) * 1.2, LARGEST_VIEW)
+    near = z[np.abs(z - center) <= limit]
+    left, right = min(near.real.min(initial=center), left), max(near.real.max(initial=center), right)
+    half = max(float(np.abs(near.imag).max(initial=0.0)), top, (right - left) / 2 * 0.75)
+    margin = 0.12 * half
+    return complex(left - margin, -half - margin), complex(right + margin, half + margin)
+
+
+def _eigenvalues(
+    ax: Axes,
+    z: NDArray[np.complex128],
+    depth: NDArray[np.int64],
+    frame: tuple[complex, complex],
+    colors: ListedColormap,
+    norm: BoundaryNorm,
+    font: float | None,
+) -> None:
+    # drawn in a fixed random order, so that late steps do not hide early ones
+    order = np.random.default_rng(0).permutation(len(z))
+    z, depth = z[order], depth[order]
+    low, high = frame
+    beyond = (z.real < low.real) | (z.real > high.real) | (z.imag < low.imag) | (z.imag > high.imag)
+    size = float(np.clip(3000 / max(len(z), 1), 3, 14))
+    look: dict[str, Any] = {"cmap": colors, "norm": norm, "rasterized": len(z) > 2000}
+    near = z[~beyond]
+    ax.scatter(near.real, near.imag, c=depth[~beyond], s=size, linewidths=0, alpha=0.85, zorder=2, **look)
+    if beyond.any():
+        pad = 0.02 * (high - low)
+        x = z.real[beyond].clip(low.real + pad.real, high.real - pad.real)
+        y = z.imag[beyond].clip(low.imag + pad.imag, high.imag - pad.imag)
+        ax.scatter(x, y, c=depth[beyond], s=16, marker="^", linewidths=0.3, edgecolors="black", zorder=3, **look)
+        text = f"{int(beyond.sum())} beyond, |z| up to {np.abs(z).max():.2g}"
+        _note(ax, (0.97, 0.97), text, font, ha="right", va="top")
+
+
+def _depth_bar(ax: Axes, colors: ListedColormap, norm: BoundaryNorm, n: int, font: float | None) -> None:
+    if n < 2:
+        return
+    place = ax.inset_axes((1.03, 0, 0.05, 1))
+    bar = ax.figure.colorbar(ScalarMappable(norm, colors), cax=place, ticks=MaxNLocator(5, integer=True))
+    bar.set_label("step", fontsize=font)
+    bar.ax.minorticks_off()
+    small_text(bar.ax, font)
+
+
+def _depth_colors(n: int) -> tuple[ListedColormap, BoundaryNorm]:
+    """One color per step; the palest end of viridis is left out because it fades on white."""
+    colors = ListedColormap(matplotlib.colormaps["viridis"](np.linspace(0, 0.92, max(n, 2))))
+    return colors, BoundaryNorm(np.arange(-0.5, max(n, 2)), max(n, 2))
