@@ -3,19 +3,38 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
+from stabkit.report.plane import Plane, plane_of
+
 if TYPE_CHECKING:
+    from stabkit.diagnosis import Finding
+    from stabkit.integrators import GeneralLinearMethod
     from stabkit.report.schema import Report, StepReport
 
 EIGENVALUES = 1200  # of one step, drawn; the rest lie among them
 _DIGITS = 5
+_CURVE = 160  # points of one line of a region
+_ROUNDING = 1e-4  # how far |R(z)| may exceed 1 by rounding before an eigenvalue counts as outside
 
 
 def report_data(report: Report) -> dict[str, Any]:
-    """One report for the script: what is drawn of every step."""
-    return {"steps": [_step(step) for step in report.steps], "first": _first_choice(report)}
+    """One report for the script: what is drawn of every step, and the regions that are no discs, once each."""
+    planes = [plane_of(step) for step in report.steps]
+    methods = list({plane.method: None for plane in planes if plane is not None and plane.method is not None})
+    gradient, state = report.output_gradient_norm, report.output_state_norm
+    return {
+        "steps": [_step(step, plane, methods) for step, plane in zip(report.steps, planes, strict=True)],
+        "regions": [_region(method) for method in methods],
+        "end": {
+            "gradient": _with_ends(gradient, report.output_gradient_norm_interval),
+            "state": _with_ends(state, report.output_state_norm_interval),
+        },
+        "first": _first_choice(report),
+    }
 
 
 def comparison_data(reports: Mapping[str, Report]) -> dict[str, Any]:
@@ -36,22 +55,59 @@ def comparison_data(reports: Mapping[str, Report]) -> dict[str, Any]:
     }
 
 
-def _step(step: StepReport) -> dict[str, Any]:
-    z = thinned(step.z or (), EIGENVALUES)
+def _step(step: StepReport, plane: Plane | None, methods: Sequence[GeneralLinearMethod]) -> dict[str, Any]:
+    method = None if plane is None else plane.method
+    z = thinned(() if plane is None else plane.z.tolist(), EIGENVALUES)
+    around = step.numerical_range if method is None else None
     return {
+        "index": step.index,
         "name": step.name,
         "kind": step.kind,
+        "method": step.method,
+        "after": list(step.after),
         "growth": _round(step.growth),
         "low": _round(step.growth_interval[0]),
         "high": _round(step.growth_interval[1]),
-        "gradient": _round(step.gradient_norm),
-        "state": _round(step.state_norm),
+        "norms": {
+            "gradient": _with_ends(step.gradient_norm, step.gradient_norm_interval),
+            "state": _with_ends(step.state_norm, step.state_norm_interval),
+        },
         "skip": _round(step.skip),
-        "z": None if step.z is None else [[_round(v.real), _round(v.imag)] for v in z],
+        "z": None if plane is None else _points(z),
+        "grows": None if method is None else (method.amplification(np.array(z)) > 1 + _ROUNDING).tolist(),
+        "region": None if method is None else methods.index(method),
+        "range": None if around is None else _points(around),
         "count": len(step.z or ()),
         "partial": step.spectrum_method == "krylov",
+        "stages": _stages(step),
         "attribution": None if step.attribution is None else {k: _round(v) for k, v in step.attribution.items()},
     }
+
+
+def _stages(step: StepReport) -> dict[str, Any]:
+    """The field of every stage, which stage enters which, and which are implicit."""
+    A = (step.tableau or {}).get("A", ())
+    links = [[j, i] for i, row in enumerate(A) for j, entry in enumerate(row) if entry and j < i]
+    implicit = [i for i, row in enumerate(A) if any(row[i:])]
+    return {"fields": list(step.stage_fields), "links": links, "implicit": implicit}
+
+
+def _region(method: GeneralLinearMethod) -> list[dict[str, Any]]:
+    """The boundary as lines of few points."""
+    curves = []
+    for curve in method.region().curves:
+        every = max(1, len(curve.points) // _CURVE)
+        curves.append({"points": _points(curve.points[::every]), "closed": curve.closed})
+    return curves
+
+
+def _points(values: Iterable[complex]) -> list[list[float | str | None]]:
+    return [[_round(v.real), _round(v.imag)] for v in values]
+
+
+def _with_ends(value: float | None, ends: tuple[float, float] | None) -> list[float | str | None]:
+    low, high = ends or (None, None)
+    return [_round(value), _round(low), _round(high)]
 
 
 def thinned(values: Sequence[complex], limit: int) -> list[complex]:
@@ -72,12 +128,19 @@ def _first_choice(report: Report) -> int:
     """The step to show first: the one that the worst finding names, or the one that changes the gradient most."""
     ranks = {"critical": 0, "warning": 1, "info": 2}
     for finding in sorted(report.findings, key=lambda f: ranks.get(f.severity, 3)):
-        named = [s.index for s in report.steps if s.module_path == finding.module_path and s.index in finding.steps]
-        if named or finding.steps:
-            return (named or list(finding.steps))[0]
+        place = place_of(report, finding)
+        if place is not None:
+            return place
     blocks = [s for s in report.steps if s.kind == "step"] or list(report.steps)
     sizes = [(abs(s.growth) if math.isfinite(s.growth) else math.inf, -s.index) for s in blocks]
     return -max(sizes)[1] if sizes else 0
+
+
+def place_of(report: Report, finding: Finding) -> int | None:
+    """The step that a finding is about: of those that it lists, the one whose module it names, or else the first."""
+    listed = [index for index in finding.steps if index < len(report.steps)]
+    named = [index for index in listed if report.steps[index].module_path == finding.module_path]
+    return next(iter(named or listed), None)
 
 
 def _round(value: float | None) -> float | str | None:

@@ -9,12 +9,17 @@ from importlib.resources import files
 from typing import TYPE_CHECKING, Any
 
 from stabkit.diagnosis import factor
-from stabkit.report.page.data import comparison_data, report_data
+from stabkit.report.page.data import comparison_data, place_of, report_data
 
 if TYPE_CHECKING:
     import jinja2
 
     from stabkit.report.schema import Report
+
+_SCRIPTS = {
+    "report.html": ("shared.js", "block.js", "report.js"),
+    "comparison.html": ("shared.js", "comparison.js"),
+}
 
 
 def report_page(report: Report) -> str:
@@ -47,9 +52,8 @@ def comparison_page(reports: Mapping[str, Report]) -> str:
 
 def _render(template: str, **values: Any) -> str:
     environment = _environment()
-    return environment.get_template(template).render(
-        style=_asset("page.css"), script=_asset(template.replace(".html", ".js")), shared=_asset("shared.js"), **values
-    )
+    scripts = [_asset(name) for name in _SCRIPTS[template]]
+    return environment.get_template(template).render(style=_asset("page.css"), scripts=scripts, **values)
 
 
 @functools.cache
@@ -66,6 +70,10 @@ def _environment() -> jinja2.Environment:
         "factor": factor,
         "shapes": _shapes,
         "percent": _percent,
+        "ends": ends,
+        "place": place_of,
+        "radius": _radius,
+        "kinds": _kinds,
         "room": room,
     }
     return environment
@@ -106,6 +114,18 @@ def signed(value: float | None, digits: int = 2) -> str:
     return f"{value:+.{digits}f}".replace("-", "−")
 
 
+def ends(interval: tuple[float, float] | None) -> str:
+    """An interval for reading, empty where there is none.
+
+    Example:
+        >>> ends((0.5, 1.25)), ends(None), ends((2.0, 2.0))
+        ('(0.5 to 1.25)', '', '')
+    """
+    if interval is None or interval[0] == interval[1] or not all(map(math.isfinite, interval)):
+        return ""
+    return f"({number(interval[0])} to {number(interval[1])})"
+
+
 def room(factor: float) -> str:
     """How far the branch of a step may grow before its spectrum leaves the region.
 
@@ -126,3 +146,17 @@ def _shapes(shapes: tuple[tuple[int, ...], ...]) -> str:
 
 def _percent(value: float | None) -> str:
     return "–" if value is None else f"{value:.0%}"
+
+
+def _radius(report: Report) -> float | None:
+    """The largest spectral radius of any step that keeps its space."""
+    known = [step.spectral_radius for step in report.steps if step.kind == "step" and step.spectral_radius is not None]
+    return max((value for value in known if not math.isnan(value)), default=None)
+
+
+def _kinds(report: Report) -> list[tuple[str, list[str]]]:
+    """Every kind of finding once, with the modules where it was found."""
+    found: dict[str, list[str]] = {}
+    for finding in report.findings:
+        found.setdefault(finding.kind, []).extend([finding.module_path] if finding.module_path else [])
+    return list(found.items())

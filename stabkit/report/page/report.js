@@ -1,24 +1,41 @@
 "use strict";
 const steps = data.steps, spine = document.getElementById("spine");
-const PARTS = { spectral: "var(--blue)", non_normal: "var(--orange)", alignment: "#cc79a7", transition: "#999999", masks: "#e69f00", norms: "#009e73" };
-const W = 1120, LEFT = 64, RIGHT = 64, TOP = 26, BARS = 150, GAP = 34, NORMS = 110, NAMES = steps.length <= 24 ? 96 : 34;
+const NARROW = 640, TOP = 26, BARS = 150, GAP = 34, NORMS = 110;
 let chosen = data.first, mark = null;
+/* drawn for the width that there is, so that text keeps its size on a phone; see layout */
+let W = 1120, LEFT = 64, RIGHT = 64, NAMES = 96, column = 1, longest = 0;
 
-const x = (i) => LEFT + ((i + 0.5) * (W - LEFT - RIGHT)) / Math.max(steps.length, 1);
-const column = (W - LEFT - RIGHT) / Math.max(steps.length, 1);
+const x = (i) => LEFT + (i + 0.5) * column;
+
+function layout() {
+  W = Math.max(300, Math.min(1120, Math.round(spine.clientWidth) || 1120));
+  LEFT = RIGHT = W < NARROW ? 40 : 64;
+  column = (W - LEFT - RIGHT) / Math.max(steps.length, 1);
+  longest = Math.max(0, ...steps.map((s) => Math.min(s.name.length, 17)));
+  NAMES = named() ? (level() ? 28 : 24 + 4.4 * longest) : 34;
+}
+
+/* whether the names fit side by side without being turned */
+function level() { return 7.5 * longest < column; }
+
+/* whether there is room for the names of the steps */
+function named() { return steps.length <= 24 && column >= 18; }
 
 function axis(svg, low, high, y, side, title, format) {
   for (const t of ticks(low, high, 4)) {
     draw("line", { x1: LEFT, x2: W - RIGHT, y1: y(t), y2: y(t), class: "axis", "stroke-width": side === "left" ? 1 : 0 }, svg);
     draw("text", { x: side === "left" ? LEFT - 6 : W - RIGHT + 6, y: y(t) + 4, "text-anchor": side === "left" ? "end" : "start", class: "tick" }, svg, format(t));
   }
-  draw("text", { x: side === "left" ? LEFT - 52 : W - 8, y: Math.min(y(low), y(high)) - 9, "text-anchor": side === "left" ? "start" : "end", class: "tick" }, svg, title);
+  draw("text", { x: side === "left" ? Math.max(0, LEFT - 52) : W - 8, y: Math.min(y(low), y(high)) - 9, "text-anchor": side === "left" ? "start" : "end", class: "tick" }, svg, title);
 }
 
 function drawSpine() {
-  const height = TOP + BARS + GAP + NORMS + NAMES;
+  layout();
+  spine.replaceChildren();
+  const top_ = W < NARROW ? TOP + 34 : TOP; /* the legend has lines of its own where it is narrow */
+  const height = top_ + BARS + GAP + NORMS + NAMES;
   const svg = draw("svg", { viewBox: `0 0 ${W} ${height}`, "aria-hidden": "true" }, spine);
-  mark = draw("rect", { class: "chosen", y: TOP - 4, height: BARS + GAP + NORMS + 8, width: column, rx: 3 }, svg);
+  mark = draw("rect", { class: "chosen", y: top_ - 4, height: BARS + GAP + NORMS + 8, width: column, rx: 3 }, svg);
   /* growth of each step: bars, and the sum from the output back as a line on an axis of its own */
   const stacks = steps.map((s) => parts(s));
   const ups = stacks.map((p) => p.filter(([, v]) => v > 0).reduce((a, [, v]) => a + v, 0));
@@ -30,9 +47,9 @@ function drawSpine() {
   const known = total.filter((t) => t !== null);
   let highT = Math.max(...known, 0), lowT = Math.min(...known, 0);
   [low, high, lowT, highT] = shareZero(low, high, lowT, highT);
-  const y = (v) => TOP + (BARS * (high - v)) / (high - low), yT = (v) => TOP + (BARS * (highT - v)) / (highT - lowT);
-  axis(svg, low, high, y, "left", "growth of a step (nats)", plain);
-  axis(svg, lowT, highT, yT, "right", "sum from the output (nats)", plain);
+  const y = (v) => top_ + (BARS * (high - v)) / (high - low), yT = (v) => top_ + (BARS * (highT - v)) / (highT - lowT);
+  axis(svg, low, high, y, "left", W < NARROW ? "a step (nats)" : "growth of a step (nats)", plain);
+  axis(svg, lowT, highT, yT, "right", W < NARROW ? "sum (nats)" : "sum from the output (nats)", plain);
   steps.forEach((s, i) => {
     let up = 0, down = 0;
     for (const [name, v] of stacks[i]) {
@@ -49,8 +66,9 @@ function drawSpine() {
   if (line.length) draw("polyline", { points: [...line, `${W - RIGHT},${yT(0)}`].join(" "), fill: "none", stroke: "var(--ink)", "stroke-width": 1.5, "stroke-dasharray": "5 3" }, svg);
   legend(svg, stacks);
   /* norms, on a log scale */
-  const base = TOP + BARS + GAP, logs = (key) => steps.map((s) => (finite(s[key]) && s[key] > 0 ? Math.log10(s[key]) : null));
-  const gradient = logs("gradient"), state = logs("state"), all = [...gradient, ...state].filter((v) => v !== null);
+  const base = top_ + BARS + GAP, log = (v) => (finite(v) && v > 0 ? Math.log10(v) : null);
+  const ends = [...steps.map((s) => s.norms), data.end], series = (key) => ends.map((n) => (n && n[key] ? n[key].map(log) : [null, null, null]));
+  const gradient = series("gradient"), state = series("state"), all = [...gradient, ...state].flat().filter((v) => v !== null);
   let bottom = Math.min(...all), top = Math.max(...all);
   if (!all.length) { bottom = -1; top = 1; }
   if (top - bottom < 1) { const middle = (top + bottom) / 2; bottom = middle - 0.5; top = middle + 0.5; }
@@ -62,8 +80,15 @@ function drawSpine() {
     draw("tspan", { dy: -5, "font-size": 9 }, label, plain(t));
   }
   for (const [values, color, dash, title, at] of [[gradient, "var(--blue)", "", "gradient norm", LEFT + 4], [state, "var(--orange)", "2 3", "state norm", LEFT + 124]]) {
+    const edge = (i) => LEFT + i * column;
+    for (let i = 0; i + 1 < values.length; i++) {
+      /* the interval over samples, as a band between one state and the next */
+      const [, l0, h0] = values[i], [, l1, h1] = values[i + 1];
+      if ([l0, h0, l1, h1].includes(null)) continue;
+      draw("path", { d: `M${edge(i)},${yN(l0)}L${edge(i)},${yN(h0)}L${edge(i + 1)},${yN(h1)}L${edge(i + 1)},${yN(l1)}Z`, fill: color, "fill-opacity": 0.18 }, svg);
+    }
     let path = "", pen = "M";
-    values.forEach((v, i) => { if (v === null) pen = "M"; else { path += `${pen}${x(i) - column / 2},${yN(v)}`; pen = "L"; } });
+    values.forEach(([v], i) => { if (v === null) pen = "M"; else { path += `${pen}${edge(i)},${yN(v)}`; pen = "L"; } });
     if (path) draw("path", { d: path, fill: "none", stroke: color, "stroke-width": 2, "stroke-dasharray": dash }, svg);
     draw("line", { x1: at, x2: at + 22, y1: base - 10, y2: base - 10, stroke: color, "stroke-width": 2, "stroke-dasharray": dash }, svg);
     draw("text", { x: at + 28, y: base - 6, class: "tick" }, svg, title);
@@ -83,23 +108,27 @@ function parts(s) {
 
 function legend(svg, stacks) {
   const used = [...new Set(stacks.flat().map(([name]) => name))].filter((name) => name !== "growth");
-  let at = LEFT + 190;
+  const narrow = W < NARROW;
+  let at = narrow ? 0 : LEFT + 190, row = 5;
   for (const name of used) {
-    draw("rect", { x: at, y: 5, width: 12, height: 12, fill: PARTS[name] || "#999999" }, svg);
-    draw("text", { x: at + 17, y: 15, class: "tick" }, svg, name.replace(/_/g, "-"));
-    at += 30 + 7 * name.length;
+    const wide = 30 + 7 * name.length;
+    if (narrow && at + wide > W) { at = 0; row += 17; }
+    draw("rect", { x: at, y: row, width: 12, height: 12, fill: PARTS[name] || "#999999" }, svg);
+    draw("text", { x: at + 17, y: row + 10, class: "tick" }, svg, name.replace(/_/g, "-"));
+    at += wide;
   }
 }
 
 function names(svg, y) {
-  if (steps.length <= 24) {
+  if (named()) {
     steps.forEach((s, i) => {
-      const node = draw("text", { x: x(i), y: y + 16, "text-anchor": "end", transform: `rotate(-40 ${x(i)} ${y + 16})` }, svg, shorten(s.name, 17));
+      const turned = { "text-anchor": "end", transform: `rotate(-40 ${x(i)} ${y + 16})` };
+      const node = draw("text", { x: x(i), y: y + 16, ...(level() ? { "text-anchor": "middle" } : turned) }, svg, shorten(s.name, 17));
       draw("title", {}, node, s.name);
     });
     return;
   }
-  for (const t of ticks(1, steps.length, 10)) if (t >= 1) draw("text", { x: x(t - 1), y: y + 18, "text-anchor": "middle", class: "tick" }, svg, String(t));
+  for (const t of ticks(1, steps.length, Math.min(10, W / 60))) if (t >= 1 && Number.isInteger(t)) draw("text", { x: x(t - 1), y: y + 18, "text-anchor": "middle", class: "tick" }, svg, String(t));
 }
 
 /* limits of two axes so that zero is at one height */
@@ -111,58 +140,6 @@ function shareZero(low, high, lowT, highT) {
   return [-below * a, above * a, -below * b, above * b];
 }
 
-/* the plane of one step: its disc, its eigenvalues, those of the other steps pale behind them */
-function drawRegion(holder, s) {
-  if (s.z === null) {
-    const why = s.kind === "transition" ? "A change of space has singular values but no eigenvalues." : "No eigenvalues of this step were computed.";
-    holder.appendChild(Object.assign(document.createElement("p"), { className: "empty", textContent: why }));
-    return;
-  }
-  const size = 380, pad = 40;
-  const svg = draw("svg", { viewBox: `0 0 ${size} ${size}`, role: "img" }, holder);
-  const a = finite(s.skip) ? s.skip : 0, points = s.z.filter(([re, im]) => finite(re) && finite(im));
-  draw("title", {}, svg, `Eigenvalues of ${s.name}: ${s.count}, against the disc |${a} + z| ≤ 1`);
-  const reach = points.map(([re, im]) => Math.max(Math.abs(re + a), Math.abs(im))).sort((p, q) => p - q);
-  const far = reach.length ? reach[Math.floor(0.99 * (reach.length - 1))] : 1;
-  const half = Math.min(Math.max(1.25, 1.12 * far), 25);
-  const u = (re) => pad + ((re + a + half) * (size - 2 * pad)) / (2 * half), v = (im) => pad + ((half - im) * (size - 2 * pad)) / (2 * half);
-  draw("circle", { cx: u(-a), cy: v(0), r: u(1 - a) - u(-a), fill: "var(--disc)", stroke: "var(--ink)" }, svg);
-  for (const t of ticks(-a - half, -a + half, 5)) draw("text", { x: u(t), y: size - pad + 16, "text-anchor": "middle", class: "tick" }, svg, plain(t));
-  for (const t of ticks(-half, half, 5)) draw("text", { x: pad - 6, y: v(t) + 4, "text-anchor": "end", class: "tick" }, svg, plain(t));
-  draw("rect", { x: pad, y: pad, width: size - 2 * pad, height: size - 2 * pad, fill: "none", class: "axis" }, svg);
-  draw("line", { x1: u(-a - half), x2: u(-a + half), y1: v(0), y2: v(0), class: "axis" }, svg);
-  if (Math.abs(a) < half) draw("line", { x1: u(0), x2: u(0), y1: v(half), y2: v(-half), class: "axis" }, svg);
-  const r = points.length > 300 ? 2 : points.length > 60 ? 2.6 : 3.4;
-  let beyond = 0;
-  for (const [re, im] of points) {
-    const out = Math.abs(re + a) > half || Math.abs(im) > half;
-    beyond += out;
-    const cx = Math.min(Math.max(u(re), pad), size - pad), cy = Math.min(Math.max(v(im), pad), size - pad);
-    const outside = (re + a) ** 2 + im ** 2 > 1.0001;
-    draw("circle", { cx, cy, r, fill: outside ? "var(--orange)" : "var(--blue)", "fill-opacity": 0.8 }, svg);
-  }
-  draw("text", { x: pad, y: pad - 22, "font-weight": 600 }, svg, a ? `|${plain(+a.toPrecision(3))} + z| ≤ 1` : "|z| ≤ 1");
-  draw("text", { x: pad, y: pad - 7, class: "tick" }, svg, `${s.partial ? "the largest " : ""}${s.count} eigenvalue${s.count === 1 ? "" : "s"}${s.count > points.length ? `, ${points.length} drawn` : ""}${beyond ? `, ${beyond} beyond the frame` : ""}`);
-  draw("text", { x: size - pad, y: size - 6, "text-anchor": "end", class: "tick" }, svg, "Re z");
-  draw("text", { x: 4, y: pad - 7, class: "tick" }, svg, "Im z");
-}
-
-/* the parts of one step's growth as bars from a common zero */
-function drawParts(holder, s) {
-  const entries = Object.entries(s.attribution).filter(([, v]) => finite(v)), row = 22, width = 460, label = 110;
-  const svg = draw("svg", { viewBox: `0 0 ${width} ${row * (entries.length + 1) + 8}`, role: "img" }, holder);
-  draw("title", {}, svg, "Parts of the growth: " + entries.map(([k, v]) => `${k} ${signed(v)}`).join(", "));
-  const values = entries.map(([, v]) => v), low = Math.min(0, ...values), high = Math.max(0, ...values), span = high - low || 1;
-  const u = (v) => label + ((v - low) * (width - label - 70)) / span;
-  draw("text", { x: 0, y: 14, "font-weight": 600 }, svg, "Where its growth comes from (nats)");
-  entries.forEach(([name, v], i) => {
-    const y = row * (i + 1) + 4;
-    draw("text", { x: 0, y: y + 13, class: "tick" }, svg, name.replace(/_/g, "-"));
-    draw("rect", { x: Math.min(u(0), u(v)), width: Math.max(Math.abs(u(v) - u(0)), 1), y: y + 2, height: row - 8, fill: PARTS[name] || "#999999" }, svg);
-    draw("text", { x: Math.max(u(v), u(0)) + 6, y: y + 13 }, svg, signed(v));
-  });
-}
-
 function choose(index, scroll) {
   if (!steps.length) return;
   chosen = Math.min(Math.max(index, 0), steps.length - 1);
@@ -172,9 +149,10 @@ function choose(index, scroll) {
   spine.setAttribute("aria-valuetext", `${s.name}, step ${chosen + 1} of ${steps.length}, growth ${signed(s.growth)} nats`);
   for (const article of document.querySelectorAll("article.step")) article.hidden = Number(article.dataset.step) !== chosen;
   for (const row of document.querySelectorAll("#steps tbody tr")) row.classList.toggle("chosen", Number(row.dataset.step) === chosen);
-  const article = document.getElementById(`step-${chosen}`), region = article.querySelector("[data-region]"), bars = article.querySelector("[data-parts]");
+  const article = document.getElementById(`step-${chosen}`), region = article.querySelector("[data-region]"), bars = article.querySelector("[data-parts]"), place = article.querySelector("[data-place]");
   if (!region.firstChild) drawRegion(region, s); // drawn when first shown: 48 steps at once would be slow
   if (bars && !bars.firstChild) drawParts(bars, s);
+  if (!place.firstChild) drawPlace(place, s);
   if (scroll) document.getElementById("depth").scrollIntoView({ behavior: matchMedia("(prefers-reduced-motion: reduce)").matches ? "auto" : "smooth" });
 }
 
@@ -189,3 +167,8 @@ document.addEventListener("click", (event) => {
   if (go) choose(Number(go.dataset.step), !go.closest("article"));
 });
 if (steps.length) { drawSpine(); choose(chosen); }
+addEventListener("resize", () => {
+  if (!steps.length || Math.abs(Math.round(spine.clientWidth) - W) < 2 || (W === 1120 && spine.clientWidth > 1120)) return;
+  drawSpine();
+  choose(chosen);
+});

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -163,6 +164,94 @@ def test_extreme_reports_are_drawn_without_an_error(page):
     page(make_report(make_step(growth=float("nan"), growth_interval=(float("nan"), float("nan")), gradient_norm=0.0)))
     page(make_report(make_step(growth=-float("inf"), gradient_norm=float("inf"), z=(), attribution={})))
     page(make_chain([200.0] * 3))
+
+
+def narrow(driver: Any, width: int = 380) -> None:
+    size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": True}
+    driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+
+
+@pytest.fixture
+def phone(driver: Any) -> Iterator[Any]:
+    narrow(driver)
+    yield driver
+    driver.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+
+
+def test_a_phone_shows_the_page_without_scrolling_sideways_and_with_text_that_can_be_read(phone, page):
+    name = "the_very_long_name_of_an_encoder.layers.with_a_block_that_never_ends"
+    page(make_chain([0.1, -0.2] * 10, name=name, module_path=name, attribution={"spectral": 0.1, "alignment": 0.2}))
+    assert phone.execute_script("return document.documentElement.scrollWidth") <= 380
+    scale = phone.execute_script(
+        "const s = document.querySelector('#spine svg');"
+        "return s.getBoundingClientRect().width / s.viewBox.baseVal.width"
+    )
+    assert scale > 0.95  # so 12 px stay 12 px
+    marks = phone.find_elements(By.CSS_SELECTOR, "#spine svg rect.chosen")
+    assert len(marks) == 1
+    chosen = shown(phone)
+    narrow(phone, 700)  # turned to its side: drawn anew, with the same step chosen
+    assert len(phone.find_elements(By.CSS_SELECTOR, "#spine svg")) == 1
+    assert shown(phone) == chosen
+
+
+def test_the_place_in_the_graph_has_stages_and_skips_and_leads_to_the_neighbours(page):
+    blocks = {"A": ((0.0, 0.0), (1.0, 0.0)), "U": ((1.0,), (1.0,)), "B": ((0.5, 0.5),), "V": ((1.0,),)}
+    heun = {"tableau": blocks, "stage_fields": (0, 0), "method": "heun"}
+    steps = (make_step(0, kind="transition", skip=None, z=None), make_step(1, growth=3.0, **heun), make_step(2))
+    driver = page(make_report(*steps))
+    place = driver.find_element(By.CSS_SELECTOR, "article:not([hidden]) [data-place]")
+    assert len(place.find_elements(By.CSS_SELECTOR, "circle")) == 2
+    title = place.find_element(By.CSS_SELECTOR, "title").get_attribute("textContent")
+    assert title == "blocks.0, then blocks.1 with a skip of 1, then blocks.2"
+    place.find_elements(By.CSS_SELECTOR, "g text")[-2].click()
+    assert shown(driver) == ["2"]
+
+
+def test_the_region_of_a_method_is_its_own_and_the_numerical_range_is_dashed(page):
+    blocks = {"A": ((0.0, 0.0), (1.0, 0.0)), "U": ((1.0,), (1.0,)), "B": ((0.5, 0.5),), "V": ((1.0,),)}
+    z = (-0.5 + 0j, 0.5 + 0j)  # 1 + z = R(w) = 1 + w + w^2 / 2, so one lies inside
+    heun = make_step(0, growth=2.0, tableau=blocks, stage_fields=(0, 0), method="heun", z=z)
+    driver = page(make_report(heun, make_step(1, numerical_range=(1 + 0j, 1j, -1 + 0j, -1j))))
+    region = "article:not([hidden]) [data-region]"
+    assert driver.find_elements(By.CSS_SELECTOR, f"{region} path")
+    fills = [c.get_attribute("fill") for c in driver.find_elements(By.CSS_SELECTOR, f"{region} > svg > circle")]
+    assert sorted(fills) == ["var(--blue)", "var(--orange)"]
+    assert "|R(z)| ≤ 1, heun" in driver.find_element(By.CSS_SELECTOR, region).text
+    driver.find_element(By.ID, "spine").send_keys(Keys.END)
+    assert len(driver.find_elements(By.CSS_SELECTOR, f"{region} path[stroke-dasharray]")) == 1
+
+
+def test_norms_have_bands_and_reach_the_last_state(page):
+    ends = {"gradient_norm_interval": (1.5, 2.5), "state_norm_interval": (2.5, 3.5)}
+    last = {f"output_{name}": value for name, value in ends.items()}
+    report = make_report(
+        *(make_step(i, **ends) for i in range(3)), output_gradient_norm=1.8, output_state_norm=3.2, **last
+    )
+    driver = page(report)
+    assert len(driver.find_elements(By.CSS_SELECTOR, "#spine path[fill-opacity]")) == 6  # three steps, two norms
+    for path in driver.find_elements(By.CSS_SELECTOR, "#spine path[stroke]"):
+        assert path.get_attribute("d").count("L") == 3  # four states
+    assert "2 (1.5 to 2.5)" in driver.find_element(By.CSS_SELECTOR, "article:not([hidden]) .numbers").text
+
+
+def test_a_finding_and_the_step_shown_first_are_about_the_same_step(page):
+    finding = replace(FINDING, steps=(0, 1, 2), module_path="net.blocks.2")
+    driver = page(make_report(*(make_step(i) for i in range(4)), findings=(finding,), verdict="exploding"))
+    assert shown(driver) == ["2"]
+    driver.find_element(By.ID, "spine").send_keys(Keys.HOME)
+    driver.find_element(By.CSS_SELECTOR, ".findings button.go").click()
+    assert shown(driver) == ["2"]
+
+
+def test_intervals_of_a_comparison_sort_by_value(driver, tmp_path):
+    growths = {"a": -1.0, "b": -3.0, "c": 2.0}
+    reports = {name: make_report(make_step(), total_growth_interval=(g, g + 1)) for name, g in growths.items()}
+    path = tmp_path / "comparison.html"
+    path.write_text(comparison_page(reports))
+    driver.get(path.as_uri())
+    driver.find_element(By.CSS_SELECTOR, "#reports th:nth-child(5) button").click()
+    assert [row.text for row in driver.find_elements(By.CSS_SELECTOR, "#reports td:nth-child(2)")] == ["b", "a", "c"]
 
 
 def test_a_comparison_shows_every_report(driver, tmp_path):
