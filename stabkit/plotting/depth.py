@@ -11,6 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
 from stabkit.growth import GradientProfile
+from stabkit.plotting.style import end_of
 
 if TYPE_CHECKING:
     from stabkit.report import Report
@@ -128,8 +129,3 @@ def depth_axis(ax: Axes, names: tuple[str, ...], font: float | None) -> None:
     for tick in ax.get_xticklabels():
         if font is not None:
             tick.set_fontsize(font - 1)
-
-
-def end_of(name: str, width: int) -> str:
-    """The end of a name, where blocks differ; the beginning is what they share."""
-    return name if len(name) <= width else f"…{name[1 - width :]}"

@@ -12,7 +12,7 @@ from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
 
 from stabkit.identification import by_step, identify
 from stabkit.integrators import GeneralLinearMethod
-from stabkit.plotting.style import BLUE, CENTIMETER, FONT, GREEN, GREY, LIGHT, ORANGE
+from stabkit.plotting.style import BLUE, CENTIMETER, FONT, GREEN, GREY, LIGHT, ORANGE, verbatim
 from stabkit.report.tables import middle
 from stabkit.tracing import Flow
 
@@ -107,9 +107,13 @@ def _box(ax: Axes, x: float, y: float, node: _Node) -> None:
     shape = "round,pad=0.01,rounding_size=0.04"
     ax.add_patch(FancyBboxPatch((x - 0.36, y - 0.22), 0.72, 0.44, shape, facecolor=LIGHT, edgecolor=edge, linewidth=1))
     drawn = bool(node.fields)
-    ax.text(x, y + (0.13 if drawn else 0.08), middle(node.name, 16), ha="center", va="center", fontsize=FONT - 1)
+    ax.text(
+        x, y + (0.13 if drawn else 0.08), verbatim(middle(node.name, 16)), ha="center", va="center", fontsize=FONT - 1
+    )
     height = 0.01 if drawn else -0.08
-    ax.text(x, y + height, middle(node.method, 22), ha="center", va="center", fontsize=FONT - 2.5, color="#555555")
+    ax.text(
+        x, y + height, verbatim(middle(node.method, 22)), ha="center", va="center", fontsize=FONT - 2.5, color="#555555"
+    )
     if drawn:
         _stages(ax, x, y - 0.125, node)
     below = [] if node.growth is None else [f"{node.growth:+.2f}".replace("-", "−")]

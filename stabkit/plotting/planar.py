@@ -12,7 +12,18 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from stabkit.plotting.style import BLUE, CENTIMETER, FONT, GREY, ORANGE, finish, new_axes, sample_color, small_text
+from stabkit.plotting.style import (
+    BLUE,
+    CENTIMETER,
+    FONT,
+    GREY,
+    ORANGE,
+    finish,
+    new_axes,
+    sample_color,
+    small_text,
+    verbatim,
+)
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -169,7 +180,7 @@ def vector_field(flow: Flow | Iteration, ax: Axes | None = None, *, step: int = 
     bar.set_label("|x′ − x|", fontsize=font)
     small_text(bar.ax, font)
     ax.set_aspect("equal", adjustable="box")
-    return finish(ax, font, "x₁", "x₂", f"What {_name(flow, step)} adds")
+    return finish(ax, font, "x₁", "x₂", f"What {verbatim(_name(flow, step))} adds")
 
 
 def phase_portrait(flow: Flow | Iteration, ax: Axes | None = None, *, samples: int = 40) -> Axes:

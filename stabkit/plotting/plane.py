@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.patches import Circle
 from matplotlib.ticker import MaxNLocator
 
-from stabkit.plotting.style import BLUE, GREY, LIGHT, ORANGE, finish, new_axes, sample_color
+from stabkit.plotting.style import BLUE, GREY, LIGHT, ORANGE, finish, new_axes, sample_color, verbatim
 from stabkit.report import StepReport
 from stabkit.report.tables import middle
 
@@ -119,7 +119,7 @@ def method(method: LinearStability, ax: Axes | None = None, *, z: ArrayLike | No
     ax.set_xlim(left, right)
     ax.set_ylim(-height, height)
     ax.set_aspect("equal")
-    return finish(ax, font, "Re z", "Im z", f"Stability region, {middle(method.name, 24)}")
+    return finish(ax, font, "Re z", "Im z", f"Stability region, {verbatim(middle(method.name, 24))}")
 
 
 def _window(method: LinearStability) -> tuple[float, float, float]:

@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from stabkit.plotting.depth import FloatArray, Norms, depth_axis, over_depth
-from stabkit.plotting.style import BLUE, GREEN, GREY, ORANGE, empty, finish, new_axes, small_text
+from stabkit.plotting.style import BLUE, GREEN, GREY, ORANGE, empty, finish, new_axes, small_text, verbatim
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -174,7 +174,7 @@ def compare(reports: Mapping[str, Report | GradientProfile], ax: Axes | None = N
         shown = np.isfinite(norms) & (norms > 0)
         color, line = styles[i % len(styles)]
         depth = np.linspace(0, 1, len(norms))
-        ax.plot(depth, np.where(shown, norms, np.nan), color=color, linestyle=line, linewidth=1.3, label=name)
+        ax.plot(depth, np.where(shown, norms, np.nan), color=color, linestyle=line, linewidth=1.3, label=verbatim(name))
         drawn.append(norms[shown])
     _log_limits(ax, np.concatenate(drawn))
     ax.set_xlim(0, 1)

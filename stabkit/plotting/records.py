@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import TwoSlopeNorm
 from matplotlib.ticker import MaxNLocator
 
-from stabkit.plotting.style import DIVERGING, GREY, finish, new_axes, small_text
+from stabkit.plotting.style import DIVERGING, GREY, end_of, finish, new_axes, small_text
 
 _NAMES = 12  # rows that can carry a name
 _COUNTED = {"growth", "gain"}  # quantities around zero, in nats
@@ -62,14 +62,14 @@ def training(records: Iterable[Any], ax: Axes | None = None, *, quantity: str = 
     ax.plot(raised, np.full(len(raised), -0.5), "x", color="black", markersize=4, clip_on=False)
     ax.set_ylim(len(names) - 0.5, -0.5)
     every = -(-len(names) // _NAMES)
-    ax.set_yticks(range(0, len(names), every), [_end(name) for name in names[::every]])
+    ax.set_yticks(range(0, len(names), every), [end_of(name, 16) for name in names[::every]])
     ax.xaxis.set_major_locator(MaxNLocator(6, integer=True))
     bar = ax.figure.colorbar(image, ax=ax)
     bar.set_label(label, fontsize=font)
     bar.outline.set_edgecolor(GREY)
     small_text(bar.ax, font)
     title = f"{quantity.replace('_', ' ').capitalize()} of every block" + (" (×: findings)" if raised else "")
-    return finish(ax, font, "training step", "", title)
+    return finish(ax, font, "training step", "block (input on top)", title)
 
 
 def _edges(steps: np.ndarray) -> np.ndarray:
@@ -78,7 +78,3 @@ def _edges(steps: np.ndarray) -> np.ndarray:
         return np.array([steps[0] - 0.5, steps[0] + 0.5])
     middle = (steps[1:] + steps[:-1]) / 2
     return np.concatenate([[2 * steps[0] - middle[0]], middle, [2 * steps[-1] - middle[-1]]])
-
-
-def _end(name: str) -> str:
-    return name if len(name) <= 16 else f"…{name[-15:]}"

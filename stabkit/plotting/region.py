@@ -15,8 +15,7 @@ from matplotlib.patches import Circle
 from matplotlib.patheffects import withStroke
 from matplotlib.ticker import MaxNLocator
 
-from stabkit.plotting.depth import end_of
-from stabkit.plotting.style import GREY, LIGHT, finish, new_axes, small_text
+from stabkit.plotting.style import GREY, LIGHT, end_of, finish, new_axes, small_text, verbatim
 from stabkit.report.plane import Plane, plane_of, worst
 from stabkit.report.tables import middle
 
@@ -91,7 +90,11 @@ def _headroom(discs: list[float], methods: list[GeneralLinearMethod]) -> float:
 def _title(discs: list[float], methods: list[GeneralLinearMethod]) -> str:
     if len(discs) + len(methods) != 1:
         return "Stability region" if not methods else "Stability regions"
-    return f"Stability region {_inequality(discs[0])}" if discs else f"Stability region, {middle(methods[0].name, 24)}"
+    return (
+        f"Stability region {_inequality(discs[0])}"
+        if discs
+        else f"Stability region, {verbatim(middle(methods[0].name, 24))}"
+    )
 
 
 def _inequality(a: float) -> str:
@@ -162,7 +165,7 @@ def _regions(
         level = np.log(np.maximum(size, 1e-300))  # the logarithm keeps the line smooth beside poles
         ax.contourf(x, y, level, levels=[-1e3, 0.0], colors=[LIGHT], zorder=-2)
         ax.contour(x, y, level, levels=[0.0], colors=["black"], linewidths=0.9, linestyles=[style], zorder=1)
-        label = f"|R(z)| ≤ 1, {middle(method.name, 10)}"
+        label = f"|R(z)| ≤ 1, {verbatim(middle(method.name, 10))}"
         ax.add_line(Line2D([], [], color="black", linewidth=0.9, linestyle=style, label=label))
 
 

@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from matplotlib.axes import Axes
 
-from stabkit.plotting.depth import end_of
-from stabkit.plotting.style import GREY, empty, finish, new_axes, sample_color
+from stabkit.plotting.style import GREY, empty, end_of, finish, new_axes, sample_color
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

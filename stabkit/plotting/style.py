@@ -62,6 +62,21 @@ def empty(ax: Axes, words: str, font: float | None) -> None:
     ax.set_yticks([])
 
 
+def verbatim(text: str) -> str:
+    r"""A name from a model as matplotlib must be given it: it reads what stands between two dollars as mathematics.
+
+    Example:
+        >>> verbatim("cost_$")
+        'cost_\\$'
+    """
+    return text.replace("$", r"\$")
+
+
+def end_of(name: str, width: int) -> str:
+    """The end of a name, where blocks differ, for a picture; the beginning is what they share."""
+    return verbatim(name if len(name) <= width else f"…{name[1 - width :]}")
+
+
 def figure_of(ax: Axes) -> Figure:
     """The figure that Axes are in, also when they are in a part of it."""
     figure = ax.figure

@@ -11,7 +11,7 @@ from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from stabkit.plotting.style import BLUE, CENTIMETER, FONT, GREY, ORANGE, figure_of, finish, new_axes, small_text
+from stabkit.plotting.style import BLUE, CENTIMETER, FONT, GREY, ORANGE, end_of, figure_of, finish, new_axes, small_text
 
 if TYPE_CHECKING:
     from stabkit.comparison import Comparison, Snapshot
@@ -72,7 +72,7 @@ def step_growth(comparison: Comparison, ax: Axes | None = None) -> Axes:
     small_text(bar.ax, font)
     labels = [snapshot.label for snapshot in comparison.snapshots]
     chosen = sorted({round(i) for i in np.linspace(0, len(labels) - 1, min(len(labels), 6))})
-    ax.set_xticks(chosen, [_short(labels[i]) for i in chosen])
+    ax.set_xticks(chosen, [end_of(labels[i], 16) for i in chosen])
     ax.yaxis.set_major_locator(MaxNLocator(6, integer=True))
     return finish(ax, font, _axis_name(comparison), "step (input at the top)", "Growth of every step")
 
@@ -130,15 +130,11 @@ def _checkpoint_axis(ax: Axes, comparison: Comparison, font: float | None) -> No
     if comparison.over_time and _by_step(comparison.snapshots):
         ax.xaxis.set_major_locator(MaxNLocator(5))
         return
-    labels = [_short(snapshot.label) for snapshot in comparison.snapshots]
+    labels = [end_of(snapshot.label, 16) for snapshot in comparison.snapshots]
     if len(labels) <= _NAMED:
         ax.set_xticks(range(len(labels)), labels, rotation=60, ha="right", rotation_mode="anchor")
     else:
         ax.xaxis.set_major_locator(MaxNLocator(6, integer=True))
-
-
-def _short(label: str, width: int = 16) -> str:
-    return label if len(label) <= width else f"…{label[1 - width :]}"
 
 
 def _diverging() -> LinearSegmentedColormap:

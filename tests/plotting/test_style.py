@@ -55,3 +55,19 @@ def test_the_figure_of_a_part_of_a_figure():
     figure = Figure()
     ax = figure.subfigures(1, 2)[1].subplots()
     assert plotting.figure_of(ax) is figure
+
+
+OVER_DEPTH = [
+    plotting.growth,
+    plotting.norms,
+    plotting.attribution,
+    plotting.ridgelines,
+    plotting.region,
+    plotting.graph,
+]
+
+
+@pytest.mark.parametrize("draw", OVER_DEPTH)
+def test_a_name_with_dollars_is_no_mathematics(draw):
+    ax = draw(make_chain([0.1, 0.2], name="$\\frac{$", attribution={"spectral": 0.1}))
+    assert len(plotting.render(plotting.figure_of(ax), "png")) > 1000
