@@ -47,6 +47,7 @@ UPWARD = {
     ("integrators", "plotting"),  # method.plot()
     ("jacobians", "plotting"),  # spectrum.plot()
     ("growth", "plotting"),
+    ("attribution", "plotting"),
     ("report", "plotting"),  # report.save("report.png")
     ("comparison", "plotting"),  # comparison.plot()
     ("analysis", "planning"),  # analyze(budget=..., plan_only=True)

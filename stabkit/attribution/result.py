@@ -14,6 +14,7 @@ from stabkit.attribution.predictors import Prediction
 
 if TYPE_CHECKING:
     import pandas
+    from matplotlib.axes import Axes
 
 #: columns that are measured or computed per step and sample, in the order of tables
 COLUMNS = (
@@ -134,6 +135,12 @@ class Attribution:
             rows = torch.where(usable & values.isfinite(), values, torch.zeros_like(values))
             found[column] = float(rows.mean(1).sum())
         return found
+
+    def plot(self, ax: Axes | None = None) -> Axes:
+        """The parts of every step's growth, stacked; see ``stabkit.plotting.attribution``."""
+        from stabkit import plotting
+
+        return plotting.attribution(self, ax)
 
     def to_dataframe(self, *, per_sample: bool = False) -> pandas.DataFrame:
         """One row per step (means over samples), or per step and sample, as a ``pandas.DataFrame``.

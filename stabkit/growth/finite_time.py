@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -14,6 +14,9 @@ from stabkit.growth.arguments import checked_k, time_per_step
 from stabkit.growth.frames import dtype_of, propagate, sizes, start_frame
 from stabkit.growth.graded import GradedProduct
 from stabkit.tracing import Flow, Iteration
+
+if TYPE_CHECKING:
+    pass
 
 _ALL = 64
 _GUARDS = 4  # directions carried beyond those asked for, at least, so that these settle sooner

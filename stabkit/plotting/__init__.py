@@ -25,6 +25,7 @@ from stabkit.plotting.records import training
 from stabkit.plotting.region import region
 from stabkit.plotting.ridgelines import ridgelines
 from stabkit.plotting.style import CENTIMETER, FONT, figure_of, render, small_text
+from stabkit.plotting.sweep import margin, step_growth, total_growth
 
 if TYPE_CHECKING:
     from stabkit.report import Report
@@ -46,6 +47,7 @@ __all__ = [
     "growth",
     "lyapunov",
     "lyapunov_convergence",
+    "margin",
     "method",
     "norms",
     "numerical_range",
@@ -58,7 +60,9 @@ __all__ = [
     "singular_value_density",
     "sliding_disc",
     "spectrum",
+    "step_growth",
     "sum_rule",
+    "total_growth",
     "training",
     "vector_field",
 ]

@@ -17,11 +17,11 @@ _NAMES = 12  # rows that can carry a name
 _COUNTED = {"growth", "gain"}  # quantities around zero, in nats
 
 
-def training(records: Iterable[Any], ax: Axes | None = None, *, quantity: str = "growth") -> Axes:
+def training(records: Any, ax: Axes | None = None, *, quantity: str = "growth") -> Axes:
     """A heat map of one quantity of every block over the training steps; a cross where findings were raised.
 
     Args:
-        records: ``monitor.records``, or what ``stabkit.monitor.read_records`` gives.
+        records: a monitor, its records, or what ``stabkit.monitor.read_records`` gives.
         ax: where to draw; a new figure when None.
         quantity: a number that the blocks have; ``"growth"`` is drawn as it is (orange grows, blue shrinks), a norm or
             ratio as its log10.
@@ -29,7 +29,8 @@ def training(records: Iterable[Any], ax: Axes | None = None, *, quantity: str = 
     Raises:
         ValueError: there is no record, or its blocks have no such number.
     """
-    plain = [record if isinstance(record, Mapping) else record.to_dict() for record in records]
+    seen: Iterable[Any] = getattr(records, "records", records)
+    plain = [record if isinstance(record, Mapping) else record.to_dict() for record in seen]
     if not plain:
         raise ValueError("records is empty; a picture of a training run needs at least one record")
     names = list(dict.fromkeys(block["name"] for record in plain for block in record["blocks"]))

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     import os
 
     import pandas
+    from matplotlib.axes import Axes
 
 SCHEMA = "stabkit.report/1"
 
@@ -246,6 +247,12 @@ class Report:
         from stabkit.report import tables
 
         return tables.dataframe(self)
+
+    def plot(self, ax: Axes | None = None) -> Axes:
+        """The eigenvalues of every step against its region; see ``stabkit.plotting.region`` and its neighbours."""
+        from stabkit import plotting
+
+        return plotting.region(self, ax)
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write the report to a file, whole or not at all.

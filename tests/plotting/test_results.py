@@ -114,3 +114,13 @@ def test_states_that_are_not_finite_are_refused(draw):
     broken = stabkit.trace(model, torch.ones(61, 2), depth="modules", check=False)
     with pytest.raises(ValueError, match="not finite"):
         draw(broken)
+
+
+def test_results_draw_themselves(flow):
+    found = stabkit.finite_time_exponents(flow, 3)
+    assert found.plot().get_title().startswith("Finite-time exponents")
+    with pytest.raises(TypeError, match="no running means"):
+        plotting.lyapunov_convergence(found)
+    assert stabkit.gradient_profile(flow).plot().get_title() == "States and gradients over depth"
+    assert stabkit.attribute(flow).plot().get_title() == "Where the growth comes from"
+    assert make_chain([0.1]).plot().get_title().startswith("Stability region")
