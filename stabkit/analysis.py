@@ -94,6 +94,8 @@ def analyze(  # type: ignore[misc]  # where only the plan is wanted, the options
 
     The model, its gradients and the random state come back as they were, also after an error.
 
+    A lesson with a picture: ``examples/residual_and_plain.py``.
+
     Args:
         model: a ``torch.nn.Module`` or a function of tensors.
         *inputs: what it is called with; more samples make the verdict surer.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib.util
+import re
 from pathlib import Path
 
 import pytest
@@ -26,3 +27,17 @@ def test_the_gallery_is_what_the_examples_make_it():
     gallery = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(gallery)
     assert (FOLDER / "README.md").read_text() == gallery.page(), "run: python examples/gallery.py examples/README.md"
+
+
+def test_docstrings_lead_to_examples_that_exist():
+    package = FOLDER.parent / "stabkit"
+    named = {name for path in package.rglob("*.py") for name in re.findall(r"examples/(\w+)\.py", path.read_text())}
+    assert named <= {path.stem for path in SCRIPTS}
+    assert len(named) >= 10
+
+
+def test_the_readme_leads_to_the_gallery_and_shows_pictures_that_exist():
+    text = (FOLDER.parent / "README.md").read_text()
+    links = re.findall(r"\]\((examples/[^)]+)\)", text)
+    assert "examples/README.md" in links
+    assert all((FOLDER.parent / link).exists() for link in links)

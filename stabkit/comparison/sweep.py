@@ -53,6 +53,8 @@ def compare(
     All checkpoints get the same input. One is in memory at a time. A checkpoint that cannot be read, or whose weights
     are not finite, is a snapshot that says so; the others are analysed all the same.
 
+    A lesson with a picture: ``examples/checkpoint_sweep.py``.
+
     Args:
         sources: checkpoints, as `stabkit.load` takes them.
         model: their architecture, as `stabkit.load` takes it. A module comes back as it was.

@@ -57,6 +57,8 @@ def diagnose(
     A block far from its peers is named before anything that concerns a whole stretch. Nothing depends on the units of
     the loss or on the order of the batch.
 
+    A lesson with a picture: ``examples/deep_tanh_network.py``.
+
     Args:
         flow: a traced forward pass, or an iterated map. More samples make findings surer.
         loss: a callable on the model's output that returns a scalar. None pulls back random cotangents.

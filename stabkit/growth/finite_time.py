@@ -91,6 +91,8 @@ def finite_time_exponents(
     graded rows read off as logs. So products may span any range, and small values are not
     computed through J^T J.
 
+    A lesson with a picture: ``examples/conservative_networks.py``.
+
     Args:
         flow: from `stabkit.trace`, `stabkit.iterate` or `stabkit.recurrent_flow`.
         k: how many; by default all, up to 64.

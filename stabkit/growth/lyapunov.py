@@ -159,6 +159,8 @@ def lyapunov_spectrum(
     are the growth. Products are made in the dtype of the flow, decompositions in float64. Steps between spaces of
     different size are no obstacle: k is at most the size of the narrowest state.
 
+    A lesson with a picture: ``examples/chaos_in_a_recurrent_network.py``.
+
     Args:
         flow: from `stabkit.trace`, `stabkit.iterate` or `stabkit.recurrent_flow`.
         k: how many; by default all, up to 64.

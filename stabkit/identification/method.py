@@ -28,6 +28,8 @@ def identify(flow: Flow | Iteration, *, sharing: Sharing = ALONE) -> tuple[Ident
     A step without a skip is ``"plain"``; one that changes the space is a ``"transition"``; what hides inside opaque
     operations stays ``"unknown"``.
 
+    Lessons with pictures: ``examples/tableau_of_a_neural_ode.py``, ``examples/transformer_as_splitting.py``.
+
     Args:
         flow: from `stabkit.trace`, `stabkit.recurrent_flow` or `stabkit.iterate`.
         sharing: who reads which steps.

@@ -207,6 +207,8 @@ def critical_sigma_w(phi: Phi, sigma_b: float = 0.0) -> float:
 
     Where the edge has several such points, that of the smallest variance to which the network returns.
 
+    A lesson with a picture: ``examples/trainability_map.py``.
+
     Raises:
         ValueError: there is none, or sigma_b is out of its range.
 

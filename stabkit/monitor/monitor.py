@@ -49,6 +49,8 @@ class Monitor:
     region compiled as one by ``torch.compile`` blocks are not seen, only their parameters; compile block by block to
     see them.
 
+    A lesson with a picture: ``examples/diverging_training.py``.
+
     Args:
         model: the model being trained, as it is called, wrapped or not.
         every: record each so many-th call of `step`, beginning with the first.

@@ -2,7 +2,8 @@
 
 Without ``ax`` a new ``matplotlib.figure.Figure`` is made: neither pyplot nor a display is touched, and
 ``axes.figure.savefig`` writes it. Categories have the colors of Okabe and Ito, "Color Universal Design" (2008),
-depth has viridis; both can be told apart with any of the common color vision deficiencies.
+depth has viridis; both can be told apart with any of the common color vision deficiencies. All of the plots on one
+sheet: ``examples/every_plot.py``.
 """
 
 from __future__ import annotations

@@ -25,6 +25,8 @@ def sliding_disc(
     Damping the skip moves the disc of forward Euler to the right, over eigenvalues with a positive real part (Yang,
     Liu, Bao and Shi, ICML 2020).
 
+    A lesson with a picture: ``examples/damped_residual_network.py``.
+
     Args:
         report: draws its eigenvalues on top; None draws the discs alone.
         ax: where to draw; a new figure when None.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,8 +31,8 @@ if TYPE_CHECKING:
 
     from stabkit.tracing import Flow, Iteration
 
-_PANELS = 6
-_LONG = 60  # steps of a trajectory that can be followed as a line
+_PANELS = 4
+_LONG = 100  # steps of a trajectory that can be followed as a line
 
 
 def grid_points(low: float = -2.0, high: float = 2.0, lines: int = 11, along: int = 61) -> torch.Tensor:
@@ -49,7 +50,7 @@ def grid_points(low: float = -2.0, high: float = 2.0, lines: int = 11, along: in
 def flow_map(flow: Flow | Iteration, ax: Axes | None = None, *, along: int | None = 61, panels: int = _PANELS) -> Axes:
     """Grid lines bending step by step: the flow map of a two-dimensional model through depth.
 
-    Every depth is a panel inside the Axes, with a scale of its own.
+    Every depth is a panel inside the Axes, all of the same scale.
 
     Args:
         flow: of a batch from `grid_points`; its states have two numbers where the space does not change.
@@ -70,27 +71,34 @@ def flow_map(flow: Flow | Iteration, ax: Axes | None = None, *, along: int | Non
     states = _planar_states(flow)
     _check_lines(states, along)
     picks = np.unique(np.linspace(0, len(states) - 1, min(panels, len(states))).round().astype(int))
-    columns = min(len(picks), 3)
+    columns = len(picks) if len(picks) <= 3 else math.ceil(math.sqrt(len(picks)))
     rows = -(-len(picks) // columns)
-    ax, font = new_axes(ax, columns * 5, rows * 5.4)
+    ax, font = new_axes(ax, 4 * columns, 4.2 * rows)
     ax.set_xticks([])
     ax.set_yticks([])
     ax.spines[:].set_visible(False)
-    width, height = 1 / columns, 1 / rows
+    whole = np.concatenate([states[pick][1] for pick in picks])
+    center = (whole.max(axis=0) + whole.min(axis=0)) / 2
+    half = 0.55 * float(np.ptp(whole, axis=0).max()) or 1.0
     for place, pick in enumerate(picks):
         row, column = divmod(place, columns)
-        corner = ((column + 0.2) * width, 1 - (row + 0.86) * height)
-        panel = ax.inset_axes((*corner, 0.78 * width, 0.76 * height))
+        corner = ((column + 0.1) / columns, 1 - (row + 0.9) / rows)
+        panel = ax.inset_axes((*corner, 0.88 / columns, 0.78 / rows))
         small_text(panel, font)
         depth, points = states[pick]
         if along is None:
             panel.scatter(points[:, 0], points[:, 1], c=_angles(states[0][1]), cmap="twilight", s=3, linewidths=0)
         else:
             _lines(panel, points, along)
-        panel.set_aspect("equal", adjustable="datalim")
-        panel.xaxis.set_major_locator(MaxNLocator(4))
-        panel.yaxis.set_major_locator(MaxNLocator(4))
-        panel.set_title("input" if depth == 0 else f"after {depth} step{'s' if depth > 1 else ''}", fontsize=font)
+        panel.set_xlim(center[0] - half, center[0] + half)
+        panel.set_ylim(center[1] - half, center[1] + half)
+        panel.set_aspect("equal")
+        panel.xaxis.set_major_locator(MaxNLocator(3))
+        panel.yaxis.set_major_locator(MaxNLocator(3))
+        # one scale needs its numbers once, at the outer panels
+        panel.tick_params(labelleft=column == 0, labelbottom=place + columns >= len(picks))
+        title = "input" if depth == 0 else f"after {depth} step{'s' if depth > 1 else ''}"
+        panel.set_title(title, fontsize=font, pad=2)
     return finish(ax, font, "x₁", "x₂", "Flow map")
 
 
@@ -220,7 +228,7 @@ def phase_portrait(flow: Flow | Iteration, ax: Axes | None = None, *, samples: i
     for sample in range(count):
         x, y = path[:, sample].T
         color = sample_color(sample, max(count, 2))
-        ax.plot(x, y, color=color, linewidth=0.2 if long else 0.7, alpha=0.5 if long else 0.8)
+        ax.plot(x, y, color=color, linewidth=0.35 if long else 0.7, alpha=0.6 if long else 0.8)
         if long:
             ax.plot(x, y, ".", color=color, markersize=1.5, markeredgewidth=0)
         ax.plot(x[:1], y[:1], "o", color=color, markersize=3, markerfacecolor="none", markeredgewidth=0.7)

@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.patches import Circle
 from matplotlib.ticker import MaxNLocator
 
-from stabkit.plotting.style import BLUE, GREY, LIGHT, ORANGE, finish, new_axes, sample_color, verbatim
+from stabkit.plotting.style import BLUE, GREY, LIGHT, ORANGE, finish, log_limits, new_axes, sample_color, verbatim
 from stabkit.report import StepReport
 from stabkit.report.tables import middle
 
@@ -51,8 +51,10 @@ def spectrum(spectrum: Any, ax: Axes | None = None) -> Axes:
         ax.autoscale_view()
         ax.set_aspect("equal", adjustable="datalim")
         return finish(ax, font, "Re λ", "Im λ", "Eigenvalues of J")
-    if (values[np.isfinite(values)] > 0).all():
+    known = np.asarray(values[np.isfinite(values)], dtype=float)
+    if (known > 0).all():
         ax.set_yscale("log")
+        log_limits(ax, known)
     ax.axhline(1, color=GREY, linewidth=0.6, zorder=0)
     ax.xaxis.set_major_locator(MaxNLocator(6, integer=True))
     return finish(ax, font, "index", "singular value", "Singular values of J")

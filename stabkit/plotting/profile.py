@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+from matplotlib.ticker import MaxNLocator
 
 from stabkit.plotting.depth import FloatArray, Norms, depth_axis, over_depth
-from stabkit.plotting.style import BLUE, GREEN, GREY, ORANGE, empty, finish, new_axes, small_text, verbatim
+from stabkit.plotting.style import BLUE, GREEN, GREY, ORANGE, empty, finish, log_limits, new_axes, small_text, verbatim
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -114,7 +114,7 @@ def gradients(result: Report | GradientProfile, ax: Axes | None = None) -> Axes:
             signs.append(sign)
             heights = np.full(missing.sum(), height)
             ax.plot(where[missing], heights, marker, color=ORANGE, markersize=4, transform=ax.get_xaxis_transform())
-    _log_limits(ax, drawn)
+    log_limits(ax, drawn)
     depth_axis(ax, depth.names, font)
     title = f"Gradient norm ({', '.join(signs)})" if signs else "Gradient norm over depth"
     return finish(ax, font, None, "‖gradient‖", title)
@@ -131,7 +131,7 @@ def norms(result: Report | GradientProfile, ax: Axes | None = None) -> Axes:
     ax.set_yscale("log")
     depth = over_depth(result)
     series = ((depth.gradient, BLUE, "-", "gradient"), (depth.state, ORANGE, "--", "state"))
-    _log_limits(ax, np.concatenate([_norm_line(ax, *one) for one in series]))
+    log_limits(ax, np.concatenate([_norm_line(ax, *one) for one in series]))
     handles, labels = ax.get_legend_handles_labels()
     if handles:
         ax.legend(handles, labels, fontsize=font, borderpad=0.3, framealpha=0.8)
@@ -176,30 +176,9 @@ def compare(reports: Mapping[str, Report | GradientProfile], ax: Axes | None = N
         depth = np.linspace(0, 1, len(norms))
         ax.plot(depth, np.where(shown, norms, np.nan), color=color, linestyle=line, linewidth=1.3, label=verbatim(name))
         drawn.append(norms[shown])
-    _log_limits(ax, np.concatenate(drawn))
+    log_limits(ax, np.concatenate(drawn))
     ax.set_xlim(0, 1)
     ax.xaxis.set_major_locator(MaxNLocator(5))
     if reports:
         ax.legend(fontsize=font, borderpad=0.3)
     return finish(ax, font, "depth (0 input, 1 output)", "‖gradient‖ / ‖at output‖", "Gradient over depth")
-
-
-def _log_limits(ax: Axes, values: NDArray[np.float64]) -> None:
-    """At least one decade, so that a flat profile looks flat; plain numbers on the axis while there are few decades."""
-    if not len(values):
-        ax.set_ylim(0.1, 10)
-        return
-    low, high = float(np.log10(values.min())), float(np.log10(values.max()))
-    margin = max(0.0, 1.0 - (high - low)) / 2 + 0.06 * (high - low)
-    # matplotlib cannot place ticks at the very ends of the range of a float
-    ax.set_ylim(10.0 ** max(low - margin, -300), 10.0 ** min(high + margin, 300))
-    if high - low < 3:
-        ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high - low < 2 else (1,)))
-        ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    else:
-        # LogLocator looks beyond the ends of the axis, and beyond the largest float
-        every = math.ceil((high - low) / 5)
-        ax.yaxis.set_major_locator(
-            FixedLocator([10.0**k for k in range(math.ceil(low - 1e-9), math.floor(high + 1e-9) + 1, every)])
-        )
-    ax.yaxis.set_minor_formatter(NullFormatter())

@@ -65,7 +65,7 @@ def pseudospectra(
     upper = np.array([[resolvent.smallest(complex(a, b)) for a in x] for b in y])
     with np.errstate(divide="ignore"):
         level = np.log10(np.concatenate([upper[:0:-1], upper]))
-    ax, font = new_axes(ax, 9, 7)
+    ax, font = new_axes(ax, 8, 7, margin=0.04)
     colors: dict[str, Any] = {"cmap": "viridis", "norm": Normalize(min(levels) - 0.25, max(levels) + 0.25)}
     ax.contour(x, np.concatenate([-y[:0:-1], y]), level, levels=sorted(levels), linewidths=0.8, **colors)
     around = np.append(boundary, boundary[0])
@@ -74,7 +74,7 @@ def pseudospectra(
     ax.plot(values.real, values.imag, ".", color="black", markersize=2.5)
     ax.axhline(0, color=GREY, linewidth=0.4, zorder=0)
     look = ScalarMappable(colors["norm"], colors["cmap"])
-    bar = ax.figure.colorbar(look, ax=ax, shrink=0.85, ticks=sorted(levels))
+    bar = ax.figure.colorbar(look, cax=ax.inset_axes((1.03, 0, 0.05, 1)), ticks=sorted(levels))
     bar.set_label("log10 ε", fontsize=font)
     small_text(bar.ax, font)
     ax.set_aspect("equal")

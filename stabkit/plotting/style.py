@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import io
+import math
 from typing import Any
 
 import matplotlib
+import numpy as np
+import numpy.typing as npt
 from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
+from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullFormatter
 
 BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#7F7F7F"
 LIGHT = "#E8EEF2"
@@ -92,3 +96,24 @@ def render(figure: Figure, kind: str) -> bytes:
     with matplotlib.rc_context({"svg.hashsalt": "stabkit"}):
         figure.savefig(stream, format=kind, metadata=dates[kind])
     return stream.getvalue()
+
+
+def log_limits(ax: Axes, values: npt.NDArray[np.float64]) -> None:
+    """At least one decade, so that a flat profile looks flat; plain numbers on the axis while there are few decades."""
+    if not len(values):
+        ax.set_ylim(0.1, 10)
+        return
+    low, high = float(np.log10(values.min())), float(np.log10(values.max()))
+    margin = max(0.0, 1.0 - (high - low)) / 2 + 0.06 * (high - low)
+    # matplotlib cannot place ticks at the very ends of the range of a float
+    ax.set_ylim(10.0 ** max(low - margin, -300), 10.0 ** min(high + margin, 300))
+    if high - low < 3:
+        ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high - low < 2 else (1,)))
+        ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    else:
+        # LogLocator looks beyond the ends of the axis, and beyond the largest float
+        every = math.ceil((high - low) / 5)
+        ax.yaxis.set_major_locator(
+            FixedLocator([10.0**k for k in range(math.ceil(low - 1e-9), math.floor(high + 1e-9) + 1, every)])
+        )
+    ax.yaxis.set_minor_formatter(NullFormatter())
