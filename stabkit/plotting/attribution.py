@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 
 from stabkit.attribution import Attribution
 from stabkit.plotting.depth import FloatArray, depth_axis
-from stabkit.plotting.style import BLUE, GREEN, GREY, ORANGE, empty, finish, new_axes
+from stabkit.plotting.style import BLUE, GREEN, GREY, ORANGE, empty, finish, ink, new_axes
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -48,9 +48,9 @@ def attribution(result: Report | Attribution, ax: Axes | None = None) -> Axes:
         up += np.maximum(values, 0)
         down += np.minimum(values, 0)
     shown = np.isfinite(growth)
-    ax.axhline(0, color="black", linewidth=0.6)
+    ax.axhline(0, color=ink(ax), linewidth=0.6)
     if parts:
-        ax.hlines(growth[shown], where[shown] - 0.42, where[shown] + 0.42, color="black", linewidth=1.2, label="growth")
+        ax.hlines(growth[shown], where[shown] - 0.42, where[shown] + 0.42, color=ink(ax), linewidth=1.2, label="growth")
         low, high = min(0.0, *down, *growth[shown]), max(0.0, *up, *growth[shown])
         span = max(high - low, _FLAT)
         ax.set_ylim(low - 0.06 * span, high + 0.45 * span)  # room for the legend

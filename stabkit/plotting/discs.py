@@ -9,7 +9,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.patches import Circle
 
-from stabkit.plotting.style import GREY, finish, new_axes, sample_color
+from stabkit.plotting.style import GREY, finish, ink, new_axes, sample_color
 
 if TYPE_CHECKING:
     from stabkit.report import Report
@@ -39,7 +39,7 @@ def sliding_disc(
         raise ValueError(f"damping={tuple(damping)}; every lambda must lie between 0 and 1")
     ax, font = new_axes(ax, 8, 6.5)
     for place, value in enumerate(damping):
-        color = sample_color(place, max(len(damping), 2))
+        color = sample_color(ax, place, max(len(damping), 2))
         center = -(1 - value)
         ax.add_patch(Circle((center, 0), 1, facecolor=color, alpha=0.08, edgecolor="none"))
         ax.add_patch(
@@ -58,7 +58,7 @@ def sliding_disc(
         values = [np.asarray(step.z) for step in report.steps if step.z]
         z = np.concatenate([np.empty(0, complex), *values])
         z = z[np.isfinite(z)]
-        ax.scatter(z.real, z.imag, s=3, color="black", linewidths=0, alpha=0.6, rasterized=len(z) > 2000, zorder=3)
+        ax.scatter(z.real, z.imag, s=3, color=ink(ax), linewidths=0, alpha=0.6, rasterized=len(z) > 2000, zorder=3)
         if len(z):
             # beyond, the discs would be too small to see what slides over what
             reach = min(float(np.quantile(np.abs(z + 0.5), 0.98)), _LARGEST_VIEW)

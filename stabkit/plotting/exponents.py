@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import TwoSlopeNorm
 from matplotlib.ticker import MaxNLocator
 
-from stabkit.plotting.style import DIVERGING, figure_of, finish, new_axes, sample_color, small_text
+from stabkit.plotting.style import DIVERGING, figure_of, finish, ink, new_axes, sample_color, small_text
 from stabkit.report import Exponents, Report
 
 if TYPE_CHECKING:
@@ -34,9 +34,9 @@ def lyapunov(spectrum: LyapunovSpectrum | Report, ax: Axes | None = None) -> Axe
     values, errors = (np.atleast_2d(_array(v)) for v in (found.exponents, found.standard_errors))
     converged = np.broadcast_to(_array(found.converged).astype(bool).reshape(len(values), -1), values.shape)
     count, samples = values.shape[1], len(values)
-    ax.axhline(0, color="black", linewidth=0.6)
+    ax.axhline(0, color=ink(ax), linewidth=0.6)
     for sample in range(samples):
-        color = sample_color(sample, samples)
+        color = sample_color(ax, sample, samples)
         row, error, good = values[sample], np.nan_to_num(errors[sample]), converged[sample]
         # side by side, so that error bars of samples do not hide each other
         index = np.arange(1, count + 1) + (sample - (samples - 1) / 2) * min(0.12, 0.6 / samples)
@@ -69,9 +69,9 @@ def lyapunov_convergence(spectrum: LyapunovSpectrum | Report, ax: Axes | None = 
     steps, count = local.shape
     shown = np.unique(np.linspace(0, count - 1, min(count, _CURVES)).round().astype(int))
     running = np.cumsum(local, axis=0) / np.arange(1, steps + 1)[:, None]
-    ax.axhline(0, color="black", linewidth=0.6)
+    ax.axhline(0, color=ink(ax), linewidth=0.6)
     for place, k in enumerate(shown):
-        color = sample_color(place, len(shown))
+        color = sample_color(ax, place, len(shown))
         ax.axhspan(exponents[k] - errors[k], exponents[k] + errors[k], color=color, alpha=0.2, linewidth=0)
         ax.plot(np.arange(1, steps + 1), running[:, k], color=color, linewidth=0.9)
     if steps > 200:
@@ -160,11 +160,11 @@ def sum_rule(spectrum: LyapunovSpectrum | Report, ax: Axes | None = None) -> Axe
     """
     ax, font = new_axes(ax, 8, 6)
     values = np.atleast_2d(_array(_exponents(spectrum).exponents))
-    ax.axhline(0, color="black", linewidth=0.6)
+    ax.axhline(0, color=ink(ax), linewidth=0.6)
     index = np.arange(values.shape[1] + 1)
     for sample, row in enumerate(values):
         sums = np.concatenate([[0.0], np.cumsum(row)])
-        ax.plot(index, sums, ".-", color=sample_color(sample, len(values)), linewidth=0.9, markersize=3)
+        ax.plot(index, sums, ".-", color=sample_color(ax, sample, len(values)), linewidth=0.9, markersize=3)
     ax.xaxis.set_major_locator(MaxNLocator(6, integer=True))
     return finish(ax, font, "number of exponents", "sum (nats per step)", "Partial sums of the exponents")
 

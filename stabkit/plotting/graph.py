@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -12,7 +12,7 @@ from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
 
 from stabkit.identification import by_step, identify
 from stabkit.integrators import GeneralLinearMethod
-from stabkit.plotting.style import BLUE, CENTIMETER, FONT, GREEN, GREY, LIGHT, ORANGE, verbatim
+from stabkit.plotting.style import BLUE, CENTIMETER, FONT, GREEN, GREY, ORANGE, ink, paper, shade, verbatim
 from stabkit.report.tables import middle
 from stabkit.tracing import Flow
 
@@ -105,14 +105,22 @@ def _of_flow(flow: Flow) -> list[_Node]:
 def _box(ax: Axes, x: float, y: float, node: _Node) -> None:
     edge = GREY if node.kind == "transition" else BLUE
     shape = "round,pad=0.01,rounding_size=0.04"
-    ax.add_patch(FancyBboxPatch((x - 0.36, y - 0.22), 0.72, 0.44, shape, facecolor=LIGHT, edgecolor=edge, linewidth=1))
+    ax.add_patch(
+        FancyBboxPatch((x - 0.36, y - 0.22), 0.72, 0.44, shape, facecolor=shade(ax), edgecolor=edge, linewidth=1)
+    )
     drawn = bool(node.fields)
     ax.text(
         x, y + (0.13 if drawn else 0.08), verbatim(middle(node.name, 16)), ha="center", va="center", fontsize=FONT - 1
     )
     height = 0.01 if drawn else -0.08
     ax.text(
-        x, y + height, verbatim(middle(node.method, 22)), ha="center", va="center", fontsize=FONT - 2.5, color="#555555"
+        x,
+        y + height,
+        verbatim(middle(node.method, 22)),
+        ha="center",
+        va="center",
+        fontsize=FONT - 2.5,
+        color=ink(ax, 0.7),
     )
     if drawn:
         _stages(ax, x, y - 0.125, node)
@@ -144,7 +152,7 @@ def _stages(ax: Axes, x: float, y: float, node: _Node) -> None:
     for i, (place, field) in enumerate(zip(places, node.fields, strict=True)):
         color = _FIELDS[field % len(_FIELDS)]
         implicit = any(node.A[i][j] for j in range(i, count))
-        ax.plot([place], [y], "o", markersize=4, color=color, markerfacecolor="white" if implicit else color)
+        ax.plot([place], [y], "o", markersize=4, color=color, markerfacecolor=paper(ax) if implicit else color)
 
 
 def _to_next(ax: Axes, row: int, column: int) -> None:
@@ -152,13 +160,20 @@ def _to_next(ax: Axes, row: int, column: int) -> None:
         _arrow(ax, (column + 0.37, -row), (column + 0.63, -row))
         return
     right, turn = column + 0.5, -row - 0.45
-    ax.plot([right - 0.13, right, right, -0.5, -0.5], [-row, -row, turn, turn, -row - 1], color="black", linewidth=0.8)
+    ax.plot([right - 0.13, right, right, -0.5, -0.5], [-row, -row, turn, turn, -row - 1], color=ink(ax), linewidth=0.8)
     _arrow(ax, (-0.5, -row - 1), (-0.37, -row - 1))
 
 
-def _arrow(ax: Axes, start: tuple[float, float], stop: tuple[float, float], color: str = "black") -> None:
+def _arrow(ax: Axes, start: tuple[float, float], stop: tuple[float, float], color: Any = None) -> None:
     ax.add_patch(
         FancyArrowPatch(
-            start, stop, arrowstyle="-|>", mutation_scale=6, color=color, linewidth=0.8, shrinkA=0, shrinkB=0
+            start,
+            stop,
+            arrowstyle="-|>",
+            mutation_scale=6,
+            color=ink(ax) if color is None else color,
+            linewidth=0.8,
+            shrinkA=0,
+            shrinkB=0,
         )
     )

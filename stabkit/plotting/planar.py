@@ -227,7 +227,7 @@ def phase_portrait(flow: Flow | Iteration, ax: Axes | None = None, *, samples: i
     count, long = path.shape[1], len(path) > _LONG  # long trajectories are clouds: their points say more than lines
     for sample in range(count):
         x, y = path[:, sample].T
-        color = sample_color(sample, max(count, 2))
+        color = sample_color(ax, sample, max(count, 2))
         ax.plot(x, y, color=color, linewidth=0.35 if long else 0.7, alpha=0.6 if long else 0.8)
         if long:
             ax.plot(x, y, ".", color=color, markersize=1.5, markeredgewidth=0)

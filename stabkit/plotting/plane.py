@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.patches import Circle
 from matplotlib.ticker import MaxNLocator
 
-from stabkit.plotting.style import BLUE, GREY, LIGHT, ORANGE, finish, log_limits, new_axes, sample_color, verbatim
+from stabkit.plotting.style import BLUE, GREY, ORANGE, finish, ink, log_limits, new_axes, sample_color, shade, verbatim
 from stabkit.report import StepReport
 from stabkit.report.tables import middle
 
@@ -38,7 +38,7 @@ def spectrum(spectrum: Any, ax: Axes | None = None) -> Axes:
     planar = np.iscomplexobj(values)
     ax, font = new_axes(ax, 8, 7 if planar else 6)
     for sample, (row, good) in enumerate(zip(values, converged, strict=True)):
-        color = sample_color(sample, len(values))
+        color = sample_color(ax, sample, len(values))
         if planar:
             x, y = row.real, row.imag
         else:
@@ -47,7 +47,7 @@ def spectrum(spectrum: Any, ax: Axes | None = None) -> Axes:
         ax.scatter(x[good], y[good], s=8, color=color, linewidths=0)
         ax.scatter(x[~good], y[~good], s=10, facecolors="none", edgecolors=color, linewidths=0.7)
     if planar:
-        ax.add_patch(Circle((0, 0), 1, fill=False, edgecolor="black", linewidth=0.8))
+        ax.add_patch(Circle((0, 0), 1, fill=False, edgecolor=ink(ax), linewidth=0.8))
         ax.autoscale_view()
         ax.set_aspect("equal", adjustable="datalim")
         return finish(ax, font, "Re λ", "Im λ", "Eigenvalues of J")
@@ -108,8 +108,8 @@ def method(method: LinearStability, ax: Axes | None = None, *, z: ArrayLike | No
         radius = np.nan_to_num(method.amplification(x[None, :] + 1j * y[:, None]), nan=np.inf, posinf=1e300)
     # the logarithm keeps the contour smooth beside poles
     level = np.log(np.maximum(radius, 1e-300))
-    ax.contourf(x, y, level, levels=[-1e3, 0.0], colors=[LIGHT])
-    ax.contour(x, y, level, levels=[0.0], colors=["black"], linewidths=0.9)
+    ax.contourf(x, y, level, levels=[-1e3, 0.0], colors=[shade(ax)])
+    ax.contour(x, y, level, levels=[0.0], colors=[ink(ax)], linewidths=0.9)
     reach = min(float(method.imaginary_interval()), height)
     if reach > 0:
         # the region of leapfrog is nothing but this

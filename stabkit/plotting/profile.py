@@ -11,7 +11,20 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
 from stabkit.plotting.depth import FloatArray, Norms, depth_axis, over_depth
-from stabkit.plotting.style import BLUE, GREEN, GREY, ORANGE, empty, finish, log_limits, new_axes, small_text, verbatim
+from stabkit.plotting.style import (
+    BLUE,
+    GREEN,
+    GREY,
+    ORANGE,
+    empty,
+    finish,
+    ink,
+    log_limits,
+    new_axes,
+    paper,
+    small_text,
+    verbatim,
+)
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -49,17 +62,17 @@ def growth(result: Report | GradientProfile, ax: Axes | None = None) -> Axes:
     )
     for bar, kind in zip(bars, depth.kinds, strict=True):
         if kind == "transition":
-            bar.set(hatch="/////", edgecolor="white", linewidth=0)
+            bar.set(hatch="/////", edgecolor=paper(ax), linewidth=0)
     _whiskers(ax, depth.ends, where, finite)
     if (~finite).any():
-        ax.plot(where[~finite], np.zeros((~finite).sum()), "x", color="black", markersize=5, zorder=4, clip_on=False)
-    ax.axhline(0, color="black", linewidth=0.6, zorder=3)
+        ax.plot(where[~finite], np.zeros((~finite).sum()), "x", color=ink(ax), markersize=5, zorder=4, clip_on=False)
+    ax.axhline(0, color=ink(ax), linewidth=0.6, zorder=3)
 
     edges = np.arange(len(values) + 1) - 0.5
     total = np.concatenate([np.cumsum(values[::-1])[::-1], [0.0]])
     right = ax.twinx()
-    right.plot(edges, np.where(np.isfinite(total), total, np.nan), color="black", linewidth=1.1, zorder=5)
-    right.plot(edges[-1:], total[-1:], ".", color="black", markersize=4, zorder=5)
+    right.plot(edges, np.where(np.isfinite(total), total, np.nan), color=ink(ax), linewidth=1.1, zorder=5)
+    right.plot(edges[-1:], total[-1:], ".", color=ink(ax), markersize=4, zorder=5)
     _share_zero(ax, right)
     right.set_ylabel("sum from output (nats)", fontsize=font)
     small_text(right, font)
@@ -73,7 +86,7 @@ def growth(result: Report | GradientProfile, ax: Axes | None = None) -> Axes:
 def _whiskers(ax: Axes, ends: FloatArray, where: NDArray[np.int64], finite: NDArray[np.bool_]) -> None:
     shown = finite & np.isfinite(ends).all(axis=1)
     width = 0.7 if len(where) < 40 else 0.4
-    ax.vlines(where[shown], ends[shown, 0], ends[shown, 1], color="#333333", linewidth=width, zorder=4)
+    ax.vlines(where[shown], ends[shown, 0], ends[shown, 1], color=ink(ax), linewidth=width, zorder=4)
 
 
 def _share_zero(left: Axes, right: Axes) -> None:

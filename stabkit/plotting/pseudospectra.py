@@ -11,7 +11,7 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 from matplotlib.patches import Circle
 
-from stabkit.plotting.style import GREY, ORANGE, finish, new_axes, small_text
+from stabkit.plotting.style import GREY, ORANGE, finish, ink, new_axes, small_text
 
 if TYPE_CHECKING:
     from stabkit.jacobians import Jacobian, NonNormality
@@ -70,8 +70,8 @@ def pseudospectra(
     ax.contour(x, np.concatenate([-y[:0:-1], y]), level, levels=sorted(levels), linewidths=0.8, **colors)
     around = np.append(boundary, boundary[0])
     ax.plot(around.real, around.imag, "--", color=ORANGE, linewidth=0.8)
-    ax.add_patch(Circle((0, 0), 1, fill=False, edgecolor="black", linewidth=0.8))
-    ax.plot(values.real, values.imag, ".", color="black", markersize=2.5)
+    ax.add_patch(Circle((0, 0), 1, fill=False, edgecolor=ink(ax), linewidth=0.8))
+    ax.plot(values.real, values.imag, ".", color=ink(ax), markersize=2.5)
     ax.axhline(0, color=GREY, linewidth=0.4, zorder=0)
     look = ScalarMappable(colors["norm"], colors["cmap"])
     bar = ax.figure.colorbar(look, cax=ax.inset_axes((1.03, 0, 0.05, 1)), ticks=sorted(levels))

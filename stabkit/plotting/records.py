@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import TwoSlopeNorm
 from matplotlib.ticker import MaxNLocator
 
-from stabkit.plotting.style import DIVERGING, GREY, end_of, finish, new_axes, small_text
+from stabkit.plotting.style import DIVERGING, GREY, end_of, finish, ink, new_axes, small_text
 
 _NAMES = 12  # rows that can carry a name
 _COUNTED = {"growth", "gain"}  # quantities around zero, in nats
@@ -58,9 +58,10 @@ def training(records: Any, ax: Axes | None = None, *, quantity: str = "growth") 
         values[~np.isfinite(values)] = np.nan
         label = f"log10 {label}"
     image = ax.pcolormesh(_edges(steps), np.arange(len(names) + 1) - 0.5, values, rasterized=True, **look)
+    cross = ink(ax)
     ax.set_facecolor("#DDDDDD")  # what was not measured
     raised = [step for step, record in zip(steps, plain, strict=True) if record["findings"]]
-    ax.plot(raised, np.full(len(raised), -0.5), "x", color="black", markersize=4, clip_on=False)
+    ax.plot(raised, np.full(len(raised), -0.5), "x", color=cross, markersize=4, clip_on=False)
     ax.set_ylim(len(names) - 0.5, -0.5)
     every = -(-len(names) // _NAMES)
     ax.set_yticks(range(0, len(names), every), [end_of(name, 16) for name in names[::every]])

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
-import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
@@ -15,7 +14,7 @@ from matplotlib.patches import Circle
 from matplotlib.patheffects import withStroke
 from matplotlib.ticker import MaxNLocator
 
-from stabkit.plotting.style import GREY, LIGHT, end_of, finish, new_axes, small_text, verbatim
+from stabkit.plotting.style import GREY, end_of, finish, ink, new_axes, paper, sample_color, shade, small_text, verbatim
 from stabkit.report.plane import Plane, plane_of, worst
 from stabkit.report.tables import middle
 
@@ -54,7 +53,7 @@ def region(report: Report, ax: Axes | None = None) -> Axes:
     ranges = _ranges(steps, planes)
     low, high = _view(np.concatenate([z, *(outline for _, outline in ranges)]), discs, methods)
     _regions(ax, discs, methods, (low, high))
-    colors, norm = _depth_colors(len(report.steps))
+    colors, norm = _depth_colors(ax, len(report.steps))
     for step, outline in ranges:
         around = np.append(outline, outline[0])
         ax.plot(around.real, around.imag, "--", color=colors(norm(step.index)), linewidth=0.8, zorder=1.5)
@@ -128,14 +127,14 @@ def _margin(ax: Axes, steps: Sequence[StepReport], planes: Sequence[Plane], font
     if plane.outermost is not None:
         z, center = plane.outermost, complex(-plane.a)
         edge = center + (z - center) / (abs(z - center) or 1.0)
-        ax.plot([z.real, edge.real], [z.imag, edge.imag], color="black", linewidth=0.8, zorder=2.5)
-        ax.plot([z.real], [z.imag], "o", markersize=6, markerfacecolor="none", markeredgecolor="black",
+        ax.plot([z.real, edge.real], [z.imag, edge.imag], color=ink(ax), linewidth=0.8, zorder=2.5)
+        ax.plot([z.real], [z.imag], "o", markersize=6, markerfacecolor="none", markeredgecolor=ink(ax),
                 markeredgewidth=0.8, zorder=4)  # fmt: skip
     return [f"margin {margin:+.2g} at {end_of(steps[place].name, 9)}".replace("-", "−", 1)]
 
 
 def _note(ax: Axes, where: tuple[float, float], words: str, font: float | None, **place: Any) -> None:
-    halo = [withStroke(linewidth=2.5, foreground="white")]  # eigenvalues may lie beneath
+    halo = [withStroke(linewidth=2.5, foreground=paper(ax))]  # eigenvalues may lie beneath
     ax.text(*where, words, fontsize=font, path_effects=halo, transform=ax.transAxes, zorder=5, **place)
 
 
@@ -154,8 +153,8 @@ def _regions(
         edge: dict[str, Any] = (
             {"linewidth": 0.4, "linestyle": "-"} if crowded else {"linewidth": 0.9, "linestyle": _STYLES[i]}
         )
-        ax.add_patch(Circle((-a, 0), 1, facecolor=LIGHT, edgecolor="none", zorder=-2))
-        ax.add_patch(Circle((-a, 0), 1, fill=False, edgecolor="black", label=label, zorder=1, **edge))
+        ax.add_patch(Circle((-a, 0), 1, facecolor=shade(ax), edgecolor="none", zorder=-2))
+        ax.add_patch(Circle((-a, 0), 1, fill=False, edgecolor=ink(ax), label=label, zorder=1, **edge))
     low, high = frame
     x, y = np.linspace(low.real, high.real, _GRID), np.linspace(low.imag, high.imag, _GRID)
     for i, method in enumerate(methods):
@@ -163,10 +162,10 @@ def _regions(
         with np.errstate(all="ignore"):
             size = np.nan_to_num(method.amplification(x[None, :] + 1j * y[:, None]), nan=np.inf, posinf=1e300)
         level = np.log(np.maximum(size, 1e-300))  # the logarithm keeps the line smooth beside poles
-        ax.contourf(x, y, level, levels=[-1e3, 0.0], colors=[LIGHT], zorder=-2)
-        ax.contour(x, y, level, levels=[0.0], colors=["black"], linewidths=0.9, linestyles=[style], zorder=1)
+        ax.contourf(x, y, level, levels=[-1e3, 0.0], colors=[shade(ax)], zorder=-2)
+        ax.contour(x, y, level, levels=[0.0], colors=[ink(ax)], linewidths=0.9, linestyles=[style], zorder=1)
         label = f"|R(z)| ≤ 1, {verbatim(middle(method.name, 10))}"
-        ax.add_line(Line2D([], [], color="black", linewidth=0.9, linestyle=style, label=label))
+        ax.add_line(Line2D([], [], color=ink(ax), linewidth=0.9, linestyle=style, label=label))
 
 
 def _view(z: NDArray[np.complex128], discs: list[float], methods: list[GeneralLinearMethod]) -> tuple[complex, complex]:
@@ -212,7 +211,7 @@ def _eigenvalues(
         pad = 0.02 * (high - low)
         x = z.real[beyond].clip(low.real + pad.real, high.real - pad.real)
         y = z.imag[beyond].clip(low.imag + pad.imag, high.imag - pad.imag)
-        ax.scatter(x, y, c=depth[beyond], s=16, marker="^", linewidths=0.3, edgecolors="black", zorder=3, **look)
+        ax.scatter(x, y, c=depth[beyond], s=16, marker="^", linewidths=0.3, edgecolors=ink(ax), zorder=3, **look)
         text = f"{int(beyond.sum())} beyond, |z| up to {np.abs(z).max():.2g}"
         _note(ax, (0.97, 0.97), text, font, ha="right", va="top")
 
@@ -227,7 +226,7 @@ def _depth_bar(ax: Axes, colors: ListedColormap, norm: BoundaryNorm, n: int, fon
     small_text(bar.ax, font)
 
 
-def _depth_colors(n: int) -> tuple[ListedColormap, BoundaryNorm]:
-    """One color per step; the palest end of viridis is left out because it fades on white."""
-    colors = ListedColormap(matplotlib.colormaps["viridis"](np.linspace(0, 0.92, max(n, 2))))
+def _depth_colors(ax: Axes, n: int) -> tuple[ListedColormap, BoundaryNorm]:
+    """One color per step."""
+    colors = ListedColormap([sample_color(ax, index, max(n, 2)) for index in range(max(n, 2))])
     return colors, BoundaryNorm(np.arange(-0.5, max(n, 2)), max(n, 2))

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from matplotlib.axes import Axes
 
-from stabkit.plotting.style import GREY, empty, end_of, finish, new_axes, sample_color
+from stabkit.plotting.style import GREY, empty, end_of, finish, new_axes, paper, sample_color
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -49,9 +49,9 @@ def ridgelines(report: Report, ax: Axes | None = None) -> Axes:
     for place, ridge in enumerate(ridges):
         base = -float(place)
         height = 1.6 * ridge / ridge.max()
-        color = sample_color(place, len(shown))
+        color = sample_color(ax, place, len(shown))
         ax.fill_between(grid, base, base + height, color=color, alpha=0.75, linewidth=0, zorder=place)
-        ax.plot(grid, base + height, color="white", linewidth=0.6, zorder=place)
+        ax.plot(grid, base + height, color=paper(ax), linewidth=0.6, zorder=place)
     spaced = range(0, len(shown), max(1, len(shown) // 8))
     ax.set_yticks([-float(place) for place in spaced], [end_of(shown[place].name, 14) for place in spaced])
     ax.set_xlim(grid[0], grid[-1])

@@ -10,7 +10,7 @@ import matplotlib
 import numpy as np
 import numpy.typing as npt
 from matplotlib.axes import Axes
-from matplotlib.colors import LinearSegmentedColormap
+from matplotlib.colors import LinearSegmentedColormap, to_rgba
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullFormatter
@@ -18,6 +18,7 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullForma
 BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#7F7F7F"
 LIGHT = "#E8EEF2"
 DIVERGING = LinearSegmentedColormap.from_list("stabkit.diverging", [BLUE, "#FFFFFF", ORANGE])  # shrinks, keeps, grows
+_LUMINANCE = (0.2126, 0.7152, 0.0722)  # of red, green and blue, ITU-R BT.709
 FONT = 8.0  # points, in figures 8 cm wide: still 6 points when printed at 6 cm
 CENTIMETER = 1 / 2.54
 
@@ -37,9 +38,34 @@ def new_axes(ax: Axes | None, width: float, height: float, margin: float = 0.0) 
     return ax, FONT
 
 
-def sample_color(index: int, n: int) -> Any:
-    """The color of one of ``n`` curves; the palest end of viridis is left out because it fades on white."""
-    return BLUE if n == 1 else matplotlib.colormaps["viridis"](0.92 * index / (n - 1))
+def sample_color(ax: Axes, index: int, n: int) -> Any:
+    """The color of one of ``n`` curves; the end of viridis that fades on the paper is left out."""
+    low, high = (0.25, 1.0) if is_dark(ax) else (0.0, 0.92)
+    return BLUE if n == 1 else matplotlib.colormaps["viridis"](low + (high - low) * index / (n - 1))
+
+
+def is_dark(ax: Axes) -> bool:
+    """Whether Axes have a dark ground, as in a notebook with a dark style."""
+    colors = [ax.get_facecolor(), figure_of(ax).get_facecolor()]
+    solid = [to_rgba(color)[:3] for color in colors if to_rgba(color)[3] > 0]
+    if solid:
+        return bool(np.dot(solid[0], _LUMINANCE) < 0.4)
+    return bool(np.dot(to_rgba(ax.yaxis.label.get_color())[:3], _LUMINANCE) > 0.6)  # what is behind is meant for it
+
+
+def ink(ax: Axes, strength: float = 1.0) -> tuple[float, float, float, float]:
+    """The color of lines that belong to no category: black on light ground, white on dark."""
+    return to_rgba("white" if is_dark(ax) else "black", strength)
+
+
+def paper(ax: Axes) -> tuple[float, float, float, float]:
+    """The color of the ground."""
+    return to_rgba("black" if is_dark(ax) else "white")
+
+
+def shade(ax: Axes) -> str:
+    """The color of areas, close to the ground."""
+    return "#26313A" if is_dark(ax) else LIGHT
 
 
 def small_text(ax: Axes, font: float | None) -> None:

@@ -11,7 +11,19 @@ from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from stabkit.plotting.style import BLUE, CENTIMETER, FONT, GREY, ORANGE, end_of, figure_of, finish, new_axes, small_text
+from stabkit.plotting.style import (
+    BLUE,
+    CENTIMETER,
+    FONT,
+    GREY,
+    ORANGE,
+    end_of,
+    figure_of,
+    finish,
+    ink,
+    new_axes,
+    small_text,
+)
 
 if TYPE_CHECKING:
     from stabkit.comparison import Comparison, Snapshot
@@ -33,11 +45,11 @@ def total_growth(comparison: Comparison, ax: Axes | None = None) -> Axes:
     x = _positions(comparison)
     values = np.array([snapshot.total_growth for snapshot in comparison.snapshots])
     finite = np.isfinite(values)
-    ax.axhline(0, color="black", linewidth=0.6)
+    ax.axhline(0, color=ink(ax), linewidth=0.6)
     ax.plot(x[finite], values[finite], color=GREY, linewidth=0.8, zorder=2)
     for where, snapshot in zip(x, comparison.snapshots, strict=True):
         if snapshot.report is None or not math.isfinite(snapshot.total_growth):
-            ax.plot([where], [0], "x", color="black", markersize=5, clip_on=False, zorder=4)
+            ax.plot([where], [0], "x", color=ink(ax), markersize=5, clip_on=False, zorder=4)
             continue
         color = _VERDICT.get(snapshot.report.verdict, GREY)
         ax.plot([where, where], snapshot.report.total_growth_interval, color=color, linewidth=1, zorder=3)
@@ -88,7 +100,7 @@ def margin(comparison: Comparison, ax: Axes | None = None) -> Axes:
     x = _positions(comparison)
     values = np.array([snapshot.largest_radius for snapshot in comparison.snapshots])
     known = np.isfinite(values)
-    ax.axhline(1, color="black", linewidth=0.6)
+    ax.axhline(1, color=ink(ax), linewidth=0.6)
     ax.plot(x[known], values[known], ".-", color=GREY, linewidth=0.8, markersize=5)
     outside = known & (values > 1)
     ax.plot(x[outside], values[outside], ".", color=ORANGE, markersize=6, zorder=3)

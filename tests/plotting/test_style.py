@@ -4,7 +4,9 @@ import subprocess
 import sys
 
 import matplotlib
+import matplotlib.style
 import pytest
+from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure
 
 from stabkit import plotting
@@ -71,3 +73,17 @@ OVER_DEPTH = [
 def test_a_name_with_dollars_is_no_mathematics(draw):
     ax = draw(make_chain([0.1, 0.2], name="$\\frac{$", attribution={"spectral": 0.1}))
     assert len(plotting.render(plotting.figure_of(ax), "png")) > 1000
+
+
+@pytest.mark.parametrize(
+    "draw", [d for d in (*OVER_DEPTH, plotting.sliding_disc, plotting.gradients) if d is not plotting.ridgelines]
+)
+def test_nothing_black_is_drawn_on_a_dark_ground(draw):
+    with matplotlib.rc_context(matplotlib.style.library["dark_background"]):
+        ax = draw(make_chain([0.1, -0.2], attribution={"spectral": 0.1}))
+        plotting.figure_of(ax).draw_without_rendering()
+        drawn = [line.get_color() for line in ax.lines] + [patch.get_edgecolor() for patch in ax.patches]
+        drawn += [text.get_color() for text in (ax.title, ax.xaxis.label, *ax.texts)]
+    bright = [max(to_rgba(color)[:3]) > 0.3 for color in drawn if to_rgba(color)[3] > 0]
+    assert bright
+    assert all(bright)
