@@ -64,24 +64,26 @@ def outline(A: np.ndarray, angles: int) -> np.ndarray:
         True
     """
     half = angles // 2
-    upper, vector = [], np.ones(len(A), dtype=complex)
+    # a start that is an eigenvector already would never find another
+    noise = np.random.default_rng(0).normal(size=len(A)) / np.sqrt(len(A))
+    upper, vector = [], np.zeros(len(A), dtype=complex)
     for theta in np.linspace(0, np.pi, half + 1):
         if len(A) <= _EXACT:
             upper.append(support(A, -theta)[1])
             continue
-        vector = _leading(np.exp(-1j * theta) * A, vector)
+        vector = _leading(np.exp(-1j * theta) * A, vector + noise)
         upper.append(complex(np.vdot(vector, A @ vector)))
     return np.concatenate([upper, np.conj(upper[-2:0:-1])])
 
 
 def _leading(rotated: np.ndarray, start: np.ndarray) -> np.ndarray:
     """The unit vector of the largest eigenvalue of the Hermitian part."""
-    from scipy.sparse.linalg import ArpackNoConvergence, eigsh
+    from scipy.sparse.linalg import ArpackError, eigsh
 
     hermitian = (rotated + rotated.conj().T) / 2
     try:
         _, vectors = eigsh(hermitian, k=1, which="LA", tol=_CLOSE, v0=start)
-    except ArpackNoConvergence:  # a crowded top of the spectrum
+    except ArpackError:  # a crowded top of the spectrum, or a matrix of zeros
         _, vectors = np.linalg.eigh(hermitian)
     found: np.ndarray = vectors[:, -1]
     return found
