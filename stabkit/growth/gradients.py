@@ -140,7 +140,9 @@ def gradient_profile(
         cotangents: how many, when there is no loss; they are pulled back together.
         per_sample: norms of every sample's gradient; False for those of the whole batch at once.
         parameters: also the gradients of the parameters that every step uses, which runs the model twice more and
-            needs a loss. None measures them when there is a loss and they can be shared out among the steps.
+            needs a loss. None measures them when there is a loss and they can be shared out among the steps. They are
+            those of the whole batch; ``stabkit.growth.parameter_gradients(flow, loss, per_sample=True)`` has each
+            sample's.
         seed: of the first cotangent.
 
     Raises:

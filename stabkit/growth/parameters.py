@@ -20,6 +20,7 @@ from stabkit.tracing.endpoints import scalar_loss
 from stabkit.tracing.forward_pass import ForwardPass
 from stabkit.tracing.recording import clock
 from stabkit.tracing.safekeeping import unchanged
+from stabkit.tracing.samples import scale
 from stabkit.tracing.transparency import transparent
 
 _AGREEMENT = 1e-4  # how far the shares may be from the whole by rounding, relative to its norm
@@ -36,6 +37,8 @@ class ParameterGradients:
         names: for every step, the parameters that it uses.
         by_name: norm of the whole gradient of every parameter, as ``loss.backward()`` makes it.
         elsewhere: parameters used outside all steps of the flow, or not at all.
+        sample_norms: ``(steps, batch)``, the same as ``norms`` for what every sample alone contributes to the gradient;
+            None unless asked for.
     """
 
     norms: Tensor
@@ -43,6 +46,7 @@ class ParameterGradients:
     names: tuple[tuple[str, ...], ...]
     by_name: dict[str, float]
     elsewhere: tuple[str, ...]
+    sample_norms: Tensor | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain lists, ready for JSON."""
@@ -52,6 +56,7 @@ class ParameterGradients:
             "names": [list(names) for names in self.names],
             "by_name": dict(self.by_name),
             "elsewhere": list(self.elsewhere),
+            "sample_norms": None if self.sample_norms is None else self.sample_norms.tolist(),
         }
 
 
@@ -90,7 +95,12 @@ class _Uses(TorchFunctionMode):
 
 
 def parameter_gradients(
-    flow: Flow | Iteration, loss: Any, inputs: Any = None, kwargs: Mapping[str, Any] | None = None
+    flow: Flow | Iteration,
+    loss: Any,
+    inputs: Any = None,
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    per_sample: bool = False,
 ) -> ParameterGradients:
     """Gradients of a loss with respect to the parameters of every step of a flow.
 
@@ -103,9 +113,12 @@ def parameter_gradients(
         loss: a callable on the model's output that returns a scalar.
         inputs: other inputs than those that were traced, a tensor or a tuple, of the same shapes.
         kwargs: their keyword arguments.
+        per_sample: also the norms of what every sample contributes, through its part of the output that the flow leads
+            to; one more backward pass for each.
 
     Raises:
-        TraceError: the model does not do the same again, or uses parameters out of sight (in compiled code).
+        TraceError: the model does not do the same again, or uses parameters out of sight (in compiled code); or single
+            samples are asked for and the output that the flow leads to was chosen by a function.
 
     Example:
         >>> import stabkit
@@ -129,9 +142,10 @@ def parameter_gradients(
     forward = ForwardPass(watched, flow.model, args, named, traced.seed)
     start = forward.run(wanted=frozenset()).start
     places = [_step_at(flow, time - start) for _, time, _ in seen.uses]
-    shares, whole = _gradients(forward, loss, known, [name for name, _, _ in seen.uses])
-    _refuse_hidden_uses(shares, whole)
-    return _shared_out(flow, known, places, shares, whole)
+    used = [name for name, _, _ in seen.uses]
+    found = _gradients(forward, loss, known, used, flow if per_sample else None)
+    _refuse_hidden_uses(found.shares, found.whole)
+    return _shared_out(flow, known, places, found)
 
 
 def _step_at(flow: Flow, time: int) -> int | None:
@@ -145,10 +159,21 @@ def _step_at(flow: Flow, time: int) -> int | None:
     return bisect.bisect_right([state.position for state in flow.states], position) - 1
 
 
+Shares = Sequence[tuple[str, Tensor | None]]
+
+
+@dataclass(frozen=True)
+class _Gradients:
+    """The gradient at every use of a parameter, of every parameter as a whole, and the first for single samples."""
+
+    shares: Shares
+    whole: dict[str, Tensor | None]
+    of_samples: list[Shares]
+
+
 def _gradients(
-    forward: ForwardPass, loss: Any, known: dict[str, nn.Parameter], expected: list[str]
-) -> tuple[list[tuple[str, Tensor | None]], dict[str, Tensor | None]]:
-    """The gradient at every use of a parameter, and of every parameter as a whole."""
+    forward: ForwardPass, loss: Any, known: dict[str, nn.Parameter], expected: list[str], by_sample: Flow | None
+) -> _Gradients:
     with torch.inference_mode(False), unchanged(forward.module) as safe, transparent():
         safe.copy_buffers()
         torch.manual_seed(forward.seed)
@@ -162,14 +187,32 @@ def _gradients(
             raise TraceError("the model took another course when it was run again: its parameters cannot be placed")
         scalar = scalar_loss(loss, output)
         aliases = [alias for _, _, alias in seen.uses]
-        grads = torch.autograd.grad(scalar, [*aliases, *differentiable.values()], allow_unused=True)
-    shares: list[tuple[str, Tensor | None]] = [
-        (name, grad) for (name, _, _), grad in zip(seen.uses, grads, strict=False)
-    ]
-    return shares, dict(zip(differentiable, grads[len(aliases) :], strict=True))
+        wanted = [*aliases, *differentiable.values()]
+        grads = torch.autograd.grad(scalar, wanted, allow_unused=True, retain_graph=by_sample is not None)
+        of_samples: list[Shares] = []
+        if by_sample is not None:
+            target, cotangents = _cotangents_of_samples(by_sample, output, scalar)
+            for one in cotangents:
+                pulled = torch.autograd.grad(target, aliases, one, allow_unused=True, retain_graph=True)
+                of_samples.append(list(zip(expected, pulled, strict=True)))
+    shares = list(zip(expected, grads, strict=False))
+    return _Gradients(shares, dict(zip(differentiable, grads[len(aliases) :], strict=True)), of_samples)
 
 
-def _refuse_hidden_uses(shares: list[tuple[str, Tensor | None]], whole: dict[str, Tensor | None]) -> None:
+def _cotangents_of_samples(flow: Flow, output: Any, scalar: Tensor) -> tuple[Tensor, list[Tensor]]:
+    """The output that the flow leads to, and for every sample the gradient of the loss there, zero for all others."""
+    found = [tensor for path, tensor in named_tensors(output) if (path or "output") == flow.target_name]
+    if not found:
+        raise TraceError(
+            f"per_sample=True, but the output {flow.target_name!r} that the flow leads to is not found again; trace "
+            "with target= the path of an output, not a function"
+        )
+    (whole,) = torch.autograd.grad(scalar, found[0], retain_graph=True)
+    layout = flow.states[-1].layouts[0]
+    return found[0], [scale(whole, layout, unit) for unit in torch.eye(flow.batch, dtype=torch.float64)]
+
+
+def _refuse_hidden_uses(shares: Shares, whole: dict[str, Tensor | None]) -> None:
     for name, gradient in whole.items():
         if gradient is None:
             continue
@@ -188,22 +231,33 @@ def _shared_out(
     flow: Flow,
     known: dict[str, nn.Parameter],
     places: list[int | None],
-    shares: list[tuple[str, Tensor | None]],
-    whole: dict[str, Tensor | None],
+    found: _Gradients,
 ) -> ParameterGradients:
-    sums: list[dict[str, Tensor | None]] = [{} for _ in flow.steps]
+    sums = _by_step(len(flow.steps), places, found.shares)
+    alone = [_step_norms(_by_step(len(flow.steps), places, shares)) for shares in found.of_samples]
+    used = {name for names in sums for name in names}
+    return ParameterGradients(
+        norms=_step_norms(sums),
+        parameter_norms=torch.tensor([_norm([known[name] for name in step]) for step in sums], dtype=torch.float64),
+        names=tuple(tuple(step) for step in sums),
+        by_name={name: _norm([gradient]) for name, gradient in found.whole.items()},
+        elsewhere=tuple(name for name in known if name not in used),
+        sample_norms=torch.stack(alone, dim=1) if alone else None,
+    )
+
+
+def _by_step(steps: int, places: list[int | None], shares: Shares) -> list[dict[str, Tensor | None]]:
+    """For every step the gradients of the parameters that it uses, summed over its uses of them."""
+    sums: list[dict[str, Tensor | None]] = [{} for _ in range(steps)]
     for place, (name, share) in zip(places, shares, strict=True):
         if place is not None:
             earlier = sums[place].get(name)
             sums[place][name] = share if earlier is None else earlier if share is None else earlier + share
-    used = {name for names in sums for name in names}
-    return ParameterGradients(
-        norms=torch.tensor([_norm(list(step.values())) for step in sums], dtype=torch.float64),
-        parameter_norms=torch.tensor([_norm([known[name] for name in step]) for step in sums], dtype=torch.float64),
-        names=tuple(tuple(step) for step in sums),
-        by_name={name: _norm([gradient]) for name, gradient in whole.items()},
-        elsewhere=tuple(name for name in known if name not in used),
-    )
+    return sums
+
+
+def _step_norms(sums: list[dict[str, Tensor | None]]) -> Tensor:
+    return torch.tensor([_norm(list(step.values())) for step in sums], dtype=torch.float64)
 
 
 def _norm(tensors: Sequence[Tensor | None]) -> float:

@@ -84,6 +84,19 @@ def test_a_loss_may_have_any_name_but_must_be_one_function():
         gradient_profile(network(), energy)
 
 
+@pytest.mark.parametrize("tied", [False, True])
+def test_parameter_gradients_of_single_samples(tied):
+    torch.manual_seed(0)
+    model, x = (Tied().double(), torch.randint(0, 7, (3, 2))) if tied else (network(), X)
+    found = parameter_gradients(stabkit.trace(model, x), energy, per_sample=True)
+    for sample in range(len(x)):
+        alone = parameter_gradients(stabkit.trace(model, x[sample : sample + 1]), energy)
+        torch.testing.assert_close(found.sample_norms[:, sample], alone.norms, rtol=1e-10, atol=1e-14)
+    assert parameter_gradients(stabkit.trace(model, x), energy).sample_norms is None
+    with pytest.raises(TraceError, match="not a function"):
+        parameter_gradients(stabkit.trace(model, x, target=lambda out: out), energy, per_sample=True)
+
+
 def test_random_masks_are_drawn_again():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 8), nn.Dropout(0.5), nn.Linear(8, 2)).double()
