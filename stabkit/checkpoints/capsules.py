@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from stabkit.checkpoints.files import read_file
 from stabkit.errors import CheckpointError
 
 FORMAT = "stabkit.capsule/1"
@@ -60,7 +61,7 @@ class Capsule:
         scale: the loss scale of AMP.
         processes: how many trained together.
         record: the record of the step, as a mapping.
-        model_factory: how to build the model, when the monitor was told.
+        model_factory: what builds the model, when the monitor was told; a hint, since it may be code.
         step: number of the training step.
         reason: why it was written.
     """
@@ -136,14 +137,11 @@ def read_capsule(path: str | os.PathLike[str]) -> Capsule:
     Raises:
         CheckpointError: it is not a capsule, or one of its files is damaged.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
     directory = Path(path)
     try:
         manifest = json.loads((directory / _MANIFEST).read_text(encoding="utf-8"))
-        tensors = load_file(directory / _BATCH)
-    except (OSError, ValueError, SafetensorError) as error:
+        tensors = read_file(directory / _BATCH).content
+    except (OSError, ValueError, RecursionError, CheckpointError) as error:
         raise CheckpointError(f"{directory} is no readable capsule: {error}") from error
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         raise CheckpointError(f"{directory / _MANIFEST}: format is not {FORMAT}; written by another version?")
@@ -158,11 +156,11 @@ def read_capsule(path: str | os.PathLike[str]) -> Capsule:
             scale=float(manifest["scale"]),
             processes=int(manifest["processes"]),
             record=dict(manifest["record"]),
-            model_factory=manifest["model_factory"],
+            model_factory=None if manifest["model_factory"] is None else str(manifest["model_factory"]),
             step=int(manifest["step"]),
             reason=str(manifest["reason"]),
         )
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError, RecursionError) as error:
         raise CheckpointError(f"{directory / _MANIFEST} is damaged: {type(error).__name__}: {error}") from error
 
 

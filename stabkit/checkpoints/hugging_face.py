@@ -146,7 +146,7 @@ def _resolve(folder: Path, config: dict[str, Any]) -> tuple[Any, Any]:
     transformers = optional("transformers", f"the Hugging Face directory {folder}")
     settings = dict(config)
     model_type = settings.pop("model_type", None)
-    if model_type not in transformers.CONFIG_MAPPING:
+    if not isinstance(model_type, str) or model_type not in transformers.CONFIG_MAPPING:
         known = list(transformers.CONFIG_MAPPING)
         raise CheckpointError(
             f"{folder / 'config.json'} has model_type {model_type!r}, which transformers "
@@ -169,6 +169,8 @@ def _resolve(folder: Path, config: dict[str, Any]) -> tuple[Any, Any]:
 
 def _model_class(transformers: Any, folder: Path, config: dict[str, Any], config_class: type) -> Any:
     named = config.get("architectures") or []
+    if not isinstance(named, list) or not all(isinstance(one, str) for one in named):
+        raise CheckpointError(f"{folder / 'config.json'}: architectures is {named!r}; expected a list of class names")
     if not named:
         try:
             return transformers.AutoModel._model_mapping[config_class]

@@ -11,6 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from stabkit.errors import CheckpointError
+
 RandomState = tuple[Tensor, list[Tensor], Any, Any]
 
 
@@ -36,6 +38,9 @@ def as_tensors(state: RandomState) -> dict[str, Tensor]:
 def restore_random(tensors: Mapping[str, Tensor]) -> None:
     """Put a state back that `as_tensors` wrote; devices that this machine has not are passed over.
 
+    Raises:
+        CheckpointError: it is no random state.
+
     Example:
         >>> kept = as_tensors(random_state())
         >>> first = torch.rand(2), random.random()
@@ -43,6 +48,13 @@ def restore_random(tensors: Mapping[str, Tensor]) -> None:
         >>> bool((torch.rand(2) == first[0]).all()), random.random() == first[1]
         (True, True)
     """
+    try:
+        _restore(tensors)
+    except (KeyError, TypeError, ValueError, OverflowError, RuntimeError) as error:
+        raise CheckpointError(f"the random state is damaged: {type(error).__name__}: {error}") from error
+
+
+def _restore(tensors: Mapping[str, Tensor]) -> None:
     torch.set_rng_state(tensors["cpu"])
     for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
         if f"cuda.{index}" in tensors:

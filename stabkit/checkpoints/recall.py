@@ -11,10 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from stabkit.checkpoints.capsules import Call, Capsule, read_capsule
+from stabkit.checkpoints.files import read_file
 from stabkit.checkpoints.matching import fill
 from stabkit.checkpoints.names import Model, build_model
 from stabkit.checkpoints.randomness import restore_random
-from stabkit.errors import CheckpointError
+from stabkit.errors import CheckpointError, StabkitError
 from stabkit.tracing.containers import named_tensors
 from stabkit.tracing.safekeeping import unchanged
 
@@ -57,7 +58,7 @@ def load_capsule(
     Args:
         path: the directory.
         model: the architecture: a name, a module (which is changed) or a callable; None takes the factory that the
-            monitor was told.
+            monitor was told, if that is a library's.
         factory_args: keyword arguments of the factory.
         seed: of a factory that draws random weights, which are then replaced.
 
@@ -71,8 +72,15 @@ def load_capsule(
     call = capsule.calls[-1]
     set_buffers(module, call)
     remembered(module, call, capsule.autocast)
-    with unchanged(module):
-        gradients = outer_gradients(module(*call.args, **call.kwargs), call, capsule.scale)
+    try:
+        with unchanged(module):
+            gradients = outer_gradients(module(*call.args, **call.kwargs), call, capsule.scale)
+    except StabkitError:
+        raise
+    except Exception as error:  # the model is the user's code
+        raise CheckpointError(
+            f"{capsule.path}: {name} does not run on the batch of its step: {type(error).__name__}: {error}"
+        ) from error
     mode = "training" if capsule.training else "evaluation"
     notes = (
         f"format: capsule of training step {capsule.step}, written because: {capsule.reason}",
@@ -93,25 +101,33 @@ def build(
     """The module of a capsule with its weights and modes, and its name.
 
     Raises:
-        CheckpointError: nothing says how to build it, or it does not fit.
+        CheckpointError: nothing says how to build it, only the capsule names code that does, or it does not fit.
     """
-    from safetensors.torch import load_file
-
-    chosen = capsule.model_factory if model is None else model
-    if chosen is None:
-        raise CheckpointError(
-            f"{capsule.path} does not say how to build its model; give --model, or tell the monitor: "
-            "Monitor(..., model_factory='pkg.mod:factory')"
-        )
-    module, name = build_model(chosen, factory_args=factory_args, seed=seed)
+    module, name = build_model(_chosen(capsule, model), factory_args=factory_args, seed=seed)
+    weights = read_file(capsule.weights).content
     try:
-        fill(module, load_file(capsule.weights))
+        fill(module, weights)
     except CheckpointError as error:
         raise CheckpointError(f"{capsule.path}: {error}") from error
     module.train(capsule.training)
     for path in capsule.unlike:
         module.get_submodule(path).training = not capsule.training
     return module, name
+
+
+def _chosen(capsule: Capsule, model: Model | None) -> Model:
+    """The architecture that the caller names; of those that a capsule names, only such as run no code of its choice."""
+    if model is not None:
+        return model
+    named = capsule.model_factory
+    if named is None:
+        raise CheckpointError(f"{capsule.path} does not say how to build its model; give --model pkg.mod:factory")
+    if not named.startswith(("torchvision:", "timm:")):
+        raise CheckpointError(
+            f"{capsule.path} names {named} as what builds its model, which is code and is not run because a file says "
+            f"so; if it is yours, say so yourself: --model {named}"
+        )
+    return named
 
 
 def set_buffers(module: nn.Module, call: Call) -> None:

@@ -68,8 +68,9 @@ class Monitor:
         history: records kept in memory.
         capsules: at most so many capsules on disk, the oldest beyond that are removed; 0 for none.
         probe_every: a probe comes every so many records.
-        model_factory: ``"pkg.mod:factory"`` or ``"file.py:factory"``, written into capsules so that
-            ``stabkit analyze CAPSULE`` can rebuild the model.
+        model_factory: what builds the model, written into capsules: ``"torchvision:NAME"`` and ``"timm:NAME"`` are all
+            that ``stabkit analyze CAPSULE`` needs; ``"pkg.mod:factory"`` and ``"file.py:factory"`` are code, which it
+            asks you to confirm by ``--model``.
         distributed: whether the processes of ``torch.distributed`` train this one model together, each with a monitor;
             None asks the wrapper of the model.
         seed: of random cotangents.

@@ -66,7 +66,7 @@ def replay(
     Args:
         path: the capsule's directory.
         model: the architecture: a name, a module (whose weights and gradients are replaced) or a callable; None takes
-            the factory that the monitor was told.
+            what the monitor was told, if that is a library's.
         factory_args: keyword arguments of the factory.
 
     Raises:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import random
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -87,13 +89,25 @@ def test_modes_are_those_of_the_step(tmp_path):
 
 def test_a_model_must_be_named_and_fit(tmp_path):
     path = written(tmp_path / "c", nn.Linear(3, 2), make_call())
-    with pytest.raises(CheckpointError, match="model_factory"):
+    with pytest.raises(CheckpointError, match="does not say how to build its model; give --model"):
         load_capsule(path)
     with pytest.raises(CheckpointError, match="weight"):
         load_capsule(path, lambda: nn.Linear(4, 2))
 
 
-@pytest.mark.parametrize("damage", ["missing", "not_json", "other_format", "field", "batch"])
+def test_a_factory_that_a_capsule_names_is_not_run(tmp_path):
+    payload = tmp_path / "payload.py"
+    payload.write_text("from pathlib import Path\nPath(__file__).with_name('ran').touch()\ndef make(): ...\n")
+    path = written(tmp_path / "c", nn.Linear(3, 2), make_call(), model_factory=f"{payload}:make")
+    with pytest.raises(CheckpointError, match=rf"not run because a file says so.*--model {payload}:make"):
+        load_capsule(path)
+    assert not (tmp_path / "ran").exists()
+    path = written(tmp_path / "d", nn.Linear(3, 2), make_call(), model_factory="timm:linear")
+    with pytest.raises(CheckpointError, match="timm"):  # a library's models are looked up
+        load_capsule(path)
+
+
+@pytest.mark.parametrize("damage", ["missing", "not_json", "other_format", "field", "step", "batch"])
 def test_a_damaged_capsule_is_refused(tmp_path, damage):
     path = written(tmp_path / "c", nn.Linear(3, 2), make_call())
     manifest = path / "capsule.json"
@@ -105,12 +119,28 @@ def test_a_damaged_capsule_is_refused(tmp_path, damage):
         manifest.write_text("{")
     elif damage == "other_format":
         manifest.write_text(json.dumps({**content, "format": "stabkit.capsule/99"}))
+    elif damage == "step":
+        manifest.write_text(json.dumps({**content, "step": math.inf}))
     elif damage == "field":
         manifest.write_text(json.dumps({**content, "calls": [{"args": [{"tensor": "nowhere"}]}]}))
     else:
         (path / "batch.safetensors").write_bytes(b"\x00" * 20)
     with pytest.raises(CheckpointError, match="capsule"):
         read_capsule(path)
+
+
+@pytest.mark.parametrize("damage", ["weights", "random", "batch"])
+def test_a_damaged_tensor_is_an_error(tmp_path, damage):
+    call = make_call()
+    if damage == "random":
+        call.random["numpy"][0] = 2**40
+    if damage == "batch":
+        call = replace(call, args=(torch.ones(2, 5),))
+    path = written(tmp_path / "c", nn.Linear(3, 2), call)
+    if damage == "weights":
+        (path / "weights.safetensors").write_bytes(b"\x00" * 20)
+    with pytest.raises(CheckpointError, match=r"safetensors|random state is damaged|does not run on the batch"):
+        load_capsule(path, lambda: nn.Linear(3, 2))
 
 
 def test_a_write_that_fails_leaves_nothing(tmp_path):

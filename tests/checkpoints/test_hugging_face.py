@@ -148,6 +148,8 @@ def test_half_precision_is_said_and_read_as_single(tmp_path):
         ({"auto_map": {"AutoModel": "evil.Model"}}, "auto_map"),
         ({"model_type": "gtp2"}, "did you mean gpt2"),
         ({"model_type": None}, "model_type None"),
+        ({"model_type": ["gpt2"]}, r"model_type \['gpt2'\]"),
+        ({"architectures": True}, "architectures is True; expected a list"),
         ({"architectures": ["PreTrainedTokenizer"]}, "does not have"),
         ({"architectures": ["NoSuchModel"]}, "NoSuchModel"),
         ({"n_head": 3}, "cannot build|not a valid"),

@@ -72,6 +72,14 @@ def test_a_damaged_file(tmp_path, suffix, content):
         read_input_file(tmp_path / f"x{suffix}")
 
 
+def test_a_header_without_its_end(tmp_path):
+    np.save(tmp_path / "x.npy", np.zeros((2, 4), np.float32))
+    raw = (tmp_path / "x.npy").read_bytes()
+    (tmp_path / "x.npy").write_bytes(raw.replace(b"}", b" "))  # numpy's own reader raises tokenize.TokenError
+    with pytest.raises(CheckpointError, match="cannot be read as numbers"):
+        read_input_file(tmp_path / "x.npy")
+
+
 def test_what_holds_no_numbers(tmp_path):
     torch.save({"epoch": 3}, tmp_path / "x.pt")
     np.save(tmp_path / "x.npy", np.array(["a", "b"]))

@@ -80,13 +80,13 @@ def test_a_capsule_replays_to_the_same_numbers(name, tmp_path):
 def test_a_capsule_under_autocast_with_a_loss_scale_replays(tmp_path):
     model = capsule_mlp()
     scaler = torch.amp.GradScaler("cpu", init_scale=256.0)
-    monitor = Monitor(model, 1, directory=tmp_path, writers=[], scaler=scaler, model_factory=FACTORY)
+    monitor = Monitor(model, 1, directory=tmp_path, writers=[], scaler=scaler)
     monitor.capsule()
     with torch.autocast("cpu", torch.bfloat16):
         loss = model(torch.randn(4, 8)).float().square().mean()
     scaler.scale(loss).backward()
     monitor.step(loss)
-    again = replay(monitor.capsules[0])
+    again = replay(monitor.capsules[0], FACTORY)
     assert again.capsule.autocast == {"cpu": "bfloat16"}
     assert again.agrees(1e-3), again.differences
 
@@ -124,8 +124,8 @@ def test_outputs_that_depend_on_each_other_are_not_counted_twice(aux, tmp_path):
 
 def test_a_capsule_loads_as_a_model_with_the_loss_of_the_run(tmp_path):
     model = capsule_mlp()
-    monitor = run(model, lambda: torch.randn(4, 8), tmp_path, ask=2, model_factory=FACTORY)
-    recalled = load_capsule(monitor.capsules[0])
+    monitor = run(model, lambda: torch.randn(4, 8), tmp_path, ask=2)
+    recalled = load_capsule(monitor.capsules[0], FACTORY)
     assert recalled.step == 2
     assert recalled.module.training
     outputs = [recalled.module(*recalled.inputs) for _ in range(2)]
@@ -152,8 +152,8 @@ def test_the_analysis_of_a_capsule_finds_the_norms_that_were_recorded(tmp_path):
 def test_analyze_draws_the_random_numbers_of_the_run(tmp_path):
     import stabkit
 
-    monitor = run(capsule_mlp(), lambda: torch.randn(4, 8), tmp_path, model_factory=FACTORY)
-    recalled = load_capsule(monitor.capsules[0])
+    monitor = run(capsule_mlp(), lambda: torch.randn(4, 8), tmp_path)
+    recalled = load_capsule(monitor.capsules[0], FACTORY)
     flow = stabkit.trace(recalled.module, *recalled.inputs, seed=5)
     profile = stabkit.gradient_profile(flow, recalled.loss)
     last = profile.gradient_norms.square().sum(1).sqrt()[-1].item()
