@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from stabkit.checkpoints.bounds import bounded_by
 from stabkit.checkpoints.files import read_file, regular_file
 from stabkit.checkpoints.matching import misfit
 from stabkit.checkpoints.names import near, optional, seeded
@@ -96,7 +97,7 @@ def load_directory(
     tensors, origin = read_weights(folder, trust_pickle=trust_pickle)
     model_class, settings = _resolve(folder, config)
     before = set(tensors)
-    with seeded(seed), _quiet():
+    with seeded(seed), _quiet(), bounded_by(tensors, str(folder / "config.json")):
         try:
             module, info = model_class.from_pretrained(
                 None,  # no path, so nothing is looked up: the config and the tensors are all there is
@@ -107,6 +108,8 @@ def load_directory(
                 **{_dtype_keyword(): torch.float32},
                 attn_implementation="eager",
             )
+        except CheckpointError:
+            raise
         except Exception as error:  # transformers raises anything for a config it cannot build
             raise CheckpointError(
                 f"transformers cannot build {model_class.__name__} from {folder / 'config.json'}: "

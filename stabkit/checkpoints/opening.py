@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -11,6 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from stabkit.checkpoints import adapters, programs
+from stabkit.checkpoints.bounds import bounded_by
 from stabkit.checkpoints.directories import SINGLE, holds_whole_weights, refuse_other_directories
 from stabkit.checkpoints.distributed import Distributed, Placed, distributed_folder, read_distributed
 from stabkit.checkpoints.files import read_file, regular_file
@@ -214,7 +216,7 @@ def _filled(archive: _Archive, options: Options) -> Opened:
 
 
 def _from_directory(folder: Path, options: Options) -> Opened:
-    config = folder / "config.json"
+    config, told = folder / "config.json", False
     if not holds_whole_weights(folder):
         if (sharded := distributed_folder(folder)) is not None:
             shards = read_distributed(sharded)
@@ -231,8 +233,10 @@ def _from_directory(folder: Path, options: Options) -> Opened:
         options = dataclasses.replace(
             options, model=f"timm:{content['architecture']}", factory_args=_timm_arguments(content, options)
         )
+        told = True
     tensors, origin = read_weights(folder, trust_pickle=options.trust_pickle)
-    opened = _filled(_Archive(folder, tensors, origin), options)
+    with bounded_by(tensors, str(config)) if told else contextlib.nullcontext():
+        opened = _filled(_Archive(folder, tensors, origin), options)
     return dataclasses.replace(opened, folder=folder)
 
 

@@ -48,3 +48,6 @@ def test_a_directory_of_timm(tmp_path):
     loaded = load(tmp_path)
     assert loaded.name == "timm:test_vit"
     assert torch.equal(loaded.model.head.weight, reference.head.weight)
+    (tmp_path / "config.json").write_text(json.dumps({"architecture": "test_vit", "model_args": {"depth": 3000}}))
+    with pytest.raises(CheckpointError, match=r"a model of more than \d+ modules"):
+        load(tmp_path)

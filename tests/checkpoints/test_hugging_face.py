@@ -152,6 +152,8 @@ def test_half_precision_is_said_and_read_as_single(tmp_path):
         ({"architectures": True}, "architectures is True; expected a list"),
         ({"architectures": ["PreTrainedTokenizer"]}, "does not have"),
         ({"architectures": ["NoSuchModel"]}, "NoSuchModel"),
+        ({"n_layer": 10**12}, r"describes a model of more than \d+ modules, but 28 tensors are stored"),
+        ({"vocab_size": 10**9}, r"describes a model of more than \d+ numbers"),
         ({"n_head": 3}, "cannot build|not a valid"),
         ({"n_embd": "wide"}, "cannot build|not a valid"),
     ],
