@@ -29,6 +29,7 @@ class Coefficient:
         low: smallest entry.
         high: largest entry.
         residual: relative deviation from ``kind`` and ``value`` on random cotangents; 0 where the code leaves no room.
+        sample: the first entry of a diagonal; None for other kinds.
     """
 
     kind: str
@@ -36,6 +37,7 @@ class Coefficient:
     low: float
     high: float
     residual: float
+    sample: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, ready for JSON."""
@@ -57,9 +59,9 @@ def measure(piece: Piece, value: Value, atom: Value, path: set[Node]) -> Coeffic
         factors = factors * (meta_of(atom).numel / meta_of(value).numel)
     kind, number = _kind(factors, meta_of(value), piece.is_gated(path), _masks(path))
     low, high = float(factors.min()), float(factors.max())
-    if atom not in piece.ends:
-        return Coefficient(kind, number, low, high, 0.0)
-    return _certified(piece, value, atom, path, Coefficient(kind, number, low, high, 0.0))
+    sample = float(factors.reshape(-1)[0]) if kind == "diagonal" else None
+    found = Coefficient(kind, number, low, high, 0.0, sample)
+    return found if atom not in piece.ends else _certified(piece, value, atom, path, found)
 
 
 def _is_broadcast(piece: Piece, path: set[Node], atom: Value) -> bool:
@@ -143,7 +145,7 @@ def _certified(piece: Piece, value: Value, atom: Value, path: set[Node], guess: 
     if bool(torch.allclose(ratios[0], ratios[1], rtol=1e-3, atol=1e-4)):
         deviation = float((ratios[0] - ratios[1]).abs().max())
         kind = guess.kind if guess.kind != "scalar" else "diagonal"
-        return Coefficient(kind, guess.value, guess.low, guess.high, deviation)
+        return Coefficient(kind, guess.value, guess.low, guess.high, deviation, guess.sample)
     sizes = [torch.sort(t.abs(), dim=1).values for t in (s, w)]
     moved = float((sizes[0] - sizes[1]).norm() / w.norm()) <= _tolerance(after.dtype)
     return Coefficient("moved" if moved else "mixed", guess.value, guess.low, guess.high, residual)

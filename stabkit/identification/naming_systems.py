@@ -194,9 +194,10 @@ def _oscillator(found: Blocks) -> Name | None:
     for y, v in ((0, 1), (1, 0)):
         dt = _drift_after_kick(found, y, v) or _kick_after_drift(found, y, v)
         if dt is not None:
+            damped = abs(float(np.linalg.det(found.V)) - 1.0) > CLOSE
             return Name(
-                "damped oscillator, symplectic Euler (coRNN)",
-                "y'' = f(y, y') - gamma y - epsilon y'",
+                f"{'damped ' * damped}oscillator, symplectic Euler ({'coRNN' if damped else 'UnICORNN'})",
+                "y'' = f(y, y') - gamma y - epsilon y'" if damped else "y'' = f(y) - gamma y",
                 1.0,
                 f"dt = {abs(dt):.3g}: the number that multiplies the new velocity",
             )

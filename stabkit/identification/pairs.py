@@ -28,7 +28,8 @@ def read_several_states(around: Surroundings, found: Slots, steps: tuple[int, ..
     if found.split or len({value.node for value in found.sources}) == 1:
         found = _paired(around, found, steps)
     form = around.normal_form(start, stop, found)
-    table = blocks(form, found.contexts)
+    diagonal = any(c.kind == "diagonal" for terms in form.forms for c in terms.values())
+    table = blocks(form, found.contexts, one_coordinate=diagonal)
     if table is None or (opaque and not form.merges):
         hidden = f"hidden in {', '.join(opaque)}" if opaque else "the states are mixed or moved"
         return _nothing(steps, "unknown", f"the state is a tuple of tensors; {hidden}", "unknown")
@@ -73,6 +74,8 @@ def _notes(around: Surroundings, form: NormalForm, table: Blocks, found: Slots) 
     notes = [f"{len(form.sources)} states" + (PARTS if found.split else "")]
     if found.contexts:
         notes.append(f"{len(found.contexts)} tensor(s) from before are held fixed")
+    if any(c.kind == "diagonal" for terms in form.forms for c in terms.values()):
+        notes.append("every coordinate has coefficients of its own: those of the first are shown")
     learned = around.learned_factors(form.piece)
     if learned:
         notes.append(f"learned factors: {', '.join(learned)}")

@@ -81,13 +81,16 @@ def _rows(block: Matrix) -> list[list[float]]:
     return [[float(x) for x in row] for row in block]
 
 
-def blocks(form: NormalForm, contexts: Collection[Value] = (), *, moves_cancel: bool = False) -> Blocks | None:
+def blocks(
+    form: NormalForm, contexts: Collection[Value] = (), *, moves_cancel: bool = False, one_coordinate: bool = False
+) -> Blocks | None:
     """The tableau of a normal form; None when a state does not reach the new states as a number times itself.
 
     Args:
         form: as many targets as sources that are no contexts; the first new state follows the first old one.
         contexts: values that are no states, but held fixed: the input of a recurrent network.
         moves_cancel: whether moved entries return to their places outside of this form.
+        one_coordinate: take the first entry of every diagonal instead of the mean, for products of several diagonals.
     """
     states = list(form.sources)
     numbers_only = _NUMBERS | {"moved"} if moves_cancel else _NUMBERS
@@ -104,7 +107,7 @@ def blocks(form: NormalForm, contexts: Collection[Value] = (), *, moves_cancel: 
     B, V = np.zeros((r, size)), np.zeros((r, r))
     outputs = [stage.output for stage, _ in rows]
     for i, (stage, number) in enumerate(rows):
-        inputs = _own(stage.inputs[number], contexts, shared=counts[stage.key] > 1)
+        inputs = _own(stage.inputs[number], contexts, shared=counts[stage.key] > 1, one_coordinate=one_coordinate)
         for atom, value in inputs.items():
             if atom in states:
                 U[i, states.index(atom)] = value
@@ -113,9 +116,9 @@ def blocks(form: NormalForm, contexts: Collection[Value] = (), *, moves_cancel: 
     for i, terms in enumerate(form.forms):
         for atom, coefficient in terms.items():
             if atom in states:
-                V[i, states.index(atom)] = coefficient.value
+                V[i, states.index(atom)] = _number_of(coefficient, one_coordinate)
             elif atom not in contexts:
-                B[i, [j for j, output in enumerate(outputs) if output == atom]] = _of_stage(coefficient)
+                B[i, [j for j, output in enumerate(outputs) if output == atom]] = _of_stage(coefficient, one_coordinate)
     for j in range(size):  # the sign of a field that is used once belongs to the field
         if counts[rows[j][0].key] == 1 and B[B[:, j] != 0, j][:1].sum() < 0:
             A[:, j], B[:, j] = -A[:, j], -B[:, j]
@@ -141,17 +144,21 @@ def _without_twins(found: Blocks) -> Blocks:
     return Blocks(A[np.ix_(kept, kept)], found.U[kept], B[:, kept], found.V, fields, tuple(found.rows[i] for i in kept))
 
 
-def _own(terms: Terms, contexts: Collection[Value], shared: bool) -> dict[Value, float]:
+def _own(terms: Terms, contexts: Collection[Value], *, shared: bool, one_coordinate: bool) -> dict[Value, float]:
     """The inputs of a stage; a factor before a field that is used once belongs to the field."""
     kept = {atom: c for atom, c in terms.items() if atom not in contexts}
     if len(kept) == 1 and not (shared and next(iter(kept.values())).kind == "scalar"):
         return dict.fromkeys(kept, 1.0)
-    return {atom: _of_stage(c) for atom, c in kept.items()}
+    return {atom: _of_stage(c, one_coordinate) for atom, c in kept.items()}
 
 
-def _of_stage(coefficient: Coefficient) -> float:
+def _number_of(coefficient: Coefficient, one_coordinate: bool) -> float:
+    return coefficient.sample if one_coordinate and coefficient.sample is not None else coefficient.value
+
+
+def _of_stage(coefficient: Coefficient, one_coordinate: bool) -> float:
     """Dropout, and which entries a stage adds to, belong to the stage."""
-    return 1.0 if coefficient.kind == "dropout" else coefficient.value
+    return 1.0 if coefficient.kind == "dropout" else _number_of(coefficient, one_coordinate)
 
 
 def step_size(found: Blocks) -> tuple[float, str]:

@@ -196,3 +196,19 @@ def test_an_oscillator_is_known_wherever_its_step_is_cut():
         record = identify(stabkit.iterate(step, start, 3))[0]
         assert record.name == "damped oscillator, symplectic Euler (coRNN)"
         assert record.convention.startswith("dt = 0.1:")
+
+
+def test_an_oscillator_of_independent_units_is_read_at_one_of_them():
+    rate, weight = torch.rand(2, WIDTH, dtype=torch.float64)
+
+    def step(state):
+        y, v = state
+        v = v - rate * (torch.tanh(weight * y) + 0.9 * y)
+        return y + rate * v, v
+
+    start = tuple(torch.randn(2, WIDTH, dtype=torch.float64) for _ in range(2))
+    record = identify(stabkit.iterate(step, start, 3))[0]
+    assert record.name == "oscillator, symplectic Euler (UnICORNN)"
+    assert record.convention.startswith(f"dt = {float(rate[0]):.3g}:")
+    assert np.linalg.det(record.method.stability_matrix(Z)) == pytest.approx(1.0)
+    assert "those of the first are shown" in record.notes[1]
