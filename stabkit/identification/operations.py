@@ -63,7 +63,10 @@ SCALES = frozenset({"ForeachMul", "ForeachNeg", "MaskedFill", "Mul", "NativeDrop
 PRODUCTS = frozenset({"Mul", "Div"})
 NORMS = frozenset({"NativeLayerNorm", "NativeGroupNorm", "NativeBatchNorm", "CudnnBatchNorm", "FusedRmsNorm"})
 #: Operations with a weight matrix or a kernel, or a product of two matrices.
-MATRICES = ("Addmm", "Mm", "Bmm", "Baddbmm", "Addbmm", "Addmv", "Mv", "Dot", "Convolution", "MkldnnLinear", "Linear")
+MATRICES = (
+    "Addbmm", "Addmm", "Addmv", "Baddbmm", "Bmm", "Convolution", "Dot", "Linear", "MkldnnLinear", "Mm", "Mv",
+    "SparseAddmm", "SparseMm",
+)  # fmt: skip
 #: Operations that are affine in all their inputs, and put entries into other places.
 _SCATTERS = frozenset({"IndexAdd", "IndexPut", "Scatter", "ScatterAdd"})
 #: Operations that are affine in their one input that depends on the state, and mix its entries.

@@ -8,6 +8,7 @@ from dataclasses import replace
 from stabkit.identification.chain import Link
 from stabkit.identification.coefficients import Coefficient, measure
 from stabkit.identification.confirmation import Check, commutator, defect
+from stabkit.identification.diffusion import averages
 from stabkit.identification.hidden_skip import HiddenSkip, hidden_skip
 from stabkit.identification.implicit import LinearSolve, fixed_point, linear_solve, solves_inside
 from stabkit.identification.naming import Name, name_one_state
@@ -212,7 +213,7 @@ def _sums(around: Surroundings, found: Slots, links: Sequence[Link], steps: tupl
     relaxed = with_linear_part(table)
     if relaxed is not None:
         table = relaxed[0]
-    named = name_one_state(table)
+    named = _as_diffusion(name_one_state(table), sums, table)
     skips = [form.forms[0][form.sources[0]] for form in sums if form.sources[0] in form.forms[0]]
     kinds = {c.kind for c in skips} if total is None else {total.kind}
     residual = total.residual if total is not None else max((c.residual for c in skips), default=0.0)
@@ -224,6 +225,15 @@ def _sums(around: Surroundings, found: Slots, links: Sequence[Link], steps: tupl
         checks=_checks(sums, table),
     )
     return _with_randomness(_with_gates(_with_projection(record, _norms_after(links), len(sums)), kinds, sums), sums)
+
+
+def _as_diffusion(name: Name, sums: Sequence[NormalForm], table: Blocks) -> Name:
+    """A step towards an average of the state over its neighbours."""
+    relaxes = len(table.rows) == 1 and abs(float(table.V[0, 0]) + name.h - 1.0) <= _GATED
+    if not relaxes or not averages(sums[0].piece, table.rows[0]):
+        return name
+    system = f"x' = A x - x, diffusion (rows of A sum to one), Euler with h = {name.h:.3g}"
+    return replace(name, system=system)
 
 
 def _linear_links(links: Sequence[Link]) -> list[Link]:

@@ -238,3 +238,28 @@ def test_a_record_is_one_line_and_other_things_are_refused():
     )
     with pytest.raises(TraceError, match=r"flow is a int; expected what stabkit.trace"):
         identify(3)
+
+
+@pytest.mark.parametrize("kind", ["dense", "sparse", "by edges", "attention"])
+def test_a_step_towards_the_mean_of_the_neighbours_is_diffusion(kind):
+    nodes = 5
+    A = torch.softmax(torch.randn(nodes, nodes, dtype=torch.float64), -1)
+    source, target = (index.flatten() for index in torch.meshgrid(*[torch.arange(nodes)] * 2, indexing="ij"))
+
+    def neighbours(m, x):
+        if kind == "attention":
+            return torch.softmax(m.parts[0](x) @ m.parts[1](x).T, -1) @ x
+        if kind == "by edges":
+            return torch.zeros_like(x).index_add(0, target, A[target, source, None] * x[source])
+        return torch.sparse.mm(A.to_sparse(), x) if kind == "sparse" else A @ x
+
+    make = lambda: Step(lambda m, x: x + 0.5 * (neighbours(m, x) - x), nn.Linear(6, 6), nn.Linear(6, 6))  # noqa: E731
+    model, inputs, _ = stack(make, (nodes, 6))()
+    found = identify(trace(model, *inputs, batch_dim=None, depth=["0", "1", "2"]))[1]
+    assert (found.name, found.step_size) == ("damped Euler (a = 0.5)", 0.5)
+    assert found.system.startswith("x' = A x - x, diffusion")
+
+
+def test_a_leaky_unit_is_no_diffusion():
+    found = read(lambda: Step(lambda m, x: 0.5 * x + 0.5 * m.parts[0](x), nn.Linear(6, 6)))
+    assert "diffusion" not in found.system
