@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from stabkit.diagnosis.activity import Activity
-from stabkit.diagnosis.measurement import Measurement, StepMeasurement
-from stabkit.diagnosis.peers import FLOOR, Deviation, deviation
+from stabkit.diagnosis.measurement import Array, Measurement, StepMeasurement
+from stabkit.diagnosis.peers import FLOOR, Deviation, deviation, nearest_to_peers
 from stabkit.diagnosis.thresholds import Thresholds
 
 _FEWEST = 2  # peers
@@ -28,12 +28,13 @@ class Behaviour:
         step: the step.
         gain: of the Jacobian.
         change: of the size of the state.
-        branch: gains of its branches, in order.
-        added: what it adds, absolutely.
-        added_relative: what it adds, beside the state.
+        branch: gains of its branches, in order. A branch behind a norm passes gradients on by one over the size of
+            the state, so gains are held against those of the peers as they are and times that size: what agrees best
+            among the peers counts.
+        added: what it adds, as it is or beside the state, whichever agrees best among the peers.
         saturation: by how much the share of saturated entries exceeds that of the peers.
         dead: by how much the share of dead units exceeds that of the peers.
-        neighbours: smallest deviation of each branch gain from the two blocks beside it; 0 without two.
+        neighbours: smallest deviation of each branch gain from the two nearest blocks; 0 without two.
         peers: how many there are.
         alike: whether they act between the same spaces, so that a deviation alone means something.
     """
@@ -43,7 +44,6 @@ class Behaviour:
     change: Deviation
     branch: tuple[Deviation, ...] = ()
     added: Deviation | None = None
-    added_relative: Deviation | None = None
     saturation: float = 0.0
     dead: float = 0.0
     neighbours: tuple[float, ...] = field(default=())
@@ -53,7 +53,7 @@ class Behaviour:
     @property
     def largest(self) -> float:
         """The largest deviation of any kind, nats; -inf where something passes nothing."""
-        sizes = [d.size for d in (self.gain, self.change, *self.branch, self.added, self.added_relative) if d]
+        sizes = [d.size for d in (self.gain, self.change, *self.branch, self.added) if d]
         return max((s for s in sizes if not math.isnan(s)), key=abs, default=0.0)
 
     def confirms(self) -> bool:
@@ -69,9 +69,8 @@ class Behaviour:
         if not self.step.renormalised and max(abs(self.gain.value), abs(self.change.value)) > abs(self.gain.typical):
             found.append(_agreed(self.gain, self.change, limit, sigmas))  # unless its peers are the odd ones
         for index, branch in enumerate(self.branch):
-            if self.added is not None and self.added_relative is not None:
-                both = _smaller(self.added, self.added_relative)
-                found.append(_agreed(branch, both, limit, sigmas) if len(self.branch) == 1 else 0.0)
+            if self.added is not None and len(self.branch) == 1:
+                found.append(_agreed(branch, self.added, limit, sigmas))
             near = self.neighbours[index] if index < len(self.neighbours) else 0.0
             if branch.exceeds(limit, sigmas) and abs(near) > limit and near * branch.size > 0:
                 found.append(_smaller_size(branch.size, near))
@@ -82,10 +81,6 @@ def _agreed(one: Deviation, two: Deviation, limit: float, sigmas: float) -> floa
     if one.exceeds(limit, sigmas) and two.exceeds(limit, sigmas) and one.size * two.size > 0:
         return _smaller_size(one.size, two.size)
     return 0.0
-
-
-def _smaller(one: Deviation, two: Deviation) -> Deviation:
-    return one if abs(one.size) < abs(two.size) else two
 
 
 def _smaller_size(one: float, two: float) -> float:
@@ -117,27 +112,44 @@ def _beside(step: StepMeasurement, group: Sequence[StepMeasurement], measurement
     alike = [other for other in group if len(other.merges) == len(step.merges)]
     at = next(i for i, other in enumerate(alike) if other is step)
     gains = np.array([[merge.gain for merge in other.merges] for other in alike]).reshape(len(alike), -1)
+    before = np.array([sizes[other.index] for other in alike])
+    branches = [_branch_gain(column, before, at) for column in gains.T]
     return Behaviour(
         step=step,
         gain=of(lambda s: s.mean_gain),
         change=of(lambda s: s.log_change),
-        branch=tuple(deviation(list(column), at) for column in gains.T),
-        added=of(lambda s: s.log_branch) if step.merges and step.kind == "step" else None,
-        added_relative=of(lambda s: s.log_branch - sizes[s.index]) if step.merges and step.kind == "step" else None,
+        branch=tuple(far for far, _ in branches),
+        added=nearest_to_peers([of(lambda s: s.log_branch), of(lambda s: s.log_branch - sizes[s.index])])
+        if step.merges and step.kind == "step"
+        else None,
         saturation=_excess(step, group, lambda a: 0.0 if a.gate else a.saturated),
         dead=_excess(step, group, _dead_beyond_chance),
-        neighbours=tuple(_between(column, at) for column in gains.T),
+        neighbours=tuple(near for _, near in branches),
         peers=len(group) - 1,
         alike=all(other.space == step.space for other in group),
     )
 
 
-def _between(column: np.ndarray, at: int) -> float:
-    """The smaller of the differences to the blocks before and after, when they have one sign; 0 otherwise."""
-    if not 0 < at < len(column) - 1:
-        return 0.0
+def _branch_gain(gains: Array, sizes: Array, at: int) -> tuple[Deviation, float]:
+    """The deviation of one branch gain from the peers, and from the two nearest blocks.
+
+    Gains are read as they are and times the size of the state, as behind a norm; see `Behaviour`.
+    """
     with np.errstate(invalid="ignore"):
-        one, two = float(column[at] - column[at - 1]), float(column[at] - column[at + 1])
+        readings = [gains, gains + sizes]
+    found = [deviation(list(values), at) for values in readings]
+    best = nearest_to_peers(found)
+    return best, _between(readings[found.index(best)], at)
+
+
+def _between(column: Array, at: int) -> float:
+    """The smaller of the differences to the two nearest blocks, when they have one sign; 0 otherwise."""
+    last = len(column) - 1
+    if last < 2:
+        return 0.0
+    near = (1, 2) if at == 0 else (last - 1, last - 2) if at == last else (at - 1, at + 1)
+    with np.errstate(invalid="ignore"):
+        one, two = (float(column[at] - column[other]) for other in near)
     return _smaller_size(one, two) if one * two > 0 else 0.0
 
 

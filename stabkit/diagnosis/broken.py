@@ -10,10 +10,16 @@ import numpy as np
 from stabkit.diagnosis import remedies
 from stabkit.diagnosis.finding import Finding
 from stabkit.diagnosis.measurement import Measurement, StepMeasurement
+from stabkit.diagnosis.thresholds import Thresholds
+from stabkit.diagnosis.verdict import factor
+from stabkit.diagnosis.weight_faults import WeightFault, weight_faults
 
 
-def non_finite_findings(measurement: Measurement) -> list[Finding]:
-    """The first step whose parameters or results are not finite; else the first where the gradient ceases to be."""
+def non_finite_findings(measurement: Measurement, thresholds: Thresholds) -> list[Finding]:
+    """The first step whose parameters or results are not finite; else the first where the gradient ceases to be.
+
+    Where states overflow, a weight before that is far larger than in its peers is named as the cause.
+    """
     steps = measurement.steps
     poisoned = [step for step in steps if any(not weight.finite for weight in step.weights)]
     broken = [step for step in steps if not step.finite]
@@ -21,19 +27,18 @@ def non_finite_findings(measurement: Measurement) -> list[Finding]:
     backward = [int(i) for i in np.flatnonzero(lost.any(axis=1))]
     if broken or poisoned:
         first = min([*broken, *poisoned], key=lambda step: step.index)
-        return [_forward(first, _everything(first, steps, backward))]
+        faults = weight_faults(steps, thresholds) if first in broken and first not in poisoned else []
+        cause = next((f for f in faults if f.step <= first.index and f.deviation.size > 0), None)
+        where = tuple(sorted({first.index, *backward}))
+        return [_forward(first, where) if cause is None else _overflow(first, steps[cause.step], cause, where)]
     if backward:
         return [_backward(steps[max(backward)], backward)]  # the gradient travels from the last step to the first
     return []
 
 
-def _everything(first: StepMeasurement, steps: Sequence[StepMeasurement], backward: Sequence[int]) -> tuple[int, ...]:
-    del steps
-    return tuple(sorted({first.index, *backward}))
-
-
 def _forward(step: StepMeasurement, where: tuple[int, ...]) -> Finding:
-    bad = [weight.path for weight in step.weights if not weight.finite]
+    poisoned = [weight for weight in step.weights if not weight.finite]
+    bad = [weight.path for weight in poisoned]
     name = step.name
     if bad:
         evidence = f"{', '.join(bad)} of {name} {'is' if len(bad) == 1 else 'are'} NaN or infinite"
@@ -42,21 +47,36 @@ def _forward(step: StepMeasurement, where: tuple[int, ...]) -> Finding:
         evidence = f"the state behind {name} is NaN or infinite, and the one before it is not"
         remedy = f"look at the output of {step.module_path or name}: its activations overflow, or it divides by zero"
     actions = tuple(
-        remedies.redraw(weight.path, 1.0 / weight.unit if weight.kind == "matrix" else 0.0)
-        for weight in step.weights
-        if not weight.finite
+        remedies.redraw(weight.path, 1.0 / weight.unit if weight.kind == "matrix" else 0.0) for weight in poisoned
     )
     return Finding(
         kind="non_finite",
         severity="critical",
         steps=(step.index, *(i for i in where if i != step.index)),
-        module_path=step.module_path,
+        module_path=step.home(poisoned),
         confidence=1.0,
         evidence=evidence,
         remedy=remedy,
         reference="",
         numbers={"parameters": float(len(bad))},
         actions=actions,
+    )
+
+
+def _overflow(step: StepMeasurement, home: StepMeasurement, cause: WeightFault, where: tuple[int, ...]) -> Finding:
+    remedy = remedies.to_peers([cause])
+    return Finding(
+        kind="non_finite",
+        severity="critical",
+        steps=(home.index, *(i for i in where if i != home.index)),
+        module_path=home.home([cause.weight]),
+        confidence=1.0,
+        evidence=f"the state behind {step.name} is NaN or infinite, and the one before it is not; {cause.weight.path} "
+        f"is {factor(cause.deviation.size)} times as large as in {cause.deviation.peers} peers",
+        remedy=remedy.text,
+        reference="",
+        numbers={"parameters": 0.0, f"weight_deviation:{cause.weight.path}": cause.deviation.size},
+        actions=remedy.actions,
     )
 
 

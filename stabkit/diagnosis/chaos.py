@@ -20,7 +20,7 @@ from stabkit.tracing import Iteration
 _BOUNDED = 0.1  # slope of log |x|, as a fraction of the exponent, under which states count as bounded
 _PERTURBATIONS = (1e-6, 1e-4, 1e-2)  # of the finite-size test, relative to the state
 _SMALL = math.log(1e-2)  # log distance over state up to which a perturbation still grows as the linear map says
-_APART = 1.5  # distance over state at which two trajectories on one attractor may end: sqrt(2) when unrelated
+_APART = 2.0  # distance over state at which two trajectories of one size may end: about sqrt(2) when unrelated
 _PART = 1e-2  # share of the energy that must tell samples apart in the end
 
 
@@ -93,7 +93,8 @@ def _parting(flow: Iteration) -> str:
     rates, ends = [], []
     for size in _PERTURBATIONS:
         start = tuple(t.detach() + size * typical * d for t, d in zip(flow.initial, directions, strict=True))
-        apart = (_flat(flow, start) - undisturbed).norm(dim=2) / undisturbed.norm(dim=2).clamp_min(1e-300)
+        # beside the typical state: the first may well be zero
+        apart = (_flat(flow, start) - undisturbed).norm(dim=2) / max(typical * undisturbed.shape[2] ** 0.5, 1e-300)
         logs = apart.clamp_min(1e-300).log().mean(1)
         linear = int((logs < _SMALL).nonzero().max()) if bool((logs < _SMALL).any()) else 0
         rates.append(float(logs[linear] - logs[0]) / max(linear, 1))
@@ -136,7 +137,7 @@ def _finding(
     low, high = found.interval
     return Finding(
         kind="chaotic",
-        severity="warning",
+        severity="critical" if tied is not None and growth > thresholds.drift else "warning",
         steps=tuple(range(first, last + 1)),
         module_path=steps[0].module_path,
         confidence=thresholds.confidence,

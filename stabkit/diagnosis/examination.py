@@ -15,9 +15,10 @@ from stabkit.diagnosis.finding import SEVERITIES, Finding, serious
 from stabkit.diagnosis.layers import dead_findings, saturated_findings
 from stabkit.diagnosis.local import local_findings
 from stabkit.diagnosis.measurement import AnyFlow, Measurement, measure
-from stabkit.diagnosis.states import collapse_finding, precision_findings, spread
+from stabkit.diagnosis.ranks import rank_findings
+from stabkit.diagnosis.states import collapse_finding, precision_findings, spread, underflow
 from stabkit.diagnosis.stretch import growth_finding, mechanism_findings, transient
-from stabkit.diagnosis.structure import missing_norm_findings
+from stabkit.diagnosis.structure import missing_norm_findings, missing_skip_findings
 from stabkit.diagnosis.thresholds import Thresholds
 from stabkit.diagnosis.verdict import Verdict, judge
 from stabkit.growth.rate_laws import rate_law
@@ -106,7 +107,7 @@ def examine(
     measurement = measure(flow, loss, probes=probes, seed=seed, sharing=sharing)
     verdict = judge(measurement.growth, measurement.kinds, limits, seed)
     if verdict.name == "non-finite" or not all_finite(measurement):
-        broken = non_finite_findings(measurement)
+        broken = non_finite_findings(measurement, limits)
         return Diagnosis(_broken(verdict) if broken else verdict, tuple(broken), measurement)
     verdict = _by_rate_law(verdict, measurement, limits)
     spreads = spread(flow)
@@ -124,11 +125,12 @@ def examine(
             found.append(passing)
             verdict = _renamed(verdict, "transient growth", passing.evidence)
         chaos = chaos_finding(flow, measurement, spreads, verdict.stretch, limits, seed)
-        if chaos:
+        # of layers that grow beyond range it is said that they explode; a tied map has no other name for it
+        if chaos and verdict.name == "exploding" and isinstance(flow, Flow):
             found += chaos
-            # of layers that grow beyond range it is said that they explode; a tied map has no other name for it
-            if verdict.name != "exploding" or not isinstance(flow, Flow):
-                verdict = _renamed(verdict, "chaotic", chaos[0].evidence)
+        elif chaos:
+            found = [*chaos, *found]
+            verdict = _renamed(verdict, "chaotic", chaos[0].evidence)
     if not any(finding.kind == "dead" for finding in found):
         found += collapse_finding(measurement, spreads, verdict.stretch, limits)
     found += precision_findings(flow, measurement)
@@ -160,12 +162,19 @@ def _block_findings(flow: AnyFlow, measurement: Measurement, limits: Thresholds)
     local = local_findings(measurement, limits)
     by_weight = [finding for finding in local if any("weight_deviation" in key for key in finding.numbers)]
     weighed = {index for finding in by_weight for index in finding.steps}
-    dead = [f for f in dead_findings(measurement, limits) if not weighed & set(f.steps)]
-    norms = missing_norm_findings(flow, measurement)
-    blamed = weighed | {index for finding in (*dead, *norms) for index in finding.steps}
+    causes = [
+        *dead_findings(measurement, limits),
+        *missing_skip_findings(flow, measurement),
+        *missing_norm_findings(flow, measurement),
+        *rank_findings(measurement, limits),
+    ]
+    causes = [finding for finding in causes if not weighed & set(finding.steps)]
+    blamed = weighed | {index for finding in causes for index in finding.steps}
     rest = [f for f in local if f not in by_weight and not blamed & set(f.steps)]
-    norms = [finding for finding in norms if not weighed & set(finding.steps)]
-    return [*by_weight, *dead, *norms, *rest]
+    lost = underflow(flow, measurement)
+    if lost.size:  # nothing of what follows is the fault of its block
+        causes, rest = ([f for f in fs if f.kind != "dead" or min(f.steps) < lost[0]] for fs in (causes, rest))
+    return [*by_weight, *causes, *rest]
 
 
 def _explains(blocks: Sequence[Finding], verdict: Verdict, limits: Thresholds) -> bool:

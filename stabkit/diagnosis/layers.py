@@ -96,10 +96,11 @@ def _before(index: int, measurement: Measurement) -> list[Weight]:
 
 
 def _low_biases(index: int, measurement: Measurement) -> list[tuple[int, Weight]]:
-    """Biases that push the units of a step below zero: far below those of the others."""
+    """Biases that push the units of a step below zero: of the layer before them, or of a norm in between."""
     for step in reversed(measurement.steps[: index + 1]):
-        if any(weight.kind == "bias" for weight in step.weights):
-            return [(step.index, bias) for bias in remedies.low_biases(step)]
+        low = remedies.low_biases(step)
+        if low or any(weight.kind == "matrix" for weight in step.weights):
+            return [(step.index, bias) for bias in low]
     return []
 
 

@@ -15,7 +15,8 @@ from stabkit.diagnosis.measurement import Measurement, StepMeasurement
 from stabkit.diagnosis.peers import Deviation
 from stabkit.diagnosis.thresholds import Thresholds
 from stabkit.diagnosis.verdict import factor
-from stabkit.diagnosis.weight_faults import WeightFault, weight_faults
+from stabkit.diagnosis.weight_faults import FEWEST_PEERS, WeightFault, bias_faults, weight_faults
+from stabkit.diagnosis.weights import Weight
 
 _REFERENCE = "deviation from the median of the peers in units of their median absolute deviation (Hampel, 1974)"
 _HIDDEN = math.log(4.0)  # size from which a weight is a warning although a norm hides it, nats
@@ -32,6 +33,8 @@ class LocalFault:
         weights: its weights far from their peers, worst first.
         behaviour: how it acts beside its peers.
         hidden: whether the block acts like its peers all the same, since a norm takes the size out again.
+        biases: biases far from their peers that explain it; they belong to the step ``home``.
+        home: the step to be named: its own, or a shortly earlier one whose bias is at fault.
     """
 
     step: int
@@ -39,6 +42,20 @@ class LocalFault:
     weights: tuple[WeightFault, ...]
     behaviour: Behaviour
     hidden: bool = False
+    biases: tuple[Weight, ...] = ()
+    home: int = -1
+
+    @property
+    def normed(self) -> bool:
+        """Whether it is a norm that hides the size of the weights."""
+        return self.hidden and any(found.weight.normed for found in self.weights)
+
+    def branches(self, thresholds: Thresholds) -> list[tuple[str, float]]:
+        """Where the branches at fault end, with the deviation of the gain of each."""
+        pairs = zip(self.behaviour.step.merges, self.behaviour.branch, strict=True)
+        return [
+            (m.module_path, d.size) for m, d in pairs if d.exceeds(thresholds.outlier_behaviour, thresholds.outlier)
+        ]
 
 
 def local_findings(measurement: Measurement, thresholds: Thresholds) -> list[Finding]:
@@ -60,10 +77,15 @@ def local_faults(measurement: Measurement, thresholds: Thresholds) -> list[Local
         explained.update((step, *near))
         fault = LocalFault(step, weights[0].deviation.size, tuple(weights), acting[step])
         faults.append(replace(fault, hidden=not _shows(fault, acting)))
+    biased = bias_faults(measurement.steps, thresholds)
     for step, behaviour in acting.items():
-        size = behaviour.outlying(thresholds)
-        if step not in explained and (size != 0.0 or jump(behaviour)):
-            faults.append(LocalFault(step, size, (), behaviour))
+        if step in explained or not _odd(acting, step, thresholds):
+            continue
+        home = next((i for i in range(step, step - 1 - _NEAR, -1) if i in biased), step)
+        if home in biased:
+            explained.update(range(home, home + 1 + _NEAR))
+        biases = tuple(biased.get(home, ()))
+        faults.append(LocalFault(step, behaviour.outlying(thresholds), (), behaviour, biases=biases, home=home))
     return sorted(faults, key=lambda f: (f.hidden, not f.weights, -abs(f.size)))
 
 
@@ -77,7 +99,12 @@ def _belongs(found: WeightFault, measurement: Measurement) -> bool:
 
 
 def _shows(fault: LocalFault, acting: dict[int, Behaviour]) -> bool:
-    """Whether the weights show in what their block does, or in the activation and norm right behind it."""
+    """Whether the weights show in what their block does, or in the activation and norm right behind it.
+
+    A weight without peers of its role is the only one of its kind, and what its block does has no measure.
+    """
+    if all(found.alone for found in fault.weights):
+        return True
     behind = range(fault.step, fault.step + 1 + _NEAR)
     return fault.behaviour.confirms() or any(i in acting and jump(acting[i]) for i in behind)
 
@@ -93,7 +120,7 @@ def _is_fresh_head(found: WeightFault, measurement: Measurement) -> bool:
 def _is_saner_end(found: WeightFault, measurement: Measurement) -> bool:
     """A stem or head whose gain is nearer to 1 than that of the layers between is not the odd one."""
     at_end = found.step in (0, len(measurement.steps) - 1)
-    return at_end and abs(found.deviation.value) <= abs(found.deviation.typical)
+    return at_end and min(map(abs, found.weight.gains)) <= abs(found.deviation.typical)
 
 
 def _finding(fault: LocalFault, measurement: Measurement, thresholds: Thresholds) -> Finding:
@@ -102,15 +129,19 @@ def _finding(fault: LocalFault, measurement: Measurement, thresholds: Thresholds
     growth = measurement.growth[step.index]
     stopped = bool(np.isneginf(growth).all())
     severity = "critical" if stopped or abs(fault.size) > thresholds.drift else "warning"
-    if fault.hidden and (abs(fault.size) < _HIDDEN or not step.norms):
+    if fault.hidden and not _counts(fault, thresholds):
         severity = "info"
-    remedy = remedies.for_block(fault.step, step, kind, fault.weights, fault.size)
+    home = measurement.steps[fault.home] if fault.biases else step
+    if fault.biases:
+        remedy = remedies.lift(fault.biases)
+    else:
+        remedy = remedies.for_block(step, kind, fault.weights, fault.size, fault.branches(thresholds))
     numbers = _numbers(fault)
     return Finding(
         kind=kind,
         severity=severity,
-        steps=(fault.step,),
-        module_path=step.module_path,
+        steps=tuple(sorted({home.index, fault.step})),
+        module_path=home.home((*(found.weight for found in fault.weights), *fault.biases)),
         confidence=_confidence(fault),
         evidence=_evidence(fault, step),
         remedy=remedy.text,
@@ -120,10 +151,24 @@ def _finding(fault: LocalFault, measurement: Measurement, thresholds: Thresholds
     )
 
 
+def _counts(fault: LocalFault, thresholds: Thresholds) -> bool:
+    """Whether a weight matters although its block acts like the others.
+
+    Behind a norm its size still sets that of its gradient. Where no branch was measured, as in a gate or where a branch
+    is still switched off, a size that no peer comes near counts. Elsewhere something else makes up for it.
+    """
+    if abs(fault.size) < _HIDDEN:
+        return False
+    if fault.normed:
+        return True
+    worst, measured = fault.weights[0].deviation, [d.value for d in fault.behaviour.branch if math.isfinite(d.value)]
+    return not measured and worst.peers > FEWEST_PEERS and worst.exceeds(_HIDDEN, 2 * thresholds.outlier)
+
+
 def _kind(fault: LocalFault) -> str:
     if fault.size == -math.inf:
         return "dead"
-    if fault.hidden and fault.behaviour.step.norms:
+    if fault.normed:
         return "vanishing" if fault.size > 0 else "exploding"  # the gradient of the weight itself goes with 1 / size
     if jump(fault.behaviour):
         return "saturated" if fault.behaviour.saturation > fault.behaviour.dead else "dead"
@@ -158,8 +203,9 @@ def _numbers(fault: LocalFault) -> dict[str, float]:
 
 def _evidence(fault: LocalFault, step: StepMeasurement) -> str:
     parts = [_weight_text(found) for found in fault.weights[:3]]
+    parts += [f"the entries of {b.path} have the mean {b.mean:+.3g}, far from those of its peers" for b in fault.biases]
     acting = fault.behaviour
-    if fault.hidden and step.norms and math.isfinite(fault.size):
+    if fault.normed and math.isfinite(fault.size):
         parts.append(
             f"a norm hides this from the states, but the gradient of the weight is {factor(-fault.size)} times that of "
             f"its peers, and a step of the same rate {factor(-2 * fault.size)} times as large beside the weight"

@@ -24,6 +24,7 @@ from stabkit.tracing.map_states import MapState, MapStep
 from stabkit.tracing.samples import scale
 
 Array = npt.NDArray[np.float64]
+Mask = npt.NDArray[np.bool_]
 AnyFlow = Flow | Iteration
 AnyState = State | MapState
 AnyStep = Step | MapStep
@@ -74,6 +75,12 @@ class StepMeasurement:
         """The gain, mean over samples; -inf where nothing passes."""
         return float(self.gain.mean()) if self.gain.size else math.nan
 
+    def home(self, weights: Sequence[Weight] = ()) -> str:
+        """Where to look: the module of the step, or that of the first weight where the step spans several modules."""
+        if not weights or not self.module_path or weights[0].path.startswith(f"{self.module_path}."):
+            return self.module_path
+        return weights[0].module_path
+
 
 @dataclass(frozen=True)
 class Measurement:
@@ -82,10 +89,11 @@ class Measurement:
     Attributes:
         steps: one record per step.
         growth: ``(steps, columns)``, log of the gradient norm before a step over that after it, nats; a column is a
-            sample, or a sample and a probe. -inf where a step passes nothing back.
-        log_gradients: ``(states, columns)``, log of the gradient norm, in the units of the loss.
+            sample, or a sample and a probe. -inf where a step passes nothing back; a new cotangent is drawn before it.
+        log_gradients: ``(states, columns)``, log of the gradient norm, in the units of the loss; -inf for a sample
+            that nothing comes back to.
         log_states: ``(states, samples)``, log of the rms of the states.
-        restarts: states at which random cotangents were drawn anew, since nothing came back to them.
+        restarts: states at which random cotangents were drawn anew for all samples, since nothing came back to them.
         loss: what was differentiated, in words.
         probes: how many cotangents were pulled back per sample.
     """
@@ -170,6 +178,7 @@ def _walk(
     """One walk back with one cotangent a seed, which measures the steps that are wanted; no walk without seeds."""
     cotangents = [_Carried(flow.states[-1], flow.cotangent(loss, seed=each)) for each in seeds]
     gradients = [[c.log_norms for c in cotangents]]
+    cotangents = [c.renewed(each + len(flow.steps)) for c, each in zip(cotangents, seeds, strict=True)]
     growth: list[list[Array]] = []
     measured: list[StepMeasurement] = []
     restarts = []
@@ -178,15 +187,15 @@ def _walk(
         if not (cotangents or step.index in wanted):
             continue
         pull = _pullback(step)
-        before = [_Carried(step.source, pull(c.tensors), c.shift) for c in cotangents]
+        before = [_Carried(step.source, pull(c.tensors), c.shift, c.silent) for c in cotangents]
         growth.append([_difference(b.log_norms, c.log_norms) for b, c in zip(before, cotangents, strict=True)])
         if step.index in wanted:
             measured.append(_measure_step(flow, step, pull, seed))
-        if step.index > 0 and before and all(np.isneginf(b.log_norms).all() for b in before):
+        if step.index > 0 and before and all(b.silent.all() for b in before):
             before = [_Carried(step.source, _drawn(step.source, each + step.index)) for each in seeds]
             restarts.append(step.index)
-        gradients.append([b.log_norms for b in before])
-        cotangents = before
+        gradients.append([np.where(b.silent, -np.inf, b.log_norms) for b in before])
+        cotangents = [b.renewed(each + step.index) for b, each in zip(before, seeds, strict=True)]
     if not cotangents:
         return None, measured
     rows = np.stack([np.concatenate(row) for row in growth[::-1]]) if growth else np.zeros((0, 1))
@@ -195,11 +204,18 @@ def _walk(
 
 
 class _Carried:
-    """A cotangent of about unit size per sample, with the logarithm of what was taken out of it."""
+    """A cotangent of about unit size per sample, with the logarithm of what was taken out of it.
 
-    def __init__(self, state: AnyState, tensors: Sequence[Tensor], shift: Array | None = None) -> None:
+    A sample is silent from where nothing comes back to it, also when its cotangent was drawn anew since.
+    """
+
+    def __init__(
+        self, state: AnyState, tensors: Sequence[Tensor], shift: Array | None = None, silent: Mask | None = None
+    ) -> None:
         norms = _norms(state, tensors)
+        self.state = state
         self.shift = np.zeros(len(norms)) if shift is None else shift
+        self.silent = (norms == 0) | (False if silent is None else silent)
         with np.errstate(divide="ignore", invalid="ignore"):
             self.log_norms = np.log(norms) + self.shift
         usable = np.isfinite(norms) & (norms > 0)
@@ -213,6 +229,18 @@ class _Carried:
             tensors = [scale(t.detach(), layout, factors) for t, layout in zip(tensors, layouts, strict=True)]
         self.shift = self.shift + exponents * math.log(2.0)
         self.tensors = list(tensors)
+
+    def renewed(self, seed: int) -> _Carried:
+        """The same, with a new random cotangent for the samples that have none: what lies before is measured too."""
+        gone = np.isneginf(self.log_norms)
+        if not gone.any():
+            return self
+        space, chosen = self.state.space, torch.from_numpy(gone)[:, None, None]
+        drawn, kept = (
+            space.flatten([t.detach().unsqueeze(0) for t in ts]) for ts in (_drawn(self.state, seed), self.tensors)
+        )
+        mixed = space.unflatten(torch.where(chosen.to(kept.device), drawn, kept))
+        return _Carried(self.state, [t.squeeze(0) for t in mixed], self.shift, self.silent)
 
 
 def _norms(state: AnyState, tensors: Sequence[Tensor]) -> Array:

@@ -42,21 +42,38 @@ def redraw(parameter: str, rms: float) -> Action:
     return {"action": "redraw", "parameter": parameter, "rms": rms}
 
 
-def for_block(index: int, step: StepMeasurement, kind: str, weights: Sequence[WeightFault], size: float) -> Remedy:
-    """The remedy of one block: bring its weights to the size of the peers, or else its last matrix."""
+def for_block(
+    step: StepMeasurement,
+    kind: str,
+    weights: Sequence[WeightFault],
+    size: float,
+    branches: Sequence[tuple[str, float]] = (),
+) -> Remedy:
+    """The remedy of one block: bring its weights to the size of the peers, or else its last matrices.
+
+    Args:
+        step: the block.
+        kind: of the finding.
+        weights: those far from their peers.
+        size: deviation of the block, nats.
+        branches: where its branches at fault end, with the deviation of each.
+    """
     if weights:
         return to_peers(weights)
     low = low_biases(step)
     if low and kind == "dead":
         return lift(low)
+    factors = {path: math.exp(-far) for module, far in branches if (path := last_matrix(step, module)) is not None}
     last = last_matrix(step)
-    if last is None or not math.isfinite(size):
+    if not factors and last is not None and math.isfinite(size):
+        factors = {last: math.exp(-size)}
+    if not factors:
         return Remedy(f"look into {step.module_path or step.name}: compare its code and settings with its peers'")
-    by = math.exp(-size)
-    text = f"multiply {last} and its bias by {by:.3g}, which brings the block to its peers, or take out what scales it"
-    owner = last.rpartition(".")[0]
-    biases = [w.path for w in step.weights if w.kind == "bias" and w.module_path == owner]
-    return Remedy(text, tuple(scale(path, by) for path in (last, *biases)))
+    texts = " and ".join(f"{path} and its bias by {by:.3g}" for path, by in factors.items())
+    text = f"take out what scales the block, or multiply {texts}, which brings it to its peers"
+    biases = {w.module_path: w.path for w in step.weights if w.kind == "bias"}
+    owned = {path: [path, biases.get(path.rpartition(".")[0])] for path in factors}
+    return Remedy(text, tuple(scale(p, factors[path]) for path, paths in owned.items() for p in paths if p is not None))
 
 
 def to_peers(weights: Sequence[WeightFault]) -> Remedy:
@@ -88,9 +105,10 @@ def lift(biases: Sequence[Weight]) -> Remedy:
     return Remedy(text, tuple(fill(bias.path, 0.0) for bias in biases))
 
 
-def last_matrix(step: StepMeasurement) -> str | None:
-    """Path of the last matrix of a step: scaling it scales the branch, whatever lies before."""
-    matrices = [weight.path for weight in step.weights if weight.kind == "matrix"]
+def last_matrix(step: StepMeasurement, module: str | None = None) -> str | None:
+    """Path of the last matrix of a step, or of one of its modules: it scales the branch, whatever lies before it."""
+    held = [weight for weight in step.weights if weight.kind == "matrix"]
+    matrices = [weight.path for weight in held if module is None or weight.module_path == module]
     return matrices[-1] if matrices else None
 
 

@@ -15,6 +15,7 @@ from stabkit.diagnosis.finding import Finding
 from stabkit.diagnosis.measurement import AnyFlow, AnyState, Array, Measurement
 from stabkit.diagnosis.thresholds import Thresholds
 
+Indices = npt.NDArray[np.intp]
 _FALL = 10.0  # factor by which the dispersion must fall over the stretch to be a collapse
 _HEADROOM = math.log(1e3)  # that a gradient needs between its typical and its smallest or largest entries
 
@@ -129,20 +130,35 @@ def precision_findings(flow: AnyFlow, measurement: Measurement) -> list[Finding]
     states = measurement.log_states.max(axis=1)
     over = np.flatnonzero(np.isfinite(states) & (states > math.log(limits.max) - _HEADROOM))
     if over.size:
-        found.append(_state_finding(measurement, int(over[0]), float(states[over[0]]), str(dtype)))
+        found.append(_state_finding(measurement, over, states, str(dtype)))
+    under = underflow(flow, measurement)
+    if under.size:
+        found.append(_state_finding(measurement, under, states, str(dtype)))
     return found
+
+
+def underflow(flow: AnyFlow, measurement: Measurement) -> Indices:
+    """The states that are mostly lost to underflow: their size is less than the smallest normal number of their dtype.
+
+    What comes after the first of them is zero, or a few bits; units there are not dead by their own fault.
+    """
+    states = measurement.log_states.max(axis=1)
+    smallest = math.log(torch.finfo(flow.states[0].space.dtype).tiny)
+    return np.flatnonzero(np.isfinite(states) & (states < smallest))
 
 
 def _log_gradient_rms(flow: AnyFlow, measurement: Measurement) -> Array:
     """Typical size of a gradient entry at every state, joined over restarts."""
-    logs = np.array(measurement.log_gradients.mean(axis=1))
+    reached = np.isfinite(measurement.log_gradients)
+    sums = np.where(reached, measurement.log_gradients, 0.0).sum(axis=1)
+    logs: Array = np.where(reached.any(axis=1), sums / np.maximum(reached.sum(axis=1), 1), np.nan)
     logs -= 0.5 * np.log([max(state.size, 1) for state in flow.states])
     logs[: max(measurement.restarts, default=0)] = np.nan  # in other units than those behind
     return logs
 
 
 def _range_finding(
-    measurement: Measurement, held: npt.NDArray[np.intp], sizes: Array, reach: float, room: float, dtype: str
+    measurement: Measurement, held: Indices, sizes: Array, reach: float, room: float, dtype: str
 ) -> Finding:
     low = int(held[int(np.argmin(sizes[held]))])
     step = measurement.steps[min(low, len(measurement.steps) - 1)]
@@ -162,18 +178,22 @@ def _range_finding(
     )
 
 
-def _state_finding(measurement: Measurement, state: int, size: float, dtype: str) -> Finding:
-    step = measurement.steps[max(state - 1, 0)]
+def _below(dtype: str) -> str:
+    return f"less than {torch.finfo(getattr(torch, dtype)).tiny:.3g}, the smallest normal number of {dtype}"
+
+
+def _state_finding(measurement: Measurement, states: Indices, sizes: Array, dtype: str) -> Finding:
+    step, size = measurement.steps[max(int(states[0]) - 1, 0)], float(sizes[states[0]])
     name = dtype.removeprefix("torch.")
     return Finding(
         kind="precision_loss",
         severity="warning",
-        steps=(step.index,),
+        steps=tuple(sorted({max(int(state) - 1, 0) for state in states})),
         module_path=step.module_path,
         confidence=1.0,
-        evidence=f"behind {step.name} the entries of the state are of size {math.exp(min(size, 700.0)):.3g}, within a "
-        f"factor of a thousand of the largest number of {name}",
-        remedy="compute in float32 or bfloat16, or scale the states down before this step",
+        evidence=f"behind {step.name} the entries of the state are of size {math.exp(min(size, 700.0)):.3g}, "
+        + (f"within a factor of a thousand of the largest number of {name}" if size > 0 else _below(name)),
+        remedy=f"compute in float32 or bfloat16, or scale the states {'down' if size > 0 else 'up'} before this step",
         reference="Micikevicius et al., Mixed precision training, 2018",
         numbers={"log_size": size},
         actions=(remedies.convert("float32"),),

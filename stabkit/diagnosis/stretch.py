@@ -37,8 +37,11 @@ def growth_finding(
     evidence = (
         f"log growth {verdict.growth:+.1f} nats ({thresholds.confidence:.0%} interval {low:+.1f} to {high:+.1f}) over "
         f"{count} steps, {verdict.growth / count:+.2f} a step; most at {measurement.steps[worst].name} "
-        f"({rates[worst - first]:+.2f}); relative to the size of the states {_relative(measurement, first, last):+.1f}"
+        f"({rates[worst - first]:+.2f})"
     )
+    relative = _relative(measurement, first, last)
+    if math.isfinite(relative):
+        evidence += f"; relative to the size of the states {relative:+.1f}"
     return [
         Finding(
             kind=verdict.name,

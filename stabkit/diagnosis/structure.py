@@ -1,9 +1,10 @@
-"""A norm that every block of a stack has but one."""
+"""A norm or a skip that every block of a stack has but one."""
 
 from __future__ import annotations
 
 import re
 from collections import defaultdict
+from collections.abc import Callable
 
 from torch import nn
 
@@ -11,6 +12,7 @@ from stabkit.diagnosis import remedies
 from stabkit.diagnosis.behaviour import behaviours
 from stabkit.diagnosis.finding import Finding
 from stabkit.diagnosis.measurement import AnyFlow, Measurement, StepMeasurement
+from stabkit.diagnosis.peers import FLOOR
 from stabkit.diagnosis.weights import is_norm
 from stabkit.identification.operations import has_matrix
 from stabkit.tracing import Flow
@@ -22,25 +24,61 @@ def missing_norm_findings(flow: AnyFlow, measurement: Measurement) -> list[Findi
     """Blocks that run fewer norms than all their peers, which run equally many, and as many matrices."""
     if not isinstance(flow, Flow):
         return []
-    groups: defaultdict[tuple[object, ...], list[tuple[StepMeasurement, int]]] = defaultdict(list)
+    short = _short_of(flow, measurement, lambda step: step.norms, lambda step: (step.kind,))
+    return [_norm_finding(flow, step, measurement, missing) for step, missing in short]
+
+
+def missing_skip_findings(flow: AnyFlow, measurement: Measurement) -> list[Finding]:
+    """Blocks that add fewer branches to a skip than all their peers in the same space, with as many matrices."""
+    if not isinstance(flow, Flow):
+        return []
+    short = _short_of(flow, measurement, lambda step: len(step.merges), lambda step: (step.kind, step.space))
+    return [_skip_finding(step, measurement, missing) for step, missing in short if step.kind == "step"]
+
+
+def _short_of(
+    flow: Flow,
+    measurement: Measurement,
+    count: Callable[[StepMeasurement], int],
+    group: Callable[[StepMeasurement], tuple[object, ...]],
+) -> list[tuple[StepMeasurement, int]]:
+    """Steps of which something is counted less often than in each of their peers, which agree; and how much less."""
+    groups: defaultdict[tuple[object, ...], list[StepMeasurement]] = defaultdict(list)
     # a single layer holds no norm, so only modules of several parts are compared
     composed = {path for path, module in flow.model.named_modules() if any(True for _ in module.children())}
     for step, measured in zip(flow.steps, measurement.steps, strict=True):
-        if step.module_path not in composed:
-            continue
-        matrices = sum(has_matrix(node) for node in step.segment.nodes)
-        key = (measured.module_class, measured.kind, matrices)
-        groups[key].append((measured, measured.norms))
+        if step.module_path in composed and measured.module_class:
+            matrices = sum(has_matrix(node) for node in step.segment.nodes)
+            groups[measured.module_class, matrices, group(measured)].append(measured)
     found = []
     for members in groups.values():
-        for measured, count in members:
-            others = {other for one, other in members if one is not measured}
-            if len(members) > _FEWEST and len(others) == 1 and count < min(others) and measured.module_class:
-                found.append(_finding(flow, measured, measurement, min(others) - count))
+        for measured in members:
+            others = {count(other) for other in members if other is not measured}
+            if len(members) > _FEWEST and len(others) == 1 and count(measured) < min(others):
+                found.append((measured, min(others) - count(measured)))
     return found
 
 
-def _finding(flow: Flow, step: StepMeasurement, measurement: Measurement, missing: int) -> Finding:
+def _skip_finding(step: StepMeasurement, measurement: Measurement, missing: int) -> Finding:
+    acting = next((b for b in behaviours(measurement) if b.step is step), None)
+    gain = acting.gain.size if acting is not None else 0.0
+    bare = not step.merges and step.module_path
+    return Finding(
+        kind="exploding" if gain > FLOOR else "vanishing",
+        severity="warning",
+        steps=(step.index,),
+        module_path=step.module_path,
+        confidence=1.0,
+        evidence=f"{step.module_path or step.name} adds {missing} branch{'es' if missing > 1 else ''} less to a skip "
+        f"than each of its peers; its gain deviates from theirs by {gain:+.2f} nats",
+        remedy="give it the skip that its peers have: x + f(x)",
+        reference="He et al., ECCV 2016",
+        numbers={"missing": float(missing), "gain_deviation": gain},
+        actions=(remedies.add_skip(step.module_path),) if bare else (),
+    )
+
+
+def _norm_finding(flow: Flow, step: StepMeasurement, measurement: Measurement, missing: int) -> Finding:
     acting = next((b for b in behaviours(measurement) if b.step is step), None)
     gain = acting.gain.size if acting is not None else 0.0
     places = _empty_places(flow, step.module_path)

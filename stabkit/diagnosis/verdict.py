@@ -75,7 +75,8 @@ def judge(log_growth: Array, kinds: Sequence[str], thresholds: Thresholds, seed:
         seed: of the bootstrap.
     """
     first, last = stretch_of_blocks(kinds)
-    total: Array = log_growth[first : last + 1].sum(axis=0)
+    with np.errstate(invalid="ignore"):  # infinitely much times nothing is NaN
+        total: Array = log_growth[first : last + 1].sum(axis=0)
     if np.isnan(total).any() or np.isposinf(total).any():
         return Verdict(
             "non-finite",

@@ -15,7 +15,7 @@ from stabkit.diagnosis.weights import Weight
 
 FEWEST_PEERS = 2  # with one peer alone, neither can be told to be the odd one
 # how far a matrix without peers may lie above or below the range of all others, at least, nats: heads are often small
-_ABOVE, _BELOW = math.log(4.9), math.log(10.0)
+_ABOVE, _BELOW = math.log(4.0), math.log(10.0)
 _SIGMAS = 3.0  # standard deviations that such a distance counts as
 
 
@@ -51,28 +51,33 @@ def weight_faults(steps: Sequence[StepMeasurement], thresholds: Thresholds) -> l
             judged.add(weight.path)
             if weight.gains[0] == -math.inf and sum(w.gains[0] == -math.inf for w in group) > 1:
                 continue  # several that start at zero are meant to
-            far = nearest_to_peers([_at(group, index, c) for c in range(len(weight.gains))])
+            readings = [_at(group, index, c) for c in range(len(weight.gains))]
+            # two peers agree by chance in one of the conventions
+            far = nearest_to_peers(readings) if len(group) > FEWEST_PEERS + 1 else min(readings, key=_distance)
             if far.exceeds(thresholds.outlier_weight, thresholds.outlier):
                 found.append(WeightFault(owners[weight.path][0], weight, far))
-    alone = [weight for _, weight in owners.values() if weight.kind == "matrix" and weight.path not in judged]
-    for weight in alone:
-        others = [other for _, other in owners.values() if other is not weight and other.kind == "matrix"]
-        far_off = _outside(weight, others)
-        if far_off is not None:
-            found.append(WeightFault(owners[weight.path][0], weight, far_off, alone=True))
+    # of tables of positions and the like, no size is expected
+    matrices = {p: (i, w) for p, (i, w) in owners.items() if w.kind == "matrix" and p.endswith("weight")}
+    for path, (step_index, weight) in matrices.items():
+        far_off = _outside(weight, [other for _, other in matrices.values() if other is not weight])
+        if path not in judged and far_off is not None:
+            found.append(WeightFault(step_index, weight, far_off, alone=True))
     return sorted(found, key=lambda fault: -abs(fault.deviation.size))
 
 
 def _groups(weights: Sequence[Weight]) -> list[list[Weight]]:
-    """Weights of one role, first by their whole names; roles with too few members by names without any number."""
+    """Weights of one role, first by their whole names; roles with too few members by names without any number.
+
+    Such names join layers of several kinds, so that one peer more is asked for.
+    """
     groups: list[list[Weight]] = []
     rest = list(weights)
-    for key in (lambda w: w.role, lambda w: re.sub(r"\d+", "*", w.role)):
+    for key, fewest in ((lambda w: w.role, FEWEST_PEERS), (lambda w: re.sub(r"\d+", "*", w.role), FEWEST_PEERS + 1)):
         by_role: defaultdict[tuple[str, str], list[Weight]] = defaultdict(list)
         for weight in rest:
             by_role[key(weight), weight.kind].append(weight)
-        groups += [members for members in by_role.values() if len(members) > FEWEST_PEERS]
-        rest = [w for members in by_role.values() if len(members) <= FEWEST_PEERS for w in members]
+        groups += [members for members in by_role.values() if len(members) > fewest]
+        rest = [w for members in by_role.values() if len(members) <= fewest for w in members]
     return groups
 
 
@@ -80,14 +85,58 @@ def _at(group: Sequence[Weight], index: int, convention: int) -> Deviation:
     return deviation([weight.gains[convention] for weight in group], index)
 
 
+def _distance(found: Deviation) -> float:
+    return math.inf if math.isnan(found.size) else abs(found.size)
+
+
 def _outside(weight: Weight, others: Sequence[Weight]) -> Deviation | None:
-    """How far a matrix lies outside everything that its size and those of the others can mean; None if within."""
-    ends = [(min(w.gains), max(w.gains)) for w in others if math.isfinite(w.gains[0])]
-    if len(ends) <= FEWEST_PEERS or not math.isfinite(weight.gains[0]):
+    """How far a matrix lies outside the range of all others, by the convention in which these agree best."""
+    if len(others) <= FEWEST_PEERS or not all(math.isfinite(w.gains[0]) for w in others):
         return None
-    low, high = min(e[0] for e in ends), max(e[1] for e in ends)
-    nearest, edge = (min(weight.gains), high) if min(weight.gains) > high else (max(weight.gains), low)
-    off = nearest - edge
-    limit = max(_ABOVE if edge == high else _BELOW, high - low)
-    outside = off > limit if edge == high else -off > limit
-    return Deviation(nearest, edge, limit / _SIGMAS, len(ends)) if outside else None
+    columns = list(zip(*(w.gains for w in others), strict=True))
+    best = min(range(len(columns)), key=lambda c: max(columns[c]) - min(columns[c]))
+    return _beyond(weight.gains[best], columns[best], _ABOVE, _BELOW)
+
+
+def _beyond(value: float, others: Sequence[float], least_above: float, least_below: float) -> Deviation | None:
+    """The deviation from the nearer end of the range of all others, when it is larger than that range; else None."""
+    low, high = min(others), max(others)
+    above = value > high
+    limit = max(least_above if above else least_below, high - low)
+    far = Deviation(value, high if above else low, limit / _SIGMAS, len(others))
+    return far if (far.size if above else -far.size) > limit else None
+
+
+def bias_faults(steps: Sequence[StepMeasurement], thresholds: Thresholds) -> dict[int, list[Weight]]:
+    """By step, biases far larger than those of the peers.
+
+    A bias is added to something of about size 1, so log(1 + rms) is what is compared.
+    """
+    owners = {w.path: (s.index, w) for s in reversed(steps) for w in s.weights if w.kind == "bias" and w.finite}
+    found: dict[int, list[Weight]] = {}
+    for group in _groups([weight for _, weight in owners.values()]):
+        sizes = [math.log1p(math.exp(min(weight.gains[0], 50.0))) for weight in group]
+        for index, weight in enumerate(group):
+            far = deviation(sizes, index)
+            if far.size > 0 and far.exceeds(thresholds.outlier_weight, thresholds.outlier):
+                found.setdefault(owners[weight.path][0], []).append(weight)
+    return found
+
+
+def rank_faults(steps: Sequence[StepMeasurement], thresholds: Thresholds) -> list[WeightFault]:
+    """Matrices of far lower effective rank than those of the same role: most of what they are given is lost."""
+    owners = {w.path: (s.index, w) for s in reversed(steps) for w in s.weights if math.isfinite(w.log_rank)}
+    found, judged = [], set()
+    for group in _groups([weight for _, weight in owners.values()]):
+        for index, weight in enumerate(group):
+            judged.add(weight.path)
+            far = deviation([other.log_rank for other in group], index)
+            if far.size < 0 and far.exceeds(thresholds.outlier_behaviour, thresholds.outlier):
+                found.append(WeightFault(owners[weight.path][0], weight, far))
+    for path, (step, weight) in owners.items():
+        others = [other.log_rank for _, other in owners.values() if other is not weight]
+        if path not in judged and path.endswith("weight") and len(others) > FEWEST_PEERS:
+            outside = _beyond(weight.log_rank, others, math.inf, thresholds.outlier_behaviour)
+            if outside is not None:
+                found.append(WeightFault(step, weight, outside, alone=True))
+    return sorted(found, key=lambda fault: fault.deviation.size)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import torch
@@ -14,6 +14,9 @@ from torch import Tensor, nn
 from stabkit.tracing import Flow, Step
 from stabkit.tracing.offloading import values_of
 from stabkit.tracing.recording import Call
+
+_EXACT = 256  # smaller side up to which an effective rank is computed and not estimated
+_SIGNS = 16
 
 
 @dataclass(frozen=True)
@@ -31,6 +34,9 @@ class Weight:
         unit: what the first gain divides by its size: sqrt(fan-in) for a matrix, 1 otherwise.
         mean: mean of its entries.
         finite: whether all entries are.
+        normed: whether a norm runs after its module in the step, which takes its size out of the states again.
+        log_rank: log of the effective rank of a matrix over its largest possible one; NaN where there is none to speak
+            of. The effective rank is the participation ratio of the squared singular values, |W|_F^4 / |W W^T|_F^2.
     """
 
     path: str
@@ -42,15 +48,19 @@ class Weight:
     unit: float
     mean: float
     finite: bool
+    normed: bool = False
+    log_rank: float = math.nan
 
 
 def weights_of(flow: Flow, step: Step) -> tuple[Weight, ...]:
     """The parameters of the modules that ran in a step, and of modules below them that never run on their own."""
     called = {call.path for call in flow._recording.calls}
+    calls = calls_of(flow, step)
+    last_norm = max((call.start for call in calls if is_norm(call.module)), default=-1)
     found: dict[str, Weight] = {}
-    for call in calls_of(flow, step):
+    for call in calls:
         for weight in _owned(call, called):
-            found.setdefault(weight.path, weight)
+            found.setdefault(weight.path, replace(weight, normed=last_norm >= call.stop))
     return tuple(found.values())
 
 
@@ -109,17 +119,42 @@ def describe(path: str, module_path: str, module: nn.Module, parameter: Tensor) 
         unit = math.sqrt(max(fans[0], 1))
         gains = tuple(log + 0.5 * math.log(max(fan, 1)) for fan in (*fans, sum(fans) / 2))
     cls = type(module).__name__
-    return Weight(path, module_path, cls, role_of(path), kind, gains, unit, float(data.double().mean().real), finite)
+    mean = float(data.double().mean().real)
+    rank = log_rank(data) if kind == "matrix" and finite and rms > 0 else math.nan
+    return Weight(path, module_path, cls, role_of(path), kind, gains, unit, mean, finite, log_rank=rank)
+
+
+def log_rank(data: Tensor) -> float:
+    """Log of the effective rank of a matrix, as a share of the largest that its shape allows.
+
+    Exact up to a smaller side of 256; beyond, |W W^T|_F^2 is estimated from 16 random signs.
+
+    Example:
+        >>> log_rank(torch.eye(4)), round(math.exp(log_rank(torch.ones(4, 9))), 6)
+        (0.0, 0.25)
+    """
+    W = data.flatten(1).to(torch.complex128 if data.is_complex() else torch.float64)
+    W = W / W.abs().max()
+    W = W if W.shape[0] <= W.shape[1] else W.mH
+    if W.shape[0] == 1:
+        return math.nan
+    if W.shape[0] <= _EXACT:
+        fourth = (W @ W.mH).abs().square().sum()
+    else:
+        signs = torch.randint(0, 2, (W.shape[0], _SIGNS), generator=torch.Generator(W.device).manual_seed(0))
+        fourth = (W @ (W.mH @ (2.0 * signs - 1).to(W))).abs().square().sum() / _SIGNS
+    return float(2 * W.abs().square().sum().log() - fourth.log()) - math.log(W.shape[0])
 
 
 @lru_cache(maxsize=4096)
 def role_of(path: str) -> str:
-    """What the numbers of blocks leave of a path.
+    """What the numbers of blocks leave of a path; a layer inside a numbered block keeps its own number.
 
     Example:
-        >>> role_of("layer2.0.conv1.weight"), role_of("net.4.weight")
-        ('layer*.*.conv1.weight', 'net.*.weight')
+        >>> role_of("layer2.0.conv1.weight"), role_of("net.4.weight"), role_of("blocks.3.mlp.0.weight")
+        ('layer*.*.conv1.weight', 'net.*.weight', 'blocks.*.mlp.0.weight')
     """
     *parents, module, name = ["", "", *path.split(".")][-max(2, path.count(".") + 1) :]
     above = [re.sub(r"\d+", "*", part) for part in parents]
-    return ".".join([*above, "*" if module.isdigit() else module, name]).lstrip(".")
+    own = "*" if module.isdigit() and "*" not in "".join(above) else module
+    return ".".join([*above, own, name]).lstrip(".")

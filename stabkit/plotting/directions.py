@@ -24,7 +24,7 @@ def alignment_index(index: AlignmentIndex, ax: Axes | None = None) -> Axes:
     ax, font = new_axes(ax, 8, 6)
     logs = index.log_volume.numpy() / math.log(10)
     for sample in range(logs.shape[1]):
-        ax.plot(np.arange(len(logs)), logs[:, sample], color=sample_color(sample, logs.shape[1]), linewidth=0.9)
+        ax.plot(np.arange(len(logs)), logs[:, sample], color=sample_color(ax, sample, logs.shape[1]), linewidth=0.9)
     chaotic = int(index.chaotic.sum())
     return finish(
         ax, font, "step", f"log10 GALI{index.order}", f"Alignment index: {chaotic} of {logs.shape[1]} chaotic"
@@ -44,7 +44,7 @@ def covariant_angles(vectors: CovariantVectors, ax: Axes | None = None, *, first
     angles = vectors.angles(first, second).numpy()
     bins = np.linspace(0, math.pi / 2, 31)
     for sample in range(angles.shape[1]):
-        color = sample_color(sample, angles.shape[1])
+        color = sample_color(ax, sample, angles.shape[1])
         ax.hist(angles[:, sample], bins=bins.tolist(), density=True, histtype="step", color=color, linewidth=0.9)
     ax.set_xlim(0, math.pi / 2)
     title = f"Covariant vectors {first + 1} and {second + 1}"

@@ -99,7 +99,7 @@ def finite_time(found: FiniteTimeExponents, ax: Axes | None = None) -> Axes:
     index = np.arange(1, values.shape[1] + 1)
     ax.axhline(0, color="black", linewidth=0.6)
     for sample, (row, good) in enumerate(zip(values, converged, strict=True)):
-        color, there = sample_color(sample, len(values)), np.isfinite(row)
+        color, there = sample_color(ax, sample, len(values)), np.isfinite(row)
         ax.plot(index[there & good], row[there & good], "s", color=color, markersize=3)
         hollow = there & ~good
         ax.plot(index[hollow], row[hollow], "s", color=color, markersize=3, markerfacecolor="none", markeredgewidth=0.7)
