@@ -171,6 +171,11 @@ def sum_rule(spectrum: LyapunovSpectrum | Report, ax: Axes | None = None) -> Axe
 
 def _exponents(result: LyapunovSpectrum | Report) -> LyapunovSpectrum | Exponents:
     if not isinstance(result, Report):
+        if not hasattr(result, "local_growth"):
+            raise TypeError(
+                f"{type(result).__name__} is no Lyapunov spectrum, so it has no running means or partial sums; draw it "
+                "with stabkit.plotting.finite_time"
+            )
         return result
     if result.lyapunov is None:
         raise ValueError("the report has no Lyapunov exponents; analyze computes them unless spectrum='none'")

@@ -9,7 +9,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
-from stabkit.plotting.style import BLUE, ORANGE, finish, new_axes
+from stabkit.plotting.style import BLUE, ORANGE, finish, ink, new_axes
 
 if TYPE_CHECKING:
     from stabkit.growth import GradientProfile
@@ -39,7 +39,7 @@ def gradient_profile(profile: GradientProfile, ax: Axes | None = None) -> Axes:
         mean = np.where(counted > 0, np.nansum(shown, axis=1) / np.maximum(counted, 1), np.nan)
         ax.plot(depth, mean, line, color=color, linewidth=1.4, label=label)
     for index in profile.restarts:
-        ax.axvline(index, color="black", linestyle=":", linewidth=0.7)
+        ax.axvline(index, color=ink(ax), linestyle=":", linewidth=0.7)
     ax.xaxis.set_major_locator(MaxNLocator(6, integer=True))
     ax.legend(fontsize=font, borderpad=0.3, framealpha=0.8)
     return finish(ax, font, "state", "log10 of the norm", f"Gradient of {profile.loss}")

@@ -136,6 +136,8 @@ def gradients(result: Report | GradientProfile, ax: Axes | None = None) -> Axes:
 def norms(result: Report | GradientProfile, ax: Axes | None = None) -> Axes:
     """Norms of the states and of the gradient over depth, on one logarithmic scale, with intervals over samples.
 
+    Dotted lines stand where a random cotangent was drawn anew: the gradients left and right of them do not compare.
+
     Args:
         result: a report, or what ``stabkit.gradient_profile`` returned.
         ax: where to draw; a new figure when None.
@@ -145,6 +147,8 @@ def norms(result: Report | GradientProfile, ax: Axes | None = None) -> Axes:
     depth = over_depth(result)
     series = ((depth.gradient, BLUE, "-", "gradient"), (depth.state, ORANGE, "--", "state"))
     log_limits(ax, np.concatenate([_norm_line(ax, *one) for one in series]))
+    for index in getattr(result, "restarts", ()):
+        ax.axvline(index - 0.5, color=ink(ax), linestyle=":", linewidth=0.7)
     handles, labels = ax.get_legend_handles_labels()
     if handles:
         ax.legend(handles, labels, fontsize=font, borderpad=0.3, framealpha=0.8)
