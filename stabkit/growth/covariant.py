@@ -118,7 +118,7 @@ def covariant_vectors(
     if bool(found.growth.isneginf().any()):
         raise TraceError("a step is singular on the frame, so there is no way back through it; ask for a smaller k")
     generator = torch.Generator().manual_seed(seed)
-    C = torch.randn(flow.batch, k, k, generator=generator, dtype=torch.float64).triu()
+    C = torch.randn(k, k, generator=generator, dtype=torch.float64).triu().repeat(flow.batch, 1, 1)
     C = C / torch.linalg.vector_norm(C, dim=1, keepdim=True)
     vectors, growth = [], []
     for index in range(steps - 1, discard - 1, -1):

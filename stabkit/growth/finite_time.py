@@ -169,8 +169,8 @@ def _widened(frame: Tensor, width: int, seed: int) -> Tensor:
     if width == there:
         return frame
     generator = torch.Generator().manual_seed(seed)
-    more = torch.randn(batch, n, width - there, generator=generator, dtype=frame.dtype).to(frame.device)
-    Q: Tensor = torch.linalg.qr(torch.cat([frame, more], dim=2))[0]
+    more = torch.randn(n, width - there, generator=generator, dtype=frame.dtype).to(frame.device)
+    Q: Tensor = torch.linalg.qr(torch.cat([frame, more.expand(batch, -1, -1)], dim=2))[0]
     return Q
 
 

@@ -79,16 +79,16 @@ def start_frame(flow: Flow | Iteration, k: int, *, adjoint: bool, seed: int, gen
     """Orthonormal columns ``(batch, n, k)`` where the sweep begins.
 
     All directions at once start from the unit vectors, which keep triangular systems triangular, unless ``generic``;
-    fewer from random ones, which no invariant subspace contains.
+    fewer from random ones, which no invariant subspace contains. They are the same for all samples: over a few steps
+    the frame matters, and a sample's numbers must not depend on its place in the batch.
     """
     space = flow.space if isinstance(flow, Iteration) else flow.states[-1 if adjoint else 0].space
     dtype = torch.promote_types(dtype_of(flow), torch.float32)
     if k == space.size and not generic:
         return torch.eye(k, dtype=dtype, device=space.device).expand(space.batch, k, k)
     generator = torch.Generator().manual_seed(seed)
-    frame = torch.randn(space.batch, space.size, k, generator=generator, dtype=dtype)
-    Q: Tensor = torch.linalg.qr(frame)[0]
-    return Q.to(space.device)
+    Q: Tensor = torch.linalg.qr(torch.randn(space.size, k, generator=generator, dtype=dtype))[0]
+    return Q.to(space.device).repeat(space.batch, 1, 1)
 
 
 def tangents(flow: Flow | Iteration, k: int, *, adjoint: bool) -> Iterator[Tangents]:

@@ -60,6 +60,18 @@ def test_an_interrupt_returns_the_exponents_of_the_steps_so_far(direction):
         lyapunov_spectrum(interrupting(systems.linear(A, 6000), 0), direction=direction)
 
 
+@pytest.mark.parametrize("direction", ["forward", "adjoint"])
+def test_the_numbers_of_a_sample_do_not_depend_on_its_place_in_the_batch(direction):
+    torch.manual_seed(0)
+    model = nn.Sequential(*[nn.Sequential(nn.Linear(12, 12), nn.Tanh()) for _ in range(6)]).double()
+    x, order = normal(5, 12, seed=3), torch.tensor([3, 0, 4, 1, 2])
+    found = lyapunov_spectrum(stabkit.trace(model, x), 3, direction=direction).exponents
+    shuffled = lyapunov_spectrum(stabkit.trace(model, x[order]), 3, direction=direction).exponents
+    torch.testing.assert_close(shuffled, found[order], rtol=0, atol=1e-12)
+    alone = lyapunov_spectrum(stabkit.trace(model, x[2:3]), 3, direction=direction).exponents
+    torch.testing.assert_close(alone, found[2:3], rtol=0, atol=1e-12)
+
+
 def test_a_tolerance_is_a_pair():
     with pytest.raises(TraceError, match=r"tolerance=0.001; expected two numbers"):
         lyapunov_spectrum(systems.jordan(20), tolerance=1e-3)
