@@ -81,7 +81,7 @@ def plot(
         target = out or Path(f"{kind}.png")
         if kind == "training" or is_run(source):
             figure = _of_run(source, kind, quantity)
-        elif Path(source).suffix.lower() == ".json":
+        elif _is_report(source, kind, model):
             figure = _of_report(source, kind, step)
         else:
             from stabkit import checkpoints
@@ -94,6 +94,18 @@ def plot(
                     return
                 figure = _of_model(loaded, kind, step, count, seed)
         say(screen(), f"wrote {files.write_figure(figure, target)}")
+
+
+def _is_report(source: str, kind: str, model: str | None) -> bool:
+    """Whether the source is meant as a report: by its suffix, or a file of text where a report will do."""
+    path = Path(source)
+    if path.suffix.lower() == ".json":
+        return True
+    if kind not in IN_REPORT or model is not None or not path.is_file():
+        return False
+    with path.open("rb") as file:
+        head = file.read(64)
+    return head.isascii() and not any(byte < 9 for byte in head)  # what torch and safetensors write is binary
 
 
 def _of_report(source: str, kind: str, step: str | None) -> Figure:
