@@ -47,7 +47,7 @@ function drawMap() {
     });
   });
   draw("rect", { x: left, y: top, width: W - left - 16, height: row * data.steps.length, fill: "none", class: "axis" }, svg);
-  const y = H - 44, apart = W < 640 ? 58 : 84, begin = W < 640 ? 0 : left, wild = data.growth.flat().some((v) => v !== null && !finite(v));
+  const y = H - 44, apart = W < 640 ? 64 : 84, begin = W < 640 ? 0 : left, wild = data.growth.flat().some((v) => v !== null && !finite(v));
   [-1, -0.5, 0, 0.5, 1].forEach((share, k) => {
     draw("rect", { x: begin + k * apart, y, width: 18, height: 14, fill: share > 0 ? "var(--orange)" : "var(--blue)", "fill-opacity": Math.abs(share), stroke: "var(--line)" }, svg);
     draw("text", { x: begin + k * apart + 22, y: y + 12, class: "tick" }, svg, (share * most).toFixed(2).replace("-", "−"));
