@@ -286,6 +286,8 @@ def _lyapunov(flow: Flow, seed: int) -> tuple[Exponents | None, tuple[str, ...]]
         found = lyapunov_spectrum(flow, count, seed=seed)
     except (TraceError, ArithmeticError) as error:
         return None, (f"no Lyapunov exponents: {str(error).splitlines()[0]}",)
+    if not bool(found.exponents[0].isfinite().any()):
+        return None, ("no Lyapunov exponents: a step passes nothing on, as a head initialised at zero does",)
     first = {name: getattr(found, name)[:1].tolist() for name in ("exponents", "standard_errors", "converged")}
     rows = {name: tuple(map(tuple, values)) for name, values in first.items()}
     growth = tuple((tuple(row),) for row in found.local_growth[:, 0].tolist())

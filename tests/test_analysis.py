@@ -72,6 +72,8 @@ def test_a_head_of_zeros_is_no_fault_of_the_blocks_before_it():
     report = stabkit.analyze(model, torch.randn(5, 8).double(), loss=lambda out: (out - 1).square().mean())
     assert (report.verdict, report.findings) == ("stable", ())
     assert report.steps[4].growth == -math.inf
+    assert report.lyapunov is None
+    assert any("no Lyapunov exponents" in note for note in report.notes)
     assert any("fresh random cotangent" in note for note in report.notes)
 
 
