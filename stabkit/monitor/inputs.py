@@ -95,7 +95,7 @@ class Inputs:
         self.captured = held
 
     def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if torch.compiler.is_compiling() or not torch.is_grad_enabled() or in_backward():
+        if not torch.is_grad_enabled() or in_backward():
             return
         try:
             self._open = Captured(args, dict(kwargs), random_state(), self._buffers())
@@ -103,7 +103,7 @@ class Inputs:
             self._failed(error)
 
     def _after(self, module: nn.Module, args: Any, output: Any) -> None:
-        if torch.compiler.is_compiling() or self._open is None:
+        if self._open is None:
             return
         captured, self._open = self._open, None
         try:

@@ -158,8 +158,6 @@ class Hooks:
 
     def _hook(self, index: int) -> Callable[[nn.Module, Any, Any], None]:
         def see(module: nn.Module, _: Any, output: Any) -> None:
-            if torch.compiler.is_compiling():  # first of all: the compiler then drops the rest, and guards on nothing
-                return
             measurement = self.measurement
             if measurement is not None:
                 try:

@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import nn
 
 Before = Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]
@@ -26,7 +27,10 @@ class Hook:
         self._function = function
 
     def __call__(self, *args: Any) -> None:
-        """Call the function."""
+        """Call the function, except while the model is compiled or traced (``SummaryWriter.add_graph`` does that)."""
+        # first of all: the compiler then drops the rest, and guards on nothing
+        if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
+            return
         self._function(*args)
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -39,11 +43,12 @@ def watch(module: nn.Module, after: After, before: Before | None = None) -> Call
     A module that was compiled in place (``module.compile()``) compiles its hooks as well and would never run ours, so
     its compiled call is wrapped instead.
     """
+    later, earlier = Hook(after), None if before is None else Hook(before)
     if getattr(module, "_compiled_call_impl", None) is not None:
-        return _wrap_compiled(module, after, before)
-    handles = [module.register_forward_hook(Hook(after))]
-    if before is not None:
-        handles.append(module.register_forward_pre_hook(Hook(before), with_kwargs=True))
+        return _wrap_compiled(module, later, earlier)
+    handles = [module.register_forward_hook(later)]
+    if earlier is not None:
+        handles.append(module.register_forward_pre_hook(earlier, with_kwargs=True))
     if len(handles) == 1:
         return handles[0].remove
 

@@ -1,4 +1,4 @@
-"""A model that is being watched can be copied and saved whole at any time, and its copies are not watched."""
+"""A model that is being watched can be copied, saved whole and traced at any time; its copies are not watched."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import pickle
 import subprocess
 import sys
 
+import pytest
 import torch
 
 from stabkit.monitor import Monitor
@@ -18,6 +19,10 @@ def saved(model):
     file = io.BytesIO()
     torch.save(model, file)
     return torch.load(io.BytesIO(file.getvalue()), weights_only=False)
+
+
+def operations(traced):
+    return [node.kind() for node in traced.inlined_graph.nodes()]
 
 
 def test_copies_are_neither_watched_nor_in_the_way(tmp_path):
@@ -36,6 +41,18 @@ def test_copies_are_neither_watched_nor_in_the_way(tmp_path):
             assert torch.equal(output, expected)
             output.sum().backward()
         monitor.step(1.0)
+    assert {block.calls for block in monitor.records[0].blocks} == {1.0}
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:FutureWarning")
+def test_a_model_that_is_watched_can_be_traced_and_exported(tmp_path):
+    model, x = mlp().eval(), torch.ones(2, 8)
+    plain = operations(torch.jit.trace(model, x))
+    with Monitor(model, 1, directory=tmp_path) as monitor:
+        assert operations(torch.jit.trace(model, x)) == plain
+        exported = torch.export.export(model, (x,))
+        assert torch.equal(exported.module()(x), model(x))
+        monitor.step()
     assert {block.calls for block in monitor.records[0].blocks} == {1.0}
 
 
