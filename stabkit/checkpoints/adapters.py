@@ -168,6 +168,8 @@ def _with_magnitude(changed: Tensor, magnitude: Tensor, transposed: bool) -> Ten
 
 def _scale(path: str, rank: int, config: Mapping[str, Any]) -> float:
     alpha = _by_pattern(config.get("alpha_pattern"), path, config.get("lora_alpha", rank))
+    if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not math.isfinite(alpha):
+        raise CheckpointError(f"lora_alpha for {path} is {alpha!r} in the adapter's config; expected a number")
     return float(alpha) / (math.sqrt(rank) if config.get("use_rslora") else rank)
 
 

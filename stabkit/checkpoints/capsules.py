@@ -151,7 +151,7 @@ def read_capsule(path: str | os.PathLike[str]) -> Capsule:
             calls=tuple(_decode_call(call, f"{i}/", tensors) for i, call in enumerate(manifest["calls"])),
             complete=bool(manifest["complete"]),
             training=bool(manifest["training"]),
-            unlike=tuple(manifest["unlike"]),
+            unlike=tuple(map(str, manifest["unlike"])),
             autocast=dict(manifest["autocast"]),
             scale=float(manifest["scale"]),
             processes=int(manifest["processes"]),

@@ -110,8 +110,11 @@ def build(
     except CheckpointError as error:
         raise CheckpointError(f"{capsule.path}: {error}") from error
     module.train(capsule.training)
+    parts = dict(module.named_modules())
     for path in capsule.unlike:
-        module.get_submodule(path).training = not capsule.training
+        if path not in parts:
+            raise CheckpointError(f"{capsule.path}: {name} has no module {path!r}, whose mode the capsule holds")
+        parts[path].training = not capsule.training
     return module, name
 
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import math
 
 import pytest
 import torch
@@ -134,6 +135,8 @@ def edited(name, value):
         (FACTORS, {"peft_type": "IA3"}, "IA3"),
         (FACTORS, {"init_lora_weights": "pissa_niter_4"}, "changed base"),
         (FACTORS, {"alpha_pattern": {"(a+)+$": 1}}, "not a plain path"),
+        (FACTORS, {"lora_alpha": [1, 2]}, r"lora_alpha for .* is \[1, 2\]"),
+        (FACTORS, {"lora_alpha": math.inf}, "is inf in the adapter's config; expected a number"),
         (dict(list(FACTORS.items())[:1]), {}, "expected lora_A and lora_B"),
         (edited("base_model.model.third.lora_A.weight", torch.ones(2, 6)), {}, r"third\.weight"),
         (edited("base_model.model.first.lora_B.weight", torch.ones(8, 3)), {}, "ranks 2 and 3"),

@@ -129,17 +129,17 @@ def test_a_damaged_capsule_is_refused(tmp_path, damage):
         read_capsule(path)
 
 
-@pytest.mark.parametrize("damage", ["weights", "random", "batch"])
-def test_a_damaged_tensor_is_an_error(tmp_path, damage):
+@pytest.mark.parametrize("damage", ["weights", "random", "batch", "modes"])
+def test_a_damaged_part_is_an_error(tmp_path, damage):
     call = make_call()
     if damage == "random":
         call.random["numpy"][0] = 2**40
     if damage == "batch":
         call = replace(call, args=(torch.ones(2, 5),))
-    path = written(tmp_path / "c", nn.Linear(3, 2), call)
+    path = written(tmp_path / "c", nn.Linear(3, 2), call, unlike=["nowhere"] if damage == "modes" else [])
     if damage == "weights":
         (path / "weights.safetensors").write_bytes(b"\x00" * 20)
-    with pytest.raises(CheckpointError, match=r"safetensors|random state is damaged|does not run on the batch"):
+    with pytest.raises(CheckpointError, match=r"safetensors|random state is damaged|does not run|no module 'nowhere'"):
         load_capsule(path, lambda: nn.Linear(3, 2))
 
 
