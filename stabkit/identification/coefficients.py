@@ -29,7 +29,7 @@ class Coefficient:
         low: smallest entry.
         high: largest entry.
         residual: relative deviation from ``kind`` and ``value`` on random cotangents; 0 where the code leaves no room.
-        sample: the first entry of a diagonal; None for other kinds.
+        sample: the first entry of a diagonal; the factor of the samples that are kept; None for other kinds.
     """
 
     kind: str
@@ -52,16 +52,38 @@ def measure(piece: Piece, value: Value, atom: Value, path: set[Node]) -> Coeffic
     """
     ones = torch.ones((), dtype=meta_of(value).dtype, device=meta_of(value).device).expand(meta_of(value).shape)
     factors = piece.pull(path, {value: ones}).get(atom)
+    constants = _constants(path)
+    survival = next((m for m in map(_kept_samples, constants) if m is not None), None)
+    if survival is not None and factors is not None and atom not in piece.ends:
+        drawn = _of_samples(factors, survival, meta_of(value).dtype)
+        if drawn is not None:
+            return drawn
     if factors is None or not bool(factors.any()):
         # a factor that is zero now (ReZero at its start) is a coefficient; a path that selects nothing is none
         return Coefficient("scalar", 0.0, 0.0, 0.0, 0.0) if factors is not None and atom not in piece.ends else None
     if _is_broadcast(piece, path, atom):
         factors = factors * (meta_of(atom).numel / meta_of(value).numel)
-    kind, number = _kind(factors, meta_of(value), piece.is_gated(path), _masks(path))
+    masked = any(not bool((t != 0).all()) for t in constants)
+    kind, number = _kind(factors, meta_of(value), gated=piece.is_gated(path), masked=masked)
     low, high = float(factors.min()), float(factors.max())
     sample = float(factors.reshape(-1)[0]) if kind == "diagonal" else None
     found = Coefficient(kind, number, low, high, 0.0, sample)
     return found if atom not in piece.ends else _certified(piece, value, atom, path, found)
+
+
+def _of_samples(factors: Tensor, kept: float, dtype: torch.dtype) -> Coefficient | None:
+    """The coefficient of a branch that whole samples skip: what it is without the draw, and the factor of the kept.
+
+    A draw of zeros and ones may stand beside a division by p; ones alone, without it, are no draw.
+    """
+    flat = factors.detach().double().reshape(-1).cpu()
+    present = flat[flat != 0]
+    base = _number((present / kept).mean()[None], dtype) if kept and present.numel() else 1.0
+    if kept == 1.0 and base > 1.0:
+        kept, base = base, 1.0
+    elif kept == 1.0 and present.numel() == flat.numel():
+        return None
+    return Coefficient("samples", base, float(flat.min()), float(flat.max()), 0.0, kept)
 
 
 def _is_broadcast(piece: Piece, path: set[Node], atom: Value) -> bool:
@@ -79,7 +101,7 @@ def node_numel(node: Node) -> int:
     return meta_of(Value(node, 0)).numel
 
 
-def _kind(factors: Tensor, meta: Meta, gated: bool, masks: list[Tensor]) -> tuple[str, float]:
+def _kind(factors: Tensor, meta: Meta, *, gated: bool, masked: bool) -> tuple[str, float]:
     flat = factors.detach().double().reshape(-1).cpu()
     mean, dtype = float(flat.mean()), meta.dtype
     if gated and not _is_constant(factors, dtype):
@@ -90,9 +112,7 @@ def _kind(factors: Tensor, meta: Meta, gated: bool, masks: list[Tensor]) -> tupl
     if kept.numel() == flat.numel() or bool((kept - kept[0]).abs().max() > _tolerance(dtype) * kept[0].abs()):
         return "diagonal", mean
     number = _number(kept, dtype)
-    if any(_drops_samples(mask) for mask in masks):
-        return "samples", number
-    if masks and number != 1.0:  # dropout divides what it keeps; a mask of ones is a choice of entries
+    if masked and number != 1.0:  # dropout divides what it keeps; a mask of ones is a choice of entries
         return "dropout", number
     # entries of a stage that are cut off again (padding) are no choice of entries of the state
     return "part" if flat.numel() == meta.numel else "scalar", number
@@ -104,18 +124,28 @@ def _number(flat: Tensor, dtype: torch.dtype) -> float:
     return float(exact) if abs(number - exact) <= _tolerance(dtype) else number
 
 
-def _masks(path: set[Node]) -> list[Tensor]:
-    """The constant factors on a path that are zero somewhere."""
+def _constants(path: set[Node]) -> list[Tensor]:
+    """The constant factors on a path."""
     names = ("_saved_other", "_saved_self", "_saved_result1", "_saved_mask")
     nodes: list[Any] = [n for n in path if operation(n) in PRODUCTS or operation(n) == "NativeDropout"]
     saved = [getattr(node, name, None) for node in nodes for name in names]
-    return [t for t in saved if isinstance(t, Tensor) and t.grad_fn is None and not bool((t != 0).all())]
+    return [t.detach() for t in saved if isinstance(t, Tensor) and t.grad_fn is None]
 
 
-def _drops_samples(mask: Tensor) -> bool:
-    """Whether a mask has one number for each sample: the first dimension alone is longer than one, or tells all."""
-    rows = mask.detach().reshape(mask.shape[0], -1) if mask.dim() else mask.reshape(1, 1)
-    return len(rows) > 1 and bool((rows == rows[:, :1]).all()) and (rows.shape[1] > 1 or mask.dim() > 1)
+def _kept_samples(mask: Tensor) -> float | None:
+    """The factor of kept samples, when a constant is a draw that drops whole samples: 0 where it dropped them all.
+
+    Such a draw is one number a sample, 0 or one other.
+    """
+    if mask.dim() < 2 or len(mask) < 2:
+        return None
+    rows = mask.reshape(len(mask), -1)
+    kept = rows[rows != 0]
+    if not bool((rows == rows[:, :1]).all()) or (kept.numel() and not bool((kept == kept[0]).all())):
+        return None
+    if kept.numel() == rows.numel() and (rows.shape[1] > 1 or float(kept[0]) < 1.0):
+        return None
+    return float(kept[0]) if kept.numel() else 0.0
 
 
 def _is_constant(factors: Tensor, dtype: torch.dtype) -> bool:

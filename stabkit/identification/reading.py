@@ -374,7 +374,7 @@ def _with_randomness(record: Identification, sums: Sequence[NormalForm]) -> Iden
     dropped = [c for form in sums for c in form.forms[0].values() if c.kind == "samples"]
     if not dropped:
         return record
-    factor = dropped[0].value
+    factor = max(c.sample or 0.0 for c in dropped)
     if factor <= 1.0:
         why = "whole samples skip the branch at random (stochastic depth); how often does not show in one pass"
         return replace(record, name=f"{record.name}, stochastic depth", notes=(why, *record.notes))
@@ -384,8 +384,7 @@ def _with_randomness(record: Identification, sums: Sequence[NormalForm]) -> Iden
         record,
         name=f"{record.name}, stochastic depth (p = {survival:.3g})",
         method=method,
-        step_size=1.0,
-        convention="h = 1, drawn 1/p with probability p and 0 otherwise; R is the mean square",
+        convention=f"{record.convention}; drawn 1/p with probability p and 0 otherwise: R is the mean square",
         system="a weak approximation of a stochastic differential equation",
         notes=("kept branches are divided by p", *record.notes),
     )

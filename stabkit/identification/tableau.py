@@ -153,7 +153,8 @@ def _own(terms: Terms, contexts: Collection[Value], *, shared: bool, one_coordin
 
 
 def _number_of(coefficient: Coefficient, one_coordinate: bool) -> float:
-    return coefficient.sample if one_coordinate and coefficient.sample is not None else coefficient.value
+    first = coefficient.sample if coefficient.kind == "diagonal" else None
+    return first if one_coordinate and first is not None else coefficient.value
 
 
 def _of_stage(coefficient: Coefficient, one_coordinate: bool) -> float:

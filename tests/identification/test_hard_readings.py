@@ -263,3 +263,27 @@ def test_a_step_towards_the_mean_of_the_neighbours_is_diffusion(kind):
 def test_a_leaky_unit_is_no_diffusion():
     found = read(lambda: Step(lambda m, x: 0.5 * x + 0.5 * m.parts[0](x), nn.Linear(6, 6)))
     assert "diffusion" not in found.system
+
+
+@pytest.mark.parametrize("kept", [(1, 1), (1, 0), (0, 0)], ids=["none dropped", "one dropped", "all dropped"])
+def test_stochastic_depth_shows_whatever_was_drawn(kept):
+    draw = torch.tensor(kept, dtype=torch.float64)[:, None] / 0.8
+    scale = nn.Parameter(torch.full((6,), 0.5))
+    found = read(lambda: Step(lambda m, x: x + m.scale * m.parts[0](x) * draw, dense(), scale=scale))
+    p = " (p = 0.8)" if any(kept) else ""
+    assert found.name == f"forward Euler, stochastic depth{p}"
+    if any(kept):
+        assert found.step_size == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize("draw", [[1.0, 1.0], [1.0, 0.0]], ids=["none dropped", "one dropped"])
+def test_a_draw_of_ones_beside_a_division(draw):
+    mask = torch.tensor(draw, dtype=torch.float64)[:, None]
+    found = read(lambda: Step(lambda m, x: x + m.parts[0](x).div(0.8) * mask, dense()))
+    assert (found.name, found.step_size) == ("forward Euler, stochastic depth (p = 0.8)", 1.0)
+
+
+def test_one_number_for_each_sample_is_no_draw():
+    sizes = torch.tensor([0.3, 0.3], dtype=torch.float64)[:, None]
+    found = read(lambda: Step(lambda m, x: x + m.parts[0](x) * sizes, dense()))
+    assert (found.name, found.step_size) == ("forward Euler", pytest.approx(0.3))
