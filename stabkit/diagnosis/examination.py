@@ -230,8 +230,8 @@ def _renamed(verdict: Verdict, name: str, evidence: str) -> Verdict:
 
 
 def _ordered(found: Sequence[Finding]) -> list[Finding]:
-    """Worst first; among equals, single blocks before stretches, in the order in which they were found."""
+    """Blocks at fault first, then the worst; what a dtype cannot hold is a consequence, wherever it shows."""
     worth = {severity: -rank for rank, severity in enumerate(SEVERITIES)}
-    blocks = [f for f in found if len(f.steps) <= 2 and serious(f)]
+    blocks = [f for f in found if len(f.steps) <= 2 and serious(f) and f.kind != "precision_loss"]
     rest = sorted((f for f in found if f not in blocks), key=lambda f: worth[f.severity])
     return [*blocks, *rest]

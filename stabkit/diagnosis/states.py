@@ -160,13 +160,14 @@ def _log_gradient_rms(flow: AnyFlow, measurement: Measurement) -> Array:
 def _range_finding(
     measurement: Measurement, held: Indices, sizes: Array, reach: float, room: float, dtype: str
 ) -> Finding:
-    low = int(held[int(np.argmin(sizes[held]))])
-    step = measurement.steps[min(low, len(measurement.steps) - 1)]
+    last = len(measurement.steps) - 1
+    step = measurement.steps[min(int(held[int(np.argmin(sizes[held]))]), last)]
+    lost = held[sizes[held] < sizes[held].max() - room]
     name = dtype.removeprefix("torch.")
     return Finding(
         kind="precision_loss",
         severity="warning",
-        steps=(step.index,),
+        steps=tuple(sorted({min(int(state), last) for state in lost})),
         module_path=step.module_path,
         confidence=1.0,
         evidence=f"gradients of different depths lie {reach:.1f} nats apart, more than the {room:.1f} that {name} "

@@ -169,6 +169,16 @@ def test_what_underflows_is_no_dead_unit():
     assert len(lost.steps) > 3
 
 
+def test_a_stretch_goes_before_what_the_dtype_cannot_hold():
+    model = tanh_layers(depth=16)
+    for layer in model[::2]:
+        layer.weight.data.mul_(1e-6)
+    found = serious(examine(stabkit.trace(model, torch.randn(4, 48))))
+    assert (found[0].kind, found[0].steps) == ("vanishing", tuple(range(32)))
+    (lost,) = (f for f in found if "range" in f.numbers)
+    assert 1 <= len(lost.steps) < 20  # those whose gradients are out of reach of the rest, not all
+
+
 def test_chaos_from_the_zero_state_of_a_recurrent_network():
     torch.manual_seed(0)
     cell = nn.RNN(8, 96)
