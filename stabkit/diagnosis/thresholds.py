@@ -21,7 +21,8 @@ class Thresholds:
             exponential. The power law of a normalised residual network is a drift, however deep the network.
         outlier: how many robust standard deviations a block must lie from its peers to be a local fault.
         outlier_weight: smallest deviation of a weight from the same weight of the peers, nats (a factor of 3).
-        outlier_behaviour: smallest deviation of a block's gain, where its weights say nothing (a factor of 4).
+        outlier_behaviour: smallest deviation of a block's gain, where the sizes of its weights say nothing, and of the
+            effective rank of a matrix (a factor of 4).
         dead: share of the units of a layer that pass nothing for any sample, from which the layer is dead.
         saturated: share of a layer's entries where the derivative is below a twentieth of its largest value.
         collapsed: share of a state's energy that still tells samples or tokens apart, under which its rank collapsed.
