@@ -16,10 +16,12 @@ from stabkit.diagnosis.weight_faults import WeightFault, weight_faults
 
 
 def non_finite_findings(measurement: Measurement, thresholds: Thresholds) -> list[Finding]:
-    """The first step whose parameters or results are not finite; else the first where the gradient ceases to be.
+    """An input that is not finite; else the first step whose parameters or results are not, or whose gradient is not.
 
     Where states overflow, a weight before that is far larger than in its peers is named as the cause.
     """
+    if _given_broken(measurement):
+        return [_input(measurement)]
     steps = measurement.steps
     poisoned = [step for step in steps if any(not weight.finite for weight in step.weights)]
     broken = [step for step in steps if not step.finite]
@@ -95,9 +97,36 @@ def _backward(step: StepMeasurement, where: Sequence[int]) -> Finding:
     )
 
 
+def _given_broken(measurement: Measurement) -> bool:
+    """Whether the first state, which no step has touched, holds NaN or infinity."""
+    first = measurement.log_states[:1]
+    return bool((np.isnan(first) | np.isposinf(first)).any())
+
+
+def _input(measurement: Measurement) -> Finding:
+    first = measurement.log_states[0]
+    samples = np.flatnonzero(np.isnan(first) | np.isposinf(first)).tolist()
+    listed = ", ".join(map(str, samples[:8])) + (" ..." if len(samples) > 8 else "")
+    step = measurement.steps[0]
+    return Finding(
+        kind="non_finite",
+        severity="critical",
+        steps=(step.index,),
+        module_path=step.module_path,
+        confidence=1.0,
+        evidence=f"the state before the first step, {step.name}, is NaN or infinite already: "
+        f"sample {listed} of {len(first)}",
+        remedy="look at the data: no step made these numbers; drop the samples, or mend how they are read or scaled",
+        reference="",
+        numbers={"samples": float(len(samples))},
+    )
+
+
 def all_finite(measurement: Measurement) -> bool:
     """Whether nothing is NaN or infinite; a gradient of zero is finite."""
     growth = measurement.growth
+    if _given_broken(measurement):
+        return False
     return not bool((np.isnan(growth) | (growth == math.inf)).any()) and all(
         step.finite and all(weight.finite for weight in step.weights) for step in measurement.steps
     )

@@ -198,3 +198,16 @@ def test_health_of_untrained_library_models():
         torch.manual_seed(0)
         model = torchvision.models.resnet18().train(training)
         assert not serious(examine(stabkit.trace(model, torch.randn(4, 3, 32, 32)), probes=1))
+
+
+def test_an_input_that_is_not_finite_is_named_and_no_step_is_blamed():
+    x = torch.ones(3, 4)
+    x[1, 2] = math.nan
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    found = examine(stabkit.trace(model, x))
+    assert found.verdict.name == "non-finite"
+    (finding,) = found.findings
+    assert (finding.kind, finding.severity) == ("non_finite", "critical")
+    assert "before the first step" in finding.evidence
+    assert "sample 1 of 3" in finding.evidence
+    assert "look at the data" in finding.remedy
