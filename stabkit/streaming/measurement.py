@@ -58,7 +58,7 @@ def measure_block(
         arriving = cotangents.cpu()
         scaled, exponents = _rescaled(pulled, powers)
         found = {
-            "cotangents": scaled,
+            "cotangents": scaled.cpu().contiguous(),  # laid out as it is read back, so that a resumed run adds alike
             "powers": exponents,
             "log_after": _log_norms(arriving, powers),
             "log_before": _log_norms(pulled, powers),
