@@ -69,7 +69,7 @@ def main(out: Path) -> None:
         flow = stabkit.trace(model, images[new[:64]])
         growth = stabkit.gradient_profile(flow, loss).log_growth.mean(1)
         fields = stabkit.identify(flow)
-        color = plotting.style.sample_color(place, len(DAMPING))
+        color = plotting.style.sample_color(middle, place, len(DAMPING))
         total = torch.cat([growth.flip(0).cumsum(0).flip(0), torch.zeros(1)])
         middle.plot(total, color=color, label=f"λ = {damping:g}")
         noise = torch.Generator().manual_seed(0)
