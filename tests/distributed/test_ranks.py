@@ -39,7 +39,6 @@ def test_ranks_that_do_not_agree_are_told_and_one_may_go_alone():
         "rank 0 of 2 waits for the others to call stabkit.analyze too; to call it on one rank only, give "
         "distributed=False"
     ]
-    assert second["said"] == []
 
 
 def test_one_process_does_everything_itself_and_raises_what_fails():
