@@ -15,6 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from stabkit.analysis import EXPLAINED
 from stabkit.diagnosis import examine
 from stabkit.distributed.samples import Call
+from stabkit.errors import TraceError
 from stabkit.explanation import explain
 from stabkit.identification import identify
 from stabkit.planning.machine import PeakMemory, timed
@@ -245,7 +246,7 @@ def _product_costs(step: Step, device: torch.device, spectra: bool) -> tuple[flo
     forward = 0.0
     if spectra:
         V = torch.randn(batch, n, width, generator=torch.Generator().manual_seed(0)).to(device, J.dtype)
-        with contextlib.suppress(Exception):  # a step without a certified product has no iterated spectrum either
+        with contextlib.suppress(TraceError):  # a step without a certified product has no iterated spectrum either
             J.matmat(V)
             forward = _second(lambda: J.matmat(V), device) / width
     step.segment.release()
