@@ -15,7 +15,7 @@ PACKAGE = Path(__file__).parent.parent / "stabkit"
 LAYERS = [
     "_version",
     "errors",
-    "sharing",
+    "parallel",
     "integrators",
     "tracing",
     "jacobians",
@@ -27,9 +27,7 @@ LAYERS = [
     "checkpoints",
     "report",
     "weights",
-    "explanation",
     "distributed",
-    "step_spectra",
     "analysis",
     "planning",
     "streaming",

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from stabkit.cli import compare, scale, weights_only
+from stabkit.cli import compare, execution, weights_only
 from stabkit.cli.console import FOUND, fail, guarded, progress_bar, say, screen, stdout_to_stderr
+from stabkit.cli.execution import Budget, Device, Memory, Probes
 from stabkit.cli.options import (
     AllowExport,
     AllowTorchScript,
@@ -33,7 +34,6 @@ from stabkit.cli.options import (
     is_accused,
     write_json,
 )
-from stabkit.cli.scale import Budget, Device, Memory, Probes
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -162,7 +162,7 @@ def _one(
         with stdout_to_stderr():
             loaded = checkpoints.load(source, **recipe.loading())
     except checkpoints.ArchitectureMissingError as missing:
-        if scale.first_rank():
+        if execution.first_rank():
             weights_only.run(missing, activation, recipe.seed, out=out, json_=json_, fail_on=fail_on)
         return
     with stdout_to_stderr():
@@ -184,7 +184,7 @@ def _stream(
     if unused:
         raise StabkitError(f"--stream reads a Hugging Face directory block by block; leave out {', '.join(unused)}")
     with stdout_to_stderr(), progress_bar() as progress:
-        found = scale.streamed(
+        found = execution.streamed(
             Path(source).expanduser(),
             recipe.input,
             recipe.seed,
@@ -222,7 +222,7 @@ def _analyze(loaded: Loaded, recipe: Recipe, effort: _Effort, keep: Path | None)
             "Give an earlier checkpoint of this run"
         )
     with progress_bar() as progress:
-        return scale.analyzed(
+        return execution.analyzed(
             loaded,
             recipe,
             progress,

@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from stabkit.cli.console import FOUND, guarded, screen, stdout_to_stderr
+from stabkit.cli.execution import Budget, Memory, Probes, first_rank, planned
 from stabkit.cli.options import (
     Base,
     Debug,
@@ -24,7 +25,6 @@ from stabkit.cli.options import (
     check_targets,
     write_json,
 )
-from stabkit.cli.scale import Budget, Memory, Probes, first_rank, planned
 
 
 def plan(

@@ -7,8 +7,8 @@ import sys
 from pathlib import Path
 
 from stabkit import checkpoints
+from stabkit.cli.execution import analyzed
 from stabkit.cli.options import Recipe
-from stabkit.cli.scale import analyzed
 
 ROOT = Path(__file__).parent.parent.parent
 NETWORK = """

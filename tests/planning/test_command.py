@@ -10,9 +10,9 @@ from typer.testing import CliRunner
 import stabkit
 from stabkit import checkpoints
 from stabkit.cli import app
+from stabkit.cli.execution import analyzed, chosen_device, streamed
 from stabkit.cli.options import Recipe
 from stabkit.cli.plan import plan
-from stabkit.cli.scale import analyzed, chosen_device, streamed
 from stabkit.errors import StabkitError
 
 NETWORK = """

@@ -168,7 +168,7 @@ def streamed(
     from stabkit.checkpoints.inputs import make_inputs
     from stabkit.distributed import session
     from stabkit.streaming import analyze_files
-    from stabkit.streaming.skeleton import skeleton
+    from stabkit.streaming.meta_model import skeleton
 
     place = chosen_device(device)
     made = make_inputs(skeleton(folder), input_ or "tokens:1x16", seed=seed)
