@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from stabkit.errors import ArgumentError, OutOfRangeError
+
 if TYPE_CHECKING:
     from stabkit.tracing import State
 
@@ -30,7 +32,7 @@ def coordinates(state: State, *, dim: int, index: Index, tensor: int = 0) -> Ten
         Coordinates in ascending order of memory, as `Jacobian.restrict` takes them.
 
     Raises:
-        IndexError: the state has no such tensor, dimension or index.
+        OutOfRangeError: the state has no such tensor, dimension or index.
 
     Example:
         >>> import torch, stabkit
@@ -43,12 +45,12 @@ def coordinates(state: State, *, dim: int, index: Index, tensor: int = 0) -> Ten
     """
     shapes = state.space.axes
     if not -len(shapes) <= tensor < len(shapes):
-        raise IndexError(f"tensor={tensor}, but the state has {len(shapes)} tensors, of shapes {list(shapes)}")
+        raise OutOfRangeError(f"tensor={tensor}, but the state has {len(shapes)} tensors, of shapes {list(shapes)}")
     tensor %= len(shapes)
     shape = shapes[tensor]
     real = len(state.sample_shapes[tensor])  # complex numbers bring one axis more
     if not -real <= dim < real:
-        raise IndexError(f"dim={dim}, but one sample of the tensor has shape {state.sample_shapes[tensor]}")
+        raise OutOfRangeError(f"dim={dim}, but one sample of the tensor has shape {state.sample_shapes[tensor]}")
     dim %= real
     chosen = checked_index([index] if isinstance(index, int) else index, shape[dim], "index", torch.device("cpu"))
     start = sum(math.prod(s) for s in shapes[:tensor])
@@ -60,8 +62,8 @@ def checked_index(index: Index | None, size: int, name: str, device: torch.devic
     """An index as a tensor of distinct numbers from 0 to ``size - 1``.
 
     Raises:
-        IndexError: a number is out of range, or no integer.
-        ValueError: there is none, or one comes twice.
+        OutOfRangeError: a number is out of range, or no integer.
+        ArgumentError: there is none, or one comes twice.
     """
     everything = torch.arange(size, device=device)
     if index is None:
@@ -73,14 +75,16 @@ def checked_index(index: Index | None, size: int, name: str, device: torch.devic
         if chosen.dtype == torch.bool and tuple(chosen.shape) == (size,):
             chosen = everything[chosen]
     if chosen.numel() == 0:
-        raise ValueError(f"{name} names no coordinate; expected some of 0 to {size - 1}")
+        raise ArgumentError(f"{name} names no coordinate; expected some of 0 to {size - 1}")
     if chosen.dim() != 1 or chosen.is_floating_point() or chosen.dtype == torch.bool:
-        raise IndexError(
+        raise OutOfRangeError(
             f"{name} has shape {tuple(chosen.shape)} and dtype {chosen.dtype}; expected integers, one after the other"
         )
     if int(chosen.min()) < -size or int(chosen.max()) >= size:
-        raise IndexError(f"{name} reaches from {int(chosen.min())} to {int(chosen.max())}; expected 0 to {size - 1}")
+        raise OutOfRangeError(
+            f"{name} reaches from {int(chosen.min())} to {int(chosen.max())}; expected 0 to {size - 1}"
+        )
     chosen = chosen % size
     if len(torch.unique(chosen)) != len(chosen):
-        raise ValueError(f"{name} names a coordinate twice; expected distinct ones")
+        raise ArgumentError(f"{name} names a coordinate twice; expected distinct ones")
     return chosen

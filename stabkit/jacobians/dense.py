@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
+from stabkit.errors import ArgumentError
 from stabkit.jacobians.blocks import arithmetic, plan_sites
 from stabkit.jacobians.closed_forms import UnitPuller, linear_nodes
 from stabkit.jacobians.compression import compressed, row_groups, slabs
@@ -30,7 +31,7 @@ Way = Callable[[Tensor], str]
 def dense(J: Jacobian, chunk: int | None, memory: int | None, structure: bool) -> tuple[Tensor, str]:
     """The matrices ``(batch, m, n)``, and how they were obtained; see `Jacobian.dense`."""
     if chunk is not None and chunk < 1:
-        raise ValueError(f"chunk={chunk}; expected at least one product at once")
+        raise ArgumentError(f"chunk={chunk}; expected at least one product at once")
     width = products_at_once(J, chunk, memory, _result_bytes(J))
     if J.matrix is not None:
         return J.matrix.clone(), ""
@@ -71,7 +72,7 @@ def products_at_once(J: Jacobian, chunk: int | None, memory: int | None, result:
     """How many products are made at once: as many as suit the caches and the memory.
 
     Raises:
-        ValueError: the result and one product do not fit.
+        ArgumentError: the result and one product do not fit.
     """
     room = budget(memory, J.device)
     batch, m, n = J.shape
@@ -82,7 +83,7 @@ def products_at_once(J: Jacobian, chunk: int | None, memory: int | None, result:
         one += 2 * live
     if room is not None and result + one > room:
         given = "memory=" if memory is not None else "the free memory, of which "
-        raise ValueError(
+        raise ArgumentError(
             f"the Jacobian of shape {J.shape} takes {readable(result)} and {readable(one)} for the work on it, but "
             f"{given}{readable(room)} is all there is: multiply with it (J @ V, J.T @ U), take a block "
             "(J.restrict(...)), or its sparse form if it has one (J.sparse())"
