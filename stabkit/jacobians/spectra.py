@@ -9,13 +9,13 @@ import numpy as np
 from torch import Tensor
 
 from stabkit.errors import ArgumentError, ArgumentTypeError
+from stabkit.jacobians.counted_products import as_jacobian, rounding
 from stabkit.jacobians.dense_spectra import whole_eigenvalues, whole_singular_values
 from stabkit.jacobians.iterative import iterative_eigenvalues, iterative_singular_values
 from stabkit.jacobians.krylov_schur import EDGES, Badness
 from stabkit.jacobians.method_choice import Plan, choose_method
-from stabkit.jacobians.operator import Jacobian
-from stabkit.jacobians.products import as_jacobian, rounding
 from stabkit.jacobians.spectrum import Spectrum
+from stabkit.operators.jacobian import Jacobian
 
 Operator = Jacobian | Tensor | np.ndarray
 
@@ -78,7 +78,7 @@ def eigenvalues(
         if not _rescued(chosen, spectrum, n, max_products):
             return replace(spectrum, reason=reason, path=J.path)
         used, reason = spectrum.n_products, _rescue_reason(spectrum)
-    return replace(whole_eigenvalues(J, k, badness, str(which), tol, used), reason=reason, path=J.path)
+    return replace(whole_eigenvalues(J, k, badness, str(which), tol, used), reason=reason)
 
 
 def singular_values(
@@ -134,7 +134,7 @@ def singular_values(
         if not _rescued(chosen, spectrum, min(m, n), max_products):
             return replace(spectrum, reason=reason, path=J.path)
         used, reason = spectrum.n_products, _rescue_reason(spectrum)
-    return replace(whole_singular_values(J, k, which, tol, used), reason=reason, path=J.path)
+    return replace(whole_singular_values(J, k, which, tol, used), reason=reason)
 
 
 def _rescued(chosen: Plan, spectrum: Spectrum, size: int, max_products: int | None) -> bool:
