@@ -325,12 +325,16 @@ def run(name: str, limit: float, rounds: int | None) -> str:
     complaints: list[str] = []
     reader = threading.Thread(target=lambda: complaints.extend(process.stderr or ()))
     reader.start()
-    for line in process.stdout or ():
-        if line.startswith("{"):
-            events.append(json.loads(line))
-            marks.append(time.perf_counter())
+    try:
+        for line in process.stdout or ():
+            if line.startswith("{"):
+                events.append(json.loads(line))
+                marks.append(time.perf_counter())
+    finally:  # also where this process is told to end
+        timer.cancel()
+        if process.poll() is None and sys.exc_info()[0] is not None:
+            stop()
     process.wait()
-    timer.cancel()
     reader.join()
     return _cells(name, events, marks, time.perf_counter() - began, stopped.is_set(), "".join(complaints))
 
@@ -369,6 +373,7 @@ def main() -> None:
     if given.list:
         print(*chosen, sep="\n")
         return
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # rows must not outlive the table
     print(f"{torch.get_num_threads()} threads, load {os.getloadavg()[0]:.1f}, {stabkit.__version__}")
     print(f"{'row':24s} {'goal':>7s} {'median':>9s}   spread")
     for name in chosen:
