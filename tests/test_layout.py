@@ -15,8 +15,9 @@ PACKAGE = Path(__file__).parent.parent / "stabkit"
 LAYERS = [
     "_version",
     "errors",
-    "sharing",
+    "parallel",
     "integrators",
+    "operators",
     "tracing",
     "jacobians",
     "growth",
@@ -27,9 +28,7 @@ LAYERS = [
     "checkpoints",
     "report",
     "weights",
-    "explanation",
     "distributed",
-    "step_spectra",
     "analysis",
     "planning",
     "streaming",
@@ -43,7 +42,6 @@ LAYERS = [
 
 # convenience methods of results reach up, inside the function: (where, what)
 UPWARD = {
-    ("tracing", "jacobians"),  # step.jacobian(), flow.jacobian()
     ("integrators", "plotting"),  # method.plot()
     ("jacobians", "plotting"),  # spectrum.plot()
     ("growth", "plotting"),

@@ -17,7 +17,7 @@ from stabkit.attribution.step_terms import Budget, Terms, measure_step, skip_of
 from stabkit.attribution.zplane import damping_limit, mechanism_of
 from stabkit.growth import GradientProfile, gradient_profile
 from stabkit.identification import Identification, by_step, identify
-from stabkit.sharing import ALONE, Sharing, runs
+from stabkit.parallel import SERIAL, Parallel, runs
 from stabkit.tracing import Flow
 from stabkit.tracing.values import random_tensors
 
@@ -35,7 +35,7 @@ def attribute(
     tolerance: float = TOLERANCE,
     identifications: Sequence[Identification] | None = None,
     fields: Mapping[int, Tensor] | None = None,
-    sharing: Sharing = ALONE,
+    parallel: Parallel = SERIAL,
 ) -> Attribution:
     """Measured growth of the gradient at every step as an exact sum of named terms.
 
@@ -55,7 +55,7 @@ def attribute(
         tolerance: how far the modulus of an eigenvalue may exceed 1 before its mode counts as unstable.
         identifications: from ``identify(flow)``; made here by default.
         fields: for steps with several stages, by index: the Jacobian ``(samples, d, d)`` of h f, whose spectrum is z.
-        sharing: who measures which steps.
+        parallel: who measures which steps.
 
     Raises:
         ValueError: an argument is out of range.
@@ -79,7 +79,7 @@ def attribute(
     read = identify(flow) if identifications is None else identifications
     found = by_step(read, len(flow.steps))
     growth = profile.log_growth[:, : budget.samples]
-    terms, cosines = _shared_walk(flow, loss, profile, found, growth, budget, sharing)
+    terms, cosines = _shared_walk(flow, loss, profile, found, growth, budget, parallel)
     columns = {column: torch.stack([t.columns[column] for t in terms]) for column in COLUMNS}
     skips = [skip_of(f) for f in found]
     straight, run = straightness(flow)
@@ -139,15 +139,15 @@ def _shared_walk(
     found: Sequence[Identification],
     growth: Tensor,
     budget: Budget,
-    sharing: Sharing,
+    parallel: Parallel,
 ) -> tuple[list[Terms], Tensor]:
     """The terms of every step, and the cosine of each step's branch with the next one's; by runs of steps."""
-    parts = [run for run in runs(len(flow.steps), sharing.count) if run[0] < run[1]]
+    parts = [run for run in runs(len(flow.steps), parallel.count) if run[0] < run[1]]
 
     def walk(part: int) -> tuple[list[Terms], Tensor]:
         return _walk(flow, loss, profile, found, growth, budget, parts[part])
 
-    done = sharing.share(walk, [1.0] * len(parts), name="run of steps")
+    done = parallel.share(walk, [1.0] * len(parts), name="run of steps")
     return [term for terms, _ in done for term in terms], torch.cat([cosines for _, cosines in done])
 
 

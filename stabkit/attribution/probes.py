@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from stabkit.attribution.tails import Tail, pull_through
+from stabkit.attribution.after_addition import Tail, pull_through
 from stabkit.tracing import Step
 
 _BYTES = 2**28  # test cotangents that are pulled back at once

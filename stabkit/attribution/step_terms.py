@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from stabkit.attribution import identity, tails
+from stabkit.attribution import after_addition, identity
 from stabkit.attribution.estimated import isotropic_bracket, outer_eigenvalues, spectral_bracket
 from stabkit.attribution.probes import Images, basis_images, random_images, student_reach
 from stabkit.attribution.zplane import StepSpectrum
@@ -56,7 +56,7 @@ class Terms:
     notes: tuple[str, ...]
 
 
-def skip_of(found: Identification, tail: tails.Tail | None = None) -> float | None:
+def skip_of(found: Identification, tail: after_addition.Tail | None = None) -> float | None:
     """The coefficient a of a skip, before what follows the addition; 0 for a plain layer; None where none was read."""
     if found.skip is not None and math.isfinite(found.skip):
         return found.skip
@@ -77,7 +77,7 @@ def measure_step(step: Step, found: Identification, growth: Tensor, cotangent: T
         cotangent: ``(samples, m)``, float64, what arrives at the target.
         budget: what may be spent.
     """
-    tail = tails.tail_of(step)
+    tail = after_addition.tail_of(step)
     m, n = step.target.size, step.source.size
     exact = max(m, n) <= budget.dense_limit
     if exact:
@@ -142,7 +142,9 @@ def _closed(terms: Terms, images: Images, cotangent: Tensor) -> Terms:
     return replace(terms, columns={**terms.columns, "closing_error": error})
 
 
-def _with_spectrum(terms: Terms, images: Images, step: Step, found: Identification, tail: tails.Tail | None) -> Terms:
+def _with_spectrum(
+    terms: Terms, images: Images, step: Step, found: Identification, tail: after_addition.Tail | None
+) -> Terms:
     values = _all_eigenvalues(images.J)
     spectral, non_normal = identity.spectral_terms(terms.columns["isotropic"], values)
     columns = {
@@ -170,14 +172,14 @@ def _all_eigenvalues(J: Tensor) -> Tensor:
 
 
 def _before_tail(
-    images: Images, values: Tensor, step: Step, found: Identification, tail: tails.Tail | None
+    images: Images, values: Tensor, step: Step, found: Identification, tail: after_addition.Tail | None
 ) -> StepSpectrum:
     """The spectrum that the method is about: that of a I + B, where a mask or a norm follows the addition."""
     n, J = images.pulled.shape[1], images.J
     if tail is None or not found.after or skip_of(found, tail) in (None, 0.0):
         return StepSpectrum(values.numpy(), True, n, J=J.numpy())
     if not tail.is_diagonal:
-        K = tails.body(tail, step).backward(
+        K = after_addition.body(tail, step).backward(
             torch.eye(n, dtype=step.target.space.dtype, device=step.target.space.device).expand(
                 step.target.space.batch, n, n
             )
@@ -221,7 +223,7 @@ def _with_padding(terms: Terms, images: Images, cotangent: Tensor) -> Terms:
 
 
 def _with_outer_values(
-    terms: Terms, images: Images, step: Step, found: Identification, tail: tails.Tail | None, budget: Budget
+    terms: Terms, images: Images, step: Step, found: Identification, tail: after_addition.Tail | None, budget: Budget
 ) -> Terms:
     """The spectral term as a bracket, from first-order traces and the outer eigenvalues."""
     outer: Tensor | None = None

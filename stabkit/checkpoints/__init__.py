@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
+from stabkit.checkpoints.dispatch import ArchitectureMissingError, StoredWeights
 from stabkit.checkpoints.load import Loaded, load
-from stabkit.checkpoints.opening import ArchitectureMissingError, StoredWeights
 
 __all__ = ["ArchitectureMissingError", "Loaded", "StoredWeights", "load"]

@@ -10,13 +10,13 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from stabkit.checkpoints.capsule_loading import load_capsule
 from stabkit.checkpoints.capsules import is_capsule
+from stabkit.checkpoints.dispatch import Opened, Options, open_model
 from stabkit.checkpoints.inputs import Input, Inputs, make_inputs
 from stabkit.checkpoints.matching import non_finite
 from stabkit.checkpoints.names import Model
-from stabkit.checkpoints.opening import Opened, Options, open_model
 from stabkit.checkpoints.processors import read_processor
-from stabkit.checkpoints.recall import load_capsule
 from stabkit.errors import CheckpointError
 
 

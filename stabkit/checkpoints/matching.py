@@ -123,12 +123,12 @@ def fill(model: nn.Module, tensors: Mapping[str, Tensor], metadata: Mapping[str,
     return Filled(tuple(notes), non_finite(model))
 
 
-def let_go(model: nn.Module) -> None:
+def release_parameters(model: nn.Module) -> None:
     """Free the memory of a model's weights: shapes and dtypes stay, with a single zero behind each large tensor.
 
     Example:
         >>> layer = nn.Linear(64, 64)
-        >>> let_go(layer)
+        >>> release_parameters(layer)
         >>> layer.weight.shape, layer.weight.untyped_storage().nbytes()
         (torch.Size([64, 64]), 4)
     """

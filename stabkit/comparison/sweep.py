@@ -17,7 +17,7 @@ from stabkit.analysis import analyze
 from stabkit.checkpoints import load
 from stabkit.checkpoints.inputs import Input, Inputs
 from stabkit.checkpoints.load import Loaded
-from stabkit.checkpoints.matching import let_go
+from stabkit.checkpoints.matching import release_parameters
 from stabkit.checkpoints.names import Model, build_model
 from stabkit.checkpoints.training import natural_order
 from stabkit.comparison import cache as cached
@@ -157,7 +157,7 @@ class _Runner:
             return Snapshot(source, "failed", content=content, message=str(error))
         finally:
             if self.module is not None:
-                let_go(self.module)
+                release_parameters(self.module)
         if key is not None and self.settings.folder is not None:
             cached.store(self.settings.folder, key, snapshot)
         return snapshot

@@ -10,9 +10,9 @@ import numpy as np
 import torch
 
 from stabkit.diagnosis import remedies
+from stabkit.diagnosis.collapse import Spread
 from stabkit.diagnosis.finding import Finding
 from stabkit.diagnosis.measurement import AnyFlow, Measurement
-from stabkit.diagnosis.states import Spread
 from stabkit.diagnosis.thresholds import Thresholds
 from stabkit.diagnosis.verdict import bootstrap_interval
 from stabkit.tracing import Iteration

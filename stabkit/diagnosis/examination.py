@@ -9,21 +9,21 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from stabkit.attribution import Mechanism, mechanisms
-from stabkit.diagnosis.broken import all_finite, non_finite_findings
 from stabkit.diagnosis.chaos import chaos_finding, recurrent_matrices
+from stabkit.diagnosis.collapse import collapse_finding, precision_findings, spread, underflow
+from stabkit.diagnosis.dead_units import dead_findings, saturated_findings
+from stabkit.diagnosis.depth_findings import growth_finding, mechanism_findings, transient
 from stabkit.diagnosis.finding import SEVERITIES, Finding, serious
-from stabkit.diagnosis.layers import dead_findings, saturated_findings
-from stabkit.diagnosis.local import local_findings
+from stabkit.diagnosis.low_rank import rank_findings
 from stabkit.diagnosis.measurement import AnyFlow, Measurement, measure
-from stabkit.diagnosis.ranks import rank_findings
-from stabkit.diagnosis.states import collapse_finding, precision_findings, spread, underflow
-from stabkit.diagnosis.stretch import growth_finding, mechanism_findings, transient
+from stabkit.diagnosis.non_finite import all_finite, non_finite_findings
+from stabkit.diagnosis.outlier_blocks import local_findings
 from stabkit.diagnosis.structure import missing_norm_findings, missing_skip_findings
 from stabkit.diagnosis.thresholds import Thresholds
 from stabkit.diagnosis.verdict import Verdict, judge
 from stabkit.growth.rate_laws import rate_law
 from stabkit.identification import Identification, by_step, identify
-from stabkit.sharing import ALONE, Sharing
+from stabkit.parallel import SERIAL, Parallel
 from stabkit.tracing import Flow, Iteration
 
 _FEWEST_RATES = 6  # steps that telling a power from an exponential needs
@@ -90,7 +90,7 @@ def examine(
     probes: int = 4,
     seed: int = 0,
     methods: Sequence[Identification] | None = None,
-    sharing: Sharing = ALONE,
+    parallel: Parallel = SERIAL,
 ) -> Diagnosis:
     """The same as `diagnose`, with the verdict and the measurement.
 
@@ -101,10 +101,10 @@ def examine(
         probes: random cotangents per sample when there is no loss.
         seed: of every random choice.
         methods: those of `stabkit.identify`, where they are known.
-        sharing: who measures what.
+        parallel: who measures what.
     """
     limits = thresholds or Thresholds()
-    measurement = measure(flow, loss, probes=probes, seed=seed, sharing=sharing)
+    measurement = measure(flow, loss, probes=probes, seed=seed, parallel=parallel)
     verdict = judge(measurement.growth, measurement.kinds, limits, seed)
     if verdict.name == "non-finite" or not all_finite(measurement):
         broken = non_finite_findings(measurement, limits)

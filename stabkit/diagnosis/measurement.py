@@ -18,7 +18,7 @@ from torch import Tensor
 from stabkit.diagnosis.activity import Activity, activities
 from stabkit.diagnosis.branches import Merge, merges
 from stabkit.diagnosis.weights import Weight, ends_in_norm, norms_in, weights_of
-from stabkit.sharing import ALONE, Sharing, runs
+from stabkit.parallel import SERIAL, Parallel, runs
 from stabkit.tracing import Flow, Iteration, State, Step
 from stabkit.tracing.map_states import MapState, MapStep
 from stabkit.tracing.samples import scale
@@ -113,7 +113,7 @@ class Measurement:
 
 
 def measure(
-    flow: AnyFlow, loss: object = None, *, probes: int = 4, seed: int = 0, sharing: Sharing = ALONE
+    flow: AnyFlow, loss: object = None, *, probes: int = 4, seed: int = 0, parallel: Parallel = SERIAL
 ) -> Measurement:
     """Growth, gains, branches, activity and weights of every step.
 
@@ -122,10 +122,10 @@ def measure(
         loss: a callable on the model's output that returns a scalar. None pulls back ``probes`` random cotangents.
         probes: random cotangents per sample when there is no loss; with one, it alone is pulled back.
         seed: of the cotangents.
-        sharing: who pulls back which cotangents, and measures which steps.
+        parallel: who pulls back which cotangents, and measures which steps.
     """
     seeds = [seed] if loss is not None else [seed + 1_000_003 * probe for probe in range(probes)]
-    carried, measured = _shared_walks(flow, loss, seeds, seed, sharing)
+    carried, measured = _shared_walks(flow, loss, seeds, seed, parallel)
     name = f"{probes} standard normal cotangents per sample"
     return Measurement(
         steps=tuple(measured),
@@ -148,17 +148,17 @@ class _Walk:
 
 
 def _shared_walks(
-    flow: AnyFlow, loss: object, seeds: Sequence[int], seed: int, sharing: Sharing
+    flow: AnyFlow, loss: object, seeds: Sequence[int], seed: int, parallel: Parallel
 ) -> tuple[_Walk, list[StepMeasurement]]:
     """Everyone walks back with some of the cotangents and measures some of the steps on the way."""
     count = len(flow.steps)
-    mine = runs(len(seeds), sharing.count)
+    mine = runs(len(seeds), parallel.count)
 
     def walk(part: int) -> tuple[_Walk | None, list[StepMeasurement]]:
         low, high = mine[part]
-        return _walk(flow, loss, seeds[low:high], range(part, count, sharing.count), seed)
+        return _walk(flow, loss, seeds[low:high], range(part, count, parallel.count), seed)
 
-    found = sharing.share(walk, [1.0] * sharing.count, name="walk")
+    found = parallel.share(walk, [1.0] * parallel.count, name="walk")
     walks = [carried for carried, _ in found if carried is not None]
     measured = sorted((step for _, steps in found for step in steps), key=lambda step: step.index)
     if len({carried.restarts for carried in walks}) > 1:  # cotangents start anew where nothing came back to any of them

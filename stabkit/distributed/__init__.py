@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from stabkit.distributed.fingerprints import fingerprint
 from stabkit.distributed.profile import gradient_profile
 from stabkit.distributed.ranks import RankError, Ranks, current, session
-from stabkit.distributed.sameness import fingerprint
 from stabkit.tracing.sharding import is_spread, is_tensor_parallel, whole_parameters
 
 __all__ = [

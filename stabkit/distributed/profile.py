@@ -17,7 +17,7 @@ from stabkit.errors import TraceError
 from stabkit.growth import GradientProfile
 from stabkit.growth import gradient_profile as profile_of
 from stabkit.growth.gradients import _PROBE
-from stabkit.sharing import runs
+from stabkit.parallel import runs
 from stabkit.tracing import Flow, trace
 from stabkit.tracing.depth import Depth
 from stabkit.tracing.endpoints import Target

@@ -8,10 +8,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
+from stabkit.identification.flow_index import Surroundings
 from stabkit.identification.pairs import PARTS
 from stabkit.identification.reading import read
 from stabkit.identification.record import Identification
-from stabkit.identification.surroundings import Surroundings
 from stabkit.tracing import Iteration, trace
 
 _MOST = 64  # readings of a map whose coefficients change with the state

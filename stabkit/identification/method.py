@@ -6,18 +6,18 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from stabkit.errors import TraceError
+from stabkit.identification.flow_index import Surroundings
 from stabkit.identification.grouping import groups
 from stabkit.identification.iterated import read_iteration
 from stabkit.identification.reading import read
 from stabkit.identification.record import Identification
-from stabkit.identification.surroundings import Surroundings
-from stabkit.sharing import ALONE, Sharing
+from stabkit.parallel import SERIAL, Parallel
 from stabkit.tracing import Flow, Iteration
 
 _NOTHING_READ = frozenset({"unknown", "not a step", "plain", "transition", "unnamed"})
 
 
-def identify(flow: Flow | Iteration, *, sharing: Sharing = ALONE) -> tuple[Identification, ...]:
+def identify(flow: Flow | Iteration, *, parallel: Parallel = SERIAL) -> tuple[Identification, ...]:
     """The method of every step of a flow, or of several steps together where one method spans them.
 
     Every step is brought into affine normal form: new states and stage inputs as linear combinations of old states and
@@ -32,7 +32,7 @@ def identify(flow: Flow | Iteration, *, sharing: Sharing = ALONE) -> tuple[Ident
 
     Args:
         flow: from `stabkit.trace`, `stabkit.recurrent_flow` or `stabkit.iterate`.
-        sharing: who reads which steps.
+        parallel: who reads which steps.
 
     Raises:
         TraceError: ``flow`` is something else.
@@ -67,7 +67,7 @@ def identify(flow: Flow | Iteration, *, sharing: Sharing = ALONE) -> tuple[Ident
         return [record]
 
     costs = [float(sum(len(flow.steps[i].segment.nodes) for i in range(start, stop))) for start, stop in places]
-    return tuple(record for records in sharing.share(read_group, costs, name="reading") for record in records)
+    return tuple(record for records in parallel.share(read_group, costs, name="reading") for record in records)
 
 
 def by_step(identifications: Sequence[Identification], n_steps: int) -> tuple[Identification, ...]:

@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import replace
 
 from stabkit.identification.confirmation import Check, is_symmetric, volume
+from stabkit.identification.flow_index import Surroundings
 from stabkit.identification.naming_systems import name_several_states
 from stabkit.identification.normal_form import NormalForm
 from stabkit.identification.operations import JOINS, is_opaque
 from stabkit.identification.record import Identification
 from stabkit.identification.slots import Slots, joined
-from stabkit.identification.surroundings import Surroundings
 from stabkit.identification.tableau import Blocks, blocks
 from stabkit.integrators import GeneralLinearMethod
 from stabkit.tracing.values import operation

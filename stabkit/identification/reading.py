@@ -9,6 +9,7 @@ from stabkit.identification.chain import Link
 from stabkit.identification.coefficients import Coefficient, measure
 from stabkit.identification.confirmation import Check, commutator, defect
 from stabkit.identification.diffusion import averages
+from stabkit.identification.flow_index import Surroundings
 from stabkit.identification.hidden_skip import HiddenSkip, hidden_skip
 from stabkit.identification.implicit import LinearSolve, fixed_point, linear_solve, solves_inside
 from stabkit.identification.naming import Name, name_one_state
@@ -18,7 +19,6 @@ from stabkit.identification.pairs import dense_concatenation, read_several_state
 from stabkit.identification.record import Identification
 from stabkit.identification.relaxation import with_linear_part
 from stabkit.identification.slots import Slots
-from stabkit.identification.surroundings import Surroundings
 from stabkit.identification.tableau import Blocks, blocks
 from stabkit.integrators import GeneralLinearMethod, LinearStability, named, stochastic_depth
 from stabkit.tracing.values import meta_of, operation

@@ -10,11 +10,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from stabkit.jacobians.counted_products import Products, as_jacobian, dense_float64
 from stabkit.jacobians.krylov_schur import arnoldi
 from stabkit.jacobians.lapack import plain_eigenvalues
 from stabkit.jacobians.numerical_range import numerical_range, support
-from stabkit.jacobians.operator import Jacobian
-from stabkit.jacobians.products import Products, as_jacobian, dense_float64
 from stabkit.jacobians.pseudospectra import (
     Resolvent,
     kreiss_constant,
@@ -22,6 +21,7 @@ from stabkit.jacobians.pseudospectra import (
     pseudospectral_radius,
 )
 from stabkit.jacobians.spectra import eigenvalues, singular_values
+from stabkit.operators.jacobian import Jacobian
 
 _DENSE = 200
 _UNBOUNDED = 1e100
@@ -148,7 +148,7 @@ def non_normality(
     if not all(0 < e < np.inf for e in levels):
         raise ValueError(f"epsilons={tuple(epsilons)}; expected positive numbers")
     if method == "dense" or n <= (size if method == "arnoldi" else _DENSE):
-        rows = [_measure(A, levels, angles, max_power) for A in dense_float64(J).numpy()]
+        rows = [_measure(A, levels, angles, max_power) for A in dense_float64(J)[0].numpy()]
         return _collect(rows, levels, "dense", n)
     products = Products(J, None, units="own")
     hessenbergs = arnoldi(products, size, seed)

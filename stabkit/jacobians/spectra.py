@@ -8,13 +8,13 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from stabkit.jacobians.counted_products import as_jacobian, rounding
 from stabkit.jacobians.dense_spectra import whole_eigenvalues, whole_singular_values
 from stabkit.jacobians.iterative import iterative_eigenvalues, iterative_singular_values
 from stabkit.jacobians.krylov_schur import EDGES, Badness
-from stabkit.jacobians.operator import Jacobian
-from stabkit.jacobians.planning import Plan, plan
-from stabkit.jacobians.products import as_jacobian, rounding
+from stabkit.jacobians.method_choice import Plan, choose_method
 from stabkit.jacobians.spectrum import Spectrum
+from stabkit.operators.jacobian import Jacobian
 
 Operator = Jacobian | Tensor | np.ndarray
 
@@ -70,14 +70,14 @@ def eigenvalues(
     badness = _badness(which)
     tol = _tolerance(tol, J)
     _check_budget(max_products)
-    chosen = plan("eigenvalues", "krylov-schur", k, J.shape, str(which), method, max_products)
+    chosen = choose_method("eigenvalues", "krylov-schur", k, J.shape, str(which), method, max_products)
     used, reason = 0, chosen.reason
     if chosen.method != "dense":
         spectrum = iterative_eigenvalues(J, k, badness, str(which), tol, chosen.limit, seed, two_sided)
         if not _rescued(chosen, spectrum, n, max_products):
             return replace(spectrum, reason=reason, path=J.path)
         used, reason = spectrum.n_products, _rescue_reason(spectrum)
-    return replace(whole_eigenvalues(J, k, badness, str(which), tol, used), reason=reason, path=J.path)
+    return replace(whole_eigenvalues(J, k, badness, str(which), tol, used), reason=reason)
 
 
 def singular_values(
@@ -126,14 +126,14 @@ def singular_values(
         raise ValueError(f"which={which!r}; singular values are 'LM' (largest) or 'SM' (smallest)")
     tol = _tolerance(tol, J)
     _check_budget(max_products)
-    chosen = plan("singular values", "golub-kahan", k, J.shape, which, method, max_products)
+    chosen = choose_method("singular values", "golub-kahan", k, J.shape, which, method, max_products)
     used, reason = 0, chosen.reason
     if chosen.method != "dense":
         spectrum = iterative_singular_values(J, k, which, tol, chosen.limit, seed)
         if not _rescued(chosen, spectrum, min(m, n), max_products):
             return replace(spectrum, reason=reason, path=J.path)
         used, reason = spectrum.n_products, _rescue_reason(spectrum)
-    return replace(whole_singular_values(J, k, which, tol, used), reason=reason, path=J.path)
+    return replace(whole_singular_values(J, k, which, tol, used), reason=reason)
 
 
 def _rescued(chosen: Plan, spectrum: Spectrum, size: int, max_products: int | None) -> bool:

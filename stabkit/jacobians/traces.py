@@ -10,9 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from stabkit.jacobians.counted_products import Products, as_jacobian, dense_float64
 from stabkit.jacobians.golub_kahan import Bidiagonalisation
-from stabkit.jacobians.operator import Jacobian
-from stabkit.jacobians.products import Products, as_jacobian, dense_float64
+from stabkit.operators.jacobian import Jacobian
 
 Operator = Jacobian | Tensor | np.ndarray
 
@@ -137,7 +137,7 @@ def trace(J: Operator, *, n_probes: int = 30, confidence: float = 0.95, seed: in
     J = _checked(J, n_probes, confidence, square=True)
     n = J.shape[2]
     if n_probes >= n:
-        return _exact(dense_float64(J).diagonal(dim1=1, dim2=2).sum(1), n, confidence)
+        return _exact(dense_float64(J)[0].diagonal(dim1=1, dim2=2).sum(1), n, confidence)
     products = Products(J, None)
     third = max(n_probes // 3, 1)
     S = _signs(third, J, products, seed)
@@ -163,7 +163,7 @@ def squared_frobenius_norm(J: Operator, *, n_probes: int = 30, confidence: float
     """
     J = _checked(J, n_probes, confidence, square=False)
     if n_probes >= min(J.shape[1:]):
-        return _exact(dense_float64(J).square().sum((1, 2)), min(J.shape[1:]), confidence)
+        return _exact(dense_float64(J)[0].square().sum((1, 2)), min(J.shape[1:]), confidence)
     return _hutchinson(J, lambda V, p: p.forward(V).square().sum(2), n_probes, confidence, seed)
 
 
@@ -179,7 +179,7 @@ def trace_of_square(J: Operator, *, n_probes: int = 30, confidence: float = 0.95
     """
     J = _checked(J, n_probes, confidence, square=True)
     if 2 * n_probes >= J.shape[2]:
-        dense = dense_float64(J)
+        dense = dense_float64(J)[0]
         return _exact((dense * dense.transpose(1, 2)).sum((1, 2)), J.shape[2], confidence)
     return _hutchinson(J, lambda V, p: (p.adjoint(V) * p.forward(V)).sum(2), n_probes, confidence, seed)
 
@@ -215,7 +215,7 @@ def log_abs_det(
     J = _checked(J, n_probes, confidence, square=True)
     n = J.shape[2]
     if 2 * n_probes * steps >= n and n <= 4096:
-        return _exact(torch.linalg.slogdet(dense_float64(J))[1], n, confidence)
+        return _exact(torch.linalg.slogdet(dense_float64(J)[0])[1], n, confidence)
     products = Products(J, None)
     runs = _bidiagonals(products, n_probes, min(steps, n), seed)
     full = np.array([[_log_quadrature(run.B) for run in row] for row in runs]) * n

@@ -7,7 +7,7 @@ import math
 import numpy as np
 
 from stabkit.diagnosis import Finding
-from stabkit.monitor.movers import Mover, first_mover, moved_finding, non_finite_finding
+from stabkit.monitor.first_block import Mover, first_mover, moved_finding, non_finite_finding
 from stabkit.monitor.record import Record
 from stabkit.monitor.rules import AlertRules
 from stabkit.monitor.series import SeriesBank

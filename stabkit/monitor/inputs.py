@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from stabkit.checkpoints.capsule_loading import output_tensors
 from stabkit.checkpoints.capsules import Call
 from stabkit.checkpoints.randomness import RandomState, as_tensors, random_state
-from stabkit.checkpoints.recall import output_tensors
 from stabkit.monitor.measurement import Failed, in_backward
 from stabkit.monitor.watching import watch
 from stabkit.tracing.containers import map_tensors

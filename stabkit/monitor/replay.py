@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from stabkit.checkpoints.capsule_loading import build, outer_gradients, output_tensors, remembered, set_buffers
 from stabkit.checkpoints.capsules import Capsule, read_capsule
 from stabkit.checkpoints.names import Model
-from stabkit.checkpoints.recall import build, outer_gradients, output_tensors, remembered, set_buffers
 from stabkit.errors import CheckpointError
 from stabkit.monitor.collection import Collector, finish
 from stabkit.monitor.measurement import Hooks, Measurement

@@ -7,13 +7,13 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from stabkit.analysis.spectra import SPECTRA
 from stabkit.distributed.samples import Call
 from stabkit.errors import TraceError
 from stabkit.planning import sizes
 from stabkit.planning.machine import Machine, calibrate
 from stabkit.planning.price import Costs, Price, Settings
 from stabkit.planning.trial import Trial, device_of, forward_seconds, record_only, run_trial, weight_bytes
-from stabkit.step_spectra import SPECTRA
 from stabkit.tracing.depth import Depth
 from stabkit.tracing.endpoints import Target
 from stabkit.tracing.safekeeping import unwrap

@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from stabkit.analysis import EXPLAINED
+from stabkit.analysis.analysis import EXPLAINED
+from stabkit.analysis.spectra import DENSE_SIZE, LARGEST_DENSE, WORK
 from stabkit.planning.machine import Machine
 from stabkit.planning.trial import StepCost, Trial
-from stabkit.step_spectra import DENSE_SIZE, LARGEST_DENSE, WORK
 
 # measured by tests/benchmarks/scale.py on ResNet-50, MiniLM and GPT-2 small, CPU, one thread
 _MARGINAL = 0.65  # seconds of one more sample over those of the first, where only one was tried

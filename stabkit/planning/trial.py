@@ -12,11 +12,11 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from stabkit.analysis import EXPLAINED
+from stabkit.analysis.analysis import EXPLAINED
+from stabkit.analysis.explanation import explain
 from stabkit.diagnosis import examine
 from stabkit.distributed.samples import Call
 from stabkit.errors import TraceError
-from stabkit.explanation import explain
 from stabkit.identification import identify
 from stabkit.planning.machine import PeakMemory, timed
 from stabkit.tracing import Flow, Step, trace

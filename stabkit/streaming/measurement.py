@@ -12,8 +12,8 @@ from torch import Tensor
 from stabkit.growth.gradients import _PROBE
 from stabkit.identification import identify
 from stabkit.jacobians import Jacobian, singular_values
+from stabkit.streaming.meta_model import Weights
 from stabkit.streaming.profile import Method
-from stabkit.streaming.skeleton import Weights
 from stabkit.streaming.stack import Block
 from stabkit.tracing import Flow, trace
 

@@ -11,8 +11,8 @@ import torch
 
 from stabkit._version import __version__
 from stabkit.diagnosis import Array, Measurement, StepMeasurement, Thresholds, bootstrap_interval, judge
-from stabkit.diagnosis.local import local_findings
-from stabkit.diagnosis.stretch import growth_finding
+from stabkit.diagnosis.depth_findings import growth_finding
+from stabkit.diagnosis.outlier_blocks import local_findings
 from stabkit.report.schema import Report, StepReport
 
 if TYPE_CHECKING:

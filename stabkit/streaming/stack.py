@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from stabkit.errors import TraceError
-from stabkit.streaming.skeleton import Weights
+from stabkit.streaming.meta_model import Weights
 from stabkit.streaming.store import Store, key_of
 
 Progress = Callable[[int, int, str], None]

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from stabkit.errors import ReportError
 from stabkit.report import files
-from stabkit.streaming.skeleton import raw
+from stabkit.streaming.meta_model import raw
 
 
 class Store:

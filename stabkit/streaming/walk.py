@@ -14,10 +14,10 @@ from torch import Tensor, nn
 
 from stabkit.distributed import Ranks, current, fingerprint
 from stabkit.errors import TraceError
-from stabkit.sharing import runs
+from stabkit.parallel import runs
 from stabkit.streaming.measurement import Settings, as_method, measure_block
+from stabkit.streaming.meta_model import WeightFiles, Weights, skeleton, without_weights
 from stabkit.streaming.profile import StreamedProfile
-from stabkit.streaming.skeleton import WeightFiles, Weights, skeleton, without_weights
 from stabkit.streaming.stack import Block, Progress, run_forward, stack_of
 from stabkit.streaming.store import Store, key_of
 from stabkit.tracing.containers import map_tensors, named_tensors

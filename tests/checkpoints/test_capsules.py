@@ -12,9 +12,9 @@ import pytest
 import torch
 from torch import nn
 
+from stabkit.checkpoints.capsule_loading import load_capsule
 from stabkit.checkpoints.capsules import Call, is_capsule, read_capsule, write_capsule
 from stabkit.checkpoints.randomness import as_tensors, random_state, restore_random
-from stabkit.checkpoints.recall import load_capsule
 from stabkit.errors import CheckpointError
 
 MANIFEST = {

@@ -15,8 +15,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from stabkit.checkpoints.capsule_loading import load_capsule
 from stabkit.checkpoints.capsules import is_capsule, read_capsule
-from stabkit.checkpoints.recall import load_capsule
 from stabkit.errors import CheckpointError
 from stabkit.monitor import Monitor, replay
 from tests.monitor.networks import InPlace, LastStep, Layers, capsule_mlp, mlp

@@ -14,16 +14,16 @@ import torch
 from torch import nn
 
 from stabkit._version import __version__
+from stabkit.analysis.explanation import Explanation, explain
+from stabkit.analysis.spectra import SPECTRA, StepSpectrum, step_spectrum
 from stabkit.diagnosis import Measurement, Thresholds, bootstrap_interval, examine
 from stabkit.distributed import Ranks, current, fingerprint, is_spread, is_tensor_parallel, whole_parameters
 from stabkit.errors import StabkitError, TraceError
-from stabkit.explanation import Explanation, explain
 from stabkit.growth import lyapunov_spectrum
 from stabkit.identification import Identification, by_step, identify
 from stabkit.integrators import GeneralLinearMethod
+from stabkit.parallel import SERIAL, Parallel
 from stabkit.report.schema import Exponents, Report, StepReport
-from stabkit.sharing import ALONE, Sharing
-from stabkit.step_spectra import SPECTRA, StepSpectrum, step_spectrum
 from stabkit.tracing import Flow, Step, trace
 from stabkit.tracing.depth import Depth
 from stabkit.tracing.endpoints import Target
@@ -160,15 +160,15 @@ def analyze(  # type: ignore[misc]  # where only the plan is wanted, the options
         probes, spectrum, spectrum_samples = chosen.probes, chosen.spectrum, chosen.spectrum_samples
         given_up = tuple(f"left out to keep the budget: {words}" for words in plan.given_up)
     # products of tensor-parallel models are collective: all ranks do all of them together
-    sharing: Sharing = ALONE if is_tensor_parallel(model) else group
+    parallel: Parallel = SERIAL if is_tensor_parallel(model) else group
     # the whole analysis, not only the forward pass, must leave the model as it was
     with whole_parameters(model), unchanged(modules_behind(model)):
         flow = trace(
             model, *inputs, kwargs=kwargs, depth=depth, batch_dim=batch_dim, source=source, target=target, seed=seed
         )
-        found = identify(flow, sharing=sharing)
+        found = identify(flow, parallel=parallel)
         methods = by_step(found, len(flow.steps))
-        diagnosis = examine(flow, loss, thresholds=limits, probes=probes, seed=seed, methods=found, sharing=sharing)
+        diagnosis = examine(flow, loss, thresholds=limits, probes=probes, seed=seed, methods=found, parallel=parallel)
 
         def spectrum_of(index: int) -> StepSpectrum:
             step = flow.steps[index]
@@ -184,13 +184,13 @@ def analyze(  # type: ignore[misc]  # where only the plan is wanted, the options
         if spectrum != "none":
             pieces.append(functools.partial(_lyapunov, flow, seed))
             costs.append(_EXPONENTS_COST * sum(costs))
-        spectra = sharing.share(lambda piece: pieces[piece](), costs, name="step")
+        spectra = parallel.share(lambda piece: pieces[piece](), costs, name="step")
         why, exponents = Explanation(), None
         missing: tuple[str, ...] = ()
         if spectrum != "none":
             exponents, missing = spectra[-1]
             samples = min(flow.batch, max(spectrum_samples, EXPLAINED))
-            why = explain(flow, diagnosis, found, samples, seed, sharing)
+            why = explain(flow, diagnosis, found, samples, seed, parallel)
     verdict, measurement = diagnosis.verdict, diagnosis.measurement
     return Report(
         model=name or type(flow.model if isinstance(model, nn.Module) else model).__name__,

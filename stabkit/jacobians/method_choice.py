@@ -28,7 +28,7 @@ class Plan:
     rescue: bool = False
 
 
-def plan(
+def choose_method(
     kind: str, iteration: str, k: int, shape: tuple[int, int, int], which: str, method: str, max_products: int | None
 ) -> Plan:
     """How ``k`` values of an operator ``shape`` are found.

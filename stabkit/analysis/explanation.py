@@ -15,8 +15,8 @@ from stabkit.diagnosis import Diagnosis
 from stabkit.errors import TraceError
 from stabkit.growth import rate_law
 from stabkit.identification import Identification
+from stabkit.parallel import SERIAL, Parallel
 from stabkit.report.schema import StepReport
-from stabkit.sharing import ALONE, Sharing
 from stabkit.tracing import Flow
 
 _PROBES = 8  # random vectors behind the estimated terms of a large step
@@ -60,7 +60,7 @@ def explain(
     methods: Sequence[Identification],
     samples: int,
     seed: int,
-    sharing: Sharing = ALONE,
+    parallel: Parallel = SERIAL,
 ) -> Explanation:
     """Attribute the growth of a flow; what cannot be attributed is said in the notes.
 
@@ -70,7 +70,7 @@ def explain(
         methods: from `stabkit.identify`.
         samples: how many samples' spectra are taken.
         seed: of every random choice.
-        sharing: who measures which steps.
+        parallel: who measures which steps.
     """
     law = _law(diagnosis)
     if not np.isfinite(diagnosis.measurement.growth).any():
@@ -78,7 +78,7 @@ def explain(
     try:
         # eigenvalues of large steps are the spectrum's business; here only the terms of the growth are wanted
         found = attribute(
-            flow, samples=samples, probes=_PROBES, krylov=0, seed=seed, identifications=methods, sharing=sharing
+            flow, samples=samples, probes=_PROBES, krylov=0, seed=seed, identifications=methods, parallel=parallel
         )
     except (TraceError, ArithmeticError) as error:
         return Explanation(rate_law=law, notes=(f"growth is not attributed: {error}",))

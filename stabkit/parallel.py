@@ -10,7 +10,7 @@ from typing import Protocol, TypeVar
 _Result = TypeVar("_Result")
 
 
-class Sharing(Protocol):
+class Parallel(Protocol):
     """Does pieces of work that do not depend on one another; whoever does them, every process gets all results."""
 
     @property
@@ -30,11 +30,11 @@ class Sharing(Protocol):
 
 
 @dataclass(frozen=True)
-class Alone:
+class Serial:
     """This process does everything itself.
 
     Example:
-        >>> Alone().share(lambda piece: piece**2, [1.0, 1.0, 1.0])
+        >>> Serial().share(lambda piece: piece**2, [1.0, 1.0, 1.0])
         [0, 1, 4]
     """
 
@@ -45,7 +45,7 @@ class Alone:
         return [work(piece) for piece in range(len(costs))]
 
 
-ALONE = Alone()
+SERIAL = Serial()
 
 
 def runs(count: int, among: int) -> list[tuple[int, int]]:

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from stabkit.jacobians.operator import Jacobian, from_dense
+from stabkit.operators.jacobian import Jacobian, from_dense
 
 
 class BudgetSpentError(Exception):
@@ -44,20 +44,21 @@ def _tensor(matrix: np.ndarray, name: str) -> Tensor:
     return torch.from_numpy(np.ascontiguousarray(matrix))
 
 
-def dense_float64(J: Jacobian) -> Tensor:
-    """The matrices ``(batch, m, n)`` in float64 on the CPU.
+def dense_float64(J: Jacobian) -> tuple[Tensor, str]:
+    """The matrices ``(batch, m, n)`` in float64 on the CPU, and how they were found.
 
     Raises:
         ValueError: an entry is nan or infinite.
     """
-    dense = J.dense().detach().to(device="cpu", dtype=torch.float64)
+    entries, path = J.dense(return_path=True)
+    dense = entries.detach().to(device="cpu", dtype=torch.float64)
     if not torch.isfinite(dense).all():
         sample = int((~torch.isfinite(dense)).flatten(1).any(1).nonzero()[0])
         raise ValueError(
             f"J has nan or infinite entries (first in sample {sample}); its spectrum is not defined: "
             "check the inputs and the parameters with torch.isfinite"
         )
-    return dense
+    return dense, path
 
 
 def rounding(J: Jacobian) -> float:
@@ -67,7 +68,7 @@ def rounding(J: Jacobian) -> float:
 
 def entry_rounding(J: Jacobian) -> float:
     """Relative error of the entries of ``J.dense()``: of the products that made them, none in explicit matrices."""
-    return float(torch.finfo(torch.float64).eps) if J.path == "dense" else rounding(J)
+    return float(torch.finfo(torch.float64).eps) if J.explicit else rounding(J)
 
 
 _FAR = 200  # powers of two beyond which squares of squares come near the ends of the range of a float64

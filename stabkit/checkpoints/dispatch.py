@@ -17,7 +17,7 @@ from stabkit.checkpoints.directories import SINGLE, holds_whole_weights, refuse_
 from stabkit.checkpoints.distributed import Distributed, Placed, distributed_folder, read_distributed
 from stabkit.checkpoints.files import read_file, regular_file
 from stabkit.checkpoints.hugging_face import load_directory, read_json, read_weights
-from stabkit.checkpoints.matching import fill, let_go
+from stabkit.checkpoints.matching import fill, release_parameters
 from stabkit.checkpoints.names import Model, build_model, is_model_name
 from stabkit.checkpoints.state_dict import Weights, architecture_hint, arrange, choose_weights, find_weights
 from stabkit.checkpoints.training import step_in_name, training_step
@@ -205,7 +205,9 @@ def _filled(archive: _Archive, options: Options) -> Opened:
         raise _missing_architecture(archive, options)
     module, name = options.build(options.model)
     if archive.shards is not None and module is not options.model:
-        let_go(module)  # its random weights, which would stand beside those that are put together from shards
+        release_parameters(
+            module
+        )  # its random weights, which would stand beside those that are put together from shards
     try:
         taken, notes = choose_weights(found, module, key=options.key, weights=options.weights)
         filled = fill(module, archive.placed(arrange(taken, found, module)), taken.metadata)

@@ -7,9 +7,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from stabkit.jacobians.blocks import Part, SitePlan
-from stabkit.jacobians.closed_forms import UnitPuller
 from stabkit.tracing.products import Space
+from stabkit.tracing.site_plan import Part, SitePlan
+from stabkit.tracing.unit_cotangents import UnitPuller
 from stabkit.tracing.values import Value, meta_of
 
 _ROWS = 256  # rows of one site that are multiplied with the blocks behind them at once
