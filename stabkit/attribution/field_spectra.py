@@ -142,7 +142,7 @@ def field_spectrum(found: FieldJacobians, J: FloatArray, *, second_order: bool) 
     method = found.method
     if method.n_fields == 1:
         z = np.linalg.eigvals(found.fields[0]).astype(complex)
-        values = np.linalg.eigvals(method.stability_matrix(z)).reshape(len(z), -1)
+        values = np.asarray(np.linalg.eigvals(method.stability_matrix(z)).reshape(len(z), -1), dtype=complex)
         rates = np.repeat(np.sqrt(z) if second_order else z, method.states, axis=-1)
         defect = _distance(J, rebuild(method, found.fields[[0] * method.stages])) if method.states == 1 else math.nan
         return FieldSpectrum(z[None], values, rates, defect, 0.0, False)
@@ -201,5 +201,5 @@ def _of_two_streams(found: FieldJacobians) -> FieldSpectrum | str:
     if not crossed or reads[0] == reads[1] or any(set(r) & set(w) for r, w in zip(reads, writes, strict=True)):
         return f"{method.n_fields} fields of {method.states} states have no joint spectrum"
     root = np.sqrt(np.linalg.eigvals(found.fields[0] @ found.fields[1]).astype(complex))
-    values = np.linalg.eigvals(method.stability_matrix(root, root)).reshape(len(root), -1)
+    values = np.asarray(np.linalg.eigvals(method.stability_matrix(root, root)).reshape(len(root), -1), dtype=complex)
     return FieldSpectrum(np.stack([root, root]), values, np.repeat(root, 2, axis=-1), math.nan, 0.0, False)

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from stabkit.errors import ArgumentError
 from stabkit.integrators import GeneralLinearMethod, Region
 
 ComplexArray = npt.NDArray[np.complex128]
@@ -251,7 +252,7 @@ def largest_step_factor(
         a method that is stable on no part of it.
 
     Raises:
-        ValueError: ``z`` holds no finite number.
+        ArgumentError: ``z`` holds no finite number.
 
     Example:
         >>> from stabkit import integrators
@@ -266,7 +267,7 @@ def largest_step_factor(
     points = np.stack([np.ravel(field) for field in z])
     finite = np.isfinite(points).all(0)
     if not finite.any():
-        raise ValueError("z holds no finite number; give the eigenvalues of the branch")
+        raise ArgumentError("z holds no finite number; give the eigenvalues of the branch")
     moving = finite & (np.abs(points).max(0) > tolerance)
     if not moving.any():
         return math.inf

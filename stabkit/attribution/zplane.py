@@ -166,7 +166,8 @@ def _read(found: Identification, spectrum: StepSpectrum, tolerance: float) -> _R
         return _Reading(None, values, (z,), above_one, None, "convention", notes=notes)
     joint = field_spectrum(fields, spectrum.J, second_order=is_second_order(found))
     if isinstance(joint, str):
-        return _Reading(None, values, (values - 1.0,), above_one, None, "convention", notes=(*notes, joint))
+        z = np.asarray(values - 1.0, dtype=complex)
+        return _Reading(None, values, (z,), above_one, None, "convention", notes=(*notes, joint))
     notes = (*notes, *_said(fields, joint))
     total = joint.rates.reshape(*joint.z.shape[1:], -1)[..., 0]
     hopeless = total.real > tolerance
