@@ -12,6 +12,7 @@ import numpy.typing as npt
 
 from stabkit.errors import ArgumentError
 from stabkit.integrators import GeneralLinearMethod, Region
+from stabkit.results import Result
 
 ComplexArray = npt.NDArray[np.complex128]
 FloatArray = npt.NDArray[np.float64]
@@ -48,7 +49,7 @@ class Shares:
 
 
 @dataclass(frozen=True)
-class Mechanism:
+class Mechanism(Result):
     """What a step's spectrum says about its growth. Shares are means over samples, extremes are over all of them.
 
     Attributes:
@@ -103,15 +104,9 @@ class Mechanism:
         shares = asdict(self.energy)
         return max(shares, key=lambda kind: shares[kind])
 
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values, ready for JSON; z as pairs ``[real, imaginary]``, one list a sample."""
-        plain = {name: getattr(self, name) for name in self.__dataclass_fields__ if name != "z"}
-        for name in ("energy", "modes", "excess"):
-            plain[name] = None if plain[name] is None else asdict(plain[name])
-        plain["notes"] = list(self.notes)
-        rows = [] if self.z is None else [row[np.isfinite(row)] for row in self.z]
-        plain["z"] = None if self.z is None else [[[v.real, v.imag] for v in row] for row in rows]
-        return plain
+    def _contents(self) -> dict[str, Any]:
+        # one list of the finite z a sample
+        return {**super()._contents(), "z": None if self.z is None else [row[np.isfinite(row)] for row in self.z]}
 
 
 def solve_z(method: GeneralLinearMethod, values: ComplexArray) -> ComplexArray:
