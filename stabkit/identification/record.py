@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from stabkit.identification.confirmation import Check
+from stabkit.identification.recorded_fields import RecordedField
 from stabkit.integrators import LinearStability
 from stabkit.results import Result
 
@@ -30,6 +31,8 @@ class Identification(Result):
         system: the continuous system that the method integrates, in words.
         shared_weights: whether stages of one step evaluate the same field with the same weights; None for one stage.
         checks: numerical confirmations.
+        recorded: where h times the field of every stage was evaluated; None where that cannot be told, and empty where
+            no stages were read.
     """
 
     name: str
@@ -45,6 +48,7 @@ class Identification(Result):
     system: str = ""
     shared_weights: bool | None = None
     checks: tuple[Check, ...] = ()
+    recorded: tuple[RecordedField | None, ...] = field(default=(), repr=False, compare=False)
 
     def __str__(self) -> str:
         """One line: which steps, the method, its step size and convention, how sure, and what it integrates."""
@@ -60,5 +64,5 @@ class Identification(Result):
     def _contents(self) -> dict[str, Any]:
         blocks = ("A", "U", "B", "V")
         tableau = {name: getattr(self.method, name) for name in blocks if hasattr(self.method, name)}
-        named = {name: value for name, value in super()._contents().items() if name != "method"}
+        named = {name: value for name, value in super()._contents().items() if name not in ("method", "recorded")}
         return {**named, "tableau": tableau or None}
