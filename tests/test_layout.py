@@ -16,6 +16,7 @@ LAYERS = [
     "_version",
     "errors",
     "results",
+    "statistics",
     "parallel",
     "integrators",
     "operators",

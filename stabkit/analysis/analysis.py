@@ -16,7 +16,7 @@ from torch import nn
 from stabkit._version import __version__
 from stabkit.analysis.explanation import Explanation, explain
 from stabkit.analysis.spectra import SPECTRA, StepSpectrum, step_spectrum
-from stabkit.diagnosis import Measurement, Thresholds, bootstrap_interval, examine
+from stabkit.diagnosis import Measurement, Thresholds, examine
 from stabkit.distributed import Ranks, current, fingerprint, is_spread, is_tensor_parallel, whole_parameters
 from stabkit.errors import StabkitError, TraceError
 from stabkit.growth import lyapunov_spectrum
@@ -24,6 +24,7 @@ from stabkit.identification import Identification, by_step, identify
 from stabkit.integrators import GeneralLinearMethod
 from stabkit.parallel import SERIAL, Parallel
 from stabkit.report.schema import Exponents, Report, StepReport
+from stabkit.statistics import mean_interval
 from stabkit.tracing import Flow, Step, trace
 from stabkit.tracing.depth import Depth
 from stabkit.tracing.endpoints import Target
@@ -198,7 +199,7 @@ def analyze(  # type: ignore[misc]  # where only the plan is wanted, the options
         summary=verdict.summary,
         findings=diagnosis.findings,
         steps=tuple(
-            why.completed(_step_report(step, methods[i], spectra[i], measurement, limits, seed))
+            why.completed(_step_report(step, methods[i], spectra[i], measurement, limits))
             for i, step in enumerate(flow.steps)
         ),
         total_growth=verdict.growth,
@@ -215,10 +216,7 @@ def analyze(  # type: ignore[misc]  # where only the plan is wanted, the options
         explained=why.explained,
         rate_law=why.rate_law,
         lyapunov=exponents,
-        **{
-            f"output_{name}": value
-            for name, value in _norms(measurement, -1, flow.states[-1].size, limits, seed).items()
-        },
+        **{f"output_{name}": value for name, value in _norms(measurement, -1, flow.states[-1].size, limits).items()},
         notes=(
             *given_up,
             *flow.notes,
@@ -300,7 +298,6 @@ def _step_report(
     spectrum: StepSpectrum,
     measurement: Measurement,
     limits: Thresholds,
-    seed: int,
 ) -> StepReport:
     growth = measurement.growth[step.index]
     finite = bool(np.isfinite(growth).all())
@@ -331,13 +328,13 @@ def _step_report(
         spectrum_method=spectrum.method,
         spectrum_converged=spectrum.converged,
         growth=mean,
-        growth_interval=bootstrap_interval(growth, limits, seed) if finite else (mean, mean),
-        **_norms(measurement, step.index, step.source.size, limits, seed),
+        growth_interval=mean_interval(growth, limits.confidence) if finite else (mean, mean),
+        **_norms(measurement, step.index, step.source.size, limits),
         notes=(*step.notes, *method.notes, *spectrum.notes),
     )
 
 
-def _norms(measurement: Measurement, index: int, size: int, limits: Thresholds, seed: int) -> dict[str, Any]:
+def _norms(measurement: Measurement, index: int, size: int, limits: Thresholds) -> dict[str, Any]:
     """Geometric means over samples of the norms of one state and of its gradient, with their intervals."""
     logs = {
         "gradient_norm": measurement.log_gradients[index],
@@ -347,7 +344,7 @@ def _norms(measurement: Measurement, index: int, size: int, limits: Thresholds, 
     with np.errstate(over="ignore"):
         for name, row in logs.items():
             mean = float(row.mean())
-            ends = bootstrap_interval(row, limits, seed) if np.isfinite(row).all() else (mean, mean)
+            ends = mean_interval(row, limits.confidence) if np.isfinite(row).all() else (mean, mean)
             found[name] = float(np.exp(mean))
             found[f"{name}_interval"] = (float(np.exp(ends[0])), float(np.exp(ends[1])))
     return found

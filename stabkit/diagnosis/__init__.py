@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from stabkit.diagnosis.finding import KINDS, Finding
 from stabkit.diagnosis.thresholds import Thresholds
-from stabkit.diagnosis.verdict import Array, Verdict, bootstrap_interval, factor, judge, stretch_of_blocks
+from stabkit.diagnosis.verdict import Array, Verdict, factor, judge, stretch_of_blocks
 
 if TYPE_CHECKING:
     from stabkit.diagnosis.examination import Diagnosis as Diagnosis
@@ -42,7 +42,6 @@ __all__ = [
     "Thresholds",
     "Verdict",
     "apply",
-    "bootstrap_interval",
     "diagnose",
     "examine",
     "factor",

@@ -105,7 +105,7 @@ def examine(
     """
     limits = thresholds or Thresholds()
     measurement = measure(flow, loss, probes=probes, seed=seed, parallel=parallel)
-    verdict = judge(measurement.growth, measurement.kinds, limits, seed)
+    verdict = judge(measurement.growth, measurement.kinds, limits)
     if verdict.name == "non-finite" or not all_finite(measurement):
         broken = non_finite_findings(measurement, limits)
         return Diagnosis(_broken(verdict) if broken else verdict, tuple(broken), measurement)
@@ -118,13 +118,13 @@ def examine(
     found += saturated_findings(measurement, limits, blamed)
     tied = recurrent_matrices(flow) if isinstance(flow, Iteration) else {}
     if not explained:
-        found += growth_finding(verdict, measurement, tied, limits, seed)
+        found += growth_finding(verdict, measurement, tied, limits)
         found += _mechanism(flow, verdict, measurement, limits, methods)
-        passing = transient(measurement, verdict.stretch, verdict.growth, limits, seed)
+        passing = transient(measurement, verdict.stretch, verdict.growth, limits)
         if passing is not None and abs(verdict.growth) <= limits.drift and not _accounts(blocks, passing, limits):
             found.append(passing)
             verdict = _renamed(verdict, "transient growth", passing.evidence)
-        chaos = chaos_finding(flow, measurement, spreads, verdict.stretch, limits, seed)
+        chaos = chaos_finding(flow, measurement, spreads, verdict.stretch, limits)
         # of layers that grow beyond range it is said that they explode; a tied map has no other name for it
         if chaos and verdict.name == "exploding" and isinstance(flow, Flow):
             found += chaos

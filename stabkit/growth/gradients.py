@@ -17,6 +17,7 @@ from stabkit.growth.arguments import check_flow
 from stabkit.growth.frames import tangents, wide
 from stabkit.growth.parameters import ParameterGradients, parameter_gradients
 from stabkit.results import Result
+from stabkit.statistics import student_factor
 from stabkit.tracing import Flow, Iteration
 from stabkit.tracing.values import random_tensors
 
@@ -89,12 +90,10 @@ class GradientProfile(Result):
         Raises:
             ArgumentError: there is only one cotangent, which says nothing about others.
         """
-        from scipy.stats import t
-
         count = len(self.all_log_growth)
         if count < 2:
             raise ArgumentError("an interval needs several random cotangents: gradient_profile(flow, cotangents=8)")
-        half = float(t.ppf(0.5 + confidence / 2, count - 1)) * self.all_log_growth.std(0) / math.sqrt(count)
+        half = student_factor(count, confidence) * self.all_log_growth.std(0) / math.sqrt(count)
         return self.log_growth - half, self.log_growth + half
 
     def _contents(self) -> dict[str, Any]:
