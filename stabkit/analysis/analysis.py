@@ -17,6 +17,7 @@ from stabkit._version import __version__
 from stabkit.analysis.explanation import Explanation, explain
 from stabkit.analysis.spectra import SPECTRA, StepSpectrum, step_spectrum
 from stabkit.diagnosis import Measurement, Thresholds, bootstrap_interval, examine
+from stabkit.diagnosis.non_finite import is_finite
 from stabkit.distributed import Ranks, current, fingerprint, is_spread, is_tensor_parallel, whole_parameters
 from stabkit.errors import StabkitError, TraceError
 from stabkit.growth import lyapunov_spectrum
@@ -166,7 +167,10 @@ def analyze(  # type: ignore[misc]  # where only the plan is wanted, the options
         flow = trace(
             model, *inputs, kwargs=kwargs, depth=depth, batch_dim=batch_dim, source=source, target=target, seed=seed
         )
-        found = identify(flow, parallel=parallel)
+        # of numbers that are not finite there are no methods and no spectra to be had, only where they begin
+        finite = is_finite(flow, loss)
+        spectrum = spectrum if finite else "none"
+        found = identify(flow, parallel=parallel) if finite else _unidentified(flow)
         methods = by_step(found, len(flow.steps))
         diagnosis = examine(flow, loss, thresholds=limits, probes=probes, seed=seed, methods=found, parallel=parallel)
 
@@ -228,6 +232,15 @@ def analyze(  # type: ignore[misc]  # where only the plan is wanted, the options
             *_side_input_notes(flow),
         ),
         versions={"stabkit": __version__, "torch": torch.__version__, "python": platform.python_version()},
+    )
+
+
+def _unidentified(flow: Flow) -> tuple[Identification, ...]:
+    """No method of any step, and why."""
+    why = ("no spectrum and no method: states or gradients of this pass are not finite",)
+    return tuple(
+        Identification("unknown", None, None, None, "", "unknown", None, (i,), notes=why)
+        for i in range(len(flow.steps))
     )
 
 

@@ -18,6 +18,8 @@ KINDS = (
     "rank_collapse",
     "non_finite",
     "precision_loss",
+    "loss",
+    "no_gradient",
 )
 SEVERITIES = ("info", "warning", "critical")  # in rising order
 
