@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from stabkit.analysis.why import why
 from stabkit.attribution import Attribution, Mechanism, attribute
-from stabkit.diagnosis import Diagnosis
+from stabkit.diagnosis import Diagnosis, Thresholds
 from stabkit.errors import TraceError
 from stabkit.growth import rate_law
 from stabkit.identification import Identification
@@ -51,6 +52,8 @@ class Explanation:
             mechanism=_shares(mechanism),
             margin=mechanism.margin,
             step_factor=mechanism.largest_step_factor,
+            field_z=_field_z(mechanism),
+            notes=(*step.notes, *(mechanism.notes if mechanism.field_z is not None else ())),
         )
 
 
@@ -60,6 +63,7 @@ def explain(
     methods: Sequence[Identification],
     samples: int,
     seed: int,
+    limits: Thresholds,
     parallel: Parallel = SERIAL,
 ) -> Explanation:
     """Attribute the growth of a flow; what cannot be attributed is said in the notes.
@@ -70,6 +74,7 @@ def explain(
         methods: from `stabkit.identify`.
         samples: how many samples' spectra are taken.
         seed: of every random choice.
+        limits: from which growth on there is something to explain.
         parallel: who measures which steps.
     """
     law = _law(diagnosis)
@@ -86,6 +91,7 @@ def explain(
     return Explanation(
         attribution=found,
         explained={
+            "why": why(found, diagnosis.verdict, limits.stable),
             "share": found.explained,
             "predictor": next(name for name, p in found.predictions.items() if p is predictor),
             "predictor_share": predictor.share,
@@ -118,6 +124,13 @@ def _parts(found: Attribution, step: StepReport) -> dict[str, float] | None:
 def _mean(values: torch.Tensor) -> float:
     finite = values[values.isfinite()]
     return float(finite.mean()) if len(finite) else math.nan
+
+
+def _field_z(mechanism: Mechanism) -> tuple[tuple[complex, ...], ...] | None:
+    """Z of every field, samples one after another."""
+    if mechanism.field_z is None:
+        return None
+    return tuple(tuple(complex(v) for v in z.reshape(-1)) for z in mechanism.field_z)
 
 
 def _shares(mechanism: Mechanism) -> dict[str, float] | None:

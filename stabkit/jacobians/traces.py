@@ -4,21 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from stabkit.errors import ArgumentError
 from stabkit.jacobians.counted_products import Products, as_jacobian, dense_float64
 from stabkit.jacobians.golub_kahan import Bidiagonalisation
 from stabkit.operators.jacobian import Jacobian
+from stabkit.results import Result
 
 Operator = Jacobian | Tensor | np.ndarray
 
 
 @dataclass(frozen=True, eq=False)
-class Estimate:
+class Estimate(Result):
     """A number per sample with its confidence interval, float64 on the CPU.
 
     Attributes:
@@ -37,20 +38,9 @@ class Estimate:
     n_products: int
     method: str
 
-    def to_dict(self) -> dict[str, Any]:
-        """Plain Python values, ready for JSON."""
-        return {
-            "value": self.value.tolist(),
-            "standard_errors": self.standard_errors.tolist(),
-            "interval": self.interval.tolist(),
-            "confidence": self.confidence,
-            "n_products": self.n_products,
-            "method": self.method,
-        }
-
 
 @dataclass(frozen=True, eq=False)
-class SingularValueDensity:
+class SingularValueDensity(Result):
     """The distribution of the ``min(m, n)`` singular values: a Gauss rule from every random probe.
 
     Attributes:
@@ -91,16 +81,6 @@ class SingularValueDensity:
         """
         return torch.stack(_student(self._smooth(x, width).movedim(1, -1), confidence), dim=-1)
 
-    def to_dict(self) -> dict[str, Any]:
-        """Plain Python values, ready for JSON."""
-        return {"nodes": self.nodes.tolist(), "weights": self.weights.tolist(), "n_products": self.n_products}
-
-    def plot(self, ax: Any = None) -> Any:
-        """The share of singular values up to each size; see ``stabkit.plotting.singular_value_density``."""
-        from stabkit import plotting
-
-        return plotting.singular_value_density(self, ax)
-
     def _up_to(self, x: Tensor) -> Tensor:
         below = self.nodes[:, :, None, :] <= x.to(self.nodes)[None, None, :, None]
         fractions: Tensor = (below * self.weights[:, :, None, :]).sum(-1)
@@ -108,7 +88,9 @@ class SingularValueDensity:
 
     def _smooth(self, x: Tensor, width: float) -> Tensor:
         if not width > 0:
-            raise ValueError(f"width={width}; expected a positive standard deviation, in units of the singular values")
+            raise ArgumentError(
+                f"width={width}; expected a positive standard deviation, in units of the singular values"
+            )
         distances = (x.to(self.nodes)[None, None, :, None] - self.nodes[:, :, None, :]) / width
         bells = torch.exp(-(distances**2) / 2) / (width * (2 * torch.pi) ** 0.5)
         smooth: Tensor = (bells * self.weights[:, :, None, :]).sum(-1)
@@ -125,7 +107,7 @@ def trace(J: Operator, *, n_probes: int = 30, confidence: float = 0.95, seed: in
         seed: of the probes.
 
     Raises:
-        ValueError: J is not square or not finite, or an argument is out of range.
+        ArgumentError: J is not square or not finite, or an argument is out of range.
 
     Example:
         >>> import torch
@@ -203,7 +185,7 @@ def log_abs_det(
         An :class:`Estimate`; exact (LAPACK) where ``2 n_probes steps >= n``; ``-inf`` for a singular matrix.
 
     Raises:
-        ValueError: J is not square or not finite, or an argument is out of range.
+        ArgumentError: J is not square or not finite, or an argument is out of range.
 
     Example:
         >>> import torch
@@ -249,11 +231,11 @@ def singular_value_density(J: Operator, *, n_probes: int = 10, steps: int = 60, 
 def _checked(J: Operator, n_probes: int, confidence: float, *, square: bool) -> Jacobian:
     J = as_jacobian(J)
     if square and J.shape[1] != J.shape[2]:
-        raise ValueError(f"J has shape {J.shape}; this quantity is defined for square operators only")
+        raise ArgumentError(f"J has shape {J.shape}; this quantity is defined for square operators only")
     if n_probes < 2:
-        raise ValueError(f"n_probes={n_probes}; expected at least 2, an interval needs a spread")
+        raise ArgumentError(f"n_probes={n_probes}; expected at least 2, an interval needs a spread")
     if not 0 < confidence < 1:
-        raise ValueError(f"confidence={confidence}; expected a probability between 0 and 1, such as 0.95")
+        raise ArgumentError(f"confidence={confidence}; expected a probability between 0 and 1, such as 0.95")
     return J
 
 
@@ -289,7 +271,7 @@ def _student(samples: Tensor, confidence: float) -> tuple[Tensor, Tensor]:
     import scipy.stats
 
     if not 0 < confidence < 1:
-        raise ValueError(f"confidence={confidence}; expected a probability between 0 and 1, such as 0.95")
+        raise ArgumentError(f"confidence={confidence}; expected a probability between 0 and 1, such as 0.95")
     count = samples.shape[-1]
     mean = samples.mean(-1)
     reach = float(scipy.stats.t.ppf((1 + confidence) / 2, count - 1)) * samples.std(-1) / count**0.5

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from stabkit.errors import ArgumentError
 from stabkit.operators.compression import compressed, row_groups, slabs
 from stabkit.operators.linear_map import LinearMap, Product, Way
 from stabkit.operators.memory import budget, keep_workspace, readable, zeros
@@ -23,7 +24,7 @@ _PUSH = 1.5  # what J V costs, in J^T U
 def dense(J: LinearMap, chunk: int | None, memory: int | None, structure: bool) -> tuple[Tensor, str]:
     """The matrices ``(batch, m, n)``, and how they were obtained; see `Jacobian.dense`."""
     if chunk is not None and chunk < 1:
-        raise ValueError(f"chunk={chunk}; expected at least one product at once")
+        raise ArgumentError(f"chunk={chunk}; expected at least one product at once")
     width = products_at_once(J, chunk, memory, _result_bytes(J))
     if J.matrix is not None:
         return J.matrix.clone(), J.path
@@ -67,7 +68,7 @@ def products_at_once(J: LinearMap, chunk: int | None, memory: int | None, result
     """How many products are made at once: as many as suit the caches and the memory.
 
     Raises:
-        ValueError: the result and one product do not fit.
+        ArgumentError: the result and one product do not fit.
     """
     room = budget(memory, J.device)
     batch, m, n = J.shape
@@ -78,7 +79,7 @@ def products_at_once(J: LinearMap, chunk: int | None, memory: int | None, result
         one += 2 * live
     if room is not None and result + one > room:
         given = "memory=" if memory is not None else "the free memory, of which "
-        raise ValueError(
+        raise ArgumentError(
             f"the Jacobian of shape {J.shape} takes {readable(result)} and {readable(one)} for the work on it, but "
             f"{given}{readable(room)} is all there is: multiply with it (J @ V, J.T @ U), take a block "
             "(J.restrict(...)), or its sparse form if it has one (J.sparse())"

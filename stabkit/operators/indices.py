@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from stabkit.errors import ArgumentError, OutOfRangeError
+
 Index = Tensor | Sequence[int] | slice | int
 
 
@@ -14,8 +16,8 @@ def checked_index(index: Index | None, size: int, name: str, device: torch.devic
     """An index as a tensor of distinct numbers from 0 to ``size - 1``.
 
     Raises:
-        IndexError: a number is out of range, or no integer.
-        ValueError: there is none, or one comes twice.
+        OutOfRangeError: a number is out of range, or no integer.
+        ArgumentError: there is none, or one comes twice.
     """
     everything = torch.arange(size, device=device)
     if index is None:
@@ -27,14 +29,16 @@ def checked_index(index: Index | None, size: int, name: str, device: torch.devic
         if chosen.dtype == torch.bool and tuple(chosen.shape) == (size,):
             chosen = everything[chosen]
     if chosen.numel() == 0:
-        raise ValueError(f"{name} names no coordinate; expected some of 0 to {size - 1}")
+        raise ArgumentError(f"{name} names no coordinate; expected some of 0 to {size - 1}")
     if chosen.dim() != 1 or chosen.is_floating_point() or chosen.dtype == torch.bool:
-        raise IndexError(
+        raise OutOfRangeError(
             f"{name} has shape {tuple(chosen.shape)} and dtype {chosen.dtype}; expected integers, one after the other"
         )
     if int(chosen.min()) < -size or int(chosen.max()) >= size:
-        raise IndexError(f"{name} reaches from {int(chosen.min())} to {int(chosen.max())}; expected 0 to {size - 1}")
+        raise OutOfRangeError(
+            f"{name} reaches from {int(chosen.min())} to {int(chosen.max())}; expected 0 to {size - 1}"
+        )
     chosen = chosen % size
     if len(torch.unique(chosen)) != len(chosen):
-        raise ValueError(f"{name} names a coordinate twice; expected distinct ones")
+        raise ArgumentError(f"{name} names a coordinate twice; expected distinct ones")
     return chosen

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from stabkit.errors import ArgumentError, ArgumentTypeError, OutOfRangeError
 from stabkit.operators.dense import dense
 from stabkit.operators.indices import Index, checked_index
 from stabkit.operators.linear_map import LinearMap, Product
@@ -35,7 +36,7 @@ class Jacobian(LinearMap):
         if isinstance(other, Jacobian):
             return compose(self, other)
         if not isinstance(other, Tensor):
-            raise TypeError(
+            raise ArgumentTypeError(
                 f"J @ {type(other).__name__}: expected a torch tensor (batch, n, k) or another Jacobian; for numpy "
                 "arrays there are torch.from_numpy(V) and J.to_scipy(sample)"
             )
@@ -45,7 +46,7 @@ class Jacobian(LinearMap):
         """J - I: of a residual step ``x + f(x)`` the Jacobian of its branch f.
 
         Raises:
-            ValueError: J is not square.
+            ArgumentError: J is not square.
 
         Example:
             >>> import torch
@@ -54,7 +55,9 @@ class Jacobian(LinearMap):
         """
         _, m, n = self.shape
         if m != n:
-            raise ValueError(f"minus_identity() needs a square Jacobian; this one is {m} x {n}: the step changes space")
+            raise ArgumentError(
+                f"minus_identity() needs a square Jacobian; this one is {m} x {n}: the step changes space"
+            )
         eye = None if self.matrix is None else torch.eye(n, dtype=self.dtype, device=self.device)
         return Jacobian(
             self.shape,
@@ -76,8 +79,8 @@ class Jacobian(LinearMap):
             columns: which coordinates of the source may move; all by default.
 
         Raises:
-            IndexError: a coordinate does not exist.
-            ValueError: no coordinate is named, or one twice.
+            OutOfRangeError: a coordinate does not exist.
+            ArgumentError: no coordinate is named, or one twice.
 
         Example:
             >>> import torch
@@ -132,7 +135,7 @@ class Jacobian(LinearMap):
             return_path: True for the matrices and, in words, how they were found.
 
         Raises:
-            ValueError: the result does not fit in ``memory``, or ``chunk`` is not positive.
+            ArgumentError: the result does not fit in ``memory``, or ``chunk`` is not positive.
 
         Example:
             >>> import torch, stabkit
@@ -166,7 +169,7 @@ class Jacobian(LinearMap):
             return_path: True for the matrices and, in words, how they were found.
 
         Raises:
-            ValueError: the result does not fit in ``memory``.
+            ArgumentError: the result does not fit in ``memory``.
 
         Example:
             >>> import torch, stabkit
@@ -184,14 +187,14 @@ class Jacobian(LinearMap):
         It works in float64 or, for products in any coarser dtype, in float32: scipy's solvers take no others.
 
         Raises:
-            IndexError: there is no such sample.
+            OutOfRangeError: there is no such sample.
         """
         import scipy.sparse.linalg
 
         batch, m, n = self.shape
         precision = torch.float64 if self.dtype == torch.float64 else torch.float32
         if not -batch <= sample < batch:
-            raise IndexError(f"sample={sample}, but the Jacobian has {batch} samples (0 to {batch - 1})")
+            raise OutOfRangeError(f"sample={sample}, but the Jacobian has {batch} samples (0 to {batch - 1})")
 
         def product(f: Product, size: int) -> Callable[[np.ndarray], np.ndarray]:
             def apply(v: np.ndarray) -> np.ndarray:
@@ -217,15 +220,15 @@ def from_dense(matrix: Tensor) -> Jacobian:
     """An operator over explicit matrices ``(batch, m, n)`` or ``(m, n)``.
 
     Raises:
-        ValueError: ``matrix`` has neither two nor three dimensions.
-        TypeError: its dtype is not floating point.
+        ArgumentError: ``matrix`` has neither two nor three dimensions.
+        ArgumentTypeError: its dtype is not floating point.
     """
     if matrix.dim() == 2:
         matrix = matrix.unsqueeze(0)
     if matrix.dim() != 3:
-        raise ValueError(f"matrix has shape {tuple(matrix.shape)}; expected (m, n) or (batch, m, n)")
+        raise ArgumentError(f"matrix has shape {tuple(matrix.shape)}; expected (m, n) or (batch, m, n)")
     if not matrix.is_floating_point():
-        raise TypeError(f"matrix has dtype {matrix.dtype}; expected a floating-point dtype: matrix.double()")
+        raise ArgumentTypeError(f"matrix has dtype {matrix.dtype}; expected a floating-point dtype: matrix.double()")
     batch, m, n = matrix.shape
     return Jacobian(
         (batch, m, n),
@@ -243,10 +246,10 @@ def compose(left: Jacobian, right: Jacobian) -> Jacobian:
     """The product of two operators, ``left`` after ``right``.
 
     Raises:
-        ValueError: the inner sizes or the batches differ.
+        ArgumentError: the inner sizes or the batches differ.
     """
     if left.shape[0] != right.shape[0] or left.shape[2] != right.shape[1]:
-        raise ValueError(f"shapes {left.shape} @ {right.shape} do not chain")
+        raise ArgumentError(f"shapes {left.shape} @ {right.shape} do not chain")
     return Jacobian(
         (left.shape[0], left.shape[1], right.shape[2]),
         lambda V: left.matmat(right.matmat(V)),

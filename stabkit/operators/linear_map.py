@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 from torch import Tensor
 
+from stabkit.errors import ArgumentError
+
 if TYPE_CHECKING:
     from typing_extensions import Self  # typing has it from Python 3.11
 
@@ -106,7 +108,7 @@ class LinearMap:
             ``(batch, m, k)``.
 
         Raises:
-            ValueError: ``V`` has another shape.
+            ArgumentError: ``V`` has another shape.
         """
         V = self._block(V, "V", self.shape[2])
         return self._matmat(V) if V.shape[2] else V.new_zeros(self.shape[0], self.shape[1], 0)
@@ -145,7 +147,7 @@ class LinearMap:
     def _block(self, V: Tensor, name: str, size: int) -> Tensor:
         batch = self.shape[0]
         if V.dim() != 3 or V.shape[:2] != (batch, size):
-            raise ValueError(
+            raise ArgumentError(
                 f"{name} has shape {tuple(V.shape)}; expected (batch={batch}, {size}, k) "
                 f"for an operator of shape {self.shape}"
             )

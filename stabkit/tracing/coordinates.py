@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor
 
+from stabkit.errors import OutOfRangeError
 from stabkit.operators.indices import Index, checked_index
 from stabkit.tracing.flow import State
 
@@ -26,7 +27,7 @@ def coordinates(state: State, *, dim: int, index: Index, tensor: int = 0) -> Ten
         Coordinates in ascending order of memory, as `Jacobian.restrict` takes them.
 
     Raises:
-        IndexError: the state has no such tensor, dimension or index.
+        OutOfRangeError: the state has no such tensor, dimension or index.
 
     Example:
         >>> import torch, stabkit
@@ -39,12 +40,12 @@ def coordinates(state: State, *, dim: int, index: Index, tensor: int = 0) -> Ten
     """
     shapes = state.space.axes
     if not -len(shapes) <= tensor < len(shapes):
-        raise IndexError(f"tensor={tensor}, but the state has {len(shapes)} tensors, of shapes {list(shapes)}")
+        raise OutOfRangeError(f"tensor={tensor}, but the state has {len(shapes)} tensors, of shapes {list(shapes)}")
     tensor %= len(shapes)
     shape = shapes[tensor]
     real = len(state.sample_shapes[tensor])  # complex numbers bring one axis more
     if not -real <= dim < real:
-        raise IndexError(f"dim={dim}, but one sample of the tensor has shape {state.sample_shapes[tensor]}")
+        raise OutOfRangeError(f"dim={dim}, but one sample of the tensor has shape {state.sample_shapes[tensor]}")
     dim %= real
     chosen = checked_index([index] if isinstance(index, int) else index, shape[dim], "index", torch.device("cpu"))
     start = sum(math.prod(s) for s in shapes[:tensor])

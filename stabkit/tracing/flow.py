@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge
 
-from stabkit.errors import TraceError
+from stabkit.errors import OutOfRangeError, TraceError
 from stabkit.operators.jacobian import Jacobian
 from stabkit.tracing.endpoints import scalar_loss
 from stabkit.tracing.forward_pass import ForwardPass
@@ -181,12 +181,14 @@ class Flow:
         """The Jacobian of the map from ``states[start]`` to ``states[stop]`` (default: the last).
 
         Raises:
-            IndexError: the two do not name states in this order.
+            OutOfRangeError: the two do not name states in this order.
         """
         last = len(self.states) - 1
         stop = last if stop is None else stop
         if not 0 <= start < stop <= last:
-            raise IndexError(f"start={start}, stop={stop}; expected 0 <= start < stop <= {last} (the number of steps)")
+            raise OutOfRangeError(
+                f"start={start}, stop={stop}; expected 0 <= start < stop <= {last} (the number of steps)"
+            )
         if stop == start + 1:
             return self.steps[start].jacobian()
         source, target = self.states[start], self.states[stop]

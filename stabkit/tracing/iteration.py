@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from stabkit.errors import TraceError
+from stabkit.errors import OutOfRangeError, TraceError
 from stabkit.operators.jacobian import Jacobian
 from stabkit.tracing.endpoints import scalar_loss
 from stabkit.tracing.first_step import check_sizes, tensors_of, try_first_step
@@ -112,11 +112,11 @@ class Iteration:
         """The Jacobian of the map from ``states[start]`` to ``states[stop]`` (default: the last), as an operator.
 
         Raises:
-            IndexError: the two do not name states in this order.
+            OutOfRangeError: the two do not name states in this order.
         """
         stop = self.n_steps if stop is None else stop
         if not 0 <= start < stop <= self.n_steps:
-            raise IndexError(f"start={start}, stop={stop}; expected 0 <= start < stop <= {self.n_steps}")
+            raise OutOfRangeError(f"start={start}, stop={stop}; expected 0 <= start < stop <= {self.n_steps}")
         space = self.space
         with unchanged(self.model) as safe:
             safe.freeze()

@@ -9,6 +9,7 @@ from importlib.resources import files
 from typing import TYPE_CHECKING, Any
 
 from stabkit.diagnosis import factor
+from stabkit.errors import ArgumentError
 from stabkit.report.page.data import comparison_data, place_of, report_data
 
 if TYPE_CHECKING:
@@ -43,10 +44,10 @@ def comparison_page(reports: Mapping[str, Report]) -> str:
         reports: reports in order, by the names they get.
 
     Raises:
-        ValueError: there is no report.
+        ArgumentError: there is no report.
     """
     if not reports:
-        raise ValueError("reports is empty; a comparison needs at least one report")
+        raise ArgumentError("reports is empty; a comparison needs at least one report")
     return _render("comparison.html", reports=reports, data=comparison_data(reports))
 
 
@@ -131,10 +132,10 @@ def room(factor: float) -> str:
 
     Example:
         >>> room(1.7), room(0.25), room(0.0)
-        ('the branch may grow by ×1.7', 'the branch would have to shrink to ×0.25', 'no step size would be stable')
+        ('the branch may grow by ×1.7', 'the branch would have to shrink to ×0.25', 'undamped modes always leave it')
     """
     if factor == 0:
-        return "no step size would be stable"
+        return "undamped modes always leave it"
     if math.isinf(factor):
         return "the branch may grow without bound"
     return f"the branch {'may grow by' if factor >= 1 else 'would have to shrink to'} ×{number(factor)}"
