@@ -68,7 +68,7 @@ def _mismatch(flow: Flow, scalar: Tensor) -> list[Finding]:
         if source is None or source.node is not made.node or name not in _ON_LOGITS | _ON_LOGARITHMS:
             continue
         path = flow._recording.path_at(made.node._sequence_nr())
-        classes = int(made.node._input_metadata[0].shape[-1])  # type: ignore[attr-defined]
+        classes = int(made.node._input_metadata[0].shape[-1])
         if name in _ON_LOGARITHMS:
             function, wanted, remedy = _ON_LOGARITHMS[name], "log-probabilities", "take log_softmax in its place"
             floor = "it is minus a probability, no logarithm of one"
