@@ -20,6 +20,7 @@ LAYERS = [
     "operators",
     "tracing",
     "jacobians",
+    "walk",
     "growth",
     "identification",
     "meanfield",
