@@ -10,13 +10,12 @@ from typing import TYPE_CHECKING, Any
 from stabkit.diagnosis import KINDS as DIAGNOSES
 from stabkit.diagnosis import Finding
 from stabkit.errors import ArgumentError
-from stabkit.report import encoding
+from stabkit.results import Result
 
 if TYPE_CHECKING:
     import os
 
     import pandas
-    from matplotlib.axes import Axes
 
 SCHEMA = "stabkit.report/1"
 
@@ -60,6 +59,8 @@ class StepReport:
         evidence: how sure the method is, one of ``EVIDENCE``.
         residual: relative residual of the numerical test behind ``evidence``.
         z: eigenvalues of J - a of all analysed samples, one after another.
+        field_z: where the method has several stages, h eig(J_f) of each field, the z of one mode at one place; None
+            where ``z`` says it already, or the fields could not be differentiated.
         numerical_range: points around the boundary of the numerical range of J - a at the first sample.
         spectral_radius: largest \|eigenvalue\| of J.
         largest_singular_value: largest singular value of J, the worst growth in one step.
@@ -104,6 +105,7 @@ class StepReport:
     evidence: str = "unknown"
     residual: float | None = None
     z: tuple[complex, ...] | None = None
+    field_z: tuple[tuple[complex, ...], ...] | None = None
     numerical_range: tuple[complex, ...] | None = None
     spectral_radius: float | None = None
     largest_singular_value: float | None = None
@@ -153,7 +155,7 @@ class Exponents:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Report:
+class Report(Result):
     """The result of ``stabkit.analyze``: verdict, findings and one record per step.
 
     Attributes:
@@ -231,13 +233,8 @@ class Report:
 
         return tables.plain(self)
 
-    def to_dict(self) -> dict[str, Any]:
-        """The report as data that ``json.dumps`` takes, with a versioned ``"schema"``.
-
-        Floats that are not finite become ``"NaN"``, ``"Infinity"`` or ``"-Infinity"``, complex numbers
-        ``[re, im]``; see ``stabkit.report.encoding``.
-        """
-        return {"schema": SCHEMA, **encoding.encode(self)}
+    def _contents(self) -> dict[str, Any]:
+        return {"schema": SCHEMA, **super()._contents()}
 
     def to_dataframe(self) -> pandas.DataFrame:
         """One row per step, the columns of the CSV file, as a ``pandas.DataFrame`` indexed by ``index``.
@@ -248,12 +245,6 @@ class Report:
         from stabkit.report import tables
 
         return tables.dataframe(self)
-
-    def plot(self, ax: Axes | None = None) -> Axes:
-        """The eigenvalues of every step against its region; see ``stabkit.plotting.region`` and its neighbours."""
-        from stabkit import plotting
-
-        return plotting.region(self, ax)
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write the report to a file, whole or not at all.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from stabkit.walk.cotangents import PROBE, Cotangents, balanced, drawn, probe_seeds, stacked, wide
-from stabkit.walk.walk import AnyFlow, AnyState, AnyStep, Observer, Passage, Walk, tangents, walk_back
+from stabkit.walk.walk import AnyFlow, AnyState, AnyStep, Observer, Passage, Walk, space_at, tangents, walk_back
 
 __all__ = [
     "PROBE",
@@ -17,6 +17,7 @@ __all__ = [
     "balanced",
     "drawn",
     "probe_seeds",
+    "space_at",
     "stacked",
     "tangents",
     "walk_back",
