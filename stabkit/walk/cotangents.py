@@ -63,7 +63,8 @@ class Cotangents:
     @cached_property
     def own_logs(self) -> Tensor:
         """``(batch, k)``, log of the norm of the columns themselves; -inf for zero."""
-        return torch.linalg.vector_norm(wide(self.columns), dim=1).cpu().log()
+        logs: Tensor = torch.linalg.vector_norm(wide(self.columns), dim=1).cpu().log()
+        return logs
 
     @property
     def log_norms(self) -> Tensor:
