@@ -15,6 +15,7 @@ from stabkit.diagnosis.dead_units import dead_findings, saturated_findings
 from stabkit.diagnosis.depth_findings import growth_finding, mechanism_findings, transient
 from stabkit.diagnosis.finding import SEVERITIES, Finding, serious
 from stabkit.diagnosis.loss_faults import loss_findings
+from stabkit.diagnosis.lost_parameters import lost_parameter_findings
 from stabkit.diagnosis.low_rank import rank_findings
 from stabkit.diagnosis.measurement import AnyFlow, Measurement, measure
 from stabkit.diagnosis.non_finite import all_finite, non_finite_findings
@@ -135,6 +136,7 @@ def examine(
         elif chaos:
             found = [*chaos, *found]
             verdict = _renamed(verdict, "chaotic", chaos[0].evidence)
+    found += lost_parameter_findings(flow, loss) if isinstance(flow, Flow) else []
     if not any(finding.kind == "dead" for finding in found):
         found += collapse_finding(measurement, spreads, verdict.stretch, limits)
     found += precision_findings(flow, measurement)

@@ -7,30 +7,25 @@ origin: what makes NaN of them is.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-import stabkit
 from stabkit.diagnosis.origin_causes import Cause, backward_cause, forward_cause
-from stabkit.diagnosis.training_pass import Observer, TrainingPass, training_pass
 from stabkit.errors import StabkitError
 from stabkit.tracing.containers import named_tensors
 from stabkit.tracing.forward_pass import ForwardPass
 from stabkit.tracing.inputs import VALUE_FREE, Source, differentiable
 from stabkit.tracing.recording import clock
+from stabkit.tracing.training_pass import Observer, TrainingPass, calling_line, training_pass
 from stabkit.tracing.values import operation
 
 # operations that write a constant
 _FILLS = frozenset({"masked_fill", "masked_fill_", "fill", "fill_", "full", "full_like", "new_full", "scalar_tensor"})
-_LIBRARIES = (str(Path(torch.__file__).parent), str(Path(stabkit.__file__).parent))
 
 
 @dataclass(frozen=True)
@@ -124,7 +119,7 @@ class Watch(Observer):  # type: ignore[no-untyped-call]
         if name in VALUE_FREE or name.startswith(("empty", "new_empty")):
             return out
         if self.part != "backward":
-            self._lines[clock() - 1] = (_line(), self.part, *self._running())
+            self._lines[clock() - 1] = (calling_line(), self.part, *self._running())
         results = [o for o in tree_leaves(out) if isinstance(o, Tensor) and differentiable(o)]
         if results:
             self._follow(func, name, args, given, kwargs, results)
@@ -175,7 +170,7 @@ class Watch(Observer):  # type: ignore[no-untyped-call]
     def _origin(self, name: str, cause: Cause, on_purpose: bool) -> Origin:
         self.count += 1
         backward = self.part == "backward"
-        line, part, call, ended = _line(), self.part, *self._running()
+        line, part, call, ended = calling_line(), self.part, *self._running()
         if backward:
             number = -1 if self.node is None else self.node._sequence_nr()
             line, part, call, ended = self._lines.get(number, ("", "model", len(self.recording.calls) - 1, True))
@@ -238,16 +233,3 @@ def _finite(tensor: Tensor) -> bool:
 def _only_negative_infinities(tensor: Tensor) -> bool:
     """Whether all that is not finite is -inf, as in a mask."""
     return not tensor.is_complex() and bool(torch.isneginf(tensor[~tensor.isfinite()]).all())
-
-
-def _line() -> str:
-    """File and line of the innermost code outside of libraries, within the pass."""
-    frame: FrameType | None = sys._getframe(2)
-    while frame is not None:
-        code = frame.f_code
-        if code.co_name == training_pass.__name__:
-            return ""
-        if not code.co_filename.startswith((*_LIBRARIES, "<")):
-            return f"{Path(code.co_filename).name}:{frame.f_lineno}"
-        frame = frame.f_back
-    return ""

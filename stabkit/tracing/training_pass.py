@@ -7,7 +7,10 @@ which operation spoils a number is seen on a pass in which they are not frozen. 
 from __future__ import annotations
 
 import contextlib
+import sys
 from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import torch
@@ -24,6 +27,8 @@ from stabkit.tracing.safekeeping import unchanged
 from stabkit.tracing.sharding import take_whole
 from stabkit.tracing.transparency import transparent
 from stabkit.tracing.values import value_of
+
+_LIBRARIES = (str(Path(torch.__file__).parent), str(Path(__file__).parent.parent))
 
 
 class Observer(TorchDispatchMode):
@@ -66,13 +71,16 @@ class TrainingPass:
     inputs: list[Tensor | None] = field(default_factory=list)
 
 
-def training_pass(call: ForwardPass, loss: Any = None, observer: Observer | None = None) -> TrainingPass:
+def training_pass(
+    call: ForwardPass, loss: Any = None, observer: Observer | None = None, *, differentiate: bool = True
+) -> TrainingPass:
     """One forward pass, the loss of it and its gradients.
 
     Args:
         call: the model and what it is called with.
         loss: a callable on the output that returns a scalar; None takes a random combination of all float outputs.
         observer: sees every operation; None runs without one.
+        differentiate: False stops at the loss.
 
     Raises:
         TraceError: the loss is not a differentiable scalar of the output.
@@ -91,8 +99,8 @@ def training_pass(call: ForwardPass, loss: Any = None, observer: Observer | None
         done.parameters = {path: p for path, p in call.module.named_parameters() if p.requires_grad}
         watching.part = "loss"
         with mode:
-            done.loss = combination(output, call.seed) if loss is None else scalar_loss(loss, output)
-        if done.loss is not None:
+            done.loss = combination(output, call.seed) if loss is None else _loss(loss, output)
+        if done.loss is not None and differentiate:
             watching.part = "backward"
             handles = _announced(done.loss, watching) if observer is not None else []
             with mode:
@@ -100,6 +108,13 @@ def training_pass(call: ForwardPass, loss: Any = None, observer: Observer | None
             for handle in handles:
                 handle.remove()
     return done
+
+
+def _loss(loss: Any, output: Any) -> Tensor | None:
+    """The loss; None where the output carries no gradient that it could depend on."""
+    if not any(tensor.requires_grad for _, tensor in named_tensors(output)):
+        return None
+    return scalar_loss(loss, output)
 
 
 def combination(output: Any, seed: int) -> Tensor | None:
@@ -135,6 +150,19 @@ def _announced(loss: Tensor, observer: Observer) -> list[Any]:
         return node.register_prehook(hook)
 
     return [announce(node) for node in nodes_above(loss)]
+
+
+def calling_line() -> str:
+    """File and line of the innermost code outside of torch and stabkit that runs within a training pass, or nothing."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        code = frame.f_code
+        if code.co_name == training_pass.__name__:
+            return ""
+        if not code.co_filename.startswith((*_LIBRARIES, "<")):
+            return f"{Path(code.co_filename).name}:{frame.f_lineno}"
+        frame = frame.f_back
+    return ""
 
 
 def nodes_above(tensor: Tensor) -> list[Node]:
