@@ -6,20 +6,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-KINDS = (
-    "exploding",
-    "vanishing",
-    "unstable_step",
-    "overdamped",
-    "dead",
-    "saturated",
-    "transient_growth",
-    "chaotic",
-    "rank_collapse",
-    "non_finite",
-    "precision_loss",
-)
-SEVERITIES = ("info", "warning", "critical")  # in rising order
+from stabkit.diagnosis.kinds import FINDINGS, SEVERITIES, rank
+from stabkit.errors import ReportError
 
 Action = Mapping[str, Any]
 
@@ -29,8 +17,8 @@ class Finding:
     """One diagnosed fact.
 
     Attributes:
-        kind: one of `KINDS`.
-        severity: ``"info"``, ``"warning"`` or ``"critical"``.
+        kind: one of `stabkit.diagnosis.FINDINGS`.
+        severity: one of `stabkit.diagnosis.SEVERITIES`.
         steps: indices of the steps where it happens.
         module_path: the module at fault, or the one that contributes most.
         confidence: how sure the finding is, 0 to 1.
@@ -40,6 +28,9 @@ class Finding:
         numbers: the numbers behind it, by name.
         actions: the remedy as data, each of one of the forms that `stabkit.diagnosis.apply` carries out, such as
             ``{"action": "scale", "parameter": "layers.3.weight", "factor": 0.2}``.
+
+    Raises:
+        ReportError: ``kind`` or ``severity`` is no word of the diagnosis.
     """
 
     kind: str
@@ -53,6 +44,11 @@ class Finding:
     numbers: Mapping[str, float] = field(default_factory=dict, compare=False)
     actions: tuple[Action, ...] = field(default=(), compare=False)
 
+    def __post_init__(self) -> None:
+        for name, value, known in (("kind", self.kind, FINDINGS), ("severity", self.severity, SEVERITIES)):
+            if value not in known:
+                raise ReportError(f"{name}={value!r}; accepted: {', '.join(map(repr, known))}")
+
     def to_dict(self) -> dict[str, Any]:
         """Plain values, ready for JSON."""
         return asdict(self)
@@ -60,4 +56,4 @@ class Finding:
 
 def serious(finding: Finding) -> bool:
     """Whether it is a warning or worse."""
-    return SEVERITIES.index(finding.severity) >= SEVERITIES.index("warning")
+    return rank(finding.severity) >= rank("warning")
