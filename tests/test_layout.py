@@ -17,6 +17,7 @@ LAYERS = [
     "errors",
     "parallel",
     "integrators",
+    "operators",
     "tracing",
     "jacobians",
     "growth",
@@ -41,7 +42,6 @@ LAYERS = [
 
 # convenience methods of results reach up, inside the function: (where, what)
 UPWARD = {
-    ("tracing", "jacobians"),  # step.jacobian(), flow.jacobian()
     ("integrators", "plotting"),  # method.plot()
     ("jacobians", "plotting"),  # spectrum.plot()
     ("growth", "plotting"),

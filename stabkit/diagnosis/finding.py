@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from stabkit.diagnosis.kinds import FINDINGS, SEVERITIES, rank
-from stabkit.errors import ReportError
+from stabkit.errors import ArgumentError
 
 Action = Mapping[str, Any]
 
@@ -30,7 +30,7 @@ class Finding:
             ``{"action": "scale", "parameter": "layers.3.weight", "factor": 0.2}``.
 
     Raises:
-        ReportError: ``kind`` or ``severity`` is no word of the diagnosis.
+        ArgumentError: ``kind`` or ``severity`` is no word of the diagnosis.
     """
 
     kind: str
@@ -47,7 +47,7 @@ class Finding:
     def __post_init__(self) -> None:
         for name, value, known in (("kind", self.kind, FINDINGS), ("severity", self.severity, SEVERITIES)):
             if value not in known:
-                raise ReportError(f"{name}={value!r}; accepted: {', '.join(map(repr, known))}")
+                raise ArgumentError(f"{name}={value!r}; accepted: {', '.join(map(repr, known))}")
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, ready for JSON."""

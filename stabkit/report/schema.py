@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from stabkit.diagnosis import VERDICTS, Finding, factor
-from stabkit.errors import ReportError
+from stabkit.errors import ArgumentError, ReportError
 from stabkit.report import decoding, encoding, files, tables
 from stabkit.report.fields import shown
 from stabkit.report.formats import figures, percent, printable, room, shapes, signed
@@ -113,7 +113,7 @@ class StepReport:
         notes: what the reader should know about these numbers.
 
     Raises:
-        ValueError: ``kind``, ``evidence`` or ``spectrum_method`` is not one of the words above.
+        ArgumentError: ``kind``, ``evidence`` or ``spectrum_method`` is not one of the words above.
     """
 
     index: int = shown(text=lambda step: str(step.index), column="#", sortable=True)
@@ -276,7 +276,7 @@ class Report:
         versions: versions of stabkit and of what it stands on.
 
     Raises:
-        ValueError: ``verdict`` is not one of these words.
+        ArgumentError: ``verdict`` is not one of these words.
 
     Example:
         >>> report = Report(
@@ -392,4 +392,4 @@ class Report:
 
 def _one_of(name: str, value: str, accepted: Collection[str]) -> None:
     if value not in accepted:
-        raise ValueError(f"{name}={value!r}; accepted: {', '.join(map(repr, accepted))}")
+        raise ArgumentError(f"{name}={value!r}; accepted: {', '.join(map(repr, accepted))}")
