@@ -65,7 +65,7 @@ def shown_fields(record: Any) -> dict[str, Shown]:
     return {field.name: field.metadata["shown"] for field in dataclasses.fields(record) if "shown" in field.metadata}
 
 
-def flat_names(cls: type) -> list[str]:
+def flat_names(cls: Any) -> list[str]:
     """The names of the values in a row that `flat` makes, in their order."""
     return [name for names, _ in _plan(cls).values() for name in names]
 
