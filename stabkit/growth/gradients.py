@@ -114,10 +114,10 @@ class GradientProfile:
         }
 
     def plot(self, ax: Axes | None = None) -> Axes:
-        """Norms of gradient and state over depth, one line a sample; see ``stabkit.plotting.gradient_profile``."""
+        """Norms of gradient and state over depth, with intervals over samples; see ``stabkit.plotting.norms``."""
         from stabkit import plotting
 
-        return plotting.gradient_profile(self, ax)
+        return plotting.norms(self, ax)
 
 
 def gradient_profile(
