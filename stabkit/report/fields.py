@@ -76,7 +76,7 @@ def flat(record: Any) -> dict[str, Any]:
     An interval becomes its two ends; shapes and lists of words become a text each; what has parts by name is left out.
     """
     row: dict[str, Any] = {}
-    for field, (names, values) in _plan(type(record)).items():
+    for field, (names, values) in _plan(record.__class__).items():
         value = getattr(record, field)
         row.update(zip(names, (None,) * len(names) if value is None else values(value), strict=True))
     return row
