@@ -16,6 +16,7 @@ LAYERS = [
     "_version",
     "errors",
     "pictures",
+    "results",
     "parallel",
     "integrators",
     "operators",
@@ -43,12 +44,8 @@ LAYERS = [
 
 # convenience methods of results reach up, inside the function: (where, what)
 UPWARD = {
-    ("integrators", "plotting"),  # method.plot()
-    ("jacobians", "plotting"),  # spectrum.plot()
-    ("growth", "plotting"),
-    ("attribution", "plotting"),
     ("report", "plotting"),  # report.save("report.png")
-    ("comparison", "plotting"),  # comparison.plot()
+    ("comparison", "plotting"),  # comparison.save("sweep.png")
     ("analysis", "planning"),  # analyze(budget=..., plan_only=True)
 }
 

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 from stabkit.diagnosis.kinds import FINDINGS, SEVERITIES, rank
 from stabkit.errors import ArgumentError
+from stabkit.results import Result
 
 Action = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
-class Finding:
+class Finding(Result):
     """One diagnosed fact.
 
     Attributes:
@@ -48,10 +49,6 @@ class Finding:
         for name, value, known in (("kind", self.kind, FINDINGS), ("severity", self.severity, SEVERITIES)):
             if value not in known:
                 raise ArgumentError(f"{name}={value!r}; accepted: {', '.join(map(repr, known))}")
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values, ready for JSON."""
-        return asdict(self)
 
 
 def serious(finding: Finding) -> bool:

@@ -9,15 +9,15 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from stabkit.diagnosis import VERDICTS, Finding, factor
 from stabkit.errors import ArgumentError, ReportError
-from stabkit.report import decoding, encoding, files, tables
+from stabkit.report import decoding, files, tables
 from stabkit.report.fields import shown
 from stabkit.report.formats import figures, percent, printable, room, shapes, signed
+from stabkit.results import Result
 
 if TYPE_CHECKING:
     import os
 
     import pandas
-    from matplotlib.axes import Axes
 
 SCHEMA = "stabkit.report/1"
 
@@ -247,7 +247,7 @@ class Exponents:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Report:
+class Report(Result):
     """The result of ``stabkit.analyze``: verdict, findings and one record per step.
 
     Attributes:
@@ -325,13 +325,8 @@ class Report:
     def __str__(self) -> str:
         return tables.plain(self)
 
-    def to_dict(self) -> dict[str, Any]:
-        """The report as data that ``json.dumps`` takes, with a versioned ``"schema"``.
-
-        Floats that are not finite become ``"NaN"``, ``"Infinity"`` or ``"-Infinity"``, complex numbers
-        ``[re, im]``; see ``stabkit.report.encoding``.
-        """
-        return {"schema": SCHEMA, **encoding.encode(self)}
+    def _contents(self) -> dict[str, Any]:
+        return {"schema": SCHEMA, **super()._contents()}
 
     def to_dataframe(self) -> pandas.DataFrame:
         """One row per step, the columns of the CSV file, as a ``pandas.DataFrame`` indexed by ``index``.
@@ -340,12 +335,6 @@ class Report:
             ReportError: pandas is not installed.
         """
         return tables.dataframe(self)
-
-    def plot(self, ax: Axes | None = None) -> Axes:
-        """The eigenvalues of every step against its region; see ``stabkit.plotting.region`` and its neighbours."""
-        from stabkit import plotting
-
-        return plotting.region(self, ax)
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write the report to a file, whole or not at all.
