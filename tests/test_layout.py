@@ -16,6 +16,7 @@ LAYERS = [
     "_version",
     "errors",
     "parallel",
+    "threads",
     "integrators",
     "tracing",
     "jacobians",

@@ -7,6 +7,7 @@ import math
 import platform
 import time
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any, Literal, overload
 
 import numpy as np
@@ -24,6 +25,7 @@ from stabkit.identification import Identification, by_step, identify
 from stabkit.integrators import GeneralLinearMethod
 from stabkit.parallel import SERIAL, Parallel
 from stabkit.report.schema import Exponents, Report, StepReport
+from stabkit.threads import torch_threads
 from stabkit.tracing import Flow, Step, trace
 from stabkit.tracing.depth import Depth
 from stabkit.tracing.endpoints import Target
@@ -162,10 +164,13 @@ def analyze(  # type: ignore[misc]  # where only the plan is wanted, the options
     # products of tensor-parallel models are collective: all ranks do all of them together
     parallel: Parallel = SERIAL if is_tensor_parallel(model) else group
     # the whole analysis, not only the forward pass, must leave the model as it was
-    with whole_parameters(model), unchanged(modules_behind(model)):
+    with ExitStack() as stack:
+        stack.enter_context(whole_parameters(model))
+        stack.enter_context(unchanged(modules_behind(model)))
         flow = trace(
             model, *inputs, kwargs=kwargs, depth=depth, batch_dim=batch_dim, source=source, target=target, seed=seed
         )
+        stack.enter_context(torch_threads(flow.batch * max((state.size for state in flow.states), default=0)))
         found = identify(flow, parallel=parallel)
         methods = by_step(found, len(flow.steps))
         diagnosis = examine(flow, loss, thresholds=limits, probes=probes, seed=seed, methods=found, parallel=parallel)

@@ -17,6 +17,7 @@ from stabkit.jacobians.lapack import (
 from stabkit.jacobians.operator import Jacobian
 from stabkit.jacobians.products import dense_float64, entry_rounding, powers_of_two
 from stabkit.jacobians.spectrum import Spectrum, from_rows, row, trusted_values
+from stabkit.threads import single_threaded
 
 Row = dict[str, np.ndarray]
 
@@ -78,7 +79,8 @@ def _each_sample(J: Jacobian, decompose: Callable[[np.ndarray, float], Row]) -> 
         units = powers_of_two(dense)
         if bool((units != 1).any()):
             dense = dense / units.reshape(-1, 1, 1)
-        rows.extend(map(decompose, dense.numpy(), units.tolist()))  # keeps the finished ones
+        with single_threaded(max(dense.shape[1:])):
+            rows.extend(map(decompose, dense.numpy(), units.tolist()))  # keeps the finished ones
     except KeyboardInterrupt:
         stopped = "interrupted"
     empty = row(nothing, nothing, nothing, nothing, nothing.astype(bool))
