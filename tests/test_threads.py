@@ -28,11 +28,18 @@ def of_numpy(found: dict[str, int]) -> set[int]:
 
 
 def test_threads_come_back_also_after_an_error(two_threads):
-    with pytest.raises(ZeroDivisionError), single_threaded(64):
-        with single_threaded(8):
-            pass
-        assert of_numpy(threads()) == {1}
-        raise ZeroDivisionError
+    seen = []
+
+    def fails() -> None:
+        with single_threaded(64):
+            with single_threaded(8):
+                pass
+            seen.append(threads())
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fails()
+    assert of_numpy(seen[0]) == {1}
     assert threads() == two_threads
 
 
@@ -46,7 +53,8 @@ def test_a_spectrum_of_small_matrices_takes_one(two_threads, monkeypatch):
     whole = scipy.linalg.eig
     monkeypatch.setattr(scipy.linalg, "eig", lambda *args, **kw: (seen.append(threads()), whole(*args, **kw))[1])
     eigenvalues(np.random.default_rng(0).normal(size=(3, 5, 5)))
-    assert len(seen) == 3 and all(of_numpy(found) == {1} for found in seen)
+    assert len(seen) == 3
+    assert all(of_numpy(found) == {1} for found in seen)
     assert threads() == two_threads
 
 
