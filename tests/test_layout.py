@@ -18,6 +18,7 @@ LAYERS = [
     "parallel",
     "threads",
     "integrators",
+    "operators",
     "tracing",
     "jacobians",
     "growth",
@@ -42,7 +43,6 @@ LAYERS = [
 
 # convenience methods of results reach up, inside the function: (where, what)
 UPWARD = {
-    ("tracing", "jacobians"),  # step.jacobian(), flow.jacobian()
     ("integrators", "plotting"),  # method.plot()
     ("jacobians", "plotting"),  # spectrum.plot()
     ("growth", "plotting"),

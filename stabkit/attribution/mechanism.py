@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from stabkit.errors import ArgumentError
 from stabkit.integrators import GeneralLinearMethod, Region
 
 ComplexArray = npt.NDArray[np.complex128]
@@ -204,7 +205,7 @@ def largest_step_factor(method: GeneralLinearMethod, z: ComplexArray, tolerance:
         tolerance: modes of modulus up to this are neutral, and do not count.
 
     Raises:
-        ValueError: ``z`` holds no finite number.
+        ArgumentError: ``z`` holds no finite number.
 
     Example:
         >>> from stabkit import integrators
@@ -216,7 +217,7 @@ def largest_step_factor(method: GeneralLinearMethod, z: ComplexArray, tolerance:
     """
     flat = np.unique(z[np.isfinite(z)])
     if not flat.size:
-        raise ValueError("z holds no finite number; give the eigenvalues of the branch")
+        raise ArgumentError("z holds no finite number; give the eigenvalues of the branch")
     flat = flat[np.abs(flat) > tolerance]
     if not flat.size:
         return math.inf

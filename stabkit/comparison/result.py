@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from stabkit.errors import ReportError
+from stabkit.errors import ArgumentError, ReportError
 from stabkit.report import Report, encoding, files
 from stabkit.report.schema import StepReport
 
@@ -229,7 +229,7 @@ def _largest(report: Report | None, value: Callable[[StepReport], float | None])
 def _drift(first: Snapshot, other: Snapshot, same_steps: bool) -> Drift:
     a, b = first.report, other.report
     if a is None or b is None:
-        raise ValueError(f"{other.source} was not analysed")
+        raise ArgumentError(f"{other.source} was not analysed")
     low, high = (
         max(a.total_growth_interval[0], b.total_growth_interval[0]),
         min(a.total_growth_interval[1], b.total_growth_interval[1]),

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from stabkit.diagnosis.finding import Action, Finding
+from stabkit.errors import ArgumentError
 
 
 class Skip(nn.Module):
@@ -32,7 +33,7 @@ def apply(model: nn.Module, finding: Finding, *, seed: int = 0) -> int:
         seed: of weights that are drawn anew.
 
     Raises:
-        ValueError: an action names something that the model does not have, or is of an unknown form.
+        ArgumentError: an action names something that the model does not have, or is of an unknown form.
 
     Example:
         >>> import torch, stabkit
@@ -81,7 +82,7 @@ def _apply(model: nn.Module, action: Action, generator: torch.Generator) -> None
     elif form == "convert":
         model.to(getattr(torch, action["dtype"]))
     else:
-        raise ValueError(
+        raise ArgumentError(
             f"action {form!r} is unknown; known are scale, redraw, fill, orthogonalise, add_skip, insert_norm, convert"
         )
 
@@ -90,7 +91,7 @@ def parameter(model: nn.Module, path: str) -> nn.Parameter:
     """A parameter by its path."""
     found = dict(model.named_parameters(remove_duplicate=False)).get(path)
     if found is None:
-        raise ValueError(f"the model has no parameter {path!r}; is it the one that was diagnosed?")
+        raise ArgumentError(f"the model has no parameter {path!r}; is it the one that was diagnosed?")
     return found
 
 
@@ -98,7 +99,7 @@ def _module(model: nn.Module, path: str) -> nn.Module:
     try:
         return model.get_submodule(path)
     except AttributeError:
-        raise ValueError(f"the model has no module {path!r}; is it the one that was diagnosed?") from None
+        raise ArgumentError(f"the model has no module {path!r}; is it the one that was diagnosed?") from None
 
 
 def _replace(model: nn.Module, path: str, module: nn.Module) -> None:

@@ -103,7 +103,7 @@ def finite_time_exponents(
 
     Raises:
         TraceError: an argument makes no sense for this flow, or a Jacobian is not finite.
-        TypeError: ``flow`` is no flow.
+        ArgumentTypeError: ``flow`` is no flow.
         KeyboardInterrupt: it came before the second pass was done; later ones return what there is.
 
     Source:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from stabkit.errors import TraceError
+from stabkit.errors import ArgumentError, TraceError
 from stabkit.growth.arguments import check_flow
 from stabkit.growth.frames import tangents, wide
 from stabkit.growth.parameters import ParameterGradients, parameter_gradients
@@ -86,13 +86,13 @@ class GradientProfile:
         """Bounds ``(steps, batch)`` of `log_growth` over random cotangents, from Student's t.
 
         Raises:
-            ValueError: there is only one cotangent, which says nothing about others.
+            ArgumentError: there is only one cotangent, which says nothing about others.
         """
         from scipy.stats import t
 
         count = len(self.all_log_growth)
         if count < 2:
-            raise ValueError("an interval needs several random cotangents: gradient_profile(flow, cotangents=8)")
+            raise ArgumentError("an interval needs several random cotangents: gradient_profile(flow, cotangents=8)")
         half = float(t.ppf(0.5 + confidence / 2, count - 1)) * self.all_log_growth.std(0) / math.sqrt(count)
         return self.log_growth - half, self.log_growth + half
 
@@ -148,7 +148,7 @@ def gradient_profile(
     Raises:
         TraceError: the loss is not a differentiable scalar of the output that the flow leads to, or an argument makes
             no sense.
-        TypeError: ``flow`` is no flow.
+        ArgumentTypeError: ``flow`` is no flow.
 
     Example:
         >>> import torch, stabkit

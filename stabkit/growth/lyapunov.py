@@ -177,7 +177,7 @@ def lyapunov_spectrum(
 
     Raises:
         TraceError: an argument makes no sense for this flow, or a Jacobian is not finite.
-        TypeError: ``flow`` is no flow.
+        ArgumentTypeError: ``flow`` is no flow.
         KeyboardInterrupt: it came before any step that counts, or in a packed batch.
 
     Source:

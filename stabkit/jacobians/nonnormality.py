@@ -10,11 +10,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from stabkit.errors import ArgumentError
+from stabkit.jacobians.counted_products import Products, as_jacobian, dense_float64
 from stabkit.jacobians.krylov_schur import arnoldi
 from stabkit.jacobians.lapack import plain_eigenvalues
 from stabkit.jacobians.numerical_range import numerical_range, support
-from stabkit.jacobians.operator import Jacobian
-from stabkit.jacobians.products import Products, as_jacobian, dense_float64
 from stabkit.jacobians.pseudospectra import (
     Resolvent,
     kreiss_constant,
@@ -22,6 +22,7 @@ from stabkit.jacobians.pseudospectra import (
     pseudospectral_radius,
 )
 from stabkit.jacobians.spectra import eigenvalues, singular_values
+from stabkit.operators.jacobian import Jacobian
 from stabkit.threads import single_threaded
 
 _DENSE = 200
@@ -124,8 +125,8 @@ def non_normality(
             or ``"auto"``: dense up to n = 200.
 
     Raises:
-        TypeError: entries are not real floating-point numbers.
-        ValueError: J is not square or not finite, or an argument is out of range.
+        ArgumentTypeError: entries are not real floating-point numbers.
+        ArgumentError: J is not square or not finite, or an argument is out of range.
 
     Example:
         >>> import torch
@@ -139,18 +140,18 @@ def non_normality(
     J = as_jacobian(J)
     _, m, n = J.shape
     if m != n:
-        raise ValueError(f"J has shape {J.shape}: non-normality is defined for square operators only")
+        raise ArgumentError(f"J has shape {J.shape}: non-normality is defined for square operators only")
     if method not in ("auto", "dense", "arnoldi"):
-        raise ValueError(f"method={method!r}; expected 'auto', 'dense' or 'arnoldi'")
+        raise ArgumentError(f"method={method!r}; expected 'auto', 'dense' or 'arnoldi'")
     for name, value, least in (("angles", angles, 4), ("max_power", max_power, 1), ("size", size, 2)):
         if value < least:
-            raise ValueError(f"{name}={value}; expected at least {least}")
+            raise ArgumentError(f"{name}={value}; expected at least {least}")
     levels = [float(e) for e in epsilons]
     if not all(0 < e < np.inf for e in levels):
-        raise ValueError(f"epsilons={tuple(epsilons)}; expected positive numbers")
+        raise ArgumentError(f"epsilons={tuple(epsilons)}; expected positive numbers")
     if method == "dense" or n <= (size if method == "arnoldi" else _DENSE):
         with single_threaded(n):
-            rows = [_measure(A, levels, angles, max_power) for A in dense_float64(J).numpy()]
+            rows = [_measure(A, levels, angles, max_power) for A in dense_float64(J)[0].numpy()]
         return _collect(rows, levels, "dense", n)
     products = Products(J, None, units="own")
     hessenbergs = arnoldi(products, size, seed)

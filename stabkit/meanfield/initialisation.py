@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from stabkit.errors import ArgumentError
 from stabkit.meanfield.gaussian import Array
 from stabkit.meanfield.propagation import Energy, Moments, Propagation
 from stabkit.meanfield.rates import FEWEST, Rate, fit_rate
@@ -160,7 +161,7 @@ def at_initialisation(
 
     Raises:
         TraceError: the model cannot be recorded.
-        ValueError: ``probes`` is not positive, or one of ``others`` has another depth.
+        ArgumentError: ``probes`` is not positive, or one of ``others`` has another depth.
 
     Source: Poole et al., NeurIPS 2016; Schoenholz et al., ICLR 2017; the partial Jacobian norm of Doshi et al., 2023.
 
@@ -174,7 +175,7 @@ def at_initialisation(
         (0.25, -1.386294)
     """
     if probes < 1:
-        raise ValueError(f"probes={probes}; expected at least 1 random cotangent")
+        raise ArgumentError(f"probes={probes}; expected at least 1 random cotangent")
     measured = []
     for network in (model, *others):
         flow = trace(network, *inputs, kwargs=kwargs, depth=depth, batch_dim=batch_dim, seed=seed)
@@ -182,7 +183,9 @@ def at_initialisation(
     first = measured[0].flow
     for other in measured[1:]:
         if len(other.flow) != len(first):
-            raise ValueError(f"others has a network of {len(other.flow)} steps; expected {len(first)} as in the model")
+            raise ArgumentError(
+                f"others has a network of {len(other.flow)} steps; expected {len(first)} as in the model"
+            )
     return _assemble(measured, _expect(measured[0]), probes, seed)
 
 

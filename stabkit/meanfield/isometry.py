@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from stabkit.errors import ArgumentError
 from stabkit.meanfield.activations import Activation, activation
 from stabkit.meanfield.gaussian import Array, mean
 from stabkit.meanfield.maps import Phi, check, slope_moment
@@ -57,7 +58,7 @@ def jacobian_spectrum(
         weights: ``"gaussian"`` or ``"orthogonal"``.
 
     Raises:
-        ValueError: an argument is out of its range.
+        ArgumentError: an argument is out of its range.
 
     Example:
         >>> spectrum = jacobian_spectrum("linear", 2, sigma_w=1.0)  # edge (L + 1)^(L + 1) / L^L
@@ -66,9 +67,9 @@ def jacobian_spectrum(
     """
     check(sigma_w=sigma_w, q=q)
     if depth < 1:
-        raise ValueError(f"depth={depth}; expected at least 1 layer")
+        raise ArgumentError(f"depth={depth}; expected at least 1 layer")
     if weights not in ("gaussian", "orthogonal"):
-        raise ValueError(f"weights={weights!r}; expected 'gaussian' or 'orthogonal'")
+        raise ArgumentError(f"weights={weights!r}; expected 'gaussian' or 'orthogonal'")
     function = activation(phi)
     first, second = slope_moment(function, q).value, slope_moment(function, q, 4).value
     if first == 0 or sigma_w == 0:

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from stabkit.errors import ArgumentError
 from stabkit.meanfield.activations import Activation, activation
 from stabkit.meanfield.maps import (
     Phi,
@@ -110,7 +111,7 @@ def fixed_point(phi: Phi, *, sigma_w: float, sigma_b: float = 0.0, q_start: floa
         q_start: variance of the first pre-activations; decides which fixed point is reached where there are several.
 
     Raises:
-        ValueError: an argument is out of its range.
+        ArgumentError: an argument is out of its range.
 
     Example:
         >>> found = fixed_point("tanh", sigma_w=1.3**0.5, sigma_b=0.05**0.5)
@@ -173,14 +174,14 @@ def critical_points(
         sigma_b: standard deviation of the biases, to find that of the weights. Give one of the two.
 
     Raises:
-        ValueError: both or none were given, or one is out of its range.
+        ArgumentError: both or none were given, or one is out of its range.
 
     Example:
         >>> [round(point.sigma_w**2, 4) for point in critical_points("tanh", sigma_b=0.05**0.5)]
         [1.761]
     """
     if (sigma_w is None) == (sigma_b is None):
-        raise ValueError(f"sigma_w={sigma_w}, sigma_b={sigma_b}; expected exactly one of the two")
+        raise ArgumentError(f"sigma_w={sigma_w}, sigma_b={sigma_b}; expected exactly one of the two")
     check(**{name: value for name, value in (("sigma_w", sigma_w), ("sigma_b", sigma_b)) if value is not None})
     function = activation(phi)
 
@@ -210,7 +211,7 @@ def critical_sigma_w(phi: Phi, sigma_b: float = 0.0) -> float:
     A lesson with a picture: ``examples/trainability_map.py``.
 
     Raises:
-        ValueError: there is none, or sigma_b is out of its range.
+        ArgumentError: there is none, or sigma_b is out of its range.
 
     Example:
         >>> round(critical_sigma_w("tanh", 0.1), 9), round(critical_sigma_w("relu") ** 2, 9)
@@ -223,7 +224,7 @@ def critical_sigma_b(phi: Phi, sigma_w: float) -> float:
     """The sigma_b at which a network with weights of that deviation neither shrinks nor grows gradients.
 
     Raises:
-        ValueError: there is none, or sigma_w is out of its range.
+        ArgumentError: there is none, or sigma_w is out of its range.
 
     Example:
         >>> round(critical_sigma_b("tanh", 1.193400725025), 9)
@@ -236,7 +237,7 @@ def _stable(points: tuple[CriticalPoint, ...], given: str) -> CriticalPoint:
     for point in points:
         if point.chi_parallel <= 1 + 1e-6:
             return point
-    raise ValueError(
+    raise ArgumentError(
         f"no edge of chaos with a stable variance at {given} for variances of {SMALLEST:g} to 1e6 "
         f"({len(points)} without); look at critical_points, or at fixed_point over a range"
     )

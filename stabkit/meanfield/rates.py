@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from stabkit.errors import ArgumentError
 from stabkit.meanfield.gaussian import Array
 from stabkit.meanfield.phase import depth_scale
 
@@ -57,11 +58,11 @@ def fit_rate(squares: Array, start: int, seed: int) -> Rate:
         seed: of the resampling.
 
     Raises:
-        ValueError: there are fewer than 4 states.
+        ArgumentError: there are fewer than 4 states.
     """
     networks, states, draws = squares.shape
     if states < FEWEST:
-        raise ValueError(f"squares has {states} states; expected at least {FEWEST}")
+        raise ArgumentError(f"squares has {states} states; expected at least {FEWEST}")
     depth = np.arange(1, states + 1, dtype=float)
     profile = np.log(squares.mean(axis=(0, 2)))
     slope, exponential = _line(depth, profile)

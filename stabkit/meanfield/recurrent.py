@@ -48,7 +48,7 @@ def recurrent_exponents(phi: Phi, g: float) -> RecurrentExponents:
         g: J has entries of variance g^2 / n.
 
     Raises:
-        ValueError: g is negative or not finite.
+        ArgumentError: g is negative or not finite.
 
     Example:
         >>> found = recurrent_exponents("tanh", 2.0)

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from stabkit.errors import ArgumentError
 from stabkit.meanfield.activations import activation
 from stabkit.meanfield.gaussian import Array
 from stabkit.meanfield.maps import Phi, check, first_moment, product_moment, second_moment, slope_moment
@@ -82,7 +83,7 @@ def residual_profile(
         c: correlation of two inputs there, to follow it too.
 
     Raises:
-        ValueError: an argument is out of its range.
+        ArgumentError: an argument is out of its range.
 
     Example:
         >>> profile = residual_profile("relu", 12, sigma_w=2**0.5)
@@ -91,9 +92,9 @@ def residual_profile(
     """
     check(sigma_w=sigma_w, sigma_b=sigma_b, q=q, **({} if c is None else {"c": c}))
     if depth < 1:
-        raise ValueError(f"depth={depth}; expected at least 1 block")
+        raise ArgumentError(f"depth={depth}; expected at least 1 block")
     if branch not in BRANCHES:
-        raise ValueError(f"branch={branch!r}; expected one of {', '.join(map(repr, BRANCHES))}")
+        raise ArgumentError(f"branch={branch!r}; expected one of {', '.join(map(repr, BRANCHES))}")
     function, last = activation(phi), branch == BRANCHES[0]
     variances, products, chis, average = [q], [q * (1.0 if c is None else c)], [], 0.0
     for _ in range(depth):

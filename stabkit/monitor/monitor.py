@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from stabkit.diagnosis import Finding
+from stabkit.errors import ArgumentError
 from stabkit.monitor.alerts import Alerts
 from stabkit.monitor.arguments import Callback, callbacks, check_counts, check_kinds, check_model, named_modules
 from stabkit.monitor.arguments import optimizers as as_optimizers
@@ -76,7 +77,7 @@ class Monitor:
         seed: of random cotangents.
 
     Raises:
-        ValueError: an argument makes no sense.
+        ArgumentError: an argument makes no sense.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 1))
@@ -216,10 +217,10 @@ class Monitor:
         several processes train together it is of the next step whose turn it is.
 
         Raises:
-            ValueError: the monitor has no directory to write to, or keeps no capsules.
+            ArgumentError: the monitor has no directory to write to, or keeps no capsules.
         """
         if not self._capsules.enabled:
-            raise ValueError("capsule() needs Monitor(..., directory=DIR) and capsules of at least 1")
+            raise ArgumentError("capsule() needs Monitor(..., directory=DIR) and capsules of at least 1")
         self._requested = reason
 
     @property

@@ -14,6 +14,8 @@ from typing import Any
 
 import numpy as np
 
+from stabkit.errors import ArgumentTypeError
+
 _NOT_FINITE = {"NaN", "Infinity", "-Infinity"}
 
 
@@ -25,7 +27,7 @@ def encode(value: Any) -> Any:
             tuple of these.
 
     Raises:
-        TypeError: some part of ``value`` is of another type.
+        ArgumentTypeError: some part of ``value`` is of another type.
 
     Example:
         >>> encode({"z": (1 + 2j, float("nan")), "sizes": np.array([3, 4])})
@@ -45,7 +47,7 @@ def encode(value: Any) -> Any:
         return [encode(item) for item in value]
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {field.name: encode(getattr(value, field.name)) for field in dataclasses.fields(value)}
-    raise TypeError(
+    raise ArgumentTypeError(
         f"a report cannot hold a {type(value).__name__}; accepted: numbers, strings, None, numpy arrays, "
         "dataclasses, and mappings or sequences of these"
     )
@@ -61,7 +63,7 @@ def number(value: Any) -> float:
     """A float read back from JSON.
 
     Raises:
-        TypeError: ``value`` is neither a number nor one of the three names of a float that is not finite.
+        ArgumentTypeError: ``value`` is neither a number nor one of the three names of a float that is not finite.
 
     Example:
         >>> number(3), number("-Infinity")

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from stabkit.diagnosis import KINDS as DIAGNOSES
 from stabkit.diagnosis import Finding
+from stabkit.errors import ArgumentError
 from stabkit.report import encoding
 
 if TYPE_CHECKING:
@@ -87,7 +88,7 @@ class StepReport:
         notes: what the reader should know about these numbers.
 
     Raises:
-        ValueError: ``kind``, ``evidence`` or ``spectrum_method`` is not one of the words above.
+        ArgumentError: ``kind``, ``evidence`` or ``spectrum_method`` is not one of the words above.
     """
 
     index: int
@@ -184,7 +185,7 @@ class Report:
         versions: versions of stabkit and of what it stands on.
 
     Raises:
-        ValueError: ``verdict`` is not one of ``VERDICTS``.
+        ArgumentError: ``verdict`` is not one of ``VERDICTS``.
 
     Example:
         >>> report = Report(
@@ -285,4 +286,4 @@ class Report:
 
 def _one_of(name: str, value: str, accepted: tuple[str, ...]) -> None:
     if value not in accepted:
-        raise ValueError(f"{name}={value!r}; accepted: {', '.join(map(repr, accepted))}")
+        raise ArgumentError(f"{name}={value!r}; accepted: {', '.join(map(repr, accepted))}")

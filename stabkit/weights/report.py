@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from stabkit.checkpoints.training import natural_order
+from stabkit.errors import ArgumentError
 from stabkit.meanfield import activation_names
 from stabkit.weights.matrices import MatrixReport, measure
 from stabkit.weights.roles import role_of
@@ -93,7 +94,7 @@ def analyze_weights(
         progress: called with (done, total, name).
 
     Raises:
-        ValueError: the activation is unknown.
+        ArgumentError: the activation is unknown.
 
     Example:
         >>> import torch
@@ -103,7 +104,7 @@ def analyze_weights(
         (3.0, 4.0, 1.0986)
     """
     if activation not in activation_names():
-        raise ValueError(f"activation={activation!r}; accepted: {', '.join(activation_names())}")
+        raise ArgumentError(f"activation={activation!r}; accepted: {', '.join(activation_names())}")
     names = sorted(tensors, key=natural_order)
     matrices, bad, parameters = [], [], 0
     shapes: dict[str, tuple[int, ...]] = {}
