@@ -30,8 +30,8 @@ LAYERS = [
     "report",
     "weights",
     "distributed",
-    "analysis",
     "planning",
+    "analysis",
     "streaming",
     "comparison",
     "plotting",
@@ -49,7 +49,6 @@ UPWARD = {
     ("attribution", "plotting"),
     ("report", "plotting"),  # report.save("report.png")
     ("comparison", "plotting"),  # comparison.plot()
-    ("analysis", "planning"),  # analyze(budget=..., plan_only=True)
 }
 
 FILES = sorted(PACKAGE.rglob("*.py"))
