@@ -14,7 +14,7 @@ from stabkit.errors import ArgumentError, TraceError
 from stabkit.identification import Identification
 from stabkit.jacobians import Jacobian, Spectrum, eigenvalues, from_dense, singular_values
 from stabkit.jacobians.numerical_range import outline
-from stabkit.jacobians.shared import DENSE_SIZE, LARGEST_DENSE, SharedSpectra
+from stabkit.jacobians.shared import DENSE_SIZE, LARGEST_DENSE, SharedSpectra, krylov_products
 from stabkit.planning.price import TRAINING_STEPS
 from stabkit.tracing import Flow, Step
 
@@ -148,7 +148,8 @@ def plan_spectra(
         if mode != "none" and is_dense(step, mode)
     }
     iterated = [] if mode == "none" else [index for index in order if index not in costs]
-    few, products, notes = flow, {}, ()
+    few, notes = flow, tuple[str, ...]()
+    products: dict[int, int] = {}
     if iterated:
         few = short()
         demands = {step.index: work.demand(step) for step in few.steps}
@@ -191,7 +192,7 @@ def is_dense(step: Step, mode: str) -> bool:
 
 def _from_products(J: Jacobian, step: Step, method: Identification, products: int, seed: int) -> StepSpectrum:
     """A step's outer eigenvalues and largest singular value, from its products alone."""
-    keeps_space = _keeps_space(step)
+    keeps_space, most = _keeps_space(step), krylov_products(max(J.shape[1:]))
     try:
         largest = singular_values(
             J,
@@ -199,7 +200,7 @@ def _from_products(J: Jacobian, step: Step, method: Identification, products: in
             tol=_TOLERANCE,
             seed=seed,
             method="golub-kahan",
-            max_products=products // 2 if keeps_space else products,
+            max_products=min(most, products * 2 // 3) if keeps_space else products,
         )
         if not keeps_space:
             return _only_norm(largest, "krylov")
@@ -209,7 +210,7 @@ def _from_products(J: Jacobian, step: Step, method: Identification, products: in
             tol=_TOLERANCE,
             seed=seed,
             method="krylov-schur",
-            max_products=products // 2,
+            max_products=min(most, products - largest.n_products),
             two_sided=False,
         )
     except (ValueError, ArithmeticError, TraceError) as error:
