@@ -104,7 +104,7 @@ def analyze(  # type: ignore[misc]  # where only the plan is wanted, the options
         target: the output to end at, see `stabkit.trace`.
         spectrum: ``"dense"`` (every eigenvalue, of states of up to 8192 numbers), ``"krylov"`` (the largest few),
             ``"full"`` (dense up to 512 numbers, Krylov beyond), ``"none"``, or ``"auto"``: as ``"full"``, within the
-            work of about 20 training steps. Steps at fault and those of most growth come first, and a note says what
+            work of about 25 training steps. Steps at fault and those of most growth come first, and a note says what
             was left out. Work is counted, not timed: the same call gives the same numbers.
         spectrum_samples: how many samples' spectra are computed.
         probes: random cotangents per sample when there is no loss.
@@ -231,6 +231,7 @@ class _Analysis:
                 shared=shared,
                 seed=chosen.seed,
             )
+            told.begin()
             steps = self._steps(flow, diagnosis, found, why, spectra, told)
             exponents, missing = self._exponents(spectra)
         return self._written(name, began, flow, diagnosis, why, steps, exponents, (*spectra.notes, *missing))

@@ -10,6 +10,7 @@ from stabkit.diagnosis import Diagnosis
 from stabkit.report.schema import StepReport
 
 Progress = Callable[[int, int, str], None]
+_ENOUGH = 0.05  # part of the work from which it tells how long the rest takes
 
 
 @runtime_checkable
@@ -55,9 +56,12 @@ class Told:
         self._began = time.perf_counter()
 
     def verdict(self, diagnosis: Diagnosis) -> None:
-        """The verdict is known; spectra begin."""
+        """The verdict is known."""
         if isinstance(self._progress, Listener):
             self._progress.verdict(diagnosis)
+
+    def begin(self) -> None:
+        """Spectra begin."""
         self._began = time.perf_counter()
 
     def step(self, step: StepReport, spent: float) -> None:
@@ -65,7 +69,7 @@ class Told:
         self._done += 1
         if isinstance(self._progress, Listener):
             passed = time.perf_counter() - self._began
-            left = passed / spent * (1 - spent) if spent > 0 else float("nan")
+            left = passed / spent * (1 - spent) if spent > _ENOUGH else float("nan")
             self._progress.step(self._done, self._total, step, left)
         elif self._progress is not None:
             self._progress(self._done, self._total, step.name)

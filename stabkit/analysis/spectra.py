@@ -19,6 +19,7 @@ from stabkit.planning.price import TRAINING_STEPS
 from stabkit.tracing import Flow, Step
 
 _WANTED = 6  # eigenvalues and singular values of larger steps
+_PER_VALUE = 10  # products from which one more eigenvalue is looked for
 _DIRECTIONS = 32  # around the numerical range
 _TOLERANCE = 1e-3  # residual of a Krylov value, as a fraction of the norm of J
 _ROUNDING = 1e-4  # how far |a + z| may exceed 1 by rounding before an eigenvalue counts as outside
@@ -204,13 +205,14 @@ def _from_products(J: Jacobian, step: Step, method: Identification, products: in
         )
         if not keeps_space:
             return _only_norm(largest, "krylov")
+        left = min(most, products - largest.n_products)
         found = eigenvalues(
             J,
-            min(_WANTED, J.shape[2]),
+            min(_WANTED, J.shape[2], max(1, left // _PER_VALUE)),
             tol=_TOLERANCE,
             seed=seed,
             method="krylov-schur",
-            max_products=min(most, products - largest.n_products),
+            max_products=left,
             two_sided=False,
         )
     except (ValueError, ArithmeticError, TraceError) as error:
@@ -244,20 +246,21 @@ def _numerical_range(J: Jacobian, a: float) -> tuple[complex, ...]:
 def _summarise(
     found: torch.Tensor, found_converged: torch.Tensor, largest: Spectrum, a: float, n: int, method: str
 ) -> StepSpectrum:
-    values = found.numpy()
+    there = ~found.isnan().all(0)  # of those that the work allowed no look at, nothing is said
+    values, found_converged = found[:, there].numpy(), found_converged[:, there]
     outside = np.abs(values) > 1.0 + _ROUNDING
     notes = []
-    if method == "krylov" and bool(outside.all()):
+    if method == "krylov" and values.size and bool(outside.all()):
         notes.append(f"all {values.shape[1]} eigenvalues computed lie outside the region: the share is a lower bound")
     converged = bool(found_converged.all() and largest.converged.all())
     if not converged:
         count = int((~found_converged).sum() + (~largest.converged).sum())
         notes.append(f"{count} of the spectral values computed have not converged")
     return StepSpectrum(
-        z=tuple(complex(v) - a for v in values.reshape(-1)),
-        radius=float(np.abs(values).max()),
+        z=tuple(complex(v) - a for v in values[~np.isnan(values)]) if values.size else None,
+        radius=float(np.nanmax(np.abs(values))) if values.size else None,
         norm=_maximum(largest.values),
-        outside=float(outside.sum(axis=1).mean() / n),
+        outside=float(outside.sum(axis=1).mean() / n) if values.size else None,
         method=method,
         converged=converged,
         notes=tuple(notes),

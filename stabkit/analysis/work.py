@@ -15,7 +15,7 @@ from stabkit.jacobians.shared import krylov_products
 from stabkit.tracing import Flow, Step
 from stabkit.tracing.values import random_tensors
 
-LEAST = 48  # products from which a spectrum says something
+LEAST = 80  # products from which a spectrum says something
 _PER_NODE = 2e5  # operations that the call of one node is worth
 _PER_VECTOR = 2e6  # and the projected problem, for every vector of a Krylov basis
 _BASIS = 400  # operations that a new vector is made orthogonal with, for each of its numbers
@@ -82,7 +82,7 @@ def allot(demands: Sequence[Demand], limit: float) -> dict[int, int]:
     Example:
         >>> steps = [Demand(3, 1.0, 1.0, 400), Demand(0, 1.0, 1.0, 400), Demand(1, 2.0, 2.0, 400)]
         >>> allot(steps, 2000.0), allot(steps, 400.0), allot(steps, 100.0)
-        ({3: 400, 0: 400, 1: 400}, {3: 100, 0: 100, 1: 100}, {3: 48, 0: 48})
+        ({3: 400, 0: 400, 1: 400}, {3: 100, 0: 100, 1: 100}, {3: 80})
     """
     shared = _level(demands, limit)
     if shared >= LEAST:

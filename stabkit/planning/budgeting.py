@@ -215,7 +215,7 @@ def _lessened(wanted: Settings) -> Iterator[tuple[Settings, tuple[str, ...]]]:
         lost["share"] = f"all but {share:.0%} of the work on spectra: those of the steps that matter most remain"
         yield now, tuple(lost.values())
     for spectrum in (wanted.spectrum, "none"):
-        fewer = now if now.spectrum == spectrum else dataclasses.replace(now, spectrum="none")
+        fewer = now if now.spectrum == spectrum else dataclasses.replace(now, spectrum="none", spectrum_share=1.0)
         if spectrum == "none" and wanted.spectrum != "none":
             lost["spectrum"] = "all spectra: no eigenvalues, no singular values"
             now = dataclasses.replace(fewer, samples=wanted.samples)

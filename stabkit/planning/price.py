@@ -11,7 +11,7 @@ from stabkit.planning.machine import Machine
 from stabkit.planning.trial import StepCost, Trial
 
 SPECTRA = ("auto", "full", "dense", "krylov", "none")
-TRAINING_STEPS = 20.0  # that all Krylov spectra of a default report may cost together
+TRAINING_STEPS = 25.0  # that all Krylov spectra of a default report may cost together
 _WALKS = 3.0  # through the whole model that cost as much as a training step
 # measured by tests/benchmarks/scale.py on ResNet-50, MiniLM and GPT-2 small, CPU, one thread
 _MARGINAL = 0.65  # seconds of one more sample over those of the first, where only one was tried

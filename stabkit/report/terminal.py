@@ -1,4 +1,4 @@
-"""A report as people meet it in a terminal: verdict first, then the steps, then what to do.
+"""A report as people meet it in a terminal: the verdict and what to do first, then the steps.
 
 Names and messages may come from a checkpoint. They are shown as text, never as markup, and without control
 characters, so that no file can color, clear or rewrite the terminal.
@@ -6,12 +6,15 @@ characters, so that no file can color, clear or rewrite the terminal.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from rich import box
 from rich.console import Console, Group, RenderableType
 from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
+from stabkit.diagnosis import Finding
 from stabkit.report import tables
 from stabkit.report.schema import Report
 
@@ -37,17 +40,23 @@ def plain_text(text: str, style: str = "") -> Text:
 
 def render(report: Report, width: int) -> RenderableType:
     """Everything in a report that a terminal of ``width`` columns can show."""
-    head = Text.assemble(
-        plain_text(report.model, "bold"), ": ", (report.verdict.upper(), _VERDICT[report.verdict]), "\n"
-    )
-    head.append_text(plain_text(report.summary))
+    return Group(answer(report.model, report.verdict, report.summary, report.findings), details(report, width))
+
+
+def answer(model: str, verdict: str, summary: str, findings: Sequence[Finding]) -> RenderableType:
+    """What is known before any spectrum: the verdict and the findings."""
+    head = Text.assemble(plain_text(model, "bold"), ": ", (verdict.upper(), _VERDICT[verdict]), "\n")
+    head.append_text(plain_text(summary))
+    return Group(head, *map(_finding, findings))
+
+
+def details(report: Report, width: int) -> RenderableType:
+    """The rest: one row per step, and what to know about them."""
     parts: list[RenderableType] = [
-        head,
         plain_text(tables.origin(report), "dim"),
         Padding(steps(report, width), (1, 0)),
         plain_text(tables.total(report)),
     ]
-    parts += [_finding(report, i) for i in range(len(report.findings))]
     parts += [plain_text(f"Note: {note}", "dim") for note in notes(report)]
     parts += [plain_text(line, "dim") for line in tables.legend(report)]
     return Group(*parts)
@@ -69,8 +78,7 @@ def steps(report: Report, width: int) -> Table:
     return table
 
 
-def _finding(report: Report, index: int) -> RenderableType:
-    finding = report.findings[index]
+def _finding(finding: Finding) -> RenderableType:
     where = " at ".join(filter(None, (tables.steps_named(finding.steps), finding.module_path)))
     first = Text.assemble(
         (finding.severity, _SEVERITY.get(finding.severity, "")),
