@@ -15,6 +15,7 @@ PACKAGE = Path(__file__).parent.parent / "stabkit"
 LAYERS = [
     "_version",
     "errors",
+    "results",
     "parallel",
     "threads",
     "integrators",
@@ -43,12 +44,8 @@ LAYERS = [
 
 # convenience methods of results reach up, inside the function: (where, what)
 UPWARD = {
-    ("integrators", "plotting"),  # method.plot()
-    ("jacobians", "plotting"),  # spectrum.plot()
-    ("growth", "plotting"),
-    ("attribution", "plotting"),
     ("report", "plotting"),  # report.save("report.png")
-    ("comparison", "plotting"),  # comparison.plot()
+    ("comparison", "plotting"),  # comparison.save("sweep.png")
 }
 
 FILES = sorted(PACKAGE.rglob("*.py"))

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 from stabkit.attribution.measure import EXPLAINED
 from stabkit.jacobians.shared import DENSE_SIZE, LARGEST_DENSE, krylov_products
 from stabkit.planning.machine import Machine
 from stabkit.planning.trial import StepCost, Trial
+from stabkit.results import Result
 
 SPECTRA = ("auto", "full", "dense", "krylov", "none")
 TRAINING_STEPS = 25.0  # that all Krylov spectra of a default report may cost together
@@ -44,7 +44,7 @@ class Settings:
 
 
 @dataclass(frozen=True)
-class Price:
+class Price(Result):
     """What an analysis costs.
 
     Attributes:
@@ -60,10 +60,6 @@ class Price:
     products: int
     flops: float
     read_bytes: float
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain numbers, ready for JSON."""
-        return asdict(self)
 
 
 @dataclass(frozen=True)
