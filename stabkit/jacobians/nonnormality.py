@@ -23,11 +23,8 @@ from stabkit.jacobians.pseudospectra import (
 )
 from stabkit.jacobians.spectra import eigenvalues, singular_values
 from stabkit.operators.jacobian import Jacobian
-<<<<<<< HEAD
-from stabkit.threads import single_threaded
-=======
 from stabkit.results import Result
->>>>>>> main
+from stabkit.threads import single_threaded
 
 _DENSE = 200
 _UNBOUNDED = 1e100

@@ -12,11 +12,8 @@ from stabkit.planning import sizes
 from stabkit.planning.machine import Machine, calibrate
 from stabkit.planning.price import SPECTRA, Costs, Price, Settings
 from stabkit.planning.trial import Trial, device_of, forward_seconds, record_only, run_trial, weight_bytes
-<<<<<<< HEAD
-from stabkit.tracing.call import Call
-=======
 from stabkit.results import Result
->>>>>>> main
+from stabkit.tracing.call import Call
 from stabkit.tracing.depth import Depth
 from stabkit.tracing.endpoints import Target
 from stabkit.tracing.safekeeping import unwrap
