@@ -10,9 +10,10 @@ from typing import Any
 import numpy as np
 import torch
 
+from stabkit.analysis.why import why
 from stabkit.attribution import Attribution, Mechanism, attribute
 from stabkit.attribution.measure import EXPLAINED_PROBES
-from stabkit.diagnosis import Diagnosis
+from stabkit.diagnosis import Diagnosis, Thresholds
 from stabkit.errors import TraceError
 from stabkit.growth import rate_law
 from stabkit.identification import Identification
@@ -63,6 +64,7 @@ def explain(
     methods: Sequence[Identification],
     samples: int,
     seed: int,
+    limits: Thresholds,
     spectra: SharedSpectra,
     parallel: Parallel = SERIAL,
 ) -> Explanation:
@@ -74,6 +76,7 @@ def explain(
         methods: from `stabkit.identify`.
         samples: how many samples' spectra are taken.
         seed: of every random choice.
+        limits: from which growth on there is something to explain.
         spectra: matrices and eigenvalues of the steps, by index.
         parallel: who measures which steps.
     """
@@ -98,6 +101,7 @@ def explain(
     return Explanation(
         attribution=found,
         explained={
+            "why": why(found, diagnosis.verdict, limits.stable),
             "share": found.explained,
             "predictor": next(name for name, p in found.predictions.items() if p is predictor),
             "predictor_share": predictor.share,

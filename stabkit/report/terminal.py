@@ -53,6 +53,7 @@ def answer(model: str, verdict: str, summary: str, findings: Sequence[Finding]) 
 def details(report: Report, width: int) -> RenderableType:
     """The rest: one row per step, and what to know about them."""
     parts: list[RenderableType] = [
+        *(plain_text(sentence) for sentence in tables.reason(report)),
         plain_text(tables.origin(report), "dim"),
         Padding(steps(report, width), (1, 0)),
         plain_text(tables.total(report)),
