@@ -175,8 +175,13 @@ def run_trial(
         _, examining = timed(lambda: examine(flow, loss, probes=1, seed=seed, methods=found), device)
         explaining = 0.0
         if spectra:
-            options = {"samples": min(flow.batch, EXPLAINED), "probes": EXPLAINED_PROBES, "krylov": 0, "seed": seed}
-            _, explaining = timed(lambda: attribute(flow, identifications=found, **options), device)
+            effort: dict[str, Any] = {
+                "samples": min(flow.batch, EXPLAINED),
+                "probes": EXPLAINED_PROBES,
+                "krylov": 0,
+                "seed": seed,
+            }
+            _, explaining = timed(lambda: attribute(flow, identifications=found, **effort), device)
     with unchanged(module):
         steps = _step_costs(flow, device, spectra)
     return Trial(
