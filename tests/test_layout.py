@@ -22,6 +22,7 @@ LAYERS = [
     "operators",
     "tracing",
     "jacobians",
+    "walk",
     "growth",
     "identification",
     "meanfield",
