@@ -63,12 +63,12 @@ class Live:
 
     def step(self, done: int, total: int, step: StepReport, seconds_left: float) -> None:
         """Say which step is finished, what its spectrum is, and how long the others will take."""
-        from stabkit.report import tables
+        from stabkit.report import formats
 
-        radius = "" if step.spectral_radius is None else f", radius {tables.figures(step.spectral_radius)}"
+        radius = "" if step.spectral_radius is None else f", radius {formats.figures(step.spectral_radius)}"
         left = f", about {seconds_left:.0f} s left" if done < total and seconds_left >= 1 else ""
-        name = tables.middle(tables.printable(step.name), 40)
-        self._wait(f"{done} of {total} steps: {name}, growth {tables.signed(step.growth)}{radius}{left}")
+        name = formats.middle(formats.printable(step.name), 40)
+        self._wait(f"{done} of {total} steps: {name}, growth {formats.signed(step.growth)}{radius}{left}")
 
     def _wait(self, message: str | None) -> None:
         """Show what is being done; None when nothing is."""
