@@ -26,11 +26,11 @@ from stabkit.diagnosis.thresholds import Thresholds
 from stabkit.diagnosis.verdict import Verdict, judge
 from stabkit.growth.rate_laws import rate_law
 from stabkit.identification import Identification, by_step, identify
+from stabkit.jacobians.shared import DENSE_SIZE, SharedSpectra
 from stabkit.parallel import SERIAL, Parallel
 from stabkit.tracing import Flow, Iteration
 
 _FEWEST_RATES = 6  # steps that telling a power from an exponential needs
-_DENSE = 512  # states up to this size have their whole spectrum computed when growth must be explained
 
 
 @dataclass(frozen=True)
@@ -93,6 +93,7 @@ def examine(
     probes: int = 4,
     seed: int = 0,
     methods: Sequence[Identification] | None = None,
+    spectra: SharedSpectra | None = None,
     parallel: Parallel = SERIAL,
 ) -> Diagnosis:
     """The same as `diagnose`, with the verdict and the measurement.
@@ -104,6 +105,7 @@ def examine(
         probes: random cotangents per sample when there is no loss.
         seed: of every random choice.
         methods: those of `stabkit.identify`, where they are known.
+        spectra: matrices and eigenvalues of the steps by index, where others want them too.
         parallel: who measures what.
     """
     limits = thresholds or Thresholds()
@@ -125,7 +127,7 @@ def examine(
     tied = recurrent_matrices(flow) if isinstance(flow, Iteration) else {}
     if not explained:
         found += growth_finding(verdict, measurement, tied, limits, seed)
-        found += _mechanism(flow, verdict, measurement, limits, methods)
+        found += _mechanism(flow, verdict, measurement, limits, methods, spectra)
         passing = transient(measurement, verdict.stretch, verdict.growth, limits, seed)
         if passing is not None and abs(verdict.growth) <= limits.drift and not _accounts(blocks, passing, limits):
             found.append(passing)
@@ -207,16 +209,17 @@ def _mechanism(
     measurement: Measurement,
     limits: Thresholds,
     methods: Sequence[Identification] | None,
+    spectra: SharedSpectra | None,
 ) -> list[Finding]:
     """The mechanism, where growth asks for one and the states are small enough for whole spectra."""
     if not isinstance(flow, Flow) or not math.isfinite(verdict.growth) or abs(verdict.growth) <= limits.stable:
         return []
     first, last = verdict.stretch
     with_branch = sum(bool(step.merges) for step in measurement.steps[first : last + 1])
-    if 2 * with_branch < last - first + 1 or max(state.size for state in flow.states) > _DENSE:
+    if 2 * with_branch < last - first + 1 or max(state.size for state in flow.states) > DENSE_SIZE:
         return []
     methods = identify(flow) if methods is None else methods
-    found: tuple[Mechanism, ...] = mechanisms(flow, samples=1, krylov=0, identifications=methods)
+    found: tuple[Mechanism, ...] = mechanisms(flow, samples=1, krylov=0, identifications=methods, spectra=spectra)
     return mechanism_findings(
         verdict, measurement, found, [method.skip for method in by_step(methods, len(flow.steps))], limits
     )
