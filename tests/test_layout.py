@@ -15,13 +15,16 @@ PACKAGE = Path(__file__).parent.parent / "stabkit"
 LAYERS = [
     "_version",
     "errors",
+    "pictures",
     "results",
     "statistics",
     "parallel",
+    "threads",
     "integrators",
     "operators",
     "tracing",
     "jacobians",
+    "walk",
     "growth",
     "identification",
     "meanfield",
@@ -31,8 +34,8 @@ LAYERS = [
     "report",
     "weights",
     "distributed",
-    "analysis",
     "planning",
+    "analysis",
     "streaming",
     "comparison",
     "plotting",
@@ -46,7 +49,6 @@ LAYERS = [
 UPWARD = {
     ("report", "plotting"),  # report.save("report.png")
     ("comparison", "plotting"),  # comparison.save("sweep.png")
-    ("analysis", "planning"),  # analyze(budget=..., plan_only=True)
 }
 
 FILES = sorted(PACKAGE.rglob("*.py"))

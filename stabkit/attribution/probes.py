@@ -54,11 +54,10 @@ class Images:
         return branch[:, :, : max(1, min(k, _KEPT_BYTES // (8 * samples * n)))].clone()
 
 
-def basis_images(step: Step, tail: Tail | None, samples: int) -> Images:
-    """The images of a basis of the target's space: the matrix J itself."""
-    pulled = step.jacobian().dense().transpose(1, 2)
-    batch, _, m = pulled.shape
-    eye = torch.eye(m, dtype=pulled.dtype, device=pulled.device).expand(batch, m, m)
+def basis_images(step: Step, tail: Tail | None, matrix: Tensor, samples: int) -> Images:
+    """The images of a basis of the target's space: the matrix J itself, ``(samples, m, n)`` or more samples."""
+    pulled, m = matrix.transpose(1, 2), matrix.shape[1]
+    eye = torch.eye(m, dtype=pulled.dtype, device=pulled.device).expand(step.target.space.batch, m, m)
     through, factors = (eye, []) if tail is None else pull_through(tail, step, eye)
     return Images(True, _collect(pulled, samples), _collect(through, samples), _sliced(factors, samples))
 
