@@ -64,6 +64,7 @@ def explain(
     samples: int,
     seed: int,
     limits: Thresholds,
+    loss: Any = None,
     parallel: Parallel = SERIAL,
 ) -> Explanation:
     """Attribute the growth of a flow; what cannot be attributed is said in the notes.
@@ -75,6 +76,7 @@ def explain(
         samples: how many samples' spectra are taken.
         seed: of every random choice.
         limits: from which growth on there is something to explain.
+        loss: whose gradient was measured; None for random cotangents.
         parallel: who measures which steps.
     """
     law = _law(diagnosis)
@@ -83,7 +85,15 @@ def explain(
     try:
         # eigenvalues of large steps are the spectrum's business; here only the terms of the growth are wanted
         found = attribute(
-            flow, samples=samples, probes=_PROBES, krylov=0, seed=seed, identifications=methods, parallel=parallel
+            flow,
+            loss,
+            samples=samples,
+            probes=_PROBES,
+            krylov=0,
+            seed=seed,
+            identifications=methods,
+            pulled=diagnosis.measurement.pulled,
+            parallel=parallel,
         )
     except (TraceError, ArithmeticError) as error:
         return Explanation(rate_law=law, notes=(f"growth is not attributed: {error}",))

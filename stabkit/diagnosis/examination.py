@@ -15,7 +15,7 @@ from stabkit.diagnosis.dead_units import dead_findings, saturated_findings
 from stabkit.diagnosis.depth_findings import growth_finding, mechanism_findings, transient
 from stabkit.diagnosis.finding import SEVERITIES, Finding, serious
 from stabkit.diagnosis.low_rank import rank_findings
-from stabkit.diagnosis.measurement import AnyFlow, Measurement, measure
+from stabkit.diagnosis.measurement import Measurement, measure
 from stabkit.diagnosis.non_finite import all_finite, non_finite_findings
 from stabkit.diagnosis.outlier_blocks import local_findings
 from stabkit.diagnosis.structure import missing_norm_findings, missing_skip_findings
@@ -25,6 +25,7 @@ from stabkit.growth.rate_laws import rate_law
 from stabkit.identification import Identification, by_step, identify
 from stabkit.parallel import SERIAL, Parallel
 from stabkit.tracing import Flow, Iteration
+from stabkit.walk import AnyFlow
 
 _FEWEST_RATES = 6  # steps that telling a power from an exponential needs
 _DENSE = 512  # states up to this size have their whole spectrum computed when growth must be explained
