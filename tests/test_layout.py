@@ -15,8 +15,10 @@ PACKAGE = Path(__file__).parent.parent / "stabkit"
 LAYERS = [
     "_version",
     "errors",
+    "pictures",
     "results",
     "parallel",
+    "threads",
     "integrators",
     "operators",
     "tracing",
@@ -31,8 +33,8 @@ LAYERS = [
     "report",
     "weights",
     "distributed",
-    "analysis",
     "planning",
+    "analysis",
     "streaming",
     "comparison",
     "plotting",
@@ -46,7 +48,6 @@ LAYERS = [
 UPWARD = {
     ("report", "plotting"),  # report.save("report.png")
     ("comparison", "plotting"),  # comparison.save("sweep.png")
-    ("analysis", "planning"),  # analyze(budget=..., plan_only=True)
 }
 
 FILES = sorted(PACKAGE.rglob("*.py"))

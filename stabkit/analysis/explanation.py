@@ -12,15 +12,16 @@ import torch
 
 from stabkit.analysis.why import why
 from stabkit.attribution import Attribution, Mechanism, attribute
+from stabkit.attribution.measure import EXPLAINED_PROBES
 from stabkit.diagnosis import Diagnosis, Thresholds
 from stabkit.errors import TraceError
 from stabkit.growth import rate_law
 from stabkit.identification import Identification
+from stabkit.jacobians.shared import SharedSpectra
 from stabkit.parallel import SERIAL, Parallel
 from stabkit.report.schema import StepReport
 from stabkit.tracing import Flow
 
-_PROBES = 8  # random vectors behind the estimated terms of a large step
 _PARTS = ("spectral", "non_normal", "transition")
 _FEWEST_RATES = 6  # steps that telling a power from an exponential needs
 
@@ -64,6 +65,7 @@ def explain(
     samples: int,
     seed: int,
     limits: Thresholds,
+    spectra: SharedSpectra,
     loss: Any = None,
     parallel: Parallel = SERIAL,
 ) -> Explanation:
@@ -76,6 +78,7 @@ def explain(
         samples: how many samples' spectra are taken.
         seed: of every random choice.
         limits: from which growth on there is something to explain.
+        spectra: matrices and eigenvalues of the steps, by index.
         loss: whose gradient was measured; None for random cotangents.
         parallel: who measures which steps.
     """
@@ -88,11 +91,12 @@ def explain(
             flow,
             loss,
             samples=samples,
-            probes=_PROBES,
+            probes=EXPLAINED_PROBES,
             krylov=0,
             seed=seed,
             identifications=methods,
             pulled=diagnosis.measurement.pulled,
+            spectra=spectra,
             parallel=parallel,
         )
     except (TraceError, ArithmeticError) as error:

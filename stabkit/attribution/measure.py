@@ -17,11 +17,13 @@ from stabkit.attribution.step_terms import Budget, Terms, measure_step, skip_of
 from stabkit.attribution.zplane import damping_limit, mechanism_of
 from stabkit.errors import ArgumentError
 from stabkit.identification import Identification, by_step, identify
+from stabkit.jacobians.shared import DENSE_SIZE, SharedSpectra
 from stabkit.parallel import SERIAL, Parallel, runs
 from stabkit.tracing import Flow
 from stabkit.walk import SMALL, Arrivals, Pulled, loss_columns, probe_seeds, random_columns, walk_back
 
 COTANGENTS = 4  # random ones, where there is no loss: as many as `analyze` pulls back by default
+EXPLAINED, EXPLAINED_PROBES = 4, 8  # samples, and random vectors behind large steps, of what a report says
 
 
 def attribute(
@@ -30,13 +32,14 @@ def attribute(
     *,
     seed: int = 0,
     samples: int | None = None,
-    dense_limit: int = 512,
+    dense_limit: int = DENSE_SIZE,
     probes: int = 16,
     krylov: int = 4,
     confidence: float = 0.95,
     tolerance: float = TOLERANCE,
     identifications: Sequence[Identification] | None = None,
     pulled: Pulled | None = None,
+    spectra: SharedSpectra | None = None,
     parallel: Parallel = SERIAL,
 ) -> Attribution:
     """Measured growth of the gradient at every step as an exact sum of named terms.
@@ -59,6 +62,7 @@ def attribute(
         identifications: from ``identify(flow)``; made here by default.
         pulled: the cotangents on their way back, where they are known (``measurement.pulled`` of a diagnosis); for
             this loss and seed.
+        spectra: matrices and eigenvalues of the steps by index, where others want them too; made here by default.
         parallel: who measures which steps.
 
     Raises:
@@ -83,7 +87,9 @@ def attribute(
         pulled = pulled_back(flow, loss, seed=seed, samples=budget.samples, limit=dense_limit)
     read = identify(flow) if identifications is None else identifications
     found = by_step(read, len(flow.steps))
-    terms, cosines = _shared_terms(flow, found, pulled, budget, parallel)
+    if spectra is None or spectra.samples < budget.samples:
+        spectra = SharedSpectra(lambda index: flow.steps[index].jacobian(), budget.samples)
+    terms, cosines = _shared_terms(flow, found, pulled, budget, spectra, parallel)
     columns = {column: torch.stack([t.columns[column] for t in terms]) for column in COLUMNS}
     skips = [skip_of(f) for f in found]
     straight, run = straightness(flow)
@@ -164,18 +170,30 @@ def pulled_back(
 
 
 def _shared_terms(
-    flow: Flow, found: Sequence[Identification], pulled: Pulled, budget: Budget, parallel: Parallel
+    flow: Flow,
+    found: Sequence[Identification],
+    pulled: Pulled,
+    budget: Budget,
+    spectra: SharedSpectra,
+    parallel: Parallel,
 ) -> tuple[list[Terms], Tensor]:
     """The terms of every step, and the cosine of each step's branch with the next one's; by runs of steps."""
     parts = [run for run in runs(len(flow.steps), parallel.count) if run[0] < run[1]]
-    done = parallel.share(
-        lambda part: _terms(flow, found, pulled, budget, parts[part]), [1.0] * len(parts), name="run of steps"
-    )
+
+    def measured(part: int) -> tuple[list[Terms], Tensor]:
+        return _terms(flow, found, pulled, budget, spectra, parts[part])
+
+    done = parallel.share(measured, [1.0] * len(parts), name="run of steps")
     return [term for terms, _ in done for term in terms], torch.cat([cosines for _, cosines in done])
 
 
 def _terms(
-    flow: Flow, found: Sequence[Identification], pulled: Pulled, budget: Budget, run: tuple[int, int]
+    flow: Flow,
+    found: Sequence[Identification],
+    pulled: Pulled,
+    budget: Budget,
+    spectra: SharedSpectra,
+    run: tuple[int, int],
 ) -> tuple[list[Terms], Tensor]:
     """Those of a run of steps, from its first to one before its end; the step at its end is measured for its branch."""
     first, end = run
@@ -185,7 +203,7 @@ def _terms(
     for step in reversed(flow.steps[first : end + 1]):
         growth, arriving = pulled.growth[step.index, : budget.samples], pulled.arriving[step.index]
         arriving = None if arriving is None else arriving[: budget.samples]
-        measured = measure_step(step, found[step.index], growth, arriving, budget)
+        measured = measure_step(step, found[step.index], growth, arriving, budget, spectra)
         if step.index < end:
             if following is not None and measured.branch is not None and following.shape == measured.branch.shape:
                 cosines[step.index - first] = branch_cosine(measured.branch, following)

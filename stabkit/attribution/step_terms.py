@@ -18,6 +18,7 @@ from stabkit.attribution.zplane import StepSpectrum
 from stabkit.identification import Identification
 from stabkit.integrators import GeneralLinearMethod
 from stabkit.jacobians import eigenvalues
+from stabkit.jacobians.shared import SharedSpectra
 from stabkit.tracing import Step
 
 _NEGLIGIBLE = 1e-6  # a slope this far below the largest switches its coordinate off
@@ -70,7 +71,12 @@ def skip_of(found: Identification, tail: after_addition.Tail | None = None) -> f
 
 
 def measure_step(
-    step: Step, found: Identification, growths: Tensor, cotangents: Tensor | None, budget: Budget
+    step: Step,
+    found: Identification,
+    growths: Tensor,
+    cotangents: Tensor | None,
+    budget: Budget,
+    spectra: SharedSpectra,
 ) -> Terms:
     """All terms of a step.
 
@@ -80,13 +86,14 @@ def measure_step(
         growths: ``(samples, k)``, measured, for each cotangent.
         cotangents: ``(samples, m, k)``, float64, what arrives at the target; None where the step is not small.
         budget: what may be spent.
+        spectra: matrices and eigenvalues by index of the step.
     """
     growth = growths.mean(1)
     tail = after_addition.tail_of(step)
     m, n = step.target.size, step.source.size
     exact = max(m, n) <= budget.dense_limit
     if exact:
-        images = basis_images(step, tail, budget.samples)
+        images = basis_images(step, tail, spectra.matrix(step.index), budget.samples)
     else:
         images = random_images(step, tail, budget.samples, budget.probes, budget.seed)
     square = step.source.sample_shapes == step.target.sample_shapes and m == n
@@ -97,7 +104,11 @@ def measure_step(
         return replace(terms, method="none", branch=None, notes=(why,), spectrum=StepSpectrum(None, False, n))
     if exact and cotangents is not None:
         terms = _closed(terms, images, cotangents, growths)
-        return _with_spectrum(terms, images, step, found, tail) if square else _with_padding(terms, images, cotangents)
+        return (
+            _with_spectrum(terms, images, step, found, tail, spectra)
+            if square
+            else _with_padding(terms, images, cotangents)
+        )
     return _with_outer_values(terms, images, step, found, tail, budget) if square else terms
 
 
@@ -147,9 +158,16 @@ def _closed(terms: Terms, images: Images, cotangents: Tensor, growths: Tensor) -
 
 
 def _with_spectrum(
-    terms: Terms, images: Images, step: Step, found: Identification, tail: after_addition.Tail | None
+    terms: Terms,
+    images: Images,
+    step: Step,
+    found: Identification,
+    tail: after_addition.Tail | None,
+    spectra: SharedSpectra,
 ) -> Terms:
-    values = _all_eigenvalues(images.J)
+    values = torch.full(images.J.shape[:2], complex(math.nan, math.nan), dtype=torch.complex128)
+    for sample in images.J.isfinite().flatten(1).all(1).nonzero().flatten().tolist():
+        values[sample] = spectra.eigenvalues(step.index, sample).values[0]
     spectral, non_normal = identity.spectral_terms(terms.columns["isotropic"], values)
     columns = {
         **terms.columns,
