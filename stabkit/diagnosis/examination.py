@@ -221,7 +221,9 @@ def _mechanism(
     if 2 * with_branch < last - first + 1 or max(state.size for state in flow.states) > DENSE_SIZE:
         return []
     methods = identify(flow) if methods is None else methods
-    found: tuple[Mechanism, ...] = mechanisms(flow, samples=1, krylov=0, identifications=methods, spectra=spectra)
+    found: tuple[Mechanism, ...] = mechanisms(
+        flow, samples=1, krylov=0, identifications=methods, pulled=measurement.pulled, spectra=spectra
+    )
     return mechanism_findings(
         verdict, measurement, found, [method.skip for method in by_step(methods, len(flow.steps))], limits
     )
