@@ -40,7 +40,7 @@ def save(report: Report, path: str | os.PathLike[str]) -> Path:
 
 
 def save_all(report: Report, folder: str | os.PathLike[str]) -> list[Path]:
-    """``report.html``, ``report.json`` and three pictures in a folder, which is made if needed.
+    """``report.html``, ``report.json`` and up to three pictures in a folder, which is made if needed.
 
     Everything is drawn before anything is written.
 
@@ -53,7 +53,10 @@ def save_all(report: Report, folder: str | os.PathLike[str]) -> list[Path]:
     folder = Path(folder)
     contents = {"report.html": report_page(report).encode()}
     contents["report.json"] = encoding.lines(report.to_dict()).encode()
-    for draw in (plotting.region, plotting.growth, plotting.gradients):
+    pictures = [plotting.growth, plotting.gradients]
+    if any(step.z is not None for step in report.steps):  # without eigenvalues a region is an empty frame
+        pictures.insert(0, plotting.region)
+    for draw in pictures:
         contents[f"{draw.__name__}.png"] = plotting.render(plotting.figure_of(draw(report)), "png")
     try:
         folder.mkdir(parents=True, exist_ok=True)
