@@ -27,6 +27,7 @@ VERDICTS = (
     "transient growth",
     "chaotic",
     "inconclusive",
+    "not judged",
     "non-finite",
 )
 KINDS = ("step", "transition")

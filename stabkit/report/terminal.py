@@ -23,6 +23,7 @@ _VERDICT = {
     "transient growth": "bold yellow",
     "chaotic": "bold red",
     "inconclusive": "bold yellow",
+    "not judged": "bold yellow",
     "non-finite": "bold red",
 }
 # one space between columns and a rule under the titles
