@@ -2,11 +2,71 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+
+from torch import nn
+
+from stabkit.diagnosis import remedies
+from stabkit.diagnosis.activity import TWO_SIDED
+from stabkit.diagnosis.chaos import recurrent_matrices
 from stabkit.diagnosis.finding import Finding
-from stabkit.diagnosis.measurement import AnyFlow, Measurement
+from stabkit.diagnosis.measurement import AnyFlow, Measurement, StepMeasurement
 from stabkit.diagnosis.remedies import Remedy
+from stabkit.tracing import Flow, Iteration
+
+_STRETCH = 3  # steps beyond which a finding is about a stretch
 
 
 def candidates(suspect: Finding, measurement: Measurement, flow: AnyFlow) -> list[Remedy]:
     """Remedies to try, beginning with that of the suspect itself."""
-    return [Remedy(suspect.remedy, suspect.actions)]
+    own = Remedy(suspect.remedy, suspect.actions)
+    if len(suspect.steps) <= _STRETCH or suspect.kind not in ("vanishing", "exploding", "chaotic"):
+        return [own]
+    if isinstance(flow, Iteration):
+        return [own, *_rescaled(suspect, flow)]
+    steps = [measurement.steps[index] for index in suspect.steps]
+    skips = _skips(steps, flow) if suspect.kind == "vanishing" else None
+    return [own] if skips is None else [own, skips]
+
+
+def _rescaled(suspect: Finding, flow: Iteration) -> list[Remedy]:
+    """The matrices of a tied map by the factor that its growth asks for, activations and all."""
+    growth, paths = suspect.numbers.get("growth", math.nan), list(recurrent_matrices(flow))
+    if not math.isfinite(growth) or not paths:
+        return []
+    by = math.exp(-growth / len(flow))
+    text = (
+        f"multiply {' and '.join(paths)}, used at every step, by about {by:.3g}: then a step keeps the gradient's size"
+    )
+    return [Remedy(text, tuple(remedies.scale(path, by) for path in paths))]
+
+
+def _skips(steps: Sequence[StepMeasurement], flow: Flow) -> Remedy | None:
+    """A skip round every layer and the activation behind it, where a Sequential runs them."""
+    blocks = [block for block in _blocks(steps, flow) if block[0].space[0] == block[-1].space[1]]
+    if len(blocks) < 2:
+        return None
+    actions = [remedies.add_skip(block[0].module_path, block[-1].module_path) for block in blocks]
+    names = sorted({a.operation.lower() for step in steps for a in step.activities if a.operation in TWO_SIDED})
+    what = f"each layer with its {' or '.join(names)}" if names else "each layer with its activation"
+    return Remedy(
+        f"put a skip round {what}, x + f(x): {len(blocks)} blocks, the first at {blocks[0][0].module_path}",
+        tuple(actions),
+    )
+
+
+def _blocks(steps: Sequence[StepMeasurement], flow: Flow) -> list[list[StepMeasurement]]:
+    """Runs of siblings in a Sequential that begin with a matrix and end before the next."""
+    modules = dict(flow.model.named_modules())
+    blocks: list[list[StepMeasurement]] = []
+    for step in steps:
+        parent = step.module_path.rpartition(".")[0]
+        if not step.module_path or not isinstance(modules.get(parent), nn.Sequential) or step.merges:
+            return []
+        heavy = any(weight.kind == "matrix" for weight in step.weights)
+        if heavy or not blocks or blocks[-1][0].module_path.rpartition(".")[0] != parent:
+            blocks.append([step])
+        else:
+            blocks[-1].append(step)
+    return [block for block in blocks if any(weight.kind == "matrix" for weight in block[0].weights)]

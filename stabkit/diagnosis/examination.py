@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from stabkit.diagnosis.alternatives import candidates
 from stabkit.diagnosis.batch_statistics import TOO_FEW, with_statistics
-from stabkit.diagnosis.finding import Finding, serious, sound
+from stabkit.diagnosis.finding import Action, Finding, serious, sound
+from stabkit.diagnosis.initialisation import Known, known_initialisations
 from stabkit.diagnosis.measurement import AnyFlow
 from stabkit.diagnosis.remedies import Remedy
+from stabkit.diagnosis.short_training import STEPS, ShortTraining, short_training
 from stabkit.diagnosis.suspects import Diagnosis, Settings, ordered, suspected
 from stabkit.diagnosis.thresholds import Thresholds
 from stabkit.diagnosis.trial import Trial, is_stretch, tried
-from stabkit.diagnosis.verdict import not_judged
+from stabkit.diagnosis.verdict import judged_without, not_judged
 from stabkit.identification import Identification
 from stabkit.parallel import SERIAL, Parallel
 from stabkit.tracing import Flow
 
 #: measurements that a diagnosis makes beside its own, at most; a healthy network asks for none
 TRIALS = 6
+_BY_INITIALISATION = ("vanishing", "exploding", "dead", "transient_growth", "rank_collapse", "overdamped")
 NOTHING_HELPED = "nothing that was tried brings it below a warning"
 
 
@@ -94,50 +98,113 @@ def examine(
     return _confirmed(flow, found, settings, trials)
 
 
-def _confirmed(flow: AnyFlow, found: Diagnosis, settings: Settings, trials: int) -> Diagnosis:
+@dataclass(frozen=True)
+class Cure:
+    """A remedy that cures a suspect, its trial, and a short training with it where there is a loss."""
+
+    trial: Trial
+    remedy: Remedy
+    trains: ShortTraining | None = None
+
+
+class _Trials:
+    """The trials of one diagnosis: how many are left, and what they said."""
+
+    def __init__(self, flow: AnyFlow, found: Diagnosis, settings: Settings, left: int) -> None:
+        self.flow, self.found, self.settings, self.left = flow, found, settings, left
+        self.known = known_initialisations(found.measurement)
+        self._without: Trial | None = None
+        self._trained: dict[str, ShortTraining | None] = {}
+
+    def of_initialisation(self, suspect: Finding) -> Trial | None:
+        """What is left of a suspect without the known initialisations, if there are any; measured once for all."""
+        if self.known is None or suspect.kind not in _BY_INITIALISATION:
+            return None
+        if self._without is None:
+            if self.left < 1:
+                return None
+            self.left -= 1
+            self._without = tried(self.flow, suspect, self.known.actions, self.found, self.settings)
+        return replace(self._without, suspect=suspect)
+
+    def cure(self, suspect: Finding) -> Cure | None:
+        """The remedy to tell: the first that cures, or of those that cure a stretch the one that trains best."""
+        found: list[Cure] = []
+        for remedy in candidates(suspect, self.found.measurement, self.flow):
+            if self.left < 1:
+                break
+            self.left -= 1
+            trial = tried(self.flow, suspect, remedy.actions, self.found, self.settings)
+            if trial.cured:
+                trains = self.training(remedy.actions) if is_stretch(suspect) else None
+                found.append(Cure(trial, remedy, trains))
+                if trains is None:
+                    break
+        return min(found, key=lambda cure: cure.trains.last if cure.trains else math.inf, default=None)
+
+    def training(self, actions: Sequence[Action] = ()) -> ShortTraining | None:
+        """A short training with a remedy, where there is a loss."""
+        key = repr(actions)
+        if key not in self._trained:
+            self._trained[key] = short_training(self.flow, self.settings.loss, actions)
+        return self._trained[key]
+
+
+def _confirmed(flow: AnyFlow, found: Diagnosis, settings: Settings, limit: int) -> Diagnosis:
     """The suspects after their remedies were tried, one cause with one remedy each."""
-    waiting = [finding for finding in found.findings if serious(finding) and finding.actions]
+    trials = _Trials(flow, found, settings, limit)
+    waiting = [finding for finding in found.findings if serious(finding)]
     told: dict[int, Finding] = {}
     untried: list[Finding] = []
+    verdict = found.verdict
     while waiting:
         suspect = waiting.pop(0)
-        options = candidates(suspect, found.measurement, flow)
-        if len(options) > trials:
+        made = trials.of_initialisation(suspect)
+        if made is not None and made.gone([suspect]) and trials.known is not None:
+            told[id(suspect)] = _as_made(suspect, trials.known)
+            if made.after is not None and is_stretch(suspect):
+                verdict = judged_without(verdict, made.after.verdict, trials.known.words)
+            continue
+        if not suspect.actions or any(action.get("action") == "convert" for action in suspect.actions):
+            continue  # words alone, or another dtype, in which nothing can be measured on these inputs
+        if trials.left < 1:
             untried.append(suspect)
             continue
-        trial, remedy, used = _first_cure(flow, suspect, options, found, settings)
-        trials -= used
-        told[id(suspect)] = _told(suspect, trial, remedy)
-        if trial is not None:
-            for follower in trial.gone(waiting):
+        cure = trials.cure(suspect)
+        told[id(suspect)] = _told(suspect, cure, trials.training() if cure is not None and cure.trains else None)
+        if cure is not None:
+            for follower in cure.trial.gone(waiting):
                 waiting.remove(follower)
                 told[id(follower)] = _follows(follower, suspect)
-    left = (told.get(id(finding), finding) for finding in found.findings if finding not in untried)
+    left = [told.get(id(finding), finding) for finding in found.findings]
     kept = [finding for finding in map(sound, left) if finding is not None]
-    return replace(found, findings=tuple(ordered(kept)), untried=tuple(untried))
+    return replace(found, verdict=verdict, findings=tuple(ordered(kept)), untried=tuple(untried))
 
 
-def _first_cure(
-    flow: AnyFlow, suspect: Finding, options: Sequence[Remedy], found: Diagnosis, settings: Settings
-) -> tuple[Trial | None, Remedy | None, int]:
-    """The first remedy that cures a suspect, with its trial, and how many were tried."""
-    for count, remedy in enumerate(options, 1):
-        trial = tried(flow, suspect, remedy.actions, found, settings)
-        if trial.cured:
-            return trial, remedy, count
-    return None, None, len(options)
-
-
-def _told(suspect: Finding, trial: Trial | None, remedy: Remedy | None) -> Finding:
+def _told(suspect: Finding, cure: Cure | None, untreated: ShortTraining | None) -> Finding:
     """A suspect with what its trial says."""
-    if trial is None or remedy is None:
+    if cure is None:
         return replace(suspect, remedy=NOTHING_HELPED, actions=())
+    evidence = f"{suspect.evidence}; tried on a copy: {cure.trial.changes}"
+    if cure.trains is not None and untreated is not None:
+        evidence += f"; {STEPS} steps of plain SGD take the loss {untreated} as it is, {cure.trains} treated"
     return replace(
         suspect,
-        confidence=trial.share if is_stretch(suspect) else suspect.confidence,
-        evidence=f"{suspect.evidence}; tried on a copy: {trial.changes}",
-        remedy=remedy.text,
-        actions=remedy.actions,
+        confidence=cure.trial.share if is_stretch(suspect) else suspect.confidence,
+        evidence=evidence,
+        remedy=cure.remedy.text,
+        actions=cure.remedy.actions,
+    )
+
+
+def _as_made(suspect: Finding, known: Known) -> Finding:
+    """A suspect that is nothing but a known initialisation."""
+    return replace(
+        suspect,
+        severity="info",
+        evidence=f"{suspect.evidence}; it comes of {known.words}, and is gone with weights of ordinary size there",
+        remedy="none is needed: training moves these weights first",
+        actions=(),
     )
 
 

@@ -113,7 +113,9 @@ def treat(
         ([('exploding', '7'), ('vanishing', '2')], True)
     """
     if not isinstance(model, nn.Module):
-        raise ActionError(f"model is a {type(model).__name__}; treat copies and changes modules: give a torch.nn.Module")
+        raise ActionError(
+            f"model is a {type(model).__name__}; treat copies and changes modules: give a torch.nn.Module"
+        )
     treated = copy.deepcopy(model)
     applied: list[Finding] = []
 

@@ -43,6 +43,8 @@ class Trial:
         if self.after is None:
             return False
         left = [finding for finding in self.after.findings if serious(finding)]
+        if self.suspect.kind == "non_finite":  # which hid all else there may be
+            return not any(finding.kind == "non_finite" for finding in left)
         known = [finding for finding in self.before.findings if serious(finding)]
         same = self._same_chain
         return not any(alike(self.suspect, finding, same) for finding in left) and all(

@@ -107,6 +107,12 @@ def not_judged(verdict: Verdict, why: str) -> Verdict:
     return replace(verdict, name="not judged", summary=f"Not judged: {why}.")
 
 
+def judged_without(verdict: Verdict, other: Verdict, what: str) -> Verdict:
+    """The verdict that holds without what a model was made with, and will be trained out of."""
+    told = other.summary[:1].lower() + other.summary[1:]
+    return replace(verdict, name=other.name, summary=f"{other.name.capitalize()} but for {what}; without it, {told}")
+
+
 def _too_few(blocks: int, count: int) -> str:
     """Why growth over so few blocks says nothing."""
     if blocks == 0:

@@ -148,7 +148,7 @@ class Flow:
     _recording: Recording = field(repr=False)
     _chains: Callable[[], dict[str, Flow]] = field(repr=False)
     _prefetch: Callable[[int, int], Callable[[], None] | None] = field(repr=False)
-    _retrace: Callable[[], Flow] | None = field(default=None, repr=False)
+    _retrace: Callable[[], Flow] | None = field(default=None, repr=False, kw_only=True)
 
     def again(self) -> Flow:
         """The same call traced anew, in the same way, at the weights and in the modes that the model has now.

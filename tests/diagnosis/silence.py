@@ -25,11 +25,10 @@ from torch import nn
 
 from stabkit.diagnosis import Diagnosis, examine
 from stabkit.tracing import trace
-
-from ..models.__main__ import subjects
-from ..models.preparation import Built
-from ..models.vision import image, torchvision_model
-from ..models.zoo import Subject
+from tests.models.__main__ import subjects
+from tests.models.preparation import Built
+from tests.models.vision import image, torchvision_model
+from tests.models.zoo import Subject
 
 FAMILIES = ("torchvision", "timm", "transformers", "torch.nn", "architectures")
 MODES = ("eval", "train")
@@ -52,30 +51,25 @@ def transformer(name: str, **config: Any) -> Callable[[], Built]:
     return build
 
 
+_TORCHVISION = """resnet18 vit_b_16 mobilenet_v3_large efficientnet_b0 shufflenet_v2_x1_0 mnasnet1_0 convnext_tiny
+    densenet121 swin_t regnet_y_400mf googlenet squeezenet1_1"""
+_TIMM = """vit_small_patch16_224 deit_small_patch16_224 cait_xxs24_224 convmixer_768_32 resnet50 mixer_s32_224
+    resmlp_12_224 xcit_nano_12_p16_224 levit_128s poolformer_s12"""
+_SMALL = {"hidden_size": 256, "num_hidden_layers": 8}
+_TRANSFORMERS: dict[str, dict[str, Any]] = {
+    "GPT2LMHeadModel": {},
+    "BertModel": {},
+    "DistilBertModel": {},
+    "LlamaForCausalLM": _SMALL | {"intermediate_size": 688},
+    "Gemma2ForCausalLM": _SMALL | {"intermediate_size": 688},
+    "Olmo2ForCausalLM": _SMALL | {"intermediate_size": 688},
+    "OPTForCausalLM": _SMALL | {"ffn_dim": 1024},
+}
 #: whole models, in the size in which people use them
 WHOLE = [
-    *(
-        Subject(f"whole {name}", torchvision_model(name, image(224)), family="torchvision")
-        for name in ("resnet18", "vit_b_16", "mobilenet_v3_large", "efficientnet_b0", "shufflenet_v2_x1_0")
-        + ("mnasnet1_0", "convnext_tiny", "densenet121", "swin_t", "regnet_y_400mf", "googlenet", "squeezenet1_1")
-    ),
-    *(
-        Subject(f"whole {name}", timm_model(name), family="timm")
-        for name in ("vit_small_patch16_224", "deit_small_patch16_224", "cait_xxs24_224", "convmixer_768_32")
-        + ("resnet50", "mixer_s32_224", "resmlp_12_224", "xcit_nano_12_p16_224", "levit_128s", "poolformer_s12")
-    ),
-    *(
-        Subject(f"whole {name}", transformer(name, **config), family="transformers")
-        for name, config in (
-            ("GPT2LMHeadModel", {}),
-            ("BertModel", {}),
-            ("LlamaForCausalLM", {"hidden_size": 256, "intermediate_size": 688, "num_hidden_layers": 8}),
-            ("Gemma2ForCausalLM", {"hidden_size": 256, "intermediate_size": 688, "num_hidden_layers": 8}),
-            ("Olmo2ForCausalLM", {"hidden_size": 256, "intermediate_size": 688, "num_hidden_layers": 8}),
-            ("DistilBertModel", {}),
-            ("OPTForCausalLM", {"hidden_size": 256, "ffn_dim": 1024, "num_hidden_layers": 8}),
-        )
-    ),
+    *(Subject(f"whole {n}", torchvision_model(n, image(224)), family="torchvision") for n in _TORCHVISION.split()),
+    *(Subject(f"whole {name}", timm_model(name), family="timm") for name in _TIMM.split()),
+    *(Subject(f"whole {n}", transformer(n, **c), family="transformers") for n, c in _TRANSFORMERS.items()),
 ]
 
 
@@ -173,7 +167,7 @@ def main() -> int:
     parser.add_argument("--seconds", type=int, default=60, help="limit of one model in one mode")
     parser.add_argument("--file", type=Path, default=Path("/tmp/stabkit-silence.jsonl"))
     wanted = parser.parse_args()
-    models = [s for s in subjects() if s.family in FAMILIES] + WHOLE
+    models = [*(s for s in subjects() if s.family in FAMILIES), *WHOLE]
     models = [s for s in models if re.search(wanted.only, f"{s.family} {s.name}")][:: wanted.every]
     rows = [json.loads(line) for line in wanted.file.read_text().splitlines()] if wanted.file.exists() else []
     done = {(r["name"], r["mode"]) for r in rows}
