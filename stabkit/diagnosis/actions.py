@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from stabkit.diagnosis.finding import Action
 from stabkit.errors import StabkitError
 
-FORMS = ("scale", "redraw", "fill", "orthogonalise", "add_skip", "insert_norm", "convert")
+FORMS = ("scale", "redraw", "fill", "orthogonalise", "add_skip", "insert_norm", "activate", "convert")
 
 
 class ActionError(StabkitError, ValueError):
@@ -91,6 +91,7 @@ def _act(model: nn.Module, action: Action, generator: torch.Generator) -> None:
         "orthogonalise": lambda: _orthogonalise(parameter(model, action["parameter"]), float(action["gain"])),
         "add_skip": lambda: _add_skip(model, action["module"], action.get("through")),
         "insert_norm": lambda: _insert_norm(model, action["module"], action["like"]),
+        "activate": lambda: _activate(model, action["module"], action["by"]),
         "convert": lambda: _convert(model, action["dtype"]),
     }
     if form not in doing:
@@ -146,8 +147,28 @@ def _insert_norm(model: nn.Module, place: str, like: str) -> None:
     _replace(model, place, norm)
 
 
+def _activate(model: nn.Module, place: str, by: str) -> None:
+    _replace(model, place, getattr(nn, by)())
+
+
 def _convert(model: nn.Module, dtype: str) -> None:
     model.to(getattr(torch, dtype))
+
+
+def once(model: nn.Module, actions: Sequence[Action]) -> tuple[Action, ...] | None:
+    """Actions that change every parameter once: None where two would change one in two ways.
+
+    A weight that several steps or modules share has several names, and must not be scaled once for each.
+    """
+    names = dict(model.named_parameters(remove_duplicate=False))
+    kept: dict[object, Action] = {}
+    for action in actions:
+        path = action.get("parameter")
+        key = (action.get("action"), action.get("module")) if path is None else id(names.get(path, path))
+        first = kept.setdefault(key, action)
+        if {**first, "parameter": None} != {**action, "parameter": None}:
+            return None
+    return tuple(kept.values())
 
 
 def parameter(model: nn.Module, path: str) -> nn.Parameter:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from torch import nn
 
 from stabkit.diagnosis import remedies
+from stabkit.diagnosis.actions import once
 from stabkit.diagnosis.activity import TWO_SIDED
 from stabkit.diagnosis.chaos import recurrent_matrices
 from stabkit.diagnosis.finding import Finding
@@ -19,15 +20,46 @@ _STRETCH = 3  # steps beyond which a finding is about a stretch
 
 
 def candidates(suspect: Finding, measurement: Measurement, flow: AnyFlow) -> list[Remedy]:
-    """Remedies to try, beginning with that of the suspect itself."""
-    own = Remedy(suspect.remedy, suspect.actions)
+    """Remedies to try, beginning with that of the suspect itself; none changes one weight twice."""
+    found = []
+    for remedy in [Remedy(suspect.remedy, suspect.actions), *_others(suspect, measurement, flow)]:
+        actions = once(flow.model, remedy.actions)
+        if actions:
+            found.append(Remedy(remedy.text, actions))
+    return found
+
+
+def _others(suspect: Finding, measurement: Measurement, flow: AnyFlow) -> list[Remedy]:
+    """Further remedies of a stretch."""
     if len(suspect.steps) <= _STRETCH or suspect.kind not in ("vanishing", "exploding", "chaotic"):
-        return [own]
+        return []
     if isinstance(flow, Iteration):
-        return [own, *_rescaled(suspect, flow)]
+        return _rescaled(suspect, flow)
+    if suspect.kind != "vanishing":
+        return []
     steps = [measurement.steps[index] for index in suspect.steps]
-    skips = _skips(steps, flow) if suspect.kind == "vanishing" else None
-    return [own] if skips is None else [own, skips]
+    return [remedy for remedy in (_skips(steps, flow), _unbounded(measurement, flow)) if remedy is not None]
+
+
+def _unbounded(measurement: Measurement, flow: Flow) -> Remedy | None:
+    """ReLUs for saturating activations that are modules of their own, with weights drawn for them."""
+    modules = dict(flow.model.named_modules())
+    places = {
+        a.module_path: a
+        for step in measurement.steps
+        for a in step.activities
+        if a.operation in TWO_SIDED and not a.gate and isinstance(modules.get(a.module_path), nn.Sigmoid | nn.Tanh)
+    }
+    if len(places) < 2:
+        return None
+    kinds = sorted({type(modules[path]).__name__ for path in places})
+    matrices = {w.path: w for step in measurement.steps[:-1] for w in step.weights if w.kind == "matrix"}
+    actions = [remedies.activate(path, "ReLU") for path in places]
+    actions += [remedies.redraw(path, math.sqrt(2.0) / w.unit) for path, w in matrices.items()]
+    text = (
+        f"use ReLU in the place of {' and '.join(kinds)} ({len(places)} of them), and draw the weights anew for it (He)"
+    )
+    return Remedy(text, tuple(actions))
 
 
 def _rescaled(suspect: Finding, flow: Iteration) -> list[Remedy]:

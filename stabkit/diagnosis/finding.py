@@ -78,7 +78,7 @@ def sound(finding: Finding) -> Finding | None:
         >>> odd = Finding("saturated", "warning", (0,), "a", 0.9, "", "multiply by 1", "", actions=(
         ...     {"action": "scale", "parameter": "a.weight", "factor": 1.0},))
         >>> sound(odd).remedy, sound(odd).actions
-        ('nothing simple: no single factor brings it to its peers', ())
+        ('nothing simple: no factor that was computed changes it', ())
     """
     if not finding.confidence >= _SURE:
         return None
@@ -87,7 +87,7 @@ def sound(finding: Finding) -> Finding | None:
     if useful:
         return replace(finding, numbers=numbers)
     return replace(
-        finding, numbers=numbers, remedy="nothing simple: no single factor brings it to its peers", actions=()
+        finding, numbers=numbers, remedy="nothing simple: no factor that was computed changes it", actions=()
     )
 
 

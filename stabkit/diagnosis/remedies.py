@@ -123,6 +123,11 @@ def add_skip(module: str, through: str | None = None) -> Action:
     return {"action": "add_skip", "module": module} | ({} if alone else {"through": through})
 
 
+def activate(module: str, by: str) -> Action:
+    """Put another activation of torch in the place of one."""
+    return {"action": "activate", "module": module, "by": by}
+
+
 def insert_norm(module: str, like: str) -> Action:
     """Put a fresh copy of another module's norm in the place of a module."""
     return {"action": "insert_norm", "module": module, "like": like}
