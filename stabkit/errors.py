@@ -1,10 +1,25 @@
-"""The errors that stabkit raises on bad input: what was found, what is accepted, and the nearest fix."""
+"""The errors that stabkit raises on bad input: what was found, what is accepted, and the nearest fix.
+
+Every refusal is a `StabkitError`; one about an argument is besides the built-in error that Python would raise there.
+"""
 
 from __future__ import annotations
 
 
 class StabkitError(Exception):
     """Something that the caller can mend; the command line prints its message and exits with code 2."""
+
+
+class ArgumentError(StabkitError, ValueError):
+    """An argument has a value that is not accepted."""
+
+
+class ArgumentTypeError(StabkitError, TypeError):
+    """An argument is of a type that is not accepted."""
+
+
+class OutOfRangeError(StabkitError, IndexError):
+    """An index (of a step, a sample, a coordinate) lies outside of what there is."""
 
 
 class TraceError(StabkitError):

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
-from stabkit.errors import TraceError
+from stabkit.errors import ArgumentError, TraceError
 from stabkit.identification import Identification
 from stabkit.jacobians import Jacobian, Spectrum, eigenvalues, from_dense, singular_values
 from stabkit.jacobians.numerical_range import outline
@@ -55,7 +55,7 @@ def step_spectrum(step: Step, method: Identification, mode: str, samples: int, s
     dense = mode == "dense" or (mode == "auto" and max(m, n) <= DENSE_SIZE)
     try:
         if dense and max(m, n) > LARGEST_DENSE:
-            raise ValueError(
+            raise ArgumentError(
                 f"a dense spectrum of {max(m, n)} numbers is too large (at most {LARGEST_DENSE}): use krylov"
             )
         if dense:

@@ -15,6 +15,7 @@ from stabkit.attribution.predictors import Prediction, compare, persistent_rate
 from stabkit.attribution.result import COLUMNS, Attribution
 from stabkit.attribution.step_terms import Budget, Terms, measure_step, skip_of
 from stabkit.attribution.zplane import damping_limit, mechanism_of
+from stabkit.errors import ArgumentError
 from stabkit.growth import GradientProfile, gradient_profile
 from stabkit.identification import Identification, by_step, identify
 from stabkit.parallel import SERIAL, Parallel, runs
@@ -34,7 +35,6 @@ def attribute(
     confidence: float = 0.95,
     tolerance: float = TOLERANCE,
     identifications: Sequence[Identification] | None = None,
-    fields: Mapping[int, Tensor] | None = None,
     parallel: Parallel = SERIAL,
 ) -> Attribution:
     """Measured growth of the gradient at every step as an exact sum of named terms.
@@ -54,11 +54,10 @@ def attribute(
         confidence: of the intervals.
         tolerance: how far the modulus of an eigenvalue may exceed 1 before its mode counts as unstable.
         identifications: from ``identify(flow)``; made here by default.
-        fields: for steps with several stages, by index: the Jacobian ``(samples, d, d)`` of h f, whose spectrum is z.
         parallel: who measures which steps.
 
     Raises:
-        ValueError: an argument is out of range.
+        ArgumentError: an argument is out of range.
         TraceError: the loss is not a differentiable scalar of the output that the flow leads to.
 
     Example:
@@ -92,7 +91,7 @@ def attribute(
         names=tuple(step.name for step in flow.steps),
         module_paths=tuple(step.module_path for step in flow.steps),
         kinds=tuple(step.kind for step in flow.steps),
-        mechanisms=_mechanisms(flow, found, terms, tolerance, fields or {}),
+        mechanisms=_mechanisms(flow, found, terms, tolerance),
         persistence=persistence,
         predictions=_predictions(columns, terms, skips, persistence, flow),
         restarts=profile.restarts,
@@ -121,15 +120,15 @@ def mechanisms(flow: Flow, *, loss: Any = None, **options: Any) -> tuple[Mechani
 
 def _check(flow: Flow, samples: int | None, dense_limit: int, probes: int, krylov: int, confidence: float) -> None:
     if samples is not None and not 1 <= samples <= flow.batch:
-        raise ValueError(f"samples={samples}; the flow has {flow.batch}: give 1 to {flow.batch}, or None for all")
+        raise ArgumentError(f"samples={samples}; the flow has {flow.batch}: give 1 to {flow.batch}, or None for all")
     if dense_limit < 0:
-        raise ValueError(f"dense_limit={dense_limit}; expected the size of a state, or 0 to estimate every step")
+        raise ArgumentError(f"dense_limit={dense_limit}; expected the size of a state, or 0 to estimate every step")
     if probes < 2:
-        raise ValueError(f"probes={probes}; expected at least 2, an interval needs a spread")
+        raise ArgumentError(f"probes={probes}; expected at least 2, an interval needs a spread")
     if krylov < 0:
-        raise ValueError(f"krylov={krylov}; expected how many eigenvalues to look for, or 0 for none")
+        raise ArgumentError(f"krylov={krylov}; expected how many eigenvalues to look for, or 0 for none")
     if not 0 < confidence < 1:
-        raise ValueError(f"confidence={confidence}; expected a probability between 0 and 1, such as 0.95")
+        raise ArgumentError(f"confidence={confidence}; expected a probability between 0 and 1, such as 0.95")
 
 
 def _shared_walk(
@@ -193,7 +192,6 @@ def _mechanisms(
     found: Sequence[Identification],
     terms: Sequence[Terms],
     tolerance: float,
-    fields: Mapping[int, Tensor],
 ) -> tuple[Mechanism, ...]:
     damped = damping_limit(sum(step.kind == "step" for step in flow.steps))
     return tuple(
@@ -203,7 +201,6 @@ def _mechanisms(
             terms[i].spectrum,
             damped_below=damped,
             tolerance=tolerance,
-            field_jacobian=fields[i].detach().double().cpu().numpy() if i in fields else None,
         )
         for i, step in enumerate(flow.steps)
     )

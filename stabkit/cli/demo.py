@@ -7,19 +7,18 @@ from typing import Annotated
 
 import typer
 
-from stabkit.cli.console import guarded, screen
-from stabkit.cli.options import Debug, Seed
+from stabkit.cli.console import screen
+from stabkit.cli.options import Seed, command
 
 
+@command
 def demo(
     out: Annotated[Path, typer.Option(help="Where checkpoints, reports and pictures go.", metavar="DIR")] = Path(
         "stabkit-demo"
     ),
     seed: Seed = 0,
-    debug: Debug = False,
 ) -> None:
     """Train two networks on digits and analyse both."""
-    with guarded(debug):
-        from stabkit import demo as embedded
+    from stabkit import demo as embedded
 
-        embedded.run(out, seed, screen(), screen(stderr=True))
+    embedded.run(out, seed, screen(), screen(stderr=True))

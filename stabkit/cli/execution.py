@@ -3,46 +3,25 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
-
-import typer
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch
 
     from stabkit.checkpoints import Loaded
-    from stabkit.cli.options import Recipe
+    from stabkit.cli.options import Effort, Recipe
     from stabkit.planning import Plan
     from stabkit.report import Report
     from stabkit.streaming import StreamedProfile
-
-Budget = Annotated[
-    str | None,
-    typer.Option(
-        help="Time that the analysis may take (90s, 10m, 2h); samples, probes and spectra are left out to keep it.",
-        metavar="TIME",
-    ),
-]
-Memory = Annotated[
-    str | None,
-    typer.Option(help="Memory that the process may use (8G, 512M); the same is left out.", metavar="BYTES"),
-]
-Device = Annotated[
-    str,
-    typer.Option(help="Where the model runs: cpu, cuda (under torchrun, each rank its own), cuda:1.", metavar="NAME"),
-]
-Probes = Annotated[int, typer.Option(min=1, help="Random cotangents per sample.")]
 
 
 def analyzed(
     loaded: Loaded,
     recipe: Recipe,
+    effort: Effort,
     progress: Any = None,
     *,
     device: str = "cpu",
-    probes: int = 4,
-    budget: str | None = None,
-    memory: str | None = None,
     keep: Path | None = None,
 ) -> Report | None:
     """The report, on the first of the ranks that ``torchrun`` started and None on the others; alone without it.
@@ -50,11 +29,9 @@ def analyzed(
     Args:
         loaded: the model and its input.
         recipe: how it is analysed.
+        effort: how much is measured, and what it may cost in each process.
         progress: called as steps are finished.
         device: where the model runs.
-        probes: random cotangents per sample.
-        budget: time that the analysis may take.
-        memory: that each process may use.
         keep: where a rank writes what it had finished when another one failed.
 
     Raises:
@@ -77,17 +54,13 @@ def analyzed(
             name=loaded.name,
             progress=progress if ranks.first else None,
             ranks=ranks,
-            probes=probes,
-            budget=budget,
-            memory=memory,
+            **effort.settings(),
             **recipe.analysing(),
         )
         return report if ranks.first else None
 
 
-def planned(
-    loaded: Loaded, recipe: Recipe, *, probes: int = 4, budget: str | None = None, memory: str | None = None
-) -> Plan:
+def planned(loaded: Loaded, recipe: Recipe, effort: Effort) -> Plan:
     """What `analyzed` will cost in one process."""
     from stabkit.planning import plan
 
@@ -96,9 +69,7 @@ def planned(
         *loaded.inputs,
         kwargs=loaded.kwargs,
         loss=loaded.loss,
-        probes=probes,
-        budget=budget,
-        memory=memory,
+        **effort.settings(),
         **recipe.analysing(),
     )
 
@@ -139,13 +110,11 @@ def first_rank() -> bool:
 
 def streamed(
     folder: Path,
-    input_: str | None,
-    seed: int,
+    recipe: Recipe,
+    effort: Effort,
     progress: Any = None,
     *,
     device: str = "cpu",
-    probes: int = 4,
-    values: int = 1,
     out: Path | None = None,
 ) -> StreamedProfile | None:
     """What `stabkit analyze DIR --stream` measures: a Hugging Face directory, one block of weights at a time.
@@ -154,12 +123,10 @@ def streamed(
 
     Args:
         folder: the directory.
-        input_: as ``--input`` describes it; 16 random tokens by default.
-        seed: of the input and the probes.
+        recipe: the input, 16 random tokens by default; the seed; whether singular values are wanted.
+        effort: how many random cotangents each sample gets.
         progress: called as blocks are finished.
         device: where blocks run.
-        probes: random cotangents per sample.
-        values: singular values of every block.
         out: where states and finished blocks are kept, so that an interrupted run goes on.
 
     Raises:
@@ -171,15 +138,15 @@ def streamed(
     from stabkit.streaming.meta_model import skeleton
 
     place = chosen_device(device)
-    made = make_inputs(skeleton(folder), input_ or "tokens:1x16", seed=seed)
+    made = make_inputs(skeleton(folder), recipe.input or "tokens:1x16", seed=recipe.seed)
     with session(keep=out) as ranks:
         found = analyze_files(
             folder,
             *made.args,
             kwargs=made.kwargs,
-            seed=seed,
-            probes=probes,
-            k=values,
+            seed=recipe.seed,
+            probes=effort.probes,
+            k=0 if recipe.spectrum == "none" else 1,
             device=place,
             out=None if out is None else out / "blocks",
             progress=progress if ranks.first else None,

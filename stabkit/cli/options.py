@@ -1,72 +1,32 @@
-"""Options that several commands take, and the checks of their values."""
+"""Options that several commands take: each is declared once, in the group that it belongs to.
+
+A command names the groups that it takes as parameters; `command` gives it one option for every field of them.
+"""
 
 from __future__ import annotations
 
+import dataclasses
+import difflib
+import functools
+import inspect
+import json as json_module
 import sys
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
 
-from stabkit.cli.console import say
+from stabkit.cli.console import guarded, say, screen
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
     from rich.console import Console
+
+    from stabkit.checkpoints import Loaded
 
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 Seed = Annotated[int, typer.Option(help="Seed of every random choice.")]
-ModelName = Annotated[
-    str | None,
-    typer.Option(
-        "--model",
-        help="The architecture of a state dict: torchvision:NAME, timm:NAME, pkg.mod:factory, file.py:factory.",
-        metavar="NAME",
-    ),
-]
-Base = Annotated[
-    str | None, typer.Option(help="The model that a LoRA adapter changes: a file or a directory.", metavar="PATH")
-]
-Input = Annotated[
-    str | None,
-    typer.Option(
-        "--input",
-        help="A shape (1x3x64x64), tokens:1x8, text:..., or a .npy, .npz, .pt, .safetensors or image file.",
-        metavar="SHAPE|FILE",
-    ),
-]
-Depth = Annotated[
-    str, typer.Option(help="Where steps end: auto, cuts, modules, or module paths and globs, comma-separated.")
-]
-Spectrum = Annotated[
-    str, typer.Option(help="Which eigenvalues: auto, dense (all), krylov (the largest), none.", metavar="HOW")
-]
-Json = Annotated[
-    str | None,
-    typer.Option("--json", help="Write the report as JSON to a file; - is standard output.", metavar="FILE|-"),
-]
-FailOn = Annotated[
-    str | None,
-    typer.Option(
-        help="Exit with 1 on a finding of this kind (exploding, vanishing, dead, chaotic, ...) or of at least this "
-        "severity (info, warning, critical). Without it, findings do not change the exit code.",
-        metavar="KIND|SEVERITY",
-    ),
-]
-Key = Annotated[str | None, typer.Option(help="Where the weights are in the file.")]
-Weights = Annotated[str, typer.Option(help="raw or ema, when the file has both.")]
-FactoryArgs = Annotated[
-    str | None, typer.Option(help="Keyword arguments of the factory, a JSON object.", metavar="JSON")
-]
-TrustPickle = Annotated[
-    bool, typer.Option("--trust-pickle", help="Unpickle whatever the file asks for, which runs its code.")
-]
-AllowExport = Annotated[
-    bool, typer.Option("--allow-export", help="Load a torch.export program (.pt2), whose loader runs what it says.")
-]
-AllowTorchScript = Annotated[bool, typer.Option("--allow-torchscript", help="Load TorchScript, which is code.")]
 Cache = Annotated[
     Path | None,
     typer.Option(
@@ -75,32 +35,119 @@ Cache = Annotated[
         metavar="DIR",
     ),
 ]
+Device = Annotated[
+    str,
+    typer.Option(help="Where the model runs: cpu, cuda (under torchrun, each rank its own), cuda:1.", metavar="NAME"),
+]
+
+
+def command(function: Callable[..., None]) -> Callable[..., None]:
+    """A function as a command for typer, with ``--debug``; what goes wrong in it is told in one line.
+
+    A parameter whose type is one of the dataclasses below becomes one option for each of its fields.
+    """
+    hints = get_type_hints(function, include_extras=True)
+    groups: dict[str, Any] = {}
+    parameters = []
+    for name, parameter in inspect.signature(function).parameters.items():
+        if dataclasses.is_dataclass(hints[name]):
+            groups[name] = hints[name]
+            parameters += _options(hints[name])
+        else:
+            parameters.append(parameter.replace(annotation=hints[name], kind=inspect.Parameter.KEYWORD_ONLY))
+    parameters.append(inspect.Parameter("debug", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=Debug))
+
+    @functools.wraps(function)
+    def run(**values: Any) -> None:
+        with guarded(values.pop("debug")):
+            for name, group in groups.items():
+                values[name] = group(**{field.name: values.pop(field.name) for field in dataclasses.fields(group)})
+            function(**values)
+
+    run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    return run
+
+
+def _options(group: Any) -> list[inspect.Parameter]:
+    hints = get_type_hints(group, include_extras=True)
+    return [
+        inspect.Parameter(
+            field.name, inspect.Parameter.KEYWORD_ONLY, default=field.default, annotation=hints[field.name]
+        )
+        for field in dataclasses.fields(group)
+    ]
+
+
+def given(group: Any, *, but: tuple[str, ...] = ()) -> list[str]:
+    """The options of a group that have another value than by default, as they are written: ``["--trust-pickle"]``."""
+    names = [f.name for f in dataclasses.fields(group) if f.name not in but and getattr(group, f.name) != f.default]
+    return [f"--{name.replace('_', '-')}" for name in names]
 
 
 @dataclass(frozen=True)
-class Recipe:
-    """How every checkpoint is loaded and analysed."""
+class Loading:
+    """What model and input a source stands for."""
 
-    model: str | None
-    input: str | None
-    base: str | None
-    key: str | None
-    weights: str
-    factory_args: str | None
-    trust_pickle: bool
-    allow_export: bool
-    allow_torchscript: bool
-    depth: str
-    spectrum: str
-    seed: int
+    model: Annotated[
+        str | None,
+        typer.Option(
+            help="The architecture of a state dict: torchvision:NAME, timm:NAME, pkg.mod:factory, file.py:factory.",
+            metavar="NAME",
+        ),
+    ] = None
+    input: Annotated[
+        str | None,
+        typer.Option(
+            help="A shape (1x3x64x64), tokens:1x8, text:..., or a .npy, .npz, .pt, .safetensors or image file.",
+            metavar="SHAPE|FILE",
+        ),
+    ] = None
+    seed: Seed = 0
+    key: Annotated[str | None, typer.Option(help="Where the weights are in the file.")] = None
+    weights: Annotated[str, typer.Option(help="raw or ema, when the file has both.")] = "raw"
+    base: Annotated[
+        str | None, typer.Option(help="The model that a LoRA adapter changes: a file or a directory.", metavar="PATH")
+    ] = None
+    factory_args: Annotated[
+        str | None, typer.Option(help="Keyword arguments of the factory, a JSON object.", metavar="JSON")
+    ] = None
+    trust_pickle: Annotated[
+        bool, typer.Option("--trust-pickle", help="Unpickle whatever the file asks for, which runs its code.")
+    ] = False
+    allow_export: Annotated[
+        bool, typer.Option("--allow-export", help="Load a torch.export program (.pt2), whose loader runs what it says.")
+    ] = False
+    allow_torchscript: Annotated[bool, typer.Option("--allow-torchscript", help="Load TorchScript, which is code.")] = (
+        False
+    )
 
     def loading(self) -> dict[str, Any]:
         """The arguments of ``checkpoints.load`` beside the source."""
-        same = ("model", "input", "base", "key", "weights", "trust_pickle", "allow_export", "allow_torchscript", "seed")
-        return {
-            **{name: getattr(self, name) for name in same},
-            "factory_args": json_object("--factory-args", self.factory_args),
-        }
+        same = {field.name: getattr(self, field.name) for field in dataclasses.fields(Loading)}
+        return {**same, "factory_args": _json_object("--factory-args", self.factory_args)}
+
+    def load(self, source: str) -> Loaded:
+        """The model and the input.
+
+        Raises:
+            CheckpointError: there is no such source, or it cannot be read.
+        """
+        from stabkit import checkpoints
+
+        return checkpoints.load(source, **self.loading())
+
+
+@dataclass(frozen=True)
+class Recipe(Loading):
+    """How every checkpoint is loaded and analysed."""
+
+    depth: Annotated[
+        str, typer.Option(help="Where steps end: auto, cuts, modules, or module paths and globs, comma-separated.")
+    ] = "auto"
+    spectrum: Annotated[
+        str, typer.Option(help="Which eigenvalues: auto, dense (all), krylov (the largest), none.", metavar="HOW")
+    ] = "auto"
 
     def analysing(self) -> dict[str, Any]:
         """The arguments of ``analyze`` beside the model and its input."""
@@ -110,68 +157,128 @@ class Recipe:
         return {"depth": where, "spectrum": self.spectrum, "seed": self.seed}
 
 
-def write_json(data: Mapping[str, Any], target: str | None, console: Console) -> None:
-    """Write a report where ``--json`` says; nothing without it."""
-    from stabkit.report import encoding, files
+@dataclass(frozen=True)
+class Effort:
+    """How much is measured, and what it may cost."""
 
-    if target is None:
-        return
-    text = encoding.lines(data)
-    if target == "-":
-        sys.stdout.write(text)
-        sys.stdout.flush()
-    else:
-        say(console, f"wrote {files.write(Path(target), text.encode())}")
+    probes: Annotated[int, typer.Option(min=1, help="Random cotangents per sample.")] = 4
+    budget: Annotated[
+        str | None,
+        typer.Option(
+            help="Time that the analysis may take (90s, 10m, 2h); samples, probes and spectra are left out to keep it.",
+            metavar="TIME",
+        ),
+    ] = None
+    memory: Annotated[
+        str | None,
+        typer.Option(help="Memory that the process may use (8G, 512M); the same is left out.", metavar="BYTES"),
+    ] = None
 
-
-def is_accused(fail_on: str | None, kind: str, severity: str) -> bool:
-    """Whether ``--fail-on`` names a finding of this kind and severity."""
-    from stabkit.report.schema import SEVERITIES
-
-    wanted = None if fail_on is None else fail_on.replace("-", "_")
-    if wanted in SEVERITIES:
-        return SEVERITIES.index(severity) >= SEVERITIES.index(wanted)
-    return wanted == kind
+    def settings(self) -> dict[str, Any]:
+        """The arguments of ``analyze`` and of ``plan``."""
+        return dataclasses.asdict(self)
 
 
-def json_object(option: str, text: str | None) -> dict[str, Any]:
+@dataclass(frozen=True)
+class JsonOutput:
+    """The result as data."""
+
+    json: Annotated[
+        str | None,
+        typer.Option(help="Write the result as JSON to a file; - is standard output.", metavar="FILE|-"),
+    ] = None
+
+    def check(self) -> None:
+        """Say before a long analysis that its result would have nowhere to go.
+
+        Raises:
+            ReportError: it would.
+        """
+        from stabkit.errors import ReportError
+
+        if self.json not in (None, "-") and not Path(str(self.json)).absolute().parent.is_dir():
+            raise ReportError(f"--json {self.json}: the directory does not exist; create it first")
+
+    def screen(self) -> Console:
+        """Where people read: standard error when the JSON goes to standard output."""
+        return screen(stderr=self.json == "-")
+
+    def write_json(self, data: Mapping[str, Any]) -> None:
+        """Write the result where ``--json`` says; nothing without it."""
+        from stabkit.report import encoding, files
+
+        if self.json is None:
+            return
+        text = encoding.lines(data)
+        if self.json == "-":
+            sys.stdout.write(text)
+            sys.stdout.flush()
+        else:
+            say(self.screen(), f"wrote {files.write(Path(self.json), text.encode())}")
+
+
+@dataclass(frozen=True)
+class Output(JsonOutput):
+    """Where the result goes, and what makes the command fail."""
+
+    out: Annotated[Path | None, typer.Option(help="Write the report here: HTML, JSON and pictures.", metavar="DIR")] = (
+        None
+    )
+    fail_on: Annotated[
+        str | None,
+        typer.Option(
+            help="Exit with 1 on a finding of this kind (exploding, vanishing, dead, chaotic, ...) or of at least this "
+            "severity (info, warning, critical). Without it, findings do not change the exit code.",
+            metavar="KIND|SEVERITY",
+        ),
+    ] = None
+
+    def check(self) -> None:
+        """Say before a long analysis that its result would have nowhere to go, or could never fail.
+
+        Raises:
+            StabkitError: it would not.
+        """
+        from stabkit.errors import ReportError
+
+        self._check_fail_on()
+        if self.out is not None and self.out.exists() and not self.out.is_dir():
+            raise ReportError(f"--out {self.out} is a file; name a directory")
+        super().check()
+
+    def _check_fail_on(self) -> None:
+        """A misspelt word would never be found, and so never fail."""
+        from stabkit.errors import StabkitError
+        from stabkit.report.schema import FINDINGS, SEVERITIES
+
+        accepted = (*SEVERITIES, *FINDINGS)
+        if self.fail_on is None or self.fail_on.replace("-", "_") in accepted:
+            return
+        near = difflib.get_close_matches(self.fail_on, accepted, n=1)
+        guess = f"; did you mean {near[0]}?" if near else ""
+        raise StabkitError(f"--fail-on {self.fail_on!r}; accepted: {', '.join(accepted)}{guess}")
+
+    def accuses(self, kind: str, severity: str) -> bool:
+        """Whether ``--fail-on`` names a finding of this kind and severity."""
+        from stabkit.report.schema import SEVERITIES
+
+        wanted = None if self.fail_on is None else self.fail_on.replace("-", "_")
+        if wanted in SEVERITIES:
+            return SEVERITIES.index(severity) >= SEVERITIES.index(wanted)
+        return wanted == kind
+
+
+def _json_object(option: str, text: str | None) -> dict[str, Any]:
     """The JSON object that an option's text holds; empty without the option."""
-    import json
-
     from stabkit.errors import StabkitError
 
     if text is None:
         return {}
     accepted = "expected an object such as '{\"depth\": 8}'"
     try:
-        value = json.loads(text)
+        value = json_module.loads(text)
     except ValueError as error:
         raise StabkitError(f"{option} {text!r} is not JSON ({error}); {accepted}") from None
     if not isinstance(value, dict):
         raise StabkitError(f"{option} {text!r} is a {type(value).__name__}; {accepted}")
     return value
-
-
-def check_fail_on(wanted: str | None) -> None:
-    """A misspelt word would never be found, and so never fail."""
-    import difflib
-
-    from stabkit.errors import StabkitError
-    from stabkit.report.schema import FINDINGS, SEVERITIES
-
-    accepted = (*SEVERITIES, *FINDINGS)
-    if wanted is None or wanted.replace("-", "_") in accepted:
-        return
-    near = difflib.get_close_matches(wanted, accepted, n=1)
-    guess = f"; did you mean {near[0]}?" if near else ""
-    raise StabkitError(f"--fail-on {wanted!r}; accepted: {', '.join(accepted)}{guess}")
-
-
-def check_targets(out: Path | None, json_: str | None) -> None:
-    """Say before a long analysis that its result would have nowhere to go."""
-    from stabkit.errors import ReportError
-
-    if out is not None and out.exists() and not out.is_dir():
-        raise ReportError(f"--out {out} is a file; name a directory")
-    if json_ not in (None, "-") and not Path(str(json_)).absolute().parent.is_dir():
-        raise ReportError(f"--json {json_}: the directory does not exist; create it first")

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from stabkit.cli.console import guarded, say, screen, stdout_to_stderr
-from stabkit.cli.options import Debug, FactoryArgs, Input, ModelName, Seed, json_object
+from stabkit.cli.console import say, screen, stdout_to_stderr
+from stabkit.cli.options import Loading, command
 
 if TYPE_CHECKING:
     import torch
@@ -39,6 +39,7 @@ IN_REPORT = (*OF_REPORT, "spectrum", *OF_EXPONENTS)
 RECURRENT = ("RNN", "LSTM", "GRU", "RNNCell", "LSTMCell", "GRUCell")
 
 
+@command
 def plot(
     source: Annotated[
         str,
@@ -49,13 +50,11 @@ def plot(
         ),
     ],
     kind: Annotated[str, typer.Argument(help=f"One of {', '.join(KINDS)}.")],
+    loading: Loading,
     out: Annotated[
         Path | None,
         typer.Option(help="A .png, .svg or .pdf file, KIND.png by default; flow-map also .gif.", metavar="FILE"),
     ] = None,
-    model: ModelName = None,
-    input_: Input = None,
-    factory_args: FactoryArgs = None,
     step: Annotated[
         str | None, typer.Option(help="Which step spectrum, pseudospectra and field show: its name or number.")
     ] = None,
@@ -65,35 +64,29 @@ def plot(
     quantity: Annotated[
         str, typer.Option(help="What growth and training show of a run: growth, gradient_norm, update_ratio, ...")
     ] = "growth",
-    seed: Seed = 0,
-    debug: Debug = False,
 ) -> None:
     """Draw a saved report, a monitored run, or a model."""
-    with guarded(debug):
-        from stabkit.errors import ReportError
-        from stabkit.monitor import is_run
-        from stabkit.report import files
+    from stabkit.errors import ReportError
+    from stabkit.monitor import is_run
+    from stabkit.report import files
 
-        if kind not in KINDS:
-            near = difflib.get_close_matches(kind, KINDS, n=1)
-            guess = f"; did you mean {near[0]}?" if near else ""
-            raise ReportError(f"no plot is called {kind!r}; there are: {', '.join(KINDS)}{guess}")
-        target = out or Path(f"{kind}.png")
-        if kind == "training" or is_run(source):
-            figure = _of_run(source, kind, quantity)
-        elif _is_report(source, kind, model):
-            figure = _of_report(source, kind, step)
-        else:
-            from stabkit import checkpoints
-
-            with stdout_to_stderr():
-                arguments = json_object("--factory-args", factory_args)
-                loaded = checkpoints.load(source, model=model, input=input_, factory_args=arguments, seed=seed)
-                if target.suffix.lower() == ".gif":
-                    say(screen(), f"wrote {_animation(loaded, kind, target)}")
-                    return
-                figure = _of_model(loaded, kind, step, count, seed)
-        say(screen(), f"wrote {files.write_figure(figure, target)}")
+    if kind not in KINDS:
+        near = difflib.get_close_matches(kind, KINDS, n=1)
+        guess = f"; did you mean {near[0]}?" if near else ""
+        raise ReportError(f"no plot is called {kind!r}; there are: {', '.join(KINDS)}{guess}")
+    target = out or Path(f"{kind}.png")
+    if kind == "training" or is_run(source):
+        figure = _of_run(source, kind, quantity)
+    elif _is_report(source, kind, loading.model):
+        figure = _of_report(source, kind, step)
+    else:
+        with stdout_to_stderr():
+            loaded = loading.load(source)
+            if target.suffix.lower() == ".gif":
+                say(screen(), f"wrote {_animation(loaded, kind, target)}")
+                return
+            figure = _of_model(loaded, kind, step, count, loading.seed)
+    say(screen(), f"wrote {files.write_figure(figure, target)}")
 
 
 def _is_report(source: str, kind: str, model: str | None) -> bool:

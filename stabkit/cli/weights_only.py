@@ -2,40 +2,33 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import typer
 
-from stabkit.cli.console import FOUND, progress_bar, say, screen
-from stabkit.cli.options import is_accused, write_json
+from stabkit.cli.console import FOUND, progress_bar, say
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from stabkit.checkpoints import ArchitectureMissingError
+    from stabkit.cli.options import Output
     from stabkit.weights import WeightsReport
 
 
-def run(
-    missing: ArchitectureMissingError,
-    activation: str,
-    seed: int,
-    *,
-    out: Path | None,
-    json_: str | None,
-    fail_on: str | None,
-) -> None:
+def run(missing: ArchitectureMissingError, activation: str, seed: int, output: Output) -> None:
     """Measure the weights alone, and say that this is the weaker statement and how to get the stronger one."""
     from stabkit.errors import StabkitError
     from stabkit.meanfield import activation_names
     from stabkit.weights import analyze_weights
 
-    if fail_on is not None and not is_accused(fail_on, "non_finite", "critical"):
-        raise StabkitError(f"--fail-on {fail_on} is a finding about a model, and there are only weights. {missing}")
+    if output.fail_on is not None and not output.accuses("non_finite", "critical"):
+        raise StabkitError(
+            f"--fail-on {output.fail_on} is a finding about a model, and there are only weights. {missing}"
+        )
     if activation not in activation_names():
         raise StabkitError(f"--activation {activation!r}; accepted: {', '.join(activation_names())}")
-    human = screen(stderr=json_ == "-")
+    human = output.screen()
     stored = missing.weights
     with progress_bar() as progress:
         report = analyze_weights(
@@ -47,11 +40,11 @@ def run(
             progress=progress,
         )
     _print(report, str(missing), human)
-    if out is not None:
-        out.mkdir(parents=True, exist_ok=True)
-        say(human, f"wrote {report.save(out / 'weights.json')}")
-    write_json(report.to_dict(), json_, human)
-    if report.non_finite and fail_on is not None:
+    if output.out is not None:
+        output.out.mkdir(parents=True, exist_ok=True)
+        say(human, f"wrote {report.save(output.out / 'weights.json')}")
+    output.write_json(report.to_dict())
+    if report.non_finite and output.fail_on is not None:
         raise typer.Exit(FOUND)
 
 

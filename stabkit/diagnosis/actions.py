@@ -11,13 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from stabkit.diagnosis.finding import Action
-from stabkit.errors import StabkitError
+from stabkit.errors import ArgumentError
 
 FORMS = ("scale", "redraw", "fill", "orthogonalise", "add_skip", "insert_norm", "activate", "convert")
-
-
-class ActionError(StabkitError, ValueError):
-    """A remedy cannot be carried out on this model."""
 
 
 class Skip(nn.Module):
@@ -36,7 +32,7 @@ def carry_out(model: nn.Module, actions: Sequence[Action], seed: int = 0) -> Non
     """Change a model in place.
 
     Raises:
-        ActionError: an action names something that the model does not have, or is of an unknown form.
+        ArgumentError: an action names something that the model does not have, or is of an unknown form.
     """
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -51,7 +47,7 @@ def carried_out(model: nn.Module, actions: Sequence[Action], seed: int = 0) -> I
     Graphs that were recorded before stay valid, and memory grows by what is changed alone.
 
     Raises:
-        ActionError: an action cannot be carried out, or not for a while only (a change of dtype).
+        ArgumentError: an action cannot be carried out, or not for a while only (a change of dtype).
     """
     generator = torch.Generator().manual_seed(seed)
     with contextlib.ExitStack() as undoing:
@@ -65,11 +61,11 @@ def carried_out(model: nn.Module, actions: Sequence[Action], seed: int = 0) -> I
 def _stand_in(model: nn.Module, action: Action, undoing: contextlib.ExitStack) -> None:
     """Put a copy in the place of what an action changes, and see to it that the original comes back."""
     if action.get("action") == "convert":
-        raise ActionError("a model is not run in another dtype for a while: its inputs would have to be converted too")
+        raise ArgumentError("a model is not run in another dtype for a while, which its inputs are not in")
     if "parameter" in action:
         held = parameter(model, action["parameter"])
         if held.is_meta:
-            raise ActionError(f"the values of {action['parameter']!r} are not in memory")
+            raise ArgumentError(f"the values of {action['parameter']!r} are not in memory")
         fresh = nn.Parameter(held.detach().clone(), requires_grad=held.requires_grad)
         for module in list(model.modules()):  # a tied parameter has several places
             for name in [n for n, p in module._parameters.items() if p is held]:
@@ -95,7 +91,7 @@ def _act(model: nn.Module, action: Action, generator: torch.Generator) -> None:
         "convert": lambda: _convert(model, action["dtype"]),
     }
     if form not in doing:
-        raise ActionError(f"action {form!r} is unknown; known are {', '.join(FORMS)}")
+        raise ArgumentError(f"action {form!r} is unknown; known are {', '.join(FORMS)}")
     doing[form]()
 
 
@@ -135,7 +131,7 @@ def _span(model: nn.Module, first: str, last: str | None) -> list[str]:
     names = list(owner._modules)
     stop = last.rpartition(".")[2]
     if not isinstance(owner, nn.Sequential) or start not in names or stop not in names:
-        raise ActionError(f"{first!r} to {last!r} are not children of one nn.Sequential")
+        raise ArgumentError(f"{first!r} to {last!r} are not children of one nn.Sequential")
     return [f"{parent}.{name}".lstrip(".") for name in names[names.index(start) : names.index(stop) + 1]]
 
 
@@ -175,7 +171,7 @@ def parameter(model: nn.Module, path: str) -> nn.Parameter:
     """A parameter by its path."""
     found = dict(model.named_parameters(remove_duplicate=False)).get(path)
     if found is None:
-        raise ActionError(f"the model has no parameter {path!r}; is it the one that was diagnosed?")
+        raise ArgumentError(f"the model has no parameter {path!r}; is it the one that was diagnosed?")
     return found
 
 
@@ -183,7 +179,7 @@ def _module(model: nn.Module, path: str) -> nn.Module:
     try:
         return model.get_submodule(path)
     except AttributeError:
-        raise ActionError(f"the model has no module {path!r}; is it the one that was diagnosed?") from None
+        raise ArgumentError(f"the model has no module {path!r}; is it the one that was diagnosed?") from None
 
 
 def _replace(model: nn.Module, path: str, module: nn.Module) -> None:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
+
+from stabkit.results import Result
 
 KINDS = (
     "exploding",
@@ -26,7 +28,7 @@ Action = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
-class Finding:
+class Finding(Result):
     """One diagnosed fact.
 
     Attributes:
@@ -53,10 +55,6 @@ class Finding:
     reference: str
     numbers: Mapping[str, float] = field(default_factory=dict, compare=False)
     actions: tuple[Action, ...] = field(default=(), compare=False)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values, ready for JSON."""
-        return asdict(self)
 
 
 def serious(finding: Finding) -> bool:

@@ -9,11 +9,12 @@ from typing import Any
 
 from torch import nn
 
-from stabkit.diagnosis.actions import ActionError, carry_out
+from stabkit.diagnosis.actions import carry_out
 from stabkit.diagnosis.examination import examine
 from stabkit.diagnosis.finding import Finding, serious
 from stabkit.diagnosis.suspects import Diagnosis
 from stabkit.diagnosis.thresholds import Thresholds
+from stabkit.errors import ArgumentError
 from stabkit.tracing import trace
 
 
@@ -26,7 +27,7 @@ def apply(model: nn.Module, finding: Finding, *, seed: int = 0) -> int:
         seed: of weights that are drawn anew.
 
     Raises:
-        ActionError: an action names something that the model does not have, or is of an unknown form; a ValueError.
+        ArgumentError: an action names something that the model does not have, or is of an unknown form.
 
     Example:
         >>> import torch, stabkit
@@ -100,7 +101,7 @@ def treat(
         **tracing: further options of `stabkit.trace`, such as ``batch_dim``.
 
     Raises:
-        ActionError: the model is no ``torch.nn.Module``, of which a copy could be made.
+        ArgumentError: the model is no ``torch.nn.Module``, of which a copy could be made.
         TraceError: the model could not be traced.
 
     Example:
@@ -113,7 +114,7 @@ def treat(
         ([('exploding', '7'), ('vanishing', '2')], True)
     """
     if not isinstance(model, nn.Module):
-        raise ActionError(
+        raise ArgumentError(
             f"model is a {type(model).__name__}; treat copies and changes modules: give a torch.nn.Module"
         )
     treated = copy.deepcopy(model)

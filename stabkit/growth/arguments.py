@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from stabkit.errors import TraceError
+from stabkit.errors import ArgumentTypeError, TraceError
 from stabkit.growth.frames import sizes
 from stabkit.tracing import Flow, Iteration
 
@@ -14,10 +14,10 @@ def check_flow(flow: Any) -> None:
     """Refuse anything but a flow.
 
     Raises:
-        TypeError: it is something else.
+        ArgumentTypeError: it is something else.
     """
     if not isinstance(flow, Flow | Iteration):
-        raise TypeError(
+        raise ArgumentTypeError(
             f"flow is a {type(flow).__name__}; expected what stabkit.trace, iterate or recurrent_flow returns"
         )
 
@@ -26,7 +26,7 @@ def checked_k(flow: Flow | Iteration, k: int | None, default: int) -> int:
     """How many directions to follow: what was asked for, or all up to ``default``.
 
     Raises:
-        TypeError: ``flow`` is no flow.
+        ArgumentTypeError: ``flow`` is no flow.
         TraceError: the narrowest state has fewer directions, or the flow has no steps.
     """
     check_flow(flow)

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from stabkit.errors import TraceError
+from stabkit.errors import ArgumentError, TraceError
 from stabkit.tracing import Flow, Iteration
 from stabkit.tracing.iteration import Tangents
 
@@ -200,7 +200,7 @@ class _Sweep:
         if piece.multiply is not None:
             return self.single(piece.multiply, piece.steps).cpu().unsqueeze(0)
         if piece.dense is None:
-            raise ValueError("tangents come as products or as Jacobians; these are neither")
+            raise ArgumentError("tangents come as products or as Jacobians; these are neither")
         J = wide(piece.dense).cpu()
         if not bool(J.isfinite().all()):
             raise TraceError(_not_finite(int((~J.isfinite()).flatten(1).any(1).nonzero()[0]) + piece.steps.start))

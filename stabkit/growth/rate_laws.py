@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
+
+from stabkit.errors import ArgumentError
+from stabkit.results import Result
 
 Array = npt.NDArray[np.float64]
 
@@ -19,7 +21,7 @@ _SHIFTS = 60
 
 
 @dataclass(frozen=True)
-class RateLaw:
+class RateLaw(Result):
     """Which law log growth follows over depth or time.
 
     Attributes:
@@ -43,10 +45,6 @@ class RateLaw:
     margin: float
     points: int
 
-    def to_dict(self) -> dict[str, Any]:
-        """Plain floats, ready for JSON."""
-        return {**vars(self), "aic": dict(self.aic)}
-
 
 def rate_law(logs: Tensor | Array, *, places: Array | None = None, decisive: float = DECISIVE) -> RateLaw:
     """The law that logs of norms follow over the states, by Akaike's information criterion.
@@ -61,7 +59,7 @@ def rate_law(logs: Tensor | Array, *, places: Array | None = None, decisive: flo
         decisive: the difference in AIC that an exponential must have.
 
     Raises:
-        ValueError: fewer than 7 states, or values that are not finite.
+        ArgumentError: fewer than 7 states, or values that are not finite.
 
     Source:
         Burnham and Anderson, "Model selection and multimodel inference" (2002).
@@ -75,12 +73,14 @@ def rate_law(logs: Tensor | Array, *, places: Array | None = None, decisive: flo
     values = np.asarray(logs.detach().cpu() if isinstance(logs, Tensor) else logs, dtype=float)
     values = values.mean(axis=1) if values.ndim == 2 else values
     if values.ndim != 1 or len(values) < 7:
-        raise ValueError(f"logs has shape {np.shape(logs)}; expected (states,) or (states, samples), at least 7 states")
+        raise ArgumentError(
+            f"logs has shape {np.shape(logs)}; expected (states,) or (states, samples), at least 7 states"
+        )
     if not np.isfinite(values).all():
-        raise ValueError("logs has values that are not finite: leave out the steps that pass nothing back")
+        raise ArgumentError("logs has values that are not finite: leave out the steps that pass nothing back")
     depth: Array = np.arange(len(values), dtype=float) if places is None else np.asarray(places, dtype=float)
     if depth.shape != values.shape or depth[0] < 0 or (np.diff(depth) <= 0).any():
-        raise ValueError(f"places has shape {depth.shape}; expected {len(values)} numbers that increase from 0")
+        raise ArgumentError(f"places has shape {depth.shape}; expected {len(values)} numbers that increase from 0")
     floor = (_NOISE * max(1.0, float(np.ptp(values)))) ** 2 * len(values)
     constant = float(((values - values.mean()) ** 2).sum())
     _, rate, straight = _line(depth, values)

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
+from stabkit.errors import ArgumentError
+from stabkit.results import Result
+
 Array = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True)
-class Interval:
+class Interval(Result):
     """A mean with a bootstrap interval.
 
     Attributes:
@@ -35,11 +37,6 @@ class Interval:
     seeds: tuple[int, ...]
     confidence: float
 
-    def to_dict(self) -> dict[str, Any]:
-        """Plain lists, ready for JSON."""
-        named = {name: value.tolist() if isinstance(value, np.ndarray) else value for name, value in vars(self).items()}
-        return {**named, "seeds": list(self.seeds)}
-
 
 def over_samples(values: Tensor | Array, *, confidence: float = 0.95, resamples: int = 2000, seed: int = 0) -> Interval:
     """The mean over samples with a bootstrap interval: a statement about this network, on inputs like these.
@@ -54,7 +51,7 @@ def over_samples(values: Tensor | Array, *, confidence: float = 0.95, resamples:
         seed: of the bootstrap.
 
     Raises:
-        ValueError: there are fewer than two samples.
+        ArgumentError: there are fewer than two samples.
 
     Source: Efron, "Bootstrap methods: another look at the jackknife" (1979).
 
@@ -66,7 +63,7 @@ def over_samples(values: Tensor | Array, *, confidence: float = 0.95, resamples:
     """
     array = _array(values)
     if len(array) < 2:
-        raise ValueError(f"values has {len(array)} sample; an interval needs at least 2")
+        raise ArgumentError(f"values has {len(array)} sample; an interval needs at least 2")
     rng = np.random.default_rng(seed)
     means = np.stack([array[rng.integers(0, len(array), len(array))].mean(axis=0) for _ in range(resamples)])
     low, high = _bounds(means, confidence)
@@ -95,7 +92,7 @@ def over_seeds(
         seed: of the bootstrap.
 
     Raises:
-        ValueError: there are fewer than two seeds.
+        ArgumentError: there are fewer than two seeds.
 
     Source: Davison and Hinkley, "Bootstrap methods and their application" (1997), section 3.8.
 
@@ -107,7 +104,7 @@ def over_seeds(
     """
     chosen = tuple(seeds)
     if len(chosen) < 2:
-        raise ValueError(f"seeds={chosen}; an interval over initialisations needs at least 2")
+        raise ArgumentError(f"seeds={chosen}; an interval over initialisations needs at least 2")
     groups = [_array(measure(s)) for s in chosen]
     rng = np.random.default_rng(seed)
     means = []
@@ -122,13 +119,13 @@ def over_seeds(
 def _array(values: Tensor | Array) -> Array:
     array: Array = np.asarray(values.detach().cpu() if isinstance(values, Tensor) else values, dtype=float)
     if array.ndim == 0 or len(array) == 0:
-        raise ValueError(f"values has shape {array.shape}; expected (samples, ...)")
+        raise ArgumentError(f"values has shape {array.shape}; expected (samples, ...)")
     return array
 
 
 def _bounds(means: Array, confidence: float) -> tuple[Array, Array]:
     if not 0 < confidence < 1:
-        raise ValueError(f"confidence={confidence}; expected a probability between 0 and 1")
+        raise ArgumentError(f"confidence={confidence}; expected a probability between 0 and 1")
     tail = 50 * (1 - confidence)
     low, high = np.percentile(means, [tail, 100 - tail], axis=0)
     return np.asarray(low), np.asarray(high)

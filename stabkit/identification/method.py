@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from stabkit.errors import TraceError
+from stabkit.errors import ArgumentError, TraceError
 from stabkit.identification.flow_index import Surroundings
 from stabkit.identification.grouping import groups
 from stabkit.identification.iterated import read_iteration
@@ -81,7 +81,7 @@ def by_step(identifications: Sequence[Identification], n_steps: int) -> tuple[Id
         n_steps: how many steps the flow has.
 
     Raises:
-        ValueError: the records do not cover the steps exactly once.
+        ArgumentError: the records do not cover the steps exactly once.
     """
     found: dict[int, Identification] = {}
     for record in identifications:
@@ -89,11 +89,11 @@ def by_step(identifications: Sequence[Identification], n_steps: int) -> tuple[Id
         for place, index in enumerate(record.steps, 1):
             part = record if count == 1 else replace(
                 record, name=f"{record.name}, part {place} of {count}", method=None, skip=None, step_size=None,
-                residual=None, steps=(index,),
+                residual=None, steps=(index,), recorded=(),
             )  # fmt: skip
             if index in found:
-                raise ValueError(f"step {index} belongs to two records; give those of one call of identify")
+                raise ArgumentError(f"step {index} belongs to two records; give those of one call of identify")
             found[index] = part
     if sorted(found) != list(range(n_steps)):
-        raise ValueError(f"the records cover steps {sorted(found)}; expected each of 0 to {n_steps - 1} once")
+        raise ArgumentError(f"the records cover steps {sorted(found)}; expected each of 0 to {n_steps - 1} once")
     return tuple(found[index] for index in range(n_steps))

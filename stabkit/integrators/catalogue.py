@@ -9,7 +9,7 @@ from fractions import Fraction
 from functools import cache, lru_cache
 from typing import Any
 
-from stabkit.errors import StabkitError
+from stabkit.errors import ArgumentTypeError, StabkitError
 from stabkit.integrators import (
     chebyshev,
     explicit_runge_kutta,
@@ -92,7 +92,7 @@ def named(name: str, **parameters: Any) -> Any:
 
     Raises:
         UnknownMethodError: no method has this name; the message suggests near ones.
-        TypeError: the method does not take these parameters.
+        ArgumentTypeError: the method does not take these parameters.
 
     Example:
         >>> named("Runge-Kutta 4").order
@@ -120,7 +120,7 @@ def named(name: str, **parameters: Any) -> Any:
     wrong = sorted(set(parameters | inline) - set(accepted))
     if wrong or len(positional) > max(len(accepted), 2):
         takes = ", ".join(f"{k}={v}" for k, v in accepted.items()) or "no parameters"
-        raise TypeError(f"{base} does not take {', '.join(wrong) or positional}; it takes {takes}")
+        raise ArgumentTypeError(f"{base} does not take {', '.join(wrong) or positional}; it takes {takes}")
     return build(*positional, **inline, **parameters)
 
 

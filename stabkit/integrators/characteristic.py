@@ -16,6 +16,7 @@ from functools import cached_property, reduce
 import numpy as np
 import numpy.typing as npt
 
+from stabkit.errors import ArgumentError
 from stabkit.integrators import rational_polynomials as poly
 from stabkit.integrators.rational_matrices import Matrix, determinant, matmul
 
@@ -63,10 +64,10 @@ class Characteristic:
         """N of R(z) = N(z) / D(z), constant term first; for one state only.
 
         Raises:
-            ValueError: the method has several states.
+            ArgumentError: the method has several states.
         """
         if self.states != 1:
-            raise ValueError(f"the method has {self.states} states; R(z) = N(z)/D(z) exists for one state only")
+            raise ArgumentError(f"the method has {self.states} states; R(z) = N(z)/D(z) exists for one state only")
         return tuple(-c for c in self.rows[0])
 
     @property

@@ -9,6 +9,7 @@ from __future__ import annotations
 from fractions import Fraction
 from typing import Any
 
+from stabkit.errors import ArgumentError
 from stabkit.integrators.construction import from_butcher
 from stabkit.integrators.entries import Entry
 from stabkit.integrators.general_linear import GeneralLinearMethod
@@ -41,7 +42,7 @@ def rkc1(s: int = 5, damping: Any = 0) -> GeneralLinearMethod:
         damping: eps in w0 = 1 + eps / s^2; 0 gives the longest interval, exactly 2 s^2.
 
     Raises:
-        ValueError: ``s`` is below 1 or ``damping`` is negative.
+        ArgumentError: ``s`` is below 1 or ``damping`` is negative.
 
     Example:
         >>> float(rkc1(5).real_interval())
@@ -66,7 +67,7 @@ def rkc2(s: int = 5, damping: Any = Fraction(2, 13)) -> GeneralLinearMethod:
         damping: eps in w0 = 1 + eps / s^2, 2/13 in the code.
 
     Raises:
-        ValueError: ``s`` is below 2 or ``damping`` is negative.
+        ArgumentError: ``s`` is below 2 or ``damping`` is negative.
 
     Example:
         >>> rkc2(4).order
@@ -88,10 +89,10 @@ def rkc2(s: int = 5, damping: Any = Fraction(2, 13)) -> GeneralLinearMethod:
 
 def _shift(s: int, damping: Any, *, least: int) -> Fraction:
     if s < least:
-        raise ValueError(f"s={s} stages; this method needs at least {least}")
+        raise ArgumentError(f"s={s} stages; this method needs at least {least}")
     eps = to_fraction(damping)
     if eps < 0:
-        raise ValueError(f"damping={damping} is negative; use 0 for none or a small positive number such as 2/13")
+        raise ArgumentError(f"damping={damping} is negative; use 0 for none or a small positive number such as 2/13")
     return 1 + eps / (s * s)
 
 

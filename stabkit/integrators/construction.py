@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from fractions import Fraction
 from typing import Any
 
+from stabkit.errors import ArgumentError
 from stabkit.integrators.general_linear import GeneralLinearMethod, Tableau, from_tableau
 from stabkit.integrators.rational_matrices import Matrix, identity, matmul, solve
 from stabkit.integrators.tableau_entries import entries_are_exact, to_fraction
@@ -26,7 +27,7 @@ def from_butcher(
         **options: passed to :class:`GeneralLinearMethod`.
 
     Raises:
-        ValueError: the shapes do not fit.
+        ArgumentError: the shapes do not fit.
 
     Example:
         >>> from_butcher([[], ["1/2"]], [0, 1], name="midpoint").order
@@ -34,7 +35,7 @@ def from_butcher(
     """
     s = len(b)
     if len(A) != s or any(len(row) > s for row in A):
-        raise ValueError(
+        raise ArgumentError(
             f"A has rows of length {[len(row) for row in A]} for {s} weights b; expected {s} rows of at most {s}"
         )
     full = [[*row, *([0] * (s - len(row)))] for row in A]
@@ -58,7 +59,7 @@ def from_shu_osher(
         source: where the coefficients are from.
 
     Raises:
-        ValueError: the shapes do not fit.
+        ArgumentError: the shapes do not fit.
 
     Example:
         >>> ssp22 = from_shu_osher([[1, 0], ["1/2", "1/2"]], [[1, 0], [0, "1/2"]])
@@ -68,7 +69,7 @@ def from_shu_osher(
     a, b = ([[to_fraction(x) for x in row] for row in block] for block in (alpha, beta))
     s = len(a[0]) if a else 0
     if len(a) not in (s, s + 1) or len(b) != len(a) or any(len(row) != s for row in [*a, *b]):
-        raise ValueError(
+        raise ArgumentError(
             f"alpha has {len(a)} rows of length {[len(row) for row in a]}, beta {len(b)} of "
             f"{[len(row) for row in b]}; both must be (s, s) or (s + 1, s)"
         )
@@ -99,7 +100,7 @@ def from_multistep(
         source: where the coefficients are from.
 
     Raises:
-        ValueError: the lengths differ, k = 0, or ``alpha[k]`` is 0.
+        ArgumentError: the lengths differ, k = 0, or ``alpha[k]`` is 0.
 
     Example:
         >>> leapfrog = from_multistep([-1, 0, 1], [0, 2, 0])
@@ -108,10 +109,10 @@ def from_multistep(
     """
     k = len(alpha) - 1
     if len(beta) != len(alpha) or k < 1:
-        raise ValueError(f"alpha has {len(alpha)} and beta {len(beta)} coefficients; both need k + 1 >= 2")
+        raise ArgumentError(f"alpha has {len(alpha)} and beta {len(beta)} coefficients; both need k + 1 >= 2")
     lead = to_fraction(alpha[k])
     if lead == 0:
-        raise ValueError("alpha[k] is 0; the newest value must appear: drop the last coefficients")
+        raise ArgumentError("alpha[k] is 0; the newest value must appear: drop the last coefficients")
     a = [-to_fraction(x) / lead for x in alpha[:k]][::-1]
     b = [to_fraction(x) / lead for x in beta]
     unit = identity(k)
@@ -140,7 +141,7 @@ def from_additive_butcher(
         source: where the coefficients are from.
 
     Raises:
-        ValueError: the tableaux have different numbers of stages.
+        ArgumentError: the tableaux have different numbers of stages.
 
     Example:
         >>> imex_euler = from_additive_butcher([([[0, 0], [1, 0]], [1, 0]), ([[0, 0], [0, 1]], [0, 1])])
@@ -149,7 +150,7 @@ def from_additive_butcher(
     """
     sizes = {len(b) for _, b in tableaux} | {len(A) for A, _ in tableaux}
     if len(sizes) != 1:
-        raise ValueError(f"the tableaux have {sorted(sizes)} stages; additive methods share their stages")
+        raise ArgumentError(f"the tableaux have {sorted(sizes)} stages; additive methods share their stages")
     s = sizes.pop()
     # An evaluation that nothing uses would only add a stage.
     used = [
@@ -220,7 +221,7 @@ def from_stability_function(
         source: where the function is from.
 
     Raises:
-        ValueError: D(0) = 0.
+        ArgumentError: D(0) = 0.
 
     Example:
         >>> from_stability_function([1, "1/2"], [1, "-1/2"]).is_A_stable
@@ -228,7 +229,7 @@ def from_stability_function(
     """
     N, D = ([to_fraction(c) for c in p] for p in (numerator, denominator))
     if not D or D[0] == 0:
-        raise ValueError("denominator has D(0) = 0; a step must be defined at z = 0")
+        raise ArgumentError("denominator has D(0) = 0; a step must be defined at z = 0")
     s = max(len(N), len(D)) - 1
     N, D = ([c / D[0] for c in p] + [_ZERO] * (s + 1 - len(p)) for p in (N, D))
     A = [[-d for d in D[1:]]] if s else []

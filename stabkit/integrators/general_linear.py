@@ -18,6 +18,7 @@ from typing import Any, NamedTuple, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
+from stabkit.errors import ArgumentError
 from stabkit.integrators import monotonicity, order_conditions
 from stabkit.integrators.characteristic import Characteristic, characteristic
 from stabkit.integrators.evaluation import evaluate
@@ -78,7 +79,7 @@ class GeneralLinearMethod(LinearStability):
             for an exact tableau and 4e-15 for floats.
 
     Raises:
-        ValueError: the shapes do not fit, an entry is not finite, or ``fields`` has a gap.
+        ArgumentError: the shapes do not fit, an entry is not finite, or ``fields`` has a gap.
 
     Example:
         >>> heun = GeneralLinearMethod([[0, 0], [1, 0]], [[1], [1]], [["1/2", "1/2"]], [[1]])
@@ -174,7 +175,7 @@ class GeneralLinearMethod(LinearStability):
             ``(..., r, r)``, complex; ``inf`` at a pole.
 
         Raises:
-            ValueError: the number of arrays is neither 1 nor the number of fields.
+            ArgumentError: the number of arrays is neither 1 nor the number of fields.
         """
         return evaluate((self.A, self.U, self.B, self.V), self.fields, self._arguments(z))
 
@@ -356,7 +357,7 @@ class GeneralLinearMethod(LinearStability):
             *factors: one real number for each field.
 
         Raises:
-            ValueError: the number of factors is not the number of fields.
+            ArgumentError: the number of factors is not the number of fields.
 
         Example:
             >>> imex = GeneralLinearMethod([[1, 0], [1, 0]], [[1], [1]], [[1, 1]], [[1]], fields=[1, 0])
@@ -364,7 +365,7 @@ class GeneralLinearMethod(LinearStability):
             inf
         """
         if len(factors) != self.n_fields:
-            raise ValueError(f"{len(factors)} factors for {self.n_fields} fields; give one number for each field")
+            raise ArgumentError(f"{len(factors)} factors for {self.n_fields} fields; give one number for each field")
         columns = [factors[f] for f in self.fields]
         return self._with_columns(columns, fields=(0,) * self.stages)
 
@@ -379,10 +380,10 @@ class GeneralLinearMethod(LinearStability):
             field: the number of the field; M then ignores the z of the others.
 
         Raises:
-            ValueError: the method has several fields already.
+            ArgumentError: the method has several fields already.
         """
         if self.n_fields != 1:
-            raise ValueError(f"the method has {self.n_fields} fields; only a one-field method can be moved")
+            raise ArgumentError(f"the method has {self.n_fields} fields; only a one-field method can be moved")
         return from_tableau(
             self.tableau, exact=self.is_exact, fields=(field,) * self.stages, name=self.name, source=self.source
         )
@@ -406,10 +407,10 @@ class GeneralLinearMethod(LinearStability):
             source: where the composition is from.
 
         Raises:
-            ValueError: the numbers of states differ.
+            ArgumentError: the numbers of states differ.
         """
         if other.states != self.states:
-            raise ValueError(
+            raise ArgumentError(
                 f"the first method has {self.states} states and the second {other.states}; "
                 "only methods with equally many states compose"
             )

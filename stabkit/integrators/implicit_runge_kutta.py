@@ -15,6 +15,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.polynomial import Legendre
 
+from stabkit.errors import ArgumentError
 from stabkit.integrators.construction import from_butcher
 from stabkit.integrators.entries import Entry
 from stabkit.integrators.general_linear import GeneralLinearMethod
@@ -54,7 +55,7 @@ def collocation_family(family: Family, s: int) -> GeneralLinearMethod:
         The method; rational where the nodes are, and with its exact Pade stability function always.
 
     Raises:
-        ValueError: too few stages.
+        ArgumentError: too few stages.
 
     Example:
         >>> collocation_family("radau_iia", 2).tableau.A[0]
@@ -62,7 +63,7 @@ def collocation_family(family: Family, s: int) -> GeneralLinearMethod:
     """
     least = 2 if family.startswith("lobatto") else 1
     if s < least:
-        raise ValueError(f"s={s} stages; {family} needs at least {least}")
+        raise ArgumentError(f"s={s} stages; {family} needs at least {least}")
     nodes = [_simplest(Fraction(c)) for c in _nodes(family, s)]
     top, bottom = {
         "gauss": (s, s), "radau_ia": (s - 1, s), "radau_iia": (s - 1, s), "lobatto_iiia": (s - 1, s - 1),

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
+from stabkit.errors import ArgumentError
 from stabkit.integrators.spectral_radius import (
     ComplexArray,
     FloatArray,
@@ -107,7 +108,7 @@ class LinearStability(ABC):
     def _arguments(self, z: tuple[npt.ArrayLike, ...]) -> list[ComplexArray]:
         """One complex array for each field, broadcast together."""
         if len(z) not in (1, self.n_fields):
-            raise ValueError(
+            raise ArgumentError(
                 f"{len(z)} values of z for {self.n_fields} field(s); give one for each field, or one for all"
             )
         arrays = [np.asarray(a, dtype=complex) for a in z] * (self.n_fields if len(z) == 1 else 1)

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from fractions import Fraction
 from functools import partial
 
+from stabkit.errors import ArgumentError
 from stabkit.integrators import rational_polynomials as poly
 from stabkit.integrators.construction import from_multistep
 from stabkit.integrators.entries import Entry
@@ -101,7 +102,7 @@ def _difference(k: int, back: int) -> list[Fraction]:
 
 def _at_least(k: int, least: int) -> None:
     if k < least:
-        raise ValueError(f"k={k} steps; this method needs at least {least}")
+        raise ArgumentError(f"k={k} steps; this method needs at least {least}")
 
 
 # (steps, order): (alpha, beta), oldest first

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from stabkit.errors import ArgumentError
 from stabkit.integrators.construction import from_butcher, from_stability_function
 from stabkit.integrators.entries import Entry
 from stabkit.integrators.general_linear import GeneralLinearMethod
@@ -37,7 +38,7 @@ def damped_euler(lam: Any = Fraction(1, 5), form: Form = "in_resnet") -> General
         A one-state method; its region is the disc of centre -(1-lam)/c and radius 1/c, c the factor of z.
 
     Raises:
-        ValueError: ``lam`` is not finite, or ``form`` is unknown.
+        ArgumentError: ``lam`` is not finite, or ``form`` is unknown.
 
     Example:
         >>> damped = damped_euler(Fraction(1, 5))
@@ -47,7 +48,7 @@ def damped_euler(lam: Any = Fraction(1, 5), form: Form = "in_resnet") -> General
         1
     """
     if not math.isfinite(lam):
-        raise ValueError(f"lam={lam}; give a finite number, 0 for a residual network, 1 for a plain one")
+        raise ArgumentError(f"lam={lam}; give a finite number, 0 for a residual network, 1 for a plain one")
     x = _number(lam)
     factors = {"in_resnet": (1 - x, 1), "lambda_in_resnet": (1 - x, 1 + x)}
     if form == "exponential":
@@ -56,7 +57,7 @@ def damped_euler(lam: Any = Fraction(1, 5), form: Form = "in_resnet") -> General
     elif form in factors:
         keep, gain = factors[form]
     else:
-        raise ValueError(f"form={form!r}; choose 'in_resnet', 'lambda_in_resnet' or 'exponential'")
+        raise ArgumentError(f"form={form!r}; choose 'in_resnet', 'lambda_in_resnet' or 'exponential'")
     return GeneralLinearMethod([[0]], [[1]], [[gain]], [[keep]], name=f"{form}(lam={lam})", source=_YANG)
 
 
@@ -85,10 +86,10 @@ def gated(gate: Any = Fraction(1, 2)) -> GeneralLinearMethod:
         gate: the update gate (GRU), transform gate (highway) or leak rate, in [0, 1].
 
     Raises:
-        ValueError: ``gate`` lies outside [0, 1].
+        ArgumentError: ``gate`` lies outside [0, 1].
     """
     if not 0 <= gate <= 1:
-        raise ValueError(f"gate={gate}; a gate lies between 0 and 1")
+        raise ArgumentError(f"gate={gate}; a gate lies between 0 and 1")
     g = _number(gate)
     return GeneralLinearMethod(
         [[0]], [[1]], [[g]], [[1 - g]], name=f"gated(gate={gate})",
@@ -203,14 +204,14 @@ def stochastic_depth(survival: Any = Fraction(4, 5), rescaled: bool = False) -> 
             centre -p and radius p instead of Euler's.
 
     Raises:
-        ValueError: ``survival`` lies outside (0, 1].
+        ArgumentError: ``survival`` lies outside (0, 1].
 
     Example:
         >>> stochastic_depth(Fraction(4, 5), rescaled=True).real_interval()
         1.6
     """
     if not 0 < survival <= 1:
-        raise ValueError(f"survival={survival}; a probability in (0, 1] is needed")
+        raise ArgumentError(f"survival={survival}; a probability in (0, 1] is needed")
     p = _number(survival)
     outcomes = [scaled_residual(1 / p if rescaled else 1), scaled_residual(0)]
     return MeanSquareMethod(

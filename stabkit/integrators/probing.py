@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from stabkit.errors import ArgumentError
 from stabkit.integrators.construction import from_stability_function
 from stabkit.integrators.general_linear import GeneralLinearMethod, Tableau, from_tableau
 from stabkit.integrators.rational_matrices import Matrix
@@ -103,7 +104,7 @@ def from_step_function(step: Step, *, states: int = 1, fields: int = 1, name: st
         stability function (one state and one field only).
 
     Raises:
-        ValueError: the step is not linear in the states, or R(z) is no rational function of degree up to 16.
+        ArgumentError: the step is not linear in the states, or R(z) is no rational function of degree up to 16.
 
     Example:
         >>> def midpoint(f, y):
@@ -115,7 +116,7 @@ def from_step_function(step: Step, *, states: int = 1, fields: int = 1, name: st
         return _from_linear_forms(step, states, fields, name)
     except (TypeError, AttributeError, ValueError) as error:
         if states != 1 or fields != 1:
-            raise ValueError(
+            raise ArgumentError(
                 f"the step is not linear arithmetic on its states ({error}); with states={states} and "
                 f"fields={fields} it can only be read from linear arithmetic"
             ) from error
@@ -206,10 +207,10 @@ def _fitted_rational(step: Step) -> tuple[list[Any], list[Any]]:
     try:
         R = np.array([complex(step(lambda y, a=a: a * y, 1.0 + 0j)) for a in z])
     except (TypeError, AttributeError) as error:
-        raise ValueError(f"the step could not be run on complex numbers: {error}") from error
+        raise ArgumentError(f"the step could not be run on complex numbers: {error}") from error
     scaled = np.array([complex(step(lambda y, a=a: a * y, 2.0 + 0j)) for a in z[:4]])
     if not np.all(np.isfinite(R)) or np.abs(scaled - 2 * R[:4]).max() > 1e-9 * np.abs(R[:4]).max():
-        raise ValueError("the step is not linear in y on the test problem y' = z y; remove constants from it")
+        raise ArgumentError("the step is not linear in y on the test problem y' = z y; remove constants from it")
     for degree in range(_HIGHEST_DEGREE + 1):
         for bottom in sorted({0, degree}):
             powers = z[:, None] ** np.arange(max(degree, bottom) + 1)
@@ -222,7 +223,7 @@ def _fitted_rational(step: Step) -> tuple[list[Any], list[Any]]:
                 found = _recognised(solution, degree, z, R)
                 if _holds_far_out(step, *found):
                     return found
-    raise ValueError(
+    raise ArgumentError(
         f"R(z) is no rational function of degree up to {_HIGHEST_DEGREE}; give a StabilityFunction instead"
     )
 

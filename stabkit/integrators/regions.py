@@ -16,6 +16,7 @@ from functools import cached_property
 import numpy as np
 import numpy.typing as npt
 
+from stabkit.errors import ArgumentError
 from stabkit.integrators.characteristic import Characteristic
 from stabkit.integrators.general_linear import GeneralLinearMethod
 from stabkit.integrators.level_sets import level_set
@@ -260,7 +261,9 @@ def _enclosed(curve: Curve) -> float:
 def _checked_box(box: Sequence[float]) -> Box:
     left, right, bottom, top = (float(x) for x in box)
     if not (left < right and bottom < top):
-        raise ValueError(f"box={tuple(box)} is empty; give (left, right, bottom, top) with left < right, bottom < top")
+        raise ArgumentError(
+            f"box={tuple(box)} is empty; give (left, right, bottom, top) with left < right, bottom < top"
+        )
     return left, right, bottom, top
 
 

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from stabkit.errors import ArgumentError
 from stabkit.integrators.construction import from_additive_butcher, from_butcher, from_partitioned_butcher
 from stabkit.integrators.entries import Entry
 from stabkit.integrators.general_linear import GeneralLinearMethod
@@ -28,10 +29,10 @@ def sub_step(base: GeneralLinearMethod, field: int, h: Any = 1) -> GeneralLinear
         h: the fraction of the step.
 
     Raises:
-        ValueError: ``base`` has several fields.
+        ArgumentError: ``base`` has several fields.
     """
     if base.n_fields != 1:
-        raise ValueError(f"base has {base.n_fields} fields; a sub-step is made from a one-field method")
+        raise ArgumentError(f"base has {base.n_fields} fields; a sub-step is made from a one-field method")
     part = base.scaled(h)
     return part.on_field(field)
 

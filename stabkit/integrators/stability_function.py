@@ -9,6 +9,7 @@ from fractions import Fraction
 import numpy as np
 import numpy.typing as npt
 
+from stabkit.errors import ArgumentError
 from stabkit.integrators import rational_polynomials as poly
 from stabkit.integrators.general_linear import GeneralLinearMethod
 from stabkit.integrators.linear_stability import POINT_TOLERANCE, LinearStability
@@ -110,7 +111,7 @@ class MeanSquareMethod(LinearStability):
         source: where the step is from.
 
     Raises:
-        ValueError: the numbers differ or the probabilities do not sum to 1.
+        ArgumentError: the numbers differ or the probabilities do not sum to 1.
 
     Example:
         >>> euler = GeneralLinearMethod([[0]], [[1]], [[1]], [[1]])
@@ -128,12 +129,12 @@ class MeanSquareMethod(LinearStability):
         source: str = "",
     ) -> None:
         if len(outcomes) != len(probabilities) or abs(sum(map(float, probabilities)) - 1) > 1e-12:
-            raise ValueError(
+            raise ArgumentError(
                 f"{len(outcomes)} outcomes with probabilities {list(probabilities)}; "
                 "give one probability for each, summing to 1"
             )
         if len({m.states for m in outcomes}) != 1 or not all(m.is_explicit and m.n_fields == 1 for m in outcomes):
-            raise ValueError("outcomes must be explicit one-field methods with equally many states")
+            raise ArgumentError("outcomes must be explicit one-field methods with equally many states")
         self.outcomes, self.probabilities = tuple(outcomes), tuple(probabilities)
         self.states = outcomes[0].states
         self.name, self.source = name, source
@@ -192,7 +193,7 @@ class MeanSquareMethod(LinearStability):
 
     def _limit(self, mirror: Callable[[Sequence[Fraction]], list[Fraction]] | None, tolerance: float | None) -> float:
         if self.states != 1:
-            raise ValueError(f"mean-square intervals need one state, found {self.states}: use amplification(z)")
+            raise ArgumentError(f"mean-square intervals need one state, found {self.states}: use amplification(z)")
         margin: poly.Polynomial = [(1 + Fraction(repr(float(tolerance or 0)))) ** 2]
         sizes = margin
         for p, m in zip(self.probabilities, self.outcomes, strict=True):

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from stabkit.errors import ArgumentError
 from stabkit.integrators.rational_matrices import Matrix
 from stabkit.integrators.spectral_radius import FloatArray
 
@@ -19,11 +20,11 @@ def read_block(block: Any, name: str) -> list[list[Any]]:
     try:
         rows = [list(row) for row in block]
     except TypeError as error:
-        raise ValueError(f"{name} must be a matrix (nested lists or a 2-D array), found {block!r}") from error
+        raise ArgumentError(f"{name} must be a matrix (nested lists or a 2-D array), found {block!r}") from error
     for row in rows:
         for x in row:
             if isinstance(x, complex) or (isinstance(x, float | np.floating) and not math.isfinite(x)):
-                raise ValueError(f"{name} holds {x!r}; entries must be finite real numbers or rationals")
+                raise ArgumentError(f"{name} holds {x!r}; entries must be finite real numbers or rationals")
     return rows
 
 
@@ -36,13 +37,13 @@ def check_shapes(blocks: dict[str, list[list[Any]]]) -> None:
     """Raise ValueError when the blocks A, U, B, V do not fit together."""
     s, r = len(blocks["A"]), len(blocks["V"])
     if r == 0:
-        raise ValueError("V is empty; a method has at least one state")
+        raise ArgumentError("V is empty; a method has at least one state")
     for (name, rows), (m, n) in zip(blocks.items(), block_shapes(s, r), strict=True):
         if name == "B" and s == 0 and not rows:
             rows.extend([] for _ in range(r))
         found = (len(rows), sorted({len(row) for row in rows}))
         if found[0] != m or any(width != n for width in found[1]):
-            raise ValueError(
+            raise ArgumentError(
                 f"{name} has {found[0]} rows of length {found[1]}; with A ({s}, {s}) and V ({r}, {r}) "
                 f"it must be ({m}, {n})"
             )
@@ -52,7 +53,7 @@ def check_fields(fields: Sequence[int] | None, stages: int) -> tuple[int, ...]:
     """The field of each stage; raises ValueError when the numbers have a gap or the wrong length."""
     out = (0,) * stages if fields is None else tuple(int(f) for f in fields)
     if len(out) != stages or any(f < 0 for f in out):
-        raise ValueError(f"fields={fields!r} for {stages} stages; give one number for each stage, counted from 0")
+        raise ArgumentError(f"fields={fields!r} for {stages} stages; give one number for each stage, counted from 0")
     return out
 
 

@@ -1,10 +1,8 @@
-"""Jacobians as batched linear operators, and their spectra, each number with its error."""
+"""Spectra, non-normality and traces of Jacobians, each number with its error."""
 
 from __future__ import annotations
 
-from stabkit.jacobians.coordinates import coordinates
 from stabkit.jacobians.nonnormality import NonNormality, non_normality
-from stabkit.jacobians.operator import Jacobian, compose, from_dense
 from stabkit.jacobians.spectra import eigenvalues, singular_values
 from stabkit.jacobians.spectrum import Spectrum
 from stabkit.jacobians.traces import (
@@ -16,6 +14,8 @@ from stabkit.jacobians.traces import (
     trace,
     trace_of_square,
 )
+from stabkit.operators import Jacobian, compose, from_dense
+from stabkit.tracing.coordinates import coordinates
 
 __all__ = [
     "Estimate",

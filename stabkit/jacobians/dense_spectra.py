@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 
+from stabkit.jacobians.counted_products import dense_float64, entry_rounding, powers_of_two
 from stabkit.jacobians.krylov_schur import Badness, order
 from stabkit.jacobians.lapack import (
     dense_eigenvalues,
@@ -14,9 +16,8 @@ from stabkit.jacobians.lapack import (
     gram_singular_values,
     only_singular_values,
 )
-from stabkit.jacobians.operator import Jacobian
-from stabkit.jacobians.products import dense_float64, entry_rounding, powers_of_two
 from stabkit.jacobians.spectrum import Spectrum, from_rows, row, trusted_values
+from stabkit.operators.jacobian import Jacobian
 
 Row = dict[str, np.ndarray]
 
@@ -39,8 +40,8 @@ def whole_eigenvalues(J: Jacobian, k: int, badness: Badness, which: str, tol: fl
         trusted = trusted_values(residuals, bounds, conditions, relative, tol, found.norm)
         return row(values, residuals, bounds, conditions, trusted, unit)
 
-    rows, stopped = _each_sample(J, decompose)
-    return from_rows(rows, k, "eigenvalues", which, "dense", used + J.shape[2], stopped)
+    rows, path, stopped = _each_sample(J, decompose)
+    return replace(from_rows(rows, k, "eigenvalues", which, "dense", used + J.shape[2], stopped), path=path)
 
 
 def whole_singular_values(J: Jacobian, k: int, which: str, tol: float, used: int) -> Spectrum:
@@ -64,17 +65,20 @@ def whole_singular_values(J: Jacobian, k: int, which: str, tol: float, used: int
         converged = residuals[best] <= tol * values[0]
         return row(values[best], residuals[best], bounds[best], np.ones(k), converged, unit)
 
-    rows, stopped = _each_sample(J, decompose)
-    return from_rows(rows, k, "singular values", which, method, used + size, stopped)
+    rows, path, stopped = _each_sample(J, decompose)
+    return replace(from_rows(rows, k, "singular values", which, method, used + size, stopped), path=path)
 
 
-def _each_sample(J: Jacobian, decompose: Callable[[np.ndarray, float], Row]) -> tuple[list[Row], str]:
-    """The rows of every sample, from its matrix over a unit and that unit; empty ones from where an interrupt came."""
+def _each_sample(J: Jacobian, decompose: Callable[[np.ndarray, float], Row]) -> tuple[list[Row], str, str]:
+    """The rows of every sample, from its matrix over a unit and that unit; empty ones from where an interrupt came.
+
+    Also how the matrices were found, and how the work ended.
+    """
     nothing = np.zeros(0)
     rows: list[Row] = []
-    stopped = "done"
+    path, stopped = J.path, "done"
     try:
-        dense = dense_float64(J)
+        dense, path = dense_float64(J)
         units = powers_of_two(dense)
         if bool((units != 1).any()):
             dense = dense / units.reshape(-1, 1, 1)
@@ -82,4 +86,4 @@ def _each_sample(J: Jacobian, decompose: Callable[[np.ndarray, float], Row]) -> 
     except KeyboardInterrupt:
         stopped = "interrupted"
     empty = row(nothing, nothing, nothing, nothing, nothing.astype(bool))
-    return rows + [empty] * (J.shape[0] - len(rows)), stopped
+    return rows + [empty] * (J.shape[0] - len(rows)), path, stopped

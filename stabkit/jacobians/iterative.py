@@ -9,11 +9,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from stabkit.jacobians.counted_products import Products, rounding
 from stabkit.jacobians.golub_kahan import Triples, golub_kahan
 from stabkit.jacobians.krylov_schur import EDGES, Badness, Pairs, krylov_schur
-from stabkit.jacobians.operator import Jacobian
-from stabkit.jacobians.products import Products, rounding
 from stabkit.jacobians.spectrum import SIMPLE, Spectrum, from_rows, leading, row, trusted_values
+from stabkit.operators.jacobian import Jacobian
 
 _Checked = TypeVar("_Checked")
 

@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from stabkit.jacobians.counted_products import BudgetSpentError, Products, rounding
 from stabkit.jacobians.orthonormal import KrylovBasis, extend
-from stabkit.jacobians.products import BudgetSpentError, Products, rounding
 from stabkit.jacobians.search import Ranking, Search
 
 # badness of an eigenvalue: the smaller, the more it is wanted; equal for a conjugate pair

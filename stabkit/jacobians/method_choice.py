@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from stabkit.errors import ArgumentError
+
 # Up to these sizes LAPACK, with the products that build the matrix, takes less time than an iteration for 8 values of
 # a ResNet block does; and up to the second ones it takes over where an iteration fails. Seconds in float64 on one core:
 # eigenvalues with both eigenvectors 2e-9 n^3, singular triples .5e-9 n^3, singular values alone .3e-9 n^3. The smallest
@@ -43,16 +45,16 @@ def choose_method(
         max_products: the caller's budget.
 
     Raises:
-        ValueError: an unknown method, or one that does not fit the budget or the size.
+        ArgumentError: an unknown method, or one that does not fit the budget or the size.
     """
     if method not in ("auto", "dense", iteration):
-        raise ValueError(f"method={method!r}; expected 'auto', 'dense' or {iteration!r}")
+        raise ArgumentError(f"method={method!r}; expected 'auto', 'dense' or {iteration!r}")
     if method == iteration:
         return Plan(method, f"method={method!r} was asked for", max_products)
     size = min(shape[1:])
     affordable = max_products is None or max_products >= size
     if method == "dense" and not affordable:
-        raise ValueError(
+        raise ArgumentError(
             f"max_products={max_products}, but method='dense' needs {size} products: raise it, or use {iteration!r}"
         )
     small = _CHEAPER.get(f"{which} {kind}", _CHEAPER[f"LM {kind}"])
@@ -64,7 +66,7 @@ def choose_method(
         reason = f"k = {k} is more than 1/{_ITERATED_PART} of n = {size}"
     if method == "dense" or size <= small or _ITERATED_PART * k >= size:
         if size > _LARGEST_DENSE:
-            raise ValueError(
+            raise ArgumentError(
                 f"J has shape ({shape[1]}, {shape[2]}): a dense decomposition for k={k} is out of reach; "
                 f"ask for k below {size // _ITERATED_PART}"
             )

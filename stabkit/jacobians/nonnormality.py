@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from stabkit.errors import ArgumentError
+from stabkit.jacobians.counted_products import Products, as_jacobian, dense_float64
 from stabkit.jacobians.krylov_schur import arnoldi
 from stabkit.jacobians.lapack import plain_eigenvalues
 from stabkit.jacobians.numerical_range import numerical_range, support
-from stabkit.jacobians.operator import Jacobian
-from stabkit.jacobians.products import Products, as_jacobian, dense_float64
 from stabkit.jacobians.pseudospectra import (
     Resolvent,
     kreiss_constant,
@@ -22,13 +22,15 @@ from stabkit.jacobians.pseudospectra import (
     pseudospectral_radius,
 )
 from stabkit.jacobians.spectra import eigenvalues, singular_values
+from stabkit.operators.jacobian import Jacobian
+from stabkit.results import Result
 
 _DENSE = 200
 _UNBOUNDED = 1e100
 
 
 @dataclass(frozen=True, eq=False)
-class NonNormality:
+class NonNormality(Result):
     """Measures of non-normality, one entry per sample; tensors are float64 or complex128 on the CPU.
 
     With ``method == "dense"`` they belong to the matrix itself. With ``method == "arnoldi"`` eigenvalues, norm and
@@ -83,21 +85,8 @@ class NonNormality:
         searched = ("numerical_radius", "kreiss", "max_power_norm")
         return (*searched, "pseudospectral_radius", "pseudospectral_abscissa")
 
-    def to_dict(self) -> dict[str, Any]:
-        """Plain Python values, ready for JSON; a complex number becomes ``[real, imaginary]``."""
-        out: dict[str, Any] = {}
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if isinstance(value, Tensor):
-                value = (torch.view_as_real(value) if value.is_complex() else value).tolist()
-            out[field.name] = value
-        return out | {"lower_bounds": list(self.lower_bounds)}
-
-    def plot(self, ax: Any = None) -> Any:
-        """Eigenvalues within the numerical range; see ``stabkit.plotting.numerical_range``."""
-        from stabkit import plotting
-
-        return plotting.numerical_range(self, ax)
+    def _contents(self) -> dict[str, Any]:
+        return {**super()._contents(), "lower_bounds": self.lower_bounds}
 
 
 def non_normality(
@@ -123,8 +112,8 @@ def non_normality(
             or ``"auto"``: dense up to n = 200.
 
     Raises:
-        TypeError: entries are not real floating-point numbers.
-        ValueError: J is not square or not finite, or an argument is out of range.
+        ArgumentTypeError: entries are not real floating-point numbers.
+        ArgumentError: J is not square or not finite, or an argument is out of range.
 
     Example:
         >>> import torch
@@ -138,17 +127,17 @@ def non_normality(
     J = as_jacobian(J)
     _, m, n = J.shape
     if m != n:
-        raise ValueError(f"J has shape {J.shape}: non-normality is defined for square operators only")
+        raise ArgumentError(f"J has shape {J.shape}: non-normality is defined for square operators only")
     if method not in ("auto", "dense", "arnoldi"):
-        raise ValueError(f"method={method!r}; expected 'auto', 'dense' or 'arnoldi'")
+        raise ArgumentError(f"method={method!r}; expected 'auto', 'dense' or 'arnoldi'")
     for name, value, least in (("angles", angles, 4), ("max_power", max_power, 1), ("size", size, 2)):
         if value < least:
-            raise ValueError(f"{name}={value}; expected at least {least}")
+            raise ArgumentError(f"{name}={value}; expected at least {least}")
     levels = [float(e) for e in epsilons]
     if not all(0 < e < np.inf for e in levels):
-        raise ValueError(f"epsilons={tuple(epsilons)}; expected positive numbers")
+        raise ArgumentError(f"epsilons={tuple(epsilons)}; expected positive numbers")
     if method == "dense" or n <= (size if method == "arnoldi" else _DENSE):
-        rows = [_measure(A, levels, angles, max_power) for A in dense_float64(J).numpy()]
+        rows = [_measure(A, levels, angles, max_power) for A in dense_float64(J)[0].numpy()]
         return _collect(rows, levels, "dense", n)
     products = Products(J, None, units="own")
     hessenbergs = arnoldi(products, size, seed)

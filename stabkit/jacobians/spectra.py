@@ -8,13 +8,14 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from stabkit.errors import ArgumentError, ArgumentTypeError
+from stabkit.jacobians.counted_products import as_jacobian, rounding
 from stabkit.jacobians.dense_spectra import whole_eigenvalues, whole_singular_values
 from stabkit.jacobians.iterative import iterative_eigenvalues, iterative_singular_values
 from stabkit.jacobians.krylov_schur import EDGES, Badness
 from stabkit.jacobians.method_choice import Plan, choose_method
-from stabkit.jacobians.operator import Jacobian
-from stabkit.jacobians.products import as_jacobian, rounding
 from stabkit.jacobians.spectrum import Spectrum
+from stabkit.operators.jacobian import Jacobian
 
 Operator = Jacobian | Tensor | np.ndarray
 
@@ -49,8 +50,8 @@ def eigenvalues(
         A :class:`Spectrum`; where ``"auto"`` iterates without success on a moderate size, LAPACK takes over.
 
     Raises:
-        TypeError: entries are not real floating-point numbers.
-        ValueError: J is not square, has entries that are not finite, or an argument is out of range.
+        ArgumentTypeError: entries are not real floating-point numbers.
+        ArgumentError: J is not square, has entries that are not finite, or an argument is out of range.
 
     Example:
         >>> import torch
@@ -63,7 +64,7 @@ def eigenvalues(
     J = as_jacobian(J)
     _, m, n = J.shape
     if m != n:
-        raise ValueError(
+        raise ArgumentError(
             f"J has shape {J.shape}: eigenvalues need a square operator; use singular_values(J) for a rectangular one"
         )
     k = _count(k, n)
@@ -77,7 +78,7 @@ def eigenvalues(
         if not _rescued(chosen, spectrum, n, max_products):
             return replace(spectrum, reason=reason, path=J.path)
         used, reason = spectrum.n_products, _rescue_reason(spectrum)
-    return replace(whole_eigenvalues(J, k, badness, str(which), tol, used), reason=reason, path=J.path)
+    return replace(whole_eigenvalues(J, k, badness, str(which), tol, used), reason=reason)
 
 
 def singular_values(
@@ -109,8 +110,8 @@ def singular_values(
         way, and ``method`` says ``"dense gram"``.
 
     Raises:
-        TypeError: entries are not real floating-point numbers.
-        ValueError: entries are not finite, or an argument is out of range.
+        ArgumentTypeError: entries are not real floating-point numbers.
+        ArgumentError: entries are not finite, or an argument is out of range.
 
     Example:
         >>> import torch
@@ -123,7 +124,7 @@ def singular_values(
     _, m, n = J.shape
     k = _count(k, min(m, n))
     if which not in ("LM", "SM"):
-        raise ValueError(f"which={which!r}; singular values are 'LM' (largest) or 'SM' (smallest)")
+        raise ArgumentError(f"which={which!r}; singular values are 'LM' (largest) or 'SM' (smallest)")
     tol = _tolerance(tol, J)
     _check_budget(max_products)
     chosen = choose_method("singular values", "golub-kahan", k, J.shape, which, method, max_products)
@@ -133,7 +134,7 @@ def singular_values(
         if not _rescued(chosen, spectrum, min(m, n), max_products):
             return replace(spectrum, reason=reason, path=J.path)
         used, reason = spectrum.n_products, _rescue_reason(spectrum)
-    return replace(whole_singular_values(J, k, which, tol, used), reason=reason, path=J.path)
+    return replace(whole_singular_values(J, k, which, tol, used), reason=reason)
 
 
 def _rescued(chosen: Plan, spectrum: Spectrum, size: int, max_products: int | None) -> bool:
@@ -152,9 +153,9 @@ def _count(k: Any, largest: int) -> int:
     if k is None:
         return largest
     if not isinstance(k, int | np.integer) or isinstance(k, bool):
-        raise TypeError(f"k is a {type(k).__name__}; expected an integer from 1 to {largest}, or None for all")
+        raise ArgumentTypeError(f"k is a {type(k).__name__}; expected an integer from 1 to {largest}, or None for all")
     if not 1 <= k <= largest:
-        raise ValueError(f"k={k}, but J has {largest} of them; expected 1 <= k <= {largest}, or None for all")
+        raise ArgumentError(f"k={k}, but J has {largest} of them; expected 1 <= k <= {largest}, or None for all")
     return int(k)
 
 
@@ -162,12 +163,12 @@ def _badness(which: Any) -> Badness:
     if isinstance(which, str):
         if which not in EDGES:
             near = "; for the smallest modulus give the point 0" if which == "SM" else ""
-            raise ValueError(
+            raise ArgumentError(
                 f"which={which!r}; expected 'LM', 'LR' (rightmost), 'SR' (leftmost) or a number (nearest to it){near}"
             )
         return EDGES[which]
     if isinstance(which, bool) or not isinstance(which, int | float | complex | np.number) or not np.isfinite(which):
-        raise ValueError(f"which={which!r}; expected 'LM', 'LR', 'SR' or a finite number")
+        raise ArgumentError(f"which={which!r}; expected 'LM', 'LR', 'SR' or a finite number")
     target = complex(which)
     return lambda z: np.abs(z - target)
 
@@ -176,10 +177,10 @@ def _tolerance(tol: float | None, J: Jacobian) -> float:
     if tol is None:
         return max(1e-10, 16 * rounding(J))
     if not 0 < tol < 1:
-        raise ValueError(f"tol={tol}; expected a fraction of the norm of J between 0 and 1, such as 1e-6")
+        raise ArgumentError(f"tol={tol}; expected a fraction of the norm of J between 0 and 1, such as 1e-6")
     return float(tol)
 
 
 def _check_budget(max_products: int | None) -> None:
     if max_products is not None and max_products < 1:
-        raise ValueError(f"max_products={max_products}; expected at least 1, or None")
+        raise ArgumentError(f"max_products={max_products}; expected at least 1, or None")

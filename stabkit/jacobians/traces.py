@@ -4,21 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from stabkit.errors import ArgumentError
+from stabkit.jacobians.counted_products import Products, as_jacobian, dense_float64
 from stabkit.jacobians.golub_kahan import Bidiagonalisation
-from stabkit.jacobians.operator import Jacobian
-from stabkit.jacobians.products import Products, as_jacobian, dense_float64
+from stabkit.operators.jacobian import Jacobian
+from stabkit.results import Result
 
 Operator = Jacobian | Tensor | np.ndarray
 
 
 @dataclass(frozen=True, eq=False)
-class Estimate:
+class Estimate(Result):
     """A number per sample with its confidence interval, float64 on the CPU.
 
     Attributes:
@@ -37,20 +38,9 @@ class Estimate:
     n_products: int
     method: str
 
-    def to_dict(self) -> dict[str, Any]:
-        """Plain Python values, ready for JSON."""
-        return {
-            "value": self.value.tolist(),
-            "standard_errors": self.standard_errors.tolist(),
-            "interval": self.interval.tolist(),
-            "confidence": self.confidence,
-            "n_products": self.n_products,
-            "method": self.method,
-        }
-
 
 @dataclass(frozen=True, eq=False)
-class SingularValueDensity:
+class SingularValueDensity(Result):
     """The distribution of the ``min(m, n)`` singular values: a Gauss rule from every random probe.
 
     Attributes:
@@ -91,16 +81,6 @@ class SingularValueDensity:
         """
         return torch.stack(_student(self._smooth(x, width).movedim(1, -1), confidence), dim=-1)
 
-    def to_dict(self) -> dict[str, Any]:
-        """Plain Python values, ready for JSON."""
-        return {"nodes": self.nodes.tolist(), "weights": self.weights.tolist(), "n_products": self.n_products}
-
-    def plot(self, ax: Any = None) -> Any:
-        """The share of singular values up to each size; see ``stabkit.plotting.singular_value_density``."""
-        from stabkit import plotting
-
-        return plotting.singular_value_density(self, ax)
-
     def _up_to(self, x: Tensor) -> Tensor:
         below = self.nodes[:, :, None, :] <= x.to(self.nodes)[None, None, :, None]
         fractions: Tensor = (below * self.weights[:, :, None, :]).sum(-1)
@@ -108,7 +88,9 @@ class SingularValueDensity:
 
     def _smooth(self, x: Tensor, width: float) -> Tensor:
         if not width > 0:
-            raise ValueError(f"width={width}; expected a positive standard deviation, in units of the singular values")
+            raise ArgumentError(
+                f"width={width}; expected a positive standard deviation, in units of the singular values"
+            )
         distances = (x.to(self.nodes)[None, None, :, None] - self.nodes[:, :, None, :]) / width
         bells = torch.exp(-(distances**2) / 2) / (width * (2 * torch.pi) ** 0.5)
         smooth: Tensor = (bells * self.weights[:, :, None, :]).sum(-1)
@@ -125,7 +107,7 @@ def trace(J: Operator, *, n_probes: int = 30, confidence: float = 0.95, seed: in
         seed: of the probes.
 
     Raises:
-        ValueError: J is not square or not finite, or an argument is out of range.
+        ArgumentError: J is not square or not finite, or an argument is out of range.
 
     Example:
         >>> import torch
@@ -137,7 +119,7 @@ def trace(J: Operator, *, n_probes: int = 30, confidence: float = 0.95, seed: in
     J = _checked(J, n_probes, confidence, square=True)
     n = J.shape[2]
     if n_probes >= n:
-        return _exact(dense_float64(J).diagonal(dim1=1, dim2=2).sum(1), n, confidence)
+        return _exact(dense_float64(J)[0].diagonal(dim1=1, dim2=2).sum(1), n, confidence)
     products = Products(J, None)
     third = max(n_probes // 3, 1)
     S = _signs(third, J, products, seed)
@@ -163,7 +145,7 @@ def squared_frobenius_norm(J: Operator, *, n_probes: int = 30, confidence: float
     """
     J = _checked(J, n_probes, confidence, square=False)
     if n_probes >= min(J.shape[1:]):
-        return _exact(dense_float64(J).square().sum((1, 2)), min(J.shape[1:]), confidence)
+        return _exact(dense_float64(J)[0].square().sum((1, 2)), min(J.shape[1:]), confidence)
     return _hutchinson(J, lambda V, p: p.forward(V).square().sum(2), n_probes, confidence, seed)
 
 
@@ -179,7 +161,7 @@ def trace_of_square(J: Operator, *, n_probes: int = 30, confidence: float = 0.95
     """
     J = _checked(J, n_probes, confidence, square=True)
     if 2 * n_probes >= J.shape[2]:
-        dense = dense_float64(J)
+        dense = dense_float64(J)[0]
         return _exact((dense * dense.transpose(1, 2)).sum((1, 2)), J.shape[2], confidence)
     return _hutchinson(J, lambda V, p: (p.adjoint(V) * p.forward(V)).sum(2), n_probes, confidence, seed)
 
@@ -203,7 +185,7 @@ def log_abs_det(
         An :class:`Estimate`; exact (LAPACK) where ``2 n_probes steps >= n``; ``-inf`` for a singular matrix.
 
     Raises:
-        ValueError: J is not square or not finite, or an argument is out of range.
+        ArgumentError: J is not square or not finite, or an argument is out of range.
 
     Example:
         >>> import torch
@@ -215,7 +197,7 @@ def log_abs_det(
     J = _checked(J, n_probes, confidence, square=True)
     n = J.shape[2]
     if 2 * n_probes * steps >= n and n <= 4096:
-        return _exact(torch.linalg.slogdet(dense_float64(J))[1], n, confidence)
+        return _exact(torch.linalg.slogdet(dense_float64(J)[0])[1], n, confidence)
     products = Products(J, None)
     runs = _bidiagonals(products, n_probes, min(steps, n), seed)
     full = np.array([[_log_quadrature(run.B) for run in row] for row in runs]) * n
@@ -249,11 +231,11 @@ def singular_value_density(J: Operator, *, n_probes: int = 10, steps: int = 60, 
 def _checked(J: Operator, n_probes: int, confidence: float, *, square: bool) -> Jacobian:
     J = as_jacobian(J)
     if square and J.shape[1] != J.shape[2]:
-        raise ValueError(f"J has shape {J.shape}; this quantity is defined for square operators only")
+        raise ArgumentError(f"J has shape {J.shape}; this quantity is defined for square operators only")
     if n_probes < 2:
-        raise ValueError(f"n_probes={n_probes}; expected at least 2, an interval needs a spread")
+        raise ArgumentError(f"n_probes={n_probes}; expected at least 2, an interval needs a spread")
     if not 0 < confidence < 1:
-        raise ValueError(f"confidence={confidence}; expected a probability between 0 and 1, such as 0.95")
+        raise ArgumentError(f"confidence={confidence}; expected a probability between 0 and 1, such as 0.95")
     return J
 
 
@@ -289,7 +271,7 @@ def _student(samples: Tensor, confidence: float) -> tuple[Tensor, Tensor]:
     import scipy.stats
 
     if not 0 < confidence < 1:
-        raise ValueError(f"confidence={confidence}; expected a probability between 0 and 1, such as 0.95")
+        raise ArgumentError(f"confidence={confidence}; expected a probability between 0 and 1, such as 0.95")
     count = samples.shape[-1]
     mean = samples.mean(-1)
     reach = float(scipy.stats.t.ppf((1 + confidence) / 2, count - 1)) * samples.std(-1) / count**0.5

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from stabkit.errors import ArgumentError
 from stabkit.meanfield.closed_forms import ERF, GELU, LINEAR, SIN, UNKNOWN, ClosedForms, leaky
 from stabkit.meanfield.gaussian import Array, Function
 
@@ -54,7 +55,7 @@ def activation(source: str | nn.Module | Activation | Callable[..., Any], kinks:
         kinks: points where a function that is given is not smooth; quadrature splits there.
 
     Raises:
-        ValueError: the name is not known, or the function does not act element by element on tensors.
+        ArgumentError: the name is not known, or the function does not act element by element on tensors.
 
     Example:
         >>> import torch
@@ -67,7 +68,7 @@ def activation(source: str | nn.Module | Activation | Callable[..., Any], kinks:
         return source
     if isinstance(source, str):
         if source not in _NAMED:
-            raise ValueError(f"activation={source!r}; expected one of {', '.join(_NAMED)}, a module or a function")
+            raise ArgumentError(f"activation={source!r}; expected one of {', '.join(_NAMED)}, a module or a function")
         return _NAMED[source]
     if isinstance(source, nn.Module):
         return _of_module(source, kinks)
@@ -195,12 +196,12 @@ def _of_function(source: Callable[..., Any], kinks: tuple[float, ...], name: str
         values, reverse = function(points), function(points[::-1])
         derivative(points)
     except Exception as error:
-        raise ValueError(
+        raise ArgumentError(
             f"activation={name}: it fails on a float64 tensor ({type(error).__name__}: {error}); "
             "expected a function of torch tensors such as torch.tanh"
         ) from error
     if values.shape != points.shape or not np.allclose(values, reverse[::-1], equal_nan=True):
-        raise ValueError(
+        raise ArgumentError(
             f"activation={name} does not act element by element; expected a scalar function like torch.tanh"
         )
     return Activation(name, function, derivative, kinks)

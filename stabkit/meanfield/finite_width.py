@@ -7,20 +7,20 @@ Hanin and Nica, "Products of many large random matrices and gradients in deep ne
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
+from stabkit.errors import ArgumentError
 from stabkit.meanfield.activations import activation
 from stabkit.meanfield.maps import Phi, check, slope_moment
+from stabkit.results import Result
 
 
 @dataclass(frozen=True)
-class LogGain:
+class LogGain(Result):
     """Mean and variance over weights of log |J u|^2 for one layer, J its Jacobian and u any unit vector.
 
     Attributes:
@@ -30,10 +30,6 @@ class LogGain:
 
     mean: float
     variance: float
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values, ready for JSON."""
-        return dataclasses.asdict(self)
 
 
 def relu_log_gain(width: int, sigma_w: float = math.sqrt(2)) -> LogGain:
@@ -47,7 +43,7 @@ def relu_log_gain(width: int, sigma_w: float = math.sqrt(2)) -> LogGain:
         sigma_w: weights have the variance sigma_w^2 / n.
 
     Raises:
-        ValueError: the width is not positive, or sigma_w is not.
+        ArgumentError: the width is not positive, or sigma_w is not.
 
     Example:
         >>> round(relu_log_gain(32).mean / 2, 8)
@@ -73,7 +69,7 @@ def log_gain_variance(phi: Phi, width: int, q: float = 1.0, weights: str = "gaus
     square gradient and the typical one.
 
     Raises:
-        ValueError: an argument is out of its range.
+        ArgumentError: an argument is out of its range.
 
     Example:
         >>> log_gain_variance("relu", 100)
@@ -82,7 +78,7 @@ def log_gain_variance(phi: Phi, width: int, q: float = 1.0, weights: str = "gaus
     check(q=q)
     _check_width(width, 1.0)
     if weights not in ("gaussian", "orthogonal"):
-        raise ValueError(f"weights={weights!r}; expected 'gaussian' or 'orthogonal'")
+        raise ArgumentError(f"weights={weights!r}; expected 'gaussian' or 'orthogonal'")
     function = activation(phi)
     ratio = slope_moment(function, q, 4).value / slope_moment(function, q).value ** 2
     return (3 * ratio - (1 if weights == "gaussian" else 3)) / width
@@ -92,7 +88,7 @@ def relu_fourth_moment(widths: Sequence[int]) -> float:
     """E |J u|^4 of a ReLU network with He weights and these widths, |u| = 1: the product of 1 + 5 / n (Hanin, Nica).
 
     Raises:
-        ValueError: a width is not positive.
+        ArgumentError: a width is not positive.
 
     Example:
         >>> round(relu_fourth_moment([100] * 10), 6)
@@ -116,7 +112,7 @@ def gaussian_exponents(width: int, sigma_w: float = 1.0) -> np.ndarray:
         ``(width,)``.
 
     Raises:
-        ValueError: the width or sigma_w is not positive.
+        ArgumentError: the width or sigma_w is not positive.
 
     Example:
         >>> gaussian_exponents(8)[[0, -1]].round(6).tolist()
@@ -140,7 +136,7 @@ def residual_exponent(width: int | None, h: float) -> float:
         h: step size.
 
     Raises:
-        ValueError: the width is not positive, or h is negative or not finite.
+        ArgumentError: the width is not positive, or h is negative or not finite.
 
     Example:
         >>> round(residual_exponent(32, 0.5), 8), round(residual_exponent(None, 0.5), 8)
@@ -161,6 +157,6 @@ def residual_exponent(width: int | None, h: float) -> float:
 
 def _check_width(width: int, sigma_w: float) -> None:
     if width < 1:
-        raise ValueError(f"width={width}; expected at least 1 unit")
+        raise ArgumentError(f"width={width}; expected at least 1 unit")
     if not (math.isfinite(sigma_w) and sigma_w > 0):
-        raise ValueError(f"sigma_w={sigma_w}; expected a positive finite number")
+        raise ArgumentError(f"sigma_w={sigma_w}; expected a positive finite number")

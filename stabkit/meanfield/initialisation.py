@@ -13,10 +13,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from stabkit.errors import ArgumentError
 from stabkit.meanfield.gaussian import Array
 from stabkit.meanfield.propagation import Energy, Moments, Propagation
 from stabkit.meanfield.rates import FEWEST, Rate, fit_rate
 from stabkit.meanfield.weights import LayerStatistics, WeightTable
+from stabkit.results import Result
 from stabkit.tracing import Flow, State, trace
 from stabkit.tracing.products import Space
 from stabkit.tracing.values import Value
@@ -25,7 +27,7 @@ _MAX_PAIRS = 4
 
 
 @dataclass(frozen=True)
-class StepExpectation:
+class StepExpectation(Result):
     """One step, measured and expected; ``None`` where there is no expectation.
 
     Attributes:
@@ -62,14 +64,9 @@ class StepExpectation:
     restarted: bool
     reason: str
 
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values, ready for JSON."""
-        plain = dataclasses.asdict(self)
-        return {**plain, "activations": list(self.activations), "layers": [layer.to_dict() for layer in self.layers]}
-
 
 @dataclass(frozen=True)
-class Initialisation:
+class Initialisation(Result):
     """A model at initialisation, measured beside what mean field theory expects.
 
     Attributes:
@@ -105,13 +102,6 @@ class Initialisation:
     networks: int
     seed: int
     notes: tuple[str, ...]
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain lists and numbers, ready for JSON."""
-        plain = dataclasses.asdict(self)
-        plain["steps"] = [step.to_dict() for step in self.steps]
-        plain["rate"] = None if self.rate is None else self.rate.to_dict()
-        return {**plain, "notes": list(self.notes)}
 
     def __str__(self) -> str:
         from stabkit.meanfield.table import text
@@ -160,7 +150,7 @@ def at_initialisation(
 
     Raises:
         TraceError: the model cannot be recorded.
-        ValueError: ``probes`` is not positive, or one of ``others`` has another depth.
+        ArgumentError: ``probes`` is not positive, or one of ``others`` has another depth.
 
     Source: Poole et al., NeurIPS 2016; Schoenholz et al., ICLR 2017; the partial Jacobian norm of Doshi et al., 2023.
 
@@ -174,7 +164,7 @@ def at_initialisation(
         (0.25, -1.386294)
     """
     if probes < 1:
-        raise ValueError(f"probes={probes}; expected at least 1 random cotangent")
+        raise ArgumentError(f"probes={probes}; expected at least 1 random cotangent")
     measured = []
     for network in (model, *others):
         flow = trace(network, *inputs, kwargs=kwargs, depth=depth, batch_dim=batch_dim, seed=seed)
@@ -182,7 +172,9 @@ def at_initialisation(
     first = measured[0].flow
     for other in measured[1:]:
         if len(other.flow) != len(first):
-            raise ValueError(f"others has a network of {len(other.flow)} steps; expected {len(first)} as in the model")
+            raise ArgumentError(
+                f"others has a network of {len(other.flow)} steps; expected {len(first)} as in the model"
+            )
     return _assemble(measured, _expect(measured[0]), probes, seed)
 
 

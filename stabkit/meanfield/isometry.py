@@ -7,20 +7,20 @@ D = diag phi'(h), h ~ N(0, q*), and W Gaussian or Haar-orthogonal. S-transforms 
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
+from stabkit.errors import ArgumentError
 from stabkit.meanfield.activations import Activation, activation
 from stabkit.meanfield.gaussian import Array, mean
 from stabkit.meanfield.maps import Phi, check, slope_moment
+from stabkit.results import Result
 
 
 @dataclass(frozen=True)
-class JacobianSpectrum:
+class JacobianSpectrum(Result):
     """Mean, variance and edges of the eigenvalues of J J^T, the squared singular values of J.
 
     Attributes:
@@ -39,10 +39,6 @@ class JacobianSpectrum:
     depth: int
     weights: str
 
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values, ready for JSON."""
-        return dataclasses.asdict(self)
-
 
 def jacobian_spectrum(
     phi: Phi, depth: int, *, sigma_w: float, q: float = 1.0, weights: str = "gaussian"
@@ -57,7 +53,7 @@ def jacobian_spectrum(
         weights: ``"gaussian"`` or ``"orthogonal"``.
 
     Raises:
-        ValueError: an argument is out of its range.
+        ArgumentError: an argument is out of its range.
 
     Example:
         >>> spectrum = jacobian_spectrum("linear", 2, sigma_w=1.0)  # edge (L + 1)^(L + 1) / L^L
@@ -66,9 +62,9 @@ def jacobian_spectrum(
     """
     check(sigma_w=sigma_w, q=q)
     if depth < 1:
-        raise ValueError(f"depth={depth}; expected at least 1 layer")
+        raise ArgumentError(f"depth={depth}; expected at least 1 layer")
     if weights not in ("gaussian", "orthogonal"):
-        raise ValueError(f"weights={weights!r}; expected 'gaussian' or 'orthogonal'")
+        raise ArgumentError(f"weights={weights!r}; expected 'gaussian' or 'orthogonal'")
     function = activation(phi)
     first, second = slope_moment(function, q).value, slope_moment(function, q, 4).value
     if first == 0 or sigma_w == 0:

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from torch import nn
 
+from stabkit.errors import ArgumentError
 from stabkit.meanfield.activations import Activation, activation
 from stabkit.meanfield.closed_forms import Moment, PairMoment
 from stabkit.meanfield.gaussian import Array, Expectation, Function, exactly, mean, pair_mean
@@ -30,7 +31,7 @@ def variance_map(phi: Phi, q: float, *, sigma_w: float, sigma_b: float = 0.0) ->
         sigma_b: biases have the variance sigma_b^2.
 
     Raises:
-        ValueError: q, sigma_w or sigma_b is negative or not finite; phi is not a scalar function.
+        ArgumentError: q, sigma_w or sigma_b is negative or not finite; phi is not a scalar function.
 
     Example:
         >>> round(float(variance_map("tanh", 1.0, sigma_w=1.5)), 6)
@@ -53,7 +54,7 @@ def correlation_map(phi: Phi, c: float, q: float, *, sigma_w: float, sigma_b: fl
         sigma_b: biases have the variance sigma_b^2.
 
     Raises:
-        ValueError: an argument is out of its range.
+        ArgumentError: an argument is out of its range.
 
     Example:
         >>> round(float(correlation_map("relu", 0.0, 1.0, sigma_w=2**0.5)), 6)  # 1 / pi
@@ -63,7 +64,7 @@ def correlation_map(phi: Phi, c: float, q: float, *, sigma_w: float, sigma_b: fl
     function = activation(phi)
     after = second_moment(function, q).scaled(sigma_w**2, sigma_b**2)
     if after.value == 0:
-        raise ValueError(
+        raise ArgumentError(
             f"the variance after the layer is 0 (q={q}, sigma_w={sigma_w}, sigma_b={sigma_b}): no correlation"
         )
     product = product_moment(function, (q, q), c).scaled(sigma_w**2, sigma_b**2)
@@ -75,7 +76,7 @@ def chi_1(phi: Phi, q: float, *, sigma_w: float) -> Expectation:
     """Growth of the squared gradient per layer, sigma_w^2 E phi'(h)^2; also the slope of the correlation map at c = 1.
 
     Raises:
-        ValueError: an argument is out of its range.
+        ArgumentError: an argument is out of its range.
 
     Example:
         >>> float(chi_1("relu", 1.0, sigma_w=2.0))
@@ -91,7 +92,7 @@ def chi_c(phi: Phi, c: float, q: float, *, sigma_w: float) -> Expectation:
     At a fixed variance q this is the slope of the correlation map.
 
     Raises:
-        ValueError: an argument is out of its range.
+        ArgumentError: an argument is out of its range.
 
     Example:
         >>> round(float(chi_c("relu", 0.0, 1.0, sigma_w=2**0.5)), 12)
@@ -107,7 +108,7 @@ def chi_parallel(phi: Phi, q: float, *, sigma_w: float) -> Expectation:
     Computed as sigma_w^2 E phi^2 (h^2 - q) / (2 q^2), which holds for functions with kinks and jumps too.
 
     Raises:
-        ValueError: an argument is out of its range; q is 0.
+        ArgumentError: an argument is out of its range; q is 0.
 
     Example:
         >>> float(chi_parallel("relu", 1.0, sigma_w=2.0))
@@ -115,7 +116,7 @@ def chi_parallel(phi: Phi, q: float, *, sigma_w: float) -> Expectation:
     """
     check(q=q, sigma_w=sigma_w)
     if q == 0:
-        raise ValueError("q=0; expected a positive variance")
+        raise ArgumentError("q=0; expected a positive variance")
     function = activation(phi)
     if function.closed.chi_parallel is not None:
         return exactly(function.closed.chi_parallel(q)).scaled(sigma_w**2)
@@ -179,10 +180,10 @@ def check(**values: float) -> None:
     """Refuse variances and deviations that are negative or not finite, and correlations beyond 1.
 
     Raises:
-        ValueError: naming the first argument that is out of its range.
+        ArgumentError: naming the first argument that is out of its range.
     """
     for name, value in values.items():
         low, high = (-1.0, 1.0) if name == "c" else (0.0, float("inf"))
         if not (np.isfinite(value) and low <= value <= high):
             expected = "a correlation from -1 to 1" if name == "c" else "a finite number that is not negative"
-            raise ValueError(f"{name}={value}; expected {expected}")
+            raise ArgumentError(f"{name}={value}; expected {expected}")

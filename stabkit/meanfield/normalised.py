@@ -12,6 +12,7 @@ import math
 
 import numpy as np
 
+from stabkit.errors import ArgumentError
 from stabkit.meanfield.activations import activation
 from stabkit.meanfield.maps import Phi, check, first_moment, second_moment, slope_moment
 from stabkit.meanfield.residual import DepthProfile
@@ -30,7 +31,7 @@ def batch_norm_rate(phi: Phi = "relu", batch: int | None = None) -> float:
         batch: samples per batch, at least 4; None for the limit.
 
     Raises:
-        ValueError: the batch is too small, or there is no formula for this activation at finite batch.
+        ArgumentError: the batch is too small, or there is no formula for this activation at finite batch.
 
     Example:
         >>> round(batch_norm_rate("relu"), 5), batch_norm_rate("linear", 5)
@@ -41,11 +42,11 @@ def batch_norm_rate(phi: Phi = "relu", batch: int | None = None) -> float:
         variance = second_moment(function, 1.0).value - first_moment(function, 1.0).value ** 2
         return slope_moment(function, 1.0).value / variance
     if batch < 4:
-        raise ValueError(f"batch={batch}; expected at least 4 samples: with fewer the mean square is infinite")
+        raise ArgumentError(f"batch={batch}; expected at least 4 samples: with fewer the mean square is infinite")
     if function.name == "linear":
         return (batch - 2) / (batch - 3)
     if function.name != "relu":
-        raise ValueError(f"phi={function.name}, batch={batch}; a finite batch is known for 'relu' and 'linear' only")
+        raise ArgumentError(f"phi={function.name}, batch={batch}; a finite batch is known for 'relu' and 'linear' only")
     c = -1 / (batch - 1)
     kappa_1 = (math.sqrt(1 - c * c) + c * (math.pi - math.acos(c))) / math.pi
     kappa_0 = 1 - math.acos(c) / math.pi
@@ -59,14 +60,14 @@ def batch_norm_residual_exponent(pairs: int, phi: Phi = "relu") -> float:
     p = `batch_norm_rate` ** pairs: for two BN-ReLU pairs 2.15. A power of depth, not an exponential.
 
     Raises:
-        ValueError: there is no pair.
+        ArgumentError: there is no pair.
 
     Example:
         >>> round(batch_norm_residual_exponent(2), 3)
         2.152
     """
     if pairs < 1:
-        raise ValueError(f"pairs={pairs}; expected at least 1")
+        raise ArgumentError(f"pairs={pairs}; expected at least 1")
     return batch_norm_rate(phi) ** pairs
 
 
@@ -86,7 +87,7 @@ def batch_norm_residual_profile(
         q: variance over the batch of the first state.
 
     Raises:
-        ValueError: an argument is out of its range.
+        ArgumentError: an argument is out of its range.
 
     Example:
         >>> profile = batch_norm_residual_profile(3)
@@ -95,7 +96,7 @@ def batch_norm_residual_profile(
     """
     check(sigma_w=sigma_w, q=q)
     if depth < 1 or pairs < 1:
-        raise ValueError(f"depth={depth}, pairs={pairs}; expected at least 1 of each")
+        raise ArgumentError(f"depth={depth}, pairs={pairs}; expected at least 1 of each")
     function = activation(phi)
     added = sigma_w**2 * (second_moment(function, 1.0).value - first_moment(function, 1.0).value ** 2)
     stream = q + added * np.arange(depth + 1.0)
@@ -114,7 +115,7 @@ def norm_gain(width: int, q: float, norm: str = "layer") -> float:
         norm: ``"layer"`` or ``"rms"``.
 
     Raises:
-        ValueError: an argument is out of its range.
+        ArgumentError: an argument is out of its range.
 
     Example:
         >>> norm_gain(8, 4.0), norm_gain(8, 4.0, "rms")
@@ -122,10 +123,10 @@ def norm_gain(width: int, q: float, norm: str = "layer") -> float:
     """
     check(q=q)
     if norm not in NORMS:
-        raise ValueError(f"norm={norm!r}; expected 'layer' or 'rms'")
+        raise ArgumentError(f"norm={norm!r}; expected 'layer' or 'rms'")
     zeros = 2 if norm == "layer" else 1
     if width <= zeros or q == 0:
-        raise ValueError(f"width={width}, q={q}; expected more than {zeros} units and a positive variance")
+        raise ArgumentError(f"width={width}, q={q}; expected more than {zeros} units and a positive variance")
     return (1 - zeros / width) / q
 
 
@@ -154,7 +155,7 @@ def prenorm_profile(
         q: variance of the first state.
 
     Raises:
-        ValueError: an argument is out of its range.
+        ArgumentError: an argument is out of its range.
 
     Example:
         >>> prenorm_profile("relu", 4, sigma_in=1.0, sigma_out=2**0.5).q.round(6).tolist()
@@ -162,7 +163,7 @@ def prenorm_profile(
     """
     check(sigma_in=sigma_in, sigma_out=sigma_out, q=q)
     if depth < 1:
-        raise ValueError(f"depth={depth}; expected at least 1 block")
+        raise ArgumentError(f"depth={depth}; expected at least 1 block")
     function = activation(phi)
     added = (scale * sigma_out) ** 2 * second_moment(function, sigma_in**2).value
     branch = (scale * sigma_out * sigma_in) ** 2 * slope_moment(function, sigma_in**2).value
@@ -179,7 +180,7 @@ def postnorm_chi(phi: Phi, *, sigma_in: float, sigma_out: float, skip: float = 1
     (a^2 + s^2 chi_F) / (a^2 + s^2 q_F), with units of variance 1 before and after.
 
     Raises:
-        ValueError: an argument is out of its range.
+        ArgumentError: an argument is out of its range.
 
     Example:
         >>> round(postnorm_chi("relu", sigma_in=1.0, sigma_out=2**0.5), 12)

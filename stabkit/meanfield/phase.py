@@ -6,14 +6,13 @@ deep neural networks training", ICML 2019.
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
+from stabkit.errors import ArgumentError
 from stabkit.meanfield.activations import Activation, activation
 from stabkit.meanfield.maps import (
     Phi,
@@ -26,6 +25,7 @@ from stabkit.meanfield.maps import (
     slope_moment,
     variance_map,
 )
+from stabkit.results import Result
 
 SMALLEST, LARGEST = 1e-12, 1e10  # variances that are searched
 _RATIO = 1.3  # between neighbours of the search
@@ -33,7 +33,7 @@ _AT_REST = 1e-13  # relative change of a variance that already is a fixed point
 
 
 @dataclass(frozen=True)
-class FixedPoint:
+class FixedPoint(Result):
     """Where variance and correlation of a deep random network settle, and how fast.
 
     Attributes:
@@ -72,13 +72,9 @@ class FixedPoint:
         """Growth of a perturbation or gradient, in nats per layer: log(chi_1) / 2."""
         return 0.5 * math.log(self.chi_1) if self.chi_1 > 0 else -math.inf
 
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values, ready for JSON."""
-        return dataclasses.asdict(self)
-
 
 @dataclass(frozen=True)
-class CriticalPoint:
+class CriticalPoint(Result):
     """A point of the edge of chaos, chi_1 = 1 at a fixed point of the variance.
 
     Attributes:
@@ -95,10 +91,6 @@ class CriticalPoint:
     chi_parallel: float
     error: float
 
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values, ready for JSON."""
-        return dataclasses.asdict(self)
-
 
 def fixed_point(phi: Phi, *, sigma_w: float, sigma_b: float = 0.0, q_start: float = 1.0) -> FixedPoint:
     """The fixed point that a deep random network approaches, with its depth scales and its phase.
@@ -110,7 +102,7 @@ def fixed_point(phi: Phi, *, sigma_w: float, sigma_b: float = 0.0, q_start: floa
         q_start: variance of the first pre-activations; decides which fixed point is reached where there are several.
 
     Raises:
-        ValueError: an argument is out of its range.
+        ArgumentError: an argument is out of its range.
 
     Example:
         >>> found = fixed_point("tanh", sigma_w=1.3**0.5, sigma_b=0.05**0.5)
@@ -173,14 +165,14 @@ def critical_points(
         sigma_b: standard deviation of the biases, to find that of the weights. Give one of the two.
 
     Raises:
-        ValueError: both or none were given, or one is out of its range.
+        ArgumentError: both or none were given, or one is out of its range.
 
     Example:
         >>> [round(point.sigma_w**2, 4) for point in critical_points("tanh", sigma_b=0.05**0.5)]
         [1.761]
     """
     if (sigma_w is None) == (sigma_b is None):
-        raise ValueError(f"sigma_w={sigma_w}, sigma_b={sigma_b}; expected exactly one of the two")
+        raise ArgumentError(f"sigma_w={sigma_w}, sigma_b={sigma_b}; expected exactly one of the two")
     check(**{name: value for name, value in (("sigma_w", sigma_w), ("sigma_b", sigma_b)) if value is not None})
     function = activation(phi)
 
@@ -210,7 +202,7 @@ def critical_sigma_w(phi: Phi, sigma_b: float = 0.0) -> float:
     A lesson with a picture: ``examples/trainability_map.py``.
 
     Raises:
-        ValueError: there is none, or sigma_b is out of its range.
+        ArgumentError: there is none, or sigma_b is out of its range.
 
     Example:
         >>> round(critical_sigma_w("tanh", 0.1), 9), round(critical_sigma_w("relu") ** 2, 9)
@@ -223,7 +215,7 @@ def critical_sigma_b(phi: Phi, sigma_w: float) -> float:
     """The sigma_b at which a network with weights of that deviation neither shrinks nor grows gradients.
 
     Raises:
-        ValueError: there is none, or sigma_w is out of its range.
+        ArgumentError: there is none, or sigma_w is out of its range.
 
     Example:
         >>> round(critical_sigma_b("tanh", 1.193400725025), 9)
@@ -236,7 +228,7 @@ def _stable(points: tuple[CriticalPoint, ...], given: str) -> CriticalPoint:
     for point in points:
         if point.chi_parallel <= 1 + 1e-6:
             return point
-    raise ValueError(
+    raise ArgumentError(
         f"no edge of chaos with a stable variance at {given} for variances of {SMALLEST:g} to 1e6 "
         f"({len(points)} without); look at critical_points, or at fixed_point over a range"
     )

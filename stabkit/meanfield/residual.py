@@ -12,15 +12,17 @@ from typing import Any
 
 import numpy as np
 
+from stabkit.errors import ArgumentError
 from stabkit.meanfield.activations import activation
 from stabkit.meanfield.gaussian import Array
 from stabkit.meanfield.maps import Phi, check, first_moment, product_moment, second_moment, slope_moment
+from stabkit.results import Result
 
 BRANCHES = ("W phi(x)", "phi(W x)")
 
 
 @dataclass(frozen=True)
-class DepthProfile:
+class DepthProfile(Result):
     """Expected statistics of a random network at every depth.
 
     Attributes:
@@ -43,14 +45,8 @@ class DepthProfile:
         """``(depth,)``, growth of the squared gradient relative to that of the units, free of their scale."""
         return np.asarray(self.log_chi - np.diff(np.log(self.q)))
 
-    def to_dict(self) -> dict[str, Any]:
-        """Plain lists, ready for JSON."""
-        return {
-            "q": self.q.tolist(),
-            "c": None if self.c is None else self.c.tolist(),
-            "log_chi": self.log_chi.tolist(),
-            "log_gradient_ratio": self.log_gradient_ratio,
-        }
+    def _contents(self) -> dict[str, Any]:
+        return {**super()._contents(), "log_gradient_ratio": self.log_gradient_ratio}
 
 
 def residual_profile(
@@ -82,7 +78,7 @@ def residual_profile(
         c: correlation of two inputs there, to follow it too.
 
     Raises:
-        ValueError: an argument is out of its range.
+        ArgumentError: an argument is out of its range.
 
     Example:
         >>> profile = residual_profile("relu", 12, sigma_w=2**0.5)
@@ -91,9 +87,9 @@ def residual_profile(
     """
     check(sigma_w=sigma_w, sigma_b=sigma_b, q=q, **({} if c is None else {"c": c}))
     if depth < 1:
-        raise ValueError(f"depth={depth}; expected at least 1 block")
+        raise ArgumentError(f"depth={depth}; expected at least 1 block")
     if branch not in BRANCHES:
-        raise ValueError(f"branch={branch!r}; expected one of {', '.join(map(repr, BRANCHES))}")
+        raise ArgumentError(f"branch={branch!r}; expected one of {', '.join(map(repr, BRANCHES))}")
     function, last = activation(phi), branch == BRANCHES[0]
     variances, products, chis, average = [q], [q * (1.0 if c is None else c)], [], 0.0
     for _ in range(depth):

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from stabkit.diagnosis import Finding
+from stabkit.errors import ArgumentError
 from stabkit.monitor.rules import AlertRules
 
 PRESETS = ("economy", "standard", "full")
@@ -23,14 +24,14 @@ def check_model(model: Any, preset: Any) -> None:
     """Whether there is a module to watch, and a preset to do it by.
 
     Raises:
-        ValueError: one of them is something else.
+        ArgumentError: one of them is something else.
     """
     if not isinstance(model, nn.Module):
-        raise ValueError(f"model is {type(model).__name__}; expected a torch.nn.Module")
+        raise ArgumentError(f"model is {type(model).__name__}; expected a torch.nn.Module")
     if preset not in PRESETS:
         near = difflib.get_close_matches(str(preset), PRESETS, n=1)
         guess = f"; did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"preset={preset!r}; expected one of {', '.join(PRESETS)}{guess}")
+        raise ArgumentError(f"preset={preset!r}; expected one of {', '.join(PRESETS)}{guess}")
 
 
 def check_counts(**counts: tuple[Any, int]) -> None:
@@ -40,20 +41,22 @@ def check_counts(**counts: tuple[Any, int]) -> None:
         **counts: by the name of the argument, the value and the least that it may be.
 
     Raises:
-        ValueError: one is not.
+        ArgumentError: one is not.
     """
     for name, (value, least) in counts.items():
         if isinstance(value, bool) or not isinstance(value, Integral):
-            raise ValueError(f"{name}={value!r} is {type(value).__name__}; expected a whole number, at least {least}")
+            raise ArgumentError(
+                f"{name}={value!r} is {type(value).__name__}; expected a whole number, at least {least}"
+            )
         if value < least:
-            raise ValueError(f"{name}={value}; expected at least {least}")
+            raise ArgumentError(f"{name}={value}; expected at least {least}")
 
 
 def check_kinds(directory: Any, scaler: Any, rules: Any, model_factory: Any) -> None:
     """Whether the other arguments are of the kinds that they should be, or None.
 
     Raises:
-        ValueError: one is not.
+        ArgumentError: one is not.
     """
     for name, value, kinds, expected in (
         ("directory", directory, (str, os.PathLike), "a path or None"),
@@ -61,21 +64,21 @@ def check_kinds(directory: Any, scaler: Any, rules: Any, model_factory: Any) -> 
         ("model_factory", model_factory, (str,), "'pkg.mod:factory' or 'file.py:factory'"),
     ):
         if value is not None and not isinstance(value, kinds):
-            raise ValueError(f"{name} is {type(value).__name__}; expected {expected}")
+            raise ArgumentError(f"{name} is {type(value).__name__}; expected {expected}")
     if scaler is not None and not hasattr(scaler, "unscale_"):
-        raise ValueError(f"scaler is {type(scaler).__name__}; expected the torch.amp.GradScaler of the run")
+        raise ArgumentError(f"scaler is {type(scaler).__name__}; expected the torch.amp.GradScaler of the run")
 
 
 def optimizers(given: Any) -> list[torch.optim.Optimizer]:
     """One or several optimizers as a list.
 
     Raises:
-        ValueError: something that is no optimizer.
+        ArgumentError: something that is no optimizer.
     """
     listed = [] if given is None else list(given) if isinstance(given, Iterable) else [given]
     for one in listed:
         if not isinstance(one, torch.optim.Optimizer):
-            raise ValueError(f"optimizer holds {type(one).__name__}; expected a torch.optim.Optimizer, or several")
+            raise ArgumentError(f"optimizer holds {type(one).__name__}; expected a torch.optim.Optimizer, or several")
     return listed
 
 
@@ -83,12 +86,12 @@ def callbacks(given: Any) -> list[Callback]:
     """One or several callables as a list.
 
     Raises:
-        ValueError: something that cannot be called.
+        ArgumentError: something that cannot be called.
     """
     listed = [] if given is None else [given] if callable(given) or not isinstance(given, Iterable) else list(given)
     for one in listed:
         if not callable(one):
-            raise ValueError(
+            raise ArgumentError(
                 f"on_alert holds {type(one).__name__}; expected a callable that takes a Finding, or several"
             )
     return listed
@@ -98,7 +101,7 @@ def named_modules(model: nn.Module, paths: Sequence[str]) -> dict[str, nn.Module
     """The modules of a model by the paths that a user names.
 
     Raises:
-        ValueError: the model has no such module, or none is named.
+        ArgumentError: the model has no such module, or none is named.
     """
     paths = [paths] if isinstance(paths, str) else list(paths)
     known = dict(model.named_modules())
@@ -106,7 +109,7 @@ def named_modules(model: nn.Module, paths: Sequence[str]) -> dict[str, nn.Module
     if missing:
         near = difflib.get_close_matches(str(missing[0]), known, n=1)
         guess = f"; did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"blocks: the model has no module {missing[0]!r}{guess}")
+        raise ArgumentError(f"blocks: the model has no module {missing[0]!r}{guess}")
     if not paths:
-        raise ValueError("blocks is empty; expected paths of modules, or None to watch those found")
+        raise ArgumentError("blocks is empty; expected paths of modules, or None to watch those found")
     return {path: known[path] for path in paths}

@@ -10,12 +10,13 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from stabkit.diagnosis import Finding
+from stabkit.errors import ArgumentError
 from stabkit.monitor.alerts import Alerts
 from stabkit.monitor.arguments import Callback, callbacks, check_counts, check_kinds, check_model, named_modules
 from stabkit.monitor.arguments import optimizers as as_optimizers
@@ -33,6 +34,9 @@ from stabkit.monitor.rules import AlertRules
 from stabkit.monitor.updates import UpdateSampler
 from stabkit.monitor.writers import Writer, open_writers
 from stabkit.tracing.safekeeping import unwrap
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 
 class Monitor:
@@ -76,7 +80,7 @@ class Monitor:
         seed: of random cotangents.
 
     Raises:
-        ValueError: an argument makes no sense.
+        ArgumentError: an argument makes no sense.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 1))
@@ -216,10 +220,10 @@ class Monitor:
         several processes train together it is of the next step whose turn it is.
 
         Raises:
-            ValueError: the monitor has no directory to write to, or keeps no capsules.
+            ArgumentError: the monitor has no directory to write to, or keeps no capsules.
         """
         if not self._capsules.enabled:
-            raise ValueError("capsule() needs Monitor(..., directory=DIR) and capsules of at least 1")
+            raise ArgumentError("capsule() needs Monitor(..., directory=DIR) and capsules of at least 1")
         self._requested = reason
 
     @property
@@ -227,7 +231,7 @@ class Monitor:
         """The capsules on disk, the oldest first."""
         return self._capsules.paths
 
-    def plot(self, ax: Any = None, *, quantity: str = "growth") -> Any:
+    def plot(self, ax: Axes | None = None, *, quantity: str = "growth") -> Axes:
         """The Axes of a heat map of one quantity of every block over the steps; see ``stabkit.plotting.training``."""
         from stabkit import plotting
 

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Protocol, TextIO, runtime_checkable
 
+from stabkit.errors import ArgumentError
 from stabkit.monitor.record import Record
 
 _BLOCK = 1 << 16  # bytes read at once in the search for the end of the last whole line
@@ -122,7 +123,7 @@ class WandbWriter:
 
             run = wandb.run
             if run is None:
-                raise ValueError("no Weights & Biases run is active; call wandb.init first or pass the run")
+                raise ArgumentError("no Weights & Biases run is active; call wandb.init first or pass the run")
         self._run = run
 
     def write(self, record: Record) -> None:
@@ -170,7 +171,7 @@ def open_writers(writers: Any, directory: Path | None) -> list[Writer]:
     """Writers from what a user gives: paths by suffix, writers, callables; one or several.
 
     Raises:
-        ValueError: something that is none of these, or a path with another suffix.
+        ArgumentError: something that is none of these, or a path with another suffix.
     """
     if writers is None:
         return [] if directory is None else [JSONLinesWriter(directory / "records.jsonl")]
@@ -185,14 +186,14 @@ def _open(writer: Any) -> Writer:
             return CSVWriter(path)
         if path.suffix in (".jsonl", ".ndjson"):
             return JSONLinesWriter(path)
-        raise ValueError(
+        raise ArgumentError(
             f"writers: {str(path)!r} has suffix {path.suffix!r}; expected .jsonl or .csv, or pass a writer"
         )
     if isinstance(writer, Writer):
         return writer
     if callable(writer):
         return CallableWriter(writer)
-    raise ValueError(
+    raise ArgumentError(
         f"writers: got {type(writer).__name__}; expected a path (.jsonl, .csv), an object with write and close, "
         "or a callable"
     )
@@ -200,14 +201,4 @@ def _open(writer: Any) -> Writer:
 
 def json_line(record: Record) -> str:
     """A record as one line of strict JSON."""
-    return json.dumps(_plain(record.to_dict()), allow_nan=False)
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, float):
-        return value if value - value == 0 else str(value)
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    return value
+    return json.dumps(record.to_dict(), allow_nan=False)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from stabkit.errors import ArgumentError
 from stabkit.planning import sizes
 
 _BF16, _FLOAT32, _FLOAT64 = 2, 4, 8  # bytes of a number
@@ -145,7 +146,7 @@ def profile_price(
         singular_products: products with each block's Jacobian or its transpose.
 
     Raises:
-        ValueError: a count is below 1.
+        ArgumentError: a count is below 1.
 
     Example:
         >>> price = profile_price(LLAMA_70B, H100, tokens=4096, probes=8, devices=8)
@@ -153,7 +154,7 @@ def profile_price(
         True
     """
     if min(tokens, probes, devices, samples) < 1:
-        raise ValueError(
+        raise ArgumentError(
             f"tokens={tokens}, probes={probes}, devices={devices}, samples={samples}; expected at least 1 of each"
         )
     own = -(-probes // devices)

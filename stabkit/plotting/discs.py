@@ -9,6 +9,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.patches import Circle
 
+from stabkit.errors import ArgumentError
 from stabkit.plotting.style import GREY, finish, ink, new_axes, sample_color
 
 if TYPE_CHECKING:
@@ -33,10 +34,10 @@ def sliding_disc(
         damping: the values of lambda.
 
     Raises:
-        ValueError: a damping outside 0 to 1.
+        ArgumentError: a damping outside 0 to 1.
     """
     if any(not 0 <= value <= 1 for value in damping):
-        raise ValueError(f"damping={tuple(damping)}; every lambda must lie between 0 and 1")
+        raise ArgumentError(f"damping={tuple(damping)}; every lambda must lie between 0 and 1")
     ax, font = new_axes(ax, 8, 6.5)
     for place, value in enumerate(damping):
         color = sample_color(ax, place, max(len(damping), 2))

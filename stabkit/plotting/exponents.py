@@ -10,6 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import TwoSlopeNorm
 from matplotlib.ticker import MaxNLocator
 
+from stabkit.errors import ArgumentError, ArgumentTypeError
 from stabkit.plotting.style import DIVERGING, figure_of, finish, ink, new_axes, sample_color, small_text
 from stabkit.report import Exponents, Report
 
@@ -172,13 +173,13 @@ def sum_rule(spectrum: LyapunovSpectrum | Report, ax: Axes | None = None) -> Axe
 def _exponents(result: LyapunovSpectrum | Report) -> LyapunovSpectrum | Exponents:
     if not isinstance(result, Report):
         if not hasattr(result, "local_growth"):
-            raise TypeError(
+            raise ArgumentTypeError(
                 f"{type(result).__name__} is no Lyapunov spectrum, so it has no running means or partial sums; draw it "
                 "with stabkit.plotting.finite_time"
             )
         return result
     if result.lyapunov is None:
-        raise ValueError("the report has no Lyapunov exponents; analyze computes them unless spectrum='none'")
+        raise ArgumentError("the report has no Lyapunov exponents; analyze computes them unless spectrum='none'")
     return result.lyapunov
 
 

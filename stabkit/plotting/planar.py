@@ -13,6 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from stabkit.errors import ArgumentError
 from stabkit.plotting.style import (
     BLUE,
     CENTIMETER,
@@ -60,7 +61,7 @@ def flow_map(flow: Flow | Iteration, ax: Axes | None = None, *, along: int | Non
         panels: how many depths are shown, evenly spaced.
 
     Raises:
-        ValueError: the states are not two-dimensional, or the batch is no whole number of lines.
+        ArgumentError: the states are not two-dimensional, or the batch is no whole number of lines.
 
     Example:
         >>> import torch, stabkit
@@ -111,7 +112,7 @@ def _angles(points: NDArray[np.float64]) -> NDArray[np.float64]:
 def _check_lines(states: list[tuple[int, NDArray[np.float64]]], along: int | None) -> None:
     count = len(states[0][1])
     if along is not None and count % along:
-        raise ValueError(
+        raise ArgumentError(
             f"the batch has {count} points, no multiple of along={along}; use grid_points(), or along=None for points"
         )
 
@@ -129,13 +130,13 @@ def animate_flow_map(
         per_second: frames a second.
 
     Raises:
-        ValueError: the suffix is not ``.gif``, or as in `flow_map`.
+        ArgumentError: the suffix is not ``.gif``, or as in `flow_map`.
     """
     from matplotlib.animation import FuncAnimation, PillowWriter
 
     path = Path(path)
     if path.suffix.lower() != ".gif":
-        raise ValueError(f"path={str(path)!r}; the animation is a .gif")
+        raise ArgumentError(f"path={str(path)!r}; the animation is a .gif")
     states = _planar_states(flow)
     _check_lines(states, along)
     figure = Figure(figsize=(8 * CENTIMETER, 8 * CENTIMETER), dpi=120, layout="constrained")
@@ -170,11 +171,11 @@ def vector_field(flow: Flow | Iteration, ax: Axes | None = None, *, step: int = 
         step: which step.
 
     Raises:
-        ValueError: the step does not map the plane to itself.
+        ArgumentError: the step does not map the plane to itself.
     """
     source, target = _plane(flow.states[step]), _plane(flow.states[step + 1])
     if source is None or target is None:
-        raise ValueError(f"step {step} does not map two numbers to two numbers; choose another")
+        raise ArgumentError(f"step {step} does not map two numbers to two numbers; choose another")
     ax, font = new_axes(ax, 8, 7, margin=0.04)
     change = target - source
     speed = np.hypot(*change.T)
@@ -202,17 +203,19 @@ def phase_portrait(flow: Flow | Iteration, ax: Axes | None = None, *, samples: i
         samples: trajectories drawn, at most.
 
     Raises:
-        ValueError: the states have different sizes, or are not finite.
+        ArgumentError: the states have different sizes, or are not finite.
     """
     sizes = {state.size for state in flow.states[:: max(1, len(flow.states) // 50)]}
     if len(sizes) > 1:
-        raise ValueError(f"the states have {sorted(sizes)} numbers; a portrait needs one space, as in recurrent_flow")
+        raise ArgumentError(
+            f"the states have {sorted(sizes)} numbers; a portrait needs one space, as in recurrent_flow"
+        )
     path = np.stack([_flat(state)[:samples] for state in flow.states])
     if not np.isfinite(path).all():
         broken = int(np.flatnonzero(~np.isfinite(path).all(axis=(1, 2)))[0])
         path = path[:broken]  # from there on there is nothing to draw
         if broken < 2:
-            raise ValueError("the states are not finite; there is no trajectory to draw")
+            raise ArgumentError("the states are not finite; there is no trajectory to draw")
     ax, font = new_axes(ax, 8, 7)
     names = ("x₁", "x₂")
     if path.shape[-1] == 1:
@@ -247,10 +250,10 @@ def _lines(ax: Axes, points: NDArray[np.float64], along: int) -> None:
 def _planar_states(flow: Flow | Iteration) -> list[tuple[int, NDArray[np.float64]]]:
     found = [(index, plane) for index, state in enumerate(flow.states) if (plane := _plane(state)) is not None]
     if not all(np.isfinite(points).all() for _, points in found):
-        raise ValueError("the states are not finite; there is nothing to draw")
+        raise ArgumentError("the states are not finite; there is nothing to draw")
     if len(found) < 2:
         sizes = [state.size for state in flow.states[:8]]
-        raise ValueError(f"the states have {sizes} numbers; this picture needs two states of two numbers each")
+        raise ArgumentError(f"the states have {sizes} numbers; this picture needs two states of two numbers each")
     return found
 
 

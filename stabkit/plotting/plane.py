@@ -10,6 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.patches import Circle
 from matplotlib.ticker import MaxNLocator
 
+from stabkit.errors import ArgumentError
 from stabkit.plotting.style import BLUE, GREY, ORANGE, finish, ink, log_limits, new_axes, sample_color, shade, verbatim
 from stabkit.report import StepReport
 from stabkit.report.tables import middle
@@ -32,7 +33,7 @@ def spectrum(spectrum: Any, ax: Axes | None = None) -> Axes:
         ax: where to draw; a new figure when None.
 
     Raises:
-        ValueError: the step of a report has no eigenvalues.
+        ArgumentError: the step of a report has no eigenvalues.
     """
     values, converged = _spectrum(spectrum)
     planar = np.iscomplexobj(values)
@@ -81,7 +82,7 @@ def singular_value_density(density: SingularValueDensity, ax: Axes | None = None
 def _spectrum(spectrum: Any) -> tuple[NDArray[Any], NDArray[np.bool_]]:
     if isinstance(spectrum, StepReport):
         if spectrum.z is None:
-            raise ValueError(f"{spectrum.name} has no eigenvalues in this report; choose another step")
+            raise ArgumentError(f"{spectrum.name} has no eigenvalues in this report; choose another step")
         values = np.atleast_2d(np.asarray(spectrum.z, dtype=complex) + (spectrum.skip or 0.0))
         return values, np.full(values.shape, spectrum.spectrum_converged)
     values = np.atleast_2d(np.asarray(spectrum.values))

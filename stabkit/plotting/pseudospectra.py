@@ -11,6 +11,7 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 from matplotlib.patches import Circle
 
+from stabkit.errors import ArgumentError
 from stabkit.plotting.style import GREY, ORANGE, finish, ink, new_axes, small_text
 
 if TYPE_CHECKING:
@@ -41,19 +42,19 @@ def pseudospectra(
         resolution: points along each side of the picture.
 
     Raises:
-        ValueError: J is not square, too large, or not finite.
+        ArgumentError: J is not square, too large, or not finite.
     """
     from stabkit.jacobians.numerical_range import numerical_range
     from stabkit.jacobians.pseudospectra import Resolvent
 
     _, m, n = J.shape
     if m != n:
-        raise ValueError(f"J is {m} x {n}; pseudospectra need a square Jacobian")
+        raise ArgumentError(f"J is {m} x {n}; pseudospectra need a square Jacobian")
     if n > _LARGEST:
-        raise ValueError(f"J has {n} coordinates, at most {_LARGEST} can be drawn; stabkit.non_normality has bounds")
+        raise ArgumentError(f"J has {n} coordinates, at most {_LARGEST} can be drawn; stabkit.non_normality has bounds")
     A = J.dense()[sample].detach().double().cpu().numpy()
     if not np.isfinite(A).all():
-        raise ValueError("J has entries that are not finite, so it has no pseudospectra")
+        raise ArgumentError("J has entries that are not finite, so it has no pseudospectra")
     values = np.linalg.eigvals(A)
     boundary, _ = numerical_range(A, 64)
     reach = np.concatenate([boundary, values, [1.0, -1.0, 1.0j, -1.0j]])

@@ -11,6 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import TwoSlopeNorm
 from matplotlib.ticker import MaxNLocator
 
+from stabkit.errors import ArgumentError
 from stabkit.plotting.style import DIVERGING, GREY, end_of, finish, ink, new_axes, small_text
 
 _NAMES = 12  # rows that can carry a name
@@ -27,18 +28,18 @@ def training(records: Any, ax: Axes | None = None, *, quantity: str = "growth") 
             ratio as its log10.
 
     Raises:
-        ValueError: there is no record, or its blocks have no such number.
+        ArgumentError: there is no record, or its blocks have no such number.
     """
     seen: Iterable[Any] = getattr(records, "records", records)
     plain = [record if isinstance(record, Mapping) else record.to_dict() for record in seen]
     if not plain:
-        raise ValueError("records is empty; a picture of a training run needs at least one record")
+        raise ArgumentError("records is empty; a picture of a training run needs at least one record")
     names = list(dict.fromkeys(block["name"] for record in plain for block in record["blocks"]))
     known = [key for key in (plain[0]["blocks"] or [{}])[0] if key not in ("name", "non_finite")]
     if quantity not in known:
         near = difflib.get_close_matches(quantity, known, n=1)
         guess = f"; did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"quantity={quantity!r}; the blocks have {', '.join(known)}{guess}")
+        raise ArgumentError(f"quantity={quantity!r}; the blocks have {', '.join(known)}{guess}")
     values = np.full((len(names), len(plain)), np.nan)
     for column, record in enumerate(plain):
         for block in record["blocks"]:

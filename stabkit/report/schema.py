@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 from stabkit.diagnosis import KINDS as DIAGNOSES
 from stabkit.diagnosis import Finding
-from stabkit.report import encoding
+from stabkit.errors import ArgumentError
+from stabkit.results import Result
 
 if TYPE_CHECKING:
     import os
 
     import pandas
-    from matplotlib.axes import Axes
 
 SCHEMA = "stabkit.report/1"
 
@@ -60,6 +60,8 @@ class StepReport:
         evidence: how sure the method is, one of ``EVIDENCE``.
         residual: relative residual of the numerical test behind ``evidence``.
         z: eigenvalues of J - a of all analysed samples, one after another.
+        field_z: where the method has several stages, h eig(J_f) of each field, the z of one mode at one place; None
+            where ``z`` says it already, or the fields could not be differentiated.
         numerical_range: points around the boundary of the numerical range of J - a at the first sample.
         spectral_radius: largest \|eigenvalue\| of J.
         largest_singular_value: largest singular value of J, the worst growth in one step.
@@ -88,7 +90,7 @@ class StepReport:
         notes: what the reader should know about these numbers.
 
     Raises:
-        ValueError: ``kind``, ``evidence`` or ``spectrum_method`` is not one of the words above.
+        ArgumentError: ``kind``, ``evidence`` or ``spectrum_method`` is not one of the words above.
     """
 
     index: int
@@ -104,6 +106,7 @@ class StepReport:
     evidence: str = "unknown"
     residual: float | None = None
     z: tuple[complex, ...] | None = None
+    field_z: tuple[tuple[complex, ...], ...] | None = None
     numerical_range: tuple[complex, ...] | None = None
     spectral_radius: float | None = None
     largest_singular_value: float | None = None
@@ -153,7 +156,7 @@ class Exponents:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Report:
+class Report(Result):
     """The result of ``stabkit.analyze``: verdict, findings and one record per step.
 
     Attributes:
@@ -185,7 +188,7 @@ class Report:
         versions: versions of stabkit and of what it stands on.
 
     Raises:
-        ValueError: ``verdict`` is not one of ``VERDICTS``.
+        ArgumentError: ``verdict`` is not one of ``VERDICTS``.
 
     Example:
         >>> report = Report(
@@ -231,13 +234,8 @@ class Report:
 
         return tables.plain(self)
 
-    def to_dict(self) -> dict[str, Any]:
-        """The report as data that ``json.dumps`` takes, with a versioned ``"schema"``.
-
-        Floats that are not finite become ``"NaN"``, ``"Infinity"`` or ``"-Infinity"``, complex numbers
-        ``[re, im]``; see ``stabkit.report.encoding``.
-        """
-        return {"schema": SCHEMA, **encoding.encode(self)}
+    def _contents(self) -> dict[str, Any]:
+        return {"schema": SCHEMA, **super()._contents()}
 
     def to_dataframe(self) -> pandas.DataFrame:
         """One row per step, the columns of the CSV file, as a ``pandas.DataFrame`` indexed by ``index``.
@@ -248,12 +246,6 @@ class Report:
         from stabkit.report import tables
 
         return tables.dataframe(self)
-
-    def plot(self, ax: Axes | None = None) -> Axes:
-        """The eigenvalues of every step against its region; see ``stabkit.plotting.region`` and its neighbours."""
-        from stabkit import plotting
-
-        return plotting.region(self, ax)
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write the report to a file, whole or not at all.
@@ -286,4 +278,4 @@ class Report:
 
 def _one_of(name: str, value: str, accepted: tuple[str, ...]) -> None:
     if value not in accepted:
-        raise ValueError(f"{name}={value!r}; accepted: {', '.join(map(repr, accepted))}")
+        raise ArgumentError(f"{name}={value!r}; accepted: {', '.join(map(repr, accepted))}")

@@ -10,11 +10,13 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge
 
-from stabkit.errors import TraceError
+from stabkit.errors import OutOfRangeError, TraceError
+from stabkit.operators.jacobian import Jacobian
 from stabkit.tracing.endpoints import scalar_loss
 from stabkit.tracing.forward_pass import ForwardPass
 from stabkit.tracing.graph import Graph
 from stabkit.tracing.products import Products, Space
+from stabkit.tracing.recorded_jacobian import jacobian_of
 from stabkit.tracing.recording import Recording
 from stabkit.tracing.samples import Layout
 from stabkit.tracing.segments import Segment
@@ -22,8 +24,6 @@ from stabkit.tracing.values import Value, meta_of, operation, random_tensors
 
 if TYPE_CHECKING:
     import networkx as nx
-
-    from stabkit.jacobians.operator import Jacobian
 
 
 @dataclass(frozen=True, eq=False)
@@ -112,7 +112,7 @@ class Step:
 
     def jacobian(self) -> Jacobian:
         """The Jacobian of the step, one block per sample, as an operator of shape ``(batch, m, n)``."""
-        return _operator(self.products)
+        return jacobian_of(self.products)
 
 
 @dataclass(frozen=True, eq=False)
@@ -192,12 +192,14 @@ class Flow:
         """The Jacobian of the map from ``states[start]`` to ``states[stop]`` (default: the last).
 
         Raises:
-            IndexError: the two do not name states in this order.
+            OutOfRangeError: the two do not name states in this order.
         """
         last = len(self.states) - 1
         stop = last if stop is None else stop
         if not 0 <= start < stop <= last:
-            raise IndexError(f"start={start}, stop={stop}; expected 0 <= start < stop <= {last} (the number of steps)")
+            raise OutOfRangeError(
+                f"start={start}, stop={stop}; expected 0 <= start < stop <= {last} (the number of steps)"
+            )
         if stop == start + 1:
             return self.steps[start].jacobian()
         source, target = self.states[start], self.states[stop]
@@ -211,7 +213,7 @@ class Flow:
             self._recording.hooks,
             self._prefetch(source.position, target.position),
         )
-        return _operator(Products(segment, source.space, target.space))
+        return jacobian_of(Products(segment, source.space, target.space))
 
     @property
     def graph(self) -> nx.DiGraph:
@@ -282,18 +284,3 @@ def engine_vjp(target: Sequence[Value], source: Sequence[Value], cotangents: Seq
         torch.zeros(meta.shape, dtype=meta.dtype, device=meta.device) if grad is None else grad
         for grad, meta in zip(grads, metas, strict=True)
     ]
-
-
-def _operator(products: Products) -> Jacobian:
-    # the layout puts operators after tracing, so that tracing itself can be used without them
-    from stabkit.jacobians.operator import Jacobian
-
-    source, target = products.source, products.target
-    return Jacobian(
-        (source.batch, target.size, source.size),
-        products.forward,
-        products.backward,
-        dtype=torch.promote_types(source.dtype, target.dtype),
-        device=source.device,
-        path="recorded graph",
-    )

@@ -5,21 +5,19 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from stabkit.errors import TraceError
+from stabkit.errors import OutOfRangeError, TraceError
+from stabkit.operators.jacobian import Jacobian
 from stabkit.tracing.endpoints import scalar_loss
 from stabkit.tracing.first_step import check_sizes, tensors_of, try_first_step
 from stabkit.tracing.linearization import RecordedStep, StepFunction, Tensors, jacobians
 from stabkit.tracing.map_states import Lazy, MapState, MapStep
 from stabkit.tracing.products import Space
 from stabkit.tracing.safekeeping import modules_behind, unchanged
-
-if TYPE_CHECKING:
-    from stabkit.jacobians.operator import Jacobian
 
 _NUMBERS = 2**22  # how many numbers a window of time may hold at once
 _LONGEST = 2048  # steps of a window
@@ -118,13 +116,11 @@ class Iteration:
         """The Jacobian of the map from ``states[start]`` to ``states[stop]`` (default: the last), as an operator.
 
         Raises:
-            IndexError: the two do not name states in this order.
+            OutOfRangeError: the two do not name states in this order.
         """
-        from stabkit.jacobians.operator import Jacobian  # operators stand after tracing in the layout
-
         stop = self.n_steps if stop is None else stop
         if not 0 <= start < stop <= self.n_steps:
-            raise IndexError(f"start={start}, stop={stop}; expected 0 <= start < stop <= {self.n_steps}")
+            raise OutOfRangeError(f"start={start}, stop={stop}; expected 0 <= start < stop <= {self.n_steps}")
         space = self.space
         with unchanged(self.model) as safe:
             safe.freeze()

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any, overload
 
 from torch import Tensor
 
+from stabkit.operators.jacobian import Jacobian
 from stabkit.tracing.linearization import Tensors
 from stabkit.tracing.products import Space
 
 if TYPE_CHECKING:
-    from stabkit.jacobians.operator import Jacobian
     from stabkit.tracing.iteration import Iteration
 
 

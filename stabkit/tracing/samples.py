@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from stabkit.errors import ArgumentError
 from stabkit.tracing.values import Meta
 
 
@@ -51,7 +52,7 @@ class Layout:
     @property
     def _sample_axis(self) -> int:
         if self.axis is None:
-            raise ValueError("the whole tensor is one sample")
+            raise ArgumentError("the whole tensor is one sample")
         return self.axis if self.outer else self.axis + 1
 
     def _split_shape(self, shape: Sequence[int]) -> list[int]:

@@ -12,7 +12,9 @@ import torch
 from torch import Tensor
 
 from stabkit.checkpoints.training import natural_order
+from stabkit.errors import ArgumentError
 from stabkit.meanfield import activation_names
+from stabkit.results import Result
 from stabkit.weights.matrices import MatrixReport, measure
 from stabkit.weights.roles import role_of
 
@@ -24,7 +26,7 @@ LABEL = (
 
 
 @dataclass(frozen=True)
-class WeightsReport:
+class WeightsReport(Result):
     """What a set of weights says without an architecture.
 
     Attributes:
@@ -52,11 +54,8 @@ class WeightsReport:
 
         return table.plain(self)
 
-    def to_dict(self) -> dict[str, Any]:
-        """Plain data for JSON, with a versioned ``"schema"``."""
-        from stabkit.report import encoding
-
-        return {"schema": SCHEMA, **encoding.encode(self)}
+    def _contents(self) -> dict[str, Any]:
+        return {"schema": SCHEMA, **super()._contents()}
 
     def save(self, path: str | Path) -> Path:
         """Write the report as JSON, whole or not at all.
@@ -93,7 +92,7 @@ def analyze_weights(
         progress: called with (done, total, name).
 
     Raises:
-        ValueError: the activation is unknown.
+        ArgumentError: the activation is unknown.
 
     Example:
         >>> import torch
@@ -103,7 +102,7 @@ def analyze_weights(
         (3.0, 4.0, 1.0986)
     """
     if activation not in activation_names():
-        raise ValueError(f"activation={activation!r}; accepted: {', '.join(activation_names())}")
+        raise ArgumentError(f"activation={activation!r}; accepted: {', '.join(activation_names())}")
     names = sorted(tensors, key=natural_order)
     matrices, bad, parameters = [], [], 0
     shapes: dict[str, tuple[int, ...]] = {}

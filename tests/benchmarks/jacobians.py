@@ -143,8 +143,7 @@ def dense_rows(name: str, floor: Callable[[], None], factor: float, rounds: int,
             lambda s: model(s[None])[0], one, vectorize=True
         )
     times = interleaved(work, rounds)
-    J.dense()
-    how = J.path.split("; ")[-1]
+    how = J.dense(return_path=True)[1].split("; ")[-1]
     lines = [
         row(name, "dense", times, "structure", factor, targets[0], f"{peak(name, 'dense'):.0f} MB; {how}"),
         row(name, "dense, structure=False", times, "plain", factor, targets[1], f"{peak(name, 'plain'):.0f} MB"),
@@ -157,8 +156,7 @@ def dense_rows(name: str, floor: Callable[[], None], factor: float, rounds: int,
 def sparse_row(name: str) -> str:
     """The sparse Jacobian over the products it is made of; the first write to fresh memory is told apart."""
     _, _, J = make(name)
-    J.sparse()
-    count = int(J.path.split("; ")[-1].split()[0])
+    count = int(J.sparse(return_path=True)[1].split("; ")[-1].split()[0])
     seeds = torch.randn(25, *J.shape[:2]).permute(1, 2, 0)
     times = interleaved(
         {"floor": lambda: [J.rmatmat(seeds) for _ in range(count // 25)] and None, "sparse": J.sparse}, 5

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from stabkit import checkpoints
 from stabkit.cli.execution import analyzed
-from stabkit.cli.options import Recipe
+from stabkit.cli.options import Effort, Recipe
 
 ROOT = Path(__file__).parent.parent.parent
 NETWORK = """
@@ -42,8 +42,8 @@ def test_torchrun_gives_one_report_that_is_the_plain_one(tmp_path):
     done = torchrun(tmp_path, "analyze", source, "--input", "4x4", "--json", "-", "--out", str(tmp_path / "out"))
     assert done.returncode == 0, done.stderr
     told = json.loads(done.stdout)
-    recipe = Recipe(None, "4x4", None, None, "raw", None, False, False, False, "auto", "auto", 0)
-    alone = analyzed(checkpoints.load(source, input="4x4"), recipe).to_dict()
+    recipe = Recipe(input="4x4")
+    alone = analyzed(checkpoints.load(source, input="4x4"), recipe, Effort()).to_dict()
     assert told.pop("seconds") > 0
     assert alone.pop("seconds") > 0
     for mine, other in zip(told["steps"], alone["steps"], strict=True):

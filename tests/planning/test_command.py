@@ -11,7 +11,7 @@ import stabkit
 from stabkit import checkpoints
 from stabkit.cli import app
 from stabkit.cli.execution import analyzed, chosen_device, streamed
-from stabkit.cli.options import Recipe
+from stabkit.cli.options import Effort, Recipe
 from stabkit.cli.plan import plan
 from stabkit.errors import StabkitError
 
@@ -38,7 +38,7 @@ def run():
 
 
 def recipe() -> Recipe:
-    return Recipe(None, "8x4", None, None, "raw", None, False, False, False, "auto", "auto", 0)
+    return Recipe(input="8x4")
 
 
 def test_the_price_is_printed_and_written(run, network, tmp_path):
@@ -79,11 +79,11 @@ def test_the_price_alone(network):
 
 def test_a_report_within_a_budget_says_what_was_left_out(network, monkeypatch):
     loaded = checkpoints.load(network, input="8x4")
-    whole = analyzed(loaded, recipe())
+    whole = analyzed(loaded, recipe(), Effort())
     assert len(whole.steps) == 6
     assert not any("left out" in note for note in whole.notes)
     monkeypatch.setattr("stabkit.planning.budgeting._within", lambda price, *_: price.products < 80)
-    less = analyzed(loaded, recipe(), budget="10m")
+    less = analyzed(loaded, recipe(), Effort(budget="10m"))
     assert any("left out to keep the budget" in note for note in less.notes)
 
 
@@ -92,7 +92,7 @@ def test_a_directory_is_streamed(tmp_path):
     sizes = {"vocab_size": 64, "bos_token_id": 1, "eos_token_id": 2}
     config = transformers.GPT2Config(n_layer=2, n_embd=16, n_head=2, n_positions=32, **sizes)
     transformers.GPT2LMHeadModel(config).save_pretrained(tmp_path)
-    found, again = (streamed(tmp_path, "tokens:2x4", 0, out=tmp_path / "out") for _ in range(2))
+    found, again = (streamed(tmp_path, Recipe(input="tokens:2x4"), Effort(), out=tmp_path / "out") for _ in range(2))
     assert found is not None
     assert again is not None
     assert found.log_growth.shape == (2, 2)

@@ -141,7 +141,7 @@ class Skip(nn.Module):
 @pytest.mark.parametrize("direction", ["vjp", "jvp"])
 def test_stacked_walks_are_those_with_one_vector(direction, dtype):
     model, x = Skip().to(dtype), torch.randn(3, 2, 7, dtype=dtype)
-    segment = trace(model, x).jacobian().recorded.products.segment
+    segment = trace(model, x).jacobian().origin.products.segment
     many = torch.randn(4, 3, 2, 7, dtype=dtype)
     before = many.clone()
     (together,) = getattr(segment, f"{direction}_batch")([many])
@@ -155,7 +155,7 @@ def test_stacked_walks_are_those_with_one_vector(direction, dtype):
 
 def test_values_of_the_caller_survive_where_a_step_only_passes_them_on():
     x = torch.randn(2, 3)
-    segment = trace(lambda x: (x + 0.0).relu() * 2.0 + 1.0, x).jacobian().recorded.products.segment
+    segment = trace(lambda x: (x + 0.0).relu() * 2.0 + 1.0, x).jacobian().origin.products.segment
     many = torch.randn(4, 2, 3)
     before = many.clone()
     (first,) = segment.vjp_batch([many])
@@ -167,7 +167,7 @@ def test_values_of_the_caller_survive_where_a_step_only_passes_them_on():
 
 def test_parts_of_a_segment_chain_to_the_whole():
     model, x = Skip().double(), torch.randn(3, 2, 7, dtype=torch.float64)
-    segment = trace(model, x).jacobian().recorded.products.segment
+    segment = trace(model, x).jacobian().origin.products.segment
     cotangent = torch.randn(3, 2, 7, dtype=torch.float64)
     expected = segment.vjp([cotangent])
     for position in range(len(segment.nodes) + 1):
@@ -180,7 +180,7 @@ def test_parts_of_a_segment_chain_to_the_whole():
 def test_the_footprint_counts_what_is_alive_at_once():
     x = torch.randn(2, 3, dtype=torch.float64)
     weight = torch.randn(3, 50, dtype=torch.float64)
-    segment = trace(lambda x: x + (x @ weight).tanh() @ weight.T, x).jacobian().recorded.products.segment
+    segment = trace(lambda x: x + (x @ weight).tanh() @ weight.T, x).jacobian().origin.products.segment
     most, widest = segment.footprint()
     assert widest == 2 * 50 * 8
     assert 2 * widest <= most <= 2 * widest + 4 * 2 * 3 * 8

@@ -9,6 +9,7 @@ from importlib.resources import files
 from typing import TYPE_CHECKING, Any
 
 from stabkit.diagnosis import factor
+from stabkit.errors import ArgumentError
 from stabkit.report.page.data import comparison_data, place_of, report_data
 
 if TYPE_CHECKING:
@@ -43,10 +44,10 @@ def comparison_page(reports: Mapping[str, Report]) -> str:
         reports: reports in order, by the names they get.
 
     Raises:
-        ValueError: there is no report.
+        ArgumentError: there is no report.
     """
     if not reports:
-        raise ValueError("reports is empty; a comparison needs at least one report")
+        raise ArgumentError("reports is empty; a comparison needs at least one report")
     return _render("comparison.html", reports=reports, data=comparison_data(reports))
 
 

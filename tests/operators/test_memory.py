@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from stabkit.jacobians import memory
+from stabkit.operators import memory
 
 CPU = torch.device("cpu")
 

@@ -5,9 +5,9 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.functional import jacobian
 
-from stabkit.jacobians import Jacobian, compose, from_dense
-from stabkit.jacobians import dense as dense_module
-from stabkit.jacobians.sparsity import Pattern
+from stabkit.operators import Jacobian, compose, from_dense
+from stabkit.operators import dense as dense_module
+from stabkit.operators.sparsity import Pattern
 from stabkit.tracing import trace
 
 
@@ -17,16 +17,25 @@ def truth(model: nn.Module, x: Tensor, dim: int = 0) -> Tensor:
     return torch.stack([block.reshape(block.shape[0], -1) for block in blocks])
 
 
+def assert_path(J: Jacobian, expected: Tensor, words: str) -> None:
+    """The dense matrix is right, and its path says ``words``; the operator is as it was."""
+    before = J.path
+    found, path = J.dense(return_path=True)
+    torch.testing.assert_close(found, expected, rtol=1e-11, atol=1e-12)
+    assert words in path
+    assert J.path == before
+
+
 def built(model: nn.Module, x: Tensor, *, batch_dim: int = 0, words: str) -> Jacobian:
     """The Jacobian of a model, dense, checked with and without structure; ``words`` say how it was found."""
     model.eval().double()
     x = x.double()
     J = trace(model, x, batch_dim=batch_dim).jacobian()
     expected = truth(model, x, batch_dim)
-    torch.testing.assert_close(J.dense(), expected, rtol=1e-11, atol=1e-12)
-    assert words in J.path
-    torch.testing.assert_close(J.dense(structure=False), expected, rtol=1e-11, atol=1e-12)
-    assert J.path.endswith(" J^T U")
+    assert_path(J, expected, words)
+    plain, path = J.dense(structure=False, return_path=True)
+    torch.testing.assert_close(plain, expected, rtol=1e-11, atol=1e-12)
+    assert path.endswith(" J^T U")
     return J
 
 
@@ -75,10 +84,10 @@ def test_the_first_factor_of_a_wide_step_is_pushed_forward():
     model = nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), nn.Tanh()).double()
     x = torch.randn(1, 1, 15, 16, dtype=torch.float64)
     J = trace(model, x).jacobian()
-    torch.testing.assert_close(J.dense(), truth(model, x), rtol=1e-11, atol=1e-12)
-    assert "9 products for 240 rows" in J.path  # of the transpose
-    torch.testing.assert_close(J.dense(structure=False), truth(model, x), rtol=1e-11, atol=1e-12)
-    assert J.path.endswith("240 products J V")
+    assert_path(J, truth(model, x), "9 products for 240 rows")  # of the transpose
+    plain, path = J.dense(structure=False, return_path=True)
+    torch.testing.assert_close(plain, truth(model, x), rtol=1e-11, atol=1e-12)
+    assert path.endswith("240 products J V")
 
 
 def test_elementwise_steps_take_one_product():
@@ -161,9 +170,8 @@ def test_a_wrong_pattern_is_caught_and_said_so(monkeypatch):
     model, x = nn.Conv2d(2, 2, 3, padding=1).double(), torch.randn(1, 2, 11, 12, dtype=torch.float64)
     J = trace(model, x).jacobian()
     monkeypatch.setattr(dense_module, "find_pattern", planted)
-    torch.testing.assert_close(J.dense(), truth(model, x), rtol=1e-11, atol=1e-12)
-    assert "264 products J^T U (" in J.path
-    assert "times what rounding explains" in J.path
+    assert_path(J, truth(model, x), "264 products J^T U (")
+    assert "times what rounding explains" in J.dense(return_path=True)[1]
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 5e-2)])
@@ -172,9 +180,9 @@ def test_structure_holds_in_every_dtype(dtype, tolerance):
     model = nn.Sequential(nn.Conv2d(2, 2, 3, padding=1), nn.ReLU(), nn.Conv2d(2, 2, 3, padding=1)).to(dtype)
     x = torch.randn(2, 2, 10, 11, dtype=dtype)
     J = trace(model, x).jacobian()
-    found = J.dense()
+    found, path = J.dense(return_path=True)
     assert found.dtype == dtype
-    assert "50 products for 220 rows" in J.path
+    assert "50 products for 220 rows" in path
     torch.testing.assert_close(found.double(), truth(model.double(), x.double()), rtol=tolerance, atol=tolerance)
 
 
@@ -192,8 +200,7 @@ def test_operators_without_a_recording_keep_their_structure():
     band = torch.randn(1, 300, 300, dtype=torch.float64).tril(1).triu(-1)
     J = from_dense(band)
     product = compose(Jacobian(J.shape, J.matmat, J.rmatmat, dtype=J.dtype, device=J.device), J)
-    torch.testing.assert_close(product.dense(), band @ band)
-    assert "5 products for 300 rows" in product.path
+    assert_path(product, band @ band, "5 products for 300 rows")
 
 
 def test_the_result_must_fit_in_memory():
@@ -217,7 +224,7 @@ def test_little_memory_means_few_products_at_once():
             widths.append(U.shape[2])
             return super().rmatmat(U)
 
-    counting = Counting(J.shape, J._matmat, J._rmatmat, dtype=J.dtype, device=J.device)
+    counting = Counting(J.shape, J._matmat, J._rmatmat, dtype=J.dtype, device=J.device, origin=J.origin)
     room = 2**20
     counting.dense(memory=room)
     assert 1 < max(widths) < 10  # one product takes two tensors of 4000 float64 at a time, and more

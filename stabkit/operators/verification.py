@@ -7,13 +7,13 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from stabkit.jacobians.operator import Jacobian
+from stabkit.operators.linear_map import LinearMap
 
 _SLACK = 1e3  # multiple of the rounding unit by which orders of addition may differ
 _COARSEST = 0.1  # no more in any dtype
 
 
-def disagreement(J: Jacobian, transposed_product: Callable[[Tensor], Tensor], *, seed: int = 1) -> float:
+def disagreement(J: LinearMap, transposed_product: Callable[[Tensor], Tensor], *, seed: int = 1) -> float:
     """How far a matrix is from an operator, as a multiple of what rounding explains: above 1 it is wrong.
 
     A random vector u is multiplied with both transposes. An entry of the matrix that is wrong by d changes one entry
@@ -35,9 +35,9 @@ def disagreement(J: Jacobian, transposed_product: Callable[[Tensor], Tensor], *,
     return worst / tolerance(J) if worst == worst else float("inf")  # nan is never equal to itself
 
 
-def tolerance(J: Jacobian) -> float:
+def tolerance(J: LinearMap) -> float:
     """The relative error that rounding explains, by the coarsest dtype on the way."""
     dtypes = {J.dtype}
-    if J.recorded is not None:
-        dtypes |= J.recorded.products.segment.dtypes()
+    if J.origin is not None:
+        dtypes |= J.origin.dtypes()
     return min(_SLACK * max(torch.finfo(dtype).eps for dtype in dtypes), _COARSEST)

@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from stabkit.jacobians.coloring import Reach, axis_colors
-from stabkit.jacobians.operator import Jacobian, Shapes
+from stabkit.operators.coloring import Reach, axis_colors
+from stabkit.operators.linear_map import LinearMap, Shapes
 
 _SHORT = 16  # an axis of so few indices is probed index by index
 _LONGEST = 16_384  # a longer axis is not looked at: its table of reaches would not fit
@@ -61,7 +61,7 @@ class Pattern:
         )
 
 
-def find_pattern(J: Jacobian, *, seed: int = 0) -> Pattern:
+def find_pattern(J: LinearMap, *, seed: int = 0) -> Pattern:
     """The pattern of a Jacobian, the union over its samples, from few products J^T U.
 
     The cotangent of a probe is random on all rows with one index along one axis, and zero elsewhere. What it reaches is
@@ -75,7 +75,7 @@ def find_pattern(J: Jacobian, *, seed: int = 0) -> Pattern:
 
     Example:
         >>> import torch
-        >>> from stabkit.jacobians import from_dense
+        >>> from stabkit.operators import from_dense
         >>> pattern = find_pattern(from_dense(torch.eye(5)))
         >>> pattern.reaches[0][0][0][0].astype(int).tolist()[1]
         [0, 1, 0, 0, 0]
@@ -88,7 +88,7 @@ def find_pattern(J: Jacobian, *, seed: int = 0) -> Pattern:
     return Pattern(J.row_shapes, J.column_shapes, tuple(reaches), prober.count)
 
 
-def full_pattern(J: Jacobian) -> Pattern:
+def full_pattern(J: LinearMap) -> Pattern:
     """The pattern of which nothing is known to be zero."""
     return Pattern(J.row_shapes, J.column_shapes, tuple((None,) * len(shape) for shape in J.row_shapes), 0)
 
@@ -96,7 +96,7 @@ def full_pattern(J: Jacobian) -> Pattern:
 class _Prober:
     """Probes of one operator, counted."""
 
-    def __init__(self, J: Jacobian, seed: int) -> None:
+    def __init__(self, J: LinearMap, seed: int) -> None:
         self.J = J
         self.count = 0
         batch, m, _ = J.shape

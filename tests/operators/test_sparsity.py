@@ -6,9 +6,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stabkit.jacobians import Jacobian, from_dense
-from stabkit.jacobians.compression import count_entries, row_groups
-from stabkit.jacobians.sparsity import Pattern, find_pattern, full_pattern
+from stabkit.operators import Jacobian, from_dense
+from stabkit.operators.compression import count_entries, row_groups
+from stabkit.operators.sparsity import Pattern, find_pattern, full_pattern
 
 
 def held(pattern: Pattern, m: int, n: int) -> np.ndarray:

@@ -6,7 +6,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from stabkit.jacobians.operator import Jacobian, from_dense
+from stabkit.errors import ArgumentError, ArgumentTypeError
+from stabkit.operators.jacobian import Jacobian, from_dense
 
 
 class BudgetSpentError(Exception):
@@ -17,47 +18,48 @@ def as_jacobian(J: Jacobian | Tensor | np.ndarray, name: str = "J") -> Jacobian:
     """The operator itself, or one over the explicit matrices ``(m, n)`` or ``(batch, m, n)``.
 
     Raises:
-        TypeError: neither an operator nor a matrix, or entries that are not real floating-point numbers.
-        ValueError: wrong number of dimensions, no entries, or entries that are not finite.
+        ArgumentTypeError: neither an operator nor a matrix, or entries that are not real floating-point numbers.
+        ArgumentError: wrong number of dimensions, no entries, or entries that are not finite.
     """
     if isinstance(J, np.ndarray):
         J = _tensor(J, name)
     if isinstance(J, Tensor):
         if J.is_complex():
-            raise TypeError(f"{name} has dtype {J.dtype}; expected real entries (a Jacobian is real)")
+            raise ArgumentTypeError(f"{name} has dtype {J.dtype}; expected real entries (a Jacobian is real)")
         if not J.is_floating_point():
-            raise TypeError(f"{name} has dtype {J.dtype}; expected a floating-point dtype: {name}.double()")
+            raise ArgumentTypeError(f"{name} has dtype {J.dtype}; expected a floating-point dtype: {name}.double()")
         if J.dim() not in (2, 3):
-            raise ValueError(f"{name} has shape {tuple(J.shape)}; expected (m, n) or (batch, m, n)")
+            raise ArgumentError(f"{name} has shape {tuple(J.shape)}; expected (m, n) or (batch, m, n)")
         J = J.detach()
         J = from_dense((J.cpu() if J.device.type == "mps" else J).double())  # exact; mps has no float64
     if not isinstance(J, Jacobian):
-        raise TypeError(f"{name} is a {type(J).__name__}; expected a Jacobian, a torch tensor or a numpy array")
+        raise ArgumentTypeError(f"{name} is a {type(J).__name__}; expected a Jacobian, a torch tensor or a numpy array")
     if 0 in J.shape:
-        raise ValueError(f"{name} has shape {tuple(J.shape)}; expected at least one sample, row and column")
+        raise ArgumentError(f"{name} has shape {tuple(J.shape)}; expected at least one sample, row and column")
     return J
 
 
 def _tensor(matrix: np.ndarray, name: str) -> Tensor:
     if matrix.dtype.kind not in "fiubc":
-        raise TypeError(f"{name} has dtype {matrix.dtype}; expected a floating-point dtype")
+        raise ArgumentTypeError(f"{name} has dtype {matrix.dtype}; expected a floating-point dtype")
     return torch.from_numpy(np.ascontiguousarray(matrix))
 
 
-def dense_float64(J: Jacobian) -> Tensor:
-    """The matrices ``(batch, m, n)`` in float64 on the CPU.
+def dense_float64(J: Jacobian) -> tuple[Tensor, str]:
+    """The matrices ``(batch, m, n)`` in float64 on the CPU, and how they were found.
 
     Raises:
-        ValueError: an entry is nan or infinite.
+        ArgumentError: an entry is nan or infinite.
     """
-    dense = J.dense().detach().to(device="cpu", dtype=torch.float64)
+    entries, path = J.dense(return_path=True)
+    dense = entries.detach().to(device="cpu", dtype=torch.float64)
     if not torch.isfinite(dense).all():
         sample = int((~torch.isfinite(dense)).flatten(1).any(1).nonzero()[0])
-        raise ValueError(
+        raise ArgumentError(
             f"J has nan or infinite entries (first in sample {sample}); its spectrum is not defined: "
             "check the inputs and the parameters with torch.isfinite"
         )
-    return dense
+    return dense, path
 
 
 def rounding(J: Jacobian) -> float:
@@ -67,7 +69,7 @@ def rounding(J: Jacobian) -> float:
 
 def entry_rounding(J: Jacobian) -> float:
     """Relative error of the entries of ``J.dense()``: of the products that made them, none in explicit matrices."""
-    return float(torch.finfo(torch.float64).eps) if J.path == "dense" else rounding(J)
+    return float(torch.finfo(torch.float64).eps) if J.explicit else rounding(J)
 
 
 _FAR = 200  # powers of two beyond which squares of squares come near the ends of the range of a float64
@@ -132,7 +134,7 @@ class Products:
         self.count += rows.shape[1]
         out = product.to(device=self.device, dtype=torch.float64).transpose(1, 2).contiguous()
         if not torch.isfinite(out).all():
-            raise ValueError(
+            raise ArgumentError(
                 "a product with J has nan or infinite entries: check the inputs and the parameters with "
                 f"torch.isfinite, or use a wider dtype than {J.dtype}"
             )

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
-from stabkit.jacobians.blocks import arithmetic, plan_sites
-from stabkit.jacobians.closed_forms import UnitPuller, linear_nodes
-from stabkit.jacobians.compression import compressed, row_groups, slabs
-from stabkit.jacobians.memory import budget, keep_workspace, readable, zeros
-from stabkit.jacobians.operator import Jacobian, Product
-from stabkit.jacobians.site_products import fill_by_sites
-from stabkit.jacobians.sparsity import Pattern, find_pattern
-from stabkit.jacobians.verification import disagreement
-from stabkit.tracing.products import Products
+from stabkit.errors import ArgumentError
+from stabkit.operators.compression import compressed, row_groups, slabs
+from stabkit.operators.linear_map import LinearMap, Product, Way
+from stabkit.operators.memory import budget, keep_workspace, readable, zeros
+from stabkit.operators.sparsity import Pattern, find_pattern
+from stabkit.operators.verification import disagreement
 
 SMALLEST = 192  # rows; below, looking for structure takes about as long as they do
 WORTHWHILE = 0.8  # of the work without structure
@@ -23,17 +20,14 @@ _CACHED = 2**22  # bytes of the widest tensor on the way, for all products of a 
 _CHUNKS = 32, 512
 _PUSH = 1.5  # what J V costs, in J^T U
 
-Way = Callable[[Tensor], str]
-"""Writes the rows into zeros ``(batch, m, n)`` and says how."""
 
-
-def dense(J: Jacobian, chunk: int | None, memory: int | None, structure: bool) -> tuple[Tensor, str]:
+def dense(J: LinearMap, chunk: int | None, memory: int | None, structure: bool) -> tuple[Tensor, str]:
     """The matrices ``(batch, m, n)``, and how they were obtained; see `Jacobian.dense`."""
     if chunk is not None and chunk < 1:
-        raise ValueError(f"chunk={chunk}; expected at least one product at once")
+        raise ArgumentError(f"chunk={chunk}; expected at least one product at once")
     width = products_at_once(J, chunk, memory, _result_bytes(J))
     if J.matrix is not None:
-        return J.matrix.clone(), ""
+        return J.matrix.clone(), J.path
     out = zeros(J.shape, J.dtype, J.device)
     keep_workspace()
     by_rows = cheaper_by_rows(J)
@@ -44,45 +38,48 @@ def dense(J: Jacobian, chunk: int | None, memory: int | None, structure: bool) -
             name = way(target)
             error = disagreement(pulled, lambda u: (u.unsqueeze(1).to(target.dtype) @ target).squeeze(1))
             if error <= 1:
-                return out, name
+                return out, with_entries(J, name)
             doubts += f" ({name}: off by {error:.1g} times what rounding explains)"
             out.zero_()
-    return out, _fill_rows(pulled, pulled.rmatmat, target, width) + doubts
+    return out, with_entries(J, fill_rows(pulled, pulled.rmatmat, target, width) + doubts)
 
 
-def _result_bytes(J: Jacobian) -> int:
+def with_entries(J: LinearMap, how: str) -> str:
+    """The path of the products, and how the entries were found from them."""
+    return f"{J.path}; {how}"
+
+
+def _result_bytes(J: LinearMap) -> int:
     batch, m, n = J.shape
     return batch * m * n * J.dtype.itemsize
 
 
-def cheaper_by_rows(J: Jacobian) -> bool:
+def cheaper_by_rows(J: LinearMap) -> bool:
     """Whether pulling back the rows takes no longer than pushing forward the columns."""
     return J.shape[1] * _cost(J, pull=True) <= J.shape[2] * _cost(J, pull=False)
 
 
-def _cost(J: Jacobian, *, pull: bool) -> float:
+def _cost(J: LinearMap, *, pull: bool) -> float:
     """What a product costs: that with the transpose, or the other, which a recording makes in a second pass."""
-    if J.recorded is None:
-        return 1.0
-    return _PUSH if pull == J.recorded.transposed else 1.0
+    return _PUSH if J.origin is not None and pull == J.origin.transposed else 1.0
 
 
-def products_at_once(J: Jacobian, chunk: int | None, memory: int | None, result: int) -> int:
+def products_at_once(J: LinearMap, chunk: int | None, memory: int | None, result: int) -> int:
     """How many products are made at once: as many as suit the caches and the memory.
 
     Raises:
-        ValueError: the result and one product do not fit.
+        ArgumentError: the result and one product do not fit.
     """
     room = budget(memory, J.device)
     batch, m, n = J.shape
     one = 2 * batch * (m + n) * J.dtype.itemsize
     widest = max(m, n) * batch * J.dtype.itemsize
-    if J.recorded is not None:
-        live, widest = J.recorded.products.segment.footprint()
+    if J.origin is not None:
+        live, widest = J.origin.footprint()
         one += 2 * live
     if room is not None and result + one > room:
         given = "memory=" if memory is not None else "the free memory, of which "
-        raise ValueError(
+        raise ArgumentError(
             f"the Jacobian of shape {J.shape} takes {readable(result)} and {readable(one)} for the work on it, but "
             f"{given}{readable(room)} is all there is: multiply with it (J @ V, J.T @ U), take a block "
             "(J.restrict(...)), or its sparse form if it has one (J.sparse())"
@@ -92,43 +89,31 @@ def products_at_once(J: Jacobian, chunk: int | None, memory: int | None, result:
     return int(max(min(wanted, fitting), 1))
 
 
-def _ways(J: Jacobian, width: int) -> Iterator[Way]:
+def _ways(J: LinearMap, width: int) -> Iterator[Way]:
     """Ways that promise to be cheaper than row by row, the most promising first."""
     pattern = find_pattern(J)
     if pattern.restricted and pattern.n_groups <= WORTHWHILE * J.shape[1]:
         yield lambda out: _fill_groups(J, pattern, out, width)
-    yield from ways_by_parts(J, width)
+    if J.origin is not None:
+        yield from J.origin.ways(J, width)
 
 
-def ways_by_parts(J: Jacobian, width: int) -> Iterator[Way]:
-    """Those of the ways that rest on what the recorded step consists of, not on the pattern of zeros."""
-    if J.recorded is None or J.recorded.transposed:
-        return
-    products = J.recorded.products
-    plan = plan_sites(products)
-    if plan is not None and arithmetic(plan, products.segment) <= WORTHWHILE:
-        yield lambda out: fill_by_sites(plan, products.source, out, width)
-    if linear_nodes(products.segment):
-        yield lambda out: _fill_from_weights(J, products, out, width)
-
-
-def _fill_from_weights(J: Jacobian, products: Products, out: Tensor, width: int) -> str:
-    puller = UnitPuller(products.segment)
-    how = _fill_rows(J, lambda U: products.source.flatten(puller(products.target.unflatten(U))), out, width)
-    return f"{how}, from the weights of {puller.n_read} layers" if puller.n_read else how
-
-
-def _fill_rows(J: Jacobian, pull: Product, out: Tensor, width: int) -> str:
+def fill_rows(J: LinearMap, pull: Product, out: Tensor, width: int) -> str:
+    """Write all rows of J, one product each, and say how many it took."""
     batch, m, _ = J.shape
     for start in range(0, m, width):
         stop = min(start + width, m)
         unit = torch.zeros(stop - start, batch, m, dtype=J.dtype, device=J.device)
         unit[torch.arange(stop - start), :, torch.arange(start, stop)] = 1
         out[:, start:stop] = pull(unit.permute(1, 2, 0)).transpose(1, 2)
-    return f"{m} products J V" if J.recorded is not None and J.recorded.transposed else f"{m} products J^T U"
+    return f"{m} products {'J V' if _transposed(J) else 'J^T U'}"
 
 
-def _fill_groups(J: Jacobian, pattern: Pattern, out: Tensor, width: int) -> str:
+def _transposed(J: LinearMap) -> bool:
+    return J.origin is not None and J.origin.transposed
+
+
+def _fill_groups(J: LinearMap, pattern: Pattern, out: Tensor, width: int) -> str:
     like = torch.empty(J.shape[0], J.shape[2], dtype=J.dtype, device=J.device)
     row_step, column_step = out.stride()[1:]
     for groups in row_groups(pattern):

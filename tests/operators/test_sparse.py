@@ -7,11 +7,11 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from stabkit.jacobians import from_dense
-from stabkit.jacobians import sparse as sparse_module
-from stabkit.jacobians.sparsity import Pattern
+from stabkit.operators import from_dense
+from stabkit.operators import sparse as sparse_module
+from stabkit.operators.sparsity import Pattern
 from stabkit.tracing import trace
-from tests.jacobians.test_dense import Attention, truth
+from tests.operators.test_dense import Attention, truth
 
 
 def assert_sparse(model: nn.Module, x: Tensor) -> str:
@@ -19,13 +19,13 @@ def assert_sparse(model: nn.Module, x: Tensor) -> str:
     model.eval().double()
     x = x.double()
     J = trace(model, x).jacobian()
-    found, expected = J.sparse(), truth(model, x).numpy()
+    (found, path), expected = J.sparse(return_path=True), truth(model, x).numpy()
     assert len(found) == len(x)
     for matrix, block in zip(found, expected, strict=True):
         assert matrix.format == "csr"
         assert matrix.has_canonical_format
         np.testing.assert_allclose(matrix.toarray(), block, rtol=1e-11, atol=1e-12)
-    return J.path
+    return path
 
 
 @settings(deadline=None, max_examples=15)
@@ -60,8 +60,8 @@ def test_products_do_not_grow_with_the_image(size):
     model = nn.Sequential(nn.Conv2d(2, 2, 3, padding=1), nn.ReLU(), nn.Conv2d(2, 2, 3, padding=1)).double()
     x = torch.randn(1, 2, size, size, dtype=torch.float64)
     J = trace(model, x).jacobian()
-    (matrix,) = J.sparse()
-    assert f"50 products for {2 * size**2} rows" in J.path
+    (matrix,), path = J.sparse(return_path=True)
+    assert f"50 products for {2 * size**2} rows" in path
     u = torch.randn(2 * size**2, dtype=torch.float64)
     np.testing.assert_allclose(matrix @ u.numpy(), J.matvec(u[None])[0].numpy(), rtol=1e-10, atol=1e-10)
 

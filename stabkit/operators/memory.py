@@ -9,6 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from stabkit.errors import ArgumentError
+
 _LARGE = 2**22  # bytes from which numpy asks for huge pages
 _KEPT = 31 * 2**20  # bytes; the largest block after whose release glibc keeps freed memory
 
@@ -36,13 +38,13 @@ def budget(memory: int | None, device: torch.device) -> int | None:
     """The bytes that may be used: those given, or four fifths of what is available.
 
     Raises:
-        ValueError: ``memory`` is not a positive number of bytes.
+        ArgumentError: ``memory`` is not a positive number of bytes.
     """
     if memory is None:
         free = available(device)
         return None if free is None else free * 4 // 5
     if not memory > 0:
-        raise ValueError(f"memory={memory}; expected a positive number of bytes, e.g. memory=2 * 2**30")
+        raise ArgumentError(f"memory={memory}; expected a positive number of bytes, e.g. memory=2 * 2**30")
     return int(memory)
 
 

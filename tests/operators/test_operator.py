@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stabkit.jacobians import Jacobian, compose, from_dense
+from stabkit.operators import Jacobian, compose, from_dense
 from stabkit.tracing import trace
 
 SIZES = st.integers(1, 6)

@@ -7,9 +7,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from stabkit.jacobians.blocks import Part, SitePlan
-from stabkit.jacobians.closed_forms import UnitPuller
+from stabkit.errors import ArgumentError
 from stabkit.tracing.products import Space
+from stabkit.tracing.site_plan import Part, SitePlan
+from stabkit.tracing.unit_cotangents import UnitPuller
 from stabkit.tracing.values import Value, meta_of
 
 _ROWS = 256  # rows of one site that are multiplied with the blocks behind them at once
@@ -182,7 +183,7 @@ class _Writer:
     def add_product(self, place: int, rows: Tensor, site: int, left: Tensor, right: Tensor) -> None:
         """The product of two matrices, whose columns are all those of one site."""
         if self.plan.columns is None:
-            raise ValueError("this plan has no local part after the source")
+            raise ArgumentError("this plan has no local part after the source")
         view, write_back = self._view(place, rows, site, self._column_of[self.plan.columns[site]])
         view.addmm_(left.to(view.dtype), right.to(view.dtype))
         write_back(view)

@@ -3,8 +3,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from stabkit.jacobians import Jacobian, from_dense
-from stabkit.jacobians.verification import disagreement
+from stabkit.operators import Jacobian, from_dense
+from stabkit.operators.verification import disagreement
 
 
 def against(J: Jacobian, A: torch.Tensor) -> float:

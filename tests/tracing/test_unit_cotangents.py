@@ -3,13 +3,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from stabkit.jacobians.closed_forms import UnitPuller, linear_nodes
 from stabkit.tracing import trace
 from stabkit.tracing.segments import Segment
+from stabkit.tracing.unit_cotangents import UnitPuller, linear_nodes
 
 
 def segment(model: nn.Module, x: Tensor) -> Segment:
-    found = trace(model.double(), x.double()).jacobian().recorded
+    found = trace(model.double(), x.double()).jacobian().origin
     assert found is not None
     return found.products.segment
 

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from stabkit.tracing import State
-
-Index = Tensor | Sequence[int] | slice | int
+from stabkit.errors import OutOfRangeError
+from stabkit.operators.indices import Index, checked_index
+from stabkit.tracing.flow import State
 
 
 def coordinates(state: State, *, dim: int, index: Index, tensor: int = 0) -> Tensor:
@@ -30,7 +27,7 @@ def coordinates(state: State, *, dim: int, index: Index, tensor: int = 0) -> Ten
         Coordinates in ascending order of memory, as `Jacobian.restrict` takes them.
 
     Raises:
-        IndexError: the state has no such tensor, dimension or index.
+        OutOfRangeError: the state has no such tensor, dimension or index.
 
     Example:
         >>> import torch, stabkit
@@ -43,44 +40,14 @@ def coordinates(state: State, *, dim: int, index: Index, tensor: int = 0) -> Ten
     """
     shapes = state.space.axes
     if not -len(shapes) <= tensor < len(shapes):
-        raise IndexError(f"tensor={tensor}, but the state has {len(shapes)} tensors, of shapes {list(shapes)}")
+        raise OutOfRangeError(f"tensor={tensor}, but the state has {len(shapes)} tensors, of shapes {list(shapes)}")
     tensor %= len(shapes)
     shape = shapes[tensor]
     real = len(state.sample_shapes[tensor])  # complex numbers bring one axis more
     if not -real <= dim < real:
-        raise IndexError(f"dim={dim}, but one sample of the tensor has shape {state.sample_shapes[tensor]}")
+        raise OutOfRangeError(f"dim={dim}, but one sample of the tensor has shape {state.sample_shapes[tensor]}")
     dim %= real
     chosen = checked_index([index] if isinstance(index, int) else index, shape[dim], "index", torch.device("cpu"))
     start = sum(math.prod(s) for s in shapes[:tensor])
     numbered = torch.arange(start, start + math.prod(shape)).view(shape)
     return numbered.index_select(dim, chosen).flatten()
-
-
-def checked_index(index: Index | None, size: int, name: str, device: torch.device) -> Tensor:
-    """An index as a tensor of distinct numbers from 0 to ``size - 1``.
-
-    Raises:
-        IndexError: a number is out of range, or no integer.
-        ValueError: there is none, or one comes twice.
-    """
-    everything = torch.arange(size, device=device)
-    if index is None:
-        return everything
-    if isinstance(index, slice):
-        chosen = everything[index]
-    else:
-        chosen = torch.as_tensor([index] if isinstance(index, int) else index, device=device)
-        if chosen.dtype == torch.bool and tuple(chosen.shape) == (size,):
-            chosen = everything[chosen]
-    if chosen.numel() == 0:
-        raise ValueError(f"{name} names no coordinate; expected some of 0 to {size - 1}")
-    if chosen.dim() != 1 or chosen.is_floating_point() or chosen.dtype == torch.bool:
-        raise IndexError(
-            f"{name} has shape {tuple(chosen.shape)} and dtype {chosen.dtype}; expected integers, one after the other"
-        )
-    if int(chosen.min()) < -size or int(chosen.max()) >= size:
-        raise IndexError(f"{name} reaches from {int(chosen.min())} to {int(chosen.max())}; expected 0 to {size - 1}")
-    chosen = chosen % size
-    if len(torch.unique(chosen)) != len(chosen):
-        raise ValueError(f"{name} names a coordinate twice; expected distinct ones")
-    return chosen

@@ -4,13 +4,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from stabkit.jacobians.locality import Sites, axis_labels, entries_by_site, possible_labels, pulled_labels
 from stabkit.tracing import Flow, trace
+from stabkit.tracing.site_labels import Sites, axis_labels, entries_by_site, possible_labels, pulled_labels
 from stabkit.tracing.values import Meta
 
 
 def whole(flow: Flow):
-    found = flow.jacobian().recorded
+    found = flow.jacobian().origin
     assert found is not None
     return found.products
 

@@ -8,12 +8,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from stabkit.jacobians.compression import RowGroups, compressed, count_entries, row_groups, slabs
-from stabkit.jacobians.dense import SMALLEST, WORTHWHILE, cheaper_by_rows, products_at_once, ways_by_parts
-from stabkit.jacobians.memory import budget, keep_workspace, zeros
-from stabkit.jacobians.operator import Jacobian
-from stabkit.jacobians.sparsity import Pattern, find_pattern, full_pattern
-from stabkit.jacobians.verification import disagreement
+from stabkit.operators.compression import RowGroups, compressed, count_entries, row_groups, slabs
+from stabkit.operators.dense import SMALLEST, WORTHWHILE, cheaper_by_rows, products_at_once, with_entries
+from stabkit.operators.linear_map import LinearMap
+from stabkit.operators.memory import budget, keep_workspace, zeros
+from stabkit.operators.sparsity import Pattern, find_pattern, full_pattern
+from stabkit.operators.verification import disagreement
 
 if TYPE_CHECKING:
     import scipy.sparse
@@ -21,17 +21,18 @@ if TYPE_CHECKING:
 _INDEX_BYTES = 4
 
 
-def sparse(J: Jacobian, memory: int | None) -> tuple[list[scipy.sparse.csr_array], str]:
+def sparse(J: LinearMap, memory: int | None) -> tuple[list[scipy.sparse.csr_array], str]:
     """One matrix per sample, and how they were obtained; see `Jacobian.sparse`."""
     if J.matrix is not None:
-        return [_nonzero(matrix) for matrix in J.matrix], ""
+        return [_nonzero(matrix) for matrix in J.matrix], J.path
     if cheaper_by_rows(J):
-        return _by_rows(J, memory)
+        found, how = _by_rows(J, memory)
+        return found, with_entries(J, how)
     found, how = _by_rows(J.T, memory)
-    return [matrix.T.tocsr() for matrix in found], how.replace(" rows", " columns")
+    return [matrix.T.tocsr() for matrix in found], with_entries(J, how.replace(" rows", " columns"))
 
 
-def _by_rows(J: Jacobian, memory: int | None) -> tuple[list[scipy.sparse.csr_array], str]:
+def _by_rows(J: LinearMap, memory: int | None) -> tuple[list[scipy.sparse.csr_array], str]:
     pattern = find_pattern(J)
     if pattern.n_groups > WORTHWHILE * J.shape[1]:
         found = _from_parts(J, pattern, memory)
@@ -45,7 +46,7 @@ def _by_rows(J: Jacobian, memory: int | None) -> tuple[list[scipy.sparse.csr_arr
     return _assembled(J, full_pattern(J), memory), f"{J.shape[1]} products{doubts}"
 
 
-def _from_parts(J: Jacobian, pattern: Pattern, memory: int | None) -> tuple[list[scipy.sparse.csr_array], str] | None:
+def _from_parts(J: LinearMap, pattern: Pattern, memory: int | None) -> tuple[list[scipy.sparse.csr_array], str] | None:
     """The nonzero entries of the dense matrices, where many rows share columns and there is a cheap way to these.
 
     Attention is such a step: no two rows can be pulled back together, but most of the way keeps its tokens apart.
@@ -54,10 +55,10 @@ def _from_parts(J: Jacobian, pattern: Pattern, memory: int | None) -> tuple[list
     whole = batch * m * n * J.dtype.itemsize
     result = whole + batch * count_entries(pattern) * (J.dtype.itemsize + _INDEX_BYTES)
     room = budget(memory, J.device)
-    if min(m, n) < SMALLEST or (room is not None and 2 * result > room):
+    if J.origin is None or min(m, n) < SMALLEST or (room is not None and 2 * result > room):
         return None
     out = zeros(J.shape, J.dtype, J.device)
-    for way in ways_by_parts(J, products_at_once(J, None, memory, result)):
+    for way in J.origin.ways(J, products_at_once(J, None, memory, result)):
         how = way(out)
         if disagreement(J, lambda u: (u.unsqueeze(1).to(out.dtype) @ out).squeeze(1)) <= 1:
             return [_nonzero(matrix) for matrix in out], how
@@ -65,7 +66,7 @@ def _from_parts(J: Jacobian, pattern: Pattern, memory: int | None) -> tuple[list
     return None
 
 
-def _assembled(J: Jacobian, pattern: Pattern, memory: int | None) -> list[scipy.sparse.csr_array]:
+def _assembled(J: LinearMap, pattern: Pattern, memory: int | None) -> list[scipy.sparse.csr_array]:
     import scipy.sparse
 
     batch, m, n = J.shape

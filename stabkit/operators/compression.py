@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from stabkit.jacobians.operator import Product
-from stabkit.jacobians.sparsity import Pattern
+from stabkit.operators.linear_map import Product
+from stabkit.operators.sparsity import Pattern
 
 
 @dataclass(frozen=True, eq=False)

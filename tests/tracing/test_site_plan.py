@@ -3,16 +3,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from stabkit.jacobians.blocks import arithmetic, plan_sites
-from stabkit.jacobians.site_products import fill_by_sites
 from stabkit.tracing import trace
 from stabkit.tracing.products import Products
+from stabkit.tracing.site_plan import arithmetic, plan_sites
+from stabkit.tracing.site_products import fill_by_sites
 from stabkit.tracing.values import operation
-from tests.jacobians.test_dense import Attention, truth
+from tests.operators.test_dense import Attention, truth
 
 
 def recorded(model: nn.Module, x: Tensor, **kwargs: object) -> Products:
-    found = trace(model.eval().double(), x.double(), **kwargs).jacobian().recorded
+    found = trace(model.eval().double(), x.double(), **kwargs).jacobian().origin
     assert found is not None
     return found.products
 
