@@ -34,7 +34,7 @@ def _others(suspect: Finding, measurement: Measurement, flow: AnyFlow) -> list[R
     if len(suspect.steps) <= _STRETCH or suspect.kind not in ("vanishing", "exploding", "chaotic"):
         return []
     if isinstance(flow, Iteration):
-        return _rescaled(suspect, flow)
+        return _rescaled(measurement, flow)
     if suspect.kind != "vanishing":
         return []
     steps = [measurement.steps[index] for index in suspect.steps]
@@ -62,9 +62,9 @@ def _unbounded(measurement: Measurement, flow: Flow) -> Remedy | None:
     return Remedy(text, tuple(actions))
 
 
-def _rescaled(suspect: Finding, flow: Iteration) -> list[Remedy]:
+def _rescaled(measurement: Measurement, flow: Iteration) -> list[Remedy]:
     """The matrices of a tied map by the factor that its growth asks for, activations and all."""
-    growth, paths = suspect.numbers.get("growth", math.nan), list(recurrent_matrices(flow))
+    growth, paths = float(measurement.growth.sum(axis=0).mean()), list(recurrent_matrices(flow))
     if not math.isfinite(growth) or not paths:
         return []
     by = math.exp(-growth / len(flow))

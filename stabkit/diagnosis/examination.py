@@ -106,6 +106,11 @@ class Cure:
     remedy: Remedy
     trains: ShortTraining | None = None
 
+    @property
+    def worth(self) -> tuple[float, int]:
+        """Smaller is better: the loss after a short training, then how many suspects are left."""
+        return (math.inf if self.trains is None else self.trains.last, self.trial.left)
+
 
 class _Trials:
     """The trials of one diagnosis: how many are left, and what they said."""
@@ -128,7 +133,10 @@ class _Trials:
         return replace(self._without, suspect=suspect)
 
     def cure(self, suspect: Finding) -> Cure | None:
-        """The remedy to tell: the first that cures, or of those that cure a stretch the one that trains best."""
+        """The remedy to tell: the first that cures; of those that cure a stretch, the one that serves best.
+
+        With a loss that is the one that trains best, without one that which leaves fewest other suspects.
+        """
         found: list[Cure] = []
         for remedy in candidates(suspect, self.found.measurement, self.flow):
             if self.left < 1:
@@ -138,9 +146,9 @@ class _Trials:
             if trial.cured:
                 trains = self.training(remedy.actions) if is_stretch(suspect) else None
                 found.append(Cure(trial, remedy, trains))
-                if trains is None:
+                if not is_stretch(suspect):
                     break
-        return min(found, key=lambda cure: cure.trains.last if cure.trains else math.inf, default=None)
+        return min(found, key=lambda cure: cure.worth, default=None)
 
     def training(self, actions: Sequence[Action] = ()) -> ShortTraining | None:
         """A short training with a remedy, where there is a loss."""

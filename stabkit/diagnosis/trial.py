@@ -51,6 +51,11 @@ class Trial:
             any(alike(finding, other, same) for other in known) for finding in left
         )
 
+    @property
+    def left(self) -> int:
+        """How many findings at warning or above there are with the remedy."""
+        return 0 if self.after is None else sum(serious(finding) for finding in self.after.findings)
+
     def gone(self, others: Sequence[Finding]) -> list[Finding]:
         """Those of some other suspects that are below warning now as well."""
         if self.after is None:
