@@ -21,6 +21,7 @@ LAYERS = [
     "operators",
     "tracing",
     "jacobians",
+    "walk",
     "growth",
     "identification",
     "meanfield",
