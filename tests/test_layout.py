@@ -15,6 +15,7 @@ PACKAGE = Path(__file__).parent.parent / "stabkit"
 LAYERS = [
     "_version",
     "errors",
+    "pictures",
     "results",
     "parallel",
     "integrators",

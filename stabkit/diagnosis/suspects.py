@@ -16,7 +16,8 @@ from stabkit.diagnosis.chaos import chaos_finding, recurrent_matrices
 from stabkit.diagnosis.collapse import collapse_finding, precision_findings, spread, underflow
 from stabkit.diagnosis.dead_units import dead_findings, saturated_findings
 from stabkit.diagnosis.depth_findings import growth_finding, mechanism_findings, transient
-from stabkit.diagnosis.finding import SEVERITIES, Finding, serious
+from stabkit.diagnosis.finding import Finding, serious
+from stabkit.diagnosis.kinds import FINDINGS, rank
 from stabkit.diagnosis.low_rank import rank_findings
 from stabkit.diagnosis.measurement import AnyFlow, Measurement, measure
 from stabkit.diagnosis.non_finite import all_finite, non_finite_findings
@@ -198,8 +199,7 @@ def _renamed(verdict: Verdict, name: str, evidence: str) -> Verdict:
 
 
 def ordered(found: Sequence[Finding]) -> list[Finding]:
-    """Blocks at fault first, then the worst; what a dtype cannot hold is a consequence, wherever it shows."""
-    worth = {severity: -rank for rank, severity in enumerate(SEVERITIES)}
-    blocks = [f for f in found if len(f.steps) <= 2 and serious(f) and f.kind != "precision_loss"]
-    rest = sorted((f for f in found if f not in blocks), key=lambda f: worth[f.severity])
+    """Blocks at fault first, then the worst; a consequence never goes before its cause."""
+    blocks = [f for f in found if len(f.steps) <= 2 and serious(f) and not FINDINGS[f.kind].consequence]
+    rest = sorted((f for f in found if f not in blocks), key=lambda f: -rank(f.severity))
     return [*blocks, *rest]
