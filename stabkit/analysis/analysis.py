@@ -17,6 +17,7 @@ from stabkit._version import __version__
 from stabkit.analysis.explanation import Explanation, explain
 from stabkit.analysis.spectra import SPECTRA, StepSpectrum, step_spectrum
 from stabkit.diagnosis import Measurement, Thresholds, bootstrap_interval, examine
+from stabkit.diagnosis.batch_statistics import with_statistics
 from stabkit.distributed import Ranks, current, fingerprint, is_spread, is_tensor_parallel, whole_parameters
 from stabkit.errors import StabkitError, TraceError
 from stabkit.growth import lyapunov_spectrum
@@ -166,6 +167,7 @@ def analyze(  # type: ignore[misc]  # where only the plan is wanted, the options
         flow = trace(
             model, *inputs, kwargs=kwargs, depth=depth, batch_dim=batch_dim, source=source, target=target, seed=seed
         )
+        flow = with_statistics(flow)
         found = identify(flow, parallel=parallel)
         methods = by_step(found, len(flow.steps))
         diagnosis = examine(flow, loss, thresholds=limits, probes=probes, seed=seed, methods=found, parallel=parallel)

@@ -15,13 +15,14 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from stabkit.tracing import Flow, Iteration
+from stabkit.tracing import Flow
 from stabkit.tracing.safekeeping import unchanged
 
 NOTE = (
     "batch norms in eval mode have never collected statistics: judged with those of this batch, as in training; "
     "train the model, or call model.train(), to have them judged as they are"
 )
+_FEWEST = 8  # values of a channel whose variance is worth something: within a factor of 2 for 95 % of normal samples
 TOO_FEW = "batch norms in eval mode have never collected statistics, and this batch is too small to make them"
 
 
@@ -37,9 +38,9 @@ def _fresh(norm: _BatchNorm) -> bool:
     return bool((mean == 0).all()) and bool((variance == 1).all())
 
 
-def with_statistics(flow: Flow | Iteration) -> Flow | Iteration:
+def with_statistics(flow: Flow) -> Flow:
     """The flow, or, where batch norms are fresh, the same one traced anew with the statistics of its batch."""
-    if not isinstance(flow, Flow) or NOTE in flow.notes or TOO_FEW in flow.notes or not uncollected(flow.model):
+    if NOTE in flow.notes or TOO_FEW in flow.notes or not uncollected(flow.model):
         return flow
     if flow.steps[0].segment.recomputes:
         return flow  # what is computed anew later would use the norms' own statistics
@@ -61,19 +62,26 @@ def traced_anew(flow: Flow) -> Flow:
 
 def _collected(flow: Flow, norms: list[_BatchNorm]) -> dict[_BatchNorm, tuple[torch.Tensor, torch.Tensor]] | None:
     """Mean and variance of the batch at every norm, by one forward pass; None where the batch is too small."""
-    call = flow.forward_pass
+    call, counts = flow.forward_pass, []
+
+    def count(norm: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+        counts.append(inputs[0].numel() // inputs[0].shape[1])
+
     with unchanged(call.module) as safe, torch.no_grad():
         safe.copy_buffers()
         torch.manual_seed(call.seed)
         for norm in norms:
             norm.train()
             norm.momentum = None  # the statistics are those of this batch alone
+            norm.register_forward_pre_hook(count)
         try:
             call.model(*call.inputs, **call.kwargs)
         except ValueError as error:
             if "more than 1 value per channel" in str(error):
                 return None
             raise
+        if min(counts, default=0) < _FEWEST:
+            return None
         return {norm: (_held(norm.running_mean), _held(norm.running_var)) for norm in norms}
 
 

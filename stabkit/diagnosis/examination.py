@@ -91,7 +91,7 @@ def examine(
         trials: measurements that trying remedies may take, at most.
     """
     settings = Settings(loss, thresholds or Thresholds(), probes, seed, parallel)
-    flow = with_statistics(flow)
+    flow = with_statistics(flow) if isinstance(flow, Flow) else flow
     found = suspected(flow, settings, methods)
     if isinstance(flow, Flow) and TOO_FEW in flow.notes and found.verdict.name != "non-finite":
         return replace(found, verdict=not_judged(found.verdict, TOO_FEW), findings=())
