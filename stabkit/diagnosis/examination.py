@@ -18,6 +18,7 @@ from stabkit.diagnosis.thresholds import Thresholds
 from stabkit.diagnosis.trial import Trial, is_stretch, tried
 from stabkit.diagnosis.verdict import judged_without, not_judged
 from stabkit.identification import Identification
+from stabkit.jacobians.shared import SharedSpectra
 from stabkit.parallel import SERIAL, Parallel
 from stabkit.tracing import Flow
 
@@ -75,6 +76,7 @@ def examine(
     probes: int = 4,
     seed: int = 0,
     methods: Sequence[Identification] | None = None,
+    spectra: SharedSpectra | None = None,
     parallel: Parallel = SERIAL,
     trials: int = TRIALS,
 ) -> Diagnosis:
@@ -87,12 +89,13 @@ def examine(
         probes: random cotangents per sample when there is no loss.
         seed: of every random choice.
         methods: those of `stabkit.identify`, where they are known.
+        spectra: matrices and eigenvalues of the steps by index, where others want them too.
         parallel: who measures what.
         trials: measurements that trying remedies may take, at most.
     """
     settings = Settings(loss, thresholds or Thresholds(), probes, seed, parallel)
     flow = with_statistics(flow) if isinstance(flow, Flow) else flow
-    found = suspected(flow, settings, methods)
+    found = suspected(flow, settings, methods, spectra)
     if isinstance(flow, Flow) and TOO_FEW in flow.notes and found.verdict.name != "non-finite":
         return replace(found, verdict=not_judged(found.verdict, TOO_FEW), findings=())
     return _confirmed(flow, found, settings, trials)

@@ -27,11 +27,11 @@ from stabkit.diagnosis.thresholds import Thresholds
 from stabkit.diagnosis.verdict import Verdict, judge
 from stabkit.growth.rate_laws import rate_law
 from stabkit.identification import Identification, by_step, identify
+from stabkit.jacobians.shared import DENSE_SIZE, SharedSpectra
 from stabkit.parallel import SERIAL, Parallel
 from stabkit.tracing import Flow, Iteration
 
 _FEWEST_RATES = 6  # steps that telling a power from an exponential needs
-_DENSE = 512  # states up to this size have their whole spectrum computed when growth must be explained
 
 
 @dataclass(frozen=True)
@@ -70,8 +70,13 @@ class Settings:
     parallel: Parallel = SERIAL
 
 
-def suspected(flow: AnyFlow, settings: Settings, methods: Sequence[Identification] | None = None) -> Diagnosis:
-    """The verdict on a flow and every suspect in it, worst first; ``methods`` are those of `identify`, if known."""
+def suspected(
+    flow: AnyFlow,
+    settings: Settings,
+    methods: Sequence[Identification] | None = None,
+    spectra: SharedSpectra | None = None,
+) -> Diagnosis:
+    """The verdict on a flow and every suspect in it, worst first; ``methods`` and ``spectra`` are given where known."""
     limits, seed = settings.thresholds, settings.seed
     measurement = measure(flow, settings.loss, probes=settings.probes, seed=seed, parallel=settings.parallel)
     verdict = judge(measurement.growth, measurement.kinds, limits, seed)
@@ -88,7 +93,7 @@ def suspected(flow: AnyFlow, settings: Settings, methods: Sequence[Identificatio
     tied = recurrent_matrices(flow) if isinstance(flow, Iteration) else {}
     if not explained:
         found += growth_finding(verdict, measurement, tied, limits, seed)
-        found += _mechanism(flow, verdict, measurement, limits, methods)
+        found += _mechanism(flow, verdict, measurement, limits, methods, spectra)
         passing = transient(measurement, verdict.stretch, verdict.growth, limits, seed)
         if passing is not None and abs(verdict.growth) <= limits.drift and not _accounts(blocks, passing, limits):
             found.append(passing)
@@ -169,16 +174,17 @@ def _mechanism(
     measurement: Measurement,
     limits: Thresholds,
     methods: Sequence[Identification] | None,
+    spectra: SharedSpectra | None,
 ) -> list[Finding]:
     """The mechanism, where growth asks for one and the states are small enough for whole spectra."""
     if not isinstance(flow, Flow) or not math.isfinite(verdict.growth) or abs(verdict.growth) <= limits.stable:
         return []
     first, last = verdict.stretch
     with_branch = sum(bool(step.merges) for step in measurement.steps[first : last + 1])
-    if 2 * with_branch < last - first + 1 or max(state.size for state in flow.states) > _DENSE:
+    if 2 * with_branch < last - first + 1 or max(state.size for state in flow.states) > DENSE_SIZE:
         return []
     methods = identify(flow) if methods is None else methods
-    found: tuple[Mechanism, ...] = mechanisms(flow, samples=1, krylov=0, identifications=methods)
+    found: tuple[Mechanism, ...] = mechanisms(flow, samples=1, krylov=0, identifications=methods, spectra=spectra)
     return mechanism_findings(
         verdict, measurement, found, [method.skip for method in by_step(methods, len(flow.steps))], limits
     )
