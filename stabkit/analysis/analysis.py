@@ -22,6 +22,7 @@ from stabkit.analysis.spectra import StepSpectra, by_importance, plan_spectra
 from stabkit.attribution.measure import EXPLAINED
 from stabkit.diagnosis import Diagnosis, Thresholds, examine
 from stabkit.diagnosis.batch_statistics import with_statistics
+from stabkit.diagnosis.non_finite import is_finite
 from stabkit.distributed import Ranks, current, fingerprint, is_spread, is_tensor_parallel, whole_parameters
 from stabkit.errors import StabkitError, TraceError
 from stabkit.identification import Identification, by_step, identify
@@ -205,7 +206,10 @@ class _Analysis:
             flow = trace(self.model, *call.inputs, kwargs=call.kwargs, batch_dim=call.batch_dim, **chosen.where)
             flow = with_statistics(flow)
             stack.enter_context(torch_threads(flow.batch * max((state.size for state in flow.states), default=0)))
-            found = identify(flow, parallel=self.parallel)
+            # of numbers that are not finite there are no methods and no spectra to be had, only where they begin
+            finite = is_finite(flow, chosen.loss)
+            chosen = chosen if finite else replace(chosen, spectrum="none")
+            found = identify(flow, parallel=self.parallel) if finite else _unidentified(flow)
             samples = min(flow.batch, max(chosen.spectrum_samples, EXPLAINED))
             shared = SharedSpectra(lambda index: flow.steps[index].jacobian(), samples)
             diagnosis = examine(
@@ -235,7 +239,7 @@ class _Analysis:
             )
             told.begin()
             steps = self._steps(flow, diagnosis, found, why, spectra, told)
-            exponents, missing = self._exponents(spectra)
+            exponents, missing = self._exponents(spectra) if finite else (None, ())
         return self._written(name, began, flow, diagnosis, why, steps, exponents, (*spectra.notes, *missing))
 
     def _steps(
@@ -319,6 +323,15 @@ class _Analysis:
             ),
             versions={"stabkit": __version__, "torch": torch.__version__, "python": platform.python_version()},
         )
+
+
+def _unidentified(flow: Flow) -> tuple[Identification, ...]:
+    """No method of any step, and why."""
+    why = ("no spectrum and no method: states or gradients of this pass are not finite",)
+    return tuple(
+        Identification("unknown", None, None, None, "", "unknown", None, (i,), notes=why)
+        for i in range(len(flow.steps))
+    )
 
 
 def _group(

@@ -18,6 +18,8 @@ from stabkit.diagnosis.dead_units import dead_findings, saturated_findings
 from stabkit.diagnosis.depth_findings import growth_finding, mechanism_findings, transient
 from stabkit.diagnosis.finding import Finding, serious
 from stabkit.diagnosis.kinds import FINDINGS, rank
+from stabkit.diagnosis.loss_faults import loss_findings
+from stabkit.diagnosis.lost_parameters import lost_parameter_findings
 from stabkit.diagnosis.low_rank import rank_findings
 from stabkit.diagnosis.measurement import AnyFlow, Measurement, measure
 from stabkit.diagnosis.non_finite import all_finite, non_finite_findings
@@ -78,10 +80,12 @@ def suspected(
 ) -> Diagnosis:
     """The verdict on a flow and every suspect in it, worst first; ``methods`` and ``spectra`` are given where known."""
     limits, seed = settings.thresholds, settings.seed
+    of_loss = loss_findings(flow, settings.loss, limits) if isinstance(flow, Flow) else []
     measurement = measure(flow, settings.loss, probes=settings.probes, seed=seed, parallel=settings.parallel)
     verdict = judge(measurement.growth, measurement.kinds, limits, seed)
-    if verdict.name == "non-finite" or not all_finite(measurement):
-        broken = non_finite_findings(measurement, limits)
+    lossless = any(finding.kind == "non_finite" for finding in of_loss)
+    if lossless or verdict.name == "non-finite" or not all_finite(measurement):
+        broken = of_loss or non_finite_findings(flow, measurement, limits, settings.loss)
         return Diagnosis(_broken(verdict) if broken else verdict, tuple(broken), measurement)
     verdict = _by_rate_law(verdict, measurement, limits)
     spreads = spread(flow)
@@ -89,7 +93,8 @@ def suspected(
     explained = _explains(blocks, verdict, limits)
     found = list(blocks)
     blamed = {index for finding in blocks for index in finding.steps}
-    found += saturated_findings(measurement, limits, blamed)
+    blamed |= {index for finding in of_loss for index in finding.steps if finding.kind == "saturated"}
+    found += [*of_loss, *saturated_findings(measurement, limits, blamed)]
     tied = recurrent_matrices(flow) if isinstance(flow, Iteration) else {}
     if not explained:
         found += growth_finding(verdict, measurement, tied, limits, seed)
@@ -105,6 +110,7 @@ def suspected(
         elif chaos:
             found = [*chaos, *found]
             verdict = _renamed(verdict, "chaotic", chaos[0].evidence)
+    found += lost_parameter_findings(flow, settings.loss) if isinstance(flow, Flow) else []
     if not any(finding.kind == "dead" for finding in found):
         found += collapse_finding(measurement, spreads, verdict.stretch, limits)
     found += precision_findings(flow, measurement)
