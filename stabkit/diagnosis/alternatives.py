@@ -12,9 +12,10 @@ from stabkit.diagnosis.actions import once
 from stabkit.diagnosis.activity import TWO_SIDED
 from stabkit.diagnosis.chaos import recurrent_matrices
 from stabkit.diagnosis.finding import Finding
-from stabkit.diagnosis.measurement import AnyFlow, Measurement, StepMeasurement
+from stabkit.diagnosis.measurement import Measurement, StepMeasurement
 from stabkit.diagnosis.remedies import Remedy
 from stabkit.tracing import Flow, Iteration
+from stabkit.walk import AnyFlow
 
 _STRETCH = 3  # steps beyond which a finding is about a stretch
 

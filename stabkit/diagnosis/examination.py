@@ -10,7 +10,6 @@ from stabkit.diagnosis.alternatives import candidates
 from stabkit.diagnosis.batch_statistics import TOO_FEW, with_statistics
 from stabkit.diagnosis.finding import Action, Finding, serious, sound
 from stabkit.diagnosis.initialisation import Known, known_initialisations
-from stabkit.diagnosis.measurement import AnyFlow
 from stabkit.diagnosis.remedies import Remedy
 from stabkit.diagnosis.short_training import STEPS, ShortTraining, short_training
 from stabkit.diagnosis.suspects import Diagnosis, Settings, ordered, suspected
@@ -21,6 +20,7 @@ from stabkit.identification import Identification
 from stabkit.jacobians.shared import SharedSpectra
 from stabkit.parallel import SERIAL, Parallel
 from stabkit.tracing import Flow
+from stabkit.walk import AnyFlow
 
 #: measurements that a diagnosis makes beside its own, at most; a healthy network asks for none
 TRIALS = 6

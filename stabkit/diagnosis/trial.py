@@ -11,11 +11,12 @@ import numpy as np
 from stabkit.diagnosis.actions import carried_out
 from stabkit.diagnosis.batch_statistics import traced_anew
 from stabkit.diagnosis.finding import Action, Finding, serious
-from stabkit.diagnosis.measurement import AnyFlow, Measurement
+from stabkit.diagnosis.measurement import Measurement
 from stabkit.diagnosis.suspects import Diagnosis, Settings, suspected
 from stabkit.diagnosis.verdict import nats
 from stabkit.errors import StabkitError
 from stabkit.tracing import Flow
+from stabkit.walk import AnyFlow
 
 _SINGLE = 3  # steps up to which a finding is about one block: the layer, its norm, its activation
 _GROWTHS = ("exploding", "vanishing")
