@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 EXPLAINED = 4  # samples over which growth is attributed
 _EXPONENTS = 4  # Lyapunov exponents of the whole flow
-_EXPONENTS_COST = 0.05  # of them, over that of all spectra
+_EXPONENTS_COST = 0.05  # work of the Lyapunov exponents over that of all spectra
 
 Progress = Callable[[int, int, str], None]
 
@@ -110,7 +110,7 @@ def analyze(  # type: ignore[misc]  # where only the plan is wanted, the options
         spectrum_samples: how many samples' spectra are computed.
         probes: random cotangents per sample when there is no loss.
         thresholds: the limits behind the verdict.
-        seed: of every random choice.
+        seed: the seed of every random choice.
         name: what the report calls the model; its class by default.
         progress: called with (done, total, step name) as steps are finished.
         distributed: where a process group runs (``torchrun``), share the work with its other ranks. Every rank must

@@ -46,7 +46,7 @@ def step_spectrum(step: Step, method: Identification, mode: str, samples: int, s
         method: what was read off it; its skip decides where z = 0 is.
         mode: one of ``SPECTRA``.
         samples: how many samples' spectra are computed, from the first.
-        seed: of the start vectors.
+        seed: the seed of the start vectors.
     """
     if mode == "none":
         return StepSpectrum()

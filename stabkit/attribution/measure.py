@@ -46,12 +46,12 @@ def attribute(
     Args:
         flow: a traced forward pass.
         loss: a callable on the model's output that returns a scalar; None pulls back a standard normal cotangent.
-        seed: of that cotangent, of the probes and of the start vectors.
+        seed: the seed of that cotangent, of the probes and of the start vectors.
         samples: how many samples, from the first; all by default.
         dense_limit: the largest state that is treated exactly.
         probes: random cotangents for larger states.
         krylov: eigenvalues of largest modulus that are sought for larger states; 0 for none, which is much cheaper.
-        confidence: of the intervals.
+        confidence: the confidence level of the intervals.
         tolerance: how far the modulus of an eigenvalue may exceed 1 before its mode counts as unstable.
         identifications: from ``identify(flow)``; made here by default.
         parallel: who measures which steps.

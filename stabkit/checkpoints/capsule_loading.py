@@ -60,7 +60,7 @@ def load_capsule(
         model: the architecture: a name, a module (which is changed) or a callable; None takes the factory that the
             monitor was told, if that is a library's.
         factory_args: keyword arguments of the factory.
-        seed: of a factory that draws random weights, which are then replaced.
+        seed: the seed of a factory that draws random weights, which are then replaced.
 
     Raises:
         CheckpointError: it is no readable capsule, or the model does not fit its weights.
@@ -179,7 +179,7 @@ def outer_gradients(output: Any, call: Call, scale: float = 1.0) -> dict[str, Te
     loss that a model returns) a part of it came through the other, which is taken away here.
 
     Args:
-        output: of the same call, with its graph.
+        output: the output of the same call, with its graph.
         call: what was seen.
         scale: the loss scale of AMP, by which to divide.
     """

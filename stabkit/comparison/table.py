@@ -5,10 +5,12 @@ from __future__ import annotations
 import csv
 import io
 import math
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from stabkit.comparison.result import Comparison, Snapshot
 from stabkit.report.formats import figures, middle, percent, printable, signed
+
+if TYPE_CHECKING:
+    from stabkit.comparison.result import Comparison, Snapshot
 
 _NAME = 34
 TITLES = (

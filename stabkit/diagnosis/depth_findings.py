@@ -89,7 +89,7 @@ def transient(
         severity="warning",
         steps=steps,
         module_path=measurement.steps[peak].module_path,
-        confidence=share_beyond(inside - limit + thresholds.drift, thresholds, seed),
+        confidence=share_beyond(inside - limit + thresholds.explosion, thresholds, seed),
         evidence=f"the gradient grows by a factor of {factor(growth)} within steps {steps[0]} to {steps[-1]} "
         f"(interval {low:+.1f} to {high:+.1f} nats), of which the whole stretch keeps {total:+.1f} nats",
         remedy=remedy.text,

@@ -66,7 +66,7 @@ def diagnose(
         loss: a callable on the model's output that returns a scalar. None pulls back random cotangents.
         thresholds: the limits behind the findings.
         probes: random cotangents per sample when there is no loss.
-        seed: of every random choice.
+        seed: the seed of every random choice.
 
     Raises:
         TraceError: the loss is not a differentiable scalar of the output that the flow leads to.
@@ -96,11 +96,11 @@ def examine(
     """The same as `diagnose`, with the verdict and the measurement.
 
     Args:
-        flow: as for `diagnose`, like all that is not named here.
+        flow: a traced forward pass, or an iterated map.
         loss: a callable on the model's output.
         thresholds: the limits behind the findings.
         probes: random cotangents per sample when there is no loss.
-        seed: of every random choice.
+        seed: the seed of every random choice.
         methods: those of `stabkit.identify`, where they are known.
         parallel: who measures what.
     """
@@ -122,7 +122,7 @@ def examine(
         found += growth_finding(verdict, measurement, tied, limits, seed)
         found += _mechanism(flow, verdict, measurement, limits, methods)
         passing = transient(measurement, verdict.stretch, verdict.growth, limits, seed)
-        if passing is not None and abs(verdict.growth) <= limits.drift and not _accounts(blocks, passing, limits):
+        if passing is not None and abs(verdict.growth) <= limits.explosion and not _accounts(blocks, passing, limits):
             found.append(passing)
             verdict = _renamed(verdict, "transient growth", passing.evidence)
         chaos = chaos_finding(flow, measurement, spreads, verdict.stretch, limits, seed)
@@ -185,7 +185,7 @@ def _explains(blocks: Sequence[Finding], verdict: Verdict, limits: Thresholds) -
     if not math.isfinite(verdict.growth):
         return any(f.kind == "dead" and f.severity == "critical" for f in blocks)
     excess = sum(f.numbers.get("gain_deviation", 0.0) for f in blocks if serious(f))
-    return math.isfinite(excess) and abs(verdict.growth - excess) < min(limits.drift, abs(verdict.growth))
+    return math.isfinite(excess) and abs(verdict.growth - excess) < min(limits.explosion, abs(verdict.growth))
 
 
 def _accounts(blocks: Sequence[Finding], passing: Finding, limits: Thresholds) -> bool:

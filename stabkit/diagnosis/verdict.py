@@ -45,8 +45,8 @@ def bootstrap_interval(values: Array, thresholds: Thresholds, seed: int) -> tupl
 
 
 def share_beyond(values: Array, thresholds: Thresholds, seed: int) -> float:
-    """Share of bootstrap means of ``values`` that lie beyond the limit of drift."""
-    return float((_resampled_means(values, thresholds.resamples, seed) > thresholds.drift).mean())
+    """Share of bootstrap means of ``values`` that lie beyond the limit of explosion."""
+    return float((_resampled_means(values, thresholds.resamples, seed) > thresholds.explosion).mean())
 
 
 def _resampled_means(values: Array, resamples: int, seed: int) -> Array:
@@ -72,7 +72,7 @@ def judge(log_growth: Array, kinds: Sequence[str], thresholds: Thresholds, seed:
         log_growth: ``(steps, samples)`` in nats, samples being inputs and random cotangents.
         kinds: kind of every step.
         thresholds: the limits.
-        seed: of the bootstrap.
+        seed: the seed of the bootstrap.
     """
     first, last = stretch_of_blocks(kinds)
     with np.errstate(invalid="ignore"):  # infinitely much times nothing is NaN
@@ -97,13 +97,13 @@ def judge(log_growth: Array, kinds: Sequence[str], thresholds: Thresholds, seed:
 
 
 def _name(low: float, high: float, thresholds: Thresholds) -> str:
-    if low > thresholds.drift:
+    if low > thresholds.explosion:
         return "exploding"
-    if high < -thresholds.drift:
+    if high < -thresholds.explosion:
         return "vanishing"
     if -thresholds.stable <= low and high <= thresholds.stable:
         return "stable"
-    if -thresholds.drift <= low and high <= thresholds.drift:
+    if -thresholds.explosion <= low and high <= thresholds.explosion:
         return "drift"
     return "inconclusive"
 

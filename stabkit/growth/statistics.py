@@ -46,9 +46,9 @@ def over_samples(values: Tensor | Array, *, confidence: float = 0.95, resamples:
     Args:
         values: ``(samples, ...)``, say ``lyapunov_spectrum(flow).exponents``. Logs, not norms: a mean of norms is that
             of the largest.
-        confidence: of the interval.
+        confidence: the confidence level of the interval.
         resamples: bootstrap resamples.
-        seed: of the bootstrap.
+        seed: the seed of the bootstrap.
 
     Raises:
         ArgumentError: there are fewer than two samples.
@@ -87,9 +87,9 @@ def over_seeds(
         measure: builds a model from a seed and returns ``(samples, ...)``, say
             ``lambda s: lyapunov_spectrum(stabkit.trace(make(s), x)).exponents``.
         seeds: the seeds.
-        confidence: of the interval.
+        confidence: the confidence level of the interval.
         resamples: bootstrap resamples.
-        seed: of the bootstrap.
+        seed: the seed of the bootstrap.
 
     Raises:
         ArgumentError: there are fewer than two seeds.

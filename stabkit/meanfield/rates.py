@@ -50,7 +50,7 @@ def fit_rate(squares: Array, start: int, seed: int) -> Rate:
     Args:
         squares: ``(networks, states, draws)``, squared gradient norms at consecutive states of one size, positive.
         start: index of the first of these states in the flow.
-        seed: of the resampling.
+        seed: the seed of the resampling.
 
     Raises:
         ArgumentError: there are fewer than 4 states.

@@ -33,7 +33,7 @@ class Kept:
     Attributes:
         calls: forward calls, process after process.
         complete: whether these are all.
-        weights: of the whole model.
+        weights: the weights of the whole model.
     """
 
     calls: list[Call]
@@ -98,7 +98,7 @@ class CapsuleStore:
 
         Args:
             reason: why.
-            record: of this step.
+            record: the record of this step.
             kept: its calls and weights.
             records: those up to it.
             scale: the loss scale of AMP.

@@ -161,8 +161,8 @@ def finish(sums: Sums, names: tuple[str, ...], processes: int = 1, before: Block
     """The record of a step.
 
     Args:
-        sums: of all processes together.
-        names: of the blocks.
+        sums: the sums of all processes together.
+        names: the names of the blocks.
         processes: over which the loss is averaged.
         before: the blocks of an earlier record, which lends the columns that are the same.
     """

@@ -41,7 +41,7 @@ class Ranks:
 
     Args:
         model: as it is called.
-        parameters: of it.
+        parameters: the parameters of the model.
         distributed: whether the processes train one model; None asks the wrapper.
 
     Attributes:

@@ -26,9 +26,9 @@ class Settings:
         first: number of the first probe.
         probes: how many, from that one on; none when there are more ranks than probes.
         k: singular values.
-        tol: of them.
+        tol: the tolerance of these singular values.
         max_products: that they may take.
-        seed: of the first of all probes and of the start vectors.
+        seed: the seed of the first of all probes and of the start vectors.
     """
 
     first: int

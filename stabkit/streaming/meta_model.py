@@ -134,7 +134,7 @@ class Weights:
     Args:
         model: without weights.
         files: where they are.
-        dtype: of the parameters while they are there.
+        dtype: the dtype of the parameters while they are there.
         device: where they are then.
     """
 

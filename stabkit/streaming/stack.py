@@ -30,8 +30,8 @@ class Block:
         module: itself.
         args: positional arguments after the state; held fixed.
         kwargs: keyword arguments; held fixed.
-        key: of the state before it.
-        following: of the state after it.
+        key: the key of the state before it.
+        following: the key of the state after it.
     """
 
     index: int

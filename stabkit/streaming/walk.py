@@ -66,7 +66,7 @@ def analyze_files(
         device: where blocks are run; weights go there one block at a time.
         out: a directory for states and finished blocks, from which an interrupted run goes on; None keeps them in
             memory. Results are found again by the bytes of the weights and the input, not by name.
-        seed: of the probes.
+        seed: the seed of the probes.
         progress: called with (done, total, block name), forward and back.
         ranks: who shares the work; by default all ranks of the process group that runs.
 
