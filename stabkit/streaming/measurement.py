@@ -11,7 +11,7 @@ from torch import Tensor
 
 from stabkit.identification import identify
 from stabkit.jacobians import Jacobian, singular_values
-from stabkit.streaming.meta_model import Weights
+from stabkit.streaming.meta_model import StreamedWeights
 from stabkit.streaming.profile import Method
 from stabkit.streaming.stack import Block
 from stabkit.tracing import Flow, trace
@@ -19,7 +19,7 @@ from stabkit.walk import PROBE
 
 
 @dataclass(frozen=True)
-class Settings:
+class BlockSettings:
     """What the results of a block depend on beside its weights and its input.
 
     Attributes:
@@ -41,11 +41,11 @@ class Settings:
 
 def measure_block(
     block: Block,
-    weights: Weights,
+    weights: StreamedWeights,
     state: Tensor,
     cotangents: Tensor | None,
     powers: Tensor | None,
-    settings: Settings,
+    settings: BlockSettings,
 ) -> dict[str, Tensor]:
     """What one block does to the cotangents of the state after it, and its singular values."""
     with weights.present(block.module.modules()):
@@ -101,7 +101,7 @@ def as_method(tensor: Tensor) -> Method:
     return Method(**json.loads(bytes(tensor.numpy().tobytes())))
 
 
-def _drawn(flow: Flow, settings: Settings) -> Tensor:
+def _drawn(flow: Flow, settings: BlockSettings) -> Tensor:
     """Standard normal columns ``(batch, size, probes)``, those of ``stabkit.gradient_profile``."""
     numbers = range(settings.first, settings.first + settings.probes)
     drawn = [flow.cotangent(seed=settings.seed + PROBE * i) for i in numbers]
@@ -126,7 +126,7 @@ def _rescaled(columns: Tensor, powers: Tensor) -> tuple[Tensor, Tensor]:
     return columns * torch.exp2(-shift).to(columns).unsqueeze(1), powers + shift
 
 
-def _singular(J: Jacobian, settings: Settings) -> dict[str, Tensor]:
+def _singular(J: Jacobian, settings: BlockSettings) -> dict[str, Tensor]:
     k = min(settings.k, *J.shape[1:])
     found = singular_values(
         J, k, tol=settings.tol, max_products=settings.max_products, seed=settings.seed, method="golub-kahan"

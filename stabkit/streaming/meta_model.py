@@ -128,7 +128,7 @@ def raw(tensor: Tensor) -> memoryview:
     return memoryview(entries)
 
 
-class Weights:
+class StreamedWeights:
     """The parameters of a model without weights, filled in for as long as they are needed.
 
     Args:
