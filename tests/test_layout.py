@@ -18,6 +18,7 @@ LAYERS = [
     "pictures",
     "results",
     "parallel",
+    "threads",
     "integrators",
     "operators",
     "tracing",
@@ -32,8 +33,8 @@ LAYERS = [
     "report",
     "weights",
     "distributed",
-    "analysis",
     "planning",
+    "analysis",
     "streaming",
     "comparison",
     "plotting",
@@ -47,7 +48,6 @@ LAYERS = [
 UPWARD = {
     ("report", "plotting"),  # report.save("report.png")
     ("comparison", "plotting"),  # comparison.save("sweep.png")
-    ("analysis", "planning"),  # analyze(budget=..., plan_only=True)
 }
 
 FILES = sorted(PACKAGE.rglob("*.py"))
