@@ -224,7 +224,17 @@ class _Analysis:
             told.verdict(diagnosis)
             why = Explanation()
             if chosen.spectrum != "none":
-                why = explain(flow, diagnosis, found, samples, chosen.seed, chosen.thresholds, shared, self.parallel)
+                why = explain(
+                    flow,
+                    diagnosis,
+                    found,
+                    samples,
+                    chosen.seed,
+                    chosen.thresholds,
+                    shared,
+                    chosen.loss,
+                    self.parallel,
+                )
             spectra = plan_spectra(
                 flow,
                 lambda: of_first_samples(flow, self.model, call, chosen.spectrum_samples, chosen.where),

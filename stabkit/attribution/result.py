@@ -46,7 +46,8 @@ class Attribution(Result):
     dissipation + branch`` where the skip was read.
 
     Attributes:
-        growth: as measured, equal to ``gradient_profile(flow, loss, seed=seed).log_growth``.
+        growth: as measured, ``gradient_profile(flow, loss, seed=seed).log_growth``, with four probes where there is no
+            loss; behind a step that passes nothing back, that of cotangents drawn anew.
         spectral: 1/2 log mean |eig(J)|^2, the stability function over the spectrum, weighted by energy.
         non_normal: 1/2 log(|J|_F^2 / sum |eig(J)|^2), never negative.
         alignment: what the actual cotangent's direction adds to the isotropic rate; near 0 for a random one.

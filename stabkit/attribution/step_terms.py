@@ -71,18 +71,24 @@ def skip_of(found: Identification, tail: after_addition.Tail | None = None) -> f
 
 
 def measure_step(
-    step: Step, found: Identification, growth: Tensor, cotangent: Tensor, budget: Budget, spectra: SharedSpectra
+    step: Step,
+    found: Identification,
+    growths: Tensor,
+    cotangents: Tensor | None,
+    budget: Budget,
+    spectra: SharedSpectra,
 ) -> Terms:
     """All terms of a step.
 
     Args:
         step: the step.
         found: its method.
-        growth: ``(samples,)``, measured.
-        cotangent: ``(samples, m)``, float64, what arrives at the target.
+        growths: ``(samples, k)``, measured, for each cotangent.
+        cotangents: ``(samples, m, k)``, float64, what arrives at the target; None where the step is not small.
         budget: what may be spent.
         spectra: matrices and eigenvalues by index of the step.
     """
+    growth = growths.mean(1)
     tail = after_addition.tail_of(step)
     m, n = step.target.size, step.source.size
     exact = max(m, n) <= budget.dense_limit
@@ -96,12 +102,12 @@ def measure_step(
     if not bool(images.pulled.isfinite().flatten(1).all(1).any()):
         why = "its Jacobian is not finite: nothing is attributed"
         return replace(terms, method="none", branch=None, notes=(why,), spectrum=StepSpectrum(None, False, n))
-    if exact:
-        terms = _closed(terms, images, cotangent)
+    if exact and cotangents is not None:
+        terms = _closed(terms, images, cotangents, growths)
         return (
             _with_spectrum(terms, images, step, found, tail, spectra)
             if square
-            else _with_padding(terms, images, cotangent)
+            else _with_padding(terms, images, cotangents)
         )
     return _with_outer_values(terms, images, step, found, tail, budget) if square else terms
 
@@ -141,15 +147,14 @@ def _isotropic_terms(images: Images, a: float | None, growth: Tensor, square: bo
     )
 
 
-def _closed(terms: Terms, images: Images, cotangent: Tensor) -> Terms:
-    """Hold |J^T g| from the matrix against the growth that was measured from the chain."""
-    size = torch.linalg.vector_norm(cotangent, dim=1, keepdim=True)
-    unit = cotangent / torch.where(size > 0, size, torch.ones_like(size))
-    pulled = torch.linalg.vector_norm((images.pulled @ unit.unsqueeze(2)).squeeze(2), dim=1)
-    growth = terms.columns["growth"]
-    same = torch.isneginf(growth) & (pulled == 0)
-    error = torch.where(same, torch.zeros_like(growth), pulled.log() - growth)
-    return replace(terms, columns={**terms.columns, "closing_error": error})
+def _closed(terms: Terms, images: Images, cotangents: Tensor, growths: Tensor) -> Terms:
+    """Hold |J^T g| from the matrix against the growth that was measured from the chain, the mean over cotangents."""
+    size = torch.linalg.vector_norm(cotangents, dim=1, keepdim=True)
+    units = cotangents / torch.where(size > 0, size, torch.ones_like(size))
+    pulled = torch.linalg.vector_norm(images.pulled @ units, dim=1)
+    same = torch.isneginf(growths) & (pulled == 0)
+    errors = torch.where(same, torch.zeros_like(growths), pulled.log() - growths)
+    return replace(terms, columns={**terms.columns, "closing_error": errors.mean(1)})
 
 
 def _with_spectrum(
@@ -224,9 +229,9 @@ def _before_tail(
     return StepSpectrum(found_values, True, n, masked=masked / (len(J) * n), notes=(note,))
 
 
-def _with_padding(terms: Terms, images: Images, cotangent: Tensor) -> Terms:
+def _with_padding(terms: Terms, images: Images, cotangents: Tensor) -> Terms:
     """Read a concatenation in the padded space, where it has the spectrum of the identity."""
-    found = identity.padded(images.J, cotangent)
+    found = identity.padded(images.J, cotangents)
     if found is None:
         return terms
     zero = torch.zeros_like(found.isotropic)

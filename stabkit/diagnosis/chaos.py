@@ -12,10 +12,11 @@ import torch
 from stabkit.diagnosis import remedies
 from stabkit.diagnosis.collapse import Spread
 from stabkit.diagnosis.finding import Finding
-from stabkit.diagnosis.measurement import AnyFlow, Measurement
+from stabkit.diagnosis.measurement import Measurement
 from stabkit.diagnosis.thresholds import Thresholds
 from stabkit.diagnosis.verdict import bootstrap_interval
 from stabkit.tracing import Iteration
+from stabkit.walk import AnyFlow
 
 _BOUNDED = 0.1  # slope of log |x|, as a fraction of the exponent, under which states count as bounded
 _PERTURBATIONS = (1e-6, 1e-4, 1e-2)  # of the finite-size test, relative to the state

@@ -18,7 +18,7 @@ from stabkit.diagnosis.kinds import FINDINGS, rank
 from stabkit.diagnosis.loss_faults import loss_findings
 from stabkit.diagnosis.lost_parameters import lost_parameter_findings
 from stabkit.diagnosis.low_rank import rank_findings
-from stabkit.diagnosis.measurement import AnyFlow, Measurement, measure
+from stabkit.diagnosis.measurement import Measurement, measure
 from stabkit.diagnosis.non_finite import all_finite, non_finite_findings
 from stabkit.diagnosis.outlier_blocks import local_findings
 from stabkit.diagnosis.structure import missing_norm_findings, missing_skip_findings
@@ -29,6 +29,7 @@ from stabkit.identification import Identification, by_step, identify
 from stabkit.jacobians.shared import DENSE_SIZE, SharedSpectra
 from stabkit.parallel import SERIAL, Parallel
 from stabkit.tracing import Flow, Iteration
+from stabkit.walk import AnyFlow
 
 _FEWEST_RATES = 6  # steps that telling a power from an exponential needs
 
@@ -110,7 +111,8 @@ def examine(
     """
     limits = thresholds or Thresholds()
     of_loss = loss_findings(flow, loss, limits) if isinstance(flow, Flow) else []
-    measurement = measure(flow, loss, probes=probes, seed=seed, parallel=parallel)
+    kept = {} if spectra is None else {"kept": spectra.samples}  # whose growth is attributed from the same walk
+    measurement = measure(flow, loss, probes=probes, seed=seed, parallel=parallel, **kept)
     verdict = judge(measurement.growth, measurement.kinds, limits, seed)
     lossless = any(finding.kind == "non_finite" for finding in of_loss)
     if lossless or verdict.name == "non-finite" or not all_finite(measurement):
@@ -219,7 +221,9 @@ def _mechanism(
     if 2 * with_branch < last - first + 1 or max(state.size for state in flow.states) > DENSE_SIZE:
         return []
     methods = identify(flow) if methods is None else methods
-    found: tuple[Mechanism, ...] = mechanisms(flow, samples=1, krylov=0, identifications=methods, spectra=spectra)
+    found: tuple[Mechanism, ...] = mechanisms(
+        flow, samples=1, krylov=0, identifications=methods, pulled=measurement.pulled, spectra=spectra
+    )
     return mechanism_findings(
         verdict, measurement, found, [method.skip for method in by_step(methods, len(flow.steps))], limits
     )

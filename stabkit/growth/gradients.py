@@ -15,7 +15,18 @@ from stabkit.growth.arguments import check_flow
 from stabkit.growth.parameters import ParameterGradients, parameter_gradients
 from stabkit.results import Result
 from stabkit.tracing import Flow, Iteration
-from stabkit.walk import Cotangents, Observer, Passage, Walk, balanced, probe_seeds, space_at, stacked, walk_back, wide
+from stabkit.walk import (
+    Cotangents,
+    Observer,
+    Passage,
+    Walk,
+    balanced,
+    loss_columns,
+    probe_seeds,
+    random_columns,
+    walk_back,
+    wide,
+)
 
 # magnitudes below which a gradient entry is lost: halfway to the smallest subnormal numbers it is rounded away
 THRESHOLDS: dict[str, float] = {"fp16": 2.0**-24, "bf16": 2.0**-133, "adam_eps": 1e-8}
@@ -141,8 +152,7 @@ def gradient_profile(
     found, why = _parameters(flow, loss, parameters)
     if loss is None:
         seeds = probe_seeds(seed, probes)
-        columns = stacked(space_at(flow, len(flow)), [flow.cotangent(seed=each) for each in seeds])
-        walk = walk_back(flow, columns, seeds, renewal="together")
+        walk = walk_back(flow, random_columns(flow, seeds), seeds, renewal="together")
         words = "standard normal cotangent" if probes == 1 else f"{probes} standard normal cotangents"
         return _profile(flow, walk, None, slice(None), words, seed, per_sample, found, why)
     walk, small = _walk(flow, [loss])
@@ -196,7 +206,7 @@ class _SmallEntries(Observer):
 
 def _walk(flow: Flow | Iteration, losses: Sequence[Any]) -> tuple[Walk, _SmallEntries]:
     """The gradients of some losses pulled back together, and how many of their entries are small."""
-    columns = stacked(space_at(flow, len(flow)), [flow.cotangent(loss) for loss in losses])
+    columns = loss_columns(flow, losses)
     small = _SmallEntries(balanced(columns), len(flow))
     return walk_back(flow, columns, observers=[small]), small
 

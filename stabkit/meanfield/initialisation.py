@@ -22,6 +22,7 @@ from stabkit.results import Result
 from stabkit.tracing import Flow, State, trace
 from stabkit.tracing.products import Space
 from stabkit.tracing.values import Value
+from stabkit.walk import Cotangents, Observer, Passage, balanced, probe_seeds, walk_back, wide
 
 _MAX_PAIRS = 4
 
@@ -179,37 +180,45 @@ def at_initialisation(
 
 
 def _measure(flow: Flow, probes: int, seed: int) -> _Measured:
-    cotangents = _drawn(flow.states[-1].space, probes, seed)
-    squares = [_squares(flow.states[-1], cotangents)]
-    silent = set()
-    for step in reversed(flow.steps):
-        cotangents = step.segment.vjp_batch(cotangents)
-        found = _squares(step.source, cotangents)
-        if all((values == 0).all() for values in found.values()):
-            # nothing passes a head initialised at zero: what lies before it is measured with new cotangents
-            silent.add(step.index)
-            cotangents = _drawn(step.source.space, probes, seed + 1 + step.index)
-            found = _squares(step.source, cotangents)
-        squares.append(found)
-    per_value = tuple(squares[::-1])
+    columns = _drawn(flow.states[-1].space, probes, seed)
+    squares = _Squares(flow)
+    squares.note(flow.states[-1], balanced(columns))
+    # nothing passes a head initialised at zero: what lies before it is measured with new cotangents
+    walk = walk_back(flow, columns, probe_seeds(seed + 1, probes), renewal="together", observers=[squares])
+    per_value = tuple(squares.found[::-1])
     totals = np.stack([np.sum(list(state.values()), axis=0) for state in per_value])
+    silent = {*walk.restarts} if totals[0].any() else {0, *walk.restarts}
     return _Measured(flow, totals, per_value, frozenset(silent))
 
 
-def _drawn(space: Space, probes: int, seed: int) -> list[Tensor]:
-    """Standard normal cotangents of a state, stacked along a new first dimension."""
+def _drawn(space: Space, probes: int, seed: int) -> Tensor:
+    """Standard normal cotangents of a state, ``(batch, size, probes)``."""
     generator = torch.Generator().manual_seed(seed)
     columns = torch.randn(space.batch, space.size, probes, generator=generator, dtype=torch.float64)
-    return space.unflatten(columns.to(dtype=space.dtype, device=space.device))
+    return columns.to(dtype=space.dtype, device=space.device)
 
 
-def _squares(state: State, cotangents: Sequence[Tensor]) -> dict[Value, Array]:
-    """Sums of squares per sample and probe, for every value of a state."""
-    found = {}
-    for value, tensor, meta, layout in zip(state.values, cotangents, state.space.metas, state.layouts, strict=True):
-        columns = Space([meta], [layout]).flatten([tensor])
-        found[value] = columns.double().square().sum(1).cpu().numpy()
-    return found
+class _Squares(Observer):
+    """Sums of squares of a gradient per sample and probe, for every value of the states, the last state first."""
+
+    def __init__(self, flow: Flow) -> None:
+        self.found: list[dict[Value, Array]] = []
+        self._states = flow.states
+
+    def passed(self, passage: Passage, pulled: Tensor | None) -> None:
+        """Note the state before the step; of new cotangents, where nothing came back."""
+        self.note(self._states[passage.step.index], passage.continued)
+
+    def note(self, state: State, cotangents: Cotangents) -> None:
+        """Those of one state."""
+        units = torch.exp2(2 * cotangents.powers)
+        parts = torch.split(wide(cotangents.columns), state.space.sizes, dim=1)
+        self.found.append(
+            {
+                value: (part.square().sum(1).cpu() * units).numpy()
+                for value, part in zip(state.values, parts, strict=True)
+            }
+        )
 
 
 def _state_moments(state: State, pairs: Any) -> dict[Value, Moments]:
