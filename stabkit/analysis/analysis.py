@@ -21,6 +21,7 @@ from stabkit.analysis.records import lyapunov, norms, restart_notes, side_input_
 from stabkit.analysis.spectra import StepSpectra, by_importance, plan_spectra
 from stabkit.attribution.measure import EXPLAINED
 from stabkit.diagnosis import Diagnosis, Thresholds, examine
+from stabkit.diagnosis.batch_statistics import with_statistics
 from stabkit.diagnosis.non_finite import is_finite
 from stabkit.distributed import Ranks, current, fingerprint, is_spread, is_tensor_parallel, whole_parameters
 from stabkit.errors import StabkitError, TraceError
@@ -203,6 +204,7 @@ class _Analysis:
             # the whole analysis, not only the forward pass, must leave the model as it was
             stack.enter_context(unchanged(modules_behind(self.model)))
             flow = trace(self.model, *call.inputs, kwargs=call.kwargs, batch_dim=call.batch_dim, **chosen.where)
+            flow = with_statistics(flow)
             stack.enter_context(torch_threads(flow.batch * max((state.size for state in flow.states), default=0)))
             # of numbers that are not finite there are no methods and no spectra to be had, only where they begin
             finite = is_finite(flow, chosen.loss)

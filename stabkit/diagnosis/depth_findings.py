@@ -9,8 +9,9 @@ import numpy as np
 
 from stabkit.attribution import Mechanism
 from stabkit.diagnosis import remedies
+from stabkit.diagnosis.activity import STEEPEST, TWO_SIDED
 from stabkit.diagnosis.finding import Finding
-from stabkit.diagnosis.measurement import Array, Measurement
+from stabkit.diagnosis.measurement import Array, Measurement, StepMeasurement
 from stabkit.diagnosis.thresholds import Thresholds
 from stabkit.diagnosis.verdict import Verdict, bootstrap_interval, factor, share_beyond
 
@@ -39,6 +40,7 @@ def growth_finding(
         f"{count} steps, {verdict.growth / count:+.2f} a step; most at {measurement.steps[worst].name} "
         f"({rates[worst - first]:+.2f})"
     )
+    evidence += _bounded(steps) if verdict.growth < 0 else ""
     relative = _relative(measurement, first, last)
     if math.isfinite(relative):
         evidence += f"; relative to the size of the states {relative:+.1f}"
@@ -56,6 +58,21 @@ def growth_finding(
             actions=remedy.actions,
         )
     ]
+
+
+def _bounded(steps: Sequence[StepMeasurement]) -> str:
+    """What saturating activations alone take from the gradient, by name, with the largest derivative they have."""
+    parts = []
+    for name in sorted(TWO_SIDED):
+        found = [a for step in steps for a in step.activities if a.operation == name and not a.gate]
+        steep = STEEPEST.get(name, 1.0)
+        typical = sum(a.log_derivative for a in found) + len(found) * math.log(steep)
+        if found and typical < -1.0:
+            parts.append(
+                f"; its {len(found)} {name.lower()} activations pass at most {steep:.3g} of a gradient each, and take "
+                f"{typical:+.1f} nats as they are"
+            )
+    return "".join(parts)
 
 
 def _relative(measurement: Measurement, first: int, last: int) -> float:
@@ -142,15 +159,17 @@ def mechanism_findings(
     if verdict.growth > thresholds.stable and discrete > 0:
         share = discrete / (discrete + max(continuous, 0.0))
         if share > thresholds.mechanism:
-            return [_unstable(measurement, read, share, thresholds)]
+            return [_unstable(measurement, read, share, verdict.growth, thresholds)]
     if verdict.growth < -thresholds.stable and damped < 0:
         share = -damped / (-damped - min(continuous, 0.0) - min(discrete, 0.0) + 1e-300)
         if share > thresholds.mechanism:
-            return [_overdamped(measurement, read, share)]
+            return [_overdamped(measurement, read, share, verdict.growth, thresholds)]
     return []
 
 
-def _unstable(measurement: Measurement, read: Sequence[Mechanism], share: float, thresholds: Thresholds) -> Finding:
+def _unstable(
+    measurement: Measurement, read: Sequence[Mechanism], share: float, growth: float, thresholds: Thresholds
+) -> Finding:
     factors = [m.largest_step_factor for m in read if m.largest_step_factor is not None]
     usable = [f for f in factors if f > 0]
     steps = [measurement.steps[m.step] for m in read]
@@ -168,7 +187,7 @@ def _unstable(measurement: Measurement, read: Sequence[Mechanism], share: float,
     worst = max(read, key=lambda m: m.radius or 0.0)
     return Finding(
         kind="unstable_step",
-        severity="warning",
+        severity=_harm(growth, thresholds),
         steps=tuple(m.step for m in read),
         module_path=measurement.steps[worst.step].module_path,
         confidence=share,
@@ -181,13 +200,20 @@ def _unstable(measurement: Measurement, read: Sequence[Mechanism], share: float,
     )
 
 
-def _overdamped(measurement: Measurement, read: Sequence[Mechanism], share: float) -> Finding:
+def _harm(growth: float, thresholds: Thresholds) -> str:
+    """How bad a mechanism is: its growth is out of range, or only worth knowing."""
+    return "warning" if abs(growth) > thresholds.explosion else "info"
+
+
+def _overdamped(
+    measurement: Measurement, read: Sequence[Mechanism], share: float, growth: float, thresholds: Thresholds
+) -> Finding:
     worst = max(read, key=lambda m: m.modes.overdamped if m.modes else 0.0)
     modes = float(np.mean([m.modes.overdamped for m in read if m.modes]))
     matrices = remedies.branch_matrices([measurement.steps[m.step] for m in read])
     return Finding(
         kind="overdamped",
-        severity="warning",
+        severity=_harm(growth, thresholds),
         steps=tuple(m.step for m in read),
         module_path=measurement.steps[worst.step].module_path,
         confidence=share,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -12,6 +12,7 @@ import numpy.typing as npt
 from stabkit.diagnosis.thresholds import Thresholds
 
 Array = npt.NDArray[np.float64]
+_FEWEST_BLOCKS = 2  # steps that keep their space, from which growth over depth can be judged
 
 
 @dataclass(frozen=True)
@@ -93,7 +94,29 @@ def judge(log_growth: Array, kinds: Sequence[str], thresholds: Thresholds, seed:
         low, high = bootstrap_interval(total[through], thresholds, seed)
     name = _name(low, high, thresholds)
     count = last - first + 1
-    return Verdict(name, _summary(name, growth, count), growth, (low, high), (first, last))
+    found = Verdict(name, _summary(name, growth, count), growth, (low, high), (first, last))
+    blocks = sum(kind == "step" for kind in kinds)
+    if name in ("stable", "drift") and blocks < _FEWEST_BLOCKS:
+        return not_judged(found, _too_few(blocks, len(kinds)))
+    return found
+
+
+def not_judged(verdict: Verdict, why: str) -> Verdict:
+    """The same measurement without a verdict, and why there is none."""
+    return replace(verdict, name="not judged", summary=f"Not judged: {why}.")
+
+
+def judged_without(verdict: Verdict, other: Verdict, what: str) -> Verdict:
+    """The verdict that holds without what a model was made with, and will be trained out of."""
+    told = other.summary[:1].lower() + other.summary[1:]
+    return replace(verdict, name=other.name, summary=f"{other.name.capitalize()} but for {what}; without it, {told}")
+
+
+def _too_few(blocks: int, count: int) -> str:
+    """Why growth over so few blocks says nothing."""
+    if blocks == 0:
+        return f"each of the {count} steps changes its space, and growth from one space to another has no zero"
+    return f"one step alone keeps its space, and {count - 1} change it; growth over one block says nothing of depth"
 
 
 def _name(low: float, high: float, thresholds: Thresholds) -> str:
@@ -120,12 +143,24 @@ def factor(growth: float) -> str:
     return f"{math.exp(growth):.3g}" if abs(growth) < 10 else f"10^{growth / math.log(10):.0f}"
 
 
+def nats(growth: float) -> str:
+    """A growth in nats, in words where it is not finite.
+
+    Example:
+        >>> nats(-1.234), nats(float("-inf"))
+        ('-1.23 nats', 'nothing passes')
+    """
+    if growth == -math.inf:
+        return "nothing passes"
+    return f"{growth:+.2f} nats" if math.isfinite(growth) else "not finite"
+
+
 def _summary(name: str, growth: float, count: int) -> str:
     steps = f"{count} step{'s' if count != 1 else ''}"
     change = f"over {steps} the gradient changes by a factor of {factor(growth)} on its way back"
     return {
         "stable": f"Stable: {change}.",
-        "drift": f"Drift: {change}: more than a factor of 10, less than what usually breaks training.",
+        "drift": f"Drift: {change}: more than a factor of 10, less than 1000.",
         "exploding": f"Exploding: {change}.",
         "vanishing": f"Vanishing: {change}.",
         "inconclusive": f"Inconclusive: {change}, but the samples disagree; analyse more of them.",

@@ -68,6 +68,10 @@ class Iteration:
     _as_given: Callable[[Tensors], Any] = field(default=lambda state: state, repr=False)
     _kept: dict[int, Tensors] = field(default_factory=dict, repr=False)
 
+    def again(self) -> Iteration:
+        """The same map from the same state, at the weights that its module has now."""
+        return replace(self, _kept={})
+
     def __len__(self) -> int:
         return self.n_steps
 

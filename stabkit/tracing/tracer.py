@@ -116,7 +116,23 @@ def trace(
             own = map_tensors([inputs, forward.kwargs], lambda tensor: tensor.detach().clone())
             forward = replace(forward, inputs=own[0], kwargs=own[1])
         recorded = _record(forward, source, target, memory == "recompute")
-    return _build(recorded, _Settings(module, depth, batch, batch_dim or 0, seed, check))
+    flow = _build(recorded, _Settings(module, depth, batch, batch_dim or 0, seed, check))
+
+    def again() -> Flow:
+        return trace(
+            model,
+            *inputs,
+            kwargs=kwargs,
+            depth=depth,
+            batch_dim=batch_dim,
+            source=source,
+            target=target,
+            seed=seed,
+            check=False,  # what was exact is exact at other weights
+            memory=memory,
+        )
+
+    return replace(flow, _retrace=again)
 
 
 @dataclass(frozen=True)
