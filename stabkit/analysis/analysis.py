@@ -272,7 +272,7 @@ class _Analysis:
             index = order[place]
             step, limits = flow.steps[index], self.settings.thresholds
             spectrum = spectra.of(index, methods[index])
-            record = step_report(step, methods[index], spectrum, diagnosis.measurement, limits, self.settings.seed)
+            record = step_report(step, methods[index], spectrum, diagnosis.measurement, limits)
             record = why.completed(record)
             spent += costs[place]
             step.segment.release()
@@ -301,7 +301,7 @@ class _Analysis:
         notes: tuple[str, ...],
     ) -> Report:
         verdict, measurement, chosen = diagnosis.verdict, diagnosis.measurement, self.settings
-        last = norms(measurement, -1, flow.states[-1].size, chosen.thresholds, chosen.seed)
+        last = norms(measurement, -1, flow.states[-1].size, chosen.thresholds)
         return Report(
             model=name or type(flow.model if isinstance(self.model, nn.Module) else self.model).__name__,
             verdict=verdict.name,

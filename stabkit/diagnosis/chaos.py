@@ -14,7 +14,7 @@ from stabkit.diagnosis.collapse import Spread
 from stabkit.diagnosis.finding import Finding
 from stabkit.diagnosis.measurement import Measurement
 from stabkit.diagnosis.thresholds import Thresholds
-from stabkit.diagnosis.verdict import bootstrap_interval
+from stabkit.statistics import mean_interval
 from stabkit.tracing import Iteration
 from stabkit.walk import AnyFlow
 
@@ -48,7 +48,7 @@ class Chaos:
 
 
 def chaos_finding(
-    flow: AnyFlow, measurement: Measurement, spread: Spread, stretch: tuple[int, int], thresholds: Thresholds, seed: int
+    flow: AnyFlow, measurement: Measurement, spread: Spread, stretch: tuple[int, int], thresholds: Thresholds
 ) -> list[Finding]:
     """Chaos of a tied map, or of at least ``thresholds.homogeneous`` alike layers; nothing is said of other flows.
 
@@ -61,7 +61,7 @@ def chaos_finding(
     if not np.isfinite(rows).all() or not (tied or _homogeneous(measurement, stretch, thresholds)):
         return []
     settled = rows[: max(len(rows) * 4 // 5, 1)].mean(axis=0)  # gradients come from the end
-    low, high = bootstrap_interval(settled, thresholds, seed)
+    low, high = mean_interval(settled, thresholds.confidence)
     if low * len(rows) <= thresholds.stable:
         return []
     sizes = measurement.log_states[first : last + 2].mean(axis=1)

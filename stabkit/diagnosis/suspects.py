@@ -84,7 +84,7 @@ def suspected(
     of_loss = loss_findings(flow, settings.loss, limits) if isinstance(flow, Flow) else []
     kept = {} if spectra is None else {"kept": spectra.samples}  # whose growth is attributed from the same walk
     measurement = measure(flow, settings.loss, probes=settings.probes, seed=seed, parallel=settings.parallel, **kept)
-    verdict = judge(measurement.growth, measurement.kinds, limits, seed)
+    verdict = judge(measurement.growth, measurement.kinds, limits)
     lossless = any(finding.kind == "non_finite" for finding in of_loss)
     if lossless or verdict.name == "non-finite" or not all_finite(measurement):
         broken = of_loss or non_finite_findings(flow, measurement, limits, settings.loss)
@@ -99,13 +99,13 @@ def suspected(
     found += [*of_loss, *saturated_findings(measurement, limits, blamed)]
     tied = recurrent_matrices(flow) if isinstance(flow, Iteration) else {}
     if not explained:
-        found += growth_finding(verdict, measurement, tied, limits, seed)
+        found += growth_finding(verdict, measurement, tied, limits)
         found += _mechanism(flow, verdict, measurement, limits, methods, spectra)
-        passing = transient(measurement, verdict.stretch, verdict.growth, limits, seed)
+        passing = transient(measurement, verdict.stretch, verdict.growth, limits)
         if passing is not None and abs(verdict.growth) <= limits.explosion and not _accounts(blocks, passing, limits):
             found.append(passing)
             verdict = _renamed(verdict, "transient growth", passing.evidence)
-        chaos = chaos_finding(flow, measurement, spreads, verdict.stretch, limits, seed)
+        chaos = chaos_finding(flow, measurement, spreads, verdict.stretch, limits)
         # of layers that grow beyond range it is said that they explode; a tied map has no other name for it
         if chaos and verdict.name == "exploding" and isinstance(flow, Flow):
             found += chaos

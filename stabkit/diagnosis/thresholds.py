@@ -19,7 +19,6 @@ class Thresholds(Result):
         explosion: beyond plus or minus this, growth is exploding or vanishing (a factor of 1000); between `stable` and
             this it is a drift.
         confidence: level of the intervals.
-        resamples: bootstrap resamples behind an interval.
         rate_law: advantage in AIC that an exponential law must have over a power law before a growth counts as
             exponential. The power law of a normalised residual network is a drift, however deep the network.
         outlier: how many robust standard deviations a block must lie from its peers to be a local fault.
@@ -37,7 +36,6 @@ class Thresholds(Result):
     stable: float = math.log(10.0)
     explosion: float = math.log(1e3)
     confidence: float = 0.95
-    resamples: int = 2000
     rate_law: float = 10.0
     outlier: float = 6.0
     outlier_weight: float = math.log(3.0)

@@ -14,6 +14,7 @@ from stabkit.errors import ArgumentError, TraceError
 from stabkit.growth.arguments import check_flow
 from stabkit.growth.parameters import ParameterGradients, parameter_gradients
 from stabkit.results import Result
+from stabkit.statistics import student_factor
 from stabkit.tracing import Flow, Iteration
 from stabkit.walk import (
     Cotangents,
@@ -92,12 +93,10 @@ class GradientProfile(Result):
         Raises:
             ArgumentError: there is only one cotangent, which says nothing about others.
         """
-        from scipy.stats import t
-
         count = len(self.all_log_growth)
         if count < 2:
             raise ArgumentError("an interval needs several random cotangents: gradient_profile(flow, probes=8)")
-        half = float(t.ppf(0.5 + confidence / 2, count - 1)) * self.all_log_growth.std(0) / math.sqrt(count)
+        half = student_factor(count, confidence) * self.all_log_growth.std(0) / math.sqrt(count)
         return self.log_growth - half, self.log_growth + half
 
     def _contents(self) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from stabkit.jacobians.counted_products import Products, as_jacobian, dense_floa
 from stabkit.jacobians.golub_kahan import Bidiagonalisation
 from stabkit.operators.jacobian import Jacobian
 from stabkit.results import Result
+from stabkit.statistics import student_factor
 
 Operator = Jacobian | Tensor | np.ndarray
 
@@ -267,14 +268,9 @@ def _estimate(samples: Tensor, confidence: float, n_products: int, method: str) 
 
 
 def _student(samples: Tensor, confidence: float) -> tuple[Tensor, Tensor]:
-    """Ends of Student's interval of the mean over the last dimension."""
-    import scipy.stats
-
-    if not 0 < confidence < 1:
-        raise ArgumentError(f"confidence={confidence}; expected a probability between 0 and 1, such as 0.95")
+    """Ends of the interval of the mean over the last dimension."""
     count = samples.shape[-1]
-    mean = samples.mean(-1)
-    reach = float(scipy.stats.t.ppf((1 + confidence) / 2, count - 1)) * samples.std(-1) / count**0.5
+    mean, reach = samples.mean(-1), student_factor(count, confidence) * samples.std(-1) / count**0.5
     return mean - reach, mean + reach
 
 

@@ -77,7 +77,7 @@ class Monitor:
             asks you to confirm by ``--model``.
         distributed: whether the processes of ``torch.distributed`` train this one model together, each with a monitor;
             None asks the wrapper of the model.
-        seed: of random cotangents.
+        seed: the seed of random cotangents.
 
     Raises:
         ArgumentError: an argument makes no sense.
