@@ -86,7 +86,7 @@ def sound(finding: Finding) -> Finding | None:
 
 def _changes(action: Action) -> bool:
     """Whether an action changes something, by a number that is one."""
-    if action.get("action") != "scale":
+    if action.get("action") not in ("scale", "scale_input"):
         return all(math.isfinite(value) for value in action.values() if isinstance(value, float))
     factor = float(action["factor"])
     return factor > 0 and math.isfinite(factor) and abs(math.log(factor)) > _NEAR_ONE
