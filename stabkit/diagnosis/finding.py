@@ -57,7 +57,7 @@ def serious(finding: Finding) -> bool:
     return rank(finding.severity) >= rank("warning")
 
 
-_NEAR_ONE = math.log(1.1)  # factors of a remedy closer to 1 change nothing that matters, nats
+_NEAR_ONE = math.log(1.02)  # factors closer to 1 change nothing that matters, however often they act, nats
 _SURE = 0.5  # confidence under which a finding is more likely wrong than right
 
 
