@@ -111,7 +111,7 @@ def analyze(  # type: ignore[misc]  # where only the plan is wanted, the options
         spectrum_samples: how many samples' spectra are computed.
         probes: random cotangents per sample when there is no loss.
         thresholds: the limits behind the verdict.
-        seed: of every random choice.
+        seed: the seed of every random choice.
         name: what the report calls the model; its class by default.
         progress: called with (done, total, step name) as steps are finished, those at fault and of most growth first;
             or a `stabkit.analysis.Listener`, which is told of the verdict before any spectrum is computed.
@@ -169,7 +169,7 @@ class _Settings:
         spectrum_samples: of how many samples.
         probes: random cotangents per sample when there is no loss.
         thresholds: the limits behind the verdict.
-        seed: of every random choice.
+        seed: the seed of every random choice.
         spectrum_share: part of the work of a default report that spectra may take.
         given_up: what was left out to keep a budget, in sentences.
     """
@@ -272,7 +272,7 @@ class _Analysis:
             index = order[place]
             step, limits = flow.steps[index], self.settings.thresholds
             spectrum = spectra.of(index, methods[index])
-            record = step_report(step, methods[index], spectrum, diagnosis.measurement, limits, self.settings.seed)
+            record = step_report(step, methods[index], spectrum, diagnosis.measurement, limits)
             record = why.completed(record)
             spent += costs[place]
             step.segment.release()
@@ -301,7 +301,7 @@ class _Analysis:
         notes: tuple[str, ...],
     ) -> Report:
         verdict, measurement, chosen = diagnosis.verdict, diagnosis.measurement, self.settings
-        last = norms(measurement, -1, flow.states[-1].size, chosen.thresholds, chosen.seed)
+        last = norms(measurement, -1, flow.states[-1].size, chosen.thresholds)
         return Report(
             model=name or type(flow.model if isinstance(self.model, nn.Module) else self.model).__name__,
             verdict=verdict.name,

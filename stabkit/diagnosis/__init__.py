@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from stabkit.diagnosis.finding import Finding
 from stabkit.diagnosis.kinds import FINDINGS, SEVERITIES, VERDICTS
 from stabkit.diagnosis.thresholds import Thresholds
-from stabkit.diagnosis.verdict import Array, Verdict, bootstrap_interval, factor, judge, stretch_of_blocks
+from stabkit.diagnosis.verdict import Array, Verdict, factor, judge, stretch_of_blocks
 
 if TYPE_CHECKING:
     from stabkit.diagnosis.examination import diagnose as diagnose
@@ -50,7 +50,6 @@ __all__ = [
     "Treatment",
     "Verdict",
     "apply",
-    "bootstrap_interval",
     "diagnose",
     "examine",
     "factor",

@@ -13,13 +13,14 @@ from stabkit.diagnosis.activity import STEEPEST, TWO_SIDED
 from stabkit.diagnosis.finding import Finding
 from stabkit.diagnosis.measurement import Array, Measurement, StepMeasurement
 from stabkit.diagnosis.thresholds import Thresholds
-from stabkit.diagnosis.verdict import Verdict, bootstrap_interval, factor, nats, share_beyond
+from stabkit.diagnosis.verdict import Verdict, factor, nats
+from stabkit.statistics import confidence_above, mean_interval
 
 _REFERENCE = "Yang et al., ICML 2020; Haber and Ruthotto, 2017"
 
 
 def growth_finding(
-    verdict: Verdict, measurement: Measurement, tied: Mapping[str, float], thresholds: Thresholds, seed: int
+    verdict: Verdict, measurement: Measurement, tied: Mapping[str, float], thresholds: Thresholds
 ) -> list[Finding]:
     """The finding behind a verdict of exploding or vanishing, if it is one; ``tied`` are the matrices of a tied map."""
     if verdict.name not in ("exploding", "vanishing"):
@@ -31,7 +32,7 @@ def growth_finding(
     sign = 1.0 if verdict.name == "exploding" else -1.0
     worst = first + int(np.nanargmax(sign * rates))
     totals: Array = rows.sum(axis=0)
-    sure = 1.0 if np.isinf(totals).any() else share_beyond(sign * totals, thresholds, seed)
+    sure = 1.0 if np.isinf(totals).any() else confidence_above(sign * totals, thresholds.explosion)
     low, high = verdict.interval
     count = last - first + 1
     remedy = remedies.for_stretch(steps, verdict.growth, thresholds.stable, tied)
@@ -85,7 +86,7 @@ def _relative(measurement: Measurement, first: int, last: int) -> float:
 
 
 def transient(
-    measurement: Measurement, stretch: tuple[int, int], total: float, thresholds: Thresholds, seed: int
+    measurement: Measurement, stretch: tuple[int, int], total: float, thresholds: Thresholds
 ) -> Finding | None:
     """Growth over part of a stretch that the rest of it takes back, if it is large."""
     first, last = stretch
@@ -94,7 +95,7 @@ def transient(
         return None
     start, stop = _largest_run(rows.mean(axis=1))
     inside = rows[start : stop + 1].sum(axis=0)
-    low, high = bootstrap_interval(inside, thresholds, seed)
+    low, high = mean_interval(inside, thresholds.confidence)
     limit = thresholds.stable + max(0.0, total)
     if low < limit:
         return None
@@ -108,7 +109,7 @@ def transient(
         severity="warning",
         steps=steps,
         module_path=measurement.steps[peak].module_path,
-        confidence=share_beyond(inside - limit + thresholds.drift, thresholds, seed),
+        confidence=confidence_above(inside, limit),
         evidence=f"the gradient grows by a factor of {factor(growth)} within steps {steps[0]} to {steps[-1]} "
         f"(interval {low:+.1f} to {high:+.1f} nats), of which the whole stretch keeps {total:+.1f} nats",
         remedy=remedy.text,
@@ -204,7 +205,7 @@ def _unstable(
 
 def _harm(growth: float, thresholds: Thresholds) -> str:
     """How bad a mechanism is: its growth is out of range, or only worth knowing."""
-    return "warning" if abs(growth) > thresholds.drift else "info"
+    return "warning" if abs(growth) > thresholds.explosion else "info"
 
 
 def _overdamped(

@@ -53,7 +53,7 @@ def diagnose(
         loss: a callable on the model's output that returns a scalar. None pulls back random cotangents.
         thresholds: the limits behind the findings.
         probes: random cotangents per sample when there is no loss.
-        seed: of every random choice.
+        seed: the seed of every random choice.
 
     Raises:
         TraceError: the loss is not a differentiable scalar of the output that the flow leads to.
@@ -89,7 +89,7 @@ def examine(
         loss: a callable on the model's output.
         thresholds: the limits behind the findings.
         probes: random cotangents per sample when there is no loss.
-        seed: of every random choice.
+        seed: the seed of every random choice.
         methods: those of `stabkit.identify`, where they are known.
         spectra: matrices and eigenvalues of the steps by index, where others want them too.
         parallel: who measures what.
@@ -198,7 +198,7 @@ def _confirmed(flow: AnyFlow, found: Diagnosis, settings: Settings, limit: int) 
                 told[id(follower)] = _follows(follower, suspect)
     left = [told.get(id(finding), finding) for finding in found.findings]
     if verdict.name == "transient growth" and not any(f.kind == "transient_growth" and serious(f) for f in left):
-        verdict = judge(found.measurement.growth, found.measurement.kinds, settings.thresholds, settings.seed)
+        verdict = judge(found.measurement.growth, found.measurement.kinds, settings.thresholds)
     kept = [finding for finding in map(sound, left) if finding is not None]
     return replace(found, verdict=verdict, findings=tuple(ordered(kept)), untried=tuple(untried))
 

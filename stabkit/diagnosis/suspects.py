@@ -62,7 +62,7 @@ class Settings:
         loss: a callable on the model's output, or None for random cotangents.
         thresholds: the limits.
         probes: random cotangents per sample when there is no loss.
-        seed: of every random choice.
+        seed: the seed of every random choice.
         parallel: who measures what.
     """
 
@@ -84,7 +84,7 @@ def suspected(
     of_loss = loss_findings(flow, settings.loss, limits) if isinstance(flow, Flow) else []
     kept = {} if spectra is None else {"kept": spectra.samples}  # whose growth is attributed from the same walk
     measurement = measure(flow, settings.loss, probes=settings.probes, seed=seed, parallel=settings.parallel, **kept)
-    verdict = judge(measurement.growth, measurement.kinds, limits, seed)
+    verdict = judge(measurement.growth, measurement.kinds, limits)
     lossless = any(finding.kind == "non_finite" for finding in of_loss)
     if lossless or verdict.name == "non-finite" or not all_finite(measurement):
         broken = of_loss or non_finite_findings(flow, measurement, limits, settings.loss)
@@ -99,13 +99,13 @@ def suspected(
     found += [*of_loss, *saturated_findings(measurement, limits, blamed)]
     tied = recurrent_matrices(flow) if isinstance(flow, Iteration) else {}
     if not explained:
-        found += growth_finding(verdict, measurement, tied, limits, seed)
+        found += growth_finding(verdict, measurement, tied, limits)
         found += _mechanism(flow, verdict, measurement, limits, methods, spectra)
-        passing = transient(measurement, verdict.stretch, verdict.growth, limits, seed)
-        if passing is not None and abs(verdict.growth) <= limits.drift and not _accounts(blocks, passing, limits):
+        passing = transient(measurement, verdict.stretch, verdict.growth, limits)
+        if passing is not None and abs(verdict.growth) <= limits.explosion and not _accounts(blocks, passing, limits):
             found.append(passing)
             verdict = _renamed(verdict, "transient growth", passing.evidence)
-        chaos = chaos_finding(flow, measurement, spreads, verdict.stretch, limits, seed)
+        chaos = chaos_finding(flow, measurement, spreads, verdict.stretch, limits)
         # of layers that grow beyond range it is said that they explode; a tied map has no other name for it
         if chaos and verdict.name == "exploding" and isinstance(flow, Flow):
             found += chaos
@@ -166,7 +166,7 @@ def _explains(blocks: Sequence[Finding], verdict: Verdict, limits: Thresholds) -
     if not math.isfinite(verdict.growth):
         return any(f.kind == "dead" and f.severity == "critical" for f in blocks)
     excess = sum(f.numbers.get("gain_deviation", 0.0) for f in blocks if serious(f))
-    return math.isfinite(excess) and abs(verdict.growth - excess) < min(limits.drift, abs(verdict.growth))
+    return math.isfinite(excess) and abs(verdict.growth - excess) < min(limits.explosion, abs(verdict.growth))
 
 
 def _at_the_loss(of_loss: Sequence[Finding], verdict: Verdict, measurement: Measurement, limits: Thresholds) -> bool:
@@ -174,7 +174,7 @@ def _at_the_loss(of_loss: Sequence[Finding], verdict: Verdict, measurement: Meas
     steps = {index for finding in of_loss if finding.kind == "saturated" for index in finding.steps}
     first, last = verdict.stretch
     at = [float(measurement.growth[index].mean()) for index in steps if first <= index <= last]
-    return bool(at) and abs(verdict.growth - sum(at)) < limits.drift
+    return bool(at) and abs(verdict.growth - sum(at)) < limits.explosion
 
 
 def _accounts(blocks: Sequence[Finding], passing: Finding, limits: Thresholds) -> bool:

@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from stabkit.diagnosis.thresholds import Thresholds
+from stabkit.statistics import mean_interval
 
 Array = npt.NDArray[np.float64]
 _FEWEST_BLOCKS = 2  # steps that keep their space, from which growth over depth can be judged
@@ -34,29 +35,6 @@ class Verdict:
     stretch: tuple[int, int]
 
 
-def bootstrap_interval(values: Array, thresholds: Thresholds, seed: int) -> tuple[float, float]:
-    """Percentile interval of the mean over samples; the value itself when there is only one.
-
-    Samples share the weights, so this is a statement about this network and not about its initialisation.
-    """
-    means = _resampled_means(values, thresholds.resamples, seed)
-    tail = 50 * (1 - thresholds.confidence)
-    low, high = np.percentile(means, [tail, 100 - tail])
-    return float(low), float(high)
-
-
-def share_beyond(values: Array, thresholds: Thresholds, seed: int) -> float:
-    """Share of bootstrap means of ``values`` that lie beyond the limit of drift."""
-    return float((_resampled_means(values, thresholds.resamples, seed) > thresholds.drift).mean())
-
-
-def _resampled_means(values: Array, resamples: int, seed: int) -> Array:
-    rng = np.random.default_rng(seed)
-    picks = rng.integers(0, len(values), size=(resamples, len(values)))
-    means: Array = values[picks].mean(axis=1)
-    return means
-
-
 def stretch_of_blocks(kinds: Sequence[str]) -> tuple[int, int]:
     """From the first to the last step that keeps the space; everything, when there is none.
 
@@ -66,14 +44,13 @@ def stretch_of_blocks(kinds: Sequence[str]) -> tuple[int, int]:
     return (blocks[0], blocks[-1]) if blocks else (0, len(kinds) - 1)
 
 
-def judge(log_growth: Array, kinds: Sequence[str], thresholds: Thresholds, seed: int) -> Verdict:
+def judge(log_growth: Array, kinds: Sequence[str], thresholds: Thresholds) -> Verdict:
     """The verdict on measured growth.
 
     Args:
         log_growth: ``(steps, samples)`` in nats, samples being inputs and random cotangents.
         kinds: kind of every step.
         thresholds: the limits.
-        seed: of the bootstrap.
     """
     first, last = stretch_of_blocks(kinds)
     with np.errstate(invalid="ignore"):  # infinitely much times nothing is NaN
@@ -91,7 +68,7 @@ def judge(log_growth: Array, kinds: Sequence[str], thresholds: Thresholds, seed:
         growth = low = high = -np.inf  # nothing comes back for most samples
     else:
         growth = float(total[through].mean())
-        low, high = bootstrap_interval(total[through], thresholds, seed)
+        low, high = mean_interval(total[through], thresholds.confidence)
     name = _name(low, high, thresholds)
     count = last - first + 1
     found = Verdict(name, _summary(name, growth, count), growth, (low, high), (first, last))
@@ -120,13 +97,13 @@ def _too_few(blocks: int, count: int) -> str:
 
 
 def _name(low: float, high: float, thresholds: Thresholds) -> str:
-    if low > thresholds.drift:
+    if low > thresholds.explosion:
         return "exploding"
-    if high < -thresholds.drift:
+    if high < -thresholds.explosion:
         return "vanishing"
     if -thresholds.stable <= low and high <= thresholds.stable:
         return "stable"
-    if -thresholds.drift <= low and high <= thresholds.drift:
+    if -thresholds.explosion <= low and high <= thresholds.explosion:
         return "drift"
     return "inconclusive"
 

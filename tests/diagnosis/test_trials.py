@@ -171,7 +171,7 @@ def test_what_is_more_likely_wrong_than_right_is_not_told(confidence):
     [(["transition"] * 4, "not judged"), (["transition", "step"], "not judged"), (["step"] * 2, "stable")],
 )
 def test_growth_without_blocks_is_not_judged(kinds, name):
-    verdict = judge(np.zeros((len(kinds), 3)), kinds, Thresholds(), 0)
+    verdict = judge(np.zeros((len(kinds), 3)), kinds, Thresholds())
     assert verdict.name == name
 
 
