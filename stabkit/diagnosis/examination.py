@@ -21,6 +21,7 @@ from stabkit.diagnosis.low_rank import rank_findings
 from stabkit.diagnosis.measurement import AnyFlow, Measurement, measure
 from stabkit.diagnosis.non_finite import all_finite, non_finite_findings
 from stabkit.diagnosis.outlier_blocks import local_findings
+from stabkit.diagnosis.over_time import time_findings
 from stabkit.diagnosis.structure import missing_norm_findings, missing_skip_findings
 from stabkit.diagnosis.thresholds import Thresholds
 from stabkit.diagnosis.verdict import Verdict, judge
@@ -139,7 +140,12 @@ def examine(
         elif chaos:
             found = [*chaos, *found]
             verdict = _renamed(verdict, "chaotic", chaos[0].evidence)
-    found += lost_parameter_findings(flow, loss) if isinstance(flow, Flow) else []
+    if isinstance(flow, Flow):
+        over_time = time_findings(flow, loss, limits)
+        worst = next((f for f in over_time if serious(f)), None)
+        if worst is not None and verdict.name not in ("exploding", "vanishing"):
+            verdict = _renamed(verdict, worst.kind, worst.evidence)
+        found += [*over_time, *lost_parameter_findings(flow, loss)]
     if not any(finding.kind == "dead" for finding in found):
         found += collapse_finding(measurement, spreads, verdict.stretch, limits)
     found += precision_findings(flow, measurement)
