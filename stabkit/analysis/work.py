@@ -15,8 +15,9 @@ from stabkit.jacobians.shared import krylov_products
 from stabkit.tracing import Flow, Step
 from stabkit.tracing.values import random_tensors
 
-LEAST = 80  # products from which a spectrum says something
-_PER_NODE = 2e5  # operations that the call of one node is worth
+LEAST = 64  # products from which a spectrum says something
+_PER_NODE = 2e5  # operations that the call of one node is worth in a backward pass of torch's engine,
+_PER_STACKED_NODE = 1e6  # and one by one, for several vectors at once
 _PER_VECTOR = 2e6  # and the projected problem, for every vector of a Krylov basis
 _BASIS = 400  # operations that a new vector is made orthogonal with, for each of its numbers
 
@@ -43,7 +44,7 @@ def demand(step: Step) -> Demand:
     m, n = step.target.size, step.source.size
     keeps_space = step.source.sample_shapes == step.target.sample_shapes
     product = operations(step)
-    cost = product + _PER_NODE * len(step.segment.nodes) + _PER_VECTOR + _BASIS * (m + n)
+    cost = product + _PER_STACKED_NODE * len(step.segment.nodes) + _PER_VECTOR + _BASIS * (m + n)
     return Demand(step.index, product, cost, krylov_products(max(m, n)) * (2 if keeps_space else 1))
 
 
@@ -82,7 +83,7 @@ def allot(demands: Sequence[Demand], limit: float) -> dict[int, int]:
     Example:
         >>> steps = [Demand(3, 1.0, 1.0, 400), Demand(0, 1.0, 1.0, 400), Demand(1, 2.0, 2.0, 400)]
         >>> allot(steps, 2000.0), allot(steps, 400.0), allot(steps, 100.0)
-        ({3: 400, 0: 400, 1: 400}, {3: 100, 0: 100, 1: 100}, {3: 80})
+        ({3: 400, 0: 400, 1: 400}, {3: 100, 0: 100, 1: 100}, {3: 64})
     """
     shared = _level(demands, limit)
     if shared >= LEAST:

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from stabkit.diagnosis import remedies
 from stabkit.diagnosis.finding import Finding
-from stabkit.diagnosis.measurement import AnyFlow, AnyState, Array, Measurement
+from stabkit.diagnosis.measurement import Array, Measurement
 from stabkit.diagnosis.thresholds import Thresholds
+from stabkit.walk import AnyFlow, AnyState
 
 Indices = npt.NDArray[np.intp]
 _FALL = 10.0  # factor by which the dispersion must fall over the stretch to be a collapse

@@ -79,7 +79,7 @@ def time_findings(flow: Flow, loss: Any, thresholds: Thresholds) -> list[Finding
     findings = []
     for profile in time_profiles(flow.forward_pass, loss):
         growth = profile.growth
-        if math.isnan(growth) or abs(growth) <= thresholds.drift:
+        if math.isnan(growth) or abs(growth) <= thresholds.explosion:
             continue
         findings.append(_finding(flow, profile, growth, loss, thresholds))
     return findings
@@ -179,7 +179,7 @@ def _finding(flow: Flow, profile: TimeProfile, growth: float, loss: Any, thresho
 
 def _severity(module: nn.Module, growth: float, thresholds: Thresholds) -> str:
     """Gates open while a network trains, so a gated one is given twice the range, and the end is never certain."""
-    far = abs(growth) > 2 * thresholds.drift
+    far = abs(growth) > 2 * thresholds.explosion
     if "RNN" in type(module).__name__:
         return "critical" if far else "warning"
     return "warning" if far else "info"
@@ -213,7 +213,7 @@ def _tried(flow: Flow, profile: TimeProfile, growth: float, loss: Any, threshold
         except StabkitError:
             continue
         found = next((p.growth for p in after if p.path == profile.path), math.nan)
-        if abs(found) <= thresholds.drift:
+        if abs(found) <= thresholds.explosion:
             before = "nothing" if math.isinf(growth) else f"{growth:+.1f}"
             return text, f"; tried on a copy: {before} -> {found:+.1f} nats over time"
     return without, ""

@@ -1,4 +1,4 @@
-"""A norm or a skip that every block of a stack has but one."""
+"""Blocks that lack the norm or the skip that all other blocks of their stack have."""
 
 from __future__ import annotations
 
@@ -11,11 +11,12 @@ from torch import nn
 from stabkit.diagnosis import remedies
 from stabkit.diagnosis.behaviour import behaviours
 from stabkit.diagnosis.finding import Finding
-from stabkit.diagnosis.measurement import AnyFlow, Measurement, StepMeasurement
+from stabkit.diagnosis.measurement import Measurement, StepMeasurement
 from stabkit.diagnosis.peers import FLOOR
 from stabkit.diagnosis.weights import is_norm
 from stabkit.identification.operations import has_matrix
 from stabkit.tracing import Flow
+from stabkit.walk import AnyFlow
 
 _FEWEST = 3  # peers that must agree
 

@@ -2,23 +2,42 @@
 
 from __future__ import annotations
 
-from stabkit.walk.cotangents import PROBE, Cotangents, balanced, drawn, probe_seeds, stacked, wide
-from stabkit.walk.walk import AnyFlow, AnyState, AnyStep, Observer, Passage, Walk, space_at, tangents, walk_back
+from stabkit.walk.arrivals import SMALL, Arrivals, Pulled
+from stabkit.walk.cotangents import PROBE, Cotangents, balanced, drawn, probe_seeds, wide
+from stabkit.walk.walk import (
+    AnyFlow,
+    AnyState,
+    AnyStep,
+    Observer,
+    Passage,
+    Walk,
+    joined,
+    loss_columns,
+    random_columns,
+    space_at,
+    tangents,
+    walk_back,
+)
 
 __all__ = [
     "PROBE",
+    "SMALL",
     "AnyFlow",
     "AnyState",
     "AnyStep",
+    "Arrivals",
     "Cotangents",
     "Observer",
     "Passage",
+    "Pulled",
     "Walk",
     "balanced",
     "drawn",
+    "joined",
+    "loss_columns",
     "probe_seeds",
+    "random_columns",
     "space_at",
-    "stacked",
     "tangents",
     "walk_back",
     "wide",
