@@ -17,6 +17,7 @@ LAYERS = [
     "errors",
     "pictures",
     "results",
+    "statistics",
     "parallel",
     "threads",
     "integrators",

@@ -13,12 +13,13 @@ from stabkit.attribution import after_addition, identity
 from stabkit.attribution.estimated import isotropic_bracket, outer_eigenvalues, spectral_bracket
 from stabkit.attribution.field_spectra import field_jacobians
 from stabkit.attribution.mechanism import is_inverted
-from stabkit.attribution.probes import Images, basis_images, random_images, student_reach
+from stabkit.attribution.probes import Images, basis_images, random_images
 from stabkit.attribution.zplane import StepSpectrum
 from stabkit.identification import Identification
 from stabkit.integrators import GeneralLinearMethod
 from stabkit.jacobians import eigenvalues
 from stabkit.jacobians.shared import SharedSpectra
+from stabkit.statistics import student_factor
 from stabkit.tracing import Step
 
 _NEGLIGIBLE = 1e-6  # a slope this far below the largest switches its coordinate off
@@ -32,9 +33,9 @@ class Budget:
         dense_limit: largest state whose matrix and full spectrum are computed.
         probes: random cotangents for larger ones.
         krylov: outer eigenvalues for larger ones; 0 for none.
-        confidence: of the intervals.
+        confidence: the confidence level of the intervals.
         samples: how many samples, from the first.
-        seed: of the random choices.
+        seed: the seed of the random choices.
     """
 
     dense_limit: int
@@ -115,7 +116,7 @@ def measure_step(
 def _isotropic_terms(images: Images, a: float | None, growth: Tensor, square: bool, m: int, budget: Budget) -> Terms:
     """What needs no eigenvalues: the isotropic rate and its second split."""
     parts = identity.energies(images.pulled, images.tail, a or 0.0, exact=images.exact)
-    isotropic = isotropic_bracket(parts, m, student_reach(budget.probes, budget.confidence) if not images.exact else 0)
+    isotropic = isotropic_bracket(parts, m, student_factor(budget.probes, budget.confidence) if not images.exact else 0)
     nan = torch.full_like(growth, math.nan)
     skip, dissipation, branch = (nan, nan, nan) if a is None else identity.in_nats(parts, a)
     dead = torch.isneginf(isotropic.value)
@@ -265,7 +266,8 @@ def _with_outer_values(
     a = skip_of(found, tail) or 0.0
     whole = images if tail is None else replace(images, tail=_signs_again(images, budget))
     parts = identity.energies(whole.pulled, whole.tail, a, exact=False)
-    bracket = spectral_bracket(parts, a, images.pulled.shape[1], outer, student_reach(budget.probes, budget.confidence))
+    reach = student_factor(budget.probes, budget.confidence)
+    bracket = spectral_bracket(parts, a, images.pulled.shape[1], outer, reach)
     isotropic = terms.columns["isotropic"]
     spectral = torch.minimum(bracket.value, isotropic)
     frozen = terms.columns["frozen"] if outer is None else _largest(outer)

@@ -14,7 +14,7 @@ from stabkit.diagnosis.collapse import Spread
 from stabkit.diagnosis.finding import Finding
 from stabkit.diagnosis.measurement import Measurement
 from stabkit.diagnosis.thresholds import Thresholds
-from stabkit.diagnosis.verdict import bootstrap_interval
+from stabkit.statistics import mean_interval
 from stabkit.tracing import Iteration
 from stabkit.walk import AnyFlow
 
@@ -31,7 +31,7 @@ class Chaos:
 
     Attributes:
         exponent: largest Lyapunov exponent, nats a step, from cotangents that had a fifth of the steps to align.
-        interval: of the exponent.
+        interval: the interval of the exponent.
         slope: of log |x| over the last three quarters of the steps, nats a step.
         parting: the third test in words; empty where it failed.
     """
@@ -48,7 +48,7 @@ class Chaos:
 
 
 def chaos_finding(
-    flow: AnyFlow, measurement: Measurement, spread: Spread, stretch: tuple[int, int], thresholds: Thresholds, seed: int
+    flow: AnyFlow, measurement: Measurement, spread: Spread, stretch: tuple[int, int], thresholds: Thresholds
 ) -> list[Finding]:
     """Chaos of a tied map, or of at least ``thresholds.homogeneous`` alike layers; nothing is said of other flows.
 
@@ -61,7 +61,7 @@ def chaos_finding(
     if not np.isfinite(rows).all() or not (tied or _homogeneous(measurement, stretch, thresholds)):
         return []
     settled = rows[: max(len(rows) * 4 // 5, 1)].mean(axis=0)  # gradients come from the end
-    low, high = bootstrap_interval(settled, thresholds, seed)
+    low, high = mean_interval(settled, thresholds.confidence)
     if low * len(rows) <= thresholds.stable:
         return []
     sizes = measurement.log_states[first : last + 2].mean(axis=1)
@@ -138,7 +138,7 @@ def _finding(
     low, high = found.interval
     return Finding(
         kind="chaotic",
-        severity="critical" if tied is not None and growth > thresholds.drift else "warning",
+        severity="critical" if tied is not None and growth > thresholds.explosion else "warning",
         steps=tuple(range(first, last + 1)),
         module_path=steps[0].module_path,
         confidence=thresholds.confidence,

@@ -10,7 +10,7 @@ import numpy as np
 from stabkit.diagnosis import remedies
 from stabkit.diagnosis.finding import Finding
 from stabkit.diagnosis.loss_faults import LOSS
-from stabkit.diagnosis.measurement import AnyFlow, Measurement, StepMeasurement
+from stabkit.diagnosis.measurement import Measurement, StepMeasurement
 from stabkit.diagnosis.origin import Origin, origin_of
 from stabkit.diagnosis.thresholds import Thresholds
 from stabkit.diagnosis.verdict import factor
@@ -18,6 +18,7 @@ from stabkit.diagnosis.weight_faults import WeightFault, weight_faults
 from stabkit.tracing import Flow
 from stabkit.tracing.endpoints import scalar_loss
 from stabkit.tracing.flow import engine_vjp
+from stabkit.walk import AnyFlow
 
 
 def non_finite_findings(

@@ -14,6 +14,7 @@ from stabkit.errors import ArgumentError, TraceError
 from stabkit.growth.arguments import check_flow
 from stabkit.growth.parameters import ParameterGradients, parameter_gradients
 from stabkit.results import Result
+from stabkit.statistics import student_factor
 from stabkit.tracing import Flow, Iteration
 from stabkit.walk import (
     Cotangents,
@@ -47,7 +48,7 @@ class GradientProfile(Result):
         restarts: states at which a random cotangent was drawn anew, because the step after them passes nothing back
             (a head initialised at zero). Norms before and after such a state are not comparable.
         loss: what was differentiated, in words: the name of the loss, or that there were random cotangents.
-        seed: of the random cotangent.
+        seed: the seed of the random cotangent.
         batch: number of samples; 1 when the norms are those of the whole batch.
         all_log_growth: ``(probes, steps, batch)``, for each random cotangent; ``log_growth`` is their mean.
         below: for ``"fp16"`` (2^-24), ``"bf16"`` (2^-133) and ``"adam_eps"`` (1e-8): ``(states, batch)``, share of the
@@ -92,12 +93,10 @@ class GradientProfile(Result):
         Raises:
             ArgumentError: there is only one cotangent, which says nothing about others.
         """
-        from scipy.stats import t
-
         count = len(self.all_log_growth)
         if count < 2:
             raise ArgumentError("an interval needs several random cotangents: gradient_profile(flow, probes=8)")
-        half = float(t.ppf(0.5 + confidence / 2, count - 1)) * self.all_log_growth.std(0) / math.sqrt(count)
+        half = student_factor(count, confidence) * self.all_log_growth.std(0) / math.sqrt(count)
         return self.log_growth - half, self.log_growth + half
 
     def _contents(self) -> dict[str, Any]:
@@ -129,7 +128,7 @@ def gradient_profile(
             needs a loss. None measures them when there is a loss and they can be shared out among the steps. They are
             those of the whole batch; ``stabkit.growth.parameter_gradients(flow, loss, per_sample=True)`` has each
             sample's.
-        seed: of the first cotangent.
+        seed: the seed of the first cotangent.
 
     Raises:
         TraceError: the loss is not a differentiable scalar of the output that the flow leads to, or an argument makes

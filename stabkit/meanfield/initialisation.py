@@ -86,7 +86,7 @@ class Initialisation(Result):
         samples: inputs per network.
         probes: random cotangents per network.
         networks: how many were measured.
-        seed: of the cotangents and of resampling.
+        seed: the seed of the cotangents and of resampling.
         notes: what the reader should know.
     """
 
@@ -147,7 +147,7 @@ def at_initialisation(
         probes: random cotangents, at least 1.
         others: further networks from the same initialiser, measured too. With eight of them the interval of chi, and
             the gap between mean square and typical gradient, cover the randomness of the weights.
-        seed: of the cotangents.
+        seed: the seed of the cotangents.
 
     Raises:
         TraceError: the model cannot be recorded.
@@ -363,7 +363,7 @@ def _assemble(measured: list[_Measured], expected: _Expected, probes: int, seed:
     shared = ("some layers share their weights: theory takes them for independent",) if propagation.shared else ()
     return Initialisation(
         steps=steps,
-        rate=_rate(flow, squares, silent, seed),
+        rate=_rate(flow, squares, silent),
         log_growth=growth,
         log_growth_expected=_total([step.log_chi_expected for step in steps]),
         typical_log_growth=typical_growth,
@@ -383,7 +383,7 @@ def _total(values: list[float | None]) -> float | None:
     return sum(known) if len(known) == len(values) else None
 
 
-def _rate(flow: Flow, squares: Array, silent: Sequence[int], seed: int) -> Rate | None:
+def _rate(flow: Flow, squares: Array, silent: Sequence[int]) -> Rate | None:
     """The law over the longest run of states of one size."""
     runs: list[list[int]] = [[0]]
     for step in flow.steps:
@@ -395,4 +395,4 @@ def _rate(flow: Flow, squares: Array, silent: Sequence[int], seed: int) -> Rate 
     chosen = squares[:, longest]
     if len(longest) < FEWEST or not (chosen > 0).all() or not np.isfinite(chosen).all():
         return None
-    return fit_rate(chosen, longest[0], seed)
+    return fit_rate(chosen, longest[0])
