@@ -12,7 +12,7 @@ import types
 from collections.abc import Callable, Mapping
 from typing import Any, get_args, get_origin, get_type_hints
 
-from stabkit.errors import ArgumentTypeError, ReportError
+from stabkit.errors import ReportError
 from stabkit.report import encoding
 
 Decoder = Callable[[Any], Any]
@@ -84,7 +84,7 @@ def _decoder(hint: Any) -> Decoder:
     if get_origin(hint) is Mapping:
         item = _decoder(parts[1])
         return lambda value: {name: item(entry) for name, entry in encoding.mapping(value).items()}
-    raise ArgumentTypeError(f"a report cannot hold a {hint}")
+    raise TypeError(f"a report cannot hold a {hint}")
 
 
 def _inner(cls: type, value: Any) -> Any:
