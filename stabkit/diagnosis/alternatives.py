@@ -11,6 +11,7 @@ from stabkit.diagnosis import remedies
 from stabkit.diagnosis.actions import once
 from stabkit.diagnosis.activity import TWO_SIDED
 from stabkit.diagnosis.chaos import recurrent_matrices
+from stabkit.diagnosis.dead_units import drawn_anew
 from stabkit.diagnosis.finding import Finding
 from stabkit.diagnosis.measurement import Measurement, StepMeasurement
 from stabkit.diagnosis.remedies import Remedy
@@ -48,7 +49,9 @@ def _unit_input(suspect: Finding, measurement: Measurement) -> list[Remedy]:
 
 
 def _others(suspect: Finding, measurement: Measurement, flow: AnyFlow) -> list[Remedy]:
-    """Further remedies of a stretch."""
+    """Further remedies, of dead layers and of stretches."""
+    if suspect.kind == "dead":
+        return [drawn_anew(suspect.steps, measurement)]
     if len(suspect.steps) <= _STRETCH or suspect.kind not in ("vanishing", "exploding", "chaotic"):
         return []
     if isinstance(flow, Iteration):
