@@ -94,7 +94,7 @@ def suspected(
     verdict = _by_rate_law(verdict, measurement, limits)
     spreads = spread(flow)
     blocks = _block_findings(flow, measurement, limits)
-    explained = _explains(blocks, verdict, limits)
+    explained = _explains(blocks, verdict, limits) or _at_the_loss(of_loss, verdict, measurement, limits)
     found = list(blocks)
     blamed = {index for finding in blocks for index in finding.steps}
     blamed |= {index for finding in of_loss for index in finding.steps if finding.kind == "saturated"}
@@ -172,6 +172,14 @@ def _explains(blocks: Sequence[Finding], verdict: Verdict, limits: Thresholds) -
         return any(f.kind == "dead" and f.severity == "critical" for f in blocks)
     excess = sum(f.numbers.get("gain_deviation", 0.0) for f in blocks if serious(f))
     return math.isfinite(excess) and abs(verdict.growth - excess) < min(limits.explosion, abs(verdict.growth))
+
+
+def _at_the_loss(of_loss: Sequence[Finding], verdict: Verdict, measurement: Measurement, limits: Thresholds) -> bool:
+    """Whether growth would be within range but for a last activation that belongs into the loss."""
+    steps = {index for finding in of_loss if finding.kind == "saturated" for index in finding.steps}
+    first, last = verdict.stretch
+    at = [float(measurement.growth[index].mean()) for index in steps if first <= index <= last]
+    return bool(at) and abs(verdict.growth - sum(at)) < limits.explosion
 
 
 def _accounts(blocks: Sequence[Finding], passing: Finding, limits: Thresholds) -> bool:
