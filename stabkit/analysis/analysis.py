@@ -111,7 +111,7 @@ def analyze(  # type: ignore[misc]  # where only the plan is wanted, the options
         spectrum_samples: how many samples' spectra are computed.
         probes: random cotangents per sample when there is no loss.
         thresholds: the limits behind the verdict.
-        seed: of every random choice.
+        seed: the seed of every random choice.
         name: what the report calls the model; its class by default.
         progress: called with (done, total, step name) as steps are finished, those at fault and of most growth first;
             or a `stabkit.analysis.Listener`, which is told of the verdict before any spectrum is computed.
@@ -169,7 +169,7 @@ class _Settings:
         spectrum_samples: of how many samples.
         probes: random cotangents per sample when there is no loss.
         thresholds: the limits behind the verdict.
-        seed: of every random choice.
+        seed: the seed of every random choice.
         spectrum_share: part of the work of a default report that spectra may take.
         given_up: what was left out to keep a budget, in sentences.
     """

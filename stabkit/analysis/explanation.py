@@ -76,7 +76,7 @@ def explain(
         diagnosis: with the measured growth.
         methods: from `stabkit.identify`.
         samples: how many samples' spectra are taken.
-        seed: of every random choice.
+        seed: the seed of every random choice.
         limits: from which growth on there is something to explain.
         spectra: matrices and eigenvalues of the steps, by index.
         loss: whose gradient was measured; None for random cotangents.

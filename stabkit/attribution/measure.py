@@ -52,12 +52,12 @@ def attribute(
         flow: a traced forward pass.
         loss: a callable on the model's output that returns a scalar; None pulls back four standard normal cotangents
             and explains their mean growth, as `stabkit.analyze` does.
-        seed: of those cotangents, of the probes and of the start vectors.
+        seed: the seed of those cotangents, of the probes and of the start vectors.
         samples: how many samples, from the first; all by default.
         dense_limit: the largest state that is treated exactly.
         probes: random cotangents for larger states.
         krylov: eigenvalues of largest modulus that are sought for larger states; 0 for none, which is much cheaper.
-        confidence: of the intervals.
+        confidence: the confidence level of the intervals.
         tolerance: how far the modulus of an eigenvalue may exceed 1 before its mode counts as unstable.
         identifications: from ``identify(flow)``; made here by default.
         pulled: the cotangents on their way back, where they are known (``measurement.pulled`` of a diagnosis); for
@@ -155,7 +155,7 @@ def pulled_back(
     Args:
         flow: a traced forward pass.
         loss: a callable on the model's output that returns a scalar; None pulls back standard normal cotangents.
-        seed: of them, and of those that are drawn anew where nothing comes back.
+        seed: the seed of them, and of those that are drawn anew where nothing comes back.
         samples: how many samples, from the first; all by default.
         limit: the largest step at which cotangents are kept.
     """

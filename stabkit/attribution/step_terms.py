@@ -33,9 +33,9 @@ class Budget:
         dense_limit: largest state whose matrix and full spectrum are computed.
         probes: random cotangents for larger ones.
         krylov: outer eigenvalues for larger ones; 0 for none.
-        confidence: of the intervals.
+        confidence: the confidence level of the intervals.
         samples: how many samples, from the first.
-        seed: of the random choices.
+        seed: the seed of the random choices.
     """
 
     dense_limit: int

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from stabkit.comparison import table
 from stabkit.errors import ArgumentError, ReportError
 from stabkit.report import Report, encoding, files
 from stabkit.report.schema import StepReport
@@ -122,8 +123,6 @@ class Comparison(Result):
     notes: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        from stabkit.comparison import table
-
         return table.plain(self)
 
     @property
@@ -168,8 +167,6 @@ class Comparison(Result):
         Raises:
             ReportError: the suffix is another one, or the file cannot be written.
         """
-        from stabkit.comparison import table
-
         path = Path(path)
         suffix = path.suffix.lower()
         if suffix == ".json":

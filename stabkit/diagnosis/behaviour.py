@@ -27,8 +27,8 @@ class Behaviour:
 
     Attributes:
         step: the step.
-        gain: of the Jacobian.
-        change: of the size of the state.
+        gain: the gain of the Jacobian of the step, nats.
+        change: the change of the size of the state over the step, nats.
         branch: gains of its branches, in order. A branch behind a norm passes gradients on by one over the size of
             the state, so gains are held against those of the peers as they are and times that size: what agrees best
             among the peers counts.

@@ -31,7 +31,7 @@ class Chaos:
 
     Attributes:
         exponent: largest Lyapunov exponent, nats a step, from cotangents that had a fifth of the steps to align.
-        interval: of the exponent.
+        interval: the interval of the exponent.
         slope: of log |x| over the last three quarters of the steps, nats a step.
         parting: the third test in words; empty where it failed.
     """
@@ -138,7 +138,7 @@ def _finding(
     low, high = found.interval
     return Finding(
         kind="chaotic",
-        severity="critical" if tied is not None and growth > thresholds.drift else "warning",
+        severity="critical" if tied is not None and growth > thresholds.explosion else "warning",
         steps=tuple(range(first, last + 1)),
         module_path=steps[0].module_path,
         confidence=thresholds.confidence,

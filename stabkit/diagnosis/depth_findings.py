@@ -32,7 +32,7 @@ def growth_finding(
     sign = 1.0 if verdict.name == "exploding" else -1.0
     worst = first + int(np.nanargmax(sign * rates))
     totals: Array = rows.sum(axis=0)
-    sure = 1.0 if np.isinf(totals).any() else confidence_above(sign * totals, thresholds.drift)
+    sure = 1.0 if np.isinf(totals).any() else confidence_above(sign * totals, thresholds.explosion)
     low, high = verdict.interval
     count = last - first + 1
     remedy = remedies.for_stretch(steps, verdict.growth, thresholds.stable, tied)
@@ -203,7 +203,7 @@ def _unstable(
 
 def _harm(growth: float, thresholds: Thresholds) -> str:
     """How bad a mechanism is: its growth is out of range, or only worth knowing."""
-    return "warning" if abs(growth) > thresholds.drift else "info"
+    return "warning" if abs(growth) > thresholds.explosion else "info"
 
 
 def _overdamped(

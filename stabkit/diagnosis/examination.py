@@ -51,7 +51,7 @@ def diagnose(
         loss: a callable on the model's output that returns a scalar. None pulls back random cotangents.
         thresholds: the limits behind the findings.
         probes: random cotangents per sample when there is no loss.
-        seed: of every random choice.
+        seed: the seed of every random choice.
 
     Raises:
         TraceError: the loss is not a differentiable scalar of the output that the flow leads to.
@@ -87,7 +87,7 @@ def examine(
         loss: a callable on the model's output.
         thresholds: the limits behind the findings.
         probes: random cotangents per sample when there is no loss.
-        seed: of every random choice.
+        seed: the seed of every random choice.
         methods: those of `stabkit.identify`, where they are known.
         spectra: matrices and eigenvalues of the steps by index, where others want them too.
         parallel: who measures what.

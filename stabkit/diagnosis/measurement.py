@@ -45,10 +45,10 @@ class StepMeasurement:
     """What one step did to states and cotangents.
 
     Attributes:
-        index: of the step.
-        name: of the step.
-        module_path: of the step.
-        module_class: of that module.
+        index: the index of the step.
+        name: the name of the step.
+        module_path: the module path of the step.
+        module_class: the class of that module.
         kind: ``"step"`` or ``"transition"``.
         space: shapes of its source and target.
         gain: ``(samples,)``, 1/2 log(|J|_F^2 / m) estimated from fresh random cotangents, nats.
@@ -139,7 +139,7 @@ def measure(
         flow: a traced forward pass, or an iterated map.
         loss: a callable on the model's output that returns a scalar. None pulls back ``probes`` random cotangents.
         probes: random cotangents per sample when there is no loss; with one, it alone is pulled back.
-        seed: of the cotangents.
+        seed: the seed of the cotangents.
         kept: samples, from the first, whose cotangents are kept at small steps for `Measurement.pulled`.
         parallel: who pulls back which cotangents, and measures which steps.
     """

@@ -53,7 +53,7 @@ def for_block(
 
     Args:
         step: the block.
-        kind: of the finding.
+        kind: the kind of the finding.
         weights: those far from their peers.
         size: deviation of the block, nats.
         branches: where its branches at fault end, with the deviation of each.

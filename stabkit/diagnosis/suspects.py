@@ -62,7 +62,7 @@ class Settings:
         loss: a callable on the model's output, or None for random cotangents.
         thresholds: the limits.
         probes: random cotangents per sample when there is no loss.
-        seed: of every random choice.
+        seed: the seed of every random choice.
         parallel: who measures what.
     """
 
@@ -102,7 +102,7 @@ def suspected(
         found += growth_finding(verdict, measurement, tied, limits)
         found += _mechanism(flow, verdict, measurement, limits, methods, spectra)
         passing = transient(measurement, verdict.stretch, verdict.growth, limits)
-        if passing is not None and abs(verdict.growth) <= limits.drift and not _accounts(blocks, passing, limits):
+        if passing is not None and abs(verdict.growth) <= limits.explosion and not _accounts(blocks, passing, limits):
             found.append(passing)
             verdict = _renamed(verdict, "transient growth", passing.evidence)
         chaos = chaos_finding(flow, measurement, spreads, verdict.stretch, limits)
@@ -166,7 +166,7 @@ def _explains(blocks: Sequence[Finding], verdict: Verdict, limits: Thresholds) -
     if not math.isfinite(verdict.growth):
         return any(f.kind == "dead" and f.severity == "critical" for f in blocks)
     excess = sum(f.numbers.get("gain_deviation", 0.0) for f in blocks if serious(f))
-    return math.isfinite(excess) and abs(verdict.growth - excess) < min(limits.drift, abs(verdict.growth))
+    return math.isfinite(excess) and abs(verdict.growth - excess) < min(limits.explosion, abs(verdict.growth))
 
 
 def _accounts(blocks: Sequence[Finding], passing: Finding, limits: Thresholds) -> bool:

@@ -16,7 +16,8 @@ class Thresholds(Result):
 
     Attributes:
         stable: growth within plus or minus this is stable (a factor of 10).
-        drift: growth within plus or minus this is a drift; beyond, it is exploding or vanishing (a factor of 1000).
+        explosion: beyond plus or minus this, growth is exploding or vanishing (a factor of 1000); between `stable` and
+            this it is a drift.
         confidence: level of the intervals.
         rate_law: advantage in AIC that an exponential law must have over a power law before a growth counts as
             exponential. The power law of a normalised residual network is a drift, however deep the network.
@@ -33,7 +34,7 @@ class Thresholds(Result):
     """
 
     stable: float = math.log(10.0)
-    drift: float = math.log(1e3)
+    explosion: float = math.log(1e3)
     confidence: float = 0.95
     rate_law: float = 10.0
     outlier: float = 6.0

@@ -24,7 +24,7 @@ def apply(model: nn.Module, finding: Finding, *, seed: int = 0) -> int:
     Args:
         model: the model that was diagnosed.
         finding: what was found in it.
-        seed: of weights that are drawn anew.
+        seed: the seed of weights that are drawn anew.
 
     Raises:
         ArgumentError: an action names something that the model does not have, or is of an unknown form.
@@ -97,7 +97,7 @@ def treat(
         kwargs: keyword arguments of the call.
         rounds: remedies that are carried out at most.
         thresholds: the limits behind the findings.
-        seed: of every random choice.
+        seed: the seed of every random choice.
         **tracing: further options of `stabkit.trace`, such as ``batch_dim``.
 
     Raises:

@@ -97,13 +97,13 @@ def _too_few(blocks: int, count: int) -> str:
 
 
 def _name(low: float, high: float, thresholds: Thresholds) -> str:
-    if low > thresholds.drift:
+    if low > thresholds.explosion:
         return "exploding"
-    if high < -thresholds.drift:
+    if high < -thresholds.explosion:
         return "vanishing"
     if -thresholds.stable <= low and high <= thresholds.stable:
         return "stable"
-    if -thresholds.drift <= low and high <= thresholds.drift:
+    if -thresholds.explosion <= low and high <= thresholds.explosion:
         return "drift"
     return "inconclusive"
 

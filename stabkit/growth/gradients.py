@@ -48,7 +48,7 @@ class GradientProfile(Result):
         restarts: states at which a random cotangent was drawn anew, because the step after them passes nothing back
             (a head initialised at zero). Norms before and after such a state are not comparable.
         loss: what was differentiated, in words: the name of the loss, or that there were random cotangents.
-        seed: of the random cotangent.
+        seed: the seed of the random cotangent.
         batch: number of samples; 1 when the norms are those of the whole batch.
         all_log_growth: ``(probes, steps, batch)``, for each random cotangent; ``log_growth`` is their mean.
         below: for ``"fp16"`` (2^-24), ``"bf16"`` (2^-133) and ``"adam_eps"`` (1e-8): ``(states, batch)``, share of the
@@ -128,7 +128,7 @@ def gradient_profile(
             needs a loss. None measures them when there is a loss and they can be shared out among the steps. They are
             those of the whole batch; ``stabkit.growth.parameter_gradients(flow, loss, per_sample=True)`` has each
             sample's.
-        seed: of the first cotangent.
+        seed: the seed of the first cotangent.
 
     Raises:
         TraceError: the loss is not a differentiable scalar of the output that the flow leads to, or an argument makes

@@ -135,7 +135,7 @@ def golub_kahan(
         k: how many triples.
         smallest: the smallest instead of the largest.
         tol: residual, as a fraction of the norm, at which a triple counts as found.
-        seed: of the random start blocks.
+        seed: the seed of the random start blocks.
         size: the largest dimension of the Krylov spaces before a restart.
         block: vectors a block. One takes the fewest products to converge, but then always as many again to look for
             copies of what it found; two see pairs at once.

@@ -104,8 +104,8 @@ def trace(J: Operator, *, n_probes: int = 30, confidence: float = 0.95, seed: in
     Args:
         J: a Jacobian ``(batch, n, n)``, or explicit matrices.
         n_probes: products to spend; a third each for the sketch, its range and the signs. Exact from n on.
-        confidence: of the interval, from Student's distribution over the signs.
-        seed: of the probes.
+        confidence: the confidence level of the interval, from Student's distribution over the signs.
+        seed: the seed of the probes.
 
     Raises:
         ArgumentError: J is not square or not finite, or an argument is out of range.
@@ -179,8 +179,8 @@ def log_abs_det(
         J: a Jacobian ``(batch, n, n)``, or explicit matrices.
         n_probes: random start vectors.
         steps: bidiagonalisation steps for each; every step costs one product with J and one with J^T.
-        confidence: of the interval.
-        seed: of the probes.
+        confidence: the confidence level of the interval.
+        seed: the seed of the probes.
 
     Returns:
         An :class:`Estimate`; exact (LAPACK) where ``2 n_probes steps >= n``; ``-inf`` for a singular matrix.

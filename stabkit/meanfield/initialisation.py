@@ -86,7 +86,7 @@ class Initialisation(Result):
         samples: inputs per network.
         probes: random cotangents per network.
         networks: how many were measured.
-        seed: of the cotangents and of resampling.
+        seed: the seed of the cotangents and of resampling.
         notes: what the reader should know.
     """
 
@@ -147,7 +147,7 @@ def at_initialisation(
         probes: random cotangents, at least 1.
         others: further networks from the same initialiser, measured too. With eight of them the interval of chi, and
             the gap between mean square and typical gradient, cover the randomness of the weights.
-        seed: of the cotangents.
+        seed: the seed of the cotangents.
 
     Raises:
         TraceError: the model cannot be recorded.

@@ -41,12 +41,12 @@ class Depth:
     """Growth of every step and norms at every state.
 
     Attributes:
-        names: of the steps.
+        names: the names of the steps.
         kinds: ``"step"`` or ``"transition"``.
         growth: ``(steps,)``, nats, means over samples.
         ends: ``(steps, 2)``, of the intervals of ``growth``.
-        gradient: of the gradient.
-        state: of the states.
+        gradient: the norms of the gradient.
+        state: the norms of the states.
     """
 
     names: tuple[str, ...]

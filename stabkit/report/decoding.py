@@ -12,13 +12,13 @@ import types
 from collections.abc import Callable, Mapping
 from typing import Any, get_args, get_origin, get_type_hints
 
-from stabkit.errors import ArgumentTypeError, ReportError
+from stabkit.errors import ReportError
 from stabkit.report import encoding
 
 Decoder = Callable[[Any], Any]
 
 
-def record(cls: type, data: Any, place: str) -> Any:
+def decoded(cls: type, data: Any, place: str) -> Any:
     """A dataclass from an object of JSON.
 
     Args:
@@ -84,11 +84,11 @@ def _decoder(hint: Any) -> Decoder:
     if get_origin(hint) is Mapping:
         item = _decoder(parts[1])
         return lambda value: {name: item(entry) for name, entry in encoding.mapping(value).items()}
-    raise ArgumentTypeError(f"a report cannot hold a {hint}")
+    raise TypeError(f"a report cannot hold a {hint}")
 
 
 def _inner(cls: type, value: Any) -> Any:
-    return record(cls, value, "")
+    return decoded(cls, value, "")
 
 
 def _tuple_of(hint: Any) -> Decoder:
@@ -99,4 +99,4 @@ def _tuple_of(hint: Any) -> Decoder:
 
 
 def _records(cls: type, value: Any) -> tuple[Any, ...]:
-    return tuple(record(cls, item, f"[{index}]") for index, item in enumerate(encoding.listing(value)))
+    return tuple(decoded(cls, item, f"[{index}]") for index, item in enumerate(encoding.listing(value)))

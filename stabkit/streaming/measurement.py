@@ -11,7 +11,7 @@ from torch import Tensor
 
 from stabkit.identification import identify
 from stabkit.jacobians import Jacobian, singular_values
-from stabkit.streaming.meta_model import Weights
+from stabkit.streaming.meta_model import StreamedWeights
 from stabkit.streaming.profile import Method
 from stabkit.streaming.stack import Block
 from stabkit.tracing import Flow, trace
@@ -19,16 +19,16 @@ from stabkit.walk import balanced, probe_seeds, random_columns, wide
 
 
 @dataclass(frozen=True)
-class Settings:
+class BlockSettings:
     """What the results of a block depend on beside its weights and its input.
 
     Attributes:
         first: number of the first probe.
         probes: how many, from that one on; none when there are more ranks than probes.
         k: singular values.
-        tol: of them.
+        tol: the tolerance of these singular values.
         max_products: that they may take.
-        seed: of the first of all probes and of the start vectors.
+        seed: the seed of the first of all probes and of the start vectors.
     """
 
     first: int
@@ -41,11 +41,11 @@ class Settings:
 
 def measure_block(
     block: Block,
-    weights: Weights,
+    weights: StreamedWeights,
     state: Tensor,
     cotangents: Tensor | None,
     powers: Tensor | None,
-    settings: Settings,
+    settings: BlockSettings,
 ) -> dict[str, Tensor]:
     """What one block does to the cotangents of the state after it, and its singular values."""
     with weights.present(block.module.modules()):
@@ -106,7 +106,7 @@ def as_method(tensor: Tensor) -> Method:
     return Method(**json.loads(bytes(tensor.numpy().tobytes())))
 
 
-def _singular(J: Jacobian, settings: Settings) -> dict[str, Tensor]:
+def _singular(J: Jacobian, settings: BlockSettings) -> dict[str, Tensor]:
     k = min(settings.k, *J.shape[1:])
     found = singular_values(
         J, k, tol=settings.tol, max_products=settings.max_products, seed=settings.seed, method="golub-kahan"

@@ -128,13 +128,13 @@ def raw(tensor: Tensor) -> memoryview:
     return memoryview(entries)
 
 
-class Weights:
+class StreamedWeights:
     """The parameters of a model without weights, filled in for as long as they are needed.
 
     Args:
         model: without weights.
         files: where they are.
-        dtype: of the parameters while they are there.
+        dtype: the dtype of the parameters while they are there.
         device: where they are then.
     """
 

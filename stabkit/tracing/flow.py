@@ -236,7 +236,7 @@ class Flow:
 
         Args:
             loss: a callable on the model's output that returns a scalar, or None.
-            seed: of the random cotangent.
+            seed: the seed of the random cotangent.
 
         Raises:
             TraceError: the loss is not a differentiable scalar, or reaches the source around the target.

@@ -52,7 +52,7 @@ class Iteration:
         inputs: what drives the steps, each tensor ``(n_steps, batch, ...)``.
         step_size: how much time a step takes, None when a step is a step.
         lengths: ``(batch,)`` how many steps each sample takes before it is held where it is; None when all take all.
-        name: of the map.
+        name: the name of the map.
         notes: what the reader should know.
     """
 

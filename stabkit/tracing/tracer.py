@@ -67,7 +67,7 @@ def trace(
         source: name of the input or embedding to start from, when there are several.
         target: the output to end at: a function of the model's output that returns a tensor, or its path
             (``"logits"``). By default the first that is not a loss.
-        seed: of the random numbers that the model draws (dropout) and of the cotangent that checks the chain.
+        seed: the seed of the random numbers that the model draws (dropout) and of the cotangent that checks the chain.
         check: compare the product of the steps' VJPs with the model's own VJP.
         memory: ``"keep"`` what one training forward pass keeps, or ``"recompute"`` the saved tensors of a step when it
             is differentiated: memory is then that of the largest step and the states, and every step costs a forward

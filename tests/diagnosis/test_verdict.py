@@ -47,7 +47,7 @@ def test_one_sample_that_is_lost_does_not_decide():
 
 def test_thresholds_are_arguments():
     assert judge(growths(4.0), ["step"] * 4, Thresholds(stable=5.0)).name == "stable"
-    assert judge(growths(4.0), ["step"] * 4, Thresholds(stable=1.0, drift=2.0)).name == "exploding"
+    assert judge(growths(4.0), ["step"] * 4, Thresholds(stable=1.0, explosion=2.0)).name == "exploding"
 
 
 def test_stems_and_heads_are_not_judged():
