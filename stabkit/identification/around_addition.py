@@ -49,6 +49,7 @@ def norms_after(links: Sequence[Link]) -> int:
 
 
 def with_gates(record: Identification, kinds: set[str], sums: Sequence[NormalForm]) -> Identification:
+    """A record that says what gates, and factors of single coordinates, make of it; ``kinds`` are those of the skip."""
     weighed = any(c.kind == "gate" for form in sums for a, c in form.forms[0].items() if a not in form.piece.ends)
     if weighed and "gate" not in kinds:
         record = replace(record, evidence="measured", notes=("stages are weighed by gates, held fixed", *record.notes))
