@@ -12,8 +12,10 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from stabkit.attribution import Mechanism, mechanisms
+from stabkit.diagnosis.attention import attention_findings
 from stabkit.diagnosis.chaos import chaos_finding, recurrent_matrices
 from stabkit.diagnosis.collapse import collapse_finding, precision_findings, spread, underflow
+from stabkit.diagnosis.copied_units import copied_units_findings
 from stabkit.diagnosis.dead_units import dead_findings, saturated_findings
 from stabkit.diagnosis.depth_findings import growth_finding, mechanism_findings, transient
 from stabkit.diagnosis.finding import Finding, serious
@@ -97,6 +99,9 @@ def suspected(
     blamed = {index for finding in blocks for index in finding.steps}
     blamed |= {index for finding in of_loss for index in finding.steps if finding.kind == "saturated"}
     found += [*of_loss, *saturated_findings(measurement, limits, blamed)]
+    if isinstance(flow, Flow):
+        # copies are the cause of a rank that is lost, and are tried first
+        found = [*copied_units_findings(flow, measurement), *found, *attention_findings(flow, limits)]
     tied = recurrent_matrices(flow) if isinstance(flow, Iteration) else {}
     if not explained:
         found += growth_finding(verdict, measurement, tied, limits)
