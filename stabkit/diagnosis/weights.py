@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import math
 import re
 from collections.abc import Iterator
@@ -74,8 +75,12 @@ def calls_of(flow: Flow, step: Step) -> list[Call]:
     start, stop = step.source.position, step.target.position
     last_before = clock[start - 1] if start > 0 else -1
     first_after = clock[stop] if stop < len(clock) else math.inf
+    calls = flow._recording.calls
+    # found by bisection: to look at all calls at every step would cost the square of the depth
+    low = bisect.bisect_right(calls, last_before, key=lambda call: call.start)
+    high = bisect.bisect_right(calls, first_after, key=lambda call: call.start)
     # a container of several steps lies in none of them
-    return [call for call in flow._recording.calls if last_before < call.start and call.stop <= first_after]
+    return [call for call in calls[low:high] if call.stop <= first_after]
 
 
 def is_norm(module: nn.Module) -> bool:
