@@ -62,7 +62,7 @@ def student_factor(count: int, confidence: float = 0.95) -> float:
 
     Example:
         >>> round(student_factor(4), 2), student_factor(1)
-        (3.65, inf)
+        (3.63, inf)
     """
     from scipy.special import stdtrit
 

@@ -25,9 +25,10 @@ class Listener(Protocol):
         ...         print(diagnosis.verdict.name)
         ...     def step(self, done, total, step, seconds_left):
         ...         print(f"{done} of {total}: {step.name}")
-        >>> _ = analyze(torch.nn.Sequential(torch.nn.Identity(), torch.nn.Tanh()), torch.zeros(2, 4), progress=Log())
+        >>> _ = analyze(torch.nn.Sequential(torch.nn.Tanh(), torch.nn.Tanh()), torch.zeros(2, 4), progress=Log())
         stable
-        1 of 1: 1
+        1 of 2: 0
+        2 of 2: 1
     """
 
     def verdict(self, diagnosis: Diagnosis) -> None:

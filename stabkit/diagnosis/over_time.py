@@ -262,6 +262,6 @@ def _orthogonal(module: nn.Module, gain: float) -> None:
     for name, parameter in module.named_parameters():
         if name.startswith("weight_hh"):
             size = parameter.shape[1]
-            for block in parameter.split(size):
+            for block in torch.split(parameter, size):
                 drawn = torch.randn(size, size, generator=generator, dtype=torch.float64)
                 block.copy_(gain * torch.linalg.qr(drawn)[0])

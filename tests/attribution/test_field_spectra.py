@@ -255,7 +255,12 @@ def test_an_analysis_says_that_the_step_is_too_long():
     torch.manual_seed(0)
     layers = [Step(rk4, -3.2 * torch.eye(6, dtype=torch.float64)) for _ in range(12)]
     report = stabkit.analyze(nn.Sequential(*layers), normal_input(3, 6), depth=blocks)
-    assert [finding.kind for finding in report.findings if finding.severity != "info"].count("unstable_step") == 1
+    # one trouble, one warning: the step that is too long is told as the reason of the explosion
+    assert [finding.kind for finding in report.findings if finding.severity != "info"] == ["exploding"]
+    (found,) = (finding for finding in report.findings if finding.kind == "unstable_step")
+    assert found.steps == tuple(range(12))
+    assert "it is gone with the remedy of exploding" in found.evidence
+    assert "The step is too long for its method: a step 0.87 times as long" in str(report)
     assert report.steps[0].step_factor == pytest.approx(2.785293563405282 / 3.2, rel=1e-6)
     assert math.isclose(min(z.real for z in report.steps[0].field_z[0]), -3.2)
     assert report.steps[0].mechanism["discretisation"] == 1
