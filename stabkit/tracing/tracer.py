@@ -232,6 +232,7 @@ def _build(recorded: _Recorded, settings: _Settings) -> Flow:
         _recording=recording,
         _chains=lambda: _sibling_flows(recorded, settings),
         _prefetch=lambda start, stop: _prefetch(recorded, start, stop),
+        _finite=chain.finite,
     )
 
 
