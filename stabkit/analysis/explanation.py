@@ -51,6 +51,8 @@ class Explanation:
             mechanism=_shares(mechanism),
             margin=mechanism.margin,
             step_factor=mechanism.largest_step_factor,
+            field_z=_field_z(mechanism),
+            notes=(*step.notes, *(mechanism.notes if mechanism.field_z is not None else ())),
         )
 
 
@@ -118,6 +120,13 @@ def _parts(found: Attribution, step: StepReport) -> dict[str, float] | None:
 def _mean(values: torch.Tensor) -> float:
     finite = values[values.isfinite()]
     return float(finite.mean()) if len(finite) else math.nan
+
+
+def _field_z(mechanism: Mechanism) -> tuple[tuple[complex, ...], ...] | None:
+    """Z of every field, samples one after another."""
+    if mechanism.field_z is None:
+        return None
+    return tuple(tuple(complex(v) for v in z.reshape(-1)) for z in mechanism.field_z)
 
 
 def _shares(mechanism: Mechanism) -> dict[str, float] | None:

@@ -35,7 +35,6 @@ def attribute(
     confidence: float = 0.95,
     tolerance: float = TOLERANCE,
     identifications: Sequence[Identification] | None = None,
-    fields: Mapping[int, Tensor] | None = None,
     parallel: Parallel = SERIAL,
 ) -> Attribution:
     """Measured growth of the gradient at every step as an exact sum of named terms.
@@ -55,7 +54,6 @@ def attribute(
         confidence: of the intervals.
         tolerance: how far the modulus of an eigenvalue may exceed 1 before its mode counts as unstable.
         identifications: from ``identify(flow)``; made here by default.
-        fields: for steps with several stages, by index: the Jacobian ``(samples, d, d)`` of h f, whose spectrum is z.
         parallel: who measures which steps.
 
     Raises:
@@ -93,7 +91,7 @@ def attribute(
         names=tuple(step.name for step in flow.steps),
         module_paths=tuple(step.module_path for step in flow.steps),
         kinds=tuple(step.kind for step in flow.steps),
-        mechanisms=_mechanisms(flow, found, terms, tolerance, fields or {}),
+        mechanisms=_mechanisms(flow, found, terms, tolerance),
         persistence=persistence,
         predictions=_predictions(columns, terms, skips, persistence, flow),
         restarts=profile.restarts,
@@ -194,7 +192,6 @@ def _mechanisms(
     found: Sequence[Identification],
     terms: Sequence[Terms],
     tolerance: float,
-    fields: Mapping[int, Tensor],
 ) -> tuple[Mechanism, ...]:
     damped = damping_limit(sum(step.kind == "step" for step in flow.steps))
     return tuple(
@@ -204,7 +201,6 @@ def _mechanisms(
             terms[i].spectrum,
             damped_below=damped,
             tolerance=tolerance,
-            field_jacobian=fields[i].detach().double().cpu().numpy() if i in fields else None,
         )
         for i, step in enumerate(flow.steps)
     )

@@ -18,7 +18,9 @@ FloatArray = npt.NDArray[np.float64]
 
 TOLERANCE = 1e-4  # how far |R| may exceed 1 by rounding before a mode counts as unstable
 _LIMIT = 1 + 1e-10  # |R| that counts as on the boundary
+_LEAVING = 1 + 1e-13  # |R| that counts as beyond it near the origin, where |R| - 1 may be of high order
 _SMALLEST_FACTOR = 1e-4  # below, the boundary is crossed at the origin
+_SMALLEST_Z = 2e-3  # likewise, where |R| - 1 is of fourth order in z
 _LARGEST_FACTOR = 1e6  # a step that may grow by more than this may grow without bound
 _SCAN = np.concatenate([[0.0], np.geomspace(1e-6, _LARGEST_FACTOR, 600)])
 _BISECTIONS = 60
@@ -64,17 +66,24 @@ class Mechanism:
         masked: share of coordinates that an activation behind the addition switches off; they are no modes.
         margin: distance from the spectrum to the boundary of the region in the z plane, negative where an eigenvalue
             lies outside; None where there is no region. At most this where the spectrum is not complete.
-        largest_step_factor: the largest s for which s' z stays in the region for all z and all s' <= s, so by how much
-            the branch could grow; 0 where some mode grows at every step size. None where no method was read. At most
-            this where the spectrum is not complete.
+        largest_step_factor: the largest s for which s' z stays in the region for all s' <= s and all z but those of
+            modes that the field itself amplifies (the continuous share), which no step size helps: below 1 the step is
+            too long by this factor. 0 where modes leave the region at every step size, as on the imaginary axis under
+            forward Euler. None where no method was read, or no mode is left. At most this where the spectrum is not
+            complete.
         radius: largest |R(z)|.
         complete: whether all eigenvalues were computed.
         tolerance: on |R| and on Re lambda, for rounding.
         damped_below: |R| under which a mode counts as overdamped.
-        defect: |J - R(h J_f)|_F / |J|_F for a method with several stages; None where the Jacobian of the field is not
-            known (and 0 by definition for one stage).
+        defect: |J - R(h J_f)|_F / |J|_F, J_f the mean over the stages: how far the prediction of the stability function
+            is from the step; 0 by definition for one stage. None where the field is not known, or there are several
+            states.
+        spread: by how much of its norm J_f changes between the stages of a step; None for one stage.
+        commutator: |[F, G]|_F / (|F|_F |G|_F) of a splitting's fields, 0 where they share modes; None for one field.
         notes: what else to know.
-        z: ``(samples, k)``, NaN-padded.
+        z: ``(samples, k)``, h eig(J_f), NaN-padded; of several fields the sum.
+        field_z: one such array for each field, the z of a mode at one place; None where z comes from eig(J), exact for
+            one stage.
     """
 
     step: int
@@ -92,8 +101,11 @@ class Mechanism:
     tolerance: float = TOLERANCE
     damped_below: float = 0.5
     defect: float | None = None
+    spread: float | None = None
+    commutator: float | None = None
     notes: tuple[str, ...] = ()
     z: ComplexArray | None = field(default=None, repr=False, compare=False)
+    field_z: tuple[ComplexArray, ...] | None = field(default=None, repr=False, compare=False)
 
     @property
     def dominant(self) -> str | None:
@@ -104,31 +116,41 @@ class Mechanism:
         return max(shares, key=lambda kind: shares[kind])
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, ready for JSON; z as pairs ``[real, imaginary]``, one list a sample."""
-        plain = {name: getattr(self, name) for name in self.__dataclass_fields__ if name != "z"}
+        """Plain values, ready for JSON; z as pairs ``[real, imaginary]``, one list a sample (and field)."""
+        plain = {name: getattr(self, name) for name in self.__dataclass_fields__ if name not in ("z", "field_z")}
         for name in ("energy", "modes", "excess"):
             plain[name] = None if plain[name] is None else asdict(plain[name])
         plain["notes"] = list(self.notes)
-        rows = [] if self.z is None else [row[np.isfinite(row)] for row in self.z]
-        plain["z"] = None if self.z is None else [[[v.real, v.imag] for v in row] for row in rows]
+        plain["z"] = None if self.z is None else _pairs(self.z)
+        plain["field_z"] = None if self.field_z is None else [_pairs(z) for z in self.field_z]
         return plain
 
 
-def solve_z(method: GeneralLinearMethod, values: ComplexArray) -> ComplexArray:
-    """The z at which the method has these eigenvalues: the root of p(value, z) = 0 of least modulus.
+def _pairs(z: ComplexArray) -> list[list[list[float]]]:
+    return [[[v.real, v.imag] for v in row[np.isfinite(row)]] for row in z]
 
-    For one stage and one state it is (value - a) / b of R(z) = a + b z. For more, another root may be the true one.
+
+def is_inverted(method: GeneralLinearMethod) -> bool:
+    """Whether an eigenvalue of the step tells z: one field, and a characteristic polynomial of degree 1 in z.
+
+    So it is for one stage of one state (R(z) = a + b z), and for momentum and two-step methods. Elsewhere R(z) = mu has
+    several roots, each of which agrees with the step, and only the field knows the true one.
+    """
+    p = method.characteristic
+    return method.n_fields == 1 and p.degree == 1 and (method.states > 1 or len(p.denominator) == 1)
+
+
+def z_of_one_stage(method: GeneralLinearMethod, values: ComplexArray) -> ComplexArray:
+    """The z at which a method that `is_inverted` has these eigenvalues: (value - a) / b for R(z) = a + b z.
 
     Example:
         >>> from stabkit import integrators
-        >>> solve_z(integrators.named("rk4"), np.array([[1.0 + 0j]])).real.tolist()
-        [[0.0]]
+        >>> z_of_one_stage(integrators.named("forward_euler"), np.array([[0.5 + 0j]])).real.tolist()
+        [[-0.5]]
     """
-    roots = method.characteristic.roots(values)
-    size = np.where(np.isfinite(roots), np.abs(roots), np.inf)
-    nearest = np.take_along_axis(roots, size.argmin(-1)[..., None], -1)[..., 0]
-    nearest[~np.isfinite(values)] = complex(math.nan, math.nan)
-    return np.asarray(nearest + 0.0)
+    z = method.characteristic.roots(values)[..., 0]
+    z[~np.isfinite(values)] = complex(math.nan, math.nan)
+    return np.asarray(z + 0.0)
 
 
 def disc(method: GeneralLinearMethod) -> tuple[float, float] | None:
@@ -184,9 +206,15 @@ def _region(method: GeneralLinearMethod) -> Region:
     return method.region()
 
 
-def region_margin(method: GeneralLinearMethod, z: ComplexArray) -> float:
-    """The least distance of z to the boundary of the region, negative outside, by its locus."""
-    flat = z[np.isfinite(z)]
+def region_margin(method: GeneralLinearMethod, *z: ComplexArray) -> float:
+    """The least distance of z to the boundary of the region, negative outside.
+
+    For one field by the region's locus. For several, whose region lies in a space of more dimensions, along the line
+    from the origin through the z of a mode.
+    """
+    if len(z) > 1:
+        return _margin_along_rays(method, z)
+    flat = z[0][np.isfinite(z[0])]
     round_region = disc(method)
     if round_region is not None:
         a, b = round_region
@@ -194,15 +222,34 @@ def region_margin(method: GeneralLinearMethod, z: ComplexArray) -> float:
     return float(-_region(method).signed_distance(flat).max())
 
 
-def largest_step_factor(method: GeneralLinearMethod, z: ComplexArray, tolerance: float = TOLERANCE) -> float:
+def _margin_along_rays(method: GeneralLinearMethod, z: tuple[ComplexArray, ...]) -> float:
+    points = np.stack([np.ravel(field) for field in z])
+    points = points[:, np.isfinite(points).all(0)]
+    lengths = np.linalg.norm(points, axis=0)
+    factors = np.array([_first_crossing(method, mode[:, None]) for mode in points.T])
+    reach = np.where(np.isfinite(factors), factors, _LARGEST_FACTOR)
+    return float(((reach - 1) * lengths).min())
+
+
+def largest_step_factor(
+    method: GeneralLinearMethod,
+    *z: ComplexArray,
+    tolerance: float = TOLERANCE,
+    growing: npt.NDArray[np.bool_] | None = None,
+) -> float | None:
     """The largest s such that s' z stays in the region for every z and all s' in [0, s]; ``inf`` where none leaves it.
 
     Closed form where the region is a disc; otherwise the first crossing on a grid of 600 s, refined by bisection.
 
     Args:
-        method: with one field.
-        z: complex, any shape; NaN entries do not count.
+        method: with a field for each z.
+        *z: complex, any shape, the same for every field; NaN entries do not count.
         tolerance: modes of modulus up to this are neutral, and do not count.
+        growing: of the shape of z, modes that the field itself amplifies: no step helps them, and they do not count.
+
+    Returns:
+        None when no mode is left; 0 where some mode leaves the region at every step: those of the imaginary axis under
+        a method that is stable on no part of it.
 
     Raises:
         ArgumentError: ``z`` holds no finite number.
@@ -214,21 +261,36 @@ def largest_step_factor(method: GeneralLinearMethod, z: ComplexArray, tolerance:
         2.0
         >>> largest_step_factor(euler, np.array([0.5j, -0.5j]))
         0.0
+        >>> round(largest_step_factor(integrators.named("rk4"), np.array([-3.0 + 0j])), 3)
+        0.928
     """
-    flat = np.unique(z[np.isfinite(z)])
-    if not flat.size:
+    points = np.stack([np.ravel(field) for field in z])
+    finite = np.isfinite(points).all(0)
+    if not finite.any():
         raise ArgumentError("z holds no finite number; give the eigenvalues of the branch")
-    flat = flat[np.abs(flat) > tolerance]
-    if not flat.size:
+    moving = finite & (np.abs(points).max(0) > tolerance)
+    if not moving.any():
         return math.inf
-    round_region = disc(method)
-    factor = _first_crossing(method, flat) if round_region is None else _disc_factor(*round_region, flat)
-    return 0.0 if factor < _SMALLEST_FACTOR else factor
+    if growing is not None:
+        moving &= ~np.ravel(growing)
+    if not moving.any():
+        return None
+    points = np.unique(points[:, moving], axis=1)
+    round_region = disc(method) if len(z) == 1 else None
+    factor = _first_crossing(method, points) if round_region is None else _disc_factor(*round_region, points[0])
+    at_origin = factor < _SMALLEST_FACTOR or (round_region is None and factor * np.abs(points).max() < _SMALLEST_Z)
+    return 0.0 if at_origin else factor
 
 
-def _first_crossing(method: GeneralLinearMethod, z: ComplexArray) -> float:
-    stable = method.amplification(_SCAN[:, None] * z) <= _LIMIT
-    bad = np.flatnonzero(~stable.all(axis=1))
+def _first_crossing(method: GeneralLinearMethod, points: ComplexArray) -> float:
+    """The first s at which a mode leaves the region; ``points`` is ``(fields, modes)``."""
+
+    def stable(s: FloatArray | float) -> npt.NDArray[np.bool_]:
+        scaled = np.multiply.outer(np.asarray(s), points)
+        limit = np.where(np.abs(scaled).max(axis=-2) < 0.1, _LEAVING, _LIMIT)
+        return np.asarray((method.amplification(*np.moveaxis(scaled, -2, 0)) <= limit).all(axis=-1))
+
+    bad = np.flatnonzero(~stable(_SCAN))
     if not bad.size:
         return math.inf
     if bad[0] == 0:
@@ -236,8 +298,7 @@ def _first_crossing(method: GeneralLinearMethod, z: ComplexArray) -> float:
     low, high = float(_SCAN[bad[0] - 1]), float(_SCAN[bad[0]])
     for _ in range(_BISECTIONS):
         middle = (low + high) / 2
-        inside = bool((method.amplification(middle * z) <= _LIMIT).all())
-        low, high = (middle, high) if inside else (low, middle)
+        low, high = (middle, high) if bool(stable(middle)) else (low, middle)
     return low
 
 
@@ -252,26 +313,3 @@ def _disc_factor(a: float, b: float, z: ComplexArray) -> float:
     with np.errstate(divide="ignore", invalid="ignore"):
         factor = np.where(slope > 0, room / (slope + root), (root - slope) / square)
     return float(factor.min())
-
-
-def stage_defect(method: GeneralLinearMethod, J: FloatArray, field_jacobian: FloatArray) -> float:
-    """``|J - R(h J_f)|_F / |J|_F``, the largest over samples: how far the stages are from sharing one Jacobian.
-
-    Args:
-        method: with one state and one field.
-        J: ``(samples, d, d)``, of the step.
-        field_jacobian: ``(samples, d, d)``, h J_f.
-    """
-    p = method.characteristic
-    numerator, denominator = (_polynomial(c, field_jacobian) for c in (p.numerator, p.denominator))
-    predicted = np.linalg.solve(denominator, numerator)
-    size = np.linalg.norm(J, axis=(1, 2))
-    return float((np.linalg.norm(J - predicted, axis=(1, 2)) / np.where(size > 0, size, 1.0)).max())
-
-
-def _polynomial(coefficients: tuple[Any, ...], X: FloatArray) -> FloatArray:
-    eye = np.eye(X.shape[-1])
-    out = np.zeros_like(X)
-    for c in reversed(coefficients):
-        out = out @ X + float(c) * eye
-    return out

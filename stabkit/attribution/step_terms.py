@@ -11,6 +11,8 @@ from torch import Tensor
 
 from stabkit.attribution import after_addition, identity
 from stabkit.attribution.estimated import isotropic_bracket, outer_eigenvalues, spectral_bracket
+from stabkit.attribution.field_spectra import field_jacobians
+from stabkit.attribution.mechanism import is_inverted
 from stabkit.attribution.probes import Images, basis_images, random_images, student_reach
 from stabkit.attribution.zplane import StepSpectrum
 from stabkit.identification import Identification
@@ -159,8 +161,16 @@ def _with_spectrum(
         columns=columns,
         spectral_interval=torch.stack([spectral, spectral], 1),
         values=values,
-        spectrum=_before_tail(images, values, step, found, tail),
+        spectrum=_with_fields(_before_tail(images, values, step, found, tail), step, found),
     )
+
+
+def _with_fields(spectrum: StepSpectrum, step: Step, found: Identification) -> StepSpectrum:
+    """The Jacobians of the fields beside it, where one eigenvalue of the step does not tell z."""
+    method = found.method
+    if not isinstance(method, GeneralLinearMethod) or method.stages == 0 or is_inverted(method) or spectrum.J is None:
+        return spectrum
+    return replace(spectrum, fields=field_jacobians(step, found, len(spectrum.J), spectrum.J))
 
 
 def _all_eigenvalues(J: Tensor) -> Tensor:

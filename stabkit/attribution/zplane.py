@@ -8,21 +8,23 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from stabkit.attribution.field_spectra import FieldJacobians, FieldSpectrum, field_spectrum
 from stabkit.attribution.mechanism import (
     TOLERANCE,
     ComplexArray,
     FloatArray,
     Mechanism,
-    disc,
+    is_inverted,
     largest_step_factor,
     region_margin,
     shares,
-    solve_z,
-    stage_defect,
+    z_of_one_stage,
 )
 from stabkit.identification import Identification
 from stabkit.integrators import GeneralLinearMethod
 from stabkit.tracing import Step
+
+_SPREAD = 1e-6  # of the norm of J_f, beyond rounding in single precision
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,7 @@ class StepSpectrum:
         size: coordinates of the state.
         masked: share of coordinates that the tail switches off.
         J: ``(samples, d, d)`` where the matrix is at hand.
+        fields: Jacobians of the fields of a method with several stages, or why there are none.
         notes: about them.
     """
 
@@ -43,6 +46,7 @@ class StepSpectrum:
     size: int
     masked: float = 0.0
     J: FloatArray | None = None
+    fields: FieldJacobians | str | None = None
     notes: tuple[str, ...] = ()
 
 
@@ -61,17 +65,15 @@ def mechanism_of(
     *,
     damped_below: float,
     tolerance: float = TOLERANCE,
-    field_jacobian: FloatArray | None = None,
 ) -> Mechanism:
     """The mechanism of a step.
 
     Args:
         step: the step.
         found: its method.
-        spectrum: its eigenvalues.
+        spectrum: its eigenvalues, and those of its fields.
         damped_below: modulus under which a mode counts as overdamped.
         tolerance: on the modulus and on Re lambda, for rounding.
-        field_jacobian: ``(samples, d, d)``, h J_f, where it is known; z is then its spectrum.
     """
     if spectrum.values is None or not np.isfinite(spectrum.values).any():
         return Mechanism(
@@ -82,13 +84,14 @@ def mechanism_of(
             masked=spectrum.masked,
             notes=spectrum.notes,
         )
-    read = _read(found, spectrum, field_jacobian, tolerance)
+    read = _read(found, spectrum, tolerance)
     energy, modes, excess = (None, None, None)
     if spectrum.complete:
         energy, modes, excess = shares(read.values, read.growing, tolerance, damped_below, spectrum.size)
     margin, factor = 1.0 - float(np.nanmax(np.abs(read.values))), None  # in every gauge whose branch has factor 1
     if read.method is not None:
-        margin, factor = region_margin(read.method, read.z), largest_step_factor(read.method, read.z, tolerance)
+        margin = region_margin(read.method, *read.fields)
+        factor = largest_step_factor(read.method, *read.fields, tolerance=tolerance, growing=read.hopeless)
     return Mechanism(
         step=step.index,
         name=step.name,
@@ -105,58 +108,105 @@ def mechanism_of(
         tolerance=tolerance,
         damped_below=damped_below,
         defect=read.defect,
+        spread=read.spread,
+        commutator=read.commutator,
         notes=(*spectrum.notes, *read.notes),
-        z=read.z,
+        z=read.fields[0] if read.total is None else read.total,
+        field_z=read.fields if read.seen else None,
     )
 
 
 @dataclass(frozen=True)
 class _Reading:
-    """z of every mode, with the method that it was read with (None for the convention) and what is known of it."""
+    """z of every mode, with the method that it was read with (None for the convention) and what is known of it.
+
+    Attributes:
+        method: whose region is asked; None for the convention z = eig(J) - 1.
+        values: what a step multiplies each mode by.
+        fields: z of every mode, for every field.
+        growing: whether the continuous system amplifies the mode.
+        hopeless: ``(samples, k)`` of ``fields``: modes that grow at every small step, since the system amplifies them.
+        evidence: how sure z is.
+        seen: whether z comes from the fields themselves.
+        defect: of R(z) from the step.
+        spread: of the stages from each other.
+        commutator: of the fields.
+        notes: what else to know.
+        total: z of the whole system, of several fields.
+    """
 
     method: GeneralLinearMethod | None
     values: ComplexArray
-    z: ComplexArray
+    fields: tuple[ComplexArray, ...]
     growing: npt.NDArray[np.bool_]
+    hopeless: npt.NDArray[np.bool_] | None
     evidence: str
-    defect: float | None
-    notes: tuple[str, ...]
+    seen: bool = False
+    defect: float | None = None
+    spread: float | None = None
+    commutator: float | None = None
+    notes: tuple[str, ...] = ()
+    total: ComplexArray | None = None
 
 
-def _read(
-    found: Identification, spectrum: StepSpectrum, field_jacobian: FloatArray | None, tolerance: float
-) -> _Reading:
+def _read(found: Identification, spectrum: StepSpectrum, tolerance: float) -> _Reading:
     values = np.asarray(spectrum.values)
-    method, evidence, notes = _readable(found)
     above_one = values.real > 1.0 + tolerance
-    if method is None:
-        return _Reading(None, values, np.asarray(values - 1.0, dtype=complex), above_one, evidence, None, notes)
-    if disc(method) is not None:
-        return _Reading(method, values, solve_z(method, values), above_one, evidence, 0.0, notes)
-    if field_jacobian is not None and spectrum.J is not None and method.states == 1:
-        z = np.linalg.eigvals(field_jacobian).astype(complex)
-        defect = stage_defect(method, spectrum.J, field_jacobian)
-        notes = (*notes, f"R(h J_f) differs from J by {defect:.1e} of its norm")
-        values = method.stability_matrix(z)[..., 0, 0]
-        return _Reading(method, values, z, z.real > tolerance, "measured", defect, notes)
-    z = solve_z(method, values)
-    if method.characteristic.degree > 1:
-        evidence = "convention"
-        notes = (*notes, "z solved from R(z) = eig(J), the root nearest to 0; exact for equal stage Jacobians")
-    return _Reading(method, values, z, z.real > tolerance, evidence, None, notes)
+    method, notes = _readable(found)
+    if method is not None and is_inverted(method):
+        z = z_of_one_stage(method, values)
+        hopeless = z.real > tolerance if method.states > 1 or method.V[0, 0] == 1.0 else None
+        growing = above_one if method.states == 1 else _rates(found, z).real > tolerance
+        return _Reading(method, values, (z,), growing, hopeless, found.evidence, defect=0.0, notes=notes)
+    fields = spectrum.fields
+    if method is None or isinstance(fields, str) or fields is None or spectrum.J is None:
+        why = f"{fields}: z = eig(J) - 1 by convention" if isinstance(fields, str) and method is not None else ""
+        z = np.asarray(values - 1.0, dtype=complex)
+        notes = (*notes, why) if why else notes
+        return _Reading(None, values, (z,), above_one, None, "convention", notes=notes)
+    joint = field_spectrum(fields, spectrum.J, second_order=is_second_order(found))
+    if isinstance(joint, str):
+        z = np.asarray(values - 1.0, dtype=complex)
+        return _Reading(None, values, (z,), above_one, None, "convention", notes=(*notes, joint))
+    notes = (*notes, *_said(fields, joint))
+    total = joint.rates.reshape(*joint.z.shape[1:], -1)[..., 0]
+    hopeless = total.real > tolerance
+    return _Reading(
+        method, joint.values, tuple(joint.z), joint.rates.real > tolerance, hopeless, "measured", True,
+        None if math.isnan(joint.defect) else joint.defect, fields.spread,
+        joint.commutator if len(joint.z) > 1 else None, notes, total if len(joint.z) > 1 else None,
+    )  # fmt: skip
 
 
-def _readable(found: Identification) -> tuple[GeneralLinearMethod | None, str, tuple[str, ...]]:
+def _rates(found: Identification, z: ComplexArray) -> ComplexArray:
+    return np.sqrt(z) if is_second_order(found) else z
+
+
+def is_second_order(found: Identification) -> bool:
+    """Whether a method integrates x'' = f(x), so that z = h^2 eig(J_f) and a mode grows unless z <= 0."""
+    return found.system.startswith("x''")
+
+
+def _said(fields: FieldJacobians, joint: FieldSpectrum) -> tuple[str, ...]:
+    """How far the prediction R(h J_f) is from the step, and why."""
+    said = [] if math.isnan(joint.defect) else [f"R(h J_f) differs from J by {joint.defect:.1e} of its norm"]
+    if fields.spread > _SPREAD:
+        said.append(f"J_f changes by up to {fields.spread:.2g} of its norm between the stages")
+    if joint.commutator:
+        said.append(
+            f"the fields do not commute (relative commutator {joint.commutator:.2g}): z of each field are quotients in "
+            "the modes of J"
+        )
+    return tuple(said)
+
+
+def _readable(found: Identification) -> tuple[GeneralLinearMethod | None, tuple[str, ...]]:
     """The method that z is read with, or None for the convention z = eig(J) - 1."""
     method = found.method
-    if method is not None and method.n_fields > 1:
-        why = f"{found.name} has {method.n_fields} fields: one eigenvalue of J does not tell their z apart"
-        return None, "convention", (f"{why}; z = eig(J) - 1",)
     if isinstance(method, GeneralLinearMethod) and method.characteristic.degree > 0:
-        return method, found.evidence, ()
+        return method, ()
     if method is not None:
-        return None, "convention", (f"R of {found.name} is not a polynomial to solve for z: z = eig(J) - 1",)
+        return None, (f"R of {found.name} does not depend on z: z = eig(J) - 1 by convention",)
     if found.skip is not None and math.isfinite(found.skip) and found.skip != 0.0 and found.name != "no branch":
-        scaled = GeneralLinearMethod([[0]], [[1]], [[1]], [[found.skip]], name=found.name)
-        return scaled, found.evidence, ()
-    return None, "convention", ("no method was read: z = eig(J) - 1 by convention",)
+        return GeneralLinearMethod([[0]], [[1]], [[1]], [[found.skip]], name=found.name), ()
+    return None, ("no method was read: z = eig(J) - 1 by convention",)

@@ -161,8 +161,9 @@ def _unstable(measurement: Measurement, read: Sequence[Mechanism], share: float,
     else:
         by = remedies.branch_factor([gain for _, gain in matrices] or [0.0] * len(steps), thresholds.stable / 2)
         text = (
-            f"no step size makes these modes stable (they lie on the imaginary axis or beyond): make the step {by:.2g} "
-            "times as large, or damp it: (1 - lambda) x + f(x)"
+            "these modes oscillate without damping, and the method is stable for them at no step size: damp them, "
+            "(1 - lambda) x + f(x), or take a method whose region holds a piece of the imaginary axis, such as rk4; a "
+            f"step {by:.2g} times as large only slows their growth"
         )
     worst = max(read, key=lambda m: m.radius or 0.0)
     return Finding(

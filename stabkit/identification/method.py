@@ -89,7 +89,7 @@ def by_step(identifications: Sequence[Identification], n_steps: int) -> tuple[Id
         for place, index in enumerate(record.steps, 1):
             part = record if count == 1 else replace(
                 record, name=f"{record.name}, part {place} of {count}", method=None, skip=None, step_size=None,
-                residual=None, steps=(index,),
+                residual=None, steps=(index,), recorded=(),
             )  # fmt: skip
             if index in found:
                 raise ArgumentError(f"step {index} belongs to two records; give those of one call of identify")

@@ -57,6 +57,7 @@ def read_several_states(around: Surroundings, found: Slots, steps: tuple[int, ..
         system=named.system,
         shared_weights=table.shared if len(table.rows) > 1 else None,
         checks=checks,
+        recorded=table.recorded_with(named.unit),
     )
 
 

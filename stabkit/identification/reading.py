@@ -280,6 +280,7 @@ def _record(
         notes=notes,
         system=named.system,
         shared_weights=shared,
+        recorded=() if table is None else table.recorded_with(named.unit),
     )
 
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from stabkit.identification.confirmation import Check
+from stabkit.identification.recorded_fields import RecordedField
 from stabkit.integrators import LinearStability
 
 
@@ -29,6 +30,8 @@ class Identification:
         system: the continuous system that the method integrates, in words.
         shared_weights: whether stages of one step evaluate the same field with the same weights; None for one stage.
         checks: numerical confirmations.
+        recorded: where h times the field of every stage was evaluated; None where that cannot be told, and empty where
+            no stages were read.
     """
 
     name: str
@@ -44,6 +47,7 @@ class Identification:
     system: str = ""
     shared_weights: bool | None = None
     checks: tuple[Check, ...] = ()
+    recorded: tuple[RecordedField | None, ...] = field(default=(), repr=False, compare=False)
 
     def __str__(self) -> str:
         """One line: which steps, the method, its step size and convention, how sure, and what it integrates."""

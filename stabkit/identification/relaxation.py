@@ -46,4 +46,5 @@ def with_linear_part(found: Blocks) -> tuple[Blocks, float] | None:
     A, B = found.A @ back, found.B @ back
     if not np.allclose(found.V[0, 0], 1.0 - c * float((B @ found.U)[0, 0]), atol=_CLOSE):
         return None
-    return replace(found, A=A, B=B, U=np.ones((size, 1)), V=np.ones((1, 1))), c
+    recorded = tuple(None if field is None else replace(field, linear=c) for field in found.recorded)
+    return replace(found, A=A, B=B, U=np.ones((size, 1)), V=np.ones((1, 1)), recorded=recorded), c

@@ -11,6 +11,7 @@ import numpy.typing as npt
 
 from stabkit.identification.coefficients import Coefficient
 from stabkit.identification.normal_form import NormalForm, Stage, Terms
+from stabkit.identification.recorded_fields import RecordedField, recorded_field
 from stabkit.integrators import GeneralLinearMethod
 from stabkit.tracing.values import Value
 
@@ -30,6 +31,7 @@ class Blocks:
         V: state from state.
         fields: the field of every row; rows of one field share weights.
         rows: the stage behind every row.
+        recorded: where the field of every row was recorded.
     """
 
     A: Matrix
@@ -38,6 +40,7 @@ class Blocks:
     V: Matrix
     fields: tuple[int, ...]
     rows: tuple[Stage, ...]
+    recorded: tuple[RecordedField | None, ...] = ()
 
     @classmethod
     def single(cls, a: float) -> Blocks:
@@ -64,12 +67,16 @@ class Blocks:
         places = [*((self.rows, i) for i in range(size)), *((other.rows, i) for i in range(more))]
         fields = tuple(seen.setdefault((stages[i].key, _number(stages, i)), len(seen)) for stages, i in places)
         return Blocks(A, np.vstack([self.U, other.U @ self.V]), np.hstack([other.V @ self.B, other.B]),
-                      other.V @ self.V, fields, rows)  # fmt: skip
+                      other.V @ self.V, fields, rows, (*self.recorded, *other.recorded))  # fmt: skip
 
     def method(self, h: float) -> GeneralLinearMethod:
         """The method with z = h times the eigenvalue of a field's Jacobian."""
         return GeneralLinearMethod(_rows(self.A / h), _rows(self.U), _rows(self.B / h), _rows(self.V),
                                    fields=self.fields)  # fmt: skip
+
+    def recorded_with(self, h: float) -> tuple[RecordedField | None, ...]:
+        """Where h times the field of every row was recorded."""
+        return tuple(None if field is None else field.times(h) for field in self.recorded)
 
 
 def _number(stages: tuple[Stage, ...], i: int) -> int:
@@ -119,13 +126,17 @@ def blocks(
                 V[i, states.index(atom)] = _number_of(coefficient, one_coordinate)
             elif atom not in contexts:
                 B[i, [j for j, output in enumerate(outputs) if output == atom]] = _of_stage(coefficient, one_coordinate)
+    before = [{**dict(zip(states, U[i], strict=True)), **dict(zip(outputs, A[i], strict=True))} for i in range(size)]
     for j in range(size):  # the sign of a field that is used once belongs to the field
         if counts[rows[j][0].key] == 1 and B[B[:, j] != 0, j][:1].sum() < 0:
             A[:, j], B[:, j] = -A[:, j], -B[:, j]
     numbers: dict[tuple[object, ...], int] = {}
     fields = [numbers.setdefault((stage.key if counts[stage.key] > 1 else id(stage), i), len(numbers))
               for stage, i in rows]  # fmt: skip
-    return _without_twins(Blocks(A, U, B, V, tuple(fields), tuple(stage for stage, _ in rows)))
+    recorded = tuple(
+        recorded_field(form, *rows[j], before[j], float(B[B[:, j] != 0, j][:1].sum())) for j in range(size)
+    )
+    return _without_twins(Blocks(A, U, B, V, tuple(fields), tuple(stage for stage, _ in rows), recorded))
 
 
 def _without_twins(found: Blocks) -> Blocks:
@@ -141,7 +152,8 @@ def _without_twins(found: Blocks) -> Blocks:
             A[:, twin] += A[:, i]
             B[:, twin] += B[:, i]
     fields = tuple(found.fields[i] for i in kept)
-    return Blocks(A[np.ix_(kept, kept)], found.U[kept], B[:, kept], found.V, fields, tuple(found.rows[i] for i in kept))
+    rows, recorded = tuple(found.rows[i] for i in kept), tuple(found.recorded[i] for i in kept)
+    return Blocks(A[np.ix_(kept, kept)], found.U[kept], B[:, kept], found.V, fields, rows, recorded)
 
 
 def _own(terms: Terms, contexts: Collection[Value], *, shared: bool, one_coordinate: bool) -> dict[Value, float]:

@@ -35,10 +35,10 @@ def region(report: Report, ax: Axes | None = None) -> Axes:
 
     A step x' = a x + f(x) with an eigenvalue z of the Jacobian of f multiplies that mode by a + z, so it is
     stable where \|a + z\| <= 1: for a = 1 the disc of forward Euler about -1 (Hairer and Wanner, Solving
-    Ordinary Differential Equations II, section IV.2). A method of several stages has the region \|R(z)\| <= 1, with z
-    the root of R(z) = eigenvalue of J nearest to 0. Triangles on the frame stand for eigenvalues beyond it. Dashed
-    outlines are numerical ranges, of the steps where they reach furthest: while one lies in a disc, no power of that
-    step exceeds 2 (Berger). The ring marks the eigenvalue with the smallest margin, negative outside its region.
+    Ordinary Differential Equations II, section IV.2). A method of several stages has the region \|R(z)\| <= 1, with
+    z = h times the eigenvalues of the Jacobian of its field. Triangles on the frame stand for eigenvalues beyond it.
+    Dashed outlines are numerical ranges, of the steps where they reach furthest: while one lies in a disc, no power of
+    that step exceeds 2 (Berger). The ring marks the eigenvalue with the smallest margin, negative outside its region.
 
     Args:
         report: a report; its steps without eigenvalues are left out, those without a known skip have a = 0.

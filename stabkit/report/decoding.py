@@ -103,6 +103,7 @@ _STEP: dict[str, Decoder] = {
     "evidence": encoding.text,
     "residual": _optional(encoding.number),
     "z": _optional(_tuple_of(encoding.complex_number)),
+    "field_z": _optional(_tuple_of(_tuple_of(encoding.complex_number))),
     "numerical_range": _optional(_tuple_of(encoding.complex_number)),
     "spectral_radius": _optional(encoding.number),
     "largest_singular_value": _optional(encoding.number),
@@ -180,7 +181,17 @@ _REPORT: dict[str, Decoder] = {
 # keys that reports of the same schema written earlier do not have
 _LATER = {
     *("parameter_gradient_norm", "step_size", "convention", "after", "attribution", "mechanism", "margin"),
-    *("step_factor", "operations", "explained", "rate_law", "numbers", "actions", "numerical_range", "tableau"),
+    *(
+        "step_factor",
+        "operations",
+        "explained",
+        "rate_law",
+        "numbers",
+        "actions",
+        "numerical_range",
+        "field_z",
+        "tableau",
+    ),
     "lyapunov",
     *("stage_fields", "gradient_norm_interval", "state_norm_interval"),
     *("output_gradient_norm", "output_gradient_norm_interval", "output_state_norm", "output_state_norm_interval"),

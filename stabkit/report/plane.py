@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from stabkit.attribution.mechanism import solve_z
 from stabkit.integrators import GeneralLinearMethod
 
 if TYPE_CHECKING:
@@ -42,9 +41,9 @@ class Plane:
 def plane_of(step: StepReport) -> Plane | None:
     """The plane of a step; None when it has no eigenvalues.
 
-    A method with several stages and one field has a stability function R of higher degree. There z solves R(z) =
-    eigenvalue of J, the root of least modulus, which is exact when all stages see the same Jacobian. Everything else
-    is drawn in the plane of z = eigenvalue of J - a.
+    A method with several stages and one field has a stability function R of higher degree. It is drawn with z = h times
+    the eigenvalues of the Jacobian of its field, where that was measured. Everything else is drawn in the plane of
+    z = eigenvalue of J - a, where the disc says whether a step amplifies a mode, whatever its fields are.
 
     Example:
         >>> from stabkit.report.tables import _EXAMPLE
@@ -57,8 +56,8 @@ def plane_of(step: StepReport) -> Plane | None:
     z = np.asarray(step.z, dtype=complex)
     a = round(float(step.skip or 0.0), 6)
     method = _method(step)
-    if method is not None and len(z):
-        return Plane(solve_z(method, np.asarray(z + float(step.skip or 0.0), dtype=complex)), a, method, step.margin)
+    if method is not None and step.field_z is not None:
+        return Plane(np.asarray(step.field_z[0], dtype=complex), a, method, step.margin)
     known = z[np.isfinite(z)]
     if not len(known):
         return Plane(z, a)

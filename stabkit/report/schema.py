@@ -60,6 +60,8 @@ class StepReport:
         evidence: how sure the method is, one of ``EVIDENCE``.
         residual: relative residual of the numerical test behind ``evidence``.
         z: eigenvalues of J - a of all analysed samples, one after another.
+        field_z: where the method has several stages, h eig(J_f) of each field, the z of one mode at one place; None
+            where ``z`` says it already, or the fields could not be differentiated.
         numerical_range: points around the boundary of the numerical range of J - a at the first sample.
         spectral_radius: largest \|eigenvalue\| of J.
         largest_singular_value: largest singular value of J, the worst growth in one step.
@@ -104,6 +106,7 @@ class StepReport:
     evidence: str = "unknown"
     residual: float | None = None
     z: tuple[complex, ...] | None = None
+    field_z: tuple[tuple[complex, ...], ...] | None = None
     numerical_range: tuple[complex, ...] | None = None
     spectral_radius: float | None = None
     largest_singular_value: float | None = None

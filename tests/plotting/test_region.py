@@ -73,7 +73,8 @@ def test_eigenvalues_and_planes_of_a_method_agree():
     rk4 = integrators.named("rk4")
     blocks = {name: tuple(map(tuple, getattr(rk4, name).tolist())) for name in "AUBV"}
     eigenvalues = rk4.stability_matrix(z)[:, 0, 0]
-    step = make_step(z=tuple(complex(v) - 1 for v in eigenvalues), skip=1.0, tableau=blocks, stage_fields=(0,) * 4)
+    given = tuple(complex(v) - 1 for v in eigenvalues)
+    step = make_step(z=given, field_z=(tuple(z),), skip=1.0, tableau=blocks, stage_fields=(0,) * 4)
     plane = plane_of(step)
     assert plane is not None
     assert plane.method is not None

@@ -210,8 +210,8 @@ def test_the_place_in_the_graph_has_stages_and_skips_and_leads_to_the_neighbours
 
 def test_the_region_of_a_method_is_its_own_and_the_numerical_range_is_dashed(page):
     blocks = {"A": ((0.0, 0.0), (1.0, 0.0)), "U": ((1.0,), (1.0,)), "B": ((0.5, 0.5),), "V": ((1.0,),)}
-    z = (-0.5 + 0j, 0.5 + 0j)  # 1 + z = R(w) = 1 + w + w^2 / 2, so one lies inside
-    heun = make_step(0, growth=2.0, tableau=blocks, stage_fields=(0, 0), method="heun", z=z)
+    z = (-0.5 + 0j, 0.5 + 0j)  # one lies inside
+    heun = make_step(0, growth=2.0, tableau=blocks, stage_fields=(0, 0), method="heun", z=z, field_z=(z,))
     driver = page(make_report(heun, make_step(1, numerical_range=(1 + 0j, 1j, -1 + 0j, -1j))))
     region = "article:not([hidden]) [data-region]"
     assert driver.find_elements(By.CSS_SELECTOR, f"{region} path")
