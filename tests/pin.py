@@ -53,6 +53,8 @@ NOISE = {"float64": 1e-9, "float32": 1e-4}
 def plain(value: Any) -> Any:
     """A result as JSON data; what changes from run to run, such as times, is left out."""
     if value is None or isinstance(value, bool | int | float | str):
+        if value in ("NaN", "Infinity", "-Infinity"):
+            return float(value)
         return re.sub(r"0x[0-9a-f]+", "0x", value) if isinstance(value, str) else value
     if isinstance(value, complex):
         return [value.real, value.imag]

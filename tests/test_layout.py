@@ -15,6 +15,7 @@ PACKAGE = Path(__file__).parent.parent / "stabkit"
 LAYERS = [
     "_version",
     "errors",
+    "results",
     "parallel",
     "integrators",
     "operators",
@@ -42,12 +43,8 @@ LAYERS = [
 
 # convenience methods of results reach up, inside the function: (where, what)
 UPWARD = {
-    ("integrators", "plotting"),  # method.plot()
-    ("jacobians", "plotting"),  # spectrum.plot()
-    ("growth", "plotting"),
-    ("attribution", "plotting"),
     ("report", "plotting"),  # report.save("report.png")
-    ("comparison", "plotting"),  # comparison.plot()
+    ("comparison", "plotting"),  # comparison.save("sweep.png")
     ("analysis", "planning"),  # analyze(budget=..., plan_only=True)
 }
 

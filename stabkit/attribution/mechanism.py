@@ -12,6 +12,7 @@ import numpy.typing as npt
 
 from stabkit.errors import ArgumentError
 from stabkit.integrators import GeneralLinearMethod, Region
+from stabkit.results import Result
 
 ComplexArray = npt.NDArray[np.complex128]
 FloatArray = npt.NDArray[np.float64]
@@ -50,7 +51,7 @@ class Shares:
 
 
 @dataclass(frozen=True)
-class Mechanism:
+class Mechanism(Result):
     """What a step's spectrum says about its growth. Shares are means over samples, extremes are over all of them.
 
     Attributes:
@@ -115,19 +116,18 @@ class Mechanism:
         shares = asdict(self.energy)
         return max(shares, key=lambda kind: shares[kind])
 
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values, ready for JSON; z as pairs ``[real, imaginary]``, one list a sample (and field)."""
-        plain = {name: getattr(self, name) for name in self.__dataclass_fields__ if name not in ("z", "field_z")}
-        for name in ("energy", "modes", "excess"):
-            plain[name] = None if plain[name] is None else asdict(plain[name])
-        plain["notes"] = list(self.notes)
-        plain["z"] = None if self.z is None else _pairs(self.z)
-        plain["field_z"] = None if self.field_z is None else [_pairs(z) for z in self.field_z]
-        return plain
+    def _contents(self) -> dict[str, Any]:
+        z = None if self.z is None else _finite(self.z)
+        return {
+            **super()._contents(),
+            "z": z,
+            "field_z": None if self.field_z is None else [*map(_finite, self.field_z)],
+        }
 
 
-def _pairs(z: ComplexArray) -> list[list[list[float]]]:
-    return [[[v.real, v.imag] for v in row[np.isfinite(row)]] for row in z]
+def _finite(z: ComplexArray) -> list[ComplexArray]:
+    """Those of each sample that are known."""
+    return [row[np.isfinite(row)] for row in z]
 
 
 def is_inverted(method: GeneralLinearMethod) -> bool:

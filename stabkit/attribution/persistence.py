@@ -9,13 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from stabkit.results import Result
 from stabkit.tracing import Flow
 
 FROZEN, ISOTROPIC = 0.9, 0.1  # cosines of successive Jacobians, from which and up to which a predictor applies
 
 
 @dataclass(frozen=True)
-class Persistence:
+class Persistence(Result):
     """Whether successive steps are the same map, on average alike, or unrelated.
 
     Attributes:
@@ -52,16 +53,8 @@ class Persistence:
         """The mean cosine of a step with its neighbours; NaN when it has none in its space."""
         return _nan_mean(self.jacobian_cosine[max(index - 1, 0) : index + 1])
 
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values, ready for JSON."""
-        return {
-            "jacobian_cosine": self.jacobian_cosine.tolist(),
-            "field_cosine": self.field_cosine.tolist(),
-            "straightness": self.straightness,
-            "run": list(self.run),
-            "mean": self.mean,
-            "applies": self.applies,
-        }
+    def _contents(self) -> dict[str, Any]:
+        return {**super()._contents(), "mean": self.mean, "applies": self.applies}
 
 
 def branch_cosine(branch: Tensor, following: Tensor) -> float:

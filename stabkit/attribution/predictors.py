@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
+
+from stabkit.results import Result
 
 _CANCELLED = 0.05  # a total this far below the sum of its absolute parts has no meaningful share
 
 
 @dataclass(frozen=True)
-class Prediction:
+class Prediction(Result):
     """A predictor of growth against the measurement, over the steps where both are finite; means over samples.
 
     Attributes:
@@ -38,10 +39,6 @@ class Prediction:
     share: float | None
     explained_variation: float | None
     steps: int
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values, ready for JSON."""
-        return {**self.__dict__, "per_step": self.per_step.tolist()}
 
 
 def compare(name: str, predicted: Tensor, measured: Tensor) -> Prediction:

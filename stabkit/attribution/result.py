@@ -11,10 +11,10 @@ from torch import Tensor
 from stabkit.attribution.mechanism import Mechanism
 from stabkit.attribution.persistence import Persistence
 from stabkit.attribution.predictors import Prediction
+from stabkit.results import Result
 
 if TYPE_CHECKING:
     import pandas
-    from matplotlib.axes import Axes
 
 #: columns that are measured or computed per step and sample, in the order of tables
 COLUMNS = (
@@ -36,7 +36,7 @@ COLUMNS = (
 
 
 @dataclass(frozen=True, eq=False)
-class Attribution:
+class Attribution(Result):
     """Measured log growth of the gradient as a sum of named terms, per step and sample, in nats.
 
     Every tensor is ``(steps, samples)``, float64 on the CPU. ``growth = spectral + non_normal + alignment`` for a step
@@ -136,12 +136,6 @@ class Attribution:
             found[column] = float(rows.mean(1).sum())
         return found
 
-    def plot(self, ax: Axes | None = None) -> Axes:
-        """The parts of every step's growth, stacked; see ``stabkit.plotting.attribution``."""
-        from stabkit import plotting
-
-        return plotting.attribution(self, ax)
-
     def to_dataframe(self, *, per_sample: bool = False) -> pandas.DataFrame:
         """One row per step (means over samples), or per step and sample, as a ``pandas.DataFrame``.
 
@@ -165,26 +159,6 @@ class Attribution:
             {**repeated, **index, **{c: getattr(self, c).flatten().tolist() for c in COLUMNS}},
         )
 
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values, ready for JSON (floats that are not finite stay so)."""
-        return {
-            **{column: getattr(self, column).tolist() for column in COLUMNS},
-            "spectral_interval": self.spectral_interval.tolist(),
-            "isotropic_interval": self.isotropic_interval.tolist(),
-            "methods": list(self.methods),
-            "names": list(self.names),
-            "module_paths": list(self.module_paths),
-            "kinds": list(self.kinds),
-            "mechanisms": [mechanism.to_dict() for mechanism in self.mechanisms],
-            "persistence": self.persistence.to_dict(),
-            "predictions": {name: found.to_dict() for name, found in self.predictions.items()},
-            "totals": self.totals,
-            "explained": self.explained,
-            "applies": self.applies,
-            "applicable": self.applicable.name,
-            "restarts": list(self.restarts),
-            "loss": self.loss,
-            "seed": self.seed,
-            "confidence": self.confidence,
-            "notes": [list(notes) for notes in self.notes],
-        }
+    def _contents(self) -> dict[str, Any]:
+        computed = {"totals": self.totals, "explained": self.explained, "applies": self.applies}
+        return {**super()._contents(), **computed, "applicable": self.applicable.name}

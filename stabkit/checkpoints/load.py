@@ -18,10 +18,11 @@ from stabkit.checkpoints.matching import non_finite
 from stabkit.checkpoints.names import Model
 from stabkit.checkpoints.processors import read_processor
 from stabkit.errors import CheckpointError
+from stabkit.results import Result
 
 
 @dataclass(frozen=True)
-class Loaded:
+class Loaded(Result):
     """A model with an input; unpacks as ``model, inputs = load(...)``.
 
     Attributes:
@@ -49,16 +50,15 @@ class Loaded:
         yield self.model
         yield self.inputs
 
-    def to_dict(self) -> dict[str, Any]:
-        """What was loaded, without the tensors; ready for JSON."""
+    def _contents(self) -> dict[str, Any]:
         return {
             "name": self.name,
             "model": type(self.model).__name__,
-            "inputs": [list(getattr(t, "shape", ())) for t in self.inputs],
-            "kwargs": {name: list(getattr(t, "shape", ())) for name, t in self.kwargs.items()},
+            "inputs": [getattr(t, "shape", ()) for t in self.inputs],
+            "kwargs": {name: getattr(t, "shape", ()) for name, t in self.kwargs.items()},
             "description": self.description,
-            "non_finite": list(self.non_finite),
-            "step": None if self.step is None else list(self.step),
+            "non_finite": self.non_finite,
+            "step": self.step,
         }
 
 

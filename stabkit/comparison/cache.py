@@ -10,6 +10,7 @@ from pathlib import Path
 from stabkit.comparison.result import STATES, Snapshot
 from stabkit.errors import ReportError
 from stabkit.report import Report, encoding, files
+from stabkit.results import encode
 
 SCHEMA = "stabkit.snapshot/1"
 
@@ -34,7 +35,7 @@ def store(folder: Path, key: str, snapshot: Snapshot) -> None:
         "content": snapshot.content,
         "message": snapshot.message,
     }
-    files.write(folder / f"{key}.json", encoding.lines(encoding.encode(entry)).encode())
+    files.write(folder / f"{key}.json", encoding.lines(encode(entry)).encode())
 
 
 def fetch(folder: Path, key: str, source: str) -> Snapshot | None:

@@ -14,9 +14,10 @@ from numpy.typing import NDArray
 from stabkit.errors import ArgumentError, ReportError
 from stabkit.report import Report, encoding, files
 from stabkit.report.schema import StepReport
+from stabkit.results import Result
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
+    pass
 
 SCHEMA = "stabkit.comparison/1"
 STATES = ("analysed", "non-finite", "failed")
@@ -25,7 +26,7 @@ Array = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
-class Snapshot:
+class Snapshot(Result):
     """One checkpoint of a comparison.
 
     Attributes:
@@ -80,6 +81,10 @@ class Snapshot:
         """The largest singular value of a step: the worst growth in one step."""
         return _largest(self.report, lambda step: step.largest_singular_value)
 
+    def _contents(self) -> dict[str, Any]:
+        measured = ("label", "total_growth", "largest_radius", "margin", "outside_share", "largest_singular_value")
+        return {**super()._contents(), **{name: getattr(self, name) for name in measured}}
+
 
 @dataclass(frozen=True)
 class Drift:
@@ -103,7 +108,7 @@ class Drift:
 
 
 @dataclass(frozen=True)
-class Comparison:
+class Comparison(Result):
     """The same model at several checkpoints.
 
     Attributes:
@@ -153,20 +158,9 @@ class Comparison:
         """Sentences on where the verdict changed or weights stopped being finite, in the order of the snapshots."""
         return tuple(_change(a, b) for a, b in zip(self.snapshots, self.snapshots[1:], strict=False) if _said(a, b))
 
-    def to_dict(self) -> dict[str, Any]:
-        """Plain data for JSON, with a versioned ``"schema"`` and the whole report of every checkpoint."""
-        return {
-            "schema": SCHEMA,
-            "over_time": self.over_time,
-            "notes": list(self.notes),
-            "step_names": list(self.step_names),
-            "changes": list(self.changes),
-            "drift": encoding.encode(self.drift),
-            "snapshots": [
-                {**encoding.encode(_without_report(s)), "report": None if s.report is None else s.report.to_dict()}
-                for s in self.snapshots
-            ],
-        }
+    def _contents(self) -> dict[str, Any]:
+        computed = {"step_names": self.step_names, "changes": self.changes, "drift": self.drift}
+        return {"schema": SCHEMA, **super()._contents(), **computed}
 
     def save(self, path: str | Path) -> Path:
         """Write the comparison, whole or not at all: ``.html`` (a page), ``.json``, ``.csv`` or a picture.
@@ -203,12 +197,6 @@ class Comparison:
                 known = snapshot.label in reports  # two runs may both have a step 100
                 reports[snapshot.source if known else snapshot.label] = snapshot.report
         return comparison_page(reports)
-
-    def plot(self, ax: Axes | None = None) -> Axes:
-        """Total growth over the checkpoints, with its interval; see `stabkit.plotting.sweep`."""
-        from stabkit.plotting import sweep
-
-        return sweep.total_growth(self, ax)
 
     def _per_step(self, value: Callable[[StepReport], float | None]) -> Array:
         names = self.step_names
@@ -265,9 +253,3 @@ def _change(a: Snapshot, b: Snapshot) -> str:
     found = _drift(a, b, names[0] == names[1])
     said += f", total growth by {found.growth_change:+.2f} nats"
     return said + (f", most at {found.step_name} ({found.step_change:+.2f})" if found.step_name else "")
-
-
-def _without_report(snapshot: Snapshot) -> dict[str, Any]:
-    kept = {name: getattr(snapshot, name) for name in snapshot.__dataclass_fields__ if name != "report"}
-    measured = ("label", "total_growth", "largest_radius", "margin", "outside_share", "largest_singular_value")
-    return {**kept, **{name: getattr(snapshot, name) for name in measured}}

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
+
+from stabkit.results import Result
 
 KINDS = (
     "exploding",
@@ -25,7 +27,7 @@ Action = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
-class Finding:
+class Finding(Result):
     """One diagnosed fact.
 
     Attributes:
@@ -52,10 +54,6 @@ class Finding:
     reference: str
     numbers: Mapping[str, float] = field(default_factory=dict, compare=False)
     actions: tuple[Action, ...] = field(default=(), compare=False)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values, ready for JSON."""
-        return asdict(self)
 
 
 def serious(finding: Finding) -> bool:

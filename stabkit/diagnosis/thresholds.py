@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
+
+from stabkit.results import Result
 
 
 @dataclass(frozen=True)
-class Thresholds:
+class Thresholds(Result):
     """The limits behind verdicts and findings. Growths are in nats and over the whole stretch of blocks.
 
     One learning rate serves layers whose gradients lie within about a factor of a thousand of each other.
@@ -45,7 +47,3 @@ class Thresholds:
     mechanism: float = 0.5
     lost: float = 0.5
     homogeneous: int = 20
-
-    def to_dict(self) -> dict[str, float]:
-        """The limits by name."""
-        return asdict(self)

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import datetime
 import logging
 import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -21,6 +20,7 @@ import torch.distributed as dist
 
 from stabkit.errors import StabkitError
 from stabkit.report import encoding, files
+from stabkit.results import encode
 
 _Result = TypeVar("_Result")
 
@@ -209,27 +209,9 @@ class Ranks:
             return RankError(f"rank {self.rank}: {reason}. Finished here: {pieces}", finished)
         self.keep.mkdir(parents=True, exist_ok=True)
         path = self.keep / f"{name}s-of-rank-{self.rank}-of-{self.count}.json"
-        data = {"rank": self.rank, "ranks": self.count, name: {k: _plain(v) for k, v in finished.items()}}
+        data = {"rank": self.rank, "ranks": self.count, name: encode(finished, repr)}
         files.write(path, encoding.lines(data).encode())
         return RankError(f"rank {self.rank}: {reason}. Finished here: {pieces}; kept in {path}", finished)
-
-
-def _plain(result: Any) -> Any:
-    """A result as JSON data; what has no numbers to show is described in words."""
-    if hasattr(result, "to_dict"):
-        return _plain(result.to_dict())
-    if isinstance(result, torch.Tensor):
-        return _plain(result.tolist())
-    if isinstance(result, Mapping):
-        return {str(key): _plain(value) for key, value in result.items()}
-    if isinstance(result, list | tuple):
-        return [_plain(item) for item in result]
-    if dataclasses.is_dataclass(result) and not isinstance(result, type):
-        return {field.name: _plain(getattr(result, field.name)) for field in dataclasses.fields(result)}
-    try:
-        return encoding.encode(result)
-    except TypeError:
-        return repr(result)
 
 
 def assigned(costs: Sequence[float], ranks: int) -> list[int]:

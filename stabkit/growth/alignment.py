@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -14,6 +13,7 @@ from stabkit.errors import TraceError
 from stabkit.growth.arguments import checked_k
 from stabkit.growth.frames import Factor, propagate, start_frame
 from stabkit.growth.rate_laws import RateLaw, rate_law
+from stabkit.results import Result
 from stabkit.tracing import Flow, Iteration
 
 _BEYOND = 3.0  # nats beyond what regular motion can do
@@ -21,7 +21,7 @@ _POINTS = 400  # of the curve, when a law is fitted
 
 
 @dataclass(frozen=True)
-class AlignmentIndex:
+class AlignmentIndex(Result):
     """The volume spanned by k unit deviation vectors, which are never made orthogonal.
 
     In a chaotic orbit all turn towards the fastest direction and the volume falls exponentially, with the rate of
@@ -53,23 +53,6 @@ class AlignmentIndex:
         exponential = torch.tensor([law.law == "exponential" and law.rate < 0 for law in self.laws])
         deep = self.log_volume[-1] < -2 * self.order * math.log(steps) - _BEYOND
         return (exponential | deep) & (self.growth * steps > math.log(steps) + _BEYOND)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain lists, ready for JSON."""
-        return {
-            "log_volume": self.log_volume.tolist(),
-            "growth": self.growth.tolist(),
-            "chaotic": self.chaotic.tolist(),
-            "laws": [law.to_dict() for law in self.laws],
-            "order": self.order,
-            "seed": self.seed,
-        }
-
-    def plot(self, ax: Any = None) -> Any:
-        """The log of the volume over the steps; see ``stabkit.plotting.alignment_index``."""
-        from stabkit import plotting
-
-        return plotting.alignment_index(self, ax)
 
 
 def alignment_index(flow: Flow | Iteration, k: int = 2, *, seed: int = 0) -> AlignmentIndex:

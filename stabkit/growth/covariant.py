@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,6 +10,7 @@ from torch import Tensor
 from stabkit.errors import TraceError
 from stabkit.growth.arguments import checked_k
 from stabkit.growth.frames import Factor, propagate, start_frame
+from stabkit.results import Result
 from stabkit.tracing import Flow, Iteration
 
 _ALL = 64
@@ -18,7 +18,7 @@ _NUMBERS = 2**27  # frames of a whole flow are kept; beyond this many numbers th
 
 
 @dataclass(frozen=True)
-class CovariantVectors:
+class CovariantVectors(Result):
     """Covariant Lyapunov vectors of the inner stretch of a flow.
 
     ``J_t v_t = +- exp(growth_t) v_{t+1}`` for each of them.
@@ -54,21 +54,6 @@ class CovariantVectors:
             sines = torch.linalg.svdvals(slow - fast @ inside)[..., -1]
             smallest.append(torch.atan2(sines, torch.linalg.matrix_norm(inside, 2)))
         return torch.stack(smallest)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain lists, ready for JSON."""
-        return {
-            "vectors": [vectors.tolist() for vectors in self.vectors],
-            "growth": self.growth.tolist(),
-            "start": self.start,
-            "seed": self.seed,
-        }
-
-    def plot(self, ax: Any = None) -> Any:
-        """How often the first two vectors stand at which angle; see ``stabkit.plotting.covariant_angles``."""
-        from stabkit import plotting
-
-        return plotting.covariant_angles(self, ax)
 
 
 def covariant_vectors(

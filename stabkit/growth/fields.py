@@ -4,21 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from stabkit.errors import TraceError
 from stabkit.growth.finite_time import finite_time_exponents
+from stabkit.results import Result
 from stabkit.tracing import Flow, Iteration
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
+    pass
 
 
 @dataclass(frozen=True)
-class ExponentField:
+class ExponentField(Result):
     """Finite-time exponents on a grid; ridges of the largest separate inputs that end up apart.
 
     Attributes:
@@ -38,17 +39,6 @@ class ExponentField:
     origin: Tensor
     directions: tuple[Tensor, Tensor]
     steps: int
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain lists, ready for JSON."""
-        named = {name: v.tolist() if isinstance(v, Tensor) else v for name, v in vars(self).items()}
-        return {**named, "directions": [direction.tolist() for direction in self.directions]}
-
-    def plot(self, ax: Axes | None = None) -> Axes:
-        """The largest exponent over the plane, as colors; see ``stabkit.plotting.exponent_field``."""
-        from stabkit import plotting
-
-        return plotting.exponent_field(self, ax)
 
 
 def exponent_field(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -13,6 +13,7 @@ from stabkit.errors import TraceError
 from stabkit.growth.arguments import checked_k, time_per_step
 from stabkit.growth.frames import dtype_of, propagate, sizes, start_frame
 from stabkit.growth.graded import GradedProduct
+from stabkit.results import Result
 from stabkit.tracing import Flow, Iteration
 
 if TYPE_CHECKING:
@@ -25,7 +26,7 @@ _WIDEST = 64
 
 
 @dataclass(frozen=True)
-class FiniteTimeExponents:
+class FiniteTimeExponents(Result):
     """Finite-time exponents of every sample, in nats per step, the largest first.
 
     ``exponents = log(singular values of J_L ... J_1) / L``: how much a small ball is stretched from the first state to
@@ -62,16 +63,6 @@ class FiniteTimeExponents:
     def exponents_per_time(self) -> Tensor:
         """``(batch, k)``, in nats per unit of time; per step where the step size is not known."""
         return self.exponents / (self.step_size or 1.0)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain lists, ready for JSON."""
-        return {name: v.tolist() if isinstance(v, Tensor) else v for name, v in vars(self).items()}
-
-    def plot(self, ax: Any = None) -> Any:
-        """The exponents in falling order; see ``stabkit.plotting.finite_time``."""
-        from stabkit import plotting
-
-        return plotting.finite_time(self, ax)
 
 
 def finite_time_exponents(

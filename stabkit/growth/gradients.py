@@ -16,11 +16,12 @@ from stabkit.errors import ArgumentError, TraceError
 from stabkit.growth.arguments import check_flow
 from stabkit.growth.frames import tangents, wide
 from stabkit.growth.parameters import ParameterGradients, parameter_gradients
+from stabkit.results import Result
 from stabkit.tracing import Flow, Iteration
 from stabkit.tracing.values import random_tensors
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
+    pass
 
 # magnitudes below which a gradient entry is lost: halfway to the smallest subnormal numbers it is rounded away
 THRESHOLDS: dict[str, float] = {"fp16": 2.0**-24, "bf16": 2.0**-133, "adam_eps": 1e-8}
@@ -29,7 +30,7 @@ _PROBE = 1_000_003  # between the seeds of two cotangents: more than the restart
 
 
 @dataclass(frozen=True)
-class GradientProfile:
+class GradientProfile(Result):
     """Gradient and state norms across depth, per sample.
 
     Attributes:
@@ -96,28 +97,10 @@ class GradientProfile:
         half = float(t.ppf(0.5 + confidence / 2, count - 1)) * self.all_log_growth.std(0) / math.sqrt(count)
         return self.log_growth - half, self.log_growth + half
 
-    def to_dict(self) -> dict[str, Any]:
-        """Plain lists, ready for JSON."""
-        return {
-            "gradient_norms": self.gradient_norms.tolist(),
-            "log_gradient_norms": self.log_gradient_norms.tolist(),
-            "state_norms": self.state_norms.tolist(),
-            "log_growth": self.log_growth.tolist(),
-            "relative_growth": self.relative_growth.tolist(),
-            "restarts": list(self.restarts),
-            "loss": self.loss,
-            "seed": self.seed,
-            "cotangents": len(self.all_log_growth),
-            "below": None if self.below is None else {name: share.tolist() for name, share in self.below.items()},
-            "parameters": None if self.parameters is None else self.parameters.to_dict(),
-            "notes": list(self.notes),
-        }
-
-    def plot(self, ax: Axes | None = None) -> Axes:
-        """Norms of gradient and state over depth, one line a sample; see ``stabkit.plotting.gradient_profile``."""
-        from stabkit import plotting
-
-        return plotting.gradient_profile(self, ax)
+    def _contents(self) -> dict[str, Any]:
+        left_out = ("all_log_growth", "batch")
+        named = {name: value for name, value in super()._contents().items() if name not in left_out}
+        return {**named, "relative_growth": self.relative_growth, "cotangents": len(self.all_log_growth)}
 
 
 def gradient_profile(

@@ -13,10 +13,11 @@ from stabkit.errors import TraceError
 from stabkit.growth.arguments import checked_k, time_per_step
 from stabkit.growth.convergence import autocorrelation_times, halves, has_converged, standard_errors
 from stabkit.growth.frames import Propagation, propagate, sizes, start_frame
+from stabkit.results import Result
 from stabkit.tracing import Flow, Iteration
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
+    pass
 
 DIRECTIONS = ("auto", "forward", "adjoint")
 _ALL = 64  # as many exponents are computed when none are asked for
@@ -24,7 +25,7 @@ _TRANSIENT = 1000
 
 
 @dataclass(frozen=True)
-class LyapunovSpectrum:
+class LyapunovSpectrum(Result):
     """Lyapunov exponents of every sample, in nats per step, the largest first.
 
     They come from QR decompositions along the flow. Over a finite number of steps they differ from the finite-time
@@ -115,21 +116,8 @@ class LyapunovSpectrum:
         """
         return torch.tensor([_kaplan_yorke(row, self.size) for row in self.exponents.tolist()], dtype=torch.float64)
 
-    def to_dict(self) -> dict[str, Any]:
-        """Plain lists, ready for JSON."""
-        tensors = {
-            name: value.tolist() if isinstance(value, Tensor) else value
-            for name, value in vars(self).items()
-            if name != "tolerance"
-        }
-        dimension = self.kaplan_yorke_dimension.tolist()
-        return {**tensors, "tolerance": list(self.tolerance), "kaplan_yorke_dimension": dimension}
-
-    def plot(self, ax: Axes | None = None) -> Axes:
-        """The exponents in falling order with their standard errors; see ``stabkit.plotting.lyapunov``."""
-        from stabkit import plotting
-
-        return plotting.lyapunov(self, ax)
+    def _contents(self) -> dict[str, Any]:
+        return {**super()._contents(), "kaplan_yorke_dimension": self.kaplan_yorke_dimension}
 
 
 def _kaplan_yorke(exponents: list[float], size: int) -> float:

@@ -14,6 +14,7 @@ from torch.overrides import TorchFunctionMode
 
 from stabkit.errors import TraceError
 from stabkit.growth.frames import wide
+from stabkit.results import Result
 from stabkit.tracing import Flow, Iteration
 from stabkit.tracing.containers import map_tensors, named_tensors
 from stabkit.tracing.endpoints import scalar_loss
@@ -27,7 +28,7 @@ _AGREEMENT = 1e-4  # how far the shares may be from the whole by rounding, relat
 
 
 @dataclass(frozen=True)
-class ParameterGradients:
+class ParameterGradients(Result):
     """Gradients of a loss with respect to parameters, for every step.
 
     Attributes:
@@ -47,17 +48,6 @@ class ParameterGradients:
     by_name: dict[str, float]
     elsewhere: tuple[str, ...]
     sample_norms: Tensor | None = None
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain lists, ready for JSON."""
-        return {
-            "norms": self.norms.tolist(),
-            "parameter_norms": self.parameter_norms.tolist(),
-            "names": [list(names) for names in self.names],
-            "by_name": dict(self.by_name),
-            "elsewhere": list(self.elsewhere),
-            "sample_norms": None if self.sample_norms is None else self.sample_norms.tolist(),
-        }
 
 
 # attributes that are made of the numbers of a tensor; all others (shape, dtype, ...) are no use of them

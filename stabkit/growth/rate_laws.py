@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor
 
 from stabkit.errors import ArgumentError
+from stabkit.results import Result
 
 Array = npt.NDArray[np.float64]
 
@@ -21,7 +21,7 @@ _SHIFTS = 60
 
 
 @dataclass(frozen=True)
-class RateLaw:
+class RateLaw(Result):
     """Which law log growth follows over depth or time.
 
     Attributes:
@@ -44,10 +44,6 @@ class RateLaw:
     aic: dict[str, float]
     margin: float
     points: int
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain floats, ready for JSON."""
-        return {**vars(self), "aic": dict(self.aic)}
 
 
 def rate_law(logs: Tensor | Array, *, places: Array | None = None, decisive: float = DECISIVE) -> RateLaw:

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
 from stabkit.errors import ArgumentError
+from stabkit.results import Result
 
 Array = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True)
-class Interval:
+class Interval(Result):
     """A mean with a bootstrap interval.
 
     Attributes:
@@ -36,11 +36,6 @@ class Interval:
     samples: int
     seeds: tuple[int, ...]
     confidence: float
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain lists, ready for JSON."""
-        named = {name: value.tolist() if isinstance(value, np.ndarray) else value for name, value in vars(self).items()}
-        return {**named, "seeds": list(self.seeds)}
 
 
 def over_samples(values: Tensor | Array, *, confidence: float = 0.95, resamples: int = 2000, seed: int = 0) -> Interval:

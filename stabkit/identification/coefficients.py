@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,13 +11,14 @@ from torch.autograd.graph import Node
 
 from stabkit.identification.operations import ADDS, PRODUCTS
 from stabkit.identification.pieces import Piece
+from stabkit.results import Result
 from stabkit.tracing.values import Meta, Value, meta_of, operation
 
 _ROUNDINGS = 8.0
 
 
 @dataclass(frozen=True)
-class Coefficient:
+class Coefficient(Result):
     """What multiplies an atom in a linear combination.
 
     Attributes:
@@ -38,10 +39,6 @@ class Coefficient:
     high: float
     residual: float
     sample: float | None = None
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values, ready for JSON."""
-        return asdict(self)
 
 
 def measure(piece: Piece, value: Value, atom: Value, path: set[Node]) -> Coefficient | None:

@@ -6,8 +6,7 @@ import inspect
 import itertools
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +17,7 @@ from stabkit.identification.naming import order_of
 from stabkit.identification.record import Identification
 from stabkit.identification.solver_swap import HIGHEST_ORDER, Map, solver_swaps
 from stabkit.integrators import GeneralLinearMethod
+from stabkit.results import Result
 from stabkit.tracing import Flow, Step
 from stabkit.tracing.safekeeping import modules_behind, unchanged
 
@@ -29,7 +29,7 @@ _AROUND = 1.6  # factor about L^-1/2 within which a path is that of a random wal
 
 
 @dataclass(frozen=True)
-class ContinuousLimit:
+class ContinuousLimit(Result):
     """What speaks for and against a differential equation behind a run of residual steps.
 
     Attributes:
@@ -58,10 +58,6 @@ class ContinuousLimit:
     random_walk: float
     solver_swaps: dict[str, float] | None
     notes: tuple[str, ...]
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values, ready for JSON."""
-        return asdict(self)
 
 
 def continuous_limit(flow: Flow, identifications: Sequence[Identification] | None = None) -> ContinuousLimit:

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 from stabkit.identification.confirmation import Check
 from stabkit.identification.recorded_fields import RecordedField
 from stabkit.integrators import LinearStability
+from stabkit.results import Result
 
 
 @dataclass(frozen=True)
-class Identification:
+class Identification(Result):
     """The method that one step, or several together, implement.
 
     Attributes:
@@ -60,22 +61,8 @@ class Identification:
         system = "" if self.system.startswith("none") or not self.system else f"; {self.system}"
         return f"{parts[0]}: {', '.join(parts[1:])}{system}"
 
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values, ready for JSON; the method by its tableau where it has one."""
+    def _contents(self) -> dict[str, Any]:
         blocks = ("A", "U", "B", "V")
-        tableau = {name: getattr(self.method, name).tolist() for name in blocks if hasattr(self.method, name)}
-        return {
-            "name": self.name,
-            "skip": self.skip,
-            "step_size": self.step_size,
-            "convention": self.convention,
-            "evidence": self.evidence,
-            "residual": self.residual,
-            "steps": list(self.steps),
-            "after": list(self.after),
-            "notes": list(self.notes),
-            "system": self.system,
-            "shared_weights": self.shared_weights,
-            "checks": [asdict(check) for check in self.checks],
-            "tableau": tableau or None,
-        }
+        tableau = {name: getattr(self.method, name) for name in blocks if hasattr(self.method, name)}
+        named = {name: value for name, value in super()._contents().items() if name not in ("method", "recorded")}
+        return {**named, "tableau": tableau or None}

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 
 from stabkit.integrators.general_linear import GeneralLinearMethod
 from stabkit.integrators.linear_stability import LinearStability
 from stabkit.integrators.stability_intervals import AxisInterval
+from stabkit.results import Result
 
 
 @dataclass(frozen=True)
-class MethodDescription:
+class MethodDescription(Result):
     """The properties of a method; None where a property does not apply to its kind.
 
     Attributes:
@@ -68,10 +68,6 @@ class MethodDescription:
     ssp_coefficient: float | None
     maximum_internal_amplification: float | None
     stability_polynomials: tuple[tuple[str, ...], tuple[str, ...]] | None
-
-    def to_dict(self) -> dict[str, Any]:
-        """The record as plain values for JSON; infinities stay floats."""
-        return asdict(self)
 
 
 def describe(method: LinearStability, *, internal: bool = True) -> MethodDescription:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -23,13 +23,14 @@ from stabkit.jacobians.pseudospectra import (
 )
 from stabkit.jacobians.spectra import eigenvalues, singular_values
 from stabkit.operators.jacobian import Jacobian
+from stabkit.results import Result
 
 _DENSE = 200
 _UNBOUNDED = 1e100
 
 
 @dataclass(frozen=True, eq=False)
-class NonNormality:
+class NonNormality(Result):
     """Measures of non-normality, one entry per sample; tensors are float64 or complex128 on the CPU.
 
     With ``method == "dense"`` they belong to the matrix itself. With ``method == "arnoldi"`` eigenvalues, norm and
@@ -84,21 +85,8 @@ class NonNormality:
         searched = ("numerical_radius", "kreiss", "max_power_norm")
         return (*searched, "pseudospectral_radius", "pseudospectral_abscissa")
 
-    def to_dict(self) -> dict[str, Any]:
-        """Plain Python values, ready for JSON; a complex number becomes ``[real, imaginary]``."""
-        out: dict[str, Any] = {}
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if isinstance(value, Tensor):
-                value = (torch.view_as_real(value) if value.is_complex() else value).tolist()
-            out[field.name] = value
-        return out | {"lower_bounds": list(self.lower_bounds)}
-
-    def plot(self, ax: Any = None) -> Any:
-        """Eigenvalues within the numerical range; see ``stabkit.plotting.numerical_range``."""
-        from stabkit import plotting
-
-        return plotting.numerical_range(self, ax)
+    def _contents(self) -> dict[str, Any]:
+        return {**super()._contents(), "lower_bounds": self.lower_bounds}
 
 
 def non_normality(

@@ -9,12 +9,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from stabkit.results import Result
+
 # Condition number squared times relative perturbation, above which an eigenvalue may be defective.
 SIMPLE = 0.01
 
 
 @dataclass(frozen=True, eq=False)
-class Spectrum:
+class Spectrum(Result):
     """Eigenvalues or singular values of a batch of operators, each with its residual and its flag.
 
     Attributes:
@@ -63,32 +65,6 @@ class Spectrum:
     stopped: str = "done"
     reason: str = ""
     path: str = ""
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain Python values, ready for JSON; a complex number becomes ``[real, imaginary]``."""
-        values: Any = self.values.tolist()
-        if self.values.is_complex():
-            values = [[[v.real, v.imag] for v in row] for row in values]
-        return {
-            "kind": self.kind,
-            "which": self.which,
-            "method": self.method,
-            "stopped": self.stopped,
-            "reason": self.reason,
-            "path": self.path,
-            "n_products": self.n_products,
-            "values": values,
-            "residuals": self.residuals.tolist(),
-            "converged": self.converged.tolist(),
-            "error_bounds": self.error_bounds.tolist(),
-            "condition_numbers": self.condition_numbers.tolist(),
-        }
-
-    def plot(self, ax: Any = None) -> Any:
-        """Draw the values (eigenvalues in the complex plane, singular values by rank); returns the Axes."""
-        from stabkit import plotting  # matplotlib is imported only when something is drawn
-
-        return plotting.spectrum(self, ax=ax)
 
 
 def trusted_values(

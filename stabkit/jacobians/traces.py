@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -14,12 +13,13 @@ from stabkit.errors import ArgumentError
 from stabkit.jacobians.counted_products import Products, as_jacobian, dense_float64
 from stabkit.jacobians.golub_kahan import Bidiagonalisation
 from stabkit.operators.jacobian import Jacobian
+from stabkit.results import Result
 
 Operator = Jacobian | Tensor | np.ndarray
 
 
 @dataclass(frozen=True, eq=False)
-class Estimate:
+class Estimate(Result):
     """A number per sample with its confidence interval, float64 on the CPU.
 
     Attributes:
@@ -38,20 +38,9 @@ class Estimate:
     n_products: int
     method: str
 
-    def to_dict(self) -> dict[str, Any]:
-        """Plain Python values, ready for JSON."""
-        return {
-            "value": self.value.tolist(),
-            "standard_errors": self.standard_errors.tolist(),
-            "interval": self.interval.tolist(),
-            "confidence": self.confidence,
-            "n_products": self.n_products,
-            "method": self.method,
-        }
-
 
 @dataclass(frozen=True, eq=False)
-class SingularValueDensity:
+class SingularValueDensity(Result):
     """The distribution of the ``min(m, n)`` singular values: a Gauss rule from every random probe.
 
     Attributes:
@@ -91,16 +80,6 @@ class SingularValueDensity:
         The quadrature's own error is not included: it vanishes where the steps resolve ``width``.
         """
         return torch.stack(_student(self._smooth(x, width).movedim(1, -1), confidence), dim=-1)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain Python values, ready for JSON."""
-        return {"nodes": self.nodes.tolist(), "weights": self.weights.tolist(), "n_products": self.n_products}
-
-    def plot(self, ax: Any = None) -> Any:
-        """The share of singular values up to each size; see ``stabkit.plotting.singular_value_density``."""
-        from stabkit import plotting
-
-        return plotting.singular_value_density(self, ax)
 
     def _up_to(self, x: Tensor) -> Tensor:
         below = self.nodes[:, :, None, :] <= x.to(self.nodes)[None, None, :, None]

@@ -7,21 +7,20 @@ Hanin and Nica, "Products of many large random matrices and gradients in deep ne
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
 from stabkit.errors import ArgumentError
 from stabkit.meanfield.activations import activation
 from stabkit.meanfield.maps import Phi, check, slope_moment
+from stabkit.results import Result
 
 
 @dataclass(frozen=True)
-class LogGain:
+class LogGain(Result):
     """Mean and variance over weights of log |J u|^2 for one layer, J its Jacobian and u any unit vector.
 
     Attributes:
@@ -31,10 +30,6 @@ class LogGain:
 
     mean: float
     variance: float
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values, ready for JSON."""
-        return dataclasses.asdict(self)
 
 
 def relu_log_gain(width: int, sigma_w: float = math.sqrt(2)) -> LogGain:

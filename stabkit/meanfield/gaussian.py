@@ -11,10 +11,11 @@ import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from stabkit.results import Result
 
 Array = NDArray[np.float64]
 Function = Callable[[Array], Array]
@@ -25,7 +26,7 @@ _MAX_PANELS = 4000
 
 
 @dataclass(frozen=True)
-class Expectation:
+class Expectation(Result):
     """A number with an estimate of its error and the way in which it was found.
 
     Attributes:
@@ -50,10 +51,6 @@ class Expectation:
     def scaled(self, factor: float, shift: float = 0.0) -> Expectation:
         """``factor`` times this number plus ``shift``."""
         return Expectation(factor * self.value + shift, abs(factor) * self.error, self.method)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values, ready for JSON."""
-        return {"value": self.value, "error": self.error, "method": self.method}
 
 
 def exactly(value: float) -> Expectation:

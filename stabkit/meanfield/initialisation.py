@@ -18,6 +18,7 @@ from stabkit.meanfield.gaussian import Array
 from stabkit.meanfield.propagation import Energy, Moments, Propagation
 from stabkit.meanfield.rates import FEWEST, Rate, fit_rate
 from stabkit.meanfield.weights import LayerStatistics, WeightTable
+from stabkit.results import Result
 from stabkit.tracing import Flow, State, trace
 from stabkit.tracing.products import Space
 from stabkit.tracing.values import Value
@@ -26,7 +27,7 @@ _MAX_PAIRS = 4
 
 
 @dataclass(frozen=True)
-class StepExpectation:
+class StepExpectation(Result):
     """One step, measured and expected; ``None`` where there is no expectation.
 
     Attributes:
@@ -63,14 +64,9 @@ class StepExpectation:
     restarted: bool
     reason: str
 
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values, ready for JSON."""
-        plain = dataclasses.asdict(self)
-        return {**plain, "activations": list(self.activations), "layers": [layer.to_dict() for layer in self.layers]}
-
 
 @dataclass(frozen=True)
-class Initialisation:
+class Initialisation(Result):
     """A model at initialisation, measured beside what mean field theory expects.
 
     Attributes:
@@ -106,13 +102,6 @@ class Initialisation:
     networks: int
     seed: int
     notes: tuple[str, ...]
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain lists and numbers, ready for JSON."""
-        plain = dataclasses.asdict(self)
-        plain["steps"] = [step.to_dict() for step in self.steps]
-        plain["rate"] = None if self.rate is None else self.rate.to_dict()
-        return {**plain, "notes": list(self.notes)}
 
     def __str__(self) -> str:
         from stabkit.meanfield.table import text

@@ -7,10 +7,8 @@ D = diag phi'(h), h ~ N(0, q*), and W Gaussian or Haar-orthogonal. S-transforms 
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
@@ -18,10 +16,11 @@ from stabkit.errors import ArgumentError
 from stabkit.meanfield.activations import Activation, activation
 from stabkit.meanfield.gaussian import Array, mean
 from stabkit.meanfield.maps import Phi, check, slope_moment
+from stabkit.results import Result
 
 
 @dataclass(frozen=True)
-class JacobianSpectrum:
+class JacobianSpectrum(Result):
     """Mean, variance and edges of the eigenvalues of J J^T, the squared singular values of J.
 
     Attributes:
@@ -39,10 +38,6 @@ class JacobianSpectrum:
     smallest: float
     depth: int
     weights: str
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values, ready for JSON."""
-        return dataclasses.asdict(self)
 
 
 def jacobian_spectrum(

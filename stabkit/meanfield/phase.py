@@ -6,11 +6,9 @@ deep neural networks training", ICML 2019.
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
@@ -27,6 +25,7 @@ from stabkit.meanfield.maps import (
     slope_moment,
     variance_map,
 )
+from stabkit.results import Result
 
 SMALLEST, LARGEST = 1e-12, 1e10  # variances that are searched
 _RATIO = 1.3  # between neighbours of the search
@@ -34,7 +33,7 @@ _AT_REST = 1e-13  # relative change of a variance that already is a fixed point
 
 
 @dataclass(frozen=True)
-class FixedPoint:
+class FixedPoint(Result):
     """Where variance and correlation of a deep random network settle, and how fast.
 
     Attributes:
@@ -73,13 +72,9 @@ class FixedPoint:
         """Growth of a perturbation or gradient, in nats per layer: log(chi_1) / 2."""
         return 0.5 * math.log(self.chi_1) if self.chi_1 > 0 else -math.inf
 
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values, ready for JSON."""
-        return dataclasses.asdict(self)
-
 
 @dataclass(frozen=True)
-class CriticalPoint:
+class CriticalPoint(Result):
     """A point of the edge of chaos, chi_1 = 1 at a fixed point of the variance.
 
     Attributes:
@@ -95,10 +90,6 @@ class CriticalPoint:
     q: float
     chi_parallel: float
     error: float
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values, ready for JSON."""
-        return dataclasses.asdict(self)
 
 
 def fixed_point(phi: Phi, *, sigma_w: float, sigma_b: float = 0.0, q_start: float = 1.0) -> FixedPoint:

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
 from stabkit.errors import ArgumentError
 from stabkit.meanfield.gaussian import Array
 from stabkit.meanfield.phase import depth_scale
+from stabkit.results import Result
 
 AIC_MARGIN = 10.0  # by which one law must beat the other
 FEWEST = 4  # points of depth that a law is fitted to
@@ -19,7 +18,7 @@ _DRAWS = 400
 
 
 @dataclass(frozen=True)
-class Rate:
+class Rate(Result):
     """Growth of the squared gradient over depth, fitted to a measured profile.
 
     Attributes:
@@ -43,10 +42,6 @@ class Rate:
     exponent: float
     law: str
     aic_difference: float
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values, ready for JSON."""
-        return {**dataclasses.asdict(self), "interval": list(self.interval)}
 
 
 def fit_rate(squares: Array, start: int, seed: int) -> Rate:

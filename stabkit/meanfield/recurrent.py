@@ -5,19 +5,18 @@ Molgedey, Schuchhardt and Schuster, Phys. Rev. Lett. 69 (1992); Engelken, Wolf a
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from dataclasses import dataclass
-from typing import Any
 
 from stabkit.meanfield.activations import activation
 from stabkit.meanfield.gaussian import mean
 from stabkit.meanfield.maps import Phi
 from stabkit.meanfield.phase import fixed_point
+from stabkit.results import Result
 
 
 @dataclass(frozen=True)
-class RecurrentExponents:
+class RecurrentExponents(Result):
     """Lyapunov exponents of x <- J phi(x), J_ij ~ N(0, g^2 / n), as n goes to infinity.
 
     Attributes:
@@ -31,10 +30,6 @@ class RecurrentExponents:
     largest: float
     mean: float
     error: float
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values, ready for JSON."""
-        return dataclasses.asdict(self)
 
 
 def recurrent_exponents(phi: Phi, g: float) -> RecurrentExponents:

@@ -16,12 +16,13 @@ from stabkit.errors import ArgumentError
 from stabkit.meanfield.activations import activation
 from stabkit.meanfield.gaussian import Array
 from stabkit.meanfield.maps import Phi, check, first_moment, product_moment, second_moment, slope_moment
+from stabkit.results import Result
 
 BRANCHES = ("W phi(x)", "phi(W x)")
 
 
 @dataclass(frozen=True)
-class DepthProfile:
+class DepthProfile(Result):
     """Expected statistics of a random network at every depth.
 
     Attributes:
@@ -44,14 +45,8 @@ class DepthProfile:
         """``(depth,)``, growth of the squared gradient relative to that of the units, free of their scale."""
         return np.asarray(self.log_chi - np.diff(np.log(self.q)))
 
-    def to_dict(self) -> dict[str, Any]:
-        """Plain lists, ready for JSON."""
-        return {
-            "q": self.q.tolist(),
-            "c": None if self.c is None else self.c.tolist(),
-            "log_chi": self.log_chi.tolist(),
-            "log_gradient_ratio": self.log_gradient_ratio,
-        }
+    def _contents(self) -> dict[str, Any]:
+        return {**super()._contents(), "log_gradient_ratio": self.log_gradient_ratio}
 
 
 def residual_profile(

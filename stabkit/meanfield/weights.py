@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import Node
 
+from stabkit.results import Result
 from stabkit.tracing.values import Value, meta_of, operation
 
 LINEAR = frozenset({"Addmm", "Mm", "Linear", "Convolution"})
@@ -22,7 +22,7 @@ class UnknownError(Exception):
 
 
 @dataclass(frozen=True)
-class LayerStatistics:
+class LayerStatistics(Result):
     """What a linear layer's weights are like, as far as mean field theory asks.
 
     Attributes:
@@ -43,10 +43,6 @@ class LayerStatistics:
     sigma_b_squared: float
     spread: float
     taps: float
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values, ready for JSON."""
-        return dataclasses.asdict(self)
 
 
 @dataclass(frozen=True)

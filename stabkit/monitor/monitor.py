@@ -10,7 +10,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -34,6 +34,9 @@ from stabkit.monitor.rules import AlertRules
 from stabkit.monitor.updates import UpdateSampler
 from stabkit.monitor.writers import Writer, open_writers
 from stabkit.tracing.safekeeping import unwrap
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 
 class Monitor:
@@ -228,7 +231,7 @@ class Monitor:
         """The capsules on disk, the oldest first."""
         return self._capsules.paths
 
-    def plot(self, ax: Any = None, *, quantity: str = "growth") -> Any:
+    def plot(self, ax: Axes | None = None, *, quantity: str = "growth") -> Axes:
         """The Axes of a heat map of one quantity of every block over the steps; see ``stabkit.plotting.training``."""
         from stabkit import plotting
 

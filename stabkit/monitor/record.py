@@ -9,6 +9,8 @@ from typing import Any, overload
 
 import numpy as np
 
+from stabkit.results import Result
+
 Array = np.ndarray[Any, np.dtype[Any]]
 
 PARTS = ("output", "gradient", "parameter_gradient")  # of a block, that may hold NaN or infinity
@@ -120,7 +122,7 @@ class Blocks(Sequence[BlockRecord]):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Record:
+class Record(Result):
     """One training step.
 
     Attributes:
@@ -148,14 +150,9 @@ class Record:
 
     loss_is_broken: bool = False
 
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values, ready for JSON."""
-        return {
-            **self.totals(),
-            "blocks": [{**vars(block), "non_finite": list(block.non_finite)} for block in self.blocks],
-            "probes": dict(self.probes),
-            "findings": list(self.findings),
-        }
+    def _contents(self) -> dict[str, Any]:
+        blocks = tuple(self.blocks)
+        return {**self.totals(), "blocks": blocks, "probes": self.probes, "findings": self.findings}
 
     def totals(self) -> dict[str, Any]:
         """The numbers of the whole model by name."""

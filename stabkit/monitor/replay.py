@@ -19,13 +19,14 @@ from stabkit.monitor.collection import Collector, finish
 from stabkit.monitor.measurement import Hooks, Measurement
 from stabkit.monitor.parameters import Parameters
 from stabkit.monitor.record import Record
+from stabkit.results import Result
 from stabkit.tracing.safekeeping import unchanged_randomness
 
 COMPARED = ("activation_norm", "gradient_norm", "parameter_gradient_norm")
 
 
 @dataclass(frozen=True)
-class Replay:
+class Replay(Result):
     """A step run again.
 
     Attributes:
@@ -44,14 +45,9 @@ class Replay:
         found = [value for value in self.differences.values() if not math.isnan(value)]
         return bool(found) and max(found) <= tolerance
 
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values, ready for JSON."""
-        return {
-            "capsule": str(self.capsule.path),
-            "step": self.capsule.step,
-            "record": self.record.to_dict(),
-            "differences": dict(self.differences),
-        }
+    def _contents(self) -> dict[str, Any]:
+        capsule = {"capsule": str(self.capsule.path), "step": self.capsule.step}
+        return {**capsule, "record": self.record, "differences": self.differences}
 
 
 def replay(

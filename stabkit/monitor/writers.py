@@ -201,14 +201,4 @@ def _open(writer: Any) -> Writer:
 
 def json_line(record: Record) -> str:
     """A record as one line of strict JSON."""
-    return json.dumps(_plain(record.to_dict()), allow_nan=False)
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, float):
-        return value if value - value == 0 else str(value)
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    return value
+    return json.dumps(record.to_dict(), allow_nan=False)

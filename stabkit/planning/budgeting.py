@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 from stabkit.analysis.spectra import SPECTRA
@@ -14,6 +14,7 @@ from stabkit.planning import sizes
 from stabkit.planning.machine import Machine, calibrate
 from stabkit.planning.price import Costs, Price, Settings
 from stabkit.planning.trial import Trial, device_of, forward_seconds, record_only, run_trial, weight_bytes
+from stabkit.results import Result
 from stabkit.tracing.depth import Depth
 from stabkit.tracing.endpoints import Target
 from stabkit.tracing.safekeeping import unwrap
@@ -23,7 +24,7 @@ _SLOW = 1.0  # seconds of a forward pass from which nothing is analysed for the 
 
 
 @dataclass(frozen=True)
-class Plan:
+class Plan(Result):
     """The price of an analysis.
 
     Attributes:
@@ -61,10 +62,6 @@ class Plan:
     machine: Machine
     tried: int
     trial_seconds: float
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain numbers, ready for JSON."""
-        return asdict(self)
 
     def arguments(self) -> dict[str, Any]:
         """Keyword arguments of ``stabkit.analyze`` that follow the plan.

@@ -6,11 +6,13 @@ import os
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from stabkit.results import Result
 
 _ROUNDS = 5
 _SIDE = 1024  # of the matrices multiplied; 2 GFLOP
@@ -18,7 +20,7 @@ _STREAM = 2**26  # bytes read, far more than caches hold
 
 
 @dataclass(frozen=True)
-class Machine:
+class Machine(Result):
     """Rates of one device, medians over a few rounds.
 
     Attributes:
@@ -34,10 +36,6 @@ class Machine:
     flops: float
     bandwidth: float
     load: float
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain numbers, ready for JSON."""
-        return asdict(self)
 
 
 def calibrate(device: torch.device | str = "cpu") -> Machine:

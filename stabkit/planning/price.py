@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 from stabkit.analysis.analysis import EXPLAINED
 from stabkit.analysis.spectra import DENSE_SIZE, LARGEST_DENSE, WORK
 from stabkit.planning.machine import Machine
 from stabkit.planning.trial import StepCost, Trial
+from stabkit.results import Result
 
 # measured by tests/benchmarks/scale.py on ResNet-50, MiniLM and GPT-2 small, CPU, one thread
 _MARGINAL = 0.65  # seconds of one more sample over those of the first, where only one was tried
@@ -39,7 +39,7 @@ class Settings:
 
 
 @dataclass(frozen=True)
-class Price:
+class Price(Result):
     """What an analysis costs.
 
     Attributes:
@@ -55,10 +55,6 @@ class Price:
     products: int
     flops: float
     read_bytes: float
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain numbers, ready for JSON."""
-        return asdict(self)
 
 
 @dataclass(frozen=True)

@@ -1,62 +1,14 @@
-"""Values of a report to and from JSON: every number survives, also the ones JSON has no word for.
-
-A float that is not finite becomes the string ``"NaN"``, ``"Infinity"`` or ``"-Infinity"`` (RFC 8259 has no such
-numbers, and ``float`` reads all three back); a complex number becomes ``[re, im]``; an absent value is ``null``.
-"""
+"""Values of a report read back from JSON data as `stabkit.results` writes them, and the text of the file."""
 
 from __future__ import annotations
 
-import dataclasses
 import json
-import math
 from collections.abc import Mapping
 from typing import Any
-
-import numpy as np
 
 from stabkit.errors import ArgumentTypeError
 
 _NOT_FINITE = {"NaN", "Infinity", "-Infinity"}
-
-
-def encode(value: Any) -> Any:
-    """A value as plain JSON data.
-
-    Args:
-        value: None, bool, int, float, complex, str, a numpy scalar or array, a dataclass, or a mapping, list or
-            tuple of these.
-
-    Raises:
-        ArgumentTypeError: some part of ``value`` is of another type.
-
-    Example:
-        >>> encode({"z": (1 + 2j, float("nan")), "sizes": np.array([3, 4])})
-        {'z': [[1.0, 2.0], 'NaN'], 'sizes': [3, 4]}
-    """
-    if isinstance(value, np.generic | np.ndarray):
-        value = value.tolist()
-    if value is None or isinstance(value, bool | int | str):
-        return value
-    if isinstance(value, float):
-        return value if math.isfinite(value) else _name(value)
-    if isinstance(value, complex):
-        return [encode(value.real), encode(value.imag)]
-    if isinstance(value, Mapping):
-        return {str(key): encode(item) for key, item in value.items()}
-    if isinstance(value, tuple | list):
-        return [encode(item) for item in value]
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {field.name: encode(getattr(value, field.name)) for field in dataclasses.fields(value)}
-    raise ArgumentTypeError(
-        f"a report cannot hold a {type(value).__name__}; accepted: numbers, strings, None, numpy arrays, "
-        "dataclasses, and mappings or sequences of these"
-    )
-
-
-def _name(value: float) -> str:
-    if math.isnan(value):
-        return "NaN"
-    return "Infinity" if value > 0 else "-Infinity"
 
 
 def number(value: Any) -> float:
@@ -71,42 +23,42 @@ def number(value: Any) -> float:
     """
     named = isinstance(value, str) and value in _NOT_FINITE
     if isinstance(value, bool) or not (named or isinstance(value, int | float)):
-        raise TypeError(f"expected a number, found {shorten(value)}")
+        raise ArgumentTypeError(f"expected a number, found {shorten(value)}")
     return float(value)
 
 
 def integer(value: Any) -> int:
     """An int read back from JSON; raises TypeError for anything else."""
     if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"expected an integer, found {shorten(value)}")
+        raise ArgumentTypeError(f"expected an integer, found {shorten(value)}")
     return value
 
 
 def text(value: Any) -> str:
     """A string read back from JSON; raises TypeError for anything else."""
     if not isinstance(value, str):
-        raise TypeError(f"expected a string, found {shorten(value)}")
+        raise ArgumentTypeError(f"expected a string, found {shorten(value)}")
     return value
 
 
 def boolean(value: Any) -> bool:
     """A truth value read back from JSON; raises TypeError for anything else."""
     if not isinstance(value, bool):
-        raise TypeError(f"expected true or false, found {shorten(value)}")
+        raise ArgumentTypeError(f"expected true or false, found {shorten(value)}")
     return value
 
 
 def listing(value: Any) -> list[Any]:
     """A list read back from JSON; raises TypeError for anything else."""
     if not isinstance(value, list):
-        raise TypeError(f"expected a list, found {shorten(value)}")
+        raise ArgumentTypeError(f"expected a list, found {shorten(value)}")
     return value
 
 
 def mapping(value: Any) -> dict[str, Any]:
     """An object read back from JSON; raises TypeError for anything else."""
     if not isinstance(value, dict):
-        raise TypeError(f"expected an object, found {shorten(value)}")
+        raise ArgumentTypeError(f"expected an object, found {shorten(value)}")
     return value
 
 

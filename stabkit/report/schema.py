@@ -10,13 +10,12 @@ from typing import TYPE_CHECKING, Any
 from stabkit.diagnosis import KINDS as DIAGNOSES
 from stabkit.diagnosis import Finding
 from stabkit.errors import ArgumentError
-from stabkit.report import encoding
+from stabkit.results import Result
 
 if TYPE_CHECKING:
     import os
 
     import pandas
-    from matplotlib.axes import Axes
 
 SCHEMA = "stabkit.report/1"
 
@@ -156,7 +155,7 @@ class Exponents:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Report:
+class Report(Result):
     """The result of ``stabkit.analyze``: verdict, findings and one record per step.
 
     Attributes:
@@ -234,13 +233,8 @@ class Report:
 
         return tables.plain(self)
 
-    def to_dict(self) -> dict[str, Any]:
-        """The report as data that ``json.dumps`` takes, with a versioned ``"schema"``.
-
-        Floats that are not finite become ``"NaN"``, ``"Infinity"`` or ``"-Infinity"``, complex numbers
-        ``[re, im]``; see ``stabkit.report.encoding``.
-        """
-        return {"schema": SCHEMA, **encoding.encode(self)}
+    def _contents(self) -> dict[str, Any]:
+        return {"schema": SCHEMA, **super()._contents()}
 
     def to_dataframe(self) -> pandas.DataFrame:
         """One row per step, the columns of the CSV file, as a ``pandas.DataFrame`` indexed by ``index``.
@@ -251,12 +245,6 @@ class Report:
         from stabkit.report import tables
 
         return tables.dataframe(self)
-
-    def plot(self, ax: Axes | None = None) -> Axes:
-        """The eigenvalues of every step against its region; see ``stabkit.plotting.region`` and its neighbours."""
-        from stabkit import plotting
-
-        return plotting.region(self, ax)
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write the report to a file, whole or not at all.

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from torch import Tensor
+
+from stabkit.results import Result
 
 if TYPE_CHECKING:
     from stabkit.report import Report
@@ -29,7 +31,7 @@ class Method:
 
 
 @dataclass(frozen=True)
-class StreamedProfile:
+class StreamedProfile(Result):
     """What is known of a stack of blocks, per sample.
 
     Attributes:
@@ -79,14 +81,6 @@ class StreamedProfile:
     device: str
     chain_error: float
     seconds: float
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain lists, ready for JSON."""
-        plain = {
-            name: value.tolist() if isinstance(value, Tensor) else list(value) if isinstance(value, tuple) else value
-            for name, value in vars(self).items()
-        }
-        return {**plain, "methods": [vars(method) for method in self.methods]}
 
     @property
     def description(self) -> str:

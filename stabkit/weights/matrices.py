@@ -12,6 +12,7 @@ from torch import Tensor
 
 from stabkit.jacobians import eigenvalues, from_dense, singular_values
 from stabkit.meanfield import fixed_point
+from stabkit.results import Result
 from stabkit.weights.roles import Role
 
 _DENSE = 512  # up to here all singular values are computed
@@ -22,7 +23,7 @@ _LARGEST_EIGENVALUES = 6
 
 
 @dataclass(frozen=True)
-class MatrixReport:
+class MatrixReport(Result):
     r"""What one stored matrix says by itself.
 
     Attributes:
@@ -75,13 +76,6 @@ class MatrixReport:
     expected_growth: float | None = None
     phase: str | None = None
     notes: tuple[str, ...] = ()
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain data for JSON; complex numbers are ``[re, im]``."""
-        from stabkit.report import encoding
-
-        result: dict[str, Any] = encoding.encode(self)
-        return result
 
 
 def measure(name: str, tensor: Tensor, role: Role, bias: Tensor | None, activation: str, seed: int) -> MatrixReport:

@@ -14,6 +14,7 @@ from torch import Tensor
 from stabkit.checkpoints.training import natural_order
 from stabkit.errors import ArgumentError
 from stabkit.meanfield import activation_names
+from stabkit.results import Result
 from stabkit.weights.matrices import MatrixReport, measure
 from stabkit.weights.roles import role_of
 
@@ -25,7 +26,7 @@ LABEL = (
 
 
 @dataclass(frozen=True)
-class WeightsReport:
+class WeightsReport(Result):
     """What a set of weights says without an architecture.
 
     Attributes:
@@ -53,11 +54,8 @@ class WeightsReport:
 
         return table.plain(self)
 
-    def to_dict(self) -> dict[str, Any]:
-        """Plain data for JSON, with a versioned ``"schema"``."""
-        from stabkit.report import encoding
-
-        return {"schema": SCHEMA, **encoding.encode(self)}
+    def _contents(self) -> dict[str, Any]:
+        return {"schema": SCHEMA, **super()._contents()}
 
     def save(self, path: str | Path) -> Path:
         """Write the report as JSON, whole or not at all.

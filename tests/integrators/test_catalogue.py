@@ -72,7 +72,7 @@ def test_every_method_can_be_described():
         about = integrators.describe(method, internal=False)
         assert about.name
         assert about.source
-        assert about.to_dict()["real_interval"] == float(method.real_interval()), name
+        assert float(about.to_dict()["real_interval"]) == float(method.real_interval()), name
 
 
 def test_neither_torch_nor_matplotlib_is_imported():

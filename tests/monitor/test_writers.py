@@ -30,7 +30,7 @@ def test_json_lines_are_strict_and_hold_every_number(tmp_path):
         for block, truth in zip(written["blocks"], record.to_dict()["blocks"], strict=True):
             assert block.keys() == truth.keys()
             for name in ("activation_norm", "growth", "update_ratio"):
-                assert float(block[name]) == pytest.approx(truth[name], nan_ok=True)
+                assert float(block[name]) == pytest.approx(float(truth[name]), nan_ok=True)
 
 
 def test_csv_has_a_line_for_each_block_and_one_header_also_when_continued(tmp_path):
