@@ -190,7 +190,7 @@ def analyze(  # type: ignore[misc]  # where only the plan is wanted, the options
         if spectrum != "none":
             exponents, missing = spectra[-1]
             samples = min(flow.batch, max(spectrum_samples, EXPLAINED))
-            why = explain(flow, diagnosis, found, samples, seed, parallel)
+            why = explain(flow, diagnosis, found, samples, seed, limits, parallel)
     verdict, measurement = diagnosis.verdict, diagnosis.measurement
     return Report(
         model=name or type(flow.model if isinstance(model, nn.Module) else model).__name__,

@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from stabkit.analysis.why import why
 from stabkit.attribution import Attribution, Mechanism, attribute
-from stabkit.diagnosis import Diagnosis
+from stabkit.diagnosis import Diagnosis, Thresholds
 from stabkit.errors import TraceError
 from stabkit.growth import rate_law
 from stabkit.identification import Identification
@@ -62,6 +63,7 @@ def explain(
     methods: Sequence[Identification],
     samples: int,
     seed: int,
+    limits: Thresholds,
     parallel: Parallel = SERIAL,
 ) -> Explanation:
     """Attribute the growth of a flow; what cannot be attributed is said in the notes.
@@ -72,6 +74,7 @@ def explain(
         methods: from `stabkit.identify`.
         samples: how many samples' spectra are taken.
         seed: of every random choice.
+        limits: from which growth on there is something to explain.
         parallel: who measures which steps.
     """
     law = _law(diagnosis)
@@ -88,6 +91,7 @@ def explain(
     return Explanation(
         attribution=found,
         explained={
+            "why": why(found, diagnosis.verdict, limits.stable),
             "share": found.explained,
             "predictor": next(name for name, p in found.predictions.items() if p is predictor),
             "predictor_share": predictor.share,

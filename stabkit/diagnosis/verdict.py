@@ -125,7 +125,7 @@ def _summary(name: str, growth: float, count: int) -> str:
     change = f"over {steps} the gradient changes by a factor of {factor(growth)} on its way back"
     return {
         "stable": f"Stable: {change}.",
-        "drift": f"Drift: {change}; one learning rate still serves all layers.",
+        "drift": f"Drift: {change}: more than a factor of 10, less than what usually breaks training.",
         "exploding": f"Exploding: {change}.",
         "vanishing": f"Vanishing: {change}.",
         "inconclusive": f"Inconclusive: {change}, but the samples disagree; analyse more of them.",

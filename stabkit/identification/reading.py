@@ -300,7 +300,7 @@ def _notes(around: Surroundings, sums: Sequence[NormalForm], table: Blocks) -> t
             notes.append("the branch is added to some entries only")
         if c.kind == "dropout":
             notes.append("dropout after the branch counts as part of it")
-        if c.kind == "scalar" and c.value == 0.0:
+        if c.kind == "scalar" and c.value == 0.0 and len(coefficients) == 1:
             notes.append("a branch is multiplied by zero now: the step is the identity until training moves it")
     if any(stage.opaque for form in sums for stage in form.stages):
         notes.append("the field is opaque: only the step around it was read")

@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from stabkit.analysis.analysis import EXPLAINED
 from stabkit.analysis.explanation import explain
-from stabkit.diagnosis import examine
+from stabkit.diagnosis import Thresholds, examine
 from stabkit.distributed.samples import Call
 from stabkit.errors import TraceError
 from stabkit.identification import identify
@@ -177,7 +177,7 @@ def run_trial(
         explaining = 0.0
         if spectra:
             samples = min(flow.batch, EXPLAINED)
-            _, explaining = timed(lambda: explain(flow, diagnosis, found, samples, seed), device)
+            _, explaining = timed(lambda: explain(flow, diagnosis, found, samples, seed, Thresholds()), device)
     with unchanged(module):
         steps = _step_costs(flow, device, spectra)
     return Trial(

@@ -84,7 +84,7 @@ class StepReport:
         mechanism: shares of the spectrum's energy, from 0 to 1, by what happens to it (``continuous`` and
             ``discretisation`` instability, ``overdamped``, ``neutral``).
         margin: distance of the spectrum from the boundary of the region in the plane of z, negative outside.
-        step_factor: largest factor on the branch that keeps the whole spectrum in the region.
+        step_factor: largest factor on the branch that keeps in the region every mode that the field does not amplify.
         operations: names of the operations that the step consists of, in order.
         notes: what the reader should know about these numbers.
 
@@ -176,7 +176,8 @@ class Report(Result):
         seed: seed of every random choice.
         seconds: wall-clock time of the analysis.
         thresholds: the limits behind the verdict.
-        explained: how much of the growth the stability functions account for, by name of the number.
+        explained: how much of the growth the stability functions account for, by name of the number; ``"why"`` is
+            the answer in a sentence.
         rate_law: how growth depends on depth: the law chosen and the evidence for it.
         lyapunov: Lyapunov exponents over the flow; None where they were not computed.
         output_gradient_norm: geometric mean over samples of the gradient norm behind the last step.

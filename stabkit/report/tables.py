@@ -156,6 +156,11 @@ def total(report: Report) -> str:
     )
 
 
+def reason(report: Report) -> list[str]:
+    """Why the growth is what it is, in a sentence; none where it was not attributed."""
+    return [str(report.explained["why"])] if report.explained.get("why") else []
+
+
 def origin(report: Report) -> str:
     """How the numbers were obtained, in a line."""
     return (
@@ -185,7 +190,7 @@ def plain(report: Report, width: int = 100) -> str:
         for row in rows
     ]
     table.insert(1, "-" * max(len(line) for line in table))
-    head = [f"{report.model}: {report.verdict.upper()}", report.summary, origin(report), ""]
+    head = [f"{report.model}: {report.verdict.upper()}", report.summary, *reason(report), origin(report), ""]
     tail = ["", total(report), *(finding_line(finding) for finding in report.findings), *report.notes]
     return printable("\n".join([*head, *table, *tail]))
 

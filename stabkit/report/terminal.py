@@ -43,6 +43,7 @@ def render(report: Report, width: int) -> RenderableType:
     head.append_text(plain_text(report.summary))
     parts: list[RenderableType] = [
         head,
+        *(plain_text(sentence) for sentence in tables.reason(report)),
         plain_text(tables.origin(report), "dim"),
         Padding(steps(report, width), (1, 0)),
         plain_text(tables.total(report)),

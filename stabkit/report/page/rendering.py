@@ -132,10 +132,10 @@ def room(factor: float) -> str:
 
     Example:
         >>> room(1.7), room(0.25), room(0.0)
-        ('the branch may grow by ×1.7', 'the branch would have to shrink to ×0.25', 'no step size would be stable')
+        ('the branch may grow by ×1.7', 'the branch would have to shrink to ×0.25', 'undamped modes always leave it')
     """
     if factor == 0:
-        return "no step size would be stable"
+        return "undamped modes always leave it"
     if math.isinf(factor):
         return "the branch may grow without bound"
     return f"the branch {'may grow by' if factor >= 1 else 'would have to shrink to'} ×{number(factor)}"
