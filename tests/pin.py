@@ -168,7 +168,7 @@ def finite_time_exponents(subject: Subject, flow: Flow) -> Any:
 
 
 def gradient_profile(subject: Subject, flow: Flow) -> Any:
-    profile = stabkit.gradient_profile(flow, cotangents=3)
+    profile = stabkit.gradient_profile(flow, probes=3)
     return {"profile": profile, "interval": profile.interval(), "total_growth": profile.total_growth}
 
 

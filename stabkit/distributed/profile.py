@@ -16,7 +16,6 @@ from stabkit.distributed.samples import Call
 from stabkit.errors import TraceError
 from stabkit.growth import GradientProfile
 from stabkit.growth import gradient_profile as profile_of
-from stabkit.growth.gradients import _PROBE
 from stabkit.parallel import runs
 from stabkit.tracing import Flow, trace
 from stabkit.tracing.depth import Depth
@@ -25,6 +24,7 @@ from stabkit.tracing.safekeeping import modules_behind, unwrap
 from stabkit.tracing.samples import Layout
 from stabkit.tracing.sharding import is_tensor_parallel, whole_parameters
 from stabkit.tracing.values import meta_of
+from stabkit.walk import PROBE
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ def gradient_profile(
     source: str | None = None,
     target: Target = None,
     memory: str = "keep",
-    cotangents: int = 1,
+    probes: int = 1,
     seed: int = 0,
     ranks: Ranks | None = None,
 ) -> GradientProfile:
@@ -90,7 +90,7 @@ def gradient_profile(
         source: the input to start from.
         target: the output to end at.
         memory: ``"keep"`` or ``"recompute"``, see ``stabkit.trace``.
-        cotangents: how many probes, when there is no loss.
+        probes: how many random cotangents, when there is no loss.
         seed: of the first cotangent.
         ranks: who takes part; by default all ranks of the process group that runs.
 
@@ -108,13 +108,13 @@ def gradient_profile(
         >>> gradient_profile(model, torch.ones(2, 4)).log_growth.shape
         torch.Size([3, 2])
     """
-    if loss is not None and cotangents > 1:
-        raise TraceError(f"cotangents={cotangents} with a loss; a loss has one gradient, so leave one of them out")
+    if loss is not None and probes > 1:
+        raise TraceError(f"probes={probes} with a loss; a loss has one gradient, so leave one of them out")
     ranks = current() if ranks is None else ranks
     model = unwrap(model)
     call = Call(inputs, dict(kwargs or {}), batch_dim)
     options = {"depth": depth, "source": source, "target": target, "memory": memory}
-    work = _Work(model, call, loss, cotangents, seed, options, ranks)
+    work = _Work(model, call, loss, probes, seed, options, ranks)
     if is_tensor_parallel(model):  # every product is collective: all ranks do all of them together
         return dataclasses.replace(work, ranks=Ranks()).best()
     with whole_parameters(model):
@@ -126,7 +126,7 @@ class _Work:
     model: Any
     call: Call
     loss: Callable[[Any], Tensor] | None
-    cotangents: int
+    probes: int
     seed: int
     options: Mapping[str, Any]
     ranks: Ranks
@@ -134,10 +134,10 @@ class _Work:
     def best(self) -> GradientProfile:
         """With the samples shared out where that gives the same result, else the probes alone."""
         if not any(module.training for module in modules_behind(self.model).modules()):
-            found = self.run(parts(self.call.samples, self.cotangents, self.ranks.count))
+            found = self.run(parts(self.call.samples, self.probes, self.ranks.count))
             if found is not None:
                 return found
-        whole = self.run(parts(1, self.cotangents, self.ranks.count), whole=True)
+        whole = self.run(parts(1, self.probes, self.ranks.count), whole=True)
         if whole is None:
             raise TraceError("the samples could not be kept apart")  # a whole batch has no parts
         return whole
@@ -207,9 +207,9 @@ class _Work:
         return profile_of(
             part,
             self.loss,
-            cotangents=last - first,
+            probes=last - first,
             parameters=False,
-            seed=self.seed + _PROBE * first,
+            seed=self.seed + PROBE * first,
         )
 
 

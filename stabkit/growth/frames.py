@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor
 from stabkit.errors import ArgumentError, TraceError
 from stabkit.tracing import Flow, Iteration
 from stabkit.tracing.iteration import Tangents
+from stabkit.walk import tangents, wide
 
 _LONGEST_GROUP = 32  # steps multiplied before a QR decomposition
 _RESOLVED = 1e-4  # smallest direction over the norm of a product whose directions are still told apart
@@ -70,11 +71,6 @@ def dtype_of(flow: Flow | Iteration) -> torch.dtype:
     return max((state.space.dtype for state in flow.states), key=lambda dtype: torch.finfo(dtype).eps)
 
 
-def wide(tensor: Tensor) -> Tensor:
-    """In float64, on the device or, where that has none, on the CPU."""
-    return (tensor.cpu() if tensor.device.type == "mps" else tensor).to(torch.float64)
-
-
 def start_frame(flow: Flow | Iteration, k: int, *, adjoint: bool, seed: int, generic: bool = False) -> Tensor:
     """Orthonormal columns ``(batch, n, k)`` where the sweep begins.
 
@@ -89,16 +85,6 @@ def start_frame(flow: Flow | Iteration, k: int, *, adjoint: bool, seed: int, gen
     generator = torch.Generator().manual_seed(seed)
     Q: Tensor = torch.linalg.qr(torch.randn(space.size, k, generator=generator, dtype=dtype))[0]
     return Q.to(space.device).repeat(space.batch, 1, 1)
-
-
-def tangents(flow: Flow | Iteration, k: int, *, adjoint: bool) -> Iterator[Tangents]:
-    """The derivatives of all steps in the order of the sweep."""
-    if isinstance(flow, Iteration):
-        yield from flow.tangents(k, adjoint=adjoint)
-        return
-    for step in reversed(flow.steps) if adjoint else flow.steps:
-        products = step.products
-        yield Tangents(range(step.index, step.index + 1), multiply=products.backward if adjoint else products.forward)
 
 
 def propagate(

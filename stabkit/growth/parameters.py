@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from stabkit.errors import TraceError
-from stabkit.growth.frames import wide
 from stabkit.results import Result
 from stabkit.tracing import Flow, Iteration
 from stabkit.tracing.containers import map_tensors, named_tensors
@@ -23,6 +22,7 @@ from stabkit.tracing.recording import clock
 from stabkit.tracing.safekeeping import unchanged
 from stabkit.tracing.samples import scale
 from stabkit.tracing.transparency import transparent
+from stabkit.walk import wide
 
 _AGREEMENT = 1e-4  # how far the shares may be from the whole by rounding, relative to its norm
 

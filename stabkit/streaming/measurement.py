@@ -9,13 +9,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from stabkit.growth.gradients import _PROBE
 from stabkit.identification import identify
 from stabkit.jacobians import Jacobian, singular_values
 from stabkit.streaming.meta_model import Weights
 from stabkit.streaming.profile import Method
 from stabkit.streaming.stack import Block
 from stabkit.tracing import Flow, trace
+from stabkit.walk import PROBE
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,7 @@ def as_method(tensor: Tensor) -> Method:
 def _drawn(flow: Flow, settings: Settings) -> Tensor:
     """Standard normal columns ``(batch, size, probes)``, those of ``stabkit.gradient_profile``."""
     numbers = range(settings.first, settings.first + settings.probes)
-    drawn = [flow.cotangent(seed=settings.seed + _PROBE * i) for i in numbers]
+    drawn = [flow.cotangent(seed=settings.seed + PROBE * i) for i in numbers]
     space = flow.states[-1].space
     if not drawn:
         return torch.zeros(space.batch, space.size, 0, dtype=space.dtype)

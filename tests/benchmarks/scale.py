@@ -84,9 +84,9 @@ def ranked(name: str) -> dict[str, float]:
     model, x = build(name, *((8, 128) if name == "resnet50" else (1, 128)))
     cotangents = 8 if name == "resnet50" else 64
     with distributed.session():
-        distributed.gradient_profile(model, x, cotangents=1)  # kernels are made, memory is touched
+        distributed.gradient_profile(model, x, probes=1)  # kernels are made, memory is touched
         began = time.perf_counter()
-        distributed.gradient_profile(model, x, cotangents=cotangents)
+        distributed.gradient_profile(model, x, probes=cotangents)
         return {"seconds": time.perf_counter() - began}
 
 

@@ -115,13 +115,13 @@ def profiles() -> dict[str, Any]:
     model, x = residual(), batch(6, 16)
     images = batch(5, 3, 8, 8)
     found = {
-        "cotangents": gradient_profile(model, x, cotangents=4, seed=3),
+        "cotangents": gradient_profile(model, x, probes=4, seed=3),
         "loss": gradient_profile(model, x, loss=contrast),
-        "one sample": gradient_profile(model, x[:1], cotangents=4),
-        "fewer samples than ranks": gradient_profile(model, x[:3], cotangents=2),
-        "images": gradient_profile(convolutional().eval(), images, cotangents=2, depth="modules"),
-        "mixing": gradient_profile(convolutional().train(), images, cotangents=2),
-        "whole": gradient_profile(model, x, batch_dim=None, cotangents=2),
+        "one sample": gradient_profile(model, x[:1], probes=4),
+        "fewer samples than ranks": gradient_profile(model, x[:3], probes=2),
+        "images": gradient_profile(convolutional().eval(), images, probes=2, depth="modules"),
+        "mixing": gradient_profile(convolutional().train(), images, probes=2),
+        "whole": gradient_profile(model, x, batch_dim=None, probes=2),
     }
     return {
         name: {
@@ -259,7 +259,7 @@ def wrapped() -> dict[str, Any]:
     for name, model in models.items():
         before = [type(p).__name__ for p in model.parameters()]
         hooks = [list(m._forward_pre_hooks) + list(m._forward_hooks) for m in model.modules()]
-        profile = distributed.gradient_profile(model, x, cotangents=2)
+        profile = distributed.gradient_profile(model, x, probes=2)
         report = stabkit.analyze(model, x, spectrum="krylov")
         flow = stabkit.trace(model, x)
         dense = flow.steps[1].jacobian().dense()

@@ -28,10 +28,10 @@ def test_profiles_on_several_ranks_are_those_of_one(count, alone):
 
 
 def test_a_profile_of_one_process_is_the_plain_one(alone):
-    plain = stabkit.gradient_profile(stabkit.trace(residual(), batch(6, 16)), cotangents=4, seed=3)
+    plain = stabkit.gradient_profile(stabkit.trace(residual(), batch(6, 16)), probes=4, seed=3)
     assert torch.equal(alone["cotangents"]["growth"], plain.log_growth)
     flow = stabkit.trace(convolutional().train(), batch(5, 3, 8, 8))
-    mixing = stabkit.gradient_profile(flow, cotangents=2)
+    mixing = stabkit.gradient_profile(flow, probes=2)
     assert alone["mixing"]["batch"] == 1
     assert torch.equal(alone["mixing"]["growth"], mixing.log_growth)
 
@@ -49,4 +49,4 @@ def test_every_sample_and_probe_is_measured_once(samples, probes, ranks):
 
 def test_a_loss_with_several_cotangents_is_refused():
     with pytest.raises(TraceError, match="a loss has one gradient"):
-        gradient_profile(residual(), batch(2, 16), loss=torch.sum, cotangents=2)
+        gradient_profile(residual(), batch(2, 16), loss=torch.sum, probes=2)

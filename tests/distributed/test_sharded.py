@@ -16,7 +16,7 @@ def found():
 @pytest.mark.parametrize("wrapper", ["plain", "ddp", "fully_shard", "fully_shard kept", "tensor parallel"])
 def test_a_wrapped_model_gives_what_the_model_gives(found, wrapper):
     flow = stabkit.trace(residual(), batch(4, 16))
-    profile = stabkit.gradient_profile(flow, cotangents=2)
+    profile = stabkit.gradient_profile(flow, probes=2)
     dense = flow.steps[1].jacobian().dense()
     exact = [float(torch.linalg.matrix_norm(step.jacobian().dense()[0].double(), 2)) for step in flow.steps]
     for told in found:
@@ -26,7 +26,7 @@ def test_a_wrapped_model_gives_what_the_model_gives(found, wrapper):
 
 
 def test_mixed_precision_is_kept(found):
-    profile = gradient_profile(residual(), batch(4, 16), cotangents=2)
+    profile = gradient_profile(residual(), batch(4, 16), probes=2)
     total = found[0]["fully_shard bf16"]["growth"].sum(0)  # casts are steps of their own
     difference = (total - profile.log_growth.sum(0)).abs().max()
     assert 1e-5 < float(difference) < 0.05

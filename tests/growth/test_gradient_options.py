@@ -147,7 +147,7 @@ def test_relative_growth_ignores_the_units_of_the_states():
 
 def test_several_cotangents_are_those_of_single_calls_with_an_interval():
     flow = stabkit.trace(network(), X)
-    together = gradient_profile(flow, cotangents=3, seed=5)
+    together = gradient_profile(flow, probes=3, seed=5)
     single = [gradient_profile(flow, seed=5 + 1_000_003 * i) for i in range(3)]
     for i in range(3):
         torch.testing.assert_close(together.all_log_growth[i], single[i].log_growth, rtol=0, atol=1e-12)
@@ -193,8 +193,8 @@ def test_gradients_over_time_are_those_of_backpropagation_through_it():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"cotangents": 0}, "cotangents=0"),
-        ({"loss": energy, "cotangents": 2}, "one gradient"),
+        ({"probes": 0}, "probes=0"),
+        ({"loss": energy, "probes": 2}, "one gradient"),
         ({"parameters": True}, "which need a loss"),
     ],
 )

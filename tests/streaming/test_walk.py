@@ -39,7 +39,7 @@ def test_what_is_streamed_is_what_the_whole_model_gives(tmp_path):
     model = tower()
     found = analyze_files(saved(tmp_path, model), tokens(), model=Tower, probes=3, k=2, max_products=200, tol=1e-5)
     flow = traced(model)
-    profile = stabkit.gradient_profile(flow, cotangents=3)
+    profile = stabkit.gradient_profile(flow, probes=3)
     torch.testing.assert_close(found.all_log_growth, profile.all_log_growth, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(found.gradient_norms, profile.gradient_norms, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(found.state_norms, profile.state_norms, rtol=1e-5, atol=1e-5)
