@@ -78,7 +78,7 @@ MODULES = {module_name(path): path for path in FILES}
 
 def package_of(name: str) -> str:
     """The layer that a module belongs to; ``""`` for the front door ``stabkit`` itself."""
-    return (name.split(".") + [""])[1]
+    return [*name.split("."), ""][1]
 
 
 def imported(path: Path) -> list[tuple[str, str]]:
