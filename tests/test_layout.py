@@ -59,6 +59,7 @@ IN_CIRCLES = {
     "stabkit.analysis",
     "stabkit.planning",
     "stabkit.weights",
+    "stabkit.distributed",
     "stabkit.tracing",
     "stabkit.streaming",
     "stabkit.meanfield",
