@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from stabkit.diagnosis import factor
 from stabkit.errors import StabkitError
-from stabkit.report import Report, files, tables
+from stabkit.report import Report, files, formats, tables
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -211,7 +211,7 @@ def _compare(outcomes: list[Outcome], out: Path, console: Console) -> None:
 
 def _sentence(outcome: Outcome) -> str:
     report = outcome.report
-    radius = tables.figures(_median([s.spectral_radius for s in report.steps if s.spectral_radius is not None]))
+    radius = formats.figures(_median([s.spectral_radius for s in report.steps if s.spectral_radius is not None]))
     return (
         f"{outcome.name}: from its last block to its first the gradient changes by a factor of "
         f"{factor(report.total_growth)}; the largest eigenvalue of a block is typically {radius} in size."
@@ -229,12 +229,12 @@ def _figures(outcome: Outcome) -> dict[str, str]:
         "test images right": f"{outcome.accuracy:.1%}",
         "verdict": report.verdict,
         "method of most blocks": max((step.method for step in blocks), key=[s.method for s in blocks].count),
-        "gradient growth, all blocks (nats)": tables.signed(report.total_growth),
-        "  interval over samples": f"{tables.signed(low)} to {tables.signed(high)}",
-        "  per block": tables.signed(report.total_growth / max(len(blocks), 1)),
-        "spectral radius, median": tables.figures(_median(radii)),
-        "largest singular value, median": tables.figures(_median(norms)),
-        "eigenvalues outside the region": tables.percent(_mean(shares)),
+        "gradient growth, all blocks (nats)": formats.signed(report.total_growth),
+        "  interval over samples": f"{formats.signed(low)} to {formats.signed(high)}",
+        "  per block": formats.signed(report.total_growth / max(len(blocks), 1)),
+        "spectral radius, median": formats.figures(_median(radii)),
+        "largest singular value, median": formats.figures(_median(norms)),
+        "eigenvalues outside the region": formats.percent(_mean(shares)),
     }
 
 

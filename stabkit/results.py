@@ -18,25 +18,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from stabkit.errors import ArgumentTypeError, StabkitError
+from stabkit.pictures import PICTURES, default_picture
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-
-# class of result -> the function that draws it; named, not imported: pictures stand above results
-PICTURES = {
-    "AlignmentIndex": "stabkit.plotting:alignment_index",
-    "Attribution": "stabkit.plotting:attribution",
-    "Comparison": "stabkit.plotting:total_growth",
-    "CovariantVectors": "stabkit.plotting:covariant_angles",
-    "ExponentField": "stabkit.plotting:exponent_field",
-    "FiniteTimeExponents": "stabkit.plotting:finite_time",
-    "GradientProfile": "stabkit.plotting:gradient_profile",
-    "LyapunovSpectrum": "stabkit.plotting:lyapunov",
-    "NonNormality": "stabkit.plotting:numerical_range",
-    "Report": "stabkit.plotting:region",
-    "SingularValueDensity": "stabkit.plotting:singular_value_density",
-    "Spectrum": "stabkit.plotting:spectrum",
-}
 
 
 class Result:
@@ -61,12 +46,12 @@ class Result:
         Raises:
             StabkitError: there is no picture of results of this kind.
         """
-        for kind in type(self).__mro__:
-            if kind.__name__ in PICTURES:
-                module, _, function = PICTURES[kind.__name__].partition(":")
-                axes: Axes = getattr(importlib.import_module(module), function)(self, ax)
-                return axes
-        raise StabkitError(f"there is no picture of a {type(self).__name__}; there is one of: {', '.join(PICTURES)}")
+        name = default_picture(type(self))
+        if name is None:
+            drawn = dict.fromkeys(shown for draws in PICTURES.values() for shown in draws)
+            raise StabkitError(f"there is no picture of a {type(self).__name__}; there is one of: {', '.join(drawn)}")
+        axes: Axes = getattr(importlib.import_module("stabkit.plotting"), name)(self, ax)
+        return axes
 
     def _contents(self) -> dict[str, Any]:
         """What ``to_dict`` holds by name: the fields, where a subclass does not add to them."""

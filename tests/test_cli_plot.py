@@ -11,8 +11,10 @@ from torch import nn
 from typer.testing import CliRunner
 
 import stabkit
+from stabkit import plotting
 from stabkit.cli import app
-from stabkit.cli.plot import KINDS, OF_REPORT
+from stabkit.cli.plot import KINDS
+from stabkit.pictures import PICTURES, default_picture
 from tests.report.synthetic import make_chain
 
 PLANAR = """
@@ -30,6 +32,8 @@ def planar():
     torch.manual_seed(0)
     return nn.Sequential(*[Block() for _ in range(3)])
 """
+
+EXPONENTS = ("lyapunov", "convergence", "sums")  # not in a report made by hand
 
 
 @pytest.fixture
@@ -50,7 +54,8 @@ def run(*arguments: str) -> tuple[int, str]:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_kind_is_written(folder: Path, kind: str):
-    source = ["report.json"] if kind in OF_REPORT else ["records.jsonl"] if kind == "training" else []
+    in_report = "Report" in PICTURES[kind] and kind not in EXPONENTS
+    source = ["report.json"] if in_report else ["records.jsonl"] if kind == "training" else []
     code, output = run(*(source or ["planar.py:planar"]), kind, *([] if source else ["--input", "1x2"]))
     assert code == 0, output
     assert (folder / f"{kind}.png").stat().st_size > 1000
@@ -68,7 +73,7 @@ def test_the_growth_of_a_run_is_the_heat_map_of_its_training(folder: Path, sourc
         (["report.json", "regoin"], "did you mean region?"),
         (["missing.json", "region"], "no such file"),
         (["report.json", "training"], "no readable records"),
-        (["records.jsonl", "region"], "of which training and growth are drawn"),
+        (["records.jsonl", "region"], "of which growth and training are drawn"),
         (["records.jsonl", "growth", "--quantity", "groth"], "did you mean 'growth'?"),
         (["planar.py:planar", "field", "--input", "1x2", "--step", "9"], "there is no such step"),
     ],
@@ -110,3 +115,15 @@ def test_the_flow_map_can_move(folder: Path):
     code, output = run("planar.py:planar", "field", "--input", "1x2", "--out", "moving.gif")
     assert code == 2
     assert "only flow-map can be a .gif" in " ".join(output.split())
+
+
+def test_every_plot_is_in_the_table_and_every_entry_is_a_plot():
+    named = {function for draws in PICTURES.values() for function in draws.values()}
+    no_picture_of_a_result = {"animate_flow_map", "compare", "figure_of", "grid_points", "render"}
+    assert named - {"total_growth", "step_growth", "margin"} <= set(plotting.__all__)
+    assert set(plotting.__all__) - no_picture_of_a_result == named
+
+
+@pytest.mark.parametrize("shown", ["Report", "GradientProfile", "Attribution", "LyapunovSpectrum", "Comparison"])
+def test_a_result_is_drawn_by_its_first_picture(shown: str):
+    assert default_picture(type(shown, (), {})) == next(d[shown] for d in PICTURES.values() if shown in d)

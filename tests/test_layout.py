@@ -22,6 +22,7 @@ LAYERS = [
     "errors",
     "statistics",
     "tables",
+    "pictures",
     "results",
     "parallel",
     "vocabulary",
@@ -60,7 +61,6 @@ IN_CIRCLES = {
     "stabkit.planning",
     "stabkit.weights",
     "stabkit.distributed",
-    "stabkit.tracing",
     "stabkit.streaming",
     "stabkit.meanfield",
 }

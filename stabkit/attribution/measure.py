@@ -20,6 +20,7 @@ from stabkit.growth import GradientProfile, gradient_profile
 from stabkit.identification import Identification, by_step, identify
 from stabkit.parallel import SERIAL, Parallel, runs
 from stabkit.tracing import Flow
+from stabkit.tracing.accepted import traced
 from stabkit.tracing.values import random_tensors
 
 
@@ -58,7 +59,8 @@ def attribute(
 
     Raises:
         ArgumentError: an argument is out of range.
-        TraceError: the loss is not a differentiable scalar of the output that the flow leads to.
+        ArgumentTypeError: ``flow`` is no flow.
+        TraceError: it is an iterated map; or the loss is not a differentiable scalar of the output that it leads to.
 
     Example:
         >>> import torch, stabkit
@@ -72,6 +74,7 @@ def attribute(
         >>> round(found.mechanisms[0].largest_step_factor, 6)
         4.0
     """
+    flow = traced(flow, "attribute")
     _check(flow, samples, dense_limit, probes, krylov, confidence)
     budget = Budget(dense_limit, probes, krylov, confidence, samples or flow.batch, seed)
     profile = gradient_profile(flow, loss, seed=seed)

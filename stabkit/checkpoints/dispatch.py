@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,8 @@ from torch import Tensor, nn
 
 from stabkit.checkpoints import adapters, programs
 from stabkit.checkpoints.bounds import bounded_by
+from stabkit.checkpoints.capsule_loading import load_capsule
+from stabkit.checkpoints.capsules import is_capsule
 from stabkit.checkpoints.directories import SINGLE, holds_whole_weights, refuse_other_directories
 from stabkit.checkpoints.distributed import Distributed, Placed, distributed_folder, read_distributed
 from stabkit.checkpoints.files import read_file, regular_file
@@ -61,6 +62,9 @@ class Opened:
         notes: what was done, in sentences.
         folder: the directory it came from, which may say how its inputs are prepared.
         inputs: positional inputs that were saved with it.
+        kwargs: keyword inputs that were saved with it.
+        loss: a callable on the output with the gradient that the loss of the run had there, where that was saved.
+        as_saved: whether it is to run as it was saved, in the same mode and on the same batch.
         non_finite: names of tensors that hold NaN or infinity; None where nobody has looked yet.
         step: what counts the steps of training, and the count.
     """
@@ -70,6 +74,9 @@ class Opened:
     notes: tuple[str, ...]
     folder: Path | None = None
     inputs: tuple[Any, ...] = ()
+    kwargs: dict[str, Any] = field(default_factory=dict)
+    loss: Callable[[Any], Tensor] | None = None
+    as_saved: bool = False
     non_finite: tuple[str, ...] | None = None
     step: tuple[str, float] | None = None
 
@@ -127,6 +134,21 @@ class _Archive:
         return training_step(self.content) or step_in_name(self.path)
 
 
+@dataclass(frozen=True)
+class Format:
+    """A kind of checkpoint.
+
+    Attributes:
+        name: what it is called.
+        holds: whether a path is one, told from names and first bytes alone.
+        open: what reads it.
+    """
+
+    name: str
+    holds: Callable[[Path, Options], bool]
+    open: Callable[[Path, Options], Opened]
+
+
 def open_model(source: str, options: Options) -> Opened:
     """The model behind a source, with its weights.
 
@@ -137,9 +159,15 @@ def open_model(source: str, options: Options) -> Opened:
     path = Path(source).expanduser()
     if not _exists(path) and is_model_name(source):
         return _from_name(source, options)
-    if path.is_dir():
-        return _from_directory(path, options)
-    return _from_file(path, options)
+    return _open(path, options)
+
+
+def _open(path: Path, options: Options) -> Opened:
+    """What the first of ``FORMATS`` that knows the path makes of it."""
+    formats = FOLDERS if path.is_dir() else FILES
+    if formats is FILES:
+        regular_file(path)
+    return next(known for known in formats if known.holds(path, options)).open(path, options)
 
 
 def _exists(path: Path) -> bool:
@@ -160,19 +188,28 @@ def _from_name(text: str, options: Options) -> Opened:
     return Opened(module, name, (f"{name} with its own initial weights, seed {options.seed}",))
 
 
-def _from_file(path: Path, options: Options) -> Opened:
-    regular_file(path)
+def _is_part(path: Path, options: Options) -> bool:
+    """Whether a file says little without the directory that it is in."""
     if path.suffix == ".distcp" or path.name == ".metadata" or path.name.startswith("zero_pp_rank_"):
-        return _from_directory(path.parent, options)
+        return True
     if path.name.endswith(".index.json") or path.name == adapters.CONFIG:
-        return _from_directory(path.parent, options)
-    if path.name.startswith("adapter_model.") and (path.parent / adapters.CONFIG).exists():
-        return _from_directory(path.parent, options)
-    if path.name in SINGLE and options.model is None and _names_architecture(path.parent / "config.json"):
-        return _from_directory(path.parent, options)
-    kind = programs.kind_of(path)
-    if kind is not None:
-        return _from_program(path, kind, options)
+        return True
+    if path.name.startswith("adapter_model."):
+        return (path.parent / adapters.CONFIG).exists()
+    return path.name in SINGLE and options.model is None and _names_architecture(path.parent / "config.json")
+
+
+def _from_capsule(path: Path, options: Options) -> Opened:
+    options.refuse("a capsule", "key", "weights", "base")
+    found = load_capsule(path, options.model, factory_args=options.factory_args, seed=options.seed)
+    return Opened(
+        found.module, found.name, found.notes, inputs=found.inputs, kwargs=found.kwargs, loss=found.loss,
+        as_saved=True, step=("step", found.step),
+    )  # fmt: skip
+
+
+def _from_saved(path: Path, options: Options) -> Opened:
+    """What ``torch.save`` wrote, or safetensors."""
     saved = read_file(path, trust_pickle=options.trust_pickle)
     archive = _Archive(path, saved.content, saved.how)
     if options.model is None and options.trust_pickle:
@@ -183,7 +220,8 @@ def _from_file(path: Path, options: Options) -> Opened:
     return _filled(archive, options)
 
 
-def _from_program(path: Path, kind: str, options: Options) -> Opened:
+def _from_program(path: Path, options: Options) -> Opened:
+    kind = str(programs.kind_of(path))
     options.refuse(f"a {kind}", "key", "weights", "base")
     allowed = options.allow_export if kind == programs.EXPORT else options.allow_torchscript
     program = programs.load_program(path, kind, allowed=allowed)
@@ -205,9 +243,7 @@ def _filled(archive: _Archive, options: Options) -> Opened:
         raise _missing_architecture(archive, options)
     module, name = options.build(options.model)
     if archive.shards is not None and module is not options.model:
-        release_parameters(
-            module
-        )  # its random weights, which would stand beside those that are put together from shards
+        release_parameters(module)  # random weights, which would stand beside those put together from shards
     try:
         taken, notes = choose_weights(found, module, key=options.key, weights=options.weights)
         filled = fill(module, archive.placed(arrange(taken, found, module)), taken.metadata)
@@ -217,29 +253,48 @@ def _filled(archive: _Archive, options: Options) -> Opened:
     return Opened(module, name, said, non_finite=filled.non_finite, step=archive.step)
 
 
-def _from_directory(folder: Path, options: Options) -> Opened:
-    config, told = folder / "config.json", False
-    if not holds_whole_weights(folder):
-        if (sharded := distributed_folder(folder)) is not None:
-            shards = read_distributed(sharded)
-            return _filled(_Archive(sharded, shards.content, "distributed checkpoint (DCP), sharded", shards), options)
-        if (folder / adapters.CONFIG).exists():
-            return _from_adapter(folder, options)
-        refuse_other_directories(folder)
-    if options.model is None and config.exists():
-        content = read_json(config)
-        if "model_type" in content or "architecture" not in content:
-            options.refuse(f"{folder}, whose config.json says it all", "key", "weights", "factory_args", "base")
-            module, name, notes = load_directory(folder, trust_pickle=options.trust_pickle, seed=options.seed)
-            return Opened(module, name, notes, folder, step=step_in_name(folder))
-        options = dataclasses.replace(
-            options, model=f"timm:{content['architecture']}", factory_args=_timm_arguments(content, options)
-        )
-        told = True
+def _is_sharded(folder: Path, options: Options) -> bool:
+    return not holds_whole_weights(folder) and distributed_folder(folder) is not None
+
+
+def _from_shards(folder: Path, options: Options) -> Opened:
+    sharded = distributed_folder(folder) or folder
+    shards = read_distributed(sharded)
+    return _filled(_Archive(sharded, shards.content, "distributed checkpoint (DCP), sharded", shards), options)
+
+
+def _is_adapter(folder: Path, options: Options) -> bool:
+    return not holds_whole_weights(folder) and (folder / adapters.CONFIG).exists()
+
+
+def _says_it_all(folder: Path, options: Options) -> bool:
+    """Whether the config beside the weights is one of transformers, and nobody names another architecture."""
+    if options.model is not None or not (folder / "config.json").exists():
+        return False
+    content = read_json(folder / "config.json")
+    return "model_type" in content or "architecture" not in content
+
+
+def _from_hugging_face(folder: Path, options: Options) -> Opened:
+    options.refuse(f"{folder}, whose config.json says it all", "key", "weights", "factory_args", "base")
+    module, name, notes = load_directory(folder, trust_pickle=options.trust_pickle, seed=options.seed)
+    return Opened(module, name, notes, folder, step=step_in_name(folder))
+
+
+def _from_timm(folder: Path, options: Options) -> Opened:
+    config = folder / "config.json"
+    content = read_json(config)
+    options = dataclasses.replace(
+        options, model=f"timm:{content['architecture']}", factory_args=_timm_arguments(content, options)
+    )
     tensors, origin = read_weights(folder, trust_pickle=options.trust_pickle)
-    with bounded_by(tensors, str(config)) if told else contextlib.nullcontext():
-        opened = _filled(_Archive(folder, tensors, origin), options)
-    return dataclasses.replace(opened, folder=folder)
+    with bounded_by(tensors, str(config)):
+        return dataclasses.replace(_filled(_Archive(folder, tensors, origin), options), folder=folder)
+
+
+def _from_weights(folder: Path, options: Options) -> Opened:
+    tensors, origin = read_weights(folder, trust_pickle=options.trust_pickle)
+    return dataclasses.replace(_filled(_Archive(folder, tensors, origin), options), folder=folder)
 
 
 def _names_architecture(config: Path) -> bool:
@@ -294,3 +349,20 @@ def _missing_architecture(archive: _Archive, options: Options) -> CheckpointErro
         f"pkg.mod:factory, file.py:factory, timm:NAME or torchvision:NAME.{architecture_hint(archive.content)}",
         StoredWeights(archive.placed(taken.tensors), archive.path.name, said),
     )
+
+
+# in the order in which they are asked; the last of each knows everything that is left, or says what it is
+FOLDERS = (
+    Format("capsule of a monitor", lambda path, _: is_capsule(path), _from_capsule),
+    Format("distributed checkpoint (DCP, FSDP)", _is_sharded, _from_shards),
+    Format("LoRA adapter", _is_adapter, _from_adapter),
+    Format("none", lambda path, _: not holds_whole_weights(path), lambda path, _: refuse_other_directories(path)),
+    Format("Hugging Face directory", _says_it_all, _from_hugging_face),
+    Format("timm directory", lambda p, given: given.model is None and (p / "config.json").exists(), _from_timm),
+    Format("weights in a directory", lambda path, _: True, _from_weights),
+)
+FILES = (
+    Format("file of a directory", _is_part, lambda path, options: _open(path.parent, options)),
+    Format("torch.export program or TorchScript", lambda path, _: programs.kind_of(path) is not None, _from_program),
+    Format("torch.save, safetensors", lambda path, _: True, _from_saved),
+)

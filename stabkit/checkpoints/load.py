@@ -10,8 +10,6 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from stabkit.checkpoints.capsule_loading import load_capsule
-from stabkit.checkpoints.capsules import is_capsule
 from stabkit.checkpoints.dispatch import Opened, Options, open_model
 from stabkit.checkpoints.inputs import Input, Inputs, make_inputs
 from stabkit.checkpoints.matching import non_finite
@@ -125,33 +123,29 @@ def load(
     options = Options(
         model, base, key, weights, dict(factory_args or {}), trust_pickle, allow_export, allow_torchscript, seed
     )
-    if is_capsule(source):
-        return _recalled(str(source), options, input)
     opened = open_model(str(source), options)
+    if opened.as_saved and input is not None:
+        raise CheckpointError(f"{source} is a capsule, which holds the batch of its step; leave the input out")
     return _with_input(str(source), opened, input, seed)
 
 
-def _recalled(source: str, options: Options, given: Input | None) -> Loaded:
-    """The model of a capsule, in the mode that it was in, with the batch and the loss of its step."""
-    if given is not None:
-        raise CheckpointError(f"{source} is a capsule, which holds the batch of its step; leave the input out")
-    options.refuse("a capsule", "key", "weights", "base")
-    found = load_capsule(source, options.model, factory_args=options.factory_args, seed=options.seed)
-    lines = "\n".join([f"source: {source}", *found.notes])
-    bad = non_finite(found.module)
-    return Loaded(found.module, found.inputs, found.kwargs, found.name, lines, bad, ("step", found.step), found.loss)
-
-
 def _with_input(source: str, opened: Opened, given: Input | None, seed: int) -> Loaded:
-    _set_evaluation(opened.module)
-    if given is None and opened.inputs:
-        made = Inputs(opened.inputs, "the example that was saved with the program")
+    said = [f"source: {source}", *opened.notes]
+    if opened.as_saved:
+        made = Inputs(opened.inputs, "", opened.kwargs)
     else:
-        processor = read_processor(opened.folder) if opened.folder is not None else None
-        made = make_inputs(opened.module, given, name=opened.name, seed=seed, processor=processor)
-    lines = [f"source: {source}", *opened.notes, f"input: {made.how}"]
+        _set_evaluation(opened.module)
+        made = _made(opened, given, seed)
+        said.append(f"input: {made.how}")
     bad = non_finite(opened.module) if opened.non_finite is None else opened.non_finite
-    return Loaded(opened.module, made.args, made.kwargs, opened.name, "\n".join(lines), bad, opened.step)
+    return Loaded(opened.module, made.args, made.kwargs, opened.name, "\n".join(said), bad, opened.step, opened.loss)
+
+
+def _made(opened: Opened, given: Input | None, seed: int) -> Inputs:
+    if given is None and opened.inputs:
+        return Inputs(opened.inputs, "the example that was saved with the program")
+    processor = read_processor(opened.folder) if opened.folder is not None else None
+    return make_inputs(opened.module, given, name=opened.name, seed=seed, processor=processor)
 
 
 def _set_evaluation(module: nn.Module) -> None:

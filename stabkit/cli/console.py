@@ -87,7 +87,7 @@ def progress_bar() -> Iterator[Any]:
     """A bar on standard error, on a terminal only; yields ``progress(done, total, name)``."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-    from stabkit.report.tables import printable
+    from stabkit.report.formats import printable
 
     console = screen(stderr=True)
     columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())

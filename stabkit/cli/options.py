@@ -248,8 +248,8 @@ class Output(JsonOutput):
 
     def _check_fail_on(self) -> None:
         """A misspelt word would never be found, and so never fail."""
+        from stabkit.diagnosis.kinds import FINDINGS, SEVERITIES
         from stabkit.errors import StabkitError
-        from stabkit.report.schema import FINDINGS, SEVERITIES
 
         accepted = (*SEVERITIES, *FINDINGS)
         if self.fail_on is None or self.fail_on.replace("-", "_") in accepted:
@@ -260,12 +260,9 @@ class Output(JsonOutput):
 
     def accuses(self, kind: str, severity: str) -> bool:
         """Whether ``--fail-on`` names a finding of this kind and severity."""
-        from stabkit.report.schema import SEVERITIES
+        from stabkit.diagnosis.kinds import accused
 
-        wanted = None if self.fail_on is None else self.fail_on.replace("-", "_")
-        if wanted in SEVERITIES:
-            return SEVERITIES.index(severity) >= SEVERITIES.index(wanted)
-        return wanted == kind
+        return accused(self.fail_on, kind, severity)
 
 
 def _json_object(option: str, text: str | None) -> dict[str, Any]:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Sequence
+import functools
+import inspect
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -11,32 +14,115 @@ import typer
 
 from stabkit.cli.console import say, screen, stdout_to_stderr
 from stabkit.cli.options import Loading, command
+from stabkit.pictures import PICTURES
 
 if TYPE_CHECKING:
     import torch
     from matplotlib.figure import Figure
 
     from stabkit.checkpoints import Loaded
+    from stabkit.jacobians import Jacobian
+    from stabkit.tracing import FlowLike
 
-# what is drawn of a report (of a model by analysing it), of the records of a monitor, and of a model that is run again
-OF_REPORT = {
-    "region": "region",
-    "discs": "sliding_disc",
-    "spectra": "ridgelines",
-    "growth": "growth",
-    "attribution": "attribution",
-    "gradients": "gradients",
-    "norms": "norms",
-    "graph": "graph",
-    "overview": "overview",
+
+@dataclass(frozen=True)
+class _Source:
+    """A model that something is drawn of; what a picture needs is made from it."""
+
+    loaded: Loaded
+    step: str | None
+    count: int | None
+    seed: int
+
+    @functools.cached_property
+    def flow(self) -> FlowLike:
+        """Over depth, or over time where the model is a recurrent module."""
+        import torch
+
+        from stabkit.tracing import recurrent_flow, trace
+
+        model, inputs, kwargs = self.loaded.model, self.loaded.inputs, self.loaded.kwargs
+        if isinstance(model, torch.nn.RNNBase | torch.nn.RNNCellBase):
+            return recurrent_flow(model, *inputs, **kwargs)
+        return trace(model, *inputs, kwargs=kwargs, seed=self.seed)
+
+    @property
+    def jacobian(self) -> Jacobian:
+        """Of the step that ``--step`` names."""
+        steps = self.flow.steps
+        return steps[_index(steps, self.step)].jacobian()
+
+    @property
+    def plane(self) -> torch.Tensor:
+        """The input of a model of two numbers, which has their dtype."""
+        import torch
+
+        from stabkit.errors import ReportError
+
+        given = self.loaded.inputs[0] if self.loaded.inputs else None
+        if not isinstance(given, torch.Tensor) or given.dim() != 2 or given.shape[1] != 2:
+            found = "none" if given is None else str(tuple(getattr(given, "shape", ())))
+            raise ReportError(f"needs a model of two numbers, --input 1x2; the input here is {found}")
+        return given
+
+    def report(self) -> Any:
+        """What `stabkit analyze` says of it."""
+        from stabkit.analysis import analyze
+
+        loaded = self.loaded
+        return analyze(loaded.model, *loaded.inputs, kwargs=loaded.kwargs, seed=self.seed, name=loaded.name)
+
+    def grid(self, **lines: int) -> Any:
+        """The flow of a grid of points, whatever the input is."""
+        from stabkit import plotting
+        from stabkit.tracing import trace
+
+        return trace(self.loaded.model, plotting.grid_points(**lines).to(self.plane.dtype))
+
+    def exponent_field(self) -> Any:
+        """The largest finite-time exponent over the plane."""
+        import torch
+
+        from stabkit import growth
+        from stabkit.tracing import trace
+
+        zero, axes = self.plane.new_zeros(2), torch.eye(2, dtype=self.plane.dtype)
+        square = (-2.0, 2.0, -2.0, 2.0)
+        return growth.exponent_field(lambda x: trace(self.loaded.model, x), zero, (axes[0], axes[1]), extent=square)
+
+
+def _of_growth(name: str, source: _Source) -> Any:
+    from stabkit import growth
+
+    return getattr(growth, name)(source.flow, source.count, seed=source.seed)
+
+
+def _of_jacobian(name: str, source: _Source) -> Any:
+    from stabkit import jacobians
+
+    return getattr(jacobians, name)(source.jacobian)
+
+
+# class of what is drawn -> how it is made from a model
+_MAKERS: dict[str, Callable[[_Source], Any]] = {
+    "Report": _Source.report,
+    "Spectrum": functools.partial(_of_jacobian, "eigenvalues"),
+    "Jacobian": lambda source: source.jacobian,
+    "NonNormality": functools.partial(_of_jacobian, "non_normality"),
+    "SingularValueDensity": functools.partial(_of_jacobian, "singular_value_density"),
+    "LyapunovSpectrum": functools.partial(_of_growth, "lyapunov_spectrum"),
+    "FiniteTimeExponents": functools.partial(_of_growth, "finite_time_exponents"),
+    "Flow": lambda source: source.flow,
+    "Grid": _Source.grid,
+    "Lattice": lambda source: source.grid(lines=15, along=15),
+    "ExponentField": _Source.exponent_field,
 }
-OF_RECORDS = ("training", "growth")
-OF_STEP = {"spectrum": "spectrum", "pseudospectra": "pseudospectra"}
-OF_EXPONENTS = {"lyapunov": "lyapunov", "convergence": "lyapunov_convergence", "sums": "sum_rule"}
-OF_PLANE = ("flow-map", "field", "exponents")
-KINDS = (*OF_REPORT, "training", *OF_STEP, *OF_EXPONENTS, "portrait", *OF_PLANE)
-IN_REPORT = (*OF_REPORT, "spectrum", *OF_EXPONENTS)
-RECURRENT = ("RNN", "LSTM", "GRU", "RNNCell", "LSTMCell", "GRUCell")
+# exponents are in a report as well, but of a model they are had without one; else the first class that can be made
+_PREFERRED = ("LyapunovSpectrum", "Report")
+_STORED = ("Report", "StepReport")
+KINDS = tuple(kind for kind, draws in PICTURES.items() if {*draws} & {*_MAKERS, "Records"})
+IN_REPORT = tuple(kind for kind, draws in PICTURES.items() if {*draws} & {*_STORED})
+IN_RECORDS = tuple(kind for kind, draws in PICTURES.items() if "Records" in draws)
 
 
 @command
@@ -56,11 +142,9 @@ def plot(
         typer.Option(help="A .png, .svg or .pdf file, KIND.png by default; flow-map also .gif.", metavar="FILE"),
     ] = None,
     step: Annotated[
-        str | None, typer.Option(help="Which step spectrum, pseudospectra and field show: its name or number.")
+        str | None, typer.Option(help="Which step is shown, where a picture shows one: its name or number.")
     ] = None,
-    count: Annotated[
-        int | None, typer.Option("--k", help="How many exponents lyapunov, convergence and sums take.")
-    ] = None,
+    count: Annotated[int | None, typer.Option("--k", help="How many exponents are taken.")] = None,
     quantity: Annotated[
         str, typer.Option(help="What growth and training show of a run: growth, gradient_norm, update_ratio, ...")
     ] = "growth",
@@ -81,11 +165,11 @@ def plot(
         figure = _of_report(source, kind, step)
     else:
         with stdout_to_stderr():
-            loaded = loading.load(source)
+            made = _Source(loading.load(source), step, count, loading.seed)
             if target.suffix.lower() == ".gif":
-                say(screen(), f"wrote {_animation(loaded, kind, target)}")
+                say(screen(), f"wrote {_animation(made, kind, target)}")
                 return
-            figure = _of_model(loaded, kind, step, count, loading.seed)
+            figure = _of_model(made, kind)
     say(screen(), f"wrote {files.write_figure(figure, target)}")
 
 
@@ -102,7 +186,6 @@ def _is_report(source: str, kind: str, model: str | None) -> bool:
 
 
 def _of_report(source: str, kind: str, step: str | None) -> Figure:
-    from stabkit import plotting
     from stabkit.errors import ReportError
     from stabkit.report import Report
 
@@ -113,106 +196,63 @@ def _of_report(source: str, kind: str, step: str | None) -> Figure:
             f"analyze: stabkit plot MODEL {kind} --input SHAPE"
         )
     try:
-        if kind == "spectrum":
-            return _figure(plotting.spectrum(report.steps[_index(report.steps, step, "z")]))
-        return _figure(getattr(plotting, {**OF_REPORT, **OF_EXPONENTS}[kind])(report))
+        if "Report" in PICTURES[kind]:
+            return _drawn(kind, "Report", report)
+        return _drawn(kind, "StepReport", report.steps[_index(report.steps, step, "z")])
     except ValueError as error:
         raise ReportError(f"{kind} of {source}: {error}") from error
 
 
 def _of_run(source: str, kind: str, quantity: str) -> Figure:
-    from stabkit import plotting
     from stabkit.errors import ReportError
     from stabkit.monitor import read_records
 
-    if kind not in OF_RECORDS:
+    if kind not in IN_RECORDS:
         raise ReportError(
-            f"{source} is what a monitor wrote, of which {' and '.join(OF_RECORDS)} are drawn (--quantity says what); "
+            f"{source} is what a monitor wrote, of which {' and '.join(IN_RECORDS)} are drawn (--quantity says what); "
             f"{kind} needs a report or a model"
         )
     try:
-        return _figure(plotting.training(read_records(source), quantity=quantity))
+        return _drawn(kind, "Records", read_records(source), quantity=quantity)
     except ValueError as error:
         raise ReportError(f"{source}: {error}") from error
 
 
-def _of_model(loaded: Loaded, kind: str, step: str | None, count: int | None, seed: int) -> Figure:
-    from stabkit import growth, jacobians, plotting
+def _of_model(source: _Source, kind: str) -> Figure:
     from stabkit.errors import ReportError
-    from stabkit.tracing import Flow, Iteration, recurrent_flow, trace
 
-    flow: Flow | Iteration
+    draws = PICTURES[kind]
+    shown = next(name for name in (*_PREFERRED, *draws) if name in draws and name in _MAKERS)
     try:
-        if kind in OF_REPORT:
-            from stabkit.analysis import analyze
-
-            report = analyze(loaded.model, *loaded.inputs, kwargs=loaded.kwargs, seed=seed, name=loaded.name)
-            return _figure(getattr(plotting, OF_REPORT[kind])(report))
-        if kind in OF_PLANE:
-            return _of_plane(loaded, kind, step)
-        if kind in ("portrait", *OF_EXPONENTS) and type(loaded.model).__name__ in RECURRENT:
-            flow = recurrent_flow(loaded.model, *loaded.inputs, **loaded.kwargs)
-        else:
-            flow = trace(loaded.model, *loaded.inputs, kwargs=loaded.kwargs, seed=seed)
-        if kind == "portrait":
-            return _figure(plotting.phase_portrait(flow))
-        if kind in OF_EXPONENTS:
-            exponents = growth.lyapunov_spectrum(flow, count, seed=seed)
-            return _figure(getattr(plotting, OF_EXPONENTS[kind])(exponents))
-        J = flow.steps[_index(flow.steps, step)].jacobian()
-        return _figure(
-            plotting.pseudospectra(J) if kind == "pseudospectra" else plotting.spectrum(jacobians.eigenvalues(J))
-        )
-    except ValueError as error:
-        raise ReportError(f"{kind} of {loaded.name}: {error}") from error
+        result = _MAKERS[shown](source)
+        step = _index(result.steps, source.step) if shown == "Lattice" else 0
+        return _drawn(kind, shown, result, step=step)
+    except (ValueError, ReportError) as error:
+        raise ReportError(f"{kind} of {source.loaded.name}: {error}") from error
 
 
-def _animation(loaded: Loaded, kind: str, path: Path) -> Path:
+def _drawn(kind: str, shown: str, result: Any, **options: Any) -> Figure:
+    """The picture of a result; of the options, those that its function takes."""
+    from stabkit import plotting
+
+    draw = getattr(plotting, PICTURES[kind][shown])
+    taken = inspect.signature(draw).parameters
+    drawn = draw(result, **{name: value for name, value in options.items() if name in taken})
+    figure: Figure = drawn if hasattr(drawn, "savefig") else plotting.figure_of(drawn)
+    return figure
+
+
+def _animation(source: _Source, kind: str, path: Path) -> Path:
     """The flow map as a moving picture."""
     from stabkit import plotting
     from stabkit.errors import ReportError
-    from stabkit.tracing import trace
 
     if kind != "flow-map":
         raise ReportError(f"--out {path}: only flow-map can be a .gif; for {kind} use .png, .svg or .pdf")
-    points = plotting.grid_points().to(_planar_input(loaded, kind).dtype)
     try:
-        return plotting.animate_flow_map(trace(loaded.model, points), path)
-    except (ValueError, OSError) as error:
-        raise ReportError(f"{kind} of {loaded.name}: {error}") from error
-
-
-def _planar_input(loaded: Loaded, kind: str) -> torch.Tensor:
-    import torch
-
-    from stabkit.errors import ReportError
-
-    given = loaded.inputs[0] if loaded.inputs else None
-    if not isinstance(given, torch.Tensor) or given.dim() != 2 or given.shape[1] != 2:
-        found = "none" if given is None else str(tuple(getattr(given, "shape", ())))
-        raise ReportError(f"{kind} needs a model of two numbers, --input 1x2; the input here is {found}")
-    return given
-
-
-def _of_plane(loaded: Loaded, kind: str, step: str | None) -> Figure:
-    """Pictures of a model of two numbers: the points are those of a grid, whatever the input is."""
-    import torch
-
-    from stabkit import growth, plotting
-    from stabkit.tracing import trace
-
-    given = _planar_input(loaded, kind)
-    if kind == "exponents":
-        axes = torch.eye(2, dtype=given.dtype)
-        field = growth.exponent_field(
-            lambda points: trace(loaded.model, points), torch.zeros(2, dtype=given.dtype), (axes[0], axes[1]),
-            extent=(-2.0, 2.0, -2.0, 2.0),
-        )  # fmt: skip
-        return _figure(plotting.exponent_field(field))
-    if kind == "flow-map":
-        return _figure(plotting.flow_map(trace(loaded.model, plotting.grid_points().to(given.dtype))))
-    flow = trace(loaded.model, plotting.grid_points(lines=15, along=15).to(given.dtype))
-    return _figure(plotting.vector_field(flow, step=_index(flow.steps, step)))
+        return plotting.animate_flow_map(source.grid(), path)
+    except (ValueError, OSError, ReportError) as error:
+        raise ReportError(f"{kind} of {source.loaded.name}: {error}") from error
 
 
 def _index(steps: Sequence[Any], step: str | None, needed: str = "kind") -> int:
@@ -230,10 +270,3 @@ def _index(steps: Sequence[Any], step: str | None, needed: str = "kind") -> int:
     more = ", ..." if len(names) > 8 else ""
     guess = f"; did you mean {near[0]}?" if near else f"; the steps are {', '.join(names[:8])}{more}"
     raise ReportError(f"--step {step!r}: there is no such step{guess}")
-
-
-def _figure(drawn: Any) -> Figure:
-    from stabkit import plotting
-
-    figure: Figure = drawn if hasattr(drawn, "savefig") else plotting.figure_of(drawn)
-    return figure

@@ -8,7 +8,7 @@ import math
 from typing import Any
 
 from stabkit.comparison.result import Comparison, Snapshot
-from stabkit.report.tables import figures, middle, percent, printable, signed
+from stabkit.report.formats import figures, middle, percent, printable, signed
 
 _NAME = 34
 TITLES = (

@@ -8,7 +8,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from stabkit.diagnosis.finding import KINDS, Finding
+from stabkit.diagnosis.finding import Finding
+from stabkit.diagnosis.kinds import FINDINGS, SEVERITIES, VERDICTS
 from stabkit.diagnosis.thresholds import Thresholds
 from stabkit.diagnosis.verdict import Array, Verdict, bootstrap_interval, factor, judge, stretch_of_blocks
 
@@ -33,7 +34,9 @@ _LAZY = {
 }
 
 __all__ = [
-    "KINDS",
+    "FINDINGS",
+    "SEVERITIES",
+    "VERDICTS",
     "Array",
     "Diagnosis",
     "Finding",

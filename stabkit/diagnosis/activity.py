@@ -73,7 +73,7 @@ def _activity(flow: Flow, segment: Segment, node: Node) -> Activity:
     two_sided = name in TWO_SIDED or (name == "Hardtanh" and float(getattr(node, "_saved_min_val", 0.0)) < 0)
     return Activity(
         operation=name,
-        module_path=flow._recording.path_at(node._sequence_nr()),
+        module_path=flow.recorded.path_of(node),
         units=rows.shape[0],
         observations=rows.shape[1],
         dead=0.0 if two_sided else float(flat.all(1).float().mean()),

@@ -12,10 +12,10 @@ import torch
 from stabkit.diagnosis import remedies
 from stabkit.diagnosis.collapse import Spread
 from stabkit.diagnosis.finding import Finding
-from stabkit.diagnosis.measurement import AnyFlow, Measurement
+from stabkit.diagnosis.measurement import Measurement
 from stabkit.diagnosis.thresholds import Thresholds
 from stabkit.diagnosis.verdict import bootstrap_interval
-from stabkit.tracing import Iteration
+from stabkit.tracing import FlowLike, Iteration
 
 _BOUNDED = 0.1  # slope of log |x|, as a fraction of the exponent, under which states count as bounded
 _PERTURBATIONS = (1e-6, 1e-4, 1e-2)  # of the finite-size test, relative to the state
@@ -47,7 +47,12 @@ class Chaos:
 
 
 def chaos_finding(
-    flow: AnyFlow, measurement: Measurement, spread: Spread, stretch: tuple[int, int], thresholds: Thresholds, seed: int
+    flow: FlowLike,
+    measurement: Measurement,
+    spread: Spread,
+    stretch: tuple[int, int],
+    thresholds: Thresholds,
+    seed: int,
 ) -> list[Finding]:
     """Chaos of a tied map, or of at least ``thresholds.homogeneous`` alike layers; nothing is said of other flows.
 
@@ -56,7 +61,7 @@ def chaos_finding(
     """
     first, last = stretch
     rows = measurement.growth[first : last + 1]
-    tied = isinstance(flow, Iteration)
+    tied = flow.over_time
     if not np.isfinite(rows).all() or not (tied or _homogeneous(measurement, stretch, thresholds)):
         return []
     settled = rows[: max(len(rows) * 4 // 5, 1)].mean(axis=0)  # gradients come from the end
@@ -114,7 +119,7 @@ def _flat(flow: Iteration, start: tuple[torch.Tensor, ...]) -> torch.Tensor:
     return torch.stack(flat).to(torch.float64)
 
 
-def recurrent_matrices(flow: Iteration) -> dict[str, float]:
+def recurrent_matrices(flow: FlowLike) -> dict[str, float]:
     """Matrices that act on the state, with the log of the gain that their size means, nats.
 
     Those are the ``weight_hh`` of torch's cells, or else the square ones.
@@ -127,11 +132,11 @@ def recurrent_matrices(flow: Iteration) -> dict[str, float]:
 
 
 def _finding(
-    flow: AnyFlow, measurement: Measurement, stretch: tuple[int, int], found: Chaos, thresholds: Thresholds
+    flow: FlowLike, measurement: Measurement, stretch: tuple[int, int], found: Chaos, thresholds: Thresholds
 ) -> Finding:
     first, last = stretch
     steps = measurement.steps[first : last + 1]
-    tied = recurrent_matrices(flow) if isinstance(flow, Iteration) else None
+    tied = recurrent_matrices(flow) if flow.over_time else None
     growth = float(measurement.growth[first : last + 1].mean(axis=1).sum())
     remedy = remedies.for_stretch(steps, growth, thresholds.stable, tied)
     low, high = found.interval

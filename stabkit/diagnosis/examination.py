@@ -13,9 +13,10 @@ from stabkit.diagnosis.chaos import chaos_finding, recurrent_matrices
 from stabkit.diagnosis.collapse import collapse_finding, precision_findings, spread, underflow
 from stabkit.diagnosis.dead_units import dead_findings, saturated_findings
 from stabkit.diagnosis.depth_findings import growth_finding, mechanism_findings, transient
-from stabkit.diagnosis.finding import SEVERITIES, Finding, serious
+from stabkit.diagnosis.finding import Finding, serious
+from stabkit.diagnosis.kinds import FINDINGS, rank
 from stabkit.diagnosis.low_rank import rank_findings
-from stabkit.diagnosis.measurement import AnyFlow, Measurement, measure
+from stabkit.diagnosis.measurement import Measurement, measure
 from stabkit.diagnosis.non_finite import all_finite, non_finite_findings
 from stabkit.diagnosis.outlier_blocks import local_findings
 from stabkit.diagnosis.structure import missing_norm_findings, missing_skip_findings
@@ -24,7 +25,8 @@ from stabkit.diagnosis.verdict import Verdict, judge
 from stabkit.growth.rate_laws import rate_law
 from stabkit.identification import Identification, by_step, identify
 from stabkit.parallel import SERIAL, Parallel
-from stabkit.tracing import Flow, Iteration
+from stabkit.tracing import Flow, FlowLike
+from stabkit.tracing.accepted import check_flow
 
 _FEWEST_RATES = 6  # steps that telling a power from an exponential needs
 _DENSE = 512  # states up to this size have their whole spectrum computed when growth must be explained
@@ -46,7 +48,7 @@ class Diagnosis:
 
 
 def diagnose(
-    flow: AnyFlow,
+    flow: FlowLike,
     loss: object = None,
     *,
     thresholds: Thresholds | None = None,
@@ -68,6 +70,7 @@ def diagnose(
         seed: of every random choice.
 
     Raises:
+        ArgumentTypeError: ``flow`` is something else.
         TraceError: the loss is not a differentiable scalar of the output that the flow leads to.
 
     Example:
@@ -83,7 +86,7 @@ def diagnose(
 
 
 def examine(
-    flow: AnyFlow,
+    flow: FlowLike,
     loss: object = None,
     *,
     thresholds: Thresholds | None = None,
@@ -103,6 +106,7 @@ def examine(
         methods: those of `stabkit.identify`, where they are known.
         parallel: who measures what.
     """
+    check_flow(flow)
     limits = thresholds or Thresholds()
     measurement = measure(flow, loss, probes=probes, seed=seed, parallel=parallel)
     verdict = judge(measurement.growth, measurement.kinds, limits, seed)
@@ -116,7 +120,7 @@ def examine(
     found = list(blocks)
     blamed = {index for finding in blocks for index in finding.steps}
     found += saturated_findings(measurement, limits, blamed)
-    tied = recurrent_matrices(flow) if isinstance(flow, Iteration) else {}
+    tied = recurrent_matrices(flow) if flow.over_time else {}
     if not explained:
         found += growth_finding(verdict, measurement, tied, limits, seed)
         found += _mechanism(flow, verdict, measurement, limits, methods)
@@ -157,7 +161,7 @@ def _by_rate_law(verdict: Verdict, measurement: Measurement, limits: Thresholds)
     )
 
 
-def _block_findings(flow: AnyFlow, measurement: Measurement, limits: Thresholds) -> list[Finding]:
+def _block_findings(flow: FlowLike, measurement: Measurement, limits: Thresholds) -> list[Finding]:
     """Single blocks at fault, one finding each: what says most about the cause goes first."""
     local = local_findings(measurement, limits)
     by_weight = [finding for finding in local if any("weight_deviation" in key for key in finding.numbers)]
@@ -195,7 +199,7 @@ def _accounts(blocks: Sequence[Finding], passing: Finding, limits: Thresholds) -
 
 
 def _mechanism(
-    flow: AnyFlow,
+    flow: FlowLike,
     verdict: Verdict,
     measurement: Measurement,
     limits: Thresholds,
@@ -230,8 +234,7 @@ def _renamed(verdict: Verdict, name: str, evidence: str) -> Verdict:
 
 
 def _ordered(found: Sequence[Finding]) -> list[Finding]:
-    """Blocks at fault first, then the worst; what a dtype cannot hold is a consequence, wherever it shows."""
-    worth = {severity: -rank for rank, severity in enumerate(SEVERITIES)}
-    blocks = [f for f in found if len(f.steps) <= 2 and serious(f) and f.kind != "precision_loss"]
-    rest = sorted((f for f in found if f not in blocks), key=lambda f: worth[f.severity])
+    """Blocks at fault first, then the worst; a consequence never goes before its cause."""
+    blocks = [f for f in found if len(f.steps) <= 2 and serious(f) and not FINDINGS[f.kind].consequence]
+    rest = sorted((f for f in found if f not in blocks), key=lambda f: -rank(f.severity))
     return [*blocks, *rest]

@@ -6,22 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from stabkit.diagnosis.kinds import FINDINGS, SEVERITIES, rank
+from stabkit.errors import ArgumentError
 from stabkit.results import Result
-
-KINDS = (
-    "exploding",
-    "vanishing",
-    "unstable_step",
-    "overdamped",
-    "dead",
-    "saturated",
-    "transient_growth",
-    "chaotic",
-    "rank_collapse",
-    "non_finite",
-    "precision_loss",
-)
-SEVERITIES = ("info", "warning", "critical")  # in rising order
 
 Action = Mapping[str, Any]
 
@@ -31,8 +18,8 @@ class Finding(Result):
     """One diagnosed fact.
 
     Attributes:
-        kind: one of `KINDS`.
-        severity: ``"info"``, ``"warning"`` or ``"critical"``.
+        kind: one of `stabkit.diagnosis.FINDINGS`.
+        severity: one of `stabkit.diagnosis.SEVERITIES`.
         steps: indices of the steps where it happens.
         module_path: the module at fault, or the one that contributes most.
         confidence: how sure the finding is, 0 to 1.
@@ -42,6 +29,9 @@ class Finding(Result):
         numbers: the numbers behind it, by name.
         actions: the remedy as data, each of one of the forms that `stabkit.diagnosis.apply` carries out, such as
             ``{"action": "scale", "parameter": "layers.3.weight", "factor": 0.2}``.
+
+    Raises:
+        ArgumentError: ``kind`` or ``severity`` is no word of the diagnosis.
     """
 
     kind: str
@@ -55,7 +45,12 @@ class Finding(Result):
     numbers: Mapping[str, float] = field(default_factory=dict, compare=False)
     actions: tuple[Action, ...] = field(default=(), compare=False)
 
+    def __post_init__(self) -> None:
+        for name, value, known in (("kind", self.kind, FINDINGS), ("severity", self.severity, SEVERITIES)):
+            if value not in known:
+                raise ArgumentError(f"{name}={value!r}; accepted: {', '.join(map(repr, known))}")
+
 
 def serious(finding: Finding) -> bool:
     """Whether it is a warning or worse."""
-    return SEVERITIES.index(finding.severity) >= SEVERITIES.index("warning")
+    return rank(finding.severity) >= rank("warning")

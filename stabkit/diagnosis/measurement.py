@@ -19,15 +19,11 @@ from stabkit.diagnosis.activity import Activity, activities
 from stabkit.diagnosis.branches import Merge, merges
 from stabkit.diagnosis.weights import Weight, ends_in_norm, norms_in, weights_of
 from stabkit.parallel import SERIAL, Parallel, runs
-from stabkit.tracing import Flow, Iteration, State, Step
-from stabkit.tracing.map_states import MapState, MapStep
+from stabkit.tracing import Flow, FlowLike, StateLike, Step, StepLike
 from stabkit.tracing.samples import scale
 
 Array = npt.NDArray[np.float64]
 Mask = npt.NDArray[np.bool_]
-AnyFlow = Flow | Iteration
-AnyState = State | MapState
-AnyStep = Step | MapStep
 
 
 @dataclass(frozen=True)
@@ -113,7 +109,7 @@ class Measurement:
 
 
 def measure(
-    flow: AnyFlow, loss: object = None, *, probes: int = 4, seed: int = 0, parallel: Parallel = SERIAL
+    flow: FlowLike, loss: object = None, *, probes: int = 4, seed: int = 0, parallel: Parallel = SERIAL
 ) -> Measurement:
     """Growth, gains, branches, activity and weights of every step.
 
@@ -148,7 +144,7 @@ class _Walk:
 
 
 def _shared_walks(
-    flow: AnyFlow, loss: object, seeds: Sequence[int], seed: int, parallel: Parallel
+    flow: FlowLike, loss: object, seeds: Sequence[int], seed: int, parallel: Parallel
 ) -> tuple[_Walk, list[StepMeasurement]]:
     """Everyone walks back with some of the cotangents and measures some of the steps on the way."""
     count = len(flow.steps)
@@ -173,7 +169,7 @@ def _beside(walks: Sequence[_Walk]) -> _Walk:
 
 
 def _walk(
-    flow: AnyFlow, loss: object, seeds: Sequence[int], wanted: Container[int], seed: int
+    flow: FlowLike, loss: object, seeds: Sequence[int], wanted: Container[int], seed: int
 ) -> tuple[_Walk | None, list[StepMeasurement]]:
     """One walk back with one cotangent a seed, which measures the steps that are wanted; no walk without seeds."""
     cotangents = [_Carried(flow.states[-1], flow.cotangent(loss, seed=each)) for each in seeds]
@@ -182,7 +178,7 @@ def _walk(
     growth: list[list[Array]] = []
     measured: list[StepMeasurement] = []
     restarts = []
-    steps: Sequence[AnyStep] = flow.steps
+    steps: Sequence[StepLike] = flow.steps
     for step in reversed(steps):
         if not (cotangents or step.index in wanted):
             continue
@@ -210,7 +206,7 @@ class _Carried:
     """
 
     def __init__(
-        self, state: AnyState, tensors: Sequence[Tensor], shift: Array | None = None, silent: Mask | None = None
+        self, state: StateLike, tensors: Sequence[Tensor], shift: Array | None = None, silent: Mask | None = None
     ) -> None:
         norms = _norms(state, tensors)
         self.state = state
@@ -243,7 +239,7 @@ class _Carried:
         return _Carried(self.state, [t.squeeze(0) for t in mixed], self.shift, self.silent)
 
 
-def _norms(state: AnyState, tensors: Sequence[Tensor]) -> Array:
+def _norms(state: StateLike, tensors: Sequence[Tensor]) -> Array:
     columns = state.space.flatten([t.detach().unsqueeze(0) for t in tensors]).squeeze(-1)
     norms: Array = torch.linalg.vector_norm(columns.to(torch.float64), dim=1).cpu().numpy()
     return norms
@@ -255,21 +251,21 @@ def _difference(numerator: Array, denominator: Array) -> Array:
         return numerator - denominator
 
 
-def _drawn(state: AnyState, seed: int) -> list[Tensor]:
+def _drawn(state: StateLike, seed: int) -> list[Tensor]:
     generator = torch.Generator().manual_seed(seed)
     space = state.space
     columns = torch.randn(space.batch, space.size, 1, generator=generator, dtype=torch.float64)
     return [t.squeeze(0) for t in space.unflatten(columns.to(device=space.device, dtype=space.dtype))]
 
 
-def log_rms(state: AnyState) -> Array:
+def log_rms(state: StateLike) -> Array:
     """Log of the root mean square of a state's entries, per sample."""
     flat = state.flatten().detach().to(torch.float64)
     with np.errstate(divide="ignore"):
         return np.asarray(flat.square().mean(1).sqrt().log().cpu().numpy())
 
 
-def _pullback(step: AnyStep) -> Callable[[Sequence[Tensor]], list[Tensor]]:
+def _pullback(step: StepLike) -> Callable[[Sequence[Tensor]], list[Tensor]]:
     """Products with J^T of one step; a step of an iterated map is recorded once for all of them."""
     if isinstance(step, Step):
         return step.vjp
@@ -283,7 +279,7 @@ def _pullback(step: AnyStep) -> Callable[[Sequence[Tensor]], list[Tensor]]:
 
 
 def _measure_step(
-    flow: AnyFlow, step: AnyStep, pull: Callable[[Sequence[Tensor]], list[Tensor]], seed: int
+    flow: FlowLike, step: StepLike, pull: Callable[[Sequence[Tensor]], list[Tensor]], seed: int
 ) -> StepMeasurement:
     pulled = [_norms(step.source, pull(_drawn(step.target, seed + 7919 * k + step.index))) for k in (1, 2)]
     sent = [_norms(step.target, _drawn(step.target, seed + 7919 * k + step.index)) for k in (1, 2)]
@@ -327,5 +323,5 @@ def _branch(step: Step) -> tuple[float, float]:
     return float(rms.clamp_min(1e-300).log().mean()), float((before == after).float().mean())
 
 
-def _finite(state: AnyState) -> bool:
+def _finite(state: StateLike) -> bool:
     return all(bool(t.isfinite().all()) for t in state.tensors)

@@ -19,7 +19,7 @@ class Verdict:
     """The verdict on a stretch of steps, with the growth that it rests on.
 
     Attributes:
-        name: ``"stable"``, ``"drift"``, ``"exploding"``, ``"vanishing"``, ``"inconclusive"`` or ``"non-finite"``.
+        name: one of `stabkit.diagnosis.VERDICTS`.
         summary: the verdict in a sentence.
         growth: mean log growth over the stretch, in nats.
         interval: its confidence interval.

@@ -54,7 +54,7 @@ class Weight:
 
 def weights_of(flow: Flow, step: Step) -> tuple[Weight, ...]:
     """The parameters of the modules that ran in a step, and of modules below them that never run on their own."""
-    called = {call.path for call in flow._recording.calls}
+    called = {call.path for call in flow.recorded.recording.calls}
     calls = calls_of(flow, step)
     last_norm = max((call.start for call in calls if is_norm(call.module)), default=-1)
     found: dict[str, Weight] = {}
@@ -66,12 +66,12 @@ def weights_of(flow: Flow, step: Step) -> tuple[Weight, ...]:
 
 def calls_of(flow: Flow, step: Step) -> list[Call]:
     """The calls of modules that began and ended in a step, in the order of their beginnings."""
-    clock = flow._graph.clock
+    clock = flow.recorded.graph.clock
     start, stop = step.source.position, step.target.position
     last_before = clock[start - 1] if start > 0 else -1
     first_after = clock[stop] if stop < len(clock) else math.inf
     # a container of several steps lies in none of them
-    return [call for call in flow._recording.calls if last_before < call.start and call.stop <= first_after]
+    return [call for call in flow.recorded.recording.calls if last_before < call.start and call.stop <= first_after]
 
 
 def is_norm(module: nn.Module) -> bool:

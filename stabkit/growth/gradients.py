@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from stabkit.errors import ArgumentError, TraceError
-from stabkit.growth.arguments import check_flow
 from stabkit.growth.parameters import ParameterGradients, parameter_gradients
 from stabkit.results import Result
-from stabkit.tracing import Flow, Iteration
-from stabkit.walk import Cotangents, Observer, Passage, Walk, balanced, probe_seeds, space_at, stacked, walk_back, wide
+from stabkit.tracing import FlowLike
+from stabkit.tracing.accepted import check_flow
+from stabkit.walk import Cotangents, Observer, Passage, Walk, balanced, probe_seeds, stacked, walk_back, wide
 
 # magnitudes below which a gradient entry is lost: halfway to the smallest subnormal numbers it is rounded away
 THRESHOLDS: dict[str, float] = {"fp16": 2.0**-24, "bf16": 2.0**-133, "adam_eps": 1e-8}
@@ -96,7 +96,7 @@ class GradientProfile(Result):
 
 
 def gradient_profile(
-    flow: Flow | Iteration,
+    flow: FlowLike,
     loss: Any = None,
     *,
     probes: int = 1,
@@ -141,7 +141,7 @@ def gradient_profile(
     found, why = _parameters(flow, loss, parameters)
     if loss is None:
         seeds = probe_seeds(seed, probes)
-        columns = stacked(space_at(flow, len(flow)), [flow.cotangent(seed=each) for each in seeds])
+        columns = stacked(flow.space_at(len(flow)), [flow.cotangent(seed=each) for each in seeds])
         walk = walk_back(flow, columns, seeds, renewal="together")
         words = "standard normal cotangent" if probes == 1 else f"{probes} standard normal cotangents"
         return _profile(flow, walk, None, slice(None), words, seed, per_sample, found, why)
@@ -150,7 +150,7 @@ def gradient_profile(
 
 
 def gradient_profiles(
-    flow: Flow | Iteration, losses: Sequence[Callable[[Any], Tensor]], *, per_sample: bool = True
+    flow: FlowLike, losses: Sequence[Callable[[Any], Tensor]], *, per_sample: bool = True
 ) -> tuple[GradientProfile, ...]:
     """One `gradient_profile` for each of several losses, pulled back together.
 
@@ -194,9 +194,9 @@ class _SmallEntries(Observer):
             self.shares[name][place] = (entries < threshold * units).double().mean(1).cpu()
 
 
-def _walk(flow: Flow | Iteration, losses: Sequence[Any]) -> tuple[Walk, _SmallEntries]:
+def _walk(flow: FlowLike, losses: Sequence[Any]) -> tuple[Walk, _SmallEntries]:
     """The gradients of some losses pulled back together, and how many of their entries are small."""
-    columns = stacked(space_at(flow, len(flow)), [flow.cotangent(loss) for loss in losses])
+    columns = stacked(flow.space_at(len(flow)), [flow.cotangent(loss) for loss in losses])
     small = _SmallEntries(balanced(columns), len(flow))
     return walk_back(flow, columns, observers=[small]), small
 
@@ -208,7 +208,7 @@ def _difference(numerator: Tensor, denominator: Tensor) -> Tensor:
 
 
 def _profile(
-    flow: Flow | Iteration,
+    flow: FlowLike,
     walk: Walk,
     small: _SmallEntries | None,
     chosen: slice,
@@ -220,10 +220,7 @@ def _profile(
 ) -> GradientProfile:
     logs, growth = walk.log_norms[..., chosen], walk.growth[..., chosen]
     below = None if small is None else {name: share[..., chosen].mean(2) for name, share in small.shares.items()}
-    if isinstance(flow, Iteration):
-        states = torch.linalg.vector_norm(flow.trajectory().double(), dim=2).cpu()
-    else:
-        states = torch.stack([torch.linalg.vector_norm(wide(state.flatten()), dim=1).cpu() for state in flow.states])
+    states = torch.stack([torch.linalg.vector_norm(wide(state), dim=1).cpu() for state in flow.flat_states()])
     if not per_sample:
         logs = 0.5 * torch.logsumexp(2 * logs, dim=1, keepdim=True)
         growth = _whole_growth(logs, walk.restarts)
@@ -246,9 +243,7 @@ def _profile(
     )
 
 
-def _parameters(
-    flow: Flow | Iteration, loss: Any, wanted: bool | None
-) -> tuple[ParameterGradients | None, tuple[str, ...]]:
+def _parameters(flow: FlowLike, loss: Any, wanted: bool | None) -> tuple[ParameterGradients | None, tuple[str, ...]]:
     """Gradients of the parameters, or why there are none."""
     if wanted and loss is None:
         raise TraceError("parameters=True is for the gradients of the parameters, which need a loss=")

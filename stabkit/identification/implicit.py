@@ -68,8 +68,8 @@ def linear_solve(piece: Piece) -> LinearSolve | None:
 
 def solves_inside(flow: Flow, start: int, stop: int) -> bool:
     """Whether some steps take up values that were computed off the graph by calling modules again and again."""
-    recording = flow._recording
-    clocks = [*flow._graph.clock, recording.stop]
+    recording = flow.recorded.recording
+    clocks = [*flow.recorded.graph.clock, recording.stop]
     first, last = clocks[flow.states[start].position], clocks[flow.states[stop].position]
     if not any(first <= s.time < last for s in recording.stopped):
         return False

@@ -60,9 +60,9 @@ class Monitor:
         every: record each so many-th call of `step`, beginning with the first.
         preset: ``"economy"`` (norms), ``"standard"`` (and, every ``probe_every`` records, gradient growth from a random
             cotangent and the largest singular values of a few blocks) or ``"full"`` (and ``stabkit.diagnose``).
-        writers: where records go: paths (``.jsonl`` or ``.csv``), writers of ``stabkit.monitor.writers``, or callables
-            that take a record; one or several. None writes ``records.jsonl`` into ``directory``, or nothing when there
-            is none.
+        writers: where records go: paths (``.jsonl`` or ``.csv``), ``"tensorboard"``, ``"wandb"`` or ``"mlflow"``,
+            writers of ``stabkit.monitor.writers``, or callables that take a record; one or several. None writes
+            ``records.jsonl`` into ``directory``, or nothing when there is none.
         directory: where capsules, and records by default, are kept; None keeps everything in memory.
         optimizer: one or several, to measure update ratios.
         scaler: the ``torch.amp.GradScaler``, so that gradients are reported unscaled.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import difflib
 import json
 import os
 from collections.abc import Callable, Iterable
@@ -167,36 +168,58 @@ class CallableWriter:
         """Nothing to close."""
 
 
+#: What a user may name: the suffix of a file, or a service, which is given the directory of the monitor.
+WRITERS: dict[str, Callable[[Path], Writer]] = {
+    ".jsonl": JSONLinesWriter,
+    ".ndjson": JSONLinesWriter,
+    ".csv": CSVWriter,
+    "tensorboard": lambda folder: TensorBoardWriter(folder / "tensorboard"),
+    "wandb": lambda _: WandbWriter(),
+    "mlflow": lambda _: MLflowWriter(),
+}
+
+
 def open_writers(writers: Any, directory: Path | None) -> list[Writer]:
-    """Writers from what a user gives: paths by suffix, writers, callables; one or several.
+    """Writers from what a user gives: paths by suffix, names of ``WRITERS``, writers, callables; one or several.
+
+    Args:
+        writers: what was given; None is a file of records in the directory, where there is one.
+        directory: of the monitor; TensorBoard writes into ``stabkit`` where there is none.
 
     Raises:
-        ArgumentError: something that is none of these, or a path with another suffix.
+        ArgumentError: something that is none of these.
     """
     if writers is None:
         return [] if directory is None else [JSONLinesWriter(directory / "records.jsonl")]
     several = isinstance(writers, Iterable) and not isinstance(writers, str | Writer)
-    return [_open(writer) for writer in (writers if several else [writers])]
+    return [_open(writer, directory or Path("stabkit")) for writer in (writers if several else [writers])]
 
 
-def _open(writer: Any) -> Writer:
+def _open(writer: Any, directory: Path) -> Writer:
     if isinstance(writer, str | os.PathLike):
         path = Path(writer)
-        if path.suffix == ".csv":
-            return CSVWriter(path)
-        if path.suffix in (".jsonl", ".ndjson"):
-            return JSONLinesWriter(path)
+        if path.suffix in WRITERS:
+            return WRITERS[path.suffix](path)
+        if str(writer) in WRITERS:
+            return WRITERS[str(writer)](directory)
+        near = difflib.get_close_matches(str(writer), WRITERS, n=1)
+        guess = f"; did you mean {near[0]!r}?" if near else ""
         raise ArgumentError(
-            f"writers: {str(path)!r} has suffix {path.suffix!r}; expected .jsonl or .csv, or pass a writer"
+            f"writers: {str(writer)!r} is no file that ends in one of {_names('.')}, and none of {_names('')}{guess}"
         )
     if isinstance(writer, Writer):
         return writer
     if callable(writer):
         return CallableWriter(writer)
     raise ArgumentError(
-        f"writers: got {type(writer).__name__}; expected a path (.jsonl, .csv), an object with write and close, "
-        "or a callable"
+        f"writers: got {type(writer).__name__}; expected a path ({_names('.')}), one of {_names('')}, an object with "
+        "write and close, or a callable"
     )
+
+
+def _names(mark: str) -> str:
+    """The suffixes among ``WRITERS``, which begin with a dot, or the names."""
+    return ", ".join(name for name in WRITERS if name.startswith(".") == bool(mark))
 
 
 def json_line(record: Record) -> str:

@@ -16,7 +16,6 @@ from stabkit.plotting.attribution import attribution
 from stabkit.plotting.directions import alignment_index, covariant_angles
 from stabkit.plotting.discs import sliding_disc
 from stabkit.plotting.exponents import exponent_field, finite_time, lyapunov, lyapunov_convergence, sum_rule
-from stabkit.plotting.gradient_norms import gradient_profile
 from stabkit.plotting.graph import graph
 from stabkit.plotting.planar import animate_flow_map, flow_map, grid_points, phase_portrait, vector_field
 from stabkit.plotting.plane import method, singular_value_density, spectrum
@@ -41,7 +40,6 @@ __all__ = [
     "figure_of",
     "finite_time",
     "flow_map",
-    "gradient_profile",
     "gradients",
     "graph",
     "grid_points",

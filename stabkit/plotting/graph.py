@@ -13,7 +13,7 @@ from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
 from stabkit.identification import by_step, identify
 from stabkit.integrators import GeneralLinearMethod
 from stabkit.plotting.style import BLUE, CENTIMETER, FONT, GREEN, GREY, ORANGE, ink, paper, shade, verbatim
-from stabkit.report.tables import middle
+from stabkit.report.formats import middle
 from stabkit.tracing import Flow
 
 if TYPE_CHECKING:

@@ -13,7 +13,7 @@ from matplotlib.ticker import MaxNLocator
 from stabkit.errors import ArgumentError
 from stabkit.plotting.style import BLUE, GREY, ORANGE, finish, ink, log_limits, new_axes, sample_color, shade, verbatim
 from stabkit.report import StepReport
-from stabkit.report.tables import middle
+from stabkit.report.formats import middle
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike, NDArray

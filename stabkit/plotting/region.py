@@ -15,8 +15,8 @@ from matplotlib.patheffects import withStroke
 from matplotlib.ticker import MaxNLocator
 
 from stabkit.plotting.style import GREY, end_of, finish, ink, new_axes, paper, sample_color, shade, small_text, verbatim
+from stabkit.report.formats import middle
 from stabkit.report.plane import Plane, plane_of, worst
-from stabkit.report.tables import middle
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

@@ -11,6 +11,7 @@ from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from stabkit.diagnosis import VERDICTS
 from stabkit.plotting.style import (
     BLUE,
     CENTIMETER,
@@ -29,13 +30,13 @@ if TYPE_CHECKING:
     from stabkit.comparison import Comparison, Snapshot
 
 _NAMED = 12  # up to here every checkpoint has its label
-_VERDICT = {"exploding": ORANGE, "vanishing": BLUE}
+_COLORS = {"grows": ORANGE, "broken": ORANGE, "shrinks": BLUE}
 
 
 def total_growth(comparison: Comparison, ax: Axes | None = None) -> Axes:
     """Gradient growth through the blocks at every checkpoint, with its interval, in nats.
 
-    Orange points are exploding, blue ones vanishing; a cross marks a checkpoint that has no finite growth.
+    Orange points are exploding or chaotic, blue ones vanishing; a cross marks a checkpoint that has no finite growth.
 
     Args:
         comparison: what `stabkit.comparison.compare` found.
@@ -51,7 +52,7 @@ def total_growth(comparison: Comparison, ax: Axes | None = None) -> Axes:
         if snapshot.report is None or not math.isfinite(snapshot.total_growth):
             ax.plot([where], [0], "x", color=ink(ax), markersize=5, clip_on=False, zorder=4)
             continue
-        color = _VERDICT.get(snapshot.report.verdict, GREY)
+        color = _COLORS.get(VERDICTS[snapshot.report.verdict].tone, GREY)
         ax.plot([where, where], snapshot.report.total_growth_interval, color=color, linewidth=1, zorder=3)
         ax.plot([where], [snapshot.total_growth], ".", color=color, markersize=6, zorder=4)
     _checkpoint_axis(ax, comparison, font)

@@ -6,14 +6,15 @@ import json
 import os
 import uuid
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from stabkit.errors import ReportError
-from stabkit.report import decoding, encoding, tables
-from stabkit.report.schema import Report
+from stabkit.report import encoding, tables
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+    from stabkit.report.schema import Report
 
 PICTURES = (".png", ".svg", ".pdf")
 SUFFIXES = (".html", ".json", ".csv", *PICTURES)
@@ -61,8 +62,12 @@ def save_all(report: Report, folder: str | os.PathLike[str]) -> list[Path]:
     return [write(folder / name, content) for name, content in contents.items()]
 
 
-def load(path: str | os.PathLike[str]) -> Report:
-    """Read a report back from JSON; see ``Report.load``."""
+def read_json(path: str | os.PathLike[str]) -> Any:
+    """The data of a JSON file.
+
+    Raises:
+        ReportError: there is no such file, or it is not whole.
+    """
     path = Path(path)
     try:
         content = path.read_bytes()
@@ -71,12 +76,11 @@ def load(path: str | os.PathLike[str]) -> Report:
     except OSError as error:
         raise ReportError(f"{path}: cannot be read: {error.strerror}") from error
     try:
-        data = json.loads(content)
+        return json.loads(content)
     except (ValueError, RecursionError) as error:
         raise ReportError(
             f"{path}: not a whole JSON file ({error}); save the report again with report.save('....json')"
         ) from error
-    return decoding.report(data, str(path))
 
 
 def write_figure(figure: Figure, path: str | os.PathLike[str]) -> Path:

@@ -46,10 +46,11 @@ def plane_of(step: StepReport) -> Plane | None:
     z = eigenvalue of J - a, where the disc says whether a step amplifies a mode, whatever its fields are.
 
     Example:
-        >>> from stabkit.report.tables import _EXAMPLE
-        >>> import dataclasses
-        >>> plane_of(dataclasses.replace(_EXAMPLE, z=(-0.5 + 0j,), skip=1.0)).margin
-        0.5
+        >>> import torch, stabkit
+        >>> identity = torch.nn.Linear(2, 2, bias=False)
+        >>> _ = torch.nn.init.eye_(identity.weight)
+        >>> plane_of(stabkit.analyze(identity, torch.ones(1, 2)).steps[0]).margin
+        0.0
     """
     if step.z is None:
         return None

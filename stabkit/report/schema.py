@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from stabkit.diagnosis import KINDS as DIAGNOSES
-from stabkit.diagnosis import Finding
-from stabkit.errors import ArgumentError
+from stabkit.diagnosis import VERDICTS, Finding, factor
+from stabkit.errors import ArgumentError, ReportError
+from stabkit.report import decoding, files, tables
+from stabkit.report.fields import shown
+from stabkit.report.formats import figures, percent, printable, room, shapes, signed
 from stabkit.results import Result
 
 if TYPE_CHECKING:
@@ -19,23 +21,48 @@ if TYPE_CHECKING:
 
 SCHEMA = "stabkit.report/1"
 
-VERDICTS = (
-    "stable",
-    "drift",
-    "exploding",
-    "vanishing",
-    "transient growth",
-    "chaotic",
-    "inconclusive",
-    "non-finite",
-)
-KINDS = ("step", "transition")
+STEP_KINDS = ("step", "transition")
 EVIDENCE = ("proven", "measured", "statistical", "convention", "unknown")
 SPECTRUM_METHODS = ("dense", "krylov", "none")
-SEVERITIES = ("info", "warning", "critical")  # in rising order
-FINDINGS = DIAGNOSES
 
-Shapes = tuple[tuple[int, ...], ...]
+
+def _sizes(step: StepReport) -> str:
+    """Numbers per sample before and after a step, once when they are equal."""
+    if step.source_size == step.target_size:
+        return str(step.source_size)
+    return f"{step.source_size}>{step.target_size}"
+
+
+def _between(ends: tuple[float, float] | None, text: Callable[[float], str]) -> str:
+    """The ends of an interval that has a width."""
+    return "" if ends is None or not ends[0] < ends[1] else f"({text(ends[0])} to {text(ends[1])})"
+
+
+def _read(step: StepReport) -> str:
+    """How far the method is to be trusted."""
+    return f"({step.evidence}{'' if step.residual is None else f', residual {figures(step.residual, 2)}'})"
+
+
+def _factor(step: StepReport) -> str:
+    """The growth of a step as a factor, with its interval in nats."""
+    return f"nats {_between(step.growth_interval, signed)}, ×{factor(step.growth)}"
+
+
+def _solved(step: StepReport) -> str:
+    """How the spectrum was computed, and whether it can be relied on."""
+    if step.spectrum_method == "none":
+        return "none"
+    return f"{step.spectrum_method}, {'converged' if step.spectrum_converged else 'NOT converged'}"
+
+
+def _radius(step: StepReport) -> str:
+    """The spectral radius, marked where it has not converged."""
+    doubtful = step.spectral_radius is not None and not step.spectrum_converged
+    return ("~" if doubtful else "") + figures(step.spectral_radius)
+
+
+def _shares(step: StepReport) -> str:
+    return ", ".join(f"{name} {percent(share)}" for name, share in (step.mechanism or {}).items())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,7 +101,6 @@ class StepReport:
         state_norm: geometric mean over samples of the norm of the state before the step.
         gradient_norm_interval: confidence interval of ``gradient_norm`` over samples.
         state_norm_interval: confidence interval of ``state_norm`` over samples.
-        parameter_gradient_norm: norm of the loss gradient with respect to the parameters that the step uses.
         step_size: the step size h of the method; 1 by convention where only h f can be seen.
         convention: how ``step_size`` was fixed.
         after: operations behind the addition, such as a ReLU or a norm.
@@ -92,47 +118,113 @@ class StepReport:
         ArgumentError: ``kind``, ``evidence`` or ``spectrum_method`` is not one of the words above.
     """
 
-    index: int
-    name: str
-    module_path: str
-    kind: str
-    source_shapes: Shapes
-    target_shapes: Shapes
+    index: int = shown(text=lambda step: str(step.index), column="#", sortable=True)
+    name: str = shown(text=lambda step: printable(step.name), column="name", is_text=True, sortable=True)
+    module_path: str = shown("Module", lambda step: step.module_path or "-")
+    kind: str = shown(
+        text=lambda step: "trans" if step.kind == "transition" else step.kind, column="kind", is_text=True
+    )
+    source_shapes: tuple[tuple[int, ...], ...] = shown(
+        "State", lambda step: f"{shapes(step.source_shapes)} → {shapes(step.target_shapes)}", column="size", cell=_sizes
+    )
+    target_shapes: tuple[tuple[int, ...], ...]
     source_size: int
     target_size: int
-    method: str = "unknown"
+    method: str = shown(
+        "Method",
+        lambda step: ", then ".join(filter(None, (step.method, ", ".join(step.after)))),
+        default="unknown",
+        aside=_read,
+        column="method",
+        cell=lambda step: printable(step.method),
+        sortable=True,
+        is_text=True,
+    )
     skip: float | None = None
-    evidence: str = "unknown"
+    evidence: str = shown(
+        text=lambda step: step.evidence, default="unknown", column="evidence", is_text=True, wide=True, sortable=True
+    )
     residual: float | None = None
-    z: tuple[complex, ...] | None = None
-    field_z: tuple[tuple[complex, ...], ...] | None = None
-    numerical_range: tuple[complex, ...] | None = None
-    spectral_radius: float | None = None
-    largest_singular_value: float | None = None
-    outside_share: float | None = None
-    spectrum_method: str = "none"
-    spectrum_converged: bool = False
-    growth: float
-    growth_interval: tuple[float, float]
-    gradient_norm: float
-    state_norm: float
-    gradient_norm_interval: tuple[float, float] | None = None
-    state_norm_interval: tuple[float, float] | None = None
-    parameter_gradient_norm: float | None = None
-    step_size: float | None = None
+    step_size: float | None = shown(
+        "Step size",
+        lambda step: "" if step.step_size is None else figures(step.step_size),
+        default=None,
+        aside=lambda step: step.convention,
+    )
     convention: str = ""
     after: tuple[str, ...] = ()
     tableau: Mapping[str, tuple[tuple[float, ...], ...]] | None = None
     stage_fields: tuple[int, ...] = ()
-    attribution: Mapping[str, float] | None = None
-    mechanism: Mapping[str, float] | None = None
-    margin: float | None = None
+    z: tuple[complex, ...] | None = shown(default=None, counted="n_eigenvalues")
+    field_z: tuple[tuple[complex, ...], ...] | None = None
+    numerical_range: tuple[complex, ...] | None = None
+    spectral_radius: float | None = shown(
+        "Largest |eigenvalue|",
+        lambda step: figures(step.spectral_radius),
+        default=None,
+        column="radius",
+        cell=_radius,
+        sortable=True,
+        meaning="largest |eigenvalue| of the step's Jacobian",
+    )
+    largest_singular_value: float | None = shown(
+        "Largest singular value",
+        lambda step: figures(step.largest_singular_value),
+        default=None,
+        column="sigma",
+        sortable=True,
+        meaning="its largest singular value",
+    )
+    outside_share: float | None = shown(
+        "Spectrum outside",
+        lambda step: percent(step.outside_share),
+        default=None,
+        aside=_solved,
+        column="out",
+        sortable=True,
+        meaning="share of the eigenvalues outside the stability region",
+    )
+    spectrum_method: str = "none"
+    spectrum_converged: bool = False
+    margin: float | None = shown(
+        "Margin to the boundary",
+        lambda step: "" if step.margin is None else signed(step.margin, 3),
+        default=None,
+        aside=lambda step: "" if step.step_factor is None else room(step.step_factor),
+    )
     step_factor: float | None = None
+    mechanism: Mapping[str, float] | None = shown("Mechanism", _shares, default=None)
+    growth: float = shown(
+        "Growth",
+        lambda step: signed(step.growth),
+        aside=_factor,
+        column="growth",
+        sortable=True,
+        meaning="log of the gradient norm before the step over that after it, in nats",
+    )
+    growth_interval: tuple[float, float]
+    attribution: Mapping[str, float] | None = None
+    gradient_norm: float = shown(
+        "Gradient norm before it",
+        lambda step: figures(step.gradient_norm),
+        aside=lambda step: _between(step.gradient_norm_interval, figures),
+        column="gradient",
+        wide=True,
+        sortable=True,
+    )
+    gradient_norm_interval: tuple[float, float] | None = None
+    state_norm: float = shown(
+        "State norm before it",
+        lambda step: figures(step.state_norm),
+        aside=lambda step: _between(step.state_norm_interval, figures),
+        sortable=True,
+    )
+    state_norm_interval: tuple[float, float] | None = None
     operations: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        _one_of("kind", self.kind, KINDS)
+        _one_of("kind", self.kind, STEP_KINDS)
         _one_of("evidence", self.evidence, EVIDENCE)
         _one_of("spectrum_method", self.spectrum_method, SPECTRUM_METHODS)
 
@@ -160,7 +252,7 @@ class Report(Result):
 
     Attributes:
         model: the class of the model, or what it was loaded from.
-        verdict: one of ``VERDICTS``.
+        verdict: one of `stabkit.diagnosis.VERDICTS`.
         summary: the verdict in a sentence or two.
         findings: diagnosed facts, see ``stabkit.diagnosis``.
         steps: one record per step, input first.
@@ -188,7 +280,7 @@ class Report(Result):
         versions: versions of stabkit and of what it stands on.
 
     Raises:
-        ArgumentError: ``verdict`` is not one of ``VERDICTS``.
+        ArgumentError: ``verdict`` is not one of these words.
 
     Example:
         >>> report = Report(
@@ -199,6 +291,8 @@ class Report(Result):
         >>> report.to_dict()["schema"]
         'stabkit.report/1'
     """
+
+    step_type: ClassVar[type] = StepReport
 
     model: str
     verdict: str
@@ -230,8 +324,6 @@ class Report(Result):
         _one_of("verdict", self.verdict, VERDICTS)
 
     def __str__(self) -> str:
-        from stabkit.report import tables
-
         return tables.plain(self)
 
     def _contents(self) -> dict[str, Any]:
@@ -243,8 +335,6 @@ class Report(Result):
         Raises:
             ReportError: pandas is not installed.
         """
-        from stabkit.report import tables
-
         return tables.dataframe(self)
 
     def save(self, path: str | os.PathLike[str]) -> Path:
@@ -260,8 +350,6 @@ class Report(Result):
         Raises:
             ReportError: the suffix is unknown, or the file cannot be written.
         """
-        from stabkit.report import files
-
         return files.save(self, path)
 
     @classmethod
@@ -271,11 +359,30 @@ class Report(Result):
         Raises:
             ReportError: there is no such file, or it is not a whole report of schema ``stabkit.report/1``.
         """
-        from stabkit.report import files
+        return cls.from_dict(files.read_json(path), str(path))
 
-        return files.load(path)
+    @classmethod
+    def from_dict(cls, data: Any, origin: str = "data") -> Report:
+        """A report from what `to_dict` gave, or from the data of a JSON file.
+
+        Args:
+            data: the data.
+            origin: where it came from, for the messages.
+
+        Raises:
+            ReportError: it is not a whole report of schema ``stabkit.report/1``.
+        """
+        schema = data.get("schema") if isinstance(data, dict) else None
+        if schema != SCHEMA:
+            found = f"schema {schema!r}" if schema else "no schema"
+            raise ReportError(
+                f"{origin}: not a report that this version reads: found {found}, expected {SCHEMA!r}; "
+                "analyse the model again, or read it with the version of stabkit that wrote it"
+            )
+        read: Report = decoding.record(cls, data, origin)
+        return read
 
 
-def _one_of(name: str, value: str, accepted: tuple[str, ...]) -> None:
+def _one_of(name: str, value: str, accepted: Collection[str]) -> None:
     if value not in accepted:
         raise ArgumentError(f"{name}={value!r}; accepted: {', '.join(map(repr, accepted))}")

@@ -1,10 +1,9 @@
-"""A report as rows and columns: plain text, CSV and a data frame all show the same cells."""
+"""A report as rows and columns: plain text, CSV and a data frame all follow from the fields of a step."""
 
 from __future__ import annotations
 
 import csv
 import io
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -13,10 +12,13 @@ import numpy as np
 
 from stabkit.diagnosis import factor
 from stabkit.errors import ReportError
-from stabkit.report.schema import Report, StepReport
+from stabkit.report.fields import flat, flat_names, shown_fields
+from stabkit.report.formats import figures, middle, printable, signed, steps_named
 
 if TYPE_CHECKING:
     import pandas
+
+    from stabkit.report.schema import Report, StepReport
 
 WIDE = 110  # characters from which there is room for everything
 GAP = 1  # characters between two columns
@@ -32,79 +34,6 @@ class Column:
     is_text: bool = False
 
 
-def figures(value: float | None, digits: int = 3) -> str:
-    """A number in few characters: ``-`` when it was not computed.
-
-    Example:
-        >>> figures(1.23456), figures(0.00001234), figures(None), figures(float("nan"))
-        ('1.23', '1.2e-05', '-', 'nan')
-    """
-    if value is None:
-        return "-"
-    if value == 0 or not math.isfinite(value):
-        return f"{value:.0f}"
-    if 1e-3 <= abs(value) < 1e4:
-        return f"{value:#.{digits}g}".rstrip(".")
-    return f"{value:.1e}"
-
-
-def signed(value: float) -> str:
-    """A growth in nats with its sign.
-
-    Example:
-        >>> signed(0.5), signed(-39.02), signed(float("inf"))
-        ('+0.50', '-39.02', '+inf')
-    """
-    if math.isnan(value):
-        return "nan"
-    return f"{value:+.2f}" if abs(value) < 1e4 or not math.isfinite(value) else f"{value:+.1e}"
-
-
-def percent(value: float | None) -> str:
-    """A share from 0 to 1 in percent; a small share that is not zero does not read as zero.
-
-    Example:
-        >>> percent(0.25), percent(0.0001), percent(0.9999), percent(None)
-        ('25%', '<1%', '>99%', '-')
-    """
-    if value is None or not math.isfinite(value):
-        return figures(value)
-    if 0 < value < 0.005:
-        return "<1%"
-    return ">99%" if 0.995 <= value < 1 else f"{100 * value:.0f}%"
-
-
-def middle(text: str, width: int) -> str:
-    """A long name cut in its middle, where dotted paths differ least.
-
-    Example:
-        >>> middle("encoder.layers.encoder_layer_11", 16)
-        'encoder…layer_11'
-    """
-    if len(text) <= width:
-        return text
-    head = (width - 1) // 2
-    return f"{text[:head]}…{text[len(text) - (width - 1 - head) :]}"
-
-
-def printable(text: str) -> str:
-    r"""A text without control characters, which are shown as escapes; line ends stay.
-
-    Example:
-        >>> printable("a\x1b[31mb")
-        'a\\x1b[31mb'
-    """
-    kept = (c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)
-    return "".join(kept)
-
-
-def sizes(step: StepReport) -> str:
-    """Numbers per sample before and after a step, once when they are equal."""
-    if step.source_size == step.target_size:
-        return str(step.source_size)
-    return f"{step.source_size}>{step.target_size}"
-
-
 def columns(report: Report, width: int) -> list[Column]:
     """The columns that fit into ``width`` characters with one space between them.
 
@@ -112,36 +41,28 @@ def columns(report: Report, width: int) -> list[Column]:
     """
     wide = width >= WIDE
     method = 22 if wide else 15
-    others = [
-        Column("#", lambda step: str(step.index)),
-        Column("kind", lambda step: "trans" if step.kind == "transition" else step.kind, is_text=True),
-        Column("size", sizes),
-        Column("method", lambda step: middle(printable(step.method), method), is_text=True),
-        Column("radius", _radius),
-        Column("sigma", lambda step: figures(step.largest_singular_value)),
-        Column("out", lambda step: percent(step.outside_share)),
-        Column("growth", lambda step: signed(step.growth)),
-    ]
-    if wide:
-        others.insert(4, Column("evidence", lambda step: step.evidence, is_text=True))
-        others.append(Column("gradient", lambda step: figures(step.gradient_norm)))
-    taken = sum(max(len(c.title), *(len(c.cell(step)) for step in report.steps), 0) + GAP for c in others)
-    left = max(width - taken, SHORTEST_NAME)
-    return [others[0], Column("name", lambda step: middle(printable(step.name), left), is_text=True), *others[1:]]
+    found: dict[str, Column] = {}
+    for name, how in shown_fields(report.step_type).items():
+        if how.column and (wide or not how.wide):
+            found[name] = Column(how.column, how.cell or how.text, how.is_text)
+    found["method"] = _cut(found["method"], method)
+    taken = sum(
+        max(len(c.title), *(len(c.cell(step)) for step in report.steps), 0) + GAP
+        for name, c in found.items()
+        if name != "name"
+    )
+    found["name"] = _cut(found["name"], max(width - taken, SHORTEST_NAME))
+    return list(found.values())
 
 
-def _radius(step: StepReport) -> str:
-    doubtful = step.spectral_radius is not None and not step.spectrum_converged
-    return ("~" if doubtful else "") + figures(step.spectral_radius)
+def _cut(column: Column, width: int) -> Column:
+    return Column(column.title, lambda step: middle(column.cell(step), width), column.is_text)
 
 
 def legend(report: Report) -> list[str]:
     """What the columns mean, in a line or two."""
-    lines = [
-        "radius: largest |eigenvalue| of the step's Jacobian; sigma: its largest singular value; "
-        "out: share of the eigenvalues outside the stability region; "
-        "growth: log of the gradient norm before the step over that after it, in nats."
-    ]
+    meanings = [f"{how.column}: {how.meaning}" for how in shown_fields(report.step_type).values() if how.meaning]
+    lines = [f"{'; '.join(meanings)}."]
     if any(step.spectral_radius is not None and not step.spectrum_converged for step in report.steps):
         lines.append("~ marks a spectrum that has not converged.")
     return lines
@@ -203,71 +124,12 @@ def finding_line(finding: Any) -> str:
     return f"[{finding.severity}] {finding.kind}{place}: {finding.evidence}{remedy}"
 
 
-def steps_named(steps: tuple[int, ...]) -> str:
-    """Step indices in few words.
-
-    Example:
-        >>> steps_named((3,)), steps_named((0, 1, 2, 3, 7))
-        ('step 3', 'steps 0-3, 7')
-    """
-    if not steps:
-        return ""
-    ordered = sorted(set(steps))
-    runs: list[list[int]] = []
-    for index in ordered:
-        if runs and index == runs[-1][-1] + 1:
-            runs[-1].append(index)
-        else:
-            runs.append([index])
-    named = ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
-    return f"step{'s' if len(ordered) > 1 else ''} {named}"
-
-
-def records(report: Report) -> list[dict[str, Any]]:
-    """One row per step with every number but the eigenvalues, whose count stands in their place."""
-    return [_record(step) for step in report.steps]
-
-
-def _record(step: StepReport) -> dict[str, Any]:
-    return {
-        "index": step.index,
-        "name": step.name,
-        "module_path": step.module_path,
-        "kind": step.kind,
-        "source_shapes": _shapes(step.source_shapes),
-        "target_shapes": _shapes(step.target_shapes),
-        "source_size": step.source_size,
-        "target_size": step.target_size,
-        "method": step.method,
-        "skip": step.skip,
-        "evidence": step.evidence,
-        "residual": step.residual,
-        "n_eigenvalues": None if step.z is None else len(step.z),
-        "spectral_radius": step.spectral_radius,
-        "largest_singular_value": step.largest_singular_value,
-        "outside_share": step.outside_share,
-        "spectrum_method": step.spectrum_method,
-        "spectrum_converged": step.spectrum_converged,
-        "growth": step.growth,
-        "growth_low": step.growth_interval[0],
-        "growth_high": step.growth_interval[1],
-        "gradient_norm": step.gradient_norm,
-        "state_norm": step.state_norm,
-        "notes": "; ".join(step.notes),
-    }
-
-
-def _shapes(shapes: tuple[tuple[int, ...], ...]) -> str:
-    return " ".join("x".join(map(str, shape)) or "scalar" for shape in shapes)
-
-
 def csv_text(report: Report) -> str:
-    """The steps as comma-separated values; an absent value is an empty cell."""
-    columns_ = [*_record(_EXAMPLE)]
+    """The steps as comma-separated values, one row a step; an absent value is an empty cell."""
     stream = io.StringIO()
-    writer = csv.DictWriter(stream, columns_, lineterminator="\n")
+    writer = csv.DictWriter(stream, flat_names(report.step_type), lineterminator="\n")
     writer.writeheader()
-    writer.writerows({key: _csv_cell(value) for key, value in row.items()} for row in records(report))
+    writer.writerows({key: _csv_cell(value) for key, value in flat(step).items()} for step in report.steps)
     return stream.getvalue()
 
 
@@ -286,20 +148,5 @@ def dataframe(report: Report) -> pandas.DataFrame:
         import pandas
     except ImportError:
         raise ReportError("to_dataframe needs pandas: pip install pandas, or use report.save('steps.csv')") from None
-    return pandas.DataFrame.from_records(records(report), columns=[*_record(_EXAMPLE)], index="index")
-
-
-_EXAMPLE = StepReport(
-    index=0,
-    name="",
-    module_path="",
-    kind="step",
-    source_shapes=(),
-    target_shapes=(),
-    source_size=0,
-    target_size=0,
-    growth=0.0,
-    growth_interval=(0.0, 0.0),
-    gradient_norm=0.0,
-    state_norm=0.0,
-)
+    rows = [flat(step) for step in report.steps]
+    return pandas.DataFrame.from_records(rows, columns=flat_names(report.step_type), index="index")

@@ -12,34 +12,33 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
+from stabkit.diagnosis import SEVERITIES, VERDICTS
+from stabkit.diagnosis.kinds import Tone
 from stabkit.report import tables
+from stabkit.report.formats import printable, steps_named
 from stabkit.report.schema import Report
 
-_VERDICT = {
-    "stable": "bold green",
-    "drift": "bold yellow",
-    "exploding": "bold red",
-    "vanishing": "bold red",
-    "transient growth": "bold yellow",
-    "chaotic": "bold red",
-    "inconclusive": "bold yellow",
-    "non-finite": "bold red",
+_COLORS: dict[Tone, str] = {
+    "good": "green",
+    "grows": "red",
+    "shrinks": "red",
+    "broken": "red",
+    "unsure": "yellow",
+    "note": "cyan",
 }
 # one space between columns and a rule under the titles
 _RULE = box.Box("    \n    \n ── \n    \n    \n    \n    \n    \n")
-_SEVERITY = {"info": "cyan", "warning": "yellow", "critical": "red"}
 
 
 def plain_text(text: str, style: str = "") -> Text:
     """A user's text for rich: no markup, no control characters."""
-    return Text(tables.printable(text), style=style)
+    return Text(printable(text), style=style)
 
 
 def render(report: Report, width: int) -> RenderableType:
     """Everything in a report that a terminal of ``width`` columns can show."""
-    head = Text.assemble(
-        plain_text(report.model, "bold"), ": ", (report.verdict.upper(), _VERDICT[report.verdict]), "\n"
-    )
+    verdict = (report.verdict.upper(), f"bold {_COLORS[VERDICTS[report.verdict].tone]}")
+    head = Text.assemble(plain_text(report.model, "bold"), ": ", verdict, "\n")
     head.append_text(plain_text(report.summary))
     parts: list[RenderableType] = [
         head,
@@ -72,9 +71,9 @@ def steps(report: Report, width: int) -> Table:
 
 def _finding(report: Report, index: int) -> RenderableType:
     finding = report.findings[index]
-    where = " at ".join(filter(None, (tables.steps_named(finding.steps), finding.module_path)))
+    where = " at ".join(filter(None, (steps_named(finding.steps), finding.module_path)))
     first = Text.assemble(
-        (finding.severity, _SEVERITY.get(finding.severity, "")),
+        (finding.severity, _COLORS[SEVERITIES[finding.severity].tone]),
         plain_text(f" {finding.kind}"),
         plain_text(f", {where}" if where else ""),
         f" (confidence {finding.confidence:.0%})",
@@ -92,7 +91,7 @@ def notes(report: Report, at_most: int = 8) -> list[str]:
     for step in report.steps:
         for note in step.notes:
             places.setdefault(note, []).append(step.index)
-    found = [*report.notes, *(f"{tables.steps_named(tuple(where))}: {note}" for note, where in places.items())]
+    found = [*report.notes, *(f"{steps_named(tuple(where))}: {note}" for note, where in places.items())]
     left = len(found) - at_most
     return found if left <= 0 else [*found[:at_most], f"{left} more notes are in the JSON report"]
 

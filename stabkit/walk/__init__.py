@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 from stabkit.walk.cotangents import PROBE, Cotangents, balanced, drawn, probe_seeds, stacked, wide
-from stabkit.walk.walk import AnyFlow, AnyState, AnyStep, Observer, Passage, Walk, space_at, tangents, walk_back
+from stabkit.walk.walk import Observer, Passage, Walk, walk_back
 
 __all__ = [
     "PROBE",
-    "AnyFlow",
-    "AnyState",
-    "AnyStep",
     "Cotangents",
     "Observer",
     "Passage",
@@ -17,9 +14,7 @@ __all__ = [
     "balanced",
     "drawn",
     "probe_seeds",
-    "space_at",
     "stacked",
-    "tangents",
     "walk_back",
     "wide",
 ]

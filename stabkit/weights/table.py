@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from stabkit.report.tables import figures, middle, printable, signed
+from stabkit.report.formats import figures, middle, printable, signed
 from stabkit.weights.matrices import MatrixReport
 from stabkit.weights.report import WeightsReport
 

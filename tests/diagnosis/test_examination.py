@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 import stabkit
-from stabkit.diagnosis import KINDS, Thresholds, examine
+from stabkit.diagnosis import FINDINGS, Thresholds, examine
 from tests.diagnosis import networks
 from tests.diagnosis.cases import LOCAL, biased, rotations, scaled
 from tests.diagnosis.confusion import serious
@@ -24,7 +24,7 @@ def faulty(name: str) -> networks.Network:
 
 def test_findings_are_frozen_records_of_known_kinds():
     found = stabkit.diagnose(faulty("mlp weight x20").flow())
-    assert found[0].kind in KINDS
+    assert found[0].kind in FINDINGS
     assert found[0].numbers["weight_deviation:5.fc.weight"] == pytest.approx(math.log(20), abs=0.1)
     assert 0.9 < found[0].confidence <= 1.0
     with pytest.raises(FrozenInstanceError):

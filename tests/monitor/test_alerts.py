@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from stabkit.diagnosis import KINDS
+from stabkit.diagnosis import FINDINGS
 from stabkit.monitor import AlertRules, Monitor
 from stabkit.monitor.alerts import Alerts
 from stabkit.monitor.record import Blocks, Record
@@ -44,7 +44,7 @@ def test_a_spike_is_found_at_its_step_and_block():
     (finding,) = judged([0.0] * 20 + [5.0] + [0.0] * 20)
     assert (finding.kind, finding.module_path, finding.steps) == ("exploding", "c", (2,))
     assert finding.numbers["training_step"] == 20
-    assert finding.kind in KINDS
+    assert finding.kind in FINDINGS
 
 
 def test_a_smaller_spike_must_last_and_is_dated_back_to_where_it_began():

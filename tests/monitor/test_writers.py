@@ -11,8 +11,9 @@ import time
 import pytest
 import torch
 
+from stabkit.errors import StabkitError
 from stabkit.monitor import Monitor
-from stabkit.monitor.writers import MLflowWriter, TensorBoardWriter, WandbWriter
+from stabkit.monitor.writers import WRITERS, MLflowWriter, WandbWriter
 from tests.monitor.networks import mlp, train
 
 
@@ -50,12 +51,30 @@ def test_callables_and_writers_both_take_records():
     assert kept == list(monitor.records)
 
 
+def test_a_new_writer_is_one_edit(tmp_path, monkeypatch):
+    class Counted:
+        def __init__(self, path):
+            self.path, self.seen = path, 0
+
+        def write(self, record):
+            self.seen += 1
+
+        def close(self):
+            self.path.write_text(str(self.seen))
+
+    monkeypatch.setitem(WRITERS, ".count", Counted)
+    run(writers=tmp_path / "run.count").close()
+    assert (tmp_path / "run.count").read_text() == "3"
+    with pytest.raises(StabkitError, match=r"\.count"):
+        run(writers="run.txt")
+
+
 def test_tensorboard_reads_back_what_was_written(tmp_path):
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    monitor = run(writers=[TensorBoardWriter(tmp_path)])
-    board = EventAccumulator(str(tmp_path))
+    monitor = run(writers="tensorboard", directory=tmp_path)
+    board = EventAccumulator(str(tmp_path / "tensorboard"))
     board.Reload()
     events = board.Scalars("stabkit/3/growth")
     assert [e.step for e in events] == [0, 1, 2]

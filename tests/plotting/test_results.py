@@ -121,6 +121,6 @@ def test_results_draw_themselves(flow):
     assert found.plot().get_title().startswith("Finite-time exponents")
     with pytest.raises(TypeError, match="is no Lyapunov spectrum, so it has no running means"):
         plotting.lyapunov_convergence(found)
-    assert stabkit.gradient_profile(flow).plot().get_title().startswith("Gradient of")
+    assert stabkit.gradient_profile(flow).plot().get_title() == "States and gradients over depth"
     assert stabkit.attribute(flow).plot().get_title() == "Where the growth comes from"
     assert make_chain([0.1]).plot().get_title().startswith("Stability region")

@@ -5,7 +5,7 @@ import math
 import pytest
 
 from stabkit.errors import ReportError
-from stabkit.report import decoding
+from stabkit.report import Report
 from tests.report.synthetic import FINDING, make_report, make_step
 
 
@@ -20,11 +20,11 @@ def test_a_report_comes_back_equal():
         make_step(2, kind="transition", source_shapes=((3, 4), ()), z=()),
     )
     report = make_report(*steps, findings=(FINDING,))
-    assert decoding.report(report.to_dict(), "here") == report
+    assert Report.from_dict(report.to_dict(), "here") == report
 
 
 def test_nan_comes_back():
-    back = decoding.report(make_report(make_step(growth=math.nan), chain_error=math.nan).to_dict(), "here")
+    back = Report.from_dict(make_report(make_step(growth=math.nan), chain_error=math.nan).to_dict(), "here")
     assert math.isnan(back.steps[0].growth)
     assert math.isnan(back.chain_error)
 
@@ -32,7 +32,7 @@ def test_nan_comes_back():
 @pytest.mark.parametrize("other", [[], 3, None, {}, {"schema": "stabkit.report/2"}, {"schema": ["odd"]}])
 def test_another_schema_is_refused(other):
     with pytest.raises(ReportError, match=r"f\.json: not a report that this version reads.*'stabkit\.report/1'"):
-        decoding.report(other, "f.json")
+        Report.from_dict(other, "f.json")
 
 
 @pytest.mark.parametrize("key", ["verdict", "steps", "total_growth", "seconds"])
@@ -40,7 +40,7 @@ def test_a_missing_key_is_named(key):
     content = data()
     del content[key]
     with pytest.raises(ReportError, match=rf"f\.json: {key} is missing"):
-        decoding.report(content, "f.json")
+        Report.from_dict(content, "f.json")
 
 
 @pytest.mark.parametrize(
@@ -59,19 +59,19 @@ def test_a_wrong_value_is_named_with_its_place(key, value, message):
     content = data()
     content["steps"][1][key] = value
     if message is None:
-        assert decoding.report(content, "f.json").steps[1].source_size == value
+        assert Report.from_dict(content, "f.json").steps[1].source_size == value
         return
     with pytest.raises(ReportError, match=message):
-        decoding.report(content, "f.json")
+        Report.from_dict(content, "f.json")
 
 
 def test_a_number_too_large_for_a_float_is_refused():
     content = data()
     content["steps"][0]["growth"] = 10**400
     with pytest.raises(ReportError, match=r"steps\[0\]: growth: "):
-        decoding.report(content, "f.json")
+        Report.from_dict(content, "f.json")
 
 
 def test_keys_of_a_later_minor_version_are_passed_over():
     content = data() | {"mood": "good"}
-    assert decoding.report(content, "f.json").model == "Net"
+    assert Report.from_dict(content, "f.json").model == "Net"

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stabkit.errors import ReportError
-from stabkit.report import tables
+from stabkit.report import formats, tables
 from tests.report.synthetic import FINDING, make_chain, make_report, make_step
 
 LONG = "model.encoder.transformer.layers.encoder_layer_11.residual"
@@ -36,7 +36,7 @@ def test_the_text_has_every_number_of_the_issue():
 @settings(deadline=None, max_examples=200)
 @given(st.text(), st.integers(8, 40))
 def test_a_name_is_cut_to_its_width_and_keeps_its_ends(name, width):
-    cut = tables.middle(name, width)
+    cut = formats.middle(name, width)
     assert len(cut) == min(len(name), width)
     assert cut[:3] == name[:3]
     assert cut[-3:] == name[-3:]
@@ -45,13 +45,13 @@ def test_a_name_is_cut_to_its_width_and_keeps_its_ends(name, width):
 @settings(deadline=None, max_examples=200)
 @given(st.floats(-1e300, 1e300))
 def test_figures_are_the_number_to_two_digits(value):
-    assert float(tables.figures(value)) == pytest.approx(value, rel=0.05, abs=0)
+    assert float(formats.figures(value)) == pytest.approx(value, rel=0.05, abs=0)
 
 
 @settings(deadline=None, max_examples=100)
 @given(st.sets(st.integers(0, 40), min_size=1))
 def test_step_names_hold_every_index_once(indices):
-    text = tables.steps_named(tuple(indices)).split(" ", 1)[1]
+    text = formats.steps_named(tuple(indices)).split(" ", 1)[1]
     found: list[int] = []
     for run in text.split(", "):
         ends = [int(end) for end in run.split("-")]

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from stabkit.diagnosis.kinds import rank
 from stabkit.report.plane import Plane, plane_of
 
 if TYPE_CHECKING:
@@ -126,8 +127,7 @@ def thinned(values: Sequence[complex], limit: int) -> list[complex]:
 
 def _first_choice(report: Report) -> int:
     """The step to show first: the one that the worst finding names, or the one that changes the gradient most."""
-    ranks = {"critical": 0, "warning": 1, "info": 2}
-    for finding in sorted(report.findings, key=lambda f: ranks.get(f.severity, 3)):
+    for finding in sorted(report.findings, key=lambda f: -rank(f.severity)):
         place = place_of(report, finding)
         if place is not None:
             return place

@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import functools
 import math
+import re
 from collections.abc import Mapping
 from importlib.resources import files
 from typing import TYPE_CHECKING, Any
 
-from stabkit.diagnosis import factor
+from stabkit.diagnosis import VERDICTS, factor
 from stabkit.errors import ArgumentError
+from stabkit.report.fields import Shown, shown_fields
+from stabkit.report.formats import figures, percent, signed
 from stabkit.report.page.data import comparison_data, place_of, report_data
 
 if TYPE_CHECKING:
     import jinja2
 
-    from stabkit.report.schema import Report
+    from stabkit.report.schema import Report, StepReport
 
+_MINUS = re.compile(r"(?<![\w.)])-(?=\d)")
 _SCRIPTS = {
     "report.html": ("shared.js", "block.js", "report.js"),
     "comparison.html": ("shared.js", "comparison.js"),
@@ -66,16 +70,17 @@ def _environment() -> jinja2.Environment:
     )
     environment.lstrip_blocks = True
     environment.filters |= {
-        "number": number,
-        "signed": signed,
+        "number": lambda value: typeset(figures(value)),
+        "signed": lambda value: typeset(signed(value)),
+        "percent": lambda value: typeset(percent(value)),
         "factor": factor,
-        "shapes": _shapes,
-        "percent": _percent,
-        "ends": ends,
+        "typeset": typeset,
+        "facts": facts,
+        "sortable": sortable,
+        "tone": tone,
         "place": place_of,
         "radius": _radius,
         "kinds": _kinds,
-        "room": room,
     }
     return environment
 
@@ -85,68 +90,32 @@ def _asset(name: str) -> str:
     return files(__package__ or "stabkit.report.page").joinpath(name).read_text(encoding="utf-8")
 
 
-def number(value: float | None, digits: int = 3) -> str:
-    """A number for reading; a dash when it was not measured.
+def typeset(text: str) -> str:
+    """A number of a plain text as a page sets it: with a minus sign, a dash for none, words for what is not finite.
 
     Example:
-        >>> number(0.123456), number(None), number(float("nan")), number(-2e-9)
-        ('0.123', '–', 'not finite', '−2e-09')
+        >>> [typeset(text) for text in ("-0.50 (-1.00 to 2.00)", "-", "nan", "-inf", "a-b")]
+        ['−0.50 (−1.00 to 2.00)', '–', 'not finite', 'no gradient', 'a-b']
     """
-    if value is None:
-        return "–"
-    if not math.isfinite(value):
-        return "not finite"
-    return f"{value:.{digits}g}".replace("-", "−", 1) if value < 0 else f"{value:.{digits}g}"
+    words = {"-": "–", "-inf": "no gradient"} | dict.fromkeys(("nan", "inf", "+inf"), "not finite")
+    return words.get(text) or _MINUS.sub("−", text)
 
 
-def signed(value: float | None, digits: int = 2) -> str:
-    """A number of nats with its sign.
-
-    Example:
-        >>> signed(1.234), signed(-0.5), signed(float("-inf"))
-        ('+1.23', '−0.50', 'no gradient')
-    """
-    if value is None:
-        return "–"
-    if value == -math.inf:
-        return "no gradient"
-    if not math.isfinite(value):
-        return "not finite"
-    return f"{value:+.{digits}f}".replace("-", "−")
+def facts(step: StepReport) -> list[tuple[str, str, str]]:
+    """What is told of one step: title, value and small print of every field that has something to show."""
+    told = ((how.title, how.text(step), how.aside(step)) for how in shown_fields(step).values() if how.title)
+    return [(title, typeset(text), typeset(aside)) for title, text, aside in told if text]
 
 
-def ends(interval: tuple[float, float] | None) -> str:
-    """An interval for reading, empty where there is none.
-
-    Example:
-        >>> ends((0.5, 1.25)), ends(None), ends((2.0, 2.0))
-        ('(0.5 to 1.25)', '', '')
-    """
-    if interval is None or interval[0] == interval[1] or not all(map(math.isfinite, interval)):
-        return ""
-    return f"({number(interval[0])} to {number(interval[1])})"
+def sortable(report: Report) -> list[tuple[str, str, Shown]]:
+    """The columns of the table of all steps: field, title, and how it is shown."""
+    fields = shown_fields(report.step_type).items()
+    return [(name, how.title or how.column, how) for name, how in fields if how.sortable]
 
 
-def room(factor: float) -> str:
-    """How far the branch of a step may grow before its spectrum leaves the region.
-
-    Example:
-        >>> room(1.7), room(0.25), room(0.0)
-        ('the branch may grow by ×1.7', 'the branch would have to shrink to ×0.25', 'undamped modes always leave it')
-    """
-    if factor == 0:
-        return "undamped modes always leave it"
-    if math.isinf(factor):
-        return "the branch may grow without bound"
-    return f"the branch {'may grow by' if factor >= 1 else 'would have to shrink to'} ×{number(factor)}"
-
-
-def _shapes(shapes: tuple[tuple[int, ...], ...]) -> str:
-    return ", ".join("×".join(map(str, shape)) or "scalar" for shape in shapes)
-
-
-def _percent(value: float | None) -> str:
-    return "–" if value is None else f"{value:.0%}"
+def tone(verdict: str) -> str:
+    """What a verdict says of the network, as the style sheet knows it."""
+    return VERDICTS[verdict].tone
 
 
 def _radius(report: Report) -> float | None:

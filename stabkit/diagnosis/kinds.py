@@ -1,0 +1,82 @@
+"""The words of a diagnosis: verdicts, severities and kinds of findings. Each is an entry here and nowhere else.
+
+What checks, orders, colors or explains these words follows from the entries. A new one is one line in a table below,
+and the rule that comes to it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+#: What a word says of a network, from which terminal, page and pictures take their colors.
+Tone = Literal["good", "grows", "shrinks", "broken", "unsure", "note"]
+
+
+@dataclass(frozen=True)
+class Word:
+    """A word of the diagnosis.
+
+    Attributes:
+        meaning: what it says, in one line.
+        tone: whether that is good news, and if not, of which sort.
+        consequence: whether it usually follows from some other finding, so that the blocks at fault are told first.
+    """
+
+    meaning: str
+    tone: Tone = "unsure"
+    consequence: bool = False
+
+
+VERDICTS: dict[str, Word] = {
+    "stable": Word("gradients keep their size over the blocks", "good"),
+    "drift": Word("gradients change over the blocks, within the limits"),
+    "exploding": Word("gradients grow on their way back by more than the limit", "grows"),
+    "vanishing": Word("gradients shrink on their way back by more than the limit", "shrinks"),
+    "transient growth": Word("gradients grow over some of the blocks, and shrink again over others"),
+    "chaotic": Word("nearby states part exponentially over the steps", "grows"),
+    "inconclusive": Word("the samples disagree too much for a verdict; more of them are needed"),
+    "non-finite": Word("states, gradients or weights hold NaN or infinity", "broken"),
+}
+
+#: In rising order.
+SEVERITIES: dict[str, Word] = {
+    "info": Word("a fact to know; nothing has to be done", "note"),
+    "warning": Word("training may suffer"),
+    "critical": Word("training will fail, or has failed", "broken"),
+}
+
+FINDINGS: dict[str, Word] = {
+    "exploding": Word("a block, or the whole stretch of blocks, makes gradients grow", "grows"),
+    "vanishing": Word("a block, or the whole stretch of blocks, makes gradients shrink", "shrinks"),
+    "unstable_step": Word("eigenvalues lie outside the stability region because the step is too long", "grows"),
+    "overdamped": Word("eigenvalues lie where the method damps what the equation would keep", "shrinks"),
+    "dead": Word("units pass nothing for any sample", "shrinks"),
+    "saturated": Word("activations work where their derivative is nearly zero", "shrinks"),
+    "transient_growth": Word("gradients grow over some of the blocks, and shrink again over others", "grows"),
+    "chaotic": Word("nearby states part exponentially over the steps", "grows"),
+    "rank_collapse": Word("states no longer tell samples or tokens apart", "shrinks"),
+    "non_finite": Word("a state, gradient or weight holds NaN or infinity", "broken"),
+    "precision_loss": Word("numbers are lost to the dtype by rounding or underflow", "unsure", consequence=True),
+}
+
+
+def rank(severity: str) -> int:
+    """The place of a severity in rising order, from 0.
+
+    Example:
+        >>> rank("critical") > rank("warning") > rank("info")
+        True
+    """
+    return list(SEVERITIES).index(severity)
+
+
+def accused(word: str | None, kind: str, severity: str) -> bool:
+    """Whether a word names the kind of a finding, or a severity that it reaches; False for None.
+
+    Example:
+        >>> accused("warning", "dead", "critical"), accused("non-finite", "non_finite", "critical")
+        (True, True)
+    """
+    wanted = None if word is None else word.replace("-", "_")
+    return rank(severity) >= rank(wanted) if wanted in SEVERITIES else wanted == kind
