@@ -25,6 +25,7 @@ LAYERS = [
     "pictures",
     "results",
     "parallel",
+    "threads",
     "vocabulary",
     "integrators",
     "operators",

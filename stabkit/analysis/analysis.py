@@ -2,41 +2,39 @@
 
 from __future__ import annotations
 
-import functools
 import math
 import platform
 import time
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any, Literal, overload
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from typing import Any, Literal, overload
 
-import numpy as np
 import torch
 from torch import nn
 
 from stabkit._version import __version__
 from stabkit.analysis.explanation import Explanation, explain
-from stabkit.analysis.spectra import SPECTRA, StepSpectrum, step_spectrum
-from stabkit.diagnosis import Measurement, Thresholds, bootstrap_interval, examine
+from stabkit.analysis.first_samples import of_first_samples
+from stabkit.analysis.progress import Listener, Progress, Told
+from stabkit.analysis.records import lyapunov, norms, restart_notes, side_input_notes, step_report
+from stabkit.analysis.spectra import StepSpectra, by_importance, plan_spectra
+from stabkit.attribution.measure import EXPLAINED
+from stabkit.diagnosis import Diagnosis, Thresholds, examine
+from stabkit.diagnosis.non_finite import is_finite
 from stabkit.distributed import Ranks, current, fingerprint, is_spread, is_tensor_parallel, whole_parameters
 from stabkit.errors import StabkitError, TraceError
-from stabkit.growth import lyapunov_spectrum
 from stabkit.identification import Identification, by_step, identify
-from stabkit.integrators import GeneralLinearMethod
+from stabkit.jacobians.shared import SharedSpectra
 from stabkit.parallel import SERIAL, Parallel
+from stabkit.planning import SPECTRA, Plan, plan
 from stabkit.report.schema import Exponents, Report, StepReport
-from stabkit.tracing import Flow, Step, trace
+from stabkit.threads import torch_threads
+from stabkit.tracing import Flow, trace
+from stabkit.tracing.call import Call
 from stabkit.tracing.depth import Depth
 from stabkit.tracing.endpoints import Target
 from stabkit.tracing.safekeeping import modules_behind, unchanged, unwrap
-
-if TYPE_CHECKING:
-    from stabkit.planning import Plan
-
-EXPLAINED = 4  # samples over which growth is attributed
-_EXPONENTS = 4  # Lyapunov exponents of the whole flow
-_EXPONENTS_COST = 0.05  # of them, over that of all spectra
-
-Progress = Callable[[int, int, str], None]
 
 
 @overload
@@ -59,7 +57,7 @@ def analyze(
     thresholds: Thresholds | None = None,
     seed: int = 0,
     name: str | None = None,
-    progress: Progress | None = None,
+    progress: Progress | Listener | None = None,
     distributed: bool = True,
     ranks: Ranks | None = None,
     budget: str | float | None = None,
@@ -83,7 +81,7 @@ def analyze(  # type: ignore[misc]  # where only the plan is wanted, the options
     thresholds: Thresholds | None = None,
     seed: int = 0,
     name: str | None = None,
-    progress: Progress | None = None,
+    progress: Progress | Listener | None = None,
     distributed: bool = True,
     ranks: Ranks | None = None,
     budget: str | float | None = None,
@@ -106,13 +104,16 @@ def analyze(  # type: ignore[misc]  # where only the plan is wanted, the options
         source: the input to start from, when there are several.
         target: the output to end at, see `stabkit.trace`.
         spectrum: ``"dense"`` (every eigenvalue, of states of up to 8192 numbers), ``"krylov"`` (the largest few),
-            ``"none"``, or ``"auto"`` (dense up to 512 numbers, Krylov beyond).
+            ``"full"`` (dense up to 512 numbers, Krylov beyond), ``"none"``, or ``"auto"``: as ``"full"``, within the
+            work of about 25 training steps. Steps at fault and those of most growth come first, and a note says what
+            was left out. Work is counted, not timed: the same call gives the same numbers.
         spectrum_samples: how many samples' spectra are computed.
         probes: random cotangents per sample when there is no loss.
         thresholds: the limits behind the verdict.
         seed: of every random choice.
         name: what the report calls the model; its class by default.
-        progress: called with (done, total, step name) as steps are finished.
+        progress: called with (done, total, step name) as steps are finished, those at fault and of most growth first;
+            or a `stabkit.analysis.Listener`, which is told of the verdict before any spectrum is computed.
         distributed: where a process group runs (``torchrun``), share the work with its other ranks. Every rank must
             then make this call, with the same model and input, and gets the same report. False analyses on this rank
             alone; a model whose parameters are spread over the ranks cannot be.
@@ -141,93 +142,193 @@ def analyze(  # type: ignore[misc]  # where only the plan is wanted, the options
         raise TraceError(f"spectrum={spectrum!r}; expected one of {', '.join(SPECTRA)}")
     if probes < 1 or spectrum_samples < 1:
         raise TraceError(f"probes={probes}, spectrum_samples={spectrum_samples}; both must be at least 1")
-    began = time.perf_counter()
-    limits = thresholds or Thresholds()
     model = unwrap(model)
     group = _group(model, inputs, kwargs, distributed, ranks)
-    given_up: tuple[str, ...] = ()
+    call = Call(inputs, dict(kwargs or {}), batch_dim)
+    where = {"depth": depth, "source": source, "target": target, "seed": seed}
+    settings = _Settings(loss, where, spectrum, spectrum_samples, probes, thresholds or Thresholds(), seed)
     if plan_only or budget is not None or memory is not None:
-        options = {
-            "depth": depth, "source": source, "target": target, "spectrum": spectrum,
-            "spectrum_samples": spectrum_samples, "probes": probes, "seed": seed, "budget": budget, "memory": memory,
-        }  # fmt: skip
-        plan = _planned(group, model, inputs, kwargs, loss, batch_dim, options)
+        foretold = _planned(group, model, call, settings, budget, memory)
         if plan_only:
-            return plan
-        _refuse_unaffordable(plan, budget, memory)
-        inputs, kwargs = plan.call(*inputs, kwargs=kwargs, batch_dim=batch_dim)
-        chosen = plan.settings
-        probes, spectrum, spectrum_samples = chosen.probes, chosen.spectrum, chosen.spectrum_samples
-        given_up = tuple(f"left out to keep the budget: {words}" for words in plan.given_up)
+            return foretold
+        call, settings = _affordable(foretold, call, settings, budget, memory)
     # products of tensor-parallel models are collective: all ranks do all of them together
     parallel: Parallel = SERIAL if is_tensor_parallel(model) else group
-    # the whole analysis, not only the forward pass, must leave the model as it was
-    with whole_parameters(model), unchanged(modules_behind(model)):
-        flow = trace(
-            model, *inputs, kwargs=kwargs, depth=depth, batch_dim=batch_dim, source=source, target=target, seed=seed
-        )
-        found = identify(flow, parallel=parallel)
+    return _Analysis(model, call, settings, progress, parallel).report(name)
+
+
+@dataclass(frozen=True)
+class _Settings:
+    """What is measured of a model, and how much of it.
+
+    Attributes:
+        loss: on the model's output.
+        where: where to trace: ``depth``, ``source``, ``target`` and ``seed``.
+        spectrum: how spectra are computed.
+        spectrum_samples: of how many samples.
+        probes: random cotangents per sample when there is no loss.
+        thresholds: the limits behind the verdict.
+        seed: of every random choice.
+        spectrum_share: part of the work of a default report that spectra may take.
+        given_up: what was left out to keep a budget, in sentences.
+    """
+
+    loss: Callable[[Any], torch.Tensor] | None
+    where: Mapping[str, Any]
+    spectrum: str
+    spectrum_samples: int
+    probes: int
+    thresholds: Thresholds
+    seed: int
+    spectrum_share: float = 1.0
+    given_up: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class _Analysis:
+    """One analysis: the verdict first, then what explains it, then the spectra in the order of their importance."""
+
+    model: Any
+    call: Call
+    settings: _Settings
+    progress: Progress | Listener | None
+    parallel: Parallel
+
+    def report(self, name: str | None) -> Report:
+        """Measure everything; the model comes back as it was."""
+        began = time.perf_counter()
+        chosen, call = self.settings, self.call
+        with ExitStack() as stack:
+            stack.enter_context(whole_parameters(self.model))
+            # the whole analysis, not only the forward pass, must leave the model as it was
+            stack.enter_context(unchanged(modules_behind(self.model)))
+            flow = trace(self.model, *call.inputs, kwargs=call.kwargs, batch_dim=call.batch_dim, **chosen.where)
+            stack.enter_context(torch_threads(flow.batch * max((state.size for state in flow.states), default=0)))
+            # of numbers that are not finite there are no methods and no spectra to be had, only where they begin
+            finite = is_finite(flow, chosen.loss)
+            chosen = chosen if finite else replace(chosen, spectrum="none")
+            found = identify(flow, parallel=self.parallel) if finite else _unidentified(flow)
+            samples = min(flow.batch, max(chosen.spectrum_samples, EXPLAINED))
+            shared = SharedSpectra(lambda index: flow.steps[index].jacobian(), samples)
+            diagnosis = examine(
+                flow,
+                chosen.loss,
+                thresholds=chosen.thresholds,
+                probes=chosen.probes,
+                seed=chosen.seed,
+                methods=found,
+                spectra=shared,
+                parallel=self.parallel,
+            )
+            told = Told(self.progress, len(flow.steps))
+            told.verdict(diagnosis)
+            why = Explanation()
+            if chosen.spectrum != "none":
+                why = explain(flow, diagnosis, found, samples, chosen.seed, chosen.thresholds, shared, self.parallel)
+            spectra = plan_spectra(
+                flow,
+                lambda: of_first_samples(flow, self.model, call, chosen.spectrum_samples, chosen.where),
+                by_importance(diagnosis),
+                mode=chosen.spectrum,
+                samples=chosen.spectrum_samples,
+                share=chosen.spectrum_share,
+                shared=shared,
+                seed=chosen.seed,
+            )
+            told.begin()
+            steps = self._steps(flow, diagnosis, found, why, spectra, told)
+            exponents, missing = self._exponents(spectra) if finite else (None, ())
+        return self._written(name, began, flow, diagnosis, why, steps, exponents, (*spectra.notes, *missing))
+
+    def _steps(
+        self,
+        flow: Flow,
+        diagnosis: Diagnosis,
+        found: tuple[Identification, ...],
+        why: Explanation,
+        spectra: StepSpectra,
+        told: Told,
+    ) -> tuple[StepReport, ...]:
+        """The records of all steps, in their order."""
         methods = by_step(found, len(flow.steps))
-        diagnosis = examine(flow, loss, thresholds=limits, probes=probes, seed=seed, methods=found, parallel=parallel)
+        order = by_importance(diagnosis)
+        costs = [max(spectra.costs.get(index, 0.0), 1.0) for index in order]
+        spent = 0.0
 
-        def spectrum_of(index: int) -> StepSpectrum:
-            step = flow.steps[index]
-            measured = step_spectrum(step, methods[index], spectrum, spectrum_samples, seed)
+        def measured(place: int) -> StepReport:
+            nonlocal spent
+            index = order[place]
+            step, limits = flow.steps[index], self.settings.thresholds
+            spectrum = spectra.of(index, methods[index])
+            record = step_report(step, methods[index], spectrum, diagnosis.measurement, limits, self.settings.seed)
+            record = why.completed(record)
+            spent += costs[place]
             step.segment.release()
-            if progress is not None:
-                progress(step.index + 1, len(flow.steps), step.name)
-            return measured
+            told.step(record, spent / sum(costs))
+            return record
 
-        # the cost of a step's products; what a spectrum gives does not depend on who computes it
-        costs = [float(max(step.source.size, step.target.size)) for step in flow.steps]
-        pieces: list[Callable[[], Any]] = [functools.partial(spectrum_of, index) for index in range(len(costs))]
-        if spectrum != "none":
-            pieces.append(functools.partial(_lyapunov, flow, seed))
-            costs.append(_EXPONENTS_COST * sum(costs))
-        spectra = parallel.share(lambda piece: pieces[piece](), costs, name="step")
-        why, exponents = Explanation(), None
-        missing: tuple[str, ...] = ()
-        if spectrum != "none":
-            exponents, missing = spectra[-1]
-            samples = min(flow.batch, max(spectrum_samples, EXPLAINED))
-            why = explain(flow, diagnosis, found, samples, seed, limits, parallel)
-    verdict, measurement = diagnosis.verdict, diagnosis.measurement
-    return Report(
-        model=name or type(flow.model if isinstance(model, nn.Module) else model).__name__,
-        verdict=verdict.name,
-        summary=verdict.summary,
-        findings=diagnosis.findings,
-        steps=tuple(
-            why.completed(_step_report(step, methods[i], spectra[i], measurement, limits, seed))
-            for i, step in enumerate(flow.steps)
-        ),
-        total_growth=verdict.growth,
-        total_growth_interval=verdict.interval,
-        chain_error=math.nan if flow.chain_error is None else flow.chain_error,
-        n_parameters=sum(p.numel() for p in flow.model.parameters()),
-        dtype=str(flow.states[0].space.dtype).removeprefix("torch."),
-        device=str(flow.states[0].space.device),
-        mode="train" if flow.model.training else "eval",
-        loss=measurement.loss,
-        seed=seed,
-        seconds=time.perf_counter() - began,
-        thresholds=limits.to_dict(),
-        explained=why.explained,
-        rate_law=why.rate_law,
-        lyapunov=exponents,
-        **{
-            f"output_{name}": value
-            for name, value in _norms(measurement, -1, flow.states[-1].size, limits, seed).items()
-        },
-        notes=(
-            *given_up,
-            *flow.notes,
-            *why.notes,
-            *missing,
-            *_restart_notes(flow, measurement),
-            *_side_input_notes(flow),
-        ),
-        versions={"stabkit": __version__, "torch": torch.__version__, "python": platform.python_version()},
+        # what a spectrum gives does not depend on who computes it
+        done = self.parallel.share(measured, costs, name="step")
+        return tuple(sorted(done, key=lambda record: record.index))
+
+    def _exponents(self, spectra: StepSpectra) -> tuple[Exponents | None, tuple[str, ...]]:
+        if self.settings.spectrum == "none":
+            return None, ()
+        (found,) = self.parallel.share(lambda _: lyapunov(spectra.short, self.settings.seed), [1.0], name="exponents")
+        return found
+
+    def _written(
+        self,
+        name: str | None,
+        began: float,
+        flow: Flow,
+        diagnosis: Diagnosis,
+        why: Explanation,
+        steps: tuple[StepReport, ...],
+        exponents: Exponents | None,
+        notes: tuple[str, ...],
+    ) -> Report:
+        verdict, measurement, chosen = diagnosis.verdict, diagnosis.measurement, self.settings
+        last = norms(measurement, -1, flow.states[-1].size, chosen.thresholds, chosen.seed)
+        return Report(
+            model=name or type(flow.model if isinstance(self.model, nn.Module) else self.model).__name__,
+            verdict=verdict.name,
+            summary=verdict.summary,
+            findings=diagnosis.findings,
+            steps=steps,
+            total_growth=verdict.growth,
+            total_growth_interval=verdict.interval,
+            chain_error=math.nan if flow.chain_error is None else flow.chain_error,
+            n_parameters=sum(p.numel() for p in flow.model.parameters()),
+            dtype=str(flow.states[0].space.dtype).removeprefix("torch."),
+            device=str(flow.states[0].space.device),
+            mode="train" if flow.model.training else "eval",
+            loss=measurement.loss,
+            seed=chosen.seed,
+            seconds=time.perf_counter() - began,
+            thresholds=chosen.thresholds.to_dict(),
+            explained=why.explained,
+            rate_law=why.rate_law,
+            lyapunov=exponents,
+            **{f"output_{key}": value for key, value in last.items()},
+            notes=(
+                *chosen.given_up,
+                *flow.notes,
+                *why.notes,
+                *notes,
+                *restart_notes(flow, measurement),
+                *side_input_notes(flow),
+            ),
+            versions={"stabkit": __version__, "torch": torch.__version__, "python": platform.python_version()},
+        )
+
+
+def _unidentified(flow: Flow) -> tuple[Identification, ...]:
+    """No method of any step, and why."""
+    why = ("no spectrum and no method: states or gradients of this pass are not finite",)
+    return tuple(
+        Identification("unknown", None, None, None, "", "unknown", None, (i,), notes=why)
+        for i in range(len(flow.steps))
     )
 
 
@@ -248,21 +349,26 @@ def _group(
 
 
 def _planned(
-    group: Ranks,
-    model: Any,
-    inputs: tuple[Any, ...],
-    kwargs: Mapping[str, Any] | None,
-    loss: Any,
-    batch_dim: int | None,
-    options: Mapping[str, Any],
+    group: Ranks, model: Any, call: Call, settings: _Settings, budget: str | float | None, memory: str | float | None
 ) -> Plan:
     """What the analysis will cost in one process; the first rank measures it for all."""
-    from stabkit.planning import plan
 
     def foretell() -> Plan | None:
         if not (group.first or is_tensor_parallel(model)):
             return None
-        return plan(model, *inputs, loss=loss, kwargs=kwargs, batch_dim=batch_dim, **options)
+        return plan(
+            model,
+            *call.inputs,
+            loss=settings.loss,
+            kwargs=call.kwargs,
+            batch_dim=call.batch_dim,
+            spectrum=settings.spectrum,
+            spectrum_samples=settings.spectrum_samples,
+            probes=settings.probes,
+            budget=budget,
+            memory=memory,
+            **settings.where,
+        )
 
     with whole_parameters(model):
         found = group.together(foretell)
@@ -270,105 +376,21 @@ def _planned(
     return agreed
 
 
-def _refuse_unaffordable(plan: Plan, budget: str | float | None, memory: str | float | None) -> None:
-    if plan.fits:
-        return
-    limits = [f"{name}={given}" for name, given in (("budget", budget), ("memory", memory)) if given is not None]
-    raise StabkitError(f"no analysis of this model keeps {' and '.join(limits)}; the least that one takes:\n{plan}")
-
-
-def _lyapunov(flow: Flow, seed: int) -> tuple[Exponents | None, tuple[str, ...]]:
-    """The largest exponents of the first sample, or why there are none."""
-    count = min(_EXPONENTS, *(state.size for state in flow.states))
-    if count < 1 or not flow.steps:
-        return None, ()
-    try:
-        found = lyapunov_spectrum(flow, count, seed=seed)
-    except (TraceError, ArithmeticError) as error:
-        return None, (f"no Lyapunov exponents: {str(error).splitlines()[0]}",)
-    if not bool(found.exponents[0].isfinite().any()):
-        return None, ("no Lyapunov exponents: a step passes nothing on, as a head initialised at zero does",)
-    first = {name: getattr(found, name)[:1].tolist() for name in ("exponents", "standard_errors", "converged")}
-    rows = {name: tuple(map(tuple, values)) for name, values in first.items()}
-    growth = tuple((tuple(row),) for row in found.local_growth[:, 0].tolist())
-    return Exponents(**rows, local_growth=growth), ()
-
-
-def _step_report(
-    step: Step,
-    method: Identification,
-    spectrum: StepSpectrum,
-    measurement: Measurement,
-    limits: Thresholds,
-    seed: int,
-) -> StepReport:
-    growth = measurement.growth[step.index]
-    finite = bool(np.isfinite(growth).all())
-    mean = float(growth.mean())
-    return StepReport(
-        index=step.index,
-        name=step.name,
-        module_path=step.module_path,
-        kind=step.kind,
-        source_shapes=step.source.sample_shapes,
-        target_shapes=step.target.sample_shapes,
-        source_size=step.source.size,
-        target_size=step.target.size,
-        method=method.name,
-        skip=method.skip,
-        evidence=method.evidence,
-        residual=method.residual,
-        step_size=method.step_size,
-        convention=method.convention if method.step_size is not None else "",
-        after=method.after,
-        operations=step.operations,
-        **_tableau(method),
-        z=spectrum.z,
-        numerical_range=spectrum.numerical_range,
-        spectral_radius=spectrum.radius,
-        largest_singular_value=spectrum.norm,
-        outside_share=spectrum.outside,
-        spectrum_method=spectrum.method,
-        spectrum_converged=spectrum.converged,
-        growth=mean,
-        growth_interval=bootstrap_interval(growth, limits, seed) if finite else (mean, mean),
-        **_norms(measurement, step.index, step.source.size, limits, seed),
-        notes=(*step.notes, *method.notes, *spectrum.notes),
+def _affordable(
+    foretold: Plan, call: Call, settings: _Settings, budget: str | float | None, memory: str | float | None
+) -> tuple[Call, _Settings]:
+    """As many samples, and as much of the rest, as the plan allows."""
+    if not foretold.fits:
+        limits = [f"{name}={given}" for name, given in (("budget", budget), ("memory", memory)) if given is not None]
+        raise StabkitError(
+            f"no analysis of this model keeps {' and '.join(limits)}; the least that one takes:\n{foretold}"
+        )
+    chosen = foretold.settings
+    return call.part(0, chosen.samples), replace(
+        settings,
+        probes=chosen.probes,
+        spectrum=chosen.spectrum,
+        spectrum_samples=chosen.spectrum_samples,
+        spectrum_share=chosen.spectrum_share,
+        given_up=tuple(f"left out to keep the budget: {words}" for words in foretold.given_up),
     )
-
-
-def _norms(measurement: Measurement, index: int, size: int, limits: Thresholds, seed: int) -> dict[str, Any]:
-    """Geometric means over samples of the norms of one state and of its gradient, with their intervals."""
-    logs = {
-        "gradient_norm": measurement.log_gradients[index],
-        "state_norm": measurement.log_states[index] + 0.5 * math.log(max(size, 1)),
-    }
-    found: dict[str, Any] = {}
-    with np.errstate(over="ignore"):
-        for name, row in logs.items():
-            mean = float(row.mean())
-            ends = bootstrap_interval(row, limits, seed) if np.isfinite(row).all() else (mean, mean)
-            found[name] = float(np.exp(mean))
-            found[f"{name}_interval"] = (float(np.exp(ends[0])), float(np.exp(ends[1])))
-    return found
-
-
-def _tableau(found: Identification) -> dict[str, Any]:
-    """The blocks of a method and the field of each stage; those of several steps together are not those of each."""
-    if len(found.steps) != 1 or not isinstance(found.method, GeneralLinearMethod):
-        return {}
-    blocks = {name: tuple(map(tuple, getattr(found.method, name).tolist())) for name in "AUBV"}
-    return {"tableau": blocks, "stage_fields": found.method.fields}
-
-
-def _restart_notes(flow: Flow, measurement: Measurement) -> tuple[str, ...]:
-    return tuple(
-        f"gradient norms before {flow.steps[index].name} are those of a fresh random cotangent"
-        for index in measurement.restarts
-    )
-
-
-def _side_input_notes(flow: Flow) -> tuple[str, ...]:
-    if not flow.side_inputs:
-        return ()
-    return (f"depth is counted from {flow.source_name}; held fixed: {', '.join(flow.side_inputs)}",)

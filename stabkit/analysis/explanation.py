@@ -12,15 +12,16 @@ import torch
 
 from stabkit.analysis.why import why
 from stabkit.attribution import Attribution, Mechanism, attribute
+from stabkit.attribution.measure import EXPLAINED_PROBES
 from stabkit.diagnosis import Diagnosis, Thresholds
 from stabkit.errors import TraceError
 from stabkit.growth import rate_law
 from stabkit.identification import Identification
+from stabkit.jacobians.shared import SharedSpectra
 from stabkit.parallel import SERIAL, Parallel
 from stabkit.report.schema import StepReport
 from stabkit.tracing import Flow
 
-_PROBES = 8  # random vectors behind the estimated terms of a large step
 _PARTS = ("spectral", "non_normal", "transition")
 _FEWEST_RATES = 6  # steps that telling a power from an exponential needs
 
@@ -64,6 +65,7 @@ def explain(
     samples: int,
     seed: int,
     limits: Thresholds,
+    spectra: SharedSpectra,
     parallel: Parallel = SERIAL,
 ) -> Explanation:
     """Attribute the growth of a flow; what cannot be attributed is said in the notes.
@@ -75,6 +77,7 @@ def explain(
         samples: how many samples' spectra are taken.
         seed: of every random choice.
         limits: from which growth on there is something to explain.
+        spectra: matrices and eigenvalues of the steps, by index.
         parallel: who measures which steps.
     """
     law = _law(diagnosis)
@@ -83,7 +86,14 @@ def explain(
     try:
         # eigenvalues of large steps are the spectrum's business; here only the terms of the growth are wanted
         found = attribute(
-            flow, samples=samples, probes=_PROBES, krylov=0, seed=seed, identifications=methods, parallel=parallel
+            flow,
+            samples=samples,
+            probes=EXPLAINED_PROBES,
+            krylov=0,
+            seed=seed,
+            identifications=methods,
+            spectra=spectra,
+            parallel=parallel,
         )
     except (TraceError, ArithmeticError) as error:
         return Explanation(rate_law=law, notes=(f"growth is not attributed: {error}",))

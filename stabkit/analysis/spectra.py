@@ -2,26 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
 
+from stabkit.analysis import work
+from stabkit.diagnosis import Diagnosis
 from stabkit.errors import ArgumentError, TraceError
 from stabkit.identification import Identification
 from stabkit.jacobians import Jacobian, Spectrum, eigenvalues, from_dense, singular_values
 from stabkit.jacobians.numerical_range import outline
-from stabkit.tracing import Step
+from stabkit.jacobians.shared import DENSE_SIZE, LARGEST_DENSE, SharedSpectra, krylov_products
+from stabkit.planning.price import TRAINING_STEPS
+from stabkit.tracing import Flow, Step
 
-SPECTRA = ("auto", "dense", "krylov", "none")
-DENSE_SIZE = 512  # up to here all eigenvalues are cheaper than a dozen by Krylov, and say more
-LARGEST_DENSE = 8192  # beyond, a matrix and its factors no longer fit beside a model, and take hours
-WORK = 5_000_000  # numbers that all products of one Krylov spectrum may pass, a bound on its time
 _WANTED = 6  # eigenvalues and singular values of larger steps
+_PER_VALUE = 10  # products from which one more eigenvalue is looked for
 _DIRECTIONS = 32  # around the numerical range
 _TOLERANCE = 1e-3  # residual of a Krylov value, as a fraction of the norm of J
 _ROUNDING = 1e-4  # how far |a + z| may exceed 1 by rounding before an eigenvalue counts as outside
+_LAPACK = 15.0  # operations of a whole spectrum with vectors, times the cube of the size
 
 
 @dataclass(frozen=True)
@@ -38,39 +40,201 @@ class StepSpectrum:
     notes: tuple[str, ...] = ()
 
 
-def step_spectrum(step: Step, method: Identification, mode: str, samples: int, seed: int) -> StepSpectrum:
-    """Eigenvalues and largest singular value of a step; why there are none is said in its notes.
+def by_importance(diagnosis: Diagnosis) -> list[int]:
+    """Indices of the steps: those of the findings first, the worst before the others, then those of most growth."""
+    accused = [index for finding in diagnosis.findings if len(finding.steps) <= 2 for index in finding.steps]
+    growth = np.abs(diagnosis.measurement.growth.mean(axis=1))
+    rest = np.argsort(-np.nan_to_num(growth, nan=np.inf), kind="stable")
+    return list(dict.fromkeys([*accused, *map(int, rest)]))
+
+
+@dataclass(frozen=True)
+class StepSpectra:
+    """The spectra of all steps, as many as the work allows.
+
+    Attributes:
+        flow: the whole batch.
+        short: the samples whose spectra are wanted, where they can be had alone; else the same.
+        mode: ``"auto"``, ``"full"``, ``"dense"``, ``"krylov"`` or ``"none"``.
+        samples: how many samples' spectra are computed, from the first.
+        shared: matrices and eigenvalues of small steps of the flow, by index.
+        products: what an iteration may spend on each step, by index; steps without an entry are left out.
+        costs: of every step, in operations.
+        seed: of the start vectors.
+        notes: what was left out, in a sentence.
+    """
+
+    flow: Flow
+    short: Flow
+    mode: str
+    samples: int
+    shared: SharedSpectra
+    products: Mapping[int, int]
+    costs: Mapping[int, float]
+    seed: int
+    notes: tuple[str, ...] = field(default=())
+
+    def of(self, index: int, method: Identification) -> StepSpectrum:
+        """The eigenvalues and the largest singular value of a step; why there are none is said in its notes."""
+        step = self.flow.steps[index]
+        if self.mode == "none":
+            return StepSpectrum()
+        if is_dense(step, self.mode):
+            return self._dense(step, method)
+        if index not in self.products:
+            return StepSpectrum(notes=("no spectrum: left out to keep the work of the report small",))
+        short = self.short.steps[index]
+        J = _first_samples(short.jacobian(), self.samples)
+        found = _from_products(J, step, method, self.products[index], self.seed)
+        short.segment.release()
+        return found
+
+    def _dense(self, step: Step, method: Identification) -> StepSpectrum:
+        n, size = step.source.size, max(step.source.size, step.target.size)
+        try:
+            if size > LARGEST_DENSE:
+                raise ArgumentError(
+                    f"a dense spectrum of {size} numbers is too large (at most {LARGEST_DENSE}): use krylov"
+                )
+            shared = size <= DENSE_SIZE
+            J = self.shared.matrix(step.index)[: self.samples] if shared else self._own_matrix(step)
+            largest = singular_values(J, seed=self.seed, method="dense")
+            if not _keeps_space(step):
+                return _only_norm(largest, "dense")
+            count = len(J)
+            spectra = (
+                [self.shared.eigenvalues(step.index, sample) for sample in range(count)]
+                if shared
+                else [eigenvalues(J, seed=self.seed, method="dense")]
+            )
+        except (ValueError, ArithmeticError, TraceError) as error:
+            return _none(error)
+        values = torch.cat([one.values for one in spectra])
+        converged = torch.cat([one.converged for one in spectra])
+        a = _skip(method)
+        around = _numerical_range(from_dense(J), a) if shared else None
+        return replace(_summarise(values, converged, largest, a, n, "dense"), numerical_range=around)
+
+    def _own_matrix(self, step: Step) -> torch.Tensor:
+        short = self.short.steps[step.index]
+        return _first_samples(short.jacobian(), self.samples).dense()
+
+
+def plan_spectra(
+    flow: Flow,
+    short: Callable[[], Flow],
+    order: Sequence[int],
+    *,
+    mode: str,
+    samples: int,
+    share: float,
+    shared: SharedSpectra,
+    seed: int,
+) -> StepSpectra:
+    """What every step's spectrum may cost.
 
     Args:
-        step: the step.
-        method: what was read off it; its skip decides where z = 0 is.
-        mode: one of ``SPECTRA``.
-        samples: how many samples' spectra are computed, from the first.
+        flow: the whole batch.
+        short: gives the flow of the samples whose spectra are wanted; called only if iterations are needed.
+        order: indices of the steps, the most important first.
+        mode: how spectra are computed.
+        samples: of how many samples.
+        share: part of the work of a default report that may be spent.
+        shared: matrices and eigenvalues of small steps.
         seed: of the start vectors.
     """
-    if mode == "none":
-        return StepSpectrum()
-    J: Jacobian = _first_samples(step.jacobian(), samples)
-    _, m, n = J.shape
-    dense = mode == "dense" or (mode == "auto" and max(m, n) <= DENSE_SIZE)
+    costs = {
+        step.index: _LAPACK * samples * max(step.source.size, step.target.size, 1) ** 3
+        for step in flow.steps
+        if mode != "none" and is_dense(step, mode)
+    }
+    iterated = [] if mode == "none" else [index for index in order if index not in costs]
+    few, notes = flow, tuple[str, ...]()
+    products: dict[int, int] = {}
+    if iterated:
+        few = short()
+        demands = {step.index: work.demand(step) for step in few.steps}
+        wanted = [demands[index] for index in iterated]
+        limit = share * _limit(flow, few, demands, wanted, mode)
+        products = work.allot(wanted, limit)
+        costs |= {index: demands[index].cost * count for index, count in products.items()}
+        notes = _left_out(wanted, products)
+    return StepSpectra(flow, few, mode, samples, shared, products, costs, seed, notes)
+
+
+def _limit(
+    flow: Flow, few: Flow, demands: Mapping[int, work.Demand], wanted: Sequence[work.Demand], mode: str
+) -> float:
+    whole = sum(one.cost * one.products for one in wanted)
+    if mode != "auto":
+        return whole
+    return min(whole, TRAINING_STEPS * work.training_step(flow, few.batch, demands))
+
+
+def _left_out(wanted: Sequence[work.Demand], products: Mapping[int, int]) -> tuple[str, ...]:
+    without = [one.index for one in wanted if one.index not in products]
+    fewer = [one.index for one in wanted if one.index in products and products[one.index] < one.products]
+    if not (without or fewer):
+        return ()
+    most = max(one.products for one in wanted)
+    parts = []
+    if without:
+        parts.append(f"{len(without)} of {len(wanted)} large steps, those of least growth, have none")
+    if fewer:
+        spent = max(products[index] for index in fewer)
+        parts.append(f"{len(fewer)} stop after {spent} products with the Jacobian instead of {most}")
+    return (f'spectra were kept cheap: {"; ".join(parts)}; spectrum="full" computes everything',)
+
+
+def is_dense(step: Step, mode: str) -> bool:
+    """Whether all eigenvalues of a step are computed from its matrix."""
+    return mode == "dense" or (mode in ("auto", "full") and max(step.source.size, step.target.size) <= DENSE_SIZE)
+
+
+def _from_products(J: Jacobian, step: Step, method: Identification, products: int, seed: int) -> StepSpectrum:
+    """A step's outer eigenvalues and largest singular value, from its products alone."""
+    keeps_space, most = _keeps_space(step), krylov_products(max(J.shape[1:]))
     try:
-        if dense and max(m, n) > LARGEST_DENSE:
-            raise ArgumentError(
-                f"a dense spectrum of {max(m, n)} numbers is too large (at most {LARGEST_DENSE}): use krylov"
-            )
-        if dense:
-            J = from_dense(J.dense())  # once, for both spectra
-        largest = _largest_singular_value(J, dense, seed)
-        if m != n or step.source.sample_shapes != step.target.sample_shapes:
-            norm, converged = _maximum(largest.values), bool(largest.converged.all())
-            return StepSpectrum(norm=norm, method="dense" if dense else "krylov", converged=converged)
-        found = _eigenvalues(J, dense, seed)
+        largest = singular_values(
+            J,
+            1,
+            tol=_TOLERANCE,
+            seed=seed,
+            method="golub-kahan",
+            max_products=min(most, products * 2 // 3) if keeps_space else products,
+        )
+        if not keeps_space:
+            return _only_norm(largest, "krylov")
+        left = min(most, products - largest.n_products)
+        found = eigenvalues(
+            J,
+            min(_WANTED, J.shape[2], max(1, left // _PER_VALUE)),
+            tol=_TOLERANCE,
+            seed=seed,
+            method="krylov-schur",
+            max_products=left,
+            two_sided=False,
+        )
     except (ValueError, ArithmeticError, TraceError) as error:
-        # non-finite weights or an operation without a certified product: a fact about the step, not a failure
-        return StepSpectrum(notes=(f"no spectrum: {str(error).splitlines()[0]}",))
-    a = 0.0 if method.skip is None else method.skip
-    around = _numerical_range(J, a) if dense and n <= DENSE_SIZE else None
-    return replace(_summarise(found, largest, a, n, dense), numerical_range=around)
+        return _none(error)
+    return _summarise(found.values, found.converged, largest, _skip(method), J.shape[2], "krylov")
+
+
+def _none(error: Exception) -> StepSpectrum:
+    """Weights that are not finite, or an operation without a certified product: a fact about the step, no failure."""
+    return StepSpectrum(notes=(f"no spectrum: {str(error).splitlines()[0]}",))
+
+
+def _only_norm(largest: Spectrum, method: str) -> StepSpectrum:
+    return StepSpectrum(norm=_maximum(largest.values), method=method, converged=bool(largest.converged.all()))
+
+
+def _keeps_space(step: Step) -> bool:
+    return step.source.sample_shapes == step.target.sample_shapes
+
+
+def _skip(method: Identification) -> float:
+    return 0.0 if method.skip is None else method.skip
 
 
 def _numerical_range(J: Jacobian, a: float) -> tuple[complex, ...]:
@@ -79,45 +243,28 @@ def _numerical_range(J: Jacobian, a: float) -> tuple[complex, ...]:
     return tuple(complex(w) - a for w in outline(A, _DIRECTIONS))
 
 
-def _summarise(found: Spectrum, largest: Spectrum, a: float, n: int, dense: bool) -> StepSpectrum:
-    values = found.values.numpy()
+def _summarise(
+    found: torch.Tensor, found_converged: torch.Tensor, largest: Spectrum, a: float, n: int, method: str
+) -> StepSpectrum:
+    there = ~found.isnan().all(0)  # of those that the work allowed no look at, nothing is said
+    values, found_converged = found[:, there].numpy(), found_converged[:, there]
     outside = np.abs(values) > 1.0 + _ROUNDING
     notes = []
-    if not dense and bool(outside.all()):
+    if method == "krylov" and values.size and bool(outside.all()):
         notes.append(f"all {values.shape[1]} eigenvalues computed lie outside the region: the share is a lower bound")
-    converged = bool(found.converged.all() and largest.converged.all())
+    converged = bool(found_converged.all() and largest.converged.all())
     if not converged:
-        count = int((~found.converged).sum() + (~largest.converged).sum())
+        count = int((~found_converged).sum() + (~largest.converged).sum())
         notes.append(f"{count} of the spectral values computed have not converged")
     return StepSpectrum(
-        z=tuple(complex(v) - a for v in values.reshape(-1)),
-        radius=float(np.abs(values).max()),
+        z=tuple(complex(v) - a for v in values[~np.isnan(values)]) if values.size else None,
+        radius=float(np.nanmax(np.abs(values))) if values.size else None,
         norm=_maximum(largest.values),
-        outside=float(outside.sum(axis=1).mean() / n),
-        method="dense" if dense else "krylov",
+        outside=float(outside.sum(axis=1).mean() / n) if values.size else None,
+        method=method,
         converged=converged,
         notes=tuple(notes),
     )
-
-
-def _largest_singular_value(J: Jacobian, dense: bool, seed: int) -> Spectrum:
-    if dense:
-        return singular_values(J, seed=seed, method="dense")
-    return singular_values(J, 1, tol=_TOLERANCE, seed=seed, method="golub-kahan", max_products=_products(J))
-
-
-def _eigenvalues(J: Jacobian, dense: bool, seed: int) -> Spectrum:
-    if dense:
-        return eigenvalues(J, seed=seed, method="dense")
-    wanted = min(_WANTED, J.shape[1])
-    return eigenvalues(
-        J, wanted, tol=_TOLERANCE, seed=seed, method="krylov-schur", max_products=_products(J), two_sided=False
-    )
-
-
-def _products(J: Jacobian) -> int:
-    """How many products a Krylov spectrum may spend: fewer on larger steps, where each costs more."""
-    return min(400, max(60, WORK // max(J.shape[1:])))
 
 
 def _maximum(values: torch.Tensor) -> float:

@@ -11,9 +11,9 @@ from torch import Tensor
 from stabkit.attribution.identity import Energies, half_log
 from stabkit.errors import TraceError
 from stabkit.jacobians import Jacobian, eigenvalues
+from stabkit.jacobians.shared import krylov_products
 
 _TOLERANCE = 1e-3  # residual of a Krylov value, as a fraction of the norm of J
-_WORK = 5_000_000  # numbers that all products of one Krylov spectrum may pass, a bound on its time
 
 
 @dataclass(frozen=True)
@@ -68,10 +68,15 @@ def spectral_bracket(parts: Energies, a: float, size: int, outer: Tensor | None,
 def outer_eigenvalues(J: Jacobian, count: int, seed: int) -> tuple[Tensor | None, str]:
     """The eigenvalues of largest modulus, ``(batch, count)``, NaN where not converged; or None and the reason why."""
     wanted = min(count, J.shape[1])
-    budget = min(400, max(60, _WORK // J.shape[1]))
     try:
         found = eigenvalues(
-            J, wanted, tol=_TOLERANCE, seed=seed, method="krylov-schur", max_products=budget, two_sided=False
+            J,
+            wanted,
+            tol=_TOLERANCE,
+            seed=seed,
+            method="krylov-schur",
+            max_products=krylov_products(J.shape[1]),
+            two_sided=False,
         )
     except (ValueError, ArithmeticError, TraceError) as error:
         # products that are not finite, or a forward product without a certificate: a fact about the step

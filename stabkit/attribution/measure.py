@@ -18,10 +18,13 @@ from stabkit.attribution.zplane import damping_limit, mechanism_of
 from stabkit.errors import ArgumentError
 from stabkit.growth import GradientProfile, gradient_profile
 from stabkit.identification import Identification, by_step, identify
+from stabkit.jacobians.shared import DENSE_SIZE, SharedSpectra
 from stabkit.parallel import SERIAL, Parallel, runs
 from stabkit.tracing import Flow
 from stabkit.tracing.accepted import traced
 from stabkit.tracing.values import random_tensors
+
+EXPLAINED, EXPLAINED_PROBES = 4, 8  # samples, and random vectors behind large steps, of what a report says
 
 
 def attribute(
@@ -30,12 +33,13 @@ def attribute(
     *,
     seed: int = 0,
     samples: int | None = None,
-    dense_limit: int = 512,
+    dense_limit: int = DENSE_SIZE,
     probes: int = 16,
     krylov: int = 4,
     confidence: float = 0.95,
     tolerance: float = TOLERANCE,
     identifications: Sequence[Identification] | None = None,
+    spectra: SharedSpectra | None = None,
     parallel: Parallel = SERIAL,
 ) -> Attribution:
     """Measured growth of the gradient at every step as an exact sum of named terms.
@@ -55,6 +59,7 @@ def attribute(
         confidence: of the intervals.
         tolerance: how far the modulus of an eigenvalue may exceed 1 before its mode counts as unstable.
         identifications: from ``identify(flow)``; made here by default.
+        spectra: matrices and eigenvalues of the steps by index, where others want them too; made here by default.
         parallel: who measures which steps.
 
     Raises:
@@ -81,7 +86,9 @@ def attribute(
     read = identify(flow) if identifications is None else identifications
     found = by_step(read, len(flow.steps))
     growth = profile.log_growth[:, : budget.samples]
-    terms, cosines = _shared_walk(flow, loss, profile, found, growth, budget, parallel)
+    if spectra is None or spectra.samples < budget.samples:
+        spectra = SharedSpectra(lambda index: flow.steps[index].jacobian(), budget.samples)
+    terms, cosines = _shared_walk(flow, loss, profile, found, growth, budget, spectra, parallel)
     columns = {column: torch.stack([t.columns[column] for t in terms]) for column in COLUMNS}
     skips = [skip_of(f) for f in found]
     straight, run = straightness(flow)
@@ -141,13 +148,14 @@ def _shared_walk(
     found: Sequence[Identification],
     growth: Tensor,
     budget: Budget,
+    spectra: SharedSpectra,
     parallel: Parallel,
 ) -> tuple[list[Terms], Tensor]:
     """The terms of every step, and the cosine of each step's branch with the next one's; by runs of steps."""
     parts = [run for run in runs(len(flow.steps), parallel.count) if run[0] < run[1]]
 
     def walk(part: int) -> tuple[list[Terms], Tensor]:
-        return _walk(flow, loss, profile, found, growth, budget, parts[part])
+        return _walk(flow, loss, profile, found, growth, budget, spectra, parts[part])
 
     done = parallel.share(walk, [1.0] * len(parts), name="run of steps")
     return [term for terms, _ in done for term in terms], torch.cat([cosines for _, cosines in done])
@@ -160,6 +168,7 @@ def _walk(
     found: Sequence[Identification],
     growth: Tensor,
     budget: Budget,
+    spectra: SharedSpectra,
     run: tuple[int, int],
 ) -> tuple[list[Terms], Tensor]:
     """Those of a run of steps, from its first to one before its end; the step at its end is measured for its branch."""
@@ -176,7 +185,7 @@ def _walk(
             cotangents = random_tensors(step.source.values, profile.seed + step.index)
         if step.index > end:
             continue
-        measured = measure_step(step, found[step.index], growth[step.index], arriving, budget)
+        measured = measure_step(step, found[step.index], growth[step.index], arriving, budget, spectra)
         if step.index < end:
             if following is not None and measured.branch is not None and following.shape == measured.branch.shape:
                 cosines[step.index - first] = branch_cosine(measured.branch, following)

@@ -55,11 +55,10 @@ class Images:
         return branch[:, :, : max(1, min(k, _KEPT_BYTES // (8 * samples * n)))].clone()
 
 
-def basis_images(step: Step, tail: Tail | None, samples: int) -> Images:
-    """The images of a basis of the target's space: the matrix J itself."""
-    pulled = step.jacobian().dense().transpose(1, 2)
-    batch, _, m = pulled.shape
-    eye = torch.eye(m, dtype=pulled.dtype, device=pulled.device).expand(batch, m, m)
+def basis_images(step: Step, tail: Tail | None, matrix: Tensor, samples: int) -> Images:
+    """The images of a basis of the target's space: the matrix J itself, ``(samples, m, n)`` or more samples."""
+    pulled, m = matrix.transpose(1, 2), matrix.shape[1]
+    eye = torch.eye(m, dtype=pulled.dtype, device=pulled.device).expand(step.target.space.batch, m, m)
     through, factors = (eye, []) if tail is None else pull_through(tail, step, eye)
     return Images(True, _collect(pulled, samples), _collect(through, samples), _sliced(factors, samples))
 
@@ -93,6 +92,6 @@ def _sliced(factors: list[tuple[str, Tensor]], samples: int) -> tuple[tuple[str,
 
 def student_reach(count: int, confidence: float) -> float:
     """How many standard errors an interval from ``count`` probes reaches to each side."""
-    import scipy.stats
+    import scipy.special  # scipy.stats has the same, and takes two seconds to import
 
-    return float(scipy.stats.t.ppf((1 + confidence) / 2, count - 1)) if count > 1 else math.inf
+    return float(scipy.special.stdtrit(count - 1, (1 + confidence) / 2)) if count > 1 else math.inf

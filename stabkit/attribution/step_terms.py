@@ -18,6 +18,7 @@ from stabkit.attribution.zplane import StepSpectrum
 from stabkit.identification import Identification
 from stabkit.integrators import GeneralLinearMethod
 from stabkit.jacobians import eigenvalues
+from stabkit.jacobians.shared import SharedSpectra
 from stabkit.tracing import Step
 
 _NEGLIGIBLE = 1e-6  # a slope this far below the largest switches its coordinate off
@@ -69,7 +70,9 @@ def skip_of(found: Identification, tail: after_addition.Tail | None = None) -> f
     return float(method.V[0, 0]) if method.states == 1 and method.n_fields == 1 else None
 
 
-def measure_step(step: Step, found: Identification, growth: Tensor, cotangent: Tensor, budget: Budget) -> Terms:
+def measure_step(
+    step: Step, found: Identification, growth: Tensor, cotangent: Tensor, budget: Budget, spectra: SharedSpectra
+) -> Terms:
     """All terms of a step.
 
     Args:
@@ -78,12 +81,13 @@ def measure_step(step: Step, found: Identification, growth: Tensor, cotangent: T
         growth: ``(samples,)``, measured.
         cotangent: ``(samples, m)``, float64, what arrives at the target.
         budget: what may be spent.
+        spectra: matrices and eigenvalues by index of the step.
     """
     tail = after_addition.tail_of(step)
     m, n = step.target.size, step.source.size
     exact = max(m, n) <= budget.dense_limit
     if exact:
-        images = basis_images(step, tail, budget.samples)
+        images = basis_images(step, tail, spectra.matrix(step.index), budget.samples)
     else:
         images = random_images(step, tail, budget.samples, budget.probes, budget.seed)
     square = step.source.sample_shapes == step.target.sample_shapes and m == n
@@ -94,7 +98,11 @@ def measure_step(step: Step, found: Identification, growth: Tensor, cotangent: T
         return replace(terms, method="none", branch=None, notes=(why,), spectrum=StepSpectrum(None, False, n))
     if exact:
         terms = _closed(terms, images, cotangent)
-        return _with_spectrum(terms, images, step, found, tail) if square else _with_padding(terms, images, cotangent)
+        return (
+            _with_spectrum(terms, images, step, found, tail, spectra)
+            if square
+            else _with_padding(terms, images, cotangent)
+        )
     return _with_outer_values(terms, images, step, found, tail, budget) if square else terms
 
 
@@ -145,9 +153,16 @@ def _closed(terms: Terms, images: Images, cotangent: Tensor) -> Terms:
 
 
 def _with_spectrum(
-    terms: Terms, images: Images, step: Step, found: Identification, tail: after_addition.Tail | None
+    terms: Terms,
+    images: Images,
+    step: Step,
+    found: Identification,
+    tail: after_addition.Tail | None,
+    spectra: SharedSpectra,
 ) -> Terms:
-    values = _all_eigenvalues(images.J)
+    values = torch.full(images.J.shape[:2], complex(math.nan, math.nan), dtype=torch.complex128)
+    for sample in images.J.isfinite().flatten(1).all(1).nonzero().flatten().tolist():
+        values[sample] = spectra.eigenvalues(step.index, sample).values[0]
     spectral, non_normal = identity.spectral_terms(terms.columns["isotropic"], values)
     columns = {
         **terms.columns,

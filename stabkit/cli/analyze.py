@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -9,6 +10,7 @@ import typer
 
 from stabkit.cli import compare, execution, weights_only
 from stabkit.cli.console import FOUND, fail, progress_bar, say, stdout_to_stderr
+from stabkit.cli.live import Live
 from stabkit.cli.options import Cache, Device, Effort, Output, Recipe, command, given
 
 if TYPE_CHECKING:
@@ -82,12 +84,19 @@ def _one(source: str, recipe: Recipe, effort: Effort, device: str, activation: s
         if execution.first_rank():
             weights_only.run(missing, activation, recipe.seed, output)
         return
-    with stdout_to_stderr():
-        _check_finite(loaded)
-        with progress_bar() as progress:
-            report = execution.analyzed(loaded, recipe, effort, progress, device=device, keep=output.out)
+    _check_finite(loaded)
+    human = output.screen()
+    with contextlib.ExitStack() as stack:
+        live = Live(loaded, human) if execution.first_rank() else None
+        stack.enter_context(stdout_to_stderr())
+        if live is not None:
+            stack.enter_context(live)
+        report = execution.analyzed(loaded, recipe, effort, live, device=device, keep=output.out)
     if report is not None:  # another rank reports
-        _deliver(report, loaded.description, output)
+        from stabkit.report import terminal
+
+        human.print(terminal.details(report, human.width), highlight=False)
+        _deliver(report, output, human)
 
 
 def _stream(source: str, recipe: Recipe, effort: Effort, device: str, output: Output) -> None:
@@ -100,7 +109,13 @@ def _stream(source: str, recipe: Recipe, effort: Effort, device: str, output: Ou
     with stdout_to_stderr(), progress_bar() as progress:
         found = execution.streamed(Path(source).expanduser(), recipe, effort, progress, device=device, out=output.out)
     if found is not None:  # another rank reports
-        _deliver(found.report(), found.description, output)
+        from stabkit.report import terminal
+
+        human, report = output.screen(), found.report()
+        human.print(terminal.plain_text(found.description, "dim"), highlight=False)
+        human.print()
+        terminal.show(report, human)
+        _deliver(report, output, human)
 
 
 def _check_finite(loaded: Loaded) -> None:
@@ -115,10 +130,8 @@ def _check_finite(loaded: Loaded) -> None:
         )
 
 
-def _deliver(report: Report, description: str, output: Output) -> None:
-    """Print and write the report, and leave by what was found."""
-    human = output.screen()
-    _print_report(report, description, human)
+def _deliver(report: Report, output: Output, human: Console) -> None:
+    """Write the report, and leave by what was found."""
     if output.out is not None:
         from stabkit.report import files
 
@@ -129,11 +142,3 @@ def _deliver(report: Report, description: str, output: Output) -> None:
         raise typer.Exit(FOUND)
     if report.verdict == "non-finite":
         fail(f"nothing finite could be measured. {report.summary}", debug=False)
-
-
-def _print_report(report: Report, description: str, console: Console) -> None:
-    from stabkit.report import terminal
-
-    console.print(terminal.plain_text(description, "dim"), highlight=False)
-    console.print()
-    terminal.show(report, console)

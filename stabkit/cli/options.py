@@ -146,7 +146,12 @@ class Recipe(Loading):
         str, typer.Option(help="Where steps end: auto, cuts, modules, or module paths and globs, comma-separated.")
     ] = "auto"
     spectrum: Annotated[
-        str, typer.Option(help="Which eigenvalues: auto, dense (all), krylov (the largest), none.", metavar="HOW")
+        str,
+        typer.Option(
+            help="Which eigenvalues: auto (what 25 training steps pay for), full, dense (all), krylov (the largest), "
+            "none.",
+            metavar="HOW",
+        ),
     ] = "auto"
 
     def analysing(self) -> dict[str, Any]:

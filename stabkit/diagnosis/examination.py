@@ -15,6 +15,8 @@ from stabkit.diagnosis.dead_units import dead_findings, saturated_findings
 from stabkit.diagnosis.depth_findings import growth_finding, mechanism_findings, transient
 from stabkit.diagnosis.finding import Finding, serious
 from stabkit.diagnosis.kinds import FINDINGS, rank
+from stabkit.diagnosis.loss_faults import loss_findings
+from stabkit.diagnosis.lost_parameters import lost_parameter_findings
 from stabkit.diagnosis.low_rank import rank_findings
 from stabkit.diagnosis.measurement import Measurement, measure
 from stabkit.diagnosis.non_finite import all_finite, non_finite_findings
@@ -24,12 +26,12 @@ from stabkit.diagnosis.thresholds import Thresholds
 from stabkit.diagnosis.verdict import Verdict, judge
 from stabkit.growth.rate_laws import rate_law
 from stabkit.identification import Identification, by_step, identify
+from stabkit.jacobians.shared import DENSE_SIZE, SharedSpectra
 from stabkit.parallel import SERIAL, Parallel
 from stabkit.tracing import Flow, FlowLike
 from stabkit.tracing.accepted import check_flow
 
 _FEWEST_RATES = 6  # steps that telling a power from an exponential needs
-_DENSE = 512  # states up to this size have their whole spectrum computed when growth must be explained
 
 
 @dataclass(frozen=True)
@@ -93,6 +95,7 @@ def examine(
     probes: int = 4,
     seed: int = 0,
     methods: Sequence[Identification] | None = None,
+    spectra: SharedSpectra | None = None,
     parallel: Parallel = SERIAL,
 ) -> Diagnosis:
     """The same as `diagnose`, with the verdict and the measurement.
@@ -104,14 +107,17 @@ def examine(
         probes: random cotangents per sample when there is no loss.
         seed: of every random choice.
         methods: those of `stabkit.identify`, where they are known.
+        spectra: matrices and eigenvalues of the steps by index, where others want them too.
         parallel: who measures what.
     """
     check_flow(flow)
     limits = thresholds or Thresholds()
+    of_loss = loss_findings(flow, loss, limits) if isinstance(flow, Flow) else []
     measurement = measure(flow, loss, probes=probes, seed=seed, parallel=parallel)
     verdict = judge(measurement.growth, measurement.kinds, limits, seed)
-    if verdict.name == "non-finite" or not all_finite(measurement):
-        broken = non_finite_findings(measurement, limits)
+    lossless = any(finding.kind == "non_finite" for finding in of_loss)
+    if lossless or verdict.name == "non-finite" or not all_finite(measurement):
+        broken = of_loss or non_finite_findings(flow, measurement, limits, loss)
         return Diagnosis(_broken(verdict) if broken else verdict, tuple(broken), measurement)
     verdict = _by_rate_law(verdict, measurement, limits)
     spreads = spread(flow)
@@ -119,11 +125,12 @@ def examine(
     explained = _explains(blocks, verdict, limits)
     found = list(blocks)
     blamed = {index for finding in blocks for index in finding.steps}
-    found += saturated_findings(measurement, limits, blamed)
+    blamed |= {index for finding in of_loss for index in finding.steps if finding.kind == "saturated"}
+    found += [*of_loss, *saturated_findings(measurement, limits, blamed)]
     tied = recurrent_matrices(flow) if flow.over_time else {}
     if not explained:
         found += growth_finding(verdict, measurement, tied, limits, seed)
-        found += _mechanism(flow, verdict, measurement, limits, methods)
+        found += _mechanism(flow, verdict, measurement, limits, methods, spectra)
         passing = transient(measurement, verdict.stretch, verdict.growth, limits, seed)
         if passing is not None and abs(verdict.growth) <= limits.drift and not _accounts(blocks, passing, limits):
             found.append(passing)
@@ -135,6 +142,7 @@ def examine(
         elif chaos:
             found = [*chaos, *found]
             verdict = _renamed(verdict, "chaotic", chaos[0].evidence)
+    found += lost_parameter_findings(flow, loss) if isinstance(flow, Flow) else []
     if not any(finding.kind == "dead" for finding in found):
         found += collapse_finding(measurement, spreads, verdict.stretch, limits)
     found += precision_findings(flow, measurement)
@@ -204,16 +212,17 @@ def _mechanism(
     measurement: Measurement,
     limits: Thresholds,
     methods: Sequence[Identification] | None,
+    spectra: SharedSpectra | None,
 ) -> list[Finding]:
     """The mechanism, where growth asks for one and the states are small enough for whole spectra."""
     if not isinstance(flow, Flow) or not math.isfinite(verdict.growth) or abs(verdict.growth) <= limits.stable:
         return []
     first, last = verdict.stretch
     with_branch = sum(bool(step.merges) for step in measurement.steps[first : last + 1])
-    if 2 * with_branch < last - first + 1 or max(state.size for state in flow.states) > _DENSE:
+    if 2 * with_branch < last - first + 1 or max(state.size for state in flow.states) > DENSE_SIZE:
         return []
     methods = identify(flow) if methods is None else methods
-    found: tuple[Mechanism, ...] = mechanisms(flow, samples=1, krylov=0, identifications=methods)
+    found: tuple[Mechanism, ...] = mechanisms(flow, samples=1, krylov=0, identifications=methods, spectra=spectra)
     return mechanism_findings(
         verdict, measurement, found, [method.skip for method in by_step(methods, len(flow.steps))], limits
     )

@@ -9,14 +9,21 @@ import numpy as np
 
 from stabkit.diagnosis import remedies
 from stabkit.diagnosis.finding import Finding
+from stabkit.diagnosis.loss_faults import LOSS
 from stabkit.diagnosis.measurement import Measurement, StepMeasurement
+from stabkit.diagnosis.origin import Origin, origin_of
 from stabkit.diagnosis.thresholds import Thresholds
 from stabkit.diagnosis.verdict import factor
 from stabkit.diagnosis.weight_faults import WeightFault, weight_faults
+from stabkit.tracing import Flow, FlowLike
+from stabkit.tracing.endpoints import scalar_loss
+from stabkit.tracing.flow import engine_vjp
 
 
-def non_finite_findings(measurement: Measurement, thresholds: Thresholds) -> list[Finding]:
-    """An input that is not finite; else the first step whose parameters or results are not, or whose gradient is not.
+def non_finite_findings(
+    flow: FlowLike, measurement: Measurement, thresholds: Thresholds, loss: object = None
+) -> list[Finding]:
+    """An input or a weight that is not finite; else the first operation whose result, or whose derivative, is not.
 
     Where states overflow, a weight before that is far larger than in its peers is named as the cause.
     """
@@ -27,15 +34,82 @@ def non_finite_findings(measurement: Measurement, thresholds: Thresholds) -> lis
     broken = [step for step in steps if not step.finite]
     lost = np.isnan(measurement.growth) | np.isposinf(measurement.growth)
     backward = [int(i) for i in np.flatnonzero(lost.any(axis=1))]
+    origin = origin_of(flow.forward_pass, loss) if isinstance(flow, Flow) else None
+    if origin is not None and not origin.cause.given:
+        where = _step_of(origin, flow) if isinstance(flow, Flow) else 0
+        first = steps[min(where, len(steps) - 1)]
+        if not poisoned or first.index < poisoned[0].index:
+            return [_located(origin, first, backward, _heavy_weight(steps, origin, first, thresholds), measurement)]
     if broken or poisoned:
         first = min([*broken, *poisoned], key=lambda step: step.index)
-        faults = weight_faults(steps, thresholds) if first in broken and first not in poisoned else []
-        cause = next((f for f in faults if f.step <= first.index and f.deviation.size > 0), None)
-        where = tuple(sorted({first.index, *backward}))
-        return [_forward(first, where) if cause is None else _overflow(first, steps[cause.step], cause, where)]
+        cause = None if first in poisoned else _heavy_weight(steps, None, first, thresholds)
+        where_else = tuple(sorted({first.index, *backward}))
+        return [
+            _forward(first, where_else) if cause is None else _overflow(first, steps[cause.step], cause, where_else)
+        ]
     if backward:
         return [_backward(steps[max(backward)], backward)]  # the gradient travels from the last step to the first
     return []
+
+
+def _heavy_weight(
+    steps: Sequence[StepMeasurement], origin: Origin | None, first: StepMeasurement, thresholds: Thresholds
+) -> WeightFault | None:
+    """A weight up to some step that is far larger than its peers, where the range of a dtype is left."""
+    if origin is not None and (origin.backward or origin.part == "loss" or not origin.cause.numbers.get("limit")):
+        return None
+    faults = weight_faults(steps, thresholds)
+    return next((f for f in faults if f.step <= first.index and f.deviation.size > 0), None)
+
+
+def _step_of(origin: Origin, flow: Flow) -> int:
+    """The step in which an operation stands; the last for the loss."""
+    last = len(flow.steps) - 1
+    calls = flow.recorded.recording.calls
+    if origin.part == "loss" or not 0 <= origin.call < len(calls):
+        return last if origin.part == "loss" else 0
+    call = calls[origin.call]
+    time = call.stop if origin.ended else call.start
+    position = flow.recorded.graph.position(time)
+    return next((step.index for step in flow.steps if position < step.target.position), last)
+
+
+def _located(
+    origin: Origin,
+    step: StepMeasurement,
+    backward: Sequence[int],
+    heavy: WeightFault | None,
+    measurement: Measurement,
+) -> Finding:
+    """The finding on the operation at which it began, with the weight that drives it there."""
+    remedy, text = remedies.Remedy(origin.cause.remedy), origin.cause.text
+    if origin.fed_by not in ("", origin.path):
+        text += f"; the layer before it is {origin.fed_by}"
+    numbers = dict(origin.cause.numbers)
+    path = LOSS if origin.part == "loss" else origin.path or step.module_path
+    home = step
+    if heavy is not None:
+        home = measurement.steps[heavy.step]
+        far = heavy.deviation
+        text += f"; {heavy.weight.path} is {factor(far.size)} times as large as in {far.peers} peers"
+        brought = remedies.to_peers([heavy])
+        remedy = remedies.Remedy(f"{brought.text}; or {origin.cause.remedy}", brought.actions)
+        numbers[f"weight_deviation:{heavy.weight.path}"] = far.size
+        path = home.home([heavy.weight])
+    what = "the first derivative that is not finite, on the way back, is that of" if origin.backward else "begins at"
+    also = tuple(i for i in backward if i != home.index) if origin.backward or heavy is not None else ()
+    return Finding(
+        kind="non_finite",
+        severity="critical",
+        steps=(home.index, *also),
+        module_path=path,
+        confidence=1.0,
+        evidence=f"{what} {origin.place}: {text}",
+        remedy=remedy.text,
+        reference="Goldberg, What every computer scientist should know about floating-point arithmetic, 1991",
+        numbers=numbers,
+        actions=remedy.actions,
+    )
 
 
 def _forward(step: StepMeasurement, where: tuple[int, ...]) -> Finding:
@@ -95,6 +169,16 @@ def _backward(step: StepMeasurement, where: Sequence[int]) -> Finding:
         reference="",
         numbers={"steps": float(len(where))},
     )
+
+
+def is_finite(flow: Flow, loss: object = None) -> bool:
+    """Whether all states and one gradient of a flow are finite: what costs one backward pass to know."""
+    if not all(bool(tensor.isfinite().all()) for state in flow.states for tensor in state.tensors):
+        return False
+    if loss is not None and not bool(scalar_loss(loss, flow.output).detach().isfinite()):
+        return False
+    pulled = engine_vjp(flow.states[-1].values, flow.states[0].values, flow.cotangent(loss))
+    return all(bool(tensor.isfinite().all()) for tensor in pulled)
 
 
 def _given_broken(measurement: Measurement) -> bool:

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from stabkit.distributed.ranks import Ranks
-from stabkit.distributed.samples import Call
 from stabkit.errors import TraceError
 from stabkit.tracing import Flow
+from stabkit.tracing.call import Call
 from stabkit.tracing.containers import map_tensors, named_tensors
 from stabkit.tracing.values import meta_of
 

@@ -12,12 +12,12 @@ from torch import Tensor
 
 from stabkit.distributed.outputs import output_gradients
 from stabkit.distributed.ranks import Ranks, current
-from stabkit.distributed.samples import Call
 from stabkit.errors import TraceError
 from stabkit.growth import GradientProfile
 from stabkit.growth import gradient_profile as profile_of
 from stabkit.parallel import runs
 from stabkit.tracing import Flow, trace
+from stabkit.tracing.call import Call
 from stabkit.tracing.depth import Depth
 from stabkit.tracing.endpoints import Target
 from stabkit.tracing.safekeeping import modules_behind, unwrap

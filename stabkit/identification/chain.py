@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 from torch.autograd.graph import Node
 
-from stabkit.identification.normal_form import NormalForm, normal_form
-from stabkit.identification.operations import ADDS, MOVES, SCALES
+from stabkit.identification.normal_form import Call, NormalForm, normal_form
+from stabkit.identification.operations import ADDS, MOVES, SCALES, WRITES
 from stabkit.identification.pieces import Piece
 from stabkit.tracing.graph import Graph
 from stabkit.tracing.values import Value, operation
@@ -39,7 +39,7 @@ def chain(
     *,
     names: Mapping[int, str],
     contexts: Sequence[Value] = (),
-    calls: Sequence[tuple[int, int]] = (),
+    calls: Sequence[Call] = (),
 ) -> tuple[Link, ...]:
     """The links of a step from one tensor to another; arguments as for `normal_form`."""
     whole = Piece(graph, nodes, [source], [target], contexts=contexts)
@@ -69,6 +69,8 @@ def _cuts(piece: Piece, source: Value, target: Value) -> list[tuple[Value, int]]
         alive.update(value for value in (Value(node, i) for i in range(len(node._input_metadata))) if value in last)
         alive.difference_update(dies.get(position, ()))
         if len(alive) == 1 and (value := next(iter(alive))) != source and value not in piece.stacked:
+            if operation(value.node) in WRITES:
+                continue  # a buffer that holds the state among other things
             found.append((value, position + 1))
     return found if found and found[-1][0] == target else [*found, (target, len(piece.nodes))]
 

@@ -55,6 +55,8 @@ def measure(piece: Piece, value: Value, atom: Value, path: set[Node]) -> Coeffic
         drawn = _of_samples(factors, survival, meta_of(value).dtype)
         if drawn is not None:
             return drawn
+    if factors is not None and factors.is_complex():
+        return Coefficient("mixed", float(factors.abs().mean()), 0.0, float(factors.abs().max()), 1.0)
     if factors is None or not bool(factors.any()):
         # a factor that is zero now (ReZero at its start) is a coefficient; a path that selects nothing is none
         return Coefficient("scalar", 0.0, 0.0, 0.0, 0.0) if factors is not None and atom not in piece.ends else None

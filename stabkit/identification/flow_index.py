@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
@@ -42,7 +42,7 @@ class Surroundings:
     Attributes:
         flow: the flow.
         names: parameters and buffers of the model by address.
-        calls: calls of modules that are called more than once, as vector fields are, as intervals of the clock.
+        calls: calls of modules that are called more than once, as fields are: intervals of the clock, and the path.
     """
 
     def __init__(self, flow: Flow) -> None:
@@ -51,7 +51,7 @@ class Surroundings:
         self.names = addresses(flow.model)
         calls = [c for c in flow.recorded.recording.calls if c.finished and c.stop > c.start]
         counts = Counter(c.path for c in calls)
-        self.calls = tuple((c.start, c.stop) for c in calls if counts[c.path] > 1)
+        self.calls = tuple((c.start, c.stop, c.path) for c in calls if counts[c.path] > 1)
 
     def nodes(self, start: int, stop: int) -> list[Node]:
         """The operations between two states; saved tensors that were forgotten are computed again first."""
@@ -75,9 +75,10 @@ class Surroundings:
         return normal_form(self.graph, self.nodes(start, stop), found.sources, found.targets, names=self.names,
                            contexts=found.contexts, calls=self.calls)  # fmt: skip
 
-    def whole(self, start: int, stop: int, found: Slots) -> Piece:
-        """All operations of a method as one piece."""
-        return Piece(self.graph, self.nodes(start, stop), found.sources, found.targets, contexts=found.contexts)
+    def whole(self, start: int, stop: int, found: Slots, owned: Collection[Node] = ()) -> Piece:
+        """All operations of a method as one piece, some of which belong to its fields."""
+        nodes = self.nodes(start, stop)
+        return Piece(self.graph, nodes, found.sources, found.targets, contexts=found.contexts, owned=owned)
 
     def learned_factors(self, piece: Piece) -> tuple[str, ...]:
         """Which parameters the constant factors on linear paths come from, as far as simple functions explain them."""

@@ -16,6 +16,7 @@ from stabkit.tracing import FlowLike, Iteration
 from stabkit.tracing.accepted import traced
 
 _NOTHING_READ = frozenset({"unknown", "not a step", "plain", "transition", "unnamed"})
+_COARSE = ("unnamed", "gated skip", "composition", "damped Euler, parallel")  # readings that single steps may better
 
 
 def identify(flow: FlowLike, *, parallel: Parallel = SERIAL) -> tuple[Identification, ...]:
@@ -59,9 +60,11 @@ def identify(flow: FlowLike, *, parallel: Parallel = SERIAL) -> tuple[Identifica
     def read_group(index: int) -> list[Identification]:
         start, stop = places[index]
         record = read(around, start, stop)
-        if stop > start + 1 and record.name in _NOTHING_READ:
-            return [read(around, step, step + 1) for step in range(start, stop)]
-        return [record]
+        if stop == start + 1 or not (record.name in _NOTHING_READ or record.name.startswith(_COARSE)):
+            return [record]
+        single = [read(around, step, step + 1) for step in range(start, stop)]
+        unread = sum(r.name in (*_NOTHING_READ, "fork", "join") or r.name.startswith(_COARSE) for r in single)
+        return single if record.name in _NOTHING_READ or unread <= len(single) / 2 else [record]
 
     costs = [float(sum(len(flow.steps[i].segment.nodes) for i in range(start, stop))) for start, stop in places]
     return tuple(record for records in parallel.share(read_group, costs, name="reading") for record in records)

@@ -45,6 +45,8 @@ def name_one_state(found: Blocks) -> Name:
     h, convention = step_size(found)
     a = float(found.V[0, 0])
     stages = len(found.A)
+    if stages == 0 and 0 < a < 1:
+        return Name(f"linear recurrence (a = {a:.3g})", "x' = -lambda x + u, u no function of x", 1.0, "h = 1")
     if stages == 0:
         return Name("no branch", "none: nothing is added to the state", h, convention)
     if not found.B.any() and a == 1.0:
@@ -54,7 +56,7 @@ def name_one_state(found: Blocks) -> Name:
     if found.shared and found.n_fields == 1:
         return _runge_kutta(found, a, h, convention)
     if _is_poly(found, h):
-        return Name("PolyNet (poly-2)", "x' = f(x), a truncated backward Euler step (I - f)^-1", h, convention)
+        return Name(f"PolyNet (mpoly-{stages})", "none: I + F + GF, as a truncated backward Euler step", h, convention)
     if a == 0.0:
         return Name("plain", "none: a map without a skip, of several columns", h, convention)
     if not found.A.any():
@@ -80,25 +82,30 @@ def _scaled(what: str, a: float) -> str:
 
 
 def _is_poly(found: Blocks, h: float) -> bool:
-    chained = np.array([[0.0, 0.0], [1.0, 0.0]])
+    """Whether fields are chained, F_n(...F_1(x)), and all added: a truncated (I - f)^-1."""
+    s = len(found.rows)
     return (
-        len(found.rows) == 2
+        s > 1
         and bool(found.V[0, 0] == 1.0)
-        and np.allclose(found.A, chained)
-        and np.allclose(found.U.ravel(), [1, 0])
-        and np.allclose(found.B.ravel() / h, [1, 1])
+        and np.allclose(found.A, np.eye(s, k=-1))
+        and np.allclose(found.U.ravel(), np.eye(s)[0])
+        and np.allclose(found.B.ravel() / h, 1.0)
     )
 
 
 def _runge_kutta(found: Blocks, a: float, h: float, convention: str) -> Name:
     system = "x' = f(x), several stages of one field"
     if _is_poly(found, found.B.ravel()[0]):  # its stages feed on each other without the state
-        return Name("PolyNet (poly-2)", "x' = f(x), a truncated backward Euler step", 1.0, "h = 1: f enters as it is")
+        name = f"PolyNet (poly-{len(found.rows)})"
+        return Name(name, "x' = f(x), a truncated backward Euler step (I - f)^-1", 1.0, "h = 1: f enters as it is")
     method = found.method(h)
     for name, other in _catalogue(method.stages):
         ours, theirs = (method.A, method.B, method.U, method.V), (other.A, other.B, other.U, other.V)
         if all(np.allclose(x, y, atol=CLOSE) for x, y in zip(ours, theirs, strict=True)):
             return Name(name, system, h, convention)
+    iterated = _fixed_point_iteration(method)
+    if iterated is not None:
+        return Name(iterated, system, h, convention)
     steps = _repeats(found, h)
     if steps is not None:
         return Name(steps, system, h, convention)
@@ -109,6 +116,27 @@ def _runge_kutta(found: Blocks, a: float, h: float, convention: str) -> Name:
     alike = [name for name, other in _catalogue(None) if _same_function(method, other)]
     hint = f", R(z) of {alike[0]}" if alike else ""
     return Name(f"unnamed Runge-Kutta ({method.stages} stages, order {order_of(method)}{hint})", system, h, convention)
+
+
+def _fixed_point_iteration(method: GeneralLinearMethod) -> str | None:
+    """``"backward_euler (by 5 fixed-point iterations)"`` for x' = x + h f(x + h f(...)), and the theta method alike.
+
+    Each stage is the result that would be given out if the iteration ended there, so its row repeats the weights b.
+    """
+    s, b = method.stages, method.B[0]
+    if s < 3 or not np.allclose(method.U, 1.0) or method.V[0, 0] != 1.0:
+        return None
+    theta = float(b[-1])
+    rows = np.zeros((s, s))
+    for i in range(1, s):
+        rows[i, 0] += 1 - theta
+        rows[i, i - 1] += theta
+    expected = np.concatenate([[1 - theta], np.zeros(s - 2), [theta]])
+    if not np.allclose(method.A, rows, atol=CLOSE) or not np.allclose(b, expected, atol=CLOSE):
+        return None
+    known = {1.0: "backward_euler", 0.5: "trapezoid"}
+    name = next((n for value, n in known.items() if abs(theta - value) <= CLOSE), f"theta method, theta = {theta:.3g}")
+    return f"{name} (by {s - 1} fixed-point iterations)"
 
 
 def order_of(method: GeneralLinearMethod) -> int:
@@ -163,8 +191,26 @@ def _repeats(found: Blocks, h: float) -> str | None:
     return None
 
 
+def _without_parallel(found: Blocks) -> Blocks:
+    """Different fields at one point that are added with one weight, as experts are, are one field: their sum."""
+    kept: list[int] = []
+    for i in range(len(found.rows)):
+        same = (
+            np.allclose(found.A[i], found.A[j], atol=CLOSE) and np.allclose(found.U[i], found.U[j], atol=CLOSE)
+            and np.allclose(found.A[:, i], found.A[:, j], atol=CLOSE)
+            and np.allclose(found.B[:, i], found.B[:, j], atol=CLOSE)
+            for j in kept
+        )  # fmt: skip
+        if not any(same):
+            kept.append(i)
+    rows = tuple(found.rows[i] for i in kept)
+    fields = tuple(found.fields[i] for i in kept)
+    return Blocks(found.A[np.ix_(kept, kept)], found.U[kept], found.B[:, kept], found.V, fields, rows)
+
+
 def _composed(found: Blocks, h: float, a: float) -> str:
     """A sequence of Euler steps of different fields."""
+    found = _without_parallel(found)
     b = found.B[0] / h
     s = len(found.rows)
     if a != 1.0:

@@ -8,19 +8,22 @@ a state takes part, at a state itself, or at another stage that also enters such
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from torch.autograd.graph import Node
 
 from stabkit.identification.coefficients import Coefficient, measure
-from stabkit.identification.fields import key_of
+from stabkit.identification.fields import key_of, parameters_of
 from stabkit.identification.operations import JOINS, MOVES, has_matrix, is_affine, is_opaque
-from stabkit.identification.pieces import Piece
+from stabkit.identification.pieces import ADDED, Piece
 from stabkit.tracing.graph import Graph
-from stabkit.tracing.values import Value, operation
+from stabkit.tracing.values import Value, meta_of, operation
 
 Terms = dict[Value, Coefficient]
+Regions = dict[Value, tuple[tuple[Node, ...], tuple[Value, ...]]]  # of stages: their nodes, and where they begin
+Call = tuple[int, int, str]  # of a module: an interval of the clock, and its path
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,7 +86,7 @@ def normal_form(
     *,
     names: Mapping[int, str],
     contexts: Sequence[Value] = (),
-    calls: Sequence[tuple[int, int]] = (),
+    calls: Sequence[Call] = (),
 ) -> NormalForm:
     """The affine normal form of a stretch of a graph.
 
@@ -94,18 +97,59 @@ def normal_form(
         targets: the new states.
         names: parameters and buffers of the model by address, which tell shared fields.
         contexts: values that come from before and are held fixed.
-        calls: calls of modules that are called repeatedly, as intervals of the clock. A factor that a field's own
+        calls: calls of modules that are called repeatedly, as intervals of the clock. What is called at several points
+            of one step is a field as a whole, whatever it adds inside. A factor that a field's own
             module applies to its result, such as cos(t), belongs to the field; without this the stages of a
             Runge-Kutta method would carry it.
     """
-    form = _build(Piece(graph, nodes, sources, targets, contexts=contexts), names)
-    owned = _owned_scalings(form, calls)
-    if not owned:
-        return form
-    return _build(Piece(graph, nodes, sources, targets, contexts=contexts, owned=owned), names)
+
+    def build(owned: set[Node]) -> NormalForm:
+        return _build(Piece(graph, nodes, sources, targets, contexts=contexts, owned=owned), names)
+
+    form = build(set())
+    for owned in (_fields_called(form.piece, calls), _assembled(form.piece)):
+        whole = build(owned) if owned else form
+        if whole is not form and _is_simpler(whole, form):
+            form = whole
+            break
+    own = _owned_scalings(form, calls)
+    return build(own | form.piece.owned) if own else form
 
 
-def _owned_scalings(form: NormalForm, calls: Sequence[tuple[int, int]]) -> set[Node]:
+def _fields_called(piece: Piece, calls: Sequence[Call]) -> set[Node]:
+    """The operations of modules that are called at several points of this stretch, the outermost such calls."""
+    if not piece.nodes:
+        return set()
+    times = {node: node._sequence_nr() for node in piece.nodes}
+    first, last = min(times.values()), max(times.values())
+    inside = [c for c in calls if first <= c[0] and c[1] <= last + 1]
+    often = Counter(path for *_, path in inside)
+    again = [c for c in inside if often[c[2]] > 1]
+    return {node for node, time in times.items() if any(start <= time < stop for start, stop, _ in again)}
+
+
+def _assembled(piece: Piece) -> set[Node]:
+    """Vectors that are put together from parts of a state, and then added to one: the value of a field."""
+    found: set[Node] = set()
+    for node in piece.nodes:
+        if operation(node) not in JOINS or Value(node, 0) in piece.targets:
+            continue
+        if any(meta_of(Value(node, 0)).numel == meta_of(source).numel for source in piece.sources):
+            found.add(node)
+    return found
+
+
+def _is_simpler(whole: NormalForm, form: NormalForm) -> bool:
+    """Whether a form with composed fields passes each state on as a number, and has no more fields than the other."""
+    kinds = {c.kind for terms in whole.forms for a, c in terms.items() if a in whole.sources}
+    before = {c.kind for terms in form.forms for a, c in terms.items() if a in form.sources}
+    if not whole.stages or not kinds or kinds & {"moved", "mixed", "part"}:
+        return False
+    fields = [len({stage.key for stage in f.stages}) for f in (whole, form)]
+    return fields[0] < fields[1] or bool(before & {"moved", "mixed", "part"})
+
+
+def _owned_scalings(form: NormalForm, calls: Sequence[Call]) -> set[Node]:
     """Scalings of stages that happen in the call of a repeated module that adds nothing to a state."""
     stages = {stage.output: stage for stage in form.stages}
     piece = form.piece
@@ -119,7 +163,7 @@ def _owned_scalings(form: NormalForm, calls: Sequence[tuple[int, int]]) -> set[N
             continue
         first, last = stages[atoms[0]].nodes[0]._sequence_nr(), node._sequence_nr()
         around = [c for c in calls if c[0] <= first and last < c[1]]
-        if any(not any(start <= time < stop for time in merged) for start, stop in around):
+        if any(not any(start <= time < stop for time in merged) for start, stop, _ in around):
             owned.add(node)
     return owned
 
@@ -132,7 +176,7 @@ def _build(piece: Piece, names: Mapping[int, str]) -> NormalForm:
         found, path = piece.expand(target)
         atoms.update(dict.fromkeys(v for v in found if v not in piece.ends))
         paths |= path
-    regions: dict[Value, tuple[tuple[Node, ...], tuple[Value, ...]]] = {}
+    regions: Regions = {}
     while True:
         regions = {atom: _region(piece, atom, set(atoms)) for atom in atoms}
         entered = dict.fromkeys(entry for _, entries in regions.values() for entry in entries)
@@ -140,7 +184,7 @@ def _build(piece: Piece, names: Mapping[int, str]) -> NormalForm:
         if not more:
             break
         atoms.update(dict.fromkeys(more))
-    regions = _divide_repeated(piece, regions)
+    regions = _composed(piece, _divide_repeated(piece, regions), names)
     rank = {node: i for i, node in enumerate(piece.nodes)}
     ordered = sorted(regions, key=lambda v: (rank[v.node], v.output))
     stages = tuple(_stage(piece, atom, *regions[atom], names) for atom in ordered)
@@ -175,8 +219,10 @@ def _region(piece: Piece, atom: Value, boundaries: set[Value]) -> tuple[tuple[No
 
 
 def _is_entry(piece: Piece, value: Value, stops: set[Value]) -> bool:
-    if value in stops or value in piece.merges:
+    if value in stops:
         return True
+    if value in piece.merges:  # one of parts of a state lies inside a field
+        return any(meta_of(value).numel == meta_of(source).numel for source in piece.sources)
     if value.node not in piece.linear:
         return False
     atoms, path = piece.expand(value)
@@ -208,9 +254,47 @@ def _same(a: Terms, b: Terms) -> bool:
     return a.keys() == b.keys() and all(replace(a[k], residual=0.0) == replace(b[k], residual=0.0) for k in a)
 
 
-def _divide_repeated(
-    piece: Piece, regions: dict[Value, tuple[tuple[Node, ...], tuple[Value, ...]]]
-) -> dict[Value, tuple[tuple[Node, ...], tuple[Value, ...]]]:
+def _composed(piece: Piece, regions: Regions, names: Mapping[int, str]) -> Regions:
+    """Join a stage into an activation that alone takes it, beside the state: tanh(K x - c x) is one field.
+
+    Where the taker has weights of its own the two are stages of a method, as in x + g(x + f(x)).
+    """
+    out = dict(regions)
+    given_out = {atom for target in piece.targets for atom in piece.expand(target)[0]}
+
+    def joins(inner: Value, taker: Value) -> bool:
+        weightless = not any(has_matrix(n) or is_opaque(n) or parameters_of([n], names) for n in regions[taker][0])
+        return inner in out and inner not in given_out and inner.output != ADDED and weightless
+
+    while True:
+        takers: dict[Value, set[Value]] = {}
+        beside: set[Value] = set()  # what enters a stage together with something else
+        for taker, (_, entries) in out.items():
+            for entry in entries:
+                atoms = [entry] if entry in out else piece.expand(entry)[0]
+                beside.update(atoms if len(atoms) > 1 else ())
+                for atom in atoms:
+                    takers.setdefault(atom, set()).add(taker)
+        inner = next(
+            (a for a, who in takers.items() if a in beside and len(who) == 1 and joins(a, next(iter(who)))), None
+        )
+        if inner is None:
+            return out
+        taker = next(iter(takers[inner]))
+        nodes, entries = out[taker]
+        more, begins = out.pop(inner)
+        inside, left = {*nodes, *more}, dict.fromkeys(begins)
+        for entry in entries:
+            atoms, path = ([entry], set[Node]()) if entry in regions else piece.expand(entry)
+            if inner in atoms:
+                inside |= path
+                left.update(dict.fromkeys(a for a in atoms if a != inner))
+            else:
+                left[entry] = None
+        out[taker] = (tuple(n for n in piece.nodes if n in inside), tuple(left))
+
+
+def _divide_repeated(piece: Piece, regions: Regions) -> Regions:
     """Cut a chain of operations that repeats those of another stage m times into m stages (FractalNet's columns)."""
     patterns = {atom: _pattern(nodes) for atom, (nodes, _) in regions.items()}
     out = dict(regions)

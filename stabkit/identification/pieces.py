@@ -51,6 +51,7 @@ class Piece:
         base: for every value the last value of which it is a function without weights (norm, activation, statistic).
         gates: atoms that multiply a state.
         stacked: values that hold several tensors side by side, which a contraction then adds.
+        owned: operations that belong to a stage whatever they do.
         added: for operations that add something nonlinear to their first input, what that is made of.
 
     Args:
@@ -59,7 +60,7 @@ class Piece:
         sources: the values at the beginning.
         targets: the values at the end.
         contexts: values that come from before and are held fixed: the input of a recurrent network.
-        owned: scalings that belong to a stage, and so count as nonlinear.
+        owned: operations that belong to a stage, and so count as nonlinear.
     """
 
     def __init__(
@@ -85,8 +86,9 @@ class Piece:
         self.base: dict[Value, Value] = {value: value for value in self.ends}
         self.added: dict[Node, list[Value]] = {}
         self.stacked: set[Value] = set()
+        self._statistics: set[Value] = set()  # one number for many entries, also where it is expanded again
         self._gating: dict[Node, Value] = {}
-        self._owned = frozenset(owned)
+        self.owned = frozenset(owned)
         for node in self.nodes:
             self._sort(node)
         self.gates = self._find_gates()
@@ -127,6 +129,9 @@ class Piece:
         for output in range(len(node._input_metadata)):
             value = Value(node, output)
             self.base[value] = next(iter(bases)) if weightless else value
+            narrow = weightless and meta_of(value).numel < meta_of(self.base[value]).numel
+            if narrow or (weightless and all(v in self._statistics for v in edges)):
+                self._statistics.add(value)
             if carried:
                 self.carrying.add(value)
                 if merged:
@@ -134,7 +139,7 @@ class Piece:
 
     def _linear_inputs(self, node: Node, edges: list[Value]) -> list[Value]:
         name = operation(node)
-        if not edges or is_opaque(node) or node in self._owned:
+        if not edges or is_opaque(node) or node in self.owned:
             return []
         if name in ADDS or name in PRODUCTS or name == "Addcmul":
             statistic = len(edges) == 2 and self._is_statistic_of(edges[0], edges[1])
@@ -161,7 +166,8 @@ class Piece:
     def _is_statistic_of(self, a: Value, b: Value) -> bool:
         """Whether one of two values is a number for many entries of the other, made of it without weights."""
         alike = self.base[a] == self.base[b]
-        return alike and a != b and meta_of(a).numel != meta_of(b).numel
+        narrow = meta_of(a).numel != meta_of(b).numel or (a in self._statistics) != (b in self._statistics)
+        return alike and a != b and narrow
 
     def _gated(self, node: Node, edges: list[Value]) -> list[Value]:
         carried = [v for v in edges if v in self.carrying]

@@ -13,7 +13,7 @@ from stabkit.identification.flow_index import Surroundings
 from stabkit.identification.hidden_skip import HiddenSkip, hidden_skip
 from stabkit.identification.implicit import LinearSolve, fixed_point, linear_solve, solves_inside
 from stabkit.identification.naming import Name, name_one_state
-from stabkit.identification.normal_form import NormalForm
+from stabkit.identification.normal_form import NormalForm, Stage
 from stabkit.identification.operations import NORMS, is_opaque
 from stabkit.identification.pairs import dense_concatenation, read_several_states
 from stabkit.identification.record import Identification
@@ -25,6 +25,7 @@ from stabkit.tracing.values import meta_of, operation
 
 _STATISTICS = frozenset({"Mean", "Std", "Var", "VarMean", "LinalgVectorNorm"})
 _GATED = 1e-3  # by how much the gates of the old state and of the new one may miss one
+_TRANSFORMS = frozenset({"FftC2C", "FftC2R", "FftR2C"})
 _RECTIFIERS = frozenset({"Relu", "Threshold", "Hardtanh", "Clamp", "ClampMin"})
 
 
@@ -145,7 +146,7 @@ def _without_skip(around: Surroundings, found: Slots, links: Sequence[Link], ste
             why = f"the skip passes {', '.join(bent)}, which is not linear: x' = P(x) + f(x) is no step from x"
             return nothing(steps, "transformed skip", why, "proven")
         affine = [s for s in link.form.stages if s.is_affine and s.output in terms]
-        if link.kind == "map" and affine and len(affine) < len(terms) and all(len(s.inputs) == 1 for s in affine):
+        if link.kind == "map" and affine and len(affine) < len(terms) and all(map(_is_projection, affine)):
             why = "the skip is a linear map (projection): a change of space and then a sum, no step of an ODE"
             return nothing(steps, "projection shortcut", why, "proven")
     table = blocks(around.normal_form(steps[0], steps[-1] + 1, found), found.contexts)
@@ -154,6 +155,12 @@ def _without_skip(around: Surroundings, found: Slots, links: Sequence[Link], ste
         return _record(named, table, steps, skip=0.0, residual=0.0, notes=tuple(notes))
     name = Name("plain", "none: a map without a skip", 1.0, "h = 1: the map itself")
     return _record(name, None, steps, skip=0.0, residual=0.0, notes=tuple(notes))
+
+
+def _is_projection(stage: Stage) -> bool:
+    """Whether an affine stage is one of the state alone: no product with what depends on it lies before."""
+    coefficients = [c for terms in stage.inputs for c in terms.values()]
+    return len(stage.inputs) == 1 and all(c.kind in ("scalar", "moved") for c in coefficients)
 
 
 def _bent_skip(link: Link) -> tuple[str, ...]:
@@ -182,13 +189,16 @@ def _without_sum(around: Surroundings, found: Slots, links: Sequence[Link], step
     total = _total(around, found, steps)
     if total is None or total.kind in ("moved", "mixed", "part"):
         return nothing(steps, "not a step", "the state's entries are moved, and nothing is added", "measured")
-    name = Name("no branch", "none: nothing that depends on the state is added", 1.0, "h = 1")
+    name = name_one_state(Blocks.without_field(total.value if total.kind == "scalar" else 1.0))
     return replace(_record(name, None, steps, skip=total.value, residual=total.residual), method=None)
 
 
-def _total(around: Surroundings, found: Slots, steps: tuple[int, ...]) -> Coefficient | None:
-    """The skip as a whole: what of the old state reaches the new one along linear paths."""
-    piece = around.whole(steps[0], steps[-1] + 1, found)
+def _total(
+    around: Surroundings, found: Slots, steps: tuple[int, ...], links: Sequence[Link] = ()
+) -> Coefficient | None:
+    """The skip as a whole: what of the old state reaches the new one along linear paths outside of fields."""
+    owned = {node for link in links for node in link.form.piece.owned}
+    piece = around.whole(steps[0], steps[-1] + 1, found, owned)
     target, source = found.targets[0], found.sources[0]
     return measure(piece, target, source, piece.expand(target)[1]) if target in piece.carrying else None
 
@@ -198,7 +208,7 @@ def _sums(around: Surroundings, found: Slots, links: Sequence[Link], steps: tupl
     sums = [link.form for link in links if link.kind == "sum"]
     first = next(i for i, link in enumerate(links) if link.kind == "sum")
     after = tuple(n for link in links[first:] if link.kind == "weightless" for n in link.operations)
-    total = None if after else _total(around, found, steps)
+    total = None if after else _total(around, found, steps, links)
     if total is not None and total.kind in ("moved", "mixed"):
         return nothing(steps, "not a step", "the skip moves or mixes coordinates", "measured")
     parts = _linear_links(links)
@@ -206,21 +216,24 @@ def _sums(around: Surroundings, found: Slots, links: Sequence[Link], steps: tupl
     if any(table is None for table in tables):
         return nothing(steps, "not a step", "the skip moves, mixes or drops coordinates", "measured")
     table, *others = [t for t in tables if t is not None]
+    last = _last_sum(parts, [table, *others]) if _norms_after(links) else None
     for other in others:
         table = table.then(other)
     if total is not None and total.kind == "scalar":
         table.V[0, 0] = total.value
     relaxed = with_linear_part(table)
+    if relaxed is not None and name_one_state(relaxed[0]).name.startswith("unnamed"):
+        relaxed = None  # a field with a linear part is believed where it makes a method, not where it fits alone
     if relaxed is not None:
         table = relaxed[0]
-    named = _as_diffusion(name_one_state(table), sums, table)
+    named = _as_diffusion(name_one_state(table if last is None else last), sums, table)
     skips = [form.forms[0][form.sources[0]] for form in sums if form.sources[0] in form.forms[0]]
     kinds = {c.kind for c in skips} if total is None else {total.kind}
     residual = total.residual if total is not None else max((c.residual for c in skips), default=0.0)
     record = _record(named, table, steps, skip=float(table.V[0, 0]), residual=residual, after=after)
     record = replace(
         record,
-        evidence="proven" if kinds <= {"scalar"} else "measured",
+        evidence="proven" if kinds <= {"scalar"} and not any(map(_depends, sums)) else "measured",
         notes=(*_linear_part(relaxed), *_notes(around, sums, table), *record.notes),
         checks=_checks(sums, table),
     )
@@ -234,6 +247,22 @@ def _as_diffusion(name: Name, sums: Sequence[NormalForm], table: Blocks) -> Name
         return name
     system = f"x' = A x - x, diffusion (rows of A sum to one), Euler with h = {name.h:.3g}"
     return replace(name, system=system)
+
+
+def _last_sum(parts: Sequence[Link], tables: Sequence[Blocks]) -> Blocks:
+    """The tableau of the last addition, with the scalings before it; one with norms around it has its own step size."""
+    last = max(i for i, part in enumerate(parts) if part.kind == "sum")
+    first = max((i + 1 for i, part in enumerate(parts[:last]) if part.kind == "sum"), default=0)
+    table, *others = tables[first : last + 1]
+    for other in others:
+        table = table.then(other)
+    return table
+
+
+def _depends(form: NormalForm) -> bool:
+    """Whether some coefficient of the tableau is a gate, so that it holds for this input."""
+    stages = [c for stage in form.stages for terms in stage.inputs for c in terms.values()]
+    return any(c.kind == "gate" for c in (*stages, *form.forms[0].values()))
 
 
 def _linear_links(links: Sequence[Link]) -> list[Link]:
@@ -328,6 +357,10 @@ def _with_projection(record: Identification, norms: int, sums: int) -> Identific
     if not record.after:
         return record
     note = f"after the addition: {', '.join(record.after)}"
+    if set(record.after) <= _TRANSFORMS:
+        why = "a linear map follows the addition, P (x + f(x)): with P = (1 + h L)^-1 a semi-implicit step"
+        return replace(record, name="semi-implicit (linear map behind the addition)", method=None, skip=None,
+                       recorded=(), notes=(why, note, *record.notes), system="x' = f(x) - L x")  # fmt: skip
     if norms:
         why = f"the skip passes {norms} norm(s) after {sums} addition(s), so no single a describes it"
         system = f"{record.system}, retracted to the sphere after each step"
@@ -351,11 +384,18 @@ def _norms_after(links: Sequence[Link]) -> int:
 
 
 def _with_gates(record: Identification, kinds: set[str], sums: Sequence[NormalForm]) -> Identification:
+    weighed = any(c.kind == "gate" for form in sums for a, c in form.forms[0].items() if a not in form.piece.ends)
+    if weighed and "gate" not in kinds:
+        record = replace(record, evidence="measured", notes=("stages are weighed by gates, held fixed", *record.notes))
+        if record.name.startswith("unnamed"):
+            return replace(record, name="gated sum of stages", method=None, recorded=())
     if kinds == {"diagonal"}:
         return replace(record, notes=("every coordinate has its own damping; a is their mean", *record.notes))
     if "gate" not in kinds:
         return record
     gates = [c for form in sums for c in form.forms[0].values() if c.kind == "gate"]
+    if not gates:  # the skip as a whole is a gate that no single sum shows
+        return replace(record, name="gated skip", evidence="measured", method=None, recorded=())
     low, high = min(c.low for c in gates), max(c.high for c in gates)
     notes = (f"gates from {low:.3g} to {high:.3g} here, held fixed in R(z)", *record.notes)
     if abs((record.skip or 0.0) + (record.step_size or 0.0) - 1.0) > _GATED:

@@ -48,6 +48,11 @@ class Blocks:
         one = np.ones((1, 1))
         return cls(0.0 * one, one, one, a * one, (0,), ())
 
+    @classmethod
+    def without_field(cls, a: float) -> Blocks:
+        """X' = a x, and what does not depend on x."""
+        return cls(np.zeros((0, 0)), np.zeros((0, 1)), np.zeros((1, 0)), a * np.ones((1, 1)), (), ())
+
     @property
     def n_fields(self) -> int:
         """How many different fields there are."""

@@ -18,6 +18,7 @@ from stabkit.jacobians.lapack import (
 )
 from stabkit.jacobians.spectrum import Spectrum, from_rows, row, trusted_values
 from stabkit.operators.jacobian import Jacobian
+from stabkit.threads import single_threaded
 
 Row = dict[str, np.ndarray]
 
@@ -82,7 +83,8 @@ def _each_sample(J: Jacobian, decompose: Callable[[np.ndarray, float], Row]) -> 
         units = powers_of_two(dense)
         if bool((units != 1).any()):
             dense = dense / units.reshape(-1, 1, 1)
-        rows.extend(map(decompose, dense.numpy(), units.tolist()))  # keeps the finished ones
+        with single_threaded(max(dense.shape[1:])):
+            rows.extend(map(decompose, dense.numpy(), units.tolist()))  # keeps the finished ones
     except KeyboardInterrupt:
         stopped = "interrupted"
     empty = row(nothing, nothing, nothing, nothing, nothing.astype(bool))

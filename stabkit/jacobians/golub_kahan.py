@@ -16,6 +16,7 @@ from torch import Tensor
 from stabkit.jacobians.counted_products import BudgetSpentError, Products, rounding
 from stabkit.jacobians.orthonormal import KrylovBasis, extend
 from stabkit.jacobians.search import Ranking, Search
+from stabkit.threads import single_threaded
 
 
 @dataclass
@@ -65,8 +66,9 @@ class Bidiagonalisation(KrylovBasis):
         """P, values (descending), Q of B, and the residual of each triple."""
         if self._svd is None:
             p = self.size
-            P, values, Qt = np.linalg.svd(self.B[:p, :p])
-            self._svd = P, values, Qt.T, np.linalg.norm(self.E[:, :p] @ P, axis=0)
+            with single_threaded(p):
+                P, values, Qt = np.linalg.svd(self.B[:p, :p])
+                self._svd = P, values, Qt.T, np.linalg.norm(self.E[:, :p] @ P, axis=0)
         return self._svd
 
     def restart(self, columns: np.ndarray, *, deflate: bool) -> None:

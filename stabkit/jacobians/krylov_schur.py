@@ -17,6 +17,7 @@ from torch import Tensor
 from stabkit.jacobians.counted_products import BudgetSpentError, Products, rounding
 from stabkit.jacobians.orthonormal import KrylovBasis, extend
 from stabkit.jacobians.search import Ranking, Search
+from stabkit.threads import single_threaded
 
 # badness of an eigenvalue: the smaller, the more it is wanted; equal for a conjugate pair
 Badness = Callable[[np.ndarray], np.ndarray]
@@ -68,9 +69,10 @@ class Arnoldi(KrylovBasis):
         if p == 0:
             return np.zeros(0, complex), np.zeros((0, 0), complex), np.zeros(0), 0.0
         if self._ritz is None:
-            values, S = np.linalg.eig(self.H[:p, :p])
-            residuals = np.linalg.norm(self.H[p : p + self.width, :p] @ S, axis=0)
-            self._ritz = values, S, residuals, float(np.linalg.norm(self.H[: p + self.width, :p], 2))
+            with single_threaded(p):
+                values, S = np.linalg.eig(self.H[:p, :p])
+                residuals = np.linalg.norm(self.H[p : p + self.width, :p] @ S, axis=0)
+                self._ritz = values, S, residuals, float(np.linalg.norm(self.H[: p + self.width, :p], 2))
         return self._ritz
 
     def restart(self, badness: Badness, keep: int, *, deflate: bool) -> None:
@@ -78,9 +80,10 @@ class Arnoldi(KrylovBasis):
         import scipy.linalg
 
         p, block = self.size, self.next_block().clone()
-        T, Z = scipy.linalg.schur(self.H[:p, :p], output="real")
-        chosen = _closed_choice(_schur_values(T), badness, keep, self.room - 2 * self.block)
-        T, Z, _, _, keep, *_ = scipy.linalg.lapack.dtrsen(chosen, T, Z, job="N")
+        with single_threaded(p):
+            T, Z = scipy.linalg.schur(self.H[:p, :p], output="real")
+            chosen = _closed_choice(_schur_values(T), badness, keep, self.room - 2 * self.block)
+            T, Z, _, _, keep, *_ = scipy.linalg.lapack.dtrsen(chosen, T, Z, job="N")
         keep += int(keep < p and T[keep, keep - 1] != 0)  # only where close values refused to be swapped
         coupling = self.H[p : p + self.width, :p] @ Z[:, :keep]
         self.V[:keep] = torch.from_numpy(Z[:, :keep].T.copy()).to(self.V) @ self.V[:p]
@@ -107,7 +110,8 @@ def _left_norms(S: np.ndarray, columns: np.ndarray) -> np.ndarray:
     """Norms of the rows ``columns`` of S^-1, which are left eigenvectors; ``inf`` where S is singular."""
     unit = np.eye(len(S))[:, columns]
     try:
-        norms: np.ndarray = np.linalg.norm(np.linalg.solve(S.T, unit), axis=0)
+        with single_threaded(len(S)):
+            norms: np.ndarray = np.linalg.norm(np.linalg.solve(S.T, unit), axis=0)
     except np.linalg.LinAlgError:
         return np.full(len(columns), np.inf)
     return np.where(np.isfinite(norms), norms, np.inf)

@@ -24,6 +24,7 @@ from stabkit.jacobians.pseudospectra import (
 from stabkit.jacobians.spectra import eigenvalues, singular_values
 from stabkit.operators.jacobian import Jacobian
 from stabkit.results import Result
+from stabkit.threads import single_threaded
 
 _DENSE = 200
 _LARGEST_DENSE = 2000  # a few minutes
@@ -153,15 +154,17 @@ def non_normality(
     if not all(0 < e < np.inf for e in levels):
         raise ArgumentError(f"epsilons={tuple(epsilons)}; expected positive numbers")
     if method == "dense" or n <= (size if method == "arnoldi" else _DENSE):
-        rows = [_measure(A, levels, angles, max_power) for A in dense_float64(J)[0].numpy()]
+        with single_threaded(n):
+            rows = [_measure(A, levels, angles, max_power) for A in dense_float64(J)[0].numpy()]
         return _collect(rows, levels, "dense", n)
     products = Products(J, None, units="own")
     hessenbergs = arnoldi(products, size, seed)
     edges = _edges(J, seed, max_products)
-    rows = [
-        _measure_projection(H, {name: v[s] for name, v in edges.values.items()}, levels, angles, max_power)
-        for s, H in enumerate(hessenbergs)
-    ]
+    with single_threaded(size):
+        rows = [
+            _measure_projection(H, {name: v[s] for name, v in edges.values.items()}, levels, angles, max_power)
+            for s, H in enumerate(hessenbergs)
+        ]
     return _collect(rows, levels, "arnoldi", products.count + edges.n_products)
 
 

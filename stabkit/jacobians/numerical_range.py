@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import numpy as np
 
+from stabkit.threads import single_threaded
+
 _EXACT = 64  # up to this size the exact eigenvalue is as cheap as the iteration
 _CLOSE = 1e-3  # relative accuracy of a height: half a pixel in a picture
 
@@ -19,8 +21,10 @@ def support(A: np.ndarray, theta: float) -> tuple[float, complex]:
     n = len(A)
     rotated = np.exp(1j * theta) * A if np.sin(theta) else np.cos(theta) * A
     hermitian = (rotated + rotated.conj().T) / 2
-    value, x = scipy.linalg.eigh(hermitian, subset_by_index=[n - 1, n - 1])
-    return float(value[0]), complex(np.vdot(x[:, 0], A @ x[:, 0]))
+    values, vectors = scipy.linalg.eigh(hermitian, subset_by_index=[n - 1, n - 1])
+    if not len(values):  # LAPACK's bisection finds no last one where all coincide, as for an antisymmetric A
+        values, vectors = np.linalg.eigh(hermitian)
+    return float(values[-1]), complex(np.vdot(vectors[:, -1], A @ vectors[:, -1]))
 
 
 def numerical_range(A: np.ndarray, angles: int) -> tuple[np.ndarray, float]:
@@ -67,12 +71,13 @@ def outline(A: np.ndarray, angles: int) -> np.ndarray:
     # a start that is an eigenvector already would never find another
     noise = np.random.default_rng(0).normal(size=len(A)) / np.sqrt(len(A))
     upper, vector = [], np.zeros(len(A), dtype=complex)
-    for theta in np.linspace(0, np.pi, half + 1):
-        if len(A) <= _EXACT:
-            upper.append(support(A, -theta)[1])
-            continue
-        vector = _leading(np.exp(-1j * theta) * A, vector + noise)
-        upper.append(complex(np.vdot(vector, A @ vector)))
+    with single_threaded(len(A)):
+        for theta in np.linspace(0, np.pi, half + 1):
+            if len(A) <= _EXACT:
+                upper.append(support(A, -theta)[1])
+                continue
+            vector = _leading(np.exp(-1j * theta) * A, vector + noise)
+            upper.append(complex(np.vdot(vector, A @ vector)))
     return np.concatenate([upper, np.conj(upper[-2:0:-1])])
 
 

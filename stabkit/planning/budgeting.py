@@ -7,19 +7,19 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from stabkit.analysis.spectra import SPECTRA
-from stabkit.distributed.samples import Call
 from stabkit.errors import TraceError
 from stabkit.planning import sizes
 from stabkit.planning.machine import Machine, calibrate
-from stabkit.planning.price import Costs, Price, Settings
+from stabkit.planning.price import SPECTRA, Costs, Price, Settings
 from stabkit.planning.trial import Trial, device_of, forward_seconds, record_only, run_trial, weight_bytes
 from stabkit.results import Result
+from stabkit.tracing.call import Call
 from stabkit.tracing.depth import Depth
 from stabkit.tracing.endpoints import Target
 from stabkit.tracing.safekeeping import unwrap
 
 _SECOND_TRIAL = 3.0  # seconds that the first trial may have taken
+_SHARES = (0.5, 0.25, 0.1, 0.05)  # of the work on spectra that are tried, the steps that matter most first
 _SLOW = 1.0  # seconds of a forward pass from which nothing is analysed for the price
 
 
@@ -199,7 +199,7 @@ def _lessened(wanted: Settings) -> Iterator[tuple[Settings, tuple[str, ...]]]:
         now = dataclasses.replace(now, spectrum_samples=1)
         lost["spectra"] = f"spectra of one sample instead of {wanted.spectrum_samples}"
         yield now, tuple(lost.values())
-    if now.spectrum in ("dense", "auto"):
+    if now.spectrum in ("dense", "auto", "full"):
         now = dataclasses.replace(now, spectrum="krylov")
         lost["spectrum"] = f"the largest eigenvalues of every step instead of {_all_of(wanted.spectrum)}"
         yield now, tuple(lost.values())
@@ -207,12 +207,17 @@ def _lessened(wanted: Settings) -> Iterator[tuple[Settings, tuple[str, ...]]]:
         now = dataclasses.replace(now, probes=now.probes // 2)
         lost["probes"] = f"{_count(now.probes, 'probe')} per sample instead of {wanted.probes}: wider intervals"
         yield now, tuple(lost.values())
+    for share in _SHARES if now.spectrum != "none" else ():
+        now = dataclasses.replace(now, spectrum_share=share)
+        lost["share"] = f"all but {share:.0%} of the work on spectra: those of the steps that matter most remain"
+        yield now, tuple(lost.values())
     for spectrum in (wanted.spectrum, "none"):
-        fewer = now if now.spectrum == spectrum else dataclasses.replace(now, spectrum="none")
+        fewer = now if now.spectrum == spectrum else dataclasses.replace(now, spectrum="none", spectrum_share=1.0)
         if spectrum == "none" and wanted.spectrum != "none":
             lost["spectrum"] = "all spectra: no eigenvalues, no singular values"
             now = dataclasses.replace(fewer, samples=wanted.samples)
             lost.pop("samples", None)
+            lost.pop("share", None)
             yield now, tuple(lost.values())
         while now.samples > 1:
             now = dataclasses.replace(now, samples=now.samples // 2)

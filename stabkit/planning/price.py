@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from stabkit.analysis.analysis import EXPLAINED
-from stabkit.analysis.spectra import DENSE_SIZE, LARGEST_DENSE, WORK
+from stabkit.attribution.measure import EXPLAINED
+from stabkit.jacobians.shared import DENSE_SIZE, LARGEST_DENSE, krylov_products
 from stabkit.planning.machine import Machine
 from stabkit.planning.trial import StepCost, Trial
 from stabkit.results import Result
 
+SPECTRA = ("auto", "full", "dense", "krylov", "none")
+TRAINING_STEPS = 25.0  # that all Krylov spectra of a default report may cost together
+_WALKS = 3.0  # through the whole model that cost as much as a training step
 # measured by tests/benchmarks/scale.py on ResNet-50, MiniLM and GPT-2 small, CPU, one thread
 _MARGINAL = 0.65  # seconds of one more sample over those of the first, where only one was tried
 _CHAIN_WALKS = 3  # walks back through all steps that check the chain
@@ -28,14 +31,16 @@ class Settings:
     Attributes:
         samples: how many of the batch are analysed.
         probes: random cotangents per sample; 1 with a loss.
-        spectrum: ``"auto"``, ``"dense"``, ``"krylov"`` or ``"none"``.
+        spectrum: one of ``SPECTRA``.
         spectrum_samples: how many samples' spectra are computed.
+        spectrum_share: part of the work of the spectra that is done, for the steps that matter most.
     """
 
     samples: int
     probes: int
     spectrum: str
     spectrum_samples: int
+    spectrum_share: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -83,15 +88,16 @@ class Costs:
             seconds += batch(self.one.explaining, _of(self.two, "explaining"), min(settings.samples, EXPLAINED))
         walks = _CHAIN_WALKS + _GAIN_WALKS + settings.probes
         products, basis, spent = walks * len(self.one.steps), 0, 0.0
+        spectra = self._part_of_spectra(settings)
         flops = self.one.forward_flops + walks * sum(step.flops for step in self.one.steps)
         reads = float(1 + walks)
         for index, step in enumerate(self.one.steps):
             larger = None if self.two is None else self.two.steps[index]
             spectrum = self._spectrum(step, larger, settings)
-            products += spectrum.products
-            flops += spectrum.products * step.flops
-            reads += spectrum.reads / len(self.one.steps)
-            basis, spent = max(basis, spectrum.bytes), spent + spectrum.seconds
+            products += int(spectra * spectrum.products)
+            flops += spectra * spectrum.products * step.flops
+            reads += spectra * spectrum.reads / len(self.one.steps)
+            basis, spent = max(basis, spectrum.bytes), spent + spectra * spectrum.seconds
         return Price(
             seconds=seconds + spent,
             peak_bytes=self._peak(settings.samples, basis),
@@ -99,6 +105,21 @@ class Costs:
             flops=flops * settings.samples,
             read_bytes=reads * self.weight_bytes,
         )
+
+    def _part_of_spectra(self, settings: Settings) -> float:
+        """How much of the work of all spectra is done."""
+        if settings.spectrum != "auto":
+            return settings.spectrum_share
+        steps = [(step, None if self.two is None else self.two.steps[i]) for i, step in enumerate(self.one.steps)]
+        whole = sum(self._spectrum(step, larger, settings).seconds for step, larger in steps)
+        walk = self._grown(self.one.probe, _of(self.two, "probe"), settings.samples)
+        dense = sum(
+            self._spectrum(step, larger, settings).seconds
+            for step, larger in steps
+            if max(step.source, step.target) <= DENSE_SIZE
+        )
+        allowed = dense + min(whole - dense, TRAINING_STEPS * _WALKS * walk)
+        return settings.spectrum_share * (allowed / whole if whole > 0 else 1.0)
 
     def _grown(self, one: float, two: float | None, samples: int) -> float:
         """A cost that grows by the same for every sample."""
@@ -117,7 +138,7 @@ class Costs:
         if settings.spectrum == "none":
             return _Spectrum()
         size = max(step.source, step.target)
-        dense = settings.spectrum == "dense" or (settings.spectrum == "auto" and size <= DENSE_SIZE)
+        dense = settings.spectrum == "dense" or (settings.spectrum in ("auto", "full") and size <= DENSE_SIZE)
         backward = self._grown(step.backward, None if larger is None else larger.backward, settings.samples)
         forward = self._grown(step.forward, None if larger is None else larger.forward, settings.samples)
         if dense and size > LARGEST_DENSE:
@@ -127,7 +148,7 @@ class Costs:
             lapack = kept * size**3 / (self.machine.flops * _LAPACK_RATE)
             copies = _LAPACK_COPIES * kept * 8 * step.source * step.target
             return _Spectrum(step.target, 1, _BATCHED * step.target * backward + lapack, copies)
-        allowed = min(400, max(60, WORK // size))
+        allowed = krylov_products(size)
         pairs = int(_SINGULAR_SHARE * allowed) // 2  # of a product and one with the transpose
         seconds = pairs * (forward + backward)
         basis = kept * pairs * 8 * (step.source + step.target)

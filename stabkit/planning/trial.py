@@ -12,14 +12,13 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from stabkit.analysis.analysis import EXPLAINED
-from stabkit.analysis.explanation import explain
-from stabkit.diagnosis import Thresholds, examine
-from stabkit.distributed.samples import Call
+from stabkit.attribution.measure import EXPLAINED, EXPLAINED_PROBES, attribute
+from stabkit.diagnosis import examine
 from stabkit.errors import TraceError
 from stabkit.identification import identify
 from stabkit.planning.machine import PeakMemory, timed
 from stabkit.tracing import Flow, Step, trace
+from stabkit.tracing.call import Call
 from stabkit.tracing.safekeeping import modules_behind, unchanged, unwrap
 
 _BLOCK = 2  # vectors that the iterations multiply at once
@@ -173,11 +172,16 @@ def run_trial(
                 device,
             )
         found, reading = timed(lambda: identify(flow), device)
-        diagnosis, examining = timed(lambda: examine(flow, loss, probes=1, seed=seed, methods=found), device)
+        _, examining = timed(lambda: examine(flow, loss, probes=1, seed=seed, methods=found), device)
         explaining = 0.0
         if spectra:
-            samples = min(flow.batch, EXPLAINED)
-            _, explaining = timed(lambda: explain(flow, diagnosis, found, samples, seed, Thresholds()), device)
+            effort: dict[str, Any] = {
+                "samples": min(flow.batch, EXPLAINED),
+                "probes": EXPLAINED_PROBES,
+                "krylov": 0,
+                "seed": seed,
+            }
+            _, explaining = timed(lambda: attribute(flow, identifications=found, **effort), device)
     with unchanged(module):
         steps = _step_costs(flow, device, spectra)
     return Trial(

@@ -12,6 +12,9 @@ from stabkit.errors import ReportError
 from stabkit.report import encoding, tables
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
     from stabkit.report.schema import Report
@@ -40,7 +43,7 @@ def save(report: Report, path: str | os.PathLike[str]) -> Path:
 
 
 def save_all(report: Report, folder: str | os.PathLike[str]) -> list[Path]:
-    """``report.html``, ``report.json`` and three pictures in a folder, which is made if needed.
+    """``report.html``, ``report.json`` and up to three pictures in a folder, which is made if needed.
 
     Everything is drawn before anything is written.
 
@@ -53,8 +56,11 @@ def save_all(report: Report, folder: str | os.PathLike[str]) -> list[Path]:
     folder = Path(folder)
     contents = {"report.html": report_page(report).encode()}
     contents["report.json"] = encoding.lines(report.to_dict()).encode()
-    for draw in (plotting.region, plotting.growth, plotting.gradients):
-        contents[f"{draw.__name__}.png"] = plotting.render(plotting.figure_of(draw(report)), "png")
+    pictures: dict[str, Callable[[Report], Axes]] = {"growth": plotting.growth, "gradients": plotting.gradients}
+    if any(step.z is not None for step in report.steps):  # without eigenvalues a region is an empty frame
+        pictures = {"region": plotting.region, **pictures}
+    for name, draw in pictures.items():
+        contents[f"{name}.png"] = plotting.render(plotting.figure_of(draw(report)), "png")
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -1,4 +1,4 @@
-"""A report as people meet it in a terminal: verdict first, then the steps, then what to do.
+"""A report as people meet it in a terminal: the verdict and what to do first, then the steps.
 
 Names and messages may come from a checkpoint. They are shown as text, never as markup, and without control
 characters, so that no file can color, clear or rewrite the terminal.
@@ -6,13 +6,15 @@ characters, so that no file can color, clear or rewrite the terminal.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from rich import box
 from rich.console import Console, Group, RenderableType
 from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from stabkit.diagnosis import SEVERITIES, VERDICTS
+from stabkit.diagnosis import SEVERITIES, VERDICTS, Finding
 from stabkit.diagnosis.kinds import Tone
 from stabkit.report import tables
 from stabkit.report.formats import printable, steps_named
@@ -37,17 +39,25 @@ def plain_text(text: str, style: str = "") -> Text:
 
 def render(report: Report, width: int) -> RenderableType:
     """Everything in a report that a terminal of ``width`` columns can show."""
-    verdict = (report.verdict.upper(), f"bold {_COLORS[VERDICTS[report.verdict].tone]}")
-    head = Text.assemble(plain_text(report.model, "bold"), ": ", verdict, "\n")
-    head.append_text(plain_text(report.summary))
+    return Group(answer(report.model, report.verdict, report.summary, report.findings), details(report, width))
+
+
+def answer(model: str, verdict: str, summary: str, findings: Sequence[Finding]) -> RenderableType:
+    """What is known before any spectrum: the verdict and the findings."""
+    color = f"bold {_COLORS[VERDICTS[verdict].tone]}"
+    head = Text.assemble(plain_text(model, "bold"), ": ", (verdict.upper(), color), "\n")
+    head.append_text(plain_text(summary))
+    return Group(head, *map(_finding, findings))
+
+
+def details(report: Report, width: int) -> RenderableType:
+    """The rest: one row per step, and what to know about them."""
     parts: list[RenderableType] = [
-        head,
         *(plain_text(sentence) for sentence in tables.reason(report)),
         plain_text(tables.origin(report), "dim"),
         Padding(steps(report, width), (1, 0)),
         plain_text(tables.total(report)),
     ]
-    parts += [_finding(report, i) for i in range(len(report.findings))]
     parts += [plain_text(f"Note: {note}", "dim") for note in notes(report)]
     parts += [plain_text(line, "dim") for line in tables.legend(report)]
     return Group(*parts)
@@ -69,8 +79,7 @@ def steps(report: Report, width: int) -> Table:
     return table
 
 
-def _finding(report: Report, index: int) -> RenderableType:
-    finding = report.findings[index]
+def _finding(finding: Finding) -> RenderableType:
     where = " at ".join(filter(None, (steps_named(finding.steps), finding.module_path)))
     first = Text.assemble(
         (finding.severity, _COLORS[SEVERITIES[finding.severity].tone]),

@@ -24,6 +24,7 @@ from stabkit.tracing.frontiers import Frontiers
 from stabkit.tracing.graph import Graph, mend_batch_norm
 from stabkit.tracing.inputs import Source, differentiable
 from stabkit.tracing.intervals import Intervals
+from stabkit.tracing.lost_gradient import place_of_cut
 from stabkit.tracing.naming import kinds, names, stacks
 from stabkit.tracing.products import Products, Space
 from stabkit.tracing.recomputation import SavedTensors
@@ -167,7 +168,8 @@ def _record(forward: ForwardPass, source: str | None, target: Target, recompute:
         return _Recorded(recording, start, side, name, value, graph, notes, attempt, saved)
     if failure is None:
         raise TraceError("the forward pass was not recorded")
-    raise TraceError(str(failure)) from None
+    place = place_of_cut(forward)
+    raise TraceError(f"{failure}; {place}" if place else str(failure)) from None
 
 
 def _build(recorded: _Recorded, settings: _Settings) -> Flow:

@@ -178,7 +178,7 @@ FAMILIES = (
                               conv(), k=number(0.225)), IMAGE),
            constant(lambda z: 1 - torch.tensor(0.225).item() + (1 + torch.tensor(0.225).item()) * z)),
     Family("PolyNet poly-2", "PolyNet (poly-2)", stack(polynet), constant(lambda z: 1 + z + z * z)),
-    Family("PolyNet mpoly-2", "PolyNet (poly-2)",
+    Family("PolyNet mpoly-2", "PolyNet (mpoly-2)",
            stack(lambda: Step(lambda m, x: x + (y := m.parts[0](x)) + m.parts[1](y), dense(), dense())),
            constant(lambda a, b: 1 + a + a * b)),
     Family("FractalNet", "plain", stack(fractal, IMAGE), constant(lambda a, b, c: a / 2 + b * c / 2)),

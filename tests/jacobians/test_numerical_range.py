@@ -16,6 +16,7 @@ MATRICES = {
     "jordan": np.eye(N, k=1),
     "symmetric": RANDOM + RANDOM.T,
     "rotation": np.linalg.qr(RANDOM)[0],
+    "antisymmetric": RANDOM - RANDOM.T,
     "one far": np.diag([5.0, *np.zeros(N - 1)]),
 }
 
@@ -36,3 +37,12 @@ def test_small_matrices_are_exact():
     A = RANDOM[:5, :5]
     np.testing.assert_allclose(outline(A, 16), numerical_range(A, 16)[0], atol=1e-9)
     assert outline(np.array([[3.0]]), 8) == pytest.approx(3.0)
+
+
+@pytest.mark.parametrize("n", [2, 8, 40])
+def test_an_antisymmetric_matrix_reaches_along_the_imaginary_axis_alone(n):
+    A = np.array(RANDOM[:n, :n] - RANDOM[:n, :n].T)
+    points, radius = numerical_range(A, 16)
+    np.testing.assert_allclose(points.real, 0.0, atol=1e-12)
+    assert radius == pytest.approx(np.abs(np.linalg.eigvals(A)).max())
+    assert np.abs(outline(A, 16).imag).max() == pytest.approx(radius)

@@ -145,5 +145,5 @@ def test_a_slow_model_is_recorded_but_not_analysed(monkeypatch):
 
 
 def test_an_unknown_spectrum_is_refused():
-    with pytest.raises(StabkitError, match="expected one of auto, dense"):
+    with pytest.raises(StabkitError, match="expected one of auto, full"):
         plan(network(), torch.randn(2, 32), spectrum="all")

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import os
 import stat
 from pathlib import Path
@@ -83,6 +84,12 @@ def test_a_link_stays_a_link_and_the_umask_is_kept(tmp_path):
         os.umask(old)
     assert (tmp_path / "link.json").is_symlink()
     assert stat.S_IMODE((tmp_path / "real.json").stat().st_mode) == 0o644
+
+
+def test_a_report_without_eigenvalues_has_no_empty_picture_of_them(tmp_path):
+    steps = tuple(dataclasses.replace(step, z=None) for step in REPORT.steps)
+    written = files.save_all(dataclasses.replace(REPORT, steps=steps), tmp_path)
+    assert sorted(path.name for path in written) == ["gradients.png", "growth.png", "report.html", "report.json"]
 
 
 def test_save_all_draws_before_it_writes(tmp_path, monkeypatch):

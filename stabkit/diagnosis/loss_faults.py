@@ -1,0 +1,186 @@
+"""The loss as a step of its own: not finite, without gradient, or taken of what it does not expect."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import GradientEdge, Node
+
+from stabkit.diagnosis.finding import Finding
+from stabkit.diagnosis.origin import Origin, origin_of
+from stabkit.diagnosis.thresholds import Thresholds
+from stabkit.tracing import Flow
+from stabkit.tracing.endpoints import scalar_loss
+from stabkit.tracing.values import Value, operation, value_of
+
+#: module path of findings on the loss, which belongs to no module
+LOSS = "loss"
+# operations that leave numbers what they are
+_STRUCTURAL = frozenset(
+    {"View", "UnsafeView", "Reshape", "ReshapeAlias", "Permute", "Transpose", "T", "Squeeze", "Unsqueeze", "Clone"}
+    | {"Select", "Slice", "Index", "Alias", "ToCopy", "Copy"}
+)
+_PROBABILITIES = {"Softmax": "softmax", "Sigmoid": "sigmoid"}
+# what a loss computes first, and what it expects there
+_ON_LOGITS = {"LogSoftmax": "cross_entropy", "BinaryCrossEntropyWithLogits": "binary_cross_entropy_with_logits"}
+_ON_LOGARITHMS = {"NllLoss": "nll_loss", "NllLoss2D": "nll_loss"}
+_FLAT = 0.05  # of the largest derivative of a sigmoid
+_HIDDEN = 0.15  # share of the fall of a loss that its gradient promises, under which a sigmoid hides that fall
+_GOODFELLOW = "Goodfellow et al., Generative adversarial nets, 2014, section 3"
+
+
+def loss_findings(flow: Flow, loss: Any, thresholds: Thresholds) -> list[Finding]:
+    """What is wrong with the loss itself; empty where there is none.
+
+    Raises:
+        TraceError: the loss is not a differentiable scalar of the output.
+    """
+    if loss is None:
+        return []
+    scalar = scalar_loss(loss, flow.output)
+    if not bool(scalar.detach().isfinite()):
+        origin = origin_of(flow.forward_pass, loss)
+        if origin is None or origin.part != "loss":
+            return []  # it is not the loss that is at fault
+        return [_not_finite(flow, origin)]
+    found = [*_mismatch(flow, scalar), *_flat_sigmoid(flow, loss, scalar, thresholds)]
+    return found or _without_gradient(flow, scalar)
+
+
+def _not_finite(flow: Flow, origin: Origin) -> Finding:
+    evidence = f"the output is finite and the loss is not: it begins at {origin.place}: {origin.cause.text}"
+    return _finding(flow, "non_finite", "critical", LOSS, evidence, origin.cause.remedy, dict(origin.cause.numbers))
+
+
+def _mismatch(flow: Flow, scalar: Tensor) -> list[Finding]:
+    """A loss on logits or on logarithms that is given probabilities."""
+    made = _maker(flow.states[-1].values[0])
+    kind = _PROBABILITIES.get(operation(made.node)) if made is not None else None
+    if made is None or kind is None:
+        return []
+    for node, taken in _loss_nodes(flow, scalar):
+        source = _maker(taken)
+        name = operation(node)
+        if source is None or source.node is not made.node or name not in _ON_LOGITS | _ON_LOGARITHMS:
+            continue
+        path = flow.recorded.path_of(made.node)
+        classes = int(made.node._input_metadata[0].shape[-1])
+        if name in _ON_LOGARITHMS:
+            function, wanted, remedy = _ON_LOGARITHMS[name], "log-probabilities", "take log_softmax in its place"
+            floor = "it is minus a probability, no logarithm of one"
+        else:
+            function, wanted = _ON_LOGITS[name], "logits"
+            remedy = f"give it what goes into the {kind}: take the {kind} out of the model while training"
+            floor = f"it cannot fall below {_least(name, classes):.3g}, since probabilities lie within 0 to 1"
+        evidence = f"{function} expects {wanted} and is given the output of a {kind} ({path or 'the model'}): {floor}"
+        numbers = {"loss": float(scalar.detach()), "classes": float(classes)}
+        return [_finding(flow, "loss", "warning", LOSS, evidence, remedy, numbers)]
+    return []
+
+
+def _least(name: str, classes: int) -> float:
+    """The least value of a loss on logits when the logits lie within 0 to 1."""
+    return math.log1p((classes - 1) / math.e) if name == "LogSoftmax" else math.log1p(math.exp(-1.0))
+
+
+def _flat_sigmoid(flow: Flow, loss: Any, scalar: Tensor, thresholds: Thresholds) -> list[Finding]:
+    """A sigmoid before the loss that is flat where it is wrong.
+
+    What is right may well be flat. So the outputs are turned round, p to 1 - p: where the loss falls by that and yet
+    hardly depends on the logits, the sigmoid hides the error from the gradient.
+    """
+    made = _maker(flow.states[-1].values[0])
+    if made is None or operation(made.node) != "Sigmoid" or not isinstance(flow.output, Tensor):
+        return []
+    output = flow.output.detach()
+    flat = (4 * output * (1 - output) < _FLAT).double().mean()
+    if float(flat) < thresholds.saturated:
+        return []
+    parent, number = made.node.next_functions[0]
+    assert parent is not None
+    (pulled,) = torch.autograd.grad(scalar, [GradientEdge(parent, number)], retain_graph=True)
+    logits = torch.special.logit(output.double(), eps=1e-7).reshape(pulled.shape)
+    slope = 2 * float((pulled.detach().double() * logits).abs().sum())  # what the gradient promises on the way there
+    with torch.no_grad():
+        turned = float(loss(1 - output))
+    value = float(scalar.detach())
+    fall = value - turned
+    if not (math.isfinite(turned) and fall > 0.5 * max(abs(value), abs(turned)) and slope < _HIDDEN * fall):
+        return []
+    path = flow.recorded.path_of(made.node)
+    evidence = (
+        f"{float(flat):.0%} of the outputs of the sigmoid {path or 'before the loss'} lie where it is flat, and wrong: "
+        f"turned round, 1 - p, they would bring the loss from {value:.3g} to {turned:.3g}, and its gradient by the "
+        f"logits promises {slope / fall:.1%} of that"
+    )
+    remedy = (
+        "take the sigmoid into the loss: binary_cross_entropy_with_logits on its input; for a generator minimise "
+        "-log D(G(z)), which does not saturate"
+    )
+    numbers = {"saturated": float(flat), "promised": slope / fall, "loss": value, "turned": turned}
+    return [_finding(flow, "saturated", "warning", path, evidence, remedy, numbers, _GOODFELLOW)]
+
+
+def _without_gradient(flow: Flow, scalar: Tensor) -> list[Finding]:
+    """A loss above zero that does not depend on the output where it stands."""
+    value = float(scalar.detach())
+    edges = [v.edge for v in flow.states[-1].values]
+    gradients = torch.autograd.grad(scalar, edges, retain_graph=True, allow_unused=True)
+    if value == 0.0 or any(g is None or bool((g != 0).any()) for g in gradients):
+        return []
+    evidence = f"the loss is {value:.3g} and its gradient by the output is zero everywhere"
+    remedy = "look for a clamp, a rounding, a mask of zeros or a comparison in the loss: nothing can be learnt from it"
+    return [_finding(flow, "loss", "critical", LOSS, evidence, remedy, {"loss": value})]
+
+
+def _loss_nodes(flow: Flow, scalar: Tensor) -> Iterator[tuple[Node, Value]]:
+    """Nodes of the loss with each of their inputs, down to the output of the flow."""
+    ends = {value.node for value in flow.states[-1].values}
+    seen: set[Node] = set()
+    stack = [value_of(scalar).node]
+    while stack:
+        node = stack.pop()
+        if node in seen or node in ends:
+            continue
+        seen.add(node)
+        for parent, number in node.next_functions:
+            if parent is not None:
+                yield node, Value(parent, number)
+                stack.append(parent)
+
+
+def _maker(value: Value) -> Value | None:
+    """The operation behind a value that is not only a view or a copy."""
+    while operation(value.node) in _STRUCTURAL:
+        parents = [Value(parent, number) for parent, number in value.node.next_functions if parent is not None]
+        if len(parents) != 1:
+            return None
+        value = parents[0]
+    return value
+
+
+def _finding(
+    flow: Flow,
+    kind: str,
+    severity: str,
+    path: str,
+    evidence: str,
+    remedy: str,
+    numbers: dict[str, float],
+    reference: str = "Goodfellow, Bengio and Courville, Deep learning, 2016, section 6.2",
+) -> Finding:
+    return Finding(
+        kind=kind,
+        severity=severity,
+        steps=(len(flow.steps) - 1,),
+        module_path=path,
+        confidence=1.0,
+        evidence=evidence,
+        remedy=remedy,
+        reference=reference,
+        numbers=numbers,
+    )

@@ -1,0 +1,108 @@
+"""Parameters that get no gradient, and where it stops."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from stabkit.diagnosis.finding import Finding
+from stabkit.tracing import Flow
+from stabkit.tracing.forward_pass import ForwardPass
+from stabkit.tracing.lost_gradient import Cut, LostGradient, listed, lost_gradient
+
+_LARGE = 0.2  # share of the trainable parameters from which an unused branch is more than a head that is not asked for
+
+_REMEDIES = {
+    "detach": "take the detach away, or give what is before it a loss of its own; if it is meant, set requires_grad_"
+    "(False) on these parameters",
+    "no_grad": "take torch.no_grad away; if it is meant, set requires_grad_(False) on these parameters",
+    "argmax": "choose softly: a softmax, gumbel_softmax(hard=True), or a straight-through estimator",
+    "exit": "stay within torch: a tensor that is made of numbers has no history",
+    "other": "its derivative is zero or there is none: use a smooth one in its place, or a straight-through estimator",
+}
+_CHOICES = frozenset({"argmax", "argmin", "topk", "argsort", "sort", "multinomial", "one_hot"})
+_REFERENCE = "Bengio et al., Estimating or propagating gradients through stochastic neurons, 2013"
+
+
+def lost_parameter_findings(flow: Flow, loss: Any = None) -> list[Finding]:
+    """One finding for every place where gradients stop, and one for what is never used."""
+    found = lost_gradient(replace(flow.forward_pass, through_no_grad=False), loss)
+    last = len(flow.steps) - 1
+    cuts = [_cut(found, cut, last, loss is not None) for cut in found.cuts if cut.parameters]
+    return [*cuts, *_unused(found, flow.forward_pass, last)]
+
+
+def _cut(found: LostGradient, cut: Cut, last: int, asked: bool) -> Finding:
+    """Without a loss nobody knows what is to be trained by what, and a cut is said in passing."""
+    share = _share(found, cut.parameters)
+    return Finding(
+        kind="no_gradient",
+        severity=("critical" if share > 1 - 1e-9 else "warning") if asked else "info",
+        steps=(last,),
+        module_path=cut.behind or cut.path,
+        confidence=1.0,
+        evidence=f"the gradient stops at {cut.place}: {len(cut.parameters)} of {len(found.trainable)} parameters that "
+        f"are to be trained get none ({listed(cut.parameters)}; {share:.0%} of their numbers)",
+        remedy=remedy_for(cut.operation),
+        reference=_REFERENCE,
+        numbers={"parameters": float(len(cut.parameters)), "share": share},
+    )
+
+
+def _unused(found: LostGradient, call: ForwardPass, last: int) -> list[Finding]:
+    """Parameters of modules that never run, or whose results are not used.
+
+    A head that the loss does not ask for, an expert that no token is sent to, and what runs in training only are no
+    faults; a large part of a model that is in training mode and never takes part is.
+    """
+    if not found.unused:
+        return []
+    share = _share(found, found.unused)
+    used = {_role(path) for path in set(found.trainable) - set(found.lost)}
+    chosen_among = {_role(path) for path in found.unused} <= used
+    serious = share >= _LARGE and call.module.training and not chosen_among
+    idle = [module for module in found.idle if module]
+    why = f"{listed(tuple(idle))} never runs" if idle else "nothing that counts is made of what they give"
+    return [
+        Finding(
+            kind="no_gradient",
+            severity="warning" if serious else "info",
+            steps=(last,),
+            module_path=_home(found.unused),
+            confidence=1.0,
+            evidence=f"{len(found.unused)} of {len(found.trainable)} parameters that are to be trained are not used "
+            f"({listed(found.unused)}; {share:.0%} of their numbers): {why}",
+            remedy="use them in the forward pass, take them out, or set requires_grad_(False) on them",
+            reference="",
+            numbers={"parameters": float(len(found.unused)), "share": share},
+        )
+    ]
+
+
+def remedy_for(operation: str) -> str:
+    """What to do about an operation that takes tensors off the graph."""
+    if operation in _CHOICES:
+        return _REMEDIES["argmax"]
+    return _REMEDIES["exit" if operation.endswith("()") else operation if operation in _REMEDIES else "other"]
+
+
+def _share(found: LostGradient, paths: Sequence[str]) -> float:
+    return sum(found.trainable[path] for path in paths) / max(1, sum(found.trainable.values()))
+
+
+def _role(path: str) -> str:
+    """A path without the numbers that tell like blocks apart."""
+    return re.sub(r"\d+", "*", path)
+
+
+def _home(paths: Sequence[str]) -> str:
+    """The module that holds all of some parameters."""
+    split = [path.split(".")[:-1] for path in paths]
+    common = []
+    for parts in zip(*split, strict=False):
+        if len(set(parts)) > 1:
+            break
+        common.append(parts[0])
+    return ".".join(common)

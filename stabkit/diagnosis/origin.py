@@ -1,0 +1,235 @@
+"""Where NaN and infinity begin: a training pass watched operation by operation.
+
+What is not finite is followed from the operation that made it through all that it spoils, so the operation that is
+blamed is the first one, forward or backward. Infinities that were filled in on purpose, as the -inf of a mask, are no
+origin: what makes NaN of them is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map
+
+from stabkit.diagnosis.origin_causes import Cause, backward_cause, forward_cause
+from stabkit.errors import StabkitError
+from stabkit.tracing.containers import named_tensors
+from stabkit.tracing.forward_pass import ForwardPass
+from stabkit.tracing.inputs import VALUE_FREE, Source, differentiable
+from stabkit.tracing.recording import clock
+from stabkit.tracing.training_pass import Observer, TrainingPass, calling_line, training_pass
+from stabkit.tracing.values import operation
+
+# operations that write a constant
+_FILLS = frozenset({"masked_fill", "masked_fill_", "fill", "fill_", "full", "full_like", "new_full", "scalar_tensor"})
+
+
+@dataclass(frozen=True)
+class Origin:
+    """The first operation whose result is not finite although what it was made of is.
+
+    Attributes:
+        order: how many origins came before it.
+        part: ``"model"`` or ``"loss"``: in which part of the forward pass the operation stands.
+        backward: whether its derivative is at fault, and not its result.
+        operation: its name, as ``"sqrt"``.
+        path: the module that it runs in; empty in the loss and in code of the outermost module.
+        module_class: the class of that module.
+        call: index of the last module call that began before it.
+        ended: whether that call had ended by then.
+        line: file and line of the code outside of libraries that called it; empty where there is none.
+        cause: why.
+        on_purpose: whether the infinity was filled in.
+        fed_by: the last module with a matrix that ran before it; empty where there is none.
+    """
+
+    order: int
+    part: str
+    backward: bool
+    operation: str
+    path: str
+    module_class: str
+    call: int
+    ended: bool
+    line: str
+    cause: Cause
+    on_purpose: bool = False
+    fed_by: str = ""
+
+    @property
+    def place(self) -> str:
+        """Operation, module and line, in words."""
+        where = (
+            "the loss" if self.part == "loss" else f"{self.path} ({self.module_class})" if self.path else "the model"
+        )
+        return f"{self.operation} in {where}" + (f", {self.line}" if self.line else "")
+
+
+def origin_of(call: ForwardPass, loss: Any = None) -> Origin | None:
+    """The operation at which what is not finite in a training pass began; None where all is finite, or no pass runs."""
+    watch = Watch()
+    try:
+        done = training_pass(call, loss, watch)
+    except StabkitError:
+        return None  # the loss does not fit; whoever needs it says so
+    return watch.blamed(done)
+
+
+class Watch(Observer):  # type: ignore[no-untyped-call]
+    """Follows what is not finite from operation to operation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+        self._blame: dict[int, Origin] = {}  # by storage
+        self._given: dict[int, str] = {}
+        self._lines: dict[int, tuple[str, str, int, bool]] = {}  # by the number of the node: line, part, call, ended
+
+    def begin(self, module: nn.Module, sources: list[Source]) -> None:
+        """Note what the pass is given."""
+        for name, tensor in (*module.named_parameters(), *module.named_buffers()):
+            self._given.setdefault(_storage(tensor), name)
+        for source in sources:
+            self._given[_storage(source.tensor)] = f"the input {source.name!r}"
+
+    def blamed(self, done: TrainingPass) -> Origin | None:
+        """Who is to blame for the first that is not finite: output, loss, then gradients."""
+        outputs = [tensor for _, tensor in named_tensors(done.output) if differentiable(tensor)]
+        gradients = [g for g in (*done.inputs, *done.gradients.values()) if g is not None]
+        for group in (outputs, [] if done.loss is None else [done.loss], gradients):
+            found = [self._blame[_storage(t)] for t in group if not _finite(t) and _storage(t) in self._blame]
+            found = [origin for origin in found if not origin.on_purpose]
+            if found:
+                return min(found, key=lambda origin: origin.order)
+        return None
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        given = args
+        if func._schema.is_mutable:  # what it is about to overwrite may be the reason
+            given = tree_map(lambda a: a.clone() if isinstance(a, Tensor) and differentiable(a) else a, args)
+        out = func(*args, **kwargs)
+        name = func._schema.name.split("::")[-1]
+        if name in VALUE_FREE or name.startswith(("empty", "new_empty")):
+            return out
+        if self.part != "backward":
+            self._lines[clock() - 1] = (calling_line(), self.part, *self._running())
+        results = [o for o in tree_leaves(out) if isinstance(o, Tensor) and differentiable(o)]
+        if results:
+            self._follow(func, name, args, given, kwargs, results)
+        return out
+
+    def _follow(
+        self, func: Any, name: str, args: Any, given: Any, kwargs: dict[str, Any], results: Sequence[Tensor]
+    ) -> None:
+        taken = [a for a in tree_leaves((args, kwargs)) if isinstance(a, Tensor) and differentiable(a)]
+        held = {_storage(t) for t in taken}
+        finite = [_finite(r) for r in results]
+        spoiled = [r for r, fine in zip(results, finite, strict=True) if not fine]
+        for result, fine in zip(results, finite, strict=True):
+            if fine and _storage(result) not in held:
+                self._blame.pop(_storage(result), None)
+        if not spoiled:
+            return
+        before = [t for t in tree_leaves((given, kwargs)) if isinstance(t, Tensor) and differentiable(t)]
+        known = [self._origin_of(t) for t, b in zip(taken, before, strict=True) if not _finite(b)]
+        real = [origin for origin in known if not origin.on_purpose]
+        if real:
+            found = min(real, key=lambda origin: origin.order)
+        elif known and not any(bool(r.isnan().any()) for r in spoiled):
+            found = known[0]
+        else:
+            filled = name in _FILLS or not taken
+            found = self._born(func, name, given, kwargs, results, on_purpose=filled)
+        for result in spoiled:
+            self._blame[_storage(result)] = found
+
+    def _origin_of(self, tensor: Tensor) -> Origin:
+        storage = _storage(tensor)
+        if storage not in self._blame:
+            what = self._given.get(storage, "a tensor that the model holds")
+            masked = not what.startswith("the input") and _only_negative_infinities(tensor)
+            cause = Cause(f"{what} is NaN or infinite already", "look at where these numbers come from", given=True)
+            self._blame[storage] = self._origin("given", cause, on_purpose=masked)
+        return self._blame[storage]
+
+    def _born(
+        self, func: Any, name: str, args: Any, kwargs: dict[str, Any], results: Sequence[Tensor], on_purpose: bool
+    ) -> Origin:
+        if self.part == "backward" and self.node is not None:
+            cause = backward_cause(self.node, func, name, args, kwargs, results)
+            return self._origin(operation(self.node).lower(), cause, on_purpose=False)
+        return self._origin(name.strip("_"), forward_cause(func, name, args, kwargs, results), on_purpose=on_purpose)
+
+    def _origin(self, name: str, cause: Cause, on_purpose: bool) -> Origin:
+        self.count += 1
+        backward = self.part == "backward"
+        line, part, call, ended = calling_line(), self.part, *self._running()
+        if backward:
+            number = -1 if self.node is None else self.node._sequence_nr()
+            line, part, call, ended = self._lines.get(number, ("", "model", len(self.recording.calls) - 1, True))
+        inside = self._innermost(call, ended) if part == "model" else None
+        return Origin(
+            order=self.count,
+            part=part,
+            backward=backward,
+            operation=name,
+            path="" if inside is None else inside[0],
+            module_class="" if inside is None else inside[1],
+            call=call,
+            ended=ended,
+            line=line,
+            cause=cause,
+            on_purpose=on_purpose,
+            fed_by=self._fed_by(call) if part == "model" else "",
+        )
+
+    def _fed_by(self, index: int) -> str:
+        """The last module up to some call that multiplies by a matrix of its own."""
+        for call in reversed(self.recording.calls[: index + 1]):
+            if any(p.dim() > 1 for p in call.module.parameters(recurse=False)):
+                return call.path
+        return ""
+
+    def _running(self) -> tuple[int, bool]:
+        """The last module call that began, and whether another runs now: the one that it was made from."""
+        calls = self.recording.calls
+        return len(calls) - 1, bool(calls) and calls[-1].stop >= 0
+
+    def _innermost(self, index: int, ended: bool) -> tuple[str, str] | None:
+        """Path and class of the innermost module that ran when a call had begun last, and perhaps ended."""
+        calls = self.recording.calls
+        if index < 0:
+            return None
+        call = calls[index]
+        if self.part != "backward" and ended:  # the innermost that still runs
+            running = [c for c in calls if c.stop < 0]
+            return (running[-1].path, running[-1].module_class) if running else None
+        if ended:
+            if call.parent < 0:
+                return None
+            call = calls[call.parent]
+        return call.path, call.module_class
+
+
+def _storage(tensor: Tensor) -> int:
+    if tensor.layout != torch.strided:
+        return id(tensor)
+    address: int = tensor.untyped_storage()._cdata
+    return address
+
+
+def _finite(tensor: Tensor) -> bool:
+    data = tensor.values() if tensor.layout == torch.sparse_coo else tensor
+    return bool(data.detach().isfinite().all())
+
+
+def _only_negative_infinities(tensor: Tensor) -> bool:
+    """Whether all that is not finite is -inf, as in a mask."""
+    return not tensor.is_complex() and bool(torch.isneginf(tensor[~tensor.isfinite()]).all())

@@ -1,0 +1,295 @@
+"""Where gradients stop: the parameters that a loss does not reach, and the operation behind which they are cut off.
+
+A tensor leaves the graph by an operation that has no derivative (``detach``, ``argmax``, a comparison), under
+``no_grad``, or by leaving torch (``numpy``, ``tolist``, ``item``). Many do so for good reasons: only those are named
+behind which parameters are lost, and of them the ones whose results are used again.
+"""
+
+from __future__ import annotations
+
+import itertools
+import weakref
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import Node
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
+
+from stabkit.errors import StabkitError
+from stabkit.tracing.containers import named_tensors
+from stabkit.tracing.forward_pass import ForwardPass
+from stabkit.tracing.inputs import differentiable
+from stabkit.tracing.training_pass import Observer, TrainingPass, calling_line, nodes_above, training_pass
+from stabkit.tracing.values import Value, value_of
+
+_EXITS = {
+    torch.Tensor.numpy: "numpy()",
+    torch.Tensor.__array__: "numpy()",
+    torch.Tensor.tolist: "tolist()",
+    torch.Tensor.item: "item()",
+}
+
+
+@dataclass
+class Cut:
+    """A place where tensors left the graph.
+
+    Attributes:
+        operation: what took them off it: ``"detach"``, ``"argmax"``, ``"no_grad"``, ``"tolist()"``.
+        path: the module that runs it.
+        line: file and line that called it, outside of libraries; empty where there is none.
+        behind: the module that made what was taken off: the last one still attached.
+        parameters: those that get no gradient for it, by path.
+        severed: whether what was lost there is used again.
+    """
+
+    operation: str
+    path: str
+    line: str
+    behind: str
+    parameters: tuple[str, ...] = ()
+    severed: bool = False
+
+    @property
+    def place(self) -> str:
+        """In words."""
+        where = f" in {self.path}" if self.path else ""
+        line = f" ({self.line})" if self.line else ""
+        return f"{self.operation}{where}{line}" + (f", behind {self.behind}" if self.behind else "")
+
+
+@dataclass(frozen=True)
+class LostGradient:
+    """What of a model a loss does not reach.
+
+    Attributes:
+        trainable: parameters that require grad, by path, with their sizes.
+        lost: those of them that get no gradient.
+        cuts: where they are cut off.
+        unused: those of the lost that no cut accounts for: their modules never run, or nothing uses what they make.
+        idle: modules with parameters that never ran.
+    """
+
+    trainable: dict[str, int]
+    lost: tuple[str, ...]
+    cuts: tuple[Cut, ...] = ()
+    unused: tuple[str, ...] = ()
+    idle: tuple[str, ...] = ()
+
+
+def lost_gradient(call: ForwardPass, loss: Any = None) -> LostGradient:
+    """The parameters that get no gradient, with the places where they are cut off.
+
+    Args:
+        call: the model and what it is called with.
+        loss: a callable on the output that returns a scalar; None counts every float output.
+
+    Raises:
+        TraceError: the model or the loss fails.
+    """
+    done = training_pass(call, loss, differentiate=False)
+    lost = _lost(done)
+    trainable = {path: p.numel() for path, p in done.parameters.items()}
+    if not lost:
+        return LostGradient(trainable, ())
+    watch = Exits()
+    done = training_pass(call, loss, watch, differentiate=False)
+    cuts = watch.cuts(done, _lost(done))
+    found = {path for cut in cuts for path in cut.parameters}
+    ran = {c.path for c in done.calls}
+    rest = tuple(path for path in lost if path not in found)
+    idle = tuple(dict.fromkeys(home for p in rest if (home := p.rpartition(".")[0]) not in ran))
+    return LostGradient(trainable, lost, tuple(cuts), rest, idle)
+
+
+def place_of_cut(call: ForwardPass) -> str:
+    """Where a model whose output carries no gradient cuts it off, in words; empty where that is not seen."""
+    try:
+        found = lost_gradient(call)
+    except StabkitError:
+        return ""
+    if not found.cuts:
+        return ""
+    cut = found.cuts[-1]
+    return f"the gradient stops at {cut.place}" + (
+        f"; no gradient gets to {listed(cut.parameters)}" if cut.parameters else ""
+    )
+
+
+def listed(names: tuple[str, ...], count: int = 4) -> str:
+    """A few names, and how many more there are."""
+    return ", ".join(names[:count]) + (f" and {len(names) - count} more" if len(names) > count else "")
+
+
+def _lost(done: TrainingPass) -> tuple[str, ...]:
+    reached = set() if done.loss is None else _variables(nodes_above(done.loss))
+    return tuple(path for path, p in done.parameters.items() if id(p) not in reached)
+
+
+def _variables(nodes: list[Node]) -> set[int]:
+    return {id(node.variable) for node in nodes if hasattr(node, "variable")}
+
+
+@dataclass
+class _Event:
+    cut: Cut
+    values: list[Value]  # what was taken off the graph
+    parameters: list[Tensor] = field(default_factory=list)  # used without a graph
+    used: bool = False
+    left: bool = False  # whether it left torch, where nothing can be followed
+
+
+class Exits(Observer):  # type: ignore[no-untyped-call]
+    """Notes where tensors leave the graph, and whether what becomes of them is used again."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.events: list[_Event] = []
+        self._silent: dict[int, tuple[weakref.ref[Tensor], _Event]] = {}
+        self._functions = _Functions(self)
+        self._stretch: _Event | None = None  # that of the operations without grad that run one after another
+
+    def __enter__(self) -> Any:
+        self._functions.__enter__()  # type: ignore[no-untyped-call]
+        return super().__enter__()  # type: ignore[no-untyped-call]
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)  # type: ignore[no-untyped-call]
+        self._functions.__exit__(*error)  # type: ignore[no-untyped-call]
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        out = func(*args, **(kwargs or {}))
+        taken = [t for t in tree_leaves((args, kwargs or {})) if isinstance(t, Tensor)]
+        results = [t for t in tree_leaves(out) if isinstance(t, Tensor)]
+        with_grad = torch.is_grad_enabled()
+        if with_grad:
+            self._stretch = None
+        attached = [t for t in taken if t.requires_grad]
+        known = [found for t in taken if (found := self._event_of(t)) is not None]
+        name = func._schema.name.split("::")[-1].strip("_")
+        dropped = name == "detach" or not with_grad or not any(differentiable(r) for r in results)
+        event = known[0] if known else None
+        if attached and dropped and results:
+            event = self.note("no_grad" if not with_grad else name, attached)
+        elif known and attached and with_grad:
+            for each in known:
+                each.used = True
+        if event is not None and (dropped or not attached):
+            for result in results:
+                if not any(result is t for t in attached):
+                    self._silent[id(result)] = (weakref.ref(result), event)
+        return out
+
+    def note(self, operation: str, attached: list[Tensor], left: bool = False) -> _Event:
+        """A tensor on the graph gives something that is not."""
+        values = [value_of(t) for t in attached if t.grad_fn is not None]
+        parameters: list[Tensor] = [t for t in attached if t.grad_fn is None]
+        running = [c for c in self.recording.calls if c.stop < 0]
+        path = running[-1].path if running else ""
+        stretch = self._stretch
+        if operation == "no_grad" and stretch is not None:
+            stretch.values += values
+            stretch.parameters += parameters
+            stretch.cut.path = _common(stretch.cut.path, path)
+            return stretch
+        behind = self._path_of(values[0]) if values else self._before()
+        event = _Event(Cut(operation, path, calling_line(), behind), values, parameters, left=left)
+        self.events.append(event)
+        if operation == "no_grad":
+            self._stretch = event
+        return event
+
+    def _path_of(self, value: Value) -> str:
+        time = value.node._sequence_nr()
+        inside = [c for c in self.recording.calls if c.start <= time and (time < c.stop or c.stop < 0)]
+        return inside[-1].path if inside else ""
+
+    def _before(self) -> str:
+        """The last module that ended before."""
+        done = [c for c in self.recording.calls if c.finished]
+        return done[-1].path if done else ""
+
+    def _event_of(self, tensor: Tensor) -> _Event | None:
+        entry = self._silent.get(id(tensor))
+        return entry[1] if entry is not None and entry[0]() is tensor else None
+
+    def cuts(self, done: TrainingPass, lost: tuple[str, ...]) -> list[Cut]:
+        """The places behind which parameters are lost, those whose results are used again if there are any."""
+        for _, tensor in named_tensors(done.output):
+            event = self._event_of(tensor)
+            if event is not None:
+                event.used = True
+        names = {id(done.parameters[path]): path for path in lost}
+        reached = set() if done.loss is None else set(nodes_above(done.loss))
+        found: list[tuple[_Event, set[str]]] = []
+        for event in self.events:
+            behind = set(map(id, event.parameters))
+            for value in event.values:
+                if value.node not in reached:
+                    behind |= _variables(_above(value.node))
+            lost_here = {names[each] for each in behind if each in names}
+            if lost_here or (done.loss is None and event.values):
+                found.append((event, lost_here))
+        for chosen in ([p for p in found if p[0].used], [p for p in found if p[0].left]):
+            if chosen:
+                return _distinct(chosen, lost)
+        return []
+
+
+def _distinct(found: list[tuple[_Event, set[str]]], lost: tuple[str, ...]) -> list[Cut]:
+    """For each set of lost parameters the last place: what is nearest to where the gradient comes from."""
+    cuts: list[Cut] = []
+    taken: set[str] = set()
+    for event, names in reversed(found):
+        if names <= taken and (cuts or not names):
+            continue
+        here = tuple(path for path in lost if path in names - taken)
+        taken |= names
+        cuts.append(Cut(event.cut.operation, event.cut.path, event.cut.line, event.cut.behind, here, True))
+    if not cuts and found:
+        event = found[-1][0]
+        cuts = [Cut(event.cut.operation, event.cut.path, event.cut.line, event.cut.behind, (), True)]
+    return cuts[::-1]
+
+
+def _common(one: str, other: str) -> str:
+    """The path of the module that holds two."""
+    pairs = zip(one.split("."), other.split("."), strict=False)
+    return ".".join(a for a, _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
+
+
+def _above(node: Node) -> list[Node]:
+    found: dict[Node, None] = {}
+    stack = [node]
+    while stack:
+        current = stack.pop()
+        if current not in found:
+            found[current] = None
+            stack.extend(parent for parent, _ in current.next_functions if parent is not None)
+    return list(found)
+
+
+class _Functions(TorchFunctionMode):
+    """Sees tensors leave torch."""
+
+    def __init__(self, exits: Exits) -> None:
+        super().__init__()
+        self.exits = exits
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func in _EXITS and args:
+            tensor = args[0]
+            if tensor.requires_grad:
+                self.exits.note(_EXITS[func], [tensor], left=True)
+            else:
+                event = self.exits._event_of(tensor)
+                if event is not None:
+                    event.left = True
+        return func(*args, **(kwargs or {}))

@@ -1,0 +1,178 @@
+"""One pass as training makes it: forward, loss and backward, with the parameters that train on the graph.
+
+`stabkit.trace` freezes the parameters, since a flow is about states. What a loss does, which parameters it reaches and
+which operation spoils a number is seen on a pass in which they are not frozen. The model comes back as it was.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import Node
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from stabkit.tracing.containers import named_tensors
+from stabkit.tracing.endpoints import scalar_loss
+from stabkit.tracing.forward_pass import ForwardPass
+from stabkit.tracing.inputs import Source, differentiable, prepare
+from stabkit.tracing.recording import Call, Recording, recording_calls
+from stabkit.tracing.safekeeping import unchanged
+from stabkit.tracing.sharding import take_whole
+from stabkit.tracing.transparency import transparent
+from stabkit.tracing.values import value_of
+
+_LIBRARIES = (str(Path(torch.__file__).parent), str(Path(__file__).parent.parent))
+
+
+class Observer(TorchDispatchMode):
+    """Sees every operation of a training pass; the parts of the pass are announced to it.
+
+    Attributes:
+        part: ``"model"``, ``"loss"`` or ``"backward"``.
+        node: the autograd node that runs, while ``part`` is ``"backward"``.
+        recording: the calls of modules so far.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.part = "model"
+        self.node: Node | None = None
+        self.recording = Recording()
+
+    def begin(self, module: nn.Module, sources: list[Source]) -> None:
+        """The pass is about to begin, on this module and these inputs."""
+
+
+@dataclass
+class TrainingPass:
+    """What one training pass left behind.
+
+    Attributes:
+        calls: module calls in the order of their beginnings.
+        output: what the model returned, on the graph.
+        loss: the scalar that was differentiated; None where no output carries gradient.
+        parameters: those that require grad, by path; a tied one by its first.
+        gradients: of those parameters that the loss reaches; None for the others.
+        inputs: gradients of the float inputs, in their order.
+    """
+
+    calls: list[Call]
+    output: Any
+    loss: Tensor | None = None
+    parameters: dict[str, nn.Parameter] = field(default_factory=dict)
+    gradients: dict[str, Tensor | None] = field(default_factory=dict)
+    inputs: list[Tensor | None] = field(default_factory=list)
+
+
+def training_pass(
+    call: ForwardPass, loss: Any = None, observer: Observer | None = None, *, differentiate: bool = True
+) -> TrainingPass:
+    """One forward pass, the loss of it and its gradients.
+
+    Args:
+        call: the model and what it is called with.
+        loss: a callable on the output that returns a scalar; None takes a random combination of all float outputs.
+        observer: sees every operation; None runs without one.
+        differentiate: False stops at the loss.
+
+    Raises:
+        TraceError: the loss is not a differentiable scalar of the output.
+    """
+    watching = Observer() if observer is None else observer
+    mode = contextlib.nullcontext() if observer is None else observer
+    with torch.inference_mode(False), unchanged(call.module) as safe, transparent(call.through_no_grad):
+        safe.copy_buffers()
+        take_whole(call.module)
+        torch.manual_seed(call.seed)
+        prepared = prepare(call.inputs, call.kwargs)
+        watching.begin(call.module, prepared.sources)
+        with torch.enable_grad(), recording_calls(call.module, watching.recording), mode:
+            output = call.model(*prepared.args, **prepared.kwargs)
+        done = TrainingPass(watching.recording.calls, output)
+        done.parameters = {path: p for path, p in call.module.named_parameters() if p.requires_grad}
+        watching.part = "loss"
+        with mode:
+            done.loss = combination(output, call.seed) if loss is None else _loss(loss, output)
+        if done.loss is not None and differentiate:
+            watching.part = "backward"
+            handles = _announced(done.loss, watching) if observer is not None else []
+            with mode:
+                _differentiate(done, prepared.sources)
+            for handle in handles:
+                handle.remove()
+    return done
+
+
+def _loss(loss: Any, output: Any) -> Tensor | None:
+    """The loss; None where the output carries no gradient that it could depend on."""
+    if not any(tensor.requires_grad for _, tensor in named_tensors(output)):
+        return None
+    return scalar_loss(loss, output)
+
+
+def combination(output: Any, seed: int) -> Tensor | None:
+    """A random combination of the entries of all outputs that carry gradient."""
+    generator = torch.Generator().manual_seed(seed)
+    total: Tensor | None = None
+    for _, tensor in named_tensors(output):
+        if not (differentiable(tensor) and tensor.requires_grad and tensor.numel()):
+            continue
+        drawn = torch.randn(tensor.shape, generator=generator, dtype=torch.float64).to(tensor)
+        part = (drawn * tensor).sum().real
+        total = part if total is None else total + part.to(total)
+    return total
+
+
+def _differentiate(done: TrainingPass, sources: list[Source]) -> None:
+    assert done.loss is not None
+    wanted = [*done.parameters.values(), *(source.tensor for source in sources)]
+    if not wanted:
+        return
+    found = torch.autograd.grad(done.loss, wanted, retain_graph=True, allow_unused=True)
+    done.gradients = dict(zip(done.parameters, found[: len(done.parameters)], strict=True))
+    done.inputs = list(found[len(done.parameters) :])
+
+
+def _announced(loss: Tensor, observer: Observer) -> list[Any]:
+    """Hooks that tell an observer which node runs."""
+
+    def announce(node: Node) -> Any:
+        def hook(_grads: Any) -> None:
+            observer.node = node
+
+        return node.register_prehook(hook)
+
+    return [announce(node) for node in nodes_above(loss)]
+
+
+def calling_line() -> str:
+    """File and line of the innermost code outside of torch and stabkit that runs within a training pass, or nothing."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        code = frame.f_code
+        if code.co_name == training_pass.__name__:
+            return ""
+        if not code.co_filename.startswith((*_LIBRARIES, "<")):
+            return f"{Path(code.co_filename).name}:{frame.f_lineno}"
+        frame = frame.f_back
+    return ""
+
+
+def nodes_above(tensor: Tensor) -> list[Node]:
+    """Every autograd node that a tensor was made by."""
+    found: dict[Node, None] = {}
+    stack = [value_of(tensor).node]
+    while stack:
+        node = stack.pop()
+        if node in found:
+            continue
+        found[node] = None
+        stack.extend(parent for parent, _ in node.next_functions if parent is not None)
+    return list(found)

@@ -1,0 +1,105 @@
+"""Every step is measured once, a default report stays within its work, and the answer comes first."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+import scipy.linalg
+import torch
+from torch import nn
+
+import stabkit
+from stabkit.analysis import Listener
+from stabkit.analysis.work import LEAST, Demand, allot
+from stabkit.operators import Jacobian
+
+
+class Residual(nn.Module):
+    def __init__(self, width: int, scale: float = 1.0) -> None:
+        super().__init__()
+        self.f = nn.Sequential(nn.Linear(width, width), nn.Tanh(), nn.Linear(width, width))
+        self.scale = scale
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.scale * self.f(x)
+
+
+def residual(width: int, depth: int, loud: int | None = None) -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(*[Residual(width, 3.0 if index == loud else 1.0) for index in range(depth)])
+
+
+@pytest.fixture
+def counted(monkeypatch):
+    """How often a step's products are made into a matrix, and how often LAPACK is called for its eigenvalues."""
+    found: Counter[str] = Counter()
+    dense, eig = Jacobian.dense, scipy.linalg.eig
+
+    def from_products(self, *args, **kwargs):
+        found["dense"] += self.matrix is None
+        return dense(self, *args, **kwargs)
+
+    def decomposed(*args, **kwargs):
+        found["eig"] += 1
+        return eig(*args, **kwargs)
+
+    monkeypatch.setattr(Jacobian, "dense", from_products)
+    monkeypatch.setattr(scipy.linalg, "eig", decomposed)
+    return found
+
+
+def test_a_step_has_its_matrix_and_its_eigenvalues_computed_once(counted):
+    report = stabkit.analyze(residual(12, 5), torch.randn(3, 12))
+    assert all(step.z is not None for step in report.steps)
+    assert all(step.attribution is not None for step in report.steps)
+    assert counted == {"dense": 5, "eig": 5 * 3}  # for spectra, attribution and diagnosis together; steps and samples
+
+
+def test_work_goes_to_all_alike_or_to_the_first():
+    demands = [Demand(index, 1.0, 10.0, 800) for index in (4, 2, 0)]
+    assert allot(demands, 3 * 8000.0) == {4: 800, 2: 800, 0: 800}
+    assert allot(demands, 3 * 1000.0) == {4: 100, 2: 100, 0: 100}
+    assert allot(demands, 1700.0) == {4: LEAST, 2: LEAST}
+    assert allot(demands, 1.0) == {4: LEAST}
+    assert allot([], 1.0) == {}
+
+
+def test_a_large_model_gets_the_spectra_that_its_work_allows_and_says_what_was_left_out():
+    model, x = residual(600, 6, loud=3), torch.randn(1, 600)
+    cheap, again, full = (stabkit.analyze(model, x, spectrum=s) for s in ("auto", "auto", "full"))
+    assert [step.z for step in cheap.steps] == [step.z for step in again.steps]
+    assert any("spectra were kept cheap" in note for note in cheap.notes)
+    assert not any("spectra were kept cheap" in note for note in full.notes)
+    one, other = (report.steps[3].largest_singular_value for report in (cheap, full))
+    assert one == pytest.approx(other, rel=0.02)
+    assert all(step.spectral_radius is not None for step in full.steps)
+
+
+def test_products_pass_only_the_samples_that_are_wanted():
+    model, x = residual(600, 3), torch.randn(4, 600, dtype=torch.float32)
+    alone, together = (stabkit.analyze(model.eval(), batch, spectrum="full") for batch in (x[:1], x))
+    for one, many in zip(alone.steps, together.steps, strict=True):
+        assert one.largest_singular_value == pytest.approx(many.largest_singular_value, rel=1e-5)
+
+
+def test_the_verdict_is_told_before_any_spectrum_and_faults_come_first():
+    class Log:
+        def __init__(self):
+            self.events = []
+
+        def verdict(self, diagnosis):
+            self.events.append(("verdict", diagnosis.verdict.name))
+
+        def step(self, done, total, step, seconds_left):
+            self.events.append(("step", done, total, step))
+
+    log = Log()
+    assert isinstance(log, Listener)
+    report = stabkit.analyze(residual(8, 5, loud=2), torch.randn(4, 8), progress=log)
+    assert log.events[0] == ("verdict", report.verdict)
+    assert [event[1:3] for event in log.events[1:]] == [(i, 5) for i in range(1, 6)]
+    assert log.events[1][3] is not None
+    assert log.events[1][3].index == max(report.steps, key=lambda step: abs(step.growth)).index
+    assert sorted(event[3].index for event in log.events[1:]) == [0, 1, 2, 3, 4]
+    assert {event[3].index: event[3] for event in log.events[1:]} == dict(enumerate(report.steps))

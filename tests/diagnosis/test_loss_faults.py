@@ -1,0 +1,111 @@
+"""What is wrong with the loss is said of the loss."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+import stabkit
+from stabkit.diagnosis import Finding, examine
+
+
+def classifier(last: nn.Module, classes: int = 5) -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(6, 16), nn.Tanh(), nn.Linear(16, classes), last)
+
+
+def inputs() -> Tensor:
+    return torch.randn(12, 6, generator=torch.Generator().manual_seed(1))
+
+
+def said(model: nn.Module, loss: Callable[[Any], Tensor]) -> list[Finding]:
+    return [f for f in examine(stabkit.trace(model, inputs()), loss).findings if f.kind in ("loss", "saturated")]
+
+
+LABELS = torch.arange(12) % 5
+ONES = torch.ones(12, 1)
+
+# the last module, the loss, what is said
+TWICE: dict[str, tuple[nn.Module, Callable[[Tensor], Tensor], str]] = {
+    "cross entropy of a softmax": (
+        nn.Softmax(1),
+        lambda p: functional.cross_entropy(p, LABELS),
+        "cross_entropy expects logits and is given the output of a softmax (3): it cannot fall below 0.905",
+    ),
+    "cross entropy over positions": (
+        nn.Softmax(-1),
+        lambda p: functional.cross_entropy(p.unsqueeze(0).transpose(1, 2), LABELS.unsqueeze(0), label_smoothing=0.1),
+        "cross_entropy expects logits",
+    ),
+    "nll of a softmax": (
+        nn.Softmax(1),
+        lambda p: functional.nll_loss(p, LABELS),
+        "nll_loss expects log-probabilities and is given the output of a softmax",
+    ),
+    "sigmoid twice": (
+        nn.Sigmoid(),
+        lambda p: functional.binary_cross_entropy_with_logits(p, p.detach().round()),
+        "binary_cross_entropy_with_logits expects logits and is given the output of a sigmoid",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", TWICE)
+def test_a_loss_on_logits_that_is_given_probabilities(name):
+    last, loss, words = TWICE[name]
+    (found,) = said(classifier(last), loss)
+    assert (found.kind, found.severity, found.module_path) == ("loss", "warning", "loss")
+    assert words in found.evidence
+
+
+@pytest.mark.parametrize(
+    ("last", "loss"),
+    [
+        (nn.Identity(), lambda p: functional.cross_entropy(p, LABELS)),
+        (nn.LogSoftmax(1), lambda p: functional.nll_loss(p, LABELS)),
+        (nn.LogSoftmax(1), lambda p: functional.cross_entropy(p, LABELS)),  # the same number
+        (nn.Softmax(1), lambda p: -(p[torch.arange(12), LABELS]).log().mean()),
+        (nn.Sigmoid(), lambda p: functional.binary_cross_entropy(p, p.detach().round())),
+    ],
+)
+def test_losses_on_what_they_expect(last, loss):
+    assert said(classifier(last), loss) == []
+
+
+def discriminator(shift: float) -> nn.Sequential:
+    model = classifier(nn.Sigmoid(), 1)
+    model[2].bias.data.fill_(shift)
+    return model
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        lambda p: -functional.binary_cross_entropy(p, 0 * ONES),  # a generator that minimises log(1 - D)
+        lambda p: 1000 * functional.mse_loss(p, ONES),
+        lambda p: (1 - p).sum(),
+    ],
+)
+def test_a_sigmoid_that_is_flat_where_it_is_wrong(loss):
+    (found,) = said(discriminator(-8.0), loss)
+    assert (found.kind, found.module_path) == ("saturated", "3")
+    assert "turned round" in found.evidence
+    assert "binary_cross_entropy_with_logits" in found.remedy
+    assert found.actions == ()
+
+
+def test_a_sigmoid_that_is_flat_where_it_is_right_or_whose_loss_undoes_it():
+    assert "turned round" not in str(said(discriminator(8.0), lambda p: functional.binary_cross_entropy(p, ONES)))
+    assert "turned round" not in str(said(discriminator(-8.0), lambda p: functional.binary_cross_entropy(p, ONES)))
+
+
+def test_a_loss_without_gradient():
+    (found,) = said(classifier(nn.Identity()), lambda out: out.clamp_min(50.0).mean())
+    assert (found.kind, found.severity, found.module_path) == ("loss", "critical", "loss")
+    assert "the loss is 50 and its gradient by the output is zero" in found.evidence
+    assert said(classifier(nn.Identity()), lambda out: (out - 50).relu().mean()) == []  # at its least

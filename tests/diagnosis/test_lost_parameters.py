@@ -1,0 +1,131 @@
+"""Where gradients stop is named, with every parameter that gets none."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+import stabkit
+from stabkit.diagnosis import Finding, examine
+from stabkit.errors import TraceError
+from stabkit.tracing.forward_pass import ForwardPass
+from stabkit.tracing.lost_gradient import lost_gradient
+
+
+def without_grad(module: nn.Module, x: Tensor) -> Tensor:
+    with torch.no_grad():
+        return module(x)
+
+
+# what becomes of the code that the encoder makes, and how the place is called
+CUTS: dict[str, tuple[Callable[[nn.Module, Tensor], Tensor], str]] = {
+    "detach": (lambda enc, x: enc(x).detach(), "detach ("),
+    "data": (lambda enc, x: enc(x).data, "detach ("),
+    "no_grad": (without_grad, "no_grad in enc"),
+    "argmax": (lambda enc, x: functional.one_hot(enc(x).argmax(1), 8).float(), "argmax ("),
+    "comparison": (lambda enc, x: (enc(x) > 0).float(), "gt ("),
+    "numpy": (lambda enc, x: torch.from_numpy(enc(x).detach().numpy()), "detach ("),
+    "tolist": (lambda enc, x: torch.tensor(enc(x).tolist()), "tolist() ("),
+}
+
+
+class Net(nn.Module):
+    """An encoder, something between, and a decoder that also sees the input."""
+
+    def __init__(self, between: Callable[[nn.Module, Tensor], Tensor], also: bool = True) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.enc = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 8))
+        self.side, self.dec = nn.Linear(6, 8), nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
+        self.between, self.also = between, also
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.between(self.enc, x)
+        return self.dec(h + self.side(x) if self.also else h)
+
+
+def inputs() -> Tensor:
+    return torch.randn(8, 6, generator=torch.Generator().manual_seed(1))
+
+
+def said(model: nn.Module, loss: Callable[[Tensor], Tensor] | None = lambda out: out.square().mean()) -> list[Finding]:
+    return [f for f in examine(stabkit.trace(model, inputs()), loss).findings if f.kind == "no_gradient"]
+
+
+@pytest.mark.parametrize("name", CUTS)
+def test_the_place_and_the_parameters_are_named(name):
+    between, place = CUTS[name]
+    (found,) = said(Net(between))
+    assert (found.severity, found.numbers["parameters"]) == ("warning", 4)
+    assert f"the gradient stops at {place}" in found.evidence
+    assert "enc.0.weight, enc.0.bias, enc.2.weight, enc.2.bias" in found.evidence
+    if name != "no_grad":
+        assert (found.module_path, "test_lost_parameters.py:" in found.evidence) == ("enc.2", True)
+
+
+@pytest.mark.parametrize("name", sorted(set(CUTS) - {"no_grad"}))  # which a trace looks through
+def test_a_model_that_cannot_be_traced_for_it_says_where(name):
+    between, place = CUTS[name]
+    with pytest.raises(TraceError) as caught:
+        stabkit.trace(Net(between, also=False), inputs())
+    assert f"the gradient stops at {place}" in str(caught.value)
+    assert "behind enc.2" in str(caught.value)
+    assert "enc.0.weight" in str(caught.value)
+
+
+def straight_through(enc: nn.Module, x: Tensor) -> Tensor:
+    code = enc(x)
+    return code + (code.round() - code).detach()
+
+
+def logged(enc: nn.Module, x: Tensor) -> Tensor:
+    code = enc(x)
+    code.mean().item()
+    return code * code.detach().norm().clamp_min(1.0)
+
+
+@pytest.mark.parametrize("between", [lambda enc, x: enc(x), straight_through, logged])
+def test_values_taken_off_the_graph_beside_the_gradient_are_no_finding(between):
+    assert said(Net(between)) == []
+
+
+def test_without_a_loss_nobody_knows_what_was_meant():
+    (found,) = said(Net(CUTS["detach"][0]), None)
+    assert found.severity == "info"
+
+
+def test_what_never_runs_is_said_and_weighs_by_its_size_and_the_mode():
+    model = Net(lambda enc, x: torch.zeros(8, 8))
+    (found,) = said(model)
+    assert (found.severity, found.module_path) == ("warning", "enc")
+    assert "never runs" in found.evidence
+    assert said(model.eval())[0].severity == "info"
+    for parameter in model.enc.parameters():
+        parameter.requires_grad_(False)
+    assert said(model.train()) == []
+
+
+class Experts(nn.Module):
+    """Of its experts one is used."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.experts = nn.ModuleList(nn.Sequential(nn.Linear(6, 6), nn.Tanh()) for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.experts[1](x)
+
+
+def test_experts_that_no_sample_is_sent_to_are_no_fault():
+    (found,) = said(Experts())
+    assert (found.severity, found.numbers["parameters"]) == ("info", 6)
+
+
+def test_all_parameters_reached_costs_one_look_and_says_nothing():
+    found = lost_gradient(ForwardPass(model := Net(lambda enc, x: enc(x)), model, (inputs(),), {}, 0))
+    assert (found.lost, found.cuts, found.unused) == ((), (), ())

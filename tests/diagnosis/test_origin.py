@@ -1,0 +1,127 @@
+"""The first operation that is not finite, forward or backward, is named with its module and its cause."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import stabkit
+from stabkit.diagnosis import Finding, examine
+
+
+class Inner(nn.Module):
+    """A module without parameters."""
+
+    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(x)
+
+
+class Network(nn.Module):
+    """A layer, a module without parameters, a layer."""
+
+    def __init__(self, function: Callable[[Tensor], Tensor] = torch.tanh) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.before, self.inner, self.after = nn.Linear(4, 4), Inner(function), nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.after(self.inner(self.before(x)))
+
+
+def diagnosed(model: nn.Module, x: Tensor, loss: Callable[[Tensor], Tensor] | None = None) -> tuple[Finding, ...]:
+    return examine(stabkit.trace(model, x, check=False, batch_dim=None), loss).findings
+
+
+def inputs(*shape: int) -> Tensor:
+    return torch.randn(*(shape or (8, 4)), generator=torch.Generator().manual_seed(1))
+
+
+KEYS_MASKED = torch.full((4,), -math.inf)
+
+# what the inner module does, the operation and a part of the cause, a part of the remedy
+BROKEN: dict[str, tuple[Callable[[Tensor], Tensor], str, str, str]] = {
+    "root of negatives": (lambda h: h.sqrt(), "begins at sqrt", "root of negative numbers", "clamp"),
+    "logarithm of zero": (lambda h: h.relu().log(), "begins at log", "logarithm of zero", "logits"),
+    "logarithm of negatives": (lambda h: h.log(), "begins at log", "logarithm of negative", "positive"),
+    "power": (lambda h: h**0.5, "begins at pow", "fractional power of negative", "clamp the base"),
+    "division": (lambda h: h / h.relu(), "begins at div", "division by zero", "eps"),
+    "zero over zero": (lambda h: h.relu() / h.relu(), "begins at div", "0 / 0", "eps"),
+    "exp": (lambda h: (1000 * h).exp(), "begins at exp", "overflows float32 beyond 88.7", "clamp"),
+    "every key masked": (lambda h: h * (h + KEYS_MASKED).softmax(1), "begins at softmax", "8 of 8 rows", "one key"),
+    "zero times infinity": (
+        lambda h: h + 0 * h.masked_fill(h > 0, math.inf),
+        "begins at mul",
+        "0 * inf",
+        "large finite number",
+    ),
+    "deviation of one": (lambda h: h / h[:, :1].std(1, keepdim=True), "begins at std", "of one number", "unbiased"),
+    "range": (lambda h: (1e30 * h) @ (1e30 * h.T) @ h, "begins at mm", "range of float32", "float64"),
+    "written in place": (lambda h: h.clone().sub_(10.0).sqrt_(), "begins at sqrt", "negative numbers", "clamp"),
+    "derivative of a root": (lambda h: (0 * h).sqrt(), "way back, is that of sqrt", "at zero is infinite", "eps"),
+    "derivative of acos": (lambda h: (0 * h + 1).acos(), "way back, is that of acos", "at 1 or -1", "clamp"),
+    "thrown away": (lambda h: torch.where(h > 9, (1e3 * h).exp(), h), "begins at exp", "exp of", "clamp"),
+}
+
+
+@pytest.mark.filterwarnings("ignore:std\\(\\)")
+@pytest.mark.parametrize("name", BROKEN)
+def test_the_operation_its_module_and_its_cause_are_named(name):
+    function, place, cause, remedy = BROKEN[name]
+    (found,) = diagnosed(Network(function), inputs())
+    assert (found.kind, found.severity, found.module_path) == ("non_finite", "critical", "inner")
+    assert place in found.evidence
+    assert "in inner (Inner), test_origin.py:" in found.evidence
+    assert cause in found.evidence
+    assert remedy in found.remedy
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda h: (h.square() + 1e-6).sqrt(),
+        lambda h: (h + torch.tensor([0.0, 0.0, -math.inf, 0.0])).softmax(1),
+        lambda h: h.clamp_max(5.0).exp(),
+    ],
+)
+def test_masks_and_guarded_operations_are_no_finding(function):
+    assert not [f for f in diagnosed(Network(function), inputs()) if f.kind == "non_finite"]
+
+
+def test_the_range_of_float16_is_named_with_the_value_and_what_holds_it():
+    network = Network(lambda h: 1e4 * h).half()
+    (found,) = diagnosed(network, 100 * inputs().half())
+    value = float((1e4 * network.before(100 * inputs().half()).detach().double()).abs().max())
+    assert found.module_path == "inner"
+    assert "range of float16: mul reaches" in found.evidence
+    assert "65504" in found.evidence
+    assert found.numbers["value"] == pytest.approx(value, rel=1e-3)
+    assert "bfloat16 or float32" in found.remedy
+    assert not [
+        f for f in diagnosed(Network(lambda h: 1e4 * h).bfloat16(), 100 * inputs().bfloat16()) if f.kind == "non_finite"
+    ]
+
+
+def test_what_is_wrong_in_the_loss_is_said_of_the_loss():
+    labels = torch.full((8,), -100)
+    (found,) = diagnosed(Network(), inputs(), lambda out: nn.functional.cross_entropy(out, labels))
+    assert found.module_path == "loss"
+    assert "all 8 labels are -100" in found.evidence
+    (found,) = diagnosed(Network(), inputs(), lambda out: -(0 * out).log().mean())
+    assert found.module_path == "loss"
+    assert "logarithm of zero" in found.evidence
+
+
+def test_a_report_on_what_is_not_finite_takes_no_spectra_and_identifies_nothing():
+    report = stabkit.analyze(Network(lambda h: (0 * h).sqrt()), inputs())
+    assert report.verdict == "non-finite"
+    assert {step.method for step in report.steps} == {"unknown"}
+    assert all(step.spectrum_method == "none" for step in report.steps)
+    assert report.findings[0].module_path == "inner"
