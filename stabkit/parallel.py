@@ -23,7 +23,7 @@ class Parallel(Protocol):
 
         Args:
             work: does the piece of this number.
-            costs: of every piece, in any unit.
+            costs: the cost of every piece, in any unit.
             name: what a message calls a piece.
         """
         ...

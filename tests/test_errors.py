@@ -26,6 +26,7 @@ INTERNAL = {
     "monitor/clipping.py": {"RuntimeError"},  # as torch.nn.utils.clip_grad_norm_, in whose place it stands
     "monitor/monitor.py": {"RuntimeError"},
     "monitor/reading.py": {"ValueError"},
+    "report/decoding.py": {"TypeError"},
     "report/encoding.py": {"TypeError"},  # readers, told as a ReportError with the place in the file
     "tracing/products.py": {"NotImplementedError"},
 }

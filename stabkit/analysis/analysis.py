@@ -21,6 +21,7 @@ from stabkit.analysis.records import lyapunov, norms, restart_notes, side_input_
 from stabkit.analysis.spectra import StepSpectra, by_importance, plan_spectra
 from stabkit.attribution.measure import EXPLAINED
 from stabkit.diagnosis import Diagnosis, Thresholds, examine
+from stabkit.diagnosis.batch_statistics import with_statistics
 from stabkit.diagnosis.non_finite import is_finite
 from stabkit.distributed import Ranks, current, fingerprint, is_spread, is_tensor_parallel, whole_parameters
 from stabkit.errors import StabkitError, TraceError
@@ -110,7 +111,7 @@ def analyze(  # type: ignore[misc]  # where only the plan is wanted, the options
         spectrum_samples: how many samples' spectra are computed.
         probes: random cotangents per sample when there is no loss.
         thresholds: the limits behind the verdict.
-        seed: of every random choice.
+        seed: the seed of every random choice.
         name: what the report calls the model; its class by default.
         progress: called with (done, total, step name) as steps are finished, those at fault and of most growth first;
             or a `stabkit.analysis.Listener`, which is told of the verdict before any spectrum is computed.
@@ -168,7 +169,7 @@ class _Settings:
         spectrum_samples: of how many samples.
         probes: random cotangents per sample when there is no loss.
         thresholds: the limits behind the verdict.
-        seed: of every random choice.
+        seed: the seed of every random choice.
         spectrum_share: part of the work of a default report that spectra may take.
         given_up: what was left out to keep a budget, in sentences.
     """
@@ -203,6 +204,7 @@ class _Analysis:
             # the whole analysis, not only the forward pass, must leave the model as it was
             stack.enter_context(unchanged(modules_behind(self.model)))
             flow = trace(self.model, *call.inputs, kwargs=call.kwargs, batch_dim=call.batch_dim, **chosen.where)
+            flow = with_statistics(flow)
             stack.enter_context(torch_threads(flow.batch * max((state.size for state in flow.states), default=0)))
             # of numbers that are not finite there are no methods and no spectra to be had, only where they begin
             finite = is_finite(flow, chosen.loss)
@@ -224,7 +226,17 @@ class _Analysis:
             told.verdict(diagnosis)
             why = Explanation()
             if chosen.spectrum != "none":
-                why = explain(flow, diagnosis, found, samples, chosen.seed, chosen.thresholds, shared, self.parallel)
+                why = explain(
+                    flow,
+                    diagnosis,
+                    found,
+                    samples,
+                    chosen.seed,
+                    chosen.thresholds,
+                    shared,
+                    chosen.loss,
+                    self.parallel,
+                )
             spectra = plan_spectra(
                 flow,
                 lambda: of_first_samples(flow, self.model, call, chosen.spectrum_samples, chosen.where),
@@ -260,7 +272,7 @@ class _Analysis:
             index = order[place]
             step, limits = flow.steps[index], self.settings.thresholds
             spectrum = spectra.of(index, methods[index])
-            record = step_report(step, methods[index], spectrum, diagnosis.measurement, limits, self.settings.seed)
+            record = step_report(step, methods[index], spectrum, diagnosis.measurement, limits)
             record = why.completed(record)
             spent += costs[place]
             step.segment.release()
@@ -289,7 +301,7 @@ class _Analysis:
         notes: tuple[str, ...],
     ) -> Report:
         verdict, measurement, chosen = diagnosis.verdict, diagnosis.measurement, self.settings
-        last = norms(measurement, -1, flow.states[-1].size, chosen.thresholds, chosen.seed)
+        last = norms(measurement, -1, flow.states[-1].size, chosen.thresholds)
         return Report(
             model=name or type(flow.model if isinstance(self.model, nn.Module) else self.model).__name__,
             verdict=verdict.name,

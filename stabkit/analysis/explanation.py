@@ -66,6 +66,7 @@ def explain(
     seed: int,
     limits: Thresholds,
     spectra: SharedSpectra,
+    loss: Any = None,
     parallel: Parallel = SERIAL,
 ) -> Explanation:
     """Attribute the growth of a flow; what cannot be attributed is said in the notes.
@@ -75,9 +76,10 @@ def explain(
         diagnosis: with the measured growth.
         methods: from `stabkit.identify`.
         samples: how many samples' spectra are taken.
-        seed: of every random choice.
+        seed: the seed of every random choice.
         limits: from which growth on there is something to explain.
         spectra: matrices and eigenvalues of the steps, by index.
+        loss: whose gradient was measured; None for random cotangents.
         parallel: who measures which steps.
     """
     law = _law(diagnosis)
@@ -87,11 +89,13 @@ def explain(
         # eigenvalues of large steps are the spectrum's business; here only the terms of the growth are wanted
         found = attribute(
             flow,
+            loss,
             samples=samples,
             probes=EXPLAINED_PROBES,
             krylov=0,
             seed=seed,
             identifications=methods,
+            pulled=diagnosis.measurement.pulled,
             spectra=spectra,
             parallel=parallel,
         )

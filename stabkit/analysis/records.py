@@ -8,12 +8,13 @@ from typing import Any
 import numpy as np
 
 from stabkit.analysis.spectra import StepSpectrum
-from stabkit.diagnosis import Measurement, Thresholds, bootstrap_interval
+from stabkit.diagnosis import Measurement, Thresholds
 from stabkit.errors import TraceError
 from stabkit.growth import lyapunov_spectrum
 from stabkit.identification import Identification
 from stabkit.integrators import GeneralLinearMethod
 from stabkit.report.schema import Exponents, StepReport
+from stabkit.statistics import mean_interval
 from stabkit.tracing import Flow, Step
 
 _EXPONENTS = 4  # Lyapunov exponents of the whole flow
@@ -25,7 +26,6 @@ def step_report(
     spectrum: StepSpectrum,
     measurement: Measurement,
     limits: Thresholds,
-    seed: int,
 ) -> StepReport:
     """The record of one step, without what explains its growth."""
     growth = measurement.growth[step.index]
@@ -57,13 +57,13 @@ def step_report(
         spectrum_method=spectrum.method,
         spectrum_converged=spectrum.converged,
         growth=mean,
-        growth_interval=bootstrap_interval(growth, limits, seed) if finite else (mean, mean),
-        **norms(measurement, step.index, step.source.size, limits, seed),
+        growth_interval=mean_interval(growth, limits.confidence) if finite else (mean, mean),
+        **norms(measurement, step.index, step.source.size, limits),
         notes=(*step.notes, *method.notes, *spectrum.notes),
     )
 
 
-def norms(measurement: Measurement, index: int, size: int, limits: Thresholds, seed: int) -> dict[str, Any]:
+def norms(measurement: Measurement, index: int, size: int, limits: Thresholds) -> dict[str, Any]:
     """Geometric means over samples of the norms of one state and of its gradient, with their intervals."""
     logs = {
         "gradient_norm": measurement.log_gradients[index],
@@ -73,7 +73,7 @@ def norms(measurement: Measurement, index: int, size: int, limits: Thresholds, s
     with np.errstate(over="ignore"):
         for name, row in logs.items():
             mean = float(row.mean())
-            ends = bootstrap_interval(row, limits, seed) if np.isfinite(row).all() else (mean, mean)
+            ends = mean_interval(row, limits.confidence) if np.isfinite(row).all() else (mean, mean)
             found[name] = float(np.exp(mean))
             found[f"{name}_interval"] = (float(np.exp(ends[0])), float(np.exp(ends[1])))
     return found

@@ -59,8 +59,8 @@ class StepSpectra:
         samples: how many samples' spectra are computed, from the first.
         shared: matrices and eigenvalues of small steps of the flow, by index.
         products: what an iteration may spend on each step, by index; steps without an entry are left out.
-        costs: of every step, in operations.
-        seed: of the start vectors.
+        costs: the cost of every step, in operations.
+        seed: the seed of the start vectors.
         notes: what was left out, in a sentence.
     """
 
@@ -141,7 +141,7 @@ def plan_spectra(
         samples: of how many samples.
         share: part of the work of a default report that may be spent.
         shared: matrices and eigenvalues of small steps.
-        seed: of the start vectors.
+        seed: the seed of the start vectors.
     """
     costs = {
         step.index: _LAPACK * samples * max(step.source.size, step.target.size, 1) ** 3

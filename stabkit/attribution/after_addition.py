@@ -86,7 +86,7 @@ def pull_through(tail: Tail, step: Step, columns: Tensor) -> tuple[Tensor, list[
     """T^T v for test cotangents, and their energy after each operation on the way.
 
     Args:
-        tail: of the step.
+        tail: the operations behind the addition of the step.
         step: differentiated before, so that its saved tensors are at hand.
         columns: ``(batch, m, k)``.
 

@@ -29,7 +29,7 @@ class FieldJacobians:
     """The Jacobians of a step's fields.
 
     Attributes:
-        method: of the step.
+        method: the method of the step.
         stages: ``(stages, samples, n, n)``, h J_f at every stage.
         fields: ``(fields, samples, n, n)``, their means over the stages of each field.
         rebuilt: |J - J'|_F / |J|_F, the largest over samples, J' made of the stages by the tableau: how exact the
@@ -69,7 +69,7 @@ def field_jacobians(step: Step, found: Identification, samples: int, J: FloatArr
     """The Jacobians of all fields of a small step, or why there are none.
 
     Args:
-        step: of the flow.
+        step: the step of the flow.
         found: its method, of several stages.
         samples: how many, from the first.
         J: ``(samples, d, d)``, of the step before its tail.

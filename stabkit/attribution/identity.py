@@ -150,12 +150,12 @@ class Padded:
     lost: Tensor
 
 
-def padded(J: Tensor, cotangent: Tensor) -> Padded | None:
+def padded(J: Tensor, cotangents: Tensor) -> Padded | None:
     """Read a concatenation, as in DenseNet, as a step of a larger space; None when J keeps no copy of its source.
 
     Args:
         J: ``(samples, m, n)`` with m > n.
-        cotangent: ``(samples, m)``.
+        cotangents: ``(samples, m, k)``.
     """
     m, n = J.shape[1:]
     if m <= n or not bool(J.isfinite().all()):
@@ -170,7 +170,7 @@ def padded(J: Tensor, cotangent: Tensor) -> Padded | None:
         return None
     new = torch.ones(m, dtype=torch.bool)
     new[list(kept.values())] = False
-    pulled = (J.transpose(1, 2) @ cotangent.unsqueeze(2)).square().sum((1, 2))
-    appended = cotangent[:, new].square().sum(1)
+    pulled = (J.transpose(1, 2) @ cotangents).square().sum(1)
+    appended = cotangents[:, new].square().sum(1)
     total = J.square().sum((1, 2)) + (m - n)
-    return Padded(half_log(total, m), 0.5 * (pulled / (pulled + appended)).log())
+    return Padded(half_log(total, m), 0.5 * (pulled / (pulled + appended)).log().mean(1))

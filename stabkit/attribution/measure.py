@@ -16,14 +16,14 @@ from stabkit.attribution.result import COLUMNS, Attribution
 from stabkit.attribution.step_terms import Budget, Terms, measure_step, skip_of
 from stabkit.attribution.zplane import damping_limit, mechanism_of
 from stabkit.errors import ArgumentError
-from stabkit.growth import GradientProfile, gradient_profile
 from stabkit.identification import Identification, by_step, identify
 from stabkit.jacobians.shared import DENSE_SIZE, SharedSpectra
 from stabkit.parallel import SERIAL, Parallel, runs
 from stabkit.tracing import Flow
 from stabkit.tracing.accepted import traced
-from stabkit.tracing.values import random_tensors
+from stabkit.walk import SMALL, Arrivals, Pulled, loss_columns, probe_seeds, random_columns, walk_back
 
+COTANGENTS = 4  # random ones, where there is no loss: as many as `analyze` pulls back by default
 EXPLAINED, EXPLAINED_PROBES = 4, 8  # samples, and random vectors behind large steps, of what a report says
 
 
@@ -39,6 +39,7 @@ def attribute(
     confidence: float = 0.95,
     tolerance: float = TOLERANCE,
     identifications: Sequence[Identification] | None = None,
+    pulled: Pulled | None = None,
     spectra: SharedSpectra | None = None,
     parallel: Parallel = SERIAL,
 ) -> Attribution:
@@ -50,15 +51,18 @@ def attribute(
 
     Args:
         flow: a traced forward pass.
-        loss: a callable on the model's output that returns a scalar; None pulls back a standard normal cotangent.
-        seed: of that cotangent, of the probes and of the start vectors.
+        loss: a callable on the model's output that returns a scalar; None pulls back four standard normal cotangents
+            and explains their mean growth, as `stabkit.analyze` does.
+        seed: the seed of those cotangents, of the probes and of the start vectors.
         samples: how many samples, from the first; all by default.
         dense_limit: the largest state that is treated exactly.
         probes: random cotangents for larger states.
         krylov: eigenvalues of largest modulus that are sought for larger states; 0 for none, which is much cheaper.
-        confidence: of the intervals.
+        confidence: the confidence level of the intervals.
         tolerance: how far the modulus of an eigenvalue may exceed 1 before its mode counts as unstable.
         identifications: from ``identify(flow)``; made here by default.
+        pulled: the cotangents on their way back, where they are known (``measurement.pulled`` of a diagnosis); for
+            this loss and seed.
         spectra: matrices and eigenvalues of the steps by index, where others want them too; made here by default.
         parallel: who measures which steps.
 
@@ -82,13 +86,13 @@ def attribute(
     flow = traced(flow, "attribute")
     _check(flow, samples, dense_limit, probes, krylov, confidence)
     budget = Budget(dense_limit, probes, krylov, confidence, samples or flow.batch, seed)
-    profile = gradient_profile(flow, loss, seed=seed)
+    if pulled is None or not _serves(pulled, budget):
+        pulled = pulled_back(flow, loss, seed=seed, samples=budget.samples, limit=dense_limit)
     read = identify(flow) if identifications is None else identifications
     found = by_step(read, len(flow.steps))
-    growth = profile.log_growth[:, : budget.samples]
     if spectra is None or spectra.samples < budget.samples:
         spectra = SharedSpectra(lambda index: flow.steps[index].jacobian(), budget.samples)
-    terms, cosines = _shared_walk(flow, loss, profile, found, growth, budget, spectra, parallel)
+    terms, cosines = _shared_terms(flow, found, pulled, budget, spectra, parallel)
     columns = {column: torch.stack([t.columns[column] for t in terms]) for column in COLUMNS}
     skips = [skip_of(f) for f in found]
     straight, run = straightness(flow)
@@ -104,12 +108,17 @@ def attribute(
         mechanisms=_mechanisms(flow, found, terms, tolerance),
         persistence=persistence,
         predictions=_predictions(columns, terms, skips, persistence, flow),
-        restarts=profile.restarts,
-        loss=profile.loss,
+        restarts=pulled.restarts,
+        loss=pulled.loss,
         seed=seed,
         confidence=confidence,
         notes=tuple(t.notes for t in terms),
     )
+
+
+def _serves(pulled: Pulled, budget: Budget) -> bool:
+    """Whether cotangents that were pulled back before are kept for as many samples and as large steps as wanted."""
+    return budget.dense_limit <= SMALL and budget.samples <= pulled.growth.shape[1]
 
 
 def mechanisms(flow: Flow, *, loss: Any = None, **options: Any) -> tuple[Mechanism, ...]:
@@ -141,12 +150,32 @@ def _check(flow: Flow, samples: int | None, dense_limit: int, probes: int, krylo
         raise ArgumentError(f"confidence={confidence}; expected a probability between 0 and 1, such as 0.95")
 
 
-def _shared_walk(
+def pulled_back(
+    flow: Flow, loss: Any = None, *, seed: int = 0, samples: int | None = None, limit: int = SMALL
+) -> Pulled:
+    """The cotangents that `attribute` explains, as `stabkit.analyze` pulls them back by default.
+
+    Args:
+        flow: a traced forward pass.
+        loss: a callable on the model's output that returns a scalar; None pulls back standard normal cotangents.
+        seed: the seed of them, and of those that are drawn anew where nothing comes back.
+        samples: how many samples, from the first; all by default.
+        limit: the largest step at which cotangents are kept.
+    """
+    seeds = probe_seeds(seed, COTANGENTS if loss is None else 1)
+    columns = random_columns(flow, seeds) if loss is None else loss_columns(flow, [loss])
+    count = samples or flow.batch
+    arrivals = Arrivals(len(flow), count, limit)
+    walk = walk_back(flow, columns, seeds, renewal="each", observers=[arrivals])
+    words = f"{COTANGENTS} standard normal cotangents per sample"
+    words = words if loss is None else getattr(loss, "__name__", type(loss).__name__)
+    return Pulled.of(walk, arrivals.columns, count, words)
+
+
+def _shared_terms(
     flow: Flow,
-    loss: Any,
-    profile: GradientProfile,
     found: Sequence[Identification],
-    growth: Tensor,
+    pulled: Pulled,
     budget: Budget,
     spectra: SharedSpectra,
     parallel: Parallel,
@@ -154,38 +183,30 @@ def _shared_walk(
     """The terms of every step, and the cosine of each step's branch with the next one's; by runs of steps."""
     parts = [run for run in runs(len(flow.steps), parallel.count) if run[0] < run[1]]
 
-    def walk(part: int) -> tuple[list[Terms], Tensor]:
-        return _walk(flow, loss, profile, found, growth, budget, spectra, parts[part])
+    def measured(part: int) -> tuple[list[Terms], Tensor]:
+        return _terms(flow, found, pulled, budget, spectra, parts[part])
 
-    done = parallel.share(walk, [1.0] * len(parts), name="run of steps")
+    done = parallel.share(measured, [1.0] * len(parts), name="run of steps")
     return [term for terms, _ in done for term in terms], torch.cat([cosines for _, cosines in done])
 
 
-def _walk(
+def _terms(
     flow: Flow,
-    loss: Any,
-    profile: GradientProfile,
     found: Sequence[Identification],
-    growth: Tensor,
+    pulled: Pulled,
     budget: Budget,
     spectra: SharedSpectra,
     run: tuple[int, int],
 ) -> tuple[list[Terms], Tensor]:
     """Those of a run of steps, from its first to one before its end; the step at its end is measured for its branch."""
     first, end = run
-    cotangents = flow.cotangent(loss, seed=budget.seed)
     cosines = torch.full((end - first,), float("nan"), dtype=torch.float64)
     terms: list[Terms] = []
     following: Tensor | None = None
-    for step in reversed(flow.steps[first:]):
-        arriving = step.target.space.flatten([c.detach().unsqueeze(0) for c in cotangents]).squeeze(-1)
-        arriving = arriving[: budget.samples].to(device="cpu", dtype=torch.float64)
-        cotangents = step.vjp(cotangents)
-        if step.index in profile.restarts:
-            cotangents = random_tensors(step.source.values, profile.seed + step.index)
-        if step.index > end:
-            continue
-        measured = measure_step(step, found[step.index], growth[step.index], arriving, budget, spectra)
+    for step in reversed(flow.steps[first : end + 1]):
+        growth, arriving = pulled.growth[step.index, : budget.samples], pulled.arriving[step.index]
+        arriving = None if arriving is None else arriving[: budget.samples]
+        measured = measure_step(step, found[step.index], growth, arriving, budget, spectra)
         if step.index < end:
             if following is not None and measured.branch is not None and following.shape == measured.branch.shape:
                 cosines[step.index - first] = branch_cosine(measured.branch, following)

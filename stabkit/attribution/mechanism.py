@@ -56,8 +56,8 @@ class Mechanism(Result):
 
     Attributes:
         step: index of the step.
-        name: of the step.
-        method: of the step, in words.
+        name: the name of the step.
+        method: the method of the step, in words.
         evidence: how sure z is, from ``"proven"`` to ``"unknown"``; ``"convention"`` where only eig(J) was seen and
             z = eig(J) - 1, as if the step were forward Euler.
         energy: shares of sum |lambda|^2, adding up to 1; None where the spectrum is not complete.

@@ -1,4 +1,4 @@
-"""How much one step resembles the next: which predictor of growth applies hangs on it."""
+"""How much one step resembles the next, which decides the predictor of growth that applies."""
 
 from __future__ import annotations
 

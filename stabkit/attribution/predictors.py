@@ -45,7 +45,7 @@ def compare(name: str, predicted: Tensor, measured: Tensor) -> Prediction:
     """Hold a predictor against the measurement.
 
     Args:
-        name: of the predictor.
+        name: the name of the predictor.
         predicted: ``(steps, samples)``, nats.
         measured: ``(steps, samples)``, nats.
 

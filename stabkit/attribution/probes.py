@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -88,10 +87,3 @@ def _collect(columns: Tensor, samples: int) -> Tensor:
 
 def _sliced(factors: list[tuple[str, Tensor]], samples: int) -> tuple[tuple[str, Tensor], ...]:
     return tuple((kind, energy[:samples].cpu()) for kind, energy in factors)
-
-
-def student_reach(count: int, confidence: float) -> float:
-    """How many standard errors an interval from ``count`` probes reaches to each side."""
-    import scipy.special  # scipy.stats has the same, and takes two seconds to import
-
-    return float(scipy.special.stdtrit(count - 1, (1 + confidence) / 2)) if count > 1 else math.inf

@@ -46,12 +46,13 @@ class Attribution(Result):
     dissipation + branch`` where the skip was read.
 
     Attributes:
-        growth: as measured, equal to ``gradient_profile(flow, loss, seed=seed).log_growth``.
+        growth: as measured, ``gradient_profile(flow, loss, seed=seed).log_growth``, with four probes where there is no
+            loss; behind a step that passes nothing back, that of cotangents drawn anew.
         spectral: 1/2 log mean |eig(J)|^2, the stability function over the spectrum, weighted by energy.
         non_normal: 1/2 log(|J|_F^2 / sum |eig(J)|^2), never negative.
         alignment: what the actual cotangent's direction adds to the isotropic rate; near 0 for a random one.
-        transition: of a change of space, its isotropic rate 1/2 log(|J|_F^2 / m); of a concatenation, the log of the
-            share of the gradient that stays with the source; 0 for other steps.
+        transition: where a step changes the space, its isotropic rate 1/2 log(|J|_F^2 / m), or for a concatenation the
+            log of the share of the gradient that stays with the source; 0 for other steps.
         isotropic: 1/2 log(|J|_F^2 / m), m the size of the target.
         mask: what activations behind the addition, or at the end of a plain layer, take of the isotropic rate: 1/2 log
             of the active fraction for a ReLU.
@@ -65,8 +66,8 @@ class Attribution(Result):
         spectral_interval: ``(steps, samples, 2)``; both ends equal where the spectrum is complete.
         isotropic_interval: ``(steps, samples, 2)``; non_normal and alignment follow from the two.
         methods: per step ``"dense"``, ``"estimated"`` or ``"none"`` (values that are not finite).
-        names: of the steps.
-        module_paths: of the steps.
+        names: the names of the steps.
+        module_paths: the module paths of the steps.
         kinds: ``"step"`` or ``"transition"``.
         mechanisms: one per step.
         persistence: how alike successive steps are.
@@ -74,8 +75,8 @@ class Attribution(Result):
             steps that keep their space.
         restarts: as in the gradient profile.
         loss: what was differentiated, in words.
-        seed: of every random choice.
-        confidence: of the intervals.
+        seed: the seed of every random choice.
+        confidence: the confidence level of the intervals.
         notes: per step, what the reader should know.
     """
 

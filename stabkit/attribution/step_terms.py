@@ -13,12 +13,13 @@ from stabkit.attribution import after_addition, identity
 from stabkit.attribution.estimated import isotropic_bracket, outer_eigenvalues, spectral_bracket
 from stabkit.attribution.field_spectra import field_jacobians
 from stabkit.attribution.mechanism import is_inverted
-from stabkit.attribution.probes import Images, basis_images, random_images, student_reach
+from stabkit.attribution.probes import Images, basis_images, random_images
 from stabkit.attribution.zplane import StepSpectrum
 from stabkit.identification import Identification
 from stabkit.integrators import GeneralLinearMethod
 from stabkit.jacobians import eigenvalues
 from stabkit.jacobians.shared import SharedSpectra
+from stabkit.statistics import student_factor
 from stabkit.tracing import Step
 
 _NEGLIGIBLE = 1e-6  # a slope this far below the largest switches its coordinate off
@@ -32,9 +33,9 @@ class Budget:
         dense_limit: largest state whose matrix and full spectrum are computed.
         probes: random cotangents for larger ones.
         krylov: outer eigenvalues for larger ones; 0 for none.
-        confidence: of the intervals.
+        confidence: the confidence level of the intervals.
         samples: how many samples, from the first.
-        seed: of the random choices.
+        seed: the seed of the random choices.
     """
 
     dense_limit: int
@@ -71,18 +72,24 @@ def skip_of(found: Identification, tail: after_addition.Tail | None = None) -> f
 
 
 def measure_step(
-    step: Step, found: Identification, growth: Tensor, cotangent: Tensor, budget: Budget, spectra: SharedSpectra
+    step: Step,
+    found: Identification,
+    growths: Tensor,
+    cotangents: Tensor | None,
+    budget: Budget,
+    spectra: SharedSpectra,
 ) -> Terms:
     """All terms of a step.
 
     Args:
         step: the step.
         found: its method.
-        growth: ``(samples,)``, measured.
-        cotangent: ``(samples, m)``, float64, what arrives at the target.
+        growths: ``(samples, k)``, measured, for each cotangent.
+        cotangents: ``(samples, m, k)``, float64, what arrives at the target; None where the step is not small.
         budget: what may be spent.
         spectra: matrices and eigenvalues by index of the step.
     """
+    growth = growths.mean(1)
     tail = after_addition.tail_of(step)
     m, n = step.target.size, step.source.size
     exact = max(m, n) <= budget.dense_limit
@@ -96,12 +103,12 @@ def measure_step(
     if not bool(images.pulled.isfinite().flatten(1).all(1).any()):
         why = "its Jacobian is not finite: nothing is attributed"
         return replace(terms, method="none", branch=None, notes=(why,), spectrum=StepSpectrum(None, False, n))
-    if exact:
-        terms = _closed(terms, images, cotangent)
+    if exact and cotangents is not None:
+        terms = _closed(terms, images, cotangents, growths)
         return (
             _with_spectrum(terms, images, step, found, tail, spectra)
             if square
-            else _with_padding(terms, images, cotangent)
+            else _with_padding(terms, images, cotangents)
         )
     return _with_outer_values(terms, images, step, found, tail, budget) if square else terms
 
@@ -109,7 +116,7 @@ def measure_step(
 def _isotropic_terms(images: Images, a: float | None, growth: Tensor, square: bool, m: int, budget: Budget) -> Terms:
     """What needs no eigenvalues: the isotropic rate and its second split."""
     parts = identity.energies(images.pulled, images.tail, a or 0.0, exact=images.exact)
-    isotropic = isotropic_bracket(parts, m, student_reach(budget.probes, budget.confidence) if not images.exact else 0)
+    isotropic = isotropic_bracket(parts, m, student_factor(budget.probes, budget.confidence) if not images.exact else 0)
     nan = torch.full_like(growth, math.nan)
     skip, dissipation, branch = (nan, nan, nan) if a is None else identity.in_nats(parts, a)
     dead = torch.isneginf(isotropic.value)
@@ -141,15 +148,14 @@ def _isotropic_terms(images: Images, a: float | None, growth: Tensor, square: bo
     )
 
 
-def _closed(terms: Terms, images: Images, cotangent: Tensor) -> Terms:
-    """Hold |J^T g| from the matrix against the growth that was measured from the chain."""
-    size = torch.linalg.vector_norm(cotangent, dim=1, keepdim=True)
-    unit = cotangent / torch.where(size > 0, size, torch.ones_like(size))
-    pulled = torch.linalg.vector_norm((images.pulled @ unit.unsqueeze(2)).squeeze(2), dim=1)
-    growth = terms.columns["growth"]
-    same = torch.isneginf(growth) & (pulled == 0)
-    error = torch.where(same, torch.zeros_like(growth), pulled.log() - growth)
-    return replace(terms, columns={**terms.columns, "closing_error": error})
+def _closed(terms: Terms, images: Images, cotangents: Tensor, growths: Tensor) -> Terms:
+    """Hold |J^T g| from the matrix against the growth that was measured from the chain, the mean over cotangents."""
+    size = torch.linalg.vector_norm(cotangents, dim=1, keepdim=True)
+    units = cotangents / torch.where(size > 0, size, torch.ones_like(size))
+    pulled = torch.linalg.vector_norm(images.pulled @ units, dim=1)
+    same = torch.isneginf(growths) & (pulled == 0)
+    errors = torch.where(same, torch.zeros_like(growths), pulled.log() - growths)
+    return replace(terms, columns={**terms.columns, "closing_error": errors.mean(1)})
 
 
 def _with_spectrum(
@@ -224,9 +230,9 @@ def _before_tail(
     return StepSpectrum(found_values, True, n, masked=masked / (len(J) * n), notes=(note,))
 
 
-def _with_padding(terms: Terms, images: Images, cotangent: Tensor) -> Terms:
+def _with_padding(terms: Terms, images: Images, cotangents: Tensor) -> Terms:
     """Read a concatenation in the padded space, where it has the spectrum of the identity."""
-    found = identity.padded(images.J, cotangent)
+    found = identity.padded(images.J, cotangents)
     if found is None:
         return terms
     zero = torch.zeros_like(found.isotropic)
@@ -260,7 +266,8 @@ def _with_outer_values(
     a = skip_of(found, tail) or 0.0
     whole = images if tail is None else replace(images, tail=_signs_again(images, budget))
     parts = identity.energies(whole.pulled, whole.tail, a, exact=False)
-    bracket = spectral_bracket(parts, a, images.pulled.shape[1], outer, student_reach(budget.probes, budget.confidence))
+    reach = student_factor(budget.probes, budget.confidence)
+    bracket = spectral_bracket(parts, a, images.pulled.shape[1], outer, reach)
     isotropic = terms.columns["isotropic"]
     spectral = torch.minimum(bracket.value, isotropic)
     frozen = terms.columns["frozen"] if outer is None else _largest(outer)

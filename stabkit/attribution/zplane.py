@@ -129,8 +129,8 @@ class _Reading:
         evidence: how sure z is.
         seen: whether z comes from the fields themselves.
         defect: of R(z) from the step.
-        spread: of the stages from each other.
-        commutator: of the fields.
+        spread: the distance of the stages from each other.
+        commutator: the size of the commutator of the fields.
         notes: what else to know.
         total: z of the whole system, of several fields.
     """

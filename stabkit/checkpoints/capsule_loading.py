@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from stabkit.checkpoints.capsules import Call, Capsule, read_capsule
+from stabkit.checkpoints.capsules import Capsule, RecordedCall, read_capsule
 from stabkit.checkpoints.files import read_file
 from stabkit.checkpoints.matching import fill
 from stabkit.checkpoints.names import Model, build_model
@@ -60,7 +60,7 @@ def load_capsule(
         model: the architecture: a name, a module (which is changed) or a callable; None takes the factory that the
             monitor was told, if that is a library's.
         factory_args: keyword arguments of the factory.
-        seed: of a factory that draws random weights, which are then replaced.
+        seed: the seed of a factory that draws random weights, which are then replaced.
 
     Raises:
         CheckpointError: it is no readable capsule, or the model does not fit its weights.
@@ -133,7 +133,7 @@ def _chosen(capsule: Capsule, model: Model | None) -> Model:
     return named
 
 
-def set_buffers(module: nn.Module, call: Call) -> None:
+def set_buffers(module: nn.Module, call: RecordedCall) -> None:
     """Set the buffers that a call changed to what they were before it."""
     known = dict(module.named_buffers())
     with torch.no_grad():
@@ -142,7 +142,7 @@ def set_buffers(module: nn.Module, call: Call) -> None:
                 known[name].copy_(value)
 
 
-def remembered(module: nn.Module, call: Call, autocast: Mapping[str, str]) -> Callable[[], None]:
+def remembered(module: nn.Module, call: RecordedCall, autocast: Mapping[str, str]) -> Callable[[], None]:
     """Make every forward call of a module draw the random numbers of ``call``, under its autocast; returns the undo."""
     active: list[Any] = []
 
@@ -172,14 +172,14 @@ def output_tensors(output: Any) -> dict[str, Tensor]:
     return {str(number): t for number, t in enumerate(list(listed)[:MOST_OUTPUTS]) if t.requires_grad}
 
 
-def outer_gradients(output: Any, call: Call, scale: float = 1.0) -> dict[str, Tensor]:
+def outer_gradients(output: Any, call: RecordedCall, scale: float = 1.0) -> dict[str, Tensor]:
     """The gradient of the loss that enters at each tensor of an output from outside of the model.
 
     What was seen in the run is the whole gradient at each of them; where one output depends on another (logits and the
     loss that a model returns) a part of it came through the other, which is taken away here.
 
     Args:
-        output: of the same call, with its graph.
+        output: the output of the same call, with its graph.
         call: what was seen.
         scale: the loss scale of AMP, by which to divide.
     """

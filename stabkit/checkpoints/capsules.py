@@ -29,7 +29,7 @@ _GROUPS = ("random", "buffers", "gradients")
 
 
 @dataclass(frozen=True)
-class Call:
+class RecordedCall:
     """One forward call of the model during the step.
 
     Attributes:
@@ -67,7 +67,7 @@ class Capsule:
     """
 
     path: Path
-    calls: tuple[Call, ...]
+    calls: tuple[RecordedCall, ...]
     complete: bool
     training: bool
     unlike: tuple[str, ...]
@@ -100,7 +100,7 @@ def write_capsule(
     path: Path,
     *,
     weights: Mapping[str, Tensor],
-    calls: Sequence[Call],
+    calls: Sequence[RecordedCall],
     manifest: Mapping[str, Any],
     records: Iterable[str],
 ) -> None:
@@ -164,7 +164,7 @@ def read_capsule(path: str | os.PathLike[str]) -> Capsule:
         raise CheckpointError(f"{directory / _MANIFEST} is damaged: {type(error).__name__}: {error}") from error
 
 
-def _encode_call(call: Call, prefix: str, held: dict[str, Tensor]) -> dict[str, Any]:
+def _encode_call(call: RecordedCall, prefix: str, held: dict[str, Tensor]) -> dict[str, Any]:
     for group in _GROUPS:
         held.update({f"{prefix}{group}.{name}": tensor for name, tensor in getattr(call, group).items()})
     return {
@@ -173,14 +173,14 @@ def _encode_call(call: Call, prefix: str, held: dict[str, Tensor]) -> dict[str, 
     }
 
 
-def _decode_call(entry: Mapping[str, Any], prefix: str, tensors: Mapping[str, Tensor]) -> Call:
+def _decode_call(entry: Mapping[str, Any], prefix: str, tensors: Mapping[str, Tensor]) -> RecordedCall:
     groups: dict[str, dict[str, Tensor]] = {group: {} for group in _GROUPS}
     for name, tensor in tensors.items():
         group, _, rest = name.removeprefix(prefix).partition(".")
         if name.startswith(prefix) and group in groups:
             groups[group][rest] = tensor
     args = tuple(_decode(item, tensors) for item in entry["args"])
-    return Call(args, {name: _decode(item, tensors) for name, item in entry["kwargs"].items()}, **groups)
+    return RecordedCall(args, {name: _decode(item, tensors) for name, item in entry["kwargs"].items()}, **groups)
 
 
 def _encode(item: Any, prefix: str, held: dict[str, Tensor]) -> Any:

@@ -29,7 +29,7 @@ _METADATA_LIMIT = 2**28
 _PART_OF_NO_MODEL = re.compile(r"optim|sched|scaler|rng", re.IGNORECASE)
 
 
-class Record(Inert):
+class Stored(Inert):
     """Stands for a class of the metadata: its arguments and its state as the pickle gives them."""
 
     arguments: tuple[Any, ...] = ()
@@ -48,7 +48,7 @@ class Record(Inert):
         return self.state[name]
 
 
-class Bytes(Record):
+class Bytes(Stored):
     """Stands for the record of something that is no tensor."""
 
 
@@ -57,14 +57,14 @@ _DCP = "torch.distributed.checkpoint"
 _PATHS = ("PurePath", "PurePosixPath", "PureWindowsPath", "Path", "PosixPath", "WindowsPath")
 _SHARDED = "torch.distributed._shard.sharded_tensor.metadata"  # where torch 2.0 had two of the classes
 _RECORDS: Mapping[str, type[Any]] = {
-    **{f"{_SHARDED}.{n}": Record for n in ("TensorProperties", "MEM_FORMAT_ENCODING")},
-    **{f"{_DCP}.metadata.{n}": Record for n in ("Metadata", "MetadataIndex", "TensorStorageMetadata", "StorageMeta")},
-    **{f"{_DCP}.metadata.{n}": Record for n in ("ChunkStorageMetadata", "TensorProperties", "_MEM_FORMAT_ENCODING")},
+    **{f"{_SHARDED}.{n}": Stored for n in ("TensorProperties", "MEM_FORMAT_ENCODING")},
+    **{f"{_DCP}.metadata.{n}": Stored for n in ("Metadata", "MetadataIndex", "TensorStorageMetadata", "StorageMeta")},
+    **{f"{_DCP}.metadata.{n}": Stored for n in ("ChunkStorageMetadata", "TensorProperties", "_MEM_FORMAT_ENCODING")},
     f"{_DCP}.metadata.BytesStorageMetadata": Bytes,
-    **{f"{_DCP}.filesystem.{n}": Record for n in ("_StorageInfo", "_StoragePrefix")},
-    **{f"{module}.{n}": Record for module in ("pathlib", "pathlib._local") for n in _PATHS},
-    "torch.Size": Record,
-    "torch.serialization._get_layout": Record,
+    **{f"{_DCP}.filesystem.{n}": Stored for n in ("_StorageInfo", "_StoragePrefix")},
+    **{f"{module}.{n}": Stored for module in ("pathlib", "pathlib._local") for n in _PATHS},
+    "torch.Size": Stored,
+    "torch.serialization._get_layout": Stored,
     "collections.OrderedDict": OrderedDict,
 }
 
@@ -193,7 +193,7 @@ def read_distributed(folder: Path) -> Distributed:
         trusted = f"convert it with torch's own reader: {_CONVERT} {folder} model.pt"
         refuse_code(path, {name for name in asked if name not in _RECORDS}, trusted)
         root = _Reader(io.BytesIO(data)).load()
-        if not isinstance(root, Record):
+        if not isinstance(root, Stored):
             raise ValueError(f"the metadata is a {type(root).__name__}")
         return _arranged(folder, root)
 
@@ -202,7 +202,7 @@ def _is_distributed(folder: Path) -> bool:
     return (folder / ".metadata").exists() or any(folder.glob("*.distcp"))
 
 
-def _arranged(folder: Path, root: Record) -> Distributed:
+def _arranged(folder: Path, root: Stored) -> Distributed:
     """Placeholders nested as they were saved, and where their parts are."""
     places = _places(folder, root)
     paths = root.entry("planner_data")
@@ -213,7 +213,7 @@ def _arranged(folder: Path, root: Record) -> Distributed:
         value: Any = None
         if isinstance(record, Bytes):
             value = _step_count(name, places)
-        elif isinstance(record, Record):
+        elif isinstance(record, Stored):
             value, found = _placeholder(name, record, places)
             parts[id(value)] = found
             claimed += sum(math.prod(part.sizes) for part in found) * value.dtype.itemsize
@@ -227,7 +227,7 @@ def _arranged(folder: Path, root: Record) -> Distributed:
     return Distributed(folder, content, parts)
 
 
-def _places(folder: Path, root: Record) -> dict[tuple[str, tuple[int, ...] | None], _Part]:
+def _places(folder: Path, root: Stored) -> dict[tuple[str, tuple[int, ...] | None], _Part]:
     """(name, offsets or None) -> where that block is stored."""
     places = {}
     sizes: dict[str, int] = {}
@@ -255,7 +255,7 @@ def _places(folder: Path, root: Record) -> dict[tuple[str, tuple[int, ...] | Non
 
 
 def _placeholder(
-    name: str, record: Record, places: Mapping[tuple[str, tuple[int, ...] | None], _Part]
+    name: str, record: Stored, places: Mapping[tuple[str, tuple[int, ...] | None], _Part]
 ) -> tuple[Tensor, tuple[_Part, ...]]:
     shape, dtype = _sizes(record.entry("size")), record.entry("properties").state[0]
     if not isinstance(dtype, torch.dtype):
@@ -278,7 +278,7 @@ def _placeholder(
 
 def _sizes(value: Any) -> tuple[int, ...]:
     """The numbers of a ``torch.Size``, which the pickle gives as a record of one argument."""
-    numbers = value.arguments[0] if isinstance(value, Record) and value.arguments else value
+    numbers = value.arguments[0] if isinstance(value, Stored) and value.arguments else value
     if not isinstance(numbers, (tuple, list)) or not all(isinstance(n, int) and 0 <= n < 2**62 for n in numbers):
         raise ValueError(f"{numbers!r} is not a shape")
     return tuple(numbers)

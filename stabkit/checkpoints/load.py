@@ -32,7 +32,8 @@ class Loaded(Result):
             averaged weights or raw ones, and where the input comes from; one sentence a line.
         non_finite: names of tensors that hold NaN or infinity.
         step: what counts the steps of training in the file, or in its name, and the count; None when nothing does.
-        loss: of a capsule, a callable on the output with the gradient that the loss of the run had there.
+        loss: where the source is a capsule, a callable on the output with the gradient that the loss of the run had
+            there.
     """
 
     model: nn.Module

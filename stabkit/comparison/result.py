@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from stabkit.comparison import table
 from stabkit.errors import ArgumentError, ReportError
+from stabkit.pictures import drawing
 from stabkit.report import Report, encoding, files
 from stabkit.report.schema import StepReport
 from stabkit.results import Result
@@ -122,8 +124,6 @@ class Comparison(Result):
     notes: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        from stabkit.comparison import table
-
         return table.plain(self)
 
     @property
@@ -168,8 +168,6 @@ class Comparison(Result):
         Raises:
             ReportError: the suffix is another one, or the file cannot be written.
         """
-        from stabkit.comparison import table
-
         path = Path(path)
         suffix = path.suffix.lower()
         if suffix == ".json":
@@ -179,9 +177,7 @@ class Comparison(Result):
         if suffix == ".csv":
             return files.write(path, table.csv_text(self).encode())
         if suffix in files.PICTURES:
-            from stabkit.plotting import sweep
-
-            return files.write_figure(sweep.overview(self), path)
+            return files.write_figure(drawing("sweep.overview")(self), path)
         raise ReportError(
             f"{path}: unknown suffix {suffix!r}; accepted: .html, .json, .csv, {', '.join(files.PICTURES)}"
         )

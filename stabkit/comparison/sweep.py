@@ -67,7 +67,7 @@ def compare(
         batch_dim: which dimension counts samples.
         spectrum: which eigenvalues.
         thresholds: the limits behind the verdict.
-        seed: of every random choice.
+        seed: the seed of every random choice.
         factory_args: keyword arguments of the factory.
         progress: called with (done, total, source) before each checkpoint and at the end.
         **options: further arguments of `stabkit.load`: ``key``, ``weights``, ``base``, ``trust_pickle``, ...

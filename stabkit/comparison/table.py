@@ -5,10 +5,13 @@ from __future__ import annotations
 import csv
 import io
 import math
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from stabkit.comparison.result import Comparison, Snapshot
 from stabkit.report.formats import figures, middle, percent, printable, signed
+from stabkit.report.tables import csv_cell
+
+if TYPE_CHECKING:
+    from stabkit.comparison.result import Comparison, Snapshot
 
 _NAME = 34
 TITLES = (
@@ -110,9 +113,9 @@ def csv_text(comparison: Comparison) -> str:
     writer.writeheader()
     for snapshot in comparison.snapshots:
         start: dict[str, Any] = {
-            "source": _cell(snapshot.source),
+            "source": csv_cell(snapshot.source),
             "training_step": snapshot.step,
-            "step_name": _cell(snapshot.step_name),
+            "step_name": csv_cell(snapshot.step_name),
             "state": snapshot.state,
         }
         if snapshot.report is None:
@@ -125,7 +128,7 @@ def csv_text(comparison: Comparison) -> str:
                     **start,
                     "verdict": snapshot.report.verdict,
                     "index": step.index,
-                    "name": _cell(step.name),
+                    "name": csv_cell(step.name),
                     "kind": step.kind,
                     "growth": step.growth,
                     "growth_low": low,
@@ -136,8 +139,3 @@ def csv_text(comparison: Comparison) -> str:
                 }
             )
     return stream.getvalue()
-
-
-def _cell(text: str) -> str:
-    """No text that a spreadsheet would run as a formula."""
-    return "'" + text if text.startswith(("=", "+", "-", "@", "\t", "\r")) else text

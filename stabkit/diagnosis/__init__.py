@@ -11,26 +11,30 @@ from typing import TYPE_CHECKING, Any
 from stabkit.diagnosis.finding import Finding
 from stabkit.diagnosis.kinds import FINDINGS, SEVERITIES, VERDICTS
 from stabkit.diagnosis.thresholds import Thresholds
-from stabkit.diagnosis.verdict import Array, Verdict, bootstrap_interval, factor, judge, stretch_of_blocks
+from stabkit.diagnosis.verdict import Array, Verdict, factor, judge, stretch_of_blocks
 
 if TYPE_CHECKING:
-    from stabkit.diagnosis.examination import Diagnosis as Diagnosis
     from stabkit.diagnosis.examination import diagnose as diagnose
     from stabkit.diagnosis.examination import examine as examine
     from stabkit.diagnosis.measurement import Measurement as Measurement
     from stabkit.diagnosis.measurement import StepMeasurement as StepMeasurement
     from stabkit.diagnosis.measurement import measure as measure
+    from stabkit.diagnosis.suspects import Diagnosis as Diagnosis
+    from stabkit.diagnosis.treatment import Treatment as Treatment
     from stabkit.diagnosis.treatment import apply as apply
+    from stabkit.diagnosis.treatment import treat as treat
 
 # name -> module that defines it
 _LAZY = {
-    "Diagnosis": "stabkit.diagnosis.examination",
+    "Diagnosis": "stabkit.diagnosis.suspects",
     "Measurement": "stabkit.diagnosis.measurement",
     "StepMeasurement": "stabkit.diagnosis.measurement",
+    "Treatment": "stabkit.diagnosis.treatment",
     "apply": "stabkit.diagnosis.treatment",
     "diagnose": "stabkit.diagnosis.examination",
     "examine": "stabkit.diagnosis.examination",
     "measure": "stabkit.diagnosis.measurement",
+    "treat": "stabkit.diagnosis.treatment",
 }
 
 __all__ = [
@@ -43,15 +47,16 @@ __all__ = [
     "Measurement",
     "StepMeasurement",
     "Thresholds",
+    "Treatment",
     "Verdict",
     "apply",
-    "bootstrap_interval",
     "diagnose",
     "examine",
     "factor",
     "judge",
     "measure",
     "stretch_of_blocks",
+    "treat",
 ]
 
 

@@ -24,7 +24,8 @@ ONE_SIDED = frozenset(
 #: activations that are flat on both sides: a unit that stays there is saturated
 TWO_SIDED = frozenset({"Tanh", "Sigmoid", "Hardsigmoid", "Erf", "Atan", "Softsign"})
 _FLAT = 1e-3  # derivative, over its largest value, under which a one-sided unit passes nothing
-_STEEP = {"Sigmoid": 0.25, "Hardsigmoid": 1 / 6, "Erf": 2 / math.sqrt(math.pi)}  # largest derivatives that are not 1
+#: largest derivatives that are not 1
+STEEPEST = {"Sigmoid": 0.25, "Hardsigmoid": 1 / 6, "Erf": 2 / math.sqrt(math.pi)}
 _SATURATED = 0.05  # derivative, over its largest value, under which an entry counts as saturated
 
 
@@ -42,6 +43,7 @@ class Activity:
         saturated: share of entries where the derivative is below a twentieth of its largest value; 0 for one-sided
             activations.
         log_derivative: mean log of the derivative over its largest value, at least log 1e-6, nats.
+        fed_by: the module of the matrix that feeds it, where that lies in the same step.
         gate: whether its output multiplies something else: a gate may well stay open or shut.
     """
 
@@ -54,6 +56,7 @@ class Activity:
     saturated: float
     log_derivative: float
     gate: bool
+    fed_by: str = ""
 
 
 def activities(flow: Flow, step: Step) -> tuple[Activity, ...]:
@@ -66,7 +69,7 @@ def activities(flow: Flow, step: Step) -> tuple[Activity, ...]:
 def _activity(flow: Flow, segment: Segment, node: Node) -> Activity:
     name, source = operation(node), segment.graph.inputs[node][0]
     derivative = _derivative(node, source).to(torch.float32)
-    size = derivative.abs() / _STEEP.get(name, 1.0)
+    size = derivative.abs() / STEEPEST.get(name, 1.0)
     axis = _unit_axis(segment, node, derivative.dim())
     rows = size.movedim(axis, 0).flatten(1) if size.dim() > 1 else size.unsqueeze(1)
     flat = rows <= _FLAT
@@ -81,6 +84,7 @@ def _activity(flow: Flow, segment: Segment, node: Node) -> Activity:
         saturated=float((rows < _SATURATED).float().mean()) if two_sided else 0.0,
         log_derivative=float(rows.clamp_min(1e-6).log().mean()),
         gate=_feeds_product(segment, node),
+        fed_by=_fed_by(flow, segment, node),
     )
 
 
@@ -111,6 +115,16 @@ def _unit_axis(segment: Segment, node: Node, dims: int) -> int:
     else:
         return 1 if dims == 4 else dims - 1  # the activation stands alone: images are (batch, channels, ...)
     return dims - 1
+
+
+def _fed_by(flow: Flow, segment: Segment, node: Node) -> str:
+    """The module of the nearest matrix before an activation, along the first inputs."""
+    current, inside = node, set(segment.nodes)
+    while current in inside and segment.graph.inputs.get(current):
+        if has_matrix(current):
+            return flow.recorded.recording.path_at(current._sequence_nr())
+        current = segment.graph.inputs[current][0].node
+    return ""
 
 
 def _feeds_product(segment: Segment, node: Node) -> bool:

@@ -14,7 +14,8 @@ from stabkit.diagnosis.measurement import Array, Measurement, StepMeasurement
 from stabkit.diagnosis.peers import FLOOR, Deviation, deviation, nearest_to_peers
 from stabkit.diagnosis.thresholds import Thresholds
 
-_FEWEST = 2  # peers
+_FEWEST = 5  # peers: of fewer, one that differs says nothing of which is the odd one
+_AGREE = 0.5  # share of a deviation that its other reading must confirm behind a norm
 _JUMP = 0.3  # by how much the share of saturated entries or dead units may exceed that of the peers
 _FEW_UNITS = 12  # units under which a share of dead ones is mostly chance
 _NOTICED = 0.35  # nats from which a deviation confirms that a weight's size matters
@@ -26,8 +27,8 @@ class Behaviour:
 
     Attributes:
         step: the step.
-        gain: of the Jacobian.
-        change: of the size of the state.
+        gain: the gain of the Jacobian of the step, nats.
+        change: the change of the size of the state over the step, nats.
         branch: gains of its branches, in order. A branch behind a norm passes gradients on by one over the size of
             the state, so gains are held against those of the peers as they are and times that size: what agrees best
             among the peers counts.
@@ -36,6 +37,8 @@ class Behaviour:
         dead: by how much the share of dead units exceeds that of the peers.
         neighbours: smallest deviation of each branch gain from the two nearest blocks; 0 without two.
         peers: how many there are.
+        at_end: whether it is the first or the last of its kind, which is given, or gives to, something else than the
+            rest: the gain of a branch beside a skip is then no sign of a fault.
         alike: whether they act between the same spaces, so that a deviation alone means something.
     """
 
@@ -48,6 +51,7 @@ class Behaviour:
     dead: float = 0.0
     neighbours: tuple[float, ...] = field(default=())
     peers: int = 0
+    at_end: bool = False
     alike: bool = True
 
     @property
@@ -66,7 +70,8 @@ class Behaviour:
             return 0.0
         limit, sigmas = thresholds.outlier_behaviour, thresholds.outlier
         found = [0.0]
-        if not self.step.renormalised and max(abs(self.gain.value), abs(self.change.value)) > abs(self.gain.typical):
+        odd = max(abs(self.gain.value), abs(self.change.value)) > abs(self.gain.typical)
+        if not self.step.renormalised and odd and not (self.at_end and self.step.merges):
             found.append(_agreed(self.gain, self.change, limit, sigmas))  # unless its peers are the odd ones
         for index, branch in enumerate(self.branch):
             if self.added is not None and len(self.branch) == 1:
@@ -102,7 +107,14 @@ def behaviours(measurement: Measurement) -> list[Behaviour]:
     return found
 
 
+def _own_weights(step: StepMeasurement, group: Sequence[StepMeasurement]) -> list[StepMeasurement]:
+    """The step and its peers: those of other weights. A layer that runs again and again is no peer of itself."""
+    own = {weight.path for weight in step.weights}
+    return [other for other in group if other is step or not own & {weight.path for weight in other.weights}]
+
+
 def _beside(step: StepMeasurement, group: Sequence[StepMeasurement], measurement: Measurement) -> Behaviour:
+    group = _own_weights(step, group)
     place = next(i for i, other in enumerate(group) if other is step)
 
     def of(read: Callable[[StepMeasurement], float]) -> Deviation:
@@ -113,7 +125,8 @@ def _beside(step: StepMeasurement, group: Sequence[StepMeasurement], measurement
     at = next(i for i, other in enumerate(alike) if other is step)
     gains = np.array([[merge.gain for merge in other.merges] for other in alike]).reshape(len(alike), -1)
     before = np.array([sizes[other.index] for other in alike])
-    branches = [_branch_gain(column, before, at) for column in gains.T]
+    normed = step.norms > 0
+    branches = [_branch_gain(column, before, at, normed) for column in gains.T]
     return Behaviour(
         step=step,
         gain=of(lambda s: s.mean_gain),
@@ -126,20 +139,29 @@ def _beside(step: StepMeasurement, group: Sequence[StepMeasurement], measurement
         dead=_excess(step, group, _dead_beyond_chance),
         neighbours=tuple(near for _, near in branches),
         peers=len(group) - 1,
+        at_end=place in (0, len(group) - 1),
         alike=all(other.space == step.space for other in group),
     )
 
 
-def _branch_gain(gains: Array, sizes: Array, at: int) -> tuple[Deviation, float]:
+def _branch_gain(gains: Array, sizes: Array, at: int, normed: bool) -> tuple[Deviation, float]:
     """The deviation of one branch gain from the peers, and from the two nearest blocks.
 
-    Gains are read as they are and times the size of the state, as behind a norm; see `Behaviour`.
+    Gains are read as they are and times the size of the state, as behind a norm; see `Behaviour`. Behind a norm a
+    gain is held to be odd only if the other reading says half of it at least.
     """
     with np.errstate(invalid="ignore"):
         readings = [gains, gains + sizes]
     found = [deviation(list(values), at) for values in readings]
     best = nearest_to_peers(found)
+    other = found[1 - found.index(best)]
+    if normed and best.size * other.size < _AGREE * best.size**2:
+        best = min(found, key=_size)
     return best, _between(readings[found.index(best)], at)
+
+
+def _size(found: Deviation) -> float:
+    return math.inf if math.isnan(found.size) else abs(found.size)
 
 
 def _between(column: Array, at: int) -> float:

@@ -14,7 +14,7 @@ from stabkit.diagnosis.collapse import Spread
 from stabkit.diagnosis.finding import Finding
 from stabkit.diagnosis.measurement import Measurement
 from stabkit.diagnosis.thresholds import Thresholds
-from stabkit.diagnosis.verdict import bootstrap_interval
+from stabkit.statistics import mean_interval
 from stabkit.tracing import FlowLike, Iteration
 
 _BOUNDED = 0.1  # slope of log |x|, as a fraction of the exponent, under which states count as bounded
@@ -30,7 +30,7 @@ class Chaos:
 
     Attributes:
         exponent: largest Lyapunov exponent, nats a step, from cotangents that had a fifth of the steps to align.
-        interval: of the exponent.
+        interval: the interval of the exponent.
         slope: of log |x| over the last three quarters of the steps, nats a step.
         parting: the third test in words; empty where it failed.
     """
@@ -47,12 +47,7 @@ class Chaos:
 
 
 def chaos_finding(
-    flow: FlowLike,
-    measurement: Measurement,
-    spread: Spread,
-    stretch: tuple[int, int],
-    thresholds: Thresholds,
-    seed: int,
+    flow: FlowLike, measurement: Measurement, spread: Spread, stretch: tuple[int, int], thresholds: Thresholds
 ) -> list[Finding]:
     """Chaos of a tied map, or of at least ``thresholds.homogeneous`` alike layers; nothing is said of other flows.
 
@@ -61,11 +56,11 @@ def chaos_finding(
     """
     first, last = stretch
     rows = measurement.growth[first : last + 1]
-    tied = flow.over_time
+    tied = isinstance(flow, Iteration)
     if not np.isfinite(rows).all() or not (tied or _homogeneous(measurement, stretch, thresholds)):
         return []
     settled = rows[: max(len(rows) * 4 // 5, 1)].mean(axis=0)  # gradients come from the end
-    low, high = bootstrap_interval(settled, thresholds, seed)
+    low, high = mean_interval(settled, thresholds.confidence)
     if low * len(rows) <= thresholds.stable:
         return []
     sizes = measurement.log_states[first : last + 2].mean(axis=1)
@@ -119,7 +114,7 @@ def _flat(flow: Iteration, start: tuple[torch.Tensor, ...]) -> torch.Tensor:
     return torch.stack(flat).to(torch.float64)
 
 
-def recurrent_matrices(flow: FlowLike) -> dict[str, float]:
+def recurrent_matrices(flow: Iteration) -> dict[str, float]:
     """Matrices that act on the state, with the log of the gain that their size means, nats.
 
     Those are the ``weight_hh`` of torch's cells, or else the square ones.
@@ -136,13 +131,13 @@ def _finding(
 ) -> Finding:
     first, last = stretch
     steps = measurement.steps[first : last + 1]
-    tied = recurrent_matrices(flow) if flow.over_time else None
+    tied = recurrent_matrices(flow) if isinstance(flow, Iteration) else None
     growth = float(measurement.growth[first : last + 1].mean(axis=1).sum())
     remedy = remedies.for_stretch(steps, growth, thresholds.stable, tied)
     low, high = found.interval
     return Finding(
         kind="chaotic",
-        severity="critical" if tied is not None and growth > thresholds.drift else "warning",
+        severity="critical" if tied is not None and growth > thresholds.explosion else "warning",
         steps=tuple(range(first, last + 1)),
         module_path=steps[0].module_path,
         confidence=thresholds.confidence,

@@ -95,6 +95,12 @@ def _before(index: int, measurement: Measurement) -> list[Weight]:
     return []
 
 
+def _feeding(step: StepMeasurement, activity: Activity, measurement: Measurement) -> list[Weight]:
+    """The matrices right before an activation."""
+    own = [w for w in step.weights if w.kind == "matrix" and w.module_path == activity.fed_by]
+    return own or [w for w in _before(step.index, measurement)[-2:] if w.kind == "matrix"]
+
+
 def _low_biases(index: int, measurement: Measurement) -> list[tuple[int, Weight]]:
     """Biases that push the units of a step below zero: of the layer before them, or of a norm in between."""
     for step in reversed(measurement.steps[: index + 1]):
@@ -123,7 +129,8 @@ def _saturated(group: Sequence[tuple[StepMeasurement, Activity]], measurement: M
     indices = tuple(sorted({s.index for s, _ in group}))
     share = float(np.mean([a.saturated for _, a in group]))
     by = 1.0 / remedies.preactivation_scale(activity.saturated)
-    weights = [w for i in indices for w in _before(i, measurement)[-2:] if w.kind == "matrix"]
+    paths = list(dict.fromkeys(w.path for s, a in group for w in _feeding(s, a, measurement)))
+    named = " and ".join(paths) if 0 < len(paths) < 3 else "the weights before these activations"
     first, last = measurement.steps[indices[0]], measurement.steps[indices[-1]]
     where = first.name if len(indices) == 1 else f"{first.name} to {last.name}"
     return Finding(
@@ -134,8 +141,8 @@ def _saturated(group: Sequence[tuple[StepMeasurement, Activity]], measurement: M
         confidence=min(1.0, share),
         evidence=f"{share:.0%} of the {activity.operation} outputs of {where} lie where the derivative is below a "
         f"twentieth of its largest; mean log derivative {activity.log_derivative:+.1f}",
-        remedy=f"multiply the weights before these activations by about {by:.2g}, so that their inputs are of size 1",
+        remedy=f"multiply {named} by about {by:.2g}, so that their inputs are of size 1",
         reference="Glorot and Bengio, 2010",
         numbers={"saturated": share, "log_derivative": activity.log_derivative},
-        actions=tuple(remedies.scale(path, by) for path in dict.fromkeys(w.path for w in weights)),
+        actions=tuple(remedies.scale(path, by) for path in paths),
     )

@@ -9,16 +9,18 @@ import numpy as np
 
 from stabkit.attribution import Mechanism
 from stabkit.diagnosis import remedies
+from stabkit.diagnosis.activity import STEEPEST, TWO_SIDED
 from stabkit.diagnosis.finding import Finding
-from stabkit.diagnosis.measurement import Array, Measurement
+from stabkit.diagnosis.measurement import Array, Measurement, StepMeasurement
 from stabkit.diagnosis.thresholds import Thresholds
-from stabkit.diagnosis.verdict import Verdict, bootstrap_interval, factor, share_beyond
+from stabkit.diagnosis.verdict import Verdict, factor
+from stabkit.statistics import confidence_above, mean_interval
 
 _REFERENCE = "Yang et al., ICML 2020; Haber and Ruthotto, 2017"
 
 
 def growth_finding(
-    verdict: Verdict, measurement: Measurement, tied: Mapping[str, float], thresholds: Thresholds, seed: int
+    verdict: Verdict, measurement: Measurement, tied: Mapping[str, float], thresholds: Thresholds
 ) -> list[Finding]:
     """The finding behind a verdict of exploding or vanishing, if it is one; ``tied`` are the matrices of a tied map."""
     if verdict.name not in ("exploding", "vanishing"):
@@ -30,7 +32,7 @@ def growth_finding(
     sign = 1.0 if verdict.name == "exploding" else -1.0
     worst = first + int(np.nanargmax(sign * rates))
     totals: Array = rows.sum(axis=0)
-    sure = 1.0 if np.isinf(totals).any() else share_beyond(sign * totals, thresholds, seed)
+    sure = 1.0 if np.isinf(totals).any() else confidence_above(sign * totals, thresholds.explosion)
     low, high = verdict.interval
     count = last - first + 1
     remedy = remedies.for_stretch(steps, verdict.growth, thresholds.stable, tied)
@@ -39,6 +41,7 @@ def growth_finding(
         f"{count} steps, {verdict.growth / count:+.2f} a step; most at {measurement.steps[worst].name} "
         f"({rates[worst - first]:+.2f})"
     )
+    evidence += _bounded(steps) if verdict.growth < 0 else ""
     relative = _relative(measurement, first, last)
     if math.isfinite(relative):
         evidence += f"; relative to the size of the states {relative:+.1f}"
@@ -58,6 +61,21 @@ def growth_finding(
     ]
 
 
+def _bounded(steps: Sequence[StepMeasurement]) -> str:
+    """What saturating activations alone take from the gradient, by name, with the largest derivative they have."""
+    parts = []
+    for name in sorted(TWO_SIDED):
+        found = [a for step in steps for a in step.activities if a.operation == name and not a.gate]
+        steep = STEEPEST.get(name, 1.0)
+        typical = sum(a.log_derivative for a in found) + len(found) * math.log(steep)
+        if found and typical < -1.0:
+            parts.append(
+                f"; its {len(found)} {name.lower()} activations pass at most {steep:.3g} of a gradient each, and take "
+                f"{typical:+.1f} nats as they are"
+            )
+    return "".join(parts)
+
+
 def _relative(measurement: Measurement, first: int, last: int) -> float:
     """Growth of the gradient times the state, which does not see by what the states are scaled."""
     with np.errstate(invalid="ignore"):
@@ -66,7 +84,7 @@ def _relative(measurement: Measurement, first: int, last: int) -> float:
 
 
 def transient(
-    measurement: Measurement, stretch: tuple[int, int], total: float, thresholds: Thresholds, seed: int
+    measurement: Measurement, stretch: tuple[int, int], total: float, thresholds: Thresholds
 ) -> Finding | None:
     """Growth over part of a stretch that the rest of it takes back, if it is large."""
     first, last = stretch
@@ -75,7 +93,7 @@ def transient(
         return None
     start, stop = _largest_run(rows.mean(axis=1))
     inside = rows[start : stop + 1].sum(axis=0)
-    low, high = bootstrap_interval(inside, thresholds, seed)
+    low, high = mean_interval(inside, thresholds.confidence)
     limit = thresholds.stable + max(0.0, total)
     if low < limit:
         return None
@@ -89,7 +107,7 @@ def transient(
         severity="warning",
         steps=steps,
         module_path=measurement.steps[peak].module_path,
-        confidence=share_beyond(inside - limit + thresholds.drift, thresholds, seed),
+        confidence=confidence_above(inside, limit),
         evidence=f"the gradient grows by a factor of {factor(growth)} within steps {steps[0]} to {steps[-1]} "
         f"(interval {low:+.1f} to {high:+.1f} nats), of which the whole stretch keeps {total:+.1f} nats",
         remedy=remedy.text,
@@ -142,15 +160,17 @@ def mechanism_findings(
     if verdict.growth > thresholds.stable and discrete > 0:
         share = discrete / (discrete + max(continuous, 0.0))
         if share > thresholds.mechanism:
-            return [_unstable(measurement, read, share, thresholds)]
+            return [_unstable(measurement, read, share, verdict.growth, thresholds)]
     if verdict.growth < -thresholds.stable and damped < 0:
         share = -damped / (-damped - min(continuous, 0.0) - min(discrete, 0.0) + 1e-300)
         if share > thresholds.mechanism:
-            return [_overdamped(measurement, read, share)]
+            return [_overdamped(measurement, read, share, verdict.growth, thresholds)]
     return []
 
 
-def _unstable(measurement: Measurement, read: Sequence[Mechanism], share: float, thresholds: Thresholds) -> Finding:
+def _unstable(
+    measurement: Measurement, read: Sequence[Mechanism], share: float, growth: float, thresholds: Thresholds
+) -> Finding:
     factors = [m.largest_step_factor for m in read if m.largest_step_factor is not None]
     usable = [f for f in factors if f > 0]
     steps = [measurement.steps[m.step] for m in read]
@@ -168,7 +188,7 @@ def _unstable(measurement: Measurement, read: Sequence[Mechanism], share: float,
     worst = max(read, key=lambda m: m.radius or 0.0)
     return Finding(
         kind="unstable_step",
-        severity="warning",
+        severity=_harm(growth, thresholds),
         steps=tuple(m.step for m in read),
         module_path=measurement.steps[worst.step].module_path,
         confidence=share,
@@ -181,13 +201,20 @@ def _unstable(measurement: Measurement, read: Sequence[Mechanism], share: float,
     )
 
 
-def _overdamped(measurement: Measurement, read: Sequence[Mechanism], share: float) -> Finding:
+def _harm(growth: float, thresholds: Thresholds) -> str:
+    """How bad a mechanism is: its growth is out of range, or only worth knowing."""
+    return "warning" if abs(growth) > thresholds.explosion else "info"
+
+
+def _overdamped(
+    measurement: Measurement, read: Sequence[Mechanism], share: float, growth: float, thresholds: Thresholds
+) -> Finding:
     worst = max(read, key=lambda m: m.modes.overdamped if m.modes else 0.0)
     modes = float(np.mean([m.modes.overdamped for m in read if m.modes]))
     matrices = remedies.branch_matrices([measurement.steps[m.step] for m in read])
     return Finding(
         kind="overdamped",
-        severity="warning",
+        severity=_harm(growth, thresholds),
         steps=tuple(m.step for m in read),
         module_path=measurement.steps[worst.step].module_path,
         confidence=share,

@@ -1,4 +1,4 @@
-"""`diagnose`: measure a flow, judge it, and say what is wrong."""
+"""`diagnose`: measure a flow, judge it, and say what is wrong: what was suspected, tried and confirmed."""
 
 from __future__ import annotations
 
@@ -6,47 +6,26 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-import numpy as np
-
-from stabkit.attribution import Mechanism, mechanisms
-from stabkit.diagnosis.chaos import chaos_finding, recurrent_matrices
-from stabkit.diagnosis.collapse import collapse_finding, precision_findings, spread, underflow
-from stabkit.diagnosis.dead_units import dead_findings, saturated_findings
-from stabkit.diagnosis.depth_findings import growth_finding, mechanism_findings, transient
-from stabkit.diagnosis.finding import Finding, serious
-from stabkit.diagnosis.kinds import FINDINGS, rank
-from stabkit.diagnosis.loss_faults import loss_findings
-from stabkit.diagnosis.lost_parameters import lost_parameter_findings
-from stabkit.diagnosis.low_rank import rank_findings
-from stabkit.diagnosis.measurement import Measurement, measure
-from stabkit.diagnosis.non_finite import all_finite, non_finite_findings
-from stabkit.diagnosis.outlier_blocks import local_findings
-from stabkit.diagnosis.structure import missing_norm_findings, missing_skip_findings
+from stabkit.diagnosis.alternatives import candidates
+from stabkit.diagnosis.batch_statistics import TOO_FEW, with_statistics
+from stabkit.diagnosis.finding import Action, Finding, serious, sound
+from stabkit.diagnosis.initialisation import Known, known_initialisations
+from stabkit.diagnosis.remedies import Remedy
+from stabkit.diagnosis.short_training import STEPS, ShortTraining, short_training
+from stabkit.diagnosis.suspects import Diagnosis, Settings, ordered, suspected
 from stabkit.diagnosis.thresholds import Thresholds
-from stabkit.diagnosis.verdict import Verdict, judge
-from stabkit.growth.rate_laws import rate_law
-from stabkit.identification import Identification, by_step, identify
-from stabkit.jacobians.shared import DENSE_SIZE, SharedSpectra
+from stabkit.diagnosis.trial import Trial, is_stretch, tried
+from stabkit.diagnosis.verdict import judged_without, not_judged
+from stabkit.identification import Identification
+from stabkit.jacobians.shared import SharedSpectra
 from stabkit.parallel import SERIAL, Parallel
 from stabkit.tracing import Flow, FlowLike
 from stabkit.tracing.accepted import check_flow
 
-_FEWEST_RATES = 6  # steps that telling a power from an exponential needs
-
-
-@dataclass(frozen=True)
-class Diagnosis:
-    """A verdict with its findings and the measurement behind both.
-
-    Attributes:
-        verdict: on the stretch of blocks.
-        findings: worst first; single blocks before stretches.
-        measurement: what they rest on.
-    """
-
-    verdict: Verdict
-    findings: tuple[Finding, ...]
-    measurement: Measurement
+#: measurements that a diagnosis makes beside its own, at most; a healthy network asks for none
+TRIALS = 6
+_BY_INITIALISATION = ("vanishing", "exploding", "dead", "transient_growth", "rank_collapse", "overdamped")
+NOTHING_HELPED = "nothing that was tried brings it below a warning"
 
 
 def diagnose(
@@ -59,6 +38,9 @@ def diagnose(
 ) -> list[Finding]:
     """What is wrong with a network, worst first; empty when it is healthy.
 
+    What is suspected is tried: its remedy stands in the model for a while, and the same cotangents are pulled back
+    again. A remedy is told when it brings the finding below a warning and makes no other; the model stays as it is.
+
     A block far from its peers is named before anything that concerns a whole stretch. Nothing depends on the units of
     the loss or on the order of the batch.
 
@@ -69,7 +51,7 @@ def diagnose(
         loss: a callable on the model's output that returns a scalar. None pulls back random cotangents.
         thresholds: the limits behind the findings.
         probes: random cotangents per sample when there is no loss.
-        seed: of every random choice.
+        seed: the seed of every random choice.
 
     Raises:
         ArgumentTypeError: ``flow`` is something else.
@@ -97,6 +79,7 @@ def examine(
     methods: Sequence[Identification] | None = None,
     spectra: SharedSpectra | None = None,
     parallel: Parallel = SERIAL,
+    trials: int = TRIALS,
 ) -> Diagnosis:
     """The same as `diagnose`, with the verdict and the measurement.
 
@@ -105,145 +88,146 @@ def examine(
         loss: a callable on the model's output.
         thresholds: the limits behind the findings.
         probes: random cotangents per sample when there is no loss.
-        seed: of every random choice.
+        seed: the seed of every random choice.
         methods: those of `stabkit.identify`, where they are known.
         spectra: matrices and eigenvalues of the steps by index, where others want them too.
         parallel: who measures what.
+        trials: measurements that trying remedies may take, at most.
     """
     check_flow(flow)
-    limits = thresholds or Thresholds()
-    of_loss = loss_findings(flow, loss, limits) if isinstance(flow, Flow) else []
-    measurement = measure(flow, loss, probes=probes, seed=seed, parallel=parallel)
-    verdict = judge(measurement.growth, measurement.kinds, limits, seed)
-    lossless = any(finding.kind == "non_finite" for finding in of_loss)
-    if lossless or verdict.name == "non-finite" or not all_finite(measurement):
-        broken = of_loss or non_finite_findings(flow, measurement, limits, loss)
-        return Diagnosis(_broken(verdict) if broken else verdict, tuple(broken), measurement)
-    verdict = _by_rate_law(verdict, measurement, limits)
-    spreads = spread(flow)
-    blocks = _block_findings(flow, measurement, limits)
-    explained = _explains(blocks, verdict, limits)
-    found = list(blocks)
-    blamed = {index for finding in blocks for index in finding.steps}
-    blamed |= {index for finding in of_loss for index in finding.steps if finding.kind == "saturated"}
-    found += [*of_loss, *saturated_findings(measurement, limits, blamed)]
-    tied = recurrent_matrices(flow) if flow.over_time else {}
-    if not explained:
-        found += growth_finding(verdict, measurement, tied, limits, seed)
-        found += _mechanism(flow, verdict, measurement, limits, methods, spectra)
-        passing = transient(measurement, verdict.stretch, verdict.growth, limits, seed)
-        if passing is not None and abs(verdict.growth) <= limits.drift and not _accounts(blocks, passing, limits):
-            found.append(passing)
-            verdict = _renamed(verdict, "transient growth", passing.evidence)
-        chaos = chaos_finding(flow, measurement, spreads, verdict.stretch, limits, seed)
-        # of layers that grow beyond range it is said that they explode; a tied map has no other name for it
-        if chaos and verdict.name == "exploding" and isinstance(flow, Flow):
-            found += chaos
-        elif chaos:
-            found = [*chaos, *found]
-            verdict = _renamed(verdict, "chaotic", chaos[0].evidence)
-    found += lost_parameter_findings(flow, loss) if isinstance(flow, Flow) else []
-    if not any(finding.kind == "dead" for finding in found):
-        found += collapse_finding(measurement, spreads, verdict.stretch, limits)
-    found += precision_findings(flow, measurement)
-    return Diagnosis(verdict, tuple(_ordered(found)), measurement)
+    settings = Settings(loss, thresholds or Thresholds(), probes, seed, parallel)
+    flow = with_statistics(flow) if isinstance(flow, Flow) else flow
+    found = suspected(flow, settings, methods, spectra)
+    if isinstance(flow, Flow) and TOO_FEW in flow.notes and found.verdict.name != "non-finite":
+        return replace(found, verdict=not_judged(found.verdict, TOO_FEW), findings=())
+    return _confirmed(flow, found, settings, trials)
 
 
-def _by_rate_law(verdict: Verdict, measurement: Measurement, limits: Thresholds) -> Verdict:
-    """A drift instead of an explosion where growth is decisively a power of depth, not an exponential.
+@dataclass(frozen=True)
+class Cure:
+    """A remedy that cures a suspect, its trial, and a short training with it where there is a loss."""
 
-    Normalised residual networks grow so: log growth goes with the log of depth, and no depth makes it explode.
-    """
-    first, last = verdict.stretch
-    rows = measurement.growth[first : last + 1]
-    merged = sum(bool(step.merges) for step in measurement.steps[first : last + 1])
-    if verdict.name not in ("exploding", "vanishing") or merged < len(rows) / 2 or len(rows) < _FEWEST_RATES:
-        return verdict
-    if not np.isfinite(rows).all():
-        return verdict
-    law = rate_law(np.concatenate([[0.0], rows.mean(axis=1).cumsum()]), decisive=limits.rate_law)
-    if law.margin > -limits.rate_law:
-        return verdict
-    return _renamed(
-        verdict, "drift", f"the growth of {verdict.growth:+.1f} nats is a {law.law} of depth, no exponential"
-    )
+    trial: Trial
+    remedy: Remedy
+    trains: ShortTraining | None = None
+
+    @property
+    def worth(self) -> tuple[float, int]:
+        """Smaller is better: the loss after a short training, then how many suspects are left."""
+        return (math.inf if self.trains is None else self.trains.last, self.trial.left)
 
 
-def _block_findings(flow: FlowLike, measurement: Measurement, limits: Thresholds) -> list[Finding]:
-    """Single blocks at fault, one finding each: what says most about the cause goes first."""
-    local = local_findings(measurement, limits)
-    by_weight = [finding for finding in local if any("weight_deviation" in key for key in finding.numbers)]
-    weighed = {index for finding in by_weight for index in finding.steps}
-    causes = [
-        *dead_findings(measurement, limits),
-        *missing_skip_findings(flow, measurement),
-        *missing_norm_findings(flow, measurement),
-        *rank_findings(measurement, limits),
-    ]
-    causes = [finding for finding in causes if not weighed & set(finding.steps)]
-    blamed = weighed | {index for finding in causes for index in finding.steps}
-    rest = [f for f in local if f not in by_weight and not blamed & set(f.steps)]
-    lost = underflow(flow, measurement)
-    if lost.size:  # nothing of what follows is the fault of its block
-        causes, rest = ([f for f in fs if f.kind != "dead" or min(f.steps) < lost[0]] for fs in (causes, rest))
-    return [*by_weight, *causes, *rest]
+class _Trials:
+    """The trials of one diagnosis: how many are left, and what they said."""
+
+    def __init__(self, flow: FlowLike, found: Diagnosis, settings: Settings, left: int) -> None:
+        self.flow, self.found, self.settings, self.left = flow, found, settings, left
+        self.known = known_initialisations(found.measurement)
+        self._without: Trial | None = None
+        self._trained: dict[str, ShortTraining | None] = {}
+
+    def of_initialisation(self, suspect: Finding) -> Trial | None:
+        """What is left of a suspect without the known initialisations, if there are any; measured once for all."""
+        if self.known is None or suspect.kind not in _BY_INITIALISATION:
+            return None
+        if self._without is None:
+            if self.left < 1:
+                return None
+            self.left -= 1
+            self._without = tried(self.flow, suspect, self.known.actions, self.found, self.settings)
+        return replace(self._without, suspect=suspect)
+
+    def cure(self, suspect: Finding) -> Cure | None:
+        """The remedy to tell: the first that cures; of those that cure a stretch, the one that serves best.
+
+        With a loss that is the one that trains best, without one that which leaves fewest other suspects.
+        """
+        found: list[Cure] = []
+        for remedy in candidates(suspect, self.found.measurement, self.flow):
+            if self.left < 1:
+                break
+            self.left -= 1
+            trial = tried(self.flow, suspect, remedy.actions, self.found, self.settings)
+            if trial.cured:
+                trains = self.training(remedy.actions) if is_stretch(suspect) else None
+                found.append(Cure(trial, remedy, trains))
+                if not is_stretch(suspect):
+                    break
+        return min(found, key=lambda cure: cure.worth, default=None)
+
+    def training(self, actions: Sequence[Action] = ()) -> ShortTraining | None:
+        """A short training with a remedy, where there is a loss."""
+        key = repr(actions)
+        if key not in self._trained:
+            self._trained[key] = short_training(self.flow, self.settings.loss, actions)
+        return self._trained[key]
 
 
-def _explains(blocks: Sequence[Finding], verdict: Verdict, limits: Thresholds) -> bool:
-    """Whether the growth would be within range but for the blocks at fault."""
-    if verdict.name not in ("exploding", "vanishing"):
-        return False
-    if not math.isfinite(verdict.growth):
-        return any(f.kind == "dead" and f.severity == "critical" for f in blocks)
-    excess = sum(f.numbers.get("gain_deviation", 0.0) for f in blocks if serious(f))
-    return math.isfinite(excess) and abs(verdict.growth - excess) < min(limits.drift, abs(verdict.growth))
+def _confirmed(flow: FlowLike, found: Diagnosis, settings: Settings, limit: int) -> Diagnosis:
+    """The suspects after their remedies were tried, one cause with one remedy each."""
+    trials = _Trials(flow, found, settings, limit)
+    waiting = [finding for finding in found.findings if serious(finding)]
+    told: dict[int, Finding] = {}
+    untried: list[Finding] = []
+    verdict = found.verdict
+    while waiting:
+        suspect = waiting.pop(0)
+        made = trials.of_initialisation(suspect)
+        if made is not None and made.gone([suspect]) and trials.known is not None:
+            told[id(suspect)] = _as_made(suspect, trials.known)
+            if made.after is not None and is_stretch(suspect):
+                verdict = judged_without(verdict, made.after.verdict, trials.known.words)
+            continue
+        if not suspect.actions or any(action.get("action") == "convert" for action in suspect.actions):
+            continue  # words alone, or another dtype, in which nothing can be measured on these inputs
+        if trials.left < 1:
+            untried.append(suspect)
+            continue
+        cure = trials.cure(suspect)
+        told[id(suspect)] = _told(suspect, cure, trials.training() if cure is not None and cure.trains else None)
+        if cure is not None:
+            for follower in cure.trial.gone(waiting):
+                waiting.remove(follower)
+                told[id(follower)] = _follows(follower, suspect)
+    left = [told.get(id(finding), finding) for finding in found.findings]
+    kept = [finding for finding in map(sound, left) if finding is not None]
+    return replace(found, verdict=verdict, findings=tuple(ordered(kept)), untried=tuple(untried))
 
 
-def _accounts(blocks: Sequence[Finding], passing: Finding, limits: Thresholds) -> bool:
-    """Whether transient growth is that of single blocks at fault."""
-    inside = [f for f in blocks if serious(f) and set(f.steps) & set(passing.steps)]
-    excess = sum(f.numbers.get("gain_deviation", 0.0) for f in inside)
-    return math.isfinite(excess) and passing.numbers["growth"] - excess < limits.stable
-
-
-def _mechanism(
-    flow: FlowLike,
-    verdict: Verdict,
-    measurement: Measurement,
-    limits: Thresholds,
-    methods: Sequence[Identification] | None,
-    spectra: SharedSpectra | None,
-) -> list[Finding]:
-    """The mechanism, where growth asks for one and the states are small enough for whole spectra."""
-    if not isinstance(flow, Flow) or not math.isfinite(verdict.growth) or abs(verdict.growth) <= limits.stable:
-        return []
-    first, last = verdict.stretch
-    with_branch = sum(bool(step.merges) for step in measurement.steps[first : last + 1])
-    if 2 * with_branch < last - first + 1 or max(state.size for state in flow.states) > DENSE_SIZE:
-        return []
-    methods = identify(flow) if methods is None else methods
-    found: tuple[Mechanism, ...] = mechanisms(flow, samples=1, krylov=0, identifications=methods, spectra=spectra)
-    return mechanism_findings(
-        verdict, measurement, found, [method.skip for method in by_step(methods, len(flow.steps))], limits
-    )
-
-
-def _broken(verdict: Verdict) -> Verdict:
+def _told(suspect: Finding, cure: Cure | None, untreated: ShortTraining | None) -> Finding:
+    """A suspect with what its trial says."""
+    if cure is None:
+        return replace(suspect, remedy=NOTHING_HELPED, actions=())
+    evidence = f"{suspect.evidence}; tried on a copy: {cure.trial.changes}"
+    if cure.trains is not None and untreated is not None:
+        evidence += f"; {STEPS} steps of plain SGD take the loss {untreated} as it is, {cure.trains} treated"
     return replace(
-        verdict,
-        name="non-finite",
-        summary="Gradients, states or weights are not finite.",
-        growth=math.nan,
-        interval=(math.nan, math.nan),
+        suspect,
+        confidence=cure.trial.share if is_stretch(suspect) else suspect.confidence,
+        evidence=evidence,
+        remedy=cure.remedy.text,
+        actions=cure.remedy.actions,
     )
 
 
-def _renamed(verdict: Verdict, name: str, evidence: str) -> Verdict:
-    return replace(verdict, name=name, summary=f"{name.capitalize()}: {evidence}.")
+def _as_made(suspect: Finding, known: Known) -> Finding:
+    """A suspect that is nothing but a known initialisation."""
+    return replace(
+        suspect,
+        severity="info",
+        evidence=f"{suspect.evidence}; it comes of {known.words}, and is gone with weights of ordinary size there",
+        remedy="none is needed: training moves these weights first",
+        actions=(),
+    )
 
 
-def _ordered(found: Sequence[Finding]) -> list[Finding]:
-    """Blocks at fault first, then the worst; a consequence never goes before its cause."""
-    blocks = [f for f in found if len(f.steps) <= 2 and serious(f) and not FINDINGS[f.kind].consequence]
-    rest = sorted((f for f in found if f not in blocks), key=lambda f: -rank(f.severity))
-    return [*blocks, *rest]
+def _follows(follower: Finding, cause: Finding) -> Finding:
+    """A suspect that went with the remedy of another."""
+    where = cause.module_path or f"step {cause.steps[0]}"
+    return replace(
+        follower,
+        severity="info",
+        evidence=f"{follower.evidence}; it is gone with the remedy of {cause.kind} at {where}",
+        remedy=f"that of {cause.kind} at {where}",
+        actions=(),
+    )

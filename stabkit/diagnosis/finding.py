@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from stabkit.diagnosis.kinds import FINDINGS, SEVERITIES, rank
@@ -54,3 +55,38 @@ class Finding(Result):
 def serious(finding: Finding) -> bool:
     """Whether it is a warning or worse."""
     return rank(finding.severity) >= rank("warning")
+
+
+_NEAR_ONE = math.log(1.1)  # factors of a remedy closer to 1 change nothing that matters, nats
+_SURE = 0.5  # confidence under which a finding is more likely wrong than right
+
+
+def sound(finding: Finding) -> Finding | None:
+    """A finding fit to be told, or None: the one place where nonsense is kept from a reader.
+
+    A finding that is more likely wrong than right is dropped. A remedy that multiplies by about 1, by nothing, or by
+    what is not a number is no remedy, and the finding is told without one.
+
+    Example:
+        >>> odd = Finding("saturated", "warning", (0,), "a", 0.9, "", "multiply by 1", "", actions=(
+        ...     {"action": "scale", "parameter": "a.weight", "factor": 1.0},))
+        >>> sound(odd).remedy, sound(odd).actions
+        ('nothing simple: no factor that was computed changes it', ())
+    """
+    if not finding.confidence >= _SURE:
+        return None
+    numbers = {name: value for name, value in finding.numbers.items() if math.isfinite(value)}
+    useful = all(_changes(action) for action in finding.actions)
+    if useful:
+        return replace(finding, numbers=numbers)
+    return replace(
+        finding, numbers=numbers, remedy="nothing simple: no factor that was computed changes it", actions=()
+    )
+
+
+def _changes(action: Action) -> bool:
+    """Whether an action changes something, by a number that is one."""
+    if action.get("action") != "scale":
+        return all(math.isfinite(value) for value in action.values() if isinstance(value, float))
+    factor = float(action["factor"])
+    return factor > 0 and math.isfinite(factor) and abs(math.log(factor)) > _NEAR_ONE

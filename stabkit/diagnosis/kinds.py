@@ -36,6 +36,7 @@ VERDICTS: dict[str, Word] = {
     "transient growth": Word("gradients grow over some of the blocks, and shrink again over others"),
     "chaotic": Word("nearby states part exponentially over the steps", "grows"),
     "inconclusive": Word("the samples disagree too much for a verdict; more of them are needed"),
+    "not judged": Word("there is too little to judge, or it is not yet what it will be; the summary says what"),
     "non-finite": Word("states, gradients or weights hold NaN or infinity", "broken"),
 }
 

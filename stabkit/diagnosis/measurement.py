@@ -1,13 +1,9 @@
-"""Everything that a diagnosis rests on, measured in one walk back through the flow.
-
-Cotangents are brought back to unit size before every step, sample by sample and by powers of two, so that a loss in
-other units, or a gradient that leaves the range of its dtype, gives the same growth to the last bit.
-"""
+"""Everything that a diagnosis rests on, measured in one walk back through the flow."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -19,11 +15,27 @@ from stabkit.diagnosis.activity import Activity, activities
 from stabkit.diagnosis.branches import Merge, merges
 from stabkit.diagnosis.weights import Weight, ends_in_norm, norms_in, weights_of
 from stabkit.parallel import SERIAL, Parallel, runs
-from stabkit.tracing import Flow, FlowLike, StateLike, Step, StepLike
-from stabkit.tracing.samples import scale
+from stabkit.tracing import Flow, FlowLike, Iteration, Step, StepLike
+from stabkit.walk import (
+    Arrivals,
+    Observer,
+    Passage,
+    Pulled,
+    Walk,
+    drawn,
+    joined,
+    loss_columns,
+    probe_seeds,
+    random_columns,
+    space_at,
+    walk_back,
+    wide,
+)
 
 Array = npt.NDArray[np.float64]
-Mask = npt.NDArray[np.bool_]
+
+_GAIN_PROBES = 2  # fresh random cotangents of every step, which know nothing of those that arrive
+_GAIN = 7919  # between their seeds
 
 
 @dataclass(frozen=True)
@@ -31,10 +43,10 @@ class StepMeasurement:
     """What one step did to states and cotangents.
 
     Attributes:
-        index: of the step.
-        name: of the step.
-        module_path: of the step.
-        module_class: of that module.
+        index: the index of the step.
+        name: the name of the step.
+        module_path: the module path of the step.
+        module_class: the class of that module.
         kind: ``"step"`` or ``"transition"``.
         space: shapes of its source and target.
         gain: ``(samples,)``, 1/2 log(|J|_F^2 / m) estimated from fresh random cotangents, nats.
@@ -92,6 +104,7 @@ class Measurement:
         restarts: states at which random cotangents were drawn anew for all samples, since nothing came back to them.
         loss: what was differentiated, in words.
         probes: how many cotangents were pulled back per sample.
+        pulled: the same walk as `stabkit.attribute` takes it, for the first samples; None where none was kept.
     """
 
     steps: tuple[StepMeasurement, ...]
@@ -101,6 +114,7 @@ class Measurement:
     restarts: tuple[int, ...]
     loss: str
     probes: int
+    pulled: Pulled | None = None
 
     @property
     def kinds(self) -> tuple[str, ...]:
@@ -109,7 +123,13 @@ class Measurement:
 
 
 def measure(
-    flow: FlowLike, loss: object = None, *, probes: int = 4, seed: int = 0, parallel: Parallel = SERIAL
+    flow: FlowLike,
+    loss: object = None,
+    *,
+    probes: int = 4,
+    seed: int = 0,
+    kept: int = 4,
+    parallel: Parallel = SERIAL,
 ) -> Measurement:
     """Growth, gains, branches, activity and weights of every step.
 
@@ -117,187 +137,136 @@ def measure(
         flow: a traced forward pass, or an iterated map.
         loss: a callable on the model's output that returns a scalar. None pulls back ``probes`` random cotangents.
         probes: random cotangents per sample when there is no loss; with one, it alone is pulled back.
-        seed: of the cotangents.
+        seed: the seed of the cotangents.
+        kept: samples, from the first, whose cotangents are kept at small steps for `Measurement.pulled`.
         parallel: who pulls back which cotangents, and measures which steps.
     """
-    seeds = [seed] if loss is not None else [seed + 1_000_003 * probe for probe in range(probes)]
-    carried, measured = _shared_walks(flow, loss, seeds, seed, parallel)
-    name = f"{probes} standard normal cotangents per sample"
+    seeds = [seed] if loss is not None else probe_seeds(seed, probes)
+    states = _States.of(flow)
+    walk, arrivals, measured = _shared_walks(flow, loss, seeds, states, seed, kept, parallel)
+    words = f"{probes} standard normal cotangents per sample"
+    words = words if loss is None else getattr(loss, "__name__", type(loss).__name__)
     return Measurement(
         steps=tuple(measured),
-        growth=carried.growth,
-        log_gradients=carried.log_gradients,
-        log_states=np.stack([log_rms(state) for state in flow.states]),
-        restarts=carried.restarts,
-        loss=name if loss is None else getattr(loss, "__name__", type(loss).__name__),
+        growth=_columns(walk.growth),
+        log_gradients=_columns(walk.log_norms),
+        log_states=states.log_rms,
+        restarts=walk.restarts,
+        loss=words,
         probes=len(seeds),
+        pulled=Pulled.of(walk, arrivals, kept, words),
     )
+
+
+def _columns(values: Tensor) -> Array:
+    """``(steps, batch, k)`` as ``(steps, k * batch)``: all samples of the first cotangent come first."""
+    flat: Array = values.transpose(1, 2).flatten(1).numpy()
+    return flat
 
 
 @dataclass(frozen=True)
-class _Walk:
-    """What became of some cotangents on their way back through the flow; columns as in `Measurement`."""
+class _States:
+    """Sizes of the states: log of the root mean square ``(states, samples)``, and whether all entries are finite."""
 
-    growth: Array
-    log_gradients: Array
-    restarts: tuple[int, ...]
+    log_rms: Array
+    finite: tuple[bool, ...]
+
+    @classmethod
+    def of(cls, flow: FlowLike) -> _States:
+        """Those of a flow; an iterated map is run once, and stops where a state is not finite."""
+        states = flow.trajectory() if isinstance(flow, Iteration) else (state.flatten() for state in flow.states)
+        rows, finite = [], []
+        for state in states:
+            flat = wide(state.detach())
+            rows.append(flat.square().mean(1).sqrt().log().cpu())
+            finite.append(bool(flat.isfinite().all()))
+        return cls(torch.stack(rows).numpy(), tuple(finite))
+
+
+_Part = tuple[Walk, tuple[Tensor | None, ...], list[StepMeasurement]]
 
 
 def _shared_walks(
-    flow: FlowLike, loss: object, seeds: Sequence[int], seed: int, parallel: Parallel
-) -> tuple[_Walk, list[StepMeasurement]]:
+    flow: FlowLike, loss: object, seeds: Sequence[int], states: _States, seed: int, kept: int, parallel: Parallel
+) -> _Part:
     """Everyone walks back with some of the cotangents and measures some of the steps on the way."""
-    count = len(flow.steps)
+    count = len(flow)
     mine = runs(len(seeds), parallel.count)
 
-    def walk(part: int) -> tuple[_Walk | None, list[StepMeasurement]]:
-        low, high = mine[part]
-        return _walk(flow, loss, seeds[low:high], range(part, count, parallel.count), seed)
+    def walk(given: Sequence[int], wanted: Container[int]) -> _Part:
+        columns = loss_columns(flow, [loss]) if given and loss is not None else random_columns(flow, given)
+        arrivals, steps = Arrivals(count, kept), _Steps(flow, states, wanted, seed)
+        found = walk_back(flow, columns, given, renewal="each", observers=[arrivals, steps])
+        return found, arrivals.columns, steps.measured[::-1]
 
-    found = parallel.share(walk, [1.0] * parallel.count, name="walk")
-    walks = [carried for carried, _ in found if carried is not None]
-    measured = sorted((step for _, steps in found for step in steps), key=lambda step: step.index)
-    if len({carried.restarts for carried in walks}) > 1:  # cotangents start anew where nothing came back to any of them
-        carried, _ = _walk(flow, loss, seeds, (), seed)
-        walks = [] if carried is None else [carried]
-    return _beside(walks), measured
+    def part(number: int) -> _Part:
+        low, high = mine[number]
+        return walk(seeds[low:high], range(number, count, parallel.count))
 
-
-def _beside(walks: Sequence[_Walk]) -> _Walk:
-    growth, gradients = (np.concatenate([getattr(w, name) for w in walks], 1) for name in ("growth", "log_gradients"))
-    return _Walk(growth, gradients, walks[0].restarts)
-
-
-def _walk(
-    flow: FlowLike, loss: object, seeds: Sequence[int], wanted: Container[int], seed: int
-) -> tuple[_Walk | None, list[StepMeasurement]]:
-    """One walk back with one cotangent a seed, which measures the steps that are wanted; no walk without seeds."""
-    cotangents = [_Carried(flow.states[-1], flow.cotangent(loss, seed=each)) for each in seeds]
-    gradients = [[c.log_norms for c in cotangents]]
-    cotangents = [c.renewed(each + len(flow.steps)) for c, each in zip(cotangents, seeds, strict=True)]
-    growth: list[list[Array]] = []
-    measured: list[StepMeasurement] = []
-    restarts = []
-    steps: Sequence[StepLike] = flow.steps
-    for step in reversed(steps):
-        if not (cotangents or step.index in wanted):
-            continue
-        pull = _pullback(step)
-        before = [_Carried(step.source, pull(c.tensors), c.shift, c.silent) for c in cotangents]
-        growth.append([_difference(b.log_norms, c.log_norms) for b, c in zip(before, cotangents, strict=True)])
-        if step.index in wanted:
-            measured.append(_measure_step(flow, step, pull, seed))
-        if step.index > 0 and before and all(b.silent.all() for b in before):
-            before = [_Carried(step.source, _drawn(step.source, each + step.index)) for each in seeds]
-            restarts.append(step.index)
-        gradients.append([np.where(b.silent, -np.inf, b.log_norms) for b in before])
-        cotangents = [b.renewed(each + step.index) for b, each in zip(before, seeds, strict=True)]
-    if not cotangents:
-        return None, measured
-    rows = np.stack([np.concatenate(row) for row in growth[::-1]]) if growth else np.zeros((0, 1))
-    columns = np.stack([np.concatenate(row) for row in gradients[::-1]])
-    return _Walk(rows, columns, tuple(sorted(restarts))), measured
+    found = parallel.share(part, [1.0] * parallel.count, name="walk")
+    measured = sorted((step for _, _, steps in found for step in steps), key=lambda step: step.index)
+    walks = [(each, arrived) for (low, high), (each, arrived, _) in zip(mine, found, strict=True) if low < high]
+    if len({each.restarts for each, _ in walks}) > 1:  # all start anew where nothing came back to any of them
+        each, arrived, _ = walk(seeds, ())
+        walks = [(each, arrived)]
+    return joined([each for each, _ in walks]), _beside([arrived for _, arrived in walks]), measured
 
 
-class _Carried:
-    """A cotangent of about unit size per sample, with the logarithm of what was taken out of it.
-
-    A sample is silent from where nothing comes back to it, also when its cotangent was drawn anew since.
-    """
-
-    def __init__(
-        self, state: StateLike, tensors: Sequence[Tensor], shift: Array | None = None, silent: Mask | None = None
-    ) -> None:
-        norms = _norms(state, tensors)
-        self.state = state
-        self.shift = np.zeros(len(norms)) if shift is None else shift
-        self.silent = (norms == 0) | (False if silent is None else silent)
-        with np.errstate(divide="ignore", invalid="ignore"):
-            self.log_norms = np.log(norms) + self.shift
-        usable = np.isfinite(norms) & (norms > 0)
-        exponents = np.where(usable, np.round(np.log2(np.where(usable, norms, 1.0))), 0.0)
-        exponents = np.clip(exponents, -120, 120)  # the factor itself must be a number of every dtype
-        limit = 15 if any(t.dtype == torch.float16 for t in tensors) else 120
-        exponents = np.clip(exponents, -limit, limit)
-        if exponents.any():
-            factors = torch.from_numpy(np.exp2(-exponents))
-            layouts = state.space.layouts
-            tensors = [scale(t.detach(), layout, factors) for t, layout in zip(tensors, layouts, strict=True)]
-        self.shift = self.shift + exponents * math.log(2.0)
-        self.tensors = list(tensors)
-
-    def renewed(self, seed: int) -> _Carried:
-        """The same, with a new random cotangent for the samples that have none: what lies before is measured too."""
-        gone = np.isneginf(self.log_norms)
-        if not gone.any():
-            return self
-        space, chosen = self.state.space, torch.from_numpy(gone)[:, None, None]
-        drawn, kept = (
-            space.flatten([t.detach().unsqueeze(0) for t in ts]) for ts in (_drawn(self.state, seed), self.tensors)
-        )
-        mixed = space.unflatten(torch.where(chosen.to(kept.device), drawn, kept))
-        return _Carried(self.state, [t.squeeze(0) for t in mixed], self.shift, self.silent)
-
-
-def _norms(state: StateLike, tensors: Sequence[Tensor]) -> Array:
-    columns = state.space.flatten([t.detach().unsqueeze(0) for t in tensors]).squeeze(-1)
-    norms: Array = torch.linalg.vector_norm(columns.to(torch.float64), dim=1).cpu().numpy()
-    return norms
-
-
-def _difference(numerator: Array, denominator: Array) -> Array:
-    """``numerator - denominator`` of logarithms; NaN for nothing over nothing."""
-    with np.errstate(invalid="ignore"):
-        return numerator - denominator
-
-
-def _drawn(state: StateLike, seed: int) -> list[Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    space = state.space
-    columns = torch.randn(space.batch, space.size, 1, generator=generator, dtype=torch.float64)
-    return [t.squeeze(0) for t in space.unflatten(columns.to(device=space.device, dtype=space.dtype))]
-
-
-def log_rms(state: StateLike) -> Array:
-    """Log of the root mean square of a state's entries, per sample."""
-    flat = state.flatten().detach().to(torch.float64)
-    with np.errstate(divide="ignore"):
-        return np.asarray(flat.square().mean(1).sqrt().log().cpu().numpy())
-
-
-def _pullback(step: StepLike) -> Callable[[Sequence[Tensor]], list[Tensor]]:
-    """Products with J^T of one step; a step of an iterated map is recorded once for all of them."""
-    if isinstance(step, Step):
-        return step.vjp
-    J, space = step.jacobian(), step.source.space
-
-    def pull(tensors: Sequence[Tensor]) -> list[Tensor]:
-        columns = space.flatten([tensor.unsqueeze(0) for tensor in tensors])
-        return [tensor.squeeze(0) for tensor in space.unflatten(J.rmatmat(columns))]
-
-    return pull
-
-
-def _measure_step(
-    flow: FlowLike, step: StepLike, pull: Callable[[Sequence[Tensor]], list[Tensor]], seed: int
-) -> StepMeasurement:
-    pulled = [_norms(step.source, pull(_drawn(step.target, seed + 7919 * k + step.index))) for k in (1, 2)]
-    sent = [_norms(step.target, _drawn(step.target, seed + 7919 * k + step.index)) for k in (1, 2)]
-    with np.errstate(divide="ignore", invalid="ignore"):
-        gain: Array = 0.5 * np.log(sum(p**2 for p in pulled) / sum(s**2 for s in sent))
-        change = float((log_rms(step.target) - log_rms(step.source)).mean())
-    measured = StepMeasurement(
-        index=step.index,
-        name=step.name,
-        module_path=step.module_path,
-        module_class=getattr(step, "module_class", ""),
-        kind=step.kind,
-        space=(step.source.sample_shapes, step.target.sample_shapes),
-        gain=gain,
-        log_change=change,
-        finite=not _finite(step.source) or _finite(step.target),
+def _beside(parts: Sequence[tuple[Tensor | None, ...]]) -> tuple[Tensor | None, ...]:
+    """What arrived at every step, the cotangents of all parts side by side."""
+    return tuple(
+        None if any(part is None for part in step) else torch.cat([part for part in step if part is not None], 2)
+        for step in zip(*parts, strict=True)
     )
-    return _with_inside(measured, flow, step, seed) if isinstance(flow, Flow) and isinstance(step, Step) else measured
+
+
+class _Steps(Observer):
+    """Measures the steps that are wanted, the last one first; their gain from cotangents of its own."""
+
+    width = _GAIN_PROBES
+
+    def __init__(self, flow: FlowLike, states: _States, wanted: Container[int], seed: int) -> None:
+        self.measured: list[StepMeasurement] = []
+        self._flow, self._states, self._wanted, self._seed = flow, states, wanted, seed
+        self._sent = torch.empty(0)
+
+    def beside(self, step: StepLike) -> Tensor | None:
+        """The random cotangents of its gain."""
+        if step.index not in self._wanted:
+            return None
+        numbers = range(1, _GAIN_PROBES + 1)
+        self._sent = drawn(space_at(self._flow, step.index + 1), [self._seed + _GAIN * k + step.index for k in numbers])
+        return self._sent
+
+    def passed(self, passage: Passage, pulled: Tensor | None) -> None:
+        """Measure the step."""
+        if pulled is None:
+            return
+        step = passage.step
+        before, after = self._states.log_rms[step.index], self._states.log_rms[step.index + 1]
+        with np.errstate(invalid="ignore"):
+            change = float((after - before).mean())
+        finite = not self._states.finite[step.index] or self._states.finite[step.index + 1]
+        spaces = [space_at(self._flow, index).sample_shapes for index in (step.index, step.index + 1)]
+        measured = StepMeasurement(
+            index=step.index,
+            name=step.name,
+            module_path=step.module_path,
+            module_class=getattr(step, "module_class", ""),
+            kind=step.kind,
+            space=(spaces[0], spaces[1]),
+            gain=(0.5 * (_energy(pulled) / _energy(self._sent)).log()).numpy(),
+            log_change=change,
+            finite=finite,
+        )
+        if isinstance(self._flow, Flow) and isinstance(step, Step):
+            measured = _with_inside(measured, self._flow, step, self._seed)
+        self.measured.append(measured)
+
+
+def _energy(columns: Tensor) -> Tensor:
+    """Sum of squares per sample."""
+    return wide(columns).square().sum((1, 2)).cpu()
 
 
 def _with_inside(measured: StepMeasurement, flow: Flow, step: Step, seed: int) -> StepMeasurement:
@@ -321,7 +290,3 @@ def _branch(step: Step) -> tuple[float, float]:
     before, after = (state.flatten().detach() for state in (step.source, step.target))
     rms = (after.double() - before.double()).square().mean(1).sqrt()
     return float(rms.clamp_min(1e-300).log().mean()), float((before == after).float().mean())
-
-
-def _finite(state: StateLike) -> bool:
-    return all(bool(t.isfinite().all()) for t in state.tensors)

@@ -128,7 +128,7 @@ def _finding(fault: LocalFault, measurement: Measurement, thresholds: Thresholds
     kind = _kind(fault)
     growth = measurement.growth[step.index]
     stopped = bool(np.isneginf(growth).all())
-    severity = "critical" if stopped or abs(fault.size) > thresholds.drift else "warning"
+    severity = "critical" if stopped or abs(fault.size) > thresholds.explosion else "warning"
     if fault.hidden and not _counts(fault, thresholds):
         severity = "info"
     home = measurement.steps[fault.home] if fault.biases else step

@@ -18,7 +18,7 @@ class Deviation:
     """One value beside those of its peers.
 
     Attributes:
-        value: of the one, nats.
+        value: the quantity of the block that is compared, nats.
         typical: median of the others.
         spread: robust standard deviation of the others, at least 0.05 nats.
         peers: how many others there are.

@@ -53,7 +53,7 @@ def for_block(
 
     Args:
         step: the block.
-        kind: of the finding.
+        kind: the kind of the finding.
         weights: those far from their peers.
         size: deviation of the block, nats.
         branches: where its branches at fault end, with the deviation of each.
@@ -117,9 +117,15 @@ def fill(parameter: str, value: float) -> Action:
     return {"action": "fill", "parameter": parameter, "value": value}
 
 
-def add_skip(module: str) -> Action:
-    """Replace a module f by x + f(x)."""
-    return {"action": "add_skip", "module": module}
+def add_skip(module: str, through: str | None = None) -> Action:
+    """Replace a module f, or all from it through a later one of the same Sequential, by x + f(x)."""
+    alone = through is None or through == module
+    return {"action": "add_skip", "module": module} | ({} if alone else {"through": through})
+
+
+def activate(module: str, by: str) -> Action:
+    """Put another activation of torch in the place of one."""
+    return {"action": "activate", "module": module, "by": by}
 
 
 def insert_norm(module: str, like: str) -> Action:

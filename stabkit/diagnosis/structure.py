@@ -1,4 +1,4 @@
-"""A norm or a skip that every block of a stack has but one."""
+"""Blocks that lack the norm or the skip that all other blocks of their stack have."""
 
 from __future__ import annotations
 

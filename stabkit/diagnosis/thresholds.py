@@ -16,9 +16,9 @@ class Thresholds(Result):
 
     Attributes:
         stable: growth within plus or minus this is stable (a factor of 10).
-        drift: growth within plus or minus this is a drift; beyond, it is exploding or vanishing (a factor of 1000).
+        explosion: beyond plus or minus this, growth is exploding or vanishing (a factor of 1000); between `stable` and
+            this it is a drift.
         confidence: level of the intervals.
-        resamples: bootstrap resamples behind an interval.
         rate_law: advantage in AIC that an exponential law must have over a power law before a growth counts as
             exponential. The power law of a normalised residual network is a drift, however deep the network.
         outlier: how many robust standard deviations a block must lie from its peers to be a local fault.
@@ -34,9 +34,8 @@ class Thresholds(Result):
     """
 
     stable: float = math.log(10.0)
-    drift: float = math.log(1e3)
+    explosion: float = math.log(1e3)
     confidence: float = 0.95
-    resamples: int = 2000
     rate_law: float = 10.0
     outlier: float = 6.0
     outlier_weight: float = math.log(3.0)

@@ -1,27 +1,21 @@
-"""A remedy carried out on a model."""
+"""Remedies carried out: of one finding, or in rounds until nothing is left to treat."""
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
-from stabkit.diagnosis.finding import Action, Finding
+from stabkit.diagnosis.actions import carry_out
+from stabkit.diagnosis.examination import examine
+from stabkit.diagnosis.finding import Finding, serious
+from stabkit.diagnosis.suspects import Diagnosis
+from stabkit.diagnosis.thresholds import Thresholds
 from stabkit.errors import ArgumentError
-
-
-class Skip(nn.Module):
-    """x + f(x)."""
-
-    def __init__(self, branch: nn.Module) -> None:
-        super().__init__()
-        self.branch = branch
-
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        """The input plus what the branch makes of it."""
-        return x + self.branch(x, *args, **kwargs)
+from stabkit.tracing import trace
 
 
 def apply(model: nn.Module, finding: Finding, *, seed: int = 0) -> int:
@@ -30,7 +24,7 @@ def apply(model: nn.Module, finding: Finding, *, seed: int = 0) -> int:
     Args:
         model: the model that was diagnosed.
         finding: what was found in it.
-        seed: of weights that are drawn anew.
+        seed: the seed of weights that are drawn anew.
 
     Raises:
         ArgumentError: an action names something that the model does not have, or is of an unknown form.
@@ -50,58 +44,92 @@ def apply(model: nn.Module, finding: Finding, *, seed: int = 0) -> int:
         >>> stabkit.diagnose(stabkit.trace(model, torch.randn(4, 32)))
         []
     """
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for action in finding.actions:
-            _apply(model, action, generator)
+    carry_out(model, finding.actions, seed)
     return len(finding.actions)
 
 
-def _apply(model: nn.Module, action: Action, generator: torch.Generator) -> None:
-    form = action.get("action")
-    if form == "scale":
-        parameter(model, action["parameter"]).mul_(float(action["factor"]))
-    elif form == "redraw":
-        tensor = parameter(model, action["parameter"])
-        drawn = torch.randn(tensor.shape, generator=generator, dtype=torch.float64)
-        tensor.copy_((float(action["rms"]) * drawn).to(tensor))
-    elif form == "fill":
-        parameter(model, action["parameter"]).fill_(float(action["value"]))
-    elif form == "orthogonalise":
-        tensor = parameter(model, action["parameter"])
-        U, _, Vh = torch.linalg.svd(tensor.flatten(1).double(), full_matrices=False)
-        tensor.copy_((float(action["gain"]) * U @ Vh).reshape(tensor.shape))
-    elif form == "add_skip":
-        _replace(model, action["module"], Skip(_module(model, action["module"])))
-    elif form == "insert_norm":
-        norm = copy.deepcopy(_module(model, action["like"]))
-        reset = getattr(norm, "reset_parameters", None)
-        if callable(reset):
-            reset()
-        _replace(model, action["module"], norm)
-    elif form == "convert":
-        model.to(getattr(torch, action["dtype"]))
-    else:
+@dataclass(frozen=True)
+class Treatment:
+    """A treated copy of a model, and what was done to it.
+
+    Attributes:
+        model: the copy.
+        applied: the findings whose remedies were carried out, in this order.
+        before: the diagnosis of the model as it was given.
+        after: the diagnosis of the copy.
+    """
+
+    model: nn.Module
+    applied: tuple[Finding, ...]
+    before: Diagnosis
+    after: Diagnosis
+
+    @property
+    def silent(self) -> bool:
+        """Whether nothing at warning or above is left."""
+        return not any(serious(finding) for finding in self.after.findings)
+
+    def __str__(self) -> str:
+        lines = [f"{finding.kind} at {finding.module_path}: {finding.remedy}" for finding in self.applied]
+        left = [f"left: {f.kind} at {f.module_path}: {f.evidence}" for f in self.after.findings if serious(f)]
+        return "\n".join([*(lines or ["nothing was done"]), *left])
+
+
+def treat(
+    model: nn.Module,
+    *inputs: Any,
+    loss: object = None,
+    kwargs: Mapping[str, Any] | None = None,
+    rounds: int = 8,
+    thresholds: Thresholds | None = None,
+    seed: int = 0,
+    **tracing: Any,
+) -> Treatment:
+    """A copy of a model, treated in rounds until nothing at warning or above is left, with what was done to it.
+
+    Each round diagnoses the copy and carries out the first remedy that helped when it was tried. The model that is
+    given stays as it is. Whether the copy then trains is for a training run to say.
+
+    Args:
+        model: what to treat.
+        *inputs: what it is called with.
+        loss: a callable on the model's output that returns a scalar; None pulls back random cotangents.
+        kwargs: keyword arguments of the call.
+        rounds: remedies that are carried out at most.
+        thresholds: the limits behind the findings.
+        seed: the seed of every random choice.
+        **tracing: further options of `stabkit.trace`, such as ``batch_dim``.
+
+    Raises:
+        ArgumentError: the model is no ``torch.nn.Module``, of which a copy could be made.
+        TraceError: the model could not be traced.
+
+    Example:
+        >>> import torch
+        >>> layers = [torch.nn.Linear(16, 16, bias=False) for _ in range(12)]
+        >>> for layer in layers: _ = torch.nn.init.orthogonal_(layer.weight)
+        >>> for layer, by in ((layers[2], 0.05), (layers[7], 30.0)): _ = layer.weight.data.mul_(by)
+        >>> done = treat(torch.nn.Sequential(*layers), torch.randn(4, 16))
+        >>> sorted((f.kind, f.module_path) for f in done.applied), done.silent
+        ([('exploding', '7'), ('vanishing', '2')], True)
+    """
+    if not isinstance(model, nn.Module):
         raise ArgumentError(
-            f"action {form!r} is unknown; known are scale, redraw, fill, orthogonalise, add_skip, insert_norm, convert"
+            f"model is a {type(model).__name__}; treat copies and changes modules: give a torch.nn.Module"
         )
+    treated = copy.deepcopy(model)
+    applied: list[Finding] = []
 
+    def diagnosed() -> Diagnosis:
+        flow = trace(treated, *inputs, kwargs=kwargs, seed=seed, **tracing)
+        return examine(flow, loss, thresholds=thresholds, seed=seed)
 
-def parameter(model: nn.Module, path: str) -> nn.Parameter:
-    """A parameter by its path."""
-    found = dict(model.named_parameters(remove_duplicate=False)).get(path)
-    if found is None:
-        raise ArgumentError(f"the model has no parameter {path!r}; is it the one that was diagnosed?")
-    return found
-
-
-def _module(model: nn.Module, path: str) -> nn.Module:
-    try:
-        return model.get_submodule(path)
-    except AttributeError:
-        raise ArgumentError(f"the model has no module {path!r}; is it the one that was diagnosed?") from None
-
-
-def _replace(model: nn.Module, path: str, module: nn.Module) -> None:
-    parent, _, name = path.rpartition(".")
-    setattr(_module(model, parent), name, module)
+    before = after = diagnosed()
+    for _ in range(rounds):
+        found = next((f for f in after.findings if serious(f) and f.actions), None)
+        if found is None:
+            break
+        carry_out(treated, found.actions, seed)
+        applied.append(found)
+        after = diagnosed()
+    return Treatment(treated, tuple(applied), before, after)

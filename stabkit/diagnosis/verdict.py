@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
 
 from stabkit.diagnosis.thresholds import Thresholds
+from stabkit.statistics import mean_interval
 
 Array = npt.NDArray[np.float64]
+_FEWEST_BLOCKS = 2  # steps that keep their space, from which growth over depth can be judged
 
 
 @dataclass(frozen=True)
@@ -33,29 +35,6 @@ class Verdict:
     stretch: tuple[int, int]
 
 
-def bootstrap_interval(values: Array, thresholds: Thresholds, seed: int) -> tuple[float, float]:
-    """Percentile interval of the mean over samples; the value itself when there is only one.
-
-    Samples share the weights, so this is a statement about this network and not about its initialisation.
-    """
-    means = _resampled_means(values, thresholds.resamples, seed)
-    tail = 50 * (1 - thresholds.confidence)
-    low, high = np.percentile(means, [tail, 100 - tail])
-    return float(low), float(high)
-
-
-def share_beyond(values: Array, thresholds: Thresholds, seed: int) -> float:
-    """Share of bootstrap means of ``values`` that lie beyond the limit of drift."""
-    return float((_resampled_means(values, thresholds.resamples, seed) > thresholds.drift).mean())
-
-
-def _resampled_means(values: Array, resamples: int, seed: int) -> Array:
-    rng = np.random.default_rng(seed)
-    picks = rng.integers(0, len(values), size=(resamples, len(values)))
-    means: Array = values[picks].mean(axis=1)
-    return means
-
-
 def stretch_of_blocks(kinds: Sequence[str]) -> tuple[int, int]:
     """From the first to the last step that keeps the space; everything, when there is none.
 
@@ -65,14 +44,13 @@ def stretch_of_blocks(kinds: Sequence[str]) -> tuple[int, int]:
     return (blocks[0], blocks[-1]) if blocks else (0, len(kinds) - 1)
 
 
-def judge(log_growth: Array, kinds: Sequence[str], thresholds: Thresholds, seed: int) -> Verdict:
+def judge(log_growth: Array, kinds: Sequence[str], thresholds: Thresholds) -> Verdict:
     """The verdict on measured growth.
 
     Args:
         log_growth: ``(steps, samples)`` in nats, samples being inputs and random cotangents.
         kinds: kind of every step.
         thresholds: the limits.
-        seed: of the bootstrap.
     """
     first, last = stretch_of_blocks(kinds)
     with np.errstate(invalid="ignore"):  # infinitely much times nothing is NaN
@@ -90,20 +68,42 @@ def judge(log_growth: Array, kinds: Sequence[str], thresholds: Thresholds, seed:
         growth = low = high = -np.inf  # nothing comes back for most samples
     else:
         growth = float(total[through].mean())
-        low, high = bootstrap_interval(total[through], thresholds, seed)
+        low, high = mean_interval(total[through], thresholds.confidence)
     name = _name(low, high, thresholds)
     count = last - first + 1
-    return Verdict(name, _summary(name, growth, count), growth, (low, high), (first, last))
+    found = Verdict(name, _summary(name, growth, count), growth, (low, high), (first, last))
+    blocks = sum(kind == "step" for kind in kinds)
+    if name in ("stable", "drift") and blocks < _FEWEST_BLOCKS:
+        return not_judged(found, _too_few(blocks, len(kinds)))
+    return found
+
+
+def not_judged(verdict: Verdict, why: str) -> Verdict:
+    """The same measurement without a verdict, and why there is none."""
+    return replace(verdict, name="not judged", summary=f"Not judged: {why}.")
+
+
+def judged_without(verdict: Verdict, other: Verdict, what: str) -> Verdict:
+    """The verdict that holds without what a model was made with, and will be trained out of."""
+    told = other.summary[:1].lower() + other.summary[1:]
+    return replace(verdict, name=other.name, summary=f"{other.name.capitalize()} but for {what}; without it, {told}")
+
+
+def _too_few(blocks: int, count: int) -> str:
+    """Why growth over so few blocks says nothing."""
+    if blocks == 0:
+        return f"each of the {count} steps changes its space, and growth from one space to another has no zero"
+    return f"one step alone keeps its space, and {count - 1} change it; growth over one block says nothing of depth"
 
 
 def _name(low: float, high: float, thresholds: Thresholds) -> str:
-    if low > thresholds.drift:
+    if low > thresholds.explosion:
         return "exploding"
-    if high < -thresholds.drift:
+    if high < -thresholds.explosion:
         return "vanishing"
     if -thresholds.stable <= low and high <= thresholds.stable:
         return "stable"
-    if -thresholds.drift <= low and high <= thresholds.drift:
+    if -thresholds.explosion <= low and high <= thresholds.explosion:
         return "drift"
     return "inconclusive"
 
@@ -120,12 +120,24 @@ def factor(growth: float) -> str:
     return f"{math.exp(growth):.3g}" if abs(growth) < 10 else f"10^{growth / math.log(10):.0f}"
 
 
+def nats(growth: float) -> str:
+    """A growth in nats, in words where it is not finite.
+
+    Example:
+        >>> nats(-1.234), nats(float("-inf"))
+        ('-1.23 nats', 'nothing passes')
+    """
+    if growth == -math.inf:
+        return "nothing passes"
+    return f"{growth:+.2f} nats" if math.isfinite(growth) else "not finite"
+
+
 def _summary(name: str, growth: float, count: int) -> str:
     steps = f"{count} step{'s' if count != 1 else ''}"
     change = f"over {steps} the gradient changes by a factor of {factor(growth)} on its way back"
     return {
         "stable": f"Stable: {change}.",
-        "drift": f"Drift: {change}: more than a factor of 10, less than what usually breaks training.",
+        "drift": f"Drift: {change}: more than a factor of 10, less than 1000.",
         "exploding": f"Exploding: {change}.",
         "vanishing": f"Vanishing: {change}.",
         "inconclusive": f"Inconclusive: {change}, but the samples disagree; analyse more of them.",

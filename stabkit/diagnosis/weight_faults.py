@@ -14,6 +14,8 @@ from stabkit.diagnosis.thresholds import Thresholds
 from stabkit.diagnosis.weights import Weight
 
 FEWEST_PEERS = 2  # with one peer alone, neither can be told to be the odd one
+_FEW = 5  # peers under which only what is far beyond all of them counts
+_FAR = math.log(10.0)  # that far, nats
 # how far a matrix without peers may lie above or below the range of all others, at least, nats: heads are often small
 _ABOVE, _BELOW = math.log(4.0), math.log(10.0)
 _SIGMAS = 3.0  # standard deviations that such a distance counts as
@@ -41,7 +43,7 @@ def weight_faults(steps: Sequence[StepMeasurement], thresholds: Thresholds) -> l
     owners: dict[str, tuple[int, Weight]] = {}
     for step in steps:
         for weight in step.weights:
-            if weight.kind != "bias" and weight.finite:
+            if weight.kind != "bias" and weight.finite and not weight.tied:
                 owners.setdefault(weight.path, (step.index, weight))
     found, judged = [], set()
     for group in _groups([weight for _, weight in owners.values()]):
@@ -54,7 +56,8 @@ def weight_faults(steps: Sequence[StepMeasurement], thresholds: Thresholds) -> l
             readings = [_at(group, index, c) for c in range(len(weight.gains))]
             # two peers agree by chance in one of the conventions
             far = nearest_to_peers(readings) if len(group) > FEWEST_PEERS + 1 else min(readings, key=_distance)
-            if far.exceeds(thresholds.outlier_weight, thresholds.outlier):
+            least = thresholds.outlier_weight if far.peers >= _FEW else _FAR
+            if far.exceeds(least, thresholds.outlier) and _by_entries(group, index, far):
                 found.append(WeightFault(owners[weight.path][0], weight, far))
     # of tables of positions and the like, no size is expected
     matrices = {p: (i, w) for p, (i, w) in owners.items() if w.kind == "matrix" and p.endswith("weight")}
@@ -85,17 +88,33 @@ def _at(group: Sequence[Weight], index: int, convention: int) -> Deviation:
     return deviation([weight.gains[convention] for weight in group], index)
 
 
+def _by_entries(group: Sequence[Weight], index: int, far: Deviation) -> bool:
+    """Whether the entries themselves are as far from those of the peers, half of it at least, where shapes differ."""
+    if far.size == -math.inf or len({weight.unit for weight in group}) == 1:
+        return True
+    entries = deviation([_log_rms(weight) for weight in group], index)
+    return entries.size * far.size > 0 and abs(entries.size) > 0.5 * abs(far.size)
+
+
+def _log_rms(weight: Weight) -> float:
+    return weight.gains[0] - math.log(weight.unit)
+
+
 def _distance(found: Deviation) -> float:
     return math.inf if math.isnan(found.size) else abs(found.size)
 
 
 def _outside(weight: Weight, others: Sequence[Weight]) -> Deviation | None:
-    """How far a matrix lies outside the range of all others, by the convention in which these agree best."""
+    """How far a matrix lies outside the range of all others, by its entries and by its fan-in alike.
+
+    Its shape is its own, so each of the two alone would hold the shape against it.
+    """
     if len(others) <= FEWEST_PEERS or not all(math.isfinite(w.gains[0]) for w in others):
         return None
-    columns = list(zip(*(w.gains for w in others), strict=True))
-    best = min(range(len(columns)), key=lambda c: max(columns[c]) - min(columns[c]))
-    return _beyond(weight.gains[best], columns[best], _ABOVE, _BELOW)
+    above = _ABOVE if len(others) >= _FEW else _FAR
+    entries = _beyond(_log_rms(weight), [_log_rms(other) for other in others], above, _BELOW)
+    gain = _beyond(weight.gains[0], [other.gains[0] for other in others], above, _BELOW)
+    return gain if entries is not None and gain is not None and entries.size * gain.size > 0 else None
 
 
 def _beyond(value: float, others: Sequence[float], least_above: float, least_below: float) -> Deviation | None:

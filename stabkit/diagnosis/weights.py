@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import math
 import re
 from collections.abc import Iterator
@@ -35,6 +36,7 @@ class Weight:
         mean: mean of its entries.
         finite: whether all entries are.
         normed: whether a norm runs after its module in the step, which takes its size out of the states again.
+        tied: whether it is the table of an embedding as well: its size is then that of embeddings.
         log_rank: log of the effective rank of a matrix over its largest possible one; NaN where there is none to speak
             of. The effective rank is the participation ratio of the squared singular values, |W|_F^4 / |W W^T|_F^2.
     """
@@ -50,17 +52,20 @@ class Weight:
     finite: bool
     normed: bool = False
     log_rank: float = math.nan
+    tied: bool = False
 
 
 def weights_of(flow: Flow, step: Step) -> tuple[Weight, ...]:
     """The parameters of the modules that ran in a step, and of modules below them that never run on their own."""
     called = {call.path for call in flow.recorded.recording.calls}
     calls = calls_of(flow, step)
+    tables = {id(m.weight) for m in flow.model.modules() if isinstance(m, nn.Embedding | nn.EmbeddingBag)}
     last_norm = max((call.start for call in calls if is_norm(call.module)), default=-1)
     found: dict[str, Weight] = {}
     for call in calls:
-        for weight in _owned(call, called):
-            found.setdefault(weight.path, replace(weight, normed=last_norm >= call.stop))
+        for weight, parameter in _owned(call, called):
+            normed = last_norm >= call.stop
+            found.setdefault(weight.path, replace(weight, normed=normed, tied=id(parameter) in tables))
     return tuple(found.values())
 
 
@@ -70,8 +75,12 @@ def calls_of(flow: Flow, step: Step) -> list[Call]:
     start, stop = step.source.position, step.target.position
     last_before = clock[start - 1] if start > 0 else -1
     first_after = clock[stop] if stop < len(clock) else math.inf
+    calls = flow.recorded.recording.calls
+    # found by bisection: to look at all calls at every step would cost the square of the depth
+    low = bisect.bisect_right(calls, last_before, key=lambda call: call.start)
+    high = bisect.bisect_right(calls, first_after, key=lambda call: call.start)
     # a container of several steps lies in none of them
-    return [call for call in flow.recorded.recording.calls if last_before < call.start and call.stop <= first_after]
+    return [call for call in calls[low:high] if call.stop <= first_after]
 
 
 def is_norm(module: nn.Module) -> bool:
@@ -90,7 +99,7 @@ def ends_in_norm(flow: Flow, step: Step) -> bool:
     return bool(calls) and is_norm(calls[-1].module)
 
 
-def _owned(call: Call, called: set[str]) -> Iterator[Weight]:
+def _owned(call: Call, called: set[str]) -> Iterator[tuple[Weight, nn.Parameter]]:
     """Parameters of a module that ran, and of those below it that the recording never saw running."""
     for name, module in call.module.named_modules():
         path = ".".join(filter(None, (call.path, name)))
@@ -101,7 +110,7 @@ def _owned(call: Call, called: set[str]) -> Iterator[Weight]:
                 continue
             values = values_of(module, key)
             if values is not None:
-                yield describe(".".join(filter(None, (path, key))), path, module, values)
+                yield describe(".".join(filter(None, (path, key))), path, module, values), parameter
 
 
 def describe(path: str, module_path: str, module: nn.Module, parameter: Tensor) -> Weight:
@@ -116,6 +125,8 @@ def describe(path: str, module_path: str, module: nn.Module, parameter: Tensor) 
     if kind == "matrix":
         field = math.prod(data.shape[2:])
         fans = [data.shape[1] * field, data.shape[0] * field]
+        if type(module).__name__ == "Conv1D" or "Transpose" in type(module).__name__:
+            fans.reverse()  # these hold their inputs first
         unit = math.sqrt(max(fans[0], 1))
         gains = tuple(log + 0.5 * math.log(max(fan, 1)) for fan in (*fans, sum(fans) / 2))
     cls = type(module).__name__

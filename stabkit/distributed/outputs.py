@@ -29,12 +29,12 @@ def output_gradients(
     The outputs of all ranks are put together on every one of them, and the loss is differentiated there.
 
     Args:
-        flow: of the samples of this rank.
+        flow: the flow of the samples of this rank.
         loss: on the output for the whole batch.
         ranks: who takes part.
         holders: the ranks that hold the samples, in their order, once each.
         samples: first sample of this rank, and the one after the last.
-        call: of the whole batch.
+        call: how the model is called on the whole batch.
 
     Raises:
         TraceError: an output does not count samples, or the loss is no differentiable scalar.

@@ -91,7 +91,7 @@ def gradient_profile(
         target: the output to end at.
         memory: ``"keep"`` or ``"recompute"``, see ``stabkit.trace``.
         probes: how many random cotangents, when there is no loss.
-        seed: of the first cotangent.
+        seed: the seed of the first cotangent.
         ranks: who takes part; by default all ranks of the process group that runs.
 
     Returns:

@@ -61,7 +61,7 @@ class Ranks:
     """The ranks of a process group, or this process alone.
 
     Attributes:
-        rank: of this process.
+        rank: the rank of this process.
         count: how many there are.
         group: the process group; None for the default one.
         keep: where a rank writes what it had finished when another one failed; None: nowhere.
@@ -91,7 +91,7 @@ class Ranks:
 
         Args:
             work: does the piece of this number.
-            costs: of every piece, in any unit.
+            costs: the cost of every piece, in any unit.
             name: what a message calls a piece.
 
         Raises:
@@ -124,7 +124,7 @@ class Ranks:
         """Wait for the other ranks to make the same call; says so after a while, since some may never make it.
 
         Args:
-            name: of the call.
+            name: the name of the call.
             token: what the call is about; the same on all ranks.
 
         Raises:

@@ -8,7 +8,7 @@ from stabkit.growth.gradients import GradientProfile, gradient_profile, gradient
 from stabkit.growth.lyapunov import LyapunovSpectrum, lyapunov_spectrum
 from stabkit.growth.parameters import ParameterGradients, parameter_gradients
 from stabkit.growth.rate_laws import RateLaw, rate_law
-from stabkit.growth.statistics import Interval, over_samples, over_seeds
+from stabkit.statistics import Interval, over_samples, over_seeds
 
 __all__ = [
     "AlignmentIndex",

@@ -32,7 +32,7 @@ class AlignmentIndex(Result):
         growth: ``(batch,)``, mean growth of the first vector, in nats per step.
         laws: for every sample, which law the volume follows.
         order: k.
-        seed: of the deviation vectors.
+        seed: the seed of the deviation vectors.
     """
 
     log_volume: Tensor
@@ -63,7 +63,7 @@ def alignment_index(flow: FlowLike, k: int = 2, *, seed: int = 0) -> AlignmentIn
     Args:
         flow: from `stabkit.trace`, `stabkit.iterate` or `stabkit.recurrent_flow`, at least 6 steps.
         k: how many deviation vectors, at least 2.
-        seed: of the vectors.
+        seed: the seed of the vectors.
 
     Raises:
         TraceError: an argument makes no sense for this flow.

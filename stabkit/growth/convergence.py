@@ -4,47 +4,26 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import torch
 from torch import Tensor
+
+from stabkit.statistics import series_error
 
 _FEWEST = 20  # steps below which no error bar is believed
 _APART = 4.0  # standard errors by which two halves of a run may differ
 
 
 def standard_errors(series: Tensor) -> Tensor:
-    """Standard error of the mean over the first dimension, corrected for autocorrelation.
-
-    Overlapping batch means: the spread of means over stretches contains what correlations do to them, of either sign.
-    Stretches have the length ``steps^(2/3)``, at most a tenth of all: chaotic oscillations average out only over many
-    turns.
+    """Standard error of the mean over the first dimension, corrected for autocorrelation of either sign.
 
     Args:
-        series: ``(steps, ...)``.
+        series: ``(steps, ...)``; see `stabkit.statistics.series_error`.
 
     Returns:
         A tensor of the remaining shape; NaN for fewer than two steps.
-
-    Source:
-        Meketon and Schmeiser, "Overlapping batch means: something for nothing?" (1984); conditions on
-        the batch size in Flegal and Jones, "Batch means and spectral variance estimators in Markov chain Monte Carlo"
-        (2010).
-
-    Example:
-        >>> noise = torch.randn(10_000, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-        >>> bool(abs(standard_errors(noise) - 0.01) < 0.002)
-        True
     """
-    count = len(series)
-    if count < 2:
-        return torch.full(series.shape[1:], math.nan, dtype=torch.float64)
-    length = max(1, min(round(count ** (2 / 3)), count // 10))
-    centred = series - series.mean(0)
-    sums = torch.cat([torch.zeros_like(centred[:1]), centred.cumsum(0)])
-    means = (sums[length:] - sums[:-length]) / length
-    batches = count - length + 1
-    variance = count * length / ((count - length) * batches) * means.square().sum(0)
-    errors: Tensor = (variance / count).sqrt()
-    return errors
+    return torch.from_numpy(np.asarray(series_error(series.detach().double().cpu().numpy())))
 
 
 def autocorrelation_times(series: Tensor, errors: Tensor) -> Tensor:

@@ -27,7 +27,7 @@ class CovariantVectors(Result):
         vectors: one tensor ``(batch, n, k)`` of unit columns for each state of the stretch, fastest growing first.
         growth: ``(steps, batch, k)``, in nats per step.
         start: index of the first state of the stretch.
-        seed: of the random frames at both ends of the flow.
+        seed: the seed of the random frames at both ends of the flow.
     """
 
     vectors: tuple[Tensor, ...]
@@ -68,7 +68,7 @@ def covariant_vectors(
         flow: from `stabkit.trace`, `stabkit.iterate` or `stabkit.recurrent_flow`.
         k: how many, those of the largest exponents; by default all, up to 64.
         discard: steps left out at either end, while vectors turn into place; by default a quarter of all at each.
-        seed: of the random frames.
+        seed: the seed of the random frames.
 
     Raises:
         TraceError: an argument makes no sense, a step is singular on the frame, or the frames would not fit.

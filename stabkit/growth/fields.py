@@ -63,7 +63,7 @@ def exponent_field(
         resolution: how many values of a, and of b.
         k: how many exponents, the largest.
         chunk: how many points are one batch.
-        seed: of the frames.
+        seed: the seed of the frames.
 
     Raises:
         TraceError: shapes do not fit, or the samples of the flow influence each other.

@@ -43,7 +43,7 @@ class FiniteTimeExponents(Result):
         steps: ``(batch,)``, length of the product.
         step_size: time per step, None when a step is a step.
         tolerance: nats per step.
-        seed: of the first frame.
+        seed: the seed of the first frame.
         stopped: ``"done"``, or ``"interrupted"`` by the keyboard, which returns what the passes before it found.
     """
 
@@ -90,7 +90,7 @@ def finite_time_exponents(
         tolerance: change over a pass, in nats per step, that counts as none; in float32 at least a few roundings.
         max_passes: when to stop in any case.
         step_size: time per step; by default that of the flow.
-        seed: of the first frame.
+        seed: the seed of the first frame.
 
     Raises:
         TraceError: an argument makes no sense for this flow, or a Jacobian is not finite.

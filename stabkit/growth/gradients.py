@@ -13,9 +13,21 @@ from torch import Tensor
 from stabkit.errors import ArgumentError, TraceError
 from stabkit.growth.parameters import ParameterGradients, parameter_gradients
 from stabkit.results import Result
+from stabkit.statistics import student_factor
 from stabkit.tracing import FlowLike
 from stabkit.tracing.accepted import check_flow
-from stabkit.walk import Cotangents, Observer, Passage, Walk, balanced, probe_seeds, stacked, walk_back, wide
+from stabkit.walk import (
+    Cotangents,
+    Observer,
+    Passage,
+    Walk,
+    balanced,
+    loss_columns,
+    probe_seeds,
+    random_columns,
+    walk_back,
+    wide,
+)
 
 # magnitudes below which a gradient entry is lost: halfway to the smallest subnormal numbers it is rounded away
 THRESHOLDS: dict[str, float] = {"fp16": 2.0**-24, "bf16": 2.0**-133, "adam_eps": 1e-8}
@@ -36,7 +48,7 @@ class GradientProfile(Result):
         restarts: states at which a random cotangent was drawn anew, because the step after them passes nothing back
             (a head initialised at zero). Norms before and after such a state are not comparable.
         loss: what was differentiated, in words: the name of the loss, or that there were random cotangents.
-        seed: of the random cotangent.
+        seed: the seed of the random cotangent.
         batch: number of samples; 1 when the norms are those of the whole batch.
         all_log_growth: ``(probes, steps, batch)``, for each random cotangent; ``log_growth`` is their mean.
         below: for ``"fp16"`` (2^-24), ``"bf16"`` (2^-133) and ``"adam_eps"`` (1e-8): ``(states, batch)``, share of the
@@ -81,12 +93,10 @@ class GradientProfile(Result):
         Raises:
             ArgumentError: there is only one cotangent, which says nothing about others.
         """
-        from scipy.stats import t
-
         count = len(self.all_log_growth)
         if count < 2:
             raise ArgumentError("an interval needs several random cotangents: gradient_profile(flow, probes=8)")
-        half = float(t.ppf(0.5 + confidence / 2, count - 1)) * self.all_log_growth.std(0) / math.sqrt(count)
+        half = student_factor(count, confidence) * self.all_log_growth.std(0) / math.sqrt(count)
         return self.log_growth - half, self.log_growth + half
 
     def _contents(self) -> dict[str, Any]:
@@ -118,7 +128,7 @@ def gradient_profile(
             needs a loss. None measures them when there is a loss and they can be shared out among the steps. They are
             those of the whole batch; ``stabkit.growth.parameter_gradients(flow, loss, per_sample=True)`` has each
             sample's.
-        seed: of the first cotangent.
+        seed: the seed of the first cotangent.
 
     Raises:
         TraceError: the loss is not a differentiable scalar of the output that the flow leads to, or an argument makes
@@ -141,8 +151,7 @@ def gradient_profile(
     found, why = _parameters(flow, loss, parameters)
     if loss is None:
         seeds = probe_seeds(seed, probes)
-        columns = stacked(flow.space_at(len(flow)), [flow.cotangent(seed=each) for each in seeds])
-        walk = walk_back(flow, columns, seeds, renewal="together")
+        walk = walk_back(flow, random_columns(flow, seeds), seeds, renewal="together")
         words = "standard normal cotangent" if probes == 1 else f"{probes} standard normal cotangents"
         return _profile(flow, walk, None, slice(None), words, seed, per_sample, found, why)
     walk, small = _walk(flow, [loss])
@@ -196,7 +205,7 @@ class _SmallEntries(Observer):
 
 def _walk(flow: FlowLike, losses: Sequence[Any]) -> tuple[Walk, _SmallEntries]:
     """The gradients of some losses pulled back together, and how many of their entries are small."""
-    columns = stacked(flow.space_at(len(flow)), [flow.cotangent(loss) for loss in losses])
+    columns = loss_columns(flow, losses)
     small = _SmallEntries(balanced(columns), len(flow))
     return walk_back(flow, columns, observers=[small]), small
 

@@ -49,7 +49,7 @@ class LyapunovSpectrum(Result):
         step_size: time per step, None when a step is a step.
         size: coordinates of the narrowest state; there are that many exponents.
         tolerance: absolute (nats per step, or per unit of time where there is one) and relative.
-        seed: of the first frame.
+        seed: the seed of the first frame.
         stopped: ``"done"``, or ``"interrupted"`` by the keyboard: then ``steps`` counts what had been done by then.
     """
 
@@ -158,7 +158,7 @@ def lyapunov_spectrum(
             steps but at most 1000 over time. The adjoint over time discards as many at both ends.
         step_size: time per step; by default that of the flow.
         tolerance: absolute and relative error at which an exponent counts as converged.
-        seed: of the random frame.
+        seed: the seed of the random frame.
 
     Returns:
         A `LyapunovSpectrum`; when the keyboard interrupts, of the steps that had been taken by then.

@@ -62,7 +62,7 @@ class _Joined:
     """Several state tensors as rows of one, a sample each; nothing to join when there are no shapes.
 
     Attributes:
-        shapes: of the tensors.
+        shapes: the shapes of the tensors.
         axes: which dimension of each counts samples; None when the whole batch is one state.
     """
 

@@ -25,7 +25,8 @@ class Name:
         system: the continuous system that it integrates, in words.
         h: its step size.
         convention: how h was fixed.
-        order: of the system: 2 when a second derivative answers to the field, so that z = h^2 times its eigenvalue.
+        order: the order of the system: 2 when a second derivative answers to the field, so that z = h^2 times its
+            eigenvalue.
     """
 
     name: str

@@ -32,7 +32,7 @@ def solver_swaps(blocks: Sequence[Map], start: Tensor, end: Tensor, order: int =
         blocks: the steps as maps of the state.
         start: the first state.
         end: the last one.
-        order: of the method that the blocks are, 1 to 4.
+        order: the order of the method that the blocks are, 1 to 4.
 
     Returns:
         ``"paired"``: one step for two blocks, with the mean of their fields; ``"half steps"``: two for each.

@@ -34,7 +34,7 @@ class MethodDescription(Result):
         imaginary_interval: the largest b with i[-b, b] stable.
         imaginary_interval_strict: the same with the coefficients exactly as stored.
         imaginary_interval_within: the same with spectral radius up to 1 + ``tolerance``.
-        tolerance: of the two ``within`` values.
+        tolerance: the tolerance of the two ``within`` values.
         A_stable: whether the left half plane is stable.
         L_stable: whether, besides, infinitely stiff modes are damped completely.
         alpha: the angle of A(alpha)-stability in degrees.

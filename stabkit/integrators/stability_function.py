@@ -106,7 +106,7 @@ class MeanSquareMethod(LinearStability):
 
     Args:
         outcomes: explicit methods with equally many states.
-        probabilities: of the outcomes, summing to 1.
+        probabilities: the probabilities of the outcomes, summing to 1.
         name: shown in results.
         source: where the step is from.
 

@@ -140,7 +140,7 @@ def golub_kahan(
         smallest: the smallest instead of the largest.
         tol: residual, as a fraction of the norm, at which a triple counts as found.
         finest: residual below which close values are taken for copies of one; at most ``tol``.
-        seed: of the random start blocks.
+        seed: the seed of the random start blocks.
         size: the largest dimension of the Krylov spaces before a restart.
         block: vectors a block. One takes the fewest products to converge, but then always as many again to look for
             copies of what it found; two see pairs at once.

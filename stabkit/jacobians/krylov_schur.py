@@ -183,7 +183,7 @@ def krylov_schur(
         k: how many pairs.
         badness: what is wanted.
         tol: residual, as a fraction of the norm, at which a pair counts as found.
-        seed: of the random start blocks.
+        seed: the seed of the random start blocks.
         size: the largest dimension of the Krylov space before a restart.
         block: vectors a block, as for :func:`stabkit.jacobians.golub_kahan.golub_kahan`.
         look: look for copies that the start vectors cannot see, where there may be any.

@@ -112,7 +112,7 @@ def non_normality(
         angles: directions in which the boundary of the numerical range is sampled.
         max_power: the largest power considered.
         size: dimension of the Krylov space for ``"arnoldi"``.
-        seed: of its start block.
+        seed: the seed of its start block.
         method: ``"dense"`` (cost of order n^3 times a hundred, and refused above n = 2000), ``"arnoldi"`` (lower bounds
             from ``size`` products), or ``"auto"``: dense up to n = 200.
         max_products: the most products with J and J^T, in vectors per sample, that ``"arnoldi"`` spends on the norm,

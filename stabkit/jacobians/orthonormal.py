@@ -19,8 +19,8 @@ class KrylovBasis:
         n: length of the rows.
         size: most rows before a restart; ``room`` may hold fewer for a while.
         block: rows multiplied at a time.
-        device: of the rows.
-        seed: of the random start block.
+        device: the device of the rows.
+        seed: the seed of the random start block.
     """
 
     def __init__(self, n: int, size: int, block: int, device: torch.device, seed: int) -> None:

@@ -40,7 +40,7 @@ def eigenvalues(
         tol: residual, as a fraction of the norm of J, that counts as converged. By default 1e-10, or 16 times
             the rounding unit of the products where that is larger (2e-6 in float32).
         max_products: the most products with J and J^T to spend, in vectors per sample.
-        seed: of the random start blocks.
+        seed: the seed of the random start blocks.
         method: ``"dense"`` (LAPACK in float64), ``"krylov-schur"``, or ``"auto"``.
         two_sided: also find left eigenvectors, for the true condition numbers (iterative method only). Without
             them (about half of the products) the condition numbers are those of the projected matrix, which can
@@ -100,7 +100,7 @@ def singular_values(
         tol: residual, as a fraction of the norm of J, that counts as converged. By default 1e-10, or 16 times
             the rounding unit of the products where that is larger (2e-6 in float32).
         max_products: the most products with J and J^T to spend, in vectors per sample.
-        seed: of the random start blocks.
+        seed: the seed of the random start blocks.
         method: ``"dense"`` (LAPACK in float64), ``"golub-kahan"``, or ``"auto"``.
 
     Returns:

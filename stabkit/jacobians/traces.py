@@ -14,6 +14,7 @@ from stabkit.jacobians.counted_products import Products, as_jacobian, dense_floa
 from stabkit.jacobians.golub_kahan import Bidiagonalisation
 from stabkit.operators.jacobian import Jacobian
 from stabkit.results import Result
+from stabkit.statistics import student_factor
 
 Operator = Jacobian | Tensor | np.ndarray
 
@@ -103,8 +104,8 @@ def trace(J: Operator, *, n_probes: int = 30, confidence: float = 0.95, seed: in
     Args:
         J: a Jacobian ``(batch, n, n)``, or explicit matrices.
         n_probes: products to spend; a third each for the sketch, its range and the signs. Exact from n on.
-        confidence: of the interval, from Student's distribution over the signs.
-        seed: of the probes.
+        confidence: the confidence level of the interval, from Student's distribution over the signs.
+        seed: the seed of the probes.
 
     Raises:
         ArgumentError: J is not square or not finite, or an argument is out of range.
@@ -178,8 +179,8 @@ def log_abs_det(
         J: a Jacobian ``(batch, n, n)``, or explicit matrices.
         n_probes: random start vectors.
         steps: bidiagonalisation steps for each; every step costs one product with J and one with J^T.
-        confidence: of the interval.
-        seed: of the probes.
+        confidence: the confidence level of the interval.
+        seed: the seed of the probes.
 
     Returns:
         An :class:`Estimate`; exact (LAPACK) where ``2 n_probes steps >= n``; ``-inf`` for a singular matrix.
@@ -267,14 +268,9 @@ def _estimate(samples: Tensor, confidence: float, n_products: int, method: str) 
 
 
 def _student(samples: Tensor, confidence: float) -> tuple[Tensor, Tensor]:
-    """Ends of Student's interval of the mean over the last dimension."""
-    import scipy.stats
-
-    if not 0 < confidence < 1:
-        raise ArgumentError(f"confidence={confidence}; expected a probability between 0 and 1, such as 0.95")
+    """Ends of the interval of the mean over the last dimension."""
     count = samples.shape[-1]
-    mean = samples.mean(-1)
-    reach = float(scipy.stats.t.ppf((1 + confidence) / 2, count - 1)) * samples.std(-1) / count**0.5
+    mean, reach = samples.mean(-1), student_factor(count, confidence) * samples.std(-1) / count**0.5
     return mean - reach, mean + reach
 
 

@@ -112,7 +112,8 @@ def integrate(
     Args:
         f: takes nodes ``(m,)`` and returns ``(..., m)``.
         edges: ends of the interval, with the points between them where ``f`` is not smooth.
-        tolerance: of the error, relative to the integral of the absolute value, or absolute where that is below 1e-30.
+        tolerance: the tolerance of the error, relative to the integral of the absolute value, or absolute where that is
+            below 1e-30.
         scale: what the tolerance is relative to instead.
 
     Returns:

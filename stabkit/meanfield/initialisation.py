@@ -22,6 +22,7 @@ from stabkit.results import Result
 from stabkit.tracing import Flow, State, trace
 from stabkit.tracing.products import Space
 from stabkit.tracing.values import Value
+from stabkit.walk import Cotangents, Observer, Passage, balanced, probe_seeds, walk_back, wide
 
 _MAX_PAIRS = 4
 
@@ -85,7 +86,7 @@ class Initialisation(Result):
         samples: inputs per network.
         probes: random cotangents per network.
         networks: how many were measured.
-        seed: of the cotangents and of resampling.
+        seed: the seed of the cotangents and of resampling.
         notes: what the reader should know.
     """
 
@@ -146,7 +147,7 @@ def at_initialisation(
         probes: random cotangents, at least 1.
         others: further networks from the same initialiser, measured too. With eight of them the interval of chi, and
             the gap between mean square and typical gradient, cover the randomness of the weights.
-        seed: of the cotangents.
+        seed: the seed of the cotangents.
 
     Raises:
         TraceError: the model cannot be recorded.
@@ -179,37 +180,45 @@ def at_initialisation(
 
 
 def _measure(flow: Flow, probes: int, seed: int) -> _Measured:
-    cotangents = _drawn(flow.states[-1].space, probes, seed)
-    squares = [_squares(flow.states[-1], cotangents)]
-    silent = set()
-    for step in reversed(flow.steps):
-        cotangents = step.segment.vjp_batch(cotangents)
-        found = _squares(step.source, cotangents)
-        if all((values == 0).all() for values in found.values()):
-            # nothing passes a head initialised at zero: what lies before it is measured with new cotangents
-            silent.add(step.index)
-            cotangents = _drawn(step.source.space, probes, seed + 1 + step.index)
-            found = _squares(step.source, cotangents)
-        squares.append(found)
-    per_value = tuple(squares[::-1])
+    columns = _drawn(flow.states[-1].space, probes, seed)
+    squares = _Squares(flow)
+    squares.note(flow.states[-1], balanced(columns))
+    # nothing passes a head initialised at zero: what lies before it is measured with new cotangents
+    walk = walk_back(flow, columns, probe_seeds(seed + 1, probes), renewal="together", observers=[squares])
+    per_value = tuple(squares.found[::-1])
     totals = np.stack([np.sum(list(state.values()), axis=0) for state in per_value])
+    silent = {*walk.restarts} if totals[0].any() else {0, *walk.restarts}
     return _Measured(flow, totals, per_value, frozenset(silent))
 
 
-def _drawn(space: Space, probes: int, seed: int) -> list[Tensor]:
-    """Standard normal cotangents of a state, stacked along a new first dimension."""
+def _drawn(space: Space, probes: int, seed: int) -> Tensor:
+    """Standard normal cotangents of a state, ``(batch, size, probes)``."""
     generator = torch.Generator().manual_seed(seed)
     columns = torch.randn(space.batch, space.size, probes, generator=generator, dtype=torch.float64)
-    return space.unflatten(columns.to(dtype=space.dtype, device=space.device))
+    return columns.to(dtype=space.dtype, device=space.device)
 
 
-def _squares(state: State, cotangents: Sequence[Tensor]) -> dict[Value, Array]:
-    """Sums of squares per sample and probe, for every value of a state."""
-    found = {}
-    for value, tensor, meta, layout in zip(state.values, cotangents, state.space.metas, state.layouts, strict=True):
-        columns = Space([meta], [layout]).flatten([tensor])
-        found[value] = columns.double().square().sum(1).cpu().numpy()
-    return found
+class _Squares(Observer):
+    """Sums of squares of a gradient per sample and probe, for every value of the states, the last state first."""
+
+    def __init__(self, flow: Flow) -> None:
+        self.found: list[dict[Value, Array]] = []
+        self._states = flow.states
+
+    def passed(self, passage: Passage, pulled: Tensor | None) -> None:
+        """Note the state before the step; of new cotangents, where nothing came back."""
+        self.note(self._states[passage.step.index], passage.continued)
+
+    def note(self, state: State, cotangents: Cotangents) -> None:
+        """Those of one state."""
+        units = torch.exp2(2 * cotangents.powers)
+        parts = torch.split(wide(cotangents.columns), state.space.sizes, dim=1)
+        self.found.append(
+            {
+                value: (part.square().sum(1).cpu() * units).numpy()
+                for value, part in zip(state.values, parts, strict=True)
+            }
+        )
 
 
 def _state_moments(state: State, pairs: Any) -> dict[Value, Moments]:
@@ -354,7 +363,7 @@ def _assemble(measured: list[_Measured], expected: _Expected, probes: int, seed:
     shared = ("some layers share their weights: theory takes them for independent",) if propagation.shared else ()
     return Initialisation(
         steps=steps,
-        rate=_rate(flow, squares, silent, seed),
+        rate=_rate(flow, squares, silent),
         log_growth=growth,
         log_growth_expected=_total([step.log_chi_expected for step in steps]),
         typical_log_growth=typical_growth,
@@ -374,7 +383,7 @@ def _total(values: list[float | None]) -> float | None:
     return sum(known) if len(known) == len(values) else None
 
 
-def _rate(flow: Flow, squares: Array, silent: Sequence[int], seed: int) -> Rate | None:
+def _rate(flow: Flow, squares: Array, silent: Sequence[int]) -> Rate | None:
     """The law over the longest run of states of one size."""
     runs: list[list[int]] = [[0]]
     for step in flow.steps:
@@ -386,4 +395,4 @@ def _rate(flow: Flow, squares: Array, silent: Sequence[int], seed: int) -> Rate 
     chosen = squares[:, longest]
     if len(longest) < FEWEST or not (chosen > 0).all() or not np.isfinite(chosen).all():
         return None
-    return fit_rate(chosen, longest[0], seed)
+    return fit_rate(chosen, longest[0])

@@ -11,10 +11,10 @@ from stabkit.errors import ArgumentError
 from stabkit.meanfield.gaussian import Array
 from stabkit.meanfield.phase import depth_scale
 from stabkit.results import Result
+from stabkit.statistics import jackknife_reach
 
 AIC_MARGIN = 10.0  # by which one law must beat the other
 FEWEST = 4  # points of depth that a law is fitted to
-_DRAWS = 400
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Rate(Result):
         start: the first state of the fit.
         stop: the last.
         chi: growth of the squared gradient per step towards the input, exp of the slope over depth.
-        interval: 95 % interval of chi, by resampling networks, samples and probes.
+        interval: 95 % interval of chi, by leaving out one network, or one sample and probe, at a time.
         covers: what the interval covers, in words.
         depth_scale: steps over which the squared gradient changes by a factor e, 1 / |log chi|.
         exponent: p of E ||g_l||^2 ~ (L / l)^p, minus the slope over the log of depth.
@@ -44,18 +44,17 @@ class Rate(Result):
     aic_difference: float
 
 
-def fit_rate(squares: Array, start: int, seed: int) -> Rate:
+def fit_rate(squares: Array, start: int) -> Rate:
     """Fit both laws to squared gradient norms over depth.
 
     Args:
         squares: ``(networks, states, draws)``, squared gradient norms at consecutive states of one size, positive.
         start: index of the first of these states in the flow.
-        seed: of the resampling.
 
     Raises:
         ArgumentError: there are fewer than 4 states.
     """
-    networks, states, draws = squares.shape
+    networks, states, _ = squares.shape
     if states < FEWEST:
         raise ArgumentError(f"squares has {states} states; expected at least {FEWEST}")
     depth = np.arange(1, states + 1, dtype=float)
@@ -63,14 +62,11 @@ def fit_rate(squares: Array, start: int, seed: int) -> Rate:
     slope, exponential = _line(depth, profile)
     power_slope, power = _line(np.log(depth), profile)
     difference = power - exponential
-    rng = np.random.default_rng(seed)
-    slopes = []
-    for _ in range(_DRAWS):
-        chosen = rng.integers(networks, size=networks)
-        drawn = rng.integers(draws, size=(networks, draws))
-        resampled = np.take_along_axis(squares[chosen], drawn[:, None, :], axis=2)
-        slopes.append(_line(depth, np.log(resampled.mean(axis=(0, 2))))[0])
-    low, high = (math.exp(-x) for x in np.quantile(slopes, [0.975, 0.025]))
+    # one network or, where there is only one, one draw left out at a time
+    units = squares if networks > 1 else squares[0].T[:, :, None]
+    rest = [np.log(np.delete(units, unit, axis=0).mean(axis=(0, 2))) for unit in range(len(units)) if len(units) > 1]
+    reach = jackknife_reach(np.array([_line(depth, logs)[0] for logs in rest]))
+    low, high = math.exp(-slope - reach), math.exp(-slope + reach)
     chi = math.exp(-slope)
     settled = abs(difference) >= AIC_MARGIN
     return Rate(

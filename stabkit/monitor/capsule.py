@@ -17,9 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from stabkit._version import __version__
-from stabkit.checkpoints.capsules import Call, is_capsule, write_capsule
-from stabkit.monitor.inputs import Inputs
-from stabkit.monitor.ranks import Ranks
+from stabkit.checkpoints.capsules import RecordedCall, is_capsule, write_capsule
+from stabkit.monitor.inputs import RecordedInputs
+from stabkit.monitor.ranks import TrainingRanks
 from stabkit.monitor.record import Record
 from stabkit.monitor.writers import json_line
 
@@ -33,10 +33,10 @@ class Kept:
     Attributes:
         calls: forward calls, process after process.
         complete: whether these are all.
-        weights: of the whole model.
+        weights: the weights of the whole model.
     """
 
-    calls: list[Call]
+    calls: list[RecordedCall]
     complete: bool
     weights: dict[str, Tensor]
 
@@ -49,7 +49,7 @@ class CapsuleStore:
     """
 
     def __init__(
-        self, directory: Path | None, limit: int, model: nn.Module, model_factory: str | None, ranks: Ranks
+        self, directory: Path | None, limit: int, model: nn.Module, model_factory: str | None, ranks: TrainingRanks
     ) -> None:
         self.enabled = directory is not None and limit > 0
         self._directory = Path() if directory is None else directory / "capsules"
@@ -66,7 +66,7 @@ class CapsuleStore:
             return ()
         return tuple(sorted(path for path in self._directory.glob("step-*") if is_capsule(path)))
 
-    def gather(self, inputs: Inputs) -> Kept:
+    def gather(self, inputs: RecordedInputs) -> Kept:
         """The calls and the weights of all processes, which all have to call this.
 
         The calls of a process that fail to be copied are left out, and the capsule says that it is not complete.
@@ -98,7 +98,7 @@ class CapsuleStore:
 
         Args:
             reason: why.
-            record: of this step.
+            record: the record of this step.
             kept: its calls and weights.
             records: those up to it.
             scale: the loss scale of AMP.

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from stabkit.monitor.clipping import Clipped
-from stabkit.monitor.measurement import Measurement
+from stabkit.monitor.measurement import StepNorms
 from stabkit.monitor.parameters import Parameters
 from stabkit.monitor.record import Array, Blocks, Record
 from stabkit.monitor.updates import Updates
@@ -87,7 +87,7 @@ class Collector:
     def collect(
         self,
         step: int,
-        measurement: Measurement,
+        measurement: StepNorms,
         *,
         loss: Tensor | float | None = None,
         scale: Tensor | None = None,
@@ -140,7 +140,7 @@ class Collector:
             scalars[CLIPPED] = np.square(norms * factors).sum()
         return Sums(step, rows, scalars, unscaled, loss is not None)
 
-    def _of_batch(self, measurement: Measurement, outputs: Array, gradients: Array) -> Array:
+    def _of_batch(self, measurement: StepNorms, outputs: Array, gradients: Array) -> Array:
         width = self._count + 1
         rows = np.zeros((AFTER + 1, width))
         rows[OUTPUT] = self._squares(measurement.called, outputs)
@@ -161,8 +161,8 @@ def finish(sums: Sums, names: tuple[str, ...], processes: int = 1, before: Block
     """The record of a step.
 
     Args:
-        sums: of all processes together.
-        names: of the blocks.
+        sums: the sums of all processes together.
+        names: the names of the blocks.
         processes: over which the loss is averaged.
         before: the blocks of an earlier record, which lends the columns that are the same.
     """

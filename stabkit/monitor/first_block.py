@@ -62,8 +62,8 @@ def moved_finding(mover: Mover, others: Sequence[Mover], first: Mover) -> Findin
     """The finding on a mover.
 
     Args:
-        mover: of those that moved alike at this step, the one that the finding names.
-        others: all of them.
+        mover: the block that the finding names, one of those that moved alike at this step.
+        others: all blocks that moved so.
         first: what moved first in this episode.
     """
     where = mover.name or "the model"
@@ -115,7 +115,7 @@ def non_finite_finding(record: Record, first: Mover | None) -> Finding:
     """The finding on NaN or infinity; names the tensor where it began.
 
     Args:
-        record: of the step.
+        record: the record of the step.
         first: what moved first in this episode, before it.
     """
     index, what = _first_non_finite(record)

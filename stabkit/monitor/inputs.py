@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from stabkit.checkpoints.capsule_loading import output_tensors
-from stabkit.checkpoints.capsules import Call
+from stabkit.checkpoints.capsules import RecordedCall
 from stabkit.checkpoints.randomness import RandomState, as_tensors, random_state
 from stabkit.monitor.measurement import Failed, in_backward
 from stabkit.monitor.watching import watch
@@ -38,13 +38,13 @@ class Captured:
     buffers: dict[str, Tensor]
     gradients: dict[str, Tensor] = field(default_factory=dict)
 
-    def to_call(self) -> Call:
+    def to_call(self) -> RecordedCall:
         """The call with its tensors on the host, for a capsule."""
 
         def host(tensor: Tensor) -> Tensor:
             return tensor.detach().cpu()
 
-        return Call(
+        return RecordedCall(
             args=map_tensors(self.args, host),
             kwargs=map_tensors(self.kwargs, host),
             random=as_tensors(self.random),
@@ -53,7 +53,7 @@ class Captured:
         )
 
 
-class Inputs:
+class RecordedInputs:
     """Keeps references to the arguments of the model's calls, during a step that is recorded.
 
     Args:

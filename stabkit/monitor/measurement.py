@@ -50,7 +50,7 @@ def active_autocast(*devices: str) -> dict[str, str]:
     return {device: str(torch.get_autocast_dtype(device)).removeprefix("torch.") for device in on}
 
 
-class Measurement:
+class StepNorms:
     """Output and output-gradient norms of the blocks, from the first forward call to the end of the backward pass.
 
     Norms of several calls of one block (micro-batches, shared weights) are kept apart until they are read.
@@ -134,11 +134,11 @@ class Hooks:
         self._modules = [(module, self._hook(index)) for index, module in blocks.items()]
         self._failed = failed
         self._undo: list[Callable[[], None]] = []
-        self.measurement: Measurement | None = None
+        self.measurement: StepNorms | None = None
 
-    def on(self) -> Measurement:
+    def on(self) -> StepNorms:
         """Start a new measurement."""
-        self.measurement = measurement = Measurement(self._failed)
+        self.measurement = measurement = StepNorms(self._failed)
         if not self._undo:
             for module, see in self._modules:
                 self._undo.append(watch(module, see))

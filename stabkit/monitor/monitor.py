@@ -24,11 +24,11 @@ from stabkit.monitor.blocks import choose_blocks, visible
 from stabkit.monitor.capsule import CapsuleStore
 from stabkit.monitor.clipping import Clipped, clip
 from stabkit.monitor.collection import AFTER, SCALE, TRAINED, Collector, Sums, finish
-from stabkit.monitor.inputs import Inputs
-from stabkit.monitor.measurement import Hooks, Measurement
+from stabkit.monitor.inputs import RecordedInputs
+from stabkit.monitor.measurement import Hooks, StepNorms
 from stabkit.monitor.parameters import Parameters
 from stabkit.monitor.probes import Probe
-from stabkit.monitor.ranks import Ranks
+from stabkit.monitor.ranks import TrainingRanks
 from stabkit.monitor.record import Record
 from stabkit.monitor.rules import AlertRules
 from stabkit.monitor.updates import UpdateSampler
@@ -77,7 +77,7 @@ class Monitor:
             asks you to confirm by ``--model``.
         distributed: whether the processes of ``torch.distributed`` train this one model together, each with a monitor;
             None asks the wrapper of the model.
-        seed: of random cotangents.
+        seed: the seed of random cotangents.
 
     Raises:
         ArgumentError: an argument makes no sense.
@@ -134,12 +134,12 @@ class Monitor:
         self._collector = Collector(parameters, len(chosen))
         self._hooks = Hooks(visible(model, chosen.values()), self._fail)
         self._updates = UpdateSampler(as_optimizers(optimizer), parameters, self._fail)
-        self._ranks = Ranks(model, parameters.tensors, distributed)
+        self._ranks = TrainingRanks(model, parameters.tensors, distributed)
         self._writers: list[Writer] = open_writers(writers, self.directory) if self._ranks.first else []
         self._capsules = CapsuleStore(self.directory, capsules, inner, model_factory, self._ranks)
         probing = preset != "economy" and self._ranks.first
         self._probe = Probe(inner, preset, probe_every, seed) if probing else None
-        self._inputs = Inputs(model, inner, self._fail, enabled=probing or self._capsules.enabled)
+        self._inputs = RecordedInputs(model, inner, self._fail, enabled=probing or self._capsules.enabled)
         self._step = 0
         self._count = 0
         self._requested: str | None = None
@@ -259,7 +259,7 @@ class Monitor:
         else:
             self._switch_off()
 
-    def _record(self, measurement: Measurement, loss: Tensor | float | None) -> None:
+    def _record(self, measurement: StepNorms, loss: Tensor | float | None) -> None:
         scale = getattr(self._scaler, "_scale", None)
         sums = self._collector.collect(
             self._step,
@@ -308,7 +308,7 @@ class Monitor:
             self._probe = None
             return {"skipped": f"{type(error).__name__}: {error}"}, []
 
-    def _keep(self, reason: str, record: Record, measurement: Measurement, sums: Sums) -> None:
+    def _keep(self, reason: str, record: Record, measurement: StepNorms, sums: Sums) -> None:
         """Write a capsule; its first half is collective and must not fail in one process alone."""
         kept = self._capsules.gather(self._inputs)
         self._part(

@@ -29,7 +29,7 @@ class Agreement:
     requested: bool
 
 
-class Ranks:
+class TrainingRanks:
     """The processes that train one model together; does nothing when there is one.
 
     Under ``DistributedDataParallel`` and ``fully_shard`` every process has its own part of the batch and a loss that is
@@ -41,7 +41,7 @@ class Ranks:
 
     Args:
         model: as it is called.
-        parameters: of it.
+        parameters: the parameters of the model.
         distributed: whether the processes train one model; None asks the wrapper.
 
     Attributes:

@@ -16,7 +16,7 @@ from stabkit.checkpoints.capsules import Capsule, read_capsule
 from stabkit.checkpoints.names import Model
 from stabkit.errors import CheckpointError
 from stabkit.monitor.collection import Collector, finish
-from stabkit.monitor.measurement import Hooks, Measurement
+from stabkit.monitor.measurement import Hooks, StepNorms
 from stabkit.monitor.parameters import Parameters
 from stabkit.monitor.record import Record
 from stabkit.results import Result
@@ -91,7 +91,7 @@ def replay(
     return Replay(capsule, record, {q: _difference(blocks, found, q) for q in COMPARED})
 
 
-def _run(module: nn.Module, capsule: Capsule, measurement: Measurement) -> None:
+def _run(module: nn.Module, capsule: Capsule, measurement: StepNorms) -> None:
     for call in capsule.calls:
         set_buffers(module, call)
         undo = remembered(module, call, capsule.autocast)

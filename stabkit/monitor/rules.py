@@ -15,10 +15,10 @@ class AlertRules:
     Attributes:
         warmup: records before anything is judged, and between two findings on the same quantity.
         history: records that a new one is compared with.
-        deviations: a spike lies more than this many robust deviations (1.4826 median absolute deviations) from the
-            median of the history, a quarter of the way in one record,
-        jump: and this far from it, in nats;
-        total_jump: for the norm of all gradients, which no ratio steadies, this far.
+        deviations: how many robust deviations (1.4826 median absolute deviations) a spike lies from the median of the
+            history at least; a quarter of the way must be made in one record.
+        jump: how far a spike lies from the median of the history at least, in nats.
+        total_jump: the same for the norm of all gradients, which no ratio steadies, in nats.
         certain: gradient growth that moved less far than this has to stay there for a second record: in recurrent
             networks single batches stand out without harm.
         drift: the median of the newest ``warmup`` records lies this far, in nats, from that of the first ones.

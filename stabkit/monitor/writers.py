@@ -184,7 +184,7 @@ def open_writers(writers: Any, directory: Path | None) -> list[Writer]:
 
     Args:
         writers: what was given; None is a file of records in the directory, where there is one.
-        directory: of the monitor; TensorBoard writes into ``stabkit`` where there is none.
+        directory: the directory of the monitor; TensorBoard writes into ``stabkit`` where there is none.
 
     Raises:
         ArgumentError: something that is none of these.

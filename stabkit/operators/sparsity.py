@@ -71,7 +71,7 @@ def find_pattern(J: LinearMap, *, seed: int = 0) -> Pattern:
 
     Args:
         J: the operator.
-        seed: of the random cotangents.
+        seed: the seed of the random cotangents.
 
     Example:
         >>> import torch

@@ -22,7 +22,7 @@ def disagreement(J: LinearMap, transposed_product: Callable[[Tensor], Tensor], *
     Args:
         J: the operator.
         transposed_product: ``(batch, m) -> (batch, n)``, the products M^T u.
-        seed: of the random vector; not one that found the structure.
+        seed: the seed of the random vector; not one that found the structure.
     """
     batch, m, _ = J.shape
     u = torch.randn(batch, m, generator=torch.Generator().manual_seed(seed)).to(dtype=J.dtype, device=J.device)

@@ -29,7 +29,7 @@ class Plan(Result):
 
     Attributes:
         model: the class of the model.
-        weight_bytes: of its parameters and buffers.
+        weight_bytes: the bytes of its parameters and buffers.
         samples_given: how many samples the input holds.
         steps: how many steps the model has.
         forward_flops: operations of one forward pass of one sample.
@@ -109,7 +109,7 @@ def plan(
     forward pass takes more than a second the model is only recorded, and parts are typical multiples of that pass.
 
     Args:
-        model: as in ``stabkit.analyze``, like all that is not named here.
+        model: the model; this and all arguments that are not explained here are those of ``stabkit.analyze``.
         *inputs: what the model is called with.
         loss: a callable on the model's output.
         kwargs: keyword arguments of the call.
@@ -120,7 +120,7 @@ def plan(
         spectrum: how spectra are computed.
         spectrum_samples: of how many samples.
         probes: random cotangents per sample when there is no loss.
-        seed: of every random choice.
+        seed: the seed of every random choice.
         budget: time that the analysis may take: seconds, or ``"10m"``.
         memory: what the process may use: bytes, or ``"8G"``.
 

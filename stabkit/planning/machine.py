@@ -28,7 +28,7 @@ class Machine(Result):
         threads: that torch uses on it.
         flops: floating-point operations per second of a matrix product in float32.
         bandwidth: bytes per second read from memory.
-        load: of the machine while it was measured, processes per core; 0 where the system does not say.
+        load: the load of the machine while it was measured, processes per core; 0 where the system does not say.
     """
 
     device: str

@@ -68,7 +68,7 @@ class Costs:
 
     Attributes:
         machine: that it runs on.
-        weight_bytes: of its parameters and buffers.
+        weight_bytes: the bytes of its parameters and buffers.
         one: the trial on one sample.
         two: the trial on two; None where there is one sample, or one took long.
     """

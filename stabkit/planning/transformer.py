@@ -17,7 +17,7 @@ class Transformer:
 
     Attributes:
         layers: blocks.
-        width: of the state of a token.
+        width: how many numbers the state of a token has.
         heads: of attention.
         kv_heads: heads of keys and values.
         inner: width of the inner layer.
@@ -63,7 +63,7 @@ class Accelerator:
     """One of several like devices.
 
     Attributes:
-        name: of it.
+        name: what the device is called.
         flops: operations per second that its data sheet promises in float32.
         efficiency: share of them that large matrix products reach.
         memory: bytes.
@@ -83,9 +83,9 @@ class PaperPrice:
 
     Attributes:
         flops: operations.
-        compute_seconds: of them.
+        compute_seconds: how long these products take, in seconds.
         read_bytes: weights that come to the device.
-        read_seconds: of that.
+        read_seconds: how long reading takes, in seconds.
         block: bytes of the weights of one block.
         state: bytes of the state before a block.
         cotangents: bytes of its probes, before and after a block.
@@ -139,7 +139,7 @@ def profile_price(
     Args:
         model: the sizes.
         device: its rates.
-        tokens: of a sequence.
+        tokens: the number of tokens of a sequence.
         probes: random cotangents per sequence.
         devices: how many.
         samples: sequences.

@@ -32,7 +32,7 @@ class StepCost:
     """What products with one step's Jacobian cost, for one sample.
 
     Attributes:
-        name: of the step.
+        name: the name of the step.
         source: numbers in the state before it.
         target: numbers in the state after it.
         square: whether it keeps the space, so that it has eigenvalues.
@@ -61,7 +61,7 @@ class Trial:
         examining: seconds to measure and diagnose with one probe.
         explaining: seconds to attribute the growth, which goes with spectra; 0 when there are none.
         forward_flops: operations of one forward pass.
-        graph_bytes: of the tensors that the recorded graph keeps, weights aside.
+        graph_bytes: the bytes of the tensors that the recorded graph keeps, weights aside.
         peak: bytes in use at most, with the model and everything else in the process; None where nobody says.
         steps: what products with every step cost.
     """
@@ -118,7 +118,7 @@ def record_only(
         call: the samples.
         forward: seconds and operations of one forward pass over them.
         options: where to trace: ``depth``, ``source``, ``target``.
-        seed: of every random choice.
+        seed: the seed of every random choice.
         spectra: also time products in both directions.
     """
     device, module = device_of(model), modules_behind(model)
@@ -159,7 +159,7 @@ def run_trial(
         forward_flops: operations of one forward pass over them.
         options: where to trace: ``depth``, ``source``, ``target``.
         loss: a callable on the model's output, or None.
-        seed: of every random choice.
+        seed: the seed of every random choice.
         spectra: also time products in both directions.
     """
     device = device_of(model)

@@ -12,6 +12,7 @@ from matplotlib.ticker import MaxNLocator
 
 from stabkit.growth import GradientProfile
 from stabkit.plotting.style import end_of
+from stabkit.statistics import interval_of_mean
 
 if TYPE_CHECKING:
     from stabkit.report import Report
@@ -20,7 +21,6 @@ FloatArray: TypeAlias = npt.NDArray[np.float64]
 
 MANY_STEPS = 12  # up to here the depth axis carries names
 _SHORT = 3  # characters of a name that needs no rotation
-_T95 = 1.96  # half width of a 95 % interval in standard errors
 
 
 @dataclass(frozen=True)
@@ -41,12 +41,12 @@ class Depth:
     """Growth of every step and norms at every state.
 
     Attributes:
-        names: of the steps.
+        names: the names of the steps.
         kinds: ``"step"`` or ``"transition"``.
         growth: ``(steps,)``, nats, means over samples.
         ends: ``(steps, 2)``, of the intervals of ``growth``.
-        gradient: of the gradient.
-        state: of the states.
+        gradient: the norms of the gradient.
+        state: the norms of the states.
     """
 
     names: tuple[str, ...]
@@ -99,12 +99,11 @@ def _of_profile(profile: GradientProfile) -> Depth:
 
 
 def _interval(rows: FloatArray) -> FloatArray:
-    """The mean over columns and two standard errors around it; NaN for one column."""
+    """The 95 % interval of the mean over columns; NaN for one column."""
     if rows.shape[1] < 2:
         return np.full((len(rows), 2), np.nan)
     with np.errstate(all="ignore"):
-        half = _T95 * rows.std(axis=1, ddof=1) / np.sqrt(rows.shape[1])
-        return np.stack([rows.mean(axis=1) - half, rows.mean(axis=1) + half], axis=1)
+        return np.stack(interval_of_mean(rows.T), axis=1)
 
 
 def _geometric(norms: FloatArray) -> Norms:

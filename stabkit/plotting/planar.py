@@ -54,7 +54,7 @@ def flow_map(flow: FlowLike, ax: Axes | None = None, *, along: int | None = 61, 
     Every depth is a panel inside the Axes, all of the same scale.
 
     Args:
-        flow: of a batch from `grid_points`; its states have two numbers where the space does not change.
+        flow: the flow of a batch from `grid_points`; its states have two numbers where the space does not change.
         ax: where to draw, room for the panels; a new figure when None.
         along: points of one line, as given to `grid_points`; None draws every sample as a point, in the color of its
             place at the input, for any batch of points.
@@ -166,7 +166,7 @@ def vector_field(flow: FlowLike, ax: Axes | None = None, *, step: int = 0) -> Ax
     """What one step adds to every point of the plane: the field h f(x) = x' - x of a two-dimensional model.
 
     Args:
-        flow: of a batch of points, such as ``grid_points(lines=15, along=15)``.
+        flow: the flow of a batch of points, such as ``grid_points(lines=15, along=15)``.
         ax: where to draw; a new figure when None.
         step: which step.
 

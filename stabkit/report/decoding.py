@@ -18,7 +18,7 @@ from stabkit.report import encoding
 Decoder = Callable[[Any], Any]
 
 
-def record(cls: type, data: Any, place: str) -> Any:
+def decoded(cls: type, data: Any, place: str) -> Any:
     """A dataclass from an object of JSON.
 
     Args:
@@ -88,7 +88,7 @@ def _decoder(hint: Any) -> Decoder:
 
 
 def _inner(cls: type, value: Any) -> Any:
-    return record(cls, value, "")
+    return decoded(cls, value, "")
 
 
 def _tuple_of(hint: Any) -> Decoder:
@@ -99,4 +99,4 @@ def _tuple_of(hint: Any) -> Decoder:
 
 
 def _records(cls: type, value: Any) -> tuple[Any, ...]:
-    return tuple(record(cls, item, f"[{index}]") for index, item in enumerate(encoding.listing(value)))
+    return tuple(decoded(cls, item, f"[{index}]") for index, item in enumerate(encoding.listing(value)))

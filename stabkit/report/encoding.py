@@ -6,8 +6,6 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from stabkit.errors import ArgumentTypeError
-
 _NOT_FINITE = {"NaN", "Infinity", "-Infinity"}
 
 
@@ -15,7 +13,7 @@ def number(value: Any) -> float:
     """A float read back from JSON.
 
     Raises:
-        ArgumentTypeError: ``value`` is neither a number nor one of the three names of a float that is not finite.
+        TypeError: ``value`` is neither a number nor one of the three names of a float that is not finite.
 
     Example:
         >>> number(3), number("-Infinity")
@@ -23,42 +21,42 @@ def number(value: Any) -> float:
     """
     named = isinstance(value, str) and value in _NOT_FINITE
     if isinstance(value, bool) or not (named or isinstance(value, int | float)):
-        raise ArgumentTypeError(f"expected a number, found {shorten(value)}")
+        raise TypeError(f"expected a number, found {shorten(value)}")
     return float(value)
 
 
 def integer(value: Any) -> int:
     """An int read back from JSON; raises TypeError for anything else."""
     if isinstance(value, bool) or not isinstance(value, int):
-        raise ArgumentTypeError(f"expected an integer, found {shorten(value)}")
+        raise TypeError(f"expected an integer, found {shorten(value)}")
     return value
 
 
 def text(value: Any) -> str:
     """A string read back from JSON; raises TypeError for anything else."""
     if not isinstance(value, str):
-        raise ArgumentTypeError(f"expected a string, found {shorten(value)}")
+        raise TypeError(f"expected a string, found {shorten(value)}")
     return value
 
 
 def boolean(value: Any) -> bool:
     """A truth value read back from JSON; raises TypeError for anything else."""
     if not isinstance(value, bool):
-        raise ArgumentTypeError(f"expected true or false, found {shorten(value)}")
+        raise TypeError(f"expected true or false, found {shorten(value)}")
     return value
 
 
 def listing(value: Any) -> list[Any]:
     """A list read back from JSON; raises TypeError for anything else."""
     if not isinstance(value, list):
-        raise ArgumentTypeError(f"expected a list, found {shorten(value)}")
+        raise TypeError(f"expected a list, found {shorten(value)}")
     return value
 
 
 def mapping(value: Any) -> dict[str, Any]:
     """An object read back from JSON; raises TypeError for anything else."""
     if not isinstance(value, dict):
-        raise ArgumentTypeError(f"expected an object, found {shorten(value)}")
+        raise TypeError(f"expected an object, found {shorten(value)}")
     return value
 
 

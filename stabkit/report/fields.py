@@ -54,7 +54,7 @@ def shown(title: str = "", text: Text = _nothing, *, default: Any = dataclasses.
     Args:
         title: what it is called on the page.
         text: its value in few characters, from the whole record.
-        default: of the field; without it the field must be given.
+        default: the default of the field; without it the field must be given.
         **how: the other attributes of `Shown`.
     """
     return dataclasses.field(default=default, metadata={"shown": Shown(title, text, **how)})

@@ -379,7 +379,7 @@ class Report(Result):
                 f"{origin}: not a report that this version reads: found {found}, expected {SCHEMA!r}; "
                 "analyse the model again, or read it with the version of stabkit that wrote it"
             )
-        read: Report = decoding.record(cls, data, origin)
+        read: Report = decoding.decoded(cls, data, origin)
         return read
 
 

@@ -129,11 +129,11 @@ def csv_text(report: Report) -> str:
     stream = io.StringIO()
     writer = csv.DictWriter(stream, flat_names(report.step_type), lineterminator="\n")
     writer.writeheader()
-    writer.writerows({key: _csv_cell(value) for key, value in flat(step).items()} for step in report.steps)
+    writer.writerows({key: csv_cell(value) for key, value in flat(step).items()} for step in report.steps)
     return stream.getvalue()
 
 
-def _csv_cell(value: Any) -> Any:
+def csv_cell(value: Any) -> Any:
     """Numbers as Python writes them, and no text that a spreadsheet would run as a formula."""
     if isinstance(value, np.generic):
         return value.item()

@@ -11,24 +11,24 @@ from torch import Tensor
 
 from stabkit.identification import identify
 from stabkit.jacobians import Jacobian, singular_values
-from stabkit.streaming.meta_model import Weights
+from stabkit.streaming.meta_model import StreamedWeights
 from stabkit.streaming.profile import Method
 from stabkit.streaming.stack import Block
 from stabkit.tracing import Flow, trace
-from stabkit.walk import PROBE
+from stabkit.walk import balanced, probe_seeds, random_columns, wide
 
 
 @dataclass(frozen=True)
-class Settings:
+class BlockSettings:
     """What the results of a block depend on beside its weights and its input.
 
     Attributes:
         first: number of the first probe.
         probes: how many, from that one on; none when there are more ranks than probes.
         k: singular values.
-        tol: of them.
+        tol: the tolerance of these singular values.
         max_products: that they may take.
-        seed: of the first of all probes and of the start vectors.
+        seed: the seed of the first of all probes and of the start vectors.
     """
 
     first: int
@@ -41,30 +41,32 @@ class Settings:
 
 def measure_block(
     block: Block,
-    weights: Weights,
+    weights: StreamedWeights,
     state: Tensor,
     cotangents: Tensor | None,
     powers: Tensor | None,
-    settings: Settings,
+    settings: BlockSettings,
 ) -> dict[str, Tensor]:
     """What one block does to the cotangents of the state after it, and its singular values."""
     with weights.present(block.module.modules()):
         flow = trace(block.step(), state, depth=["module"], seed=settings.seed)
         J = flow.jacobian()
         if cotangents is None or powers is None:
-            cotangents = _drawn(flow, settings)
-            powers = torch.zeros(J.shape[0], settings.probes, dtype=torch.float64)
-        pulled = J.rmatmat(cotangents.to(J.device)) if settings.probes else cotangents
-        arriving = cotangents.cpu()
-        scaled, exponents = _rescaled(pulled, powers)
+            seeds = probe_seeds(settings.seed, settings.probes, settings.first)
+            arriving = balanced(random_columns(flow, seeds))
+        else:
+            arriving = balanced(cotangents.to(J.device), powers)
+        sent = _normal(J, settings.seed + block.index)
+        pulled = J.rmatmat(torch.cat([arriving.columns, sent.to(arriving.columns)], 2))
+        leaving = balanced(pulled[..., : settings.probes], arriving.powers)
         found = {
-            "cotangents": scaled.cpu().contiguous(),  # laid out as it is read back, so that a resumed run adds alike
-            "powers": exponents,
-            "log_after": _log_norms(arriving, powers),
-            "log_before": _log_norms(pulled, powers),
+            "cotangents": leaving.columns.cpu().contiguous(),  # as it is read back, so that a resumed run adds alike
+            "powers": leaving.powers,
+            "log_after": arriving.log_norms,
+            "log_before": leaving.log_norms,
             "state_before": torch.linalg.vector_norm(flow.states[0].flatten().double(), dim=1),
             "state_after": torch.linalg.vector_norm(flow.states[-1].flatten().double(), dim=1),
-            "gain": _gain(J, settings.seed + block.index),
+            "gain": 0.5 * (_energy(pulled[..., settings.probes :]) / _energy(sent)).log(),
             "chain_error": torch.tensor([flow.chain_error if flow.chain_error is not None else math.nan]),
             "method": _as_tensor(_method(flow)),
         }
@@ -75,12 +77,15 @@ def measure_block(
         return found
 
 
-def _gain(J: Jacobian, seed: int) -> Tensor:
-    """1/2 log(|J|_F^2 / m) per sample, from two random cotangents."""
+def _normal(J: Jacobian, seed: int) -> Tensor:
+    """Two random cotangents, whose mean growth is that of the Frobenius norm."""
     batch, m, _ = J.shape
-    sent = torch.randn(batch, m, 2, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    pulled = J.rmatmat(sent.to(J.device, J.dtype)).double().cpu()
-    return 0.5 * (pulled.square().sum((1, 2)) / sent.square().sum((1, 2))).log()
+    return torch.randn(batch, m, 2, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def _energy(columns: Tensor) -> Tensor:
+    """Sum of squares per sample."""
+    return wide(columns).square().sum((1, 2)).cpu()
 
 
 def _method(flow: Flow) -> Method:
@@ -101,32 +106,7 @@ def as_method(tensor: Tensor) -> Method:
     return Method(**json.loads(bytes(tensor.numpy().tobytes())))
 
 
-def _drawn(flow: Flow, settings: Settings) -> Tensor:
-    """Standard normal columns ``(batch, size, probes)``, those of ``stabkit.gradient_profile``."""
-    numbers = range(settings.first, settings.first + settings.probes)
-    drawn = [flow.cotangent(seed=settings.seed + PROBE * i) for i in numbers]
-    space = flow.states[-1].space
-    if not drawn:
-        return torch.zeros(space.batch, space.size, 0, dtype=space.dtype)
-    stacked = [torch.stack([tensor.detach() for tensor in parts]) for parts in zip(*drawn, strict=True)]
-    return space.flatten(stacked)
-
-
-def _log_norms(columns: Tensor, powers: Tensor) -> Tensor:
-    """Logs of the norms ``(batch, probes)`` of columns that stand for 2^powers times themselves."""
-    norms: Tensor = torch.linalg.vector_norm(columns.double(), dim=1).cpu()
-    return norms.log() + math.log(2) * powers
-
-
-def _rescaled(columns: Tensor, powers: Tensor) -> tuple[Tensor, Tensor]:
-    """Columns brought to about unit length by powers of two, which is exact, and the powers that make up for it."""
-    norms = torch.linalg.vector_norm(columns.double(), dim=1).cpu()
-    usable = norms.isfinite() & (norms > 0)
-    shift = torch.where(usable, norms.clamp_min(torch.finfo(torch.float64).tiny).log2().round(), 0.0)
-    return columns * torch.exp2(-shift).to(columns).unsqueeze(1), powers + shift
-
-
-def _singular(J: Jacobian, settings: Settings) -> dict[str, Tensor]:
+def _singular(J: Jacobian, settings: BlockSettings) -> dict[str, Tensor]:
     k = min(settings.k, *J.shape[1:])
     found = singular_values(
         J, k, tol=settings.tol, max_products=settings.max_products, seed=settings.seed, method="golub-kahan"

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from stabkit.results import Result
+from stabkit.streaming.report import report_of
 
 if TYPE_CHECKING:
     from stabkit.report import Report
@@ -18,10 +19,10 @@ class Method:
     """What `stabkit.identify` says of a block.
 
     Attributes:
-        name: of the integrator.
+        name: the name of the integrator.
         skip: a of x' = a x + f(x); None when no such form was read.
         evidence: how sure that is.
-        residual: of the numerical test behind it.
+        residual: the residual of the numerical test behind it.
     """
 
     name: str
@@ -42,18 +43,18 @@ class StreamedProfile(Result):
         log_growth: ``(steps, batch)``, nats: log of the norm before a block over that after it, mean over the probes.
         all_log_growth: ``(probes, steps, batch)``.
         singular_values: ``(steps, batch, k)``, descending; None when none were asked for.
-        residuals: of them, as `stabkit.singular_values` gives them.
+        residuals: the residuals of the singular values, as `stabkit.singular_values` gives them.
         converged: whether they have converged.
-        seed: of the first probe.
+        seed: the seed of the first probe.
         reused: blocks whose results were in ``out`` already, forward and back.
-        weight_bytes: of the files.
+        weight_bytes: the size of the weight files in bytes.
         notes: what was held fixed.
         gains: ``(steps, batch)``, 1/2 log(|J|_F^2 / m) estimated from two fresh random cotangents, nats.
         methods: what integrator each block is.
-        state_shape: of one sample's state.
-        block_class: of the blocks.
-        n_parameters: of the whole model.
-        dtype: of the weights and states while they were used.
+        state_shape: the shape of one sample's state.
+        block_class: the class of the blocks.
+        n_parameters: the number of parameters of the whole model.
+        dtype: the dtype of the weights and states while they were used.
         device: where they were.
         chain_error: the largest over the blocks of the relative distance of a step VJP from autograd's.
         seconds: that this run took, without what it found on disk.
@@ -92,8 +93,6 @@ class StreamedProfile(Result):
 
     def report(self) -> Report:
         """The same as a report that can be printed, saved, drawn and compared like that of `stabkit.analyze`."""
-        from stabkit.streaming.report import report_of
-
         return report_of(self)
 
     def __str__(self) -> str:

@@ -10,10 +10,11 @@ import numpy as np
 import torch
 
 from stabkit._version import __version__
-from stabkit.diagnosis import Array, Measurement, StepMeasurement, Thresholds, bootstrap_interval, judge
+from stabkit.diagnosis import Array, Measurement, StepMeasurement, Thresholds, judge
 from stabkit.diagnosis.depth_findings import growth_finding
 from stabkit.diagnosis.outlier_blocks import local_findings
 from stabkit.report.schema import Report, StepReport
+from stabkit.statistics import mean_interval
 
 if TYPE_CHECKING:
     from stabkit.streaming.profile import StreamedProfile
@@ -31,10 +32,10 @@ def report_of(found: StreamedProfile, thresholds: Thresholds | None = None) -> R
     """
     limits = thresholds or Thresholds()
     growth = _columns(found)
-    verdict = judge(growth, ["step"] * len(found.names), limits, found.seed)
+    verdict = judge(growth, ["step"] * len(found.names), limits)
     measurement = _measurement(found, growth)
     findings = local_findings(measurement, limits) if np.isfinite(growth).all() else []
-    findings += growth_finding(verdict, measurement, {}, limits, found.seed)
+    findings += growth_finding(verdict, measurement, {}, limits)
     return Report(
         model=found.model,
         verdict=verdict.name,
@@ -113,7 +114,7 @@ def _step(found: StreamedProfile, index: int, growth: Array, limits: Thresholds)
         spectrum_method="none" if norm is None else "krylov",
         spectrum_converged=converged,
         growth=mean,
-        growth_interval=bootstrap_interval(growth, limits, found.seed) if finite else (mean, mean),
+        growth_interval=mean_interval(growth, limits.confidence) if finite else (mean, mean),
         gradient_norm=_geometric_mean(found.gradient_norms[index]),
         state_norm=_geometric_mean(found.state_norms[index]),
         notes=("the largest singular value has not converged",) if norm is not None and not converged else (),

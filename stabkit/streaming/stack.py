@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from stabkit.errors import TraceError
-from stabkit.streaming.meta_model import Weights
+from stabkit.streaming.meta_model import StreamedWeights
 from stabkit.streaming.store import Store, key_of
 
 Progress = Callable[[int, int, str], None]
@@ -30,8 +30,8 @@ class Block:
         module: itself.
         args: positional arguments after the state; held fixed.
         kwargs: keyword arguments; held fixed.
-        key: of the state before it.
-        following: of the state after it.
+        key: the key of the state before it.
+        following: the key of the state after it.
     """
 
     index: int
@@ -76,7 +76,7 @@ def stack_of(model: nn.Module) -> list[Block]:
 def run_forward(
     model: nn.Module,
     blocks: Sequence[Block],
-    weights: Weights,
+    weights: StreamedWeights,
     inputs: tuple[Any, ...],
     kwargs: Mapping[str, Any],
     store: Store,
@@ -140,7 +140,7 @@ def _replaced(module: nn.Module, forward: Callable[..., Any]) -> Callable[[], No
     return lambda: vars(module).pop("forward", None)
 
 
-def _with_weights(module: nn.Module, weights: Weights) -> Callable[[], None]:
+def _with_weights(module: nn.Module, weights: StreamedWeights) -> Callable[[], None]:
     original = module.forward
 
     def forward(*args: Any, **kwargs: Any) -> Any:

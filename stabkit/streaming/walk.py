@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from stabkit.distributed import Ranks, current, fingerprint
 from stabkit.errors import TraceError
 from stabkit.parallel import runs
-from stabkit.streaming.measurement import Settings, as_method, measure_block
-from stabkit.streaming.meta_model import WeightFiles, Weights, skeleton, without_weights
+from stabkit.streaming.measurement import BlockSettings, as_method, measure_block
+from stabkit.streaming.meta_model import StreamedWeights, WeightFiles, skeleton, without_weights
 from stabkit.streaming.profile import StreamedProfile
 from stabkit.streaming.stack import Block, Progress, run_forward, stack_of
 from stabkit.streaming.store import Store, key_of
@@ -66,7 +66,7 @@ def analyze_files(
         device: where blocks are run; weights go there one block at a time.
         out: a directory for states and finished blocks, from which an interrupted run goes on; None keeps them in
             memory. Results are found again by the bytes of the weights and the input, not by name.
-        seed: of the probes.
+        seed: the seed of the probes.
         progress: called with (done, total, block name), forward and back.
         ranks: who shares the work; by default all ranks of the process group that runs.
 
@@ -97,7 +97,7 @@ def analyze_files(
     folder = Path(directory)
     files = WeightFiles(folder)
     bare = skeleton(folder) if model is None else _built(model)
-    weights = Weights(bare, files, dtype, torch.device(device))
+    weights = StreamedWeights(bare, files, dtype, torch.device(device))
     blocks = stack_of(bare)
     store = Store(None if out is None else Path(out))
     args, named = map_tensors([inputs, dict(kwargs or {})], lambda tensor: tensor.to(weights.device))
@@ -109,7 +109,7 @@ def analyze_files(
         first, end = shares[part]
         run_forward(bare, blocks, weights, args, named, store, progress)
         settings = [
-            Settings(first, end - first, k if block.index % ranks.count == part else 0, tol, max_products, seed)
+            BlockSettings(first, end - first, k if block.index % ranks.count == part else 0, tol, max_products, seed)
             for block in blocks
         ]
         return _walk_back(blocks, weights, store, settings, progress)
@@ -136,7 +136,11 @@ def _built(model: Callable[[], nn.Module]) -> nn.Module:
 
 
 def _walk_back(
-    blocks: Sequence[Block], weights: Weights, store: Store, settings: Sequence[Settings], progress: Progress | None
+    blocks: Sequence[Block],
+    weights: StreamedWeights,
+    store: Store,
+    settings: Sequence[BlockSettings],
+    progress: Progress | None,
 ) -> list[dict[str, Tensor]]:
     """Results of every block, from the last to the first; those that are there already are taken as they are."""
     results: list[dict[str, Tensor]] = []
@@ -188,7 +192,7 @@ def _state(store: Store, key: str) -> Tensor:
 def _profile(
     model: nn.Module,
     blocks: Sequence[Block],
-    weights: Weights,
+    weights: StreamedWeights,
     results: Sequence[Mapping[str, Tensor]],
     store: Store,
     seed: int,

@@ -14,6 +14,9 @@ from stabkit.tracing.graph import Graph
 from stabkit.tracing.inputs import Source, differentiable
 from stabkit.tracing.values import Value, meta_of, value_of
 
+_MOST = 0.5  # share of the longest way from which an input passes most of the model
+_CONDITIONS = 8  # times as large as an input that conditions it an input is, at least
+
 Target = Callable[[Any], Tensor] | str | None
 
 
@@ -62,7 +65,11 @@ def _described(path: str) -> str:
 
 
 def find_source(sources: Sequence[Source], target: Value, wanted: str | None) -> tuple[Graph, Source]:
-    """The source with the longest way to the target; among equals the larger, then the earlier."""
+    """The source with the longest way to the target; among equals the larger, then the earlier.
+
+    A time, a label or another input that conditions what is made of a much larger one may well have the longest way,
+    by the few operations that embed it; depth is counted from the larger.
+    """
     if wanted is not None:
         sources = [s for s in sources if s.name == wanted] or _unknown_source(sources, wanted)
     reached = []
@@ -81,8 +88,15 @@ def find_source(sources: Sequence[Source], target: Value, wanted: str | None) ->
     longest = max(len(graph.nodes) for graph, _ in direct)
     if longest == 0:
         raise TraceError("the output is the input itself: there is no step between them")
-    nearly = [pair for pair in direct if len(pair[0].nodes) >= 0.9 * longest]
-    return max(nearly, key=lambda pair: meta_of(pair[1].value).numel)
+    through = [pair for pair in direct if len(pair[0].nodes) >= _MOST * longest]
+    largest = max(_numel(pair) for pair in through)
+    main = [pair for pair in through if _numel(pair) * _CONDITIONS >= largest]
+    nearly = [pair for pair in main if len(pair[0].nodes) >= 0.9 * max(len(graph.nodes) for graph, _ in main)]
+    return max(nearly, key=_numel)
+
+
+def _numel(pair: tuple[Graph, Source]) -> int:
+    return meta_of(pair[1].value).numel
 
 
 def _unknown_source(sources: Sequence[Source], wanted: str) -> list[Source]:

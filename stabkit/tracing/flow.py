@@ -132,6 +132,17 @@ class Flow:
     forward_pass: ForwardPass = field(repr=False)
     recorded: RecordedPass = field(repr=False)
     _chains: Callable[[], dict[str, Flow]] = field(repr=False)
+    _retrace: Callable[[], Flow] | None = field(default=None, repr=False, kw_only=True)
+
+    def again(self) -> Flow:
+        """The same call traced anew, in the same way, at the weights and in the modes that the model has now.
+
+        Raises:
+            TraceError: the call fails now, or this flow is a part of another, which alone can be traced anew.
+        """
+        if self._retrace is None:
+            raise TraceError("this flow was taken out of another one; trace that one anew")
+        return self._retrace()
 
     @property
     def chains(self) -> dict[str, Flow]:
@@ -240,7 +251,7 @@ class Flow:
 
         Args:
             loss: a callable on the model's output that returns a scalar, or None.
-            seed: of the random cotangent.
+            seed: the seed of the random cotangent.
 
         Raises:
             TraceError: the loss is not a differentiable scalar, or reaches the source around the target.

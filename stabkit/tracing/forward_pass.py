@@ -30,7 +30,7 @@ class ForwardPass:
         module: the module whose state is kept safe.
         inputs: positional arguments.
         kwargs: keyword arguments.
-        seed: of the random numbers that the model draws.
+        seed: the seed of the random numbers that the model draws.
         promote_casts: take floats that are cast from integers as sources too.
         through_no_grad: ignore ``torch.no_grad`` inside the model.
     """

@@ -39,7 +39,7 @@ class Iteration:
         inputs: what drives the steps, each tensor ``(n_steps, batch, ...)``.
         step_size: how much time a step takes, None when a step is a step.
         lengths: ``(batch,)`` how many steps each sample takes before it is held where it is; None when all take all.
-        name: of the map.
+        name: the name of the map.
         notes: what the reader should know.
     """
 
@@ -54,6 +54,10 @@ class Iteration:
     notes: tuple[str, ...] = ()
     _as_given: Callable[[Tensors], Any] = field(default=lambda state: state, repr=False)
     _kept: dict[int, Tensors] = field(default_factory=dict, repr=False)
+
+    def again(self) -> Iteration:
+        """The same map from the same state, at the weights that its module has now."""
+        return replace(self, _kept={})
 
     def __len__(self) -> int:
         return self.n_steps

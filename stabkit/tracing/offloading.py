@@ -15,7 +15,7 @@ def values_of(module: nn.Module, name: str) -> Tensor | None:
 
     Args:
         module: that the parameter belongs to.
-        name: of it, in that module.
+        name: what the tensor is called in that module.
 
     Example:
         >>> values_of(nn.Linear(3, 2), "weight").shape

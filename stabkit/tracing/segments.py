@@ -76,6 +76,11 @@ class Segment:
         self._vmap = {"vjp": "untested", "jvp": "untested"}
         self._stacks: bool | None = None
 
+    @property
+    def recomputes(self) -> bool:
+        """Whether saved tensors are computed anew when it is differentiated."""
+        return self._prefetch is not None
+
     def live(self, position: int) -> tuple[Value, ...]:
         """The values that everything after the first ``position`` nodes of the segment depends on."""
         made = set(self.nodes[position:])

@@ -68,7 +68,7 @@ def trace(
         source: name of the input or embedding to start from, when there are several.
         target: the output to end at: a function of the model's output that returns a tensor, or its path
             (``"logits"``). By default the first that is not a loss.
-        seed: of the random numbers that the model draws (dropout) and of the cotangent that checks the chain.
+        seed: the seed of the random numbers that the model draws (dropout) and of the cotangent that checks the chain.
         check: compare the product of the steps' VJPs with the model's own VJP.
         memory: ``"keep"`` what one training forward pass keeps, or ``"recompute"`` the saved tensors of a step when it
             is differentiated: memory is then that of the largest step and the states, and every step costs a forward
@@ -117,7 +117,23 @@ def trace(
             own = map_tensors([inputs, forward.kwargs], lambda tensor: tensor.detach().clone())
             forward = replace(forward, inputs=own[0], kwargs=own[1])
         recorded = _record(forward, source, target, memory == "recompute")
-    return _build(recorded, _Settings(module, depth, batch, batch_dim or 0, seed, check))
+    flow = _build(recorded, _Settings(module, depth, batch, batch_dim or 0, seed, check))
+
+    def again() -> Flow:
+        return trace(
+            model,
+            *inputs,
+            kwargs=kwargs,
+            depth=depth,
+            batch_dim=batch_dim,
+            source=source,
+            target=target,
+            seed=seed,
+            check=False,  # what was exact is exact at other weights
+            memory=memory,
+        )
+
+    return replace(flow, _retrace=again)
 
 
 @dataclass(frozen=True)

@@ -2,19 +2,35 @@
 
 from __future__ import annotations
 
-from stabkit.walk.cotangents import PROBE, Cotangents, balanced, drawn, probe_seeds, stacked, wide
-from stabkit.walk.walk import Observer, Passage, Walk, walk_back
+from stabkit.walk.arrivals import SMALL, Arrivals, Pulled
+from stabkit.walk.cotangents import PROBE, Cotangents, balanced, drawn, probe_seeds, wide
+from stabkit.walk.walk import (
+    Observer,
+    Passage,
+    Walk,
+    joined,
+    loss_columns,
+    random_columns,
+    space_at,
+    walk_back,
+)
 
 __all__ = [
     "PROBE",
+    "SMALL",
+    "Arrivals",
     "Cotangents",
     "Observer",
     "Passage",
+    "Pulled",
     "Walk",
     "balanced",
     "drawn",
+    "joined",
+    "loss_columns",
     "probe_seeds",
-    "stacked",
+    "random_columns",
+    "space_at",
     "walk_back",
     "wide",
 ]

@@ -6,14 +6,14 @@ import contextlib
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from stabkit.tracing.products import Space
 from stabkit.tracing.protocols import FlowLike, StepLike
-from stabkit.walk.cotangents import Cotangents, balanced, drawn
+from stabkit.walk.cotangents import Cotangents, balanced, drawn, stacked
 
 Renewal = Literal["never", "together", "each"]
 
@@ -137,6 +137,32 @@ def walk_back(
             observer.passed(passage, pulled)
         carried = continued
     return Walk(growth, log_norms, tuple(reversed(restarts)))
+
+
+def random_columns(flow: FlowLike, seeds: Sequence[int]) -> Tensor:
+    """Standard normal cotangents of the last state, ``(batch, size, len(seeds))``."""
+    space = space_at(flow, len(flow))
+    return stacked(space, [flow.cotangent(seed=seed) for seed in seeds]) if seeds else drawn(space, ())
+
+
+def loss_columns(flow: FlowLike, losses: Sequence[Any]) -> Tensor:
+    """The gradients of some losses with respect to the last state, ``(batch, size, len(losses))``.
+
+    Raises:
+        TraceError: a loss is not a differentiable scalar of the output that the flow leads to.
+    """
+    return stacked(space_at(flow, len(flow)), [flow.cotangent(loss) for loss in losses])
+
+
+def joined(walks: Sequence[Walk]) -> Walk:
+    """Walks of different cotangents, which started anew at the same states, as one."""
+    growth, log_norms = (torch.cat([getattr(walk, name) for walk in walks], 2) for name in ("growth", "log_norms"))
+    return Walk(growth, log_norms, walks[0].restarts)
+
+
+def space_at(flow: FlowLike, index: int) -> Space:
+    """Flat coordinates of a state, without the state."""
+    return flow.space_at(index)
 
 
 def _renewed(cotangents: Cotangents, space: Space, seeds: Sequence[int]) -> Cotangents:

@@ -43,12 +43,12 @@ class MatrixReport(Result):
         singular_values: all of them, largest first; only the largest one where the matrix is large.
         method: ``"dense"`` or ``"golub-kahan"``.
         converged: whether every value above has converged.
-        eigenvalues: of a recurrent matrix, block by block as in ``gates``.
+        eigenvalues: the eigenvalues of a recurrent matrix, block by block as in ``gates``.
         gates: names of the blocks.
         spectral_radius: largest \|eigenvalue\| over the blocks.
         linear_growth: log sigma_w, nats: growth of the norm of a random cotangent through the matrix alone.
-        expected_growth: of a gradient through this layer with the activation, were its weights random: half the log of
-            chi_1 at the fixed point of the variance, nats. None for an embedding.
+        expected_growth: the expected growth of a gradient through this layer with the activation, were its weights
+            random: half the log of chi_1 at the fixed point of the variance, nats. None for an embedding.
         phase: ``"ordered"``, ``"critical"`` or ``"chaotic"``, of a deep network of such layers.
         notes: what was assumed.
     """
@@ -87,7 +87,7 @@ def measure(name: str, tensor: Tensor, role: Role, bias: Tensor | None, activati
         role: from :func:`stabkit.weights.roles.role_of`.
         bias: the bias beside it.
         activation: the nonlinearity that is assumed to stand before or behind it.
-        seed: of the iteration for a large matrix.
+        seed: the seed of the iteration for a large matrix.
     """
     dtype = str(tensor.dtype).removeprefix("torch.")
     described: dict[str, Any] = {

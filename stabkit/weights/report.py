@@ -14,7 +14,9 @@ from torch import Tensor
 from stabkit.checkpoints.training import natural_order
 from stabkit.errors import ArgumentError
 from stabkit.meanfield import activation_names
+from stabkit.report import encoding, files
 from stabkit.results import Result
+from stabkit.weights import table
 from stabkit.weights.matrices import MatrixReport, measure
 from stabkit.weights.roles import role_of
 
@@ -50,8 +52,6 @@ class WeightsReport(Result):
     non_finite: tuple[str, ...]
 
     def __str__(self) -> str:
-        from stabkit.weights import table
-
         return table.plain(self)
 
     def _contents(self) -> dict[str, Any]:
@@ -63,8 +63,6 @@ class WeightsReport(Result):
         Raises:
             ReportError: the file cannot be written.
         """
-        from stabkit.report import encoding, files
-
         return files.write(Path(path), encoding.lines(self.to_dict()).encode())
 
 
@@ -88,7 +86,7 @@ def analyze_weights(
         name: what the report calls them.
         description: where they come from.
         activation: the nonlinearity to assume, one of ``stabkit.meanfield.activation_names()``.
-        seed: of the iterations for large matrices.
+        seed: the seed of the iterations for large matrices.
         progress: called with (done, total, name).
 
     Raises:

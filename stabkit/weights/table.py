@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from stabkit.report.formats import figures, middle, printable, signed
-from stabkit.weights.matrices import MatrixReport
-from stabkit.weights.report import WeightsReport
+
+if TYPE_CHECKING:
+    from stabkit.weights.matrices import MatrixReport
+    from stabkit.weights.report import WeightsReport
 
 _SHORTEST_NAME = 16
 _COLUMNS: tuple[tuple[str, Callable[[MatrixReport], str]], ...] = (

@@ -48,7 +48,8 @@ def test_growth_is_that_of_the_profile_and_the_terms_add_up(name, loss):
     torch.manual_seed(0)
     flow = stabkit.trace(make(), x)
     found = stabkit.attribute(flow, loss, seed=3)
-    assert torch.equal(found.growth, gradient_profile(flow, loss, seed=3).log_growth)
+    profile = gradient_profile(flow, loss, seed=3, probes=4 if loss is None else 1)
+    torch.testing.assert_close(found.growth, profile.log_growth, rtol=1e-12, atol=1e-12)
     parts = [torch.nan_to_num(getattr(found, c)) for c in ("spectral", "non_normal", "alignment", "transition")]
     torch.testing.assert_close(sum(parts), found.growth, rtol=0, atol=1e-12)
     assert found.closing_error.abs().max() < 1e-9

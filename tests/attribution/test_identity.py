@@ -95,7 +95,8 @@ def test_the_terms_add_up_to_the_growth(size, depth, scale, a, kind, seed):
     shape = {"dense": lambda A: A, "triangular": torch.tril, "rank one": lambda A: A[:, :1] @ A[:1]}
     flow = stabkit.trace(linear_steps(*map(shape[kind], drawn), a=a), normal_input(2, size, seed))
     found = stabkit.attribute(flow, seed=seed)
-    assert torch.equal(found.growth, gradient_profile(flow, seed=seed).log_growth)
+    profile = gradient_profile(flow, seed=seed, probes=4)
+    torch.testing.assert_close(found.growth, profile.log_growth, rtol=1e-12, atol=1e-12)
     total = found.spectral + found.non_normal + found.alignment
     torch.testing.assert_close(total, found.growth, rtol=0, atol=1e-11)
     assert bool((found.non_normal >= 0).all())

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from stabkit.checkpoints.capsule_loading import load_capsule
-from stabkit.checkpoints.capsules import Call, is_capsule, read_capsule, write_capsule
+from stabkit.checkpoints.capsules import RecordedCall, is_capsule, read_capsule, write_capsule
 from stabkit.checkpoints.randomness import as_tensors, random_state, restore_random
 from stabkit.errors import CheckpointError
 
@@ -39,7 +39,7 @@ def written(path, model, call, **changes):
 
 def make_call(**changes):
     given = {"args": (torch.ones(2, 3),), "kwargs": {}, "random": as_tensors(random_state()), **changes}
-    return Call(**given)
+    return RecordedCall(**given)
 
 
 def test_arguments_come_back_in_their_containers(tmp_path):

@@ -188,7 +188,9 @@ def test_a_loss_in_other_units_or_none_agree_on_dead_layers():
 
 def test_every_threshold_is_printed():
     limits = Thresholds().to_dict()
-    assert {"stable", "drift", "rate_law", "outlier", "dead", "saturated", "collapsed", "homogeneous"} <= set(limits)
+    assert {"stable", "explosion", "rate_law", "outlier", "dead", "saturated", "collapsed", "homogeneous"} <= set(
+        limits
+    )
     assert all(math.isfinite(value) for value in limits.values())
 
 

@@ -95,12 +95,33 @@ def test_a_bias_is_named_where_the_activation_behind_it_shows_it(act, kind):
 
 def test_a_bias_in_front_of_a_batch_norm():
     torch.manual_seed(0)
-    model = nn.Sequential(*[m for _ in range(6) for m in (nn.Linear(48, 48), nn.BatchNorm1d(48), nn.ReLU())]).eval()
+    model = nn.Sequential(*[m for _ in range(6) for m in (nn.Linear(48, 48), nn.BatchNorm1d(48), nn.ReLU())])
     for layer in model[::3]:
         nn.init.kaiming_normal_(layer.weight)
         nn.init.zeros_(layer.bias)
-    model[6].bias.data.fill_(-10.0)
+    for _ in range(40):
+        model(torch.randn(64, 48))  # statistics of before the bias went wrong
+    model.eval()[6].bias.data.fill_(-10.0)
     assert first(examine(stabkit.trace(model, torch.randn(8, 48)))) == ("dead", "6")
+
+
+def test_batch_norms_without_statistics_are_judged_with_those_of_the_batch():
+    torch.manual_seed(0)
+    model = nn.Sequential(*[m for _ in range(12) for m in (nn.Linear(24, 24), nn.BatchNorm1d(24), nn.Tanh())]).eval()
+    for layer in model[::3]:
+        layer.weight.data.mul_(0.5)  # far too small, which only a norm that normalises takes out
+    x = torch.randn(64, 24)
+    kept = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    diagnosis = examine(stabkit.trace(model, x))
+    assert diagnosis.verdict.name in ("stable", "drift")
+    assert not serious(diagnosis)
+    assert all(torch.equal(buffer, kept[name]) for name, buffer in model.named_buffers())
+    model(x)
+    for norm in model[1::3]:
+        norm.num_batches_tracked.fill_(1)  # statistics that were collected are believed, whatever they are
+    assert examine(stabkit.trace(model, x)).verdict.name == "vanishing"
+    few = nn.Sequential(*[nn.BatchNorm1d(4) for _ in range(3)]).eval()
+    assert examine(stabkit.trace(few, torch.randn(1, 4))).verdict.name == "not judged"
 
 
 class Branches(nn.Module):
@@ -173,9 +194,11 @@ def test_a_stretch_goes_before_what_the_dtype_cannot_hold():
     model = tanh_layers(depth=16)
     for layer in model[::2]:
         layer.weight.data.mul_(1e-6)
-    found = serious(examine(stabkit.trace(model, torch.randn(4, 48))))
-    assert (found[0].kind, found[0].steps) == ("vanishing", tuple(range(32)))
-    (lost,) = (f for f in found if "range" in f.numbers)
+    diagnosis = examine(stabkit.trace(model, torch.randn(4, 48)))
+    (found,) = serious(diagnosis)
+    assert (found.kind, found.steps) == ("vanishing", tuple(range(32)))
+    (lost,) = (f for f in diagnosis.findings if "range" in f.numbers)
+    assert "it is gone with the remedy of vanishing" in lost.evidence
     assert 1 <= len(lost.steps) < 20  # those whose gradients are out of reach of the rest, not all
 
 

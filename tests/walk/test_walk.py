@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 import stabkit
-from stabkit.walk import Observer, drawn, stacked, walk_back
+from stabkit.walk import Observer, drawn, loss_columns, random_columns, walk_back
 
 
 def orthogonal(gain: float, depth: int = 6, dtype: torch.dtype = torch.float64, width: int = 10) -> nn.Sequential:
@@ -24,7 +24,7 @@ def network(dtype: torch.dtype = torch.float64) -> nn.Sequential:
 
 
 def columns_of(flow: stabkit.tracing.Flow, count: int) -> Tensor:
-    return stacked(flow.states[-1].space, [flow.cotangent(seed=seed) for seed in range(count)])
+    return random_columns(flow, range(count))
 
 
 def test_growth_through_orthogonal_layers_is_their_gain():
@@ -99,7 +99,7 @@ def test_an_operation_that_cannot_be_batched_is_walked_one_by_one():
 def test_norms_are_those_of_the_gradient():
     model, x = network(), torch.randn(3, 6).double().requires_grad_()
     flow = stabkit.trace(model, x)
-    walk = walk_back(flow, stacked(flow.states[-1].space, [flow.cotangent(lambda out: 1e-3 * out.square().sum())]))
+    walk = walk_back(flow, loss_columns(flow, [lambda out: 1e-3 * out.square().sum()]))
     (grad,) = torch.autograd.grad(1e-3 * model(x).square().sum(), x)
     torch.testing.assert_close(walk.log_norms[0, :, 0], grad.norm(dim=1).log(), rtol=1e-12, atol=0)
 
@@ -182,7 +182,7 @@ def test_an_iterated_map_is_walked_too(size):
     torch.manual_seed(0)
     W = 0.7 * torch.linalg.qr(torch.randn(size, size).double()).Q
     flow = stabkit.iterate(lambda x: x @ W.T, torch.ones(3, size).double(), 9)
-    columns = stacked(flow.space, [flow.cotangent(seed=seed) for seed in range(2)])
+    columns = columns_of(flow, 2)
     walk = walk_back(flow, columns)
     assert (walk.growth - math.log(0.7)).abs().max() < 1e-12
     assert walk.growth.shape == (9, 3, 2)

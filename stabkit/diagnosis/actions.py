@@ -1,0 +1,187 @@
+"""Remedies as data, carried out on a model: for good, or until what they change has been measured."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from stabkit.diagnosis.finding import Action
+from stabkit.errors import ArgumentError
+
+FORMS = ("scale", "redraw", "fill", "orthogonalise", "add_skip", "insert_norm", "activate", "convert")
+
+
+class Skip(nn.Module):
+    """x + f(x)."""
+
+    def __init__(self, branch: nn.Module) -> None:
+        super().__init__()
+        self.branch = branch
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """The input plus what the branch makes of it."""
+        return x + self.branch(x, *args, **kwargs)
+
+
+def carry_out(model: nn.Module, actions: Sequence[Action], seed: int = 0) -> None:
+    """Change a model in place.
+
+    Raises:
+        ArgumentError: an action names something that the model does not have, or is of an unknown form.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for action in actions:
+            _act(model, action, generator)
+
+
+@contextlib.contextmanager
+def carried_out(model: nn.Module, actions: Sequence[Action], seed: int = 0) -> Iterator[None]:
+    """A model changed for a while: other parameters and modules stand in its own, which are not touched.
+
+    Graphs that were recorded before stay valid, and memory grows by what is changed alone.
+
+    Raises:
+        ArgumentError: an action cannot be carried out, or not for a while only (a change of dtype).
+    """
+    generator = torch.Generator().manual_seed(seed)
+    with contextlib.ExitStack() as undoing:
+        with torch.no_grad():
+            for action in actions:
+                _stand_in(model, action, undoing)
+                _act(model, action, generator)
+        yield
+
+
+def _stand_in(model: nn.Module, action: Action, undoing: contextlib.ExitStack) -> None:
+    """Put a copy in the place of what an action changes, and see to it that the original comes back."""
+    if action.get("action") == "convert":
+        raise ArgumentError("a model is not run in another dtype for a while, which its inputs are not in")
+    if "parameter" in action:
+        held = parameter(model, action["parameter"])
+        if held.is_meta:
+            raise ArgumentError(f"the values of {action['parameter']!r} are not in memory")
+        fresh = nn.Parameter(held.detach().clone(), requires_grad=held.requires_grad)
+        for module in list(model.modules()):  # a tied parameter has several places
+            for name in [n for n, p in module._parameters.items() if p is held]:
+                setattr(module, name, fresh)
+                undoing.callback(setattr, module, name, held)
+    if "module" in action:
+        for path in _span(model, action["module"], action.get("through")):
+            parent, _, name = path.rpartition(".")
+            owner = _module(model, parent)
+            undoing.callback(owner._modules.__setitem__, name, _module(model, path))
+
+
+def _act(model: nn.Module, action: Action, generator: torch.Generator) -> None:
+    form = action.get("action")
+    doing: dict[str, Callable[[], None]] = {
+        "scale": lambda: _scale(parameter(model, action["parameter"]), float(action["factor"])),
+        "redraw": lambda: _redraw(parameter(model, action["parameter"]), float(action["rms"]), generator),
+        "fill": lambda: _fill(parameter(model, action["parameter"]), float(action["value"])),
+        "orthogonalise": lambda: _orthogonalise(parameter(model, action["parameter"]), float(action["gain"])),
+        "add_skip": lambda: _add_skip(model, action["module"], action.get("through")),
+        "insert_norm": lambda: _insert_norm(model, action["module"], action["like"]),
+        "activate": lambda: _activate(model, action["module"], action["by"]),
+        "convert": lambda: _convert(model, action["dtype"]),
+    }
+    if form not in doing:
+        raise ArgumentError(f"action {form!r} is unknown; known are {', '.join(FORMS)}")
+    doing[form]()
+
+
+def _scale(tensor: Tensor, by: float) -> None:
+    tensor.mul_(by)
+
+
+def _redraw(tensor: Tensor, rms: float, generator: torch.Generator) -> None:
+    drawn = torch.randn(tensor.shape, generator=generator, dtype=torch.float64)
+    tensor.copy_((rms * drawn).to(tensor))
+
+
+def _fill(tensor: Tensor, value: float) -> None:
+    tensor.fill_(value)
+
+
+def _orthogonalise(tensor: Tensor, gain: float) -> None:
+    U, _, Vh = torch.linalg.svd(tensor.flatten(1).double(), full_matrices=False)
+    tensor.copy_((gain * U @ Vh).reshape(tensor.shape))
+
+
+def _add_skip(model: nn.Module, first: str, last: str | None) -> None:
+    """A skip round one module, or round several that a Sequential runs one after another."""
+    paths = _span(model, first, last)
+    modules = [_module(model, path) for path in paths]
+    _replace(model, first, Skip(modules[0] if len(modules) == 1 else nn.Sequential(*modules)))
+    for path in paths[1:]:
+        _replace(model, path, nn.Identity())
+
+
+def _span(model: nn.Module, first: str, last: str | None) -> list[str]:
+    """Paths of the children of a Sequential from one to another; the one alone without another."""
+    if last is None or last == first:
+        return [first]
+    parent, _, start = first.rpartition(".")
+    owner = _module(model, parent)
+    names = list(owner._modules)
+    stop = last.rpartition(".")[2]
+    if not isinstance(owner, nn.Sequential) or start not in names or stop not in names:
+        raise ArgumentError(f"{first!r} to {last!r} are not children of one nn.Sequential")
+    return [f"{parent}.{name}".lstrip(".") for name in names[names.index(start) : names.index(stop) + 1]]
+
+
+def _insert_norm(model: nn.Module, place: str, like: str) -> None:
+    norm = copy.deepcopy(_module(model, like))
+    reset = getattr(norm, "reset_parameters", None)
+    if callable(reset):
+        reset()
+    _replace(model, place, norm)
+
+
+def _activate(model: nn.Module, place: str, by: str) -> None:
+    _replace(model, place, getattr(nn, by)())
+
+
+def _convert(model: nn.Module, dtype: str) -> None:
+    model.to(getattr(torch, dtype))
+
+
+def once(model: nn.Module, actions: Sequence[Action]) -> tuple[Action, ...] | None:
+    """Actions that change every parameter once: None where two would change one in two ways.
+
+    A weight that several steps or modules share has several names, and must not be scaled once for each.
+    """
+    names = dict(model.named_parameters(remove_duplicate=False))
+    kept: dict[object, Action] = {}
+    for action in actions:
+        path = action.get("parameter")
+        key = (action.get("action"), action.get("module")) if path is None else id(names.get(path, path))
+        first = kept.setdefault(key, action)
+        if {**first, "parameter": None} != {**action, "parameter": None}:
+            return None
+    return tuple(kept.values())
+
+
+def parameter(model: nn.Module, path: str) -> nn.Parameter:
+    """A parameter by its path."""
+    found = dict(model.named_parameters(remove_duplicate=False)).get(path)
+    if found is None:
+        raise ArgumentError(f"the model has no parameter {path!r}; is it the one that was diagnosed?")
+    return found
+
+
+def _module(model: nn.Module, path: str) -> nn.Module:
+    try:
+        return model.get_submodule(path)
+    except AttributeError:
+        raise ArgumentError(f"the model has no module {path!r}; is it the one that was diagnosed?") from None
+
+
+def _replace(model: nn.Module, path: str, module: nn.Module) -> None:
+    parent, _, name = path.rpartition(".")
+    setattr(_module(model, parent), name, module)

@@ -1,0 +1,103 @@
+"""Batch norms in eval mode whose statistics were never collected: they are the identity, which nobody means.
+
+Such a network is judged with the statistics of the batch that it is given, as it would be in training. They are
+collected by one more forward pass and stand in the place of the running ones while the flow is traced anew; the model
+keeps its own.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import replace
+
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from stabkit.tracing import Flow
+from stabkit.tracing.safekeeping import unchanged
+
+NOTE = (
+    "batch norms in eval mode have never collected statistics: judged with those of this batch, as in training; "
+    "train the model, or call model.train(), to have them judged as they are"
+)
+_FEWEST = 8  # values of a channel whose variance is worth something: within a factor of 2 for 95 % of normal samples
+TOO_FEW = "batch norms in eval mode have never collected statistics, and this batch is too small to make them"
+
+
+def uncollected(model: nn.Module) -> list[_BatchNorm]:
+    """Batch norms that use running statistics as they were made: mean 0, variance 1, of no batch."""
+    return [m for m in model.modules() if isinstance(m, _BatchNorm) and not m.training and _fresh(m)]
+
+
+def _fresh(norm: _BatchNorm) -> bool:
+    mean, variance, seen = norm.running_mean, norm.running_var, norm.num_batches_tracked
+    if mean is None or variance is None or mean.is_meta or (seen is not None and int(seen) > 0):
+        return False
+    return bool((mean == 0).all()) and bool((variance == 1).all())
+
+
+def with_statistics(flow: Flow) -> Flow:
+    """The flow, or, where batch norms are fresh, the same one traced anew with the statistics of its batch."""
+    if NOTE in flow.notes or TOO_FEW in flow.notes or not uncollected(flow.model):
+        return flow
+    if flow.steps[0].segment.recomputes:
+        return flow  # what is computed anew later would use the norms' own statistics
+    return traced_anew(flow)
+
+
+def traced_anew(flow: Flow) -> Flow:
+    """The flow traced anew, with statistics of its batch where there are none."""
+    fresh = uncollected(flow.model)
+    if not fresh:
+        return flow.again()
+    found = _collected(flow, fresh)
+    if found is None:
+        return replace(flow, notes=(*flow.notes, TOO_FEW))
+    with _standing(found):
+        traced = flow.again()
+    return replace(traced, notes=(*traced.notes, NOTE))
+
+
+def _collected(flow: Flow, norms: list[_BatchNorm]) -> dict[_BatchNorm, tuple[torch.Tensor, torch.Tensor]] | None:
+    """Mean and variance of the batch at every norm, by one forward pass; None where the batch is too small."""
+    call, counts = flow.forward_pass, []
+
+    def count(norm: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+        counts.append(inputs[0].numel() // inputs[0].shape[1])
+
+    with unchanged(call.module) as safe, torch.no_grad():
+        safe.copy_buffers()
+        torch.manual_seed(call.seed)
+        for norm in norms:
+            norm.train()
+            norm.momentum = None  # the statistics are those of this batch alone
+            norm.register_forward_pre_hook(count)
+        try:
+            call.model(*call.inputs, **call.kwargs)
+        except ValueError as error:
+            if "more than 1 value per channel" in str(error):
+                return None
+            raise
+        if min(counts, default=0) < _FEWEST:
+            return None
+        return {norm: (_held(norm.running_mean), _held(norm.running_var)) for norm in norms}
+
+
+def _held(buffer: torch.Tensor | None) -> torch.Tensor:
+    assert buffer is not None  # `_fresh` has looked
+    return buffer.detach().clone()
+
+
+@contextlib.contextmanager
+def _standing(found: dict[_BatchNorm, tuple[torch.Tensor, torch.Tensor]]) -> Iterator[None]:
+    """These statistics in the place of the norms' own."""
+    own = {norm: (norm.running_mean, norm.running_var) for norm in found}
+    try:
+        for norm, (mean, variance) in found.items():
+            norm.running_mean, norm.running_var = mean, variance
+        yield
+    finally:
+        for norm, (kept_mean, kept_variance) in own.items():
+            norm.running_mean, norm.running_var = kept_mean, kept_variance

@@ -1,0 +1,100 @@
+"""Twenty steps of plain gradient descent on a batch, with a model as it is or treated: what a remedy is worth.
+
+The rate is a share of the size of the weights over that of their gradient, so that the units of the loss do not
+matter; the best of a few shares counts. The model, its buffers and the random state stay as they were.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from stabkit.diagnosis import remedies
+from stabkit.diagnosis.actions import carried_out
+from stabkit.diagnosis.finding import Action
+from stabkit.errors import StabkitError
+from stabkit.tracing import Flow
+from stabkit.tracing.safekeeping import unchanged
+
+STEPS = 20
+LARGEST = 1_000_000  # parameters beyond which so much training is no small part of a diagnosis
+_SHARES = (0.003, 0.03)  # of the size of the weights that the first step moves them by
+
+
+@dataclass(frozen=True)
+class ShortTraining:
+    """Losses of a short training.
+
+    Attributes:
+        first: before it.
+        last: after it, at the best of the rates; infinite where all diverge.
+    """
+
+    first: float
+    last: float
+
+    def __str__(self) -> str:
+        return f"from {self.first:.3g} to {self.last:.3g}" if math.isfinite(self.last) else "beyond every bound"
+
+    @property
+    def gained(self) -> float:
+        """The share of the loss that the training took away."""
+        return (self.first - self.last) / abs(self.first) if self.first and math.isfinite(self.last) else -math.inf
+
+
+def short_training(flow: Any, loss: Any, actions: Sequence[Action] = ()) -> ShortTraining | None:
+    """Losses of a short training with a remedy carried out; None where the model is too large or does not train."""
+    if not isinstance(flow, Flow) or not callable(loss):
+        return None
+    paths = [path for path, p in flow.model.named_parameters() if p.requires_grad and p.is_floating_point()]
+    if not paths or sum(p.numel() for p in flow.model.parameters()) > LARGEST:
+        return None
+    runs = []
+    try:
+        for share in _SHARES:
+            # stand-ins for all parameters, so that the model's own are never written
+            with (
+                carried_out(flow.model, [remedies.scale(path, 1.0) for path in paths]),
+                carried_out(flow.model, actions),
+            ):
+                runs.append(_run(flow, loss, share))
+    except (StabkitError, RuntimeError):
+        return None
+    first = runs[0][0]
+    return ShortTraining(first, min(run[-1] if math.isfinite(run[-1]) else math.inf for run in runs))
+
+
+def _run(flow: Flow, loss: Any, share: float) -> list[float]:
+    call, losses = flow.forward_pass, []
+    with unchanged(call.module) as safe, torch.enable_grad():
+        safe.copy_buffers()
+        torch.manual_seed(call.seed)
+        weights = [p for p in flow.model.parameters() if p.requires_grad and p.is_floating_point()]
+        rate = None
+        for _ in range(STEPS + 1):
+            scalar = loss(call.model(*call.inputs, **call.kwargs))
+            losses.append(float(scalar.detach()))
+            grads = torch.autograd.grad(scalar, weights, allow_unused=True)
+            if rate is None:
+                norm = _norm([g for g in grads if g is not None])
+                rate = share * _norm(weights) / norm if norm > 0 else 0.0
+            if not all(g is None or bool(g.isfinite().all()) for g in grads):
+                return [*losses, math.inf]
+            _move(weights, grads, rate)
+    return losses
+
+
+def _move(weights: Sequence[nn.Parameter], grads: Sequence[Tensor | None], rate: float) -> None:
+    with torch.no_grad():
+        for weight, grad in zip(weights, grads, strict=True):
+            if grad is not None:
+                weight.sub_(grad, alpha=rate)
+
+
+def _norm(tensors: Sequence[Tensor]) -> float:
+    return math.sqrt(sum(float(t.detach().double().square().sum()) for t in tensors))

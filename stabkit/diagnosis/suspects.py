@@ -1,0 +1,220 @@
+"""Suspects: the verdict on one measurement of a flow, and what in it might be at fault, generously.
+
+Nothing here has been tried. `stabkit.diagnosis.examination` tries what is suspected before it tells anything.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+
+from stabkit.attribution import Mechanism, mechanisms
+from stabkit.diagnosis.chaos import chaos_finding, recurrent_matrices
+from stabkit.diagnosis.collapse import collapse_finding, precision_findings, spread, underflow
+from stabkit.diagnosis.dead_units import dead_findings, saturated_findings
+from stabkit.diagnosis.depth_findings import growth_finding, mechanism_findings, transient
+from stabkit.diagnosis.finding import Finding, serious
+from stabkit.diagnosis.kinds import FINDINGS, rank
+from stabkit.diagnosis.loss_faults import loss_findings
+from stabkit.diagnosis.lost_parameters import lost_parameter_findings
+from stabkit.diagnosis.low_rank import rank_findings
+from stabkit.diagnosis.measurement import Measurement, measure
+from stabkit.diagnosis.non_finite import all_finite, non_finite_findings
+from stabkit.diagnosis.outlier_blocks import local_findings
+from stabkit.diagnosis.structure import missing_norm_findings, missing_skip_findings
+from stabkit.diagnosis.thresholds import Thresholds
+from stabkit.diagnosis.verdict import Verdict, judge
+from stabkit.growth.rate_laws import rate_law
+from stabkit.identification import Identification, by_step, identify
+from stabkit.jacobians.shared import DENSE_SIZE, SharedSpectra
+from stabkit.parallel import SERIAL, Parallel
+from stabkit.tracing import Flow, FlowLike, Iteration
+
+_FEWEST_RATES = 6  # steps that telling a power from an exponential needs
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """A verdict with its findings and the measurement behind both.
+
+    Attributes:
+        verdict: on the stretch of blocks.
+        findings: worst first; single blocks before stretches.
+        measurement: what they rest on.
+        untried: suspects whose remedies were not tried, since the trials of a diagnosis are limited in number.
+    """
+
+    verdict: Verdict
+    findings: tuple[Finding, ...]
+    measurement: Measurement
+    untried: tuple[Finding, ...] = ()
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How suspects are looked for; the same before and after a remedy.
+
+    Attributes:
+        loss: a callable on the model's output, or None for random cotangents.
+        thresholds: the limits.
+        probes: random cotangents per sample when there is no loss.
+        seed: the seed of every random choice.
+        parallel: who measures what.
+    """
+
+    loss: object = None
+    thresholds: Thresholds = field(default_factory=Thresholds)
+    probes: int = 4
+    seed: int = 0
+    parallel: Parallel = SERIAL
+
+
+def suspected(
+    flow: FlowLike,
+    settings: Settings,
+    methods: Sequence[Identification] | None = None,
+    spectra: SharedSpectra | None = None,
+) -> Diagnosis:
+    """The verdict on a flow and every suspect in it, worst first; ``methods`` and ``spectra`` are given where known."""
+    limits, seed = settings.thresholds, settings.seed
+    of_loss = loss_findings(flow, settings.loss, limits) if isinstance(flow, Flow) else []
+    kept = {} if spectra is None else {"kept": spectra.samples}  # whose growth is attributed from the same walk
+    measurement = measure(flow, settings.loss, probes=settings.probes, seed=seed, parallel=settings.parallel, **kept)
+    verdict = judge(measurement.growth, measurement.kinds, limits)
+    lossless = any(finding.kind == "non_finite" for finding in of_loss)
+    if lossless or verdict.name == "non-finite" or not all_finite(measurement):
+        broken = of_loss or non_finite_findings(flow, measurement, limits, settings.loss)
+        return Diagnosis(_broken(verdict) if broken else verdict, tuple(broken), measurement)
+    verdict = _by_rate_law(verdict, measurement, limits)
+    spreads = spread(flow)
+    blocks = _block_findings(flow, measurement, limits)
+    explained = _explains(blocks, verdict, limits)
+    found = list(blocks)
+    blamed = {index for finding in blocks for index in finding.steps}
+    blamed |= {index for finding in of_loss for index in finding.steps if finding.kind == "saturated"}
+    found += [*of_loss, *saturated_findings(measurement, limits, blamed)]
+    tied = recurrent_matrices(flow) if isinstance(flow, Iteration) else {}
+    if not explained:
+        found += growth_finding(verdict, measurement, tied, limits)
+        found += _mechanism(flow, verdict, measurement, limits, methods, spectra)
+        passing = transient(measurement, verdict.stretch, verdict.growth, limits)
+        if passing is not None and abs(verdict.growth) <= limits.explosion and not _accounts(blocks, passing, limits):
+            found.append(passing)
+            verdict = _renamed(verdict, "transient growth", passing.evidence)
+        chaos = chaos_finding(flow, measurement, spreads, verdict.stretch, limits)
+        # of layers that grow beyond range it is said that they explode; a tied map has no other name for it
+        if chaos and verdict.name == "exploding" and isinstance(flow, Flow):
+            found += chaos
+        elif chaos:
+            found = [*chaos, *found]
+            verdict = _renamed(verdict, "chaotic", chaos[0].evidence)
+    found += lost_parameter_findings(flow, settings.loss) if isinstance(flow, Flow) else []
+    if not any(finding.kind == "dead" for finding in found):
+        found += collapse_finding(measurement, spreads, verdict.stretch, limits)
+    found += precision_findings(flow, measurement)
+    return Diagnosis(verdict, tuple(ordered(found)), measurement)
+
+
+def _by_rate_law(verdict: Verdict, measurement: Measurement, limits: Thresholds) -> Verdict:
+    """A drift instead of an explosion where growth is decisively a power of depth, not an exponential.
+
+    Normalised residual networks grow so: log growth goes with the log of depth, and no depth makes it explode.
+    """
+    first, last = verdict.stretch
+    rows = measurement.growth[first : last + 1]
+    merged = sum(bool(step.merges) for step in measurement.steps[first : last + 1])
+    if verdict.name not in ("exploding", "vanishing") or merged < len(rows) / 2 or len(rows) < _FEWEST_RATES:
+        return verdict
+    if not np.isfinite(rows).all():
+        return verdict
+    law = rate_law(np.concatenate([[0.0], rows.mean(axis=1).cumsum()]), decisive=limits.rate_law)
+    if law.margin > -limits.rate_law:
+        return verdict
+    return _renamed(
+        verdict, "drift", f"the growth of {verdict.growth:+.1f} nats is a {law.law} of depth, no exponential"
+    )
+
+
+def _block_findings(flow: FlowLike, measurement: Measurement, limits: Thresholds) -> list[Finding]:
+    """Single blocks at fault, one finding each: what says most about the cause goes first."""
+    local = local_findings(measurement, limits)
+    by_weight = [finding for finding in local if any("weight_deviation" in key for key in finding.numbers)]
+    weighed = {index for finding in by_weight for index in finding.steps}
+    causes = [
+        *dead_findings(measurement, limits),
+        *missing_skip_findings(flow, measurement),
+        *missing_norm_findings(flow, measurement),
+        *rank_findings(measurement, limits),
+    ]
+    causes = [finding for finding in causes if not weighed & set(finding.steps)]
+    blamed = weighed | {index for finding in causes for index in finding.steps}
+    rest = [f for f in local if f not in by_weight and not blamed & set(f.steps)]
+    lost = underflow(flow, measurement)
+    if lost.size:  # nothing of what follows is the fault of its block
+        causes, rest = ([f for f in fs if f.kind != "dead" or min(f.steps) < lost[0]] for fs in (causes, rest))
+    return [*by_weight, *causes, *rest]
+
+
+def _explains(blocks: Sequence[Finding], verdict: Verdict, limits: Thresholds) -> bool:
+    """Whether the growth would be within range but for the blocks at fault."""
+    if verdict.name not in ("exploding", "vanishing"):
+        return False
+    if not math.isfinite(verdict.growth):
+        return any(f.kind == "dead" and f.severity == "critical" for f in blocks)
+    excess = sum(f.numbers.get("gain_deviation", 0.0) for f in blocks if serious(f))
+    return math.isfinite(excess) and abs(verdict.growth - excess) < min(limits.explosion, abs(verdict.growth))
+
+
+def _accounts(blocks: Sequence[Finding], passing: Finding, limits: Thresholds) -> bool:
+    """Whether transient growth is that of single blocks at fault."""
+    inside = [f for f in blocks if serious(f) and set(f.steps) & set(passing.steps)]
+    excess = sum(f.numbers.get("gain_deviation", 0.0) for f in inside)
+    return math.isfinite(excess) and passing.numbers["growth"] - excess < limits.stable
+
+
+def _mechanism(
+    flow: FlowLike,
+    verdict: Verdict,
+    measurement: Measurement,
+    limits: Thresholds,
+    methods: Sequence[Identification] | None,
+    spectra: SharedSpectra | None,
+) -> list[Finding]:
+    """The mechanism, where growth asks for one and the states are small enough for whole spectra."""
+    if not isinstance(flow, Flow) or not math.isfinite(verdict.growth) or abs(verdict.growth) <= limits.stable:
+        return []
+    first, last = verdict.stretch
+    with_branch = sum(bool(step.merges) for step in measurement.steps[first : last + 1])
+    if 2 * with_branch < last - first + 1 or max(state.size for state in flow.states) > DENSE_SIZE:
+        return []
+    methods = identify(flow) if methods is None else methods
+    found: tuple[Mechanism, ...] = mechanisms(
+        flow, samples=1, krylov=0, identifications=methods, pulled=measurement.pulled, spectra=spectra
+    )
+    return mechanism_findings(
+        verdict, measurement, found, [method.skip for method in by_step(methods, len(flow.steps))], limits
+    )
+
+
+def _broken(verdict: Verdict) -> Verdict:
+    return replace(
+        verdict,
+        name="non-finite",
+        summary="Gradients, states or weights are not finite.",
+        growth=math.nan,
+        interval=(math.nan, math.nan),
+    )
+
+
+def _renamed(verdict: Verdict, name: str, evidence: str) -> Verdict:
+    return replace(verdict, name=name, summary=f"{name.capitalize()}: {evidence}.")
+
+
+def ordered(found: Sequence[Finding]) -> list[Finding]:
+    """Blocks at fault first, then the worst; a consequence never goes before its cause."""
+    blocks = [f for f in found if len(f.steps) <= 2 and serious(f) and not FINDINGS[f.kind].consequence]
+    rest = sorted((f for f in found if f not in blocks), key=lambda f: -rank(f.severity))
+    return [*blocks, *rest]
