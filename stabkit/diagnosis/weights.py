@@ -61,7 +61,7 @@ class Weights:
 
     def __init__(self, flow: Flow) -> None:
         self._flow = flow
-        self._called = {call.path for call in flow._recording.calls}
+        self._called = {call.path for call in flow.recorded.recording.calls}
         modules = flow.model.modules()
         self._tables = {id(m.weight) for m in modules if isinstance(m, nn.Embedding | nn.EmbeddingBag)}
 
@@ -81,11 +81,11 @@ class Weights:
 
 def calls_of(flow: Flow, step: Step) -> list[Call]:
     """The calls of modules that began and ended in a step, in the order of their beginnings."""
-    clock = flow._graph.clock
+    clock = flow.recorded.graph.clock
     start, stop = step.source.position, step.target.position
     last_before = clock[start - 1] if start > 0 else -1
     first_after = clock[stop] if stop < len(clock) else math.inf
-    calls = flow._recording.calls
+    calls = flow.recorded.recording.calls
     # found by bisection: to look at all calls at every step would cost the square of the depth
     low = bisect.bisect_right(calls, last_before, key=lambda call: call.start)
     high = bisect.bisect_right(calls, first_after, key=lambda call: call.start)

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 from stabkit.identification.confirmation import Check, is_symmetric, volume
 from stabkit.identification.flow_index import Surroundings
+from stabkit.identification.grouping import split_before
 from stabkit.identification.naming_systems import name_several_states
 from stabkit.identification.normal_form import NormalForm
 from stabkit.identification.operations import JOINS, is_opaque
@@ -25,7 +26,7 @@ def read_several_states(around: Surroundings, found: Slots, steps: tuple[int, ..
     opaque = sorted({operation(n) for n in nodes if is_opaque(n)})
     if len(found.sources) != len(found.targets):
         return _change_of_count(around, found, steps)
-    if found.split or len({value.node for value in found.sources}) == 1:
+    if found.split or len({value.node for value in found.sources}) == 1 or split_before(around.flow, start):
         found = _paired(around, found, steps)
     form = around.normal_form(start, stop, found)
     diagonal = any(c.kind == "diagonal" for terms in form.forms for c in terms.values())
@@ -102,7 +103,7 @@ def _change_of_count(around: Surroundings, found: Slots, steps: tuple[int, ...])
 
 def _reads_joined(around: Surroundings, found: Slots, steps: tuple[int, ...]) -> bool:
     """Whether several old states are all read side by side, as one."""
-    graph = around.flow._graph
+    graph = around.graph
     nodes = around.nodes(steps[0], steps[-1] + 1)
     readers = {operation(node) for node in nodes for v in found.sources if v in graph.inputs[node]}
     return len(found.sources) > 1 and readers <= JOINS
@@ -136,7 +137,7 @@ def _dense(found: Slots, steps: tuple[int, ...]) -> Identification:
 
 def dense_concatenation(around: Surroundings, found: Slots, steps: tuple[int, ...]) -> Identification | None:
     """The record of a step s' = [s; H(s)] whose state is one tensor; None when it is something else."""
-    graph = around.flow._graph
+    graph = around.graph
     parts = joined(graph, around.nodes(steps[0], steps[-1] + 1), found.targets[0])
     if parts is None or len(parts) != 2 or found.sources[0] not in parts:
         return None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -11,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import TwoSlopeNorm
 from matplotlib.ticker import MaxNLocator
 
-from stabkit.errors import ArgumentError
+from stabkit.errors import ArgumentError, did_you_mean
 from stabkit.plotting.style import DIVERGING, GREY, end_of, finish, ink, new_axes, small_text
 
 _NAMES = 12  # rows that can carry a name
@@ -37,8 +36,7 @@ def training(records: Any, ax: Axes | None = None, *, quantity: str = "growth") 
     names = list(dict.fromkeys(block["name"] for record in plain for block in record["blocks"]))
     known = [key for key in (plain[0]["blocks"] or [{}])[0] if key not in ("name", "non_finite")]
     if quantity not in known:
-        near = difflib.get_close_matches(quantity, known, n=1)
-        guess = f"; did you mean {near[0]!r}?" if near else ""
+        guess = did_you_mean(quantity, known)
         raise ArgumentError(f"quantity={quantity!r}; the blocks have {', '.join(known)}{guess}")
     values = np.full((len(names), len(plain)), np.nan)
     for column, record in enumerate(plain):
