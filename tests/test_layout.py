@@ -18,6 +18,7 @@ LAYERS = [
     "pictures",
     "results",
     "statistics",
+    "tables",
     "parallel",
     "threads",
     "integrators",
