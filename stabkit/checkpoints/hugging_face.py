@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from stabkit.checkpoints.bounds import bounded_by
 from stabkit.checkpoints.files import read_file, regular_file
 from stabkit.checkpoints.matching import misfit
-from stabkit.checkpoints.names import near, optional, seeded
+from stabkit.checkpoints.names import optional, seeded
 from stabkit.checkpoints.state_dict import find_weights
-from stabkit.errors import CheckpointError
+from stabkit.errors import CheckpointError, did_you_mean
 
 _FILES = ("model.safetensors", "pytorch_model.bin")
 _INDICES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
@@ -153,7 +153,7 @@ def _resolve(folder: Path, config: dict[str, Any]) -> tuple[Any, Any]:
         known = list(transformers.CONFIG_MAPPING)
         raise CheckpointError(
             f"{folder / 'config.json'} has model_type {model_type!r}, which transformers "
-            f"{transformers.__version__} does not know{near(str(model_type), known)}"
+            f"{transformers.__version__} does not know{did_you_mean(str(model_type), known)}"
         )
     with _quiet():
         try:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from stabkit.diagnosis.finding import Action
 from stabkit.errors import ArgumentError
 
-FORMS = ("scale", "redraw", "fill", "orthogonalise", "add_skip", "insert_norm", "activate", "convert")
+FORMS = ("scale", "redraw", "fill", "orthogonalise", "add_skip", "insert_norm", "activate", "scale_input", "convert")
 
 
 class Skip(nn.Module):
@@ -26,6 +26,18 @@ class Skip(nn.Module):
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         """The input plus what the branch makes of it."""
         return x + self.branch(x, *args, **kwargs)
+
+
+class ScaledInput(nn.Module):
+    """f(s x)."""
+
+    def __init__(self, inner: nn.Module, factor: float) -> None:
+        super().__init__()
+        self.inner, self.factor = inner, factor
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """What the module makes of its input times the factor."""
+        return self.inner(self.factor * x, *args, **kwargs)
 
 
 def carry_out(model: nn.Module, actions: Sequence[Action], seed: int = 0) -> None:
@@ -88,6 +100,7 @@ def _act(model: nn.Module, action: Action, generator: torch.Generator) -> None:
         "add_skip": lambda: _add_skip(model, action["module"], action.get("through")),
         "insert_norm": lambda: _insert_norm(model, action["module"], action["like"]),
         "activate": lambda: _activate(model, action["module"], action["by"]),
+        "scale_input": lambda: _scale_input(model, action["module"], float(action["factor"])),
         "convert": lambda: _convert(model, action["dtype"]),
     }
     if form not in doing:
@@ -145,6 +158,10 @@ def _insert_norm(model: nn.Module, place: str, like: str) -> None:
 
 def _activate(model: nn.Module, place: str, by: str) -> None:
     _replace(model, place, getattr(nn, by)())
+
+
+def _scale_input(model: nn.Module, place: str, by: float) -> None:
+    _replace(model, place, ScaledInput(_module(model, place), by))
 
 
 def _convert(model: nn.Module, dtype: str) -> None:

@@ -11,27 +11,47 @@ from stabkit.diagnosis import remedies
 from stabkit.diagnosis.actions import once
 from stabkit.diagnosis.activity import TWO_SIDED
 from stabkit.diagnosis.chaos import recurrent_matrices
+from stabkit.diagnosis.dead_units import drawn_anew
 from stabkit.diagnosis.finding import Finding
 from stabkit.diagnosis.measurement import Measurement, StepMeasurement
 from stabkit.diagnosis.remedies import Remedy
 from stabkit.tracing import Flow, Iteration
 from stabkit.walk import AnyFlow
 
+_BY_INPUT = ("saturated", "dead", "exploding", "vanishing")
+_LARGE = math.log(5.0)  # size of the entries of an input from which it is no unit scale, nats
 _STRETCH = 3  # steps beyond which a finding is about a stretch
 
 
 def candidates(suspect: Finding, measurement: Measurement, flow: AnyFlow) -> list[Remedy]:
     """Remedies to try, beginning with that of the suspect itself; none changes one weight twice."""
     found = []
-    for remedy in [Remedy(suspect.remedy, suspect.actions), *_others(suspect, measurement, flow)]:
+    own = Remedy(suspect.remedy, suspect.actions)
+    for remedy in [*_unit_input(suspect, measurement), own, *_others(suspect, measurement, flow)]:
         actions = once(flow.model, remedy.actions)
         if actions:
             found.append(Remedy(remedy.text, actions))
     return found
 
 
+def _unit_input(suspect: Finding, measurement: Measurement) -> list[Remedy]:
+    """An input of unit scale, where it is far larger and the suspect is among the first steps."""
+    size = float(measurement.log_states[0].mean())
+    first = next((w for w in measurement.steps[0].weights if w.kind == "matrix"), None)
+    if suspect.kind not in _BY_INPUT or suspect.steps[0] > 1 or not _LARGE < size < math.inf or first is None:
+        return []
+    rms = math.exp(size)
+    text = (
+        f"bring the input to unit scale: its entries are of size {rms:.3g}; divide by that, or standardise it "
+        "(x - mean) / std, where the data are read"
+    )
+    return [Remedy(text, (remedies.scale_input(first.module_path, 1.0 / rms),))] if first.module_path else []
+
+
 def _others(suspect: Finding, measurement: Measurement, flow: AnyFlow) -> list[Remedy]:
-    """Further remedies of a stretch."""
+    """Further remedies, of dead layers and of stretches."""
+    if suspect.kind == "dead":
+        return [drawn_anew(suspect.steps, measurement)]
     if len(suspect.steps) <= _STRETCH or suspect.kind not in ("vanishing", "exploding", "chaotic"):
         return []
     if isinstance(flow, Iteration):

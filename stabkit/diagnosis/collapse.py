@@ -18,6 +18,7 @@ from stabkit.walk import AnyFlow, AnyState
 
 Indices = npt.NDArray[np.intp]
 _FALL = 10.0  # factor by which the dispersion must fall over the stretch to be a collapse
+_DIRECTIONS = 4  # entries of a vector from which its direction tells it apart
 _HEADROOM = math.log(1e3)  # that a gradient needs between its typical and its smallest or largest entries
 
 
@@ -56,7 +57,19 @@ def _spread(state: AnyState) -> tuple[float, float, float]:
 
 
 def _dispersion(groups: Tensor) -> float:
-    """1 - |mean|^2 / mean |x|^2 within every group ``(groups, members, d)``, averaged."""
+    """1 - |mean|^2 / mean |x|^2 within every group ``(groups, members, d)``, averaged.
+
+    Of the members as they are or of their directions, whichever is less: nodes of a graph that became alike still
+    differ in size, by their degrees.
+    """
+    share = _share(groups)
+    sizes = groups.norm(dim=2, keepdim=True)
+    if groups.shape[2] < _DIRECTIONS or not bool((sizes > 0).all()):
+        return share
+    return min(share, _share(groups / sizes))
+
+
+def _share(groups: Tensor) -> float:
     total = groups.square().sum(2).mean(1)
     centred = (groups - groups.mean(1, keepdim=True)).square().sum(2).mean(1)
     return float((centred / total.clamp_min(1e-300)).mean())

@@ -13,7 +13,7 @@ from stabkit.diagnosis.activity import STEEPEST, TWO_SIDED
 from stabkit.diagnosis.finding import Finding
 from stabkit.diagnosis.measurement import Array, Measurement, StepMeasurement
 from stabkit.diagnosis.thresholds import Thresholds
-from stabkit.diagnosis.verdict import Verdict, factor
+from stabkit.diagnosis.verdict import Verdict, factor, nats
 from stabkit.statistics import confidence_above, mean_interval
 
 _REFERENCE = "Yang et al., ICML 2020; Haber and Ruthotto, 2017"
@@ -39,7 +39,9 @@ def growth_finding(
     evidence = (
         f"log growth {verdict.growth:+.1f} nats ({thresholds.confidence:.0%} interval {low:+.1f} to {high:+.1f}) over "
         f"{count} steps, {verdict.growth / count:+.2f} a step; most at {measurement.steps[worst].name} "
-        f"({rates[worst - first]:+.2f})"
+        f"({nats(float(rates[worst - first]))})"
+        if math.isfinite(verdict.growth)
+        else f"over {count} steps nothing comes back to the first; it is lost at {measurement.steps[worst].name}"
     )
     evidence += _bounded(steps) if verdict.growth < 0 else ""
     relative = _relative(measurement, first, last)

@@ -8,14 +8,15 @@ from dataclasses import dataclass, replace
 
 from stabkit.diagnosis.alternatives import candidates
 from stabkit.diagnosis.batch_statistics import TOO_FEW, with_statistics
+from stabkit.diagnosis.causes import with_causes
 from stabkit.diagnosis.finding import Action, Finding, serious, sound
 from stabkit.diagnosis.initialisation import Known, known_initialisations
 from stabkit.diagnosis.remedies import Remedy
-from stabkit.diagnosis.short_training import STEPS, ShortTraining, short_training
+from stabkit.diagnosis.short_training import STEPS, ShortTraining, short_training, worse
 from stabkit.diagnosis.suspects import Diagnosis, Settings, ordered, suspected
 from stabkit.diagnosis.thresholds import Thresholds
 from stabkit.diagnosis.trial import Trial, is_stretch, tried
-from stabkit.diagnosis.verdict import judged_without, not_judged
+from stabkit.diagnosis.verdict import judge, judged_without, not_judged
 from stabkit.identification import Identification
 from stabkit.jacobians.shared import SharedSpectra
 from stabkit.parallel import SERIAL, Parallel
@@ -25,6 +26,8 @@ from stabkit.walk import AnyFlow
 #: measurements that a diagnosis makes beside its own, at most; a healthy network asks for none
 TRIALS = 6
 _BY_INITIALISATION = ("vanishing", "exploding", "dead", "transient_growth", "rank_collapse", "overdamped")
+#: growth that does not last, or has a mechanism, within the limits: a fault only where an intervention takes it away
+_IN_DOUBT = ("transient_growth", "unstable_step", "overdamped")
 NOTHING_HELPED = "nothing that was tried brings it below a warning"
 
 
@@ -97,8 +100,14 @@ def examine(
     flow = with_statistics(flow) if isinstance(flow, Flow) else flow
     found = suspected(flow, settings, methods, spectra)
     if isinstance(flow, Flow) and TOO_FEW in flow.notes and found.verdict.name != "non-finite":
-        return replace(found, verdict=not_judged(found.verdict, TOO_FEW), findings=())
-    return _confirmed(flow, found, settings, trials)
+        return replace(found, verdict=not_judged(found.verdict, TOO_FEW), findings=_of_no_growth(found.findings))
+    return with_causes(flow, _confirmed(flow, found, settings, trials), settings)
+
+
+def _of_no_growth(findings: Sequence[Finding]) -> tuple[Finding, ...]:
+    """Findings that rest on no size of states or gradients, such as where the gradient stops."""
+    known = set(_BY_INITIALISATION) | set(_IN_DOUBT) | {"saturated", "chaotic", "precision_loss"}
+    return tuple(finding for finding in findings if finding.kind not in known)
 
 
 @dataclass(frozen=True)
@@ -148,7 +157,8 @@ class _Trials:
             trial = tried(self.flow, suspect, remedy.actions, self.found, self.settings)
             if trial.cured:
                 trains = self.training(remedy.actions) if is_stretch(suspect) else None
-                found.append(Cure(trial, remedy, trains))
+                if not worse(trains, self.training() if trains else None):
+                    found.append(Cure(trial, remedy, trains))
                 if not is_stretch(suspect):
                     break
         return min(found, key=lambda cure: cure.worth, default=None)
@@ -188,6 +198,8 @@ def _confirmed(flow: AnyFlow, found: Diagnosis, settings: Settings, limit: int) 
                 waiting.remove(follower)
                 told[id(follower)] = _follows(follower, suspect)
     left = [told.get(id(finding), finding) for finding in found.findings]
+    if verdict.name == "transient growth" and not any(f.kind == "transient_growth" and serious(f) for f in left):
+        verdict = judge(found.measurement.growth, found.measurement.kinds, settings.thresholds)
     kept = [finding for finding in map(sound, left) if finding is not None]
     return replace(found, verdict=verdict, findings=tuple(ordered(kept)), untried=tuple(untried))
 
@@ -195,7 +207,8 @@ def _confirmed(flow: AnyFlow, found: Diagnosis, settings: Settings, limit: int) 
 def _told(suspect: Finding, cure: Cure | None, untreated: ShortTraining | None) -> Finding:
     """A suspect with what its trial says."""
     if cure is None:
-        return replace(suspect, remedy=NOTHING_HELPED, actions=())
+        severity = "info" if suspect.kind in _IN_DOUBT else suspect.severity
+        return replace(suspect, severity=severity, remedy=NOTHING_HELPED, actions=())
     evidence = f"{suspect.evidence}; tried on a copy: {cure.trial.changes}"
     if cure.trains is not None and untreated is not None:
         evidence += f"; {STEPS} steps of plain SGD take the loss {untreated} as it is, {cure.trains} treated"

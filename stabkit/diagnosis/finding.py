@@ -57,7 +57,7 @@ def serious(finding: Finding) -> bool:
     return rank(finding.severity) >= rank("warning")
 
 
-_NEAR_ONE = math.log(1.1)  # factors of a remedy closer to 1 change nothing that matters, nats
+_NEAR_ONE = math.log(1.02)  # factors closer to 1 change nothing that matters, however often they act, nats
 _SURE = 0.5  # confidence under which a finding is more likely wrong than right
 
 
@@ -86,7 +86,7 @@ def sound(finding: Finding) -> Finding | None:
 
 def _changes(action: Action) -> bool:
     """Whether an action changes something, by a number that is one."""
-    if action.get("action") != "scale":
+    if action.get("action") not in ("scale", "scale_input"):
         return all(math.isfinite(value) for value in action.values() if isinstance(value, float))
     factor = float(action["factor"])
     return factor > 0 and math.isfinite(factor) and abs(math.log(factor)) > _NEAR_ONE

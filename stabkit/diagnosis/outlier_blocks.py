@@ -14,7 +14,7 @@ from stabkit.diagnosis.finding import Finding
 from stabkit.diagnosis.measurement import Measurement, StepMeasurement
 from stabkit.diagnosis.peers import Deviation
 from stabkit.diagnosis.thresholds import Thresholds
-from stabkit.diagnosis.verdict import factor
+from stabkit.diagnosis.verdict import factor, nats
 from stabkit.diagnosis.weight_faults import FEWEST_PEERS, WeightFault, bias_faults, weight_faults
 from stabkit.diagnosis.weights import Weight
 
@@ -233,7 +233,7 @@ def _weight_text(found: WeightFault) -> str:
 
 
 def _compared(what: str, found: Deviation, peers: int) -> str:
-    return f"{what} is {found.value:+.2f} nats, in {peers} peers {found.typical:+.2f} (spread {found.spread:.2f})"
+    return f"{what} is {nats(found.value)}, in {peers} peers {nats(found.typical)} (spread {found.spread:.2f})"
 
 
 def _activity_text(activity: Activity) -> str:

@@ -123,6 +123,11 @@ def add_skip(module: str, through: str | None = None) -> Action:
     return {"action": "add_skip", "module": module} | ({} if alone else {"through": through})
 
 
+def scale_input(module: str, by: float) -> Action:
+    """Multiply what a module is given."""
+    return {"action": "scale_input", "module": module, "factor": by}
+
+
 def activate(module: str, by: str) -> Action:
     """Put another activation of torch in the place of one."""
     return {"action": "activate", "module": module, "by": by}

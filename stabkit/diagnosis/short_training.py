@@ -23,6 +23,7 @@ from stabkit.tracing.safekeeping import unchanged
 
 STEPS = 20
 LARGEST = 1_000_000  # parameters beyond which so much training is no small part of a diagnosis
+_CLEARLY = 0.02  # of the first loss
 _SHARES = (0.003, 0.03)  # of the size of the weights that the first step moves them by
 
 
@@ -40,11 +41,6 @@ class ShortTraining:
 
     def __str__(self) -> str:
         return f"from {self.first:.3g} to {self.last:.3g}" if math.isfinite(self.last) else "beyond every bound"
-
-    @property
-    def gained(self) -> float:
-        """The share of the loss that the training took away."""
-        return (self.first - self.last) / abs(self.first) if self.first and math.isfinite(self.last) else -math.inf
 
 
 def short_training(flow: Any, loss: Any, actions: Sequence[Action] = ()) -> ShortTraining | None:
@@ -67,6 +63,13 @@ def short_training(flow: Any, loss: Any, actions: Sequence[Action] = ()) -> Shor
         return None
     first = runs[0][0]
     return ShortTraining(first, min(run[-1] if math.isfinite(run[-1]) else math.inf for run in runs))
+
+
+def worse(treated: ShortTraining | None, untreated: ShortTraining | None) -> bool:
+    """Whether a treated model ends clearly above one that was left as it is; False where either was not trained."""
+    if treated is None or untreated is None or not math.isfinite(untreated.last):
+        return False
+    return treated.last > untreated.last + _CLEARLY * abs(untreated.first)
 
 
 def _run(flow: Flow, loss: Any, share: float) -> list[float]:

@@ -12,8 +12,10 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from stabkit.attribution import Mechanism, mechanisms
+from stabkit.diagnosis.attention import attention_findings
 from stabkit.diagnosis.chaos import chaos_finding, recurrent_matrices
 from stabkit.diagnosis.collapse import collapse_finding, precision_findings, spread, underflow
+from stabkit.diagnosis.copied_units import copied_units_findings
 from stabkit.diagnosis.dead_units import dead_findings, saturated_findings
 from stabkit.diagnosis.depth_findings import growth_finding, mechanism_findings, transient
 from stabkit.diagnosis.finding import Finding, serious
@@ -92,11 +94,14 @@ def suspected(
     verdict = _by_rate_law(verdict, measurement, limits)
     spreads = spread(flow)
     blocks = _block_findings(flow, measurement, limits)
-    explained = _explains(blocks, verdict, limits)
+    explained = _explains(blocks, verdict, limits) or _at_the_loss(of_loss, verdict, measurement, limits)
     found = list(blocks)
     blamed = {index for finding in blocks for index in finding.steps}
     blamed |= {index for finding in of_loss for index in finding.steps if finding.kind == "saturated"}
     found += [*of_loss, *saturated_findings(measurement, limits, blamed)]
+    if isinstance(flow, Flow):
+        # copies are the cause of a rank that is lost, and are tried first
+        found = [*copied_units_findings(flow, measurement), *found, *attention_findings(flow, limits)]
     tied = recurrent_matrices(flow) if isinstance(flow, Iteration) else {}
     if not explained:
         found += growth_finding(verdict, measurement, tied, limits)
@@ -167,6 +172,14 @@ def _explains(blocks: Sequence[Finding], verdict: Verdict, limits: Thresholds) -
         return any(f.kind == "dead" and f.severity == "critical" for f in blocks)
     excess = sum(f.numbers.get("gain_deviation", 0.0) for f in blocks if serious(f))
     return math.isfinite(excess) and abs(verdict.growth - excess) < min(limits.explosion, abs(verdict.growth))
+
+
+def _at_the_loss(of_loss: Sequence[Finding], verdict: Verdict, measurement: Measurement, limits: Thresholds) -> bool:
+    """Whether growth would be within range but for a last activation that belongs into the loss."""
+    steps = {index for finding in of_loss if finding.kind == "saturated" for index in finding.steps}
+    first, last = verdict.stretch
+    at = [float(measurement.growth[index].mean()) for index in steps if first <= index <= last]
+    return bool(at) and abs(verdict.growth - sum(at)) < limits.explosion
 
 
 def _accounts(blocks: Sequence[Finding], passing: Finding, limits: Thresholds) -> bool:

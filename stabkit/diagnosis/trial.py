@@ -100,7 +100,9 @@ def is_stretch(finding: Finding) -> bool:
 
 def alike(one: Finding, other: Finding, same_chain: bool) -> bool:
     """Whether two findings say the same of the same place."""
-    if is_stretch(one) or is_stretch(other):
+    if is_stretch(one) != is_stretch(other):
+        return False
+    if is_stretch(one):
         return one.kind == other.kind
     if one.module_path == other.module_path:
         return True

@@ -150,11 +150,11 @@ def rank_faults(steps: Sequence[StepMeasurement], thresholds: Thresholds) -> lis
         for index, weight in enumerate(group):
             judged.add(weight.path)
             far = deviation([other.log_rank for other in group], index)
-            if far.size < 0 and far.exceeds(thresholds.outlier_behaviour, thresholds.outlier):
+            if far.size < 0 and far.peers >= _FEW and far.exceeds(thresholds.outlier_behaviour, thresholds.outlier):
                 found.append(WeightFault(owners[weight.path][0], weight, far))
     for path, (step, weight) in owners.items():
         others = [other.log_rank for _, other in owners.values() if other is not weight]
-        if path not in judged and path.endswith("weight") and len(others) > FEWEST_PEERS:
+        if path not in judged and path.endswith("weight") and len(others) >= _FEW:
             outside = _beyond(weight.log_rank, others, math.inf, thresholds.outlier_behaviour)
             if outside is not None:
                 found.append(WeightFault(step, weight, outside, alone=True))

@@ -55,12 +55,12 @@ def _half_steps(flow: Flow, start: int) -> int | None:
         return None
     if _alternates(flow, start) and (_alternates(flow, start + 2) or _alternates(flow, start - 2)):
         return start + 2
-    if not _split_before(flow, start):
+    if not split_before(flow, start):
         return None
     return start + 2 if _is_shift(flow, start) and _is_shift(flow, start + 1) else None
 
 
-def _split_before(flow: Flow, start: int) -> bool:
+def split_before(flow: Flow, start: int) -> bool:
     """Whether the two streams before a step were split off one tensor."""
     for index in range(start, -1, -1):
         state = flow.states[index]

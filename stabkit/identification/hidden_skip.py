@@ -6,9 +6,11 @@ affine, so it hides a multiple of the identity or it does not, and two random co
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 from torch.autograd.graph import Node
 
 from stabkit.identification.operations import ADDENDS, is_affine
@@ -33,12 +35,8 @@ class HiddenSkip:
     operations: tuple[str, ...]
 
 
-def hidden_skip(piece: Piece) -> HiddenSkip | None:
-    """What reaches the one target from the one source along affine operations alone, when that is a multiple of it.
-
-    Returns:
-        None when nothing arrives, when it is not a multiple of the identity, and when nothing else is added.
-    """
+def _affine_way(piece: Piece) -> dict[Node, list[Value]] | None:
+    """The affine operations from the one source to the one target, with the inputs on the way; None if all are."""
     source, target = piece.sources[0], piece.targets[0]
     reached: set[Value] = {source}
     allowed: dict[Node, list[Value]] = {}
@@ -52,17 +50,36 @@ def hidden_skip(piece: Piece) -> HiddenSkip | None:
         if taken:
             allowed[node] = taken
             reached.update(Value(node, i) for i in range(len(node._input_metadata)))
-    if target not in reached or len(allowed) == len(piece.nodes):
+    return allowed if target in reached and len(allowed) < len(piece.nodes) else None
+
+
+def affine_pulls(piece: Piece, cotangents: Sequence[Tensor]) -> list[Tensor] | None:
+    """Cotangents of the target as they reach the source along affine operations alone; None where nothing does."""
+    allowed = _affine_way(piece)
+    if allowed is None:
         return None
-    drawn = [random_tensors([target], seed)[0] for seed in range(2)]
-    pulled = [pull(piece.graph, list(allowed), allowed, {target: w}).get(source) for w in drawn]
-    if any(p is None or p.numel() != w.numel() for p, w in zip(pulled, drawn, strict=True)):
+    pulled = [
+        pull(piece.graph, list(allowed), allowed, {piece.targets[0]: w}).get(piece.sources[0]) for w in cotangents
+    ]
+    arrived = [p for p in pulled if p is not None]
+    return arrived if len(arrived) == len(pulled) else None
+
+
+def hidden_skip(piece: Piece) -> HiddenSkip | None:
+    """What reaches the one target from the one source along affine operations alone, when that is a multiple of it.
+
+    Returns:
+        None when nothing arrives, when it is not a multiple of the identity, and when nothing else is added.
+    """
+    drawn = [random_tensors([piece.targets[0]], seed)[0] for seed in range(2)]
+    pulled = affine_pulls(piece, drawn)
+    if pulled is None or any(p.numel() != w.numel() for p, w in zip(pulled, drawn, strict=True)):
         return None
     w = torch.stack([t.reshape(-1) for t in drawn]).double()
-    s = torch.stack([t.reshape(-1) for t in pulled if t is not None]).double()
+    s = torch.stack([t.reshape(-1) for t in pulled]).double()
     a = float((w * s).sum() / (w * w).sum())
     residual = float((s - a * w).norm() / w.norm())
     tolerance = _ROUNDINGS * torch.finfo(drawn[0].dtype).eps
     if residual > tolerance or abs(a) <= tolerance:
         return None
-    return HiddenSkip(a, residual, tuple(operation(node) for node in allowed))
+    return HiddenSkip(a, residual, tuple(operation(node) for node in _affine_way(piece) or ()))

@@ -36,6 +36,11 @@ class Name:
     order: int = 1
 
     @property
+    def is_known(self) -> bool:
+        """Whether it has a name; else the tableau is what was read, and that it is a method is not said."""
+        return not self.name.startswith("unnamed")
+
+    @property
     def unit(self) -> float:
         """What multiplies the eigenvalue of a field in z."""
         return self.h**self.order

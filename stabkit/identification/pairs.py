@@ -6,6 +6,7 @@ from dataclasses import replace
 
 from stabkit.identification.confirmation import Check, is_symmetric, volume
 from stabkit.identification.flow_index import Surroundings
+from stabkit.identification.grouping import split_before
 from stabkit.identification.naming_systems import name_several_states
 from stabkit.identification.normal_form import NormalForm
 from stabkit.identification.operations import JOINS, is_opaque
@@ -25,7 +26,7 @@ def read_several_states(around: Surroundings, found: Slots, steps: tuple[int, ..
     opaque = sorted({operation(n) for n in nodes if is_opaque(n)})
     if len(found.sources) != len(found.targets):
         return _change_of_count(around, found, steps)
-    if found.split or len({value.node for value in found.sources}) == 1:
+    if found.split or len({value.node for value in found.sources}) == 1 or split_before(around.flow, start):
         found = _paired(around, found, steps)
     form = around.normal_form(start, stop, found)
     diagonal = any(c.kind == "diagonal" for terms in form.forms for c in terms.values())

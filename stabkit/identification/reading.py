@@ -5,28 +5,26 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
+from stabkit.identification.around_addition import GATED, norms_after, with_gates, with_projection, with_randomness
 from stabkit.identification.chain import Link
 from stabkit.identification.coefficients import Coefficient, measure
 from stabkit.identification.confirmation import Check, commutator, defect
+from stabkit.identification.couplings import is_affine_coupling
 from stabkit.identification.diffusion import averages
 from stabkit.identification.flow_index import Surroundings
 from stabkit.identification.hidden_skip import HiddenSkip, hidden_skip
-from stabkit.identification.implicit import LinearSolve, fixed_point, linear_solve, solves_inside
+from stabkit.identification.implicit import LinearSolve, fixed_point, iterates_silently, linear_solve, solves_inside
 from stabkit.identification.naming import Name, name_one_state
 from stabkit.identification.normal_form import NormalForm, Stage
-from stabkit.identification.operations import NORMS, is_opaque
+from stabkit.identification.operations import is_opaque
 from stabkit.identification.pairs import dense_concatenation, read_several_states
 from stabkit.identification.record import Identification
 from stabkit.identification.relaxation import with_linear_part
 from stabkit.identification.slots import Slots
+from stabkit.identification.streams import Streams, mixed_streams
 from stabkit.identification.tableau import Blocks, blocks
-from stabkit.integrators import GeneralLinearMethod, LinearStability, named, stochastic_depth
+from stabkit.integrators import GeneralLinearMethod, LinearStability, named
 from stabkit.tracing.values import meta_of, operation
-
-_STATISTICS = frozenset({"Mean", "Std", "Var", "VarMean", "LinalgVectorNorm"})
-_GATED = 1e-3  # by how much the gates of the old state and of the new one may miss one
-_TRANSFORMS = frozenset({"FftC2C", "FftC2R", "FftR2C"})
-_RECTIFIERS = frozenset({"Relu", "Threshold", "Hardtanh", "Clamp", "ClampMin"})
 
 
 def read(around: Surroundings, start: int, stop: int) -> Identification:
@@ -34,6 +32,8 @@ def read(around: Surroundings, start: int, stop: int) -> Identification:
     found = around.slots(start, stop)
     steps = tuple(range(start, stop))
     if solves_inside(around.flow, start, stop):
+        return _implicit(around, steps)
+    if iterates_silently(around.flow, start, stop) and fixed_point(around.flow) is not None:
         return _implicit(around, steps)
     if not found.sources or not found.targets:
         return nothing(steps, "unknown", "nothing that this step computes is used by a later one", "unknown")
@@ -131,9 +131,13 @@ def _is_concatenation(form: NormalForm) -> bool:
 
 def _without_skip(around: Surroundings, found: Slots, links: Sequence[Link], steps: tuple[int, ...]) -> Identification:
     """A map without a skip; or one whose skip is a linear map."""
-    hidden = hidden_skip(around.whole(steps[0], steps[-1] + 1, found))
+    whole = around.whole(steps[0], steps[-1] + 1, found)
+    hidden = hidden_skip(whole)
     if hidden is not None:
         return _measured(hidden, steps)
+    streams = mixed_streams(around.flow, steps[0], steps[-1] + 1, whole)
+    if streams is not None:
+        return _of_streams(streams, steps)
     notes = []
     if any(link.kind == "sum" for link in links):
         notes.append("a residual lies inside, but no skip leads around the whole step")
@@ -149,7 +153,8 @@ def _without_skip(around: Surroundings, found: Slots, links: Sequence[Link], ste
         if link.kind == "map" and affine and len(affine) < len(terms) and all(map(_is_projection, affine)):
             why = "the skip is a linear map (projection): a change of space and then a sum, no step of an ODE"
             return nothing(steps, "projection shortcut", why, "proven")
-    table = blocks(around.normal_form(steps[0], steps[-1] + 1, found), found.contexts)
+    form = around.normal_form(steps[0], steps[-1] + 1, found)
+    table = None if _depends(form) else blocks(form, found.contexts)
     if table is not None and len(table.rows) > 1 and not notes:
         named = name_one_state(table)
         return _record(named, table, steps, skip=0.0, residual=0.0, notes=tuple(notes))
@@ -171,6 +176,16 @@ def _bent_skip(link: Link) -> tuple[str, ...]:
     if link.kind != "map" or not weightless or len(weightless) == len(stages):
         return ()
     return tuple(dict.fromkeys(operation(node) for node in weightless[0].nodes))
+
+
+def _of_streams(streams: Streams, steps: tuple[int, ...]) -> Identification:
+    """Residual streams that a matrix mixes."""
+    n = streams.method.states
+    why = f"the skip mixes {n} streams along axis {streams.axis} by a matrix, the V of a general linear method"
+    one = "h = 1: only the product h f can be seen"
+    named = Name(f"general linear method of {n} streams", "x' = f(x), a history of states as streams", 1.0, one)
+    record = _record(named, None, steps, skip=None, residual=streams.residual, notes=(why,))
+    return replace(record, method=streams.method, evidence="measured")
 
 
 def _measured(hidden: HiddenSkip, steps: tuple[int, ...]) -> Identification:
@@ -216,7 +231,7 @@ def _sums(around: Surroundings, found: Slots, links: Sequence[Link], steps: tupl
     if any(table is None for table in tables):
         return nothing(steps, "not a step", "the skip moves, mixes or drops coordinates", "measured")
     table, *others = [t for t in tables if t is not None]
-    last = _last_sum(parts, [table, *others]) if _norms_after(links) else None
+    last = _last_sum(parts, [table, *others]) if norms_after(links) else None
     for other in others:
         table = table.then(other)
     if total is not None and total.kind == "scalar":
@@ -233,16 +248,23 @@ def _sums(around: Surroundings, found: Slots, links: Sequence[Link], steps: tupl
     record = _record(named, table, steps, skip=float(table.V[0, 0]), residual=residual, after=after)
     record = replace(
         record,
-        evidence="proven" if kinds <= {"scalar"} and not any(map(_depends, sums)) else "measured",
+        evidence="proven" if kinds <= {"scalar"} and named.is_known and not any(map(_depends, sums)) else "measured",
         notes=(*_linear_part(relaxed), *_notes(around, sums, table), *record.notes),
         checks=_checks(sums, table),
     )
-    return _with_randomness(_with_gates(_with_projection(record, _norms_after(links), len(sums)), kinds, sums), sums)
+    record = with_gates(with_projection(record, norms_after(links), len(sums)), kinds, sums)
+    if "gate" in kinds and is_affine_coupling(
+        around.flow, start := steps[0], steps[-1] + 1, around.whole(start, steps[-1] + 1, found)
+    ):
+        why = "some coordinates stay as they are, and scale and move the others"
+        record = replace(record, name="affine coupling", skip=None, method=None, step_size=None, recorded=(),
+                         system="x_2' = a(x_1) x_2 + b(x_1), x_1' = 0", notes=(why, *record.notes))  # fmt: skip
+    return with_randomness(record, sums)
 
 
 def _as_diffusion(name: Name, sums: Sequence[NormalForm], table: Blocks) -> Name:
     """A step towards an average of the state over its neighbours."""
-    relaxes = len(table.rows) == 1 and abs(float(table.V[0, 0]) + name.h - 1.0) <= _GATED
+    relaxes = len(table.rows) == 1 and abs(float(table.V[0, 0]) + name.h - 1.0) <= GATED
     if not relaxes or not averages(sums[0].piece, table.rows[0]):
         return name
     system = f"x' = A x - x, diffusion (rows of A sum to one), Euler with h = {name.h:.3g}"
@@ -260,9 +282,9 @@ def _last_sum(parts: Sequence[Link], tables: Sequence[Blocks]) -> Blocks:
 
 
 def _depends(form: NormalForm) -> bool:
-    """Whether some coefficient of the tableau is a gate, so that it holds for this input."""
+    """Whether some coefficient of the tableau is that of a gate or of some entries, so that it holds for this input."""
     stages = [c for stage in form.stages for terms in stage.inputs for c in terms.values()]
-    return any(c.kind == "gate" for c in (*stages, *form.forms[0].values()))
+    return any(c.kind == "gate" for c in form.forms[0].values()) or any(c.kind in ("gate", "part") for c in stages)
 
 
 def _linear_links(links: Sequence[Link]) -> list[Link]:
@@ -350,82 +372,3 @@ def _checks(sums: Sequence[NormalForm], table: Blocks) -> tuple[Check, ...]:
         c = (table.A / (table.B[0].sum() or 1.0)).sum(axis=1)
         found.append(Check("b.c - 1/2", float(b @ c - 0.5), "condition of order 2; b sums to 1 by the choice of h"))
     return tuple(found)
-
-
-def _with_projection(record: Identification, norms: int, sums: int) -> Identification:
-    """Norms or rectifiers after an addition: Euler's step, followed by a projection."""
-    if not record.after:
-        return record
-    note = f"after the addition: {', '.join(record.after)}"
-    if set(record.after) <= _TRANSFORMS:
-        why = "a linear map follows the addition, P (x + f(x)): with P = (1 + h L)^-1 a semi-implicit step"
-        return replace(record, name="semi-implicit (linear map behind the addition)", method=None, skip=None,
-                       recorded=(), notes=(why, note, *record.notes), system="x' = f(x) - L x")  # fmt: skip
-    if norms:
-        why = f"the skip passes {norms} norm(s) after {sums} addition(s), so no single a describes it"
-        system = f"{record.system}, retracted to the sphere after each step"
-        return replace(record, name="projected Euler (post-norm)", skip=None, notes=(why, note, *record.notes),
-                       system=system)  # fmt: skip
-    if all(n in _RECTIFIERS for n in record.after) and record.name == "forward Euler":
-        system = "x' in f(x) - N(x), N the normal cone of the nonnegative states"
-        return replace(record, name="projected Euler (ReLU)", notes=(note, *record.notes), system=system)
-    return replace(record, notes=(note, *record.notes))
-
-
-def _norms_after(links: Sequence[Link]) -> int:
-    """How many sums are followed by a norm."""
-    count, open_sum = 0, False
-    for link in links:
-        if link.kind == "sum":
-            open_sum = True
-        elif link.kind == "weightless" and open_sum and set(link.operations) & (NORMS | _STATISTICS):
-            count, open_sum = count + 1, False
-    return count
-
-
-def _with_gates(record: Identification, kinds: set[str], sums: Sequence[NormalForm]) -> Identification:
-    weighed = any(c.kind == "gate" for form in sums for a, c in form.forms[0].items() if a not in form.piece.ends)
-    if weighed and "gate" not in kinds:
-        record = replace(record, evidence="measured", notes=("stages are weighed by gates, held fixed", *record.notes))
-        if record.name.startswith("unnamed"):
-            return replace(record, name="gated sum of stages", method=None, recorded=())
-    if kinds == {"diagonal"}:
-        return replace(record, notes=("every coordinate has its own damping; a is their mean", *record.notes))
-    if "gate" not in kinds:
-        return record
-    gates = [c for form in sums for c in form.forms[0].values() if c.kind == "gate"]
-    if not gates:  # the skip as a whole is a gate that no single sum shows
-        return replace(record, name="gated skip", evidence="measured", method=None, recorded=())
-    low, high = min(c.low for c in gates), max(c.high for c in gates)
-    notes = (f"gates from {low:.3g} to {high:.3g} here, held fixed in R(z)", *record.notes)
-    if abs((record.skip or 0.0) + (record.step_size or 0.0) - 1.0) > _GATED:
-        name, system = f"gated skip (mean a = {record.skip:.3g})", "x' = a(x) x + f(x) - x, the old state times a gate"
-        return replace(record, name=name, system=system, notes=notes)
-    return replace(
-        record,
-        name=f"gated Euler (mean a = {record.skip:.3g})",
-        convention="h: the gate, which depends on the state; its mean is shown",
-        system="x' = T(x) (f(x) - x), or the exponential step exp(-tau) = 1 - T",
-        notes=notes,
-    )
-
-
-def _with_randomness(record: Identification, sums: Sequence[NormalForm]) -> Identification:
-    """Branches that are dropped for whole samples."""
-    dropped = [c for form in sums for c in form.forms[0].values() if c.kind == "samples"]
-    if not dropped:
-        return record
-    factor = max(c.sample or 0.0 for c in dropped)
-    if factor <= 1.0:
-        why = "whole samples skip the branch at random (stochastic depth); how often does not show in one pass"
-        return replace(record, name=f"{record.name}, stochastic depth", notes=(why, *record.notes))
-    survival = 1.0 / factor
-    method = stochastic_depth(survival, rescaled=True) if len(sums) == 1 else None
-    return replace(
-        record,
-        name=f"{record.name}, stochastic depth (p = {survival:.3g})",
-        method=method,
-        convention=f"{record.convention}; drawn 1/p with probability p and 0 otherwise: R is the mean square",
-        system="a weak approximation of a stochastic differential equation",
-        notes=("kept branches are divided by p", *record.notes),
-    )

@@ -31,6 +31,7 @@ from stabkit.monitor.probes import Probe
 from stabkit.monitor.ranks import TrainingRanks
 from stabkit.monitor.record import Record
 from stabkit.monitor.rules import AlertRules
+from stabkit.monitor.silence import Silence
 from stabkit.monitor.updates import UpdateSampler
 from stabkit.monitor.writers import Writer, open_writers
 from stabkit.tracing.safekeeping import unwrap
@@ -130,6 +131,7 @@ class Monitor:
         self._scaler = scaler
         self._on_alert = callbacks(on_alert)
         self._alerts = Alerts(rules, scaled=scaler is not None)
+        self._silence = Silence(inner)
         parameters = Parameters(inner, self.blocks)
         self._collector = Collector(parameters, len(chosen))
         self._hooks = Hooks(visible(model, chosen.values()), self._fail)
@@ -281,6 +283,7 @@ class Monitor:
         reason = next((f.kind for f in findings if began or f.kind == "non_finite"), None)
         if asked.requested:
             reason, self._requested = reason or self._requested or "asked for", None
+        findings += self._silence.judge(record)
         probes, more = self._probed()
         findings += more
         record = replace(record, probes=probes, findings=tuple(finding.kind for finding in findings))

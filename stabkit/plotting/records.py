@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -10,7 +9,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
-from stabkit.errors import ArgumentError
+from stabkit.errors import ArgumentError, did_you_mean
 from stabkit.plotting.style import DIVERGING, around_zero, color_bar, end_of, finish, ink, new_axes
 
 _NAMES = 12  # rows that can carry a name
@@ -36,8 +35,7 @@ def training(records: Any, ax: Axes | None = None, *, quantity: str = "growth") 
     names = list(dict.fromkeys(block["name"] for record in plain for block in record["blocks"]))
     known = [key for key in (plain[0]["blocks"] or [{}])[0] if key not in ("name", "non_finite")]
     if quantity not in known:
-        near = difflib.get_close_matches(quantity, known, n=1)
-        guess = f"; did you mean {near[0]!r}?" if near else ""
+        guess = did_you_mean(quantity, known)
         raise ArgumentError(f"quantity={quantity!r}; the blocks have {', '.join(known)}{guess}")
     values = np.full((len(names), len(plain)), np.nan)
     for column, record in enumerate(plain):

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from stabkit.checkpoints.files import reading
 from stabkit.checkpoints.hugging_face import _quiet, _resolve, read_json, weight_files
-from stabkit.checkpoints.names import near, seeded
-from stabkit.errors import CheckpointError
+from stabkit.checkpoints.names import seeded
+from stabkit.errors import CheckpointError, did_you_mean
 
 
 @contextlib.contextmanager
@@ -102,7 +102,7 @@ class WeightFiles:
             for candidate in (name, f"{prefix}.{name}", name.removeprefix(f"{prefix}.")):
                 if candidate in self._files:
                     return candidate
-        raise CheckpointError(f"{self.folder} has no tensor {names[0]!r}{near(names[0], list(self._files))}")
+        raise CheckpointError(f"{self.folder} has no tensor {names[0]!r}{did_you_mean(names[0], list(self._files))}")
 
     def read(self, names: Iterable[str], dtype: torch.dtype, device: torch.device) -> tuple[dict[str, Tensor], str]:
         """Tensors in ``dtype``, in memory of their own, and a hash of their bytes as they are in the files."""

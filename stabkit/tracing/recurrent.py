@@ -15,6 +15,7 @@ from stabkit.tracing.flow import Flow, State, Step
 from stabkit.tracing.iteration import Iteration, iteration
 from stabkit.tracing.linearization import StepFunction, Tensors
 from stabkit.tracing.products import Products
+from stabkit.tracing.safekeeping import unchanged
 from stabkit.tracing.segments import Segment
 from stabkit.tracing.tracer import trace
 from stabkit.tracing.values import Value
@@ -34,7 +35,8 @@ def recurrent_flow(
 
     Args:
         module: ``nn.RNN``, ``nn.LSTM`` or ``nn.GRU`` (all layers, projections, ``batch_first``), one of their cells, or
-            any module that calls its own cells in a loop, which is then traced.
+            any module that calls its own cells in a loop, which is then traced. Of a module that holds one of the
+            first kind among others the flow is that of the inner one, on the input that it is given there.
         inputs: what the module takes: for the first kind its input or a ``PackedSequence``; for a cell
             ``(time, batch, features)``; for a loop its input, or a tuple of its inputs. Without a batch dimension it
             counts as a batch of one.
@@ -66,7 +68,42 @@ def recurrent_flow(
     if state is not None:
         raise TraceError("state= is for the modules of torch; a module with a loop takes its state with its inputs")
     given = inputs if isinstance(inputs, tuple) and not isinstance(inputs, PackedSequence) else (inputs,)
+    called = _inner_calls(module, given)
+    if len(called) > 1:
+        found = ", ".join(repr(path) for path, *_ in called)
+        raise TraceError(
+            f"the module runs several recurrent modules over time, {found}: call recurrent_flow on one of them, with "
+            "the input that it is given"
+        )
+    if called:
+        _, inner, own, start = called[0]
+        return _layers(inner, own, start, step_size)
     return _without_drive(trace(module, *given))
+
+
+def _inner_calls(module: nn.Module, given: tuple[Any, ...]) -> list[tuple[str, nn.RNNBase, Any, Any]]:
+    """The recurrent modules of torch that a module runs, each with its path, its input and its initial state."""
+    called: list[tuple[str, nn.RNNBase, Any, Any]] = []
+
+    def note(path: str, args: Any, kwargs: Any) -> None:
+        state = args[1] if len(args) > 1 else kwargs.get("hx")
+        called.append((path, modules[path], args[0] if args else kwargs["input"], state))
+
+    modules = {path: m for path, m in module.named_modules() if isinstance(m, nn.RNNBase)}
+    if not modules:
+        return called
+    with unchanged(module) as safe, torch.no_grad():
+        safe.copy_buffers()
+        handles = [
+            m.register_forward_pre_hook(lambda _, args, kwargs, path=path: note(path, args, kwargs), with_kwargs=True)
+            for path, m in modules.items()
+        ]
+        try:
+            module(*given)
+        finally:
+            for handle in handles:
+                handle.remove()
+    return called
 
 
 def _layers(module: nn.RNNBase, inputs: Any, state: Any, step_size: float | None) -> Iteration:

@@ -16,7 +16,7 @@ from stabkit.diagnosis.actions import carried_out, once
 from stabkit.diagnosis.finding import sound
 from stabkit.diagnosis.short_training import short_training
 from tests.diagnosis import networks
-from tests.diagnosis.cases import biased, scaled
+from tests.diagnosis.cases import biased, scaled, shears
 from tests.diagnosis.confusion import serious
 
 
@@ -151,7 +151,7 @@ def test_the_gain_of_a_relu_network_over_time_counts_the_relu(seed):
 # ---------------------------------------------------------------- what is never told
 
 
-@pytest.mark.parametrize("factor", [1.0, 0.95, math.inf, math.nan, 0.0])
+@pytest.mark.parametrize("factor", [1.0, 0.99, math.inf, math.nan, 0.0])
 def test_no_remedy_multiplies_by_one_or_by_what_is_no_number(factor):
     odd = Finding("exploding", "warning", (0,), "a", 0.9, "", "multiply", "", {"x": math.inf}, (
         {"action": "scale", "parameter": "a.weight", "factor": factor},))  # fmt: skip
@@ -235,3 +235,39 @@ def test_depth_is_counted_from_the_image_and_not_from_the_time_that_conditions_i
             return h
 
     assert stabkit.trace(Conditioned(), torch.randn(2, 1, 8, 8), torch.rand(2, 1)).source_name == "0"
+
+
+def test_an_input_far_from_unit_scale_is_brought_to_it():
+    torch.manual_seed(0)
+    model = nn.Sequential(*[layer for _ in range(4) for layer in (nn.Linear(16, 16), nn.Tanh())])
+    for layer in model[::2]:
+        nn.init.normal_(layer.weight, 0, 0.25)
+    x = torch.randn(32, 16)
+    assert not serious(examine(stabkit.trace(model, x)))
+    (found,) = serious(examine(stabkit.trace(model, 120 * x)))
+    assert (found.kind, found.module_path) == ("saturated", "1")
+    assert "bring the input to unit scale: its entries are of size 11" in found.remedy
+    assert treat(model, 120 * x).silent
+
+
+def test_what_passes_and_is_not_taken_away_by_anything_is_no_warning(monkeypatch):
+    flow = shears(20.0)(0).flow()
+    assert [f.kind for f in serious(examine(flow))] == ["transient_growth"]
+    monkeypatch.setattr("stabkit.diagnosis.examination.candidates", lambda *_: [])
+    diagnosis = examine(flow)
+    assert not serious(diagnosis)
+    assert diagnosis.verdict.name != "transient growth"
+
+
+def test_dead_layers_are_drawn_anew_biases_and_all():
+    torch.manual_seed(0)
+    model = nn.Sequential(*[layer for _ in range(4) for layer in (nn.Linear(32, 32), nn.ReLU())], nn.Linear(32, 4))
+    for layer in model[:-1:2]:
+        layer.bias.data.fill_(-200.0)  # as after one step with a rate far too high
+        layer.weight.data.mul_(20.0)
+    x = torch.rand(32, 32)
+    before = examine(stabkit.trace(model, x))
+    (found,) = serious(before)
+    assert found.kind == "dead"
+    assert {action["action"] for action in found.actions} == {"redraw", "fill"}
+    assert treat(model, x).silent

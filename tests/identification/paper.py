@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from stabkit.identification import Identification, identify
 from stabkit.tracing import iterate, trace
 
-_SILENT = re.compile(r"unknown|unnamed|fork|join|transition|not a step")
+_STRUCTURE = re.compile(r"fork|join|transition")  # a method begins or ends, or the space changes: none is named
+_SILENT = re.compile(r"unknown|unnamed|not a step")
 
 
 @dataclass(frozen=True)
@@ -49,8 +50,9 @@ class Paper:
             return "R" if fits else "P"
         if self.partly and re.search(self.partly, found.name):
             return "P"
-        claims = found.evidence in ("proven", "measured")
-        return "W" if claims and not (_SILENT.match(found.name) and found.evidence != "proven") else "U"
+        if _STRUCTURE.match(found.name) or (found.evidence != "proven" and _SILENT.match(found.name)):
+            return "U"
+        return "W" if found.evidence in ("proven", "measured") else "U"
 
 
 @dataclass(frozen=True)

@@ -329,9 +329,11 @@ ROWS = (
     ),
     Paper("GRUCell loop", over(lambda: gru(0)), r"gated Euler"),
     Paper("S4 bilinear", over(S4Bilinear), r"plain|trapezoid|bilinear"),
-    Paper("LRU", Repeated(LRU, sequence, 1), r"e\^lambda|linear recurrence|diagonal|damped"),
-    Paper("LRU, time first", Repeated(LRU, sequence, 1, batch_dim=None), r"e\^lambda|linear recurrence|diagonal"),
-    Paper("Mamba scan", Repeated(Mamba, sequence, 1, batch_dim=None), r"zero-order|gated|linear recurrence"),
+    Paper("LRU", Repeated(LRU, sequence, 1), r"linear recurrence", r"diagonal skip"),
+    Paper("LRU, time first", Repeated(LRU, sequence, 1, batch_dim=None), r"linear recurrence", r"diagonal skip"),
+    Paper(
+        "Mamba scan", Repeated(Mamba, sequence, 1, batch_dim=None), r"zero-order|linear recurrence", r"forward Euler"
+    ),
     Paper("RetNet", Repeated(RetNet, sequence, 1), r"damped|linear recurrence"),
     Paper("DeltaNet", Repeated(DeltaNet, sequence, 1), r"forward Euler"),
     Paper("ODENet euler", Repeated(lambda: ODENet("euler"), vectors, 1), r"forward Euler$", which=0),
@@ -347,7 +349,7 @@ ROWS = (
     ),
     Paper("torchdiffeq midpoint", Repeated(lambda: OnlySolver("midpoint"), vectors, 1), r"midpoint"),
     Paper("Neural CDE", Repeated(NeuralCDE, sequence, 1), r"forward Euler"),
-    Paper("HNN leapfrog", Repeated(HNN, vectors, 1), r"verlet"),
+    Paper("HNN leapfrog", Repeated(HNN, vectors, 1), r"verlet", r"symplectic Euler"),
     Paper("van der Pol RK4", Repeated(block(van_der_pol, mu=1.5), lambda: torch.randn(2, 2)), r"rk4", h=0.1),
     Paper("Lotka-Volterra RK4", Iterated(LotkaVolterra, 1, 2), r"rk4", h=0.1),
 )

@@ -308,7 +308,7 @@ ROWS = (
     Paper("ODE-Transformer, learned", Repeated(lambda: ODETransformer(2, learned=True), tokens), r"Runge-Kutta|heun"),
     Paper("ODE-Transformer, gated", Repeated(lambda: ODETransformer(2, gated=True), tokens), r"gated"),
     Paper("DenseFormer", Repeated(DenseFormer, tokens, 1), r"history|general linear|depth-weighted"),
-    Paper("hyper-connections", Repeated(HyperConnections, tokens, 1), r"general linear|several streams|streams"),
+    Paper("hyper-connections", Repeated(HyperConnections, tokens, 1), r"general linear method of 2 streams"),
     Paper("modded-nanogpt x0", Repeated(ModdedNanoGPT, tokens, 1), r"damped", r"forward Euler|Euler steps"),
     Paper("nGPT", Repeated(NGPT, tokens), r"projected|retract|post-norm"),
     Paper("looped, plain", Repeated(lambda: Looped("plain"), tokens, 1), r"forward Euler"),

@@ -1,0 +1,101 @@
+"""What stands around an addition: norms and rectifiers behind it, gates before its terms, branches drawn at random."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from stabkit.identification.chain import Link
+from stabkit.identification.normal_form import NormalForm
+from stabkit.identification.operations import NORMS
+from stabkit.identification.record import Identification
+from stabkit.integrators import stochastic_depth
+
+_STATISTICS = frozenset({"Mean", "Std", "Var", "VarMean", "LinalgVectorNorm"})
+_TRANSFORMS = frozenset({"FftC2C", "FftC2R", "FftR2C"})
+_RECTIFIERS = frozenset({"Relu", "Threshold", "Hardtanh", "Clamp", "ClampMin"})
+GATED = 1e-3  # by how much the gates of the old state and of the new one may miss one
+
+
+def with_projection(record: Identification, norms: int, sums: int) -> Identification:
+    """Norms or rectifiers after an addition: Euler's step, followed by a projection."""
+    if not record.after:
+        return record
+    note = f"after the addition: {', '.join(record.after)}"
+    if set(record.after) <= _TRANSFORMS:
+        why = "a linear map follows the addition, P (x + f(x)): with P = (1 + h L)^-1 a semi-implicit step"
+        return replace(record, name="semi-implicit (linear map behind the addition)", method=None, skip=None,
+                       recorded=(), notes=(why, note, *record.notes), system="x' = f(x) - L x")  # fmt: skip
+    if norms:
+        why = f"the skip passes {norms} norm(s) after {sums} addition(s), so no single a describes it"
+        system = f"{record.system}, retracted to the sphere after each step"
+        return replace(record, name="projected Euler (post-norm)", skip=None, notes=(why, note, *record.notes),
+                       system=system)  # fmt: skip
+    if all(n in _RECTIFIERS for n in record.after) and record.name == "forward Euler":
+        system = "x' in f(x) - N(x), N the normal cone of the nonnegative states"
+        return replace(record, name="projected Euler (ReLU)", notes=(note, *record.notes), system=system)
+    return replace(record, notes=(note, *record.notes))
+
+
+def norms_after(links: Sequence[Link]) -> int:
+    """How many sums are followed by a norm."""
+    count, open_sum = 0, False
+    for link in links:
+        if link.kind == "sum":
+            open_sum = True
+        elif link.kind == "weightless" and open_sum and set(link.operations) & (NORMS | _STATISTICS):
+            count, open_sum = count + 1, False
+    return count
+
+
+def with_gates(record: Identification, kinds: set[str], sums: Sequence[NormalForm]) -> Identification:
+    """A record that says what gates, and factors of single coordinates, make of it; ``kinds`` are those of the skip."""
+    weighed = any(c.kind == "gate" for form in sums for a, c in form.forms[0].items() if a not in form.piece.ends)
+    if weighed and "gate" not in kinds:
+        record = replace(record, evidence="measured", notes=("stages are weighed by gates, held fixed", *record.notes))
+        if record.name.startswith("unnamed"):
+            return replace(record, name="unnamed (stages weighed by gates)", method=None, recorded=())
+    if kinds == {"diagonal"}:
+        entries = [c for form in sums for c in form.forms[0].values() if c.kind == "diagonal"]
+        if any(c.low < 0 or c.high > 1 for c in entries):
+            name, system = f"diagonal skip (mean a = {record.skip:.3g})", "x' = f(x) + (a - 1) x, a of either sign"
+            record = replace(record, name=name, system=system)
+        return replace(record, notes=("every coordinate has its own damping; a is their mean", *record.notes))
+    if "gate" not in kinds:
+        return record
+    gates = [c for form in sums for c in form.forms[0].values() if c.kind == "gate"]
+    if not gates:  # the skip as a whole is a gate that no single sum shows
+        return replace(record, name="gated skip", evidence="measured", method=None, recorded=())
+    low, high = min(c.low for c in gates), max(c.high for c in gates)
+    notes = (f"gates from {low:.3g} to {high:.3g} here, held fixed in R(z)", *record.notes)
+    if abs((record.skip or 0.0) + (record.step_size or 0.0) - 1.0) > GATED:
+        name, system = f"gated skip (mean a = {record.skip:.3g})", "x' = a(x) x + f(x) - x, the old state times a gate"
+        return replace(record, name=name, system=system, notes=notes)
+    return replace(
+        record,
+        name=f"gated Euler (mean a = {record.skip:.3g})",
+        convention="h: the gate, which depends on the state; its mean is shown",
+        system="x' = T(x) (f(x) - x), or the exponential step exp(-tau) = 1 - T",
+        notes=notes,
+    )
+
+
+def with_randomness(record: Identification, sums: Sequence[NormalForm]) -> Identification:
+    """Branches that are dropped for whole samples."""
+    dropped = [c for form in sums for c in form.forms[0].values() if c.kind == "samples"]
+    if not dropped:
+        return record
+    factor = max(c.sample or 0.0 for c in dropped)
+    if factor <= 1.0:
+        why = "whole samples skip the branch at random (stochastic depth); how often does not show in one pass"
+        return replace(record, name=f"{record.name}, stochastic depth", notes=(why, *record.notes))
+    survival = 1.0 / factor
+    method = stochastic_depth(survival, rescaled=True) if len(sums) == 1 else None
+    return replace(
+        record,
+        name=f"{record.name}, stochastic depth (p = {survival:.3g})",
+        method=method,
+        convention=f"{record.convention}; drawn 1/p with probability p and 0 otherwise: R is the mean square",
+        system="a weak approximation of a stochastic differential equation",
+        notes=("kept branches are divided by p", *record.notes),
+    )

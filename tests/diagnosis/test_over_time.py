@@ -1,0 +1,126 @@
+"""Recurrent modules inside a model are judged over time."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import stabkit
+from stabkit.diagnosis import Finding, Thresholds, examine
+from stabkit.diagnosis.over_time import time_findings, time_profiles
+from stabkit.errors import TraceError
+from stabkit.tracing.forward_pass import ForwardPass
+
+
+class Reader(nn.Module):
+    """Tokens, a recurrent module, a head on the last output or on all."""
+
+    def __init__(self, kind: type[nn.RNNBase], last: bool = True, **options: Any) -> None:
+        super().__init__()
+        torch.manual_seed(1)
+        self.embed, self.inner = nn.Embedding(10, 8), kind(8, 12, batch_first=True, **options)
+        self.head, self.last = nn.Linear(12, 2), last
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        out = self.inner(self.embed(tokens))[0]
+        return self.head(out[:, -1] if self.last else out)
+
+
+class Loop(nn.Module):
+    """A cell called in a loop, and a head on its last state."""
+
+    def __init__(self, kind: type[nn.RNNCellBase]) -> None:
+        super().__init__()
+        torch.manual_seed(1)
+        self.cell, self.head = kind(8, 12), nn.Linear(12, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        state = None
+        for t in range(x.shape[1]):
+            state = self.cell(x[:, t], state)
+        return self.head(state[0] if isinstance(state, tuple) else state)
+
+
+def tokens(time: int = 40) -> Tensor:
+    return torch.randint(0, 10, (2, time), generator=torch.Generator().manual_seed(2))
+
+
+def said(model: nn.Module, x: Tensor) -> list[Finding]:
+    return time_findings(stabkit.trace(model, x, check=False), None, Thresholds())
+
+
+@pytest.mark.parametrize("kind", [nn.RNN, nn.LSTM, nn.GRU])
+def test_a_short_memory_before_a_head_on_the_last_output_vanishes_over_time(kind):
+    model, x = Reader(kind), tokens(60)
+    (found,) = said(model, x)
+    assert (found.kind, found.module_path) == ("vanishing", "inner")
+    assert found.severity in ("warning", "critical")
+    embedded = model.embed(x).detach().requires_grad_()
+    out = model.head(model.inner(embedded)[0][:, -1])
+    (gradient,) = torch.autograd.grad(out.sum(), embedded)
+    sizes = gradient.norm(dim=(0, 2)).log()
+    assert found.numbers["growth_over_time"] == pytest.approx(float(sizes[:7].max() - sizes[-7:].max()), abs=2.5)
+    assert "tried on a copy" in found.evidence
+
+
+def test_the_verdict_on_the_model_is_that_over_time():
+    found = examine(stabkit.trace(Reader(nn.RNN), tokens(24), check=False), probes=1)
+    assert (found.verdict.name, found.findings[0].module_path) == ("vanishing", "inner")
+    assert "time steps" in found.verdict.summary
+
+
+def test_the_remedy_that_is_told_works():
+    model, x = Reader(nn.LSTM), tokens(60)
+    (found,) = said(model, x)
+    assert "log(60 - 1) = 4.08" in found.remedy
+    model.inner.bias_hh_l0.data[12:24] = 4.08
+    assert said(model, x) == []
+
+
+@pytest.mark.parametrize("kind", [nn.RNNCell, nn.LSTMCell, nn.GRUCell])
+def test_a_loop_of_cells_is_judged_by_its_states(kind):
+    (found,) = said(Loop(kind), torch.randn(2, 60, 8, generator=torch.Generator().manual_seed(2)))
+    assert (found.kind, found.module_path) == ("vanishing", "cell")
+
+
+def test_recurrent_weights_that_are_too_large_explode_over_time():
+    model = Reader(nn.RNN, nonlinearity="relu")
+    with torch.no_grad():
+        model.inner.weight_hh_l0.copy_(2.2 * torch.linalg.qr(torch.randn(12, 12))[0])
+    (found,) = said(model, tokens())
+    assert (found.kind, found.module_path) == ("exploding", "inner")
+    assert "weight_hh" in found.remedy
+    assert "tried on a copy" in found.evidence
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        Reader(nn.LSTM, last=False),  # a language model: every step has its own loss
+        Reader(nn.RNN, last=False),
+    ],
+)
+def test_a_model_that_reads_every_output_is_reached_everywhere(model):
+    assert said(model, tokens(60)) == []
+
+
+def test_short_sequences_and_models_without_time_are_not_judged():
+    assert said(Reader(nn.LSTM), tokens(7)) == []
+    plain = nn.Linear(3, 2)
+    assert time_profiles(ForwardPass(plain, plain, (torch.ones(2, 3),), {}, 0)) == []
+
+
+def test_the_flow_over_time_of_a_model_is_that_of_its_recurrent_module():
+    model, x = Reader(nn.RNN), tokens()
+    whole = stabkit.recurrent_flow(model, x)
+    alone = stabkit.recurrent_flow(model.inner, model.embed(x).detach())
+    assert [s.size for s in whole.states] == [s.size for s in alone.states]
+    for flow in (whole, alone):
+        assert stabkit.gradient_profile(flow).log_growth.sum(0).mean() < -10
+    two = nn.Sequential(model.embed, nn.LSTM(8, 8, batch_first=True))
+    two.forward = lambda t: two[1](two[1](two[0](t))[0])[0]
+    with pytest.raises(TraceError, match="several recurrent modules"):
+        stabkit.recurrent_flow(two, x)
