@@ -155,6 +155,11 @@ class GeneralLinearMethod(LinearStability):
         return p.without_noise([*np.abs(np.poly(-rows)), *([0.0] * p.degree)])
 
     @property
+    def polynomial(self) -> Characteristic:
+        """The characteristic polynomial, as for every `LinearStability`."""
+        return self.characteristic
+
+    @property
     def precision(self) -> float:
         """The relative accuracy of the coefficients of the characteristic polynomial; 0 when exact."""
         if self._stability_function is not None:

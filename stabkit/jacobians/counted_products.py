@@ -67,6 +67,11 @@ def rounding(J: Jacobian) -> float:
     return float(torch.finfo(J.dtype).eps)
 
 
+def default_tolerance(J: Jacobian) -> float:
+    """The residual, as a fraction of the norm of J, that counts as converged when the caller names none."""
+    return max(1e-10, 16 * rounding(J))
+
+
 def entry_rounding(J: Jacobian) -> float:
     """Relative error of the entries of ``J.dense()``: of the products that made them, none in explicit matrices."""
     return float(torch.finfo(torch.float64).eps) if J.explicit else rounding(J)

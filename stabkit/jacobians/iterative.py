@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from stabkit.jacobians.counted_products import CountedProducts, rounding
+from stabkit.jacobians.counted_products import CountedProducts, default_tolerance, rounding
 from stabkit.jacobians.golub_kahan import Triples, golub_kahan
 from stabkit.jacobians.krylov_schur import EDGES, Badness, Pairs, krylov_schur
 from stabkit.jacobians.spectrum import SIMPLE, Spectrum, from_rows, leading, row, trusted_values
@@ -30,7 +30,8 @@ def iterative_singular_values(J: Jacobian, k: int, which: str, tol: float, limit
     size = _basis_size(k, batch, m, n, max(4 * k + 100, 300))
     total = _FULL_BASES * max(3 * k + 30, 120) if limit is None else limit
     products = CountedProducts(operator, total - 2 * k, units="own")
-    found, stopped = golub_kahan(products, k, smallest=which == "SM", tol=_MARGIN * tol, seed=seed, size=size)
+    goal, finest = _MARGIN * tol, _MARGIN * min(tol, default_tolerance(J))
+    found, stopped = golub_kahan(products, k, smallest=which == "SM", tol=goal, finest=finest, seed=seed, size=size)
     products.max_products = total
     right = _stack([t.right for t in found], products.device)
     left = _stack([t.left for t in found], products.device)

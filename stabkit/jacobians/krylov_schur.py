@@ -158,7 +158,8 @@ class _Search(Search):
     def ranking(self) -> Ranking:
         values, _, residuals, scale = self.state.ritz()
         best = order(values, self.badness)
-        return Ranking(values[best], residuals[best], self.badness(values[best]), self.tol * scale, scale)
+        goal = self.tol * scale
+        return Ranking(values[best], residuals[best], self.badness(values[best]), goal, goal, scale)
 
     def restart(self, ranking: Ranking, count: int, *, deflate: bool) -> None:
         self.state.restart(self.badness, count, deflate=deflate)
