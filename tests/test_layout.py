@@ -24,6 +24,7 @@ LAYERS = [
     "pictures",
     "results",
     "statistics",
+    "tables",
     "parallel",
     "threads",
     "vocabulary",

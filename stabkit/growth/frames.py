@@ -40,7 +40,7 @@ class Factor:
 
 
 @dataclass
-class Propagation:
+class SweptFrame:
     """A frame after its way along a flow.
 
     Attributes:
@@ -85,7 +85,7 @@ def propagate(
     on_frame: Callable[[Factor, Tensor], None] | None = None,
     every_step: bool = False,
     partial: bool = False,
-) -> Propagation:
+) -> SweptFrame:
     """Carry a frame along the whole flow.
 
     Args:
@@ -122,7 +122,7 @@ def propagate(
     except KeyboardInterrupt:
         if not partial:
             raise
-    return Propagation(growth, work.frame, work.decompositions, volumes, done)
+    return SweptFrame(growth, work.frame, work.decompositions, volumes, done)
 
 
 def _log_volumes(piece: Tangents, like: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor
 from stabkit.errors import TraceError
 from stabkit.growth.arguments import checked_k, time_per_step
 from stabkit.growth.convergence import autocorrelation_times, halves, has_converged, standard_errors
-from stabkit.growth.frames import Propagation, propagate, start_frame
+from stabkit.growth.frames import SweptFrame, propagate, start_frame
 from stabkit.results import Result
 from stabkit.tracing import FlowLike
 
@@ -238,7 +238,7 @@ def _kept_steps(flow: FlowLike, discard: int | None, adjoint: bool) -> range:
     return range(discard, steps - ends)
 
 
-def _summary(found: Propagation, kept: range, lengths: Tensor | None, tolerance: tuple[float, float]) -> dict[str, Any]:
+def _summary(found: SweptFrame, kept: range, lengths: Tensor | None, tolerance: tuple[float, float]) -> dict[str, Any]:
     """Means, errors and flags, over all samples at once where they take the same steps."""
     growth = found.growth
     if lengths is None:

@@ -278,11 +278,6 @@ class GeneralLinearMethod(LinearStability):
         return self.along(*([share] * self.n_fields)).linear_order
 
     @property
-    def is_consistent(self) -> bool:
-        """Whether the order is at least 1."""
-        return self.order >= 1
-
-    @property
     def is_zero_stable(self) -> bool:
         """Whether the powers of V = M(0) stay bounded."""
         return bool(self.is_stable(0.0))

@@ -90,7 +90,7 @@ def powers_of_two(numbers: Tensor) -> Tensor:
     return torch.where(far, powers.round().clamp_max(1000), torch.zeros_like(powers)).exp2()
 
 
-class Products:
+class CountedProducts:
     """Products with an operator, made in its dtype, returned in float64, counted against a budget.
 
     Vectors are rows here, ``(batch, k, n)``: a basis that grows is then contiguous for each sample.
@@ -125,10 +125,10 @@ class Products:
         """What the products of a sample were divided by."""
         return float(self._units[sample]) if isinstance(self._units, Tensor) else 1.0
 
-    def transposed(self) -> Products:
+    def transposed(self) -> CountedProducts:
         """The same count and budget on the transposed operator, starting from what is left."""
         left = None if self.max_products is None else self.max_products - self.count
-        return Products(self.J.T, left, self._units)
+        return CountedProducts(self.J.T, left, self._units)
 
     def _apply(self, J: Jacobian, rows: Tensor) -> Tensor:
         if rows.shape[1] > self.remaining():

@@ -13,9 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from stabkit.jacobians.counted_products import BudgetSpentError, Products, rounding
+from stabkit.jacobians.counted_products import BudgetSpentError, CountedProducts, rounding
 from stabkit.jacobians.orthonormal import KrylovBasis, extend
-from stabkit.jacobians.search import Ranking, Search
+from stabkit.jacobians.search import Ranking, Search, next_blocks, search_all
 from stabkit.threads import single_threaded
 
 
@@ -130,7 +130,15 @@ class _Search(Search):
 
 
 def golub_kahan(
-    products: Products, k: int, *, smallest: bool, tol: float, finest: float, seed: int, size: int, block: int = 2
+    products: CountedProducts,
+    k: int,
+    *,
+    smallest: bool,
+    tol: float,
+    finest: float,
+    seed: int,
+    size: int,
+    block: int = 2,
 ) -> tuple[list[Triples], str]:
     """Search ``k`` extremal singular triples of every sample, one block of products for all samples at a time.
 
@@ -152,14 +160,7 @@ def golub_kahan(
     batch, m, n = products.J.shape
     states = [Bidiagonalisation(m, n, size, block, products.device, seed) for _ in range(batch)]
     searches = [_Search(state, k, smallest, tol, finest, 20 * rounding(products.J)) for state in states]
-    stopped = "done"
-    try:
-        while not all(search.settled for search in searches):
-            _step(products, searches, block)
-    except BudgetSpentError:
-        stopped = "budget"
-    except KeyboardInterrupt:
-        stopped = "interrupted"
+    stopped = search_all(searches, lambda: _step(products, searches, block))
     found = []
     for search in searches:
         values = search.state.svd()[1]
@@ -167,16 +168,13 @@ def golub_kahan(
     return found, stopped
 
 
-def _step(products: Products, searches: list[_Search], block: int) -> None:
-    """One block for every sample that still searches; the others take part with zeros."""
-    batch, m, n = products.J.shape
+def _step(products: CountedProducts, searches: list[_Search], block: int) -> None:
+    """One block of products with J and one with J^T."""
+    batch, m, _ = products.J.shape
     active = [(s, search.state) for s, search in enumerate(searches) if not search.settled]
     if products.remaining() < 2 * block:
         raise BudgetSpentError
-    V = torch.zeros(batch, block, n, dtype=torch.float64, device=products.device)
-    for s, state in active:
-        V[s, : state.width] = state.next_block()
-    JV = products.forward(V)
+    JV = products.forward(next_blocks(products, searches, block))
     U = torch.zeros(batch, block, m, dtype=torch.float64, device=products.device)
     for s, state in active:
         U[s, : state.width] = state.forward(JV[s, : state.width])

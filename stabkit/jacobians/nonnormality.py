@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from stabkit.errors import ArgumentError
-from stabkit.jacobians.counted_products import Products, as_jacobian, dense_float64
+from stabkit.jacobians.counted_products import CountedProducts, as_jacobian, dense_float64
 from stabkit.jacobians.krylov_schur import arnoldi
 from stabkit.jacobians.lapack import plain_eigenvalues
 from stabkit.jacobians.numerical_range import numerical_range, support
@@ -157,7 +157,7 @@ def non_normality(
         with single_threaded(n):
             rows = [_measure(A, levels, angles, max_power) for A in dense_float64(J)[0].numpy()]
         return _collect(rows, levels, "dense", n)
-    products = Products(J, None, units="own")
+    products = CountedProducts(J, None, units="own")
     hessenbergs = arnoldi(products, size, seed)
     edges = _edges(J, seed, max_products)
     with single_threaded(size):

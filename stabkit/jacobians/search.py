@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import torch
+from torch import Tensor
 
+from stabkit.jacobians.counted_products import BudgetSpentError, CountedProducts
 from stabkit.jacobians.orthonormal import KrylovBasis
 
 # Tests are made whenever the residual should have halved, whatever the tolerance: a search with a looser one sees the
@@ -130,3 +134,25 @@ class Search:
         self._last = (self.spent, worst)
         least = max(4, int(self.spacing * size))
         return int(np.clip(needed, least, max(least, size // _LONGEST_PAUSE)))
+
+
+def search_all(searches: Sequence[Search], step: Callable[[], None]) -> str:
+    """Take steps until every sample is settled; why that ended: ``"done"``, ``"budget"`` or ``"interrupted"``."""
+    try:
+        while not all(search.settled for search in searches):
+            step()
+    except BudgetSpentError:
+        return "budget"
+    except KeyboardInterrupt:
+        return "interrupted"
+    return "done"
+
+
+def next_blocks(products: CountedProducts, searches: Sequence[Search], block: int) -> Tensor:
+    """One block for every sample that still searches; the others take part with zeros: ``(batch, block, n)``."""
+    batch, _, n = products.J.shape
+    V = torch.zeros(batch, block, n, dtype=torch.float64, device=products.device)
+    for s, search in enumerate(searches):
+        if not search.settled:
+            V[s, : search.state.width] = search.state.next_block()
+    return V

@@ -20,6 +20,7 @@ from stabkit.plotting.style import (
     FONT,
     GREY,
     ORANGE,
+    color_bar,
     finish,
     new_axes,
     sample_color,
@@ -185,9 +186,7 @@ def vector_field(flow: FlowLike, ax: Axes | None = None, *, step: int = 0) -> Ax
     arrows = ax.quiver(
         *source.T, *change.T, speed, angles="xy", scale_units="xy", scale=scale, cmap="viridis", width=0.004
     )
-    bar = ax.figure.colorbar(arrows, cax=ax.inset_axes((1.03, 0, 0.05, 1)))
-    bar.set_label("|x′ − x|", fontsize=font)
-    small_text(bar.ax, font)
+    color_bar(ax, arrows, "|x′ − x|", font)
     ax.set_aspect("equal", adjustable="box")
     return finish(ax, font, "x₁", "x₂", f"What {verbatim(_name(flow, step))} adds")
 
