@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from stabkit.checkpoints.files import reading
-from stabkit.checkpoints.hugging_face import _quiet, _resolve, read_json, weight_files
+from stabkit.checkpoints.hugging_face import quiet, read_json, resolve, weight_files
 from stabkit.checkpoints.names import seeded
 from stabkit.errors import CheckpointError, did_you_mean
 
@@ -51,9 +51,9 @@ def skeleton(folder: Path) -> nn.Module:
             f"{folder / 'config.json'} asks for code of its own (auto_map), which is not run; import its class "
             "yourself and give model="
         )
-    model_class, settings = _resolve(folder, config)
+    model_class, settings = resolve(folder, config)
     settings._attn_implementation = "eager"  # has a derivative everywhere
-    with seeded(0), _quiet(), without_weights():
+    with seeded(0), quiet(), without_weights():
         try:
             model: nn.Module = model_class(settings)
         except Exception as error:  # a config class validates with whatever it likes
