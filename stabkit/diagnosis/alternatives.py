@@ -41,8 +41,8 @@ def _unit_input(suspect: Finding, measurement: Measurement) -> list[Remedy]:
         return []
     rms = math.exp(size)
     text = (
-        f"bring the input to unit scale: its entries are of size {rms:.3g}; divide by that, or standardise it "
-        "(x - mean) / std, where the data are read"
+        "standardise the input where the data are read: subtract its mean and divide it by its standard deviation "
+        f"(about {rms:.3g})"
     )
     return [Remedy(text, (remedies.scale_input(first.module_path, 1.0 / rms),))] if first.module_path else []
 

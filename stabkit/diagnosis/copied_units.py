@@ -52,10 +52,16 @@ def distinct_units(weight: Tensor, bias: Tensor | None) -> int | None:
     """
     if len(weight) < _FEWEST or not bool(weight.any()) or not bool(weight.isfinite().all()):
         return None
-    rows = weight.detach().flatten(1)
+    rows = _whole(weight.detach()).flatten(1)
     if bias is not None:
-        rows = torch.cat([rows, bias.detach()[:, None].to(rows)], dim=1)
+        rows = torch.cat([rows, _whole(bias.detach())[:, None].to(rows)], dim=1)
     return len(torch.unique(rows, dim=0))
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    """All of a sharded tensor (DTensor), to which every rank gives its part; an ordinary tensor itself."""
+    gathered = getattr(tensor, "full_tensor", None)
+    return tensor if gathered is None else gathered()
 
 
 def _finding(

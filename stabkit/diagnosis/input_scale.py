@@ -33,10 +33,11 @@ def with_input_scale(flow: Flow, found: Diagnosis, thresholds: Thresholds) -> tu
         accused[0],
         evidence=f"the input has the size {size:.3g} and not 1: {before:.0%} of the first activation, in "
         f"{accused[0].module_path}, lies where it is flat, and of the input divided by its size {after:.0%}",
-        remedy=f"standardise the input: subtract its mean and divide it by its standard deviation (about {size:.3g})",
+        remedy="standardise the input where the data are read: subtract its mean and divide it by its standard "
+        f"deviation (about {size:.3g})",
         reference="LeCun et al., Efficient BackProp, 1998, section 4.3",
         numbers={**accused[0].numbers, "input_size": size, "saturated_after": after},
-        actions=(),
+        actions=tuple(action for action in accused[0].actions if action["action"] == "scale_input"),
     )
     return tuple(named if finding is accused[0] else finding for finding in found.findings)
 
