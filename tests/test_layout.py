@@ -18,6 +18,8 @@ LAYERS = [
     "pictures",
     "results",
     "statistics",
+    "tables",
+    "hashing",
     "parallel",
     "threads",
     "integrators",

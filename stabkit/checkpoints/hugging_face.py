@@ -88,33 +88,19 @@ def load_directory(
         CheckpointError: the config or the weights are missing, damaged, or do not fit one another; or the
             config asks for code of its own (``auto_map``).
     """
-    config = read_json(folder / "config.json")
-    if config.get("auto_map"):
-        raise CheckpointError(
-            f"{folder / 'config.json'} asks for code of its own (auto_map), which is not run; import its class "
-            "yourself and give --model pkg.mod:factory"
-        )
+    model_class, settings = architecture(folder)
     tensors, origin = read_weights(folder, trust_pickle=trust_pickle)
-    model_class, settings = _resolve(folder, config)
     before = set(tensors)
-    with seeded(seed), _quiet(), bounded_by(tensors, str(folder / "config.json")):
-        try:
-            module, info = model_class.from_pretrained(
-                None,  # no path, so nothing is looked up: the config and the tensors are all there is
-                config=settings,
-                state_dict=tensors,
-                output_loading_info=True,
-                ignore_mismatched_sizes=True,  # they are collected, and refused below
-                **{_dtype_keyword(): torch.float32},
-                attn_implementation="eager",
-            )
-        except CheckpointError:
-            raise
-        except Exception as error:  # transformers raises anything for a config it cannot build
-            raise CheckpointError(
-                f"transformers cannot build {model_class.__name__} from {folder / 'config.json'}: "
-                f"{type(error).__name__}: {error}"
-            ) from error
+    with building(folder, model_class, seed), bounded_by(tensors, str(folder / "config.json")):
+        module, info = model_class.from_pretrained(
+            None,  # no path, so nothing is looked up: the config and the tensors are all there is
+            config=settings,
+            state_dict=tensors,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are collected, and refused below
+            **{_dtype_keyword(): torch.float32},
+            attn_implementation="eager",
+        )
     _refuse_misfit(folder, model_class.__name__, info)
     notes = [f"{origin}: {len(before)} tensors", f"architecture {model_class.__name__} of transformers"]
     stored = set(module.state_dict())
@@ -144,8 +130,18 @@ def _shards(index: Path) -> list[str]:
     return names
 
 
-def _resolve(folder: Path, config: dict[str, Any]) -> tuple[Any, Any]:
-    """The class and the config object that ``config.json`` describes."""
+def architecture(folder: Path) -> tuple[Any, Any]:
+    """The class and the config object that ``config.json`` of a directory describes.
+
+    Raises:
+        CheckpointError: it is missing, damaged or unknown to transformers, or asks for code of its own (``auto_map``).
+    """
+    config = read_json(folder / "config.json")
+    if config.get("auto_map"):
+        raise CheckpointError(
+            f"{folder / 'config.json'} asks for code of its own (auto_map), which is not run; import its class "
+            "yourself and give model= (--model pkg.mod:factory)"
+        )
     transformers = optional("transformers", f"the Hugging Face directory {folder}")
     settings = dict(config)
     model_type = settings.pop("model_type", None)
@@ -208,6 +204,25 @@ def _dtype_keyword() -> str:
     version = optional("transformers", "a Hugging Face directory").__version__
     major, minor = (int(part) for part in version.split(".")[:2])
     return "dtype" if (major, minor) >= (4, 56) else "torch_dtype"  # renamed in 4.56
+
+
+@contextlib.contextmanager
+def building(folder: Path, model_class: Any, seed: int) -> Iterator[None]:
+    """Build a model of transformers inside: seeded, without its progress bars, and with its errors in one message.
+
+    Raises:
+        CheckpointError: transformers cannot build it.
+    """
+    try:
+        with seeded(seed), _quiet():
+            yield
+    except CheckpointError:
+        raise
+    except Exception as error:  # transformers raises anything for a config it cannot build
+        raise CheckpointError(
+            f"transformers cannot build {model_class.__name__} from {folder / 'config.json'}: "
+            f"{type(error).__name__}: {error}"
+        ) from error
 
 
 @contextlib.contextmanager

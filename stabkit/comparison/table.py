@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from stabkit.report.formats import figures, middle, percent, printable, signed
 from stabkit.report.tables import csv_cell
+from stabkit.tables import aligned
 
 if TYPE_CHECKING:
     from stabkit.comparison.result import Comparison, Snapshot
@@ -93,13 +94,7 @@ def legend() -> str:
 def plain(comparison: Comparison, width: int = 160) -> str:
     """The comparison as text without colors, in lines of about ``width`` characters."""
     table = fitted(comparison, width)
-    titles = table[0]
-    widths = [max(len(row[i]) for row in table) for i in range(len(titles))]
-    lines = []
-    for row in table:
-        cells = zip(row, widths, titles, strict=True)
-        lines.append(" ".join(c.ljust(w) if title in LEFT else c.rjust(w) for c, w, title in cells).rstrip())
-    lines.insert(1, "-" * max(map(len, lines)))
+    lines = aligned(table, [title in LEFT for title in table[0]])
     tail = [*comparison.changes, *comparison.notes]
     return "\n".join([*lines, "", *map(printable, tail), legend()])
 

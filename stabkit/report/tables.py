@@ -14,6 +14,7 @@ from stabkit.diagnosis import factor
 from stabkit.errors import ReportError
 from stabkit.report.fields import flat, flat_names, shown_fields
 from stabkit.report.formats import figures, middle, printable, signed, steps_named
+from stabkit.tables import aligned
 
 if TYPE_CHECKING:
     import pandas
@@ -100,17 +101,7 @@ def plain(report: Report, width: int = 100) -> str:
     chosen = columns(report, width)
     rows = [[column.title for column in chosen]]
     rows += [[column.cell(step) for column in chosen] for step in report.steps]
-    widths = [max(len(row[i]) for row in rows) for i in range(len(chosen))]
-    table = [
-        (" " * GAP)
-        .join(
-            cell.ljust(size) if column.is_text else cell.rjust(size)
-            for cell, size, column in zip(row, widths, chosen, strict=True)
-        )
-        .rstrip()
-        for row in rows
-    ]
-    table.insert(1, "-" * max(len(line) for line in table))
+    table = aligned(rows, [column.is_text for column in chosen], GAP)
     head = [f"{report.model}: {report.verdict.upper()}", report.summary, *reason(report), origin(report), ""]
     tail = ["", total(report), *(finding_line(finding) for finding in report.findings), *report.notes]
     return printable("\n".join([*head, *table, *tail]))
