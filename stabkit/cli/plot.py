@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from stabkit.checkpoints import Loaded
     from stabkit.jacobians import Jacobian
-    from stabkit.tracing import Flow, Iteration
+    from stabkit.tracing import FlowLike
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class _Source:
     seed: int
 
     @functools.cached_property
-    def flow(self) -> Flow | Iteration:
+    def flow(self) -> FlowLike:
         """Over depth, or over time where the model is a recurrent module."""
         import torch
 

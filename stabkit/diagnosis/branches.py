@@ -45,7 +45,7 @@ def merges(flow: Flow, step: Step, seed: int = 0) -> tuple[Merge, ...]:
         skips = [value for value in inputs if value in free]
         if len(skips) == 1:
             branch = inputs[0] if inputs[1] == skips[0] else inputs[1]
-            path = flow._recording.path_at(_last_matrix(segment, branch.node)._sequence_nr())
+            path = flow.recorded.path_of(_last_matrix(segment, branch.node))
             found.append(Merge(path, _gain(segment, skips[0], branch, free, seed)))
     return tuple(found)
 

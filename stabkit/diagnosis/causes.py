@@ -9,13 +9,12 @@ from stabkit.diagnosis.input_scale import with_input_scale
 from stabkit.diagnosis.over_time import time_findings
 from stabkit.diagnosis.slopes import with_slopes
 from stabkit.diagnosis.suspects import Diagnosis, Settings, ordered
-from stabkit.tracing import Flow
-from stabkit.walk import AnyFlow
+from stabkit.tracing import Flow, FlowLike
 
 _OF_DEPTH = ("exploding", "vanishing", "non-finite")  # verdicts that stand whatever else is found
 
 
-def with_causes(flow: AnyFlow, found: Diagnosis, settings: Settings) -> Diagnosis:
+def with_causes(flow: FlowLike, found: Diagnosis, settings: Settings) -> Diagnosis:
     """A diagnosis with what else is wrong; a memory that vanishes over time is the verdict where depth is in order."""
     if not isinstance(flow, Flow) or found.verdict.name == "non-finite":
         return found

@@ -15,14 +15,13 @@ from stabkit.diagnosis.origin import Origin, origin_of
 from stabkit.diagnosis.thresholds import Thresholds
 from stabkit.diagnosis.verdict import factor
 from stabkit.diagnosis.weight_faults import WeightFault, weight_faults
-from stabkit.tracing import Flow
+from stabkit.tracing import Flow, FlowLike
 from stabkit.tracing.endpoints import scalar_loss
 from stabkit.tracing.flow import engine_vjp
-from stabkit.walk import AnyFlow
 
 
 def non_finite_findings(
-    flow: AnyFlow, measurement: Measurement, thresholds: Thresholds, loss: object = None
+    flow: FlowLike, measurement: Measurement, thresholds: Thresholds, loss: object = None
 ) -> list[Finding]:
     """An input or a weight that is not finite; else the first operation whose result, or whose derivative, is not.
 
@@ -66,12 +65,12 @@ def _heavy_weight(
 def _step_of(origin: Origin, flow: Flow) -> int:
     """The step in which an operation stands; the last for the loss."""
     last = len(flow.steps) - 1
-    calls = flow._recording.calls
+    calls = flow.recorded.recording.calls
     if origin.part == "loss" or not 0 <= origin.call < len(calls):
         return last if origin.part == "loss" else 0
     call = calls[origin.call]
     time = call.stop if origin.ended else call.start
-    position = flow._graph.position(time)
+    position = flow.recorded.graph.position(time)
     return next((step.index for step in flow.steps if position < step.target.position), last)
 
 

@@ -57,7 +57,7 @@ class Weight:
 
 def weights_of(flow: Flow, step: Step) -> tuple[Weight, ...]:
     """The parameters of the modules that ran in a step, and of modules below them that never run on their own."""
-    called = {call.path for call in flow._recording.calls}
+    called = {call.path for call in flow.recorded.recording.calls}
     calls = calls_of(flow, step)
     tables = {id(m.weight) for m in flow.model.modules() if isinstance(m, nn.Embedding | nn.EmbeddingBag)}
     last_norm = max((call.start for call in calls if is_norm(call.module)), default=-1)
@@ -71,11 +71,11 @@ def weights_of(flow: Flow, step: Step) -> tuple[Weight, ...]:
 
 def calls_of(flow: Flow, step: Step) -> list[Call]:
     """The calls of modules that began and ended in a step, in the order of their beginnings."""
-    clock = flow._graph.clock
+    clock = flow.recorded.graph.clock
     start, stop = step.source.position, step.target.position
     last_before = clock[start - 1] if start > 0 else -1
     first_after = clock[stop] if stop < len(clock) else math.inf
-    calls = flow._recording.calls
+    calls = flow.recorded.recording.calls
     # found by bisection: to look at all calls at every step would cost the square of the depth
     low = bisect.bisect_right(calls, last_before, key=lambda call: call.start)
     high = bisect.bisect_right(calls, first_after, key=lambda call: call.start)

@@ -16,8 +16,8 @@ _NAME = 28
 def text(found: Initialisation) -> str:
     """The table, what its columns mean, and the sums below it."""
     rows = [_HEAD, *(_row(step) for step in found.steps)]
-    lines = aligned(rows, [column in (1, 2, len(_HEAD) - 1) for column in range(len(_HEAD))], gap=2)
-    return "\n".join([*lines, "", *_sums(found), *found.notes])
+    words = {_HEAD.index("name"), _HEAD.index("activation"), len(_HEAD) - 1}
+    return "\n".join([*aligned(rows, words, gap=2), "", *_sums(found), *found.notes])
 
 
 def _row(step: StepExpectation) -> tuple[str, ...]:

@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import csv
-import io
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
+from stabkit import tables
 from stabkit.diagnosis import factor
 from stabkit.errors import ReportError
 from stabkit.report.fields import flat, flat_names, shown_fields
 from stabkit.report.formats import figures, middle, printable, signed, steps_named
-from stabkit.tables import aligned
 
 if TYPE_CHECKING:
     import pandas
@@ -101,7 +97,8 @@ def plain(report: Report, width: int = 100) -> str:
     chosen = columns(report, width)
     rows = [[column.title for column in chosen]]
     rows += [[column.cell(step) for column in chosen] for step in report.steps]
-    table = aligned(rows, [column.is_text for column in chosen], GAP)
+    words = {place for place, column in enumerate(chosen) if column.is_text}
+    table = tables.aligned(rows, words, GAP)
     head = [f"{report.model}: {report.verdict.upper()}", report.summary, *reason(report), origin(report), ""]
     tail = ["", total(report), *(finding_line(finding) for finding in report.findings), *report.notes]
     return printable("\n".join([*head, *table, *tail]))
@@ -117,20 +114,7 @@ def finding_line(finding: Any) -> str:
 
 def csv_text(report: Report) -> str:
     """The steps as comma-separated values, one row a step; an absent value is an empty cell."""
-    stream = io.StringIO()
-    writer = csv.DictWriter(stream, flat_names(report.step_type), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows({key: csv_cell(value) for key, value in flat(step).items()} for step in report.steps)
-    return stream.getvalue()
-
-
-def csv_cell(value: Any) -> Any:
-    """Numbers as Python writes them, and no text that a spreadsheet would run as a formula."""
-    if isinstance(value, np.generic):
-        return value.item()
-    if isinstance(value, str) and value.startswith(("=", "+", "-", "@", "\t", "\r")):
-        return "'" + value
-    return value
+    return tables.csv_text(flat_names(report.step_type), map(flat, report.steps))
 
 
 def dataframe(report: Report) -> pandas.DataFrame:

@@ -65,8 +65,7 @@ def summary(report: WeightsReport) -> str:
 
 def plain(report: WeightsReport, width: int = 110) -> str:
     """The report as text without colors, in lines of about ``width`` characters."""
-    table = rows(report, width)
-    lines = aligned(table, [column < 3 for column in range(len(table[0]))])
+    lines = aligned(rows(report, width), text=range(3))
     return "\n".join(
         [f"{printable(report.name)}: WEIGHTS ONLY", summary(report), report.label, "", *lines, "", legend(report)]
     )
