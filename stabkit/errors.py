@@ -5,6 +5,9 @@ Every refusal is a `StabkitError`; one about an argument is besides the built-in
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable
+
 
 class StabkitError(Exception):
     """Something that the caller can mend; the command line prints its message and exits with code 2."""
@@ -32,3 +35,14 @@ class CheckpointError(StabkitError):
 
 class ReportError(StabkitError):
     """A report could not be read, written or drawn."""
+
+
+def did_you_mean(name: str, accepted: Iterable[str]) -> str:
+    """The end of a message about an unknown name: the nearest that are accepted, or nothing where none is near.
+
+    Example:
+        >>> did_you_mean("economi", ["economy", "standard"]), did_you_mean("other", ["economy", "standard"])
+        ('; did you mean economy?', '')
+    """
+    found = difflib.get_close_matches(name, list(accepted))
+    return f"; did you mean {' or '.join(found)}?" if found else ""

@@ -6,6 +6,11 @@ stand above the results that they show, and help needs neither.
 
 from __future__ import annotations
 
+import importlib
+import operator
+from collections.abc import Callable
+from typing import Any
+
 #: Kind of picture -> class of what is drawn -> function in `stabkit.plotting`. Of several pictures of one class, the
 #: first is the one that ``result.plot()`` draws. ``Grid`` and ``Lattice`` are flows of the points that
 #: `stabkit.plotting.grid_points` gives, along fine lines or on a coarse lattice.
@@ -51,3 +56,14 @@ def default_picture(drawn: type) -> str | None:
     """
     names = [base.__name__ for base in drawn.__mro__]
     return next((draws[name] for name in names for draws in PICTURES.values() if name in draws), None)
+
+
+def drawing(name: str) -> Callable[..., Any]:
+    """A function of `stabkit.plotting` by its name, as in the table; matplotlib is loaded with the first of them.
+
+    Example:
+        >>> drawing("region").__module__
+        'stabkit.plotting.region'
+    """
+    found: Callable[..., Any] = operator.attrgetter(name)(importlib.import_module("stabkit.plotting"))
+    return found

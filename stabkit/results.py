@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import dataclasses
 import html
-import importlib
 import math
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
@@ -18,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from stabkit.errors import ArgumentTypeError, StabkitError
-from stabkit.pictures import PICTURES, default_picture
+from stabkit.pictures import PICTURES, default_picture, drawing
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -50,7 +49,7 @@ class Result:
         if name is None:
             drawn = dict.fromkeys(shown for draws in PICTURES.values() for shown in draws)
             raise StabkitError(f"there is no picture of a {type(self).__name__}; there is one of: {', '.join(drawn)}")
-        axes: Axes = getattr(importlib.import_module("stabkit.plotting"), name)(self, ax)
+        axes: Axes = drawing(name)(self, ax)
         return axes
 
     def _contents(self) -> dict[str, Any]:

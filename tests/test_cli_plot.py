@@ -74,7 +74,7 @@ def test_the_growth_of_a_run_is_the_heat_map_of_its_training(folder: Path, sourc
         (["missing.json", "region"], "no such file"),
         (["report.json", "training"], "no readable records"),
         (["records.jsonl", "region"], "of which growth and training are drawn"),
-        (["records.jsonl", "growth", "--quantity", "groth"], "did you mean 'growth'?"),
+        (["records.jsonl", "growth", "--quantity", "groth"], "did you mean growth?"),
         (["planar.py:planar", "field", "--input", "1x2", "--step", "9"], "there is no such step"),
     ],
 )

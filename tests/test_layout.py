@@ -1,4 +1,8 @@
-"""Imports follow the layout: a module imports only from those that stand above it."""
+"""Imports follow the layout: down only, without circles, and no private name from another package.
+
+Every import counts, also one inside a function and one for type checkers only: a name that is needed to understand a
+module is a dependency, whenever it is loaded.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +11,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import networkx as nx
 import pytest
 
 PACKAGE = Path(__file__).parent.parent / "stabkit"
@@ -15,11 +20,14 @@ PACKAGE = Path(__file__).parent.parent / "stabkit"
 LAYERS = [
     "_version",
     "errors",
+    "tables",
     "pictures",
     "results",
     "statistics",
+    "tables",
     "parallel",
     "threads",
+    "vocabulary",
     "integrators",
     "operators",
     "tracing",
@@ -45,54 +53,90 @@ LAYERS = [
     "__main__",
 ]
 
-# convenience methods of results reach up, inside the function: (where, what)
-UPWARD = {
-    ("report", "plotting"),  # report.save("report.png")
-    ("comparison", "plotting"),  # comparison.save("sweep.png")
-}
-
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 
-def layer(path: Path) -> str:
-    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+def module_name(path: Path) -> str:
+    parts = path.relative_to(PACKAGE.parent).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
-def imports(tree: ast.Module) -> list[tuple[str, bool]]:
-    """The layers imported, and whether at the top of the module (type-checking blocks count as inside)."""
-    top = {id(n) for statement in tree.body if isinstance(statement, ast.Import | ast.ImportFrom) for n in [statement]}
+MODULES = {module_name(path): path for path in FILES}
+
+
+def package_of(name: str) -> str:
+    """The layer that a module belongs to; ``""`` for the front door ``stabkit`` itself."""
+    return [*name.split("."), ""][1]
+
+
+def imported(path: Path, typing: bool = True) -> list[tuple[str, str]]:
+    """Every module of the package that a file imports from, wherever in the file, and the name that it takes.
+
+    ``typing=False`` leaves out what only type checkers import.
+    """
+    tree = ast.parse(path.read_text())
+    checkers = {
+        id(inner)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
+        for inner in ast.walk(node)
+    }
     found = []
     for node in ast.walk(tree):
-        if isinstance(node, ast.Import):
-            names = [alias.name for alias in node.names]
-        elif isinstance(node, ast.ImportFrom) and node.level == 0:
-            names = [f"stabkit.{a.name}" for a in node.names] if node.module == "stabkit" else [node.module or ""]
-        else:
+        if not typing and id(node) in checkers:
             continue
-        found += [(name.split(".")[1], id(node) in top) for name in names if name.startswith("stabkit.")]
+        if isinstance(node, ast.Import):
+            found += [(alias.name, "") for alias in node.names if alias.name.split(".")[0] == "stabkit"]
+        elif isinstance(node, ast.ImportFrom) and node.level:
+            raise AssertionError(f"{path} imports relatively; write the whole path")
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "stabkit":
+            for alias in node.names:
+                whole = f"{node.module}.{alias.name}"
+                found.append((whole, "") if whole in MODULES else (str(node.module), alias.name))
     return found
 
 
-@pytest.mark.parametrize("path", [f for f in FILES if f.parent != PACKAGE or f.name != "__init__.py"], ids=str)
-def test_imports_point_downwards(path: Path):
-    here = layer(path)
-    for there, at_top in imports(ast.parse(path.read_text())):
-        if there in ("__version__",):
+IMPORTS = {name: imported(path) for name, path in MODULES.items()}
+
+
+@pytest.mark.parametrize("name", [name for name in MODULES if name != "stabkit"])
+def test_imports_point_downwards(name: str):
+    here = package_of(name)
+    assert here in LAYERS, f"stabkit.{here} has no place in the layout"
+    for module, taken in IMPORTS[name]:
+        if taken == "__version__":
             continue
-        assert there in LAYERS, f"{path.name} imports stabkit.{there}, which has no place in the layout"
-        below = LAYERS.index(there) <= LAYERS.index(here)
-        assert below or (not at_top and (here, there) in UPWARD), f"{path} imports stabkit.{there} from above it"
+        there = package_of(module)
+        assert there in LAYERS, f"{name} imports {module}, which has no place in the layout"
+        assert LAYERS.index(there) <= LAYERS.index(here), f"{name} imports {module} from above it"
 
 
-def test_every_module_has_a_place():
-    assert {layer(path) for path in FILES} <= {*LAYERS, "__init__"}
+def test_no_files_import_each_other_in_a_circle():
+    """A result may name its writer's argument type and the writer the result; only what is loaded makes a circle."""
+    graph = nx.DiGraph()
+    for name, path in MODULES.items():
+        graph.add_edges_from((name, there) for there, _ in imported(path, typing=False) if there not in (name, ""))
+    assert [sorted(files) for files in nx.strongly_connected_components(graph) if len(files) > 1] == []
+
+
+def test_no_private_name_crosses_packages():
+    crossing = [
+        f"{name} takes {taken or module} of {module}"
+        for name, found in IMPORTS.items()
+        for module, taken in found
+        if package_of(module) != package_of(name)
+        and any(part.startswith("_") and not part.startswith("__") for part in (*module.split(".")[2:], taken))
+    ]
+    assert crossing == []
 
 
 def test_integrators_know_no_torch():
     for path in (PACKAGE / "integrators").glob("*.py"):
-        assert "torch" not in {
-            name.name for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Import) for name in n.names
-        }
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                assert "torch" not in {alias.name.split(".")[0] for alias in node.names}, path
+            elif isinstance(node, ast.ImportFrom):
+                assert (node.module or "").split(".")[0] != "torch", path
 
 
 def test_an_analysis_imports_little_beside_torch():

@@ -20,6 +20,7 @@ from stabkit.identification import Identification, by_step, identify
 from stabkit.jacobians.shared import DENSE_SIZE, SharedSpectra
 from stabkit.parallel import SERIAL, Parallel, runs
 from stabkit.tracing import Flow
+from stabkit.tracing.accepted import traced
 from stabkit.walk import SMALL, Arrivals, Pulled, loss_columns, probe_seeds, random_columns, walk_back
 
 COTANGENTS = 4  # random ones, where there is no loss: as many as `analyze` pulls back by default
@@ -67,7 +68,8 @@ def attribute(
 
     Raises:
         ArgumentError: an argument is out of range.
-        TraceError: the loss is not a differentiable scalar of the output that the flow leads to.
+        ArgumentTypeError: ``flow`` is no flow.
+        TraceError: it is an iterated map; or the loss is not a differentiable scalar of the output that it leads to.
 
     Example:
         >>> import torch, stabkit
@@ -81,6 +83,7 @@ def attribute(
         >>> round(found.mechanisms[0].largest_step_factor, 6)
         4.0
     """
+    flow = traced(flow, "attribute")
     _check(flow, samples, dense_limit, probes, krylov, confidence)
     budget = Budget(dense_limit, probes, krylov, confidence, samples or flow.batch, seed)
     if pulled is None or not _serves(pulled, budget):

@@ -17,10 +17,9 @@ import safetensors
 import safetensors.torch
 import torch
 
-from stabkit.checkpoints.names import near
 from stabkit.checkpoints.pickles import globals_asked, not_inert, stand_ins
 from stabkit.checkpoints.programs import kind_of_archive, refusal
-from stabkit.errors import CheckpointError
+from stabkit.errors import CheckpointError, did_you_mean
 
 _MAGIC = {
     b"version https://git-lfs": "is a Git LFS pointer, not the file itself: git lfs pull",
@@ -88,7 +87,7 @@ def regular_file(path: Path) -> None:
         names: list[str] = []
         with contextlib.suppress(OSError, ValueError):
             names = os.listdir(folder)
-        hint = near(path.name, names) if names else f" ({folder} is not there or is empty)"
+        hint = did_you_mean(path.name, names) if names else f" ({folder} is not there or is empty)"
         if not path.suffix and path.name == str(path):
             hint += f"; a model name says where it comes from: torchvision:{path.name} or timm:{path.name}"
         raise CheckpointError(f"no file {path}{hint}") from error

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from stabkit.checkpoints.bounds import bounded_by
 from stabkit.checkpoints.files import read_file, regular_file
 from stabkit.checkpoints.matching import misfit
-from stabkit.checkpoints.names import near, optional, seeded
+from stabkit.checkpoints.names import optional, seeded
 from stabkit.checkpoints.state_dict import find_weights
-from stabkit.errors import CheckpointError
+from stabkit.errors import CheckpointError, did_you_mean
 
 _FILES = ("model.safetensors", "pytorch_model.bin")
 _INDICES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
@@ -95,9 +95,9 @@ def load_directory(
             "yourself and give --model pkg.mod:factory"
         )
     tensors, origin = read_weights(folder, trust_pickle=trust_pickle)
-    model_class, settings = _resolve(folder, config)
+    model_class, settings = resolve(folder, config)
     before = set(tensors)
-    with seeded(seed), _quiet(), bounded_by(tensors, str(folder / "config.json")):
+    with seeded(seed), quiet(), bounded_by(tensors, str(folder / "config.json")):
         try:
             module, info = model_class.from_pretrained(
                 None,  # no path, so nothing is looked up: the config and the tensors are all there is
@@ -144,7 +144,7 @@ def _shards(index: Path) -> list[str]:
     return names
 
 
-def _resolve(folder: Path, config: dict[str, Any]) -> tuple[Any, Any]:
+def resolve(folder: Path, config: dict[str, Any]) -> tuple[Any, Any]:
     """The class and the config object that ``config.json`` describes."""
     transformers = optional("transformers", f"the Hugging Face directory {folder}")
     settings = dict(config)
@@ -153,9 +153,9 @@ def _resolve(folder: Path, config: dict[str, Any]) -> tuple[Any, Any]:
         known = list(transformers.CONFIG_MAPPING)
         raise CheckpointError(
             f"{folder / 'config.json'} has model_type {model_type!r}, which transformers "
-            f"{transformers.__version__} does not know{near(str(model_type), known)}"
+            f"{transformers.__version__} does not know{did_you_mean(str(model_type), known)}"
         )
-    with _quiet():
+    with quiet():
         try:
             built = transformers.CONFIG_MAPPING[model_type].from_dict(settings)
         except Exception as error:  # a config class validates with whatever it likes
@@ -211,7 +211,7 @@ def _dtype_keyword() -> str:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """No progress bars and reports of transformers; what they say is in the notes or in an error."""
     logging = optional("transformers", "a Hugging Face directory").utils.logging
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()

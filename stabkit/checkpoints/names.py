@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import difflib
 import importlib
 import importlib.util
 import inspect
@@ -13,7 +12,7 @@ import re
 import sys
 import warnings
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -22,7 +21,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from stabkit.errors import CheckpointError
+from stabkit.errors import CheckpointError, did_you_mean
 
 Model = str | nn.Module | Callable[..., nn.Module]
 
@@ -117,16 +116,10 @@ def optional(package: str, needed_for: str) -> ModuleType:
         ) from error
 
 
-def near(name: str, names: Iterable[str], count: int = 3) -> str:
-    """``"; did you mean a, b or c?"``, or nothing when no name is near."""
-    found = difflib.get_close_matches(name, list(names), n=count, cutoff=0.6)
-    return f"; did you mean {' or '.join(found)}?" if found else ""
-
-
 def _torchvision(name: str, arguments: dict[str, Any]) -> nn.Module:
     models = optional("torchvision", f"torchvision:{name}").models
     if name not in models.list_models():
-        raise CheckpointError(f"torchvision has no model {name!r}{near(name, models.list_models())}")
+        raise CheckpointError(f"torchvision has no model {name!r}{did_you_mean(name, models.list_models())}")
     builder = models.get_model_builder(name)
     # without this the detection and segmentation models fetch weights for their backbone
     if "weights_backbone" in inspect.signature(builder).parameters:
@@ -138,7 +131,7 @@ def _timm(name: str, arguments: dict[str, Any]) -> nn.Module:
     timm = optional("timm", f"timm:{name}")
     # is_model knows the registered names only: hf-hub: and local-dir: names would be fetched or read
     if not timm.is_model(name):
-        raise CheckpointError(f"timm has no model {name!r}{near(name, timm.list_models())}")
+        raise CheckpointError(f"timm has no model {name!r}{did_you_mean(name, timm.list_models())}")
 
     def create(**keywords: Any) -> nn.Module:
         module: nn.Module = timm.create_model(name, pretrained=False, **keywords)
@@ -163,8 +156,9 @@ def _from_factory(text: str, arguments: dict[str, Any], seed: int) -> nn.Module:
         for part in attribute.split("."):
             if not hasattr(factory, part):
                 names = [n for n, value in vars(factory).items() if callable(value) and not n.startswith("_")]
+                guess = did_you_mean(part, names)
                 raise CheckpointError(
-                    f"{where} has no {attribute!r}{near(part, names)} It defines: {', '.join(names[:8]) or 'nothing'}"
+                    f"{where} has no {attribute!r}{guess} It defines: {', '.join(names[:8]) or 'nothing'}"
                 )
             factory = getattr(factory, part)
         if isinstance(factory, nn.Module):
@@ -180,7 +174,7 @@ def _import_file(file: Path, text: str) -> ModuleType:
     if not file.is_file():
         folder = file.parent
         names = [p.name for p in folder.glob("*.py")] if folder.is_dir() else []
-        raise CheckpointError(f"{text}: no file {file}{near(file.name, names)}")
+        raise CheckpointError(f"{text}: no file {file}{did_you_mean(file.name, names)}")
     resolved = file.resolve()
     name = f"stabkit_factory_{resolved.stem}_{zlib.crc32(str(resolved).encode()):08x}"
     spec = importlib.util.spec_from_file_location(name, resolved)

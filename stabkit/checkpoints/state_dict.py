@@ -11,9 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from stabkit.checkpoints.matching import match_names
-from stabkit.checkpoints.names import near
 from stabkit.checkpoints.pickles import Array, Namespace
-from stabkit.errors import CheckpointError
+from stabkit.errors import CheckpointError, did_you_mean
 
 _KNOWN = (
     "state_dict",
@@ -229,7 +228,7 @@ def _by_key(found: list[Weights], key: str) -> Weights:
         if inside:
             return Weights((*weights.path, prefix[:-1]), inside, weights.averaged, metadata=weights.metadata)
     names = [".".join(w.path) for w in found]
-    raise CheckpointError(f"key {key!r} leads to no tensors{near(key, names) or '.'} Found: {_keys(found)}")
+    raise CheckpointError(f"key {key!r} leads to no tensors{did_you_mean(key, names) or '.'} Found: {_keys(found)}")
 
 
 def _rank(weights: Weights, model_names: list[str]) -> tuple[Any, ...]:

@@ -12,6 +12,7 @@ from stabkit.cli import compare, execution, weights_only
 from stabkit.cli.console import FOUND, fail, progress_bar, say, stdout_to_stderr
 from stabkit.cli.live import Live
 from stabkit.cli.options import Cache, Device, Effort, Output, Recipe, command, given
+from stabkit.errors import CheckpointError, StabkitError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -50,8 +51,6 @@ def analyze(
     ] = "relu",
 ) -> None:
     """Say, step by step, what a model's gradients do and why."""
-    from stabkit.errors import StabkitError
-
     output.check()
     if over_time:
         if stream or effort != Effort() or device != "cpu":
@@ -101,8 +100,6 @@ def _one(source: str, recipe: Recipe, effort: Effort, device: str, activation: s
 
 def _stream(source: str, recipe: Recipe, effort: Effort, device: str, output: Output) -> None:
     """A directory larger than memory."""
-    from stabkit.errors import StabkitError
-
     unused = [*given(recipe, but=("input", "seed", "spectrum")), *given(effort, but=("probes",))]
     if unused:
         raise StabkitError(f"--stream reads a Hugging Face directory block by block; leave out {', '.join(unused)}")
@@ -119,8 +116,6 @@ def _stream(source: str, recipe: Recipe, effort: Effort, device: str, output: Ou
 
 
 def _check_finite(loaded: Loaded) -> None:
-    from stabkit.errors import CheckpointError
-
     if loaded.non_finite:
         names = ", ".join(loaded.non_finite[:5])
         more = f" and {len(loaded.non_finite) - 5} more" if len(loaded.non_finite) > 5 else ""

@@ -9,6 +9,7 @@ import typer
 
 from stabkit.cli.console import FAILED, FOUND, progress_bar, say, screen, stdout_to_stderr
 from stabkit.cli.options import Cache, Output, Recipe, command
+from stabkit.errors import StabkitError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -26,8 +27,6 @@ def compare(
     cache: Cache = None,
 ) -> None:
     """Put the same model at several checkpoints side by side."""
-    from stabkit.errors import StabkitError
-
     output.check()
     if len(sources) < 2:
         raise StabkitError("compare needs at least two checkpoints; for one use: stabkit analyze")

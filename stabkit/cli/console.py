@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import typer
 
+from stabkit.errors import StabkitError
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -19,8 +21,6 @@ FOUND, FAILED, INTERRUPTED, PIPE_CLOSED = 1, 2, 130, 141
 @contextmanager
 def guarded(debug: bool) -> Iterator[None]:
     """One clear message and an exit code for everything that can go wrong."""
-    from stabkit.errors import StabkitError
-
     try:
         yield
     except typer.Exit:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from stabkit.errors import StabkitError
+
 if TYPE_CHECKING:
     import torch
 
@@ -83,8 +85,6 @@ def chosen_device(name: str) -> torch.device:
     import os
 
     import torch
-
-    from stabkit.errors import StabkitError
 
     try:
         device = torch.device(name)

@@ -9,6 +9,7 @@ import typer
 
 from stabkit.cli.console import say, screen
 from stabkit.cli.options import command
+from stabkit.errors import StabkitError
 
 
 @command
@@ -20,7 +21,6 @@ def methods(
 ) -> None:
     """List the integrators, or describe one."""
     from stabkit import integrators
-    from stabkit.errors import StabkitError
     from stabkit.report import catalogue, files
 
     if name is None:

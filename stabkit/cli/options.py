@@ -6,7 +6,6 @@ A command names the groups that it takes as parameters; `command` gives it one o
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import functools
 import inspect
 import json as json_module
@@ -19,6 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 import typer
 
 from stabkit.cli.console import guarded, say, screen
+from stabkit.errors import ReportError, StabkitError, did_you_mean
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -199,8 +199,6 @@ class JsonOutput:
         Raises:
             ReportError: it would.
         """
-        from stabkit.errors import ReportError
-
         if self.json not in (None, "-") and not Path(str(self.json)).absolute().parent.is_dir():
             raise ReportError(f"--json {self.json}: the directory does not exist; create it first")
 
@@ -244,8 +242,6 @@ class Output(JsonOutput):
         Raises:
             StabkitError: it would not.
         """
-        from stabkit.errors import ReportError
-
         self._check_fail_on()
         if self.out is not None and self.out.exists() and not self.out.is_dir():
             raise ReportError(f"--out {self.out} is a file; name a directory")
@@ -254,13 +250,11 @@ class Output(JsonOutput):
     def _check_fail_on(self) -> None:
         """A misspelt word would never be found, and so never fail."""
         from stabkit.diagnosis.kinds import FINDINGS, SEVERITIES
-        from stabkit.errors import StabkitError
 
         accepted = (*SEVERITIES, *FINDINGS)
         if self.fail_on is None or self.fail_on.replace("-", "_") in accepted:
             return
-        near = difflib.get_close_matches(self.fail_on, accepted, n=1)
-        guess = f"; did you mean {near[0]}?" if near else ""
+        guess = did_you_mean(self.fail_on, accepted)
         raise StabkitError(f"--fail-on {self.fail_on!r}; accepted: {', '.join(accepted)}{guess}")
 
     def accuses(self, kind: str, severity: str) -> bool:
@@ -272,8 +266,6 @@ class Output(JsonOutput):
 
 def _json_object(option: str, text: str | None) -> dict[str, Any]:
     """The JSON object that an option's text holds; empty without the option."""
-    from stabkit.errors import StabkitError
-
     if text is None:
         return {}
     accepted = "expected an object such as '{\"depth\": 8}'"

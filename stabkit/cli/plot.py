@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import functools
 import inspect
 from collections.abc import Callable, Sequence
@@ -14,6 +13,7 @@ import typer
 
 from stabkit.cli.console import say, screen, stdout_to_stderr
 from stabkit.cli.options import Loading, command
+from stabkit.errors import ReportError, did_you_mean
 from stabkit.pictures import PICTURES
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from stabkit.checkpoints import Loaded
     from stabkit.jacobians import Jacobian
-    from stabkit.tracing import Flow, Iteration
+    from stabkit.tracing import FlowLike
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class _Source:
     seed: int
 
     @functools.cached_property
-    def flow(self) -> Flow | Iteration:
+    def flow(self) -> FlowLike:
         """Over depth, or over time where the model is a recurrent module."""
         import torch
 
@@ -56,8 +56,6 @@ class _Source:
     def plane(self) -> torch.Tensor:
         """The input of a model of two numbers, which has their dtype."""
         import torch
-
-        from stabkit.errors import ReportError
 
         given = self.loaded.inputs[0] if self.loaded.inputs else None
         if not isinstance(given, torch.Tensor) or given.dim() != 2 or given.shape[1] != 2:
@@ -150,14 +148,11 @@ def plot(
     ] = "growth",
 ) -> None:
     """Draw a saved report, a monitored run, or a model."""
-    from stabkit.errors import ReportError
     from stabkit.monitor import is_run
     from stabkit.report import files
 
     if kind not in KINDS:
-        near = difflib.get_close_matches(kind, KINDS, n=1)
-        guess = f"; did you mean {near[0]}?" if near else ""
-        raise ReportError(f"no plot is called {kind!r}; there are: {', '.join(KINDS)}{guess}")
+        raise ReportError(f"no plot is called {kind!r}; there are: {', '.join(KINDS)}{did_you_mean(kind, KINDS)}")
     target = out or Path(f"{kind}.png")
     if kind == "training" or is_run(source):
         figure = _of_run(source, kind, quantity)
@@ -186,7 +181,6 @@ def _is_report(source: str, kind: str, model: str | None) -> bool:
 
 
 def _of_report(source: str, kind: str, step: str | None) -> Figure:
-    from stabkit.errors import ReportError
     from stabkit.report import Report
 
     report = Report.load(source)
@@ -204,7 +198,6 @@ def _of_report(source: str, kind: str, step: str | None) -> Figure:
 
 
 def _of_run(source: str, kind: str, quantity: str) -> Figure:
-    from stabkit.errors import ReportError
     from stabkit.monitor import read_records
 
     if kind not in IN_RECORDS:
@@ -219,8 +212,6 @@ def _of_run(source: str, kind: str, quantity: str) -> Figure:
 
 
 def _of_model(source: _Source, kind: str) -> Figure:
-    from stabkit.errors import ReportError
-
     draws = PICTURES[kind]
     shown = next(name for name in (*_PREFERRED, *draws) if name in draws and name in _MAKERS)
     try:
@@ -245,7 +236,6 @@ def _drawn(kind: str, shown: str, result: Any, **options: Any) -> Figure:
 def _animation(source: _Source, kind: str, path: Path) -> Path:
     """The flow map as a moving picture."""
     from stabkit import plotting
-    from stabkit.errors import ReportError
 
     if kind != "flow-map":
         raise ReportError(f"--out {path}: only flow-map can be a .gif; for {kind} use .png, .svg or .pdf")
@@ -257,8 +247,6 @@ def _animation(source: _Source, kind: str, path: Path) -> Path:
 
 def _index(steps: Sequence[Any], step: str | None, needed: str = "kind") -> int:
     """The step that ``--step`` names; without it the first that keeps the space and has what is needed."""
-    from stabkit.errors import ReportError
-
     names = [s.name for s in steps]
     if step is None:
         return next((s.index for s in steps if s.kind == "step" and getattr(s, needed)), 0)
@@ -266,7 +254,6 @@ def _index(steps: Sequence[Any], step: str | None, needed: str = "kind") -> int:
         return names.index(step)
     if step.isdigit() and int(step) < len(names):
         return int(step)
-    near = difflib.get_close_matches(step, names, n=1)
     more = ", ..." if len(names) > 8 else ""
-    guess = f"; did you mean {near[0]}?" if near else f"; the steps are {', '.join(names[:8])}{more}"
+    guess = did_you_mean(step, names) or f"; the steps are {', '.join(names[:8])}{more}"
     raise ReportError(f"--step {step!r}: there is no such step{guess}")

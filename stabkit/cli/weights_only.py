@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import typer
 
 from stabkit.cli.console import FOUND, progress_bar, say
+from stabkit.errors import StabkitError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -18,7 +19,6 @@ if TYPE_CHECKING:
 
 def run(missing: ArchitectureMissingError, activation: str, seed: int, output: Output) -> None:
     """Measure the weights alone, and say that this is the weaker statement and how to get the stronger one."""
-    from stabkit.errors import StabkitError
     from stabkit.meanfield import activation_names
     from stabkit.weights import analyze_weights
 

@@ -52,11 +52,11 @@ def fetch(folder: Path, key: str, source: str) -> Snapshot | None:
             source=source,
             state=entry["state"],
             step=step if step is None or math.isfinite(step) else None,
-            step_name=encoding.text(entry["step_name"]),
-            content=encoding.text(entry["content"]),
+            step_name=encoding.typed(str, entry["step_name"]),
+            content=encoding.typed(str, entry["content"]),
             cached=True,
             report=report,
-            message=encoding.text(entry["message"]),
+            message=encoding.typed(str, entry["message"]),
         )
     except (OSError, ValueError, KeyError, TypeError, RecursionError, ReportError):
         return None  # whatever is wrong with it, the checkpoint itself is at hand

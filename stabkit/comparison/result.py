@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from stabkit.comparison import table
 from stabkit.errors import ArgumentError, ReportError
+from stabkit.pictures import drawing
 from stabkit.report import Report, encoding, files
 from stabkit.report.schema import StepReport
 from stabkit.results import Result
@@ -176,9 +177,7 @@ class Comparison(Result):
         if suffix == ".csv":
             return files.write(path, table.csv_text(self).encode())
         if suffix in files.PICTURES:
-            from stabkit.plotting import sweep
-
-            return files.write_figure(sweep.overview(self), path)
+            return files.write_figure(drawing("sweep.overview")(self), path)
         raise ReportError(
             f"{path}: unknown suffix {suffix!r}; accepted: .html, .json, .csv, {', '.join(files.PICTURES)}"
         )

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import math
 from typing import TYPE_CHECKING, Any
 
 from stabkit.report.formats import figures, middle, percent, printable, signed
-from stabkit.report.tables import csv_cell
+from stabkit.tables import aligned
+from stabkit.tables import csv_text as comma_separated
 
 if TYPE_CHECKING:
     from stabkit.comparison.result import Comparison, Snapshot
@@ -93,49 +92,30 @@ def legend() -> str:
 def plain(comparison: Comparison, width: int = 160) -> str:
     """The comparison as text without colors, in lines of about ``width`` characters."""
     table = fitted(comparison, width)
-    titles = table[0]
-    widths = [max(len(row[i]) for row in table) for i in range(len(titles))]
-    lines = []
-    for row in table:
-        cells = zip(row, widths, titles, strict=True)
-        lines.append(" ".join(c.ljust(w) if title in LEFT else c.rjust(w) for c, w, title in cells).rstrip())
-    lines.insert(1, "-" * max(map(len, lines)))
+    lines = aligned(table, text={place for place, title in enumerate(table[0]) if title in LEFT})
     tail = [*comparison.changes, *comparison.notes]
     return "\n".join([*lines, "", *map(printable, tail), legend()])
 
 
 def csv_text(comparison: Comparison) -> str:
     """One row a checkpoint and step of the flow, for a spreadsheet or a data frame."""
-    stream = io.StringIO()
     columns = ["source", "training_step", "step_name", "state", "verdict", "index", "name", "kind", "growth"]
     columns += ["growth_low", "growth_high", "spectral_radius", "largest_singular_value", "outside_share"]
-    writer = csv.DictWriter(stream, columns, lineterminator="\n")
-    writer.writeheader()
+    rows = []
     for snapshot in comparison.snapshots:
         start: dict[str, Any] = {
-            "source": csv_cell(snapshot.source),
+            "source": snapshot.source,
             "training_step": snapshot.step,
-            "step_name": csv_cell(snapshot.step_name),
+            "step_name": snapshot.step_name,
             "state": snapshot.state,
         }
         if snapshot.report is None:
-            writer.writerow(start)
+            rows.append(start)
             continue
+        start["verdict"] = snapshot.report.verdict
+        same = ("index", "name", "kind", "growth", "spectral_radius", "largest_singular_value", "outside_share")
         for step in snapshot.report.steps:
             low, high = step.growth_interval
-            writer.writerow(
-                {
-                    **start,
-                    "verdict": snapshot.report.verdict,
-                    "index": step.index,
-                    "name": csv_cell(step.name),
-                    "kind": step.kind,
-                    "growth": step.growth,
-                    "growth_low": low,
-                    "growth_high": high,
-                    "spectral_radius": step.spectral_radius,
-                    "largest_singular_value": step.largest_singular_value,
-                    "outside_share": step.outside_share,
-                }
-            )
-    return stream.getvalue()
+            values = {name: getattr(step, name) for name in same}
+            rows.append({**start, **values, "growth_low": low, "growth_high": high})
+    return comma_separated(columns, rows)

@@ -76,7 +76,7 @@ def _activity(flow: Flow, segment: Segment, node: Node) -> Activity:
     two_sided = name in TWO_SIDED or (name == "Hardtanh" and float(getattr(node, "_saved_min_val", 0.0)) < 0)
     return Activity(
         operation=name,
-        module_path=flow._recording.path_at(node._sequence_nr()),
+        module_path=flow.recorded.path_of(node),
         units=rows.shape[0],
         observations=rows.shape[1],
         dead=0.0 if two_sided else float(flat.all(1).float().mean()),
@@ -122,7 +122,7 @@ def _fed_by(flow: Flow, segment: Segment, node: Node) -> str:
     current, inside = node, set(segment.nodes)
     while current in inside and segment.graph.inputs.get(current):
         if has_matrix(current):
-            return flow._recording.path_at(current._sequence_nr())
+            return flow.recorded.recording.path_at(current._sequence_nr())
         current = segment.graph.inputs[current][0].node
     return ""
 

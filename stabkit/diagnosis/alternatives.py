@@ -11,18 +11,18 @@ from stabkit.diagnosis import remedies
 from stabkit.diagnosis.actions import once
 from stabkit.diagnosis.activity import TWO_SIDED
 from stabkit.diagnosis.chaos import recurrent_matrices
+from stabkit.diagnosis.dead_units import drawn_anew
 from stabkit.diagnosis.finding import Finding
 from stabkit.diagnosis.measurement import Measurement, StepMeasurement
 from stabkit.diagnosis.remedies import Remedy
-from stabkit.tracing import Flow, Iteration
-from stabkit.walk import AnyFlow
+from stabkit.tracing import Flow, FlowLike, Iteration
 
 _BY_INPUT = ("saturated", "dead", "exploding", "vanishing")
 _LARGE = math.log(5.0)  # size of the entries of an input from which it is no unit scale, nats
 _STRETCH = 3  # steps beyond which a finding is about a stretch
 
 
-def candidates(suspect: Finding, measurement: Measurement, flow: AnyFlow) -> list[Remedy]:
+def candidates(suspect: Finding, measurement: Measurement, flow: FlowLike) -> list[Remedy]:
     """Remedies to try, beginning with that of the suspect itself; none changes one weight twice."""
     found = []
     own = Remedy(suspect.remedy, suspect.actions)
@@ -47,13 +47,15 @@ def _unit_input(suspect: Finding, measurement: Measurement) -> list[Remedy]:
     return [Remedy(text, (remedies.scale_input(first.module_path, 1.0 / rms),))] if first.module_path else []
 
 
-def _others(suspect: Finding, measurement: Measurement, flow: AnyFlow) -> list[Remedy]:
-    """Further remedies of a stretch."""
+def _others(suspect: Finding, measurement: Measurement, flow: FlowLike) -> list[Remedy]:
+    """Further remedies, of dead layers and of stretches."""
+    if suspect.kind == "dead":
+        return [drawn_anew(suspect.steps, measurement)]
     if len(suspect.steps) <= _STRETCH or suspect.kind not in ("vanishing", "exploding", "chaotic"):
         return []
     if isinstance(flow, Iteration):
         return _rescaled(measurement, flow)
-    if suspect.kind != "vanishing":
+    if suspect.kind != "vanishing" or not isinstance(flow, Flow):
         return []
     steps = [measurement.steps[index] for index in suspect.steps]
     return [remedy for remedy in (_skips(steps, flow), _unbounded(measurement, flow)) if remedy is not None]

@@ -41,11 +41,11 @@ class Attention:
 def attentions(flow: Flow) -> list[Attention]:
     """The softmaxes of a flow whose rows weigh something."""
     found = []
-    nodes = flow._graph.nodes
+    nodes = flow.recorded.graph.nodes
     for position, node in enumerate(nodes):
         if operation(node) in _SOFTMAXES and _weighs(flow, node):
             step = next((s.index for s in flow.steps if position < s.target.position), len(flow.steps) - 1)
-            measured = _measured(node, step, flow._recording.path_at(node._sequence_nr()))
+            measured = _measured(node, step, flow.recorded.recording.path_at(node._sequence_nr()))
             if measured is not None:
                 found.append(measured)
     return found
@@ -54,8 +54,8 @@ def attentions(flow: Flow) -> list[Attention]:
 def _weighs(flow: Flow, node: Node) -> bool:
     """Whether the result is a factor of a matrix product, as the weights of values are."""
     reached = {node}
-    for other in flow._graph.nodes[flow._graph.rank[node] + 1 :]:
-        if not any(value.node in reached for value in flow._graph.inputs[other]):
+    for other in flow.recorded.graph.nodes[flow.recorded.graph.rank[node] + 1 :]:
+        if not any(value.node in reached for value in flow.recorded.graph.inputs[other]):
             continue
         name = operation(other)
         if name in ("Bmm", "Mm", "Matmul"):

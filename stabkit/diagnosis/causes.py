@@ -1,22 +1,25 @@
-"""Causes that no chain of states over depth shows: time inside it."""
+"""Causes behind what the states of a chain show: the input, the slope of an activation, time inside depth."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 
 from stabkit.diagnosis.finding import serious
+from stabkit.diagnosis.input_scale import with_input_scale
 from stabkit.diagnosis.over_time import time_findings
+from stabkit.diagnosis.slopes import with_slopes
 from stabkit.diagnosis.suspects import Diagnosis, Settings, ordered
-from stabkit.tracing import Flow
-from stabkit.walk import AnyFlow
+from stabkit.tracing import Flow, FlowLike
 
 _OF_DEPTH = ("exploding", "vanishing", "non-finite")  # verdicts that stand whatever else is found
 
 
-def with_causes(flow: AnyFlow, found: Diagnosis, settings: Settings) -> Diagnosis:
+def with_causes(flow: FlowLike, found: Diagnosis, settings: Settings) -> Diagnosis:
     """A diagnosis with what else is wrong; a memory that vanishes over time is the verdict where depth is in order."""
     if not isinstance(flow, Flow) or found.verdict.name == "non-finite":
         return found
+    named = [with_slopes(each, found.measurement) for each in with_input_scale(flow, found, settings.thresholds)]
+    found = replace(found, findings=tuple(named))
     over_time = time_findings(flow, settings.loss, settings.thresholds)
     if not over_time:
         return found

@@ -15,8 +15,7 @@ from stabkit.diagnosis.finding import Finding
 from stabkit.diagnosis.measurement import Measurement
 from stabkit.diagnosis.thresholds import Thresholds
 from stabkit.statistics import mean_interval
-from stabkit.tracing import Iteration
-from stabkit.walk import AnyFlow
+from stabkit.tracing import FlowLike, Iteration
 
 _BOUNDED = 0.1  # slope of log |x|, as a fraction of the exponent, under which states count as bounded
 _PERTURBATIONS = (1e-6, 1e-4, 1e-2)  # of the finite-size test, relative to the state
@@ -48,7 +47,7 @@ class Chaos:
 
 
 def chaos_finding(
-    flow: AnyFlow, measurement: Measurement, spread: Spread, stretch: tuple[int, int], thresholds: Thresholds
+    flow: FlowLike, measurement: Measurement, spread: Spread, stretch: tuple[int, int], thresholds: Thresholds
 ) -> list[Finding]:
     """Chaos of a tied map, or of at least ``thresholds.homogeneous`` alike layers; nothing is said of other flows.
 
@@ -128,7 +127,7 @@ def recurrent_matrices(flow: Iteration) -> dict[str, float]:
 
 
 def _finding(
-    flow: AnyFlow, measurement: Measurement, stretch: tuple[int, int], found: Chaos, thresholds: Thresholds
+    flow: FlowLike, measurement: Measurement, stretch: tuple[int, int], found: Chaos, thresholds: Thresholds
 ) -> Finding:
     first, last = stretch
     steps = measurement.steps[first : last + 1]

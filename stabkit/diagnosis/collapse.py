@@ -14,7 +14,7 @@ from stabkit.diagnosis import remedies
 from stabkit.diagnosis.finding import Finding
 from stabkit.diagnosis.measurement import Array, Measurement
 from stabkit.diagnosis.thresholds import Thresholds
-from stabkit.walk import AnyFlow, AnyState
+from stabkit.tracing import FlowLike, StateLike
 
 Indices = npt.NDArray[np.intp]
 _FALL = 10.0  # factor by which the dispersion must fall over the stretch to be a collapse
@@ -37,14 +37,14 @@ class Spread:
     rank: Array
 
 
-def spread(flow: AnyFlow) -> Spread:
+def spread(flow: FlowLike) -> Spread:
     """Dispersion and effective rank of every state."""
     rows = [_spread(state) for state in flow.states]
     columns = np.array(rows, dtype=float).reshape(-1, 3).T
     return Spread(columns[0], columns[1], columns[2])
 
 
-def _spread(state: AnyState) -> tuple[float, float, float]:
+def _spread(state: StateLike) -> tuple[float, float, float]:
     flat = state.flatten().detach().to(device="cpu", dtype=torch.float64)
     if not bool(flat.isfinite().all()) or not bool((flat != 0).any()):
         return math.nan, math.nan, math.nan
@@ -124,7 +124,7 @@ def _collapse(
     )
 
 
-def precision_findings(flow: AnyFlow, measurement: Measurement) -> list[Finding]:
+def precision_findings(flow: FlowLike, measurement: Measurement) -> list[Finding]:
     """Numbers that the dtype of the model cannot hold, beside the scale that the network itself sets.
 
     A loss scale can move all gradients, but not bring them closer together: so it is their range over depth that is
@@ -151,7 +151,7 @@ def precision_findings(flow: AnyFlow, measurement: Measurement) -> list[Finding]
     return found
 
 
-def underflow(flow: AnyFlow, measurement: Measurement) -> Indices:
+def underflow(flow: FlowLike, measurement: Measurement) -> Indices:
     """The states that are mostly lost to underflow: their size is less than the smallest normal number of their dtype.
 
     What comes after the first of them is zero, or a few bits; units there are not dead by their own fault.
@@ -161,7 +161,7 @@ def underflow(flow: AnyFlow, measurement: Measurement) -> Indices:
     return np.flatnonzero(np.isfinite(states) & (states < smallest))
 
 
-def _log_gradient_rms(flow: AnyFlow, measurement: Measurement) -> Array:
+def _log_gradient_rms(flow: FlowLike, measurement: Measurement) -> Array:
     """Typical size of a gradient entry at every state, joined over restarts."""
     reached = np.isfinite(measurement.log_gradients)
     sums = np.where(reached, measurement.log_gradients, 0.0).sum(axis=1)

@@ -65,14 +65,7 @@ def _dead(group: Sequence[tuple[StepMeasurement, Activity]], measurement: Measur
         evidence += f"; so do those of {len(group) - 1} more layers"
     if stopped:
         evidence += "; no gradient gets through for some samples"
-    if biases:
-        remedy = remedies.lift([bias for _, bias in biases])
-    else:
-        before = [w for i in indices for w in _before(i, measurement) if w.kind == "matrix"]
-        remedy = remedies.Remedy(
-            "draw the weights before these units anew, or use an activation that leaks below zero",
-            tuple(remedies.redraw(weight.path, math.sqrt(2.0) / weight.unit) for weight in before),
-        )
+    remedy = remedies.lift([bias for _, bias in biases]) if biases else drawn_anew(indices, measurement)
     return Finding(
         kind="dead",
         severity="critical" if stopped else "warning",
@@ -85,6 +78,18 @@ def _dead(group: Sequence[tuple[StepMeasurement, Activity]], measurement: Measur
         numbers={"dead": activity.dead, "units": float(activity.units), "observations": float(activity.observations)},
         actions=remedy.actions,
     )
+
+
+def drawn_anew(indices: Sequence[int], measurement: Measurement) -> remedies.Remedy:
+    """The layers before dead units as they would be made: weights for a ReLU, biases of zero."""
+    before = [w for i in indices for w in _before(i, measurement)]
+    drawn = [remedies.redraw(w.path, math.sqrt(2.0) / w.unit) for w in before if w.kind == "matrix"]
+    zeroed = [remedies.fill(w.path, 0.0) for w in before if w.kind == "bias"]
+    text = (
+        "draw the weights before these units anew and set their biases to zero, or use an activation that leaks below "
+        "zero; lower the learning rate if a step of training did this"
+    )
+    return remedies.Remedy(text, (*drawn, *zeroed))
 
 
 def _before(index: int, measurement: Measurement) -> list[Weight]:

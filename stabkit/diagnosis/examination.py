@@ -20,8 +20,8 @@ from stabkit.diagnosis.verdict import judge, judged_without, not_judged
 from stabkit.identification import Identification
 from stabkit.jacobians.shared import SharedSpectra
 from stabkit.parallel import SERIAL, Parallel
-from stabkit.tracing import Flow
-from stabkit.walk import AnyFlow
+from stabkit.tracing import Flow, FlowLike
+from stabkit.tracing.accepted import check_flow
 
 #: measurements that a diagnosis makes beside its own, at most; a healthy network asks for none
 TRIALS = 6
@@ -32,7 +32,7 @@ NOTHING_HELPED = "nothing that was tried brings it below a warning"
 
 
 def diagnose(
-    flow: AnyFlow,
+    flow: FlowLike,
     loss: object = None,
     *,
     thresholds: Thresholds | None = None,
@@ -57,6 +57,7 @@ def diagnose(
         seed: the seed of every random choice.
 
     Raises:
+        ArgumentTypeError: ``flow`` is something else.
         TraceError: the loss is not a differentiable scalar of the output that the flow leads to.
 
     Example:
@@ -72,7 +73,7 @@ def diagnose(
 
 
 def examine(
-    flow: AnyFlow,
+    flow: FlowLike,
     loss: object = None,
     *,
     thresholds: Thresholds | None = None,
@@ -96,6 +97,7 @@ def examine(
         parallel: who measures what.
         trials: measurements that trying remedies may take, at most.
     """
+    check_flow(flow)
     settings = Settings(loss, thresholds or Thresholds(), probes, seed, parallel)
     flow = with_statistics(flow) if isinstance(flow, Flow) else flow
     found = suspected(flow, settings, methods, spectra)
@@ -127,7 +129,7 @@ class Cure:
 class _Trials:
     """The trials of one diagnosis: how many are left, and what they said."""
 
-    def __init__(self, flow: AnyFlow, found: Diagnosis, settings: Settings, left: int) -> None:
+    def __init__(self, flow: FlowLike, found: Diagnosis, settings: Settings, left: int) -> None:
         self.flow, self.found, self.settings, self.left = flow, found, settings, left
         self.known = known_initialisations(found.measurement)
         self._without: Trial | None = None
@@ -171,7 +173,7 @@ class _Trials:
         return self._trained[key]
 
 
-def _confirmed(flow: AnyFlow, found: Diagnosis, settings: Settings, limit: int) -> Diagnosis:
+def _confirmed(flow: FlowLike, found: Diagnosis, settings: Settings, limit: int) -> Diagnosis:
     """The suspects after their remedies were tried, one cause with one remedy each."""
     trials = _Trials(flow, found, settings, limit)
     waiting = [finding for finding in found.findings if serious(finding)]

@@ -67,7 +67,7 @@ def _mismatch(flow: Flow, scalar: Tensor) -> list[Finding]:
         name = operation(node)
         if source is None or source.node is not made.node or name not in _ON_LOGITS | _ON_LOGARITHMS:
             continue
-        path = flow._recording.path_at(made.node._sequence_nr())
+        path = flow.recorded.path_of(made.node)
         classes = int(made.node._input_metadata[0].shape[-1])
         if name in _ON_LOGARITHMS:
             function, wanted, remedy = _ON_LOGARITHMS[name], "log-probabilities", "take log_softmax in its place"
@@ -111,7 +111,7 @@ def _flat_sigmoid(flow: Flow, loss: Any, scalar: Tensor, thresholds: Thresholds)
     fall = value - turned
     if not (math.isfinite(turned) and fall > 0.5 * max(abs(value), abs(turned)) and slope < _HIDDEN * fall):
         return []
-    path = flow._recording.path_at(made.node._sequence_nr())
+    path = flow.recorded.path_of(made.node)
     evidence = (
         f"{float(flat):.0%} of the outputs of the sigmoid {path or 'before the loss'} lie where it is flat, and wrong: "
         f"turned round, 1 - p, they would bring the loss from {value:.3g} to {turned:.3g}, and its gradient by the "

@@ -13,12 +13,10 @@ from torch import Tensor
 
 from stabkit.diagnosis.activity import Activity, activities
 from stabkit.diagnosis.branches import Merge, merges
-from stabkit.diagnosis.weights import Weight, ends_in_norm, norms_in, weights_of
+from stabkit.diagnosis.weights import Weight, Weights, ends_in_norm, norms_in
 from stabkit.parallel import SERIAL, Parallel, runs
-from stabkit.tracing import Flow, Iteration, Step
+from stabkit.tracing import Flow, FlowLike, Iteration, Step, StepLike
 from stabkit.walk import (
-    AnyFlow,
-    AnyStep,
     Arrivals,
     Observer,
     Passage,
@@ -125,7 +123,7 @@ class Measurement:
 
 
 def measure(
-    flow: AnyFlow,
+    flow: FlowLike,
     loss: object = None,
     *,
     probes: int = 4,
@@ -174,7 +172,7 @@ class _States:
     finite: tuple[bool, ...]
 
     @classmethod
-    def of(cls, flow: AnyFlow) -> _States:
+    def of(cls, flow: FlowLike) -> _States:
         """Those of a flow; an iterated map is run once, and stops where a state is not finite."""
         states = flow.trajectory() if isinstance(flow, Iteration) else (state.flatten() for state in flow.states)
         rows, finite = [], []
@@ -189,7 +187,7 @@ _Part = tuple[Walk, tuple[Tensor | None, ...], list[StepMeasurement]]
 
 
 def _shared_walks(
-    flow: AnyFlow, loss: object, seeds: Sequence[int], states: _States, seed: int, kept: int, parallel: Parallel
+    flow: FlowLike, loss: object, seeds: Sequence[int], states: _States, seed: int, kept: int, parallel: Parallel
 ) -> _Part:
     """Everyone walks back with some of the cotangents and measures some of the steps on the way."""
     count = len(flow)
@@ -227,12 +225,13 @@ class _Steps(Observer):
 
     width = _GAIN_PROBES
 
-    def __init__(self, flow: AnyFlow, states: _States, wanted: Container[int], seed: int) -> None:
+    def __init__(self, flow: FlowLike, states: _States, wanted: Container[int], seed: int) -> None:
         self.measured: list[StepMeasurement] = []
         self._flow, self._states, self._wanted, self._seed = flow, states, wanted, seed
         self._sent = torch.empty(0)
+        self._weights = Weights(flow) if isinstance(flow, Flow) else None
 
-    def beside(self, step: AnyStep) -> Tensor | None:
+    def beside(self, step: StepLike) -> Tensor | None:
         """The random cotangents of its gain."""
         if step.index not in self._wanted:
             return None
@@ -261,8 +260,8 @@ class _Steps(Observer):
             log_change=change,
             finite=finite,
         )
-        if isinstance(self._flow, Flow) and isinstance(step, Step):
-            measured = _with_inside(measured, self._flow, step, self._seed)
+        if self._weights is not None and isinstance(self._flow, Flow) and isinstance(step, Step):
+            measured = _with_inside(measured, self._flow, step, self._seed, self._weights)
         self.measured.append(measured)
 
 
@@ -271,7 +270,7 @@ def _energy(columns: Tensor) -> Tensor:
     return wide(columns).square().sum((1, 2)).cpu()
 
 
-def _with_inside(measured: StepMeasurement, flow: Flow, step: Step, seed: int) -> StepMeasurement:
+def _with_inside(measured: StepMeasurement, flow: Flow, step: Step, seed: int, weights: Weights) -> StepMeasurement:
     """What only a recorded graph shows: branches, activations, parameters."""
     added = merges(flow, step, seed)
     log_branch, unchanged = _branch(step) if added and step.kind == "step" else (math.nan, 0.0)
@@ -281,7 +280,7 @@ def _with_inside(measured: StepMeasurement, flow: Flow, step: Step, seed: int) -
         unchanged=unchanged,
         merges=added,
         activities=activities(flow, step),
-        weights=weights_of(flow, step),
+        weights=weights.of(step),
         norms=norms_in(flow, step),
         renormalised=ends_in_norm(flow, step),
     )

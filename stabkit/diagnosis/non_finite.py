@@ -15,14 +15,13 @@ from stabkit.diagnosis.origin import Origin, origin_of
 from stabkit.diagnosis.thresholds import Thresholds
 from stabkit.diagnosis.verdict import factor
 from stabkit.diagnosis.weight_faults import WeightFault, weight_faults
-from stabkit.tracing import Flow
+from stabkit.tracing import Flow, FlowLike
 from stabkit.tracing.endpoints import scalar_loss
 from stabkit.tracing.flow import engine_vjp
-from stabkit.walk import AnyFlow
 
 
 def non_finite_findings(
-    flow: AnyFlow, measurement: Measurement, thresholds: Thresholds, loss: object = None
+    flow: FlowLike, measurement: Measurement, thresholds: Thresholds, loss: object = None
 ) -> list[Finding]:
     """An input or a weight that is not finite; else the first operation whose result, or whose derivative, is not.
 
@@ -66,12 +65,12 @@ def _heavy_weight(
 def _step_of(origin: Origin, flow: Flow) -> int:
     """The step in which an operation stands; the last for the loss."""
     last = len(flow.steps) - 1
-    calls = flow._recording.calls
+    calls = flow.recorded.recording.calls
     if origin.part == "loss" or not 0 <= origin.call < len(calls):
         return last if origin.part == "loss" else 0
     call = calls[origin.call]
     time = call.stop if origin.ended else call.start
-    position = flow._graph.position(time)
+    position = flow.recorded.graph.position(time)
     return next((step.index for step in flow.steps if position < step.target.position), last)
 
 
@@ -173,11 +172,13 @@ def _backward(step: StepMeasurement, where: Sequence[int]) -> Finding:
 
 
 def is_finite(flow: Flow, loss: object = None) -> bool:
-    """Whether all states and one gradient of a flow are finite: what costs one backward pass to know."""
+    """Whether all states and one gradient of a flow are finite: one backward pass, if the trace did not see it."""
     if not all(bool(tensor.isfinite().all()) for state in flow.states for tensor in state.tensors):
         return False
     if loss is not None and not bool(scalar_loss(loss, flow.output).detach().isfinite()):
         return False
+    if loss is None and flow.passes_finite is not None:
+        return flow.passes_finite
     pulled = engine_vjp(flow.states[-1].values, flow.states[0].values, flow.cotangent(loss))
     return all(bool(tensor.isfinite().all()) for tensor in pulled)
 

@@ -190,9 +190,9 @@ def _step_of(flow: Flow, path: str) -> int:
     for step in flow.steps:
         if step.module_path and (path == step.module_path or path.startswith(f"{step.module_path}.")):
             return step.index
-    for call in flow._recording.calls:
+    for call in flow.recorded.recording.calls:
         if call.path == path:
-            position = flow._graph.position(call.start)
+            position = flow.recorded.graph.position(call.start)
             return next((s.index for s in flow.steps if position < s.target.position), len(flow.steps) - 1)
     return 0
 
@@ -262,6 +262,6 @@ def _orthogonal(module: nn.Module, gain: float) -> None:
     for name, parameter in module.named_parameters():
         if name.startswith("weight_hh"):
             size = parameter.shape[1]
-            for block in parameter.split(size):
+            for block in parameter.split(size):  # type: ignore[no-untyped-call]
                 drawn = torch.randn(size, size, generator=generator, dtype=torch.float64)
                 block.copy_(gain * torch.linalg.qr(drawn)[0])

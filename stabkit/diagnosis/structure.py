@@ -15,13 +15,12 @@ from stabkit.diagnosis.measurement import Measurement, StepMeasurement
 from stabkit.diagnosis.peers import FLOOR
 from stabkit.diagnosis.weights import is_norm
 from stabkit.identification.operations import has_matrix
-from stabkit.tracing import Flow
-from stabkit.walk import AnyFlow
+from stabkit.tracing import Flow, FlowLike
 
 _FEWEST = 3  # peers that must agree
 
 
-def missing_norm_findings(flow: AnyFlow, measurement: Measurement) -> list[Finding]:
+def missing_norm_findings(flow: FlowLike, measurement: Measurement) -> list[Finding]:
     """Blocks that run fewer norms than all their peers, which run equally many, and as many matrices."""
     if not isinstance(flow, Flow):
         return []
@@ -29,7 +28,7 @@ def missing_norm_findings(flow: AnyFlow, measurement: Measurement) -> list[Findi
     return [_norm_finding(flow, step, measurement, missing) for step, missing in short]
 
 
-def missing_skip_findings(flow: AnyFlow, measurement: Measurement) -> list[Finding]:
+def missing_skip_findings(flow: FlowLike, measurement: Measurement) -> list[Finding]:
     """Blocks that add fewer branches to a skip than all their peers in the same space, with as many matrices."""
     if not isinstance(flow, Flow):
         return []

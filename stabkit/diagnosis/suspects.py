@@ -33,8 +33,7 @@ from stabkit.growth.rate_laws import rate_law
 from stabkit.identification import Identification, by_step, identify
 from stabkit.jacobians.shared import DENSE_SIZE, SharedSpectra
 from stabkit.parallel import SERIAL, Parallel
-from stabkit.tracing import Flow, Iteration
-from stabkit.walk import AnyFlow
+from stabkit.tracing import Flow, FlowLike, Iteration
 
 _FEWEST_RATES = 6  # steps that telling a power from an exponential needs
 
@@ -76,7 +75,7 @@ class Settings:
 
 
 def suspected(
-    flow: AnyFlow,
+    flow: FlowLike,
     settings: Settings,
     methods: Sequence[Identification] | None = None,
     spectra: SharedSpectra | None = None,
@@ -144,7 +143,7 @@ def _by_rate_law(verdict: Verdict, measurement: Measurement, limits: Thresholds)
     )
 
 
-def _block_findings(flow: AnyFlow, measurement: Measurement, limits: Thresholds) -> list[Finding]:
+def _block_findings(flow: FlowLike, measurement: Measurement, limits: Thresholds) -> list[Finding]:
     """Single blocks at fault, one finding each: what says most about the cause goes first."""
     local = local_findings(measurement, limits)
     by_weight = [finding for finding in local if any("weight_deviation" in key for key in finding.numbers)]
@@ -190,7 +189,7 @@ def _accounts(blocks: Sequence[Finding], passing: Finding, limits: Thresholds) -
 
 
 def _mechanism(
-    flow: AnyFlow,
+    flow: FlowLike,
     verdict: Verdict,
     measurement: Measurement,
     limits: Thresholds,

@@ -15,8 +15,8 @@ from stabkit.diagnosis.measurement import Measurement
 from stabkit.diagnosis.suspects import Diagnosis, Settings, suspected
 from stabkit.diagnosis.verdict import nats
 from stabkit.errors import StabkitError
-from stabkit.tracing import Flow
-from stabkit.walk import AnyFlow
+from stabkit.tracing import FlowLike, Iteration
+from stabkit.tracing.accepted import traced
 
 _SINGLE = 3  # steps up to which a finding is about one block: the layer, its norm, its activation
 _GROWTHS = ("exploding", "vanishing")
@@ -109,12 +109,12 @@ def alike(one: Finding, other: Finding, same_chain: bool) -> bool:
     return same_chain and bool(set(one.steps) & set(other.steps))
 
 
-def tried(flow: AnyFlow, suspect: Finding, actions: Sequence[Action], before: Diagnosis, settings: Settings) -> Trial:
+def tried(flow: FlowLike, suspect: Finding, actions: Sequence[Action], before: Diagnosis, settings: Settings) -> Trial:
     """The same flow, with the same cotangents, while a remedy is carried out on its model."""
     after = None
     try:
         with carried_out(flow.model, actions, settings.seed):
-            changed = traced_anew(flow) if isinstance(flow, Flow) else flow.again()
+            changed = flow.again() if isinstance(flow, Iteration) else traced_anew(traced(flow, "a trial"))
             after = suspected(changed, settings)
     except StabkitError:
         after = None  # this remedy does not fit the model, and is not told

@@ -14,7 +14,7 @@ from stabkit.growth.arguments import checked_k
 from stabkit.growth.frames import Factor, propagate, start_frame
 from stabkit.growth.rate_laws import RateLaw, rate_law
 from stabkit.results import Result
-from stabkit.tracing import Flow, Iteration
+from stabkit.tracing import FlowLike
 
 _BEYOND = 3.0  # nats beyond what regular motion can do
 _POINTS = 400  # of the curve, when a law is fitted
@@ -55,7 +55,7 @@ class AlignmentIndex(Result):
         return (exponential | deep) & (self.growth * steps > math.log(steps) + _BEYOND)
 
 
-def alignment_index(flow: Flow | Iteration, k: int = 2, *, seed: int = 0) -> AlignmentIndex:
+def alignment_index(flow: FlowLike, k: int = 2, *, seed: int = 0) -> AlignmentIndex:
     """The generalised alignment index GALI_k of every sample along a flow; for k = 2 it is SALI up to a factor.
 
     The vectors are followed in the frame of a QR decomposition, so that the volume is known as a log, however small.

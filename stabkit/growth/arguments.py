@@ -3,26 +3,13 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
-from stabkit.errors import ArgumentTypeError, TraceError
-from stabkit.growth.frames import sizes
-from stabkit.tracing import Flow, Iteration
-
-
-def check_flow(flow: Any) -> None:
-    """Refuse anything but a flow.
-
-    Raises:
-        ArgumentTypeError: it is something else.
-    """
-    if not isinstance(flow, Flow | Iteration):
-        raise ArgumentTypeError(
-            f"flow is a {type(flow).__name__}; expected what stabkit.trace, iterate or recurrent_flow returns"
-        )
+from stabkit.errors import TraceError
+from stabkit.tracing import FlowLike
+from stabkit.tracing.accepted import check_flow
 
 
-def checked_k(flow: Flow | Iteration, k: int | None, default: int) -> int:
+def checked_k(flow: FlowLike, k: int | None, default: int) -> int:
     """How many directions to follow: what was asked for, or all up to ``default``.
 
     Raises:
@@ -32,7 +19,7 @@ def checked_k(flow: Flow | Iteration, k: int | None, default: int) -> int:
     check_flow(flow)
     if not len(flow):
         raise TraceError("the flow has no steps")
-    narrowest = min(sizes(flow))
+    narrowest = min(flow.sizes)
     if k is None:
         return min(narrowest, default)
     if isinstance(k, bool) or not isinstance(k, int) or not 1 <= k <= narrowest:
@@ -43,13 +30,13 @@ def checked_k(flow: Flow | Iteration, k: int | None, default: int) -> int:
     return k
 
 
-def time_per_step(flow: Flow | Iteration, step_size: float | None) -> float | None:
+def time_per_step(flow: FlowLike, step_size: float | None) -> float | None:
     """What was given, or what the flow knows; None when a step is a step.
 
     Raises:
         TraceError: it is no positive number.
     """
-    time = step_size if step_size is not None else flow.step_size if isinstance(flow, Iteration) else None
+    time = flow.step_size if step_size is None else step_size
     if time is not None and not (math.isfinite(time) and time > 0):
         raise TraceError(f"step_size={time!r}; expected a positive number, or None")
     return time

@@ -11,7 +11,7 @@ from stabkit.errors import TraceError
 from stabkit.growth.arguments import checked_k
 from stabkit.growth.frames import Factor, propagate, start_frame
 from stabkit.results import Result
-from stabkit.tracing import Flow, Iteration
+from stabkit.tracing import FlowLike
 
 _ALL = 64
 _NUMBERS = 2**27  # frames of a whole flow are kept; beyond this many numbers that is refused
@@ -57,7 +57,7 @@ class CovariantVectors(Result):
 
 
 def covariant_vectors(
-    flow: Flow | Iteration, k: int | None = None, *, discard: int | None = None, seed: int = 0
+    flow: FlowLike, k: int | None = None, *, discard: int | None = None, seed: int = 0
 ) -> CovariantVectors:
     """Covariant Lyapunov vectors of every sample, by going forth with QR and back with the inverse of R.
 

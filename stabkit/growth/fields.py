@@ -12,7 +12,7 @@ from torch import Tensor
 from stabkit.errors import TraceError
 from stabkit.growth.finite_time import finite_time_exponents
 from stabkit.results import Result
-from stabkit.tracing import Flow, Iteration
+from stabkit.tracing import FlowLike
 
 if TYPE_CHECKING:
     pass
@@ -42,7 +42,7 @@ class ExponentField(Result):
 
 
 def exponent_field(
-    flow_of: Callable[[Tensor], Flow | Iteration],
+    flow_of: Callable[[Tensor], FlowLike],
     origin: Tensor,
     directions: tuple[Tensor, Tensor],
     *,

@@ -11,10 +11,10 @@ from torch import Tensor
 
 from stabkit.errors import TraceError
 from stabkit.growth.arguments import checked_k, time_per_step
-from stabkit.growth.frames import dtype_of, propagate, sizes, start_frame
+from stabkit.growth.frames import propagate, start_frame
 from stabkit.growth.graded import GradedProduct
 from stabkit.results import Result
-from stabkit.tracing import Flow, Iteration
+from stabkit.tracing import FlowLike
 
 if TYPE_CHECKING:
     pass
@@ -66,7 +66,7 @@ class FiniteTimeExponents(Result):
 
 
 def finite_time_exponents(
-    flow: Flow | Iteration,
+    flow: FlowLike,
     k: int | None = None,
     *,
     tolerance: float = 1e-9,
@@ -111,18 +111,18 @@ def finite_time_exponents(
     k = checked_k(flow, k, _ALL)
     if max_passes < 2:
         raise TraceError(f"max_passes={max_passes!r}; expected at least 2: one to find the directions, one to measure")
-    width, time = min(*sizes(flow), k + max(k, _GUARDS)), time_per_step(flow, step_size)
+    width, time = min(*flow.sizes, k + max(k, _GUARDS)), time_per_step(flow, step_size)
     batch = flow.batch
-    lengths = flow.lengths if isinstance(flow, Iteration) and flow.lengths is not None else None
+    lengths = flow.lengths
     steps = torch.full((batch,), len(flow)) if lengths is None else lengths.clamp_min(1).cpu()
-    tolerance = max(tolerance, 8 * torch.finfo(dtype_of(flow)).eps)
+    tolerance = max(tolerance, 8 * torch.finfo(flow.dtype).eps)
     # unit vectors could be singular vectors in the wrong order
     frame = propagate(flow, start_frame(flow, width, adjoint=False, seed=seed, generic=True), adjoint=False).frame
     previous = torch.full((batch, k), math.nan, dtype=torch.float64)
     changes, passes, stopped = previous, 1, "done"
     while passes < max_passes:
         if passes >= _PATIENCE and passes % 2 == 0:
-            width = max(width, min(2 * width, *sizes(flow), max(_WIDEST, 2 * k)))
+            width = max(width, min(2 * width, *flow.sizes, max(_WIDEST, 2 * k)))
             frame = _widened(frame, width, seed + passes)
         product = GradedProduct(batch, width)
         try:

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from stabkit.errors import ArgumentError, TraceError
-from stabkit.tracing import Flow, Iteration
-from stabkit.tracing.iteration import Tangents
-from stabkit.walk import tangents, wide
+from stabkit.tracing import FlowLike
+from stabkit.tracing.protocols import Tangents
+from stabkit.walk import wide
 
 _LONGEST_GROUP = 32  # steps multiplied before a QR decomposition
 _RESOLVED = 1e-4  # smallest direction over the norm of a product whose directions are still told apart
@@ -40,7 +40,7 @@ class Factor:
 
 
 @dataclass
-class Propagation:
+class SweptFrame:
     """A frame after its way along a flow.
 
     Attributes:
@@ -59,27 +59,15 @@ class Propagation:
     done: int
 
 
-def sizes(flow: Flow | Iteration) -> list[int]:
-    """Real coordinates per sample of the states; one number where they are all alike."""
-    return [flow.space.size] if isinstance(flow, Iteration) else [state.size for state in flow.states]
-
-
-def dtype_of(flow: Flow | Iteration) -> torch.dtype:
-    """The coarsest dtype in which products are made."""
-    if isinstance(flow, Iteration):
-        return flow.space.dtype
-    return max((state.space.dtype for state in flow.states), key=lambda dtype: torch.finfo(dtype).eps)
-
-
-def start_frame(flow: Flow | Iteration, k: int, *, adjoint: bool, seed: int, generic: bool = False) -> Tensor:
+def start_frame(flow: FlowLike, k: int, *, adjoint: bool, seed: int, generic: bool = False) -> Tensor:
     """Orthonormal columns ``(batch, n, k)`` where the sweep begins.
 
     All directions at once start from the unit vectors, which keep triangular systems triangular, unless ``generic``;
     fewer from random ones, which no invariant subspace contains. They are the same for all samples: over a few steps
     the frame matters, and a sample's numbers must not depend on its place in the batch.
     """
-    space = flow.space if isinstance(flow, Iteration) else flow.states[-1 if adjoint else 0].space
-    dtype = torch.promote_types(dtype_of(flow), torch.float32)
+    space = flow.space_at(-1 if adjoint else 0)
+    dtype = torch.promote_types(flow.dtype, torch.float32)
     if k == space.size and not generic:
         return torch.eye(k, dtype=dtype, device=space.device).expand(space.batch, k, k)
     generator = torch.Generator().manual_seed(seed)
@@ -88,7 +76,7 @@ def start_frame(flow: Flow | Iteration, k: int, *, adjoint: bool, seed: int, gen
 
 
 def propagate(
-    flow: Flow | Iteration,
+    flow: FlowLike,
     frame: Tensor,
     *,
     adjoint: bool,
@@ -97,7 +85,7 @@ def propagate(
     on_frame: Callable[[Factor, Tensor], None] | None = None,
     every_step: bool = False,
     partial: bool = False,
-) -> Propagation:
+) -> SweptFrame:
     """Carry a frame along the whole flow.
 
     Args:
@@ -120,10 +108,10 @@ def propagate(
         if on_frame is not None:
             on_frame(factor, after)
 
-    work = _Sweep(frame, dtype_of(flow), adjoint, report if on_factor or on_frame else None, every_step)
+    work = _Sweep(frame, flow.dtype, adjoint, report if on_factor or on_frame else None, every_step)
     done = 0
     try:
-        with contextlib.closing(tangents(flow, k, adjoint=adjoint)) as pieces:  # type: ignore[type-var]
+        with contextlib.closing(flow.tangents(k, adjoint=adjoint)) as pieces:  # type: ignore[type-var]
             for piece in pieces:
                 part = slice(piece.steps.start, piece.steps.stop)
                 growth[part] = work.over(piece)
@@ -134,7 +122,7 @@ def propagate(
     except KeyboardInterrupt:
         if not partial:
             raise
-    return Propagation(growth, work.frame, work.decompositions, volumes, done)
+    return SweptFrame(growth, work.frame, work.decompositions, volumes, done)
 
 
 def _log_volumes(piece: Tangents, like: Tensor) -> Tensor:

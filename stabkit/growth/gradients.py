@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from stabkit.errors import ArgumentError, TraceError
-from stabkit.growth.arguments import check_flow
 from stabkit.growth.parameters import ParameterGradients, parameter_gradients
 from stabkit.results import Result
 from stabkit.statistics import student_factor
-from stabkit.tracing import Flow, Iteration
+from stabkit.tracing import FlowLike
+from stabkit.tracing.accepted import check_flow
 from stabkit.walk import (
     Cotangents,
     Observer,
@@ -106,7 +106,7 @@ class GradientProfile(Result):
 
 
 def gradient_profile(
-    flow: Flow | Iteration,
+    flow: FlowLike,
     loss: Any = None,
     *,
     probes: int = 1,
@@ -159,7 +159,7 @@ def gradient_profile(
 
 
 def gradient_profiles(
-    flow: Flow | Iteration, losses: Sequence[Callable[[Any], Tensor]], *, per_sample: bool = True
+    flow: FlowLike, losses: Sequence[Callable[[Any], Tensor]], *, per_sample: bool = True
 ) -> tuple[GradientProfile, ...]:
     """One `gradient_profile` for each of several losses, pulled back together.
 
@@ -203,7 +203,7 @@ class _SmallEntries(Observer):
             self.shares[name][place] = (entries < threshold * units).double().mean(1).cpu()
 
 
-def _walk(flow: Flow | Iteration, losses: Sequence[Any]) -> tuple[Walk, _SmallEntries]:
+def _walk(flow: FlowLike, losses: Sequence[Any]) -> tuple[Walk, _SmallEntries]:
     """The gradients of some losses pulled back together, and how many of their entries are small."""
     columns = loss_columns(flow, losses)
     small = _SmallEntries(balanced(columns), len(flow))
@@ -217,7 +217,7 @@ def _difference(numerator: Tensor, denominator: Tensor) -> Tensor:
 
 
 def _profile(
-    flow: Flow | Iteration,
+    flow: FlowLike,
     walk: Walk,
     small: _SmallEntries | None,
     chosen: slice,
@@ -229,10 +229,7 @@ def _profile(
 ) -> GradientProfile:
     logs, growth = walk.log_norms[..., chosen], walk.growth[..., chosen]
     below = None if small is None else {name: share[..., chosen].mean(2) for name, share in small.shares.items()}
-    if isinstance(flow, Iteration):
-        states = torch.linalg.vector_norm(flow.trajectory().double(), dim=2).cpu()
-    else:
-        states = torch.stack([torch.linalg.vector_norm(wide(state.flatten()), dim=1).cpu() for state in flow.states])
+    states = torch.stack([torch.linalg.vector_norm(wide(state), dim=1).cpu() for state in flow.flat_states()])
     if not per_sample:
         logs = 0.5 * torch.logsumexp(2 * logs, dim=1, keepdim=True)
         growth = _whole_growth(logs, walk.restarts)
@@ -255,9 +252,7 @@ def _profile(
     )
 
 
-def _parameters(
-    flow: Flow | Iteration, loss: Any, wanted: bool | None
-) -> tuple[ParameterGradients | None, tuple[str, ...]]:
+def _parameters(flow: FlowLike, loss: Any, wanted: bool | None) -> tuple[ParameterGradients | None, tuple[str, ...]]:
     """Gradients of the parameters, or why there are none."""
     if wanted and loss is None:
         raise TraceError("parameters=True is for the gradients of the parameters, which need a loss=")

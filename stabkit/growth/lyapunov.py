@@ -12,9 +12,9 @@ from torch import Tensor
 from stabkit.errors import TraceError
 from stabkit.growth.arguments import checked_k, time_per_step
 from stabkit.growth.convergence import autocorrelation_times, halves, has_converged, standard_errors
-from stabkit.growth.frames import Propagation, propagate, sizes, start_frame
+from stabkit.growth.frames import SweptFrame, propagate, start_frame
 from stabkit.results import Result
-from stabkit.tracing import Flow, Iteration
+from stabkit.tracing import FlowLike
 
 if TYPE_CHECKING:
     pass
@@ -132,7 +132,7 @@ def _kaplan_yorke(exponents: list[float], size: int) -> float:
 
 
 def lyapunov_spectrum(
-    flow: Flow | Iteration,
+    flow: FlowLike,
     k: int | None = None,
     *,
     direction: str = "auto",
@@ -183,12 +183,12 @@ def lyapunov_spectrum(
     if direction not in DIRECTIONS:
         raise TraceError(f"direction={direction!r}; expected one of {', '.join(DIRECTIONS)}")
     _check_tolerance(tolerance)
-    over_time = isinstance(flow, Iteration)
+    over_time = flow.over_time
     adjoint = direction == "adjoint" or (direction == "auto" and not over_time)
     kept, time = _kept_steps(flow, discard, adjoint), time_per_step(flow, step_size)
-    whole = set(sizes(flow)) == {k}
+    whole = set(flow.sizes) == {k}
     frame = start_frame(flow, k, adjoint=adjoint, seed=seed)
-    lengths = flow.lengths if isinstance(flow, Iteration) else None
+    lengths = flow.lengths
     found = propagate(flow, frame, adjoint=adjoint, volume=whole, partial=lengths is None)
     counted = _taken(kept, found.done, len(flow), adjoint)
     absolute = tolerance[0] * (time or 1.0)
@@ -199,7 +199,7 @@ def lyapunov_spectrum(
         interval=len(flow) / max(found.decompositions, 1),
         discarded=kept.start if not adjoint or over_time else len(flow) - kept.stop,
         step_size=time,
-        size=min(sizes(flow)),
+        size=min(flow.sizes),
         tolerance=tolerance,
         seed=seed,
         stopped="done" if found.done == len(flow) else "interrupted",
@@ -225,9 +225,9 @@ def _taken(kept: range, done: int, steps: int, adjoint: bool) -> range:
     return taken
 
 
-def _kept_steps(flow: Flow | Iteration, discard: int | None, adjoint: bool) -> range:
+def _kept_steps(flow: FlowLike, discard: int | None, adjoint: bool) -> range:
     steps = len(flow)
-    over_time = isinstance(flow, Iteration) and flow.lengths is None
+    over_time = flow.over_time and flow.lengths is None
     if discard is None:
         discard = min(_TRANSIENT, steps // 10) if over_time else 0
     ends = discard if adjoint and over_time else 0
@@ -238,7 +238,7 @@ def _kept_steps(flow: Flow | Iteration, discard: int | None, adjoint: bool) -> r
     return range(discard, steps - ends)
 
 
-def _summary(found: Propagation, kept: range, lengths: Tensor | None, tolerance: tuple[float, float]) -> dict[str, Any]:
+def _summary(found: SweptFrame, kept: range, lengths: Tensor | None, tolerance: tuple[float, float]) -> dict[str, Any]:
     """Means, errors and flags, over all samples at once where they take the same steps."""
     growth = found.growth
     if lengths is None:

@@ -14,7 +14,8 @@ from torch.overrides import TorchFunctionMode
 
 from stabkit.errors import TraceError
 from stabkit.results import Result
-from stabkit.tracing import Flow, Iteration
+from stabkit.tracing import Flow, FlowLike
+from stabkit.tracing.accepted import traced
 from stabkit.tracing.containers import map_tensors, named_tensors
 from stabkit.tracing.endpoints import scalar_loss
 from stabkit.tracing.forward_pass import ForwardPass
@@ -85,7 +86,7 @@ class _Uses(TorchFunctionMode):
 
 
 def parameter_gradients(
-    flow: Flow | Iteration,
+    flow: FlowLike,
     loss: Any,
     inputs: Any = None,
     kwargs: Mapping[str, Any] | None = None,
@@ -117,11 +118,10 @@ def parameter_gradients(
         >>> found.names
         (('0.weight', '0.bias'), (), ('2.weight', '2.bias'))
     """
-    if isinstance(flow, Iteration):
-        raise TraceError("gradients of parameters are those of a traced model; an iterated map has none of its own")
-    traced = flow.forward_pass
-    args = traced.inputs if inputs is None else inputs if isinstance(inputs, tuple) else (inputs,)
-    named = traced.kwargs if inputs is None else dict(kwargs or {})
+    flow = traced(flow, "parameter_gradients")
+    call = flow.forward_pass
+    args = call.inputs if inputs is None else inputs if isinstance(inputs, tuple) else (inputs,)
+    named = call.kwargs if inputs is None else dict(kwargs or {})
     known = dict(flow.model.named_parameters())
     seen = _Uses(known, aliased=False)
 
@@ -129,7 +129,7 @@ def parameter_gradients(
         with seen:
             return flow.model(*given, **named)
 
-    forward = ForwardPass(watched, flow.model, args, named, traced.seed)
+    forward = ForwardPass(watched, flow.model, args, named, call.seed)
     start = forward.run(wanted=frozenset()).start
     places = [_step_at(flow, time - start) for _, time, _ in seen.uses]
     used = [name for name, _, _ in seen.uses]
@@ -140,10 +140,10 @@ def parameter_gradients(
 
 def _step_at(flow: Flow, time: int) -> int | None:
     """The step that was running so long after the start; None before the first and after the last."""
-    clock_now = time + flow._recording.start
+    clock_now = time + flow.recorded.recording.start
     if clock_now <= flow.states[0].values[0].node._sequence_nr():
         return None
-    position = flow._graph.position(clock_now)
+    position = flow.recorded.graph.position(clock_now)
     if position >= flow.states[-1].position:
         return None
     return bisect.bisect_right([state.position for state in flow.states], position) - 1

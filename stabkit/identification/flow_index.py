@@ -47,18 +47,20 @@ class Surroundings:
 
     def __init__(self, flow: Flow) -> None:
         self.flow = flow
+        self.graph = flow.recorded.graph
         self.names = addresses(flow.model)
-        calls = [c for c in flow._recording.calls if c.finished and c.stop > c.start]
+        self._modules = dict(flow.model.named_modules())
+        calls = [c for c in flow.recorded.recording.calls if c.finished and c.stop > c.start]
         counts = Counter(c.path for c in calls)
         self.calls = tuple((c.start, c.stop, c.path) for c in calls if counts[c.path] > 1)
 
     def nodes(self, start: int, stop: int) -> list[Node]:
         """The operations between two states; saved tensors that were forgotten are computed again first."""
         before, after = self.flow.states[start].position, self.flow.states[stop].position
-        prefetch = self.flow._prefetch(before, after)
+        prefetch = self.flow.recorded.prefetch(before, after)
         if prefetch is not None:
             prefetch()
-        return self.flow._graph.nodes[before:after]
+        return self.graph.nodes[before:after]
 
     def slots(self, start: int, stop: int) -> Slots:
         """The states of the method between two states of the flow."""
@@ -66,18 +68,18 @@ class Surroundings:
 
     def chain(self, start: int, stop: int, found: Slots) -> tuple[Link, ...]:
         """The links of a method of one state."""
-        return chain(self.flow._graph, self.nodes(start, stop), found.sources[0], found.targets[0], names=self.names,
+        return chain(self.graph, self.nodes(start, stop), found.sources[0], found.targets[0], names=self.names,
                      contexts=found.contexts, calls=self.calls)  # fmt: skip
 
     def normal_form(self, start: int, stop: int, found: Slots) -> NormalForm:
         """The normal form of a method of several states."""
-        return normal_form(self.flow._graph, self.nodes(start, stop), found.sources, found.targets, names=self.names,
+        return normal_form(self.graph, self.nodes(start, stop), found.sources, found.targets, names=self.names,
                            contexts=found.contexts, calls=self.calls)  # fmt: skip
 
     def whole(self, start: int, stop: int, found: Slots, owned: Collection[Node] = ()) -> Piece:
         """All operations of a method as one piece, some of which belong to its fields."""
         nodes = self.nodes(start, stop)
-        return Piece(self.flow._graph, nodes, found.sources, found.targets, contexts=found.contexts, owned=owned)
+        return Piece(self.graph, nodes, found.sources, found.targets, contexts=found.contexts, owned=owned)
 
     def learned_factors(self, piece: Piece) -> tuple[str, ...]:
         """Which parameters the constant factors on linear paths come from, as far as simple functions explain them."""
@@ -96,11 +98,10 @@ class Surroundings:
     def _origin(self, node: Node, factor: Tensor) -> str | None:
         if factor.data_ptr() in self.names:
             return self.names[factor.data_ptr()]
-        path = self.flow._recording.path_at(node._sequence_nr())
-        modules = dict(self.flow.model.named_modules())
-        if path not in modules:
+        path = self.flow.recorded.path_of(node)
+        if path not in self._modules:
             return None
-        for name, parameter in modules[path].named_parameters(recurse=False):
+        for name, parameter in self._modules[path].named_parameters(recurse=False):
             if parameter.numel() != factor.numel() or not parameter.is_floating_point():
                 continue
             p = parameter.detach().reshape(-1).to(factor.dtype)

@@ -65,7 +65,7 @@ def split_before(flow: Flow, start: int) -> bool:
     for index in range(start, -1, -1):
         state = flow.states[index]
         if len(state.values) == 1:
-            parts = parts_of(flow._graph, flow._graph.nodes[state.position :], state.values[0])
+            parts = parts_of(flow.recorded.graph, flow.recorded.graph.nodes[state.position :], state.values[0])
             return parts is not None and len(parts) == 2
         if len(state.values) != 2:
             return False
@@ -82,7 +82,7 @@ def _alternates(flow: Flow, start: int) -> bool:
 
 def _is_shift(flow: Flow, index: int) -> bool:
     """Whether a step replaces the older of two streams and keeps the younger; streams may just be split or joined."""
-    graph = flow._graph
+    graph = flow.recorded.graph
     before, after = flow.states[index], flow.states[index + 1]
     nodes = graph.nodes[before.position : after.position]
     old = list(before.values)

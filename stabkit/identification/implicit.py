@@ -69,7 +69,7 @@ def linear_solve(piece: Piece) -> LinearSolve | None:
 def solves_inside(flow: Flow, start: int, stop: int) -> bool:
     """Whether some steps take up values that were computed off the graph by calling modules again and again."""
     first, last = _clock(flow, start, stop)
-    if not any(first <= s.time < last for s in flow._recording.stopped):
+    if not any(first <= s.time < last for s in flow.recorded.recording.stopped):
         return False
     return any(count >= _FEWEST for count in _silent_calls(flow, first, last).values())
 
@@ -77,17 +77,19 @@ def solves_inside(flow: Flow, start: int, stop: int) -> bool:
 def iterates_silently(flow: Flow, start: int, stop: int) -> bool:
     """Whether a module that steps call on the graph was called again and again off it: by a solver with buffers."""
     first, last = _clock(flow, start, stop)
-    heard = {c.path for c in flow._recording.calls if c.finished and c.start < c.stop and first <= c.start < last}
+    heard = {
+        c.path for c in flow.recorded.recording.calls if c.finished and c.start < c.stop and first <= c.start < last
+    }
     return any(count >= _FEWEST and path in heard for path, count in _silent_calls(flow, first, last).items())
 
 
 def _clock(flow: Flow, start: int, stop: int) -> tuple[int, int]:
-    clocks = [*flow._graph.clock, flow._recording.stop]
+    clocks = [*flow.recorded.graph.clock, flow.recorded.recording.stop]
     return clocks[flow.states[start].position], clocks[flow.states[stop].position]
 
 
 def _silent_calls(flow: Flow, first: int, last: int) -> Counter[str]:
-    calls = flow._recording.calls
+    calls = flow.recorded.recording.calls
     return Counter(c.path for c in calls if c.finished and c.start == c.stop and first <= c.start < last)
 
 

@@ -5,20 +5,21 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from stabkit.errors import ArgumentError, TraceError
+from stabkit.errors import ArgumentError
 from stabkit.identification.flow_index import Surroundings
 from stabkit.identification.grouping import groups
 from stabkit.identification.iterated import read_iteration
 from stabkit.identification.reading import read
 from stabkit.identification.record import Identification
 from stabkit.parallel import SERIAL, Parallel
-from stabkit.tracing import Flow, Iteration
+from stabkit.tracing import FlowLike, Iteration
+from stabkit.tracing.accepted import traced
 
 _NOTHING_READ = frozenset({"unknown", "not a step", "plain", "transition", "unnamed"})
 _COARSE = ("unnamed", "gated skip", "composition", "damped Euler, parallel")  # readings that single steps may better
 
 
-def identify(flow: Flow | Iteration, *, parallel: Parallel = SERIAL) -> tuple[Identification, ...]:
+def identify(flow: FlowLike, *, parallel: Parallel = SERIAL) -> tuple[Identification, ...]:
     """The method of every step of a flow, or of several steps together where one method spans them.
 
     Every step is brought into affine normal form: new states and stage inputs as linear combinations of old states and
@@ -36,7 +37,7 @@ def identify(flow: Flow | Iteration, *, parallel: Parallel = SERIAL) -> tuple[Id
         parallel: who reads which steps.
 
     Raises:
-        TraceError: ``flow`` is something else.
+        ArgumentTypeError: ``flow`` is something else.
 
     Example:
         >>> import torch, stabkit
@@ -52,11 +53,7 @@ def identify(flow: Flow | Iteration, *, parallel: Parallel = SERIAL) -> tuple[Id
     """
     if isinstance(flow, Iteration):
         return read_iteration(flow)
-    if not isinstance(flow, Flow):
-        raise TraceError(
-            f"flow is a {type(flow).__name__}; expected what stabkit.trace, stabkit.recurrent_flow or stabkit.iterate "
-            "returns: stabkit.identify(stabkit.trace(model, input))"
-        )
+    flow = traced(flow, "identify")
     around = Surroundings(flow)
     places = groups(flow)
 

@@ -103,7 +103,7 @@ def _change_of_count(around: Surroundings, found: Slots, steps: tuple[int, ...])
 
 def _reads_joined(around: Surroundings, found: Slots, steps: tuple[int, ...]) -> bool:
     """Whether several old states are all read side by side, as one."""
-    graph = around.flow._graph
+    graph = around.graph
     nodes = around.nodes(steps[0], steps[-1] + 1)
     readers = {operation(node) for node in nodes for v in found.sources if v in graph.inputs[node]}
     return len(found.sources) > 1 and readers <= JOINS
@@ -137,7 +137,7 @@ def _dense(found: Slots, steps: tuple[int, ...]) -> Identification:
 
 def dense_concatenation(around: Surroundings, found: Slots, steps: tuple[int, ...]) -> Identification | None:
     """The record of a step s' = [s; H(s)] whose state is one tensor; None when it is something else."""
-    graph = around.flow._graph
+    graph = around.graph
     parts = joined(graph, around.nodes(steps[0], steps[-1] + 1), found.targets[0])
     if parts is None or len(parts) != 2 or found.sources[0] not in parts:
         return None

@@ -41,7 +41,7 @@ def slots(flow: Flow, start: int, stop: int) -> Slots:
     passes unchanged while a younger one is replaced is a context, unless values take turns in its place: these are the
     history of a multistep method. What was a context before stays one where the method ends.
     """
-    graph = flow._graph
+    graph = flow.recorded.graph
     before, after = flow.states[start], flow.states[stop]
     nodes = graph.nodes[before.position : after.position]
     used = {v for node in nodes for v in graph.inputs[node]}
@@ -67,7 +67,7 @@ def slots(flow: Flow, start: int, stop: int) -> Slots:
 
 def _contexts(flow: Flow, start: int, old: list[Value], new: list[Value]) -> list[Value]:
     """Which of the old values are held fixed."""
-    graph = flow._graph
+    graph = flow.recorded.graph
     dropped = [v for v in old if v not in new]
     passing = [v for v in old if v in new]
     found = [v for v in passing if _takes_no_turn(flow, v) and
@@ -121,7 +121,7 @@ def _read_ahead(flow: Flow, nodes: Sequence[Node], old: list[Value], new: list[V
         return ()
     only: dict[Node, bool] = {}
     for node in nodes:
-        taken = flow._graph.inputs[node]
+        taken = flow.recorded.graph.inputs[node]
         only[node] = all(v in inputs or only.get(v.node, False) for v in taken)
     ahead = [v for v in new if v not in old and only.get(v.node, False)]
     return (*inputs, *ahead) if ahead else ()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterator
 from fractions import Fraction
 from functools import cache, lru_cache
 from typing import Any
@@ -19,7 +18,6 @@ from stabkit.integrators import (
     splitting,
 )
 from stabkit.integrators.entries import Entry
-from stabkit.integrators.general_linear import GeneralLinearMethod
 from stabkit.integrators.linear_stability import LinearStability
 
 _CALL = re.compile(r"^(?P<name>[^()]+?)\s*(?:\((?P<arguments>.*)\))?$")
@@ -88,7 +86,7 @@ def named(name: str, **parameters: Any) -> Any:
         **parameters: of a family, such as ``s`` and ``damping`` of ``rkc1`` or ``lam`` of ``damped_euler``.
 
     Returns:
-        A :class:`GeneralLinearMethod`, or another :class:`LinearStability` for exponential and random steps.
+        A ``GeneralLinearMethod``, or another :class:`LinearStability` for exponential and random steps.
 
     Raises:
         UnknownMethodError: no method has this name; the message suggests near ones.
@@ -199,12 +197,3 @@ def _value(text: str) -> Any:
     except ValueError:
         return {"True": True, "False": False}.get(text, text.strip("'\""))
     return int(number) if number.denominator == 1 else number
-
-
-def methods() -> Iterator[tuple[str, LinearStability]]:
-    """Every catalogue method with its default parameters, built one after the other."""
-    for name in names():
-        yield name, _built(name)
-
-
-__all__ = ["GeneralLinearMethod", "UnknownMethodError", "entries", "entry", "methods", "named", "names", "near_names"]

@@ -155,6 +155,11 @@ class GeneralLinearMethod(LinearStability):
         return p.without_noise([*np.abs(np.poly(-rows)), *([0.0] * p.degree)])
 
     @property
+    def polynomial(self) -> Characteristic:
+        """The characteristic polynomial, as for every `LinearStability`."""
+        return self.characteristic
+
+    @property
     def precision(self) -> float:
         """The relative accuracy of the coefficients of the characteristic polynomial; 0 when exact."""
         if self._stability_function is not None:
@@ -271,11 +276,6 @@ class GeneralLinearMethod(LinearStability):
             return self.linear_order
         share = Fraction(1, self.n_fields)
         return self.along(*([share] * self.n_fields)).linear_order
-
-    @property
-    def is_consistent(self) -> bool:
-        """Whether the order is at least 1."""
-        return self.order >= 1
 
     @property
     def is_zero_stable(self) -> bool:

@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
 from stabkit.errors import ArgumentError
+from stabkit.integrators.characteristic import Characteristic
+from stabkit.integrators.regions import Region
 from stabkit.integrators.spectral_radius import (
     ComplexArray,
     FloatArray,
     has_defective_unit_eigenvalue,
     spectral_radius,
 )
-
-if TYPE_CHECKING:
-    from stabkit.integrators.regions import Region
 
 #: How far the spectral radius may exceed 1, for rounding, before a point counts as unstable.
 POINT_TOLERANCE = 1e-12
@@ -56,6 +54,14 @@ class LinearStability(ABC):
     @abstractmethod
     def damping_at_infinity(self) -> float:
         """The limit of the amplification as z -> -inf."""
+
+    @property
+    def polynomial(self) -> Characteristic | None:
+        """The exact characteristic polynomial p(zeta, z), every field at the same z; None where only values are known.
+
+        Overridden by what has one.
+        """
+        return None
 
     def amplification(self, *z: npt.ArrayLike) -> FloatArray:
         """The spectral radius of M(z), ``(...)``."""
@@ -101,8 +107,6 @@ class LinearStability(ABC):
         Args:
             box: (left, right, bottom, top); chosen from the boundary by default.
         """
-        from stabkit.integrators.regions import Region  # regions imports this module
-
         return Region(self, box)
 
     def _arguments(self, z: tuple[npt.ArrayLike, ...]) -> list[ComplexArray]:

@@ -16,8 +16,8 @@ import numpy as np
 from stabkit.errors import ArgumentError
 from stabkit.integrators.construction import from_stability_function
 from stabkit.integrators.general_linear import GeneralLinearMethod, Tableau, from_tableau
-from stabkit.integrators.rational_matrices import Matrix
-from stabkit.integrators.rational_polynomials import trimmed
+from stabkit.integrators.rational_matrices import Matrix, solve
+from stabkit.integrators.rational_polynomials import evaluate, trimmed
 from stabkit.integrators.tableau_entries import to_fraction
 
 Step = Callable[[Any, Any], Any]
@@ -127,7 +127,7 @@ def from_step_function(step: Step, *, states: int = 1, fields: int = 1, name: st
 def _from_linear_forms(step: Step, states: int, fields: int, name: str) -> GeneralLinearMethod:
     calls: list[tuple[int, LinearForm]] = []
 
-    def evaluate(field: int) -> Callable[[Any], LinearForm]:
+    def field_at(field: int) -> Callable[[Any], LinearForm]:
         def f(y: Any) -> LinearForm:
             if not isinstance(y, LinearForm):
                 raise _NotLinearError(f"f was called on {type(y).__name__}")
@@ -140,7 +140,7 @@ def _from_linear_forms(step: Step, states: int, fields: int, name: str) -> Gener
         return f
 
     x = [LinearForm({j: Fraction(1)}) for j in range(states)]
-    f = [evaluate(k) for k in range(fields)]
+    f = [field_at(k) for k in range(fields)]
     result = step(f if fields > 1 else f[0], x if states > 1 else x[0])
     out = [result] if states == 1 else list(result)
     if len(out) != states or not all(isinstance(form, LinearForm) for form in out):
@@ -182,9 +182,6 @@ def _rational_through(
     nodes: Sequence[Fraction], values: Sequence[Fraction], top: int, bottom: int
 ) -> tuple[list[Fraction], list[Fraction]] | None:
     """N and D with D(0) = 1 and N = R D at the first nodes, if that holds at all the others too."""
-    from stabkit.integrators.rational_matrices import solve
-    from stabkit.integrators.rational_polynomials import evaluate
-
     size = top + bottom + 1
     rows = [
         [z**k for k in range(top + 1)] + [-r * z**k for k in range(1, bottom + 1)]

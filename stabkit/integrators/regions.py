@@ -12,15 +12,14 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from stabkit.errors import ArgumentError
 from stabkit.integrators.characteristic import Characteristic
-from stabkit.integrators.general_linear import GeneralLinearMethod
 from stabkit.integrators.level_sets import level_set
-from stabkit.integrators.linear_stability import LinearStability
 from stabkit.integrators.locus import LocusCurve, boundary_locus, locus_point, locus_tangent
 from stabkit.integrators.spectral_radius import ComplexArray, FloatArray
 
@@ -32,6 +31,29 @@ _DEFAULT_BOX: Box = (-6.0, 6.0, -6.0, 6.0)
 _LARGEST = 1e4  # curves that run further out than this leave the picture
 _FAR = 1e3
 _LOCUS_DEGREE = 16  # beyond this degree in z the power basis is too ill-conditioned for the locus
+
+
+class Amplifying(Protocol):
+    """What a region needs to know of a method; every `LinearStability` is one."""
+
+    @property
+    def polynomial(self) -> Characteristic | None:
+        """The exact characteristic polynomial p(zeta, z); None for steps known by their values only."""
+
+    def amplification(self, *z: npt.ArrayLike) -> FloatArray:
+        """The spectral radius of M(z), ``(...)``."""
+
+    def is_stable(self, *z: npt.ArrayLike) -> npt.NDArray[np.bool_]:
+        """Whether the powers of M(z) stay bounded, ``(...)`` bool."""
+
+    def damping_at_infinity(self) -> float:
+        """The limit of the amplification as z -> -inf."""
+
+    def real_interval(self) -> float:
+        """The largest b with [-b, 0] stable."""
+
+    def imaginary_interval(self) -> float:
+        """The largest b with i[-b, b] stable."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +85,7 @@ class Region:
         (3.141592654, -1.0)
     """
 
-    def __init__(self, method: LinearStability, box: Box | None = None) -> None:
+    def __init__(self, method: Amplifying, box: Box | None = None) -> None:
         self.method = method
         self._box = None if box is None else _checked_box(box)
 
@@ -86,10 +108,8 @@ class Region:
 
     @cached_property
     def _polynomial(self) -> Characteristic | None:
-        if not isinstance(self.method, GeneralLinearMethod):
-            return None
-        p = self.method.characteristic
-        return p if p.degree <= _LOCUS_DEGREE else None
+        p = self.method.polynomial
+        return p if p is not None and p.degree <= _LOCUS_DEGREE else None
 
     @cached_property
     def curves(self) -> tuple[Curve, ...]:
@@ -211,7 +231,7 @@ class Region:
         return (sign * distance).reshape(points.shape)
 
 
-def order_star(method: LinearStability, z: npt.ArrayLike) -> FloatArray:
+def order_star(method: Amplifying, z: npt.ArrayLike) -> FloatArray:
     """|R(z)| / |exp(z)|: the order star is the set where it exceeds 1.
 
     For several states the spectral radius stands for |R|. Source: G. Wanner, E. Hairer, S. P. Norsett, BIT 18 (1978)

@@ -178,6 +178,7 @@ def _coarse_roots(
 
 
 def _companion_roots(monic: ComplexArray) -> ComplexArray:
+    """The roots ``(r, n)`` of n monic polynomials without their leading coefficient, ``(r, n)``."""
     r, n = monic.shape
     finite = np.isfinite(monic).all(axis=0)
     companion = np.zeros((n, r, r), dtype=complex)

@@ -67,6 +67,11 @@ def rounding(J: Jacobian) -> float:
     return float(torch.finfo(J.dtype).eps)
 
 
+def default_tolerance(J: Jacobian) -> float:
+    """The residual, as a fraction of the norm of J, that counts as converged when the caller names none."""
+    return max(1e-10, 16 * rounding(J))
+
+
 def entry_rounding(J: Jacobian) -> float:
     """Relative error of the entries of ``J.dense()``: of the products that made them, none in explicit matrices."""
     return float(torch.finfo(torch.float64).eps) if J.explicit else rounding(J)
@@ -85,7 +90,7 @@ def powers_of_two(numbers: Tensor) -> Tensor:
     return torch.where(far, powers.round().clamp_max(1000), torch.zeros_like(powers)).exp2()
 
 
-class Products:
+class CountedProducts:
     """Products with an operator, made in its dtype, returned in float64, counted against a budget.
 
     Vectors are rows here, ``(batch, k, n)``: a basis that grows is then contiguous for each sample.
@@ -120,10 +125,10 @@ class Products:
         """What the products of a sample were divided by."""
         return float(self._units[sample]) if isinstance(self._units, Tensor) else 1.0
 
-    def transposed(self) -> Products:
+    def transposed(self) -> CountedProducts:
         """The same count and budget on the transposed operator, starting from what is left."""
         left = None if self.max_products is None else self.max_products - self.count
-        return Products(self.J.T, left, self._units)
+        return CountedProducts(self.J.T, left, self._units)
 
     def _apply(self, J: Jacobian, rows: Tensor) -> Tensor:
         if rows.shape[1] > self.remaining():

@@ -13,9 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from stabkit.jacobians.counted_products import BudgetSpentError, Products, rounding
+from stabkit.jacobians.counted_products import BudgetSpentError, CountedProducts, rounding
 from stabkit.jacobians.orthonormal import KrylovBasis, extend
-from stabkit.jacobians.search import Ranking, Search
+from stabkit.jacobians.search import Ranking, Search, next_blocks, search_all
 from stabkit.threads import single_threaded
 
 
@@ -101,10 +101,13 @@ class _Search(Search):
 
     state: Bidiagonalisation
 
-    def __init__(self, state: Bidiagonalisation, k: int, smallest: bool, tol: float, noise: float) -> None:
+    def __init__(
+        self, state: Bidiagonalisation, k: int, smallest: bool, tol: float, finest: float, noise: float
+    ) -> None:
         super().__init__(state, k, noise, look=True, gap=0.5, spacing=0.03)
         self.smallest = smallest
         self.tol = tol
+        self.finest = finest
 
     def wanted(self, values: np.ndarray, count: int) -> np.ndarray:
         order = np.arange(len(values))  # descending already
@@ -113,12 +116,13 @@ class _Search(Search):
     def ranking(self) -> Ranking:
         _, values, _, residuals = self.state.svd()
         best, scale = self.wanted(values, len(values)), float(values[0])
-        goal = self.tol * scale
+        goal, finest = self.tol * scale, self.finest * scale
         if self.smallest:  # values below the tolerance must be told apart too, as far as rounding allows
             last = float(values[best[: self.k]][-1])
-            goal = min(goal, max(0.01 * last, 0.4 * self.noise * scale))
+            apart = max(0.01 * last, 0.4 * self.noise * scale)
+            goal, finest = min(goal, apart), min(finest, apart)
         ranked = values[best]
-        return Ranking(ranked, residuals[best], ranked if self.smallest else -ranked, goal, scale)
+        return Ranking(ranked, residuals[best], ranked if self.smallest else -ranked, goal, finest, scale)
 
     def restart(self, ranking: Ranking, count: int, *, deflate: bool) -> None:
         count = min(count, self.state.room - self.state.width)
@@ -126,7 +130,15 @@ class _Search(Search):
 
 
 def golub_kahan(
-    products: Products, k: int, *, smallest: bool, tol: float, seed: int, size: int, block: int = 2
+    products: CountedProducts,
+    k: int,
+    *,
+    smallest: bool,
+    tol: float,
+    finest: float,
+    seed: int,
+    size: int,
+    block: int = 2,
 ) -> tuple[list[Triples], str]:
     """Search ``k`` extremal singular triples of every sample, one block of products for all samples at a time.
 
@@ -135,6 +147,7 @@ def golub_kahan(
         k: how many triples.
         smallest: the smallest instead of the largest.
         tol: residual, as a fraction of the norm, at which a triple counts as found.
+        finest: residual below which close values are taken for copies of one; at most ``tol``.
         seed: the seed of the random start blocks.
         size: the largest dimension of the Krylov spaces before a restart.
         block: vectors a block. One takes the fewest products to converge, but then always as many again to look for
@@ -146,15 +159,8 @@ def golub_kahan(
     """
     batch, m, n = products.J.shape
     states = [Bidiagonalisation(m, n, size, block, products.device, seed) for _ in range(batch)]
-    searches = [_Search(state, k, smallest, tol, 20 * rounding(products.J)) for state in states]
-    stopped = "done"
-    try:
-        while not all(search.settled for search in searches):
-            _step(products, searches, block)
-    except BudgetSpentError:
-        stopped = "budget"
-    except KeyboardInterrupt:
-        stopped = "interrupted"
+    searches = [_Search(state, k, smallest, tol, finest, 20 * rounding(products.J)) for state in states]
+    stopped = search_all(searches, lambda: _step(products, searches, block))
     found = []
     for search in searches:
         values = search.state.svd()[1]
@@ -162,16 +168,13 @@ def golub_kahan(
     return found, stopped
 
 
-def _step(products: Products, searches: list[_Search], block: int) -> None:
-    """One block for every sample that still searches; the others take part with zeros."""
-    batch, m, n = products.J.shape
+def _step(products: CountedProducts, searches: list[_Search], block: int) -> None:
+    """One block of products with J and one with J^T."""
+    batch, m, _ = products.J.shape
     active = [(s, search.state) for s, search in enumerate(searches) if not search.settled]
     if products.remaining() < 2 * block:
         raise BudgetSpentError
-    V = torch.zeros(batch, block, n, dtype=torch.float64, device=products.device)
-    for s, state in active:
-        V[s, : state.width] = state.next_block()
-    JV = products.forward(V)
+    JV = products.forward(next_blocks(products, searches, block))
     U = torch.zeros(batch, block, m, dtype=torch.float64, device=products.device)
     for s, state in active:
         U[s, : state.width] = state.forward(JV[s, : state.width])

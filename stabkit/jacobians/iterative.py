@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from stabkit.jacobians.counted_products import Products, rounding
+from stabkit.jacobians.counted_products import CountedProducts, default_tolerance, rounding
 from stabkit.jacobians.golub_kahan import Triples, golub_kahan
 from stabkit.jacobians.krylov_schur import EDGES, Badness, Pairs, krylov_schur
 from stabkit.jacobians.spectrum import SIMPLE, Spectrum, from_rows, leading, row, trusted_values
@@ -29,8 +29,9 @@ def iterative_singular_values(J: Jacobian, k: int, which: str, tol: float, limit
     batch, m, n = operator.shape
     size = _basis_size(k, batch, m, n, max(4 * k + 100, 300))
     total = _FULL_BASES * max(3 * k + 30, 120) if limit is None else limit
-    products = Products(operator, total - 2 * k, units="own")
-    found, stopped = golub_kahan(products, k, smallest=which == "SM", tol=_MARGIN * tol, seed=seed, size=size)
+    products = CountedProducts(operator, total - 2 * k, units="own")
+    goal, finest = _MARGIN * tol, _MARGIN * min(tol, default_tolerance(J))
+    found, stopped = golub_kahan(products, k, smallest=which == "SM", tol=goal, finest=finest, seed=seed, size=size)
     products.max_products = total
     right = _stack([t.right for t in found], products.device)
     left = _stack([t.left for t in found], products.device)
@@ -77,7 +78,7 @@ def iterative_eigenvalues(
     batch, _, n = J.shape
     size = _basis_size(k, batch, 0, n, max(4 * k + 100, 300))
     total = _FULL_BASES * max(2 * k + 60, 120) if limit is None else limit
-    products = Products(J, total - 2 * k, units="own")
+    products = CountedProducts(J, total - 2 * k, units="own")
     found, stopped = krylov_schur(products, k, badness=badness, tol=_MARGIN * tol, seed=seed, size=size)
     products.max_products = total
     residuals, interrupted = _despite_interrupt(lambda: _eigen_residuals(products, found, transposed=False))
@@ -110,7 +111,7 @@ def _eigen_row(
     return row(pairs.values, residuals, bounds, conditions, converged, unit)
 
 
-def _eigen_residuals(products: Products, found: Sequence[Pairs], *, transposed: bool) -> list[np.ndarray]:
+def _eigen_residuals(products: CountedProducts, found: Sequence[Pairs], *, transposed: bool) -> list[np.ndarray]:
     """||J x - theta x|| of every pair; ``transposed``: of J^T and conj(x), zero where J is normal."""
     stacked = [_real_rows(pairs) for pairs in found]
     rows = _stack([r for r, _ in stacked], products.device)
@@ -145,7 +146,7 @@ def _real_rows(pairs: Pairs) -> tuple[Tensor, list[tuple[int, int]]]:
 
 
 def _condition_numbers(
-    products: Products, found: list[Pairs], badness: Badness, k: int, tol: float, seed: int, size: int
+    products: CountedProducts, found: list[Pairs], badness: Badness, k: int, tol: float, seed: int, size: int
 ) -> tuple[list[np.ndarray], str]:
     """1 / |y^H x| from left eigenvectors: the right ones where J is normal, else from a search on J^T.
 

@@ -14,9 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from stabkit.jacobians.counted_products import BudgetSpentError, Products, rounding
+from stabkit.jacobians.counted_products import CountedProducts, rounding
 from stabkit.jacobians.orthonormal import KrylovBasis, extend
-from stabkit.jacobians.search import Ranking, Search
+from stabkit.jacobians.search import Ranking, Search, next_blocks, search_all
 from stabkit.threads import single_threaded
 
 # badness of an eigenvalue: the smaller, the more it is wanted; equal for a conjugate pair
@@ -158,14 +158,15 @@ class _Search(Search):
     def ranking(self) -> Ranking:
         values, _, residuals, scale = self.state.ritz()
         best = order(values, self.badness)
-        return Ranking(values[best], residuals[best], self.badness(values[best]), self.tol * scale, scale)
+        goal = self.tol * scale
+        return Ranking(values[best], residuals[best], self.badness(values[best]), goal, goal, scale)
 
     def restart(self, ranking: Ranking, count: int, *, deflate: bool) -> None:
         self.state.restart(self.badness, count, deflate=deflate)
 
 
 def krylov_schur(
-    products: Products,
+    products: CountedProducts,
     k: int,
     *,
     badness: Badness,
@@ -202,25 +203,19 @@ def krylov_schur(
         return scaled
 
     searches = [_Search(state, k, wanted(s), tol, 20 * rounding(products.J), look) for s, state in enumerate(states)]
-    stopped = "done"
-    try:
-        while not all(search.settled for search in searches):
-            active = [(s, search.state) for s, search in enumerate(searches) if not search.settled]
-            V = torch.zeros(batch, block, n, dtype=torch.float64, device=products.device)
-            for s, state in active:
-                V[s, : state.width] = state.next_block()
-            JV = products.forward(V)
-            for s, state in active:
-                state.absorb(JV[s, : state.width])
-                searches[s].advance()
-    except BudgetSpentError:
-        stopped = "budget"
-    except KeyboardInterrupt:
-        stopped = "interrupted"
+
+    def step() -> None:
+        JV = products.forward(next_blocks(products, searches, block))
+        for s, search in enumerate(searches):
+            if not search.settled:
+                search.state.absorb(JV[s, : search.state.width])
+                search.advance()
+
+    stopped = search_all(searches, step)
     return [search.state.pairs(search.badness, k, search.settled) for search in searches], stopped
 
 
-def arnoldi(products: Products, size: int, seed: int) -> list[np.ndarray]:
+def arnoldi(products: CountedProducts, size: int, seed: int) -> list[np.ndarray]:
     """Plain Arnoldi of ``size`` steps with one random start vector: the Hessenberg matrix of each sample.
 
     Returns:

@@ -21,7 +21,7 @@ _LARGEST_DENSE = 20_000
 
 
 @dataclass(frozen=True)
-class Plan:
+class MethodChoice:
     """``method`` and the ``reason`` for it; ``limit``, products before LAPACK takes over where ``rescue`` allows it."""
 
     method: str
@@ -32,7 +32,7 @@ class Plan:
 
 def choose_method(
     kind: str, iteration: str, k: int, shape: tuple[int, int, int], which: str, method: str, max_products: int | None
-) -> Plan:
+) -> MethodChoice:
     """How ``k`` values of an operator ``shape`` are found.
 
     Args:
@@ -50,7 +50,7 @@ def choose_method(
     if method not in ("auto", "dense", iteration):
         raise ArgumentError(f"method={method!r}; expected 'auto', 'dense' or {iteration!r}")
     if method == iteration:
-        return Plan(method, f"method={method!r} was asked for", max_products)
+        return MethodChoice(method, f"method={method!r} was asked for", max_products)
     size = min(shape[1:])
     affordable = max_products is None or max_products >= size
     if method == "dense" and not affordable:
@@ -71,8 +71,8 @@ def choose_method(
                 f"ask for k below {size // _ITERATED_PART}"
             )
         if affordable:
-            return Plan("dense", reason)
-        return Plan(iteration, f"max_products = {max_products} is too few for the dense matrix", max_products)
+            return MethodChoice("dense", reason)
+        return MethodChoice(iteration, f"max_products = {max_products} is too few for the dense matrix", max_products)
     rescue = size <= _RESCUE[kind]
     limit = min(size, size if max_products is None else max_products) if rescue else max_products
-    return Plan(iteration, f"n = {size} is more than {small}, from which iterating is cheaper", limit, rescue)
+    return MethodChoice(iteration, f"n = {size} is more than {small}, from which iterating is cheaper", limit, rescue)

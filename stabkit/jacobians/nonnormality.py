@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from stabkit.errors import ArgumentError
-from stabkit.jacobians.counted_products import Products, as_jacobian, dense_float64
+from stabkit.jacobians.counted_products import CountedProducts, as_jacobian, dense_float64
 from stabkit.jacobians.krylov_schur import arnoldi
 from stabkit.jacobians.lapack import plain_eigenvalues
 from stabkit.jacobians.numerical_range import numerical_range, support
@@ -27,6 +27,9 @@ from stabkit.results import Result
 from stabkit.threads import single_threaded
 
 _DENSE = 200
+_LARGEST_DENSE = 2000  # a few minutes
+_DECOMPOSED = 768  # up to here the spectra of "arnoldi" come from whole decompositions
+_FEWEST_PRODUCTS = 100
 _UNBOUNDED = 1e100
 
 
@@ -99,6 +102,7 @@ def non_normality(
     size: int = 80,
     seed: int = 0,
     method: str = "auto",
+    max_products: int = 1000,
 ) -> NonNormality:
     """Numerical range, Henrici's departure, eigenvalue conditions, Kreiss constant, power growth, pseudospectra.
 
@@ -109,8 +113,12 @@ def non_normality(
         max_power: the largest power considered.
         size: dimension of the Krylov space for ``"arnoldi"``.
         seed: the seed of its start block.
-        method: ``"dense"`` (cost of order n^3 times a hundred), ``"arnoldi"`` (lower bounds from ``size`` products),
-            or ``"auto"``: dense up to n = 200.
+        method: ``"dense"`` (cost of order n^3 times a hundred, and refused above n = 2000), ``"arnoldi"`` (lower bounds
+            from ``size`` products), or ``"auto"``: dense up to n = 200.
+        max_products: the most products with J and J^T, in vectors per sample, that ``"arnoldi"`` spends on the norm,
+            the numerical abscissa, the spectral radius and the spectral abscissa, a quarter on each; what has not
+            converged by then is nan. All else is made from the ``size`` products of one Krylov space. Up to n = 768
+            the four come from whole decompositions, which need n products each.
 
     Raises:
         ArgumentTypeError: entries are not real floating-point numbers.
@@ -134,6 +142,14 @@ def non_normality(
     for name, value, least in (("angles", angles, 4), ("max_power", max_power, 1), ("size", size, 2)):
         if value < least:
             raise ArgumentError(f"{name}={value}; expected at least {least}")
+    if max_products < _FEWEST_PRODUCTS:
+        raise ArgumentError(f"max_products={max_products}; expected at least {_FEWEST_PRODUCTS}")
+    if method == "dense" and n > _LARGEST_DENSE:
+        raise ArgumentError(
+            f"method='dense' takes about 100 n^3 = {100 * n**3:.0e} floating-point operations for n = {n}, minutes to "
+            f"hours, and is refused above n = {_LARGEST_DENSE}; use method='arnoldi' (lower bounds), or the block of "
+            "some coordinates, J.restrict(rows, columns)"
+        )
     levels = [float(e) for e in epsilons]
     if not all(0 < e < np.inf for e in levels):
         raise ArgumentError(f"epsilons={tuple(epsilons)}; expected positive numbers")
@@ -141,9 +157,9 @@ def non_normality(
         with single_threaded(n):
             rows = [_measure(A, levels, angles, max_power) for A in dense_float64(J)[0].numpy()]
         return _collect(rows, levels, "dense", n)
-    products = Products(J, None, units="own")
+    products = CountedProducts(J, None, units="own")
     hessenbergs = arnoldi(products, size, seed)
-    edges = _edges(J, seed)
+    edges = _edges(J, seed, max_products)
     with single_threaded(size):
         rows = [
             _measure_projection(H, {name: v[s] for name, v in edges.values.items()}, levels, angles, max_power)
@@ -189,11 +205,13 @@ class _Edges:
     n_products: int
 
 
-def _edges(J: Jacobian, seed: int) -> _Edges:
-    k = min(6, J.shape[2])
-    modulus = eigenvalues(J, k, "LM", seed=seed)
-    right = eigenvalues(J, 1, "LR", seed=seed)
-    norm = singular_values(J, 1, seed=seed)
+def _edges(J: Jacobian, seed: int, max_products: int) -> _Edges:
+    n = J.shape[2]
+    k, whole = min(6, n), n if n <= _DECOMPOSED else 0
+    share = max(max_products // 4, whole)
+    modulus = eigenvalues(J, k, "LM", seed=seed, max_products=share)
+    right = eigenvalues(J, 1, "LR", seed=seed, max_products=share)
+    norm = singular_values(J, 1, seed=seed, max_products=share)
     symmetric = Jacobian(
         J.shape,
         lambda V: (J.matmat(V) + J.rmatmat(V)) / 2,
@@ -202,7 +220,8 @@ def _edges(J: Jacobian, seed: int) -> _Edges:
         device=J.device,
         path=J.path,
     )
-    hermitian = eigenvalues(symmetric, 1, "LR", seed=seed)
+    # a product with J + J^T is two with J
+    hermitian = eigenvalues(symmetric, 1, "LR", seed=seed, max_products=max(max_products // 8, whole))
     unknown = torch.full((J.shape[0],), torch.nan, dtype=torch.float64)
     return _Edges(
         {

@@ -9,11 +9,11 @@ import numpy as np
 from torch import Tensor
 
 from stabkit.errors import ArgumentError, ArgumentTypeError
-from stabkit.jacobians.counted_products import as_jacobian, rounding
+from stabkit.jacobians.counted_products import as_jacobian, default_tolerance
 from stabkit.jacobians.dense_spectra import whole_eigenvalues, whole_singular_values
 from stabkit.jacobians.iterative import iterative_eigenvalues, iterative_singular_values
 from stabkit.jacobians.krylov_schur import EDGES, Badness
-from stabkit.jacobians.method_choice import Plan, choose_method
+from stabkit.jacobians.method_choice import MethodChoice, choose_method
 from stabkit.jacobians.spectrum import Spectrum
 from stabkit.operators.jacobian import Jacobian
 
@@ -137,7 +137,7 @@ def singular_values(
     return replace(whole_singular_values(J, k, which, tol, used), reason=reason)
 
 
-def _rescued(chosen: Plan, spectrum: Spectrum, size: int, max_products: int | None) -> bool:
+def _rescued(chosen: MethodChoice, spectrum: Spectrum, size: int, max_products: int | None) -> bool:
     """Whether LAPACK takes over from an iteration that has failed."""
     if bool(spectrum.converged.all()) or not chosen.rescue or spectrum.stopped == "interrupted":
         return False
@@ -175,7 +175,7 @@ def _badness(which: Any) -> Badness:
 
 def _tolerance(tol: float | None, J: Jacobian) -> float:
     if tol is None:
-        return max(1e-10, 16 * rounding(J))
+        return default_tolerance(J)
     if not 0 < tol < 1:
         raise ArgumentError(f"tol={tol}; expected a fraction of the norm of J between 0 and 1, such as 1e-6")
     return float(tol)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from stabkit.errors import ArgumentError
-from stabkit.jacobians.counted_products import Products, as_jacobian, dense_float64
+from stabkit.jacobians.counted_products import CountedProducts, as_jacobian, dense_float64
 from stabkit.jacobians.golub_kahan import Bidiagonalisation
 from stabkit.operators.jacobian import Jacobian
 from stabkit.results import Result
@@ -121,7 +121,7 @@ def trace(J: Operator, *, n_probes: int = 30, confidence: float = 0.95, seed: in
     n = J.shape[2]
     if n_probes >= n:
         return _exact(dense_float64(J)[0].diagonal(dim1=1, dim2=2).sum(1), n, confidence)
-    products = Products(J, None)
+    products = CountedProducts(J, None)
     third = max(n_probes // 3, 1)
     S = _signs(third, J, products, seed)
     Q = torch.linalg.qr(products.forward(S).transpose(1, 2))[0].transpose(1, 2)
@@ -199,7 +199,7 @@ def log_abs_det(
     n = J.shape[2]
     if 2 * n_probes * steps >= n and n <= 4096:
         return _exact(torch.linalg.slogdet(dense_float64(J)[0])[1], n, confidence)
-    products = Products(J, None)
+    products = CountedProducts(J, None)
     runs = _bidiagonals(products, n_probes, min(steps, n), seed)
     full = np.array([[_log_quadrature(run.B) for run in row] for row in runs]) * n
     part = max(3 * runs[0][0].size // 4, 1)
@@ -222,7 +222,7 @@ def singular_value_density(J: Operator, *, n_probes: int = 10, steps: int = 60, 
         [0.0, 1.0]
     """
     J = _checked(J, n_probes, 0.95, square=False)
-    products = Products(J.T if J.shape[1] < J.shape[2] else J, None)
+    products = CountedProducts(J.T if J.shape[1] < J.shape[2] else J, None)
     runs = _bidiagonals(products, n_probes, min(steps, *J.shape[1:]), seed)
     rules = [[_quadrature(run.B) for run in row] for row in runs]
     nodes, weights = (np.array([[rule[i][::-1] for rule in row] for row in rules]) for i in (0, 1))
@@ -240,7 +240,7 @@ def _checked(J: Operator, n_probes: int, confidence: float, *, square: bool) -> 
     return J
 
 
-def _signs(count: int, J: Jacobian, products: Products, seed: int) -> Tensor:
+def _signs(count: int, J: Jacobian, products: CountedProducts, seed: int) -> Tensor:
     """Random signs ``(batch, count, n)``, the same for every sample."""
     generator = torch.Generator().manual_seed(seed)
     signs = torch.randint(0, 2, (count, J.shape[2]), generator=generator).to(torch.float64) * 2 - 1
@@ -249,12 +249,12 @@ def _signs(count: int, J: Jacobian, products: Products, seed: int) -> Tensor:
 
 def _hutchinson(
     J: Jacobian,
-    quadratic: Callable[[Tensor, Products], Tensor],
+    quadratic: Callable[[Tensor, CountedProducts], Tensor],
     n_probes: int,
     confidence: float,
     seed: int,
 ) -> Estimate:
-    products = Products(J, None)
+    products = CountedProducts(J, None)
     samples = quadratic(_signs(n_probes, J, products, seed), products)
     return _estimate(samples, confidence, products.count, "hutchinson")
 
@@ -278,7 +278,7 @@ def _exact(value: Tensor, n_products: int, confidence: float) -> Estimate:
     return Estimate(value, torch.zeros_like(value), torch.stack([value, value], 1), confidence, n_products, "exact")
 
 
-def _bidiagonals(products: Products, n_probes: int, steps: int, seed: int) -> list[list[Bidiagonalisation]]:
+def _bidiagonals(products: CountedProducts, n_probes: int, steps: int, seed: int) -> list[list[Bidiagonalisation]]:
     """A run from each of ``n_probes`` start vectors for each sample, all in lock-step."""
     batch, m, n = products.J.shape
     runs = [

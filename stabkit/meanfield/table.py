@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from stabkit.tables import aligned
+
 if TYPE_CHECKING:
     from stabkit.meanfield.initialisation import Initialisation, StepExpectation
 
@@ -14,18 +16,8 @@ _NAME = 28
 def text(found: Initialisation) -> str:
     """The table, what its columns mean, and the sums below it."""
     rows = [_HEAD, *(_row(step) for step in found.steps)]
-    widths = [max(len(row[i]) for row in rows) for i in range(len(_HEAD))]
-    lines = [
-        "  ".join(_aligned(cell, width, i) for i, (cell, width) in enumerate(zip(row, widths, strict=True)))
-        for row in rows
-    ]
-    lines = [line.rstrip() for line in lines]
-    lines.insert(1, "-" * max(len(line) for line in lines[:1]))
-    return "\n".join([*lines, "", *_sums(found), *found.notes])
-
-
-def _aligned(cell: str, width: int, column: int) -> str:
-    return cell.ljust(width) if column in (1, 2, len(_HEAD) - 1) else cell.rjust(width)
+    words = {_HEAD.index("name"), _HEAD.index("activation"), len(_HEAD) - 1}
+    return "\n".join([*aligned(rows, words, gap=2), "", *_sums(found), *found.notes])
 
 
 def _row(step: StepExpectation) -> tuple[str, ...]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import os
 from collections.abc import Callable, Iterable, Sequence
 from numbers import Integral
@@ -12,7 +11,7 @@ import torch
 from torch import nn
 
 from stabkit.diagnosis import Finding
-from stabkit.errors import ArgumentError
+from stabkit.errors import ArgumentError, did_you_mean
 from stabkit.monitor.rules import AlertRules
 
 PRESETS = ("economy", "standard", "full")
@@ -29,8 +28,7 @@ def check_model(model: Any, preset: Any) -> None:
     if not isinstance(model, nn.Module):
         raise ArgumentError(f"model is {type(model).__name__}; expected a torch.nn.Module")
     if preset not in PRESETS:
-        near = difflib.get_close_matches(str(preset), PRESETS, n=1)
-        guess = f"; did you mean {near[0]!r}?" if near else ""
+        guess = did_you_mean(str(preset), PRESETS)
         raise ArgumentError(f"preset={preset!r}; expected one of {', '.join(PRESETS)}{guess}")
 
 
@@ -107,8 +105,7 @@ def named_modules(model: nn.Module, paths: Sequence[str]) -> dict[str, nn.Module
     known = dict(model.named_modules())
     missing = [path for path in paths if path not in known]
     if missing:
-        near = difflib.get_close_matches(str(missing[0]), known, n=1)
-        guess = f"; did you mean {near[0]!r}?" if near else ""
+        guess = did_you_mean(str(missing[0]), known)
         raise ArgumentError(f"blocks: the model has no module {missing[0]!r}{guess}")
     if not paths:
         raise ArgumentError("blocks is empty; expected paths of modules, or None to watch those found")

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import csv
-import difflib
 import json
 import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Protocol, TextIO, runtime_checkable
 
-from stabkit.errors import ArgumentError
+from stabkit.errors import ArgumentError, did_you_mean
 from stabkit.monitor.record import Record
 
 _BLOCK = 1 << 16  # bytes read at once in the search for the end of the last whole line
@@ -202,8 +201,7 @@ def _open(writer: Any, directory: Path) -> Writer:
             return WRITERS[path.suffix](path)
         if str(writer) in WRITERS:
             return WRITERS[str(writer)](directory)
-        near = difflib.get_close_matches(str(writer), WRITERS, n=1)
-        guess = f"; did you mean {near[0]!r}?" if near else ""
+        guess = did_you_mean(str(writer), WRITERS)
         raise ArgumentError(
             f"writers: {str(writer)!r} is no file that ends in one of {_names('.')}, and none of {_names('')}{guess}"
         )

@@ -11,7 +11,7 @@ from stabkit.errors import TraceError
 from stabkit.planning import sizes
 from stabkit.planning.machine import Machine, calibrate
 from stabkit.planning.price import SPECTRA, Costs, Price, Settings
-from stabkit.planning.trial import Trial, device_of, forward_seconds, record_only, run_trial, weight_bytes
+from stabkit.planning.trial import Trial, device_of, run_trial, weight_bytes
 from stabkit.results import Result
 from stabkit.tracing.call import Call
 from stabkit.tracing.depth import Depth
@@ -20,7 +20,6 @@ from stabkit.tracing.safekeeping import unwrap
 
 _SECOND_TRIAL = 3.0  # seconds that the first trial may have taken
 _SHARES = (0.5, 0.25, 0.1, 0.05)  # of the work on spectra that are tried, the steps that matter most first
-_SLOW = 1.0  # seconds of a forward pass from which nothing is analysed for the price
 
 
 @dataclass(frozen=True)
@@ -172,16 +171,10 @@ def plan(
 
 
 def _costs(model: Any, call: Call, options: Mapping[str, Any], loss: Any, seed: int, spectra: bool) -> Costs:
-    machine = calibrate(device_of(model))
-
     def trial(count: int) -> Trial:
-        part = call.part(0, count)
-        return run_trial(model, part, forward_seconds(model, part)[1], options, loss, seed, spectra)
+        return run_trial(model, call.part(0, count), options, loss, seed, spectra)
 
-    forward = forward_seconds(model, call.part(0, 1))
-    if forward[0] > _SLOW:
-        return Costs(machine, weight_bytes(model), record_only(model, call.part(0, 1), forward, options, seed, spectra))
-    one = trial(1)
+    machine, one = calibrate(device_of(model)), trial(1)
     two = trial(2) if call.samples > 1 and one.seconds < _SECOND_TRIAL else None
     return Costs(machine, weight_bytes(model), one, two)
 

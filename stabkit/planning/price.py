@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from stabkit.attribution.measure import EXPLAINED
 from stabkit.jacobians.shared import DENSE_SIZE, LARGEST_DENSE, krylov_products
 from stabkit.planning.machine import Machine
-from stabkit.planning.trial import StepCost, Trial
+from stabkit.planning.trial import Trial
 from stabkit.results import Result
 
 SPECTRA = ("auto", "full", "dense", "krylov", "none")
@@ -80,50 +81,39 @@ class Costs:
 
     def price(self, settings: Settings) -> Price:
         """What an analysis costs with these settings."""
-        batch = self._grown
-        extra_walks = settings.probes - 1
-        seconds = batch(self.one.seconds, _of(self.two, "seconds"), settings.samples)
-        seconds += extra_walks * batch(self.one.probe, _of(self.two, "probe"), settings.samples)
+        steps, samples = self.one.steps, settings.samples
+        walk = self._grown(lambda trial: trial.probe, samples)
+        seconds = self._grown(lambda trial: trial.seconds, samples) + (settings.probes - 1) * walk
         if settings.spectrum != "none":
-            seconds += batch(self.one.explaining, _of(self.two, "explaining"), min(settings.samples, EXPLAINED))
+            seconds += self._grown(lambda trial: trial.explaining, min(samples, EXPLAINED))
         walks = _CHAIN_WALKS + _GAIN_WALKS + settings.probes
-        products, basis, spent = walks * len(self.one.steps), 0, 0.0
-        spectra = self._part_of_spectra(settings)
-        flops = self.one.forward_flops + walks * sum(step.flops for step in self.one.steps)
-        reads = float(1 + walks)
-        for index, step in enumerate(self.one.steps):
-            larger = None if self.two is None else self.two.steps[index]
-            spectrum = self._spectrum(step, larger, settings)
-            products += int(spectra * spectrum.products)
-            flops += spectra * spectrum.products * step.flops
-            reads += spectra * spectrum.reads / len(self.one.steps)
-            basis, spent = max(basis, spectrum.bytes), spent + spectra * spectrum.seconds
+        spectra = [self._spectrum(index, settings) for index in range(len(steps))]
+        share = self._share(spectra, walk, settings)
+        flops = walks * sum(step.flops for step in steps)
+        flops += share * sum(one.products * step.flops for one, step in zip(spectra, steps, strict=True))
+        reads = 1 + walks + share * sum(one.reads for one in spectra) / max(len(steps), 1)
         return Price(
-            seconds=seconds + spent,
-            peak_bytes=self._peak(settings.samples, basis),
-            products=products,
-            flops=flops * settings.samples,
+            seconds=seconds + share * sum(one.seconds for one in spectra),
+            peak_bytes=self._peak(samples, max((one.bytes for one in spectra), default=0)),
+            products=walks * len(steps) + sum(int(share * one.products) for one in spectra),
+            flops=(self.one.forward_flops + flops) * samples,
             read_bytes=reads * self.weight_bytes,
         )
 
-    def _part_of_spectra(self, settings: Settings) -> float:
+    def _share(self, spectra: Sequence[_Spectrum], walk: float, settings: Settings) -> float:
         """How much of the work of all spectra is done."""
         if settings.spectrum != "auto":
             return settings.spectrum_share
-        steps = [(step, None if self.two is None else self.two.steps[i]) for i, step in enumerate(self.one.steps)]
-        whole = sum(self._spectrum(step, larger, settings).seconds for step, larger in steps)
-        walk = self._grown(self.one.probe, _of(self.two, "probe"), settings.samples)
-        dense = sum(
-            self._spectrum(step, larger, settings).seconds
-            for step, larger in steps
-            if max(step.source, step.target) <= DENSE_SIZE
-        )
+        whole = sum(one.seconds for one in spectra)
+        sizes = [max(step.source, step.target) for step in self.one.steps]
+        dense = sum(one.seconds for one, size in zip(spectra, sizes, strict=True) if size <= DENSE_SIZE)
         allowed = dense + min(whole - dense, TRAINING_STEPS * _WALKS * walk)
         return settings.spectrum_share * (allowed / whole if whole > 0 else 1.0)
 
-    def _grown(self, one: float, two: float | None, samples: int) -> float:
+    def _grown(self, cost: Callable[[Trial], float], samples: int) -> float:
         """A cost that grows by the same for every sample."""
-        marginal = _MARGINAL * one if two is None else max(two - one, 0.0)
+        one = cost(self.one)
+        marginal = _MARGINAL * one if self.two is None else max(cost(self.two) - one, 0.0)
         return one + (samples - 1) * marginal
 
     def _peak(self, samples: int, basis: int) -> int | None:
@@ -131,16 +121,17 @@ class Costs:
         if self.one.peak is None:
             return None
         if self.two is not None and self.two.peak is not None:
-            return int(self._grown(self.one.peak, self.two.peak, samples)) + basis
+            return int(self._grown(lambda trial: trial.peak or 0, samples)) + basis
         return self.one.peak + (samples - 1) * max(self.one.graph_bytes, 0) + basis
 
-    def _spectrum(self, step: StepCost, larger: StepCost | None, settings: Settings) -> _Spectrum:
+    def _spectrum(self, index: int, settings: Settings) -> _Spectrum:
         if settings.spectrum == "none":
             return _Spectrum()
+        step = self.one.steps[index]
         size = max(step.source, step.target)
         dense = settings.spectrum == "dense" or (settings.spectrum in ("auto", "full") and size <= DENSE_SIZE)
-        backward = self._grown(step.backward, None if larger is None else larger.backward, settings.samples)
-        forward = self._grown(step.forward, None if larger is None else larger.forward, settings.samples)
+        backward = self._grown(lambda trial: trial.steps[index].backward, settings.samples)
+        forward = self._grown(lambda trial: trial.steps[index].forward, settings.samples)
         if dense and size > LARGEST_DENSE:
             return _Spectrum()  # refused
         kept = settings.spectrum_samples
@@ -171,7 +162,3 @@ class _Spectrum:
     reads: float = 0.0
     seconds: float = 0.0
     bytes: int = 0
-
-
-def _of(trial: Trial | None, name: str) -> float | None:
-    return None if trial is None else float(getattr(trial, name))

@@ -15,16 +15,17 @@ from torch.utils.flop_counter import FlopCounterMode
 from stabkit.attribution.measure import EXPLAINED, EXPLAINED_PROBES, attribute
 from stabkit.diagnosis import examine
 from stabkit.errors import TraceError
-from stabkit.identification import identify
+from stabkit.identification import Identification, identify
 from stabkit.planning.machine import PeakMemory, timed
 from stabkit.tracing import Flow, Step, trace
 from stabkit.tracing.call import Call
 from stabkit.tracing.safekeeping import modules_behind, unchanged, unwrap
 
 _BLOCK = 2  # vectors that the iterations multiply at once
-# parts of an analysis as multiples of a plain forward pass: ResNet-50, GPT-2 small and MiniLM take 3.5 to 4.7 to trace,
-# 3 to 9 to read, 13 to 14 to examine; attribution multiplies by 16 probes
-_TRACING, _READING, _EXAMINING, _EXPLAINING = 4.5, 4.0, 13.0, 24.0
+_SLOW = 1.0  # seconds of a forward pass from which nothing is analysed for the price
+# an analysis as multiples of a plain forward pass: ResNet-50, GPT-2 small and MiniLM take 3.5 to 4.7 to trace, 3 to 9
+# to read, 13 to 14 to examine; attribution multiplies by 16 probes
+_ANALYSING, _EXPLAINING = 21.5, 24.0
 
 
 @dataclass(frozen=True)
@@ -56,9 +57,7 @@ class Trial:
 
     Attributes:
         samples: how many.
-        tracing: seconds to record the forward pass and check the chain.
-        reading: seconds to identify the integrators.
-        examining: seconds to measure and diagnose with one probe.
+        seconds: to record the forward pass, check the chain, identify the integrators, measure and diagnose.
         explaining: seconds to attribute the growth, which goes with spectra; 0 when there are none.
         forward_flops: operations of one forward pass.
         graph_bytes: the bytes of the tensors that the recorded graph keeps, weights aside.
@@ -67,19 +66,12 @@ class Trial:
     """
 
     samples: int
-    tracing: float
-    reading: float
-    examining: float
+    seconds: float
     explaining: float
     forward_flops: float
     graph_bytes: int
     peak: int | None
     steps: tuple[StepCost, ...] = field(repr=False)
-
-    @property
-    def seconds(self) -> float:
-        """Of all parts together."""
-        return self.tracing + self.reading + self.examining
 
     @property
     def probe(self) -> float:
@@ -99,102 +91,62 @@ def weight_bytes(model: Any) -> int:
     return sum(t.numel() * t.element_size() for t in (*module.parameters(), *module.buffers()))
 
 
-def forward_seconds(model: Any, call: Call) -> tuple[float, float]:
-    """Seconds and operations of one plain forward pass, without gradients."""
-    with unchanged(modules_behind(model)), torch.no_grad():
-        with FlopCounterMode(display=False) as counter:
-            model(*call.inputs, **call.kwargs)
-        _, seconds = timed(lambda: model(*call.inputs, **call.kwargs), device_of(model))
-    return seconds, float(counter.get_total_flops())
+def run_trial(model: Any, call: Call, options: Mapping[str, Any], loss: Any, seed: int, spectra: bool) -> Trial:
+    """Analyse a few samples with one probe and no spectra, and time it.
 
-
-def record_only(
-    model: Any, call: Call, forward: tuple[float, float], options: Mapping[str, Any], seed: int, spectra: bool
-) -> Trial:
-    """The same without an analysis, for models of which one forward pass takes seconds: parts are typical multiples.
+    Where a forward pass alone takes more than a second, the model is only recorded: the rest is a typical multiple of
+    that pass.
 
     Args:
         model: a module, or a function of tensors.
         call: the samples.
-        forward: seconds and operations of one forward pass over them.
-        options: where to trace: ``depth``, ``source``, ``target``.
-        seed: the seed of every random choice.
-        spectra: also time products in both directions.
-    """
-    device, module = device_of(model), modules_behind(model)
-    saved = _Saved(module)
-    with unchanged(module), PeakMemory(device) as peak:
-        with saved:
-            flow = trace(
-                model,
-                *call.inputs,
-                kwargs=call.kwargs,
-                batch_dim=call.batch_dim,
-                seed=seed,
-                check=call.samples > 1,
-                **options,
-            )
-        steps = _step_costs(flow, device, spectra)
-    return Trial(
-        samples=call.samples,
-        tracing=_TRACING * forward[0],
-        reading=_READING * forward[0],
-        examining=_EXAMINING * forward[0],
-        explaining=_EXPLAINING * forward[0] if spectra else 0.0,
-        forward_flops=forward[1],
-        graph_bytes=saved.total,
-        peak=peak.most,
-        steps=steps,
-    )
-
-
-def run_trial(
-    model: Any, call: Call, forward_flops: float, options: Mapping[str, Any], loss: Any, seed: int, spectra: bool
-) -> Trial:
-    """Analyse a few samples with one probe and no spectra, and time the parts.
-
-    Args:
-        model: a module, or a function of tensors.
-        call: the samples.
-        forward_flops: operations of one forward pass over them.
         options: where to trace: ``depth``, ``source``, ``target``.
         loss: a callable on the model's output, or None.
         seed: the seed of every random choice.
-        spectra: also time products in both directions.
+        spectra: also time the attribution of the growth, and products in both directions.
     """
-    device = device_of(model)
-    module: nn.Module = modules_behind(model)
+    device, module = device_of(model), modules_behind(model)
+    forward, forward_flops = _forward(model, call, device)
+    slow = forward > _SLOW
     saved = _Saved(module)
-    with unchanged(module), PeakMemory(device) as peak:
+
+    def analysed() -> tuple[Flow, tuple[Identification, ...]]:
         with saved:
-            flow, tracing = timed(
-                lambda: trace(model, *call.inputs, kwargs=call.kwargs, batch_dim=call.batch_dim, seed=seed, **options),
-                device,
+            check = call.samples > 1 or not slow
+            flow = trace(
+                model, *call.inputs, kwargs=call.kwargs, batch_dim=call.batch_dim, seed=seed, check=check, **options
             )
-        found, reading = timed(lambda: identify(flow), device)
-        _, examining = timed(lambda: examine(flow, loss, probes=1, seed=seed, methods=found), device)
+        if slow:
+            return flow, ()
+        found = identify(flow)
+        examine(flow, loss, probes=1, seed=seed, methods=found)
+        return flow, found
+
+    with unchanged(module), PeakMemory(device) as peak:
+        (flow, found), seconds = timed(analysed, device)
         explaining = 0.0
-        if spectra:
-            effort: dict[str, Any] = {
-                "samples": min(flow.batch, EXPLAINED),
-                "probes": EXPLAINED_PROBES,
-                "krylov": 0,
-                "seed": seed,
-            }
-            _, explaining = timed(lambda: attribute(flow, identifications=found, **effort), device)
-    with unchanged(module):
+        if spectra and not slow:
+            effort: dict[str, Any] = {"samples": min(flow.batch, EXPLAINED), "probes": EXPLAINED_PROBES, "krylov": 0}
+            _, explaining = timed(lambda: attribute(flow, identifications=found, seed=seed, **effort), device)
         steps = _step_costs(flow, device, spectra)
     return Trial(
         samples=call.samples,
-        tracing=tracing,
-        reading=reading,
-        examining=examining,
-        explaining=explaining,
+        seconds=_ANALYSING * forward if slow else seconds,
+        explaining=_EXPLAINING * forward if slow and spectra else explaining,
         forward_flops=forward_flops,
         graph_bytes=saved.total,
         peak=peak.most,
         steps=steps,
     )
+
+
+def _forward(model: Any, call: Call, device: torch.device) -> tuple[float, float]:
+    """Seconds and operations of one plain forward pass, without gradients."""
+    with unchanged(modules_behind(model)), torch.no_grad():
+        with FlopCounterMode(display=False) as counter:
+            model(*call.inputs, **call.kwargs)
+        _, seconds = timed(lambda: model(*call.inputs, **call.kwargs), device)
+    return seconds, float(counter.get_total_flops())
 
 
 class _Saved(torch.autograd.graph.saved_tensors_hooks):

@@ -24,7 +24,7 @@ from stabkit.plotting.pseudospectra import numerical_range, pseudospectra
 from stabkit.plotting.records import training
 from stabkit.plotting.region import region
 from stabkit.plotting.ridgelines import ridgelines
-from stabkit.plotting.style import CENTIMETER, FONT, figure_of, render, small_text
+from stabkit.plotting.style import figure_of, render, side_by_side
 from stabkit.plotting.sweep import margin, step_growth, total_growth
 
 if TYPE_CHECKING:
@@ -69,9 +69,4 @@ __all__ = [
 
 def overview(report: Report) -> Figure:
     """The three pictures of a report side by side: region, growth, gradients."""
-    figure = Figure(figsize=(26 * CENTIMETER, 7.5 * CENTIMETER), dpi=200, layout="constrained")
-    axes = figure.subplots(1, 3)
-    for draw, ax in zip((region, growth, gradients), axes, strict=True):
-        small_text(ax, FONT)
-        draw(report, ax)
-    return figure
+    return side_by_side((region, growth, gradients), report)

@@ -30,10 +30,12 @@ class Norms:
     Attributes:
         values: ``(states,)``, geometric means over samples.
         ends: ``(states, 2)``, of their intervals; NaN where there is none.
+        powers: ``(states,)``, log10 of the values where some are beyond the range of a float; None where none is.
     """
 
     values: FloatArray
     ends: FloatArray
+    powers: FloatArray | None = None
 
 
 @dataclass(frozen=True)
@@ -93,8 +95,8 @@ def _of_profile(profile: GradientProfile) -> Depth:
         ("step",) * len(names),
         growth.mean(axis=1),
         _interval(growth),
-        _geometric(profile.gradient_norms.detach().double().cpu().numpy()),
-        _geometric(profile.state_norms.detach().double().cpu().numpy()),
+        _geometric(profile.log_gradient_norms.detach().double().cpu().numpy()),
+        _geometric(profile.state_norms.detach().double().cpu().log().numpy()),
     )
 
 
@@ -106,10 +108,13 @@ def _interval(rows: FloatArray) -> FloatArray:
         return np.stack(interval_of_mean(rows.T), axis=1)
 
 
-def _geometric(norms: FloatArray) -> Norms:
+def _geometric(logs: FloatArray) -> Norms:
+    """Geometric means over samples, from natural logs ``(states, samples)``."""
     with np.errstate(all="ignore"):
-        logs = np.log(norms)
-        return Norms(np.exp(logs.mean(axis=1)), np.exp(_interval(logs)))
+        means = logs.mean(axis=1)
+        values = np.exp(means)
+        lost = np.isfinite(means) & ((values == 0) | np.isinf(values))
+        return Norms(values, np.exp(_interval(logs)), means / np.log(10) if lost.any() else None)
 
 
 def depth_axis(ax: Axes, names: tuple[str, ...], font: float | None) -> None:

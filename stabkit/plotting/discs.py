@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.patches import Circle
 
 from stabkit.errors import ArgumentError
-from stabkit.plotting.style import GREY, finish, ink, new_axes, sample_color
+from stabkit.plotting.style import complex_plane, finish, ink, new_axes, sample_color
 
 if TYPE_CHECKING:
     from stabkit.report import Report
@@ -43,16 +43,8 @@ def sliding_disc(
         color = sample_color(ax, place, max(len(damping), 2))
         center = -(1 - value)
         ax.add_patch(Circle((center, 0), 1, facecolor=color, alpha=0.08, edgecolor="none"))
-        ax.add_patch(
-            Circle(
-                (center, 0),
-                1,
-                fill=False,
-                edgecolor=color,
-                linewidth=1.2,
-                label=f"{value:g}" if place else f"λ = {value:g}",
-            )
-        )
+        label = f"{value:g}" if place else f"λ = {value:g}"
+        ax.add_patch(Circle((center, 0), 1, fill=False, edgecolor=color, linewidth=1.2, label=label))
         ax.plot([center], [0], "+", color=color, markersize=5)
     left, right, height, beyond = -2.25, 1.25, 1.15, 0
     if report is not None:
@@ -69,8 +61,7 @@ def sliding_disc(
             beyond = int(((z.real < left) | (z.real > right) | (np.abs(z.imag) > height)).sum())
     spare = max(0.0, 3.2 * height - (right - left)) / 2  # as wide as the legend
     left, right = left - spare, right + spare
-    ax.axhline(0, color=GREY, linewidth=0.5, zorder=0)
-    ax.axvline(0, color=GREY, linewidth=0.5, zorder=0)
+    complex_plane(ax)
     ax.set_xlim(left, right)
     ax.set_ylim(-height, 1.5 * height)  # room for the legend
     ax.set_aspect("equal")

@@ -7,11 +7,19 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.colors import TwoSlopeNorm
 from matplotlib.ticker import MaxNLocator
 
 from stabkit.errors import ArgumentError, ArgumentTypeError
-from stabkit.plotting.style import DIVERGING, figure_of, finish, ink, new_axes, sample_color, small_text
+from stabkit.plotting.style import (
+    DIVERGING,
+    around_zero,
+    color_bar,
+    figure_of,
+    finish,
+    ink,
+    new_axes,
+    sample_color,
+)
 from stabkit.report import Exponents, Report
 
 if TYPE_CHECKING:
@@ -20,6 +28,7 @@ if TYPE_CHECKING:
 
 _CURVES = 8  # exponents whose convergence can be told apart
 _BARS = 20  # exponents whose error bars can; of more there is a band
+_HOLLOW: dict[str, Any] = {"markerfacecolor": "none", "markeredgewidth": 0.7}
 _LINE = 1.3  # height of a line of text in its own size
 
 
@@ -30,27 +39,8 @@ def lyapunov(spectrum: LyapunovSpectrum | Report, ax: Axes | None = None) -> Axe
         spectrum: from ``stabkit.lyapunov_spectrum``, or a report that has exponents; samples have colors of their own.
         ax: where to draw; a new figure when None.
     """
-    ax, font = new_axes(ax, 8, 6)
     found = _exponents(spectrum)
-    values, errors = (np.atleast_2d(_array(v)) for v in (found.exponents, found.standard_errors))
-    converged = np.broadcast_to(_array(found.converged).astype(bool).reshape(len(values), -1), values.shape)
-    count, samples = values.shape[1], len(values)
-    ax.axhline(0, color=ink(ax), linewidth=0.6)
-    for sample in range(samples):
-        color = sample_color(ax, sample, samples)
-        row, error, good = values[sample], np.nan_to_num(errors[sample]), converged[sample]
-        # side by side, so that error bars of samples do not hide each other
-        index = np.arange(1, count + 1) + (sample - (samples - 1) / 2) * min(0.12, 0.6 / samples)
-        if count > _BARS:
-            ax.fill_between(index, row - error, row + error, color=color, alpha=0.2, linewidth=0)
-        else:
-            ax.vlines(index, row - error, row + error, color=color, linewidth=0.8)
-        ax.plot(index[good], row[good], "o", color=color, markersize=3)
-        ax.plot(index[~good], row[~good], "o", color=color, markersize=3, markerfacecolor="none", markeredgewidth=0.7)
-    ax.set_xlim(0.5, count + 0.5)
-    ax.xaxis.set_major_locator(MaxNLocator(6, integer=True))
-    title = "Lyapunov exponents" + ("" if converged.all() else ", hollow: NOT converged")
-    return finish(ax, font, "index", "exponent (nats per step)", title)
+    return _falling(found, _array(found.standard_errors), ax, "o", "Lyapunov exponents")
 
 
 def lyapunov_convergence(spectrum: LyapunovSpectrum | Report, ax: Axes | None = None, *, sample: int = 0) -> Axes:
@@ -95,17 +85,37 @@ def finite_time(found: FiniteTimeExponents, ax: Axes | None = None) -> Axes:
         found: from ``stabkit.finite_time_exponents``; samples have colors of their own.
         ax: where to draw; a new figure when None.
     """
+    return _falling(found, None, ax, "s", "Finite-time exponents")
+
+
+def _falling(
+    found: LyapunovSpectrum | Exponents | FiniteTimeExponents,
+    errors: Any,
+    ax: Axes | None,
+    marker: str,
+    title: str,
+) -> Axes:
+    """Exponents of every sample by their index, with bars or a band for their errors where there are any."""
     ax, font = new_axes(ax, 8, 6)
-    values, converged = _array(found.exponents), _array(found.converged).astype(bool)
-    index = np.arange(1, values.shape[1] + 1)
-    ax.axhline(0, color="black", linewidth=0.6)
-    for sample, (row, good) in enumerate(zip(values, converged, strict=True)):
-        color, there = sample_color(ax, sample, len(values)), np.isfinite(row)
-        ax.plot(index[there & good], row[there & good], "s", color=color, markersize=3)
-        hollow = there & ~good
-        ax.plot(index[hollow], row[hollow], "s", color=color, markersize=3, markerfacecolor="none", markeredgewidth=0.7)
+    values = np.atleast_2d(_array(found.exponents))
+    converged = np.broadcast_to(_array(found.converged).astype(bool).reshape(len(values), -1), values.shape)
+    samples, count = values.shape
+    reach = np.zeros(values.shape) if errors is None else np.nan_to_num(np.atleast_2d(errors))
+    ax.axhline(0, color=ink(ax), linewidth=0.6)
+    for sample, (row, error) in enumerate(zip(values, reach, strict=True)):
+        color = sample_color(ax, sample, samples)
+        # side by side, so that what is drawn of one sample does not hide another
+        index = np.arange(1, count + 1) + (sample - (samples - 1) / 2) * min(0.12, 0.6 / samples)
+        if errors is not None and count > _BARS:
+            ax.fill_between(index, row - error, row + error, color=color, alpha=0.2, linewidth=0)
+        elif errors is not None:
+            ax.vlines(index, row - error, row + error, color=color, linewidth=0.8)
+        for good, look in ((True, {}), (False, _HOLLOW)):
+            shown = np.isfinite(row) & (converged[sample] == good)
+            ax.plot(index[shown], row[shown], marker, color=color, markersize=3, **look)
+    ax.set_xlim(0.5, count + 0.5)
     ax.xaxis.set_major_locator(MaxNLocator(6, integer=True))
-    title = "Finite-time exponents" + ("" if converged.all() else " (hollow: NOT converged)")
+    title += "" if converged.all() else ", hollow: NOT converged"
     return finish(ax, font, "index", "exponent (nats per step)", title)
 
 
@@ -135,21 +145,12 @@ def exponent_field(field: ExponentField, ax: Axes | None = None, *, index: int =
     ax, font = new_axes(ax, 8, 6.5, margin=0.06)
     values = _array(field.exponents)[..., index]
     first, second = _array(field.first), _array(field.second)
-    image = ax.pcolormesh(first, second, values, cmap=DIVERGING, norm=_around_zero(values), shading="nearest")
+    image = ax.pcolormesh(first, second, values, cmap=DIVERGING, norm=around_zero(values), shading="nearest")
     image.set_rasterized(True)
-    bar = ax.figure.colorbar(image, cax=ax.inset_axes((1.03, 0, 0.05, 1)))
-    bar.set_label("nats per step", fontsize=font)
-    small_text(bar.ax, font)
+    color_bar(ax, image, "nats per step", font)
     ax.set_aspect("equal", adjustable="box")
     title = f"Finite-time exponent {index + 1}, {field.steps} steps"
     return finish(ax, font, "first direction (input units)", "second direction (input units)", title)
-
-
-def _around_zero(values: Any) -> TwoSlopeNorm:
-    """White at zero, the same color for the same size on both sides."""
-    finite = values[np.isfinite(values)]
-    reach = float(np.abs(finite).max()) if finite.size else 1.0
-    return TwoSlopeNorm(0.0, -(reach or 1.0), reach or 1.0)
 
 
 def sum_rule(spectrum: LyapunovSpectrum | Report, ax: Axes | None = None) -> Axes:

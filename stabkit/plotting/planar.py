@@ -20,6 +20,7 @@ from stabkit.plotting.style import (
     FONT,
     GREY,
     ORANGE,
+    color_bar,
     finish,
     new_axes,
     sample_color,
@@ -30,7 +31,7 @@ from stabkit.plotting.style import (
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from stabkit.tracing import Flow, Iteration
+    from stabkit.tracing import FlowLike
 
 _PANELS = 4
 _LONG = 100  # steps of a trajectory that can be followed as a line
@@ -48,7 +49,7 @@ def grid_points(low: float = -2.0, high: float = 2.0, lines: int = 11, along: in
     return torch.cat([rows, rows.flip(-1)]).reshape(-1, 2)
 
 
-def flow_map(flow: Flow | Iteration, ax: Axes | None = None, *, along: int | None = 61, panels: int = _PANELS) -> Axes:
+def flow_map(flow: FlowLike, ax: Axes | None = None, *, along: int | None = 61, panels: int = _PANELS) -> Axes:
     """Grid lines bending step by step: the flow map of a two-dimensional model through depth.
 
     Every depth is a panel inside the Axes, all of the same scale.
@@ -118,7 +119,7 @@ def _check_lines(states: list[tuple[int, NDArray[np.float64]]], along: int | Non
 
 
 def animate_flow_map(
-    flow: Flow | Iteration, path: str | os.PathLike[str], *, along: int = 61, between: int = 6, per_second: int = 12
+    flow: FlowLike, path: str | os.PathLike[str], *, along: int = 61, between: int = 6, per_second: int = 12
 ) -> Path:
     """The flow map as an animated GIF; between two depths points move on straight lines.
 
@@ -162,7 +163,7 @@ def animate_flow_map(
     return path
 
 
-def vector_field(flow: Flow | Iteration, ax: Axes | None = None, *, step: int = 0) -> Axes:
+def vector_field(flow: FlowLike, ax: Axes | None = None, *, step: int = 0) -> Axes:
     """What one step adds to every point of the plane: the field h f(x) = x' - x of a two-dimensional model.
 
     Args:
@@ -185,14 +186,12 @@ def vector_field(flow: Flow | Iteration, ax: Axes | None = None, *, step: int = 
     arrows = ax.quiver(
         *source.T, *change.T, speed, angles="xy", scale_units="xy", scale=scale, cmap="viridis", width=0.004
     )
-    bar = ax.figure.colorbar(arrows, cax=ax.inset_axes((1.03, 0, 0.05, 1)))
-    bar.set_label("|x′ − x|", fontsize=font)
-    small_text(bar.ax, font)
+    color_bar(ax, arrows, "|x′ − x|", font)
     ax.set_aspect("equal", adjustable="box")
     return finish(ax, font, "x₁", "x₂", f"What {verbatim(_name(flow, step))} adds")
 
 
-def phase_portrait(flow: Flow | Iteration, ax: Axes | None = None, *, samples: int = 40) -> Axes:
+def phase_portrait(flow: FlowLike, ax: Axes | None = None, *, samples: int = 40) -> Axes:
     """Trajectories of a recurrent net or an iterated map; in more than two dimensions their two principal directions.
 
     A circle marks the start of a trajectory, a dot its end.
@@ -247,7 +246,7 @@ def _lines(ax: Axes, points: NDArray[np.float64], along: int) -> None:
     ax.plot(*points[:1].T, ".", color=GREY, markersize=3)
 
 
-def _planar_states(flow: Flow | Iteration) -> list[tuple[int, NDArray[np.float64]]]:
+def _planar_states(flow: FlowLike) -> list[tuple[int, NDArray[np.float64]]]:
     found = [(index, plane) for index, state in enumerate(flow.states) if (plane := _plane(state)) is not None]
     if not all(np.isfinite(points).all() for _, points in found):
         raise ArgumentError("the states are not finite; there is nothing to draw")
@@ -266,6 +265,6 @@ def _flat(state: Any) -> NDArray[np.float64]:
     return flat
 
 
-def _name(flow: Flow | Iteration, step: int) -> str:
+def _name(flow: FlowLike, step: int) -> str:
     name = str(getattr(flow.steps[step], "name", ""))
     return f"step {step}" if not name or name.isdigit() else name

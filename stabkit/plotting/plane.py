@@ -7,11 +7,23 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.patches import Circle
 from matplotlib.ticker import MaxNLocator
 
 from stabkit.errors import ArgumentError
-from stabkit.plotting.style import BLUE, GREY, ORANGE, finish, ink, log_limits, new_axes, sample_color, shade, verbatim
+from stabkit.plotting.style import (
+    BLUE,
+    GREY,
+    ORANGE,
+    complex_plane,
+    finish,
+    ink,
+    log_limits,
+    new_axes,
+    sample_color,
+    shade,
+    unit_circle,
+    verbatim,
+)
 from stabkit.report import StepReport
 from stabkit.report.formats import middle
 
@@ -20,6 +32,8 @@ if TYPE_CHECKING:
 
     from stabkit.integrators.linear_stability import LinearStability
     from stabkit.jacobians import SingularValueDensity
+
+_GRID = 401  # points along each side of a region
 
 
 def spectrum(spectrum: Any, ax: Axes | None = None) -> Axes:
@@ -48,7 +62,7 @@ def spectrum(spectrum: Any, ax: Axes | None = None) -> Axes:
         ax.scatter(x[good], y[good], s=8, color=color, linewidths=0)
         ax.scatter(x[~good], y[~good], s=10, facecolors="none", edgecolors=color, linewidths=0.7)
     if planar:
-        ax.add_patch(Circle((0, 0), 1, fill=False, edgecolor=ink(ax), linewidth=0.8))
+        unit_circle(ax)
         ax.autoscale_view()
         ax.set_aspect("equal", adjustable="datalim")
         return finish(ax, font, "Re λ", "Im λ", "Eigenvalues of J")
@@ -104,25 +118,30 @@ def method(method: LinearStability, ax: Axes | None = None, *, z: ArrayLike | No
     if points.size:
         left, right = min(left, 1.1 * points.real.min()), max(right, 1.1 * points.real.max())
         height = max(height, 1.1 * float(np.abs(points.imag).max()))
-    x, y = np.linspace(left, right, 401), np.linspace(-height, height, 401)
-    with np.errstate(all="ignore"):
-        radius = np.nan_to_num(method.amplification(x[None, :] + 1j * y[:, None]), nan=np.inf, posinf=1e300)
-    # the logarithm keeps the contour smooth beside poles
-    level = np.log(np.maximum(radius, 1e-300))
-    ax.contourf(x, y, level, levels=[-1e3, 0.0], colors=[shade(ax)])
-    ax.contour(x, y, level, levels=[0.0], colors=[ink(ax)], linewidths=0.9)
+    stable_area(ax, method, (complex(left, -height), complex(right, height)))
     reach = min(float(method.imaginary_interval()), height)
     if reach > 0:
         # the region of leapfrog is nothing but this
         ax.plot([0, 0], [-reach, reach], color=ORANGE, linewidth=1.4)
-    ax.axhline(0, color=GREY, linewidth=0.5, zorder=0)
-    ax.axvline(0, color=GREY, linewidth=0.5, zorder=0)
+    complex_plane(ax)
     if points.size:
         ax.scatter(points.real, points.imag, s=9, color=BLUE, linewidths=0, zorder=3)
     ax.set_xlim(left, right)
     ax.set_ylim(-height, height)
     ax.set_aspect("equal")
     return finish(ax, font, "Re z", "Im z", f"Stability region, {verbatim(middle(method.name, 24))}")
+
+
+def stable_area(ax: Axes, method: LinearStability, frame: tuple[complex, complex], line: str = "-") -> None:
+    """Shade where powers of M(z) stay bounded, between two corners, and draw the boundary."""
+    low, high = frame
+    x, y = np.linspace(low.real, high.real, _GRID), np.linspace(low.imag, high.imag, _GRID)
+    with np.errstate(all="ignore"):
+        radius = np.nan_to_num(method.amplification(x[None, :] + 1j * y[:, None]), nan=np.inf, posinf=1e300)
+    # the logarithm keeps the contour smooth beside poles
+    level = np.log(np.maximum(radius, 1e-300))
+    ax.contourf(x, y, level, levels=[-1e3, 0.0], colors=[shade(ax)], zorder=-2)
+    ax.contour(x, y, level, levels=[0.0], colors=[ink(ax)], linewidths=0.9, linestyles=[line], zorder=1)
 
 
 def _window(method: LinearStability) -> tuple[float, float, float]:

@@ -137,16 +137,26 @@ def norms(result: Report | GradientProfile, ax: Axes | None = None) -> Axes:
     """Norms of the states and of the gradient over depth, on one logarithmic scale, with intervals over samples.
 
     Dotted lines stand where a random cotangent was drawn anew: the gradients left and right of them do not compare.
+    Where gradients are beyond the range of a float, the axis counts powers of ten.
 
     Args:
         result: a report, or what ``stabkit.gradient_profile`` returned.
         ax: where to draw; a new figure when None.
     """
     ax, font = new_axes(ax, 8, 6)
-    ax.set_yscale("log")
     depth = over_depth(result)
     series = ((depth.gradient, BLUE, "-", "gradient"), (depth.state, ORANGE, "--", "state"))
-    log_limits(ax, np.concatenate([_norm_line(ax, *one) for one in series]))
+    quantity = "norm"
+    if depth.gradient.powers is None:
+        ax.set_yscale("log")
+        log_limits(ax, np.concatenate([_norm_line(ax, *one) for one in series]))
+    else:
+        quantity = "log10 of the norm"
+        for one, color, line, label in series:
+            with np.errstate(divide="ignore"):
+                powers = np.log10(one.values) if one.powers is None else one.powers
+            shown = np.where(np.isfinite(powers), powers, np.nan)
+            ax.plot(np.arange(len(shown)) - 0.5, shown, line, color=color, linewidth=1.1, label=label)
     for index in getattr(result, "restarts", ()):
         ax.axvline(index - 0.5, color=ink(ax), linestyle=":", linewidth=0.7)
     handles, labels = ax.get_legend_handles_labels()
@@ -155,7 +165,7 @@ def norms(result: Report | GradientProfile, ax: Axes | None = None) -> Axes:
     else:
         empty(ax, "no norm is finite\nand above zero", font)
     depth_axis(ax, depth.names, font)
-    return finish(ax, font, None, "norm", "States and gradients over depth")
+    return finish(ax, font, None, quantity, "States and gradients over depth")
 
 
 def _norm_line(ax: Axes, norms: Norms, color: str, line: str, label: str) -> FloatArray:

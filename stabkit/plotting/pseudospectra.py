@@ -9,12 +9,13 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
-from matplotlib.patches import Circle
 
 from stabkit.errors import ArgumentError
-from stabkit.plotting.style import GREY, ORANGE, finish, ink, new_axes, small_text
+from stabkit.plotting.style import GREY, ORANGE, color_bar, finish, ink, new_axes, outline, unit_circle
 
 if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
     from stabkit.jacobians import Jacobian, NonNormality
 
 _LARGEST = 400  # a resolvent norm at 4000 points takes minutes beyond this size
@@ -69,15 +70,8 @@ def pseudospectra(
     ax, font = new_axes(ax, 8, 7, margin=0.04)
     colors: dict[str, Any] = {"cmap": "viridis", "norm": Normalize(min(levels) - 0.25, max(levels) + 0.25)}
     ax.contour(x, np.concatenate([-y[:0:-1], y]), level, levels=sorted(levels), linewidths=0.8, **colors)
-    around = np.append(boundary, boundary[0])
-    ax.plot(around.real, around.imag, "--", color=ORANGE, linewidth=0.8)
-    ax.add_patch(Circle((0, 0), 1, fill=False, edgecolor=ink(ax), linewidth=0.8))
-    ax.plot(values.real, values.imag, ".", color=ink(ax), markersize=2.5)
-    ax.axhline(0, color=GREY, linewidth=0.4, zorder=0)
-    look = ScalarMappable(colors["norm"], colors["cmap"])
-    bar = ax.figure.colorbar(look, cax=ax.inset_axes((1.03, 0, 0.05, 1)), ticks=sorted(levels))
-    bar.set_label("log10 ε", fontsize=font)
-    small_text(bar.ax, font)
+    _eigenvalues(ax, values, boundary)
+    color_bar(ax, ScalarMappable(colors["norm"], colors["cmap"]), "log10 ε", font, ticks=sorted(levels))
     ax.set_aspect("equal")
     return finish(ax, font, "Re z", "Im z", "Pseudospectra, dashed: numerical range")
 
@@ -95,13 +89,17 @@ def numerical_range(result: NonNormality, ax: Axes | None = None, *, sample: int
     """
     ax, font = new_axes(ax, 8, 7)
     values, boundary = result.eigenvalues[sample].numpy(), result.numerical_range[sample].numpy()
-    around = np.append(boundary, boundary[0])
-    ax.plot(around.real, around.imag, "--", color=ORANGE, linewidth=0.8)
-    ax.add_patch(Circle((0, 0), 1, fill=False, edgecolor="black", linewidth=0.8))
-    ax.plot(values.real, values.imag, ".", color="black", markersize=2.5)
-    ax.axhline(0, color=GREY, linewidth=0.4, zorder=0)
+    _eigenvalues(ax, values, boundary)
     ax.autoscale_view()
     ax.set_aspect("equal", adjustable="datalim")
     largest, at = float(result.max_power_norm[sample]), int(result.max_power_at[sample])
     words = f"max ‖J^k‖ = {largest:.3g} at k = {at}"
     return finish(ax, font, "Re z", "Im z", f"Numerical range, {words}")
+
+
+def _eigenvalues(ax: Axes, values: NDArray[np.complex128], boundary: NDArray[np.complex128]) -> None:
+    """Eigenvalues in their numerical range, with the unit circle."""
+    outline(ax, boundary, ORANGE)
+    unit_circle(ax)
+    ax.plot(values.real, values.imag, ".", color=ink(ax), markersize=2.5)
+    ax.axhline(0, color=GREY, linewidth=0.4, zorder=0)

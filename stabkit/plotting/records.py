@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.colors import TwoSlopeNorm
 from matplotlib.ticker import MaxNLocator
 
-from stabkit.errors import ArgumentError
-from stabkit.plotting.style import DIVERGING, GREY, end_of, finish, ink, new_axes, small_text
+from stabkit.errors import ArgumentError, did_you_mean
+from stabkit.plotting.style import DIVERGING, around_zero, color_bar, end_of, finish, ink, new_axes
 
 _NAMES = 12  # rows that can carry a name
 _COUNTED = {"growth", "gain"}  # quantities around zero, in nats
@@ -37,8 +35,7 @@ def training(records: Any, ax: Axes | None = None, *, quantity: str = "growth") 
     names = list(dict.fromkeys(block["name"] for record in plain for block in record["blocks"]))
     known = [key for key in (plain[0]["blocks"] or [{}])[0] if key not in ("name", "non_finite")]
     if quantity not in known:
-        near = difflib.get_close_matches(quantity, known, n=1)
-        guess = f"; did you mean {near[0]!r}?" if near else ""
+        guess = did_you_mean(quantity, known)
         raise ArgumentError(f"quantity={quantity!r}; the blocks have {', '.join(known)}{guess}")
     values = np.full((len(names), len(plain)), np.nan)
     for column, record in enumerate(plain):
@@ -49,9 +46,7 @@ def training(records: Any, ax: Axes | None = None, *, quantity: str = "growth") 
     look: dict[str, Any] = {"cmap": "viridis"}
     label = quantity.replace("_", " ")
     if quantity in _COUNTED:
-        finite = np.abs(values[np.isfinite(values)])
-        reach = float(np.quantile(finite, 0.99)) if finite.size else 1.0
-        look = {"cmap": DIVERGING, "norm": TwoSlopeNorm(0.0, -(reach or 1.0), reach or 1.0)}
+        look = {"cmap": DIVERGING, "norm": around_zero(values, 0.99)}
         label += " (nats)"
     else:
         with np.errstate(divide="ignore", invalid="ignore"):
@@ -67,10 +62,7 @@ def training(records: Any, ax: Axes | None = None, *, quantity: str = "growth") 
     every = -(-len(names) // _NAMES)
     ax.set_yticks(range(0, len(names), every), [end_of(name, 16) for name in names[::every]])
     ax.xaxis.set_major_locator(MaxNLocator(6, integer=True))
-    bar = ax.figure.colorbar(image, cax=ax.inset_axes((1.03, 0, 0.04, 1)))
-    bar.set_label(label, fontsize=font)
-    bar.outline.set_edgecolor(GREY)
-    small_text(bar.ax, font)
+    color_bar(ax, image, label, font)
     title = f"{quantity.replace('_', ' ').capitalize()} of every block" + (" (×: findings)" if raised else "")
     return finish(ax, font, "training step", "block (input on top)", title)
 

@@ -14,7 +14,20 @@ from matplotlib.patches import Circle
 from matplotlib.patheffects import withStroke
 from matplotlib.ticker import MaxNLocator
 
-from stabkit.plotting.style import GREY, end_of, finish, ink, new_axes, paper, sample_color, shade, small_text, verbatim
+from stabkit.plotting.plane import stable_area
+from stabkit.plotting.style import (
+    color_bar,
+    complex_plane,
+    end_of,
+    finish,
+    ink,
+    new_axes,
+    outline,
+    paper,
+    sample_color,
+    shade,
+    verbatim,
+)
 from stabkit.report.formats import middle
 from stabkit.report.plane import Plane, plane_of, worst
 
@@ -27,7 +40,6 @@ if TYPE_CHECKING:
 LARGEST_VIEW = 8.0  # radii that a picture may show around the regions: more, and they would be dots
 _RANGES = 3  # numerical ranges that can be told apart
 _STYLES: tuple[Literal["-", "--", ":", "-."], ...] = ("-", "--", ":", "-.")
-_GRID = 301
 
 
 def region(report: Report, ax: Axes | None = None) -> Axes:
@@ -51,17 +63,15 @@ def region(report: Report, ax: Axes | None = None) -> Axes:
     methods = list({plane.method: None for plane in planes if plane.method is not None})
     z, depth = _points(steps, planes)
     ranges = _ranges(steps, planes)
-    low, high = _view(np.concatenate([z, *(outline for _, outline in ranges)]), discs, methods)
+    low, high = _view(np.concatenate([z, *(boundary for _, boundary in ranges)]), discs, methods)
     _regions(ax, discs, methods, (low, high))
     colors, norm = _depth_colors(ax, len(report.steps))
-    for step, outline in ranges:
-        around = np.append(outline, outline[0])
-        ax.plot(around.real, around.imag, "--", color=colors(norm(step.index)), linewidth=0.8, zorder=1.5)
+    for step, boundary in ranges:
+        outline(ax, boundary, colors(norm(step.index)), zorder=1.5)
     _eigenvalues(ax, z, depth, (low, high), colors, norm, font)
     _depth_bar(ax, colors, norm, len(report.steps) if len(z) else 0, font)
-    notes = [*_margin(ax, steps, planes, font), *(["dashed: numerical range"] if ranges else [])]
-    ax.axhline(0, color=GREY, linewidth=0.5, zorder=0)
-    ax.axvline(0, color=GREY, linewidth=0.5, zorder=0)
+    notes = [*_margin(ax, steps, planes), *(["dashed: numerical range"] if ranges else [])]
+    complex_plane(ax)
     ax.set_xlim(low.real, high.real)
     ax.set_ylim(low.imag, high.imag + _headroom(discs, methods) * (high.imag - low.imag))
     ax.set_aspect("equal")
@@ -111,14 +121,14 @@ def _ranges(steps: Sequence[StepReport], planes: Sequence[Plane]) -> list[tuple[
     """The numerical ranges that reach furthest, in the plane of the discs."""
     found = []
     for step, plane in zip(steps, planes, strict=True):
-        outline = np.asarray(step.numerical_range or (), dtype=complex)
-        if plane.method is None and len(outline) and np.isfinite(outline).all():
-            found.append((float(np.abs(outline + plane.a).max()), step, outline))
+        boundary = np.asarray(step.numerical_range or (), dtype=complex)
+        if plane.method is None and len(boundary) and np.isfinite(boundary).all():
+            found.append((float(np.abs(boundary + plane.a).max()), step, boundary))
     found.sort(key=lambda one: -one[0])
-    return [(step, outline) for _, step, outline in found[:_RANGES]]
+    return [(step, boundary) for _, step, boundary in found[:_RANGES]]
 
 
-def _margin(ax: Axes, steps: Sequence[StepReport], planes: Sequence[Plane], font: float | None) -> list[str]:
+def _margin(ax: Axes, steps: Sequence[StepReport], planes: Sequence[Plane]) -> list[str]:
     """Ring the eigenvalue with the smallest margin, join it to the boundary, and say how far that is."""
     place = worst(planes)
     if place is None:
@@ -155,15 +165,9 @@ def _regions(
         )
         ax.add_patch(Circle((-a, 0), 1, facecolor=shade(ax), edgecolor="none", zorder=-2))
         ax.add_patch(Circle((-a, 0), 1, fill=False, edgecolor=ink(ax), label=label, zorder=1, **edge))
-    low, high = frame
-    x, y = np.linspace(low.real, high.real, _GRID), np.linspace(low.imag, high.imag, _GRID)
     for i, method in enumerate(methods):
         style = _STYLES[(len(discs) + i) % len(_STYLES)]
-        with np.errstate(all="ignore"):
-            size = np.nan_to_num(method.amplification(x[None, :] + 1j * y[:, None]), nan=np.inf, posinf=1e300)
-        level = np.log(np.maximum(size, 1e-300))  # the logarithm keeps the line smooth beside poles
-        ax.contourf(x, y, level, levels=[-1e3, 0.0], colors=[shade(ax)], zorder=-2)
-        ax.contour(x, y, level, levels=[0.0], colors=[ink(ax)], linewidths=0.9, linestyles=[style], zorder=1)
+        stable_area(ax, method, frame, style)
         label = f"|R(z)| ≤ 1, {verbatim(middle(method.name, 10))}"
         ax.add_line(Line2D([], [], color=ink(ax), linewidth=0.9, linestyle=style, label=label))
 
@@ -219,11 +223,8 @@ def _eigenvalues(
 def _depth_bar(ax: Axes, colors: ListedColormap, norm: BoundaryNorm, n: int, font: float | None) -> None:
     if n < 2:
         return
-    place = ax.inset_axes((1.03, 0, 0.05, 1))
-    bar = ax.figure.colorbar(ScalarMappable(norm, colors), cax=place, ticks=MaxNLocator(5, integer=True))
-    bar.set_label("step", fontsize=font)
+    bar = color_bar(ax, ScalarMappable(norm, colors), "step", font, ticks=MaxNLocator(5, integer=True))
     bar.ax.minorticks_off()
-    small_text(bar.ax, font)
 
 
 def _depth_colors(ax: Axes, n: int) -> tuple[ListedColormap, BoundaryNorm]:

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import io
 import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import matplotlib
 import numpy as np
 import numpy.typing as npt
 from matplotlib.axes import Axes
-from matplotlib.colors import LinearSegmentedColormap, to_rgba
+from matplotlib.colorbar import Colorbar
+from matplotlib.colors import LinearSegmentedColormap, TwoSlopeNorm, to_rgba
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
+from matplotlib.patches import Circle
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullFormatter
 
 BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#7F7F7F"
@@ -90,6 +93,51 @@ def empty(ax: Axes, words: str, font: float | None) -> None:
     """Say in the middle of Axes why nothing is drawn there, and take the numbers off an axis that has none."""
     ax.text(0.5, 0.5, words, transform=ax.transAxes, ha="center", va="center", fontsize=font)
     ax.set_yticks([])
+
+
+def color_bar(ax: Axes, image: Any, label: str, font: float | None, ticks: Any = None) -> Colorbar:
+    """The scale of the colors of ``image``, to the right of Axes and as high as they are."""
+    bar = ax.figure.colorbar(image, cax=ax.inset_axes((1.03, 0, 0.05, 1)), ticks=ticks)
+    bar.set_label(label, fontsize=font)
+    small_text(bar.ax, font)
+    return bar
+
+
+def around_zero(values: npt.ArrayLike, share: float = 1.0) -> TwoSlopeNorm:
+    """The scale of `DIVERGING`: white at zero, the same color for the same size on both sides.
+
+    It reaches as far as that share of the values which are finite.
+    """
+    sizes = np.abs(np.asarray(values, dtype=float))
+    sizes = sizes[np.isfinite(sizes)]
+    reach = float(np.quantile(sizes, share)) if sizes.size else 0.0
+    return TwoSlopeNorm(0.0, -(reach or 1.0), reach or 1.0)
+
+
+def complex_plane(ax: Axes) -> None:
+    """Fine lines through zero, beneath all that is drawn."""
+    ax.axhline(0, color=GREY, linewidth=0.5, zorder=0)
+    ax.axvline(0, color=GREY, linewidth=0.5, zorder=0)
+
+
+def unit_circle(ax: Axes) -> None:
+    """Where an eigenvalue of a Jacobian neither grows nor decays."""
+    ax.add_patch(Circle((0, 0), 1, fill=False, edgecolor=ink(ax), linewidth=0.8))
+
+
+def outline(ax: Axes, boundary: npt.NDArray[np.complex128], color: Any, **look: Any) -> None:
+    """A numerical range: its boundary, a closed dashed line."""
+    around = np.append(boundary, boundary[0])
+    ax.plot(around.real, around.imag, "--", color=color, linewidth=0.8, **look)
+
+
+def side_by_side(draws: Sequence[Callable[[Any, Axes], Axes]], result: Any) -> Figure:
+    """Several pictures of one result in a row."""
+    figure = Figure(figsize=(9 * len(draws) * CENTIMETER, 7.5 * CENTIMETER), dpi=200, layout="constrained")
+    for draw, ax in zip(draws, figure.subplots(1, len(draws)), strict=True):
+        small_text(ax, FONT)
+        draw(result, ax)
+    return figure
 
 
 def verbatim(text: str) -> str:

@@ -7,23 +7,23 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from stabkit.diagnosis import VERDICTS
 from stabkit.plotting.style import (
     BLUE,
-    CENTIMETER,
-    FONT,
+    DIVERGING,
     GREY,
     ORANGE,
+    around_zero,
+    color_bar,
+    empty,
     end_of,
-    figure_of,
     finish,
     ink,
     new_axes,
-    small_text,
+    side_by_side,
 )
 
 if TYPE_CHECKING:
@@ -70,19 +70,12 @@ def step_growth(comparison: Comparison, ax: Axes | None = None) -> Axes:
     ax, font = new_axes(ax, 9, 6)
     growth = comparison.growth
     if growth.shape[1] == 0:
-        ax.text(0.5, 0.5, "the checkpoints have\nno steps in common", ha="center", va="center", fontsize=font,
-                transform=ax.transAxes)  # fmt: skip
+        empty(ax, "the checkpoints have\nno steps in common", font)
         ax.set_xticks([])
-        ax.set_yticks([])
         return finish(ax, font, "", "", "Growth of every step")
     shown = np.ma.masked_invalid(growth.T)
-    limit = float(np.abs(shown).max()) if shown.count() else 1.0
-    image = ax.imshow(
-        shown, aspect="auto", cmap=_diverging(), vmin=-limit or -1.0, vmax=limit or 1.0, interpolation="nearest"
-    )
-    bar = figure_of(ax).colorbar(image, ax=ax)
-    bar.set_label("growth (nats)", fontsize=font)
-    small_text(bar.ax, font)
+    image = ax.imshow(shown, aspect="auto", cmap=DIVERGING, norm=around_zero(growth), interpolation="nearest")
+    color_bar(ax, image, "growth (nats)", font)
     labels = [snapshot.label for snapshot in comparison.snapshots]
     chosen = sorted({round(i) for i in np.linspace(0, len(labels) - 1, min(len(labels), 6))})
     ax.set_xticks(chosen, [end_of(labels[i], 16) for i in chosen])
@@ -111,11 +104,7 @@ def margin(comparison: Comparison, ax: Axes | None = None) -> Axes:
 
 def overview(comparison: Comparison) -> Figure:
     """The three pictures side by side."""
-    figure = Figure(figsize=(27 * CENTIMETER, 7.5 * CENTIMETER), dpi=200, layout="constrained")
-    for draw, ax in zip((total_growth, step_growth, margin), figure.subplots(1, 3), strict=True):
-        small_text(ax, FONT)
-        draw(comparison, ax)
-    return figure
+    return side_by_side((total_growth, step_growth, margin), comparison)
 
 
 def _by_step(snapshots: tuple[Snapshot, ...]) -> bool:
@@ -148,8 +137,3 @@ def _checkpoint_axis(ax: Axes, comparison: Comparison, font: float | None) -> No
         ax.set_xticks(range(len(labels)), labels, rotation=60, ha="right", rotation_mode="anchor")
     else:
         ax.xaxis.set_major_locator(MaxNLocator(6, integer=True))
-
-
-def _diverging() -> LinearSegmentedColormap:
-    """Blue through white to orange, the colors of growth in every other picture."""
-    return LinearSegmentedColormap.from_list("growth", [BLUE, "white", ORANGE])

@@ -60,11 +60,9 @@ def _decoders(cls: type) -> dict[str, Decoder]:
 
 _SIMPLE: dict[Any, Decoder] = {
     Any: lambda value: value,
-    int: encoding.integer,
     float: encoding.number,
     complex: encoding.complex_number,
-    str: encoding.text,
-    bool: encoding.boolean,
+    **{kind: functools.partial(encoding.typed, kind) for kind in (int, str, bool)},
     tuple[float, float]: encoding.interval,
 }
 
@@ -83,7 +81,7 @@ def _decoder(hint: Any) -> Decoder:
         return _tuple_of(parts[0])
     if get_origin(hint) is Mapping:
         item = _decoder(parts[1])
-        return lambda value: {name: item(entry) for name, entry in encoding.mapping(value).items()}
+        return lambda value: {name: item(entry) for name, entry in encoding.typed(dict, value).items()}
     raise TypeError(f"a report cannot hold a {hint}")
 
 
@@ -95,8 +93,8 @@ def _tuple_of(hint: Any) -> Decoder:
     if isinstance(hint, type) and dataclasses.is_dataclass(hint):
         return functools.partial(_records, hint)
     decode = _decoder(hint)
-    return lambda value: tuple(decode(item) for item in encoding.listing(value))
+    return lambda value: tuple(decode(item) for item in encoding.typed(list, value))
 
 
 def _records(cls: type, value: Any) -> tuple[Any, ...]:
-    return tuple(decoded(cls, item, f"[{index}]") for index, item in enumerate(encoding.listing(value)))
+    return tuple(decoded(cls, item, f"[{index}]") for index, item in enumerate(encoding.typed(list, value)))

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeVar
 
+T = TypeVar("T")
+
+_CALLED: dict[Any, str] = {int: "an integer", str: "a string", bool: "true or false", list: "a list", dict: "an object"}
 _NOT_FINITE = {"NaN", "Infinity", "-Infinity"}
 
 
@@ -25,38 +28,14 @@ def number(value: Any) -> float:
     return float(value)
 
 
-def integer(value: Any) -> int:
-    """An int read back from JSON; raises TypeError for anything else."""
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"expected an integer, found {shorten(value)}")
-    return value
+def typed(kind: type[T], value: Any) -> T:
+    """A value read back from JSON that is an int, str, bool, list or dict.
 
-
-def text(value: Any) -> str:
-    """A string read back from JSON; raises TypeError for anything else."""
-    if not isinstance(value, str):
-        raise TypeError(f"expected a string, found {shorten(value)}")
-    return value
-
-
-def boolean(value: Any) -> bool:
-    """A truth value read back from JSON; raises TypeError for anything else."""
-    if not isinstance(value, bool):
-        raise TypeError(f"expected true or false, found {shorten(value)}")
-    return value
-
-
-def listing(value: Any) -> list[Any]:
-    """A list read back from JSON; raises TypeError for anything else."""
-    if not isinstance(value, list):
-        raise TypeError(f"expected a list, found {shorten(value)}")
-    return value
-
-
-def mapping(value: Any) -> dict[str, Any]:
-    """An object read back from JSON; raises TypeError for anything else."""
-    if not isinstance(value, dict):
-        raise TypeError(f"expected an object, found {shorten(value)}")
+    Raises:
+        TypeError: it is of another type; true and false are no integers.
+    """
+    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+        raise TypeError(f"expected {_CALLED[kind]}, found {shorten(value)}")
     return value
 
 

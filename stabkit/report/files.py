@@ -9,12 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stabkit.errors import ReportError
+from stabkit.pictures import drawing
 from stabkit.report import encoding, tables
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
     from stabkit.report.schema import Report
@@ -32,9 +30,7 @@ def save(report: Report, path: str | os.PathLike[str]) -> Path:
     if suffix == ".csv":
         return write(path, tables.csv_text(report).encode())
     if suffix in PICTURES:
-        from stabkit import plotting
-
-        return write_figure(plotting.overview(report), path)
+        return write_figure(drawing("overview")(report), path)
     if suffix in (".html", ".htm"):
         from stabkit.report.page import report_page
 
@@ -50,17 +46,16 @@ def save_all(report: Report, folder: str | os.PathLike[str]) -> list[Path]:
     Raises:
         ReportError: the folder or a file in it cannot be written.
     """
-    from stabkit import plotting
     from stabkit.report.page import report_page
 
     folder = Path(folder)
     contents = {"report.html": report_page(report).encode()}
     contents["report.json"] = encoding.lines(report.to_dict()).encode()
-    pictures: dict[str, Callable[[Report], Axes]] = {"growth": plotting.growth, "gradients": plotting.gradients}
+    pictures = ["growth", "gradients"]
     if any(step.z is not None for step in report.steps):  # without eigenvalues a region is an empty frame
-        pictures = {"region": plotting.region, **pictures}
-    for name, draw in pictures.items():
-        contents[f"{name}.png"] = plotting.render(plotting.figure_of(draw(report)), "png")
+        pictures = ["region", *pictures]
+    for name in pictures:
+        contents[f"{name}.png"] = drawing("render")(drawing("figure_of")(drawing(name)(report)), "png")
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -102,9 +97,7 @@ def write_figure(figure: Figure, path: str | os.PathLike[str]) -> Path:
     suffix = path.suffix.lower()
     if suffix not in PICTURES:
         raise ReportError(f"{path}: unknown suffix {suffix!r} for a picture; accepted: {', '.join(PICTURES)}")
-    from stabkit import plotting
-
-    return write(path, plotting.render(figure, suffix.removeprefix(".")))
+    return write(path, drawing("render")(figure, suffix.removeprefix(".")))
 
 
 def write(path: Path, content: bytes) -> Path:

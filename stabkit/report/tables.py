@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import csv
-import io
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
+from stabkit import tables
 from stabkit.diagnosis import factor
 from stabkit.errors import ReportError
 from stabkit.report.fields import flat, flat_names, shown_fields
@@ -100,17 +97,8 @@ def plain(report: Report, width: int = 100) -> str:
     chosen = columns(report, width)
     rows = [[column.title for column in chosen]]
     rows += [[column.cell(step) for column in chosen] for step in report.steps]
-    widths = [max(len(row[i]) for row in rows) for i in range(len(chosen))]
-    table = [
-        (" " * GAP)
-        .join(
-            cell.ljust(size) if column.is_text else cell.rjust(size)
-            for cell, size, column in zip(row, widths, chosen, strict=True)
-        )
-        .rstrip()
-        for row in rows
-    ]
-    table.insert(1, "-" * max(len(line) for line in table))
+    words = {place for place, column in enumerate(chosen) if column.is_text}
+    table = tables.aligned(rows, words, GAP)
     head = [f"{report.model}: {report.verdict.upper()}", report.summary, *reason(report), origin(report), ""]
     tail = ["", total(report), *(finding_line(finding) for finding in report.findings), *report.notes]
     return printable("\n".join([*head, *table, *tail]))
@@ -126,20 +114,7 @@ def finding_line(finding: Any) -> str:
 
 def csv_text(report: Report) -> str:
     """The steps as comma-separated values, one row a step; an absent value is an empty cell."""
-    stream = io.StringIO()
-    writer = csv.DictWriter(stream, flat_names(report.step_type), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows({key: csv_cell(value) for key, value in flat(step).items()} for step in report.steps)
-    return stream.getvalue()
-
-
-def csv_cell(value: Any) -> Any:
-    """Numbers as Python writes them, and no text that a spreadsheet would run as a formula."""
-    if isinstance(value, np.generic):
-        return value.item()
-    if isinstance(value, str) and value.startswith(("=", "+", "-", "@", "\t", "\r")):
-        return "'" + value
-    return value
+    return tables.csv_text(flat_names(report.step_type), map(flat, report.steps))
 
 
 def dataframe(report: Report) -> pandas.DataFrame:

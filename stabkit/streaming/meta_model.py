@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from stabkit.checkpoints.files import reading
-from stabkit.checkpoints.hugging_face import _quiet, _resolve, read_json, weight_files
-from stabkit.checkpoints.names import near, seeded
-from stabkit.errors import CheckpointError
+from stabkit.checkpoints.hugging_face import quiet, read_json, resolve, weight_files
+from stabkit.checkpoints.names import seeded
+from stabkit.errors import CheckpointError, did_you_mean
 
 
 @contextlib.contextmanager
@@ -51,9 +51,9 @@ def skeleton(folder: Path) -> nn.Module:
             f"{folder / 'config.json'} asks for code of its own (auto_map), which is not run; import its class "
             "yourself and give model="
         )
-    model_class, settings = _resolve(folder, config)
+    model_class, settings = resolve(folder, config)
     settings._attn_implementation = "eager"  # has a derivative everywhere
-    with seeded(0), _quiet(), without_weights():
+    with seeded(0), quiet(), without_weights():
         try:
             model: nn.Module = model_class(settings)
         except Exception as error:  # a config class validates with whatever it likes
@@ -102,7 +102,7 @@ class WeightFiles:
             for candidate in (name, f"{prefix}.{name}", name.removeprefix(f"{prefix}.")):
                 if candidate in self._files:
                     return candidate
-        raise CheckpointError(f"{self.folder} has no tensor {names[0]!r}{near(names[0], list(self._files))}")
+        raise CheckpointError(f"{self.folder} has no tensor {names[0]!r}{did_you_mean(names[0], list(self._files))}")
 
     def read(self, names: Iterable[str], dtype: torch.dtype, device: torch.device) -> tuple[dict[str, Tensor], str]:
         """Tensors in ``dtype``, in memory of their own, and a hash of their bytes as they are in the files."""

@@ -2,7 +2,19 @@
 
 from stabkit.tracing.flow import Flow, State, Step
 from stabkit.tracing.iteration import Iteration, iterate
+from stabkit.tracing.protocols import FlowLike, StateLike, StepLike
 from stabkit.tracing.recurrent import recurrent_flow
 from stabkit.tracing.tracer import trace
 
-__all__ = ["Flow", "Iteration", "State", "Step", "iterate", "recurrent_flow", "trace"]
+__all__ = [
+    "Flow",
+    "FlowLike",
+    "Iteration",
+    "State",
+    "StateLike",
+    "Step",
+    "StepLike",
+    "iterate",
+    "recurrent_flow",
+    "trace",
+]

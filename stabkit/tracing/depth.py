@@ -6,13 +6,16 @@ needs both: it lies between two calls, at a position where as little as possible
 
 from __future__ import annotations
 
+import bisect
 import fnmatch
 import itertools
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
+import numpy as np
 from torch import nn
 
 from stabkit.errors import TraceError
@@ -39,7 +42,7 @@ class Piece:
     calls: tuple[Interval, ...]
     shape: str = "layer"
 
-    @property
+    @cached_property
     def main(self) -> Interval | None:
         """The call that does most of the work."""
 
@@ -146,10 +149,15 @@ def _boundary(intervals: Intervals, low: int, high: int, before: list[tuple[int,
 
 def _between(intervals: Intervals, units: Sequence[Interval], boundaries: Sequence[int]) -> list[Piece]:
     pieces = []
+    starts = [unit.start for unit in units]
+    latest = list(itertools.accumulate((unit.stop for unit in units), max))
     for start, stop in itertools.pairwise(sorted(set(boundaries))):
-        inside = _whole(intervals, [u for u in units if min(u.stop, stop) > max(u.start, start)], start, stop)
+        # none before the first of these reaches into the piece, none after the last begins before its end
+        near = units[bisect.bisect_right(latest, start) : bisect.bisect_left(starts, stop)]
+        inside = _whole(intervals, [u for u in near if min(u.stop, stop) > max(u.start, start)], start, stop)
         if not units:
-            inside = tuple(c for c in intervals.calls if c.start <= start and stop <= c.stop and c.path)[-1:]
+            named = (call for call in intervals.enclosing(start, stop) if call.path)
+            inside = tuple(itertools.islice(named, 1))
         pieces.append(Piece(start, stop, inside, _shape(intervals, start, stop)))
     return pieces
 
@@ -186,8 +194,9 @@ def _by_modules(intervals: Intervals) -> list[Piece]:
     # what the model does outside any module before the first unit and after the last is no part of these
     boundaries.update(position for position in (first, last) if intervals.width[position] == 1)
     boundaries.update(gap.position for gap in gaps if _passed_by(intervals, gap))
+    positions = [gap.position for gap in gaps]
     for start, stop in itertools.pairwise(sorted(boundaries)):
-        inside = [gap for gap in gaps if start < gap.position < stop]
+        inside = gaps[bisect.bisect_right(positions, start) : bisect.bisect_left(positions, stop)]
         # no narrow boundary over most of the graph: a ladder of states that are tuples
         if len(inside) >= 4 and stop - start > 0.5 * intervals.end:
             boundaries.update(gap.position for gap in inside)
@@ -290,11 +299,11 @@ class _Units:
 
 def _cover(intervals: Intervals, blocks: list[Interval], start: int, stop: int, base: int) -> bool:
     """Whether the graph is no wider than ``base`` wherever it is not inside one of the blocks."""
-    return all(
-        any(block.start < position < block.stop for block in blocks)
-        for position in range(start + 1, stop)
-        if intervals.width[position] > base
-    )
+    inside = np.zeros(stop + 1, dtype=bool)
+    for block in blocks:
+        inside[block.start + 1 : block.stop] = True
+    wide = intervals.width[start + 1 : stop] > base
+    return not bool((wide & ~inside[start + 1 : stop]).any())
 
 
 def _similarity(a: Counter[str], b: Counter[str]) -> float:
@@ -310,6 +319,7 @@ def _repeats(intervals: Intervals, units: Sequence[Interval]) -> bool:
 def _glued(intervals: Intervals, pieces: list[Piece]) -> list[Piece]:
     """Join norms, activations and pools to the plain layer before them, or after; never to a block."""
     plain = all(piece.shape != "block" for piece in pieces) and not intervals.has_convolutions
+    of_linear_layers: dict[int, bool] = {}  # by the index of a parent
     joined: list[Piece] = []
     for piece in pieces:
         last = joined[-1] if joined else None
@@ -317,7 +327,7 @@ def _glued(intervals: Intervals, pieces: list[Piece]) -> list[Piece]:
             (piece.shape == "glue" and last.shape in ("layer", "glue"))
             or (piece.shape == "layer" and last.shape == "glue")
         )
-        if last is not None and together and not (plain and _own_items(intervals, last, piece)):
+        if last is not None and together and not (plain and _own_items(intervals, last, piece, of_linear_layers)):
             shape = "layer" if "layer" in (last.shape, piece.shape) else "glue"
             calls = _whole(intervals, [*last.calls, *piece.calls], last.start, piece.stop)
             joined[-1] = replace(last, stop=piece.stop, calls=calls, shape=shape)
@@ -326,16 +336,21 @@ def _glued(intervals: Intervals, pieces: list[Piece]) -> list[Piece]:
     return joined
 
 
-def _own_items(intervals: Intervals, before: Piece, after: Piece) -> bool:
-    """Whether two pieces are items of one Sequential of linear layers: there the author's items are the steps."""
+def _own_items(intervals: Intervals, before: Piece, after: Piece, of_linear_layers: dict[int, bool]) -> bool:
+    """Whether two pieces are items of one Sequential of linear layers: there the author's items are the steps.
+
+    What each parent was found to be is kept in ``of_linear_layers``: all its pairs of items ask the same.
+    """
     if not before.calls or not after.calls:
         return False
     parents = {call.parent for call in (*before.calls, *after.calls)}
     parent = intervals.by_index.get(parents.pop()) if len(parents) == 1 else None
     if parent is None or type(parent.module) is not nn.Sequential:
         return False
-    weighted = [item for item in parent.module if any(p.dim() >= 2 for p in item.parameters())]
-    return all(isinstance(item, nn.Linear) for item in weighted)
+    if parent.index not in of_linear_layers:
+        weighted = [item for item in parent.module if any(p.dim() >= 2 for p in item.parameters())]
+        of_linear_layers[parent.index] = all(isinstance(item, nn.Linear) for item in weighted)
+    return of_linear_layers[parent.index]
 
 
 # ---------------------------------------------------------------- from the operations alone

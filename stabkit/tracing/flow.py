@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -14,10 +14,10 @@ from stabkit.errors import OutOfRangeError, TraceError
 from stabkit.operators.jacobian import Jacobian
 from stabkit.tracing.endpoints import scalar_loss
 from stabkit.tracing.forward_pass import ForwardPass
-from stabkit.tracing.graph import Graph
 from stabkit.tracing.products import Products, Space
+from stabkit.tracing.protocols import FlatState, Tangents
 from stabkit.tracing.recorded_jacobian import jacobian_of
-from stabkit.tracing.recording import Recording
+from stabkit.tracing.recorded_pass import RecordedPass
 from stabkit.tracing.samples import Layout
 from stabkit.tracing.segments import Segment
 from stabkit.tracing.values import Value, meta_of, operation, random_tensors
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, eq=False)
-class State:
+class State(FlatState):
     """Everything that the rest of the model depends on, at one depth.
 
     Attributes:
@@ -52,28 +52,9 @@ class State:
         return tuple(self._data[value] for value in self.values)
 
     @property
-    def shapes(self) -> tuple[tuple[int, ...], ...]:
-        """Shapes of the tensors, batch included."""
-        return tuple(meta_of(value).shape for value in self.values)
-
-    @property
-    def sample_shapes(self) -> tuple[tuple[int, ...], ...]:
-        """Shapes of the tensors of one sample."""
-        return self.space.sample_shapes
-
-    @property
     def space(self) -> Space:
         """Flat coordinates of the state."""
         return Space([meta_of(value) for value in self.values], self.layouts)
-
-    @property
-    def size(self) -> int:
-        """Real coordinates per sample."""
-        return self.space.size
-
-    def flatten(self) -> Tensor:
-        """The state as ``(batch, size)``."""
-        return self.space.flatten([tensor.unsqueeze(0) for tensor in self.tensors]).squeeze(-1)
 
 
 @dataclass(frozen=True, eq=False)
@@ -106,6 +87,10 @@ class Step:
     segment: Segment = field(repr=False)
     products: Products = field(repr=False)
 
+    def footprint(self) -> int:
+        """Bytes alive at once, at most, for every cotangent that is pulled back."""
+        return self.segment.footprint()[0]
+
     def vjp(self, cotangents: Sequence[Tensor]) -> list[Tensor]:
         """Cotangents of the target's tensors pulled back to the source's."""
         return self.segment.vjp(cotangents)
@@ -131,6 +116,7 @@ class Flow:
         notes: what the reader should know about how the flow was found.
         model: the module.
         forward_pass: the call that was recorded, to run it again.
+        recorded: the operations of that call and the module calls around them, for readers of the graph.
     """
 
     states: tuple[State, ...]
@@ -144,11 +130,10 @@ class Flow:
     notes: tuple[str, ...]
     model: nn.Module = field(repr=False)
     forward_pass: ForwardPass = field(repr=False)
-    _graph: Graph = field(repr=False)
-    _recording: Recording = field(repr=False)
+    recorded: RecordedPass = field(repr=False)
     _chains: Callable[[], dict[str, Flow]] = field(repr=False)
-    _prefetch: Callable[[int, int], Callable[[], None] | None] = field(repr=False)
     _retrace: Callable[[], Flow] | None = field(default=None, repr=False, kw_only=True)
+    _finite: bool | None = field(default=None, repr=False, kw_only=True)
 
     def again(self) -> Flow:
         """The same call traced anew, in the same way, at the weights and in the modes that the model has now.
@@ -159,6 +144,11 @@ class Flow:
         if self._retrace is None:
             raise TraceError("this flow was taken out of another one; trace that one anew")
         return self._retrace()
+
+    @property
+    def passes_finite(self) -> bool | None:
+        """Whether a random cotangent came back finite when the chain was checked; None where that was not seen."""
+        return self._finite if self.chain_error is not None else None
 
     @property
     def chains(self) -> dict[str, Flow]:
@@ -188,6 +178,45 @@ class Flow:
             lines.append(f"  {step.index:3d} {step.kind:10s} {step.name}: {shapes}")
         return "\n".join(lines)
 
+    @property
+    def over_time(self) -> bool:
+        """False: the steps are layers, one after the other."""
+        return False
+
+    @property
+    def step_size(self) -> None:
+        """None: a step is a step."""
+
+    @property
+    def lengths(self) -> None:
+        """None: all samples take all steps."""
+
+    @property
+    def sizes(self) -> list[int]:
+        """Real coordinates per sample of every state."""
+        return [state.size for state in self.states]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The coarsest dtype in which products are made."""
+        return max((state.space.dtype for state in self.states), key=lambda dtype: torch.finfo(dtype).eps)
+
+    def space_at(self, index: int) -> Space:
+        """Flat coordinates of a state."""
+        return self.states[index].space
+
+    def flat_states(self) -> Iterator[Tensor]:
+        """All states in order, ``(batch, size)`` each."""
+        return (state.flatten() for state in self.states)
+
+    def tangents(self, k: int, *, adjoint: bool = False) -> Iterator[Tangents]:
+        """The derivatives of all steps, in the order in which vectors pass them; backwards with ``adjoint``."""
+        for step in reversed(self.steps) if adjoint else self.steps:
+            products = step.products
+            yield Tangents(
+                range(step.index, step.index + 1), multiply=products.backward if adjoint else products.forward
+            )
+
     def jacobian(self, start: int = 0, stop: int | None = None) -> Jacobian:
         """The Jacobian of the map from ``states[start]`` to ``states[stop]`` (default: the last).
 
@@ -203,16 +232,8 @@ class Flow:
         if stop == start + 1:
             return self.steps[start].jacobian()
         source, target = self.states[start], self.states[stop]
-        segment = Segment(
-            self._graph,
-            source.values,
-            target.values,
-            source.position,
-            target.position,
-            list(self.model.parameters()),
-            self._recording.hooks,
-            self._prefetch(source.position, target.position),
-        )
+        parameters = list(self.model.parameters())
+        segment = self.recorded.segment(source.values, target.values, source.position, target.position, parameters)
         return jacobian_of(Products(segment, source.space, target.space))
 
     @property
@@ -223,12 +244,12 @@ class Flow:
         graph = nx.DiGraph()
         graph.add_node(-1, operation="source", module_path="", step=-1)
         boundaries = [state.position for state in self.states]
-        for position, node in enumerate(self._graph.nodes):
+        recorded = self.recorded.graph
+        for position, node in enumerate(recorded.nodes):
             step = sum(1 for boundary in boundaries[1:] if boundary <= position)
-            path = self._recording.path_at(node._sequence_nr())
-            graph.add_node(position, operation=operation(node), module_path=path, step=step)
-            for value in self._graph.inputs[node]:
-                graph.add_edge(self._graph.rank.get(value.node, -1), position, shape=meta_of(value).shape)
+            graph.add_node(position, operation=operation(node), module_path=self.recorded.path_of(node), step=step)
+            for value in recorded.inputs[node]:
+                graph.add_edge(recorded.rank.get(value.node, -1), position, shape=meta_of(value).shape)
         return graph
 
     def cotangent(self, loss: Any = None, *, seed: int = 0) -> list[Tensor]:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import bisect
 from collections import defaultdict
+from collections.abc import Iterable
 
 from torch.autograd.graph import Node
 
 from stabkit.tracing.graph import Graph
 from stabkit.tracing.values import Value
+
+_SPACING = 64  # positions between two frontiers that are kept
 
 
 class Frontiers:
@@ -32,11 +36,34 @@ class Frontiers:
         self.last_use.update(dict.fromkeys(graph.targets, end))
         self.consumers = dict(consumers)
         self.width = self._widths(end)
+        self._in_order = sorted(self.born, key=lambda value: (self.born[value], value.output))
+        self._kept = self._frontiers(end)
 
     def at(self, position: int) -> tuple[Value, ...]:
         """The frontier at a position, in the order of birth."""
-        live = [v for v, born in self.born.items() if born <= position <= self.last_use[v]]
-        return tuple(sorted(live, key=lambda value: (self.born[value], value.output)))
+        older, count = self._kept[position // _SPACING]
+        until = bisect.bisect_right(self._in_order, position, key=self.born.__getitem__)
+        return tuple(self._alive((*older, *self._in_order[count:until]), position))
+
+    def _alive(self, values: Iterable[Value], position: int) -> list[Value]:
+        return [value for value in values if position <= self.last_use[value]]
+
+    def _frontiers(self, end: int) -> list[tuple[tuple[Value, ...], int]]:
+        """The frontier at every 64th position, and how many values were born until there.
+
+        So any other costs what is alive at it, and not a look at all values of the graph, of which there are as many
+        as there are layers.
+        """
+        kept: list[tuple[tuple[Value, ...], int]] = []
+        live: list[Value] = []
+        count = 0
+        for position in range(0, end + 1, _SPACING):
+            while count < len(self._in_order) and self.born[self._in_order[count]] <= position:
+                live.append(self._in_order[count])
+                count += 1
+            live = self._alive(live, position)
+            kept.append((tuple(live), count))
+        return kept
 
     def cuts(self) -> list[int]:
         """Positions where one value carries everything; for each such value the latest position."""

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import bisect
+import itertools
 import re
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 from torch import nn
@@ -30,7 +33,7 @@ class Interval:
     start: int
     stop: int
 
-    @property
+    @cached_property
     def pattern(self) -> str:
         """The path with every run of digits replaced: blocks that repeat share it."""
         return re.sub(r"\d+", "#", self.path)
@@ -101,6 +104,9 @@ class Intervals:
         for call in self.calls:
             self._patterns[call.pattern].add(call.path)
         self.instances = Counter(type(c.module) for c in self.calls)
+        self._alike = Counter(self._likeness(c) for c in self.calls)
+        self._starts = [c.start for c in self.calls]
+        self._weighted = self._weighted_before()
         self.width = np.array(frontiers.width)
         self._discount_context(frontiers)
         self._flatten_norms()
@@ -134,14 +140,25 @@ class Intervals:
 
         It holds plain modules (convolution, norm, activation), or one block together with such modules.
         """
-        siblings = self._children[call.parent if call.parent in self.by_index else -1]
-        alike = [s for s in siblings if type(s.module) is type(call.module) and s.pattern == call.pattern]
-        if len(alike) < 2 or not self.has_weights(call.start, call.stop):
+        if self._alike[self._likeness(call)] < 2 or not self.has_weights(call.start, call.stop):
             return False
         blocks = [child for child in self.children(call) if not self.is_leaf(child)]
         plain = [child for child in self.children(call) if self.is_leaf(child)]
         weighty = any(p.dim() >= 2 for child in plain for p in child.module.parameters(recurse=False))
         return not blocks or (len(blocks) == 1 and weighty)
+
+    def _likeness(self, call: Interval) -> tuple[int, type, str]:
+        """What calls from one parent have in common when they stand beside each other as like items."""
+        return call.parent if call.parent in self.by_index else -1, type(call.module), call.pattern
+
+    def enclosing(self, start: int, stop: int) -> Iterator[Interval]:
+        """The calls that hold a stretch, the innermost first."""
+        last = bisect.bisect_right(self._starts, start) - 1
+        call = self.calls[last] if last >= 0 else None
+        while call is not None:  # calls are nested: what holds the stretch is the last one begun, or was open then
+            if call.start <= start and stop <= call.stop:
+                yield call
+            call = self.parent(call)
 
     def repeats(self, call: Interval) -> bool:
         """Whether there are other calls of its class, or other modules of the same numbered name."""
@@ -202,11 +219,17 @@ class Intervals:
 
     def has_weights(self, start: int, stop: int) -> bool:
         """Whether a stretch multiplies by a weight matrix or a kernel, rather than only norms and activations."""
+        if self._weighted[stop] > self._weighted[start]:
+            return True
+        return any(operation(node).startswith(_MATRIX_OPERATIONS) for node in self.graph.nodes[start:stop])
+
+    def _weighted_before(self) -> list[int]:
+        """For every position how many operations before it lie in modules with weight matrices of their own."""
+        inside = np.zeros(self.end, dtype=np.int64)
         for call in self.calls:
-            overlap = min(call.stop, stop) - max(call.start, start)
-            if overlap > 0 and self.is_leaf(call) and any(p.dim() >= 2 for p in call.module.parameters(recurse=False)):
-                return True
-        return any(name.startswith(_MATRIX_OPERATIONS) for name in self.operations(start, stop))
+            if self.is_leaf(call) and any(p.dim() >= 2 for p in call.module.parameters(recurse=False)):
+                inside[call.start : call.stop] = 1
+        return [0, *itertools.accumulate(inside.tolist())]
 
     def _discount_context(self, frontiers: Frontiers) -> None:
         """Leave out values that several calls of one class under one parent read and none of them makes."""
@@ -216,9 +239,8 @@ class Intervals:
             if max(uses) - born < 4:
                 continue
             readers: defaultdict[tuple[int, type], set[int]] = defaultdict(set)
-            for call in self.calls:
-                outside = call.start >= born and not isinstance(call.module, _CONTAINERS)
-                if outside and any(call.start <= use < call.stop for use in uses):
+            for call in itertools.chain.from_iterable(self.enclosing(use, use + 1) for use in uses):
+                if call.start >= born and not isinstance(call.module, _CONTAINERS):
                     readers[call.parent, type(call.module)].add(call.index)
             if any(self._is_context_of(group, value) for group in readers.values()):
                 self.width[born : last + 1] = np.maximum(1, self.width[born : last + 1] - 1)
@@ -228,10 +250,12 @@ class Intervals:
 
         Parallel branches read their common input too, but nothing else.
         """
-        readers = [self.by_index[index] for index in group]
+        readers = [self.by_index[index] for index in sorted(group)]
         born, last = self._frontiers.born[value], self._frontiers.last_use[value]
         siblings = self._children[readers[0].parent if readers[0].parent in self.by_index else -1]
-        alike = [c for c in siblings if type(c.module) is type(readers[0].module) and born <= c.start <= last]
+        first = bisect.bisect_left(siblings, born, key=lambda call: call.start)
+        lasting = itertools.takewhile(lambda call: call.start <= last, itertools.islice(siblings, first, None))
+        alike = [call for call in lasting if type(call.module) is type(readers[0].module)]
         outlived = any(last >= call.stop for call in alike)
         if len(alike) < 2 or self.is_leaf(readers[0]) or not outlived:
             return False

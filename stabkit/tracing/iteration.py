@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -17,26 +18,12 @@ from stabkit.tracing.first_step import check_sizes, tensors_of, try_first_step
 from stabkit.tracing.linearization import RecordedStep, StepFunction, Tensors, jacobians
 from stabkit.tracing.map_states import Lazy, MapState, MapStep
 from stabkit.tracing.products import Space
+from stabkit.tracing.protocols import Tangents
 from stabkit.tracing.safekeeping import modules_behind, unchanged
 
 _NUMBERS = 2**22  # how many numbers a window of time may hold at once
 _LONGEST = 2048  # steps of a window
 _SMALL = 64  # up to here all of a Jacobian is cheaper than single products
-
-
-@dataclass(frozen=True)
-class Tangents:
-    """The derivative of one step, or of several at once.
-
-    Attributes:
-        steps: which steps, in the order of time.
-        dense: their Jacobians ``(steps, batch, n, n)`` in the order of time, or None.
-        multiply: J V of the one step (J^T U when time runs backwards) for columns ``(batch, n, k)``, or None.
-    """
-
-    steps: range
-    dense: Tensor | None = None
-    multiply: Callable[[Tensor], Tensor] | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,6 +71,25 @@ class Iteration:
         return self.function.space(self.initial)
 
     @property
+    def over_time(self) -> bool:
+        """True: one map is applied again and again."""
+        return True
+
+    @property
+    def sizes(self) -> list[int]:
+        """Real coordinates per sample, one number for all states."""
+        return [self.space.size]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype in which products are made."""
+        return self.space.dtype
+
+    def space_at(self, index: int) -> Space:
+        """Flat coordinates, the same for every state."""
+        return self.space
+
+    @property
     def batch(self) -> int:
         """Number of samples."""
         return self.space.batch
@@ -105,12 +111,14 @@ class Iteration:
 
     def trajectory(self, every: int = 1) -> Tensor:
         """Every so many states in flat coordinates, ``(saved, batch, n)``, beginning with the first."""
-        space, saved = self.space, []
+        return torch.stack(list(itertools.islice(self.flat_states(), None, None, every)))
+
+    def flat_states(self) -> Iterator[Tensor]:
+        """All states in order, ``(batch, size)`` each; they are computed on the way."""
+        space = self.space
         for start, _, states in self._windows(self._window(1)):
-            for index, state in enumerate(states[:-1] if start + len(states) - 1 < self.n_steps else states, start):
-                if index % every == 0:
-                    saved.append(space.flatten([tensor.unsqueeze(0) for tensor in state]).squeeze(-1))
-        return torch.stack(saved)
+            for state in states[:-1] if start + len(states) - 1 < self.n_steps else states:
+                yield space.flatten([tensor.unsqueeze(0) for tensor in state]).squeeze(-1)
 
     def jacobian(self, start: int = 0, stop: int | None = None) -> Jacobian:
         """The Jacobian of the map from ``states[start]`` to ``states[stop]`` (default: the last), as an operator.

@@ -153,12 +153,12 @@ class Exits(Observer):  # type: ignore[no-untyped-call]
         self._stretch: _Event | None = None  # that of the operations without grad that run one after another
 
     def __enter__(self) -> Any:
-        self._functions.__enter__()
-        return super().__enter__()
+        self._functions.__enter__()  # type: ignore[no-untyped-call]
+        return super().__enter__()  # type: ignore[no-untyped-call]
 
     def __exit__(self, *error: Any) -> None:
-        super().__exit__(*error)
-        self._functions.__exit__(*error)
+        super().__exit__(*error)  # type: ignore[no-untyped-call]
+        self._functions.__exit__(*error)  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None

@@ -4,20 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, overload
+from typing import Any, overload
 
 from torch import Tensor
 
 from stabkit.operators.jacobian import Jacobian
 from stabkit.tracing.linearization import Tensors
 from stabkit.tracing.products import Space
-
-if TYPE_CHECKING:
-    from stabkit.tracing.iteration import Iteration
+from stabkit.tracing.protocols import FlatState, FlowLike, StateLike
 
 
 @dataclass(frozen=True, eq=False)
-class MapState:
+class MapState(FlatState):
     """The state of an iterated map at one time.
 
     Attributes:
@@ -30,25 +28,6 @@ class MapState:
     tensors: Tensors = field(repr=False)
     space: Space = field(repr=False)
 
-    @property
-    def shapes(self) -> tuple[tuple[int, ...], ...]:
-        """Shapes of the tensors, batch included."""
-        return tuple(tuple(tensor.shape) for tensor in self.tensors)
-
-    @property
-    def sample_shapes(self) -> tuple[tuple[int, ...], ...]:
-        """Shapes of the tensors of one sample."""
-        return self.space.sample_shapes
-
-    @property
-    def size(self) -> int:
-        """Real coordinates per sample."""
-        return self.space.size
-
-    def flatten(self) -> Tensor:
-        """The state as ``(batch, size)``."""
-        return self.space.flatten([tensor.unsqueeze(0) for tensor in self.tensors]).squeeze(-1)
-
 
 @dataclass(frozen=True, eq=False)
 class MapStep:
@@ -60,7 +39,7 @@ class MapStep:
     """
 
     index: int
-    iteration: Iteration = field(repr=False)
+    iteration: FlowLike = field(repr=False)
     kind: str = "step"
     module_path: str = ""
     notes: tuple[str, ...] = ()
@@ -71,18 +50,22 @@ class MapStep:
         return f"step {self.index}"
 
     @property
-    def source(self) -> MapState:
+    def source(self) -> StateLike:
         """The state before."""
         return self.iteration.states[self.index]
 
     @property
-    def target(self) -> MapState:
+    def target(self) -> StateLike:
         """The state after."""
         return self.iteration.states[self.index + 1]
 
+    def footprint(self) -> int:
+        """0: an iterated map chooses the size of its blocks itself."""
+        return 0
+
     def vjp(self, cotangents: Sequence[Tensor]) -> list[Tensor]:
         """Cotangents of the next state's tensors pulled back to this one's."""
-        space = self.iteration.space
+        space = self.iteration.space_at(self.index)
         columns = space.flatten([tensor.unsqueeze(0) for tensor in cotangents])
         return [tensor.squeeze(0) for tensor in space.unflatten(self.jacobian().rmatmat(columns))]
 

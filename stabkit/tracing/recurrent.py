@@ -16,7 +16,6 @@ from stabkit.tracing.iteration import Iteration, iteration
 from stabkit.tracing.linearization import StepFunction, Tensors
 from stabkit.tracing.products import Products
 from stabkit.tracing.safekeeping import unchanged
-from stabkit.tracing.segments import Segment
 from stabkit.tracing.tracer import trace
 from stabkit.tracing.values import Value
 
@@ -212,7 +211,7 @@ def _without_drive(flow: Flow) -> Flow:
     and cell states.
     """
     start, stop = _loop(flow)
-    first = next(call for call in flow._recording.calls if call.path == flow.steps[start].module_path)
+    first = next(call for call in flow.recorded.recording.calls if call.path == flow.steps[start].module_path)
     inside = flow.states[start + 1 : stop + 1]
     older = {value for state in inside for value in state.values if value.node._sequence_nr() < first.start}
     held = older | set(flow.states[start].values)
@@ -264,16 +263,7 @@ def _reduced(index: int, state: State, held: set[Value]) -> State:
 
 def _between(flow: Flow, step: Step, source: State, target: State) -> Step:
     parameters: Sequence[nn.Parameter] = list(flow.model.parameters())
-    segment = Segment(
-        flow._graph,
-        source.values,
-        target.values,
-        source.position,
-        target.position,
-        parameters,
-        flow._recording.hooks,
-        flow._prefetch(source.position, target.position),
-    )
+    segment = flow.recorded.segment(source.values, target.values, source.position, target.position, parameters)
     same = source.sample_shapes == target.sample_shapes
     return replace(
         step,

@@ -28,6 +28,7 @@ from stabkit.tracing.lost_gradient import place_of_cut
 from stabkit.tracing.naming import kinds, names, stacks
 from stabkit.tracing.products import Products, Space
 from stabkit.tracing.recomputation import SavedTensors
+from stabkit.tracing.recorded_pass import RecordedPass
 from stabkit.tracing.recording import Recording, clock
 from stabkit.tracing.safekeeping import modules_behind, unwrap
 from stabkit.tracing.samples import Layout
@@ -228,10 +229,9 @@ def _build(recorded: _Recorded, settings: _Settings) -> Flow:
         notes=(*recorded.notes, *whole_batch_note, *_silence_notes(chain, names(pieces))),
         model=settings.module,
         forward_pass=recorded.again,
-        _graph=graph,
-        _recording=recording,
+        recorded=RecordedPass(graph, recording, functools.partial(_prefetch, recorded)),
         _chains=lambda: _sibling_flows(recorded, settings),
-        _prefetch=lambda start, stop: _prefetch(recorded, start, stop),
+        _finite=chain.finite,
     )
 
 

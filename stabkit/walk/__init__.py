@@ -5,9 +5,6 @@ from __future__ import annotations
 from stabkit.walk.arrivals import SMALL, Arrivals, Pulled
 from stabkit.walk.cotangents import PROBE, Cotangents, balanced, drawn, probe_seeds, wide
 from stabkit.walk.walk import (
-    AnyFlow,
-    AnyState,
-    AnyStep,
     Observer,
     Passage,
     Walk,
@@ -15,16 +12,12 @@ from stabkit.walk.walk import (
     loss_columns,
     random_columns,
     space_at,
-    tangents,
     walk_back,
 )
 
 __all__ = [
     "PROBE",
     "SMALL",
-    "AnyFlow",
-    "AnyState",
-    "AnyStep",
     "Arrivals",
     "Cotangents",
     "Observer",
@@ -38,7 +31,6 @@ __all__ = [
     "probe_seeds",
     "random_columns",
     "space_at",
-    "tangents",
     "walk_back",
     "wide",
 ]

@@ -11,15 +11,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from stabkit.tracing import Flow, Iteration, State, Step
-from stabkit.tracing.iteration import Tangents
-from stabkit.tracing.map_states import MapState, MapStep
 from stabkit.tracing.products import Space
+from stabkit.tracing.protocols import FlowLike, StepLike
 from stabkit.walk.cotangents import Cotangents, balanced, drawn, stacked
-
-AnyFlow = Flow | Iteration
-AnyState = State | MapState
-AnyStep = Step | MapStep
 
 Renewal = Literal["never", "together", "each"]
 
@@ -40,7 +34,7 @@ class Passage:
         restarted: whether nothing came back at all, so that every cotangent was drawn anew.
     """
 
-    step: AnyStep
+    step: StepLike
     arriving: Cotangents
     leaving: Cotangents
     continued: Cotangents
@@ -58,7 +52,7 @@ class Observer:
 
     width = 0
 
-    def beside(self, step: AnyStep) -> Tensor | None:
+    def beside(self, step: StepLike) -> Tensor | None:
         """Columns ``(batch, m, j)`` to pull back through a step in the same batch, and no further."""
         return None
 
@@ -85,7 +79,7 @@ class Walk:
 
 
 def walk_back(
-    flow: AnyFlow,
+    flow: FlowLike,
     columns: Tensor,
     seeds: Sequence[int] = (),
     *,
@@ -121,12 +115,12 @@ def walk_back(
     log_norms[count] = carried.log_norms
     silent = carried.gone
     if renewal == "each":
-        carried = _renewed(carried, space_at(flow, count), [seed + count for seed in seeds])
+        carried = _renewed(carried, flow.space_at(count), [seed + count for seed in seeds])
     restarts: list[int] = []
     width = k + sum(observer.width for observer in observers)
     for index, pull in pulls(flow, width):
         step = flow.steps[index]
-        space = space_at(flow, index)
+        space = flow.space_at(index)
         leaving, beside = _through(step, space, pull, carried, observers)
         growth[index] = carried.growth_to(leaving)
         continued, silent = leaving, silent | leaving.gone
@@ -145,13 +139,13 @@ def walk_back(
     return Walk(growth, log_norms, tuple(reversed(restarts)))
 
 
-def random_columns(flow: AnyFlow, seeds: Sequence[int]) -> Tensor:
+def random_columns(flow: FlowLike, seeds: Sequence[int]) -> Tensor:
     """Standard normal cotangents of the last state, ``(batch, size, len(seeds))``."""
     space = space_at(flow, len(flow))
     return stacked(space, [flow.cotangent(seed=seed) for seed in seeds]) if seeds else drawn(space, ())
 
 
-def loss_columns(flow: AnyFlow, losses: Sequence[Any]) -> Tensor:
+def loss_columns(flow: FlowLike, losses: Sequence[Any]) -> Tensor:
     """The gradients of some losses with respect to the last state, ``(batch, size, len(losses))``.
 
     Raises:
@@ -166,9 +160,9 @@ def joined(walks: Sequence[Walk]) -> Walk:
     return Walk(growth, log_norms, walks[0].restarts)
 
 
-def space_at(flow: AnyFlow, index: int) -> Space:
+def space_at(flow: FlowLike, index: int) -> Space:
     """Flat coordinates of a state, without the state."""
-    return flow.space if isinstance(flow, Iteration) else flow.states[index].space
+    return flow.space_at(index)
 
 
 def _renewed(cotangents: Cotangents, space: Space, seeds: Sequence[int]) -> Cotangents:
@@ -178,7 +172,7 @@ def _renewed(cotangents: Cotangents, space: Space, seeds: Sequence[int]) -> Cota
 
 
 def _through(
-    step: AnyStep,
+    step: StepLike,
     source: Space,
     pull: Callable[[Tensor], Tensor],
     carried: Cotangents,
@@ -201,20 +195,17 @@ def _through(
     return balanced(pulled[..., :k], carried.powers), beside
 
 
-def _in_batches(step: AnyStep, pull: Callable[[Tensor], Tensor], columns: Tensor) -> Tensor:
+def _in_batches(step: StepLike, pull: Callable[[Tensor], Tensor], columns: Tensor) -> Tensor:
     """J^T U, in as few batches as the memory for what is alive in between allows."""
-    if not isinstance(step, Step):
-        return pull(columns)
-    alive, _ = step.segment.footprint()
-    width = max(1, _BYTES // max(alive, 1))
+    width = max(1, _BYTES // max(step.footprint(), 1))
     if columns.shape[2] <= width:
         return pull(columns)
     return torch.cat([pull(part) for part in torch.split(columns, width, dim=2)], dim=2)
 
 
-def pulls(flow: AnyFlow, count: int) -> Iterator[tuple[int, Callable[[Tensor], Tensor]]]:
+def pulls(flow: FlowLike, count: int) -> Iterator[tuple[int, Callable[[Tensor], Tensor]]]:
     """The products J^T U of every step, from the last to the first; ``count`` is how many columns U will have."""
-    with contextlib.closing(tangents(flow, max(count, 1), adjoint=True)) as pieces:  # type: ignore[type-var]
+    with contextlib.closing(flow.tangents(max(count, 1), adjoint=True)) as pieces:  # type: ignore[type-var]
         for piece in pieces:
             if piece.multiply is not None:
                 yield piece.steps.start, piece.multiply
@@ -225,13 +216,3 @@ def pulls(flow: AnyFlow, count: int) -> Iterator[tuple[int, Callable[[Tensor], T
 
 def _transposed_product(J: Tensor, columns: Tensor) -> Tensor:
     return J.mT @ columns.to(J)
-
-
-def tangents(flow: AnyFlow, k: int, *, adjoint: bool) -> Iterator[Tangents]:
-    """The derivatives of all steps, in the order in which k vectors pass them; backwards with ``adjoint``."""
-    if isinstance(flow, Iteration):
-        yield from flow.tangents(k, adjoint=adjoint)
-        return
-    for step in reversed(flow.steps) if adjoint else flow.steps:
-        products = step.products
-        yield Tangents(range(step.index, step.index + 1), multiply=products.backward if adjoint else products.forward)

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from stabkit.report.formats import figures, middle, printable, signed
+from stabkit.tables import aligned
 
 if TYPE_CHECKING:
     from stabkit.weights.matrices import MatrixReport
@@ -64,13 +65,7 @@ def summary(report: WeightsReport) -> str:
 
 def plain(report: WeightsReport, width: int = 110) -> str:
     """The report as text without colors, in lines of about ``width`` characters."""
-    table = rows(report, width)
-    widths = [max(len(row[i]) for row in table) for i in range(len(table[0]))]
-    lines = [
-        " ".join(cell.ljust(w) if i < 3 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True)))
-        for row in table
-    ]
-    lines.insert(1, "-" * max(map(len, lines)))
+    lines = aligned(rows(report, width), text=range(3))
     return "\n".join(
         [f"{printable(report.name)}: WEIGHTS ONLY", summary(report), report.label, "", *lines, "", legend(report)]
     )

@@ -257,3 +257,17 @@ def test_what_passes_and_is_not_taken_away_by_anything_is_no_warning(monkeypatch
     diagnosis = examine(flow)
     assert not serious(diagnosis)
     assert diagnosis.verdict.name != "transient growth"
+
+
+def test_dead_layers_are_drawn_anew_biases_and_all():
+    torch.manual_seed(0)
+    model = nn.Sequential(*[layer for _ in range(4) for layer in (nn.Linear(32, 32), nn.ReLU())], nn.Linear(32, 4))
+    for layer in model[:-1:2]:
+        layer.bias.data.fill_(-200.0)  # as after one step with a rate far too high
+        layer.weight.data.mul_(20.0)
+    x = torch.rand(32, 32)
+    before = examine(stabkit.trace(model, x))
+    (found,) = serious(before)
+    assert found.kind == "dead"
+    assert {action["action"] for action in found.actions} == {"redraw", "fill"}
+    assert treat(model, x).silent

@@ -3,8 +3,10 @@ import json
 import numpy as np
 import pytest
 import scipy.linalg
+import torch
 
-from stabkit.jacobians import eigenvalues, non_normality
+from stabkit.errors import StabkitError
+from stabkit.jacobians import Jacobian, eigenvalues, non_normality
 from stabkit.jacobians.numerical_range import numerical_range, support
 from stabkit.jacobians.pseudospectra import Resolvent
 from tests.jacobians.hard_matrices import grcar, operator
@@ -116,3 +118,24 @@ def test_the_result_is_ready_for_json_and_bad_input_is_named():
         non_normality(JORDAN, angles=2)
     with pytest.raises(ValueError, match="arnoldi"):
         non_normality(JORDAN, method="krylov")
+
+
+def test_large_operators_spend_what_they_may_and_refuse_the_rest():
+    # a shift with noise: its largest eigenvalues lie on a circle, where no iteration tells them apart
+    n, rng = 3000, np.random.default_rng(0)
+    weights = torch.from_numpy(1 + 0.01 * rng.standard_normal(n))[None, :, None]
+    J = Jacobian(
+        (1, n, n),
+        lambda V: weights * V.roll(1, 1),
+        lambda U: (weights * U).roll(-1, 1),
+        dtype=torch.float64,
+        device=torch.device("cpu"),
+    )
+    result = non_normality(J, size=20, max_products=200)
+    assert result.n_products <= 220
+    assert bool(result.spectral_radius.isnan())
+    assert 0.9 < result.norm.item() <= weights.max().item()
+    with pytest.raises(StabkitError, match=r"method='dense' takes about 100 n\^3 = 3e\+12 .* use method='arnoldi'"):
+        non_normality(J, method="dense")
+    with pytest.raises(StabkitError, match="max_products=3; expected at least 100"):
+        non_normality(J, max_products=3)

@@ -4,8 +4,10 @@ import numpy as np
 import pytest
 import scipy.linalg
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from stabkit.jacobians import Jacobian, eigenvalues, singular_values
+from stabkit.jacobians import Jacobian, eigenvalues, from_dense, singular_values
 from tests.jacobians.hard_matrices import operator, orthogonal
 
 
@@ -262,3 +264,30 @@ def test_the_result_is_ready_for_json():
 def test_bad_input_is_named(call, error, message):
     with pytest.raises(error, match=message):
         call()
+
+
+@settings(deadline=None, max_examples=12)
+@given(
+    seed=st.integers(0, 1000),
+    kind=st.sampled_from(["gaussian", "identity plus low rank", "clusters", "decaying"]),
+    k=st.integers(1, 8),
+    dtype=st.sampled_from([torch.float32, torch.float64]),
+)
+def test_a_looser_tolerance_never_takes_more_products(seed, kind, k, dtype):
+    rng = np.random.default_rng(seed)
+    n = 150
+    A = rng.standard_normal((n, n)) / np.sqrt(n)
+    if kind == "identity plus low rank":
+        A = np.eye(n) + A[:, :3] @ A[:3]
+    elif kind != "gaussian":
+        values = {
+            "clusters": np.repeat([3.0, 2.9, 2.0, 1.0], [3, 2, 4, n - 9]) + 1e-4 * rng.random(n),
+            "decaying": 0.9 ** np.arange(n),
+        }[kind]
+        A = orthogonal(rng, n) @ np.diag(values) @ orthogonal(rng, n)
+    J = from_dense(torch.from_numpy(A).to(dtype))
+    spent = [
+        singular_values(J, k, tol=tol, method="golub-kahan").n_products
+        for tol in (3e-1, 1e-1, 1e-2, 1e-3, 1e-4, 1e-5, None)
+    ]
+    assert spent == sorted(spent)

@@ -54,8 +54,8 @@ def known_costs() -> Costs:
     steps = tuple(StepCost(f"{i}", 100, 100, True, 0.01, 0.01, 1e6) for i in range(10))
     double = tuple(StepCost(s.name, 100, 100, True, 0.02, 0.02, 2e6) for s in steps)
     machine = Machine("cpu", 1, 1e11, 1e10, 0.0)
-    one = Trial(1, 0.5, 0.5, 1.0, 0.0, 1e7, 0, 2 * 10**9, steps)
-    two = Trial(2, 0.75, 0.75, 1.5, 0.0, 2e7, 0, 3 * 10**9, double)
+    one = Trial(1, 2.0, 0.0, 1e7, 0, 2 * 10**9, steps)
+    two = Trial(2, 3.0, 0.0, 2e7, 0, 3 * 10**9, double)
     return Costs(machine, 1000, one, two)
 
 
@@ -136,7 +136,7 @@ def test_peak_memory_sees_what_is_gone_again():
 
 
 def test_a_slow_model_is_recorded_but_not_analysed(monkeypatch):
-    monkeypatch.setattr("stabkit.planning.budgeting._SLOW", 0.0)
+    monkeypatch.setattr("stabkit.planning.trial._SLOW", 0.0)
     monkeypatch.setattr("stabkit.planning.trial.examine", None)
     found = plan(network(), torch.randn(4, 32), spectrum="krylov")
     assert found.steps == 5

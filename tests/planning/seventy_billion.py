@@ -1,4 +1,7 @@
-"""What a gradient profile of a large transformer costs, on paper: the same counts that `plan` measures, as formulas."""
+"""What a gradient profile of a large transformer costs, on paper: ``examples/seventy_billion_parameters.md`` is `page`.
+
+The counts of operations are those that torch's own counter finds on small models: see ``test_seventy_billion.py``.
+"""
 
 from __future__ import annotations
 
@@ -218,8 +221,8 @@ A gradient profile with {probes} probes of one sequence of {tokens} tokens, on {
 torchrun --nproc-per-node {devices} -m stabkit analyze DIR --stream --device cuda --probes {probes} --spectrum none
 ```
 
-Nothing here was measured on such a machine: every number comes from the formulas in `stabkit.planning.transformer`,
-whose counts of operations are tested against torch's own counter on small models.
+Nothing here was measured on such a machine: every number comes from the formulas in
+`tests/planning/seventy_billion.py`, whose counts of operations are tested against torch's own counter on small models.
 
 {table}
 

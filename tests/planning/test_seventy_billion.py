@@ -9,7 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 import stabkit
 from stabkit.planning import sizes
-from stabkit.planning.transformer import H100, LLAMA_70B, Transformer, page, profile_price
+from tests.planning.seventy_billion import H100, LLAMA_70B, Transformer, page, profile_price
 
 TOKENS = 24
 SMALL = Transformer(layers=2, width=32, heads=4, kv_heads=2, inner=48, vocabulary=40)
