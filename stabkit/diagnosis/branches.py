@@ -13,7 +13,7 @@ from stabkit.identification.operations import ADDS, MOVES, NORMS, SCALES, has_ma
 from stabkit.tracing import Flow, Step
 from stabkit.tracing.nodes import apply_node, is_python_node
 from stabkit.tracing.segments import Segment
-from stabkit.tracing.values import Value, operation, random_tensors
+from stabkit.tracing.values import Value, meta_of, operation, probes_of, random_tensors
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ def _gain(segment: Segment, skip: Value, branch: Value, free: set[Value], seed: 
         if value.node in inside:
             stack.extend(v for v in segment.graph.inputs[value.node] if v in free and v not in stops)
     sent = arrived = 0.0
-    for probe in range(2):
+    for probe in range(probes_of(meta_of(branch).numel)):
         grads: dict[Value, Tensor] = {branch: random_tensors([branch], seed + probe)[0]}
         sent += _energy(grads[branch])
         for node in reversed(segment.nodes):

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from stabkit.diagnosis.activity import Activity, activities
 from stabkit.diagnosis.branches import Merge, merges
-from stabkit.diagnosis.weights import Weight, ends_in_norm, norms_in, weights_of
+from stabkit.diagnosis.weights import Weight, Weights, ends_in_norm, norms_in
 from stabkit.parallel import SERIAL, Parallel, runs
 from stabkit.tracing import Flow, FlowLike, Iteration, Step, StepLike
 from stabkit.walk import (
@@ -229,6 +229,7 @@ class _Steps(Observer):
         self.measured: list[StepMeasurement] = []
         self._flow, self._states, self._wanted, self._seed = flow, states, wanted, seed
         self._sent = torch.empty(0)
+        self._weights = Weights(flow) if isinstance(flow, Flow) else None
 
     def beside(self, step: StepLike) -> Tensor | None:
         """The random cotangents of its gain."""
@@ -259,8 +260,8 @@ class _Steps(Observer):
             log_change=change,
             finite=finite,
         )
-        if isinstance(self._flow, Flow) and isinstance(step, Step):
-            measured = _with_inside(measured, self._flow, step, self._seed)
+        if self._weights is not None and isinstance(self._flow, Flow) and isinstance(step, Step):
+            measured = _with_inside(measured, self._flow, step, self._seed, self._weights)
         self.measured.append(measured)
 
 
@@ -269,7 +270,7 @@ def _energy(columns: Tensor) -> Tensor:
     return wide(columns).square().sum((1, 2)).cpu()
 
 
-def _with_inside(measured: StepMeasurement, flow: Flow, step: Step, seed: int) -> StepMeasurement:
+def _with_inside(measured: StepMeasurement, flow: Flow, step: Step, seed: int, weights: Weights) -> StepMeasurement:
     """What only a recorded graph shows: branches, activations, parameters."""
     added = merges(flow, step, seed)
     log_branch, unchanged = _branch(step) if added and step.kind == "step" else (math.nan, 0.0)
@@ -279,7 +280,7 @@ def _with_inside(measured: StepMeasurement, flow: Flow, step: Step, seed: int) -
         unchanged=unchanged,
         merges=added,
         activities=activities(flow, step),
-        weights=weights_of(flow, step),
+        weights=weights.of(step),
         norms=norms_in(flow, step),
         renormalised=ends_in_norm(flow, step),
     )

@@ -172,11 +172,13 @@ def _backward(step: StepMeasurement, where: Sequence[int]) -> Finding:
 
 
 def is_finite(flow: Flow, loss: object = None) -> bool:
-    """Whether all states and one gradient of a flow are finite: what costs one backward pass to know."""
+    """Whether all states and one gradient of a flow are finite: one backward pass, if the trace did not see it."""
     if not all(bool(tensor.isfinite().all()) for state in flow.states for tensor in state.tensors):
         return False
     if loss is not None and not bool(scalar_loss(loss, flow.output).detach().isfinite()):
         return False
+    if loss is None and flow.passes_finite is not None:
+        return flow.passes_finite
     pulled = engine_vjp(flow.states[-1].values, flow.states[0].values, flow.cotangent(loss))
     return all(bool(tensor.isfinite().all()) for tensor in pulled)
 

@@ -18,6 +18,7 @@ from stabkit.tracing.recording import Call
 
 _EXACT = 256  # smaller side up to which an effective rank is computed and not estimated
 _SIGNS = 16
+_CHUNK = 1 << 16  # entries that are made float64 at a time: they stay in the cache
 
 
 @dataclass(frozen=True)
@@ -55,18 +56,27 @@ class Weight:
     tied: bool = False
 
 
-def weights_of(flow: Flow, step: Step) -> tuple[Weight, ...]:
-    """The parameters of the modules that ran in a step, and of modules below them that never run on their own."""
-    called = {call.path for call in flow.recorded.recording.calls}
-    calls = calls_of(flow, step)
-    tables = {id(m.weight) for m in flow.model.modules() if isinstance(m, nn.Embedding | nn.EmbeddingBag)}
-    last_norm = max((call.start for call in calls if is_norm(call.module)), default=-1)
-    found: dict[str, Weight] = {}
-    for call in calls:
-        for weight, parameter in _owned(call, called):
-            normed = last_norm >= call.stop
-            found.setdefault(weight.path, replace(weight, normed=normed, tied=id(parameter) in tables))
-    return tuple(found.values())
+class Weights:
+    """The parameters of a flow by step; what all steps ask of the model is looked up once."""
+
+    def __init__(self, flow: Flow) -> None:
+        self._flow = flow
+        self._called = {call.path for call in flow.recorded.recording.calls}
+        modules = flow.model.modules()
+        self._tables = {id(m.weight) for m in modules if isinstance(m, nn.Embedding | nn.EmbeddingBag)}
+
+    def of(self, step: Step) -> tuple[Weight, ...]:
+        """The parameters of the modules that ran in a step, and of modules below them that never run on their own."""
+        calls = calls_of(self._flow, step)
+        last_norm = max((call.start for call in calls if is_norm(call.module)), default=-1)
+        found: dict[str, Weight] = {}
+        for call in calls:
+            for path, module_path, module, parameter, values in _owned(call, self._called):
+                if path not in found:
+                    weight = describe(path, module_path, module, values)
+                    tied = id(parameter) in self._tables
+                    found[path] = replace(weight, normed=last_norm >= call.stop, tied=tied)
+        return tuple(found.values())
 
 
 def calls_of(flow: Flow, step: Step) -> list[Call]:
@@ -99,8 +109,11 @@ def ends_in_norm(flow: Flow, step: Step) -> bool:
     return bool(calls) and is_norm(calls[-1].module)
 
 
-def _owned(call: Call, called: set[str]) -> Iterator[tuple[Weight, nn.Parameter]]:
-    """Parameters of a module that ran, and of those below it that the recording never saw running."""
+def _owned(call: Call, called: set[str]) -> Iterator[tuple[str, str, nn.Module, nn.Parameter, Tensor]]:
+    """Parameters of a module that ran, and of those below it that the recording never saw running.
+
+    Each with its path, that of its module, the module, and its values.
+    """
     for name, module in call.module.named_modules():
         path = ".".join(filter(None, (call.path, name)))
         if name and path in called:
@@ -110,14 +123,15 @@ def _owned(call: Call, called: set[str]) -> Iterator[tuple[Weight, nn.Parameter]
                 continue
             values = values_of(module, key)
             if values is not None:
-                yield describe(".".join(filter(None, (path, key))), path, module, values), parameter
+                yield ".".join(filter(None, (path, key))), path, module, parameter, values
 
 
 def describe(path: str, module_path: str, module: nn.Module, parameter: Tensor) -> Weight:
     """One parameter in comparable numbers."""
     data = parameter.detach()
-    finite = bool(data.isfinite().all())
-    rms = float(data.to(torch.float64).abs().square().mean().sqrt())
+    mean, square = _moments(data)
+    finite = math.isfinite(square) or bool(data.isfinite().all())
+    rms = math.sqrt(square)
     log = math.log(rms) if rms > 0 and math.isfinite(rms) else (-math.inf if rms == 0 else math.nan)
     kind = "bias" if "bias" in path.rsplit(".", 1)[-1] else "matrix" if data.dim() > 1 else "scale"
     gains: tuple[float, ...] = (log,)
@@ -130,9 +144,19 @@ def describe(path: str, module_path: str, module: nn.Module, parameter: Tensor) 
         unit = math.sqrt(max(fans[0], 1))
         gains = tuple(log + 0.5 * math.log(max(fan, 1)) for fan in (*fans, sum(fans) / 2))
     cls = type(module).__name__
-    mean = float(data.double().mean().real)
     rank = log_rank(data) if kind == "matrix" and finite and rms > 0 else math.nan
     return Weight(path, module_path, cls, role_of(path), kind, gains, unit, mean, finite, log_rank=rank)
+
+
+def _moments(data: Tensor) -> tuple[float, float]:
+    """Mean (its real part) and mean square of the entries, summed in float64 without a copy of the whole."""
+    flat = data.reshape(-1)
+    total = square = 0.0
+    for part in torch.split(flat, _CHUNK):
+        wide = (torch.view_as_real(part) if part.is_complex() else part).to(torch.float64)
+        total += float(wide[..., 0].sum() if part.is_complex() else wide.sum())
+        square += float(torch.dot(wide.flatten(), wide.flatten()))
+    return total / flat.numel(), square / flat.numel()
 
 
 def log_rank(data: Tensor) -> float:
@@ -144,8 +168,10 @@ def log_rank(data: Tensor) -> float:
         >>> log_rank(torch.eye(4)), round(math.exp(log_rank(torch.ones(4, 9))), 6)
         (0.0, 0.25)
     """
-    W = data.flatten(1).to(torch.complex128 if data.is_complex() else torch.float64)
-    W = W / W.abs().max()
+    W = data.flatten(1)
+    # a share of singular values needs no more digits than the weights have
+    W = W.to(torch.promote_types(W.dtype, torch.float32))
+    W = W / torch.linalg.vector_norm(W, math.inf)
     W = W if W.shape[0] <= W.shape[1] else W.mH
     if W.shape[0] == 1:
         return math.nan
@@ -154,7 +180,7 @@ def log_rank(data: Tensor) -> float:
     else:
         signs = torch.randint(0, 2, (W.shape[0], _SIGNS), generator=torch.Generator(W.device).manual_seed(0))
         fourth = (W @ (W.mH @ (2.0 * signs - 1).to(W))).abs().square().sum() / _SIGNS
-    return float(2 * W.abs().square().sum().log() - fourth.log()) - math.log(W.shape[0])
+    return float(4 * torch.linalg.vector_norm(W).double().log() - fourth.double().log()) - math.log(W.shape[0])
 
 
 @lru_cache(maxsize=4096)

@@ -13,9 +13,8 @@ from stabkit.identification.normal_form import NormalForm, Stage
 from stabkit.identification.pieces import Piece, pull
 from stabkit.identification.tableau import Blocks
 from stabkit.tracing import Flow
-from stabkit.tracing.values import Value, meta_of, random_tensors
+from stabkit.tracing.values import Value, meta_of, probes_of, random_tensors
 
-_PROBES = 2  # each costs four products with a branch
 _LARGEST_DENSE = 512
 
 
@@ -71,7 +70,8 @@ def commutator(forms: Sequence[NormalForm], seed: int = 0) -> Check:
     """
     first, second = forms[0], forms[1]
     numerator, norms = 0.0, [0.0, 0.0]
-    for probe in range(_PROBES):
+    probes = probes_of(meta_of(first.targets[0]).numel)  # each costs four products with a branch
+    for probe in range(probes):
         w = random_tensors([first.targets[0]], seed + probe)[0]
         u = w.reshape(meta_of(second.targets[0]).shape)
         f = branch_vjp(first, w).reshape(w.shape)
@@ -81,9 +81,9 @@ def commutator(forms: Sequence[NormalForm], seed: int = 0) -> Check:
         numerator += float((fg - gf).double().square().sum())
         norms[0] += float(f.double().square().sum())
         norms[1] += float(g.double().square().sum())
-    scale = math.sqrt(norms[0] * norms[1]) / math.sqrt(_PROBES)
+    scale = math.sqrt(norms[0] * norms[1]) / math.sqrt(probes)
     value = math.sqrt(numerator) / scale if scale > 0 else 0.0
-    return Check("commutator", value, f"||[J_F, J_G]|| / (||J_F|| ||J_G||), Frobenius, {_PROBES} random vectors")
+    return Check("commutator", value, f"||[J_F, J_G]|| / (||J_F|| ||J_G||), Frobenius, {_vectors(probes)}")
 
 
 def volume(flow: Flow, start: int, stop: int) -> Check | None:
@@ -109,6 +109,8 @@ def is_symmetric(form: NormalForm, seed: int = 0) -> bool | None:
             return None
         left, right = (float((a.reshape(-1) * b.reshape(-1)).sum()) for a, b in ((at[0], v), (at[1], u)))
         scale = float(at[0].norm() * v.norm())
+        if scale == 0.0:
+            return None  # saturated: a Jacobian of zeros tells nothing
         if abs(left - right) > 1e3 * torch.finfo(meta_of(stage.output).dtype).eps * scale:
             return False
     return True
@@ -127,7 +129,8 @@ def defect(form: NormalForm, found: Blocks, seed: int = 0) -> Check | None:
         coefficients.append(float(row @ found.U[:, 0]))
         row = row @ found.A
     difference, size = 0.0, 0.0
-    for probe in range(_PROBES):
+    probes = probes_of(meta_of(form.targets[0]).numel)
+    for probe in range(probes):
         w = random_tensors([form.targets[0]], seed + probe)[0]
         whole = branch_vjp(form, w) + float(found.V[0, 0]) * w.reshape(meta_of(form.sources[0]).shape)
         power, total = w.reshape(-1), coefficients[0] * w.reshape(-1)
@@ -138,4 +141,8 @@ def defect(form: NormalForm, found: Blocks, seed: int = 0) -> Check | None:
         difference += float((whole.reshape(-1) - total).double().square().sum())
         size += float(whole.double().square().sum())
     value = math.sqrt(difference / size) if size > 0 else 0.0
-    return Check("defect of R(h J_f)", value, f"||J - R(h J_f)|| / ||J||, Frobenius, {_PROBES} random vectors")
+    return Check("defect of R(h J_f)", value, f"||J - R(h J_f)|| / ||J||, Frobenius, {_vectors(probes)}")
+
+
+def _vectors(count: int) -> str:
+    return "1 random vector" if count == 1 else f"{count} random vectors"

@@ -49,6 +49,7 @@ class Surroundings:
         self.flow = flow
         self.graph = flow.recorded.graph
         self.names = addresses(flow.model)
+        self._modules = dict(flow.model.named_modules())
         calls = [c for c in flow.recorded.recording.calls if c.finished and c.stop > c.start]
         counts = Counter(c.path for c in calls)
         self.calls = tuple((c.start, c.stop, c.path) for c in calls if counts[c.path] > 1)
@@ -98,10 +99,9 @@ class Surroundings:
         if factor.data_ptr() in self.names:
             return self.names[factor.data_ptr()]
         path = self.flow.recorded.path_of(node)
-        modules = dict(self.flow.model.named_modules())
-        if path not in modules:
+        if path not in self._modules:
             return None
-        for name, parameter in modules[path].named_parameters(recurse=False):
+        for name, parameter in self._modules[path].named_parameters(recurse=False):
             if parameter.numel() != factor.numel() or not parameter.is_floating_point():
                 continue
             p = parameter.detach().reshape(-1).to(factor.dtype)

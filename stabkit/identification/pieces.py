@@ -80,6 +80,7 @@ class Piece:
         self.ends = frozenset((*sources, *contexts))
         self.nodes = self._needed(nodes)
         self.inside = set(self.nodes)
+        self._order = {node: position for position, node in enumerate(self.nodes)}
         self.linear: dict[Node, list[Value]] = {}
         self.carrying: set[Value] = set(sources)
         self.merges: set[Value] = set()
@@ -282,8 +283,7 @@ class Piece:
                 stack.extend(self.linear[v.node])
                 if v.node in self.added:
                     atoms[Value(v.node, ADDED)] = None
-        order = {node: i for i, node in enumerate(self.nodes)}
-        return sorted(atoms, key=lambda v: (order.get(v.node, -1), v.output)), path
+        return sorted(atoms, key=lambda v: (self._order.get(v.node, -1), v.output)), path
 
     def pull(self, path: set[Node], cotangents: Mapping[Value, Tensor]) -> dict[Value, Tensor]:
         """Cotangents pulled back along the linear nodes of a path, gates held fixed; what arrives at its atoms."""

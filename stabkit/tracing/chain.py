@@ -27,12 +27,14 @@ class Chain:
         layouts: for every state and every tensor in it, which entries belong to which sample.
         error: relative difference between what the steps and what autograd's engine brought to the source, and to
             every state at which the cotangent was drawn anew; the largest.
+        finite: whether what the engine brought to the source is finite; None where the cotangent was drawn anew.
         silent: steps whose Jacobian let nothing through; the cotangent was drawn anew before each of them.
     """
 
     layouts: tuple[tuple[Layout, ...], ...]
     error: float
     silent: tuple[int, ...]
+    finite: bool | None = None
 
 
 def walk(
@@ -66,7 +68,7 @@ def _walk_from(
 ) -> Chain | None:
     batch, axis = source_layouts[0].batch, source_layouts[0].axis or 0
     factors, tolerance, reach = scales(batch, seed), _tolerance(segments), _range(segments)
-    layouts, silent, error = [target_layouts], [], 0.0
+    layouts, silent, error, whole = [target_layouts], [], 0.0, True
     drawn = random_tensors(frontiers[-1], seed)
     plain = _adjoints(segments, frontiers, len(segments), drawn)
     scaled = _scaled(drawn, target_layouts, factors)
@@ -85,12 +87,14 @@ def _walk_from(
         if index == 0 or largest <= 1 / reach or reach <= largest < math.inf:
             error = max(error, _relative_difference(scaled, _scaled(plain[index], found, factors)))
             if index > 0:
+                whole = False
                 # nothing flows back through this step (a head initialised at zero), or so little or so much that
                 # rounding at the ends of the range of a float would pass for a mixing of samples: start anew before it
                 drawn = random_tensors(frontiers[index], seed + index)
                 plain = _adjoints(segments, frontiers, index, drawn)
                 scaled = _scaled(drawn, found, factors)
-    return Chain(tuple(reversed(layouts)), error, tuple(silent))
+    finite = all(bool(tensor.isfinite().all()) for tensor in plain[0]) if whole else None
+    return Chain(tuple(reversed(layouts)), error, tuple(silent), finite)
 
 
 def _adjoints(

@@ -133,6 +133,7 @@ class Flow:
     recorded: RecordedPass = field(repr=False)
     _chains: Callable[[], dict[str, Flow]] = field(repr=False)
     _retrace: Callable[[], Flow] | None = field(default=None, repr=False, kw_only=True)
+    _finite: bool | None = field(default=None, repr=False, kw_only=True)
 
     def again(self) -> Flow:
         """The same call traced anew, in the same way, at the weights and in the modes that the model has now.
@@ -143,6 +144,11 @@ class Flow:
         if self._retrace is None:
             raise TraceError("this flow was taken out of another one; trace that one anew")
         return self._retrace()
+
+    @property
+    def passes_finite(self) -> bool | None:
+        """Whether a random cotangent came back finite when the chain was checked; None where that was not seen."""
+        return self._finite if self.chain_error is not None else None
 
     @property
     def chains(self) -> dict[str, Flow]:

@@ -54,6 +54,7 @@ class Graph:
         reached: whether every target depends on the sources.
         clock: the clock at every position, made monotone.
         dead_edges: how many edges were dropped because nothing flows along them.
+        batching: by operations, whether products through many vectors at once agreed with single ones.
     """
 
     def __init__(self, sources: Sequence[Value], targets: Sequence[Value], *, prune: bool = True) -> None:
@@ -62,6 +63,7 @@ class Graph:
         order = _time_order(self.targets)
         self.nodes, self.inputs, self.reached = _between(order, self.sources, self.targets)
         self.dead_edges = 0
+        self.batching: dict[tuple[object, ...], str] = {}
         if prune:
             self._drop_dead()
         self.rank = {node: position for position, node in enumerate(self.nodes)}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from typing import Any, cast
 
 import torch
@@ -18,6 +19,22 @@ Cotangents = list[Tensor | None]
 def is_python_node(node: Node) -> bool:
     """Whether the node belongs to a custom ``torch.autograd.Function``."""
     return isinstance(node, torch.autograd.function.BackwardCFunction)
+
+
+def alike(node: Node) -> tuple[object, ...]:
+    """What two nodes have in common whose backward runs the same code: the operation, its shapes and its settings."""
+    if is_python_node(node):
+        return (id(node),)  # what its backward does is for its author to know
+    settings = tuple(str(getattr(node, name)) for name in _settings(type(node)))
+    shapes = tuple((tuple(entry.shape), entry.dtype) for entry in node._input_metadata)
+    return type(node), shapes, settings
+
+
+@lru_cache(maxsize=4096)
+def _settings(kind: type[Node]) -> tuple[str, ...]:
+    """Names of what a class of nodes saves beside tensors, which have a raw form as well."""
+    names = dir(kind)
+    return tuple(name for name in names if name.startswith("_saved_") and f"_raw{name}" not in names)
 
 
 def apply_node(

@@ -7,6 +7,7 @@ matched by identity.
 
 from __future__ import annotations
 
+import bisect
 import contextlib
 import threading
 import weakref
@@ -88,8 +89,14 @@ class Recording:
 
     def path_at(self, time: int) -> str:
         """Path of the innermost module that was running when the clock showed ``time``."""
-        inside = [c for c in self.calls if c.start <= time and (time < c.stop or c.stop < 0)]
-        return inside[-1].path if inside else ""
+        # calls are nested, so those that were running are the one that began last and those it was made from
+        last = bisect.bisect_right(self.calls, time, key=lambda call: call.start) - 1
+        while last >= 0:
+            call = self.calls[last]
+            if time < call.stop or call.stop < 0:
+                return call.path
+            last = call.parent
+        return ""
 
 
 class _Values(TorchDispatchMode):  # type: ignore[no-untyped-call]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import functools
 import inspect
 from collections import OrderedDict, deque
@@ -30,7 +29,7 @@ class Safe:
         self._attributes = [dict(vars(module)) for module in self._modules]
         # parameters, buffers, hooks, and whatever the model collects in attributes of its own
         self._containers: list[tuple[_Container, _Container]] = [
-            (held, copy.copy(held))
+            (held, held.copy())
             for attributes in self._attributes
             for held in attributes.values()
             if type(held) in (list, dict, OrderedDict, set, deque)
@@ -96,6 +95,8 @@ def _same_contents(held: _Container, contents: _Container) -> bool:
     """Whether a container holds the very same objects as before."""
     if len(held) != len(contents):
         return False
+    if not held:
+        return True
     if isinstance(held, dict) and isinstance(contents, dict):
         return list(held) == list(contents) and all(held[key] is value for key, value in contents.items())
     if isinstance(held, set):

@@ -12,7 +12,7 @@ from torch.autograd.graph import Node
 
 from stabkit.errors import TraceError
 from stabkit.tracing.graph import Graph
-from stabkit.tracing.nodes import apply_node, apply_stacked, stackable
+from stabkit.tracing.nodes import alike, apply_node, apply_stacked, stackable
 from stabkit.tracing.values import Meta, Value, meta_of, random_tensors, value_of
 
 Tensors = list[Tensor]
@@ -175,6 +175,10 @@ class Segment:
     ) -> Tensors:
         """All vectors in one walk, or in a loop where some operation of the segment cannot be batched."""
         count = stacked[0].shape[0]
+        if count > 1 and indices and self._vmap[direction] == "untested":
+            # blocks of one kind are tested once
+            kind = (direction, *map(alike, self.nodes))
+            self._vmap[direction] = self.graph.batching.get(kind, "untested")
         if count > 1 and indices and self._vmap[direction] != "wrong":
             try:
                 batched = walked._walk_many([stacked[i] for i in indices], metas)
@@ -186,6 +190,7 @@ class Segment:
                     summed = single([tensor.sum(0) for tensor in stacked])
                     right = all(_close(part.sum(0), one) for part, one in zip(batched, summed, strict=True))
                     self._vmap[direction] = "right" if right else "wrong"
+                    self.graph.batching[kind] = self._vmap[direction]
                 if self._vmap[direction] == "right":
                     return batched
         results = [single([tensor[i] for tensor in stacked]) for i in range(count)]

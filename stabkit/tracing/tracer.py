@@ -231,6 +231,7 @@ def _build(recorded: _Recorded, settings: _Settings) -> Flow:
         forward_pass=recorded.again,
         recorded=RecordedPass(graph, recording, functools.partial(_prefetch, recorded)),
         _chains=lambda: _sibling_flows(recorded, settings),
+        _finite=chain.finite,
     )
 
 

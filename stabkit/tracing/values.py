@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
+
+_LONG = 4096  # entries; the deviation of one estimate is about the root of two over their number
 
 
 class Value(NamedTuple):
@@ -50,16 +53,25 @@ def value_of(tensor: Tensor) -> Value:
 def meta_of(value: Value) -> Meta:
     """Shape, dtype and device of a value, as autograd recorded them."""
     node: Any = value.node
-    if hasattr(node, "_input_metadata"):
-        entry = node._input_metadata[value.output]
-        return Meta(tuple(entry.shape), entry.dtype, entry.device)
-    leaf: Tensor = node.variable  # an AccumulateGrad node
-    return Meta(tuple(leaf.shape), leaf.dtype, leaf.device)
+    entries = getattr(node, "_input_metadata", None)
+    # an AccumulateGrad node has none
+    entry = node.variable if entries is None else entries[value.output]
+    return Meta(tuple(entry.shape), entry.dtype, entry.device)
 
 
 def operation(node: Node) -> str:
     """The operation behind an autograd node: ``"Addmm"`` for ``AddmmBackward0``."""
-    return type(node).__name__.split("Backward")[0]
+    return _operation(type(node))
+
+
+@lru_cache(maxsize=4096)
+def _operation(node_class: type[Node]) -> str:
+    return node_class.__name__.split("Backward")[0]
+
+
+def probes_of(numel: int) -> int:
+    """How many random vectors of some length estimate a sum over all directions to a few percent: two, or one long."""
+    return 1 if numel >= _LONG else 2
 
 
 def random_tensors(values: Sequence[Value], seed: int) -> list[Tensor]:
