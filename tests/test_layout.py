@@ -25,6 +25,7 @@ LAYERS = [
     "results",
     "statistics",
     "tables",
+    "hashing",
     "parallel",
     "threads",
     "vocabulary",

@@ -88,33 +88,19 @@ def load_directory(
         CheckpointError: the config or the weights are missing, damaged, or do not fit one another; or the
             config asks for code of its own (``auto_map``).
     """
-    config = read_json(folder / "config.json")
-    if config.get("auto_map"):
-        raise CheckpointError(
-            f"{folder / 'config.json'} asks for code of its own (auto_map), which is not run; import its class "
-            "yourself and give --model pkg.mod:factory"
-        )
+    model_class, settings = architecture(folder)
     tensors, origin = read_weights(folder, trust_pickle=trust_pickle)
-    model_class, settings = resolve(folder, config)
     before = set(tensors)
-    with seeded(seed), quiet(), bounded_by(tensors, str(folder / "config.json")):
-        try:
-            module, info = model_class.from_pretrained(
-                None,  # no path, so nothing is looked up: the config and the tensors are all there is
-                config=settings,
-                state_dict=tensors,
-                output_loading_info=True,
-                ignore_mismatched_sizes=True,  # they are collected, and refused below
-                **{_dtype_keyword(): torch.float32},
-                attn_implementation="eager",
-            )
-        except CheckpointError:
-            raise
-        except Exception as error:  # transformers raises anything for a config it cannot build
-            raise CheckpointError(
-                f"transformers cannot build {model_class.__name__} from {folder / 'config.json'}: "
-                f"{type(error).__name__}: {error}"
-            ) from error
+    with building(folder, model_class, seed), bounded_by(tensors, str(folder / "config.json")):
+        module, info = model_class.from_pretrained(
+            None,  # no path, so nothing is looked up: the config and the tensors are all there is
+            config=settings,
+            state_dict=tensors,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are collected, and refused below
+            **{_dtype_keyword(): torch.float32},
+            attn_implementation="eager",
+        )
     _refuse_misfit(folder, model_class.__name__, info)
     notes = [f"{origin}: {len(before)} tensors", f"architecture {model_class.__name__} of transformers"]
     stored = set(module.state_dict())
@@ -144,8 +130,18 @@ def _shards(index: Path) -> list[str]:
     return names
 
 
-def resolve(folder: Path, config: dict[str, Any]) -> tuple[Any, Any]:
-    """The class and the config object that ``config.json`` describes."""
+def architecture(folder: Path) -> tuple[Any, Any]:
+    """The class and the config object that ``config.json`` of a directory describes.
+
+    Raises:
+        CheckpointError: it is missing, damaged or unknown to transformers, or asks for code of its own (``auto_map``).
+    """
+    config = read_json(folder / "config.json")
+    if config.get("auto_map"):
+        raise CheckpointError(
+            f"{folder / 'config.json'} asks for code of its own (auto_map), which is not run; import its class "
+            "yourself and give model= (--model pkg.mod:factory)"
+        )
     transformers = optional("transformers", f"the Hugging Face directory {folder}")
     settings = dict(config)
     model_type = settings.pop("model_type", None)
@@ -155,7 +151,7 @@ def resolve(folder: Path, config: dict[str, Any]) -> tuple[Any, Any]:
             f"{folder / 'config.json'} has model_type {model_type!r}, which transformers "
             f"{transformers.__version__} does not know{did_you_mean(str(model_type), known)}"
         )
-    with quiet():
+    with _quiet():
         try:
             built = transformers.CONFIG_MAPPING[model_type].from_dict(settings)
         except Exception as error:  # a config class validates with whatever it likes
@@ -211,7 +207,26 @@ def _dtype_keyword() -> str:
 
 
 @contextlib.contextmanager
-def quiet() -> Iterator[None]:
+def building(folder: Path, model_class: Any, seed: int) -> Iterator[None]:
+    """Build a model of transformers inside: seeded, without its progress bars, and with its errors in one message.
+
+    Raises:
+        CheckpointError: transformers cannot build it.
+    """
+    try:
+        with seeded(seed), _quiet():
+            yield
+    except CheckpointError:
+        raise
+    except Exception as error:  # transformers raises anything for a config it cannot build
+        raise CheckpointError(
+            f"transformers cannot build {model_class.__name__} from {folder / 'config.json'}: "
+            f"{type(error).__name__}: {error}"
+        ) from error
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
     """No progress bars and reports of transformers; what they say is in the notes or in an error."""
     logging = optional("transformers", "a Hugging Face directory").utils.logging
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()

@@ -65,13 +65,6 @@ def architecture_hash(module: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def tensors_hash(values: Any) -> str:
-    """A hash of tensors, in tuples and dictionaries."""
-    digest = hashlib.blake2b(digest_size=32)
-    _add_tensors(digest, values)
-    return digest.hexdigest()
-
-
 def source_hash(function: Any) -> str | None:
     """A hash of a function's source and of what it closes over; None when that cannot be known."""
     try:
@@ -95,18 +88,3 @@ def _source_file(kind: type) -> str | None:
         return inspect.getsourcefile(kind)
     except TypeError:  # a class made in an interactive session
         return None
-
-
-def _add_tensors(digest: Any, value: Any) -> None:
-    if isinstance(value, torch.Tensor):
-        digest.update(f"{tuple(value.shape)} {value.dtype}".encode())
-        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    elif isinstance(value, Mapping):
-        for key, item in value.items():
-            digest.update(str(key).encode())
-            _add_tensors(digest, item)
-    elif isinstance(value, tuple | list):
-        for item in value:
-            _add_tensors(digest, item)
-    else:
-        digest.update(repr(value).encode())

@@ -21,11 +21,12 @@ from stabkit.checkpoints.matching import release_parameters
 from stabkit.checkpoints.names import Model, build_model
 from stabkit.checkpoints.training import natural_order
 from stabkit.comparison import cache as cached
-from stabkit.comparison.hashing import architecture_hash, content_hash, recipe_hash, source_hash, tensors_hash
+from stabkit.comparison.hashing import architecture_hash, content_hash, recipe_hash, source_hash
 from stabkit.comparison.result import Comparison, Snapshot
 from stabkit.diagnosis import Thresholds
 from stabkit.distributed import current
 from stabkit.errors import CheckpointError, StabkitError
+from stabkit.hashing import content_key
 from stabkit.tracing.depth import Depth
 
 Progress = Callable[[int, int, str], None]
@@ -228,11 +229,11 @@ def _recipe(settings: _Settings, module: nn.Module | None, given: Input | None, 
 
 def _input_hash(given: Input | None) -> str:
     if given is None or isinstance(given, Inputs):
-        return "inferred" if given is None else tensors_hash((given.args, given.kwargs))
+        return "inferred" if given is None else content_key((given.args, given.kwargs))
     if isinstance(given, str | Path):
         path = Path(given)
         return f"file {content_hash(path)}" if len(str(given)) < 1024 and path.is_file() else str(given)
-    return tensors_hash(given)
+    return content_key(given)
 
 
 @contextlib.contextmanager

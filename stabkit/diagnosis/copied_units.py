@@ -11,6 +11,7 @@ from stabkit.diagnosis import remedies
 from stabkit.diagnosis.finding import Finding
 from stabkit.diagnosis.measurement import Measurement, StepMeasurement
 from stabkit.tracing import Flow
+from stabkit.tracing.sharding import whole
 
 _LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _FEWEST = 4  # units from which copies are no accident
@@ -46,22 +47,23 @@ def copied_units_findings(flow: Flow, measurement: Measurement) -> list[Finding]
 def distinct_units(weight: Tensor, bias: Tensor | None) -> int | None:
     """How many units of a layer differ from each other; None for few units, for zeros and for no numbers.
 
+    Beyond a share of ``_MOST`` of all units it is a lower bound.
+
     Example:
         >>> [distinct_units(weight, None) for weight in (torch.ones(8, 3), torch.eye(8), torch.zeros(8, 3))]
         [1, 8, None]
     """
-    if len(weight) < _FEWEST or not bool(weight.any()) or not bool(weight.isfinite().all()):
+    if len(weight) < _FEWEST:
         return None
-    rows = _whole(weight.detach()).flatten(1)
+    weight, bias = whole(weight), None if bias is None else whole(bias)
+    if not bool(weight.any()) or not bool(weight.isfinite().all()):
+        return None
+    rows = weight.detach().flatten(1)
     if bias is not None:
-        rows = torch.cat([rows, _whole(bias.detach())[:, None].to(rows)], dim=1)
-    return len(torch.unique(rows, dim=0))
-
-
-def _whole(tensor: Tensor) -> Tensor:
-    """All of a sharded tensor (DTensor), to which every rank gives its part; an ordinary tensor itself."""
-    gathered = getattr(tensor, "full_tensor", None)
-    return tensor if gathered is None else gathered()
+        rows = torch.cat([rows, bias.detach()[:, None].to(rows)], dim=1)
+    # copies have one sum; rows are compared entry by entry only where few sums differ, since that sorts the matrix
+    sums = len(torch.unique(rows.sum(dim=1, dtype=torch.float64)))
+    return sums if sums > max(1, _MOST * len(rows)) else len(torch.unique(rows, dim=0))
 
 
 def _finding(

@@ -84,11 +84,11 @@ def examine(
     parallel: Parallel = SERIAL,
     trials: int = TRIALS,
 ) -> Diagnosis:
-    """The same as `diagnose`, with the verdict and the measurement.
+    """The full result behind `diagnose`, which returns its findings alone: verdict, measurement and findings.
 
     Args:
-        flow: as for `diagnose`, like all that is not named here.
-        loss: a callable on the model's output.
+        flow: the flow to examine, over depth or over time.
+        loss: a callable on the model's output that returns a scalar; None pulls back random cotangents.
         thresholds: the limits behind the findings.
         probes: random cotangents per sample when there is no loss.
         seed: the seed of every random choice.

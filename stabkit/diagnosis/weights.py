@@ -152,7 +152,7 @@ def _moments(data: Tensor) -> tuple[float, float]:
     """Mean (its real part) and mean square of the entries, summed in float64 without a copy of the whole."""
     flat = data.reshape(-1)
     total = square = 0.0
-    for part in flat.split(_CHUNK):
+    for part in torch.split(flat, _CHUNK):
         wide = (torch.view_as_real(part) if part.is_complex() else part).to(torch.float64)
         total += float(wide[..., 0].sum() if part.is_complex() else wide.sum())
         square += float(torch.dot(wide.flatten(), wide.flatten()))

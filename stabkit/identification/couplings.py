@@ -24,7 +24,7 @@ def is_affine_coupling(flow: Flow, start: int, stop: int, piece: Piece) -> bool:
     if bool(stays.all()) or not bool(stays.any()):
         return False
     segment = flow.steps[start].segment if stop == start + 1 else None
-    if segment is None or tuple(segment.target) != (target,):
+    if segment is None or segment.target != (target,) or segment.source != (source,):
         return False
     w = random_tensors([target], seed=0)[0]
     tolerance = _ROUNDINGS * torch.finfo(w.dtype).eps * float(w.norm())

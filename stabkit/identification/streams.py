@@ -46,9 +46,12 @@ def mixed_streams(flow: Flow, start: int, stop: int, piece: Piece) -> Streams | 
     """The method of a step whose skip mixes streams along one axis; None where it is no such step."""
     source, target = piece.sources[0], piece.targets[0]
     shape = meta_of(target).shape
-    if stop != start + 1 or meta_of(source).shape != shape or tuple(flow.steps[start].segment.target) != (target,):
+    segment = flow.steps[start].segment
+    if stop != start + 1 or meta_of(source).shape != shape:
         return None
-    vjp = flow.steps[start].segment.vjp
+    if segment.source != (source,) or segment.target != (target,):
+        return None
+    vjp = segment.vjp
     tolerance = _ROUNDINGS * torch.finfo(meta_of(target).dtype).eps
     w = random_tensors([target], seed=0)[0]
     skip = affine_pulls(piece, [w])

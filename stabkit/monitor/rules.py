@@ -13,16 +13,19 @@ class AlertRules:
     All quantities are logs of ratios, so that scaling the loss by a constant changes nothing.
 
     Attributes:
-        warmup: records before anything is judged, and between two findings on the same quantity.
-        history: records that a new one is compared with.
-        deviations: how many robust deviations (1.4826 median absolute deviations) a spike lies from the median of the
-            history at least; a quarter of the way must be made in one record.
-        jump: how far a spike lies from the median of the history at least, in nats.
-        total_jump: the same for the norm of all gradients, which no ratio steadies, in nats.
-        certain: gradient growth that moved less far than this has to stay there for a second record: in recurrent
-            networks single batches stand out without harm.
-        drift: the median of the newest ``warmup`` records lies this far, in nats, from that of the first ones.
-        overflows: with a loss scaler, non-finite gradients are reported after so many records of them in a row.
+        warmup: number of records before anything is judged, and between two findings about the same quantity.
+        history: number of past records that a new one is compared with.
+        deviations: least distance of a spike from the median of the history, in robust standard deviations (1.4826
+            times the median absolute deviation). At least a quarter of that distance must come in one record.
+        jump: least distance of a spike from the median of the history, in nats.
+        total_jump: the same limit for the norm of all gradients together, in nats. It is wider than ``jump`` because
+            this norm is no ratio and varies more from batch to batch.
+        certain: a change of gradient growth below this limit, in nats, is reported only if the next record confirms
+            it: in recurrent networks single batches stand out without harm.
+        drift: distance between the median of the first ``warmup`` records and that of the newest ``warmup`` records
+            from which a quantity has drifted, in nats.
+        overflows: number of successive records with non-finite gradients after which they are reported when a loss
+            scaler is used; a scaler causes single ones on purpose.
     """
 
     warmup: int = 8

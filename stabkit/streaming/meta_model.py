@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from stabkit.checkpoints.files import reading
-from stabkit.checkpoints.hugging_face import quiet, read_json, resolve, weight_files
-from stabkit.checkpoints.names import seeded
+from stabkit.checkpoints.hugging_face import architecture, building, weight_files
 from stabkit.errors import CheckpointError, did_you_mean
+from stabkit.hashing import raw
 
 
 @contextlib.contextmanager
@@ -45,22 +45,10 @@ def skeleton(folder: Path) -> nn.Module:
     Raises:
         CheckpointError: the config is missing or damaged, or asks for code of its own.
     """
-    config = read_json(folder / "config.json")
-    if config.get("auto_map"):
-        raise CheckpointError(
-            f"{folder / 'config.json'} asks for code of its own (auto_map), which is not run; import its class "
-            "yourself and give model="
-        )
-    model_class, settings = resolve(folder, config)
+    model_class, settings = architecture(folder)
     settings._attn_implementation = "eager"  # has a derivative everywhere
-    with seeded(0), quiet(), without_weights():
-        try:
-            model: nn.Module = model_class(settings)
-        except Exception as error:  # a config class validates with whatever it likes
-            raise CheckpointError(
-                f"transformers cannot build {model_class.__name__} from {folder / 'config.json'}: "
-                f"{type(error).__name__}: {error}"
-            ) from error
+    with building(folder, model_class, seed=0), without_weights():
+        model: nn.Module = model_class(settings)
     return model.eval()
 
 
@@ -120,12 +108,6 @@ class WeightFiles:
                     kind = dtype if tensor.is_floating_point() else tensor.dtype
                     found[name] = tensor.to(device, kind, copy=True)
         return found, digest.hexdigest()
-
-
-def raw(tensor: Tensor) -> memoryview:
-    """The bytes of a tensor."""
-    entries: Any = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()
-    return memoryview(entries)
 
 
 class StreamedWeights:

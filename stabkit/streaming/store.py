@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,8 +11,8 @@ import safetensors.torch
 from torch import Tensor
 
 from stabkit.errors import ReportError
+from stabkit.hashing import content_key
 from stabkit.report import files
-from stabkit.streaming.meta_model import raw
 
 
 class Store:
@@ -67,26 +66,5 @@ def key_of(kind: str, index: int, *parts: Any) -> str:
         >>> key_of("state", 3, "weights", torch.ones(2)) == key_of("state", 3, "weights", torch.zeros(2))
         False
     """
-    digest = hashlib.blake2b(digest_size=12)
-    _add(digest, parts)
-    return f"{kind}-{index:04d}-{digest.hexdigest()}"
-
-
-def _add(digest: Any, part: Any) -> None:
-    if isinstance(part, Tensor):
-        digest.update(f"tensor {part.dtype} {tuple(part.shape)}\0".encode())
-        digest.update(raw(part))
-    elif isinstance(part, Mapping):
-        digest.update(b"{")
-        for name in sorted(part, key=str):
-            digest.update(f"{name}\0".encode())
-            _add(digest, part[name])
-    elif isinstance(part, list | tuple):
-        digest.update(b"[")
-        for item in part:
-            _add(digest, item)
-        digest.update(b"]")
-    elif part is None or isinstance(part, bool | int | float | str):
-        digest.update(f"{type(part).__name__} {part!r}\0".encode())
-    else:
-        digest.update(f"{type(part).__qualname__}\0".encode())
+    digest = content_key(*parts, other=lambda part: type(part).__qualname__, size=12)
+    return f"{kind}-{index:04d}-{digest}"

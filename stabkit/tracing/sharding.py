@@ -86,6 +86,20 @@ def take_whole(model: nn.Module) -> None:
         _without_hooks(module)
 
 
+def whole(tensor: Tensor) -> Tensor:
+    """A tensor with its parts from all ranks, which must all ask for it; a plain tensor as it is.
+
+    Example:
+        >>> whole(torch.ones(2))
+        tensor([1., 1.])
+    """
+    if type(tensor) in (Tensor, nn.Parameter):
+        return tensor
+    from torch.distributed.tensor import DTensor
+
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
 def own_part(tensor: Tensor, slot: Tensor | None) -> Tensor:
     """What of a whole tensor belongs to this rank, in the form of a parameter that is spread over ranks.
 

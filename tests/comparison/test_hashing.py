@@ -3,7 +3,8 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from stabkit.comparison.hashing import architecture_hash, content_hash, recipe_hash, source_hash, tensors_hash
+from stabkit.comparison.hashing import architecture_hash, content_hash, recipe_hash, source_hash
+from stabkit.hashing import content_key
 
 
 def test_content_not_names_of_files(tmp_path):
@@ -41,9 +42,9 @@ def test_an_architecture_is_its_structure_and_settings_not_its_weights():
 
 
 def test_tensors_and_recipes():
-    assert tensors_hash((torch.ones(2), {"a": torch.ones(1)})) != tensors_hash((torch.ones(2), {"b": torch.ones(1)}))
-    assert tensors_hash(torch.ones(2)) != tensors_hash(torch.ones(2, 1))
-    assert tensors_hash(torch.ones(2).bfloat16()) == tensors_hash(torch.ones(2).bfloat16())
+    assert content_key((torch.ones(2), {"a": torch.ones(1)})) != content_key((torch.ones(2), {"b": torch.ones(1)}))
+    assert content_key(torch.ones(2)) != content_key(torch.ones(2, 1))
+    assert content_key(torch.ones(2).bfloat16()) == content_key(torch.ones(2).bfloat16())
     assert recipe_hash({"a": 1, "b": 2}) == recipe_hash({"b": 2, "a": 1}) != recipe_hash({"a": 1, "b": 3})
 
 

@@ -167,7 +167,7 @@ def skew_conv(m: Any, x: Tensor) -> Tensor:
 
 def cayley(m: Any, x: Tensor) -> Tensor:
     A = m.W - m.W.T
-    eye = torch.eye(D)
+    eye = torch.eye(D, dtype=x.dtype)
     return x @ torch.linalg.solve(eye + A, eye - A).T
 
 
@@ -393,16 +393,16 @@ def deq() -> nn.Module:
         def forward(self, x: Tensor) -> Tensor:
             with torch.no_grad():
                 z, m = torch.zeros_like(x), 3
-                X, Fx = torch.zeros(len(x), m, D), torch.zeros(len(x), m, D)
+                X, Fx = torch.zeros(len(x), m, D, dtype=x.dtype), torch.zeros(len(x), m, D, dtype=x.dtype)
                 X[:, 0], Fx[:, 0] = z, self.f(z, x)
                 X[:, 1], Fx[:, 1] = Fx[:, 0], self.f(Fx[:, 0], x)
                 for k in range(2, 20):
                     n = min(k, m)
                     G = Fx[:, :n] - X[:, :n]
-                    H = torch.zeros(len(x), n + 1, n + 1)
+                    H = torch.zeros(len(x), n + 1, n + 1, dtype=x.dtype)
                     H[:, 0, 1:] = H[:, 1:, 0] = 1
-                    H[:, 1:, 1:] = G @ G.transpose(1, 2) + 1e-6 * torch.eye(n)
-                    y = torch.zeros(len(x), n + 1, 1)
+                    H[:, 1:, 1:] = G @ G.transpose(1, 2) + 1e-6 * torch.eye(n, dtype=x.dtype)
+                    y = torch.zeros(len(x), n + 1, 1, dtype=x.dtype)
                     y[:, 0] = 1
                     alpha = torch.linalg.solve(H, y)[:, 1:, 0]
                     X[:, k % m] = (alpha[:, None] @ Fx[:, :n])[:, 0]
@@ -435,7 +435,7 @@ class BDF2(nn.Module):
         self.A = nn.Parameter(torch.randn(D, D) / 3)
 
     def forward(self, x: Tensor) -> Tensor:
-        h, eye = 0.2, torch.eye(D)
+        h, eye = 0.2, torch.eye(D, dtype=x.dtype)
         old, x = x, torch.linalg.solve(eye - h * self.A, x.T).T
         for _ in range(4):
             old, x = x, torch.linalg.solve(eye - 2 / 3 * h * self.A, (4 / 3 * x - 1 / 3 * old).T).T

@@ -82,12 +82,12 @@ def lem(m: Any, s: tuple[Tensor, Tensor], x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def lipschitz(m: Any, h: Tensor, x: Tensor) -> Tensor:
-    A, W = (0.8 * (M - M.T) + 0.2 * (M + M.T) - 0.01 * torch.eye(H) for M in (m.M, m.N))
+    A, W = (0.8 * (M - M.T) + 0.2 * (M + M.T) - 0.01 * torch.eye(H, dtype=h.dtype) for M in (m.M, m.N))
     return h + 0.1 * (h @ A.T + torch.tanh(h @ W.T + m.parts[0](x)))
 
 
 def antisymmetric(m: Any, h: Tensor, x: Tensor) -> Tensor:
-    return h + 0.1 * torch.tanh(h @ (m.W - m.W.T - 0.1 * torch.eye(H)).T + m.parts[0](x))
+    return h + 0.1 * torch.tanh(h @ (m.W - m.W.T - 0.1 * torch.eye(H, dtype=h.dtype)).T + m.parts[0](x))
 
 
 def leaky(m: Any, h: Tensor, x: Tensor) -> Tensor:

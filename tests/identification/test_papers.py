@@ -11,14 +11,10 @@ from .families import FAMILIES
 from .paper_models import PAPERS
 from .paper_transformers import HyperConnections, tokens
 
-# what is still said wrongly: each is a reading to mend, and a row of the table
-WRONG = frozenset()
-
 
 @pytest.mark.parametrize("paper", PAPERS, ids=lambda paper: paper.name)
 def test_no_architecture_is_misread_though_proven_or_measured(paper):
-    verdict = paper.verdict(paper.record())
-    assert verdict != "W" or paper.name in WRONG
+    assert paper.verdict(paper.record()) != "W"
 
 
 def said(record: Identification) -> tuple[object, ...]:
@@ -27,14 +23,18 @@ def said(record: Identification) -> tuple[object, ...]:
     return record.name, str(blocks).replace("-0.0", "0.0")
 
 
+def proven(records: list[Identification]) -> bool:
+    """Whether one of the readings of a step names a method, and calls it proven."""
+    return any(r.evidence == "proven" and r.name not in ("fork", "join", "transition") for r in records)
+
+
 @pytest.mark.parametrize("paper", PAPERS, ids=lambda paper: paper.name)
 def test_what_is_proven_of_a_paper_holds_for_every_input(paper):
     for seed in range(2):
         records = [paper.record(scale, torch.float32, seed) for scale in (1.0, 0.01, 100.0)]
-        if any(record.evidence == "proven" for record in records):
-            assert len({said(record) for record in records}) == 1
-    names = {paper.record(1.0, dtype, seed=2).name for dtype in (torch.float32, torch.float64)}
-    assert len(names) == 1
+        assert not proven(records) or len({said(record) for record in records}) == 1
+    records = [paper.record(1.0, dtype, seed=2) for dtype in (torch.float32, torch.float64)]
+    assert not proven(records) or len({record.name for record in records}) == 1
 
 
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
@@ -45,8 +45,7 @@ def test_what_is_proven_of_a_family_holds_for_every_input(family):
         model, (x, *rest), kwargs = family.build()
         x = x * scale if x.is_floating_point() else x
         found.append(identify(trace(model, x, *rest, **kwargs))[family.which])
-    if any(record.evidence == "proven" for record in found):
-        assert len({said(record) for record in found}) == 1
+    assert not proven(found) or len({said(record) for record in found}) == 1
 
 
 def test_the_streams_of_hyper_connections_are_those_of_the_code():
