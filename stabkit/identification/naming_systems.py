@@ -13,6 +13,8 @@ from stabkit.identification.naming import CLOSE, POINTS, Name
 from stabkit.identification.tableau import Blocks, Matrix
 from stabkit.integrators import GeneralLinearMethod
 
+HAMILTONIAN = "symplectic Euler (Hamiltonian)"  # a reversible step whose fields are gradients
+
 
 def name_several_states(found: Blocks, *, symmetric: bool | None, gated: bool) -> Name:
     """The name of a tableau with several states.
@@ -184,7 +186,7 @@ def _two_fields(found: Blocks, symmetric: bool | None) -> Name | None:
             h = float(np.abs(found.B).max())
             declared = "h: the number that multiplies the branches" if h != 1 else "h = 1: only h f can be seen"
             if symmetric:
-                return Name("symplectic Euler (Hamiltonian)", "p' = -dH/dq, q' = dH/dp", h, declared)
+                return Name(HAMILTONIAN, "p' = -dH/dq, q' = dH/dp", h, declared)
             return Name("reversible (two-stream symplectic Euler)", "p' = F(q), q' = G(p)", h, declared)
     return _oscillator(found)
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 from stabkit.identification.confirmation import Check, is_symmetric, volume
 from stabkit.identification.flow_index import Surroundings
 from stabkit.identification.grouping import split_before
-from stabkit.identification.naming_systems import name_several_states
+from stabkit.identification.naming_systems import HAMILTONIAN, name_several_states
 from stabkit.identification.normal_form import NormalForm
 from stabkit.identification.operations import JOINS, is_opaque
 from stabkit.identification.record import Identification
@@ -41,10 +41,12 @@ def read_several_states(around: Surroundings, found: Slots, steps: tuple[int, ..
     method = table.method(named.unit)
     method.name = named.name
     checks: tuple[Check, ...] = ()
-    if named.name.startswith(("reversible", "symplectic Euler (H")):
+    if named.name == HAMILTONIAN or named.name.startswith("reversible"):
         measured = volume(around.flow, start, stop)
         checks = (measured,) if measured is not None else ()
     certified = all(c.kind in ("scalar", "dropout") for c in coefficients)
+    # that a field is a gradient was seen in its Jacobian at this input; that the step is reversible is in the graph
+    certified = certified and named.name != HAMILTONIAN
     return Identification(
         name=named.name,
         method=method,
