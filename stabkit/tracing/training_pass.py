@@ -96,7 +96,9 @@ def training_pass(
         with torch.enable_grad(), recording_calls(call.module, watching.recording), mode:
             output = call.model(*prepared.args, **prepared.kwargs)
         done = TrainingPass(watching.recording.calls, output)
-        done.parameters = {path: p for path, p in call.module.named_parameters() if p.requires_grad}
+        # a parameter on the meta device is kept elsewhere; what runs is a copy that a hook fetches
+        named = call.module.named_parameters()
+        done.parameters = {path: p for path, p in named if p.requires_grad and not p.is_meta}
         watching.part = "loss"
         with mode:
             done.loss = combination(output, call.seed) if loss is None else _loss(loss, output)
