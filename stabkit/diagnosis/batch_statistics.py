@@ -44,19 +44,19 @@ def with_statistics(flow: Flow) -> Flow:
         return flow
     if flow.steps[0].segment.recomputes:
         return flow  # what is computed anew later would use the norms' own statistics
-    return traced_anew(flow)
+    return traced_anew(flow, check=flow.chain_error is not None)  # a report shows the error of what it measured
 
 
-def traced_anew(flow: Flow) -> Flow:
-    """The flow traced anew, with statistics of its batch where there are none."""
+def traced_anew(flow: Flow, *, check: bool = False) -> Flow:
+    """The flow traced anew, with statistics of its batch where there are none; its chain is checked on demand."""
     fresh = uncollected(flow.model)
     if not fresh:
-        return flow.again()
+        return flow.again(check=check)
     found = _collected(flow, fresh)
     if found is None:
         return replace(flow, notes=(*flow.notes, TOO_FEW))
     with _standing(found):
-        traced = flow.again()
+        traced = flow.again(check=check)
     return replace(traced, notes=(*traced.notes, NOTE))
 
 

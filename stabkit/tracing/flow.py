@@ -132,18 +132,21 @@ class Flow:
     forward_pass: ForwardPass = field(repr=False)
     recorded: RecordedPass = field(repr=False)
     _chains: Callable[[], dict[str, Flow]] = field(repr=False)
-    _retrace: Callable[[], Flow] | None = field(default=None, repr=False, kw_only=True)
+    _retrace: Callable[[bool], Flow] | None = field(default=None, repr=False, kw_only=True)
     _finite: bool | None = field(default=None, repr=False, kw_only=True)
 
-    def again(self) -> Flow:
+    def again(self, *, check: bool = False) -> Flow:
         """The same call traced anew, in the same way, at the weights and in the modes that the model has now.
+
+        Args:
+            check: whether the chain is held against the model's own VJP again; if exact, it is exact at other weights.
 
         Raises:
             TraceError: the call fails now, or this flow is a part of another, which alone can be traced anew.
         """
         if self._retrace is None:
             raise TraceError("this flow was taken out of another one; trace that one anew")
-        return self._retrace()
+        return self._retrace(check)
 
     @property
     def passes_finite(self) -> bool | None:

@@ -119,7 +119,7 @@ def trace(
         recorded = _record(forward, source, target, memory == "recompute")
     flow = _build(recorded, _Settings(module, depth, batch, batch_dim or 0, seed, check))
 
-    def again() -> Flow:
+    def again(checked: bool) -> Flow:
         return trace(
             model,
             *inputs,
@@ -129,7 +129,7 @@ def trace(
             source=source,
             target=target,
             seed=seed,
-            check=False,  # what was exact is exact at other weights
+            check=checked,
             memory=memory,
         )
 

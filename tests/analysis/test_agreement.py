@@ -47,3 +47,12 @@ def test_the_loss_reaches_the_attribution():
     random, given = (stabkit.analyze(model, x, loss=loss).steps[2].attribution for loss in (None, skewed))
     assert random["spectral"] == pytest.approx(given["spectral"], abs=1e-12)
     assert abs(random["alignment"] - given["alignment"]) > 1e-3
+
+
+def test_the_chain_is_checked_where_batch_norms_are_given_the_statistics_of_the_batch():
+    torch.manual_seed(0)
+    blocks = [nn.Sequential(nn.Linear(6, 6), nn.BatchNorm1d(6), nn.Tanh()) for _ in range(4)]
+    model = nn.Sequential(*blocks).double().eval()
+    report = stabkit.analyze(model, torch.randn(32, 6, dtype=torch.float64), spectrum="none")
+    assert any("batch" in note for note in report.notes)
+    assert report.chain_error < 1e-10

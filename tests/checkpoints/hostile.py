@@ -159,7 +159,7 @@ def main(folder: Path) -> None:
     def late(*_: object) -> None:
         raise Late
 
-    signal.signal(signal.SIGPROF, late)  # the time of the processor: what else the machine does is no fault of the file
+    signal.signal(signal.SIGALRM, late)
     used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (used + GIGABYTES * 2**30, -1))
     for path in sorted([*(folder / name for name in FILES), folder / "adapter"]):
@@ -167,8 +167,8 @@ def main(folder: Path) -> None:
             {"base": torch.nn.Linear(2, 2)} if path.name == "adapter" else {"model": torch.nn.Linear(2, 2)},
             {},
         ):
-            start = time.process_time()
-            signal.setitimer(signal.ITIMER_PROF, SECONDS)
+            start = time.perf_counter()
+            signal.alarm(SECONDS)
             try:
                 load(path, input="1x2", **base)
                 outcome = "loaded"
@@ -179,9 +179,9 @@ def main(folder: Path) -> None:
             except BaseException as error:
                 outcome = f"BROKE: {type(error).__name__}: {error}"
             finally:
-                signal.setitimer(signal.ITIMER_PROF, 0)
+                signal.alarm(0)
             shown = path.relative_to(folder)
-            print(json.dumps([str(shown), bool(base), outcome, round(time.process_time() - start, 2)]), flush=True)
+            print(json.dumps([str(shown), bool(base), outcome, round(time.perf_counter() - start, 2)]), flush=True)
 
 
 if __name__ == "__main__":
