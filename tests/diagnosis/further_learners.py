@@ -74,23 +74,23 @@ def graph(attention: bool = False, depth: int = 4) -> nn.Module:
 
 
 class Variational(nn.Module):
-    """A variational autoencoder: mean of the code in eval mode, a draw in training. Puts out image, mean, log var."""
+    """A variational autoencoder, whose code is drawn in training: image, mean and log variance in one row."""
 
     def __init__(self) -> None:
         super().__init__()
         self.encoder = nn.Sequential(nn.Flatten(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 32))
         self.decoder = nn.Sequential(nn.Linear(16, 64), nn.ReLU(), nn.Linear(64, 64))
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(self, x: Tensor) -> Tensor:
         mean, log_var = self.encoder(x).chunk(2, dim=1)
         code = mean + torch.randn_like(mean) * (log_var / 2).exp() if self.training else mean
-        return self.decoder(code).reshape(x.shape), mean, log_var
+        return torch.cat([self.decoder(code), mean, log_var], dim=1)
 
 
-def evidence_bound(out: Any, y: Tensor) -> Tensor:
-    image, mean, log_var = out
+def evidence_bound(out: Tensor, y: Tensor) -> Tensor:
+    image, mean, log_var = out.split([64, 16, 16], dim=1)
     prior = (mean.square() + log_var.exp() - 1 - log_var).sum(1).mean()
-    return (image - y).square().flatten(1).sum(1).mean() + 0.2 * prior
+    return (image - y.flatten(1)).square().sum(1).mean() + 0.2 * prior
 
 
 class Coupling(nn.Module):
@@ -110,22 +110,22 @@ class Coupling(nn.Module):
 
 
 class NormalisingFlow(nn.Module):
-    """Real NVP: the sample in its latent space, with log |det|."""
+    """Real NVP: the sample in its latent space, and log |det| in the last column."""
 
     def __init__(self, width: int = 2, depth: int = 6) -> None:
         super().__init__()
         self.steps = nn.ModuleList(Coupling(width, bool(i % 2)) for i in range(depth))
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor) -> Tensor:
         total = torch.zeros(len(x))
         for step in self.steps:
             x, log_det = step(x)
             total = total + log_det
-        return x, total
+        return torch.cat([x, total[:, None]], dim=1)
 
 
-def negative_log_likelihood(out: Any, _: Tensor) -> Tensor:
-    z, log_det = out
+def negative_log_likelihood(out: Tensor, _: Tensor) -> Tensor:
+    z, log_det = out[:, :-1], out[:, -1]
     return (0.5 * z.square().sum(1) + 0.5 * math.log(2 * math.pi) * z.shape[1] - log_det).mean()
 
 
@@ -492,9 +492,9 @@ def linear(depth: int) -> nn.Module:
 
 
 def bounded(how: Any) -> nn.Module:
-    """An MLP under a parametrisation of its weights."""
+    """An MLP under a parametrisation of its weights, the head apart."""
     model = mlp(nn.ReLU, 3)
-    for layer in model:
+    for layer in model[:-1]:
         if isinstance(layer, nn.Linear):
             how(layer)
     return model
@@ -539,10 +539,15 @@ TASKS: dict[str, Task] = {
     "mixture of experts, best two": Task(
         lambda: Net(nn.Linear(64, 32), [Experts(32, best=2) for _ in range(3)], nn.Linear(32, 10))
     ),
-    "graph convolution": Task(graph, steps=200, rate=1e-2),
+    "graph convolution": Task(graph, steps=300, rate=1e-2),
     "graph attention": Task(lambda: graph(True), steps=200, rate=1e-2),
     "variational autoencoder": Task(
-        Variational, "copy", evidence_bound, lambda out, y: REGRESSION["good"](out[0], y), 0.6, steps=500
+        Variational,
+        "copy",
+        evidence_bound,
+        lambda out, y: REGRESSION["good"](out[:, :64], y.flatten(1)),
+        0.6,
+        steps=500,
     ),
     "denoising autoencoder": Task(
         lambda: nn.Sequential(
