@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import stabkit
+from stabkit.analysis.records import untried_notes
 from stabkit.diagnosis import Finding, Thresholds, examine, judge, treat
 from stabkit.diagnosis.actions import carried_out, once
 from stabkit.diagnosis.finding import sound
@@ -66,6 +67,12 @@ def test_suspects_beyond_the_trials_are_listed_and_told_without_being_tried():
     found = examine(network.flow(), trials=1)
     assert len(found.untried) == 1
     assert len(serious(found)) == 2
+    (left,) = found.untried
+    assert all(
+        "none was tried" in f.remedy and not f.actions for f in found.findings if f.module_path == left.module_path
+    )
+    assert "no remedy tried" in untried_notes(found)[0]
+    assert left.module_path in untried_notes(found)[0]
     assert not examine(network.flow()).untried
 
 
