@@ -11,7 +11,7 @@ from stabkit.diagnosis import remedies
 from stabkit.diagnosis.actions import once
 from stabkit.diagnosis.activity import TWO_SIDED
 from stabkit.diagnosis.chaos import recurrent_matrices
-from stabkit.diagnosis.dead_units import drawn_anew
+from stabkit.diagnosis.dead_units import drawn_anew, started_anew
 from stabkit.diagnosis.finding import Finding
 from stabkit.diagnosis.measurement import Measurement, StepMeasurement
 from stabkit.diagnosis.remedies import Remedy
@@ -55,7 +55,7 @@ def _unit_input(suspect: Finding, measurement: Measurement) -> list[Remedy]:
 def _others(suspect: Finding, measurement: Measurement, flow: FlowLike) -> list[Remedy]:
     """Further remedies, of dead layers and of stretches."""
     if suspect.kind == "dead":
-        return [drawn_anew(suspect.steps, measurement)]
+        return [drawn_anew(suspect.steps, measurement), started_anew(measurement)]
     if suspect.kind == "rank_collapse":
         return _short_skips(suspect, measurement)
     if suspect.kind == "saturated":

@@ -93,6 +93,21 @@ def drawn_anew(indices: Sequence[int], measurement: Measurement) -> remedies.Rem
     return remedies.Remedy(text, (*drawn, *zeroed))
 
 
+def started_anew(measurement: Measurement) -> remedies.Remedy:
+    """All weights as they would be made: what killed some units has usually ruined the layers behind them as well."""
+    held = {w.path: w for step in measurement.steps for w in step.weights}
+    ends = {w.path for w in measurement.steps[-1].weights}
+    matrices = [w for w in held.values() if w.kind == "matrix"]
+    drawn = [remedies.redraw(w.path, (1.0 if w.path in ends else math.sqrt(2.0)) / w.unit) for w in matrices]
+    own = {w.module_path for w in matrices}
+    zeroed = [remedies.fill(w.path, 0.0) for w in held.values() if w.kind == "bias" and w.module_path in own]
+    text = (
+        f"start again: draw the weights of all {len(drawn)} layers anew (He), set their biases to zero, or go back to "
+        "a checkpoint from before, and lower the learning rate, for a step of training did this"
+    )
+    return remedies.Remedy(text, (*drawn, *zeroed))
+
+
 def _before(index: int, measurement: Measurement) -> list[Weight]:
     """The parameters of a step, or of the nearest one before it that has any."""
     for step in reversed(measurement.steps[: index + 1]):

@@ -241,7 +241,8 @@ def _told(suspect: Finding, cure: Cure | None, untreated: ShortTraining | None) 
     """A suspect with what its trial says."""
     if cure is None:
         severity = "info" if suspect.kind in _IN_DOUBT else suspect.severity
-        return replace(suspect, severity=severity, remedy=NOTHING_HELPED, actions=())
+        remedy = f"{NOTHING_HELPED}; look at the operation that is named" * (suspect.kind == "non_finite")
+        return replace(suspect, severity=severity, remedy=remedy or NOTHING_HELPED, actions=())
     evidence = f"{suspect.evidence}; tried on a copy: {cure.trial.changes}"
     if cure.trains is not None and untreated is not None:
         evidence += f"; {STEPS} steps of plain SGD take the loss {untreated} as it is, {cure.trains} treated"
