@@ -102,10 +102,11 @@ class Recording:
         return ""
 
 
-class _Values(EagerMode):
+class ValueRecorder(EagerMode):
     """Notes the value of every tensor on the graph when it is consumed, before anything can overwrite it.
 
-    Below autograd the arguments still show the node that made them, and keep their identity.
+    Below autograd the arguments still show the node that made them, and keep their identity. ``wanted`` says which
+    values are kept, by their places; None for all.
     """
 
     def __init__(
@@ -236,7 +237,7 @@ _EXITS: tuple[Any, ...] = (torch.Tensor.numpy, torch.Tensor.__array__)
 class _NonLeafSources(TorchFunctionMode):
     """Replaces a promoted leaf by a copy on the graph, since models write to their embeddings in place."""
 
-    def __init__(self, recording: Recording, values: _Values) -> None:
+    def __init__(self, recording: Recording, values: ValueRecorder) -> None:
         super().__init__()
         self.recording = recording
         self.values = values
@@ -311,21 +312,15 @@ def recording_calls(model: nn.Module, recording: Recording) -> Iterator[None]:
 
 
 def record(
-    model: Any, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], recording: Recording, values: _Values
+    model: Any,
+    module: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    recording: Recording,
+    values: ValueRecorder,
 ) -> Any:
     """Run the model once under the recording modes; the caller prepares inputs, freezing and kernels."""
     with recording_calls(module, recording), _NonLeafSources(recording, values), values:
         recording.output = model(*args, **kwargs)
     recording.stop = clock()
     return recording.output
-
-
-def value_recorder(
-    recording: Recording,
-    safe: Safe,
-    integers: list[Tensor],
-    promote_casts: bool,
-    wanted: frozenset[tuple[int, int]] | None = None,
-) -> _Values:
-    """The mode that `record` runs under; ``wanted`` says which values it keeps, by their places."""
-    return _Values(recording, safe, integers, promote_casts, wanted)
