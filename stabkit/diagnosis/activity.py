@@ -63,6 +63,9 @@ def activities(flow: Flow, step: Step) -> tuple[Activity, ...]:
     """The activations of a step whose saved tensors are at hand (it was differentiated before)."""
     segment = step.segment
     nodes = [n for n in segment.nodes if operation(n) in ONE_SIDED | TWO_SIDED and not is_python_node(n)]
+    nodes = [
+        n for n in nodes if len(meta_of(Value(n, 0)).shape)
+    ]  # a bound on a single number, as on a step size, is none
     return tuple(_activity(flow, segment, node) for node in nodes if len(set(segment.graph.inputs[node])) == 1)
 
 
@@ -71,7 +74,7 @@ def _activity(flow: Flow, segment: Segment, node: Node) -> Activity:
     derivative = _derivative(node, source).to(torch.float32)
     size = derivative.abs() / STEEPEST.get(name, 1.0)
     axis = _unit_axis(segment, node, derivative.dim())
-    rows = size.movedim(axis, 0).flatten(1) if size.dim() > 1 else size.unsqueeze(1)
+    rows = size.movedim(axis, 0).flatten(1) if size.dim() > 1 else size.reshape(-1, 1)
     flat = rows <= _FLAT
     two_sided = name in TWO_SIDED or (name == "Hardtanh" and float(getattr(node, "_saved_min_val", 0.0)) < 0)
     return Activity(

@@ -72,6 +72,8 @@ class Recording:
         hooks: tensor hooks that the model registered, by the value whose gradient they see.
         output: what the model returned, still on the graph.
         stopped: where dependence on the input went on without gradient.
+        routed: when operations took integers or masks that were made from values on the graph: indices of the largest,
+            experts that were chosen.
     """
 
     sources: list[Source] = field(default_factory=list)
@@ -80,6 +82,7 @@ class Recording:
     hooks: dict[Value, list[Callable[[Tensor], Tensor | None]]] = field(default_factory=dict)
     output: Any = None
     stopped: list[Stopped] = field(default_factory=list)
+    routed: set[int] = field(default_factory=set)
     start: int = 0
     stop: int = 0
 
@@ -123,6 +126,7 @@ class ValueRecorder(EagerMode):
         self.promoted: dict[int, tuple[Tensor, str]] = {}
         # depend on the input, carry no gradient; held weakly, or everything inside a custom Function would stay alive
         self.silent: dict[int, tuple[weakref.ref[Tensor], str]] = {}
+        self.chosen: dict[int, weakref.ref[Tensor]] = {}  # integers and masks made from values on the graph
         self._on_storage: defaultdict[int, list[Value]] = defaultdict(list)
 
     def __torch_dispatch__(
@@ -143,6 +147,7 @@ class ValueRecorder(EagerMode):
             if self.tainted:
                 self._follow_integers(name, tensors, results)
             self._follow_gradients(func, tensors, results)
+            self._follow_choices(tensors, results)
         return out
 
     def _see(self, tensor: Tensor) -> None:
@@ -175,6 +180,20 @@ class ValueRecorder(EagerMode):
             elif self._is_source(name, tensors) and not result.is_inference():
                 result.requires_grad_(True)
                 self.promoted[id(result)] = (result, name)
+
+    def _follow_choices(self, tensors: list[Tensor], results: list[Tensor]) -> None:
+        chosen = any(self._is_chosen(t) for t in tensors)
+        on_graph = any(t.requires_grad for t in tensors)
+        if chosen and on_graph:
+            self.recording.routed.add(clock() - 1)  # the node has its number already
+        if chosen or on_graph:
+            for result in results:
+                if not differentiable(result):
+                    self.chosen[id(result)] = weakref.ref(result)
+
+    def _is_chosen(self, tensor: Tensor) -> bool:
+        entry = self.chosen.get(id(tensor))
+        return entry is not None and entry() is tensor
 
     def _is_source(self, name: str, tensors: list[Tensor]) -> bool:
         return not any(t.requires_grad for t in tensors) and (name in INDEXING or self.promote_casts)
