@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 from stabkit.diagnosis.alternatives import candidates
 from stabkit.diagnosis.batch_statistics import TOO_FEW, with_statistics
-from stabkit.diagnosis.causes import with_causes
+from stabkit.diagnosis.causes import with_causes, with_lost_parameters
 from stabkit.diagnosis.finding import Action, Finding, serious, sound
 from stabkit.diagnosis.initialisation import Known, known_initialisations
 from stabkit.diagnosis.remedies import Remedy
@@ -102,7 +102,8 @@ def examine(
     flow = with_statistics(flow) if isinstance(flow, Flow) else flow
     found = suspected(flow, settings, methods, spectra)
     if isinstance(flow, Flow) and TOO_FEW in flow.notes and found.verdict.name != "non-finite":
-        return replace(found, verdict=not_judged(found.verdict, TOO_FEW), findings=_of_no_growth(found.findings))
+        found = replace(found, verdict=not_judged(found.verdict, TOO_FEW), findings=_of_no_growth(found.findings))
+        return with_lost_parameters(flow, found, settings)
     return with_causes(flow, _confirmed(flow, found, settings, trials), settings)
 
 
