@@ -33,6 +33,6 @@ def with_causes(flow: FlowLike, found: Diagnosis, settings: Settings) -> Diagnos
 
 
 def with_lost_parameters(flow: FlowLike, found: Diagnosis, settings: Settings) -> Diagnosis:
-    """A diagnosis with the parameters that get no gradient: a pass of its own, which no remedy that is tried repeats."""
+    """A diagnosis with the parameters that get no gradient: a pass of its own, which no trial of a remedy repeats."""
     lost = lost_parameter_findings(flow, settings.loss) if isinstance(flow, Flow) else []
     return replace(found, findings=tuple(ordered([*found.findings, *lost]))) if lost else found

@@ -54,7 +54,7 @@ def spread(flow: FlowLike) -> Spread:
 
 
 def _vectors(state: StateLike) -> tuple[Tensor, Tensor | None] | None:
-    """A state as ``(samples, size)``, and as ``(samples, tokens, size)`` where it is a sequence; None for no numbers."""
+    """A state as ``(samples, size)``, and a sequence also as ``(samples, tokens, size)``; None for no number."""
     flat = state.flatten().detach().to(device="cpu", dtype=torch.float64)
     if not bool(flat.isfinite().all()) or not bool((flat != 0).any()):
         return None

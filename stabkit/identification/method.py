@@ -34,8 +34,8 @@ def identify(flow: FlowLike, *, checks: bool = True, parallel: Parallel = SERIAL
 
     Args:
         flow: from `stabkit.trace`, `stabkit.recurrent_flow` or `stabkit.iterate`.
-        checks: whether readings are confirmed by numbers: commutators, determinants, defects. They cost several products
-            a step, and no name depends on them.
+        checks: whether readings are confirmed by numbers: commutators, determinants, defects. They cost several
+            products a step, and no name depends on them.
         parallel: who reads which steps.
 
     Raises:

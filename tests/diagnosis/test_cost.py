@@ -46,13 +46,13 @@ def test_lost_parameters_are_looked_for_once_however_many_remedies_are_tried(mon
 
 def test_a_report_asks_for_no_numerical_confirmation_of_a_method(monkeypatch: pytest.MonkeyPatch) -> None:
     layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
-    model = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False).eval()
+    model = nn.TransformerEncoder(layer, 6, enable_nested_tensor=False).eval()
     x = torch.randn(2, 5, 8)
     made = _counted(monkeypatch, reading, "commutator")
     report = stabkit.analyze(model, x, spectrum="none")
     assert not made
     confirmed = identify(stabkit.trace(model, x))
-    assert len(made) == len(confirmed) == 2
+    assert len(made) == len(confirmed) == 6
     assert [step.method for step in report.steps] == [record.name for record in confirmed]
     assert all(record.checks for record in confirmed)
 
