@@ -71,7 +71,7 @@ def _activity(flow: Flow, segment: Segment, node: Node) -> Activity:
     derivative = _derivative(node, source).to(torch.float32)
     size = derivative.abs() / STEEPEST.get(name, 1.0)
     axis = _unit_axis(segment, node, derivative.dim())
-    rows = size.movedim(axis, 0).flatten(1) if size.dim() > 1 else size.unsqueeze(1)
+    rows = size.movedim(axis, 0).flatten(1) if size.dim() > 1 else size.reshape(-1, 1)
     flat = rows <= _FLAT
     two_sided = name in TWO_SIDED or (name == "Hardtanh" and float(getattr(node, "_saved_min_val", 0.0)) < 0)
     return Activity(

@@ -14,7 +14,7 @@ from stabkit.diagnosis.measurement import Measurement, StepMeasurement
 from stabkit.diagnosis.thresholds import Thresholds
 from stabkit.diagnosis.weights import Weight
 
-_CHANCE = 1e-4  # of so many dead units in a layer where every unit is as likely active as not
+_CHANCE = 1e-4  # of so many dead units, or flat entries, in a layer where each is as likely so as not
 _WIDESPREAD = 0.5  # share of the layers from which a fault is that of the network, not of a layer
 
 
@@ -38,7 +38,7 @@ def _is_dead(step: StepMeasurement, activity: Activity, thresholds: Thresholds) 
 
 
 def _tail(count: int, units: int) -> float:
-    """Chance of at least ``count`` dead among ``units`` when half of them are."""
+    """Chance of at least ``count`` among ``units`` when each is as likely so as not."""
     if units > 64:
         return 0.0 if count > 0.75 * units else 1.0  # beyond eight standard deviations, or within
     return float(sum(math.comb(units, k) for k in range(count, units + 1)) / 2**units)
@@ -118,7 +118,7 @@ def _low_biases(index: int, measurement: Measurement) -> list[tuple[int, Weight]
 def saturated_findings(measurement: Measurement, thresholds: Thresholds, blamed: set[int]) -> list[Finding]:
     """Layers of which most outputs lie in the flat ends of their activation, gates apart."""
     layers = [(s, a) for s in measurement.steps for a in s.activities if s.finite and not a.gate and _two_sided(a)]
-    found = [(s, a) for s, a in layers if a.saturated >= thresholds.saturated and s.index not in blamed]
+    found = [(s, a) for s, a in layers if _is_saturated(a, thresholds) and s.index not in blamed]
     if not found:
         return []
     groups = [found] if len(found) > max(1, _WIDESPREAD * len(layers)) else [[one] for one in found]
@@ -127,6 +127,12 @@ def saturated_findings(measurement: Measurement, thresholds: Thresholds, blamed:
 
 def _two_sided(activity: Activity) -> bool:
     return activity.saturated > 0.0
+
+
+def _is_saturated(activity: Activity, thresholds: Thresholds) -> bool:
+    """Whether more entries are flat than chance allows: of three units and two samples, five of six may well be."""
+    entries = activity.units * activity.observations
+    return activity.saturated >= thresholds.saturated and _tail(round(activity.saturated * entries), entries) < _CHANCE
 
 
 def _saturated(group: Sequence[tuple[StepMeasurement, Activity]], measurement: Measurement) -> Finding:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from stabkit.diagnosis.alternatives import candidates
-from stabkit.diagnosis.batch_statistics import TOO_FEW, with_statistics
+from stabkit.diagnosis.batch_statistics import with_statistics, without_statistics
 from stabkit.diagnosis.causes import with_causes, with_lost_parameters
 from stabkit.diagnosis.finding import Action, Finding, serious, sound
 from stabkit.diagnosis.initialisation import Known, known_initialisations
@@ -101,8 +101,9 @@ def examine(
     settings = Settings(loss, thresholds or Thresholds(), probes, seed, parallel)
     flow = with_statistics(flow) if isinstance(flow, Flow) else flow
     found = suspected(flow, settings, methods, spectra)
-    if isinstance(flow, Flow) and TOO_FEW in flow.notes and found.verdict.name != "non-finite":
-        found = replace(found, verdict=not_judged(found.verdict, TOO_FEW), findings=_of_no_growth(found.findings))
+    missing = without_statistics(flow) if isinstance(flow, Flow) else ""
+    if missing and found.verdict.name != "non-finite":
+        found = replace(found, verdict=not_judged(found.verdict, missing), findings=_of_no_growth(found.findings))
         return with_lost_parameters(flow, found, settings)
     return with_causes(flow, _confirmed(flow, found, settings, trials), settings)
 
@@ -195,7 +196,8 @@ def _confirmed(flow: FlowLike, found: Diagnosis, settings: Settings, limit: int)
             untried.append(suspect)
             continue
         cure = trials.cure(suspect)
-        told[id(suspect)] = _told(suspect, cure, trials.training() if cure is not None and cure.trains else None)
+        untreated = trials.training() if cure is not None and cure.trains else None
+        told[id(suspect)] = _told(suspect, cure, untreated, settings.thresholds)
         if cure is not None:
             for follower in cure.trial.gone(waiting):
                 waiting.remove(follower)
@@ -207,16 +209,25 @@ def _confirmed(flow: FlowLike, found: Diagnosis, settings: Settings, limit: int)
     return replace(found, verdict=verdict, findings=tuple(ordered(kept)), untried=tuple(untried))
 
 
-def _told(suspect: Finding, cure: Cure | None, untreated: ShortTraining | None) -> Finding:
+def _harmless(suspect: Finding, limits: Thresholds) -> bool:
+    """Whether a block acts unlike its peers with weights like theirs, and no gradient leaves its range by it."""
+    if suspect.kind != "exploding" or is_stretch(suspect) or any("weight_dev" in name for name in suspect.numbers):
+        return False
+    return abs(suspect.numbers.get("gain_deviation", math.inf)) < limits.stable
+
+
+def _told(suspect: Finding, cure: Cure | None, untreated: ShortTraining | None, limits: Thresholds) -> Finding:
     """A suspect with what its trial says."""
     if cure is None:
-        severity = "info" if suspect.kind in _IN_DOUBT else suspect.severity
+        severity = "info" if suspect.kind in _IN_DOUBT or _harmless(suspect, limits) else suspect.severity
         return replace(suspect, severity=severity, remedy=NOTHING_HELPED, actions=())
+    severity = suspect.severity if cure.trial.moved else "info"  # what can be taken away unnoticed does no harm
     evidence = f"{suspect.evidence}; tried on a copy: {cure.trial.changes}"
     if cure.trains is not None and untreated is not None:
         evidence += f"; {STEPS} steps of plain SGD take the loss {untreated} as it is, {cure.trains} treated"
     return replace(
         suspect,
+        severity=severity,
         confidence=cure.trial.share if is_stretch(suspect) else suspect.confidence,
         evidence=evidence,
         remedy=cure.remedy.text,

@@ -13,6 +13,7 @@ import numpy as np
 
 from stabkit.attribution import Mechanism, mechanisms
 from stabkit.diagnosis.attention import attention_findings
+from stabkit.diagnosis.batch_statistics import by_batch
 from stabkit.diagnosis.chaos import chaos_finding, recurrent_matrices
 from stabkit.diagnosis.collapse import collapse_finding, precision_findings, spread, underflow
 from stabkit.diagnosis.copied_units import copied_units_findings
@@ -89,7 +90,7 @@ def suspected(
     if lossless or verdict.name == "non-finite" or not all_finite(measurement):
         broken = of_loss or non_finite_findings(flow, measurement, limits, settings.loss)
         return Diagnosis(_broken(verdict) if broken else verdict, tuple(broken), measurement)
-    verdict = _by_rate_law(verdict, measurement, limits)
+    verdict = _of_batch_norms(flow, _by_rate_law(verdict, measurement, limits), measurement)
     spreads = spread(flow)
     blocks = _block_findings(flow, measurement, limits)
     explained = _explains(blocks, verdict, limits) or _at_the_loss(of_loss, verdict, measurement, limits)
@@ -139,6 +140,27 @@ def _by_rate_law(verdict: Verdict, measurement: Measurement, limits: Thresholds)
     return _renamed(
         verdict, "drift", f"the growth of {verdict.growth:+.1f} nats is a {law.law} of depth, no exponential"
     )
+
+
+def _of_batch_norms(flow: FlowLike, verdict: Verdict, measurement: Measurement) -> Verdict:
+    """A drift instead of an explosion where most blocks normalise by their batch whatever their matrices make.
+
+    Gradients grow through batch norms of a fresh network, and no size of the weights changes that: the loss is blind
+    to it. A large gradient makes such weights grow until their steps are small beside them, so that training brings
+    the layers into balance; with running statistics, after it, growth is judged like any other.
+    """
+    if verdict.name != "exploding" or not isinstance(flow, Flow) or not by_batch(flow):
+        return verdict
+    first, last = verdict.stretch
+    inside = [step.weights for step in measurement.steps[first : last + 1] if step.weights]
+    blind = [weights for weights in inside if all(w.normed for w in weights if w.kind == "matrix")]
+    if not math.isfinite(verdict.growth) or len(blind) <= len(inside) / 2:
+        return verdict
+    why = (
+        f"the growth of {verdict.growth:+.1f} nats is that of batch norms, which the size of no weight changes; "
+        "weights whose gradient is large grow until their steps are small beside them (Arora, Li and Lyu, 2019)"
+    )
+    return _renamed(verdict, "drift", why)
 
 
 def _block_findings(flow: FlowLike, measurement: Measurement, limits: Thresholds) -> list[Finding]:
