@@ -16,7 +16,7 @@ from stabkit.diagnosis import remedies
 from stabkit.diagnosis.finding import Finding
 from stabkit.diagnosis.measurement import Array, Measurement
 from stabkit.diagnosis.thresholds import Thresholds
-from stabkit.tracing import FlowLike, StateLike
+from stabkit.tracing import Flow, FlowLike, StateLike
 
 Indices = npt.NDArray[np.intp]
 _FALL = 10.0  # factor by which the dispersion must fall over the stretch to be a collapse
@@ -114,7 +114,10 @@ def collapse_finding(
         if usable.sum() < 2:
             continue
         known = path[usable]
-        if known[-1] < thresholds.collapsed and known[0] > _FALL * max(known[-1], thresholds.collapsed):
+        # what fell below the limit is gone: rounding, or the degrees of a graph, bring a little back
+        lowest = float(known.min())
+        gone = lowest < thresholds.collapsed and known[-1] < _FALL * thresholds.collapsed
+        if gone and known[0] > _FALL * max(known[-1], thresholds.collapsed):
             return [_collapse(measurement, what, values, found.rank, (first, end), thresholds)]
     return []
 
@@ -162,13 +165,29 @@ def precision_findings(flow: FlowLike, measurement: Measurement) -> list[Finding
         if reach > room:
             found.append(_range_finding(measurement, held, sizes, reach, room, str(dtype)))
     states = measurement.log_states.max(axis=1)
-    over = np.flatnonzero(np.isfinite(states) & (states > math.log(limits.max) - _HEADROOM))
-    if over.size:
+    most = math.log(limits.max) - _HEADROOM
+    over = np.flatnonzero(np.isfinite(states) & (states > most))
+    if any(_read_size(flow, int(index)) > most for index in over):
         found.append(_state_finding(measurement, over, states, str(dtype)))
     under = underflow(flow, measurement)
     if under.size:
         found.append(_state_finding(measurement, under, states, str(dtype)))
     return found
+
+
+def _read_size(flow: FlowLike, index: int) -> float:
+    """Log of the largest entry of a state that anything behind it reads; -inf where nothing is read.
+
+    A solver may set memory aside and write it later: until then it holds whatever numbers were there.
+    """
+    values = flow.states[index].flatten().detach()
+    if not isinstance(flow, Flow) or index == len(flow.steps):
+        return float(values.abs().max().double().log())
+    operator = flow.jacobian(index)
+    batch, rows, _ = operator.shape
+    probe = torch.randn(batch, rows, 1, generator=torch.Generator().manual_seed(0)).to(values)
+    reached = (operator.T @ probe).squeeze(-1) != 0
+    return float(torch.where(reached, values.abs(), 0).max().double().log())
 
 
 def underflow(flow: FlowLike, measurement: Measurement) -> Indices:
