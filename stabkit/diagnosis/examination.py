@@ -105,15 +105,20 @@ def examine(
     found = suspected(flow, settings, methods, spectra)
     missing = without_statistics(flow) if isinstance(flow, Flow) else ""
     if missing and found.verdict.name != "non-finite":
-        found = replace(found, verdict=not_judged(found.verdict, missing), findings=_of_no_growth(found.findings))
-        return with_lost_parameters(flow, found, settings)
-    return with_causes(flow, _confirmed(flow, found, settings, trials), settings)
+        left = _confirmed(flow, found, settings, trials, _of_no_growth(found.findings))
+        return with_lost_parameters(flow, replace(left, verdict=not_judged(found.verdict, missing)), settings)
+    return with_causes(flow, _confirmed(flow, found, settings, trials, found.findings), settings)
 
 
 def _of_no_growth(findings: Sequence[Finding]) -> tuple[Finding, ...]:
-    """Findings that rest on no size of states or gradients, such as where the gradient stops."""
+    """Findings that rest on no size of states or gradients: where the gradient stops, the size of a weight itself."""
     known = set(_BY_INITIALISATION) | set(_IN_DOUBT) | {"saturated", "chaotic", "precision_loss"}
-    return tuple(finding for finding in findings if finding.kind not in known)
+    return tuple(finding for finding in findings if finding.kind not in known or _by_weight(finding))
+
+
+def _by_weight(finding: Finding) -> bool:
+    """Whether a finding is that of a weight far from those of its peers."""
+    return any("weight_deviation" in name for name in finding.numbers)
 
 
 @dataclass(frozen=True)
@@ -178,10 +183,12 @@ class _Trials:
         return self._trained[key]
 
 
-def _confirmed(flow: FlowLike, found: Diagnosis, settings: Settings, limit: int) -> Diagnosis:
-    """The suspects after their remedies were tried, one cause with one remedy each."""
+def _confirmed(
+    flow: FlowLike, found: Diagnosis, settings: Settings, limit: int, suspects: Sequence[Finding]
+) -> Diagnosis:
+    """Some suspects of a diagnosis after their remedies were tried, one cause with one remedy each."""
     trials = _Trials(flow, found, settings, limit)
-    waiting = [finding for finding in found.findings if serious(finding)]
+    waiting = [finding for finding in suspects if serious(finding)]
     told: dict[int, Finding] = {}
     untried: list[Finding] = []
     verdict = found.verdict
@@ -208,7 +215,7 @@ def _confirmed(flow: FlowLike, found: Diagnosis, settings: Settings, limit: int)
             for follower in gone:
                 waiting.remove(follower)
                 told[id(follower)] = _follows(follower, suspect)
-    left = [told.get(id(finding)) or _of_no_harm(finding) for finding in found.findings]
+    left = [told.get(id(finding)) or _of_no_harm(finding) for finding in suspects]
     if verdict.name == "transient growth" and not any(f.kind == "transient_growth" and serious(f) for f in left):
         verdict = judge(found.measurement.growth, found.measurement.kinds, settings.thresholds)
     kept = [finding for finding in map(sound, left) if finding is not None]
@@ -242,7 +249,7 @@ def _with_mechanism(told: Finding, others: Sequence[Finding], cure: Cure) -> Fin
 
 def _harmless(suspect: Finding, limits: Thresholds) -> bool:
     """Whether a block acts unlike its peers with weights like theirs, and no gradient leaves its range by it."""
-    if suspect.kind != "exploding" or is_stretch(suspect) or any("weight_dev" in name for name in suspect.numbers):
+    if suspect.kind != "exploding" or is_stretch(suspect) or _by_weight(suspect):
         return False
     return abs(suspect.numbers.get("gain_deviation", math.inf)) < limits.stable
 
