@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from stabkit.diagnosis.alternatives import candidates
@@ -81,7 +81,7 @@ def examine(
     thresholds: Thresholds | None = None,
     probes: int = 4,
     seed: int = 0,
-    methods: Sequence[Identification] | None = None,
+    methods: Callable[[], Sequence[Identification]] | None = None,
     spectra: SharedSpectra | None = None,
     parallel: Parallel = SERIAL,
     trials: int = TRIALS,
@@ -94,7 +94,7 @@ def examine(
         thresholds: the limits behind the findings.
         probes: random cotangents per sample when there is no loss.
         seed: the seed of every random choice.
-        methods: those of `stabkit.identify`, where they are known.
+        methods: gives those of `stabkit.identify`, where others want them too; called if growth asks for a mechanism.
         spectra: matrices and eigenvalues of the steps by index, where others want them too.
         parallel: who measures what.
         trials: measurements that trying remedies may take, at most.
