@@ -63,6 +63,9 @@ def activities(flow: Flow, step: Step) -> tuple[Activity, ...]:
     """The activations of a step whose saved tensors are at hand (it was differentiated before)."""
     segment = step.segment
     nodes = [n for n in segment.nodes if operation(n) in ONE_SIDED | TWO_SIDED and not is_python_node(n)]
+    nodes = [
+        n for n in nodes if len(meta_of(Value(n, 0)).shape)
+    ]  # a bound on a single number, as on a step size, is none
     return tuple(_activity(flow, segment, node) for node in nodes if len(set(segment.graph.inputs[node])) == 1)
 
 

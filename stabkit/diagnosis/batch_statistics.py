@@ -38,10 +38,11 @@ BY_CHANCE = "batch norms in training mode take their statistics from a batch tha
 
 def uncollected(model: nn.Module) -> list[_BatchNorm]:
     """Batch norms that use running statistics as they were made: mean 0, variance 1, of no batch."""
-    return [m for m in model.modules() if isinstance(m, _BatchNorm) and not m.training and _fresh(m)]
+    return [m for m in model.modules() if isinstance(m, _BatchNorm) and not m.training and is_fresh(m)]
 
 
-def _fresh(norm: _BatchNorm) -> bool:
+def is_fresh(norm: _BatchNorm) -> bool:
+    """Whether a norm holds what it was made with, mean 0 and variance 1, of no batch."""
     mean, variance, seen = norm.running_mean, norm.running_var, norm.num_batches_tracked
     if mean is None or variance is None or mean.is_meta or (seen is not None and int(seen) > 0):
         return False
@@ -79,10 +80,10 @@ def traced_anew(flow: Flow, *, check: bool = False) -> Flow:
     fresh = uncollected(flow.model)
     if not fresh:
         return flow.again(check=check)
-    found = _collected(flow, fresh)
+    found = collected(flow, fresh)
     if found is None:
         return replace(flow, notes=(*flow.notes, TOO_FEW))
-    with _standing(found):
+    with standing(found):
         traced = flow.again(check=check)
     return replace(traced, notes=(*traced.notes, NOTE))
 
@@ -97,7 +98,7 @@ def _fewest_values(flow: Flow) -> float:
     return min((math.prod(shape) / shape[1] for shape in shapes), default=math.inf)
 
 
-def _collected(flow: Flow, norms: list[_BatchNorm]) -> dict[_BatchNorm, tuple[torch.Tensor, torch.Tensor]] | None:
+def collected(flow: Flow, norms: list[_BatchNorm]) -> dict[_BatchNorm, tuple[torch.Tensor, torch.Tensor]] | None:
     """Mean and variance of the batch at every norm, by one forward pass; None where the batch is too small."""
     call, counts = flow.forward_pass, []
 
@@ -109,7 +110,7 @@ def _collected(flow: Flow, norms: list[_BatchNorm]) -> dict[_BatchNorm, tuple[to
         torch.manual_seed(call.seed)
         for norm in norms:
             norm.train()
-            norm.momentum = None  # the statistics are those of this batch alone
+            norm.momentum = 1.0  # the statistics are those of this batch alone, whatever was seen before
             norm.register_forward_pre_hook(count)
         try:
             call.model(*call.inputs, **call.kwargs)
@@ -123,12 +124,12 @@ def _collected(flow: Flow, norms: list[_BatchNorm]) -> dict[_BatchNorm, tuple[to
 
 
 def _held(buffer: torch.Tensor | None) -> torch.Tensor:
-    assert buffer is not None  # `_fresh` has looked
+    assert buffer is not None  # `is_fresh` has looked
     return buffer.detach().clone()
 
 
 @contextlib.contextmanager
-def _standing(found: dict[_BatchNorm, tuple[torch.Tensor, torch.Tensor]]) -> Iterator[None]:
+def standing(found: dict[_BatchNorm, tuple[torch.Tensor, torch.Tensor]]) -> Iterator[None]:
     """These statistics in the place of the norms' own."""
     own = {norm: (norm.running_mean, norm.running_var) for norm in found}
     try:

@@ -20,16 +20,16 @@ from stabkit.diagnosis.copied_units import copied_units_findings
 from stabkit.diagnosis.dead_units import dead_findings, saturated_findings
 from stabkit.diagnosis.depth_findings import growth_finding, mechanism_findings, transient
 from stabkit.diagnosis.finding import Finding, serious
+from stabkit.diagnosis.fixed_points import settles
 from stabkit.diagnosis.kinds import FINDINGS, rank
 from stabkit.diagnosis.loss_faults import loss_findings
-from stabkit.diagnosis.lost_parameters import lost_parameter_findings
 from stabkit.diagnosis.low_rank import rank_findings
 from stabkit.diagnosis.measurement import Measurement, measure
 from stabkit.diagnosis.non_finite import all_finite, non_finite_findings
 from stabkit.diagnosis.outlier_blocks import local_findings
 from stabkit.diagnosis.structure import missing_norm_findings, missing_skip_findings
 from stabkit.diagnosis.thresholds import Thresholds
-from stabkit.diagnosis.verdict import Verdict, judge
+from stabkit.diagnosis.verdict import Verdict, judge, judged_without
 from stabkit.growth.rate_laws import rate_law
 from stabkit.identification import Identification, by_step, identify
 from stabkit.jacobians.shared import DENSE_SIZE, SharedSpectra
@@ -92,12 +92,18 @@ def suspected(
         broken = of_loss or non_finite_findings(flow, measurement, limits, settings.loss)
         return Diagnosis(_broken(verdict) if broken else verdict, tuple(broken), measurement)
     verdict = _of_batch_norms(flow, _by_rate_law(verdict, measurement, limits), measurement)
+    settled = settles(flow, measurement, verdict.stretch) if verdict.name == "vanishing" else ""
+    verdict = _renamed(verdict, "stable", settled) if settled else verdict
     spreads = spread(flow)
     blocks = _block_findings(flow, measurement, limits)
     explained = _explains(blocks, verdict, limits) or _at_the_loss(of_loss, verdict, measurement, limits)
+    if any(finding.kind == "saturated" and finding.severity == "info" for finding in of_loss) and explained:
+        verdict = _but_for_the_end(of_loss, verdict, measurement, limits)
     found = list(blocks)
     blamed = {index for finding in blocks for index in finding.steps}
     blamed |= {index for finding in of_loss for index in finding.steps if finding.kind == "saturated"}
+    if settled:  # the attractors of a memory lie where its activations are flat
+        blamed |= set(range(verdict.stretch[0], verdict.stretch[1] + 1))
     found += [*of_loss, *saturated_findings(measurement, limits, blamed)]
     if isinstance(flow, Flow):
         # copies are the cause of a rank that is lost, and are tried first
@@ -105,7 +111,7 @@ def suspected(
     tied = recurrent_matrices(flow) if isinstance(flow, Iteration) else {}
     if not explained:
         found += growth_finding(verdict, measurement, tied, limits)
-        found += _mechanism(flow, verdict, measurement, limits, methods, spectra)
+        found += [] if settled else _mechanism(flow, verdict, measurement, limits, methods, spectra)
         passing = transient(measurement, verdict.stretch, verdict.growth, limits)
         if passing is not None and abs(verdict.growth) <= limits.explosion and not _accounts(blocks, passing, limits):
             found.append(passing)
@@ -117,7 +123,6 @@ def suspected(
         elif chaos:
             found = [*chaos, *found]
             verdict = _renamed(verdict, "chaotic", chaos[0].evidence)
-    found += lost_parameter_findings(flow, settings.loss) if isinstance(flow, Flow) else []
     if not any(finding.kind == "dead" for finding in found):
         found += collapse_finding(measurement, spreads, verdict.stretch, limits)
     found += precision_findings(flow, measurement)
@@ -203,6 +208,15 @@ def _at_the_loss(of_loss: Sequence[Finding], verdict: Verdict, measurement: Meas
     return bool(at) and abs(verdict.growth - sum(at)) < limits.explosion
 
 
+def _but_for_the_end(
+    of_loss: Sequence[Finding], verdict: Verdict, measurement: Measurement, limits: Thresholds
+) -> Verdict:
+    """The verdict without a last sigmoid that is flat where it is right, as it is when a classifier is sure."""
+    kept = [index for index in range(len(measurement.kinds)) if all(index not in f.steps for f in of_loss)]
+    rest = judge(measurement.growth[kept], [measurement.kinds[index] for index in kept], limits)
+    return judged_without(verdict, rest, "the sigmoid before the loss, which is flat where it is right")
+
+
 def _accounts(blocks: Sequence[Finding], passing: Finding, limits: Thresholds) -> bool:
     """Whether transient growth is that of single blocks at fault."""
     inside = [f for f in blocks if serious(f) and set(f.steps) & set(passing.steps)]
@@ -225,7 +239,7 @@ def _mechanism(
     with_branch = sum(bool(step.merges) for step in measurement.steps[first : last + 1])
     if 2 * with_branch < last - first + 1 or max(state.size for state in flow.states) > DENSE_SIZE:
         return []
-    methods = identify(flow) if methods is None else methods
+    methods = identify(flow, checks=False) if methods is None else methods
     found: tuple[Mechanism, ...] = mechanisms(
         flow, samples=1, krylov=0, identifications=methods, pulled=measurement.pulled, spectra=spectra
     )
