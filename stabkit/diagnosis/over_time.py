@@ -121,7 +121,7 @@ def loops_over_time(flow: Flow) -> tuple[str, ...]:
 
 def _picks(flow: Flow) -> list[tuple[int, tuple[object, ...]]]:
     """Where a piece of a value is taken, as a place of the graph and what tells the piece from others."""
-    found = []
+    found: list[tuple[int, tuple[object, ...]]] = []
     for step in flow.steps:
         for node in step.segment.nodes:
             if operation(node) in _PIECES:
@@ -167,7 +167,7 @@ def time_profiles(call: ForwardPass, loss: Any = None, loops: Sequence[str] = ()
 
 def _recurs(states: Sequence[list[Tensor]]) -> bool:
     """Whether what a module puts out depends on what it put out before, and is no head beside the loop."""
-    last = sum(tensor.sum() for tensor in states[-1])
+    last = torch.stack([tensor.sum() for tensor in states[-1]]).sum()
     gradients = torch.autograd.grad(last, states[-2], retain_graph=True, allow_unused=True)
     return any(gradient is not None for gradient in gradients)
 
