@@ -53,6 +53,8 @@ def _spread(state: StateLike) -> tuple[float, float, float]:
     by_sample = _dispersion(flat.unsqueeze(0)) if len(flat) > 1 else math.nan
     by_token = math.nan if tokens is None or tokens.shape[1] < 2 else _dispersion(tokens)
     vectors = flat if tokens is None else tokens.flatten(0, 1)
+    if vectors.shape[1] < _DIRECTIONS:  # a head may well give all the same few numbers, as one that is sure
+        return math.nan, math.nan, math.nan
     return by_sample, by_token, _effective_rank(vectors)
 
 
