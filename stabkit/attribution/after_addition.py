@@ -9,35 +9,11 @@ from torch import Tensor
 from torch.autograd.graph import Node
 
 from stabkit.tracing import Step
-from stabkit.tracing.nodes import apply_node, is_python_node
+from stabkit.tracing.nodes import apply_node
 from stabkit.tracing.products import Products
 from stabkit.tracing.segments import Segment
-from stabkit.tracing.values import Value, meta_of, operation
-
-_ACTIVATIONS = frozenset(
-    {
-        "Clamp",
-        "ClampMax",
-        "ClampMin",
-        "Elu",
-        "Gelu",
-        "Hardshrink",
-        "Hardsigmoid",
-        "Hardswish",
-        "Hardtanh",
-        "LeakyRelu",
-        "LogSigmoid",
-        "Mish",
-        "PreluKernel",
-        "Relu",
-        "Sigmoid",
-        "Silu",
-        "Softplus",
-        "Softshrink",
-        "Tanh",
-        "Threshold",
-    }
-)
+from stabkit.tracing.values import Value, meta_of
+from stabkit.vocabulary import is_activation, norm_of
 
 
 @dataclass(frozen=True)
@@ -55,12 +31,7 @@ class Tail:
     @property
     def is_diagonal(self) -> bool:
         """Whether every operation acts on each coordinate alone."""
-        return not any(is_norm(node) for node in self.nodes)
-
-
-def is_norm(node: Node) -> bool:
-    """Whether a node is a layer, group, batch or RMS norm."""
-    return operation(node).endswith("Norm")
+        return not any(norm_of(node) for node in self.nodes)
 
 
 def tail_of(step: Step) -> Tail | None:
@@ -71,8 +42,8 @@ def tail_of(step: Step) -> Tail | None:
     inside, found, value = set(segment.nodes), [], segment.target[0]
     while value != segment.source[0] and value.node in inside:
         node, inputs = value.node, set(segment.graph.inputs[value.node])
-        known = operation(node) in _ACTIVATIONS or is_norm(node)
-        if is_python_node(node) or not known or len(inputs) != 1:
+        known = is_activation(node) or norm_of(node)
+        if not known or len(inputs) != 1:
             break
         before = next(iter(inputs))
         if meta_of(before).shape != meta_of(value).shape:
@@ -103,7 +74,7 @@ def pull_through(tail: Tail, step: Step, columns: Tensor) -> tuple[Tensor, list[
         with torch.no_grad():
             pieces = [_apply(node, value, before, piece) for piece in pieces]
         images = space.flatten([torch.stack(pieces)])
-        energy.append(("norm" if is_norm(node) else "mask", images.double().square().sum(1)))
+        energy.append(("norm" if norm_of(node) else "mask", images.double().square().sum(1)))
         value = before
     return images, energy
 

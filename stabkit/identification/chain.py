@@ -23,12 +23,17 @@ class Link:
             ``"scaling"`` (moves, scalings), ``"weightless"`` (a norm, an activation) or ``"map"`` (anything with
             weights that has no skip).
         form: the normal form.
-        operations: names of its operations other than moves.
+        nodes: its operations other than moves, additions and scalings.
     """
 
     kind: str
     form: NormalForm
-    operations: tuple[str, ...]
+    nodes: tuple[Node, ...]
+
+    @property
+    def operations(self) -> tuple[str, ...]:
+        """The names of its nodes."""
+        return tuple(map(operation, self.nodes))
 
 
 def chain(
@@ -77,11 +82,11 @@ def _cuts(piece: Piece, source: Value, target: Value) -> list[tuple[Value, int]]
 
 def _link(form: NormalForm) -> Link:
     piece, target = form.piece, form.targets[0]
-    names = tuple(n for n in map(operation, piece.nodes) if n not in MOVES | ADDS | SCALES)
+    nodes = tuple(node for node in piece.nodes if operation(node) not in MOVES | ADDS | SCALES)
     if target in piece.carrying:
         kind = "sum" if form.merges else "join" if form.stages else "scaling"
     elif piece.base[target] == piece.sources[0]:
         kind = "weightless"
     else:
         kind = "map"
-    return Link(kind, form, names)
+    return Link(kind, form, nodes)

@@ -15,19 +15,16 @@ import torch
 from numpy.typing import NDArray
 from torch.autograd.graph import Node
 
-from stabkit.meanfield.activations import Activation
+from stabkit.meanfield.activations import Activation, of_facts
 from stabkit.meanfield.gaussian import Array, mean
 from stabkit.meanfield.maps import first_moment, product_moment, second_moment, slope_moment
-from stabkit.meanfield.recorded import ACTIVATIONS
 from stabkit.meanfield.weights import LINEAR, LayerStatistics, LinearLayer, UnknownError, WeightTable
 from stabkit.tracing import Step
 from stabkit.tracing.values import Value, meta_of, operation
+from stabkit.vocabulary import NormFacts, activation_of, is_python_node, moves, norm_of
 
 # entries change places, and nothing else
-_MOVES = frozenset(
-    {"Alias", "Clone", "Copy", "Permute", "Reshape", "ReshapeAlias", "Squeeze", "T", "ToCopy", "Transpose"}
-    | {"UnsafeView", "Unsqueeze", "View"}
-)
+_MOVES = moves("reshape", "permute", "copy")
 _EVEN = 1e-3  # spread of a factor over units up to which a Gaussian stays one
 
 
@@ -138,15 +135,17 @@ class Propagation:
             return self._linear(node, inputs, given[0])
         if name in _MOVES and len(inputs) == 1:
             return given[0]
-        if name in ACTIVATIONS:
-            return self._activated(node, given[0])
+        facts = activation_of(node)
+        if facts is not None:
+            return self._activated(node, of_facts(facts), given[0])
         if name in ("Add", "Sub"):
             return _sum(node, given, -1.0 if name == "Sub" else 1.0)
         if name in ("Mul", "Div", "Neg") and len(inputs) == 1:
             return _scaled(given[0], *_factor(node))
-        if name in ("NativeLayerNorm", "NativeGroupNorm"):
+        norm = _norm_of_samples(node)
+        if norm is not None:
             weight, bias = self.weights.affine(node)
-            return _affine_moments(_normalised(given[0], centred=True), weight, bias)
+            return _affine_moments(_normalised(given[0], centred=norm.centred is True), weight, bias)
         if name == "NativeBatchNorm":
             return _batch_normalised(node, given[0], *self.weights.affine(node))
         raise UnknownError("no mean field rule for this operation")
@@ -169,8 +168,7 @@ class Propagation:
             sources=frozenset([layer.token]),
         )
 
-    def _activated(self, node: Node, given: Moments) -> Moments:
-        phi = ACTIVATIONS[operation(node)](node)
+    def _activated(self, node: Node, phi: Activation, given: Moments) -> Moments:
         self.activations[node] = phi
         if not given.gaussian:
             raise UnknownError("its input is not Gaussian: no random weights stand directly before it")
@@ -203,9 +201,10 @@ class Propagation:
             second, fourth = (_each(slope_moment, phi, moments.q, power) for power in (2, 4))
             noise = float(np.mean(3 * (fourth / second**2 - 1))) / self._size(value)
             return [value], [Energy(given.total * second, given.variance + noise)]
-        if name in ("NativeLayerNorm", "NativeGroupNorm"):
-            spread = moments.q - moments.mean**2
-            gain = float(self.weights.affine(node)[0].square().mean()) * (1 - 2 / _norm_width(node)) / spread
+        norm = _norm_of_samples(node)
+        if norm is not None:
+            spread, lost = (moments.q - moments.mean**2, 2) if norm.centred else (moments.q, 1)
+            gain = float(self.weights.affine(node)[0].square().mean()) * (1 - lost / _norm_width(node)) / spread
             return [value], [replace(given, total=given.total * gain)]
         if name == "NativeBatchNorm":
             return [value], [replace(given, total=given.total * _batch_norm_gain(node, self.weights.affine(node)[0]))]
@@ -333,8 +332,14 @@ def _normalised(given: Moments, *, centred: bool) -> Moments:
     )
 
 
+def _norm_of_samples(node: Node) -> NormFacts | None:
+    """The norm that an operation of torch is, if it normalises every sample by itself."""
+    norm = None if is_python_node(node) else norm_of(node)
+    return norm if norm is not None and norm.per_sample else None
+
+
 def _norm_width(node: Any) -> int:
-    if operation(node) == "NativeLayerNorm":
+    if hasattr(node, "_saved_normalized_shape"):
         return int(np.prod(node._saved_normalized_shape))
     return int(node._saved_C // node._saved_group * node._saved_HxW)
 

@@ -13,34 +13,14 @@ from torch.autograd.graph import Node
 
 from stabkit.tracing.nodes import Cotangents, apply_node, is_python_node, match_layout
 from stabkit.tracing.values import Value, meta_of, operation
+from stabkit.vocabulary import moves
 
 _ACCUMULATE = (1 << 64) - 1  # sequence number of AccumulateGrad nodes
 
 # operations that pass some entries of their input on and drop others
-_SELECTING = frozenset({"Select", "Slice", "CopySlices", "AsStrided", "Split", "SplitWithSizes", "Unbind", "Index"})
+_SELECTING = moves("select", "gather", "write")
 # operations that move entries about without mixing them
-_MOVING = _SELECTING | frozenset(
-    {
-        "Stack",
-        "Cat",
-        "View",
-        "UnsafeView",
-        "Reshape",
-        "ReshapeAlias",
-        "Permute",
-        "Transpose",
-        "T",
-        "Squeeze",
-        "Unsqueeze",
-        "Clone",
-        "Alias",
-        "ToCopy",
-        "Copy",
-        "ConstantPadNd",
-        "Flip",
-        "Expand",
-    }
-)
+_MOVING = moves()
 
 
 class Graph:
