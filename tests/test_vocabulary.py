@@ -10,7 +10,11 @@ import pytest
 import torch
 from torch import nn
 
-from stabkit import vocabulary
+import stabkit
+from stabkit import meanfield, vocabulary
+from stabkit.attribution.after_addition import tail_of
+from stabkit.diagnosis.activity import activities
+from stabkit.diagnosis.weights import norms_in
 from stabkit.errors import ArgumentError, ArgumentTypeError
 from stabkit.vocabulary.catalogue import FAMILIES
 from stabkit.vocabulary.lookup import activation_rules, every_activation
@@ -280,6 +284,114 @@ def test_what_is_no_class_or_known_is_refused():
         vocabulary.register_norm(Rescale, like=nn.Linear)
     with pytest.raises(ArgumentError, match="expected like="):
         vocabulary.register_norm(Rescale, over=("rows",), centred=True)
+
+
+# ---------------------------------------------------------------- what is registered changes what every reader says
+
+
+class Layer(nn.Module):
+    """x + W x behind an activation or a norm that only its author knows."""
+
+    def __init__(self, behind: nn.Module, skip: bool, width: int = 16):
+        super().__init__()
+        self.linear, self.behind, self.skip = nn.Linear(width, width), behind, skip
+
+    def forward(self, x):
+        return self.behind(x + self.linear(x) if self.skip else self.linear(x))
+
+
+def _network(make, *, skip: bool) -> tuple[nn.Module, torch.Tensor]:
+    torch.manual_seed(0)
+    return nn.Sequential(*(Layer(make(), skip) for _ in range(3))), torch.randn(4, 16)
+
+
+def _traced(make, *, skip: bool) -> stabkit.Flow:
+    return stabkit.trace(*_network(make, skip=skip))
+
+
+def _activities(flow: stabkit.Flow) -> list:
+    step = flow.steps[1]
+    step.vjp([torch.ones_like(t) for t in step.target.tensors])
+    return list(activities(flow, step))
+
+
+class Gated(nn.Module):
+    """max(x, 0), as a product with a mask that has a parameter."""
+
+    def __init__(self):
+        super().__init__()
+        self.one = nn.Parameter(torch.ones(()))
+
+    def forward(self, x):
+        return self.one * x * (x > 0)
+
+
+class Standard(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        y = x / x.square().mean(-1, keepdim=True).sqrt()
+        ctx.save_for_backward(x, y)
+        return y
+
+    @staticmethod
+    def backward(ctx, gradient):
+        x, y = ctx.saved_tensors
+        return (gradient - y * (gradient * y).mean(-1, keepdim=True)) / x.square().mean(-1, keepdim=True).sqrt()
+
+
+class Fused(nn.Module):
+    """An RMS norm with a hand-written backward, by a name that does not say so."""
+
+    def forward(self, x):
+        return Standard.apply(x)
+
+
+def test_diagnosis_sees_a_registered_activation():
+    assert _activities(_traced(Gated, skip=False)) == []
+    with vocabulary.register_activation(Gated, like=nn.ReLU):
+        (found,) = _activities(_traced(Gated, skip=False))
+    (known,) = _activities(_traced(nn.ReLU, skip=False))
+    assert (found.operation, found.facts.name) == ("Gated", "relu")
+    assert (found.dead, found.inactive, found.units) == (known.dead, known.inactive, known.units)
+
+
+def test_diagnosis_sees_a_registered_norm():
+    flow = _traced(Fused, skip=True)
+    assert [norms_in(flow, step) for step in flow.steps] == [0, 0, 0]
+    with vocabulary.register_norm(Fused, like=nn.RMSNorm):
+        assert [norms_in(flow, step) for step in flow.steps] == [1, 1, 1]
+
+
+def test_attribution_parts_off_what_is_registered():
+    assert tail_of(_traced(Fused, skip=True).steps[1]) is None
+    with vocabulary.register_norm(Fused, like=nn.RMSNorm):
+        tail = tail_of(_traced(Fused, skip=True).steps[1])
+        assert not tail.is_diagonal
+        frame = stabkit.attribute(_traced(Fused, skip=True)).to_dataframe()
+    assert bool((frame["norm"] != 0).all())
+    with vocabulary.register_activation(Gated, like="relu"):
+        frame = stabkit.attribute(_traced(Gated, skip=True)).to_dataframe()
+    known = stabkit.attribute(_traced(nn.ReLU, skip=True)).to_dataframe()
+    assert frame["mask"].to_list() == pytest.approx(known["mask"].to_list())
+
+
+def test_identification_reads_a_registered_projection():
+    assert stabkit.identify(_traced(Fused, skip=True))[1].name == "unknown"
+    with vocabulary.register_norm(Fused, like=nn.RMSNorm):
+        assert stabkit.identify(_traced(Fused, skip=True))[1].name == "projected Euler (post-norm)"
+    with vocabulary.register_activation(Gated, like="relu"):
+        record = stabkit.identify(_traced(Gated, skip=True))[1]
+    assert (record.name, record.after) == ("projected Euler (ReLU)", ("Gated",))
+
+
+def test_mean_field_expects_a_registered_activation():
+    assert meanfield.at_initialisation(*_network(Gated, skip=False)).steps[1].activations == ()
+    with vocabulary.register_activation(Gated, like=nn.ReLU):
+        found = meanfield.at_initialisation(*_network(Gated, skip=False))
+    known = meanfield.at_initialisation(*_network(nn.ReLU, skip=False))
+    assert found.steps[1].activations == known.steps[1].activations
+    assert found.steps[1].q_expected == pytest.approx(known.steps[1].q_expected)
+    assert found.steps[1].log_chi_expected == pytest.approx(known.steps[1].log_chi_expected)
 
 
 # ---------------------------------------------------------------- nobody else keeps such a list

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-from torch import Tensor
 from torch.autograd.graph import Node
 
 from stabkit.identification.operations import ADDS, MOVES, PRODUCTS, SCALES, has_matrix
 from stabkit.tracing import Flow, Step
-from stabkit.tracing.nodes import apply_node
+from stabkit.tracing.composites import Element, element_of
 from stabkit.tracing.segments import Segment
-from stabkit.tracing.values import Value, meta_of, operation
-from stabkit.vocabulary import ActivationFacts, activation_of, norm_of
+from stabkit.tracing.values import meta_of, operation
+from stabkit.vocabulary import ActivationFacts, norm_of
 
 _FLAT = 1e-3  # derivative, over its largest value, under which a one-sided unit passes nothing
 _SATURATED = 0.05  # derivative, over its largest value, under which an entry counts as saturated
@@ -55,23 +53,28 @@ class Activity:
 def activities(flow: Flow, step: Step) -> tuple[Activity, ...]:
     """The activations of a step whose saved tensors are at hand (it was differentiated before)."""
     segment = step.segment
-    known = ((node, activation_of(node)) for node in segment.nodes if len(set(segment.graph.inputs[node])) == 1)
+    inside = set(segment.nodes)
+    elements = dict.fromkeys(element_of(segment.graph, node) for node in segment.nodes)
     return tuple(
-        _activity(flow, segment, node, facts)
-        for node, facts in known
-        if facts is not None and facts.flat_side != "above"
+        _activity(flow, segment, element, element.facts)
+        for element in elements
+        if element is not None
+        and isinstance(element.facts, ActivationFacts)
+        and element.facts.flat_side != "above"
+        and inside.issuperset(element.nodes)
     )
 
 
-def _activity(flow: Flow, segment: Segment, node: Node, facts: ActivationFacts) -> Activity:
-    source, two_sided = segment.graph.inputs[node][0], facts.flat_side == "both"
-    derivative = _derivative(node, source).to(torch.float32)
+def _activity(flow: Flow, segment: Segment, element: Element, facts: ActivationFacts) -> Activity:
+    node, two_sided, meta = element.nodes[0], facts.flat_side == "both", meta_of(element.target)
+    derivative = element.pull(segment.graph, torch.ones(meta.shape, dtype=meta.dtype, device=meta.device))
+    derivative = derivative.to(torch.float32)
     size = derivative.abs() / facts.steepest
     axis = _unit_axis(segment, node, derivative.dim())
     rows = size.movedim(axis, 0).flatten(1) if size.dim() > 1 else size.unsqueeze(1)
     flat = rows <= _FLAT
     return Activity(
-        operation=operation(node),
+        operation=element.name,
         module_path=flow.recorded.path_of(node),
         units=rows.shape[0],
         observations=rows.shape[1],
@@ -80,22 +83,9 @@ def _activity(flow: Flow, segment: Segment, node: Node, facts: ActivationFacts) 
         saturated=float((rows < _SATURATED).float().mean()) if two_sided else 0.0,
         log_derivative=float(rows.clamp_min(1e-6).log().mean()),
         facts=facts,
-        gate=_feeds_product(segment, node),
+        gate=_feeds_product(segment, element.nodes[-1]),
         fed_by=_fed_by(flow, segment, node),
     )
-
-
-def _derivative(node: Node, source: Value) -> Tensor:
-    """The derivative of an elementwise operation, entry by entry: what it makes of ones."""
-    meta = meta_of(Value(node, 0))
-    ones = torch.ones(meta.shape, dtype=meta.dtype, device=meta.device)
-    with torch.no_grad():
-        pulled = apply_node(node, [ones, *[None] * (len(_outputs(node)) - 1)], [source])
-    return pulled[0][1] if pulled else torch.zeros_like(ones)
-
-
-def _outputs(node: Any) -> Any:
-    return node._input_metadata
 
 
 def _unit_axis(segment: Segment, node: Node, dims: int) -> int:

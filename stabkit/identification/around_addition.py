@@ -11,7 +11,8 @@ from stabkit.identification.chain import Link
 from stabkit.identification.normal_form import NormalForm
 from stabkit.identification.record import Identification
 from stabkit.integrators import stochastic_depth
-from stabkit.vocabulary import activation_of, norm_of, operation
+from stabkit.tracing.composites import Element
+from stabkit.vocabulary import ActivationFacts, NormFacts, operation
 
 _STATISTICS = frozenset({"Mean", "Std", "Var", "VarMean", "LinalgVectorNorm"})
 _TRANSFORMS = frozenset({"FftC2C", "FftC2R", "FftR2C"})
@@ -44,19 +45,19 @@ def norms_after(links: Sequence[Link]) -> int:
     for link in links:
         if link.kind == "sum":
             open_sum = True
-        elif link.kind == "weightless" and open_sum and any(map(_normalises, link.nodes)):
+        elif link.kind == "weightless" and open_sum and any(map(_normalises, link.elements)):
             count, open_sum = count + 1, False
     return count
 
 
-def _normalises(node: Node) -> bool:
-    return norm_of(node) is not None or operation(node) in _STATISTICS
+def _normalises(part: Node | Element) -> bool:
+    return isinstance(part.facts, NormFacts) if isinstance(part, Element) else operation(part) in _STATISTICS
 
 
 def rectifies(link: Link) -> bool:
     """Whether a link does nothing but set negative entries to zero, or cut them off."""
-    known = map(activation_of, link.nodes)
-    return all(facts is not None and facts.rectifies for facts in known)
+    facts = [part.facts for part in link.elements if isinstance(part, Element)]
+    return len(facts) == len(link.elements) and all(isinstance(f, ActivationFacts) and f.rectifies for f in facts)
 
 
 def with_gates(record: Identification, kinds: set[str], sums: Sequence[NormalForm]) -> Identification:

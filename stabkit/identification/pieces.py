@@ -126,7 +126,7 @@ class Piece:
             terms = len(self._joined(node) or ())
         merged = bool(carried) and operation(node) not in PRODUCTS | JOINS and terms > 1
         bases = {self.base[v] for v in edges}
-        weightless = len(bases) == 1 and not has_matrix(node) and not is_opaque(node) and not merged
+        weightless = len(bases) == 1 and not has_matrix(node) and not self.hides(node) and not merged
         for output in range(len(node._input_metadata)):
             value = Value(node, output)
             self.base[value] = next(iter(bases)) if weightless else value
@@ -140,7 +140,7 @@ class Piece:
 
     def _linear_inputs(self, node: Node, edges: list[Value]) -> list[Value]:
         name = operation(node)
-        if not edges or is_opaque(node) or node in self.owned:
+        if not edges or is_opaque(node) or node in self.owned or node in self.graph.composites:
             return []
         if name in ADDS or name in PRODUCTS or name == "Addcmul":
             statistic = len(edges) == 2 and self._is_statistic_of(edges[0], edges[1])
@@ -163,6 +163,10 @@ class Piece:
         if name in PRODUCTS and len(edges) == 2:
             return self._gated(node, edges)
         return []
+
+    def hides(self, node: Node) -> bool:
+        """Whether an operation may hide anything: one that is opaque, and no part of what is known as one."""
+        return is_opaque(node) and node not in self.graph.composites
 
     def _is_statistic_of(self, a: Value, b: Value) -> bool:
         """Whether one of two values is a number for many entries of the other, made of it without weights."""

@@ -23,7 +23,7 @@ from stabkit.identification.hidden_skip import HiddenSkip, hidden_skip
 from stabkit.identification.implicit import LinearSolve, fixed_point, iterates_silently, linear_solve, solves_inside
 from stabkit.identification.naming import Name, name_one_state
 from stabkit.identification.normal_form import NormalForm, Stage
-from stabkit.identification.operations import JOINS, is_opaque
+from stabkit.identification.operations import JOINS
 from stabkit.identification.pairs import dense_concatenation, read_several_states
 from stabkit.identification.record import Identification
 from stabkit.identification.relaxation import with_linear_part
@@ -76,7 +76,7 @@ def nothing(
 def _one_state(around: Surroundings, found: Slots, steps: tuple[int, ...]) -> Identification:
     start, stop = steps[0], steps[-1] + 1
     links = around.chain(start, stop, found)
-    opaque = sorted({operation(n) for link in links for n in link.form.piece.nodes if is_opaque(n)})
+    opaque = sorted({operation(n) for link in links for n in link.form.piece.nodes if link.form.piece.hides(n)})
     if meta_of(found.sources[0]).shape != meta_of(found.targets[0]).shape:
         dense = dense_concatenation(around, found, steps)
         if dense is not None:

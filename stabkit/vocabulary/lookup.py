@@ -43,7 +43,7 @@ NORMS = frozenset(_NORM_BY_OPERATION)
 activation_rules: dict[Any, Rule] = {source: _rule(family, {}) for family in FAMILIES for source in family.sources}
 activation_rules |= {source: _rule(*_BY_NAME[name]) for name, (*_, sources) in SETTINGS.items() for source in sources}
 norm_classes: dict[Any, NormFacts] = {cls: facts for facts, _, classes in NORMALISATIONS for cls in classes}
-_evaluated: weakref.WeakKeyDictionary[nn.Module, tuple[str, ActivationFacts | None]] = weakref.WeakKeyDictionary()
+_evaluated: weakref.WeakKeyDictionary[type, dict[str, ActivationFacts | None]] = weakref.WeakKeyDictionary()
 
 
 def operation(node: Node) -> str:
@@ -181,13 +181,14 @@ def _by_values(module: nn.Module) -> ActivationFacts | None:
     if stateful or type(module).__module__.startswith("torch."):
         return None
     settings = repr({name: value for name, value in vars(module).items() if not name.startswith("_")})
-    if _evaluated.get(module, ("",))[0] != settings:
+    found = _evaluated.setdefault(type(module), {})
+    if settings not in found:
         try:
             function = copy.deepcopy(module).forward  # the module itself may count its calls
         except Exception:  # what cannot be copied is not tried: it holds something that must not change
             return None
-        _evaluated[module] = settings, measure(function, type(module).__name__, every_activation())
-    return _evaluated[module][1]
+        found[settings] = measure(function, type(module).__name__, every_activation())
+    return found[settings]
 
 
 def every_activation() -> list[ActivationFacts]:
