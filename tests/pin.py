@@ -548,8 +548,8 @@ def main() -> int:
     if given.what == "write":
         given.file.write_text(json.dumps(measure(given.only), indent=0))
         return 0
-    old = json.loads(given.file.read_text())
-    new = json.loads(given.other.read_text()) if given.other else json.loads(json.dumps(measure(given.only)))
+    old = plain(json.loads(given.file.read_text()))
+    new = plain(json.loads(given.other.read_text() if given.other else json.dumps(measure(given.only))))
     found = compare(old, new, everything=not given.only)
     print(table(found))
     print(f"{len(found)} differences in {len(new)} models, stabkit of {Path(stabkit.__file__).parent}")

@@ -140,6 +140,17 @@ def test_integrators_know_no_torch():
                 assert (node.module or "").split(".")[0] != "torch", path
 
 
+def test_a_trace_does_not_import_the_compiler():
+    """It takes as long as torch itself, and only what compiles needs it."""
+    code = (
+        "import sys, torch, stabkit; "
+        "stabkit.diagnose(stabkit.trace(torch.nn.Linear(3, 3), torch.ones(2, 3))); "
+        "print('torch._dynamo' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
+
+
 def test_an_analysis_imports_little_beside_torch():
     code = (
         "import sys, torch; before = set(sys.modules); import stabkit.analysis, stabkit.checkpoints; "

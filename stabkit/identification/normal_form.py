@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 
 from torch.autograd.graph import Node
 
-from stabkit.identification.coefficients import Coefficient, measure
+from stabkit.identification.coefficients import Coefficient, LinearCombination
 from stabkit.identification.fields import key_of, parameters_of
 from stabkit.identification.operations import JOINS, MOVES, has_matrix, is_affine, is_opaque
 from stabkit.identification.pieces import ADDED, Piece
@@ -188,15 +188,9 @@ def _build(piece: Piece, names: Mapping[int, str]) -> NormalForm:
     rank = {node: i for i, node in enumerate(piece.nodes)}
     ordered = sorted(regions, key=lambda v: (rank[v.node], v.output))
     stages = tuple(_stage(piece, atom, *regions[atom], names) for atom in ordered)
-    forms = tuple(_terms(piece, target) for target in piece.targets)
+    forms = tuple(LinearCombination(piece, target).coefficients() for target in piece.targets)
     merges = sum(Value(node, 0) in piece.merges for node in paths)
     return NormalForm(piece, stages, forms, merges)
-
-
-def _terms(piece: Piece, value: Value) -> Terms:
-    atoms, path = piece.expand(value)
-    found = {atom: measure(piece, value, atom, path) for atom in atoms}
-    return {atom: coefficient for atom, coefficient in found.items() if coefficient is not None}
 
 
 def _region(piece: Piece, atom: Value, boundaries: set[Value]) -> tuple[tuple[Node, ...], tuple[Value, ...]]:
@@ -235,7 +229,11 @@ def _stage(
 ) -> Stage:
     inputs: list[Terms] = []
     for entry in entries:
-        terms = _terms(piece, entry) if entry not in piece.ends else {entry: Coefficient("scalar", 1, 1, 1, 0)}
+        terms = (
+            LinearCombination(piece, entry).coefficients()
+            if entry not in piece.ends
+            else {entry: Coefficient("scalar", 1, 1, 1, 0)}
+        )
         if terms and not any(_same(terms, known) for known in inputs):
             inputs.append(terms)
     return Stage(

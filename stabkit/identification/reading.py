@@ -14,7 +14,7 @@ from stabkit.identification.around_addition import (
     with_randomness,
 )
 from stabkit.identification.chain import Link
-from stabkit.identification.coefficients import Coefficient, measure
+from stabkit.identification.coefficients import Coefficient, LinearCombination
 from stabkit.identification.confirmation import Check, commutator, defect
 from stabkit.identification.couplings import is_affine_coupling
 from stabkit.identification.diffusion import averages
@@ -222,7 +222,7 @@ def _total(
     owned = {node for link in links for node in link.form.piece.owned}
     piece = around.whole(steps[0], steps[-1] + 1, found, owned)
     target, source = found.targets[0], found.sources[0]
-    return measure(piece, target, source, piece.expand(target)[1]) if target in piece.carrying else None
+    return LinearCombination(piece, target).coefficient(source) if target in piece.carrying else None
 
 
 def _sums(around: Surroundings, found: Slots, links: Sequence[Link], steps: tuple[int, ...]) -> Identification:

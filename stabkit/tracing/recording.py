@@ -20,11 +20,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from stabkit.tracing.inputs import INDEXING, VALUE_FREE, Source, differentiable, non_leaf
 from stabkit.tracing.safekeeping import Safe
+from stabkit.tracing.transparency import EagerMode
 from stabkit.tracing.values import Value, value_of
 
 
@@ -99,7 +99,7 @@ class Recording:
         return ""
 
 
-class _Values(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class _Values(EagerMode):
     """Notes the value of every tensor on the graph when it is consumed, before anything can overwrite it.
 
     Below autograd the arguments still show the node that made them, and keep their identity.

@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import Node
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from stabkit.tracing.containers import named_tensors
 from stabkit.tracing.endpoints import scalar_loss
@@ -25,13 +24,13 @@ from stabkit.tracing.inputs import Source, differentiable, prepare
 from stabkit.tracing.recording import Call, Recording, recording_calls
 from stabkit.tracing.safekeeping import unchanged
 from stabkit.tracing.sharding import take_whole
-from stabkit.tracing.transparency import transparent
+from stabkit.tracing.transparency import EagerMode, transparent
 from stabkit.tracing.values import value_of
 
 _LIBRARIES = (str(Path(torch.__file__).parent), str(Path(__file__).parent.parent))
 
 
-class Observer(TorchDispatchMode):
+class Observer(EagerMode):
     """Sees every operation of a training pass; the parts of the pass are announced to it.
 
     Attributes:

@@ -8,12 +8,14 @@ path; the values change by rounding at most.
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 import torch.utils.checkpoint
 from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 _FUSED_RNN = frozenset(getattr(torch._VF, name) for name in ("lstm", "gru", "rnn_tanh", "rnn_relu"))
 
@@ -54,6 +56,31 @@ def _plain_branches() -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def _compiled_code_eager() -> Iterator[None]:
+    """Compiled code runs as it was written.
+
+    To say so imports the compiler, which takes as long as torch itself. Nothing is compiled before something has
+    imported it, so without it the wish waits until the pass itself compiles something.
+    """
+    original = torch.compile
+    with contextlib.ExitStack() as stack:
+
+        def compile_eager(*args: Any, **kwargs: Any) -> Any:
+            torch.compile = original
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
+            return original(*args, **kwargs)
+
+        if "torch._dynamo" in sys.modules:
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
+        else:
+            torch.compile = compile_eager
+        try:
+            yield
+        finally:
+            torch.compile = original
+
+
+@contextlib.contextmanager
 def _without_checkpointing() -> Iterator[None]:
     module = torch.utils.checkpoint
     saved = {name: getattr(module, name) for name in _CHECKPOINT_STAND_INS if hasattr(module, name)}
@@ -75,6 +102,17 @@ def _without_mkldnn() -> Iterator[None]:
         yield
     finally:
         torch._C._set_mkldnn_enabled(before)
+
+
+class EagerMode(TorchDispatchMode):
+    """A mode that is entered only where compiled code runs eagerly.
+
+    Its own code needs no hiding from the compiler, which torch would import to hide it from.
+    """
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False
 
 
 class PlainKernels(TorchFunctionMode):
@@ -102,7 +140,7 @@ def transparent(through_no_grad: bool = False) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         stack.enter_context(_without_checkpointing())
         stack.enter_context(_plain_branches())
-        stack.enter_context(torch.compiler.set_stance("force_eager"))
+        stack.enter_context(_compiled_code_eager())
         stack.enter_context(torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH))
         stack.enter_context(torch.jit.optimized_execution(False))  # type: ignore[attr-defined]
         stack.enter_context(torch.enable_grad())

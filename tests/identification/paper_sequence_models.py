@@ -339,7 +339,12 @@ ROWS = (
     Paper("ODENet euler", Repeated(lambda: ODENet("euler"), vectors, 1), r"forward Euler$", which=0),
     Paper("ODENet rk4", Repeated(lambda: ODENet("rk4"), vectors, 1), r"rk4|three_eighths", which=0),
     Paper("ODENet dopri5", Repeated(lambda: ODENet("dopri5"), vectors, 1), r"dopri5|adaptive", which=0),
-    Paper("ODENet bosh3", Repeated(lambda: ODENet("bosh3"), vectors, 1), r"bogacki|bosh3|adaptive", which=0),
+    Paper(
+        "ODENet bosh3",
+        Repeated(lambda: ODENet("bosh3", rtol=1e-5, atol=1e-6), vectors, 1),
+        r"bogacki|bosh3|adaptive",
+        which=0,
+    ),
     Paper("ODENet adams", Repeated(lambda: ODENet("explicit_adams"), vectors, 1), r"ab|adams|three_eighths", which=0),
     Paper(
         "ODENet adjoint",

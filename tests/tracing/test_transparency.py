@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 import torch
 import torch.utils.checkpoint
@@ -75,6 +78,37 @@ def test_compiled_models_run_eagerly():
     model.compile()
     model.blocks[1].compile()
     assert_same_flow(model, plain, torch.randn(2, 3))
+
+
+def test_what_is_compiled_during_the_pass_runs_eagerly_too():
+    """In a process of its own, where nothing has imported the compiler before."""
+    code = """
+import torch, stabkit
+
+class Late(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner = torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.Tanh())
+
+    def forward(self, x):
+        if not hasattr(self, "compiled"):
+            self.compiled = torch.compile(self.inner, backend=refuse)
+        return self.compiled(x)
+
+def refuse(graph, inputs):
+    raise AssertionError("compiled")
+
+model = Late()
+flow = stabkit.trace(model, torch.ones(2, 3))
+before = torch.compile
+print(len(flow.steps), torch.compile is before, flow.chain_error < 1e-5)
+try:
+    model(torch.ones(2, 3))
+except Exception as error:
+    print("compiled" in str(error))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.stdout.split() == ["2", "True", "True", "True"], done.stdout + done.stderr[-2000:]
 
 
 @pytest.mark.parametrize("module", [nn.LSTM(3, 4, 2), nn.GRU(3, 4, bidirectional=True), nn.RNN(3, 4)])
