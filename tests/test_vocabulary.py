@@ -16,6 +16,7 @@ from stabkit.attribution.after_addition import tail_of
 from stabkit.diagnosis.activity import activities
 from stabkit.diagnosis.weights import norms_in
 from stabkit.errors import ArgumentError, ArgumentTypeError
+from stabkit.meanfield.activations import of_facts
 from stabkit.vocabulary.catalogue import FAMILIES
 from stabkit.vocabulary.lookup import activation_rules, every_activation
 from stabkit.vocabulary.measuring import measure
@@ -392,6 +393,28 @@ def test_mean_field_expects_a_registered_activation():
     assert found.steps[1].activations == known.steps[1].activations
     assert found.steps[1].q_expected == pytest.approx(known.steps[1].q_expected)
     assert found.steps[1].log_chi_expected == pytest.approx(known.steps[1].log_chi_expected)
+
+
+LEAVES_NO_NODE = ("linear", "clamp")  # as they are by default
+
+
+@pytest.mark.parametrize(
+    "facts", [facts for facts in every_activation() if facts.name not in LEAVES_NO_NODE], ids=lambda facts: facts.name
+)
+def test_an_entry_is_all_that_readers_need(facts: vocabulary.ActivationFacts):
+    """A family in the catalogue, with its autograd nodes, is one that every reader knows what to do with."""
+
+    class Plain(nn.Module):
+        def forward(self, x):
+            return facts.function(x)
+
+    flow = _traced(Plain, skip=True)
+    (element,) = tail_of(flow.steps[1]).elements
+    assert element.facts.slope == pytest.approx(facts.slope)
+    assert len(_activities(flow)) == (facts.flat_side != "above")
+    theory = of_facts(facts)
+    x = torch.linspace(-3, 3, 64, dtype=torch.float64)
+    torch.testing.assert_close(torch.from_numpy(theory.function(x.numpy())), facts.function(x), rtol=1e-6, atol=1e-12)
 
 
 # ---------------------------------------------------------------- nobody else keeps such a list

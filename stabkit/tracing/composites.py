@@ -75,10 +75,12 @@ def composites_of(graph: Graph, calls: Sequence[Call]) -> dict[Node, Element]:
             last_read[value] = max(position, last_read.get(value, 0))
     found: dict[Node, Element] = {}
     for call in calls:
+        if next(call.module.children(), None) is not None:
+            continue
         start, stop = graph.position(call.start), graph.position(call.stop)
         nodes = tuple(graph.nodes[start:stop])
         whole = len(nodes) > 1 or (len(nodes) == 1 and is_python_node(nodes[0]))
-        if not whole or nodes[0] in found or next(call.module.children(), None) is not None:
+        if not whole or nodes[0] in found:
             continue
         sources = {value for node in nodes for value in graph.inputs[node] if value.node not in nodes}
         made = {value for node in nodes for value in _outputs(node) if last_read.get(value, 0) >= stop}
