@@ -17,7 +17,7 @@ from stabkit._version import __version__
 from stabkit.analysis.explanation import Explanation, explain
 from stabkit.analysis.first_samples import of_first_samples
 from stabkit.analysis.progress import Listener, Progress, Told
-from stabkit.analysis.records import lyapunov, norms, restart_notes, side_input_notes, step_report
+from stabkit.analysis.records import lyapunov, norms, restart_notes, side_input_notes, step_report, untried_notes
 from stabkit.analysis.spectra import StepSpectra, by_importance, plan_spectra
 from stabkit.attribution.measure import EXPLAINED
 from stabkit.diagnosis import Diagnosis, Thresholds, examine
@@ -328,6 +328,7 @@ class _Analysis:
                 *flow.notes,
                 *why.notes,
                 *notes,
+                *untried_notes(diagnosis),
                 *restart_notes(flow, measurement),
                 *side_input_notes(flow),
             ),

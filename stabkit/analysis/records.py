@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from stabkit.analysis.spectra import StepSpectrum
-from stabkit.diagnosis import Measurement, Thresholds
+from stabkit.diagnosis import Diagnosis, Measurement, Thresholds
 from stabkit.errors import TraceError
 from stabkit.growth import lyapunov_spectrum
 from stabkit.identification import Identification
@@ -110,6 +110,15 @@ def restart_notes(flow: Flow, measurement: Measurement) -> tuple[str, ...]:
         f"gradient norms before {flow.steps[index].name} are those of a fresh random cotangent"
         for index in measurement.restarts
     )
+
+
+def untried_notes(diagnosis: Diagnosis) -> tuple[str, ...]:
+    """Suspects for whose remedies no trial was left, in a sentence."""
+    if not diagnosis.untried:
+        return ()
+    places = [f"{f.kind} at {f.module_path or f'step {f.steps[0]}'}" for f in diagnosis.untried]
+    named = ", ".join(places[:4]) + (f" and {len(places) - 4} more" if len(places) > 4 else "")
+    return (f"suspected, and no remedy tried, since the trials of a diagnosis are limited: {named}",)
 
 
 def side_input_notes(flow: Flow) -> tuple[str, ...]:

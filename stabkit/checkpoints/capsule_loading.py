@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,6 +13,7 @@ from stabkit.checkpoints.capsules import Capsule, RecordedCall, read_capsule
 from stabkit.checkpoints.files import read_file
 from stabkit.checkpoints.matching import fill
 from stabkit.checkpoints.names import Model, build_model
+from stabkit.checkpoints.opened import Opened
 from stabkit.checkpoints.randomness import restore_random
 from stabkit.errors import CheckpointError, StabkitError
 from stabkit.tracing.containers import named_tensors
@@ -22,38 +22,17 @@ from stabkit.tracing.safekeeping import unchanged
 MOST_OUTPUTS = 8  # tensors of an output whose gradients are kept
 
 
-@dataclass(frozen=True)
-class Recalled:
-    """The model of a capsule and the last forward call of its step.
-
-    Attributes:
-        module: with the weights, the modes and the buffers of the step. Every forward call sets the random generators,
-            and autocast, to what they were before the call of the step, so that dropout drops the same.
-        inputs: positional arguments of the call.
-        kwargs: keyword arguments of the call.
-        loss: a callable on the output with the gradient that the loss of the run had there; None when none was seen.
-        name: what the model is called.
-        notes: what was done, in sentences.
-        step: number of the training step.
-    """
-
-    module: nn.Module
-    inputs: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    loss: Callable[[Any], Tensor] | None
-    name: str
-    notes: tuple[str, ...]
-    step: int
-
-
 def load_capsule(
     path: str | os.PathLike[str],
     model: Model | None = None,
     *,
     factory_args: Mapping[str, Any] | None = None,
     seed: int = 0,
-) -> Recalled:
+) -> Opened:
     """The model of a capsule, the last batch of its step, and the loss as its gradient at the output.
+
+    Every forward call of the module sets the random generators, and autocast, to what they were before the call of the
+    step, so that dropout drops the same.
 
     Args:
         path: the directory.
@@ -90,9 +69,18 @@ def load_capsule(
 
     def loss(output: Any) -> Tensor:
         tensors = output_tensors(output)
-        return torch.stack([_inner(gradient, tensors[number]) for number, gradient in gradients.items()]).sum()
+        return torch.stack([(g.conj() * tensors[number]).real.sum() for number, g in gradients.items()]).sum()
 
-    return Recalled(module, call.args, dict(call.kwargs), loss if gradients else None, name, notes, capsule.step)
+    return Opened(
+        module,
+        name,
+        notes,
+        inputs=call.args,
+        kwargs=dict(call.kwargs),
+        loss=loss if gradients else None,
+        as_saved=True,
+        step=("step", capsule.step),
+    )
 
 
 def build(
@@ -209,7 +197,3 @@ def _nodes_behind(tensor: Tensor) -> set[Any]:
             found.add(node)
             stack += [following for following, _ in node.next_functions]
     return found
-
-
-def _inner(a: Tensor, b: Tensor) -> Tensor:
-    return (a.conj() * b).real.sum() if b.is_complex() else (a * b).sum()

@@ -20,6 +20,7 @@ from stabkit.checkpoints.files import read_file, regular_file
 from stabkit.checkpoints.hugging_face import load_directory, read_json, read_weights
 from stabkit.checkpoints.matching import fill, release_parameters
 from stabkit.checkpoints.names import Model, build_model, is_model_name
+from stabkit.checkpoints.opened import Opened
 from stabkit.checkpoints.state_dict import Weights, architecture_hint, arrange, choose_weights, find_weights
 from stabkit.checkpoints.training import step_in_name, training_step
 from stabkit.errors import CheckpointError
@@ -50,35 +51,6 @@ class Options:
     def build(self, model: Model) -> tuple[nn.Module, str]:
         """The architecture with random weights, and its name."""
         return build_model(model, factory_args=self.factory_args, seed=self.seed)
-
-
-@dataclass(frozen=True)
-class Opened:
-    """A module with its weights.
-
-    Attributes:
-        module: the module.
-        name: what it is called.
-        notes: what was done, in sentences.
-        folder: the directory it came from, which may say how its inputs are prepared.
-        inputs: positional inputs that were saved with it.
-        kwargs: keyword inputs that were saved with it.
-        loss: a callable on the output with the gradient that the loss of the run had there, where that was saved.
-        as_saved: whether it is to run as it was saved, in the same mode and on the same batch.
-        non_finite: names of tensors that hold NaN or infinity; None where nobody has looked yet.
-        step: what counts the steps of training, and the count.
-    """
-
-    module: nn.Module
-    name: str
-    notes: tuple[str, ...]
-    folder: Path | None = None
-    inputs: tuple[Any, ...] = ()
-    kwargs: dict[str, Any] = field(default_factory=dict)
-    loss: Callable[[Any], Tensor] | None = None
-    as_saved: bool = False
-    non_finite: tuple[str, ...] | None = None
-    step: tuple[str, float] | None = None
 
 
 @dataclass(frozen=True)
@@ -201,11 +173,7 @@ def _is_part(path: Path, options: Options) -> bool:
 
 def _from_capsule(path: Path, options: Options) -> Opened:
     options.refuse("a capsule", "key", "weights", "base")
-    found = load_capsule(path, options.model, factory_args=options.factory_args, seed=options.seed)
-    return Opened(
-        found.module, found.name, found.notes, inputs=found.inputs, kwargs=found.kwargs, loss=found.loss,
-        as_saved=True, step=("step", found.step),
-    )  # fmt: skip
+    return load_capsule(path, options.model, factory_args=options.factory_args, seed=options.seed)
 
 
 def _from_saved(path: Path, options: Options) -> Opened:

@@ -12,14 +12,14 @@ import torch
 from torch import Tensor, nn
 
 from stabkit.checkpoints.bounds import bounded_by
+from stabkit.checkpoints.directories import SINGLE
 from stabkit.checkpoints.files import read_file, regular_file
 from stabkit.checkpoints.matching import misfit
 from stabkit.checkpoints.names import optional, seeded
 from stabkit.checkpoints.state_dict import find_weights
 from stabkit.errors import CheckpointError, did_you_mean
 
-_FILES = ("model.safetensors", "pytorch_model.bin")
-_INDICES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
+_INDICES = tuple(f"{name}.index.json" for name in SINGLE)
 _JSON_LIMIT = 2**26
 
 
@@ -47,14 +47,14 @@ def weight_files(folder: Path) -> list[Path]:
     Raises:
         CheckpointError: there are none, a shard is missing, or the index points outside the directory.
     """
-    for single in _FILES:
+    for single in SINGLE:
         if (folder / single).exists():
             return [folder / single]
     for index in _INDICES:
         if (folder / index).exists():
             return [folder / name for name in _shards(folder / index)]
     raise CheckpointError(
-        f"{folder} has no weights: expected {', '.join((*_FILES, *_INDICES))}; it holds "
+        f"{folder} has no weights: expected {', '.join((*SINGLE, *_INDICES))}; it holds "
         f"{', '.join(sorted(p.name for p in folder.iterdir())[:8])}"
     )
 

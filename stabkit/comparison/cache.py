@@ -10,7 +10,7 @@ from pathlib import Path
 from stabkit.comparison.result import STATES, Snapshot
 from stabkit.errors import ReportError
 from stabkit.report import Report, encoding, files
-from stabkit.results import encode
+from stabkit.report.decoding import decoded
 
 SCHEMA = "stabkit.snapshot/1"
 
@@ -27,15 +27,8 @@ def store(folder: Path, key: str, snapshot: Snapshot) -> None:
         raise ReportError(f"cache {folder}: the directory cannot be made: {error.strerror}") from error
     if snapshot.report is not None:
         snapshot.report.save(folder / f"{key}.report.json")
-    entry = {
-        "schema": SCHEMA,
-        "state": snapshot.state,
-        "step": snapshot.step,
-        "step_name": snapshot.step_name,
-        "content": snapshot.content,
-        "message": snapshot.message,
-    }
-    files.write(folder / f"{key}.json", encoding.lines(encode(entry)).encode())
+    entry = {"schema": SCHEMA, **dataclasses.replace(snapshot, report=None).to_dict()}
+    files.write(folder / f"{key}.json", encoding.lines(entry).encode())
 
 
 def fetch(folder: Path, key: str, source: str) -> Snapshot | None:
@@ -44,19 +37,10 @@ def fetch(folder: Path, key: str, source: str) -> Snapshot | None:
         entry = json.loads((folder / f"{key}.json").read_text(encoding="utf-8"))
         if not isinstance(entry, dict) or entry.get("schema") != SCHEMA or entry.get("state") not in STATES:
             return None
-        step = None if entry["step"] is None else encoding.number(entry["step"])
-        report = None
-        if entry["state"] == "analysed":  # under its name of today: the file may have been moved
+        found: Snapshot = decoded(Snapshot, {**entry, "source": source, "cached": True}, "cache")
+        if found.state == "analysed":  # under its name of today: the file may have been moved
             report = dataclasses.replace(Report.load(folder / f"{key}.report.json"), model=source)
-        return Snapshot(
-            source=source,
-            state=entry["state"],
-            step=step if step is None or math.isfinite(step) else None,
-            step_name=encoding.typed(str, entry["step_name"]),
-            content=encoding.typed(str, entry["content"]),
-            cached=True,
-            report=report,
-            message=encoding.typed(str, entry["message"]),
-        )
+            found = dataclasses.replace(found, report=report)
+        return found if found.step is None or math.isfinite(found.step) else dataclasses.replace(found, step=None)
     except (OSError, ValueError, KeyError, TypeError, RecursionError, ReportError):
         return None  # whatever is wrong with it, the checkpoint itself is at hand

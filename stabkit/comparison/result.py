@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,9 +17,6 @@ from stabkit.pictures import drawing
 from stabkit.report import Report, encoding, files
 from stabkit.report.schema import StepReport
 from stabkit.results import Result
-
-if TYPE_CHECKING:
-    pass
 
 SCHEMA = "stabkit.comparison/1"
 STATES = ("analysed", "non-finite", "failed")

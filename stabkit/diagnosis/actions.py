@@ -9,11 +9,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from stabkit.diagnosis.finding import Action
 from stabkit.errors import ArgumentError
 
-FORMS = ("scale", "redraw", "fill", "orthogonalise", "add_skip", "insert_norm", "activate", "scale_input", "convert")
+FORMS = (
+    *("scale", "redraw", "fill", "orthogonalise", "add_skip", "insert_norm", "activate", "scale_input", "convert"),
+    *("reset_statistics", "set_option"),
+)
 
 
 class Skip(nn.Module):
@@ -83,7 +87,16 @@ def _stand_in(model: nn.Module, action: Action, undoing: contextlib.ExitStack) -
             for name in [n for n, p in module._parameters.items() if p is held]:
                 setattr(module, name, fresh)
                 undoing.callback(setattr, module, name, held)
-    if "module" in action:
+    if action.get("action") == "reset_statistics":
+        norm = _module(model, action["module"])
+        for name, buffer in list(norm._buffers.items()):
+            undoing.callback(norm._buffers.__setitem__, name, buffer)
+            norm._buffers[name] = None if buffer is None else buffer.clone()
+        undoing.callback(setattr, norm, "momentum", norm.momentum)
+    elif action.get("action") == "set_option":
+        held_by, option = _module(model, action["module"]), action["option"]
+        undoing.callback(setattr, held_by, option, getattr(held_by, option, None))
+    elif "module" in action:
         for path in _span(model, action["module"], action.get("through")):
             parent, _, name = path.rpartition(".")
             owner = _module(model, parent)
@@ -95,13 +108,17 @@ def _act(model: nn.Module, action: Action, generator: torch.Generator) -> None:
     doing: dict[str, Callable[[], None]] = {
         "scale": lambda: _scale(parameter(model, action["parameter"]), float(action["factor"])),
         "redraw": lambda: _redraw(parameter(model, action["parameter"]), float(action["rms"]), generator),
-        "fill": lambda: _fill(parameter(model, action["parameter"]), float(action["value"])),
-        "orthogonalise": lambda: _orthogonalise(parameter(model, action["parameter"]), float(action["gain"])),
+        "fill": lambda: _fill(_part(parameter(model, action["parameter"]), action), float(action["value"])),
+        "orthogonalise": lambda: _orthogonalise(
+            parameter(model, action["parameter"]), float(action["gain"]), int(action.get("blocks", 1))
+        ),
         "add_skip": lambda: _add_skip(model, action["module"], action.get("through")),
         "insert_norm": lambda: _insert_norm(model, action["module"], action["like"]),
         "activate": lambda: _activate(model, action["module"], action["by"]),
         "scale_input": lambda: _scale_input(model, action["module"], float(action["factor"])),
         "convert": lambda: _convert(model, action["dtype"]),
+        "reset_statistics": lambda: _reset_statistics(_module(model, action["module"])),
+        "set_option": lambda: _set_option(_module(model, action["module"]), action["option"], action["value"]),
     }
     if form not in doing:
         raise ArgumentError(f"action {form!r} is unknown; known are {', '.join(FORMS)}")
@@ -121,9 +138,14 @@ def _fill(tensor: Tensor, value: float) -> None:
     tensor.fill_(value)
 
 
-def _orthogonalise(tensor: Tensor, gain: float) -> None:
-    U, _, Vh = torch.linalg.svd(tensor.flatten(1).double(), full_matrices=False)
-    tensor.copy_((gain * U @ Vh).reshape(tensor.shape))
+def _part(tensor: Tensor, action: Action) -> Tensor:
+    return tensor[action["start"] : action["stop"]] if "start" in action else tensor
+
+
+def _orthogonalise(tensor: Tensor, gain: float, blocks: int = 1) -> None:
+    for block in tensor.chunk(blocks):
+        U, _, Vh = torch.linalg.svd(block.flatten(1).double(), full_matrices=False)
+        block.copy_((gain * U @ Vh).reshape(block.shape))
 
 
 def _add_skip(model: nn.Module, first: str, last: str | None) -> None:
@@ -166,6 +188,19 @@ def _scale_input(model: nn.Module, place: str, by: float) -> None:
 
 def _convert(model: nn.Module, dtype: str) -> None:
     model.to(getattr(torch, dtype))
+
+
+def _reset_statistics(norm: nn.Module) -> None:
+    if not isinstance(norm, _BatchNorm):
+        raise ArgumentError(f"a {type(norm).__name__} has no running statistics; is it the model that was diagnosed?")
+    norm.reset_running_stats()
+    norm.momentum = None  # the mean of all batches that follow
+
+
+def _set_option(module: nn.Module, option: str, value: bool) -> None:
+    if not isinstance(getattr(module, option, None), bool):
+        raise ArgumentError(f"a {type(module).__name__} has no option {option!r} to switch")
+    setattr(module, option, value)
 
 
 def once(model: nn.Module, actions: Sequence[Action]) -> tuple[Action, ...] | None:

@@ -62,6 +62,7 @@ def activities(flow: Flow, step: Step) -> tuple[Activity, ...]:
         and isinstance(element.facts, ActivationFacts)
         and element.facts.flat_side != "above"
         and inside.issuperset(element.nodes)
+        and meta_of(element.target).shape  # a bound on a single number, as on a step size, is none
     )
 
 
@@ -71,7 +72,7 @@ def _activity(flow: Flow, segment: Segment, element: Element, facts: ActivationF
     derivative = derivative.to(torch.float32)
     size = derivative.abs() / facts.steepest
     axis = _unit_axis(segment, node, derivative.dim())
-    rows = size.movedim(axis, 0).flatten(1) if size.dim() > 1 else size.unsqueeze(1)
+    rows = size.movedim(axis, 0).flatten(1) if size.dim() > 1 else size.reshape(-1, 1)
     flat = rows <= _FLAT
     return Activity(
         operation=element.name,

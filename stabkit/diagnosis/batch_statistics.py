@@ -1,15 +1,20 @@
-"""Batch norms in eval mode whose statistics were never collected: they are the identity, which nobody means.
+"""Batch norms whose statistics are none, or chance.
 
-Such a network is judged with the statistics of the batch that it is given, as it would be in training. They are
-collected by one more forward pass and stand in the place of the running ones while the flow is traced anew; the model
-keeps its own.
+In eval mode, before any were collected, they are the identity, which nobody means. Such a network is judged with the
+statistics of the batch that it is given, as it would be in training. They are collected by one more forward pass and
+stand in the place of the running ones while the flow is traced anew; the model keeps its own.
+
+A variance of two or three values, be it of a small batch in training mode, is near zero for some channels, and the
+gradient there grows without bound: that is a fact of the batch, and says nothing of the network.
 """
 
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import nn
@@ -17,30 +22,53 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from stabkit.tracing import Flow
 from stabkit.tracing.safekeeping import unchanged
+from stabkit.tracing.values import Value, meta_of, operation
 
 NOTE = (
     "batch norms in eval mode have never collected statistics: judged with those of this batch, as in training; "
     "train the model, or call model.train(), to have them judged as they are"
 )
 _FEWEST = 8  # values of a channel whose variance is worth something: within a factor of 2 for 95 % of normal samples
-TOO_FEW = "batch norms in eval mode have never collected statistics, and this batch is too small to make them"
+_NEEDED = f"give at least {_FEWEST} values per channel, from more samples or larger inputs"
+TOO_FEW = (
+    "batch norms in eval mode have never collected statistics, and this batch is too small to make them: " + _NEEDED
+)
+BY_CHANCE = "batch norms in training mode take their statistics from a batch that is too small for them: " + _NEEDED
 
 
 def uncollected(model: nn.Module) -> list[_BatchNorm]:
     """Batch norms that use running statistics as they were made: mean 0, variance 1, of no batch."""
-    return [m for m in model.modules() if isinstance(m, _BatchNorm) and not m.training and _fresh(m)]
+    return [m for m in model.modules() if isinstance(m, _BatchNorm) and not m.training and is_fresh(m)]
 
 
-def _fresh(norm: _BatchNorm) -> bool:
+def is_fresh(norm: _BatchNorm) -> bool:
+    """Whether a norm holds what it was made with, mean 0 and variance 1, of no batch."""
     mean, variance, seen = norm.running_mean, norm.running_var, norm.num_batches_tracked
     if mean is None or variance is None or mean.is_meta or (seen is not None and int(seen) > 0):
         return False
     return bool((mean == 0).all()) and bool((variance == 1).all())
 
 
+def by_batch(flow: Flow) -> bool:
+    """Whether batch norms take their statistics from the batch at hand."""
+    return NOTE in flow.notes or any(isinstance(m, _BatchNorm) and m.training for m in flow.model.modules())
+
+
+def without_statistics(flow: Flow) -> str:
+    """Why a flow cannot be judged for want of statistics, or ``""``."""
+    return next((why for why in (TOO_FEW, BY_CHANCE) if why in flow.notes), "")
+
+
 def with_statistics(flow: Flow) -> Flow:
-    """The flow, or, where batch norms are fresh, the same one traced anew with the statistics of its batch."""
-    if NOTE in flow.notes or TOO_FEW in flow.notes or not uncollected(flow.model):
+    """The flow, or, where batch norms are fresh, the same one traced anew with the statistics of its batch.
+
+    A note of the flow says what was done, or why there are no statistics worth the name.
+    """
+    if NOTE in flow.notes or without_statistics(flow):
+        return flow
+    if _fewest_values(flow) < _FEWEST:
+        return replace(flow, notes=(*flow.notes, BY_CHANCE))
+    if not uncollected(flow.model):
         return flow
     if flow.steps[0].segment.recomputes:
         return flow  # what is computed anew later would use the norms' own statistics
@@ -52,15 +80,25 @@ def traced_anew(flow: Flow, *, check: bool = False) -> Flow:
     fresh = uncollected(flow.model)
     if not fresh:
         return flow.again(check=check)
-    found = _collected(flow, fresh)
+    found = collected(flow, fresh)
     if found is None:
         return replace(flow, notes=(*flow.notes, TOO_FEW))
-    with _standing(found):
+    with standing(found):
         traced = flow.again(check=check)
     return replace(traced, notes=(*traced.notes, NOTE))
 
 
-def _collected(flow: Flow, norms: list[_BatchNorm]) -> dict[_BatchNorm, tuple[torch.Tensor, torch.Tensor]] | None:
+def _fewest_values(flow: Flow) -> float:
+    """The fewest values per channel that a batch norm in training mode normalises by; infinity where there is none."""
+    own = any(isinstance(m, _BatchNorm) and (m.training or m.running_mean is None) for m in flow.model.modules())
+    if not own or flow.steps[0].segment.recomputes:
+        return math.inf
+    nodes: list[Any] = [node for step in flow.steps for node in step.segment.nodes if "BatchNorm" in operation(node)]
+    shapes = [meta_of(Value(node, 0)).shape for node in nodes if getattr(node, "_saved_training", True)]
+    return min((math.prod(shape) / shape[1] for shape in shapes), default=math.inf)
+
+
+def collected(flow: Flow, norms: list[_BatchNorm]) -> dict[_BatchNorm, tuple[torch.Tensor, torch.Tensor]] | None:
     """Mean and variance of the batch at every norm, by one forward pass; None where the batch is too small."""
     call, counts = flow.forward_pass, []
 
@@ -72,7 +110,7 @@ def _collected(flow: Flow, norms: list[_BatchNorm]) -> dict[_BatchNorm, tuple[to
         torch.manual_seed(call.seed)
         for norm in norms:
             norm.train()
-            norm.momentum = None  # the statistics are those of this batch alone
+            norm.momentum = 1.0  # the statistics are those of this batch alone, whatever was seen before
             norm.register_forward_pre_hook(count)
         try:
             call.model(*call.inputs, **call.kwargs)
@@ -86,12 +124,12 @@ def _collected(flow: Flow, norms: list[_BatchNorm]) -> dict[_BatchNorm, tuple[to
 
 
 def _held(buffer: torch.Tensor | None) -> torch.Tensor:
-    assert buffer is not None  # `_fresh` has looked
+    assert buffer is not None  # `is_fresh` has looked
     return buffer.detach().clone()
 
 
 @contextlib.contextmanager
-def _standing(found: dict[_BatchNorm, tuple[torch.Tensor, torch.Tensor]]) -> Iterator[None]:
+def standing(found: dict[_BatchNorm, tuple[torch.Tensor, torch.Tensor]]) -> Iterator[None]:
     """These statistics in the place of the norms' own."""
     own = {norm: (norm.running_mean, norm.running_var) for norm in found}
     try:

@@ -7,6 +7,8 @@ from dataclasses import replace
 from stabkit.diagnosis.finding import serious
 from stabkit.diagnosis.input_scale import with_input_scale
 from stabkit.diagnosis.over_time import time_findings
+from stabkit.diagnosis.post_norm import post_norm_findings
+from stabkit.diagnosis.running_statistics import statistics_findings
 from stabkit.diagnosis.slopes import with_slopes
 from stabkit.diagnosis.suspects import Diagnosis, Settings, ordered
 from stabkit.tracing import Flow, FlowLike
@@ -19,7 +21,10 @@ def with_causes(flow: FlowLike, found: Diagnosis, settings: Settings) -> Diagnos
     if not isinstance(flow, Flow) or found.verdict.name == "non-finite":
         return found
     named = [with_slopes(each, found.measurement) for each in with_input_scale(flow, found, settings.thresholds)]
-    found = replace(found, findings=tuple(named))
+    others = statistics_findings(flow, settings.loss)
+    if not any(serious(finding) for finding in named):
+        others += post_norm_findings(flow, found.measurement, settings.loss)
+    found = replace(found, findings=tuple(ordered([*named, *others])) if others else tuple(named))
     over_time = time_findings(flow, settings.loss, settings.thresholds)
     if not over_time:
         return found

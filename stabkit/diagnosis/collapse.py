@@ -94,7 +94,10 @@ def collapse_finding(
         if usable.sum() < 2:
             continue
         known = path[usable]
-        if known[-1] < thresholds.collapsed and known[0] > _FALL * max(known[-1], thresholds.collapsed):
+        # what fell below the limit is gone: rounding, or the degrees of a graph, bring a little back
+        lowest = float(known.min())
+        gone = lowest < thresholds.collapsed and known[-1] < _FALL * thresholds.collapsed
+        if gone and known[0] > _FALL * max(known[-1], thresholds.collapsed):
             return [_collapse(measurement, what, values, found.rank, (first, end), thresholds)]
     return []
 

@@ -35,6 +35,8 @@ def copied_units_findings(flow: Flow, measurement: Measurement) -> list[Finding]
                 continue
             if not isinstance(module, _LAYERS) or getattr(module, "groups", 1) > 1:
                 continue
+            if parameter.numel() == len(parameter) and parameter.shape != module.weight.shape:
+                continue  # a gain per unit, beside weights that differ
             count = distinct_units(parameter, module.bias)
             if count is not None and count <= max(1, _MOST * len(parameter)):
                 found.append((step, weight.path, weight.unit, len(parameter), count))

@@ -14,7 +14,8 @@ from stabkit.diagnosis.measurement import Measurement, StepMeasurement
 from stabkit.diagnosis.thresholds import Thresholds
 from stabkit.diagnosis.weights import Weight
 
-_CHANCE = 1e-4  # of so many dead units in a layer where every unit is as likely active as not
+_CHANCE = 1e-4  # of so many dead units, or flat entries, in a layer where each is as likely so as not
+_LARGE = math.log(2.0)  # size of inputs of an activation from which it is what saturates it, nats
 _WIDESPREAD = 0.5  # share of the layers from which a fault is that of the network, not of a layer
 
 
@@ -38,7 +39,7 @@ def _is_dead(step: StepMeasurement, activity: Activity, thresholds: Thresholds) 
 
 
 def _tail(count: int, units: int) -> float:
-    """Chance of at least ``count`` dead among ``units`` when half of them are."""
+    """Chance of at least ``count`` among ``units`` when each is as likely so as not."""
     if units > 64:
         return 0.0 if count > 0.75 * units else 1.0  # beyond eight standard deviations, or within
     return float(sum(math.comb(units, k) for k in range(count, units + 1)) / 2**units)
@@ -92,6 +93,21 @@ def drawn_anew(indices: Sequence[int], measurement: Measurement) -> remedies.Rem
     return remedies.Remedy(text, (*drawn, *zeroed))
 
 
+def started_anew(measurement: Measurement) -> remedies.Remedy:
+    """All weights as they would be made: what killed some units has usually ruined the layers behind them as well."""
+    held = {w.path: w for step in measurement.steps for w in step.weights}
+    ends = {w.path for w in measurement.steps[-1].weights}
+    matrices = [w for w in held.values() if w.kind == "matrix"]
+    drawn = [remedies.redraw(w.path, (1.0 if w.path in ends else math.sqrt(2.0)) / w.unit) for w in matrices]
+    own = {w.module_path for w in matrices}
+    zeroed = [remedies.fill(w.path, 0.0) for w in held.values() if w.kind == "bias" and w.module_path in own]
+    text = (
+        f"start again: draw the weights of all {len(drawn)} layers anew (He), set their biases to zero, or go back to "
+        "a checkpoint from before, and lower the learning rate, for a step of training did this"
+    )
+    return remedies.Remedy(text, (*drawn, *zeroed))
+
+
 def _before(index: int, measurement: Measurement) -> list[Weight]:
     """The parameters of a step, or of the nearest one before it that has any."""
     for step in reversed(measurement.steps[: index + 1]):
@@ -118,23 +134,47 @@ def _low_biases(index: int, measurement: Measurement) -> list[tuple[int, Weight]
 def saturated_findings(measurement: Measurement, thresholds: Thresholds, blamed: set[int]) -> list[Finding]:
     """Layers of which most outputs lie in the flat ends of their activation, gates apart."""
     layers = [(s, a) for s in measurement.steps for a in s.activities if s.finite and not a.gate and _two_sided(a)]
-    found = [(s, a) for s, a in layers if a.saturated >= thresholds.saturated and s.index not in blamed]
+    found = [(s, a) for s, a in layers if _is_saturated(a, thresholds) and s.index not in blamed]
     if not found:
         return []
     groups = [found] if len(found) > max(1, _WIDESPREAD * len(layers)) else [[one] for one in found]
     return [_saturated(group, measurement) for group in groups]
 
 
+def _to_unit_size(matrices: Sequence[Weight], measurement: Measurement) -> float | None:
+    """The factor that brings what these matrices make of the states before them to size 1, if that is a small one.
+
+    Their gain times the size of the state, or of 1 behind a norm. Where nearly all outputs are saturated their share
+    says little of how large the inputs are: 99 % may be 20 times too much or 20,000 times.
+    """
+    paths = {weight.path for weight in matrices}
+    sizes = []
+    for step in measurement.steps:
+        for weight in step.weights:
+            if weight.path in paths:
+                state = 0.0 if step.norms else float(measurement.log_states[step.index].mean())
+                sizes.append(weight.gains[0] + state)
+    largest = max(sizes, default=math.nan)
+    return math.exp(-largest) if math.isfinite(largest) and largest > _LARGE else None
+
+
 def _two_sided(activity: Activity) -> bool:
     return activity.saturated > 0.0
+
+
+def _is_saturated(activity: Activity, thresholds: Thresholds) -> bool:
+    """Whether more entries are flat than chance allows: of three units and two samples, five of six may well be."""
+    entries = activity.units * activity.observations
+    return activity.saturated >= thresholds.saturated and _tail(round(activity.saturated * entries), entries) < _CHANCE
 
 
 def _saturated(group: Sequence[tuple[StepMeasurement, Activity]], measurement: Measurement) -> Finding:
     step, activity = max(group, key=lambda pair: pair[1].saturated)
     indices = tuple(sorted({s.index for s, _ in group}))
     share = float(np.mean([a.saturated for _, a in group]))
-    by = 1.0 / remedies.preactivation_scale(activity.saturated)
-    paths = list(dict.fromkeys(w.path for s, a in group for w in _feeding(s, a, measurement)))
+    feeding = {w.path: w for s, a in group for w in _feeding(s, a, measurement)}
+    paths = list(feeding)
+    by = _to_unit_size(list(feeding.values()), measurement) or 1.0 / remedies.preactivation_scale(activity.saturated)
     named = " and ".join(paths) if 0 < len(paths) < 3 else "the weights before these activations"
     first, last = measurement.steps[indices[0]], measurement.steps[indices[-1]]
     where = first.name if len(indices) == 1 else f"{first.name} to {last.name}"

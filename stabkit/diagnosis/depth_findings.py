@@ -88,7 +88,7 @@ def _relative(measurement: Measurement, first: int, last: int) -> float:
 def transient(
     measurement: Measurement, stretch: tuple[int, int], total: float, thresholds: Thresholds
 ) -> Finding | None:
-    """Growth over part of a stretch that the rest of it takes back, if it is large."""
+    """Growth over part of a stretch that the rest of it takes back, if it is large beside the change over the whole."""
     first, last = stretch
     rows = measurement.growth[first : last + 1]
     if not np.isfinite(rows).all() or not math.isfinite(total):
@@ -96,7 +96,7 @@ def transient(
     start, stop = _largest_run(rows.mean(axis=1))
     inside = rows[start : stop + 1].sum(axis=0)
     low, high = mean_interval(inside, thresholds.confidence)
-    limit = thresholds.stable + max(0.0, total)
+    limit = thresholds.stable + abs(total)
     if low < limit:
         return None
     start = _taken_back(rows.mean(axis=1), start, stop, thresholds.stable)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from stabkit.diagnosis.alternatives import candidates
-from stabkit.diagnosis.batch_statistics import TOO_FEW, with_statistics
+from stabkit.diagnosis.batch_statistics import with_statistics, without_statistics
 from stabkit.diagnosis.causes import with_causes
 from stabkit.diagnosis.finding import Action, Finding, serious, sound
 from stabkit.diagnosis.initialisation import Known, known_initialisations
@@ -25,9 +25,11 @@ from stabkit.tracing.accepted import check_flow
 
 #: measurements that a diagnosis makes beside its own, at most; a healthy network asks for none
 TRIALS = 6
+UNTRIED = "none was tried: the trials of this diagnosis went to other suspects; cure those, and diagnose again"
 _BY_INITIALISATION = ("vanishing", "exploding", "dead", "transient_growth", "rank_collapse", "overdamped")
 #: growth that does not last, or has a mechanism, within the limits: a fault only where an intervention takes it away
 _IN_DOUBT = ("transient_growth", "unstable_step", "overdamped")
+_MECHANISMS = ("unstable_step", "overdamped", "saturated")
 NOTHING_HELPED = "nothing that was tried brings it below a warning"
 
 
@@ -101,8 +103,9 @@ def examine(
     settings = Settings(loss, thresholds or Thresholds(), probes, seed, parallel)
     flow = with_statistics(flow) if isinstance(flow, Flow) else flow
     found = suspected(flow, settings, methods, spectra)
-    if isinstance(flow, Flow) and TOO_FEW in flow.notes and found.verdict.name != "non-finite":
-        return replace(found, verdict=not_judged(found.verdict, TOO_FEW), findings=_of_no_growth(found.findings))
+    missing = without_statistics(flow) if isinstance(flow, Flow) else ""
+    if missing and found.verdict.name != "non-finite":
+        return replace(found, verdict=not_judged(found.verdict, missing), findings=_of_no_growth(found.findings))
     return with_causes(flow, _confirmed(flow, found, settings, trials), settings)
 
 
@@ -146,13 +149,14 @@ class _Trials:
             self._without = tried(self.flow, suspect, self.known.actions, self.found, self.settings)
         return replace(self._without, suspect=suspect)
 
-    def cure(self, suspect: Finding) -> Cure | None:
+    def cure(self, suspect: Finding, others: Sequence[Finding] = ()) -> Cure | None:
         """The remedy to tell: the first that cures; of those that cure a stretch, the one that serves best.
 
-        With a loss that is the one that trains best, without one that which leaves fewest other suspects.
+        With a loss that is the one that trains best, without one that which leaves fewest other suspects. What is
+        suspected of the same stretch besides may be the cause, so its remedies are tried too.
         """
         found: list[Cure] = []
-        for remedy in candidates(suspect, self.found.measurement, self.flow):
+        for remedy in candidates(suspect, self.found.measurement, self.flow, _of_same_stretch(suspect, others)):
             if self.left < 1:
                 break
             self.left -= 1
@@ -192,30 +196,69 @@ def _confirmed(flow: FlowLike, found: Diagnosis, settings: Settings, limit: int)
             continue  # words alone, or another dtype, in which nothing can be measured on these inputs
         if trials.left < 1:
             untried.append(suspect)
+            told[id(suspect)] = replace(suspect, remedy=UNTRIED, actions=())
             continue
-        cure = trials.cure(suspect)
-        told[id(suspect)] = _told(suspect, cure, trials.training() if cure is not None and cure.trains else None)
+        cure = trials.cure(suspect, [other for other in found.findings if other is not suspect])
+        untreated = trials.training() if cure is not None and cure.trains else None
+        told[id(suspect)] = _told(suspect, cure, untreated, settings.thresholds)
         if cure is not None:
-            for follower in cure.trial.gone(waiting):
+            gone = cure.trial.gone(waiting)
+            told[id(suspect)] = _with_mechanism(told[id(suspect)], [*gone, *found.findings], cure)
+            for follower in gone:
                 waiting.remove(follower)
                 told[id(follower)] = _follows(follower, suspect)
-    left = [told.get(id(finding), finding) for finding in found.findings]
+    left = [told.get(id(finding)) or _of_no_harm(finding) for finding in found.findings]
     if verdict.name == "transient growth" and not any(f.kind == "transient_growth" and serious(f) for f in left):
         verdict = judge(found.measurement.growth, found.measurement.kinds, settings.thresholds)
     kept = [finding for finding in map(sound, left) if finding is not None]
     return replace(found, verdict=verdict, findings=tuple(ordered(kept)), untried=tuple(untried))
 
 
-def _told(suspect: Finding, cure: Cure | None, untreated: ShortTraining | None) -> Finding:
+def _of_no_harm(finding: Finding) -> Finding:
+    """What is below a warning is told without a remedy that nobody tried."""
+    if serious(finding) or not finding.actions:
+        return finding
+    return replace(finding, remedy="none was tried: it does no harm that was measured", actions=())
+
+
+def _of_same_stretch(suspect: Finding, others: Sequence[Finding]) -> list[Finding]:
+    """Other suspects of a stretch that lies in this one for the most part."""
+    if not is_stretch(suspect):
+        return []
+    own = set(suspect.steps)
+    return [o for o in others if is_stretch(o) and 2 * len(own & set(o.steps)) > len(o.steps)]
+
+
+def _with_mechanism(told: Finding, others: Sequence[Finding], cure: Cure) -> Finding:
+    """A cured stretch with why it grew or shrank, where that was found in it: its mechanism, or what saturates."""
+    if told.kind not in ("exploding", "vanishing"):
+        return told
+    for other in _of_same_stretch(told, others):
+        if other.kind in _MECHANISMS and other.evidence not in told.evidence:
+            return replace(told, evidence=f"{told.evidence}; why: {other.evidence}")
+    return told
+
+
+def _harmless(suspect: Finding, limits: Thresholds) -> bool:
+    """Whether a block acts unlike its peers with weights like theirs, and no gradient leaves its range by it."""
+    if suspect.kind != "exploding" or is_stretch(suspect) or any("weight_dev" in name for name in suspect.numbers):
+        return False
+    return abs(suspect.numbers.get("gain_deviation", math.inf)) < limits.stable
+
+
+def _told(suspect: Finding, cure: Cure | None, untreated: ShortTraining | None, limits: Thresholds) -> Finding:
     """A suspect with what its trial says."""
     if cure is None:
-        severity = "info" if suspect.kind in _IN_DOUBT else suspect.severity
-        return replace(suspect, severity=severity, remedy=NOTHING_HELPED, actions=())
+        severity = "info" if suspect.kind in _IN_DOUBT or _harmless(suspect, limits) else suspect.severity
+        remedy = f"{NOTHING_HELPED}; look at the operation that is named" * (suspect.kind == "non_finite")
+        return replace(suspect, severity=severity, remedy=remedy or NOTHING_HELPED, actions=())
+    severity = suspect.severity if cure.trial.moved else "info"  # what can be taken away unnoticed does no harm
     evidence = f"{suspect.evidence}; tried on a copy: {cure.trial.changes}"
     if cure.trains is not None and untreated is not None:
         evidence += f"; {STEPS} steps of plain SGD take the loss {untreated} as it is, {cure.trains} treated"
     return replace(
         suspect,
+        severity=severity,
         confidence=cure.trial.share if is_stretch(suspect) else suspect.confidence,
         evidence=evidence,
         remedy=cure.remedy.text,

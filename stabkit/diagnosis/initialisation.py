@@ -47,6 +47,7 @@ def known_initialisations(measurement: Measurement) -> Known | None:
             zeros += members
         elif all(_is_small_constant(w) for w in members) and members[0].path.rpartition(".")[2] != "weight":
             scales += members
+    zeros += [weight for weight in _zero_scales(measurement) if weight not in zeros]
     if not zeros and not scales:
         return None
     words = []
@@ -57,6 +58,14 @@ def known_initialisations(measurement: Measurement) -> Known | None:
     actions = [remedies.fill(w.path, 1.0) for w in scales + [w for w in zeros if w.kind == "scale"]]
     actions += [remedies.redraw(w.path, 1.0 / w.unit) for w in zeros if w.kind == "matrix"]
     return Known(" and ".join(words), tuple(actions))
+
+
+def _zero_scales(measurement: Measurement) -> list[Weight]:
+    """Scales of norms that are zero in most blocks, whatever the norms are called: the last norm of every branch."""
+    scaled = [[w for w in s.weights if w.kind == "scale" and w.finite] for s in measurement.steps]
+    zeros = [[w for w in found if w.gains[0] == -math.inf] for found in scaled]
+    count = sum(map(bool, zeros))
+    return [w for found in zeros for w in found] if count > 1 and 2 * count > sum(map(bool, scaled)) else []
 
 
 def _is_small_constant(weight: Weight) -> bool:

@@ -58,6 +58,8 @@ FINDINGS: dict[str, Word] = {
     "chaotic": Word("nearby states part exponentially over the steps", "grows"),
     "rank_collapse": Word("states no longer tell samples or tokens apart", "shrinks"),
     "non_finite": Word("a state, gradient or weight holds NaN or infinity", "broken"),
+    "stale_statistics": Word("running statistics of a norm have not caught up with the weights"),
+    "post_norm": Word("norms behind the additions keep a deep network from training", "shrinks"),
     "copied_units": Word("units of a layer are copies of each other, and stay so"),
     "no_gradient": Word("parameters that are to be trained get no gradient", "broken"),
     "loss": Word("the loss has no gradient, or is taken of what it does not expect", "broken"),

@@ -86,9 +86,9 @@ def _least(name: str, classes: int) -> float:
 
 
 def _flat_sigmoid(flow: Flow, loss: Any, scalar: Tensor, thresholds: Thresholds) -> list[Finding]:
-    """A sigmoid before the loss that is flat where it is wrong.
+    """A sigmoid before the loss that is flat: a fault where it is wrong, and no more than a fact where it is right.
 
-    What is right may well be flat. So the outputs are turned round, p to 1 - p: where the loss falls by that and yet
+    So the outputs are turned round, p to 1 - p: where the loss falls by that and yet
     hardly depends on the logits, the sigmoid hides the error from the gradient.
     """
     made = _maker(flow.states[-1].values[0])
@@ -107,9 +107,18 @@ def _flat_sigmoid(flow: Flow, loss: Any, scalar: Tensor, thresholds: Thresholds)
         turned = float(loss(1 - output))
     value = float(scalar.detach())
     fall = value - turned
-    if not (math.isfinite(turned) and fall > 0.5 * max(abs(value), abs(turned)) and slope < _HIDDEN * fall):
-        return []
     path = flow.recorded.path_of(made.node)
+    if not math.isfinite(turned) or abs(fall) <= 0.5 * max(abs(value), abs(turned)):
+        return []
+    if fall < 0:
+        evidence = (
+            f"{float(flat):.0%} of the outputs of the sigmoid {path or 'before the loss'} lie where it is flat, and "
+            f"right: turned round, 1 - p, they would take the loss from {value:.3g} to {turned:.3g}"
+        )
+        numbers = {"saturated": float(flat), "loss": value, "turned": turned}
+        return [_finding(flow, "saturated", "info", path, evidence, "none is needed", numbers, _GOODFELLOW)]
+    if slope >= _HIDDEN * fall:
+        return []
     evidence = (
         f"{float(flat):.0%} of the outputs of the sigmoid {path or 'before the loss'} lie where it is flat, and wrong: "
         f"turned round, 1 - p, they would bring the loss from {value:.3g} to {turned:.3g}, and its gradient by the "

@@ -31,7 +31,7 @@ def lost_parameter_findings(flow: Flow, loss: Any = None) -> list[Finding]:
     found = lost_gradient(replace(flow.forward_pass, through_no_grad=False), loss)
     last = len(flow.steps) - 1
     cuts = [_cut(found, cut, last, loss is not None) for cut in found.cuts if cut.parameters]
-    return [*cuts, *_unused(found, flow.forward_pass, last)]
+    return [*cuts, *_unused(found, flow.forward_pass, last, loss is not None)]
 
 
 def _cut(found: LostGradient, cut: Cut, last: int, asked: bool) -> Finding:
@@ -51,18 +51,19 @@ def _cut(found: LostGradient, cut: Cut, last: int, asked: bool) -> Finding:
     )
 
 
-def _unused(found: LostGradient, call: ForwardPass, last: int) -> list[Finding]:
+def _unused(found: LostGradient, call: ForwardPass, last: int, asked: bool) -> list[Finding]:
     """Parameters of modules that never run, or whose results are not used.
 
     A head that the loss does not ask for, an expert that no token is sent to, and what runs in training only are no
-    faults; a large part of a model that is in training mode and never takes part is.
+    faults; a large part of a model that is in training mode and takes no part in its loss is. Without a loss nobody
+    knows whether it would: a way through the model that this call did not ask for is no fault.
     """
     if not found.unused:
         return []
     share = _share(found, found.unused)
     used = {_role(path) for path in set(found.trainable) - set(found.lost)}
     chosen_among = {_role(path) for path in found.unused} <= used
-    serious = share >= _LARGE and call.module.training and not chosen_among
+    serious = asked and share >= _LARGE and call.module.training and not chosen_among
     idle = [module for module in found.idle if module]
     why = f"{listed(tuple(idle))} never runs" if idle else "nothing that counts is made of what they give"
     return [

@@ -15,6 +15,7 @@ from stabkit.diagnosis.origin import Origin, origin_of
 from stabkit.diagnosis.thresholds import Thresholds
 from stabkit.diagnosis.verdict import factor
 from stabkit.diagnosis.weight_faults import WeightFault, weight_faults
+from stabkit.diagnosis.weights import role_of
 from stabkit.tracing import Flow, FlowLike
 from stabkit.tracing.endpoints import scalar_loss
 from stabkit.tracing.flow import engine_vjp
@@ -96,6 +97,8 @@ def _located(
         remedy = remedies.Remedy(f"{brought.text}; or {origin.cause.remedy}", brought.actions)
         numbers[f"weight_deviation:{heavy.weight.path}"] = far.size
         path = home.home([heavy.weight])
+    elif (bounded := _smaller_exponent(origin, measurement)) is not None:
+        remedy = bounded
     what = "the first derivative that is not finite, on the way back, is that of" if origin.backward else "begins at"
     also = tuple(i for i in backward if i != home.index) if origin.backward or heavy is not None else ()
     return Finding(
@@ -110,6 +113,22 @@ def _located(
         numbers=numbers,
         actions=remedy.actions,
     )
+
+
+def _smaller_exponent(origin: Origin, measurement: Measurement) -> remedies.Remedy | None:
+    """The layer that makes the argument of an exponential, and its like in other blocks, made small."""
+    argument = origin.cause.numbers.get("argument", 0.0)
+    if origin.backward or not origin.fed_by or not argument > 1.0:
+        return None
+    held = {w.path: w for step in measurement.steps for w in step.weights if w.finite}
+    like = role_of(f"{origin.fed_by}.weight")
+    homes = {w.module_path for w in held.values() if w.kind == "matrix" and w.role == like}
+    actions = [remedies.scale(path, 1.0 / argument) for path, w in held.items() if w.module_path in homes]
+    if not actions:
+        return None
+    many = f" and the {len(homes) - 1} like it in other blocks" if len(homes) > 1 else ""
+    text = f"multiply {origin.fed_by}{many}, biases too, by {1.0 / argument:.3g}; or {origin.cause.remedy}"
+    return remedies.Remedy(text, tuple(actions))
 
 
 def _forward(step: StepMeasurement, where: tuple[int, ...]) -> Finding:

@@ -9,26 +9,35 @@ counted. A model that reads every output is reached everywhere however short its
 from __future__ import annotations
 
 import contextlib
-import copy
+import itertools
 import math
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
-from stabkit.diagnosis.finding import Finding
+from stabkit.diagnosis import remedies
+from stabkit.diagnosis.actions import carried_out
+from stabkit.diagnosis.finding import Action, Finding
+from stabkit.diagnosis.remedies import Remedy
 from stabkit.diagnosis.thresholds import Thresholds
 from stabkit.diagnosis.verdict import factor
+from stabkit.diagnosis.weights import step_of
 from stabkit.errors import StabkitError
 from stabkit.tracing import Flow
 from stabkit.tracing.forward_pass import ForwardPass
 from stabkit.tracing.training_pass import training_pass
+from stabkit.tracing.values import operation
 
 Array = npt.NDArray[np.float64]
+#: operations that take a piece of a value
+_PIECES = frozenset({"Select", "Slice", "Split", "SplitWithSizes", "Unbind", "Narrow", "Index", "IndexSelect"})
 _FEWEST = 8  # time steps from which one speaks of time
 _REFERENCES = {
     "vanishing": "Pascanu et al., On the difficulty of training recurrent neural networks, 2013; Gers et al., 2000",
@@ -44,11 +53,15 @@ class TimeProfile:
         path: of the module.
         module: itself.
         log_gradient: ``(time,)``, log of the gradient norm there; -inf where nothing arrives.
+        loop: whether it is called in a loop of the model, and no recurrent module of torch.
+        width: size of the last axis of the states of such a loop.
     """
 
     path: str
     module: nn.Module
     log_gradient: Array
+    loop: bool = False
+    width: int = 0
 
     @property
     def growth(self) -> float:
@@ -77,7 +90,7 @@ class _Kept:
 def time_findings(flow: Flow, loss: Any, thresholds: Thresholds) -> list[Finding]:
     """Recurrent modules whose gradient vanishes or explodes over time; empty for a model without any."""
     findings = []
-    for profile in time_profiles(flow.forward_pass, loss):
+    for profile in time_profiles(flow.forward_pass, loss, loops_over_time(flow)):
         growth = profile.growth
         if math.isnan(growth) or abs(growth) <= thresholds.explosion:
             continue
@@ -85,12 +98,54 @@ def time_findings(flow: Flow, loss: Any, thresholds: Thresholds) -> list[Finding
     return findings
 
 
-def time_profiles(call: ForwardPass, loss: Any = None) -> list[TimeProfile]:
-    """The gradient over time of every recurrent module that runs over eight steps or more."""
-    if not any(isinstance(m, nn.RNNBase | nn.RNNCellBase) for m in call.module.modules()):
+def loops_over_time(flow: Flow) -> tuple[str, ...]:
+    """Modules that the model calls in a loop over time: eight times or more, with another piece of the input each time.
+
+    A layer that is used again over depth reads its state alone, or the same input each time.
+    """
+    modules = dict(flow.model.named_modules())
+    places: dict[str, list[int]] = {}
+    for call in flow.recorded.recording.calls:
+        module = modules.get(call.path)
+        if module is not None and not isinstance(module, nn.RNNBase | nn.RNNCellBase):
+            places.setdefault(call.path, []).append(flow.recorded.graph.position(call.start))
+    often = {path: starts for path, starts in places.items() if len(starts) >= _FEWEST}
+    picks = _picks(flow) if often else []
+    found: list[str] = []
+    for path, starts in often.items():  # in the order of their beginnings: what holds others goes before them
+        inside = any(path.startswith(f"{outer}.") for outer in found if outer)
+        if not inside and _reads_on(picks, starts):
+            found.append(path)
+    return tuple(found)
+
+
+def _picks(flow: Flow) -> list[tuple[int, tuple[object, ...]]]:
+    """Where a piece of a value is taken, as a place of the graph and what tells the piece from others."""
+    found = []
+    for step in flow.steps:
+        for node in step.segment.nodes:
+            if operation(node) in _PIECES:
+                which = tuple(repr(getattr(node, name, "")) for name in ("_saved_index", "_saved_start", "_saved_dim"))
+                place = flow.recorded.graph.position(node._sequence_nr())
+                found.append((place, (step.segment.graph.inputs[node][0], *which)))
+    return found
+
+
+def _reads_on(picks: Sequence[tuple[int, tuple[object, ...]]], starts: Sequence[int]) -> bool:
+    """Whether most calls read a piece that no other does: one taken since the call before, or before the first."""
+    bounds = [2 * starts[0] - starts[1], *starts]
+    taken = [{piece for place, piece in picks if low < place <= high} for low, high in itertools.pairwise(bounds)]
+    counts = Counter(piece for pieces in taken for piece in pieces)
+    own = sum(any(counts[piece] == 1 for piece in pieces) for pieces in taken)
+    return 2 * own > len(starts)
+
+
+def time_profiles(call: ForwardPass, loss: Any = None, loops: Sequence[str] = ()) -> list[TimeProfile]:
+    """The gradient over time of every recurrent module, and of every loop, that runs over eight steps or more."""
+    if not loops and not any(isinstance(m, nn.RNNBase | nn.RNNCellBase) for m in call.module.modules()):
         return []
     kept = _Kept()
-    with _keeping(call.module, kept):
+    with _keeping(call.module, kept, loops):
         done = training_pass(call, loss, differentiate=False)
     if done.loss is None:
         return []
@@ -101,13 +156,20 @@ def time_profiles(call: ForwardPass, loss: Any = None) -> list[TimeProfile]:
             rows = gradient.detach().double().movedim(axis, 0).flatten(1)
             found.append(TimeProfile(path, module, _logs(rows.norm(dim=1))))
     for path, (module, states) in kept.cells.items():
-        if len(states) >= _FEWEST:
+        if len(states) >= _FEWEST and (path not in loops or _recurs(states)):
             flat = [tensor for state in states for tensor in state]
             gradients = torch.autograd.grad(done.loss, flat, retain_graph=True, allow_unused=True)
             squares = iter([0.0 if g is None else float(g.detach().double().square().sum()) for g in gradients])
             sizes = torch.tensor([math.sqrt(sum(next(squares) for _ in state)) for state in states])
-            found.append(TimeProfile(path, module, _logs(sizes)))
+            found.append(TimeProfile(path, module, _logs(sizes), path in loops, states[0][0].shape[-1]))
     return found
+
+
+def _recurs(states: Sequence[list[Tensor]]) -> bool:
+    """Whether what a module puts out depends on what it put out before, and is no head beside the loop."""
+    last = sum(tensor.sum() for tensor in states[-1])
+    gradients = torch.autograd.grad(last, states[-2], retain_graph=True, allow_unused=True)
+    return any(gradient is not None for gradient in gradients)
 
 
 def _logs(sizes: Tensor) -> Array:
@@ -117,13 +179,13 @@ def _logs(sizes: Tensor) -> Array:
 
 
 @contextlib.contextmanager
-def _keeping(model: nn.Module, kept: _Kept) -> Iterator[None]:
-    """Note the inputs of recurrent modules, and the states that cells return."""
+def _keeping(model: nn.Module, kept: _Kept, loops: Sequence[str] = ()) -> Iterator[None]:
+    """Note the inputs of recurrent modules, and the states that cells, and modules in loops, return."""
     handles = []
     for path, module in model.named_modules():
         if isinstance(module, nn.RNNBase):
             handles.append(module.register_forward_pre_hook(_sequence_hook(path, kept)))
-        elif isinstance(module, nn.RNNCellBase):
+        elif isinstance(module, nn.RNNCellBase) or path in loops:
             handles.append(module.register_forward_hook(_cell_hook(path, kept)))
     try:
         yield
@@ -147,8 +209,8 @@ def _sequence_hook(path: str, kept: _Kept) -> Callable[[nn.Module, Any], None]:
 
 def _cell_hook(path: str, kept: _Kept) -> Callable[[nn.Module, Any, Any], None]:
     def hook(module: nn.Module, _args: Any, output: Any) -> None:
-        states = [output] if isinstance(output, Tensor) else list(output)
-        if all(state.requires_grad for state in states):
+        states = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor) and leaf.requires_grad]
+        if states:
             kept.cells.setdefault(path, (module, []))[1].append(states)
 
     return hook
@@ -167,101 +229,104 @@ def _finding(flow: Flow, profile: TimeProfile, growth: float, loss: Any, thresho
     return Finding(
         kind=kind,
         severity=_severity(profile.module, growth, thresholds),
-        steps=(_step_of(flow, profile.path),),
+        steps=(step_of(flow, profile.path),),
         module_path=profile.path,
         confidence=1.0,
         evidence=evidence + tried,
-        remedy=remedy,
+        remedy=remedy.text,
         reference=_REFERENCES[kind],
         numbers={"growth_over_time": growth if math.isfinite(growth) else -1e3, "time_steps": float(count)},
+        actions=remedy.actions,
     )
 
 
 def _severity(module: nn.Module, growth: float, thresholds: Thresholds) -> str:
     """Gates open while a network trains, so a gated one is given twice the range, and the end is never certain."""
     far = abs(growth) > 2 * thresholds.explosion
-    if "RNN" in type(module).__name__:
+    if not isinstance(module, nn.LSTM | nn.LSTMCell | nn.GRU | nn.GRUCell):
         return "critical" if far else "warning"
     return "warning" if far else "info"
 
 
-def _step_of(flow: Flow, path: str) -> int:
-    """The step in which a module runs first."""
-    for step in flow.steps:
-        if step.module_path and (path == step.module_path or path.startswith(f"{step.module_path}.")):
-            return step.index
-    for call in flow.recorded.recording.calls:
-        if call.path == path:
-            position = flow.recorded.graph.position(call.start)
-            return next((s.index for s in flow.steps if position < s.target.position), len(flow.steps) - 1)
-    return 0
-
-
-def _tried(flow: Flow, profile: TimeProfile, growth: float, loss: Any, thresholds: Thresholds) -> tuple[str, str]:
+def _tried(flow: Flow, profile: TimeProfile, growth: float, loss: Any, thresholds: Thresholds) -> tuple[Remedy, str]:
     """The first remedy that brings growth over time within range on a copy of the model, and what it changed."""
     call = flow.forward_pass
-    without = "nothing that was tried on its weights helps: use an LSTM with open forget gates, read or pool all "
-    without += "outputs in place of the last, or shorten the sequence"
+    without = Remedy(
+        "nothing that was tried on its weights helps: use an LSTM with open forget gates, read or pool all outputs in "
+        "place of the last, or shorten the sequence"
+    )
     if not isinstance(call.model, nn.Module) or call.model is not call.module:
         return without, ""
-    for text, change in _changes(profile.module, len(profile.log_gradient), growth):
-        treated = copy.deepcopy(call.module)
-        with torch.no_grad():
-            change(treated.get_submodule(profile.path))
+    for remedy in _changes(profile, growth):
         try:
-            after = time_profiles(replace(call, model=treated, module=treated), loss)
+            with carried_out(call.module, remedy.actions):
+                after = time_profiles(call, loss, (profile.path,) if profile.loop else ())
         except StabkitError:
             continue
         found = next((p.growth for p in after if p.path == profile.path), math.nan)
         if abs(found) <= thresholds.explosion:
             before = "nothing" if math.isinf(growth) else f"{growth:+.1f}"
-            return text, f"; tried on a copy: {before} -> {found:+.1f} nats over time"
+            return remedy, f"; tried on a copy: {before} -> {found:+.1f} nats over time"
     return without, ""
 
 
-def _changes(module: nn.Module, steps: int, growth: float) -> Sequence[tuple[str, Callable[[Any], None]]]:
+def _changes(profile: TimeProfile, growth: float) -> list[Remedy]:
     """What may help a recurrent module, the mildest first."""
+    module, steps = profile.module, len(profile.log_gradient)
     growth = growth if math.isfinite(growth) else -20.0 * steps
     name = type(module).__name__.removesuffix("Cell")
-    if name in ("LSTM", "GRU") and growth < 0:
+    gated = isinstance(module, nn.LSTM | nn.LSTMCell | nn.GRU | nn.GRUCell)
+    if gated and growth < 0:
         bias = math.log(max(steps - 1, 2))
         gate = "forget gates" if name == "LSTM" else "update gates"
         text = f"start the {gate} open: set their part of bias_hh to {{}}, so that the memory lasts {{}}"
-        return [
-            (text.format("1", "a few steps"), lambda m: _open(m, 1.0)),
-            (text.format(f"log({steps} - 1) = {bias:.3g}", "the sequence"), lambda m: _open(m, bias)),
-            (text.format(f"{bias + 2:.3g}", "longer than the sequence"), lambda m: _open(m, bias + 2)),
+        tries = [
+            (text.format("1", "a few steps"), _opened(profile, 1.0)),
+            (text.format(f"log({steps} - 1) = {bias:.3g}", "the sequence"), _opened(profile, bias)),
+            (text.format(f"{bias + 2:.3g}", "longer than the sequence"), _opened(profile, bias + 2)),
         ]
+        return [Remedy(words, actions) for words, actions in tries if actions]
+    matrices = _recurrent_matrices(profile)
+    if not matrices:
+        return []
+    what = " and ".join(dict.fromkeys(_short(path) for path, _ in matrices))
     by = math.exp(-growth / steps)
-    found: list[tuple[str, Callable[[Any], None]]] = [("make weight_hh orthogonal", lambda m: _orthogonal(m, 1.0))]
-    if getattr(module, "nonlinearity", "tanh") == "relu":
-        words = "make weight_hh orthogonal, times 1.41, for the half that ReLU passes"
-        found.append((words, lambda m: _orthogonal(m, math.sqrt(2.0))))
+
+    def orthogonal(gain: float) -> tuple[Action, ...]:
+        return tuple(remedies.orthogonalise(path, gain, blocks) for path, blocks in matrices)
+
+    found = [Remedy(f"make {what} orthogonal", orthogonal(1.0))]
+    if getattr(module, "nonlinearity", "tanh") == "relu" or profile.loop:
+        words = f"make {what} orthogonal, times 1.41, for the half that ReLU passes"
+        found.append(Remedy(words, orthogonal(math.sqrt(2.0))))
     if 0.1 < by < 10.0:
-        found.append((f"multiply weight_hh by {by:.3g}", lambda m: _scaled(m, by)))
-        found.append((f"make weight_hh orthogonal, times {by:.3g}", lambda m: _orthogonal(m, by)))
+        found.append(Remedy(f"multiply {what} by {by:.3g}", tuple(remedies.scale(path, by) for path, _ in matrices)))
+        found.append(Remedy(f"make {what} orthogonal, times {by:.3g}", orthogonal(by)))
     return found
 
 
-def _scaled(module: nn.Module, by: float) -> None:
-    for name, parameter in module.named_parameters():
-        if name.startswith("weight_hh"):
-            parameter.mul_(by)
+def _short(path: str) -> str:
+    """``weight_hh`` for those of torch's modules, the whole path for others."""
+    return "weight_hh" if "weight_hh" in path else path
 
 
-def _open(module: nn.Module, value: float) -> None:
-    """Set the biases of the forget gates of an LSTM, or of the update gates of a GRU, in one of the two biases."""
-    for name, parameter in module.named_parameters():
-        if name.startswith("bias_hh"):
-            size = len(parameter) // (4 if "LSTM" in type(module).__name__ else 3)
-            parameter[size : 2 * size] = value
+def _named(profile: TimeProfile) -> list[tuple[str, nn.Parameter]]:
+    dot = "." if profile.path else ""
+    return [(f"{profile.path}{dot}{name}", p) for name, p in profile.module.named_parameters()]
 
 
-def _orthogonal(module: nn.Module, gain: float) -> None:
-    generator = torch.Generator().manual_seed(0)
-    for name, parameter in module.named_parameters():
-        if name.startswith("weight_hh"):
-            size = parameter.shape[1]
-            for block in parameter.split(size):  # type: ignore[no-untyped-call]
-                drawn = torch.randn(size, size, generator=generator, dtype=torch.float64)
-                block.copy_(gain * torch.linalg.qr(drawn)[0])
+def _recurrent_matrices(profile: TimeProfile) -> list[tuple[str, int]]:
+    """The matrices that act on the state, each with the number of square blocks that it stacks.
+
+    Those are the ``weight_hh`` of torch's modules, or else the square ones of the size of the state.
+    """
+    named = [(path, p) for path, p in _named(profile) if p.dim() == 2]
+    hidden = [(path, p.shape[0] // p.shape[1]) for path, p in named if "weight_hh" in path]
+    return hidden or [(path, 1) for path, p in named if p.shape[0] == p.shape[1] == profile.width]
+
+
+def _opened(profile: TimeProfile, value: float) -> tuple[Action, ...]:
+    """The biases of the forget gates of an LSTM, or of the update gates of a GRU, set in one of the two biases."""
+    parts = 4 if isinstance(profile.module, nn.LSTM | nn.LSTMCell) else 3
+    biases = [(path, len(p) // parts) for path, p in _named(profile) if "bias_hh" in path]
+    return tuple(remedies.fill(path, value, (size, 2 * size)) for path, size in biases)

@@ -112,9 +112,10 @@ def last_matrix(step: StepMeasurement, module: str | None = None) -> str | None:
     return matrices[-1] if matrices else None
 
 
-def fill(parameter: str, value: float) -> Action:
-    """Set every entry of a parameter."""
-    return {"action": "fill", "parameter": parameter, "value": value}
+def fill(parameter: str, value: float, part: tuple[int, int] | None = None) -> Action:
+    """Set every entry of a parameter, or those from one index of its first axis up to another."""
+    span = {} if part is None else {"start": part[0], "stop": part[1]}
+    return {"action": "fill", "parameter": parameter, "value": value, **span}
 
 
 def add_skip(module: str, through: str | None = None) -> Action:
@@ -138,9 +139,20 @@ def insert_norm(module: str, like: str) -> Action:
     return {"action": "insert_norm", "module": module, "like": like}
 
 
-def orthogonalise(parameter: str, gain: float) -> Action:
-    """Replace a matrix by this multiple of the orthogonal one that is nearest to it."""
-    return {"action": "orthogonalise", "parameter": parameter, "gain": gain}
+def orthogonalise(parameter: str, gain: float, blocks: int = 1) -> Action:
+    """Replace a matrix, or each of the blocks that it stacks, by this multiple of the nearest orthogonal one."""
+    stacked = {"blocks": blocks} if blocks > 1 else {}
+    return {"action": "orthogonalise", "parameter": parameter, "gain": gain, **stacked}
+
+
+def reset_statistics(module: str) -> Action:
+    """Forget the running statistics of a batch norm; the batches seen next in training mode are averaged."""
+    return {"action": "reset_statistics", "module": module}
+
+
+def set_option(module: str, option: str, value: bool) -> Action:
+    """Switch an option of a module, such as ``norm_first``."""
+    return {"action": "set_option", "module": module, "option": option, "value": value}
 
 
 def convert(dtype: str) -> Action:

@@ -13,12 +13,14 @@ import numpy as np
 
 from stabkit.attribution import Mechanism, mechanisms
 from stabkit.diagnosis.attention import attention_findings
+from stabkit.diagnosis.batch_statistics import by_batch
 from stabkit.diagnosis.chaos import chaos_finding, recurrent_matrices
 from stabkit.diagnosis.collapse import collapse_finding, precision_findings, spread, underflow
 from stabkit.diagnosis.copied_units import copied_units_findings
 from stabkit.diagnosis.dead_units import dead_findings, saturated_findings
 from stabkit.diagnosis.depth_findings import growth_finding, mechanism_findings, transient
 from stabkit.diagnosis.finding import Finding, serious
+from stabkit.diagnosis.fixed_points import settles
 from stabkit.diagnosis.kinds import FINDINGS, rank
 from stabkit.diagnosis.loss_faults import loss_findings
 from stabkit.diagnosis.lost_parameters import lost_parameter_findings
@@ -28,7 +30,7 @@ from stabkit.diagnosis.non_finite import all_finite, non_finite_findings
 from stabkit.diagnosis.outlier_blocks import local_findings
 from stabkit.diagnosis.structure import missing_norm_findings, missing_skip_findings
 from stabkit.diagnosis.thresholds import Thresholds
-from stabkit.diagnosis.verdict import Verdict, judge
+from stabkit.diagnosis.verdict import Verdict, judge, judged_without
 from stabkit.growth.rate_laws import rate_law
 from stabkit.identification import Identification, by_step, identify
 from stabkit.jacobians.shared import DENSE_SIZE, SharedSpectra
@@ -90,13 +92,19 @@ def suspected(
     if lossless or verdict.name == "non-finite" or not all_finite(measurement):
         broken = of_loss or non_finite_findings(flow, measurement, limits, settings.loss)
         return Diagnosis(_broken(verdict) if broken else verdict, tuple(broken), measurement)
-    verdict = _by_rate_law(verdict, measurement, limits)
+    verdict = _of_batch_norms(flow, _by_rate_law(verdict, measurement, limits), measurement)
+    settled = settles(flow, measurement, verdict.stretch) if verdict.name == "vanishing" else ""
+    verdict = _renamed(verdict, "stable", settled) if settled else verdict
     spreads = spread(flow)
     blocks = _block_findings(flow, measurement, limits)
     explained = _explains(blocks, verdict, limits) or _at_the_loss(of_loss, verdict, measurement, limits)
+    if any(finding.kind == "saturated" and finding.severity == "info" for finding in of_loss) and explained:
+        verdict = _but_for_the_end(of_loss, verdict, measurement, limits)
     found = list(blocks)
     blamed = {index for finding in blocks for index in finding.steps}
     blamed |= {index for finding in of_loss for index in finding.steps if finding.kind == "saturated"}
+    if settled:  # the attractors of a memory lie where its activations are flat
+        blamed |= set(range(verdict.stretch[0], verdict.stretch[1] + 1))
     found += [*of_loss, *saturated_findings(measurement, limits, blamed)]
     if isinstance(flow, Flow):
         # copies are the cause of a rank that is lost, and are tried first
@@ -104,7 +112,7 @@ def suspected(
     tied = recurrent_matrices(flow) if isinstance(flow, Iteration) else {}
     if not explained:
         found += growth_finding(verdict, measurement, tied, limits)
-        found += _mechanism(flow, verdict, measurement, limits, methods, spectra)
+        found += [] if settled else _mechanism(flow, verdict, measurement, limits, methods, spectra)
         passing = transient(measurement, verdict.stretch, verdict.growth, limits)
         if passing is not None and abs(verdict.growth) <= limits.explosion and not _accounts(blocks, passing, limits):
             found.append(passing)
@@ -143,6 +151,27 @@ def _by_rate_law(verdict: Verdict, measurement: Measurement, limits: Thresholds)
     )
 
 
+def _of_batch_norms(flow: FlowLike, verdict: Verdict, measurement: Measurement) -> Verdict:
+    """A drift instead of an explosion where most blocks normalise by their batch whatever their matrices make.
+
+    Gradients grow through batch norms of a fresh network, and no size of the weights changes that: the loss is blind
+    to it. A large gradient makes such weights grow until their steps are small beside them, so that training brings
+    the layers into balance; with running statistics, after it, growth is judged like any other.
+    """
+    if verdict.name != "exploding" or not isinstance(flow, Flow) or not by_batch(flow):
+        return verdict
+    first, last = verdict.stretch
+    inside = [step.weights for step in measurement.steps[first : last + 1] if step.weights]
+    blind = [weights for weights in inside if all(w.normed for w in weights if w.kind == "matrix")]
+    if not math.isfinite(verdict.growth) or len(blind) <= len(inside) / 2:
+        return verdict
+    why = (
+        f"the growth of {verdict.growth:+.1f} nats is that of batch norms, which the size of no weight changes; "
+        "weights whose gradient is large grow until their steps are small beside them (Arora, Li and Lyu, 2019)"
+    )
+    return _renamed(verdict, "drift", why)
+
+
 def _block_findings(flow: FlowLike, measurement: Measurement, limits: Thresholds) -> list[Finding]:
     """Single blocks at fault, one finding each: what says most about the cause goes first."""
     local = local_findings(measurement, limits)
@@ -179,6 +208,15 @@ def _at_the_loss(of_loss: Sequence[Finding], verdict: Verdict, measurement: Meas
     first, last = verdict.stretch
     at = [float(measurement.growth[index].mean()) for index in steps if first <= index <= last]
     return bool(at) and abs(verdict.growth - sum(at)) < limits.explosion
+
+
+def _but_for_the_end(
+    of_loss: Sequence[Finding], verdict: Verdict, measurement: Measurement, limits: Thresholds
+) -> Verdict:
+    """The verdict without a last sigmoid that is flat where it is right, as it is when a classifier is sure."""
+    kept = [index for index in range(len(measurement.kinds)) if all(index not in f.steps for f in of_loss)]
+    rest = judge(measurement.growth[kept], [measurement.kinds[index] for index in kept], limits)
+    return judged_without(verdict, rest, "the sigmoid before the loss, which is flat where it is right")
 
 
 def _accounts(blocks: Sequence[Finding], passing: Finding, limits: Thresholds) -> bool:

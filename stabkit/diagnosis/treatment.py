@@ -12,6 +12,7 @@ from torch import nn
 from stabkit.diagnosis.actions import carry_out
 from stabkit.diagnosis.examination import examine
 from stabkit.diagnosis.finding import Finding, serious
+from stabkit.diagnosis.running_statistics import refill
 from stabkit.diagnosis.suspects import Diagnosis
 from stabkit.diagnosis.thresholds import Thresholds
 from stabkit.errors import ArgumentError
@@ -130,6 +131,9 @@ def treat(
         if found is None:
             break
         carry_out(treated, found.actions, seed)
+        emptied = [action["module"] for action in found.actions if action["action"] == "reset_statistics"]
+        if emptied:
+            refill(treated, emptied, *inputs, **(kwargs or {}))
         applied.append(found)
         after = diagnosed()
     return Treatment(treated, tuple(applied), before, after)

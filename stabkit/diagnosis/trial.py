@@ -72,8 +72,18 @@ class Trial:
         if is_stretch(self.suspect) or not self._same_chain:
             parts.append(f"growth {nats(self.before.verdict.growth)} -> {nats(self.after.verdict.growth)}")
         else:
-            parts += _at_steps(self.suspect, self.before.measurement, self.after.measurement)
-        return ", ".join(parts)
+            parts += self._at_its_steps
+        return ", ".join(parts) or "no other reading moved"
+
+    @property
+    def moved(self) -> bool:
+        """Whether the remedy changed anything that is measured beside what was suspected."""
+        return is_stretch(self.suspect) or not self._same_chain or bool(self._at_its_steps)
+
+    @property
+    def _at_its_steps(self) -> list[str]:
+        assert self.after is not None
+        return _at_steps(self.suspect, self.before.measurement, self.after.measurement)
 
     @property
     def share(self) -> float:
@@ -142,7 +152,7 @@ def _at_steps(suspect: Finding, before: Measurement, after: Measurement) -> list
                 parts.append(f"effective rank of {w.path} {math.exp(w.log_rank):.1%} -> {math.exp(v.log_rank):.1%}")
             if w.path == v.path and _moved(w.gains[0], v.gains[0]) and math.isfinite(w.gains[0]):
                 parts.append(f"size of {w.path} {w.gains[0]:+.2f} -> {v.gains[0]:+.2f} nats")
-    return parts[:3] or ["no other reading moved"]
+    return parts[:3]
 
 
 def _moved(one: float, two: float) -> bool:

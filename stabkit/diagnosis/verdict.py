@@ -137,7 +137,8 @@ def _summary(name: str, growth: float, count: int) -> str:
     change = f"over {steps} the gradient changes by a factor of {factor(growth)} on its way back"
     return {
         "stable": f"Stable: {change}.",
-        "drift": f"Drift: {change}: more than a factor of 10, less than 1000.",
+        "drift": f"Drift: {change}. That is more than the factor of 10 that counts as stable, and less than the 1000 "
+        "from which a finding is made of it; by itself it asks for nothing.",
         "exploding": f"Exploding: {change}.",
         "vanishing": f"Vanishing: {change}.",
         "inconclusive": f"Inconclusive: {change}, but the samples disagree; analyse more of them.",

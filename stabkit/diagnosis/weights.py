@@ -94,6 +94,18 @@ def calls_of(flow: Flow, step: Step) -> list[Call]:
     return [call for call in calls[low:high] if call.stop <= first_after]
 
 
+def step_of(flow: Flow, path: str) -> int:
+    """The step in which a module runs first."""
+    for step in flow.steps:
+        if step.module_path and (path == step.module_path or path.startswith(f"{step.module_path}.")):
+            return step.index
+    for call in flow.recorded.recording.calls:
+        if call.path == path:
+            position = flow.recorded.graph.position(call.start)
+            return next((s.index for s in flow.steps if position < s.target.position), len(flow.steps) - 1)
+    return 0
+
+
 def norms_in(flow: Flow, step: Step) -> int:
     """How many norms run in a step."""
     return sum(norm_of(call.module) is not None for call in calls_of(flow, step))

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stabkit.distributed.outputs import output_gradients
 from stabkit.distributed.ranks import Ranks, current
 from stabkit.errors import TraceError
 from stabkit.growth import GradientProfile
@@ -18,8 +17,9 @@ from stabkit.growth import gradient_profile as profile_of
 from stabkit.parallel import runs
 from stabkit.tracing import Flow, trace
 from stabkit.tracing.call import Call
+from stabkit.tracing.containers import map_tensors, named_tensors
 from stabkit.tracing.depth import Depth
-from stabkit.tracing.endpoints import Target
+from stabkit.tracing.endpoints import Target, scalar_loss
 from stabkit.tracing.safekeeping import modules_behind, unwrap
 from stabkit.tracing.samples import Layout
 from stabkit.tracing.sharding import is_tensor_parallel, whole_parameters
@@ -188,10 +188,34 @@ class _Work:
         return flow.states[-1].layouts if flow.batch == high - low else None
 
     def _loss_cotangent(self, flow: Flow, mine: Part, shares: tuple[Part, ...]) -> list[Tensor]:
+        """The part of the loss gradient that belongs to the samples of this rank, at the last state of their flow.
+
+        The outputs of all ranks are put together on every one of them, and the loss is differentiated there.
+        """
         if self.loss is None or mine.samples == (0, self.call.samples):
             return flow.cotangent(self.loss)
-        first = [index for index, share in enumerate(shares) if share.probes[0] == 0]
-        return output_gradients(flow, self.loss, self.ranks, first, mine.samples, self.call)
+        low, high = mine.samples
+        dim = self.call.batch_dim or 0
+        here = [(path, tensor) for path, tensor in named_tensors(flow.output) if tensor.requires_grad]
+        ragged = [path or "output" for path, tensor in here if tensor.dim() <= dim or tensor.shape[dim] != high - low]
+        told = self.ranks.gather(([tensor.detach().cpu() for _, tensor in here], ragged))
+        if any(bad for _, bad in told):
+            raise TraceError(
+                f"the outputs {', '.join(ragged)} do not hold one entry per sample along dimension {dim}, so they "
+                "cannot be put together from several ranks: leave them out of what the model returns"
+            )
+        holders = [rank for rank, share in enumerate(shares) if share.probes[0] == 0]
+        whole = [torch.cat(pieces, dim) for pieces in zip(*(told[rank][0] for rank in holders), strict=True)]
+        leaves = [piece.to(tensor.device).requires_grad_() for piece, (_, tensor) in zip(whole, here, strict=True)]
+        places = {id(tensor): leaf for (_, tensor), leaf in zip(here, leaves, strict=True)}
+        scalar = scalar_loss(self.loss, map_tensors(flow.output, lambda tensor: places.get(id(tensor), tensor)))
+        gradients = torch.autograd.grad(scalar, leaves, allow_unused=True)
+        used = [
+            (tensor, gradient.narrow(dim, low, high - low))
+            for (_, tensor), gradient in zip(here, gradients, strict=True)
+            if gradient is not None
+        ]
+        return flow.cotangent(lambda _: torch.stack([(part.conj() * tensor).real.sum() for tensor, part in used]).sum())
 
     def _profile(
         self, flow: Flow, mine: Part, layouts: tuple[Layout, ...], given: list[Tensor] | None

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -13,9 +12,6 @@ from stabkit.errors import TraceError
 from stabkit.growth.finite_time import finite_time_exponents
 from stabkit.results import Result
 from stabkit.tracing import FlowLike
-
-if TYPE_CHECKING:
-    pass
 
 
 @dataclass(frozen=True)

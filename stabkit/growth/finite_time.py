@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -15,9 +14,6 @@ from stabkit.growth.frames import propagate, start_frame
 from stabkit.growth.graded import GradedProduct
 from stabkit.results import Result
 from stabkit.tracing import FlowLike
-
-if TYPE_CHECKING:
-    pass
 
 _ALL = 64
 _GUARDS = 4  # directions carried beyond those asked for, at least, so that these settle sooner

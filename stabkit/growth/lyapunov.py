@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,9 +15,6 @@ from stabkit.growth.convergence import autocorrelation_times, halves, has_conver
 from stabkit.growth.frames import SweptFrame, propagate, start_frame
 from stabkit.results import Result
 from stabkit.tracing import FlowLike
-
-if TYPE_CHECKING:
-    pass
 
 DIRECTIONS = ("auto", "forward", "adjoint")
 _ALL = 64  # as many exponents are computed when none are asked for

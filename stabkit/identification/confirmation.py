@@ -36,7 +36,8 @@ class Check:
 def stage_vjp(piece: Piece, stage: Stage, cotangent: Tensor) -> dict[Value, Tensor]:
     """A cotangent of a stage's output pulled back to the values at which it begins."""
     allowed = {node: piece.inputs(node) for node in stage.nodes}
-    return pull(piece.graph, list(stage.nodes), allowed, {stage.output: cotangent})
+    given = cotangent.to(meta_of(stage.output).dtype)  # a field may be evaluated in another precision than the state
+    return pull(piece.graph, list(stage.nodes), allowed, {stage.output: given})
 
 
 def branch_vjp(form: NormalForm, cotangent: Tensor) -> Tensor:
@@ -44,7 +45,7 @@ def branch_vjp(form: NormalForm, cotangent: Tensor) -> Tensor:
     piece, target, source = form.piece, form.targets[0], form.sources[0]
     total = torch.zeros(meta_of(source).shape, dtype=cotangent.dtype, device=cotangent.device)
     atoms, path = piece.expand(target)
-    at_atoms = piece.pull(path, {target: cotangent})
+    at_atoms = piece.pull(path, {target: cotangent.to(meta_of(target).dtype)})
     pending = {a: at_atoms[a] for a in atoms if a in at_atoms and a not in piece.ends}
     for stage in reversed(form.stages):
         given = pending.pop(stage.output, None)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
+
+from stabkit.identification.pieces import Piece
 from stabkit.identification.slots import parts_of
 from stabkit.tracing import Flow
 from stabkit.tracing.values import meta_of
@@ -32,8 +35,25 @@ def _branch(flow: Flow, start: int) -> int | None:
         if source[0] in values:
             continue
         same = len(values) == 1 and meta_of(values[0]).shape == meta_of(source[0]).shape
-        return stop if same and stop > start + 1 else None
+        return stop if same and stop > start + 1 and not _feeds_steps(flow, start, stop) else None
     return None
+
+
+def _feeds_steps(flow: Flow, start: int, stop: int) -> bool:
+    """Whether the state at the start stays alive because steps of their own read it, each of which has a skip (x0)."""
+    if stop - start < 4:
+        return False
+    graph, fed = flow.recorded.graph, flow.states[start].values[0]
+    for before, after in itertools.pairwise(flow.states[start + 1 : stop]):
+        nodes = graph.nodes[before.position : after.position]
+        new = [v for v in after.values if v not in before.values]
+        old = max((v for v in before.values if v != fed), key=lambda v: graph.rank.get(v.node, -1), default=fed)
+        if len(new) != 1 or not any(fed in graph.inputs[node] for node in nodes):
+            return False
+        others = [v for v in before.values if v != old]
+        if new[0] not in Piece(graph, nodes, [old], new, contexts=others).carrying:
+            return False
+    return True
 
 
 def _cut_short(flow: Flow, start: int) -> int | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from stabkit.identification.composites import with_composite_fields
 from stabkit.identification.confirmation import Check, is_symmetric, volume
 from stabkit.identification.flow_index import Surroundings
 from stabkit.identification.grouping import split_before
@@ -38,6 +39,9 @@ def read_several_states(around: Surroundings, found: Slots, steps: tuple[int, ..
     gated = any(c.kind == "gate" for c in coefficients)
     symmetric = is_symmetric(form) if not gated and len(form.stages) == 2 else None
     named = name_several_states(table, symmetric=symmetric, gated=gated)
+    composed = None if named.is_known else with_composite_fields(table)
+    if composed is not None:
+        table, named = composed, name_several_states(composed, symmetric=None, gated=gated)
     method = table.method(named.unit)
     method.name = named.name
     checks: tuple[Check, ...] = ()

@@ -15,6 +15,7 @@ from stabkit.identification.around_addition import (
 )
 from stabkit.identification.chain import Link
 from stabkit.identification.coefficients import Coefficient, LinearCombination
+from stabkit.identification.composites import with_composite_fields
 from stabkit.identification.confirmation import Check, commutator, defect
 from stabkit.identification.couplings import is_affine_coupling
 from stabkit.identification.diffusion import averages
@@ -27,6 +28,7 @@ from stabkit.identification.operations import JOINS
 from stabkit.identification.pairs import dense_concatenation, read_several_states
 from stabkit.identification.record import Identification
 from stabkit.identification.relaxation import with_linear_part
+from stabkit.identification.routing import routed
 from stabkit.identification.slots import Slots
 from stabkit.identification.streams import Streams, mixed_streams
 from stabkit.identification.tableau import Blocks, blocks
@@ -37,6 +39,17 @@ from stabkit.tracing.values import meta_of, operation
 def read(around: Surroundings, start: int, stop: int) -> Identification:
     """The method between two states of a flow."""
     found = around.slots(start, stop)
+    record = _read(around, found, start, stop)
+    if record.evidence != "proven" or record.method is None:
+        return record
+    chosen = routed(around, start, stop, found)
+    if not chosen:
+        return record
+    why = f"data choose which entries take part ({', '.join(chosen)}): the branches are those of this input"
+    return replace(record, evidence="measured", notes=(why, *record.notes))
+
+
+def _read(around: Surroundings, found: Slots, start: int, stop: int) -> Identification:
     steps = tuple(range(start, stop))
     if solves_inside(around.flow, start, stop):
         return _implicit(around, steps)
@@ -249,6 +262,9 @@ def _sums(around: Surroundings, found: Slots, links: Sequence[Link], steps: tupl
         relaxed = None  # a field with a linear part is believed where it makes a method, not where it fits alone
     if relaxed is not None:
         table = relaxed[0]
+    composed = with_composite_fields(table) if last is None and table.shared and len(sums) == 1 else None
+    if composed is not None and name_one_state(composed).is_known:
+        table = composed
     named = _as_diffusion(name_one_state(table if last is None else last), sums, table)
     skips = [form.forms[0][form.sources[0]] for form in sums if form.sources[0] in form.forms[0]]
     kinds = {c.kind for c in skips} if total is None else {total.kind}

@@ -19,7 +19,6 @@ from stabkit.integrators.construction import (
     from_shu_osher,
     from_stability_function,
 )
-from stabkit.integrators.description import MethodDescription, describe
 from stabkit.integrators.entries import Entry
 from stabkit.integrators.general_linear import GeneralLinearMethod
 from stabkit.integrators.implicit_runge_kutta import collocation_family, theta
@@ -42,6 +41,7 @@ from stabkit.integrators.regions import Curve, Region, order_star
 from stabkit.integrators.splitting import lie, strang
 from stabkit.integrators.stability_function import MeanSquareMethod, StabilityFunction
 from stabkit.integrators.stability_intervals import AxisInterval
+from stabkit.integrators.stage_errors import maximum_internal_amplification
 
 __all__ = [
     "AxisInterval",
@@ -50,7 +50,6 @@ __all__ = [
     "GeneralLinearMethod",
     "LinearStability",
     "MeanSquareMethod",
-    "MethodDescription",
     "Region",
     "StabilityFunction",
     "UnknownMethodError",
@@ -60,7 +59,6 @@ __all__ = [
     "collocation_family",
     "cornn",
     "damped_euler",
-    "describe",
     "entries",
     "entry",
     "from_additive_butcher",
@@ -74,6 +72,7 @@ __all__ = [
     "lem",
     "lie",
     "lm_resnet",
+    "maximum_internal_amplification",
     "milne_simpson",
     "momentum_resnet",
     "named",

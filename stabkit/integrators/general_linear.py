@@ -252,13 +252,9 @@ class GeneralLinearMethod(LinearStability):
         """The order on y' = lambda y: the principal root agrees with exp(z) up to z^order."""
         return order_conditions.linear_order(self._intended, tolerance=max(_SERIES_RESIDUAL, 10 * self.precision))
 
-    @property
+    @cached_property
     def order(self) -> int:
         """The order of consistency for nonlinear problems; 0 when not consistent."""
-        return self._order
-
-    @cached_property
-    def _order(self) -> int:
         if self._declared_order is not None:
             return self._declared_order
         found = order_conditions.order(

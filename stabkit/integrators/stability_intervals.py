@@ -80,10 +80,6 @@ class AxisInterval(float):
             return self.strict
         return axis_limit(self._polynomial, self.axis, tolerance=Fraction(repr(float(tolerance))))
 
-    def describe(self) -> str:
-        """The readings in words, with the tolerance named."""
-        return f"{float(self):.12g} (strictly {self.strict:.12g}; {self.within:.12g} at tolerance {self.tolerance:g})"
-
 
 def axis_limit(p: Characteristic, axis: Axis, *, tolerance: Fraction = Fraction(0), precision: float = 0.0) -> float:
     """The largest b with spectral radius at most 1 + tolerance on [-b, 0] or on i[-b, b]; ``inf`` where true.

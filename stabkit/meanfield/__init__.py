@@ -9,7 +9,6 @@ from stabkit.meanfield.finite_width import (
     LogGain,
     gaussian_exponents,
     log_gain_variance,
-    relu_fourth_moment,
     relu_log_gain,
     residual_exponent,
 )
@@ -19,7 +18,6 @@ from stabkit.meanfield.isometry import JacobianSpectrum, jacobian_spectrum
 from stabkit.meanfield.maps import chi_1, chi_c, chi_parallel, correlation_map, variance_map
 from stabkit.meanfield.normalised import (
     batch_norm_rate,
-    batch_norm_residual_exponent,
     batch_norm_residual_profile,
     norm_gain,
     postnorm_chi,
@@ -29,14 +27,13 @@ from stabkit.meanfield.phase import (
     CriticalPoint,
     FixedPoint,
     critical_points,
-    critical_sigma_b,
     critical_sigma_w,
     depth_scale,
     fixed_point,
 )
 from stabkit.meanfield.rates import Rate
 from stabkit.meanfield.recurrent import RecurrentExponents, recurrent_exponents
-from stabkit.meanfield.residual import DepthProfile, residual_profile, tanh_residual_law
+from stabkit.meanfield.residual import DepthProfile, residual_profile
 from stabkit.meanfield.weights import LayerStatistics
 from stabkit.vocabulary import activation_names
 
@@ -57,14 +54,12 @@ __all__ = [
     "activation_names",
     "at_initialisation",
     "batch_norm_rate",
-    "batch_norm_residual_exponent",
     "batch_norm_residual_profile",
     "chi_1",
     "chi_c",
     "chi_parallel",
     "correlation_map",
     "critical_points",
-    "critical_sigma_b",
     "critical_sigma_w",
     "depth_scale",
     "elu",
@@ -78,10 +73,8 @@ __all__ = [
     "postnorm_chi",
     "prenorm_profile",
     "recurrent_exponents",
-    "relu_fourth_moment",
     "relu_log_gain",
     "residual_exponent",
     "residual_profile",
-    "tanh_residual_law",
     "variance_map",
 ]

@@ -8,7 +8,6 @@ Hanin and Nica, "Products of many large random matrices and gradients in deep ne
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -82,21 +81,6 @@ def log_gain_variance(phi: Phi, width: int, q: float = 1.0, weights: str = "gaus
     function = activation(phi)
     ratio = slope_moment(function, q, 4).value / slope_moment(function, q).value ** 2
     return (3 * ratio - (1 if weights == "gaussian" else 3)) / width
-
-
-def relu_fourth_moment(widths: Sequence[int]) -> float:
-    """E |J u|^4 of a ReLU network with He weights and these widths, |u| = 1: the product of 1 + 5 / n (Hanin, Nica).
-
-    Raises:
-        ArgumentError: a width is not positive.
-
-    Example:
-        >>> round(relu_fourth_moment([100] * 10), 6)
-        1.628895
-    """
-    for width in widths:
-        _check_width(width, 1.0)
-    return float(np.prod([1 + 5 / width for width in widths]))
 
 
 def gaussian_exponents(width: int, sigma_w: float = 1.0) -> np.ndarray:

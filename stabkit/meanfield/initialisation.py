@@ -176,7 +176,7 @@ def at_initialisation(
             raise ArgumentError(
                 f"others has a network of {len(other.flow)} steps; expected {len(first)} as in the model"
             )
-    return _assemble(measured, _expect(measured[0]), probes, seed)
+    return _assemble(measured, probes, seed)
 
 
 def _measure(flow: Flow, probes: int, seed: int) -> _Measured:
@@ -231,45 +231,47 @@ def _state_moments(state: State, pairs: Any) -> dict[Value, Moments]:
     return found
 
 
-@dataclass(frozen=True)
-class _Expected:
-    """The recursion over the steps of one flow."""
-
-    q: list[float | None]
-    c: list[float | None]
-    log_chi: list[float | None]
-    variances: list[float | None]
-    restarted: list[bool]
-    measured: list[tuple[float, float | None]]
-    propagation: Propagation
-
-
-def _expect(measured: _Measured) -> _Expected:
+def _expect(measured: _Measured, log_chi: Array) -> tuple[tuple[StepExpectation, ...], Propagation]:
+    """The recursion over the steps of one flow, beside what was measured."""
     flow = measured.flow
-    batch = flow.batch
-    pairs = np.array(list(itertools.pairwise(range(batch))), dtype=np.int64).reshape(-1, 2)
+    pairs = np.array(list(itertools.pairwise(range(flow.batch))), dtype=np.int64).reshape(-1, 2)
     pairs = pairs[:: max(1, math.ceil(len(pairs) / _MAX_PAIRS))]
-    propagation = Propagation(WeightTable(flow.model), batch)
+    propagation = Propagation(WeightTable(flow.model), flow.batch)
     states = [_state_moments(state, pairs) for state in flow.states]
-    sizes = [dict(zip(s.values, s.space.sizes, strict=True)) for s in flow.states]
-    q: list[float | None] = []
-    c: list[float | None] = []
-    restarted = []
-    _restart(propagation, states[0], 0)
+    signals: list[dict[str, Any]] = []
     fresh = True
-    for step in flow.steps:
-        restarted.append(fresh)
+    _restart(propagation, states[0], 0)
+    for step, state in zip(flow.steps, states[1:], strict=True):
         propagation.forward(step)
         after = {value: propagation.moments[value] for value in step.target.values}
-        q.append(_number(_mean_square(after, sizes[step.index + 1])))
-        c.append(_number(_correlation(after, sizes[step.index + 1])))
-        fresh = _restart(propagation, states[step.index + 1], step.index + 1)
-    log_chi, variances = _pull_back(measured, propagation)
-    seen = [
-        (_mean_square(state, size), _number(_correlation(state, size)))
-        for state, size in zip(states[1:], sizes[1:], strict=True)
-    ]
-    return _Expected(q, c, log_chi, variances, restarted, seen, propagation)
+        sizes = dict(zip(step.target.values, step.target.space.sizes, strict=True))
+        signals.append(
+            {
+                "q": _mean_square(state, sizes),
+                "q_expected": _number(_mean_square(after, sizes)),
+                "c": _number(_correlation(state, sizes)),
+                "c_expected": _number(_correlation(after, sizes)),
+                "restarted": fresh,
+            }
+        )
+        fresh = _restart(propagation, state, step.index + 1)
+    gradients = zip(*_pull_back(measured, propagation), strict=True)
+    steps = tuple(
+        StepExpectation(
+            index=step.index,
+            name=step.name,
+            kind=step.kind,
+            activations=tuple(propagation.names(step)),
+            layers=tuple(propagation.statistics(step)),
+            **signal,
+            log_chi=float(log_chi[step.index]),
+            log_chi_expected=expected,
+            width_variance=variance,
+            reason=propagation.reasons.get(step.index, ""),
+        )
+        for step, signal, (expected, variance) in zip(flow.steps, signals, gradients, strict=True)
+    )
+    return steps, propagation
 
 
 def _restart(propagation: Propagation, measured: dict[Value, Moments], index: int) -> bool:
@@ -330,8 +332,8 @@ def _number(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def _assemble(measured: list[_Measured], expected: _Expected, probes: int, seed: int) -> Initialisation:
-    flow, propagation = measured[0].flow, expected.propagation
+def _assemble(measured: list[_Measured], probes: int, seed: int) -> Initialisation:
+    flow = measured[0].flow
     squares = np.stack([m.squares.reshape(len(m.squares), -1) for m in measured])  # networks, states, draws
     silent = sorted(frozenset().union(*(m.silent for m in measured)))
     with np.errstate(divide="ignore", invalid="ignore"):
@@ -340,25 +342,7 @@ def _assemble(measured: list[_Measured], expected: _Expected, probes: int, seed:
     passing = [index for index in range(len(flow)) if index not in silent]
     growth, typical_growth = float(log_chi[passing].sum()), float(typical[passing].sum())
     log_chi[silent] = -np.inf
-    steps = tuple(
-        StepExpectation(
-            index=step.index,
-            name=step.name,
-            kind=step.kind,
-            activations=tuple(propagation.names(step)),
-            layers=tuple(propagation.statistics(step)),
-            q=expected.measured[step.index][0],
-            q_expected=expected.q[step.index],
-            c=expected.measured[step.index][1],
-            c_expected=expected.c[step.index],
-            log_chi=float(log_chi[step.index]),
-            log_chi_expected=expected.log_chi[step.index],
-            width_variance=expected.variances[step.index],
-            restarted=expected.restarted[step.index],
-            reason=propagation.reasons.get(step.index, ""),
-        )
-        for step in flow.steps
-    )
+    steps, propagation = _expect(measured[0], log_chi)
     variance = _total([step.width_variance for step in steps])
     shared = ("some layers share their weights: theory takes them for independent",) if propagation.shared else ()
     return Initialisation(

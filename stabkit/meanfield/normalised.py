@@ -54,30 +54,14 @@ def batch_norm_rate(phi: Phi = "relu", batch: int | None = None) -> float:
     return grown - 1 / (batch - 3)
 
 
-def batch_norm_residual_exponent(pairs: int, phi: Phi = "relu") -> float:
-    """The exponent p of E ||g_l||^2 ~ (L / l)^p in a residual network whose branches are ``pairs`` of BN-phi-weights.
-
-    p = `batch_norm_rate` ** pairs: for two BN-ReLU pairs 2.15. A power of depth, not an exponential.
-
-    Raises:
-        ArgumentError: there is no pair.
-
-    Example:
-        >>> round(batch_norm_residual_exponent(2), 3)
-        2.152
-    """
-    if pairs < 1:
-        raise ArgumentError(f"pairs={pairs}; expected at least 1")
-    return batch_norm_rate(phi) ** pairs
-
-
 def batch_norm_residual_profile(
     depth: int, *, pairs: int = 1, phi: Phi = "relu", sigma_w: float = math.sqrt(2), q: float = 1.0
 ) -> DepthProfile:
     """Mean field of x' = x + F(x), F made of ``pairs`` of batch norm, activation and weights, for large batches.
 
-    Every block adds the same variance over the batch, sigma_w^2 Var phi, to that of the stream; for He weights and
-    ReLU (pi - 1) / pi = .68.
+    Squared gradients follow (L / l)^p with p = `batch_norm_rate` ** pairs, 2.15 for two BN-ReLU pairs: a power of
+    depth, not an exponential. Every block adds the same variance over the batch, sigma_w^2 Var phi, to that of the
+    stream; for He weights and ReLU (pi - 1) / pi = .68.
 
     Args:
         depth: number of blocks.

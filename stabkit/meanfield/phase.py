@@ -208,28 +208,12 @@ def critical_sigma_w(phi: Phi, sigma_b: float = 0.0) -> float:
         >>> round(critical_sigma_w("tanh", 0.1), 9), round(critical_sigma_w("relu") ** 2, 9)
         (1.193400725, 2.0)
     """
-    return _stable(critical_points(phi, sigma_b=sigma_b), f"sigma_b={sigma_b}").sigma_w
-
-
-def critical_sigma_b(phi: Phi, sigma_w: float) -> float:
-    """The sigma_b at which a network with weights of that deviation neither shrinks nor grows gradients.
-
-    Raises:
-        ArgumentError: there is none, or sigma_w is out of its range.
-
-    Example:
-        >>> round(critical_sigma_b("tanh", 1.193400725025), 9)
-        0.1
-    """
-    return _stable(critical_points(phi, sigma_w=sigma_w), f"sigma_w={sigma_w}").sigma_b
-
-
-def _stable(points: tuple[CriticalPoint, ...], given: str) -> CriticalPoint:
+    points = critical_points(phi, sigma_b=sigma_b)
     for point in points:
         if point.chi_parallel <= 1 + 1e-6:
-            return point
+            return point.sigma_w
     raise ArgumentError(
-        f"no edge of chaos with a stable variance at {given} for variances of {SMALLEST:g} to 1e6 "
+        f"no edge of chaos with a stable variance at sigma_b={sigma_b} for variances of {SMALLEST:g} to 1e6 "
         f"({len(points)} without); look at critical_points, or at fixed_point over a range"
     )
 

@@ -6,7 +6,7 @@ its results are NaN, and so is what follows until the next measured state.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,8 +17,9 @@ from torch.autograd.graph import Node
 
 from stabkit.errors import ArgumentError
 from stabkit.meanfield.activations import Activation, of_facts
-from stabkit.meanfield.gaussian import Array, mean
-from stabkit.meanfield.maps import first_moment, product_moment, second_moment, slope_moment
+from stabkit.meanfield.closed_forms import Moment
+from stabkit.meanfield.gaussian import Array, Function, mean
+from stabkit.meanfield.maps import product_moment
 from stabkit.meanfield.weights import LINEAR, LayerStatistics, LinearLayer, UnknownError, WeightTable
 from stabkit.tracing import Step
 from stabkit.tracing.composites import Element
@@ -147,7 +148,7 @@ class Propagation:
         if name in ("Add", "Sub"):
             return _sum(node, given, -1.0 if name == "Sub" else 1.0)
         if name in ("Mul", "Div", "Neg") and len(inputs) == 1:
-            return _scaled(given[0], *_factor(node))
+            return _scaled(given[0], _factor(node))
         norm = _norm_of_samples(node)
         if norm is not None:
             weight, bias = self.weights.affine(node)
@@ -193,8 +194,8 @@ class Propagation:
         products = [_pair(phi, float(a), float(b), float(k)) for a, b, k in zip(first, second, given.k, strict=True)]
         return replace(
             given,
-            q=_each(second_moment, phi, given.q),
-            mean=_each(first_moment, phi, given.q),
+            q=_each(phi, given.q, lambda h: phi.function(h) ** 2, phi.closed.square),
+            mean=_each(phi, given.q, phi.function),
             k=np.array(products),
             gaussian=False,
         )
@@ -217,7 +218,8 @@ class Propagation:
             return [value], [Energy(given.total * layer.gain, given.variance + noise)]
         if node in self.activations:
             phi = self.activations[node]
-            second, fourth = (_each(slope_moment, phi, moments.q, power) for power in (2, 4))
+            second = _each(phi, moments.q, lambda h: phi.derivative(h) ** 2, phi.closed.slope_square)
+            fourth = _each(phi, moments.q, lambda h: phi.derivative(h) ** 4)
             noise = float(np.mean(3 * (fourth / second**2 - 1))) / self._size(value)
             return [value], [Energy(given.total * second, given.variance + noise)]
         norm = _norm_of_samples(node) if whole is None else whole.facts
@@ -230,7 +232,7 @@ class Propagation:
         if name == "NativeBatchNorm":
             return [value], [replace(given, total=given.total * _batch_norm_gain(node, self.weights.affine(node)[0]))]
         if name in ("Mul", "Div", "Neg"):
-            return [value], [replace(given, total=given.total * float(_factor(node)[0].square().mean()))]
+            return [value], [replace(given, total=given.total * float(_factor(node).square().mean()))]
         return inputs, [given for _ in inputs]
 
     def _find_composites(self, step: Step) -> None:
@@ -270,17 +272,11 @@ def _is_last_axis(node: Node, shape: tuple[int, ...]) -> bool:
     return len(axes) == 1 and (axes[0] + 2**63) % 2**64 - 2**63 in (-1, len(shape) - 1)
 
 
-def _each(moment: Callable[..., Any], phi: Activation, q: Array, *power: int) -> Array:
-    """A moment at every variance; one quadrature for all of them where there is no closed form."""
+def _each(phi: Activation, q: Array, f: Function, closed: Moment | None = None) -> Array:
+    """The mean of a function at every variance; one quadrature for all of them where there is no closed form."""
     if not np.isfinite(q).all():
         return np.full_like(q, np.nan)
-    functions = {second_moment: lambda h: phi.function(h) ** 2, first_moment: phi.function}
-    closed = {second_moment: phi.closed.square, first_moment: None}
-    if moment is slope_moment:
-        f, known = lambda h: phi.derivative(h) ** power[0], phi.closed.slope_square if power[0] == 2 else None
-    else:
-        f, known = functions[moment], closed[moment]
-    return np.array([known(float(x)) for x in q]) if known is not None else mean(f, q, phi.kinks)[0]
+    return mean(f, q, phi.kinks)[0] if closed is None else np.array([closed(float(x)) for x in q])
 
 
 def _pair(phi: Activation, first: float, second: float, k: float) -> float:
@@ -311,12 +307,11 @@ def _sum(node: Node, given: list[Moments], sign: float) -> Moments:
     )
 
 
-def _factor(node: Node) -> tuple[torch.Tensor, torch.Tensor]:
-    """The constant that a value is multiplied with, and no shift."""
+def _factor(node: Node) -> torch.Tensor:
+    """The constant that a value is multiplied with."""
     name = operation(node)
-    zero = torch.zeros(1, dtype=torch.float64)
     if name == "Neg":
-        return -torch.ones(1, dtype=torch.float64), zero
+        return -torch.ones(1, dtype=torch.float64)
     dependent = [parent is not None for parent, _ in node.next_functions]
     other: Any = getattr(node, "_saved_other" if dependent[0] else "_saved_self", None)
     if name == "Div" and not dependent[0]:
@@ -327,12 +322,12 @@ def _factor(node: Node) -> tuple[torch.Tensor, torch.Tensor]:
     whole = meta_of(Value(node, 0)).shape
     if factor.numel() > 1 and factor.dim() >= len(whole) and factor.shape[0] != 1:
         raise UnknownError("a factor that differs between samples")
-    return (1 / factor if name == "Div" else factor), zero
+    return 1 / factor if name == "Div" else factor
 
 
-def _scaled(given: Moments, scale: torch.Tensor, shift: torch.Tensor) -> Moments:
+def _scaled(given: Moments, scale: torch.Tensor) -> Moments:
     uneven = scale.numel() > 1 and float(scale.std()) > _EVEN * float(scale.abs().mean())
-    moved = _affine_moments(given, scale, shift)
+    moved = _affine_moments(given, scale, torch.zeros(1, dtype=torch.float64))
     return replace(moved, gaussian=given.gaussian and not uneven)
 
 

@@ -6,7 +6,6 @@ in the large-depth regime", 2022; Zhang et al., "Fixup initialization", ICLR 201
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -64,7 +63,9 @@ def residual_profile(
     """Mean field of x' = a x + s F(x) with fresh weights in every block.
 
     q' = a^2 q + s^2 q_F and chi = a^2 + s^2 chi_F; with ReLU branches and a = 1, chi = 1 + s^2 sigma_w^2 / 2. Branches
-    scaled by s = 1 / sqrt(L) keep the whole network in range.
+    scaled by s = 1 / sqrt(L) keep the whole network in range. With tanh(W x) the units grow like sqrt(l), so ever fewer
+    of them are not saturated: log E ||g_0||^2 / ||g_L||^2 comes close to (8/3) / sqrt(2 pi) sigma_w sqrt(L), between a
+    power and an exponential (Yang and Schoenholz, 2017).
 
     Args:
         phi: an activation.
@@ -110,17 +111,3 @@ def residual_profile(
     q_all = np.array(variances)
     correlations = None if c is None else np.array(products) / q_all
     return DepthProfile(q_all, correlations, np.log(chis))
-
-
-def tanh_residual_law(depth: float, sigma_w: float) -> float:
-    """The value of log E ||g_0||^2 / ||g_L||^2 for x' = x + tanh(W x) at large depth.
-
-    It is (8/3) / sqrt(2 pi) sigma_w sqrt(L).
-    The units grow like sqrt(l), so ever fewer of them are not saturated: gradients grow like exp(sqrt(L)), between a
-    power and an exponential (Yang and Schoenholz, 2017). `residual_profile` gives the value at finite depth.
-
-    Example:
-        >>> round(tanh_residual_law(100, 1.0), 3)
-        10.638
-    """
-    return 8 / 3 / math.sqrt(2 * math.pi) * sigma_w * math.sqrt(depth)

@@ -101,7 +101,7 @@ def _remedy(mover: Mover, where: str, first: Mover) -> str:
         return f"lower the learning rate of {where}, decay its weights, or normalise its output"
     return (
         f"undo what changed {where} since the last quiet record: clip the gradient or lower the learning rate, and go "
-        f"back to an earlier checkpoint or multiply its weights by about {factor(-mover.change)}"
+        "back to an earlier checkpoint"
     )
 
 

@@ -33,7 +33,6 @@ class StepCost:
     """What products with one step's Jacobian cost, for one sample.
 
     Attributes:
-        name: the name of the step.
         source: numbers in the state before it.
         target: numbers in the state after it.
         square: whether it keeps the space, so that it has eigenvalues.
@@ -42,7 +41,6 @@ class StepCost:
         flops: floating-point operations of a product with the transpose.
     """
 
-    name: str
     source: int
     target: int
     square: bool
@@ -179,7 +177,7 @@ def _step_costs(flow: Flow, device: torch.device, spectra: bool) -> tuple[StepCo
             known[kind] = _product_costs(step, device, spectra)
         backward, forward, flops = known[kind]
         square = step.source.sample_shapes == step.target.sample_shapes
-        costs.append(StepCost(step.name, step.source.size, step.target.size, square, backward, forward, flops))
+        costs.append(StepCost(step.source.size, step.target.size, square, backward, forward, flops))
     return tuple(costs)
 
 

@@ -15,7 +15,7 @@ from stabkit.errors import TraceError
 from stabkit.tracing.containers import named_tensors
 from stabkit.tracing.inputs import prepare
 from stabkit.tracing.recomputation import SavedTensors
-from stabkit.tracing.recording import Recording, clock, record, value_recorder
+from stabkit.tracing.recording import Recording, ValueRecorder, clock, record
 from stabkit.tracing.safekeeping import unchanged
 from stabkit.tracing.sharding import take_whole
 from stabkit.tracing.transparency import transparent
@@ -64,7 +64,7 @@ class ForwardPass:
             recording.sources.extend(prepared.sources)
             for source in prepared.sources:
                 recording.values[source.value] = source.tensor.detach().clone()
-            values = value_recorder(recording, safe, prepared.integers, self.promote_casts, wanted)
+            values = ValueRecorder(recording, safe, prepared.integers, self.promote_casts, wanted)
             hooks = saved.hooks() if saved is not None else contextlib.nullcontext()
             try:
                 with transparent(self.through_no_grad), hooks:

@@ -39,7 +39,6 @@ class Graph:
         inputs: for every node the values it takes that depend on the source.
         reached: whether every target depends on the sources.
         clock: the clock at every position, made monotone.
-        dead_edges: how many edges were dropped because nothing flows along them.
         calls: the calls of modules around the nodes, where they are known.
         batching: by operations, whether products through many vectors at once agreed with single ones.
     """
@@ -49,7 +48,6 @@ class Graph:
         self.targets = tuple(targets)
         order = _time_order(self.targets)
         self.nodes, self.inputs, self.reached = _between(order, self.sources, self.targets)
-        self.dead_edges = 0
         self.calls: Sequence[Call] = ()
         self.batching: dict[tuple[object, ...], str] = {}
         if prune:
@@ -77,7 +75,6 @@ class Graph:
         for node in reversed(self.nodes):
             outputs = [Value(node, i) for i in range(len(node._input_metadata))]
             if not any(value in used for value in outputs):
-                self.dead_edges += len(self.inputs[node])
                 continue
             kept.append(node)
             partial = any(used.get(value) is not None for value in outputs)
@@ -85,7 +82,6 @@ class Graph:
             if name in _MOVING and not is_python_node(node) and (partial or name in _SELECTING):
                 masks = self._pull_mask(node, outputs, used)
                 inputs[node] = [value for value in self.inputs[node] if value in masks]
-                self.dead_edges += len(self.inputs[node]) - len(inputs[node])
                 for value, mask in masks.items():
                     _join(used, value, mask)
             else:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import weakref
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -43,7 +43,6 @@ class Cut:
         line: file and line that called it, outside of libraries; empty where there is none.
         behind: the module that made what was taken off: the last one still attached.
         parameters: those that get no gradient for it, by path.
-        severed: whether what was lost there is used again.
     """
 
     operation: str
@@ -51,7 +50,6 @@ class Cut:
     line: str
     behind: str
     parameters: tuple[str, ...] = ()
-    severed: bool = False
 
     @property
     def place(self) -> str:
@@ -250,10 +248,9 @@ def _distinct(found: list[tuple[_Event, set[str]]], lost: tuple[str, ...]) -> li
             continue
         here = tuple(path for path in lost if path in names - taken)
         taken |= names
-        cuts.append(Cut(event.cut.operation, event.cut.path, event.cut.line, event.cut.behind, here, True))
+        cuts.append(replace(event.cut, parameters=here))
     if not cuts and found:
-        event = found[-1][0]
-        cuts = [Cut(event.cut.operation, event.cut.path, event.cut.line, event.cut.behind, (), True)]
+        cuts = [found[-1][0].cut]
     return cuts[::-1]
 
 

@@ -46,7 +46,6 @@ class SavedTensors:
         self._range = (0, 0)
         self._count = 0
         self._again = False
-        self.runs = 0
         self.most_bytes = 0
 
     def divide(self, clocks: Sequence[int]) -> None:
@@ -97,7 +96,6 @@ class SavedTensors:
         if low == high:
             return
         self._again = True
-        self.runs += 1
         try:
             self._run(self)
         except _Enough:

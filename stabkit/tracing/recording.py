@@ -72,6 +72,8 @@ class Recording:
         hooks: tensor hooks that the model registered, by the value whose gradient they see.
         output: what the model returned, still on the graph.
         stopped: where dependence on the input went on without gradient.
+        routed: when operations took integers or masks that were made from values on the graph: indices of the largest,
+            experts that were chosen.
     """
 
     sources: list[Source] = field(default_factory=list)
@@ -80,6 +82,7 @@ class Recording:
     hooks: dict[Value, list[Callable[[Tensor], Tensor | None]]] = field(default_factory=dict)
     output: Any = None
     stopped: list[Stopped] = field(default_factory=list)
+    routed: set[int] = field(default_factory=set)
     start: int = 0
     stop: int = 0
 
@@ -99,10 +102,11 @@ class Recording:
         return ""
 
 
-class _Values(EagerMode):
+class ValueRecorder(EagerMode):
     """Notes the value of every tensor on the graph when it is consumed, before anything can overwrite it.
 
-    Below autograd the arguments still show the node that made them, and keep their identity.
+    Below autograd the arguments still show the node that made them, and keep their identity. ``wanted`` says which
+    values are kept, by their places; None for all.
     """
 
     def __init__(
@@ -122,6 +126,7 @@ class _Values(EagerMode):
         self.promoted: dict[int, tuple[Tensor, str]] = {}
         # depend on the input, carry no gradient; held weakly, or everything inside a custom Function would stay alive
         self.silent: dict[int, tuple[weakref.ref[Tensor], str]] = {}
+        self.chosen: dict[int, weakref.ref[Tensor]] = {}  # integers and masks made from values on the graph
         self._on_storage: defaultdict[int, list[Value]] = defaultdict(list)
 
     def __torch_dispatch__(
@@ -142,6 +147,7 @@ class _Values(EagerMode):
             if self.tainted:
                 self._follow_integers(name, tensors, results)
             self._follow_gradients(func, tensors, results)
+            self._follow_choices(tensors, results)
         return out
 
     def _see(self, tensor: Tensor) -> None:
@@ -174,6 +180,20 @@ class _Values(EagerMode):
             elif self._is_source(name, tensors) and not result.is_inference():
                 result.requires_grad_(True)
                 self.promoted[id(result)] = (result, name)
+
+    def _follow_choices(self, tensors: list[Tensor], results: list[Tensor]) -> None:
+        chosen = any(self._is_chosen(t) for t in tensors)
+        on_graph = any(t.requires_grad for t in tensors)
+        if chosen and on_graph:
+            self.recording.routed.add(clock() - 1)  # the node has its number already
+        if chosen or on_graph:
+            for result in results:
+                if not differentiable(result):
+                    self.chosen[id(result)] = weakref.ref(result)
+
+    def _is_chosen(self, tensor: Tensor) -> bool:
+        entry = self.chosen.get(id(tensor))
+        return entry is not None and entry() is tensor
 
     def _is_source(self, name: str, tensors: list[Tensor]) -> bool:
         return not any(t.requires_grad for t in tensors) and (name in INDEXING or self.promote_casts)
@@ -217,7 +237,7 @@ _EXITS: tuple[Any, ...] = (torch.Tensor.numpy, torch.Tensor.__array__)
 class _NonLeafSources(TorchFunctionMode):
     """Replaces a promoted leaf by a copy on the graph, since models write to their embeddings in place."""
 
-    def __init__(self, recording: Recording, values: _Values) -> None:
+    def __init__(self, recording: Recording, values: ValueRecorder) -> None:
         super().__init__()
         self.recording = recording
         self.values = values
@@ -292,21 +312,15 @@ def recording_calls(model: nn.Module, recording: Recording) -> Iterator[None]:
 
 
 def record(
-    model: Any, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], recording: Recording, values: _Values
+    model: Any,
+    module: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    recording: Recording,
+    values: ValueRecorder,
 ) -> Any:
     """Run the model once under the recording modes; the caller prepares inputs, freezing and kernels."""
     with recording_calls(module, recording), _NonLeafSources(recording, values), values:
         recording.output = model(*args, **kwargs)
     recording.stop = clock()
     return recording.output
-
-
-def value_recorder(
-    recording: Recording,
-    safe: Safe,
-    integers: list[Tensor],
-    promote_casts: bool,
-    wanted: frozenset[tuple[int, int]] | None = None,
-) -> _Values:
-    """The mode that `record` runs under; ``wanted`` says which values it keeps, by their places."""
-    return _Values(recording, safe, integers, promote_casts, wanted)

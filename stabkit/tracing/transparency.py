@@ -104,6 +104,17 @@ def _without_mkldnn() -> Iterator[None]:
         torch._C._set_mkldnn_enabled(before)
 
 
+#: memory that nobody has written yet
+_UNWRITTEN = frozenset({torch.empty, torch.empty_like, torch.empty_strided, torch.Tensor.new_empty})
+
+
+def _zeroed(tensor: Any) -> Any:
+    floats = isinstance(tensor, torch.Tensor) and (tensor.is_floating_point() or tensor.is_complex())
+    if floats and not tensor.is_meta:
+        tensor.detach().zero_()
+    return tensor
+
+
 class EagerMode(TorchDispatchMode):
     """A mode that is entered only where compiled code runs eagerly.
 
@@ -116,7 +127,11 @@ class EagerMode(TorchDispatchMode):
 
 
 class PlainKernels(TorchFunctionMode):
-    """Recurrent kernels take their composite path; ``no_grad`` is looked through when asked."""
+    """Recurrent kernels take their composite path; ``no_grad`` is looked through when asked.
+
+    Memory that a model fills by and by, as a solver does with its stages, begins with zeros: what stands there before
+    is part of the states in between, and would be of any size.
+    """
 
     def __init__(self, through_no_grad: bool = False) -> None:
         super().__init__()
@@ -128,6 +143,8 @@ class PlainKernels(TorchFunctionMode):
         kwargs = kwargs or {}
         if self.through_no_grad and func is torch._C._set_grad_enabled:
             return None
+        if func in _UNWRITTEN:
+            return _zeroed(func(*args, **kwargs))
         if func in _FUSED_RNN:  # the fused kernels have no double backward
             with _without_mkldnn(), torch.backends.cudnn.flags(enabled=False):
                 return func(*args, **kwargs)

@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from stabkit.checkpoints import dispatch, load
-from stabkit.checkpoints.dispatch import FILES, FOLDERS, Format, Opened, Options
+from stabkit.checkpoints.dispatch import FILES, FOLDERS, Format, Options
+from stabkit.checkpoints.opened import Opened
 from stabkit.errors import CheckpointError
 
 

@@ -104,6 +104,7 @@ def test_what_never_runs_is_said_and_weighs_by_its_size_and_the_mode():
     assert (found.severity, found.module_path) == ("warning", "enc")
     assert "never runs" in found.evidence
     assert said(model.eval())[0].severity == "info"
+    assert said(model.train(), None)[0].severity == "info"  # a way through it that this call did not ask for
     for parameter in model.enc.parameters():
         parameter.requires_grad_(False)
     assert said(model.train()) == []

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import stabkit
 from stabkit.diagnosis import Finding, Thresholds, examine
-from stabkit.diagnosis.over_time import time_findings, time_profiles
+from stabkit.diagnosis.over_time import loops_over_time, time_findings, time_profiles
 from stabkit.errors import TraceError
 from stabkit.tracing.forward_pass import ForwardPass
 
@@ -84,6 +84,71 @@ def test_the_remedy_that_is_told_works():
 def test_a_loop_of_cells_is_judged_by_its_states(kind):
     (found,) = said(Loop(kind), torch.randn(2, 60, 8, generator=torch.Generator().manual_seed(2)))
     assert (found.kind, found.module_path) == ("vanishing", "cell")
+
+
+class Own(nn.Module):
+    """A recurrence written by hand: a cell module, its layers in the loop, or the input projected before it."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.how, self.w, self.u, self.head = how, nn.Linear(4, 12), nn.Linear(12, 12), nn.Linear(12, 2)
+        self.cell = Cell(nn.Linear(4, 12), nn.Linear(12, 12)) if how == "cell" else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = x.new_zeros(len(x), 12)
+        x = self.w(x) if self.how == "projected" else x
+        for t in range(x.shape[1]):
+            if self.cell is not None:
+                h = self.cell(x[:, t], h)
+            else:
+                h = torch.tanh((x[:, t] if self.how == "projected" else self.w(x[:, t])) + self.u(h))
+        return self.head(h)
+
+
+class Cell(nn.Module):
+    def __init__(self, w: nn.Module, u: nn.Module) -> None:
+        super().__init__()
+        self.w, self.u = w, u
+
+    def forward(self, x: Tensor, h: Tensor) -> Tensor:
+        return torch.tanh(self.w(x) + self.u(h))
+
+
+class Again(nn.Module):
+    """One layer used again over depth, beside the same input each time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.u = nn.Linear(12, 12)
+
+    def forward(self, x: Tensor) -> Tensor:
+        z = x
+        for _ in range(12):
+            z = torch.tanh(self.u(z) + x)
+        return z
+
+
+@pytest.mark.parametrize(("how", "place"), [("cell", "cell"), ("inline", "u"), ("projected", "u")])
+def test_a_recurrence_written_by_hand_is_judged_over_time(how, place):
+    model, x = Own(how), torch.randn(2, 40, 4, generator=torch.Generator().manual_seed(2))
+    (found,) = said(model, x)
+    assert (found.kind, found.module_path) == ("vanishing", place)
+    assert "tried on a copy" in found.evidence
+    stabkit.diagnosis.apply(model, found)
+    assert said(model, x) == []
+
+
+def test_a_layer_used_again_over_depth_is_no_loop_over_time():
+    assert loops_over_time(stabkit.trace(Again(), torch.randn(3, 12), check=False)) == ()
+
+
+@pytest.mark.parametrize("kind", [nn.RNN, nn.LSTM, nn.GRU])
+def test_a_model_is_treated_over_time(kind):
+    done = stabkit.diagnosis.treat(Reader(kind), tokens(40))
+    assert done.silent
+    assert [found.module_path for found in done.applied] == ["inner"]
 
 
 def test_recurrent_weights_that_are_too_large_explode_over_time():

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import stabkit
+from stabkit.analysis.records import untried_notes
 from stabkit.diagnosis import Finding, Thresholds, examine, judge, treat
 from stabkit.diagnosis.actions import carried_out, once
 from stabkit.diagnosis.finding import sound
@@ -66,6 +67,12 @@ def test_suspects_beyond_the_trials_are_listed_and_told_without_being_tried():
     found = examine(network.flow(), trials=1)
     assert len(found.untried) == 1
     assert len(serious(found)) == 2
+    (left,) = found.untried
+    assert all(
+        "none was tried" in f.remedy and not f.actions for f in found.findings if f.module_path == left.module_path
+    )
+    assert "no remedy tried" in untried_notes(found)[0]
+    assert left.module_path in untried_notes(found)[0]
     assert not examine(network.flow()).untried
 
 
@@ -146,6 +153,86 @@ def test_the_gain_of_a_relu_network_over_time_counts_the_relu(seed):
     after = examine(stabkit.recurrent_flow(cell, x))
     assert not serious(after)
     assert abs(after.verdict.growth) < abs(diagnosis.verdict.growth)
+
+
+class Coupling(nn.Module):
+    """(a, b exp(s(a)) + t(a)), with a scale that nothing bounds."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(4, 32), nn.ReLU(), nn.Linear(32, 8))
+        self.net[2].weight.data.mul_(40.0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        a, b = x.chunk(2, 1)
+        s, t = self.net(a).chunk(2, 1)
+        return torch.cat([b * s.exp() + t, a], 1)
+
+
+def test_an_exponential_without_a_bound_is_brought_to_a_small_argument_in_all_blocks():
+    torch.manual_seed(0)
+    model, x = nn.Sequential(*[Coupling() for _ in range(6)]), 3 * torch.randn(16, 8)
+    (found,) = serious(examine(stabkit.trace(model, x, check=False)))
+    assert found.kind == "non_finite"
+    assert "5 like it in other blocks" in found.remedy
+    assert "tried on a copy" in found.evidence
+    stabkit.diagnosis.apply(model, found)
+    assert model(x).isfinite().all()
+
+
+def test_a_network_that_a_step_has_killed_starts_again():
+    torch.manual_seed(0)
+    layers = [layer for _ in range(3) for layer in (nn.Linear(16, 16), nn.ReLU())]
+    model, (x, loss) = nn.Sequential(*layers, nn.Linear(16, 4)), classify()
+    with torch.no_grad():
+        for layer in layers[::2]:
+            layer.weight.mul_(-1e4)
+            layer.bias.fill_(-1e6)
+        model[6].weight.mul_(1e4)
+    (found,) = serious(examine(stabkit.trace(model, x, check=False), loss))
+    assert found.kind == "dead"
+    assert "draw the weights of all 4 layers anew" in found.remedy
+    stabkit.diagnosis.apply(model, found)
+    assert not serious(examine(stabkit.trace(model, x, check=False), loss))
+
+
+def test_what_else_is_found_in_a_stretch_may_be_its_cause():
+    class Field(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 16), nn.Linear(16, 4)
+            for layer in (self.a, self.b):
+                layer.weight.data.mul_(60.0)
+
+        def forward(self, z: Tensor) -> Tensor:
+            for _ in range(12):
+                z = z + 0.1 * self.b(torch.tanh(self.a(z)))
+            return z
+
+    torch.manual_seed(0)
+    diagnosis = examine(stabkit.trace(Field(), torch.randn(8, 4), check=False))
+    assert serious(diagnosis)
+    assert all(f.actions and "tried on a copy" in f.evidence for f in serious(diagnosis))
+    assert not any(f.actions for f in diagnosis.findings if f.severity == "info")
+
+
+def test_a_bound_on_one_number_is_no_activation():
+    class Bounded(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x / x.norm().clamp_min(1.0)
+
+    assert not examine(stabkit.trace(nn.Sequential(nn.Linear(8, 8), Bounded()), torch.randn(1, 8))).findings
+
+
+def test_memory_that_nobody_has_written_is_no_state_of_any_size():
+    class Solver(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            stages = torch.empty(2, *x.shape).index_fill_(0, torch.tensor([1]), 0.0)
+            kept = torch.empty_like(x)
+            assert not kept.any()
+            return x + stages.sum()
+
+    stabkit.trace(nn.Sequential(nn.Linear(8, 8), Solver()), torch.randn(2, 8), check=False)
 
 
 # ---------------------------------------------------------------- what is never told

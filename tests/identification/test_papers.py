@@ -55,12 +55,7 @@ def proven(records: list[Identification]) -> bool:
     return any(r.evidence == "proven" and r.name not in ("fork", "join", "transition") for r in records)
 
 
-# how many tokens go to an expert, and so how many branches there are, hangs on the input: nothing of it is proven
-ROUTED = pytest.mark.xfail(strict=True, reason="branches that data choose are called proven")
-INPUTS = [pytest.param(p, marks=ROUTED if p.name == "MoE" else (), id=p.name) for p in PAPERS]
-
-
-@pytest.mark.parametrize("paper", INPUTS)
+@pytest.mark.parametrize("paper", PAPERS, ids=lambda paper: paper.name)
 def test_what_is_proven_of_a_paper_holds_for_every_input(paper):
     for seed in range(2):
         records = readings(paper, seed)

@@ -66,18 +66,17 @@ def test_unknown_names_suggest_near_ones():
         integrators.named("rk4", s=3)
 
 
-def test_every_method_can_be_described():
+def test_every_method_has_a_name_a_source_and_an_interval():
     for name in integrators.names():
         method = integrators.named(name)
-        about = integrators.describe(method, internal=False)
-        assert about.name
-        assert about.source
-        assert float(about.to_dict()["real_interval"]) == float(method.real_interval()), name
+        assert method.name
+        assert method.source
+        assert method.real_interval() >= 0.0, name
 
 
 def test_neither_torch_nor_matplotlib_is_imported():
     code = (
-        "import sys, stabkit.integrators as i; i.describe(i.named('dop853')); "
+        "import sys, stabkit.integrators as i; i.named('dop853').region().area; "
         "sys.exit(any(m in sys.modules for m in ('torch', 'matplotlib', 'networkx')))"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -29,10 +29,6 @@ def test_relu_gain_of_drawn_layers():
     assert logs.var() == pytest.approx(found.variance, rel=0.15)
 
 
-def test_fourth_moment_is_a_product_over_layers():
-    assert meanfield.relu_fourth_moment([50, 100]) == pytest.approx(1.1 * 1.05)
-
-
 def test_gaussian_exponents():
     found = meanfield.gaussian_exponents(8)
     assert found[[0, -1]] == pytest.approx([-0.065088, -1.674902], abs=1e-6)

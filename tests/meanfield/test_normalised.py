@@ -41,7 +41,7 @@ def test_batch_norm_residual_gradients_are_a_power_of_depth(pairs: int):
     depth = np.array([200, 2000])
     grown = profile.log_chi[200:2000].sum()
     exponent = grown / math.log(depth[1] / depth[0])
-    assert exponent == pytest.approx(meanfield.batch_norm_residual_exponent(pairs), rel=0.01)
+    assert exponent == pytest.approx(meanfield.batch_norm_rate() ** pairs, rel=0.01)
 
 
 @pytest.mark.parametrize(("norm", "layer"), [("layer", nn.LayerNorm), ("rms", nn.RMSNorm)])

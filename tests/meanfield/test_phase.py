@@ -14,7 +14,8 @@ from stabkit import meanfield
 def test_critical_line_of_tanh(sigma_b_squared: float, sigma_w_squared: float):
     sigma_w = meanfield.critical_sigma_w("tanh", sigma_b_squared**0.5)
     assert sigma_w**2 == pytest.approx(sigma_w_squared, abs=6e-5)
-    assert meanfield.critical_sigma_b("tanh", sigma_w) ** 2 == pytest.approx(sigma_b_squared, rel=1e-9)
+    (point,) = meanfield.critical_points("tanh", sigma_w=sigma_w)
+    assert point.sigma_b**2 == pytest.approx(sigma_b_squared, rel=1e-9)
     at = meanfield.fixed_point("tanh", sigma_w=sigma_w, sigma_b=sigma_b_squared**0.5)
     assert at.phase == "critical"
     assert at.xi_c == math.inf

@@ -126,7 +126,7 @@ def test_a_capsule_loads_as_a_model_with_the_loss_of_the_run(tmp_path):
     model = capsule_mlp()
     monitor = run(model, lambda: torch.randn(4, 8), tmp_path, ask=2)
     recalled = load_capsule(monitor.capsules[0], FACTORY)
-    assert recalled.step == 2
+    assert recalled.step == ("step", 2)
     assert recalled.module.training
     outputs = [recalled.module(*recalled.inputs) for _ in range(2)]
     assert torch.equal(outputs[0], outputs[1])  # dropout drops what it dropped in the run

@@ -51,8 +51,8 @@ def test_what_does_not_fit_is_given_up_and_named():
 
 def known_costs() -> Costs:
     """Ten steps of 100 numbers; a second and a gigabyte for every sample, on top of one second and one gigabyte."""
-    steps = tuple(StepCost(f"{i}", 100, 100, True, 0.01, 0.01, 1e6) for i in range(10))
-    double = tuple(StepCost(s.name, 100, 100, True, 0.02, 0.02, 2e6) for s in steps)
+    steps = (StepCost(100, 100, True, 0.01, 0.01, 1e6),) * 10
+    double = (StepCost(100, 100, True, 0.02, 0.02, 2e6),) * 10
     machine = Machine("cpu", 1, 1e11, 1e10, 0.0)
     one = Trial(1, 2.0, 0.0, 1e7, 0, 2 * 10**9, steps)
     two = Trial(2, 3.0, 0.0, 2e7, 0, 3 * 10**9, double)
