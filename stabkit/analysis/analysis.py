@@ -209,7 +209,7 @@ class _Analysis:
             # of numbers that are not finite there are no methods and no spectra to be had, only where they begin
             finite = is_finite(flow, chosen.loss)
             chosen = chosen if finite else replace(chosen, spectrum="none")
-            found = identify(flow, parallel=self.parallel) if finite else _unidentified(flow)
+            found = identify(flow, checks=False, parallel=self.parallel) if finite else _unidentified(flow)
             samples = min(flow.batch, max(chosen.spectrum_samples, EXPLAINED))
             shared = SharedSpectra(lambda index: flow.steps[index].jacobian(), samples)
             diagnosis = examine(

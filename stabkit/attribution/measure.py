@@ -88,7 +88,7 @@ def attribute(
     budget = Budget(dense_limit, probes, krylov, confidence, samples or flow.batch, seed)
     if pulled is None or not _serves(pulled, budget):
         pulled = pulled_back(flow, loss, seed=seed, samples=budget.samples, limit=dense_limit)
-    read = identify(flow) if identifications is None else identifications
+    read = identify(flow, checks=False) if identifications is None else identifications
     found = by_step(read, len(flow.steps))
     if spectra is None or spectra.samples < budget.samples:
         spectra = SharedSpectra(lambda index: flow.steps[index].jacobian(), budget.samples)

@@ -6,7 +6,8 @@ import contextlib
 import dataclasses
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -96,19 +97,27 @@ def compare(
         )
     if over_time:
         named = sorted(named, key=natural_order)
-    settings = _Settings(
-        analysis={"depth": depth, "batch_dim": batch_dim, "spectrum": spectrum, "thresholds": thresholds, "seed": seed},
-        loss=loss,
-        loading={"seed": seed, **options},
-        folder=None if cache is None else Path(cache),
-    )
     with contextlib.ExitStack() as stack:
         built = None
         if model is not None:
             built, _ = build_model(model, factory_args=factory_args, seed=seed)
             if built is model:  # one that was built here has no weights worth keeping
                 stack.enter_context(_put_back(built))
-        runner = _Runner(settings, built, input, {} if built is not None else dict(factory_args or {}))
+        runner = _Runner(
+            module=built,
+            input=input,
+            factory_args={} if built is not None else dict(factory_args or {}),
+            loading={"seed": seed, **options},
+            analysis={
+                "depth": depth,
+                "batch_dim": batch_dim,
+                "spectrum": spectrum,
+                "thresholds": thresholds,
+                "seed": seed,
+            },
+            loss=loss,
+            folder=None if cache is None else Path(cache),
+        )
         snapshots = []
         for index, source in enumerate(named):
             if progress is not None:
@@ -121,34 +130,29 @@ def compare(
     return _ordered(snapshots, over_time)
 
 
-@dataclass(frozen=True)
-class _Settings:
-    analysis: dict[str, Any]
-    loss: Callable[[Any], torch.Tensor] | None
-    loading: dict[str, Any]
-    folder: Path | None
-
-
 @dataclass
 class _Runner:
     """Analyses one source after another with the same module, where there is one, and the same input."""
 
-    settings: _Settings
     module: nn.Module | None
     input: Input | None
     factory_args: dict[str, Any]
+    loading: dict[str, Any]
+    analysis: dict[str, Any]
+    loss: Callable[[Any], torch.Tensor] | None
+    folder: Path | None
     inputs: Inputs | None = None
-    _recipe: str | None = field(default=None, init=False)
 
     def run(self, source: str) -> Snapshot:
         content = ""
-        if self.settings.folder is not None:
+        if self.folder is not None:
             # a model name has no content; of a file that is not there, loading says what is wrong
             with contextlib.suppress(OSError, ValueError):
                 content = content_hash(Path(source).expanduser())
-        key = self._key(content)
-        if key is not None and self.settings.folder is not None:
-            found = cached.fetch(self.settings.folder, key, source)
+        recipe = self._recipe if content else ""
+        key = recipe_hash({"recipe": recipe, "content": content})[:40] if recipe else ""
+        if key and self.folder is not None:
+            found = cached.fetch(self.folder, key, source)
             # where ranks share the work, all of them have to do it, or none
             if all(current().gather(found is not None)) and found is not None:
                 return found
@@ -159,8 +163,8 @@ class _Runner:
         finally:
             if self.module is not None:
                 release_parameters(self.module)
-        if key is not None and self.settings.folder is not None:
-            cached.store(self.settings.folder, key, snapshot)
+        if key and self.folder is not None:
+            cached.store(self.folder, key, snapshot)
         return snapshot
 
     def _analysed(self, source: str, content: str) -> Snapshot:
@@ -169,7 +173,7 @@ class _Runner:
             model=self.module,
             input=self.inputs if self.inputs is not None else self.input,
             factory_args=self.factory_args,
-            **self.settings.loading,
+            **self.loading,
         )
         self._remember(loaded)
         name, step = loaded.step if loaded.step is not None else ("", None)
@@ -183,9 +187,9 @@ class _Runner:
             loaded.model,
             *loaded.inputs,
             kwargs=loaded.kwargs,
-            loss=self.settings.loss,
+            loss=self.loss,
             name=source,
-            **self.settings.analysis,
+            **self.analysis,
         )
         return dataclasses.replace(snapshot, report=report)
 
@@ -194,37 +198,29 @@ class _Runner:
         if self.inputs is None:
             self.inputs = Inputs(loaded.inputs, "that of the first checkpoint", loaded.kwargs)
 
-    def _key(self, content: str) -> str | None:
-        """What decides the result, as a file name; None when that cannot be known."""
-        if not content or self.settings.folder is None:
-            return None
-        if self._recipe is None:
-            self._recipe = _recipe(self.settings, self.module, self.input, self.factory_args)
-        return recipe_hash({"recipe": self._recipe, "content": content})[:40] if self._recipe else None
-
-
-def _recipe(settings: _Settings, module: nn.Module | None, given: Input | None, arguments: dict[str, Any]) -> str:
-    """A hash of everything but the checkpoint; empty when part of it cannot be hashed."""
-    loss = "none" if settings.loss is None else source_hash(settings.loss)
-    if loss is None:
-        return ""
-    loading = dict(settings.loading)
-    base = loading.pop("base", None)
-    if isinstance(base, str | Path) and Path(base).exists():
-        loading["base"] = content_hash(Path(base))
-    elif base is not None:
-        return ""
-    thresholds = settings.analysis["thresholds"] or Thresholds()
-    return recipe_hash(
-        {
-            "architecture": "its own" if module is None else architecture_hash(module),
-            "arguments": arguments,
-            "input": _input_hash(given),
-            "loss": loss,
-            "loading": loading,
-            "analysis": {**settings.analysis, "thresholds": thresholds.to_dict()},
-        }
-    )
+    @cached_property
+    def _recipe(self) -> str:
+        """A hash of everything but the checkpoint; empty when part of it cannot be hashed."""
+        loss = "none" if self.loss is None else source_hash(self.loss)
+        if loss is None:
+            return ""
+        loading = dict(self.loading)
+        base = loading.pop("base", None)
+        if isinstance(base, str | Path) and Path(base).exists():
+            loading["base"] = content_hash(Path(base))
+        elif base is not None:
+            return ""
+        thresholds = self.analysis["thresholds"] or Thresholds()
+        return recipe_hash(
+            {
+                "architecture": "its own" if self.module is None else architecture_hash(self.module),
+                "arguments": self.factory_args,
+                "input": _input_hash(self.input),
+                "loss": loss,
+                "loading": loading,
+                "analysis": {**self.analysis, "thresholds": thresholds.to_dict()},
+            }
+        )
 
 
 def _input_hash(given: Input | None) -> str:

@@ -94,7 +94,8 @@ def _gain(segment: Segment, skip: Value, branch: Value, free: set[Value], seed: 
 
 def _energy(tensor: Tensor) -> float:
     wide = torch.complex128 if tensor.is_complex() else torch.float64
-    return float(tensor.to(wide).abs().square().sum())
+    norm = float(torch.linalg.vector_norm(tensor, dtype=wide))
+    return norm * norm
 
 
 def _last_matrix(segment: Segment, node: Node) -> Node:

@@ -1,4 +1,4 @@
-"""Causes behind what the states of a chain show: the input, the slope of an activation, time inside depth."""
+"""What is found once, after the trials: causes behind what the states show, time inside depth, lost parameters."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from dataclasses import replace
 
 from stabkit.diagnosis.finding import serious
 from stabkit.diagnosis.input_scale import with_input_scale
+from stabkit.diagnosis.lost_parameters import lost_parameter_findings
 from stabkit.diagnosis.over_time import time_findings
 from stabkit.diagnosis.post_norm import post_norm_findings
 from stabkit.diagnosis.running_statistics import statistics_findings
@@ -20,6 +21,7 @@ def with_causes(flow: FlowLike, found: Diagnosis, settings: Settings) -> Diagnos
     """A diagnosis with what else is wrong; a memory that vanishes over time is the verdict where depth is in order."""
     if not isinstance(flow, Flow) or found.verdict.name == "non-finite":
         return found
+    found = with_lost_parameters(flow, found, settings)
     named = [with_slopes(each, found.measurement) for each in with_input_scale(flow, found, settings.thresholds)]
     others = statistics_findings(flow, settings.loss)
     if not any(serious(finding) for finding in named):
@@ -33,3 +35,9 @@ def with_causes(flow: FlowLike, found: Diagnosis, settings: Settings) -> Diagnos
     if worst is not None and verdict.name not in _OF_DEPTH:
         verdict = replace(verdict, name=worst.kind, summary=f"{worst.kind.capitalize()}: {worst.evidence}.")
     return replace(found, verdict=verdict, findings=tuple(ordered([*found.findings, *over_time])))
+
+
+def with_lost_parameters(flow: FlowLike, found: Diagnosis, settings: Settings) -> Diagnosis:
+    """A diagnosis with the parameters that get no gradient: a pass of its own, which no trial of a remedy repeats."""
+    lost = lost_parameter_findings(flow, settings.loss) if isinstance(flow, Flow) else []
+    return replace(found, findings=tuple(ordered([*found.findings, *lost]))) if lost else found

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
@@ -14,7 +16,7 @@ from stabkit.diagnosis import remedies
 from stabkit.diagnosis.finding import Finding
 from stabkit.diagnosis.measurement import Array, Measurement
 from stabkit.diagnosis.thresholds import Thresholds
-from stabkit.tracing import FlowLike, StateLike
+from stabkit.tracing import Flow, FlowLike, StateLike
 
 Indices = npt.NDArray[np.intp]
 _FALL = 10.0  # factor by which the dispersion must fall over the stretch to be a collapse
@@ -29,31 +31,44 @@ class Spread:
     Attributes:
         samples: ``(states,)``, 1 - |mean over samples|^2 / mean |x|^2; NaN for one sample.
         tokens: the same over the tokens of a sample, mean over samples; NaN where a state is no sequence.
-        rank: effective rank of samples (or tokens) as vectors: exp of the entropy of their squared singular values.
     """
 
     samples: Array
     tokens: Array
-    rank: Array
+    _states: Sequence[StateLike] = field(repr=False)
+
+    @cached_property
+    def rank(self) -> Array:
+        """Effective rank of samples (or tokens) as vectors: exp of the entropy of their squared singular values.
+
+        It asks for a decomposition of every state, so it is computed where a collapse is told, and not before.
+        """
+        return np.array([_effective_rank(state) for state in self._states])
 
 
 def spread(flow: FlowLike) -> Spread:
-    """Dispersion and effective rank of every state."""
-    rows = [_spread(state) for state in flow.states]
-    columns = np.array(rows, dtype=float).reshape(-1, 3).T
-    return Spread(columns[0], columns[1], columns[2])
+    """Dispersion of every state, and on request its effective rank."""
+    rows = [_dispersions(state) for state in flow.states]
+    columns = np.array(rows, dtype=float).reshape(-1, 2).T
+    return Spread(columns[0], columns[1], flow.states)
 
 
-def _spread(state: StateLike) -> tuple[float, float, float]:
+def _vectors(state: StateLike) -> tuple[Tensor, Tensor | None] | None:
+    """A state as ``(samples, size)``, and a sequence also as ``(samples, tokens, size)``; None for no number."""
     flat = state.flatten().detach().to(device="cpu", dtype=torch.float64)
     if not bool(flat.isfinite().all()) or not bool((flat != 0).any()):
-        return math.nan, math.nan, math.nan
+        return None
     shapes = state.sample_shapes
-    tokens = flat.reshape(len(flat), *shapes[0]) if len(shapes) == 1 and len(shapes[0]) == 2 else None
+    return flat, flat.reshape(len(flat), *shapes[0]) if len(shapes) == 1 and len(shapes[0]) == 2 else None
+
+
+def _dispersions(state: StateLike) -> tuple[float, float]:
+    found = _vectors(state)
+    if found is None:
+        return math.nan, math.nan
+    flat, tokens = found
     by_sample = _dispersion(flat.unsqueeze(0)) if len(flat) > 1 else math.nan
-    by_token = math.nan if tokens is None or tokens.shape[1] < 2 else _dispersion(tokens)
-    vectors = flat if tokens is None else tokens.flatten(0, 1)
-    return by_sample, by_token, _effective_rank(vectors)
+    return by_sample, math.nan if tokens is None or tokens.shape[1] < 2 else _dispersion(tokens)
 
 
 def _dispersion(groups: Tensor) -> float:
@@ -75,8 +90,13 @@ def _share(groups: Tensor) -> float:
     return float((centred / total.clamp_min(1e-300)).mean())
 
 
-def _effective_rank(vectors: Tensor) -> float:
-    """Roy and Vetterli, 2007, on at most 256 vectors."""
+def _effective_rank(state: StateLike) -> float:
+    """Roy and Vetterli, 2007, on at most 256 vectors; NaN where the state has no numbers."""
+    found = _vectors(state)
+    if found is None:
+        return math.nan
+    flat, tokens = found
+    vectors = flat if tokens is None else tokens.flatten(0, 1)
     energy = torch.linalg.svdvals(vectors[:256]).square()
     share = energy / energy.sum()
     return float(torch.exp(-(share * share.clamp_min(1e-300).log()).sum()))
@@ -145,13 +165,29 @@ def precision_findings(flow: FlowLike, measurement: Measurement) -> list[Finding
         if reach > room:
             found.append(_range_finding(measurement, held, sizes, reach, room, str(dtype)))
     states = measurement.log_states.max(axis=1)
-    over = np.flatnonzero(np.isfinite(states) & (states > math.log(limits.max) - _HEADROOM))
-    if over.size:
+    most = math.log(limits.max) - _HEADROOM
+    over = np.flatnonzero(np.isfinite(states) & (states > most))
+    if any(_read_size(flow, int(index)) > most for index in over):
         found.append(_state_finding(measurement, over, states, str(dtype)))
     under = underflow(flow, measurement)
     if under.size:
         found.append(_state_finding(measurement, under, states, str(dtype)))
     return found
+
+
+def _read_size(flow: FlowLike, index: int) -> float:
+    """Log of the largest entry of a state that anything behind it reads; -inf where nothing is read.
+
+    A solver may set memory aside and write it later: until then it holds whatever numbers were there.
+    """
+    values = flow.states[index].flatten().detach()
+    if not isinstance(flow, Flow) or index == len(flow.steps):
+        return float(values.abs().max().double().log())
+    operator = flow.jacobian(index)
+    batch, rows, _ = operator.shape
+    probe = torch.randn(batch, rows, 1, generator=torch.Generator().manual_seed(0)).to(values)
+    reached = (operator.T @ probe).squeeze(-1) != 0
+    return float(torch.where(reached, values.abs(), 0).max().double().log())
 
 
 def underflow(flow: FlowLike, measurement: Measurement) -> Indices:

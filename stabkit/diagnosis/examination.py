@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 from stabkit.diagnosis.alternatives import candidates
 from stabkit.diagnosis.batch_statistics import with_statistics, without_statistics
-from stabkit.diagnosis.causes import with_causes
+from stabkit.diagnosis.causes import with_causes, with_lost_parameters
 from stabkit.diagnosis.finding import Action, Finding, serious, sound
 from stabkit.diagnosis.initialisation import Known, known_initialisations
 from stabkit.diagnosis.remedies import Remedy
@@ -105,7 +105,8 @@ def examine(
     found = suspected(flow, settings, methods, spectra)
     missing = without_statistics(flow) if isinstance(flow, Flow) else ""
     if missing and found.verdict.name != "non-finite":
-        return replace(found, verdict=not_judged(found.verdict, missing), findings=_of_no_growth(found.findings))
+        found = replace(found, verdict=not_judged(found.verdict, missing), findings=_of_no_growth(found.findings))
+        return with_lost_parameters(flow, found, settings)
     return with_causes(flow, _confirmed(flow, found, settings, trials), settings)
 
 

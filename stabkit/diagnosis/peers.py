@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 
 _NORMAL = 1.4826  # median absolute deviation to standard deviation, for a normal distribution
 _COMPANY = 0.25  # share of the peers that may be as odd
@@ -58,14 +59,20 @@ def deviation(values: Sequence[float], index: int) -> Deviation:
     others = np.array([v for i, v in enumerate(values) if i != index and not math.isnan(v)], dtype=float)
     if not others.size:
         return Deviation(values[index], math.nan, math.inf, 0)
-    typical = float(np.median(others))
+    typical = _median(others)
     if not math.isfinite(typical):
         return Deviation(values[index], typical, math.inf, len(others))
-    spread = _NORMAL * float(np.median(np.abs(others - typical)))
+    spread = _NORMAL * _median(np.abs(others - typical))
     value = values[index]
     with np.errstate(invalid="ignore"):
         alike = (others == value) | (np.abs(others - value) < np.abs(others - typical))
     return Deviation(value, typical, max(spread, FLOOR), len(others), float(alike.mean()))
+
+
+def _median(values: npt.NDArray[np.float64]) -> float:
+    """The median of some numbers; numpy's own takes ten times as long on a few, and a diagnosis asks thousands."""
+    ordered, half = np.sort(values), len(values) // 2
+    return float(ordered[half] if len(values) % 2 else (ordered[half - 1] + ordered[half]) / 2)
 
 
 def nearest_to_peers(found: Sequence[Deviation]) -> Deviation:

@@ -23,7 +23,6 @@ from stabkit.diagnosis.finding import Finding, serious
 from stabkit.diagnosis.fixed_points import settles
 from stabkit.diagnosis.kinds import FINDINGS, rank
 from stabkit.diagnosis.loss_faults import loss_findings
-from stabkit.diagnosis.lost_parameters import lost_parameter_findings
 from stabkit.diagnosis.low_rank import rank_findings
 from stabkit.diagnosis.measurement import Measurement, measure
 from stabkit.diagnosis.non_finite import all_finite, non_finite_findings
@@ -124,7 +123,6 @@ def suspected(
         elif chaos:
             found = [*chaos, *found]
             verdict = _renamed(verdict, "chaotic", chaos[0].evidence)
-    found += lost_parameter_findings(flow, settings.loss) if isinstance(flow, Flow) else []
     if not any(finding.kind == "dead" for finding in found):
         found += collapse_finding(measurement, spreads, verdict.stretch, limits)
     found += precision_findings(flow, measurement)
@@ -241,7 +239,7 @@ def _mechanism(
     with_branch = sum(bool(step.merges) for step in measurement.steps[first : last + 1])
     if 2 * with_branch < last - first + 1 or max(state.size for state in flow.states) > DENSE_SIZE:
         return []
-    methods = identify(flow) if methods is None else methods
+    methods = identify(flow, checks=False) if methods is None else methods
     found: tuple[Mechanism, ...] = mechanisms(
         flow, samples=1, krylov=0, identifications=methods, pulled=measurement.pulled, spectra=spectra
     )

@@ -282,7 +282,8 @@ def _put_together(found: list[GradientProfile], shares: list[Part], samples: int
     first = found[order[0]]
     below = first.below
     if below is not None:
-        below = {name: torch.cat([_below(row[0])[name] for row in rows], dim=1) for name in below}
+        small = [row[0].below or {} for row in rows]
+        below = {name: torch.cat([share[name] for share in small], dim=1) for name in below}
     return GradientProfile(
         gradient_norms=logs.exp(),
         log_gradient_norms=logs,
@@ -297,7 +298,3 @@ def _put_together(found: list[GradientProfile], shares: list[Part], samples: int
         parameters=None,
         notes=first.notes,
     )
-
-
-def _below(profile: GradientProfile) -> Mapping[str, Tensor]:
-    return {} if profile.below is None else profile.below

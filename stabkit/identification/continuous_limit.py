@@ -87,7 +87,7 @@ def continuous_limit(flow: Flow, identifications: Sequence[Identification] | Non
         >>> continuous_limit(stabkit.trace(model, torch.randn(4, 64))).label
         'SDE-like'
     """
-    records = by_step(identify(flow) if identifications is None else identifications, len(flow.steps))
+    records = by_step(identify(flow, checks=False) if identifications is None else identifications, len(flow.steps))
     run = _longest_run(flow, records)
     if len(run) < _FEWEST:
         raise TraceError(

@@ -41,12 +41,14 @@ class Surroundings:
 
     Attributes:
         flow: the flow.
+        checks: whether readings are confirmed by numbers.
         names: parameters and buffers of the model by address.
         calls: calls of modules that are called more than once, as fields are: intervals of the clock, and the path.
     """
 
-    def __init__(self, flow: Flow) -> None:
+    def __init__(self, flow: Flow, checks: bool = True) -> None:
         self.flow = flow
+        self.checks = checks
         self.graph = flow.recorded.graph
         self.names = addresses(flow.model)
         self._modules = dict(flow.model.named_modules())

@@ -17,18 +17,18 @@ from stabkit.tracing import Iteration, trace
 _MOST = 64  # readings of a map whose coefficients change with the state
 
 
-def read_iteration(flow: Iteration) -> tuple[Identification, ...]:
+def read_iteration(flow: Iteration, checks: bool = True) -> tuple[Identification, ...]:
     """One record per step of an iterated map.
 
     The map is the same at every step, so what its code proves is read once. Coefficients that depend on the state (the
     gates of a GRU) are read at every step, or at 64 of them, spread evenly; the others then show those of the nearest.
     """
-    first = _read_step(flow, 0)
+    first = _read_step(flow, 0, checks)
     if first.evidence == "proven" or first.method is None:
         return tuple(replace(first, steps=(index,)) for index in range(flow.n_steps))
     count = min(flow.n_steps, _MOST)
     places = sorted({round(i * (flow.n_steps - 1) / max(1, count - 1)) for i in range(count)})
-    found = {place: _read_step(flow, place) for place in places}
+    found = {place: _read_step(flow, place, checks) for place in places}
     records = []
     for index in range(flow.n_steps):
         near = min(places, key=lambda place: abs(place - index))
@@ -37,7 +37,7 @@ def read_iteration(flow: Iteration) -> tuple[Identification, ...]:
     return tuple(records)
 
 
-def _read_step(flow: Iteration, index: int) -> Identification:
+def _read_step(flow: Iteration, index: int, checks: bool) -> Identification:
     """The method of one step, traced by itself. A trace starts from one tensor, so several are joined to one."""
     function, state = flow.function, flow.states[index].tensors
     drive = tuple(part[index] for part in flow.inputs)
@@ -53,7 +53,7 @@ def _read_step(flow: Iteration, index: int) -> Identification:
         return joined.join(after)
 
     traced = trace(step, given, batch_dim=axis, check=False)
-    record = read(Surroundings(traced), 0, len(traced.steps))
+    record = read(Surroundings(traced, checks), 0, len(traced.steps))
     return replace(record, steps=(index,), notes=tuple(n.removesuffix(PARTS) for n in record.notes))
 
 

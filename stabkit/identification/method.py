@@ -19,7 +19,7 @@ _NOTHING_READ = frozenset({"unknown", "not a step", "plain", "transition", "unna
 _COARSE = ("unnamed", "gated skip", "composition", "damped Euler, parallel")  # readings that single steps may better
 
 
-def identify(flow: FlowLike, *, parallel: Parallel = SERIAL) -> tuple[Identification, ...]:
+def identify(flow: FlowLike, *, checks: bool = True, parallel: Parallel = SERIAL) -> tuple[Identification, ...]:
     """The method of every step of a flow, or of several steps together where one method spans them.
 
     Every step is brought into affine normal form: new states and stage inputs as linear combinations of old states and
@@ -34,6 +34,8 @@ def identify(flow: FlowLike, *, parallel: Parallel = SERIAL) -> tuple[Identifica
 
     Args:
         flow: from `stabkit.trace`, `stabkit.recurrent_flow` or `stabkit.iterate`.
+        checks: whether readings are confirmed by numbers: commutators, determinants, defects. They cost several
+            products a step, and no name depends on them.
         parallel: who reads which steps.
 
     Raises:
@@ -52,9 +54,9 @@ def identify(flow: FlowLike, *, parallel: Parallel = SERIAL) -> tuple[Identifica
         ['forward Euler', 'forward Euler']
     """
     if isinstance(flow, Iteration):
-        return read_iteration(flow)
+        return read_iteration(flow, checks)
     flow = traced(flow, "identify")
-    around = Surroundings(flow)
+    around = Surroundings(flow, checks)
     places = groups(flow)
 
     def read_group(index: int) -> list[Identification]:

@@ -274,7 +274,7 @@ def _sums(around: Surroundings, found: Slots, links: Sequence[Link], steps: tupl
         record,
         evidence="proven" if kinds <= {"scalar"} and named.is_known and not any(map(_depends, sums)) else "measured",
         notes=(*_linear_part(relaxed), *_notes(around, sums, table), *record.notes),
-        checks=_checks(sums, table),
+        checks=_checks(sums, table) if around.checks else (),
     )
     record = with_projection(record, norms_after(links), len(sums), rectified=all(map(rectifies, behind)))
     record = with_gates(record, kinds, sums)

@@ -31,6 +31,7 @@ TOLERANCE = 1e-12
 # Where roots lie on the unit circle identically (conservative methods), the circle is widened by this much instead.
 _CONSERVATIVE = Fraction(1, 10**200)
 _NEGLIGIBLE = 1e-20
+_SAMPLES = 4096  # points of the locus from which the least angle is refined
 
 
 class AxisInterval(float):
@@ -216,7 +217,7 @@ def is_A_stable(p: Characteristic, imaginary: float) -> bool:
     return math.isinf(imaginary) and not has_left_poles(p) and p.at_infinity() <= 1 + TOLERANCE
 
 
-def wedge_angle(p: Characteristic, real: float, samples: int = 4096) -> float:
+def wedge_angle(p: Characteristic, real: float) -> float:
     """The largest alpha, in degrees, with the wedge |arg(-z)| < alpha stable; 0 when no wedge is.
 
     An open wedge that meets no locus point has a constant number of roots outside the unit disc, and a locus point
@@ -225,7 +226,6 @@ def wedge_angle(p: Characteristic, real: float, samples: int = 4096) -> float:
     Args:
         p: the characteristic polynomial of a method that is not A-stable.
         real: its real stability limit.
-        samples: points of the locus from which the least angle is refined.
     """
     from scipy.optimize import minimize_scalar
 
@@ -237,11 +237,11 @@ def wedge_angle(p: Characteristic, real: float, samples: int = 4096) -> float:
         z = z[np.isfinite(z) & (np.abs(z) > 1e-6) & (z.real < -1e-9 * np.abs(z))]  # near 0 the angle is noise
         return float(np.degrees(np.min(np.arctan2(np.abs(z.imag), -z.real), initial=np.pi / 2)))
 
-    grid = np.linspace(0, np.pi, samples + 1)
+    grid = np.linspace(0, np.pi, _SAMPLES + 1)
     values = np.array([angle(t) for t in grid])
     best = 90.0
     for k in np.argsort(values, kind="stable")[:3]:
-        low, high = grid[max(k - 1, 0)], grid[min(k + 1, samples)]
+        low, high = grid[max(k - 1, 0)], grid[min(k + 1, _SAMPLES)]
         found = minimize_scalar(angle, bounds=(low, high), method="bounded", options={"xatol": 1e-12})
         best = min(best, float(found.fun), float(values[k]))
     return best

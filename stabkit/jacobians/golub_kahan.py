@@ -15,7 +15,7 @@ from torch import Tensor
 
 from stabkit.jacobians.counted_products import BudgetSpentError, CountedProducts, rounding
 from stabkit.jacobians.orthonormal import KrylovBasis, extend
-from stabkit.jacobians.search import Ranking, Search, next_blocks, search_all
+from stabkit.jacobians.search import BLOCK, Ranking, Search, next_blocks, search_all
 from stabkit.threads import single_threaded
 
 
@@ -138,7 +138,6 @@ def golub_kahan(
     finest: float,
     seed: int,
     size: int,
-    block: int = 2,
 ) -> tuple[list[Triples], str]:
     """Search ``k`` extremal singular triples of every sample, one block of products for all samples at a time.
 
@@ -150,17 +149,15 @@ def golub_kahan(
         finest: residual below which close values are taken for copies of one; at most ``tol``.
         seed: the seed of the random start blocks.
         size: the largest dimension of the Krylov spaces before a restart.
-        block: vectors a block. One takes the fewest products to converge, but then always as many again to look for
-            copies of what it found; two see pairs at once.
 
     Returns:
         The triples of each sample, in the order asked for (fewer than ``k`` when the budget ended first), and
         why the search stopped.
     """
     batch, m, n = products.J.shape
-    states = [Bidiagonalisation(m, n, size, block, products.device, seed) for _ in range(batch)]
+    states = [Bidiagonalisation(m, n, size, BLOCK, products.device, seed) for _ in range(batch)]
     searches = [_Search(state, k, smallest, tol, finest, 20 * rounding(products.J)) for state in states]
-    stopped = search_all(searches, lambda: _step(products, searches, block))
+    stopped = search_all(searches, lambda: _step(products, searches))
     found = []
     for search in searches:
         values = search.state.svd()[1]
@@ -168,14 +165,14 @@ def golub_kahan(
     return found, stopped
 
 
-def _step(products: CountedProducts, searches: list[_Search], block: int) -> None:
+def _step(products: CountedProducts, searches: list[_Search]) -> None:
     """One block of products with J and one with J^T."""
     batch, m, _ = products.J.shape
     active = [(s, search.state) for s, search in enumerate(searches) if not search.settled]
-    if products.remaining() < 2 * block:
+    if products.remaining() < 2 * BLOCK:
         raise BudgetSpentError
-    JV = products.forward(next_blocks(products, searches, block))
-    U = torch.zeros(batch, block, m, dtype=torch.float64, device=products.device)
+    JV = products.forward(next_blocks(products, searches))
+    U = torch.zeros(batch, BLOCK, m, dtype=torch.float64, device=products.device)
     for s, state in active:
         U[s, : state.width] = state.forward(JV[s, : state.width])
     JTU = products.adjoint(U)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from stabkit.jacobians.counted_products import CountedProducts, rounding
 from stabkit.jacobians.orthonormal import KrylovBasis, extend
-from stabkit.jacobians.search import Ranking, Search, next_blocks, search_all
+from stabkit.jacobians.search import BLOCK, Ranking, Search, next_blocks, search_all
 from stabkit.threads import single_threaded
 
 # badness of an eigenvalue: the smaller, the more it is wanted; equal for a conjugate pair
@@ -173,7 +173,6 @@ def krylov_schur(
     tol: float,
     seed: int,
     size: int,
-    block: int = 2,
     look: bool = True,
 ) -> tuple[list[Pairs], str]:
     """Search the ``k`` most wanted eigenpairs of every sample, one block of products for all at a time.
@@ -185,7 +184,6 @@ def krylov_schur(
         tol: residual, as a fraction of the norm, at which a pair counts as found.
         seed: the seed of the random start blocks.
         size: the largest dimension of the Krylov space before a restart.
-        block: vectors a block, as for :func:`stabkit.jacobians.golub_kahan.golub_kahan`.
         look: look for copies that the start vectors cannot see, where there may be any.
 
     Returns:
@@ -193,7 +191,7 @@ def krylov_schur(
         search stopped.
     """
     batch, _, n = products.J.shape
-    states = [Arnoldi(n, size, block, products.device, seed) for _ in range(batch)]
+    states = [Arnoldi(n, size, BLOCK, products.device, seed) for _ in range(batch)]
 
     def wanted(sample: int) -> Badness:
         def scaled(values: np.ndarray) -> np.ndarray:
@@ -205,7 +203,7 @@ def krylov_schur(
     searches = [_Search(state, k, wanted(s), tol, 20 * rounding(products.J), look) for s, state in enumerate(states)]
 
     def step() -> None:
-        JV = products.forward(next_blocks(products, searches, block))
+        JV = products.forward(next_blocks(products, searches))
         for s, search in enumerate(searches):
             if not search.settled:
                 search.state.absorb(JV[s, : search.state.width])

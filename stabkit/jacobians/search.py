@@ -12,6 +12,9 @@ from torch import Tensor
 from stabkit.jacobians.counted_products import BudgetSpentError, CountedProducts
 from stabkit.jacobians.orthonormal import KrylovBasis
 
+# Vectors that a search multiplies at once. One takes the fewest products to converge, but then always as many again to
+# look for copies of what it found; two see pairs at once.
+BLOCK = 2
 # Tests are made whenever the residual should have halved, whatever the tolerance: a search with a looser one sees the
 # same Ritz values at the same steps, and can only stop sooner.
 _BETWEEN_TESTS = 0.5
@@ -148,10 +151,10 @@ def search_all(searches: Sequence[Search], step: Callable[[], None]) -> str:
     return "done"
 
 
-def next_blocks(products: CountedProducts, searches: Sequence[Search], block: int) -> Tensor:
+def next_blocks(products: CountedProducts, searches: Sequence[Search]) -> Tensor:
     """One block for every sample that still searches; the others take part with zeros: ``(batch, block, n)``."""
     batch, _, n = products.J.shape
-    V = torch.zeros(batch, block, n, dtype=torch.float64, device=products.device)
+    V = torch.zeros(batch, BLOCK, n, dtype=torch.float64, device=products.device)
     for s, search in enumerate(searches):
         if not search.settled:
             V[s, : search.state.width] = search.state.next_block()

@@ -82,6 +82,7 @@ def residual_profile(
         ArgumentError: an argument is out of its range.
 
     Example:
+        >>> import math
         >>> profile = residual_profile("relu", 12, sigma_w=2**0.5)
         >>> round(math.exp(profile.log_gradient_ratio))
         4096

@@ -10,7 +10,7 @@ from stabkit.diagnosis import Finding
 from stabkit.monitor.first_block import Mover, first_mover, moved_finding, non_finite_finding
 from stabkit.monitor.record import Record
 from stabkit.monitor.rules import AlertRules
-from stabkit.monitor.series import SeriesBank
+from stabkit.monitor.series import Move, SeriesBank
 
 _FIELDS = ("growth", "gain", "total")
 
@@ -71,7 +71,8 @@ class Alerts:
         self._broken, self._quiet = True, 0
         finding = non_finite_finding(record, self.first)
         index = finding.steps[0] if finding.steps else -1
-        began = Mover(record.step, finding.module_path, index, "non_finite", "spike", math.inf, 0.0, math.inf)
+        broken = Move(-1, "spike", math.inf, 0.0, math.inf, True)
+        began = Mover(**vars(broken), step=record.step, name=finding.module_path, index=index, field="non_finite")
         self.first = self.first or began
         return [finding]
 
@@ -95,9 +96,7 @@ class Alerts:
                 continue  # a small gradient of everything is how training ends
             name, index = ("", -1) if _FIELDS[field] == "total" else (self._names[block], places[block])
             step = self._before if move.late else record.step
-            found.append(
-                Mover(step, name, index, _FIELDS[field], move.what, move.value, move.usual, move.size, move.fresh)
-            )
+            found.append(Mover(**vars(move), step=step, name=name, index=index, field=_FIELDS[field]))
         self._before = record.step
         return sorted(found, key=lambda mover: mover.index if mover.index >= 0 else len(names))
 

@@ -8,35 +8,26 @@ from dataclasses import dataclass
 
 from stabkit.diagnosis import Finding, factor
 from stabkit.monitor.record import Record
+from stabkit.monitor.series import Move
 
 _WORDS = {"growth": "gradient growth", "gain": "activation gain", "total": "log of the gradient norm"}
 
 
-@dataclass(frozen=True)
-class Mover:
-    """One quantity of one block that left its usual range.
+@dataclass(frozen=True, kw_only=True)
+class Mover(Move):
+    """One quantity of one block that left its usual range; values are in nats.
 
     Attributes:
         step: of training.
         name: path of the block; empty for the model as a whole.
         index: place of the block in the record; -1 for the model as a whole.
         field: ``growth``, ``gain``, ``total`` or ``non_finite``.
-        what: ``spike`` or ``drift``.
-        value: what it is, in nats.
-        usual: what it was.
-        size: distance in robust deviations for a spike, in thresholds for a drift.
-        fresh: whether this was not reported lately.
     """
 
     step: int
     name: str
     index: int
     field: str
-    what: str
-    value: float
-    usual: float
-    size: float
-    fresh: bool = True
 
     @property
     def kind(self) -> str:

@@ -156,14 +156,8 @@ class Record(Result):
 
     def totals(self) -> dict[str, Any]:
         """The numbers of the whole model by name."""
-        return {
-            "step": self.step,
-            "time": self.time,
-            "loss": self.loss,
-            "gradient_norm": self.gradient_norm,
-            "clipped_norm": self.clipped_norm,
-            "non_finite": self.non_finite,
-        }
+        names = ("step", "time", "loss", "gradient_norm", "clipped_norm", "non_finite")
+        return {name: getattr(self, name) for name in names}
 
     def scalars(self) -> dict[str, float]:
         """The finite-or-not numbers by a flat name, as logging tools want them; what was not measured is left out.

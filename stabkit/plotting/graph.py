@@ -93,7 +93,7 @@ def _of_report(report: Report) -> list[_Node]:
 
 def _of_flow(flow: Flow) -> list[_Node]:
     nodes = []
-    for step, found in zip(flow.steps, by_step(identify(flow), len(flow.steps)), strict=True):
+    for step, found in zip(flow.steps, by_step(identify(flow, checks=False), len(flow.steps)), strict=True):
         # the stages of a method that spans several steps are not those of each
         known = isinstance(found.method, GeneralLinearMethod) and len(found.steps) == 1
         A = found.method.A.tolist() if known and isinstance(found.method, GeneralLinearMethod) else []

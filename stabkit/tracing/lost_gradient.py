@@ -16,12 +16,12 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import Node
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves
 
 from stabkit.errors import StabkitError
 from stabkit.tracing.containers import named_tensors
 from stabkit.tracing.forward_pass import ForwardPass
 from stabkit.tracing.inputs import differentiable
+from stabkit.tracing.recording import tensors_in
 from stabkit.tracing.training_pass import Observer, TrainingPass, calling_line, nodes_above, training_pass
 from stabkit.tracing.values import Value, value_of
 
@@ -162,8 +162,7 @@ class Exits(Observer):  # type: ignore[no-untyped-call]
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         out = func(*args, **(kwargs or {}))
-        taken = [t for t in tree_leaves((args, kwargs or {})) if isinstance(t, Tensor)]
-        results = [t for t in tree_leaves(out) if isinstance(t, Tensor)]
+        taken, results = tensors_in(args, kwargs), tensors_in(out)
         with_grad = torch.is_grad_enabled()
         if with_grad:
             self._stretch = None

@@ -20,7 +20,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves
 
 from stabkit.tracing.inputs import INDEXING, VALUE_FREE, Source, differentiable, non_leaf
 from stabkit.tracing.safekeeping import Safe
@@ -133,7 +132,7 @@ class ValueRecorder(EagerMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        tensors = [a for a in tree_leaves((args, kwargs)) if isinstance(a, Tensor)]
+        tensors = tensors_in(args, kwargs)
         for tensor in tensors:
             if tensor.requires_grad:
                 self._see(tensor)
@@ -143,7 +142,7 @@ class ValueRecorder(EagerMode):
         out = func(*args, **kwargs)
         name = func._schema.name.split("::")[-1]
         if name not in VALUE_FREE:
-            results = [o for o in tree_leaves(out) if isinstance(o, Tensor)]
+            results = tensors_in(out)
             if self.tainted:
                 self._follow_integers(name, tensors, results)
             self._follow_gradients(func, tensors, results)
@@ -260,6 +259,19 @@ class _NonLeafSources(TorchFunctionMode):
         name = f"{name}#{earlier + 1}" if earlier else name  # a table shared by encoder and decoder is two sources
         self.recording.sources.append(Source(name, entry[1], copy, value_of(copy)))
         return copy
+
+
+def tensors_in(*held: Any) -> list[Tensor]:
+    """The tensors among the arguments or results of an operation: they come alone, or in lists, tuples and dicts."""
+    found: list[Tensor] = []
+    for item in held:
+        if isinstance(item, Tensor):
+            found.append(item)
+        elif isinstance(item, list | tuple):
+            found += tensors_in(*item)
+        elif isinstance(item, dict):
+            found += tensors_in(*item.values())
+    return found
 
 
 def _written(schema: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[Tensor]:

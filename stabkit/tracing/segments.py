@@ -118,18 +118,29 @@ class Segment:
 
     def footprint(self) -> tuple[int, int]:
         """Bytes of all values alive at once while one cotangent is pulled back, at most, and of the widest value."""
+        sizes: dict[Value, int] = {}
+        alive: dict[Node, set[Value]] = {}  # by the node that made them
+        now = most = 0
 
-        def size(values: Iterable[Value]) -> int:
-            return sum(meta.numel * meta.dtype.itemsize for meta in map(meta_of, values))
+        def arrive(values: Iterable[Value]) -> None:
+            nonlocal now
+            for value in values:
+                if value not in sizes:
+                    meta = meta_of(value)
+                    sizes[value] = meta.numel * meta.dtype.itemsize
+                made = alive.setdefault(value.node, set())
+                if value not in made:
+                    made.add(value)
+                    now += sizes[value]
 
-        alive = set(self.target)
-        most, widest = size(alive), max(size([value]) for value in (*self.target, *self.source))
+        arrive(self.target)
+        most = now
         for node in reversed(self.nodes):
-            alive.update(self.graph.inputs[node])
-            most = max(most, size(alive))
-            widest = max([widest, *(size([value]) for value in self.graph.inputs[node])])
-            alive = {value for value in alive if value.node is not node}
-        return most, widest
+            arrive(self.graph.inputs[node])
+            most = max(most, now)
+            now -= sum(sizes[value] for value in alive.pop(node, ()))
+        ends = (meta.numel * meta.dtype.itemsize for meta in map(meta_of, self.source))
+        return most, max((*sizes.values(), *ends))
 
     def vjp(self, cotangents: Sequence[Tensor]) -> Tensors:
         """Cotangents of the target pulled back to the source."""

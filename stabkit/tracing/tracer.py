@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from stabkit.errors import TraceError
+from stabkit.garbage import young_only
 from stabkit.tracing import chain as chains
 from stabkit.tracing.audit import audit
 from stabkit.tracing.containers import map_tensors, named_tensors
@@ -111,13 +112,14 @@ def trace(
         if batch == 0:
             raise TraceError(f"the input of shape {tuple(shaped[0].shape)} holds no samples; give at least one")
     module = modules_behind(model)
-    with torch.inference_mode(False):
+    with young_only(), torch.inference_mode(False):
         forward = ForwardPass(model, module, inputs, dict(kwargs or {}), seed)
         if memory == "recompute":  # the inputs are needed again, so they must stay what they are
             own = map_tensors([inputs, forward.kwargs], lambda tensor: tensor.detach().clone())
             forward = replace(forward, inputs=own[0], kwargs=own[1])
         recorded = _record(forward, source, target, memory == "recompute")
-    flow = _build(recorded, _Settings(module, depth, batch, batch_dim or 0, seed, check))
+    with young_only():
+        flow = _build(recorded, _Settings(module, depth, batch, batch_dim or 0, seed, check))
 
     def again(checked: bool) -> Flow:
         return trace(

@@ -11,6 +11,7 @@ from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
 from stabkit.vocabulary import operation as operation
 
+_KEPT = "stabkit.metas"  # among the metadata of a node
 _LONG = 4096  # entries; the deviation of one estimate is about the root of two over their number
 
 
@@ -54,10 +55,15 @@ def value_of(tensor: Tensor) -> Value:
 def meta_of(value: Value) -> Meta:
     """Shape, dtype and device of a value, as autograd recorded them."""
     node: Any = value.node
-    entries = getattr(node, "_input_metadata", None)
-    # an AccumulateGrad node has none
-    entry = node.variable if entries is None else entries[value.output]
-    return Meta(tuple(entry.shape), entry.dtype, entry.device)
+    # a reader asks thousands of times, and autograd makes them anew each time: the node keeps them
+    kept: dict[str, tuple[Meta, ...]] = node.metadata
+    metas = kept.get(_KEPT)
+    if metas is None:
+        entries = getattr(node, "_input_metadata", None)
+        # an AccumulateGrad node has none
+        entries = [node.variable] if entries is None else entries
+        metas = kept[_KEPT] = tuple(Meta(tuple(entry.shape), entry.dtype, entry.device) for entry in entries)
+    return metas[value.output]
 
 
 def probes_of(numel: int) -> int:

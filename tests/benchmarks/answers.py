@@ -200,6 +200,38 @@ def of_depth() -> Iterator[Event]:
         yield {"value": taken[1] / taken[0]}
 
 
+class Residual(nn.Module):
+    """x + tanh(W x)."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.branch = nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + torch.tanh(self.branch(x))
+
+
+def residual(depth: int, width: int, samples: int) -> Call:
+    return Call(nn.Sequential(*[Residual(width) for _ in range(depth)]), (torch.randn(samples, width),))
+
+
+def of_trace(make: Callable[[int, int, int], Call]) -> Callable[[], Iterator[Event]]:
+    """The trace of a thousand layers over that of a quarter of them, in time of the processor."""
+
+    def measure() -> Iterator[Event]:
+        warm_up()
+        short, long = make(250, 16, 4), make(1000, 16, 4)
+        while True:
+            taken = []
+            for call in (short, long):
+                began = time.process_time()
+                stabkit.trace(call.model, *call.inputs)
+                taken.append(time.process_time() - began)
+            yield {"value": taken[1] / taken[0]}
+
+    return measure
+
+
 def of_products(make: Callable[[], Call]) -> Callable[[], Iterator[Event]]:
     """Products with a loose tolerance over those with the default one."""
 
@@ -287,6 +319,8 @@ ROWS = {
     "svd-encoder_layer": Row(of_singular_values(encoder_layer), 0.3, of="scipy svds"),
     "svd-bottleneck": Row(of_singular_values(bottleneck), 0.3, of="scipy svds"),
     "depth-1000": Row(of_depth, 4.5, of="250 layers"),
+    "trace-1000-mlp": Row(of_trace(mlp), 4.5, 5, of="250 layers"),
+    "trace-1000-residual": Row(of_trace(residual), 4.5, 5, of="250 layers"),
     "products-encoder_layer": Row(of_products(encoder_layer), 1.0, 1, of="the default tolerance"),
     "products-bottleneck": Row(of_products(bottleneck), 1.0, 1, of="the default tolerance"),
 }

@@ -621,7 +621,7 @@ TASKS: dict[str, Task] = {
     ),
     "gru to gru": Task(Translator, "tokens", steps=600, rate=1e-2, **_TOKENS),
     "deep sets": Task(Sets, "points", least=0.85, steps=500),
-    "linear recurrence": Task(lambda: sequence(*(LinearRecurrence(32) for _ in range(3))), "rows", steps=200),
+    "linear recurrence": Task(lambda: sequence(*(LinearRecurrence(32) for _ in range(3))), "rows", steps=350),
     "lstm both ways": Task(
         lambda: nn.Sequential(LastOf(nn.LSTM, 24, bidirectional=True), nn.Linear(48, 10)), "rows", rate=1e-2
     ),

@@ -97,6 +97,34 @@ def test_an_activation_of_one_number_is_read():
     assert {a.operation for step in examine(flow).measurement.steps for a in step.activities} == {"Tanh"}
 
 
+class Solver(nn.Module):
+    """Keeps its stages in memory that it sets aside first; what is there before they are written is anything."""
+
+    def __init__(self, left: float, width: int = 6) -> None:
+        super().__init__()
+        self.f = nn.ModuleList(nn.Sequential(nn.Linear(width, width), nn.Tanh()) for _ in range(4))
+        self.left = left
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        stages = torch.full((*x.shape, 4), self.left)
+        stages[..., 0] = self.f[0](x)
+        for i in range(1, 4):
+            stages[..., i] = self.f[i](x + 0.5 * stages[..., :i].sum(-1))
+        return x + 0.1 * stages.sum(-1)
+
+
+def test_memory_that_is_not_yet_written_is_no_large_state():
+    torch.manual_seed(0)
+    model, x = Solver(3e37), torch.randn(4, 6)
+    assert any(bool((state.flatten() > 1e37).any()) for state in trace(model, x).states)
+    assert not [f for f in examine(trace(model, x)).findings if serious(f)]
+    large = nn.Sequential(*(nn.Linear(6, 6, bias=False) for _ in range(4)))
+    for layer in large:
+        nn.init.orthogonal_(layer.weight, 1.0)
+    found = examine(trace(large, 1e36 * x)).findings
+    assert "precision_loss" in {f.kind for f in found if serious(f)}
+
+
 class Standardised(nn.Conv2d):
     """A convolution of standardised weights with a gain per channel, as in NFNets."""
 

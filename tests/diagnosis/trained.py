@@ -70,7 +70,7 @@ def main() -> int:
     """Train and diagnose every network that is asked for; how many raised an alarm although they had learned."""
     parser = argparse.ArgumentParser(prog="python -m tests.diagnosis.trained", description=__doc__)
     parser.add_argument("--only", default="", metavar="PATTERN")
-    parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--seeds", default="0", help="such as 0,1,2")
     wanted = parser.parse_args()
     warnings.simplefilter("ignore")
     counted = Counter[str]()
@@ -78,7 +78,7 @@ def main() -> int:
         if re.search(wanted.only, name := f"MiniLM, {size} tokens"):
             began = time.process_time()
             counted += told(name, [minilm(size)], math.nan, time.process_time() - began)
-    for seed in range(wanted.seeds):
+    for seed in map(int, wanted.seeds.split(",")):
         for name, task in TASKS.items():
             if re.search(wanted.only, name):
                 counted += row(name, task, seed)

@@ -1,0 +1,100 @@
+"""What a diagnosis costs, in passes and products that are counted."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import stabkit
+from stabkit.diagnosis import causes, collapse, examine, trial
+from stabkit.identification import confirmation, identify, pairs, reading
+
+
+def _deep(gain: float = 0.2, depth: int = 12) -> nn.Module:
+    layers = [nn.Linear(16, 16, bias=False) for _ in range(depth)]
+    for layer in layers:
+        nn.init.orthogonal_(layer.weight, gain=gain)
+    return nn.Sequential(*layers)
+
+
+def _counted(monkeypatch: pytest.MonkeyPatch, module: Any, name: str) -> list[int]:
+    calls: list[int] = []
+    original = getattr(module, name)
+
+    def counting(*args: Any, **kwargs: Any) -> Any:
+        calls.append(1)
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(module, name, counting)
+    return calls
+
+
+def test_lost_parameters_are_looked_for_once_however_many_remedies_are_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+    looked, tried = (
+        _counted(monkeypatch, module, name)
+        for module, name in ((causes, "lost_parameter_findings"), (trial, "suspected"))
+    )
+    found = examine(stabkit.trace(_deep(), torch.randn(4, 16)))
+    assert found.verdict.name == "vanishing"
+    assert len(tried) >= 1
+    assert len(looked) == 1
+
+
+def test_a_report_asks_for_no_numerical_confirmation_of_a_method(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
+    model = nn.TransformerEncoder(layer, 6, enable_nested_tensor=False).eval()
+    x = torch.randn(2, 5, 8)
+    made = _counted(monkeypatch, reading, "commutator")
+    report = stabkit.analyze(model, x, spectrum="none")
+    assert not made
+    confirmed = identify(stabkit.trace(model, x))
+    assert len(made) == len(confirmed) == 6
+    assert [step.method for step in report.steps] == [record.name for record in confirmed]
+    assert all(record.checks for record in confirmed)
+
+
+def test_without_checks_a_reading_is_the_same_but_for_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Coupling(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.f, self.g = nn.Linear(4, 4), nn.Linear(4, 4)
+
+        def forward(self, state: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+            a, b = state
+            a = a + torch.tanh(self.f(b))
+            return a, b + torch.tanh(self.g(a))
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.blocks = nn.ModuleList([Coupling() for _ in range(3)])
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            state = x[:, :4], x[:, 4:]
+            for block in self.blocks:
+                state = block(state)
+            return torch.cat(state, 1)
+
+    flow = stabkit.trace(Net().double(), torch.randn(2, 8, dtype=torch.float64))
+    determinants = _counted(monkeypatch, pairs, "volume")
+    bare = identify(flow, checks=False)
+    assert not determinants
+    assert [record.name for record in bare] == [record.name for record in identify(flow)]
+    assert determinants
+    assert confirmation.Check not in {type(check) for record in bare for check in record.checks}
+
+
+def test_ranks_of_states_are_computed_for_a_collapse_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    computed = _counted(monkeypatch, collapse, "_effective_rank")
+    flow = stabkit.trace(_deep(gain=1.0), torch.randn(4, 16))
+    examine(flow)
+    assert not computed
+    ranks = collapse.spread(flow).rank
+    assert len(computed) == len(flow.states)
+    energy = np.linalg.svd(flow.states[3].flatten().detach().double().numpy(), compute_uv=False) ** 2
+    share = energy / energy.sum()
+    assert ranks[3] == pytest.approx(np.exp(-(share * np.log(share)).sum()), rel=1e-12)
