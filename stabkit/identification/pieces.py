@@ -15,6 +15,7 @@ from stabkit.identification.operations import (
     CONTRACTIONS,
     JOINS,
     MOVES,
+    NORMS,
     PRODUCTS,
     SCALES,
     WRITES,
@@ -173,6 +174,18 @@ class Piece:
         alike = self.base[a] == self.base[b]
         narrow = meta_of(a).numel != meta_of(b).numel or (a in self._statistics) != (b in self._statistics)
         return alike and a != b and narrow
+
+    def is_norm(self, value: Value) -> bool:
+        """Whether a value was divided by a statistic of itself, or has its mean taken away."""
+        edges = self.inputs(value.node)
+        by_hand = operation(value.node) in ADDS | PRODUCTS and len(edges) == 2 and self._is_statistic_of(*edges)
+        return operation(value.node) in NORMS or by_hand
+
+    def has_factors(self, node: Node) -> bool:
+        """Whether an operation multiplies every entry by a constant of its own."""
+        saved = [getattr(node, name, None) for name in ("_saved_other", "_saved_self")]
+        constant = [t for t in saved if isinstance(t, Tensor) and t.grad_fn is None]
+        return operation(node) == "Mul" and any(t.numel() > 1 for t in constant)
 
     def _gated(self, node: Node, edges: list[Value]) -> list[Value]:
         carried = [v for v in edges if v in self.carrying]

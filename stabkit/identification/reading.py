@@ -20,7 +20,7 @@ from stabkit.identification.confirmation import Check, commutator, defect
 from stabkit.identification.couplings import is_affine_coupling
 from stabkit.identification.diffusion import averages
 from stabkit.identification.flow_index import Surroundings
-from stabkit.identification.hidden_skip import HiddenSkip, hidden_skip
+from stabkit.identification.hidden_skip import HiddenSkip, hidden_skip, reaches_linearly
 from stabkit.identification.implicit import LinearSolve, fixed_point, iterates_silently, linear_solve, solves_inside
 from stabkit.identification.naming import Name, name_one_state
 from stabkit.identification.normal_form import NormalForm, Stage
@@ -59,7 +59,13 @@ def _read(around: Surroundings, found: Slots, start: int, stop: int) -> Identifi
         return nothing(steps, "unknown", "nothing that this step computes is used by a later one", "unknown")
     if len(found.sources) == len(found.targets) == 1:
         return _one_state(around, found, steps)
-    return read_several_states(around, found, steps)
+    record = read_several_states(around, found, steps)
+    before, after = (around.flow.states[i].values for i in (start, stop))
+    if record.name != "unnamed" or not found.split or len(before) != 1 or len(after) != 1:
+        return record
+    whole = replace(found, sources=before, targets=after, split=False)  # streams that are split off and mixed again
+    streams = mixed_streams(around.flow, start, stop, around.whole(start, stop, whole))
+    return record if streams is None else _of_streams(streams, steps)
 
 
 def _implicit(around: Surroundings, steps: tuple[int, ...]) -> Identification:
@@ -179,7 +185,11 @@ def _without_skip(around: Surroundings, found: Slots, links: Sequence[Link], ste
         named = name_one_state(table)
         return _record(named, table, steps, skip=0.0, residual=0.0, notes=tuple(notes))
     name = Name("plain", "none: a map without a skip", 1.0, "h = 1: the map itself")
-    return _record(name, None, steps, skip=0.0, residual=0.0, notes=tuple(notes))
+    record = _record(name, None, steps, skip=0.0, residual=0.0, notes=tuple(notes))
+    if not any(link.kind == "sum" for link in links) or not reaches_linearly(whole):
+        return record
+    why = "the old state reaches the new one by a linear map too, x' = P x + f(x), but P is no multiple of the identity"
+    return replace(record, evidence="measured", notes=(*record.notes, why))
 
 
 def _is_projection(stage: Stage) -> bool:
