@@ -15,7 +15,6 @@ from stabkit.identification.operations import (
     CONTRACTIONS,
     JOINS,
     MOVES,
-    NORMS,
     PRODUCTS,
     SCALES,
     WRITES,
@@ -25,6 +24,7 @@ from stabkit.identification.operations import (
 from stabkit.tracing.graph import Graph
 from stabkit.tracing.nodes import apply_node
 from stabkit.tracing.values import Value, meta_of, operation, random_tensors
+from stabkit.vocabulary import norm_of
 
 #: Output number of what an operation adds to its first input, as if it were a value of its own.
 ADDED = -1
@@ -179,7 +179,7 @@ class Piece:
         """Whether a value was divided by a statistic of itself, or has its mean taken away."""
         edges = self.inputs(value.node)
         by_hand = operation(value.node) in ADDS | PRODUCTS and len(edges) == 2 and self._is_statistic_of(*edges)
-        return operation(value.node) in NORMS or by_hand
+        return norm_of(value.node) is not None or by_hand
 
     def has_factors(self, node: Node) -> bool:
         """Whether an operation multiplies every entry by a constant of its own."""
