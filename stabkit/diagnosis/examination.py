@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from stabkit.diagnosis.alternatives import candidates
@@ -81,7 +81,7 @@ def examine(
     thresholds: Thresholds | None = None,
     probes: int = 4,
     seed: int = 0,
-    methods: Sequence[Identification] | None = None,
+    methods: Callable[[], Sequence[Identification]] | None = None,
     spectra: SharedSpectra | None = None,
     parallel: Parallel = SERIAL,
     trials: int = TRIALS,
@@ -94,7 +94,7 @@ def examine(
         thresholds: the limits behind the findings.
         probes: random cotangents per sample when there is no loss.
         seed: the seed of every random choice.
-        methods: those of `stabkit.identify`, where they are known.
+        methods: gives those of `stabkit.identify`, where others want them too; called if growth asks for a mechanism.
         spectra: matrices and eigenvalues of the steps by index, where others want them too.
         parallel: who measures what.
         trials: measurements that trying remedies may take, at most.
@@ -159,21 +159,28 @@ class _Trials:
         """The remedy to tell: the first that cures; of those that cure a stretch, the one that serves best.
 
         With a loss that is the one that trains best, without one that which leaves fewest other suspects. What is
-        suspected of the same stretch besides may be the cause, so its remedies are tried too.
+        suspected of the same stretch besides may be the cause, so its remedies are tried too. Dead units are judged
+        by training as well.
         """
         found: list[Cure] = []
+        # what killed units may have ruined more than their layer, which only training shows
+        dead = suspect.kind == "dead" and callable(self.settings.loss)
+        competing = is_stretch(suspect) or dead
         for remedy in candidates(suspect, self.found.measurement, self.flow, _of_same_stretch(suspect, others)):
             if self.left < 1:
                 break
             self.left -= 1
             trial = tried(self.flow, suspect, remedy.actions, self.found, self.settings)
             if trial.cured:
-                trains = self.training(remedy.actions) if is_stretch(suspect) else None
+                trains = self.training(remedy.actions) if competing else None
                 if not worse(trains, self.training() if trains else None):
                     found.append(Cure(trial, remedy, trains))
-                if not is_stretch(suspect):
+                if not competing:
                     break
-        return min(found, key=lambda cure: cure.worth, default=None)
+        best = min(found, key=lambda cure: cure.worth, default=None)
+        if not dead or best is None:
+            return best
+        return next(cure for cure in found if not worse(cure.trains, best.trains))  # the mildest that is as good
 
     def training(self, actions: Sequence[Action] = ()) -> ShortTraining | None:
         """A short training with a remedy, where there is a loss."""

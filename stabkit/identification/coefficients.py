@@ -13,10 +13,11 @@ from torch import Tensor
 from stabkit.identification.operations import ADDS, PRODUCTS
 from stabkit.identification.pieces import Piece
 from stabkit.results import Result
-from stabkit.tracing.values import Meta, Value, meta_of, operation
+from stabkit.tracing.values import Value, meta_of, operation
+from stabkit.vocabulary import moves
 
 _ROUNDINGS = 8.0
-_RESHAPED = frozenset({"Reshape", "ReshapeAlias", "UnsafeView", "View"})
+_RESHAPED = moves("reshape")
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,7 @@ class LinearCombination:
         if factors is None:
             return None
         if is_stage and self._survival is not None:
-            drawn = _of_samples(factors, self._survival, meta.dtype)
+            drawn = _of_samples(factors, self._survival, self._dtype)
             if drawn is not None:
                 return drawn
         if factors.is_complex():
@@ -87,7 +88,7 @@ class LinearCombination:
             return Coefficient("scalar", 0.0, 0.0, 0.0, 0.0) if is_stage else None
         if self._spreads_inside or atom in self._spread:
             factors = factors * (meta_of(atom).numel / meta.numel)
-        kind, number = _kind(factors, meta, gated=self._is_gated, masked=self._is_masked)
+        kind, number = _kind(factors, meta.numel, self._dtype, gated=self._is_gated, masked=self._is_masked)
         low, high = float(factors.min()), float(factors.max())
         sample = float(factors.reshape(-1)[0]) if kind == "diagonal" else None
         found = Coefficient(kind, number, low, high, 0.0, sample)
@@ -100,6 +101,13 @@ class LinearCombination:
     def _ones(self) -> dict[Value, Tensor]:
         meta = meta_of(self.value)
         return self._pulled(torch.ones((), dtype=meta.dtype, device=meta.device).expand(meta.shape))
+
+    @cached_property
+    def _dtype(self) -> torch.dtype:
+        """The coarsest precision on the path: a state in double precision may pass a network in single."""
+        known = [meta_of(v).dtype for v in (self.value, *(Value(node, 0) for node in self.path))]
+        floats = [dtype for dtype in known if dtype.is_floating_point or dtype.is_complex]
+        return max(floats, key=lambda dtype: torch.finfo(dtype).eps)
 
     @cached_property
     def _drawn(self) -> list[tuple[Tensor, dict[Value, Tensor]]]:
@@ -164,7 +172,7 @@ class LinearCombination:
         s = torch.stack([arrived[atom].reshape(-1) for _, arrived in self._drawn]).double().cpu()
         coefficient = float((w * s).sum() / (w * w).sum())
         residual = float((s - coefficient * w).norm() / w.norm())
-        if residual <= _tolerance(after.dtype):
+        if residual <= _tolerance(self._dtype):
             number = guess.value if guess.kind == "scalar" else coefficient
             return Coefficient("scalar", number, guess.low, guess.high, residual)
         ratios = s / w
@@ -174,7 +182,7 @@ class LinearCombination:
             return Coefficient(kind, guess.value, guess.low, guess.high, deviation, guess.sample)
         # numpy's sort: torch's keeps the places as well, and takes ten times as long
         sizes = [np.sort(t.abs().numpy(), axis=1) for t in (s, w)]
-        moved = float(np.linalg.norm(sizes[0] - sizes[1]) / w.norm()) <= _tolerance(after.dtype)
+        moved = float(np.linalg.norm(sizes[0] - sizes[1]) / w.norm()) <= _tolerance(self._dtype)
         return Coefficient("moved" if moved else "mixed", guess.value, guess.low, guess.high, residual)
 
 
@@ -193,9 +201,9 @@ def _of_samples(factors: Tensor, kept: float, dtype: torch.dtype) -> Coefficient
     return Coefficient("samples", base, float(flat.min()), float(flat.max()), 0.0, kept)
 
 
-def _kind(factors: Tensor, meta: Meta, *, gated: bool, masked: bool) -> tuple[str, float]:
+def _kind(factors: Tensor, numel: int, dtype: torch.dtype, *, gated: bool, masked: bool) -> tuple[str, float]:
     flat = factors.detach().double().reshape(-1).cpu()
-    mean, dtype = float(flat.mean()), meta.dtype
+    mean = float(flat.mean())
     if gated and not _is_constant(factors, dtype):
         return "gate", mean
     if _is_constant(factors, dtype):
@@ -207,7 +215,7 @@ def _kind(factors: Tensor, meta: Meta, *, gated: bool, masked: bool) -> tuple[st
     if masked and number != 1.0:  # dropout divides what it keeps; a mask of ones is a choice of entries
         return "dropout", number
     # entries of a stage that are cut off again (padding) are no choice of entries of the state
-    return "part" if flat.numel() == meta.numel else "scalar", number
+    return "part" if flat.numel() == numel else "scalar", number
 
 
 def _number(flat: Tensor, dtype: torch.dtype) -> float:

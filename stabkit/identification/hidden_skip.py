@@ -65,6 +65,12 @@ def affine_pulls(piece: Piece, cotangents: Sequence[Tensor]) -> list[Tensor] | N
     return arrived if len(arrived) == len(pulled) else None
 
 
+def reaches_linearly(piece: Piece) -> bool:
+    """Whether something of the one source reaches the one target along affine operations alone."""
+    pulled = affine_pulls(piece, [random_tensors([piece.targets[0]], seed=0)[0]])
+    return pulled is not None and bool(pulled[0].any())
+
+
 def hidden_skip(piece: Piece) -> HiddenSkip | None:
     """What reaches the one target from the one source along affine operations alone, when that is a multiple of it.
 

@@ -42,6 +42,8 @@ def name_several_states(found: Blocks, *, symmetric: bool | None, gated: bool) -
         name = _verlet(found) or _two_fields(found, symmetric)
         if name is not None:
             return name
+    if r > 2 and len(found.rows) == 1:
+        return Name(f"general linear method of {r} states", "x' = f(x), a history of states", 1.0, one)
     return Name("unnamed", f"a system of {r} states", 1.0, one)
 
 

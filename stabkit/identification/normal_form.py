@@ -150,7 +150,7 @@ def _is_simpler(whole: NormalForm, form: NormalForm) -> bool:
 
 
 def _owned_scalings(form: NormalForm, calls: Sequence[Call]) -> set[Node]:
-    """Scalings of stages that happen in the call of a repeated module that adds nothing to a state."""
+    """Gains of norms, and scalings of stages in the call of a repeated module that adds nothing to a state."""
     stages = {stage.output: stage for stage in form.stages}
     piece = form.piece
     merged = [value.node._sequence_nr() for value in piece.merges]
@@ -162,6 +162,9 @@ def _owned_scalings(form: NormalForm, calls: Sequence[Call]) -> set[Node]:
         if len(atoms) != 1 or atoms[0] not in stages:
             continue
         first, last = stages[atoms[0]].nodes[0]._sequence_nr(), node._sequence_nr()
+        if piece.is_norm(atoms[0]) and piece.has_factors(node):
+            owned.add(node)  # what is normalised has no size of its own: its gain for each channel gives it one
+            continue
         around = [c for c in calls if c[0] <= first and last < c[1]]
         if any(not any(start <= time < stop for time in merged) for start, stop, _ in around):
             owned.add(node)

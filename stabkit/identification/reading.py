@@ -5,7 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from stabkit.identification.around_addition import GATED, norms_after, with_gates, with_projection, with_randomness
+from stabkit.identification.around_addition import (
+    GATED,
+    norms_after,
+    rectifies,
+    with_gates,
+    with_projection,
+    with_randomness,
+)
 from stabkit.identification.chain import Link
 from stabkit.identification.coefficients import Coefficient, LinearCombination
 from stabkit.identification.composites import with_composite_fields
@@ -13,11 +20,11 @@ from stabkit.identification.confirmation import Check, commutator, defect
 from stabkit.identification.couplings import is_affine_coupling
 from stabkit.identification.diffusion import averages
 from stabkit.identification.flow_index import Surroundings
-from stabkit.identification.hidden_skip import HiddenSkip, hidden_skip
+from stabkit.identification.hidden_skip import HiddenSkip, hidden_skip, reaches_linearly
 from stabkit.identification.implicit import LinearSolve, fixed_point, iterates_silently, linear_solve, solves_inside
 from stabkit.identification.naming import Name, name_one_state
 from stabkit.identification.normal_form import NormalForm, Stage
-from stabkit.identification.operations import is_opaque
+from stabkit.identification.operations import JOINS
 from stabkit.identification.pairs import dense_concatenation, read_several_states
 from stabkit.identification.record import Identification
 from stabkit.identification.relaxation import with_linear_part
@@ -52,7 +59,13 @@ def _read(around: Surroundings, found: Slots, start: int, stop: int) -> Identifi
         return nothing(steps, "unknown", "nothing that this step computes is used by a later one", "unknown")
     if len(found.sources) == len(found.targets) == 1:
         return _one_state(around, found, steps)
-    return read_several_states(around, found, steps)
+    record = read_several_states(around, found, steps)
+    before, after = (around.flow.states[i].values for i in (start, stop))
+    if record.name != "unnamed" or not found.split or len(before) != 1 or len(after) != 1:
+        return record
+    whole = replace(found, sources=before, targets=after, split=False)  # streams that are split off and mixed again
+    streams = mixed_streams(around.flow, start, stop, around.whole(start, stop, whole))
+    return record if streams is None else _of_streams(streams, steps)
 
 
 def _implicit(around: Surroundings, steps: tuple[int, ...]) -> Identification:
@@ -82,7 +95,7 @@ def nothing(
 def _one_state(around: Surroundings, found: Slots, steps: tuple[int, ...]) -> Identification:
     start, stop = steps[0], steps[-1] + 1
     links = around.chain(start, stop, found)
-    opaque = sorted({operation(n) for link in links for n in link.form.piece.nodes if is_opaque(n)})
+    opaque = sorted({operation(n) for link in links for n in link.form.piece.nodes if link.form.piece.hides(n)})
     if meta_of(found.sources[0]).shape != meta_of(found.targets[0]).shape:
         dense = dense_concatenation(around, found, steps)
         if dense is not None:
@@ -139,7 +152,7 @@ def _change_of_space(links: Sequence[Link], opaque: Sequence[str]) -> str:
 
 def _is_concatenation(form: NormalForm) -> bool:
     name = operation(form.targets[0].node)
-    return name in ("Cat", "Stack") and form.targets[0] in form.piece.carrying
+    return name in JOINS and form.targets[0] in form.piece.carrying
 
 
 def _without_skip(around: Surroundings, found: Slots, links: Sequence[Link], steps: tuple[int, ...]) -> Identification:
@@ -172,7 +185,11 @@ def _without_skip(around: Surroundings, found: Slots, links: Sequence[Link], ste
         named = name_one_state(table)
         return _record(named, table, steps, skip=0.0, residual=0.0, notes=tuple(notes))
     name = Name("plain", "none: a map without a skip", 1.0, "h = 1: the map itself")
-    return _record(name, None, steps, skip=0.0, residual=0.0, notes=tuple(notes))
+    record = _record(name, None, steps, skip=0.0, residual=0.0, notes=tuple(notes))
+    if not any(link.kind == "sum" for link in links) or not reaches_linearly(whole):
+        return record
+    why = "the old state reaches the new one by a linear map too, x' = P x + f(x), but P is no multiple of the identity"
+    return replace(record, evidence="measured", notes=(*record.notes, why))
 
 
 def _is_projection(stage: Stage) -> bool:
@@ -235,7 +252,8 @@ def _sums(around: Surroundings, found: Slots, links: Sequence[Link], steps: tupl
     """A chain of sums, with norms or activations after them."""
     sums = [link.form for link in links if link.kind == "sum"]
     first = next(i for i, link in enumerate(links) if link.kind == "sum")
-    after = tuple(n for link in links[first:] if link.kind == "weightless" for n in link.operations)
+    behind = [link for link in links[first:] if link.kind == "weightless"]
+    after = tuple(n for link in behind for n in link.operations)
     total = None if after else _total(around, found, steps, links)
     if total is not None and total.kind in ("moved", "mixed"):
         return nothing(steps, "not a step", "the skip moves or mixes coordinates", "measured")
@@ -268,7 +286,8 @@ def _sums(around: Surroundings, found: Slots, links: Sequence[Link], steps: tupl
         notes=(*_linear_part(relaxed), *_notes(around, sums, table), *record.notes),
         checks=_checks(sums, table) if around.checks else (),
     )
-    record = with_gates(with_projection(record, norms_after(links), len(sums)), kinds, sums)
+    record = with_projection(record, norms_after(links), len(sums), rectified=all(map(rectifies, behind)))
+    record = with_gates(record, kinds, sums)
     if "gate" in kinds and is_affine_coupling(
         around.flow, start := steps[0], steps[-1] + 1, around.whole(start, steps[-1] + 1, found)
     ):

@@ -7,7 +7,7 @@ the streams x_1, ..., x_n lying side by side in one tensor. M, a and b are measu
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -57,36 +57,67 @@ def mixed_streams(flow: Flow, start: int, stop: int, piece: Piece) -> Streams | 
     skip = affine_pulls(piece, [w])
     if skip is None:
         return None
-    for axis in range(1, len(shape)):
-        n = shape[axis]
-        if not 2 <= n <= _MOST or w.numel() < 2 * n * n:
+    for layout in _layouts(tuple(shape)):
+        n = layout.view[layout.axis]
+        if w.numel() < 2 * n * n:
             continue
-        W, S = _rows(w, axis), _rows(skip[0], axis)
+        W, S = layout.rows(w), layout.rows(skip[0])
         M = S @ np.linalg.pinv(W)  # S = M^T W
         if np.linalg.norm(S - M @ W) > tolerance * np.linalg.norm(S):
             continue
-        found = _branch(w, vjp, M, axis, tolerance)
+        found = _branch(w, vjp, M, layout, tolerance)
         if found is not None:
             a, b, residual = found
             method = GeneralLinearMethod(np.zeros((1, 1)), a[None], b[:, None], M.T, name=f"{n} streams")
-            return Streams(method, axis, residual)
+            return Streams(method, layout.of, residual)
     return None
 
 
-def _rows(tensor: Tensor, axis: int) -> Matrix:
-    """One row a stream."""
-    return np.asarray(tensor.detach().double().cpu().movedim(axis, 0).flatten(1).numpy())
+@dataclass(frozen=True)
+class _Layout:
+    """One way in which streams may lie in a state.
+
+    Attributes:
+        of: the axis of the state that holds them, maybe folded with another.
+        view: the shape with that axis unfolded.
+        axis: of the streams in it.
+    """
+
+    of: int
+    view: tuple[int, ...]
+    axis: int
+
+    def unfold(self, tensor: Tensor) -> Tensor:
+        """Streams along an axis of their own, which comes first."""
+        return tensor.reshape(self.view).movedim(self.axis, 0)
+
+    def rows(self, tensor: Tensor) -> Matrix:
+        """One row a stream."""
+        return np.asarray(self.unfold(tensor.detach().double().cpu()).flatten(1).numpy())
 
 
-def _branch(w: Tensor, vjp: Pull, M: Matrix, axis: int, tolerance: float) -> tuple[Matrix, Matrix, float] | None:
+def _layouts(shape: tuple[int, ...]) -> Iterator[_Layout]:
+    """Streams as a whole axis, but for the one of samples; then folded into an axis, the slower or the faster part."""
+    for axis, size in enumerate(shape[1:], 1):
+        if 2 <= size <= _MOST:
+            yield _Layout(axis, shape, axis)
+    for axis, size in enumerate(shape):
+        for n in range(2, min(size - 1, _MOST) + 1):
+            if size % n == 0:
+                before, after = shape[:axis], shape[axis + 1 :]
+                yield _Layout(axis, (*before, size // n, n, *after), axis + 1)
+                yield _Layout(axis, (*before, n, size // n, *after), axis)
+
+
+def _branch(w: Tensor, vjp: Pull, M: Matrix, layout: _Layout, tolerance: float) -> tuple[Matrix, Matrix, float] | None:
     """What the streams give to the one field, and what they take of it, both up to a factor of the field's own."""
     n = len(M)
-    v = w.select(axis, 0)
+    v = layout.unfold(w)[0]
     pulled = []
     for i in range(n):
         one = torch.zeros_like(w)
-        one.select(axis, i).copy_(v)
-        pulled.append(_rows(vjp([one])[0], axis) - M @ _rows(one, axis))
+        layout.unfold(one)[i].copy_(v)
+        pulled.append(layout.rows(vjp([one])[0]) - M @ layout.rows(one))
     flat = np.stack([p.ravel() for p in pulled])  # b_i (a x g)
     left, sizes, right = np.linalg.svd(flat, full_matrices=False)
     if sizes[0] == 0 or sizes[1] > 100 * tolerance * np.linalg.norm(w.double().cpu().numpy()):
