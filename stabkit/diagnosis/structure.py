@@ -18,6 +18,8 @@ from stabkit.tracing import Flow, FlowLike
 from stabkit.vocabulary import norm_of
 
 _FEWEST = 3  # peers that must agree
+_MANY = 5  # peers from which what all of them have is no chance
+_NOTICED = 0.1  # nats by which a block must act unlike fewer peers for a norm to be missed
 
 
 def missing_norm_findings(flow: FlowLike, measurement: Measurement) -> list[Finding]:
@@ -82,12 +84,13 @@ def _norm_finding(flow: Flow, step: StepMeasurement, measurement: Measurement, m
     acting = next((b for b in behaviours(measurement) if b.step is step), None)
     gain = acting.gain.size if acting is not None else 0.0
     places = _empty_places(flow, step.module_path)
+    noticed = acting is None or acting.peers >= _MANY or max(abs(gain), abs(acting.largest)) > _NOTICED
     remedy = "put the norm that its peers have in front of its branch" + (
         f": at {', '.join(place for place, _ in places)}, as at {places[0][1]}" if places else ""
     )
     return Finding(
         kind="vanishing" if acting is not None and acting.largest < 0 else "exploding",
-        severity="warning",
+        severity="warning" if noticed else "info",
         steps=(step.index,),
         module_path=step.module_path,
         confidence=1.0,
