@@ -37,13 +37,18 @@ def with_projection(record: Identification, norms: int, sums: int) -> Identifica
     return replace(record, notes=(note, *record.notes))
 
 
+def is_norm(operations: Sequence[str]) -> bool:
+    """Whether some operations without weights are those of a norm."""
+    return bool(set(operations) & (NORMS | _STATISTICS))
+
+
 def norms_after(links: Sequence[Link]) -> int:
     """How many sums are followed by a norm."""
     count, open_sum = 0, False
     for link in links:
         if link.kind == "sum":
             open_sum = True
-        elif link.kind == "weightless" and open_sum and set(link.operations) & (NORMS | _STATISTICS):
+        elif link.kind == "weightless" and open_sum and is_norm(link.operations):
             count, open_sum = count + 1, False
     return count
 
