@@ -171,7 +171,7 @@ def time_profiles(call: ForwardPass, loss: Any = None, loops: Sequence[str] = ()
 
 def _recurs(states: Sequence[list[Tensor]]) -> bool:
     """Whether what a module puts out depends on what it put out before, and is no head beside the loop."""
-    last = sum(tensor.sum() for tensor in states[-1])
+    last = torch.stack([tensor.sum() for tensor in states[-1]]).sum()
     gradients = torch.autograd.grad(last, states[-2], retain_graph=True, allow_unused=True)
     return any(gradient is not None for gradient in gradients)
 
