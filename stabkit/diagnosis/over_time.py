@@ -122,7 +122,7 @@ def loops_over_time(flow: Flow) -> tuple[str, ...]:
 
 def _picks(flow: Flow) -> list[tuple[int, tuple[object, ...]]]:
     """Where a piece of a value is taken, as a place of the graph and what tells the piece from others."""
-    found = []
+    found: list[tuple[int, tuple[object, ...]]] = []
     for step in flow.steps:
         for node in step.segment.nodes:
             place = flow.recorded.graph.position(node._sequence_nr())
