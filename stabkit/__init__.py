@@ -55,7 +55,7 @@ _PUBLIC = {
     "singular_values": "stabkit.jacobians",
     "trace": "stabkit.tracing",
 }
-_SUBMODULES = ("distributed", "integrators", "meanfield", "planning", "plotting", "streaming")
+_SUBMODULES = ("distributed", "integrators", "meanfield", "planning", "plotting", "streaming", "vocabulary")
 
 __all__ = ["__version__", *_PUBLIC, *_SUBMODULES]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import platform
 import time
@@ -209,7 +210,10 @@ class _Analysis:
             # of numbers that are not finite there are no methods and no spectra to be had, only where they begin
             finite = is_finite(flow, chosen.loss)
             chosen = chosen if finite else replace(chosen, spectrum="none")
-            found = identify(flow, checks=False, parallel=self.parallel) if finite else _unidentified(flow)
+            # they are read before the verdict only where that asks for a mechanism
+            methods = functools.cache(
+                lambda: identify(flow, checks=False, parallel=self.parallel) if finite else _unidentified(flow)
+            )
             samples = min(flow.batch, max(chosen.spectrum_samples, EXPLAINED))
             shared = SharedSpectra(lambda index: flow.steps[index].jacobian(), samples)
             diagnosis = examine(
@@ -218,12 +222,13 @@ class _Analysis:
                 thresholds=chosen.thresholds,
                 probes=chosen.probes,
                 seed=chosen.seed,
-                methods=found,
+                methods=methods,
                 spectra=shared,
                 parallel=self.parallel,
             )
             told = Told(self.progress, len(flow.steps))
             told.verdict(diagnosis)
+            found = methods()
             why = Explanation()
             if chosen.spectrum != "none":
                 why = explain(

@@ -6,38 +6,13 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import Node
 
 from stabkit.tracing import Step
-from stabkit.tracing.nodes import apply_node, is_python_node
+from stabkit.tracing.composites import Element, element_of
 from stabkit.tracing.products import Products
 from stabkit.tracing.segments import Segment
-from stabkit.tracing.values import Value, meta_of, operation
-
-_ACTIVATIONS = frozenset(
-    {
-        "Clamp",
-        "ClampMax",
-        "ClampMin",
-        "Elu",
-        "Gelu",
-        "Hardshrink",
-        "Hardsigmoid",
-        "Hardswish",
-        "Hardtanh",
-        "LeakyRelu",
-        "LogSigmoid",
-        "Mish",
-        "PreluKernel",
-        "Relu",
-        "Sigmoid",
-        "Silu",
-        "Softplus",
-        "Softshrink",
-        "Tanh",
-        "Threshold",
-    }
-)
+from stabkit.tracing.values import Value, meta_of
+from stabkit.vocabulary import NormFacts
 
 
 @dataclass(frozen=True)
@@ -45,22 +20,17 @@ class Tail:
     """The last operations of a step, T in J = T K, each with one input and one output of one shape.
 
     Attributes:
-        nodes: in forward order.
+        elements: in forward order.
         merged: the value that they start from.
     """
 
-    nodes: tuple[Node, ...]
+    elements: tuple[Element, ...]
     merged: Value
 
     @property
     def is_diagonal(self) -> bool:
         """Whether every operation acts on each coordinate alone."""
-        return not any(is_norm(node) for node in self.nodes)
-
-
-def is_norm(node: Node) -> bool:
-    """Whether a node is a layer, group, batch or RMS norm."""
-    return operation(node).endswith("Norm")
+        return not any(isinstance(element.facts, NormFacts) for element in self.elements)
 
 
 def tail_of(step: Step) -> Tail | None:
@@ -68,17 +38,15 @@ def tail_of(step: Step) -> Tail | None:
     segment = step.segment
     if len(segment.target) != 1 or len(segment.source) != 1:
         return None
-    inside, found, value = set(segment.nodes), [], segment.target[0]
+    inside, found, value = set(segment.nodes), list[Element](), segment.target[0]
     while value != segment.source[0] and value.node in inside:
-        node, inputs = value.node, set(segment.graph.inputs[value.node])
-        known = operation(node) in _ACTIVATIONS or is_norm(node)
-        if is_python_node(node) or not known or len(inputs) != 1:
+        element = element_of(segment.graph, value.node)
+        if element is None or element.target != value or not inside.issuperset(element.nodes):
             break
-        before = next(iter(inputs))
-        if meta_of(before).shape != meta_of(value).shape:
+        if meta_of(element.source).shape != meta_of(value).shape:
             break
-        found.append(node)
-        value = before
+        found.append(element)
+        value = element.source
     return Tail(tuple(reversed(found)), value) if found else None
 
 
@@ -95,32 +63,21 @@ def pull_through(tail: Tail, step: Step, columns: Tensor) -> tuple[Tensor, list[
     """
     space = step.target.space
     pieces = list(space.unflatten(columns)[0])
-    value = step.segment.target[0]
     energy: list[tuple[str, Tensor]] = []
     images = columns
-    for node in reversed(tail.nodes):
-        before = step.segment.graph.inputs[node][0]
-        with torch.no_grad():
-            pieces = [_apply(node, value, before, piece) for piece in pieces]
+    for element in reversed(tail.elements):
+        pieces = [element.pull(step.segment.graph, piece) for piece in pieces]
         images = space.flatten([torch.stack(pieces)])
-        energy.append(("norm" if is_norm(node) else "mask", images.double().square().sum(1)))
-        value = before
+        kind = "norm" if isinstance(element.facts, NormFacts) else "mask"
+        energy.append((kind, images.double().square().sum(1)))
     return images, energy
-
-
-def _apply(node: Node, value: Value, before: Value, cotangent: Tensor) -> Tensor:
-    given: list[Tensor | None] = [None] * len(node._input_metadata)
-    given[value.output] = cotangent
-    for parent, grad in apply_node(node, given, [before]):
-        if parent == before:
-            return grad
-    return torch.zeros_like(cotangent)
 
 
 def body(tail: Tail, step: Step) -> Products:
     """Products with K, the step without its tail."""
     segment = step.segment
-    stop = segment.graph.rank[segment.nodes[-1]] + 1 - len(tail.nodes)
-    start = stop - (len(segment.nodes) - len(tail.nodes))
+    behind = sum(len(element.nodes) for element in tail.elements)
+    stop = segment.graph.rank[segment.nodes[-1]] + 1 - behind
+    start = stop - (len(segment.nodes) - behind)
     inner = Segment(segment.graph, segment.source, (tail.merged,), start, stop)
     return Products(inner, step.source.space, step.target.space)

@@ -65,7 +65,7 @@ def skip_of(found: Identification, tail: after_addition.Tail | None = None) -> f
     if found.skip is not None and math.isfinite(found.skip):
         return found.skip
     method = found.method
-    if tail is None or len(tail.nodes) != len(found.after) or not isinstance(method, GeneralLinearMethod):
+    if tail is None or len(tail.elements) != len(found.after) or not isinstance(method, GeneralLinearMethod):
         return None
     # a norm behind the addition: no single a describes the whole step, but one does what stands before the norm
     return float(method.V[0, 0]) if method.states == 1 and method.n_fields == 1 else None

@@ -2,30 +2,19 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-from torch import Tensor
 from torch.autograd.graph import Node
 
 from stabkit.identification.operations import ADDS, MOVES, PRODUCTS, SCALES, has_matrix
 from stabkit.tracing import Flow, Step
-from stabkit.tracing.nodes import apply_node, is_python_node
+from stabkit.tracing.composites import Element, element_of
 from stabkit.tracing.segments import Segment
-from stabkit.tracing.values import Value, meta_of, operation
+from stabkit.tracing.values import meta_of, operation
+from stabkit.vocabulary import ActivationFacts, norm_of
 
-#: activations that are flat on one side: a unit that stays there is dead
-ONE_SIDED = frozenset(
-    {"Relu", "Threshold", "Gelu", "Silu", "Elu", "Softplus", "Mish", "Hardswish", "LeakyRelu", "PreluKernel"}
-    | {"ClampMin", "Clamp", "Hardtanh"}
-)
-#: activations that are flat on both sides: a unit that stays there is saturated
-TWO_SIDED = frozenset({"Tanh", "Sigmoid", "Hardsigmoid", "Erf", "Atan", "Softsign"})
 _FLAT = 1e-3  # derivative, over its largest value, under which a one-sided unit passes nothing
-#: largest derivatives that are not 1
-STEEPEST = {"Sigmoid": 0.25, "Hardsigmoid": 1 / 6, "Erf": 2 / math.sqrt(math.pi)}
 _SATURATED = 0.05  # derivative, over its largest value, under which an entry counts as saturated
 
 
@@ -44,6 +33,7 @@ class Activity:
             activations.
         log_derivative: mean log of the derivative over its largest value, at least log 1e-6, nats.
         fed_by: the module of the matrix that feeds it, where that lies in the same step.
+        facts: what is known of it.
         gate: whether its output multiplies something else: a gate may well stay open or shut.
     """
 
@@ -55,6 +45,7 @@ class Activity:
     inactive: float
     saturated: float
     log_derivative: float
+    facts: ActivationFacts
     gate: bool
     fed_by: str = ""
 
@@ -62,23 +53,29 @@ class Activity:
 def activities(flow: Flow, step: Step) -> tuple[Activity, ...]:
     """The activations of a step whose saved tensors are at hand (it was differentiated before)."""
     segment = step.segment
-    nodes = [n for n in segment.nodes if operation(n) in ONE_SIDED | TWO_SIDED and not is_python_node(n)]
-    nodes = [
-        n for n in nodes if len(meta_of(Value(n, 0)).shape)
-    ]  # a bound on a single number, as on a step size, is none
-    return tuple(_activity(flow, segment, node) for node in nodes if len(set(segment.graph.inputs[node])) == 1)
+    inside = set(segment.nodes)
+    elements = dict.fromkeys(element_of(segment.graph, node) for node in segment.nodes)
+    return tuple(
+        _activity(flow, segment, element, element.facts)
+        for element in elements
+        if element is not None
+        and isinstance(element.facts, ActivationFacts)
+        and element.facts.flat_side != "above"
+        and inside.issuperset(element.nodes)
+        and meta_of(element.target).shape  # a bound on a single number, as on a step size, is none
+    )
 
 
-def _activity(flow: Flow, segment: Segment, node: Node) -> Activity:
-    name, source = operation(node), segment.graph.inputs[node][0]
-    derivative = _derivative(node, source).to(torch.float32)
-    size = derivative.abs() / STEEPEST.get(name, 1.0)
+def _activity(flow: Flow, segment: Segment, element: Element, facts: ActivationFacts) -> Activity:
+    node, two_sided, meta = element.nodes[0], facts.flat_side == "both", meta_of(element.target)
+    derivative = element.pull(segment.graph, torch.ones(meta.shape, dtype=meta.dtype, device=meta.device))
+    derivative = derivative.to(torch.float32)
+    size = derivative.abs() / facts.steepest
     axis = _unit_axis(segment, node, derivative.dim())
     rows = size.movedim(axis, 0).flatten(1) if size.dim() > 1 else size.reshape(-1, 1)
     flat = rows <= _FLAT
-    two_sided = name in TWO_SIDED or (name == "Hardtanh" and float(getattr(node, "_saved_min_val", 0.0)) < 0)
     return Activity(
-        operation=name,
+        operation=element.name,
         module_path=flow.recorded.path_of(node),
         units=rows.shape[0],
         observations=rows.shape[1],
@@ -86,22 +83,10 @@ def _activity(flow: Flow, segment: Segment, node: Node) -> Activity:
         inactive=float(flat.float().mean()),
         saturated=float((rows < _SATURATED).float().mean()) if two_sided else 0.0,
         log_derivative=float(rows.clamp_min(1e-6).log().mean()),
-        gate=_feeds_product(segment, node),
+        facts=facts,
+        gate=_feeds_product(segment, element.nodes[-1]),
         fed_by=_fed_by(flow, segment, node),
     )
-
-
-def _derivative(node: Node, source: Value) -> Tensor:
-    """The derivative of an elementwise operation, entry by entry: what it makes of ones."""
-    meta = meta_of(Value(node, 0))
-    ones = torch.ones(meta.shape, dtype=meta.dtype, device=meta.device)
-    with torch.no_grad():
-        pulled = apply_node(node, [ones, *[None] * (len(_outputs(node)) - 1)], [source])
-    return pulled[0][1] if pulled else torch.zeros_like(ones)
-
-
-def _outputs(node: Any) -> Any:
-    return node._input_metadata
 
 
 def _unit_axis(segment: Segment, node: Node, dims: int) -> int:
@@ -112,7 +97,8 @@ def _unit_axis(segment: Segment, node: Node, dims: int) -> int:
             return 1 if dims > 2 else 0
         if has_matrix(current):
             break
-        if "BatchNorm" in operation(current) or "GroupNorm" in operation(current):
+        norm = norm_of(current)
+        if norm is not None and "positions" in norm.over:
             return 1 if dims > 1 else 0
         current = segment.graph.inputs[current][0].node
     else:

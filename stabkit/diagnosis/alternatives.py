@@ -9,13 +9,13 @@ from torch import nn
 
 from stabkit.diagnosis import remedies
 from stabkit.diagnosis.actions import once
-from stabkit.diagnosis.activity import TWO_SIDED
 from stabkit.diagnosis.chaos import recurrent_matrices
 from stabkit.diagnosis.dead_units import drawn_anew, started_anew
 from stabkit.diagnosis.finding import Finding
 from stabkit.diagnosis.measurement import Measurement, StepMeasurement
 from stabkit.diagnosis.remedies import Remedy
 from stabkit.tracing import Flow, FlowLike, Iteration
+from stabkit.vocabulary import activation_of
 
 _BY_INPUT = ("saturated", "dead", "exploding", "vanishing")
 _LARGE = math.log(5.0)  # size of the entries of an input from which it is no unit scale, nats
@@ -114,7 +114,7 @@ def _unbounded(measurement: Measurement, flow: Flow) -> Remedy | None:
         a.module_path: a
         for step in measurement.steps
         for a in step.activities
-        if a.operation in TWO_SIDED and not a.gate and isinstance(modules.get(a.module_path), nn.Sigmoid | nn.Tanh)
+        if a.facts.flat_side == "both" and not a.gate and activation_of(modules[a.module_path]) is not None
     }
     if len(places) < 2:
         return None
@@ -167,7 +167,7 @@ def _skips(steps: Sequence[StepMeasurement], flow: Flow) -> Remedy | None:
     if len(blocks) < 2:
         return None
     actions = [remedies.add_skip(block[0].module_path, block[-1].module_path) for block in blocks]
-    names = sorted({a.operation.lower() for step in steps for a in step.activities if a.operation in TWO_SIDED})
+    names = sorted({a.operation.lower() for step in steps for a in step.activities if a.facts.flat_side == "both"})
     what = f"each layer with its {' or '.join(names)}" if names else "each layer with its activation"
     return Remedy(
         f"put a skip round {what}, x + f(x): {len(blocks)} blocks, the first at {blocks[0][0].module_path}",

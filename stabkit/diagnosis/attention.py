@@ -11,10 +11,10 @@ from stabkit.diagnosis.finding import Finding
 from stabkit.diagnosis.thresholds import Thresholds
 from stabkit.tracing import Flow
 from stabkit.tracing.values import operation
+from stabkit.vocabulary import moves
 
 _SOFTMAXES = frozenset({"Softmax", "SafeSoftmax"})
-_BETWEEN = frozenset({"View", "UnsafeView", "Reshape", "ReshapeAlias", "Expand", "Clone", "ToCopy", "NativeDropout"})
-_BETWEEN |= {"Mul", "Transpose", "Permute", "Squeeze", "Unsqueeze"}
+_BETWEEN = moves("reshape", "permute", "copy", "expand") | {"Mul", "NativeDropout"}
 _FLAT = 0.01  # 1 - sum p^2 of a row under which its softmax passes nothing on
 _FEWEST_KEYS = 3
 

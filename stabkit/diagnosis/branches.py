@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import Node
 
-from stabkit.identification.operations import ADDS, MOVES, NORMS, SCALES, has_matrix
+from stabkit.identification.operations import ADDS, MOVES, SCALES, has_matrix
 from stabkit.tracing import Flow, Step
 from stabkit.tracing.nodes import apply_node, is_python_node
 from stabkit.tracing.segments import Segment
 from stabkit.tracing.values import Value, meta_of, operation, probes_of, random_tensors
+from stabkit.vocabulary import norm_of
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,9 @@ def _free_values(segment: Segment) -> set[Value]:
     for node in segment.nodes:
         inputs = segment.graph.inputs[node]
         name = operation(node)
-        passes = name in MOVES or name in ADDS or name in NORMS or (name in SCALES and len(set(inputs)) == 1)
+        passes = (
+            name in MOVES or name in ADDS or norm_of(node) is not None or (name in SCALES and len(set(inputs)) == 1)
+        )
         if passes and not is_python_node(node) and any(value in free for value in inputs):
             free.update(_outputs(node))
     return free

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
-from stabkit.diagnosis.finding import serious
+from stabkit.diagnosis.finding import Finding, serious
 from stabkit.diagnosis.input_scale import with_input_scale
 from stabkit.diagnosis.lost_parameters import lost_parameter_findings
 from stabkit.diagnosis.over_time import time_findings
@@ -34,7 +35,23 @@ def with_causes(flow: FlowLike, found: Diagnosis, settings: Settings) -> Diagnos
     worst = next((finding for finding in over_time if serious(finding)), None)
     if worst is not None and verdict.name not in _OF_DEPTH:
         verdict = replace(verdict, name=worst.kind, summary=f"{worst.kind.capitalize()}: {worst.evidence}.")
-    return replace(found, verdict=verdict, findings=tuple(ordered([*found.findings, *over_time])))
+    over_depth = [_the_same(finding, over_time, flow) for finding in found.findings]
+    return replace(found, verdict=verdict, findings=tuple(ordered([*over_depth, *over_time])))
+
+
+def _the_same(finding: Finding, over_time: Sequence[Finding], flow: Flow) -> Finding:
+    """A finding on a stretch whose steps are those of a loop over time, said once and with the remedy over time."""
+    for other in over_time:
+        inside = [i for i in finding.steps if _runs_in(flow.steps[i].module_path, other.module_path)]
+        if serious(finding) and finding.kind == other.kind and 2 * len(inside) > len(finding.steps):
+            evidence = f"{finding.evidence}; this is what is found over time at {other.module_path}"
+            remedy = f"that of {other.kind} over time at {other.module_path}"
+            return replace(finding, severity="info", evidence=evidence, remedy=remedy, actions=())
+    return finding
+
+
+def _runs_in(path: str, module: str) -> bool:
+    return path == module or path.startswith(f"{module}.")
 
 
 def with_lost_parameters(flow: FlowLike, found: Diagnosis, settings: Settings) -> Diagnosis:

@@ -68,6 +68,8 @@ def _dispersions(state: StateLike) -> tuple[float, float]:
         return math.nan, math.nan
     flat, tokens = found
     by_sample = _dispersion(flat.unsqueeze(0)) if len(flat) > 1 else math.nan
+    if (flat if tokens is None else tokens).shape[-1] < _DIRECTIONS:
+        return math.nan, math.nan  # a head may well give all the same few numbers, as one that is sure
     return by_sample, math.nan if tokens is None or tokens.shape[1] < 2 else _dispersion(tokens)
 
 
@@ -127,6 +129,8 @@ def _collapse(
 ) -> Finding:
     first, end = states
     below = np.flatnonzero(values[first : end + 1] < thresholds.collapsed)
+    known = first + np.flatnonzero(np.isfinite(values[first : end + 1]))
+    start, stop = int(known[0]), int(known[-1])
     where = first + max(int(below[0]) - 1, 0)
     steps = [step for step in measurement.steps[first:end] if step.kind == "step" and step.module_path]
     bare = [step.module_path for step in steps if not step.merges and step.weights]
@@ -137,12 +141,12 @@ def _collapse(
         steps=tuple(range(first, end)),
         module_path=measurement.steps[where].module_path,
         confidence=1.0,
-        evidence=f"what tells {what} apart falls from {values[first]:.2g} of the energy of the state to "
-        f"{values[end]:.2g}, and the effective rank from {rank[first]:.3g} to {rank[end]:.3g}; it is below "
+        evidence=f"what tells {what} apart falls from {values[start]:.2g} of the energy of the state to "
+        f"{values[stop]:.2g}, and the effective rank from {rank[start]:.3g} to {rank[stop]:.3g}; it is below "
         f"{thresholds.collapsed:g} from {measurement.steps[where].name} on",
         remedy=remedy if bare else "scale the branches up, or the part of the state that all share down",
         reference="Dong et al., Attention is not all you need, 2021; Schoenholz et al., 2017",
-        numbers={"before": float(values[first]), "after": float(values[end]), "rank": float(rank[end])},
+        numbers={"before": float(values[start]), "after": float(values[stop]), "rank": float(rank[stop])},
         actions=tuple(remedies.add_skip(path) for path in bare),
     )
 

@@ -9,7 +9,6 @@ import numpy as np
 
 from stabkit.attribution import Mechanism
 from stabkit.diagnosis import remedies
-from stabkit.diagnosis.activity import STEEPEST, TWO_SIDED
 from stabkit.diagnosis.finding import Finding
 from stabkit.diagnosis.measurement import Array, Measurement, StepMeasurement
 from stabkit.diagnosis.thresholds import Thresholds
@@ -66,9 +65,10 @@ def growth_finding(
 def _bounded(steps: Sequence[StepMeasurement]) -> str:
     """What saturating activations alone take from the gradient, by name, with the largest derivative they have."""
     parts = []
-    for name in sorted(TWO_SIDED):
-        found = [a for step in steps for a in step.activities if a.operation == name and not a.gate]
-        steep = STEEPEST.get(name, 1.0)
+    saturating = [a for step in steps for a in step.activities if a.facts.flat_side == "both" and not a.gate]
+    for name in sorted({a.operation for a in saturating}):
+        found = [a for a in saturating if a.operation == name]
+        steep = found[0].facts.steepest
         typical = sum(a.log_derivative for a in found) + len(found) * math.log(steep)
         if found and typical < -1.0:
             parts.append(

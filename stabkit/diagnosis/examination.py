@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from stabkit.diagnosis.alternatives import candidates
@@ -81,7 +81,7 @@ def examine(
     thresholds: Thresholds | None = None,
     probes: int = 4,
     seed: int = 0,
-    methods: Sequence[Identification] | None = None,
+    methods: Callable[[], Sequence[Identification]] | None = None,
     spectra: SharedSpectra | None = None,
     parallel: Parallel = SERIAL,
     trials: int = TRIALS,
@@ -94,7 +94,7 @@ def examine(
         thresholds: the limits behind the findings.
         probes: random cotangents per sample when there is no loss.
         seed: the seed of every random choice.
-        methods: those of `stabkit.identify`, where they are known.
+        methods: gives those of `stabkit.identify`, where others want them too; called if growth asks for a mechanism.
         spectra: matrices and eigenvalues of the steps by index, where others want them too.
         parallel: who measures what.
         trials: measurements that trying remedies may take, at most.
@@ -105,15 +105,20 @@ def examine(
     found = suspected(flow, settings, methods, spectra)
     missing = without_statistics(flow) if isinstance(flow, Flow) else ""
     if missing and found.verdict.name != "non-finite":
-        found = replace(found, verdict=not_judged(found.verdict, missing), findings=_of_no_growth(found.findings))
-        return with_lost_parameters(flow, found, settings)
-    return with_causes(flow, _confirmed(flow, found, settings, trials), settings)
+        left = _confirmed(flow, found, settings, trials, _of_no_growth(found.findings))
+        return with_lost_parameters(flow, replace(left, verdict=not_judged(found.verdict, missing)), settings)
+    return with_causes(flow, _confirmed(flow, found, settings, trials, found.findings), settings)
 
 
 def _of_no_growth(findings: Sequence[Finding]) -> tuple[Finding, ...]:
-    """Findings that rest on no size of states or gradients, such as where the gradient stops."""
+    """Findings that rest on no size of states or gradients: where the gradient stops, the size of a weight itself."""
     known = set(_BY_INITIALISATION) | set(_IN_DOUBT) | {"saturated", "chaotic", "precision_loss"}
-    return tuple(finding for finding in findings if finding.kind not in known)
+    return tuple(finding for finding in findings if finding.kind not in known or _by_weight(finding))
+
+
+def _by_weight(finding: Finding) -> bool:
+    """Whether a finding is that of a weight far from those of its peers."""
+    return any("weight_deviation" in name for name in finding.numbers)
 
 
 @dataclass(frozen=True)
@@ -154,21 +159,28 @@ class _Trials:
         """The remedy to tell: the first that cures; of those that cure a stretch, the one that serves best.
 
         With a loss that is the one that trains best, without one that which leaves fewest other suspects. What is
-        suspected of the same stretch besides may be the cause, so its remedies are tried too.
+        suspected of the same stretch besides may be the cause, so its remedies are tried too. Dead units are judged
+        by training as well.
         """
         found: list[Cure] = []
+        # what killed units may have ruined more than their layer, which only training shows
+        dead = suspect.kind == "dead" and callable(self.settings.loss)
+        competing = is_stretch(suspect) or dead
         for remedy in candidates(suspect, self.found.measurement, self.flow, _of_same_stretch(suspect, others)):
             if self.left < 1:
                 break
             self.left -= 1
             trial = tried(self.flow, suspect, remedy.actions, self.found, self.settings)
             if trial.cured:
-                trains = self.training(remedy.actions) if is_stretch(suspect) else None
+                trains = self.training(remedy.actions) if competing else None
                 if not worse(trains, self.training() if trains else None):
                     found.append(Cure(trial, remedy, trains))
-                if not is_stretch(suspect):
+                if not competing:
                     break
-        return min(found, key=lambda cure: cure.worth, default=None)
+        best = min(found, key=lambda cure: cure.worth, default=None)
+        if not dead or best is None:
+            return best
+        return next(cure for cure in found if not worse(cure.trains, best.trains))  # the mildest that is as good
 
     def training(self, actions: Sequence[Action] = ()) -> ShortTraining | None:
         """A short training with a remedy, where there is a loss."""
@@ -178,10 +190,12 @@ class _Trials:
         return self._trained[key]
 
 
-def _confirmed(flow: FlowLike, found: Diagnosis, settings: Settings, limit: int) -> Diagnosis:
-    """The suspects after their remedies were tried, one cause with one remedy each."""
+def _confirmed(
+    flow: FlowLike, found: Diagnosis, settings: Settings, limit: int, suspects: Sequence[Finding]
+) -> Diagnosis:
+    """Some suspects of a diagnosis after their remedies were tried, one cause with one remedy each."""
     trials = _Trials(flow, found, settings, limit)
-    waiting = [finding for finding in found.findings if serious(finding)]
+    waiting = [finding for finding in suspects if serious(finding)]
     told: dict[int, Finding] = {}
     untried: list[Finding] = []
     verdict = found.verdict
@@ -208,7 +222,7 @@ def _confirmed(flow: FlowLike, found: Diagnosis, settings: Settings, limit: int)
             for follower in gone:
                 waiting.remove(follower)
                 told[id(follower)] = _follows(follower, suspect)
-    left = [told.get(id(finding)) or _of_no_harm(finding) for finding in found.findings]
+    left = [told.get(id(finding)) or _of_no_harm(finding) for finding in suspects]
     if verdict.name == "transient growth" and not any(f.kind == "transient_growth" and serious(f) for f in left):
         verdict = judge(found.measurement.growth, found.measurement.kinds, settings.thresholds)
     kept = [finding for finding in map(sound, left) if finding is not None]
@@ -242,7 +256,7 @@ def _with_mechanism(told: Finding, others: Sequence[Finding], cure: Cure) -> Fin
 
 def _harmless(suspect: Finding, limits: Thresholds) -> bool:
     """Whether a block acts unlike its peers with weights like theirs, and no gradient leaves its range by it."""
-    if suspect.kind != "exploding" or is_stretch(suspect) or any("weight_dev" in name for name in suspect.numbers):
+    if suspect.kind != "exploding" or is_stretch(suspect) or _by_weight(suspect):
         return False
     return abs(suspect.numbers.get("gain_deviation", math.inf)) < limits.stable
 

@@ -16,14 +16,12 @@ from stabkit.diagnosis.thresholds import Thresholds
 from stabkit.tracing import Flow
 from stabkit.tracing.endpoints import scalar_loss
 from stabkit.tracing.values import Value, operation, value_of
+from stabkit.vocabulary import moves
 
 #: module path of findings on the loss, which belongs to no module
 LOSS = "loss"
 # operations that leave numbers what they are
-_STRUCTURAL = frozenset(
-    {"View", "UnsafeView", "Reshape", "ReshapeAlias", "Permute", "Transpose", "T", "Squeeze", "Unsqueeze", "Clone"}
-    | {"Select", "Slice", "Index", "Alias", "ToCopy", "Copy"}
-)
+_STRUCTURAL = moves("reshape", "permute", "copy", "select", "gather")
 _PROBABILITIES = {"Softmax": "softmax", "Sigmoid": "sigmoid"}
 # what a loss computes first, and what it expects there
 _ON_LOGITS = {"LogSoftmax": "cross_entropy", "BinaryCrossEntropyWithLogits": "binary_cross_entropy_with_logits"}

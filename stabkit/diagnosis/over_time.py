@@ -37,7 +37,8 @@ from stabkit.tracing.values import operation
 
 Array = npt.NDArray[np.float64]
 #: operations that take a piece of a value
-_PIECES = frozenset({"Select", "Slice", "Split", "SplitWithSizes", "Unbind", "Narrow", "Index", "IndexSelect"})
+_PIECES = frozenset({"Select", "Slice", "Narrow", "Index", "IndexSelect"})
+_ALL_PIECES = frozenset({"Split", "SplitWithSizes", "Unbind", "Chunk"})
 _FEWEST = 8  # time steps from which one speaks of time
 _REFERENCES = {
     "vanishing": "Pascanu et al., On the difficulty of training recurrent neural networks, 2013; Gers et al., 2000",
@@ -121,13 +122,16 @@ def loops_over_time(flow: Flow) -> tuple[str, ...]:
 
 def _picks(flow: Flow) -> list[tuple[int, tuple[object, ...]]]:
     """Where a piece of a value is taken, as a place of the graph and what tells the piece from others."""
-    found = []
+    found: list[tuple[int, tuple[object, ...]]] = []
     for step in flow.steps:
         for node in step.segment.nodes:
-            if operation(node) in _PIECES:
+            place = flow.recorded.graph.position(node._sequence_nr())
+            given = step.segment.graph.inputs[node]
+            # of an operation that gives all pieces at once, the time at which one is read counts
+            found += [(place, (value,)) for value in given if operation(value.node) in _ALL_PIECES]
+            if operation(node) in _PIECES and given:
                 which = tuple(repr(getattr(node, name, "")) for name in ("_saved_index", "_saved_start", "_saved_dim"))
-                place = flow.recorded.graph.position(node._sequence_nr())
-                found.append((place, (step.segment.graph.inputs[node][0], *which)))
+                found.append((place, (given[0], *which)))
     return found
 
 
@@ -167,7 +171,7 @@ def time_profiles(call: ForwardPass, loss: Any = None, loops: Sequence[str] = ()
 
 def _recurs(states: Sequence[list[Tensor]]) -> bool:
     """Whether what a module puts out depends on what it put out before, and is no head beside the loop."""
-    last = sum(tensor.sum() for tensor in states[-1])
+    last = torch.stack([tensor.sum() for tensor in states[-1]]).sum()
     gradients = torch.autograd.grad(last, states[-2], retain_graph=True, allow_unused=True)
     return any(gradient is not None for gradient in gradients)
 

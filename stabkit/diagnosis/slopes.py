@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from dataclasses import replace
+from fractions import Fraction
 
 from stabkit.diagnosis.finding import Finding
 from stabkit.diagnosis.measurement import Measurement
 
-_BOUNDS = {"Sigmoid": (0.25, "sigmoid' <= 1/4"), "Hardsigmoid": (1 / 6, "hardsigmoid' <= 1/6")}
 _FLAT = math.log(0.5)  # mean log derivative from which a tanh takes part
 
 
@@ -17,11 +18,12 @@ def with_slopes(finding: Finding, measurement: Measurement) -> Finding:
     if finding.kind != "vanishing" or len(finding.steps) < 3 or "growth_over_time" in finding.numbers:
         return finding
     inside = [a for i in finding.steps for a in measurement.steps[i].activities if not a.gate]
-    for operation, (bound, words) in _BOUNDS.items():
-        count = sum(activity.operation == operation for activity in inside)
+    bounded = Counter((a.operation, a.facts.steepest) for a in inside if a.facts.steepest < 1)
+    for (operation, bound), count in bounded.items():
         if 2 * count >= len(finding.steps):
-            loss = -count * math.log(bound)
-            text = f"{words}: its {count} {operation.lower()}s alone take away {loss:.1f} nats or more"
+            loss, name = -count * math.log(bound), operation.lower()
+            steepest = f"{name}' <= {Fraction(bound).limit_denominator(99)}"
+            text = f"{steepest}: its {count} {name}s alone take away {loss:.1f} nats or more"
             return replace(finding, evidence=f"{finding.evidence}; {text}")
     flat = [a for a in inside if a.operation == "Tanh" and a.log_derivative < _FLAT]
     if 2 * len(flat) >= len(finding.steps):

@@ -13,9 +13,9 @@ from stabkit.diagnosis.behaviour import behaviours
 from stabkit.diagnosis.finding import Finding
 from stabkit.diagnosis.measurement import Measurement, StepMeasurement
 from stabkit.diagnosis.peers import FLOOR
-from stabkit.diagnosis.weights import is_norm
 from stabkit.identification.operations import has_matrix
 from stabkit.tracing import Flow, FlowLike
+from stabkit.vocabulary import norm_of
 
 _FEWEST = 3  # peers that must agree
 
@@ -108,7 +108,7 @@ def _empty_places(flow: Flow, block: str) -> list[tuple[str, str]]:
     def role(path: str) -> str:
         return re.sub(r"\d+", "*", path)
 
-    norms = {role(path): path for path, module in modules.items() if is_norm(module)}
+    norms = {role(path): path for path, module in modules.items() if norm_of(module)}
     inside = [path for path in modules if path.startswith(f"{block}.")]
     return [
         (path, norms[role(path)]) for path in inside if isinstance(modules[path], nn.Identity) and role(path) in norms

@@ -6,7 +6,7 @@ Nothing here has been tried. `stabkit.diagnosis.examination` tries what is suspe
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -78,10 +78,10 @@ class Settings:
 def suspected(
     flow: FlowLike,
     settings: Settings,
-    methods: Sequence[Identification] | None = None,
+    methods: Callable[[], Sequence[Identification]] | None = None,
     spectra: SharedSpectra | None = None,
 ) -> Diagnosis:
-    """The verdict on a flow and every suspect in it, worst first; ``methods`` and ``spectra`` are given where known."""
+    """The verdict on a flow and every suspect in it, worst first; ``methods`` and ``spectra`` are shared."""
     limits, seed = settings.thresholds, settings.seed
     of_loss = loss_findings(flow, settings.loss, limits) if isinstance(flow, Flow) else []
     kept = {} if spectra is None else {"kept": spectra.samples}  # whose growth is attributed from the same walk
@@ -229,7 +229,7 @@ def _mechanism(
     verdict: Verdict,
     measurement: Measurement,
     limits: Thresholds,
-    methods: Sequence[Identification] | None,
+    methods: Callable[[], Sequence[Identification]] | None,
     spectra: SharedSpectra | None,
 ) -> list[Finding]:
     """The mechanism, where growth asks for one and the states are small enough for whole spectra."""
@@ -239,12 +239,12 @@ def _mechanism(
     with_branch = sum(bool(step.merges) for step in measurement.steps[first : last + 1])
     if 2 * with_branch < last - first + 1 or max(state.size for state in flow.states) > DENSE_SIZE:
         return []
-    methods = identify(flow, checks=False) if methods is None else methods
+    read = identify(flow, checks=False) if methods is None else methods()
     found: tuple[Mechanism, ...] = mechanisms(
-        flow, samples=1, krylov=0, identifications=methods, pulled=measurement.pulled, spectra=spectra
+        flow, samples=1, krylov=0, identifications=read, pulled=measurement.pulled, spectra=spectra
     )
     return mechanism_findings(
-        verdict, measurement, found, [method.skip for method in by_step(methods, len(flow.steps))], limits
+        verdict, measurement, found, [method.skip for method in by_step(read, len(flow.steps))], limits
     )
 
 

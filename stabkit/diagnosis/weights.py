@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from stabkit.tracing import Flow, Step
 from stabkit.tracing.offloading import values_of
 from stabkit.tracing.recording import Call
+from stabkit.vocabulary import norm_of
 
 _EXACT = 256  # smaller side up to which an effective rank is computed and not estimated
 _SIGNS = 16
@@ -68,7 +69,7 @@ class Weights:
     def of(self, step: Step) -> tuple[Weight, ...]:
         """The parameters of the modules that ran in a step, and of modules below them that never run on their own."""
         calls = calls_of(self._flow, step)
-        last_norm = max((call.start for call in calls if is_norm(call.module)), default=-1)
+        last_norm = max((call.start for call in calls if norm_of(call.module)), default=-1)
         found: dict[str, Weight] = {}
         for call in calls:
             for path, module_path, module, parameter, values in _owned(call, self._called):
@@ -105,20 +106,15 @@ def step_of(flow: Flow, path: str) -> int:
     return 0
 
 
-def is_norm(module: nn.Module) -> bool:
-    """Whether a module normalises, by the name of its class."""
-    return "Norm" in type(module).__name__
-
-
 def norms_in(flow: Flow, step: Step) -> int:
     """How many norms run in a step."""
-    return sum(is_norm(call.module) for call in calls_of(flow, step))
+    return sum(norm_of(call.module) is not None for call in calls_of(flow, step))
 
 
 def ends_in_norm(flow: Flow, step: Step) -> bool:
     """Whether the last module that runs in a step is a norm."""
     calls = [call for call in calls_of(flow, step) if not list(call.module.children())]
-    return bool(calls) and is_norm(calls[-1].module)
+    return bool(calls) and norm_of(calls[-1].module) is not None
 
 
 def _owned(call: Call, called: set[str]) -> Iterator[tuple[str, str, nn.Module, nn.Parameter, Tensor]]:

@@ -5,20 +5,22 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
+from torch.autograd.graph import Node
+
 from stabkit.identification.chain import Link
 from stabkit.identification.normal_form import NormalForm
-from stabkit.identification.operations import NORMS
 from stabkit.identification.record import Identification
 from stabkit.integrators import stochastic_depth
+from stabkit.tracing.composites import Element
+from stabkit.vocabulary import ActivationFacts, NormFacts, operation
 
 _STATISTICS = frozenset({"Mean", "Std", "Var", "VarMean", "LinalgVectorNorm"})
 _TRANSFORMS = frozenset({"FftC2C", "FftC2R", "FftR2C"})
-_RECTIFIERS = frozenset({"Relu", "Threshold", "Hardtanh", "Clamp", "ClampMin"})
 GATED = 1e-3  # by how much the gates of the old state and of the new one may miss one
 
 
-def with_projection(record: Identification, norms: int, sums: int) -> Identification:
-    """Norms or rectifiers after an addition: Euler's step, followed by a projection."""
+def with_projection(record: Identification, norms: int, sums: int, *, rectified: bool) -> Identification:
+    """Norms or rectifiers (and nothing else, if ``rectified``) after an addition: Euler's step, and a projection."""
     if not record.after:
         return record
     note = f"after the addition: {', '.join(record.after)}"
@@ -31,15 +33,15 @@ def with_projection(record: Identification, norms: int, sums: int) -> Identifica
         system = f"{record.system}, retracted to the sphere after each step"
         return replace(record, name="projected Euler (post-norm)", skip=None, notes=(why, note, *record.notes),
                        system=system)  # fmt: skip
-    if all(n in _RECTIFIERS for n in record.after) and record.name == "forward Euler":
+    if rectified and record.name == "forward Euler":
         system = "x' in f(x) - N(x), N the normal cone of the nonnegative states"
         return replace(record, name="projected Euler (ReLU)", notes=(note, *record.notes), system=system)
     return replace(record, notes=(note, *record.notes))
 
 
-def is_norm(operations: Sequence[str]) -> bool:
-    """Whether some operations without weights are those of a norm."""
-    return bool(set(operations) & (NORMS | _STATISTICS))
+def normalises(link: Link) -> bool:
+    """Whether a norm is among what happens on a link."""
+    return any(map(_normalises, link.elements))
 
 
 def norms_after(links: Sequence[Link]) -> int:
@@ -48,9 +50,19 @@ def norms_after(links: Sequence[Link]) -> int:
     for link in links:
         if link.kind == "sum":
             open_sum = True
-        elif link.kind == "weightless" and open_sum and is_norm(link.operations):
+        elif link.kind == "weightless" and open_sum and normalises(link):
             count, open_sum = count + 1, False
     return count
+
+
+def _normalises(part: Node | Element) -> bool:
+    return isinstance(part.facts, NormFacts) if isinstance(part, Element) else operation(part) in _STATISTICS
+
+
+def rectifies(link: Link) -> bool:
+    """Whether a link does nothing but set negative entries to zero, or cut them off."""
+    facts = [part.facts for part in link.elements if isinstance(part, Element)]
+    return len(facts) == len(link.elements) and all(isinstance(f, ActivationFacts) and f.rectifies for f in facts)
 
 
 def with_gates(record: Identification, kinds: set[str], sums: Sequence[NormalForm]) -> Identification:

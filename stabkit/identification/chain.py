@@ -10,6 +10,7 @@ from torch.autograd.graph import Node
 from stabkit.identification.normal_form import Call, NormalForm, normal_form
 from stabkit.identification.operations import ADDS, MOVES, SCALES, WRITES
 from stabkit.identification.pieces import Piece
+from stabkit.tracing.composites import Element, element_of
 from stabkit.tracing.graph import Graph
 from stabkit.tracing.values import Value, operation
 
@@ -23,12 +24,23 @@ class Link:
             ``"scaling"`` (moves, scalings), ``"weightless"`` (a norm, an activation) or ``"map"`` (anything with
             weights that has no skip).
         form: the normal form.
-        operations: names of its operations other than moves.
+        nodes: its operations other than moves, additions and scalings.
     """
 
     kind: str
     form: NormalForm
-    operations: tuple[str, ...]
+    nodes: tuple[Node, ...]
+
+    @property
+    def operations(self) -> tuple[str, ...]:
+        """The names of its nodes; a module whose call is known as one counts as one, by its class."""
+        return tuple(operation(e) if isinstance(e, Node) else e.name for e in self.elements)
+
+    @property
+    def elements(self) -> tuple[Node | Element, ...]:
+        """Its nodes, with activations and norms in the place of theirs."""
+        graph = self.form.piece.graph
+        return tuple(dict.fromkeys(element_of(graph, node) or node for node in self.nodes))
 
 
 def chain(
@@ -69,19 +81,21 @@ def _cuts(piece: Piece, source: Value, target: Value) -> list[tuple[Value, int]]
         alive.update(value for value in (Value(node, i) for i in range(len(node._input_metadata))) if value in last)
         alive.difference_update(dies.get(position, ()))
         if len(alive) == 1 and (value := next(iter(alive))) != source and value not in piece.stacked:
-            if operation(value.node) in WRITES:
-                continue  # a buffer that holds the state among other things
+            whole = piece.graph.composites.get(value.node)
+            if operation(value.node) in WRITES or (whole is not None and whole.target != value):
+                continue  # a buffer that holds the state among other things; the inside of what is known as one
             found.append((value, position + 1))
     return found if found and found[-1][0] == target else [*found, (target, len(piece.nodes))]
 
 
 def _link(form: NormalForm) -> Link:
     piece, target = form.piece, form.targets[0]
-    names = tuple(n for n in map(operation, piece.nodes) if n not in MOVES | ADDS | SCALES)
+    plain = MOVES | ADDS | SCALES
+    nodes = tuple(node for node in piece.nodes if operation(node) not in plain or node in piece.graph.composites)
     if target in piece.carrying:
         kind = "sum" if form.merges else "join" if form.stages else "scaling"
     elif piece.base[target] == piece.sources[0]:
         kind = "weightless"
     else:
         kind = "map"
-    return Link(kind, form, names)
+    return Link(kind, form, nodes)

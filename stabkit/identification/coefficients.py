@@ -14,9 +14,10 @@ from stabkit.identification.operations import ADDS, PRODUCTS
 from stabkit.identification.pieces import Piece
 from stabkit.results import Result
 from stabkit.tracing.values import Value, meta_of, operation
+from stabkit.vocabulary import moves
 
 _ROUNDINGS = 8.0
-_RESHAPED = frozenset({"Reshape", "ReshapeAlias", "UnsafeView", "View"})
+_RESHAPED = moves("reshape")
 
 
 @dataclass(frozen=True)

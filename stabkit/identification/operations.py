@@ -7,50 +7,14 @@ from torch.autograd.graph import Node
 from stabkit.tracing.audit import OPAQUE
 from stabkit.tracing.nodes import is_python_node
 from stabkit.tracing.values import operation
+from stabkit.vocabulary import is_activation, moves, norm_of
 
-# operations that only move, copy or cast entries; linear in all of their inputs
-MOVES = frozenset(
-    {
-        "Alias",
-        "AsStrided",
-        "Cat",
-        "Clone",
-        "ConstantPadNd",
-        "Copy",
-        "CopySlices",
-        "Expand",
-        "Flip",
-        "IndexCopy",
-        "MaskedScatter",
-        "SelectScatter",
-        "Permute",
-        "PixelShuffle",
-        "PixelUnshuffle",
-        "Reshape",
-        "ReshapeAlias",
-        "Roll",
-        "Select",
-        "Slice",
-        "SliceScatter",
-        "Split",
-        "SplitWithSizes",
-        "Squeeze",
-        "Stack",
-        "T",
-        "ToCopy",
-        "Transpose",
-        "Unbind",
-        "UnsafeSplit",
-        "UnsafeView",
-        "Unsqueeze",
-        "View",
-        "_UncheckedAssign",
-    }
-)
+#: Operations that only move, copy or cast entries, whatever their indices; linear in all of their inputs.
+MOVES = moves() - moves("gather")
 #: Moves that put several tensors side by side.
-JOINS = frozenset({"Cat", "Stack"})
+JOINS = moves("join")
 #: Moves that write one tensor into a part of another.
-WRITES = frozenset({"CopySlices", "IndexCopy", "MaskedScatter", "SelectScatter", "SliceScatter", "_UncheckedAssign"})
+WRITES = moves("write")
 #: Operations that add their inputs, with constant weights.
 ADDS = frozenset({"Add", "Sub", "Rsub", "ForeachAdd", "ForeachSub"})
 #: Operations that add something to their first input: a product, entries that are scattered into it.
@@ -61,7 +25,6 @@ CONTRACTIONS = frozenset({"Bmm", "Mean", "Mm", "Mv", "Sum"})
 SCALES = frozenset({"ForeachMul", "ForeachNeg", "MaskedFill", "Mul", "NativeDropout", "Neg", "Where"})
 #: Operations that multiply two tensors entry by entry.
 PRODUCTS = frozenset({"Mul", "Div"})
-NORMS = frozenset({"NativeLayerNorm", "NativeGroupNorm", "NativeBatchNorm", "CudnnBatchNorm", "FusedRmsNorm"})
 #: Operations with a weight matrix or a kernel, or a product of two matrices.
 MATRICES = (
     "Addbmm", "Addmm", "Addmv", "Baddbmm", "Bmm", "Convolution", "Dot", "Linear", "MkldnnLinear", "Mm", "Mv",
@@ -93,11 +56,12 @@ _MIXES = frozenset(
 
 
 def is_opaque(node: Node) -> bool:
-    """Whether the inside of the operation is not on the graph: a hand-written backward, or a fused kernel.
+    """Whether the inside of the operation is not known: an unregistered hand-written backward, or a fused kernel.
 
     ``CppFunction`` is what torch shows of every compiled operation that has no class of its own.
     """
-    return is_python_node(node) or operation(node) in OPAQUE | {"CppFunction"}
+    unknown = is_python_node(node) and not is_activation(node) and norm_of(node) is None
+    return unknown or operation(node) in OPAQUE | {"CppFunction"}
 
 
 def has_matrix(node: Node) -> bool:

@@ -15,7 +15,6 @@ from stabkit.identification.operations import (
     CONTRACTIONS,
     JOINS,
     MOVES,
-    NORMS,
     PRODUCTS,
     SCALES,
     WRITES,
@@ -25,6 +24,7 @@ from stabkit.identification.operations import (
 from stabkit.tracing.graph import Graph
 from stabkit.tracing.nodes import apply_node
 from stabkit.tracing.values import Value, meta_of, operation, random_tensors
+from stabkit.vocabulary import norm_of
 
 #: Output number of what an operation adds to its first input, as if it were a value of its own.
 ADDED = -1
@@ -127,7 +127,7 @@ class Piece:
             terms = len(self._joined(node) or ())
         merged = bool(carried) and operation(node) not in PRODUCTS | JOINS and terms > 1
         bases = {self.base[v] for v in edges}
-        weightless = len(bases) == 1 and not has_matrix(node) and not is_opaque(node) and not merged
+        weightless = len(bases) == 1 and not has_matrix(node) and not self.hides(node) and not merged
         for output in range(len(node._input_metadata)):
             value = Value(node, output)
             self.base[value] = next(iter(bases)) if weightless else value
@@ -141,7 +141,7 @@ class Piece:
 
     def _linear_inputs(self, node: Node, edges: list[Value]) -> list[Value]:
         name = operation(node)
-        if not edges or is_opaque(node) or node in self.owned:
+        if not edges or is_opaque(node) or node in self.owned or node in self.graph.composites:
             return []
         if name in ADDS or name in PRODUCTS or name == "Addcmul":
             statistic = len(edges) == 2 and self._is_statistic_of(edges[0], edges[1])
@@ -165,6 +165,10 @@ class Piece:
             return self._gated(node, edges)
         return []
 
+    def hides(self, node: Node) -> bool:
+        """Whether an operation may hide anything: one that is opaque, and no part of what is known as one."""
+        return is_opaque(node) and node not in self.graph.composites
+
     def _is_statistic_of(self, a: Value, b: Value) -> bool:
         """Whether one of two values is a number for many entries of the other, made of it without weights."""
         alike = self.base[a] == self.base[b]
@@ -175,7 +179,7 @@ class Piece:
         """Whether a value was divided by a statistic of itself, or has its mean taken away."""
         edges = self.inputs(value.node)
         by_hand = operation(value.node) in ADDS | PRODUCTS and len(edges) == 2 and self._is_statistic_of(*edges)
-        return operation(value.node) in NORMS or by_hand
+        return norm_of(value.node) is not None or by_hand
 
     def has_factors(self, node: Node) -> bool:
         """Whether an operation multiplies every entry by a constant of its own."""

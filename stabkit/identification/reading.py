@@ -5,7 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from stabkit.identification.around_addition import GATED, norms_after, with_gates, with_projection, with_randomness
+from stabkit.identification.around_addition import (
+    GATED,
+    norms_after,
+    rectifies,
+    with_gates,
+    with_projection,
+    with_randomness,
+)
 from stabkit.identification.chain import Link
 from stabkit.identification.coefficients import Coefficient, LinearCombination
 from stabkit.identification.composites import with_composite_fields
@@ -17,7 +24,7 @@ from stabkit.identification.hidden_skip import HiddenSkip, hidden_skip, reaches_
 from stabkit.identification.implicit import LinearSolve, fixed_point, iterates_silently, linear_solve, solves_inside
 from stabkit.identification.naming import Name, name_one_state
 from stabkit.identification.normal_form import NormalForm, Stage
-from stabkit.identification.operations import is_opaque
+from stabkit.identification.operations import JOINS
 from stabkit.identification.pairs import dense_concatenation, read_several_states
 from stabkit.identification.record import Identification
 from stabkit.identification.relaxation import with_linear_part
@@ -89,7 +96,7 @@ def nothing(
 def _one_state(around: Surroundings, found: Slots, steps: tuple[int, ...]) -> Identification:
     start, stop = steps[0], steps[-1] + 1
     links = around.chain(start, stop, found)
-    opaque = sorted({operation(n) for link in links for n in link.form.piece.nodes if is_opaque(n)})
+    opaque = sorted({operation(n) for link in links for n in link.form.piece.nodes if link.form.piece.hides(n)})
     if meta_of(found.sources[0]).shape != meta_of(found.targets[0]).shape:
         dense = dense_concatenation(around, found, steps)
         if dense is not None:
@@ -146,7 +153,7 @@ def _change_of_space(links: Sequence[Link], opaque: Sequence[str]) -> str:
 
 def _is_concatenation(form: NormalForm) -> bool:
     name = operation(form.targets[0].node)
-    return name in ("Cat", "Stack") and form.targets[0] in form.piece.carrying
+    return name in JOINS and form.targets[0] in form.piece.carrying
 
 
 def _without_skip(around: Surroundings, found: Slots, links: Sequence[Link], steps: tuple[int, ...]) -> Identification:
@@ -240,7 +247,8 @@ def _sums(around: Surroundings, found: Slots, links: Sequence[Link], steps: tupl
     """A chain of sums, with norms or activations after them."""
     sums = [link.form for link in links if link.kind == "sum"]
     first = next(i for i, link in enumerate(links) if link.kind == "sum")
-    after = tuple(n for link in links[first:] if link.kind == "weightless" for n in link.operations)
+    behind = [link for link in links[first:] if link.kind == "weightless"]
+    after = tuple(n for link in behind for n in link.operations)
     total = None if after else _total(around, found, steps, links)
     if total is not None and total.kind in ("moved", "mixed"):
         return nothing(steps, "not a step", "the skip moves or mixes coordinates", "measured")
@@ -273,7 +281,8 @@ def _sums(around: Surroundings, found: Slots, links: Sequence[Link], steps: tupl
         notes=(*_linear_part(relaxed), *_notes(around, sums, table), *record.notes),
         checks=_checks(sums, table) if around.checks else (),
     )
-    record = with_gates(with_projection(record, norms_after(links), len(sums)), kinds, sums)
+    record = with_projection(record, norms_after(links), len(sums), rectified=all(map(rectifies, behind)))
+    record = with_gates(record, kinds, sums)
     if "gate" in kinds and is_affine_coupling(
         around.flow, start := steps[0], steps[-1] + 1, around.whole(start, steps[-1] + 1, found)
     ):

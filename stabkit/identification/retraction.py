@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from stabkit.identification.around_addition import is_norm
+from stabkit.identification.around_addition import normalises
 from stabkit.identification.chain import Link
+from stabkit.identification.fields import constants
 from stabkit.identification.normal_form import Stage
 from stabkit.identification.operations import ADDS, MOVES, SCALES
 from stabkit.identification.record import Identification
@@ -35,10 +36,11 @@ def retraction(links: Sequence[Link], steps: tuple[int, ...]) -> Identification 
     skips, steps_taken, kinds = [], [], set()
     for added, after in pairs:
         skip = bent_skip(added)
-        if skip is None or after.kind != "weightless" or not is_norm(after.operations):
+        if skip is None or after.kind != "weightless" or not normalises(after):
             return None
-        if tuple(n for n in map(operation, skip.nodes) if n not in MOVES | ADDS | SCALES) != after.operations:
-            return None
+        before = [operation(n) for n in skip.nodes if operation(n) not in MOVES | ADDS | SCALES]
+        if before != [operation(n) for n in after.nodes] or any(constants(n) for n in skip.nodes):
+            return None  # another norm, or one with a gain, which is no projection
         terms = added.form.forms[0]
         others = [c for atom, c in terms.items() if atom != skip.output]
         if len(others) != 1 or added.form.sources[0] in terms:

@@ -13,8 +13,9 @@ from stabkit.tracing import Flow
 from stabkit.tracing.graph import Graph
 from stabkit.tracing.nodes import apply_node
 from stabkit.tracing.values import Value, meta_of, operation
+from stabkit.vocabulary import moves
 
-_SPLITS = frozenset({"Split", "SplitWithSizes", "UnsafeSplit", "Unbind", "Slice", "Select"})
+_SPLITS = moves("select")
 
 
 @dataclass(frozen=True, eq=False)

@@ -4,7 +4,7 @@ Maps and phases are those of infinitely wide networks; `relu_log_gain`, `gaussia
 exact at finite width. `at_initialisation` puts a model beside what is expected of its weights.
 """
 
-from stabkit.meanfield.activations import Activation, activation, activation_names, elu, hardtanh, leaky_relu
+from stabkit.meanfield.activations import Activation, activation, elu, hardtanh, leaky_relu
 from stabkit.meanfield.finite_width import (
     LogGain,
     gaussian_exponents,
@@ -35,6 +35,7 @@ from stabkit.meanfield.rates import Rate
 from stabkit.meanfield.recurrent import RecurrentExponents, recurrent_exponents
 from stabkit.meanfield.residual import DepthProfile, residual_profile
 from stabkit.meanfield.weights import LayerStatistics
+from stabkit.vocabulary import activation_names
 
 __all__ = [
     "Activation",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -14,8 +14,7 @@ from torch import nn
 from stabkit.errors import ArgumentError
 from stabkit.meanfield.closed_forms import ERF, GELU, LINEAR, SIN, UNKNOWN, ClosedForms, leaky
 from stabkit.meanfield.gaussian import Array, Function
-
-SELU_SCALE, SELU_ALPHA = 1.0507009873554805, 1.6732632423543772
+from stabkit.vocabulary import ActivationFacts, activation_names, activation_of
 
 
 @dataclass(frozen=True)
@@ -66,18 +65,30 @@ def activation(source: str | nn.Module | Activation | Callable[..., Any], kinks:
     """
     if isinstance(source, Activation):
         return source
-    if isinstance(source, str):
-        if source not in _NAMED:
-            raise ArgumentError(f"activation={source!r}; expected one of {', '.join(_NAMED)}, a module or a function")
-        return _NAMED[source]
-    if isinstance(source, nn.Module):
-        return _of_module(source, kinks)
-    return _of_function(source, kinks, getattr(source, "__name__", type(source).__name__))
+    if isinstance(source, str) and source not in activation_names():
+        raise ArgumentError(
+            f"activation={source!r}; expected one of {', '.join(activation_names())}, a module or a function"
+        )
+    facts = activation_of(source)
+    if facts is not None:
+        return of_facts(facts)
+    return _of_function(source, kinks, getattr(source, "__name__", type(source).__name__))  # type: ignore[arg-type]
 
 
-def activation_names() -> list[str]:
-    """The names that `activation` knows."""
-    return list(_NAMED)
+def of_facts(facts: ActivationFacts) -> Activation:
+    """The activation with these facts: by its formula where there is one, else by evaluating its function.
+
+    Raises:
+        ArgumentError: there is no function, or it does not act element by element.
+    """
+    known = _formulas[facts.name](**facts.parameters) if facts.name in _formulas else None
+    if known is not None:
+        return known
+    numbers = [f"{value:g}" for value in facts.parameters.values() if isinstance(value, float | int)]
+    name = f"{facts.name}({', '.join(numbers)})" if numbers else facts.name
+    if facts.function is None:
+        raise ArgumentError(f"activation={name}: its function is not known")
+    return _of_function(facts.function, facts.kinks, name)
 
 
 def leaky_relu(slope: float = 0.01) -> Activation:
@@ -160,24 +171,6 @@ def _silu_slope(h: Array) -> Array:
     return s * (1 + h * (1 - s))
 
 
-def _of_module(module: nn.Module, kinks: tuple[float, ...]) -> Activation:
-    """The known activation that a module is, or the function that it computes."""
-    if isinstance(module, nn.LeakyReLU):
-        return leaky_relu(module.negative_slope)
-    if isinstance(module, nn.PReLU) and module.weight.numel() == 1:
-        return leaky_relu(float(module.weight.detach()))
-    if isinstance(module, nn.ReLU6):
-        return hardtanh(0.0, 6.0)
-    if isinstance(module, nn.Hardtanh):
-        return hardtanh(module.min_val, module.max_val)
-    if isinstance(module, nn.ELU):
-        return elu(module.alpha)
-    plain = "gelu_tanh" if isinstance(module, nn.GELU) and module.approximate == "tanh" else _MODULES.get(type(module))
-    if plain is not None:
-        return _NAMED[plain]
-    return _of_function(module, kinks, type(module).__name__)
-
-
 def _of_function(source: Callable[..., Any], kinks: tuple[float, ...], name: str) -> Activation:
     def function(h: Array) -> Array:
         with torch.no_grad():
@@ -207,40 +200,81 @@ def _of_function(source: Callable[..., Any], kinks: tuple[float, ...], name: str
     return Activation(name, function, derivative, kinks)
 
 
-_NAMED: dict[str, Activation] = {
-    "linear": Activation("linear", lambda h: h, np.ones_like, (), LINEAR),
-    "relu": leaky_relu(0.0),
-    "leaky_relu": leaky_relu(),
-    "tanh": Activation("tanh", np.tanh, _tanh_slope, (), UNKNOWN, _log_sech_squared),
-    "erf": Activation("erf", _erf, lambda h: 2 / math.sqrt(math.pi) * np.exp(-h * h), (), ERF),
-    "gelu": Activation(
-        "gelu", lambda h: h * _normal_cdf(h), lambda h: _normal_cdf(h) + h * _normal_density(h), (), GELU
-    ),
-    "gelu_tanh": _of_function(nn.GELU(approximate="tanh"), (), "gelu_tanh"),
-    "silu": Activation("silu", lambda h: h * _sigmoid(h), _silu_slope),
-    "sigmoid": Activation("sigmoid", _sigmoid, lambda h: _sigmoid(h) * _sigmoid(-h)),
-    "softplus": Activation("softplus", lambda h: np.logaddexp(0.0, h), _sigmoid),
-    "elu": elu(),
-    "selu": elu(SELU_ALPHA, SELU_SCALE),
-    "hardtanh": hardtanh(),
-    "relu6": hardtanh(0.0, 6.0),
-    "sin": Activation("sin", np.sin, np.cos, (), SIN),
-    "mish": _of_function(nn.Mish(), (), "mish"),
-    "hardswish": _of_function(nn.Hardswish(), (-3.0, 3.0), "hardswish"),
-    "hardsigmoid": _of_function(nn.Hardsigmoid(), (-3.0, 3.0), "hardsigmoid"),
-    "softsign": _of_function(nn.Softsign(), (0.0,), "softsign"),
-}
+# formulas for activations of the vocabulary, by their name there; each takes their parameters, None: none for these
+_Formula = Callable[..., Activation | None]
+_formulas: dict[str, _Formula] = {}
 
-_MODULES: dict[type[nn.Module], str] = {
-    nn.Identity: "linear",
-    nn.ReLU: "relu",
-    nn.Tanh: "tanh",
-    nn.GELU: "gelu",
-    nn.SiLU: "silu",
-    nn.Sigmoid: "sigmoid",
-    nn.SELU: "selu",
-    nn.Mish: "mish",
-    nn.Hardswish: "hardswish",
-    nn.Hardsigmoid: "hardsigmoid",
-    nn.Softsign: "softsign",
-}
+
+def _formula(name: str) -> Callable[[_Formula], _Formula]:
+    def keep(formula: _Formula) -> _Formula:
+        _formulas[name] = formula
+        return formula
+
+    return keep
+
+
+@_formula("linear")
+def _linear() -> Activation:
+    return Activation("linear", lambda h: h, np.ones_like, (), LINEAR)
+
+
+@_formula("relu")
+def _relu() -> Activation:
+    return leaky_relu(0.0)
+
+
+@_formula("leaky_relu")
+def _leaky_relu(negative_slope: float) -> Activation:
+    return leaky_relu(negative_slope)
+
+
+@_formula("prelu")
+def _prelu(weight: torch.Tensor) -> Activation | None:
+    return leaky_relu(float(weight.detach())) if weight.numel() == 1 else None
+
+
+@_formula("hardtanh")
+def _hardtanh(min_val: float, max_val: float) -> Activation:
+    return hardtanh(min_val, max_val)
+
+
+@_formula("elu")
+def _elu(alpha: float, scale: float, input_scale: float) -> Activation | None:
+    return elu(alpha, scale) if input_scale == 1 else None
+
+
+@_formula("tanh")
+def _tanh() -> Activation:
+    return Activation("tanh", np.tanh, _tanh_slope, (), UNKNOWN, _log_sech_squared)
+
+
+@_formula("erf")
+def _error_function() -> Activation:
+    return Activation("erf", _erf, lambda h: 2 / math.sqrt(math.pi) * np.exp(-h * h), (), ERF)
+
+
+@_formula("gelu")
+def _gelu(approximate: str) -> Activation | None:
+    if approximate == "tanh":
+        return replace(_of_function(nn.GELU(approximate="tanh"), (), ""), name="gelu_tanh")
+    return Activation("gelu", lambda h: h * _normal_cdf(h), lambda h: _normal_cdf(h) + h * _normal_density(h), (), GELU)
+
+
+@_formula("silu")
+def _silu() -> Activation:
+    return Activation("silu", lambda h: h * _sigmoid(h), _silu_slope)
+
+
+@_formula("sigmoid")
+def _logistic() -> Activation:
+    return Activation("sigmoid", _sigmoid, lambda h: _sigmoid(h) * _sigmoid(-h))
+
+
+@_formula("softplus")
+def _softplus(beta: float, threshold: float) -> Activation | None:
+    return Activation("softplus", lambda h: np.logaddexp(0.0, h), _sigmoid) if beta == 1 else None
+
+
+@_formula("sin")
+def _sin() -> Activation:
+    return Activation("sin", np.sin, np.cos, (), SIN)

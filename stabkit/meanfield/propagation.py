@@ -15,20 +15,19 @@ import torch
 from numpy.typing import NDArray
 from torch.autograd.graph import Node
 
-from stabkit.meanfield.activations import Activation
+from stabkit.errors import ArgumentError
+from stabkit.meanfield.activations import Activation, of_facts
 from stabkit.meanfield.closed_forms import Moment
 from stabkit.meanfield.gaussian import Array, Function, mean
 from stabkit.meanfield.maps import product_moment
-from stabkit.meanfield.recorded import ACTIVATIONS
 from stabkit.meanfield.weights import LINEAR, LayerStatistics, LinearLayer, UnknownError, WeightTable
 from stabkit.tracing import Step
+from stabkit.tracing.composites import Element
 from stabkit.tracing.values import Value, meta_of, operation
+from stabkit.vocabulary import ActivationFacts, NormFacts, activation_of, is_python_node, moves, norm_of
 
 # entries change places, and nothing else
-_MOVES = frozenset(
-    {"Alias", "Clone", "Copy", "Permute", "Reshape", "ReshapeAlias", "Squeeze", "T", "ToCopy", "Transpose"}
-    | {"UnsafeView", "Unsqueeze", "View"}
-)
+_MOVES = moves("reshape", "permute", "copy")
 _EVEN = 1e-3  # spread of a factor over units up to which a Gaussian stays one
 
 
@@ -88,12 +87,14 @@ class Propagation:
         self._unknown: set[Node] = set()
         self._absorbed: dict[Node, Value] = {}
         self._hidden: set[Node] = set()
+        self._whole: dict[Node, Element] = {}
         self._seen: set[int] = set()
         self.shared: set[int] = set()
 
     def forward(self, step: Step) -> None:
         """Push the moments of the step's source, which are known, to its target."""
         self._find_rms_norms(step)
+        self._find_composites(step)
         for node in step.segment.nodes:
             inputs = list(step.segment.graph.inputs[node])
             for output in range(len(node._input_metadata)):
@@ -135,22 +136,37 @@ class Propagation:
             return given[0].unknown()
         if node in self._absorbed:
             return _normalised(self.moments[self._absorbed[node]], centred=False)
+        if node in self._whole:
+            return self._composite(self._whole[node])
         if name in LINEAR:
             return self._linear(node, inputs, given[0])
         if name in _MOVES and len(inputs) == 1:
             return given[0]
-        if name in ACTIVATIONS:
-            return self._activated(node, given[0])
+        facts = activation_of(node)
+        if facts is not None:
+            return self._activated(node, of_facts(facts), given[0])
         if name in ("Add", "Sub"):
             return _sum(node, given, -1.0 if name == "Sub" else 1.0)
         if name in ("Mul", "Div", "Neg") and len(inputs) == 1:
             return _scaled(given[0], _factor(node))
-        if name in ("NativeLayerNorm", "NativeGroupNorm"):
+        norm = _norm_of_samples(node)
+        if norm is not None:
             weight, bias = self.weights.affine(node)
-            return _affine_moments(_normalised(given[0], centred=True), weight, bias)
+            return _affine_moments(_normalised(given[0], centred=norm.centred is True), weight, bias)
         if name == "NativeBatchNorm":
             return _batch_normalised(node, given[0], *self.weights.affine(node))
         raise UnknownError("no mean field rule for this operation")
+
+    def _composite(self, whole: Element) -> Moments:
+        """The statistics after a call of a module that is an activation or a norm."""
+        given = self.moments[whole.source]
+        if isinstance(whole.facts, ActivationFacts):
+            try:
+                phi = of_facts(whole.facts)
+            except ArgumentError as error:
+                raise UnknownError(str(error)) from error
+            return self._activated(whole.nodes[-1], phi, given)
+        return _affine_moments(_normalised(given, centred=whole.facts.centred is True), *_affine(whole))
 
     def _linear(self, node: Node, inputs: Sequence[Value], given: Moments) -> Moments:
         if len(inputs) != 1:
@@ -170,8 +186,7 @@ class Propagation:
             sources=frozenset([layer.token]),
         )
 
-    def _activated(self, node: Node, given: Moments) -> Moments:
-        phi = ACTIVATIONS[operation(node)](node)
+    def _activated(self, node: Node, phi: Activation, given: Moments) -> Moments:
         self.activations[node] = phi
         if not given.gaussian:
             raise UnknownError("its input is not Gaussian: no random weights stand directly before it")
@@ -191,6 +206,8 @@ class Propagation:
             source = self._absorbed[node]
             width = meta_of(source).shape[-1]
             return [source], [replace(given, total=given.total * (1 - 1 / width) / self.moments[source].q)]
+        whole = self._whole.get(node)
+        inputs = inputs if whole is None else [whole.source]
         name, value = operation(node), inputs[0]
         moments = self.moments[value]
         if node in self._unknown:
@@ -205,15 +222,28 @@ class Propagation:
             fourth = _each(phi, moments.q, lambda h: phi.derivative(h) ** 4)
             noise = float(np.mean(3 * (fourth / second**2 - 1))) / self._size(value)
             return [value], [Energy(given.total * second, given.variance + noise)]
-        if name in ("NativeLayerNorm", "NativeGroupNorm"):
-            spread = moments.q - moments.mean**2
-            gain = float(self.weights.affine(node)[0].square().mean()) * (1 - 2 / _norm_width(node)) / spread
+        norm = _norm_of_samples(node) if whole is None else whole.facts
+        if isinstance(norm, NormFacts):
+            weight = self.weights.affine(node)[0] if whole is None else _affine(whole)[0]
+            width = _norm_width(node) if whole is None else meta_of(value).shape[-1]
+            spread, lost = (moments.q - moments.mean**2, 2) if norm.centred else (moments.q, 1)
+            gain = float(weight.square().mean()) * (1 - lost / width) / spread
             return [value], [replace(given, total=given.total * gain)]
         if name == "NativeBatchNorm":
             return [value], [replace(given, total=given.total * _batch_norm_gain(node, self.weights.affine(node)[0]))]
         if name in ("Mul", "Div", "Neg"):
             return [value], [replace(given, total=given.total * float(_factor(node).square().mean()))]
         return inputs, [given for _ in inputs]
+
+    def _find_composites(self, step: Step) -> None:
+        """Find calls of modules that are activations, or norms over features, as a whole."""
+        inside = set(step.segment.nodes)
+        for whole in dict.fromkeys(step.segment.graph.composites.get(node) for node in step.segment.nodes):
+            if whole is None or not inside.issuperset(whole.nodes) or self._absorbed.keys() & set(whole.nodes):
+                continue
+            if isinstance(whole.facts, ActivationFacts) or whole.facts.over == ("features",):
+                self._whole[whole.target.node] = whole
+                self._hidden.update(set(whole.nodes) - {whole.target.node})
 
     def _find_rms_norms(self, step: Step) -> None:
         """Find products x * rsqrt(mean(x^2) + eps), as which most builds of torch record an RMS norm."""
@@ -328,8 +358,22 @@ def _normalised(given: Moments, *, centred: bool) -> Moments:
     )
 
 
+def _affine(whole: Element) -> tuple[torch.Tensor, torch.Tensor]:
+    """Weight and bias of the module of a norm; one that it lacks is 1 or 0."""
+    found = [getattr(whole.module, name, None) for name in ("weight", "bias")]
+    weight, bias = (p.detach().double().cpu() if isinstance(p, torch.Tensor) else None for p in found)
+    one = torch.ones(1, dtype=torch.float64)
+    return one if weight is None else weight, 0 * one if bias is None else bias
+
+
+def _norm_of_samples(node: Node) -> NormFacts | None:
+    """The norm that an operation of torch is, if it normalises every sample by itself."""
+    norm = None if is_python_node(node) else norm_of(node)
+    return norm if norm is not None and norm.per_sample else None
+
+
 def _norm_width(node: Any) -> int:
-    if operation(node) == "NativeLayerNorm":
+    if hasattr(node, "_saved_normalized_shape"):
         return int(np.prod(node._saved_normalized_shape))
     return int(node._saved_C // node._saved_group * node._saved_HxW)
 

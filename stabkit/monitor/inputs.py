@@ -15,9 +15,9 @@ from stabkit.checkpoints.randomness import RandomState, as_tensors, random_state
 from stabkit.monitor.measurement import Failed, in_backward
 from stabkit.monitor.watching import watch
 from stabkit.tracing.containers import map_tensors
+from stabkit.vocabulary import norm_of
 
 MOST_CALLS = 64  # of one step (micro-batches) that are kept
-_BATCH_NORMS = (nn.modules.batchnorm._NormBase,)
 
 
 @dataclass
@@ -150,6 +150,6 @@ def _loose_buffers(module: nn.Module) -> dict[str, Tensor]:
     return {
         f"{path}.{name}" if path else name: buffer
         for path, part in module.named_modules()
-        if not isinstance(part, _BATCH_NORMS)
+        if (norm := norm_of(part)) is None or not norm.running
         for name, buffer in part.named_buffers(recurse=False)
     }

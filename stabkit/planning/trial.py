@@ -117,7 +117,7 @@ def run_trial(model: Any, call: Call, options: Mapping[str, Any], loss: Any, see
         if slow:
             return flow, ()
         found = identify(flow, checks=False)
-        examine(flow, loss, probes=1, seed=seed, methods=found)
+        examine(flow, loss, probes=1, seed=seed, methods=lambda: found)
         return flow, found
 
     with unchanged(module), PeakMemory(device) as peak:

@@ -6,41 +6,27 @@ import bisect
 import heapq
 from collections import defaultdict
 from collections.abc import Sequence
+from functools import cached_property
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import Node
 
+from stabkit.tracing.composites import Element, composites_of
 from stabkit.tracing.nodes import Cotangents, apply_node, is_python_node, match_layout
 from stabkit.tracing.values import Value, meta_of, operation
+from stabkit.vocabulary import moves
+
+if TYPE_CHECKING:
+    from stabkit.tracing.recording import Call
 
 _ACCUMULATE = (1 << 64) - 1  # sequence number of AccumulateGrad nodes
 
 # operations that pass some entries of their input on and drop others
-_SELECTING = frozenset({"Select", "Slice", "CopySlices", "AsStrided", "Split", "SplitWithSizes", "Unbind", "Index"})
+_SELECTING = moves("select", "gather", "write")
 # operations that move entries about without mixing them
-_MOVING = _SELECTING | frozenset(
-    {
-        "Stack",
-        "Cat",
-        "View",
-        "UnsafeView",
-        "Reshape",
-        "ReshapeAlias",
-        "Permute",
-        "Transpose",
-        "T",
-        "Squeeze",
-        "Unsqueeze",
-        "Clone",
-        "Alias",
-        "ToCopy",
-        "Copy",
-        "ConstantPadNd",
-        "Flip",
-        "Expand",
-    }
-)
+_MOVING = moves()
 
 
 class Graph:
@@ -53,6 +39,7 @@ class Graph:
         inputs: for every node the values it takes that depend on the source.
         reached: whether every target depends on the sources.
         clock: the clock at every position, made monotone.
+        calls: the calls of modules around the nodes, where they are known.
         batching: by operations, whether products through many vectors at once agreed with single ones.
     """
 
@@ -61,11 +48,17 @@ class Graph:
         self.targets = tuple(targets)
         order = _time_order(self.targets)
         self.nodes, self.inputs, self.reached = _between(order, self.sources, self.targets)
+        self.calls: Sequence[Call] = ()
         self.batching: dict[tuple[object, ...], str] = {}
         if prune:
             self._drop_dead()
         self.rank = {node: position for position, node in enumerate(self.nodes)}
         self.clock = _monotone([node._sequence_nr() for node in self.nodes])
+
+    @cached_property
+    def composites(self) -> dict[Node, Element]:
+        """Activations and norms that are calls of modules with several operations, by each of these."""
+        return composites_of(self, self.calls)
 
     def position(self, time: int) -> int:
         """How many nodes had been made when the clock showed ``time``."""

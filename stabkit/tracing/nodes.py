@@ -12,13 +12,10 @@ from torch import Tensor
 from torch.autograd.graph import Node
 
 from stabkit.tracing.values import Value, meta_of, operation
+from stabkit.vocabulary import ACTIVATIONS, COSTLY, moves
+from stabkit.vocabulary import is_python_node as is_python_node
 
 Cotangents = list[Tensor | None]
-
-
-def is_python_node(node: Node) -> bool:
-    """Whether the node belongs to a custom ``torch.autograd.Function``."""
-    return isinstance(node, torch.autograd.function.BackwardCFunction)
 
 
 def alike(node: Node) -> tuple[object, ...]:
@@ -61,7 +58,7 @@ def apply_node(
         override = (_REWRITES if rewrite else _OVERRIDES).get(name)
         if override is not None:
             raw = override(node, cotangents, active)
-        elif operation(node) in _SELF_ADJOINT and torch.is_grad_enabled():
+        elif operation(node) == _SELF_ADJOINT and torch.is_grad_enabled():
             raw = _SelfAdjoint.apply(cotangents[0], node)
         else:
             raw = _call(node, cotangents)
@@ -163,8 +160,8 @@ def _call(node: Any, cotangents: Cotangents) -> Any:
     return node(*cotangents)
 
 
-# elementwise operations whose backward has no derivative in torch; it is linear and diagonal, hence self-adjoint
-_SELF_ADJOINT = frozenset({"Hardsigmoid", "Hardswish"})
+# an elementwise operation whose backward has no derivative in torch; it is linear and diagonal, hence self-adjoint
+_SELF_ADJOINT = "Hardsigmoid"
 
 
 class _SelfAdjoint(torch.autograd.Function):
@@ -325,17 +322,13 @@ _OVERRIDES: dict[str, Callable[[Any, Cotangents, Sequence[Value]], Any]] = {
 }
 # products with a matrix, and which of their arguments the matrix multiplies
 _LINEAR = {"AddmmBackward0": 1, "MmBackward0": 0}
-_RESHAPED = frozenset({"ReshapeAlias", "UnsafeView", "View"})
-# activations whose derivative takes longer to compute than to multiply with
-_ELEMENTWISE = ("Elu", "Erf", "Gelu", "Hardsigmoid", "Hardswish", "LogSigmoid", "Mish", "Silu", "Softplus")
+_RESHAPED = moves("reshape")
 # operations whose backward is elementwise in the cotangent: of any argument, or if only one depends on the source
 _STACKABLE = frozenset({"Add", "Neg", "Sub"})
-_STACKABLE_UNARY = frozenset(
-    {*_ELEMENTWISE, "Clone", "Hardtanh", "LeakyRelu", "Mul", "Relu", "Sigmoid", "Tanh", "Threshold"}
-)
+_STACKABLE_UNARY = ACTIVATIONS | {"Clone", "Mul"}
 _REWRITES = {
     **_OVERRIDES,
-    **{f"{name}Backward0": _elementwise_backward for name in _ELEMENTWISE},
+    **{f"{name}Backward0": _elementwise_backward for name in COSTLY},
     "ConvolutionBackward0": _convolution_backward,
     "NativeBatchNormBackward0": _batch_norm_backward,
 }

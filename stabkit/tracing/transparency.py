@@ -115,7 +115,7 @@ def _zeroed(tensor: Any) -> Any:
     return tensor
 
 
-class EagerMode(TorchDispatchMode):
+class EagerMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """A mode that is entered only where compiled code runs eagerly.
 
     Its own code needs no hiding from the compiler, which torch would import to hide it from.

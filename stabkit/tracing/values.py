@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
+
+from stabkit.vocabulary import operation as operation
 
 _KEPT = "stabkit.metas"  # among the metadata of a node
 _LONG = 4096  # entries; the deviation of one estimate is about the root of two over their number
@@ -63,16 +64,6 @@ def meta_of(value: Value) -> Meta:
         entries = [node.variable] if entries is None else entries
         metas = kept[_KEPT] = tuple(Meta(tuple(entry.shape), entry.dtype, entry.device) for entry in entries)
     return metas[value.output]
-
-
-def operation(node: Node) -> str:
-    """The operation behind an autograd node: ``"Addmm"`` for ``AddmmBackward0``."""
-    return _operation(type(node))
-
-
-@lru_cache(maxsize=4096)
-def _operation(node_class: type[Node]) -> str:
-    return node_class.__name__.split("Backward")[0]
 
 
 def probes_of(numel: int) -> int:

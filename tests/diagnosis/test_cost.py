@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 import stabkit
+from stabkit.analysis import analysis
 from stabkit.diagnosis import causes, collapse, examine, trial
 from stabkit.identification import confirmation, identify, pairs, reading
 
@@ -98,3 +99,26 @@ def test_ranks_of_states_are_computed_for_a_collapse_alone(monkeypatch: pytest.M
     energy = np.linalg.svd(flow.states[3].flatten().detach().double().numpy(), compute_uv=False) ** 2
     share = energy / energy.sum()
     assert ranks[3] == pytest.approx(np.exp(-(share * np.log(share)).sum()), rel=1e-12)
+
+
+def test_the_verdict_comes_before_methods_are_read_unless_growth_asks_for_a_mechanism(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    read = _counted(monkeypatch, analysis, "identify")
+
+    class Listening:
+        def __init__(self) -> None:
+            self.read: list[int] = []
+
+        def verdict(self, diagnosis: object) -> None:
+            self.read.append(len(read))
+
+        def step(self, done: int, total: int, step: object, seconds_left: float) -> None:
+            pass
+
+    told = Listening()
+    report = stabkit.analyze(_deep(gain=1.0), torch.randn(4, 16), progress=told)
+    assert report.verdict == "stable"
+    assert told.read == [0]
+    assert len(read) == 1
+    assert {step.method for step in report.steps} == {"plain"}

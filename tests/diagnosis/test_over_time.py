@@ -98,8 +98,11 @@ class Own(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         h = x.new_zeros(len(x), 12)
         x = self.w(x) if self.how == "projected" else x
+        pieces = x.unbind(1) if self.how == "unbound" else None
         for t in range(x.shape[1]):
-            if self.cell is not None:
+            if pieces is not None:
+                h = torch.tanh(self.w(pieces[t]) + self.u(h))
+            elif self.cell is not None:
                 h = self.cell(x[:, t], h)
             else:
                 h = torch.tanh((x[:, t] if self.how == "projected" else self.w(x[:, t])) + self.u(h))
@@ -130,7 +133,7 @@ class Again(nn.Module):
         return z
 
 
-@pytest.mark.parametrize(("how", "place"), [("cell", "cell"), ("inline", "u"), ("projected", "u")])
+@pytest.mark.parametrize(("how", "place"), [("cell", "cell"), ("inline", "u"), ("projected", "u"), ("unbound", "u")])
 def test_a_recurrence_written_by_hand_is_judged_over_time(how, place):
     model, x = Own(how), torch.randn(2, 40, 4, generator=torch.Generator().manual_seed(2))
     (found,) = said(model, x)
@@ -138,6 +141,25 @@ def test_a_recurrence_written_by_hand_is_judged_over_time(how, place):
     assert "tried on a copy" in found.evidence
     stabkit.diagnosis.apply(model, found)
     assert said(model, x) == []
+
+
+def test_a_cell_that_reads_its_tokens_itself_is_told_once():
+    class Tokens(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.embed, self.cell, self.head = nn.Embedding(9, 8), nn.RNNCell(8, 16), nn.Linear(16, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = None
+            for t in range(x.shape[1]):
+                h = self.cell(self.embed(x[:, t]), h)
+            return self.head(h)
+
+    found = examine(stabkit.trace(Tokens(), tokens(40) % 9, check=False), probes=1).findings
+    (told,) = [f for f in found if f.severity != "info"]
+    assert (told.module_path, "time_steps" in told.numbers) == ("cell", True)
+    assert any("this is what is found over time at cell" in f.evidence for f in found)
 
 
 def test_a_layer_used_again_over_depth_is_no_loop_over_time():

@@ -175,6 +175,10 @@ def test_statistics_of_two_values_judge_nothing():
     assert said.verdict.name == "not judged"
     assert "at least 8 values per channel" in said.verdict.summary
     assert examine(trace(model.train(), torch.randn(16, 32))).verdict.name != "not judged"
+    model[6][0].weight.data.mul_(50.0)  # which needs no statistics to be seen
+    for mode in (True, False):
+        found = [f for f in examine(trace(model.train(mode), torch.randn(2, 32))).findings if serious(f)]
+        assert [f.module_path for f in found] == ["6"]
 
 
 class Residual(nn.Module):
