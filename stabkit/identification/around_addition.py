@@ -39,13 +39,18 @@ def with_projection(record: Identification, norms: int, sums: int, *, rectified:
     return replace(record, notes=(note, *record.notes))
 
 
+def normalises(link: Link) -> bool:
+    """Whether a norm is among what happens on a link."""
+    return any(map(_normalises, link.elements))
+
+
 def norms_after(links: Sequence[Link]) -> int:
     """How many sums are followed by a norm."""
     count, open_sum = 0, False
     for link in links:
         if link.kind == "sum":
             open_sum = True
-        elif link.kind == "weightless" and open_sum and any(map(_normalises, link.elements)):
+        elif link.kind == "weightless" and open_sum and normalises(link):
             count, open_sum = count + 1, False
     return count
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from functools import cache
 from typing import Any
 
@@ -26,14 +26,16 @@ def constants(node: Node) -> tuple[Constant, ...]:
 
     Strides tell a weight from its transpose: the two fields K^T f(K y) and K f(K^T y) are not one.
     """
-    found = []
+    return tuple((name, t.data_ptr(), tuple(t.shape), t.stride()) for name, t in _saved(node))
+
+
+def _saved(node: Node) -> Iterator[tuple[str, Tensor]]:
     for name in _saved_names(type(node)):
         if name.startswith("_saved_result"):
             continue  # a by-product of the operation, made anew by every call
         saved: Any = getattr(node, name)
         if isinstance(saved, Tensor) and saved.grad_fn is None and saved.layout == torch.strided and saved.numel() > 1:
-            found.append((name, saved.data_ptr(), tuple(saved.shape), saved.stride()))
-    return tuple(found)
+            yield name, saved
 
 
 def key_of(nodes: Iterable[Node], names: Mapping[int, str]) -> tuple[tuple[str, tuple[Constant, ...]], ...]:
@@ -46,9 +48,20 @@ def key_of(nodes: Iterable[Node], names: Mapping[int, str]) -> tuple[tuple[str, 
         nodes: the operations of a stage.
         names: the parameters and buffers of the model by address.
     """
-    used = [(operation(n), constants(n)) for n in nodes if operation(n) not in MOVES]
-    own = [(name, tuple(c for c in found if c[1] in names)) for name, found in used]
-    return tuple(own if any(found for _, found in own) else used)
+    weighty = [n for n in nodes if operation(n) not in MOVES]
+    own = [(operation(n), tuple(c for c in constants(n) if c[1] in names)) for n in weighty]
+    if any(found for _, found in own):
+        return tuple(own)
+    return tuple((operation(n), _by_value(n)) for n in weighty)
+
+
+def _by_value(node: Node) -> tuple[Constant, ...]:
+    """The constants of a node with their contents for an address: every call may make them anew (spectral norm)."""
+    found = []
+    for name, tensor in _saved(node):
+        content = hash(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        found.append((name, content, tuple(tensor.shape), tensor.stride()))
+    return tuple(found)
 
 
 def addresses(model: nn.Module) -> dict[int, str]:

@@ -7,7 +7,7 @@ import itertools
 from stabkit.identification.pieces import Piece
 from stabkit.identification.slots import parts_of
 from stabkit.tracing import Flow
-from stabkit.tracing.values import meta_of
+from stabkit.tracing.values import Value, meta_of
 
 
 def groups(flow: Flow) -> tuple[tuple[int, int], ...]:
@@ -28,15 +28,33 @@ def groups(flow: Flow) -> tuple[tuple[int, int], ...]:
 def _branch(flow: Flow, start: int) -> int | None:
     """The end of a step that was cut inside its branch: the state at its start stays alive in all states between."""
     source = flow.states[start].values
-    if len(source) != 1:
-        return None
+    return next((stop for old in source if (stop := _end_of(flow, start, old)) is not None), None)
+
+
+def _end_of(flow: Flow, start: int, old: Value) -> int | None:
+    """Where one value has replaced an old one, after two steps or more that had the old one at hand.
+
+    Values beside it, such as the source of an equation, stay alive to the end, or were alive before.
+    """
+    beside = {v for v in flow.states[start].values if v != old}
     for stop in range(start + 1, len(flow.states)):
         values = flow.states[stop].values
-        if source[0] in values:
+        if old in values:
+            if not beside <= set(values) or (beside and not _reads(flow, stop - 1, old)):
+                return None
             continue
-        same = len(values) == 1 and meta_of(values[0]).shape == meta_of(source[0]).shape
-        return stop if same and stop > start + 1 and not _feeds_steps(flow, start, stop) else None
+        new = [v for v in values if v not in beside]
+        if stop == start + 1 or len(new) != 1 or meta_of(new[0]).shape != meta_of(old).shape:
+            return None
+        stays = beside <= set(values) or (start > 0 and beside <= set(flow.states[start - 1].values))
+        return stop if stays and not _feeds_steps(flow, start, stop) else None
     return None
+
+
+def _reads(flow: Flow, step: int, value: Value) -> bool:
+    graph = flow.recorded.graph
+    nodes = graph.nodes[flow.states[step].position : flow.states[step + 1].position]
+    return any(value in graph.inputs[node] for node in nodes)
 
 
 def _feeds_steps(flow: Flow, start: int, stop: int) -> bool:

@@ -90,7 +90,7 @@ def _two_state_one_stage(found: Blocks, *, history: bool) -> Name | None:
     if abs(t0 - 2) <= CLOSE and abs(d0 - 1) <= CLOSE:
         form = "second_order_leapfrog" if history else "symplectic Euler (position, velocity)"
         return Name(form, "x'' = f(x)", math.sqrt(c), "h: h^2 multiplies the force", 2)
-    if history and abs(t0 - 1 - d0) <= CLOSE:
+    if history and abs(t0 - 1 - d0) <= CLOSE < abs(d0):  # with k = 0 the older state takes no part
         return Name(f"two-step (LM-ResNet, k = {-d0:.3g})", "(1 + k) x' + (1 - k)/2 h x'' = f(x)", c, declared)
     if abs(t0 - 1 - d0) <= CLOSE and 0 < d0 < 1:
         return Name(f"momentum (gamma = {d0:.3g})", "eps x'' + x' = f(x), eps = 1/(1 - gamma)", c, declared)

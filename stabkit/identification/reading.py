@@ -28,6 +28,7 @@ from stabkit.identification.operations import JOINS
 from stabkit.identification.pairs import dense_concatenation, read_several_states
 from stabkit.identification.record import Identification
 from stabkit.identification.relaxation import with_linear_part
+from stabkit.identification.retraction import bent_skip, retraction
 from stabkit.identification.routing import routed
 from stabkit.identification.slots import Slots
 from stabkit.identification.streams import Streams, mixed_streams
@@ -164,6 +165,9 @@ def _without_skip(around: Surroundings, found: Slots, links: Sequence[Link], ste
     streams = mixed_streams(around.flow, steps[0], steps[-1] + 1, whole)
     if streams is not None:
         return _of_streams(streams, steps)
+    retracted = retraction(links, steps)
+    if retracted is not None:
+        return retracted
     notes = []
     if any(link.kind == "sum" for link in links):
         notes.append("a residual lies inside, but no skip leads around the whole step")
@@ -171,9 +175,10 @@ def _without_skip(around: Surroundings, found: Slots, links: Sequence[Link], ste
         notes.append("the state is put beside a function of it, and both are mixed: several projections, no skip")
     for link in links:
         terms = link.form.forms[0]
-        bent = _bent_skip(link)
-        if bent:
-            why = f"the skip passes {', '.join(bent)}, which is not linear: x' = P(x) + f(x) is no step from x"
+        bent = bent_skip(link)
+        if bent is not None:
+            bent_by = dict.fromkeys(operation(node) for node in bent.nodes)
+            why = f"the skip passes {', '.join(bent_by)}, which is not linear: x' = P(x) + f(x) is no step from x"
             return nothing(steps, "transformed skip", why, "proven")
         affine = [s for s in link.form.stages if s.is_affine and s.output in terms]
         if link.kind == "map" and affine and len(affine) < len(terms) and all(map(_is_projection, affine)):
@@ -196,16 +201,6 @@ def _is_projection(stage: Stage) -> bool:
     """Whether an affine stage is one of the state alone: no product with what depends on it lies before."""
     coefficients = [c for terms in stage.inputs for c in terms.values()]
     return len(stage.inputs) == 1 and all(c.kind in ("scalar", "moved") for c in coefficients)
-
-
-def _bent_skip(link: Link) -> tuple[str, ...]:
-    """What a state passes without weights on its way to a sum, beside a branch with weights: norms, activations."""
-    form = link.form
-    stages = [s for s in form.stages if s.output in form.forms[0]]
-    weightless = [s for s in stages if s.is_weightless and not s.is_affine and s.entries == form.sources]
-    if link.kind != "map" or not weightless or len(weightless) == len(stages):
-        return ()
-    return tuple(dict.fromkeys(operation(node) for node in weightless[0].nodes))
 
 
 def _of_streams(streams: Streams, steps: tuple[int, ...]) -> Identification:

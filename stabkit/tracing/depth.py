@@ -129,9 +129,17 @@ def _gaps(intervals: Intervals, units: Sequence[Interval]) -> list[_Gap]:
     for before, after in itertools.pairwise(units):
         if after.start >= before.stop:
             position = _boundary(intervals, before.stop, after.start, before_shapes)
+            if before.pattern != after.pattern and _is_whole(intervals, before):
+                position = before.stop  # a norm before the head is no part of the last block
             gaps.append(_Gap(position, int(intervals.width[position]), before, after))
             before_shapes = intervals.shapes(position)
     return gaps
+
+
+def _is_whole(intervals: Intervals, block: Interval) -> bool:
+    """Whether a block holds branches, and nothing but its result is alive where it ends."""
+    narrow = int(intervals.width[block.stop]) == 1 and int(intervals.width[block.start]) == 1
+    return narrow and not intervals.is_leaf(block) and intervals.is_wide(block.start, block.stop)
 
 
 def _boundary(intervals: Intervals, low: int, high: int, before: list[tuple[int, ...]]) -> int:

@@ -115,3 +115,98 @@ def test_the_gain_of_a_norm_belongs_to_the_field(norm):
     found = identify(trace(nn.Sequential(*(Peri(norm) for _ in range(3))), torch.randn(2, 4, D)))[1]
     assert (found.name, found.evidence) == ("forward Euler", "proven")
     assert found.step_size == pytest.approx(0.5)
+
+
+class Sphere(nn.Module):
+    """A relaxed step between two points of a sphere, in several spellings."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how, self.f = how, nn.Sequential(nn.Linear(D, D), nn.Tanh(), nn.Linear(D, D))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.how == "lerp":
+            new = torch.lerp(functional.normalize(x, dim=-1), functional.normalize(self.f(x), dim=-1), 0.25)
+            return functional.normalize(new, dim=-1)
+        unit = x / x.norm(dim=-1, keepdim=True)
+        new = 0.75 * unit + self.f(x).mul(0.25)
+        return new / new.norm(dim=-1, keepdim=True)
+
+
+@pytest.mark.parametrize("how", ["lerp", "by hand"])
+def test_a_step_between_normalised_states_is_retracted(how):
+    torch.manual_seed(0)
+    found = identify(trace(nn.Sequential(*(Sphere(how) for _ in range(3))).double(), torch.randn(2, D).double()))[1]
+    assert found.name == "projected Euler (post-norm)"
+    assert found.step_size == pytest.approx(0.25)
+    assert found.method.V[0, 0] == pytest.approx(0.75)
+
+
+class Solved(nn.Module):
+    """A solver loop around a field whose weights are made anew by every call, with its first state as a source."""
+
+    def __init__(self, method: str) -> None:
+        super().__init__()
+        self.method = method
+        self.weight = nn.Parameter(torch.randn(D, D) / 4)
+
+    def field(self, x: Tensor) -> Tensor:
+        return torch.tanh(x @ (self.weight.detach() - self.weight.detach().T))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.method == "implicit":
+            new = x
+            for _ in range(5):
+                new = x + 0.1 * self.field(new)
+            return new
+        return x + 0.1 * self.field(x + 0.05 * self.field(x))
+
+
+@pytest.mark.parametrize(
+    ("method", "name"), [("implicit", "backward_euler (by 4 fixed-point iterations)"), ("midpoint", "midpoint")]
+)
+def test_weights_that_are_made_anew_are_the_same_field(method, name):
+    torch.manual_seed(0)
+    found = identify(trace(nn.Sequential(*(Solved(method) for _ in range(3))).double(), torch.randn(2, D).double()))[1]
+    assert (found.name, found.step_size) == (name, pytest.approx(0.1))
+
+
+class Sourced(nn.Module):
+    """A solver whose field reads the first state too, and whose calls depth selection may cut anywhere."""
+
+    def __init__(self, order: int) -> None:
+        super().__init__()
+        self.order, self.f, self.out = order, Driven(), nn.Linear(D, 2)
+        self.inp = nn.Linear(D, D)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.inp(x)
+        self.f.source = x.clone()
+        for _ in range(4):
+            k1 = self.f(x)
+            k2 = self.f(x + 0.05 * k1)
+            if self.order == 3:
+                x = x + 0.1 / 6 * torch.stack([k1, 4 * k2, self.f(x + 0.2 * k2 - 0.1 * k1)]).sum(0)
+                continue
+            k3 = self.f(x + 0.05 * k2)
+            x = x + (k1 + 2 * k2 + 2 * k3 + self.f(x + 0.1 * k3)) * (0.1 / 6)
+        return self.out(x)
+
+
+class Driven(nn.Module):
+    """A field with a source."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(D, D), nn.Tanh(), nn.Linear(D, D))
+        self.source = torch.zeros(D)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x) + 0.2 * self.source
+
+
+@pytest.mark.parametrize(("order", "name"), [(3, "kutta3"), (4, "rk4")])
+def test_a_solver_with_a_source_is_read_step_by_step(order, name):
+    torch.manual_seed(0)
+    records = identify(trace(Sourced(order).double(), torch.randn(3, D).double()))
+    assert [record.name for record in records].count(name) >= 3
