@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from stabkit.errors import ArgumentError
 from stabkit.results import Result
-from stabkit.student import quantile, upper_tail
+from stabkit.student_distribution import quantile, upper_tail
 
 Array = npt.NDArray[np.float64]
 

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from stabkit.tracing import Step
 from stabkit.tracing.composites import Element, element_of
-from stabkit.tracing.products import Products
 from stabkit.tracing.segments import Segment
+from stabkit.tracing.step_products import Products
 from stabkit.tracing.values import Value, meta_of
 from stabkit.vocabulary import NormFacts
 

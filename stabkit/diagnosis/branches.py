@@ -11,7 +11,7 @@ from torch.autograd.graph import Node
 
 from stabkit.identification.operations import ADDS, MOVES, SCALES, has_matrix
 from stabkit.tracing import Flow, Step
-from stabkit.tracing.nodes import apply_node, is_python_node
+from stabkit.tracing.node_derivatives import apply_node, is_python_node
 from stabkit.tracing.segments import Segment
 from stabkit.tracing.values import Value, meta_of, operation, probes_of, random_tensors
 from stabkit.vocabulary import norm_of

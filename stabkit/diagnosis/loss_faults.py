@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 
 from stabkit.diagnosis.finding import Finding
-from stabkit.diagnosis.origin import Origin, origin_of
+from stabkit.diagnosis.non_finite_origin import Origin, origin_of
 from stabkit.diagnosis.thresholds import Thresholds
 from stabkit.tracing import Flow
 from stabkit.tracing.endpoints import scalar_loss

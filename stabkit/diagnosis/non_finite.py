@@ -11,7 +11,7 @@ from stabkit.diagnosis import remedies
 from stabkit.diagnosis.finding import Finding
 from stabkit.diagnosis.loss_faults import LOSS
 from stabkit.diagnosis.measurement import Measurement, StepMeasurement
-from stabkit.diagnosis.origin import Origin, origin_of
+from stabkit.diagnosis.non_finite_origin import Origin, origin_of
 from stabkit.diagnosis.thresholds import Thresholds
 from stabkit.diagnosis.verdict import factor
 from stabkit.diagnosis.weight_faults import WeightFault, weight_faults

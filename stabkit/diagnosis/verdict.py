@@ -1,4 +1,8 @@
-"""The verdict on measured growth, with the interval it rests on."""
+"""The verdict on measured growth, with the interval it rests on.
+
+What the findings say besides is added later: `stabkit.diagnosis.suspects` tells growth that passes and chaos apart,
+`stabkit.diagnosis.examination` what was not judged and what is a known initialisation.
+"""
 
 from __future__ import annotations
 
@@ -71,7 +75,7 @@ def judge(log_growth: Array, kinds: Sequence[str], thresholds: Thresholds) -> Ve
         low, high = mean_interval(total[through], thresholds.confidence)
     name = _name(low, high, thresholds)
     count = last - first + 1
-    found = Verdict(name, _summary(name, growth, count), growth, (low, high), (first, last))
+    found = Verdict(name, _summary(name, growth, count, thresholds), growth, (low, high), (first, last))
     blocks = sum(kind == "step" for kind in kinds)
     if name in ("stable", "drift") and blocks < _FEWEST_BLOCKS:
         return not_judged(found, _too_few(blocks, len(kinds)))
@@ -132,13 +136,14 @@ def nats(growth: float) -> str:
     return f"{growth:+.2f} nats" if math.isfinite(growth) else "not finite"
 
 
-def _summary(name: str, growth: float, count: int) -> str:
+def _summary(name: str, growth: float, count: int, thresholds: Thresholds) -> str:
     steps = f"{count} step{'s' if count != 1 else ''}"
     change = f"over {steps} the gradient changes by a factor of {factor(growth)} on its way back"
     return {
         "stable": f"Stable: {change}.",
-        "drift": f"Drift: {change}. That is more than the factor of 10 that counts as stable, and less than the 1000 "
-        "from which a finding is made of it; by itself it asks for nothing.",
+        "drift": f"Drift: {change}. That is more than the factor of {factor(thresholds.stable)} that counts as stable, "
+        f"and less than the {factor(thresholds.explosion)} from which a finding is made of it; by itself it asks for "
+        "nothing.",
         "exploding": f"Exploding: {change}.",
         "vanishing": f"Vanishing: {change}.",
         "inconclusive": f"Inconclusive: {change}, but the samples disagree; analyse more of them.",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch.autograd.graph import Node
 
 from stabkit.tracing.audit import OPAQUE
-from stabkit.tracing.nodes import is_python_node
+from stabkit.tracing.node_derivatives import is_python_node
 from stabkit.tracing.values import operation
 from stabkit.vocabulary import is_activation, moves, norm_of
 

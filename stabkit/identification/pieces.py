@@ -22,7 +22,7 @@ from stabkit.identification.operations import (
     is_opaque,
 )
 from stabkit.tracing.graph import Graph
-from stabkit.tracing.nodes import apply_node
+from stabkit.tracing.node_derivatives import apply_node
 from stabkit.tracing.values import Value, meta_of, operation, random_tensors
 from stabkit.vocabulary import norm_of
 

@@ -11,8 +11,8 @@ from stabkit.identification.normal_form import NormalForm, Stage
 from stabkit.identification.pieces import ADDED, Piece
 from stabkit.tracing import Step
 from stabkit.tracing.graph import Graph
-from stabkit.tracing.products import Products, Space
 from stabkit.tracing.samples import Layout, candidates
+from stabkit.tracing.step_products import Products, Space
 from stabkit.tracing.values import Value, meta_of
 
 Place = tuple[int, int]  # of a value: the position of its node in the graph, -1 - i for source i; which output

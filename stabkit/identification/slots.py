@@ -11,7 +11,7 @@ from torch.autograd.graph import Node
 from stabkit.identification.operations import JOINS
 from stabkit.tracing import Flow
 from stabkit.tracing.graph import Graph
-from stabkit.tracing.nodes import apply_node
+from stabkit.tracing.node_derivatives import apply_node
 from stabkit.tracing.values import Value, meta_of, operation
 from stabkit.vocabulary import moves
 

@@ -20,7 +20,7 @@ from stabkit.meanfield.rates import FEWEST, Rate, fit_rate
 from stabkit.meanfield.weights import LayerStatistics, WeightTable
 from stabkit.results import Result
 from stabkit.tracing import Flow, State, trace
-from stabkit.tracing.products import Space
+from stabkit.tracing.step_products import Space
 from stabkit.tracing.values import Value
 from stabkit.walk import Cotangents, Observer, Passage, balanced, probe_seeds, walk_back, wide
 

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from stabkit.diagnosis import VERDICTS, Finding, factor
 from stabkit.errors import ArgumentError, ReportError
 from stabkit.report import decoding, files, tables
-from stabkit.report.fields import shown
 from stabkit.report.formats import figures, percent, printable, room, shapes, signed
+from stabkit.report.shown import shown
 from stabkit.results import Result
 
 if TYPE_CHECKING:

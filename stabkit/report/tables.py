@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 from stabkit import tables
 from stabkit.diagnosis import factor
 from stabkit.errors import ReportError
-from stabkit.report.fields import flat, flat_names, shown_fields
 from stabkit.report.formats import figures, middle, printable, signed, steps_named
+from stabkit.report.shown import flat, flat_names, shown_fields
 
 if TYPE_CHECKING:
     import pandas

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from torch.autograd.graph import Node
 
-from stabkit.tracing.nodes import is_python_node
+from stabkit.tracing.node_derivatives import is_python_node
 from stabkit.tracing.recording import Recording
 from stabkit.tracing.values import operation
 

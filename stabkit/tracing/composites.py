@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import Node
 
-from stabkit.tracing.nodes import Cotangents, apply_node
+from stabkit.tracing.node_derivatives import Cotangents, apply_node
 from stabkit.tracing.values import Value, meta_of
 from stabkit.vocabulary import ActivationFacts, NormFacts, activation_of, is_python_node, norm_of, operation
 

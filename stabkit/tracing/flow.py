@@ -14,12 +14,12 @@ from stabkit.errors import OutOfRangeError, TraceError
 from stabkit.operators.jacobian import Jacobian
 from stabkit.tracing.endpoints import scalar_loss
 from stabkit.tracing.forward_pass import ForwardPass
-from stabkit.tracing.products import Products, Space
 from stabkit.tracing.protocols import FlatState, Tangents
 from stabkit.tracing.recorded_jacobian import jacobian_of
 from stabkit.tracing.recorded_pass import RecordedPass
 from stabkit.tracing.samples import Layout
 from stabkit.tracing.segments import Segment
+from stabkit.tracing.step_products import Products, Space
 from stabkit.tracing.values import Value, meta_of, operation, random_tensors
 
 if TYPE_CHECKING:

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd.graph import Node
 
 from stabkit.tracing.composites import Element, composites_of
-from stabkit.tracing.nodes import Cotangents, apply_node, is_python_node, match_layout
+from stabkit.tracing.node_derivatives import Cotangents, apply_node, is_python_node, match_layout
 from stabkit.tracing.values import Value, meta_of, operation
 from stabkit.vocabulary import moves
 

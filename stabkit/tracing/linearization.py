@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from stabkit.errors import TraceError
-from stabkit.tracing.products import Space
 from stabkit.tracing.samples import Layout
+from stabkit.tracing.step_products import Space
 from stabkit.tracing.transparency import transparent
 from stabkit.tracing.values import Meta
 

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from stabkit.operators.jacobian import Jacobian
 from stabkit.tracing.linearization import Tensors
-from stabkit.tracing.products import Space
 from stabkit.tracing.protocols import FlatState, FlowLike, StateLike
+from stabkit.tracing.step_products import Space
 
 
 @dataclass(frozen=True, eq=False)

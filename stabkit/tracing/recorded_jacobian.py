@@ -11,9 +11,9 @@ from torch import Tensor
 from stabkit.operators.dense import WORTHWHILE, fill_rows
 from stabkit.operators.jacobian import Jacobian
 from stabkit.operators.linear_map import LinearMap, Shapes, Way
-from stabkit.tracing.products import Products
 from stabkit.tracing.site_plan import arithmetic, plan_sites
 from stabkit.tracing.site_products import fill_by_sites
+from stabkit.tracing.step_products import Products
 from stabkit.tracing.unit_cotangents import UnitPuller, linear_nodes
 
 

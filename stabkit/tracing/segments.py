@@ -12,7 +12,7 @@ from torch.autograd.graph import Node
 
 from stabkit.errors import TraceError
 from stabkit.tracing.graph import Graph
-from stabkit.tracing.nodes import alike, apply_node, apply_stacked, stackable
+from stabkit.tracing.node_derivatives import alike, apply_node, apply_stacked, stackable
 from stabkit.tracing.values import Meta, Value, meta_of, random_tensors, value_of
 
 Tensors = list[Tensor]

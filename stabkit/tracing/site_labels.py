@@ -10,8 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from stabkit.tracing.products import Space
 from stabkit.tracing.segments import Segment
+from stabkit.tracing.step_products import Space
 from stabkit.tracing.values import Meta, random_tensors
 
 _BASE = 8  # powers of two from 1 to 128, which no dtype of a network overflows or rounds

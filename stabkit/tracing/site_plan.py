@@ -13,9 +13,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from stabkit.tracing.products import Products, Space
 from stabkit.tracing.segments import Segment
 from stabkit.tracing.site_labels import Sites, axis_labels, entries_by_site, possible_labels, pulled_labels
+from stabkit.tracing.step_products import Products, Space
 from stabkit.tracing.unit_cotangents import Linear, linear_nodes
 from stabkit.tracing.values import Value, meta_of, random_tensors
 

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from stabkit.errors import ArgumentError
-from stabkit.tracing.products import Space
 from stabkit.tracing.site_plan import Part, SitePlan
+from stabkit.tracing.step_products import Space
 from stabkit.tracing.unit_cotangents import UnitPuller
 from stabkit.tracing.values import Value, meta_of
 

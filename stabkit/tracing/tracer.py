@@ -27,13 +27,13 @@ from stabkit.tracing.inputs import Source, differentiable
 from stabkit.tracing.intervals import Intervals
 from stabkit.tracing.lost_gradient import place_of_cut
 from stabkit.tracing.naming import kinds, names, stacks
-from stabkit.tracing.products import Products, Space
 from stabkit.tracing.recomputation import SavedTensors
 from stabkit.tracing.recorded_pass import RecordedPass
 from stabkit.tracing.recording import Recording, clock
 from stabkit.tracing.safekeeping import modules_behind, unwrap
 from stabkit.tracing.samples import Layout
 from stabkit.tracing.segments import BackwardError, Segment
+from stabkit.tracing.step_products import Products, Space
 from stabkit.tracing.values import Value, meta_of, operation, value_of
 
 # how the chain may differ from the engine by the order of additions, as a multiple of the dtype's rounding unit

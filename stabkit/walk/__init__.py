@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from stabkit.walk.arrivals import SMALL, Arrivals, Pulled
-from stabkit.walk.cotangents import PROBE, Cotangents, balanced, drawn, probe_seeds, wide
-from stabkit.walk.walk import (
+from stabkit.walk.backwards import (
     Observer,
     Passage,
     Walk,
@@ -14,6 +13,7 @@ from stabkit.walk.walk import (
     space_at,
     walk_back,
 )
+from stabkit.walk.balancing import PROBE, Cotangents, balanced, drawn, probe_seeds, wide
 
 __all__ = [
     "PROBE",

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from stabkit.walk.walk import Observer, Passage, Walk
+from stabkit.walk.backwards import Observer, Passage, Walk
 
 SMALL = 512  # the largest step, in numbers per sample, that cotangents are kept at
 

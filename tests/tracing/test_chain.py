@@ -134,12 +134,12 @@ def test_a_module_hook_that_changes_gradients_is_named_in_the_error(register):
 
 def test_a_chain_that_is_not_exact_is_refused(monkeypatch):
     # a node whose hand-applied formula is off by a tenth of a per mille
-    from stabkit.tracing import nodes
+    from stabkit.tracing import node_derivatives
 
     def slightly_wrong(node, cotangents, active):
-        return nodes._call(node, cotangents) * 1.0001
+        return node_derivatives._call(node, cotangents) * 1.0001
 
-    monkeypatch.setitem(nodes._OVERRIDES, "TanhBackward0", slightly_wrong)
+    monkeypatch.setitem(node_derivatives._OVERRIDES, "TanhBackward0", slightly_wrong)
     model = nn.Sequential(nn.Linear(3, 3), nn.Tanh()).double()
     x = torch.randn(2, 3, dtype=torch.float64)
     with pytest.raises(TraceError, match=r"differs from the model's own by 1\.0e-04"):

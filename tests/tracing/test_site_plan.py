@@ -4,9 +4,9 @@ import torch
 from torch import Tensor, nn
 
 from stabkit.tracing import trace
-from stabkit.tracing.products import Products
 from stabkit.tracing.site_plan import arithmetic, plan_sites
 from stabkit.tracing.site_products import fill_by_sites
+from stabkit.tracing.step_products import Products
 from stabkit.tracing.values import operation
 from tests.operators.test_dense import Attention, truth
 

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 from stabkit.diagnosis import VERDICTS, factor
 from stabkit.errors import ArgumentError
-from stabkit.report.fields import Shown, shown_fields
 from stabkit.report.formats import figures, percent, signed
 from stabkit.report.page.data import comparison_data, place_of, report_data
+from stabkit.report.shown import Shown, shown_fields
 
 if TYPE_CHECKING:
     import jinja2

@@ -10,9 +10,9 @@ from torch.autograd.function import once_differentiable
 from torch.autograd.functional import jacobian
 
 from stabkit.errors import TraceError
-from stabkit.tracing import Flow, products, trace
-from stabkit.tracing.products import Space
+from stabkit.tracing import Flow, step_products, trace
 from stabkit.tracing.samples import Layout
+from stabkit.tracing.step_products import Space
 from stabkit.tracing.values import Meta
 
 CPU = torch.device("cpu")
@@ -227,7 +227,7 @@ def test_an_uncertified_double_vjp_is_never_used(function):
 
 
 def test_without_any_certified_way_the_forward_product_is_refused(monkeypatch):
-    monkeypatch.setattr(products, "_DENSE_BYTES", 0)  # no dense detour
+    monkeypatch.setattr(step_products, "_DENSE_BYTES", 0)  # no dense detour
     x = torch.randn(2, 3, dtype=torch.float64)
     operator = trace(HalfDetached.apply, x, depth="cuts").jacobian()
     with pytest.raises(TraceError, match=r"no forward product .* could be certified .*J\.T @ U"):

@@ -10,7 +10,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from stabkit.tracing.products import Space
+from stabkit.tracing.step_products import Space
 
 PROBE = 1_000_003  # between the seeds of two random cotangents: more than the seeds drawn anew within one add
 

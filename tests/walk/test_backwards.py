@@ -80,7 +80,7 @@ def test_little_memory_makes_several_batches_of_the_same(monkeypatch):
     flow = stabkit.trace(network(), torch.randn(5, 6).double())
     columns = columns_of(flow, 5)
     whole = walk_back(flow, columns)
-    monkeypatch.setattr("stabkit.walk.walk._BYTES", 2 * max(s.segment.footprint()[0] for s in flow.steps))
+    monkeypatch.setattr("stabkit.walk.backwards._BYTES", 2 * max(s.segment.footprint()[0] for s in flow.steps))
     torch.testing.assert_close(walk_back(flow, columns).growth, whole.growth, rtol=0, atol=1e-13)
 
 

@@ -9,7 +9,7 @@ import sys
 import pytest
 from scipy.special import stdtr, stdtrit
 
-from stabkit.student import quantile, upper_tail
+from stabkit.student_distribution import quantile, upper_tail
 
 DEGREES = [1, 2, 3, 4, 7, 15, 31, 79, 80, 81, 255, 1000, 99_999, 10_000_000]
 

@@ -78,7 +78,7 @@ def test_the_operation_its_module_and_its_cause_are_named(name):
     (found,) = diagnosed(Network(function), inputs())
     assert (found.kind, found.severity, found.module_path) == ("non_finite", "critical", "inner")
     assert place in found.evidence
-    assert "in inner (Inner), test_origin.py:" in found.evidence
+    assert "in inner (Inner), test_non_finite_origin.py:" in found.evidence
     assert cause in found.evidence
     assert remedy in found.remedy
 

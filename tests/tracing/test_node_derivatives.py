@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.autograd.functional import jacobian
 
 from stabkit.tracing import trace
-from stabkit.tracing.nodes import apply_node, apply_stacked, stackable
+from stabkit.tracing.node_derivatives import apply_node, apply_stacked, stackable
 from stabkit.tracing.values import value_of
 
 

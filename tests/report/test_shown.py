@@ -10,9 +10,9 @@ import pytest
 
 from stabkit.errors import ReportError
 from stabkit.report import Report, StepReport, tables
-from stabkit.report.fields import flat, flat_names, shown, shown_fields
 from stabkit.report.formats import figures
 from stabkit.report.page import report_page
+from stabkit.report.shown import flat, flat_names, shown, shown_fields
 from tests.report.synthetic import make_report, make_step
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from stabkit.diagnosis.origin_causes import Cause, backward_cause, forward_cause
+from stabkit.diagnosis.non_finite_causes import Cause, backward_cause, forward_cause
 from stabkit.errors import StabkitError
 from stabkit.tracing.containers import named_tensors
 from stabkit.tracing.forward_pass import ForwardPass
