@@ -116,12 +116,15 @@ def factor(growth: float) -> str:
     """A growth in nats as a factor that a person can read, also where it leaves the range of a float.
 
     Example:
-        >>> factor(0.0), factor(-2000.0), factor(float("-inf"))
-        ('1', '10^-869', '0')
+        >>> factor(0.0), factor(8.0), factor(-2000.0), factor(float("-inf"))
+        ('1', '2980', '10^-869', '0')
     """
     if not math.isfinite(growth):
         return "0" if growth == -math.inf else str(growth)
-    return f"{math.exp(growth):.3g}" if abs(growth) < 10 else f"10^{growth / math.log(10):.0f}"
+    if abs(growth) >= 10:
+        return f"10^{growth / math.log(10):.0f}"
+    rounded = float(f"{math.exp(growth):.3g}")
+    return f"{rounded:.0f}" if rounded >= 1000 else f"{rounded:.3g}"
 
 
 def nats(growth: float) -> str:
