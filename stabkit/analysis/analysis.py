@@ -205,6 +205,9 @@ class _Analysis:
             # the whole analysis, not only the forward pass, must leave the model as it was
             stack.enter_context(unchanged(modules_behind(self.model)))
             flow = trace(self.model, *call.inputs, kwargs=call.kwargs, batch_dim=call.batch_dim, **chosen.where)
+            if chosen.loss is not None:
+                flow = flow.following(chosen.loss)
+                chosen = replace(chosen, where={**chosen.where, "target": flow.target})
             flow = with_statistics(flow)
             stack.enter_context(torch_threads(flow.batch * max((state.size for state in flow.states), default=0)))
             # of numbers that are not finite there are no methods and no spectra to be had, only where they begin
