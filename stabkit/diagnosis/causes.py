@@ -56,5 +56,7 @@ def _runs_in(path: str, module: str) -> bool:
 
 def with_lost_parameters(flow: FlowLike, found: Diagnosis, settings: Settings) -> Diagnosis:
     """A diagnosis with the parameters that get no gradient: a pass of its own, which no trial of a remedy repeats."""
-    lost = lost_parameter_findings(flow, settings.loss) if isinstance(flow, Flow) else []
+    if not isinstance(flow, Flow):
+        return found
+    lost = lost_parameter_findings(flow.forward_pass, (len(flow.steps) - 1,), settings.loss)
     return replace(found, findings=tuple(ordered([*found.findings, *lost]))) if lost else found

@@ -193,7 +193,7 @@ def _record(forward: ForwardPass, source: str | None, target: Target, recompute:
     if failure is None:
         raise TraceError("the forward pass was not recorded")
     place = place_of_cut(forward)
-    raise TraceError(f"{failure}; {place}" if place else str(failure)) from None
+    raise UnreachedError(f"{failure}; {place}" if place else str(failure)) from None
 
 
 def _build(recorded: _Recorded, settings: _Settings) -> Flow:
