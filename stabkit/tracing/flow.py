@@ -186,9 +186,7 @@ class Flow:
             raise TraceError("the loss depends on none of the model's outputs; compute it from its argument")
         joined = self._retrace(self.chain_error is not None, paths)
         joined.cotangent(loss)
-        words = (
-            f"the loss reads {len(paths)} outputs; the flow leads to those made of {joined.source_name} as one state"
-        )
+        words = f"the loss reads {len(paths)} outputs; those made of {joined.source_name} end the flow as one state"
         return replace(joined, notes=(*joined.notes, f"{words}: {joined.target_name}"))
 
     def _covers(self, loss: Any) -> bool:
