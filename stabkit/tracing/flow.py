@@ -186,8 +186,12 @@ class Flow:
             raise TraceError("the loss depends on none of the model's outputs; compute it from its argument")
         joined = self._retrace(self.chain_error is not None, paths)
         joined.cotangent(loss)
-        words = f"the loss reads {len(paths)} outputs; those made of {joined.source_name} end the flow as one state"
-        return replace(joined, notes=(*joined.notes, f"{words}: {joined.target_name}"))
+        if len(paths) == 1:
+            note = f"the flow leads to the output that the loss reads: {joined.target_name}"
+        else:
+            words = f"the loss reads {len(paths)} outputs; those made of {joined.source_name} end the flow as one state"
+            note = f"{words}: {joined.target_name}"
+        return replace(joined, notes=(*joined.notes, note))
 
     def _covers(self, loss: Any) -> bool:
         """Whether all of the gradient of a loss passes through the last state."""
