@@ -23,7 +23,7 @@ LAYERS = [
     "tables",
     "pictures",
     "results",
-    "student",
+    "student_distribution",
     "statistics",
     "tables",
     "hashing",
