@@ -13,7 +13,10 @@ from stabkit.diagnosis.post_norm import post_norm_findings
 from stabkit.diagnosis.running_statistics import statistics_findings
 from stabkit.diagnosis.slopes import with_slopes
 from stabkit.diagnosis.suspects import Diagnosis, Settings, ordered
+from stabkit.diagnosis.unregistered import unregistered_findings
+from stabkit.diagnosis.zero_gradients import zero_gradient_findings
 from stabkit.tracing import Flow, FlowLike
+from stabkit.tracing.training_pass import training_pass
 
 _OF_DEPTH = ("exploding", "vanishing", "non-finite")  # verdicts that stand whatever else is found
 
@@ -56,5 +59,18 @@ def _runs_in(path: str, module: str) -> bool:
 
 def with_lost_parameters(flow: FlowLike, found: Diagnosis, settings: Settings) -> Diagnosis:
     """A diagnosis with the parameters that get no gradient: a pass of its own, which no trial of a remedy repeats."""
-    lost = lost_parameter_findings(flow, settings.loss) if isinstance(flow, Flow) else []
+    if not isinstance(flow, Flow):
+        return found
+    lost = [*lost_parameter_findings(flow, settings.loss), *_of_training_pass(flow, settings.loss)]
     return replace(found, findings=tuple(ordered([*found.findings, *lost]))) if lost else found
+
+
+def _of_training_pass(flow: Flow, loss: object) -> list[Finding]:
+    """What the gradients of the parameters themselves say, where there is a loss."""
+    if not callable(loss):
+        return []
+    call = replace(flow.forward_pass, through_no_grad=False)
+    done = training_pass(call, loss)
+    if done.loss is None or not bool(done.loss.detach().isfinite()):
+        return []
+    return [*zero_gradient_findings(flow, loss, call, done), *unregistered_findings(flow, call, done)]
