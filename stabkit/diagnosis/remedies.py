@@ -150,8 +150,8 @@ def reset_statistics(module: str) -> Action:
     return {"action": "reset_statistics", "module": module}
 
 
-def set_option(module: str, option: str, value: bool) -> Action:
-    """Switch an option of a module, such as ``norm_first``."""
+def set_option(module: str, option: str, value: bool | int) -> Action:
+    """Give an option of a module another value, such as ``norm_first`` or ``num_groups``."""
     return {"action": "set_option", "module": module, "option": option, "value": value}
 
 
