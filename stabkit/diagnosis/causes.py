@@ -8,6 +8,7 @@ from dataclasses import replace
 from stabkit.diagnosis.finding import Finding, serious
 from stabkit.diagnosis.input_scale import with_input_scale
 from stabkit.diagnosis.lost_parameters import lost_parameter_findings
+from stabkit.diagnosis.loud_logits import loud_logits_findings
 from stabkit.diagnosis.over_time import time_findings
 from stabkit.diagnosis.post_norm import post_norm_findings
 from stabkit.diagnosis.running_statistics import statistics_findings
@@ -65,16 +66,17 @@ def with_lost_parameters(flow: FlowLike, found: Diagnosis, settings: Settings) -
     """A diagnosis with the parameters that get no gradient: a pass of its own, which no trial of a remedy repeats."""
     if not isinstance(flow, Flow):
         return found
-    lost = [*lost_parameter_findings(flow, settings.loss), *_of_training_pass(flow, settings.loss)]
+    lost = [*lost_parameter_findings(flow, settings.loss), *_of_training_pass(flow, settings.loss, found.findings)]
     return replace(found, findings=tuple(ordered([*found.findings, *lost]))) if lost else found
 
 
-def _of_training_pass(flow: Flow, loss: object) -> list[Finding]:
-    """What the gradients of the parameters themselves say, where there is a loss."""
+def _of_training_pass(flow: Flow, loss: object, others: Sequence[Finding]) -> list[Finding]:
+    """What a pass as training makes it says of the parameters and of the loss, where there is one."""
     if not callable(loss):
         return []
     call = replace(flow.forward_pass, through_no_grad=False)
     done = training_pass(call, loss)
     if done.loss is None or not bool(done.loss.detach().isfinite()):
         return []
-    return [*zero_gradient_findings(flow, loss, call, done), *unregistered_findings(flow, call, done)]
+    found = [*zero_gradient_findings(flow, loss, call, done), *unregistered_findings(flow, call, done)]
+    return [*found, *loud_logits_findings(flow, loss, call, done, [*others, *found])]
