@@ -23,7 +23,6 @@ LAYERS = [
     "tables",
     "pictures",
     "results",
-    "student",
     "statistics",
     "tables",
     "hashing",

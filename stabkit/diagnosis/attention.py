@@ -43,7 +43,7 @@ def attentions(flow: Flow) -> list[Attention]:
     found = []
     nodes = flow.recorded.graph.nodes
     for position, node in enumerate(nodes):
-        if operation(node) in _SOFTMAXES and _weighs(flow, node):
+        if operation(node) in _SOFTMAXES and weighs(flow, node):
             step = next((s.index for s in flow.steps if position < s.target.position), len(flow.steps) - 1)
             measured = _measured(node, step, flow.recorded.recording.path_at(node._sequence_nr()))
             if measured is not None:
@@ -51,7 +51,7 @@ def attentions(flow: Flow) -> list[Attention]:
     return found
 
 
-def _weighs(flow: Flow, node: Node) -> bool:
+def weighs(flow: Flow, node: Node) -> bool:
     """Whether the result is a factor of a matrix product, as the weights of values are."""
     reached = {node}
     for other in flow.recorded.graph.nodes[flow.recorded.graph.rank[node] + 1 :]:

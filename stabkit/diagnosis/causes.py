@@ -8,12 +8,16 @@ from dataclasses import replace
 from stabkit.diagnosis.finding import Finding, serious
 from stabkit.diagnosis.input_scale import with_input_scale
 from stabkit.diagnosis.lost_parameters import lost_parameter_findings
+from stabkit.diagnosis.loud_logits import loud_logits_findings
 from stabkit.diagnosis.over_time import time_findings
 from stabkit.diagnosis.post_norm import post_norm_findings
 from stabkit.diagnosis.running_statistics import statistics_findings
 from stabkit.diagnosis.slopes import with_slopes
 from stabkit.diagnosis.suspects import Diagnosis, Settings, ordered
+from stabkit.diagnosis.unregistered import unregistered_findings
+from stabkit.diagnosis.zero_gradients import zero_gradient_findings
 from stabkit.tracing import Flow, FlowLike
+from stabkit.tracing.training_pass import training_pass
 
 _OF_DEPTH = ("exploding", "vanishing", "non-finite")  # verdicts that stand whatever else is found
 
@@ -40,10 +44,14 @@ def with_causes(flow: FlowLike, found: Diagnosis, settings: Settings) -> Diagnos
 
 
 def _the_same(finding: Finding, over_time: Sequence[Finding], flow: Flow) -> Finding:
-    """A finding on a stretch whose steps are those of a loop over time, said once and with the remedy over time."""
+    """A finding on a stretch whose steps are those of a loop over time, said once and with the remedy over time.
+
+    That nearby states part is what gradients say that explode over time.
+    """
     for other in over_time:
         inside = [i for i in finding.steps if _runs_in(flow.steps[i].module_path, other.module_path)]
-        if serious(finding) and finding.kind == other.kind and 2 * len(inside) > len(finding.steps):
+        same = finding.kind == other.kind or (finding.kind, other.kind) == ("chaotic", "exploding")
+        if serious(finding) and same and 2 * len(inside) > len(finding.steps):
             evidence = f"{finding.evidence}; this is what is found over time at {other.module_path}"
             remedy = f"that of {other.kind} over time at {other.module_path}"
             return replace(finding, severity="info", evidence=evidence, remedy=remedy, actions=())
@@ -59,4 +67,17 @@ def with_lost_parameters(flow: FlowLike, found: Diagnosis, settings: Settings) -
     if not isinstance(flow, Flow):
         return found
     lost = lost_parameter_findings(flow.forward_pass, (len(flow.steps) - 1,), settings.loss)
+    lost = [*lost, *_of_training_pass(flow, settings.loss, [*found.findings, *lost])]
     return replace(found, findings=tuple(ordered([*found.findings, *lost]))) if lost else found
+
+
+def _of_training_pass(flow: Flow, loss: object, others: Sequence[Finding]) -> list[Finding]:
+    """What a pass as training makes it says of the parameters and of the loss, where there is one."""
+    if not callable(loss):
+        return []
+    call = replace(flow.forward_pass, through_no_grad=False)
+    done = training_pass(call, loss)
+    if done.loss is None or not bool(done.loss.detach().isfinite()):
+        return []
+    found = [*zero_gradient_findings(flow, loss, call, done), *unregistered_findings(flow, call, done)]
+    return [*found, *loud_logits_findings(flow, loss, call, done, [*others, *found])]

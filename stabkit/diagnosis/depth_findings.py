@@ -9,7 +9,7 @@ import numpy as np
 
 from stabkit.attribution import Mechanism
 from stabkit.diagnosis import remedies
-from stabkit.diagnosis.finding import Finding
+from stabkit.diagnosis.finding import Action, Finding
 from stabkit.diagnosis.measurement import Array, Measurement, StepMeasurement
 from stabkit.diagnosis.thresholds import Thresholds
 from stabkit.diagnosis.verdict import Verdict, factor, nats
@@ -34,7 +34,8 @@ def growth_finding(
     sure = 1.0 if np.isinf(totals).any() else confidence_above(sign * totals, thresholds.explosion)
     low, high = verdict.interval
     count = last - first + 1
-    remedy = remedies.for_stretch(steps, verdict.growth, thresholds.stable, tied)
+    beside = remedies.branches_beside(steps, measurement.steps)
+    remedy = remedies.for_stretch(steps, verdict.growth, thresholds.stable, tied, beside)
     evidence = (
         f"log growth {verdict.growth:+.1f} nats ({thresholds.confidence:.0%} interval {low:+.1f} to {high:+.1f}) over "
         f"{count} steps, {verdict.growth / count:+.2f} a step; most at {measurement.steps[worst].name} "
@@ -103,7 +104,9 @@ def transient(
     steps = tuple(range(first + start, first + stop + 1))
     peak = max(steps, key=lambda i: float(measurement.growth[i].mean()))
     growth = float(inside.mean())
-    remedy = remedies.for_passing(measurement.steps[first : last + 1], total, growth, thresholds.stable)
+    inside_it = measurement.steps[first : last + 1]
+    beside = remedies.branches_beside(inside_it, measurement.steps)
+    remedy = remedies.for_passing(inside_it, total, growth, thresholds.stable, beside)
     return Finding(
         kind="transient_growth",
         severity="warning",
@@ -199,8 +202,14 @@ def _unstable(
         remedy=text,
         reference="Haber and Ruthotto, 2017",
         numbers={"share": share, "radius": worst.radius or math.nan, "step_factor": by},
-        actions=tuple(remedies.scale(path, by) for path, _ in matrices),
+        actions=_scaled(steps, by, measurement),
     )
+
+
+def _scaled(steps: Sequence[StepMeasurement], by: float, measurement: Measurement) -> tuple[Action, ...]:
+    """The last matrix of every branch of some steps, and of their like beside them, multiplied by a factor."""
+    paths = [path for path, _ in remedies.branch_matrices(steps)]
+    return tuple(remedies.scale(path, by) for path in [*paths, *remedies.branches_beside(steps, measurement.steps)])
 
 
 def _harm(growth: float, thresholds: Thresholds) -> str:
@@ -213,7 +222,7 @@ def _overdamped(
 ) -> Finding:
     worst = max(read, key=lambda m: m.modes.overdamped if m.modes else 0.0)
     modes = float(np.mean([m.modes.overdamped for m in read if m.modes]))
-    matrices = remedies.branch_matrices([measurement.steps[m.step] for m in read])
+    steps = [measurement.steps[m.step] for m in read]
     return Finding(
         kind="overdamped",
         severity=_harm(growth, thresholds),
@@ -225,5 +234,5 @@ def _overdamped(
         remedy="make the step a quarter as large, which moves the modes towards 1, or damp the skip less",
         reference="Haber and Ruthotto, 2017",
         numbers={"share": share, "modes": modes},
-        actions=tuple(remedies.scale(path, 0.25) for path, _ in matrices),
+        actions=_scaled(steps, 0.25, measurement),
     )

@@ -15,15 +15,15 @@ from stabkit.errors import StabkitError
 from stabkit.tracing import Flow, trace
 from stabkit.tracing.containers import map_tensors, named_tensors
 
-_FAR = 10.0  # root mean square of an input from which its size is a cause
+FAR = 10.0  # root mean square of an input from which its size is a cause
 
 
 def with_input_scale(flow: Flow, found: Diagnosis, thresholds: Thresholds) -> tuple[Finding, ...]:
     """The findings, with the input named where dividing it by its size opens the first activation again."""
     first = next((step.index for step in found.measurement.steps if step.activities), None)
     accused = [f for f in found.findings if f.kind == "saturated" and first in f.steps]
-    size = _input_size(flow)
-    if not accused or size is None or size < _FAR:
+    size = input_size(flow)
+    if not accused or size is None or size < FAR:
         return found.findings
     before = max((a.saturated for a in found.measurement.steps[accused[0].steps[0]].activities), default=math.nan)
     after = _saturated_at(flow, size, accused[0].steps[0])
@@ -42,7 +42,7 @@ def with_input_scale(flow: Flow, found: Diagnosis, thresholds: Thresholds) -> tu
     return tuple(named if finding is accused[0] else finding for finding in found.findings)
 
 
-def _input_size(flow: Flow) -> float | None:
+def input_size(flow: Flow) -> float | None:
     """Root mean square of the input that depth is counted from; None for what was looked up."""
     call = flow.forward_pass
     given = dict([*named_tensors(list(call.inputs)), *named_tensors(call.kwargs)])

@@ -90,8 +90,8 @@ def _unused(found: LostGradient, call: ForwardPass, steps: tuple[int, ...], aske
     if not found.unused:
         return []
     share = _share(found, found.unused)
-    used = {_role(path) for path in set(found.trainable) - set(found.lost)}
-    chosen_among = {_role(path) for path in found.unused} <= used
+    used = {role_of(path) for path in set(found.trainable) - set(found.lost)}
+    chosen_among = {role_of(path) for path in found.unused} <= used
     serious = asked and share >= _LARGE and call.module.training and not chosen_among
     idle = [module for module in found.idle if module]
     why = f"{listed(tuple(idle))} never runs" if idle else "nothing that counts is made of what they give"
@@ -122,7 +122,7 @@ def _share(found: LostGradient, paths: Sequence[str]) -> float:
     return sum(found.trainable[path] for path in paths) / max(1, sum(found.trainable.values()))
 
 
-def _role(path: str) -> str:
+def role_of(path: str) -> str:
     """A path without the numbers that tell like blocks apart."""
     return re.sub(r"\d+", "*", path)
 

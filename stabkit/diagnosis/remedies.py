@@ -150,8 +150,8 @@ def reset_statistics(module: str) -> Action:
     return {"action": "reset_statistics", "module": module}
 
 
-def set_option(module: str, option: str, value: bool) -> Action:
-    """Switch an option of a module, such as ``norm_first``."""
+def set_option(module: str, option: str, value: bool | int) -> Action:
+    """Give an option of a module another value, such as ``norm_first`` or ``num_groups``."""
     return {"action": "set_option", "module": module, "option": option, "value": value}
 
 
@@ -169,6 +169,19 @@ def branch_matrices(steps: Sequence[StepMeasurement]) -> list[tuple[str, float]]
             if inside and math.isfinite(merge.gain):
                 found.append((inside[-1].path, merge.gain))
     return found
+
+
+def branches_beside(steps: Sequence[StepMeasurement], every: Sequence[StepMeasurement]) -> list[str]:
+    """The last matrices of branches outside a stretch that have the role of those inside.
+
+    A block at an end of a stretch changes the space where a longer skip begins or ends, and is no step of the stretch.
+    What is done to every block is done to it as well: left as it is, it would be the one unlike its peers.
+    """
+    inside = {path for path, _ in branch_matrices(steps)}
+    roles = {w.role for step in steps for w in step.weights if w.path in inside}
+    outside = [step for step in every if all(step is not other for other in steps)]
+    held = {w.path: w.role for step in outside for w in step.weights}
+    return [path for path, _ in branch_matrices(outside) if path not in inside and held[path] in roles]
 
 
 def branch_factor(gains: Sequence[float], budget: float) -> float:
@@ -189,14 +202,16 @@ def branch_factor(gains: Sequence[float], budget: float) -> float:
     return low
 
 
-def for_passing(steps: Sequence[StepMeasurement], total: float, growth: float, stable: float) -> Remedy:
+def for_passing(
+    steps: Sequence[StepMeasurement], total: float, growth: float, stable: float, beside: Sequence[str] = ()
+) -> Remedy:
     """What takes away growth that does not last: branches that are scaled, or matrices made normal.
 
     A multiple of an orthogonal matrix amplifies nothing that it does not keep, so a plain stretch of such has the
     growth of the whole and no more on the way.
     """
     if 2 * sum(bool(step.merges) for step in steps) >= len(steps):
-        return for_stretch(steps, growth, stable)
+        return for_stretch(steps, growth, stable, beside=beside)
     paths = list(dict.fromkeys(path for path in (last_matrix(step) for step in steps) if path is not None))
     gain = math.exp(total / max(len(paths), 1))
     text = (
@@ -213,14 +228,18 @@ def preactivation_scale(saturated: float) -> float:
 
 
 def for_stretch(
-    steps: Sequence[StepMeasurement], growth: float, stable: float, tied: Mapping[str, float] | None = None
+    steps: Sequence[StepMeasurement],
+    growth: float,
+    stable: float,
+    tied: Mapping[str, float] | None = None,
+    beside: Sequence[str] = (),
 ) -> Remedy:
     """What brings a stretch of steps back to a growth near zero.
 
     Residual stretches: the branches are scaled so that they grow a gradient by no more than half of what counts as
     stable. Plain ones: the last matrix of every layer is scaled by what a layer grows too much, or so that its
     pre-activations are of size 1 where most are saturated. ``tied`` are the matrices that every step uses, with the log
-    of their gain, where steps do not tell their own.
+    of their gain, where steps do not tell their own; ``beside`` are the last matrices of like branches outside.
     """
     branches = branch_matrices(steps)
     if len(branches) >= len(steps) / 2 and branches:
@@ -230,7 +249,8 @@ def for_stretch(
                 f"scale the branches: multiply the last matrix of each by {by:.2g} (1/sqrt(depth) would be "
                 f"{len(branches) ** -0.5:.2g}), or start it at zero; or damp the skip: (1 - lambda) x + f(x)"
             )
-            return Remedy(text, tuple(scale(path, by) for path, _ in branches))
+            paths = [*(path for path, _ in branches), *beside]
+            return Remedy(text, tuple(scale(path, by) for path in paths))
         text = "the skip itself loses gradient: move norms and activations behind the addition into the branch"
         return Remedy(text)
     uses = [path for path in (last_matrix(step) for step in steps) if path is not None] or list(tied or {}) * len(steps)

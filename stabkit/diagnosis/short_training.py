@@ -7,7 +7,7 @@ matter; the best of a few shares counts. The model, its buffers and the random s
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,8 +43,13 @@ class ShortTraining:
         return f"from {self.first:.3g} to {self.last:.3g}" if math.isfinite(self.last) else "beyond every bound"
 
 
-def short_training(flow: Any, loss: Any, actions: Sequence[Action] = ()) -> ShortTraining | None:
-    """Losses of a short training with a remedy carried out; None where the model is too large or does not train."""
+def short_training(
+    flow: Any, loss: Any, actions: Sequence[Action] = (), altered: Callable[[Tensor], None] | None = None
+) -> ShortTraining | None:
+    """Losses of a short training with a remedy carried out; None where the model is too large or does not train.
+
+    ``altered`` is called with each loss before its gradients are taken, to hang hooks on its graph.
+    """
     if not isinstance(flow, Flow) or not callable(loss):
         return None
     paths = [path for path, p in flow.model.named_parameters() if p.requires_grad and p.is_floating_point()]
@@ -58,7 +63,7 @@ def short_training(flow: Any, loss: Any, actions: Sequence[Action] = ()) -> Shor
                 carried_out(flow.model, [remedies.scale(path, 1.0) for path in paths]),
                 carried_out(flow.model, actions),
             ):
-                runs.append(_run(flow, loss, share))
+                runs.append(_run(flow, loss, share, altered))
     except (StabkitError, RuntimeError):
         return None
     first = runs[0][0]
@@ -72,7 +77,7 @@ def worse(treated: ShortTraining | None, untreated: ShortTraining | None) -> boo
     return treated.last > untreated.last + _CLEARLY * abs(untreated.first)
 
 
-def _run(flow: Flow, loss: Any, share: float) -> list[float]:
+def _run(flow: Flow, loss: Any, share: float, altered: Callable[[Tensor], None] | None) -> list[float]:
     call, losses = flow.forward_pass, []
     with unchanged(call.module) as safe, torch.enable_grad():
         safe.copy_buffers()
@@ -82,6 +87,8 @@ def _run(flow: Flow, loss: Any, share: float) -> list[float]:
         for _ in range(STEPS + 1):
             scalar = loss(call.model(*call.inputs, **call.kwargs))
             losses.append(float(scalar.detach()))
+            if altered is not None:
+                altered(scalar)
             grads = torch.autograd.grad(scalar, weights, allow_unused=True)
             if rate is None:
                 norm = _norm([g for g in grads if g is not None])

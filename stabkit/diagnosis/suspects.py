@@ -20,6 +20,7 @@ from stabkit.diagnosis.constant_outputs import constant_output_findings
 from stabkit.diagnosis.copied_units import copied_units_findings
 from stabkit.diagnosis.dead_units import dead_findings, saturated_findings
 from stabkit.diagnosis.depth_findings import growth_finding, mechanism_findings, transient
+from stabkit.diagnosis.erased_inputs import erased_input_findings
 from stabkit.diagnosis.finding import Finding, serious
 from stabkit.diagnosis.fixed_points import settles
 from stabkit.diagnosis.kinds import FINDINGS, rank
@@ -107,8 +108,9 @@ def suspected(
         blamed |= set(range(verdict.stretch[0], verdict.stretch[1] + 1))
     found += [*of_loss, *saturated_findings(measurement, limits, blamed)]
     if isinstance(flow, Flow):
-        # copies are the cause of a rank that is lost, and are tried first
-        found = [*copied_units_findings(flow, measurement), *found, *attention_findings(flow, limits)]
+        # copies, and norms over a single value, are the cause of a rank that is lost, and are tried first
+        causes = [*copied_units_findings(flow, measurement), *erased_input_findings(flow, measurement, limits)]
+        found = [*causes, *found, *attention_findings(flow, limits)]
     tied = recurrent_matrices(flow) if isinstance(flow, Iteration) else {}
     if not explained:
         found += growth_finding(verdict, measurement, tied, limits)

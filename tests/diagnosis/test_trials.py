@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import stabkit
 from stabkit.analysis.records import untried_notes
-from stabkit.diagnosis import Finding, Thresholds, examine, judge, treat
+from stabkit.diagnosis import Finding, Thresholds, apply, examine, judge, treat
 from stabkit.diagnosis.actions import carried_out, once
 from stabkit.diagnosis.finding import sound
 from stabkit.diagnosis.short_training import short_training
@@ -359,3 +359,40 @@ def test_dead_layers_are_drawn_anew_biases_and_all():
     assert found.kind == "dead"
     assert {action["action"] for action in found.actions} == {"redraw", "fill"}
     assert treat(model, x).silent
+
+
+class LongSkip(nn.Module):
+    """Residual blocks without a norm inside one long skip, so that the first and the last block change the space."""
+
+    def __init__(self, layer: Callable[[int, int], nn.Module], depth: int) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.head, self.tail = layer(2, 12), layer(12, 2)
+        blocks = [nn.Sequential(layer(12, 12), nn.ReLU(), layer(12, 12)) for _ in range(depth)]
+        for matrix in (part for block in blocks for part in block if not isinstance(part, nn.ReLU)):
+            nn.init.kaiming_normal_(matrix.weight)
+        self.blocks = nn.ModuleList(blocks)
+
+    def forward(self, x: Tensor) -> Tensor:
+        start = x = self.head(x)
+        for block in self.blocks:
+            x = x + block(x)
+        return self.tail(start + x)
+
+
+@pytest.mark.parametrize(
+    ("layer", "shape"),
+    [(nn.Linear, (8, 2)), (lambda n, m: nn.Conv2d(n, m, 3, padding=1), (4, 2, 6, 6))],
+    ids=["linear", "convolutions"],
+)
+@pytest.mark.parametrize("loss", [None, lambda out: out.abs().mean()], ids=["no loss", "loss"])
+def test_what_is_done_to_every_branch_is_done_to_those_at_the_ends_of_a_long_skip(layer, shape, loss):
+    model = LongSkip(layer, 24)
+    flow = stabkit.trace(model, torch.randn(*shape, generator=torch.Generator().manual_seed(1)))
+    (found,) = serious(examine(flow, loss))
+    assert found.kind == "exploding"
+    assert len(found.steps) < 24
+    assert len(found.actions) == 24
+    assert "tried on a copy" in found.evidence
+    apply(model, found)
+    assert serious(examine(flow.again(), loss)) == []

@@ -1,0 +1,164 @@
+"""Normalisations over one value, or two: whatever they are given, they return the same."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+from torch.nn.modules.instancenorm import _InstanceNorm
+
+from stabkit.diagnosis import remedies
+from stabkit.diagnosis.attention import weighs
+from stabkit.diagnosis.finding import Action, Finding
+from stabkit.diagnosis.measurement import Measurement
+from stabkit.diagnosis.thresholds import Thresholds
+from stabkit.tracing import Flow
+from stabkit.tracing.values import Value, meta_of, operation
+
+_SIGNS = 2  # values of which only the sign of their difference is left
+_ENOUGH = 8  # values whose mean and variance leave most of what they were
+_NORMS = {"NativeGroupNorm": "group", "NativeLayerNorm": "position", "NativeBatchNorm": "channel"}
+_SOFTMAXES = frozenset({"Softmax", "LogSoftmax", "SafeSoftmax"})
+
+
+@dataclass(frozen=True)
+class Erasing:
+    """One normalisation over too few values.
+
+    Attributes:
+        step: in which it runs.
+        path: the module that it runs in.
+        module: that module.
+        values: how many values it normalises together.
+        over: what holds these values: ``"group"``, ``"position"``, ``"channel"`` or ``"row"``.
+    """
+
+    step: int
+    path: str
+    module: nn.Module
+    values: int
+    over: str
+
+
+def erasing(flow: Flow) -> list[Erasing]:
+    """The normalisations of a flow that take mean and variance, or a softmax, of one or two values, once a module."""
+    modules = dict(flow.model.named_modules())
+    recording = flow.recorded.recording
+    found: dict[str, Erasing] = {}
+    for position, values, over, time in _counted(flow):
+        path = recording.path_at(time)
+        module = modules.get(path)
+        # two values keep their ratio where no mean is taken away, and a softmax of two scores is a sigmoid
+        most = 1 if over == "row" or isinstance(module, nn.RMSNorm) else _SIGNS
+        if module is None or path in found or values > most:
+            continue
+        if over == "channel" and not isinstance(module, _InstanceNorm):
+            continue  # the values of a batch norm are those of the batch, which says nothing of the network
+        step = next((s.index for s in flow.steps if position < s.target.position), len(flow.steps) - 1)
+        found[path] = Erasing(step, path, module, values, over)
+    return list(found.values())
+
+
+def _counted(flow: Flow) -> Iterator[tuple[int, int, str, int]]:
+    """Place, values and what holds them of every normalisation, and when it ran."""
+    for position, node in enumerate(flow.recorded.graph.nodes):
+        values, over = _values(node)
+        if values and not (over == "row" and weighs(flow, node)):  # attention to a single key is right as it is
+            yield position, values, over, node._sequence_nr()
+    for call in flow.recorded.recording.calls:  # torch has no single operation for this one
+        if isinstance(call.module, nn.RMSNorm):
+            place = flow.recorded.graph.position(call.start)
+            yield place, math.prod(call.module.normalized_shape), "position", call.start
+
+
+def _values(node: Any) -> tuple[int, str]:
+    """How many values a node normalises together, and what holds them; none for other operations."""
+    name = operation(node)
+    over = _NORMS.get(name, "")
+    if name == "NativeGroupNorm":
+        return int(node._saved_C) // int(node._saved_group) * int(node._saved_HxW), over
+    if name == "NativeLayerNorm":
+        return math.prod(node._saved_normalized_shape), over
+    shape = meta_of(Value(node, 0)).shape if over or name in _SOFTMAXES else ()
+    if name == "NativeBatchNorm":
+        return (math.prod(shape) // shape[1], over) if node._saved_training else (0, "")
+    if name in _SOFTMAXES and shape:
+        dim = int(node._saved_dim)
+        return int(shape[dim - (1 << 64) if dim >= 1 << 63 else dim]), "row"
+    return 0, ""
+
+
+def erased_input_findings(flow: Flow, measurement: Measurement, thresholds: Thresholds) -> list[Finding]:
+    """Normalisations that erase what they are given, as one finding; a softmax where nothing carries on beside it."""
+    growth = measurement.growth.mean(axis=1)
+    every = [(each, bool(growth[each.step] < -thresholds.explosion)) for each in erasing(flow)]
+    found = [(each, alone) for each, alone in every if alone or each.over != "row"]
+    if not found:
+        return []
+    worst = min((each for each, _ in found), key=lambda each: each.values)
+    others = [each.path for each, _ in found if each is not worst]
+    also = f"; so {'does' if len(others) == 1 else 'do'} {', '.join(others[:3])}" if others else ""
+    also += f" and {len(others) - 3} more" if len(others) > 3 else ""
+    words, _ = _cure(worst)
+    return [
+        Finding(
+            kind="rank_collapse",
+            severity="critical" if any(alone for _, alone in found) else "warning",
+            steps=tuple(sorted({each.step for each, _ in found})),
+            module_path=worst.path,
+            confidence=1.0,
+            evidence=_evidence(worst) + also,
+            remedy=words,
+            reference="Wu and He, Group normalization, ECCV 2018; pytorch issue 19250",
+            numbers={"values": float(worst.values), "modules": float(len(found))},
+            actions=tuple(action for each, _ in found for action in _cure(each)[1]),
+        )
+    ]
+
+
+def _evidence(found: Erasing) -> str:
+    name = f"{found.path} ({_called(found.module)})" if found.path else _called(found.module)
+    if found.over == "row":
+        return f"{name} takes a softmax of one score, which is 1 whatever that is: no gradient gets back through it"
+    if found.values > 1:
+        return (
+            f"{name} normalises over two values per {found.over}: all that is left of them is which is larger, and "
+            "hardly any gradient gets back through it"
+        )
+    left = "the sign alone" if isinstance(found.module, nn.RMSNorm) else "its bias, the same for every sample"
+    return f"{name} normalises over one value per {found.over}: it returns {left}, and no gradient gets back through it"
+
+
+def _called(module: nn.Module) -> str:
+    if isinstance(module, nn.GroupNorm):
+        return f"GroupNorm({module.num_groups}, {module.num_channels})"
+    return type(module).__name__
+
+
+def _cure(found: Erasing) -> tuple[str, tuple[Action, ...]]:
+    """What would leave something of the input, in words and as data."""
+    module, path = found.module, found.path
+    out = (remedies.activate(path, "Identity"),) if path and not any(True for _ in module.children()) else ()
+    if found.over == "row":
+        text = f"use a sigmoid in the place of the softmax at {path or 'the end'}, or give it a score per class"
+        return text, (remedies.activate(path, "Sigmoid"),) if isinstance(module, nn.Softmax) else ()
+    if not isinstance(module, nn.GroupNorm):
+        return f"take {path or 'the norm'} out, or let it normalise over more values", out
+    groups = _groups(module, found.values)
+    if groups == module.num_groups:
+        return f"take {path} out: there is nothing more to normalise over", out
+    text = (
+        f"normalise over more values: GroupNorm({groups}, {module.num_channels}) at {path}, "
+        f"{found.values * module.num_groups // groups} values per group; or a LayerNorm, or no norm there"
+    )
+    return text, (remedies.set_option(path, "num_groups", groups),)
+
+
+def _groups(norm: nn.GroupNorm, values: int) -> int:
+    """The most groups that hold eight values each, or one."""
+    total = values * norm.num_groups
+    fits = [n for n in range(1, norm.num_groups + 1) if norm.num_channels % n == 0 and total // n >= _ENOUGH]
+    return max(fits, default=1)
