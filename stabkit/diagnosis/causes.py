@@ -45,10 +45,14 @@ def with_causes(flow: FlowLike, found: Diagnosis, settings: Settings) -> Diagnos
 
 
 def _the_same(finding: Finding, over_time: Sequence[Finding], flow: Flow) -> Finding:
-    """A finding on a stretch whose steps are those of a loop over time, said once and with the remedy over time."""
+    """A finding on a stretch whose steps are those of a loop over time, said once and with the remedy over time.
+
+    That nearby states part is what gradients say that explode over time.
+    """
     for other in over_time:
         inside = [i for i in finding.steps if _runs_in(flow.steps[i].module_path, other.module_path)]
-        if serious(finding) and finding.kind == other.kind and 2 * len(inside) > len(finding.steps):
+        same = finding.kind == other.kind or (finding.kind, other.kind) == ("chaotic", "exploding")
+        if serious(finding) and same and 2 * len(inside) > len(finding.steps):
             evidence = f"{finding.evidence}; this is what is found over time at {other.module_path}"
             remedy = f"that of {other.kind} over time at {other.module_path}"
             return replace(finding, severity="info", evidence=evidence, remedy=remedy, actions=())

@@ -39,6 +39,13 @@ Array = npt.NDArray[np.float64]
 #: operations that take a piece of a value
 _PIECES = frozenset({"Select", "Slice", "Narrow", "Index", "IndexSelect"})
 _ALL_PIECES = frozenset({"Split", "SplitWithSizes", "Unbind", "Chunk"})
+#: sizes of entries, in 1/sqrt(hidden), that a recurrence can start in
+_SIZES = (
+    (3.0**-0.5, "1/sqrt(3 hidden), as torch draws them (reset_parameters)"),
+    (1.0, "1/sqrt(hidden), of gain 1"),
+    (2.0, "2/sqrt(hidden), of gain 2"),
+)
+_FAR = math.log(1.5)  # nats between the size of a matrix and the standard one that are worth a change
 _FEWEST = 8  # time steps from which one speaks of time
 _REFERENCES = {
     "vanishing": "Pascanu et al., On the difficulty of training recurrent neural networks, 2013; Gers et al., 2000",
@@ -290,9 +297,10 @@ def _changes(profile: TimeProfile, growth: float) -> list[Remedy]:
             (text.format(f"{bias + 2:.3g}", "longer than the sequence"), _opened(profile, bias + 2)),
         ]
         return [Remedy(words, actions) for words, actions in tries if actions]
+    by_size = [*_of_standard_size(profile), *_gates_opened(profile, growth)]
     matrices = _recurrent_matrices(profile)
     if not matrices:
-        return []
+        return by_size
     what = " and ".join(dict.fromkeys(_short(path) for path, _ in matrices))
     by = math.exp(-growth / steps)
 
@@ -306,6 +314,48 @@ def _changes(profile: TimeProfile, growth: float) -> list[Remedy]:
     if 0.1 < by < 10.0:
         found.append(Remedy(f"multiply {what} by {by:.3g}", tuple(remedies.scale(path, by) for path, _ in matrices)))
         found.append(Remedy(f"make {what} orthogonal, times {by:.3g}", orthogonal(by)))
+    return [*found, *by_size]
+
+
+def _of_standard_size(profile: TimeProfile) -> list[Remedy]:
+    """The matrices of a cell in sizes that recurrent modules start in, whatever they are called; the smallest first.
+
+    A cell written by hand stacks its gates as it likes, in rows or in columns: a matrix of it has a side that is a
+    multiple of the state's.
+    """
+    if not profile.loop:
+        return []
+    sizes = {}
+    for path, p in _named(profile):
+        if p.dim() == 2 and any(side % profile.width == 0 for side in p.shape):
+            sizes[path] = float(p.detach().double().square().mean().sqrt())
+    found = []
+    for gain, words in _SIZES:
+        wanted = gain * profile.width**-0.5
+        factors = {path: wanted / size for path, size in sizes.items() if 0.0 < size < math.inf}
+        far = {path: by for path, by in factors.items() if abs(math.log(by)) > _FAR}
+        if far:
+            texts = " and ".join(f"{path} by {by:.2g}" for path, by in far.items())
+            text = f"multiply {texts}: entries of size {wanted:.2g} = {words}, with {profile.width} hidden units"
+            found.append(Remedy(text, tuple(remedies.scale(path, by) for path, by in far.items())))
+    return found
+
+
+def _gates_opened(profile: TimeProfile, growth: float) -> list[Remedy]:
+    """One gate after another of a cell written by hand held open by its bias: which of them keeps the state, shows."""
+    if growth > 0 or not profile.loop:
+        return []
+    value = math.log(max(len(profile.log_gradient) - 1, 2))
+    found = []
+    for path, p in _named(profile):
+        if p.dim() == 1 and len(p) in (3 * profile.width, 4 * profile.width):
+            for start in range(0, len(p), profile.width):
+                part = (start, start + profile.width)
+                text = (
+                    f"start the gate that keeps the state open: set {path}[{part[0]}:{part[1]}] to {value:.3g}, the "
+                    "log of the number of time steps"
+                )
+                found.append(Remedy(text, (remedies.fill(path, value, part),)))
     return found
 
 

@@ -143,6 +143,90 @@ def test_a_recurrence_written_by_hand_is_judged_over_time(how, place):
     assert said(model, x) == []
 
 
+class Gated(nn.Module):
+    """An LSTM or GRU cell written by hand, its gates stacked in rows or in columns, its matrices called by any name."""
+
+    def __init__(self, how: str, std: float, width: int = 24) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.how = how
+        gates = 3 if how == "gru" else 4
+        if how == "one layer":
+            self.both = nn.Linear(4 + width, gates * width)
+        elif how == "layers":
+            self.of_input, self.of_state = nn.Linear(4, gates * width), nn.Linear(width, gates * width)
+        else:
+            self.A = nn.Parameter(torch.empty(4, gates * width))
+            self.B = nn.Parameter(torch.empty(width, gates * width))
+            self.c = nn.Parameter(torch.empty(gates * width))
+        for p in self.parameters():
+            nn.init.normal_(p, std=std)
+
+    def forward(self, x: Tensor, state: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        h, c = state
+        if self.how == "gru":
+            (rx, zx, nx), (rh, zh, nh) = (x @ self.A + self.c).chunk(3, 1), (h @ self.B).chunk(3, 1)
+            z = torch.sigmoid(zx + zh)
+            return (1 - z) * torch.tanh(nx + torch.sigmoid(rx + rh) * nh) + z * h, c
+        if self.how == "one layer":
+            gates = self.both(torch.cat([x, h], 1))
+        elif self.how == "layers":
+            gates = self.of_input(x) + self.of_state(h)
+        else:
+            gates = x @ self.A + h @ self.B + self.c
+        i, f, g, o = gates.chunk(4, 1)
+        c = torch.sigmoid(f) * c + torch.sigmoid(i) * torch.tanh(g)
+        return torch.sigmoid(o) * torch.tanh(c), c
+
+
+class Strips(nn.Module):
+    """A cell in a loop over the pieces of its input, and a head on its last state."""
+
+    def __init__(self, cell: nn.Module, width: int = 24) -> None:
+        super().__init__()
+        self.cell, self.head, self.width = cell, nn.Linear(width, 2), width
+
+    def forward(self, x: Tensor) -> Tensor:
+        state = (x.new_zeros(len(x), self.width),) * 2
+        for t in range(x.shape[1]):
+            state = self.cell(x[:, t], state)
+        return self.head(state[0])
+
+
+@pytest.mark.parametrize(
+    ("how", "std", "time", "kind"),
+    [
+        ("columns", 1.5, 24, "exploding"),
+        ("layers", 1.5, 24, "exploding"),
+        ("one layer", 1.5, 24, "exploding"),
+        ("gru", 1.5, 24, "exploding"),
+        ("columns", 1e-3, 16, "vanishing"),
+        ("one layer", 1e-3, 16, "vanishing"),
+    ],
+)
+def test_the_matrices_of_a_cell_written_by_hand_are_brought_to_a_size_that_serves_it(how, std, time, kind):
+    model = Strips(Gated(how, std, 64), 64)
+    x = torch.rand(4, time, 4, generator=torch.Generator().manual_seed(2))
+    (found,) = said(model, x)
+    assert (found.kind, found.module_path) == (kind, "cell")
+    assert {a["action"] for a in found.actions} == {"scale"}
+    assert all((a["factor"] < 1.0) == (kind == "exploding") for a in found.actions)
+    assert "hidden units" in found.remedy
+    stabkit.diagnosis.apply(model, found)
+    assert said(model, x) == []
+
+
+@pytest.mark.parametrize("how", ["columns", "layers", "gru"])
+def test_the_gate_that_keeps_the_state_is_found_by_opening_one_after_another(how):
+    model = Strips(Gated(how, 0.1))
+    x = torch.randn(4, 50, 4, generator=torch.Generator().manual_seed(2))
+    (found,) = said(model, x)
+    (action,) = found.actions
+    assert (found.kind, action["action"], action["start"]) == ("vanishing", "fill", 24)
+    stabkit.diagnosis.apply(model, found)
+    assert said(model, x) == []
+
+
 def test_a_cell_that_reads_its_tokens_itself_is_told_once():
     class Tokens(nn.Module):
         def __init__(self) -> None:
