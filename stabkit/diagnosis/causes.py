@@ -7,6 +7,7 @@ from dataclasses import replace
 
 from stabkit.diagnosis.finding import Finding, serious
 from stabkit.diagnosis.input_scale import with_input_scale
+from stabkit.diagnosis.loss_floor import loss_floor_findings
 from stabkit.diagnosis.lost_parameters import lost_parameter_findings
 from stabkit.diagnosis.loud_logits import loud_logits_findings
 from stabkit.diagnosis.over_time import time_findings
@@ -80,4 +81,5 @@ def _of_training_pass(flow: Flow, loss: object, others: Sequence[Finding]) -> li
     if done.loss is None or not bool(done.loss.detach().isfinite()):
         return []
     found = [*zero_gradient_findings(flow, loss, call, done), *unregistered_findings(flow, call, done)]
-    return [*found, *loud_logits_findings(flow, loss, call, done, [*others, *found])]
+    found += loud_logits_findings(flow, loss, call, done, [*others, *found])
+    return [*found, *loss_floor_findings(flow, loss, call, done, [*others, *found])]
