@@ -67,7 +67,8 @@ def with_lost_parameters(flow: FlowLike, found: Diagnosis, settings: Settings) -
     """A diagnosis with the parameters that get no gradient: a pass of its own, which no trial of a remedy repeats."""
     if not isinstance(flow, Flow):
         return found
-    lost = [*lost_parameter_findings(flow, settings.loss), *_of_training_pass(flow, settings.loss, found.findings)]
+    lost = lost_parameter_findings(flow.forward_pass, (len(flow.steps) - 1,), settings.loss)
+    lost = [*lost, *_of_training_pass(flow, settings.loss, [*found.findings, *lost])]
     return replace(found, findings=tuple(ordered([*found.findings, *lost]))) if lost else found
 
 
