@@ -32,6 +32,8 @@ from stabkit.tracing.training_pass import training_pass
 _FEWEST = 8  # calls without gradient from which one speaks of an iteration
 _REACHED = 1e-2  # relative residual from which the gradient at a fixed point means something
 _FALLS = 0.99  # of the change of the call before: what falls less does not arrive
+_SAMPLES, _MEMORY = 4, 5  # samples looked at, and states that a solver combines
+_FITS = 1e-3  # relative distance of a state from what a solver can make
 _CONTRACTS = 0.9  # by which a step is to stretch
 
 
@@ -53,7 +55,7 @@ class Iterates:
         late = self.changes[len(self.changes) // 2 : -1]  # the last call may be made with what the one before was
         if len(late) < 2 or late[0] <= 0.0 or late[-1] <= 0.0:
             return math.nan
-        return (late[-1] / late[0]) ** (1.0 / (len(late) - 1))
+        return math.exp(math.log(late[-1] / late[0]) / (len(late) - 1))
 
     @property
     def arrives(self) -> bool:
@@ -96,7 +98,7 @@ def _iterates(call: ForwardPass, path: str) -> Iterates | None:
     if len(made) < _FEWEST or len({len(tensors) for tensors in given}) > 1:
         return None
     place = _state(given, made)
-    if place is None:
+    if place is None or not _fed_back([tensors[place] for tensors in given], made):
         return None
     found = Iterates()
     for tensors, out in zip(given, made, strict=True):
@@ -119,6 +121,26 @@ def _state(given: list[list[Tensor]], made: list[Tensor]) -> int | None:
     if len(moves) != 1 or any(t[moves[0]].shape != out.shape for t, out in zip(given, made, strict=True)):
         return None
     return moves[0]
+
+
+def _fed_back(states: list[Tensor], made: list[Tensor]) -> bool:
+    """Whether most states are combinations of the states and results before, as solvers make them.
+
+    Plain and damped iteration combine the last two, Anderson's and Broyden's methods several of them. A layer whose
+    result goes through something else before it comes back is only part of the map.
+    """
+    held = [[t.reshape(len(t), -1)[:_SAMPLES].double() for t in tensors if t.dim() > 1] for tensors in (states, made)]
+    size = held[0][0].shape[1] if held[0] else 0
+    memory = min(max(size // 8, 1), _MEMORY)  # few numbers are a combination of anything
+    if size < 8 or not bool(torch.stack([*held[0], *held[1]]).isfinite().all()):
+        return False
+    fits = 0
+    for k in range(1, len(held[0])):
+        basis = torch.stack([t for part in held for t in part[max(0, k - memory) : k]], dim=2)
+        target = held[0][k].unsqueeze(2)
+        left = target - basis @ (torch.linalg.pinv(basis) @ target)
+        fits += float(left.norm()) <= _FITS * float(target.norm())
+    return 2 * fits > len(held[0]) - 1
 
 
 @contextlib.contextmanager

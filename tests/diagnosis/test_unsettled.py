@@ -98,6 +98,51 @@ def test_an_iteration_that_settles_or_still_falls_is_left_alone(gain, calls):
     assert said(model, x) == []
 
 
+class Anderson(Equilibrium):
+    """The iteration by Anderson's method, of the two last residuals, as batches of equilibrium models are solved."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        z = x.new_zeros(len(x), 12, *x.shape[2:])
+        with torch.no_grad():
+            f = self.cell(z, x)
+            before, z = (z, f), f
+            for _ in range(self.calls):
+                f = self.cell(z, x)
+                new, old = f - z, before[1] - before[0]
+                share = (new * (new - old)).sum((1, 2, 3)) / (new - old).square().sum((1, 2, 3)).clamp_min(1e-12)
+                before, z = (z, f), f - share.clamp(-1, 1)[:, None, None, None] * (f - before[1])
+        return self.head(self.cell(z, x).flatten(1))
+
+
+def test_a_solver_that_combines_its_states_is_judged_as_well():
+    model = Anderson(Affine(4.0, nn.Tanh(), nn.Conv2d))
+    x = batch(model.cell)
+    model(x)
+    (found,) = said(model, x)
+    assert found.numbers["residual"] > 0.01
+    settled = Anderson(Affine(0.5, nn.Tanh(), nn.Conv2d))
+    settled(x)
+    assert said(settled, x) == []
+
+
+@pytest.mark.parametrize("act", [torch.relu, torch.tanh])
+def test_a_layer_that_is_part_of_the_map_is_not_taken_for_it(act):
+    class Outside(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.inner, self.head = nn.Linear(12, 12), nn.Linear(12, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            z = torch.zeros_like(x)
+            with torch.no_grad():
+                for _ in range(30):
+                    z = act(self.inner(z) + x)
+            return self.head(act(self.inner(z) + x))
+
+    assert said(Outside(), torch.randn(4, 12, generator=torch.Generator().manual_seed(1))) == []
+
+
 def test_a_cell_that_reads_another_piece_each_time_is_not_iterated_to_a_fixed_point():
     class Warmed(nn.Module):
         """The state after a warm-up over the sequence, without gradient."""
