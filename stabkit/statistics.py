@@ -17,7 +17,6 @@ import numpy.typing as npt
 
 from stabkit.errors import ArgumentError
 from stabkit.results import Result
-from stabkit.student_distribution import quantile, upper_tail
 
 Array = npt.NDArray[np.float64]
 
@@ -65,9 +64,11 @@ def student_factor(count: int, confidence: float = 0.95) -> float:
         >>> round(student_factor(4), 2), student_factor(1)
         (3.63, inf)
     """
+    from scipy.special import stdtrit
+
     if not 0 < confidence < 1:
         raise ArgumentError(f"confidence={confidence}; expected a probability between 0 and 1, such as 0.95")
-    return quantile(_CORRECTION * (1 - confidence) / 2, count - 1) if count > 1 else math.inf
+    return float(stdtrit(count - 1, 1 - _CORRECTION * (1 - confidence) / 2)) if count > 1 else math.inf
 
 
 def interval_of_mean(values: Any, confidence: float = 0.95) -> tuple[Array, Array]:
@@ -98,10 +99,12 @@ def mean_interval(values: Array, confidence: float = 0.95) -> tuple[float, float
 
 def confidence_above(values: Array, limit: float) -> float:
     """Probability, by Student's distribution, that the mean behind ``(samples,)`` values lies above a limit."""
+    from scipy.special import stdtr
+
     error = values.std(ddof=1) / math.sqrt(len(values)) if len(values) > 1 else 0.0
     if not error > 0:
         return float(values.mean() > limit)
-    return upper_tail(float((limit - values.mean()) / error), len(values) - 1)
+    return float(stdtr(len(values) - 1, (values.mean() - limit) / error))
 
 
 def jackknife_reach(left_out: Array, confidence: float = 0.95) -> float:

@@ -23,7 +23,6 @@ LAYERS = [
     "tables",
     "pictures",
     "results",
-    "student_distribution",
     "statistics",
     "tables",
     "hashing",

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 from stabkit.diagnosis.finding import Finding, serious
 from stabkit.diagnosis.input_scale import with_input_scale
+from stabkit.diagnosis.loss_floor import loss_floor_findings
 from stabkit.diagnosis.lost_parameters import lost_parameter_findings
 from stabkit.diagnosis.loud_logits import loud_logits_findings
 from stabkit.diagnosis.over_time import time_findings
@@ -69,7 +70,8 @@ def with_lost_parameters(flow: FlowLike, found: Diagnosis, settings: Settings) -
     """A diagnosis with the parameters that get no gradient: a pass of its own, which no trial of a remedy repeats."""
     if not isinstance(flow, Flow):
         return found
-    lost = [*lost_parameter_findings(flow, settings.loss), *_of_training_pass(flow, settings.loss, found.findings)]
+    lost = lost_parameter_findings(flow.forward_pass, (len(flow.steps) - 1,), settings.loss)
+    lost = [*lost, *_of_training_pass(flow, settings.loss, [*found.findings, *lost])]
     return replace(found, findings=tuple(ordered([*found.findings, *lost]))) if lost else found
 
 
@@ -82,4 +84,5 @@ def _of_training_pass(flow: Flow, loss: object, others: Sequence[Finding]) -> li
     if done.loss is None or not bool(done.loss.detach().isfinite()):
         return []
     found = [*zero_gradient_findings(flow, loss, call, done), *unregistered_findings(flow, call, done)]
-    return [*found, *loud_logits_findings(flow, loss, call, done, [*others, *found])]
+    found += loud_logits_findings(flow, loss, call, done, [*others, *found])
+    return [*found, *loss_floor_findings(flow, loss, call, done, [*others, *found])]

@@ -18,19 +18,18 @@ from stabkit.diagnosis import remedies
 from stabkit.diagnosis.actions import carried_out
 from stabkit.diagnosis.finding import Finding, serious
 from stabkit.diagnosis.input_scale import FAR, input_size
+from stabkit.diagnosis.ranges import behind_moves
 from stabkit.diagnosis.short_training import STEPS, short_training
 from stabkit.errors import StabkitError
 from stabkit.tracing import Flow
 from stabkit.tracing.containers import map_tensors
 from stabkit.tracing.forward_pass import ForwardPass
-from stabkit.tracing.training_pass import TrainingPass, nodes_above, training_pass
+from stabkit.tracing.training_pass import TrainingPass, nodes_above, path_of, training_pass
 from stabkit.tracing.values import operation
-from stabkit.vocabulary import moves
 
 _ABOVE = 3.0  # times the loss of equal chances
 _LOUD = 3.0  # root mean square of centred logits: 4.5 nats above equal chances if they know nothing
 _NEAR = 1.5  # times the loss of equal chances, under which a treated loss is one of a fresh classifier
-_MOVES = moves("reshape", "permute", "copy", "select", "gather")
 _REFERENCE = "Karpathy, A recipe for training neural networks, 2019: verify the loss at initialisation"
 
 
@@ -63,7 +62,7 @@ def cross_entropies(loss: Tensor) -> Iterator[CrossEntropy]:
     for node in nodes_above(loss):
         if operation(node) not in ("NllLoss", "NllLoss2D"):
             continue
-        softmax = maker(node.next_functions[0][0])
+        softmax = behind_moves(node.next_functions[0][0])
         if softmax is None or operation(softmax) != "LogSoftmax":
             continue
         saved: Any = node
@@ -76,14 +75,6 @@ def cross_entropies(loss: Tensor) -> Iterator[CrossEntropy]:
         own = rows.gather(1, labels[counted].unsqueeze(1))
         size = float((rows - rows.mean(1, keepdim=True)).square().mean().sqrt())
         yield CrossEntropy(-float(own.mean()), int(logs.shape[1]), size, softmax, labels[counted])
-
-
-def maker(node: Node | None) -> Node | None:
-    """The operation behind views and copies."""
-    while node is not None and operation(node) in _MOVES:
-        parents = [parent for parent, _ in node.next_functions if parent is not None]
-        node = parents[0] if len(parents) == 1 else None
-    return node
 
 
 def loud_logits_findings(
@@ -108,8 +99,8 @@ def loud_logits_findings(
 def _finding(
     flow: Flow, loss: Any, call: ForwardPass, done: TrainingPass, found: CrossEntropy, explained: bool
 ) -> Finding:
-    made = maker(found.softmax.next_functions[0][0])
-    path = "" if made is None else _path_of(done, made)
+    made = behind_moves(found.softmax.next_functions[0][0])
+    path = "" if made is None else path_of(done, made)
     evidence = (
         f"the cross entropy is {found.value:.3g}, and equal chances of {found.classes} classes cost "
         f"{found.chance:.3g}: the logits{f' of {path}' if path else ''} have the size {found.size:.3g} and are wrong, "
@@ -122,7 +113,7 @@ def _finding(
         module_path=path or "loss",
         confidence=1.0,
         evidence=evidence,
-        remedy="make the logits smaller; no single weight was found that does it",
+        remedy="none is needed where the loss holds a margin or a scale against them on purpose",
         reference=_REFERENCE,
         numbers={"loss": found.value, "chance": found.chance, "logits": found.size, "classes": float(found.classes)},
     )
@@ -201,17 +192,10 @@ def _weight_of(call: ForwardPass, made: Node | None) -> list[str]:
     """All names of the matrix that a product multiplies with."""
     if made is None:
         return []
-    behind = [maker(parent) for parent, _ in made.next_functions]
+    behind = [behind_moves(parent) for parent, _ in made.next_functions]
     leaves: list[Any] = [node for node in behind if node is not None and hasattr(node, "variable")]
     matrices = [leaf.variable for leaf in leaves if leaf.variable.dim() > 1]
     names = call.module.named_parameters(remove_duplicate=False)
     found = [name for name, p in names if any(p is m for m in matrices)]
     mine = [name for name in found if len({id(m) for m in matrices}) == 1]
     return mine[::-1]  # the head is named after the embedding that it shares its weight with
-
-
-def _path_of(done: TrainingPass, node: Node) -> str:
-    """Path of the innermost module that an operation ran in."""
-    time = node._sequence_nr()
-    inside = [call for call in done.calls if call.start <= time and (time < call.stop or call.stop < 0)]
-    return inside[-1].path if inside else ""

@@ -177,3 +177,12 @@ def nodes_above(tensor: Tensor) -> list[Node]:
         found[node] = None
         stack.extend(parent for parent, _ in node.next_functions if parent is not None)
     return list(found)
+
+
+def path_of(done: TrainingPass, node: Node | None) -> str:
+    """Path of the innermost module that an operation ran in, ``""`` outside any."""
+    if node is None:
+        return ""
+    time = node._sequence_nr()
+    inside = [call for call in done.calls if call.start <= time and (time < call.stop or call.stop < 0)]
+    return inside[-1].path if inside else ""
