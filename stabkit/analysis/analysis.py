@@ -24,6 +24,7 @@ from stabkit.attribution.measure import EXPLAINED
 from stabkit.diagnosis import Diagnosis, Thresholds, examine
 from stabkit.diagnosis.batch_statistics import with_statistics
 from stabkit.diagnosis.non_finite import is_finite
+from stabkit.diagnosis.unreached import findings_without_flow
 from stabkit.distributed import Ranks, current, fingerprint, is_spread, is_tensor_parallel, whole_parameters
 from stabkit.errors import StabkitError, TraceError
 from stabkit.identification import Identification, by_step, identify
@@ -35,7 +36,8 @@ from stabkit.threads import torch_threads
 from stabkit.tracing import Flow, trace
 from stabkit.tracing.call import Call
 from stabkit.tracing.depth import Depth
-from stabkit.tracing.endpoints import Target
+from stabkit.tracing.endpoints import Target, UnreachedError
+from stabkit.tracing.forward_pass import ForwardPass
 from stabkit.tracing.safekeeping import modules_behind, unchanged, unwrap
 
 
@@ -100,6 +102,7 @@ def analyze(  # type: ignore[misc]  # where only the plan is wanted, the options
         model: a ``torch.nn.Module`` or a function of tensors.
         *inputs: what it is called with; more samples make the verdict surer.
         loss: a callable on the model's output that returns a scalar. None pulls back ``probes`` random cotangents.
+            Where it reads several outputs, depth leads to all of them as one state, and a note says so.
         kwargs: keyword arguments of the call.
         depth: where steps end, see `stabkit.trace`.
         batch_dim: which dimension counts samples; None makes the whole batch one state.
@@ -127,7 +130,9 @@ def analyze(  # type: ignore[misc]  # where only the plan is wanted, the options
 
     Raises:
         StabkitError: not even the least analysis keeps the budget.
-        TraceError: the model could not be traced, or an argument makes no sense for it.
+        TraceError: the model could not be traced, or an argument makes no sense for it. Where nothing leads from the
+            input to the output and a loss trains parameters all the same, the report has no steps, and says which
+            parameters get no gradient.
         RankError: the ranks were called with different models or inputs, or one of them failed or is gone.
 
     Example:
@@ -204,7 +209,15 @@ class _Analysis:
             stack.enter_context(whole_parameters(self.model))
             # the whole analysis, not only the forward pass, must leave the model as it was
             stack.enter_context(unchanged(modules_behind(self.model)))
-            flow = trace(self.model, *call.inputs, kwargs=call.kwargs, batch_dim=call.batch_dim, **chosen.where)
+            try:
+                flow = trace(self.model, *call.inputs, kwargs=call.kwargs, batch_dim=call.batch_dim, **chosen.where)
+            except UnreachedError as error:
+                if chosen.loss is None or not any(p.requires_grad for p in modules_behind(self.model).parameters()):
+                    raise
+                return self._of_parameters(name, began, str(error))
+            if chosen.loss is not None:
+                flow = flow.following(chosen.loss)
+                chosen = replace(chosen, where={**chosen.where, "target": flow.target})
             flow = with_statistics(flow)
             stack.enter_context(torch_threads(flow.batch * max((state.size for state in flow.states), default=0)))
             # of numbers that are not finite there are no methods and no spectra to be had, only where they begin
@@ -256,6 +269,34 @@ class _Analysis:
             steps = self._steps(flow, diagnosis, found, why, spectra, told)
             exponents, missing = self._exponents(spectra) if finite else (None, ())
         return self._written(name, began, flow, diagnosis, why, steps, exponents, (*spectra.notes, *missing))
+
+    def _of_parameters(self, name: str | None, began: float, why: str) -> Report:
+        """A report without steps: nothing leads from the input to the output, and the loss trains parameters still."""
+        chosen, module = self.settings, modules_behind(self.model)
+        call = ForwardPass(self.model, module, self.call.inputs, dict(self.call.kwargs), chosen.seed)
+        found = findings_without_flow(call, chosen.loss)
+        broken = any(finding.kind == "non_finite" for finding in found)
+        parameters = list(module.parameters())
+        return Report(
+            model=name or type(module if isinstance(self.model, nn.Module) else self.model).__name__,
+            verdict="non-finite" if broken else "not judged",
+            summary="The loss or its gradient is not finite." if broken else f"Not judged: {why}.",
+            findings=tuple(found),
+            steps=(),
+            total_growth=math.nan,
+            total_growth_interval=(math.nan, math.nan),
+            chain_error=math.nan,
+            n_parameters=sum(p.numel() for p in parameters),
+            dtype=str(parameters[0].dtype).removeprefix("torch."),
+            device=str(parameters[0].device),
+            mode="train" if module.training else "eval",
+            loss=str(getattr(chosen.loss, "__name__", type(chosen.loss).__name__)),
+            seed=chosen.seed,
+            seconds=time.perf_counter() - began,
+            thresholds=chosen.thresholds.to_dict(),
+            notes=(*chosen.given_up, "growth over depth needs a way from the input to the output, and there is none"),
+            versions=_versions(),
+        )
 
     def _steps(
         self,
@@ -337,8 +378,12 @@ class _Analysis:
                 *restart_notes(flow, measurement),
                 *side_input_notes(flow),
             ),
-            versions={"stabkit": __version__, "torch": torch.__version__, "python": platform.python_version()},
+            versions=_versions(),
         )
+
+
+def _versions() -> dict[str, str]:
+    return {"stabkit": __version__, "torch": torch.__version__, "python": platform.python_version()}
 
 
 def _unidentified(flow: Flow) -> tuple[Identification, ...]:

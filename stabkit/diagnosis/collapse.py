@@ -73,6 +73,19 @@ def _dispersions(state: StateLike) -> tuple[float, float]:
     return by_sample, math.nan if tokens is None or tokens.shape[1] < 2 else _dispersion(tokens)
 
 
+def dispersion(samples: Tensor) -> float:
+    """Share of the energy of samples ``(samples, ...)`` that tells them apart; NaN where they hold no number.
+
+    Example:
+        >>> dispersion(torch.tensor([[1.0, 1.0], [1.0, 1.0]])), dispersion(torch.tensor([[1.0, 0.0], [-1.0, 0.0]]))
+        (0.0, 1.0)
+    """
+    flat = samples.detach().to(device="cpu", dtype=torch.float64).reshape(len(samples), -1)
+    if not bool(flat.isfinite().all()) or not bool((flat != 0).any()):
+        return math.nan
+    return _dispersion(flat.unsqueeze(0))
+
+
 def _dispersion(groups: Tensor) -> float:
     """1 - |mean|^2 / mean |x|^2 within every group ``(groups, members, d)``, averaged.
 

@@ -52,7 +52,8 @@ def diagnose(
     A lesson with a picture: ``examples/deep_tanh_network.py``.
 
     Args:
-        flow: a traced forward pass, or an iterated map. More samples make findings surer.
+        flow: a traced forward pass, or an iterated map. More samples make findings surer. Where the loss reads outputs
+            that it does not lead to, ``flow.following(loss)`` is diagnosed; steps are then counted in that.
         loss: a callable on the model's output that returns a scalar. None pulls back random cotangents.
         thresholds: the limits behind the findings.
         probes: random cotangents per sample when there is no loss.
@@ -101,7 +102,8 @@ def examine(
     """
     check_flow(flow)
     settings = Settings(loss, thresholds or Thresholds(), probes, seed, parallel)
-    flow = with_statistics(flow) if isinstance(flow, Flow) else flow
+    if isinstance(flow, Flow):
+        flow = with_statistics(flow if loss is None else flow.following(loss))
     found = suspected(flow, settings, methods, spectra)
     missing = without_statistics(flow) if isinstance(flow, Flow) else ""
     if missing and found.verdict.name != "non-finite":

@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 from stabkit.diagnosis.finding import Finding
-from stabkit.tracing import Flow
+from stabkit.tracing.flat_derivatives import FlatDerivative
 from stabkit.tracing.forward_pass import ForwardPass
 from stabkit.tracing.lost_gradient import Cut, LostGradient, listed, lost_gradient
 
@@ -26,21 +26,50 @@ _CHOICES = frozenset({"argmax", "argmin", "topk", "argsort", "sort", "multinomia
 _REFERENCE = "Bengio et al., Estimating or propagating gradients through stochastic neurons, 2013"
 
 
-def lost_parameter_findings(flow: Flow, loss: Any = None) -> list[Finding]:
-    """One finding for every place where gradients stop, and one for what is never used."""
-    found = lost_gradient(replace(flow.forward_pass, through_no_grad=False), loss)
-    last = len(flow.steps) - 1
-    cuts = [_cut(found, cut, last, loss is not None) for cut in found.cuts if cut.parameters]
-    return [*cuts, *_unused(found, flow.forward_pass, last, loss is not None)]
+def lost_parameter_findings(call: ForwardPass, steps: tuple[int, ...], loss: Any = None) -> list[Finding]:
+    """One finding for every place where gradients stop, and one for what is never used.
+
+    Args:
+        call: the model and what it is called with.
+        steps: the last step of its flow; empty where there is no flow, as nothing leads from the input to the output.
+        loss: a callable on the output that returns a scalar; None counts every float output.
+    """
+    found, asked = lost_gradient(replace(call, through_no_grad=False), loss), loss is not None
+    cuts = [_cut(found, cut, steps, asked) for cut in found.cuts if cut.parameters]
+    flat = [_flat(each, steps, asked) for each in found.flat]
+    return [*flat, *cuts, *_unused(found, call, steps, asked)]
 
 
-def _cut(found: LostGradient, cut: Cut, last: int, asked: bool) -> Finding:
+def _flat(found: FlatDerivative, steps: tuple[int, ...], asked: bool) -> Finding:
+    """A second derivative by the input that is zero whatever the parameters are."""
+    names, line = " and ".join(found.activations), f" at {found.line}" if found.line else ""
+    where = f" ({listed(found.paths)})" if found.paths else ""
+    still, all_of_them = found.parameters, len(found.parameters) == found.trainable
+    consequence = "every parameter learns from the rest of the loss alone"
+    if still:
+        many = "no parameter gets" if all_of_them else f"{len(still)} of {found.trainable} parameters do not get"
+        consequence = f"{many} a gradient from the loss ({listed(still)})"
+    return Finding(
+        kind="no_gradient",
+        severity=("critical" if all_of_them else "warning") if asked else "info",
+        steps=steps,
+        module_path=found.paths[0] if found.paths else "",
+        confidence=1.0,
+        evidence=f"the derivative that the {found.part} takes{line} is zero everywhere: it is a second derivative of "
+        f"{names}{where}, which is linear between its kinks, and no parameter changes that; {consequence}",
+        remedy="use a smooth activation in its place (Tanh, SiLU, Softplus, a sine)",
+        reference="Raissi, Perdikaris and Karniadakis, Physics-informed neural networks, 2019",
+        numbers={"parameters": float(len(still))},
+    )
+
+
+def _cut(found: LostGradient, cut: Cut, steps: tuple[int, ...], asked: bool) -> Finding:
     """Without a loss nobody knows what is to be trained by what, and a cut is said in passing."""
     share = _share(found, cut.parameters)
     return Finding(
         kind="no_gradient",
         severity=("critical" if share > 1 - 1e-9 else "warning") if asked else "info",
-        steps=(last,),
+        steps=steps,
         module_path=cut.behind or cut.path,
         confidence=1.0,
         evidence=f"the gradient stops at {cut.place}: {len(cut.parameters)} of {len(found.trainable)} parameters that "
@@ -51,7 +80,7 @@ def _cut(found: LostGradient, cut: Cut, last: int, asked: bool) -> Finding:
     )
 
 
-def _unused(found: LostGradient, call: ForwardPass, last: int, asked: bool) -> list[Finding]:
+def _unused(found: LostGradient, call: ForwardPass, steps: tuple[int, ...], asked: bool) -> list[Finding]:
     """Parameters of modules that never run, or whose results are not used.
 
     A head that the loss does not ask for, an expert that no token is sent to, and what runs in training only are no
@@ -70,7 +99,7 @@ def _unused(found: LostGradient, call: ForwardPass, last: int, asked: bool) -> l
         Finding(
             kind="no_gradient",
             severity="warning" if serious else "info",
-            steps=(last,),
+            steps=steps,
             module_path=_home(found.unused),
             confidence=1.0,
             evidence=f"{len(found.unused)} of {len(found.trainable)} parameters that are to be trained are not used "

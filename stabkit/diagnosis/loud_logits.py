@@ -113,7 +113,7 @@ def _finding(
         module_path=path or "loss",
         confidence=1.0,
         evidence=evidence,
-        remedy="make the logits smaller; no single weight was found that does it",
+        remedy="none is needed where the loss holds a margin or a scale against them on purpose",
         reference=_REFERENCE,
         numbers={"loss": found.value, "chance": found.chance, "logits": found.size, "classes": float(found.classes)},
     )

@@ -129,7 +129,11 @@ def _log(base: str, x: Tensor) -> Cause | None:
     low = float(x.min())
     if low < pole:
         text = f"a logarithm of negative numbers: {_count(x < pole)}, down to {low:.3g}"
-        return Cause(text, "clamp what it is taken of to be positive")
+        remedy = (
+            "build what it is taken of so that it is positive (softplus, exp, a map that stays invertible); of a "
+            "determinant take log |det|; a clamp hides what is wrong"
+        )
+        return Cause(text, remedy)
     if low == pole:
         return Cause(
             f"a logarithm of zero: {_count(x == pole)}",

@@ -16,6 +16,7 @@ from stabkit.diagnosis.attention import attention_findings
 from stabkit.diagnosis.batch_statistics import by_batch
 from stabkit.diagnosis.chaos import chaos_finding, recurrent_matrices
 from stabkit.diagnosis.collapse import collapse_finding, precision_findings, spread, underflow
+from stabkit.diagnosis.constant_outputs import constant_output_findings
 from stabkit.diagnosis.copied_units import copied_units_findings
 from stabkit.diagnosis.dead_units import dead_findings, saturated_findings
 from stabkit.diagnosis.depth_findings import growth_finding, mechanism_findings, transient
@@ -127,6 +128,8 @@ def suspected(
             verdict = _renamed(verdict, "chaotic", chaos[0].evidence)
     if not any(finding.kind == "dead" for finding in found):
         found += collapse_finding(measurement, spreads, verdict.stretch, limits)
+    if isinstance(flow, Flow) and not any(finding.kind in ("dead", "rank_collapse") for finding in found):
+        found += constant_output_findings(flow, settings.loss)
     found += precision_findings(flow, measurement)
     return Diagnosis(verdict, tuple(ordered(found)), measurement)
 

@@ -68,6 +68,8 @@ def legend(report: Report) -> list[str]:
 def total(report: Report) -> str:
     """The growth over all steps with its interval, as a sentence."""
     low, high = report.total_growth_interval
+    if not report.steps:
+        return "No growth over depth was measured."
     return (
         f"Gradient growth through the blocks, from last to first: {signed(report.total_growth)} nats "
         f"(interval {signed(low)} to {signed(high)}), a factor of {factor(report.total_growth)}."
@@ -83,7 +85,8 @@ def origin(report: Report) -> str:
     """How the numbers were obtained, in a line."""
     return (
         f"{report.n_parameters:,} parameters, {report.dtype} on {report.device}, {report.mode} mode, "
-        f"loss: {report.loss}, seed {report.seed}, chain error {figures(report.chain_error)}"
+        f"loss: {report.loss}, seed {report.seed}"
+        + (f", chain error {figures(report.chain_error)}" if report.steps else "")
     )
 
 

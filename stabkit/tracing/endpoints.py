@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -9,36 +10,71 @@ import torch
 from torch import Tensor
 
 from stabkit.errors import TraceError
-from stabkit.tracing.containers import named_tensors
+from stabkit.tracing.containers import map_tensors, named_tensors
 from stabkit.tracing.graph import Graph
 from stabkit.tracing.inputs import Source, differentiable
+from stabkit.tracing.recording import Ending
 from stabkit.tracing.values import Value, meta_of, value_of
 
 _MOST = 0.5  # share of the longest way from which an input passes most of the model
 _CONDITIONS = 8  # times as large as an input that conditions it an input is, at least
 
-Target = Callable[[Any], Tensor] | str | None
+Target = Callable[[Any], Tensor] | str | Sequence[str] | None
 
 
 class UnreachedError(TraceError):
     """Nothing differentiable leads from an input to the output in this recording; another may find more."""
 
 
-def find_target(output: Any, target: Target) -> tuple[str, Value]:
-    """The output that the flow leads to: what was asked for, or the first float tensor that is not a loss."""
+def ending(target: Target) -> Ending | None:
+    """What makes of a model's output the tensors that a flow ends at; None where they are outputs as they stand."""
     if callable(target):
-        with torch.enable_grad():
-            chosen = target(output)
-        found = [("target", chosen)] if isinstance(chosen, Tensor) else []
-        if not found:
-            raise TraceError(f"target returned {type(chosen).__name__}; expected a function of the output to a tensor")
+        return functools.partial(_computed, target)
+    if target is None or isinstance(target, str):
+        return None
+    return functools.partial(_joined, tuple(target))
+
+
+def _computed(target: Callable[[Any], Tensor], output: Any) -> tuple[Any, list[tuple[str, Tensor]]]:
+    with torch.enable_grad():
+        chosen = target(output)
+    if not isinstance(chosen, Tensor):
+        raise TraceError(f"target returned {type(chosen).__name__}; expected a function of the output to a tensor")
+    return output, [("target", chosen)]
+
+
+def _joined(paths: Sequence[str], output: Any) -> tuple[Any, list[tuple[str, Tensor]]]:
+    """Several outputs as one end: each as a view that nothing in the model is made of.
+
+    One output may be made of another, as a decoded sample is of its mean. What a loss takes of each by itself is then
+    the gradient by its view; that by the output would count what the other passes on a second time.
+    """
+    chosen = [_output_at(output, path) for path in paths]
+    with torch.enable_grad():
+        views = {id(tensor): tensor.view_as(tensor) for _, tensor in chosen if tensor.requires_grad}
+    return (
+        map_tensors(output, lambda tensor: views.get(id(tensor), tensor)),
+        [(path, views.get(id(tensor), tensor)) for path, tensor in chosen],
+    )
+
+
+def _output_at(output: Any, path: str) -> tuple[str, Tensor]:
+    named = named_tensors(output)
+    for found in named:
+        if found[0] == path:
+            return found
+    known = ", ".join(other or "''" for other, _ in named)
+    raise TraceError(f"target={path!r} is not a tensor of the output; there are: {known}")
+
+
+def find_targets(output: Any, ends: list[tuple[str, Tensor]] | None, target: Target) -> dict[Value, str]:
+    """The values that the flow leads to, with their names: what was asked for, or the first that is not a loss."""
+    if ends is not None:
+        found = ends
+    elif isinstance(target, str):
+        found = [_output_at(output, target)]
     else:
         found = named_tensors(output)
-        if target is not None:
-            found = [(path, tensor) for path, tensor in found if path == target]
-            if not found:
-                known = ", ".join(path or "''" for path, _ in named_tensors(output))
-                raise TraceError(f"target={target!r} is not a tensor of the output; there are: {known}")
     floats = [(path, tensor) for path, tensor in found if differentiable(tensor)]
     if not floats:
         kinds_found = ", ".join(str(tensor.dtype) for _, tensor in found) or type(output).__name__
@@ -56,16 +92,24 @@ def find_target(output: Any, target: Target) -> tuple[str, Value]:
     if not reached:
         raise TraceError(f"{_described(floats[0][0])} has no elements: for this input there is nothing to analyse")
     wide = [(path, tensor) for path, tensor in reached if not (tensor.dim() == 0 and "loss" in path)]
-    path, tensor = (wide or reached)[0]
-    return path or "output", value_of(tensor)
+    several = ends is not None and not callable(target)
+    meant = reached if several else (wide or reached)[:1]
+    return {value_of(tensor): path or "output" for path, tensor in meant}
 
 
 def _described(path: str) -> str:
     return f"the output {path!r}" if path else "the model's output"
 
 
-def find_source(sources: Sequence[Source], target: Value, wanted: str | None) -> tuple[Graph, Source]:
-    """The source with the longest way to the target; among equals the larger, then the earlier.
+def graph_between(source: Source, targets: Sequence[Value]) -> Graph:
+    """The operations from a source to those of some targets that it leads to."""
+    if len(targets) > 1:
+        targets = [value for value in targets if Graph([source.value], [value]).reached] or targets
+    return Graph([source.value], targets)
+
+
+def find_source(sources: Sequence[Source], targets: Sequence[Value], wanted: str | None) -> tuple[Graph, Source]:
+    """The source with the longest way to the targets; among equals the larger, then the earlier.
 
     A time, a label or another input that conditions what is made of a much larger one may well have the longest way,
     by the few operations that embed it; depth is counted from the larger.
@@ -74,7 +118,7 @@ def find_source(sources: Sequence[Source], target: Value, wanted: str | None) ->
         sources = [s for s in sources if s.name == wanted] or _unknown_source(sources, wanted)
     reached = []
     for candidate in sources:
-        graph = Graph([candidate.value], [target])
+        graph = graph_between(candidate, targets)
         if graph.reached:
             reached.append((graph, candidate))
     if not reached and not sources:
@@ -126,3 +170,21 @@ def scalar_loss(loss: Any, output: Any) -> Tensor:
     if not scalar.requires_grad:
         raise TraceError("the loss does not depend on the model's output; compute it from its argument")
     return scalar
+
+
+def outputs_read(loss: Any, output: Any) -> tuple[str, ...]:
+    """Paths of the outputs whose values a loss depends on.
+
+    Raises:
+        TraceError: the loss is no function of the output that returns a differentiable scalar.
+    """
+    leaves: dict[int, Tensor] = {}
+
+    def leaf(tensor: Tensor) -> Tensor:
+        if not tensor.requires_grad:
+            return tensor
+        return leaves.setdefault(id(tensor), tensor.detach().requires_grad_(True))
+
+    scalar = scalar_loss(loss, map_tensors(output, leaf))
+    found = dict(zip(leaves, torch.autograd.grad(scalar, list(leaves.values()), allow_unused=True), strict=True))
+    return tuple(path for path, tensor in named_tensors(output) if found.get(id(tensor)) is not None)

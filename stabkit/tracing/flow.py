@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,7 +12,8 @@ from torch.autograd.graph import GradientEdge
 
 from stabkit.errors import OutOfRangeError, TraceError
 from stabkit.operators.jacobian import Jacobian
-from stabkit.tracing.endpoints import scalar_loss
+from stabkit.tracing.containers import named_tensors
+from stabkit.tracing.endpoints import Target, outputs_read, scalar_loss
 from stabkit.tracing.forward_pass import ForwardPass
 from stabkit.tracing.protocols import FlatState, Tangents
 from stabkit.tracing.recorded_jacobian import jacobian_of
@@ -108,7 +109,8 @@ class Flow:
         states: the states, from the source to the target.
         steps: ``steps[i]`` leads from ``states[i]`` to ``states[i + 1]``.
         output: what the model returned, still on the graph.
-        target_name: path of the output that the flow leads to.
+        target_name: path of the output that the flow leads to, or of several.
+        target: what was asked for as the end, as `stabkit.trace` takes it.
         source_name: path of the input (or embedding) that it starts from.
         side_inputs: other inputs that could carry derivatives, held fixed here.
         batch: number of samples; 1 when the whole batch is one state.
@@ -123,6 +125,7 @@ class Flow:
     steps: tuple[Step, ...]
     output: Any = field(repr=False)
     target_name: str
+    target: Target
     source_name: str
     side_inputs: tuple[str, ...]
     batch: int
@@ -132,7 +135,7 @@ class Flow:
     forward_pass: ForwardPass = field(repr=False)
     recorded: RecordedPass = field(repr=False)
     _chains: Callable[[], dict[str, Flow]] = field(repr=False)
-    _retrace: Callable[[bool], Flow] | None = field(default=None, repr=False, kw_only=True)
+    _retrace: Callable[..., Flow] | None = field(default=None, repr=False, kw_only=True)
     _finite: bool | None = field(default=None, repr=False, kw_only=True)
 
     def again(self, *, check: bool = False) -> Flow:
@@ -147,6 +150,54 @@ class Flow:
         if self._retrace is None:
             raise TraceError("this flow was taken out of another one; trace that one anew")
         return self._retrace(check)
+
+    def following(self, loss: Any) -> Flow:
+        """The flow that leads to all outputs that a loss reads: this one, if it does, or the call traced to them.
+
+        A variational autoencoder returns a reconstruction, a mean and a variance, and its loss reads all three. They
+        then end the flow as one state, and a note says so.
+
+        Args:
+            loss: a callable on the model's output that returns a scalar.
+
+        Raises:
+            TraceError: the loss is not a differentiable scalar of the output, or depends on the input by something
+                that the model does not return.
+
+        Example:
+            >>> import torch, stabkit
+            >>> class Pair(torch.nn.Module):
+            ...     def __init__(self):
+            ...         super().__init__()
+            ...         self.body, self.a, self.b = (torch.nn.Linear(3, 3) for _ in range(3))
+            ...     def forward(self, x):
+            ...         h = self.body(x).tanh()
+            ...         return self.a(h), self.b(h)
+            >>> flow = stabkit.trace(Pair(), torch.ones(2, 3))
+            >>> flow.following(lambda out: out[0].sum() + out[1].sum()).target_name
+            '0, 1'
+        """
+        outputs = [tensor for _, tensor in named_tensors(self.output) if tensor.requires_grad]
+        if (len(outputs) == 1 and not callable(self.target)) or self._covers(loss):
+            return self
+        paths = outputs_read(loss, self.output)
+        if self._retrace is None or self.target == paths or not paths:
+            self.cotangent(loss)  # says what is wrong
+            raise TraceError("the loss depends on none of the model's outputs; compute it from its argument")
+        joined = self._retrace(self.chain_error is not None, paths)
+        joined.cotangent(loss)
+        if len(paths) == 1:
+            note = f"the flow leads to the output that the loss reads: {joined.target_name}"
+        else:
+            words = f"the loss reads {len(paths)} outputs; those made of {joined.source_name} end the flow as one state"
+            note = f"{words}: {joined.target_name}"
+        return replace(joined, notes=(*joined.notes, note))
+
+    def _covers(self, loss: Any) -> bool:
+        """Whether all of the gradient of a loss passes through the last state."""
+        scalar = scalar_loss(loss, self.output)
+        cotangents = self._gradient(scalar)
+        return cotangents is not None and not self._bypassed(scalar, cotangents)
 
     @property
     def passes_finite(self) -> bool | None:
@@ -265,36 +316,45 @@ class Flow:
         Raises:
             TraceError: the loss is not a differentiable scalar, or reaches the source around the target.
         """
-        values = self.states[-1].values
         if loss is None:
-            return random_tensors(values, seed)
+            return random_tensors(self.states[-1].values, seed)
         scalar = scalar_loss(loss, self.output)
+        tensors = self._gradient(scalar)
+        if tensors is None:
+            raise TraceError(
+                f"the loss does not depend on {self.target_name!r}, the output that the flow leads to; "
+                "flow.following(loss) leads to those that it reads"
+            )
+        if self._bypassed(scalar, tensors):
+            raise TraceError(
+                f"part of the loss reaches the input around {self.target_name!r}, what the flow leads to; "
+                "flow.following(loss) leads to all outputs that the loss reads, and what else it takes of the model "
+                "must be returned by it"
+            )
+        return tensors
+
+    def _gradient(self, scalar: Tensor) -> list[Tensor] | None:
+        """The gradient of a scalar by the last state; None where it does not depend on it."""
+        values = self.states[-1].values
         edges = [value.edge for value in values]
         grads = torch.autograd.grad(scalar, edges, retain_graph=True, allow_unused=True)
         if all(g is None for g in grads):
-            raise TraceError(
-                f"the loss does not depend on {self.target_name!r}, the output that the flow leads to; "
-                "choose another with trace(..., target=...)"
-            )
-        tensors = [
+            return None
+        return [
             torch.zeros(meta_of(v).shape, dtype=meta_of(v).dtype, device=meta_of(v).device) if g is None else g.detach()
             for v, g in zip(values, grads, strict=True)
         ]
-        self._refuse_bypass(scalar, tensors)
-        return tensors
 
-    def _refuse_bypass(self, scalar: Tensor, cotangents: list[Tensor]) -> None:
-        """A loss that reads other outputs too has a gradient that does not pass through the target."""
+    def _bypassed(self, scalar: Tensor, cotangents: list[Tensor]) -> bool:
+        """Whether a part of the gradient of a loss does not pass through the last state."""
         source = self.states[0].values
         total = torch.autograd.grad(scalar, [v.edge for v in source], retain_graph=True, allow_unused=True)
         through = engine_vjp(self.states[-1].values, source, cotangents)
         for whole, part in zip(total, through, strict=True):
             whole = torch.zeros_like(part) if whole is None else whole
             if bool((whole - part).norm() > 1e-3 * whole.norm() + 1e-30):
-                raise TraceError(
-                    f"part of the loss reaches the input around {self.target_name!r}, the output that the flow leads "
-                    "to; trace with target=loss to follow the loss itself"
-                )
+                return True
+        return False
 
 
 def engine_vjp(target: Sequence[Value], source: Sequence[Value], cotangents: Sequence[Tensor]) -> list[Tensor]:

@@ -15,7 +15,7 @@ from stabkit.errors import TraceError
 from stabkit.tracing.containers import named_tensors
 from stabkit.tracing.inputs import prepare
 from stabkit.tracing.recomputation import SavedTensors
-from stabkit.tracing.recording import Recording, ValueRecorder, clock, record
+from stabkit.tracing.recording import Ending, Recording, ValueRecorder, clock, record
 from stabkit.tracing.safekeeping import unchanged
 from stabkit.tracing.sharding import take_whole
 from stabkit.tracing.transparency import transparent
@@ -33,6 +33,7 @@ class ForwardPass:
         seed: the seed of the random numbers that the model draws.
         promote_casts: take floats that are cast from integers as sources too.
         through_no_grad: ignore ``torch.no_grad`` inside the model.
+        ending: makes what a flow ends at of the output, recorded with the pass; None where an output itself is meant.
     """
 
     model: Any
@@ -42,6 +43,7 @@ class ForwardPass:
     seed: int
     promote_casts: bool = False
     through_no_grad: bool = False
+    ending: Ending | None = None
 
     def run(self, saved: SavedTensors | None = None, wanted: frozenset[tuple[int, int]] | None = None) -> Recording:
         """Run it once and return the recording; the model is afterwards as it was.
@@ -68,7 +70,7 @@ class ForwardPass:
             hooks = saved.hooks() if saved is not None else contextlib.nullcontext()
             try:
                 with transparent(self.through_no_grad), hooks:
-                    record(self.model, self.module, prepared.args, prepared.kwargs, recording, values)
+                    record(self.model, self.module, prepared.args, prepared.kwargs, recording, values, self.ending)
             except TraceError:
                 raise
             except Exception as error:

@@ -19,6 +19,7 @@ from torch.overrides import TorchFunctionMode
 
 from stabkit.errors import StabkitError
 from stabkit.tracing.containers import named_tensors
+from stabkit.tracing.flat_derivatives import FlatDerivative, differentiated_twice, flat_derivatives
 from stabkit.tracing.forward_pass import ForwardPass
 from stabkit.tracing.inputs import differentiable
 from stabkit.tracing.recording import tensors_in
@@ -69,6 +70,7 @@ class LostGradient:
         cuts: where they are cut off.
         unused: those of the lost that no cut accounts for: their modules never run, or nothing uses what they make.
         idle: modules with parameters that never ran.
+        flat: derivatives that the model takes of itself and that are zero everywhere.
     """
 
     trainable: dict[str, int]
@@ -76,6 +78,7 @@ class LostGradient:
     cuts: tuple[Cut, ...] = ()
     unused: tuple[str, ...] = ()
     idle: tuple[str, ...] = ()
+    flat: tuple[FlatDerivative, ...] = ()
 
 
 def lost_gradient(call: ForwardPass, loss: Any = None) -> LostGradient:
@@ -89,18 +92,20 @@ def lost_gradient(call: ForwardPass, loss: Any = None) -> LostGradient:
         TraceError: the model or the loss fails.
     """
     done = training_pass(call, loss, differentiate=False)
-    lost = _lost(done)
+    nodes = [] if done.loss is None else nodes_above(done.loss)
+    lost = _lost(done, nodes)
+    flat = flat_derivatives(call, loss) if differentiated_twice(nodes) else ()
     trainable = {path: p.numel() for path, p in done.parameters.items()}
     if not lost:
-        return LostGradient(trainable, ())
+        return LostGradient(trainable, (), flat=flat)
     watch = Exits()
     done = training_pass(call, loss, watch, differentiate=False)
-    cuts = watch.cuts(done, _lost(done))
+    cuts = watch.cuts(done, _lost(done, [] if done.loss is None else nodes_above(done.loss)))
     found = {path for cut in cuts for path in cut.parameters}
     ran = {c.path for c in done.calls}
     rest = tuple(path for path in lost if path not in found)
     idle = tuple(dict.fromkeys(home for p in rest if (home := p.rpartition(".")[0]) not in ran))
-    return LostGradient(trainable, lost, tuple(cuts), rest, idle)
+    return LostGradient(trainable, lost, tuple(cuts), rest, idle, flat)
 
 
 def place_of_cut(call: ForwardPass) -> str:
@@ -122,8 +127,8 @@ def listed(names: tuple[str, ...], count: int = 4) -> str:
     return ", ".join(names[:count]) + (f" and {len(names) - count} more" if len(names) > count else "")
 
 
-def _lost(done: TrainingPass) -> tuple[str, ...]:
-    reached = set() if done.loss is None else _variables(nodes_above(done.loss))
+def _lost(done: TrainingPass, nodes: list[Node]) -> tuple[str, ...]:
+    reached = _variables(nodes)
     return tuple(path for path, p in done.parameters.items() if id(p) not in reached)
 
 

@@ -26,6 +26,9 @@ from stabkit.tracing.safekeeping import Safe
 from stabkit.tracing.transparency import EagerMode
 from stabkit.tracing.values import Value, value_of
 
+# makes of an output the output to keep, and the tensors to end at by their names
+Ending = Callable[[Any], tuple[Any, list[tuple[str, Tensor]]]]
+
 
 def clock() -> int:
     """The sequence number that the next autograd node of this thread will get."""
@@ -70,6 +73,7 @@ class Recording:
         values: the data of every recorded value, detached, at its own version.
         hooks: tensor hooks that the model registered, by the value whose gradient they see.
         output: what the model returned, still on the graph.
+        ends: the tensors that were made of the output to end at, by their names; None where an output itself is meant.
         stopped: where dependence on the input went on without gradient.
         routed: when operations took integers or masks that were made from values on the graph: indices of the largest,
             experts that were chosen.
@@ -80,6 +84,7 @@ class Recording:
     values: dict[Value, Tensor] = field(default_factory=dict)
     hooks: dict[Value, list[Callable[[Tensor], Tensor | None]]] = field(default_factory=dict)
     output: Any = None
+    ends: list[tuple[str, Tensor]] | None = None
     stopped: list[Stopped] = field(default_factory=list)
     routed: set[int] = field(default_factory=set)
     start: int = 0
@@ -330,9 +335,15 @@ def record(
     kwargs: dict[str, Any],
     recording: Recording,
     values: ValueRecorder,
+    ending: Ending | None = None,
 ) -> Any:
-    """Run the model once under the recording modes; the caller prepares inputs, freezing and kernels."""
+    """Run the model once under the recording modes; the caller prepares inputs, freezing and kernels.
+
+    ``ending`` makes of the output what the flow ends at, recorded like the rest.
+    """
     with recording_calls(module, recording), _NonLeafSources(recording, values), values:
         recording.output = model(*args, **kwargs)
+        if ending is not None:
+            recording.output, recording.ends = ending(recording.output)
     recording.stop = clock()
     return recording.output

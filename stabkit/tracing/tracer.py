@@ -18,7 +18,7 @@ from stabkit.tracing import chain as chains
 from stabkit.tracing.audit import audit
 from stabkit.tracing.containers import map_tensors, named_tensors
 from stabkit.tracing.depth import Depth, Piece, choose
-from stabkit.tracing.endpoints import Target, UnreachedError, find_source, find_target
+from stabkit.tracing.endpoints import Target, UnreachedError, ending, find_source, find_targets, graph_between
 from stabkit.tracing.flow import Flow, State, Step
 from stabkit.tracing.forward_pass import ForwardPass
 from stabkit.tracing.frontiers import Frontiers
@@ -68,7 +68,8 @@ def trace(
             turn out to influence each other do the same, with a note.
         source: name of the input or embedding to start from, when there are several.
         target: the output to end at: a function of the model's output that returns a tensor, or its path
-            (``"logits"``). By default the first that is not a loss.
+            (``"logits"``), or the paths of several, which end the flow as one state. By default the first that is
+            not a loss.
         seed: the seed of the random numbers that the model draws (dropout) and of the cotangent that checks the chain.
         check: compare the product of the steps' VJPs with the model's own VJP.
         memory: ``"keep"`` what one training forward pass keeps, or ``"recompute"`` the saved tensors of a step when it
@@ -113,15 +114,15 @@ def trace(
             raise TraceError(f"the input of shape {tuple(shaped[0].shape)} holds no samples; give at least one")
     module = modules_behind(model)
     with young_only(), torch.inference_mode(False):
-        forward = ForwardPass(model, module, inputs, dict(kwargs or {}), seed)
+        forward = ForwardPass(model, module, inputs, dict(kwargs or {}), seed, ending=ending(target))
         if memory == "recompute":  # the inputs are needed again, so they must stay what they are
             own = map_tensors([inputs, forward.kwargs], lambda tensor: tensor.detach().clone())
             forward = replace(forward, inputs=own[0], kwargs=own[1])
         recorded = _record(forward, source, target, memory == "recompute")
     with young_only():
-        flow = _build(recorded, _Settings(module, depth, batch, batch_dim or 0, seed, check))
+        flow = _build(recorded, _Settings(module, depth, batch, batch_dim or 0, seed, check, target))
 
-    def again(checked: bool) -> Flow:
+    def again(checked: bool, end: Target = target) -> Flow:
         return trace(
             model,
             *inputs,
@@ -129,7 +130,7 @@ def trace(
             depth=depth,
             batch_dim=batch_dim,
             source=source,
-            target=target,
+            target=end,
             seed=seed,
             check=checked,
             memory=memory,
@@ -148,6 +149,7 @@ class _Settings:
     batch_dim: int
     seed: int
     check: bool
+    target: Target
 
 
 @dataclass
@@ -155,12 +157,16 @@ class _Recorded:
     recording: Recording
     source: Source
     side: list[Source]
-    target_name: str
-    target: Value
+    targets: dict[Value, str]
     graph: Graph
     notes: list[str]
     again: ForwardPass
     saved: SavedTensors | None
+
+    @property
+    def target_name(self) -> str:
+        """Names of the outputs that the flow leads to."""
+        return ", ".join(self.targets[value] for value in self.graph.targets)
 
 
 def _record(forward: ForwardPass, source: str | None, target: Target, recompute: bool) -> _Recorded:
@@ -173,8 +179,8 @@ def _record(forward: ForwardPass, source: str | None, target: Target, recompute:
         saved = SavedTensors(forward.module, again, clock) if recompute else None
         recording = attempt.run(saved, frozenset() if recompute else None)
         try:
-            name, value = find_target(recording.output, target)
-            graph, start = find_source(recording.sources, value, source)
+            targets = find_targets(recording.output, recording.ends, target)
+            graph, start = find_source(recording.sources, list(targets), source)
         except UnreachedError as error:
             failure = failure or error
             continue
@@ -183,11 +189,11 @@ def _record(forward: ForwardPass, source: str | None, target: Target, recompute:
         if through_no_grad:
             notes.append("the model runs under no_grad, which was looked through")
         side = [s for s in recording.sources if s is not start]
-        return _Recorded(recording, start, side, name, value, graph, notes, attempt, saved)
+        return _Recorded(recording, start, side, targets, graph, notes, attempt, saved)
     if failure is None:
         raise TraceError("the forward pass was not recorded")
     place = place_of_cut(forward)
-    raise TraceError(f"{failure}; {place}" if place else str(failure)) from None
+    raise UnreachedError(f"{failure}; {place}" if place else str(failure)) from None
 
 
 def _build(recorded: _Recorded, settings: _Settings) -> Flow:
@@ -225,6 +231,7 @@ def _build(recorded: _Recorded, settings: _Settings) -> Flow:
         steps=_steps(pieces, segments, states, recording, graph),
         output=recording.output,
         target_name=recorded.target_name,
+        target=settings.target,
         source_name=recorded.source.name,
         side_inputs=tuple(s.name for s in recorded.side),
         batch=states[0].space.batch,
@@ -242,7 +249,7 @@ def _sibling_flows(recorded: _Recorded, settings: _Settings) -> dict[str, Flow]:
     """The flows from every source that reaches the target; values of all of them were kept for this."""
     flows: dict[str, Flow] = {}
     for start in (recorded.source, *recorded.side):
-        graph = Graph([start.value], [recorded.target])
+        graph = graph_between(start, list(recorded.targets))
         if not graph.reached or not graph.nodes:
             continue
         side = [s for s in (recorded.source, *recorded.side) if s is not start]
@@ -273,7 +280,8 @@ def _state_values(recorded: _Recorded, wanted: set[Value]) -> dict[Value, Tensor
         again = recorded.again.run(recorded.saved, frozenset(places))
         values = {places[place]: t for v, t in again.values.items() if (place := again.place(v)) in places}
     data = {value: tensor for value, tensor in values.items() if value in wanted}
-    for _, tensor in named_tensors(recording.output):  # outputs that no operation consumed
+    # what no operation consumed
+    for _, tensor in (*named_tensors(recording.output), *(recording.ends or [])):
         if tensor.requires_grad and value_of(tensor) in wanted:
             data.setdefault(value_of(tensor), tensor.detach())
     if not recorded.side:

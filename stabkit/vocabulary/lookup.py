@@ -53,7 +53,8 @@ def operation(node: Node) -> str:
 
 @lru_cache(maxsize=4096)
 def _operation(node_class: type[Node]) -> str:
-    return node_class.__name__.split("Backward")[0]
+    # the derivative of a derivative, ThresholdBackwardBackward0, is an operation of its own
+    return node_class.__name__.rpartition("Backward")[0] or node_class.__name__
 
 
 def is_python_node(node: Node) -> bool:
