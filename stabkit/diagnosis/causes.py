@@ -16,6 +16,7 @@ from stabkit.diagnosis.running_statistics import statistics_findings
 from stabkit.diagnosis.slopes import with_slopes
 from stabkit.diagnosis.suspects import Diagnosis, Settings, ordered
 from stabkit.diagnosis.unregistered import unregistered_findings
+from stabkit.diagnosis.unsettled import unsettled_findings
 from stabkit.diagnosis.zero_gradients import zero_gradient_findings
 from stabkit.tracing import Flow, FlowLike
 from stabkit.tracing.training_pass import training_pass
@@ -27,6 +28,8 @@ def with_causes(flow: FlowLike, found: Diagnosis, settings: Settings) -> Diagnos
     """A diagnosis with what else is wrong; a memory that vanishes over time is the verdict where depth is in order."""
     if not isinstance(flow, Flow) or found.verdict.name == "non-finite":
         return found
+    if unsettled := unsettled_findings(flow):  # what comes after a state that is no fixed point may follow from it
+        found = replace(found, findings=tuple(ordered([*unsettled, *found.findings])))
     found = with_lost_parameters(flow, found, settings)
     named = [with_slopes(each, found.measurement) for each in with_input_scale(flow, found, settings.thresholds)]
     others = statistics_findings(flow, settings.loss)

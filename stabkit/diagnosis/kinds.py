@@ -63,6 +63,7 @@ FINDINGS: dict[str, Word] = {
     "copied_units": Word("units of a layer are copies of each other, and stay so"),
     "no_gradient": Word("parameters that are to be trained get no gradient", "broken"),
     "unregistered": Word("tensors get a gradient and are no parameters of the model: nothing moves them", "broken"),
+    "no_fixed_point": Word("an iteration that is meant to settle does not", "grows"),
     "loss": Word("the loss has no gradient, or is taken of what it does not expect", "broken"),
     "precision_loss": Word("numbers are lost to the dtype by rounding or underflow", "unsure", consequence=True),
 }

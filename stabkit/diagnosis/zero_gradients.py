@@ -246,6 +246,7 @@ def _of_zero_factors(
         return []
     named = tuple(str(action["parameter"]) for action in actions)
     both = tuple(path for path in freed if path in empty)
+    kept = tuple(path for path in both if path not in named)
     treated = short_training(flow, loss, actions)
     evidence = (
         f"{len(freed)} of {len(done.parameters)} parameters that are to be trained get a gradient of exactly zero "
@@ -262,7 +263,8 @@ def _of_zero_factors(
             confidence=1.0,
             evidence=evidence + _trained(short_training(flow, loss), treated, "treated"),
             remedy=f"start {listed(named)} from random numbers (root mean square "
-            f"{max(float(action['rms']) for action in actions):.2g}) and leave the other factor at zero",
+            f"{max(float(action['rms']) for action in actions):.2g})"
+            + (f"; {listed(kept)} may stay at zero" if kept else ""),
             reference=_LORA,
             numbers={"parameters": float(len(freed)), "share": _share(done, freed)},
             actions=tuple(actions),

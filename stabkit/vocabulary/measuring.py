@@ -36,6 +36,8 @@ def measure(function: Function, name: str, known: Iterable[ActivationFacts] = ()
             near = [_sampled(function, grid[i] + grid / 3000)[1] for i in (slopes.argmin(), slopes.argmax())]
     except Exception:  # whatever it raises on a plain vector, it is no function of single numbers
         return None
+    if bool(torch.stack([slopes, *near]).isnan().any() or steep.isnan().any()):
+        return None  # it has no derivative somewhere, as a root has none below zero
     for facts in known:
         if facts.function is not None and torch.allclose(facts.function(grid), y, 1e-9, 1e-12):
             return facts

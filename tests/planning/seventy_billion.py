@@ -11,7 +11,7 @@ from stabkit.errors import ArgumentError
 from stabkit.planning import sizes
 
 _BF16, _FLOAT32, _FLOAT64 = 2, 4, 8  # bytes of a number
-_CHECKS, _GAINS, _READING = 3, 2, 4  # products with every block beside those with probes
+_CHECKS, _GAINS = 3, 2  # products with every block beside those with probes
 
 
 @dataclass(frozen=True)
@@ -136,7 +136,7 @@ def profile_price(
     """What `stabkit.streaming.analyze_files` costs on several devices; the dearest device's share.
 
     Every device runs the forward pass, block by block, and walks back with its share of the probes: it records each
-    block anew, and spends a few products on checking the recording, on its gain, and on reading its integrator.
+    block anew, and spends a few products on checking the recording and on its gain.
     Singular values of the blocks are shared out by blocks.
 
     Args:
@@ -162,7 +162,7 @@ def profile_price(
         )
     own = -(-probes // devices)
     blocks = -(-model.layers // devices)
-    walks = own + _CHECKS + _GAINS + _READING + singular_products * blocks / model.layers
+    walks = own + _CHECKS + _GAINS + singular_products * blocks / model.layers
     flops = samples * (2 * model.forward_flops(tokens) + walks * model.product_flops(tokens))
     read = 2 * _BF16 * model.layers * model.block_parameters
     state = samples * tokens * model.width
@@ -236,9 +236,8 @@ What is assumed:
   7 GB/s that all GPUs share, they arrive in {disk} a pass instead.
 - Products reach {device.efficiency:.0%} of {sizes.amount(device.flops, "FLOP/s")}.
 - The probes are shared out, {share} for each GPU; {_CHECKS} more products a block check what was recorded, {_GAINS}
-  measure its gain, {_READING} confirm which integrator it is. The forward pass runs twice on every GPU: once for the
-  states, once more, block by block, to record what a product needs. A block is computed after it was read, not
-  meanwhile.
+  measure its gain. The forward pass runs twice on every GPU: once for the states, once more, block by block, to record
+  what a product needs. A block is computed after it was read, not meanwhile.
 - Attention keeps its matrix of weights, since its fused form has no second derivative:
   {byte(2 * _FLOAT32 * model.heads * tokens**2)} of the recorded graph.
 - The embedding and the head are left out; cotangents start at the last state.
