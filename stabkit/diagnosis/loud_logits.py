@@ -29,6 +29,8 @@ from stabkit.tracing.values import operation
 
 _ABOVE = 3.0  # times the loss of equal chances
 _LOUD = 3.0  # root mean square of centred logits: 4.5 nats above equal chances if they know nothing
+_USUAL = 2.0  # of a weight that is drawn with any of the usual gains, of which the largest is 5/3 (that of the tanh)
+_BETTER = 0.95  # of the loss after a short training, from which it is clearly lower
 _NEAR = 1.5  # times the loss of equal chances, under which a treated loss is one of a fresh classifier
 _REFERENCE = "Karpathy, A recipe for training neural networks, 2019: verify the loss at initialisation"
 
@@ -153,6 +155,15 @@ def _by_weight(
     names = _weight_of(call, made)
     if not names:
         return seen
+    weight = dict(call.module.named_parameters(remove_duplicate=False))[names[0]].detach().double()
+    gain = float(weight.std()) * (weight.numel() / found.classes) ** 0.5  # what it makes of states of unit size
+    if gain < _USUAL:
+        evidence = f"{seen.evidence}; {names[0]} is of usual size, and the state that it reads is not: "
+        return replace(
+            seen,
+            evidence=f"{evidence}{found.size / gain:.3g}",
+            remedy="look for what makes the state before it so large; a norm before the head holds it",
+        )
     action = remedies.scale(names[0], 1.0 / found.size)
     try:
         with carried_out(call.module, [action]):
@@ -163,11 +174,11 @@ def _by_weight(
         return seen
     plain, treated = short_training(flow, loss), short_training(flow, loss, [action])
     trained = plain is not None and treated is not None
-    if plain is not None and treated is not None and not treated.last < plain.last:
+    if plain is not None and treated is not None and not treated.last < _BETTER * plain.last:
         return replace(seen, remedy="none is needed: this batch is learnt as fast with smaller ones")
     tied = f", which is {' and '.join(names[1:])} too," if len(names) > 1 else ""
     how = f"; {STEPS} steps of plain SGD take the loss {plain} as it is, {treated} treated" if trained else ""
-    was = float(dict(call.module.named_parameters(remove_duplicate=False))[names[0]].detach().double().std())
+    was = float(weight.std())
     return replace(
         seen,
         severity="warning",

@@ -41,6 +41,8 @@ def measure(function: Function, name: str, known: Iterable[ActivationFacts] = ()
     for facts in known:
         if facts.function is not None and torch.allclose(facts.function(grid), y, 1e-9, 1e-12):
             return facts
+    if any(bool(found.isnan().any()) for found in (slopes, steep, *near)):
+        return None  # a root or a logarithm has no derivative at all numbers
     limits = _limit(*far[:2].tolist()), _limit(*far[2:].tolist())
     flat = [0.0] if any(map(math.isfinite, limits)) else []
     low, high = (sign * max([_bound(sign * torch.cat([slopes, *near]), sign * steep), *flat]) for sign in (-1, 1))

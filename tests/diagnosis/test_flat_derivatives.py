@@ -86,3 +86,9 @@ def test_a_loss_that_is_not_finite_is_told_without_a_flow():
     report = stabkit.analyze(Informed(nn.Tanh, True), X, loss=lambda out: (out[1] - 100).log().mean())
     assert report.verdict == "non-finite"
     assert "a logarithm of negative numbers" in report.findings[0].evidence
+
+
+def test_the_derivative_of_an_activation_is_no_activation():
+    torch.manual_seed(0)
+    report = stabkit.analyze(Informed(nn.ReLU, False), X, loss=with_boundary, spectrum="none")
+    assert [finding for finding in report.findings if finding.kind == "dead"] == []

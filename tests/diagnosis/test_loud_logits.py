@@ -96,6 +96,24 @@ def test_a_weight_that_is_named_already_explains_the_loss():
     assert "that of the other findings" in found.remedy
 
 
+class Amplified(nn.Module):
+    """A state that is made large before a head of usual size."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.stem, self.head = nn.Linear(20, 48), nn.Linear(48, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(40 * self.stem(x).tanh())
+
+
+def test_a_head_of_usual_size_is_not_blamed_for_the_state_that_it_reads():
+    (found,) = said(Amplified(), images())
+    assert (found.severity, found.module_path, found.actions) == ("info", "head", ())
+    assert "head.weight is of usual size, and the state that it reads is not" in found.evidence
+
+
 def test_an_input_that_is_too_large_is_named_instead():
     model, inputs = classifier(), 255 * images()
     (found,) = said(model, inputs)
