@@ -20,7 +20,6 @@ from stabkit.tracing.values import Value, meta_of, operation
 
 _SIGNS = 2  # values of which only the sign of their difference is left
 _ENOUGH = 8  # values whose mean and variance leave most of what they were
-_NORMS = {"NativeGroupNorm": "group", "NativeLayerNorm": "position", "NativeBatchNorm": "channel"}
 _SOFTMAXES = frozenset({"Softmax", "LogSoftmax", "SafeSoftmax"})
 
 
@@ -77,14 +76,13 @@ def _counted(flow: Flow) -> Iterator[tuple[int, int, str, int]]:
 def _values(node: Any) -> tuple[int, str]:
     """How many values a node normalises together, and what holds them; none for other operations."""
     name = operation(node)
-    over = _NORMS.get(name, "")
     if name == "NativeGroupNorm":
-        return int(node._saved_C) // int(node._saved_group) * int(node._saved_HxW), over
+        return int(node._saved_C) // int(node._saved_group) * int(node._saved_HxW), "group"
     if name == "NativeLayerNorm":
-        return math.prod(node._saved_normalized_shape), over
-    shape = meta_of(Value(node, 0)).shape if over or name in _SOFTMAXES else ()
-    if name == "NativeBatchNorm":
-        return (math.prod(shape) // shape[1], over) if node._saved_training else (0, "")
+        return math.prod(node._saved_normalized_shape), "position"
+    shape = meta_of(Value(node, 0)).shape
+    if name == "NativeBatchNorm" and node._saved_training:
+        return math.prod(shape) // shape[1], "channel"
     if name in _SOFTMAXES and shape:
         dim = int(node._saved_dim)
         return int(shape[dim - (1 << 64) if dim >= 1 << 63 else dim]), "row"
