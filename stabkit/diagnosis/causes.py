@@ -83,6 +83,6 @@ def _of_training_pass(flow: Flow, loss: object, others: Sequence[Finding]) -> li
     done = training_pass(call, loss)
     if done.loss is None or not bool(done.loss.detach().isfinite()):
         return []
-    found = [*zero_gradient_findings(flow, loss, call, done), *unregistered_findings(flow, call, done)]
+    found = [*zero_gradient_findings(flow, loss, call, done, others), *unregistered_findings(flow, call, done)]
     found += loud_logits_findings(flow, loss, call, done, [*others, *found])
     return [*found, *loss_floor_findings(flow, loss, call, done, [*others, *found])]

@@ -17,7 +17,7 @@ from torch.autograd.graph import Node
 
 from stabkit.diagnosis import remedies
 from stabkit.diagnosis.actions import carried_out
-from stabkit.diagnosis.finding import Action, Finding
+from stabkit.diagnosis.finding import Action, Finding, serious
 from stabkit.diagnosis.lost_parameters import role_of
 from stabkit.diagnosis.short_training import STEPS, ShortTraining, short_training
 from stabkit.errors import StabkitError
@@ -37,14 +37,19 @@ _BENGIO = "Bengio et al., Estimating or propagating gradients through stochastic
 _LORA = "Hu et al., LoRA: Low-rank adaptation of large language models, 2022, section 4.1"
 
 
-def zero_gradient_findings(flow: Flow, loss: Any, call: ForwardPass, done: TrainingPass) -> list[Finding]:
+def zero_gradient_findings(
+    flow: Flow, loss: Any, call: ForwardPass, done: TrainingPass, others: Sequence[Finding]
+) -> list[Finding]:
     """Parameters that nothing will ever move, with what holds them; without a loss nobody knows.
+
+    What moves once the remedies of other findings are carried out follows from them: units that a dead layer feeds.
 
     Args:
         flow: the traced pass.
         loss: a callable on the output that returns a scalar.
         call: the pass as training makes it.
         done: its gradients.
+        others: what was found before.
     """
     zeros = _zeros(done)
     if not zeros or not callable(loss) or not _moved_by_output(done):
@@ -52,7 +57,8 @@ def zero_gradient_findings(flow: Flow, loss: Any, call: ForwardPass, done: Train
     flat = _behind_flat(call, loss, zeros)
     found = [_of_flat(flow, loss, flat, done)] if flat.parameters else []
     rest = [path for path in zeros if path not in flat.parameters]
-    stuck = _stuck(call, loss, done) if rest else None
+    cured = [action for finding in others if serious(finding) for action in finding.actions]
+    stuck = _stuck(call, loss, done, cured) if rest else None
     if stuck is not None and (left := tuple(path for path in rest if path in stuck)):
         found += _of_zero_factors(flow, loss, call, done, left)
     return found
