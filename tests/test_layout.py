@@ -7,6 +7,8 @@ module is a dependency, whenever it is loaded.
 from __future__ import annotations
 
 import ast
+import pkgutil
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -141,6 +143,31 @@ def test_integrators_know_no_torch():
                 assert (node.module or "").split(".")[0] != "torch", path
 
 
+def test_what_users_are_told_to_call_exists():
+    """Names such as ``stabkit.trace`` within messages, remedies and docstrings; a name alone is a key of ours."""
+    missing = set()
+    for path in PACKAGE.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                named = re.findall(r"(?<![\w./])stabkit(?:\.[A-Za-z_]\w*)+(?![\w/])", node.value)
+                missing |= {f"{path.name}: {name}" for name in named if name != node.value and not _exists(name)}
+    assert missing == set()
+
+
+def _exists(name: str) -> bool:
+    try:
+        pkgutil.resolve_name(name)
+    except (ImportError, AttributeError):
+        return False
+    return True
+
+
+def _printed(code: str) -> str:
+    """What a fresh process prints."""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    return done.stdout.strip()
+
+
 def test_a_trace_does_not_import_the_compiler():
     """It takes as long as torch itself, and only what compiles needs it."""
     code = (
@@ -148,8 +175,7 @@ def test_a_trace_does_not_import_the_compiler():
         "stabkit.diagnose(stabkit.trace(torch.nn.Linear(3, 3), torch.ones(2, 3))); "
         "print('torch._dynamo' in sys.modules)"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "False"
+    assert _printed(code) == "False"
 
 
 def test_an_analysis_imports_little_beside_torch():
@@ -158,5 +184,4 @@ def test_an_analysis_imports_little_beside_torch():
         "heavy = {'scipy', 'networkx', 'matplotlib', 'pandas', 'torchvision', 'timm', 'transformers'}; "
         "print(sorted(heavy & (set(sys.modules) - before)))"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"
+    assert _printed(code) == "[]"

@@ -19,7 +19,8 @@ from stabkit.diagnosis.unregistered import unregistered_findings
 from stabkit.diagnosis.unsettled import unsettled_findings
 from stabkit.diagnosis.zero_gradients import zero_gradient_findings
 from stabkit.tracing import Flow, FlowLike
-from stabkit.tracing.training_pass import training_pass
+from stabkit.tracing.forward_pass import ForwardPass
+from stabkit.tracing.training_pass import TrainingPass, training_pass
 
 _OF_DEPTH = ("exploding", "vanishing", "non-finite")  # verdicts that stand whatever else is found
 
@@ -70,19 +71,18 @@ def with_lost_parameters(flow: FlowLike, found: Diagnosis, settings: Settings) -
     """A diagnosis with the parameters that get no gradient: a pass of its own, which no trial of a remedy repeats."""
     if not isinstance(flow, Flow):
         return found
-    lost = lost_parameter_findings(flow.forward_pass, (len(flow.steps) - 1,), settings.loss)
-    lost = [*lost, *_of_training_pass(flow, settings.loss, [*found.findings, *lost])]
+    call, loss = replace(flow.forward_pass, through_no_grad=False), settings.loss
+    done = training_pass(call, loss, differentiate=callable(loss))
+    lost = lost_parameter_findings(call, (len(flow.steps) - 1,), loss, done)
+    if callable(loss) and done.loss is not None and bool(done.loss.detach().isfinite()):
+        lost += _of_training_pass(flow, loss, call, done, [*found.findings, *lost])
     return replace(found, findings=tuple(ordered([*found.findings, *lost]))) if lost else found
 
 
-def _of_training_pass(flow: Flow, loss: object, others: Sequence[Finding]) -> list[Finding]:
-    """What a pass as training makes it says of the parameters and of the loss, where there is one."""
-    if not callable(loss):
-        return []
-    call = replace(flow.forward_pass, through_no_grad=False)
-    done = training_pass(call, loss)
-    if done.loss is None or not bool(done.loss.detach().isfinite()):
-        return []
+def _of_training_pass(
+    flow: Flow, loss: object, call: ForwardPass, done: TrainingPass, others: Sequence[Finding]
+) -> list[Finding]:
+    """What a pass as training makes it says of the parameters and of the loss."""
     found = [*zero_gradient_findings(flow, loss, call, done, others), *unregistered_findings(flow, call, done)]
     found += loud_logits_findings(flow, loss, call, done, [*others, *found])
     return [*found, *loss_floor_findings(flow, loss, call, done, [*others, *found])]

@@ -53,7 +53,7 @@ def loss_floor_findings(
     for node, targets in _targets(done):
         held = range_of(node)
         if held.node is not None:
-            return _out_of_reach(flow, done, held, targets)
+            return _out_of_reach(flow, loss, done, held, targets)
     return []
 
 
@@ -131,7 +131,7 @@ def _targets(done: TrainingPass) -> Iterator[tuple[Node | None, Tensor]]:
                 yield sides[taken.index(True)], output - difference if taken[0] else output + difference
 
 
-def _out_of_reach(flow: Flow, done: TrainingPass, held: Range, targets: Tensor) -> list[Finding]:
+def _out_of_reach(flow: Flow, loss: Any, done: TrainingPass, held: Range, targets: Tensor) -> list[Finding]:
     wanted = targets.double()
     nearest = wanted.clamp(held.low, held.high)
     spread = float((wanted - wanted.mean()).square().mean())
@@ -150,6 +150,11 @@ def _out_of_reach(flow: Flow, done: TrainingPass, held: Range, targets: Tensor) 
     module = dict(flow.model.named_modules()).get(path) if path else None
     if isinstance(module, nn.Module) and activation_of(module) is not None:
         actions = ({"action": "activate", "module": path, "by": "Identity"},)
+        plain, treated = short_training(flow, loss), short_training(flow, loss, actions)
+        if plain is not None and treated is not None:  # no verdict: a floor lies below what so few steps reach
+            evidence += (
+                f"; {STEPS} steps of plain SGD take the loss {plain} as it is, {treated} without the {held.words}"
+            )
     remedy = f"take the {held.words} at the end away, or bring the targets into its range"
     numbers = {"outside": share, "missed": missed, "spread": spread}
     return [_finding(flow, "warning", path, evidence, remedy, _OUTPUTS, numbers, actions)]

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 from stabkit.diagnosis.finding import Finding
 from stabkit.tracing.flat_derivatives import FlatDerivative
 from stabkit.tracing.forward_pass import ForwardPass
 from stabkit.tracing.lost_gradient import Cut, LostGradient, listed, lost_gradient
+from stabkit.tracing.training_pass import TrainingPass
 
 _LARGE = 0.2  # share of the trainable parameters from which an unused branch is more than a head that is not asked for
 
@@ -26,15 +26,18 @@ _CHOICES = frozenset({"argmax", "argmin", "topk", "argsort", "sort", "multinomia
 _REFERENCE = "Bengio et al., Estimating or propagating gradients through stochastic neurons, 2013"
 
 
-def lost_parameter_findings(call: ForwardPass, steps: tuple[int, ...], loss: Any = None) -> list[Finding]:
+def lost_parameter_findings(
+    call: ForwardPass, steps: tuple[int, ...], loss: Any = None, done: TrainingPass | None = None
+) -> list[Finding]:
     """One finding for every place where gradients stop, and one for what is never used.
 
     Args:
-        call: the model and what it is called with.
+        call: the pass as training makes it.
         steps: the last step of its flow; empty where there is no flow, as nothing leads from the input to the output.
         loss: a callable on the output that returns a scalar; None counts every float output.
+        done: a training pass of this call and loss that was made before; None makes one.
     """
-    found, asked = lost_gradient(replace(call, through_no_grad=False), loss), loss is not None
+    found, asked = lost_gradient(call, loss, done), loss is not None
     cuts = [_cut(found, cut, steps, asked) for cut in found.cuts if cut.parameters]
     flat = [_flat(each, steps, asked) for each in found.flat]
     return [*flat, *cuts, *_unused(found, call, steps, asked)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from stabkit.diagnosis.finding import Finding
@@ -18,7 +19,7 @@ def findings_without_flow(call: ForwardPass, loss: Any) -> list[Finding]:
     """
     origin = origin_of(call, loss)
     if origin is None:
-        return lost_parameter_findings(call, (), loss)
+        return lost_parameter_findings(replace(call, through_no_grad=False), (), loss)
     what = "the first derivative that is not finite, on the way back, is that of" if origin.backward else "begins at"
     return [
         Finding(

@@ -184,8 +184,8 @@ def _finding(flow: Flow, path: str, seen: Iterates) -> Finding:
 def _tried(flow: Flow, path: str, seen: Iterates) -> tuple[Remedy, str]:
     """The mildest factor on the cell's matrices with which its iteration arrives on a copy, and what it changed."""
     without = Remedy(
-        "nothing that was tried on its weights helps: regularise its Jacobian (stabkit.penalties.jacobian_norm), damp "
-        "the iteration, or let the solver take more steps"
+        "nothing that was tried on its weights helps: add a penalty on its Jacobian to the loss, damp the iteration, "
+        "or let the solver take more steps"
     )
     call = flow.forward_pass
     if not isinstance(call.model, nn.Module) or call.model is not call.module:
@@ -196,10 +196,9 @@ def _tried(flow: Flow, path: str, seen: Iterates) -> tuple[Remedy, str]:
                 after = _iterates(call, path)
         except StabkitError:
             continue
-        if after is None or (math.isfinite(after.residuals[-1]) and after.residuals[-1] < _REACHED):
-            last = "" if after is None else f" -> {after.residuals[-1]:.2g} after {len(after.residuals)} calls"
-            if last:
-                return remedy, f"; tried on a copy: relative residual {seen.residuals[-1]:.2g}{last}"
+        if after is not None and after.residuals[-1] < _REACHED:
+            change = f"{seen.residuals[-1]:.2g} -> {after.residuals[-1]:.2g} after {len(after.residuals)} calls"
+            return remedy, f"; tried on a copy: relative residual {change}"
     return without, ""
 
 

@@ -81,22 +81,8 @@ class _Derivatives(Observer):  # type: ignore[no-untyped-call]
     """
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__(_Gradients(self))
         self.found: dict[tuple[str, str], tuple[str, ...]] = {}
-        self._functions = _Gradients(self)
-
-    def __enter__(self) -> Any:
-        self._functions.__enter__()  # type: ignore[no-untyped-call]
-        return super().__enter__()  # type: ignore[no-untyped-call]
-
-    def __exit__(self, *error: Any) -> None:
-        super().__exit__(*error)  # type: ignore[no-untyped-call]
-        self._functions.__exit__(*error)  # type: ignore[no-untyped-call]
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        return func(*args, **(kwargs or {}))
 
     def differentiated(self, outputs: Any, results: Any) -> None:
         """Note a derivative that is zero everywhere."""

@@ -81,17 +81,18 @@ class LostGradient:
     flat: tuple[FlatDerivative, ...] = ()
 
 
-def lost_gradient(call: ForwardPass, loss: Any = None) -> LostGradient:
+def lost_gradient(call: ForwardPass, loss: Any = None, done: TrainingPass | None = None) -> LostGradient:
     """The parameters that get no gradient, with the places where they are cut off.
 
     Args:
         call: the model and what it is called with.
         loss: a callable on the output that returns a scalar; None counts every float output.
+        done: a training pass of this call and loss that was made before; None makes one.
 
     Raises:
         TraceError: the model or the loss fails.
     """
-    done = training_pass(call, loss, differentiate=False)
+    done = training_pass(call, loss, differentiate=False) if done is None else done
     nodes = [] if done.loss is None else nodes_above(done.loss)
     lost = _lost(done, nodes)
     flat = flat_derivatives(call, loss) if differentiated_twice(nodes) else ()
@@ -149,19 +150,10 @@ class Exits(Observer):  # type: ignore[no-untyped-call]
     """Notes where tensors leave the graph, and whether what becomes of them is used again."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__(_Functions(self))
         self.events: list[_Event] = []
         self._silent: dict[int, tuple[weakref.ref[Tensor], _Event]] = {}
-        self._functions = _Functions(self)
         self._stretch: _Event | None = None  # that of the operations without grad that run one after another
-
-    def __enter__(self) -> Any:
-        self._functions.__enter__()  # type: ignore[no-untyped-call]
-        return super().__enter__()  # type: ignore[no-untyped-call]
-
-    def __exit__(self, *error: Any) -> None:
-        super().__exit__(*error)  # type: ignore[no-untyped-call]
-        self._functions.__exit__(*error)  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import Node
+from torch.overrides import TorchFunctionMode
 
 from stabkit.tracing.containers import named_tensors
 from stabkit.tracing.endpoints import scalar_loss
@@ -37,13 +38,30 @@ class Observer(EagerMode):
         part: ``"model"``, ``"loss"`` or ``"backward"``.
         node: the autograd node that runs, while ``part`` is ``"backward"``.
         recording: the calls of modules so far.
+
+    Args:
+        functions: a mode that sees the functions of torch, and is entered and left with this one.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, functions: TorchFunctionMode | None = None) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.part = "model"
         self.node: Node | None = None
         self.recording = Recording()
+        self._functions: Any = contextlib.nullcontext() if functions is None else functions
+
+    def __enter__(self) -> Any:
+        self._functions.__enter__()
+        return super().__enter__()  # type: ignore[no-untyped-call]
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)  # type: ignore[no-untyped-call]
+        self._functions.__exit__(*error)
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        return func(*args, **(kwargs or {}))
 
     def begin(self, module: nn.Module, sources: list[Source]) -> None:
         """The pass is about to begin, on this module and these inputs."""

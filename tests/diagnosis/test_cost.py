@@ -13,6 +13,7 @@ import stabkit
 from stabkit.analysis import analysis
 from stabkit.diagnosis import causes, collapse, examine, trial
 from stabkit.identification import confirmation, identify, pairs, reading
+from stabkit.tracing import lost_gradient
 
 
 def _deep(gain: float = 0.2, depth: int = 12) -> nn.Module:
@@ -43,6 +44,13 @@ def test_lost_parameters_are_looked_for_once_however_many_remedies_are_tried(mon
     assert found.verdict.name == "vanishing"
     assert len(tried) >= 1
     assert len(looked) == 1
+
+
+def test_what_training_shows_of_a_model_takes_one_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = [_counted(monkeypatch, module, "training_pass") for module in (causes, lost_gradient)]
+    model = nn.Sequential(*(nn.Sequential(nn.Linear(8, 8), nn.Tanh()) for _ in range(4)))
+    examine(stabkit.trace(model, torch.randn(4, 8)), lambda out: out.square().mean())
+    assert [len(calls) for calls in made] == [1, 0]
 
 
 def test_a_report_asks_for_no_numerical_confirmation_of_a_method(monkeypatch: pytest.MonkeyPatch) -> None:

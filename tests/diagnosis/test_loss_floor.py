@@ -119,6 +119,7 @@ def test_targets_beyond_the_range_of_the_output_are_counted(name):
     assert (found.severity, found.module_path) == ("warning", "3")
     assert found.numbers["outside"] == pytest.approx(share, abs=0.08)
     assert "at the end away" in found.remedy
+    assert "steps of plain SGD take the loss" in found.evidence  # whichever of the two it speaks for
 
 
 WITHIN: dict[str, tuple[nn.Module, Callable[[Tensor], Tensor]]] = {
