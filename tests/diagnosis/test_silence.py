@@ -185,7 +185,7 @@ class Mixer(nn.Module):
 
 def test_neighbours_that_batch_norms_part_are_no_chaos():
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Conv2d(3, 16, 1), *(Mixer(16) for _ in range(24)))
+    model = nn.Sequential(nn.Conv2d(3, 64, 1), *(Mixer(64) for _ in range(24)))
     found = examine(trace(model.eval(), torch.randn(4, 3, 6, 6)))  # with the statistics of this batch
     assert found.verdict.growth > Thresholds().stable
     assert not [f for f in found.findings if serious(f)]
