@@ -13,7 +13,7 @@ from torch.autograd.graph import Node
 from stabkit.errors import TraceError
 from stabkit.tracing.graph import Graph
 from stabkit.tracing.node_derivatives import alike, apply_node, is_python_node
-from stabkit.tracing.stacked import apply_stacked
+from stabkit.tracing.stacked import Stacked
 from stabkit.tracing.values import Meta, Value, meta_of, random_tensors, value_of
 
 Tensors = list[Tensor]
@@ -76,6 +76,7 @@ class Segment:
         self._linearized: tuple[Tensors, Segment, list[int]] | None = None
         self._vmap = {"vjp": "untested", "jvp": "untested"}
         self._stacks: bool | None = None
+        self._plan: list[Stacked] = []
 
     @property
     def recomputes(self) -> bool:
@@ -212,6 +213,8 @@ class Segment:
         """One walk for all cotangents: stacked through the nodes themselves, or the whole walk under ``torch.vmap``."""
         if self._stacks is None:
             self._stacks = not self._hooks and not any(map(is_python_node, self.nodes))
+            inputs = self.graph.inputs
+            self._plan = [Stacked(node, inputs[node]) for node in reversed(self.nodes)] if self._stacks else []
         if self._stacks:
             count = stacked[0].shape[0]
             with torch.no_grad():
@@ -233,27 +236,29 @@ class Segment:
         own: set[Value] = set()  # whose tensor is held by nobody else
         for value, cotangent in zip(self.target, cotangents, strict=True):
             grads[value] = grads[value] + cotangent if value in grads else cotangent
-        for node in reversed(self.nodes):
-            outputs = [Value(node, i) for i in range(len(node._input_metadata))]
-            given = [grads.pop(value, None) for value in outputs]
+        reused = {stacked.outputs[0] for stacked in self._plan if stacked.in_place}
+        for stacked in self._plan:
+            given = [grads.pop(value, None) for value in stacked.outputs]
             if all(grad is None for grad in given):
                 continue
-            mine = len(outputs) == 1 and outputs[0] in own
+            mine = len(given) == 1 and stacked.outputs[0] in own
             try:
-                pulled = apply_stacked(node, given, self.graph.inputs[node], overwrite=mine)
+                pulled = stacked.pull(given, overwrite=mine)
             except Exception as error:
-                raise _failed_backward(node, error) from error
-            # what is nobody's else may be overwritten later: the only result of the only cotangent, unless it shows
-            # the memory of a cotangent that somebody else holds
-            alone = len(pulled) == 1 and len(outputs) == 1
+                raise _failed_backward(stacked.node, error) from error
+            alone = len(pulled) == 1 and len(given) == 1
             for value, grad in pulled:
-                fresh = alone and _is_writable(grad) and (mine or not _shares(grad, given[0]))
-                if value not in grads:
+                before = grads.get(value)
+                fresh = False  # is asked only where somebody could write to it
+                if before is not None or value in reused:
+                    # the only result of the only cotangent, unless somebody else holds its memory
+                    fresh = alone and _is_writable(grad) and (mine or not _shares(grad, given[0]))
+                if before is None:
                     grads[value] = grad
                 elif fresh:
-                    grads[value] = grad.add_(grads[value])
+                    grads[value] = grad.add_(before)
                 else:
-                    grads[value], fresh = grads[value] + grad, True
+                    grads[value], fresh = before + grad, True
                 if fresh:
                     own.add(value)
                 else:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from math import prod
 from typing import Any
 
@@ -28,48 +29,64 @@ from stabkit.tracing.node_derivatives import (
 from stabkit.tracing.values import Value, meta_of, operation
 from stabkit.vocabulary import ACTIVATIONS, COSTLY, is_python_node, moves
 
-#: Of a node, the stacked cotangents of its outputs and its active inputs: the gradient of every edge.
-Rule = Callable[[Any, Cotangents, Sequence[Value]], Sequence[Tensor | None]]
+#: Of a node, the stacked cotangents of its outputs, its active inputs, and whether the first cotangent may be
+#: overwritten: the gradient of every edge.
+Rule = Callable[[Any, Cotangents, Sequence[Value], bool], Sequence[Tensor | None]]
 
 
-def stackable(node: Node, active: Sequence[Value]) -> bool:
-    """Whether a node has a rule by which it takes many cotangents at once, without ``torch.vmap``."""
-    return _rule(node, active) is not None
-
-
-def apply_stacked(
-    node: Node, cotangents: Cotangents, active: Sequence[Value], *, overwrite: bool = False
-) -> list[tuple[Value, Tensor]]:
-    """Pull stacked cotangents ``(k, *shape)`` of a node's outputs back to its active inputs.
+@dataclass(frozen=True, eq=False)
+class Stacked:
+    """A node that takes many cotangents at once.
 
     Args:
         node: the node.
-        cotangents: one for every output, None where nothing arrives.
         active: the inputs that are wanted.
-        overwrite: whether the result may take the place of the only cotangent: nobody else needs it.
+
+    Attributes:
+        outputs: its values.
+        in_place: whether its result may take the place of its only cotangent.
     """
-    rule = _rule(node, active)
-    if rule is None:
-        return _batched(node, cotangents, active)
-    name, kind = type(node).__name__, operation(node)
-    given = cotangents[0]
-    if overwrite and given is not None and len(cotangents) == 1:
-        if name == "ReluBackward0":
-            saved: Any = node
-            result = saved._saved_result.detach()
-            return [
-                (active[0], torch.ops.aten.threshold_backward.grad_input(given, result, 0, grad_input=given)),
-            ]
-        if rule is _by_derivative or name == "NativeBatchNormBackward0":
-            factor = _channel_factor(node, given) if kind == "NativeBatchNorm" else _derivative(node)
-            return [(active[0], _times(given, factor, overwrite=True))]
-    pulled = []
-    for edge, grad in zip(node.next_functions, rule(node, cotangents, active), strict=False):
-        value = Value(*edge) if edge[0] is not None else None
-        if grad is not None and value in active:
-            assert value is not None
-            pulled.append((value, _as_recorded(value, grad)))
-    return pulled
+
+    node: Node
+    active: Sequence[Value]
+    outputs: tuple[Value, ...] = field(init=False)
+    in_place: bool = field(init=False)
+    _edges: tuple[Value | None, ...] = field(init=False)
+    _rule: Rule | None = field(init=False)
+
+    def __post_init__(self) -> None:
+        known = set(self.active)
+        edges = (Value(*edge) if edge[0] is not None else None for edge in self.node.next_functions)
+        rule = _rule(self.node, self.active)
+        settings = {
+            "outputs": tuple(Value(self.node, i) for i in range(len(self.node._input_metadata))),
+            "in_place": rule in (_by_derivative, _batch_norm, _relu),
+            "_edges": tuple(edge if edge in known else None for edge in edges),
+            "_rule": rule,
+        }
+        for name, value in settings.items():
+            object.__setattr__(self, name, value)
+
+    @property
+    def by_rule(self) -> bool:
+        """Whether it has a rule of its own, and does without ``torch.vmap``."""
+        return self._rule is not None
+
+    def pull(self, cotangents: Cotangents, *, overwrite: bool = False) -> list[tuple[Value, Tensor]]:
+        """Stacked cotangents ``(k, *shape)`` of the outputs, None where nothing arrives, pulled back to the inputs.
+
+        Args:
+            cotangents: one for every output.
+            overwrite: whether nobody else needs them, so that an `in_place` node may reuse their memory.
+        """
+        if self._rule is None:
+            return _batched(self.node, cotangents, self.active)
+        grads = self._rule(self.node, cotangents, self.active, overwrite and self.in_place)
+        return [
+            (value, _as_recorded(value, grad))
+            for value, grad in zip(self._edges, grads, strict=False)
+            if value is not None and grad is not None
+        ]
 
 
 def _batched(node: Node, cotangents: Cotangents, active: Sequence[Value]) -> list[tuple[Value, Tensor]]:
@@ -131,6 +148,8 @@ def _rule(node: Node, active: Sequence[Value]) -> Rule | None:
         return None  # how wide each of the constant parts is, is not known
     if name in _BY_NAME:
         return _BY_NAME[name]
+    if name == "ReluBackward0":
+        return _relu
     if kind in COSTLY or (kind.endswith("Backward") and kind.removesuffix("Backward") in ACTIVATIONS):
         return _by_derivative if only_first else None
     return _elementwise if kind in _ELEMENTWISE else None
@@ -139,15 +158,19 @@ def _rule(node: Node, active: Sequence[Value]) -> Rule | None:
 # ---------------------------------------------------------------- the rules
 
 
-def _elementwise(node: Any, cotangents: Cotangents, active: Sequence[Value]) -> Sequence[Tensor | None]:
+def _elementwise(
+    node: Any, cotangents: Cotangents, active: Sequence[Value], overwrite: bool
+) -> Sequence[Tensor | None]:
     """What the node saved meets the last dimensions of the cotangent, so the first may be there or not."""
     raw = call_node(node, cotangents)
     return raw if isinstance(raw, tuple) else (raw,)
 
 
-def _by_derivative(node: Any, cotangents: Cotangents, active: Sequence[Value]) -> Sequence[Tensor | None]:
+def _by_derivative(
+    node: Any, cotangents: Cotangents, active: Sequence[Value], overwrite: bool
+) -> Sequence[Tensor | None]:
     """The derivative is computed once, not for every cotangent."""
-    return (_times(_first(cotangents), _derivative(node), overwrite=False),)
+    return (_times(_first(cotangents), _derivative(node), overwrite),)
 
 
 def _derivative(node: Node) -> Tensor:
@@ -156,10 +179,17 @@ def _derivative(node: Node) -> Tensor:
     return factor
 
 
-def _times(cotangent: Tensor, factor: Tensor, *, overwrite: bool) -> Tensor:
+def _times(cotangent: Tensor, factor: Tensor, overwrite: bool) -> Tensor:
     if overwrite and torch.promote_types(cotangent.dtype, factor.dtype) == cotangent.dtype:
         return cotangent.mul_(factor)
     return (cotangent * factor).to(cotangent.dtype)
+
+
+def _relu(node: Any, cotangents: Cotangents, active: Sequence[Value], overwrite: bool) -> Sequence[Tensor | None]:
+    given, result = _first(cotangents), node._saved_result.detach()
+    if not overwrite:
+        return (call_node(node, [given]),)
+    return (torch.ops.aten.threshold_backward.grad_input(given, result, 0, grad_input=given),)
 
 
 def _first(cotangents: Cotangents) -> Tensor:
@@ -173,13 +203,15 @@ def _dims(node: Any, name: str, rank: int) -> list[int]:
     return [d % rank for d in signed([saved] if isinstance(saved, int) else saved)]
 
 
-def _convolution(node: Any, cotangents: Cotangents, active: Sequence[Value]) -> Sequence[Tensor | None]:
+def _convolution(
+    node: Any, cotangents: Cotangents, active: Sequence[Value], overwrite: bool
+) -> Sequence[Tensor | None]:
     given = _first(cotangents)
     folded = transposed_convolution(node, given.flatten(0, 1))
     return (folded.reshape(*given.shape[:2], *folded.shape[1:]),)
 
 
-def _linear(node: Any, cotangents: Cotangents, active: Sequence[Value]) -> Sequence[Tensor | None]:
+def _linear(node: Any, cotangents: Cotangents, active: Sequence[Value], overwrite: bool) -> Sequence[Tensor | None]:
     """Of ``x @ mat2`` or ``alpha x @ mat2 + beta b`` with respect to x, in one product."""
     given, matrix = _first(cotangents), node._saved_mat2
     rows = given.flatten(0, 1) @ matrix.mH
@@ -188,7 +220,7 @@ def _linear(node: Any, cotangents: Cotangents, active: Sequence[Value]) -> Seque
     return (*[None] * _LINEAR[type(node).__name__], grad)
 
 
-def _product(node: Any, cotangents: Cotangents, active: Sequence[Value]) -> Sequence[Tensor | None]:
+def _product(node: Any, cotangents: Cotangents, active: Sequence[Value], overwrite: bool) -> Sequence[Tensor | None]:
     """Of ``a @ b``, both of which may depend on the source."""
     given = _first(cotangents)
     wanted = [edge[0] is not None and Value(*edge) in active for edge in node.next_functions]
@@ -198,16 +230,16 @@ def _product(node: Any, cotangents: Cotangents, active: Sequence[Value]) -> Sequ
     )
 
 
-def _batch_norm(node: Any, cotangents: Cotangents, active: Sequence[Value]) -> Sequence[Tensor | None]:
+def _batch_norm(node: Any, cotangents: Cotangents, active: Sequence[Value], overwrite: bool) -> Sequence[Tensor | None]:
     given = _first(cotangents)
-    return (_times(given, _channel_factor(node, given), overwrite=False),)
+    return (_times(given, _channel_factor(node, given), overwrite),)
 
 
 def _channel_factor(node: Any, cotangent: Tensor) -> Tensor:
     return batch_norm_factor(node).view(-1, *[1] * (cotangent.dim() - 3))
 
 
-def _layer_norm(node: Any, cotangents: Cotangents, active: Sequence[Value]) -> Sequence[Tensor | None]:
+def _layer_norm(node: Any, cotangents: Cotangents, active: Sequence[Value], overwrite: bool) -> Sequence[Tensor | None]:
     given = _first(cotangents)
     saved = [
         t.expand(len(given), *t.shape).contiguous()
@@ -219,7 +251,9 @@ def _layer_norm(node: Any, cotangents: Cotangents, active: Sequence[Value]) -> S
     return tuple(backward(given.contiguous(), saved[0], shape, saved[1], saved[2], weight, bias, wanted))
 
 
-def _layer_norm_forward(node: Any, cotangents: Cotangents, active: Sequence[Value]) -> Sequence[Tensor | None]:
+def _layer_norm_forward(
+    node: Any, cotangents: Cotangents, active: Sequence[Value], overwrite: bool
+) -> Sequence[Tensor | None]:
     """The derivative of a norm's backward with respect to its cotangent: the norm's own Jacobian."""
     given = _first(cotangents)
     dims = tuple(range(-len(node._saved_normalized_shape), 0))
@@ -229,11 +263,13 @@ def _layer_norm_forward(node: Any, cotangents: Cotangents, active: Sequence[Valu
     return (out if node._saved_weight is None else out.mul_(node._saved_weight),)
 
 
-def _softmax(node: Any, cotangents: Cotangents, active: Sequence[Value]) -> Sequence[Tensor | None]:
+def _softmax(node: Any, cotangents: Cotangents, active: Sequence[Value], overwrite: bool) -> Sequence[Tensor | None]:
     return (_softmax_jacobian(_first(cotangents), node._saved_result, node),)
 
 
-def _softmax_forward(node: Any, cotangents: Cotangents, active: Sequence[Value]) -> Sequence[Tensor | None]:
+def _softmax_forward(
+    node: Any, cotangents: Cotangents, active: Sequence[Value], overwrite: bool
+) -> Sequence[Tensor | None]:
     """The derivative of its backward: the Jacobian is symmetric."""
     return (_softmax_jacobian(_first(cotangents), node._saved_output, node),)
 
@@ -246,12 +282,12 @@ def _softmax_jacobian(given: Tensor, result: Tensor, node: Any) -> Tensor:
     return scaled.addcmul_(result, scaled.sum(dim + 1, keepdim=True), value=-1.0)
 
 
-def _reshaped(node: Any, cotangents: Cotangents, active: Sequence[Value]) -> Sequence[Tensor | None]:
+def _reshaped(node: Any, cotangents: Cotangents, active: Sequence[Value], overwrite: bool) -> Sequence[Tensor | None]:
     given = _first(cotangents)
     return (given.reshape(len(given), *meta_of(active[0]).shape),)
 
 
-def _transposed(node: Any, cotangents: Cotangents, active: Sequence[Value]) -> Sequence[Tensor | None]:
+def _transposed(node: Any, cotangents: Cotangents, active: Sequence[Value], overwrite: bool) -> Sequence[Tensor | None]:
     given = _first(cotangents)
     rank = given.dim() - 1
     if rank < 2:
@@ -260,32 +296,32 @@ def _transposed(node: Any, cotangents: Cotangents, active: Sequence[Value]) -> S
     return (given.transpose(a + 1, b + 1),)
 
 
-def _permuted(node: Any, cotangents: Cotangents, active: Sequence[Value]) -> Sequence[Tensor | None]:
+def _permuted(node: Any, cotangents: Cotangents, active: Sequence[Value], overwrite: bool) -> Sequence[Tensor | None]:
     given = _first(cotangents)
     order = _dims(node, "_saved_dims", given.dim() - 1)
     back = sorted(range(len(order)), key=order.__getitem__)
     return (given.permute(0, *(d + 1 for d in back)),)
 
 
-def _expanded(node: Any, cotangents: Cotangents, active: Sequence[Value]) -> Sequence[Tensor | None]:
+def _expanded(node: Any, cotangents: Cotangents, active: Sequence[Value], overwrite: bool) -> Sequence[Tensor | None]:
     return (_first(cotangents),)  # what was expanded is summed as for every broadcast
 
 
-def _selected(node: Any, cotangents: Cotangents, active: Sequence[Value]) -> Sequence[Tensor | None]:
+def _selected(node: Any, cotangents: Cotangents, active: Sequence[Value], overwrite: bool) -> Sequence[Tensor | None]:
     given, shape = _first(cotangents), meta_of(active[0]).shape
     (dim,) = _dims(node, "_saved_dim", len(shape))
     (index,) = signed([node._saved_index])
     return (torch.ops.aten.select_backward(given, [len(given), *shape], dim + 1, index % shape[dim]),)
 
 
-def _sliced(node: Any, cotangents: Cotangents, active: Sequence[Value]) -> Sequence[Tensor | None]:
+def _sliced(node: Any, cotangents: Cotangents, active: Sequence[Value], overwrite: bool) -> Sequence[Tensor | None]:
     given, shape = _first(cotangents), meta_of(active[0]).shape
     (dim,) = _dims(node, "_saved_dim", len(shape))
     start, end, step = signed([node._saved_start, node._saved_end, node._saved_step])
     return (torch.ops.aten.slice_backward(given, [len(given), *shape], dim + 1, start, end, step),)
 
 
-def _select_of(node: Any, cotangents: Cotangents, active: Sequence[Value]) -> Sequence[Tensor | None]:
+def _select_of(node: Any, cotangents: Cotangents, active: Sequence[Value], overwrite: bool) -> Sequence[Tensor | None]:
     """The derivative of the backward of a selection: the selection."""
     given = _first(cotangents)
     (dim,) = _dims(node, "_saved_dim", given.dim() - 1)
@@ -293,14 +329,14 @@ def _select_of(node: Any, cotangents: Cotangents, active: Sequence[Value]) -> Se
     return (given.select(dim + 1, index),)
 
 
-def _slice_of(node: Any, cotangents: Cotangents, active: Sequence[Value]) -> Sequence[Tensor | None]:
+def _slice_of(node: Any, cotangents: Cotangents, active: Sequence[Value], overwrite: bool) -> Sequence[Tensor | None]:
     given = _first(cotangents)
     (dim,) = _dims(node, "_saved_dim", given.dim() - 1)
     start, end, step = signed([node._saved_start, node._saved_end, node._saved_step])
     return (torch.ops.aten.slice(given, dim + 1, start, end, step),)
 
 
-def _pieces(node: Any, cotangents: Cotangents, active: Sequence[Value]) -> Sequence[Tensor | None]:
+def _pieces(node: Any, cotangents: Cotangents, active: Sequence[Value], overwrite: bool) -> Sequence[Tensor | None]:
     """Parts of a tensor, of which some may get no cotangent, put together again."""
     (dim,) = _dims(node, "_saved_dim", len(meta_of(active[0]).shape))
     some = next(c for c in cotangents if c is not None)
@@ -310,7 +346,7 @@ def _pieces(node: Any, cotangents: Cotangents, active: Sequence[Value]) -> Seque
     return (torch.stack(parts, dim + 1) if operation(node) == "Unbind" else torch.cat(parts, dim + 1),)
 
 
-def _joined(node: Any, cotangents: Cotangents, active: Sequence[Value]) -> Sequence[Tensor | None]:
+def _joined(node: Any, cotangents: Cotangents, active: Sequence[Value], overwrite: bool) -> Sequence[Tensor | None]:
     given = _first(cotangents)
     (dim,) = _dims(node, "_saved_dim", given.dim() - 1)
     if operation(node) == "Stack":
@@ -327,7 +363,7 @@ def _width(value: Value, dim: int) -> int:
     return shape[dim] if shape != (0,) else 0  # torch lets an empty vector be joined to anything
 
 
-def _reduced(node: Any, cotangents: Cotangents, active: Sequence[Value]) -> Sequence[Tensor | None]:
+def _reduced(node: Any, cotangents: Cotangents, active: Sequence[Value], overwrite: bool) -> Sequence[Tensor | None]:
     """Of a sum or mean over some dimensions, or all."""
     given, shape = _first(cotangents), meta_of(active[0]).shape
     dims = _dims(node, "_saved_dim", max(1, len(shape))) if hasattr(node, "_saved_dim") else []

@@ -9,7 +9,7 @@ from torch.autograd.functional import jacobian
 
 from stabkit.tracing import trace
 from stabkit.tracing.node_derivatives import apply_node
-from stabkit.tracing.stacked import apply_stacked, stackable
+from stabkit.tracing.stacked import Stacked
 from stabkit.tracing.values import value_of
 
 
@@ -114,7 +114,7 @@ def test_rewritten_nodes_agree_with_the_engine(layer, shape, dtype):
     out = layer(x)
     cotangents = torch.randn(3, *out.shape, dtype=dtype)
     node, active = value_of(out).node, [value_of(x)]
-    stacked = dict(apply_stacked(node, [cotangents], active))[value_of(x)] if stackable(node, active) else None
+    stacked = dict(Stacked(node, active).pull([cotangents]))[value_of(x)] if Stacked(node, active).by_rule else None
     for k in range(3):
         (expected,) = torch.autograd.grad(out, x, cotangents[k], retain_graph=True)
         ((_, rewritten),) = apply_node(node, [cotangents[k]], active, rewrite=True)
@@ -148,7 +148,7 @@ def test_convolutions_are_pulled_back_by_their_transposes(
     out = layer.to(dtype)(x)
     cotangents = torch.randn(3, *out.shape, dtype=dtype)
     node, active = value_of(out).node, [value_of(x)]
-    ((_, stacked),) = apply_stacked(node, [cotangents], active)
+    ((_, stacked),) = Stacked(node, active).pull([cotangents])
     for k in range(3):
         (expected,) = torch.autograd.grad(out, x, cotangents[k], retain_graph=True)
         ((_, rewritten),) = apply_node(node, [cotangents[k]], active, rewrite=True)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from stabkit.tracing import stacked as rules
 from stabkit.tracing import trace
 from stabkit.tracing.segments import Segment
-from stabkit.tracing.stacked import apply_stacked, stackable
+from stabkit.tracing.stacked import Stacked
 from stabkit.tracing.values import operation, value_of
 
 _W = torch.linspace(-1, 1, 4, dtype=torch.float64)
@@ -85,7 +85,7 @@ def test_every_rule_is_tried_above():
     for function in FUNCTIONS.values():
         segment = _segment(function)
         for graph in (segment, segment._linearize()[0]):
-            met |= {operation(node) for node in graph.nodes if stackable(node, graph.graph.inputs[node])}
+            met |= {operation(node) for node in graph.nodes if Stacked(node, graph.graph.inputs[node]).by_rule}
     assert set(rules._OF_FIRST) <= met
     assert {name.removesuffix("Backward0") for name in rules._BY_NAME} <= met
 
@@ -116,11 +116,11 @@ def test_elementwise_nodes_take_stacked_cotangents_in_place(function):
     out = function(x)
     node = value_of(out).node
     active = [value_of(x)] * sum(parent is value_of(x).node for parent, _ in node.next_functions)
-    assert stackable(node, active)
+    assert Stacked(node, active).by_rule
     cotangents = torch.randn(4, 2, 3)
     (expected,) = torch.autograd.grad(out, x, cotangents, is_grads_batched=True, retain_graph=True)
     given = cotangents.clone()
-    pulled = apply_stacked(node, [given], active, overwrite=True)
+    pulled = Stacked(node, active).pull([given], overwrite=True)
     torch.testing.assert_close(sum(grad for _, grad in pulled), expected)
 
 
@@ -142,8 +142,8 @@ def test_linear_layers_and_changes_of_shape_take_stacked_cotangents(function, dt
     x, W = torch.randn(3, 4, dtype=dtype, requires_grad=True).clone(), torch.randn(4, 5, dtype=dtype)
     out = function(x, W)
     node, active = value_of(out).node, [value_of(x)]
-    assert stackable(node, active)
+    assert Stacked(node, active).by_rule
     cotangents = torch.randn(6, *out.shape, dtype=dtype)
-    ((_, stacked),) = apply_stacked(node, [cotangents], active)
+    ((_, stacked),) = Stacked(node, active).pull([cotangents])
     expected = [torch.autograd.grad(out, x, cotangent, retain_graph=True)[0] for cotangent in cotangents]
     torch.testing.assert_close(stacked, torch.stack(expected))
