@@ -61,7 +61,7 @@ def operations(step: Step) -> float:
     counts = [_of_node(node, segment.graph.inputs[node]) for node in segment.nodes]
     if None not in counts:
         return sum(filter(None, counts), 0.0)
-    with _Operations() as counter:
+    with _Operations() as counter:  # type: ignore[no-untyped-call]
         step.vjp(random_tensors(step.target.values, 0))
     return float(counter.total)
 
@@ -82,7 +82,7 @@ def _of_node(node: Any, active: Sequence[Value]) -> float | None:
     return None if is_opaque(node) or has_matrix(node) else 0.0
 
 
-class _Operations(TorchDispatchMode):
+class _Operations(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts as ``torch.utils.flop_counter`` does, without its attempt to take every other operation apart."""
 
     total = 0

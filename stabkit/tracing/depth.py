@@ -47,8 +47,8 @@ class Piece:
         """The call that does most of the work."""
 
         def work(call: Interval) -> tuple[int, int]:
-            weights = sum(p.numel() for p in call.module.parameters())
-            return (min(weights, 1), min(call.stop, self.stop) - max(call.start, self.start))
+            weights = any(p.numel() for p in call.module.parameters())
+            return (int(weights), min(call.stop, self.stop) - max(call.start, self.start))
 
         return max(self.calls, key=work, default=None)
 

@@ -56,7 +56,7 @@ class Stacked:
 
     def __post_init__(self) -> None:
         known = set(self.active)
-        edges = (Value(*edge) if edge[0] is not None else None for edge in self.node.next_functions)
+        edges = _edges(self.node)
         rule = _rule(self.node, self.active)
         settings = {
             "outputs": tuple(Value(self.node, i) for i in range(len(self.node._input_metadata))),
@@ -89,6 +89,10 @@ class Stacked:
         ]
 
 
+def _edges(node: Node) -> list[Value | None]:
+    return [None if parent is None else Value(parent, output) for parent, output in node.next_functions]
+
+
 def _batched(node: Node, cotangents: Cotangents, active: Sequence[Value]) -> list[tuple[Value, Tensor]]:
     """By ``torch.vmap``."""
     there = [i for i, cotangent in enumerate(cotangents) if cotangent is not None]
@@ -105,7 +109,7 @@ def _batched(node: Node, cotangents: Cotangents, active: Sequence[Value]) -> lis
     with warnings.catch_warnings():
         # operations without a batching rule of their own are looped over, which torch warns of
         warnings.filterwarnings("ignore", message="There is a performance drop")
-        grads = torch.vmap(one)(*[cotangents[i] for i in there])
+        grads = torch.vmap(one)(*[cotangent for cotangent in cotangents if cotangent is not None])
     return list(zip(reached, grads, strict=True))
 
 
@@ -130,7 +134,7 @@ def _rule(node: Node, active: Sequence[Value]) -> Rule | None:
     if is_python_node(node) or not active:
         return None
     name, kind = type(node).__name__, operation(node)
-    only_first = set(active) == {Value(*node.next_functions[0])}
+    only_first = set(active) == {_edges(node)[0]}
     if name == "ConvolutionBackward0":
         saved: Any = node
         return _convolution if only_first and len(meta_of(active[0]).shape) == saved._saved_weight.dim() else None
@@ -351,11 +355,9 @@ def _joined(node: Any, cotangents: Cotangents, active: Sequence[Value], overwrit
     (dim,) = _dims(node, "_saved_dim", given.dim() - 1)
     if operation(node) == "Stack":
         return given.unbind(dim + 1)
-    sizes = [0 if edge[0] is None else _width(Value(*edge), dim) for edge in node.next_functions]
-    left = given.shape[dim + 1] - sum(sizes)
-    return given.split(
-        [left if edge[0] is None else size for edge, size in zip(node.next_functions, sizes, strict=True)], dim + 1
-    )
+    sizes = [None if edge is None else _width(edge, dim) for edge in _edges(node)]
+    left = given.shape[dim + 1] - sum(size for size in sizes if size is not None)
+    return torch.split_with_sizes(given, [left if size is None else size for size in sizes], dim + 1)
 
 
 def _width(value: Value, dim: int) -> int:
