@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bisect
+import copy
 import heapq
 from collections import defaultdict
 from collections.abc import Sequence
@@ -54,6 +55,12 @@ class Graph:
             self._drop_dead()
         self.rank = {node: position for position, node in enumerate(self.nodes)}
         self.clock = _monotone([node._sequence_nr() for node in self.nodes])
+
+    def along(self, nodes: list[Node], inputs: dict[Node, list[Value]]) -> Graph:
+        """Some nodes of this graph, each with the inputs that are followed; all else is shared."""
+        other = copy.copy(self)
+        other.nodes, other.inputs = nodes, inputs
+        return other
 
     @cached_property
     def composites(self) -> dict[Node, Element]:
