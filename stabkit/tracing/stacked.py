@@ -383,8 +383,8 @@ _LINEAR = {"AddmmBackward0": 1, "MmBackward0": 0}
 _RESHAPED = moves("reshape")
 # what the backward multiplies the cotangent with lies beside its last dimensions
 _ELEMENTWISE = ACTIVATIONS | {
-    *("Abs", "Add", "Clamp", "ClampMax", "ClampMin", "Clone", "Cos", "Div", "Erf", "Exp", "Log", "MaskedFill", "Mul"),
-    *("Neg", "Pow", "Reciprocal", "Rsqrt", "Sin", "Sqrt", "Sub", "Where"),
+    *("Abs", "Add", "Clone", "Cos", "Div", "Exp", "Log", "MaskedFill", "Mul"),
+    *("Neg", "Pow", "Reciprocal", "Rsqrt", "Sqrt", "Sub", "Where"),
 }
 #: Those with respect to the first argument alone.
 _OF_FIRST: dict[str, Rule] = {
