@@ -119,8 +119,10 @@ def suspected(
     if not explained:
         found += growth_finding(verdict, measurement, tied, limits)
         found += [] if settled or of_start else _mechanism(flow, verdict, measurement, limits, methods, spectra)
-        passing = transient(measurement, verdict.stretch, verdict.growth, limits)
-        if passing is not None and abs(verdict.growth) <= limits.explosion and not _accounts(blocks, passing, limits):
+        passing = None
+        if verdict.name != "not judged" and abs(verdict.growth) <= limits.explosion:
+            passing = transient(measurement, verdict.stretch, verdict.growth, limits)
+        if passing is not None and not _accounts(blocks, passing, limits):
             found.append(passing)
             verdict = _renamed(verdict, "transient growth", passing.evidence)
         chaos = []
