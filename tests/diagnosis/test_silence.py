@@ -23,6 +23,7 @@ FAST = [
     *("torch.nn: Transformer", "torch.nn: TransformerEncoder", "torch.nn: RNN", "torch.nn: GRU, bidirectional"),
     *("architectures: odeint, rk4", "architectures: reversible pairs in a loop", "architectures: U-Net"),
     *("transformers: bert", "transformers: longformer", "transformers: gpt2", "transformers: llama"),
+    *("transformers: speech_to_text", "transformers: deit", "transformers: wav2vec2"),
     *("timm: test_vit", "timm: test_convnext", "timm: test_efficientnet", "torchvision: shufflenet_v2_x0_5"),
 ]
 LEARNED = ["mlp tanh", "highway", "mixture of experts, best two", "fixed point", "normalising flow", "wine"]
@@ -167,6 +168,27 @@ def test_growth_through_batch_norms_is_judged_once_they_have_statistics_of_their
             model(x)
     model.eval()[35][1].running_var.mul_(1e-8)  # statistics that are not those of what comes
     assert [f.kind for f in examine(trace(model, x)).findings if serious(f)]
+
+
+class Mixer(nn.Module):
+    """A block of ConvMixer (Trockman and Kolter, 2022): batch norms behind a depthwise and a pointwise convolution."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        depthwise = nn.Conv2d(width, width, 3, padding=1, groups=width)
+        self.f = nn.Sequential(depthwise, nn.GELU(), nn.BatchNorm2d(width))
+        self.g = nn.Sequential(nn.Conv2d(width, width, 1), nn.GELU(), nn.BatchNorm2d(width))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.g(x + self.f(x))
+
+
+def test_neighbours_that_batch_norms_part_are_no_chaos():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 64, 1), *(Mixer(64) for _ in range(24)))
+    found = examine(trace(model.eval(), torch.randn(4, 3, 6, 6)))  # with the statistics of this batch
+    assert found.verdict.growth > Thresholds().stable
+    assert not [f for f in found.findings if serious(f)]
 
 
 def test_statistics_of_two_values_judge_nothing():
