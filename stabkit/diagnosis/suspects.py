@@ -35,7 +35,8 @@ from stabkit.diagnosis.thresholds import Thresholds
 from stabkit.diagnosis.verdict import Verdict, judge, judged_without
 from stabkit.growth.rate_laws import rate_law
 from stabkit.identification import Identification, by_step, identify
-from stabkit.jacobians.shared import DENSE_SIZE, SharedSpectra
+from stabkit.jacobians.method_choice import DENSE_SIZE
+from stabkit.jacobians.shared import SharedSpectra
 from stabkit.parallel import SERIAL, Parallel
 from stabkit.tracing import Flow, FlowLike, Iteration
 
