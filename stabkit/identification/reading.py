@@ -426,6 +426,8 @@ def _notes(around: Surroundings, sums: Sequence[NormalForm], table: Blocks) -> t
             notes.append(f"every channel has a step of its own (LayerScale), {c.low:.3g} to {c.high:.3g}")
         if c.kind == "part":
             notes.append("the branch is added to some entries only")
+        if c.kind == "scalar" and c.value < 0 and len(coefficients) == 1:
+            notes.append("the branch is subtracted: f is minus what the code calls so")
         if c.kind == "dropout":
             notes.append("dropout after the branch counts as part of it")
         if c.kind == "scalar" and c.value == 0.0 and len(coefficients) == 1:

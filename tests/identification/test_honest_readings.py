@@ -307,3 +307,11 @@ def test_a_number_before_a_sum_of_branches_is_the_step_size_of_each():
 
     found = read(step)
     assert (found.name, found.step_size) == ("semi-implicit (stabilised by a linear operator)", pytest.approx(0.2))
+
+
+def test_a_skip_that_grows_is_an_exponential_step_and_the_sign_of_its_branch_is_told():
+    found = read(lambda m, x: 1.25 * x - 0.5 * m.f(x))
+    assert (found.name, found.skip, found.step_size) == ("scaled skip (a = 1.25)", 1.25, 0.5)
+    assert "exponential Euler" in str(found)
+    assert any("subtracted" in note for note in found.notes)
+    assert not any("subtracted" in note for note in read(lambda m, x: 1.25 * x + 0.5 * m.f(x)).notes)
