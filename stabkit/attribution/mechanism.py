@@ -287,7 +287,7 @@ def _first_crossing(method: GeneralLinearMethod, points: ComplexArray) -> float:
     """The first s at which a mode leaves the region; ``points`` is ``(fields, modes)``."""
 
     def stable(s: FloatArray | float) -> npt.NDArray[np.bool_]:
-        return _within(method, np.multiply.outer(points, np.asarray(s))).all(axis=0)
+        return np.asarray(_within(method, np.multiply.outer(points, np.asarray(s))).all(axis=0))
 
     bad = np.flatnonzero(~stable(_SCAN))
     if not bad.size:
