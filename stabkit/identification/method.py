@@ -14,7 +14,7 @@ from stabkit.identification.reading import read
 from stabkit.identification.record import Identification
 from stabkit.parallel import SERIAL, Parallel
 from stabkit.tracing import FlowLike, Iteration
-from stabkit.tracing.accepted import traced
+from stabkit.tracing.flow_checks import traced
 
 _NOTHING_READ = frozenset({"unknown", "not a step", "plain", "transition", "unnamed"})
 _COARSE = ("unnamed", "gated skip", "composition", "damped Euler, parallel")  # readings that single steps may better

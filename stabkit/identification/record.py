@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -9,6 +10,8 @@ from stabkit.identification.confirmation import Check
 from stabkit.identification.recorded_fields import RecordedField
 from stabkit.integrators import LinearStability
 from stabkit.results import Result
+
+_NOTE = 90  # letters of the first note that a line shows
 
 
 @dataclass(frozen=True)
@@ -92,7 +95,7 @@ class Identification(Result):
     recorded: tuple[RecordedField | None, ...] = field(default=(), repr=False, compare=False)
 
     def __str__(self) -> str:
-        """One line: which steps, the method, its step size and convention, how sure, and what it integrates."""
+        """One line: which steps, the method, its step size and convention, how sure, what it integrates, a note."""
         first, last = self.steps[0], self.steps[-1]
         parts = [f"step {first}" if first == last else f"steps {first} to {last}", self.name]
         if self.step_size is not None:
@@ -100,7 +103,8 @@ class Identification(Result):
         residual = "" if self.residual is None else f", residual {self.residual:.1g}"
         parts.append(f"{self.evidence}{residual}")
         system = "" if self.system.startswith("none") or not self.system else f"; {self.system}"
-        return f"{parts[0]}: {', '.join(parts[1:])}{system}"
+        note = f"; {textwrap.shorten(self.notes[0], _NOTE, placeholder=' ...')}" if self.notes else ""
+        return f"{parts[0]}: {', '.join(parts[1:])}{system}{note}"
 
     def _contents(self) -> dict[str, Any]:
         blocks = ("A", "U", "B", "V")

@@ -108,6 +108,10 @@ def _without_mkldnn() -> Iterator[None]:
 _UNWRITTEN = frozenset({torch.empty, torch.empty_like, torch.empty_strided, torch.Tensor.new_empty})
 
 
+#: ``x.requires_grad = ...``
+_ASK_GRADIENT = torch.Tensor.requires_grad.__set__  # type: ignore[attr-defined]
+
+
 def _zeroed(tensor: Any) -> Any:
     floats = isinstance(tensor, torch.Tensor) and (tensor.is_floating_point() or tensor.is_complex())
     if floats and not tensor.is_meta:
@@ -129,6 +133,7 @@ class EagerMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
 class PlainKernels(TorchFunctionMode):
     """Recurrent kernels take their composite path; ``no_grad`` is looked through when asked.
 
+    A model may ask for a gradient of its input, as those with a frozen front do; the input is on the graph already.
     Memory that a model fills by and by, as a solver does with its stages, begins with zeros: what stands there before
     is part of the states in between, and would be of any size.
     """
@@ -143,6 +148,8 @@ class PlainKernels(TorchFunctionMode):
         kwargs = kwargs or {}
         if self.through_no_grad and func is torch._C._set_grad_enabled:
             return None
+        if func == _ASK_GRADIENT and args[1] and args[0].requires_grad:
+            return None  # which torch refuses of what is no leaf, although it has what is asked for
         if func in _UNWRITTEN:
             return _zeroed(func(*args, **kwargs))
         if func in _FUSED_RNN:  # the fused kernels have no double backward
