@@ -85,6 +85,8 @@ def with_gates(record: Identification, kinds: set[str], sums: Sequence[NormalFor
         return replace(record, name="gated skip", evidence="measured", method=None, recorded=())
     low, high = min(c.low for c in gates), max(c.high for c in gates)
     notes = (f"gates from {low:.3g} to {high:.3g} here, held fixed in R(z)", *record.notes)
+    if record.skip is None:  # a projection, or a map behind the addition, has named the step: no single a describes it
+        return replace(record, evidence="measured", notes=(*record.notes, notes[0]))
     if abs((record.skip or 0.0) + (record.step_size or 0.0) - 1.0) > GATED:
         name, system = f"gated skip (mean a = {record.skip:.3g})", "x' = a(x) x + f(x) - x, the old state times a gate"
         return replace(record, name=name, system=system, notes=notes)

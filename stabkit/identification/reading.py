@@ -22,7 +22,7 @@ from stabkit.identification.diffusion import averages
 from stabkit.identification.flow_index import Surroundings
 from stabkit.identification.hidden_skip import HiddenSkip, hidden_skip, reaches_linearly
 from stabkit.identification.implicit import LinearSolve, fixed_point, iterates_silently, linear_solve, solves_inside
-from stabkit.identification.naming import Name, name_one_state
+from stabkit.identification.naming import NO_STEP, Name, name_one_state
 from stabkit.identification.normal_form import NormalForm, Stage
 from stabkit.identification.operations import JOINS
 from stabkit.identification.pairs import dense_concatenation, read_several_states
@@ -31,6 +31,7 @@ from stabkit.identification.relaxation import with_linear_part
 from stabkit.identification.retraction import bent_skip, retraction
 from stabkit.identification.routing import routed
 from stabkit.identification.slots import Slots
+from stabkit.identification.state_mixing import Mixing, mixed_by_itself
 from stabkit.identification.streams import Streams, mixed_streams
 from stabkit.identification.tableau import Blocks, blocks
 from stabkit.integrators import GeneralLinearMethod, LinearStability, named
@@ -168,6 +169,9 @@ def _without_skip(around: Surroundings, found: Slots, links: Sequence[Link], ste
     retracted = retraction(links, steps)
     if retracted is not None:
         return retracted
+    mixing = mixed_by_itself(whole)
+    if mixing is not None:
+        return _self_mixed(mixing, steps)
     notes = []
     if any(link.kind == "sum" for link in links):
         notes.append("a residual lies inside, but no skip leads around the whole step")
@@ -211,6 +215,14 @@ def _of_streams(streams: Streams, steps: tuple[int, ...]) -> Identification:
     named = Name(f"general linear method of {n} streams", "x' = f(x), a history of states as streams", 1.0, one)
     record = _record(named, None, steps, skip=None, residual=streams.residual, notes=(why,))
     return replace(record, method=streams.method, evidence="measured")
+
+
+def _self_mixed(mixing: Mixing, steps: tuple[int, ...]) -> Identification:
+    """A state that is multiplied by a matrix made of it."""
+    sizes = " and ".join(" by ".join(map(str, size)) for size in mixing.sizes) or "spelled as a product and a sum"
+    kind = f", {mixing.stochastic} at this input" if mixing.stochastic else ""
+    why = f"the state is multiplied by a matrix that depends on it ({sizes}{kind}): no single a describes the skip"
+    return nothing(steps, "skip by a matrix of the state", why, "measured", system="x' = M(x) x + f(x)")
 
 
 def _measured(hidden: HiddenSkip, steps: tuple[int, ...]) -> Identification:
@@ -303,7 +315,8 @@ def _as_diffusion(name: Name, sums: Sequence[NormalForm], table: Blocks) -> Name
 
 def _last_sum(parts: Sequence[Link], tables: Sequence[Blocks]) -> Blocks:
     """The tableau of the last addition, with the scalings before it; one with norms around it has its own step size."""
-    last = max(i for i, part in enumerate(parts) if part.kind == "sum")
+    added = [i for i, part in enumerate(parts) if part.kind == "sum"]
+    last = max([i for i in added if tables[i].rows] or added)  # what does not depend on the state is no branch
     first = max((i + 1 for i, part in enumerate(parts[:last]) if part.kind == "sum"), default=0)
     table, *others = tables[first : last + 1]
     for other in others:
@@ -352,7 +365,7 @@ def _record(
         name=named.name,
         method=method,
         skip=skip,
-        step_size=named.h,
+        step_size=None if named.convention == NO_STEP else named.h,
         convention=named.convention,
         evidence="proven",
         residual=residual,

@@ -110,8 +110,10 @@ def _without_mkldnn() -> Iterator[None]:
 _UNWRITTEN = frozenset({torch.empty, torch.empty_like, torch.empty_strided, torch.Tensor.new_empty})
 
 
+#: ``x.requires_grad = ...``
+_ASK_GRADIENT = torch.Tensor.requires_grad.__set__  # type: ignore[attr-defined]
 #: how a tensor is made to require grad
-_ASKING = frozenset({torch.Tensor.requires_grad_, torch.Tensor.requires_grad.__set__})  # type: ignore[attr-defined]
+_ASKING = (torch.Tensor.requires_grad_, _ASK_GRADIENT)
 
 
 def _zeroed(tensor: Any) -> Any:
@@ -135,6 +137,7 @@ class EagerMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
 class PlainKernels(TorchFunctionMode):
     """Recurrent kernels take their composite path; ``no_grad`` is looked through when asked.
 
+    A model may ask for a gradient of its input, as those with a frozen front do; the input is on the graph already.
     Memory that a model fills by and by, as a solver does with its stages, begins with zeros: what stands there before
     is part of the states in between, and would be of any size.
     """
@@ -152,6 +155,8 @@ class PlainKernels(TorchFunctionMode):
             return None
         if self.reentrant is not None and func in _ASKING:
             self.reentrant.ask(args[0])
+        if func == _ASK_GRADIENT and args[1] and args[0].requires_grad:
+            return None  # which torch refuses of what is no leaf, although it has what is asked for
         if func in _UNWRITTEN:
             return _zeroed(func(*args, **kwargs))
         if func in _FUSED_RNN:  # the fused kernels have no double backward
