@@ -21,7 +21,7 @@ from stabkit.identification import Identification
 from stabkit.jacobians.shared import SharedSpectra
 from stabkit.parallel import SERIAL, Parallel
 from stabkit.tracing import Flow, FlowLike
-from stabkit.tracing.accepted import check_flow
+from stabkit.tracing.flow_checks import check_flow
 
 #: measurements that a diagnosis makes beside its own, at most; a healthy network asks for none
 TRIALS = 6

@@ -35,7 +35,8 @@ from stabkit.diagnosis.thresholds import Thresholds
 from stabkit.diagnosis.verdict import Verdict, judge, judged_without
 from stabkit.growth.rate_laws import rate_law
 from stabkit.identification import Identification, by_step, identify
-from stabkit.jacobians.shared import DENSE_SIZE, SharedSpectra
+from stabkit.jacobians.method_choice import DENSE_SIZE
+from stabkit.jacobians.shared import SharedSpectra
 from stabkit.parallel import SERIAL, Parallel
 from stabkit.tracing import Flow, FlowLike, Iteration
 
@@ -119,8 +120,10 @@ def suspected(
     if not explained:
         found += growth_finding(verdict, measurement, tied, limits)
         found += [] if settled or of_start else _mechanism(flow, verdict, measurement, limits, methods, spectra)
-        passing = transient(measurement, verdict.stretch, verdict.growth, limits)
-        if passing is not None and abs(verdict.growth) <= limits.explosion and not _accounts(blocks, passing, limits):
+        passing = None
+        if verdict.name != "not judged" and abs(verdict.growth) <= limits.explosion:
+            passing = transient(measurement, verdict.stretch, verdict.growth, limits)
+        if passing is not None and not _accounts(blocks, passing, limits):
             found.append(passing)
             verdict = _renamed(verdict, "transient growth", passing.evidence)
         chaos = []

@@ -64,7 +64,7 @@ _TRANSFORMERS: dict[str, dict[str, Any]] = {
     "LlamaForCausalLM": _SMALL | {"intermediate_size": 688},
     "Gemma2ForCausalLM": _SMALL | {"intermediate_size": 688},
     "Olmo2ForCausalLM": _SMALL | {"intermediate_size": 688},
-    "OPTForCausalLM": _SMALL | {"ffn_dim": 1024},
+    "OPTForCausalLM": _SMALL | {"ffn_dim": 1024, "num_attention_heads": 8},
 }
 #: whole models, in the size in which people use them
 WHOLE = [

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from torch import nn
@@ -249,6 +251,20 @@ def test_branches_that_start_at_zero_are_known_whatever_they_are_called():
     found = examine(trace(model, torch.randn(4, 16))).findings
     assert {f.kind for f in found} == {"dead"}
     assert not [f for f in found if serious(f)]
+
+
+def test_growth_that_passes_is_none_where_every_step_changes_its_space():
+    """Norms of states of different sizes have no common unit: DenseNet, whose blocks all widen their state."""
+    torch.manual_seed(0)
+    widths = (8, 64, 512, 2048, 512, 64, 8)
+    model = nn.Sequential(*(nn.Linear(a, b, bias=False) for a, b in itertools.pairwise(widths)))
+    for layer in model:
+        nn.init.normal_(layer.weight, std=layer.out_features**-0.5)  # keeps the size of entries, not of norms
+    found = examine(trace(model, torch.randn(8, widths[0])))
+    last = len(found.measurement.steps) - 1
+    assert transient(found.measurement, (0, last), found.verdict.growth, Thresholds()) is not None
+    assert found.verdict.name == "not judged"
+    assert not found.findings
 
 
 @pytest.mark.parametrize(("last", "said"), [(1.0, True), (0.01, False)])
