@@ -15,6 +15,45 @@ _NOTE = 90  # letters of the first note that a line shows
 
 
 @dataclass(frozen=True)
+class Recurrence(Result):
+    """The method of a recurrence over time inside a step of depth: a scan written as a loop, a cell written by hand.
+
+    Attributes:
+        name: ``"zero-order hold (exponential, mean |a| = 0.27)"``, ``"gated Euler (mean a = 0.48)"``, ...
+        system: the continuous system in time, in words.
+        evidence: ``"proven"`` (for every input), ``"measured"`` or ``"unknown"``.
+        residual: relative deviation in the numerical test behind the name; None where there is none.
+        module_path: the module in which it runs.
+        n_steps: how many steps over time were recorded alike.
+        low: smallest modulus of an eigenvalue of a time step that is linear in its state; None for others.
+        high: the largest.
+        method: the general linear method; None where none was read, as for the exponential.
+        notes: what else was seen.
+    """
+
+    name: str
+    system: str
+    evidence: str
+    residual: float | None
+    module_path: str
+    n_steps: int
+    low: float | None = None
+    high: float | None = None
+    method: LinearStability | None = None
+    notes: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        """One line: where, how long, the method, and how sure."""
+        where = f" of {self.module_path}" if self.module_path else ""
+        residual = "" if self.residual is None else f", residual {self.residual:.1g}"
+        told = "".join(f"; {note}" for note in self.notes)
+        return f"over time, {self.n_steps} steps{where}: {self.name}, {self.evidence}{residual}; {self.system}{told}"
+
+    def _contents(self) -> dict[str, Any]:
+        return {name: value for name, value in super()._contents().items() if name != "method"}
+
+
+@dataclass(frozen=True)
 class Identification(Result):
     """The method that one step, or several together, implement.
 
@@ -34,6 +73,7 @@ class Identification(Result):
         system: the continuous system that the method integrates, in words.
         shared_weights: whether stages of one step evaluate the same field with the same weights; None for one stage.
         checks: numerical confirmations.
+        over_time: recurrences over time inside these steps, each with the method of its own steps.
         recorded: where h times the field of every stage was evaluated; None where that cannot be told, and empty where
             no stages were read.
     """
@@ -51,6 +91,7 @@ class Identification(Result):
     system: str = ""
     shared_weights: bool | None = None
     checks: tuple[Check, ...] = ()
+    over_time: tuple[Recurrence, ...] = ()
     recorded: tuple[RecordedField | None, ...] = field(default=(), repr=False, compare=False)
 
     def __str__(self) -> str:
