@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
+from torch.autograd.graph import Node
+
 from stabkit.identification.around_addition import (
     GATED,
     norms_after,
@@ -19,11 +21,20 @@ from stabkit.identification.composites import with_composite_fields
 from stabkit.identification.confirmation import Check, commutator, defect
 from stabkit.identification.couplings import is_affine_coupling
 from stabkit.identification.diffusion import averages
+from stabkit.identification.field_values import continued_fields
 from stabkit.identification.flow_index import Surroundings
+from stabkit.identification.grouping import is_part_of_round
 from stabkit.identification.hidden_skip import HiddenSkip, hidden_skip, reaches_linearly
-from stabkit.identification.implicit import LinearSolve, fixed_point, iterates_silently, linear_solve, solves_inside
+from stabkit.identification.implicit import (
+    LinearSolve,
+    begins_at_constants,
+    fixed_point,
+    iterates_silently,
+    linear_solve,
+    solves_inside,
+)
 from stabkit.identification.naming import Name, name_one_state
-from stabkit.identification.normal_form import NormalForm, Stage
+from stabkit.identification.normal_form import NormalForm, Stage, fields_called
 from stabkit.identification.operations import JOINS
 from stabkit.identification.pairs import dense_concatenation, read_several_states
 from stabkit.identification.record import Identification
@@ -39,8 +50,15 @@ from stabkit.tracing.values import meta_of, operation
 
 def read(around: Surroundings, start: int, stop: int) -> Identification:
     """The method between two states of a flow."""
+    if is_part_of_round(around.flow, start, stop, around.loops):
+        why = "a loop repeats these operations together with others, and they begin or end between its stages"
+        return nothing(tuple(range(start, stop)), "part of a step", why, "unknown")
     found = around.slots(start, stop)
     record = _read(around, found, start, stop)
+    shifts = record.name == "projection shortcut" or (record.skip or 0.0) not in (0.0, 1.0)
+    if shifts and begins_at_constants(around.flow, start, stop):
+        why = "a solver begins at a constant here: what the steps start from is an input of its field, and no state"
+        return nothing(record.steps, "unknown", why, "unknown")
     if record.evidence != "proven" or record.method is None:
         return record
     chosen = routed(around, start, stop, found)
@@ -244,6 +262,33 @@ def _total(
 
 
 def _sums(around: Surroundings, found: Slots, links: Sequence[Link], steps: tuple[int, ...]) -> Identification:
+    """A chain of sums; where it is no known method, that of fields which end later than where they stop to bend."""
+    record = _read_sums(around, found, links, steps)
+    sums = [link.form for link in links if link.kind == "sum"]
+    if not record.name.startswith("unnamed") or len(sums) > 1 or len(sums[0].stages) < 2:
+        return record
+    called = fields_called(sums[0].piece, around.calls)
+    for form in (sums[0], *(f for f in [_with_fields(around, found, steps, called)] if f is not None)):
+        for more in (frozenset[Node](), *continued_fields(form)):
+            if form is sums[0] and not more:
+                continue
+            other = around.chain(steps[0], steps[-1] + 1, found, more | form.piece.owned)
+            if [link.kind for link in other] != [link.kind for link in links]:
+                continue
+            better = _read_sums(around, found, other, steps)
+            if not better.name.startswith("unnamed") and better.shared_weights:
+                why = ("the value of the field ends after its linear part, which is another one at every stage",)
+                return replace(better, notes=(*why, *better.notes) if more else better.notes)
+    return record
+
+
+def _with_fields(around: Surroundings, found: Slots, steps: tuple[int, ...], called: set[Node]) -> NormalForm | None:
+    """The normal form of a sum in which calls of modules are fields as a whole; None where none is called again."""
+    links = around.chain(steps[0], steps[-1] + 1, found, called) if called else ()
+    return next((link.form for link in links if link.kind == "sum"), None)
+
+
+def _read_sums(around: Surroundings, found: Slots, links: Sequence[Link], steps: tuple[int, ...]) -> Identification:
     """A chain of sums, with norms or activations after them."""
     sums = [link.form for link in links if link.kind == "sum"]
     first = next(i for i, link in enumerate(links) if link.kind == "sum")
