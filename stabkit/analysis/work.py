@@ -9,15 +9,18 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from torch.utils.flop_counter import FlopCounterMode
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
 
-from stabkit.jacobians.shared import krylov_products
+from stabkit.identification.operations import has_matrix, is_opaque
+from stabkit.jacobians.method_choice import krylov_products
 from stabkit.tracing import Flow, Step
-from stabkit.tracing.values import random_tensors
+from stabkit.tracing.values import Value, meta_of, operation, random_tensors
 
 LEAST = 64  # products from which a spectrum says something
 _PER_NODE = 2e5  # operations that the call of one node is worth in a backward pass of torch's engine,
-_PER_STACKED_NODE = 1e6  # and one by one, for several vectors at once
+_PER_STACKED_NODE = 4e5  # and one by one, for each of several vectors at once
 _PER_VECTOR = 2e6  # and the projected problem, for every vector of a Krylov basis
 _BASIS = 400  # operations that a new vector is made orthogonal with, for each of its numbers
 
@@ -49,11 +52,47 @@ def demand(step: Step) -> Demand:
 
 
 def operations(step: Step) -> float:
-    """Floating-point operations of one product with the transposed Jacobian, all samples of the flow together."""
-    counter: Any = FlopCounterMode(display=False)
-    with counter:
+    """Floating-point operations of one product with the transposed Jacobian, all samples of the flow together.
+
+    Those of matrix products and convolutions, from their shapes. A step with other operations that have weights or are
+    products (a fused attention, a custom ``Function``) is run once, and what it calls is counted.
+    """
+    segment = step.segment
+    counts = [_of_node(node, segment.graph.inputs[node]) for node in segment.nodes]
+    if None not in counts:
+        return sum(filter(None, counts), 0.0)
+    with _Operations() as counter:  # type: ignore[no-untyped-call]
         step.vjp(random_tensors(step.target.values, 0))
-    return float(counter.get_total_flops())
+    return float(counter.total)
+
+
+def _of_node(node: Any, active: Sequence[Value]) -> float | None:
+    """Those of one node; None where its shapes do not tell."""
+    name, out = operation(node), meta_of(Value(node, 0))
+    if name in ("Mm", "Addmm", "Bmm", "Baddbmm"):
+        saved = (getattr(node, f"_saved_{kept}", None) for kept in ("self", "mat1", "batch1"))
+        first = next((tensor for tensor in saved if tensor is not None), None)
+        second = getattr(node, "_saved_batch2" if name == "Baddbmm" else "_saved_mat2", None)
+        inner = second.shape[-2] if second is not None else first.shape[-1] if first is not None else 1
+        return 2.0 * out.numel * inner * len(active)
+    if name == "Convolution":
+        weight: Tensor = node._saved_weight
+        at = meta_of(active[0]) if node._saved_transposed else out
+        return 2.0 * at.numel * weight[0].numel() * len(active)
+    return None if is_opaque(node) or has_matrix(node) else 0.0
+
+
+class _Operations(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Counts as ``torch.utils.flop_counter`` does, without its attempt to take every other operation apart."""
+
+    total = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        count = flop_registry.get(func._overloadpacket)
+        if count is not None:
+            self.total += count(*args, **(kwargs or {}), out_val=out)
+        return out
 
 
 def training_step(flow: Flow, samples: int, demands: Mapping[int, Demand]) -> float:
@@ -65,7 +104,9 @@ def training_step(flow: Flow, samples: int, demands: Mapping[int, Demand]) -> fl
         demands: of every step, by index.
     """
     return sum(
-        3.0 * demands[step.index].operations * flow.batch / samples + _PER_NODE * len(step.segment.nodes)
+        3.0 * demands[step.index].operations * flow.batch / samples
+        # the loop of a recurrent layer is one fused operation when it trains
+        + _PER_NODE * sum(node not in step.segment.graph.recurrent for node in step.segment.nodes)
         for step in flow.steps
     )
 

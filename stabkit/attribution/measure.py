@@ -17,10 +17,11 @@ from stabkit.attribution.step_terms import Budget, Terms, measure_step, skip_of
 from stabkit.attribution.zplane import damping_limit, mechanism_of
 from stabkit.errors import ArgumentError
 from stabkit.identification import Identification, by_step, identify
-from stabkit.jacobians.shared import DENSE_SIZE, SharedSpectra
+from stabkit.jacobians.method_choice import DENSE_SIZE
+from stabkit.jacobians.shared import SharedSpectra
 from stabkit.parallel import SERIAL, Parallel, runs
 from stabkit.tracing import Flow
-from stabkit.tracing.accepted import traced
+from stabkit.tracing.flow_checks import traced
 from stabkit.walk import SMALL, Arrivals, Pulled, loss_columns, probe_seeds, random_columns, walk_back
 
 COTANGENTS = 4  # random ones, where there is no loss: as many as `analyze` pulls back by default

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from dataclasses import dataclass
 
 import torch
@@ -53,25 +54,37 @@ class Activity:
 def activities(flow: Flow, step: Step) -> tuple[Activity, ...]:
     """The activations of a step whose saved tensors are at hand (it was differentiated before)."""
     segment = step.segment
-    inside = set(segment.nodes)
+    around = _Around(segment)
     elements = dict.fromkeys(element_of(segment.graph, node) for node in segment.nodes)
     return tuple(
-        _activity(flow, segment, element, element.facts)
+        _activity(flow, around, element, element.facts)
         for element in elements
         if element is not None
         and isinstance(element.facts, ActivationFacts)
         and element.facts.flat_side != "above"
-        and inside.issuperset(element.nodes)
+        and around.inside.issuperset(element.nodes)
         and meta_of(element.target).shape  # a bound on a single number, as on a step size, is none
     )
 
 
-def _activity(flow: Flow, segment: Segment, element: Element, facts: ActivationFacts) -> Activity:
+class _Around:
+    """The nodes of a segment, and who reads what each of them makes: asked for once, for all its activations."""
+
+    def __init__(self, segment: Segment) -> None:
+        self.segment = segment
+        self.inside = set(segment.nodes)
+        self.readers: defaultdict[Node, list[Node]] = defaultdict(list)
+        for node in segment.nodes:
+            for source in {value.node for value in segment.graph.inputs[node]}:
+                self.readers[source].append(node)
+
+
+def _activity(flow: Flow, around: _Around, element: Element, facts: ActivationFacts) -> Activity:
     node, two_sided, meta = element.nodes[0], facts.flat_side == "both", meta_of(element.target)
-    derivative = element.pull(segment.graph, torch.ones(meta.shape, dtype=meta.dtype, device=meta.device))
+    derivative = element.pull(around.segment.graph, torch.ones(meta.shape, dtype=meta.dtype, device=meta.device))
     derivative = derivative.to(torch.float32)
     size = derivative.abs() / facts.steepest
-    axis = _unit_axis(segment, node, derivative.dim())
+    axis = _unit_axis(around, node, derivative.dim())
     rows = size.movedim(axis, 0).flatten(1) if size.dim() > 1 else size.reshape(-1, 1)
     flat = rows <= _FLAT
     return Activity(
@@ -84,15 +97,15 @@ def _activity(flow: Flow, segment: Segment, element: Element, facts: ActivationF
         saturated=float((rows < _SATURATED).float().mean()) if two_sided else 0.0,
         log_derivative=float(rows.clamp_min(1e-6).log().mean()),
         facts=facts,
-        gate=_feeds_product(segment, element.nodes[-1]),
-        fed_by=_fed_by(flow, segment, node),
+        gate=_feeds_product(around, element.nodes[-1]),
+        fed_by=_fed_by(flow, around, node),
     )
 
 
-def _unit_axis(segment: Segment, node: Node, dims: int) -> int:
+def _unit_axis(around: _Around, node: Node, dims: int) -> int:
     """Which axis counts units: the second after a convolution, the last otherwise."""
-    current, inside = node, set(segment.nodes)
-    while current in inside and segment.graph.inputs.get(current):
+    current, inputs = node, around.segment.graph.inputs
+    while current in around.inside and inputs.get(current):
         if operation(current).startswith("Convolution"):
             return 1 if dims > 2 else 0
         if has_matrix(current):
@@ -100,31 +113,31 @@ def _unit_axis(segment: Segment, node: Node, dims: int) -> int:
         norm = norm_of(current)
         if norm is not None and "positions" in norm.over:
             return 1 if dims > 1 else 0
-        current = segment.graph.inputs[current][0].node
+        current = inputs[current][0].node
     else:
         return 1 if dims == 4 else dims - 1  # the activation stands alone: images are (batch, channels, ...)
     return dims - 1
 
 
-def _fed_by(flow: Flow, segment: Segment, node: Node) -> str:
+def _fed_by(flow: Flow, around: _Around, node: Node) -> str:
     """The module of the nearest matrix before an activation, along the first inputs."""
-    current, inside = node, set(segment.nodes)
-    while current in inside and segment.graph.inputs.get(current):
+    current, inputs = node, around.segment.graph.inputs
+    while current in around.inside and inputs.get(current):
         if has_matrix(current):
             return flow.recorded.recording.path_at(current._sequence_nr())
-        current = segment.graph.inputs[current][0].node
+        current = inputs[current][0].node
     return ""
 
 
-def _feeds_product(segment: Segment, node: Node) -> bool:
+def _feeds_product(around: _Around, node: Node) -> bool:
     """Whether what it puts out is multiplied, perhaps after shifts and scalings, by something that depends on x."""
-    reached = {node}
-    for consumer in segment.nodes:
-        inputs = segment.graph.inputs[consumer]
-        if not any(value.node in reached for value in inputs):
-            continue
-        if operation(consumer) in PRODUCTS and len(set(inputs)) > 1:
-            return True
-        if len(set(inputs)) == 1 and (operation(consumer) in SCALES or operation(consumer) in ADDS | MOVES):
-            reached.add(consumer)
+    reached, stack = {node}, [node]
+    while stack:
+        for reader in around.readers[stack.pop()]:
+            alone = len(set(around.segment.graph.inputs[reader])) == 1
+            if operation(reader) in PRODUCTS and not alone:
+                return True
+            if alone and reader not in reached and operation(reader) in SCALES | ADDS | MOVES:
+                reached.add(reader)
+                stack.append(reader)
     return False

@@ -41,7 +41,7 @@ def merges(flow: Flow, step: Step, seed: int = 0) -> tuple[Merge, ...]:
     found = []
     for node in segment.nodes:
         inputs = list(dict.fromkeys(segment.graph.inputs[node]))
-        if operation(node) not in ADDS or len(inputs) != 2:
+        if operation(node) not in ADDS or len(inputs) != 2 or node in segment.graph.recurrent:
             continue
         skips = [value for value in inputs if value in free]
         if len(skips) == 1:

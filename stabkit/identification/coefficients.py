@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -13,11 +14,11 @@ from torch import Tensor
 from stabkit.identification.operations import ADDS, PRODUCTS
 from stabkit.identification.pieces import Piece
 from stabkit.results import Result
-from stabkit.tracing.values import Value, meta_of, operation
+from stabkit.tracing.values import Value, meta_of, operation, standard_normal
 from stabkit.vocabulary import moves
 
 _ROUNDINGS = 8.0
-_RESHAPED = moves("reshape")
+_RESHAPED, _PERMUTED = moves("reshape"), moves("permute")
 
 
 @dataclass(frozen=True)
@@ -113,8 +114,7 @@ class LinearCombination:
     def _drawn(self) -> list[tuple[Tensor, dict[Value, Tensor]]]:
         """Two random cotangents, and what arrives of each."""
         meta = meta_of(self.value)
-        generator = torch.Generator().manual_seed(0)
-        drawn = [torch.randn(meta.shape, generator=generator, dtype=torch.float64).to(meta.dtype) for _ in range(2)]
+        drawn = [w.to(meta.dtype) for w in standard_normal((2, *meta.shape), 0)]
         return [(w, self._pulled(w.to(meta.device))) for w in drawn]
 
     @cached_property
@@ -162,12 +162,24 @@ class LinearCombination:
                 return False
         return True
 
+    def _only_moves(self) -> bool:
+        """Whether the path does nothing but carry every entry to some place, and the places can be counted."""
+        bijective = all(operation(n) in _RESHAPED | _PERMUTED and len(self.piece.linear[n]) == 1 for n in self.path)
+        return bijective and meta_of(self.value).numel < 1 / torch.finfo(self._dtype).eps
+
     def _certified(self, atom: Value, guess: Coefficient) -> Coefficient:
         before, after = meta_of(atom), meta_of(self.value)
         if before.numel != after.numel:
             return Coefficient("part", guess.value, guess.low, guess.high, 0.0)
-        if guess.kind == "scalar" and guess.low == guess.high == 1.0 and self._keeps_places():
-            return guess  # every entry arrives once, in its place: random cotangents could not tell otherwise
+        if guess.kind == "scalar" and guess.low == guess.high == 1.0:
+            if self._keeps_places():
+                return guess  # every entry arrives once, in its place: random cotangents could not tell otherwise
+            if self._only_moves():
+                places = torch.arange(after.numel, dtype=after.dtype, device=after.device)
+                came = self._pulled(places.view(after.shape))[atom].reshape(-1)
+                kept = float((came == places).double().mean())
+                # a permutation with a share of fixed places is that multiple of the identity, and this far from it
+                return guess if kept == 1.0 else replace(guess, kind="moved", residual=math.sqrt(1 - kept * kept))
         w = torch.stack([c.reshape(-1) for c, _ in self._drawn]).double()
         s = torch.stack([arrived[atom].reshape(-1) for _, arrived in self._drawn]).double().cpu()
         coefficient = float((w * s).sum() / (w * w).sum())

@@ -8,15 +8,20 @@ the value of the field is that the same operations follow g at every stage, and 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from torch.autograd.graph import Node
 
-from stabkit.identification.normal_form import NormalForm, Stage
+from stabkit.identification.chain import Link
+from stabkit.identification.flow_index import Surroundings
+from stabkit.identification.normal_form import NormalForm, Stage, fields_called
 from stabkit.identification.operations import MOVES
 from stabkit.identification.pieces import ADDED, Piece
+from stabkit.identification.slots import Slots
 from stabkit.tracing.values import Value, operation
+
+_CONTINUED = "the value of the field ends after its linear part, which is another one at every stage"
 
 
 @dataclass(frozen=True)
@@ -91,3 +96,21 @@ def _root(piece: Piece, value: Value) -> tuple[Value, set[Node]]:
         between.add(value.node)
         value = piece.linear[value.node][0]
     return value, between
+
+
+def chains_of_other_fields(
+    around: Surroundings, found: Slots, links: Sequence[Link], steps: tuple[int, ...]
+) -> Iterator[tuple[tuple[Link, ...], tuple[str, ...]]]:
+    """The links of one sum with fields that are calls of modules as a whole, or end later, and what there is to say."""
+    start, stop = steps[0], steps[-1] + 1
+    sums = [link.form for link in links if link.kind == "sum"]
+    if len(sums) > 1 or len(sums[0].stages) < 2:
+        return
+    called = fields_called(sums[0].piece, around.calls)
+    whole = around.chain(start, stop, found, called) if called else ()
+    forms = [*sums, *(link.form for link in whole if link.kind == "sum")]
+    for form in forms:
+        for more in (frozenset[Node](), *continued_fields(form)):
+            other = around.chain(start, stop, found, more | form.piece.owned)
+            if (more or form is not sums[0]) and [link.kind for link in other] == [link.kind for link in links]:
+                yield other, ((_CONTINUED,) if more else ())

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import Node
 
+from stabkit.hashing import raw
 from stabkit.identification.operations import MOVES
 from stabkit.tracing.values import operation
 
@@ -59,8 +60,7 @@ def _by_value(node: Node) -> tuple[Constant, ...]:
     """The constants of a node with their contents for an address: every call may make them anew (spectral norm)."""
     found = []
     for name, tensor in _saved(node):
-        content = hash(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
-        found.append((name, content, tuple(tensor.shape), tensor.stride()))
+        found.append((name, hash(raw(tensor).tobytes()), tuple(tensor.shape), tensor.stride()))
     return tuple(found)
 
 

@@ -9,11 +9,12 @@ from stabkit.errors import ArgumentError
 from stabkit.identification.flow_index import Surroundings
 from stabkit.identification.grouping import groups, is_divided
 from stabkit.identification.iterated import read_iteration
+from stabkit.identification.over_time import Recurrences
 from stabkit.identification.reading import read
 from stabkit.identification.record import Identification
 from stabkit.parallel import SERIAL, Parallel
 from stabkit.tracing import FlowLike, Iteration
-from stabkit.tracing.accepted import traced
+from stabkit.tracing.flow_checks import traced
 
 _NOTHING_READ = frozenset({"unknown", "not a step", "part of a step", "plain", "transition", "unnamed"})
 _COARSE = ("unnamed", "gated skip", "composition", "damped Euler, parallel")  # readings that single steps may better
@@ -28,7 +29,8 @@ def identify(flow: FlowLike, *, checks: bool = True, parallel: Parallel = SERIAL
     tableau and from which stages share weights, never from the names of modules.
 
     A step without a skip is ``"plain"``; one that changes the space is a ``"transition"``; what hides inside opaque
-    operations stays ``"unknown"``.
+    operations stays ``"unknown"``. A recurrence over time inside a step, such as the scan of a state-space layer that
+    is written as a loop, is read as well (``over_time``).
 
     Lessons with pictures: ``examples/tableau_of_a_neural_ode.py``, ``examples/transformer_as_splitting.py``.
 
@@ -58,9 +60,16 @@ def identify(flow: FlowLike, *, checks: bool = True, parallel: Parallel = SERIAL
     flow = traced(flow, "identify")
     around = Surroundings(flow, checks)
     places = groups(flow, around.loops)
+    recurrences = Recurrences(flow)
+
+    def with_time(record: Identification) -> Identification:
+        found = recurrences.inside(record.steps[0], record.steps[-1] + 1)
+        return replace(record, over_time=found, notes=(*record.notes, *map(str, found))) if found else record
 
     def read_group(index: int) -> list[Identification]:
-        start, stop = places[index]
+        return [with_time(record) for record in read_steps(*places[index])]
+
+    def read_steps(start: int, stop: int) -> list[Identification]:
         record = read(around, start, stop)
         if stop == start + 1:
             return [record]

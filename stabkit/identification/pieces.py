@@ -52,7 +52,7 @@ class Piece:
         base: for every value the last value of which it is a function without weights (norm, activation, statistic).
         gates: atoms that multiply a state.
         stacked: values that hold several tensors side by side, which a contraction then adds.
-        owned: operations that belong to a stage whatever they do.
+        owned: operations that belong to a stage whatever they do; those of recurrent layers always.
         added: for operations that add something nonlinear to their first input, what that is made of.
 
     Args:
@@ -90,7 +90,7 @@ class Piece:
         self.stacked: set[Value] = set()
         self._statistics: set[Value] = set()  # one number for many entries, also where it is expanded again
         self._gating: dict[Node, Value] = {}
-        self.owned = frozenset(owned)
+        self.owned = frozenset(owned) | (graph.recurrent & self.inside)
         for node in self.nodes:
             self._sort(node)
         self.gates = self._find_gates()

@@ -50,15 +50,8 @@ class RecordedField:
         nodes = [graph.nodes[position] for position, _ in self.nodes]
         edges = {graph.nodes[position]: [_value(graph, p) for p in taken] for position, taken in self.nodes}
         segment = step.segment.between([source], [target], 0, 0)
-        segment.nodes, segment.graph = nodes, _Way(nodes, edges)
+        segment.nodes, segment.graph = nodes, graph.along(nodes, edges)
         return Products(segment, _space(step, source), _space(step, target))
-
-
-class _Way(Graph):
-    """Some nodes of a graph, each with the inputs that are followed."""
-
-    def __init__(self, nodes: list[Node], inputs: dict[Node, list[Value]]) -> None:
-        self.nodes, self.inputs = nodes, inputs
 
 
 def _value(graph: Graph, place: Place) -> Value:

@@ -48,8 +48,8 @@ class Piece:
         """The call that does most of the work."""
 
         def work(call: Interval) -> tuple[int, int]:
-            weights = sum(p.numel() for p in call.module.parameters())
-            return (min(weights, 1), min(call.stop, self.stop) - max(call.start, self.start))
+            weights = any(p.numel() for p in call.module.parameters())
+            return (int(weights), min(call.stop, self.stop) - max(call.start, self.start))
 
         return max(self.calls, key=work, default=None)
 
@@ -376,7 +376,8 @@ def _by_operations(intervals: Intervals, frontiers: Frontiers) -> list[Piece]:
     end = intervals.end
     regions = intervals.wide_regions(0, end)
     if len(regions) >= 2:
-        boundaries = {0, end, *itertools.chain.from_iterable(regions)}
+        recurrent = [c for c in intervals.calls if isinstance(c.module, nn.RNNBase)]
+        boundaries = {0, end, *(_before(start, recurrent) for start, _ in regions), *(stop for _, stop in regions)}
         return _glued(intervals, _between(intervals, [], sorted(boundaries)))
     repeat = _tandem_repeat([operation(node) for node in intervals.graph.nodes])
     if repeat is not None:
@@ -391,6 +392,12 @@ def _by_operations(intervals: Intervals, frontiers: Frontiers) -> list[Piece]:
     if not regions:
         return _glued(intervals, _between(intervals, [], [0, *frontiers.cuts(), end]))
     return []
+
+
+def _before(position: int, recurrent: Sequence[Interval]) -> int:
+    """Where a region begins that is the loop over time of a recurrent layer: before its products with the inputs."""
+    inside = [call.start for call in recurrent if call.start < position < call.stop]
+    return inside[0] if inside else position
 
 
 def _tandem_repeat(names: list[str]) -> tuple[int, int, int] | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bisect
+import copy
 import heapq
 from collections import defaultdict
 from collections.abc import Sequence
@@ -10,7 +11,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.graph import Node
 
 from stabkit.tracing.composites import Element, composites_of
@@ -55,10 +56,23 @@ class Graph:
         self.rank = {node: position for position, node in enumerate(self.nodes)}
         self.clock = _monotone([node._sequence_nr() for node in self.nodes])
 
+    def along(self, nodes: list[Node], inputs: dict[Node, list[Value]]) -> Graph:
+        """Some nodes of this graph, each with the inputs that are followed; all else is shared."""
+        other = copy.copy(self)
+        other.nodes, other.inputs = nodes, inputs
+        return other
+
     @cached_property
     def composites(self) -> dict[Node, Element]:
         """Activations and norms that are calls of modules with several operations, by each of these."""
         return composites_of(self, self.calls)
+
+    @cached_property
+    def recurrent(self) -> frozenset[Node]:
+        """The operations of recurrent layers: a loop over time, in which no step of depth lies."""
+        calls = [call for call in self.calls if call.finished and isinstance(call.module, nn.RNNBase)]
+        stretches = ((self.position(call.start), self.position(call.stop)) for call in calls)
+        return frozenset(node for start, stop in stretches for node in self.nodes[start:stop])
 
     def position(self, time: int) -> int:
         """How many nodes had been made when the clock showed ``time``."""

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.autograd.graph import Node
 
 from stabkit.tracing.values import Value, meta_of, operation
-from stabkit.vocabulary import ACTIVATIONS, COSTLY, moves
+from stabkit.vocabulary import COSTLY
 from stabkit.vocabulary import is_python_node as is_python_node
 
 Cotangents = list[Tensor | None]
@@ -61,7 +61,7 @@ def apply_node(
         elif operation(node) == _SELF_ADJOINT and torch.is_grad_enabled():
             raw = _SelfAdjoint.apply(cotangents[0], node)
         else:
-            raw = _call(node, cotangents)
+            raw = call_node(node, cotangents)
         grads = raw if isinstance(raw, tuple) else (raw,)
         edges = list(node.next_functions)
     wanted = set(active)
@@ -75,84 +75,8 @@ def apply_node(
     return pulled
 
 
-def stackable(node: Node, active: Sequence[Value]) -> bool:
-    """Whether the node can take many cotangents at once, stacked along a new first dimension, without ``torch.vmap``.
-
-    So it is for convolutions and linear layers, into whose batch they are folded, for changes of shape, and for
-    elementwise operations of one argument, whose backward is a product of the cotangent with something of the shape of
-    the value.
-    """
-    name, kind = type(node).__name__, operation(node)
-    if is_python_node(node) or len(node._input_metadata) != 1 or not active:
-        return False
-    same = {(meta.shape, meta.dtype) for meta in map(meta_of, (*active, Value(node, 0)))}
-    if name == "ConvolutionBackward0":
-        saved: Any = node
-        first = Value(*node.next_functions[0])  # type: ignore[arg-type]
-        return list(active) == [first] and len(meta_of(first).shape) == saved._saved_weight.dim()
-    if name in _LINEAR:
-        weight: Tensor = node._saved_mat2  # type: ignore[attr-defined]
-        return (
-            list(active) == [node.next_functions[_LINEAR[name]]]
-            and weight is not None
-            and weight.layout == torch.strided
-            and weight.dtype == meta_of(active[0]).dtype
-        )
-    if kind in _RESHAPED:
-        return len(active) == 1
-    if name == "NativeBatchNormBackward0":
-        return len(same) == 1 and list(active) == [node.next_functions[0]] and not node._saved_training  # type: ignore[attr-defined]
-    return len(same) == 1 and (kind in _STACKABLE or (kind in _STACKABLE_UNARY and len(active) == 1))
-
-
-def apply_stacked(
-    node: Node, cotangent: Tensor, active: Sequence[Value], *, overwrite: bool = False
-) -> list[tuple[Value, Tensor]]:
-    """Pull stacked cotangents ``(k, *shape)`` of a `stackable` node's output back to its active inputs.
-
-    Args:
-        node: the node.
-        cotangent: the cotangents.
-        active: the inputs that are wanted.
-        overwrite: whether the result may take the cotangents' place: nobody else needs them.
-    """
-    name, saved = type(node).__name__, node
-    if name == "ConvolutionBackward0":
-        folded = _transposed_convolution(node, cotangent.flatten(0, 1))
-        return [(active[0], folded.reshape(*cotangent.shape[:2], *folded.shape[1:]))]
-    if name in _LINEAR:
-        return [(active[0], _linear_backward(node, cotangent))]
-    if operation(node) in _RESHAPED:
-        return [(active[0], cotangent.reshape(len(cotangent), *meta_of(active[0]).shape))]
-    if name == "NativeBatchNormBackward0":
-        factor = _batch_norm_factor(node).view(-1, *[1] * (cotangent.dim() - 3))
-        return [(active[0], _times(cotangent, factor, overwrite))]
-    if name in _REWRITES:
-        return [(active[0], _times(cotangent, _elementwise_derivative(node), overwrite))]
-    if name == "ReluBackward0" and overwrite:
-        result: Tensor = saved._saved_result.detach()  # type: ignore[attr-defined]
-        return [(active[0], torch.ops.aten.threshold_backward.grad_input(cotangent, result, 0, grad_input=cotangent))]
-    raw = _call(node, [cotangent])
-    grads = raw if isinstance(raw, tuple) else (raw,)
-    pulled = ((edge, grad) for edge, grad in zip(node.next_functions, grads, strict=False) if grad is not None)
-    return [(Value(*edge), grad) for edge, grad in pulled if edge in active]  # type: ignore[arg-type]
-
-
-def _linear_backward(node: Any, cotangent: Tensor) -> Tensor:
-    """Stacked cotangents of ``x @ mat2`` or ``alpha x @ mat2 + beta b`` pulled back to x, in one product."""
-    matrix: Tensor = node._saved_mat2
-    rows = cotangent.flatten(0, 1) @ matrix.mH
-    alpha = getattr(node, "_saved_alpha", 1)
-    return (rows if alpha == 1 else rows * alpha).reshape(*cotangent.shape[:2], matrix.shape[0])
-
-
-def _times(cotangent: Tensor, factor: Tensor, overwrite: bool) -> Tensor:
-    if overwrite and torch.promote_types(cotangent.dtype, factor.dtype) == cotangent.dtype:
-        return cotangent.mul_(factor)
-    return (cotangent * factor).to(cotangent.dtype)
-
-
-def _call(node: Any, cotangents: Cotangents) -> Any:
+def call_node(node: Any, cotangents: Cotangents) -> Any:
+    """What a node of torch's own returns for the cotangents of its outputs, one gradient for every edge."""
     if "NotImplemented" in node.name():  # the notes of the step say what torch would warn of
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*autograd kernel was not registered")
@@ -233,16 +157,16 @@ def _convolution_double_backward(node: Any, cotangents: Cotangents, active: Sequ
     first = node.next_functions[0]
     only_first = len(set(active)) == 1 and active[0] == Value(*first)
     if not only_first or cotangents[0] is None or any(g is not None for g in cotangents[1:]):
-        return _call(node, cotangents)
+        return call_node(node, cotangents)
     out = torch.ops.aten.convolution(
         cotangents[0],
         node._saved_weight,
         None,
-        _signed(node._saved_stride),
-        _signed(node._saved_padding),
-        _signed(node._saved_dilation),
+        signed(node._saved_stride),
+        signed(node._saved_padding),
+        signed(node._saved_dilation),
         node._saved_transposed,
-        _signed(node._saved_output_padding),
+        signed(node._saved_output_padding),
         node._saved_groups,
     )
     return (out, *[None] * (len(node.next_functions) - 1))
@@ -253,20 +177,20 @@ def _convolution_backward(node: Any, cotangents: Cotangents, active: Sequence[Va
     cotangent = cotangents[0]
     only_first = set(active) == {Value(*node.next_functions[0])}
     if cotangent is None or not only_first or cotangent.dtype == torch.float64:  # slower there: not in oneDNN
-        return _call(node, cotangents)
-    return (_transposed_convolution(node, cotangent), *[None] * (len(node.next_functions) - 1))
+        return call_node(node, cotangents)
+    return (transposed_convolution(node, cotangent), *[None] * (len(node.next_functions) - 1))
 
 
-def _transposed_convolution(node: Any, cotangent: Tensor) -> Tensor:
+def transposed_convolution(node: Any, cotangent: Tensor) -> Tensor:
     """A convolution's cotangent pulled back; the batch may be any."""
     stride, padding, dilation = (
-        _signed(sizes) for sizes in (node._saved_stride, node._saved_padding, node._saved_dilation)
+        signed(sizes) for sizes in (node._saved_stride, node._saved_padding, node._saved_dilation)
     )
     weight, transposed, groups = node._saved_weight, node._saved_transposed, node._saved_groups
     shape = meta_of(Value(*node.next_functions[0])).shape
     if cotangent.dtype == torch.float64:
         unread = cotangent.new_zeros(1).expand(cotangent.shape[0], *shape[1:])  # the weight's gradient would read it
-        padded = _signed(node._saved_output_padding)
+        padded = signed(node._saved_output_padding)
         grads = torch.ops.aten.convolution_backward(
             cotangent, unread, weight, None, stride, padding, dilation, transposed, padded, groups, [True, False, False]
         )
@@ -285,12 +209,12 @@ def _batch_norm_backward(node: Any, cotangents: Cotangents, active: Sequence[Val
     cotangent = cotangents[0]
     only_first = set(active) == {Value(*node.next_functions[0])}
     if cotangent is None or not only_first or node._saved_training:
-        return _call(node, cotangents)
-    factor = _batch_norm_factor(node).view(-1, *[1] * (cotangent.dim() - 2))
+        return call_node(node, cotangents)
+    factor = batch_norm_factor(node).view(-1, *[1] * (cotangent.dim() - 2))
     return ((cotangent * factor).to(cotangent.dtype), *[None] * (len(node.next_functions) - 1))
 
 
-def _batch_norm_factor(node: Any) -> Tensor:
+def batch_norm_factor(node: Any) -> Tensor:
     """What a batch norm with running statistics multiplies every channel with."""
     factor = torch.rsqrt(node._saved_running_var + node._saved_eps)
     if node._saved_weight is not None:
@@ -301,18 +225,19 @@ def _batch_norm_factor(node: Any) -> Tensor:
 def _elementwise_backward(node: Any, cotangents: Cotangents, active: Sequence[Value]) -> Any:
     """The derivative, computed once, times the cotangents; the kernel would compute it anew for each of them."""
     if cotangents[0] is None:
-        return _call(node, cotangents)
-    return cotangents[0] * _elementwise_derivative(node)
+        return call_node(node, cotangents)
+    return cotangents[0] * elementwise_derivative(node)
 
 
-def _elementwise_derivative(node: Any) -> Tensor:
+def elementwise_derivative(node: Any) -> Tensor:
+    """The factor with which an elementwise operation multiplies its cotangent."""
     meta = meta_of(Value(node, 0))
     with torch.no_grad():
         derivative: Tensor = node(torch.ones(meta.shape, dtype=meta.dtype, device=meta.device))
     return derivative
 
 
-def _signed(sizes: Sequence[int]) -> list[int]:
+def signed(sizes: Sequence[int]) -> list[int]:
     """Saved sizes come back as unsigned 64-bit numbers."""
     return [size - (1 << 64) if size >= (1 << 63) else size for size in sizes]
 
@@ -320,12 +245,6 @@ def _signed(sizes: Sequence[int]) -> list[int]:
 _OVERRIDES: dict[str, Callable[[Any, Cotangents, Sequence[Value]], Any]] = {
     "ConvolutionBackwardBackward0": _convolution_double_backward,
 }
-# products with a matrix, and which of their arguments the matrix multiplies
-_LINEAR = {"AddmmBackward0": 1, "MmBackward0": 0}
-_RESHAPED = moves("reshape")
-# operations whose backward is elementwise in the cotangent: of any argument, or if only one depends on the source
-_STACKABLE = frozenset({"Add", "Neg", "Sub"})
-_STACKABLE_UNARY = ACTIVATIONS | {"Clone", "Mul"}
 _REWRITES = {
     **_OVERRIDES,
     **{f"{name}Backward0": _elementwise_backward for name in COSTLY},

@@ -12,7 +12,8 @@ from torch.autograd.graph import Node
 
 from stabkit.errors import TraceError
 from stabkit.tracing.graph import Graph
-from stabkit.tracing.node_derivatives import alike, apply_node, apply_stacked, stackable
+from stabkit.tracing.node_derivatives import alike, apply_node, is_python_node
+from stabkit.tracing.stacked import Stacked
 from stabkit.tracing.values import Meta, Value, meta_of, random_tensors, value_of
 
 Tensors = list[Tensor]
@@ -75,6 +76,7 @@ class Segment:
         self._linearized: tuple[Tensors, Segment, list[int]] | None = None
         self._vmap = {"vjp": "untested", "jvp": "untested"}
         self._stacks: bool | None = None
+        self._plan: list[Stacked] = []
 
     @property
     def recomputes(self) -> bool:
@@ -208,9 +210,11 @@ class Segment:
         return [torch.stack(parts) for parts in zip(*results, strict=True)]
 
     def _walk_many(self, stacked: Sequence[Tensor], metas: list[Meta]) -> Tensors:
-        """One walk for all cotangents: stacked through the nodes themselves, or else by ``torch.vmap``."""
+        """One walk for all cotangents: stacked through the nodes themselves, or the whole walk under ``torch.vmap``."""
         if self._stacks is None:
-            self._stacks = not self._hooks and all(stackable(node, self.graph.inputs[node]) for node in self.nodes)
+            self._stacks = not self._hooks and not any(map(is_python_node, self.nodes))
+            inputs = self.graph.inputs
+            self._plan = [Stacked(node, inputs[node]) for node in reversed(self.nodes)] if self._stacks else []
         if self._stacks:
             count = stacked[0].shape[0]
             with torch.no_grad():
@@ -227,28 +231,34 @@ class Segment:
             return list(torch.vmap(one)(*stacked))
 
     def _walk_stacked(self, cotangents: Sequence[Tensor]) -> list[Tensor | None]:
-        """`_walk` for many cotangents where every node takes them stacked; tensors that are done with are reused."""
+        """`_walk` for many cotangents at once; tensors that are done with are reused."""
         grads: dict[Value, Tensor] = {}
         own: set[Value] = set()  # whose tensor is held by nobody else
         for value, cotangent in zip(self.target, cotangents, strict=True):
             grads[value] = grads[value] + cotangent if value in grads else cotangent
-        for node in reversed(self.nodes):
-            output = Value(node, 0)
-            given = grads.pop(output, None)
-            if given is None:
+        reused = {stacked.outputs[0] for stacked in self._plan if stacked.in_place}
+        for stacked in self._plan:
+            given = [grads.pop(value, None) for value in stacked.outputs]
+            if all(grad is None for grad in given):
                 continue
+            mine = len(given) == 1 and stacked.outputs[0] in own
             try:
-                pulled = apply_stacked(node, given, self.graph.inputs[node], overwrite=output in own)
+                pulled = stacked.pull(given, overwrite=mine)
             except Exception as error:
-                raise _failed_backward(node, error) from error
+                raise _failed_backward(stacked.node, error) from error
+            alone = len(pulled) == 1 and len(given) == 1
             for value, grad in pulled:
-                fresh = len(pulled) == 1 and (output in own or grad.data_ptr() != given.data_ptr())
-                if value not in grads:
+                before = grads.get(value)
+                fresh = False  # is asked only where somebody could write to it
+                if before is not None or value in reused:
+                    # the only result of the only cotangent, unless somebody else holds its memory
+                    fresh = alone and _is_writable(grad) and (mine or not _shares(grad, given[0]))
+                if before is None:
                     grads[value] = grad
                 elif fresh:
-                    grads[value] = grad.add_(grads[value])
+                    grads[value] = grad.add_(before)
                 else:
-                    grads[value], fresh = grads[value] + grad, True
+                    grads[value], fresh = before + grad, True
                 if fresh:
                     own.add(value)
                 else:
@@ -296,6 +306,15 @@ class Segment:
             backward = Segment(graph, inputs, outputs, 0, len(graph.nodes))
             self._linearized = (seeds, backward, indices)
         return self._linearized[1], self._linearized[2]
+
+
+def _shares(a: Tensor, b: Tensor | None) -> bool:
+    return b is not None and a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()
+
+
+def _is_writable(tensor: Tensor) -> bool:
+    """Whether every entry has memory of its own."""
+    return not any(stride == 0 and size > 1 for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
 
 
 def _close(a: Tensor, b: Tensor) -> bool:

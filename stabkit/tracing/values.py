@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
+from math import prod
 from typing import Any, NamedTuple
 
 import torch
@@ -12,6 +14,7 @@ from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 from stabkit.vocabulary import operation as operation
 
 _KEPT = "stabkit.metas"  # among the metadata of a node
+_REMEMBERED = 1 << 16  # numbers of a random tensor that is kept for the next who asks for it
 _LONG = 4096  # entries; the deviation of one estimate is about the root of two over their number
 
 
@@ -71,12 +74,28 @@ def probes_of(numel: int) -> int:
     return 1 if numel >= _LONG else 2
 
 
+def standard_normal(shape: Sequence[int], seed: int) -> Tensor:
+    """Standard normal numbers in float64 on the CPU, from a generator of this seed; not to be written to."""
+    small = prod(shape) <= _REMEMBERED
+    return _remembered(tuple(shape), seed) if small else _normal(tuple(shape), seed)
+
+
+def _normal(shape: tuple[int, ...], seed: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+# the same few vectors meet every step of a model, and to draw one takes as long as some products with it
+_remembered = lru_cache(maxsize=64)(_normal)
+
+
 def random_tensors(values: Sequence[Value], seed: int) -> list[Tensor]:
     """Standard normal tensors of the shapes of some values; the same on every device."""
+    metas = [meta_of(value) for value in values]
+    if len(metas) == 1 and not metas[0].dtype.is_complex:
+        return [standard_normal(metas[0].shape, seed).to(dtype=metas[0].dtype, device=metas[0].device, copy=True)]
     generator = torch.Generator().manual_seed(seed)
     tensors = []
-    for value in values:
-        shape, dtype, device = meta_of(value)
+    for shape, dtype, device in metas:
         drawn = torch.randn(shape, generator=generator, dtype=torch.float64)
         if dtype.is_complex:
             drawn = torch.complex(drawn, torch.randn(shape, generator=generator, dtype=torch.float64))

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from stabkit.tracing.step_products import Space
+from stabkit.tracing.values import standard_normal
 
 PROBE = 1_000_003  # between the seeds of two random cotangents: more than the seeds drawn anew within one add
 
@@ -28,7 +29,7 @@ def probe_seeds(seed: int, count: int, first: int = 0) -> list[int]:
 def drawn(space: Space, seeds: Sequence[int]) -> Tensor:
     """Standard normal columns ``(batch, size, len(seeds))``, one a seed; the same on every device."""
     shape = (space.batch, space.size)
-    columns = [torch.randn(shape, generator=torch.Generator().manual_seed(s), dtype=torch.float64) for s in seeds]
+    columns = [standard_normal(shape, seed) for seed in seeds]
     if not columns:
         return torch.zeros(*shape, 0, dtype=space.dtype, device=space.device)
     return torch.stack(columns).to(space.device, space.dtype).permute(1, 2, 0)

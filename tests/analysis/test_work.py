@@ -8,10 +8,12 @@ import pytest
 import scipy.linalg
 import torch
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 import stabkit
 from stabkit.analysis import Listener
-from stabkit.analysis.work import LEAST, Demand, allot
+from stabkit.analysis.work import LEAST, Demand, allot, operations
+from stabkit.diagnosis.branches import merges
 from stabkit.operators import Jacobian
 
 
@@ -103,3 +105,57 @@ def test_the_verdict_is_told_before_any_spectrum_and_faults_come_first():
     assert log.events[1][3].index == max(report.steps, key=lambda step: abs(step.growth)).index
     assert sorted(event[3].index for event in log.events[1:]) == [0, 1, 2, 3, 4]
     assert {event[3].index: event[3] for event in log.events[1:]} == dict(enumerate(report.steps))
+
+
+class Attention(nn.Module):
+    def __init__(self, fused: bool) -> None:
+        super().__init__()
+        self.qkv, self.fused = nn.Linear(8, 24), fused
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q, k, v = self.qkv(x).chunk(3, -1)
+        if self.fused:
+            return x + torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return x + (q @ k.transpose(1, 2)).softmax(-1) @ v
+
+
+@pytest.mark.parametrize(
+    ("block", "shape"),
+    [
+        (lambda: Residual(8), (3, 8)),
+        (lambda: nn.Conv2d(4, 4, 3, padding=1, groups=2), (2, 4, 5, 6)),
+        (lambda: nn.ConvTranspose1d(4, 4, 3, padding=1), (2, 4, 7)),
+        (lambda: Attention(fused=False), (2, 5, 8)),
+        (lambda: Attention(fused=True), (2, 5, 8)),
+        (lambda: nn.LSTM(8, 8, batch_first=True), (2, 9, 8)),
+    ],
+    ids=["linear", "convolution", "transposed", "attention", "fused attention", "lstm"],
+)
+def test_operations_are_those_that_torch_counts(block, shape):
+    torch.manual_seed(0)
+    x = torch.randn(*shape)
+    model = nn.Sequential(block(), block()) if shape[1:] != (9, 8) else block()
+    (step, *_) = stabkit.trace((lambda x: model(x)[0]) if shape[1:] == (9, 8) else model, x).steps
+    cotangents = [torch.randn(value.node._input_metadata[value.output].shape) for value in step.target.values]
+    counter = FlopCounterMode(display=False)
+    with counter:
+        step.vjp(cotangents)
+    assert operations(step) == counter.get_total_flops() > 0
+
+
+def test_the_loops_over_time_of_a_recurrent_stack_are_one_field():
+    class Tagger(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed, self.lstm, self.head = nn.Embedding(20, 8), nn.LSTM(8, 8, 2, batch_first=True), nn.Linear(8, 20)
+
+        def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+            return self.head(self.lstm(self.embed(tokens))[0])
+
+    torch.manual_seed(0)
+    model = Tagger()
+    report = stabkit.analyze(model, torch.randint(20, (2, 64)))
+    assert [step.module_path for step in report.steps] == ["lstm", "head"]
+    flow = stabkit.trace(model, torch.randint(20, (2, 64)))
+    assert len(flow.recorded.graph.recurrent) > 700
+    assert merges(flow, flow.steps[0]) == ()

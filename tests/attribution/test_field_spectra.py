@@ -264,3 +264,22 @@ def test_an_analysis_says_that_the_step_is_too_long():
     assert report.steps[0].step_factor == pytest.approx(2.785293563405282 / 3.2, rel=1e-6)
     assert math.isclose(min(z.real for z in report.steps[0].field_z[0]), -3.2)
     assert report.steps[0].mechanism["discretisation"] == 1
+
+
+class InSinglePrecision(nn.Module):
+    """Two fields, one of which is computed in float32: a cast that norms of language models make."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.a(torch.tanh(x.to(torch.float32).to(x.dtype)))
+        return x + self.b(torch.tanh(x))
+
+
+def test_a_field_with_a_cast_inside_has_its_jacobian():
+    torch.manual_seed(0)
+    model = nn.Sequential(*[InSinglePrecision() for _ in range(3)]).double()
+    report = stabkit.analyze(model, torch.randn(4, 4, dtype=torch.float64))
+    assert len(report.steps) == 3

@@ -8,6 +8,7 @@ from torch import nn
 from torch.nn import functional
 
 from stabkit.errors import ArgumentTypeError
+from stabkit.hashing import raw
 from stabkit.identification import identify
 from stabkit.tracing import trace
 
@@ -287,3 +288,19 @@ def test_one_number_for_each_sample_is_no_draw():
     sizes = torch.tensor([0.3, 0.3], dtype=torch.float64)[:, None]
     found = read(lambda: Step(lambda m, x: x + m.parts[0](x) * sizes, dense()))
     assert (found.name, found.step_size) == ("forward Euler", pytest.approx(0.3))
+
+
+@pytest.mark.parametrize("wrap", [nn.utils.parametrizations.weight_norm, nn.utils.parametrizations.spectral_norm])
+@pytest.mark.parametrize("shape", [(6, 1), (1, 6)])
+def test_a_weight_of_one_row_or_column_that_every_call_makes_anew_is_read(wrap, shape):
+    """Such a tensor is contiguous whatever its strides are."""
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Linear(6, shape[0]), nn.Tanh(), wrap(nn.Linear(*shape)), nn.Tanh(), wrap(nn.Linear(shape[1], 2))
+    )
+    assert len(identify(trace(model, torch.randn(3, 6)))) == len(trace(model, torch.randn(3, 6)).steps)
+
+
+@pytest.mark.parametrize("piece", [torch.arange(25.0)[3:4:24], torch.arange(5.0)[None].T, torch.arange(6.0)[::2]])
+def test_the_bytes_of_a_tensor_do_not_depend_on_its_strides(piece):
+    assert bytes(raw(piece)) == piece.numpy().tobytes()

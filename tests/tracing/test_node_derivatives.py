@@ -8,7 +8,8 @@ from torch import Tensor, nn
 from torch.autograd.functional import jacobian
 
 from stabkit.tracing import trace
-from stabkit.tracing.node_derivatives import apply_node, apply_stacked, stackable
+from stabkit.tracing.node_derivatives import apply_node
+from stabkit.tracing.stacked import Stacked
 from stabkit.tracing.values import value_of
 
 
@@ -113,68 +114,13 @@ def test_rewritten_nodes_agree_with_the_engine(layer, shape, dtype):
     out = layer(x)
     cotangents = torch.randn(3, *out.shape, dtype=dtype)
     node, active = value_of(out).node, [value_of(x)]
-    stacked = dict(apply_stacked(node, cotangents, active))[value_of(x)] if stackable(node, active) else None
+    stacked = dict(Stacked(node, active).pull([cotangents]))[value_of(x)] if Stacked(node, active).by_rule else None
     for k in range(3):
         (expected,) = torch.autograd.grad(out, x, cotangents[k], retain_graph=True)
         ((_, rewritten),) = apply_node(node, [cotangents[k]], active, rewrite=True)
         torch.testing.assert_close(rewritten, expected)
         if stacked is not None:
             torch.testing.assert_close(stacked[k], expected)
-
-
-@pytest.mark.parametrize(
-    "function", [lambda x: x + x, lambda x: x - 1, lambda x: 3 * x, lambda x: x.relu(), lambda x: x.tanh()]
-)
-def test_elementwise_nodes_take_stacked_cotangents_in_place(function):
-    x = torch.randn(2, 3, requires_grad=True).clone()
-    out = function(x)
-    node = value_of(out).node
-    active = [value_of(x)] * sum(parent is value_of(x).node for parent, _ in node.next_functions)
-    assert stackable(node, active)
-    cotangents = torch.randn(4, 2, 3)
-    (expected,) = torch.autograd.grad(out, x, cotangents, is_grads_batched=True, retain_graph=True)
-    given = cotangents.clone()
-    pulled = apply_stacked(node, given, active, overwrite=True)
-    torch.testing.assert_close(sum(grad for _, grad in pulled), expected)
-
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.complex128], ids=str)
-@pytest.mark.parametrize(
-    "function",
-    [
-        lambda x, W: x @ W,
-        lambda x, W: torch.addmm(W[0], x, W, alpha=0.5, beta=2),
-        lambda x, W: nn.functional.linear(x, W.T),
-        lambda x, W: x.view(3, 2, 2),
-        lambda x, W: x.unflatten(1, (1, 4)),
-        lambda x, W: x.reshape(12),
-    ],
-    ids=["mm", "addmm", "linear", "view", "unflatten", "reshape"],
-)
-def test_linear_layers_and_changes_of_shape_take_stacked_cotangents(function, dtype):
-    torch.manual_seed(0)
-    x, W = torch.randn(3, 4, dtype=dtype, requires_grad=True).clone(), torch.randn(4, 5, dtype=dtype)
-    out = function(x, W)
-    node, active = value_of(out).node, [value_of(x)]
-    assert stackable(node, active)
-    cotangents = torch.randn(6, *out.shape, dtype=dtype)
-    ((_, stacked),) = apply_stacked(node, cotangents, active)
-    expected = [torch.autograd.grad(out, x, cotangent, retain_graph=True)[0] for cotangent in cotangents]
-    torch.testing.assert_close(stacked, torch.stack(expected))
-
-
-def test_a_product_with_a_matrix_that_depends_on_the_source_does_not_stack():
-    x, W = torch.randn(4, 4, requires_grad=True).clone(), torch.randn(4, 4)
-    assert not stackable(value_of(x @ x).node, [value_of(x)] * 2)
-    assert not stackable(value_of(W @ x).node, [value_of(x)])
-
-
-def test_broadcasting_nodes_and_attention_do_not_stack():
-    x = torch.randn(3, requires_grad=True).clone()
-    assert not stackable(value_of(x + torch.zeros(2, 3)).node, [value_of(x)])
-    square = torch.randn(2, 3, 3, requires_grad=True).clone()
-    assert not stackable(value_of(square * square).node, [value_of(square)] * 2)
-    assert not stackable(value_of(square @ square).node, [value_of(square)] * 2)
 
 
 @settings(deadline=None, max_examples=40)
@@ -202,7 +148,7 @@ def test_convolutions_are_pulled_back_by_their_transposes(
     out = layer.to(dtype)(x)
     cotangents = torch.randn(3, *out.shape, dtype=dtype)
     node, active = value_of(out).node, [value_of(x)]
-    ((_, stacked),) = apply_stacked(node, cotangents, active)
+    ((_, stacked),) = Stacked(node, active).pull([cotangents])
     for k in range(3):
         (expected,) = torch.autograd.grad(out, x, cotangents[k], retain_graph=True)
         ((_, rewritten),) = apply_node(node, [cotangents[k]], active, rewrite=True)
