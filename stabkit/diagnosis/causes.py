@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from stabkit.diagnosis.finding import Finding, serious
+from stabkit.diagnosis.hidden_cuts import hidden_cut_findings
 from stabkit.diagnosis.input_scale import with_input_scale
 from stabkit.diagnosis.loss_floor import loss_floor_findings
 from stabkit.diagnosis.lost_parameters import lost_parameter_findings
@@ -74,6 +75,7 @@ def with_lost_parameters(flow: FlowLike, found: Diagnosis, settings: Settings) -
     call, loss = replace(flow.forward_pass, through_no_grad=False), settings.loss
     done = training_pass(call, loss, differentiate=callable(loss))
     lost = lost_parameter_findings(call, (len(flow.steps) - 1,), loss, done)
+    lost += hidden_cut_findings(flow, loss, call, done)
     if callable(loss) and done.loss is not None and bool(done.loss.detach().isfinite()):
         lost += _of_training_pass(flow, loss, call, done, [*found.findings, *lost])
     return replace(found, findings=tuple(ordered([*found.findings, *lost]))) if lost else found
