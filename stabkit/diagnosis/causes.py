@@ -11,6 +11,7 @@ from stabkit.diagnosis.input_scale import with_input_scale
 from stabkit.diagnosis.loss_floor import loss_floor_findings
 from stabkit.diagnosis.lost_parameters import lost_parameter_findings
 from stabkit.diagnosis.loud_logits import loud_logits_findings
+from stabkit.diagnosis.mixed_samples import mixed_sample_findings
 from stabkit.diagnosis.over_time import time_findings
 from stabkit.diagnosis.post_norm import post_norm_findings
 from stabkit.diagnosis.running_statistics import statistics_findings
@@ -86,5 +87,6 @@ def _of_training_pass(
 ) -> list[Finding]:
     """What a pass as training makes it says of the parameters and of the loss."""
     found = [*zero_gradient_findings(flow, loss, call, done, others), *unregistered_findings(flow, call, done)]
+    found += mixed_sample_findings(flow, loss, call, done)
     found += loud_logits_findings(flow, loss, call, done, [*others, *found])
     return [*found, *loss_floor_findings(flow, loss, call, done, [*others, *found])]
