@@ -19,6 +19,7 @@ from stabkit.diagnosis.slopes import with_slopes
 from stabkit.diagnosis.suspects import Diagnosis, Settings, ordered
 from stabkit.diagnosis.unregistered import unregistered_findings
 from stabkit.diagnosis.unsettled import unsettled_findings
+from stabkit.diagnosis.wrong_derivatives import wrong_derivative_findings
 from stabkit.diagnosis.zero_gradients import zero_gradient_findings
 from stabkit.tracing import Flow, FlowLike
 from stabkit.tracing.forward_pass import ForwardPass
@@ -88,5 +89,6 @@ def _of_training_pass(
     """What a pass as training makes it says of the parameters and of the loss."""
     found = [*zero_gradient_findings(flow, loss, call, done, others), *unregistered_findings(flow, call, done)]
     found += mixed_sample_findings(flow, loss, call, done)
+    found += wrong_derivative_findings(flow, loss, call, done)
     found += loud_logits_findings(flow, loss, call, done, [*others, *found])
     return [*found, *loss_floor_findings(flow, loss, call, done, [*others, *found])]
