@@ -22,10 +22,13 @@ from stabkit.identification.diffusion import averages
 from stabkit.identification.flow_index import Surroundings
 from stabkit.identification.hidden_skip import HiddenSkip, hidden_skip, reaches_linearly
 from stabkit.identification.implicit import LinearSolve, fixed_point, iterates_silently, linear_solve, solves_inside
+from stabkit.identification.iterated_solves import SolvedStep, solved_step
+from stabkit.identification.linear_steps import read_linear
 from stabkit.identification.naming import NO_STEP, Name, name_one_state
 from stabkit.identification.normal_form import NormalForm, Stage
 from stabkit.identification.operations import JOINS
 from stabkit.identification.pairs import dense_concatenation, read_several_states
+from stabkit.identification.proximal import soft_threshold
 from stabkit.identification.record import Identification
 from stabkit.identification.relaxation import with_linear_part
 from stabkit.identification.retraction import bent_skip, retraction
@@ -107,7 +110,14 @@ def _one_state(around: Surroundings, found: Slots, steps: tuple[int, ...]) -> Id
     maps = [link for link in links if link.kind in ("map", "join")]
     if opaque and (maps or not sums):
         return nothing(steps, "unknown", f"a skip may hide inside {', '.join(opaque)}", "unknown")
-    solved = linear_solve(around.whole(start, stop, found))
+    linear = read_linear(around, found, links, steps)
+    if linear is not None:
+        return linear
+    whole = around.whole(start, stop, found)
+    equation = solved_step(whole, around.names)
+    if equation is not None:
+        return _of_equation(equation, steps)
+    solved = linear_solve(whole)
     if solved is not None:
         return _solved(solved, steps)
     if maps:
@@ -122,11 +132,32 @@ def _one_state(around: Surroundings, found: Slots, steps: tuple[int, ...]) -> Id
     return _sums(around, found, links, steps)
 
 
+def _of_equation(solved: SolvedStep, steps: tuple[int, ...]) -> Identification:
+    """An implicit step whose equation is solved by iteration."""
+    known = {"backward_euler", "trapezoid", "implicit_midpoint"}
+    declared = "h: the number that multiplies the field" if solved.h != 1 else "h = 1: only h f can be seen"
+    why = f"the equation is solved inside the step: {solved.left:.2g} of the last iterate is left in the result"
+    if solved.name.startswith("linearly"):
+        why = "one linear system, 1 - h J with the Jacobian of the field at the old state, and its solution is added"
+    return Identification(
+        name=solved.name,
+        method=named(solved.name) if solved.name in known else None,
+        skip=None,
+        step_size=solved.h,
+        convention=declared,
+        evidence="measured",
+        residual=solved.left,
+        steps=steps,
+        notes=(why,),
+        system="x' = f(x)",
+    )
+
+
 def _solved(solved: LinearSolve, steps: tuple[int, ...]) -> Identification:
     """A step that solves a linear system for its result."""
     if not solved.of_the_state:
-        why = "a linear system is solved for the result, with more than the old state on its other side"
-        return nothing(steps, "semi-implicit (linear solve)", why, "proven", system="M x' = x + h f(x)")
+        why = "a linear system is solved on the way to the result; what method that makes was not found"
+        return nothing(steps, "semi-implicit (linear solve)", why, "unknown")
     many = f"{solved.count} steps of " if solved.count > 1 else ""
     system = "x' = f(x), f = (1 - M) x, M the matrix that is solved"
     record = _record(
@@ -293,7 +324,10 @@ def _sums(around: Surroundings, found: Slots, links: Sequence[Link], steps: tupl
         notes=(*_linear_part(relaxed), *_notes(around, sums, table), *record.notes),
         checks=_checks(sums, table) if around.checks else (),
     )
-    record = with_projection(record, norms_after(links), len(sums), rectified=all(map(rectifies, behind)))
+    threshold = soft_threshold(around.flow, steps[-1] + 1, links[-1]) if behind else None
+    record = with_projection(
+        record, norms_after(links), len(sums), rectified=all(map(rectifies, behind)), threshold=threshold
+    )
     record = with_gates(record, kinds, sums)
     if "gate" in kinds and is_affine_coupling(
         around.flow, start := steps[0], steps[-1] + 1, around.whole(start, steps[-1] + 1, found)
@@ -392,6 +426,8 @@ def _notes(around: Surroundings, sums: Sequence[NormalForm], table: Blocks) -> t
             notes.append(f"every channel has a step of its own (LayerScale), {c.low:.3g} to {c.high:.3g}")
         if c.kind == "part":
             notes.append("the branch is added to some entries only")
+        if c.kind == "scalar" and c.value < 0 and len(coefficients) == 1:
+            notes.append("the branch is subtracted: f is minus what the code calls so")
         if c.kind == "dropout":
             notes.append("dropout after the branch counts as part of it")
         if c.kind == "scalar" and c.value == 0.0 and len(coefficients) == 1:
