@@ -9,6 +9,7 @@ from stabkit.diagnosis.finding import Finding, serious
 from stabkit.diagnosis.hidden_cuts import hidden_cut_findings
 from stabkit.diagnosis.input_scale import with_input_scale
 from stabkit.diagnosis.loss_floor import loss_floor_findings
+from stabkit.diagnosis.loss_units import unit_findings
 from stabkit.diagnosis.lost_parameters import lost_parameter_findings
 from stabkit.diagnosis.loud_logits import loud_logits_findings
 from stabkit.diagnosis.mixed_samples import mixed_sample_findings
@@ -92,4 +93,7 @@ def _of_training_pass(
     found += mixed_sample_findings(flow, loss, call, done)
     found += wrong_derivative_findings(flow, loss, call, done)
     found += loud_logits_findings(flow, loss, call, done, [*others, *found])
-    return [*found, *loss_floor_findings(flow, loss, call, done, [*others, *found])]
+    found += loss_floor_findings(flow, loss, call, done, [*others, *found])
+    # units are asked after only where nothing else is wrong: a broken network does not train in any
+    broken = any(serious(finding) for finding in (*others, *found))
+    return found if broken else [*found, *unit_findings(flow, loss, call, done)]
