@@ -82,7 +82,11 @@ def _single_stage(a: float, h: float, convention: str) -> Name:
         leak = abs(a + h - 1.0) <= CLOSE
         system = f"x' = f(x) - x, Euler with h = {h:.3g}" if leak else "x' = f(x) - lambda x"
         return Name(f"damped Euler (a = {a:.3g})", system, h, convention)
-    return Name(f"scaled skip (a = {a:.3g})", "none: the skip amplifies", h, convention)
+    # of one step only the products h lambda and h f can be seen: any a > 0 is the exponential of one
+    system = (
+        "x' = lambda x + f(x), exponential Euler with h lambda = log a" if a > 0 else "none: the skip turns the sign"
+    )
+    return Name(f"scaled skip (a = {a:.3g})", system, h, convention)
 
 
 def _scaled(what: str, a: float) -> str:

@@ -110,7 +110,7 @@ class Recurrences:
 
 
 def closed_form_note(flow: Flow, start: int, stop: int) -> str:
-    """A note where steps may hold a recurrence in closed form, which has no chain of states to be read; empty elsewhere.
+    """A note where steps may hold a recurrence in closed form, which has no states to be read; empty elsewhere.
 
     Those are steps with a cumulative operation or a Fourier transform in which a time takes nothing of later ones: a
     cotangent in the middle of an axis arrives before it, and not behind it.

@@ -23,7 +23,14 @@ from stabkit.tracing.flat_derivatives import FlatDerivative, differentiated_twic
 from stabkit.tracing.forward_pass import ForwardPass
 from stabkit.tracing.inputs import differentiable
 from stabkit.tracing.recording import tensors_in
-from stabkit.tracing.training_pass import Observer, TrainingPass, calling_line, nodes_above, training_pass
+from stabkit.tracing.training_pass import (
+    REENTRANT,
+    Observer,
+    TrainingPass,
+    calling_line,
+    nodes_above,
+    training_pass,
+)
 from stabkit.tracing.values import Value, value_of
 
 _EXITS = {
@@ -39,7 +46,7 @@ class Cut:
     """A place where tensors left the graph.
 
     Attributes:
-        operation: what took them off it: ``"detach"``, ``"argmax"``, ``"no_grad"``, ``"tolist()"``.
+        operation: what took them off it: ``"detach"``, ``"argmax"``, ``"no_grad"``, ``"tolist()"``, `REENTRANT`.
         path: the module that runs it.
         line: file and line that called it, outside of libraries; empty where there is none.
         behind: the module that made what was taken off: the last one still attached.
@@ -128,6 +135,16 @@ def listed(names: tuple[str, ...], count: int = 4) -> str:
     return ", ".join(names[:count]) + (f" and {len(names) - count} more" if len(names) > count else "")
 
 
+def lost_without_checkpoints(call: ForwardPass, loss: Any = None) -> tuple[str, ...]:
+    """The parameters that get no gradient where checkpoints are not reentrant.
+
+    Raises:
+        TraceError: the model or the loss fails.
+    """
+    done = training_pass(call, loss, differentiate=False, reentrant=False)
+    return _lost(done, [] if done.loss is None else nodes_above(done.loss))
+
+
 def _lost(done: TrainingPass, nodes: list[Node]) -> tuple[str, ...]:
     reached = _variables(nodes)
     return tuple(path for path, p in done.parameters.items() if id(p) not in reached)
@@ -169,7 +186,7 @@ class Exits(Observer):  # type: ignore[no-untyped-call]
         dropped = name == "detach" or not with_grad or not any(differentiable(r) for r in results)
         event = known[0] if known else None
         if attached and dropped and results:
-            event = self.note("no_grad" if not with_grad else name, attached)
+            event = self.note(name if with_grad else self.within[0] or "no_grad", attached)
         elif known and attached and with_grad:
             for each in known:
                 each.used = True
@@ -186,15 +203,18 @@ class Exits(Observer):  # type: ignore[no-untyped-call]
         running = [c for c in self.recording.calls if c.stop < 0]
         path = running[-1].path if running else ""
         stretch = self._stretch
-        if operation == "no_grad" and stretch is not None:
+        switched_off = operation in ("no_grad", REENTRANT)
+        if switched_off and stretch is not None and stretch.cut.operation == operation:
             stretch.values += values
             stretch.parameters += parameters
             stretch.cut.path = _common(stretch.cut.path, path)
             return stretch
         behind = self._path_of(values[0]) if values else self._before()
-        event = _Event(Cut(operation, path, calling_line(), behind), values, parameters, left=left)
+        if operation == REENTRANT:
+            behind = ""  # what is lost is inside
+        event = _Event(Cut(operation, path, self.within[1] or calling_line(), behind), values, parameters, left=left)
         self.events.append(event)
-        if operation == "no_grad":
+        if switched_off:
             self._stretch = event
         return event
 

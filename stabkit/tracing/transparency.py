@@ -81,12 +81,14 @@ def _compiled_code_eager() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _without_checkpointing() -> Iterator[None]:
+def _without_checkpointing(reentrant: Any = None) -> Iterator[None]:
     module = torch.utils.checkpoint
     saved = {name: getattr(module, name) for name in _CHECKPOINT_STAND_INS if hasattr(module, name)}
     try:
         for name in saved:
             setattr(module, name, _CHECKPOINT_STAND_INS[name])
+        if reentrant is not None and "CheckpointFunction" in saved:
+            module.CheckpointFunction = reentrant  # type: ignore[misc]
         yield
     finally:
         for name, original in saved.items():
@@ -110,6 +112,8 @@ _UNWRITTEN = frozenset({torch.empty, torch.empty_like, torch.empty_strided, torc
 
 #: ``x.requires_grad = ...``
 _ASK_GRADIENT = torch.Tensor.requires_grad.__set__  # type: ignore[attr-defined]
+#: how a tensor is made to require grad
+_ASKING = (torch.Tensor.requires_grad_, _ASK_GRADIENT)
 
 
 def _zeroed(tensor: Any) -> Any:
@@ -138,9 +142,10 @@ class PlainKernels(TorchFunctionMode):
     is part of the states in between, and would be of any size.
     """
 
-    def __init__(self, through_no_grad: bool = False) -> None:
+    def __init__(self, through_no_grad: bool = False, reentrant: Any = None) -> None:
         super().__init__()
         self.through_no_grad = through_no_grad
+        self.reentrant = reentrant
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -148,6 +153,8 @@ class PlainKernels(TorchFunctionMode):
         kwargs = kwargs or {}
         if self.through_no_grad and func is torch._C._set_grad_enabled:
             return None
+        if self.reentrant is not None and func in _ASKING:
+            self.reentrant.ask(args[0])
         if func == _ASK_GRADIENT and args[1] and args[0].requires_grad:
             return None  # which torch refuses of what is no leaf, although it has what is asked for
         if func in _UNWRITTEN:
@@ -159,14 +166,20 @@ class PlainKernels(TorchFunctionMode):
 
 
 @contextlib.contextmanager
-def transparent(through_no_grad: bool = False) -> Iterator[None]:
-    """Run a forward pass eagerly, with gradients, without fusion and without recomputation."""
+def transparent(through_no_grad: bool = False, reentrant: Any = None) -> Iterator[None]:
+    """Run a forward pass eagerly, with gradients, without fusion and without recomputation.
+
+    Args:
+        through_no_grad: ignore ``torch.no_grad``.
+        reentrant: what stands in for the reentrant ``CheckpointFunction``, and is told of the tensors that are made to
+            require grad; None calls the function, and no more.
+    """
     with contextlib.ExitStack() as stack:
-        stack.enter_context(_without_checkpointing())
+        stack.enter_context(_without_checkpointing(reentrant))
         stack.enter_context(_plain_branches())
         stack.enter_context(_compiled_code_eager())
         stack.enter_context(torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH))
         stack.enter_context(torch.jit.optimized_execution(False))  # type: ignore[attr-defined]
         stack.enter_context(torch.enable_grad())
-        stack.enter_context(PlainKernels(through_no_grad))
+        stack.enter_context(PlainKernels(through_no_grad, reentrant))
         yield
