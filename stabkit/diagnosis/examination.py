@@ -47,8 +47,8 @@ def diagnose(
     What is suspected is tried: its remedy stands in the model for a while, and the same cotangents are pulled back
     again. A remedy is told when it brings the finding below a warning and makes no other; the model stays as it is.
 
-    A block far from its peers is named before anything that concerns a whole stretch. Nothing depends on the units of
-    the loss or on the order of the batch.
+    A block far from its peers is named before anything that concerns a whole stretch. Nothing depends on the order of
+    the batch, or on the units of the loss, but for what says that the usual optimizers are not made for these.
 
     A lesson with a picture: ``examples/deep_tanh_network.py``.
 
