@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from stabkit.diagnosis.finding import Finding, serious
-from stabkit.diagnosis.hidden_cuts import hidden_cut_findings
+from stabkit.diagnosis.hidden_cuts import cut_by_a_draw, drawn_on_the_graph, hidden_cut_findings
 from stabkit.diagnosis.input_scale import with_input_scale
 from stabkit.diagnosis.loss_floor import loss_floor_findings
 from stabkit.diagnosis.loss_units import unit_findings
@@ -17,10 +17,11 @@ from stabkit.diagnosis.over_time import time_findings
 from stabkit.diagnosis.post_norm import post_norm_findings
 from stabkit.diagnosis.running_statistics import statistics_findings
 from stabkit.diagnosis.slopes import with_slopes
-from stabkit.diagnosis.suspects import Diagnosis, Settings, ordered
+from stabkit.diagnosis.suspects import Diagnosis, Settings, ordered, suspected
 from stabkit.diagnosis.time_verdict import judged_over_time
 from stabkit.diagnosis.unregistered import unregistered_findings
 from stabkit.diagnosis.unsettled import unsettled_findings
+from stabkit.diagnosis.verdict import judged_without
 from stabkit.diagnosis.wrong_derivatives import wrong_derivative_findings
 from stabkit.diagnosis.zero_gradients import zero_gradient_findings
 from stabkit.tracing import Flow, FlowLike
@@ -79,10 +80,32 @@ def with_lost_parameters(flow: FlowLike, found: Diagnosis, settings: Settings) -
     call, loss = replace(flow.forward_pass, through_no_grad=False), settings.loss
     done = training_pass(call, loss, differentiate=callable(loss))
     lost = lost_parameter_findings(call, (len(flow.steps) - 1,), loss, done)
-    lost += hidden_cut_findings(flow, loss, call, done)
+    lost += (hidden := hidden_cut_findings(flow, loss, call, done))
+    if cut_by_a_draw(hidden):
+        found = _but_for_draws(flow, found, hidden[0], settings)
     if callable(loss) and done.loss is not None and bool(done.loss.detach().isfinite()):
         lost += _of_training_pass(flow, loss, call, done, [*found.findings, *lost])
     return replace(found, findings=tuple(ordered([*found.findings, *lost]))) if lost else found
+
+
+def _but_for_draws(flow: Flow, found: Diagnosis, cause: Finding, settings: Settings) -> Diagnosis:
+    """A diagnosis in which what goes with a gradient through the draws follows from them."""
+    with drawn_on_the_graph():
+        again = suspected(flow.again(), settings)
+    left = {finding.kind for finding in again.findings if serious(finding)}
+    place = cause.module_path or "the draw"
+
+    def told(finding: Finding) -> Finding:
+        if not serious(finding) or finding.kind in left:
+            return finding
+        evidence = f"{finding.evidence}; it is gone with a gradient through the draw behind {place}"
+        remedy = f"that of {cause.kind} at {place}"
+        return replace(finding, severity="info", evidence=evidence, remedy=remedy, actions=())
+
+    verdict = found.verdict
+    if verdict.name != again.verdict.name:
+        verdict = judged_without(verdict, again.verdict, "a draw that passes nothing back")
+    return replace(found, verdict=verdict, findings=tuple(ordered([told(finding) for finding in found.findings])))
 
 
 def _of_training_pass(
