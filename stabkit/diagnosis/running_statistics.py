@@ -124,7 +124,7 @@ def _finding(
     return Finding(
         kind="stale_statistics",
         severity="warning",
-        steps=(step_of(flow, path),),
+        steps=tuple(sorted({step_of(flow, place) for place in norms.values()})),  # no fault of the worst one alone
         module_path=path,
         confidence=1.0,
         evidence=f"training and evaluation disagree: {why}, most at {path}; {tried}",
