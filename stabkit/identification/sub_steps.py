@@ -88,13 +88,14 @@ def _beside_sums(found: Blocks) -> Name | None:
     rest = [j for j in range(r) if j not in sums]
     if not sums or len(rest) != 1 or found.V[sums, rest[0]].any():
         return None
-    used = found.B[rest].any(axis=0)
-    for _ in range(len(used)):
-        used = used | found.A[used].any(axis=0)
-    keep = np.flatnonzero(used)
+    i = rest[0]
+    used = found.B[i] != 0
+    for _ in range(used.size):  # what feeds a field that is used
+        used = used | (found.A[used] != 0).any(axis=0)
+    keep = [int(k) for k in np.flatnonzero(used)]
     one = Blocks(
-        found.A[np.ix_(keep, keep)], found.U[np.ix_(keep, rest)], found.B[np.ix_(rest, keep)],
-        found.V[np.ix_(rest, rest)], tuple(found.fields[i] for i in keep), tuple(found.rows[i] for i in keep),
+        found.A[keep][:, keep], found.U[keep, i : i + 1], found.B[i : i + 1, keep], found.V[i : i + 1, i : i + 1],
+        tuple(found.fields[k] for k in keep), tuple(found.rows[k] for k in keep),
     )  # fmt: skip
     name = name_one_state(one)
     if not name.is_known or not len(keep):
