@@ -15,6 +15,7 @@ from stabkit.diagnosis.post_norm import post_norm_findings
 from stabkit.diagnosis.running_statistics import statistics_findings
 from stabkit.diagnosis.slopes import with_slopes
 from stabkit.diagnosis.suspects import Diagnosis, Settings, ordered
+from stabkit.diagnosis.time_verdict import judged_over_time
 from stabkit.diagnosis.unregistered import unregistered_findings
 from stabkit.diagnosis.unsettled import unsettled_findings
 from stabkit.diagnosis.zero_gradients import zero_gradient_findings
@@ -38,11 +39,11 @@ def with_causes(flow: FlowLike, found: Diagnosis, settings: Settings) -> Diagnos
         others += post_norm_findings(flow, found.measurement, settings.loss)
     found = replace(found, findings=tuple(ordered([*named, *others])) if others else tuple(named))
     over_time = time_findings(flow, settings.loss, settings.thresholds)
-    if not over_time:
-        return found
     verdict = found.verdict
     worst = next((finding for finding in over_time if serious(finding)), None)
-    if worst is not None and verdict.name not in _OF_DEPTH:
+    if worst is None:
+        verdict = judged_over_time(flow, verdict, settings.loss, settings.thresholds)
+    elif verdict.name not in _OF_DEPTH:
         verdict = replace(verdict, name=worst.kind, summary=f"{worst.kind.capitalize()}: {worst.evidence}.")
     over_depth = [_the_same(finding, over_time, flow) for finding in found.findings]
     return replace(found, verdict=verdict, findings=tuple(ordered([*over_depth, *over_time])))

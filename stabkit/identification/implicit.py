@@ -91,6 +91,23 @@ def iterates_silently(flow: Flow, start: int, stop: int) -> bool:
     return any(count >= _FEWEST and path in heard for path, count in _silent_calls(flow, first, last).items())
 
 
+def begins_at_constants(flow: Flow, start: int, stop: int) -> bool:
+    """Whether steps evaluate a module at a constant, and then at what depends on the source: at the state of a solver.
+
+    What the solver began with is no part of the graph then, and the source of the steps is an input of the field.
+    """
+    first, last = _clock(flow, start, stop)
+    silent: set[str] = set()
+    for call in flow.recorded.recording.calls:
+        weighty = next(call.module.parameters(), None) is not None
+        if call.finished and first <= call.start < last and weighty:
+            if call.start < call.stop and call.path in silent:
+                return True
+            if call.start == call.stop:
+                silent.add(call.path)
+    return False
+
+
 def _clock(flow: Flow, start: int, stop: int) -> tuple[int, int]:
     clocks = [*flow.recorded.graph.clock, flow.recorded.recording.stop]
     return clocks[flow.states[start].position], clocks[flow.states[stop].position]

@@ -9,7 +9,7 @@ a state takes part, at a state itself, or at another stage that also enters such
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from torch.autograd.graph import Node
@@ -87,6 +87,7 @@ def normal_form(
     names: Mapping[int, str],
     contexts: Sequence[Value] = (),
     calls: Sequence[Call] = (),
+    owned: Collection[Node] = (),
 ) -> NormalForm:
     """The affine normal form of a stretch of a graph.
 
@@ -101,14 +102,15 @@ def normal_form(
             of one step is a field as a whole, whatever it adds inside. A factor that a field's own
             module applies to its result, such as cos(t), belongs to the field; without this the stages of a
             Runge-Kutta method would carry it.
+        owned: operations that belong to fields, whatever they do.
     """
 
-    def build(owned: set[Node]) -> NormalForm:
-        return _build(Piece(graph, nodes, sources, targets, contexts=contexts, owned=owned), names)
+    def build(more: set[Node]) -> NormalForm:
+        return _build(Piece(graph, nodes, sources, targets, contexts=contexts, owned=more.union(owned)), names)
 
     form = build(set())
-    for owned in (_fields_called(form.piece, calls), _assembled(form.piece)):
-        whole = build(owned) if owned else form
+    for fields in (fields_called(form.piece, calls), _assembled(form.piece)):
+        whole = build(fields) if fields else form
         if whole is not form and _is_simpler(whole, form):
             form = whole
             break
@@ -116,8 +118,8 @@ def normal_form(
     return build(own | form.piece.owned) if own else form
 
 
-def _fields_called(piece: Piece, calls: Sequence[Call]) -> set[Node]:
-    """The operations of modules that are called at several points of this stretch, the outermost such calls."""
+def fields_called(piece: Piece, calls: Sequence[Call]) -> set[Node]:
+    """The operations of modules that are called at several points of a stretch."""
     if not piece.nodes:
         return set()
     times = {node: node._sequence_nr() for node in piece.nodes}

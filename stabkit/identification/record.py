@@ -7,8 +7,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from stabkit.identification.confirmation import Check
+from stabkit.identification.naming import NO_STEP, Name
 from stabkit.identification.recorded_fields import RecordedField
-from stabkit.integrators import LinearStability
+from stabkit.identification.tableau import Blocks
+from stabkit.integrators import GeneralLinearMethod, LinearStability
 from stabkit.results import Result
 
 _NOTE = 90  # letters of the first note that a line shows
@@ -111,3 +113,43 @@ class Identification(Result):
         tableau = {name: getattr(self.method, name) for name in blocks if hasattr(self.method, name)}
         named = {name: value for name, value in super()._contents().items() if name not in ("method", "recorded")}
         return {**named, "tableau": tableau or None}
+
+
+def nothing(
+    steps: tuple[int, ...], name: str, why: str, evidence: str, *, after: tuple[str, ...] = (), system: str = "none"
+) -> Identification:
+    """The record of steps in which no method was read."""
+    return Identification(name, None, None, None, "none", evidence, None, steps, after, (why,), system)
+
+
+def record_of(
+    named: Name,
+    table: Blocks | None,
+    steps: tuple[int, ...],
+    *,
+    skip: float | None,
+    residual: float | None,
+    after: tuple[str, ...] = (),
+    notes: tuple[str, ...] = (),
+) -> Identification:
+    """The record of a name, with the tableau that it is the name of; proven, unless the reader says otherwise."""
+    method: LinearStability = GeneralLinearMethod([[0]], [[1]], [[1]], [[0]], name="plain")
+    if table is not None:
+        method = table.method(named.unit)
+        method.name = named.name
+    shared = table.shared if table is not None and len({id(s) for s in table.rows}) > 1 else None
+    return Identification(
+        name=named.name,
+        method=method,
+        skip=skip,
+        step_size=None if named.convention == NO_STEP else named.h,
+        convention=named.convention,
+        evidence="proven",
+        residual=residual,
+        steps=steps,
+        after=after,
+        notes=notes,
+        system=named.system,
+        shared_weights=shared,
+        recorded=() if table is None else table.recorded_with(named.unit),
+    )

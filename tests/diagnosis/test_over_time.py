@@ -331,3 +331,20 @@ def test_the_flow_over_time_of_a_model_is_that_of_its_recurrent_module():
     two.forward = lambda t: two[1](two[1](two[0](t))[0])[0]
     with pytest.raises(TraceError, match="several recurrent modules"):
         stabkit.recurrent_flow(two, x)
+
+
+@pytest.mark.parametrize(
+    ("model", "time", "name"),
+    [
+        (Reader(nn.LSTM, last=False), 40, "stable"),
+        (Reader(nn.LSTM), 20, "drift"),  # its gates are half shut, and open while it trains
+        (Reader(nn.LSTM), 7, "not judged"),
+        (nn.Sequential(nn.Linear(40, 3)), 40, "not judged"),
+    ],
+)
+def test_a_recurrent_model_is_judged_over_time_where_depth_is_too_little(model: nn.Module, time: int, name: str):
+    x = torch.randn(2, 40) if isinstance(model, nn.Sequential) else tokens(time)
+    found = examine(stabkit.trace(model, x, check=False), probes=1)
+    assert found.verdict.name == name
+    assert ("over time" in found.verdict.summary) is (name != "not judged")
+    assert not [f for f in found.findings if f.severity != "info"]
