@@ -33,7 +33,7 @@ from stabkit.identification.implicit import (
 )
 from stabkit.identification.iterated_solves import SolvedStep, solved_step
 from stabkit.identification.linear_steps import read_linear
-from stabkit.identification.naming import Name, name_one_state
+from stabkit.identification.naming import NO_STEP, Name, name_one_state
 from stabkit.identification.normal_form import NormalForm, Stage
 from stabkit.identification.operations import JOINS
 from stabkit.identification.pairs import dense_concatenation, read_several_states
@@ -48,6 +48,8 @@ from stabkit.identification.streams import Streams, mixed_streams
 from stabkit.identification.tableau import Blocks, blocks
 from stabkit.integrators import named
 from stabkit.tracing.values import meta_of, operation
+
+_ITERATED = 3  # uses of one field in a row that make a loop of a map without a skip
 
 
 def read(around: Surroundings, start: int, stop: int) -> Identification:
@@ -232,7 +234,12 @@ def _without_skip(around: Surroundings, found: Slots, links: Sequence[Link], ste
     table = None if _depends(form) else blocks(form, found.contexts)
     if table is not None and len(table.rows) > 1 and not notes:
         named = name_one_state(table)
-        return record_of(named, table, steps, skip=0.0, residual=0.0, notes=tuple(notes))
+        record = record_of(named, table, steps, skip=0.0, residual=0.0, notes=tuple(notes))
+        most = max(map(table.fields.count, table.fields))
+        if named.name != "plain" or most < _ITERATED or not table.A.any():
+            return record
+        why = f"a loop begins inside at a constant and uses one field {most} times: its rounds are not taken apart"
+        return replace(record, step_size=None, convention=NO_STEP, evidence="measured", notes=(why,))
     name = Name("plain", "none: a map without a skip", 1.0, "h = 1: the map itself")
     record = record_of(name, None, steps, skip=0.0, residual=0.0, notes=tuple(notes))
     if not any(link.kind == "sum" for link in links) or not reaches_linearly(whole):

@@ -390,3 +390,17 @@ def test_branches_that_are_added_up_are_no_states_between_blocks():
 
     found = read(step)
     assert found.name == "forward Euler, parallel branches"
+
+
+def test_a_loop_that_begins_at_a_constant_inside_a_map_claims_no_step_size():
+    """NAIS-Net: x' = x + h tanh(A x + B u) from x = 0, with the input u held."""
+
+    def step(m, u):
+        x = torch.zeros_like(u)
+        for _ in range(5):
+            x = x + 0.1 * torch.tanh(x @ m.A + m.f(u))
+        return x
+
+    found = read(step)
+    assert (found.name, found.step_size, found.evidence) == ("plain", None, "measured")
+    assert "loop" in found.notes[0]
