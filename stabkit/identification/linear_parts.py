@@ -271,7 +271,7 @@ def _implicit(fitted: _Fitted, branch: Value, source: Layout, target: Layout) ->
     theta = 1 / (1 + r)
     if not 0 < theta < 1:
         return None
-    told = "h, theta: P = ((1 + r) / h) S - r with r = (1 - theta) / theta, for x' = P x + S f(x)"
+    told = "h: told from the operators before state and branch, with theta"
     linear = "Crank-Nicolson" if abs(theta - 0.5) <= slack else f"theta = {theta:.3g}"
     why = f"the linear part is taken with theta = {theta:.3g}: the same operator stands on both sides of the equation"
     return LinearReading(

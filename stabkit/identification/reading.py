@@ -7,6 +7,7 @@ from dataclasses import replace
 
 from stabkit.identification.around_addition import (
     GATED,
+    normalises,
     norms_after,
     rectifies,
     with_gates,
@@ -21,7 +22,7 @@ from stabkit.identification.couplings import is_affine_coupling
 from stabkit.identification.diffusion import averages
 from stabkit.identification.field_values import chains_of_other_fields
 from stabkit.identification.flow_index import Surroundings
-from stabkit.identification.grouping import is_part_of_round
+from stabkit.identification.grouping import is_part_of_round, is_repeated
 from stabkit.identification.hidden_skip import HiddenSkip, hidden_skip, reaches_linearly
 from stabkit.identification.implicit import (
     LinearSolve,
@@ -137,6 +138,12 @@ def _one_state(around: Surroundings, found: Slots, steps: tuple[int, ...]) -> Id
         return _without_sum(around, found, links, steps)
     first = links.index(sums[0])
     before = [n for link in links[:first] if link.kind == "weightless" for n in link.operations]
+    norms = [normalises(link) for link in links[:first] if link.kind == "weightless"]
+    if norms and all(norms) and is_repeated(around.flow, start, stop):
+        record = _sums(around, found, links, steps)
+        why = "each of several like steps begins with a norm of the state: it puts the step before on the sphere"
+        return replace(record, name="projected Euler (post-norm)", skip=None, notes=(why, *record.notes),
+                       system=f"{record.system}, retracted to the sphere after each step")  # fmt: skip
     if before:
         why = f"the skip begins after {', '.join(before)}: x' = P(x) + f(P(x)), which is no step from x"
         return nothing(steps, "transformed skip", why, "proven")

@@ -404,3 +404,16 @@ def test_a_loop_that_begins_at_a_constant_inside_a_map_claims_no_step_size():
     found = read(step)
     assert (found.name, found.step_size, found.evidence) == ("plain", None, "measured")
     assert "loop" in found.notes[0]
+
+
+def test_a_norm_at_the_beginning_of_like_steps_is_that_of_a_projected_one():
+    """The norm of x' = P(x + h f(x)) where the cut lies before it, as a loop that normalises first is cut."""
+
+    def step(m, x):
+        x = functional.normalize(x, dim=-1)
+        return x + 0.5 * m.f(x)
+
+    found = read(step)
+    assert (found.name, found.step_size, found.skip) == ("projected Euler (post-norm)", 0.5, None)
+    first = read(lambda m, x: step(m, x) if m.A[0, 0] < 0 else functional.normalize(x, dim=-1).relu() + m.f(x))
+    assert first.name == "transformed skip"
