@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 
+from torch import Tensor
+
+from stabkit.diagnosis.closed_operations import closed_findings
 from stabkit.diagnosis.finding import Finding, serious
 from stabkit.diagnosis.input_scale import with_input_scale
 from stabkit.diagnosis.loss_floor import loss_floor_findings
 from stabkit.diagnosis.lost_parameters import lost_parameter_findings
 from stabkit.diagnosis.loud_logits import loud_logits_findings
+from stabkit.diagnosis.non_finite import non_finite_findings
 from stabkit.diagnosis.over_time import time_findings
 from stabkit.diagnosis.post_norm import post_norm_findings
 from stabkit.diagnosis.running_statistics import statistics_findings
 from stabkit.diagnosis.slopes import with_slopes
-from stabkit.diagnosis.suspects import Diagnosis, Settings, ordered
+from stabkit.diagnosis.suspects import Diagnosis, Settings, broken_verdict, ordered
 from stabkit.diagnosis.unregistered import unregistered_findings
 from stabkit.diagnosis.unsettled import unsettled_findings
-from stabkit.diagnosis.zero_gradients import zero_gradient_findings
+from stabkit.diagnosis.zero_gradients import zero_gradient_findings, zeros_of
 from stabkit.tracing import Flow, FlowLike
 from stabkit.tracing.forward_pass import ForwardPass
 from stabkit.tracing.training_pass import TrainingPass, training_pass
@@ -32,6 +37,8 @@ def with_causes(flow: FlowLike, found: Diagnosis, settings: Settings) -> Diagnos
     if unsettled := unsettled_findings(flow):  # what comes after a state that is no fixed point may follow from it
         found = replace(found, findings=tuple(ordered([*unsettled, *found.findings])))
     found = with_lost_parameters(flow, found, settings)
+    if found.verdict.name == "non-finite":  # of a parameter alone
+        return found
     named = [with_slopes(each, found.measurement) for each in with_input_scale(flow, found, settings.thresholds)]
     others = statistics_findings(flow, settings.loss)
     if not any(serious(finding) for finding in named):
@@ -73,10 +80,57 @@ def with_lost_parameters(flow: FlowLike, found: Diagnosis, settings: Settings) -
         return found
     call, loss = replace(flow.forward_pass, through_no_grad=False), settings.loss
     done = training_pass(call, loss, differentiate=callable(loss))
+    if any(g is not None and not _finite(g) for g in done.gradients.values()):
+        broken = non_finite_findings(flow, found.measurement, settings.thresholds, loss)
+        if broken:
+            return replace(found, verdict=broken_verdict(found.verdict), findings=tuple(broken))
     lost = lost_parameter_findings(call, (len(flow.steps) - 1,), loss, done)
+    if not callable(loss) and any(_nothing_passes(finding, found) for finding in found.findings):
+        asked = training_pass(call)  # a random combination of the outputs shows where it stops as well as a loss
+        lost += closed_findings(flow, None, call, asked, zeros_of(asked))[0]
     if callable(loss) and done.loss is not None and bool(done.loss.detach().isfinite()):
         lost += _of_training_pass(flow, loss, call, done, [*found.findings, *lost])
-    return replace(found, findings=tuple(ordered([*found.findings, *lost]))) if lost else found
+    if not lost:
+        return found
+    kept = [_behind_closed(finding, found, lost) for finding in found.findings]
+    return replace(found, findings=tuple(ordered([*kept, *lost])))
+
+
+def _nothing_passes(finding: Finding, found: Diagnosis) -> bool:
+    """Whether it says that nothing at all comes back over the stretch of blocks."""
+    return finding.kind == "vanishing" and serious(finding) and found.verdict.growth == -math.inf
+
+
+def _behind_closed(finding: Finding, found: Diagnosis, lost: Sequence[Finding]) -> Finding:
+    """What an operation that lets nothing through looks like from elsewhere, which is one cause, said once.
+
+    Nothing comes back over the stretch before it, and its own units are dead or saturated.
+    """
+    closed = next((other for other in lost if serious(other) and _closed(other)), None)
+    if closed is None or not serious(finding) or finding.actions:
+        return finding
+    units = finding.kind in ("dead", "saturated") and f" {_closed(closed)} " in finding.evidence.lower()
+    if not units and not _nothing_passes(finding, found):
+        return finding
+    where = closed.module_path or "the code of the model"
+    return replace(
+        finding,
+        severity="info",
+        evidence=f"{finding.evidence}; this is what {_closed(closed)} in {where} lets through",
+        remedy=f"that of no_gradient at {where}",
+        actions=(),
+    )
+
+
+def _closed(finding: Finding) -> str:
+    """The operation that lets nothing through, where a finding is of such."""
+    names = [name.partition(":")[2] for name in finding.numbers if name.startswith("closed:")]
+    return names[0] if names else ""
+
+
+def _finite(gradient: Tensor) -> bool:
+    entries = gradient.coalesce().values() if gradient.is_sparse else gradient
+    return bool(entries.isfinite().all())
 
 
 def _of_training_pass(

@@ -167,7 +167,9 @@ class _Trials:
         found: list[Cure] = []
         # what killed units may have ruined more than their layer, which only training shows
         dead = suspect.kind == "dead" and callable(self.settings.loss)
-        competing = is_stretch(suspect) or dead
+        # numbers that one pass keeps finite may leave their range again after a few
+        finite = suspect.kind == "non_finite" and callable(self.settings.loss)
+        competing = is_stretch(suspect) or dead or finite
         for remedy in candidates(suspect, self.found.measurement, self.flow, _of_same_stretch(suspect, others)):
             if self.left < 1:
                 break
@@ -175,6 +177,8 @@ class _Trials:
             trial = tried(self.flow, suspect, remedy.actions, self.found, self.settings)
             if trial.cured:
                 trains = self.training(remedy.actions) if competing else None
+                if finite and trains is not None and not math.isfinite(trains.last):
+                    continue
                 if not worse(trains, self.training() if trains else None):
                     found.append(Cure(trial, remedy, trains))
                 if not competing:
@@ -267,9 +271,13 @@ def _told(suspect: Finding, cure: Cure | None, untreated: ShortTraining | None, 
     """A suspect with what its trial says."""
     if cure is None:
         severity = "info" if suspect.kind in _IN_DOUBT or _harmless(suspect, limits) else suspect.severity
-        remedy = f"{NOTHING_HELPED}; look at the operation that is named" * (suspect.kind == "non_finite")
-        return replace(suspect, severity=severity, remedy=remedy or NOTHING_HELPED, actions=())
-    severity = suspect.severity if cure.trial.moved else "info"  # what can be taken away unnoticed does no harm
+        if suspect.kind == "non_finite":  # its remedy begins with the weights, and goes on with the operation
+            by_hand = suspect.remedy.partition("; or ")[2] or suspect.remedy
+            remedy = f"{by_hand} (no change of weights that was tried keeps it finite)"
+            return replace(suspect, remedy=remedy, actions=())
+        return replace(suspect, severity=severity, remedy=NOTHING_HELPED, actions=())
+    moved = cure.trial.moved or suspect.kind == "non_finite"  # beside which there is no other reading
+    severity = suspect.severity if moved else "info"  # what can be taken away unnoticed does no harm
     evidence = f"{suspect.evidence}; tried on a copy: {cure.trial.changes}"
     if cure.trains is not None and untreated is not None:
         evidence += f"; {STEPS} steps of plain SGD take the loss {untreated} as it is, {cure.trains} treated"

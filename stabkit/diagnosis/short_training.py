@@ -6,6 +6,7 @@ matter; the best of a few shares counts. The model, its buffers and the random s
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -44,11 +45,16 @@ class ShortTraining:
 
 
 def short_training(
-    flow: Any, loss: Any, actions: Sequence[Action] = (), altered: Callable[[Tensor], None] | None = None
+    flow: Any,
+    loss: Any,
+    actions: Sequence[Action] = (),
+    altered: Callable[[Tensor], None] | None = None,
+    within: Callable[[], Any] = contextlib.nullcontext,
 ) -> ShortTraining | None:
     """Losses of a short training with a remedy carried out; None where the model is too large or does not train.
 
-    ``altered`` is called with each loss before its gradients are taken, to hang hooks on its graph.
+    ``altered`` is called with each loss before its gradients are taken, to hang hooks on its graph; each of
+    its trainings runs in a context that ``within`` makes.
     """
     if not isinstance(flow, Flow) or not callable(loss):
         return None
@@ -62,6 +68,7 @@ def short_training(
             with (
                 carried_out(flow.model, [remedies.scale(path, 1.0) for path in paths]),
                 carried_out(flow.model, actions),
+                within(),
             ):
                 runs.append(_run(flow, loss, share, altered))
     except (StabkitError, RuntimeError):

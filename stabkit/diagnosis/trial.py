@@ -68,6 +68,8 @@ class Trial:
     def changes(self) -> str:
         """What the remedy changed, in words: ``"growth -24.8 -> -0.3 nats"``."""
         assert self.after is not None
+        if self.suspect.kind == "non_finite":
+            return "all is finite with it"
         parts = []
         if is_stretch(self.suspect) or not self._same_chain:
             parts.append(f"growth {nats(self.before.verdict.growth)} -> {nats(self.after.verdict.growth)}")
