@@ -10,9 +10,10 @@ from stabkit.diagnosis.alternatives import candidates
 from stabkit.diagnosis.batch_statistics import with_statistics, without_statistics
 from stabkit.diagnosis.causes import with_causes, with_lost_parameters
 from stabkit.diagnosis.finding import Action, Finding, serious, sound
+from stabkit.diagnosis.gradient_underflow import gradient_underflow
 from stabkit.diagnosis.initialisation import Known, known_initialisations
 from stabkit.diagnosis.remedies import Remedy
-from stabkit.diagnosis.short_training import STEPS, ShortTraining, short_training, worse
+from stabkit.diagnosis.short_training import STEPS, ShortTraining, falls, short_training, worse
 from stabkit.diagnosis.suspects import Diagnosis, Settings, ordered, suspected
 from stabkit.diagnosis.thresholds import Thresholds
 from stabkit.diagnosis.trial import Trial, is_stretch, tried
@@ -104,6 +105,21 @@ def examine(
     settings = Settings(loss, thresholds or Thresholds(), probes, seed, parallel)
     if isinstance(flow, Flow):
         flow = with_statistics(flow if loss is None else flow.following(loss))
+        if (lost := gradient_underflow(flow, loss)) is not None:
+            # what is zero for want of range says nothing of the layers: they are diagnosed with the loss scaled
+            found = _examined(flow, replace(settings, loss=lost.loss), methods, spectra, trials)
+            return replace(found, findings=(lost.finding, *found.findings))
+    return _examined(flow, settings, methods, spectra, trials)
+
+
+def _examined(
+    flow: FlowLike,
+    settings: Settings,
+    methods: Callable[[], Sequence[Identification]] | None,
+    spectra: SharedSpectra | None,
+    trials: int,
+) -> Diagnosis:
+    """What is suspected, tried, and found besides."""
     found = suspected(flow, settings, methods, spectra)
     missing = without_statistics(flow) if isinstance(flow, Flow) else ""
     if missing and found.verdict.name != "non-finite":
@@ -143,6 +159,7 @@ class _Trials:
     def __init__(self, flow: FlowLike, found: Diagnosis, settings: Settings, left: int) -> None:
         self.flow, self.found, self.settings, self.left = flow, found, settings, left
         self.known = known_initialisations(found.measurement)
+        self.refuted: dict[int, Cure] = {}
         self._without: Trial | None = None
         self._trained: dict[str, ShortTraining | None] = {}
 
@@ -169,7 +186,8 @@ class _Trials:
         dead = suspect.kind == "dead" and callable(self.settings.loss)
         # numbers that one pass keeps finite may leave their range again after a few
         finite = suspect.kind == "non_finite" and callable(self.settings.loss)
-        competing = is_stretch(suspect) or dead or finite
+        weighed = _by_weight(suspect) and callable(self.settings.loss)  # a weight may be small on purpose
+        competing = is_stretch(suspect) or dead or finite or weighed
         for remedy in candidates(suspect, self.found.measurement, self.flow, _of_same_stretch(suspect, others)):
             if self.left < 1:
                 break
@@ -181,7 +199,9 @@ class _Trials:
                     continue
                 if not worse(trains, self.training() if trains else None):
                     found.append(Cure(trial, remedy, trains))
-                if not competing:
+                elif weighed:
+                    self.refuted[id(suspect)] = Cure(trial, remedy, trains)
+                if not competing or (weighed and found and not is_stretch(suspect)):
                     break
         best = min(found, key=lambda cure: cure.worth, default=None)
         if not dead or best is None:
@@ -221,6 +241,13 @@ def _confirmed(
             continue
         cure = trials.cure(suspect, [other for other in found.findings if other is not suspect])
         untreated = trials.training() if cure is not None and cure.trains else None
+        refuted = trials.refuted.get(id(suspect)) if cure is None else None
+        if refuted is not None and refuted.trial.after is not None and (plain := trials.training()) and falls(plain):
+            told[id(suspect)] = _of_no_use(suspect, refuted, plain)
+            verdict = judged_without(
+                verdict, refuted.trial.after.verdict, f"the size of weights at {suspect.module_path}"
+            )
+            continue
         told[id(suspect)] = _told(suspect, cure, untreated, settings.thresholds)
         if cure is not None:
             gone = cure.trial.gone(waiting)
@@ -288,6 +315,18 @@ def _told(suspect: Finding, cure: Cure | None, untreated: ShortTraining | None, 
         evidence=evidence,
         remedy=cure.remedy.text,
         actions=cure.remedy.actions,
+    )
+
+
+def _of_no_use(suspect: Finding, refuted: Cure, plain: ShortTraining) -> Finding:
+    """A weight of odd size that training does not mind, and that it minds being changed."""
+    return replace(
+        suspect,
+        severity="info",
+        evidence=f"{suspect.evidence}; {STEPS} steps of plain SGD take the loss {plain} as it is, {refuted.trains} "
+        "with weights of the usual size",
+        remedy="none is needed: it trains better as it is",
+        actions=(),
     )
 
 

@@ -25,6 +25,8 @@ from stabkit.tracing.flow import engine_vjp
 from stabkit.tracing.inputs import differentiable
 from stabkit.tracing.lost_gradient import listed
 
+_LARGE = math.log(4.0)  # of entries beside those of gain 1: twice what He's rule draws, and more, nats
+
 
 def non_finite_findings(
     flow: FlowLike, measurement: Measurement, thresholds: Thresholds, loss: object = None
@@ -148,11 +150,16 @@ def _located(
         path = home.home([heavy.weight])
     elif (drawn := _drawn_anew(origin, flow.model)) is not None:
         remedy = drawn
-    elif isinstance(flow, Flow) and (tried := guarded(flow, loss, origin)) is not None:
-        remedy = remedies.Remedy(tried.words)
-        text += f"; {tried.evidence}"
-    elif (bounded := _smaller_exponent(origin, measurement)) is not None:
-        remedy = bounded
+    else:
+        tried = guarded(flow, loss, origin) if isinstance(flow, Flow) else None
+        by_hand = origin.cause.remedy if tried is None else tried.words
+        # smaller weights bound nothing: they are the remedy where they are too large, or nothing else is known to help
+        smaller = _smaller_exponent(origin, measurement, by_hand)
+        if smaller is not None and (tried is None or _is_large(origin, measurement)):
+            remedy = smaller
+        else:
+            remedy = remedies.Remedy(by_hand)
+        text += "" if tried is None else f"; {tried.evidence}"
     what = "the first derivative that is not finite, on the way back, is that of" if origin.backward else "begins at"
     also = tuple(i for i in backward if i != home.index) if origin.backward or heavy is not None else ()
     return Finding(
@@ -187,7 +194,13 @@ def _drawn_anew(origin: Origin, model: object) -> remedies.Remedy | None:
     return remedies.Remedy(origin.cause.remedy, (remedies.redraw(origin.parameter, by),))
 
 
-def _smaller_exponent(origin: Origin, measurement: Measurement) -> remedies.Remedy | None:
+def _is_large(origin: Origin, measurement: Measurement) -> bool:
+    """Whether the matrix before an operation is far larger than one that is drawn by any of the usual rules."""
+    weights = [w for step in measurement.steps for w in step.weights if w.module_path == origin.fed_by]
+    return any(w.kind == "matrix" and w.finite and w.gains[0] > _LARGE for w in weights)
+
+
+def _smaller_exponent(origin: Origin, measurement: Measurement, by_hand: str) -> remedies.Remedy | None:
     """The layer that makes the argument of an exponential, and its like in other blocks, made small."""
     argument = origin.cause.numbers.get("argument", 0.0)
     if origin.backward or not origin.fed_by or not argument > 1.0:
@@ -199,7 +212,7 @@ def _smaller_exponent(origin: Origin, measurement: Measurement) -> remedies.Reme
     if not actions:
         return None
     many = f" and the {len(homes) - 1} like it in other blocks" if len(homes) > 1 else ""
-    text = f"multiply {origin.fed_by}{many}, biases too, by {1.0 / argument:.3g}; or {origin.cause.remedy}"
+    text = f"multiply {origin.fed_by}{many}, biases too, by {1.0 / argument:.3g}; or {by_hand}"
     return remedies.Remedy(text, tuple(actions))
 
 

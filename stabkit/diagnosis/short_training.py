@@ -26,6 +26,7 @@ STEPS = 20
 LARGEST = 1_000_000  # parameters beyond which so much training is no small part of a diagnosis
 _CLEARLY = 0.02  # of the first loss
 _SHARES = (0.003, 0.03)  # of the size of the weights that the first step moves them by
+_SMALLER = (3e-4, 3e-5, 3e-6)  # tried where the loss rises with these: a small layer among large ones
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,9 @@ def short_training(
         return None
     runs = []
     try:
-        for share in _SHARES:
+        for share in (*_SHARES, *_SMALLER):
+            if share in _SMALLER and any(run[-1] <= run[0] for run in runs):
+                break
             # stand-ins for all parameters, so that the model's own are never written
             with (
                 carried_out(flow.model, [remedies.scale(path, 1.0) for path in paths]),
@@ -82,6 +85,11 @@ def worse(treated: ShortTraining | None, untreated: ShortTraining | None) -> boo
     if treated is None or untreated is None or not math.isfinite(untreated.last):
         return False
     return treated.last > untreated.last + _CLEARLY * abs(untreated.first)
+
+
+def falls(training: ShortTraining) -> bool:
+    """Whether the loss ends clearly below where it began."""
+    return training.last < training.first - _CLEARLY * abs(training.first)
 
 
 def _run(flow: Flow, loss: Any, share: float, altered: Callable[[Tensor], None] | None) -> list[float]:
