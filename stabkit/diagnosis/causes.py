@@ -20,6 +20,7 @@ from stabkit.diagnosis.post_norm import post_norm_findings
 from stabkit.diagnosis.running_statistics import statistics_findings
 from stabkit.diagnosis.slopes import with_slopes
 from stabkit.diagnosis.suspects import Diagnosis, Settings, broken_verdict, ordered
+from stabkit.diagnosis.trial import follows, tried
 from stabkit.diagnosis.unregistered import unregistered_findings
 from stabkit.diagnosis.unsettled import unsettled_findings
 from stabkit.diagnosis.zero_gradients import zero_gradient_findings, zeros_of
@@ -27,6 +28,8 @@ from stabkit.tracing import Flow, FlowLike
 from stabkit.tracing.forward_pass import ForwardPass
 from stabkit.tracing.training_pass import TrainingPass, training_pass
 
+#: what states show that forget, or blow up, over time
+_OF_STATES = ("rank_collapse", "saturated", "vanishing", "exploding", "chaotic", "transient_growth")
 _OF_DEPTH = ("exploding", "vanishing", "non-finite")  # verdicts that stand whatever else is found
 
 
@@ -52,7 +55,36 @@ def with_causes(flow: FlowLike, found: Diagnosis, settings: Settings) -> Diagnos
     if worst is not None and verdict.name not in _OF_DEPTH:
         verdict = replace(verdict, name=worst.kind, summary=f"{worst.kind.capitalize()}: {worst.evidence}.")
     over_depth = [_the_same(finding, over_time, flow) for finding in found.findings]
+    for cause in over_time:
+        over_depth = _without_followers(flow, found, over_depth, cause, settings)
     return replace(found, verdict=verdict, findings=tuple(ordered([*over_depth, *over_time])))
+
+
+def _without_followers(
+    flow: Flow, found: Diagnosis, findings: list[Finding], cause: Finding, settings: Settings
+) -> list[Finding]:
+    """Findings on the states of a recurrent module, those that go with its remedy over time told as what follows."""
+    suspects = [
+        f for f in findings if serious(f) and f.kind in _OF_STATES and _runs_in(f.module_path, cause.module_path)
+    ]
+    if not suspects or not serious(cause) or not cause.actions:
+        return findings
+    trial = tried(flow, suspects[0], cause.actions, found, settings)
+    gone = trial.gone(suspects)
+    less = [f for f in suspects if f not in gone and trial.after is not None and _lessened(f, trial.after)]
+    told = {id(f): follows(f, cause) for f in gone} | {id(f): follows(f, cause, "mostly gone") for f in less}
+    return [told.get(id(finding), finding) for finding in findings]
+
+
+def _lessened(finding: Finding, after: Diagnosis) -> bool:
+    """Whether what tells samples apart falls by less than half as many decades as it did."""
+    left = [f for f in after.findings if f.kind == finding.kind == "rank_collapse"]
+    return bool(left) and max(map(_decades, left)) < _decades(finding) / 2
+
+
+def _decades(collapse: Finding) -> float:
+    before, after = collapse.numbers["before"], collapse.numbers["after"]
+    return math.log10(before / after) if after > 0 else math.inf
 
 
 def _the_same(finding: Finding, over_time: Sequence[Finding], flow: Flow) -> Finding:

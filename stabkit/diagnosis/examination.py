@@ -16,7 +16,7 @@ from stabkit.diagnosis.remedies import Remedy
 from stabkit.diagnosis.short_training import STEPS, ShortTraining, falls, short_training, worse
 from stabkit.diagnosis.suspects import Diagnosis, Settings, ordered, suspected
 from stabkit.diagnosis.thresholds import Thresholds
-from stabkit.diagnosis.trial import Trial, is_stretch, tried
+from stabkit.diagnosis.trial import Trial, follows, is_stretch, tried
 from stabkit.diagnosis.verdict import judge, judged_without, not_judged
 from stabkit.identification import Identification
 from stabkit.jacobians.shared import SharedSpectra
@@ -139,6 +139,11 @@ def _by_weight(finding: Finding) -> bool:
     return any("weight_deviation" in name for name in finding.numbers)
 
 
+def _is_small_end(finding: Finding, count: int) -> bool:
+    """Whether a finding is that of a last layer far smaller than its peers, as it may be on purpose."""
+    return finding.kind == "vanishing" and finding.steps[-1] == count - 1 and _by_weight(finding)
+
+
 @dataclass(frozen=True)
 class Cure:
     """A remedy that cures a suspect, its trial, and a short training with it where there is a loss."""
@@ -186,7 +191,7 @@ class _Trials:
         dead = suspect.kind == "dead" and callable(self.settings.loss)
         # numbers that one pass keeps finite may leave their range again after a few
         finite = suspect.kind == "non_finite" and callable(self.settings.loss)
-        weighed = _by_weight(suspect) and callable(self.settings.loss)  # a weight may be small on purpose
+        weighed = callable(self.settings.loss) and _is_small_end(suspect, len(self.found.measurement.steps))
         competing = is_stretch(suspect) or dead or finite or weighed
         for remedy in candidates(suspect, self.found.measurement, self.flow, _of_same_stretch(suspect, others)):
             if self.left < 1:
@@ -254,7 +259,7 @@ def _confirmed(
             told[id(suspect)] = _with_mechanism(told[id(suspect)], [*gone, *found.findings], cure)
             for follower in gone:
                 waiting.remove(follower)
-                told[id(follower)] = _follows(follower, suspect)
+                told[id(follower)] = follows(follower, suspect)
     left = [told.get(id(finding)) or _of_no_harm(finding) for finding in suspects]
     if verdict.name == "transient growth" and not any(f.kind == "transient_growth" and serious(f) for f in left):
         verdict = judge(found.measurement.growth, found.measurement.kinds, settings.thresholds)
@@ -337,17 +342,5 @@ def _as_made(suspect: Finding, known: Known) -> Finding:
         severity="info",
         evidence=f"{suspect.evidence}; it comes of {known.words}, and is gone with weights of ordinary size there",
         remedy="none is needed: training moves these weights first",
-        actions=(),
-    )
-
-
-def _follows(follower: Finding, cause: Finding) -> Finding:
-    """A suspect that went with the remedy of another."""
-    where = cause.module_path or f"step {cause.steps[0]}"
-    return replace(
-        follower,
-        severity="info",
-        evidence=f"{follower.evidence}; it is gone with the remedy of {cause.kind} at {where}",
-        remedy=f"that of {cause.kind} at {where}",
         actions=(),
     )
