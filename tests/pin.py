@@ -240,7 +240,7 @@ def integrators() -> Any:
     """The catalogue: how large its regions are, and where its methods sit."""
     points = np.array([-1.0, -0.5 + 0.5j, 0.3j, -2.5 + 1j, 0.1])
     found = {}
-    for entry in stabkit.integrators.entries():
+    for entry in stabkit.integrators.catalogue_entry():
 
         def numbers(name: str = entry.name) -> Any:
             method = stabkit.integrators.named(name)

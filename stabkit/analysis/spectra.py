@@ -13,9 +13,10 @@ from stabkit.diagnosis import Diagnosis
 from stabkit.errors import ArgumentError, TraceError
 from stabkit.identification import Identification
 from stabkit.jacobians import Jacobian, Spectrum, eigenvalues, from_dense, singular_values
+from stabkit.jacobians.method_choice import DENSE_SIZE, LARGEST_DENSE, krylov_products
 from stabkit.jacobians.numerical_range import outline
-from stabkit.jacobians.shared import DENSE_SIZE, LARGEST_DENSE, SharedSpectra, krylov_products
-from stabkit.planning.price import TRAINING_STEPS
+from stabkit.jacobians.shared import SharedSpectra
+from stabkit.planning.predicted_cost import TRAINING_STEPS
 from stabkit.tracing import Flow, Step
 
 _WANTED = 6  # eigenvalues and singular values of larger steps

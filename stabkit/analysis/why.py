@@ -51,10 +51,9 @@ def why(found: Attribution, verdict: Verdict, stable: float) -> str:
 
 
 def _share(found: Attribution, first: int, last: int) -> float | None:
-    """The larger of what the spectral terms, and the leading modes where steps are alike, predict of the growth."""
+    """What eigenvalues alone predict of the growth, carried from step to step as far as steps are alike."""
     rows = found.growth[first : last + 1].mean(1)
-    predicted = found.frozen if found.applies == "frozen" else found.spectral
-    rates = predicted[first : last + 1].mean(1)
+    rates = found.predictions["eigenvalues"].per_step[first : last + 1]
     known = rows.isfinite() & rates.isfinite()
     total = float(rows[known].sum())
     return float(rates[known].sum()) / total if total else None

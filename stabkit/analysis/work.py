@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from stabkit.identification.operations import has_matrix, is_opaque
-from stabkit.jacobians.shared import krylov_products
+from stabkit.jacobians.method_choice import krylov_products
 from stabkit.tracing import Flow, Step
 from stabkit.tracing.values import Value, meta_of, operation, random_tensors
 

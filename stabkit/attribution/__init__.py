@@ -34,18 +34,24 @@ step by step) is defined there too, and exposes a share that is right by acciden
 (``python -m tests.attribution.real_models`` makes the table. Steps of thousands of numbers, in GPT-2 with 8 tokens
 and in the first half of resnet18, are estimated: there the spectral term is the middle of a bracket.)
 
-*At random weights* successive Jacobians are unrelated: the cosine of neighbouring branch Jacobians is 0. The gradient
-finds no direction that lasts, the alignment is nearly nothing, and the isotropic rate 1/2 log(|J|_F^2 / d) predicts the
-growth, for normal and non-normal branches alike. The stability function alone misses the non-normal half: just half of
-the mean square of a Gaussian matrix is in its spectrum, and GPT-2's share of 0.53 is that half. Judging such a network
-by its largest eigenvalue overstates its growth two to twenty times.
+*At random weights* successive Jacobians are unrelated: the cosine of neighbours is 0. The gradient finds no direction
+that lasts, the alignment is nearly nothing, and the isotropic rate 1/2 log(|J|_F^2 / d) predicts the growth, for normal
+and non-normal branches alike. The stability function alone misses the non-normal half: just half of the mean square of
+a Gaussian matrix is in its spectrum, and GPT-2's share of 0.53 is that half. Judging such a network by its largest
+eigenvalue overstates its growth two to twenty times.
 
 *After training* the residual network's branches point the same way (cosine 0.49), the path is a curve (straightness
-0.88, against 0.19 before), and growth follows the leading mode, log max |R(z)|, step by step: share 1.14, explained
-variation 0.98, while the isotropic rate explains a tenth. Here the picture of a spectrum against a stability region is
-the right one. Between the two, with cosine c, the leading mode of a I + sqrt(c) B, or the isotropic rate where that is
-larger, comes closest (``"persistent"``): for Gaussian, antisymmetric and symmetric branches of width 100 and c from 0
-to 1 within 0.06 nats a step, where the isotropic rate is off by up to 0.65 and the frozen one by up to 0.68.
+0.88, against 0.19 before), and growth follows the leading mode, log max |R(z)|, step by step, while the isotropic rate
+explains a tenth. Here the picture of a spectrum against a stability region is the right one.
+
+*Everywhere between the two* the energies of the modes are carried from step to step, as far as neighbouring steps
+share them (``"persistent"``, `predictors.along_depth`): a gradient that starts spread evenly turns into the modes that
+last, within as many steps as that takes. For Gaussian, antisymmetric and symmetric branches of width 100 and cosines
+from 0 to 1 this is within 0.05 nats a step, averaged over 20 steps, of which the first have not settled. Over 62
+networks of 16 steps with four kinds of fields (``examples/how_much_the_region_explains.py``) the spectrum of each step
+for itself explains the growth of 29 of 56 to within a quarter, eigenvalues carried along 43, with what is not normal 50
+(the other six grow by less than 0.2 nats). ``"eigenvalues"`` is the same without what is not normal, and what the
+sentence of a report says that eigenvalues predict.
 
 *Norms and masks* are not the integrator's. The blocks of resnet18 (16 x 16) gain 0.01 to 0.37 nats by their branch and
 lose 0.07 to 0.20 to the ReLU behind the addition (``mask``: half the log of the active fraction); both are large beside
@@ -53,8 +59,8 @@ their sum. In MiniLM, whose norms stand behind the additions, the eigenvalues pr
 happen: non-normal growth of 2.44 makes up for it, and no eigenvalue picture of a trained post-norm transformer should
 be trusted without that term.
 
-So: read ``persistence`` first. `Attribution.applicable` is the predictor that it speaks for, chosen before the growth
-is looked at; `Attribution.mechanisms` says on which side of the region the modes lie, and how far.
+So: read ``persistence`` first. `Attribution.applicable` is the predictor that holds whatever it is, made before the
+growth is looked at; `Attribution.mechanisms` says on which side of the region the modes lie, and how far.
 
 Sources: I. Schur, Math. Ann. 66 (1909) 488; P. Henrici, Numer. Math. 4 (1962) 24 (departure from normality); M. F.
 Hutchinson, Commun. Stat. Simul. Comput. 18 (1989) 1059 (probes); E. Hairer, G. Wanner, Solving Ordinary Differential

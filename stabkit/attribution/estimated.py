@@ -11,7 +11,7 @@ from torch import Tensor
 from stabkit.attribution.identity import Energies, half_log
 from stabkit.errors import TraceError
 from stabkit.jacobians import Jacobian, eigenvalues
-from stabkit.jacobians.shared import krylov_products
+from stabkit.jacobians.method_choice import krylov_products
 
 _TOLERANCE = 1e-3  # residual of a Krylov value, as a fraction of the norm of J
 

@@ -10,17 +10,18 @@ import torch
 from torch import Tensor
 
 from stabkit.attribution.mechanism import TOLERANCE, Mechanism
-from stabkit.attribution.persistence import Persistence, branch_cosine, field_cosines, straightness
-from stabkit.attribution.predictors import Prediction, compare, persistent_rate
+from stabkit.attribution.persistence import Persistence, cosine_of_modes, field_cosines, straightness
+from stabkit.attribution.predictors import Modes, Prediction, along_depth, compare
 from stabkit.attribution.result import COLUMNS, Attribution
 from stabkit.attribution.step_terms import Budget, Terms, measure_step, skip_of
 from stabkit.attribution.zplane import damping_limit, mechanism_of
 from stabkit.errors import ArgumentError
 from stabkit.identification import Identification, by_step, identify
-from stabkit.jacobians.shared import DENSE_SIZE, SharedSpectra
+from stabkit.jacobians.method_choice import DENSE_SIZE
+from stabkit.jacobians.shared import SharedSpectra
 from stabkit.parallel import SERIAL, Parallel, runs
 from stabkit.tracing import Flow
-from stabkit.tracing.accepted import traced
+from stabkit.tracing.flow_checks import traced
 from stabkit.walk import SMALL, Arrivals, Pulled, loss_columns, probe_seeds, random_columns, walk_back
 
 COTANGENTS = 4  # random ones, where there is no loss: as many as `analyze` pulls back by default
@@ -94,9 +95,8 @@ def attribute(
         spectra = SharedSpectra(lambda index: flow.steps[index].jacobian(), budget.samples)
     terms, cosines = _shared_terms(flow, found, pulled, budget, spectra, parallel)
     columns = {column: torch.stack([t.columns[column] for t in terms]) for column in COLUMNS}
-    skips = [skip_of(f) for f in found]
     straight, run = straightness(flow)
-    persistence = Persistence(cosines, field_cosines(flow, skips), straight, run)
+    persistence = Persistence(cosines, field_cosines(flow, [skip_of(f) for f in found]), straight, run)
     return Attribution(
         **columns,
         spectral_interval=torch.stack([t.spectral_interval for t in terms]),
@@ -107,7 +107,7 @@ def attribute(
         kinds=tuple(step.kind for step in flow.steps),
         mechanisms=_mechanisms(flow, found, terms, tolerance),
         persistence=persistence,
-        predictions=_predictions(columns, terms, skips, persistence, flow),
+        predictions=_predictions(columns, terms, persistence, flow),
         restarts=pulled.restarts,
         loss=pulled.loss,
         seed=seed,
@@ -180,7 +180,7 @@ def _shared_terms(
     spectra: SharedSpectra,
     parallel: Parallel,
 ) -> tuple[list[Terms], Tensor]:
-    """The terms of every step, and the cosine of each step's branch with the next one's; by runs of steps."""
+    """The terms of every step, and the cosine of each step with the next one; by runs of steps."""
     parts = [run for run in runs(len(flow.steps), parallel.count) if run[0] < run[1]]
 
     def measured(part: int) -> tuple[list[Terms], Tensor]:
@@ -198,7 +198,7 @@ def _terms(
     spectra: SharedSpectra,
     run: tuple[int, int],
 ) -> tuple[list[Terms], Tensor]:
-    """Those of a run of steps, from its first to one before its end; the step at its end is measured for its branch."""
+    """Those of a run of steps, from its first to one before its end; the step at its end is there to be compared."""
     first, end = run
     cosines = torch.full((end - first,), float("nan"), dtype=torch.float64)
     terms: list[Terms] = []
@@ -208,16 +208,16 @@ def _terms(
         arriving = None if arriving is None else arriving[: budget.samples]
         measured = measure_step(step, found[step.index], growth, arriving, budget, spectra)
         if step.index < end:
-            if following is not None and measured.branch is not None and following.shape == measured.branch.shape:
-                cosines[step.index - first] = branch_cosine(measured.branch, following)
-            terms.append(_without_branch(measured))
-        following = measured.branch
+            if following is not None and measured.deviation is not None and following.shape == measured.deviation.shape:
+                cosines[step.index - first] = cosine_of_modes(measured.deviation, following)
+            terms.append(_without_deviation(measured))
+        following = measured.deviation
         step.segment.release()
     return terms[::-1], cosines
 
 
-def _without_branch(terms: Terms) -> Terms:
-    return replace(terms, branch=None)
+def _without_deviation(terms: Terms) -> Terms:
+    return replace(terms, deviation=None)
 
 
 def _mechanisms(
@@ -242,7 +242,6 @@ def _mechanisms(
 def _predictions(
     columns: Mapping[str, Tensor],
     terms: Sequence[Terms],
-    skips: Sequence[float | None],
     persistence: Persistence,
     flow: Flow,
 ) -> dict[str, Prediction]:
@@ -250,11 +249,25 @@ def _predictions(
     blocks = torch.tensor([step.kind == "step" for step in flow.steps])
     blocks = blocks & columns["spectral"].isfinite().all(1)
     nan = torch.full_like(columns["growth"], float("nan"))
-    persistent = nan.clone()
-    for index, (term, a) in enumerate(zip(terms, skips, strict=True)):
-        if term.values is not None and a is not None:
-            persistent[index] = persistent_rate(term.values, a, persistence.at(index), term.columns["isotropic"])
-    predicted = {name: columns[name] for name in ("spectral", "isotropic", "frozen")} | {"persistent": persistent}
+
+    def carried(isotropic: Tensor) -> Tensor:
+        modes = [
+            Modes(
+                values=term.values,
+                size=step.source.size,
+                mean=term.mean,
+                isotropic=isotropic[step.index],
+                spectral=columns["spectral"][step.index],
+                cosine=persistence.at(step.index),
+            )
+            if bool(blocks[step.index])
+            else None
+            for step, term in zip(flow.steps, terms, strict=True)
+        ]
+        return along_depth(modes).expand_as(nan)
+
+    predicted = {name: columns[name] for name in ("spectral", "isotropic", "frozen")}
+    predicted |= {"persistent": carried(columns["isotropic"]), "eigenvalues": carried(columns["spectral"])}
     return {
         name: compare(name, torch.where(blocks[:, None], rate, nan), columns["growth"])
         for name, rate in predicted.items()

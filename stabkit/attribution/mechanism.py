@@ -25,6 +25,7 @@ _SMALLEST_Z = 2e-3  # likewise, where |R| - 1 is of fourth order in z
 _LARGEST_FACTOR = 1e6  # a step that may grow by more than this may grow without bound
 _SCAN = np.concatenate([[0.0], np.geomspace(1e-6, _LARGEST_FACTOR, 600)])
 _BISECTIONS = 60
+_MODES_AT_A_TIME = 64  # of a scan: 40,000 points, so that memory stays small
 
 
 @dataclass(frozen=True)
@@ -226,7 +227,7 @@ def _margin_along_rays(method: GeneralLinearMethod, z: tuple[ComplexArray, ...])
     points = np.stack([np.ravel(field) for field in z])
     points = points[:, np.isfinite(points).all(0)]
     lengths = np.linalg.norm(points, axis=0)
-    factors = np.array([_first_crossing(method, mode[:, None]) for mode in points.T])
+    factors = _crossings(method, points)
     reach = np.where(np.isfinite(factors), factors, _LARGEST_FACTOR)
     return float(((reach - 1) * lengths).min())
 
@@ -286,9 +287,7 @@ def _first_crossing(method: GeneralLinearMethod, points: ComplexArray) -> float:
     """The first s at which a mode leaves the region; ``points`` is ``(fields, modes)``."""
 
     def stable(s: FloatArray | float) -> npt.NDArray[np.bool_]:
-        scaled = np.multiply.outer(np.asarray(s), points)
-        limit = np.where(np.abs(scaled).max(axis=-2) < 0.1, _LEAVING, _LIMIT)
-        return np.asarray((method.amplification(*np.moveaxis(scaled, -2, 0)) <= limit).all(axis=-1))
+        return np.asarray(_within(method, np.multiply.outer(points, np.asarray(s))).all(axis=0))
 
     bad = np.flatnonzero(~stable(_SCAN))
     if not bad.size:
@@ -300,6 +299,31 @@ def _first_crossing(method: GeneralLinearMethod, points: ComplexArray) -> float:
         middle = (low + high) / 2
         low, high = (middle, high) if bool(stable(middle)) else (low, middle)
     return low
+
+
+def _within(method: GeneralLinearMethod, z: ComplexArray) -> npt.NDArray[np.bool_]:
+    """Whether modes lie in the region; ``z`` is ``(fields, ...)``."""
+    limit = np.where(np.abs(z).max(axis=0) < 0.1, _LEAVING, _LIMIT)
+    return np.asarray(method.amplification(*z) <= limit)
+
+
+def _crossings(method: GeneralLinearMethod, points: ComplexArray) -> FloatArray:
+    """The first s at which each mode by itself leaves the region, as `_first_crossing`, for all modes at a time."""
+    found = np.full(points.shape[1], np.inf)
+    for start in range(0, points.shape[1], _MODES_AT_A_TIME):
+        some = points[:, start : start + _MODES_AT_A_TIME]
+        bad = ~_within(method, some[:, :, None] * _SCAN)
+        first = bad.argmax(axis=1)
+        leaves = np.flatnonzero(bad.any(axis=1) & (first > 0))
+        factors = np.where(bad[:, 0], 0.0, np.inf)
+        low, high = _SCAN[first[leaves] - 1], _SCAN[first[leaves]]
+        for _ in range(_BISECTIONS if leaves.size else 0):
+            middle = (low + high) / 2
+            inside = _within(method, some[:, leaves] * middle)
+            low, high = np.where(inside, middle, low), np.where(inside, high, middle)
+        factors[leaves] = low
+        found[start : start + _MODES_AT_A_TIME] = factors
+    return found
 
 
 def _disc_factor(a: float, b: float, z: ComplexArray) -> float:

@@ -20,9 +20,10 @@ class Persistence(Result):
     """Whether successive steps are the same map, on average alike, or unrelated.
 
     Attributes:
-        jacobian_cosine: ``(steps,)``, mean over samples of <B_l, B_(l+1)>_F / (|B_l|_F |B_(l+1)|_F), B = J - a I the
-            Jacobian of the branch. 1 for tied linear steps, 0 +- 1/d for independent ones. NaN where the next step
-            acts in another space.
+        jacobian_cosine: ``(steps,)``, mean over samples of <C_l, C_(l+1)>_F / (|C_l|_F |C_(l+1)|_F), C = J - tr(J)/d I
+            what the step does to some modes more than to others: a skip, or a damping of all modes, makes no two steps
+            alike. 1 for tied linear steps, 0 +- 1/d for independent ones. NaN where the next step acts in another
+            space.
         field_cosine: ``(steps,)``, mean cosine of f_l(x_l) and f_(l+1)(x_(l+1)), f = x' - a x. Near 1 where the path
             is a curve, near 0 where it is a random walk.
         straightness: |x_L - x_0| / sum |x_(l+1) - x_l| over the longest run of steps in one space; about 1/sqrt(L)
@@ -57,10 +58,10 @@ class Persistence(Result):
         return {**super()._contents(), "mean": self.mean, "applies": self.applies}
 
 
-def branch_cosine(branch: Tensor, following: Tensor) -> float:
-    """Mean over samples of the Frobenius cosine of two branches, from images ``(samples, n, k)`` of one basis."""
-    k = min(branch.shape[2], following.shape[2])
-    one, two = branch[:, :, :k].flatten(1), following[:, :, :k].flatten(1)
+def cosine_of_modes(deviation: Tensor, following: Tensor) -> float:
+    """Mean over samples of the Frobenius cosine of two steps, from images ``(samples, n, k)`` of the same vectors."""
+    k = min(deviation.shape[2], following.shape[2])
+    one, two = deviation[:, :, :k].flatten(1), following[:, :, :k].flatten(1)
     return _nan_mean((one * two).sum(1) / (one.norm(dim=1) * two.norm(dim=1)))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -21,8 +22,9 @@ class Prediction(Result):
         name: ``"spectral"``: 1/2 log mean |R(z)|^2, what the stability function says of a cotangent spread evenly
             over the modes of a normal branch. ``"isotropic"``: 1/2 log(|J|_F^2 / d), the same with the non-normal
             term; right where successive Jacobians are unrelated. ``"frozen"``: log max |R(z)|, right where they
-            are the same. ``"persistent"``: log max |a + sqrt(c) (eig(J) - a)| with c the cosine of neighbouring
-            Jacobians, or the isotropic rate where that is larger; right in between.
+            are the same and many. ``"persistent"``: the energies of modes carried from step to step, as far as
+            neighbouring steps share them (`along_depth`); it holds for all three and in between.
+            ``"eigenvalues"``: the same of normal Jacobians with these eigenvalues, without what is not normal.
         per_step: ``(steps,)``, nats; NaN where there is none.
         predicted: sum over those steps, nats.
         measured: sum of the measured growth over the same steps, nats.
@@ -70,22 +72,97 @@ def compare(name: str, predicted: Tensor, measured: Tensor) -> Prediction:
     )
 
 
-def persistent_rate(values: Tensor, a: float, cosine: float, isotropic: Tensor) -> Tensor:
-    """The larger of the isotropic rate and that of the part of the Jacobian that neighbouring steps share.
+@dataclass(frozen=True)
+class Modes:
+    """What is known of the modes of one step, ``(samples,)`` where no other shape is said.
 
-    With B_l = sqrt(c) B + sqrt(1 - c) B'_l, B the same in every step and B'_l independent, a cotangent settles on the
-    leading mode of a I + sqrt(c) B unless the independent part spreads it faster than that mode grows. Derived and
-    measured here for Gaussian, antisymmetric and symmetric branches; no literature value is quoted.
+    Attributes:
+        values: ``(samples, k)``, eigenvalues of J: all of them, or the outer ones, NaN where one did not converge.
+            None where none was computed.
+        size: how many there are in all.
+        mean: the mean of all eigenvalues, tr J / d.
+        isotropic: 1/2 log(|J|_F^2 / d).
+        spectral: 1/2 log mean |eig(J)|^2.
+        cosine: how alike the step is to its neighbours, less the mean eigenvalue; NaN where it has none.
+    """
+
+    values: Tensor | None
+    size: int
+    mean: Tensor
+    isotropic: Tensor
+    spectral: Tensor
+    cosine: float
+
+
+def along_depth(steps: Sequence[Modes | None]) -> Tensor:
+    """Growth of the gradient at every step from the energies of modes that are carried from step to step.
+
+    A step is J = m I + C, m the mean of its eigenvalues. Of C, the part sqrt(c) C is that of its neighbours too (c is
+    the cosine of neighbouring C) and the rest is drawn anew. A cotangent that is spread evenly over the modes keeps a
+    share e_i of its energy in mode i:
+
+        e_i  <-  |m + sqrt(c) (lambda_i - m)|^2 e_i  +  u / d sum_j e_j,
+
+    where u is what |J|_F^2 / d has beyond the modes: the part that is drawn anew, and what is not normal. Both reach
+    all modes alike. For unrelated steps (c = 0) this is the isotropic rate; for one normal field in all steps (c = 1)
+    it is exact, from the first step, where all modes count, to the last ones, where the leading mode is left. Modes of
+    neighbouring steps are matched by size. Derived here; what it explains of measured growth is drawn by
+    ``examples/how_much_the_region_explains.py``.
 
     Args:
-        values: ``(samples, k)``, eigenvalues of J; exact zeros (masked coordinates) and NaN do not count. Where they
-            are the outer ones only, the rate is a lower bound.
-        a: the skip.
-        cosine: c of the step with its neighbours.
-        isotropic: ``(samples,)``.
+        steps: in the order of depth; None for a step of which nothing is known, after which energies are even again.
+
+    Returns:
+        ``(steps, samples)``, nats; NaN where nothing is known.
+
+    Example:
+        >>> values = torch.tensor([[1.0, 0.0]], dtype=torch.complex128)
+        >>> known = {"mean": torch.tensor([0.5]), "isotropic": torch.tensor([0.5]).log() / 2}
+        >>> step = Modes(values, 2, **known, spectral=known["isotropic"], cosine=1.0)
+        >>> [round(float(rate), 4) for rate in along_depth([step, step])]
+        [0.0, -0.3466]
     """
-    if math.isnan(cosine):
-        return torch.full_like(isotropic, math.nan)
-    shared = (a + math.sqrt(max(cosine, 0.0)) * (values - a)).abs()
-    shared = torch.where((values == 0) | ~values.isfinite(), torch.zeros_like(shared), shared)
-    return torch.maximum(isotropic, shared.amax(1).log())
+    rates: list[Tensor | None] = [None] * len(steps)
+    energies: Tensor | None = None
+    for index in range(len(steps) - 1, -1, -1):
+        step = steps[index]
+        if step is None or not bool(step.isotropic.isfinite().all()):
+            energies = None
+            continue
+        sizes, weights = _squares(step)
+        if energies is None or energies.shape != sizes.shape:
+            energies = weights.expand_as(sizes)  # what went before is spread evenly
+        anew = (torch.exp(2 * step.isotropic) - (weights * sizes).sum(1)).clamp_min(0.0)
+        before = energies.sum(1, keepdim=True)
+        grown = sizes * energies + anew[:, None] * weights * before
+        after = grown.sum(1, keepdim=True)
+        rates[index] = 0.5 * (after / before)[:, 0].log()
+        energies = torch.where(after > 0, grown / after, weights.expand_as(grown))
+    known = next((rate for rate in rates if rate is not None), torch.full((1,), math.nan, dtype=torch.float64))
+    return torch.stack([torch.full_like(known, math.nan) if rate is None else rate for rate in rates])
+
+
+def _squares(step: Modes) -> tuple[Tensor, Tensor]:
+    """Squared moduli ``(samples, groups)`` of the shared part of a step's modes, the largest first, and their weights.
+
+    Eigenvalues that are not known are one group: their sum and that of their squared moduli are what the others leave.
+    """
+    c = 0.0 if math.isnan(step.cosine) else min(max(step.cosine, 0.0), 1.0)
+    mean = step.mean[:, None]
+    if step.values is None:
+        return torch.exp(2 * step.isotropic)[:, None], torch.ones(1, dtype=torch.float64)
+    outer = step.values
+    found = outer.isfinite()
+    shared = (mean + math.sqrt(c) * (outer - mean)).abs().square()
+    shared = torch.where(found, shared, mean.square().expand_as(shared))
+    order = shared.sort(dim=1, descending=True).values
+    left = step.size - outer.shape[1]
+    if left <= 0:
+        return order, torch.full((1, outer.shape[1]), 1 / outer.shape[1], dtype=torch.float64)
+    known = torch.where(found, outer, mean.to(outer.dtype).expand_as(outer))
+    energy = step.size * torch.exp(2 * step.spectral) - known.abs().square().sum(1)
+    middle = (step.size * step.mean - known.real.sum(1)) / left
+    spread = (energy / left - middle.square()).clamp_min(0.0)
+    rest = (middle.square() + c * spread)[:, None]
+    weights = torch.tensor([[1.0] * outer.shape[1] + [float(left)]], dtype=torch.float64) / step.size
+    return torch.cat([order, rest], 1), weights

@@ -45,13 +45,17 @@ class Images:
             before = after
         return rates
 
-    def branch(self, a: float) -> Tensor:
-        """``(samples, n, k)``, images under the branch alone; as many as memory allows to keep."""
-        branch = self.pulled - a * self.tail if a else self.pulled
-        samples, n, k = branch.shape
+    def mean(self, cotangents: Tensor) -> Tensor:
+        """``(samples,)``, the mean eigenvalue tr J / d of a step that keeps its space, from the test cotangents."""
+        return (self.pulled * cotangents).sum((1, 2)) / (self.pulled.shape[2] if self.exact else cotangents[0].numel())
+
+    def deviation(self, cotangents: Tensor) -> Tensor:
+        """``(samples, n, k)``, images under J less its mean eigenvalue; as many as memory allows to keep."""
+        away = self.pulled - self.mean(cotangents)[:, None, None] * cotangents
+        samples, n, k = away.shape
         if self.exact:
-            return branch
-        return branch[:, :, : max(1, min(k, _KEPT_BYTES // (8 * samples * n)))].clone()
+            return away
+        return away[:, :, : max(1, min(k, _KEPT_BYTES // (8 * samples * n)))].clone()
 
 
 def basis_images(step: Step, tail: Tail | None, matrix: Tensor, samples: int) -> Images:

@@ -71,8 +71,8 @@ class Attribution(Result):
         kinds: ``"step"`` or ``"transition"``.
         mechanisms: one per step.
         persistence: how alike successive steps are.
-        predictions: ``"spectral"``, ``"isotropic"``, ``"frozen"`` and ``"persistent"`` against the measurement, over
-            steps that keep their space.
+        predictions: ``"spectral"``, ``"isotropic"``, ``"frozen"``, ``"persistent"`` and ``"eigenvalues"`` against the
+            measurement, over steps that keep their space.
         restarts: as in the gradient profile.
         loss: what was differentiated, in words.
         seed: the seed of every random choice.
@@ -116,14 +116,13 @@ class Attribution(Result):
 
     @property
     def applies(self) -> str:
-        """Which predictor the persistence of the Jacobians speaks for; see `Persistence.applies`."""
+        """How alike successive steps are; see `Persistence.applies`."""
         return self.persistence.applies
 
     @property
     def applicable(self) -> Prediction:
-        """That predictor: ``"persistent"`` in between, ``"isotropic"`` where nothing can be compared or no skip was."""
-        names = {"between": "persistent", "unknown": "isotropic"}
-        found = self.predictions[names.get(self.applies, self.applies)]
+        """The predictor that holds whatever the persistence is, ``"persistent"``; the isotropic one without blocks."""
+        found = self.predictions["persistent"]
         return found if found.steps else self.predictions["isotropic"]
 
     @property

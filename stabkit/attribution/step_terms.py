@@ -55,7 +55,8 @@ class Terms:
     isotropic_interval: Tensor
     method: str
     values: Tensor | None
-    branch: Tensor | None
+    mean: Tensor
+    deviation: Tensor | None
     spectrum: StepSpectrum
     notes: tuple[str, ...]
 
@@ -102,7 +103,7 @@ def measure_step(
     terms = _isotropic_terms(images, a, growth, square, m, budget)
     if not bool(images.pulled.isfinite().flatten(1).all(1).any()):
         why = "its Jacobian is not finite: nothing is attributed"
-        return replace(terms, method="none", branch=None, notes=(why,), spectrum=StepSpectrum(None, False, n))
+        return replace(terms, method="none", deviation=None, notes=(why,), spectrum=StepSpectrum(None, False, n))
     if exact and cotangents is not None:
         terms = _closed(terms, images, cotangents, growths)
         return (
@@ -135,14 +136,15 @@ def _isotropic_terms(images: Images, a: float | None, growth: Tensor, square: bo
         "volume": nan,
         "closing_error": nan,
     }
-    convention = 1.0 if a is None else a  # for the comparison with the next step only
+    vectors = _cotangents_again(images, budget) if square else None
     return Terms(
         columns=columns,
         spectral_interval=torch.stack([nan, nan], 1),
         isotropic_interval=isotropic.interval,
         method="dense" if images.exact else "estimated",
         values=None,
-        branch=images.branch(convention) if square else None,
+        mean=nan if vectors is None else images.mean(vectors),
+        deviation=None if vectors is None else images.deviation(vectors),
         spectrum=StepSpectrum(None, False, m),
         notes=(),
     )
@@ -264,7 +266,7 @@ def _with_outer_values(
         outer = None if outer is None else outer[: budget.samples]
         notes = (note,) if note else ()
     a = skip_of(found, tail) or 0.0
-    whole = images if tail is None else replace(images, tail=_signs_again(images, budget))
+    whole = images if tail is None else replace(images, tail=_cotangents_again(images, budget))
     parts = identity.energies(whole.pulled, whole.tail, a, exact=False)
     reach = student_factor(budget.probes, budget.confidence)
     bracket = spectral_bracket(parts, a, images.pulled.shape[1], outer, reach)
@@ -282,9 +284,11 @@ def _with_outer_values(
     )
 
 
-def _signs_again(images: Images, budget: Budget) -> Tensor:
-    """The test cotangents themselves, before the tail."""
+def _cotangents_again(images: Images, budget: Budget) -> Tensor:
+    """The test cotangents of a step that keeps its space, before the tail: a basis, or the signs that were drawn."""
     samples, n, k = images.pulled.shape
+    if images.exact:
+        return torch.eye(n, dtype=torch.float64).expand(samples, -1, -1)
     generator = torch.Generator().manual_seed(budget.seed)
     signs = torch.randint(0, 2, (n, k), generator=generator) * 2 - 1
     return signs.to(torch.float64).expand(samples, -1, -1)

@@ -207,6 +207,7 @@ def _readable(found: Identification) -> tuple[GeneralLinearMethod | None, tuple[
         return method, ()
     if method is not None:
         return None, (f"R of {found.name} does not depend on z: z = eig(J) - 1 by convention",)
-    if found.skip is not None and math.isfinite(found.skip) and found.skip != 0.0 and found.name != "no branch":
+    has_skip = found.skip is not None and math.isfinite(found.skip) and found.skip != 0.0
+    if has_skip and not found.name.endswith("no branch"):
         return GeneralLinearMethod([[0]], [[1]], [[1]], [[found.skip]], name=found.name), ()
     return None, ("no method was read: z = eig(J) - 1 by convention",)

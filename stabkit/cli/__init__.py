@@ -1,7 +1,7 @@
 """The command line, one module a command. What a command needs, it imports when it runs.
 
 Exit codes: 0, it ran (and nothing that ``--fail-on`` names was found); 1, ``--fail-on`` found something; 2, it could
-not run, or nothing finite could be measured; 130, interrupted.
+not run, or nothing finite could be measured; 130, interrupted; 141, the reader of its output has left (exit_codes.py).
 """
 
 from __future__ import annotations

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from stabkit.cli import compare, execution, weights_only
-from stabkit.cli.console import FOUND, fail, progress_bar, say, stdout_to_stderr
+from stabkit.cli.console import fail, progress_bar, say, stdout_to_stderr
+from stabkit.cli.exit_codes import FOUND
 from stabkit.cli.live import Live
 from stabkit.cli.options import Cache, Device, Effort, Output, Recipe, command, given
 from stabkit.errors import CheckpointError, StabkitError

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from stabkit.cli.console import FAILED, FOUND, progress_bar, say, screen, stdout_to_stderr
+from stabkit.cli.console import progress_bar, say, screen, stdout_to_stderr
+from stabkit.cli.exit_codes import FAILED, FOUND
 from stabkit.cli.options import Cache, Output, Recipe, command
 from stabkit.errors import StabkitError
 

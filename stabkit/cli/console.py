@@ -1,4 +1,4 @@
-"""What a command says and how it ends: messages, exit codes, a progress bar."""
+"""What a command says: messages, errors, a progress bar."""
 
 from __future__ import annotations
 
@@ -10,12 +10,11 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import typer
 
+from stabkit.cli.exit_codes import FAILED, INTERRUPTED, PIPE_CLOSED
 from stabkit.errors import StabkitError
 
 if TYPE_CHECKING:
     from rich.console import Console
-
-FOUND, FAILED, INTERRUPTED, PIPE_CLOSED = 1, 2, 130, 141
 
 
 @contextmanager

@@ -6,8 +6,9 @@ from typing import Annotated
 
 import typer
 
-from stabkit.cli.console import FOUND, stdout_to_stderr
+from stabkit.cli.console import stdout_to_stderr
 from stabkit.cli.execution import first_rank, planned
+from stabkit.cli.exit_codes import FOUND
 from stabkit.cli.options import Effort, JsonOutput, Recipe, command
 
 

@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from stabkit.cli.console import FOUND, progress_bar, say
+from stabkit.cli.console import progress_bar, say
+from stabkit.cli.exit_codes import FOUND
 from stabkit.errors import StabkitError
 
 if TYPE_CHECKING:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from dataclasses import dataclass
 
@@ -32,7 +33,8 @@ class Activity:
         inactive: share of entries that pass nothing.
         saturated: share of entries where the derivative is below a twentieth of its largest value; 0 for one-sided
             activations.
-        log_derivative: mean log of the derivative over its largest value, at least log 1e-6, nats.
+        log_derivative: mean log of the derivative over its largest value, at least log 1e-6, nats. The largest that it
+            can have, or where that has no bound, the largest that it has here.
         fed_by: the module of the matrix that feeds it, where that lies in the same step.
         facts: what is known of it.
         gate: whether its output multiplies something else: a gate may well stay open or shut.
@@ -83,7 +85,9 @@ def _activity(flow: Flow, around: _Around, element: Element, facts: ActivationFa
     node, two_sided, meta = element.nodes[0], facts.flat_side == "both", meta_of(element.target)
     derivative = element.pull(around.segment.graph, torch.ones(meta.shape, dtype=meta.dtype, device=meta.device))
     derivative = derivative.to(torch.float32)
-    size = derivative.abs() / facts.steepest
+    size = derivative.abs()
+    # a slope without bound, as that of ReLU squared, is held against the steepest that occurs
+    size = size / (facts.steepest if math.isfinite(facts.steepest) else size.max().clamp_min(1e-30))
     axis = _unit_axis(around, node, derivative.dim())
     rows = size.movedim(axis, 0).flatten(1) if size.dim() > 1 else size.reshape(-1, 1)
     flat = rows <= _FLAT

@@ -39,6 +39,7 @@ class Behaviour:
         peers: how many there are.
         at_end: whether it is the first or the last of its kind, which is given, or gives to, something else than the
             rest: the gain of a branch beside a skip is then no sign of a fault.
+        at_start: whether it is the first of its kind.
         alike: whether they act between the same spaces, so that a deviation alone means something.
     """
 
@@ -52,6 +53,7 @@ class Behaviour:
     neighbours: tuple[float, ...] = field(default=())
     peers: int = 0
     at_end: bool = False
+    at_start: bool = False
     alike: bool = True
 
     @property
@@ -79,7 +81,9 @@ class Behaviour:
             near = self.neighbours[index] if index < len(self.neighbours) else 0.0
             if branch.exceeds(limit, sigmas) and abs(near) > limit and near * branch.size > 0:
                 found.append(_smaller_size(branch.size, near))
-        return max(found, key=abs, default=0.0)
+        far = max(found, key=abs, default=0.0)
+        # the source of the first is in units of its own, which its norm takes away
+        return 0.0 if self.at_start and 0.0 < far < self.step.owed + limit else far
 
 
 def _agreed(one: Deviation, two: Deviation, limit: float, sigmas: float) -> float:
@@ -140,6 +144,7 @@ def _beside(step: StepMeasurement, group: Sequence[StepMeasurement], measurement
         neighbours=tuple(near for _, near in branches),
         peers=len(group) - 1,
         at_end=place in (0, len(group) - 1),
+        at_start=place == 0,
         alike=all(other.space == step.space for other in group),
     )
 

@@ -10,19 +10,24 @@ from torch import Tensor
 
 from stabkit.diagnosis.closed_operations import closed_findings
 from stabkit.diagnosis.finding import Finding, serious
+from stabkit.diagnosis.hidden_cuts import hidden_cut_findings
 from stabkit.diagnosis.input_scale import with_input_scale
 from stabkit.diagnosis.loss_floor import loss_floor_findings
+from stabkit.diagnosis.loss_units import unit_findings
 from stabkit.diagnosis.lost_parameters import lost_parameter_findings
 from stabkit.diagnosis.loud_logits import loud_logits_findings
+from stabkit.diagnosis.mixed_samples import mixed_sample_findings
 from stabkit.diagnosis.non_finite import non_finite_findings
 from stabkit.diagnosis.over_time import time_findings
 from stabkit.diagnosis.post_norm import post_norm_findings
 from stabkit.diagnosis.running_statistics import statistics_findings
 from stabkit.diagnosis.slopes import with_slopes
 from stabkit.diagnosis.suspects import Diagnosis, Settings, broken_verdict, ordered
+from stabkit.diagnosis.time_verdict import judged_over_time
 from stabkit.diagnosis.trial import follows, tried
 from stabkit.diagnosis.unregistered import unregistered_findings
 from stabkit.diagnosis.unsettled import unsettled_findings
+from stabkit.diagnosis.wrong_derivatives import wrong_derivative_findings
 from stabkit.diagnosis.zero_gradients import zero_gradient_findings, zeros_of
 from stabkit.tracing import Flow, FlowLike
 from stabkit.tracing.forward_pass import ForwardPass
@@ -48,11 +53,11 @@ def with_causes(flow: FlowLike, found: Diagnosis, settings: Settings) -> Diagnos
         others += post_norm_findings(flow, found.measurement, settings.loss)
     found = replace(found, findings=tuple(ordered([*named, *others])) if others else tuple(named))
     over_time = time_findings(flow, settings.loss, settings.thresholds)
-    if not over_time:
-        return found
     verdict = found.verdict
     worst = next((finding for finding in over_time if serious(finding)), None)
-    if worst is not None and verdict.name not in _OF_DEPTH:
+    if worst is None:
+        verdict = judged_over_time(flow, verdict, settings.loss, settings.thresholds)
+    elif verdict.name not in _OF_DEPTH:
         verdict = replace(verdict, name=worst.kind, summary=f"{worst.kind.capitalize()}: {worst.evidence}.")
     over_depth = [_the_same(finding, over_time, flow) for finding in found.findings]
     for cause in over_time:
@@ -120,6 +125,7 @@ def with_lost_parameters(flow: FlowLike, found: Diagnosis, settings: Settings) -
     if not callable(loss) and any(_nothing_passes(finding, found) for finding in found.findings):
         asked = training_pass(call)  # a random combination of the outputs shows where it stops as well as a loss
         lost += closed_findings(flow, None, call, asked, zeros_of(asked))[0]
+    lost += hidden_cut_findings(flow, loss, call, done)
     if callable(loss) and done.loss is not None and bool(done.loss.detach().isfinite()):
         lost += _of_training_pass(flow, loss, call, done, [*found.findings, *lost])
     if not lost:
@@ -170,5 +176,10 @@ def _of_training_pass(
 ) -> list[Finding]:
     """What a pass as training makes it says of the parameters and of the loss."""
     found = [*zero_gradient_findings(flow, loss, call, done, others), *unregistered_findings(flow, call, done)]
+    found += mixed_sample_findings(flow, loss, call, done)
+    found += wrong_derivative_findings(flow, loss, call, done)
     found += loud_logits_findings(flow, loss, call, done, [*others, *found])
-    return [*found, *loss_floor_findings(flow, loss, call, done, [*others, *found])]
+    found += loss_floor_findings(flow, loss, call, done, [*others, *found])
+    # units are asked after only where nothing else is wrong: a broken network does not train in any
+    broken = any(serious(finding) for finding in (*others, *found))
+    return found if broken else [*found, *unit_findings(flow, loss, call, done)]

@@ -43,12 +43,15 @@ _EXPS = frozenset({"exp", "exp2", "expm1", "sinh", "cosh", "_foreach_exp"})
 _DIVISIONS = frozenset({"div", "true_divide", "reciprocal", "remainder", "fmod", "floor_divide"})
 _SOFTMAXES = frozenset({"_softmax", "_log_softmax", "_safe_softmax", "softmax", "log_softmax", "logsumexp"})
 _INVERSES = frozenset({"acos", "asin", "atanh", "erfinv", "special_erfinv"})
+_CTC = frozenset({"_ctc_loss", "_cudnn_ctc_loss"})
 _DETERMINANTS = frozenset({"logdet", "_linalg_slogdet", "linalg_slogdet", "slogdet"})
 _NORMS = frozenset({"native_layer_norm", "native_group_norm", "native_batch_norm", "_native_batch_norm_legit"})
 
 
 def known_cause(base: str, x: Tensor, args: Arguments, tensors: Sequence[Tensor]) -> Cause | None:
     """Of the operations that have a pole, an end of their domain, or an exponential."""
+    if base in _CTC:
+        return _ctc(args)
     tests: list[tuple[bool, Callable[[], Cause | None]]] = [
         (base in _SOFTMAXES, lambda: _masked(x, args)),
         (base in _ROOTS, lambda: _root(base, x)),
@@ -68,6 +71,35 @@ def known_cause(base: str, x: Tensor, args: Arguments, tensors: Sequence[Tensor]
         if applies:
             return cause()
     return None
+
+
+def _ctc(args: Arguments) -> Cause | None:
+    """Transcripts that do not fit into the frames that they are given.
+
+    A transcript needs a frame for each of its symbols, and one for the blank between two that are equal (Graves et
+    al., 2006, section 3.1).
+    """
+    frames, symbols = (list(map(int, torch.as_tensor(a).reshape(-1).tolist())) for a in args[2:4])
+    rows, start = [], 0
+    for i, length in enumerate(symbols):
+        taken = args[1][i, :length] if args[1].dim() > 1 else args[1][start : start + length]
+        rows.append(length + int((taken[1:] == taken[:-1]).sum()))
+        start += length
+    short = [i for i, (held, needed) in enumerate(zip(frames, rows, strict=True)) if held < needed]
+    if not short:
+        return None
+    worst = max(short, key=lambda i: rows[i] - frames[i])
+    repeats = rows[worst] - symbols[worst]
+    needs = f"{symbols[worst]} symbols" + f" and {repeats} blanks between equal ones" * bool(repeats)
+    text = (
+        f"the input is shorter than its target in {len(short)} of {len(frames)} samples, so that no path gives it: "
+        f"sample {worst} has {frames[worst]} frames for {needs}"
+    )
+    remedy = (
+        f"shorten time less: at least {max(rows)} frames are needed here (a smaller stride, longer inputs), or leave "
+        "such samples out; zero_infinity=True trains on the others alone"
+    )
+    return Cause(text, remedy, {"short": float(len(short)), "frames": float(frames[worst]), "needed": float(max(rows))})
 
 
 def _masked(x: Tensor, args: Arguments) -> Cause | None:

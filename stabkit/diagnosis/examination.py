@@ -22,7 +22,7 @@ from stabkit.identification import Identification
 from stabkit.jacobians.shared import SharedSpectra
 from stabkit.parallel import SERIAL, Parallel
 from stabkit.tracing import Flow, FlowLike
-from stabkit.tracing.accepted import check_flow
+from stabkit.tracing.flow_checks import check_flow
 
 #: measurements that a diagnosis makes beside its own, at most; a healthy network asks for none
 TRIALS = 6
@@ -31,6 +31,7 @@ _BY_INITIALISATION = ("vanishing", "exploding", "dead", "transient_growth", "ran
 #: growth that does not last, or has a mechanism, within the limits: a fault only where an intervention takes it away
 _IN_DOUBT = ("transient_growth", "unstable_step", "overdamped")
 _MECHANISMS = ("unstable_step", "overdamped", "saturated")
+NO_HARM = "none was tried: it does no harm that was measured"
 NOTHING_HELPED = "nothing that was tried brings it below a warning"
 
 
@@ -47,8 +48,8 @@ def diagnose(
     What is suspected is tried: its remedy stands in the model for a while, and the same cotangents are pulled back
     again. A remedy is told when it brings the finding below a warning and makes no other; the model stays as it is.
 
-    A block far from its peers is named before anything that concerns a whole stretch. Nothing depends on the units of
-    the loss or on the order of the batch.
+    A block far from its peers is named before anything that concerns a whole stretch. Nothing depends on the order of
+    the batch, or on the units of the loss, but for what says that the usual optimizers are not made for these.
 
     A lesson with a picture: ``examples/deep_tanh_network.py``.
 
@@ -239,6 +240,8 @@ def _confirmed(
                 verdict = judged_without(verdict, made.after.verdict, trials.known.words)
             continue
         if not suspect.actions or any(action.get("action") == "convert" for action in suspect.actions):
+            if suspect.kind in _IN_DOUBT:
+                told[id(suspect)] = replace(suspect, severity="info", remedy=NO_HARM)
             continue  # words alone, or another dtype, in which nothing can be measured on these inputs
         if trials.left < 1:
             untried.append(suspect)
@@ -271,7 +274,7 @@ def _of_no_harm(finding: Finding) -> Finding:
     """What is below a warning is told without a remedy that nobody tried."""
     if serious(finding) or not finding.actions:
         return finding
-    return replace(finding, remedy="none was tried: it does no harm that was measured", actions=())
+    return replace(finding, remedy=NO_HARM, actions=())
 
 
 def _of_same_stretch(suspect: Finding, others: Sequence[Finding]) -> list[Finding]:

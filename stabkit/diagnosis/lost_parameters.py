@@ -9,8 +9,16 @@ from typing import Any
 from stabkit.diagnosis.finding import Finding
 from stabkit.tracing.flat_derivatives import FlatDerivative
 from stabkit.tracing.forward_pass import ForwardPass
-from stabkit.tracing.lost_gradient import Cut, LostGradient, listed, lost_gradient
-from stabkit.tracing.training_pass import TrainingPass
+from stabkit.tracing.lost_gradient import (
+    DRAW,
+    FIRST_ORDER,
+    Cut,
+    LostGradient,
+    listed,
+    lost_gradient,
+    lost_without_checkpoints,
+)
+from stabkit.tracing.training_pass import REENTRANT, TrainingPass
 
 _LARGE = 0.2  # share of the trainable parameters from which an unused branch is more than a head that is not asked for
 
@@ -20,6 +28,9 @@ _REMEDIES = {
     "no_grad": "take torch.no_grad away; if it is meant, set requires_grad_(False) on these parameters",
     "argmax": "choose softly: a softmax, gumbel_softmax(hard=True), or a straight-through estimator",
     "exit": "stay within torch: a tensor that is made of numbers has no history",
+    REENTRANT: "give checkpoint use_reentrant=False, or let what goes into it require grad: "
+    "model.enable_input_require_grads(), or requires_grad_() on the output of the embedding",
+    FIRST_ORDER: "take the derivative with create_graph=True, so that it is trained like any other output",
     "other": "its derivative is zero or there is none: use a smooth one in its place, or a straight-through estimator",
 }
 _CHOICES = frozenset({"argmax", "argmin", "topk", "argsort", "sort", "multinomial", "one_hot"})
@@ -38,7 +49,9 @@ def lost_parameter_findings(
         done: a training pass of this call and loss that was made before; None makes one.
     """
     found, asked = lost_gradient(call, loss, done), loss is not None
-    cuts = [_cut(found, cut, steps, asked) for cut in found.cuts if cut.parameters]
+    reentrant = any(cut.operation == REENTRANT for cut in found.cuts)
+    left = set(lost_without_checkpoints(call, loss)) if reentrant else set()
+    cuts = [_cut(found, cut, steps, asked, left) for cut in found.cuts if cut.parameters]
     flat = [_flat(each, steps, asked) for each in found.flat]
     return [*flat, *cuts, *_unused(found, call, steps, asked)]
 
@@ -66,9 +79,18 @@ def _flat(found: FlatDerivative, steps: tuple[int, ...], asked: bool) -> Finding
     )
 
 
-def _cut(found: LostGradient, cut: Cut, steps: tuple[int, ...], asked: bool) -> Finding:
-    """Without a loss nobody knows what is to be trained by what, and a cut is said in passing."""
-    share = _share(found, cut.parameters)
+def _cut(found: LostGradient, cut: Cut, steps: tuple[int, ...], asked: bool, left: set[str]) -> Finding:
+    """Without a loss nobody knows what is to be trained by what, and a cut is said in passing.
+
+    ``left`` are those that get no gradient however checkpoints are made.
+    """
+    share, why = _share(found, cut.parameters), ""
+    if cut.operation == REENTRANT:
+        got = len([path for path in cut.parameters if path not in left])
+        why = (
+            ", which passes none on where nothing that goes in requires grad; tried on a copy, "
+            f"use_reentrant=False: {got} of them get one"
+        )
     return Finding(
         kind="no_gradient",
         severity=("critical" if share > 1 - 1e-9 else "warning") if asked else "info",
@@ -76,7 +98,7 @@ def _cut(found: LostGradient, cut: Cut, steps: tuple[int, ...], asked: bool) -> 
         module_path=cut.behind or cut.path,
         confidence=1.0,
         evidence=f"the gradient stops at {cut.place}: {len(cut.parameters)} of {len(found.trainable)} parameters that "
-        f"are to be trained get none ({listed(cut.parameters)}; {share:.0%} of their numbers)",
+        f"are to be trained get none ({listed(cut.parameters)}; {share:.0%} of their numbers){why}",
         remedy=remedy_for(cut.operation),
         reference=_REFERENCE,
         numbers={"parameters": float(len(cut.parameters)), "share": share},
@@ -116,9 +138,13 @@ def _unused(found: LostGradient, call: ForwardPass, steps: tuple[int, ...], aske
 
 def remedy_for(operation: str) -> str:
     """What to do about an operation that takes tensors off the graph."""
-    if operation in _CHOICES:
+    if operation in _CHOICES or (DRAW in operation and not operation.endswith(DRAW)):
         return _REMEDIES["argmax"]
-    return _REMEDIES["exit" if operation.endswith("()") else operation if operation in _REMEDIES else "other"]
+    if operation.endswith(DRAW):
+        return "draw with rsample(), which passes the gradient on to what it is drawn with"
+    if operation in _REMEDIES:
+        return _REMEDIES[operation]
+    return _REMEDIES["exit" if operation.endswith("()") else "other"]
 
 
 def _share(found: LostGradient, paths: Sequence[str]) -> float:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from stabkit.diagnosis.activity import Activity, activities
 from stabkit.diagnosis.branches import Merge, merges
+from stabkit.diagnosis.small_start import owed
 from stabkit.diagnosis.weights import Weight, Weights, ends_in_norm, norms_in
 from stabkit.parallel import SERIAL, Parallel, runs
 from stabkit.tracing import Flow, FlowLike, Iteration, Step, StepLike
@@ -59,6 +60,7 @@ class StepMeasurement:
         norms: how many norms run in it.
         renormalised: whether it ends in a norm, so that the size of its result is not its own.
         finite: whether the state after it is finite where that before it is.
+        owed: what its gain owes to a source smaller than 1 that it reads through a norm, nats.
     """
 
     index: int
@@ -77,6 +79,7 @@ class StepMeasurement:
     norms: int = 0
     renormalised: bool = False
     finite: bool = True
+    owed: float = 0.0
 
     @property
     def mean_gain(self) -> float:
@@ -262,6 +265,8 @@ class _Steps(Observer):
         )
         if self._weights is not None and isinstance(self._flow, Flow) and isinstance(step, Step):
             measured = _with_inside(measured, self._flow, step, self._seed, self._weights)
+            if measured.norms:
+                measured = replace(measured, owed=owed(step.source, pulled))
         self.measured.append(measured)
 
 

@@ -109,7 +109,8 @@ def time_findings(flow: Flow, loss: Any, thresholds: Thresholds) -> list[Finding
 def loops_over_time(flow: Flow) -> tuple[str, ...]:
     """Modules that the model calls in a loop over time: eight times or more, with another piece of the input each time.
 
-    A layer that is used again over depth reads its state alone, or the same input each time.
+    A layer that is used again over depth reads its state alone, or the same input each time. One activation for all
+    layers of a block, each with a strip of the channels, is called often as well; there the weights differ.
     """
     modules = dict(flow.model.named_modules())
     places: dict[str, list[int]] = {}
@@ -122,7 +123,7 @@ def loops_over_time(flow: Flow) -> tuple[str, ...]:
     found: list[str] = []
     for path, starts in often.items():  # in the order of their beginnings: what holds others goes before them
         inside = any(path.startswith(f"{outer}.") for outer in found if outer)
-        if not inside and _reads_on(picks, starts):
+        if not inside and _reads_on(picks, starts) and _same_weights(flow, path, modules[path]):
             found.append(path)
     return tuple(found)
 
@@ -149,6 +150,20 @@ def _reads_on(picks: Sequence[tuple[int, tuple[object, ...]]], starts: Sequence[
     counts = Counter(piece for pieces in taken for piece in pieces)
     own = sum(any(counts[piece] == 1 for piece in pieces) for pieces in taken)
     return 2 * own > len(starts)
+
+
+def _same_weights(flow: Flow, path: str, module: nn.Module) -> bool:
+    """Whether what runs from one call of a module to the next has the weights of that before, as a recurrence has.
+
+    True where it has none: a model may multiply with its parameters itself.
+    """
+    if next(module.parameters(), None) is not None:
+        return True
+    calls = flow.recorded.recording.calls
+    own = [call.index for call in calls if call.path == path]
+    between = [c.path for c in calls[own[0] : own[-1]] if next(c.module.parameters(recurse=False), None) is not None]
+    again = Counter(between)
+    return 2 * sum(again[each] > 1 for each in between) >= len(between)
 
 
 def time_profiles(call: ForwardPass, loss: Any = None, loops: Sequence[str] = ()) -> list[TimeProfile]:

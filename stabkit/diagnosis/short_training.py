@@ -20,6 +20,7 @@ from stabkit.diagnosis.actions import carried_out
 from stabkit.diagnosis.finding import Action
 from stabkit.errors import StabkitError
 from stabkit.tracing import Flow
+from stabkit.tracing.forward_pass import ForwardPass
 from stabkit.tracing.safekeeping import unchanged
 
 STEPS = 20
@@ -54,13 +55,15 @@ def short_training(
 ) -> ShortTraining | None:
     """Losses of a short training with a remedy carried out; None where the model is too large or does not train.
 
-    ``altered`` is called with each loss before its gradients are taken, to hang hooks on its graph; each of
-    its trainings runs in a context that ``within`` makes.
+    ``flow`` is a traced pass, or the call alone where nothing could be traced. ``altered`` is called with each loss
+    before its gradients are taken, to hang hooks on its graph; each training runs in a context that ``within`` makes.
     """
-    if not isinstance(flow, Flow) or not callable(loss):
+    call = flow.forward_pass if isinstance(flow, Flow) else flow
+    if not isinstance(call, ForwardPass) or not callable(loss):
         return None
-    paths = [path for path, p in flow.model.named_parameters() if p.requires_grad and p.is_floating_point()]
-    if not paths or sum(p.numel() for p in flow.model.parameters()) > LARGEST:
+    model = call.module
+    paths = [path for path, p in model.named_parameters() if p.requires_grad and p.is_floating_point()]
+    if not paths or sum(p.numel() for p in model.parameters()) > LARGEST:
         return None
     runs = []
     try:
@@ -69,11 +72,11 @@ def short_training(
                 break
             # stand-ins for all parameters, so that the model's own are never written
             with (
-                carried_out(flow.model, [remedies.scale(path, 1.0) for path in paths]),
-                carried_out(flow.model, actions),
+                carried_out(model, [remedies.scale(path, 1.0) for path in paths]),
+                carried_out(model, actions),
                 within(),
             ):
-                runs.append(_run(flow, loss, share, altered))
+                runs.append(_run(call, loss, share, altered))
     except (StabkitError, RuntimeError):
         return None
     first = runs[0][0]
@@ -92,12 +95,12 @@ def falls(training: ShortTraining) -> bool:
     return training.last < training.first - _CLEARLY * abs(training.first)
 
 
-def _run(flow: Flow, loss: Any, share: float, altered: Callable[[Tensor], None] | None) -> list[float]:
-    call, losses = flow.forward_pass, []
+def _run(call: ForwardPass, loss: Any, share: float, altered: Callable[[Tensor], None] | None) -> list[float]:
+    losses = []
     with unchanged(call.module) as safe, torch.enable_grad():
         safe.copy_buffers()
         torch.manual_seed(call.seed)
-        weights = [p for p in flow.model.parameters() if p.requires_grad and p.is_floating_point()]
+        weights = [p for p in call.module.parameters() if p.requires_grad and p.is_floating_point()]
         rate = None
         for _ in range(STEPS + 1):
             scalar = loss(call.model(*call.inputs, **call.kwargs))

@@ -29,12 +29,14 @@ from stabkit.diagnosis.low_rank import rank_findings
 from stabkit.diagnosis.measurement import Measurement, measure
 from stabkit.diagnosis.non_finite import all_finite, finite_end, non_finite_findings
 from stabkit.diagnosis.outlier_blocks import local_findings
+from stabkit.diagnosis.small_start import from_small_start
 from stabkit.diagnosis.structure import missing_norm_findings, missing_skip_findings
 from stabkit.diagnosis.thresholds import Thresholds
 from stabkit.diagnosis.verdict import Verdict, judge, judged_without
 from stabkit.growth.rate_laws import rate_law
 from stabkit.identification import Identification, by_step, identify
-from stabkit.jacobians.shared import DENSE_SIZE, SharedSpectra
+from stabkit.jacobians.method_choice import DENSE_SIZE
+from stabkit.jacobians.shared import SharedSpectra
 from stabkit.parallel import SERIAL, Parallel
 from stabkit.tracing import Flow, FlowLike, Iteration
 
@@ -95,6 +97,9 @@ def suspected(
         broken = of_loss or non_finite_findings(flow, measurement, limits, settings.loss)
         if broken or not within:
             return Diagnosis(broken_verdict(verdict) if broken else verdict, tuple(broken), measurement)
+    first = measurement.steps[verdict.stretch[0]]
+    start = (first.module_path, first.owed)
+    verdict, of_start = from_small_start(verdict, measurement.growth, measurement.kinds, start, limits)
     verdict = _of_batch_norms(flow, _by_rate_law(verdict, measurement, limits), measurement)
     settled = settles(flow, measurement, verdict.stretch) if verdict.name == "vanishing" else ""
     verdict = _renamed(verdict, "stable", settled) if settled else verdict
@@ -116,12 +121,16 @@ def suspected(
     tied = recurrent_matrices(flow) if isinstance(flow, Iteration) else {}
     if not explained:
         found += growth_finding(verdict, measurement, tied, limits)
-        found += [] if settled else _mechanism(flow, verdict, measurement, limits, methods, spectra)
-        passing = transient(measurement, verdict.stretch, verdict.growth, limits)
-        if passing is not None and abs(verdict.growth) <= limits.explosion and not _accounts(blocks, passing, limits):
+        found += [] if settled or of_start else _mechanism(flow, verdict, measurement, limits, methods, spectra)
+        passing = None
+        if verdict.name != "not judged" and abs(verdict.growth) <= limits.explosion:
+            passing = transient(measurement, verdict.stretch, verdict.growth, limits)
+        if passing is not None and not _accounts(blocks, passing, limits):
             found.append(passing)
             verdict = _renamed(verdict, "transient growth", passing.evidence)
-        chaos = chaos_finding(flow, measurement, spreads, verdict.stretch, limits)
+        chaos = []
+        if not _normalised_by_batch(flow, measurement, verdict.stretch):  # they part neighbours as they grow gradients
+            chaos = chaos_finding(flow, measurement, spreads, verdict.stretch, limits)
         # of layers that grow beyond range it is said that they explode; a tied map has no other name for it
         if chaos and verdict.name == "exploding" and isinstance(flow, Flow):
             found += chaos
@@ -132,7 +141,7 @@ def suspected(
         found += collapse_finding(measurement, spreads, verdict.stretch, limits)
     if isinstance(flow, Flow) and not any(finding.kind in ("dead", "rank_collapse") for finding in found):
         found += constant_output_findings(flow, settings.loss)
-    found += precision_findings(flow, measurement)
+    found += [*precision_findings(flow, measurement), *of_start]
     return Diagnosis(verdict, tuple(ordered(found)), measurement)
 
 
@@ -163,18 +172,24 @@ def _of_batch_norms(flow: FlowLike, verdict: Verdict, measurement: Measurement) 
     to it. A large gradient makes such weights grow until their steps are small beside them, so that training brings
     the layers into balance; with running statistics, after it, growth is judged like any other.
     """
-    if verdict.name != "exploding" or not isinstance(flow, Flow) or not by_batch(flow):
+    if verdict.name != "exploding" or not math.isfinite(verdict.growth):
         return verdict
-    first, last = verdict.stretch
-    inside = [step.weights for step in measurement.steps[first : last + 1] if step.weights]
-    blind = [weights for weights in inside if all(w.normed for w in weights if w.kind == "matrix")]
-    if not math.isfinite(verdict.growth) or len(blind) <= len(inside) / 2:
+    if not _normalised_by_batch(flow, measurement, verdict.stretch):
         return verdict
     why = (
         f"the growth of {verdict.growth:+.1f} nats is that of batch norms, which the size of no weight changes; "
         "weights whose gradient is large grow until their steps are small beside them (Arora, Li and Lyu, 2019)"
     )
     return _renamed(verdict, "drift", why)
+
+
+def _normalised_by_batch(flow: FlowLike, measurement: Measurement, stretch: tuple[int, int]) -> bool:
+    """Whether batch norms take the size of the weights out again in most blocks, by the batch at hand."""
+    if not isinstance(flow, Flow) or not by_batch(flow):
+        return False
+    inside = [step.weights for step in measurement.steps[stretch[0] : stretch[1] + 1] if step.weights]
+    blind = [weights for weights in inside if all(w.normed for w in weights if w.kind == "matrix")]
+    return len(blind) > len(inside) / 2
 
 
 def _block_findings(flow: FlowLike, measurement: Measurement, limits: Thresholds) -> list[Finding]:

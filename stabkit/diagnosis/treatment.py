@@ -15,8 +15,11 @@ from stabkit.diagnosis.finding import Finding, serious
 from stabkit.diagnosis.running_statistics import refill
 from stabkit.diagnosis.suspects import Diagnosis
 from stabkit.diagnosis.thresholds import Thresholds
+from stabkit.diagnosis.unreached import diagnosis_without_flow
 from stabkit.errors import ArgumentError
 from stabkit.tracing import trace
+from stabkit.tracing.endpoints import UnreachedError
+from stabkit.tracing.forward_pass import ForwardPass
 
 
 def apply(model: nn.Module, finding: Finding, *, seed: int = 0) -> int:
@@ -113,7 +116,8 @@ def treat(
 
     Raises:
         ArgumentError: the model is no ``torch.nn.Module``, of which a copy could be made.
-        TraceError: the model could not be traced.
+        TraceError: the model could not be traced. Where nothing leads from the input to the output, and a loss trains
+            parameters still, the copy is left as it is, with what was found.
 
     Example:
         >>> import torch
@@ -132,7 +136,14 @@ def treat(
     applied: list[Finding] = []
 
     def diagnosed() -> Diagnosis:
-        flow = trace(treated, *inputs, kwargs=kwargs, seed=seed, **tracing)
+        try:
+            flow = trace(treated, *inputs, kwargs=kwargs, seed=seed, **tracing)
+            flow = flow if loss is None else flow.following(loss)
+        except UnreachedError as error:
+            if loss is None or not any(p.requires_grad for p in treated.parameters()):
+                raise
+            call = ForwardPass(treated, treated, inputs, dict(kwargs or {}), seed)
+            return diagnosis_without_flow(call, loss, str(error))
         return examine(flow, loss, thresholds=thresholds, seed=seed)
 
     before = after = diagnosed()

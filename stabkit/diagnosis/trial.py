@@ -16,7 +16,7 @@ from stabkit.diagnosis.suspects import Diagnosis, Settings, suspected
 from stabkit.diagnosis.verdict import nats
 from stabkit.errors import StabkitError
 from stabkit.tracing import FlowLike, Iteration
-from stabkit.tracing.accepted import traced
+from stabkit.tracing.flow_checks import traced
 
 _SINGLE = 3  # steps up to which a finding is about one block: the layer, its norm, its activation
 _GROWTHS = ("exploding", "vanishing")

@@ -6,7 +6,7 @@ import math
 
 from stabkit.errors import TraceError
 from stabkit.tracing import FlowLike
-from stabkit.tracing.accepted import check_flow
+from stabkit.tracing.flow_checks import check_flow
 
 
 def checked_k(flow: FlowLike, k: int | None, default: int) -> int:

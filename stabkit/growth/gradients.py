@@ -15,7 +15,7 @@ from stabkit.growth.parameters import ParameterGradients, parameter_gradients
 from stabkit.results import Result
 from stabkit.statistics import student_factor
 from stabkit.tracing import FlowLike
-from stabkit.tracing.accepted import check_flow
+from stabkit.tracing.flow_checks import check_flow
 from stabkit.walk import (
     Cotangents,
     Observer,

@@ -15,9 +15,9 @@ from torch.overrides import TorchFunctionMode
 from stabkit.errors import TraceError
 from stabkit.results import Result
 from stabkit.tracing import Flow, FlowLike
-from stabkit.tracing.accepted import traced
 from stabkit.tracing.containers import map_tensors, named_tensors
 from stabkit.tracing.endpoints import scalar_loss
+from stabkit.tracing.flow_checks import traced
 from stabkit.tracing.forward_pass import ForwardPass
 from stabkit.tracing.recording import clock
 from stabkit.tracing.safekeeping import unchanged

@@ -15,19 +15,17 @@ from stabkit.tracing.composites import Element
 from stabkit.vocabulary import ActivationFacts, NormFacts, operation
 
 _STATISTICS = frozenset({"Mean", "Std", "Var", "VarMean", "LinalgVectorNorm"})
-_TRANSFORMS = frozenset({"FftC2C", "FftC2R", "FftR2C"})
+_SAME = 1e-4  # thresholds in single precision
 GATED = 1e-3  # by how much the gates of the old state and of the new one may miss one
 
 
-def with_projection(record: Identification, norms: int, sums: int, *, rectified: bool) -> Identification:
-    """Norms or rectifiers (and nothing else, if ``rectified``) after an addition: Euler's step, and a projection."""
+def with_projection(
+    record: Identification, norms: int, sums: int, *, rectified: bool, threshold: tuple[float, float] | None = None
+) -> Identification:
+    """What follows an addition: norms, rectifiers (and nothing else, if ``rectified``), a soft threshold, or others."""
     if not record.after:
         return record
     note = f"after the addition: {', '.join(record.after)}"
-    if set(record.after) <= _TRANSFORMS:
-        why = "a linear map follows the addition, P (x + f(x)): with P = (1 + h L)^-1 a semi-implicit step"
-        return replace(record, name="semi-implicit (linear map behind the addition)", method=None, skip=None,
-                       recorded=(), notes=(why, note, *record.notes), system="x' = f(x) - L x")  # fmt: skip
     if norms:
         why = f"the skip passes {norms} norm(s) after {sums} addition(s), so no single a describes it"
         system = f"{record.system}, retracted to the sphere after each step"
@@ -36,7 +34,14 @@ def with_projection(record: Identification, norms: int, sums: int, *, rectified:
     if rectified and record.name == "forward Euler":
         system = "x' in f(x) - N(x), N the normal cone of the nonnegative states"
         return replace(record, name="projected Euler (ReLU)", notes=(note, *record.notes), system=system)
-    return replace(record, notes=(note, *record.notes))
+    if threshold is not None:
+        low, high = threshold
+        t = f"{low:.3g}" if high - low <= _SAME * high else f"{low:.3g} to {high:.3g}"
+        why = f"the addition is followed by the soft threshold sign(x) max(|x| - t, 0), t = {t}: the prox of t |x|_1"
+        return replace(record, name=f"{record.name}, then soft threshold (forward-backward)", evidence="measured",
+                       notes=(why, note, *record.notes), system="x' in f(x) - d(t/h |x|_1)")  # fmt: skip
+    name = f"{record.name}, then {', '.join(dict.fromkeys(record.after))}"
+    return replace(record, name=name, notes=(note, *record.notes), system=f"{record.system}, and a map after each step")
 
 
 def normalises(link: Link) -> bool:
@@ -85,6 +90,8 @@ def with_gates(record: Identification, kinds: set[str], sums: Sequence[NormalFor
         return replace(record, name="gated skip", evidence="measured", method=None, recorded=())
     low, high = min(c.low for c in gates), max(c.high for c in gates)
     notes = (f"gates from {low:.3g} to {high:.3g} here, held fixed in R(z)", *record.notes)
+    if record.skip is None:  # a projection, or a map behind the addition, has named the step: no single a describes it
+        return replace(record, evidence="measured", notes=(*record.notes, notes[0]))
     if abs((record.skip or 0.0) + (record.step_size or 0.0) - 1.0) > GATED:
         name, system = f"gated skip (mean a = {record.skip:.3g})", "x' = a(x) x + f(x) - x, the old state times a gate"
         return replace(record, name=name, system=system, notes=notes)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch.autograd.graph import Node
@@ -52,6 +52,7 @@ def chain(
     names: Mapping[int, str],
     contexts: Sequence[Value] = (),
     calls: Sequence[Call] = (),
+    owned: Collection[Node] = (),
 ) -> tuple[Link, ...]:
     """The links of a step from one tensor to another; arguments as for `normal_form`."""
     whole = Piece(graph, nodes, [source], [target], contexts=contexts)
@@ -60,7 +61,8 @@ def chain(
     start = 0
     for a, (b, stop) in zip([source, *(value for value, _ in cuts)], cuts, strict=False):
         part = whole.nodes[start:stop]
-        links.append(_link(normal_form(graph, part, [a], [b], names=names, contexts=contexts, calls=calls)))
+        form = normal_form(graph, part, [a], [b], names=names, contexts=contexts, calls=calls, owned=owned)
+        links.append(_link(form))
         start = stop
     return tuple(links)
 

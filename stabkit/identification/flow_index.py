@@ -17,6 +17,7 @@ from stabkit.identification.operations import PRODUCTS
 from stabkit.identification.pieces import Piece
 from stabkit.identification.slots import Slots, slots
 from stabkit.tracing import Flow
+from stabkit.tracing.loops import loops_of_calls
 from stabkit.tracing.values import operation
 
 #: How a factor may come from a learned number p: as code spells it, and as a function.
@@ -44,6 +45,7 @@ class Surroundings:
         checks: whether readings are confirmed by numbers.
         names: parameters and buffers of the model by address.
         calls: calls of modules that are called more than once, as fields are: intervals of the clock, and the path.
+        loops: whose rounds call modules again.
     """
 
     def __init__(self, flow: Flow, checks: bool = True) -> None:
@@ -55,6 +57,7 @@ class Surroundings:
         calls = [c for c in flow.recorded.recording.calls if c.finished and c.stop > c.start]
         counts = Counter(c.path for c in calls)
         self.calls = tuple((c.start, c.stop, c.path) for c in calls if counts[c.path] > 1)
+        self.loops = loops_of_calls(self.graph)
 
     def nodes(self, start: int, stop: int) -> list[Node]:
         """The operations between two states; saved tensors that were forgotten are computed again first."""
@@ -66,17 +69,17 @@ class Surroundings:
 
     def slots(self, start: int, stop: int) -> Slots:
         """The states of the method between two states of the flow."""
-        return slots(self.flow, start, stop)
+        return slots(self.flow, start, stop, self.loops)
 
-    def chain(self, start: int, stop: int, found: Slots) -> tuple[Link, ...]:
+    def chain(self, start: int, stop: int, found: Slots, owned: Collection[Node] = ()) -> tuple[Link, ...]:
         """The links of a method of one state."""
         return chain(self.graph, self.nodes(start, stop), found.sources[0], found.targets[0], names=self.names,
-                     contexts=found.contexts, calls=self.calls)  # fmt: skip
+                     contexts=found.contexts, calls=self.calls, owned=owned)  # fmt: skip
 
-    def normal_form(self, start: int, stop: int, found: Slots) -> NormalForm:
+    def normal_form(self, start: int, stop: int, found: Slots, owned: Collection[Node] = ()) -> NormalForm:
         """The normal form of a method of several states."""
         return normal_form(self.graph, self.nodes(start, stop), found.sources, found.targets, names=self.names,
-                           contexts=found.contexts, calls=self.calls)  # fmt: skip
+                           contexts=found.contexts, calls=self.calls, owned=owned)  # fmt: skip
 
     def whole(self, start: int, stop: int, found: Slots, owned: Collection[Node] = ()) -> Piece:
         """All operations of a method as one piece, some of which belong to its fields."""

@@ -3,26 +3,70 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 
 from stabkit.identification.pieces import Piece
 from stabkit.identification.slots import parts_of
 from stabkit.tracing import Flow
+from stabkit.tracing.loops import Loop
 from stabkit.tracing.values import Value, meta_of
 
 
-def groups(flow: Flow) -> tuple[tuple[int, int], ...]:
+def groups(flow: Flow, loops: Sequence[Loop] = ()) -> tuple[tuple[int, int], ...]:
     """Half-open ranges of steps, each one method.
 
-    Single steps, cut branches, pairs of reversible half-steps, and the last of a run of like steps where it was cut
-    before its end.
+    Single steps, rounds of loops that were cut, cut branches, pairs of reversible half-steps, and the last of a run of
+    like steps where it was cut before its end.
     """
     found: list[tuple[int, int]] = []
     start = 0
     while start < len(flow.steps):
-        stop = _branch(flow, start) or _half_steps(flow, start) or _cut_short(flow, start) or start + 1
+        stop = _round(flow, start, loops) or _branch(flow, start)
+        stop = stop or _half_steps(flow, start) or _cut_short(flow, start) or start + 1
         found.append((start, stop))
         start = stop
     return tuple(found)
+
+
+def _round(flow: Flow, start: int, loops: Sequence[Loop]) -> int | None:
+    """The end of a round of a loop that was cut: between stages, or between the parts of a splitting."""
+    begin = flow.states[start].position
+    loop = next((loop for loop in loops if begin in loop.boundaries and begin < loop.stop), None)
+    if loop is None:
+        return None
+    return next((i for i in range(start + 1, len(flow.states)) if flow.states[i].position in loop.boundaries), None)
+
+
+def is_divided(flow: Flow, start: int, stop: int, loops: Sequence[Loop]) -> bool:
+    """Whether some steps are a round of a loop, and each of them leads from one tensor to one: a splitting."""
+    begin = flow.states[start].position
+    loop = next((loop for loop in loops if begin in loop.boundaries and begin < loop.stop), None)
+    inside = range(start + 1, stop)
+    return loop is not None and bool(inside) and all(_made(flow, loop, index) == 1 for index in inside)
+
+
+def is_part_of_round(flow: Flow, start: int, stop: int, loops: Sequence[Loop]) -> bool:
+    """Whether some steps begin or end within a round of a loop, where more is alive than the one tensor of its state.
+
+    As many operations as a round has are one, wherever it is divided.
+    """
+    begin, end = flow.states[start].position, flow.states[stop].position
+    for loop in loops:
+        ends = {index: flow.states[index].position for index in (start, stop)}
+        cut = [i for i, p in ends.items() if loop.start < p < loop.stop and p not in loop.boundaries]
+        if not cut or begin >= loop.stop or end <= loop.start:
+            continue
+        alive = {_made(flow, loop, index) for index in cut}
+        whole = (end - begin) % loop.period == 0 and len(cut) == 2 and alive == {loop.carried}
+        if not whole and not (loop.carried == 1 and alive == {1}):
+            return True
+    return False
+
+
+def _made(flow: Flow, loop: Loop, index: int) -> int:
+    """How many of the values of a state a loop has made, or taken up at its beginning."""
+    rank = flow.recorded.graph.rank
+    return sum(rank.get(v.node, -1) >= loop.start or v in loop.states[0] for v in flow.states[index].values)
 
 
 def _branch(flow: Flow, start: int) -> int | None:

@@ -13,16 +13,18 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import Node
 
 from stabkit.identification.operations import MOVES
 from stabkit.identification.pieces import Piece
 from stabkit.tracing import Flow
 from stabkit.tracing.safekeeping import modules_behind, unchanged
-from stabkit.tracing.values import operation
+from stabkit.tracing.values import Value, operation
 
-_SOLVES = frozenset(
+SOLVES = frozenset(
     {"CholeskySolve", "LinalgLuSolve", "LinalgSolve", "LinalgSolveEx", "LinalgSolveTriangular", "TriangularSolve"}
 )
+_FIRST = frozenset({"CholeskySolve", "TriangularSolve"})  # those that take the right side first, and then the matrix
 _FEWEST = 3
 _AVERAGED = 12  # changes, since complex eigenvalues make their ratios swing
 
@@ -57,12 +59,18 @@ class LinearSolve:
     of_the_state: bool
 
 
+def right_side(node: Node) -> Value | None:
+    """The right side of a linear system; None where it is a constant."""
+    parent, output = node.next_functions[0 if operation(node) in _FIRST else 1]
+    return None if parent is None else Value(parent, output)
+
+
 def linear_solve(piece: Piece) -> LinearSolve | None:
     """The linear systems that a step of one state solves; None without one."""
-    nodes = [node for node in piece.nodes if operation(node) in _SOLVES]
+    nodes = [node for node in piece.nodes if operation(node) in SOLVES]
     if not nodes:
         return None
-    moves_else = all(operation(node) in MOVES | _SOLVES for node in piece.nodes)
+    moves_else = all(operation(node) in MOVES | SOLVES for node in piece.nodes)
     return LinearSolve(len(nodes), moves_else and all(len(piece.inputs(node)) == 1 for node in nodes))
 
 
@@ -81,6 +89,23 @@ def iterates_silently(flow: Flow, start: int, stop: int) -> bool:
         c.path for c in flow.recorded.recording.calls if c.finished and c.start < c.stop and first <= c.start < last
     }
     return any(count >= _FEWEST and path in heard for path, count in _silent_calls(flow, first, last).items())
+
+
+def begins_at_constants(flow: Flow, start: int, stop: int) -> bool:
+    """Whether steps evaluate a module at a constant, and then at what depends on the source: at the state of a solver.
+
+    What the solver began with is no part of the graph then, and the source of the steps is an input of the field.
+    """
+    first, last = _clock(flow, start, stop)
+    silent: set[str] = set()
+    for call in flow.recorded.recording.calls:
+        weighty = next(call.module.parameters(), None) is not None
+        if call.finished and first <= call.start < last and weighty:
+            if call.start < call.stop and call.path in silent:
+                return True
+            if call.start == call.stop:
+                silent.add(call.path)
+    return False
 
 
 def _clock(flow: Flow, start: int, stop: int) -> tuple[int, int]:

@@ -7,15 +7,16 @@ from dataclasses import replace
 
 from stabkit.errors import ArgumentError
 from stabkit.identification.flow_index import Surroundings
-from stabkit.identification.grouping import groups
+from stabkit.identification.grouping import groups, is_divided
 from stabkit.identification.iterated import read_iteration
+from stabkit.identification.over_time import Recurrences
 from stabkit.identification.reading import read
 from stabkit.identification.record import Identification
 from stabkit.parallel import SERIAL, Parallel
 from stabkit.tracing import FlowLike, Iteration
-from stabkit.tracing.accepted import traced
+from stabkit.tracing.flow_checks import traced
 
-_NOTHING_READ = frozenset({"unknown", "not a step", "plain", "transition", "unnamed"})
+_NOTHING_READ = frozenset({"unknown", "not a step", "part of a step", "plain", "transition", "unnamed"})
 _COARSE = ("unnamed", "gated skip", "composition", "damped Euler, parallel")  # readings that single steps may better
 
 
@@ -28,7 +29,8 @@ def identify(flow: FlowLike, *, checks: bool = True, parallel: Parallel = SERIAL
     tableau and from which stages share weights, never from the names of modules.
 
     A step without a skip is ``"plain"``; one that changes the space is a ``"transition"``; what hides inside opaque
-    operations stays ``"unknown"``.
+    operations stays ``"unknown"``. A recurrence over time inside a step, such as the scan of a state-space layer that
+    is written as a loop, is read as well (``over_time``).
 
     Lessons with pictures: ``examples/tableau_of_a_neural_ode.py``, ``examples/transformer_as_splitting.py``.
 
@@ -57,16 +59,30 @@ def identify(flow: FlowLike, *, checks: bool = True, parallel: Parallel = SERIAL
         return read_iteration(flow, checks)
     flow = traced(flow, "identify")
     around = Surroundings(flow, checks)
-    places = groups(flow)
+    places = groups(flow, around.loops)
+    recurrences = Recurrences(flow)
+
+    def with_time(record: Identification) -> Identification:
+        found = recurrences.inside(record.steps[0], record.steps[-1] + 1)
+        return replace(record, over_time=found, notes=(*record.notes, *map(str, found))) if found else record
 
     def read_group(index: int) -> list[Identification]:
-        start, stop = places[index]
+        return [with_time(record) for record in read_steps(*places[index])]
+
+    def read_steps(start: int, stop: int) -> list[Identification]:
         record = read(around, start, stop)
-        if stop == start + 1 or not (record.name in _NOTHING_READ or record.name.startswith(_COARSE)):
+        if stop == start + 1:
+            return [record]
+        # where a round may be cut, what is said of its parts is true as well; Strang's order of them says more
+        divided = is_divided(flow, start, stop, around.loops)
+        known = not (record.name in _NOTHING_READ or record.name.startswith(_COARSE))
+        if record.name.startswith("Strang") if divided else known:
             return [record]
         single = [read(around, step, step + 1) for step in range(start, stop)]
+        if all(r.name == "part of a step" for r in single):
+            return [record]
         unread = sum(r.name in (*_NOTHING_READ, "fork", "join") or r.name.startswith(_COARSE) for r in single)
-        return single if record.name in _NOTHING_READ or unread <= len(single) / 2 else [record]
+        return single if divided or record.name in _NOTHING_READ or unread <= len(single) / 2 else [record]
 
     costs = [float(sum(len(flow.steps[i].segment.nodes) for i in range(start, stop))) for start, stop in places]
     return tuple(record for records in parallel.share(read_group, costs, name="reading") for record in records)

@@ -13,6 +13,7 @@ from stabkit.identification.tableau import Blocks, step_size
 from stabkit.integrators import GeneralLinearMethod
 
 CLOSE = 1e-6  # coefficients of single precision networks
+NO_STEP = "none: there is no branch that a step size could multiply"
 POINTS = np.random.default_rng(0).normal(size=(12, 2)) @ np.array([1, 1j])
 
 
@@ -54,7 +55,8 @@ def name_one_state(found: Blocks) -> Name:
     if stages == 0 and 0 < a < 1:
         return Name(f"linear recurrence (a = {a:.3g})", "x' = -lambda x + u, u no function of x", 1.0, "h = 1")
     if stages == 0:
-        return Name("no branch", "none: nothing is added to the state", h, convention)
+        name = "no branch" if a == 1.0 else f"scaled state (a = {a:.3g}), no branch"
+        return Name(name, "none: nothing that depends on the state is added to it", 1.0, NO_STEP)
     if not found.B.any() and a == 1.0:
         return Name("forward Euler", "x' = f(x), with a step that is zero now", h, convention)
     if stages == 1:
@@ -80,7 +82,11 @@ def _single_stage(a: float, h: float, convention: str) -> Name:
         leak = abs(a + h - 1.0) <= CLOSE
         system = f"x' = f(x) - x, Euler with h = {h:.3g}" if leak else "x' = f(x) - lambda x"
         return Name(f"damped Euler (a = {a:.3g})", system, h, convention)
-    return Name(f"scaled skip (a = {a:.3g})", "none: the skip amplifies", h, convention)
+    # of one step only the products h lambda and h f can be seen: any a > 0 is the exponential of one
+    system = (
+        "x' = lambda x + f(x), exponential Euler with h lambda = log a" if a > 0 else "none: the skip turns the sign"
+    )
+    return Name(f"scaled skip (a = {a:.3g})", system, h, convention)
 
 
 def _scaled(what: str, a: float) -> str:

@@ -33,13 +33,13 @@ def name_several_states(found: Blocks, *, symmetric: bool | None, gated: bool) -
     coupled = _additive_coupling(found) if r == 2 else None
     if coupled is not None:
         return coupled
-    adams = _multistep(found)
+    adams = _multistep(found) or (_remembering(found) if r == 2 else None)
     if adams is not None:
         return adams
     if r == 2 and gated:
         return _gated_pair(found)
     if r == 2:
-        name = _verlet(found) or _two_fields(found, symmetric)
+        name = _verlet(found) or _verlet_of_two_fields(found) or _two_fields(found, symmetric)
         if name is not None:
             return name
     if r > 2 and len(found.rows) == 1:
@@ -124,6 +124,25 @@ def _verlet(found: Blocks) -> Name | None:
     return Name("stormer_verlet", "x'' = f(x)", math.sqrt(c), "h: h^2 multiplies the force", 2)
 
 
+def _verlet_of_two_fields(found: Blocks) -> Name | None:
+    """Two half kicks around a drift, p' = F(q) and q' = G(p), each at what the one before has left."""
+    if len(found.rows) != 3 or found.fields[0] != found.fields[2] or found.n_fields != 2:
+        return None
+    if not np.allclose(found.V, np.eye(2)) or not np.all((found.B != 0).sum(axis=0) == 1):
+        return None
+    writes = [int(np.argmax(np.abs(column))) for column in found.B.T]
+    reads = [1 - stream for stream in writes]
+    kick, drift, again = (float(found.B[stream, j]) for j, stream in enumerate(writes))
+    if writes[0] == writes[1] or writes[2] != writes[0] or abs(kick - again) > CLOSE * abs(drift):
+        return None
+    U = np.eye(2)[reads]
+    A = np.array([[found.B[reads[i], j] if j < i else 0.0 for j in range(3)] for i in range(3)])
+    halves = abs(2 * abs(kick) - abs(drift)) <= CLOSE * abs(drift)
+    if not halves or not np.allclose(found.U, U, atol=CLOSE) or not np.allclose(found.A, A, atol=CLOSE):
+        return None
+    return Name("stormer_verlet", "p' = F(q), q' = G(p)", abs(drift), "h: the number that multiplies the drift")
+
+
 def _multistep(found: Blocks) -> Name | None:
     """Adams-Bashforth and other catalogue methods with as many states, by the characteristic polynomial."""
     if found.n_fields != 1:
@@ -145,6 +164,28 @@ def _multistep(found: Blocks) -> Name | None:
             for mine, M in zip(ours, other.stability_matrix(POINTS), strict=True)
         ):
             return Name(name, "x' = f(x), multistep", h, "h: the sum of the weights of all stages")
+    return None
+
+
+def _remembering(found: Blocks) -> Name | None:
+    """X' = a x + b_1 f(x) + b_2 f(x_before) by way of a state that holds the field's last value (DPM-Solver++ 2M).
+
+    What is extrapolated, f + w/2 (f - f_before), has the step ratio w of the method of Adams and Bashforth.
+    """
+    if len(found.rows) != 1:
+        return None
+    for x, memory in ((0, 1), (1, 0)):
+        taken = float(found.B[memory, 0])
+        if found.V[memory].any() or not taken or not found.U[0, x] or found.U[0, memory]:
+            continue
+        a, new, old = float(found.V[x, x]), float(found.B[x, 0]) / taken, float(found.V[x, memory])
+        share = -old / new if new else 0.0
+        if a <= 0 or not CLOSE < share < 1 - CLOSE:
+            continue
+        ratio, skip = 2 * share / (1 - share), "" if abs(a - 1) <= CLOSE else f"a = {a:.3g}, "
+        system = "x' = f(x), multistep" if not skip else "x' = f(x) - lambda x, the field alone extrapolated"
+        name = f"Adams-Bashforth type, two steps ({skip}step ratio {ratio:.3g})"
+        return Name(name, system, abs(new + old), "h: the sum of the weights of both values of the field")
     return None
 
 

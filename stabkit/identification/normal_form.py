@@ -9,7 +9,7 @@ a state takes part, at a state itself, or at another stage that also enters such
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from torch.autograd.graph import Node
@@ -87,6 +87,7 @@ def normal_form(
     names: Mapping[int, str],
     contexts: Sequence[Value] = (),
     calls: Sequence[Call] = (),
+    owned: Collection[Node] = (),
 ) -> NormalForm:
     """The affine normal form of a stretch of a graph.
 
@@ -101,14 +102,15 @@ def normal_form(
             of one step is a field as a whole, whatever it adds inside. A factor that a field's own
             module applies to its result, such as cos(t), belongs to the field; without this the stages of a
             Runge-Kutta method would carry it.
+        owned: operations that belong to fields, whatever they do.
     """
 
-    def build(owned: set[Node]) -> NormalForm:
-        return _build(Piece(graph, nodes, sources, targets, contexts=contexts, owned=owned), names)
+    def build(more: set[Node]) -> NormalForm:
+        return _build(Piece(graph, nodes, sources, targets, contexts=contexts, owned=more.union(owned)), names)
 
     form = build(set())
-    for owned in (_fields_called(form.piece, calls), _assembled(form.piece)):
-        whole = build(owned) if owned else form
+    for fields in (fields_called(form.piece, calls), _assembled(form.piece)):
+        whole = build(fields) if fields else form
         if whole is not form and _is_simpler(whole, form):
             form = whole
             break
@@ -116,8 +118,8 @@ def normal_form(
     return build(own | form.piece.owned) if own else form
 
 
-def _fields_called(piece: Piece, calls: Sequence[Call]) -> set[Node]:
-    """The operations of modules that are called at several points of this stretch, the outermost such calls."""
+def fields_called(piece: Piece, calls: Sequence[Call]) -> set[Node]:
+    """The operations of modules that are called at several points of a stretch."""
     if not piece.nodes:
         return set()
     times = {node: node._sequence_nr() for node in piece.nodes}
@@ -154,21 +156,33 @@ def _owned_scalings(form: NormalForm, calls: Sequence[Call]) -> set[Node]:
     stages = {stage.output: stage for stage in form.stages}
     piece = form.piece
     merged = [value.node._sequence_nr() for value in piece.merges]
+    only = _only_atoms(piece)
     owned: set[Node] = set()
     for node, edges in piece.linear.items():
         if len(edges) != 1 or operation(node) in MOVES or Value(node, 0) in piece.carrying:
             continue
-        atoms = piece.expand(edges[0])[0]
-        if len(atoms) != 1 or atoms[0] not in stages:
+        atom = only[edges[0].node] if edges[0].node in only and edges[0] not in piece.ends else edges[0]
+        if atom is None or atom not in stages:
             continue
-        first, last = stages[atoms[0]].nodes[0]._sequence_nr(), node._sequence_nr()
-        if piece.is_norm(atoms[0]) and piece.has_factors(node):
+        first, last = stages[atom].nodes[0]._sequence_nr(), node._sequence_nr()
+        if piece.is_norm(atom) and piece.has_factors(node):
             owned.add(node)  # what is normalised has no size of its own: its gain for each channel gives it one
             continue
         around = [c for c in calls if c[0] <= first and last < c[1]]
         if any(not any(start <= time < stop for time in merged) for start, stop, _ in around):
             owned.add(node)
     return owned
+
+
+def _only_atoms(piece: Piece) -> dict[Node, Value | None]:
+    """The one atom that a linear operation is a multiple of; None where it combines several."""
+    found: dict[Node, Value | None] = {}
+    for node in piece.nodes:
+        if node in piece.linear:
+            below = {v if v in piece.ends else found.get(v.node, v) for v in piece.linear[node]}
+            below |= {Value(node, ADDED)} if node in piece.added else set()
+            found[node] = below.pop() if len(below) == 1 else None
+    return found
 
 
 def _build(piece: Piece, names: Mapping[int, str]) -> NormalForm:
@@ -181,7 +195,9 @@ def _build(piece: Piece, names: Mapping[int, str]) -> NormalForm:
         paths |= path
     regions: Regions = {}
     while True:
-        regions = {atom: _region(piece, atom, set(atoms)) for atom in atoms}
+        stops = set(atoms) | piece.ends
+        combined = _combined(piece, stops)
+        regions = {atom: _region(piece, atom, stops, combined) for atom in atoms}
         entered = dict.fromkeys(entry for _, entries in regions.values() for entry in entries)
         more = [v for entry in entered for v in piece.expand(entry)[0] if v not in piece.ends and v not in atoms]
         if not more:
@@ -196,9 +212,10 @@ def _build(piece: Piece, names: Mapping[int, str]) -> NormalForm:
     return NormalForm(piece, stages, forms, merges)
 
 
-def _region(piece: Piece, atom: Value, boundaries: set[Value]) -> tuple[tuple[Node, ...], tuple[Value, ...]]:
+def _region(
+    piece: Piece, atom: Value, stops: set[Value], combined: set[Node]
+) -> tuple[tuple[Node, ...], tuple[Value, ...]]:
     """The operations of a stage and the values at which it begins."""
-    stops = boundaries | piece.ends
     nodes: set[Node] = set()
     entries: dict[Value, None] = {}
     stack = [atom.node]
@@ -208,23 +225,37 @@ def _region(piece: Piece, atom: Value, boundaries: set[Value]) -> tuple[tuple[No
             continue
         nodes.add(node)
         for value in piece.inputs_of(atom) if node is atom.node else piece.inputs(node):
-            if _is_entry(piece, value, stops):
+            if _is_entry(piece, value, stops, combined):
                 entries[value] = None
             else:
                 stack.append(value.node)
     return tuple(n for n in piece.nodes if n in nodes), tuple(entries)
 
 
-def _is_entry(piece: Piece, value: Value, stops: set[Value]) -> bool:
+def _combined(piece: Piece, stops: set[Value]) -> set[Node]:
+    """The operations that combine sources and stages alone, by numbers: nothing is put side by side or gated.
+
+    Told for all at once, since each by itself would be followed back over all before it: a scan over time is one long
+    combination.
+    """
+    found: set[Node] = set()
+    for node in piece.nodes:
+        if node not in piece.linear or piece.is_gated({node}):
+            continue
+        joins = operation(node) in JOINS and len(set(piece.inputs(node))) > 1
+        if joins or (node in piece.added and Value(node, ADDED) not in stops):
+            continue
+        if all(v in stops or (v.output != ADDED and v.node in found) for v in piece.linear[node]):
+            found.add(node)
+    return found
+
+
+def _is_entry(piece: Piece, value: Value, stops: set[Value], combined: set[Node]) -> bool:
     if value in stops:
         return True
     if value in piece.merges:  # one of parts of a state lies inside a field
         return any(meta_of(value).numel == meta_of(source).numel for source in piece.sources)
-    if value.node not in piece.linear:
-        return False
-    atoms, path = piece.expand(value)
-    joins = any(operation(node) in JOINS and len(set(piece.inputs(node))) > 1 for node in path)
-    return set(atoms) <= stops and not joins and not piece.is_gated(path)
+    return value.output != ADDED and value.node in combined
 
 
 def _stage(

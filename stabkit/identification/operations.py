@@ -51,6 +51,8 @@ _MIXES = frozenset(
         "Sum",
         "UpsampleBilinear2D",
         "UpsampleNearest2D",
+        "ViewAsComplex",
+        "ViewAsReal",
     }
 )
 

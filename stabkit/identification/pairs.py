@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 from stabkit.identification.composites import with_composite_fields
 from stabkit.identification.confirmation import Check, is_symmetric, volume
+from stabkit.identification.field_values import continued_fields
 from stabkit.identification.flow_index import Surroundings
 from stabkit.identification.grouping import split_before
 from stabkit.identification.naming_systems import HAMILTONIAN, name_several_states
@@ -18,6 +20,7 @@ from stabkit.integrators import GeneralLinearMethod
 from stabkit.tracing.values import operation
 
 PARTS = ", parts of one tensor"
+_UNSPECIFIC = ("unnamed", "general linear method", "Adams-Bashforth type")  # what fields with a linear part may read as
 
 
 def read_several_states(around: Surroundings, found: Slots, steps: tuple[int, ...]) -> Identification:
@@ -30,6 +33,21 @@ def read_several_states(around: Surroundings, found: Slots, steps: tuple[int, ..
     if found.split or len({value.node for value in found.sources}) == 1 or split_before(around.flow, start):
         found = _paired(around, found, steps)
     form = around.normal_form(start, stop, found)
+    record = _named(around, found, form, steps, opaque)
+    if record.name.startswith(_UNSPECIFIC):
+        for owned in continued_fields(form):
+            other = around.normal_form(start, stop, found, owned | form.piece.owned)
+            better = _named(around, found, other, steps, opaque)
+            if better.method is not None and not better.name.startswith(_UNSPECIFIC):
+                return better
+    return record
+
+
+def _named(
+    around: Surroundings, found: Slots, form: NormalForm, steps: tuple[int, ...], opaque: Sequence[str]
+) -> Identification:
+    """The record of a normal form of several states."""
+    start, stop = steps[0], steps[-1] + 1
     diagonal = any(c.kind == "diagonal" for terms in form.forms for c in terms.values())
     table = blocks(form, found.contexts, one_coordinate=diagonal)
     if table is None or (opaque and not form.merges):
@@ -57,7 +75,7 @@ def read_several_states(around: Surroundings, found: Slots, steps: tuple[int, ..
         skip=None,
         step_size=named.h,
         convention=named.convention,
-        evidence="proven" if certified else "measured",
+        evidence="proven" if certified and named.is_known else "measured",
         residual=max((c.residual for c in coefficients), default=0.0),
         steps=steps,
         notes=_notes(around, form, table, found),

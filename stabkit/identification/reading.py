@@ -19,28 +19,48 @@ from stabkit.identification.composites import with_composite_fields
 from stabkit.identification.confirmation import Check, commutator, defect
 from stabkit.identification.couplings import is_affine_coupling
 from stabkit.identification.diffusion import averages
+from stabkit.identification.field_values import chains_of_other_fields
 from stabkit.identification.flow_index import Surroundings
+from stabkit.identification.grouping import is_part_of_round
 from stabkit.identification.hidden_skip import HiddenSkip, hidden_skip, reaches_linearly
-from stabkit.identification.implicit import LinearSolve, fixed_point, iterates_silently, linear_solve, solves_inside
+from stabkit.identification.implicit import (
+    LinearSolve,
+    begins_at_constants,
+    fixed_point,
+    iterates_silently,
+    linear_solve,
+    solves_inside,
+)
+from stabkit.identification.iterated_solves import SolvedStep, solved_step
+from stabkit.identification.linear_steps import read_linear
 from stabkit.identification.naming import Name, name_one_state
 from stabkit.identification.normal_form import NormalForm, Stage
 from stabkit.identification.operations import JOINS
 from stabkit.identification.pairs import dense_concatenation, read_several_states
-from stabkit.identification.record import Identification
+from stabkit.identification.proximal import soft_threshold
+from stabkit.identification.record import Identification, nothing, record_of
 from stabkit.identification.relaxation import with_linear_part
 from stabkit.identification.retraction import bent_skip, retraction
 from stabkit.identification.routing import routed
 from stabkit.identification.slots import Slots
+from stabkit.identification.state_mixing import Mixing, mixed_by_itself
 from stabkit.identification.streams import Streams, mixed_streams
 from stabkit.identification.tableau import Blocks, blocks
-from stabkit.integrators import GeneralLinearMethod, LinearStability, named
+from stabkit.integrators import named
 from stabkit.tracing.values import meta_of, operation
 
 
 def read(around: Surroundings, start: int, stop: int) -> Identification:
     """The method between two states of a flow."""
+    if is_part_of_round(around.flow, start, stop, around.loops):
+        why = "a loop repeats these operations together with others, and they begin or end between its stages"
+        return nothing(tuple(range(start, stop)), "part of a step", why, "unknown")
     found = around.slots(start, stop)
     record = _read(around, found, start, stop)
+    shifts = record.name == "projection shortcut" or (record.skip or 0.0) not in (0.0, 1.0)
+    if shifts and begins_at_constants(around.flow, start, stop):
+        why = "a solver begins at a constant here: what the steps start from is an input of its field, and no state"
+        return nothing(record.steps, "unknown", why, "unknown")
     if record.evidence != "proven" or record.method is None:
         return record
     chosen = routed(around, start, stop, found)
@@ -86,13 +106,6 @@ def _implicit(around: Surroundings, steps: tuple[int, ...]) -> Identification:
     return replace(record, residual=found.residual)
 
 
-def nothing(
-    steps: tuple[int, ...], name: str, why: str, evidence: str, *, after: tuple[str, ...] = (), system: str = "none"
-) -> Identification:
-    """The record of steps in which no method was read."""
-    return Identification(name, None, None, None, "none", evidence, None, steps, after, (why,), system)
-
-
 def _one_state(around: Surroundings, found: Slots, steps: tuple[int, ...]) -> Identification:
     start, stop = steps[0], steps[-1] + 1
     links = around.chain(start, stop, found)
@@ -106,7 +119,14 @@ def _one_state(around: Surroundings, found: Slots, steps: tuple[int, ...]) -> Id
     maps = [link for link in links if link.kind in ("map", "join")]
     if opaque and (maps or not sums):
         return nothing(steps, "unknown", f"a skip may hide inside {', '.join(opaque)}", "unknown")
-    solved = linear_solve(around.whole(start, stop, found))
+    linear = read_linear(around, found, links, steps)
+    if linear is not None:
+        return linear
+    whole = around.whole(start, stop, found)
+    equation = solved_step(whole, around.names)
+    if equation is not None:
+        return _of_equation(equation, steps)
+    solved = linear_solve(whole)
     if solved is not None:
         return _solved(solved, steps)
     if maps:
@@ -121,14 +141,35 @@ def _one_state(around: Surroundings, found: Slots, steps: tuple[int, ...]) -> Id
     return _sums(around, found, links, steps)
 
 
+def _of_equation(solved: SolvedStep, steps: tuple[int, ...]) -> Identification:
+    """An implicit step whose equation is solved by iteration."""
+    known = {"backward_euler", "trapezoid", "implicit_midpoint"}
+    declared = "h: the number that multiplies the field" if solved.h != 1 else "h = 1: only h f can be seen"
+    why = f"the equation is solved inside the step: {solved.left:.2g} of the last iterate is left in the result"
+    if solved.name.startswith("linearly"):
+        why = "one linear system, 1 - h J with the Jacobian of the field at the old state, and its solution is added"
+    return Identification(
+        name=solved.name,
+        method=named(solved.name) if solved.name in known else None,
+        skip=None,
+        step_size=solved.h,
+        convention=declared,
+        evidence="measured",
+        residual=solved.left,
+        steps=steps,
+        notes=(why,),
+        system="x' = f(x)",
+    )
+
+
 def _solved(solved: LinearSolve, steps: tuple[int, ...]) -> Identification:
     """A step that solves a linear system for its result."""
     if not solved.of_the_state:
-        why = "a linear system is solved for the result, with more than the old state on its other side"
-        return nothing(steps, "semi-implicit (linear solve)", why, "proven", system="M x' = x + h f(x)")
+        why = "a linear system is solved on the way to the result; what method that makes was not found"
+        return nothing(steps, "semi-implicit (linear solve)", why, "unknown")
     many = f"{solved.count} steps of " if solved.count > 1 else ""
     system = "x' = f(x), f = (1 - M) x, M the matrix that is solved"
-    record = _record(
+    record = record_of(
         Name(f"{many}backward_euler", system, 1.0, "h = 1: M = 1 - h J"), None, steps, skip=None, residual=0.0
     )
     return replace(record, method=None if many else named("backward_euler"))
@@ -168,6 +209,9 @@ def _without_skip(around: Surroundings, found: Slots, links: Sequence[Link], ste
     retracted = retraction(links, steps)
     if retracted is not None:
         return retracted
+    mixing = mixed_by_itself(whole)
+    if mixing is not None:
+        return _self_mixed(mixing, steps)
     notes = []
     if any(link.kind == "sum" for link in links):
         notes.append("a residual lies inside, but no skip leads around the whole step")
@@ -188,9 +232,9 @@ def _without_skip(around: Surroundings, found: Slots, links: Sequence[Link], ste
     table = None if _depends(form) else blocks(form, found.contexts)
     if table is not None and len(table.rows) > 1 and not notes:
         named = name_one_state(table)
-        return _record(named, table, steps, skip=0.0, residual=0.0, notes=tuple(notes))
+        return record_of(named, table, steps, skip=0.0, residual=0.0, notes=tuple(notes))
     name = Name("plain", "none: a map without a skip", 1.0, "h = 1: the map itself")
-    record = _record(name, None, steps, skip=0.0, residual=0.0, notes=tuple(notes))
+    record = record_of(name, None, steps, skip=0.0, residual=0.0, notes=tuple(notes))
     if not any(link.kind == "sum" for link in links) or not reaches_linearly(whole):
         return record
     why = "the old state reaches the new one by a linear map too, x' = P x + f(x), but P is no multiple of the identity"
@@ -209,14 +253,22 @@ def _of_streams(streams: Streams, steps: tuple[int, ...]) -> Identification:
     why = f"the skip mixes {n} streams along axis {streams.axis} by a matrix, the V of a general linear method"
     one = "h = 1: only the product h f can be seen"
     named = Name(f"general linear method of {n} streams", "x' = f(x), a history of states as streams", 1.0, one)
-    record = _record(named, None, steps, skip=None, residual=streams.residual, notes=(why,))
+    record = record_of(named, None, steps, skip=None, residual=streams.residual, notes=(why,))
     return replace(record, method=streams.method, evidence="measured")
+
+
+def _self_mixed(mixing: Mixing, steps: tuple[int, ...]) -> Identification:
+    """A state that is multiplied by a matrix made of it."""
+    sizes = " and ".join(" by ".join(map(str, size)) for size in mixing.sizes) or "spelled as a product and a sum"
+    kind = f", {mixing.stochastic} at this input" if mixing.stochastic else ""
+    why = f"the state is multiplied by a matrix that depends on it ({sizes}{kind}): no single a describes the skip"
+    return nothing(steps, "skip by a matrix of the state", why, "measured", system="x' = M(x) x + f(x)")
 
 
 def _measured(hidden: HiddenSkip, steps: tuple[int, ...]) -> Identification:
     """A skip that was measured: all else is one field."""
     table = Blocks.single(hidden.value)
-    record = _record(name_one_state(table), table, steps, skip=hidden.value, residual=hidden.residual)
+    record = record_of(name_one_state(table), table, steps, skip=hidden.value, residual=hidden.residual)
     why = f"the skip was measured: it passes {', '.join(dict.fromkeys(hidden.operations))}"
     return replace(record, evidence="measured", notes=(why, "all else is taken as one field"))
 
@@ -225,12 +277,12 @@ def _without_sum(around: Surroundings, found: Slots, links: Sequence[Link], step
     weightless = [n for link in links if link.kind == "weightless" for n in link.operations]
     if weightless:
         name = Name("plain", "none: a map without a skip", 1.0, "h = 1: the map itself")
-        return _record(name, None, steps, skip=0.0, residual=0.0)
+        return record_of(name, None, steps, skip=0.0, residual=0.0)
     total = _total(around, found, steps)
     if total is None or total.kind in ("moved", "mixed", "part"):
         return nothing(steps, "not a step", "the state's entries are moved, and nothing is added", "measured")
     name = name_one_state(Blocks.without_field(total.value if total.kind == "scalar" else 1.0))
-    return replace(_record(name, None, steps, skip=total.value, residual=total.residual), method=None)
+    return replace(record_of(name, None, steps, skip=total.value, residual=total.residual), method=None)
 
 
 def _total(
@@ -244,6 +296,18 @@ def _total(
 
 
 def _sums(around: Surroundings, found: Slots, links: Sequence[Link], steps: tuple[int, ...]) -> Identification:
+    """A chain of sums; where it is no known method, that of fields which end later than where they stop to bend."""
+    record = _read_sums(around, found, links, steps)
+    if not record.name.startswith("unnamed"):
+        return record
+    for other, why in chains_of_other_fields(around, found, links, steps):
+        better = _read_sums(around, found, other, steps)
+        if not better.name.startswith("unnamed") and better.shared_weights:
+            return replace(better, notes=(*why, *better.notes))
+    return record
+
+
+def _read_sums(around: Surroundings, found: Slots, links: Sequence[Link], steps: tuple[int, ...]) -> Identification:
     """A chain of sums, with norms or activations after them."""
     sums = [link.form for link in links if link.kind == "sum"]
     first = next(i for i, link in enumerate(links) if link.kind == "sum")
@@ -274,14 +338,17 @@ def _sums(around: Surroundings, found: Slots, links: Sequence[Link], steps: tupl
     skips = [form.forms[0][form.sources[0]] for form in sums if form.sources[0] in form.forms[0]]
     kinds = {c.kind for c in skips} if total is None else {total.kind}
     residual = total.residual if total is not None else max((c.residual for c in skips), default=0.0)
-    record = _record(named, table, steps, skip=float(table.V[0, 0]), residual=residual, after=after)
+    record = record_of(named, table, steps, skip=float(table.V[0, 0]), residual=residual, after=after)
     record = replace(
         record,
         evidence="proven" if kinds <= {"scalar"} and named.is_known and not any(map(_depends, sums)) else "measured",
         notes=(*_linear_part(relaxed), *_notes(around, sums, table), *record.notes),
         checks=_checks(sums, table) if around.checks else (),
     )
-    record = with_projection(record, norms_after(links), len(sums), rectified=all(map(rectifies, behind)))
+    threshold = soft_threshold(around.flow, steps[-1] + 1, links[-1]) if behind else None
+    record = with_projection(
+        record, norms_after(links), len(sums), rectified=all(map(rectifies, behind)), threshold=threshold
+    )
     record = with_gates(record, kinds, sums)
     if "gate" in kinds and is_affine_coupling(
         around.flow, start := steps[0], steps[-1] + 1, around.whole(start, steps[-1] + 1, found)
@@ -303,7 +370,8 @@ def _as_diffusion(name: Name, sums: Sequence[NormalForm], table: Blocks) -> Name
 
 def _last_sum(parts: Sequence[Link], tables: Sequence[Blocks]) -> Blocks:
     """The tableau of the last addition, with the scalings before it; one with norms around it has its own step size."""
-    last = max(i for i, part in enumerate(parts) if part.kind == "sum")
+    added = [i for i, part in enumerate(parts) if part.kind == "sum"]
+    last = max([i for i in added if tables[i].rows] or added)  # what does not depend on the state is no branch
     first = max((i + 1 for i, part in enumerate(parts[:last]) if part.kind == "sum"), default=0)
     table, *others = tables[first : last + 1]
     for other in others:
@@ -333,38 +401,6 @@ def _linear_part(relaxed: tuple[Blocks, float] | None) -> tuple[str, ...]:
     return (f"the field is f(x) = g(x) - {relaxed[1]:.4g} x: its linear part was told from the inputs of the stages",)
 
 
-def _record(
-    named: Name,
-    table: Blocks | None,
-    steps: tuple[int, ...],
-    *,
-    skip: float | None,
-    residual: float | None,
-    after: tuple[str, ...] = (),
-    notes: tuple[str, ...] = (),
-) -> Identification:
-    method: LinearStability = GeneralLinearMethod([[0]], [[1]], [[1]], [[0]], name="plain")
-    if table is not None:
-        method = table.method(named.unit)
-        method.name = named.name
-    shared = table.shared if table is not None and len({id(s) for s in table.rows}) > 1 else None
-    return Identification(
-        name=named.name,
-        method=method,
-        skip=skip,
-        step_size=named.h,
-        convention=named.convention,
-        evidence="proven",
-        residual=residual,
-        steps=steps,
-        after=after,
-        notes=notes,
-        system=named.system,
-        shared_weights=shared,
-        recorded=() if table is None else table.recorded_with(named.unit),
-    )
-
-
 def _notes(around: Surroundings, sums: Sequence[NormalForm], table: Blocks) -> tuple[str, ...]:
     notes = []
     count = len(sums)
@@ -379,6 +415,8 @@ def _notes(around: Surroundings, sums: Sequence[NormalForm], table: Blocks) -> t
             notes.append(f"every channel has a step of its own (LayerScale), {c.low:.3g} to {c.high:.3g}")
         if c.kind == "part":
             notes.append("the branch is added to some entries only")
+        if c.kind == "scalar" and c.value < 0 and len(coefficients) == 1:
+            notes.append("the branch is subtracted: f is minus what the code calls so")
         if c.kind == "dropout":
             notes.append("dropout after the branch counts as part of it")
         if c.kind == "scalar" and c.value == 0.0 and len(coefficients) == 1:

@@ -2,13 +2,57 @@
 
 from __future__ import annotations
 
+import textwrap
 from dataclasses import dataclass, field
 from typing import Any
 
 from stabkit.identification.confirmation import Check
+from stabkit.identification.naming import NO_STEP, Name
 from stabkit.identification.recorded_fields import RecordedField
-from stabkit.integrators import LinearStability
+from stabkit.identification.tableau import Blocks
+from stabkit.integrators import GeneralLinearMethod, LinearStability
 from stabkit.results import Result
+
+_NOTE = 90  # letters of the first note that a line shows
+
+
+@dataclass(frozen=True)
+class Recurrence(Result):
+    """The method of a recurrence over time inside a step of depth: a scan written as a loop, a cell written by hand.
+
+    Attributes:
+        name: ``"zero-order hold (exponential, mean |a| = 0.27)"``, ``"gated Euler (mean a = 0.48)"``, ...
+        system: the continuous system in time, in words.
+        evidence: ``"proven"`` (for every input), ``"measured"`` or ``"unknown"``.
+        residual: relative deviation in the numerical test behind the name; None where there is none.
+        module_path: the module in which it runs.
+        n_steps: how many steps over time were recorded alike.
+        low: smallest modulus of an eigenvalue of a time step that is linear in its state; None for others.
+        high: the largest.
+        method: the general linear method; None where none was read, as for the exponential.
+        notes: what else was seen.
+    """
+
+    name: str
+    system: str
+    evidence: str
+    residual: float | None
+    module_path: str
+    n_steps: int
+    low: float | None = None
+    high: float | None = None
+    method: LinearStability | None = None
+    notes: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        """One line: where, how long, the method, and how sure."""
+        where = f" of {self.module_path}" if self.module_path else ""
+        residual = "" if self.residual is None else f", residual {self.residual:.1g}"
+        told = "".join(f"; {note}" for note in self.notes)
+        return f"over time, {self.n_steps} steps{where}: {self.name}, {self.evidence}{residual}; {self.system}{told}"
+
+    def _contents(self) -> dict[str, Any]:
+        return {name: value for name, value in super()._contents().items() if name != "method"}
 
 
 @dataclass(frozen=True)
@@ -31,6 +75,7 @@ class Identification(Result):
         system: the continuous system that the method integrates, in words.
         shared_weights: whether stages of one step evaluate the same field with the same weights; None for one stage.
         checks: numerical confirmations.
+        over_time: recurrences over time inside these steps, each with the method of its own steps.
         recorded: where h times the field of every stage was evaluated; None where that cannot be told, and empty where
             no stages were read.
     """
@@ -48,10 +93,11 @@ class Identification(Result):
     system: str = ""
     shared_weights: bool | None = None
     checks: tuple[Check, ...] = ()
+    over_time: tuple[Recurrence, ...] = ()
     recorded: tuple[RecordedField | None, ...] = field(default=(), repr=False, compare=False)
 
     def __str__(self) -> str:
-        """One line: which steps, the method, its step size and convention, how sure, and what it integrates."""
+        """One line: which steps, the method, its step size and convention, how sure, what it integrates, a note."""
         first, last = self.steps[0], self.steps[-1]
         parts = [f"step {first}" if first == last else f"steps {first} to {last}", self.name]
         if self.step_size is not None:
@@ -59,10 +105,51 @@ class Identification(Result):
         residual = "" if self.residual is None else f", residual {self.residual:.1g}"
         parts.append(f"{self.evidence}{residual}")
         system = "" if self.system.startswith("none") or not self.system else f"; {self.system}"
-        return f"{parts[0]}: {', '.join(parts[1:])}{system}"
+        note = f"; {textwrap.shorten(self.notes[0], _NOTE, placeholder=' ...')}" if self.notes else ""
+        return f"{parts[0]}: {', '.join(parts[1:])}{system}{note}"
 
     def _contents(self) -> dict[str, Any]:
         blocks = ("A", "U", "B", "V")
         tableau = {name: getattr(self.method, name) for name in blocks if hasattr(self.method, name)}
         named = {name: value for name, value in super()._contents().items() if name not in ("method", "recorded")}
         return {**named, "tableau": tableau or None}
+
+
+def nothing(
+    steps: tuple[int, ...], name: str, why: str, evidence: str, *, after: tuple[str, ...] = (), system: str = "none"
+) -> Identification:
+    """The record of steps in which no method was read."""
+    return Identification(name, None, None, None, "none", evidence, None, steps, after, (why,), system)
+
+
+def record_of(
+    named: Name,
+    table: Blocks | None,
+    steps: tuple[int, ...],
+    *,
+    skip: float | None,
+    residual: float | None,
+    after: tuple[str, ...] = (),
+    notes: tuple[str, ...] = (),
+) -> Identification:
+    """The record of a name, with the tableau that it is the name of; proven, unless the reader says otherwise."""
+    method: LinearStability = GeneralLinearMethod([[0]], [[1]], [[1]], [[0]], name="plain")
+    if table is not None:
+        method = table.method(named.unit)
+        method.name = named.name
+    shared = table.shared if table is not None and len({id(s) for s in table.rows}) > 1 else None
+    return Identification(
+        name=named.name,
+        method=method,
+        skip=skip,
+        step_size=None if named.convention == NO_STEP else named.h,
+        convention=named.convention,
+        evidence="proven",
+        residual=residual,
+        steps=steps,
+        after=after,
+        notes=notes,
+        system=named.system,
+        shared_weights=shared,
+        recorded=() if table is None else table.recorded_with(named.unit),
+    )

@@ -11,6 +11,7 @@ from torch.autograd.graph import Node
 from stabkit.identification.operations import JOINS
 from stabkit.tracing import Flow
 from stabkit.tracing.graph import Graph
+from stabkit.tracing.loops import Loop
 from stabkit.tracing.node_derivatives import apply_node
 from stabkit.tracing.values import Value, meta_of, operation
 from stabkit.vocabulary import moves
@@ -35,17 +36,22 @@ class Slots:
     split: bool
 
 
-def slots(flow: Flow, start: int, stop: int) -> Slots:
+def slots(flow: Flow, start: int, stop: int, loops: Sequence[Loop] = ()) -> Slots:
     """The states of the method that leads from ``states[start]`` to ``states[stop]``.
 
     Values that only wait for the output (the hidden states that a recurrent network returns) are none. A value that
     passes unchanged while a younger one is replaced is a context, unless values take turns in its place: these are the
-    history of a multistep method. What was a context before stays one where the method ends.
+    history of a multistep method. What was a context before stays one where the method ends. Of rounds of a loop the
+    states are known: what is alive beside them is a context.
     """
     graph = flow.recorded.graph
     before, after = flow.states[start], flow.states[stop]
     nodes = graph.nodes[before.position : after.position]
     used = {v for node in nodes for v in graph.inputs[node]}
+    rounds = next(filter(None, (loop.states_at(before.position, after.position) for loop in loops)), None)
+    if rounds is not None:
+        old, new = [v for v in rounds[0] if v in before.values], [v for v in rounds[1] if v in after.values]
+        return _arranged(graph, nodes, old, new, tuple(v for v in before.values if v in used and v not in old))
     if stop < len(flow.steps):
         end = flow.states[stop + 1].position
         last = {v.node for v in flow.states[-1].values if operation(v.node) in JOINS}  # it collects what was returned
@@ -57,13 +63,20 @@ def slots(flow: Flow, start: int, stop: int) -> Slots:
     old = [v for v in before.values if v in used]
     fed = _read_ahead(flow, nodes, old, new)
     old, new = [v for v in old if v not in fed], [v for v in new if v not in fed]
-    contexts = tuple(_contexts(flow, start, old, new))
-    sources = sorted((v for v in old if v not in contexts), key=lambda v: (_born(graph, v), v.output))
-    targets = sorted((v for v in new if v not in contexts), key=lambda v: (_born(graph, v), v.output))
+    contexts = _contexts(flow, start, old, new)
+    old, new = [v for v in old if v not in contexts], [v for v in new if v not in contexts]
+    return _arranged(graph, nodes, old, new, (*contexts, *(v for v in fed if v in before.values)))
+
+
+def _arranged(
+    graph: Graph, nodes: Sequence[Node], old: list[Value], new: list[Value], contexts: tuple[Value, ...]
+) -> Slots:
+    """States in the order in which they were made, or the parts of them."""
+    sources, targets = (sorted(values, key=lambda v: (_born(graph, v), v.output)) for values in (old, new))
     parted = _parted(graph, nodes, sources, targets)
     if parted is not None:
-        return Slots(*parted, (*contexts, *(v for v in fed if v in before.values)), True)
-    return Slots(tuple(sources), tuple(targets), (*contexts, *(v for v in fed if v in before.values)), False)
+        return Slots(*parted, contexts, True)
+    return Slots(tuple(sources), tuple(targets), contexts, False)
 
 
 def _contexts(flow: Flow, start: int, old: list[Value], new: list[Value]) -> list[Value]:

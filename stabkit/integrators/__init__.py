@@ -10,6 +10,7 @@ Example:
 """
 
 from stabkit.integrators.catalogue import UnknownMethodError, entries, entry, named, names, near_names
+from stabkit.integrators.catalogue_entry import Entry
 from stabkit.integrators.chebyshev import rkc1, rkc2
 from stabkit.integrators.construction import (
     from_additive_butcher,
@@ -19,7 +20,6 @@ from stabkit.integrators.construction import (
     from_shu_osher,
     from_stability_function,
 )
-from stabkit.integrators.entries import Entry
 from stabkit.integrators.general_linear import GeneralLinearMethod
 from stabkit.integrators.implicit_runge_kutta import collocation_family, theta
 from stabkit.integrators.linear_stability import LinearStability

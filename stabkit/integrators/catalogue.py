@@ -17,7 +17,7 @@ from stabkit.integrators import (
     networks,
     splitting,
 )
-from stabkit.integrators.entries import Entry
+from stabkit.integrators.catalogue_entry import Entry
 from stabkit.integrators.linear_stability import LinearStability
 
 _CALL = re.compile(r"^(?P<name>[^()]+?)\s*(?:\((?P<arguments>.*)\))?$")

@@ -10,10 +10,10 @@ from fractions import Fraction
 from typing import Any
 
 from stabkit.errors import ArgumentError
+from stabkit.integrators.catalogue_entry import Entry
 from stabkit.integrators.construction import from_butcher
-from stabkit.integrators.entries import Entry
 from stabkit.integrators.general_linear import GeneralLinearMethod
-from stabkit.integrators.tableau_entries import to_fraction
+from stabkit.integrators.tableau_checks import to_fraction
 
 _SOURCE_1 = "P. J. van der Houwen, B. P. Sommeijer, ZAMM 60 (1980) 479-485; Hairer and Wanner II, IV.2"
 _SOURCE_2 = "B. P. Sommeijer, L. F. Shampine, J. G. Verwer, J. Comput. Appl. Math. 88 (1998) 315-326; Verwer 1996"

@@ -9,7 +9,7 @@ from typing import Any
 from stabkit.errors import ArgumentError
 from stabkit.integrators.general_linear import GeneralLinearMethod, Tableau, from_tableau
 from stabkit.integrators.rational_matrices import Matrix, identity, matmul, solve
-from stabkit.integrators.tableau_entries import entries_are_exact, to_fraction
+from stabkit.integrators.tableau_checks import entries_are_exact, to_fraction
 
 _ZERO, _ONE = Fraction(0), Fraction(1)
 

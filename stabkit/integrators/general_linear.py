@@ -26,7 +26,7 @@ from stabkit.integrators.linear_stability import POINT_TOLERANCE, LinearStabilit
 from stabkit.integrators.rational_matrices import Matrix, matmul
 from stabkit.integrators.spectral_radius import ComplexArray, FloatArray, disc_test, root_radius, spectral_radius
 from stabkit.integrators.stability_intervals import Axis, AxisInterval, is_A_stable, wedge_angle
-from stabkit.integrators.tableau_entries import (
+from stabkit.integrators.tableau_checks import (
     as_floats,
     block_shapes,
     check_fields,

@@ -16,11 +16,11 @@ import numpy as np
 from numpy.polynomial import Legendre
 
 from stabkit.errors import ArgumentError
+from stabkit.integrators.catalogue_entry import Entry
 from stabkit.integrators.construction import from_butcher
-from stabkit.integrators.entries import Entry
 from stabkit.integrators.general_linear import GeneralLinearMethod
 from stabkit.integrators.rational_matrices import solve
-from stabkit.integrators.tableau_entries import to_fraction
+from stabkit.integrators.tableau_checks import to_fraction
 
 _IV5 = "Hairer and Wanner II, 2nd ed. 1996, IV.5"
 _ALEXANDER = "R. Alexander, SIAM J. Numer. Anal. 14 (1977) 1006-1021"

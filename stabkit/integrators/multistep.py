@@ -11,8 +11,8 @@ from functools import partial
 
 from stabkit.errors import ArgumentError
 from stabkit.integrators import rational_polynomials as poly
+from stabkit.integrators.catalogue_entry import Entry
 from stabkit.integrators.construction import from_multistep
-from stabkit.integrators.entries import Entry
 from stabkit.integrators.general_linear import GeneralLinearMethod
 
 _III1 = "Hairer, Norsett and Wanner I, 2nd ed. 1993, III.1"

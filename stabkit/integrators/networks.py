@@ -9,11 +9,11 @@ from typing import Any, Literal
 import numpy as np
 
 from stabkit.errors import ArgumentError
+from stabkit.integrators.catalogue_entry import Entry
 from stabkit.integrators.construction import from_butcher, from_stability_function
-from stabkit.integrators.entries import Entry
 from stabkit.integrators.general_linear import GeneralLinearMethod
 from stabkit.integrators.stability_function import MeanSquareMethod, StabilityFunction
-from stabkit.integrators.tableau_entries import to_fraction
+from stabkit.integrators.tableau_checks import to_fraction
 
 _YANG = "Y. Yang, J. Liu, L. Bao, Z. Shi, Interpolation between Residual and Non-Residual Networks, ICML 2020"
 _FAMILY = "networks"

@@ -18,7 +18,7 @@ from stabkit.integrators.construction import from_stability_function
 from stabkit.integrators.general_linear import GeneralLinearMethod, Tableau, from_tableau
 from stabkit.integrators.rational_matrices import Matrix, solve
 from stabkit.integrators.rational_polynomials import evaluate, trimmed
-from stabkit.integrators.tableau_entries import to_fraction
+from stabkit.integrators.tableau_checks import to_fraction
 
 Step = Callable[[Any, Any], Any]
 

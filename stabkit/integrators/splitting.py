@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from stabkit.integrators.catalogue_entry import Entry
 from stabkit.integrators.construction import from_additive_butcher, from_butcher, from_partitioned_butcher
-from stabkit.integrators.entries import Entry
 from stabkit.integrators.general_linear import GeneralLinearMethod
 from stabkit.integrators.stability_function import StabilityFunction
 

@@ -18,6 +18,20 @@ _CHEAPER = {"LM eigenvalues": 768, "LM singular values": 512, "SM singular value
 _RESCUE = {"eigenvalues": 2048, "singular values": 4096}
 _ITERATED_PART = 6  # more than this part of all values is found sooner by LAPACK
 _LARGEST_DENSE = 20_000
+# In a report, where every step's spectrum is wanted:
+DENSE_SIZE = 512  # up to here all eigenvalues are cheaper than a dozen by Krylov, and say more
+LARGEST_DENSE = 8192  # beyond, a matrix and its factors no longer fit beside a model, and take hours
+_WORK = 5_000_000  # numbers that all products of one Krylov spectrum may pass, a bound on its time
+
+
+def krylov_products(size: int) -> int:
+    """How many products a Krylov spectrum may spend: fewer on larger steps, where each costs more.
+
+    Example:
+        >>> krylov_products(2048), krylov_products(100_000)
+        (400, 60)
+    """
+    return min(400, max(60, _WORK // size))
 
 
 @dataclass(frozen=True)

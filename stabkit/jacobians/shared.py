@@ -10,20 +10,7 @@ from stabkit.jacobians.spectra import eigenvalues
 from stabkit.jacobians.spectrum import Spectrum
 from stabkit.operators.jacobian import Jacobian
 
-DENSE_SIZE = 512  # up to here all eigenvalues are cheaper than a dozen by Krylov, and say more
-LARGEST_DENSE = 8192  # beyond, a matrix and its factors no longer fit beside a model, and take hours
 _KEPT_BYTES = 2**29  # of matrices; the oldest are forgotten, and made again if they are wanted again
-_WORK = 5_000_000  # numbers that all products of one Krylov spectrum may pass, a bound on its time
-
-
-def krylov_products(size: int) -> int:
-    """How many products a Krylov spectrum may spend: fewer on larger steps, where each costs more.
-
-    Example:
-        >>> krylov_products(2048), krylov_products(100_000)
-        (400, 60)
-    """
-    return min(400, max(60, _WORK // size))
 
 
 class SharedSpectra:

@@ -26,12 +26,12 @@ from stabkit.monitor.clipping import Clipped, clip
 from stabkit.monitor.collection import AFTER, SCALE, TRAINED, Collector, Sums, finish
 from stabkit.monitor.inputs import RecordedInputs
 from stabkit.monitor.measurement import Hooks, StepNorms
+from stabkit.monitor.no_gradient import Silence
 from stabkit.monitor.parameters import Parameters
 from stabkit.monitor.probes import Probe
 from stabkit.monitor.ranks import TrainingRanks
 from stabkit.monitor.record import Record
 from stabkit.monitor.rules import AlertRules
-from stabkit.monitor.silence import Silence
 from stabkit.monitor.updates import UpdateSampler
 from stabkit.monitor.writers import Writer, open_writers
 from stabkit.tracing.safekeeping import unwrap

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from stabkit.operators.compression import RowGroups, compressed, count_entries, row_groups, slabs
-from stabkit.operators.dense import SMALLEST, WORTHWHILE, cheaper_by_rows, products_at_once, with_entries
+from stabkit.operators.dense import SMALLEST, WORTHWHILE, cheaper_by_rows, with_entries
 from stabkit.operators.linear_map import LinearMap
 from stabkit.operators.memory import budget, keep_workspace, zeros
+from stabkit.operators.products_at_once import products_at_once
 from stabkit.operators.sparsity import Pattern, find_pattern, full_pattern
 from stabkit.operators.verification import disagreement
 

@@ -4,6 +4,6 @@ from __future__ import annotations
 
 from stabkit.planning.budgeting import Plan, plan
 from stabkit.planning.machine import Machine, calibrate
-from stabkit.planning.price import SPECTRA, Price, Settings
+from stabkit.planning.predicted_cost import SPECTRA, Price, Settings
 
 __all__ = ["SPECTRA", "Machine", "Plan", "Price", "Settings", "calibrate", "plan"]

@@ -10,8 +10,8 @@ from typing import Any
 from stabkit.errors import TraceError
 from stabkit.planning import sizes
 from stabkit.planning.machine import Machine, calibrate
-from stabkit.planning.price import SPECTRA, Costs, Price, Settings
-from stabkit.planning.trial import Trial, device_of, run_trial, weight_bytes
+from stabkit.planning.measured_run import Trial, device_of, run_trial, weight_bytes
+from stabkit.planning.predicted_cost import SPECTRA, Costs, Price, Settings
 from stabkit.results import Result
 from stabkit.tracing.call import Call
 from stabkit.tracing.depth import Depth

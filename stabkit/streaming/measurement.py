@@ -11,9 +11,9 @@ from torch import Tensor
 
 from stabkit.identification import identify
 from stabkit.jacobians import Jacobian, singular_values
-from stabkit.streaming.meta_model import StreamedWeights
 from stabkit.streaming.profile import Method
 from stabkit.streaming.stack import Block
+from stabkit.streaming.weights import StreamedWeights
 from stabkit.tracing import Flow, trace
 from stabkit.walk import balanced, probe_seeds, random_columns, wide
 

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from stabkit.errors import TraceError
-from stabkit.streaming.meta_model import StreamedWeights
-from stabkit.streaming.store import Store, key_of
+from stabkit.streaming.result_cache import Store, key_of
+from stabkit.streaming.weights import StreamedWeights
 
 Progress = Callable[[int, int, str], None]
 

@@ -16,10 +16,11 @@ from stabkit.distributed import Ranks, current, fingerprint
 from stabkit.errors import TraceError
 from stabkit.parallel import runs
 from stabkit.streaming.measurement import BlockSettings, as_method, measure_block
-from stabkit.streaming.meta_model import StreamedWeights, WeightFiles, skeleton, without_weights
+from stabkit.streaming.meta_model import skeleton, without_weights
 from stabkit.streaming.profile import StreamedProfile
+from stabkit.streaming.result_cache import Store, key_of
 from stabkit.streaming.stack import Block, Progress, run_forward, stack_of
-from stabkit.streaming.store import Store, key_of
+from stabkit.streaming.weights import StreamedWeights, WeightFiles
 from stabkit.tracing.containers import map_tensors, named_tensors
 
 _GARBAGE = 2**26  # bytes of weights dropped before memory is swept, which takes a quarter of a second

@@ -21,6 +21,7 @@ from torch import nn
 from stabkit.errors import TraceError
 from stabkit.tracing.frontiers import Frontiers
 from stabkit.tracing.intervals import Interval, Intervals
+from stabkit.tracing.rounds import around_rounds
 from stabkit.tracing.values import operation
 
 Depth = str | Sequence[str] | Callable[[str, nn.Module], bool]
@@ -67,8 +68,10 @@ def choose(intervals: Intervals, frontiers: Frontiers, depth: Depth = "auto") ->
         TraceError: ``depth`` is none of these, or picks no module that the graph passes through.
     """
     if depth == "auto":
-        pieces = _by_modules(intervals)
-        if len(pieces) <= 2 and intervals.end >= 8:
+        units = [unit for root in intervals.children(None) for unit in _Units(intervals).of(root) or [root]]
+        pieces = _by_modules(intervals, frontiers, units)
+        # the stages of a solver's only step are no layers, however few steps that leaves
+        if len(pieces) <= 2 and intervals.end >= 8 and len({unit.path for unit in units}) == len(units):
             by_operations = _by_operations(intervals, frontiers)
             if len(by_operations) > len(pieces) + 1:
                 return by_operations
@@ -191,10 +194,7 @@ def _shape(intervals: Intervals, start: int, stop: int) -> str:
 # ---------------------------------------------------------------- from the modules
 
 
-def _by_modules(intervals: Intervals) -> list[Piece]:
-    units: list[Interval] = []
-    for root in intervals.children(None):
-        units.extend(_Units(intervals).of(root) or [root])
+def _by_modules(intervals: Intervals, frontiers: Frontiers, units: Sequence[Interval]) -> list[Piece]:
     gaps = _gaps(intervals, units)
     boundaries = {0, intervals.end, *(gap.position for gap in gaps if gap.width == 1)}
     first = _narrowest(intervals, 0, units[0].start) if units else 0
@@ -202,13 +202,20 @@ def _by_modules(intervals: Intervals) -> list[Piece]:
     # what the model does outside any module before the first unit and after the last is no part of these
     boundaries.update(position for position in (first, last) if intervals.width[position] == 1)
     boundaries.update(gap.position for gap in gaps if _passed_by(intervals, gap))
+    boundaries = around_rounds(intervals, frontiers, units, boundaries)
     positions = [gap.position for gap in gaps]
     for start, stop in itertools.pairwise(sorted(boundaries)):
         inside = gaps[bisect.bisect_right(positions, start) : bisect.bisect_left(positions, stop)]
         # no narrow boundary over most of the graph: a ladder of states that are tuples
-        if len(inside) >= 4 and stop - start > 0.5 * intervals.end:
+        if len(inside) >= 4 and stop - start > 0.5 * intervals.end and not _are_stages(inside):
             boundaries.update(gap.position for gap in inside)
     return _glued(intervals, _between(intervals, units, sorted(boundaries)))
+
+
+def _are_stages(gaps: Sequence[_Gap]) -> bool:
+    """Whether gaps lie between calls that recur without being rounds of a loop, and more is alive in some of them."""
+    units = [gaps[0].before, *(gap.after for gap in gaps)]
+    return len({unit.path for unit in units}) < len(units) and len({gap.width for gap in gaps}) > 1
 
 
 def _passed_by(intervals: Intervals, gap: _Gap) -> bool:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import Node
 
 from stabkit.errors import TraceError
 from stabkit.tracing.containers import map_tensors, named_tensors
@@ -17,6 +18,8 @@ from stabkit.tracing.recording import Ending
 from stabkit.tracing.values import Value, meta_of, value_of
 
 _MOST = 0.5  # share of the longest way from which an input passes most of the model
+_EMBEDDING = 0.25  # share of its operations that embed a condition, at most
+_AGAIN = 2  # times as often as the main input a condition is let in, at least
 _CONDITIONS = 8  # times as large as an input that conditions it an input is, at least
 
 Target = Callable[[Any], Tensor] | str | Sequence[str] | None
@@ -112,7 +115,8 @@ def find_source(sources: Sequence[Source], targets: Sequence[Value], wanted: str
     """The source with the longest way to the targets; among equals the larger, then the earlier.
 
     A time, a label or another input that conditions what is made of a much larger one may well have the longest way,
-    by the few operations that embed it; depth is counted from the larger.
+    by the few operations that embed it; depth is counted from the larger, and from the one that enters once where
+    another is let in at every block.
     """
     if wanted is not None:
         sources = [s for s in sources if s.name == wanted] or _unknown_source(sources, wanted)
@@ -133,10 +137,28 @@ def find_source(sources: Sequence[Source], targets: Sequence[Value], wanted: str
     if longest == 0:
         raise TraceError("the output is the input itself: there is no step between them")
     through = [pair for pair in direct if len(pair[0].nodes) >= _MOST * longest]
+    through = [a for a in through if not any(_conditions(a[0], b[0]) for b in through if b is not a)]
     largest = max(_numel(pair) for pair in through)
     main = [pair for pair in through if _numel(pair) * _CONDITIONS >= largest]
     nearly = [pair for pair in main if len(pair[0].nodes) >= 0.9 * max(len(graph.nodes) for graph, _ in main)]
     return max(nearly, key=_numel)
+
+
+def _conditions(graph: Graph, main: Graph) -> bool:
+    """Whether a source is let in again and again along the way of another, which enters once.
+
+    The operations that a source alone leads to are few for a condition, and each of its embeddings enters a block. A
+    sequence that an encoder reads enters every block of a decoder too, but has most of its own operations before.
+    """
+    shared = set(graph.nodes) & set(main.nodes)
+    entries = _entries(graph, shared)
+    own = len(graph.nodes) - len(shared)
+    return own <= _EMBEDDING * len(graph.nodes) and entries >= _AGAIN * max(1, _entries(main, shared))
+
+
+def _entries(graph: Graph, shared: set[Node]) -> int:
+    """How many operations that lie on the way of another source too take something that this one alone leads to."""
+    return sum(any(value.node not in shared for value in graph.inputs[node]) for node in shared)
 
 
 def _numel(pair: tuple[Graph, Source]) -> int:
@@ -152,7 +174,8 @@ def scalar_loss(loss: Any, output: Any) -> Tensor:
     """A loss of the model's output, on the graph.
 
     Raises:
-        TraceError: the loss is no function of the output that returns a differentiable scalar.
+        TraceError: the loss is no function of the output that returns a differentiable scalar; an `UnreachedError`
+            where it carries no gradient, as one that reads an output which is cut off from the input.
     """
     if not callable(loss):
         several = (
@@ -168,7 +191,7 @@ def scalar_loss(loss: Any, output: Any) -> Tensor:
         found = f"shape {tuple(scalar.shape)}" if isinstance(scalar, Tensor) else type(scalar).__name__
         raise TraceError(f"loss returned {found}; expected a scalar, e.g. loss=lambda out: out.square().mean()")
     if not scalar.requires_grad:
-        raise TraceError("the loss does not depend on the model's output; compute it from its argument")
+        raise UnreachedError("the loss does not depend on the model's output; compute it from its argument")
     return scalar
 
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import Node
 from torch.overrides import TorchFunctionMode
 
-from stabkit.tracing.containers import named_tensors
+from stabkit.tracing.containers import map_tensors, named_tensors
 from stabkit.tracing.endpoints import scalar_loss
 from stabkit.tracing.forward_pass import ForwardPass
 from stabkit.tracing.inputs import Source, differentiable, prepare
@@ -38,6 +38,8 @@ class Observer(EagerMode):
         part: ``"model"``, ``"loss"`` or ``"backward"``.
         node: the autograd node that runs, while ``part`` is ``"backward"``.
         recording: the calls of modules so far.
+        within: what switches gradients off for the operations that run now, and the line that called it, where that
+            is no ``torch.no_grad``; empty otherwise.
 
     Args:
         functions: a mode that sees the functions of torch, and is entered and left with this one.
@@ -48,6 +50,7 @@ class Observer(EagerMode):
         self.part = "model"
         self.node: Node | None = None
         self.recording = Recording()
+        self.within = ("", "")
         self._functions: Any = contextlib.nullcontext() if functions is None else functions
 
     def __enter__(self) -> Any:
@@ -78,6 +81,7 @@ class TrainingPass:
         parameters: those that require grad, by path; a tied one by its first.
         gradients: of those parameters that the loss reaches; None for the others.
         inputs: gradients of the float inputs, in their order.
+        without_graph: whether the model or the loss switched gradients off, or took some without ``create_graph``.
     """
 
     calls: list[Call]
@@ -86,10 +90,16 @@ class TrainingPass:
     parameters: dict[str, nn.Parameter] = field(default_factory=dict)
     gradients: dict[str, Tensor | None] = field(default_factory=dict)
     inputs: list[Tensor | None] = field(default_factory=list)
+    without_graph: bool = False
 
 
 def training_pass(
-    call: ForwardPass, loss: Any = None, observer: Observer | None = None, *, differentiate: bool = True
+    call: ForwardPass,
+    loss: Any = None,
+    observer: Observer | None = None,
+    *,
+    differentiate: bool = True,
+    reentrant: bool = True,
 ) -> TrainingPass:
     """One forward pass, the loss of it and its gradients.
 
@@ -98,17 +108,22 @@ def training_pass(
         loss: a callable on the output that returns a scalar; None takes a random combination of all float outputs.
         observer: sees every operation; None runs without one.
         differentiate: False stops at the loss.
+        reentrant: whether reentrant checkpoints pass gradients on as they do, only where some of what goes in asks
+            for them; False lets all through, as those that are not reentrant do.
 
     Raises:
         TraceError: the loss is not a differentiable scalar of the output.
     """
     watching = Observer() if observer is None else observer
     mode = contextlib.nullcontext() if observer is None else observer
-    with torch.inference_mode(False), unchanged(call.module) as safe, transparent(call.through_no_grad):
+    checkpoint = _Reentrant(watching) if reentrant and not call.through_no_grad else None
+    with torch.inference_mode(False), unchanged(call.module) as safe, transparent(call.through_no_grad, checkpoint):
         safe.copy_buffers()
         take_whole(call.module)
         torch.manual_seed(call.seed)
         prepared = prepare(call.inputs, call.kwargs)
+        if checkpoint is not None:
+            checkpoint.promoted = _promoted(call, prepared.sources)
         watching.begin(call.module, prepared.sources)
         with torch.enable_grad(), recording_calls(call.module, watching.recording), mode:
             output = call.model(*prepared.args, **prepared.kwargs)
@@ -119,6 +134,7 @@ def training_pass(
         watching.part = "loss"
         with mode:
             done.loss = combination(output, call.seed) if loss is None else _loss(loss, output)
+        done.without_graph = checkpoint is not None and checkpoint.without_graph
         if done.loss is not None and differentiate:
             watching.part = "backward"
             handles = _announced(done.loss, watching) if observer is not None else []
@@ -127,6 +143,55 @@ def training_pass(
             for handle in handles:
                 handle.remove()
     return done
+
+
+REENTRANT = "checkpoint(use_reentrant=True)"
+
+
+class _Reentrant:
+    """Stands in for the reentrant ``CheckpointFunction``.
+
+    It runs its function without gradients and asks for them later, through its own arguments: where none of these
+    requires grad, nothing comes back to the parameters inside. Inputs that require grad in this pass alone, since a
+    flow begins at them, do not count.
+    """
+
+    def __init__(self, observer: Observer) -> None:
+        self.observer = observer
+        self.promoted: frozenset[Node] = frozenset()
+        self.without_graph = False
+        self._asking: set[Node] = set()
+
+    def ask(self, tensor: Tensor) -> None:
+        """The model makes a tensor require grad, which may do so in this pass already."""
+        if tensor.grad_fn is not None:
+            self._asking.add(tensor.grad_fn)
+
+    def apply(self, function: Any, _preserve_rng_state: bool, *args: Any) -> Any:
+        if any(isinstance(given, Tensor) and self._asked_for(given) for given in args):
+            return function(*args)
+        before, self.observer.within = self.observer.within, (REENTRANT, calling_line())
+        try:
+            with torch.no_grad():
+                result = function(*args)
+                return map_tensors(result, lambda t: t.detach() if t.requires_grad else t)
+        finally:
+            self.observer.within = before
+
+    def _asked_for(self, tensor: Tensor) -> bool:
+        if not tensor.requires_grad:
+            return False
+        above = nodes_above(tensor)
+        return any(node in self._asking for node in above) or any(
+            hasattr(node, "variable") and node not in self.promoted for node in above
+        )
+
+
+def _promoted(call: ForwardPass, sources: list[Source]) -> frozenset[Node]:
+    """The leaves of inputs that require no grad where the user trains."""
+    asked = {path for path, t in (*named_tensors(list(call.inputs)), *named_tensors(call.kwargs)) if t.requires_grad}
+    leaves = [source.value.node.next_functions[0][0] for source in sources if source.name not in asked]
+    return frozenset(leaf for leaf in leaves if leaf is not None)
 
 
 def _loss(loss: Any, output: Any) -> Tensor | None:

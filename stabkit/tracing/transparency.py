@@ -81,12 +81,14 @@ def _compiled_code_eager() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _without_checkpointing() -> Iterator[None]:
+def _without_checkpointing(reentrant: Any = None) -> Iterator[None]:
     module = torch.utils.checkpoint
     saved = {name: getattr(module, name) for name in _CHECKPOINT_STAND_INS if hasattr(module, name)}
     try:
         for name in saved:
             setattr(module, name, _CHECKPOINT_STAND_INS[name])
+        if reentrant is not None and "CheckpointFunction" in saved:
+            module.CheckpointFunction = reentrant  # type: ignore[misc]
         yield
     finally:
         for name, original in saved.items():
@@ -106,6 +108,12 @@ def _without_mkldnn() -> Iterator[None]:
 
 #: memory that nobody has written yet
 _UNWRITTEN = frozenset({torch.empty, torch.empty_like, torch.empty_strided, torch.Tensor.new_empty})
+
+
+#: ``x.requires_grad = ...``
+_ASK_GRADIENT = torch.Tensor.requires_grad.__set__  # type: ignore[attr-defined]
+#: how a tensor is made to require grad
+_ASKING = (torch.Tensor.requires_grad_, _ASK_GRADIENT)
 
 
 def _zeroed(tensor: Any) -> Any:
@@ -129,13 +137,15 @@ class EagerMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
 class PlainKernels(TorchFunctionMode):
     """Recurrent kernels take their composite path; ``no_grad`` is looked through when asked.
 
+    A model may ask for a gradient of its input, as those with a frozen front do; the input is on the graph already.
     Memory that a model fills by and by, as a solver does with its stages, begins with zeros: what stands there before
     is part of the states in between, and would be of any size.
     """
 
-    def __init__(self, through_no_grad: bool = False) -> None:
+    def __init__(self, through_no_grad: bool = False, training: Any = None) -> None:
         super().__init__()
         self.through_no_grad = through_no_grad
+        self.training = training
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -143,6 +153,10 @@ class PlainKernels(TorchFunctionMode):
         kwargs = kwargs or {}
         if self.through_no_grad and func is torch._C._set_grad_enabled:
             return None
+        if self.training is not None:
+            self._told(func, args, kwargs)
+        if func == _ASK_GRADIENT and args[1] and args[0].requires_grad:
+            return None  # which torch refuses of what is no leaf, although it has what is asked for
         if func in _UNWRITTEN:
             return _zeroed(func(*args, **kwargs))
         if func in _FUSED_RNN:  # the fused kernels have no double backward
@@ -150,16 +164,32 @@ class PlainKernels(TorchFunctionMode):
                 return func(*args, **kwargs)
         return func(*args, **kwargs)
 
+    def _told(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Tell the stand-in for training what it cannot see by itself."""
+        if func in _ASKING:
+            self.training.ask(args[0])
+        elif func is torch._C._set_grad_enabled:
+            self.training.without_graph |= not args[0]
+        elif func is torch.autograd.grad:
+            self.training.without_graph |= not kwargs.get("create_graph", len(args) > 4 and args[4])
+
 
 @contextlib.contextmanager
-def transparent(through_no_grad: bool = False) -> Iterator[None]:
-    """Run a forward pass eagerly, with gradients, without fusion and without recomputation."""
+def transparent(through_no_grad: bool = False, training: Any = None) -> Iterator[None]:
+    """Run a forward pass eagerly, with gradients, without fusion and without recomputation.
+
+    Args:
+        through_no_grad: ignore ``torch.no_grad``.
+        training: what stands in for the reentrant ``CheckpointFunction``, and is told (``ask``) of the tensors that are
+            made to require grad, and (``without_graph``) that something ran off the graph; None calls the function that
+            is checkpointed, and no more.
+    """
     with contextlib.ExitStack() as stack:
-        stack.enter_context(_without_checkpointing())
+        stack.enter_context(_without_checkpointing(training))
         stack.enter_context(_plain_branches())
         stack.enter_context(_compiled_code_eager())
         stack.enter_context(torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH))
         stack.enter_context(torch.jit.optimized_execution(False))  # type: ignore[attr-defined]
         stack.enter_context(torch.enable_grad())
-        stack.enter_context(PlainKernels(through_no_grad))
+        stack.enter_context(PlainKernels(through_no_grad, training))
         yield

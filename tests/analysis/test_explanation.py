@@ -52,14 +52,16 @@ def test_margin_is_the_distance_of_the_worst_eigenvalue_from_the_disc(report):
 
 def test_independent_layers_follow_the_isotropic_rate():
     report = stabkit.analyze(residual(gain=0.8, depth=24), torch.randn(3, 12, dtype=torch.float64))
-    assert report.explained["predictor"] == "isotropic"
+    assert report.explained["applies"] == "isotropic"
+    assert report.explained["predictor"] == "persistent"
+    assert report.explained["predictor_share"] == pytest.approx(report.explained["isotropic_share"], abs=0.05)
     assert report.explained["isotropic_share"] == pytest.approx(1.0, abs=0.35)
 
 
 def test_all_of_it_survives_a_file_and_reaches_the_page(report, tmp_path):
     again = stabkit.Report.load(report.save(tmp_path / "r.json"))
     assert again.steps[0].attribution == report.steps[0].attribution
-    assert again.explained["predictor"] == "isotropic"
+    assert again.explained["predictor"] == "persistent"
     assert again == report
     assert "data-parts" in report_page(again)
 

@@ -12,6 +12,8 @@ from torch import nn
 import stabkit
 from stabkit import integrators
 from stabkit.attribution.mechanism import (
+    _crossings,
+    _first_crossing,
     disc,
     is_inverted,
     largest_step_factor,
@@ -183,3 +185,20 @@ def json_ready(plain: dict) -> bool:
     import json
 
     return json.loads(json.dumps(plain))["z"][0] == plain["z"][0]
+
+
+def test_many_modes_of_several_fields_are_scanned_at_a_time(monkeypatch):
+    method = integrators.GeneralLinearMethod([[0, 0], [1, 0]], [[1], [1]], [[1, 1]], [[1]], fields=(0, 1))
+    rng = np.random.default_rng(0)
+    z = [rng.normal(-0.5, 1.0, 150) + 1j * rng.normal(0.0, 1.0, 150) for _ in range(2)]
+    points = np.stack(z)
+    one_by_one = [_first_crossing(method, mode[:, None]) for mode in points.T]
+    assert any(s < 1e-9 for s in one_by_one)
+    assert any(0.0 < s < math.inf for s in one_by_one)
+    calls = []
+    amplification = type(method).amplification
+    monkeypatch.setattr(type(method), "amplification", lambda *args: (calls.append(1), amplification(*args))[1])
+    np.testing.assert_allclose(_crossings(method, points), one_by_one, rtol=1e-12)
+    assert len(calls) <= 3 * 61
+    reach = np.minimum(one_by_one, 1e6)
+    assert region_margin(method, *z) == pytest.approx(((reach - 1) * np.linalg.norm(points, axis=0)).min())

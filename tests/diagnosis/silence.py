@@ -64,7 +64,7 @@ _TRANSFORMERS: dict[str, dict[str, Any]] = {
     "LlamaForCausalLM": _SMALL | {"intermediate_size": 688},
     "Gemma2ForCausalLM": _SMALL | {"intermediate_size": 688},
     "Olmo2ForCausalLM": _SMALL | {"intermediate_size": 688},
-    "OPTForCausalLM": _SMALL | {"ffn_dim": 1024},
+    "OPTForCausalLM": _SMALL | {"ffn_dim": 1024, "num_attention_heads": 8},
 }
 #: whole models, in the size in which people use them
 WHOLE = [
@@ -91,6 +91,7 @@ class Row:
     name: str
     mode: str
     verdict: str = ""
+    summary: str = ""
     growth: float = 0.0
     found: tuple[str, ...] = ()
     unsound: tuple[str, ...] = ()
@@ -122,6 +123,7 @@ def told(diagnosis: Diagnosis) -> dict[str, Any]:
     """Verdict and findings, in short."""
     return {
         "verdict": diagnosis.verdict.name,
+        "summary": diagnosis.verdict.summary,
         "growth": diagnosis.verdict.growth,
         "found": tuple(
             f"{f.severity} {f.kind} at {f.module_path!r} {list(f.steps[:3])}: {f.evidence[:300]} | {f.remedy[:160]}"
@@ -167,8 +169,18 @@ def alarms(row: dict[str, Any]) -> list[str]:
     return [text for text in row["found"] if not text.startswith("info")]
 
 
+def unjudged(rows: list[dict[str, Any]]) -> list[str]:
+    """Why verdicts are missing, with how many models of which family."""
+    found: dict[str, Counter[str]] = {}
+    for row in rows:
+        if row["verdict"] == "not judged":
+            why = re.sub(r"^Not judged: |[.]$", "", re.sub(r"\d+", "N", row.get("summary", "")))
+            found.setdefault(why, Counter())[row["name"].split(":")[0]] += 1
+    return [f"not judged: {why}: {dict(counts)}" for why, counts in found.items()]
+
+
 def table(rows: list[dict[str, Any]]) -> str:
-    """Models by mode, silent or not, and the alarms by kind."""
+    """Models by mode, silent or not, the alarms by kind, and why some were not judged."""
     lines = []
     for mode in MODES:
         inside = [r for r in rows if r["mode"] == mode]
@@ -179,7 +191,7 @@ def table(rows: list[dict[str, Any]]) -> str:
             f"{mode:6s} {len(inside)} models, {len(answered)} answered, {silent} silent; "
             f"verdicts {dict(Counter(r['verdict'] for r in answered))}; alarms {dict(kinds) or 'none'}"
         )
-    return "\n".join(lines)
+    return "\n".join([*lines, *unjudged(rows)])
 
 
 def main() -> int:

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint, checkpoint_sequential
 
 import stabkit
 from stabkit.diagnosis import Finding, examine
@@ -130,3 +131,59 @@ def test_experts_that_no_sample_is_sent_to_are_no_fault():
 def test_all_parameters_reached_costs_one_look_and_says_nothing():
     found = lost_gradient(ForwardPass(model := Net(lambda enc, x: enc(x)), model, (inputs(),), {}, 0))
     assert (found.lost, found.cuts, found.unused) == ((), (), ())
+
+
+class Checkpointed(nn.Module):
+    """A stem, blocks under a checkpoint, a head."""
+
+    def __init__(self, stem: nn.Module, how: str) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.stem, self.how, self.head = stem.requires_grad_(False), how, nn.Linear(8, 2)
+        self.blocks = nn.Sequential(*(nn.Sequential(nn.Linear(8, 8), nn.Tanh()) for _ in range(4)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.stem(x)
+        if self.how == "asked for":
+            h.requires_grad_()  # as enable_input_require_grads does
+        if self.how == "sequential":
+            return self.head(checkpoint_sequential(self.blocks, 2, h, use_reentrant=True))
+        for block in self.blocks:
+            h = checkpoint(block, h, use_reentrant=self.how != "plain")
+        return self.head(h)
+
+
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
+@pytest.mark.parametrize("stem", [nn.Linear(6, 8), nn.Linear(6, 8, bias=False).double()])
+@pytest.mark.parametrize("how", ["reentrant", "sequential"])
+def test_a_reentrant_checkpoint_of_what_requires_no_grad_is_seen_although_a_trace_begins_there(stem, how):
+    model = Checkpointed(stem, how).to(next(stem.parameters()).dtype)
+    x = inputs().to(next(stem.parameters()).dtype)
+    model(x).square().mean().backward()
+    inside = len([p for p in model.blocks.parameters() if p.grad is None])  # as it trains
+    assert inside == (4 if how == "sequential" else 8)  # the last segment runs as it is
+    findings = examine(stabkit.trace(model, x), lambda y: y.square().mean()).findings
+    (found,) = (f for f in findings if f.severity != "info")
+    assert (found.kind, found.numbers["parameters"]) == ("no_gradient", inside)
+    assert found.module_path.startswith("blocks")
+    assert "checkpoint(use_reentrant=True)" in found.evidence
+    assert f"{inside} of them get one" in found.evidence
+    assert "use_reentrant=False" in found.remedy
+
+
+@pytest.mark.parametrize("how", ["plain", "asked for"])
+def test_a_checkpoint_that_passes_gradients_on_is_no_finding(how):
+    model = Checkpointed(nn.Linear(6, 8), how)
+    model(inputs()).square().mean().backward()
+    assert all(p.grad is not None for p in model.blocks.parameters())
+    assert said(model) == []
+
+
+def test_a_checkpoint_behind_a_layer_that_trains_is_no_finding():
+    model = Checkpointed(nn.Linear(6, 8), "reentrant")
+    model.stem.requires_grad_(True)
+    assert said(model) == []
+    model.stem.requires_grad_(False)
+    asks = inputs().requires_grad_()
+    flow = stabkit.trace(model, asks)
+    assert not [f for f in examine(flow, lambda y: y.square().mean()).findings if f.kind == "no_gradient"]

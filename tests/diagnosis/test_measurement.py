@@ -119,3 +119,20 @@ def test_an_iterated_map_is_measured_too():
     found = measure(flow)
     assert found.growth.shape == (9, 12)
     assert found.growth == pytest.approx(math.log(0.7), abs=1e-9)
+
+
+class Squared(nn.Module):
+    """ReLU squared (So et al., Primer, 2021), whose slope has no bound."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.relu(x).square()
+
+
+@pytest.mark.parametrize(("bias", "dead"), [(0.0, 0.0), (-1.0, 1.0)])
+def test_units_of_an_activation_without_a_steepest_slope_are_not_all_dead(bias: float, dead: float):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(16, 32), Squared(), nn.Linear(32, 16))
+    nn.init.normal_(model[0].weight, std=0.02)  # small pre-activations, as models of transformers start with
+    nn.init.constant_(model[0].bias, bias)
+    found = [a for step in measure(stabkit.trace(model, torch.randn(24, 16))).steps for a in step.activities]
+    assert [a.dead for a in found] == [dead]

@@ -277,3 +277,37 @@ def test_code_of_the_model_itself_is_at_no_module():
     (found,) = diagnosed(Root(), inputs())
     assert found.module_path == ""
     assert "begins at log in the model" in found.evidence
+
+
+@pytest.mark.parametrize(
+    ("targets", "symbols", "frames", "said"),
+    [
+        ([[1, 2, 3, 4, 5, 6, 7]], [7], [6], "1 of 1 samples, so that no path gives it: sample 0 has 6 frames for 7"),
+        (
+            [[1, 1, 1, 1], [1, 2, 3, 4]],
+            [4, 4],
+            [6, 6],
+            "sample 0 has 6 frames for 4 symbols and 3 blanks between",
+        ),
+        (
+            [1, 2, 3, 2, 2, 2],
+            [3, 3],
+            [6, 4],
+            "1 of 2 samples, so that no path gives it: sample 1 has 4 frames for 3",
+        ),
+    ],
+)
+def test_a_transcript_that_does_not_fit_into_its_frames_is_told_from_one_that_does(targets, symbols, frames, said):
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Conv1d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv1d(8, 9, 1)), inputs(len(frames), 3, 6)
+
+    def loss(out: Tensor, short: bool = True) -> Tensor:
+        lengths = [length if short else 6 for length in frames]
+        wanted = symbols if short else [min(3, length) for length in symbols]
+        labels = torch.tensor(targets) if short else torch.tensor([1, 2, 3] * len(frames))
+        return nn.functional.ctc_loss(out.permute(2, 0, 1).log_softmax(-1), labels, lengths, wanted)
+
+    (found,) = (f for f in diagnosed(model, x, loss) if f.kind == "non_finite")
+    assert said in found.evidence
+    assert "zero_infinity" in found.remedy
+    assert not [f for f in diagnosed(model, x, lambda out: loss(out, short=False)) if f.kind == "non_finite"]

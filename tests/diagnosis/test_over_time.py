@@ -251,6 +251,42 @@ def test_a_layer_used_again_over_depth_is_no_loop_over_time():
     assert loops_over_time(stabkit.trace(Again(), torch.randn(3, 12), check=False)) == ()
 
 
+class Scales(nn.Module):
+    """Res2Net: layers of their own on strips of the channels, one activation for all (Gao et al., 2019)."""
+
+    def __init__(self, scale: int = 9) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers, self.act = nn.ModuleList(nn.Linear(4, 4) for _ in range(scale)), nn.ReLU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        strip, made = torch.zeros(()), []
+        for layer, piece in zip(self.layers, x.split(4, 1), strict=True):
+            strip = self.act(layer(strip + piece))
+            made.append(strip)
+        return torch.cat(made, 1)
+
+
+class Bare(nn.Module):
+    """A recurrence of parameters, whose only module is its activation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.W, self.U, self.act = nn.Parameter(torch.randn(4, 4)), nn.Parameter(torch.randn(4, 4)), nn.Tanh()
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.zeros(())
+        for piece in x.split(4, 1):
+            h = self.act(piece @ self.W + 0.3 * h @ self.U if h.dim() else piece @ self.W)
+        return h
+
+
+def test_an_activation_shared_by_layers_on_strips_is_no_loop_over_time():
+    x = torch.randn(2, 36)
+    assert loops_over_time(stabkit.trace(nn.Sequential(Scales(), nn.Linear(36, 2)), x, check=False)) == ()
+    assert loops_over_time(stabkit.trace(nn.Sequential(Bare(), nn.Linear(4, 2)), x, check=False)) == ("0.act",)
+
+
 @pytest.mark.parametrize("kind", [nn.RNN, nn.LSTM, nn.GRU])
 def test_a_model_is_treated_over_time(kind):
     done = stabkit.diagnosis.treat(Reader(kind), tokens(40))
@@ -320,3 +356,20 @@ def test_samples_that_a_vanishing_memory_makes_alike_are_no_finding_of_their_own
     assert (found.kind, found.module_path) == ("vanishing", "rnn")
     (alike,) = [f for f in findings if f.kind == "rank_collapse"]
     assert "gone with the remedy of vanishing at rnn" in alike.evidence
+
+
+@pytest.mark.parametrize(
+    ("model", "time", "name"),
+    [
+        (Reader(nn.LSTM, last=False), 40, "stable"),
+        (Reader(nn.LSTM), 20, "drift"),  # its gates are half shut, and open while it trains
+        (Reader(nn.LSTM), 7, "not judged"),
+        (nn.Sequential(nn.Linear(40, 3)), 40, "not judged"),
+    ],
+)
+def test_a_recurrent_model_is_judged_over_time_where_depth_is_too_little(model: nn.Module, time: int, name: str):
+    x = torch.randn(2, 40) if isinstance(model, nn.Sequential) else tokens(time)
+    found = examine(stabkit.trace(model, x, check=False), probes=1)
+    assert found.verdict.name == name
+    assert ("over time" in found.verdict.summary) is (name != "not judged")
+    assert not [f for f in found.findings if f.severity != "info"]

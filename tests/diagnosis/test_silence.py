@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from torch import nn
@@ -23,6 +25,7 @@ FAST = [
     *("torch.nn: Transformer", "torch.nn: TransformerEncoder", "torch.nn: RNN", "torch.nn: GRU, bidirectional"),
     *("architectures: odeint, rk4", "architectures: reversible pairs in a loop", "architectures: U-Net"),
     *("transformers: bert", "transformers: longformer", "transformers: gpt2", "transformers: llama"),
+    *("transformers: speech_to_text", "transformers: deit", "transformers: wav2vec2"),
     *("timm: test_vit", "timm: test_convnext", "timm: test_efficientnet", "torchvision: shufflenet_v2_x0_5"),
 ]
 LEARNED = ["mlp tanh", "highway", "mixture of experts, best two", "fixed point", "normalising flow", "wine"]
@@ -169,6 +172,27 @@ def test_growth_through_batch_norms_is_judged_once_they_have_statistics_of_their
     assert [f.kind for f in examine(trace(model, x)).findings if serious(f)]
 
 
+class Mixer(nn.Module):
+    """A block of ConvMixer (Trockman and Kolter, 2022): batch norms behind a depthwise and a pointwise convolution."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        depthwise = nn.Conv2d(width, width, 3, padding=1, groups=width)
+        self.f = nn.Sequential(depthwise, nn.GELU(), nn.BatchNorm2d(width))
+        self.g = nn.Sequential(nn.Conv2d(width, width, 1), nn.GELU(), nn.BatchNorm2d(width))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.g(x + self.f(x))
+
+
+def test_neighbours_that_batch_norms_part_are_no_chaos():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 64, 1), *(Mixer(64) for _ in range(24)))
+    found = examine(trace(model.eval(), torch.randn(4, 3, 6, 6)))  # with the statistics of this batch
+    assert found.verdict.growth > Thresholds().stable
+    assert not [f for f in found.findings if serious(f)]
+
+
 def test_statistics_of_two_values_judge_nothing():
     model = deep_batch_normed(12)
     said = examine(trace(model.train(), torch.randn(2, 32)))
@@ -227,6 +251,20 @@ def test_branches_that_start_at_zero_are_known_whatever_they_are_called():
     found = examine(trace(model, torch.randn(4, 16))).findings
     assert {f.kind for f in found} == {"dead"}
     assert not [f for f in found if serious(f)]
+
+
+def test_growth_that_passes_is_none_where_every_step_changes_its_space():
+    """Norms of states of different sizes have no common unit: DenseNet, whose blocks all widen their state."""
+    torch.manual_seed(0)
+    widths = (8, 64, 512, 2048, 512, 64, 8)
+    model = nn.Sequential(*(nn.Linear(a, b, bias=False) for a, b in itertools.pairwise(widths)))
+    for layer in model:
+        nn.init.normal_(layer.weight, std=layer.out_features**-0.5)  # keeps the size of entries, not of norms
+    found = examine(trace(model, torch.randn(8, widths[0])))
+    last = len(found.measurement.steps) - 1
+    assert transient(found.measurement, (0, last), found.verdict.growth, Thresholds()) is not None
+    assert found.verdict.name == "not judged"
+    assert not found.findings
 
 
 @pytest.mark.parametrize(("last", "said"), [(1.0, True), (0.01, False)])

@@ -516,7 +516,12 @@ ROWS = (
     Paper("PDE-GCN", Repeated(PDEGCN, lambda: torch.randn(6, D), 1, batch_dim=None), r"forward Euler$", h=0.1),
     Paper("GRAND", Repeated(GRAND, lambda: torch.randn(2, 6, D), 1), r"damped Euler \(a = 0\.5", h=0.5),
     Paper("GraphCON", Repeated(GraphCON, lambda: torch.randn(6, D), 1, batch_dim=None), r"oscillator"),
-    Paper("APPNP", Repeated(APPNP, lambda: torch.randn(6, D), 1, batch_dim=None), r"damped|restart|plain", which=-1),
+    Paper(
+        "APPNP",
+        Repeated(APPNP, lambda: torch.randn(6, D), 1, batch_dim=None),
+        r"damped|restart|plain|linear skip",
+        which=-1,
+    ),
     Paper("IMEXnet", Repeated(IMEXNet, images), r"semi-implicit|IMEX"),
     Paper("U-Net", Repeated(UNet, images, 1), r"forward Euler$", which=0),
     Paper("DEQ Anderson", Repeated(deq, vectors, 1), r"implicit"),

@@ -328,7 +328,7 @@ ROWS = (
         if name in ("coRNN", "LEM", "LTC")
     ),
     Paper("GRUCell loop", over(lambda: gru(0)), r"gated Euler"),
-    Paper("S4 bilinear", over(S4Bilinear), r"plain|trapezoid|bilinear"),
+    Paper("S4 bilinear", over(S4Bilinear), r"plain|trapezoid|bilinear|linear recurrence"),
     Paper("LRU", Repeated(LRU, sequence, 1), r"linear recurrence", r"diagonal skip"),
     Paper("LRU, time first", Repeated(LRU, sequence, 1, batch_dim=None), r"linear recurrence", r"diagonal skip"),
     Paper(

@@ -51,7 +51,7 @@ def read(function):
         (lambda m, x: m.f(x), "plain", 0.0, "proven"),
         (lambda m, x: m.f(x) + m.project.bias, "plain", 0.0, "proven"),
         (lambda m, x: m.f(x) + m.g(x), "plain", 0.0, "proven"),
-        (lambda m, x: m.project(x) + m.f(x), "projection shortcut", None, "proven"),
+        (lambda m, x: m.project(x) + m.f(x), "linear skip", None, "proven"),
         (lambda m, x: 1.5 * x + m.f(x), "scaled skip (a = 1.5)", 1.5, "proven"),
         (lambda m, x: x + m.f(x) + x, "scaled skip (a = 2)", 2.0, "proven"),
         (lambda m, x: m.scales * x + m.f(x), "damped Euler (a = 0.35)", 0.35, "measured"),
@@ -77,7 +77,7 @@ def test_the_method_has_the_region_of_the_skip():
     [
         (lambda m, x: torch.relu(x + m.f(x)), "projected Euler (ReLU)", ("Relu",)),
         (lambda m, x: m.norm(x + m.f(x)), "projected Euler (post-norm)", ("NativeLayerNorm",)),
-        (lambda m, x: torch.tanh(x + m.f(x)), "forward Euler", ("Tanh",)),
+        (lambda m, x: torch.tanh(x + m.f(x)), "forward Euler, then Tanh", ("Tanh",)),
     ],
 )
 def test_what_follows_the_addition_is_named(function, name, after):

@@ -11,8 +11,8 @@ from stabkit.errors import StabkitError
 from stabkit.planning import plan
 from stabkit.planning.budgeting import _lessened
 from stabkit.planning.machine import Machine, PeakMemory
-from stabkit.planning.price import Costs, Settings
-from stabkit.planning.trial import StepCost, Trial
+from stabkit.planning.measured_run import StepCost, Trial
+from stabkit.planning.predicted_cost import Costs, Settings
 
 
 def network(width: int = 32, depth: int = 5) -> nn.Module:
@@ -136,8 +136,8 @@ def test_peak_memory_sees_what_is_gone_again():
 
 
 def test_a_slow_model_is_recorded_but_not_analysed(monkeypatch):
-    monkeypatch.setattr("stabkit.planning.trial._SLOW", 0.0)
-    monkeypatch.setattr("stabkit.planning.trial.examine", None)
+    monkeypatch.setattr("stabkit.planning.measured_run._SLOW", 0.0)
+    monkeypatch.setattr("stabkit.planning.measured_run.examine", None)
     found = plan(network(), torch.randn(4, 32), spectrum="krylov")
     assert found.steps == 5
     assert found.product_flops == 5 * 2 * 32**2

@@ -99,3 +99,26 @@ def test_one_of_several_float_inputs_is_followed_and_the_others_are_listed():
     assert trace(forward, x, y, source="0").side_inputs == ("1",)
     torch.testing.assert_close(trace(forward, x, y, source="0").jacobian().dense(), torch.diag_embed(x.cos()))
     assert trace(forward, x, kwargs={"long": y}).source_name == "long"
+
+
+class Conditioned(nn.Module):
+    """A signal that passes blocks, each of which lets an embedding of a condition in."""
+
+    def __init__(self, wide: int) -> None:
+        super().__init__()
+        self.first = nn.Linear(4, 6)
+        self.embed = nn.ModuleList(nn.Linear(wide, 6) for _ in range(4))
+        self.blocks = nn.ModuleList(nn.Linear(6, 6) for _ in range(4))
+
+    def forward(self, signal: Tensor, condition: Tensor) -> Tensor:
+        x = self.first(signal)
+        for embed, block in zip(self.embed, self.blocks, strict=True):
+            x = x + torch.tanh(block(x + embed(condition)))
+        return x
+
+
+@pytest.mark.parametrize("wide", [3, 9, 60])
+def test_depth_is_counted_from_what_enters_once_and_not_from_a_larger_condition(wide):
+    flow = trace(Conditioned(wide), torch.randn(2, 4), torch.randn(2, wide))
+    assert (flow.source_name, flow.side_inputs) == ("0", ("1",))
+    assert sum(step.kind == "step" for step in flow.steps) == 4

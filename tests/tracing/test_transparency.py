@@ -159,3 +159,16 @@ def test_tracing_works_where_gradients_are_off(context):
     with context():
         flow = trace(nn.Linear(3, 3), x)
     assert flow.chain_error < 1e-6
+
+
+def test_a_model_may_ask_for_a_gradient_of_its_input():
+    class Asking(Blocks):
+        def forward(self, x: Tensor) -> Tensor:
+            x.requires_grad = True  # as Wav2Vec2 does in training, which torch allows of a leaf alone
+            return super().forward(x)
+
+    torch.manual_seed(0)
+    model = Asking(lambda block, x: block(x))
+    plain = Blocks(lambda block, x: block(x))
+    plain.load_state_dict(model.state_dict())
+    assert_same_flow(model, plain, torch.randn(2, 3))

@@ -6,9 +6,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from stabkit.attribution.measure import EXPLAINED
-from stabkit.jacobians.shared import DENSE_SIZE, LARGEST_DENSE, krylov_products
+from stabkit.jacobians.method_choice import DENSE_SIZE, LARGEST_DENSE, krylov_products
 from stabkit.planning.machine import Machine
-from stabkit.planning.trial import Trial
+from stabkit.planning.measured_run import Trial
 from stabkit.results import Result
 
 SPECTRA = ("auto", "full", "dense", "krylov", "none")

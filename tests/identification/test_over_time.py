@@ -1,0 +1,147 @@
+"""Recurrences over time inside blocks: which method each loop, scan and hand-written cell is, and what is not said."""
+
+from __future__ import annotations
+
+import re
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+import stabkit
+from stabkit.identification import Identification, identify
+from stabkit.identification.record import Recurrence
+from tests.identification import scan_models as models
+
+TIMES = 14
+
+
+def drawn(times: int = TIMES, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(2, times, 3, generator=torch.Generator().manual_seed(1)).to(dtype)
+
+
+def blocks(model: nn.Module, dtype: torch.dtype = torch.float32, times: int = TIMES) -> list[Identification]:
+    flow = stabkit.trace(model.to(dtype), drawn(times, dtype))
+    return [r for r in identify(flow, checks=False) if flow.steps[r.steps[0]].kind == "step"]
+
+
+def read(model: nn.Module, dtype: torch.dtype = torch.float32, times: int = TIMES) -> Recurrence:
+    found = blocks(model, dtype, times)
+    assert len(found) == 2
+    (first,), _ = (record.over_time for record in found)
+    return first
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("make", models.SCANS, ids=lambda make: make.__name__)
+def test_the_method_over_time_is_that_of_the_code(make, dtype):
+    name, evidence = models.SCANS[make]
+    found = read(models.network(make), dtype)
+    assert re.match(name, found.name)
+    assert found.evidence == evidence
+    assert found.module_path == "mixers.0"
+    assert TIMES - 5 <= found.n_steps < TIMES
+    assert found.residual is None or found.residual < 1e-4
+
+
+@pytest.mark.parametrize("make", [models.mamba, models.elman, models.linoss_im], ids=lambda make: make.__name__)
+def test_depth_is_read_as_before_and_notes_tell_of_time(make):
+    for record in blocks(models.network(make)):
+        assert record.name.startswith("forward Euler")
+        assert record.evidence == "proven"
+        assert any(note.startswith("over time, ") for note in record.notes)
+
+
+def test_the_numbers_of_a_discretisation_are_those_of_its_formula():
+    model = models.network(models.s4d_bilinear).double()
+    m = model.mixers[0]
+    z = torch.exp(m.log_dt)[:, None] * torch.complex(-torch.exp(m.log_real), m.imag)
+    sizes = ((1 + z / 2) / (1 - z / 2)).abs().detach()
+    found = read(model, torch.float64)
+    assert (found.low, found.high) == pytest.approx((float(sizes.min()), float(sizes.max())))
+    assert found.method.stability_matrix(np.array([-1.0]))[0, 0, 0] == pytest.approx(1 / 3)
+
+
+def test_an_implicit_oscillator_damps_what_a_symplectic_one_keeps():
+    implicit, explicit = (read(models.network(m), torch.float64) for m in (models.linoss_im, models.linoss_imex))
+    m = models.network(models.linoss_im).double().mixers[0]
+    sizes = (1 + torch.sigmoid(m.dt) ** 2 * torch.relu(m.A)).rsqrt().detach()
+    assert (implicit.low, implicit.high) == pytest.approx((float(sizes.min()), float(sizes.max())))
+    assert (explicit.low, explicit.high) == pytest.approx((1.0, 1.0))
+
+
+@pytest.mark.parametrize("make", [*models.CLOSED, models.retnet_parallel, models.each_alone])
+def test_nothing_is_read_where_there_is_no_chain_of_states(make):
+    for record in blocks(models.network(make)):
+        assert record.over_time == ()
+        assert record.name == "forward Euler"
+
+
+def test_two_scans_of_one_layer_are_two():
+    (first, second), _ = (record.over_time for record in blocks(models.network(models.bidirectional)))
+    assert first.name != second.name
+    assert all(found.name.startswith("linear recurrence") for found in (first, second))
+
+
+def test_what_the_input_chooses_is_not_called_proven():
+    class Chosen(nn.Module):
+        """A decay of one number, which is made of the input."""
+
+        def forward(self, x: Tensor) -> Tensor:
+            a, h, out = torch.sigmoid(x.mean(dim=(1, 2)))[:, None], x.new_zeros(len(x), models.WIDTH), []
+            for t in range(x.shape[1]):
+                h = a * h + x[:, t]
+                out.append(h)
+            return torch.stack(out, 1)
+
+    assert read(models.network(Chosen)).evidence == "measured"
+
+
+class Layers(nn.Module):
+    """As many layers as there are slices of what they are given: depth, with parameters of their own."""
+
+    def __init__(self, tied: bool) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(models.WIDTH, models.WIDTH) for _ in range(1 if tied else TIMES))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.zeros_like(x[:, 0])
+        for t in range(TIMES):
+            h = torch.tanh(self.layers[t % len(self.layers)](h) + x[:, t])
+        return x + h[:, None]
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_layers_with_weights_of_their_own_are_no_recurrence(tied):
+    assert [len(record.over_time) for record in blocks(models.network(lambda: Layers(tied)))] == [tied, tied]
+
+
+def test_a_model_that_writes_to_its_weights_keeps_its_graph():
+    """The histories of factors are seen in a second run, which must not spoil what the first one saved."""
+
+    class Rescaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = models.s4d_real()
+
+        def forward(self, x: Tensor) -> Tensor:
+            with torch.no_grad():
+                self.inner.parts[0].weight.div_(1.0)
+            return self.inner(x)
+
+    model = models.network(Rescaled)
+    flow = stabkit.trace(model, drawn())
+    assert [len(r.over_time) for r in identify(flow, checks=False)] == [0, 1, 1, 0]
+    assert flow.jacobian().dense().isfinite().all()
+
+
+def test_records_are_plain_data():
+    (record, *_) = blocks(models.network(models.mamba))
+    told = record.to_dict()["over_time"]
+    assert told[0]["name"].startswith("zero-order hold")
+
+
+def test_the_reports_of_steps_tell_of_time():
+    report = stabkit.analyze(models.network(models.s4d_zoh), drawn(), spectrum="none")
+    assert any("over time, 12 steps of mixers.0: zero-order hold" in note for note in report.steps[1].notes)
