@@ -10,7 +10,7 @@ from torch import Tensor
 
 from stabkit.diagnosis.closed_operations import closed_findings
 from stabkit.diagnosis.finding import Finding, serious
-from stabkit.diagnosis.hidden_cuts import hidden_cut_findings
+from stabkit.diagnosis.hidden_cuts import cut_by_a_draw, drawn_on_the_graph, hidden_cut_findings
 from stabkit.diagnosis.input_scale import with_input_scale
 from stabkit.diagnosis.loss_floor import loss_floor_findings
 from stabkit.diagnosis.loss_units import unit_findings
@@ -22,11 +22,12 @@ from stabkit.diagnosis.over_time import time_findings
 from stabkit.diagnosis.post_norm import post_norm_findings
 from stabkit.diagnosis.running_statistics import statistics_findings
 from stabkit.diagnosis.slopes import with_slopes
-from stabkit.diagnosis.suspects import Diagnosis, Settings, broken_verdict, ordered
+from stabkit.diagnosis.suspects import Diagnosis, Settings, broken_verdict, ordered, suspected
 from stabkit.diagnosis.time_verdict import judged_over_time
 from stabkit.diagnosis.trial import follows, tried
 from stabkit.diagnosis.unregistered import unregistered_findings
 from stabkit.diagnosis.unsettled import unsettled_findings
+from stabkit.diagnosis.verdict import judged_without
 from stabkit.diagnosis.wrong_derivatives import wrong_derivative_findings
 from stabkit.diagnosis.zero_gradients import zero_gradient_findings, zeros_of
 from stabkit.tracing import Flow, FlowLike
@@ -125,7 +126,9 @@ def with_lost_parameters(flow: FlowLike, found: Diagnosis, settings: Settings) -
     if not callable(loss) and any(_nothing_passes(finding, found) for finding in found.findings):
         asked = training_pass(call)  # a random combination of the outputs shows where it stops as well as a loss
         lost += closed_findings(flow, None, call, asked, zeros_of(asked))[0]
-    lost += hidden_cut_findings(flow, loss, call, done)
+    lost += (hidden := hidden_cut_findings(flow, loss, call, done))
+    if cut_by_a_draw(hidden):
+        found = _but_for_draws(flow, found, hidden[0], settings)
     if callable(loss) and done.loss is not None and bool(done.loss.detach().isfinite()):
         lost += _of_training_pass(flow, loss, call, done, [*found.findings, *lost])
     if not lost:
@@ -169,6 +172,26 @@ def _closed(finding: Finding) -> str:
 def _finite(gradient: Tensor) -> bool:
     entries = gradient.coalesce().values() if gradient.is_sparse else gradient
     return bool(entries.isfinite().all())
+
+
+def _but_for_draws(flow: Flow, found: Diagnosis, cause: Finding, settings: Settings) -> Diagnosis:
+    """A diagnosis in which what goes with a gradient through the draws follows from them."""
+    with drawn_on_the_graph():
+        again = suspected(flow.again(), settings)
+    left = {finding.kind for finding in again.findings if serious(finding)}
+    place = cause.module_path or "the draw"
+
+    def told(finding: Finding) -> Finding:
+        if not serious(finding) or finding.kind in left:
+            return finding
+        evidence = f"{finding.evidence}; it is gone with a gradient through the draw behind {place}"
+        remedy = f"that of {cause.kind} at {place}"
+        return replace(finding, severity="info", evidence=evidence, remedy=remedy, actions=())
+
+    verdict = found.verdict
+    if verdict.name != again.verdict.name:
+        verdict = judged_without(verdict, again.verdict, "a draw that passes nothing back")
+    return replace(found, verdict=verdict, findings=tuple(ordered([told(finding) for finding in found.findings])))
 
 
 def _of_training_pass(

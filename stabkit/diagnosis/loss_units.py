@@ -75,16 +75,16 @@ def _far_targets(
             continue
         mean, spread = float(each.targets.double().mean()), float(each.targets.double().std(correction=0))
         rates = " or ".join(f"{rate:g}" for rate in RATES)
-        learns = "" if diverges else f", no better than a constant, {floor / first:.1%}"
+        learns = "" if diverges else f", no better than a constant ({floor / first:.1%})"
         evidence = (
             f"the targets of the loss lie at {mean:.3g} with a spread of {spread:.3g}, and the output is of size "
-            f"{size:.3g}: the loss begins at {first:.3g}, and its gradient is that much too large "
-            f"for the usual rates; tried on a copy, {STEPS} steps at {rates}: SGD {_left(plain[0])}{learns}, "
+            f"{size:.3g}: the loss begins at {first:.3g}, which the usual rates are not made "
+            f"for; tried on a copy, {STEPS} steps at {rates}: SGD {_left(plain[0])}{learns}, "
             f"Adam {_left(plain[1])}; with standardised targets SGD {_left(cured[0])}, Adam {_left(cured[1])}"
         )
         remedy = (
             f"standardise the targets, (y - {mean:.3g}) / {spread:.3g}, and undo it in predictions; or let the model "
-            f"end in {mean:.3g} + {spread:.3g} * output, and divide the loss by {spread:.3g} squared"
+            f"end in {mean:.3g} + {spread:.3g} * output, and divide a squared error by {spread**2:.3g}"
         )
         severity = "warning" if stands else "info"
         numbers = {"residual": residual, "output": size, "mean": mean, "spread": spread}

@@ -2,7 +2,8 @@
 
 Many tensors are taken off the graph on purpose: targets, codes that are passed straight through, baselines. Told is
 what nobody takes off on purpose and then puts into a loss that it should train: a draw by ``sample()`` of a
-distribution that has ``rsample()``, and a derivative that was taken without ``create_graph``.
+distribution that has ``rsample()``, ``torch.normal`` of tensors, whose derivative torch sets to zero, and a derivative
+that was taken without ``create_graph``.
 """
 
 from __future__ import annotations
@@ -18,7 +19,10 @@ from stabkit.tracing.containers import map_tensors
 from stabkit.tracing.forward_pass import ForwardPass
 from stabkit.tracing.inputs import differentiable
 from stabkit.tracing.lost_gradient import DRAW, FIRST_ORDER, Cut, Event, Exits, Use
-from stabkit.tracing.training_pass import TrainingPass, nodes_above, training_pass
+from stabkit.tracing.training_pass import TrainingPass, nodes_above, path_of, training_pass
+from stabkit.tracing.values import operation
+
+NORMAL = "torch.normal"
 
 
 def partial_cuts(call: ForwardPass, loss: Any, done: TrainingPass) -> list[Cut]:
@@ -32,18 +36,20 @@ def partial_cuts(call: ForwardPass, loss: Any, done: TrainingPass) -> list[Cut]:
     Raises:
         TraceError: the model or the loss fails.
     """
-    if done.loss is None or not done.without_graph:
+    if done.loss is None:
         return []
+    cuts = _normal_draws(done)
+    if not done.without_graph:
+        return cuts
     watch = Exits()
     done = training_pass(call, loss, watch, differentiate=False)
     if done.loss is None:
-        return []
+        return cuts
     above = nodes_above(done.loss)
     numbers = {node._sequence_nr() for node in above}
     trained = {id(node.variable) for node in above if hasattr(node, "variable")}
     names = {id(p): path for path, p in done.parameters.items() if id(p) in trained}
     read: list[Event] | None = None
-    cuts = []
     for event in watch.events:
         draw, derivative = event.cut.operation.endswith(DRAW), event.cut.operation == FIRST_ORDER
         leaves = event.leaves() & names.keys() if draw or derivative else set()
@@ -60,6 +66,35 @@ def partial_cuts(call: ForwardPass, loss: Any, done: TrainingPass) -> list[Cut]:
             paths = tuple(path for each, path in names.items() if each in leaves)
             cuts.append(replace(event.cut, parameters=paths))
     return cuts
+
+
+def _normal_draws(done: TrainingPass) -> list[Cut]:
+    """Draws by ``torch.normal`` from tensors that train, which pass back zeros."""
+    assert done.loss is not None
+    above, cuts = nodes_above(done.loss), []
+    names = {id(p): path for path, p in done.parameters.items()}
+    for node in above:
+        if operation(node) != "Normal":
+            continue
+        parents = [parent for parent, _ in node.next_functions if parent is not None]
+        leaves = set().union(*(_leaves(parent) for parent in parents)) & names.keys()
+        users = [other for other in above if any(parent is node for parent, _ in other.next_functions)]
+        met = [p for other in users for p, _ in other.next_functions if p is not None and p is not node]
+        if leaves and not any(_leaves(parent) & leaves for parent in met):
+            paths = tuple(path for each, path in names.items() if each in leaves)
+            cuts.append(Cut(NORMAL, path_of(done, node), "", path_of(done, parents[0]), paths))
+    return cuts
+
+
+def _leaves(node: Node) -> set[int]:
+    found: dict[Node, None] = {}
+    stack = [node]
+    while stack:
+        current = stack.pop()
+        if current not in found:
+            found[current] = None
+            stack.extend(parent for parent, _ in current.next_functions if parent is not None)
+    return {id(each.variable) for each in found if hasattr(each, "variable")}
 
 
 def _made_of(use: Use, leaves: set[int]) -> bool:

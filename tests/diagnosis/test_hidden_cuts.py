@@ -13,6 +13,7 @@ from torch.nn import functional
 
 import stabkit
 from stabkit.diagnosis import Finding, examine, treat
+from stabkit.diagnosis.finding import serious
 
 
 def inputs(*shape: int) -> Tensor:
@@ -94,6 +95,20 @@ def test_a_draw_that_is_the_only_way_is_told_with_its_own_name():
     assert (found.severity, found.numbers["parameters"]) == ("warning", 6)
     assert "Normal.sample()" in found.evidence
     assert "rsample()" in found.remedy
+
+
+@pytest.mark.parametrize("alone", [False, True])
+def test_torch_normal_passes_back_zeros_and_no_layer_is_blamed_for_it(alone: bool):
+    def loss(out: Any) -> Tensor:
+        return (out[0] - X).square().mean() if alone else evidence_bound(out)
+
+    model = Latent(torch.normal)
+    found = [f for f in stabkit.analyze(model, X, loss=loss, spectrum="none").findings if serious(f)]
+    assert [(f.kind, f.module_path, f.numbers["parameters"]) for f in found] == [("no_gradient", "mu", 6)]
+    assert ("get none" if alone else "learn from the rest of the loss alone") in found[0].evidence
+    assert "randn_like" in found[0].remedy
+    right = Latent(lambda mu, width: mu + width * torch.randn_like(width))
+    assert not [f for f in stabkit.analyze(right, X, loss=loss, spectrum="none").findings if f.kind == "no_gradient"]
 
 
 class Physics(nn.Module):
