@@ -35,8 +35,8 @@ from stabkit.tracing.training_pass import (
     training_pass,
 )
 from stabkit.tracing.values import operation
+from stabkit.vocabulary import activation_of
 
-_BOUNDS = {"Hardsigmoid": (-3.0, 3.0), "Hardswish": (-3.0, None)}
 _SAMPLERS = ("GridSampler2D", "GridSampler3D", "CudnnGridSampler")
 _CLAMPED = (
     "bring what it is given into that range (start the layer before it smaller, subtract a mean, divide by a scale), "
@@ -145,67 +145,35 @@ def _read(node: Any) -> Closed | None:
         return Closed(node, "masked_fill", f"its mask fills {count(node._saved_mask)}", _MASK, True)
     if name == "Mul":
         return _of_factor(node)
-    if name in ("Hardshrink", "Softshrink"):
-        x, width = node._saved_self.detach(), float(node._saved_lambd)
-        text = f"{count(x.abs() <= width)} lie within -{width:g} to {width:g}, where it is zero"
-        return Closed(node, name.lower(), text, "give it larger numbers, or a smaller lambda")
-    low, high = _bounds(node, name)
-    if low is None and high is None:
-        return None
+    facts = activation_of(node)
+    if facts is None or not (facts.piecewise_linear and facts.is_bounded and len(facts.kinks) == 2):
+        return None  # units that are off on one side are dead, and told as such
+    low, high = map(float, facts.kinks)
     x = node._saved_self.detach()
-    at_end = name == "Clamp"  # which passes a gradient where it is just met
-    outside = torch.zeros_like(x, dtype=torch.bool)
-    if low is not None:
-        outside |= (x < low) if at_end else (x <= low)
-    if high is not None:
-        outside |= (x > high) if at_end else (x >= high)
-    ends = [
-        f"{word} {float(torch.as_tensor(end).max()):g}"
-        for word, end in (("below", low), ("above", high))
-        if end is not None
-    ]
+    outside = (x <= low) | (x >= high)
     text = (
-        f"{count(outside)} lie out of its range ({' and '.join(ends)}), at {float(x.min()):.3g} to {float(x.max()):.3g}"
+        f"{count(outside)} lie out of its range ({low:g} to {high:g}), at {float(x.min()):.3g} to {float(x.max()):.3g}"
     )
-    functions = {"Clamp": ("clamp", "clip", "clamp_min", "clamp_max"), "Hardtanh": ("hardtanh", "relu6")}
     return Closed(
         node,
-        name.lower(),
+        facts.name,
         text,
         _CLAMPED,
         how="what it is given brought into that range, by a mean and a scale,",
-        functions=functions.get(name, (name.lower(),)),
+        functions=(facts.name, "clip", "relu6"),
         change=_brought_within(low, high),
     )
 
 
-def _brought_within(low: Any, high: Any) -> Change:
+def _brought_within(low: float, high: float) -> Change:
     """Arguments moved and scaled so that most of their entries lie within a range."""
 
     def change(_name: str, args: Arguments, kwargs: dict[str, Any]) -> tuple[Arguments, dict[str, Any]]:
         x = args[0]
         unit = (x - x.detach().mean()) / x.detach().std(correction=0).clamp_min(1e-6)
-        if low is not None and high is not None:
-            middle, half = (low + high) / 2, (high - low) / 2
-        else:  # two deviations within the one end
-            middle, half = (low + 2.0, 2.0) if low is not None else (high - 2.0, 2.0)
-        return (middle + half / 2 * unit, *args[1:]), kwargs
+        return ((low + high) / 2 + (high - low) / 4 * unit, *args[1:]), kwargs
 
     return change
-
-
-def _bounds(node: Any, name: str) -> tuple[Any, Any]:
-    """The ends of the range within which an elementwise operation has a slope; None where there is no such end."""
-    if name in _BOUNDS:
-        return _BOUNDS[name]
-    if name == "Hardtanh":
-        return float(node._saved_min_val), float(node._saved_max_val)
-    if name != "Clamp":
-        return None, None
-    low, high = (e.detach() if isinstance(e, Tensor) else e for e in (node._saved_min, node._saved_max))
-    if high is None and not isinstance(low, Tensor) and low == 0:
-        return None, None  # a ReLU, whose units are dead
-    return low, high
 
 
 def _all(condition: Tensor) -> str:

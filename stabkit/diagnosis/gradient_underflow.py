@@ -38,7 +38,7 @@ class ScaledLoss:
     factor: float
 
     @property
-    def __name__(self) -> str:  # type: ignore[override]
+    def __name__(self) -> str:
         return str(getattr(self.loss, "__name__", type(self.loss).__name__))
 
     def __call__(self, output: Any) -> Tensor:

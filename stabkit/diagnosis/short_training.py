@@ -65,7 +65,7 @@ def short_training(
     paths = [path for path, p in model.named_parameters() if p.requires_grad and p.is_floating_point()]
     if not paths or sum(p.numel() for p in model.parameters()) > LARGEST:
         return None
-    runs = []
+    runs: list[list[float]] = []
     try:
         for share in (*_SHARES, *_SMALLER):
             if share in _SMALLER and any(run[-1] <= run[0] for run in runs):
