@@ -125,8 +125,14 @@ def _examined(
     missing = without_statistics(flow) if isinstance(flow, Flow) else ""
     if missing and found.verdict.name != "non-finite":
         left = _confirmed(flow, found, settings, trials, _of_no_growth(found.findings))
-        return with_lost_parameters(flow, replace(left, verdict=not_judged(found.verdict, missing)), settings)
-    return with_causes(flow, _confirmed(flow, found, settings, trials, found.findings), settings)
+        left = replace(left, verdict=not_judged(found.verdict, missing))
+        return _fit_to_be_told(with_lost_parameters(flow, left, settings))
+    return _fit_to_be_told(with_causes(flow, _confirmed(flow, found, settings, trials, found.findings), settings))
+
+
+def _fit_to_be_told(found: Diagnosis) -> Diagnosis:
+    """A diagnosis without nonsense, whoever found it."""
+    return replace(found, findings=tuple(finding for finding in map(sound, found.findings) if finding is not None))
 
 
 def _of_no_growth(findings: Sequence[Finding]) -> tuple[Finding, ...]:

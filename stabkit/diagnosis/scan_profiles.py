@@ -93,7 +93,7 @@ class WrittenOut:
             self._records = self._readings.of(self._scans)
         record = self._records[self._index(profile)]
         own = math.nan if record.growth is None else record.growth * record.n_steps
-        return replace(profile, method=record.name, fed=record.fed, own=own)
+        return replace(profile, method=record.name, fed=record.fed or record.name.startswith("gated"), own=own)
 
     def remedies(self, profile: TimeProfile, growth: float) -> list[Remedy]:
         """Parameters that set the factor of a linear recurrence, moved until it is nearer to one.

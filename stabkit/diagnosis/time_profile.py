@@ -24,7 +24,7 @@ class TimeProfile:
         loop: whether it is called in a loop of the model, and no recurrent module of torch.
         width: size of the last axis of the states of such a loop.
         place: which of the recurrences that run inside the module without a module of their own; -1 for others.
-        fed: whether numbers that are made of the input multiply the state, as gates do.
+        fed: whether gates, or other numbers that are made of the input, multiply the state.
         step: the step of depth that it runs in; -1 where that is told by its module.
         method: the method of its steps, where it was read.
         own: what a random cotangent gains on its way back over all its states alone, nats; NaN where not measured.

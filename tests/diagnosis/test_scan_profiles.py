@@ -91,6 +91,30 @@ def test_the_verdict_on_the_model_is_that_over_time():
     assert "time steps" in found.verdict.summary
 
 
+class Alone(nn.Module):
+    """One layer over time and a head on its last output: there is no depth to speak of."""
+
+    def __init__(self, make) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.stem, self.mixer, self.head = nn.Linear(3, models.WIDTH), make(), nn.Linear(models.WIDTH, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.mixer(self.stem(x))[:, -1])
+
+
+def test_a_model_without_depth_is_judged_over_time():
+    found = examine(stabkit.trace(Alone(models.s4d_zoh), drawn(), check=False), probes=1)
+    assert found.verdict.name == "stable"
+    assert "over 39 time steps of mixer" in found.verdict.summary
+
+
+def test_gates_of_a_cell_written_by_hand_may_open():
+    (found,) = said(Alone(models.lstm_by_hand), drawn())
+    assert (found.kind, found.severity) == ("vanishing", "warning")
+    assert "gated memory cell (LSTM)" in found.evidence
+
+
 def test_a_loop_of_modules_is_told_once():
     class Called(nn.Module):
         def __init__(self) -> None:
