@@ -211,12 +211,12 @@ class _Analysis:
             stack.enter_context(unchanged(modules_behind(self.model)))
             try:
                 flow = trace(self.model, *call.inputs, kwargs=call.kwargs, batch_dim=call.batch_dim, **chosen.where)
+                flow = flow if chosen.loss is None else flow.following(chosen.loss)
             except UnreachedError as error:
                 if chosen.loss is None or not any(p.requires_grad for p in modules_behind(self.model).parameters()):
                     raise
                 return self._of_parameters(name, began, str(error))
             if chosen.loss is not None:
-                flow = flow.following(chosen.loss)
                 chosen = replace(chosen, where={**chosen.where, "target": flow.target})
             flow = with_statistics(flow)
             stack.enter_context(torch_threads(flow.batch * max((state.size for state in flow.states), default=0)))

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from stabkit.attribution.mechanism import TOLERANCE, Mechanism
-from stabkit.attribution.persistence import Persistence, cosine_of_modes, field_cosines, straightness
-from stabkit.attribution.predictors import Modes, Prediction, along_depth, compare
+from stabkit.attribution.persistence import ISOTROPIC, Persistence, cosine_of_modes, field_cosines, straightness
+from stabkit.attribution.predictors import Modes, Prediction, along_depth, compare, mode_shares
 from stabkit.attribution.result import COLUMNS, Attribution
 from stabkit.attribution.step_terms import Budget, Terms, measure_step, skip_of
 from stabkit.attribution.zplane import damping_limit, mechanism_of
@@ -107,7 +107,7 @@ def attribute(
         kinds=tuple(step.kind for step in flow.steps),
         mechanisms=_mechanisms(flow, found, terms, tolerance),
         persistence=persistence,
-        predictions=_predictions(columns, terms, persistence, flow),
+        predictions=_predictions(columns, terms, persistence, flow, None if loss is None else pulled, spectra),
         restarts=pulled.restarts,
         loss=pulled.loss,
         seed=seed,
@@ -244,11 +244,18 @@ def _predictions(
     terms: Sequence[Terms],
     persistence: Persistence,
     flow: Flow,
+    of_loss: Pulled | None,
+    spectra: SharedSpectra,
 ) -> dict[str, Prediction]:
-    """Every predictor over the blocks: steps that keep their space and belong to no stem or head."""
+    """Every predictor over the blocks: steps that keep their space and belong to no stem or head.
+
+    Random cotangents are spread evenly over the modes; how the gradient of a loss is, ``of_loss`` shows.
+    """
     blocks = torch.tensor([step.kind == "step" for step in flow.steps])
     blocks = blocks & columns["spectral"].isfinite().all(1)
     nan = torch.full_like(columns["growth"], float("nan"))
+    last = int(blocks.nonzero().max()) if bool(blocks.any()) else -1
+    start = None if of_loss is None else _entering(last, terms, persistence, of_loss, spectra)
 
     def carried(isotropic: Tensor) -> Tensor:
         modes = [
@@ -259,6 +266,7 @@ def _predictions(
                 isotropic=isotropic[step.index],
                 spectral=columns["spectral"][step.index],
                 cosine=persistence.at(step.index),
+                start=start if step.index == last else None,
             )
             if bool(blocks[step.index])
             else None
@@ -272,3 +280,22 @@ def _predictions(
         name: compare(name, torch.where(blocks[:, None], rate, nan), columns["growth"])
         for name, rate in predicted.items()
     }
+
+
+def _entering(
+    last: int, terms: Sequence[Terms], persistence: Persistence, pulled: Pulled, spectra: SharedSpectra
+) -> tuple[Tensor, Tensor] | None:
+    """How the gradients that enter the blocks are spread over the modes of the last of them.
+
+    None where it is not known, or would soon be forgotten: modes of unrelated steps have nothing in common.
+    """
+    if last < 0 or not persistence.mean > ISOTROPIC:
+        return None
+    values, arriving = terms[last].values, pulled.arriving[last]
+    if values is None or arriving is None or terms[last].method != "dense":
+        return None
+    count = len(values)
+    J = spectra.matrix(last)[:count].detach().to(device="cpu", dtype=torch.float64)
+    cotangents = arriving[:count]
+    known = J.isfinite().all() and cotangents.isfinite().all() and (cotangents != 0).any(1).all()
+    return mode_shares(J, cotangents) if bool(known) else None

@@ -84,6 +84,8 @@ class Modes:
         isotropic: 1/2 log(|J|_F^2 / d).
         spectral: 1/2 log mean |eig(J)|^2.
         cosine: how alike the step is to its neighbours, less the mean eigenvalue; NaN where it has none.
+        start: eigenvalues ``(samples, d)`` and the share of the energy of the cotangent in the mode of each, where a
+            cotangent enters here that is spread unevenly; None where it is spread evenly.
     """
 
     values: Tensor | None
@@ -92,14 +94,15 @@ class Modes:
     isotropic: Tensor
     spectral: Tensor
     cosine: float
+    start: tuple[Tensor, Tensor] | None = None
 
 
 def along_depth(steps: Sequence[Modes | None]) -> Tensor:
     """Growth of the gradient at every step from the energies of modes that are carried from step to step.
 
     A step is J = m I + C, m the mean of its eigenvalues. Of C, the part sqrt(c) C is that of its neighbours too (c is
-    the cosine of neighbouring C) and the rest is drawn anew. A cotangent that is spread evenly over the modes keeps a
-    share e_i of its energy in mode i:
+    the cosine of neighbouring C) and the rest is drawn anew. A cotangent has a share e_i of its energy in mode i, all
+    alike where it enters as a random one, or as the gradient of a loss has them:
 
         e_i  <-  |m + sqrt(c) (lambda_i - m)|^2 e_i  +  u / d sum_j e_j,
 
@@ -131,7 +134,8 @@ def along_depth(steps: Sequence[Modes | None]) -> Tensor:
             continue
         sizes, weights = _squares(step)
         if energies is None or energies.shape != sizes.shape:
-            energies = weights.expand_as(sizes)  # what went before is spread evenly
+            # what went before is spread evenly, unless it is known how it is
+            energies = weights.expand_as(sizes) if step.start is None else _in_order(step, *step.start)
         anew = (torch.exp(2 * step.isotropic) - (weights * sizes).sum(1)).clamp_min(0.0)
         before = energies.sum(1, keepdim=True)
         grown = sizes * energies + anew[:, None] * weights * before
@@ -140,6 +144,29 @@ def along_depth(steps: Sequence[Modes | None]) -> Tensor:
         energies = torch.where(after > 0, grown / after, weights.expand_as(grown))
     known = next((rate for rate in rates if rate is not None), torch.full((1,), math.nan, dtype=torch.float64))
     return torch.stack([torch.full_like(known, math.nan) if rate is None else rate for rate in rates])
+
+
+def mode_shares(J: Tensor, cotangents: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvalues ``(samples, d)`` of J and the mean share of cotangents ``(samples, d, k)`` in the mode of each.
+
+    The share is that of the squared products with the eigenvectors of J^T, of unit norm: of a normal J the energy.
+    """
+    values, vectors = torch.linalg.eig(J.transpose(1, 2))
+    products = (vectors.mH @ cotangents.to(vectors.dtype)).abs().square()
+    return values, (products / products.sum(1, keepdim=True)).mean(2)
+
+
+def _in_order(step: Modes, values: Tensor, shares: Tensor) -> Tensor:
+    """Shares in the order in which `_squares` gives the modes of a step."""
+    order = _shared(values, step).argsort(dim=1, descending=True)
+    return shares.gather(1, order)
+
+
+def _shared(values: Tensor, step: Modes) -> Tensor:
+    """Squared moduli of what neighbouring steps share of the modes."""
+    c = 0.0 if math.isnan(step.cosine) else min(max(step.cosine, 0.0), 1.0)
+    mean = step.mean[:, None]
+    return (mean + math.sqrt(c) * (values - mean)).abs().square()
 
 
 def _squares(step: Modes) -> tuple[Tensor, Tensor]:
@@ -153,8 +180,7 @@ def _squares(step: Modes) -> tuple[Tensor, Tensor]:
         return torch.exp(2 * step.isotropic)[:, None], torch.ones(1, dtype=torch.float64)
     outer = step.values
     found = outer.isfinite()
-    shared = (mean + math.sqrt(c) * (outer - mean)).abs().square()
-    shared = torch.where(found, shared, mean.square().expand_as(shared))
+    shared = torch.where(found, _shared(outer, step), mean.square().expand_as(outer.real))
     order = shared.sort(dim=1, descending=True).values
     left = step.size - outer.shape[1]
     if left <= 0:

@@ -16,7 +16,7 @@ from stabkit.errors import ArgumentError
 
 FORMS = (
     *("scale", "redraw", "fill", "orthogonalise", "add_skip", "insert_norm", "activate", "scale_input", "convert"),
-    *("reset_statistics", "set_option"),
+    *("reset_statistics", "set_option", "shift"),
 )
 
 
@@ -107,6 +107,7 @@ def _act(model: nn.Module, action: Action, generator: torch.Generator) -> None:
     form = action.get("action")
     doing: dict[str, Callable[[], None]] = {
         "scale": lambda: _scale(parameter(model, action["parameter"]), float(action["factor"])),
+        "shift": lambda: _shift(parameter(model, action["parameter"]), float(action["amount"])),
         "redraw": lambda: _redraw(parameter(model, action["parameter"]), float(action["rms"]), generator),
         "fill": lambda: _fill(_part(parameter(model, action["parameter"]), action), float(action["value"])),
         "orthogonalise": lambda: _orthogonalise(
@@ -127,6 +128,10 @@ def _act(model: nn.Module, action: Action, generator: torch.Generator) -> None:
 
 def _scale(tensor: Tensor, by: float) -> None:
     tensor.mul_(by)
+
+
+def _shift(tensor: Tensor, by: float) -> None:
+    tensor.add_(by)
 
 
 def _redraw(tensor: Tensor, rms: float, generator: torch.Generator) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Container, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,9 +17,11 @@ from stabkit.diagnosis.measurement import Measurement
 from stabkit.diagnosis.thresholds import Thresholds
 from stabkit.tracing import Flow
 from stabkit.tracing.values import Value, meta_of, operation
+from stabkit.vocabulary import moves
 
 _SIGNS = 2  # values of which only the sign of their difference is left
 _ENOUGH = 8  # values whose mean and variance leave most of what they were
+_MOVES = moves("reshape", "permute", "copy", "expand")
 _SOFTMAXES = frozenset({"Softmax", "LogSoftmax", "SafeSoftmax"})
 
 
@@ -33,6 +35,8 @@ class Erasing:
         module: that module.
         values: how many values it normalises together.
         over: what holds these values: ``"group"``, ``"position"``, ``"channel"`` or ``"row"``.
+        beside: whether what it is given is read beside it as well, as by a skip: then nothing before it is cut off, and
+            only the branch behind it is the same for all.
     """
 
     step: int
@@ -40,6 +44,7 @@ class Erasing:
     module: nn.Module
     values: int
     over: str
+    beside: bool = False
 
 
 def erasing(flow: Flow) -> list[Erasing]:
@@ -47,7 +52,8 @@ def erasing(flow: Flow) -> list[Erasing]:
     modules = dict(flow.model.named_modules())
     recording = flow.recorded.recording
     found: dict[str, Erasing] = {}
-    for position, values, over, time in _counted(flow):
+    readers: dict[Value, list[int]] = {}
+    for run, values, over, time in _counted(flow):
         path = recording.path_at(time)
         module = modules.get(path)
         # two values keep their ratio where no mean is taken away, and a softmax of two scores is a sigmoid
@@ -56,21 +62,50 @@ def erasing(flow: Flow) -> list[Erasing]:
             continue
         if over == "channel" and not isinstance(module, _InstanceNorm):
             continue  # the values of a batch norm are those of the batch, which says nothing of the network
-        step = next((s.index for s in flow.steps if position < s.target.position), len(flow.steps) - 1)
-        found[path] = Erasing(step, path, module, values, over)
+        step = next((s.index for s in flow.steps if run.start < s.target.position), len(flow.steps) - 1)
+        readers = readers or _readers(flow)
+        found[path] = Erasing(step, path, module, values, over, _is_read_beside(flow, run, readers))
     return list(found.values())
 
 
-def _counted(flow: Flow) -> Iterator[tuple[int, int, str, int]]:
-    """Place, values and what holds them of every normalisation, and when it ran."""
-    for position, node in enumerate(flow.recorded.graph.nodes):
+def _readers(flow: Flow) -> dict[Value, list[int]]:
+    """Where each value is taken, as positions of the operations."""
+    graph = flow.recorded.graph
+    found: dict[Value, list[int]] = {}
+    for position, node in enumerate(graph.nodes):
+        for value in set(graph.inputs[node]):
+            found.setdefault(value, []).append(position)
+    return found
+
+
+def _is_read_beside(flow: Flow, run: range, readers: Mapping[Value, list[int]]) -> bool:
+    """Whether what a normalisation is given, or what that is a view of, is taken by something else too."""
+    graph = flow.recorded.graph
+    inside: Container[int] = run
+    node = graph.nodes[run.start]
+    while graph.inputs.get(node):
+        value = graph.inputs[node][0]
+        if any(position not in inside for position in readers[value]):
+            return True
+        node = value.node
+        if operation(node) not in _MOVES or node not in graph.rank:
+            return False
+        inside = (graph.rank[node],)
+    return False
+
+
+def _counted(flow: Flow) -> Iterator[tuple[range, int, str, int]]:
+    """Positions, values and what holds them of every normalisation, and when it ran."""
+    graph = flow.recorded.graph
+    for position, node in enumerate(graph.nodes):
         values, over = _values(node)
         if values and not (over == "row" and weighs(flow, node)):  # attention to a single key is right as it is
-            yield position, values, over, node._sequence_nr()
+            yield range(position, position + 1), values, over, node._sequence_nr()
     for call in flow.recorded.recording.calls:  # torch has no single operation for this one
         if isinstance(call.module, nn.RMSNorm):
-            place = flow.recorded.graph.position(call.start)
-            yield place, math.prod(call.module.normalized_shape), "position", call.start
+            run = range(graph.position(call.start), graph.position(call.stop))
+            if run:
+                yield run, math.prod(call.module.normalized_shape), "position", call.start
 
 
 def _values(node: Any) -> tuple[int, str]:
@@ -96,19 +131,20 @@ def erased_input_findings(flow: Flow, measurement: Measurement, thresholds: Thre
     found = [(each, alone) for each, alone in every if alone or each.over != "row"]
     if not found:
         return []
-    worst = min((each for each, _ in found), key=lambda each: each.values)
+    worst = min((each for each, _ in found), key=lambda each: (each.beside, each.values))
     others = [each.path for each, _ in found if each is not worst]
     also = f"; so {'does' if len(others) == 1 else 'do'} {', '.join(others[:3])}" if others else ""
     also += f" and {len(others) - 3} more" if len(others) > 3 else ""
     words, _ = _cure(worst)
+    harmless = all(each.beside for each, _ in found)
     return [
         Finding(
             kind="rank_collapse",
-            severity="critical" if any(alone for _, alone in found) else "warning",
+            severity="critical" if any(alone for _, alone in found) else "info" if harmless else "warning",
             steps=tuple(sorted({each.step for each, _ in found})),
             module_path=worst.path,
             confidence=1.0,
-            evidence=_evidence(worst) + also,
+            evidence=_evidence(worst) + also + "; what they are given is carried on beside them" * harmless,
             remedy=words,
             reference="Wu and He, Group normalization, ECCV 2018; pytorch issue 19250",
             numbers={"values": float(worst.values), "modules": float(len(found))},

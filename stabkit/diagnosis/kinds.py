@@ -62,6 +62,7 @@ FINDINGS: dict[str, Word] = {
     "post_norm": Word("norms behind the additions keep a deep network from training", "shrinks"),
     "copied_units": Word("units of a layer are copies of each other, and stay so"),
     "no_gradient": Word("parameters that are to be trained get no gradient", "broken"),
+    "wrong_derivative": Word("a backward that was written by hand is not the derivative of its forward", "broken"),
     "unregistered": Word("tensors get a gradient and are no parameters of the model: nothing moves them", "broken"),
     "no_fixed_point": Word("an iteration that is meant to settle does not", "grows"),
     "loss": Word("the loss has no gradient, or is taken of what it does not expect", "broken"),

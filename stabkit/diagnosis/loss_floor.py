@@ -3,29 +3,25 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor, nn
-from torch.autograd.graph import Node
 
 from stabkit.diagnosis import remedies
 from stabkit.diagnosis.finding import Action, Finding, serious
 from stabkit.diagnosis.loud_logits import CrossEntropy, cross_entropies
 from stabkit.diagnosis.ranges import Range, range_of
+from stabkit.diagnosis.regressions import regressions
 from stabkit.diagnosis.short_training import STEPS, short_training
 from stabkit.tracing import Flow
-from stabkit.tracing.containers import named_tensors
 from stabkit.tracing.forward_pass import ForwardPass
-from stabkit.tracing.training_pass import TrainingPass, nodes_above, path_of
-from stabkit.tracing.values import operation
+from stabkit.tracing.training_pass import TrainingPass, path_of
 from stabkit.vocabulary import activation_of
 
 _HIGH = 0.2  # of the loss of equal chances: a floor from which logits are held in too narrow a range
 _LOW = 0.01  # of the loss of equal chances: a floor that is none
 _UNREACHED = 0.05  # of the variance of the targets, from which what lies out of reach is no noise
-_REGRESSIONS = ("MseLoss", "SmoothL1Loss", "HuberLoss")
-_DIFFERENCES = ("Pow", "Abs", "LinalgVectorNorm")
 _COSINES = "Wang and Liu, Understanding the behaviour of contrastive loss, 2021; Radford et al., CLIP, 2021"
 _OUTPUTS = "Goodfellow, Bengio and Courville, Deep learning, 2016, section 6.2.2"
 
@@ -50,10 +46,10 @@ def loss_floor_findings(
             floor = _floor(found, held)
             if floor > _HIGH * found.chance:
                 return [_narrow(flow, loss, call, done, found, held, floor)]
-    for node, targets in _targets(done):
-        held = range_of(node)
+    for found_here in regressions(done):
+        held = range_of(found_here.node)
         if held.node is not None:
-            return _out_of_reach(flow, loss, done, held, targets)
+            return _out_of_reach(flow, loss, done, held, found_here.targets)
     return []
 
 
@@ -111,24 +107,6 @@ def _factor(found: CrossEntropy, held: Range) -> float:
     """What the range is to be multiplied with so that the floor is as good as none."""
     needed = math.log((found.classes - 1) / math.expm1(_LOW * found.chance))
     return needed / -math.log(math.expm1(_floor(found, held)) / (found.classes - 1))
-
-
-def _targets(done: TrainingPass) -> Iterator[tuple[Node | None, Tensor]]:
-    """What is held against what: the maker of an output, and its targets in its own layout."""
-    assert done.loss is not None
-    outputs = {t.grad_fn: t.detach() for _, t in named_tensors(done.output) if t.grad_fn is not None}
-    for each in nodes_above(done.loss):
-        node: Any = each
-        if operation(node) in _REGRESSIONS and not node._saved_target.requires_grad:
-            yield node.next_functions[0][0], node._saved_target.detach()
-        elif operation(node) in _DIFFERENCES and operation(inner := node.next_functions[0][0]) == "Sub":
-            sides = [parent for parent, _ in inner.next_functions]
-            taken = [side in outputs for side in sides]
-            if sum(taken) != 1 or sides[1 - taken.index(True)] is not None:
-                continue
-            output, difference = outputs[sides[taken.index(True)]], node._saved_self.detach()
-            if output.shape == difference.shape:
-                yield sides[taken.index(True)], output - difference if taken[0] else output + difference
 
 
 def _out_of_reach(flow: Flow, loss: Any, done: TrainingPass, held: Range, targets: Tensor) -> list[Finding]:

@@ -9,7 +9,15 @@ from typing import Any
 from stabkit.diagnosis.finding import Finding
 from stabkit.tracing.flat_derivatives import FlatDerivative
 from stabkit.tracing.forward_pass import ForwardPass
-from stabkit.tracing.lost_gradient import Cut, LostGradient, listed, lost_gradient, lost_without_checkpoints
+from stabkit.tracing.lost_gradient import (
+    DRAW,
+    FIRST_ORDER,
+    Cut,
+    LostGradient,
+    listed,
+    lost_gradient,
+    lost_without_checkpoints,
+)
 from stabkit.tracing.training_pass import REENTRANT, TrainingPass
 
 _LARGE = 0.2  # share of the trainable parameters from which an unused branch is more than a head that is not asked for
@@ -22,6 +30,7 @@ _REMEDIES = {
     "exit": "stay within torch: a tensor that is made of numbers has no history",
     REENTRANT: "give checkpoint use_reentrant=False, or let what goes into it require grad: "
     "model.enable_input_require_grads(), or requires_grad_() on the output of the embedding",
+    FIRST_ORDER: "take the derivative with create_graph=True, so that it is trained like any other output",
     "other": "its derivative is zero or there is none: use a smooth one in its place, or a straight-through estimator",
 }
 _CHOICES = frozenset({"argmax", "argmin", "topk", "argsort", "sort", "multinomial", "one_hot"})
@@ -129,8 +138,10 @@ def _unused(found: LostGradient, call: ForwardPass, steps: tuple[int, ...], aske
 
 def remedy_for(operation: str) -> str:
     """What to do about an operation that takes tensors off the graph."""
-    if operation in _CHOICES:
+    if operation in _CHOICES or (DRAW in operation and not operation.endswith(DRAW)):
         return _REMEDIES["argmax"]
+    if operation.endswith(DRAW):
+        return "draw with rsample(), which passes the gradient on to what it is drawn with"
     if operation in _REMEDIES:
         return _REMEDIES[operation]
     return _REMEDIES["exit" if operation.endswith("()") else "other"]

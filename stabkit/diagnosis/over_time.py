@@ -26,7 +26,9 @@ from stabkit.diagnosis import remedies
 from stabkit.diagnosis.actions import carried_out
 from stabkit.diagnosis.finding import Action, Finding
 from stabkit.diagnosis.remedies import Remedy
+from stabkit.diagnosis.scan_profiles import WrittenOut
 from stabkit.diagnosis.thresholds import Thresholds
+from stabkit.diagnosis.time_profile import FEWEST, TimeProfile, logs_of
 from stabkit.diagnosis.verdict import factor
 from stabkit.diagnosis.weights import step_of
 from stabkit.errors import StabkitError
@@ -46,45 +48,10 @@ _SIZES = (
     (2.0, "2/sqrt(hidden), of gain 2"),
 )
 _FAR = math.log(1.5)  # nats between the size of a matrix and the standard one that are worth a change
-_FEWEST = 8  # time steps from which one speaks of time
 _REFERENCES = {
     "vanishing": "Pascanu et al., On the difficulty of training recurrent neural networks, 2013; Gers et al., 2000",
     "exploding": "Pascanu et al., On the difficulty of training recurrent neural networks, 2013",
 }
-
-
-@dataclass
-class TimeProfile:
-    """The gradient at every time step of one recurrent module.
-
-    Attributes:
-        path: of the module.
-        module: itself.
-        log_gradient: ``(time,)``, log of the gradient norm there; -inf where nothing arrives.
-        loop: whether it is called in a loop of the model, and no recurrent module of torch.
-        width: size of the last axis of the states of such a loop.
-    """
-
-    path: str
-    module: nn.Module
-    log_gradient: Array
-    loop: bool = False
-    width: int = 0
-
-    @property
-    def growth(self) -> float:
-        """What the gradient gains on its way back over time, nats: from the newest step that it reaches to the oldest.
-
-        Means of the first and last eighths, so that one step counts little.
-        """
-        width = max(1, len(self.log_gradient) // 8)
-        with np.errstate(invalid="ignore"):
-            return float(_log_mean(self.log_gradient[:width]) - _log_mean(self.log_gradient[-width:]))
-
-
-def _log_mean(logs: Array) -> float:
-    top = logs.max()
-    return float(top + 0.5 * np.log(np.exp(2 * (logs - top)).mean())) if np.isfinite(top) else float(top)
 
 
 @dataclass
@@ -97,13 +64,17 @@ class _Kept:
 
 def time_findings(flow: Flow, loss: Any, thresholds: Thresholds) -> list[Finding]:
     """Recurrent modules whose gradient vanishes or explodes over time; empty for a model without any."""
-    findings = []
-    for profile in time_profiles(flow.forward_pass, loss, loops_over_time(flow)):
-        growth = profile.growth
-        if math.isnan(growth) or abs(growth) <= thresholds.explosion:
-            continue
-        findings.append(_finding(flow, profile, growth, loss, thresholds))
-    return findings
+    called = time_profiles(flow.forward_pass, loss, loops_over_time(flow))
+    written = WrittenOut(flow, {profile.path for profile in called})
+
+    def is_far(profile: TimeProfile) -> bool:
+        return not math.isnan(profile.growth) and abs(profile.growth) > thresholds.explosion
+
+    far = [profile for profile in called if is_far(profile)]
+    inside = [written.with_method(profile) for profile in written.profiles(loss) if is_far(profile)]
+    # what later blocks do to the gradient on its way is not the fault of the recurrence
+    far += [p for p in inside if p.own * math.copysign(1.0, p.growth) > 0.5 * thresholds.explosion]
+    return [_finding(flow, profile, profile.growth, loss, thresholds, written) for profile in far]
 
 
 def loops_over_time(flow: Flow) -> tuple[str, ...]:
@@ -118,7 +89,7 @@ def loops_over_time(flow: Flow) -> tuple[str, ...]:
         module = modules.get(call.path)
         if module is not None and not isinstance(module, nn.RNNBase | nn.RNNCellBase):
             places.setdefault(call.path, []).append(flow.recorded.graph.position(call.start))
-    often = {path: starts for path, starts in places.items() if len(starts) >= _FEWEST}
+    often = {path: starts for path, starts in places.items() if len(starts) >= FEWEST}
     picks = _picks(flow) if often else []
     found: list[str] = []
     for path, starts in often.items():  # in the order of their beginnings: what holds others goes before them
@@ -180,14 +151,14 @@ def time_profiles(call: ForwardPass, loss: Any = None, loops: Sequence[str] = ()
         (gradient,) = torch.autograd.grad(done.loss, [tensor], retain_graph=True, allow_unused=True)
         if gradient is not None:
             rows = gradient.detach().double().movedim(axis, 0).flatten(1)
-            found.append(TimeProfile(path, module, _logs(rows.norm(dim=1))))
+            found.append(TimeProfile(path, module, logs_of(rows.norm(dim=1))))
     for path, (module, states) in kept.cells.items():
-        if len(states) >= _FEWEST and (path not in loops or _recurs(states)):
+        if len(states) >= FEWEST and (path not in loops or _recurs(states)):
             flat = [tensor for state in states for tensor in state]
             gradients = torch.autograd.grad(done.loss, flat, retain_graph=True, allow_unused=True)
             squares = iter([0.0 if g is None else float(g.detach().double().square().sum()) for g in gradients])
             sizes = torch.tensor([math.sqrt(sum(next(squares) for _ in state)) for state in states])
-            found.append(TimeProfile(path, module, _logs(sizes), path in loops, states[0][0].shape[-1]))
+            found.append(TimeProfile(path, module, logs_of(sizes), path in loops, states[0][0].shape[-1]))
     return found
 
 
@@ -196,12 +167,6 @@ def _recurs(states: Sequence[list[Tensor]]) -> bool:
     last = torch.stack([tensor.sum() for tensor in states[-1]]).sum()
     gradients = torch.autograd.grad(last, states[-2], retain_graph=True, allow_unused=True)
     return any(gradient is not None for gradient in gradients)
-
-
-def _logs(sizes: Tensor) -> Array:
-    with np.errstate(divide="ignore"):
-        logs: Array = np.log(sizes.double().numpy())
-    return logs
 
 
 @contextlib.contextmanager
@@ -227,7 +192,7 @@ def _sequence_hook(path: str, kept: _Kept) -> Callable[[nn.Module, Any], None]:
         if not isinstance(given, Tensor) or not given.requires_grad:
             return  # a packed sequence holds its steps in an order of its own
         axis = 1 if module.batch_first and given.dim() == 3 else 0
-        if given.shape[axis] >= _FEWEST:
+        if given.shape[axis] >= FEWEST:
             kept.sequences.append((path, module, given, axis))
 
     return hook
@@ -242,7 +207,9 @@ def _cell_hook(path: str, kept: _Kept) -> Callable[[nn.Module, Any, Any], None]:
     return hook
 
 
-def _finding(flow: Flow, profile: TimeProfile, growth: float, loss: Any, thresholds: Thresholds) -> Finding:
+def _finding(
+    flow: Flow, profile: TimeProfile, growth: float, loss: Any, thresholds: Thresholds, written: WrittenOut
+) -> Finding:
     kind = "vanishing" if growth < 0 else "exploding"
     count = len(profile.log_gradient)
     name = type(profile.module).__name__
@@ -251,48 +218,68 @@ def _finding(flow: Flow, profile: TimeProfile, growth: float, loss: Any, thresho
         f"over {count} time steps of {profile.path or 'the model'} ({name}) the gradient changes {how} on its way from "
         "the last to the first; the inputs of other times are held fixed"
     )
-    remedy, tried = _tried(flow, profile, growth, loss, thresholds)
+    evidence += f"; its method over time: {profile.method}" if profile.method else ""
+    remedy, tried = _tried(flow, profile, growth, loss, thresholds, written)
     return Finding(
         kind=kind,
-        severity=_severity(profile.module, growth, thresholds),
-        steps=(step_of(flow, profile.path),),
+        severity=_severity(profile, growth, thresholds),
+        steps=(step_of(flow, profile.path) if profile.step < 0 else profile.step,),
         module_path=profile.path,
         confidence=1.0,
         evidence=evidence + tried,
         remedy=remedy.text,
         reference=_REFERENCES[kind],
-        numbers={"growth_over_time": growth if math.isfinite(growth) else -1e3, "time_steps": float(count)},
+        numbers={"growth_over_time": growth if math.isfinite(growth) else -1e3, "time_steps": float(count)}
+        | _own(profile),
         actions=remedy.actions,
     )
 
 
-def _severity(module: nn.Module, growth: float, thresholds: Thresholds) -> str:
+def _own(profile: TimeProfile) -> dict[str, float]:
+    """What the time steps of a recurrence alone do to a gradient, nats a step."""
+    finite = math.isfinite(profile.own)
+    return {"growth_per_time_step": profile.own / len(profile.log_gradient)} if finite else {}
+
+
+def _severity(profile: TimeProfile, growth: float, thresholds: Thresholds) -> str:
     """Gates open while a network trains, so a gated one is given twice the range, and the end is never certain."""
     far = abs(growth) > 2 * thresholds.explosion
-    if not isinstance(module, nn.LSTM | nn.LSTMCell | nn.GRU | nn.GRUCell):
+    if not (profile.fed or isinstance(profile.module, nn.LSTM | nn.LSTMCell | nn.GRU | nn.GRUCell)):
         return "critical" if far else "warning"
     return "warning" if far else "info"
 
 
-def _tried(flow: Flow, profile: TimeProfile, growth: float, loss: Any, thresholds: Thresholds) -> tuple[Remedy, str]:
+def _tried(
+    flow: Flow, profile: TimeProfile, growth: float, loss: Any, thresholds: Thresholds, written: WrittenOut
+) -> tuple[Remedy, str]:
     """The first remedy that brings growth over time within range on a copy of the model, and what it changed."""
     call = flow.forward_pass
+    other = "factors of the state nearer to 1" if profile.place >= 0 else "an LSTM with open forget gates"
     without = Remedy(
-        "nothing that was tried on its weights helps: use an LSTM with open forget gates, read or pool all outputs in "
-        "place of the last, or shorten the sequence"
+        f"nothing that was tried on its weights helps: use {other}, read or pool all outputs in place of the last, or "
+        "shorten the sequence"
     )
     if not isinstance(call.model, nn.Module) or call.model is not call.module:
         return without, ""
-    for remedy in _changes(profile, growth):
+    inside = profile.place >= 0
+    before = "nothing" if math.isinf(growth) else f"{growth:+.1f}"
+    for remedy in [*(written.remedies(profile, growth) if inside else ()), *_changes(profile, growth)]:
+        own = math.nan
         try:
             with carried_out(call.module, remedy.actions):
-                after = time_profiles(call, loss, (profile.path,) if profile.loop else ())
+                if inside:
+                    found, own = written.again().measured(profile, loss)
+                else:
+                    after = time_profiles(call, loss, (profile.path,) if profile.loop else ())
+                    found = next((p.growth for p in after if p.path == profile.path), math.nan)
         except StabkitError:
             continue
-        found = next((p.growth for p in after if p.path == profile.path), math.nan)
         if abs(found) <= thresholds.explosion:
-            before = "nothing" if math.isinf(growth) else f"{growth:+.1f}"
             return remedy, f"; tried on a copy: {before} -> {found:+.1f} nats over time"
+        # where another recurrence behind it is at fault as well, what its own steps do is what a remedy can change
+        if abs(own) <= thresholds.stable and abs(found) < abs(growth):
+            told = f"; tried on a copy: of its own steps {profile.own:+.1f} -> {own:+.1f} nats over time"
+            return remedy, f"{told}, with what comes after it {before} -> {found:+.1f}"
     return without, ""
 
 

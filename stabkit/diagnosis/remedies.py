@@ -37,6 +37,11 @@ def scale(parameter: str, by: float) -> Action:
     return {"action": "scale", "parameter": parameter, "factor": by}
 
 
+def shift(parameter: str, by: float) -> Action:
+    """Add a number to every entry of a parameter."""
+    return {"action": "shift", "parameter": parameter, "amount": by}
+
+
 def redraw(parameter: str, rms: float) -> Action:
     """Draw a parameter anew, normal with this root mean square."""
     return {"action": "redraw", "parameter": parameter, "rms": rms}

@@ -1,4 +1,4 @@
-"""The verdict over time, for a model of which depth says too little: one recurrent module, or cells in a loop.
+"""The verdict over time, for a model of which depth says too little: one recurrent module, or a loop over time.
 
 Every step of such a flow changes its space, by the inputs that are still unread, so that growth over depth has no zero;
 the gradient that reaches each time step has one, and was measured.
@@ -10,6 +10,7 @@ import math
 from dataclasses import replace
 
 from stabkit.diagnosis.over_time import loops_over_time, time_profiles
+from stabkit.diagnosis.scan_profiles import WrittenOut
 from stabkit.diagnosis.thresholds import Thresholds
 from stabkit.diagnosis.verdict import Verdict, factor
 from stabkit.tracing import Flow
@@ -24,6 +25,7 @@ def judged_over_time(flow: Flow, verdict: Verdict, loss: object, thresholds: Thr
     if verdict.name != "not judged":
         return verdict
     profiles = time_profiles(flow.forward_pass, loss, loops_over_time(flow))
+    profiles += WrittenOut(flow, {profile.path for profile in profiles}).profiles(loss)
     known = [profile for profile in profiles if math.isfinite(profile.growth)]
     if not known:
         return verdict

@@ -15,8 +15,11 @@ from stabkit.diagnosis.finding import Finding, serious
 from stabkit.diagnosis.running_statistics import refill
 from stabkit.diagnosis.suspects import Diagnosis
 from stabkit.diagnosis.thresholds import Thresholds
+from stabkit.diagnosis.unreached import diagnosis_without_flow
 from stabkit.errors import ArgumentError
 from stabkit.tracing import trace
+from stabkit.tracing.endpoints import UnreachedError
+from stabkit.tracing.forward_pass import ForwardPass
 
 
 def apply(model: nn.Module, finding: Finding, *, seed: int = 0) -> int:
@@ -71,9 +74,19 @@ class Treatment:
         return not any(serious(finding) for finding in self.after.findings)
 
     def __str__(self) -> str:
-        lines = [f"{finding.kind} at {finding.module_path}: {finding.remedy}" for finding in self.applied]
-        left = [f"left: {f.kind} at {f.module_path}: {f.evidence}" for f in self.after.findings if serious(f)]
+        lines = [
+            f"{finding.kind} at {finding.module_path or 'the model'}: {finding.remedy}" for finding in self.applied
+        ]
+        left = [
+            f"left, to be done by hand: {f.kind} at {f.module_path or 'the model'}: {f.evidence}; {f.remedy}"
+            for f in self.after.findings
+            if serious(f)
+        ]
         return "\n".join([*(lines or ["nothing was done"]), *left])
+
+
+def _what(finding: Finding) -> str:
+    return f"{finding.kind} at {finding.module_path or 'the model'}"
 
 
 def treat(
@@ -103,7 +116,8 @@ def treat(
 
     Raises:
         ArgumentError: the model is no ``torch.nn.Module``, of which a copy could be made.
-        TraceError: the model could not be traced.
+        TraceError: the model could not be traced. Where nothing leads from the input to the output, and a loss trains
+            parameters still, the copy is left as it is, with what was found.
 
     Example:
         >>> import torch
@@ -122,7 +136,14 @@ def treat(
     applied: list[Finding] = []
 
     def diagnosed() -> Diagnosis:
-        flow = trace(treated, *inputs, kwargs=kwargs, seed=seed, **tracing)
+        try:
+            flow = trace(treated, *inputs, kwargs=kwargs, seed=seed, **tracing)
+            flow = flow if loss is None else flow.following(loss)
+        except UnreachedError as error:
+            if loss is None or not any(p.requires_grad for p in treated.parameters()):
+                raise
+            call = ForwardPass(treated, treated, inputs, dict(kwargs or {}), seed)
+            return diagnosis_without_flow(call, loss, str(error))
         return examine(flow, loss, thresholds=thresholds, seed=seed)
 
     before = after = diagnosed()

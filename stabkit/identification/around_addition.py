@@ -31,9 +31,10 @@ def with_projection(
         system = f"{record.system}, retracted to the sphere after each step"
         return replace(record, name="projected Euler (post-norm)", skip=None, notes=(why, note, *record.notes),
                        system=system)  # fmt: skip
-    if rectified and record.name == "forward Euler":
+    if rectified and record.name in ("forward Euler", "forward Euler, parallel branches"):
         system = "x' in f(x) - N(x), N the normal cone of the nonnegative states"
-        return replace(record, name="projected Euler (ReLU)", notes=(note, *record.notes), system=system)
+        why = "a proximal gradient step on x >= 0; a number that is subtracted before makes it one with a threshold"
+        return replace(record, name="projected Euler (ReLU)", notes=(note, why, *record.notes), system=system)
     if threshold is not None:
         low, high = threshold
         t = f"{low:.3g}" if high - low <= _SAME * high else f"{low:.3g} to {high:.3g}"

@@ -9,7 +9,7 @@ from stabkit.errors import ArgumentError
 from stabkit.identification.flow_index import Surroundings
 from stabkit.identification.grouping import groups, is_divided
 from stabkit.identification.iterated import read_iteration
-from stabkit.identification.over_time import Recurrences
+from stabkit.identification.over_time import Recurrences, closed_form_note
 from stabkit.identification.reading import read
 from stabkit.identification.record import Identification
 from stabkit.parallel import SERIAL, Parallel
@@ -63,8 +63,10 @@ def identify(flow: FlowLike, *, checks: bool = True, parallel: Parallel = SERIAL
     recurrences = Recurrences(flow)
 
     def with_time(record: Identification) -> Identification:
-        found = recurrences.inside(record.steps[0], record.steps[-1] + 1)
-        return replace(record, over_time=found, notes=(*record.notes, *map(str, found))) if found else record
+        start, stop = record.steps[0], record.steps[-1] + 1
+        found = recurrences.inside(start, stop)
+        told = tuple(map(str, found)) or tuple(filter(None, (closed_form_note(flow, start, stop),)))
+        return replace(record, over_time=found, notes=(*record.notes, *told)) if told else record
 
     def read_group(index: int) -> list[Identification]:
         return [with_time(record) for record in read_steps(*places[index])]

@@ -10,6 +10,7 @@ import numpy as np
 
 from stabkit import integrators
 from stabkit.identification.naming import CLOSE, POINTS, Name
+from stabkit.identification.predictor_correctors import predictor_corrector
 from stabkit.identification.tableau import Blocks, Matrix
 from stabkit.integrators import GeneralLinearMethod
 
@@ -33,7 +34,7 @@ def name_several_states(found: Blocks, *, symmetric: bool | None, gated: bool) -
     coupled = _additive_coupling(found) if r == 2 else None
     if coupled is not None:
         return coupled
-    adams = _multistep(found) or (_remembering(found) if r == 2 else None)
+    adams = _multistep(found) or (_remembering(found) if r == 2 else None) or predictor_corrector(found)
     if adams is not None:
         return adams
     if r == 2 and gated:
@@ -150,8 +151,8 @@ def _multistep(found: Blocks) -> Name | None:
     left = _left_vector(found.V)
     if left is None:
         return None
-    h = float(abs((left @ found.B).sum()))
-    if h < 1e-12:
+    h = float((left @ found.B).sum())
+    if abs(h) < 1e-12:
         return None
     method = found.method(h)
     ours = [np.poly(M) for M in method.stability_matrix(POINTS)]

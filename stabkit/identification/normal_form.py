@@ -331,6 +331,8 @@ def _divide_repeated(piece: Piece, regions: Regions) -> Regions:
     patterns = {atom: _pattern(nodes) for atom, (nodes, _) in regions.items()}
     out = dict(regions)
     for atom, (nodes, entries) in regions.items():
+        if all(is_affine(node, 1) for node in nodes):
+            continue  # D^T D x beside D^T x is one linear map, and not two stages
         for pattern in patterns.values():
             times = len(patterns[atom]) // max(1, len(pattern))
             if times < 2 or pattern * times != patterns[atom] or not pattern:

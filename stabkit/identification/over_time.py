@@ -8,10 +8,12 @@ numbers that multiply the state say which rule was meant.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
+import torch
 from torch.autograd.graph import Node
 
 from stabkit import integrators
@@ -23,9 +25,9 @@ from stabkit.identification.record import Identification, Recurrence
 from stabkit.identification.step_rules import Histories, Made
 from stabkit.integrators import LinearStability
 from stabkit.tracing import Flow
-from stabkit.tracing.scan_flow import over_scan, scans_of
-from stabkit.tracing.scans import Scan
-from stabkit.tracing.values import Value, operation
+from stabkit.tracing.scan_flow import growth_over, over_scan, scans_of
+from stabkit.tracing.scans import FEWEST, Scan
+from stabkit.tracing.values import Value, meta_of, operation, random_tensors
 
 _CLOSE = 1e-5  # of invariants of 2 x 2 blocks in single precision
 _CALLED = {
@@ -33,6 +35,8 @@ _CALLED = {
     "trapezoid": ("trapezoid (bilinear", "x' = A x + B u"),
     "backward Euler": ("backward Euler (linear", "x' = A x + B u"),
 }
+_CLOSED = frozenset({"Cumprod", "Cumsum", "FftC2C", "FftR2C", "Logcumsumexp"})
+_ROUNDINGS = 100.0  # multiple of the rounding unit by which a Fourier transform may miss a zero
 _EXTREMES = frozenset({"Maximum", "Minimum"})
 _MIXTURES = frozenset({"Addcmul", "Lerp"})  # affine in any one of their arguments
 _METHODS = {"trapezoid": "trapezoid", "backward Euler": "backward_euler"}
@@ -54,12 +58,26 @@ class Recurrences:
 
     def inside(self, start: int, stop: int) -> tuple[Recurrence, ...]:
         """Those between two states of the flow."""
-        scans = scans_of(self._flow, start, stop)
+        return self.of(scans_of(self._flow, start, stop))
+
+    def of(self, scans: Sequence[Scan]) -> tuple[Recurrence, ...]:
+        """The readings of recurrences, all of those that run in their modules."""
         paths = [self._flow.recorded.path_of(scan.cycle[-1]) for scan in scans]
-        return tuple(
-            self._read(scan, path, paths[:i].count(path), paths.count(path))
-            for i, (scan, path) in enumerate(zip(scans, paths, strict=True))
-        )
+        found = []
+        for i, (scan, path) in enumerate(zip(scans, paths, strict=True)):
+            record = self._read(scan, path, paths[:i].count(path), paths.count(path))
+            rates = growth_over(self._flow, scan)
+            found.append(replace(record, growth=sum(rates) / len(rates)))
+        return tuple(found)
+
+    def levers(self, scans: Sequence[Scan], place: int) -> list[tuple[str, float]]:
+        """Parameters that set how long one of some recurrences remembers, see `Histories.levers`."""
+        paths = [self._flow.recorded.path_of(scan.cycle[-1]) for scan in scans]
+        path = paths[place]
+        self._made(path, paths[:place].count(path), paths.count(path))
+        if self._histories is None:
+            return []
+        return self._histories.levers(path, paths[:place].count(path), paths.count(path))
 
     def _read(self, scan: Scan, path: str, place: int, count: int) -> Recurrence:
         around = _OverTime(over_scan(self._flow, scan, scan.middle, min(scan.middle + 2, len(scan))))
@@ -72,7 +90,7 @@ class Recurrences:
         coupled = coupling(around.flow.steps[0].segment)
         if coupled is None:
             return Recurrence(
-                "linear recurrence (coupled)", "x' = A(u) x + B u", "measured", None, path, len(scan),
+                "linear recurrence (coupled)", "x' = A(u) x + B u", "measured", None, path, len(scan), fed=fed,
                 notes=("more than one axis of the state is coupled: its matrix was not taken apart",),
             )  # fmt: skip
         record = _of_matrix(coupled, self._made(path, place, count), scan, path, fed)
@@ -89,6 +107,39 @@ class Recurrences:
                 except RuntimeError as error:
                     self._untold = f"the model does not run with parameters that require grad: {str(error)[:100]}"
         return Made() if self._histories is None else self._histories.of(path, place, count)
+
+
+def closed_form_note(flow: Flow, start: int, stop: int) -> str:
+    """A note where steps may hold a recurrence in closed form, which has no states to be read; empty elsewhere.
+
+    Those are steps with a cumulative operation or a Fourier transform in which a time takes nothing of later ones: a
+    cotangent in the middle of an axis arrives before it, and not behind it.
+    """
+    before, after = flow.states[start], flow.states[stop]
+    names = {name for step in flow.steps[start:stop] for name in step.operations} & _CLOSED
+    if not names or len(before.values) != 1 or len(after.values) != 1:
+        return ""
+    meta, axis_of_samples = meta_of(after.values[0]), after.layouts[0].axis
+    if meta_of(before.values[0]).shape != meta.shape:
+        return ""
+    (drawn,) = random_tensors(after.values, seed=0)
+    for axis, size in enumerate(meta.shape):
+        if size < FEWEST or axis == axis_of_samples:
+            continue
+        middle = size // 2
+        given = torch.zeros_like(drawn)
+        given.select(axis, middle).copy_(drawn.select(axis, middle))
+        cotangents = [given]
+        for step in reversed(flow.steps[start:stop]):
+            cotangents = step.vjp(cotangents)
+        earlier, later = (cotangents[0].narrow(axis, *span) for span in ((0, middle), (middle + 1, size - middle - 1)))
+        rounding = _ROUNDINGS * torch.finfo(meta.dtype).eps * float(cotangents[0].norm())
+        if float(later.norm()) <= rounding < float(earlier.norm()):
+            return (
+                f"axis {axis} is passed causally, with {', '.join(sorted(names))}: if that is a recurrence in closed "
+                "form, it has no chain of states and is not read over time"
+            )
+    return ""
 
 
 class _OverTime(Surroundings):
@@ -156,7 +207,9 @@ def _of_cell(around: _OverTime, found: Identification, scan: Scan, path: str, fe
     if fed and evidence == "proven" and name not in ("plain", "forward Euler"):
         evidence = "measured"
         notes = ("numbers that are made of the input multiply the state: they are those of this input", *notes)
-    return Recurrence(name, system, evidence, found.residual, path, len(scan), method=found.method, notes=notes)
+    return Recurrence(
+        name, system, evidence, found.residual, path, len(scan), fed=fed, method=found.method, notes=notes
+    )
 
 
 def _mean(skip: float | None) -> str:
@@ -197,7 +250,9 @@ def _of_matrix(coupled: Coupling, made: Made, scan: Scan, path: str, fed: bool) 
         name, system = _of_numbers(values.ravel(), made, fed)
         constant = not fed and low == high and not np.iscomplex(values).any()
         evidence = "proven" if constant else "measured"
-    return Recurrence(name, system, evidence, residual, path, len(scan), low, high, method, tuple(notes))
+    return Recurrence(
+        name, system, evidence, residual, path, len(scan), low, high, fed=fed, method=method, notes=tuple(notes)
+    )
 
 
 def _of_numbers(a: np.ndarray[Any, Any], made: Made, fed: bool) -> tuple[str, str]:

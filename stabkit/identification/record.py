@@ -29,6 +29,8 @@ class Recurrence(Result):
         n_steps: how many steps over time were recorded alike.
         low: smallest modulus of an eigenvalue of a time step that is linear in its state; None for others.
         high: the largest.
+        growth: what a random cotangent gains a time step on its way back, mean over time, nats; inputs are held fixed.
+        fed: whether numbers that are made of the input multiply the state.
         method: the general linear method; None where none was read, as for the exponential.
         notes: what else was seen.
     """
@@ -41,6 +43,8 @@ class Recurrence(Result):
     n_steps: int
     low: float | None = None
     high: float | None = None
+    growth: float | None = None
+    fed: bool = False
     method: LinearStability | None = None
     notes: tuple[str, ...] = ()
 
@@ -48,8 +52,10 @@ class Recurrence(Result):
         """One line: where, how long, the method, and how sure."""
         where = f" of {self.module_path}" if self.module_path else ""
         residual = "" if self.residual is None else f", residual {self.residual:.1g}"
+        grows = "" if self.growth is None else f"; gradients change by {self.growth:+.3g} nats a step"
         told = "".join(f"; {note}" for note in self.notes)
-        return f"over time, {self.n_steps} steps{where}: {self.name}, {self.evidence}{residual}; {self.system}{told}"
+        read = f"{self.name}, {self.evidence}{residual}; {self.system}"
+        return f"over time, {self.n_steps} steps{where}: {read}{grows}{told}"
 
     def _contents(self) -> dict[str, Any]:
         return {name: value for name, value in super()._contents().items() if name != "method"}

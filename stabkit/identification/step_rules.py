@@ -32,6 +32,7 @@ _ROUNDINGS = 100.0  # multiple of the rounding unit by which c may vary: a and i
 _FEWEST = 3  # different entries from which one constant for all of them says something
 _ABOVE = 64  # values that a factor is made of, the nearest first
 _TIMES = 4  # at which a factor is looked at, which may be one number each time
+_ONE_WAY = 0.9  # share of a parameter's entries that move a factor, and of their derivatives that does not cancel
 _SUMS = MOVES | ADDS
 
 
@@ -96,24 +97,18 @@ class Histories:
             place: which of the recurrences in that module it is.
             count: how many there are.
         """
-        scans = self._scans.get(path, [])
-        if len(scans) != count:
+        located = self._located(path, place, count)
+        if located is None:
             return Made()
-        scan = scans[place]
-        products = [node for node in scan.cycle if operation(node) not in _SUMS]
-        if len(products) != 1:
-            return Made()
-        if operation(products[0]) == "Lerp":
+        scan, product, factors = located
+        if operation(product) == "Lerp":
             return Made(convex=True)
         own = {v for values in scan.states for v in values}
-        factors = self._factors(scan, products[0], lambda v: v in own or v.node in scan.cycle)
-        if not factors:
-            return Made()
         factor = factors[0]
         added = [
             v
             for node in scan.cycle
-            if node is not products[0]
+            if node is not product
             for v in self._graph.inputs[node]
             if v not in own and v.node not in scan.cycle
         ]
@@ -123,6 +118,52 @@ class Histories:
             return Made(convex=convex)
         rule, residual, z = found
         return Made(rule.name, residual, convex, any(self._is_made_of(v, z) for v in added) if added else None)
+
+    def levers(self, path: str, place: int, count: int) -> list[tuple[str, float]]:
+        """Parameters of the module whose entries all move the factor of a recurrence the same way.
+
+        Args:
+            path: of the module in which it runs.
+            place: which of the recurrences in that module it is.
+            count: how many there are.
+
+        Returns:
+            Names, with the derivative of the mean of log|a| when all entries of the parameter are moved alike; the
+            strongest first.
+        """
+        located = self._located(path, place, count)
+        if located is None or located[2][0].is_matrix:
+            return []
+        factors = [factor for factor in located[2] if factor.value is not None]
+        inside = {n: p for n, p in self._pass.parameters.items() if n.startswith(f"{path}." if path else "")}
+        if not factors or not inside:
+            return []
+        given = []
+        for factor in factors:
+            a = torch.where(factor.number == 0, torch.ones_like(factor.number), factor.number)
+            given.append(torch.where(factor.number == 0, torch.zeros_like(a), 1 / a.conj()) / a.numel())
+        found = []
+        pulled = _pulled(factors, [value_of(p) for p in inside.values()], given)
+        for name, grad in zip(inside, pulled, strict=True):
+            if grad is None or float((grad != 0).double().mean()) < _ONE_WAY:
+                continue  # a part of it does something else
+            total = float(grad.double().sum())
+            if abs(total) > _ONE_WAY * float(grad.double().abs().sum()):
+                found.append((name, total / len(factors)))
+        return sorted(found, key=lambda lever: -abs(lever[1]))
+
+    def _located(self, path: str, place: int, count: int) -> tuple[Scan, Node, list[_Factor]] | None:
+        """A recurrence, the one product in it that is no sum, and its factors."""
+        scans = self._scans.get(path, [])
+        if len(scans) != count:
+            return None
+        scan = scans[place]
+        products = [node for node in scan.cycle if operation(node) not in _SUMS]
+        if len(products) != 1:
+            return None
+        own = {v for values in scan.states for v in values}
+        factors = self._factors(scan, products[0], lambda v: v in own or v.node in scan.cycle)
+        return (scan, products[0], factors) if factors else None
 
     def _factors(self, scan: Scan, product: Node, is_state: Callable[[Value], bool]) -> list[_Factor]:
         """The factor in the middle of the sequence, and at some later times."""
@@ -200,6 +241,7 @@ _SAVED = {  # of the products: where they keep which of their arguments
     "Div": {0: "_saved_self", 1: "_saved_other"},
     "Mm": {0: "_saved_self", 1: "_saved_mat2"},
     "Addmm": {1: "_saved_mat1", 2: "_saved_mat2"},
+    "Lerp": {0: "", 2: "_saved_weight"},
 }
 
 
@@ -208,7 +250,7 @@ def _place(product: Node, is_state: Callable[[Value], bool]) -> int | None:
     known = _SAVED.get(operation(product), {})
     given = [None if parent is None else Value(parent, output) for parent, output in product.next_functions]
     states = [i for i in known if (v := given[i]) is not None and is_state(v)]
-    if len(states) != 1 or (operation(product) == "Div" and states != [0]):
+    if len(states) != 1 or (operation(product) in ("Div", "Lerp") and states != [0]):
         return None
     return next(i for i in known if i not in states)
 
@@ -221,6 +263,8 @@ def _factor(product: Node, place: int) -> _Factor | None:
     number = number.detach()
     parent, output = product.next_functions[place]
     value = None if parent is None else Value(parent, output)
+    if name == "Lerp":
+        return _Factor(1 - number, value, -1.0)
     if name == "Div":
         return _Factor(1 / number, value, -1 / number**2)
     is_matrix = name in ("Mm", "Addmm")

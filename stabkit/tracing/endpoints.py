@@ -174,7 +174,8 @@ def scalar_loss(loss: Any, output: Any) -> Tensor:
     """A loss of the model's output, on the graph.
 
     Raises:
-        TraceError: the loss is no function of the output that returns a differentiable scalar.
+        TraceError: the loss is no function of the output that returns a differentiable scalar; an `UnreachedError`
+            where it carries no gradient, as one that reads an output which is cut off from the input.
     """
     if not callable(loss):
         several = (
@@ -190,7 +191,7 @@ def scalar_loss(loss: Any, output: Any) -> Tensor:
         found = f"shape {tuple(scalar.shape)}" if isinstance(scalar, Tensor) else type(scalar).__name__
         raise TraceError(f"loss returned {found}; expected a scalar, e.g. loss=lambda out: out.square().mean()")
     if not scalar.requires_grad:
-        raise TraceError("the loss does not depend on the model's output; compute it from its argument")
+        raise UnreachedError("the loss does not depend on the model's output; compute it from its argument")
     return scalar
 
 

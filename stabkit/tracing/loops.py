@@ -80,7 +80,9 @@ def find_loops(graph: Graph, frontiers: Frontiers, anchors: Sequence[Anchor]) ->
     """
     found: list[tuple[int, Loop]] = []
     signature = _signatures(graph)
-    for period in _candidates(anchors):
+    for period, places in _candidates(anchors).items():
+        if _is_explained(period, places, found):
+            continue
         for run in _runs(graph, period, signature):
             loop = _placed(graph, frontiers, anchors, run)
             if loop is not None and _explains(loop, anchors):
@@ -105,14 +107,23 @@ def loops_of_calls(graph: Graph) -> tuple[Loop, ...]:
     return find_loops(graph, Frontiers(graph), anchors) if len(anchors) > 1 else ()
 
 
-def _candidates(anchors: Sequence[Anchor]) -> list[int]:
-    """Distances between evaluations of the same thing, those first that occur most often."""
-    counts: defaultdict[int, int] = defaultdict(int)
+def _is_explained(period: int, places: Sequence[int], found: Sequence[tuple[int, Loop]]) -> bool:
+    """Whether a period is that of several rounds of a loop that was found, or of too little beside one."""
+    several = [loop for _, loop in found if period % loop.period == 0]
+    low, high = min(places) - period, max(places) + 2 * period  # every round recurs with an evaluation
+    beside = any(loop.start < high and low < loop.stop and length >= high - low for length, loop in found)
+    return beside or all(any(loop.start <= place < loop.stop for loop in several) for place in places)
+
+
+def _candidates(anchors: Sequence[Anchor]) -> dict[int, list[int]]:
+    """Distances between evaluations of the same thing, those first that occur most often, each with where it occurs."""
+    places: defaultdict[int, list[int]] = defaultdict(list)
     for lag in range(1, min(len(anchors) - 1, _MOST_EVALUATIONS) + 1):
         for (before, _, what), (after, _, again) in zip(anchors, anchors[lag:], strict=False):
             if what == again and after > before:
-                counts[after - before] += 1
-    return sorted(counts, key=lambda period: (-counts[period], period))[:_MOST_CANDIDATES]
+                places[after - before].append(before)
+    order = sorted(places, key=lambda period: (-len(places[period]), period))
+    return {period: places[period] for period in order[:_MOST_CANDIDATES]}
 
 
 def _explains(loop: Loop, anchors: Sequence[Anchor]) -> bool:
@@ -216,17 +227,20 @@ def _placed(graph: Graph, frontiers: Frontiers, anchors: Sequence[Anchor], run: 
     first, last, period = run.first, run.last, run.period
     carried = _carried(graph, frontiers, first, last)
 
+    # a method remembers nothing of the loop at its beginning, and forgets towards its end
+    middle = first + ((last - first) // period // 2) * period
+
     def alive(offset: int) -> tuple[int, int]:
-        # a method remembers nothing of the loop at its beginning, and forgets towards its end
-        handed = [carried(position) for position in range(first + offset + period, last, period)]
-        return max((len(values), sum(meta_of(v).numel for v in values)) for values in handed)
+        values = carried(middle + offset if middle + offset < last else middle + offset - period)
+        return len(values), sum(meta_of(value).numel for value in values)
 
     within = {p for start, stop, _ in anchors if first <= start < last for p in range(start + 1, min(stop, last))}
     offsets = [o for o in range(min(period, last - first - 2 * period + 1)) if first + o + period not in within]
     if not offsets:
         return None
-    least = min(map(alive, offsets))
-    equals = [offset for offset in offsets if alive(offset) == least]
+    sizes = {offset: alive(offset) for offset in offsets}
+    least = min(sizes.values())
+    equals = [offset for offset in offsets if sizes[offset] == least]
     start = first + equals[0]
     if not run.begins:  # then as late as can be before something is evaluated
         begins = [start for start, *_ in anchors if start >= first + period]

@@ -8,13 +8,17 @@ behind which parameters are lost, and of them the ones whose results are used ag
 from __future__ import annotations
 
 import itertools
+import sys
 import weakref
 from dataclasses import dataclass, field, replace
+from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import Node
+from torch.distributions import Distribution
 from torch.overrides import TorchFunctionMode
 
 from stabkit.errors import StabkitError
@@ -22,7 +26,7 @@ from stabkit.tracing.containers import named_tensors
 from stabkit.tracing.flat_derivatives import FlatDerivative, differentiated_twice, flat_derivatives
 from stabkit.tracing.forward_pass import ForwardPass
 from stabkit.tracing.inputs import differentiable
-from stabkit.tracing.recording import tensors_in
+from stabkit.tracing.recording import clock, tensors_in
 from stabkit.tracing.training_pass import (
     REENTRANT,
     Observer,
@@ -33,12 +37,17 @@ from stabkit.tracing.training_pass import (
 )
 from stabkit.tracing.values import Value, value_of
 
+_LIBRARIES = (str(Path(torch.__file__).parent), str(Path(__file__).parent.parent))
 _EXITS = {
     torch.Tensor.numpy: "numpy()",
     torch.Tensor.__array__: "numpy()",
     torch.Tensor.tolist: "tolist()",
     torch.Tensor.item: "item()",
 }
+
+
+DRAW = ".sample()"  # how the draw of a distribution ends that has rsample()
+FIRST_ORDER = "autograd.grad without create_graph"
 
 
 @dataclass
@@ -155,12 +164,36 @@ def _variables(nodes: list[Node]) -> set[int]:
 
 
 @dataclass
-class _Event:
+class Use:
+    """What was taken off the graph meets what is on it.
+
+    Attributes:
+        number: that of the node which is made.
+        part: of the pass.
+        attached: what is on the graph.
+    """
+
+    number: int
+    part: str
+    attached: list[Tensor]
+
+
+@dataclass
+class Event:
+    """Something leaves the graph."""
+
     cut: Cut
     values: list[Value]  # what was taken off the graph
     parameters: list[Tensor] = field(default_factory=list)  # used without a graph
     used: bool = False
     left: bool = False  # whether it left torch, where nothing can be followed
+    part: str = "model"  # of the pass in which it happened
+    uses: list[Use] = field(default_factory=list)
+
+    def leaves(self) -> set[int]:
+        """The leaves, by id, that what left is made of."""
+        above = [node for value in self.values for node in _above(value.node)]
+        return _variables(above) | set(map(id, self.parameters))
 
 
 class Exits(Observer):  # type: ignore[no-untyped-call]
@@ -168,9 +201,9 @@ class Exits(Observer):  # type: ignore[no-untyped-call]
 
     def __init__(self) -> None:
         super().__init__(_Functions(self))
-        self.events: list[_Event] = []
-        self._silent: dict[int, tuple[weakref.ref[Tensor], _Event]] = {}
-        self._stretch: _Event | None = None  # that of the operations without grad that run one after another
+        self.events: list[Event] = []
+        self._silent: dict[int, tuple[weakref.ref[Tensor], Event]] = {}
+        self._stretch: Event | None = None  # that of the operations without grad that run one after another
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -181,29 +214,31 @@ class Exits(Observer):  # type: ignore[no-untyped-call]
         if with_grad:
             self._stretch = None
         attached = [t for t in taken if t.requires_grad]
-        known = [found for t in taken if (found := self._event_of(t)) is not None]
+        known = [found for t in taken if (found := self.event_of(t)) is not None]
         name = func._schema.name.split("::")[-1].strip("_")
         dropped = name == "detach" or not with_grad or not any(differentiable(r) for r in results)
         event = known[0] if known else None
         if attached and dropped and results:
             event = self.note(name if with_grad else self.within[0] or "no_grad", attached)
         elif known and attached and with_grad:
+            use = Use(clock() - 1, self.part, attached)
             for each in known:
                 each.used = True
+                each.uses.append(use)
         if event is not None and (dropped or not attached):
             for result in results:
                 if not any(result is t for t in attached):
                     self._silent[id(result)] = (weakref.ref(result), event)
         return out
 
-    def note(self, operation: str, attached: list[Tensor], left: bool = False) -> _Event:
+    def note(self, operation: str, attached: list[Tensor], left: bool = False) -> Event:
         """A tensor on the graph gives something that is not."""
         values = [value_of(t) for t in attached if t.grad_fn is not None]
         parameters: list[Tensor] = [t for t in attached if t.grad_fn is None]
         running = [c for c in self.recording.calls if c.stop < 0]
         path = running[-1].path if running else ""
         stretch = self._stretch
-        switched_off = operation in ("no_grad", REENTRANT)
+        switched_off = not torch.is_grad_enabled() and not left
         if switched_off and stretch is not None and stretch.cut.operation == operation:
             stretch.values += values
             stretch.parameters += parameters
@@ -212,11 +247,32 @@ class Exits(Observer):  # type: ignore[no-untyped-call]
         behind = self._path_of(values[0]) if values else self._before()
         if operation == REENTRANT:
             behind = ""  # what is lost is inside
-        event = _Event(Cut(operation, path, self.within[1] or calling_line(), behind), values, parameters, left=left)
+        event = Event(
+            Cut(operation, path, self.within[1] or calling_line(), behind),
+            values,
+            parameters,
+            left=left,
+            part=self.part,
+        )
         self.events.append(event)
         if switched_off:
             self._stretch = event
         return event
+
+    def switched(self, on: bool) -> None:
+        """Gradients are switched on or off."""
+        if on and DRAW in self.within[0]:
+            self.within = ("", "")
+        elif not on and torch.is_grad_enabled() and (drawn := _drawn_by()):
+            self.within = (drawn, calling_line())
+
+    def differentiated(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """A gradient is taken without a graph of its own."""
+        before, self.within = self.within, (FIRST_ORDER, calling_line())
+        try:
+            return func(*args, **kwargs)
+        finally:
+            self.within = before
 
     def _path_of(self, value: Value) -> str:
         time = value.node._sequence_nr()
@@ -228,19 +284,20 @@ class Exits(Observer):  # type: ignore[no-untyped-call]
         done = [c for c in self.recording.calls if c.finished]
         return done[-1].path if done else ""
 
-    def _event_of(self, tensor: Tensor) -> _Event | None:
+    def event_of(self, tensor: Tensor) -> Event | None:
+        """Where what a tensor without gradient is made of left the graph; None where that was not seen."""
         entry = self._silent.get(id(tensor))
         return entry[1] if entry is not None and entry[0]() is tensor else None
 
     def cuts(self, done: TrainingPass, lost: tuple[str, ...]) -> list[Cut]:
         """The places behind which parameters are lost, those whose results are used again if there are any."""
         for _, tensor in named_tensors(done.output):
-            event = self._event_of(tensor)
+            event = self.event_of(tensor)
             if event is not None:
                 event.used = True
         names = {id(done.parameters[path]): path for path in lost}
         reached = set() if done.loss is None else set(nodes_above(done.loss))
-        found: list[tuple[_Event, set[str]]] = []
+        found: list[tuple[Event, set[str]]] = []
         for event in self.events:
             behind = set(map(id, event.parameters))
             for value in event.values:
@@ -255,7 +312,7 @@ class Exits(Observer):  # type: ignore[no-untyped-call]
         return []
 
 
-def _distinct(found: list[tuple[_Event, set[str]]], lost: tuple[str, ...]) -> list[Cut]:
+def _distinct(found: list[tuple[Event, set[str]]], lost: tuple[str, ...]) -> list[Cut]:
     """For each set of lost parameters the last place: what is nearest to where the gradient comes from."""
     cuts: list[Cut] = []
     taken: set[str] = set()
@@ -287,6 +344,20 @@ def _above(node: Node) -> list[Node]:
     return list(found)
 
 
+def _drawn_by() -> str:
+    """The draw of a distribution that switches gradients off now, or nothing."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        code, owner = frame.f_code, frame.f_locals.get("self")
+        if isinstance(owner, Distribution):
+            if code.co_name == "sample":
+                return f"{type(owner).__name__}{DRAW}{'' if owner.has_rsample else ', which has no rsample()'}"
+        elif not code.co_filename.startswith(_LIBRARIES):
+            return ""
+        frame = frame.f_back
+    return ""
+
+
 class _Functions(TorchFunctionMode):
     """Sees tensors leave torch."""
 
@@ -297,12 +368,18 @@ class _Functions(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        if func in _EXITS and args:
+        kwargs = kwargs or {}
+        if func is torch._C._set_grad_enabled:
+            self.exits.switched(bool(args[0]))
+        elif func is torch.autograd.grad and self.exits.part != "backward":
+            if not kwargs.get("create_graph", len(args) > 4 and args[4]):
+                return self.exits.differentiated(func, args, kwargs)
+        elif func in _EXITS and args:
             tensor = args[0]
             if tensor.requires_grad:
                 self.exits.note(_EXITS[func], [tensor], left=True)
             else:
-                event = self.exits._event_of(tensor)
+                event = self.exits.event_of(tensor)
                 if event is not None:
                     event.left = True
-        return func(*args, **(kwargs or {}))
+        return func(*args, **kwargs)

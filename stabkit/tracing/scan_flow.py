@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from stabkit.tracing.flow import Flow, State, Step
 from stabkit.tracing.samples import Layout
 from stabkit.tracing.scans import Scan, scans_between
 from stabkit.tracing.step_products import Products
-from stabkit.tracing.values import operation
+from stabkit.tracing.values import operation, random_tensors
 
 
 def scans_of(flow: Flow, start: int, stop: int) -> tuple[Scan, ...]:
@@ -33,6 +35,32 @@ def scans_of(flow: Flow, start: int, stop: int) -> tuple[Scan, ...]:
     ]
     found = scans_between(graph, first, last, tensors, prefetch=recorded.prefetch(first, last))
     return tuple(s for s in found if not any(low <= s.positions[0] <= high for low, high in inside))
+
+
+def growth_over(flow: Flow, scan: Scan, seed: int = 0) -> list[float]:
+    """What a random cotangent of the last state gains on its way back over each time step, nats, in the order of time.
+
+    All inputs are held fixed, and the batch is one state. It is scaled to length one after every step, so that nothing
+    leaves the range of a float; minus infinity where nothing is passed on.
+    """
+    parameters = list(flow.model.parameters())
+    cotangents = random_tensors(scan.states[-1], seed)
+    found = []
+    for time in range(len(scan) - 1, -1, -1):
+        before, after = scan.states[time], scan.states[time + 1]
+        segment = flow.recorded.segment(before, after, scan.positions[time], scan.positions[time + 1], parameters)
+        size = _length(cotangents)
+        cotangents = segment.vjp(cotangents)
+        arrived = _length(cotangents)
+        found.append(math.log(arrived / size) if arrived > 0 else -math.inf)
+        if not 0 < arrived < math.inf:
+            break
+        cotangents = [tensor / arrived for tensor in cotangents]
+    return found[::-1]
+
+
+def _length(tensors: Sequence[Tensor]) -> float:
+    return math.sqrt(sum(float(torch.linalg.vector_norm(tensor)) ** 2 for tensor in tensors))
 
 
 def over_scan(flow: Flow, scan: Scan, start: int = 0, stop: int | None = None) -> Flow:

@@ -81,6 +81,7 @@ class TrainingPass:
         parameters: those that require grad, by path; a tied one by its first.
         gradients: of those parameters that the loss reaches; None for the others.
         inputs: gradients of the float inputs, in their order.
+        without_graph: whether the model or the loss switched gradients off, or took some without ``create_graph``.
     """
 
     calls: list[Call]
@@ -89,6 +90,7 @@ class TrainingPass:
     parameters: dict[str, nn.Parameter] = field(default_factory=dict)
     gradients: dict[str, Tensor | None] = field(default_factory=dict)
     inputs: list[Tensor | None] = field(default_factory=list)
+    without_graph: bool = False
 
 
 def training_pass(
@@ -132,6 +134,7 @@ def training_pass(
         watching.part = "loss"
         with mode:
             done.loss = combination(output, call.seed) if loss is None else _loss(loss, output)
+        done.without_graph = checkpoint is not None and checkpoint.without_graph
         if done.loss is not None and differentiate:
             watching.part = "backward"
             handles = _announced(done.loss, watching) if observer is not None else []
@@ -156,6 +159,7 @@ class _Reentrant:
     def __init__(self, observer: Observer) -> None:
         self.observer = observer
         self.promoted: frozenset[Node] = frozenset()
+        self.without_graph = False
         self._asking: set[Node] = set()
 
     def ask(self, tensor: Tensor) -> None:
@@ -247,8 +251,13 @@ def calling_line() -> str:
 
 def nodes_above(tensor: Tensor) -> list[Node]:
     """Every autograd node that a tensor was made by."""
+    return nodes_from(value_of(tensor).node)
+
+
+def nodes_from(first: Node) -> list[Node]:
+    """An autograd node and every one that leads to it."""
     found: dict[Node, None] = {}
-    stack = [value_of(tensor).node]
+    stack = [first]
     while stack:
         node = stack.pop()
         if node in found:

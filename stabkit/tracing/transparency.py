@@ -142,10 +142,10 @@ class PlainKernels(TorchFunctionMode):
     is part of the states in between, and would be of any size.
     """
 
-    def __init__(self, through_no_grad: bool = False, reentrant: Any = None) -> None:
+    def __init__(self, through_no_grad: bool = False, training: Any = None) -> None:
         super().__init__()
         self.through_no_grad = through_no_grad
-        self.reentrant = reentrant
+        self.training = training
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -153,8 +153,8 @@ class PlainKernels(TorchFunctionMode):
         kwargs = kwargs or {}
         if self.through_no_grad and func is torch._C._set_grad_enabled:
             return None
-        if self.reentrant is not None and func in _ASKING:
-            self.reentrant.ask(args[0])
+        if self.training is not None:
+            self._told(func, args, kwargs)
         if func == _ASK_GRADIENT and args[1] and args[0].requires_grad:
             return None  # which torch refuses of what is no leaf, although it has what is asked for
         if func in _UNWRITTEN:
@@ -164,22 +164,32 @@ class PlainKernels(TorchFunctionMode):
                 return func(*args, **kwargs)
         return func(*args, **kwargs)
 
+    def _told(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Tell the stand-in for training what it cannot see by itself."""
+        if func in _ASKING:
+            self.training.ask(args[0])
+        elif func is torch._C._set_grad_enabled:
+            self.training.without_graph |= not args[0]
+        elif func is torch.autograd.grad:
+            self.training.without_graph |= not kwargs.get("create_graph", len(args) > 4 and args[4])
+
 
 @contextlib.contextmanager
-def transparent(through_no_grad: bool = False, reentrant: Any = None) -> Iterator[None]:
+def transparent(through_no_grad: bool = False, training: Any = None) -> Iterator[None]:
     """Run a forward pass eagerly, with gradients, without fusion and without recomputation.
 
     Args:
         through_no_grad: ignore ``torch.no_grad``.
-        reentrant: what stands in for the reentrant ``CheckpointFunction``, and is told of the tensors that are made to
-            require grad; None calls the function, and no more.
+        training: what stands in for the reentrant ``CheckpointFunction``, and is told (``ask``) of the tensors that are
+            made to require grad, and (``without_graph``) that something ran off the graph; None calls the function that
+            is checkpointed, and no more.
     """
     with contextlib.ExitStack() as stack:
-        stack.enter_context(_without_checkpointing(reentrant))
+        stack.enter_context(_without_checkpointing(training))
         stack.enter_context(_plain_branches())
         stack.enter_context(_compiled_code_eager())
         stack.enter_context(torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH))
         stack.enter_context(torch.jit.optimized_execution(False))  # type: ignore[attr-defined]
         stack.enter_context(torch.enable_grad())
-        stack.enter_context(PlainKernels(through_no_grad, reentrant))
+        stack.enter_context(PlainKernels(through_no_grad, training))
         yield

@@ -72,6 +72,28 @@ def test_what_a_norm_over_too_few_values_erases_is_named_and_mended(make, place,
     assert serious(examine(flow.again(), of)) == []
 
 
+class Gate(nn.Module):
+    """A map of one channel that a transformer of width 1 refines, beside a skip: the attention of CSATv2 in timm."""
+
+    def __init__(self, skip: bool) -> None:
+        super().__init__()
+        self.score, self.norm, self.mlp, self.skip = nn.Linear(6, 6), nn.LayerNorm(1), nn.Linear(1, 1), skip
+
+    def forward(self, x: Tensor) -> Tensor:
+        score = self.score(x)
+        refined = self.mlp(self.norm(score.unsqueeze(-1))).squeeze(-1)
+        return x + x * (score + refined if self.skip else refined)
+
+
+@pytest.mark.parametrize(("skip", "severity"), [(True, "info"), (False, "warning")])
+def test_what_is_erased_beside_a_skip_cuts_nothing_off(skip: bool, severity: str):
+    torch.manual_seed(0)
+    model = nn.Sequential(*(Gate(skip) for _ in range(3)))
+    (found,) = [f for f in examine(stabkit.trace(model, torch.randn(12, 6))).findings if "normalises" in f.evidence]
+    assert (found.kind, found.severity, found.module_path) == ("rank_collapse", severity, "0.norm")
+    assert ("carried on beside" in found.evidence) is skip
+
+
 @pytest.mark.parametrize(
     "make",
     [

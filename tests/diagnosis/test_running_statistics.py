@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 import stabkit
-from stabkit.diagnosis import Finding, treat
+from stabkit.diagnosis import Finding, examine, treat
 from stabkit.diagnosis.running_statistics import statistics_findings
+from tests.diagnosis.soundness import unsound
 
 
 def trained(momentum: float, batches: int = 40) -> tuple[nn.Module, Tensor, Callable[[Tensor], Tensor]]:
@@ -43,6 +44,14 @@ def test_a_momentum_that_is_too_small_for_the_steps_taken(with_loss):
     assert found.numbers["as_made"] == pytest.approx(0.999**40)
     assert "update_bn" in found.remedy
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize("with_loss", [True, False])
+def test_what_is_told_holds_numbers_alone(with_loss):
+    model, x, loss = trained(0.001)
+    told = examine(stabkit.trace(model, x, check=False), loss if with_loss else None)
+    assert "stale_statistics" in {found.kind for found in told.findings}
+    assert unsound(told) == []
 
 
 def test_the_treated_copy_has_the_statistics_of_the_data():

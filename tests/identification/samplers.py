@@ -195,6 +195,22 @@ class Adams(nn.Module):
         return x
 
 
+class LMS(nn.Module):
+    """Adams-Bashforth on noise levels, which fall: steps of negative size."""
+
+    def __init__(self, rounds: int = 8) -> None:
+        super().__init__()
+        self.net, self.rounds = Net(), rounds
+
+    def forward(self, x: Tensor) -> Tensor:
+        sigma, before = sigmas(self.rounds + 1), list[Tensor]()
+        for i in range(self.rounds):
+            before = [(x - self.net(x, sigma[i])) / sigma[i], *before][:3]
+            weights = ((1.0,), (1.5, -0.5), (23 / 12, -16 / 12, 5 / 12))[len(before) - 1]
+            x = x + (sigma[i + 1] - sigma[i]) * sum(w * d for w, d in zip(weights, before, strict=True))
+        return x
+
+
 class DPMSolverPlusPlus(nn.Module):
     """The 2M sampler of k-diffusion."""
 
@@ -251,3 +267,66 @@ class WithInput(nn.Module):
         source = math.cos(t) * c if self.kind == "drive" else c
         field = self.net(x, t) + source
         return field - x if self.kind == "damped source" else field
+
+
+class PredictorCorrector(nn.Module):
+    """Adams-Bashforth predicts, the trapezoid rule corrects."""
+
+    def __init__(self, rounds: int = 5) -> None:
+        super().__init__()
+        self.net, self.rounds = Net(), rounds
+
+    def forward(self, x: Tensor) -> Tensor:
+        old = self.net(x, 0.0)
+        x = x + H * old
+        for i in range(1, self.rounds + 1):
+            now = self.net(x, i * H)
+            guess = x + H * (1.5 * now - 0.5 * old)
+            x = x + H / 2 * (now + self.net(guess, i * H + H))
+            old = now
+        return x
+
+
+class PCBlock(nn.Module):
+    """PCformer (Li et al. 2024): two stages predict, moving averages of them and of older values correct."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.LayerNorm(WIDTH), nn.Linear(WIDTH, 16), nn.ReLU(), nn.Linear(16, WIDTH))
+        self.gamma, self.alpha = nn.Parameter(torch.tensor(0.6)), nn.Parameter(torch.tensor(0.5))
+
+    def forward(self, x: Tensor, history: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
+        first = self.net(x)
+        second = self.net(x + first)
+        predicted = self.net(x + self.gamma * second + self.gamma * (1 - self.gamma) * first)
+        x = x + self.alpha * predicted
+        for age, old in enumerate(history, 1):
+            x = x + self.alpha * (1 - self.alpha) ** age * old
+        return x, [predicted, *history][:2]
+
+
+class PCFormer(nn.Module):
+    """Such blocks, each with the history of those before."""
+
+    def __init__(self, depth: int = 7) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(PCBlock() for _ in range(depth))
+
+    def forward(self, x: Tensor) -> Tensor:
+        history: list[Tensor] = []
+        for block in self.blocks:
+            x, history = block(x, history)
+        return x
+
+
+class Ista(nn.Module):
+    """The sparsifying half of a block of CRATE (Yu et al. 2023): a proximal gradient step."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(WIDTH, WIDTH) / 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        decoded = nn.functional.linear(x, self.weight)
+        back = nn.functional.linear(x, self.weight.t()) - nn.functional.linear(decoded, self.weight.t())
+        return nn.functional.relu(x + 0.1 * back - 0.1 * 0.1)

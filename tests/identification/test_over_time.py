@@ -78,6 +78,34 @@ def test_nothing_is_read_where_there_is_no_chain_of_states(make):
         assert record.name == "forward Euler"
 
 
+@pytest.mark.parametrize("make", models.CLOSED, ids=lambda make: make.__name__)
+def test_a_recurrence_in_closed_form_is_said_not_to_be_read(make):
+    for record in blocks(models.network(make), torch.float32, 24):
+        (note,) = [n for n in record.notes if "not read over time" in n]
+        assert note.startswith("axis 1 is passed causally")
+
+
+def test_what_is_not_causal_is_no_recurrence_in_closed_form():
+    class Spectral(nn.Module):
+        """A circular convolution, which every time takes all of the others in."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.k = nn.Parameter(torch.randn(13, models.WIDTH))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.fft.irfft(torch.fft.rfft(x, dim=1) * self.k, n=x.shape[1], dim=1)
+
+    for record in blocks(models.network(Spectral), torch.float32, 24):
+        assert not any("over time" in note for note in record.notes)
+
+
+def test_gradients_change_over_time_steps_as_the_formula_has_it():
+    model = models.network(models.retnet).double()
+    found = read(model, torch.float64)
+    assert found.growth == pytest.approx(np.log(0.9))
+
+
 def test_two_scans_of_one_layer_are_two():
     (first, second), _ = (record.over_time for record in blocks(models.network(models.bidirectional)))
     assert first.name != second.name

@@ -93,6 +93,14 @@ def test_multistep_methods_remember_values_of_the_whole_field(weights: tuple[flo
     assert [r.step_size for r in found if r.name == name] == pytest.approx([s.H] * len(methods(found)))
 
 
+def test_steps_of_a_multistep_method_may_be_negative():
+    model = s.LMS()
+    found = [r for r in read(model) if r.method is not None]
+    assert [r.name for r in found] == ["ab3"] * 5
+    sigma = s.sigmas(9)
+    assert [r.step_size for r in found] == pytest.approx((sigma[3:8] - sigma[2:7]).tolist())
+
+
 def test_dpm_solver_plus_plus_is_a_two_step_method():
     model = s.DPMSolverPlusPlus()
     found = read(model)
@@ -162,3 +170,23 @@ def splitting(weights: tuple[float, float, float]) -> s.Loop:
 def test_the_parts_of_a_round_are_joined_where_their_order_is_that_of_strang():
     assert [r.name for r in read(splitting((0.5, 1.0, 0.5)))] == ["Strang-ordered splitting (Macaron)"] * 4
     assert [r.name for r in read(splitting((0.3, 1.0, 0.7)))] == ["forward Euler"] * 12
+
+
+def test_a_predictor_and_a_corrector_of_adams():
+    found = read(s.PredictorCorrector())
+    assert methods(found) == ["predictor-corrector (ab2, trapezoid), PECE"] * 4
+    assert [r.step_size for r in found if r.method is not None] == pytest.approx([s.H] * 4)
+
+
+def test_pcformer_predicts_and_corrects():
+    found = read(s.PCFormer())
+    assert set(methods(found)) == {"predictor-corrector (3 stages, 2 values kept)"}
+    middle = found[len(found) // 2]
+    assert middle.step_size == pytest.approx(0.5 * (1 + 0.5 + 0.25))
+    assert middle.shared_weights
+
+
+def test_a_proximal_gradient_step_on_nonnegative_states():
+    found = read(nn.Sequential(s.Ista(), s.Ista(), s.Ista()))
+    assert [r.name for r in found] == ["projected Euler (ReLU)"] * 3
+    assert any("proximal gradient" in note for note in found[0].notes)
