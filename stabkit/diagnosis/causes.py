@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 
+from torch import Tensor
+
+from stabkit.diagnosis.closed_operations import closed_findings
 from stabkit.diagnosis.finding import Finding, serious
 from stabkit.diagnosis.hidden_cuts import cut_by_a_draw, drawn_on_the_graph, hidden_cut_findings
 from stabkit.diagnosis.input_scale import with_input_scale
@@ -13,21 +17,25 @@ from stabkit.diagnosis.loss_units import unit_findings
 from stabkit.diagnosis.lost_parameters import lost_parameter_findings
 from stabkit.diagnosis.loud_logits import loud_logits_findings
 from stabkit.diagnosis.mixed_samples import mixed_sample_findings
+from stabkit.diagnosis.non_finite import non_finite_findings
 from stabkit.diagnosis.over_time import time_findings
 from stabkit.diagnosis.post_norm import post_norm_findings
 from stabkit.diagnosis.running_statistics import statistics_findings
 from stabkit.diagnosis.slopes import with_slopes
-from stabkit.diagnosis.suspects import Diagnosis, Settings, ordered, suspected
+from stabkit.diagnosis.suspects import Diagnosis, Settings, broken_verdict, ordered, suspected
 from stabkit.diagnosis.time_verdict import judged_over_time
+from stabkit.diagnosis.trial import follows, tried
 from stabkit.diagnosis.unregistered import unregistered_findings
 from stabkit.diagnosis.unsettled import unsettled_findings
 from stabkit.diagnosis.verdict import judged_without
 from stabkit.diagnosis.wrong_derivatives import wrong_derivative_findings
-from stabkit.diagnosis.zero_gradients import zero_gradient_findings
+from stabkit.diagnosis.zero_gradients import zero_gradient_findings, zeros_of
 from stabkit.tracing import Flow, FlowLike
 from stabkit.tracing.forward_pass import ForwardPass
 from stabkit.tracing.training_pass import TrainingPass, training_pass
 
+#: what states show that forget, or blow up, over time
+_OF_STATES = ("rank_collapse", "saturated", "vanishing", "exploding", "chaotic", "transient_growth")
 _OF_DEPTH = ("exploding", "vanishing", "non-finite")  # verdicts that stand whatever else is found
 
 
@@ -38,6 +46,8 @@ def with_causes(flow: FlowLike, found: Diagnosis, settings: Settings) -> Diagnos
     if unsettled := unsettled_findings(flow):  # what comes after a state that is no fixed point may follow from it
         found = replace(found, findings=tuple(ordered([*unsettled, *found.findings])))
     found = with_lost_parameters(flow, found, settings)
+    if found.verdict.name == "non-finite":  # of a parameter alone
+        return found
     named = [with_slopes(each, found.measurement) for each in with_input_scale(flow, found, settings.thresholds)]
     others = statistics_findings(flow, settings.loss)
     if not any(serious(finding) for finding in named):
@@ -51,7 +61,36 @@ def with_causes(flow: FlowLike, found: Diagnosis, settings: Settings) -> Diagnos
     elif verdict.name not in _OF_DEPTH:
         verdict = replace(verdict, name=worst.kind, summary=f"{worst.kind.capitalize()}: {worst.evidence}.")
     over_depth = [_the_same(finding, over_time, flow) for finding in found.findings]
+    for cause in over_time:
+        over_depth = _without_followers(flow, found, over_depth, cause, settings)
     return replace(found, verdict=verdict, findings=tuple(ordered([*over_depth, *over_time])))
+
+
+def _without_followers(
+    flow: Flow, found: Diagnosis, findings: list[Finding], cause: Finding, settings: Settings
+) -> list[Finding]:
+    """Findings on the states of a recurrent module, those that go with its remedy over time told as what follows."""
+    suspects = [
+        f for f in findings if serious(f) and f.kind in _OF_STATES and _runs_in(f.module_path, cause.module_path)
+    ]
+    if not suspects or not serious(cause) or not cause.actions:
+        return findings
+    trial = tried(flow, suspects[0], cause.actions, found, settings)
+    gone = trial.gone(suspects)
+    less = [f for f in suspects if f not in gone and trial.after is not None and _lessened(f, trial.after)]
+    told = {id(f): follows(f, cause) for f in gone} | {id(f): follows(f, cause, "mostly gone") for f in less}
+    return [told.get(id(finding), finding) for finding in findings]
+
+
+def _lessened(finding: Finding, after: Diagnosis) -> bool:
+    """Whether what tells samples apart falls by less than half as many decades as it did."""
+    left = [f for f in after.findings if f.kind == finding.kind == "rank_collapse"]
+    return bool(left) and max(map(_decades, left)) < _decades(finding) / 2
+
+
+def _decades(collapse: Finding) -> float:
+    before, after = collapse.numbers["before"], collapse.numbers["after"]
+    return math.log10(before / after) if after > 0 else math.inf
 
 
 def _the_same(finding: Finding, over_time: Sequence[Finding], flow: Flow) -> Finding:
@@ -79,13 +118,60 @@ def with_lost_parameters(flow: FlowLike, found: Diagnosis, settings: Settings) -
         return found
     call, loss = replace(flow.forward_pass, through_no_grad=False), settings.loss
     done = training_pass(call, loss, differentiate=callable(loss))
+    if any(g is not None and not _finite(g) for g in done.gradients.values()):
+        broken = non_finite_findings(flow, found.measurement, settings.thresholds, loss)
+        if broken:
+            return replace(found, verdict=broken_verdict(found.verdict), findings=tuple(broken))
     lost = lost_parameter_findings(call, (len(flow.steps) - 1,), loss, done)
+    if not callable(loss) and any(_nothing_passes(finding, found) for finding in found.findings):
+        asked = training_pass(call)  # a random combination of the outputs shows where it stops as well as a loss
+        lost += closed_findings(flow, None, call, asked, zeros_of(asked))[0]
     lost += (hidden := hidden_cut_findings(flow, loss, call, done))
     if cut_by_a_draw(hidden):
         found = _but_for_draws(flow, found, hidden[0], settings)
     if callable(loss) and done.loss is not None and bool(done.loss.detach().isfinite()):
         lost += _of_training_pass(flow, loss, call, done, [*found.findings, *lost])
-    return replace(found, findings=tuple(ordered([*found.findings, *lost]))) if lost else found
+    if not lost:
+        return found
+    kept = [_behind_closed(finding, found, lost) for finding in found.findings]
+    return replace(found, findings=tuple(ordered([*kept, *lost])))
+
+
+def _nothing_passes(finding: Finding, found: Diagnosis) -> bool:
+    """Whether it says that nothing at all comes back over the stretch of blocks."""
+    return finding.kind == "vanishing" and serious(finding) and found.verdict.growth == -math.inf
+
+
+def _behind_closed(finding: Finding, found: Diagnosis, lost: Sequence[Finding]) -> Finding:
+    """What an operation that lets nothing through looks like from elsewhere, which is one cause, said once.
+
+    Nothing comes back over the stretch before it, and its own units are dead or saturated.
+    """
+    closed = next((other for other in lost if serious(other) and _closed(other)), None)
+    if closed is None or not serious(finding) or finding.actions:
+        return finding
+    units = finding.kind in ("dead", "saturated") and f" {_closed(closed)} " in finding.evidence.lower()
+    if not units and not _nothing_passes(finding, found):
+        return finding
+    where = closed.module_path or "the code of the model"
+    return replace(
+        finding,
+        severity="info",
+        evidence=f"{finding.evidence}; this is what {_closed(closed)} in {where} lets through",
+        remedy=f"that of no_gradient at {where}",
+        actions=(),
+    )
+
+
+def _closed(finding: Finding) -> str:
+    """The operation that lets nothing through, where a finding is of such."""
+    names = [name.partition(":")[2] for name in finding.numbers if name.startswith("closed:")]
+    return names[0] if names else ""
+
+
+def _finite(gradient: Tensor) -> bool:
+    entries = gradient.coalesce().values() if gradient.is_sparse else gradient
+    return bool(entries.isfinite().all())
 
 
 def _but_for_draws(flow: Flow, found: Diagnosis, cause: Finding, settings: Settings) -> Diagnosis:

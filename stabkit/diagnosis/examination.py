@@ -10,12 +10,13 @@ from stabkit.diagnosis.alternatives import candidates
 from stabkit.diagnosis.batch_statistics import with_statistics, without_statistics
 from stabkit.diagnosis.causes import with_causes, with_lost_parameters
 from stabkit.diagnosis.finding import Action, Finding, serious, sound
+from stabkit.diagnosis.gradient_underflow import gradient_underflow
 from stabkit.diagnosis.initialisation import Known, known_initialisations
 from stabkit.diagnosis.remedies import Remedy
-from stabkit.diagnosis.short_training import STEPS, ShortTraining, short_training, worse
+from stabkit.diagnosis.short_training import STEPS, ShortTraining, falls, short_training, worse
 from stabkit.diagnosis.suspects import Diagnosis, Settings, ordered, suspected
 from stabkit.diagnosis.thresholds import Thresholds
-from stabkit.diagnosis.trial import Trial, is_stretch, tried
+from stabkit.diagnosis.trial import Trial, follows, is_stretch, tried
 from stabkit.diagnosis.verdict import judge, judged_without, not_judged
 from stabkit.identification import Identification
 from stabkit.jacobians.shared import SharedSpectra
@@ -105,6 +106,21 @@ def examine(
     settings = Settings(loss, thresholds or Thresholds(), probes, seed, parallel)
     if isinstance(flow, Flow):
         flow = with_statistics(flow if loss is None else flow.following(loss))
+        if (lost := gradient_underflow(flow, loss)) is not None:
+            # what is zero for want of range says nothing of the layers: they are diagnosed with the loss scaled
+            found = _examined(flow, replace(settings, loss=lost.loss), methods, spectra, trials)
+            return replace(found, findings=(lost.finding, *found.findings))
+    return _examined(flow, settings, methods, spectra, trials)
+
+
+def _examined(
+    flow: FlowLike,
+    settings: Settings,
+    methods: Callable[[], Sequence[Identification]] | None,
+    spectra: SharedSpectra | None,
+    trials: int,
+) -> Diagnosis:
+    """What is suspected, tried, and found besides."""
     found = suspected(flow, settings, methods, spectra)
     missing = without_statistics(flow) if isinstance(flow, Flow) else ""
     if missing and found.verdict.name != "non-finite":
@@ -130,6 +146,11 @@ def _by_weight(finding: Finding) -> bool:
     return any("weight_deviation" in name for name in finding.numbers)
 
 
+def _is_small_end(finding: Finding, count: int) -> bool:
+    """Whether a finding is that of a last layer far smaller than its peers, as it may be on purpose."""
+    return finding.kind == "vanishing" and finding.steps[-1] == count - 1 and _by_weight(finding)
+
+
 @dataclass(frozen=True)
 class Cure:
     """A remedy that cures a suspect, its trial, and a short training with it where there is a loss."""
@@ -150,6 +171,7 @@ class _Trials:
     def __init__(self, flow: FlowLike, found: Diagnosis, settings: Settings, left: int) -> None:
         self.flow, self.found, self.settings, self.left = flow, found, settings, left
         self.known = known_initialisations(found.measurement)
+        self.refuted: dict[int, Cure] = {}
         self._without: Trial | None = None
         self._trained: dict[str, ShortTraining | None] = {}
 
@@ -174,7 +196,10 @@ class _Trials:
         found: list[Cure] = []
         # what killed units may have ruined more than their layer, which only training shows
         dead = suspect.kind == "dead" and callable(self.settings.loss)
-        competing = is_stretch(suspect) or dead
+        # numbers that one pass keeps finite may leave their range again after a few
+        finite = suspect.kind == "non_finite" and callable(self.settings.loss)
+        weighed = callable(self.settings.loss) and _is_small_end(suspect, len(self.found.measurement.steps))
+        competing = is_stretch(suspect) or dead or finite or weighed
         for remedy in candidates(suspect, self.found.measurement, self.flow, _of_same_stretch(suspect, others)):
             if self.left < 1:
                 break
@@ -182,9 +207,13 @@ class _Trials:
             trial = tried(self.flow, suspect, remedy.actions, self.found, self.settings)
             if trial.cured:
                 trains = self.training(remedy.actions) if competing else None
+                if finite and trains is not None and not math.isfinite(trains.last):
+                    continue
                 if not worse(trains, self.training() if trains else None):
                     found.append(Cure(trial, remedy, trains))
-                if not competing:
+                elif weighed:
+                    self.refuted[id(suspect)] = Cure(trial, remedy, trains)
+                if not competing or (weighed and found and not is_stretch(suspect)):
                     break
         best = min(found, key=lambda cure: cure.worth, default=None)
         if not dead or best is None:
@@ -226,13 +255,20 @@ def _confirmed(
             continue
         cure = trials.cure(suspect, [other for other in found.findings if other is not suspect])
         untreated = trials.training() if cure is not None and cure.trains else None
+        refuted = trials.refuted.get(id(suspect)) if cure is None else None
+        if refuted is not None and refuted.trial.after is not None and (plain := trials.training()) and falls(plain):
+            told[id(suspect)] = _of_no_use(suspect, refuted, plain)
+            verdict = judged_without(
+                verdict, refuted.trial.after.verdict, f"the size of weights at {suspect.module_path}"
+            )
+            continue
         told[id(suspect)] = _told(suspect, cure, untreated, settings.thresholds)
         if cure is not None:
             gone = cure.trial.gone(waiting)
             told[id(suspect)] = _with_mechanism(told[id(suspect)], [*gone, *found.findings], cure)
             for follower in gone:
                 waiting.remove(follower)
-                told[id(follower)] = _follows(follower, suspect)
+                told[id(follower)] = follows(follower, suspect)
     left = [told.get(id(finding)) or _of_no_harm(finding) for finding in suspects]
     if verdict.name == "transient growth" and not any(f.kind == "transient_growth" and serious(f) for f in left):
         verdict = judge(found.measurement.growth, found.measurement.kinds, settings.thresholds)
@@ -276,9 +312,13 @@ def _told(suspect: Finding, cure: Cure | None, untreated: ShortTraining | None, 
     """A suspect with what its trial says."""
     if cure is None:
         severity = "info" if suspect.kind in _IN_DOUBT or _harmless(suspect, limits) else suspect.severity
-        remedy = f"{NOTHING_HELPED}; look at the operation that is named" * (suspect.kind == "non_finite")
-        return replace(suspect, severity=severity, remedy=remedy or NOTHING_HELPED, actions=())
-    severity = suspect.severity if cure.trial.moved else "info"  # what can be taken away unnoticed does no harm
+        if suspect.kind == "non_finite":  # its remedy begins with the weights, and goes on with the operation
+            by_hand = suspect.remedy.partition("; or ")[2] or suspect.remedy
+            remedy = f"{by_hand} (no change of weights that was tried keeps it finite)"
+            return replace(suspect, remedy=remedy, actions=())
+        return replace(suspect, severity=severity, remedy=NOTHING_HELPED, actions=())
+    moved = cure.trial.moved or suspect.kind == "non_finite"  # beside which there is no other reading
+    severity = suspect.severity if moved else "info"  # what can be taken away unnoticed does no harm
     evidence = f"{suspect.evidence}; tried on a copy: {cure.trial.changes}"
     if cure.trains is not None and untreated is not None:
         evidence += f"; {STEPS} steps of plain SGD take the loss {untreated} as it is, {cure.trains} treated"
@@ -292,6 +332,18 @@ def _told(suspect: Finding, cure: Cure | None, untreated: ShortTraining | None, 
     )
 
 
+def _of_no_use(suspect: Finding, refuted: Cure, plain: ShortTraining) -> Finding:
+    """A weight of odd size that training does not mind, and that it minds being changed."""
+    return replace(
+        suspect,
+        severity="info",
+        evidence=f"{suspect.evidence}; {STEPS} steps of plain SGD take the loss {plain} as it is, {refuted.trains} "
+        "with weights of the usual size",
+        remedy="none is needed: it trains better as it is",
+        actions=(),
+    )
+
+
 def _as_made(suspect: Finding, known: Known) -> Finding:
     """A suspect that is nothing but a known initialisation."""
     return replace(
@@ -299,17 +351,5 @@ def _as_made(suspect: Finding, known: Known) -> Finding:
         severity="info",
         evidence=f"{suspect.evidence}; it comes of {known.words}, and is gone with weights of ordinary size there",
         remedy="none is needed: training moves these weights first",
-        actions=(),
-    )
-
-
-def _follows(follower: Finding, cause: Finding) -> Finding:
-    """A suspect that went with the remedy of another."""
-    where = cause.module_path or f"step {cause.steps[0]}"
-    return replace(
-        follower,
-        severity="info",
-        evidence=f"{follower.evidence}; it is gone with the remedy of {cause.kind} at {where}",
-        remedy=f"that of {cause.kind} at {where}",
         actions=(),
     )

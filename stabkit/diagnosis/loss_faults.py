@@ -43,7 +43,7 @@ def loss_findings(flow: Flow, loss: Any, thresholds: Thresholds) -> list[Finding
     if not bool(scalar.detach().isfinite()):
         origin = origin_of(flow.forward_pass, loss)
         if origin is None or origin.part != "loss":
-            return []  # it is not the loss that is at fault
+            return []  # who measures the whole says what is at fault: see `finite_end`
         return [_not_finite(flow, origin)]
     found = [*_mismatch(flow, scalar), *_flat_sigmoid(flow, loss, scalar, thresholds)]
     return found or _without_gradient(flow, scalar)

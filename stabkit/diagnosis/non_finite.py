@@ -6,19 +6,26 @@ import math
 from collections.abc import Sequence
 
 import numpy as np
+from torch import nn
 
 from stabkit.diagnosis import remedies
 from stabkit.diagnosis.finding import Finding
 from stabkit.diagnosis.loss_faults import LOSS
 from stabkit.diagnosis.measurement import Measurement, StepMeasurement
 from stabkit.diagnosis.non_finite_origin import Origin, origin_of
+from stabkit.diagnosis.non_finite_trials import guarded
 from stabkit.diagnosis.thresholds import Thresholds
 from stabkit.diagnosis.verdict import factor
 from stabkit.diagnosis.weight_faults import WeightFault, weight_faults
 from stabkit.diagnosis.weights import role_of
 from stabkit.tracing import Flow, FlowLike
+from stabkit.tracing.containers import named_tensors
 from stabkit.tracing.endpoints import scalar_loss
 from stabkit.tracing.flow import engine_vjp
+from stabkit.tracing.inputs import differentiable
+from stabkit.tracing.lost_gradient import listed
+
+_LARGE = math.log(4.0)  # of entries beside those of gain 1: twice what He's rule draws, and more, nats
 
 
 def non_finite_findings(
@@ -37,10 +44,10 @@ def non_finite_findings(
     backward = [int(i) for i in np.flatnonzero(lost.any(axis=1))]
     origin = origin_of(flow.forward_pass, loss) if isinstance(flow, Flow) else None
     if origin is not None and not origin.cause.given:
-        where = _step_of(origin, flow) if isinstance(flow, Flow) else 0
-        first = steps[min(where, len(steps) - 1)]
+        first = _first_of(origin, flow, steps)
         if not poisoned or first.index < poisoned[0].index:
-            return [_located(origin, first, backward, _heavy_weight(steps, origin, first, thresholds), measurement)]
+            heavy = _heavy_weight(steps, origin, first, thresholds)
+            return [_located(origin, first, backward, heavy, measurement, flow, loss)]
     if broken or poisoned:
         first = min([*broken, *poisoned], key=lambda step: step.index)
         cause = None if first in poisoned else _heavy_weight(steps, None, first, thresholds)
@@ -50,7 +57,44 @@ def non_finite_findings(
         ]
     if backward:
         return [_backward(steps[max(backward)], backward)]  # the gradient travels from the last step to the first
+    if origin is not None:  # of what was given, on no way from the input to the output
+        return [_located(origin, _first_of(origin, flow, steps), backward, None, measurement, flow, loss)]
+    if isinstance(flow, Flow) and loss is not None and not _finite_loss(flow, loss):
+        return [_unfollowed(steps[-1])]
     return []
+
+
+def _first_of(origin: Origin, flow: FlowLike, steps: Sequence[StepMeasurement]) -> StepMeasurement:
+    where = _step_of(origin, flow) if isinstance(flow, Flow) else 0
+    return steps[min(where, len(steps) - 1)]
+
+
+def finite_end(flow: FlowLike, loss: object = None) -> bool:
+    """Whether the loss is finite; without one, whether all that the model returns is."""
+    if not isinstance(flow, Flow):
+        return True  # an iterated map returns its states
+    if loss is not None:
+        return _finite_loss(flow, loss)
+    return all(bool(t.detach().isfinite().all()) for _, t in named_tensors(flow.output) if differentiable(t))
+
+
+def _finite_loss(flow: Flow, loss: object) -> bool:
+    return bool(scalar_loss(loss, flow.output).detach().isfinite())
+
+
+def _unfollowed(step: StepMeasurement) -> Finding:
+    """A loss that is not finite for a reason that no watched operation shows."""
+    return Finding(
+        kind="non_finite",
+        severity="critical",
+        steps=(step.index,),
+        module_path=LOSS,
+        confidence=1.0,
+        evidence="the loss is NaN or infinite, and no operation of torch that was watched makes it so: a number from "
+        "outside of it does, or the pass is another each time",
+        remedy="print what the loss is made of, its terms and its constants, and look which is not finite",
+        reference="",
+    )
 
 
 def _heavy_weight(
@@ -81,13 +125,20 @@ def _located(
     backward: Sequence[int],
     heavy: WeightFault | None,
     measurement: Measurement,
+    flow: FlowLike,
+    loss: object,
 ) -> Finding:
-    """The finding on the operation at which it began, with the weight that drives it there."""
+    """The finding on the operation at which it began, with the weight that drives it there.
+
+    What was tried and keeps the operation finite whatever the weights are is told before what makes weights smaller.
+    """
     remedy, text = remedies.Remedy(origin.cause.remedy), origin.cause.text
-    if origin.fed_by not in ("", origin.path):
+    if origin.also:
+        text += f"; the same in {listed(origin.also)}"
+    if origin.fed_by and not _within(origin.path, origin.fed_by):
         text += f"; the layer before it is {origin.fed_by}"
     numbers = dict(origin.cause.numbers)
-    path = LOSS if origin.part == "loss" else origin.path or step.module_path
+    path = LOSS if origin.part == "loss" else origin.path  # empty in code of the outermost module
     home = step
     if heavy is not None:
         home = measurement.steps[heavy.step]
@@ -97,8 +148,18 @@ def _located(
         remedy = remedies.Remedy(f"{brought.text}; or {origin.cause.remedy}", brought.actions)
         numbers[f"weight_deviation:{heavy.weight.path}"] = far.size
         path = home.home([heavy.weight])
-    elif (bounded := _smaller_exponent(origin, measurement)) is not None:
-        remedy = bounded
+    elif (drawn := _drawn_anew(origin, flow.model)) is not None:
+        remedy = drawn
+    else:
+        tried = guarded(flow, loss, origin) if isinstance(flow, Flow) else None
+        by_hand = origin.cause.remedy if tried is None else tried.words
+        # smaller weights bound nothing: they are the remedy where they are too large, or nothing else is known to help
+        smaller = _smaller_exponent(origin, measurement, by_hand)
+        if smaller is not None and (tried is None or _is_large(origin, measurement)):
+            remedy = smaller
+        else:
+            remedy = remedies.Remedy(by_hand)
+        text += "" if tried is None else f"; {tried.evidence}"
     what = "the first derivative that is not finite, on the way back, is that of" if origin.backward else "begins at"
     also = tuple(i for i in backward if i != home.index) if origin.backward or heavy is not None else ()
     return Finding(
@@ -115,7 +176,31 @@ def _located(
     )
 
 
-def _smaller_exponent(origin: Origin, measurement: Measurement) -> remedies.Remedy | None:
+def _within(path: str, module: str) -> bool:
+    return path == module or path.startswith(f"{module}.")
+
+
+def _drawn_anew(origin: Origin, model: object) -> remedies.Remedy | None:
+    """The parameter whose zeros are divided by, drawn anew at the size that a layer of its shape starts with.
+
+    Where only some of its rows are zero, the others have perhaps been trained, and are left alone.
+    """
+    if not origin.parameter or not isinstance(model, nn.Module):
+        return None
+    held = dict(model.named_parameters()).get(origin.parameter)
+    if held is None or bool(held.detach().any()):
+        return None
+    by = (3.0 * max(1, math.prod(held.shape[1:]))) ** -0.5
+    return remedies.Remedy(origin.cause.remedy, (remedies.redraw(origin.parameter, by),))
+
+
+def _is_large(origin: Origin, measurement: Measurement) -> bool:
+    """Whether the matrix before an operation is far larger than one that is drawn by any of the usual rules."""
+    weights = [w for step in measurement.steps for w in step.weights if w.module_path == origin.fed_by]
+    return any(w.kind == "matrix" and w.finite and w.gains[0] > _LARGE for w in weights)
+
+
+def _smaller_exponent(origin: Origin, measurement: Measurement, by_hand: str) -> remedies.Remedy | None:
     """The layer that makes the argument of an exponential, and its like in other blocks, made small."""
     argument = origin.cause.numbers.get("argument", 0.0)
     if origin.backward or not origin.fed_by or not argument > 1.0:
@@ -127,7 +212,7 @@ def _smaller_exponent(origin: Origin, measurement: Measurement) -> remedies.Reme
     if not actions:
         return None
     many = f" and the {len(homes) - 1} like it in other blocks" if len(homes) > 1 else ""
-    text = f"multiply {origin.fed_by}{many}, biases too, by {1.0 / argument:.3g}; or {origin.cause.remedy}"
+    text = f"multiply {origin.fed_by}{many}, biases too, by {1.0 / argument:.3g}; or {by_hand}"
     return remedies.Remedy(text, tuple(actions))
 
 
@@ -194,7 +279,7 @@ def is_finite(flow: Flow, loss: object = None) -> bool:
     """Whether all states and one gradient of a flow are finite: one backward pass, if the trace did not see it."""
     if not all(bool(tensor.isfinite().all()) for state in flow.states for tensor in state.tensors):
         return False
-    if loss is not None and not bool(scalar_loss(loss, flow.output).detach().isfinite()):
+    if loss is not None and not _finite_loss(flow, loss):
         return False
     if loss is None and flow.passes_finite is not None:
         return flow.passes_finite

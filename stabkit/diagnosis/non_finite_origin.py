@@ -8,14 +8,16 @@ origin: what makes NaN of them is.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from stabkit.diagnosis.non_finite_causes import Cause, backward_cause, forward_cause
+from stabkit.diagnosis.domains import COMPOSED, Cause
+from stabkit.diagnosis.non_finite_causes import backward_cause, forward_cause, with_lost_eps
 from stabkit.errors import StabkitError
 from stabkit.tracing.containers import named_tensors
 from stabkit.tracing.forward_pass import ForwardPass
@@ -26,6 +28,8 @@ from stabkit.tracing.values import operation
 
 # operations that write a constant
 _FILLS = frozenset({"masked_fill", "masked_fill_", "fill", "fill_", "full", "full_like", "new_full", "scalar_tensor"})
+# operations that a small number is given to, to keep a value from zero
+_KEEPERS = frozenset({"clamp_min", "clamp", "add", "maximum", "rsub"})
 
 
 @dataclass(frozen=True)
@@ -45,6 +49,10 @@ class Origin:
         cause: why.
         on_purpose: whether the infinity was filled in.
         fed_by: the last module with a matrix that ran before it; empty where there is none.
+        function: the function of torch that was called, where the operation is a part of it, as ``"logdet"``.
+        reaches: ``"output"``, ``"loss"`` or ``"gradient"``: the first that it spoils.
+        parameter: the parameter or buffer whose zeros are the cause; empty where it is none.
+        also: other modules in which the same line begins it anew.
     """
 
     order: int
@@ -59,6 +67,10 @@ class Origin:
     cause: Cause
     on_purpose: bool = False
     fed_by: str = ""
+    function: str = ""
+    reaches: str = ""
+    parameter: str = ""
+    also: tuple[str, ...] = ()
 
     @property
     def place(self) -> str:
@@ -66,7 +78,8 @@ class Origin:
         where = (
             "the loss" if self.part == "loss" else f"{self.path} ({self.module_class})" if self.path else "the model"
         )
-        return f"{self.operation} in {where}" + (f", {self.line}" if self.line else "")
+        inside = f" (of {self.function})" if self.function else ""
+        return f"{self.operation}{inside} in {where}" + (f", {self.line}" if self.line else "")
 
 
 def origin_of(call: ForwardPass, loss: Any = None) -> Origin | None:
@@ -79,12 +92,33 @@ def origin_of(call: ForwardPass, loss: Any = None) -> Origin | None:
     return watch.blamed(done)
 
 
+class _Called(TorchFunctionMode):
+    """Notes which function of torch runs, and what it was given: an operation may be a part of one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.name = ""
+        self.given: tuple[Any, ...] = ()
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        outer = self.name, self.given
+        self.name, self.given = getattr(func, "__name__", ""), args
+        try:
+            return func(*args, **(kwargs or {}))
+        finally:
+            self.name, self.given = outer
+
+
 class Watch(Observer):  # type: ignore[no-untyped-call]
     """Follows what is not finite from operation to operation."""
 
     def __init__(self) -> None:
-        super().__init__()
-        self.count = 0
+        self._called = _Called()
+        super().__init__(self._called)
+        self._all: list[Origin] = []
+        self._lost_eps: dict[int, float] = {}  # by storage of what it was to keep from zero: see `_mark`
         self._blame: dict[int, Origin] = {}  # by storage
         self._given: dict[int, str] = {}
         self._lines: dict[int, tuple[str, str, int, bool]] = {}  # by the number of the node: line, part, call, ended
@@ -100,11 +134,16 @@ class Watch(Observer):  # type: ignore[no-untyped-call]
         """Who is to blame for the first that is not finite: output, loss, then gradients."""
         outputs = [tensor for _, tensor in named_tensors(done.output) if differentiable(tensor)]
         gradients = [g for g in (*done.inputs, *done.gradients.values()) if g is not None]
-        for group in (outputs, [] if done.loss is None else [done.loss], gradients):
+        groups = {"output": outputs, "loss": [] if done.loss is None else [done.loss], "gradient": gradients}
+        for reached, group in groups.items():
             found = [self._blame[_storage(t)] for t in group if not _finite(t) and _storage(t) in self._blame]
-            found = [origin for origin in found if not origin.on_purpose]
+            # what was filled in on purpose is no fault, unless the loss is made of it
+            found = [origin for origin in found if reached == "loss" or not origin.on_purpose]
             if found:
-                return min(found, key=lambda origin: origin.order)
+                first = min(found, key=lambda origin: (origin.on_purpose, origin.order))
+                alike = [o for o in self._all if (o.operation, o.line, o.backward) == _spelling(first) and o.line]
+                also = dict.fromkeys(o.path for o in alike if o.path not in ("", first.path))
+                return replace(first, reaches=reached, also=tuple(also))
         return None
 
     def __torch_dispatch__(
@@ -122,6 +161,7 @@ class Watch(Observer):  # type: ignore[no-untyped-call]
             self._lines[clock() - 1] = (calling_line(), self.part, *self._running())
         results = [o for o in tree_leaves(out) if isinstance(o, Tensor) and differentiable(o)]
         if results:
+            self._mark(name, args, kwargs, results)
             self._follow(func, name, args, given, kwargs, results)
         return out
 
@@ -150,6 +190,21 @@ class Watch(Observer):  # type: ignore[no-untyped-call]
         for result in spoiled:
             self._blame[_storage(result)] = found
 
+    def _mark(self, name: str, args: Any, kwargs: dict[str, Any], results: Sequence[Tensor]) -> None:
+        """Note numbers that are to keep a value from zero and are zero themselves in its dtype, and what they make."""
+        leaves = tree_leaves((args, kwargs))
+        taken = [a for a in leaves if isinstance(a, Tensor) and differentiable(a)]
+        eps = 0.0
+        if name.strip("_") in _KEEPERS:
+            numbers = [a for a in leaves if isinstance(a, float) and a > 0.0]
+            eps = next((a for a in numbers if results[0].new_tensor(a).item() == 0.0), 0.0)
+        if len({_storage(t) for t in taken}) == 1:  # a root of it, or a copy
+            eps = eps or self._lost_eps.get(_storage(taken[0]), 0.0)
+        for result in results:
+            self._lost_eps.pop(_storage(result), None)
+            if eps:
+                self._lost_eps[_storage(result)] = eps
+
     def _origin_of(self, tensor: Tensor) -> Origin:
         storage = _storage(tensor)
         if storage not in self._blame:
@@ -162,21 +217,31 @@ class Watch(Observer):  # type: ignore[no-untyped-call]
     def _born(
         self, func: Any, name: str, args: Any, kwargs: dict[str, Any], results: Sequence[Tensor], on_purpose: bool
     ) -> Origin:
+        lost = [self._lost_eps.get(_storage(t), 0.0) for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+        eps = max(lost, default=0.0)
         if self.part == "backward" and self.node is not None:
             cause = backward_cause(self.node, func, name, args, kwargs, results)
+            cause = with_lost_eps(cause, eps, results[0].dtype)
             return self._origin(operation(self.node).lower(), cause, on_purpose=False)
-        return self._origin(name.strip("_"), forward_cause(func, name, args, kwargs, results), on_purpose=on_purpose)
+        called = self._called.name
+        if called in COMPOSED and self._called.given:
+            found = COMPOSED[called](self._called.given[0])
+            if found is not None:
+                return self._origin(called, found, on_purpose=False)
+        cause = with_lost_eps(forward_cause(func, name, args, kwargs, results), eps, results[0].dtype)
+        origin = self._origin(name.strip("_"), cause, on_purpose=on_purpose)
+        parameter = "" if cause.zero is None else self._given.get(_storage(cause.zero), "")
+        return replace(origin, function=_whole(called, origin.operation), parameter=parameter)
 
     def _origin(self, name: str, cause: Cause, on_purpose: bool) -> Origin:
-        self.count += 1
         backward = self.part == "backward"
         line, part, call, ended = calling_line(), self.part, *self._running()
         if backward:
             number = -1 if self.node is None else self.node._sequence_nr()
             line, part, call, ended = self._lines.get(number, ("", "model", len(self.recording.calls) - 1, True))
         inside = self._innermost(call, ended) if part == "model" else None
-        return Origin(
-            order=self.count,
+        found = Origin(
+            order=len(self._all),
             part=part,
             backward=backward,
             operation=name,
@@ -189,6 +254,8 @@ class Watch(Observer):  # type: ignore[no-untyped-call]
             on_purpose=on_purpose,
             fed_by=self._fed_by(call) if part == "model" else "",
         )
+        self._all.append(found)
+        return found
 
     def _fed_by(self, index: int) -> str:
         """The last module up to some call that multiplies by a matrix of its own."""
@@ -216,6 +283,17 @@ class Watch(Observer):  # type: ignore[no-untyped-call]
                 return None
             call = calls[call.parent]
         return call.path, call.module_class
+
+
+def _spelling(origin: Origin) -> tuple[str, str, bool]:
+    return origin.operation, origin.line, origin.backward
+
+
+def _whole(function: str, part: str) -> str:
+    """A function of torch that an operation is a part of; empty where they are one, or the function has no name."""
+    plain = function.strip("_")
+    same = function.startswith("__") or plain in part or part in plain
+    return "" if same or plain in ("apply", "backward", "grad") else plain
 
 
 def _storage(tensor: Tensor) -> int:

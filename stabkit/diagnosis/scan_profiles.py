@@ -61,11 +61,11 @@ class WrittenOut:
         if total is None:
             return []
         modules = dict(flow.model.named_modules())
+        edges = [value.edge for scan in self._scans for state in scan.states for value in state]
+        gradients = torch.autograd.grad(total, edges, retain_graph=True, allow_unused=True)  # one pass back for all
+        squares = iter([0.0 if g is None else float(torch.linalg.vector_norm(g.detach())) ** 2 for g in gradients])
         found: list[TimeProfile] = []
         for scan, path in zip(self._scans, self._paths, strict=True):
-            edges = [value.edge for state in scan.states for value in state]
-            gradients = torch.autograd.grad(total, edges, retain_graph=True, allow_unused=True)
-            squares = iter([0.0 if g is None else float(torch.linalg.vector_norm(g.detach())) ** 2 for g in gradients])
             sizes = torch.tensor([math.sqrt(sum(next(squares) for _ in state)) for state in scan.states])
             width = (*meta_of(scan.states[0][0]).shape, 1)[-2]
             place = sum(profile.path == path for profile in found)

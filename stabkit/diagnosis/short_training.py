@@ -6,6 +6,7 @@ matter; the best of a few shares counts. The model, its buffers and the random s
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -26,6 +27,7 @@ STEPS = 20
 LARGEST = 1_000_000  # parameters beyond which so much training is no small part of a diagnosis
 _CLEARLY = 0.02  # of the first loss
 _SHARES = (0.003, 0.03)  # of the size of the weights that the first step moves them by
+_SMALLER = (3e-4, 3e-5, 3e-6)  # tried where the loss rises with these: a small layer among large ones
 
 
 @dataclass(frozen=True)
@@ -45,12 +47,16 @@ class ShortTraining:
 
 
 def short_training(
-    flow: Any, loss: Any, actions: Sequence[Action] = (), altered: Callable[[Tensor], None] | None = None
+    flow: Any,
+    loss: Any,
+    actions: Sequence[Action] = (),
+    altered: Callable[[Tensor], None] | None = None,
+    within: Callable[[], Any] = contextlib.nullcontext,
 ) -> ShortTraining | None:
     """Losses of a short training with a remedy carried out; None where the model is too large or does not train.
 
     ``flow`` is a traced pass, or the call alone where nothing could be traced. ``altered`` is called with each loss
-    before its gradients are taken, to hang hooks on its graph.
+    before its gradients are taken, to hang hooks on its graph; each training runs in a context that ``within`` makes.
     """
     call = flow.forward_pass if isinstance(flow, Flow) else flow
     if not isinstance(call, ForwardPass) or not callable(loss):
@@ -59,13 +65,16 @@ def short_training(
     paths = [path for path, p in model.named_parameters() if p.requires_grad and p.is_floating_point()]
     if not paths or sum(p.numel() for p in model.parameters()) > LARGEST:
         return None
-    runs = []
+    runs: list[list[float]] = []
     try:
-        for share in _SHARES:
+        for share in (*_SHARES, *_SMALLER):
+            if share in _SMALLER and any(run[-1] <= run[0] for run in runs):
+                break
             # stand-ins for all parameters, so that the model's own are never written
             with (
                 carried_out(model, [remedies.scale(path, 1.0) for path in paths]),
                 carried_out(model, actions),
+                within(),
             ):
                 runs.append(_run(call, loss, share, altered))
     except (StabkitError, RuntimeError):
@@ -79,6 +88,11 @@ def worse(treated: ShortTraining | None, untreated: ShortTraining | None) -> boo
     if treated is None or untreated is None or not math.isfinite(untreated.last):
         return False
     return treated.last > untreated.last + _CLEARLY * abs(untreated.first)
+
+
+def falls(training: ShortTraining) -> bool:
+    """Whether the loss ends clearly below where it began."""
+    return training.last < training.first - _CLEARLY * abs(training.first)
 
 
 def _run(call: ForwardPass, loss: Any, share: float, altered: Callable[[Tensor], None] | None) -> list[float]:

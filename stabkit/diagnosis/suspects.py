@@ -27,7 +27,7 @@ from stabkit.diagnosis.kinds import FINDINGS, rank
 from stabkit.diagnosis.loss_faults import loss_findings
 from stabkit.diagnosis.low_rank import rank_findings
 from stabkit.diagnosis.measurement import Measurement, measure
-from stabkit.diagnosis.non_finite import all_finite, non_finite_findings
+from stabkit.diagnosis.non_finite import all_finite, finite_end, non_finite_findings
 from stabkit.diagnosis.outlier_blocks import local_findings
 from stabkit.diagnosis.small_start import from_small_start
 from stabkit.diagnosis.structure import missing_norm_findings, missing_skip_findings
@@ -92,9 +92,11 @@ def suspected(
     measurement = measure(flow, settings.loss, probes=settings.probes, seed=seed, parallel=settings.parallel, **kept)
     verdict = judge(measurement.growth, measurement.kinds, limits)
     lossless = any(finding.kind == "non_finite" for finding in of_loss)
-    if lossless or verdict.name == "non-finite" or not all_finite(measurement):
+    within = verdict.name != "non-finite" and all_finite(measurement)  # on the way from the input to the output
+    if lossless or not within or not finite_end(flow, settings.loss):
         broken = of_loss or non_finite_findings(flow, measurement, limits, settings.loss)
-        return Diagnosis(_broken(verdict) if broken else verdict, tuple(broken), measurement)
+        if broken or not within:
+            return Diagnosis(broken_verdict(verdict) if broken else verdict, tuple(broken), measurement)
     first = measurement.steps[verdict.stretch[0]]
     start = (first.module_path, first.owed)
     verdict, of_start = from_small_start(verdict, measurement.growth, measurement.kinds, start, limits)
@@ -268,7 +270,8 @@ def _mechanism(
     )
 
 
-def _broken(verdict: Verdict) -> Verdict:
+def broken_verdict(verdict: Verdict) -> Verdict:
+    """The verdict on what is not finite."""
     return replace(
         verdict,
         name="non-finite",

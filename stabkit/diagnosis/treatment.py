@@ -74,9 +74,19 @@ class Treatment:
         return not any(serious(finding) for finding in self.after.findings)
 
     def __str__(self) -> str:
-        lines = [f"{finding.kind} at {finding.module_path}: {finding.remedy}" for finding in self.applied]
-        left = [f"left: {f.kind} at {f.module_path}: {f.evidence}" for f in self.after.findings if serious(f)]
+        lines = [
+            f"{finding.kind} at {finding.module_path or 'the model'}: {finding.remedy}" for finding in self.applied
+        ]
+        left = [
+            f"left, to be done by hand: {f.kind} at {f.module_path or 'the model'}: {f.evidence}; {f.remedy}"
+            for f in self.after.findings
+            if serious(f)
+        ]
         return "\n".join([*(lines or ["nothing was done"]), *left])
+
+
+def _what(finding: Finding) -> str:
+    return f"{finding.kind} at {finding.module_path or 'the model'}"
 
 
 def treat(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -68,6 +68,8 @@ class Trial:
     def changes(self) -> str:
         """What the remedy changed, in words: ``"growth -24.8 -> -0.3 nats"``."""
         assert self.after is not None
+        if self.suspect.kind == "non_finite":
+            return "all is finite with it"
         parts = []
         if is_stretch(self.suspect) or not self._same_chain:
             parts.append(f"growth {nats(self.before.verdict.growth)} -> {nats(self.after.verdict.growth)}")
@@ -129,6 +131,18 @@ def tried(flow: FlowLike, suspect: Finding, actions: Sequence[Action], before: D
     except StabkitError:
         after = None  # this remedy does not fit the model, and is not told
     return Trial(suspect, before, after)
+
+
+def follows(follower: Finding, cause: Finding, how: str = "gone") -> Finding:
+    """A suspect that went with the remedy of another."""
+    where = cause.module_path or f"step {cause.steps[0]}"
+    return replace(
+        follower,
+        severity="info",
+        evidence=f"{follower.evidence}; it is {how} with the remedy of {cause.kind} at {where}",
+        remedy=f"that of {cause.kind} at {where}",
+        actions=(),
+    )
 
 
 def _at_steps(suspect: Finding, before: Measurement, after: Measurement) -> list[str]:

@@ -2,7 +2,8 @@
 
 A gradient of zero is no fault by itself: behind a branch that starts at zero it comes as soon as that branch has moved.
 So everything that has a gradient is moved, until what has none is always the same; what is left is stuck. It is named
-by its cause: an operation whose derivative is zero everywhere, or a product whose factors are all zero.
+by its cause: an operation whose derivative is zero everywhere, one that is given nothing within its range, or a product
+whose factors are all zero.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from torch.autograd.graph import Node
 
 from stabkit.diagnosis import remedies
 from stabkit.diagnosis.actions import carried_out
+from stabkit.diagnosis.closed_operations import closed_findings
 from stabkit.diagnosis.finding import Action, Finding, serious
 from stabkit.diagnosis.lost_parameters import role_of
 from stabkit.diagnosis.short_training import STEPS, ShortTraining, short_training
@@ -51,7 +53,7 @@ def zero_gradient_findings(
         done: its gradients.
         others: what was found before.
     """
-    zeros = _zeros(done)
+    zeros = zeros_of(done)
     if not zeros or not callable(loss) or not _moved_by_output(done):
         return []
     flat = _behind_flat(call, loss, zeros)
@@ -59,12 +61,17 @@ def zero_gradient_findings(
     rest = [path for path in zeros if path not in flat.parameters]
     cured = [action for finding in others if serious(finding) for action in finding.actions]
     stuck = _stuck(call, loss, done, cured) if rest else None
-    if stuck is not None and (left := tuple(path for path in rest if path in stuck)):
+    left = tuple(path for path in rest if stuck is not None and path in stuck)
+    if left:
+        closed, behind = closed_findings(flow, loss, call, done, left)
+        found += closed
+        left = tuple(path for path in left if path not in behind)
+    if left:
         found += _of_zero_factors(flow, loss, call, done, left)
     return found
 
 
-def _zeros(done: TrainingPass) -> list[str]:
+def zeros_of(done: TrainingPass) -> list[str]:
     """Parameters that the loss is made of and does not depend on where it stands."""
     return [path for path, g in done.gradients.items() if g is not None and g.numel() and not _any(g)]
 
@@ -211,7 +218,7 @@ def _stuck(call: ForwardPass, loss: Any, done: TrainingPass, actions: Sequence[A
         with carried_out(call.module, held), carried_out(call.module, actions):
             for _ in range(_MOST_ROUNDS):
                 now = training_pass(call, loss)
-                zeros = frozenset(_zeros(now))
+                zeros = frozenset(zeros_of(now))
                 if not zeros or zeros == before:
                     return zeros
                 before = zeros

@@ -178,3 +178,9 @@ def _is_shift(flow: Flow, index: int) -> bool:
         return len(new) == 2 and any(v in before.values for v in inputs) and bool(nodes)
     kept = [v for v in new if v in old]
     return len(old) == 2 and len(new) == 2 and len(kept) == 1
+
+
+def is_repeated(flow: Flow, start: int, stop: int) -> bool:
+    """Whether the step before a single one, or the one behind it, does the same operations."""
+    near = [i for i in (start - 1, stop) if 0 <= i < len(flow.steps)]
+    return stop == start + 1 and any(flow.steps[i].operations == flow.steps[start].operations for i in near)

@@ -28,6 +28,7 @@ from stabkit.tracing.step_products import Space
 from stabkit.tracing.values import Value, meta_of, operation, random_tensors
 
 Matrix = npt.NDArray[np.complex128]
+LINEAR_SKIP = "linear skip"
 _ROUNDINGS = 2048.0  # products with a few matrices, and solutions of linear systems, that are not badly conditioned
 _LARGEST_DENSE = 128  # a sample: one product for each of its entries
 
@@ -238,7 +239,7 @@ def _linear_skip(parts: LinearParts) -> LinearReading:
         why = "the state is multiplied by a matrix, and what does not depend on it is added"
         return LinearReading("linear recurrence (matrix)", "x' = P x + u, P a matrix", None, "none", 0.0, (why,))
     why = "the skip is a linear map of the state's own space, P x, and no multiple of the identity"
-    return LinearReading("linear skip", "x' = P x + f(x), P a matrix", None, "none", 0.0, (why,))
+    return LinearReading(LINEAR_SKIP, "x' = P x + f(x), P a matrix", None, "none", 0.0, (why,))
 
 
 def _implicit(fitted: _Fitted, branch: Value, source: Layout, target: Layout) -> LinearReading | None:
@@ -270,7 +271,7 @@ def _implicit(fitted: _Fitted, branch: Value, source: Layout, target: Layout) ->
     theta = 1 / (1 + r)
     if not 0 < theta < 1:
         return None
-    told = "h, theta: P = ((1 + r) / h) S - r with r = (1 - theta) / theta, for x' = P x + S f(x)"
+    told = "h: told from the operators before state and branch, with theta"
     linear = "Crank-Nicolson" if abs(theta - 0.5) <= slack else f"theta = {theta:.3g}"
     why = f"the linear part is taken with theta = {theta:.3g}: the same operator stands on both sides of the equation"
     return LinearReading(

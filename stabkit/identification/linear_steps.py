@@ -7,11 +7,12 @@ from collections.abc import Sequence
 from stabkit.identification.around_addition import normalises
 from stabkit.identification.chain import Link
 from stabkit.identification.flow_index import Surroundings
-from stabkit.identification.linear_parts import linear_reading, operator_of
+from stabkit.identification.linear_parts import LINEAR_SKIP, linear_reading, operator_of
 from stabkit.identification.naming import name_one_state
 from stabkit.identification.pieces import Piece
 from stabkit.identification.record import Identification
 from stabkit.identification.slots import Slots
+from stabkit.identification.streams import mixed_streams
 from stabkit.identification.tableau import blocks
 from stabkit.tracing.samples import Layout
 from stabkit.tracing.values import Value, meta_of
@@ -39,7 +40,7 @@ def read_linear(
     source, target = (_layout(around, i, v[0]) for i, v in ((start, found.sources), (stop, found.targets)))
     at_once = [link.kind for link in links if link.kind != "scaling"] == ["map"]
     reading = linear_reading(whole, source, target, at_once=at_once)
-    if reading is None:
+    if reading is None or (reading.name == LINEAR_SKIP and mixed_streams(around.flow, start, stop, whole) is not None):
         return None
     return Identification(
         name=reading.name,

@@ -151,8 +151,8 @@ def _multistep(found: Blocks) -> Name | None:
     left = _left_vector(found.V)
     if left is None:
         return None
-    h = float(abs((left @ found.B).sum()))
-    if h < 1e-12:
+    h = float((left @ found.B).sum())
+    if abs(h) < 1e-12:
         return None
     method = found.method(h)
     ours = [np.poly(M) for M in method.stability_matrix(POINTS)]

@@ -5,19 +5,23 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
+from torch.autograd.graph import Node
+
 from stabkit.identification.composites import with_composite_fields
 from stabkit.identification.confirmation import Check, is_symmetric, volume
 from stabkit.identification.field_values import continued_fields
 from stabkit.identification.flow_index import Surroundings
 from stabkit.identification.grouping import split_before
+from stabkit.identification.naming import Name
 from stabkit.identification.naming_systems import HAMILTONIAN, name_several_states
-from stabkit.identification.normal_form import NormalForm
+from stabkit.identification.normal_form import NormalForm, normal_form
 from stabkit.identification.operations import JOINS, is_opaque
 from stabkit.identification.record import Identification
 from stabkit.identification.slots import Slots, joined
+from stabkit.identification.sub_steps import composed_name, with_readout
 from stabkit.identification.tableau import Blocks, blocks
 from stabkit.integrators import GeneralLinearMethod
-from stabkit.tracing.values import operation
+from stabkit.tracing.values import Value, operation
 
 PARTS = ", parts of one tensor"
 _UNSPECIFIC = ("unnamed", "general linear method", "Adams-Bashforth type")  # what fields with a linear part may read as
@@ -60,6 +64,8 @@ def _named(
     composed = None if named.is_known else with_composite_fields(table)
     if composed is not None:
         table, named = composed, name_several_states(composed, symmetric=None, gated=gated)
+    if not named.is_known and not gated:
+        named = with_readout(table) or _in_parts(around, found, steps) or named
     method = table.method(named.unit)
     method.name = named.name
     checks: tuple[Check, ...] = ()
@@ -84,6 +90,19 @@ def _named(
         checks=checks,
         recorded=table.recorded_with(named.unit),
     )
+
+
+def _in_parts(around: Surroundings, found: Slots, steps: tuple[int, ...]) -> Name | None:
+    """The name of a step that is several steps one after the other."""
+
+    def name_of(table: Blocks) -> Name:
+        return name_several_states(table, symmetric=None, gated=False)
+
+    def form_of(nodes: Sequence[Node], old: Sequence[Value], new: Sequence[Value]) -> NormalForm:
+        return normal_form(around.graph, nodes, old, new, names=around.names, contexts=found.contexts,
+                           calls=around.calls)  # fmt: skip
+
+    return composed_name(around.whole(steps[0], steps[-1] + 1, found), name_of, form_of)
 
 
 def _paired(around: Surroundings, found: Slots, steps: tuple[int, ...]) -> Slots:

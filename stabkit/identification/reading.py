@@ -7,6 +7,7 @@ from dataclasses import replace
 
 from stabkit.identification.around_addition import (
     GATED,
+    normalises,
     norms_after,
     rectifies,
     with_gates,
@@ -21,7 +22,7 @@ from stabkit.identification.couplings import is_affine_coupling
 from stabkit.identification.diffusion import averages
 from stabkit.identification.field_values import chains_of_other_fields
 from stabkit.identification.flow_index import Surroundings
-from stabkit.identification.grouping import is_part_of_round
+from stabkit.identification.grouping import is_part_of_round, is_repeated
 from stabkit.identification.hidden_skip import HiddenSkip, hidden_skip, reaches_linearly
 from stabkit.identification.implicit import (
     LinearSolve,
@@ -33,7 +34,7 @@ from stabkit.identification.implicit import (
 )
 from stabkit.identification.iterated_solves import SolvedStep, solved_step
 from stabkit.identification.linear_steps import read_linear
-from stabkit.identification.naming import Name, name_one_state
+from stabkit.identification.naming import NO_STEP, Name, name_one_state
 from stabkit.identification.normal_form import NormalForm, Stage
 from stabkit.identification.operations import JOINS
 from stabkit.identification.pairs import dense_concatenation, read_several_states
@@ -48,6 +49,8 @@ from stabkit.identification.streams import Streams, mixed_streams
 from stabkit.identification.tableau import Blocks, blocks
 from stabkit.integrators import named
 from stabkit.tracing.values import meta_of, operation
+
+_ITERATED = 3  # uses of one field in a row that make a loop of a map without a skip
 
 
 def read(around: Surroundings, start: int, stop: int) -> Identification:
@@ -135,6 +138,12 @@ def _one_state(around: Surroundings, found: Slots, steps: tuple[int, ...]) -> Id
         return _without_sum(around, found, links, steps)
     first = links.index(sums[0])
     before = [n for link in links[:first] if link.kind == "weightless" for n in link.operations]
+    norms = [normalises(link) for link in links[:first] if link.kind == "weightless"]
+    if norms and all(norms) and is_repeated(around.flow, start, stop):
+        record = _sums(around, found, links, steps)
+        why = "each of several like steps begins with a norm of the state: it puts the step before on the sphere"
+        return replace(record, name="projected Euler (post-norm)", skip=None, notes=(why, *record.notes),
+                       system=f"{record.system}, retracted to the sphere after each step")  # fmt: skip
     if before:
         why = f"the skip begins after {', '.join(before)}: x' = P(x) + f(P(x)), which is no step from x"
         return nothing(steps, "transformed skip", why, "proven")
@@ -232,7 +241,12 @@ def _without_skip(around: Surroundings, found: Slots, links: Sequence[Link], ste
     table = None if _depends(form) else blocks(form, found.contexts)
     if table is not None and len(table.rows) > 1 and not notes:
         named = name_one_state(table)
-        return record_of(named, table, steps, skip=0.0, residual=0.0, notes=tuple(notes))
+        record = record_of(named, table, steps, skip=0.0, residual=0.0, notes=tuple(notes))
+        most = max(map(table.fields.count, table.fields))
+        if named.name != "plain" or most < _ITERATED or not table.A.any():
+            return record
+        why = f"a loop begins inside at a constant and uses one field {most} times: its rounds are not taken apart"
+        return replace(record, step_size=None, convention=NO_STEP, evidence="measured", notes=(why,))
     name = Name("plain", "none: a map without a skip", 1.0, "h = 1: the map itself")
     record = record_of(name, None, steps, skip=0.0, residual=0.0, notes=tuple(notes))
     if not any(link.kind == "sum" for link in links) or not reaches_linearly(whole):

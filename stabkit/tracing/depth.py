@@ -209,6 +209,7 @@ def _by_modules(intervals: Intervals, frontiers: Frontiers, units: Sequence[Inte
         # no narrow boundary over most of the graph: a ladder of states that are tuples
         if len(inside) >= 4 and stop - start > 0.5 * intervals.end and not _are_stages(inside):
             boundaries.update(gap.position for gap in inside)
+    boundaries.update(_rungs(intervals, gaps))
     return _glued(intervals, _between(intervals, units, sorted(boundaries)))
 
 
@@ -230,6 +231,32 @@ def _passed_by(intervals: Intervals, gap: _Gap) -> bool:
     # the widths that count for choosing leave out what decoders read, so they are compared with the full count
     alive = len(intervals.shapes(gap.position))
     return alive - intervals.passing_by(gap.position, before, after) == 1
+
+
+def _rungs(intervals: Intervals, gaps: Sequence[_Gap]) -> set[int]:
+    """Gaps between three or more like blocks that hand on several values of the same shapes, all made anew by each.
+
+    Two streams, positions and velocities, a signal and a sum of outputs. Parallel branches whose results are added up
+    hand on a sum as well, but beside it their common input, which none of them makes anew.
+    """
+    found: set[int] = set()
+    run: list[_Gap] = []
+    for gap in [*gaps, None]:
+        if gap is not None and _hands_on_several(intervals, gap):
+            start = run[-1].position if run else gap.before.start
+            same = not run or intervals.shapes(start) == intervals.shapes(gap.position)
+            if same and intervals.renewed(start, gap.position) >= 2 and (not run or run[-1].after == gap.before):
+                run.append(gap)
+                continue
+        if len(run) >= 2:
+            found.update(g.position for g in run)
+        run = []
+    return found
+
+
+def _hands_on_several(intervals: Intervals, gap: _Gap) -> bool:
+    alike = gap.before.pattern == gap.after.pattern and type(gap.before.module) is type(gap.after.module)
+    return alike and gap.width > 1 and not intervals.is_leaf(gap.before)
 
 
 class _Units:

@@ -185,6 +185,11 @@ class Intervals:
         """Shapes of the values alive at a position."""
         return [meta_of(value).shape for value in self._frontiers.at(position)]
 
+    def renewed(self, before: int, after: int) -> int:
+        """How many values are alive at one position that were not at an earlier one."""
+        old = set(self._frontiers.at(before))
+        return sum(value not in old for value in self._frontiers.at(after))
+
     def base(self, start: int, stop: int) -> int:
         """The narrowest width between two positions."""
         return int(self.width[start : stop + 1].min())

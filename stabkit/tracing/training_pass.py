@@ -251,8 +251,13 @@ def calling_line() -> str:
 
 def nodes_above(tensor: Tensor) -> list[Node]:
     """Every autograd node that a tensor was made by."""
+    return nodes_from(value_of(tensor).node)
+
+
+def nodes_from(first: Node) -> list[Node]:
+    """An autograd node and every one that leads to it."""
     found: dict[Node, None] = {}
-    stack = [value_of(tensor).node]
+    stack = [first]
     while stack:
         node = stack.pop()
         if node in found:

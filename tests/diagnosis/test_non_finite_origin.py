@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import stabkit
-from stabkit.diagnosis import Finding, examine
+from stabkit.diagnosis import Finding, examine, treat
 
 
 class Inner(nn.Module):
@@ -125,6 +125,158 @@ def test_a_report_on_what_is_not_finite_takes_no_spectra_and_identifies_nothing(
     assert {step.method for step in report.steps} == {"unknown"}
     assert all(step.spectrum_method == "none" for step in report.steps)
     assert report.findings[0].module_path == "inner"
+
+
+class Beside(Network):
+    """The chain of `Network`, and a number that is made of a parameter alone, as a log-determinant is."""
+
+    def __init__(self, function: Callable[[Tensor], Tensor], start: Tensor) -> None:
+        super().__init__()
+        self.aside, self.made = nn.Parameter(start), Inner(function)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return super().forward(x), self.made(self.aside)
+
+
+FLIPPED = torch.diag(torch.tensor([-1.0, 1.0, 2.0]))
+ASIDE: dict[str, tuple[Callable[[Tensor], Tensor], Tensor, str]] = {
+    "negative determinant": (torch.logdet, FLIPPED, "logdet in made (Inner)"),
+    "singular": (lambda w: torch.linalg.slogdet(w)[1], torch.ones(3, 3), "determinant that is zero"),
+    "logarithm": (lambda w: w.log().sum(), -torch.ones(3), "logarithm of negative numbers"),
+    "pole": (lambda w: torch.lgamma(w).sum(), torch.zeros(3), "at a pole"),
+    "only its derivative": (lambda w: w.square().sum().sqrt(), torch.zeros(3), "derivative of a root at zero"),
+}
+
+
+@pytest.mark.parametrize("name", ASIDE)
+def test_no_verdict_stands_beside_a_loss_that_is_not_finite_however_it_is_made(name):
+    """All states and their gradients are finite: what is not is a term of the loss that the chain does not lead to."""
+    function, start, cause = ASIDE[name]
+    report = stabkit.analyze(Beside(function, start), inputs(), loss=lambda out: out[0].square().mean() - out[1])
+    (found,) = report.findings
+    assert (report.verdict, found.kind, found.severity, found.module_path) == (
+        "non-finite",
+        "non_finite",
+        "critical",
+        "made",
+    )
+    assert cause in found.evidence
+    healthy = Beside(torch.logdet, torch.eye(3) + 0.1)
+    report = stabkit.analyze(healthy, inputs(), loss=lambda out: out[0].square().mean() - out[1])
+    assert report.verdict != "non-finite"
+    assert not report.findings
+
+
+def test_an_output_that_is_not_finite_is_named_without_a_loss():
+    report = stabkit.analyze(Beside(torch.logdet, FLIPPED), inputs())
+    assert report.verdict == "non-finite"
+    assert "negative determinant" in report.findings[0].evidence
+
+
+def test_a_loss_that_no_watched_operation_spoils_is_said_all_the_same():
+    (found,) = diagnosed(Network(), inputs(), lambda out: out.square().mean() * float("nan"))
+    assert (found.kind, found.severity, found.module_path) == ("non_finite", "critical", "loss")
+
+
+def test_every_place_in_which_one_line_goes_wrong_is_listed():
+    torch.manual_seed(0)
+    thrown = Inner(lambda h: torch.where(h > -99, h, (900 * h).exp()))
+    model = nn.Sequential(nn.Linear(4, 4), thrown, nn.Linear(4, 4), Inner(thrown.function), nn.Linear(4, 4))
+    (found,) = diagnosed(model, inputs())
+    assert found.module_path == "1"
+    assert "the same in 3" in found.evidence
+
+
+ZERO_OVER_ZERO = {
+    "a layer of zeros": (lambda m: nn.init.zeros_(m.weight), "in 4 of 4 rows", True),
+    "a row of zeros": (lambda m: nn.init.zeros_(m.weight[1]), "in 1 of 4 rows", False),
+}
+
+
+@pytest.mark.parametrize("wrap", [nn.utils.parametrizations.weight_norm, nn.utils.weight_norm])
+@pytest.mark.parametrize("name", ZERO_OVER_ZERO)
+@pytest.mark.filterwarnings("ignore")
+def test_zero_over_zero_inside_a_fused_operation_is_no_matter_of_range(name, wrap):
+    spoil, where, drawn = ZERO_OVER_ZERO[name]
+    model = Network()
+    with torch.no_grad():
+        spoil(model.after)
+    model.after = wrap(model.after)
+    (found,) = diagnosed(model, inputs(), lambda out: (out - 1).square().mean())
+    assert (found.kind, found.severity) == ("non_finite", "critical")
+    assert found.module_path.startswith("after")
+    assert f"|v| = 0, which is 0 / 0: v is all zero {where}" in found.evidence
+    assert "range" not in found.evidence + found.remedy
+    assert bool(found.actions) is drawn  # rows that are not zero may be trained
+    if wrap is nn.utils.weight_norm:
+        return  # of which torch makes no copy once it ran
+    done = treat(model, inputs(), loss=lambda out: (out - 1).square().mean(), batch_dim=None)
+    assert done.silent is drawn
+    assert ("left" in str(done)) is not drawn
+
+
+def test_a_norm_of_equal_numbers_without_eps_is_zero_over_zero():
+    (found,) = diagnosed(Network(lambda h: nn.functional.layer_norm(0 * h + 1, (4,), eps=0.0)), inputs())
+    assert "a layer_norm of numbers that are all equal, 0 / 0" in found.evidence
+    assert "1e-05" in found.remedy
+
+
+SMALL = {
+    "normalize": lambda h: nn.functional.normalize(0 * h.half(), dim=1).float() + h,
+    "added": lambda h: ((0 * h).half() / ((0 * h).half().norm(dim=1, keepdim=True) + 1e-8)).float() + h,
+    "under a root": lambda h: (h.half() * ((0 * h).half().square().mean(1, keepdim=True) + 1e-8).rsqrt()).float(),
+}
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_an_eps_that_is_zero_in_its_dtype_is_named_and_one_that_holds_was_tried(name):
+    (found,) = diagnosed(Network(SMALL[name]), inputs(), lambda out: out.square().mean())
+    assert found.severity == "critical"
+    assert "to keep it from zero is 0 in float16" in found.evidence
+    assert "tried on a copy: with an eps of 0.0" in found.evidence
+    assert "or compute it in float32" in found.remedy
+    single = SMALL[name].__code__.co_consts
+    assert any(isinstance(c, float) and c < 1e-7 for c in single) or name == "normalize"
+    kept = Network(lambda h: (h / (h.norm(dim=1, keepdim=True) + 1e-8)).half().float())
+    assert not diagnosed(kept, inputs(), lambda out: out.square().mean())
+
+
+GUARDED = {
+    "a branch that is not taken": (lambda h: torch.where(h > -99, h, (500 * h).exp()), "bound the argument"),
+    "a softmax by hand": (lambda h: (300 * h).exp() / (300 * h).exp().sum(1, keepdim=True), "subtract the largest"),
+    "squashed": (lambda h: 1 / (1 + (900 * h).exp()), "bound the argument and not the result"),
+    "eigenvectors": (
+        lambda h: h + torch.linalg.eigh(torch.eye(4) + 0 * h[:, :, None]).eigenvectors.sum(2),
+        "a small diagonal",
+    ),
+    "root": (lambda h: h + (0 * h).sqrt(), "a small number under the root"),
+}
+
+
+@pytest.mark.parametrize("name", GUARDED)
+def test_what_was_tried_at_the_operation_is_told_before_smaller_weights(name):
+    function, first = GUARDED[name]
+    model = Network(function)
+    (found,) = diagnosed(model, inputs(), lambda out: out.square().mean())
+    assert (found.severity, found.actions) == ("critical", ())
+    assert "tried on a copy: with" in found.evidence
+    assert "20 steps of plain SGD take the loss from" in found.evidence
+    assert found.remedy.startswith(first) or first in found.remedy
+    assert "multiply" not in found.remedy
+    done = treat(model, inputs(), loss=lambda out: out.square().mean(), batch_dim=None)
+    assert not done.silent
+    assert not done.applied
+    assert "left, to be done by hand: non_finite at inner" in str(done)
+
+
+def test_code_of_the_model_itself_is_at_no_module():
+    class Root(Network):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x).log()
+
+    (found,) = diagnosed(Root(), inputs())
+    assert found.module_path == ""
+    assert "begins at log in the model" in found.evidence
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 import stabkit
 from stabkit.diagnosis import Finding, Thresholds, examine
+from stabkit.diagnosis.finding import serious
 from stabkit.diagnosis.over_time import loops_over_time, time_findings, time_profiles
 from stabkit.errors import TraceError
 from stabkit.tracing.forward_pass import ForwardPass
@@ -331,6 +332,30 @@ def test_the_flow_over_time_of_a_model_is_that_of_its_recurrent_module():
     two.forward = lambda t: two[1](two[1](two[0](t))[0])[0]
     with pytest.raises(TraceError, match="several recurrent modules"):
         stabkit.recurrent_flow(two, x)
+
+
+class Recall(nn.Module):
+    """What is read is the last state: the first symbol, after a tail that is the same for all samples."""
+
+    def __init__(self, cell: str) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.rnn, self.head = getattr(nn, cell)(4, 32, batch_first=True), nn.Linear(32, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.rnn(x)[0][:, -1])
+
+
+@pytest.mark.parametrize("cell", ["RNN", "GRU"])
+def test_samples_that_a_vanishing_memory_makes_alike_are_no_finding_of_their_own(cell):
+    labels = torch.arange(32) % 4
+    x = (0.05 * torch.randn(1, 40, 4, generator=torch.Generator().manual_seed(1))).repeat(32, 1, 1)
+    x[:, 0] += 2 * nn.functional.one_hot(labels, 4)
+    findings = examine(stabkit.trace(Recall(cell), x), lambda out: nn.functional.cross_entropy(out, labels)).findings
+    (found,) = [f for f in findings if serious(f)]
+    assert (found.kind, found.module_path) == ("vanishing", "rnn")
+    (alike,) = [f for f in findings if f.kind == "rank_collapse"]
+    assert "gone with the remedy of vanishing at rnn" in alike.evidence
 
 
 @pytest.mark.parametrize(

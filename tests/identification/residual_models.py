@@ -148,7 +148,7 @@ FAMILIES = (
     Family("bottleneck", "forward Euler", stack(bottleneck, IMAGE), constant(euler)),
     Family("post-activation ResNet", "projected Euler (ReLU)", stack(post_activation, IMAGE), constant(euler)),
     Family("squeeze and excite", "forward Euler", stack(squeeze_excite, IMAGE), constant(euler)),
-    Family("projection shortcut", "projection shortcut", stack(projection, IMAGE), None),
+    Family("projection shortcut", "linear skip", stack(projection, IMAGE), None),
     Family("in-place operations", "forward Euler", stack(in_place), constant(lambda z: 1 + 0.5 * z)),
     Family("ReZero", "forward Euler",
            stack(lambda: Step(lambda m, x: x + m.alpha * m.parts[0](x), dense(), alpha=number(0.2))),

@@ -195,6 +195,22 @@ class Adams(nn.Module):
         return x
 
 
+class LMS(nn.Module):
+    """Adams-Bashforth on noise levels, which fall: steps of negative size."""
+
+    def __init__(self, rounds: int = 8) -> None:
+        super().__init__()
+        self.net, self.rounds = Net(), rounds
+
+    def forward(self, x: Tensor) -> Tensor:
+        sigma, before = sigmas(self.rounds + 1), list[Tensor]()
+        for i in range(self.rounds):
+            before = [(x - self.net(x, sigma[i])) / sigma[i], *before][:3]
+            weights = ((1.0,), (1.5, -0.5), (23 / 12, -16 / 12, 5 / 12))[len(before) - 1]
+            x = x + (sigma[i + 1] - sigma[i]) * sum(w * d for w, d in zip(weights, before, strict=True))
+        return x
+
+
 class DPMSolverPlusPlus(nn.Module):
     """The 2M sampler of k-diffusion."""
 

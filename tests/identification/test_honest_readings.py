@@ -315,3 +315,105 @@ def test_a_skip_that_grows_is_an_exponential_step_and_the_sign_of_its_branch_is_
     assert "exponential Euler" in str(found)
     assert any("subtracted" in note for note in found.notes)
     assert not any("subtracted" in note for note in read(lambda m, x: 1.25 * x + 0.5 * m.f(x)).notes)
+
+
+class TwoStates(nn.Module):
+    """Blocks that hand on two tensors, three to six of them."""
+
+    def __init__(self, block: Callable[[], nn.Module], depth: int, *, joined: bool) -> None:
+        super().__init__()
+        self.first, self.joined = nn.Linear(D, 2 * D), joined
+        self.blocks = nn.ModuleList(block() for _ in range(depth))
+
+    def forward(self, x: Tensor) -> Tensor:
+        a, b = self.first(x).chunk(2, dim=-1)
+        for block in self.blocks:
+            a, b = block(a, b)
+        return torch.cat([a, b], -1) if self.joined else b
+
+
+class Pair(nn.Module):
+    """One such block."""
+
+    def __init__(self, step: Callable[[nn.Module, Tensor, Tensor], tuple[Tensor, Tensor]]) -> None:
+        super().__init__()
+        self.step = step
+        self.f = nn.Sequential(nn.LayerNorm(D), nn.Linear(D, D), nn.Tanh(), nn.Linear(D, D))
+        self.g = nn.Sequential(nn.LayerNorm(D), nn.Linear(D, D), nn.Tanh(), nn.Linear(D, D))
+
+    def forward(self, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+        return self.step(self, a, b)
+
+
+def reversible(m, a, b):
+    a = a + m.f(b)
+    return a, b + m.g(a)
+
+
+def nesterov(m, x, v):
+    for field in (m.f, m.g):
+        v = 0.8 * v + field(x + 0.8 * v)
+        x = x + v
+    return x, v
+
+
+def summing(m, x, s):
+    y = m.f(x)
+    return (x + 0.5 * y) / 2**0.5, s + m.g(y)
+
+
+@pytest.mark.parametrize(
+    ("step", "name"),
+    [
+        (reversible, "reversible (two-stream symplectic Euler)"),
+        (nesterov, "Lie splitting (2 steps of Nesterov momentum (gamma = 0.8))"),
+        (summing, "damped Euler (a = 0.707), beside a sum of outputs"),
+    ],
+)
+@pytest.mark.parametrize("depth", [3, 4, 6])
+@pytest.mark.parametrize("joined", [False, True])
+def test_two_tensors_handed_on_between_like_blocks_are_two_states(step, name, depth, joined):
+    torch.manual_seed(0)
+    model = TwoStates(lambda: Pair(step), depth, joined=joined).double()
+    found = identify(trace(model, torch.randn(2, D, dtype=torch.float64)))
+    assert found[depth // 2 + 1 if depth == 3 else depth // 2].name == name
+
+
+def test_branches_that_are_added_up_are_no_states_between_blocks():
+    """Experts side by side, each added to a sum: nothing but the sum is made anew."""
+
+    def step(m, x):
+        total = torch.zeros_like(x)
+        for field in (m.f, nn.Sequential(m.f, m.g), m.g):
+            total = total + field(x)
+        return x + total
+
+    found = read(step)
+    assert found.name == "forward Euler, parallel branches"
+
+
+def test_a_loop_that_begins_at_a_constant_inside_a_map_claims_no_step_size():
+    """NAIS-Net: x' = x + h tanh(A x + B u) from x = 0, with the input u held."""
+
+    def step(m, u):
+        x = torch.zeros_like(u)
+        for _ in range(5):
+            x = x + 0.1 * torch.tanh(x @ m.A + m.f(u))
+        return x
+
+    found = read(step)
+    assert (found.name, found.step_size, found.evidence) == ("plain", None, "measured")
+    assert "loop" in found.notes[0]
+
+
+def test_a_norm_at_the_beginning_of_like_steps_is_that_of_a_projected_one():
+    """The norm of x' = P(x + h f(x)) where the cut lies before it, as a loop that normalises first is cut."""
+
+    def step(m, x):
+        x = functional.normalize(x, dim=-1)
+        return x + 0.5 * m.f(x)
+
+    found = read(step)
+    assert (found.name, found.step_size, found.skip) == ("projected Euler (post-norm)", 0.5, None)
+    first = read(lambda m, x: step(m, x) if m.A[0, 0] < 0 else functional.normalize(x, dim=-1).relu() + m.f(x))
+    assert first.name == "transformed skip"

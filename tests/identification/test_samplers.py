@@ -93,6 +93,14 @@ def test_multistep_methods_remember_values_of_the_whole_field(weights: tuple[flo
     assert [r.step_size for r in found if r.name == name] == pytest.approx([s.H] * len(methods(found)))
 
 
+def test_steps_of_a_multistep_method_may_be_negative():
+    model = s.LMS()
+    found = [r for r in read(model) if r.method is not None]
+    assert [r.name for r in found] == ["ab3"] * 5
+    sigma = s.sigmas(9)
+    assert [r.step_size for r in found] == pytest.approx((sigma[3:8] - sigma[2:7]).tolist())
+
+
 def test_dpm_solver_plus_plus_is_a_two_step_method():
     model = s.DPMSolverPlusPlus()
     found = read(model)
