@@ -34,8 +34,8 @@ from stabkit.planning import SPECTRA, Plan, plan
 from stabkit.report.schema import Exponents, Report, StepReport
 from stabkit.threads import torch_threads
 from stabkit.tracing import Flow, trace
+from stabkit.tracing.boundaries import Depth
 from stabkit.tracing.call import Call
-from stabkit.tracing.depth import Depth
 from stabkit.tracing.endpoints import Target, UnreachedError
 from stabkit.tracing.forward_pass import ForwardPass
 from stabkit.tracing.safekeeping import modules_behind, unchanged, unwrap

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from torch import nn
 
 from stabkit.diagnosis import remedies
-from stabkit.diagnosis.actions import once
+from stabkit.diagnosis.applying import once
 from stabkit.diagnosis.chaos import recurrent_matrices
 from stabkit.diagnosis.dead_units import drawn_anew, started_anew
 from stabkit.diagnosis.finding import Finding

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.autograd.graph import Node
 
 from stabkit.diagnosis import remedies
-from stabkit.diagnosis.actions import carried_out
+from stabkit.diagnosis.applying import carried_out
 from stabkit.diagnosis.finding import Finding, serious
 from stabkit.diagnosis.input_scale import FAR, input_size
 from stabkit.diagnosis.ranges import behind_moves

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from stabkit.diagnosis import remedies
-from stabkit.diagnosis.actions import carried_out
+from stabkit.diagnosis.applying import carried_out
 from stabkit.diagnosis.finding import Action, Finding
 from stabkit.diagnosis.remedies import Remedy
 from stabkit.diagnosis.scan_profiles import WrittenOut

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from stabkit.diagnosis import remedies
-from stabkit.diagnosis.actions import carried_out
+from stabkit.diagnosis.applying import carried_out
 from stabkit.diagnosis.finding import Action
 from stabkit.errors import StabkitError
 from stabkit.tracing import Flow

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from stabkit.diagnosis.actions import carry_out
+from stabkit.diagnosis.applying import carry_out
 from stabkit.diagnosis.examination import examine
 from stabkit.diagnosis.finding import Finding, serious
 from stabkit.diagnosis.running_statistics import refill

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from stabkit.diagnosis.actions import carried_out
+from stabkit.diagnosis.applying import carried_out
 from stabkit.diagnosis.batch_statistics import traced_anew
 from stabkit.diagnosis.finding import Action, Finding, serious
 from stabkit.diagnosis.measurement import Measurement

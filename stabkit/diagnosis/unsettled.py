@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from stabkit.diagnosis import remedies
-from stabkit.diagnosis.actions import carried_out
+from stabkit.diagnosis.applying import carried_out
 from stabkit.diagnosis.finding import Finding
 from stabkit.diagnosis.remedies import Remedy
 from stabkit.diagnosis.weights import step_of

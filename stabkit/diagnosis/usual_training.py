@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from stabkit.diagnosis import remedies
-from stabkit.diagnosis.actions import carried_out
+from stabkit.diagnosis.applying import carried_out
 from stabkit.diagnosis.short_training import LARGEST, STEPS
 from stabkit.errors import StabkitError
 from stabkit.tracing.forward_pass import ForwardPass

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.autograd.graph import Node
 
 from stabkit.diagnosis import remedies
-from stabkit.diagnosis.actions import carried_out
+from stabkit.diagnosis.applying import carried_out
 from stabkit.diagnosis.closed_operations import closed_findings
 from stabkit.diagnosis.finding import Action, Finding, serious
 from stabkit.diagnosis.lost_parameters import role_of

@@ -16,9 +16,9 @@ from stabkit.growth import GradientProfile
 from stabkit.growth import gradient_profile as profile_of
 from stabkit.parallel import runs
 from stabkit.tracing import Flow, trace
+from stabkit.tracing.boundaries import Depth
 from stabkit.tracing.call import Call
 from stabkit.tracing.containers import map_tensors, named_tensors
-from stabkit.tracing.depth import Depth
 from stabkit.tracing.endpoints import Target, scalar_loss
 from stabkit.tracing.safekeeping import modules_behind, unwrap
 from stabkit.tracing.samples import Layout

@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 
 from stabkit import integrators
-from stabkit.identification.tableau import Blocks, step_size
+from stabkit.identification.step_size import step_size
+from stabkit.identification.tableau import Blocks
 from stabkit.integrators import GeneralLinearMethod
 
 CLOSE = 1e-6  # coefficients of single precision networks

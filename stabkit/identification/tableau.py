@@ -1,4 +1,4 @@
-"""The general linear method of an affine normal form, and the step size that makes it a textbook one."""
+"""The general linear method of an affine normal form, before a step size makes it a textbook one."""
 
 from __future__ import annotations
 
@@ -177,24 +177,3 @@ def _number_of(coefficient: Coefficient, one_coordinate: bool) -> float:
 def _of_stage(coefficient: Coefficient, one_coordinate: bool) -> float:
     """Dropout, and which entries a stage adds to, belong to the stage."""
     return 1.0 if coefficient.kind == "dropout" else _number_of(coefficient, one_coordinate)
-
-
-def step_size(found: Blocks) -> tuple[float, str]:
-    """The step size h of a one-state method, and the convention by which it is fixed.
-
-    Only products of h and the field can be seen. One field evaluated several times gets the h that makes the method
-    consistent (the weights b sum to 1); otherwise a number that the code puts before its branches is h.
-    """
-    b = found.B[0]
-    if found.shared and found.n_fields == 1:
-        total = float(b.sum())
-        if abs(total) > 1e-12:
-            return total, "h: the sum of the weights of all stages"
-        return 1.0, "h = 1: the weights of the stages sum to zero"
-    sizes = np.abs(b[b != 0])
-    if not sizes.size:
-        return 1.0, "h = 1: the branch is multiplied by zero"
-    h = float(np.max(sizes))
-    if abs(h - 1.0) <= 1e-12:
-        return 1.0, "h = 1: only the product h f can be seen"
-    return h, "h: the number that multiplies the branch"

@@ -13,8 +13,8 @@ from stabkit.planning.machine import Machine, calibrate
 from stabkit.planning.measured_run import Trial, device_of, run_trial, weight_bytes
 from stabkit.planning.predicted_cost import SPECTRA, Costs, Price, Settings
 from stabkit.results import Result
+from stabkit.tracing.boundaries import Depth
 from stabkit.tracing.call import Call
-from stabkit.tracing.depth import Depth
 from stabkit.tracing.endpoints import Target
 from stabkit.tracing.safekeeping import unwrap
 

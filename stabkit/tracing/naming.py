@@ -6,7 +6,7 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 
-from stabkit.tracing.depth import Piece
+from stabkit.tracing.boundaries import Piece
 
 
 def names(pieces: Sequence[Piece]) -> list[str]:

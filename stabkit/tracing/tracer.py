@@ -16,8 +16,8 @@ from stabkit.errors import TraceError
 from stabkit.garbage import young_only
 from stabkit.tracing import chain as chains
 from stabkit.tracing.audit import audit
+from stabkit.tracing.boundaries import Depth, Piece, choose
 from stabkit.tracing.containers import map_tensors, named_tensors
-from stabkit.tracing.depth import Depth, Piece, choose
 from stabkit.tracing.endpoints import Target, UnreachedError, ending, find_source, find_targets, graph_between
 from stabkit.tracing.flow import Flow, State, Step
 from stabkit.tracing.forward_pass import ForwardPass

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from stabkit.tracing.depth import Piece
+from stabkit.tracing.boundaries import Piece
 from stabkit.tracing.intervals import Interval
 from stabkit.tracing.naming import families, kinds, names
 
