@@ -15,6 +15,7 @@ from stabkit.diagnosis.thresholds import Thresholds
 from stabkit.diagnosis.verdict import Verdict, factor, nats
 from stabkit.statistics import confidence_above, mean_interval
 
+_ROUNDING = 1e-3  # nats
 _REFERENCE = "Yang et al., ICML 2020; Haber and Ruthotto, 2017"
 
 
@@ -29,7 +30,8 @@ def growth_finding(
     rows = measurement.growth[first : last + 1]
     rates = rows.mean(axis=1)
     sign = 1.0 if verdict.name == "exploding" else -1.0
-    worst = first + int(np.nanargmax(sign * rates))
+    # the first of those that are as large but for rounding: layers alike may well tie, in each unit of the loss anew
+    worst = first + int(np.flatnonzero(sign * rates >= np.nanmax(sign * rates) - _ROUNDING)[0])
     totals: Array = rows.sum(axis=0)
     sure = 1.0 if np.isinf(totals).any() else confidence_above(sign * totals, thresholds.explosion)
     low, high = verdict.interval

@@ -213,3 +213,18 @@ def test_an_input_that_is_not_finite_is_named_and_no_step_is_blamed():
     assert "before the first step" in finding.evidence
     assert "sample 1 of 3" in finding.evidence
     assert "look at the data" in finding.remedy
+
+
+def test_of_layers_that_tie_the_first_is_named_whatever_the_units_of_the_loss():
+    torch.manual_seed(0)
+    model = nn.Sequential(*(nn.Linear(16, 16, bias=False) for _ in range(10)))
+    for layer in model:
+        nn.init.orthogonal_(layer.weight, 3.0)
+    flow = stabkit.trace(model, torch.randn(6, 16))
+    for units in (1e-6, 1.0, 1e6, 3.7):
+
+        def loss(out: torch.Tensor, units: float = units) -> torch.Tensor:
+            return units * out.square().mean()
+
+        (found,) = (f for f in examine(flow, loss).findings if f.severity == "critical")
+        assert found.module_path == flow.steps[found.steps[0]].module_path
