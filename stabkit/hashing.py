@@ -33,7 +33,7 @@ def content_key(*parts: Any, other: Callable[[Any], str] = repr, size: int = 16)
 
 def raw(tensor: Tensor) -> memoryview:
     """The bytes of a tensor."""
-    held = tensor.detach().cpu().contiguous()
+    held = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous()
     # a row, a column or one number is contiguous whatever its strides are, and is no view as bytes with these
     entries: Any = held.as_strided((held.numel(),), (1,)).view(torch.uint8).numpy()
     return memoryview(entries)

@@ -38,7 +38,8 @@ from stabkit.tracing.boundaries import Depth
 from stabkit.tracing.call import Call
 from stabkit.tracing.endpoints import Target, UnreachedError
 from stabkit.tracing.forward_pass import ForwardPass
-from stabkit.tracing.safekeeping import modules_behind, unchanged, unwrap
+from stabkit.tracing.untouched_model import unchanged
+from stabkit.tracing.wrappers import modules_behind, unwrap
 
 
 @overload

@@ -10,7 +10,7 @@ import torch
 from stabkit.errors import StabkitError
 from stabkit.tracing import Flow, trace
 from stabkit.tracing.call import Call
-from stabkit.tracing.safekeeping import modules_behind
+from stabkit.tracing.wrappers import modules_behind
 
 
 def of_first_samples(flow: Flow, model: Any, call: Call, count: int, options: Mapping[str, Any]) -> Flow:

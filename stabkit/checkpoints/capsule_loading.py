@@ -17,7 +17,7 @@ from stabkit.checkpoints.opened import Opened
 from stabkit.checkpoints.randomness import restore_random
 from stabkit.errors import CheckpointError, StabkitError
 from stabkit.tracing.containers import named_tensors
-from stabkit.tracing.safekeeping import unchanged
+from stabkit.tracing.untouched_model import unchanged
 
 MOST_OUTPUTS = 8  # tensors of an output whose gradients are kept
 

@@ -20,8 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stabkit.checkpoints.files import read_part, reading, refuse_code, regular_file
-from stabkit.checkpoints.pickles import Inert, globals_asked
+from stabkit.checkpoints.files import read_part, reading, regular_file
+from stabkit.checkpoints.pickles import Inert, globals_asked, refuse_code
 from stabkit.checkpoints.training import STEP_NAMES
 from stabkit.errors import CheckpointError
 

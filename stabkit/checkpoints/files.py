@@ -17,7 +17,7 @@ import safetensors
 import safetensors.torch
 import torch
 
-from stabkit.checkpoints.pickles import globals_asked, not_inert, stand_ins
+from stabkit.checkpoints.pickles import globals_asked, refuse_code, stand_ins
 from stabkit.checkpoints.programs import kind_of_archive, refusal
 from stabkit.errors import CheckpointError, did_you_mean
 
@@ -210,24 +210,6 @@ def _refuse_other_archives(path: Path, names: list[str]) -> None:
         raise CheckpointError(
             f"{path} is a zip without a checkpoint of its own; it holds {', '.join(names[:5]) or 'nothing'}. "
             "Unpack it and give the file inside"
-        )
-
-
-def refuse_code(path: Path, asked: set[str], trusted: str = "give --trust-pickle (trust_pickle=True)") -> None:
-    """Raise CheckpointError when a pickle asks for anything that is neither a tensor nor inert.
-
-    Args:
-        path: the file, for the message.
-        asked: names that the pickle would import.
-        trusted: what remains to someone who trusts the author.
-    """
-    allowed = {f"{g.__module__}.{g.__qualname__}" for g in torch.serialization.get_safe_globals() if callable(g)}
-    refused = not_inert(asked - allowed)  # what the caller allowed in torch is no concern of ours
-    if refused:
-        shown = ", ".join(refused[:12]) + (f" and {len(refused) - 12} more" if len(refused) > 12 else "")
-        raise CheckpointError(
-            f"{path} asks for code to be run while it is read: {shown}. Nothing was run. Save the state dict alone "
-            f"(torch.save(model.state_dict(), ...)), or, only if you trust its author, {trusted}"
         )
 
 

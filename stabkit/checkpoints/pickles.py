@@ -8,12 +8,15 @@ import pickletools
 import re
 import struct
 from collections.abc import Mapping
+from pathlib import Path
 from types import MappingProxyType
 from typing import IO, Any
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from stabkit.errors import CheckpointError
 
 # the globals that torch's weights-only unpickler builds tensors from (torch/_weights_only_unpickler.py)
 _TORCH = re.compile(
@@ -185,3 +188,21 @@ def not_inert(names: set[str]) -> list[str]:
     """The names that are neither torch's tensor builders nor covered by :func:`stand_ins`."""
     covered = stand_ins()
     return sorted(n for n in names if n not in covered and _TORCH.fullmatch(n) is None)
+
+
+def refuse_code(path: Path, asked: set[str], trusted: str = "give --trust-pickle (trust_pickle=True)") -> None:
+    """Raise CheckpointError when a pickle asks for anything that is neither a tensor nor inert.
+
+    Args:
+        path: the file, for the message.
+        asked: names that the pickle would import.
+        trusted: what remains to someone who trusts the author.
+    """
+    allowed = {f"{g.__module__}.{g.__qualname__}" for g in torch.serialization.get_safe_globals() if callable(g)}
+    refused = not_inert(asked - allowed)  # what the caller allowed in torch is no concern of ours
+    if refused:
+        shown = ", ".join(refused[:12]) + (f" and {len(refused) - 12} more" if len(refused) > 12 else "")
+        raise CheckpointError(
+            f"{path} asks for code to be run while it is read: {shown}. Nothing was run. Save the state dict alone "
+            f"(torch.save(model.state_dict(), ...)), or, only if you trust its author, {trusted}"
+        )

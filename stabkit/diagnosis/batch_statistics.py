@@ -21,7 +21,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from stabkit.tracing import Flow
-from stabkit.tracing.safekeeping import unchanged
+from stabkit.tracing.untouched_model import unchanged
 from stabkit.tracing.values import Value, meta_of, operation
 
 NOTE = (

@@ -20,8 +20,8 @@ from stabkit.diagnosis.loss_faults import LOSS
 from stabkit.diagnosis.short_training import STEPS, short_training
 from stabkit.tracing import Flow
 from stabkit.tracing.forward_pass import ForwardPass
-from stabkit.tracing.safekeeping import unchanged_randomness
 from stabkit.tracing.training_pass import TrainingPass, calling_line
+from stabkit.tracing.untouched_model import unchanged_randomness
 
 _ARITHMETIC = frozenset(
     {

@@ -21,7 +21,7 @@ from stabkit.diagnosis.finding import Action
 from stabkit.errors import StabkitError
 from stabkit.tracing import Flow
 from stabkit.tracing.forward_pass import ForwardPass
-from stabkit.tracing.safekeeping import unchanged
+from stabkit.tracing.untouched_model import unchanged
 
 STEPS = 20
 LARGEST = 1_000_000  # parameters beyond which so much training is no small part of a diagnosis

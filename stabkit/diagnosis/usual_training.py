@@ -18,7 +18,7 @@ from stabkit.diagnosis.applying import carried_out
 from stabkit.diagnosis.short_training import LARGEST, STEPS
 from stabkit.errors import StabkitError
 from stabkit.tracing.forward_pass import ForwardPass
-from stabkit.tracing.safekeeping import unchanged
+from stabkit.tracing.untouched_model import unchanged
 
 RATES = (1e-2, 1e-3)  # from the usual 0.01 of SGD down to the default of Adam
 EPSILON = 1e-8  # the default of Adam

@@ -59,11 +59,11 @@ def weight_faults(steps: Sequence[StepMeasurement], thresholds: Thresholds) -> l
             least = thresholds.outlier_weight if far.peers >= _FEW else _FAR
             if far.exceeds(least, thresholds.outlier) and _by_entries(group, index, far):
                 found.append(WeightFault(owners[weight.path][0], weight, far))
-    # of tables of positions and the like, no size is expected
+    # of tables of positions and the like, and of what is held fixed without peers (a stencil), no size is expected
     matrices = {p: (i, w) for p, (i, w) in owners.items() if w.kind == "matrix" and p.endswith("weight")}
     for path, (step_index, weight) in matrices.items():
         far_off = _outside(weight, [other for _, other in matrices.values() if other is not weight])
-        if path not in judged and far_off is not None:
+        if path not in judged and far_off is not None and not weight.fixed:
             found.append(WeightFault(step_index, weight, far_off, alone=True))
     return sorted(found, key=lambda fault: -abs(fault.deviation.size))
 

@@ -39,6 +39,7 @@ class Weight:
         finite: whether all entries are.
         normed: whether a norm runs after its module in the step, which takes its size out of the states again.
         tied: whether it is the table of an embedding as well: its size is then that of embeddings.
+        fixed: whether it is held fixed in a model that trains others: a stencil, a filter bank.
         log_rank: log of the effective rank of a matrix over its largest possible one; NaN where there is none to speak
             of. The effective rank is the participation ratio of the squared singular values, |W|_F^4 / |W W^T|_F^2.
     """
@@ -55,6 +56,7 @@ class Weight:
     normed: bool = False
     log_rank: float = math.nan
     tied: bool = False
+    fixed: bool = False
 
 
 class Weights:
@@ -64,6 +66,7 @@ class Weights:
         self._flow = flow
         self._called = {call.path for call in flow.recorded.recording.calls}
         modules = flow.model.modules()
+        self._trains = any(p.requires_grad for p in flow.model.parameters())
         self._tables = {id(m.weight) for m in modules if isinstance(m, nn.Embedding | nn.EmbeddingBag)}
 
     def of(self, step: Step) -> tuple[Weight, ...]:
@@ -76,7 +79,8 @@ class Weights:
                 if path not in found:
                     weight = describe(path, module_path, module, values)
                     tied = id(parameter) in self._tables
-                    found[path] = replace(weight, normed=last_norm >= call.stop, tied=tied)
+                    fixed = self._trains and not parameter.requires_grad
+                    found[path] = replace(weight, normed=last_norm >= call.stop, tied=tied, fixed=fixed)
         return tuple(found.values())
 
 

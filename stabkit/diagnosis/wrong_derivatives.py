@@ -17,8 +17,8 @@ from stabkit.tracing import Flow
 from stabkit.tracing.forward_pass import ForwardPass
 from stabkit.tracing.lost_gradient import listed
 from stabkit.tracing.own_functions import Calls, Probe, own_functions, probed, true_derivative, watched
-from stabkit.tracing.safekeeping import unchanged
 from stabkit.tracing.training_pass import TrainingPass, nodes_above, path_of, training_pass
+from stabkit.tracing.untouched_model import unchanged
 
 _MOST_FUNCTIONS = 8  # that are tried; a model has one or two
 _MOST_CALLS = 2  # of each

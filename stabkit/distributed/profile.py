@@ -20,10 +20,10 @@ from stabkit.tracing.boundaries import Depth
 from stabkit.tracing.call import Call
 from stabkit.tracing.containers import map_tensors, named_tensors
 from stabkit.tracing.endpoints import Target, scalar_loss
-from stabkit.tracing.safekeeping import modules_behind, unwrap
 from stabkit.tracing.samples import Layout
 from stabkit.tracing.sharding import is_tensor_parallel, whole_parameters
 from stabkit.tracing.values import meta_of
+from stabkit.tracing.wrappers import modules_behind, unwrap
 from stabkit.walk import PROBE
 
 

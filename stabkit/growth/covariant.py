@@ -9,7 +9,7 @@ from torch import Tensor
 
 from stabkit.errors import TraceError
 from stabkit.growth.arguments import checked_k
-from stabkit.growth.frames import Factor, propagate, start_frame
+from stabkit.growth.qr_sweep import Factor, propagate, start_frame
 from stabkit.results import Result
 from stabkit.tracing import FlowLike
 

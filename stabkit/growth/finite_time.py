@@ -10,8 +10,8 @@ from torch import Tensor
 
 from stabkit.errors import TraceError
 from stabkit.growth.arguments import checked_k, time_per_step
-from stabkit.growth.frames import propagate, start_frame
 from stabkit.growth.graded import GradedProduct
+from stabkit.growth.qr_sweep import propagate, start_frame
 from stabkit.results import Result
 from stabkit.tracing import FlowLike
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from stabkit.growth.frames import Factor
+from stabkit.growth.qr_sweep import Factor
 
 _ROTATIONS = 40  # sweeps over all pairs of columns after which Jacobi's method is given up
 _ORTHOGONAL = 1e-13  # cosine between two columns that counts as none

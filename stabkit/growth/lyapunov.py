@@ -12,7 +12,7 @@ from torch import Tensor
 from stabkit.errors import TraceError
 from stabkit.growth.arguments import checked_k, time_per_step
 from stabkit.growth.convergence import autocorrelation_times, halves, has_converged, standard_errors
-from stabkit.growth.frames import SweptFrame, propagate, start_frame
+from stabkit.growth.qr_sweep import SweptFrame, propagate, start_frame
 from stabkit.results import Result
 from stabkit.tracing import FlowLike
 

@@ -20,9 +20,9 @@ from stabkit.tracing.endpoints import scalar_loss
 from stabkit.tracing.flow_checks import traced
 from stabkit.tracing.forward_pass import ForwardPass
 from stabkit.tracing.recording import clock
-from stabkit.tracing.safekeeping import unchanged
 from stabkit.tracing.samples import scale
 from stabkit.tracing.transparency import transparent
+from stabkit.tracing.untouched_model import unchanged
 from stabkit.walk import wide
 
 _AGREEMENT = 1e-4  # how far the shares may be from the whole by rounding, relative to its norm

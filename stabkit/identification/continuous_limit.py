@@ -19,7 +19,8 @@ from stabkit.identification.solver_swap import HIGHEST_ORDER, Map, solver_swaps
 from stabkit.integrators import GeneralLinearMethod
 from stabkit.results import Result
 from stabkit.tracing import Flow, Step
-from stabkit.tracing.safekeeping import modules_behind, unchanged
+from stabkit.tracing.untouched_model import unchanged
+from stabkit.tracing.wrappers import modules_behind
 
 _FEWEST = 4
 _PERSISTENT = 0.5  # a field that turns by less than 60 degrees from layer to layer

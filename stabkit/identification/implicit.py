@@ -18,8 +18,9 @@ from torch.autograd.graph import Node
 from stabkit.identification.operations import MOVES
 from stabkit.identification.pieces import Piece
 from stabkit.tracing import Flow
-from stabkit.tracing.safekeeping import modules_behind, unchanged
+from stabkit.tracing.untouched_model import unchanged
 from stabkit.tracing.values import Value, operation
+from stabkit.tracing.wrappers import modules_behind
 
 SOLVES = frozenset(
     {"CholeskySolve", "LinalgLuSolve", "LinalgSolve", "LinalgSolveEx", "LinalgSolveTriangular", "TriangularSolve"}

@@ -47,6 +47,7 @@ from stabkit.identification.slots import Slots
 from stabkit.identification.state_mixing import Mixing, mixed_by_itself
 from stabkit.identification.streams import Streams, mixed_streams
 from stabkit.identification.tableau import Blocks, blocks
+from stabkit.identification.unseen import unseen
 from stabkit.integrators import named
 from stabkit.tracing.values import meta_of, operation
 
@@ -66,10 +67,13 @@ def read(around: Surroundings, start: int, stop: int) -> Identification:
         return nothing(record.steps, "unknown", why, "unknown")
     if record.evidence != "proven" or record.method is None:
         return record
-    chosen = routed(around, start, stop, found)
-    if not chosen:
+    chosen, cut = routed(around, start, stop, found), unseen(around, start, stop, found)
+    if chosen:
+        why = f"data choose which entries take part ({', '.join(chosen)}): the branches are those of this input"
+    elif cut:
+        why = f"{', '.join(cut)} cuts the gradient beside the state: this is the step of gradients, not of values"
+    else:
         return record
-    why = f"data choose which entries take part ({', '.join(chosen)}): the branches are those of this input"
     return replace(record, evidence="measured", notes=(why, *record.notes))
 
 

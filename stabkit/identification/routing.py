@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch.autograd.graph import Node
 
 from stabkit.identification.flow_index import Surroundings
-from stabkit.identification.operations import WRITES
+from stabkit.identification.operations import PRODUCTS, WRITES
 from stabkit.identification.slots import Slots
 from stabkit.tracing.values import operation
 
@@ -26,10 +26,11 @@ def routed(around: Surroundings, start: int, stop: int, found: Slots) -> tuple[s
     if not times:
         return ()
     piece = around.whole(start, stop, found)
-    chosen = [n for n in piece.nodes if operation(n) in _BY_INDEX and n._sequence_nr() in times]
     paths: set[Node] = set()
     for target in piece.targets:
         paths |= piece.expand(target)[1]
+    masked = {node for node in paths if operation(node) in PRODUCTS}  # by a mask of zeros and ones
+    chosen = [n for n in piece.nodes if (operation(n) in _BY_INDEX or n in masked) and n._sequence_nr() in times]
     branches = around.normal_form(start, stop, found).stages
     shows = len(branches) > 1 or any(node in paths for node in chosen)
     return tuple(dict.fromkeys(map(operation, chosen))) if shows else ()

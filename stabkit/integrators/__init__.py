@@ -9,7 +9,7 @@ Example:
     (2.785293563405, 2.828427124746)
 """
 
-from stabkit.integrators.catalogue import UnknownMethodError, entries, entry, named, names, near_names
+from stabkit.integrators.by_name import UnknownMethodError, entries, entry, named, names, near_names
 from stabkit.integrators.catalogue_entry import Entry
 from stabkit.integrators.chebyshev import rkc1, rkc2
 from stabkit.integrators.construction import (

@@ -15,7 +15,7 @@ from stabkit.monitor.inputs import Captured
 from stabkit.monitor.parameters import is_sharded
 from stabkit.tracing import Flow, trace
 from stabkit.tracing.containers import map_tensors
-from stabkit.tracing.safekeeping import unchanged
+from stabkit.tracing.untouched_model import unchanged
 
 SAMPLES = 4  # of the batch, at most
 BLOCKS = 3  # whose largest singular value is taken

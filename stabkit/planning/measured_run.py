@@ -16,10 +16,11 @@ from stabkit.attribution.measure import EXPLAINED, EXPLAINED_PROBES, attribute
 from stabkit.diagnosis import examine
 from stabkit.errors import TraceError
 from stabkit.identification import Identification, identify
-from stabkit.planning.machine import PeakMemory, timed
+from stabkit.planning.machine_speed import PeakMemory, timed
 from stabkit.tracing import Flow, Step, trace
 from stabkit.tracing.call import Call
-from stabkit.tracing.safekeeping import modules_behind, unchanged, unwrap
+from stabkit.tracing.untouched_model import unchanged
+from stabkit.tracing.wrappers import modules_behind, unwrap
 
 _BLOCK = 2  # vectors that the iterations multiply at once
 _SLOW = 1.0  # seconds of a forward pass from which nothing is analysed for the price

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from stabkit.attribution.measure import EXPLAINED
 from stabkit.jacobians.method_choice import DENSE_SIZE, LARGEST_DENSE, krylov_products
-from stabkit.planning.machine import Machine
+from stabkit.planning.machine_speed import Machine
 from stabkit.planning.measured_run import Trial
 from stabkit.results import Result
 

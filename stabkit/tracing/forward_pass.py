@@ -16,9 +16,9 @@ from stabkit.tracing.containers import named_tensors
 from stabkit.tracing.inputs import prepare
 from stabkit.tracing.recomputation import SavedTensors
 from stabkit.tracing.recording import Ending, Recording, ValueRecorder, clock, record
-from stabkit.tracing.safekeeping import unchanged
 from stabkit.tracing.sharding import take_whole
 from stabkit.tracing.transparency import transparent
+from stabkit.tracing.untouched_model import unchanged
 
 
 @dataclass(frozen=True)

@@ -18,8 +18,9 @@ from stabkit.tracing.first_step import check_sizes, tensors_of, try_first_step
 from stabkit.tracing.linearization import RecordedStep, StepFunction, Tensors, jacobians
 from stabkit.tracing.map_states import Lazy, MapState, MapStep
 from stabkit.tracing.protocols import Tangents
-from stabkit.tracing.safekeeping import modules_behind, unchanged
 from stabkit.tracing.step_products import Space
+from stabkit.tracing.untouched_model import unchanged
+from stabkit.tracing.wrappers import modules_behind
 
 _NUMBERS = 2**22  # how many numbers a window of time may hold at once
 _LONGEST = 2048  # steps of a window

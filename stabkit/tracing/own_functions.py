@@ -20,7 +20,7 @@ from torch.autograd.graph import Node
 from torch.utils._pytree import tree_leaves, tree_map
 
 from stabkit.tracing.recording import clock
-from stabkit.tracing.safekeeping import unchanged_randomness
+from stabkit.tracing.untouched_model import unchanged_randomness
 
 LARGEST = 1_000_000  # numbers in the arguments of a call beyond which it is not tried
 _STEP = 1e-6  # of central differences in float64, whose error is then about 1e-10, relative

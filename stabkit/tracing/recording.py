@@ -22,8 +22,8 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 from torch.overrides import TorchFunctionMode
 
 from stabkit.tracing.inputs import INDEXING, VALUE_FREE, Source, differentiable, non_leaf
-from stabkit.tracing.safekeeping import Safe
 from stabkit.tracing.transparency import EagerMode
+from stabkit.tracing.untouched_model import Safe
 from stabkit.tracing.values import Value, value_of
 
 # makes of an output the output to keep, and the tensors to end at by their names
@@ -192,7 +192,7 @@ class ValueRecorder(EagerMode):
             self.recording.routed.add(clock() - 1)  # the node has its number already
         if chosen or on_graph:
             for result in results:
-                if not differentiable(result):
+                if not differentiable(result) or not on_graph:  # a mask of choices as numbers
                     self.chosen[id(result)] = weakref.ref(result)
 
     def _is_chosen(self, tensor: Tensor) -> bool:

@@ -14,9 +14,9 @@ from stabkit.errors import TraceError
 from stabkit.tracing.flow import Flow, State, Step
 from stabkit.tracing.iteration import Iteration, iteration
 from stabkit.tracing.linearization import StepFunction, Tensors
-from stabkit.tracing.safekeeping import unchanged
 from stabkit.tracing.step_products import Products
 from stabkit.tracing.tracer import trace
+from stabkit.tracing.untouched_model import unchanged
 from stabkit.tracing.values import Value
 
 

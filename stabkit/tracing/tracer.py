@@ -30,11 +30,11 @@ from stabkit.tracing.naming import kinds, names, stacks
 from stabkit.tracing.recomputation import SavedTensors
 from stabkit.tracing.recorded_pass import RecordedPass
 from stabkit.tracing.recording import Recording, clock
-from stabkit.tracing.safekeeping import modules_behind, unwrap
 from stabkit.tracing.samples import Layout
 from stabkit.tracing.segments import BackwardError, Segment
 from stabkit.tracing.step_products import Products, Space
 from stabkit.tracing.values import Value, meta_of, operation, value_of
+from stabkit.tracing.wrappers import modules_behind, unwrap
 
 # how the chain may differ from the engine by the order of additions, as a multiple of the dtype's rounding unit
 _CHAIN_SLACK = 500

@@ -23,9 +23,9 @@ from stabkit.tracing.endpoints import scalar_loss
 from stabkit.tracing.forward_pass import ForwardPass
 from stabkit.tracing.inputs import Source, differentiable, prepare
 from stabkit.tracing.recording import Call, Recording, recording_calls
-from stabkit.tracing.safekeeping import unchanged
 from stabkit.tracing.sharding import take_whole
 from stabkit.tracing.transparency import EagerMode, transparent
+from stabkit.tracing.untouched_model import unchanged
 from stabkit.tracing.values import value_of
 
 _LIBRARIES = (str(Path(torch.__file__).parent), str(Path(__file__).parent.parent))

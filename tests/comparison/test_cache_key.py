@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 from stabkit.comparison.cache_key import architecture_hash, content_hash, recipe_hash, source_hash
-from stabkit.hashing import content_key
+from stabkit.hashing import content_key, raw
 
 
 def test_content_not_names_of_files(tmp_path):
@@ -56,3 +56,10 @@ def test_a_function_is_its_source_and_what_it_closes_over():
     kept = torch.ones(2)
     assert source_hash(lambda y: y @ kept) is None
     assert source_hash(torch.sum) is None
+
+
+def test_lazily_conjugated_and_negated_tensors_have_the_bytes_of_what_they_are():
+    z = torch.randn(3, 2, dtype=torch.complex128)
+    assert bytes(raw(z.conj())) == bytes(raw(z.conj().resolve_conj()))
+    assert bytes(raw(z.conj().imag)) == bytes(raw(z.conj().imag.resolve_neg()))
+    assert bytes(raw(z.conj())) != bytes(raw(z))

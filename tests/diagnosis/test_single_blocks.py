@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 import stabkit
-from stabkit.diagnosis import Diagnosis, apply, examine, measure
+from stabkit.diagnosis import Diagnosis, Thresholds, apply, examine, measure
+from stabkit.diagnosis.weight_faults import weight_faults
 from stabkit.diagnosis.weights import log_rank, role_of
 from tests.diagnosis import networks
 from tests.diagnosis.confusion import serious
@@ -214,3 +215,27 @@ def test_chaos_from_the_zero_state_of_a_recurrent_network():
 def test_layers_of_a_block_are_compared_with_the_same_layers_of_others():
     assert role_of("blocks.3.mlp.0.weight") != role_of("blocks.3.mlp.2.weight")
     assert role_of("0.weight") == role_of("2.weight")
+
+
+class Stencil(nn.Module):
+    """A reaction on a grid beside a Laplacian whose stencil is held fixed: 1 / dx^2 is large and meant to be."""
+
+    def __init__(self, fixed: bool) -> None:
+        super().__init__()
+        self.laplace = nn.Conv1d(1, 1, 3, padding=1, padding_mode="circular", bias=False)
+        self.laplace.weight = nn.Parameter(torch.tensor([[[400.0, -800.0, 400.0]]]), requires_grad=not fixed)
+        self.lift, self.drop = nn.Conv1d(1, 4, 1), nn.Conv1d(4, 1, 1)
+
+    def forward(self, u: Tensor) -> Tensor:
+        return u + 0.5e-3 * self.laplace(u) + 0.01 * self.drop(torch.tanh(self.lift(u)))
+
+
+@pytest.mark.parametrize("fixed", [True, False])
+def test_a_stencil_that_is_held_fixed_has_no_size_to_expect(fixed):
+    torch.manual_seed(0)
+    head = [nn.Conv1d(1, 1, 1) for _ in range(4)]
+    model = nn.Sequential(*head, *[Stencil(fixed) for _ in range(1)], nn.Conv1d(1, 1, 1)).double()
+    flow = stabkit.trace(model, torch.randn(3, 1, 24, dtype=torch.float64))
+    steps = measure(flow).steps
+    named = {fault.weight.path for fault in weight_faults(steps, Thresholds())}
+    assert ("4.laplace.weight" in named) != fixed

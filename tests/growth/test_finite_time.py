@@ -13,7 +13,7 @@ from torch.autograd.functional import jacobian
 import stabkit
 from stabkit.errors import TraceError
 from stabkit.growth import finite_time, finite_time_exponents, gradient_profile
-from stabkit.growth.frames import propagate
+from stabkit.growth.qr_sweep import propagate
 from tests.growth import systems
 from tests.growth.systems import DOUBLE, normal
 

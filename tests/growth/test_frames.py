@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 
 import stabkit
-from stabkit.growth.frames import propagate, start_frame
+from stabkit.growth.qr_sweep import propagate, start_frame
 from stabkit.tracing import Flow, Iteration
 from tests.growth.systems import DOUBLE, apply, normal
 

@@ -56,3 +56,37 @@ def test_a_mask_inside_a_field_is_the_fields_own():
     torch.manual_seed(0)
     flow = trace(nn.Sequential(*(Routed("relu") for _ in range(3))).double(), torch.randn(2, 5, D, dtype=torch.float64))
     assert [(found.name, found.evidence) for found in identify(flow)] == 3 * [("forward Euler", "proven")]
+
+
+class Beside(nn.Module):
+    """A residual step whose state is scaled where gradients do not look, or masked by a comparison with itself."""
+
+    def __init__(self, idiom: str) -> None:
+        super().__init__()
+        self.f, self.idiom = nn.Linear(D, D), idiom
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = x + torch.tanh(self.f(x))
+        if self.idiom == "detached scaling":
+            return out - 0.3 * out.detach()
+        if self.idiom == "normalised by a detached size":
+            return out / out.detach().abs().amax(-1, keepdim=True)
+        if self.idiom == "mask of the living":
+            return out * (out.abs().amax(-1, keepdim=True) > 1e-9).to(out.dtype)
+        seen = out.detach().abs().mean()  # looked at, and not used
+        assert bool(seen.isfinite())
+        return x + torch.tanh(self.f(x)) * (x.detach() > 0).to(x.dtype)  # the field's own mask
+
+
+@pytest.mark.parametrize("idiom", ["detached scaling", "normalised by a detached size", "mask of the living"])
+def test_a_state_that_is_scaled_where_gradients_do_not_look_is_not_proven(idiom):
+    torch.manual_seed(0)
+    flow = trace(nn.Sequential(*(Beside(idiom) for _ in range(3))).double(), torch.randn(4, D, dtype=torch.float64))
+    for found in identify(flow):
+        assert found.evidence != "proven", found
+
+
+def test_what_is_cut_off_inside_a_field_or_merely_looked_at_is_proven_as_before():
+    torch.manual_seed(0)
+    flow = trace(nn.Sequential(*(Beside("field") for _ in range(3))).double(), torch.randn(4, D, dtype=torch.float64))
+    assert {(found.name, found.evidence) for found in identify(flow)} == {("forward Euler", "proven")}

@@ -10,7 +10,7 @@ import stabkit
 from stabkit.errors import StabkitError
 from stabkit.planning import plan
 from stabkit.planning.budgeting import _lessened
-from stabkit.planning.machine import Machine, PeakMemory
+from stabkit.planning.machine_speed import Machine, PeakMemory
 from stabkit.planning.measured_run import StepCost, Trial
 from stabkit.planning.predicted_cost import Costs, Settings
 

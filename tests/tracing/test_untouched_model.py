@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from stabkit.errors import TraceError
 from stabkit.tracing import trace
-from stabkit.tracing.safekeeping import unchanged, unwrap
+from stabkit.tracing.untouched_model import unchanged
+from stabkit.tracing.wrappers import unwrap
 
 
 def snapshot(model: nn.Module) -> list[Any]:
