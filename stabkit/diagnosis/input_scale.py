@@ -1,4 +1,4 @@
-"""Inputs far from unit scale: what saturates the first activation is not the network."""
+"""Inputs far from unit scale: what saturates an activation is not the network."""
 
 from __future__ import annotations
 
@@ -19,9 +19,11 @@ FAR = 10.0  # root mean square of an input from which its size is a cause
 
 
 def with_input_scale(flow: Flow, found: Diagnosis, thresholds: Thresholds) -> tuple[Finding, ...]:
-    """The findings, with the input named where dividing it by its size opens the first activation again."""
-    first = next((step.index for step in found.measurement.steps if step.activities), None)
-    accused = [f for f in found.findings if f.kind == "saturated" and first in f.steps]
+    """The findings, with the input named where dividing it by its size opens the first flat activation again.
+
+    Layers of ReLU in between pass the size on.
+    """
+    accused = sorted((f for f in found.findings if f.kind == "saturated" and f.steps), key=lambda f: f.steps[0])
     size = input_size(flow)
     if not accused or size is None or size < FAR:
         return found.findings
@@ -31,8 +33,8 @@ def with_input_scale(flow: Flow, found: Diagnosis, thresholds: Thresholds) -> tu
         return found.findings
     named = replace(
         accused[0],
-        evidence=f"the input has the size {size:.3g} and not 1: {before:.0%} of the first activation, in "
-        f"{accused[0].module_path}, lies where it is flat, and of the input divided by its size {after:.0%}",
+        evidence=f"the input has the size {size:.3g} and not 1: {before:.0%} of the activation in "
+        f"{accused[0].module_path} lies where it is flat, and of the input divided by its size {after:.0%}",
         remedy="standardise the input where the data are read: subtract its mean and divide it by its standard "
         f"deviation (about {size:.3g})",
         reference="LeCun et al., Efficient BackProp, 1998, section 4.3",

@@ -26,6 +26,7 @@ _PROBABILITIES = {"Softmax": "softmax", "Sigmoid": "sigmoid"}
 # what a loss computes first, and what it expects there
 _ON_LOGITS = {"LogSoftmax": "cross_entropy", "BinaryCrossEntropyWithLogits": "binary_cross_entropy_with_logits"}
 _ON_LOGARITHMS = {"NllLoss": "nll_loss", "NllLoss2D": "nll_loss"}
+_NORMALISED = 0.05  # by how much probabilities may miss a sum of 1: float16 loses that in a thousand classes
 _FLAT = 0.05  # of the largest derivative of a sigmoid
 _HIDDEN = 0.15  # share of the fall of a loss that its gradient promises, under which a sigmoid hides that fall
 _GOODFELLOW = "Goodfellow et al., Generative adversarial nets, 2014, section 3"
@@ -45,7 +46,8 @@ def loss_findings(flow: Flow, loss: Any, thresholds: Thresholds) -> list[Finding
         if origin is None or origin.part != "loss":
             return []  # who measures the whole says what is at fault: see `finite_end`
         return [_not_finite(flow, origin)]
-    found = [*_mismatch(flow, scalar), *_flat_sigmoid(flow, loss, scalar, thresholds)]
+    mismatch = _mismatch(flow, scalar) or _no_logarithms(flow, scalar)
+    found = [*mismatch, *_flat_sigmoid(flow, loss, scalar, thresholds)]
     return found or _without_gradient(flow, scalar)
 
 
@@ -76,6 +78,28 @@ def _mismatch(flow: Flow, scalar: Tensor) -> list[Finding]:
             floor = f"it cannot fall below {_least(name, classes):.3g}, since probabilities lie within 0 to 1"
         evidence = f"{function} expects {wanted} and is given the output of a {kind} ({path or 'the model'}): {floor}"
         numbers = {"loss": float(scalar.detach()), "classes": float(classes)}
+        return [_finding(flow, "loss", "warning", LOSS, evidence, remedy, numbers)]
+    return []
+
+
+def _no_logarithms(flow: Flow, scalar: Tensor) -> list[Finding]:
+    """A negative log-likelihood of what are no logarithms of probabilities: it falls without end."""
+    for node, _ in _loss_nodes(flow, scalar):
+        taken = getattr(node, "_saved_self", None)
+        if operation(node) not in _ON_LOGARITHMS or not isinstance(taken, Tensor) or taken.dim() < 2:
+            continue
+        sums = taken.detach().double().logsumexp(1).exp()
+        off = (sums - 1).abs() > _NORMALISED
+        above = sums > 1 + _NORMALISED  # probabilities that sum to less than 1 leave the loss bounded
+        if not bool(sums.isfinite().all()) or float(off.double().mean()) < 0.5 or not bool(above.any()):
+            continue
+        name = _ON_LOGARITHMS[operation(node)]
+        evidence = (
+            f"{name} expects log-probabilities, and what it is given sums to {float(sums.median()):.3g} and not to 1 "
+            "as probabilities: such a loss has no least value and falls as long as the outputs grow"
+        )
+        numbers = {"loss": float(scalar.detach()), "sum": float(sums.median())}
+        remedy = "take log_softmax of the logits first, or cross_entropy in place of both"
         return [_finding(flow, "loss", "warning", LOSS, evidence, remedy, numbers)]
     return []
 

@@ -15,8 +15,10 @@ from stabkit.diagnosis.measurement import Measurement
 from stabkit.diagnosis.non_finite_origin import origin_of
 from stabkit.diagnosis.suspects import Diagnosis, ordered
 from stabkit.diagnosis.verdict import Verdict
+from stabkit.tracing.containers import named_tensors
+from stabkit.tracing.endpoints import UnreachedError, scalar_loss
 from stabkit.tracing.forward_pass import ForwardPass
-from stabkit.tracing.training_pass import training_pass
+from stabkit.tracing.training_pass import TrainingPass, training_pass
 
 
 def diagnosis_without_flow(call: ForwardPass, loss: Any, why: str) -> Diagnosis:
@@ -43,6 +45,9 @@ def findings_without_flow(call: ForwardPass, loss: Any) -> list[Finding]:
     if origin is None:
         call = replace(call, through_no_grad=False)
         done = training_pass(call, loss, differentiate=False)
+        cut = _loss_cut_off(done, loss)
+        if cut is not None:
+            return [cut]
         return [*lost_parameter_findings(call, (), loss, done), *hidden_cut_findings(call, loss, call, done)]
     what = "the first derivative that is not finite, on the way back, is that of" if origin.backward else "begins at"
     return [
@@ -58,3 +63,26 @@ def findings_without_flow(call: ForwardPass, loss: Any) -> list[Finding]:
             numbers=dict(origin.cause.numbers),
         )
     ]
+
+
+def _loss_cut_off(done: TrainingPass, loss: Any) -> Finding | None:
+    """A loss that no parameter reaches although outputs carry gradient: it trains nothing, and may run all the same."""
+    carries = any(tensor.requires_grad for _, tensor in named_tensors(done.output))
+    if loss is None or done.loss is not None or not carries or not done.parameters:
+        return None
+    try:
+        scalar_loss(loss, done.output)
+    except UnreachedError as error:
+        return Finding(
+            kind="no_gradient",
+            severity="critical",
+            steps=(),
+            module_path="",
+            confidence=1.0,
+            evidence=f"{error}: none of {len(done.parameters)} parameters gets a gradient, though the output has one",
+            remedy="compute the loss from the output by operations that have a derivative (probabilities in place of a "
+            "threshold or an argmax; no detach, item or numpy on the way), and leave requires_grad_() on the loss away",
+            reference="PyTorch documentation, Autograd mechanics",
+            numbers={"parameters": float(len(done.parameters))},
+        )
+    return None

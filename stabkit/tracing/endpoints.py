@@ -192,6 +192,11 @@ def scalar_loss(loss: Any, output: Any) -> Tensor:
         raise TraceError(f"loss returned {found}; expected a scalar, e.g. loss=lambda out: out.square().mean()")
     if not scalar.requires_grad:
         raise UnreachedError("the loss does not depend on the model's output; compute it from its argument")
+    if scalar.grad_fn is None and not any(scalar is tensor for _, tensor in named_tensors(output)):
+        raise UnreachedError(
+            "the loss does not depend differentiably on the model's output: it was made to require a gradient "
+            "(requires_grad_) after the way back had been cut, which lets backward() run and moves nothing"
+        )
     return scalar
 
 

@@ -178,7 +178,10 @@ class Flow:
             '0, 1'
         """
         outputs = [tensor for _, tensor in named_tensors(self.output) if tensor.requires_grad]
-        if (len(outputs) == 1 and not callable(self.target)) or self._covers(loss):
+        if len(outputs) == 1 and not callable(self.target):
+            scalar_loss(loss, self.output)  # says what is wrong
+            return self
+        if self._covers(loss):
             return self
         paths = outputs_read(loss, self.output)
         if self._retrace is None or self.target == paths or not paths:

@@ -19,7 +19,7 @@ from torch.autograd.graph import Node
 from torch.overrides import TorchFunctionMode
 
 from stabkit.tracing.containers import map_tensors, named_tensors
-from stabkit.tracing.endpoints import scalar_loss
+from stabkit.tracing.endpoints import UnreachedError, scalar_loss
 from stabkit.tracing.forward_pass import ForwardPass
 from stabkit.tracing.inputs import Source, differentiable, prepare
 from stabkit.tracing.recording import Call, Recording, recording_calls
@@ -77,7 +77,7 @@ class TrainingPass:
     Attributes:
         calls: module calls in the order of their beginnings.
         output: what the model returned, on the graph.
-        loss: the scalar that was differentiated; None where no output carries gradient.
+        loss: the scalar that was differentiated; None where it depends on nothing that carries gradient.
         parameters: those that require grad, by path; a tied one by its first.
         gradients: of those parameters that the loss reaches; None for the others.
         inputs: gradients of the float inputs, in their order.
@@ -195,10 +195,13 @@ def _promoted(call: ForwardPass, sources: list[Source]) -> frozenset[Node]:
 
 
 def _loss(loss: Any, output: Any) -> Tensor | None:
-    """The loss; None where the output carries no gradient that it could depend on."""
+    """The loss; None where it depends on nothing that carries gradient."""
     if not any(tensor.requires_grad for _, tensor in named_tensors(output)):
         return None
-    return scalar_loss(loss, output)
+    try:
+        return scalar_loss(loss, output)
+    except UnreachedError:
+        return None
 
 
 def combination(output: Any, seed: int) -> Tensor | None:

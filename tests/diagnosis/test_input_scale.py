@@ -48,3 +48,13 @@ def test_a_sigmoid_that_makes_gradients_vanish_is_named_with_its_bound():
     found = said(network(nn.Sigmoid, depth=12), inputs()).findings
     assert any("sigmoid' <= 1/4" in f.evidence and f.kind == "vanishing" for f in found)
     assert not any("<=" in f.evidence for f in said(network(nn.ReLU, depth=12, gain=0.4), inputs()).findings)
+
+
+@pytest.mark.parametrize("size", [1.0, 5000.0])
+def test_an_input_that_saturates_a_late_tanh_through_relus_is_named(size):
+    torch.manual_seed(0)
+    layers = [m for _ in range(3) for m in (nn.Linear(16, 16), nn.ReLU())]
+    model = nn.Sequential(*layers, nn.Linear(16, 3), nn.Tanh())
+    found = [f for f in said(model, size * inputs()).findings if "input_size" in f.numbers]
+    assert [f.kind for f in found] == (["saturated"] if size > 1 else [])
+    assert all("standardise the input" in f.remedy for f in found)

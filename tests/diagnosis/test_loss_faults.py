@@ -111,3 +111,26 @@ def test_a_loss_without_gradient():
     assert (found.kind, found.severity, found.module_path) == ("loss", "critical", "loss")
     assert "the loss is 50 and its gradient by the output is zero" in found.evidence
     assert said(classifier(nn.Identity()), lambda out: (out - 50).relu().mean()) == []  # at its least
+
+
+@pytest.mark.parametrize(
+    ("last", "said"),
+    [
+        (nn.Identity(), "has no least value"),
+        (nn.Softmax(1), "given the output of a softmax"),
+        (nn.LogSoftmax(1), ""),
+    ],
+    ids=["raw logits", "probabilities", "log-probabilities"],
+)
+@pytest.mark.parametrize("images", [False, True])
+def test_a_negative_log_likelihood_of_no_logarithms_is_named_once(last, said, images):
+    torch.manual_seed(0)
+    hidden = nn.Conv2d(3, 8, 1) if images else nn.Linear(3, 8)
+    head = nn.Conv2d(8, 5, 1) if images else nn.Linear(8, 5)
+    model = nn.Sequential(hidden, nn.Tanh(), head, last)
+    x = torch.randn(16, 3, 4, 4) if images else torch.randn(16, 3)
+    targets = torch.randint(5, (16, 4, 4) if images else (16,))
+    found = examine(stabkit.trace(model, x), lambda out: nn.functional.nll_loss(out, targets)).findings
+    named = [f.evidence for f in found if f.kind == "loss" and f.severity != "info"]
+    assert len(named) == bool(said)
+    assert all(said in evidence for evidence in named)

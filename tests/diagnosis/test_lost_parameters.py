@@ -187,3 +187,21 @@ def test_a_checkpoint_behind_a_layer_that_trains_is_no_finding():
     asks = inputs().requires_grad_()
     flow = stabkit.trace(model, asks)
     assert not [f for f in examine(flow, lambda y: y.square().mean()).findings if f.kind == "no_gradient"]
+
+
+@pytest.mark.parametrize("mended", [False, True], ids=["cut", "made to require grad"])
+def test_a_loss_that_is_cut_off_from_the_output_is_said_of_the_loss(mended):
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 1)), torch.randn(16, 4)
+
+    def loss(out):
+        value = 1 - ((torch.sigmoid(out) > 0.5).float() * (x[:, :1] > 0)).mean()
+        return value.requires_grad_(True) if mended else value
+
+    report = stabkit.analyze(model, x, loss=loss)
+    (found,) = report.findings
+    assert (found.kind, found.severity) == ("no_gradient", "critical")
+    assert "none of 4 parameters gets a gradient" in found.evidence
+    assert ("requires_grad_" in found.evidence) == mended
+    assert report.verdict == "not judged"
+    assert not stabkit.diagnosis.treat(model, x, loss=loss).silent
