@@ -81,9 +81,12 @@ class _Mixing(TorchFunctionMode):
 def mixes(one: Tensor, other: Tensor) -> bool:
     """Whether two tensors hold as many numbers in the same order, and are broadcast to more for a dimension of one.
 
+    One of them must carry a gradient: what is made of the data alone is not the loss's doing.
+
     Example:
-        >>> mixes(torch.zeros(8, 1), torch.zeros(8)), mixes(torch.zeros(8, 1), torch.zeros(8, 1))
-        (True, False)
+        >>> column = torch.zeros(8, 1, requires_grad=True)
+        >>> mixes(column, torch.zeros(8)), mixes(column, torch.zeros(8, 1)), mixes(torch.zeros(8, 1), torch.zeros(8))
+        (True, False, False)
     """
     if one.dim() == other.dim() or not (one.requires_grad or other.requires_grad):
         return False
