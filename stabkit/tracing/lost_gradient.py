@@ -33,6 +33,7 @@ from stabkit.tracing.training_pass import (
     TrainingPass,
     calling_line,
     nodes_above,
+    nodes_from,
     training_pass,
 )
 from stabkit.tracing.values import Value, value_of
@@ -192,7 +193,7 @@ class Event:
 
     def leaves(self) -> set[int]:
         """The leaves, by id, that what left is made of."""
-        above = [node for value in self.values for node in _above(value.node)]
+        above = [node for value in self.values for node in nodes_from(value.node)]
         return _variables(above) | set(map(id, self.parameters))
 
 
@@ -302,7 +303,7 @@ class Exits(Observer):  # type: ignore[no-untyped-call]
             behind = set(map(id, event.parameters))
             for value in event.values:
                 if value.node not in reached:
-                    behind |= _variables(_above(value.node))
+                    behind |= _variables(nodes_from(value.node))
             lost_here = {names[each] for each in behind if each in names}
             if lost_here or (done.loss is None and event.values):
                 found.append((event, lost_here))
@@ -331,17 +332,6 @@ def _common(one: str, other: str) -> str:
     """The path of the module that holds two."""
     pairs = zip(one.split("."), other.split("."), strict=False)
     return ".".join(a for a, _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
-
-
-def _above(node: Node) -> list[Node]:
-    found: dict[Node, None] = {}
-    stack = [node]
-    while stack:
-        current = stack.pop()
-        if current not in found:
-            found[current] = None
-            stack.extend(parent for parent, _ in current.next_functions if parent is not None)
-    return list(found)
 
 
 def _drawn_by() -> str:

@@ -19,7 +19,7 @@ from stabkit.tracing.containers import map_tensors
 from stabkit.tracing.forward_pass import ForwardPass
 from stabkit.tracing.inputs import differentiable
 from stabkit.tracing.lost_gradient import DRAW, FIRST_ORDER, Cut, Event, Exits, Use
-from stabkit.tracing.training_pass import TrainingPass, nodes_above, path_of, training_pass
+from stabkit.tracing.training_pass import TrainingPass, nodes_above, nodes_from, path_of, training_pass
 from stabkit.tracing.values import operation
 
 NORMAL = "torch.normal"
@@ -87,14 +87,7 @@ def _normal_draws(done: TrainingPass) -> list[Cut]:
 
 
 def _leaves(node: Node) -> set[int]:
-    found: dict[Node, None] = {}
-    stack = [node]
-    while stack:
-        current = stack.pop()
-        if current not in found:
-            found[current] = None
-            stack.extend(parent for parent, _ in current.next_functions if parent is not None)
-    return {id(each.variable) for each in found if hasattr(each, "variable")}
+    return {id(each.variable) for each in nodes_from(node) if hasattr(each, "variable")}
 
 
 def _made_of(use: Use, leaves: set[int]) -> bool:
