@@ -204,7 +204,7 @@ def _repeats(found: Blocks, h: float) -> str | None:
     return None
 
 
-def _without_parallel(found: Blocks) -> Blocks:
+def without_parallel(found: Blocks) -> Blocks:
     """Different fields at one point that are added with one weight, as experts are, are one field: their sum."""
     kept: list[int] = []
     for i in range(len(found.rows)):
@@ -223,7 +223,7 @@ def _without_parallel(found: Blocks) -> Blocks:
 
 def _composed(found: Blocks, h: float, a: float) -> str:
     """A sequence of Euler steps of different fields."""
-    found = _without_parallel(found)
+    found = without_parallel(found)
     b = found.B[0] / h
     s = len(found.rows)
     if a != 1.0:

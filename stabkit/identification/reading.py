@@ -15,9 +15,11 @@ from stabkit.identification.around_addition import (
     with_randomness,
 )
 from stabkit.identification.chain import Link
+from stabkit.identification.change_of_space import change_of_space
 from stabkit.identification.coefficients import Coefficient, LinearCombination
 from stabkit.identification.composites import with_composite_fields
 from stabkit.identification.confirmation import Check, commutator, defect
+from stabkit.identification.coupled import coupled
 from stabkit.identification.couplings import is_affine_coupling
 from stabkit.identification.diffusion import averages
 from stabkit.identification.field_values import chains_of_other_fields
@@ -36,7 +38,6 @@ from stabkit.identification.iterated_solves import SolvedStep, solved_step
 from stabkit.identification.linear_steps import read_linear
 from stabkit.identification.naming import NO_STEP, Name, name_one_state
 from stabkit.identification.normal_form import NormalForm, Stage
-from stabkit.identification.operations import JOINS
 from stabkit.identification.pairs import dense_concatenation, read_several_states
 from stabkit.identification.proximal import soft_threshold
 from stabkit.identification.record import Identification, nothing, record_of
@@ -89,11 +90,12 @@ def _read(around: Surroundings, found: Slots, start: int, stop: int) -> Identifi
         return _one_state(around, found, steps)
     record = read_several_states(around, found, steps)
     before, after = (around.flow.states[i].values for i in (start, stop))
-    if record.name != "unnamed" or not found.split or len(before) != 1 or len(after) != 1:
-        return record
-    whole = replace(found, sources=before, targets=after, split=False)  # streams that are split off and mixed again
-    streams = mixed_streams(around.flow, start, stop, around.whole(start, stop, whole))
-    return record if streams is None else _of_streams(streams, steps)
+    if record.name == "unnamed" and found.split and len(before) == len(after) == 1:
+        whole = replace(found, sources=before, targets=after, split=False)  # streams split off and mixed again
+        streams = mixed_streams(around.flow, start, stop, around.whole(start, stop, whole))
+        if streams is not None:
+            return _of_streams(streams, steps)
+    return coupled(around, found, steps, record, _one_state)
 
 
 def _implicit(around: Surroundings, steps: tuple[int, ...]) -> Identification:
@@ -121,7 +123,7 @@ def _one_state(around: Surroundings, found: Slots, steps: tuple[int, ...]) -> Id
         dense = dense_concatenation(around, found, steps)
         if dense is not None:
             return dense
-        return nothing(steps, "transition", _change_of_space(links, opaque), "proven")
+        return nothing(steps, "transition", change_of_space(links, opaque), "proven")
     sums = [link for link in links if link.kind == "sum"]
     maps = [link for link in links if link.kind in ("map", "join")]
     if opaque and (maps or not sums):
@@ -186,28 +188,6 @@ def _solved(solved: LinearSolve, steps: tuple[int, ...]) -> Identification:
         Name(f"{many}backward_euler", system, 1.0, "h = 1: M = 1 - h J"), None, steps, skip=None, residual=0.0
     )
     return replace(record, method=None if many else named("backward_euler"))
-
-
-def _change_of_space(links: Sequence[Link], opaque: Sequence[str]) -> str:
-    """What a change of space looks like inside."""
-    form = max((link.form for link in links), key=lambda form: len(form.piece.nodes))
-    terms = form.forms[0]
-    affine = [s for s in form.stages if s.is_affine and s.output in terms]
-    parts = [terms[a] for a in form.sources if a in terms]
-    text = "the space changes, so this is no step of a method"
-    if affine and not parts and len(terms) > len(affine):
-        return f"{text}; the shortcut is a projection, a linear map"
-    if parts and len(terms) > len(parts):
-        kind = {"part": "takes or pads entries of the state (option A)", "moved": "moves entries"}
-        return f"{text}; the shortcut {kind.get(parts[0].kind, 'passes the state on')}"
-    if _is_concatenation(form):
-        return f"{text}; the state is kept and concatenated with a function of it"
-    return f"{text}; hidden in {', '.join(opaque)}" if opaque else text
-
-
-def _is_concatenation(form: NormalForm) -> bool:
-    name = operation(form.targets[0].node)
-    return name in JOINS and form.targets[0] in form.piece.carrying
 
 
 def _without_skip(around: Surroundings, found: Slots, links: Sequence[Link], steps: tuple[int, ...]) -> Identification:
@@ -299,6 +279,9 @@ def _without_sum(around: Surroundings, found: Slots, links: Sequence[Link], step
     total = _total(around, found, steps)
     if total is None or total.kind in ("moved", "mixed", "part"):
         return nothing(steps, "not a step", "the state's entries are moved, and nothing is added", "measured")
+    if total.kind == "diagonal" or (total.kind == "dropout" and not around.graph.draws):
+        why = f"every entry is multiplied by a number of its own, {total.low:.3g} to {total.high:.3g}: nothing is added"
+        return nothing(steps, "scaled entries, no branch", why, "measured")
     name = name_one_state(Blocks.without_field(total.value if total.kind == "scalar" else 1.0))
     return replace(record_of(name, None, steps, skip=total.value, residual=total.residual), method=None)
 
@@ -360,7 +343,7 @@ def _read_sums(around: Surroundings, found: Slots, links: Sequence[Link], steps:
     record = replace(
         record,
         evidence="proven" if kinds <= {"scalar"} and named.is_known and not any(map(_depends, sums)) else "measured",
-        notes=(*_linear_part(relaxed), *_notes(around, sums, table), *record.notes),
+        notes=(*_masked(kinds), *_linear_part(relaxed), *_notes(around, sums, table), *record.notes),
         checks=_checks(sums, table) if around.checks else (),
     )
     threshold = soft_threshold(around.flow, steps[-1] + 1, links[-1]) if behind else None
@@ -411,6 +394,10 @@ def _linear_links(links: Sequence[Link]) -> list[Link]:
         if link.kind in ("sum", "scaling") and not after:
             found.append(link)
     return found
+
+
+def _masked(kinds: set[str]) -> tuple[str, ...]:
+    return ("a mask sets some entries to zero: the step is that of the others",) if "masked" in kinds else ()
 
 
 def _linear_part(relaxed: tuple[Blocks, float] | None) -> tuple[str, ...]:
