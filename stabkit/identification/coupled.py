@@ -208,10 +208,10 @@ def _momentum(streams: Sequence[_Stream]) -> str | None:
     """A velocity that a field of the position drives, normalised or not, and a position that moves by what is new."""
     for position, velocity in itertools.permutations(streams, 2):
         sums = [link.form for link in velocity.links if link.kind == "sum"]
-        if len(streams) > 2 or position.name != "running sum" or not velocity.name.startswith(_DRIVEN) or not sums:
+        if len(streams) > 2 or position.name != "running sum" or not velocity.name.startswith(_DRIVEN):
             continue
         moves = [link.form for link in position.links if link.kind == "sum"]
-        if not moves or position.old or any(form.stages for form in moves):
+        if not moves or len(moves) != len(sums) or position.old or any(form.stages for form in moves):
             continue  # it moves by something else than the new velocity alone
         kept = _kept(velocity.links)
         if kept is None:
