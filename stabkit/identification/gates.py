@@ -13,6 +13,7 @@ from torch.autograd.graph import Node
 
 from stabkit.identification.operations import ADDS, MOVES, PRODUCTS, SCALES, has_matrix
 from stabkit.tracing.values import Value, meta_of, operation
+from stabkit.vocabulary import is_activation
 
 #: Operations that make one number of many entries.
 _REDUCTIONS = frozenset({"Dot", "LinalgVectorNorm", "Mean", "Mm", "Bmm", "Mv", "Norm", "Sum", "Vdot"})
@@ -85,7 +86,7 @@ def _is_inner_product(value: Value, inputs: Inputs, of_state: Collection[Value],
         name, given = operation(v.node), inputs(v.node)
         if name in _REDUCTIONS and any(meta_of(v).numel < meta_of(entry).numel for entry in given):
             found = True
-        elif name in _BETWEEN | _OF_ONE and given:
+        elif given and (name in _BETWEEN | _OF_ONE or is_activation(v.node)):  # clamped from below
             stack.extend(given)
         else:
             return False
