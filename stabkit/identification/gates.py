@@ -18,9 +18,8 @@ from stabkit.vocabulary import is_activation
 #: Operations that make one number of many entries.
 _REDUCTIONS = frozenset({"Dot", "LinalgVectorNorm", "Mean", "Mm", "Bmm", "Mv", "Norm", "Sum", "Vdot"})
 _BETWEEN = MOVES | SCALES | ADDS | PRODUCTS
-_OF_ONE = frozenset(
-    {"Abs", "Clamp", "ClampMin", "Conj", "Pow", "Real", "Sqrt", "ViewAsReal"}
-)  # may follow an inner product
+#: Operations that may follow an inner product.
+_OF_ONE = frozenset({"Conj", "Pow", "Real", "ViewAsReal"})
 
 Inputs = Callable[[Node], Sequence[Value]]
 
