@@ -22,6 +22,7 @@ from stabkit.diagnosis.non_finite import non_finite_findings
 from stabkit.diagnosis.over_time import time_findings
 from stabkit.diagnosis.post_norm import post_norm_findings
 from stabkit.diagnosis.running_statistics import statistics_findings
+from stabkit.diagnosis.samples_apart import mixed_batch_findings
 from stabkit.diagnosis.slopes import with_slopes
 from stabkit.diagnosis.suspects import Diagnosis, Settings, broken_verdict, ordered, suspected
 from stabkit.diagnosis.time_verdict import judged_over_time
@@ -46,6 +47,8 @@ def with_causes(flow: FlowLike, found: Diagnosis, settings: Settings) -> Diagnos
         return found
     if unsettled := unsettled_findings(flow):  # what comes after a state that is no fixed point may follow from it
         found = replace(found, findings=tuple(ordered([*unsettled, *found.findings])))
+    if function := mixed_batch_findings(flow):
+        found = replace(found, findings=tuple(ordered([*found.findings, *function])))
     found = with_lost_parameters(flow, found, settings)
     if found.verdict.name == "non-finite":  # of a parameter alone
         return found

@@ -64,6 +64,7 @@ FINDINGS: dict[str, Word] = {
     "no_gradient": Word("parameters that are to be trained get no gradient", "broken"),
     "wrong_derivative": Word("a backward that was written by hand is not the derivative of its forward", "broken"),
     "unregistered": Word("tensors get a gradient and are no parameters of the model: nothing moves them", "broken"),
+    "mixed_samples": Word("what a model returns for a sample depends on which others are in its batch", "broken"),
     "no_fixed_point": Word("an iteration that is meant to settle does not", "grows"),
     "loss": Word("the loss has no gradient, or is taken of what it does not expect", "broken"),
     "precision_loss": Word("numbers are lost to the dtype by rounding or underflow", "unsure", consequence=True),

@@ -30,9 +30,11 @@ def made_otherwise(model: nn.Module, suspect: Finding) -> Finding | None:
     if not abs(suspect.numbers.get("gain_deviation", math.inf)) < _LITTLE:
         return None
     blocks = {path: m for path, m in model.named_modules() if path}
-    block: nn.Module | None = blocks.get(suspect.module_path)
+    if suspect.module_path not in blocks:
+        return None
+    block = blocks[suspect.module_path]
     alike = [m for m in blocks.values() if type(m) is type(block)]
-    if not isinstance(block, nn.Module) or len(alike) <= _FEWEST or not (block is alike[0] or block is alike[-1]):
+    if len(alike) <= _FEWEST or not (block is alike[0] or block is alike[-1]):
         return None
     peers = [_constants(m) for m in alike if m is not block]
     odd = {

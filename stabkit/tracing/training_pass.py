@@ -29,6 +29,7 @@ from stabkit.tracing.untouched_model import unchanged
 from stabkit.tracing.values import value_of
 
 _LIBRARIES = (str(Path(torch.__file__).parent), str(Path(__file__).parent.parent))
+_PASSES = ("training_pass", "evaluated")  # functions of this package that run a model: code further out is the user's
 
 
 class Observer(EagerMode):
@@ -240,11 +241,11 @@ def _announced(loss: Tensor, observer: Observer) -> list[Any]:
 
 
 def calling_line() -> str:
-    """File and line of the innermost code outside of torch and stabkit that runs within a training pass, or nothing."""
+    """File and line of the innermost code outside of torch and stabkit that runs within a pass, or nothing."""
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         code = frame.f_code
-        if code.co_name == training_pass.__name__:
+        if code.co_name in _PASSES:
             return ""
         if not code.co_filename.startswith((*_LIBRARIES, "<")):
             return f"{Path(code.co_filename).name}:{frame.f_lineno}"
