@@ -11,6 +11,7 @@ from torch import Tensor
 from stabkit.diagnosis.attention_masks import mask_findings
 from stabkit.diagnosis.closed_operations import closed_findings
 from stabkit.diagnosis.finding import Finding, serious
+from stabkit.diagnosis.half_weights import half_weight_findings
 from stabkit.diagnosis.hidden_cuts import cut_by_a_draw, drawn_on_the_graph, hidden_cut_findings
 from stabkit.diagnosis.input_scale import with_input_scale
 from stabkit.diagnosis.loss_floor import loss_floor_findings
@@ -212,6 +213,7 @@ def _of_training_pass(
     found += wrong_derivative_findings(flow, loss, call, done)
     found += loud_logits_findings(flow, loss, call, done, [*others, *found])
     found += loss_floor_findings(flow, loss, call, done, [*others, *found])
+    found += half_weight_findings(flow, loss, call, done)
     # units are asked after only where nothing else is wrong: a broken network does not train in any
     broken = any(serious(finding) for finding in (*others, *found))
     return found if broken else [*found, *unit_findings(flow, loss, call, done)]

@@ -10,11 +10,13 @@ from stabkit.identification.around_addition import (
     normalises,
     norms_after,
     rectifies,
+    scaled_by_entries,
     with_gates,
     with_projection,
     with_randomness,
 )
 from stabkit.identification.chain import Link
+from stabkit.identification.change_of_space import change_of_space
 from stabkit.identification.coefficients import Coefficient, LinearCombination
 from stabkit.identification.composites import with_composite_fields
 from stabkit.identification.confirmation import Check, commutator, defect
@@ -28,6 +30,7 @@ from stabkit.identification.implicit import (
     LinearSolve,
     begins_at_constants,
     fixed_point,
+    inner_iterations,
     iterates_silently,
     linear_solve,
     solves_inside,
@@ -36,7 +39,6 @@ from stabkit.identification.iterated_solves import SolvedStep, solved_step
 from stabkit.identification.linear_steps import read_linear
 from stabkit.identification.naming import NO_STEP, Name, name_one_state
 from stabkit.identification.normal_form import NormalForm, Stage
-from stabkit.identification.operations import JOINS
 from stabkit.identification.pairs import dense_concatenation, read_several_states
 from stabkit.identification.proximal import soft_threshold
 from stabkit.identification.record import Identification, nothing, record_of
@@ -121,7 +123,7 @@ def _one_state(around: Surroundings, found: Slots, steps: tuple[int, ...]) -> Id
         dense = dense_concatenation(around, found, steps)
         if dense is not None:
             return dense
-        return nothing(steps, "transition", _change_of_space(links, opaque), "proven")
+        return nothing(steps, "transition", change_of_space(links, opaque), "proven")
     sums = [link for link in links if link.kind == "sum"]
     maps = [link for link in links if link.kind in ("map", "join")]
     if opaque and (maps or not sums):
@@ -136,6 +138,9 @@ def _one_state(around: Surroundings, found: Slots, steps: tuple[int, ...]) -> Id
     solved = linear_solve(whole)
     if solved is not None:
         return _solved(solved, steps)
+    if inner_iterations(whole) > 1:
+        why = "an iterative solver runs inside: quotients of inner products scale its directions, and they are no gates"
+        return nothing(steps, "iterative solver inside", why, "unknown")
     if maps:
         return _without_skip(around, found, links, steps)
     if not sums:
@@ -188,28 +193,6 @@ def _solved(solved: LinearSolve, steps: tuple[int, ...]) -> Identification:
     return replace(record, method=None if many else named("backward_euler"))
 
 
-def _change_of_space(links: Sequence[Link], opaque: Sequence[str]) -> str:
-    """What a change of space looks like inside."""
-    form = max((link.form for link in links), key=lambda form: len(form.piece.nodes))
-    terms = form.forms[0]
-    affine = [s for s in form.stages if s.is_affine and s.output in terms]
-    parts = [terms[a] for a in form.sources if a in terms]
-    text = "the space changes, so this is no step of a method"
-    if affine and not parts and len(terms) > len(affine):
-        return f"{text}; the shortcut is a projection, a linear map"
-    if parts and len(terms) > len(parts):
-        kind = {"part": "takes or pads entries of the state (option A)", "moved": "moves entries"}
-        return f"{text}; the shortcut {kind.get(parts[0].kind, 'passes the state on')}"
-    if _is_concatenation(form):
-        return f"{text}; the state is kept and concatenated with a function of it"
-    return f"{text}; hidden in {', '.join(opaque)}" if opaque else text
-
-
-def _is_concatenation(form: NormalForm) -> bool:
-    name = operation(form.targets[0].node)
-    return name in JOINS and form.targets[0] in form.piece.carrying
-
-
 def _without_skip(around: Surroundings, found: Slots, links: Sequence[Link], steps: tuple[int, ...]) -> Identification:
     """A map without a skip; or one whose skip is a linear map."""
     whole = around.whole(steps[0], steps[-1] + 1, found)
@@ -225,6 +208,9 @@ def _without_skip(around: Surroundings, found: Slots, links: Sequence[Link], ste
     mixing = mixed_by_itself(whole)
     if mixing is not None:
         return _self_mixed(mixing, steps)
+    if whole.may_hide_skip():
+        why = "the state is multiplied by a factor that grows with it and has a constant in it: a skip may hide there"
+        return nothing(steps, "unknown", why, "unknown")
     notes = []
     if any(link.kind == "sum" for link in links):
         notes.append("a residual lies inside, but no skip leads around the whole step")
@@ -299,8 +285,9 @@ def _without_sum(around: Surroundings, found: Slots, links: Sequence[Link], step
     total = _total(around, found, steps)
     if total is None or total.kind in ("moved", "mixed", "part"):
         return nothing(steps, "not a step", "the state's entries are moved, and nothing is added", "measured")
-    name = name_one_state(Blocks.without_field(total.value if total.kind == "scalar" else 1.0))
-    return replace(record_of(name, None, steps, skip=total.value, residual=total.residual), method=None)
+    name = name_one_state(Blocks.without_field(total.value))
+    record = replace(record_of(name, None, steps, skip=total.value, residual=total.residual), method=None)
+    return record if total.kind == "scalar" else scaled_by_entries(record, total)
 
 
 def _total(
