@@ -12,11 +12,13 @@ from stabkit.diagnosis.closed_operations import closed_findings
 from stabkit.diagnosis.finding import Finding, serious
 from stabkit.diagnosis.hidden_cuts import cut_by_a_draw, drawn_on_the_graph, hidden_cut_findings
 from stabkit.diagnosis.input_scale import with_input_scale
+from stabkit.diagnosis.last_dropout import last_dropout_findings
 from stabkit.diagnosis.loss_domains import loss_domain_findings
 from stabkit.diagnosis.loss_floor import loss_floor_findings
 from stabkit.diagnosis.loss_units import unit_findings
 from stabkit.diagnosis.lost_parameters import lost_parameter_findings
 from stabkit.diagnosis.loud_logits import loud_logits_findings
+from stabkit.diagnosis.made_anew import made_anew_findings
 from stabkit.diagnosis.mixed_samples import mixed_sample_findings
 from stabkit.diagnosis.non_finite import non_finite_findings
 from stabkit.diagnosis.over_time import time_findings
@@ -203,7 +205,9 @@ def _of_training_pass(
 ) -> list[Finding]:
     """What a pass as training makes it says of the parameters and of the loss."""
     found = [*zero_gradient_findings(flow, loss, call, done, others), *unregistered_findings(flow, call, done)]
+    found += made_anew_findings(flow, loss, call, done)
     found += mixed_sample_findings(flow, loss, call, done)
+    found += last_dropout_findings(flow, loss, call, done)
     if not any(finding.kind == "loss" and serious(finding) for finding in others):
         found += loss_domain_findings(flow, loss, call, done)
     found += wrong_derivative_findings(flow, loss, call, done)
