@@ -221,9 +221,26 @@ def _without_parallel(found: Blocks) -> Blocks:
     return Blocks(found.A[np.ix_(kept, kept)], found.U[kept], found.B[:, kept], found.V, fields, rows)
 
 
+def _without_held(found: Blocks) -> Blocks:
+    """Without the inputs at which fields read the old state besides the newest one: f(x_l, x_0), x_0 held fixed."""
+
+    def is_held(i: int) -> bool:
+        several = sum(stage is found.rows[i] for stage in found.rows) > 1
+        return several and bool(found.U[i, 0] == 1.0) and not found.A[i].any()
+
+    kept = [i for i in range(len(found.rows)) if not is_held(i)]
+    if len(kept) == len(found.rows) or len({id(found.rows[i]) for i in kept}) < len({id(s) for s in found.rows}):
+        return found
+    rows = tuple(found.rows[i] for i in kept)
+    fields = tuple(found.fields[i] for i in kept)
+    return Blocks(found.A[np.ix_(kept, kept)], found.U[kept], found.B[:, kept], found.V, fields, rows)
+
+
 def _composed(found: Blocks, h: float, a: float) -> str:
-    """A sequence of Euler steps of different fields."""
-    found = _without_parallel(found)
+    """A sequence of Euler steps of different fields, which may read the state that all began with as well."""
+    whole = _without_held(found)
+    held = "" if whole is found else ", fields that read x_0 too"
+    found = _without_parallel(whole)
     b = found.B[0] / h
     s = len(found.rows)
     if a != 1.0:
@@ -233,6 +250,6 @@ def _composed(found: Blocks, h: float, a: float) -> str:
         if s >= 3 and np.allclose(b, b[::-1]) and np.allclose(b[[0, -1]], 0.5) and np.allclose(b[1:-1], 1.0):
             return "Strang-ordered splitting (Macaron)"
         if np.allclose(b, 1.0):
-            return f"Lie splitting ({s} Euler steps)"
-        return f"splitting of {s} Euler steps, weights {', '.join(f'{x:.3g}' for x in b)}"
+            return f"Lie splitting ({s} Euler steps{held})"
+        return f"splitting of {s} Euler steps, weights {', '.join(f'{x:.3g}' for x in b)}{held}"
     return f"unnamed ({s} stages of different fields)"
