@@ -9,6 +9,7 @@ from dataclasses import replace
 from torch import Tensor
 
 from stabkit.diagnosis.attention_masks import mask_findings
+from stabkit.diagnosis.call_faults import call_findings
 from stabkit.diagnosis.closed_operations import closed_findings
 from stabkit.diagnosis.feature_scales import feature_scale_findings
 from stabkit.diagnosis.finding import Finding, serious
@@ -211,6 +212,7 @@ def _of_training_pass(
     """What a pass as training makes it says of the parameters and of the loss."""
     found = [*zero_gradient_findings(flow, loss, call, done, others), *unregistered_findings(flow, call, done)]
     found += [*mixed_sample_findings(flow, loss, call, done), *next_token_findings(flow, call, done)]
+    found += call_findings(flow, loss, call, done, others)
     found += wrong_derivative_findings(flow, loss, call, done)
     found += loud_logits_findings(flow, loss, call, done, [*others, *found])
     found += loss_floor_findings(flow, loss, call, done, [*others, *found])

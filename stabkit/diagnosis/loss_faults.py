@@ -9,14 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
-from torch.overrides import TorchFunctionMode
 
 from stabkit.diagnosis.finding import Finding
+from stabkit.diagnosis.loss_domains import misuses
 from stabkit.diagnosis.non_finite_origin import Origin, origin_of
 from stabkit.diagnosis.thresholds import Thresholds
 from stabkit.tracing import Flow
 from stabkit.tracing.endpoints import scalar_loss
-from stabkit.tracing.untouched_model import unchanged_randomness
 from stabkit.tracing.values import Value, operation, value_of
 from stabkit.vocabulary import moves
 
@@ -47,44 +46,19 @@ def loss_findings(flow: Flow, loss: Any, thresholds: Thresholds) -> list[Finding
         origin = origin_of(flow.forward_pass, loss)
         if origin is None or origin.part != "loss":
             return []  # who measures the whole says what is at fault: see `finite_end`
-        return [*_divergence(flow, loss, scalar), _not_finite(flow, origin)]
-    mismatch = _single_class(flow, scalar) or _mismatch(flow, scalar) or _no_logarithms(flow, scalar)
-    mismatch = mismatch or _divergence(flow, loss, scalar)
+        return [_not_finite(flow, loss, origin)]
+    mismatch = _mismatch(flow, scalar) or _no_logarithms(flow, scalar)
     found = [*mismatch, *_flat_sigmoid(flow, loss, scalar, thresholds)]
     return found or _without_gradient(flow, scalar)
 
 
-def _not_finite(flow: Flow, origin: Origin) -> Finding:
+def _not_finite(flow: Flow, loss: Any, origin: Origin) -> Finding:
     evidence = f"the output is finite and the loss is not: it begins at {origin.place}: {origin.cause.text}"
-    return _finding(flow, "non_finite", "critical", LOSS, evidence, origin.cause.remedy, dict(origin.cause.numbers))
-
-
-def _single_class(flow: Flow, scalar: Tensor) -> list[Finding]:
-    """A softmax of one score per row within the loss: its logarithm is 0 whatever the output is."""
-    for node, _ in _loss_nodes(flow, scalar):
-        metas: Any = getattr(node, "_input_metadata", ())
-        dim = getattr(node, "_saved_dim", None)
-        if operation(node) != "LogSoftmax" or not metas or dim is None:
-            continue
-        shape = tuple(metas[0].shape)
-        if shape and shape[dim - 2**64 if dim >= 2**63 else dim] == 1 and not _moved(flow, scalar):
-            evidence = (
-                f"cross_entropy is given one score per row, of shape {shape}: the softmax of that is 1, and the loss "
-                f"is {float(scalar.detach()):.3g} whatever the output is"
-            )
-            remedy = (
-                "binary_cross_entropy_with_logits for one score and labels 0 and 1; or one output for every class, two "
-                "of two"
-            )
-            return [_finding(flow, "loss", "critical", LOSS, evidence, remedy, {"loss": float(scalar.detach())})]
-    return []
-
-
-def _moved(flow: Flow, scalar: Tensor) -> bool:
-    """Whether the loss has a gradient by the output."""
-    edges = [value.edge for value in flow.states[-1].values]
-    gradients = torch.autograd.grad(scalar, edges, retain_graph=True, allow_unused=True)
-    return any(g is not None and bool((g != 0).any()) for g in gradients)
+    remedy = origin.cause.remedy
+    wrong, _ = misuses(loss, flow.output, flow.forward_pass.seed)
+    if wrong:
+        evidence, remedy = f"{evidence}; {wrong[0][1].evidence}", wrong[0][1].remedy
+    return _finding(flow, "non_finite", "critical", LOSS, evidence, remedy, dict(origin.cause.numbers))
 
 
 def _mismatch(flow: Flow, scalar: Tensor) -> list[Finding]:
@@ -132,47 +106,6 @@ def _no_logarithms(flow: Flow, scalar: Tensor) -> list[Finding]:
         numbers = {"loss": float(scalar.detach()), "sum": float(sums.median())}
         remedy = "take log_softmax of the logits first, or cross_entropy in place of both"
         return [_finding(flow, "loss", "warning", LOSS, evidence, remedy, numbers)]
-    return []
-
-
-class _Divergences(TorchFunctionMode):
-    """Notes what `torch.nn.functional.kl_div` is given."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.given: list[tuple[Tensor, Tensor, bool]] = []
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        if getattr(func, "__name__", "") == "kl_div":
-            one, other = [*args, *(kwargs[key] for key in ("input", "target") if key in kwargs)][:2]
-            self.given.append((one.detach(), other.detach(), bool(kwargs.get("log_target", False))))
-        return func(*args, **kwargs)
-
-
-def _divergence(flow: Flow, loss: Any, scalar: Tensor) -> list[Finding]:
-    """A Kullback-Leibler divergence of what are no logarithms, or whose targets are."""
-    watch = _Divergences()
-    with unchanged_randomness(), torch.enable_grad(), watch:
-        loss(flow.output)
-    for one, other, logs in watch.given:
-        value = float(scalar.detach())
-        if one.numel() and bool((one >= 0).all()) and bool((one > 0).any()):
-            evidence = (
-                f"kl_div expects log-probabilities first, which are below zero, and is given numbers from "
-                f"{float(one.min()):.3g} to {float(one.max()):.3g}: it is least where they are largest, and no distance"
-            )
-            remedy = "take log_softmax of the logits first; the order is kl_div(log-probabilities, probabilities)"
-            return [_finding(flow, "loss", "warning", LOSS, evidence, remedy, {"loss": value})]
-        if other.numel() and not logs and bool((other <= 0).all()) and bool((other < 0).any()):
-            evidence = (
-                "kl_div expects probabilities as targets and is given numbers below zero, as logarithms are: of those "
-                "it makes NaN or nothing"
-            )
-            remedy = "pass log_target=True where the targets are logarithms, or their exp"
-            return [_finding(flow, "loss", "warning", LOSS, evidence, remedy, {"loss": value})]
     return []
 
 

@@ -1,4 +1,4 @@
-"""Losses without a least value that is right: the output is held within a range, or the targets lie out of theirs."""
+"""Losses that cannot fall far, since the output is held within a range: of logits, or beside the targets."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from stabkit.diagnosis import remedies
-from stabkit.diagnosis.binary_targets import BinaryCrossEntropy, binary_cross_entropies
+from stabkit.diagnosis.binary_cross_entropies import BinaryCrossEntropy, binary_cross_entropies
 from stabkit.diagnosis.finding import Action, Finding, serious
 from stabkit.diagnosis.loud_logits import CrossEntropy, cross_entropies
 from stabkit.diagnosis.ranges import Range, range_of
@@ -31,7 +31,7 @@ _OUTPUTS = "Goodfellow, Bengio and Courville, Deep learning, 2016, section 6.2.2
 def loss_floor_findings(
     flow: Flow, loss: Any, call: ForwardPass, done: TrainingPass, others: Sequence[Finding]
 ) -> list[Finding]:
-    """What keeps a loss from falling, or lets it fall without end: a narrow range of logits, targets out of reach.
+    """What keeps a loss from falling: logits in a narrow range, targets out of reach.
 
     Args:
         flow: the traced pass.
@@ -51,8 +51,6 @@ def loss_floor_findings(
         elif held.node is not None and held.low == 0 and activation_of(held.node) is not None:
             return _no_sign(flow, loss, done, found, held)
     for binary in binary_cross_entropies(done.loss):
-        if binary.wanted:
-            return [_no_probabilities(flow, binary)]
         held = range_of(binary.node)
         if held.node is not None and binary.floor(held) > _HIGH * binary.chance:
             return [_one_sided(flow, loss, done, binary, held)]
@@ -139,18 +137,6 @@ def _out_of_reach(flow: Flow, loss: Any, done: TrainingPass, held: Range, target
     remedy = f"take the {held.words} at the end away, or bring the targets into its range"
     numbers = {"outside": share, "missed": missed, "spread": spread}
     return [_finding(flow, "warning", path, evidence, remedy, _OUTPUTS, numbers, actions)]
-
-
-def _no_probabilities(flow: Flow, binary: BinaryCrossEntropy) -> Finding:
-    low, high = float(binary.targets.min()), float(binary.targets.max())
-    evidence = (
-        f"{_BINARY} expects targets within 0 to 1, and they go from {low:.3g} to {high:.3g}: it has no least "
-        "value, and falls below zero as long as the logits grow"
-    )
-    numbers = {"low": low, "high": high}
-    return _finding(
-        flow, "warning", "", evidence, f"give it targets within 0 to 1: {binary.wanted}", _OUTPUTS, numbers, ()
-    )
 
 
 def _one_sided(flow: Flow, loss: Any, done: TrainingPass, binary: BinaryCrossEntropy, held: Range) -> Finding:

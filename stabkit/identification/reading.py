@@ -25,7 +25,7 @@ from stabkit.identification.diffusion import averages
 from stabkit.identification.field_values import chains_of_other_fields
 from stabkit.identification.flow_index import Surroundings
 from stabkit.identification.grouping import is_part_of_round, is_repeated
-from stabkit.identification.hidden_skip import HiddenSkip, hidden_skip, reaches_linearly
+from stabkit.identification.hidden_skip import hidden_skip, reaches_linearly
 from stabkit.identification.implicit import (
     LinearSolve,
     begins_at_constants,
@@ -45,6 +45,7 @@ from stabkit.identification.record import Identification, nothing, record_of
 from stabkit.identification.relaxation import with_linear_part
 from stabkit.identification.retraction import bent_skip, retraction
 from stabkit.identification.routing import routed
+from stabkit.identification.skip_past_norms import measured_skip, skip_past_norms, with_fixed_norms
 from stabkit.identification.slots import Slots
 from stabkit.identification.state_mixing import Mixing, mixed_by_itself
 from stabkit.identification.streams import Streams, mixed_streams
@@ -198,7 +199,7 @@ def _without_skip(around: Surroundings, found: Slots, links: Sequence[Link], ste
     whole = around.whole(steps[0], steps[-1] + 1, found)
     hidden = hidden_skip(whole)
     if hidden is not None:
-        return _measured(hidden, steps)
+        return measured_skip(hidden, steps)
     streams = mixed_streams(around.flow, steps[0], steps[-1] + 1, whole)
     if streams is not None:
         return _of_streams(streams, steps)
@@ -227,22 +228,26 @@ def _without_skip(around: Surroundings, found: Slots, links: Sequence[Link], ste
         if link.kind == "map" and affine and len(affine) < len(terms) and all(map(_is_projection, affine)):
             why = "the skip is a linear map (projection): a change of space and then a sum, no step of an ODE"
             return nothing(steps, "projection shortcut", why, "proven")
+    past = skip_past_norms(whole, links, steps)
     form = around.normal_form(steps[0], steps[-1] + 1, found)
     table = None if _depends(form) else blocks(form, found.contexts)
     if table is not None and len(table.rows) > 1 and not notes:
         named = name_one_state(table)
-        record = record_of(named, table, steps, skip=0.0, residual=0.0, notes=tuple(notes))
-        most = max(map(table.fields.count, table.fields))
-        if named.name != "plain" or most < _ITERATED or not table.A.any():
-            return record
-        why = f"a loop begins inside at a constant and uses one field {most} times: its rounds are not taken apart"
-        return replace(record, step_size=None, convention=NO_STEP, evidence="measured", notes=(why,))
+        if named.name != "plain" or past is None:
+            record = record_of(named, table, steps, skip=0.0, residual=0.0, notes=tuple(notes))
+            most = max(map(table.fields.count, table.fields))
+            if named.name != "plain" or most < _ITERATED or not table.A.any():
+                return record
+            why = f"a loop begins inside at a constant and uses one field {most} times: its rounds are not taken apart"
+            return replace(record, step_size=None, convention=NO_STEP, evidence="measured", notes=(why,))
+    if past is not None:
+        return past
+    linear = any(link.kind == "sum" for link in links) and reaches_linearly(whole)
+    if linear:
+        notes[:1] = ["a residual lies inside; no skip leads around the whole step but a linear map, x' = P x + f(x)"]
     name = Name("plain", "none: a map without a skip", 1.0, "h = 1: the map itself")
     record = record_of(name, None, steps, skip=0.0, residual=0.0, notes=tuple(notes))
-    if not any(link.kind == "sum" for link in links) or not reaches_linearly(whole):
-        return record
-    why = "the old state reaches the new one by a linear map too, x' = P x + f(x), but P is no multiple of the identity"
-    return replace(record, evidence="measured", notes=(*record.notes, why))
+    return replace(record, evidence="measured") if linear else record
 
 
 def _is_projection(stage: Stage) -> bool:
@@ -267,14 +272,6 @@ def _self_mixed(mixing: Mixing, steps: tuple[int, ...]) -> Identification:
     kind = f", {mixing.stochastic} at this input" if mixing.stochastic else ""
     why = f"the state is multiplied by a matrix that depends on it ({sizes}{kind}): no single a describes the skip"
     return nothing(steps, "skip by a matrix of the state", why, "measured", system="x' = M(x) x + f(x)")
-
-
-def _measured(hidden: HiddenSkip, steps: tuple[int, ...]) -> Identification:
-    """A skip that was measured: all else is one field."""
-    table = Blocks.single(hidden.value)
-    record = record_of(name_one_state(table), table, steps, skip=hidden.value, residual=hidden.residual)
-    why = f"the skip was measured: it passes {', '.join(dict.fromkeys(hidden.operations))}"
-    return replace(record, evidence="measured", notes=(why, "all else is taken as one field"))
 
 
 def _without_sum(around: Surroundings, found: Slots, links: Sequence[Link], steps: tuple[int, ...]) -> Identification:
@@ -303,6 +300,8 @@ def _total(
 def _sums(around: Surroundings, found: Slots, links: Sequence[Link], steps: tuple[int, ...]) -> Identification:
     """A chain of sums; where it is no known method, that of fields which end later than where they stop to bend."""
     record = _read_sums(around, found, links, steps)
+    if norms_after(links) and (fixed := with_fixed_norms(around.whole(steps[0], steps[-1] + 1, found), record)):
+        return fixed
     if not record.name.startswith("unnamed"):
         return record
     for other, why in chains_of_other_fields(around, found, links, steps):

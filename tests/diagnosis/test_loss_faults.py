@@ -134,31 +134,3 @@ def test_a_negative_log_likelihood_of_no_logarithms_is_named_once(last, said, im
     named = [f.evidence for f in found if f.kind == "loss" and f.severity != "info"]
     assert len(named) == bool(said)
     assert all(said in evidence for evidence in named)
-
-
-SHARES = torch.randn(12, 5, generator=torch.Generator().manual_seed(3)).softmax(1)
-# what the loss makes of the output, whether something is said, and of what
-DIVERGENCES: dict[str, tuple[Callable[[Tensor], Tensor], str]] = {
-    "probabilities first": (lambda z: functional.kl_div(z.softmax(1), SHARES, reduction="batchmean"), "log-prob"),
-    "logarithms as targets": (
-        lambda z: functional.kl_div(z.log_softmax(1), SHARES.log(), reduction="batchmean"),
-        "expects probabilities as targets",
-    ),
-    "as it should be": (lambda z: functional.kl_div(z.log_softmax(1), SHARES, reduction="batchmean"), ""),
-    "two logarithms": (lambda z: functional.kl_div(z.log_softmax(1), SHARES.log(), log_target=True), ""),
-}
-
-
-@pytest.mark.parametrize("name", DIVERGENCES)
-@pytest.mark.filterwarnings("ignore:reduction")
-def test_a_divergence_is_taken_of_logarithms_and_probabilities(name: str):
-    loss, evidence = DIVERGENCES[name]
-    found = said(classifier(nn.Identity()), loss)
-    assert [evidence in f.evidence for f in found] == ([True] if evidence else [])
-
-
-@pytest.mark.parametrize("labels", [torch.zeros(12, dtype=torch.long), torch.ones(12, 1)])
-def test_a_cross_entropy_of_one_class_is_nothing(labels: Tensor):
-    (found,) = said(classifier(nn.Identity(), 1), lambda z: functional.cross_entropy(z, labels))
-    assert (found.severity, found.module_path) == ("critical", "loss")
-    assert "one score per row" in found.evidence

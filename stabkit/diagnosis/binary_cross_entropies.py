@@ -1,4 +1,4 @@
-"""Binary cross entropies whose targets are no probabilities, or whose logits cannot say no."""
+"""Binary cross entropies of logits, and the least that they can be where the logits are held in a range."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ from stabkit.tracing.training_pass import nodes_above
 from stabkit.tracing.values import operation
 
 _NONE = 0  # the reduction that leaves every entry to be masked
-_OUTSIDE = 1e-4  # beyond 0 and 1: rounding of labels that were smoothed
 
 
 @dataclass(frozen=True)
@@ -29,19 +28,6 @@ class BinaryCrossEntropy:
 
     node: Node | None
     targets: Tensor
-
-    @property
-    def wanted(self) -> str:
-        """What to make of targets outside 0 to 1; empty where they are within."""
-        low, high = float(self.targets.min()), float(self.targets.max())
-        if low >= -_OUTSIDE and high <= 1 + _OUTSIDE:
-            return ""
-        values = sorted(set(self.targets.flatten()[:10_000].tolist()))
-        if len(values) == 2:
-            return f"(y {-low or 0.0:+g}) / {high - low:g}, which makes 0 and 1 of {low:g} and {high:g}"
-        if all(float(v).is_integer() for v in values) and low >= 0 and len(values) < 100:
-            return "cross_entropy with one output for every class, where they are classes; or a division by the largest"
-        return "a regression loss, such as mse_loss, where they are no probabilities"
 
     @property
     def chance(self) -> float:
