@@ -8,8 +8,12 @@ from dataclasses import replace
 
 from torch import Tensor
 
+from stabkit.diagnosis.attention_masks import mask_findings
+from stabkit.diagnosis.call_faults import call_findings
 from stabkit.diagnosis.closed_operations import closed_findings
+from stabkit.diagnosis.feature_scales import feature_scale_findings
 from stabkit.diagnosis.finding import Finding, serious
+from stabkit.diagnosis.half_weights import half_weight_findings
 from stabkit.diagnosis.hidden_cuts import cut_by_a_draw, drawn_on_the_graph, hidden_cut_findings
 from stabkit.diagnosis.input_scale import with_input_scale
 from stabkit.diagnosis.loss_floor import loss_floor_findings
@@ -17,6 +21,7 @@ from stabkit.diagnosis.loss_units import unit_findings
 from stabkit.diagnosis.lost_parameters import lost_parameter_findings
 from stabkit.diagnosis.loud_logits import loud_logits_findings
 from stabkit.diagnosis.mixed_samples import mixed_sample_findings
+from stabkit.diagnosis.next_tokens import next_token_findings
 from stabkit.diagnosis.non_finite import non_finite_findings
 from stabkit.diagnosis.over_time import time_findings
 from stabkit.diagnosis.post_norm import post_norm_findings
@@ -42,7 +47,11 @@ _OF_DEPTH = ("exploding", "vanishing", "non-finite")  # verdicts that stand what
 
 def with_causes(flow: FlowLike, found: Diagnosis, settings: Settings) -> Diagnosis:
     """A diagnosis with what else is wrong; a memory that vanishes over time is the verdict where depth is in order."""
-    if not isinstance(flow, Flow) or found.verdict.name == "non-finite":
+    if not isinstance(flow, Flow):
+        return found
+    if masks := mask_findings(flow, settings.loss):  # of which NaN comes where a row has no key left
+        found = replace(found, findings=(*masks, *found.findings))
+    if found.verdict.name == "non-finite":
         return found
     if unsettled := unsettled_findings(flow):  # what comes after a state that is no fixed point may follow from it
         found = replace(found, findings=tuple(ordered([*unsettled, *found.findings])))
@@ -202,10 +211,14 @@ def _of_training_pass(
 ) -> list[Finding]:
     """What a pass as training makes it says of the parameters and of the loss."""
     found = [*zero_gradient_findings(flow, loss, call, done, others), *unregistered_findings(flow, call, done)]
-    found += mixed_sample_findings(flow, loss, call, done)
+    found += [*mixed_sample_findings(flow, loss, call, done), *next_token_findings(flow, call, done)]
+    found += call_findings(flow, loss, call, done, others)
     found += wrong_derivative_findings(flow, loss, call, done)
     found += loud_logits_findings(flow, loss, call, done, [*others, *found])
     found += loss_floor_findings(flow, loss, call, done, [*others, *found])
+    found += half_weight_findings(flow, loss, call, done)
     # units are asked after only where nothing else is wrong: a broken network does not train in any
     broken = any(serious(finding) for finding in (*others, *found))
-    return found if broken else [*found, *unit_findings(flow, loss, call, done)]
+    if broken:
+        return found
+    return [*found, *(unit_findings(flow, loss, call, done) or feature_scale_findings(flow, loss, call, done))]

@@ -31,7 +31,6 @@ from stabkit.tracing.training_pass import (
     TrainingPass,
     calling_line,
     nodes_above,
-    nodes_from,
     training_pass,
 )
 from stabkit.tracing.values import operation
@@ -44,6 +43,7 @@ _CLAMPED = (
 )
 _LARGE = 0.2  # share of the trainable numbers from which one closed gate of many is more than a fact
 _MASK = "look at the mask: it lets nothing of this through"
+_ZEROS = "look at where these zeros come from: a product with them lets nothing through"
 
 
 @dataclass(frozen=True)
@@ -55,12 +55,13 @@ class Closed:
         name: as a user calls it.
         text: how much of its argument lies out of which range.
         remedy: what to do.
-        masked: whether a mask does it, and no range.
+        masked: whether a mask or other numbers that data may choose do it, and no range.
         path: the module that runs it; empty in code of the outermost module and in the loss.
         line: file and line of the code that calls it.
         how: how it is given numbers within its range, in words.
         functions: the functions of torch that run it.
         change: what brings their arguments within its range; None where that is not known.
+        behind: the ids of the leaves that get nothing since nothing leaves it.
     """
 
     node: Node
@@ -73,6 +74,7 @@ class Closed:
     how: str = ""
     functions: tuple[str, ...] = ()
     change: Change | None = None
+    behind: frozenset[int] = frozenset()
 
     @property
     def place(self) -> str:
@@ -104,8 +106,8 @@ def closed_operations(call: ForwardPass, loss: Any) -> list[Closed]:
     leaves = list(done.parameters.values())
     if done.loss is None or not leaves:
         return []
-    stopping: list[Node] = []
-    hooks = [node.register_hook(_watching(node, stopping)) for node in nodes_above(done.loss)]
+    stopping, reached = list[Node](), set[Node]()
+    hooks = [node.register_hook(_watching(node, stopping, reached)) for node in nodes_above(done.loss)]
     torch.autograd.grad(done.loss, leaves, retain_graph=True, allow_unused=True)
     for hook in hooks:
         hook.remove()
@@ -114,13 +116,31 @@ def closed_operations(call: ForwardPass, loss: Any) -> list[Closed]:
         path, line, part = places.of.get(node._sequence_nr(), ("", "", "model"))
         read = _read(node)
         if read is not None and part == "model":
-            found.append(replace(read, path=path, line=line))
+            found.append(replace(read, path=path, line=line, behind=_leaves_behind(node, reached)))
     return found
 
 
-def _watching(node: Node, stopping: list[Node]) -> Callable[[Any, Any], None]:
+def _leaves_behind(node: Node, reached: Collection[Node]) -> frozenset[int]:
+    """The leaves on ways from a node on which nothing arrives any more.
+
+    Where something arrives at what reads a leaf, it is what the leaf meets there that gives it no gradient: recurrent
+    weights and a state that begins at zero.
+    """
+    found, stack = dict[Node, None](), [node]
+    while stack:
+        for parent, _ in stack.pop().next_functions:
+            if parent is not None and parent not in found and parent not in reached:
+                found[parent] = None
+                stack.append(parent)
+    leaves: list[Any] = [each for each in found if hasattr(each, "variable")]
+    return frozenset(id(leaf.variable) for leaf in leaves)
+
+
+def _watching(node: Node, stopping: list[Node], reached: set[Node]) -> Callable[[Any, Any], None]:
     def hook(leaving: Sequence[Tensor | None], arriving: Sequence[Tensor | None]) -> None:
         came = any(g is not None and _any(g) for g in arriving)
+        if came:
+            reached.add(node)
         if came and leaving and not any(g is not None and _any(g) for g in leaving):
             stopping.append(node)
 
@@ -210,7 +230,7 @@ def _of_factor(node: Any) -> Closed | None:
     given = [s for s in saved if isinstance(s, Tensor) and not s.requires_grad and not bool(s.detach().any())]
     if not given:
         return None
-    return Closed(node, "a product", f"it multiplies by a constant of {given[0].numel()} zeros", _MASK, True)
+    return Closed(node, "a product", f"it multiplies by a constant of {given[0].numel()} zeros", _ZEROS, True)
 
 
 def closed_findings(
@@ -231,8 +251,7 @@ def closed_findings(
     used = {role_of(path) for path, g in done.gradients.items() if g is not None and path not in zeros}
     guilty, behind = list[Closed](), dict[str, None]()
     for each in closed_operations(call, loss):
-        above = {id(n.variable) for n in nodes_from(each.node) if hasattr(n, "variable")}
-        mine = [p for p in zeros if id(done.parameters[p]) in above and not (each.masked and role_of(p) in used)]
+        mine = [p for p in zeros if id(done.parameters[p]) in each.behind and not (each.masked and role_of(p) in used)]
         if mine:
             guilty.append(each)
             behind.update(dict.fromkeys(mine))

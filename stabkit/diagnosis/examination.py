@@ -12,6 +12,7 @@ from stabkit.diagnosis.causes import with_causes, with_lost_parameters
 from stabkit.diagnosis.finding import Action, Finding, serious, sound
 from stabkit.diagnosis.gradient_underflow import gradient_underflow
 from stabkit.diagnosis.initialisation import Known, known_initialisations
+from stabkit.diagnosis.made_otherwise import made_otherwise
 from stabkit.diagnosis.remedies import Remedy
 from stabkit.diagnosis.short_training import STEPS, ShortTraining, falls, short_training, worse
 from stabkit.diagnosis.suspects import Diagnosis, Settings, ordered, suspected
@@ -244,6 +245,9 @@ def _confirmed(
             told[id(suspect)] = _as_made(suspect, trials.known)
             if made.after is not None and is_stretch(suspect):
                 verdict = judged_without(verdict, made.after.verdict, trials.known.words)
+            continue
+        if isinstance(flow, Flow) and (chosen := made_otherwise(flow.model, suspect)) is not None:
+            told[id(suspect)] = chosen
             continue
         if not suspect.actions or any(action.get("action") == "convert" for action in suspect.actions):
             if suspect.kind in _IN_DOUBT:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 _SEEN = 2  # positions in a row that a filled end has at least, somewhere
+_FILLED = 4  # positions that are filled up in all at least: fewer may end alike by chance
 _FEWEST = 3  # positions that a sequence has at least
 
 
@@ -23,8 +24,8 @@ def padded(tensor: Tensor, axis: int = 1) -> Tensor | None:
         Of shape (samples, positions), True where it is padding; None where none is seen.
 
     Example:
-        >>> padded(torch.tensor([[5, 2, 7, 4], [3, 8, 0, 0], [6, 4, 2, 0]])).sum(1)
-        tensor([0, 2, 1])
+        >>> padded(torch.tensor([[5, 2, 7, 4], [3, 0, 0, 0], [6, 4, 2, 0]])).sum(1)
+        tensor([0, 3, 1])
         >>> padded(torch.tensor([[5, 2, 7, 4], [3, 8, 1, 6]])) is None
         True
     """
@@ -49,16 +50,30 @@ def _filled(tokens: Tensor, zeros: bool) -> Tensor | None:
         ends = same.flip(1).cumprod(1).flip(1).bool()
         lengths = ends.sum(1)
         longest = int(lengths.max())
-        if bool((same == ends).all()) and _SEEN <= longest < tokens.shape[1] and len(lengths.unique()) > 1:
+        if longest < _SEEN or longest == tokens.shape[1] or int(lengths.min()) == longest:
+            continue
+        if bool((same == ends).all()) and int(lengths.sum()) >= _FILLED:
             return ends
     return None
+
+
+def padding_of(tensor: Tensor) -> Tensor | None:
+    """What `padded` sees of tokens and vectors along the second axis; of a mask nobody knows which end is filled up.
+
+    Example:
+        >>> padding_of(torch.tensor([[1, 1, 1, 1], [1, 0, 0, 0], [1, 1, 1, 0]])) is None
+        True
+    """
+    if tensor.dim() == 2 and (tensor.dtype == torch.bool or int(tensor.max()) - int(tensor.min()) < 2):
+        return None
+    return padded(tensor)
 
 
 def is_time_along(tensor: Tensor, axis: int) -> bool:
     """Whether sequences end, filled up, along one of the first two axes and not along the other.
 
     Example:
-        >>> tokens = torch.tensor([[5, 2, 7, 4], [3, 8, 0, 0], [6, 4, 2, 0]])
+        >>> tokens = torch.tensor([[5, 2, 7, 4], [3, 0, 0, 0], [6, 4, 2, 0]])
         >>> is_time_along(tokens, 1), is_time_along(tokens, 0)
         (True, False)
     """

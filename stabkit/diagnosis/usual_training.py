@@ -1,7 +1,7 @@
 """A few steps of the usual optimizers at the usual rates, on a copy: what the units of a loss do to them.
 
-A rate that is measured by the weights, as in `stabkit.diagnosis.short_training`, is blind to units; the rates that
-people type in are not.
+A rate that is measured by the weights, as in `stabkit.diagnosis.short_training`, is blind to units; the
+rates that people type in are not.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ def sgd(rate: float) -> Update:
     return update
 
 
-def adam(rate: float, factor: float = 1.0) -> Update:
-    """Adam with its default constants, on gradients that are multiplied by a factor."""
+def adam(rate: float, factor: float = 1.0, eps: float = EPSILON) -> Update:
+    """Adam with its default constants but for its eps, on gradients that are multiplied by a factor."""
 
     def update(step: int, weight: Tensor, gradient: Tensor, state: list[Tensor]) -> None:
         gradient = factor * gradient
@@ -46,7 +46,7 @@ def adam(rate: float, factor: float = 1.0) -> Update:
         mean, square = state
         mean.lerp_(gradient, 1 - _FIRST)
         square.lerp_(gradient.square(), 1 - _SECOND)
-        size = (square / (1 - _SECOND**step)).sqrt_().add_(EPSILON)
+        size = (square / (1 - _SECOND**step)).sqrt_().add_(eps)
         weight.addcdiv_(mean, size, value=-rate / (1 - _FIRST**step))
 
     return update

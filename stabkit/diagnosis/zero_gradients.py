@@ -22,6 +22,7 @@ from stabkit.diagnosis.closed_operations import closed_findings
 from stabkit.diagnosis.finding import Action, Finding, serious
 from stabkit.diagnosis.lost_parameters import role_of
 from stabkit.diagnosis.short_training import STEPS, ShortTraining, short_training
+from stabkit.diagnosis.zero_inputs import zero_input_findings
 from stabkit.errors import StabkitError
 from stabkit.tracing import Flow
 from stabkit.tracing.containers import named_tensors
@@ -67,7 +68,7 @@ def zero_gradient_findings(
         found += closed
         left = tuple(path for path in left if path not in behind)
     if left:
-        found += _of_zero_factors(flow, loss, call, done, left)
+        found += _of_zero_factors(flow, loss, call, done, left) or zero_input_findings(flow, done, left)
     return found
 
 

@@ -8,10 +8,12 @@ from dataclasses import replace
 from torch.autograd.graph import Node
 
 from stabkit.identification.chain import Link
+from stabkit.identification.coefficients import Coefficient
 from stabkit.identification.normal_form import NormalForm
 from stabkit.identification.record import Identification
 from stabkit.integrators import stochastic_depth
-from stabkit.tracing.composites import Element
+from stabkit.tracing.composites import Element, element_of
+from stabkit.tracing.graph import Graph
 from stabkit.vocabulary import ActivationFacts, NormFacts, operation
 
 _STATISTICS = frozenset({"Mean", "Std", "Var", "VarMean", "LinalgVectorNorm"})
@@ -61,6 +63,11 @@ def norms_after(links: Sequence[Link]) -> int:
     return count
 
 
+def normalises_in(graph: Graph, nodes: Sequence[Node]) -> bool:
+    """Whether a norm is among some operations."""
+    return any(_normalises(element_of(graph, node) or node) for node in nodes)
+
+
 def _normalises(part: Node | Element) -> bool:
     return isinstance(part.facts, NormFacts) if isinstance(part, Element) else operation(part) in _STATISTICS
 
@@ -91,6 +98,13 @@ def with_gates(record: Identification, kinds: set[str], sums: Sequence[NormalFor
         return replace(record, name="gated skip", evidence="measured", method=None, recorded=())
     low, high = min(c.low for c in gates), max(c.high for c in gates)
     notes = (f"gates from {low:.3g} to {high:.3g} here, held fixed in R(z)", *record.notes)
+    gated = [c for form in sums if (c := form.forms[0].get(form.sources[0])) is not None and c.kind == "gate"]
+    if len(sums) > 1 and record.skip is not None:
+        numbers = ", ".join(f"{c.value:.3g}" for c in gated)
+        share = f"{len(sums)} gated steps" if len(gated) == len(sums) else f"{len(sums)} steps, {len(gated)} gated"
+        system = "x' = a_i(x) x + f_i(x) - x, one after the other, each with a gate of its own"
+        name = f"Lie splitting ({share}, mean a = {numbers})"
+        return replace(record, name=name, notes=notes, evidence="measured", system=system)
     if record.skip is None:  # a projection, or a map behind the addition, has named the step: no single a describes it
         return replace(record, evidence="measured", notes=(*record.notes, notes[0]))
     if abs((record.skip or 0.0) + (record.step_size or 0.0) - 1.0) > GATED:
@@ -103,6 +117,15 @@ def with_gates(record: Identification, kinds: set[str], sums: Sequence[NormalFor
         system="x' = T(x) (f(x) - x), or the exponential step exp(-tau) = 1 - T",
         notes=notes,
     )
+
+
+def scaled_by_entries(record: Identification, total: Coefficient) -> Identification:
+    """A record of a state whose entries are multiplied by a number each, while nothing is added to it."""
+    by = "gates" if total.kind == "gate" else "numbers"
+    why = f"every entry is multiplied by a number of its own, from {total.low:.3g} to {total.high:.3g} here"
+    name = f"state times {by} (mean a = {total.value:.3g}), no branch"
+    return replace(record, name=name, evidence="measured", system=f"x' = (a{'(x)' * (by == 'gates')} - 1) x",
+                   notes=(why, *record.notes))  # fmt: skip
 
 
 def with_randomness(record: Identification, sums: Sequence[NormalForm]) -> Identification:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import Node
 
+from stabkit.identification.gates import is_quotient_of_inner_products
 from stabkit.identification.operations import MOVES
 from stabkit.identification.pieces import Piece
 from stabkit.tracing import Flow
@@ -73,6 +74,17 @@ def linear_solve(piece: Piece) -> LinearSolve | None:
         return None
     moves_else = all(operation(node) in MOVES | SOLVES for node in piece.nodes)
     return LinearSolve(len(nodes), moves_else and all(len(piece.inputs(node)) == 1 for node in nodes))
+
+
+def inner_iterations(piece: Piece) -> int:
+    """How many rounds of conjugate gradients or the like a step runs, told by their quotients of inner products."""
+    if len(piece.sources) != 1:
+        return 0
+    made: set[Value] = set(piece.sources)
+    for node in piece.nodes:
+        if any(v in made for v in piece.inputs(node)):
+            made.update(Value(node, i) for i in range(len(node._input_metadata)))
+    return sum(is_quotient_of_inner_products(Value(node, 0), piece.inputs, made, piece.ends) for node in piece.nodes)
 
 
 def solves_inside(flow: Flow, start: int, stop: int) -> bool:

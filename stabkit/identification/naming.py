@@ -124,11 +124,25 @@ def _runge_kutta(found: Blocks, a: float, h: float, convention: str) -> Name:
         return Name(steps, system, h, convention)
     if a == 0.0:
         return Name("plain", "none: a map without a skip, applied several times", 1.0, "h = 1")
+    if _is_exponential_midpoint(found, a):
+        system = "x' = f(x) - lambda x, the linear part carried on exactly, the field taken in the middle"
+        return Name(f"exponential midpoint (a = {a:.3g}, DPM-Solver-2S type)", system, h, convention)
     if a != 1.0 or not np.allclose(found.U, 1.0):
         return Name("unnamed", "none that is consistent", h, convention)
     alike = [name for name, other in _catalogue(None) if _same_function(method, other)]
     hint = f", R(z) of {alike[0]}" if alike else ""
     return Name(f"unnamed Runge-Kutta ({method.stages} stages, order {order_of(method)}{hint})", system, h, convention)
+
+
+def _is_exponential_midpoint(found: Blocks, a: float) -> bool:
+    """Whether x' = a x + b f(u x + c f(x)), with the stage between the two states.
+
+    With x = alpha y and dy = f ds the stage is at the share (c / u) / (b / a) of the step (Lu et al. 2022, DPM-Solver).
+    """
+    if len(found.fields) != 2 or found.B[0, 0] or a <= 0 or abs(a - 1) <= CLOSE or not found.B[0, 1]:
+        return False
+    (first, u), c = found.U[:, 0], found.A[1, 0]
+    return bool(first == 1.0 and min(a, 1.0) <= u <= max(a, 1.0) and 0 < (c / u) / (found.B[0, 1] / a) < 1)
 
 
 def _fixed_point_iteration(method: GeneralLinearMethod) -> str | None:
@@ -221,9 +235,26 @@ def without_parallel(found: Blocks) -> Blocks:
     return Blocks(found.A[np.ix_(kept, kept)], found.U[kept], found.B[:, kept], found.V, fields, rows)
 
 
+def _without_held(found: Blocks) -> Blocks:
+    """Without the inputs at which fields read the old state besides the newest one: f(x_l, x_0), x_0 held fixed."""
+
+    def is_held(i: int) -> bool:
+        several = sum(stage is found.rows[i] for stage in found.rows) > 1
+        return several and bool(found.U[i, 0] == 1.0) and not found.A[i].any()
+
+    kept = [i for i in range(len(found.rows)) if not is_held(i)]
+    if len(kept) == len(found.rows) or len({id(found.rows[i]) for i in kept}) < len({id(s) for s in found.rows}):
+        return found
+    rows = tuple(found.rows[i] for i in kept)
+    fields = tuple(found.fields[i] for i in kept)
+    return Blocks(found.A[np.ix_(kept, kept)], found.U[kept], found.B[:, kept], found.V, fields, rows)
+
+
 def _composed(found: Blocks, h: float, a: float) -> str:
-    """A sequence of Euler steps of different fields."""
-    found = without_parallel(found)
+    """A sequence of Euler steps of different fields, which may read the state that all began with as well."""
+    whole = _without_held(found)
+    held = "" if whole is found else ", fields that read x_0 too"
+    found = without_parallel(whole)
     b = found.B[0] / h
     s = len(found.rows)
     if a != 1.0:
@@ -233,6 +264,6 @@ def _composed(found: Blocks, h: float, a: float) -> str:
         if s >= 3 and np.allclose(b, b[::-1]) and np.allclose(b[[0, -1]], 0.5) and np.allclose(b[1:-1], 1.0):
             return "Strang-ordered splitting (Macaron)"
         if np.allclose(b, 1.0):
-            return f"Lie splitting ({s} Euler steps)"
-        return f"splitting of {s} Euler steps, weights {', '.join(f'{x:.3g}' for x in b)}"
+            return f"Lie splitting ({s} Euler steps{held})"
+        return f"splitting of {s} Euler steps, weights {', '.join(f'{x:.3g}' for x in b)}{held}"
     return f"unnamed ({s} stages of different fields)"

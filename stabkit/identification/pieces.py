@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import Node
 
+from stabkit.identification.gates import adds_constant, is_gate
 from stabkit.identification.operations import (
     ADDENDS,
     ADDS,
@@ -53,6 +54,7 @@ class Piece:
         gates: atoms that multiply a state.
         stacked: values that hold several tensors side by side, which a contraction then adds.
         owned: operations that belong to a stage whatever they do; those of recurrent layers always.
+        doubtful: products of a state and what is no gate but has a constant in it, with the state: x (1 + a(x)).
         added: for operations that add something nonlinear to their first input, what that is made of.
 
     Args:
@@ -90,6 +92,8 @@ class Piece:
         self.stacked: set[Value] = set()
         self._statistics: set[Value] = set()  # one number for many entries, also where it is expanded again
         self._gating: dict[Node, Value] = {}
+        self._of_state: set[Value] = set(sources)
+        self.doubtful: dict[Node, list[Value]] = {}
         self.owned = frozenset(owned) | (graph.recurrent & self.inside)
         for node in self.nodes:
             self._sort(node)
@@ -128,8 +132,11 @@ class Piece:
         merged = bool(carried) and operation(node) not in PRODUCTS | JOINS and terms > 1
         bases = {self.base[v] for v in edges}
         weightless = len(bases) == 1 and not has_matrix(node) and not self.hides(node) and not merged
+        of_state = any(v in self._of_state for v in edges)
         for output in range(len(node._input_metadata)):
             value = Value(node, output)
+            if of_state:
+                self._of_state.add(value)
             self.base[value] = next(iter(bases)) if weightless else value
             narrow = weightless and meta_of(value).numel < meta_of(self.base[value]).numel
             if narrow or (weightless and all(v in self._statistics for v in edges)):
@@ -156,6 +163,8 @@ class Piece:
         if name == "Lerp":
             ends = [_argument(node, 0), _argument(node, 1)]
             weight = [v for v in edges if v not in ends]
+            if weight and not self._may_gate(weight[0]):
+                return []
             if weight:
                 self._gating[node] = weight[0]
             return [v for v in edges if v in ends]
@@ -191,22 +200,32 @@ class Piece:
         carried = [v for v in edges if v in self.carrying]
         if len(carried) != 1 or (operation(node) == "Div" and carried[0] != _argument(node, 0)):
             return []
-        self._gating[node] = next(v for v in edges if v != carried[0])
+        gate = next(v for v in edges if v != carried[0])
+        if not self._may_gate(gate):
+            if adds_constant(gate, self.inputs, self.ends):
+                self.doubtful[node] = carried
+            return []
+        self._gating[node] = gate
         return carried
+
+    def _may_gate(self, value: Value) -> bool:
+        return is_gate(value, self.inputs, self._of_state, self.ends)
 
     def _product(self, node: Node, edges: list[Value]) -> list[Value]:
         """Inputs in which x + v a b or x + v a / b is linear: x, and a factor when the other is constant or a gate."""
         if operation(node) not in ("Addcmul", "Addcdiv"):
             return []
-        added = [v for v in edges if v == _argument(node, 0)]
-        factors = [v for v in edges if v not in added]
+        arguments = [_argument(node, i) for i in range(3)]  # by place: x + v x b takes x as both
+        added, factors = ([v for v in given if v in edges] for given in (arguments[:1], arguments[1:]))
         divided = operation(node) == "Addcdiv" and _argument(node, 2) in factors
         if len(factors) == 1 and not divided:
             return [*added, factors[0]]
         carried = [v for v in factors if v in self.carrying]
         if len(factors) == 2 and len(carried) == 1 and not divided:
-            self._gating[node] = next(v for v in factors if v != carried[0])
-            return [*added, carried[0]]
+            gate = next(v for v in factors if v != carried[0])
+            if self._may_gate(gate):
+                self._gating[node] = gate
+                return [*added, carried[0]]
         return []
 
     def _addend(self, node: Node, edges: list[Value]) -> list[Value]:
@@ -301,6 +320,18 @@ class Piece:
                 if v.node in self.added:
                     atoms[Value(v.node, ADDED)] = None
         return sorted(atoms, key=lambda v: (self._order.get(v.node, -1), v.output)), path
+
+    def may_hide_skip(self) -> bool:
+        """Whether the old state reaches the new one by way of a product with a factor that has a constant in it."""
+        stack, seen = list(self.targets), set[Value]()
+        while stack and self.doubtful:
+            v = stack.pop()
+            if v in self.sources:
+                return True
+            if v not in seen and v not in self.ends:
+                seen.add(v)
+                stack.extend([*self.linear.get(v.node, ()), *self.doubtful.get(v.node, ())])
+        return False
 
     def pull(self, path: set[Node], cotangents: Mapping[Value, Tensor]) -> dict[Value, Tensor]:
         """Cotangents pulled back along the linear nodes of a path, gates held fixed; what arrives at its atoms."""

@@ -10,6 +10,7 @@ from stabkit.identification.around_addition import (
     normalises,
     norms_after,
     rectifies,
+    scaled_by_entries,
     with_gates,
     with_projection,
     with_randomness,
@@ -25,11 +26,12 @@ from stabkit.identification.diffusion import averages
 from stabkit.identification.field_values import chains_of_other_fields
 from stabkit.identification.flow_index import Surroundings
 from stabkit.identification.grouping import is_part_of_round, is_repeated
-from stabkit.identification.hidden_skip import HiddenSkip, hidden_skip, reaches_linearly
+from stabkit.identification.hidden_skip import hidden_skip, reaches_linearly
 from stabkit.identification.implicit import (
     LinearSolve,
     begins_at_constants,
     fixed_point,
+    inner_iterations,
     iterates_silently,
     linear_solve,
     solves_inside,
@@ -44,6 +46,7 @@ from stabkit.identification.record import Identification, nothing, record_of
 from stabkit.identification.relaxation import with_linear_part
 from stabkit.identification.retraction import bent_skip, retraction
 from stabkit.identification.routing import routed
+from stabkit.identification.skip_past_norms import measured_skip, skip_past_norms, with_fixed_norms
 from stabkit.identification.slots import Slots
 from stabkit.identification.state_mixing import Mixing, mixed_by_itself
 from stabkit.identification.streams import Streams, mixed_streams
@@ -85,7 +88,7 @@ def _read(around: Surroundings, found: Slots, start: int, stop: int) -> Identifi
     if iterates_silently(around.flow, start, stop) and fixed_point(around.flow) is not None:
         return _implicit(around, steps)
     if not found.sources or not found.targets:
-        return nothing(steps, "unknown", "nothing that this step computes is used by a later one", "unknown")
+        return nothing(steps, "unknown", "which of the values around this step are its states was not found", "unknown")
     if len(found.sources) == len(found.targets) == 1:
         return _one_state(around, found, steps)
     record = read_several_states(around, found, steps)
@@ -138,6 +141,9 @@ def _one_state(around: Surroundings, found: Slots, steps: tuple[int, ...]) -> Id
     solved = linear_solve(whole)
     if solved is not None:
         return _solved(solved, steps)
+    if inner_iterations(whole) > 1:
+        why = "an iterative solver runs inside: quotients of inner products scale its directions, and they are no gates"
+        return nothing(steps, "iterative solver inside", why, "unknown")
     if maps:
         return _without_skip(around, found, links, steps)
     if not sums:
@@ -195,7 +201,7 @@ def _without_skip(around: Surroundings, found: Slots, links: Sequence[Link], ste
     whole = around.whole(steps[0], steps[-1] + 1, found)
     hidden = hidden_skip(whole)
     if hidden is not None:
-        return _measured(hidden, steps)
+        return measured_skip(hidden, steps)
     streams = mixed_streams(around.flow, steps[0], steps[-1] + 1, whole)
     if streams is not None:
         return _of_streams(streams, steps)
@@ -205,6 +211,9 @@ def _without_skip(around: Surroundings, found: Slots, links: Sequence[Link], ste
     mixing = mixed_by_itself(whole)
     if mixing is not None:
         return _self_mixed(mixing, steps)
+    if whole.may_hide_skip():
+        why = "the state is multiplied by a factor that grows with it and has a constant in it: a skip may hide there"
+        return nothing(steps, "unknown", why, "unknown")
     notes = []
     if any(link.kind == "sum" for link in links):
         notes.append("a residual lies inside, but no skip leads around the whole step")
@@ -221,22 +230,26 @@ def _without_skip(around: Surroundings, found: Slots, links: Sequence[Link], ste
         if link.kind == "map" and affine and len(affine) < len(terms) and all(map(_is_projection, affine)):
             why = "the skip is a linear map (projection): a change of space and then a sum, no step of an ODE"
             return nothing(steps, "projection shortcut", why, "proven")
+    past = skip_past_norms(whole, links, steps)
     form = around.normal_form(steps[0], steps[-1] + 1, found)
     table = None if _depends(form) else blocks(form, found.contexts)
     if table is not None and len(table.rows) > 1 and not notes:
         named = name_one_state(table)
-        record = record_of(named, table, steps, skip=0.0, residual=0.0, notes=tuple(notes))
-        most = max(map(table.fields.count, table.fields))
-        if named.name != "plain" or most < _ITERATED or not table.A.any():
-            return record
-        why = f"a loop begins inside at a constant and uses one field {most} times: its rounds are not taken apart"
-        return replace(record, step_size=None, convention=NO_STEP, evidence="measured", notes=(why,))
+        if named.name != "plain" or past is None:
+            record = record_of(named, table, steps, skip=0.0, residual=0.0, notes=tuple(notes))
+            most = max(map(table.fields.count, table.fields))
+            if named.name != "plain" or most < _ITERATED or not table.A.any():
+                return record
+            why = f"a loop begins inside at a constant and uses one field {most} times: its rounds are not taken apart"
+            return replace(record, step_size=None, convention=NO_STEP, evidence="measured", notes=(why,))
+    if past is not None:
+        return past
+    linear = any(link.kind == "sum" for link in links) and reaches_linearly(whole)
+    if linear:
+        notes[:1] = ["a residual lies inside; no skip leads around the whole step but a linear map, x' = P x + f(x)"]
     name = Name("plain", "none: a map without a skip", 1.0, "h = 1: the map itself")
     record = record_of(name, None, steps, skip=0.0, residual=0.0, notes=tuple(notes))
-    if not any(link.kind == "sum" for link in links) or not reaches_linearly(whole):
-        return record
-    why = "the old state reaches the new one by a linear map too, x' = P x + f(x), but P is no multiple of the identity"
-    return replace(record, evidence="measured", notes=(*record.notes, why))
+    return replace(record, evidence="measured") if linear else record
 
 
 def _is_projection(stage: Stage) -> bool:
@@ -263,14 +276,6 @@ def _self_mixed(mixing: Mixing, steps: tuple[int, ...]) -> Identification:
     return nothing(steps, "skip by a matrix of the state", why, "measured", system="x' = M(x) x + f(x)")
 
 
-def _measured(hidden: HiddenSkip, steps: tuple[int, ...]) -> Identification:
-    """A skip that was measured: all else is one field."""
-    table = Blocks.single(hidden.value)
-    record = record_of(name_one_state(table), table, steps, skip=hidden.value, residual=hidden.residual)
-    why = f"the skip was measured: it passes {', '.join(dict.fromkeys(hidden.operations))}"
-    return replace(record, evidence="measured", notes=(why, "all else is taken as one field"))
-
-
 def _without_sum(around: Surroundings, found: Slots, links: Sequence[Link], steps: tuple[int, ...]) -> Identification:
     weightless = [n for link in links if link.kind == "weightless" for n in link.operations]
     if weightless:
@@ -279,11 +284,9 @@ def _without_sum(around: Surroundings, found: Slots, links: Sequence[Link], step
     total = _total(around, found, steps)
     if total is None or total.kind in ("moved", "mixed", "part"):
         return nothing(steps, "not a step", "the state's entries are moved, and nothing is added", "measured")
-    if total.kind == "diagonal" or (total.kind == "dropout" and not around.graph.draws):
-        why = f"every entry is multiplied by a number of its own, {total.low:.3g} to {total.high:.3g}: nothing is added"
-        return nothing(steps, "scaled entries, no branch", why, "measured")
-    name = name_one_state(Blocks.without_field(total.value if total.kind == "scalar" else 1.0))
-    return replace(record_of(name, None, steps, skip=total.value, residual=total.residual), method=None)
+    name = name_one_state(Blocks.without_field(total.value))
+    record = replace(record_of(name, None, steps, skip=total.value, residual=total.residual), method=None)
+    return record if total.kind == "scalar" else scaled_by_entries(record, total)
 
 
 def _total(
@@ -299,6 +302,8 @@ def _total(
 def _sums(around: Surroundings, found: Slots, links: Sequence[Link], steps: tuple[int, ...]) -> Identification:
     """A chain of sums; where it is no known method, that of fields which end later than where they stop to bend."""
     record = _read_sums(around, found, links, steps)
+    if norms_after(links) and (fixed := with_fixed_norms(around.whole(steps[0], steps[-1] + 1, found), record)):
+        return fixed
     if not record.name.startswith("unnamed"):
         return record
     for other, why in chains_of_other_fields(around, found, links, steps):

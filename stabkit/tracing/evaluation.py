@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 
 from stabkit.tracing.containers import map_tensors
 from stabkit.tracing.forward_pass import ForwardPass
@@ -41,7 +41,7 @@ class Evaluation:
 def evaluated(
     call: ForwardPass,
     change: Callable[[Tensor], Tensor] | None = None,
-    mode: Callable[[Evaluation], TorchFunctionMode] | None = None,
+    mode: Callable[[Evaluation], AbstractContextManager[Any]] | None = None,
     *,
     training: bool = False,
 ) -> Evaluation:
@@ -50,7 +50,7 @@ def evaluated(
     Args:
         call: the model and what it is called with.
         change: makes other inputs of those of the call.
-        mode: makes a mode that sees the functions of torch.
+        mode: makes what the pass runs in, such as a mode that sees the functions of torch.
         training: whether modules stay in the modes that they are in; False puts all of them in eval mode.
     """
     found = Evaluation()

@@ -46,11 +46,16 @@ LOST: dict[str, tuple[Callable[[], nn.Module], Tensor, Callable[[Tensor], Tensor
 }
 
 
+def of_adam(finding: stabkit.Finding) -> bool:
+    """Whether it is about what Adam makes of weights in half precision, scaled or not."""
+    return "Adam's eps" in finding.evidence
+
+
 @pytest.mark.parametrize("name", LOST)
 def test_gradients_that_a_scaled_loss_brings_back_are_lost_to_the_dtype(name):
     make, x, loss = LOST[name]
     report = stabkit.analyze(make(), x, loss=loss)
-    (found,) = [f for f in report.findings if serious(f)]
+    (found,) = [f for f in report.findings if serious(f) and not of_adam(f)]
     assert (found.kind, found.severity) == ("precision_loss", "critical")
     assert "underflow float16, whose smallest number is 6e-08: 100% of the 55" in found.evidence
     assert "with the loss scaled" in found.evidence
@@ -62,7 +67,8 @@ def test_gradients_that_a_scaled_loss_brings_back_are_lost_to_the_dtype(name):
 @pytest.mark.parametrize("name", LOST)
 def test_nothing_is_said_once_the_loss_is_scaled(name):
     make, x, loss = LOST[name]
-    assert not [f for f in stabkit.analyze(make(), x, loss=lambda out: 2.0**16 * loss(out)).findings if serious(f)]
+    found = stabkit.analyze(make(), x, loss=lambda out: 2.0**16 * loss(out)).findings
+    assert not [f for f in found if serious(f) and not of_adam(f)]
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,102 @@
+"""Weights that Adam is to train in half precision."""
+
+from __future__ import annotations
+
+import copy
+import math
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+import stabkit
+from stabkit.diagnosis.finding import serious
+
+X = torch.randn(64, 8, generator=torch.Generator().manual_seed(1))
+Y = torch.tanh(X @ torch.randn(8, 4, generator=torch.Generator().manual_seed(2)))
+
+
+def squares(out: Tensor) -> Tensor:
+    return functional.mse_loss(out.float(), Y)
+
+
+class Steps(nn.Module):
+    """A recurrent module over the halves of its input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rnn, self.head = nn.GRU(4, 16, batch_first=True), nn.Linear(16, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.rnn(x.view(-1, 2, 4))[0][:, -1])
+
+
+def network(kind: str = "layers", gain: float = 1.0) -> nn.Module:
+    torch.manual_seed(0)
+    if kind == "recurrent":
+        return Steps()
+    model = nn.Sequential(nn.Linear(8, 32), nn.Tanh(), nn.Linear(32, 4))
+    model[0].weight.data.mul_(gain)
+    return model
+
+
+def found(model: nn.Module, x: Tensor) -> list[stabkit.Finding]:
+    return [f for f in stabkit.diagnose(stabkit.trace(model, x).following(squares), squares) if serious(f)]
+
+
+def after_adam(model: nn.Module, x: Tensor, **options: float) -> float:
+    model = copy.deepcopy(model)
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3, **options)
+    for _ in range(5):
+        optimizer.zero_grad()
+        squares(model(x)).backward()
+        optimizer.step()
+    return float(squares(model(x)).detach())
+
+
+@pytest.mark.parametrize("kind", ["layers", "recurrent"])
+def test_an_eps_that_float16_rounds_to_zero_is_said(kind):
+    model, x = network(kind).half(), X.half()
+    assert math.isnan(after_adam(model, x))  # which is what torch makes of it
+    assert math.isfinite(after_adam(model, x, eps=1e-4))
+    (told,) = found(model, x)
+    assert (told.kind, told.severity) == ("precision_loss", "warning")
+    assert "the weights are float16, in which Adam's eps of 1e-08 is zero" in told.evidence
+    assert "20 steps of Adam end in what is not finite" in told.evidence
+    assert "keep the weights in float32" in told.remedy
+    assert "0.0001 leaves" in told.remedy
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_nothing_is_said_where_it_trains(dtype):
+    assert not found(network().to(dtype), X.to(dtype))
+
+
+def test_steps_that_bfloat16_rounds_away_are_said():
+    class Offset(nn.Module):
+        """A function of weights about a large number, beside which a step is nothing."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(8.0 + 0.3 * torch.randn(8, 4, generator=torch.Generator().manual_seed(3)))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.tanh(x @ (self.weight - 8.0))
+
+    assert not found(Offset(), X)
+    (told,) = found(Offset().bfloat16(), X.bfloat16())
+    assert told.kind == "precision_loss"
+    assert "the weights are bfloat16, and a step of 0.001 is lost in 100% of them" in told.evidence
+
+
+def test_frozen_weights_in_half_are_left_alone():
+    model = network().half().requires_grad_(False)
+    head = nn.Linear(4, 4)
+    body = nn.Sequential(model, _Wider(), head)
+    assert not found(body, X.half())
+
+
+class _Wider(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.float()

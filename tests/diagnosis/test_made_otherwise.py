@@ -1,0 +1,50 @@
+"""A last block that is made with another constant than its peers."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import stabkit
+from stabkit.diagnosis.finding import serious
+
+
+class Block(nn.Module):
+    """A residual block whose branch is scaled by a constant."""
+
+    def __init__(self, width: int, scale: float = 0.2, activate: bool = True) -> None:
+        super().__init__()
+        self.inner, self.outer = nn.Linear(width, width), nn.Linear(width, width)
+        for layer in (self.inner, self.outer):
+            nn.init.orthogonal_(layer.weight)
+            nn.init.zeros_(layer.bias)
+        self.scale, self.activate = scale, activate
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = x + self.scale * self.outer(torch.tanh(self.inner(x)))
+        return torch.tanh(h) if self.activate else h
+
+
+def found(scales: list[float], last: dict[str, object]) -> list[stabkit.Finding]:
+    torch.manual_seed(0)
+    blocks = [Block(32, scale) for scale in scales]
+    model = nn.Sequential(nn.Linear(16, 32), *blocks, Block(32, **last), nn.Linear(32, 4))
+    return stabkit.diagnose(stabkit.trace(model, torch.randn(8, 16)))
+
+
+@pytest.mark.parametrize("last", [{"scale": 1.0}, {"scale": 1.0, "activate": False}, {"scale": -1.0}])
+def test_a_last_block_that_adds_its_branch_in_full_is_a_fact(last):
+    told = found([0.2] * 8, last)
+    assert not [f for f in told if serious(f)]
+    (fact,) = [f for f in told if f.module_path == "9"]
+    assert f"the last Block and was made with scale = {last['scale']} and not 0.2" in fact.evidence
+    assert not fact.actions
+
+
+@pytest.mark.parametrize(
+    ("scales", "last"),
+    [([0.2] * 8, {"scale": 30.0, "activate": False}), ([0.2] * 3 + [6.0] + [0.2] * 4, {"scale": 0.2})],
+)
+def test_one_that_harms_or_stands_in_the_middle_is_still_a_fault(scales, last):
+    assert [f for f in found(scales, last) if serious(f)]

@@ -1,0 +1,121 @@
+"""Losses of the next token that can be lowered by copying, and those that cannot."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+import stabkit
+from stabkit.diagnosis.finding import Finding
+
+SAMPLES, TIMES, TOKENS, WIDTH = 5, 9, 17, 16
+
+
+class Language(nn.Module):
+    """A model that gives every position scores of tokens."""
+
+    def __init__(self, read: Callable[[Any, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.embed, self.head, self.read = nn.Embedding(TOKENS, WIDTH), nn.Linear(WIDTH, TOKENS), read
+        self.layer = nn.TransformerEncoderLayer(WIDTH, 2, 16, batch_first=True, dropout=0.0)
+        self.forwards = nn.GRU(WIDTH, WIDTH, batch_first=True)
+        self.both = nn.GRU(WIDTH, WIDTH // 2, batch_first=True, bidirectional=True)
+        self.conv = nn.Conv1d(WIDTH, WIDTH, 3)
+
+    def forward(self, x: Tensor, target: Tensor | None = None) -> Tensor:
+        if target is not None:  # a decoder that is given what came before
+            given = torch.cat([torch.zeros_like(target[:, :1]), target[:, :-1]], 1)
+            return self.head(self.forwards(self.embed(given))[0] + self.both(self.embed(x))[0].mean(1, keepdim=True))
+        return self.head(self.read(self, self.embed(x)))
+
+
+def masked(diagonal: int | None, turned: bool = False) -> Callable[[Any, Tensor], Tensor]:
+    def read(m: Any, h: Tensor) -> Tensor:
+        mask = None if diagonal is None else torch.ones(h.shape[1], h.shape[1], dtype=torch.bool).triu(diagonal)
+        return m.layer(h, src_mask=mask.T if mask is not None and turned else mask)
+
+    return read
+
+
+def convolved(left: int, right: int) -> Callable[[Any, Tensor], Tensor]:
+    return lambda m, h: m.conv(functional.pad(h.transpose(1, 2), (left, right))).transpose(1, 2)
+
+
+CAUSAL = {"mask": masked(1), "gru": lambda m, h: m.forwards(h)[0], "left padding": convolved(2, 0)}
+SEEING = {
+    "no mask": (masked(None), "layer.self_attn"),
+    "mask of the past": (masked(1, turned=True), "layer.self_attn"),
+    "mask from the second": (masked(2), "layer.self_attn"),
+    "both directions": (lambda m, h: m.both(h)[0], "both"),
+    "padding on both sides": (convolved(1, 1), "conv"),
+}
+
+
+def text() -> Tensor:
+    return torch.randint(0, TOKENS, (SAMPLES, TIMES + 2), generator=torch.Generator().manual_seed(0))
+
+
+def found(model: nn.Module, x: Tensor, targets: Tensor, **others: Tensor) -> list[Finding]:
+    def loss(out: Tensor) -> Tensor:
+        return functional.cross_entropy(out.transpose(1, 2), targets)
+
+    return [f for f in stabkit.diagnose(stabkit.trace(model, x, kwargs=others), loss) if f.kind == "leak"]
+
+
+@pytest.mark.parametrize("name", SEEING)
+def test_a_model_that_sees_the_next_token_is_told_with_where(name: str):
+    read, path = SEEING[name]
+    torch.manual_seed(0)
+    (told,) = found(Language(read), text()[:, :TIMES], text()[:, 1 : TIMES + 1])
+    assert told.module_path == path
+    assert told.severity == "warning"
+
+
+@pytest.mark.parametrize("name", CAUSAL)
+def test_a_model_that_does_not_see_it_is_silent_and_other_shifts_are_told(name: str):
+    torch.manual_seed(0)
+    model, x = Language(CAUSAL[name]), text()
+    assert not found(model, x[:, :TIMES], x[:, 1 : TIMES + 1])
+    (same,) = found(model, x[:, :TIMES], x[:, :TIMES])
+    assert "the token that it is given there" in same.evidence
+    (twice,) = found(model, x[:, :TIMES], x[:, 2:])
+    assert twice.numbers["shift"] == 2
+    (before,) = found(model, x[:, 1 : TIMES + 1], x[:, :TIMES])
+    assert "the token before" in before.evidence
+
+
+def test_models_that_may_see_everything_are_silent():
+    torch.manual_seed(0)
+    model, x = Language(masked(None)), text()[:, :TIMES]
+    hidden = torch.rand(x.shape) < 0.3
+    assert not found(model, x.masked_fill(hidden, 0), x.masked_fill(~hidden, -100))  # masked tokens
+    assert not found(model, x, x)
+    assert not found(model, x, x.flip(1))
+    assert not found(model, x, (x * 7) % TOKENS)
+
+
+def test_a_decoder_may_be_given_its_targets_and_an_encoder_all_of_them():
+    torch.manual_seed(0)
+    model, x = Language(masked(None)), text()
+    for source in (x[:, :TIMES], x[:, 1 : TIMES + 1], x[:, 2:]):
+        target = x[:, 1 : TIMES + 1].clone()
+        assert not found(model, source, target, target=target)
+
+
+def test_what_precedes_the_first_target_may_be_seen_both_ways():
+    def read(m: Any, h: Tensor) -> Tensor:
+        mask = torch.ones(TIMES, TIMES, dtype=torch.bool).triu(1)
+        mask[:6, :6] = False
+        return m.layer(h, src_mask=mask)
+
+    torch.manual_seed(0)
+    x = text()
+    targets = x[:, 1 : TIMES + 1].clone()
+    assert found(Language(read), x[:, :TIMES], targets)
+    targets[:, :5] = -100
+    assert not found(Language(read), x[:, :TIMES], targets)

@@ -1,0 +1,124 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from stabkit.identification import identify
+from stabkit.tracing import trace
+
+WIDTH = 12
+
+
+class Cross(nn.Module):
+    """Layers of a cross network in one loop: x0 times a function of x, added to x."""
+
+    def __init__(self, layer, parts=2, depth=4):
+        super().__init__()
+        self.layer = layer
+        self.columns = nn.ModuleList(
+            [nn.ModuleList([nn.Linear(WIDTH, WIDTH) for _ in range(depth)]) for _ in range(parts)]
+        )
+
+    def forward(self, x):
+        x0 = x
+        for row in zip(*self.columns, strict=True):
+            x = self.layer(row, x, x0)
+        return x
+
+
+class Unrolled(nn.Module):
+    """Rounds of a denoiser and of conjugate gradients for (1 + A^T A) u = y + D(x)."""
+
+    def __init__(self, dot, warm=False):
+        super().__init__()
+        self.dot, self.warm = dot, warm
+        self.denoise = nn.Linear(WIDTH, WIDTH)
+        self.A = nn.Parameter(torch.randn(WIDTH, WIDTH) / WIDTH**0.5)
+
+    def normal(self, p):
+        return p @ self.A.T @ self.A + p
+
+    def solve(self, b, u):
+        r = b - self.normal(u)
+        p, rr = r, self.dot(r, r)
+        for _ in range(4):
+            product = self.normal(p)
+            alpha = rr / self.dot(p, product)
+            u, r = u + alpha * p, r - alpha * product
+            new = self.dot(r, r)
+            p, rr = r + new / rr * p, new
+        return u
+
+    def forward(self, y):
+        x = y
+        for _ in range(3):
+            b = y + torch.tanh(self.denoise(x))
+            x = self.solve(b, x if self.warm else torch.zeros_like(b))
+        return x
+
+
+def as_one_step(model):
+    """The reading of a model that is one step between two changes of space."""
+    torch.manual_seed(0)
+    whole = nn.Sequential(nn.Linear(5, WIDTH), model, nn.Linear(WIDTH, 2))
+    return identify(trace(whole, torch.randn(3, 5)))[1]
+
+
+def records(model, batch=3):
+    torch.manual_seed(0)
+    return identify(trace(model, torch.randn(batch, WIDTH)))
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        lambda row, x, x0: x0 * row[0](x) * torch.sigmoid(row[1](x)) + x,  # GDCN
+        lambda row, x, x0: x + x0 * (row[0](x) + row[1].bias),  # DCN-v2
+        lambda row, x, x0: x0 * (x @ row[0].weight[:, :1]) + row[0].bias + x,  # DCN
+        lambda row, x, x0: torch.addcmul(x, x0, row[0](x)),
+    ],
+)
+def test_a_product_of_the_state_with_what_grows_with_it_is_a_field(layer):
+    record = as_one_step(Cross(layer))
+    assert record.name == "Lie splitting (4 Euler steps, fields that read x_0 too)"
+    assert record.evidence == "proven"
+
+
+def test_several_gated_steps_are_told_from_one():
+    record = as_one_step(Cross(lambda row, x, x0: x * torch.sigmoid(row[0](x)) + row[1](x), depth=3))
+    assert record.name.startswith("Lie splitting (3 gated steps")
+    assert record.evidence == "measured"
+
+
+def test_a_skip_that_may_hide_in_a_product_is_not_denied():
+    model = nn.Sequential(*(Cross(lambda row, x, x0: x * (1 + row[0](x)) + row[1](torch.tanh(x)), depth=1),) * 3)
+    assert {record.evidence for record in records(model)} == {"unknown"}
+
+
+@pytest.mark.parametrize("warm", [False, True])
+@pytest.mark.parametrize(
+    "dot",
+    [
+        lambda a, b: (a * b).sum(-1, keepdim=True).clamp(min=1e-12),
+        lambda a, b: torch.dot(a.flatten(), b.flatten()),
+        lambda a, b: torch.einsum("bi,bi->b", a, b)[:, None],
+        lambda a, b: torch.view_as_real((torch.complex(a, a).conj() * torch.complex(b, b)).sum(-1, keepdim=True))[
+            ..., 0
+        ],
+    ],
+)
+def test_the_numbers_of_an_inner_solver_are_no_gates(dot, warm):
+    found = records(Unrolled(dot, warm))
+    assert all("gate" not in record.name for record in found)
+    assert {record.name for record in found if record.evidence != "proven"} == {"iterative solver inside"}
+    assert {record.name for record in found if record.evidence == "proven"} <= {"fork", "join"}
+
+
+def test_a_gate_of_a_similarity_stays_a_gate():
+    def layer(row, x, x0):
+        y = torch.tanh(row[0](x))
+        gate = torch.sigmoid(torch.cosine_similarity(x, y, dim=-1))[:, None]
+        return gate * x + (1 - gate) * y
+
+    assert all(r.name.startswith("gated Euler") for r in records(nn.Sequential(*(Cross(layer, depth=1),) * 2)))
