@@ -11,6 +11,7 @@ from torch import Tensor
 from stabkit.diagnosis.attention_masks import mask_findings
 from stabkit.diagnosis.call_faults import call_findings
 from stabkit.diagnosis.closed_operations import closed_findings
+from stabkit.diagnosis.feature_scales import feature_scale_findings
 from stabkit.diagnosis.finding import Finding, serious
 from stabkit.diagnosis.half_weights import half_weight_findings
 from stabkit.diagnosis.hidden_cuts import cut_by_a_draw, drawn_on_the_graph, hidden_cut_findings
@@ -247,4 +248,6 @@ def _of_training_pass(
     found += half_weight_findings(flow, loss, call, done)
     # units are asked after only where nothing else is wrong: a broken network does not train in any
     broken = any(serious(finding) for finding in (*others, *found))
-    return found if broken else [*found, *unit_findings(flow, loss, call, done)]
+    if broken:
+        return found
+    return [*found, *(unit_findings(flow, loss, call, done) or feature_scale_findings(flow, loss, call, done))]

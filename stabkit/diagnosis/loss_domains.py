@@ -170,8 +170,11 @@ def _binary_targets(name: str) -> Callable[[Given], Misuse | None]:
     """Targets that must lie within 0 to 1, or the loss falls without end."""
 
     def rule(given: Given) -> Misuse | None:
-        target = given["target"]
-        if not target.numel() or (bool((target >= 0).all()) and bool((target <= 1).all())):
+        target, weight = given["target"], given.get("weight")
+        if isinstance(weight, Tensor):
+            target = target[weight.expand_as(target) != 0]
+        ignored = given.get("reduction") == "none"  # entries may be left out afterwards
+        if ignored or not target.numel() or (bool((target >= 0).all()) and bool((target <= 1).all())):
             return None
         signs = bool((target.abs() == 1).all())
         remedy = "map -1 to 0: (target + 1) / 2" if signs else "bring them into 0 to 1"
@@ -179,7 +182,7 @@ def _binary_targets(name: str) -> Callable[[Given], Misuse | None]:
             f"the targets of {name} are to be probabilities, within 0 to 1, and go from {_span(target)}: such a loss "
             "has no least value, and falls as long as the logits grow"
         )
-        return Misuse(words, remedy, meant={"target": (target + 1) / 2} if signs else {})
+        return Misuse(words, remedy, meant={"target": (given["target"] + 1) / 2} if signs else {})
 
     return rule
 
@@ -227,10 +230,12 @@ class Domain:
     Attributes:
         arguments: their names, in order.
         rule: what is wrong with a call of it.
+        optional: names of further arguments that the rule reads where they are given.
     """
 
     arguments: tuple[str, ...]
     rule: Callable[[Given], Misuse | None]
+    optional: tuple[str, ...] = ()
 
 
 _PAIR = ("input", "target")
@@ -238,7 +243,7 @@ _PAIR = ("input", "target")
 DOMAINS: dict[str, Domain] = {
     "kl_div": Domain(_PAIR, _kl_div),
     "cross_entropy": Domain(_PAIR, _cross_entropy),
-    "binary_cross_entropy_with_logits": Domain(_PAIR, _binary_targets("binary_cross_entropy_with_logits")),
+    "binary_cross_entropy_with_logits": Domain(_PAIR, _binary_targets("binary_cross_entropy_with_logits"), ("weight",)),
     "multilabel_soft_margin_loss": Domain(_PAIR, _binary_targets("multilabel_soft_margin_loss")),
     "soft_margin_loss": Domain(_PAIR, _signs("soft_margin_loss")),
     "hinge_embedding_loss": Domain(_PAIR, _signs("hinge_embedding_loss")),
@@ -268,7 +273,7 @@ class _Calls(TorchFunctionMode):
         domain = DOMAINS.get(getattr(func, "__name__", ""))
         if domain is None:
             return func(*args, **kwargs)
-        given = dict(zip(domain.arguments, args, strict=False)) | kwargs
+        given = dict(zip((*domain.arguments, *domain.optional), args, strict=False)) | kwargs
         wrong = domain.rule(given) if _readable(given, domain) else None
         if wrong is None:
             return func(*args, **kwargs)

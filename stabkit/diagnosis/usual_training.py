@@ -1,7 +1,7 @@
 """A few steps of the usual optimizers at the usual rates, on a copy: what the units of a loss do to them.
 
-A rate that is measured by the weights, as in `stabkit.diagnosis.short_training`, is blind to units; the rates that
-people type in are not.
+A rate that is measured by the weights, as in `stabkit.diagnosis.short_training`, is blind to units; the
+rates that people type in are not.
 """
 
 from __future__ import annotations

@@ -27,6 +27,8 @@ def name_several_states(found: Blocks, *, symmetric: bool | None, gated: bool) -
     """
     r = len(found.V)
     one = "h = 1: only the product h f can be seen"
+    if not found.fields:
+        return Name("unnamed", "none: a linear map of several states, and no field", 1.0, one)
     if found.n_fields == 1 and len(found.rows) == 1 and r == 2:
         name = _two_state_one_stage(found, history=not _has_velocity(found)) or _second_order(found)
         if name is not None:
@@ -40,7 +42,7 @@ def name_several_states(found: Blocks, *, symmetric: bool | None, gated: bool) -
     if r == 2 and gated:
         return _gated_pair(found)
     if r == 2:
-        name = _verlet(found) or _verlet_of_two_fields(found) or _two_fields(found, symmetric)
+        name = _verlet(found) or _damped_verlet(found) or _verlet_of_two_fields(found) or _two_fields(found, symmetric)
         if name is not None:
             return name
     if r > 2 and len(found.rows) == 1:
@@ -123,6 +125,29 @@ def _verlet(found: Blocks) -> Name | None:
     if len(found.rows) != 2 or c < 1e-12 or np.abs(rest).max() > CLOSE:
         return None
     return Name("stormer_verlet", "x'' = f(x)", math.sqrt(c), "h: h^2 multiplies the force", 2)
+
+
+def _damped_verlet(found: Blocks) -> Name | None:
+    """Verlet's step with friction: half a kick, a drift by what that leaves, half a kick there, and a loss of velocity.
+
+    With p_half = c_1 p + k_1 f(q), then q' = q + d p_half, p' = c_2 p_half + k_2 f(q') we have V_qp B_p1 = V_pp B_q1.
+    The loss a = c_1 c_2 is in front of the second kick at most, which bounds the ratio of the kicks (BAOAB, no noise).
+    """
+    if found.n_fields != 1 or len(found.fields) != 2:
+        return None
+    for q, p in ((0, 1), (1, 0)):
+        V, B, a = found.V, found.B, float(found.V[p, p])
+        drift, kicks = float(V[q, p]), B[p]
+        if not CLOSE < a < 1 - CLOSE or V[p, q] or abs(V[q, q] - 1) > CLOSE or not drift or B[q, 1] or not kicks.all():
+            continue
+        at_old = np.allclose(found.U[0], np.eye(2)[q], atol=CLOSE) and not found.A[0].any()
+        at_new = np.allclose(found.U[1], V[q], atol=CLOSE) and np.allclose(found.A[1], B[q], atol=CLOSE)
+        moves = abs(drift * kicks[0] - a * B[q, 0]) <= 10 * CLOSE * abs(drift * kicks[0])
+        if at_old and at_new and moves and a - CLOSE <= kicks[0] / kicks[1] <= 1 + 10 * CLOSE:
+            h = math.sqrt(abs(drift * kicks.sum()))
+            return Name(f"damped stormer_verlet (a = {a:.3g})", "x'' = f(x) - g x'", h,
+                        "h: h^2 is the drift times both kicks", 2)  # fmt: skip
+    return None
 
 
 def _verlet_of_two_fields(found: Blocks) -> Name | None:

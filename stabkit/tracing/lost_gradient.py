@@ -12,7 +12,6 @@ import itertools
 import sys
 import weakref
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -30,6 +29,7 @@ from stabkit.tracing.inputs import differentiable
 from stabkit.tracing.made_parameters import on_graph, parameters_made
 from stabkit.tracing.recording import clock, tensors_in
 from stabkit.tracing.training_pass import (
+    LIBRARIES,
     REENTRANT,
     Observer,
     TrainingPass,
@@ -40,7 +40,6 @@ from stabkit.tracing.training_pass import (
 )
 from stabkit.tracing.values import Value, value_of
 
-_LIBRARIES = (str(Path(torch.__file__).parent), str(Path(__file__).parent.parent))
 _EXITS = {
     torch.Tensor.numpy: "numpy()",
     torch.Tensor.__array__: "numpy()",
@@ -369,7 +368,7 @@ def _drawn_by() -> str:
         if isinstance(owner, Distribution):
             if code.co_name == "sample":
                 return f"{type(owner).__name__}{DRAW}{'' if owner.has_rsample else ', which has no rsample()'}"
-        elif not code.co_filename.startswith(_LIBRARIES):
+        elif not code.co_filename.startswith(LIBRARIES):
             return ""
         frame = frame.f_back
     return ""

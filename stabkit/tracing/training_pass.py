@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import Node
 from torch.overrides import TorchFunctionMode
 
+from stabkit import errors
 from stabkit.tracing.containers import map_tensors, named_tensors
 from stabkit.tracing.endpoints import UnreachedError, scalar_loss
 from stabkit.tracing.forward_pass import ForwardPass
@@ -28,7 +29,8 @@ from stabkit.tracing.transparency import EagerMode, transparent
 from stabkit.tracing.untouched_model import unchanged
 from stabkit.tracing.values import value_of
 
-_LIBRARIES = (str(Path(torch.__file__).parent), str(Path(__file__).parent.parent))
+#: Folders whose code is not the user's.
+LIBRARIES = (str(Path(torch.__file__).parent), str(Path(errors.__file__).parent))
 _PASSES = ("training_pass", "evaluated")  # functions of this package that run a model: code further out is the user's
 
 
@@ -247,7 +249,7 @@ def calling_line() -> str:
         code = frame.f_code
         if code.co_name in _PASSES:
             return ""
-        if not code.co_filename.startswith((*_LIBRARIES, "<")):
+        if not code.co_filename.startswith((*LIBRARIES, "<")):
             return f"{Path(code.co_filename).name}:{frame.f_lineno}"
         frame = frame.f_back
     return ""
