@@ -38,7 +38,7 @@ def _is_softmax(node: Any) -> bool:
     if operation(node) != "Div" or len(parents) < 2:
         return False
     over, under = behind_moves(parents[0]), behind_moves(parents[1])
-    while under is not None and operation(under) in ("Add", "ClampMin"):  # sum(exp(s)) + eps
+    while under is not None and _keeps_from_zero(under):
         under = behind_moves(next((p for p, _ in under.next_functions if p is not None), None))
     if over is None or under is None or not operation(over).startswith("Exp") or operation(under) != "Sum":
         return False
@@ -47,6 +47,11 @@ def _is_softmax(node: Any) -> bool:
 
 def _comes_from(node: Any, written: Iterable[Node]) -> bool:
     inner = behind_moves(node.next_functions[0][0])
-    while inner is not None and operation(inner) in ("Add", "Clamp", "ClampMin"):
+    while inner is not None and _keeps_from_zero(inner):
         inner = behind_moves(next((p for p, _ in inner.next_functions if p is not None), None))
     return inner in written
+
+
+def _keeps_from_zero(node: Node) -> bool:
+    """Whether it may be what is added, or a clamp, that keeps a number from zero."""
+    return operation(node) == "Add" or operation(node).startswith("Clamp")
