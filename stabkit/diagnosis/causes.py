@@ -33,6 +33,7 @@ from stabkit.diagnosis.time_verdict import judged_over_time
 from stabkit.diagnosis.trial import follows, tried
 from stabkit.diagnosis.unregistered import unregistered_findings
 from stabkit.diagnosis.unsettled import unsettled_findings
+from stabkit.diagnosis.unused_inputs import unused_input_findings
 from stabkit.diagnosis.verdict import judged_without
 from stabkit.diagnosis.wrong_derivatives import wrong_derivative_findings
 from stabkit.diagnosis.zero_gradients import zero_gradient_findings, zeros_of
@@ -241,6 +242,7 @@ def _of_training_pass(
     """What a pass as training makes it says of the parameters and of the loss."""
     found = [*zero_gradient_findings(flow, loss, call, done, others), *unregistered_findings(flow, call, done)]
     found += [*mixed_sample_findings(flow, loss, call, done), *next_token_findings(flow, call, done)]
+    found += unused_input_findings(flow, loss, call, done)
     found += call_findings(flow, loss, call, done, others)
     found += wrong_derivative_findings(flow, loss, call, done)
     found += loud_logits_findings(flow, loss, call, done, [*others, *found])

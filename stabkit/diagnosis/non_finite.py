@@ -25,6 +25,7 @@ from stabkit.tracing.endpoints import scalar_loss
 from stabkit.tracing.flow import engine_vjp
 from stabkit.tracing.inputs import differentiable
 from stabkit.tracing.lost_gradient import listed
+from stabkit.tracing.values import entries_are_finite
 
 _LARGE = math.log(4.0)  # of entries beside those of gain 1: twice what He's rule draws, and more, nats
 
@@ -76,7 +77,7 @@ def finite_end(flow: FlowLike, loss: object = None) -> bool:
         return True  # an iterated map returns its states
     if loss is not None:
         return _finite_loss(flow, loss)
-    return all(bool(t.detach().isfinite().all()) for _, t in named_tensors(flow.output) if differentiable(t))
+    return all(entries_are_finite(t) for _, t in named_tensors(flow.output) if differentiable(t))
 
 
 def _finite_loss(flow: Flow, loss: object) -> bool:
@@ -279,14 +280,14 @@ def _backward(step: StepMeasurement, where: Sequence[int]) -> Finding:
 
 def is_finite(flow: Flow, loss: object = None) -> bool:
     """Whether all states and one gradient of a flow are finite: one backward pass, if the trace did not see it."""
-    if not all(bool(tensor.isfinite().all()) for state in flow.states for tensor in state.tensors):
+    if not all(entries_are_finite(tensor) for state in flow.states for tensor in state.tensors):
         return False
     if loss is not None and not _finite_loss(flow, loss):
         return False
     if loss is None and flow.passes_finite is not None:
         return flow.passes_finite
     pulled = engine_vjp(flow.states[-1].values, flow.states[0].values, flow.cotangent(loss))
-    return all(bool(tensor.isfinite().all()) for tensor in pulled)
+    return all(map(entries_are_finite, pulled))
 
 
 def _given_broken(measurement: Measurement) -> bool:
