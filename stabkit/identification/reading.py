@@ -87,7 +87,7 @@ def _read(around: Surroundings, found: Slots, start: int, stop: int) -> Identifi
     if iterates_silently(around.flow, start, stop) and fixed_point(around.flow) is not None:
         return _implicit(around, steps)
     if not found.sources or not found.targets:
-        return nothing(steps, "unknown", "nothing that this step computes is used by a later one", "unknown")
+        return nothing(steps, "unknown", "which of the values around this step are its states was not found", "unknown")
     if len(found.sources) == len(found.targets) == 1:
         return _one_state(around, found, steps)
     record = read_several_states(around, found, steps)

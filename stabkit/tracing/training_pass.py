@@ -27,7 +27,7 @@ from stabkit.tracing.recording import Call, Recording, recording_calls
 from stabkit.tracing.sharding import take_whole
 from stabkit.tracing.transparency import EagerMode, transparent
 from stabkit.tracing.untouched_model import unchanged
-from stabkit.tracing.values import value_of
+from stabkit.tracing.values import normal_from, value_of
 
 #: Folders whose code is not the user's.
 LIBRARIES = (str(Path(torch.__file__).parent), str(Path(errors.__file__).parent))
@@ -214,7 +214,7 @@ def combination(output: Any, seed: int) -> Tensor | None:
     for _, tensor in named_tensors(output):
         if not (differentiable(tensor) and tensor.requires_grad and tensor.numel()):
             continue
-        drawn = torch.randn(tensor.shape, generator=generator, dtype=torch.float64).to(tensor)
+        drawn = normal_from(generator, tensor.shape).to(tensor)
         part = (drawn * tensor).sum().real
         total = part if total is None else total + part.to(total)
     return total
