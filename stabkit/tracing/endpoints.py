@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import Node
 
-from stabkit.errors import TraceError
+from stabkit.errors import StabkitError, TraceError
 from stabkit.tracing.containers import map_tensors, named_tensors
 from stabkit.tracing.graph import Graph
 from stabkit.tracing.inputs import Source, differentiable
@@ -190,8 +190,13 @@ def scalar_loss(loss: Any, output: Any) -> Tensor:
             f"loss is a {type(loss).__name__}; expected a callable on the model's output that returns a scalar, "
             f"e.g. loss=lambda out: out.square().mean(){several}"
         )
-    with torch.enable_grad():
-        scalar = loss(output)
+    try:
+        with torch.enable_grad():
+            scalar = loss(output)
+    except StabkitError:
+        raise
+    except Exception as error:
+        raise TraceError(_failed(error)) from error
     if not isinstance(scalar, Tensor) or scalar.numel() != 1:
         found = f"shape {tuple(scalar.shape)}" if isinstance(scalar, Tensor) else type(scalar).__name__
         raise TraceError(f"loss returned {found}; expected a scalar, e.g. loss=lambda out: out.square().mean()")
@@ -203,6 +208,18 @@ def scalar_loss(loss: Any, output: Any) -> Tensor:
             "(requires_grad_) after the way back had been cut, which lets backward() run and moves nothing"
         )
     return scalar
+
+
+def _failed(error: Exception) -> str:
+    """What a loss says that raised, and what that means where it is known."""
+    message = " ".join(str(error).split())[:400]
+    text = f"the loss failed on the model's output: {type(error).__name__}: {message}"
+    if "elements of input should be between 0 and 1" in message:
+        text += (
+            "; binary_cross_entropy takes probabilities: give it the sigmoid of the output, or, better, the output as "
+            "it is to binary_cross_entropy_with_logits"
+        )
+    return text
 
 
 def outputs_read(loss: Any, output: Any) -> tuple[str, ...]:
