@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -52,7 +53,12 @@ def adam(rate: float, factor: float = 1.0, eps: float = EPSILON) -> Update:
     return update
 
 
-def left_after(call: ForwardPass, loss: Any, updates: Sequence[Update]) -> float | None:
+def left_after(
+    call: ForwardPass,
+    loss: Any,
+    updates: Sequence[Update],
+    within: Callable[[], AbstractContextManager[Any]] = nullcontext,
+) -> float | None:
     """What is left of a loss after a few steps, over what it was, at the best of some updates; None where not tried.
 
     Infinite where all of them diverge. The model, its buffers and the random state stay as they were.
@@ -61,6 +67,7 @@ def left_after(call: ForwardPass, loss: Any, updates: Sequence[Update]) -> float
         call: the pass as training makes it.
         loss: a callable on the output that returns a scalar.
         updates: ways to move the weights, each of which is tried from the beginning.
+        within: makes what each training runs in.
     """
     model = call.module
     paths = [path for path, p in model.named_parameters() if p.requires_grad and p.is_floating_point()]
@@ -70,7 +77,7 @@ def left_after(call: ForwardPass, loss: Any, updates: Sequence[Update]) -> float
     try:
         for update in updates:
             # stand-ins for all parameters, so that the model's own are never written
-            with carried_out(model, [remedies.scale(path, 1.0) for path in paths]):
+            with carried_out(model, [remedies.scale(path, 1.0) for path in paths]), within():
                 left.append(_run(call, loss, update))
     except (StabkitError, RuntimeError):
         return None

@@ -29,7 +29,11 @@ from stabkit.tracing.untouched_model import unchanged
 from stabkit.tracing.values import value_of
 
 _LIBRARIES = (str(Path(torch.__file__).parent), str(Path(__file__).parent.parent))
-_PASSES = ("training_pass", "evaluated")  # functions of this package that run a model: code further out is the user's
+_PASSES = (
+    "training_pass",
+    "evaluated",
+    "summing_operations",
+)  # functions of this package that run a model: code further out is the user's
 
 
 class Observer(EagerMode):
