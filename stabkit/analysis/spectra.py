@@ -183,7 +183,8 @@ def _left_out(wanted: Sequence[work.Demand], products: Mapping[int, int]) -> tup
         parts.append(f"{len(without)} of {len(wanted)} large steps, those of least growth, have none")
     if fewer:
         spent = max(products[index] for index in fewer)
-        parts.append(f"{len(fewer)} stop after {spent} products with the Jacobian instead of {most}")
+        alone = ", for the largest singular value alone" if spent < work.LEAST else ""
+        parts.append(f"{len(fewer)} stop after {spent} products with the Jacobian instead of {most}{alone}")
     return (f'spectra were kept cheap: {"; ".join(parts)}; spectrum="full" computes everything',)
 
 
@@ -193,8 +194,9 @@ def is_dense(step: Step, mode: str) -> bool:
 
 
 def _from_products(J: Jacobian, step: Step, method: Identification, products: int, seed: int) -> StepSpectrum:
-    """A step's outer eigenvalues and largest singular value, from its products alone."""
-    keeps_space, most = _keeps_space(step), krylov_products(max(J.shape[1:]))
+    """A step's outer eigenvalues and largest singular value, from its products alone; few go to the latter."""
+    most = krylov_products(max(J.shape[1:]))
+    keeps_space, enough = _keeps_space(step), products >= min(work.LEAST, most)
     try:
         largest = singular_values(
             J,
@@ -202,9 +204,9 @@ def _from_products(J: Jacobian, step: Step, method: Identification, products: in
             tol=_TOLERANCE,
             seed=seed,
             method="golub-kahan",
-            max_products=min(most, products * 2 // 3) if keeps_space else products,
+            max_products=min(most, products * 2 // 3) if keeps_space and enough else products,
         )
-        if not keeps_space:
+        if not (keeps_space and enough):
             return _only_norm(largest, "krylov")
         left = min(most, products - largest.n_products)
         found = eigenvalues(
@@ -227,7 +229,9 @@ def _none(error: Exception) -> StepSpectrum:
 
 
 def _only_norm(largest: Spectrum, method: str) -> StepSpectrum:
-    return StepSpectrum(norm=_maximum(largest.values), method=method, converged=bool(largest.converged.all()))
+    converged = bool(largest.converged.all())
+    notes = () if converged else ("the largest singular value has not converged: it is a lower bound",)
+    return StepSpectrum(norm=_maximum(largest.values), method=method, converged=converged, notes=notes)
 
 
 def _keeps_space(step: Step) -> bool:

@@ -19,6 +19,7 @@ from stabkit.tracing import Flow, Step
 from stabkit.tracing.values import Value, meta_of, operation, random_tensors
 
 LEAST = 64  # products from which a spectrum says something
+FEWEST = 32  # and from which the largest singular value alone does: of random matrices it is then known to about 2 %
 _PER_NODE = 2e5  # operations that the call of one node is worth in a backward pass of torch's engine,
 _PER_STACKED_NODE = 4e5  # and one by one, for each of several vectors at once
 _PER_VECTOR = 2e6  # and the projected problem, for every vector of a Krylov basis
@@ -114,8 +115,8 @@ def training_step(flow: Flow, samples: int, demands: Mapping[int, Demand]) -> fl
 def allot(demands: Sequence[Demand], limit: float) -> dict[int, int]:
     """Products for every step that gets any, by index, all together within a limit of operations.
 
-    Every step gets as many where that is enough to say something; otherwise the first ones get the least that is, and
-    the first of all gets it in any case.
+    Every step gets as many where that is enough to say something; otherwise the first ones get the least that is. The
+    first of all gets something in any case: the fewest, where these alone pass the limit.
 
     Args:
         demands: the most important first.
@@ -125,6 +126,8 @@ def allot(demands: Sequence[Demand], limit: float) -> dict[int, int]:
         >>> steps = [Demand(3, 1.0, 1.0, 400), Demand(0, 1.0, 1.0, 400), Demand(1, 2.0, 2.0, 400)]
         >>> allot(steps, 2000.0), allot(steps, 400.0), allot(steps, 100.0)
         ({3: 400, 0: 400, 1: 400}, {3: 100, 0: 100, 1: 100}, {3: 64})
+        >>> allot(steps, 20.0)
+        {3: 32}
     """
     shared = _level(demands, limit)
     if shared >= LEAST:
@@ -133,8 +136,9 @@ def allot(demands: Sequence[Demand], limit: float) -> dict[int, int]:
     for one in demands:
         if found and one.cost * LEAST > limit:
             break
-        found[one.index] = min(one.products, LEAST)
-        limit -= one.cost * LEAST
+        count = LEAST if one.cost * FEWEST <= limit else FEWEST
+        found[one.index] = min(one.products, count)
+        limit -= one.cost * count
     return found
 
 

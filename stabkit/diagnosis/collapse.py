@@ -17,6 +17,7 @@ from stabkit.diagnosis.finding import Finding
 from stabkit.diagnosis.measurement import Array, Measurement
 from stabkit.diagnosis.thresholds import Thresholds
 from stabkit.tracing import Flow, FlowLike, StateLike
+from stabkit.tracing.values import entries_are_finite
 
 Indices = npt.NDArray[np.intp]
 _FALL = 10.0  # factor by which the dispersion must fall over the stretch to be a collapse
@@ -56,7 +57,7 @@ def spread(flow: FlowLike) -> Spread:
 def _vectors(state: StateLike) -> tuple[Tensor, Tensor | None] | None:
     """A state as ``(samples, size)``, and a sequence also as ``(samples, tokens, size)``; None for no number."""
     flat = state.flatten().detach().to(device="cpu", dtype=torch.float64)
-    if not bool(flat.isfinite().all()) or not bool((flat != 0).any()):
+    if not entries_are_finite(flat) or not bool(flat.any()):
         return None
     shapes = state.sample_shapes
     return flat, flat.reshape(len(flat), *shapes[0]) if len(shapes) == 1 and len(shapes[0]) == 2 else None
@@ -81,7 +82,7 @@ def dispersion(samples: Tensor) -> float:
         (0.0, 1.0)
     """
     flat = samples.detach().to(device="cpu", dtype=torch.float64).reshape(len(samples), -1)
-    if not bool(flat.isfinite().all()) or not bool((flat != 0).any()):
+    if not entries_are_finite(flat) or not bool(flat.any()):
         return math.nan
     return _dispersion(flat.unsqueeze(0))
 
@@ -123,6 +124,8 @@ def collapse_finding(
     """Samples or tokens that arrive as one, although they entered as several."""
     first, last = stretch
     end = last if measurement.steps[last].kind == "transition" else last + 1  # a head may well forget what it pools
+    while end == len(measurement.steps) and end > first + 1 and not measurement.steps[end - 1].weights:
+        end -= 1  # a last activation, whose mean says nothing: a sigmoid begins at a half
     for what, values in (("tokens", found.tokens), ("samples", found.samples)):
         path = values[first : end + 1]
         usable = np.isfinite(path)

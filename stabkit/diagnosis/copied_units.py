@@ -12,6 +12,7 @@ from stabkit.diagnosis.finding import Finding
 from stabkit.diagnosis.measurement import Measurement, StepMeasurement
 from stabkit.tracing import Flow
 from stabkit.tracing.sharding import whole
+from stabkit.tracing.values import entries_are_finite
 
 _LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _FEWEST = 4  # units from which copies are no accident
@@ -57,15 +58,16 @@ def distinct_units(weight: Tensor, bias: Tensor | None) -> int | None:
     """
     if len(weight) < _FEWEST:
         return None
-    weight, bias = whole(weight), None if bias is None else whole(bias)
-    if not bool(weight.any()) or not bool(weight.isfinite().all()):
+    rows, bias = whole(weight).detach().flatten(1), None if bias is None else whole(bias).detach()
+    sums = rows.sum(dim=1, dtype=torch.promote_types(rows.dtype, torch.float32))
+    if not (entries_are_finite(sums) or entries_are_finite(rows)) or not (bool(sums.any()) or bool(rows.any())):
         return None
-    rows = weight.detach().flatten(1)
-    if bias is not None:
-        rows = torch.cat([rows, bias.detach()[:, None].to(rows)], dim=1)
     # copies have one sum; rows are compared entry by entry only where few sums differ, since that sorts the matrix
-    sums = len(torch.unique(rows.sum(dim=1, dtype=torch.float64)))
-    return sums if sums > max(1, _MOST * len(rows)) else len(torch.unique(rows, dim=0))
+    distinct = len(torch.unique(sums if bias is None else sums + bias.to(sums)))
+    if distinct > max(1, _MOST * len(rows)):
+        return distinct
+    rows = rows if bias is None else torch.cat([rows, bias[:, None].to(rows)], dim=1)
+    return len(torch.unique(rows, dim=0))
 
 
 def _finding(

@@ -270,7 +270,7 @@ class _Trials:
             return False
         call, updates = self.flow.forward_pass, [adam(rate) for rate in RATES]
         left = left_after(call, loss, updates)
-        cured = left_after(call, loss, updates, remedy.within)
+        cured = left_after(call, loss, updates, within=remedy.within)
         if left is None or cured is None:
             return False
         ends = (ShortTraining(treated.first, cured * treated.first), ShortTraining(plain.first, left * plain.first))
@@ -297,6 +297,7 @@ def _confirmed(
     waiting = [finding for finding in suspects if serious(finding)]
     told: dict[int, Finding] = {}
     untried: list[Finding] = []
+    uncured: list[Finding] = []
     verdict = found.verdict
     while waiting:
         suspect = waiting.pop(0)
@@ -338,6 +339,10 @@ def _confirmed(
             for follower in gone:
                 waiting.remove(follower)
                 told[id(follower)] = follows(follower, suspect)
+            for follower in cure.trial.gone(uncured):  # nothing of its own helped, since it was no cause
+                told[id(follower)] = follows(follower, suspect)
+        else:
+            uncured.append(suspect)
     left = [told.get(id(finding)) or _of_no_harm(finding) for finding in suspects]
     if verdict.name == "transient growth" and not any(f.kind == "transient_growth" and serious(f) for f in left):
         verdict = judge(found.measurement.growth, found.measurement.kinds, settings.thresholds)

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 
 from stabkit.diagnosis.finding import Finding
+from stabkit.diagnosis.loss_domains import misuses
 from stabkit.diagnosis.non_finite_origin import Origin, origin_of
 from stabkit.diagnosis.thresholds import Thresholds
 from stabkit.tracing import Flow
@@ -45,15 +46,19 @@ def loss_findings(flow: Flow, loss: Any, thresholds: Thresholds) -> list[Finding
         origin = origin_of(flow.forward_pass, loss)
         if origin is None or origin.part != "loss":
             return []  # who measures the whole says what is at fault: see `finite_end`
-        return [_not_finite(flow, origin)]
+        return [_not_finite(flow, loss, origin)]
     mismatch = _mismatch(flow, scalar) or _no_logarithms(flow, scalar)
     found = [*mismatch, *_flat_sigmoid(flow, loss, scalar, thresholds)]
     return found or _without_gradient(flow, scalar)
 
 
-def _not_finite(flow: Flow, origin: Origin) -> Finding:
+def _not_finite(flow: Flow, loss: Any, origin: Origin) -> Finding:
     evidence = f"the output is finite and the loss is not: it begins at {origin.place}: {origin.cause.text}"
-    return _finding(flow, "non_finite", "critical", LOSS, evidence, origin.cause.remedy, dict(origin.cause.numbers))
+    remedy = origin.cause.remedy
+    wrong, _ = misuses(loss, flow.output, flow.forward_pass.seed)
+    if wrong:
+        evidence, remedy = f"{evidence}; {wrong[0][1].evidence}", wrong[0][1].remedy
+    return _finding(flow, "non_finite", "critical", LOSS, evidence, remedy, dict(origin.cause.numbers))
 
 
 def _mismatch(flow: Flow, scalar: Tensor) -> list[Finding]:

@@ -9,11 +9,12 @@ from typing import Any
 from torch import Tensor, nn
 
 from stabkit.diagnosis import remedies
+from stabkit.diagnosis.binary_cross_entropies import BinaryCrossEntropy, binary_cross_entropies
 from stabkit.diagnosis.finding import Action, Finding, serious
 from stabkit.diagnosis.loud_logits import CrossEntropy, cross_entropies
 from stabkit.diagnosis.ranges import Range, range_of
 from stabkit.diagnosis.regressions import regressions
-from stabkit.diagnosis.short_training import STEPS, short_training
+from stabkit.diagnosis.short_training import STEPS, short_training, worse
 from stabkit.tracing import Flow
 from stabkit.tracing.forward_pass import ForwardPass
 from stabkit.tracing.training_pass import TrainingPass, path_of
@@ -22,6 +23,7 @@ from stabkit.vocabulary import activation_of
 _HIGH = 0.2  # of the loss of equal chances: a floor from which logits are held in too narrow a range
 _LOW = 0.01  # of the loss of equal chances: a floor that is none
 _UNREACHED = 0.05  # of the variance of the targets, from which what lies out of reach is no noise
+_BINARY = "binary_cross_entropy_with_logits"
 _COSINES = "Wang and Liu, Understanding the behaviour of contrastive loss, 2021; Radford et al., CLIP, 2021"
 _OUTPUTS = "Goodfellow, Bengio and Courville, Deep learning, 2016, section 6.2.2"
 
@@ -46,6 +48,12 @@ def loss_floor_findings(
             floor = _floor(found, held)
             if floor > _HIGH * found.chance:
                 return [_narrow(flow, loss, call, done, found, held, floor)]
+        elif held.node is not None and held.low == 0 and activation_of(held.node) is not None:
+            return _no_sign(flow, loss, done, found, held)
+    for binary in binary_cross_entropies(done.loss):
+        held = range_of(binary.node)
+        if held.node is not None and binary.floor(held) > _HIGH * binary.chance:
+            return [_one_sided(flow, loss, done, binary, held)]
     for found_here in regressions(done):
         held = range_of(found_here.node)
         if held.node is not None:
@@ -124,18 +132,50 @@ def _out_of_reach(flow: Flow, loss: Any, done: TrainingPass, held: Range, target
         f"{held.high:.3g}, and {share:.0%} of its targets, which go from {ends}, lie beyond: the nearest that it can "
         f"give leaves a mean squared error of {missed:.3g}, where the mean of the targets leaves {spread:.3g}"
     )
-    actions = tuple[Action, ...]()
-    module = dict(flow.model.named_modules()).get(path) if path else None
-    if isinstance(module, nn.Module) and activation_of(module) is not None:
-        actions = ({"action": "activate", "module": path, "by": "Identity"},)
-        plain, treated = short_training(flow, loss), short_training(flow, loss, actions)
-        if plain is not None and treated is not None:  # no verdict: a floor lies below what so few steps reach
-            evidence += (
-                f"; {STEPS} steps of plain SGD take the loss {plain} as it is, {treated} without the {held.words}"
-            )
+    actions, trained = _without(flow, loss, path, held.words)
+    evidence += trained
     remedy = f"take the {held.words} at the end away, or bring the targets into its range"
     numbers = {"outside": share, "missed": missed, "spread": spread}
     return [_finding(flow, "warning", path, evidence, remedy, _OUTPUTS, numbers, actions)]
+
+
+def _one_sided(flow: Flow, loss: Any, done: TrainingPass, binary: BinaryCrossEntropy, held: Range) -> Finding:
+    path, floor = path_of(done, held.node), binary.floor(held)
+    evidence = (
+        f"the logits of {_BINARY} are those of a {held.words}{f' ({path})' if path else ''}, within {held.low:.3g} "
+        f"to {held.high:.3g}: with these targets it cannot fall below {floor:.3g}; their mean for all costs "
+        f"{binary.chance:.3g}"
+    )
+    actions, trained = _without(flow, loss, path, held.words)
+    remedy = f"take the {held.words} before the loss away: logits go from minus to plus infinity"
+    numbers = {"floor": floor, "chance": binary.chance, "low": held.low, "high": held.high}
+    return _finding(flow, "warning", path, evidence + trained, remedy, _OUTPUTS, numbers, actions)
+
+
+def _no_sign(flow: Flow, loss: Any, done: TrainingPass, found: CrossEntropy, held: Range) -> list[Finding]:
+    """Logits that an activation keeps from going below zero: told where training gains without it."""
+    path = path_of(done, held.node)
+    actions, trained = _without(flow, loss, path, held.words)
+    if not actions or not worse(short_training(flow, loss), short_training(flow, loss, actions)):
+        return []
+    evidence = (
+        f"the logits of the cross entropy are those of a {held.words} ({path}), none below zero: a class whose score "
+        f"it cuts off gets no gradient{trained}"
+    )
+    remedy = f"take the {held.words} before the loss away: logits go from minus to plus infinity"
+    return [_finding(flow, "warning", path, evidence, remedy, _OUTPUTS, {"chance": found.chance}, actions)]
+
+
+def _without(flow: Flow, loss: Any, path: str, words: str) -> tuple[tuple[Action, ...], str]:
+    """The action that takes an activation away, and what training gains by it."""
+    module = dict(flow.model.named_modules()).get(path) if path else None
+    if not isinstance(module, nn.Module) or activation_of(module) is None:
+        return (), ""
+    actions: tuple[Action, ...] = ({"action": "activate", "module": path, "by": "Identity"},)
+    plain, treated = short_training(flow, loss), short_training(flow, loss, actions)
+    if plain is None or treated is None:  # no verdict: a floor lies below what so few steps reach
+        return actions, ""
+    return actions, f"; {STEPS} steps of plain SGD take the loss {plain} as it is, {treated} without the {words}"
 
 
 def _finding(

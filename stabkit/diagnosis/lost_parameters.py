@@ -12,6 +12,7 @@ from stabkit.tracing.forward_pass import ForwardPass
 from stabkit.tracing.lost_gradient import (
     DRAW,
     FIRST_ORDER,
+    MADE,
     Cut,
     LostGradient,
     listed,
@@ -31,6 +32,9 @@ _REMEDIES = {
     REENTRANT: "give checkpoint use_reentrant=False, or let what goes into it require grad: "
     "model.enable_input_require_grads(), or requires_grad_() on the output of the embedding",
     FIRST_ORDER: "take the derivative with create_graph=True, so that it is trained like any other output",
+    MADE: "a new nn.Parameter, like .data and torch.tensor(...), is a leaf without history: use the tensor itself, as "
+    "functional.linear(x, weight, bias) does, or torch.func.functional_call(module, {name: tensor}, x) for a module",
+    "tensor": "torch.tensor(...) makes a copy without history: use the tensor itself, or its clone()",
     "other": "its derivative is zero or there is none: use a smooth one in its place, or a straight-through estimator",
 }
 _CHOICES = frozenset({"argmax", "argmin", "topk", "argsort", "sort", "multinomial", "one_hot"})
@@ -95,7 +99,7 @@ def _cut(found: LostGradient, cut: Cut, steps: tuple[int, ...], asked: bool, lef
         kind="no_gradient",
         severity=("critical" if share > 1 - 1e-9 else "warning") if asked else "info",
         steps=steps,
-        module_path=cut.behind or cut.path,
+        module_path=cut.behind or cut.path or _home(cut.parameters),
         confidence=1.0,
         evidence=f"the gradient stops at {cut.place}: {len(cut.parameters)} of {len(found.trainable)} parameters that "
         f"are to be trained get none ({listed(cut.parameters)}; {share:.0%} of their numbers){why}",
@@ -108,16 +112,17 @@ def _cut(found: LostGradient, cut: Cut, steps: tuple[int, ...], asked: bool, lef
 def _unused(found: LostGradient, call: ForwardPass, steps: tuple[int, ...], asked: bool) -> list[Finding]:
     """Parameters of modules that never run, or whose results are not used.
 
-    A head that the loss does not ask for, an expert that no token is sent to, and what runs in training only are no
-    faults; a large part of a model that is in training mode and takes no part in its loss is. Without a loss nobody
-    knows whether it would: a way through the model that this call did not ask for is no fault.
+    A head that the loss does not ask for, an expert that no token is sent to, and what never runs do no harm to the
+    rest; a large part of a model that is in training mode, runs, and takes no part in its loss is a fault. Without a
+    loss nobody knows whether it would: a way through the model that this call did not ask for is no fault.
     """
     if not found.unused:
         return []
     share = _share(found, found.unused)
     used = {role_of(path) for path in set(found.trainable) - set(found.lost)}
     chosen_among = {role_of(path) for path in found.unused} <= used
-    serious = asked and share >= _LARGE and call.module.training and not chosen_among
+    ran = [path for path in found.unused if path.rpartition(".")[0] not in found.idle]
+    serious = asked and _share(found, ran) >= _LARGE and call.module.training and not chosen_among
     idle = [module for module in found.idle if module]
     why = f"{listed(tuple(idle))} never runs" if idle else "nothing that counts is made of what they give"
     return [

@@ -17,7 +17,8 @@ from torch.autograd.graph import Node
 from stabkit.diagnosis import remedies
 from stabkit.diagnosis.applying import carried_out
 from stabkit.diagnosis.finding import Finding, serious
-from stabkit.diagnosis.input_scale import FAR, input_size
+from stabkit.diagnosis.input_features import FAR
+from stabkit.diagnosis.input_scale import input_size
 from stabkit.diagnosis.ranges import behind_moves
 from stabkit.diagnosis.short_training import STEPS, short_training
 from stabkit.errors import StabkitError

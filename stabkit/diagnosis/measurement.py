@@ -17,6 +17,7 @@ from stabkit.diagnosis.small_start import owed
 from stabkit.diagnosis.weights import Weight, Weights, ends_in_norm, norms_in
 from stabkit.parallel import SERIAL, Parallel, runs
 from stabkit.tracing import Flow, FlowLike, Iteration, Step, StepLike
+from stabkit.tracing.values import entries_are_finite
 from stabkit.walk import (
     Arrivals,
     Observer,
@@ -26,11 +27,11 @@ from stabkit.walk import (
     drawn,
     joined,
     loss_columns,
+    norms,
     probe_seeds,
     random_columns,
     space_at,
     walk_back,
-    wide,
 )
 
 Array = npt.NDArray[np.float64]
@@ -180,9 +181,9 @@ class _States:
         states = flow.trajectory() if isinstance(flow, Iteration) else (state.flatten() for state in flow.states)
         rows, finite = [], []
         for state in states:
-            flat = wide(state.detach())
-            rows.append(flat.square().mean(1).sqrt().log().cpu())
-            finite.append(bool(flat.isfinite().all()))
+            flat = state.detach()
+            rows.append((norms(flat.unsqueeze(2))[:, 0] / math.sqrt(flat.shape[1])).log())
+            finite.append(entries_are_finite(flat))
         return cls(torch.stack(rows).numpy(), tuple(finite))
 
 
@@ -272,7 +273,7 @@ class _Steps(Observer):
 
 def _energy(columns: Tensor) -> Tensor:
     """Sum of squares per sample."""
-    return wide(columns).square().sum((1, 2)).cpu()
+    return norms(columns).square().sum(1)
 
 
 def _with_inside(measured: StepMeasurement, flow: Flow, step: Step, seed: int, weights: Weights) -> StepMeasurement:

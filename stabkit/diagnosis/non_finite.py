@@ -14,6 +14,7 @@ from stabkit.diagnosis.loss_faults import LOSS
 from stabkit.diagnosis.measurement import Measurement, StepMeasurement
 from stabkit.diagnosis.non_finite_origin import Origin, origin_of
 from stabkit.diagnosis.non_finite_trials import guarded
+from stabkit.diagnosis.softmax_by_hand import BEGINS, stable_softmax
 from stabkit.diagnosis.thresholds import Thresholds
 from stabkit.diagnosis.verdict import factor
 from stabkit.diagnosis.weight_faults import WeightFault, weight_faults
@@ -24,6 +25,7 @@ from stabkit.tracing.endpoints import scalar_loss
 from stabkit.tracing.flow import engine_vjp
 from stabkit.tracing.inputs import differentiable
 from stabkit.tracing.lost_gradient import listed
+from stabkit.tracing.values import entries_are_finite
 
 _LARGE = math.log(4.0)  # of entries beside those of gain 1: twice what He's rule draws, and more, nats
 
@@ -75,7 +77,7 @@ def finite_end(flow: FlowLike, loss: object = None) -> bool:
         return True  # an iterated map returns its states
     if loss is not None:
         return _finite_loss(flow, loss)
-    return all(bool(t.detach().isfinite().all()) for _, t in named_tensors(flow.output) if differentiable(t))
+    return all(entries_are_finite(t) for _, t in named_tensors(flow.output) if differentiable(t))
 
 
 def _finite_loss(flow: Flow, loss: object) -> bool:
@@ -151,11 +153,12 @@ def _located(
     elif (drawn := _drawn_anew(origin, flow.model)) is not None:
         remedy = drawn
     else:
-        tried = guarded(flow, loss, origin) if isinstance(flow, Flow) else None
-        by_hand = origin.cause.remedy if tried is None else tried.words
+        stable = stable_softmax(flow, loss) if isinstance(flow, Flow) and origin.operation in BEGINS else ""
+        tried = guarded(flow, loss, origin) if isinstance(flow, Flow) and not stable else None
+        by_hand = stable or (origin.cause.remedy if tried is None else tried.words)
         # smaller weights bound nothing: they are the remedy where they are too large, or nothing else is known to help
         smaller = _smaller_exponent(origin, measurement, by_hand)
-        if smaller is not None and (tried is None or _is_large(origin, measurement)):
+        if smaller is not None and ((tried is None and not stable) or _is_large(origin, measurement)):
             remedy = smaller
         else:
             remedy = remedies.Remedy(by_hand)
@@ -277,14 +280,14 @@ def _backward(step: StepMeasurement, where: Sequence[int]) -> Finding:
 
 def is_finite(flow: Flow, loss: object = None) -> bool:
     """Whether all states and one gradient of a flow are finite: one backward pass, if the trace did not see it."""
-    if not all(bool(tensor.isfinite().all()) for state in flow.states for tensor in state.tensors):
+    if not all(entries_are_finite(tensor) for state in flow.states for tensor in state.tensors):
         return False
     if loss is not None and not _finite_loss(flow, loss):
         return False
     if loss is None and flow.passes_finite is not None:
         return flow.passes_finite
     pulled = engine_vjp(flow.states[-1].values, flow.states[0].values, flow.cotangent(loss))
-    return all(bool(tensor.isfinite().all()) for tensor in pulled)
+    return all(map(entries_are_finite, pulled))
 
 
 def _given_broken(measurement: Measurement) -> bool:

@@ -15,7 +15,7 @@ from stabkit.tracing.training_pass import TrainingPass, nodes_above
 from stabkit.tracing.values import operation
 
 _REGRESSIONS = ("MseLoss", "SmoothL1Loss", "HuberLoss")
-_DIFFERENCES = ("Pow", "Abs", "LinalgVectorNorm")
+_DIFFERENCES = ("Pow", "Abs", "LinalgVectorNorm", "Cosh")
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ def regressions(done: TrainingPass) -> Iterator[Regression]:
         node: Any = each
         if operation(node) in _REGRESSIONS and not node._saved_target.requires_grad:
             yield Regression(node.next_functions[0][0], node._saved_self.detach(), node._saved_target.detach())
-        elif operation(node) in _DIFFERENCES and operation(inner := node.next_functions[0][0]) == "Sub":
+        elif _of_difference(node) and operation(inner := node.next_functions[0][0]) == "Sub":
             sides = [p if p is None or p in outputs else behind_moves(p) for p, _ in inner.next_functions]
             taken = [side in outputs for side in sides]
             if sum(taken) != 1 or sides[1 - taken.index(True)] is not None:
@@ -51,3 +51,11 @@ def regressions(done: TrainingPass) -> Iterator[Regression]:
                 output = output.reshape(difference.shape)
                 targets = output - difference if taken[0] else output + difference
                 yield Regression(sides[taken.index(True)], output, targets)
+
+
+def _of_difference(node: Any) -> bool:
+    """Whether it makes of a difference something that is the same of its negative."""
+    if operation(node) == "Mul":
+        factors = node.next_functions
+        return len(factors) == 2 and factors[0] == factors[1] and factors[0][0] is not None
+    return operation(node) in _DIFFERENCES

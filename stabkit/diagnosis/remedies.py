@@ -148,6 +148,11 @@ def activate(module: str, by: str) -> Action:
     return {"action": "activate", "module": module, "by": by}
 
 
+def activate_after(module: str, by: str) -> Action:
+    """Put an activation of torch behind a module."""
+    return {"action": "activate_after", "module": module, "by": by}
+
+
 def insert_norm(module: str, like: str) -> Action:
     """Put a fresh copy of another module's norm in the place of a module."""
     return {"action": "insert_norm", "module": module, "like": like}
@@ -235,6 +240,15 @@ def for_passing(
     return Remedy(text, tuple(orthogonalise(path, gain) for path in paths))
 
 
+def _on_the_skip(steps: Sequence[StepMeasurement]) -> str:
+    """What to do about a skip that loses gradient, by what there is in the steps."""
+    there = {"norms": any(step.norms for step in steps), "activations": any(step.activities for step in steps)}
+    found = [name for name, present in there.items() if present]
+    if not found:
+        return "multiply the old state by a number nearer to 1"
+    return f"move {' and '.join(found)} behind the addition into the branch"
+
+
 def preactivation_scale(saturated: float) -> float:
     """Standard deviation of normal pre-activations of which this share has a tanh' below 1/20 (beyond 2.18)."""
     inside = min(max(1.0 - saturated, 1e-3), 1.0 - 1e-9)
@@ -265,8 +279,7 @@ def for_stretch(
             )
             paths = [*(path for path, _ in branches), *beside]
             return Remedy(text, tuple(scale(path, by) for path in paths))
-        text = "the skip itself loses gradient: move norms and activations behind the addition into the branch"
-        return Remedy(text)
+        return Remedy(f"the skip itself loses gradient: {_on_the_skip(steps)}")
     uses = [path for path in (last_matrix(step) for step in steps) if path is not None] or list(tied or {}) * len(steps)
     layers = list(dict.fromkeys(uses))
     if not math.isfinite(growth):

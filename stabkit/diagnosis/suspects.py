@@ -29,6 +29,7 @@ from stabkit.diagnosis.low_rank import rank_findings
 from stabkit.diagnosis.measurement import Measurement, measure
 from stabkit.diagnosis.non_finite import all_finite, finite_end, non_finite_findings
 from stabkit.diagnosis.outlier_blocks import local_findings
+from stabkit.diagnosis.rounds_of_time import of_rounds
 from stabkit.diagnosis.small_start import from_small_start
 from stabkit.diagnosis.structure import missing_norm_findings, missing_skip_findings
 from stabkit.diagnosis.thresholds import Thresholds
@@ -90,7 +91,7 @@ def suspected(
     of_loss = loss_findings(flow, settings.loss, limits) if isinstance(flow, Flow) else []
     kept = {} if spectra is None else {"kept": spectra.samples}  # whose growth is attributed from the same walk
     measurement = measure(flow, settings.loss, probes=settings.probes, seed=seed, parallel=settings.parallel, **kept)
-    verdict = judge(measurement.growth, measurement.kinds, limits)
+    verdict = of_rounds(flow, judge(measurement.growth, measurement.kinds, limits), measurement)
     lossless = any(finding.kind == "non_finite" for finding in of_loss)
     within = verdict.name != "non-finite" and all_finite(measurement)  # on the way from the input to the output
     if lossless or not within or not finite_end(flow, settings.loss):

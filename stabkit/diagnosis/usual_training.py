@@ -1,7 +1,7 @@
 """A few steps of the usual optimizers at the usual rates, on a copy: what the units of a loss do to them.
 
-A rate that is measured by the weights, as in `stabkit.diagnosis.short_training`, is blind to units; the rates that
-people type in are not.
+A rate that is measured by the weights, as in `stabkit.diagnosis.short_training`, is blind to units; the
+rates that people type in are not.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from stabkit.diagnosis import remedies
 from stabkit.diagnosis.applying import carried_out
+from stabkit.diagnosis.finding import Action
 from stabkit.diagnosis.short_training import LARGEST, STEPS
 from stabkit.errors import StabkitError
 from stabkit.tracing.forward_pass import ForwardPass
@@ -57,6 +58,9 @@ def left_after(
     call: ForwardPass,
     loss: Any,
     updates: Sequence[Update],
+    actions: Sequence[Action] = (),
+    *,
+    steps: int = STEPS,
     within: Callable[[], AbstractContextManager[Any]] = nullcontext,
 ) -> float | None:
     """What is left of a loss after a few steps, over what it was, at the best of some updates; None where not tried.
@@ -67,6 +71,8 @@ def left_after(
         call: the pass as training makes it.
         loss: a callable on the output that returns a scalar.
         updates: ways to move the weights, each of which is tried from the beginning.
+        actions: a remedy that is carried out before each.
+        steps: how many of each.
         within: makes what each training runs in.
     """
     model = call.module
@@ -77,27 +83,28 @@ def left_after(
     try:
         for update in updates:
             # stand-ins for all parameters, so that the model's own are never written
-            with carried_out(model, [remedies.scale(path, 1.0) for path in paths]), within():
-                left.append(_run(call, loss, update))
+            held = [remedies.scale(path, 1.0) for path in paths]
+            with carried_out(model, held), carried_out(model, actions), within():
+                left.append(_run(call, loss, update, steps))
     except (StabkitError, RuntimeError):
         return None
     return min(left)
 
 
-def _run(call: ForwardPass, loss: Any, update: Update) -> float:
+def _run(call: ForwardPass, loss: Any, update: Update, steps: int) -> float:
     first = math.nan
     with unchanged(call.module) as safe, torch.enable_grad():
         safe.copy_buffers()
         torch.manual_seed(call.seed)
         weights = [p for p in call.module.parameters() if p.requires_grad and p.is_floating_point()]
         states: list[list[Tensor]] = [[] for _ in weights]
-        for step in range(STEPS + 1):
+        for step in range(steps + 1):
             scalar = loss(call.model(*call.inputs, **call.kwargs))
             value = float(scalar.detach())
             first = value if step == 0 else first
             if not math.isfinite(value):
                 return math.inf
-            if step == STEPS:
+            if step == steps:
                 break
             gradients = torch.autograd.grad(scalar, weights, allow_unused=True)
             with torch.no_grad():

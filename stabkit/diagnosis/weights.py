@@ -19,6 +19,7 @@ from stabkit.vocabulary import norm_of
 
 _EXACT = 256  # smaller side up to which an effective rank is computed and not estimated
 _SIGNS = 16
+_LEAST_SCALE = 1e-5  # of the largest entry: its fourth power, and that of the norm of a matrix, are still normal
 _CHUNK = 1 << 16  # entries that are made float64 at a time: they stay in the cache
 
 
@@ -183,10 +184,12 @@ def log_rank(data: Tensor) -> float:
     W = data.flatten(1)
     # a share of singular values needs no more digits than the weights have
     W = W.to(torch.promote_types(W.dtype, torch.float32))
-    W = W / torch.linalg.vector_norm(W, math.inf)
     W = W if W.shape[0] <= W.shape[1] else W.mH
     if W.shape[0] == 1:
         return math.nan
+    largest = float(torch.maximum(W.max(), -W.min())) if not W.is_complex() else float(W.abs().max())
+    if not _LEAST_SCALE < largest < 1 / _LEAST_SCALE:  # fourth powers would leave the range of the dtype
+        W = W / largest
     if W.shape[0] <= _EXACT:
         fourth = (W @ W.mH).abs().square().sum()
     else:

@@ -12,7 +12,8 @@ from stabkit.identification.coefficients import Coefficient
 from stabkit.identification.normal_form import NormalForm
 from stabkit.identification.record import Identification
 from stabkit.integrators import stochastic_depth
-from stabkit.tracing.composites import Element
+from stabkit.tracing.composites import Element, element_of
+from stabkit.tracing.graph import Graph
 from stabkit.vocabulary import ActivationFacts, NormFacts, operation
 
 _STATISTICS = frozenset({"Mean", "Std", "Var", "VarMean", "LinalgVectorNorm"})
@@ -60,6 +61,11 @@ def norms_after(links: Sequence[Link]) -> int:
         elif link.kind == "weightless" and open_sum and normalises(link):
             count, open_sum = count + 1, False
     return count
+
+
+def normalises_in(graph: Graph, nodes: Sequence[Node]) -> bool:
+    """Whether a norm is among some operations."""
+    return any(_normalises(element_of(graph, node) or node) for node in nodes)
 
 
 def _normalises(part: Node | Element) -> bool:

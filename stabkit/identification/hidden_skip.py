@@ -25,14 +25,23 @@ class HiddenSkip:
     """A skip that was measured.
 
     Attributes:
-        value: the number ``a`` of x' = a x + f(x).
+        value: the number ``a`` of x' = a x + f(x); the mean where every entry has one of its own.
         residual: relative deviation from it on random cotangents.
         operations: the affine operations on the way, in order.
+        low: the smallest number of an entry.
+        high: the largest one.
     """
 
     value: float
     residual: float
     operations: tuple[str, ...]
+    low: float
+    high: float
+
+    @property
+    def is_one_number(self) -> bool:
+        """Whether all entries have the same."""
+        return self.low == self.high
 
 
 def _affine_way(piece: Piece) -> dict[Node, list[Value]] | None:
@@ -71,11 +80,16 @@ def reaches_linearly(piece: Piece) -> bool:
     return pulled is not None and bool(pulled[0].any())
 
 
-def hidden_skip(piece: Piece) -> HiddenSkip | None:
+def hidden_skip(piece: Piece, *, of_entries: bool = False) -> HiddenSkip | None:
     """What reaches the one target from the one source along affine operations alone, when that is a multiple of it.
 
+    Args:
+        piece: with one source and one target.
+        of_entries: whether every entry may have a factor of its own, as a norm with fixed statistics gives it.
+
     Returns:
-        None when nothing arrives, when it is not a multiple of the identity, and when nothing else is added.
+        None when nothing arrives, when it is no such multiple, when it leaves some entries out, and when nothing else
+        is added.
     """
     drawn = [random_tensors([piece.targets[0]], seed)[0] for seed in range(2)]
     pulled = affine_pulls(piece, drawn)
@@ -83,9 +97,10 @@ def hidden_skip(piece: Piece) -> HiddenSkip | None:
         return None
     w = torch.stack([t.reshape(-1) for t in drawn]).double()
     s = torch.stack([t.reshape(-1) for t in pulled]).double()
-    a = float((w * s).sum() / (w * w).sum())
+    a = (w * s).sum(0) / (w * w).sum(0) if of_entries else (w * s).sum() / (w * w).sum()
     residual = float((s - a * w).norm() / w.norm())
     tolerance = _ROUNDINGS * torch.finfo(drawn[0].dtype).eps
-    if residual > tolerance or abs(a) <= tolerance:
+    if residual > tolerance or float(a.abs().min()) <= tolerance:
         return None
-    return HiddenSkip(a, residual, tuple(operation(node) for node in _affine_way(piece) or ()))
+    operations = tuple(operation(node) for node in _affine_way(piece) or ())
+    return HiddenSkip(float(a.mean()), residual, operations, float(a.min()), float(a.max()))

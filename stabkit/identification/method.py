@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from stabkit.errors import ArgumentError
+from stabkit.identification.composed_steps import with_compositions
 from stabkit.identification.flow_index import Surroundings
 from stabkit.identification.grouping import groups, is_divided
 from stabkit.identification.iterated import read_iteration
@@ -87,7 +88,8 @@ def identify(flow: FlowLike, *, checks: bool = True, parallel: Parallel = SERIAL
         return single if divided or record.name in _NOTHING_READ or unread <= len(single) / 2 else [record]
 
     costs = [float(sum(len(flow.steps[i].segment.nodes) for i in range(start, stop))) for start, stop in places]
-    return tuple(record for records in parallel.share(read_group, costs, name="reading") for record in records)
+    found = [record for records in parallel.share(read_group, costs, name="reading") for record in records]
+    return tuple(with_compositions(found, lambda start, stop: with_time(read(around, start, stop))))
 
 
 def by_step(identifications: Sequence[Identification], n_steps: int) -> tuple[Identification, ...]:

@@ -124,11 +124,25 @@ def _runge_kutta(found: Blocks, a: float, h: float, convention: str) -> Name:
         return Name(steps, system, h, convention)
     if a == 0.0:
         return Name("plain", "none: a map without a skip, applied several times", 1.0, "h = 1")
+    if _is_exponential_midpoint(found, a):
+        system = "x' = f(x) - lambda x, the linear part carried on exactly, the field taken in the middle"
+        return Name(f"exponential midpoint (a = {a:.3g}, DPM-Solver-2S type)", system, h, convention)
     if a != 1.0 or not np.allclose(found.U, 1.0):
         return Name("unnamed", "none that is consistent", h, convention)
     alike = [name for name, other in _catalogue(None) if _same_function(method, other)]
     hint = f", R(z) of {alike[0]}" if alike else ""
     return Name(f"unnamed Runge-Kutta ({method.stages} stages, order {order_of(method)}{hint})", system, h, convention)
+
+
+def _is_exponential_midpoint(found: Blocks, a: float) -> bool:
+    """Whether x' = a x + b f(u x + c f(x)), with the stage between the two states.
+
+    With x = alpha y and dy = f ds the stage is at the share (c / u) / (b / a) of the step (Lu et al. 2022, DPM-Solver).
+    """
+    if len(found.fields) != 2 or found.B[0, 0] or a <= 0 or abs(a - 1) <= CLOSE or not found.B[0, 1]:
+        return False
+    (first, u), c = found.U[:, 0], found.A[1, 0]
+    return bool(first == 1.0 and min(a, 1.0) <= u <= max(a, 1.0) and 0 < (c / u) / (found.B[0, 1] / a) < 1)
 
 
 def _fixed_point_iteration(method: GeneralLinearMethod) -> str | None:
@@ -204,7 +218,7 @@ def _repeats(found: Blocks, h: float) -> str | None:
     return None
 
 
-def _without_parallel(found: Blocks) -> Blocks:
+def without_parallel(found: Blocks) -> Blocks:
     """Different fields at one point that are added with one weight, as experts are, are one field: their sum."""
     kept: list[int] = []
     for i in range(len(found.rows)):
@@ -240,7 +254,7 @@ def _composed(found: Blocks, h: float, a: float) -> str:
     """A sequence of Euler steps of different fields, which may read the state that all began with as well."""
     whole = _without_held(found)
     held = "" if whole is found else ", fields that read x_0 too"
-    found = _without_parallel(whole)
+    found = without_parallel(whole)
     b = found.B[0] / h
     s = len(found.rows)
     if a != 1.0:

@@ -8,14 +8,17 @@ from dataclasses import replace
 from torch.autograd.graph import Node
 
 from stabkit.identification.composites import with_composite_fields
+from stabkit.identification.compositions import direction, name_composition, shears
 from stabkit.identification.confirmation import Check, is_symmetric, volume
 from stabkit.identification.field_values import continued_fields
 from stabkit.identification.flow_index import Surroundings
+from stabkit.identification.formed_ahead import as_made
 from stabkit.identification.grouping import split_before
 from stabkit.identification.naming import Name
 from stabkit.identification.naming_systems import HAMILTONIAN, name_several_states
 from stabkit.identification.normal_form import NormalForm, normal_form
 from stabkit.identification.operations import JOINS, is_opaque
+from stabkit.identification.pieces import Piece
 from stabkit.identification.record import Identification
 from stabkit.identification.slots import Slots, joined
 from stabkit.identification.sub_steps import composed_name, with_readout
@@ -36,6 +39,7 @@ def read_several_states(around: Surroundings, found: Slots, steps: tuple[int, ..
         return _change_of_count(around, found, steps)
     if found.split or len({value.node for value in found.sources}) == 1 or split_before(around.flow, start):
         found = _paired(around, found, steps)
+    found = as_made(around, found, start, stop)
     form = around.normal_form(start, stop, found)
     record = _named(around, found, form, steps, opaque)
     if record.name.startswith(_UNSPECIFIC):
@@ -65,7 +69,11 @@ def _named(
     if composed is not None:
         table, named = composed, name_several_states(composed, symmetric=None, gated=gated)
     if not named.is_known and not gated:
+        named = name_composition(table) or named
+    if not named.is_known and not gated:
         named = with_readout(table) or _in_parts(around, found, steps) or named
+    if named.order == 2 and direction(shears(table) or ()) < 0:
+        named = replace(named, h=-named.h)
     method = table.method(named.unit)
     method.name = named.name
     checks: tuple[Check, ...] = ()
@@ -108,11 +116,24 @@ def _in_parts(around: Surroundings, found: Slots, steps: tuple[int, ...]) -> Nam
 def _paired(around: Surroundings, found: Slots, steps: tuple[int, ...]) -> Slots:
     """Parts of one tensor, made at once, in the order of the states that carry them on."""
     piece = around.whole(steps[0], steps[-1] + 1, found)
-    carried = [[v for v in piece.expand(target)[0] if v in found.sources] for target in found.targets]
-    followed = [sources[0] for sources in carried if len(sources) == 1]
+    if any(target in found.sources for target in found.targets):
+        carried = [[v for v in piece.expand(target)[0] if v in found.sources] for target in found.targets]
+        followed = [sources[0] for sources in carried if len(sources) == 1]
+    else:
+        followed = _followed(piece, found)
     if set(followed) != set(found.sources) or len(followed) != len(found.targets):
         return found
     return replace(found, targets=tuple(found.targets[followed.index(v)] for v in found.sources))
+
+
+def _followed(piece: Piece, found: Slots) -> list[Value]:
+    """The old state that each new one follows, told where one is left; what shifts up in a history follows none."""
+    left = [{v for v in piece.expand(target)[0] if v in found.sources} for target in found.targets]
+    places: dict[int, Value] = {}
+    while (place := next((i for i, on in enumerate(left) if i not in places and len(on) == 1), None)) is not None:
+        (places[place],) = left[place]
+        left = [on if i in places else on - {places[place]} for i, on in enumerate(left)]
+    return [places[i] for i in sorted(places)]
 
 
 def _notes(around: Surroundings, form: NormalForm, table: Blocks, found: Slots) -> tuple[str, ...]:

@@ -20,12 +20,14 @@ from stabkit.identification.change_of_space import change_of_space
 from stabkit.identification.coefficients import Coefficient, LinearCombination
 from stabkit.identification.composites import with_composite_fields
 from stabkit.identification.confirmation import Check, commutator, defect
+from stabkit.identification.coupled import coupled
 from stabkit.identification.couplings import is_affine_coupling
 from stabkit.identification.diffusion import averages
 from stabkit.identification.field_values import chains_of_other_fields
 from stabkit.identification.flow_index import Surroundings
 from stabkit.identification.grouping import is_part_of_round, is_repeated
-from stabkit.identification.hidden_skip import HiddenSkip, hidden_skip, reaches_linearly
+from stabkit.identification.growing_history import growing_history
+from stabkit.identification.hidden_skip import hidden_skip, reaches_linearly
 from stabkit.identification.implicit import (
     LinearSolve,
     begins_at_constants,
@@ -45,8 +47,9 @@ from stabkit.identification.record import Identification, nothing, record_of
 from stabkit.identification.relaxation import with_linear_part
 from stabkit.identification.retraction import bent_skip, retraction
 from stabkit.identification.routing import routed
+from stabkit.identification.skip_past_norms import measured_skip, skip_past_norms, with_fixed_norms
 from stabkit.identification.slots import Slots
-from stabkit.identification.state_mixing import Mixing, mixed_by_itself
+from stabkit.identification.state_mixing import Mixing, mixed_by_itself, streams_mixed_by_themselves
 from stabkit.identification.streams import Streams, mixed_streams
 from stabkit.identification.tableau import Blocks, blocks
 from stabkit.identification.unseen import unseen
@@ -61,6 +64,9 @@ def read(around: Surroundings, start: int, stop: int) -> Identification:
     if is_part_of_round(around.flow, start, stop, around.loops):
         why = "a loop repeats these operations together with others, and they begin or end between its stages"
         return nothing(tuple(range(start, stop)), "part of a step", why, "unknown")
+    history = growing_history(around, start, stop)
+    if history is not None:
+        return history
     found = around.slots(start, stop)
     record = _read(around, found, start, stop)
     shifts = record.name == "projection shortcut" or (record.skip or 0.0) not in (0.0, 1.0)
@@ -86,16 +92,17 @@ def _read(around: Surroundings, found: Slots, start: int, stop: int) -> Identifi
     if iterates_silently(around.flow, start, stop) and fixed_point(around.flow) is not None:
         return _implicit(around, steps)
     if not found.sources or not found.targets:
-        return nothing(steps, "unknown", "nothing that this step computes is used by a later one", "unknown")
+        return nothing(steps, "unknown", "which of the values around this step are its states was not found", "unknown")
     if len(found.sources) == len(found.targets) == 1:
         return _one_state(around, found, steps)
     record = read_several_states(around, found, steps)
     before, after = (around.flow.states[i].values for i in (start, stop))
-    if record.name != "unnamed" or not found.split or len(before) != 1 or len(after) != 1:
-        return record
-    whole = replace(found, sources=before, targets=after, split=False)  # streams that are split off and mixed again
-    streams = mixed_streams(around.flow, start, stop, around.whole(start, stop, whole))
-    return record if streams is None else _of_streams(streams, steps)
+    if record.name == "unnamed" and found.split and len(before) == len(after) == 1:
+        whole = replace(found, sources=before, targets=after, split=False)  # streams split off and mixed again
+        streams = mixed_streams(around.flow, start, stop, around.whole(start, stop, whole))
+        if streams is not None:
+            return _of_streams(streams, steps)
+    return coupled(around, found, steps, record, _one_state)
 
 
 def _implicit(around: Surroundings, steps: tuple[int, ...]) -> Identification:
@@ -198,7 +205,7 @@ def _without_skip(around: Surroundings, found: Slots, links: Sequence[Link], ste
     whole = around.whole(steps[0], steps[-1] + 1, found)
     hidden = hidden_skip(whole)
     if hidden is not None:
-        return _measured(hidden, steps)
+        return measured_skip(hidden, steps)
     streams = mixed_streams(around.flow, steps[0], steps[-1] + 1, whole)
     if streams is not None:
         return _of_streams(streams, steps)
@@ -227,22 +234,26 @@ def _without_skip(around: Surroundings, found: Slots, links: Sequence[Link], ste
         if link.kind == "map" and affine and len(affine) < len(terms) and all(map(_is_projection, affine)):
             why = "the skip is a linear map (projection): a change of space and then a sum, no step of an ODE"
             return nothing(steps, "projection shortcut", why, "proven")
+    past = skip_past_norms(whole, links, steps)
     form = around.normal_form(steps[0], steps[-1] + 1, found)
     table = None if _depends(form) else blocks(form, found.contexts)
     if table is not None and len(table.rows) > 1 and not notes:
         named = name_one_state(table)
-        record = record_of(named, table, steps, skip=0.0, residual=0.0, notes=tuple(notes))
-        most = max(map(table.fields.count, table.fields))
-        if named.name != "plain" or most < _ITERATED or not table.A.any():
-            return record
-        why = f"a loop begins inside at a constant and uses one field {most} times: its rounds are not taken apart"
-        return replace(record, step_size=None, convention=NO_STEP, evidence="measured", notes=(why,))
+        if named.name != "plain" or past is None:
+            record = record_of(named, table, steps, skip=0.0, residual=0.0, notes=tuple(notes))
+            most = max(map(table.fields.count, table.fields))
+            if named.name != "plain" or most < _ITERATED or not table.A.any():
+                return record
+            why = f"a loop begins inside at a constant and uses one field {most} times: its rounds are not taken apart"
+            return replace(record, step_size=None, convention=NO_STEP, evidence="measured", notes=(why,))
+    if past is not None:
+        return past
+    linear = any(link.kind == "sum" for link in links) and reaches_linearly(whole)
+    if linear:
+        notes[:1] = ["a residual lies inside; no skip leads around the whole step but a linear map, x' = P x + f(x)"]
     name = Name("plain", "none: a map without a skip", 1.0, "h = 1: the map itself")
     record = record_of(name, None, steps, skip=0.0, residual=0.0, notes=tuple(notes))
-    if not any(link.kind == "sum" for link in links) or not reaches_linearly(whole):
-        return record
-    why = "the old state reaches the new one by a linear map too, x' = P x + f(x), but P is no multiple of the identity"
-    return replace(record, evidence="measured", notes=(*record.notes, why))
+    return replace(record, evidence="measured") if linear else record
 
 
 def _is_projection(stage: Stage) -> bool:
@@ -267,14 +278,6 @@ def _self_mixed(mixing: Mixing, steps: tuple[int, ...]) -> Identification:
     kind = f", {mixing.stochastic} at this input" if mixing.stochastic else ""
     why = f"the state is multiplied by a matrix that depends on it ({sizes}{kind}): no single a describes the skip"
     return nothing(steps, "skip by a matrix of the state", why, "measured", system="x' = M(x) x + f(x)")
-
-
-def _measured(hidden: HiddenSkip, steps: tuple[int, ...]) -> Identification:
-    """A skip that was measured: all else is one field."""
-    table = Blocks.single(hidden.value)
-    record = record_of(name_one_state(table), table, steps, skip=hidden.value, residual=hidden.residual)
-    why = f"the skip was measured: it passes {', '.join(dict.fromkeys(hidden.operations))}"
-    return replace(record, evidence="measured", notes=(why, "all else is taken as one field"))
 
 
 def _without_sum(around: Surroundings, found: Slots, links: Sequence[Link], steps: tuple[int, ...]) -> Identification:
@@ -302,7 +305,12 @@ def _total(
 
 def _sums(around: Surroundings, found: Slots, links: Sequence[Link], steps: tuple[int, ...]) -> Identification:
     """A chain of sums; where it is no known method, that of fields which end later than where they stop to bend."""
+    mixing = streams_mixed_by_themselves(around.whole(steps[0], steps[-1] + 1, found))
+    if mixing is not None:
+        return _self_mixed(mixing, steps)
     record = _read_sums(around, found, links, steps)
+    if norms_after(links) and (fixed := with_fixed_norms(around.whole(steps[0], steps[-1] + 1, found), record)):
+        return fixed
     if not record.name.startswith("unnamed"):
         return record
     for other, why in chains_of_other_fields(around, found, links, steps):
@@ -347,7 +355,7 @@ def _read_sums(around: Surroundings, found: Slots, links: Sequence[Link], steps:
     record = replace(
         record,
         evidence="proven" if kinds <= {"scalar"} and named.is_known and not any(map(_depends, sums)) else "measured",
-        notes=(*_linear_part(relaxed), *_notes(around, sums, table), *record.notes),
+        notes=(*_masked(kinds), *_linear_part(relaxed), *_notes(around, sums, table), *record.notes),
         checks=_checks(sums, table) if around.checks else (),
     )
     threshold = soft_threshold(around.flow, steps[-1] + 1, links[-1]) if behind else None
@@ -398,6 +406,10 @@ def _linear_links(links: Sequence[Link]) -> list[Link]:
         if link.kind in ("sum", "scaling") and not after:
             found.append(link)
     return found
+
+
+def _masked(kinds: set[str]) -> tuple[str, ...]:
+    return ("a mask sets some entries to zero: the step is that of the others",) if "masked" in kinds else ()
 
 
 def _linear_part(relaxed: tuple[Blocks, float] | None) -> tuple[str, ...]:

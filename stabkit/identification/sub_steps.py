@@ -32,7 +32,11 @@ def composed_name(piece: Piece, name_of: Callable[[Blocks], Name], form_of: Form
     found: list[Name] = []
     start, old = ends[0]
     for stop, new in ends[1:]:
-        name = _named(form_of(piece.nodes[start:stop], old, new), contexts, name_of)
+        form = form_of(piece.nodes[start:stop], old, new)
+        if stop < len(piece.nodes) and _are_crossed(form):
+            new = new[::-1]
+            form = form_of(piece.nodes[start:stop], old, new)
+        name = _named(form, contexts, name_of)
         if name is not None:
             found.append(name)
             start, old = stop, new
@@ -44,6 +48,14 @@ def composed_name(piece: Piece, name_of: Callable[[Blocks], Name], form_of: Form
     same = max(sizes) - min(sizes) <= 1e-9 * max(sizes)
     convention = found[0].convention if same else f"h: {', '.join(f'{h:.3g}' for h in sizes)}, one after the other"
     return replace(found[0], name=f"Lie splitting ({text})", h=sizes[0], convention=convention)
+
+
+def _are_crossed(form: NormalForm) -> bool:
+    """Whether each of two new states follows the other old one alone: they were made in the other order."""
+    if len(form.sources) != 2:
+        return False
+    carried = [[v for v in form.sources if v in terms] for terms in form.forms]
+    return carried == [[form.sources[1]], [form.sources[0]]]
 
 
 def _named(form: NormalForm, contexts: Collection[Value], name_of: Callable[[Blocks], Name]) -> Name | None:

@@ -7,11 +7,11 @@ behind which parameters are lost, and of them the ones whose results are used ag
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import sys
 import weakref
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -26,8 +26,10 @@ from stabkit.tracing.containers import named_tensors
 from stabkit.tracing.flat_derivatives import FlatDerivative, differentiated_twice, flat_derivatives
 from stabkit.tracing.forward_pass import ForwardPass
 from stabkit.tracing.inputs import differentiable
+from stabkit.tracing.made_parameters import on_graph, parameters_made
 from stabkit.tracing.recording import clock, tensors_in
 from stabkit.tracing.training_pass import (
+    LIBRARIES,
     REENTRANT,
     Observer,
     TrainingPass,
@@ -38,7 +40,6 @@ from stabkit.tracing.training_pass import (
 )
 from stabkit.tracing.values import Value, value_of
 
-_LIBRARIES = (str(Path(torch.__file__).parent), str(Path(__file__).parent.parent))
 _EXITS = {
     torch.Tensor.numpy: "numpy()",
     torch.Tensor.__array__: "numpy()",
@@ -47,8 +48,10 @@ _EXITS = {
 }
 
 
+_SET_DATA = torch.Tensor.data.__set__  # type: ignore[attr-defined]
 DRAW = ".sample()"  # how the draw of a distribution ends that has rsample()
 FIRST_ORDER = "autograd.grad without create_graph"
+MADE = "nn.Parameter(...)"  # a new leaf, made of what is on the graph
 
 
 @dataclass
@@ -205,6 +208,29 @@ class Exits(Observer):  # type: ignore[no-untyped-call]
         self.events: list[Event] = []
         self._silent: dict[int, tuple[weakref.ref[Tensor], Event]] = {}
         self._stretch: Event | None = None  # that of the operations without grad that run one after another
+        self._making: Any = contextlib.nullcontext()
+
+    def __enter__(self) -> Any:
+        self._making = parameters_made(self.made)
+        self._making.__enter__()
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        self._making.__exit__(None, None, None)
+
+    def made(self, data: Tensor | None, parameter: Tensor) -> None:
+        """A parameter is made, which is a leaf, of what may have a history."""
+        if data is not None and on_graph(data):
+            self.note(MADE, [data]).used = True
+        elif data is not None:
+            self.written(parameter, data)
+
+    def written(self, tensor: Tensor, value: Tensor) -> None:
+        """A tensor takes the numbers of another without any operation: where these left the graph is known still."""
+        event = self.event_of(value)
+        if event is not None:
+            self._silent[id(tensor)] = (weakref.ref(tensor), event)
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -342,7 +368,7 @@ def _drawn_by() -> str:
         if isinstance(owner, Distribution):
             if code.co_name == "sample":
                 return f"{type(owner).__name__}{DRAW}{'' if owner.has_rsample else ', which has no rsample()'}"
-        elif not code.co_filename.startswith(_LIBRARIES):
+        elif not code.co_filename.startswith(LIBRARIES):
             return ""
         frame = frame.f_back
     return ""
@@ -364,6 +390,8 @@ class _Functions(TorchFunctionMode):
         elif func is torch.autograd.grad and self.exits.part != "backward":
             if not kwargs.get("create_graph", len(args) > 4 and args[4]):
                 return self.exits.differentiated(func, args, kwargs)
+        elif func == _SET_DATA:
+            self.exits.written(args[0], args[1])
         elif func in _EXITS and args:
             tensor = args[0]
             if tensor.requires_grad:

@@ -174,8 +174,10 @@ class Segment:
             self._prefetch()
 
     def release(self) -> None:
-        """Forget the graph of the backward pass."""
+        """Forget the graph of the backward pass, and derivatives that were kept."""
         self._linearized = None
+        for stacked in self._plan:
+            stacked.forget()
 
     def _batched(
         self,
@@ -214,7 +216,9 @@ class Segment:
         if self._stacks is None:
             self._stacks = not self._hooks and not any(map(is_python_node, self.nodes))
             inputs = self.graph.inputs
-            self._plan = [Stacked(node, inputs[node]) for node in reversed(self.nodes)] if self._stacks else []
+            keeps = not self.recomputes
+            nodes = reversed(self.nodes) if self._stacks else ()
+            self._plan = [Stacked(node, inputs[node], remembers=keeps) for node in nodes]
         if self._stacks:
             count = stacked[0].shape[0]
             with torch.no_grad():
@@ -237,12 +241,18 @@ class Segment:
         for value, cotangent in zip(self.target, cotangents, strict=True):
             grads[value] = grads[value] + cotangent if value in grads else cotangent
         reused = {stacked.outputs[0] for stacked in self._plan if stacked.in_place}
+        # every step of a loop over time may read a part of one value, which is then made whole once
+        reused |= {stacked.part_of for stacked in self._plan if stacked.part_of is not None}
         for stacked in self._plan:
-            given = [grads.pop(value, None) for value in stacked.outputs]
-            if all(grad is None for grad in given):
+            outputs = stacked.outputs
+            given = [grads.pop(outputs[0], None)] if len(outputs) == 1 else [grads.pop(v, None) for v in outputs]
+            if given[0] is None and (len(given) == 1 or all(grad is None for grad in given)):
                 continue
-            mine = len(given) == 1 and stacked.outputs[0] in own
+            mine = len(given) == 1 and outputs[0] in own
             try:
+                if stacked.part_of in own and stacked.part_of in grads and given[0] is not None:
+                    stacked.add_to(grads[stacked.part_of], given[0])
+                    continue
                 pulled = stacked.pull(given, overwrite=mine)
             except Exception as error:
                 raise _failed_backward(stacked.node, error) from error

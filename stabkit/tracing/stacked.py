@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from math import prod
 from typing import Any
 
@@ -26,46 +25,42 @@ from stabkit.tracing.node_derivatives import (
     signed,
     transposed_convolution,
 )
-from stabkit.tracing.values import Value, meta_of, operation
+from stabkit.tracing.values import Meta, Value, meta_of, operation
 from stabkit.vocabulary import ACTIVATIONS, COSTLY, is_python_node, moves
 
+_REMEMBERED = 2**20  # the largest derivative that is kept from walk to walk, in numbers
 #: Of a node, the stacked cotangents of its outputs, its active inputs, and whether the first cotangent may be
 #: overwritten: the gradient of every edge.
 Rule = Callable[[Any, Cotangents, Sequence[Value], bool], Sequence[Tensor | None]]
 
 
-@dataclass(frozen=True, eq=False)
 class Stacked:
     """A node that takes many cotangents at once.
 
     Args:
         node: the node.
         active: the inputs that are wanted.
+        remembers: whether to keep a derivative that was asked for before, until `forget`.
 
     Attributes:
         outputs: its values.
         in_place: whether its result may take the place of its only cotangent.
+        part_of: the value of which its output is a part, whose other entries get nothing from it.
     """
 
-    node: Node
-    active: Sequence[Value]
-    outputs: tuple[Value, ...] = field(init=False)
-    in_place: bool = field(init=False)
-    _edges: tuple[Value | None, ...] = field(init=False)
-    _rule: Rule | None = field(init=False)
-
-    def __post_init__(self) -> None:
-        known = set(self.active)
-        edges = _edges(self.node)
-        rule = _rule(self.node, self.active)
-        settings = {
-            "outputs": tuple(Value(self.node, i) for i in range(len(self.node._input_metadata))),
-            "in_place": rule in (_by_derivative, _batch_norm, _relu),
-            "_edges": tuple(edge if edge in known else None for edge in edges),
-            "_rule": rule,
-        }
-        for name, value in settings.items():
-            object.__setattr__(self, name, value)
+    def __init__(self, node: Node, active: Sequence[Value], *, remembers: bool = False) -> None:
+        self.node = node
+        self.active = active
+        self.outputs = tuple(Value(node, i) for i in range(len(node._input_metadata)))
+        rule = _rule(node, active)
+        self.in_place = rule in (_by_derivative, _batch_norm, _relu)
+        known = set(active)
+        self._edges = [(edge, meta_of(edge)) if edge is not None and edge in known else None for edge in _edges(node)]
+        self._rule = rule
+        self.part_of = active[0] if rule in _PARTS else None
+        self._remembers = remembers and rule is _by_derivative
+        self._asked = False
+        self._factor: Tensor | None = None
 
     @property
     def by_rule(self) -> bool:
@@ -81,12 +76,33 @@ class Stacked:
         """
         if self._rule is None:
             return _batched(self.node, cotangents, self.active)
-        grads = self._rule(self.node, cotangents, self.active, overwrite and self.in_place)
+        if self._remembers:
+            grads: Sequence[Tensor | None] = (_times(_first(cotangents), self._derivative(), overwrite),)
+        else:
+            grads = self._rule(self.node, cotangents, self.active, overwrite and self.in_place)
         return [
-            (value, _as_recorded(value, grad))
-            for value, grad in zip(self._edges, grads, strict=False)
-            if value is not None and grad is not None
+            (edge[0], _as_recorded(edge[1], grad))
+            for edge, grad in zip(self._edges, grads, strict=False)
+            if edge is not None and grad is not None
         ]
+
+    def add_to(self, whole: Tensor, cotangent: Tensor) -> None:
+        """Add a stacked cotangent of the output to that of the value `part_of` which it is a part."""
+        _PARTS[self._rule](self.node, [whole], self.active, False)[0].add_(cotangent)  # type: ignore[union-attr]
+
+    def forget(self) -> None:
+        """Let go of what was remembered."""
+        self._asked, self._factor = False, None
+
+    def _derivative(self) -> Tensor:
+        """It is kept from the second time on: most nodes are walked once."""
+        if self._factor is not None:
+            return self._factor
+        factor = _derivative(self.node)
+        if self._asked and factor.numel() <= _REMEMBERED:
+            self._factor = factor
+        self._asked = True
+        return factor
 
 
 def _edges(node: Node) -> list[Value | None]:
@@ -113,11 +129,10 @@ def _batched(node: Node, cotangents: Cotangents, active: Sequence[Value]) -> lis
     return list(zip(reached, grads, strict=True))
 
 
-def _as_recorded(value: Value, grad: Tensor) -> Tensor:
+def _as_recorded(meta: Meta, grad: Tensor) -> Tensor:
     """As the engine does after a node: broadcast dimensions summed, in the dtype of the value."""
-    meta = meta_of(value)
-    whole = (grad.shape[0], *meta.shape)
-    if tuple(grad.shape) != whole:
+    if grad.shape[1:] != meta.shape:
+        whole = (grad.shape[0], *meta.shape)
         more = grad.dim() - len(whole)
         grad = (grad.sum(tuple(range(1, 1 + more))) if more else grad).sum_to_size(whole)
     if grad.dtype != meta.dtype:
@@ -166,7 +181,7 @@ def _elementwise(
     node: Any, cotangents: Cotangents, active: Sequence[Value], overwrite: bool
 ) -> Sequence[Tensor | None]:
     """What the node saved meets the last dimensions of the cotangent, so the first may be there or not."""
-    raw = call_node(node, cotangents)
+    raw = node(*cotangents)
     return raw if isinstance(raw, tuple) else (raw,)
 
 
@@ -378,6 +393,8 @@ def _reduced(node: Any, cotangents: Cotangents, active: Sequence[Value], overwri
     return (given.expand(len(given), *shape),)
 
 
+# selections: their backward, and the forward operation on what is stacked, which is a view
+_PARTS: dict[Rule | None, Rule] = {_selected: _select_of, _sliced: _slice_of}
 # products with a matrix, and which of their arguments the matrix multiplies
 _LINEAR = {"AddmmBackward0": 1, "MmBackward0": 0}
 _RESHAPED = moves("reshape")

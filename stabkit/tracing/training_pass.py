@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import Node
 from torch.overrides import TorchFunctionMode
 
+from stabkit import errors
 from stabkit.tracing.containers import map_tensors, named_tensors
 from stabkit.tracing.endpoints import UnreachedError, scalar_loss
 from stabkit.tracing.forward_pass import ForwardPass
@@ -26,14 +27,12 @@ from stabkit.tracing.recording import Call, Recording, recording_calls
 from stabkit.tracing.sharding import take_whole
 from stabkit.tracing.transparency import EagerMode, transparent
 from stabkit.tracing.untouched_model import unchanged
-from stabkit.tracing.values import value_of
+from stabkit.tracing.values import normal_from, value_of
 
-_LIBRARIES = (str(Path(torch.__file__).parent), str(Path(__file__).parent.parent))
-_PASSES = (
-    "training_pass",
-    "evaluated",
-    "summing_operations",
-)  # functions of this package that run a model: code further out is the user's
+#: Folders whose code is not the user's.
+LIBRARIES = (str(Path(torch.__file__).parent), str(Path(errors.__file__).parent))
+#: functions of this package that run a model: code further out is the user's
+_PASSES = ("training_pass", "evaluated", "summing_operations")
 
 
 class Observer(EagerMode):
@@ -216,7 +215,7 @@ def combination(output: Any, seed: int) -> Tensor | None:
     for _, tensor in named_tensors(output):
         if not (differentiable(tensor) and tensor.requires_grad and tensor.numel()):
             continue
-        drawn = torch.randn(tensor.shape, generator=generator, dtype=torch.float64).to(tensor)
+        drawn = normal_from(generator, tensor.shape).to(tensor)
         part = (drawn * tensor).sum().real
         total = part if total is None else total + part.to(total)
     return total
@@ -251,7 +250,7 @@ def calling_line() -> str:
         code = frame.f_code
         if code.co_name in _PASSES:
             return ""
-        if not code.co_filename.startswith((*_LIBRARIES, "<")):
+        if not code.co_filename.startswith((*LIBRARIES, "<")):
             return f"{Path(code.co_filename).name}:{frame.f_lineno}"
         frame = frame.f_back
     return ""

@@ -13,7 +13,7 @@ from stabkit.walk.backwards import (
     space_at,
     walk_back,
 )
-from stabkit.walk.balancing import PROBE, Cotangents, balanced, drawn, probe_seeds, wide
+from stabkit.walk.balancing import PROBE, Cotangents, balanced, drawn, norms, probe_seeds, wide
 
 __all__ = [
     "PROBE",
@@ -28,6 +28,7 @@ __all__ = [
     "drawn",
     "joined",
     "loss_columns",
+    "norms",
     "probe_seeds",
     "random_columns",
     "space_at",

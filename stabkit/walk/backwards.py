@@ -184,7 +184,9 @@ def _through(
     parts = [part for part in parts if part.shape[2]]
     k = carried.columns.shape[2]
     if parts:
-        pulled = _in_batches(step, pull, parts[0] if len(parts) == 1 else torch.cat(parts, 2))
+        # columns are rows in memory, and stay so
+        sent = parts[0] if len(parts) == 1 else torch.cat([part.movedim(2, 0) for part in parts]).movedim(0, 2)
+        pulled = _in_batches(step, pull, sent)
     else:
         pulled = drawn(source, ())
     ends = k

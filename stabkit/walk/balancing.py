@@ -13,6 +13,7 @@ from torch import Tensor
 from stabkit.tracing.step_products import Space
 from stabkit.tracing.values import standard_normal
 
+_PART = 2**18  # numbers that are widened at once
 PROBE = 1_000_003  # between the seeds of two random cotangents: more than the seeds drawn anew within one add
 
 
@@ -46,6 +47,17 @@ def wide(tensor: Tensor) -> Tensor:
     return (tensor.cpu() if tensor.device.type == "mps" else tensor).to(torch.float64)
 
 
+def norms(columns: Tensor) -> Tensor:
+    """``(batch, k)``, norms of columns ``(batch, size, k)`` in float64 on the CPU.
+
+    Part by part: of long columns, memory for all of them in float64 takes longer to get than they take to square.
+    """
+    rows = max(1, _PART // max(1, columns.shape[0] * columns.shape[2]))
+    parts = [torch.linalg.vector_norm(wide(part), dim=1) for part in torch.split(columns, rows, dim=1)]
+    found: Tensor = parts[0] if len(parts) == 1 else torch.linalg.vector_norm(torch.stack(parts), dim=0)
+    return found.cpu()
+
+
 @dataclass(frozen=True)
 class Cotangents:
     """Columns that stand for 2^powers times themselves; made by `balanced`.
@@ -64,8 +76,7 @@ class Cotangents:
     @cached_property
     def own_logs(self) -> Tensor:
         """``(batch, k)``, log of the norm of the columns themselves; -inf for zero."""
-        logs: Tensor = torch.linalg.vector_norm(wide(self.columns), dim=1).cpu().log()
-        return logs
+        return norms(self.columns).log()
 
     @property
     def log_norms(self) -> Tensor:
@@ -113,7 +124,7 @@ def balanced(columns: Tensor, powers: Tensor | None = None) -> Cotangents:
         return Cotangents(columns, powers)
     # half precision cannot hold the powers of two that it may need, so it is multiplied in single
     working = torch.promote_types(columns.dtype, torch.float32)
-    largest = torch.linalg.vector_norm(columns, math.inf, dim=1).to("cpu").to(torch.float64)
+    largest = torch.maximum(columns.amax(1), -columns.amin(1)).to("cpu").to(torch.float64)
     shift = torch.frexp(largest).exponent.to(torch.float64)
     shift = torch.where(largest.isfinite() & (largest > 0), shift, 0.0)
     if not bool(shift.any()):

@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import stabkit
 from stabkit.analysis import Listener
-from stabkit.analysis.work import LEAST, Demand, allot, operations
+from stabkit.analysis.work import FEWEST, LEAST, Demand, allot, operations
 from stabkit.diagnosis.branches import merges
 from stabkit.operators import Jacobian
 
@@ -63,7 +63,8 @@ def test_work_goes_to_all_alike_or_to_the_first():
     assert allot(demands, 3 * 8000.0) == {4: 800, 2: 800, 0: 800}
     assert allot(demands, 3 * 1000.0) == {4: 100, 2: 100, 0: 100}
     assert allot(demands, 1700.0) == {4: LEAST, 2: LEAST}
-    assert allot(demands, 1.0) == {4: LEAST}
+    assert allot(demands, 10.0 * FEWEST) == {4: LEAST}
+    assert allot(demands, 1.0) == {4: FEWEST}
     assert allot([], 1.0) == {}
 
 
@@ -76,6 +77,19 @@ def test_a_large_model_gets_the_spectra_that_its_work_allows_and_says_what_was_l
     one, other = (report.steps[3].largest_singular_value for report in (cheap, full))
     assert one == pytest.approx(other, rel=0.02)
     assert all(step.spectral_radius is not None for step in full.steps)
+
+
+def test_where_one_product_costs_much_of_the_work_the_largest_singular_value_alone_is_looked_for():
+    torch.manual_seed(0)
+    model, x = nn.LSTM(16, 16, batch_first=True), torch.randn(2, 64, 16)
+    cheap, full = (stabkit.analyze(lambda x: model(x)[0], x, spectrum=s, depth="auto") for s in ("auto", "full"))
+    (note,) = [note for note in cheap.notes if "spectra were kept cheap" in note]
+    assert f"stop after {FEWEST} products" in note
+    assert "the largest singular value alone" in note
+    step, other = cheap.steps[0], full.steps[0]
+    assert step.z is None
+    assert step.largest_singular_value == pytest.approx(other.largest_singular_value, rel=0.03)
+    assert step.largest_singular_value <= other.largest_singular_value * (1 + 1e-6)
 
 
 def test_products_pass_only_the_samples_that_are_wanted():

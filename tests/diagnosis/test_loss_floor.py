@@ -161,3 +161,48 @@ def test_ranges_follow_what_bounds_and_stop_at_what_does_not():
     for tensor, (low, high) in cases:
         held = range_of(tensor.grad_fn)
         assert (held.low, held.high) == pytest.approx((low, high)), tensor.grad_fn
+
+
+YES = (NOISE[:, :1] > 0).double().float()
+
+
+@pytest.mark.parametrize(("last", "floor"), [(nn.ReLU(), 0.35), (nn.Tanh(), 0.31)])
+def test_logits_of_a_binary_cross_entropy_that_are_held_have_a_floor(last, floor):
+    loss = functional.binary_cross_entropy_with_logits
+    (found,) = said(ended(last, 1), lambda out: loss(out, YES))
+    assert found.numbers["floor"] == pytest.approx(floor, abs=0.1)
+    assert "before the loss away" in found.remedy
+    assert found.actions
+
+
+def test_binary_targets_that_are_probabilities_or_left_out_are_no_fault():
+    plain = ended(nn.Identity(), 1)
+    bce = functional.binary_cross_entropy_with_logits
+    assert said(plain, lambda out: bce(out, NOISE[:, :1].sigmoid())) == []
+    assert said(plain, lambda out: bce(out, YES * 0.9 + 0.05, pos_weight=torch.tensor([3.0]))) == []
+    left_out = YES.clone()
+    left_out[:10] = -1
+    assert said(plain, lambda out: (bce(out, left_out, reduction="none") * (left_out >= 0)).mean()) == []
+    assert said(plain, lambda out: bce(out, left_out, weight=(left_out >= 0).float())) == []
+    assert said(ended(nn.ReLU(), 1), lambda out: bce(out, torch.ones(40, 1))) == []
+
+
+def squared(out: Tensor) -> Tensor:
+    difference = out - NOISE
+    return (difference * difference).mean()
+
+
+@pytest.mark.parametrize("loss", [squared, lambda out: (out - NOISE).cosh().log().mean()])
+def test_errors_by_other_even_functions_are_held_against_the_range_too(loss):
+    (found,) = said(ended(nn.Softplus(), 6), loss)
+    assert found.numbers["outside"] == pytest.approx(0.5, abs=0.08)
+
+
+def test_scores_of_classes_that_a_relu_cuts_off_are_told_where_training_gains_without_it():
+    model = ended(nn.ReLU(), 10)
+    with torch.no_grad():
+        model[2].bias.sub_(0.5)
+    (found,) = said(model, label)
+    assert "none below zero" in found.evidence
+    assert found.actions
+    assert not said(ended(nn.Identity(), 10), label)

@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint, checkpoint_sequential
 
 import stabkit
 from stabkit.diagnosis import Finding, examine
+from stabkit.diagnosis.finding import serious
 from stabkit.errors import TraceError
 from stabkit.tracing.forward_pass import ForwardPass
 from stabkit.tracing.lost_gradient import lost_gradient
@@ -99,16 +100,51 @@ def test_without_a_loss_nobody_knows_what_was_meant():
     assert found.severity == "info"
 
 
-def test_what_never_runs_is_said_and_weighs_by_its_size_and_the_mode():
-    model = Net(lambda enc, x: torch.zeros(8, 8))
+def test_what_never_runs_does_no_harm():
+    (found,) = said(Net(lambda enc, x: torch.zeros(8, 8)))
+    assert (found.severity, found.module_path) == ("info", "enc")
+    assert "never runs" in found.evidence
+
+
+def test_what_runs_for_nothing_weighs_by_its_size_and_the_mode():
+    model = Net(lambda enc, x: 0 * x.new_zeros(enc(x).shape))
     (found,) = said(model)
     assert (found.severity, found.module_path) == ("warning", "enc")
-    assert "never runs" in found.evidence
+    assert "nothing that counts is made" in found.evidence
     assert said(model.eval())[0].severity == "info"
     assert said(model.train(), None)[0].severity == "info"  # a way through it that this call did not ask for
     for parameter in model.enc.parameters():
         parameter.requires_grad_(False)
     assert said(model.train()) == []
+
+
+class Maker(nn.Module):
+    """Its weights are made by another layer, and made a parameter in some way."""
+
+    def __init__(self, register: Callable[[nn.Linear, Tensor], None]) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.maker, self.lin, self.register = nn.Linear(6, 48), nn.Linear(6, 8), register
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.register(self.lin, self.maker(x).mean(0).view(8, 6))
+        return self.lin(x)
+
+
+REGISTERED: dict[str, tuple[Callable[[nn.Linear, Tensor], None], str]] = {
+    "a parameter": (lambda lin, w: setattr(lin, "weight", nn.Parameter(w)), "nn.Parameter(...)"),
+    "a parameter of a product": (lambda lin, w: setattr(lin, "weight", nn.Parameter(2 * w)), "nn.Parameter(...)"),
+    "data": (lambda lin, w: setattr(lin.weight, "data", w.data), "detach ("),
+    "copied": (lambda lin, w: setattr(lin, "weight", nn.Parameter(w.clone().detach())), "detach ("),
+}
+
+
+@pytest.mark.parametrize("name", REGISTERED)
+def test_weights_that_lose_their_history_when_they_are_registered(name):
+    register, place = REGISTERED[name]
+    found = [f for f in said(Maker(register)) if serious(f)]
+    assert [f.module_path for f in found] == ["maker"]
+    assert place in found[0].evidence
 
 
 class Experts(nn.Module):

@@ -109,6 +109,40 @@ def test_a_custom_function_is_not_stacked():
 
 
 @pytest.mark.parametrize(
+    "function",
+    [
+        lambda x: sum(x[:, t].tanh() * (t + 1) for t in range(3)),
+        lambda x: torch.stack([x[:, -1 - t, 1:].sin() for t in range(3)], 1) + x[..., :3],
+        lambda x: x[:, 0] * x[:, 1] + (2 * x)[:, 2],
+    ],
+    ids=["select", "slices of selections", "beside the whole"],
+)
+def test_parts_of_one_value_are_put_together_in_place(function):
+    segment = _segment(function)
+    many = torch.randn(4, *segment.target_metas[0].shape, dtype=torch.float64)
+    assert any(stacked.part_of is not None for stacked in _planned(segment, many))
+    together = segment.vjp_batch([many])[0]
+    alone = torch.stack([segment.vjp([one])[0] for one in many])
+    torch.testing.assert_close(together, alone, rtol=1e-14, atol=1e-14)
+
+
+def _planned(segment, many):
+    segment.vjp_batch([many])
+    return segment._plan
+
+
+def test_a_derivative_is_kept_from_the_second_walk_on_until_it_is_released():
+    segment = _segment(lambda x: F.silu(F.gelu(x)))
+    many = torch.randn(4, 2, 3, 4, dtype=torch.float64)
+    first, second, third = (segment.vjp_batch([many.clone()])[0] for _ in range(3))
+    assert torch.equal(first, second)
+    assert torch.equal(first, third)
+    assert sum(stacked._factor is not None for stacked in segment._plan) == 2
+    segment.release()
+    assert all(stacked._factor is None for stacked in segment._plan)
+
+
+@pytest.mark.parametrize(
     "function", [lambda x: x + x, lambda x: x - 1, lambda x: 3 * x, lambda x: x.relu(), lambda x: x.tanh()]
 )
 def test_elementwise_nodes_take_stacked_cotangents_in_place(function):

@@ -1,0 +1,38 @@
+"""What is wrong with a model and its loss as they are called in training, whatever its gradients are like."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from stabkit.diagnosis.affine_models import affine_findings
+from stabkit.diagnosis.finding import Finding, serious
+from stabkit.diagnosis.last_dropout import last_dropout_findings
+from stabkit.diagnosis.loss_domains import loss_domain_findings
+from stabkit.diagnosis.lost_order import lost_order_findings
+from stabkit.diagnosis.made_anew import made_anew_findings
+from stabkit.tracing import Flow
+from stabkit.tracing.forward_pass import ForwardPass
+from stabkit.tracing.training_pass import TrainingPass
+
+
+def call_findings(
+    flow: Flow, loss: Any, call: ForwardPass, done: TrainingPass, others: Sequence[Finding]
+) -> list[Finding]:
+    """Parameters that are made anew, dropout of predictions, losses of what they are not made for, affine models.
+
+    Args:
+        flow: the traced pass.
+        loss: a callable on the output that returns a scalar.
+        call: the pass as training makes it.
+        done: its loss, on the graph.
+        others: what else was found: a loss that is known to be taken of something else is said once.
+    """
+    found = [*made_anew_findings(flow, loss, call, done), *last_dropout_findings(flow, loss, call, done)]
+    if not any(finding.kind == "loss" and serious(finding) for finding in others):
+        found += loss_domain_findings(flow, loss, call, done)
+    if not any(
+        serious(finding) for finding in (*others, *found)
+    ):  # a model that does not train tells nothing by a trial
+        found += affine_findings(flow, loss, call, done) or lost_order_findings(flow, loss, call, done)
+    return found

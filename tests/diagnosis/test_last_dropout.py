@@ -1,0 +1,138 @@
+"""Dropout of the predictions themselves puts a floor under the loss; dropout before the last layer does not."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+import stabkit
+from stabkit.diagnosis import Finding, examine
+from stabkit.diagnosis.finding import serious
+from stabkit.diagnosis.last_dropout import _expected_log
+
+SAMPLES = 64
+INPUTS = torch.randn(SAMPLES, 8, generator=torch.Generator().manual_seed(1))
+Y = 2 + INPUTS[:, 0] + INPUTS[:, 1] * INPUTS[:, 2]
+LABELS = (INPUTS[:, 0] > 0).long() + (INPUTS[:, 1] > 0).long()
+
+
+def body(outputs: int) -> list[nn.Module]:
+    torch.manual_seed(0)
+    return [nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, outputs)]
+
+
+def said(model: nn.Module, loss: Callable[[Tensor], Tensor]) -> list[Finding]:
+    found = examine(stabkit.trace(model, INPUTS), loss).findings
+    return [f for f in found if f.kind == "loss" and "dropout" in f.evidence]
+
+
+class ByHand(nn.Module):
+    """A function of torch, or one that is written out."""
+
+    def __init__(self, drop: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.body, self.drop = nn.Sequential(*body(1)), drop
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.drop(self.body(x)).squeeze(-1)
+
+
+def squares(out: Tensor) -> Tensor:
+    return functional.mse_loss(out.reshape(-1), Y)
+
+
+def entropy(out: Tensor) -> Tensor:
+    return functional.cross_entropy(out, LABELS)
+
+
+# model, loss, the floor
+DROPPED: dict[str, tuple[Callable[[], nn.Module], Callable[[Tensor], Tensor], float]] = {
+    "module": (lambda: nn.Sequential(*body(1), nn.Dropout(0.5)), squares, 0.5 * float(Y.square().mean())),
+    "function": (
+        lambda: ByHand(lambda h: functional.dropout(h, 0.3)),
+        lambda out: (out - Y).square().mean(),
+        0.3 * float(Y.square().mean()),
+    ),
+    "written out": (
+        lambda: ByHand(lambda h: h * _mask(h, 0.2)),
+        squares,
+        0.2 * float(Y.square().mean()),
+    ),
+    "logits": (
+        lambda: nn.Sequential(*body(3), nn.Dropout(0.5)),
+        entropy,
+        0.5 * (0.5 * math.log(2) + 0.25 * math.log(3)),
+    ),
+    "probabilities": (
+        lambda: nn.Sequential(*body(3), nn.Dropout(0.5), nn.LogSoftmax(1)),
+        lambda out: functional.nll_loss(out, LABELS),
+        0.5 * (0.5 * math.log(2) + 0.25 * math.log(3)),
+    ),
+    "one logit": (
+        lambda: nn.Sequential(*body(1), nn.Dropout(0.4)),
+        lambda out: functional.binary_cross_entropy_with_logits(out.squeeze(-1), (LABELS > 0).float()),
+        0.4 * math.log(2),
+    ),
+}
+
+
+def _mask(like: Tensor, share: float) -> Tensor:
+    return (torch.rand_like(like) > share).float() / (1 - share)
+
+
+@pytest.mark.parametrize("name", DROPPED)
+def test_dropout_of_predictions_is_told_with_its_floor(name):
+    make, loss, floor = DROPPED[name]
+    (found,) = said(make(), loss)
+    assert serious(found)
+    assert found.numbers["floor"] == pytest.approx(floor, rel=1e-4)
+
+
+HEALTHY: dict[str, tuple[Callable[[], nn.Module], Callable[[Tensor], Tensor]]] = {
+    "before the last layer": (
+        lambda: nn.Sequential(*body(16), nn.ReLU(), nn.Dropout(0.5), nn.Linear(16, 1)),
+        squares,
+    ),
+    "in eval mode": (lambda: nn.Sequential(*body(1), nn.Dropout(0.5)).eval(), squares),
+    "of nothing": (lambda: nn.Sequential(*body(1), nn.Dropout(0.0)), squares),
+    "beside a skip": (lambda: ByHand(lambda h: h + functional.dropout(0.1 * h, 0.5)), squares),
+    "features of a head in the loss": (
+        lambda: nn.Sequential(*body(16), nn.Dropout(0.5)),
+        lambda out: entropy(out @ torch.ones(16, 3).cumsum(1)),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", HEALTHY)
+def test_other_dropout_raises_nothing(name):
+    make, loss = HEALTHY[name]
+    assert said(make(), loss) == []
+
+
+def test_little_dropout_of_logits_is_a_fact():
+    (found,) = said(nn.Sequential(*body(3), nn.Dropout(0.05)), entropy)
+    assert found.severity == "info"
+
+
+def test_the_expected_logarithm_is_that_of_a_binomial():
+    drawn = torch.distributions.Binomial(9, torch.tensor(0.3)).sample((20_000,))
+    assert _expected_log(9, 0.3) == pytest.approx(float(drawn.log1p().mean()), abs=0.02)
+
+
+def test_no_network_gets_below_the_floor():
+    make, loss, floor = DROPPED["module"]
+    model = make()
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    for _ in range(200):
+        optimizer.zero_grad()
+        value = loss(model(INPUTS))
+        value.backward()
+        optimizer.step()
+    with torch.no_grad():
+        reached = sum(float(loss(model(INPUTS))) for _ in range(1000)) / 1000
+    assert 0.98 * floor < reached < 1.5 * floor
