@@ -16,7 +16,7 @@ from stabkit.errors import ArgumentError
 
 FORMS = (
     *("scale", "redraw", "fill", "orthogonalise", "add_skip", "insert_norm", "activate", "scale_input", "convert"),
-    *("reset_statistics", "set_option", "shift"),
+    *("reset_statistics", "set_option", "shift", "activate_after"),
 )
 
 
@@ -116,6 +116,7 @@ def _act(model: nn.Module, action: Action, generator: torch.Generator) -> None:
         "add_skip": lambda: _add_skip(model, action["module"], action.get("through")),
         "insert_norm": lambda: _insert_norm(model, action["module"], action["like"]),
         "activate": lambda: _activate(model, action["module"], action["by"]),
+        "activate_after": lambda: _activate_after(model, action["module"], action["by"]),
         "scale_input": lambda: _scale_input(model, action["module"], float(action["factor"])),
         "convert": lambda: _convert(model, action["dtype"]),
         "reset_statistics": lambda: _reset_statistics(_module(model, action["module"])),
@@ -185,6 +186,10 @@ def _insert_norm(model: nn.Module, place: str, like: str) -> None:
 
 def _activate(model: nn.Module, place: str, by: str) -> None:
     _replace(model, place, getattr(nn, by)())
+
+
+def _activate_after(model: nn.Module, place: str, by: str) -> None:
+    _replace(model, place, nn.Sequential(_module(model, place), getattr(nn, by)()))
 
 
 def _scale_input(model: nn.Module, place: str, by: float) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from stabkit.diagnosis.affine_models import affine_findings
 from stabkit.diagnosis.finding import Finding, serious
 from stabkit.diagnosis.last_dropout import last_dropout_findings
 from stabkit.diagnosis.loss_domains import loss_domain_findings
@@ -17,7 +18,7 @@ from stabkit.tracing.training_pass import TrainingPass
 def call_findings(
     flow: Flow, loss: Any, call: ForwardPass, done: TrainingPass, others: Sequence[Finding]
 ) -> list[Finding]:
-    """Parameters that are made anew, dropout of predictions, and losses that are given what they are not made for.
+    """Parameters that are made anew, dropout of predictions, losses of what they are not made for, affine models.
 
     Args:
         flow: the traced pass.
@@ -29,4 +30,8 @@ def call_findings(
     found = [*made_anew_findings(flow, loss, call, done), *last_dropout_findings(flow, loss, call, done)]
     if not any(finding.kind == "loss" and serious(finding) for finding in others):
         found += loss_domain_findings(flow, loss, call, done)
+    if not any(
+        serious(finding) for finding in (*others, *found)
+    ):  # a model that does not train tells nothing by a trial
+        found += affine_findings(flow, loss, call, done)
     return found

@@ -33,6 +33,7 @@ from stabkit.diagnosis.time_verdict import judged_over_time
 from stabkit.diagnosis.trial import follows, tried
 from stabkit.diagnosis.unregistered import unregistered_findings
 from stabkit.diagnosis.unsettled import unsettled_findings
+from stabkit.diagnosis.unused_inputs import unused_input_findings
 from stabkit.diagnosis.verdict import judged_without
 from stabkit.diagnosis.wrong_derivatives import wrong_derivative_findings
 from stabkit.diagnosis.zero_gradients import zero_gradient_findings, zeros_of
@@ -57,9 +58,10 @@ def with_causes(flow: FlowLike, found: Diagnosis, settings: Settings) -> Diagnos
         found = replace(found, findings=tuple(ordered([*unsettled, *found.findings])))
     if function := mixed_batch_findings(flow):
         found = replace(found, findings=tuple(ordered([*found.findings, *function])))
-    found = with_lost_parameters(flow, found, settings)
+    before, found = found, with_lost_parameters(flow, found, settings)
     if found.verdict.name == "non-finite":  # of a parameter alone
         return found
+    found = _of_one_cause(flow, before, found, settings)
     named = [with_slopes(each, found.measurement) for each in with_input_scale(flow, found, settings.thresholds)]
     others = statistics_findings(flow, settings.loss)
     if not any(serious(finding) for finding in named):
@@ -76,6 +78,34 @@ def with_causes(flow: FlowLike, found: Diagnosis, settings: Settings) -> Diagnos
     for cause in over_time:
         over_depth = _without_followers(flow, found, over_depth, cause, settings)
     return replace(found, verdict=verdict, findings=tuple(ordered([*over_depth, *over_time])))
+
+
+def _of_one_cause(flow: Flow, before: Diagnosis, found: Diagnosis, settings: Settings) -> Diagnosis:
+    """What nothing of its own cured, told as what follows where it goes with the remedy of a cause that came after.
+
+    Args:
+        flow: the traced pass.
+        before: the diagnosis without the causes that parameters and the loss show.
+        found: the same with them.
+        settings: how suspects are looked for.
+    """
+    known = {id(finding) for finding in before.findings}
+    for cause in [f for f in found.findings if id(f) not in known and serious(f) and f.actions]:
+        loose = [f for f in found.findings if id(f) in known and serious(f) and not f.actions]
+        if not loose:
+            break
+        trial = tried(flow, loose[0], cause.actions, before, settings)
+        gone = {id(finding) for finding in trial.gone(loose)}
+        if not gone or trial.after is None:
+            continue
+        told = [follows(f, cause) if id(f) in gone else f for f in found.findings]
+        verdict = found.verdict
+        if any(id(f) in gone and f.kind == verdict.name for f in loose):
+            verdict = judged_without(
+                verdict, trial.after.verdict, f"{cause.kind} at {cause.module_path or 'the model'}"
+            )
+        found = replace(found, verdict=verdict, findings=tuple(ordered(told)))
+    return found
 
 
 def _without_followers(
@@ -212,6 +242,7 @@ def _of_training_pass(
     """What a pass as training makes it says of the parameters and of the loss."""
     found = [*zero_gradient_findings(flow, loss, call, done, others), *unregistered_findings(flow, call, done)]
     found += [*mixed_sample_findings(flow, loss, call, done), *next_token_findings(flow, call, done)]
+    found += unused_input_findings(flow, loss, call, done)
     found += call_findings(flow, loss, call, done, others)
     found += wrong_derivative_findings(flow, loss, call, done)
     found += loud_logits_findings(flow, loss, call, done, [*others, *found])

@@ -124,6 +124,8 @@ def collapse_finding(
     """Samples or tokens that arrive as one, although they entered as several."""
     first, last = stretch
     end = last if measurement.steps[last].kind == "transition" else last + 1  # a head may well forget what it pools
+    while end == len(measurement.steps) and end > first + 1 and not measurement.steps[end - 1].weights:
+        end -= 1  # a last activation, whose mean says nothing: a sigmoid begins at a half
     for what, values in (("tokens", found.tokens), ("samples", found.samples)):
         path = values[first : end + 1]
         usable = np.isfinite(path)

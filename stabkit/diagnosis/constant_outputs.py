@@ -14,6 +14,7 @@ from torch import Tensor
 
 from stabkit.diagnosis.collapse import dispersion
 from stabkit.diagnosis.finding import Finding
+from stabkit.errors import TraceError
 from stabkit.tracing import Flow
 from stabkit.tracing.containers import map_tensors, named_tensors
 from stabkit.tracing.endpoints import scalar_loss
@@ -35,8 +36,11 @@ def constant_output_findings(flow: Flow, loss: object) -> list[Finding]:
     if not after < min(_ALIKE, before / _FALL):  # NaN where there is no number
         return []
     value = float(scalar_loss(loss, flow.output).detach())
-    constant, slope, apart = _at_their_means(flow, loss, outputs)
-    near = _NEAR * (_at_random(flow, loss, outputs) - constant)
+    try:
+        constant, slope, apart = _at_their_means(flow, loss, outputs)
+        near = _NEAR * (_at_random(flow, loss, outputs) - constant)
+    except TraceError:  # a loss that refuses other outputs, as one of probabilities does, is no loss of views
+        return []
     if not (constant < value < constant + near and slope < near and apart <= _APART * slope):
         return []
     index = _first_alike(flow, len(held[0]))

@@ -237,6 +237,7 @@ def _confirmed(
     waiting = [finding for finding in suspects if serious(finding)]
     told: dict[int, Finding] = {}
     untried: list[Finding] = []
+    uncured: list[Finding] = []
     verdict = found.verdict
     while waiting:
         suspect = waiting.pop(0)
@@ -273,6 +274,10 @@ def _confirmed(
             for follower in gone:
                 waiting.remove(follower)
                 told[id(follower)] = follows(follower, suspect)
+            for follower in cure.trial.gone(uncured):  # nothing of its own helped, since it was no cause
+                told[id(follower)] = follows(follower, suspect)
+        else:
+            uncured.append(suspect)
     left = [told.get(id(finding)) or _of_no_harm(finding) for finding in suspects]
     if verdict.name == "transient growth" and not any(f.kind == "transient_growth" and serious(f) for f in left):
         verdict = judge(found.measurement.growth, found.measurement.kinds, settings.thresholds)

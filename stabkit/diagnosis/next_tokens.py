@@ -6,14 +6,14 @@ one further on, tokens after a position are replaced, and what the model returne
 
 from __future__ import annotations
 
-import contextlib
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from stabkit.diagnosis.finding import Finding
+from stabkit.diagnosis.module_outputs import ModuleOutputs, float_outputs
 from stabkit.diagnosis.sample_meetings import differing
 from stabkit.diagnosis.weights import step_of
 from stabkit.tracing import Flow
@@ -139,9 +139,9 @@ def _reach(call: ForwardPass, targets: Targets) -> Reach | None:
         drawn = tensor.flatten()[order[: later.numel()].to(tensor.device)].reshape(later.shape)
         return torch.cat([tensor.narrow(targets.axis, 0, kept), drawn], targets.axis)
 
-    plain, moved = _Outputs(call.module), _Outputs(call.module)
+    plain, moved = ModuleOutputs(call.module), ModuleOutputs(call.module)
     one, two = evaluated(call, mode=lambda _: plain), evaluated(call, replaced, lambda _: moved)
-    for old, new in zip(_floats(one.output), _floats(two.output), strict=False):
+    for old, new in zip(float_outputs(one.output), float_outputs(two.output), strict=False):
         changed = _changed(old, new, targets)
         if changed is None or not bool(differing(new, old).any()):
             continue
@@ -152,7 +152,7 @@ def _reach(call: ForwardPass, targets: Targets) -> Reach | None:
     return None
 
 
-def _first(plain: _Outputs, moved: _Outputs, targets: Targets, kept: int) -> str:
+def _first(plain: ModuleOutputs, moved: ModuleOutputs, targets: Targets, kept: int) -> str:
     """The module that first returns something else for a position before."""
     for (path, old), (_, new) in zip(plain.made, moved.made, strict=False):
         changed = _changed(old, new, targets, torch.ones_like(targets.counted))
@@ -174,34 +174,6 @@ def _changed(one: Tensor, other: Tensor, targets: Targets, counted: Tensor | Non
         return None
     differs = differing(other, one).movedim((rows[0], axes[0]), (0, 1)).reshape(samples, times, -1).any(2)
     return differs & (targets.counted if counted is None else counted).to(differs.device)
-
-
-def _floats(output: Any) -> list[Tensor]:
-    return [t.detach() for _, t in named_tensors(output) if t.is_floating_point() and t.dim() > 1]
-
-
-class _Outputs(contextlib.AbstractContextManager[Any]):
-    """Keeps what every module returns, in the order in which they end."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self.made: list[tuple[str, Tensor]] = []
-        self._model = model
-        self._handles: list[Any] = []
-
-    def __enter__(self) -> Any:
-        self._handles = [m.register_forward_hook(self._noting(path)) for path, m in self._model.named_modules()]
-        return self
-
-    def __exit__(self, *_error: object) -> None:
-        for handle in self._handles:
-            handle.remove()
-
-    def _noting(self, path: str) -> Any:
-        def hook(_module: nn.Module, _args: Any, output: Any) -> None:
-            for tensor in _floats(output)[:1]:
-                self.made.append((path, tensor.clone()))
-
-        return hook
 
 
 def _leak(flow: Flow, call: ForwardPass, targets: Targets, path: str | None) -> Finding:

@@ -14,6 +14,7 @@ from stabkit.diagnosis.loss_faults import LOSS
 from stabkit.diagnosis.measurement import Measurement, StepMeasurement
 from stabkit.diagnosis.non_finite_origin import Origin, origin_of
 from stabkit.diagnosis.non_finite_trials import guarded
+from stabkit.diagnosis.softmax_by_hand import BEGINS, stable_softmax
 from stabkit.diagnosis.thresholds import Thresholds
 from stabkit.diagnosis.verdict import factor
 from stabkit.diagnosis.weight_faults import WeightFault, weight_faults
@@ -152,11 +153,12 @@ def _located(
     elif (drawn := _drawn_anew(origin, flow.model)) is not None:
         remedy = drawn
     else:
-        tried = guarded(flow, loss, origin) if isinstance(flow, Flow) else None
-        by_hand = origin.cause.remedy if tried is None else tried.words
+        stable = stable_softmax(flow, loss) if isinstance(flow, Flow) and origin.operation in BEGINS else ""
+        tried = guarded(flow, loss, origin) if isinstance(flow, Flow) and not stable else None
+        by_hand = stable or (origin.cause.remedy if tried is None else tried.words)
         # smaller weights bound nothing: they are the remedy where they are too large, or nothing else is known to help
         smaller = _smaller_exponent(origin, measurement, by_hand)
-        if smaller is not None and (tried is None or _is_large(origin, measurement)):
+        if smaller is not None and ((tried is None and not stable) or _is_large(origin, measurement)):
             remedy = smaller
         else:
             remedy = remedies.Remedy(by_hand)

@@ -139,6 +139,11 @@ def activate(module: str, by: str) -> Action:
     return {"action": "activate", "module": module, "by": by}
 
 
+def activate_after(module: str, by: str) -> Action:
+    """Put an activation of torch behind a module."""
+    return {"action": "activate_after", "module": module, "by": by}
+
+
 def insert_norm(module: str, like: str) -> Action:
     """Put a fresh copy of another module's norm in the place of a module."""
     return {"action": "insert_norm", "module": module, "like": like}

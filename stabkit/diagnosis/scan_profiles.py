@@ -16,7 +16,7 @@ import torch
 
 from stabkit.diagnosis import remedies
 from stabkit.diagnosis.remedies import Remedy
-from stabkit.diagnosis.time_profile import TimeProfile, logs_of
+from stabkit.diagnosis.time_profile import FEWEST, TimeProfile, logs_of
 from stabkit.identification.over_time import Recurrences
 from stabkit.identification.record import Recurrence
 from stabkit.tracing import Flow
@@ -40,7 +40,7 @@ class WrittenOut:
 
     def __init__(self, flow: Flow, known: Collection[str] = ()) -> None:
         self._flow, self._known = flow, frozenset(known)
-        self._scans = [scan for scan in scans_of(flow, 0, len(flow.steps)) if not self._is_called(scan)]
+        self._scans = [scan for scan in scans_of(flow, 0, len(flow.steps), FEWEST) if not self._is_called(scan)]
         self._paths = [flow.recorded.path_of(scan.cycle[-1]) for scan in self._scans]
         self._readings = Recurrences(flow)
         self._records: tuple[Recurrence, ...] | None = None

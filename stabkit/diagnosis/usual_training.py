@@ -15,6 +15,7 @@ from torch import Tensor
 
 from stabkit.diagnosis import remedies
 from stabkit.diagnosis.applying import carried_out
+from stabkit.diagnosis.finding import Action
 from stabkit.diagnosis.short_training import LARGEST, STEPS
 from stabkit.errors import StabkitError
 from stabkit.tracing.forward_pass import ForwardPass
@@ -52,7 +53,9 @@ def adam(rate: float, factor: float = 1.0, eps: float = EPSILON) -> Update:
     return update
 
 
-def left_after(call: ForwardPass, loss: Any, updates: Sequence[Update]) -> float | None:
+def left_after(
+    call: ForwardPass, loss: Any, updates: Sequence[Update], actions: Sequence[Action] = (), *, steps: int = STEPS
+) -> float | None:
     """What is left of a loss after a few steps, over what it was, at the best of some updates; None where not tried.
 
     Infinite where all of them diverge. The model, its buffers and the random state stay as they were.
@@ -61,6 +64,8 @@ def left_after(call: ForwardPass, loss: Any, updates: Sequence[Update]) -> float
         call: the pass as training makes it.
         loss: a callable on the output that returns a scalar.
         updates: ways to move the weights, each of which is tried from the beginning.
+        actions: a remedy that is carried out before each.
+        steps: how many of each.
     """
     model = call.module
     paths = [path for path, p in model.named_parameters() if p.requires_grad and p.is_floating_point()]
@@ -70,27 +75,27 @@ def left_after(call: ForwardPass, loss: Any, updates: Sequence[Update]) -> float
     try:
         for update in updates:
             # stand-ins for all parameters, so that the model's own are never written
-            with carried_out(model, [remedies.scale(path, 1.0) for path in paths]):
-                left.append(_run(call, loss, update))
+            with carried_out(model, [remedies.scale(path, 1.0) for path in paths]), carried_out(model, actions):
+                left.append(_run(call, loss, update, steps))
     except (StabkitError, RuntimeError):
         return None
     return min(left)
 
 
-def _run(call: ForwardPass, loss: Any, update: Update) -> float:
+def _run(call: ForwardPass, loss: Any, update: Update, steps: int) -> float:
     first = math.nan
     with unchanged(call.module) as safe, torch.enable_grad():
         safe.copy_buffers()
         torch.manual_seed(call.seed)
         weights = [p for p in call.module.parameters() if p.requires_grad and p.is_floating_point()]
         states: list[list[Tensor]] = [[] for _ in weights]
-        for step in range(STEPS + 1):
+        for step in range(steps + 1):
             scalar = loss(call.model(*call.inputs, **call.kwargs))
             value = float(scalar.detach())
             first = value if step == 0 else first
             if not math.isfinite(value):
                 return math.inf
-            if step == STEPS:
+            if step == steps:
                 break
             gradients = torch.autograd.grad(scalar, weights, allow_unused=True)
             with torch.no_grad():

@@ -77,7 +77,8 @@ def judge(log_growth: Array, kinds: Sequence[str], thresholds: Thresholds) -> Ve
     count = last - first + 1
     found = Verdict(name, _summary(name, growth, count, thresholds), growth, (low, high), (first, last))
     blocks = sum(kind == "step" for kind in kinds)
-    if name in ("stable", "drift") and blocks < _FEWEST_BLOCKS:
+    alone = count == 1 and blocks == 0 and math.isfinite(growth)  # a model that is one step between two spaces
+    if blocks < _FEWEST_BLOCKS and (name in ("stable", "drift") or alone):
         return not_judged(found, _too_few(blocks, len(kinds)))
     return found
 
@@ -96,6 +97,8 @@ def judged_without(verdict: Verdict, other: Verdict, what: str) -> Verdict:
 def _too_few(blocks: int, count: int) -> str:
     """Why growth over so few blocks says nothing."""
     if blocks == 0:
+        if count == 1:
+            return "the model is one step that changes its space, and growth from one space to another has no zero"
         return f"each of the {count} steps changes its space, and growth from one space to another has no zero"
     return f"one step alone keeps its space, and {count - 1} change it; growth over one block says nothing of depth"
 

@@ -20,6 +20,7 @@ from stabkit.identification.change_of_space import change_of_space
 from stabkit.identification.coefficients import Coefficient, LinearCombination
 from stabkit.identification.composites import with_composite_fields
 from stabkit.identification.confirmation import Check, commutator, defect
+from stabkit.identification.coupled import coupled
 from stabkit.identification.couplings import is_affine_coupling
 from stabkit.identification.diffusion import averages
 from stabkit.identification.field_values import chains_of_other_fields
@@ -87,16 +88,17 @@ def _read(around: Surroundings, found: Slots, start: int, stop: int) -> Identifi
     if iterates_silently(around.flow, start, stop) and fixed_point(around.flow) is not None:
         return _implicit(around, steps)
     if not found.sources or not found.targets:
-        return nothing(steps, "unknown", "nothing that this step computes is used by a later one", "unknown")
+        return nothing(steps, "unknown", "which of the values around this step are its states was not found", "unknown")
     if len(found.sources) == len(found.targets) == 1:
         return _one_state(around, found, steps)
     record = read_several_states(around, found, steps)
     before, after = (around.flow.states[i].values for i in (start, stop))
-    if record.name != "unnamed" or not found.split or len(before) != 1 or len(after) != 1:
-        return record
-    whole = replace(found, sources=before, targets=after, split=False)  # streams that are split off and mixed again
-    streams = mixed_streams(around.flow, start, stop, around.whole(start, stop, whole))
-    return record if streams is None else _of_streams(streams, steps)
+    if record.name == "unnamed" and found.split and len(before) == len(after) == 1:
+        whole = replace(found, sources=before, targets=after, split=False)  # streams split off and mixed again
+        streams = mixed_streams(around.flow, start, stop, around.whole(start, stop, whole))
+        if streams is not None:
+            return _of_streams(streams, steps)
+    return coupled(around, found, steps, record, _one_state)
 
 
 def _implicit(around: Surroundings, steps: tuple[int, ...]) -> Identification:
@@ -346,7 +348,7 @@ def _read_sums(around: Surroundings, found: Slots, links: Sequence[Link], steps:
     record = replace(
         record,
         evidence="proven" if kinds <= {"scalar"} and named.is_known and not any(map(_depends, sums)) else "measured",
-        notes=(*_linear_part(relaxed), *_notes(around, sums, table), *record.notes),
+        notes=(*_masked(kinds), *_linear_part(relaxed), *_notes(around, sums, table), *record.notes),
         checks=_checks(sums, table) if around.checks else (),
     )
     threshold = soft_threshold(around.flow, steps[-1] + 1, links[-1]) if behind else None
@@ -397,6 +399,10 @@ def _linear_links(links: Sequence[Link]) -> list[Link]:
         if link.kind in ("sum", "scaling") and not after:
             found.append(link)
     return found
+
+
+def _masked(kinds: set[str]) -> tuple[str, ...]:
+    return ("a mask sets some entries to zero: the step is that of the others",) if "masked" in kinds else ()
 
 
 def _linear_part(relaxed: tuple[Blocks, float] | None) -> tuple[str, ...]:

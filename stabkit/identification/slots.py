@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch.autograd.graph import Node
 
-from stabkit.identification.operations import JOINS
+from stabkit.identification.operations import ADDS, JOINS, MOVES
 from stabkit.tracing import Flow
 from stabkit.tracing.graph import Graph
 from stabkit.tracing.loops import Loop
@@ -17,6 +17,8 @@ from stabkit.tracing.values import Value, meta_of, operation
 from stabkit.vocabulary import moves
 
 _SPLITS = moves("select")
+_REARRANGE = moves("reshape") | moves("permute")
+_FEW_MOVES = 4
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,12 +30,14 @@ class Slots:
         targets: new states, in the same order.
         contexts: values held fixed: the input of a recurrent network.
         split: whether the states are parts of one tensor.
+        earlier: how many steps of the flow before the first one the old states were made.
     """
 
     sources: tuple[Value, ...]
     targets: tuple[Value, ...]
     contexts: tuple[Value, ...]
     split: bool
+    earlier: int = 0
 
 
 def slots(flow: Flow, start: int, stop: int, loops: Sequence[Loop] = ()) -> Slots:
@@ -61,6 +65,8 @@ def slots(flow: Flow, start: int, stop: int, loops: Sequence[Loop] = ()) -> Slot
         new = list(after.values)
     new = [v for v in new if v in used or v not in before.values]  # the others only pass by, on their way to the output
     old = [v for v in before.values if v in used]
+    if stop < len(flow.steps) and len(new) < len(old):
+        new = _with_waiting(flow, nodes, [v for v in old if v not in after.values], stop, new)
     fed = _read_ahead(flow, nodes, old, new)
     old, new = [v for v in old if v not in fed], [v for v in new if v not in fed]
     contexts = _contexts(flow, start, old, new)
@@ -68,15 +74,72 @@ def slots(flow: Flow, start: int, stop: int, loops: Sequence[Loop] = ()) -> Slot
     return _arranged(graph, nodes, old, new, (*contexts, *(v for v in fed if v in before.values)))
 
 
+def _with_waiting(flow: Flow, nodes: Sequence[Node], dropped: list[Value], stop: int, new: list[Value]) -> list[Value]:
+    """New values with those that wait for a later step than the next one: an encoder's result, a sum beside the state.
+
+    Where there are others, those alone that follow an old one along additions; what is collected for the output, by a
+    join at the end, does not count as read.
+    """
+    graph, after = flow.recorded.graph, flow.states[stop]
+    last = {v.node for v in flow.states[-1].values if operation(v.node) in JOINS}
+    read = {v for node in graph.nodes[after.position :] if node not in last for v in graph.inputs[node]}
+    made, follows = set(nodes), set(dropped)
+    for node in nodes:
+        if operation(node) in ADDS | MOVES and not follows.isdisjoint(graph.inputs[node]):
+            follows.update(Value(node, i) for i in range(len(node._input_metadata)))
+    waiting = [v for v in after.values if v.node in made and v in read and (not new or v in follows)]
+    return [*new, *(v for v in waiting if v not in new)]
+
+
 def _arranged(
     graph: Graph, nodes: Sequence[Node], old: list[Value], new: list[Value], contexts: tuple[Value, ...]
 ) -> Slots:
     """States in the order in which they were made, or the parts of them."""
     sources, targets = (sorted(values, key=lambda v: (_born(graph, v), v.output)) for values in (old, new))
+    targets = _by_shape(sources, targets)
     parted = _parted(graph, nodes, sources, targets)
     if parted is not None:
         return Slots(*parted, contexts, True)
     return Slots(tuple(sources), tuple(targets), contexts, False)
+
+
+def laid_out_alike(graph: Graph, nodes: Sequence[Node], found: Slots) -> Slots:
+    """One state behind moves that it alone passes at once, or before such that end the step, where shapes then agree.
+
+    A batch that comes first between layers, and time first inside of one, is one state.
+    """
+    source, target = found.sources[0], found.targets[0]
+    starts, ends = [source], [target]
+    while (after := _moved_on(graph, nodes, starts[-1])) is not None and len(starts) <= _FEW_MOVES:
+        starts.append(after)
+    while operation(ends[-1].node) in _REARRANGE and len(ends) <= _FEW_MOVES and ends[-1].node in nodes:
+        ends.append(graph.inputs[ends[-1].node][0])
+    for a in starts:
+        for b in ends:
+            if meta_of(a).shape == meta_of(b).shape and a != b:
+                return replace(found, sources=(a,), targets=(b,))
+    return found
+
+
+def _moved_on(graph: Graph, nodes: Sequence[Node], value: Value) -> Value | None:
+    """What a value is after the one operation that reads it, when that puts its entries into another order."""
+    readers = [node for node in nodes if value in graph.inputs[node]]
+    if len(readers) != 1 or operation(readers[0]) not in _REARRANGE or len(graph.inputs[readers[0]]) != 1:
+        return None
+    return Value(readers[0], 0)
+
+
+def _by_shape(sources: list[Value], targets: list[Value]) -> list[Value]:
+    """Targets with those of one shape where the sources of that shape are, in the order in which they were made."""
+    shapes, left = [meta_of(v).shape for v in sources], list(targets)
+    if sorted(shapes) != sorted(meta_of(v).shape for v in targets):
+        return targets
+    found = []
+    for shape in shapes:
+        target = next(v for v in left if meta_of(v).shape == shape)
+        left.remove(target)
+        found.append(target)
+    return found
 
 
 def _contexts(flow: Flow, start: int, old: list[Value], new: list[Value]) -> list[Value]:

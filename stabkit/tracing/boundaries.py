@@ -22,6 +22,7 @@ from stabkit.errors import TraceError
 from stabkit.tracing.frontiers import Frontiers
 from stabkit.tracing.intervals import Interval, Intervals
 from stabkit.tracing.rounds import around_rounds
+from stabkit.tracing.tandem import tandem_repeat
 from stabkit.tracing.values import operation
 
 Depth = str | Sequence[str] | Callable[[str, nn.Module], bool]
@@ -136,7 +137,25 @@ def _gaps(intervals: Intervals, units: Sequence[Interval]) -> list[_Gap]:
                 position = before.stop  # a norm before the head is no part of the last block
             gaps.append(_Gap(position, int(intervals.width[position]), before, after))
             before_shapes = intervals.shapes(position)
-    return gaps
+    return _alike_in_rounds(intervals, gaps)
+
+
+def _alike_in_rounds(intervals: Intervals, gaps: list[_Gap]) -> list[_Gap]:
+    """Gaps with those between the same two modules at the place where most of them are: the last round ends as others.
+
+    There the input of every round is needed no more, so less is alive behind what takes it.
+    """
+    places: dict[tuple[str, str], Counter[int]] = {}
+    for gap in gaps:
+        places.setdefault((gap.before.path, gap.after.path), Counter())[gap.position - gap.before.stop] += 1
+    found = []
+    for gap in gaps:
+        ((offset, count),) = places[gap.before.path, gap.after.path].most_common(1)
+        position = gap.before.stop + offset
+        if count > 1 and position != gap.position and position <= gap.after.start:
+            gap = replace(gap, position=position, width=int(intervals.width[position]))
+        found.append(gap)
+    return found
 
 
 def _is_whole(intervals: Intervals, block: Interval) -> bool:
@@ -201,7 +220,13 @@ def _by_modules(intervals: Intervals, frontiers: Frontiers, units: Sequence[Inte
     last = _narrowest(intervals, units[-1].stop, intervals.end, latest=False) if units else 0
     # what the model does outside any module before the first unit and after the last is no part of these
     boundaries.update(position for position in (first, last) if intervals.width[position] == 1)
-    boundaries.update(gap.position for gap in gaps if _passed_by(intervals, gap))
+    passed = [gap for gap in gaps if _passed_by(intervals, gap)]
+    boundaries.update(gap.position for gap in passed)
+    begun, ended = {id(gap.before) for gap in passed}, {id(gap.after) for gap in passed}
+    for gap in gaps:  # the first of a run of such blocks begins where it begins, and the last ends where it ends
+        begins = id(gap.after) in begun and intervals.taken_by(gap.position, gap.after) == 1
+        if gap.width > 1 and (begins or (id(gap.before) in ended and intervals.made_in(gap.before, gap.position) == 1)):
+            boundaries.add(gap.position)
     boundaries = around_rounds(intervals, frontiers, units, boundaries)
     positions = [gap.position for gap in gaps]
     for start, stop in itertools.pairwise(sorted(boundaries)):
@@ -406,7 +431,7 @@ def _by_operations(intervals: Intervals, frontiers: Frontiers) -> list[Piece]:
         recurrent = [c for c in intervals.calls if isinstance(c.module, nn.RNNBase)]
         boundaries = {0, end, *(_before(start, recurrent) for start, _ in regions), *(stop for _, stop in regions)}
         return _glued(intervals, _between(intervals, [], sorted(boundaries)))
-    repeat = _tandem_repeat([operation(node) for node in intervals.graph.nodes])
+    repeat = tandem_repeat([operation(node) for node in intervals.graph.nodes])
     if repeat is not None:
         first, period, count = repeat
         if period * count > 0.4 * end:
@@ -425,21 +450,3 @@ def _before(position: int, recurrent: Sequence[Interval]) -> int:
     """Where a region begins that is the loop over time of a recurrent layer: before its products with the inputs."""
     inside = [call.start for call in recurrent if call.start < position < call.stop]
     return inside[0] if inside else position
-
-
-def _tandem_repeat(names: list[str]) -> tuple[int, int, int] | None:
-    """The longest run of one period of operations, at least three times over: first position, period, count."""
-    weights = [i for i, name in enumerate(names) if name.startswith(("Addmm", "Mm", "Bmm", "Convolution"))]
-    periods = sorted({b - a for lag in (1, 2, 3, 4) for a, b in zip(weights, weights[lag:], strict=False)})
-    best: tuple[int, int, int] | None = None
-    for period in periods:
-        first = 0
-        while first + period < len(names):
-            last = first
-            while last + period < len(names) and names[last] == names[last + period]:
-                last += 1
-            count = (last - first) // period + 1
-            if count >= 3 and (best is None or count * period > 1.15 * best[1] * best[2]):
-                best = (first, period, count)
-            first = max(last, first) + 1
-    return best

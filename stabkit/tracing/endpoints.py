@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import Node
 
-from stabkit.errors import TraceError
+from stabkit.errors import StabkitError, TraceError
 from stabkit.tracing.containers import map_tensors, named_tensors
 from stabkit.tracing.graph import Graph
 from stabkit.tracing.inputs import Source, differentiable
@@ -20,6 +20,7 @@ from stabkit.tracing.values import Value, meta_of, value_of
 _MOST = 0.5  # share of the longest way from which an input passes most of the model
 _EMBEDDING = 0.25  # share of its operations that embed a condition, at most
 _AGAIN = 2  # times as often as the main input a condition is let in, at least
+_THROUGHOUT = 1 / 3  # share of a way after which a condition of its blocks is let in again: two blocks, and a head
 _CONDITIONS = 8  # times as large as an input that conditions it an input is, at least
 
 Target = Callable[[Any], Tensor] | str | Sequence[str] | None
@@ -148,17 +149,21 @@ def _conditions(graph: Graph, main: Graph) -> bool:
     """Whether a source is let in again and again along the way of another, which enters once.
 
     The operations that a source alone leads to are few for a condition, and each of its embeddings enters a block. A
-    sequence that an encoder reads enters every block of a decoder too, but has most of its own operations before.
+    sequence that an encoder reads enters every block of a decoder too, but has most of its own operations before. A
+    state that weights of edges meet in one layer enters their way several times too, but nowhere else.
     """
-    shared = set(graph.nodes) & set(main.nodes)
+    both = set(graph.nodes)
+    shared = [node for node in main.nodes if node in both]
     entries = _entries(graph, shared)
     own = len(graph.nodes) - len(shared)
-    return own <= _EMBEDDING * len(graph.nodes) and entries >= _AGAIN * max(1, _entries(main, shared))
+    again = len(entries) >= _AGAIN * max(1, len(_entries(main, shared)))
+    return own <= _EMBEDDING * len(graph.nodes) and again and entries[-1] >= _THROUGHOUT * len(shared)
 
 
-def _entries(graph: Graph, shared: set[Node]) -> int:
-    """How many operations that lie on the way of another source too take something that this one alone leads to."""
-    return sum(any(value.node not in shared for value in graph.inputs[node]) for node in shared)
+def _entries(graph: Graph, shared: Sequence[Node]) -> list[int]:
+    """Places of operations on the way of another source too that take something that this one alone leads to."""
+    inside = set(shared)
+    return [i for i, node in enumerate(shared) if any(value.node not in inside for value in graph.inputs[node])]
 
 
 def _numel(pair: tuple[Graph, Source]) -> int:
@@ -185,8 +190,13 @@ def scalar_loss(loss: Any, output: Any) -> Tensor:
             f"loss is a {type(loss).__name__}; expected a callable on the model's output that returns a scalar, "
             f"e.g. loss=lambda out: out.square().mean(){several}"
         )
-    with torch.enable_grad():
-        scalar = loss(output)
+    try:
+        with torch.enable_grad():
+            scalar = loss(output)
+    except StabkitError:
+        raise
+    except Exception as error:
+        raise TraceError(_failed(error)) from error
     if not isinstance(scalar, Tensor) or scalar.numel() != 1:
         found = f"shape {tuple(scalar.shape)}" if isinstance(scalar, Tensor) else type(scalar).__name__
         raise TraceError(f"loss returned {found}; expected a scalar, e.g. loss=lambda out: out.square().mean()")
@@ -198,6 +208,18 @@ def scalar_loss(loss: Any, output: Any) -> Tensor:
             "(requires_grad_) after the way back had been cut, which lets backward() run and moves nothing"
         )
     return scalar
+
+
+def _failed(error: Exception) -> str:
+    """What a loss says that raised, and what that means where it is known."""
+    message = " ".join(str(error).split())[:400]
+    text = f"the loss failed on the model's output: {type(error).__name__}: {message}"
+    if "elements of input should be between 0 and 1" in message:
+        text += (
+            "; binary_cross_entropy takes probabilities: give it the sigmoid of the output, or, better, the output as "
+            "it is to binary_cross_entropy_with_logits"
+        )
+    return text
 
 
 def outputs_read(loss: Any, output: Any) -> tuple[str, ...]:

@@ -174,6 +174,16 @@ class Intervals:
         alive = self._frontiers.at(position)
         return sum(born[v] <= before.start and last[v] >= after.stop and v not in used for v in alive)
 
+    def taken_by(self, position: int, after: Interval) -> int:
+        """How many values alive before a call do not just pass it by: they are used in it, or end there."""
+        used = {v for node in self.graph.nodes[position : after.stop] for v in self.graph.inputs[node]}
+        last = self._frontiers.last_use
+        return sum(v in used or last[v] < after.stop for v in self._frontiers.at(position))
+
+    def made_in(self, before: Interval, position: int) -> int:
+        """How many values alive at a position behind a call were not there before it."""
+        return sum(self._frontiers.born[v] > before.start for v in self._frontiers.at(position))
+
     def items(self, call: Interval | None) -> list[Interval]:
         """Children with containers opened, so that items of nested Sequentials stand side by side."""
         found: list[Interval] = []

@@ -12,18 +12,19 @@ from torch import Tensor, nn
 
 from stabkit.tracing.flow import Flow, State, Step
 from stabkit.tracing.samples import Layout
-from stabkit.tracing.scans import Scan, scans_between
+from stabkit.tracing.scans import FEWEST_ALIKE, Scan, scans_between
 from stabkit.tracing.step_products import Products
 from stabkit.tracing.values import operation, random_tensors
 
 
-def scans_of(flow: Flow, start: int, stop: int) -> tuple[Scan, ...]:
+def scans_of(flow: Flow, start: int, stop: int, fewest: int = FEWEST_ALIKE) -> tuple[Scan, ...]:
     """The recurrences over time between two states of a flow, but for those inside the recurrent modules of torch.
 
     Args:
         flow: a traced forward pass.
         start: index of the state before.
         stop: index of the state after.
+        fewest: rounds of a recurrence.
     """
     first, last = flow.states[start].position, flow.states[stop].position
     graph, recorded = flow.recorded.graph, flow.recorded
@@ -33,7 +34,7 @@ def scans_of(flow: Flow, start: int, stop: int) -> tuple[Scan, ...]:
         for call in recorded.recording.calls
         if call.finished and isinstance(call.module, nn.RNNBase)
     ]
-    found = scans_between(graph, first, last, tensors, prefetch=recorded.prefetch(first, last))
+    found = scans_between(graph, first, last, tensors, recorded.prefetch(first, last), fewest)
     return tuple(s for s in found if not any(low <= s.positions[0] <= high for low, high in inside))
 
 

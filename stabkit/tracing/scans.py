@@ -25,7 +25,8 @@ from stabkit.tracing.graph import Graph
 from stabkit.tracing.values import Value, meta_of, operation
 from stabkit.vocabulary import moves
 
-FEWEST = 8  # time steps from which one speaks of time
+FEWEST = 8  # time steps from which one speaks of time, whatever they do
+FEWEST_ALIKE = 3  # those from which one does where each round multiplies its state by the same tensors
 _ONE_PIECE = frozenset({"Select", "Slice"})
 _ALL_PIECES = frozenset({"Split", "SplitWithSizes", "Unbind", "UnsafeSplit"})
 _MOVES = moves()
@@ -68,9 +69,11 @@ def scans_between(
     stop: int,
     parameters: Sequence[Tensor] = (),
     prefetch: Callable[[], None] | None = None,
+    fewest: int = FEWEST_ALIKE,
 ) -> tuple[Scan, ...]:
-    """The recurrences over eight time steps or more between two positions of a graph, in the order of their beginnings.
+    """The recurrences between two positions of a graph, in the order of their beginnings.
 
+    They run over eight time steps or more, or over three or more that use the same parameters each.
     The work grows with the number of operations, not with its square.
 
     Args:
@@ -79,6 +82,7 @@ def scans_between(
         stop: the last position.
         parameters: parameters and buffers of the model. What uses other parameters each time is no recurrence.
         prefetch: called before saved tensors are looked at, to bring back those that were forgotten.
+        fewest: rounds of a recurrence.
     """
     pieces = _Pieces(graph, start, stop)
     periods = pieces.distances()
@@ -90,12 +94,13 @@ def scans_between(
     storages = {p.untyped_storage().data_ptr() for p in parameters if p.layout == torch.strided and not p.is_meta}
     found: list[tuple[int, Scan]] = []
     taken: list[tuple[int, int]] = []
-    for period in sorted(periods):
-        for low, high in _stretches(kinds[:-period] == kinds[period:], FEWEST * period - period):
+    # the longer first: a few rounds that look alike may lie inside of one of theirs
+    for least, period in itertools.product(sorted({FEWEST, fewest}, reverse=True), sorted(periods)):
+        for low, high in _stretches(kinds[:-period] == kinds[period:], least * period - period):
             run = _Run(graph, pieces, start + low, start + high + period, period, storages)
             if any(run.start < b and a < run.stop for a, b in taken):
                 continue
-            chains = list(run.chains())
+            chains = list(run.chains(least))
             if chains:
                 taken.append((run.start, run.stop))
                 found += [(run.start, scan) for scan in chains]
@@ -138,15 +143,16 @@ class _Pieces:
         return None
 
     def distances(self) -> set[int]:
-        """How many operations lie between successive slices of one tensor, where there are eight of them."""
+        """How many operations lie between successive slices of one tensor, where there are enough of them."""
         found: set[int] = set()
         for key, ranks in self._taken.items():
-            if len(self._places[key]) < FEWEST:
+            count = min(len(self._places[key]), FEWEST)
+            if count < FEWEST_ALIKE:
                 continue
             ordered = np.unique(ranks)
             for lag in range(1, _LAGS + 1):
                 apart, often = np.unique(ordered[lag:] - ordered[:-lag], return_counts=True)
-                found.update(int(p) for p in apart[often >= FEWEST - 2])
+                found.update(int(p) for p in apart[often >= max(count - 2, 2)])
         return found
 
 
@@ -214,15 +220,17 @@ class _Run:
         one, other = self._pieces.of(a), self._pieces.of(b)
         return one is not None and other is not None and one[0] == other[0]
 
-    def chains(self) -> Iterator[Scan]:
-        """The cycles through time, each with its states."""
-        if self.count < FEWEST:
+    def chains(self, fewest: int) -> Iterator[Scan]:
+        """The cycles through time, each with its states; of fewer than eight rounds those that use tensors again."""
+        if self.count < fewest:
             return
         edges = self._edges()
         drives = self._drives()
         for cycle in _cycles(edges):
             nodes = [self._node(self.count // 2, place) for place in cycle]
             if all(operation(node) in _MOVES for node in nodes) or not self._same_parameters(cycle):
+                continue
+            if self.count < FEWEST and not self._uses_again(cycle):
                 continue
             above = _reached([*cycle], _turned(edges))
             tensors = tuple(dict.fromkeys(tensor for place in above for tensor in drives.get(place, ())))
@@ -270,6 +278,14 @@ class _Run:
                 return False
         return True
 
+    def _uses_again(self, cycle: set[int]) -> bool:
+        """Whether an operation of a cycle uses the same tensor, of more than one number, each time."""
+        for place in cycle:
+            saved = [_saved_by(self._node(window, place)) for window in range(self.count)]
+            if set.intersection(*saved):
+                return True
+        return False
+
     def _scan(self, cycle: set[int], inner: list[_Edge], edges: list[_Edge], drives: tuple[Value, ...]) -> Scan:
         beyond = {(e.giver, e.output) for e in edges if e.giver in cycle and e.taker not in cycle}
         for node in self._graph.nodes[self.stop :]:
@@ -303,6 +319,13 @@ class _Run:
 def _saved_names(kind: type[Node]) -> tuple[str, ...]:
     names = dir(kind)
     return tuple(name for name in names if name.startswith("_saved_") and f"_raw{name}" in names)
+
+
+def _saved_by(node: Node) -> set[tuple[str, int]]:
+    """The tensors of more than one number that an operation keeps for its derivative, by name and address."""
+    saved = ((name, getattr(node, name)) for name in _saved_names(type(node)) if not name.startswith("_saved_result"))
+    return {(name, t.data_ptr()) for name, t in saved if isinstance(t, Tensor) and t.numel() > 1 and not t.is_meta
+            and t.layout == torch.strided}  # fmt: skip
 
 
 def _parameters_of(node: Node, storages: set[int]) -> tuple[tuple[str, int], ...]:

@@ -14,6 +14,7 @@ import stabkit
 from stabkit.diagnosis import Finding, examine
 from stabkit.diagnosis.finding import serious
 from stabkit.diagnosis.loss_domains import DOMAINS
+from stabkit.errors import TraceError
 
 SAMPLES, CLASSES = 24, 5
 LABELS = torch.arange(SAMPLES) % CLASSES
@@ -173,3 +174,8 @@ def test_arguments_are_named_as_torch_names_them():
     for name, domain in DOMAINS.items():
         names = list(inspect.signature(getattr(functional, name)).parameters)
         assert names[: len(domain.arguments)] == list(domain.arguments)
+
+
+def test_a_loss_that_refuses_the_output_is_told_with_what_it_takes():
+    with pytest.raises(TraceError, match="binary_cross_entropy_with_logits"):
+        said(nn.Identity(), lambda z: functional.binary_cross_entropy(z, ONE_HOT))

@@ -45,6 +45,36 @@ def test_the_method_over_time_is_that_of_the_code(make, dtype):
     assert found.residual is None or found.residual < 1e-4
 
 
+_USE_AGAIN = (models.s4d_zoh, models.s4_dense_bilinear, models.ltc, models.elman, models.lstm_by_hand, models.cornn)
+
+
+@pytest.mark.parametrize("make", _USE_AGAIN, ids=lambda make: make.__name__)
+@pytest.mark.parametrize("times", [4, 7])
+def test_a_few_rounds_that_use_the_same_parameters_are_found(make, times):
+    found = read(models.network(make), times=times)
+    assert re.match(models.SCANS[make][0], found.name)
+    assert times - 3 < found.n_steps < times
+
+
+def test_a_few_rounds_with_other_numbers_each_are_no_recurrence():
+    class Grouped(nn.Module):
+        """Groups of channels, each convolved with what the one before gave (Res2Net)."""
+
+        def __init__(self):
+            super().__init__()
+            self.parts = nn.ModuleList([nn.Linear(3, 3) for _ in range(5)])
+
+        def forward(self, x):
+            y, out = torch.zeros_like(x[:, 0]), []
+            for part, piece in zip(self.parts, x.unbind(1), strict=True):
+                y = torch.tanh(part(piece + y))
+                out.append(y)
+            return x + torch.stack(out, 1)
+
+    flow = stabkit.trace(nn.Sequential(Grouped(), Grouped()), torch.randn(2, 5, 3))
+    assert not any(record.over_time for record in identify(flow, checks=False))
+
+
 @pytest.mark.parametrize("make", [models.mamba, models.elman, models.linoss_im], ids=lambda make: make.__name__)
 def test_depth_is_read_as_before_and_notes_tell_of_time(make):
     for record in blocks(models.network(make)):

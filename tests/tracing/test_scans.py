@@ -193,8 +193,19 @@ def test_other_repetitions_are_none(function):
     assert found(function) == ()
 
 
-def test_short_sequences_are_not_spoken_of():
-    assert found(indexed, times=7) == ()
+def test_short_sequences_are_spoken_of_where_each_round_uses_the_same_parameters():
+    def fed(m: Written, x: Tensor) -> Tensor:
+        h, out = torch.zeros_like(x[:, 0]), []
+        a = torch.sigmoid(m.u(x))
+        for t in range(x.shape[1]):
+            h = a[:, t] * h + x[:, t]
+            out.append(h)
+        return torch.stack(out, 1)
+
+    assert len(found(indexed, times=5)) == 1
+    assert found(indexed, times=2) == ()
+    assert len(found(fed)) == 1
+    assert found(fed, times=7) == ()
 
 
 def test_recurrent_modules_of_torch_are_left_to_their_own_reader():
