@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from stabkit.diagnosis import remedies
 from stabkit.diagnosis.applying import carried_out
+from stabkit.diagnosis.finding import Action
 from stabkit.diagnosis.short_training import LARGEST, STEPS
 from stabkit.errors import StabkitError
 from stabkit.tracing.forward_pass import ForwardPass
@@ -52,7 +54,15 @@ def adam(rate: float, factor: float = 1.0, eps: float = EPSILON) -> Update:
     return update
 
 
-def left_after(call: ForwardPass, loss: Any, updates: Sequence[Update], *, steps: int = STEPS) -> float | None:
+def left_after(
+    call: ForwardPass,
+    loss: Any,
+    updates: Sequence[Update],
+    actions: Sequence[Action] = (),
+    *,
+    steps: int = STEPS,
+    within: Callable[[], AbstractContextManager[Any]] = nullcontext,
+) -> float | None:
     """What is left of a loss after a few steps, over what it was, at the best of some updates; None where not tried.
 
     Infinite where all of them diverge. The model, its buffers and the random state stay as they were.
@@ -61,7 +71,9 @@ def left_after(call: ForwardPass, loss: Any, updates: Sequence[Update], *, steps
         call: the pass as training makes it.
         loss: a callable on the output that returns a scalar.
         updates: ways to move the weights, each of which is tried from the beginning.
+        actions: a remedy that is carried out before each.
         steps: how many of each.
+        within: makes what each training runs in.
     """
     model = call.module
     paths = [path for path, p in model.named_parameters() if p.requires_grad and p.is_floating_point()]
@@ -71,7 +83,8 @@ def left_after(call: ForwardPass, loss: Any, updates: Sequence[Update], *, steps
     try:
         for update in updates:
             # stand-ins for all parameters, so that the model's own are never written
-            with carried_out(model, [remedies.scale(path, 1.0) for path in paths]):
+            held = [remedies.scale(path, 1.0) for path in paths]
+            with carried_out(model, held), carried_out(model, actions), within():
                 left.append(_run(call, loss, update, steps))
     except (StabkitError, RuntimeError):
         return None

@@ -1,4 +1,4 @@
-"""What a step looks like inside that leads to another space."""
+"""What leads from one space to another: projections, pooled or padded shortcuts, concatenations."""
 
 from __future__ import annotations
 
@@ -6,16 +6,18 @@ from collections.abc import Sequence
 
 from stabkit.identification.chain import Link
 from stabkit.identification.normal_form import NormalForm
-from stabkit.identification.operations import JOINS
+from stabkit.identification.operations import JOINS, MOVES
 from stabkit.tracing.values import operation
 
 
 def change_of_space(links: Sequence[Link], opaque: Sequence[str]) -> str:
-    """What a change of space looks like inside."""
+    """What a step between two shapes does, in words."""
     form = max((link.form for link in links), key=lambda form: len(form.piece.nodes))
     terms = form.forms[0]
     affine = [s for s in form.stages if s.is_affine and s.output in terms]
     parts = [terms[a] for a in form.sources if a in terms]
+    if all(operation(node) in MOVES for link in links for node in link.form.piece.nodes):
+        return "the same entries are laid out in another shape, or some of them are taken"
     text = "the space changes, so this is no step of a method"
     if affine and not parts and len(terms) > len(affine):
         return f"{text}; the shortcut is a projection, a linear map"

@@ -28,7 +28,8 @@ class Coefficient(Result):
     Attributes:
         kind: ``"scalar"``; ``"diagonal"`` (a constant for each entry, such as LayerScale); ``"gate"`` (a diagonal that
             depends on the state); ``"dropout"`` (entries kept or dropped at random); ``"samples"`` (whole samples kept
-            or dropped: stochastic depth); ``"part"`` (some entries only: padding, slices); ``"moved"`` (entries change
+            or dropped: stochastic depth); ``"part"`` (some entries only: padding, slices); ``"masked"``
+            (as a number, but some entries of the sum are set to zero); ``"moved"`` (entries change
             places) or ``"mixed"``.
         value: the number; the mean of a diagonal or gate; the factor of what is kept by dropout.
         low: smallest entry.
@@ -84,7 +85,10 @@ class LinearCombination:
                 return drawn
         if factors.is_complex():
             return Coefficient("mixed", float(factors.abs().mean()), 0.0, float(factors.abs().max()), 1.0)
-        if not bool(factors.any()):
+        nothing = not bool(factors.any())
+        if is_stage and (nothing or not _is_constant(factors, self._dtype)) and self._adds_entries(atom, factors):
+            return Coefficient("scalar", 1.0, float(factors.min()), float(factors.max()), 0.0)
+        if nothing:
             # a factor that is zero now (ReZero at its start) is a coefficient; a path that selects nothing is none
             return Coefficient("scalar", 0.0, 0.0, 0.0, 0.0) if is_stage else None
         if self._spreads_inside or atom in self._spread:
@@ -94,6 +98,20 @@ class LinearCombination:
         sample = float(factors.reshape(-1)[0]) if kind == "diagonal" else None
         found = Coefficient(kind, number, low, high, 0.0, sample)
         return found if is_stage else self._certified(atom, found)
+
+    def _adds_entries(self, atom: Value, factors: Tensor) -> bool:
+        """Whether entries of a stage are added to each other: that map belongs to the field.
+
+        What a cotangent of ones shows of g_(i+1) - 2 g_i + g_(i-1), which is 0, is no number before the field. Where
+        every entry goes to one place, random signs arrive with the sizes that ones arrive with.
+        """
+        if self._spreads_inside or atom in self._spread or not factors.is_floating_point():
+            return False
+        meta = meta_of(self.value)
+        signs = standard_normal(meta.shape, 1).sign().to(dtype=meta.dtype, device=meta.device)
+        arrived = self._pulled(signs)[atom]
+        away = float((arrived.abs() - factors.abs()).abs().max())
+        return away > _tolerance(self._dtype) * float(torch.maximum(arrived.abs().max(), factors.abs().max()))
 
     def _pulled(self, cotangent: Tensor) -> dict[Value, Tensor]:
         return self.piece.pull(self.path, {self.value: cotangent})
@@ -127,6 +145,8 @@ class LinearCombination:
 
     @cached_property
     def _survival(self) -> float | None:
+        if not self.piece.graph.draws:
+            return None  # nothing is drawn in eval mode: a zero is an entry of a table, or masks a sample
         return next((m for m in map(_kept_samples, self._constants) if m is not None), None)
 
     @cached_property
@@ -167,6 +187,11 @@ class LinearCombination:
         bijective = all(operation(n) in _RESHAPED | _PERMUTED and len(self.piece.linear[n]) == 1 for n in self.path)
         return bijective and meta_of(self.value).numel < 1 / torch.finfo(self._dtype).eps
 
+    def _masks_all(self, atom: Value) -> bool:
+        """Whether nothing at all arrives of the entries to which this atom gives nothing: they are set to zero."""
+        dropped = (self._ones[atom] == 0).reshape(meta_of(self.value).shape).to(meta_of(self.value).dtype)
+        return not any(bool(cotangent.any()) for cotangent in self._pulled(dropped).values())
+
     def _certified(self, atom: Value, guess: Coefficient) -> Coefficient:
         before, after = meta_of(atom), meta_of(self.value)
         if before.numel != after.numel:
@@ -191,6 +216,7 @@ class LinearCombination:
         if bool(torch.allclose(ratios[0], ratios[1], rtol=1e-3, atol=1e-4)):
             deviation = float((ratios[0] - ratios[1]).abs().max())
             kind = guess.kind if guess.kind != "scalar" else "diagonal"
+            kind = "masked" if kind == "part" and self._masks_all(atom) else kind
             return Coefficient(kind, guess.value, guess.low, guess.high, deviation, guess.sample)
         # numpy's sort: torch's keeps the places as well, and takes ten times as long
         sizes = [np.sort(t.abs().numpy(), axis=1) for t in (s, w)]
@@ -247,7 +273,9 @@ def _kept_samples(mask: Tensor) -> float | None:
     kept = rows[rows != 0]
     if not bool((rows == rows[:, :1]).all()) or (kept.numel() and not bool((kept == kept[0]).all())):
         return None
-    if kept.numel() == rows.numel() and (rows.shape[1] > 1 or float(kept[0]) < 1.0):
+    if rows.shape[1] > 1 and kept.numel() in (0, rows.numel()):
+        return None  # one number for all, laid out as the state: a coefficient
+    if kept.numel() == rows.numel() and float(kept[0]) < 1.0:
         return None
     return float(kept[0]) if kept.numel() else 0.0
 

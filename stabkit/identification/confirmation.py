@@ -9,11 +9,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from stabkit.identification.normal_form import NormalForm, Stage
-from stabkit.identification.pieces import Piece, pull
+from stabkit.identification.normal_form import NormalForm, stage_vjp
 from stabkit.identification.tableau import Blocks
 from stabkit.tracing import Flow
-from stabkit.tracing.values import Value, meta_of, probes_of, random_tensors
+from stabkit.tracing.values import meta_of, probes_of, random_tensors
 
 _LARGEST_DENSE = 512
 
@@ -31,13 +30,6 @@ class Check:
     name: str
     value: float
     meaning: str
-
-
-def stage_vjp(piece: Piece, stage: Stage, cotangent: Tensor) -> dict[Value, Tensor]:
-    """A cotangent of a stage's output pulled back to the values at which it begins."""
-    allowed = {node: piece.inputs(node) for node in stage.nodes}
-    given = cotangent.to(meta_of(stage.output).dtype)  # a field may be evaluated in another precision than the state
-    return pull(piece.graph, list(stage.nodes), allowed, {stage.output: given})
 
 
 def branch_vjp(form: NormalForm, cotangent: Tensor) -> Tensor:

@@ -7,8 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stabkit.identification.confirmation import stage_vjp
-from stabkit.identification.normal_form import Stage
+from stabkit.identification.normal_form import Stage, stage_vjp
 from stabkit.identification.operations import MOVES
 from stabkit.identification.pieces import Piece
 from stabkit.tracing.values import Value, meta_of, operation, random_tensors

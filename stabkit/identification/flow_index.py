@@ -15,10 +15,10 @@ from stabkit.identification.fields import addresses
 from stabkit.identification.normal_form import NormalForm, normal_form
 from stabkit.identification.operations import PRODUCTS
 from stabkit.identification.pieces import Piece
-from stabkit.identification.slots import Slots, slots
+from stabkit.identification.slots import Slots, laid_out_alike, slots
 from stabkit.tracing import Flow
 from stabkit.tracing.loops import loops_of_calls
-from stabkit.tracing.values import operation
+from stabkit.tracing.values import meta_of, operation
 
 #: How a factor may come from a learned number p: as code spells it, and as a function.
 _FORMS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -69,21 +69,29 @@ class Surroundings:
 
     def slots(self, start: int, stop: int) -> Slots:
         """The states of the method between two states of the flow."""
-        return slots(self.flow, start, stop, self.loops)
+        found = slots(self.flow, start, stop, self.loops)
+        if len(found.sources) != 1 or len(found.targets) != 1:
+            return found
+        before, after = meta_of(found.sources[0]), meta_of(found.targets[0])
+        if before.shape == after.shape or before.numel != after.numel:
+            return found
+        return laid_out_alike(self.graph, self.nodes(start, stop), found)
 
     def chain(self, start: int, stop: int, found: Slots, owned: Collection[Node] = ()) -> tuple[Link, ...]:
         """The links of a method of one state."""
-        return chain(self.graph, self.nodes(start, stop), found.sources[0], found.targets[0], names=self.names,
+        nodes = self.nodes(start - found.earlier, stop)
+        return chain(self.graph, nodes, found.sources[0], found.targets[0], names=self.names,
                      contexts=found.contexts, calls=self.calls, owned=owned)  # fmt: skip
 
     def normal_form(self, start: int, stop: int, found: Slots, owned: Collection[Node] = ()) -> NormalForm:
         """The normal form of a method of several states."""
-        return normal_form(self.graph, self.nodes(start, stop), found.sources, found.targets, names=self.names,
+        nodes = self.nodes(start - found.earlier, stop)
+        return normal_form(self.graph, nodes, found.sources, found.targets, names=self.names,
                            contexts=found.contexts, calls=self.calls, owned=owned)  # fmt: skip
 
     def whole(self, start: int, stop: int, found: Slots, owned: Collection[Node] = ()) -> Piece:
         """All operations of a method as one piece, some of which belong to its fields."""
-        nodes = self.nodes(start, stop)
+        nodes = self.nodes(start - found.earlier, stop)
         return Piece(self.graph, nodes, found.sources, found.targets, contexts=found.contexts, owned=owned)
 
     def learned_factors(self, piece: Piece) -> tuple[str, ...]:

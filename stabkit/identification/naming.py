@@ -218,7 +218,7 @@ def _repeats(found: Blocks, h: float) -> str | None:
     return None
 
 
-def _without_parallel(found: Blocks) -> Blocks:
+def without_parallel(found: Blocks) -> Blocks:
     """Different fields at one point that are added with one weight, as experts are, are one field: their sum."""
     kept: list[int] = []
     for i in range(len(found.rows)):
@@ -254,7 +254,7 @@ def _composed(found: Blocks, h: float, a: float) -> str:
     """A sequence of Euler steps of different fields, which may read the state that all began with as well."""
     whole = _without_held(found)
     held = "" if whole is found else ", fields that read x_0 too"
-    found = _without_parallel(whole)
+    found = without_parallel(whole)
     b = found.B[0] / h
     s = len(found.rows)
     if a != 1.0:

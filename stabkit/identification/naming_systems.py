@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from stabkit import integrators
-from stabkit.identification.naming import CLOSE, POINTS, Name
+from stabkit.identification.naming import CLOSE, POINTS, Name, without_parallel
 from stabkit.identification.predictor_correctors import predictor_corrector
 from stabkit.identification.tableau import Blocks, Matrix
 from stabkit.integrators import GeneralLinearMethod
@@ -25,6 +25,7 @@ def name_several_states(found: Blocks, *, symmetric: bool | None, gated: bool) -
         symmetric: whether the Jacobian of every field is symmetric, as that of a gradient is; None if not measured.
         gated: whether states are multiplied by numbers that depend on the state.
     """
+    found = found if _meets_in_half_kicks(found) else without_parallel(found)
     r = len(found.V)
     one = "h = 1: only the product h f can be seen"
     if not found.fields:
@@ -124,7 +125,23 @@ def _verlet(found: Blocks) -> Name | None:
     rest = [trace[0] - 2, *trace[2:], det[0] - 1, *det[1:]]
     if len(found.rows) != 2 or c < 1e-12 or np.abs(rest).max() > CLOSE:
         return None
+    if not found.A.any() and np.allclose(found.U[0], found.U[1]) and not _meets_in_half_kicks(found):
+        return None  # two fields at one point, with no drift between
     return Name("stormer_verlet", "x'' = f(x)", math.sqrt(c), "h: h^2 multiplies the force", 2)
+
+
+def _meets_in_half_kicks(found: Blocks) -> bool:
+    """Whether two fields at one point kick the velocity by half of the time step that the drift takes.
+
+    So it is where a step of Verlet's method is cut between its drifts; v + h (f(x) + g(x)) is one kick of two fields.
+    """
+    if len(found.rows) != 2 or len(found.V) != 2 or found.A.any():
+        return False
+    for y, v in ((0, 1), (1, 0)):
+        drift, kicks = float(found.V[y, v]), np.abs(found.B[v])
+        if drift and not found.V[v, y] and np.allclose(kicks, abs(drift) / 2, atol=CLOSE * abs(drift)):
+            return True
+    return False
 
 
 def _damped_verlet(found: Blocks) -> Name | None:
@@ -230,19 +247,29 @@ def _left_vector(V: Matrix) -> Matrix | None:
 
 
 def _gated_pair(found: Blocks) -> Name:
-    one = "h: the gates, which depend on the state; their means are shown"
     V, B = found.V, found.B
     kept = [i for i in range(2) if V[i].any()]
+    means = " and ".join(f"{V[i, i]:.3g}" for i in kept)
+    one = f"h: the gates, which depend on the state; the old is kept with {means} in the mean"
     if len(kept) == 1:
         return Name("gated memory cell (LSTM)", "c' = -(1 - f) c + i g with h read out of c", 1.0, one)
     relaxes = np.allclose(np.diag(V) + B.sum(axis=1), 1.0, atol=1e-4)  # the gates of old and new add up to one
     diagonal = relaxes and np.allclose(V, np.diag(np.diag(V)))
     reads = [set(np.flatnonzero(found.U[j]).tolist()) for j in range(len(found.rows)) if B[:, j].any()]
     if diagonal and any(len(r) > 0 for r in reads):
-        return Name(
-            "gated Gauss-Seidel Euler of two states (LEM)", "tau_i(x) x_i' = f_i - x_i, two time scales", 1.0, one
-        )
+        order = "Gauss-Seidel " if _reads_the_new(found) else ""
+        of = f"gated {order}Euler of two states" + (" (LEM)" if order else "")
+        return Name(of, "tau_i(x) x_i' = f_i - x_i, two time scales", 1.0, one)
     return Name("unnamed gated pair", "a system of two gated states", 1.0, one)
+
+
+def _reads_the_new(found: Blocks) -> bool:
+    """Whether some field is evaluated at a state as it is after it was moved: at its old value and at what moves it."""
+    moved = [(found.V[k, k] * np.eye(len(found.V))[k], found.B[k]) for k in range(len(found.V))]
+    return any(
+        found.U[j, k] != 0 and np.allclose(found.A[j] * V[k], found.U[j, k] * B, atol=1e-4) and bool(B.any())
+        for j in range(len(found.rows)) for k, (V, B) in enumerate(moved)
+    )  # fmt: skip
 
 
 def _two_fields(found: Blocks, symmetric: bool | None) -> Name | None:
@@ -263,6 +290,8 @@ def _two_fields(found: Blocks, symmetric: bool | None) -> Name | None:
 def _oscillator(found: Blocks) -> Name | None:
     """Y'' = f - gamma y - epsilon y' by symplectic Euler, cut after the velocity or after the position is renewed."""
     for y, v in ((0, 1), (1, 0)):
+        if not found.V[v, v]:
+            continue  # what moves the position is made anew by the field, and no velocity that is kept
         dt = _drift_after_kick(found, y, v) or _kick_after_drift(found, y, v)
         if dt is not None:
             damped = abs(float(np.linalg.det(found.V)) - 1.0) > CLOSE

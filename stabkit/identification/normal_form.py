@@ -12,17 +12,20 @@ from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
+import torch
+from torch import Tensor
 from torch.autograd.graph import Node
 
 from stabkit.identification.coefficients import Coefficient, LinearCombination
 from stabkit.identification.fields import key_of, parameters_of
 from stabkit.identification.operations import JOINS, MOVES, has_matrix, is_affine, is_opaque
-from stabkit.identification.pieces import ADDED, Piece
+from stabkit.identification.pieces import ADDED, Piece, pull
 from stabkit.tracing.graph import Graph
-from stabkit.tracing.values import Value, meta_of, operation
+from stabkit.tracing.values import Value, meta_of, operation, random_tensors
 
 Terms = dict[Value, Coefficient]
 Regions = dict[Value, tuple[tuple[Node, ...], tuple[Value, ...]]]  # of stages: their nodes, and where they begin
+_ROUNDINGS = 4096.0  # products with a whole field, in another order
 Call = tuple[int, int, str]  # of a module: an interval of the clock, and its path
 
 
@@ -206,7 +209,7 @@ def _build(piece: Piece, names: Mapping[int, str]) -> NormalForm:
     regions = _composed(piece, _divide_repeated(piece, regions), names)
     rank = {node: i for i, node in enumerate(piece.nodes)}
     ordered = sorted(regions, key=lambda v: (rank[v.node], v.output))
-    stages = tuple(_stage(piece, atom, *regions[atom], names) for atom in ordered)
+    stages = _told_apart(piece, [_stage(piece, atom, *regions[atom], names) for atom in ordered])
     forms = tuple(LinearCombination(piece, target).coefficients() for target in piece.targets)
     merges = sum(Value(node, 0) in piece.merges for node in paths)
     return NormalForm(piece, stages, forms, merges)
@@ -280,6 +283,51 @@ def _stage(
         opaque=tuple(sorted({operation(n) for n in nodes if is_opaque(n)})),
         key=key_of(nodes, names),
     )
+
+
+def stage_vjp(piece: Piece, stage: Stage, cotangent: Tensor) -> dict[Value, Tensor]:
+    """A cotangent of a stage's output pulled back to the values at which it begins."""
+    allowed = {node: piece.inputs(node) for node in stage.nodes}
+    given = cotangent.to(meta_of(stage.output).dtype)  # a field may be evaluated in another precision than the state
+    return pull(piece.graph, list(stage.nodes), allowed, {stage.output: given})
+
+
+def _told_apart(piece: Piece, stages: Sequence[Stage]) -> tuple[Stage, ...]:
+    """Stages of the same weights at one argument that give different things are different fields.
+
+    What goes along the edges of a graph is added to both ends of each: g_i + g_j, one after the other, with other
+    indices and another sign. Weights do not tell these two, their products with one vector do.
+    """
+    out: list[Stage] = []
+    for stage in stages:
+        alike = [s for s in out if s.key[: len(stage.key)] == stage.key and _at_one_point(s, stage)]
+        fields: list[tuple[object, ...]] = list(dict.fromkeys(s.key for s in alike))
+        for s in alike:
+            if not _acts_as(piece, s, stage):
+                continue
+            fields, stage = [], replace(stage, key=s.key)
+            break
+        out.append(replace(stage, key=(*stage.key, len(fields))) if fields else stage)
+    return tuple(out)
+
+
+def _at_one_point(a: Stage, b: Stage) -> bool:
+    return len(a.inputs) == len(b.inputs) and all(_same(x, y) for x, y in zip(a.inputs, b.inputs, strict=True))
+
+
+def _acts_as(piece: Piece, a: Stage, b: Stage) -> bool:
+    """Whether two stages pull one random cotangent back alike."""
+    if meta_of(a.output).shape != meta_of(b.output).shape or len(a.entries) != len(b.entries):
+        return False
+    (w,) = random_tensors([a.output], seed=0)
+    left, right = (stage_vjp(piece, s, w) for s in (a, b))
+    for x, y in zip(a.entries, b.entries, strict=True):
+        if x not in left or y not in right:
+            return x not in left and y not in right
+        size = float(left[x].norm())
+        if float((left[x] - right[y]).norm()) > _ROUNDINGS * torch.finfo(left[x].dtype).eps * size:
+            return False
+    return True
 
 
 def _same(a: Terms, b: Terms) -> bool:

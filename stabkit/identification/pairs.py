@@ -12,6 +12,7 @@ from stabkit.identification.compositions import direction, name_composition, she
 from stabkit.identification.confirmation import Check, is_symmetric, volume
 from stabkit.identification.field_values import continued_fields
 from stabkit.identification.flow_index import Surroundings
+from stabkit.identification.formed_ahead import as_made
 from stabkit.identification.grouping import split_before
 from stabkit.identification.naming import Name
 from stabkit.identification.naming_systems import HAMILTONIAN, name_several_states
@@ -38,6 +39,7 @@ def read_several_states(around: Surroundings, found: Slots, steps: tuple[int, ..
         return _change_of_count(around, found, steps)
     if found.split or len({value.node for value in found.sources}) == 1 or split_before(around.flow, start):
         found = _paired(around, found, steps)
+    found = as_made(around, found, start, stop)
     form = around.normal_form(start, stop, found)
     record = _named(around, found, form, steps, opaque)
     if record.name.startswith(_UNSPECIFIC):

@@ -20,11 +20,13 @@ from stabkit.identification.change_of_space import change_of_space
 from stabkit.identification.coefficients import Coefficient, LinearCombination
 from stabkit.identification.composites import with_composite_fields
 from stabkit.identification.confirmation import Check, commutator, defect
+from stabkit.identification.coupled import coupled
 from stabkit.identification.couplings import is_affine_coupling
 from stabkit.identification.diffusion import averages
 from stabkit.identification.field_values import chains_of_other_fields
 from stabkit.identification.flow_index import Surroundings
 from stabkit.identification.grouping import is_part_of_round, is_repeated
+from stabkit.identification.growing_history import growing_history
 from stabkit.identification.hidden_skip import hidden_skip, reaches_linearly
 from stabkit.identification.implicit import (
     LinearSolve,
@@ -47,7 +49,7 @@ from stabkit.identification.retraction import bent_skip, retraction
 from stabkit.identification.routing import routed
 from stabkit.identification.skip_past_norms import measured_skip, skip_past_norms, with_fixed_norms
 from stabkit.identification.slots import Slots
-from stabkit.identification.state_mixing import Mixing, mixed_by_itself
+from stabkit.identification.state_mixing import Mixing, mixed_by_itself, streams_mixed_by_themselves
 from stabkit.identification.streams import Streams, mixed_streams
 from stabkit.identification.tableau import Blocks, blocks
 from stabkit.identification.unseen import unseen
@@ -62,6 +64,9 @@ def read(around: Surroundings, start: int, stop: int) -> Identification:
     if is_part_of_round(around.flow, start, stop, around.loops):
         why = "a loop repeats these operations together with others, and they begin or end between its stages"
         return nothing(tuple(range(start, stop)), "part of a step", why, "unknown")
+    history = growing_history(around, start, stop)
+    if history is not None:
+        return history
     found = around.slots(start, stop)
     record = _read(around, found, start, stop)
     shifts = record.name == "projection shortcut" or (record.skip or 0.0) not in (0.0, 1.0)
@@ -92,11 +97,12 @@ def _read(around: Surroundings, found: Slots, start: int, stop: int) -> Identifi
         return _one_state(around, found, steps)
     record = read_several_states(around, found, steps)
     before, after = (around.flow.states[i].values for i in (start, stop))
-    if record.name != "unnamed" or not found.split or len(before) != 1 or len(after) != 1:
-        return record
-    whole = replace(found, sources=before, targets=after, split=False)  # streams that are split off and mixed again
-    streams = mixed_streams(around.flow, start, stop, around.whole(start, stop, whole))
-    return record if streams is None else _of_streams(streams, steps)
+    if record.name == "unnamed" and found.split and len(before) == len(after) == 1:
+        whole = replace(found, sources=before, targets=after, split=False)  # streams split off and mixed again
+        streams = mixed_streams(around.flow, start, stop, around.whole(start, stop, whole))
+        if streams is not None:
+            return _of_streams(streams, steps)
+    return coupled(around, found, steps, record, _one_state)
 
 
 def _implicit(around: Surroundings, steps: tuple[int, ...]) -> Identification:
@@ -299,6 +305,9 @@ def _total(
 
 def _sums(around: Surroundings, found: Slots, links: Sequence[Link], steps: tuple[int, ...]) -> Identification:
     """A chain of sums; where it is no known method, that of fields which end later than where they stop to bend."""
+    mixing = streams_mixed_by_themselves(around.whole(steps[0], steps[-1] + 1, found))
+    if mixing is not None:
+        return _self_mixed(mixing, steps)
     record = _read_sums(around, found, links, steps)
     if norms_after(links) and (fixed := with_fixed_norms(around.whole(steps[0], steps[-1] + 1, found), record)):
         return fixed
@@ -346,7 +355,7 @@ def _read_sums(around: Surroundings, found: Slots, links: Sequence[Link], steps:
     record = replace(
         record,
         evidence="proven" if kinds <= {"scalar"} and named.is_known and not any(map(_depends, sums)) else "measured",
-        notes=(*_linear_part(relaxed), *_notes(around, sums, table), *record.notes),
+        notes=(*_masked(kinds), *_linear_part(relaxed), *_notes(around, sums, table), *record.notes),
         checks=_checks(sums, table) if around.checks else (),
     )
     threshold = soft_threshold(around.flow, steps[-1] + 1, links[-1]) if behind else None
@@ -398,6 +407,10 @@ def _linear_links(links: Sequence[Link]) -> list[Link]:
         if link.kind in ("sum", "scaling") and not after:
             found.append(link)
     return found
+
+
+def _masked(kinds: set[str]) -> tuple[str, ...]:
+    return ("a mask sets some entries to zero: the step is that of the others",) if "masked" in kinds else ()
 
 
 def _linear_part(relaxed: tuple[Blocks, float] | None) -> tuple[str, ...]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch.autograd.graph import Node
@@ -17,6 +17,8 @@ from stabkit.tracing.values import Value, meta_of, operation
 from stabkit.vocabulary import moves
 
 _SPLITS = moves("select")
+_REARRANGE = moves("reshape") | moves("permute")
+_FEW_MOVES = 4
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,12 +30,14 @@ class Slots:
         targets: new states, in the same order.
         contexts: values held fixed: the input of a recurrent network.
         split: whether the states are parts of one tensor.
+        earlier: how many steps of the flow before the first one the old states were made.
     """
 
     sources: tuple[Value, ...]
     targets: tuple[Value, ...]
     contexts: tuple[Value, ...]
     split: bool
+    earlier: int = 0
 
 
 def slots(flow: Flow, start: int, stop: int, loops: Sequence[Loop] = ()) -> Slots:
@@ -97,6 +101,32 @@ def _arranged(
     if parted is not None:
         return Slots(*parted, contexts, True)
     return Slots(tuple(sources), tuple(targets), contexts, False)
+
+
+def laid_out_alike(graph: Graph, nodes: Sequence[Node], found: Slots) -> Slots:
+    """One state behind moves that it alone passes at once, or before such that end the step, where shapes then agree.
+
+    A batch that comes first between layers, and time first inside of one, is one state.
+    """
+    source, target = found.sources[0], found.targets[0]
+    starts, ends = [source], [target]
+    while (after := _moved_on(graph, nodes, starts[-1])) is not None and len(starts) <= _FEW_MOVES:
+        starts.append(after)
+    while operation(ends[-1].node) in _REARRANGE and len(ends) <= _FEW_MOVES and ends[-1].node in nodes:
+        ends.append(graph.inputs[ends[-1].node][0])
+    for a in starts:
+        for b in ends:
+            if meta_of(a).shape == meta_of(b).shape and a != b:
+                return replace(found, sources=(a,), targets=(b,))
+    return found
+
+
+def _moved_on(graph: Graph, nodes: Sequence[Node], value: Value) -> Value | None:
+    """What a value is after the one operation that reads it, when that puts its entries into another order."""
+    readers = [node for node in nodes if value in graph.inputs[node]]
+    if len(readers) != 1 or operation(readers[0]) not in _REARRANGE or len(graph.inputs[readers[0]]) != 1:
+        return None
+    return Value(readers[0], 0)
 
 
 def _by_shape(sources: list[Value], targets: list[Value]) -> list[Value]:

@@ -17,7 +17,7 @@ from stabkit.tracing.values import Value
 
 Matrix = npt.NDArray[np.float64]
 #: Coefficients between states that a scalar test problem can stand for.
-_NUMBERS = frozenset({"scalar", "diagonal", "gate", "dropout", "samples"})
+_NUMBERS = frozenset({"scalar", "diagonal", "gate", "dropout", "masked", "samples"})
 
 
 @dataclass(frozen=True, eq=False)

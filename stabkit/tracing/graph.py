@@ -74,6 +74,11 @@ class Graph:
         stretches = ((self.position(call.start), self.position(call.stop)) for call in calls)
         return frozenset(node for start, stop in stretches for node in self.nodes[start:stop])
 
+    @cached_property
+    def draws(self) -> bool:
+        """Whether a module is in training mode, so that what drops samples at random may do so; True if unknown."""
+        return not self.calls or any(call.module.training for call in self.calls)
+
     def position(self, time: int) -> int:
         """How many nodes had been made when the clock showed ``time``."""
         return bisect.bisect_left(self.clock, time)

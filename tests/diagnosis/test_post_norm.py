@@ -80,3 +80,16 @@ def test_alpha_is_the_same_as_smaller_branches():
         for action in remedy.actions:
             model.get_parameter(action["parameter"]).mul_(action["factor"])
     assert torch.allclose(model(x), h, atol=1e-4)
+
+
+def test_where_plain_descent_tells_nothing_adam_decides():
+    """Twenty steps of plain descent leave both at the loss of equal chances; 150 of Adam reach 2.0 and .003."""
+    tokens = torch.randint(0, 12, (64, 8), generator=torch.Generator().manual_seed(1))
+    model = encoder(False, 18)
+    model[0].reset_parameters()
+    model[-1].reset_parameters()
+    flow = stabkit.trace(model, tokens, check=False)
+    loss = lambda out: nn.functional.cross_entropy(out.transpose(1, 2), tokens.flip(1))  # noqa: E731
+    (found,) = post_norm_findings(flow, measure(flow, loss), loss)
+    assert "Adam" in found.evidence
+    assert {action["option"] for action in found.actions} == {"norm_first"}

@@ -15,9 +15,9 @@ from stabkit.tracing import trace
 from .family import Step, conv, dense, stack
 
 
-def read(make, shape=(2, 6), depth=("0", "1", "2")):
+def read(make, shape=(2, 6), depth=("0", "1", "2"), *, train=False):
     torch.manual_seed(0)
-    model, inputs, _ = stack(make, shape)()
+    model, inputs, _ = stack(make, shape, train=train)()
     found = identify(trace(model, *inputs, depth=list(depth)))
     assert len(found) == 3
     return found[1]
@@ -272,7 +272,7 @@ def test_a_leaky_unit_is_no_diffusion():
 def test_stochastic_depth_shows_whatever_was_drawn(kept):
     draw = torch.tensor(kept, dtype=torch.float64)[:, None] / 0.8
     scale = nn.Parameter(torch.full((6,), 0.5))
-    found = read(lambda: Step(lambda m, x: x + m.scale * m.parts[0](x) * draw, dense(), scale=scale))
+    found = read(lambda: Step(lambda m, x: x + m.scale * m.parts[0](x) * draw, dense(), scale=scale), train=True)
     p = " (p = 0.8)" if any(kept) else ""
     assert found.name == f"forward Euler, stochastic depth{p}"
     if any(kept):
@@ -282,7 +282,7 @@ def test_stochastic_depth_shows_whatever_was_drawn(kept):
 @pytest.mark.parametrize("draw", [[1.0, 1.0], [1.0, 0.0]], ids=["none dropped", "one dropped"])
 def test_a_draw_of_ones_beside_a_division(draw):
     mask = torch.tensor(draw, dtype=torch.float64)[:, None]
-    found = read(lambda: Step(lambda m, x: x + m.parts[0](x).div(0.8) * mask, dense()))
+    found = read(lambda: Step(lambda m, x: x + m.parts[0](x).div(0.8) * mask, dense()), train=True)
     assert (found.name, found.step_size) == ("forward Euler, stochastic depth (p = 0.8)", 1.0)
 
 

@@ -1,0 +1,196 @@
+"""Every state of a coupled system has a reading of its own, and says which values of the others it reads."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from stabkit import identify, trace
+
+
+class Block(nn.Module):
+    """A block of two states; ``mix`` makes a field of the second state's width from the first, and back."""
+
+    def __init__(self, rule, widths=(6, 6)):
+        super().__init__()
+        a, b = widths
+        self.rule = rule
+        self.f, self.g = mlp(a), mlp(b)
+        self.to_first, self.to_second = nn.Linear(b, a), nn.Linear(a, b)
+        self.norm, self.other = nn.LayerNorm(a), nn.RMSNorm(b)
+
+    def forward(self, x, y):
+        return self.rule(self, x, y)
+
+
+def mlp(width):
+    return nn.Sequential(nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width))
+
+
+class Pair(nn.Module):
+    def __init__(self, rule, widths=(6, 6)):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second = nn.Linear(4, widths[0]), nn.Linear(4, widths[1])
+        self.blocks = nn.ModuleList([Block(rule, widths) for _ in range(5)])
+        self.last = nn.Linear(sum(widths), 2)
+
+    def forward(self, x):
+        x, y = self.first(x), self.second(x)
+        for block in self.blocks:
+            x, y = block(x, y)
+        return self.last(torch.cat([x, y], -1))
+
+
+def middle(rule, widths=(6, 6), **more):
+    """The third record of a stack, the same for all blocks in the middle."""
+    found = identify(trace(Pair(rule, widths).double(), torch.randn(3, 4).double(), **more))
+    inner = [r for r in found if r.name not in ("fork", "join", "transition", "no branch")]
+    assert len({r.name for r in inner}) == 1
+    return inner[1]
+
+
+def heavy_ball(m, x, v):
+    v = m.other(0.8 * v + m.f(m.norm(x)))
+    return x + v, v
+
+
+def nesterov(m, x, v):
+    v = m.other(0.7 * v + 1.3 * m.f(m.norm(x + 0.6 * v)))
+    return x + v, v
+
+
+def nesterov_twice(m, x, v):
+    for f in (m.f, m.g):
+        v = m.other(0.7 * v + f(m.norm(x + 0.6 * v)))
+        x = x + v
+    return x, v
+
+
+@pytest.mark.parametrize(
+    ("rule", "name"),
+    [
+        (heavy_ball, "momentum (beta = 0.8), velocity normalised"),
+        (nesterov, "Nesterov momentum (beta = 0.7, look-ahead 0.6), velocity normalised"),
+        (nesterov_twice, "Nesterov momentum (beta = 0.7, look-ahead 0.6), velocity normalised"),
+    ],
+)
+def test_a_normalised_velocity_is_still_momentum(rule, name):
+    found = middle(rule)
+    assert (found.name, found.evidence) == (name, "proven")
+
+
+def test_a_position_that_has_a_field_of_its_own_is_no_momentum():
+    def rule(m, x, v):
+        v = m.other(0.8 * v + m.f(m.norm(x)))
+        return x + v + m.g(x), v
+
+    assert "momentum" not in middle(rule).name
+
+
+def dual(m, x, total):
+    a = m.f(x)
+    x = m.norm(x + a)
+    b = m.g(x)
+    return m.norm(x + b), total + 0.5 * a + 0.5 * b
+
+
+def collected(m, x, total):
+    x = m.norm(x + m.f(x))
+    return x, total + m.to_second(x)
+
+
+@pytest.mark.parametrize("rule", [dual, collected])
+def test_a_running_sum_beside_a_projected_state(rule):
+    found = middle(rule)
+    assert (found.name, found.evidence) == ("2 states: projected Euler (post-norm), running sum", "proven")
+    assert "running sum" in found.system
+    assert "read by no other" in found.system
+
+
+@pytest.mark.parametrize("new", [True, False])
+def test_accumulated_scores_that_feed_back(new):
+    def rule(m, x, scores):
+        after = scores + m.to_second(torch.tanh(x))
+        weights = torch.softmax(after if new else scores, -1)
+        return m.norm(x + m.f(x) * m.to_first(weights)), after
+
+    found = middle(rule, widths=(6, 9))
+    assert (found.name, found.evidence) == ("2 coupled states: projected Euler (post-norm), running sum", "proven")
+    x = next(part for part in found.system.split("; ") if "projected" in part)
+    assert ("reads new" in x, "reads old" in x) == (new, not new)
+
+
+@pytest.mark.parametrize("new", [True, False], ids=["Gauss-Seidel", "forward"])
+def test_two_streams_step_at_once_or_one_after_the_other(new):
+    def rule(m, x, y):
+        x_new = x + m.f(x) * torch.sigmoid(m.to_first(y))
+        return x_new, y + m.g(y) + torch.tanh(m.to_second(x_new if new else x))
+
+    found = middle(rule, widths=(6, 10))
+    assert (found.name, found.evidence) == (
+        f"{'Gauss-Seidel' if new else 'forward'} Euler of 2 coupled states",
+        "proven",
+    )
+
+
+def test_states_of_one_shape_are_paired_by_what_they_carry():
+    def rule(m, x, y):
+        y_new = y + torch.tanh(m.to_second(x)) * m.g(y)
+        return x + m.f(x) * torch.sigmoid(m.to_first(y)), y_new
+
+    assert middle(rule).name == "forward Euler of 2 coupled states"
+
+
+def test_a_mask_of_the_new_state_leaves_the_step_of_the_others():
+    mask = torch.ones(3, 6, dtype=torch.float64)
+    mask[1, :2] = 0
+
+    def rule(m, x, forecast):
+        both = torch.cat([m.f(x), m.to_second(torch.tanh(x))], -1)
+        return (x - both[:, :6]) * mask, forecast + both[:, 6:]
+
+    found = middle(rule)
+    assert found.name in ("forward Euler, beside a sum of outputs", "2 states: forward Euler, running sum")
+
+
+def test_entries_that_are_replaced_are_not_masked():
+    """A skip on some entries only, and something new at the others, is no step with a = 1."""
+
+    class Half(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.f = mlp(6)
+
+        def forward(self, x):
+            mask = torch.tensor([1.0, 1, 1, 0, 0, 0])
+            return mask * x + torch.tanh(self.f(x))
+
+    torch.manual_seed(0)
+    found = identify(trace(nn.Sequential(Half(), Half(), Half()), torch.randn(3, 6)))[1]
+    assert found.name != "forward Euler"
+
+
+def test_a_masked_state_alone_is_a_step():
+    class Masked(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.f = mlp(6)
+
+        def forward(self, x):
+            return (x + self.f(x)) * torch.tensor([1.0, 1, 1, 1, 0, 0])
+
+    torch.manual_seed(0)
+    found = identify(trace(nn.Sequential(Masked(), Masked(), Masked()), torch.randn(3, 6)))[1]
+    assert (found.name, found.evidence) == ("forward Euler", "measured")
+    assert any("mask" in note for note in found.notes)
+
+
+def test_streams_with_steps_of_their_own_claim_no_common_step():
+    def rule(m, x, y):
+        return x + 0.2 * (m.f(x) * torch.sigmoid(m.to_first(y))), m.other(y + 0.5 * m.g(y) + torch.tanh(m.to_second(x)))
+
+    found = middle(rule, widths=(6, 8))
+    assert found.step_size is None
+    assert "h = 0.2" in found.system
