@@ -9,6 +9,7 @@ from stabkit.diagnosis.affine_models import affine_findings
 from stabkit.diagnosis.finding import Finding, serious
 from stabkit.diagnosis.last_dropout import last_dropout_findings
 from stabkit.diagnosis.loss_domains import loss_domain_findings
+from stabkit.diagnosis.lost_order import lost_order_findings
 from stabkit.diagnosis.made_anew import made_anew_findings
 from stabkit.tracing import Flow
 from stabkit.tracing.forward_pass import ForwardPass
@@ -33,5 +34,5 @@ def call_findings(
     if not any(
         serious(finding) for finding in (*others, *found)
     ):  # a model that does not train tells nothing by a trial
-        found += affine_findings(flow, loss, call, done)
+        found += affine_findings(flow, loss, call, done) or lost_order_findings(flow, loss, call, done)
     return found

@@ -67,6 +67,9 @@ FINDINGS: dict[str, Word] = {
     "mixed_samples": Word("what a model returns for a sample depends on which others are in its batch", "broken"),
     "mask": Word("a mask hides what is to be seen, or hides nothing", "broken"),
     "leak": Word("a model sees what it is to predict, or is asked for what it was given", "broken"),
+    "order": Word(
+        "the order of what a model is given does not reach its output, and its targets depend on it", "broken"
+    ),
     "affine": Word("a whole model is one affine map of its input, however many matrices it has"),
     "input_scale": Word("inputs lie so that the first layer learns from few of their features, or none"),
     "no_influence": Word("an input changes nothing that the model returns, though it should"),

@@ -287,11 +287,10 @@ class _Calls(TorchFunctionMode):
 
 
 def _readable(given: Given, domain: Domain) -> bool:
-    taken = [given.get(name) for name in domain.arguments]
-    return all(isinstance(t, Tensor) and t.numel() > 0 for t in taken) and all(
-        bool(t.detach().isfinite().all()) or bool((t.detach() == -math.inf).any())
-        for t in taken
-        if t.is_floating_point()
+    taken = [t for name in domain.arguments if isinstance(t := given.get(name), Tensor) and t.numel() > 0]
+    floats = [t.detach() for t in taken if t.is_floating_point()]
+    return len(taken) == len(domain.arguments) and all(
+        bool(t.isfinite().all()) or bool((t == -math.inf).any()) for t in floats
     )
 
 

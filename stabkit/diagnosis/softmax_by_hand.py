@@ -49,7 +49,7 @@ def _comes_from(node: Any, written: Iterable[Node]) -> bool:
     inner = behind_moves(node.next_functions[0][0])
     while inner is not None and _keeps_from_zero(inner):
         inner = behind_moves(next((p for p, _ in inner.next_functions if p is not None), None))
-    return inner in written
+    return inner is not None and inner in set(written)
 
 
 def _keeps_from_zero(node: Node) -> bool:

@@ -26,6 +26,7 @@ from stabkit.identification.diffusion import averages
 from stabkit.identification.field_values import chains_of_other_fields
 from stabkit.identification.flow_index import Surroundings
 from stabkit.identification.grouping import is_part_of_round, is_repeated
+from stabkit.identification.growing_history import growing_history
 from stabkit.identification.hidden_skip import hidden_skip, reaches_linearly
 from stabkit.identification.implicit import (
     LinearSolve,
@@ -48,7 +49,7 @@ from stabkit.identification.retraction import bent_skip, retraction
 from stabkit.identification.routing import routed
 from stabkit.identification.skip_past_norms import measured_skip, skip_past_norms, with_fixed_norms
 from stabkit.identification.slots import Slots
-from stabkit.identification.state_mixing import Mixing, mixed_by_itself
+from stabkit.identification.state_mixing import Mixing, mixed_by_itself, streams_mixed_by_themselves
 from stabkit.identification.streams import Streams, mixed_streams
 from stabkit.identification.tableau import Blocks, blocks
 from stabkit.identification.unseen import unseen
@@ -63,6 +64,9 @@ def read(around: Surroundings, start: int, stop: int) -> Identification:
     if is_part_of_round(around.flow, start, stop, around.loops):
         why = "a loop repeats these operations together with others, and they begin or end between its stages"
         return nothing(tuple(range(start, stop)), "part of a step", why, "unknown")
+    history = growing_history(around, start, stop)
+    if history is not None:
+        return history
     found = around.slots(start, stop)
     record = _read(around, found, start, stop)
     shifts = record.name == "projection shortcut" or (record.skip or 0.0) not in (0.0, 1.0)
@@ -301,6 +305,9 @@ def _total(
 
 def _sums(around: Surroundings, found: Slots, links: Sequence[Link], steps: tuple[int, ...]) -> Identification:
     """A chain of sums; where it is no known method, that of fields which end later than where they stop to bend."""
+    mixing = streams_mixed_by_themselves(around.whole(steps[0], steps[-1] + 1, found))
+    if mixing is not None:
+        return _self_mixed(mixing, steps)
     record = _read_sums(around, found, links, steps)
     if norms_after(links) and (fixed := with_fixed_norms(around.whole(steps[0], steps[-1] + 1, found), record)):
         return fixed
@@ -353,8 +360,9 @@ def _read_sums(around: Surroundings, found: Slots, links: Sequence[Link], steps:
     )
     threshold = soft_threshold(around.flow, steps[-1] + 1, links[-1]) if behind else None
     record = with_projection(
-        record, norms_after(links), len(sums), rectified=all(map(rectifies, behind)), threshold=threshold
-    )
+        record, norms_after(links), len(sums), rectified=all(map(rectifies, behind)), threshold=threshold,
+        bends=not all(map(normalises, behind)),
+    )  # fmt: skip
     record = with_gates(record, kinds, sums)
     if "gate" in kinds and is_affine_coupling(
         around.flow, start := steps[0], steps[-1] + 1, around.whole(start, steps[-1] + 1, found)

@@ -14,10 +14,11 @@ from torch.autograd.graph import Node
 
 from stabkit.identification.operations import ADDS, MOVES, SCALES
 from stabkit.identification.pieces import Piece
-from stabkit.tracing.values import Value, operation
+from stabkit.tracing.values import Value, meta_of, operation
 
 _PRODUCTS = frozenset({"Bmm", "Mm", "Mv", "Dot"})
 _SUMS = frozenset({"Sum", "Mean"})  # as products of matrices are spelled by hand: (M[..., None] * x).sum(-2)
+_MOST_STREAMS = 16
 _STOCHASTIC = 1e-3  # rows and columns that are normalised by turns sum to one up to what the turns leave over
 
 
@@ -57,6 +58,26 @@ def mixed_by_itself(piece: Piece) -> Mixing | None:
     order = ("", "of weights that sum to one", "doubly stochastic")
     sizes = tuple(dict.fromkeys(tuple(m.shape[-2:]) for m in matrices))
     return Mixing(sizes, min(kinds, key=order.index, default=""))
+
+
+def streams_mixed_by_themselves(piece: Piece) -> Mixing | None:
+    """The matrices that mix the streams a state holds along an axis, made of them; None where it is no such state.
+
+    That they are streams shows in that one of them is read by itself. A sum of the state and a product with a matrix
+    of it is Euler's step of attention without values of its own otherwise.
+    """
+    if not any(_picks_part(node) and set(piece.inputs(node)) & piece.carrying for node in piece.nodes):
+        return None
+    found = mixed_by_itself(piece)
+    # of a single vector any field is a matrix of it times itself
+    whole = any(operation(n) in _PRODUCTS and min(meta_of(Value(n, 0)).shape[-2:]) > 1 for n in piece.nodes)
+    few = found is not None and any(len(size) == 2 and max(size) <= _MOST_STREAMS for size in found.sizes)
+    return found if few and whole else None
+
+
+def _picks_part(node: Node) -> bool:
+    """Whether an operation takes one entry of an axis: a stream."""
+    return operation(node) in ("Select", "Unbind")
 
 
 def _passes(node: Node, edges: list[Value]) -> bool:

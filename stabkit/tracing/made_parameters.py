@@ -27,12 +27,12 @@ def parameters_made(seen: Callable[[Tensor | None, nn.Parameter], None]) -> Iter
     original = nn.Parameter.__new__
 
     def new(cls: type, data: Any = None, requires_grad: bool = True, *more: Any, **others: Any) -> Any:
-        made = original(cls, data, requires_grad, *more, **others)
+        made: Any = original(cls, data, requires_grad, *more, **others)
         if isinstance(made, nn.Parameter):
             seen(data if isinstance(data, Tensor) else None, made)
         return made
 
-    nn.Parameter.__new__ = staticmethod(new)  # type: ignore[assignment, method-assign]
+    nn.Parameter.__new__ = staticmethod(new)  # type: ignore[method-assign]
     try:
         yield
     finally:

@@ -1,0 +1,143 @@
+"""A model that is blind to the order of its tokens is told where its targets depend on it, and not of sets."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+import stabkit
+from stabkit.diagnosis import Finding, examine
+
+SAMPLES, LENGTH = 48, 6
+_GENERATOR = torch.Generator().manual_seed(3)
+ORDERS = torch.stack([torch.randperm(LENGTH, generator=_GENERATOR) for _ in range(SAMPLES)])
+FIRST = ((ORDERS == 0).float().argmax(1) < (ORDERS == 1).float().argmax(1)).long()
+TEXTS = torch.randint(0, 30, (SAMPLES, LENGTH), generator=_GENERATOR)
+POINTS = torch.randn(SAMPLES, LENGTH, 3, generator=_GENERATOR)
+SHUFFLED = torch.stack([POINTS[0][order] for order in ORDERS])
+
+
+class Blind(nn.Module):
+    """Attention over tokens, or over vectors, and a mean over them."""
+
+    def __init__(
+        self, outputs: int, *, positions: bool = False, vectors: bool = False, batch_first: bool = True
+    ) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed: nn.Module = nn.Linear(3, 16) if vectors else nn.Embedding(30, 16)
+        self.at = nn.Parameter(torch.randn(LENGTH, 16)) if positions else None
+        self.attend = nn.MultiheadAttention(16, 2, batch_first=batch_first)
+        self.head, self.axis = nn.Linear(16, outputs), int(batch_first)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.embed(x)
+        h = h if self.at is None else h + self.at
+        return self.head((h + self.attend(h, h, h, need_weights=False)[0]).mean(self.axis))
+
+
+class Bag(nn.Module):
+    """The mean of the embeddings of the tokens, or of a map of points."""
+
+    def __init__(self, outputs: int, vectors: bool = False) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed: nn.Module = nn.Linear(3, 16) if vectors else nn.Embedding(30, 16)
+        self.head = nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, outputs))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.relu(self.embed(x)).mean(1))
+
+
+def said(model: nn.Module, inputs: Tensor, loss: Callable[[Tensor], Tensor]) -> list[Finding]:
+    return [f for f in examine(stabkit.trace(model, inputs), loss).findings if f.kind == "order"]
+
+
+def first(out: Tensor) -> Tensor:
+    return functional.cross_entropy(out, FIRST)
+
+
+# model, inputs, loss
+BLIND: dict[str, tuple[Callable[[], nn.Module], Tensor, Callable[[Tensor], Tensor]]] = {
+    "classes": (lambda: Blind(2), ORDERS, first),
+    "one logit": (
+        lambda: Blind(1),
+        ORDERS,
+        lambda out: functional.binary_cross_entropy_with_logits(out.squeeze(-1), FIRST.float()),
+    ),
+    "numbers": (
+        lambda: Blind(1),
+        ORDERS,
+        lambda out: functional.mse_loss(out.squeeze(-1), ORDERS[:, 0].float()),
+    ),
+    "time first": (lambda: Blind(2, batch_first=False), ORDERS.T.contiguous(), first),
+    "vectors": (lambda: Blind(2, vectors=True), SHUFFLED, first),
+    "bag": (lambda: Bag(2), ORDERS, first),
+}
+
+
+@pytest.mark.parametrize("name", BLIND)
+def test_targets_that_depend_on_an_order_which_is_not_seen(name):
+    make, inputs, loss = BLIND[name]
+    (found,) = said(make(), inputs, loss)
+    assert found.severity == "warning"
+    assert found.numbers["floor"] > 0.3 * found.numbers["scale"]
+    assert "positional" in found.remedy
+
+
+RISING = torch.arange(SAMPLES) % 2
+ROWS = torch.randint(0, 30, (SAMPLES, LENGTH), generator=torch.Generator().manual_seed(5))
+# the larger half of the tokens comes first, or last
+SORTED = torch.where(RISING[:, None] > 0, ROWS.sort(1).values, ROWS.sort(1, descending=True).values)
+
+
+def test_an_order_that_no_two_samples_share_is_told_by_training():
+    (found,) = said(Blind(2), SORTED, lambda out: functional.cross_entropy(out, RISING))
+    assert "sines of the position" in found.evidence
+
+
+SUMS = TEXTS.float().mean(1)
+# model, inputs, loss
+SEEN: dict[str, tuple[Callable[[], nn.Module], Tensor, Callable[[Tensor], Tensor]]] = {
+    "positions": (lambda: Blind(2, positions=True), ORDERS, first),
+    "bag of a set": (lambda: Bag(1), TEXTS, lambda out: functional.mse_loss(out.squeeze(-1), SUMS / 10)),
+    "points": (
+        lambda: Bag(1, vectors=True),
+        POINTS,
+        lambda out: functional.mse_loss(out.squeeze(-1), POINTS.square().mean((1, 2))),
+    ),
+    "the same clouds, of the same class": (
+        lambda: Bag(2, vectors=True),
+        torch.cat([SHUFFLED[:24], POINTS[1][ORDERS[24:]]]),
+        lambda out: functional.cross_entropy(out, (torch.arange(SAMPLES) >= 24).long()),
+    ),
+    "the same rows, of other classes": (lambda: Bag(2), TEXTS[:1].expand(SAMPLES, -1).contiguous(), first),
+    "recurrence": (lambda: Recurrent(), ORDERS, first),
+}
+
+
+class Recurrent(nn.Module):
+    """A GRU over tokens."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed, self.gru, self.head = nn.Embedding(30, 16), nn.GRU(16, 16, batch_first=True), nn.Linear(16, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.gru(self.embed(x))[0][:, -1])
+
+
+@pytest.mark.parametrize("name", SEEN)
+def test_sets_and_what_sees_the_order_raise_nothing(name):
+    make, inputs, loss = SEEN[name]
+    assert said(make(), inputs, loss) == []
+
+
+def test_attention_over_a_set_is_a_fact():
+    found = said(Blind(1), TEXTS, lambda out: functional.mse_loss(out.squeeze(-1), SUMS / 10))
+    assert [f.severity for f in found] == ["info"]

@@ -1,0 +1,93 @@
+"""Streams on an axis of a state, mixed by matrices that are made of one of them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from stabkit.identification import identify
+from stabkit.tracing import trace
+
+from .family import dense
+
+STREAMS, SAMPLES, TOKENS, WIDTH = 3, 2, 5, 8
+
+
+class Predicted(nn.Module):
+    """Predict all streams, compute on one of them, correct all (Baykal et al. 2023)."""
+
+    def __init__(self, axis, product, square):
+        super().__init__()
+        self.axis, self.product, self.square = axis, product, square
+        self.router, self.gains = nn.Linear(WIDTH, STREAMS**2), nn.Linear(WIDTH, STREAMS)
+        self.f = dense(WIDTH)
+
+    def forward(self, x):
+        x = x.movedim(self.axis, 0)
+        M = self.router(x[0]).tanh().unflatten(-1, (STREAMS, STREAMS))
+        M = M.softmax(-1) if self.square else M
+        predicted = self.product(M, x) + x
+        one = predicted[0] + self.f(predicted[0])
+        gains = 1 + self.gains(one).movedim(-1, 0).unsqueeze(-1)
+        return (predicted + gains * (one - predicted[0])).movedim(0, self.axis)
+
+
+def by_matmul(M, x):
+    return torch.matmul(x.permute(1, 2, 3, 0), M).permute(3, 0, 1, 2)
+
+
+def by_einsum(M, x):
+    return torch.einsum("btij,ibtd->jbtd", M, x)
+
+
+def by_hand(M, x):
+    return torch.stack([sum(M[..., i, j, None] * x[i] for i in range(STREAMS)) for j in range(STREAMS)])
+
+
+@pytest.mark.parametrize(("axis", "product", "square"), [(0, by_matmul, False), (1, by_matmul, True),
+                                                         (1, by_einsum, False), (2, by_einsum, True)])  # fmt: skip
+def test_streams_that_are_mixed_by_a_matrix_of_one_of_them_are_no_euler_steps(axis, product, square):
+    torch.manual_seed(0)
+    model = nn.Sequential(*(Predicted(axis, product, square) for _ in range(3)))
+    x = torch.randn(STREAMS, SAMPLES, TOKENS, WIDTH).movedim(0, axis)
+    found = identify(trace(model, x, depth=["0", "1", "2"], batch_dim=None))
+    assert {(record.name, record.evidence) for record in found} == {("skip by a matrix of the state", "measured")}
+
+
+@pytest.mark.parametrize("axis", [0, 2])
+def test_streams_that_are_mixed_by_hand_are_not_called_proven(axis):
+    torch.manual_seed(0)
+    model = nn.Sequential(*(Predicted(axis, by_hand, False) for _ in range(3)))
+    x = torch.randn(STREAMS, SAMPLES, TOKENS, WIDTH).movedim(0, axis)
+    found = identify(trace(model, x, depth=["0", "1", "2"], batch_dim=None))
+    assert not [record for record in found if record.evidence == "proven"]
+
+
+def test_a_field_that_multiplies_the_state_by_a_matrix_of_its_entries_stays_a_field():
+    class Body(nn.Module):
+        """Euler's equations of a rigid body, by a skew matrix."""
+
+        def forward(self, x):
+            w, zero = x * torch.tensor([1.0, 0.5, 0.3]), torch.zeros_like(x[:, 0])
+            rows = [(zero, -w[:, 2], w[:, 1]), (w[:, 2], zero, -w[:, 0]), (-w[:, 1], w[:, 0], zero)]
+            return x - 0.1 * (torch.stack([torch.stack(row, -1) for row in rows], -2) @ x[..., None])[..., 0]
+
+    found = identify(trace(nn.Sequential(*(Body() for _ in range(3))), torch.randn(SAMPLES, 3), depth=["0", "1", "2"]))
+    assert all(record.name.startswith("forward Euler") for record in found)
+
+
+def test_attention_without_weights_of_its_own_stays_a_field():
+    class Attention(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.f = dense(WIDTH)
+
+        def forward(self, x):
+            x = x + torch.softmax(x @ x.mT / WIDTH**0.5, -1) @ x
+            return x + self.f(x)
+
+    torch.manual_seed(0)
+    model = nn.Sequential(*(Attention() for _ in range(3)))
+    found = identify(trace(model, torch.randn(SAMPLES, TOKENS, WIDTH), depth=["0", "1", "2"]))
+    assert {record.name for record in found} == {"Lie splitting (2 Euler steps)"}
