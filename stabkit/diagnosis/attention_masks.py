@@ -22,6 +22,7 @@ from stabkit.tracing import Flow
 from stabkit.tracing.containers import named_tensors
 from stabkit.tracing.evaluation import Evaluation, evaluated
 from stabkit.tracing.forward_pass import ForwardPass
+from stabkit.tracing.recording import masks_given
 from stabkit.tracing.training_pass import calling_line
 from stabkit.tracing.values import operation
 
@@ -65,6 +66,8 @@ def mask_findings(flow: Flow, loss: Any) -> list[Finding]:
     paddings = [p for _, p in filled]
     if not any("Softmax" in name or "Attention" in name for name in map(operation, flow.recorded.graph.nodes)):
         return _of_no_influence(flow, filled)
+    if not paddings and not flow.recorded.recording.masked:
+        return []
     seen: list[Seen] = []
     evaluated(call, mode=lambda running: _Reading(running, {len(p) for p in paddings}, seen))
     found = []
@@ -138,7 +141,7 @@ class _Reading(TorchFunctionMode):
         name = getattr(func, "__name__", "").strip("_")
         if name not in _CONVENTIONS:
             return out
-        masks = _masks(name, args, kwargs)
+        masks = masks_given(func, args, kwargs)
         keys = self._by_weight(out) if name == _SOFTMAX else self._by_mask(name, masks)
         added = next((m for m in masks if _adds(m)), None)
         self._seen.append(Seen(name, self._running.running(), calling_line(), keys, added))
@@ -160,14 +163,6 @@ class _Reading(TorchFunctionMode):
                 if mask.dim() > 1 and len(mask) % samples == 0:
                     return kept.reshape(samples, -1, mask.shape[-1]).any(1)
         return None
-
-
-def _masks(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
-    names = {_MHA: ("key_padding_mask", "attn_mask"), _SDPA: ("attn_mask",)}.get(name, ())
-    found = [kwargs.get(key) for key in names]
-    if name == _SDPA and len(args) > 3:
-        found.append(args[3])
-    return [mask.detach() for mask in found if isinstance(mask, Tensor)]
 
 
 def _kept(name: str, mask: Tensor) -> Tensor:
