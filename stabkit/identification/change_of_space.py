@@ -16,7 +16,7 @@ def change_of_space(links: Sequence[Link], opaque: Sequence[str]) -> str:
     terms = form.forms[0]
     affine = [s for s in form.stages if s.is_affine and s.output in terms]
     parts = [terms[a] for a in form.sources if a in terms]
-    if not form.stages and not form.merges and all(operation(node) in MOVES for node in form.piece.nodes):
+    if all(operation(node) in MOVES for link in links for node in link.form.piece.nodes):
         return "the same entries are laid out in another shape, or some of them are taken"
     text = "the space changes, so this is no step of a method"
     if affine and not parts and len(terms) > len(affine):

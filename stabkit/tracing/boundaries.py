@@ -141,20 +141,19 @@ def _gaps(intervals: Intervals, units: Sequence[Interval]) -> list[_Gap]:
 
 
 def _alike_in_rounds(intervals: Intervals, gaps: list[_Gap]) -> list[_Gap]:
-    """Gaps with those between the same two modules at the place where most of them are: the last round ends as others.
+    """Gaps with the last one between two modules at the place where all those before are: its round ends as theirs.
 
     There the input of every round is needed no more, so less is alive behind what takes it.
     """
-    places: dict[tuple[str, str], Counter[int]] = {}
-    for gap in gaps:
-        places.setdefault((gap.before.path, gap.after.path), Counter())[gap.position - gap.before.stop] += 1
-    found = []
-    for gap in gaps:
-        ((offset, count),) = places[gap.before.path, gap.after.path].most_common(1)
-        position = gap.before.stop + offset
-        if count > 1 and position != gap.position and position <= gap.after.start:
-            gap = replace(gap, position=position, width=int(intervals.width[position]))
-        found.append(gap)
+    rounds: dict[tuple[str, str], list[int]] = {}
+    for index, gap in enumerate(gaps):
+        rounds.setdefault((gap.before.path, gap.after.path), []).append(index)
+    found = list(gaps)
+    for *earlier, last in rounds.values():
+        places = {gaps[i].position - gaps[i].before.stop for i in earlier}
+        position = gaps[last].before.stop + min(places, default=0)
+        if len(earlier) > 1 and len(places) == 1 and position <= gaps[last].after.start:
+            found[last] = replace(gaps[last], position=position, width=int(intervals.width[position]))
     return found
 
 

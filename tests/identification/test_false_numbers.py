@@ -201,6 +201,8 @@ def test_a_shape_that_is_only_viewed_anew_is_called_so():
     torch.manual_seed(0)
     found = identify(trace(nn.Sequential(block(), block(), nn.Unflatten(1, (3, 4))), torch.randn(5, 12)))
     assert "laid out" in found[-1].notes[0]
+    found = identify(trace(nn.Sequential(block(), block(), nn.Linear(12, 7)), torch.randn(5, 2, 12)))
+    assert "laid out" not in found[-1].notes[0]
 
 
 @pytest.mark.parametrize("new", [True, False], ids=["Gauss-Seidel", "Jacobi"])
