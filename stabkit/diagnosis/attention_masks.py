@@ -21,6 +21,7 @@ from stabkit.diagnosis.weights import step_of
 from stabkit.tracing import Flow
 from stabkit.tracing.containers import named_tensors
 from stabkit.tracing.evaluation import Evaluation, evaluated
+from stabkit.tracing.recording import masks_given
 from stabkit.tracing.training_pass import calling_line
 from stabkit.tracing.values import operation
 
@@ -63,6 +64,8 @@ def mask_findings(flow: Flow, loss: Any) -> list[Finding]:
         return []
     given = [t.detach() for _, t in named_tensors([list(call.inputs), call.kwargs])]
     paddings = [p for t in given if t.device.type != "meta" and (p := padding_of(t)) is not None]
+    if not paddings and not flow.recorded.recording.masked:
+        return []
     seen: list[Seen] = []
     evaluated(call, mode=lambda running: _Reading(running, {len(p) for p in paddings}, seen))
     found = []
@@ -103,7 +106,7 @@ class _Reading(TorchFunctionMode):
         name = getattr(func, "__name__", "").strip("_")
         if name not in _CONVENTIONS:
             return out
-        masks = _masks(name, args, kwargs)
+        masks = masks_given(func, args, kwargs)
         keys = self._by_weight(out) if name == _SOFTMAX else self._by_mask(name, masks)
         added = next((m for m in masks if _adds(m)), None)
         self._seen.append(Seen(name, self._running.running(), calling_line(), keys, added))
@@ -125,14 +128,6 @@ class _Reading(TorchFunctionMode):
                 if mask.dim() > 1 and len(mask) % samples == 0:
                     return kept.reshape(samples, -1, mask.shape[-1]).any(1)
         return None
-
-
-def _masks(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
-    names = {_MHA: ("key_padding_mask", "attn_mask"), _SDPA: ("attn_mask",)}.get(name, ())
-    found = [kwargs.get(key) for key in names]
-    if name == _SDPA and len(args) > 3:
-        found.append(args[3])
-    return [mask.detach() for mask in found if isinstance(mask, Tensor)]
 
 
 def _kept(name: str, mask: Tensor) -> Tensor:

@@ -9,15 +9,27 @@ from dataclasses import dataclass, replace
 from stabkit.diagnosis.alternatives import candidates
 from stabkit.diagnosis.batch_statistics import with_statistics, without_statistics
 from stabkit.diagnosis.causes import with_causes, with_lost_parameters
-from stabkit.diagnosis.finding import Action, Finding, serious, sound
+from stabkit.diagnosis.finding import Finding, serious, sound
 from stabkit.diagnosis.gradient_underflow import gradient_underflow
 from stabkit.diagnosis.initialisation import Known, known_initialisations
+from stabkit.diagnosis.large_losses import with_large_loss
 from stabkit.diagnosis.made_otherwise import made_otherwise
+from stabkit.diagnosis.outer_causes import outer_causes, smaller_weights
 from stabkit.diagnosis.remedies import Remedy
-from stabkit.diagnosis.short_training import STEPS, ShortTraining, falls, short_training, worse
+from stabkit.diagnosis.short_training import (
+    STEPS,
+    ShortTraining,
+    clearly_better,
+    falls,
+    helps,
+    spoils,
+    trained_with,
+    worse,
+)
 from stabkit.diagnosis.suspects import Diagnosis, Settings, ordered, suspected
 from stabkit.diagnosis.thresholds import Thresholds
 from stabkit.diagnosis.trial import Trial, follows, is_stretch, tried
+from stabkit.diagnosis.usual_training import RATES, adam, left_after
 from stabkit.diagnosis.verdict import judge, judged_without, not_judged
 from stabkit.identification import Identification
 from stabkit.jacobians.shared import SharedSpectra
@@ -32,6 +44,11 @@ _BY_INITIALISATION = ("vanishing", "exploding", "dead", "transient_growth", "ran
 #: growth that does not last, or has a mechanism, within the limits: a fault only where an intervention takes it away
 _IN_DOUBT = ("transient_growth", "unstable_step", "overdamped")
 _MECHANISMS = ("unstable_step", "overdamped", "saturated")
+_GROWS = ("exploding", "transient_growth", "chaotic", "unstable_step")
+_AS_IT_IS = Remedy("")
+_LEARNT = (
+    0.01  # of the first loss that is left after a short training, from which growth kept nothing from being learnt
+)
 NO_HARM = "none was tried: it does no harm that was measured"
 NOTHING_HELPED = "nothing that was tried brings it below a warning"
 
@@ -128,7 +145,8 @@ def _examined(
         left = _confirmed(flow, found, settings, trials, _of_no_growth(found.findings))
         left = replace(left, verdict=not_judged(found.verdict, missing))
         return _fit_to_be_told(with_lost_parameters(flow, left, settings))
-    return _fit_to_be_told(with_causes(flow, _confirmed(flow, found, settings, trials, found.findings), settings))
+    tried_out = with_large_loss(flow, _confirmed(flow, found, settings, trials, found.findings), settings)
+    return _fit_to_be_told(with_causes(flow, tried_out, settings))
 
 
 def _fit_to_be_told(found: Diagnosis) -> Diagnosis:
@@ -165,6 +183,11 @@ class Cure:
         """Smaller is better: the loss after a short training, then how many suspects are left."""
         return (math.inf if self.trains is None else self.trains.last, self.trial.left)
 
+    @property
+    def outer(self) -> bool:
+        """Whether it takes away what lies before the weights."""
+        return self.remedy.data != 1.0 or not self.remedy.actions
+
 
 class _Trials:
     """The trials of one diagnosis: how many are left, and what they said."""
@@ -174,6 +197,8 @@ class _Trials:
         self.known = known_initialisations(found.measurement)
         self.refuted: dict[int, Cure] = {}
         self._without: Trial | None = None
+        self._outer: list[Remedy] | None = None
+        self.no_help: dict[int, str] = {}  # by suspect, what was taken away in vain
         self._trained: dict[str, ShortTraining | None] = {}
 
     def of_initialisation(self, suspect: Finding) -> Trial | None:
@@ -201,31 +226,66 @@ class _Trials:
         finite = suspect.kind == "non_finite" and callable(self.settings.loss)
         weighed = callable(self.settings.loss) and _is_small_end(suspect, len(self.found.measurement.steps))
         competing = is_stretch(suspect) or dead or finite or weighed
-        for remedy in candidates(suspect, self.found.measurement, self.flow, _of_same_stretch(suspect, others)):
+        tries = candidates(suspect, self.found.measurement, self.flow, _of_same_stretch(suspect, others))
+        tries = [*self.outer(suspect), *tries, *self.of_all_weights(suspect)]
+        for remedy in tries:
             if self.left < 1:
                 break
             self.left -= 1
-            trial = tried(self.flow, suspect, remedy.actions, self.found, self.settings)
+            trial = tried(self.flow, suspect, remedy, self.found, self.settings)
             if trial.cured:
-                trains = self.training(remedy.actions) if competing else None
+                trains = self.training(remedy)
                 if finite and trains is not None and not math.isfinite(trains.last):
                     continue
-                if not worse(trains, self.training() if trains else None):
+                plain = self.training() if trains else None
+                serves = helps(trains, plain) if competing or remedy.cause else not spoils(trains, plain)
+                if not serves and not self._helps_adam(remedy, trains):
+                    self.no_help.setdefault(id(suspect), remedy.cause)
+                else:
                     found.append(Cure(trial, remedy, trains))
-                elif weighed:
+                if weighed and not found:
                     self.refuted[id(suspect)] = Cure(trial, remedy, trains)
                 if not competing or (weighed and found and not is_stretch(suspect)):
                     break
         best = min(found, key=lambda cure: cure.worth, default=None)
+        outer = min((cure for cure in found if cure.outer), key=lambda cure: cure.worth, default=None)
+        if outer is not None and best is not None and not worse(outer.trains, best.trains):
+            return outer  # weights that make up for it leave it where it is
         if not dead or best is None:
             return best
         return next(cure for cure in found if not worse(cure.trains, best.trains))  # the mildest that is as good
 
-    def training(self, actions: Sequence[Action] = ()) -> ShortTraining | None:
+    def outer(self, suspect: Finding) -> list[Remedy]:
+        """What may lie before the weights where something grows, looked for once."""
+        if not _grows(suspect):
+            return []
+        if self._outer is None:
+            self._outer = outer_causes(self.flow, self.found.measurement) if isinstance(self.flow, Flow) else []
+        return self._outer
+
+    def _helps_adam(self, remedy: Remedy, treated: ShortTraining | None) -> bool:
+        """Whether steps of Adam, blind to the size of gradients, end clearly lower with a change of the code."""
+        plain, loss = self.training(), self.settings.loss
+        if remedy.actions or remedy.data != 1.0 or plain is None or treated is None or not isinstance(self.flow, Flow):
+            return False
+        call, updates = self.flow.forward_pass, [adam(rate) for rate in RATES]
+        left = left_after(call, loss, updates)
+        cured = left_after(call, loss, updates, within=remedy.within)
+        if left is None or cured is None:
+            return False
+        ends = (ShortTraining(treated.first, cured * treated.first), ShortTraining(plain.first, left * plain.first))
+        return clearly_better(*ends)
+
+    def of_all_weights(self, suspect: Finding) -> list[Remedy]:
+        """All weights made smaller, where they were started large and the suspect may come of that."""
+        return smaller_weights(self.found.measurement) if _grows(suspect) or suspect.kind == "saturated" else []
+
+    def training(self, remedy: Remedy = _AS_IT_IS) -> ShortTraining | None:
         """A short training with a remedy, where there is a loss."""
-        key = repr(actions)
+        key = repr((remedy.actions, remedy.cause))
         if key not in self._trained:
-            self._trained[key] = short_training(self.flow, self.settings.loss, actions)
+            loss = self.settings.loss
+            self._trained[key] = trained_with(self.flow, loss, remedy) if callable(loss) else None
         return self._trained[key]
 
 
@@ -250,7 +310,8 @@ def _confirmed(
         if isinstance(flow, Flow) and (chosen := made_otherwise(flow.model, suspect)) is not None:
             told[id(suspect)] = chosen
             continue
-        if not suspect.actions or any(action.get("action") == "convert" for action in suspect.actions):
+        by_hand = not (suspect.actions or trials.of_all_weights(suspect) or trials.outer(suspect))
+        if by_hand or any(action.get("action") == "convert" for action in suspect.actions):
             if suspect.kind in _IN_DOUBT:
                 told[id(suspect)] = replace(suspect, severity="info", remedy=NO_HARM)
             continue  # words alone, or another dtype, in which nothing can be measured on these inputs
@@ -267,7 +328,11 @@ def _confirmed(
                 verdict, refuted.trial.after.verdict, f"the size of weights at {suspect.module_path}"
             )
             continue
+        if cure is None and not suspect.actions:
+            continue  # its words stand
         told[id(suspect)] = _told(suspect, cure, untreated, settings.thresholds)
+        if cure is None and id(suspect) in trials.no_help and (plain := trials.training()) is not None:
+            told[id(suspect)] = _of_no_help(suspect, plain, trials.no_help[id(suspect)])
         if cure is not None:
             gone = cure.trial.gone(waiting)
             told[id(suspect)] = _with_mechanism(told[id(suspect)], [*gone, *found.findings], cure)
@@ -283,6 +348,11 @@ def _confirmed(
         verdict = judge(found.measurement.growth, found.measurement.kinds, settings.thresholds)
     kept = [finding for finding in map(sound, left) if finding is not None]
     return replace(found, verdict=verdict, findings=tuple(ordered(kept)), untried=tuple(untried))
+
+
+def _grows(suspect: Finding) -> bool:
+    """Whether something becomes too large, by growth over depth or beyond the range of a dtype."""
+    return suspect.kind in _GROWS or (suspect.kind == "non_finite" and "range of" in suspect.evidence)
 
 
 def _of_no_harm(finding: Finding) -> Finding:
@@ -328,7 +398,8 @@ def _told(suspect: Finding, cure: Cure | None, untreated: ShortTraining | None, 
         return replace(suspect, severity=severity, remedy=NOTHING_HELPED, actions=())
     moved = cure.trial.moved or suspect.kind == "non_finite"  # beside which there is no other reading
     severity = suspect.severity if moved else "info"  # what can be taken away unnoticed does no harm
-    evidence = f"{suspect.evidence}; tried on a copy: {cure.trial.changes}"
+    cause = f"{cure.remedy.cause}; " if cure.remedy.cause else ""
+    evidence = f"{cause}{suspect.evidence}; tried on a copy: {cure.trial.changes}"
     if cure.trains is not None and untreated is not None:
         evidence += f"; {STEPS} steps of plain SGD take the loss {untreated} as it is, {cure.trains} treated"
     return replace(
@@ -336,8 +407,23 @@ def _told(suspect: Finding, cure: Cure | None, untreated: ShortTraining | None, 
         severity=severity,
         confidence=cure.trial.share if is_stretch(suspect) else suspect.confidence,
         evidence=evidence,
-        remedy=cure.remedy.text,
+        remedy=cure.remedy.text + f"; or {suspect.remedy}" * (suspect.kind == "non_finite" and cure.outer),
         actions=cure.remedy.actions,
+        module_path=cure.remedy.place or suspect.module_path,
+    )
+
+
+def _of_no_help(suspect: Finding, plain: ShortTraining, cause: str) -> Finding:
+    """A suspect that can be taken away, with which training ends no lower."""
+    cause = f"{cause}; " if cause else ""
+    learnt = is_stretch(suspect) and suspect.kind in _GROWS and abs(plain.last) < _LEARNT * abs(plain.first)
+    return replace(
+        suspect,
+        severity="info" if learnt else suspect.severity,
+        evidence=f"{cause}{suspect.evidence}; {STEPS} steps of plain SGD take the loss {plain} as it is, and end no "
+        "lower with anything that takes it away",
+        remedy="none is told: what was tried takes it away, and trains no better",
+        actions=(),
     )
 
 

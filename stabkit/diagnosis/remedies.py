@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from statistics import NormalDist
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from stabkit.diagnosis.finding import Action
 
@@ -26,10 +27,18 @@ class Remedy:
     Attributes:
         text: for people.
         actions: for `stabkit.diagnosis.apply`.
+        cause: what lies before the blocks that show the fault, in words; empty where it is they that are changed.
+        place: the module that a cause is in.
+        within: makes what the model's code runs in while a change of it is tried.
+        data: what float inputs are divided by while it is tried.
     """
 
     text: str
     actions: tuple[Action, ...] = ()
+    cause: str = ""
+    place: str = ""
+    within: Callable[[], AbstractContextManager[Any]] = nullcontext
+    data: float = 1.0
 
 
 def scale(parameter: str, by: float) -> Action:

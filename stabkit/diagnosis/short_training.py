@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -18,8 +18,10 @@ from torch import Tensor, nn
 from stabkit.diagnosis import remedies
 from stabkit.diagnosis.applying import carried_out
 from stabkit.diagnosis.finding import Action
+from stabkit.diagnosis.remedies import Remedy
 from stabkit.errors import StabkitError
 from stabkit.tracing import Flow
+from stabkit.tracing.containers import map_tensors
 from stabkit.tracing.forward_pass import ForwardPass
 from stabkit.tracing.untouched_model import unchanged
 
@@ -83,11 +85,60 @@ def short_training(
     return ShortTraining(first, min(run[-1] if math.isfinite(run[-1]) else math.inf for run in runs))
 
 
+def trained_with(flow: Any, loss: Any, remedy: Remedy) -> ShortTraining | None:
+    """Losses of a short training with a remedy of any sort: of the model, of its code, or of the data.
+
+    Of data that are divided the output is taken as it is, and multiplied back where the loss holds it against data of
+    the same size: whichever trains better.
+    """
+    if remedy.data == 1.0:
+        return short_training(flow, loss, remedy.actions, within=remedy.within)
+    call = on_divided_data(flow.forward_pass if isinstance(flow, Flow) else flow, remedy.data)
+
+    def back(output: Any) -> Any:
+        return loss(map_tensors(output, lambda t: remedy.data * t if t.is_floating_point() else t))
+
+    runs = [short_training(call, each) for each in (loss, back)]
+    return min((run for run in runs if run is not None), key=lambda run: run.last, default=None)
+
+
+def on_divided_data(call: ForwardPass, by: float) -> ForwardPass:
+    """The same call of float inputs that are divided by a number."""
+    inputs, kwargs = map_tensors([call.inputs, call.kwargs], lambda t: t / by if t.is_floating_point() else t)
+    return replace(call, inputs=tuple(inputs), kwargs=kwargs)
+
+
 def worse(treated: ShortTraining | None, untreated: ShortTraining | None) -> bool:
-    """Whether a treated model ends clearly above one that was left as it is; False where either was not trained."""
+    """Whether a treated model ends clearly above one that was left as it is; False where either was not trained.
+
+    A loss that is far too large at the start is no measure of what is clear.
+    """
     if treated is None or untreated is None or not math.isfinite(untreated.last):
         return False
-    return treated.last > untreated.last + _CLEARLY * abs(untreated.first)
+    return treated.last > untreated.last + _CLEARLY * min(abs(untreated.first), abs(treated.first))
+
+
+def clearly_better(treated: ShortTraining, other: ShortTraining) -> bool:
+    """Whether a treated model ends clearly below another."""
+    if not math.isfinite(other.last):
+        return math.isfinite(treated.last)
+    return treated.last < other.last - _CLEARLY * min(abs(other.first), abs(treated.first))
+
+
+def spoils(treated: ShortTraining | None, untreated: ShortTraining | None) -> bool:
+    """Whether nothing is learnt any more with a remedy, and something is without it."""
+    if treated is None or untreated is None or not math.isfinite(untreated.last):
+        return False
+    return falls(untreated) and not falls(treated) and worse(treated, untreated)
+
+
+def helps(treated: ShortTraining | None, untreated: ShortTraining | None) -> bool:
+    """Whether a remedy may be told, as far as training says: it ends no worse, and better where nothing was learnt."""
+    if treated is None or untreated is None:
+        return True
+    if math.isfinite(untreated.last) and falls(untreated):
+        return not worse(treated, untreated)
+    return clearly_better(treated, untreated)
 
 
 def falls(training: ShortTraining) -> bool:

@@ -12,6 +12,8 @@ from stabkit.diagnosis.applying import carried_out
 from stabkit.diagnosis.batch_statistics import traced_anew
 from stabkit.diagnosis.finding import Action, Finding, serious
 from stabkit.diagnosis.measurement import Measurement
+from stabkit.diagnosis.remedies import Remedy
+from stabkit.diagnosis.short_training import on_divided_data
 from stabkit.diagnosis.suspects import Diagnosis, Settings, suspected
 from stabkit.diagnosis.verdict import nats
 from stabkit.errors import StabkitError
@@ -121,16 +123,28 @@ def alike(one: Finding, other: Finding, same_chain: bool) -> bool:
     return same_chain and bool(set(one.steps) & set(other.steps))
 
 
-def tried(flow: FlowLike, suspect: Finding, actions: Sequence[Action], before: Diagnosis, settings: Settings) -> Trial:
-    """The same flow, with the same cotangents, while a remedy is carried out on its model."""
+def tried(
+    flow: FlowLike, suspect: Finding, remedy: Remedy | Sequence[Action], before: Diagnosis, settings: Settings
+) -> Trial:
+    """The same flow, with the same cotangents, while a remedy is carried out on its model, its code or its data."""
+    remedy = remedy if isinstance(remedy, Remedy) else Remedy("", tuple(remedy))
     after = None
     try:
-        with carried_out(flow.model, actions, settings.seed):
-            changed = flow.again() if isinstance(flow, Iteration) else traced_anew(traced(flow, "a trial"))
-            after = suspected(changed, settings)
+        with carried_out(flow.model, remedy.actions, settings.seed), remedy.within():
+            after = suspected(_anew(flow, remedy.data), settings)
     except StabkitError:
         after = None  # this remedy does not fit the model, and is not told
     return Trial(suspect, before, after)
+
+
+def _anew(flow: FlowLike, data: float) -> FlowLike:
+    if isinstance(flow, Iteration):
+        return flow.again()
+    of_depth = traced(flow, "a trial")
+    if data == 1.0:
+        return traced_anew(of_depth)
+    call = on_divided_data(of_depth.forward_pass, data)
+    return of_depth.again(given=(call.inputs, call.kwargs))
 
 
 def follows(follower: Finding, cause: Finding, how: str = "gone") -> Finding:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -54,7 +55,13 @@ def adam(rate: float, factor: float = 1.0, eps: float = EPSILON) -> Update:
 
 
 def left_after(
-    call: ForwardPass, loss: Any, updates: Sequence[Update], actions: Sequence[Action] = (), *, steps: int = STEPS
+    call: ForwardPass,
+    loss: Any,
+    updates: Sequence[Update],
+    actions: Sequence[Action] = (),
+    *,
+    steps: int = STEPS,
+    within: Callable[[], AbstractContextManager[Any]] = nullcontext,
 ) -> float | None:
     """What is left of a loss after a few steps, over what it was, at the best of some updates; None where not tried.
 
@@ -66,6 +73,7 @@ def left_after(
         updates: ways to move the weights, each of which is tried from the beginning.
         actions: a remedy that is carried out before each.
         steps: how many of each.
+        within: makes what each training runs in.
     """
     model = call.module
     paths = [path for path, p in model.named_parameters() if p.requires_grad and p.is_floating_point()]
@@ -75,7 +83,8 @@ def left_after(
     try:
         for update in updates:
             # stand-ins for all parameters, so that the model's own are never written
-            with carried_out(model, [remedies.scale(path, 1.0) for path in paths]), carried_out(model, actions):
+            held = [remedies.scale(path, 1.0) for path in paths]
+            with carried_out(model, held), carried_out(model, actions), within():
                 left.append(_run(call, loss, update, steps))
     except (StabkitError, RuntimeError):
         return None

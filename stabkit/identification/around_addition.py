@@ -22,22 +22,33 @@ GATED = 1e-3  # by how much the gates of the old state and of the new one may mi
 
 
 def with_projection(
-    record: Identification, norms: int, sums: int, *, rectified: bool, threshold: tuple[float, float] | None = None
+    record: Identification,
+    norms: int,
+    sums: int,
+    *,
+    rectified: bool,
+    threshold: tuple[float, float] | None = None,
+    bends: bool = False,
 ) -> Identification:
-    """What follows an addition: norms, rectifiers (and nothing else, if ``rectified``), a soft threshold, or others."""
+    """What follows an addition: norms, rectifiers (and nothing else, if ``rectified``), a soft threshold, or others.
+
+    ``bends``: whether something else than norms is there beside norms.
+    """
     if not record.after:
         return record
     note = f"after the addition: {', '.join(record.after)}"
     if norms:
         why = f"the skip passes {norms} norm(s) after {sums} addition(s), so no single a describes it"
         system = f"{record.system}, retracted to the sphere after each step"
+        # of several additions, some followed by a norm and some by a bend, the one name says a part
+        evidence = "measured" if bends else record.evidence
         return replace(record, name="projected Euler (post-norm)", skip=None, notes=(why, note, *record.notes),
-                       system=system)  # fmt: skip
+                       system=system, evidence=evidence)  # fmt: skip
     if rectified and record.name in ("forward Euler", "forward Euler, parallel branches"):
         system = "x' in f(x) - N(x), N the normal cone of the nonnegative states"
         why = "a proximal gradient step on x >= 0; a number that is subtracted before makes it one with a threshold"
         return replace(record, name="projected Euler (ReLU)", notes=(note, why, *record.notes), system=system)
-    if threshold is not None:
+    if threshold is not None and not record.name.startswith("unnamed"):
         low, high = threshold
         t = f"{low:.3g}" if high - low <= _SAME * high else f"{low:.3g} to {high:.3g}"
         why = f"the addition is followed by the soft threshold sign(x) max(|x| - t, 0), t = {t}: the prox of t |x|_1"

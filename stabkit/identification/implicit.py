@@ -28,6 +28,7 @@ SOLVES = frozenset(
 )
 _FIRST = frozenset({"CholeskySolve", "TriangularSolve"})  # those that take the right side first, and then the matrix
 _FEWEST = 3
+_CONVERGED = 1e-2  # relative change at the last call: settled to two figures
 _AVERAGED = 12  # changes, since complex eigenvalues make their ratios swing
 
 
@@ -180,5 +181,7 @@ def _measured(path: str, inputs: list[Tensor]) -> FixedPoint | None:
         return None
     rounding = 100 * torch.finfo(inputs[0].dtype).eps * size
     clear = list(itertools.takewhile(lambda change: change > rounding, changes))[-_AVERAGED - 1 :]
+    if changes[-1] > _CONVERGED * size:
+        return None  # calls that come closer to each other, and then end, are some rounds of a map
     contraction = math.exp(math.log(clear[-1] / clear[0]) / (len(clear) - 1)) if len(clear) > 1 else None
     return FixedPoint(path, len(inputs), changes[-1] / size, contraction)

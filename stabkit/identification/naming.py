@@ -258,7 +258,7 @@ def _composed(found: Blocks, h: float, a: float) -> str:
     b = found.B[0] / h
     s = len(found.rows)
     if a != 1.0:
-        return f"composition of {s} stages, a = {a:.3g}"
+        return f"unnamed composition of {s} stages, a = {a:.3g}"
     lower = np.array([[b[j] if j < i else 0.0 for j in range(s)] for i in range(s)])
     if np.allclose(found.A / h, lower, atol=CLOSE) and np.allclose(found.U, 1.0):
         if s >= 3 and np.allclose(b, b[::-1]) and np.allclose(b[[0, -1]], 0.5) and np.allclose(b[1:-1], 1.0):

@@ -360,8 +360,9 @@ def _read_sums(around: Surroundings, found: Slots, links: Sequence[Link], steps:
     )
     threshold = soft_threshold(around.flow, steps[-1] + 1, links[-1]) if behind else None
     record = with_projection(
-        record, norms_after(links), len(sums), rectified=all(map(rectifies, behind)), threshold=threshold
-    )
+        record, norms_after(links), len(sums), rectified=all(map(rectifies, behind)), threshold=threshold,
+        bends=not all(map(normalises, behind)),
+    )  # fmt: skip
     record = with_gates(record, kinds, sums)
     if "gate" in kinds and is_affine_coupling(
         around.flow, start := steps[0], steps[-1] + 1, around.whole(start, steps[-1] + 1, found)

@@ -138,18 +138,19 @@ class Flow:
     _retrace: Callable[..., Flow] | None = field(default=None, repr=False, kw_only=True)
     _finite: bool | None = field(default=None, repr=False, kw_only=True)
 
-    def again(self, *, check: bool = False) -> Flow:
+    def again(self, *, check: bool = False, given: tuple[Any, Any] | None = None) -> Flow:
         """The same call traced anew, in the same way, at the weights and in the modes that the model has now.
 
         Args:
             check: whether the chain is held against the model's own VJP again; if exact, it is exact at other weights.
+            given: positional and keyword arguments in the place of those of the call.
 
         Raises:
             TraceError: the call fails now, or this flow is a part of another, which alone can be traced anew.
         """
         if self._retrace is None:
             raise TraceError("this flow was taken out of another one; trace that one anew")
-        return self._retrace(check)
+        return self._retrace(check) if given is None else self._retrace(check, given=given)
 
     def following(self, loss: Any) -> Flow:
         """The flow that leads to all outputs that a loss reads: this one, if it does, or the call traced to them.

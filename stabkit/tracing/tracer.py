@@ -122,11 +122,12 @@ def trace(
     with young_only():
         flow = _build(recorded, _Settings(module, depth, batch, batch_dim or 0, seed, check, target))
 
-    def again(checked: bool, end: Target = target) -> Flow:
+    def again(checked: bool, end: Target = target, given: tuple[Any, Any] | None = None) -> Flow:
+        args, named = (inputs, kwargs) if given is None else given
         return trace(
             model,
-            *inputs,
-            kwargs=kwargs,
+            *args,
+            kwargs=named,
             depth=depth,
             batch_dim=batch_dim,
             source=source,

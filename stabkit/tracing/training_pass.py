@@ -31,7 +31,8 @@ from stabkit.tracing.values import normal_from, value_of
 
 #: Folders whose code is not the user's.
 LIBRARIES = (str(Path(torch.__file__).parent), str(Path(errors.__file__).parent))
-_PASSES = ("training_pass", "evaluated")  # functions of this package that run a model: code further out is the user's
+#: functions of this package that run a model: code further out is the user's
+_PASSES = ("training_pass", "evaluated", "summing_operations")
 
 
 class Observer(EagerMode):

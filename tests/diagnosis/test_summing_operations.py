@@ -1,0 +1,146 @@
+"""Sums over neighbours that nothing divides are named, and not the weights behind them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+import stabkit
+from stabkit.diagnosis.finding import serious
+from stabkit.diagnosis.short_training import short_training
+from stabkit.diagnosis.summing_operations import divided, summing_operations
+
+NODES, DEGREE = 50, 36
+X = torch.randn(NODES, 8, generator=torch.Generator().manual_seed(1))
+Y = torch.randint(0, 3, (NODES,), generator=torch.Generator().manual_seed(2))
+
+
+def adjacency() -> Tensor:
+    """Every node with the 36 nearest on a ring."""
+    near = (torch.arange(NODES)[:, None] - torch.arange(NODES)) % NODES
+    return ((near <= DEGREE // 2) | (near > NODES - DEGREE // 2)).float()
+
+
+A = adjacency()
+TARGET, SOURCE = A.nonzero().T
+
+Gather = Callable[[Tensor], Tensor]
+SUMS: dict[str, Gather] = {
+    "matmul": lambda h: A @ h,
+    "einsum": lambda h: torch.einsum("ij,jk->ik", A, h),
+    "sparse_mm": lambda h: torch.sparse.mm(A.to_sparse(), h),
+    "index_add": lambda h: torch.zeros_like(h).index_add(0, TARGET, h[SOURCE]),
+    "index_add_": lambda h: torch.zeros_like(h).index_add_(0, TARGET, h[SOURCE]),
+    "scatter_add": lambda h: torch.zeros_like(h).scatter_add(0, TARGET[:, None].expand(-1, h.shape[1]), h[SOURCE]),
+    "sum": lambda h: h + h.sum(0, keepdim=True),
+}
+
+
+class Graph(nn.Module):
+    """Layers that gather from neighbours."""
+
+    def __init__(self, gather: Gather, residual: bool = True, gain: float = 1.0) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.head = nn.Linear(8, 32), nn.Linear(32, 3)
+        self.layers = nn.ModuleList(nn.Linear(32, 32) for _ in range(4))
+        self.gather, self.residual = gather, residual
+        for layer in self.layers:
+            layer.weight.data.mul_(gain)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.first(x)
+        for layer in self.layers:
+            made = torch.relu(layer(self.gather(h)))
+            h = h + made if self.residual else made
+        return self.head(h)
+
+
+def loss(out: Tensor) -> Tensor:
+    return functional.cross_entropy(out, Y)
+
+
+def found(model: nn.Module, with_loss: bool = True) -> list[stabkit.Finding]:
+    flow = stabkit.trace(model, X)
+    return stabkit.diagnose(flow.following(loss), loss) if with_loss else stabkit.diagnose(flow)
+
+
+@pytest.mark.parametrize("name", SUMS)
+def test_the_sum_is_named_with_its_terms(name):
+    told = [f for f in found(Graph(SUMS[name])) if serious(f) and f.kind != "mixed_samples"]
+    first = told[0]
+    assert first.kind == "exploding"
+    terms = NODES if name == "sum" else DEGREE
+    assert f"what makes it grow is {name.rstrip('_')} in the code of the model (test_summing" in first.evidence
+    assert f"which runs 4 times and sums over {terms} terms on average, and divides by nothing" in first.evidence
+    assert "growth +" in first.evidence
+    assert (
+        "take the mean" in first.remedy
+        if name == "sum"
+        else "divide the sum by the number of its terms" in first.remedy
+    )
+    assert not first.actions  # no weight is to blame
+
+
+def test_it_is_named_without_a_loss_and_in_the_module_that_runs_it():
+    class Layer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(32, 32)
+
+        def forward(self, h: Tensor, edges: Tensor) -> Tensor:
+            return h + torch.relu(self.linear(edges @ h))
+
+    class Given(nn.Module):
+        """A network that is given the adjacency beside its states."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.first, self.layers = nn.Linear(8, 32), nn.ModuleList(Layer() for _ in range(4))
+
+        def forward(self, x: Tensor, edges: Tensor) -> Tensor:
+            h = self.first(x)
+            for layer in self.layers:
+                h = layer(h, edges)
+            return h
+
+    told = [f for f in stabkit.diagnose(stabkit.trace(Given(), X, A)) if serious(f)]
+    assert (told[0].kind, told[0].module_path) == ("exploding", "layers.0")
+    assert "what makes it grow is matmul in layers.0" in told[0].evidence
+
+
+@pytest.mark.parametrize(
+    "gather",
+    [
+        lambda h: (A / A.sum(1, keepdim=True)) @ h,
+        lambda h: (A @ h) / A.sum(1, keepdim=True),
+        lambda h: torch.zeros_like(h).index_add(0, TARGET, h[SOURCE] / DEGREE),
+        lambda h: h.sum(0, keepdim=True) / NODES + h,
+        lambda h: torch.softmax(h @ h.T, 1) @ h,
+    ],
+)
+def test_what_is_divided_is_no_sum_to_name(gather):
+    assert not [f for f in found(Graph(gather)) if "what makes it grow" in f.evidence]
+
+
+def test_weights_that_are_too_large_are_to_blame_themselves():
+    model = Graph(lambda h: (A / A.sum(1, keepdim=True)) @ h, residual=False, gain=20.0)
+    assert not [f for f in found(model) if "what makes it grow" in f.evidence]
+
+
+@pytest.mark.parametrize("name", ["matmul", "index_add", "scatter_add", "sum"])
+def test_divided_sums_are_means(name):
+    model = Graph(SUMS[name])
+    flow = stabkit.trace(model, X)
+    sums = summing_operations(flow.forward_pass)
+    assert [each.name for each in sums] == [name]
+    means = {"sum": lambda h: h + h.mean(0, keepdim=True)}.get(name, lambda h: (A / DEGREE) @ h)
+    with divided(sums)():
+        treated = model(X)
+    assert torch.allclose(treated, Graph(means)(X), atol=1e-4)
+    assert short_training(flow, loss, within=divided(sums)).last < short_training(flow, loss).last

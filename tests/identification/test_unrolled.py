@@ -1,0 +1,104 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional
+
+from stabkit.identification import identify
+from stabkit.tracing import trace
+
+WIDTH = 8
+
+
+class PrimalDual(nn.Module):
+    """Rounds of Chambolle and Pock; the data are the first iterate."""
+
+    def __init__(self, prox, tied=True, rounds=5):
+        super().__init__()
+        self.maps = nn.ModuleList([nn.Linear(WIDTH, WIDTH, bias=False) for _ in range(1 if tied else rounds)])
+        self.prox, self.rounds = prox, rounds
+
+    def forward(self, b):
+        x = ahead = b
+        y = torch.zeros_like(b)
+        for i in range(self.rounds):
+            K = self.maps[i % len(self.maps)]
+            y = torch.tanh(y + 0.3 * K(ahead))
+            new = self.prox(x - 0.2 * y @ K.weight - 0.2 * (x - b))
+            x, ahead = new, 2 * new - x
+        return x
+
+
+class AttentionOverLayers(nn.Module):
+    """Each layer reads a softmax over what the earlier ones gave out; the mean of all is the result."""
+
+    def __init__(self, depth=3):
+        super().__init__()
+        self.layers = nn.ModuleList([nn.Sequential(nn.Linear(WIDTH, 16), nn.GELU(), nn.Linear(16, WIDTH))] * depth)
+        self.queries = nn.ParameterList([nn.Parameter(torch.randn(WIDTH)) for _ in range(depth)])
+
+    def forward(self, x):
+        values = [x]
+        for layer, query in zip(self.layers, self.queries, strict=True):
+            held = torch.stack(values)
+            weights = (functional.rms_norm(held, (WIDTH,)) * query).sum(-1).softmax(0).unsqueeze(-1)
+            values.append(layer((weights * held).sum(0)))
+        return sum(values) / len(values)
+
+
+class Hierarchical(nn.Module):
+    """Two maps in turn, all rounds but the last without a gradient; few rounds, which do not settle."""
+
+    def __init__(self):
+        super().__init__()
+        self.high, self.low = (nn.Sequential(nn.Linear(WIDTH, 16), nn.SiLU(), nn.Linear(16, WIDTH)) for _ in "HL")
+
+    def forward(self, x):
+        high = low = x
+        with torch.no_grad():
+            for k in range(3):
+                low = self.low(low + high + x)
+                high = self.high(high + low) if k % 2 else high
+        return self.high(high + self.low(low + high + x))
+
+
+class CrateLayer(nn.Module):
+    """A residual map, and then a step of ISTA at the normalised state."""
+
+    def __init__(self):
+        super().__init__()
+        self.norms = nn.ModuleList([nn.LayerNorm(WIDTH), nn.LayerNorm(WIDTH)])
+        self.mix, self.D = nn.Linear(WIDTH, WIDTH), nn.Parameter(torch.randn(WIDTH, WIDTH) / WIDTH**0.5)
+
+    def forward(self, x):
+        z = self.norms[1](x + torch.tanh(self.mix(self.norms[0](x))))
+        gradient = functional.linear(z - functional.linear(z, self.D), self.D.t())
+        return functional.relu(z + 0.1 * gradient - 0.01)
+
+
+def records(model):
+    torch.manual_seed(0)
+    return identify(trace(model, torch.randn(3, WIDTH)))
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("prox", [torch.tanh, lambda x: functional.softshrink(x, 0.05), lambda x: x / 1.2])
+def test_rounds_that_were_taken_together_are_named_by_none_of_them(prox, tied):
+    methods = [r for r in records(PrimalDual(prox, tied)) if r.method is not None and r.evidence == "proven"]
+    assert {r.name for r in methods} <= {"plain", "forward Euler"}
+    assert not any("forward-backward" in r.name for r in records(PrimalDual(prox, tied)))
+
+
+def test_the_mean_of_all_layers_proves_no_damping():
+    for record in records(nn.Sequential(AttentionOverLayers())):
+        assert record.evidence != "proven" or record.name in ("transition", "fork", "join")
+
+
+def test_a_few_rounds_off_the_graph_are_no_fixed_point():
+    assert not any("fixed point" in record.name for record in records(Hierarchical()))
+
+
+def test_a_norm_and_a_rectifier_after_different_additions_prove_no_projection():
+    for record in records(nn.Sequential(*[CrateLayer() for _ in range(3)])):
+        assert (record.name, record.evidence) == ("projected Euler (post-norm)", "measured")
