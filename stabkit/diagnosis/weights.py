@@ -184,12 +184,13 @@ def log_rank(data: Tensor) -> float:
     W = data.flatten(1)
     # a share of singular values needs no more digits than the weights have
     W = W.to(torch.promote_types(W.dtype, torch.float32))
-    W = W if W.shape[0] <= W.shape[1] else W.mH
-    if W.shape[0] == 1:
+    if min(W.shape) == 1:
         return math.nan
-    largest = float(torch.maximum(W.max(), -W.min())) if not W.is_complex() else float(W.abs().max())
+    low, high = torch.aminmax(torch.view_as_real(W) if W.is_complex() else W)
+    largest = max(-float(low), float(high))
     if not _LEAST_SCALE < largest < 1 / _LEAST_SCALE:  # fourth powers would leave the range of the dtype
         W = W / largest
+    W = W if W.shape[0] <= W.shape[1] else W.mH
     if W.shape[0] <= _EXACT:
         fourth = (W @ W.mH).abs().square().sum()
     else:

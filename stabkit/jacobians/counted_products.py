@@ -8,6 +8,7 @@ from torch import Tensor
 
 from stabkit.errors import ArgumentError, ArgumentTypeError
 from stabkit.operators.jacobian import Jacobian, from_dense
+from stabkit.tracing.values import entries_are_finite
 
 
 class BudgetSpentError(Exception):
@@ -138,7 +139,7 @@ class CountedProducts:
         product = J.matmat(rows.transpose(1, 2)).detach()
         self.count += rows.shape[1]
         out = product.to(device=self.device, dtype=torch.float64).transpose(1, 2).contiguous()
-        if not torch.isfinite(out).all():
+        if not entries_are_finite(out):
             raise ArgumentError(
                 "a product with J has nan or infinite entries: check the inputs and the parameters with "
                 f"torch.isfinite, or use a wider dtype than {J.dtype}"

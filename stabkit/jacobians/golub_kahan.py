@@ -39,7 +39,7 @@ class Bidiagonalisation(KrylovBasis):
 
     def __init__(self, m: int, n: int, size: int, block: int, device: torch.device, seed: int) -> None:
         super().__init__(n, size, block, device, seed)
-        self.U = torch.zeros(self.capacity, m, dtype=torch.float64, device=device)
+        self.U = torch.empty(self.capacity, m, dtype=torch.float64, device=device)
         self.B = np.zeros((self.capacity, self.capacity))
         self.E = np.zeros((block, self.capacity))
         self._svd: tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray] | None = None

@@ -25,7 +25,8 @@ class KrylovBasis:
 
     def __init__(self, n: int, size: int, block: int, device: torch.device, seed: int) -> None:
         self.generator = torch.Generator().manual_seed(seed)
-        self.V = torch.zeros(min(n, size + block), n, dtype=torch.float64, device=device)
+        # rows are written before they are read, and most never: memory that is not touched costs nothing
+        self.V = torch.empty(min(n, size + block), n, dtype=torch.float64, device=device)
         self.capacity = self.room = min(n, size)
         self.block = block
         self.size = 0

@@ -12,11 +12,12 @@ import contextlib
 import threading
 import weakref
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch.nn.functional as F  # noqa: N812 - as torch's own documentation has it
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.overrides import TorchFunctionMode
@@ -77,6 +78,7 @@ class Recording:
         stopped: where dependence on the input went on without gradient.
         routed: when operations took integers or masks that were made from values on the graph: indices of the largest,
             experts that were chosen.
+        masked: whether an attention of torch was given a mask.
     """
 
     sources: list[Source] = field(default_factory=list)
@@ -87,6 +89,7 @@ class Recording:
     ends: list[tuple[str, Tensor]] | None = None
     stopped: list[Stopped] = field(default_factory=list)
     routed: set[int] = field(default_factory=set)
+    masked: bool = False
     start: int = 0
     stop: int = 0
 
@@ -234,6 +237,22 @@ class ValueRecorder(EagerMode):
         return entry is not None and entry[0]() is tensor
 
 
+#: The attentions of torch, and the names of the masks that they take.
+ATTENTIONS: dict[Any, tuple[str, ...]] = {
+    F.multi_head_attention_forward: ("key_padding_mask", "attn_mask"),
+    F.scaled_dot_product_attention: ("attn_mask",),
+}
+_PLACE = 3  # of the mask among the arguments of scaled_dot_product_attention
+
+
+def masks_given(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Tensor]:
+    """The masks that an attention of torch is called with; none of other functions."""
+    found = [kwargs.get(name) for name in ATTENTIONS.get(func, ())]
+    if func is F.scaled_dot_product_attention and len(args) > _PLACE:
+        found.append(args[_PLACE])
+    return [mask.detach() for mask in found if isinstance(mask, Tensor)]
+
+
 # where values leave torch; what comes back from there has no gradient
 _EXITS: tuple[Any, ...] = (torch.Tensor.numpy, torch.Tensor.__array__)
 
@@ -251,6 +270,8 @@ class _NonLeafSources(TorchFunctionMode):
     ) -> Any:
         if func in _EXITS:
             self.values.note_exit(args[0])
+        if func in ATTENTIONS:
+            self.recording.masked |= bool(masks_given(func, args, kwargs or {}))
         if func is torch.Tensor.register_hook and args[0].requires_grad and args[0].grad_fn is not None:
             self.recording.hooks.setdefault(value_of(args[0]), []).append(args[1])
         result = func(*args, **(kwargs or {}))

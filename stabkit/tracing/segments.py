@@ -324,7 +324,9 @@ def _shares(a: Tensor, b: Tensor | None) -> bool:
 
 def _is_writable(tensor: Tensor) -> bool:
     """Whether every entry has memory of its own."""
-    return not any(stride == 0 and size > 1 for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return tensor.is_contiguous() or not any(
+        stride == 0 and size > 1 for size, stride in zip(tensor.shape, tensor.stride(), strict=True)
+    )
 
 
 def _close(a: Tensor, b: Tensor) -> bool:

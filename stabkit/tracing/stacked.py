@@ -58,7 +58,7 @@ class Stacked:
         self._edges = [(edge, meta_of(edge)) if edge is not None and edge in known else None for edge in _edges(node)]
         self._rule = rule
         self.part_of = active[0] if rule in _PARTS else None
-        self._remembers = remembers and rule is _by_derivative
+        self._factor_of = _FACTORS.get(rule) if remembers else None
         self._asked = False
         self._factor: Tensor | None = None
 
@@ -76,8 +76,8 @@ class Stacked:
         """
         if self._rule is None:
             return _batched(self.node, cotangents, self.active)
-        if self._remembers:
-            grads: Sequence[Tensor | None] = (_times(_first(cotangents), self._derivative(), overwrite),)
+        if self._factor_of is not None:
+            grads: Sequence[Tensor | None] = (_times(_first(cotangents), self._remembered(self._factor_of), overwrite),)
         else:
             grads = self._rule(self.node, cotangents, self.active, overwrite and self.in_place)
         return [
@@ -94,11 +94,11 @@ class Stacked:
         """Let go of what was remembered."""
         self._asked, self._factor = False, None
 
-    def _derivative(self) -> Tensor:
-        """It is kept from the second time on: most nodes are walked once."""
+    def _remembered(self, factor_of: Callable[[Any], Tensor]) -> Tensor:
+        """What cotangents are multiplied with; it is kept from the second time on: most nodes are walked once."""
         if self._factor is not None:
             return self._factor
-        factor = _derivative(self.node)
+        factor = factor_of(self.node)
         if self._asked and factor.numel() <= _REMEMBERED:
             self._factor = factor
         self._asked = True
@@ -250,18 +250,17 @@ def _product(node: Any, cotangents: Cotangents, active: Sequence[Value], overwri
 
 
 def _batch_norm(node: Any, cotangents: Cotangents, active: Sequence[Value], overwrite: bool) -> Sequence[Tensor | None]:
-    given = _first(cotangents)
-    return (_times(given, _channel_factor(node, given), overwrite),)
+    return (_times(_first(cotangents), _channel_factor(node), overwrite),)
 
 
-def _channel_factor(node: Any, cotangent: Tensor) -> Tensor:
-    return batch_norm_factor(node).view(-1, *[1] * (cotangent.dim() - 3))
+def _channel_factor(node: Any) -> Tensor:
+    return batch_norm_factor(node).view(-1, *[1] * (len(meta_of(Value(node, 0)).shape) - 2))
 
 
 def _layer_norm(node: Any, cotangents: Cotangents, active: Sequence[Value], overwrite: bool) -> Sequence[Tensor | None]:
     given = _first(cotangents)
     saved = [
-        t.expand(len(given), *t.shape).contiguous()
+        t.expand(given.shape[0], *t.shape).contiguous()
         for t in (node._saved_input, node._saved_result1, node._saved_result2)
     ]
     shape, wanted = signed(node._saved_normalized_shape), [True, False, False]
@@ -303,7 +302,7 @@ def _softmax_jacobian(given: Tensor, result: Tensor, node: Any) -> Tensor:
 
 def _reshaped(node: Any, cotangents: Cotangents, active: Sequence[Value], overwrite: bool) -> Sequence[Tensor | None]:
     given = _first(cotangents)
-    return (given.reshape(len(given), *meta_of(active[0]).shape),)
+    return (given.reshape(given.shape[0], *meta_of(active[0]).shape),)
 
 
 def _transposed(node: Any, cotangents: Cotangents, active: Sequence[Value], overwrite: bool) -> Sequence[Tensor | None]:
@@ -330,14 +329,14 @@ def _selected(node: Any, cotangents: Cotangents, active: Sequence[Value], overwr
     given, shape = _first(cotangents), meta_of(active[0]).shape
     (dim,) = _dims(node, "_saved_dim", len(shape))
     (index,) = signed([node._saved_index])
-    return (torch.ops.aten.select_backward(given, [len(given), *shape], dim + 1, index % shape[dim]),)
+    return (torch.ops.aten.select_backward(given, [given.shape[0], *shape], dim + 1, index % shape[dim]),)
 
 
 def _sliced(node: Any, cotangents: Cotangents, active: Sequence[Value], overwrite: bool) -> Sequence[Tensor | None]:
     given, shape = _first(cotangents), meta_of(active[0]).shape
     (dim,) = _dims(node, "_saved_dim", len(shape))
     start, end, step = signed([node._saved_start, node._saved_end, node._saved_step])
-    return (torch.ops.aten.slice_backward(given, [len(given), *shape], dim + 1, start, end, step),)
+    return (torch.ops.aten.slice_backward(given, [given.shape[0], *shape], dim + 1, start, end, step),)
 
 
 def _select_of(node: Any, cotangents: Cotangents, active: Sequence[Value], overwrite: bool) -> Sequence[Tensor | None]:
@@ -390,9 +389,11 @@ def _reduced(node: Any, cotangents: Cotangents, active: Sequence[Value], overwri
             given = given.unsqueeze(dim + 1) if shape else given
     if operation(node) == "Mean":
         given = given / prod(shape[dim] for dim in reduced) if shape else given
-    return (given.expand(len(given), *shape),)
+    return (given.expand(given.shape[0], *shape),)
 
 
+#: What the rules multiply with that multiply with one tensor.
+_FACTORS: dict[Rule | None, Callable[[Any], Tensor]] = {_by_derivative: _derivative, _batch_norm: _channel_factor}
 # selections: their backward, and the forward operation on what is stacked, which is a view
 _PARTS: dict[Rule | None, Rule] = {_selected: _select_of, _sliced: _slice_of}
 # products with a matrix, and which of their arguments the matrix multiplies
