@@ -21,6 +21,7 @@ from stabkit.diagnosis.weights import step_of
 from stabkit.tracing import Flow
 from stabkit.tracing.containers import named_tensors
 from stabkit.tracing.evaluation import Evaluation, evaluated
+from stabkit.tracing.forward_pass import ForwardPass
 from stabkit.tracing.recording import masks_given
 from stabkit.tracing.training_pass import calling_line
 from stabkit.tracing.values import operation
@@ -60,10 +61,11 @@ class Seen:
 def mask_findings(flow: Flow, loss: Any) -> list[Finding]:
     """One finding for all attentions whose masks are the wrong way round, one for masks that mask nothing."""
     call = flow.forward_pass
+    given = [t for _, t in named_tensors([list(call.inputs), call.kwargs]) if t.device.type != "meta"]
+    filled = [(t, p) for t in given if (p := padding_of(t.detach())) is not None]
+    paddings = [p for _, p in filled]
     if not any("Softmax" in name or "Attention" in name for name in map(operation, flow.recorded.graph.nodes)):
-        return []
-    given = [t.detach() for _, t in named_tensors([list(call.inputs), call.kwargs])]
-    paddings = [p for t in given if t.device.type != "meta" and (p := padding_of(t)) is not None]
+        return _of_no_influence(flow, filled)
     if not paddings and not flow.recorded.recording.masked:
         return []
     seen: list[Seen] = []
@@ -76,7 +78,40 @@ def mask_findings(flow: Flow, loss: Any) -> list[Finding]:
     adding = [each for each in seen if each.added is not None]
     if adding:
         found.append(_of_adding(flow, adding, len(seen)))
-    return found
+    return found or _of_no_influence(flow, filled)
+
+
+def _of_no_influence(flow: Flow, filled: Sequence[tuple[Tensor, Tensor]]) -> list[Finding]:
+    """Tokens that change nothing while their padding does: exchanged among each other, every output stays the same."""
+    call = flow.forward_pass
+    given = [t for _, t in named_tensors([list(call.inputs), call.kwargs]) if t.is_floating_point() and t.dim() > 1]
+    if len(filled) != 1 or any(t is not filled[0][0] for t in given):
+        return []  # tokens may be there for the sake of their lengths alone, beside what was made of them
+    tensor, padding = filled[0]
+    places = (~padding).to(tensor.device)
+    order = torch.randperm(int(places.sum()), generator=torch.Generator().manual_seed(0)).to(tensor.device)
+    exchanged = tensor.detach().clone()
+    exchanged[places] = tensor.detach()[places][order]
+    if torch.equal(exchanged, tensor):
+        return []
+    plain, tokens, both = (_returned(call, tensor, other) for other in (tensor, exchanged, tensor.roll(1, 0)))
+    if not plain or not _same(plain, tokens) or _same(plain, both):
+        return []
+    evidence = (
+        "what the model returns depends on the padding alone: with tokens exchanged among the places where there is "
+        "none, every output stays the same bit for bit; a mask is the wrong way round"
+    )
+    return [_finding(flow, Seen("", "", "", None), "critical", evidence, "turn the mask round: ~mask, or 1 - mask", {})]
+
+
+def _returned(call: ForwardPass, tensor: Tensor, other: Tensor) -> list[Tensor]:
+    """What the model returns with another tensor in the place of one."""
+    return [t for _, t in named_tensors(evaluated(call, lambda t: other if t is tensor else t).output)]
+
+
+def _same(ones: Sequence[Tensor], others: Sequence[Tensor]) -> bool:
+    pairs = zip(ones, others, strict=False)
+    return len(ones) == len(others) and all(a.shape == b.shape and bool((a == b).all()) for a, b in pairs)
 
 
 def _is_turned(keys: Tensor | None, padding: Tensor) -> bool:

@@ -11,10 +11,16 @@ from stabkit.tracing.containers import named_tensors
 
 
 class ModuleOutputs(contextlib.AbstractContextManager[Any]):
-    """Keeps what every module returns, in the order in which they end."""
+    """Keeps what every module returns, in the order in which they end, and what it was given.
+
+    Attributes:
+        made: path and first output of each.
+        given: what it was given, in the same order; None where that is no tensor of floats.
+    """
 
     def __init__(self, model: nn.Module) -> None:
         self.made: list[tuple[str, Tensor]] = []
+        self.given: list[Tensor | None] = []
         self._model = model
         self._handles: list[Any] = []
 
@@ -27,9 +33,10 @@ class ModuleOutputs(contextlib.AbstractContextManager[Any]):
             handle.remove()
 
     def _noting(self, path: str) -> Any:
-        def hook(_module: nn.Module, _args: Any, output: Any) -> None:
+        def hook(_module: nn.Module, args: Any, output: Any) -> None:
             for tensor in float_outputs(output)[:1]:
                 self.made.append((path, tensor.clone()))
+                self.given.append(next(iter(float_outputs(args)), None))
 
         return hook
 

@@ -1,4 +1,4 @@
-"""Losses of the next token: what is to be predicted must not have been seen, and must not be what was given.
+"""Losses of the next token, or value: what is to be predicted must not have been seen, or be what was given.
 
 The targets of a loss are held against the tokens that the model is given, at several shifts. Where they are the tokens
 one further on, tokens after a position are replaced, and what the model returned up to there must stay.
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from stabkit.diagnosis.finding import Finding
 from stabkit.diagnosis.module_outputs import ModuleOutputs, float_outputs
+from stabkit.diagnosis.regressions import regressions
 from stabkit.diagnosis.sample_meetings import differing
 from stabkit.diagnosis.weights import step_of
 from stabkit.tracing import Flow
@@ -32,7 +33,7 @@ _REFERENCE = "Vaswani et al., Attention is all you need, 2017, section 3.2.3; Ra
 
 @dataclass(frozen=True)
 class Targets:
-    """Targets that are tokens of an input.
+    """Targets that are tokens, or values, of an input.
 
     Attributes:
         tokens: that input, as the call holds it.
@@ -89,7 +90,31 @@ def _targets(call: ForwardPass, done: TrainingPass) -> list[Targets]:
             labels, ignored = node._saved_target.detach(), int(node._saved_ignore_index)
             found = [_matched(path, tokens, labels, ignored) for path, tokens in inputs]
             return [targets for targets in found if targets is not None]
+    series = [(p, t) for p, t in [*named_tensors(list(call.inputs)), *named_tensors(call.kwargs)] if _is_series(t)]
+    for held in regressions(done) if series else ():
+        found = [_followed(path, values, held.targets) for path, values in series]
+        return [targets for targets in found if targets is not None]
     return []
+
+
+def _is_series(tensor: Tensor) -> bool:
+    return tensor.dim() == 3 and tensor.is_floating_point() and min(tensor.shape) > 0
+
+
+def _followed(path: str, values: Tensor, held: Tensor) -> Targets | None:
+    """Targets that are the next values of a series. What is held against the same values may be an autoencoder."""
+    for axis in (1, 0):
+        rows, wanted = (t.detach() if axis == 1 else t.detach().transpose(0, 1) for t in (values, held.to(values)))
+        times = rows.shape[1]
+        if wanted.dim() != 3 or wanted.shape[::2] != rows.shape[::2] or wanted.shape[1] not in (times, times - 1):
+            continue
+        near = torch.isclose(wanted[:, : times - 1], rows[:, 1:], rtol=1e-4, atol=1e-6).all(2)
+        stays = torch.isclose(rows[:, :-1], rows[:, 1:], rtol=1e-4, atol=1e-6).all(2)
+        if times > _FEWEST and float(near.double().mean()) >= _MATCH and float(stays.double().mean()) <= _OTHERWISE:
+            counted = torch.zeros(rows.shape[:2], dtype=torch.bool)
+            counted[:, : wanted.shape[1]] = True
+            return Targets(values, path, axis, 1, counted)
+    return None
 
 
 def _are_tokens(tensor: Tensor) -> bool:
@@ -136,7 +161,7 @@ def _reach(call: ForwardPass, targets: Targets) -> Reach | None:
             return tensor
         later = tensor.narrow(targets.axis, kept, times - kept)
         order = torch.randperm(tensor.numel(), generator=torch.Generator().manual_seed(0))
-        drawn = tensor.flatten()[order[: later.numel()].to(tensor.device)].reshape(later.shape)
+        drawn = tensor.detach().flatten()[order[: later.numel()].to(tensor.device)].reshape(later.shape)
         return torch.cat([tensor.narrow(targets.axis, 0, kept), drawn], targets.axis)
 
     plain, moved = ModuleOutputs(call.module), ModuleOutputs(call.module)
@@ -153,11 +178,17 @@ def _reach(call: ForwardPass, targets: Targets) -> Reach | None:
 
 
 def _first(plain: ModuleOutputs, moved: ModuleOutputs, targets: Targets, kept: int) -> str:
-    """The module that first returns something else for a position before."""
-    for (path, old), (_, new) in zip(plain.made, moved.made, strict=False):
-        changed = _changed(old, new, targets, torch.ones_like(targets.counted))
-        if changed is not None and bool(changed[:, :kept].any()):
-            return path
+    """The module that first returns something else for a position before; the one around it if it was given that."""
+
+    def before(one: Tensor | None, other: Tensor | None) -> bool:
+        if one is None or other is None:
+            return False
+        changed = _changed(one, other, targets, torch.ones_like(targets.counted))
+        return changed is not None and bool(changed[:, :kept].any())
+
+    for i, ((path, old), (_, new)) in enumerate(zip(plain.made, moved.made, strict=False)):
+        if before(old, new):
+            return path.rpartition(".")[0] if before(plain.given[i], moved.given[i]) else path
     return ""
 
 
@@ -183,8 +214,8 @@ def _leak(flow: Flow, call: ForwardPass, targets: Targets, path: str | None) -> 
     if getattr(module, "bidirectional", False):
         why = ", which reads it in both directions"
     evidence = (
-        f"the targets of the loss are the tokens that follow in the input {targets.name!r}, and the model sees them: "
-        f"with the tokens after a position replaced, what it returns for that position and for earlier ones changes, "
+        f"the targets of the loss are what follows in the input {targets.name!r}, and the model sees them: "
+        f"with what comes after a position replaced, what it returns for that position and for earlier ones changes, "
         f"first in {path or 'the model'}{why}. It can copy what it is to predict, and will have nothing to copy when "
         "it generates"
     )

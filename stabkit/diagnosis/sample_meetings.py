@@ -138,12 +138,12 @@ class Comparing(TorchFunctionMode):
         return out
 
     def _of_mixed(self, name: str, states: Sequence[str], made: Tensor, layout: Any) -> str:
-        if "mixed" in states:
-            return "mixed"
         if "statistic" in states:
-            if "apart" not in states:
+            if "apart" not in states and "mixed" not in states:
                 return "statistic"
             self.joined.append(name)
+            return "mixed"
+        if "mixed" in states:
             return "mixed"
         if "apart" not in states or layout is None:
             return "mixed"
@@ -174,6 +174,16 @@ class Comparing(TorchFunctionMode):
 def only_arithmetic(names: Sequence[str]) -> bool:
     """Whether functions subtract, divide and the like, as a normalisation does with mean and deviation."""
     return bool(names) and all(name.lstrip("i") in _ARITHMETIC or name in _ARITHMETIC for name in names)
+
+
+def divides(names: Sequence[str]) -> bool:
+    """Whether one of some functions divides.
+
+    Example:
+        >>> divides(["sub", "truediv"]), divides(["sub"])
+        (True, False)
+    """
+    return any("div" in name for name in names)
 
 
 def _name(func: Any) -> str:

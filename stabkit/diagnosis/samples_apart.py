@@ -21,7 +21,7 @@ from stabkit.diagnosis import remedies
 from stabkit.diagnosis.applying import carried_out
 from stabkit.diagnosis.finding import Action, Finding
 from stabkit.diagnosis.padding import is_time_along
-from stabkit.diagnosis.sample_meetings import Comparing, Meeting, Noting, Results, differing, only_arithmetic
+from stabkit.diagnosis.sample_meetings import Comparing, Meeting, Noting, Results, differing, divides, only_arithmetic
 from stabkit.diagnosis.weights import step_of
 from stabkit.errors import StabkitError
 from stabkit.tracing import Flow
@@ -243,17 +243,16 @@ def _of_softmax(probe: _Probe, met: Sequence[Meeting], joined: Sequence[str], ke
     if not found or len(found) < len(met):
         return None
     first = found[0]
-    if len(first.given) < 2 or first.given[-1] < 2:
+    wide = [axis - len(first.given) for axis, size in enumerate(first.given) if size > 1 and axis != first.axis]
+    if not wide or not (probe.lost_axis or _are_classes(probe, first)):
         return None
-    if not (probe.lost_axis or _are_classes(probe, first)):
-        return None
-    if not probe.unmixed(mode=functools.partial(_Along, first, -1)):
+    if not probe.unmixed(mode=functools.partial(_Along, first, wide[-1])):
         return None
     evidence = (
         f"{_called(first)} is taken along axis {first.axis} of {first.given}, which counts samples: the weights of one "
-        "sample sink when those of another rise; tried on a copy: along the last axis no sample depends on another"
+        "sample sink when those of another rise; tried on a copy: along axis {wide[-1]} no sample depends on another"
     )
-    return _Told(evidence, "dim=-1 in that softmax (without dim, 0 is taken of three axes)")
+    return _Told(evidence, f"dim={wide[-1]} in that softmax (without dim, 0 is taken of three axes)")
 
 
 def _are_classes(probe: _Probe, first: Meeting) -> bool:
@@ -269,8 +268,8 @@ def _of_norm(probe: _Probe, met: Sequence[Meeting], joined: Sequence[str], kept:
     if not known or len(known) < len(met) or (joined and not only_arithmetic(joined)):
         return None
     first = known[0]
-    if not joined and first.name not in _NORMS:
-        return None
+    if first.name not in _NORMS and not divides(joined):
+        return None  # what is added to every element of a set, or taken from it, may be meant
     alone = evaluated(probe.call, lambda t: t[kept : kept + 1] if t.dim() > 0 and len(t) == probe.count else t)
     single = [t for _, t in named_tensors(alone.output) if t.is_floating_point()]
     broken = bool(single) and not all(bool(t.isfinite().all()) for t in single)

@@ -105,6 +105,30 @@ def test_zeros_and_ones_in_floats_mask_nothing():
     assert told.severity == "warning"
 
 
+class Pooling(nn.Module):
+    """The mean of what tokens are embedded in, over those that a mask keeps."""
+
+    def __init__(self, keep_padding: bool, embed: bool = True) -> None:
+        super().__init__()
+        self.embed, self.out = nn.Embedding(30, WIDTH) if embed else None, nn.Linear(WIDTH, 3)
+        self.keep_padding = keep_padding
+
+    def forward(self, x: Tensor, given: Tensor | None = None) -> Tensor:
+        kept = ((x == 0) == self.keep_padding).unsqueeze(2)
+        h = self.embed(x) if given is None else given
+        return self.out((h * kept).sum(1) / kept.sum(1).clamp_min(1))
+
+
+def test_a_mean_over_the_padding_is_told_and_tokens_that_only_say_how_long_a_sequence_is_are_not():
+    torch.manual_seed(0)
+    (told,) = found(Pooling(True), tokens())
+    assert "depends on the padding alone" in told.evidence
+    assert not found(Pooling(False), tokens())
+    assert not found(Pooling(False), tokens(), torch.randn(SAMPLES, TIMES, WIDTH))
+    whole = torch.randint(3, 30, (SAMPLES, TIMES), generator=torch.Generator().manual_seed(1))
+    assert not found(Pooling(False), whole)
+
+
 def test_padding_is_one_value_that_fills_ends_of_different_lengths():
     x = tokens()
     assert torch.equal(padding_of(x), x == 0)

@@ -119,3 +119,45 @@ def test_what_precedes_the_first_target_may_be_seen_both_ways():
     assert found(Language(read), x[:, :TIMES], targets)
     targets[:, :5] = -100
     assert not found(Language(read), x[:, :TIMES], targets)
+
+
+class Forecast(nn.Module):
+    """Reads a series and returns a value for every time."""
+
+    def __init__(self, both: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.read, self.out = nn.GRU(3, 8, batch_first=True, bidirectional=both), nn.Linear(16 if both else 8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(self.read(x)[0])
+
+
+@pytest.mark.parametrize("both", [True, False])
+def test_a_forecast_must_not_see_the_next_value(both: bool):
+    series = torch.randn(SAMPLES, TIMES + 1, 3, generator=torch.Generator().manual_seed(0)).cumsum(1)
+
+    def against(target: Tensor) -> list[Finding]:
+        flow = stabkit.trace(Forecast(both), series[:, :-1])
+        return [f for f in stabkit.diagnose(flow, lambda out: functional.mse_loss(out, target)) if f.kind == "leak"]
+
+    assert [f.module_path for f in against(series[:, 1:])] == (["read"] if both else [])
+    assert not against(series[:, :-1])  # an autoencoder
+    assert not against(series[:, :-1].flip(1))
+
+
+def test_attention_that_is_written_out_is_named_by_the_module_around_it():
+    class Attention(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.q, self.k, self.v = (nn.Linear(WIDTH, WIDTH) for _ in range(3))
+
+        def forward(self, h: Tensor) -> Tensor:
+            past = torch.ones(h.shape[1], h.shape[1]).tril()
+            return (self.q(h) @ self.k(h).transpose(1, 2)).softmax(-1) * past @ self.v(h)
+
+    torch.manual_seed(0)
+    model = Language(lambda m, h: h + m.written(h))
+    model.written = Attention()
+    (told,) = found(model, text()[:, :TIMES], text()[:, 1 : TIMES + 1])
+    assert told.module_path == "written"  # the mask comes after the softmax, whose sum holds what is later

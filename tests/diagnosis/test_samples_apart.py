@@ -70,6 +70,10 @@ def attending(dim: int) -> nn.Module:
     return Net(run, q=nn.Linear(FEATURES, 8), k=nn.Linear(FEATURES, 8), o=nn.Linear(FEATURES, 2))
 
 
+def pooled(dim: int) -> nn.Module:
+    return Net(lambda m, x: m.o((m.w(x).softmax(dim) * x).sum(1)), w=nn.Linear(FEATURES, 1), o=nn.Linear(FEATURES, 2))
+
+
 def ending(by: Callable[[Tensor], Tensor], before: Callable[[Tensor], Tensor] = lambda x: x) -> nn.Module:
     layers = {"f": nn.Sequential(nn.Linear(FEATURES, 16), nn.ReLU(), nn.Linear(16, 5))}
     return Net(lambda m, x: by(m.f(before(x))), **layers)
@@ -95,6 +99,7 @@ FAULTS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], str]] = {
     "norm of all": (lambda: ending(lambda z: z, lambda x: x / x.norm()), TABLE, "each sample (dim=-1"),
     "largest of all": (lambda: ending(lambda z: z, lambda x: x / x.max()), TABLE, "each sample (dim=-1"),
     "normalize": (lambda: ending(lambda z: functional.normalize(z, dim=0)), TABLE, "each sample (dim=-1"),
+    "softmax without an axis": (lambda: pooled(0), SEQUENCES, "dim=-2 in that softmax"),
     "batch norm by hand": (convolved, (SAMPLES, 3, 6, 6), "use a batch norm"),
 }
 
@@ -191,6 +196,8 @@ HEALTHY: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "hidden state": (lambda: hidden(True), SEQUENCES),
     "transposed": (lambda: viewed(True), SEQUENCES),
     "attention": (lambda: attending(-1), SEQUENCES),
+    "pooling": (lambda: pooled(1), SEQUENCES),
+    "elements of a set": (lambda: Net(lambda m, x: m.f(x - x.mean(0)).relu(), f=nn.Linear(8, 2)), TABLE),
     "softmax": (lambda: ending(lambda z: z.softmax(1)), TABLE),
     "softmax over a bag": (lambda: Net(lambda m, x: (m.f(x).softmax(0) * x).sum(0), f=nn.Linear(8, 1)), TABLE),
     "graph": (lambda: Graph(SAMPLES), TABLE),
