@@ -41,6 +41,7 @@ _ROUNDING = 1e-4  # of the size of what is combined
 _STEPS = 100  # of a trial: activations have to find what no affine map has, which takes longer than to fall
 _SMALL = 100_000  # parameters up to which so many steps are tried; 20 beyond
 _FALL = 0.2  # of the first loss: what activations must bring beside an affine map
+_LEFT = 0.5  # of the first loss: what a model that learns what it can leaves less of, be it by heart
 _TIMES = 1.5  # by how much the fall of the loss must be larger with them
 _REFERENCE = "Goodfellow, Bengio and Courville, Deep learning, 2016, section 6.1, learning XOR"
 
@@ -67,7 +68,7 @@ def affine_findings(flow: Flow, loss: Any, call: ForwardPass, done: TrainingPass
         f"follow each other without an activation between ({listed(chain)}), which together can do no more than one; "
         "f(a x + (1 - a) y) = a f(x) + (1 - a) f(y) to rounding, wherever that was tried"
     )
-    severity, tried = _trial(call, loss, done, len(chain))
+    severity, tried = _trial(call, loss, done)
     modules = dict(call.module.named_modules())
     paths = [p for name in chain[:-1] if isinstance(modules.get(p := name.rpartition(".")[0]), nn.Linear | _ConvNd)]
     actions: tuple[Action, ...] = tuple(remedies.activate_after(path, "ReLU") for path in dict.fromkeys(paths))
@@ -206,18 +207,17 @@ class _Counting(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def _trial(call: ForwardPass, loss: Any, done: TrainingPass, matrices: int) -> tuple[str, str]:
+def _trial(call: ForwardPass, loss: Any, done: TrainingPass) -> tuple[str, str]:
     """How bad it is, and what a short training says, as it is and with activations."""
     assert done.loss is not None
     first = float(done.loss.detach())
     counting = _Counting()
     evaluated(call, mode=lambda _: counting)
-    # beside the chain there are others: which of them is hidden is not known
-    if counting.count != matrices or not first > 0:
+    if counting.count < 2 or not first > 0:
         return "info", ""
     steps = _STEPS if sum(p.numel() for p in call.module.parameters()) <= _SMALL else _STEPS // 5
     updates = [by(rate) for rate in RATES for by in (adam, sgd)]
-    begun = training_pass(activated := _activated(call, matrices), loss, differentiate=False).loss
+    begun = training_pass(activated := _activated(call, counting.count), loss, differentiate=False).loss
     plain, treated = (left_after(each, loss, updates, steps=steps) for each in (call, activated))
     if plain is None or treated is None or begun is None:
         return "info", ""
@@ -227,15 +227,15 @@ def _trial(call: ForwardPass, loss: Any, done: TrainingPass, matrices: int) -> t
         f"; {steps} steps of SGD or Adam take the loss from {first:.3g} to {ends[0]:.3g} as it is, to {ends[1]:.3g} "
         "with ReLUs between"
     )
-    better = fall[1] - fall[0] > _FALL * first and fall[1] > _TIMES * fall[0]
+    better = ends[0] > _LEFT * first and fall[1] - fall[0] > _FALL * first and fall[1] > _TIMES * fall[0]
     return ("warning" if better else "info"), words
 
 
-def _activated(call: ForwardPass, matrices: int) -> ForwardPass:
+def _activated(call: ForwardPass, products: int) -> ForwardPass:
     """The same call with activations between its products; the loss has none to count."""
 
     def model(*inputs: Any, **kwargs: Any) -> Any:
-        with _Activated(matrices):
+        with _Activated(products):
             return call.model(*inputs, **kwargs)
 
     return replace(call, model=model)

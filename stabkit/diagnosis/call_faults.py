@@ -15,11 +15,13 @@ from stabkit.tracing import Flow
 from stabkit.tracing.forward_pass import ForwardPass
 from stabkit.tracing.training_pass import TrainingPass
 
+_NOT_TRAINED = frozenset({"loss", "no_gradient", "unregistered", "non_finite", "exploding", "leak", "copied_units"})
+
 
 def call_findings(
     flow: Flow, loss: Any, call: ForwardPass, done: TrainingPass, others: Sequence[Finding]
 ) -> list[Finding]:
-    """Parameters that are made anew, dropout of predictions, losses of what they are not made for, affine models.
+    """Parameters that are made anew, dropout of predictions, unfit losses, affine models, lost order.
 
     Args:
         flow: the traced pass.
@@ -31,8 +33,7 @@ def call_findings(
     found = [*made_anew_findings(flow, loss, call, done), *last_dropout_findings(flow, loss, call, done)]
     if not any(finding.kind == "loss" and serious(finding) for finding in others):
         found += loss_domain_findings(flow, loss, call, done)
-    if not any(
-        serious(finding) for finding in (*others, *found)
-    ):  # a model that does not train tells nothing by a trial
+    # where nothing trains for another reason, training tells nothing of these
+    if not any(finding.kind in _NOT_TRAINED and serious(finding) for finding in (*others, *found)):
         found += affine_findings(flow, loss, call, done) or lost_order_findings(flow, loss, call, done)
     return found

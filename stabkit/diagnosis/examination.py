@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from stabkit.diagnosis.alternatives import candidates
 from stabkit.diagnosis.batch_statistics import with_statistics, without_statistics
 from stabkit.diagnosis.causes import with_causes, with_lost_parameters
 from stabkit.diagnosis.finding import Finding, serious, sound
 from stabkit.diagnosis.gradient_underflow import gradient_underflow
-from stabkit.diagnosis.initialisation import Known, known_initialisations
+from stabkit.diagnosis.initialisation import known_initialisations
 from stabkit.diagnosis.large_losses import with_large_loss
 from stabkit.diagnosis.made_otherwise import made_otherwise
 from stabkit.diagnosis.outer_causes import outer_causes, smaller_weights
 from stabkit.diagnosis.remedies import Remedy
 from stabkit.diagnosis.short_training import (
-    STEPS,
     ShortTraining,
     clearly_better,
     falls,
@@ -28,6 +27,19 @@ from stabkit.diagnosis.short_training import (
 )
 from stabkit.diagnosis.suspects import Diagnosis, Settings, ordered, suspected
 from stabkit.diagnosis.thresholds import Thresholds
+from stabkit.diagnosis.told import (
+    GROWS,
+    IN_DOUBT,
+    Cure,
+    as_made,
+    by_weight,
+    is_of_units,
+    of_no_help,
+    of_no_use,
+    of_same_stretch,
+    told_of,
+    with_mechanism,
+)
 from stabkit.diagnosis.trial import Trial, follows, is_stretch, tried
 from stabkit.diagnosis.usual_training import RATES, adam, left_after
 from stabkit.diagnosis.verdict import judge, judged_without, not_judged
@@ -41,16 +53,8 @@ from stabkit.tracing.flow_checks import check_flow
 TRIALS = 6
 UNTRIED = "none was tried: the trials of this diagnosis went to other suspects; cure those, and diagnose again"
 _BY_INITIALISATION = ("vanishing", "exploding", "dead", "transient_growth", "rank_collapse", "overdamped")
-#: growth that does not last, or has a mechanism, within the limits: a fault only where an intervention takes it away
-_IN_DOUBT = ("transient_growth", "unstable_step", "overdamped")
-_MECHANISMS = ("unstable_step", "overdamped", "saturated")
-_GROWS = ("exploding", "transient_growth", "chaotic", "unstable_step")
 _AS_IT_IS = Remedy("")
-_LEARNT = (
-    0.01  # of the first loss that is left after a short training, from which growth kept nothing from being learnt
-)
 NO_HARM = "none was tried: it does no harm that was measured"
-NOTHING_HELPED = "nothing that was tried brings it below a warning"
 
 
 def diagnose(
@@ -156,37 +160,13 @@ def _fit_to_be_told(found: Diagnosis) -> Diagnosis:
 
 def _of_no_growth(findings: Sequence[Finding]) -> tuple[Finding, ...]:
     """Findings that rest on no size of states or gradients: where the gradient stops, the size of a weight itself."""
-    known = set(_BY_INITIALISATION) | set(_IN_DOUBT) | {"saturated", "chaotic", "precision_loss"}
-    return tuple(finding for finding in findings if finding.kind not in known or _by_weight(finding))
-
-
-def _by_weight(finding: Finding) -> bool:
-    """Whether a finding is that of a weight far from those of its peers."""
-    return any("weight_deviation" in name for name in finding.numbers)
+    known = set(_BY_INITIALISATION) | set(IN_DOUBT) | {"saturated", "chaotic", "precision_loss"}
+    return tuple(finding for finding in findings if finding.kind not in known or by_weight(finding))
 
 
 def _is_small_end(finding: Finding, count: int) -> bool:
     """Whether a finding is that of a last layer far smaller than its peers, as it may be on purpose."""
-    return finding.kind == "vanishing" and finding.steps[-1] == count - 1 and _by_weight(finding)
-
-
-@dataclass(frozen=True)
-class Cure:
-    """A remedy that cures a suspect, its trial, and a short training with it where there is a loss."""
-
-    trial: Trial
-    remedy: Remedy
-    trains: ShortTraining | None = None
-
-    @property
-    def worth(self) -> tuple[float, int]:
-        """Smaller is better: the loss after a short training, then how many suspects are left."""
-        return (math.inf if self.trains is None else self.trains.last, self.trial.left)
-
-    @property
-    def outer(self) -> bool:
-        """Whether it takes away what lies before the weights."""
-        return self.remedy.data != 1.0 or not self.remedy.actions
+    return finding.kind == "vanishing" and finding.steps[-1] == count - 1 and by_weight(finding)
 
 
 class _Trials:
@@ -226,7 +206,7 @@ class _Trials:
         finite = suspect.kind == "non_finite" and callable(self.settings.loss)
         weighed = callable(self.settings.loss) and _is_small_end(suspect, len(self.found.measurement.steps))
         competing = is_stretch(suspect) or dead or finite or weighed
-        tries = candidates(suspect, self.found.measurement, self.flow, _of_same_stretch(suspect, others))
+        tries = candidates(suspect, self.found.measurement, self.flow, of_same_stretch(suspect, others))
         tries = [*self.outer(suspect), *tries, *self.of_all_weights(suspect)]
         for remedy in tries:
             if self.left < 1:
@@ -256,12 +236,13 @@ class _Trials:
         return next(cure for cure in found if not worse(cure.trains, best.trains))  # the mildest that is as good
 
     def outer(self, suspect: Finding) -> list[Remedy]:
-        """What may lie before the weights where something grows, looked for once."""
-        if not _grows(suspect):
+        """What may lie before the weights where something grows, or a first norm divides by the size of the data."""
+        small = suspect.kind == "vanishing" and suspect.steps[0] == 0
+        if not (_grows(suspect) or small):
             return []
         if self._outer is None:
             self._outer = outer_causes(self.flow, self.found.measurement) if isinstance(self.flow, Flow) else []
-        return self._outer
+        return [each for each in self._outer if each.data != 1.0 or not small]
 
     def _helps_adam(self, remedy: Remedy, treated: ShortTraining | None) -> bool:
         """Whether steps of Adam, blind to the size of gradients, end clearly lower with a change of the code."""
@@ -303,7 +284,7 @@ def _confirmed(
         suspect = waiting.pop(0)
         made = trials.of_initialisation(suspect)
         if made is not None and made.gone([suspect]) and trials.known is not None:
-            told[id(suspect)] = _as_made(suspect, trials.known)
+            told[id(suspect)] = as_made(suspect, trials.known)
             if made.after is not None and is_stretch(suspect):
                 verdict = judged_without(verdict, made.after.verdict, trials.known.words)
             continue
@@ -312,7 +293,7 @@ def _confirmed(
             continue
         by_hand = not (suspect.actions or trials.of_all_weights(suspect) or trials.outer(suspect))
         if by_hand or any(action.get("action") == "convert" for action in suspect.actions):
-            if suspect.kind in _IN_DOUBT:
+            if suspect.kind in IN_DOUBT:
                 told[id(suspect)] = replace(suspect, severity="info", remedy=NO_HARM)
             continue  # words alone, or another dtype, in which nothing can be measured on these inputs
         if trials.left < 1:
@@ -323,19 +304,21 @@ def _confirmed(
         untreated = trials.training() if cure is not None and cure.trains else None
         refuted = trials.refuted.get(id(suspect)) if cure is None else None
         if refuted is not None and refuted.trial.after is not None and (plain := trials.training()) and falls(plain):
-            told[id(suspect)] = _of_no_use(suspect, refuted, plain)
+            told[id(suspect)] = of_no_use(suspect, refuted, plain)
             verdict = judged_without(
                 verdict, refuted.trial.after.verdict, f"the size of weights at {suspect.module_path}"
             )
             continue
         if cure is None and not suspect.actions:
             continue  # its words stand
-        told[id(suspect)] = _told(suspect, cure, untreated, settings.thresholds)
+        told[id(suspect)] = told_of(suspect, cure, untreated, settings.thresholds)
         if cure is None and id(suspect) in trials.no_help and (plain := trials.training()) is not None:
-            told[id(suspect)] = _of_no_help(suspect, plain, trials.no_help[id(suspect)])
+            told[id(suspect)] = of_no_help(suspect, plain, trials.no_help[id(suspect)])
+        if cure is not None and cure.trial.after is not None and is_of_units(suspect, cure, untreated):
+            verdict = judged_without(verdict, cure.trial.after.verdict, "the unit of the data")
         if cure is not None:
             gone = cure.trial.gone(waiting)
-            told[id(suspect)] = _with_mechanism(told[id(suspect)], [*gone, *found.findings], cure)
+            told[id(suspect)] = with_mechanism(told[id(suspect)], [*gone, *found.findings], cure)
             for follower in gone:
                 waiting.remove(follower)
                 told[id(follower)] = follows(follower, suspect)
@@ -352,7 +335,7 @@ def _confirmed(
 
 def _grows(suspect: Finding) -> bool:
     """Whether something becomes too large, by growth over depth or beyond the range of a dtype."""
-    return suspect.kind in _GROWS or (suspect.kind == "non_finite" and "range of" in suspect.evidence)
+    return suspect.kind in GROWS or (suspect.kind == "non_finite" and "range of" in suspect.evidence)
 
 
 def _of_no_harm(finding: Finding) -> Finding:
@@ -360,91 +343,3 @@ def _of_no_harm(finding: Finding) -> Finding:
     if serious(finding) or not finding.actions:
         return finding
     return replace(finding, remedy=NO_HARM, actions=())
-
-
-def _of_same_stretch(suspect: Finding, others: Sequence[Finding]) -> list[Finding]:
-    """Other suspects of a stretch that lies in this one for the most part."""
-    if not is_stretch(suspect):
-        return []
-    own = set(suspect.steps)
-    return [o for o in others if is_stretch(o) and 2 * len(own & set(o.steps)) > len(o.steps)]
-
-
-def _with_mechanism(told: Finding, others: Sequence[Finding], cure: Cure) -> Finding:
-    """A cured stretch with why it grew or shrank, where that was found in it: its mechanism, or what saturates."""
-    if told.kind not in ("exploding", "vanishing"):
-        return told
-    for other in _of_same_stretch(told, others):
-        if other.kind in _MECHANISMS and other.evidence not in told.evidence:
-            return replace(told, evidence=f"{told.evidence}; why: {other.evidence}")
-    return told
-
-
-def _harmless(suspect: Finding, limits: Thresholds) -> bool:
-    """Whether a block acts unlike its peers with weights like theirs, and no gradient leaves its range by it."""
-    if suspect.kind != "exploding" or is_stretch(suspect) or _by_weight(suspect):
-        return False
-    return abs(suspect.numbers.get("gain_deviation", math.inf)) < limits.stable
-
-
-def _told(suspect: Finding, cure: Cure | None, untreated: ShortTraining | None, limits: Thresholds) -> Finding:
-    """A suspect with what its trial says."""
-    if cure is None:
-        severity = "info" if suspect.kind in _IN_DOUBT or _harmless(suspect, limits) else suspect.severity
-        if suspect.kind == "non_finite":  # its remedy begins with the weights, and goes on with the operation
-            by_hand = suspect.remedy.partition("; or ")[2] or suspect.remedy
-            remedy = f"{by_hand} (no change of weights that was tried keeps it finite)"
-            return replace(suspect, remedy=remedy, actions=())
-        return replace(suspect, severity=severity, remedy=NOTHING_HELPED, actions=())
-    moved = cure.trial.moved or suspect.kind == "non_finite"  # beside which there is no other reading
-    severity = suspect.severity if moved else "info"  # what can be taken away unnoticed does no harm
-    cause = f"{cure.remedy.cause}; " if cure.remedy.cause else ""
-    evidence = f"{cause}{suspect.evidence}; tried on a copy: {cure.trial.changes}"
-    if cure.trains is not None and untreated is not None:
-        evidence += f"; {STEPS} steps of plain SGD take the loss {untreated} as it is, {cure.trains} treated"
-    return replace(
-        suspect,
-        severity=severity,
-        confidence=cure.trial.share if is_stretch(suspect) else suspect.confidence,
-        evidence=evidence,
-        remedy=cure.remedy.text + f"; or {suspect.remedy}" * (suspect.kind == "non_finite" and cure.outer),
-        actions=cure.remedy.actions,
-        module_path=cure.remedy.place or suspect.module_path,
-    )
-
-
-def _of_no_help(suspect: Finding, plain: ShortTraining, cause: str) -> Finding:
-    """A suspect that can be taken away, with which training ends no lower."""
-    cause = f"{cause}; " if cause else ""
-    learnt = is_stretch(suspect) and suspect.kind in _GROWS and abs(plain.last) < _LEARNT * abs(plain.first)
-    return replace(
-        suspect,
-        severity="info" if learnt else suspect.severity,
-        evidence=f"{cause}{suspect.evidence}; {STEPS} steps of plain SGD take the loss {plain} as it is, and end no "
-        "lower with anything that takes it away",
-        remedy="none is told: what was tried takes it away, and trains no better",
-        actions=(),
-    )
-
-
-def _of_no_use(suspect: Finding, refuted: Cure, plain: ShortTraining) -> Finding:
-    """A weight of odd size that training does not mind, and that it minds being changed."""
-    return replace(
-        suspect,
-        severity="info",
-        evidence=f"{suspect.evidence}; {STEPS} steps of plain SGD take the loss {plain} as it is, {refuted.trains} "
-        "with weights of the usual size",
-        remedy="none is needed: it trains better as it is",
-        actions=(),
-    )
-
-
-def _as_made(suspect: Finding, known: Known) -> Finding:
-    """A suspect that is nothing but a known initialisation."""
-    return replace(
-        suspect,
-        severity="info",
-        evidence=f"{suspect.evidence}; it comes of {known.words}, and is gone with weights of ordinary size there",
-        remedy="none is needed: training moves these weights first",
-        actions=(),
-    )

@@ -36,6 +36,7 @@ _MOST = 4096  # samples or tokens that are compared
 _STEPS = 50  # of a trial, and a fifth of that for models of more parameters than these
 _SMALL = 100_000
 _FALL = 0.2  # of the first loss: what positions must bring
+_LEFT = 0.5  # of the first loss: what a model that learns what it can leaves less of, be it by heart
 _TIMES = 1.5  # by how much the fall of the loss must be larger with them
 _REFERENCE = "Vaswani et al., Attention is all you need, 2017, section 3.5; Zaheer et al., Deep sets, 2017"
 
@@ -58,7 +59,26 @@ def lost_order_findings(flow: Flow, loss: Any, call: ForwardPass, done: Training
             continue
         if _is_blind(call, axis, tokens.shape[1]):
             return _judged(flow, loss, call, done, tokens, attention)
-    return []
+    return _of_every_token(flow, call, done, attention)
+
+
+def _of_every_token(flow: Flow, call: ForwardPass, done: TrainingPass, attention: str | None) -> list[Finding]:
+    """Outputs for every token that follow it wherever it is put, where equal tokens of a sample have other targets."""
+    tokens, outputs = _tokens(call, 1), _outputs(done.output)
+    if tokens is None or attention is None or any(t.dim() < 2 or t.shape[:2] != tokens.shape[:2] for t in outputs):
+        return []
+    samples = list(zip(_by_content(tokens), tokens.cpu().tolist(), strict=True))
+    content: list[Hashable] = [(whole, tuple(token)) for whole, sample in samples for token in sample]
+    order: list[Hashable] = [(place, at) for place in _by_order(tokens) for at in range(tokens.shape[1])]
+    floor = next(iter(_floors(done, content, order)), None)
+    if floor is None or not floor.least > floor.limit or not _is_blind(call, 1, tokens.shape[1], follows=True):
+        return []
+    words = (
+        f"what is returned for a token is the same, to rounding, wherever in its sample it stands: {floor.shared} of "
+        f"{len(content)} tokens are the same as others of their sample with another target, so that the {floor.name} "
+        f"cannot fall below {floor.least:.3g}; {floor.without} {floor.scale:.3g}"
+    )
+    return [_finding(flow, "warning", attention, words, floor)]
 
 
 def _judged(
@@ -77,24 +97,24 @@ def _judged(
     elif attention is None:
         return []
     better, tried = _trial(call, loss, done, tokens.shape[1])
-    if not (sure or better or attention):
-        return []
-    return [
-        Finding(
-            kind="order",
-            severity="warning" if sure or better else "info",
-            steps=(step_of(flow, attention) if attention else 0,),
-            module_path=attention or "",
-            confidence=1.0,
-            evidence=words + tried,
-            remedy="tell positions apart: add a positional embedding or encoding to what goes into "
-            f"{attention or 'the first layer'}, or read the order by a convolution or a recurrence"
-            if sure or better
-            else "none is needed where the input is a set; otherwise add a positional embedding or encoding",
-            reference=_REFERENCE,
-            numbers={} if floor is None else {"floor": floor.least, "scale": floor.scale},
-        )
-    ]
+    return [_finding(flow, "warning" if sure or better else "info", attention or "", words + tried, floor)]
+
+
+def _finding(flow: Flow, severity: str, path: str, evidence: str, floor: _Floor | None) -> Finding:
+    return Finding(
+        kind="order",
+        severity=severity,
+        steps=(step_of(flow, path) if path else 0,),
+        module_path=path,
+        confidence=1.0,
+        evidence=evidence,
+        remedy="tell positions apart: add a positional embedding or encoding to what goes into "
+        f"{path or 'the first layer'}, or read the order by a convolution or a recurrence"
+        if severity == "warning"
+        else "none is needed where the input is a set; otherwise add a positional embedding or encoding",
+        reference=_REFERENCE,
+        numbers={} if floor is None else {"floor": floor.least, "scale": floor.scale},
+    )
 
 
 def _attention(call: ForwardPass, done: TrainingPass) -> str | None:
@@ -140,8 +160,8 @@ def _several(keys: Sequence[Hashable]) -> bool:
     return len(set(keys)) < len(keys)
 
 
-def _is_blind(call: ForwardPass, axis: int, count: int) -> bool:
-    """Whether the output is the same with all positions in another order, and not one that ignores the tokens."""
+def _is_blind(call: ForwardPass, axis: int, count: int, *, follows: bool = False) -> bool:
+    """Whether the output is the same with all positions in another order; or follows them into that order."""
     first = next(t for _, t in named_tensors([list(call.inputs), call.kwargs]) if t.dim() > 1)
     lead = first.shape[:2]
     order = torch.arange(count).roll(1).flip(0)
@@ -152,6 +172,8 @@ def _is_blind(call: ForwardPass, axis: int, count: int) -> bool:
     plain, other = (_outputs(evaluated(call, change).output) for change in (None, permuted))
     if not plain or [t.shape for t in plain] != [t.shape for t in other]:
         return False
+    if follows:
+        plain = [t.index_select(axis, order.to(t.device)) for t in plain]
     return all(
         float((a - b).abs().max()) <= _ROUNDING * float(a.abs().max()) for a, b in zip(plain, other, strict=True)
     )
@@ -197,6 +219,8 @@ def _floors(done: TrainingPass, content: list[Hashable], order: list[Hashable]) 
             yield _Floor(least, entropy.chance, limit, shared, "cross entropy", "equal chances cost")
     targets = [(r.targets, False) for r in regressions(done)] + [(t, True) for t in _binary_targets(done)]
     for target, binary in targets:
+        if target.dim() > 1 and target.shape[0] * target.shape[1] == len(content):  # one for every token
+            target = target.flatten(0, 1)
         if target.dim() == 0 or len(target) != len(content):
             continue
         rows = target.double().reshape(len(content), -1)
@@ -270,7 +294,8 @@ def _trial(call: ForwardPass, loss: Any, done: TrainingPass, count: int) -> tupl
         f"; {steps} steps of Adam take the loss from {first:.3g} to {ends[0]:.3g} as it is, to {ends[1]:.3g} with "
         f"sines of the position added behind {place}"
     )
-    better = ends[0] - ends[1] > _FALL * first and first - ends[1] > _TIMES * (first - ends[0])
+    fall = first - ends[0], first - ends[1]
+    better = ends[0] > _LEFT * first and fall[1] - fall[0] > _FALL * first and fall[1] > _TIMES * fall[0]
     return better, words
 
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from stabkit.diagnosis.input_scale import FAR, input_size
+from stabkit.diagnosis.input_features import FAR
+from stabkit.diagnosis.input_scale import input_size
 from stabkit.diagnosis.measurement import Measurement
 from stabkit.diagnosis.remedies import Remedy, scale
 from stabkit.diagnosis.summing_operations import Summing, divided, summing_operations

@@ -21,7 +21,7 @@ from stabkit.diagnosis.applying import carried_out
 from stabkit.diagnosis.closed_operations import closed_findings
 from stabkit.diagnosis.finding import Action, Finding, serious
 from stabkit.diagnosis.lost_parameters import role_of
-from stabkit.diagnosis.short_training import STEPS, ShortTraining, short_training
+from stabkit.diagnosis.short_training import STEPS, ShortTraining, falls, short_training, worse
 from stabkit.diagnosis.zero_inputs import zero_input_findings
 from stabkit.errors import StabkitError
 from stabkit.tracing import Flow
@@ -261,7 +261,10 @@ def _of_zero_factors(
     named = tuple(str(action["parameter"]) for action in actions)
     both = tuple(path for path in freed if path in empty)
     kept = tuple(path for path in both if path not in named)
-    treated = short_training(flow, loss, actions)
+    plain, treated = short_training(flow, loss), short_training(flow, loss, actions)
+    # a bias between two norms of a small batch has no gradient either, and nothing is lost by that
+    vectors = all(done.parameters[path].dim() < 2 for path in freed)
+    harmless = worse(treated, plain) or (vectors and plain is not None and falls(plain) and not worse(plain, treated))
     evidence = (
         f"{len(freed)} of {len(done.parameters)} parameters that are to be trained get a gradient of exactly zero "
         f"({listed(freed)}; {_share(done, freed):.0%} of their numbers), and still do when all others have moved: they "
@@ -271,17 +274,19 @@ def _of_zero_factors(
     return [
         Finding(
             kind="no_gradient",
-            severity="critical" if _share(done, freed) > 1 - 1e-9 else "warning",
+            severity="info" if harmless else "critical" if _share(done, freed) > 1 - 1e-9 else "warning",
             steps=(len(flow.steps) - 1,),
             module_path=named[0].rpartition(".")[0],
             confidence=1.0,
-            evidence=evidence + _trained(short_training(flow, loss), treated, "treated"),
-            remedy=f"start {listed(named)} from random numbers (root mean square "
+            evidence=evidence + _trained(plain, treated, "treated"),
+            remedy="none is needed: the model trains no better with it"
+            if harmless
+            else f"start {listed(named)} from random numbers (root mean square "
             f"{max(float(action['rms']) for action in actions):.2g})"
             + (f"; {listed(kept)} may stay at zero" if kept else ""),
             reference=_LORA,
             numbers={"parameters": float(len(freed)), "share": _share(done, freed)},
-            actions=tuple(actions),
+            actions=() if harmless else tuple(actions),
         )
     ]
 

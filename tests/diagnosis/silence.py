@@ -1,7 +1,9 @@
 """Stock models at default initialisation must raise nothing: ``python -m tests.diagnosis.silence [--only PATTERN]``.
 
-One row per model and mode, as a line of JSON in a file, so that a run that was stopped goes on where it was; the table
-is made of what the file holds. A model that takes longer than the limit counts as not answered.
+The mode ``loss`` is training with the loss that people would use: a cross entropy of random classes for logits, a
+squared error of normal targets for everything else. One row per model and mode, as a line of JSON in a file, so that a
+run that was stopped goes on where it was; the table is made of what the file holds. A model that takes longer than the
+limit counts as not answered.
 """
 
 from __future__ import annotations
@@ -21,7 +23,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.utils._pytree import tree_leaves
 
 from stabkit.diagnosis import Diagnosis, examine
 from stabkit.tracing import trace
@@ -33,6 +37,7 @@ from tests.models.zoo import Subject
 
 FAMILIES = ("torchvision", "timm", "transformers", "torch.nn", "architectures")
 MODES = ("eval", "train")
+LOGITS = 500  # entries of the last of three dimensions from which they are logits of a vocabulary
 
 
 def timm_model(name: str, size: int = 224) -> Callable[[], Built]:
@@ -133,9 +138,23 @@ def told(diagnosis: Diagnosis) -> dict[str, Any]:
     }
 
 
-def diagnosed(subject: Subject, model: Any, args: tuple[Any, ...], kwargs: Any) -> Diagnosis:
+def usual_loss(out: Any) -> Tensor:
+    """The mean of a loss over every output that is a tensor of numbers with a gradient."""
+    found = [t for t in tree_leaves(out) if isinstance(t, Tensor) and t.requires_grad and t.numel()]
+    generator = torch.Generator().manual_seed(1)
+    losses = []
+    for t in found:
+        if t.dim() > 1 and (t.dim() == 2 or t.shape[-1] > LOGITS) and t.shape[-1] > 1:
+            labels = torch.randint(t.shape[-1], t.shape[:-1], generator=generator)
+            losses.append(functional.cross_entropy(t.flatten(0, -2).float(), labels.flatten()))
+        else:
+            losses.append((t - torch.randn(t.shape, generator=generator).to(t.dtype)).abs().square().mean())
+    return torch.stack([loss.float() for loss in losses]).mean()
+
+
+def diagnosed(subject: Subject, model: Any, args: tuple[Any, ...], kwargs: Any, loss: Any = None) -> Diagnosis:
     """The diagnosis of a model of the zoo, as it is called there."""
-    return examine(trace(model, *args, kwargs=kwargs, target=subject.target, check=False, **subject.options))
+    return examine(trace(model, *args, kwargs=kwargs, target=subject.target, check=False, **subject.options), loss)
 
 
 def larger(args: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -154,10 +173,11 @@ def row(subject: Subject, mode: str, seconds: int) -> Row:
             with limit(seconds):
                 model, args, kwargs = subject.build()
                 if isinstance(model, nn.Module):
-                    model.train(mode == "train")
-                diagnosis = diagnosed(subject, model, args, kwargs)
+                    model.train(mode != "eval")
+                loss = usual_loss if mode == "loss" else None
+                diagnosis = diagnosed(subject, model, args, kwargs, loss)
                 if "too small" in diagnosis.verdict.summary:
-                    diagnosis = diagnosed(subject, model, larger(args), kwargs)
+                    diagnosis = diagnosed(subject, model, larger(args), kwargs, loss)
                 said = told(diagnosis)
         except Exception as error:  # the table shows it
             said = {"error": f"{type(error).__name__}: {str(error)[:300]}"}
@@ -182,7 +202,7 @@ def unjudged(rows: list[dict[str, Any]]) -> list[str]:
 def table(rows: list[dict[str, Any]]) -> str:
     """Models by mode, silent or not, the alarms by kind, and why some were not judged."""
     lines = []
-    for mode in MODES:
+    for mode in dict.fromkeys(r["mode"] for r in rows):
         inside = [r for r in rows if r["mode"] == mode]
         answered = [r for r in inside if not r["error"]]
         kinds = Counter(text.split()[1] for r in answered for text in alarms(r))

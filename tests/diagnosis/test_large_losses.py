@@ -129,6 +129,19 @@ def test_a_field_that_grows_with_the_square_of_large_data():
         assert not told[0].actions
 
 
+@pytest.mark.parametrize("with_loss", [False, True])
+def test_large_images_behind_a_norm_have_small_gradients_and_no_fault(with_loss):
+    torch.manual_seed(0)
+    layers = [nn.BatchNorm2d(3), nn.Conv2d(3, 16, 3, 2), nn.ReLU(), nn.Conv2d(16, 16, 3, 2), nn.ReLU()]
+    model = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 4))
+    x = 255 * torch.rand(16, 3, 32, 32, generator=torch.Generator().manual_seed(3))
+    loss = (lambda out: functional.cross_entropy(out, LABELS[:16])) if with_loss else None
+    found = stabkit.diagnose(stabkit.trace(model, x), loss)
+    assert not [f for f in found if serious(f)]
+    (fact,) = [f for f in found if f.kind == "vanishing"]
+    assert "the unit of the input alone" in fact.remedy
+
+
 def test_what_training_says_of_a_remedy():
     stuck, falls = ShortTraining(2.0, 2.0), ShortTraining(100.0, 1.0)
     assert helps(ShortTraining(2.0, 1.0), stuck)

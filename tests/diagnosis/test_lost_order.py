@@ -95,6 +95,45 @@ ROWS = torch.randint(0, 30, (SAMPLES, LENGTH), generator=torch.Generator().manua
 SORTED = torch.where(RISING[:, None] > 0, ROWS.sort(1).values, ROWS.sort(1, descending=True).values)
 
 
+class Tagger(nn.Module):
+    """A score for every token, by attention."""
+
+    def __init__(self, positions: bool, causal: bool = False) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed, self.head = nn.Embedding(30, 16), nn.Linear(16, 3)
+        self.at = nn.Parameter(torch.randn(LENGTH, 16)) if positions else None
+        layer = nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, batch_first=True)
+        self.encoder = nn.TransformerEncoder(layer, 1, enable_nested_tensor=False)
+        self.mask = nn.Transformer.generate_square_subsequent_mask(LENGTH) if causal else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.embed(x)
+        return self.head(self.encoder(h if self.at is None else h + self.at, mask=self.mask))
+
+
+# every token stands in its sample several times, and is tagged by whether it stood there before
+REPEATED = torch.randint(0, 2, (SAMPLES, LENGTH), generator=torch.Generator().manual_seed(7))
+BEFORE = torch.stack([(REPEATED[:, :i] == REPEATED[:, i : i + 1]).sum(1).clamp(max=2) for i in range(LENGTH)], 1)
+
+
+def tags(out: Tensor) -> Tensor:
+    return functional.cross_entropy(out.flatten(0, 1), BEFORE.flatten())
+
+
+def test_tokens_that_are_tagged_by_where_they_stand():
+    (found,) = said(Tagger(positions=False), REPEATED, tags)
+    assert found.severity == "warning"
+    assert "wherever in its sample it stands" in found.evidence
+    assert said(Tagger(positions=True), REPEATED, tags) == []
+    assert said(Tagger(positions=False, causal=True), REPEATED, tags) == []
+
+
+def test_tokens_that_are_tagged_by_themselves_raise_nothing():
+    model = Tagger(positions=False)
+    assert said(model, REPEATED, lambda out: functional.cross_entropy(out.flatten(0, 1), REPEATED.flatten())) == []
+
+
 def test_an_order_that_no_two_samples_share_is_told_by_training():
     (found,) = said(Blind(2), SORTED, lambda out: functional.cross_entropy(out, RISING))
     assert "sines of the position" in found.evidence

@@ -1,0 +1,150 @@
+"""What is told of a suspect after its trials: severity, evidence, remedy."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from stabkit.diagnosis.finding import Finding
+from stabkit.diagnosis.initialisation import Known
+from stabkit.diagnosis.remedies import Remedy
+from stabkit.diagnosis.short_training import STEPS, ShortTraining, clearly_better
+from stabkit.diagnosis.thresholds import Thresholds
+from stabkit.diagnosis.trial import Trial, is_stretch
+
+#: growth that does not last, or has a mechanism, within the limits: a fault only where an intervention takes it away
+IN_DOUBT = ("transient_growth", "unstable_step", "overdamped")
+GROWS = ("exploding", "transient_growth", "chaotic", "unstable_step")
+_MECHANISMS = ("unstable_step", "overdamped", "saturated")
+_LEARNT = 0.01  # of the first loss, left after a short training: growth kept nothing from being learnt
+NOTHING_HELPED = "nothing that was tried brings it below a warning"
+
+
+@dataclass(frozen=True)
+class Cure:
+    """A remedy that cures a suspect, its trial, and a short training with it where there is a loss."""
+
+    trial: Trial
+    remedy: Remedy
+    trains: ShortTraining | None = None
+
+    @property
+    def worth(self) -> tuple[float, int]:
+        """Smaller is better: the loss after a short training, then how many suspects are left."""
+        return (math.inf if self.trains is None else self.trains.last, self.trial.left)
+
+    @property
+    def outer(self) -> bool:
+        """Whether it takes away what lies before the weights."""
+        return self.remedy.data != 1.0 or not self.remedy.actions
+
+
+def by_weight(finding: Finding) -> bool:
+    """Whether a finding is that of a weight far from those of its peers."""
+    return any("weight_deviation" in name for name in finding.numbers)
+
+
+def of_same_stretch(suspect: Finding, others: Sequence[Finding]) -> list[Finding]:
+    """Other suspects of a stretch that lies in this one for the most part."""
+    if not is_stretch(suspect):
+        return []
+    own = set(suspect.steps)
+    return [o for o in others if is_stretch(o) and 2 * len(own & set(o.steps)) > len(o.steps)]
+
+
+def with_mechanism(told: Finding, others: Sequence[Finding], cure: Cure) -> Finding:
+    """A cured stretch with why it grew or shrank, where that was found in it: its mechanism, or what saturates."""
+    if told.kind not in ("exploding", "vanishing"):
+        return told
+    for other in of_same_stretch(told, others):
+        if other.kind in _MECHANISMS and other.evidence not in told.evidence:
+            return replace(told, evidence=f"{told.evidence}; why: {other.evidence}")
+    return told
+
+
+def _harmless(suspect: Finding, limits: Thresholds) -> bool:
+    """Whether a block acts unlike its peers with weights like theirs, and no gradient leaves its range by it."""
+    if suspect.kind != "exploding" or is_stretch(suspect) or by_weight(suspect):
+        return False
+    return abs(suspect.numbers.get("gain_deviation", math.inf)) < limits.stable
+
+
+def told_of(suspect: Finding, cure: Cure | None, untreated: ShortTraining | None, limits: Thresholds) -> Finding:
+    """A suspect with what its trial says."""
+    if cure is None:
+        severity = "info" if suspect.kind in IN_DOUBT or _harmless(suspect, limits) else suspect.severity
+        if suspect.kind == "non_finite":  # its remedy begins with the weights, and goes on with the operation
+            by_hand = suspect.remedy.partition("; or ")[2] or suspect.remedy
+            remedy = f"{by_hand} (no change of weights that was tried keeps it finite)"
+            return replace(suspect, remedy=remedy, actions=())
+        return replace(suspect, severity=severity, remedy=NOTHING_HELPED, actions=())
+    if is_of_units(suspect, cure, untreated):
+        return replace(
+            suspect,
+            severity="info",
+            evidence=f"{cure.remedy.cause}, which a norm takes out again, and the gradient is one over it; "
+            f"{suspect.evidence}; with the input divided by it: {cure.trial.changes}",
+            remedy="none is needed: it is the unit of the input alone",
+            actions=(),
+        )
+    moved = cure.trial.moved or suspect.kind == "non_finite"  # beside which there is no other reading
+    severity = suspect.severity if moved else "info"  # what can be taken away unnoticed does no harm
+    cause = f"{cure.remedy.cause}; " if cure.remedy.cause else ""
+    evidence = f"{cause}{suspect.evidence}; tried on a copy: {cure.trial.changes}"
+    if cure.trains is not None and untreated is not None:
+        evidence += f"; {STEPS} steps of plain SGD take the loss {untreated} as it is, {cure.trains} treated"
+    return replace(
+        suspect,
+        severity=severity,
+        confidence=cure.trial.share if is_stretch(suspect) else suspect.confidence,
+        evidence=evidence,
+        remedy=cure.remedy.text + f"; or {suspect.remedy}" * (suspect.kind == "non_finite" and cure.outer),
+        actions=cure.remedy.actions,
+        module_path=cure.remedy.place or suspect.module_path,
+    )
+
+
+def is_of_units(suspect: Finding, cure: Cure, untreated: ShortTraining | None) -> bool:
+    """Whether a gradient vanishes since a first norm takes the size of large data out again, and training minds not."""
+    first = cure.trial.before.measurement.steps[suspect.steps[0]]
+    if suspect.kind != "vanishing" or cure.remedy.data == 1.0 or not first.norms:
+        return False
+    return cure.trains is None or untreated is None or not clearly_better(cure.trains, untreated)
+
+
+def of_no_help(suspect: Finding, plain: ShortTraining, cause: str) -> Finding:
+    """A suspect that can be taken away, with which training ends no lower."""
+    cause = f"{cause}; " if cause else ""
+    learnt = is_stretch(suspect) and suspect.kind in GROWS and abs(plain.last) < _LEARNT * abs(plain.first)
+    return replace(
+        suspect,
+        severity="info" if learnt else suspect.severity,
+        evidence=f"{cause}{suspect.evidence}; {STEPS} steps of plain SGD take the loss {plain} as it is, and end no "
+        "lower with anything that takes it away",
+        remedy="none is told: what was tried takes it away, and trains no better",
+        actions=(),
+    )
+
+
+def of_no_use(suspect: Finding, refuted: Cure, plain: ShortTraining) -> Finding:
+    """A weight of odd size that training does not mind, and that it minds being changed."""
+    return replace(
+        suspect,
+        severity="info",
+        evidence=f"{suspect.evidence}; {STEPS} steps of plain SGD take the loss {plain} as it is, {refuted.trains} "
+        "with weights of the usual size",
+        remedy="none is needed: it trains better as it is",
+        actions=(),
+    )
+
+
+def as_made(suspect: Finding, known: Known) -> Finding:
+    """A suspect that is nothing but a known initialisation."""
+    return replace(
+        suspect,
+        severity="info",
+        evidence=f"{suspect.evidence}; it comes of {known.words}, and is gone with weights of ordinary size there",
+        remedy="none is needed: training moves these weights first",
+        actions=(),
+    )
