@@ -77,7 +77,8 @@ def coupled(
         record: of all states at once.
         read_one: reads a step of one state.
     """
-    if not record.name.startswith(COARSE) or not 2 <= len(found.sources) == len(found.targets) <= _MOST:
+    coarse = record.name.startswith(COARSE) or (" steps of general linear method" in record.name)
+    if not coarse or not 2 <= len(found.sources) == len(found.targets) <= _MOST:
         return record
     found = as_made(around, found, steps[0], steps[-1] + 1)
     order = _pairing(around.whole(steps[0], steps[-1] + 1, found))
@@ -87,7 +88,7 @@ def coupled(
     streams = _streams(around, found, steps, read_one)
     if any(s.record.name.startswith(_UNREAD) or s.record.evidence == "unknown" for s in streams):
         return record
-    if all(s.record.name.startswith("plain") for s in streams):
+    if all(s.record.name.startswith("plain") for s in streams) or _rotates(found, streams):
         return record
     known = [s.record.residual for s in streams if s.record.residual is not None]
     proven = all(s.record.evidence == "proven" for s in streams)
@@ -167,10 +168,20 @@ def _name(streams: Sequence[_Stream]) -> str:
     """What the streams make together; sums, which only follow, come last."""
     count = len(streams)
     names = [s.name for s in sorted(streams, key=lambda s: (s.is_sum, s.name))]
-    if set(names) == {"forward Euler"} and _is_mutual(streams):
+    if set(names) <= {"forward Euler", "running sum"} and _is_mutual(streams):
         order = "Gauss-Seidel" if any(s.new for s in streams) else "forward"
         return f"{order} Euler of {count} coupled states"
     return f"{count} {'coupled ' * _is_mutual(streams)}states: {', '.join(names)}"
+
+
+def _rotates(found: Slots, streams: Sequence[_Stream]) -> bool:
+    """Whether two states enter each other by numbers: a matrix then tells what is kept, and not the number of each."""
+    places = {v: j for values in (found.sources, found.targets) for j, v in enumerate(values)}
+    mixed = [
+        {places[a] for link in s.links if link.kind != "weightless" for a in link.form.forms[0] if a in places} - {i}
+        for i, s in enumerate(streams)
+    ]
+    return any(i in mixed[j] for i in range(len(mixed)) for j in mixed[i])
 
 
 def _is_mutual(streams: Sequence[_Stream]) -> bool:

@@ -194,3 +194,17 @@ def test_streams_with_steps_of_their_own_claim_no_common_step():
     found = middle(rule, widths=(6, 8))
     assert found.step_size is None
     assert "h = 0.2" in found.system
+
+
+def test_states_that_only_answer_to_each_other_make_a_step_of_the_system():
+    def rule(m, x, y):
+        return x + m.f(m.to_first(y)) * torch.sigmoid(m.to_first(y)), y + torch.tanh(m.to_second(x))
+
+    assert middle(rule, widths=(6, 10)).name == "forward Euler of 2 coupled states"
+
+
+def test_states_that_are_rotated_into_each_other_are_not_damped_each():
+    def rule(m, x, y):
+        return 0.8 * x + 0.6 * y + m.f(m.norm(x)), -0.6 * x + 0.8 * y
+
+    assert "damped Euler" not in middle(rule).name
