@@ -41,6 +41,7 @@ _ROUNDING = 1e-4  # of the size of what is combined
 _STEPS = 100  # of a trial: activations have to find what no affine map has, which takes longer than to fall
 _SMALL = 100_000  # parameters up to which so many steps are tried; 20 beyond
 _FALL = 0.2  # of the first loss: what activations must bring beside an affine map
+_LEFT = 0.5  # of the first loss: what a model that learns what it can leaves less of, be it by heart
 _TIMES = 1.5  # by how much the fall of the loss must be larger with them
 _REFERENCE = "Goodfellow, Bengio and Courville, Deep learning, 2016, section 6.1, learning XOR"
 
@@ -226,7 +227,7 @@ def _trial(call: ForwardPass, loss: Any, done: TrainingPass) -> tuple[str, str]:
         f"; {steps} steps of SGD or Adam take the loss from {first:.3g} to {ends[0]:.3g} as it is, to {ends[1]:.3g} "
         "with ReLUs between"
     )
-    better = fall[1] - fall[0] > _FALL * first and fall[1] > _TIMES * fall[0]
+    better = ends[0] > _LEFT * first and fall[1] - fall[0] > _FALL * first and fall[1] > _TIMES * fall[0]
     return ("warning" if better else "info"), words
 
 

@@ -36,6 +36,7 @@ _MOST = 4096  # samples or tokens that are compared
 _STEPS = 50  # of a trial, and a fifth of that for models of more parameters than these
 _SMALL = 100_000
 _FALL = 0.2  # of the first loss: what positions must bring
+_LEFT = 0.5  # of the first loss: what a model that learns what it can leaves less of, be it by heart
 _TIMES = 1.5  # by how much the fall of the loss must be larger with them
 _REFERENCE = "Vaswani et al., Attention is all you need, 2017, section 3.5; Zaheer et al., Deep sets, 2017"
 
@@ -293,7 +294,8 @@ def _trial(call: ForwardPass, loss: Any, done: TrainingPass, count: int) -> tupl
         f"; {steps} steps of Adam take the loss from {first:.3g} to {ends[0]:.3g} as it is, to {ends[1]:.3g} with "
         f"sines of the position added behind {place}"
     )
-    better = ends[0] - ends[1] > _FALL * first and first - ends[1] > _TIMES * (first - ends[0])
+    fall = first - ends[0], first - ends[1]
+    better = ends[0] > _LEFT * first and fall[1] - fall[0] > _FALL * first and fall[1] > _TIMES * fall[0]
     return better, words
 
 

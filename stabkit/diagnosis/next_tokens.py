@@ -103,6 +103,8 @@ def _is_series(tensor: Tensor) -> bool:
 
 def _followed(path: str, values: Tensor, held: Tensor) -> Targets | None:
     """Targets that are the next values of a series. What is held against the same values may be an autoencoder."""
+    if held.dim() != 3:  # one number for a whole series
+        return None
     for axis in (1, 0):
         rows, wanted = (t.detach() if axis == 1 else t.detach().transpose(0, 1) for t in (values, held.to(values)))
         times = rows.shape[1]

@@ -139,6 +139,11 @@ def scaled_by_entries(record: Identification, total: Coefficient) -> Identificat
                    notes=(why, *record.notes))  # fmt: skip
 
 
+def masked(kinds: set[str]) -> tuple[str, ...]:
+    """What is said of a mask among the kinds of a skip."""
+    return ("a mask sets some entries to zero: the step is that of the others",) if "masked" in kinds else ()
+
+
 def with_randomness(record: Identification, sums: Sequence[NormalForm]) -> Identification:
     """Branches that are dropped for whole samples."""
     dropped = [c for form in sums for c in form.forms[0].values() if c.kind == "samples"]

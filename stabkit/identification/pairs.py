@@ -20,6 +20,7 @@ from stabkit.identification.normal_form import NormalForm, normal_form
 from stabkit.identification.operations import JOINS, is_opaque
 from stabkit.identification.pieces import Piece
 from stabkit.identification.record import Identification
+from stabkit.identification.reproduction import confirmed
 from stabkit.identification.slots import Slots, joined
 from stabkit.identification.sub_steps import composed_name, with_readout
 from stabkit.identification.tableau import Blocks, blocks
@@ -83,7 +84,7 @@ def _named(
     certified = all(c.kind in ("scalar", "dropout") for c in coefficients)
     # that a field is a gradient was seen in its Jacobian at this input; that the step is reversible is in the graph
     certified = certified and named.name != HAMILTONIAN
-    return Identification(
+    record = Identification(
         name=named.name,
         method=method,
         skip=None,
@@ -98,6 +99,7 @@ def _named(
         checks=checks,
         recorded=table.recorded_with(named.unit),
     )
+    return confirmed(record, form.piece) if around.checks and composed is None else record
 
 
 def _in_parts(around: Surroundings, found: Slots, steps: tuple[int, ...]) -> Name | None:

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 from stabkit.identification.around_addition import (
     GATED,
+    masked,
     normalises,
     norms_after,
     rectifies,
@@ -45,6 +46,7 @@ from stabkit.identification.pairs import dense_concatenation, read_several_state
 from stabkit.identification.proximal import soft_threshold
 from stabkit.identification.record import Identification, nothing, record_of
 from stabkit.identification.relaxation import with_linear_part
+from stabkit.identification.reproduction import confirmed
 from stabkit.identification.retraction import bent_skip, retraction
 from stabkit.identification.routing import routed
 from stabkit.identification.skip_past_norms import measured_skip, skip_past_norms, with_fixed_norms
@@ -355,9 +357,11 @@ def _read_sums(around: Surroundings, found: Slots, links: Sequence[Link], steps:
     record = replace(
         record,
         evidence="proven" if kinds <= {"scalar"} and named.is_known and not any(map(_depends, sums)) else "measured",
-        notes=(*_masked(kinds), *_linear_part(relaxed), *_notes(around, sums, table), *record.notes),
+        notes=(*masked(kinds), *_linear_part(relaxed), *_notes(around, sums, table), *record.notes),
         checks=_checks(sums, table) if around.checks else (),
     )
+    if around.checks and not any(link.kind == "weightless" for link in links[:first]):
+        record = confirmed(record, around.whole(steps[0], steps[-1] + 1, found))
     threshold = soft_threshold(around.flow, steps[-1] + 1, links[-1]) if behind else None
     record = with_projection(
         record, norms_after(links), len(sums), rectified=all(map(rectifies, behind)), threshold=threshold,
@@ -407,10 +411,6 @@ def _linear_links(links: Sequence[Link]) -> list[Link]:
         if link.kind in ("sum", "scaling") and not after:
             found.append(link)
     return found
-
-
-def _masked(kinds: set[str]) -> tuple[str, ...]:
-    return ("a mask sets some entries to zero: the step is that of the others",) if "masked" in kinds else ()
 
 
 def _linear_part(relaxed: tuple[Blocks, float] | None) -> tuple[str, ...]:

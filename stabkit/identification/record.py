@@ -112,6 +112,8 @@ class Identification(Result):
         parts.append(f"{self.evidence}{residual}")
         system = "" if self.system.startswith("none") or not self.system else f"; {self.system}"
         note = f"; {textwrap.shorten(self.notes[0], _NOTE, placeholder=' ...')}" if self.notes else ""
+        if self.over_time and (not self.notes or self.notes[0] != str(self.over_time[0])):
+            note += f"; over time: {', '.join(dict.fromkeys(found.name for found in self.over_time))}"
         return f"{parts[0]}: {', '.join(parts[1:])}{system}{note}"
 
     def _contents(self) -> dict[str, Any]:

@@ -43,14 +43,17 @@ class RecordedField:
         """The same for h times the field."""
         return replace(self, divisor=self.divisor / h, linear=self.linear * h)
 
+    def way(self, graph: Graph) -> tuple[Value, Value, dict[Node, list[Value]]]:
+        """Where the way begins and ends in a graph, and its nodes in order with the inputs that it takes."""
+        source, target = (_value(graph, place) for place in (self.source, self.target))
+        return source, target, {graph.nodes[at]: [_value(graph, p) for p in taken] for at, taken in self.nodes}
+
     def products(self, step: Step) -> Products:
         """Products with ``divisor`` (J_f + ``linear`` I), per sample; the step is the one that holds it."""
         graph = step.segment.graph
-        source, target = (_value(graph, place) for place in (self.source, self.target))
-        nodes = [graph.nodes[position] for position, _ in self.nodes]
-        edges = {graph.nodes[position]: [_value(graph, p) for p in taken] for position, taken in self.nodes}
+        source, target, edges = self.way(graph)
         segment = step.segment.between([source], [target], 0, 0)
-        segment.nodes, segment.graph = nodes, graph.along(nodes, edges)
+        segment.nodes, segment.graph = list(edges), graph.along(list(edges), edges)
         return Products(segment, _space(step, source), _space(step, target))
 
 
@@ -82,6 +85,8 @@ def recorded_field(
 ) -> RecordedField | None:
     """Where the field of one row of a tableau was recorded; None where its way cannot be told from others.
 
+    A field that reads several values has one row for each, and the way of a row begins at its own alone.
+
     Args:
         form: that the stage belongs to.
         stage: behind the row.
@@ -95,13 +100,20 @@ def recorded_field(
         begin = next((a for a in terms if a not in piece.ends and a.output != ADDED and given.get(a)), None)
     if begin is None:
         return None
-    entries = [e for e in stage.entries if begin in ({e} if e in piece.ends else piece.expand(e)[0])]
+    made_of = {e: {e} if e in piece.ends else set(piece.expand(e)[0]) for e in stage.entries}
+    entries = [e for e, atoms in made_of.items() if terms.keys() <= atoms]
+    others = [e for e in made_of if e not in entries]  # each of them is a row of its own
+    if any(made_of[e] != terms.keys() for e in entries) or sum(t.keys() == terms.keys() for t in stage.inputs) > 1:
+        return None
+    if stage.output.output == ADDED and piece.linear[stage.output.node][0] in entries:
+        return None  # what it is added to is what it is made of: one input, and two ways
     edges: dict[Node, list[Value]] = {}
     for entry in entries:
         if entry != begin:
             _follow(piece, begin, piece.expand(entry)[1], edges)
     for node in stage.nodes:
-        edges[node] = piece.inputs_of(stage.output) if node is stage.output.node else piece.inputs(node)
+        taken = piece.inputs_of(stage.output) if node is stage.output.node else piece.inputs(node)
+        edges[node] = [v for v in taken if v not in others]
     end, divisor = Value(stage.output.node, max(stage.output.output, 0)), given[begin]
     if out:
         target = next(t for t, found in zip(piece.targets, form.forms, strict=True) if stage.output in found)

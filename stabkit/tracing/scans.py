@@ -26,6 +26,7 @@ from stabkit.tracing.values import Value, meta_of, operation
 from stabkit.vocabulary import moves
 
 FEWEST = 8  # time steps from which one speaks of time, whatever they do
+_ROUNDS = FEWEST - 1  # of them that are alike at least: the first may begin at constants, and do less
 FEWEST_ALIKE = 3  # those from which one does where each round multiplies its state by the same tensors
 _ONE_PIECE = frozenset({"Select", "Slice"})
 _ALL_PIECES = frozenset({"Split", "SplitWithSizes", "Unbind", "UnsafeSplit"})
@@ -95,7 +96,7 @@ def scans_between(
     found: list[tuple[int, Scan]] = []
     taken: list[tuple[int, int]] = []
     # the longer first: a few rounds that look alike may lie inside of one of theirs
-    for least, period in itertools.product(sorted({FEWEST, fewest}, reverse=True), sorted(periods)):
+    for least, period in itertools.product(sorted({_ROUNDS, fewest}, reverse=True), sorted(periods)):
         for low, high in _stretches(kinds[:-period] == kinds[period:], least * period - period):
             run = _Run(graph, pieces, start + low, start + high + period, period, storages)
             if any(run.start < b and a < run.stop for a, b in taken):
@@ -230,7 +231,7 @@ class _Run:
             nodes = [self._node(self.count // 2, place) for place in cycle]
             if all(operation(node) in _MOVES for node in nodes) or not self._same_parameters(cycle):
                 continue
-            if self.count < FEWEST and not self._uses_again(cycle):
+            if self.count < _ROUNDS and not self._uses_again(cycle):
                 continue
             above = _reached([*cycle], _turned(edges))
             tensors = tuple(dict.fromkeys(tensor for place in above for tensor in drives.get(place, ())))

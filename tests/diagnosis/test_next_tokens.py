@@ -161,3 +161,9 @@ def test_attention_that_is_written_out_is_named_by_the_module_around_it():
     model.written = Attention()
     (told,) = found(model, text()[:, :TIMES], text()[:, 1 : TIMES + 1])
     assert told.module_path == "written"  # the mask comes after the softmax, whose sum holds what is later
+
+
+def test_one_number_for_a_whole_series_is_no_next_value():
+    series = torch.randn(SAMPLES, TIMES, 3, generator=torch.Generator().manual_seed(0))
+    model = nn.Sequential(nn.Flatten(), nn.Linear(3 * TIMES, 8), nn.ReLU(), nn.Linear(8, 1), nn.Flatten(0))
+    assert not stabkit.diagnose(stabkit.trace(model, series), lambda out: functional.mse_loss(out, series.mean((1, 2))))
