@@ -153,8 +153,10 @@ def plan_spectra(
     few, notes = flow, tuple[str, ...]()
     products: dict[int, int] = {}
     if iterated:
-        few = short()
-        demands = {step.index: work.demand(step) for step in few.steps}
+        demands = {step.index: work.demand(step) for step in flow.steps}
+        if work.pays_to_shorten(flow, samples, [demands[index] for index in iterated]):
+            few = short()
+            demands = {step.index: work.demand(step) for step in few.steps}
         wanted = [demands[index] for index in iterated]
         limit = share * _limit(flow, few, demands, wanted, mode)
         products = work.allot(wanted, limit)

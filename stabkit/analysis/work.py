@@ -23,6 +23,10 @@ FEWEST = 32  # and from which the largest singular value alone does: of random m
 _PER_NODE = 2e5  # operations that the call of one node is worth in a backward pass of torch's engine,
 _PER_STACKED_NODE = 4e5  # and one by one, for each of several vectors at once
 _PER_VECTOR = 2e6  # and the projected problem, for every vector of a Krylov basis
+_PER_TRACED_NODE = 1e7  # and when it is traced
+# a product of two vectors with one sample is made at a lower rate than the operations of a training step: by 1.2 to 1.5
+# for the blocks of a small vision transformer
+_RATE = 1.3
 _BASIS = 400  # operations that a new vector is made orthogonal with, for each of its numbers
 
 
@@ -48,7 +52,7 @@ def demand(step: Step) -> Demand:
     m, n = step.target.size, step.source.size
     keeps_space = step.source.sample_shapes == step.target.sample_shapes
     product = operations(step)
-    cost = product + _PER_STACKED_NODE * len(step.segment.nodes) + _PER_VECTOR + _BASIS * (m + n)
+    cost = _RATE * product + _PER_STACKED_NODE * len(step.segment.nodes) + _PER_VECTOR + _BASIS * (m + n)
     return Demand(step.index, product, cost, krylov_products(max(m, n)) * (2 if keeps_space else 1))
 
 
@@ -110,6 +114,20 @@ def training_step(flow: Flow, samples: int, demands: Mapping[int, Demand]) -> fl
         + _PER_NODE * sum(node not in step.segment.graph.recurrent for node in step.segment.nodes)
         for step in flow.steps
     )
+
+
+def pays_to_shorten(flow: Flow, samples: int, demands: Sequence[Demand]) -> bool:
+    """Whether products with the wanted samples alone save more than it takes to trace these anew.
+
+    A recurrent layer written out costs its many nodes, however few the samples.
+
+    Args:
+        flow: of the whole batch.
+        samples: that are wanted.
+        demands: of the steps that products are made with, for the whole batch.
+    """
+    saved = LEAST * sum(one.operations for one in demands) * max(0.0, 1 - samples / flow.batch)
+    return saved > _PER_TRACED_NODE * sum(len(step.segment.nodes) for step in flow.steps)
 
 
 def allot(demands: Sequence[Demand], limit: float) -> dict[int, int]:

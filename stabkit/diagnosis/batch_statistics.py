@@ -139,3 +139,8 @@ def standing(found: dict[_BatchNorm, tuple[torch.Tensor, torch.Tensor]]) -> Iter
     finally:
         for norm, (kept_mean, kept_variance) in own.items():
             norm.running_mean, norm.running_var = kept_mean, kept_variance
+
+
+def with_norms_of_evaluation(model: nn.Module) -> bool:
+    """Whether batch norms, which standardise while they train, are in eval mode with the model."""
+    return not model.training and any(isinstance(module, _BatchNorm) for module in model.modules())

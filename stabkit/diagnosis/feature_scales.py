@@ -14,9 +14,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import TorchFunctionMode
 
+from stabkit.diagnosis.batch_statistics import with_norms_of_evaluation
 from stabkit.diagnosis.finding import Finding
 from stabkit.diagnosis.input_features import Features, features_of
 from stabkit.diagnosis.short_training import STEPS, short_training
@@ -42,7 +42,7 @@ def feature_scale_findings(flow: Flow, loss: Any, call: ForwardPass, done: Train
     """
     given = [*named_tensors(list(call.inputs)), *named_tensors(call.kwargs)]
     found = {id(t): f for name, t in given if (f := features_of(flow, name, t)) is not None and f.far}
-    if not found or done.loss is None or _unfitted(call) or _differentiates(call, loss):
+    if not found or done.loss is None or with_norms_of_evaluation(call.module) or _differentiates(call, loss):
         return []
     inputs, kwargs = map_tensors([call.inputs, call.kwargs], _standardised(found))
     other = replace(call, inputs=tuple(inputs), kwargs=kwargs)
@@ -64,11 +64,6 @@ def feature_scale_findings(flow: Flow, loss: Any, call: ForwardPass, done: Train
     if not plain > _DOES_NOT * start:
         return []
     return [_finding(flow, found, first, start, plain, cured)]
-
-
-def _unfitted(call: ForwardPass) -> bool:
-    """Whether batch norms, which standardise while they train, are in eval mode."""
-    return not call.module.training and any(isinstance(m, _BatchNorm) for m in call.module.modules())
 
 
 def _standardised(found: Mapping[int, Features]) -> Callable[[Tensor], Tensor]:

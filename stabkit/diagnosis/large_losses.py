@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
+from stabkit.diagnosis.batch_statistics import with_norms_of_evaluation
 from stabkit.diagnosis.finding import Finding, serious
 from stabkit.diagnosis.loss_faults import LOSS
 from stabkit.diagnosis.outer_causes import outer_causes, smaller_weights
@@ -26,6 +27,8 @@ def with_large_loss(flow: FlowLike, found: Diagnosis, settings: Settings) -> Dia
     loss = settings.loss
     if not isinstance(flow, Flow) or not callable(loss) or found.verdict.name == "non-finite":
         return found
+    if with_norms_of_evaluation(flow.model):
+        return found  # which divide by running statistics, and in training by the size of what comes
     tries = [*outer_causes(flow, found.measurement), *smaller_weights(found.measurement)]
     plain = short_training(flow, loss) if tries else None
     if plain is None or not math.isfinite(plain.first):

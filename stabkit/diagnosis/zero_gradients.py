@@ -33,6 +33,7 @@ from stabkit.tracing.values import operation, value_of
 
 #: operations whose derivative is zero wherever there is one
 FLAT = {"Round": "round", "Floor": "floor", "Ceil": "ceil", "Trunc": "trunc", "Sign": "sign", "Sgn": "sign"}
+_FEW = 0.05  # of the numbers that train, under which vectors alone are no fault of a model that learns
 _MOVE = 0.01  # of the size of a parameter: what a step of a usual optimizer moves it by, or less
 _MOST_ROUNDS = 8  # zero factors within zero factors
 _MOST_TRIALS = 6  # kinds of parameters that are drawn anew
@@ -262,9 +263,9 @@ def _of_zero_factors(
     both = tuple(path for path in freed if path in empty)
     kept = tuple(path for path in both if path not in named)
     plain, treated = short_training(flow, loss), short_training(flow, loss, actions)
-    # a bias between two norms of a small batch has no gradient either, and nothing is lost by that
-    vectors = all(done.parameters[path].dim() < 2 for path in freed)
-    harmless = worse(treated, plain) or (vectors and plain is not None and falls(plain) and not worse(plain, treated))
+    # a bias between two norms of a small batch has no gradient either, and the model trains without it
+    few = _share(done, freed) < _FEW and all(done.parameters[path].dim() < 2 for path in freed)
+    harmless = worse(treated, plain) or (few and plain is not None and falls(plain))
     evidence = (
         f"{len(freed)} of {len(done.parameters)} parameters that are to be trained get a gradient of exactly zero "
         f"({listed(freed)}; {_share(done, freed):.0%} of their numbers), and still do when all others have moved: they "
@@ -279,7 +280,7 @@ def _of_zero_factors(
             module_path=named[0].rpartition(".")[0],
             confidence=1.0,
             evidence=evidence + _trained(plain, treated, "treated"),
-            remedy="none is needed: the model trains no better with it"
+            remedy="none is needed: the model trains without it"
             if harmless
             else f"start {listed(named)} from random numbers (root mean square "
             f"{max(float(action['rms']) for action in actions):.2g})"

@@ -13,7 +13,7 @@ from torch.autograd.graph import Node
 
 from stabkit.identification.operations import ADDS, MOVES, PRODUCTS, SCALES, has_matrix
 from stabkit.tracing.values import Value, meta_of, operation
-from stabkit.vocabulary import is_activation
+from stabkit.vocabulary import activation_of, is_activation
 
 #: Operations that make one number of many entries.
 _REDUCTIONS = frozenset({"Dot", "LinalgVectorNorm", "Mean", "Mm", "Bmm", "Mv", "Norm", "Sum", "Vdot"})
@@ -39,12 +39,23 @@ def is_gate(value: Value, inputs: Inputs, of_state: Collection[Value], ends: Col
         if v in seen or v not in of_state:
             continue
         seen.add(v)
-        if v in ends or has_matrix(v.node) or is_quotient_of_inner_products(v, inputs, of_state, ends):
+        if (
+            v in ends
+            or has_matrix(v.node)
+            or _grows(v.node)
+            or is_quotient_of_inner_products(v, inputs, of_state, ends)
+        ):
             return False
         name, given = operation(v.node), inputs(v.node)
-        if name in MOVES | ADDS | PRODUCTS or (name in SCALES and len(given) == 1):
+        if name in MOVES | ADDS | PRODUCTS or name == "Pow" or (name in SCALES and len(given) == 1):
             stack.extend(given)
     return True
+
+
+def _grows(node: Node) -> bool:
+    """Whether an operation is an activation that grows without bound to one side: a ReLU, a softplus."""
+    facts = activation_of(node)
+    return facts is not None and facts.flat_side == "below" and not facts.is_bounded
 
 
 def adds_constant(value: Value, inputs: Inputs, ends: Collection[Value]) -> bool:

@@ -57,13 +57,17 @@ _MIXES = frozenset(
 )
 
 
+_CLOSED = frozenset(OPAQUE) | {"CppFunction"}
+
+
 def is_opaque(node: Node) -> bool:
     """Whether the inside of the operation is not known: an unregistered hand-written backward, or a fused kernel.
 
     ``CppFunction`` is what torch shows of every compiled operation that has no class of its own.
     """
-    unknown = is_python_node(node) and not is_activation(node) and norm_of(node) is None
-    return unknown or operation(node) in OPAQUE | {"CppFunction"}
+    if operation(node) in _CLOSED:
+        return True
+    return is_python_node(node) and not is_activation(node) and norm_of(node) is None
 
 
 def has_matrix(node: Node) -> bool:

@@ -201,7 +201,7 @@ class Piece:
         if len(carried) != 1 or (operation(node) == "Div" and carried[0] != _argument(node, 0)):
             return []
         gate = next(v for v in edges if v != carried[0])
-        if not self._may_gate(gate):
+        if operation(node) == "Mul" and not self._may_gate(gate):  # what divides may grow: x / (1 + h w)
             if adds_constant(gate, self.inputs, self.ends):
                 self.doubtful[node] = carried
             return []

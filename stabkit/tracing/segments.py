@@ -83,6 +83,11 @@ class Segment:
         """Whether saved tensors are computed anew when it is differentiated."""
         return self._prefetch is not None
 
+    @property
+    def stacks_by_rules(self) -> bool:
+        """Whether it was walked with stacked cotangents that every node takes without ``torch.vmap``."""
+        return bool(self._stacks) and all(stacked.by_rule for stacked in self._plan)
+
     def live(self, position: int) -> tuple[Value, ...]:
         """The values that everything after the first ``position`` nodes of the segment depends on."""
         made = set(self.nodes[position:])
@@ -200,6 +205,10 @@ class Segment:
             except (TraceError, RuntimeError, NotImplementedError, TypeError, ValueError):
                 self._vmap[direction] = "wrong"  # sparse, numpy and solver backwards have no batching rule
             else:
+                # forward products are held against those backwards before they are used (`Products`); where every node
+                # takes stacked tangents by a rule of its own, that is test enough
+                if direction == "jvp" and walked.stacks_by_rules:
+                    self._vmap[direction] = "right"
                 if self._vmap[direction] == "untested":
                     # batching rules can be silently wrong (torch 2.14: the backward of cdist): test the sum of all
                     summed = single([tensor.sum(0) for tensor in stacked])

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+#: Products with matrices, and sums over the neighbours in a graph: what a layer does once or a few times.
+_ANCHORS = ("Addmm", "Mm", "Bmm", "Convolution", "IndexAdd", "ScatterAdd", "SparseMm", "SparseAddmm")
+
 
 def tandem_repeat(names: list[str]) -> tuple[int, int, int] | None:
     """The longest run of one period of operations, at least three times over: first position, period, count."""
-    weights = [i for i, name in enumerate(names) if name.startswith(("Addmm", "Mm", "Bmm", "Convolution"))]
+    weights = [i for i, name in enumerate(names) if name.startswith(_ANCHORS)]
     periods = sorted({b - a for lag in (1, 2, 3, 4) for a, b in zip(weights, weights[lag:], strict=False)})
     best: tuple[int, int, int] | None = None
     for period in periods:

@@ -12,9 +12,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import stabkit
 from stabkit.analysis import Listener
-from stabkit.analysis.work import FEWEST, LEAST, Demand, allot, operations
+from stabkit.analysis.first_samples import of_first_samples
+from stabkit.analysis.work import FEWEST, LEAST, Demand, allot, demand, operations, pays_to_shorten
 from stabkit.diagnosis.branches import merges
 from stabkit.operators import Jacobian
+from stabkit.tracing.call import Call
 
 
 class Residual(nn.Module):
@@ -97,6 +99,19 @@ def test_products_pass_only_the_samples_that_are_wanted():
     alone, together = (stabkit.analyze(model.eval(), batch, spectrum="full") for batch in (x[:1], x))
     for one, many in zip(alone.steps, together.steps, strict=True):
         assert one.largest_singular_value == pytest.approx(many.largest_singular_value, rel=1e-5)
+
+
+def test_one_sample_is_traced_alone_where_that_saves_work():
+    model, x = residual(600, 3).eval(), torch.randn(4, 600)
+    flow = stabkit.trace(model, x)
+    short = of_first_samples(flow, model, Call((x,), {}, 0), 1, {})
+    assert short.batch == 1
+    demands = [demand(step) for step in flow.steps]
+    assert pays_to_shorten(flow, 1, demands)
+    assert not pays_to_shorten(flow, 4, demands)
+    lstm, x = nn.LSTM(8, 8, batch_first=True), torch.randn(4, 64, 8)
+    flow = stabkit.trace(lambda x: lstm(x)[0], x)
+    assert not pays_to_shorten(flow, 1, [demand(step) for step in flow.steps])
 
 
 def test_the_verdict_is_told_before_any_spectrum_and_faults_come_first():

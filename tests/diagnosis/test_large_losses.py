@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import stabkit
-from stabkit.diagnosis import treat
+from stabkit.diagnosis import examine, treat
 from stabkit.diagnosis.finding import serious
 from stabkit.diagnosis.short_training import ShortTraining, clearly_better, helps, short_training, spoils, worse
 
@@ -152,3 +152,11 @@ def test_what_training_says_of_a_remedy():
     assert clearly_better(ShortTraining(2.0, 0.5), falls)
     assert spoils(ShortTraining(2.0, 2.0), falls)
     assert not spoils(ShortTraining(3.0, 2.0), falls)
+
+
+def test_norms_in_eval_mode_are_no_witnesses_of_large_data():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.BatchNorm1d(8), nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 1)).eval()
+    x, y = 300 * torch.randn(32, 8), torch.randn(32, 1)
+    found = examine(stabkit.trace(model, x), lambda out: (out - y).square().mean()).findings
+    assert not [f for f in found if f.severity != "info"]

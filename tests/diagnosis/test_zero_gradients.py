@@ -142,7 +142,7 @@ class Shifted(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.layer, self.a, self.b = nn.Linear(8, 4), nn.Parameter(torch.zeros(4)), nn.Parameter(torch.zeros(4))
+        self.layer, self.a, self.b = nn.Linear(64, 4), nn.Parameter(torch.zeros(4)), nn.Parameter(torch.zeros(4))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.layer(x) + self.a * self.b
@@ -150,6 +150,6 @@ class Shifted(nn.Module):
 
 def test_vectors_without_which_a_model_trains_as_well_are_a_fact():
     torch.manual_seed(0)
-    model, x, target = Shifted(), torch.randn(16, 8), torch.randn(16, 4)
+    model, x, target = Shifted(), torch.randn(16, 64), torch.randn(16, 4)
     found = stabkit.analyze(model, x, loss=lambda out: (out - target).square().mean(), spectrum="none").findings
     assert [f.severity for f in found if f.kind == "no_gradient"] == ["info"]

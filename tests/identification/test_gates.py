@@ -85,6 +85,20 @@ def test_a_product_of_the_state_with_what_grows_with_it_is_a_field(layer):
     assert record.evidence == "proven"
 
 
+@pytest.mark.parametrize("bend", [torch.relu, nn.functional.softplus, nn.functional.silu, torch.square])
+def test_a_factor_that_an_activation_lets_grow_is_no_gate(bend):
+    layers = [Cross(lambda row, x, x0: x + x * bend(row[0](x)), depth=1) for _ in range(3)]
+    assert {(r.name, r.evidence) for r in records(nn.Sequential(*layers))} == {("forward Euler", "proven")}
+
+
+@pytest.mark.parametrize(
+    "bend", [torch.sigmoid, torch.tanh, nn.functional.hardsigmoid, lambda x: torch.exp(-x.square())]
+)
+def test_a_factor_that_stays_bounded_is_a_gate(bend):
+    layers = [Cross(lambda row, x, x0: x * bend(row[0](x)) + row[1](x), depth=1) for _ in range(3)]
+    assert all(record.name.startswith("gated skip") for record in records(nn.Sequential(*layers)))
+
+
 def test_several_gated_steps_are_told_from_one():
     record = as_one_step(Cross(lambda row, x, x0: x * torch.sigmoid(row[0](x)) + row[1](x), depth=3))
     assert record.name.startswith("Lie splitting (3 gated steps")
