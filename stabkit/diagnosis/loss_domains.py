@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from stabkit.diagnosis.finding import Finding
-from stabkit.diagnosis.short_training import STEPS, short_training
+from stabkit.diagnosis.short_training import STEPS, falls, short_training
 from stabkit.tracing import Flow
 from stabkit.tracing.forward_pass import ForwardPass
 from stabkit.tracing.training_pass import TrainingPass, calling_line
@@ -42,12 +42,14 @@ class Misuse:
         remedy: what to give.
         severity: a warning where the loss trains towards something else.
         meant: the arguments that were meant, where that is certain.
+        alone: whether it is a fault only where nothing else in the loss trains the model.
     """
 
     evidence: str
     remedy: str
     severity: str = "warning"
     meant: Given = field(default_factory=dict, compare=False)
+    alone: bool = False
 
 
 def _sums(values: Tensor, dim: int) -> Tensor:
@@ -130,6 +132,7 @@ def _cross_entropy(given: Given) -> Misuse | None:
             f"cross_entropy is given scores {tuple(logits.shape)} of a single class, whose softmax is 1 whatever they "
             "are",
             "binary_cross_entropy_with_logits for one score, or one score for each class",
+            alone=True,
         )
     positive = bool((logits >= 0).all()) and bool((logits <= 1).all())
     if positive and _is_one(_sums(logits, axis), _EXACTLY) > 1 - _FEW:
@@ -326,6 +329,9 @@ def loss_domain_findings(flow: Flow, loss: Any, call: ForwardPass, done: Trainin
         return []
     line, wrong = max(found, key=lambda each: each[1].severity == "warning")
     value = float(done.loss.detach())
+    trained = short_training(flow, loss) if wrong.alone else None
+    if trained is not None and falls(trained):
+        wrong = replace(wrong, severity="info", remedy="none is needed for the rest of the loss, which is learnt")
     evidence = wrong.evidence + (f" ({line})" if line else "")
     if wrong.meant:
         evidence += f"; the loss is {value:.3g} as it is, and {meant:.3g} as it is meant{_trained(flow, loss)}"

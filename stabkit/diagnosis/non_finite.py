@@ -50,6 +50,8 @@ def non_finite_findings(
         if not poisoned or first.index < poisoned[0].index:
             heavy = _heavy_weight(steps, origin, first, thresholds)
             return [_located(origin, first, backward, heavy, measurement, flow, loss)]
+    if origin is not None and broken and not poisoned:  # what was given is a parameter or a constant
+        return [_located(origin, _first_of(origin, flow, steps), backward, None, measurement, flow, loss)]
     if broken or poisoned:
         first = min([*broken, *poisoned], key=lambda step: step.index)
         cause = None if first in poisoned else _heavy_weight(steps, None, first, thresholds)
@@ -164,6 +166,7 @@ def _located(
             remedy = remedies.Remedy(by_hand)
         text += "" if tried is None else f"; {tried.evidence}"
     what = "the first derivative that is not finite, on the way back, is that of" if origin.backward else "begins at"
+    what = "comes in at" if origin.cause.given else what
     also = tuple(i for i in backward if i != home.index) if origin.backward or heavy is not None else ()
     return Finding(
         kind="non_finite",

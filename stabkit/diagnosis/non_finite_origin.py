@@ -78,6 +78,8 @@ class Origin:
         where = (
             "the loss" if self.part == "loss" else f"{self.path} ({self.module_class})" if self.path else "the model"
         )
+        if self.cause.given:
+            return where + (f", {self.line}" if self.line else "")
         inside = f" (of {self.function})" if self.function else ""
         return f"{self.operation}{inside} in {where}" + (f", {self.line}" if self.line else "")
 
@@ -208,9 +210,13 @@ class Watch(Observer):  # type: ignore[no-untyped-call]
     def _origin_of(self, tensor: Tensor) -> Origin:
         storage = _storage(tensor)
         if storage not in self._blame:
-            what = self._given.get(storage, "a tensor that the model holds")
+            held = "loss is made of, such as its targets," if self.part == "loss" else "model holds"
+            what = self._given.get(storage, f"a tensor that the {held}")
             masked = not what.startswith("the input") and _only_negative_infinities(tensor)
-            cause = Cause(f"{what} is NaN or infinite already", "look at where these numbers come from", given=True)
+            made = self.part != "loss" and storage in self._given and not what.startswith("the input")
+            look = "look at where these numbers come from"
+            how = f"start {what} from numbers (torch.empty holds whatever was there), or go back to a checkpoint"
+            cause = Cause(f"{what} is NaN or infinite already", how if made else look, given=True)
             self._blame[storage] = self._origin("given", cause, on_purpose=masked)
         return self._blame[storage]
 

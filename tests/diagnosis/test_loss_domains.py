@@ -179,3 +179,15 @@ def test_arguments_are_named_as_torch_names_them():
 def test_a_loss_that_refuses_the_output_is_told_with_what_it_takes():
     with pytest.raises(TraceError, match="binary_cross_entropy_with_logits"):
         said(nn.Identity(), lambda z: functional.binary_cross_entropy(z, ONE_HOT))
+
+
+def test_a_single_class_beside_another_loss_is_a_fact():
+    torch.manual_seed(0)
+    model, x, labels = nn.Linear(6, 2), torch.randn(16, 6), torch.randint(2, (16,)).float()
+
+    def loss(out: Tensor) -> Tensor:
+        alone = functional.cross_entropy(out[:, 1:], torch.zeros(16, dtype=torch.long))
+        return functional.binary_cross_entropy_with_logits(out[:, 0], labels) + alone
+
+    found = [f for f in examine(stabkit.trace(model, x), loss).findings if "single class" in f.evidence]
+    assert [f.severity for f in found] == ["info"]

@@ -311,3 +311,26 @@ def test_a_transcript_that_does_not_fit_into_its_frames_is_told_from_one_that_do
     assert said in found.evidence
     assert "zero_infinity" in found.remedy
     assert not [f for f in diagnosed(model, x, lambda out: loss(out, short=False)) if f.kind == "non_finite"]
+
+
+def test_a_parameter_that_was_never_filled_is_named():
+    class Shift(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer, self.shift = nn.Linear(4, 4), nn.Parameter(torch.tensor([0.0, math.nan, 0.0, 1.0]))
+
+        def forward(self, x: Tensor) -> Tensor:
+            scores = torch.softmax(torch.tanh(self.layer(x) + self.shift), 1)
+            return (scores * x).sum(1)
+
+    (found,) = examine(stabkit.trace(Shift(), torch.randn(3, 4)), lambda out: out.square().mean()).findings
+    assert "shift is NaN or infinite already" in found.evidence
+    assert "start shift from numbers" in found.remedy
+
+
+def test_targets_that_are_not_finite_are_those_of_the_loss():
+    model, x = nn.Linear(4, 2), torch.randn(3, 4)
+    target = torch.tensor([[-1.0, 1.0]] * 3).log()
+    (found,) = examine(stabkit.trace(model, x), lambda out: (out - target).square().mean()).findings
+    assert found.module_path == "loss"
+    assert "that the loss is made of, such as its targets" in found.evidence
