@@ -18,6 +18,7 @@ from stabkit.diagnosis.thresholds import Thresholds
 from stabkit.diagnosis.unreached import diagnosis_without_flow
 from stabkit.errors import ArgumentError
 from stabkit.tracing import trace
+from stabkit.tracing.containers import named_tensors
 from stabkit.tracing.endpoints import UnreachedError
 from stabkit.tracing.forward_pass import ForwardPass
 
@@ -89,6 +90,21 @@ def _what(finding: Finding) -> str:
     return f"{finding.kind} at {finding.module_path or 'the model'}"
 
 
+def _copied(model: nn.Module) -> nn.Module:
+    """A copy; what a pass left in attributes, on its graph, is copied without its history."""
+    memo: dict[int, Any] = {}
+    for module in model.modules():
+        held = [tensor for _, tensor in named_tensors(dict(vars(module)))]
+        memo |= {id(t): t.detach().clone().requires_grad_(t.requires_grad) for t in held if not t.is_leaf}
+    try:
+        return copy.deepcopy(model, memo)
+    except Exception as error:  # whatever a user's own __deepcopy__ or pickle protocol raises
+        raise ArgumentError(
+            f"model cannot be copied, and treat works on a copy: copy.deepcopy(model) ends in {type(error).__name__}: "
+            f"{error}; stabkit.diagnose needs no copy"
+        ) from error
+
+
 def treat(
     model: nn.Module,
     *inputs: Any,
@@ -115,7 +131,7 @@ def treat(
         **tracing: further options of `stabkit.trace`, such as ``batch_dim``.
 
     Raises:
-        ArgumentError: the model is no ``torch.nn.Module``, of which a copy could be made.
+        ArgumentError: the model is no ``torch.nn.Module``, or no copy can be made of it.
         TraceError: the model could not be traced. Where nothing leads from the input to the output, and a loss trains
             parameters still, the copy is left as it is, with what was found.
 
@@ -132,7 +148,7 @@ def treat(
         raise ArgumentError(
             f"model is a {type(model).__name__}; treat copies and changes modules: give a torch.nn.Module"
         )
-    treated = copy.deepcopy(model)
+    treated = _copied(model)
     applied: list[Finding] = []
 
     def diagnosed() -> Diagnosis:

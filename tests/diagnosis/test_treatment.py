@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 import stabkit
-from stabkit.diagnosis import Finding, apply, examine
+from stabkit.diagnosis import Finding, apply, examine, treat
+from stabkit.errors import ArgumentError
 from tests.diagnosis.cases import GLOBAL, LOCAL, Case
 from tests.diagnosis.confusion import serious
 
@@ -80,3 +81,32 @@ def test_actions_do_what_they_say():
 def test_actions_on_another_model_are_refused(action, message):
     with pytest.raises(ValueError, match=message):
         apply(nn.Sequential(nn.Linear(2, 2)), finding_of(**action))
+
+
+class Remembering(nn.Module):
+    """Keeps its last state, with the graph, as many models do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers, self.last = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 8)), None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.last = self.layers(x)
+        return self.last
+
+
+def test_a_model_that_keeps_its_last_state_is_treated():
+    model, x = Remembering(), torch.randn(4, 8)
+    kept = model(x)
+    done = treat(model, x, loss=lambda out: out.square().mean())
+    assert model.last is kept
+    assert isinstance(done.model, Remembering)
+
+
+def test_a_model_that_cannot_be_copied_is_refused_in_words():
+    class Locked(nn.Linear):
+        def __deepcopy__(self, memo):
+            raise RuntimeError("no copies")
+
+    with pytest.raises(ArgumentError, match=r"cannot be copied.*no copies"):
+        treat(Locked(4, 4), torch.randn(2, 4))
