@@ -28,7 +28,7 @@ INTERNAL = {
     "monitor/reading.py": {"ValueError"},
     "report/decoding.py": {"TypeError"},
     "report/encoding.py": {"TypeError"},  # readers, told as a ReportError with the place in the file
-    "tracing/step_products.py": {"NotImplementedError"},
+    "tracing/products/step_products.py": {"NotImplementedError"},
 }
 BUILT_IN = {"ValueError", "TypeError", "IndexError", "KeyError", "RuntimeError", "NotImplementedError"}
 BUILT_IN |= {"AttributeError", "ZeroDivisionError", "AssertionError", "Exception"}

@@ -13,8 +13,8 @@ from torch import nn
 import stabkit
 from stabkit import meanfield, vocabulary
 from stabkit.attribution.after_addition import tail_of
-from stabkit.diagnosis.activity import activities
-from stabkit.diagnosis.weights import norms_in
+from stabkit.diagnosis.blocks.weights import norms_in
+from stabkit.diagnosis.states.activity import activities
 from stabkit.errors import ArgumentError, ArgumentTypeError
 from stabkit.meanfield.activations import of_facts
 from stabkit.vocabulary.catalogue import FAMILIES

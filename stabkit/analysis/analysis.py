@@ -22,9 +22,9 @@ from stabkit.analysis.records import lyapunov, norms, restart_notes, side_input_
 from stabkit.analysis.spectra import StepSpectra, by_importance, plan_spectra
 from stabkit.attribution.measure import EXPLAINED
 from stabkit.diagnosis import Diagnosis, Thresholds, examine
-from stabkit.diagnosis.batch_statistics import with_statistics
-from stabkit.diagnosis.non_finite import is_finite
-from stabkit.diagnosis.unreached import findings_without_flow
+from stabkit.diagnosis.no_gradient.unreached import findings_without_flow
+from stabkit.diagnosis.non_finite.findings import is_finite
+from stabkit.diagnosis.states.batch_statistics import with_statistics
 from stabkit.distributed import Ranks, current, fingerprint, is_spread, is_tensor_parallel, whole_parameters
 from stabkit.errors import StabkitError, TraceError
 from stabkit.identification import Identification, by_step, identify
@@ -34,12 +34,12 @@ from stabkit.planning import SPECTRA, Plan, plan
 from stabkit.report.schema import Exponents, Report, StepReport
 from stabkit.threads import torch_threads
 from stabkit.tracing import Flow, trace
-from stabkit.tracing.boundaries import Depth
-from stabkit.tracing.call import Call
-from stabkit.tracing.endpoints import Target, UnreachedError
-from stabkit.tracing.forward_pass import ForwardPass
-from stabkit.tracing.untouched_model import unchanged
-from stabkit.tracing.wrappers import modules_behind, unwrap
+from stabkit.tracing.cutting.boundaries import Depth
+from stabkit.tracing.cutting.endpoints import Target, UnreachedError
+from stabkit.tracing.recording.batch_parts import Call
+from stabkit.tracing.recording.forward_pass import ForwardPass
+from stabkit.tracing.recording.untouched_model import unchanged
+from stabkit.tracing.recording.wrappers import modules_behind, unwrap
 
 
 @overload

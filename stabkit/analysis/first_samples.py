@@ -10,8 +10,8 @@ import torch
 
 from stabkit.errors import StabkitError
 from stabkit.tracing import Flow, trace
-from stabkit.tracing.call import Call
-from stabkit.tracing.wrappers import modules_behind
+from stabkit.tracing.recording.batch_parts import Call
+from stabkit.tracing.recording.wrappers import modules_behind
 
 
 def of_first_samples(flow: Flow, model: Any, call: Call, count: int, options: Mapping[str, Any]) -> Flow:

@@ -13,10 +13,10 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from stabkit.identification.operations import has_matrix, is_opaque
+from stabkit.identification.form.operations import has_matrix, is_opaque
 from stabkit.jacobians.method_choice import krylov_products
 from stabkit.tracing import Flow, Step
-from stabkit.tracing.values import Value, meta_of, operation, random_tensors
+from stabkit.tracing.graph.values import Value, meta_of, operation, random_tensors
 
 LEAST = 64  # products from which a spectrum says something
 FEWEST = 32  # and from which the largest singular value alone does: of random matrices it is then known to about 2 %

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from stabkit.tracing import Step
-from stabkit.tracing.composites import Element, element_of
-from stabkit.tracing.segments import Segment
-from stabkit.tracing.step_products import Products
-from stabkit.tracing.values import Value, meta_of
+from stabkit.tracing.graph.composites import Element, element_of
+from stabkit.tracing.graph.values import Value, meta_of
+from stabkit.tracing.products.segments import Segment
+from stabkit.tracing.products.step_products import Products
 from stabkit.vocabulary import NormFacts
 
 

@@ -16,8 +16,8 @@ from stabkit.checkpoints.names import Model, build_model
 from stabkit.checkpoints.opened import Opened
 from stabkit.checkpoints.randomness import restore_random
 from stabkit.errors import CheckpointError, StabkitError
-from stabkit.tracing.containers import named_tensors
-from stabkit.tracing.untouched_model import unchanged
+from stabkit.tracing.recording.containers import named_tensors
+from stabkit.tracing.recording.untouched_model import unchanged
 
 MOST_OUTPUTS = 8  # tensors of an output whose gradients are kept
 

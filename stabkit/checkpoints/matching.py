@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from stabkit.errors import CheckpointError
-from stabkit.tracing.sharding import copy_own_part, own_part
+from stabkit.tracing.recording.sharding import copy_own_part, own_part
 
 # names that wrappers put between a module and its own children
 _WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_fpw_module", "module")

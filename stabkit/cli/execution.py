@@ -41,7 +41,7 @@ def analyzed(
     """
     from stabkit.analysis import analyze
     from stabkit.distributed import session
-    from stabkit.tracing.containers import map_tensors
+    from stabkit.tracing.recording.containers import map_tensors
 
     place = chosen_device(device)
     if place.type != "cpu":

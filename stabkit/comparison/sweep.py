@@ -28,7 +28,7 @@ from stabkit.diagnosis import Thresholds
 from stabkit.distributed import current
 from stabkit.errors import CheckpointError, StabkitError
 from stabkit.hashing import content_key
-from stabkit.tracing.boundaries import Depth
+from stabkit.tracing.cutting.boundaries import Depth
 
 Progress = Callable[[int, int, str], None]
 

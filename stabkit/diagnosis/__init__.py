@@ -19,22 +19,22 @@ if TYPE_CHECKING:
     from stabkit.diagnosis.measurement import Measurement as Measurement
     from stabkit.diagnosis.measurement import StepMeasurement as StepMeasurement
     from stabkit.diagnosis.measurement import measure as measure
+    from stabkit.diagnosis.remedies.treatment import Treatment as Treatment
+    from stabkit.diagnosis.remedies.treatment import apply as apply
+    from stabkit.diagnosis.remedies.treatment import treat as treat
     from stabkit.diagnosis.suspects import Diagnosis as Diagnosis
-    from stabkit.diagnosis.treatment import Treatment as Treatment
-    from stabkit.diagnosis.treatment import apply as apply
-    from stabkit.diagnosis.treatment import treat as treat
 
 # name -> module that defines it
 _LAZY = {
     "Diagnosis": "stabkit.diagnosis.suspects",
     "Measurement": "stabkit.diagnosis.measurement",
     "StepMeasurement": "stabkit.diagnosis.measurement",
-    "Treatment": "stabkit.diagnosis.treatment",
-    "apply": "stabkit.diagnosis.treatment",
+    "Treatment": "stabkit.diagnosis.remedies.treatment",
+    "apply": "stabkit.diagnosis.remedies.treatment",
     "diagnose": "stabkit.diagnosis.examination",
     "examine": "stabkit.diagnosis.examination",
     "measure": "stabkit.diagnosis.measurement",
-    "treat": "stabkit.diagnosis.treatment",
+    "treat": "stabkit.diagnosis.remedies.treatment",
 }
 
 __all__ = [

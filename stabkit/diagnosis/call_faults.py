@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from stabkit.diagnosis.affine_models import affine_findings
+from stabkit.diagnosis.depth.affine_models import affine_findings
 from stabkit.diagnosis.finding import Finding, serious
-from stabkit.diagnosis.last_dropout import last_dropout_findings
-from stabkit.diagnosis.loss_domains import loss_domain_findings
-from stabkit.diagnosis.lost_order import lost_order_findings
-from stabkit.diagnosis.made_anew import made_anew_findings
+from stabkit.diagnosis.inputs.lost_order import lost_order_findings
+from stabkit.diagnosis.losses.domains import loss_domain_findings
+from stabkit.diagnosis.losses.last_dropout import last_dropout_findings
+from stabkit.diagnosis.no_gradient.made_anew import made_anew_findings
 from stabkit.tracing import Flow
-from stabkit.tracing.forward_pass import ForwardPass
-from stabkit.tracing.training_pass import TrainingPass
+from stabkit.tracing.recording.forward_pass import ForwardPass
+from stabkit.tracing.recording.training_pass import TrainingPass
 
 _NOT_TRAINED = frozenset({"loss", "no_gradient", "unregistered", "non_finite", "exploding", "leak", "copied_units"})
 

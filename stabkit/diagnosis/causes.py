@@ -8,38 +8,38 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from stabkit.diagnosis.attention_masks import mask_findings
 from stabkit.diagnosis.call_faults import call_findings
-from stabkit.diagnosis.closed_operations import closed_findings
-from stabkit.diagnosis.feature_scales import feature_scale_findings
+from stabkit.diagnosis.depth.post_norm import post_norm_findings
+from stabkit.diagnosis.depth.slopes import with_slopes
+from stabkit.diagnosis.depth.unsettled import unsettled_findings
 from stabkit.diagnosis.finding import Finding, serious
-from stabkit.diagnosis.half_weights import half_weight_findings
-from stabkit.diagnosis.hidden_cuts import cut_by_a_draw, drawn_on_the_graph, hidden_cut_findings
-from stabkit.diagnosis.input_scale import with_input_scale
-from stabkit.diagnosis.loss_floor import loss_floor_findings
-from stabkit.diagnosis.loss_units import unit_findings
-from stabkit.diagnosis.lost_parameters import lost_parameter_findings
-from stabkit.diagnosis.loud_logits import loud_logits_findings
-from stabkit.diagnosis.mixed_samples import mixed_sample_findings
-from stabkit.diagnosis.next_tokens import next_token_findings
-from stabkit.diagnosis.non_finite import non_finite_findings
-from stabkit.diagnosis.over_time import time_findings
-from stabkit.diagnosis.post_norm import post_norm_findings
-from stabkit.diagnosis.running_statistics import statistics_findings
-from stabkit.diagnosis.samples_apart import mixed_batch_findings
-from stabkit.diagnosis.slopes import with_slopes
+from stabkit.diagnosis.inputs.attention_masks import mask_findings
+from stabkit.diagnosis.inputs.feature_scales import feature_scale_findings
+from stabkit.diagnosis.inputs.scale import with_input_scale
+from stabkit.diagnosis.inputs.unused import unused_input_findings
+from stabkit.diagnosis.losses.floor import loss_floor_findings
+from stabkit.diagnosis.losses.loud_logits import loud_logits_findings
+from stabkit.diagnosis.losses.mixed_samples import mixed_sample_findings
+from stabkit.diagnosis.losses.next_tokens import next_token_findings
+from stabkit.diagnosis.losses.units import unit_findings
+from stabkit.diagnosis.no_gradient.closed_operations import closed_findings
+from stabkit.diagnosis.no_gradient.hidden_cuts import cut_by_a_draw, drawn_on_the_graph, hidden_cut_findings
+from stabkit.diagnosis.no_gradient.lost_parameters import lost_parameter_findings
+from stabkit.diagnosis.no_gradient.unregistered import unregistered_findings
+from stabkit.diagnosis.no_gradient.wrong_derivatives import wrong_derivative_findings
+from stabkit.diagnosis.no_gradient.zero_gradients import zero_gradient_findings, zeros_of
+from stabkit.diagnosis.non_finite.findings import non_finite_findings
+from stabkit.diagnosis.non_finite.half_weights import half_weight_findings
+from stabkit.diagnosis.over_time.findings import time_findings
+from stabkit.diagnosis.over_time.verdict import judged_over_time
+from stabkit.diagnosis.remedies.trial import follows, tried
+from stabkit.diagnosis.states.running_statistics import statistics_findings
+from stabkit.diagnosis.states.samples_apart import mixed_batch_findings
 from stabkit.diagnosis.suspects import Diagnosis, Settings, broken_verdict, ordered, suspected
-from stabkit.diagnosis.time_verdict import judged_over_time
-from stabkit.diagnosis.trial import follows, tried
-from stabkit.diagnosis.unregistered import unregistered_findings
-from stabkit.diagnosis.unsettled import unsettled_findings
-from stabkit.diagnosis.unused_inputs import unused_input_findings
 from stabkit.diagnosis.verdict import judged_without
-from stabkit.diagnosis.wrong_derivatives import wrong_derivative_findings
-from stabkit.diagnosis.zero_gradients import zero_gradient_findings, zeros_of
 from stabkit.tracing import Flow, FlowLike
-from stabkit.tracing.forward_pass import ForwardPass
-from stabkit.tracing.training_pass import TrainingPass, training_pass
+from stabkit.tracing.recording.forward_pass import ForwardPass
+from stabkit.tracing.recording.training_pass import TrainingPass, training_pass
 
 #: what states show that forget, or blow up, over time
 _OF_STATES = ("rank_collapse", "saturated", "vanishing", "exploding", "chaotic", "transient_growth")

@@ -6,17 +6,16 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
-from stabkit.diagnosis.alternatives import candidates
-from stabkit.diagnosis.batch_statistics import with_statistics, without_statistics
+from stabkit.diagnosis.blocks.initialisation import known_initialisations
+from stabkit.diagnosis.blocks.made_otherwise import made_otherwise
 from stabkit.diagnosis.causes import with_causes, with_lost_parameters
 from stabkit.diagnosis.finding import Finding, serious, sound
-from stabkit.diagnosis.gradient_underflow import gradient_underflow
-from stabkit.diagnosis.initialisation import known_initialisations
-from stabkit.diagnosis.large_losses import with_large_loss
-from stabkit.diagnosis.made_otherwise import made_otherwise
-from stabkit.diagnosis.outer_causes import outer_causes, smaller_weights
-from stabkit.diagnosis.remedies import Remedy
-from stabkit.diagnosis.short_training import (
+from stabkit.diagnosis.losses.large import with_large_loss
+from stabkit.diagnosis.non_finite.gradient_underflow import gradient_underflow
+from stabkit.diagnosis.remedies.alternatives import candidates
+from stabkit.diagnosis.remedies.computed import Remedy
+from stabkit.diagnosis.remedies.outer_causes import outer_causes, smaller_weights
+from stabkit.diagnosis.remedies.short_training import (
     ShortTraining,
     clearly_better,
     falls,
@@ -25,6 +24,9 @@ from stabkit.diagnosis.short_training import (
     trained_with,
     worse,
 )
+from stabkit.diagnosis.remedies.trial import Trial, follows, is_stretch, tried
+from stabkit.diagnosis.remedies.usual_training import RATES, adam, left_after
+from stabkit.diagnosis.states.batch_statistics import with_statistics, without_statistics
 from stabkit.diagnosis.suspects import Diagnosis, Settings, ordered, suspected
 from stabkit.diagnosis.thresholds import Thresholds
 from stabkit.diagnosis.told import (
@@ -40,8 +42,6 @@ from stabkit.diagnosis.told import (
     told_of,
     with_mechanism,
 )
-from stabkit.diagnosis.trial import Trial, follows, is_stretch, tried
-from stabkit.diagnosis.usual_training import RATES, adam, left_after
 from stabkit.diagnosis.verdict import judge, judged_without, not_judged
 from stabkit.identification import Identification
 from stabkit.jacobians.shared import SharedSpectra

@@ -11,13 +11,13 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from stabkit.diagnosis.activity import Activity, activities
-from stabkit.diagnosis.branches import Merge, merges
-from stabkit.diagnosis.small_start import owed
-from stabkit.diagnosis.weights import Weight, Weights, ends_in_norm, norms_in
+from stabkit.diagnosis.blocks.small_start import owed
+from stabkit.diagnosis.blocks.weights import Weight, Weights, ends_in_norm, norms_in
+from stabkit.diagnosis.depth.branches import Merge, merges
+from stabkit.diagnosis.states.activity import Activity, activities
 from stabkit.parallel import SERIAL, Parallel, runs
 from stabkit.tracing import Flow, FlowLike, Iteration, Step, StepLike
-from stabkit.tracing.values import entries_are_finite
+from stabkit.tracing.graph.values import entries_are_finite
 from stabkit.walk import (
     Arrivals,
     Observer,

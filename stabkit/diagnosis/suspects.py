@@ -12,26 +12,26 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from stabkit.attribution import Mechanism, mechanisms
-from stabkit.diagnosis.attention import attention_findings
-from stabkit.diagnosis.batch_statistics import by_batch
-from stabkit.diagnosis.chaos import chaos_finding, recurrent_matrices
-from stabkit.diagnosis.collapse import collapse_finding, precision_findings, spread, underflow
-from stabkit.diagnosis.constant_outputs import constant_output_findings
-from stabkit.diagnosis.copied_units import copied_units_findings
-from stabkit.diagnosis.dead_units import dead_findings, saturated_findings
-from stabkit.diagnosis.depth_findings import growth_finding, mechanism_findings, transient
-from stabkit.diagnosis.erased_inputs import erased_input_findings
+from stabkit.diagnosis.blocks.low_rank import rank_findings
+from stabkit.diagnosis.blocks.outliers import local_findings
+from stabkit.diagnosis.blocks.small_start import from_small_start
+from stabkit.diagnosis.depth.chaos import chaos_finding, recurrent_matrices
+from stabkit.diagnosis.depth.fixed_points import settles
+from stabkit.diagnosis.depth.stretch import growth_finding, mechanism_findings, transient
+from stabkit.diagnosis.depth.structure import missing_norm_findings, missing_skip_findings
 from stabkit.diagnosis.finding import Finding, serious
-from stabkit.diagnosis.fixed_points import settles
 from stabkit.diagnosis.kinds import FINDINGS, rank
-from stabkit.diagnosis.loss_faults import loss_findings
-from stabkit.diagnosis.low_rank import rank_findings
+from stabkit.diagnosis.losses.faults import loss_findings
 from stabkit.diagnosis.measurement import Measurement, measure
-from stabkit.diagnosis.non_finite import all_finite, finite_end, non_finite_findings
-from stabkit.diagnosis.outlier_blocks import local_findings
-from stabkit.diagnosis.rounds_of_time import of_rounds
-from stabkit.diagnosis.small_start import from_small_start
-from stabkit.diagnosis.structure import missing_norm_findings, missing_skip_findings
+from stabkit.diagnosis.non_finite.findings import all_finite, finite_end, non_finite_findings
+from stabkit.diagnosis.over_time.rounds import of_rounds
+from stabkit.diagnosis.states.attention import attention_findings
+from stabkit.diagnosis.states.batch_statistics import by_batch
+from stabkit.diagnosis.states.collapse import collapse_finding, precision_findings, spread, underflow
+from stabkit.diagnosis.states.constant_outputs import constant_output_findings
+from stabkit.diagnosis.states.copied_units import copied_units_findings
+from stabkit.diagnosis.states.dead_units import dead_findings, saturated_findings
+from stabkit.diagnosis.states.erased_inputs import erased_input_findings
 from stabkit.diagnosis.thresholds import Thresholds
 from stabkit.diagnosis.verdict import Verdict, judge, judged_without
 from stabkit.growth.rate_laws import rate_law

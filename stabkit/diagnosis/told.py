@@ -6,12 +6,12 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from stabkit.diagnosis.blocks.initialisation import Known
 from stabkit.diagnosis.finding import Finding
-from stabkit.diagnosis.initialisation import Known
-from stabkit.diagnosis.remedies import Remedy
-from stabkit.diagnosis.short_training import STEPS, ShortTraining, clearly_better
+from stabkit.diagnosis.remedies.computed import Remedy
+from stabkit.diagnosis.remedies.short_training import STEPS, ShortTraining, clearly_better
+from stabkit.diagnosis.remedies.trial import Trial, is_stretch
 from stabkit.diagnosis.thresholds import Thresholds
-from stabkit.diagnosis.trial import Trial, is_stretch
 
 #: growth that does not last, or has a mechanism, within the limits: a fault only where an intervention takes it away
 IN_DOUBT = ("transient_growth", "unstable_step", "overdamped")

@@ -8,8 +8,8 @@ from typing import Any
 from torch import Tensor
 
 from stabkit.hashing import content_key, has_entries
-from stabkit.tracing.containers import named_tensors
-from stabkit.tracing.wrappers import modules_behind
+from stabkit.tracing.recording.containers import named_tensors
+from stabkit.tracing.recording.wrappers import modules_behind
 
 _ENTRIES = 64  # of every parameter, evenly spread, that are compared
 

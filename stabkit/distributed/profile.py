@@ -16,14 +16,14 @@ from stabkit.growth import GradientProfile
 from stabkit.growth import gradient_profile as profile_of
 from stabkit.parallel import runs
 from stabkit.tracing import Flow, trace
-from stabkit.tracing.boundaries import Depth
-from stabkit.tracing.call import Call
-from stabkit.tracing.containers import map_tensors, named_tensors
-from stabkit.tracing.endpoints import Target, scalar_loss
-from stabkit.tracing.samples import Layout
-from stabkit.tracing.sharding import is_tensor_parallel, whole_parameters
-from stabkit.tracing.values import meta_of
-from stabkit.tracing.wrappers import modules_behind, unwrap
+from stabkit.tracing.cutting.boundaries import Depth
+from stabkit.tracing.cutting.endpoints import Target, scalar_loss
+from stabkit.tracing.cutting.samples import Layout
+from stabkit.tracing.graph.values import meta_of
+from stabkit.tracing.recording.batch_parts import Call
+from stabkit.tracing.recording.containers import map_tensors, named_tensors
+from stabkit.tracing.recording.sharding import is_tensor_parallel, whole_parameters
+from stabkit.tracing.recording.wrappers import modules_behind, unwrap
 from stabkit.walk import PROBE
 
 

@@ -15,14 +15,14 @@ from torch.overrides import TorchFunctionMode
 from stabkit.errors import TraceError
 from stabkit.results import Result
 from stabkit.tracing import Flow, FlowLike
-from stabkit.tracing.containers import map_tensors, named_tensors
-from stabkit.tracing.endpoints import scalar_loss
+from stabkit.tracing.cutting.endpoints import scalar_loss
+from stabkit.tracing.cutting.samples import scale
 from stabkit.tracing.flow_checks import traced
-from stabkit.tracing.forward_pass import ForwardPass
-from stabkit.tracing.recording import clock
-from stabkit.tracing.samples import scale
-from stabkit.tracing.transparency import transparent
-from stabkit.tracing.untouched_model import unchanged
+from stabkit.tracing.recording.containers import map_tensors, named_tensors
+from stabkit.tracing.recording.forward_pass import ForwardPass
+from stabkit.tracing.recording.recorder import clock
+from stabkit.tracing.recording.transparency import transparent
+from stabkit.tracing.recording.untouched_model import unchanged
 from stabkit.walk import wide
 
 _AGREEMENT = 1e-4  # how far the shares may be from the whole by rounding, relative to its norm

@@ -1,6 +1,6 @@
 """From a step's graph to the numerical method that it implements, with evidence."""
 
-from stabkit.identification.continuous_limit import ContinuousLimit, continuous_limit
+from stabkit.identification.evidence.continuous_limit import ContinuousLimit, continuous_limit
 from stabkit.identification.method import by_step, identify
 from stabkit.identification.record import Identification
 

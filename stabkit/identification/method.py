@@ -6,13 +6,13 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from stabkit.errors import ArgumentError
-from stabkit.identification.composed_steps import with_compositions
-from stabkit.identification.flow_index import Surroundings
-from stabkit.identification.grouping import groups, is_divided
-from stabkit.identification.iterated import read_iteration
-from stabkit.identification.over_time import Recurrences, closed_form_note
+from stabkit.identification.form.flow_index import Surroundings
+from stabkit.identification.form.grouping import groups, is_divided
 from stabkit.identification.reading import read
 from stabkit.identification.record import Identification
+from stabkit.identification.steps.composed_steps import with_compositions
+from stabkit.identification.time.iterated import read_iteration
+from stabkit.identification.time.over_time import Recurrences, closed_form_note
 from stabkit.parallel import SERIAL, Parallel
 from stabkit.tracing import FlowLike, Iteration
 from stabkit.tracing.flow_checks import traced

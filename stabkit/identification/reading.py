@@ -5,7 +5,24 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from stabkit.identification.around_addition import (
+from stabkit.identification.evidence.confirmation import Check, commutator, defect
+from stabkit.identification.evidence.reproduction import confirmed
+from stabkit.identification.fields.composites import with_composite_fields
+from stabkit.identification.fields.field_values import chains_of_other_fields
+from stabkit.identification.form.chain import Link
+from stabkit.identification.form.coefficients import Coefficient, LinearCombination
+from stabkit.identification.form.flow_index import Surroundings
+from stabkit.identification.form.grouping import is_part_of_round, is_repeated
+from stabkit.identification.form.hidden_skip import hidden_skip, reaches_linearly
+from stabkit.identification.form.normal_form import NormalForm, Stage
+from stabkit.identification.form.routing import routed
+from stabkit.identification.form.skip_past_norms import measured_skip, skip_past_norms, with_fixed_norms
+from stabkit.identification.form.slots import Slots
+from stabkit.identification.form.tableau import Blocks, blocks
+from stabkit.identification.form.unseen import unseen
+from stabkit.identification.names.single import NO_STEP, Name, name_one_state
+from stabkit.identification.record import Identification, nothing, record_of
+from stabkit.identification.steps.around_addition import (
     GATED,
     masked,
     normalises,
@@ -16,20 +33,12 @@ from stabkit.identification.around_addition import (
     with_projection,
     with_randomness,
 )
-from stabkit.identification.chain import Link
-from stabkit.identification.change_of_space import change_of_space
-from stabkit.identification.coefficients import Coefficient, LinearCombination
-from stabkit.identification.composites import with_composite_fields
-from stabkit.identification.confirmation import Check, commutator, defect
-from stabkit.identification.coupled import coupled
-from stabkit.identification.couplings import is_affine_coupling
-from stabkit.identification.diffusion import averages
-from stabkit.identification.field_values import chains_of_other_fields
-from stabkit.identification.flow_index import Surroundings
-from stabkit.identification.grouping import is_part_of_round, is_repeated
-from stabkit.identification.growing_history import growing_history
-from stabkit.identification.hidden_skip import hidden_skip, reaches_linearly
-from stabkit.identification.implicit import (
+from stabkit.identification.steps.change_of_space import change_of_space
+from stabkit.identification.steps.coupled import coupled
+from stabkit.identification.steps.couplings import is_affine_coupling
+from stabkit.identification.steps.diffusion import averages
+from stabkit.identification.steps.growing_history import growing_history
+from stabkit.identification.steps.implicit import (
     LinearSolve,
     begins_at_constants,
     fixed_point,
@@ -38,25 +47,16 @@ from stabkit.identification.implicit import (
     linear_solve,
     solves_inside,
 )
-from stabkit.identification.iterated_solves import SolvedStep, solved_step
-from stabkit.identification.linear_steps import read_linear
-from stabkit.identification.naming import NO_STEP, Name, name_one_state
-from stabkit.identification.normal_form import NormalForm, Stage
-from stabkit.identification.pairs import dense_concatenation, read_several_states
-from stabkit.identification.proximal import soft_threshold
-from stabkit.identification.record import Identification, nothing, record_of
-from stabkit.identification.relaxation import with_linear_part
-from stabkit.identification.reproduction import confirmed
-from stabkit.identification.retraction import bent_skip, retraction
-from stabkit.identification.routing import routed
-from stabkit.identification.skip_past_norms import measured_skip, skip_past_norms, with_fixed_norms
-from stabkit.identification.slots import Slots
-from stabkit.identification.state_mixing import Mixing, mixed_by_itself, streams_mixed_by_themselves
-from stabkit.identification.streams import Streams, mixed_streams
-from stabkit.identification.tableau import Blocks, blocks
-from stabkit.identification.unseen import unseen
+from stabkit.identification.steps.iterated_solves import SolvedStep, solved_step
+from stabkit.identification.steps.linear_steps import read_linear
+from stabkit.identification.steps.pairs import dense_concatenation, read_several_states
+from stabkit.identification.steps.proximal import soft_threshold
+from stabkit.identification.steps.relaxation import with_linear_part
+from stabkit.identification.steps.retraction import bent_skip, retraction
+from stabkit.identification.steps.state_mixing import Mixing, mixed_by_itself, streams_mixed_by_themselves
+from stabkit.identification.steps.streams import Streams, mixed_streams
 from stabkit.integrators import named
-from stabkit.tracing.values import meta_of, operation
+from stabkit.tracing.graph.values import meta_of, operation
 
 _ITERATED = 3  # uses of one field in a row that make a loop of a map without a skip
 

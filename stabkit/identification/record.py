@@ -6,10 +6,10 @@ import textwrap
 from dataclasses import dataclass, field
 from typing import Any
 
-from stabkit.identification.confirmation import Check
-from stabkit.identification.naming import NO_STEP, Name
-from stabkit.identification.recorded_fields import RecordedField
-from stabkit.identification.tableau import Blocks
+from stabkit.identification.evidence.confirmation import Check
+from stabkit.identification.fields.recorded_fields import RecordedField
+from stabkit.identification.form.tableau import Blocks
+from stabkit.identification.names.single import NO_STEP, Name
 from stabkit.integrators import GeneralLinearMethod, LinearStability
 from stabkit.results import Result
 

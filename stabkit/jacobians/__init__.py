@@ -15,7 +15,7 @@ from stabkit.jacobians.traces import (
     trace_of_square,
 )
 from stabkit.operators import Jacobian, compose, from_dense
-from stabkit.tracing.coordinates import coordinates
+from stabkit.tracing.products.coordinates import coordinates
 
 __all__ = [
     "Estimate",

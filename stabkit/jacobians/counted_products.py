@@ -8,7 +8,7 @@ from torch import Tensor
 
 from stabkit.errors import ArgumentError, ArgumentTypeError
 from stabkit.operators.jacobian import Jacobian, from_dense
-from stabkit.tracing.values import entries_are_finite
+from stabkit.tracing.graph.values import entries_are_finite
 
 
 class BudgetSpentError(Exception):

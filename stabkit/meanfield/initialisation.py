@@ -20,8 +20,8 @@ from stabkit.meanfield.rates import FEWEST, Rate, fit_rate
 from stabkit.meanfield.weights import LayerStatistics, WeightTable
 from stabkit.results import Result
 from stabkit.tracing import Flow, State, trace
-from stabkit.tracing.step_products import Space
-from stabkit.tracing.values import Value
+from stabkit.tracing.graph.values import Value
+from stabkit.tracing.products.step_products import Space
 from stabkit.walk import Cotangents, Observer, Passage, balanced, probe_seeds, walk_back, wide
 
 _MAX_PAIRS = 4

@@ -22,8 +22,8 @@ from stabkit.meanfield.gaussian import Array, Function, mean
 from stabkit.meanfield.maps import product_moment
 from stabkit.meanfield.weights import LINEAR, LayerStatistics, LinearLayer, UnknownError, WeightTable
 from stabkit.tracing import Step
-from stabkit.tracing.composites import Element
-from stabkit.tracing.values import Value, meta_of, operation
+from stabkit.tracing.graph.composites import Element
+from stabkit.tracing.graph.values import Value, meta_of, operation
 from stabkit.vocabulary import ActivationFacts, NormFacts, activation_of, is_python_node, moves, norm_of
 
 # entries change places, and nothing else

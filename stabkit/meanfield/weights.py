@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import Node
 
 from stabkit.results import Result
-from stabkit.tracing.values import Value, meta_of, operation
+from stabkit.tracing.graph.values import Value, meta_of, operation
 
 LINEAR = frozenset({"Addmm", "Mm", "Linear", "Convolution"})
 _MEAN_LIMIT = 5.0  # standard errors by which the mean of weights may differ from zero

@@ -14,7 +14,7 @@ from stabkit.checkpoints.capsules import RecordedCall
 from stabkit.checkpoints.randomness import RandomState, as_tensors, random_state
 from stabkit.monitor.measurement import Failed, in_backward
 from stabkit.monitor.watching import watch
-from stabkit.tracing.containers import map_tensors
+from stabkit.tracing.recording.containers import map_tensors
 from stabkit.vocabulary import norm_of
 
 MOST_CALLS = 64  # of one step (micro-batches) that are kept

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.linalg import vector_norm
 
 from stabkit.monitor.watching import watch
-from stabkit.tracing.containers import named_tensors
+from stabkit.tracing.recording.containers import named_tensors
 
 _HALF = (torch.float16, torch.bfloat16)
 

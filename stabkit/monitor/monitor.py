@@ -34,7 +34,7 @@ from stabkit.monitor.record import Record
 from stabkit.monitor.rules import AlertRules
 from stabkit.monitor.updates import UpdateSampler
 from stabkit.monitor.writers import Writer, open_writers
-from stabkit.tracing.wrappers import unwrap
+from stabkit.tracing.recording.wrappers import unwrap
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -10,7 +10,7 @@ from torch import nn
 
 from stabkit.diagnosis import Finding
 from stabkit.monitor.record import Record
-from stabkit.tracing.lost_gradient import listed
+from stabkit.tracing.derivatives.lost_gradient import listed
 
 _GRADIENT, _PARAMETER_GRADIENT = 1, 3  # rows of `Blocks.norms`
 

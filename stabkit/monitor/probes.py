@@ -14,8 +14,8 @@ from stabkit.jacobians import singular_values
 from stabkit.monitor.inputs import Captured
 from stabkit.monitor.parameters import is_sharded
 from stabkit.tracing import Flow, trace
-from stabkit.tracing.containers import map_tensors
-from stabkit.tracing.untouched_model import unchanged
+from stabkit.tracing.recording.containers import map_tensors
+from stabkit.tracing.recording.untouched_model import unchanged
 
 SAMPLES = 4  # of the batch, at most
 BLOCKS = 3  # whose largest singular value is taken

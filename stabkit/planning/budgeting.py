@@ -13,10 +13,10 @@ from stabkit.planning.machine_speed import Machine, calibrate
 from stabkit.planning.measured_run import Trial, device_of, run_trial, weight_bytes
 from stabkit.planning.predicted_cost import SPECTRA, Costs, Price, Settings
 from stabkit.results import Result
-from stabkit.tracing.boundaries import Depth
-from stabkit.tracing.call import Call
-from stabkit.tracing.endpoints import Target
-from stabkit.tracing.wrappers import unwrap
+from stabkit.tracing.cutting.boundaries import Depth
+from stabkit.tracing.cutting.endpoints import Target
+from stabkit.tracing.recording.batch_parts import Call
+from stabkit.tracing.recording.wrappers import unwrap
 
 _SECOND_TRIAL = 3.0  # seconds that the first trial may have taken
 _SHARES = (0.5, 0.25, 0.1, 0.05)  # of the work on spectra that are tried, the steps that matter most first

@@ -18,9 +18,9 @@ from stabkit.errors import TraceError
 from stabkit.identification import Identification, identify
 from stabkit.planning.machine_speed import PeakMemory, timed
 from stabkit.tracing import Flow, Step, trace
-from stabkit.tracing.call import Call
-from stabkit.tracing.untouched_model import unchanged
-from stabkit.tracing.wrappers import modules_behind, unwrap
+from stabkit.tracing.recording.batch_parts import Call
+from stabkit.tracing.recording.untouched_model import unchanged
+from stabkit.tracing.recording.wrappers import modules_behind, unwrap
 
 _BLOCK = 2  # vectors that the iterations multiply at once
 _SLOW = 1.0  # seconds of a forward pass from which nothing is analysed for the price

@@ -11,8 +11,8 @@ import torch
 
 from stabkit._version import __version__
 from stabkit.diagnosis import Array, Measurement, StepMeasurement, Thresholds, judge
-from stabkit.diagnosis.depth_findings import growth_finding
-from stabkit.diagnosis.outlier_blocks import local_findings
+from stabkit.diagnosis.blocks.outliers import local_findings
+from stabkit.diagnosis.depth.stretch import growth_finding
 from stabkit.report.schema import Report, StepReport
 from stabkit.statistics import mean_interval
 

@@ -21,7 +21,7 @@ from stabkit.streaming.profile import StreamedProfile
 from stabkit.streaming.result_cache import Store, key_of
 from stabkit.streaming.stack import Block, Progress, run_forward, stack_of
 from stabkit.streaming.weights import StreamedWeights, WeightFiles
-from stabkit.tracing.containers import map_tensors, named_tensors
+from stabkit.tracing.recording.containers import map_tensors, named_tensors
 
 _GARBAGE = 2**26  # bytes of weights dropped before memory is swept, which takes a quarter of a second
 _VERSION = 2  # of what is kept; results of others are computed again

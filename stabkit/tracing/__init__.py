@@ -1,9 +1,9 @@
 """One forward pass of any torch model as an exact chain of differentiable steps."""
 
 from stabkit.tracing.flow import Flow, State, Step
-from stabkit.tracing.iteration import Iteration, iterate
+from stabkit.tracing.maps.iteration import Iteration, iterate
+from stabkit.tracing.maps.recurrent import recurrent_flow
 from stabkit.tracing.protocols import FlowLike, StateLike, StepLike
-from stabkit.tracing.recurrent import recurrent_flow
 from stabkit.tracing.tracer import trace
 
 __all__ = [

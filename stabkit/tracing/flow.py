@@ -12,16 +12,16 @@ from torch.autograd.graph import GradientEdge
 
 from stabkit.errors import OutOfRangeError, TraceError
 from stabkit.operators.jacobian import Jacobian
-from stabkit.tracing.containers import named_tensors
-from stabkit.tracing.endpoints import Target, outputs_read, scalar_loss
-from stabkit.tracing.forward_pass import ForwardPass
+from stabkit.tracing.cutting.endpoints import Target, outputs_read, scalar_loss
+from stabkit.tracing.cutting.samples import Layout
+from stabkit.tracing.graph.values import Value, meta_of, operation, random_tensors
+from stabkit.tracing.products.recorded_jacobian import jacobian_of
+from stabkit.tracing.products.segments import Segment
+from stabkit.tracing.products.step_products import Products, Space
 from stabkit.tracing.protocols import FlatState, Tangents
-from stabkit.tracing.recorded_jacobian import jacobian_of
-from stabkit.tracing.recorded_pass import RecordedPass
-from stabkit.tracing.samples import Layout
-from stabkit.tracing.segments import Segment
-from stabkit.tracing.step_products import Products, Space
-from stabkit.tracing.values import Value, meta_of, operation, random_tensors
+from stabkit.tracing.recording.containers import named_tensors
+from stabkit.tracing.recording.forward_pass import ForwardPass
+from stabkit.tracing.recording.recorded_pass import RecordedPass
 
 if TYPE_CHECKING:
     import networkx as nx

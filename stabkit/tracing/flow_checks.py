@@ -6,7 +6,7 @@ from typing import Any
 
 from stabkit.errors import ArgumentTypeError, TraceError
 from stabkit.tracing.flow import Flow
-from stabkit.tracing.iteration import Iteration
+from stabkit.tracing.maps.iteration import Iteration
 
 
 def check_flow(flow: Any) -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from stabkit.operators.jacobian import Jacobian
-from stabkit.tracing.step_products import Space
+from stabkit.tracing.products.step_products import Space
 
 
 @dataclass(frozen=True)

@@ -14,27 +14,27 @@ from torch import Tensor, nn
 
 from stabkit.errors import TraceError
 from stabkit.garbage import young_only
-from stabkit.tracing import chain as chains
-from stabkit.tracing.audit import audit
-from stabkit.tracing.boundaries import Depth, Piece, choose
-from stabkit.tracing.containers import map_tensors, named_tensors
-from stabkit.tracing.endpoints import Target, UnreachedError, ending, find_source, find_targets, graph_between
+from stabkit.tracing.cutting import chain_check as chains
+from stabkit.tracing.cutting.boundaries import Depth, Piece, choose
+from stabkit.tracing.cutting.endpoints import Target, UnreachedError, ending, find_source, find_targets, graph_between
+from stabkit.tracing.cutting.naming import kinds, names, stacks
+from stabkit.tracing.cutting.samples import Layout
+from stabkit.tracing.derivatives.audit import audit
+from stabkit.tracing.derivatives.lost_gradient import place_of_cut
 from stabkit.tracing.flow import Flow, State, Step
-from stabkit.tracing.forward_pass import ForwardPass
-from stabkit.tracing.frontiers import Frontiers
-from stabkit.tracing.graph import Graph, mend_batch_norm
-from stabkit.tracing.inputs import Source, differentiable
-from stabkit.tracing.intervals import Intervals
-from stabkit.tracing.lost_gradient import place_of_cut
-from stabkit.tracing.naming import kinds, names, stacks
-from stabkit.tracing.recomputation import SavedTensors
-from stabkit.tracing.recorded_pass import RecordedPass
-from stabkit.tracing.recording import Recording, clock
-from stabkit.tracing.samples import Layout
-from stabkit.tracing.segments import BackwardError, Segment
-from stabkit.tracing.step_products import Products, Space
-from stabkit.tracing.values import Value, meta_of, operation, value_of
-from stabkit.tracing.wrappers import modules_behind, unwrap
+from stabkit.tracing.graph.frontiers import Frontiers
+from stabkit.tracing.graph.graph import Graph, mend_batch_norm
+from stabkit.tracing.graph.intervals import Intervals
+from stabkit.tracing.graph.values import Value, meta_of, operation, value_of
+from stabkit.tracing.products.segments import BackwardError, Segment
+from stabkit.tracing.products.step_products import Products, Space
+from stabkit.tracing.recording.containers import map_tensors, named_tensors
+from stabkit.tracing.recording.forward_pass import ForwardPass
+from stabkit.tracing.recording.inputs import Source, differentiable
+from stabkit.tracing.recording.recomputation import SavedTensors
+from stabkit.tracing.recording.recorded_pass import RecordedPass
+from stabkit.tracing.recording.recorder import Recording, clock
+from stabkit.tracing.recording.wrappers import modules_behind, unwrap
 
 # how the chain may differ from the engine by the order of additions, as a multiple of the dtype's rounding unit
 _CHAIN_SLACK = 500

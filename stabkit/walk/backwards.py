@@ -11,8 +11,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from stabkit.tracing.products.step_products import Space
 from stabkit.tracing.protocols import FlowLike, StepLike
-from stabkit.tracing.step_products import Space
 from stabkit.walk.balancing import Cotangents, balanced, drawn, stacked
 
 Renewal = Literal["never", "together", "each"]

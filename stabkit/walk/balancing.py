@@ -10,8 +10,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from stabkit.tracing.step_products import Space
-from stabkit.tracing.values import standard_normal
+from stabkit.tracing.graph.values import standard_normal
+from stabkit.tracing.products.step_products import Space
 
 _PART = 2**18  # numbers that are widened at once
 PROBE = 1_000_003  # between the seeds of two random cotangents: more than the seeds drawn anew within one add

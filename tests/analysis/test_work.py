@@ -14,9 +14,9 @@ import stabkit
 from stabkit.analysis import Listener
 from stabkit.analysis.first_samples import of_first_samples
 from stabkit.analysis.work import FEWEST, LEAST, Demand, allot, demand, operations, pays_to_shorten
-from stabkit.diagnosis.branches import merges
+from stabkit.diagnosis.depth.branches import merges
 from stabkit.operators import Jacobian
-from stabkit.tracing.call import Call
+from stabkit.tracing.recording.batch_parts import Call
 
 
 class Residual(nn.Module):

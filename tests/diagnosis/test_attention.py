@@ -11,7 +11,7 @@ from torch.nn import functional
 
 import stabkit
 from stabkit.diagnosis import Thresholds
-from stabkit.diagnosis.attention import attention_findings, attentions
+from stabkit.diagnosis.states.attention import attention_findings, attentions
 
 
 class Attention(nn.Module):

@@ -12,7 +12,7 @@ from torch.nn import functional
 
 import stabkit
 from stabkit.diagnosis.finding import Finding
-from stabkit.diagnosis.padding import padding_of
+from stabkit.diagnosis.inputs.padding import padding_of
 
 SAMPLES, TIMES, WIDTH = 4, 8, 16
 

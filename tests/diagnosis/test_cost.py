@@ -11,9 +11,13 @@ from torch import nn
 
 import stabkit
 from stabkit.analysis import analysis
-from stabkit.diagnosis import causes, collapse, examine, trial
-from stabkit.identification import confirmation, identify, pairs, reading
-from stabkit.tracing import lost_gradient
+from stabkit.diagnosis import causes, examine
+from stabkit.diagnosis.remedies import trial
+from stabkit.diagnosis.states import collapse
+from stabkit.identification import identify, reading
+from stabkit.identification.evidence import confirmation
+from stabkit.identification.steps import pairs
+from stabkit.tracing.derivatives import lost_gradient
 
 
 def _deep(gain: float = 0.2, depth: int = 12) -> nn.Module:

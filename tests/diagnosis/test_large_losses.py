@@ -10,7 +10,14 @@ from torch.nn import functional
 import stabkit
 from stabkit.diagnosis import examine, treat
 from stabkit.diagnosis.finding import serious
-from stabkit.diagnosis.short_training import ShortTraining, clearly_better, helps, short_training, spoils, worse
+from stabkit.diagnosis.remedies.short_training import (
+    ShortTraining,
+    clearly_better,
+    helps,
+    short_training,
+    spoils,
+    worse,
+)
 
 X = torch.randn(64, 8, generator=torch.Generator().manual_seed(1))
 LABELS = X[:, :4].argmax(1)

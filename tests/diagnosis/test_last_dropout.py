@@ -13,7 +13,7 @@ from torch.nn import functional
 import stabkit
 from stabkit.diagnosis import Finding, examine
 from stabkit.diagnosis.finding import serious
-from stabkit.diagnosis.last_dropout import _expected_log
+from stabkit.diagnosis.losses.last_dropout import _expected_log
 
 SAMPLES = 64
 INPUTS = torch.randn(SAMPLES, 8, generator=torch.Generator().manual_seed(1))

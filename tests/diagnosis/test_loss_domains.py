@@ -13,7 +13,7 @@ from torch.nn import functional
 import stabkit
 from stabkit.diagnosis import Finding, examine
 from stabkit.diagnosis.finding import serious
-from stabkit.diagnosis.loss_domains import DOMAINS
+from stabkit.diagnosis.losses.domains import DOMAINS
 from stabkit.errors import TraceError
 
 SAMPLES, CLASSES = 24, 5

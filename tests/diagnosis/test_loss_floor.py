@@ -12,7 +12,7 @@ from torch.nn import functional
 
 import stabkit
 from stabkit.diagnosis import Finding, examine
-from stabkit.diagnosis.ranges import range_of
+from stabkit.diagnosis.losses.ranges import range_of
 
 LABELS = torch.arange(40) % 10
 PAIRED = torch.arange(40)

@@ -12,8 +12,8 @@ from torch.nn import functional
 
 import stabkit
 from stabkit.diagnosis import Finding, examine
-from stabkit.diagnosis.usual_training import adam, left_after, sgd
-from stabkit.tracing.forward_pass import ForwardPass
+from stabkit.diagnosis.remedies.usual_training import adam, left_after, sgd
+from stabkit.tracing.recording.forward_pass import ForwardPass
 
 X = torch.randn(64, 5, generator=torch.Generator().manual_seed(1))
 SHAPE = torch.tanh(X[:, :1]) + 0.5 * X[:, 1:2] * X[:, 2:3]

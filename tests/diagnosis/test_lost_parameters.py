@@ -14,8 +14,8 @@ import stabkit
 from stabkit.diagnosis import Finding, examine
 from stabkit.diagnosis.finding import serious
 from stabkit.errors import TraceError
-from stabkit.tracing.forward_pass import ForwardPass
-from stabkit.tracing.lost_gradient import lost_gradient
+from stabkit.tracing.derivatives.lost_gradient import lost_gradient
+from stabkit.tracing.recording.forward_pass import ForwardPass
 
 
 def without_grad(module: nn.Module, x: Tensor) -> Tensor:

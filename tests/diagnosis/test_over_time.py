@@ -11,9 +11,9 @@ from torch import Tensor, nn
 import stabkit
 from stabkit.diagnosis import Finding, Thresholds, examine
 from stabkit.diagnosis.finding import serious
-from stabkit.diagnosis.over_time import loops_over_time, time_findings, time_profiles
+from stabkit.diagnosis.over_time.findings import loops_over_time, time_findings, time_profiles
 from stabkit.errors import TraceError
-from stabkit.tracing.forward_pass import ForwardPass
+from stabkit.tracing.recording.forward_pass import ForwardPass
 
 
 class Reader(nn.Module):

@@ -5,8 +5,8 @@ import math
 import numpy as np
 import pytest
 
-from stabkit.diagnosis.peers import FLOOR, deviation
-from stabkit.diagnosis.weights import role_of
+from stabkit.diagnosis.blocks.peers import FLOOR, deviation
+from stabkit.diagnosis.blocks.weights import role_of
 
 
 def test_the_spread_of_the_others_is_their_standard_deviation_when_they_are_normal():

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 import stabkit
 from stabkit.diagnosis import apply
-from stabkit.diagnosis.alternatives import deep_norm
+from stabkit.diagnosis.depth.post_norm import post_norm_findings
 from stabkit.diagnosis.measurement import measure
-from stabkit.diagnosis.post_norm import post_norm_findings
+from stabkit.diagnosis.remedies.alternatives import deep_norm
 
 
 class Block(nn.Module):
@@ -59,7 +59,7 @@ def test_a_deep_post_norm_stack_that_does_not_train_is_named_and_trains_with_the
 
 
 def test_shallow_stacks_and_those_without_a_loss_cost_nothing(monkeypatch):
-    monkeypatch.setattr("stabkit.diagnosis.post_norm.short_training", lambda *_: pytest.fail("trained"))
+    monkeypatch.setattr("stabkit.diagnosis.depth.post_norm.short_training", lambda *_: pytest.fail("trained"))
     tokens, loss = copying()
     for depth, given in ((4, loss), (14, None)):
         flow = stabkit.trace(encoder(False, depth), tokens, check=False)

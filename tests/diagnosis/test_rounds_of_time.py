@@ -5,8 +5,8 @@ import torch
 from torch import nn
 
 import stabkit
-from stabkit.diagnosis import remedies
 from stabkit.diagnosis.measurement import StepMeasurement
+from stabkit.diagnosis.remedies import computed as remedies
 
 
 class Spike(torch.autograd.Function):

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import stabkit
 from stabkit.diagnosis import Finding, examine, treat
-from stabkit.diagnosis.running_statistics import statistics_findings
+from stabkit.diagnosis.states.running_statistics import statistics_findings
 from tests.diagnosis.soundness import unsound
 
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 import stabkit
 from stabkit.diagnosis import Thresholds, examine
 from stabkit.diagnosis.finding import Finding
-from stabkit.diagnosis.over_time import time_findings
+from stabkit.diagnosis.over_time.findings import time_findings
 from tests.identification import scan_models as models
 
 

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 import stabkit
 from stabkit.diagnosis import Diagnosis, Thresholds, apply, examine, measure
-from stabkit.diagnosis.weight_faults import weight_faults
-from stabkit.diagnosis.weights import log_rank, role_of
+from stabkit.diagnosis.blocks.weight_faults import weight_faults
+from stabkit.diagnosis.blocks.weights import log_rank, role_of
 from tests.diagnosis import networks
 from tests.diagnosis.confusion import serious
 

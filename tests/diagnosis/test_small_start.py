@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from stabkit.diagnosis import Diagnosis, examine
+from stabkit.diagnosis.blocks.small_start import owed
 from stabkit.diagnosis.finding import serious
-from stabkit.diagnosis.small_start import owed
 from stabkit.tracing import trace
 
 

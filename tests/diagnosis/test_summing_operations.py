@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import stabkit
+from stabkit.diagnosis.depth.summing_operations import divided, summing_operations
 from stabkit.diagnosis.finding import serious
-from stabkit.diagnosis.short_training import short_training
-from stabkit.diagnosis.summing_operations import divided, summing_operations
+from stabkit.diagnosis.remedies.short_training import short_training
 
 NODES, DEGREE = 50, 36
 X = torch.randn(NODES, 8, generator=torch.Generator().manual_seed(1))

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 import stabkit
 from stabkit.analysis.records import untried_notes
 from stabkit.diagnosis import Finding, Thresholds, apply, examine, judge, treat
-from stabkit.diagnosis.applying import carried_out, once
 from stabkit.diagnosis.finding import sound
-from stabkit.diagnosis.short_training import short_training
+from stabkit.diagnosis.remedies.applying import carried_out, once
+from stabkit.diagnosis.remedies.short_training import short_training
 from tests.diagnosis import networks
 from tests.diagnosis.cases import biased, scaled, shears
 from tests.diagnosis.confusion import serious

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from stabkit.identification import identify
-from stabkit.identification.compositions import order_of
+from stabkit.identification.names.compositions import order_of
 from stabkit.tracing import trace
 
 WIDTH = 6

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from stabkit.errors import TraceError
-from stabkit.identification.continuous_limit import continuous_limit
+from stabkit.identification.evidence.continuous_limit import continuous_limit
 from stabkit.tracing import trace
 
 from .transformer_models import pre_norm

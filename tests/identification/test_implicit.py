@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from stabkit.identification import identify
-from stabkit.identification.implicit import fixed_point
+from stabkit.identification.steps.implicit import fixed_point
 from stabkit.tracing import trace
 
 from .recurrent_models import Equilibrium

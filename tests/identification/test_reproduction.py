@@ -10,9 +10,9 @@ import torch
 from torch import nn
 
 from stabkit import trace
-from stabkit.identification.flow_index import Surroundings
+from stabkit.identification.evidence.reproduction import confirmed, deviation
+from stabkit.identification.form.flow_index import Surroundings
 from stabkit.identification.reading import read
-from stabkit.identification.reproduction import confirmed, deviation
 from tests.identification.family import Step
 
 

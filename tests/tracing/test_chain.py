@@ -134,7 +134,7 @@ def test_a_module_hook_that_changes_gradients_is_named_in_the_error(register):
 
 def test_a_chain_that_is_not_exact_is_refused(monkeypatch):
     # a node whose hand-applied formula is off by a tenth of a per mille
-    from stabkit.tracing import node_derivatives
+    from stabkit.tracing.products import node_derivatives
 
     def slightly_wrong(node, cotangents, active):
         return node_derivatives.call_node(node, cotangents) * 1.0001

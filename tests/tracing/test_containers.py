@@ -10,7 +10,7 @@ from transformers import BatchEncoding
 from transformers.modeling_outputs import BaseModelOutput
 
 from stabkit.tracing import trace
-from stabkit.tracing.containers import map_tensors, named_tensors
+from stabkit.tracing.recording.containers import map_tensors, named_tensors
 
 Pair = namedtuple("Pair", ["left", "right"])
 ONE, TWO = torch.ones(1), 2 * torch.ones(1)

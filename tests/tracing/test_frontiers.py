@@ -7,11 +7,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from stabkit.tracing.frontiers import Frontiers
-from stabkit.tracing.graph import Graph
-from stabkit.tracing.inputs import non_leaf
-from stabkit.tracing.segments import Segment
-from stabkit.tracing.values import Value, meta_of, value_of
+from stabkit.tracing.graph.frontiers import Frontiers
+from stabkit.tracing.graph.graph import Graph
+from stabkit.tracing.graph.values import Value, meta_of, value_of
+from stabkit.tracing.products.segments import Segment
+from stabkit.tracing.recording.inputs import non_leaf
 
 CODES = st.lists(st.tuples(st.integers(0, 8), st.integers(0, 50), st.integers(0, 50)), min_size=1, max_size=14)
 

@@ -5,9 +5,9 @@ import torch
 from torch import Tensor, nn
 
 from stabkit.tracing import trace
-from stabkit.tracing.graph import Graph
-from stabkit.tracing.inputs import non_leaf
-from stabkit.tracing.values import operation, value_of
+from stabkit.tracing.graph.graph import Graph
+from stabkit.tracing.graph.values import operation, value_of
+from stabkit.tracing.recording.inputs import non_leaf
 
 
 def recorded(function, *shape: int) -> Graph:

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from torch.autograd.functional import jacobian
 
 from stabkit.tracing import trace
-from stabkit.tracing.inputs import non_leaf, prepare
+from stabkit.tracing.recording.inputs import non_leaf, prepare
 
 
 def test_a_tensor_passed_twice_stays_one_tensor():

@@ -4,12 +4,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from stabkit.tracing.frontiers import Frontiers
-from stabkit.tracing.graph import Graph
-from stabkit.tracing.inputs import non_leaf
-from stabkit.tracing.intervals import Intervals
-from stabkit.tracing.recording import Recording, recording_calls
-from stabkit.tracing.values import value_of
+from stabkit.tracing.graph.frontiers import Frontiers
+from stabkit.tracing.graph.graph import Graph
+from stabkit.tracing.graph.intervals import Intervals
+from stabkit.tracing.graph.values import value_of
+from stabkit.tracing.recording.inputs import non_leaf
+from stabkit.tracing.recording.recorder import Recording, recording_calls
 
 
 def intervals(model: nn.Module, *shape: int) -> Intervals:

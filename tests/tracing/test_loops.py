@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 
 import stabkit
-from stabkit.tracing.loops import loops_of_calls
+from stabkit.tracing.graph.loops import loops_of_calls
 from tests.identification import samplers as s
 
 

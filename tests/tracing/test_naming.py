@@ -2,9 +2,9 @@ from __future__ import annotations
 
 from torch import nn
 
-from stabkit.tracing.boundaries import Piece
-from stabkit.tracing.intervals import Interval
-from stabkit.tracing.naming import families, kinds, names
+from stabkit.tracing.cutting.boundaries import Piece
+from stabkit.tracing.cutting.naming import families, kinds, names
+from stabkit.tracing.graph.intervals import Interval
 
 
 def call(path: str, start: int, stop: int, module: nn.Module | None = None) -> Interval:

@@ -8,9 +8,9 @@ from torch import Tensor, nn
 from torch.autograd.functional import jacobian
 
 from stabkit.tracing import trace
-from stabkit.tracing.node_derivatives import apply_node
-from stabkit.tracing.stacked import Stacked
-from stabkit.tracing.values import value_of
+from stabkit.tracing.graph.values import value_of
+from stabkit.tracing.products.node_derivatives import apply_node
+from stabkit.tracing.products.stacked_cotangents import Stacked
 
 
 def test_broadcast_dimensions_are_summed_and_dtypes_cast_as_the_engine_does():

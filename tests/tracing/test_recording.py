@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 
 from stabkit.tracing import trace
-from stabkit.tracing.recording import Recording, clock, recording_calls
+from stabkit.tracing.recording.recorder import Recording, clock, recording_calls
 
 
 def test_the_clock_counts_the_nodes_of_this_thread():

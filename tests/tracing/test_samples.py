@@ -5,8 +5,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stabkit.tracing.samples import Layout, candidates, is_scaled, scale, scales
-from stabkit.tracing.values import Meta
+from stabkit.tracing.cutting.samples import Layout, candidates, is_scaled, scale, scales
+from stabkit.tracing.graph.values import Meta
 
 
 def meta(*shape: int) -> Meta:

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 import stabkit
-from stabkit.tracing.scan_flow import over_scan, scans_of
-from stabkit.tracing.scans import Scan
-from stabkit.tracing.values import operation
+from stabkit.tracing.graph.scans import Scan
+from stabkit.tracing.graph.values import operation
+from stabkit.tracing.maps.scan_flow import over_scan, scans_of
 
 WIDTH = 5
 

@@ -7,11 +7,11 @@ from torch.autograd.functional import jacobian
 
 from stabkit.errors import TraceError
 from stabkit.tracing import trace
-from stabkit.tracing.frontiers import Frontiers
-from stabkit.tracing.graph import Graph
-from stabkit.tracing.inputs import non_leaf
-from stabkit.tracing.segments import Segment
-from stabkit.tracing.values import value_of
+from stabkit.tracing.graph.frontiers import Frontiers
+from stabkit.tracing.graph.graph import Graph
+from stabkit.tracing.graph.values import value_of
+from stabkit.tracing.products.segments import Segment
+from stabkit.tracing.recording.inputs import non_leaf
 
 
 def momentum(x: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:

@@ -5,8 +5,8 @@ import torch
 from torch import Tensor, nn
 
 from stabkit.tracing import Flow, trace
-from stabkit.tracing.site_labels import Sites, axis_labels, entries_by_site, possible_labels, pulled_labels
-from stabkit.tracing.values import Meta
+from stabkit.tracing.graph.values import Meta
+from stabkit.tracing.products.site_labels import Sites, axis_labels, entries_by_site, possible_labels, pulled_labels
 
 
 def whole(flow: Flow):

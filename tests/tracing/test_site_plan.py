@@ -4,10 +4,10 @@ import torch
 from torch import Tensor, nn
 
 from stabkit.tracing import trace
-from stabkit.tracing.site_plan import arithmetic, plan_sites
-from stabkit.tracing.site_products import fill_by_sites
-from stabkit.tracing.step_products import Products
-from stabkit.tracing.values import operation
+from stabkit.tracing.graph.values import operation
+from stabkit.tracing.products.site_plan import arithmetic, plan_sites
+from stabkit.tracing.products.site_products import fill_by_sites
+from stabkit.tracing.products.step_products import Products
 from tests.operators.test_dense import Attention, truth
 
 

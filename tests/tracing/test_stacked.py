@@ -7,11 +7,11 @@ import torch
 import torch.nn.functional as F  # noqa: N812 - as torch's own documentation has it
 from torch import Tensor, nn
 
-from stabkit.tracing import stacked as rules
 from stabkit.tracing import trace
-from stabkit.tracing.segments import Segment
-from stabkit.tracing.stacked import Stacked
-from stabkit.tracing.values import operation, value_of
+from stabkit.tracing.graph.values import operation, value_of
+from stabkit.tracing.products import stacked_cotangents as rules
+from stabkit.tracing.products.segments import Segment
+from stabkit.tracing.products.stacked_cotangents import Stacked
 
 _W = torch.linspace(-1, 1, 4, dtype=torch.float64)
 _M = torch.linspace(-2, 1, 12, dtype=torch.float64).reshape(4, 3)

@@ -10,10 +10,11 @@ from torch.autograd.function import once_differentiable
 from torch.autograd.functional import jacobian
 
 from stabkit.errors import TraceError
-from stabkit.tracing import Flow, step_products, trace
-from stabkit.tracing.samples import Layout
-from stabkit.tracing.step_products import Space
-from stabkit.tracing.values import Meta
+from stabkit.tracing import Flow, trace
+from stabkit.tracing.cutting.samples import Layout
+from stabkit.tracing.graph.values import Meta
+from stabkit.tracing.products import step_products
+from stabkit.tracing.products.step_products import Space
 
 CPU = torch.device("cpu")
 

@@ -4,8 +4,8 @@ import torch
 from torch import Tensor, nn
 
 from stabkit.tracing import trace
-from stabkit.tracing.segments import Segment
-from stabkit.tracing.unit_cotangents import UnitPuller, linear_nodes
+from stabkit.tracing.products.segments import Segment
+from stabkit.tracing.products.unit_cotangents import UnitPuller, linear_nodes
 
 
 def segment(model: nn.Module, x: Tensor) -> Segment:

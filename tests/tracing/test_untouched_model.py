@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from stabkit.errors import TraceError
 from stabkit.tracing import trace
-from stabkit.tracing.untouched_model import unchanged
-from stabkit.tracing.wrappers import unwrap
+from stabkit.tracing.recording.untouched_model import unchanged
+from stabkit.tracing.recording.wrappers import unwrap
 
 
 def snapshot(model: nn.Module) -> list[Any]:

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import torch
 
-from stabkit.tracing.values import Meta, meta_of, operation, value_of
+from stabkit.tracing.graph.values import Meta, meta_of, operation, value_of
 
 
 def test_an_in_place_write_makes_a_new_value_of_the_same_tensor():

@@ -1,0 +1,206 @@
+"""Blocks that act unlike their peers: in gain, in what their branch adds, in what their activations let through."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from stabkit.diagnosis.blocks.peers import FLOOR, Deviation, deviation, nearest_to_peers
+from stabkit.diagnosis.measurement import Array, Measurement, StepMeasurement
+from stabkit.diagnosis.states.activity import Activity
+from stabkit.diagnosis.thresholds import Thresholds
+
+_FEWEST = 5  # peers: of fewer, one that differs says nothing of which is the odd one
+_AGREE = 0.5  # share of a deviation that its other reading must confirm behind a norm
+_JUMP = 0.3  # by how much the share of saturated entries or dead units may exceed that of the peers
+_FEW_UNITS = 12  # units under which a share of dead ones is mostly chance
+_NOTICED = 0.35  # nats from which a deviation confirms that a weight's size matters
+
+
+@dataclass(frozen=True)
+class Behaviour:
+    """What sets one step apart from its peers.
+
+    Attributes:
+        step: the step.
+        gain: the gain of the Jacobian of the step, nats.
+        change: the change of the size of the state over the step, nats.
+        branch: gains of its branches, in order. A branch behind a norm passes gradients on by one over the size of
+            the state, so gains are held against those of the peers as they are and times that size: what agrees best
+            among the peers counts.
+        added: what it adds, as it is or beside the state, whichever agrees best among the peers.
+        saturation: by how much the share of saturated entries exceeds that of the peers.
+        dead: by how much the share of dead units exceeds that of the peers.
+        neighbours: smallest deviation of each branch gain from the two nearest blocks; 0 without two.
+        peers: how many there are.
+        at_end: whether it is the first or the last of its kind, which is given, or gives to, something else than the
+            rest: the gain of a branch beside a skip is then no sign of a fault.
+        at_start: whether it is the first of its kind.
+        alike: whether they act between the same spaces, so that a deviation alone means something.
+    """
+
+    step: StepMeasurement
+    gain: Deviation
+    change: Deviation
+    branch: tuple[Deviation, ...] = ()
+    added: Deviation | None = None
+    saturation: float = 0.0
+    dead: float = 0.0
+    neighbours: tuple[float, ...] = field(default=())
+    peers: int = 0
+    at_end: bool = False
+    at_start: bool = False
+    alike: bool = True
+
+    @property
+    def largest(self) -> float:
+        """The largest deviation of any kind, nats; -inf where something passes nothing."""
+        sizes = [d.size for d in (self.gain, self.change, *self.branch, self.added) if d]
+        return max((s for s in sizes if not math.isnan(s)), key=abs, default=0.0)
+
+    def confirms(self) -> bool:
+        """Whether the step acts unlike its peers at all; True where there are none to compare with."""
+        return self.peers < _FEWEST or abs(self.largest) > _NOTICED or max(self.saturation, self.dead) > _JUMP / 2
+
+    def outlying(self, thresholds: Thresholds) -> float:
+        """How far the step lies from its peers where two independent readings agree, nats; 0 if they do not."""
+        if self.peers < _FEWEST or not self.alike:
+            return 0.0
+        limit, sigmas = thresholds.outlier_behaviour, thresholds.outlier
+        found = [0.0]
+        odd = max(abs(self.gain.value), abs(self.change.value)) > abs(self.gain.typical)
+        if not self.step.renormalised and odd and not (self.at_end and self.step.merges):
+            found.append(_agreed(self.gain, self.change, limit, sigmas))  # unless its peers are the odd ones
+        for index, branch in enumerate(self.branch):
+            if self.added is not None and len(self.branch) == 1:
+                found.append(_agreed(branch, self.added, limit, sigmas))
+            near = self.neighbours[index] if index < len(self.neighbours) else 0.0
+            if branch.exceeds(limit, sigmas) and abs(near) > limit and near * branch.size > 0:
+                found.append(_smaller_size(branch.size, near))
+        far = max(found, key=abs, default=0.0)
+        # the source of the first is in units of its own, which its norm takes away
+        return 0.0 if self.at_start and 0.0 < far < self.step.owed + limit else far
+
+
+def _agreed(one: Deviation, two: Deviation, limit: float, sigmas: float) -> float:
+    if one.exceeds(limit, sigmas) and two.exceeds(limit, sigmas) and one.size * two.size > 0:
+        return _smaller_size(one.size, two.size)
+    return 0.0
+
+
+def _smaller_size(one: float, two: float) -> float:
+    return one if abs(one) < abs(two) else two
+
+
+def behaviours(measurement: Measurement) -> list[Behaviour]:
+    """Every step beside its peers: the same module class between the same spaces, or else just of the same class."""
+    steps = [step for step in measurement.steps if step.finite]
+    groups: defaultdict[tuple[object, ...], list[StepMeasurement]] = defaultdict(list)
+    for step in steps:
+        groups[step.module_class, step.kind, step.space].append(step)
+        groups[step.module_class, step.kind].append(step)
+    found = []
+    for step in steps:
+        narrow = groups[step.module_class, step.kind, step.space]
+        group = narrow if len(narrow) > _FEWEST else groups[step.module_class, step.kind]
+        found.append(_beside(step, group if step.module_class else [step], measurement))
+    return found
+
+
+def _own_weights(step: StepMeasurement, group: Sequence[StepMeasurement]) -> list[StepMeasurement]:
+    """The step and its peers: those of other weights. A layer that runs again and again is no peer of itself."""
+    own = {weight.path for weight in step.weights}
+    return [other for other in group if other is step or not own & {weight.path for weight in other.weights}]
+
+
+def _beside(step: StepMeasurement, group: Sequence[StepMeasurement], measurement: Measurement) -> Behaviour:
+    group = _own_weights(step, group)
+    place = next(i for i, other in enumerate(group) if other is step)
+
+    def of(read: Callable[[StepMeasurement], float]) -> Deviation:
+        return deviation([read(other) for other in group], place)
+
+    sizes = [float(row.mean()) for row in measurement.log_states]
+    alike = [other for other in group if len(other.merges) == len(step.merges)]
+    at = next(i for i, other in enumerate(alike) if other is step)
+    gains = np.array([[merge.gain for merge in other.merges] for other in alike]).reshape(len(alike), -1)
+    before = np.array([sizes[other.index] for other in alike])
+    normed = step.norms > 0
+    branches = [_branch_gain(column, before, at, normed) for column in gains.T]
+    return Behaviour(
+        step=step,
+        gain=of(lambda s: s.mean_gain),
+        change=of(lambda s: s.log_change),
+        branch=tuple(far for far, _ in branches),
+        added=nearest_to_peers([of(lambda s: s.log_branch), of(lambda s: s.log_branch - sizes[s.index])])
+        if step.merges and step.kind == "step"
+        else None,
+        saturation=_excess(step, group, lambda a: 0.0 if a.gate else a.saturated),
+        dead=_excess(step, group, _dead_beyond_chance),
+        neighbours=tuple(near for _, near in branches),
+        peers=len(group) - 1,
+        at_end=place in (0, len(group) - 1),
+        at_start=place == 0,
+        alike=all(other.space == step.space for other in group),
+    )
+
+
+def _branch_gain(gains: Array, sizes: Array, at: int, normed: bool) -> tuple[Deviation, float]:
+    """The deviation of one branch gain from the peers, and from the two nearest blocks.
+
+    Gains are read as they are and times the size of the state, as behind a norm; see `Behaviour`. Behind a norm a
+    gain is held to be odd only if the other reading says half of it at least.
+    """
+    with np.errstate(invalid="ignore"):
+        readings = [gains, gains + sizes]
+    found = [deviation(list(values), at) for values in readings]
+    best = nearest_to_peers(found)
+    other = found[1 - found.index(best)]
+    if normed and best.size * other.size < _AGREE * best.size**2:
+        best = min(found, key=_size)
+    return best, _between(readings[found.index(best)], at)
+
+
+def _size(found: Deviation) -> float:
+    return math.inf if math.isnan(found.size) else abs(found.size)
+
+
+def _between(column: Array, at: int) -> float:
+    """The smaller of the differences to the two nearest blocks, when they have one sign; 0 otherwise."""
+    last = len(column) - 1
+    if last < 2:
+        return 0.0
+    near = (1, 2) if at == 0 else (last - 1, last - 2) if at == last else (at - 1, at + 1)
+    with np.errstate(invalid="ignore"):
+        one, two = (float(column[at] - column[other]) for other in near)
+    return _smaller_size(one, two) if one * two > 0 else 0.0
+
+
+def _dead_beyond_chance(activity: Activity) -> float:
+    """The share of dead units beyond the half that is always inactive where all inputs look alike to the layer."""
+    return max(0.0, activity.dead - 0.5) if activity.units >= _FEW_UNITS else 0.0
+
+
+def _excess(step: StepMeasurement, group: Sequence[StepMeasurement], share: Callable[[Activity], float]) -> float:
+    """By how much a share of an activation of this step exceeds that of the same one of its peers, if clearly."""
+    excess = 0.0
+    for position, activity in enumerate(step.activities):
+        others = [
+            share(other.activities[position])
+            for other in group
+            if other is not step and len(other.activities) == len(step.activities)
+        ]
+        if len(others) >= _FEWEST:
+            far = deviation([*others, share(activity)], len(others))
+            spread = 0.0 if far.spread <= FLOOR else far.spread  # shares of entries need no floor of nats
+            excess = max(excess, far.size if far.size > 6 * spread else 0.0)
+    return excess
+
+
+def jump(behaviour: Behaviour) -> bool:
+    """Whether far more of a step's units are saturated or dead than of its peers'."""
+    return max(behaviour.saturation, behaviour.dead) > _JUMP

@@ -1,0 +1,241 @@
+"""Models that are one affine map of their input, however many matrices they multiply: no activation stands between.
+
+f(a x + (1 - a) y) = a f(x) + (1 - a) f(y) for all inputs and any a, also beyond 0 to 1, holds for affine maps alone. It
+is tried on the last product of the model, behind which activations may stand, in eval mode. Such a model can do
+what one layer can; it may be studied for that very reason, and is a fault only where activations train better.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import Node
+from torch.nn.modules.conv import _ConvNd
+from torch.overrides import TorchFunctionMode
+
+from stabkit.diagnosis.blocks.weights import step_of
+from stabkit.diagnosis.finding import Action, Finding
+from stabkit.diagnosis.losses.ranges import behind_moves
+from stabkit.diagnosis.remedies import computed as remedies
+from stabkit.diagnosis.remedies.usual_training import RATES, adam, left_after, sgd
+from stabkit.tracing import Flow
+from stabkit.tracing.derivatives.lost_gradient import listed
+from stabkit.tracing.graph.values import operation
+from stabkit.tracing.recording.containers import named_tensors
+from stabkit.tracing.recording.evaluation import evaluated
+from stabkit.tracing.recording.forward_pass import ForwardPass
+from stabkit.tracing.recording.training_pass import TrainingPass, nodes_from, path_of, training_pass
+from stabkit.vocabulary import activation_of
+
+_PRODUCTS = frozenset({"Addmm", "Mm", "Bmm", "Baddbmm", "Convolution"})
+_CALLS = frozenset(
+    {"linear", "matmul", "mm", "addmm", "bmm", "einsum", "conv1d", "conv2d", "conv3d"}
+    | {f"conv_transpose{n}d" for n in (1, 2, 3)}
+)
+_SOFTMAXES = frozenset({"Softmax", "LogSoftmax", "LogSigmoid"})
+_SHARES = (0.5, -3.0, 4.0)  # of one input in a combination: within and far beyond the two
+_ROUNDING = 1e-4  # of the size of what is combined
+_STEPS = 100  # of a trial: activations have to find what no affine map has, which takes longer than to fall
+_SMALL = 100_000  # parameters up to which so many steps are tried; 20 beyond
+_FALL = 0.2  # of the first loss: what activations must bring beside an affine map
+_LEFT = 0.5  # of the first loss: what a model that learns what it can leaves less of, be it by heart
+_TIMES = 1.5  # by how much the fall of the loss must be larger with them
+_REFERENCE = "Goodfellow, Bengio and Courville, Deep learning, 2016, section 6.1, learning XOR"
+
+
+def affine_findings(flow: Flow, loss: Any, call: ForwardPass, done: TrainingPass) -> list[Finding]:
+    """A finding where the whole model is affine in its input and has several trained matrices in a row.
+
+    Args:
+        flow: the traced pass.
+        loss: a callable on the output that returns a scalar.
+        call: the pass as training makes it.
+        done: its loss, on the graph.
+    """
+    outputs = [t for _, t in named_tensors(done.output) if t.is_floating_point() and t.requires_grad]
+    if len(outputs) != 1 or outputs[0].grad_fn is None:
+        return []
+    last, bare = _last_product(outputs[0].grad_fn)
+    chain = _chain(last, done) if last is not None else ()
+    end = "" if bare else path_of(done, last)
+    if len(chain) < 2 or not (bare or end) or not _is_affine(call, end):
+        return []
+    evidence = (
+        f"the model is one affine map of its input{f' up to {end}' if end else ''}: {len(chain)} trained matrices "
+        f"follow each other without an activation between ({listed(chain)}), which together can do no more than one; "
+        "f(a x + (1 - a) y) = a f(x) + (1 - a) f(y) to rounding, wherever that was tried"
+    )
+    severity, tried = _trial(call, loss, done)
+    modules = dict(call.module.named_modules())
+    paths = [p for name in chain[:-1] if isinstance(modules.get(p := name.rpartition(".")[0]), nn.Linear | _ConvNd)]
+    actions: tuple[Action, ...] = tuple(remedies.activate_after(path, "ReLU") for path in dict.fromkeys(paths))
+    first = chain[0].rpartition(".")[0]
+    return [
+        Finding(
+            kind="affine",
+            severity=severity,
+            steps=(step_of(flow, first),),
+            module_path=first,
+            confidence=1.0,
+            evidence=evidence + tried,
+            remedy=f"an activation (ReLU, Tanh, GELU) behind each of {listed(chain[:-1])}"
+            if severity == "warning"
+            else "none is needed where a linear model is meant; otherwise an activation behind each hidden layer",
+            reference=_REFERENCE,
+            numbers={"matrices": float(len(chain))},
+            actions=actions if severity == "warning" and len(paths) == len(chain) - 1 else (),
+        )
+    ]
+
+
+def _last_product(node: Node | None) -> tuple[Node | None, bool]:
+    """The product that an output comes from by views and activations alone, and whether by views alone."""
+    made, bare = behind_moves(node), True
+    while made is not None and (activation_of(made) is not None or operation(made) in _SOFTMAXES):
+        made, bare = behind_moves(made.next_functions[0][0]), False
+    return made, bare
+
+
+def _chain(last: Node, done: TrainingPass) -> tuple[str, ...]:
+    """The longest row of trained matrices that follow each other, by name, from the first; empty beside activations."""
+    names = {id(p): path for path, p in done.parameters.items()}
+    longest: dict[Node, tuple[str, ...]] = {}
+    nodes = nodes_from(last)
+    if any(activation_of(node) is not None for node in nodes):
+        return ()
+    stack = [last]
+    while stack:
+        node = stack[-1]
+        parents = [parent for parent, _ in node.next_functions if parent is not None]
+        waiting = [parent for parent in parents if parent not in longest]
+        if waiting:
+            stack += waiting
+            continue
+        stack.pop()
+        best = max((longest[parent] for parent in parents), key=len, default=())
+        matrix = _matrix(parents, names) if operation(node) in _PRODUCTS else ""
+        longest[node] = (*best, matrix) if matrix else best
+    return longest[last]
+
+
+def _matrix(parents: list[Node], names: dict[int, str]) -> str:
+    """The trained parameter that a product is taken with."""
+    for parent in parents:
+        leaf: Any = behind_moves(parent)
+        while leaf is not None and operation(leaf) == "T":
+            leaf = behind_moves(leaf.next_functions[0][0])
+        if leaf is not None and hasattr(leaf, "variable") and leaf.variable.dim() > 1 and id(leaf.variable) in names:
+            return names[id(leaf.variable)]
+    return ""
+
+
+def _is_affine(call: ForwardPass, end: str) -> bool:
+    """Whether what a module returns, or the model, is affine in the inputs of floats; not where it is constant."""
+    given = [t for _, t in named_tensors([list(call.inputs), call.kwargs]) if t.is_floating_point()]
+    if not given or any(t.layout != torch.strided for t in given):
+        return False
+
+    def other(t: Tensor) -> Tensor:
+        noise = torch.randn(t.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(t)
+        return noise * (t.std() if t.numel() > 1 and float(t.std()) > 0 else 1.0)
+
+    one, two = _at(call, end, 1.0, other), _at(call, end, 0.0, other)
+    if one is None or two is None or one.shape != two.shape:
+        return False
+    size = float(torch.maximum(one.abs(), two.abs()).max())
+    if not float((one - two).abs().max()) > _ROUNDING * size:
+        return False
+    for share in _SHARES:
+        between = _at(call, end, share, other)
+        if between is None or between.shape != one.shape:
+            return False
+        off = (between - share * one - (1 - share) * two).abs().max()
+        if not float(off) <= _ROUNDING * (abs(share) + abs(1 - share)) * size:
+            return False
+    return True
+
+
+def _at(call: ForwardPass, end: str, share: float, other: Any) -> Tensor | None:
+    """What comes out where a share of the input is the batch, and the rest another."""
+    seen: list[Tensor] = []
+    modules = dict(call.module.named_modules())
+    hook = modules[end].register_forward_hook(lambda _m, _i, out: seen.append(out)) if end else None
+
+    def mixed(t: Tensor) -> Tensor:
+        return share * t + (1 - share) * other(t) if t.is_floating_point() else t
+
+    try:
+        output = evaluated(call, mixed).output
+    finally:
+        if hook is not None:
+            hook.remove()
+    found = seen if end else [t for _, t in named_tensors(output) if t.is_floating_point()]
+    return found[0].detach().double() if len(found) == 1 and isinstance(found[0], Tensor) else None
+
+
+class _Activated(TorchFunctionMode):
+    """Puts a ReLU behind every product of a pass but the last, whatever module or function takes it."""
+
+    def __init__(self, products: int) -> None:
+        super().__init__()
+        self._left = products
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if getattr(func, "__name__", "").strip("_") not in _CALLS:
+            return result
+        self._left -= 1
+        return torch.relu(result) if self._left > 0 else result
+
+
+class _Counting(TorchFunctionMode):
+    """Counts the products of a pass."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        self.count += getattr(func, "__name__", "").strip("_") in _CALLS
+        return func(*args, **(kwargs or {}))
+
+
+def _trial(call: ForwardPass, loss: Any, done: TrainingPass) -> tuple[str, str]:
+    """How bad it is, and what a short training says, as it is and with activations."""
+    assert done.loss is not None
+    first = float(done.loss.detach())
+    counting = _Counting()
+    evaluated(call, mode=lambda _: counting)
+    if counting.count < 2 or not first > 0:
+        return "info", ""
+    steps = _STEPS if sum(p.numel() for p in call.module.parameters()) <= _SMALL else _STEPS // 5
+    updates = [by(rate) for rate in RATES for by in (adam, sgd)]
+    begun = training_pass(activated := _activated(call, counting.count), loss, differentiate=False).loss
+    plain, treated = (left_after(each, loss, updates, steps=steps) for each in (call, activated))
+    if plain is None or treated is None or begun is None:
+        return "info", ""
+    ends = plain * first, treated * float(begun.detach())
+    fall = first - ends[0], first - ends[1]
+    words = (
+        f"; {steps} steps of SGD or Adam take the loss from {first:.3g} to {ends[0]:.3g} as it is, to {ends[1]:.3g} "
+        "with ReLUs between"
+    )
+    better = ends[0] > _LEFT * first and fall[1] - fall[0] > _FALL * first and fall[1] > _TIMES * fall[0]
+    return ("warning" if better else "info"), words
+
+
+def _activated(call: ForwardPass, products: int) -> ForwardPass:
+    """The same call with activations between its products; the loss has none to count."""
+
+    def model(*inputs: Any, **kwargs: Any) -> Any:
+        with _Activated(products):
+            return call.model(*inputs, **kwargs)
+
+    return replace(call, model=model)

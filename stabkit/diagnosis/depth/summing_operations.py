@@ -1,0 +1,233 @@
+"""Operations of the model's code that sum many terms and divide by nothing: neighbours of a node, entries of an axis.
+
+A sum over N neighbours is up to N times as large as its terms, whatever the weights are, and layers of it multiply
+this. What it is without is measured: the same code runs with every such result divided by what it makes of ones.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from stabkit.errors import StabkitError
+from stabkit.tracing.recording.forward_pass import ForwardPass
+from stabkit.tracing.recording.recorder import Recording, recording_calls
+from stabkit.tracing.recording.training_pass import calling_line
+from stabkit.tracing.recording.untouched_model import unchanged
+
+_PRODUCTS = frozenset({"matmul", "rmatmul", "mm", "bmm", "einsum", "spmm", "smm", "sparse_mm", "tensordot"})
+_SCATTERS = frozenset({"index_add", "scatter_add"})
+_DIVIDES = frozenset({"div", "truediv", "divide", "true_divide", "mul", "multiply"})
+_MADE_OF_IT = frozenset({"sqrt", "rsqrt", "reciprocal", "log", "pow", "exp", "rtruediv"})
+_GROWS = 3.0  # times its size that a state leaves an operation with, from which it is one to try
+_NAMES = {"rmatmul": "matmul", "truediv": "div"}
+
+Arguments = tuple[Any, ...]
+
+
+@dataclass(frozen=True)
+class Summing:
+    """One line of code that sums.
+
+    Attributes:
+        name: of the function.
+        line: file and line.
+        path: the module that it runs in, ``""`` for the outermost.
+        fixed: the place of the operand that no parameter makes, among the arguments; -1 for a sum alone.
+        terms: how many terms an entry of its result is made of, on average; of an operand of both signs, what it
+            multiplies unrelated entries by.
+        signed: whether the fixed operand has both signs.
+        gain: the size of the result over that of the state, the largest of its calls.
+        calls: how often it ran.
+    """
+
+    name: str
+    line: str
+    path: str
+    fixed: int
+    terms: float
+    signed: bool
+    gain: float
+    calls: int = 1
+
+    @property
+    def place(self) -> str:
+        """Function, module and line, in words."""
+        return f"{self.name} in {self.path or 'the code of the model'}" + (f" ({self.line})" if self.line else "")
+
+
+def summing_operations(call: ForwardPass) -> list[Summing]:
+    """The lines of a model that make a state three times as large by a sum or a fixed operand, and never divide it.
+
+    What divides, or takes roots of, the result is another matter: a mean, a norm, a softmax.
+    """
+    watch = _Watch()
+    try:
+        with unchanged(call.module) as safe, torch.enable_grad(), recording_calls(call.module, watch.recording), watch:
+            safe.copy_buffers()
+            torch.manual_seed(call.seed)
+            call.model(*call.inputs, **call.kwargs)
+    except (StabkitError, RuntimeError):
+        return []
+    found: dict[tuple[str, str, int], Summing] = {}
+    for key, each in watch.found.items():
+        if key in watch.divided:
+            continue
+        same = found.get((each.name, each.line, each.fixed))
+        found[each.name, each.line, each.fixed] = each if same is None else _joined(same, each)
+    settled = {(e.name, e.line) for k, e in watch.found.items() if k in watch.divided}
+    return [each for each in found.values() if (each.name, each.line) not in settled]
+
+
+def _joined(one: Summing, other: Summing) -> Summing:
+    terms = (one.terms * one.calls + other.terms) / (one.calls + 1)
+    gain = max(one.gain, other.gain)
+    return Summing(one.name, one.line, one.path, one.fixed, terms, one.signed, gain, one.calls + 1)
+
+
+class _Watch(TorchFunctionMode):
+    """Notes what sums, by the result that it makes, and which results are divided later."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.recording = Recording()
+        self.found: dict[int, Summing] = {}
+        self.divided: set[int] = set()
+        self._kept: list[Tensor] = []  # an id is that of one tensor while that is alive
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Arguments = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs, name = kwargs or {}, getattr(func, "__name__", "").strip("_")
+        given = [a for a in args if isinstance(a, Tensor)]
+        if name in _MADE_OF_IT and given:
+            self.divided.add(id(given[0]))
+        elif name in _DIVIDES:
+            free = [a for a in given if not a.requires_grad]
+            self.divided.update(id(a) for a in given if "mul" not in name or len(free) + 1 >= len(given))
+        result = func(*args, **kwargs)
+        if isinstance(result, Tensor) and result.is_floating_point() and result.requires_grad:
+            read = _read(name, func, args, kwargs, result)
+            if read is not None:
+                running = [c for c in self.recording.calls if c.stop < 0]
+                fixed, terms, signed, gain = read
+                path = running[-1].path if running else ""
+                place = calling_line()
+                self.found[id(result)] = Summing(_NAMES.get(name, name), place, path, fixed, terms, signed, gain)
+                self._kept.append(result)
+        return result
+
+
+def _read(
+    name: str, func: Any, args: Arguments, kwargs: dict[str, Any], result: Tensor
+) -> tuple[int, float, bool, float] | None:
+    """Place of the fixed operand, terms, signs and gain of a call that grows a state; None for another."""
+    state, fixed, signed = _operands(name, args)
+    if state is None or state.numel() < 2:
+        return None
+    with torch.no_grad():
+        gain = _rms(result) / max(_rms(state), 1e-30)
+        if not _GROWS <= gain < math.inf:
+            return None
+        if name in _PRODUCTS and signed:
+            made = func(*_with(args, fixed, torch.square(args[fixed]), torch.ones_like(state)), **kwargs)
+            return fixed, float(made.mean().sqrt()), True, gain
+        terms = _terms(name, func, args, kwargs, fixed, state, result)
+        return None if terms is None else (fixed, float(terms.mean()), False, gain)
+
+
+def _operands(name: str, args: Arguments) -> tuple[Tensor | None, int, bool]:
+    """The state that is summed, the place of what is fixed, and whether that has both signs."""
+    if name == "sum" and args and isinstance(args[0], Tensor):
+        return args[0], -1, False
+    if name in _SCATTERS and len(args) >= 4 and isinstance(args[3], Tensor):
+        return args[3], -1, False
+    if name not in _PRODUCTS:
+        return None, -1, False
+    places = [i for i, a in enumerate(args) if isinstance(a, Tensor)]
+    fixed = [i for i in places if not args[i].requires_grad]
+    if len(places) != 2 or len(fixed) != 1:
+        return None, -1, False
+    state = next(args[i] for i in places if i not in fixed)
+    held = args[fixed[0]].detach()
+    values = held.coalesce().values() if held.layout == torch.sparse_coo else held
+    signed = values.layout == torch.strided and bool((values < 0).any())
+    return state, fixed[0], signed
+
+
+def _with(args: Arguments, fixed: int, operand: Tensor, state: Tensor) -> Arguments:
+    """The arguments of a product with other operands."""
+    return tuple(operand if i == fixed else state if isinstance(a, Tensor) else a for i, a in enumerate(args))
+
+
+def _terms(
+    name: str, func: Any, args: Arguments, kwargs: dict[str, Any], fixed: int, state: Tensor, result: Tensor
+) -> Tensor | None:
+    """How many terms every entry of a result, or of what is scattered into it, is made of."""
+    if name == "sum":
+        count = state.numel() / max(1, result.numel())
+        return torch.full((), count, dtype=state.dtype) if result.dim() else None  # a scalar is no state
+    if name in _SCATTERS:
+        into = torch.zeros_like(args[0])
+        counted: Tensor = getattr(torch, name)(into, args[1], args[2], torch.ones_like(args[3]))
+        along = args[1] if name == "scatter_add" else None
+        return counted.gather(along, args[2]) if along is not None else counted.index_select(args[1], args[2])
+    made: Tensor = func(*_with(args, fixed, args[fixed].detach().abs(), torch.ones_like(state)), **kwargs)
+    return made
+
+
+def _rms(tensor: Tensor) -> float:
+    held = tensor.detach()
+    return float(held.double().square().mean().sqrt()) if held.layout == torch.strided else math.nan
+
+
+class _Divided(TorchFunctionMode):
+    """Divides what some lines sum by the number of its terms."""
+
+    def __init__(self, found: Sequence[Summing]) -> None:
+        super().__init__()
+        self._at = {(each.name, each.line): each for each in found}
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Arguments = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs, name = kwargs or {}, getattr(func, "__name__", "").strip("_")
+        if name not in _PRODUCTS and name not in _SCATTERS and name != "sum":
+            return func(*args, **kwargs)
+        each = self._at.get((_NAMES.get(name, name), calling_line()))
+        if each is None:
+            return func(*args, **kwargs)
+        if each.signed:
+            return func(*args, **kwargs) / each.terms
+        if name in _SCATTERS:
+            with torch.no_grad():
+                terms = _terms(name, func, args, kwargs, -1, args[3], args[0])
+            assert terms is not None
+            return func(*args[:3], args[3] / terms, *args[4:], **kwargs)
+        result = func(*args, **kwargs)
+        state = (
+            args[0]
+            if name == "sum"
+            else next(a for i, a in enumerate(args) if isinstance(a, Tensor) and i != each.fixed)
+        )
+        with torch.no_grad():
+            terms = _terms(name, func, args, kwargs, each.fixed, state, result)
+        return result if terms is None else result / terms.clamp_min(torch.finfo(result.dtype).tiny)
+
+
+def divided(found: Sequence[Summing]) -> Callable[[], contextlib.AbstractContextManager[None]]:
+    """What makes a context in which the code runs with the sums of these lines divided by their terms."""
+
+    @contextlib.contextmanager
+    def within() -> Iterator[None]:
+        with _Divided(found):
+            yield
+
+    return within

@@ -1,0 +1,1 @@
+"""What the input itself does to a network: its scale, its padding, its zeros."""

@@ -1,0 +1,1 @@
+"""The loss as a step of its own: its domain, its floor, its units, its targets."""

@@ -1,0 +1,85 @@
+"""A loss that begins so high that training does not get down to where it would begin without its cause.
+
+The size of the data, sums in the code and weights that were all started large make outputs of any size, also where
+gradients keep theirs from block to block. Each is taken away on a copy, and both are trained for a few steps.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+from stabkit.diagnosis.finding import Finding, serious
+from stabkit.diagnosis.losses.faults import LOSS
+from stabkit.diagnosis.remedies.computed import Remedy
+from stabkit.diagnosis.remedies.outer_causes import outer_causes, smaller_weights
+from stabkit.diagnosis.remedies.short_training import (
+    STEPS,
+    ShortTraining,
+    clearly_better,
+    falls,
+    short_training,
+    trained_with,
+)
+from stabkit.diagnosis.remedies.trial import follows, tried
+from stabkit.diagnosis.states.batch_statistics import with_norms_of_evaluation
+from stabkit.diagnosis.suspects import Diagnosis, Settings, ordered
+from stabkit.tracing import Flow, FlowLike
+
+_REFERENCE = "Karpathy, A recipe for training neural networks, 2019: verify the loss at initialisation"
+
+
+def with_large_loss(flow: FlowLike, found: Diagnosis, settings: Settings) -> Diagnosis:
+    """A diagnosis with what makes the loss far too large, and with what goes with it told as what follows."""
+    loss = settings.loss
+    if not isinstance(flow, Flow) or not callable(loss) or found.verdict.name == "non-finite":
+        return found
+    if with_norms_of_evaluation(flow.model):
+        return found  # which divide by running statistics, and in training by the size of what comes
+    tries = [*outer_causes(flow, found.measurement), *smaller_weights(found.measurement)]
+    plain = short_training(flow, loss) if tries else None
+    if plain is None or not math.isfinite(plain.first):
+        return found
+    runs = [(remedy, trained_with(flow, loss, remedy)) for remedy in tries]
+    good = [(remedy, run) for remedy, run in runs if run is not None and _unlearns(remedy, run, plain)]
+    if not good:
+        return found
+    best = min((run for _, run in good), key=lambda run: run.last)
+    remedy, run = next((r, t) for r, t in good if not clearly_better(best, t))
+    told = [f for f in found.findings if serious(f) and f.actions]
+    others = [short_training(flow, loss, f.actions) for f in told]
+    if any(f.remedy == remedy.text for f in found.findings):
+        return found
+    if any(other is not None and not clearly_better(run, other) for other in others):
+        return found  # what is told already serves as well
+    finding = _finding(flow, remedy, run, plain)
+    waiting = [f for f in found.findings if serious(f)]
+    gone = tried(flow, waiting[0], remedy, found, settings).gone(waiting) if waiting else []
+    kept = [follows(f, finding) if any(f is g for g in gone) else f for f in found.findings]
+    return replace(found, findings=(finding, *ordered(kept)))
+
+
+def _unlearns(remedy: Remedy, treated: ShortTraining, plain: ShortTraining) -> bool:
+    """Whether as it is, training does not even get to where it begins with a remedy, and stays below with it.
+
+    Weights can be made so small that nothing is learnt any more, so that with those the loss must fall.
+    """
+    learns = falls(treated) if remedy.actions else treated.last <= treated.first
+    return plain.last > treated.first and learns and clearly_better(treated, plain)
+
+
+def _finding(flow: Flow, remedy: Remedy, run: ShortTraining, plain: ShortTraining) -> Finding:
+    return Finding(
+        kind="loss",
+        severity="warning",
+        steps=(len(flow.steps) - 1,),
+        module_path=remedy.place or LOSS,
+        confidence=1.0,
+        evidence=f"the loss begins at {plain.first:.3g}, and {STEPS} steps do not bring it down to {run.first:.3g}, "
+        f"where it begins treated: {remedy.cause}; {STEPS} steps of plain SGD take the loss {plain} as it is, {run} "
+        "treated",
+        remedy=remedy.text,
+        reference=_REFERENCE,
+        numbers={"loss": plain.first, "after": run.first, "left": plain.last, "treated": run.last},
+        actions=remedy.actions,
+    )

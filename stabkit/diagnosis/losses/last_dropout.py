@@ -1,0 +1,164 @@
+"""Dropout of the predictions themselves: a floor under the loss that no weights get below.
+
+With a share p of the predictions set to zero, and the others divided by 1 - p, the mean squared error is at least
+p E[y^2], with predictions of (1 - p) y, which are what evaluation then gives. Of logits, the right one is zero with
+probability p, and so are some of the others: the cross entropy is at least p E[log(1 + K)], K binomial of the other
+classes, that of one logit p log 2.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+from torch.autograd.graph import Node
+
+from stabkit.diagnosis.finding import Action, Finding
+from stabkit.diagnosis.losses.loud_logits import cross_entropies
+from stabkit.diagnosis.losses.ranges import behind_moves
+from stabkit.diagnosis.losses.regressions import regressions
+from stabkit.diagnosis.remedies import computed as remedies
+from stabkit.diagnosis.remedies.short_training import STEPS, short_training
+from stabkit.tracing import Flow
+from stabkit.tracing.graph.values import operation
+from stabkit.tracing.recording.forward_pass import ForwardPass
+from stabkit.tracing.recording.training_pass import TrainingPass, nodes_above, path_of
+from stabkit.vocabulary import activation_of
+
+_FLOOR = 0.05  # of the variance of the targets, or of the loss of equal chances: a floor from which it is no noise
+_DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
+_REFERENCE = "Srivastava et al., Dropout, 2014: units of the input and of hidden layers are dropped, not the outputs"
+
+
+@dataclass(frozen=True)
+class _Dropped:
+    """Predictions that are dropped.
+
+    Attributes:
+        node: the dropout.
+        share: of the predictions that are set to zero.
+        floor: what the loss of them cannot get below.
+        scale: what the loss is without a model.
+        words: what they are, what the floor is of, and what the loss is without a model.
+    """
+
+    node: Node
+    share: float
+    floor: float
+    scale: float
+    words: tuple[str, str, str]
+
+
+def last_dropout_findings(flow: Flow, loss: Any, call: ForwardPass, done: TrainingPass) -> list[Finding]:
+    """A finding where dropout is the last thing before a loss.
+
+    Args:
+        flow: the traced pass.
+        loss: a callable on the output that returns a scalar.
+        call: the pass as training makes it.
+        done: its loss, on the graph.
+    """
+    assert done.loss is not None
+    found = next(iter(_dropped(done)), None)
+    if found is None:
+        return []
+    path = path_of(done, found.node)
+    what, of, without = found.words
+    evidence = (
+        f"dropout{f' ({path})' if path else ''} is the last thing before the loss: it sets {found.share:.0%} of the "
+        f"{what} to zero and divides the others by {1 - found.share:.3g}, so that {of} cannot fall below "
+        f"{found.floor:.3g} on average, whatever the weights are; {without} {found.scale:.3g}"
+    )
+    module = dict(call.module.named_modules()).get(path) if path else None
+    actions: Sequence[Action] = (remedies.activate(path, "Identity"),) if isinstance(module, _DROPOUTS) else ()
+    if actions:
+        plain, treated = short_training(flow, loss), short_training(flow, loss, actions)
+        if plain is not None and treated is not None:  # no verdict: a floor lies below what so few steps reach
+            evidence += f"; {STEPS} steps of plain SGD take the loss {plain} as it is, {treated} without it"
+    return [
+        Finding(
+            kind="loss",
+            severity="warning" if found.floor > _FLOOR * found.scale else "info",
+            steps=(len(flow.steps) - 1,),
+            module_path=path or "loss",
+            confidence=1.0,
+            evidence=evidence,
+            remedy="take the dropout at the end away, or put it before the last layer",
+            reference=_REFERENCE,
+            numbers={"floor": found.floor, "share": found.share, "scale": found.scale},
+            actions=tuple(actions),
+        )
+    ]
+
+
+def _dropped(done: TrainingPass) -> list[_Dropped]:
+    assert done.loss is not None
+    found = []
+    for regression in regressions(done):
+        node, share = dropout_behind(regression.node)
+        if node is not None:
+            y = regression.targets.double()
+            spread, floor = float((y - y.mean()).square().mean()), share * float(y.square().mean())
+            words = ("predictions", "their mean squared error", "the mean of the targets alone leaves")
+            found.append(_Dropped(node, share, floor, spread, words))
+    for entropy in cross_entropies(done.loss):
+        node, share = dropout_behind(entropy.softmax.next_functions[0][0])
+        if node is not None:
+            floor = share * _expected_log(entropy.classes - 1, share)
+            words = ("logits", "their cross entropy", "equal chances cost")
+            found.append(_Dropped(node, share, floor, entropy.chance, words))
+    for each in nodes_above(done.loss):
+        if operation(each) == "BinaryCrossEntropyWithLogits":
+            node, share = dropout_behind(each.next_functions[0][0])
+            if node is not None:
+                words = ("logits", "their cross entropy", "equal chances cost")
+                found.append(_Dropped(node, share, share * math.log(2.0), math.log(2.0), words))
+    return found
+
+
+def _expected_log(count: int, share: float) -> float:
+    """E[log(1 + K)] of a binomial K, from its probabilities one after another; a normal one of many."""
+    mean = count * share
+    if count > 1000:
+        return math.log1p(mean)
+    total, chance = 0.0, (1 - share) ** count
+    for k in range(count + 1):
+        total += chance * math.log1p(k)
+        chance *= (count - k) / (k + 1) * share / (1 - share)
+    return total
+
+
+def dropout_behind(node: Node | None) -> tuple[Node | None, float]:
+    """The dropout that a value comes from by nothing but views and activations, with its share; None without one."""
+    made: Any = behind_moves(node)
+    while made is not None:
+        share = _share(made)
+        if share:
+            return made, share
+        if activation_of(made) is None and operation(made) not in ("Softmax", "LogSoftmax"):
+            return None, 0.0
+        made = behind_moves(made.next_functions[0][0])
+    return None, 0.0
+
+
+def _share(node: Any) -> float:
+    """The share that a dropout drops, as it is written out: a product with numbers that are 0, or 1 / (1 - p)."""
+    if operation(node) == "NativeDropout":
+        return float(node._saved_p)
+    if operation(node) != "Mul":
+        return 0.0
+    parents = [parent for parent, _ in node.next_functions]
+    if len(parents) > 1 and parents[1] is not None:
+        return 0.0
+    noise = node._saved_other
+    if not isinstance(noise, Tensor) or noise.numel() < 2:
+        return 0.0
+    large = float(noise.max())
+    if not (math.isfinite(large) and large > 1.0) or not bool(((noise == 0) | (noise == large)).all()):
+        return 0.0
+    share, zeros = 1 - 1 / large, float((noise == 0).double().mean())
+    # four standard deviations of the share of zeros among so many draws
+    return share if abs(zeros - share) <= 4 * math.sqrt(share * (1 - share) / noise.numel()) else 0.0

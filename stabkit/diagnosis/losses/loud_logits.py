@@ -1,0 +1,213 @@
+"""A classification loss far above that of equal chances, since the logits are far too large and wrong.
+
+Logits of size s that know nothing of the labels cost about s^2 / 2 nats more than equal chances, log of the number of
+classes, which is what a fresh classifier should start from. Training begins by unlearning them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import Tensor
+from torch.autograd.graph import Node
+
+from stabkit.diagnosis.finding import Finding, serious
+from stabkit.diagnosis.inputs.features import FAR
+from stabkit.diagnosis.inputs.scale import input_size
+from stabkit.diagnosis.losses.ranges import behind_moves
+from stabkit.diagnosis.remedies import computed as remedies
+from stabkit.diagnosis.remedies.applying import carried_out
+from stabkit.diagnosis.remedies.short_training import STEPS, short_training
+from stabkit.errors import StabkitError
+from stabkit.tracing import Flow
+from stabkit.tracing.graph.values import operation
+from stabkit.tracing.recording.containers import map_tensors
+from stabkit.tracing.recording.forward_pass import ForwardPass
+from stabkit.tracing.recording.training_pass import TrainingPass, nodes_above, path_of, training_pass
+
+_ABOVE = 4.0  # times the loss of equal chances; stock heads of 10 classes that are drawn by fan-out begin at 3
+_LOUD = 3.0  # root mean square of centred logits: 4.5 nats above equal chances if they know nothing
+_USUAL = 2.0  # of a weight that is drawn with any of the usual gains, of which the largest is 5/3 (that of the tanh)
+_BETTER = 0.95  # of the loss after a short training, from which it is clearly lower
+_NEAR = 1.5  # times the loss of equal chances, under which a treated loss is one of a fresh classifier
+_REFERENCE = "Karpathy, A recipe for training neural networks, 2019: verify the loss at initialisation"
+
+
+@dataclass(frozen=True)
+class CrossEntropy:
+    """A cross entropy within a loss.
+
+    Attributes:
+        value: its mean over the labels that count.
+        classes: how many there are.
+        size: root mean square of the logits, each row less its mean.
+        softmax: the node of its log-softmax.
+        labels: those that count.
+    """
+
+    value: float
+    classes: int
+    size: float
+    softmax: Node
+    labels: Tensor
+
+    @property
+    def chance(self) -> float:
+        """What equal chances cost."""
+        return math.log(self.classes)
+
+
+def cross_entropies(loss: Tensor) -> Iterator[CrossEntropy]:
+    """Every cross entropy of logits with hard labels behind a loss."""
+    for node in nodes_above(loss):
+        if operation(node) not in ("NllLoss", "NllLoss2D"):
+            continue
+        softmax = behind_moves(node.next_functions[0][0])
+        if softmax is None or operation(softmax) != "LogSoftmax":
+            continue
+        saved: Any = node
+        logs, labels = saved._saved_self.detach(), saved._saved_target.detach()
+        logs, labels = (logs.unsqueeze(0), labels.unsqueeze(0)) if logs.dim() == 1 else (logs, labels)
+        counted = labels != saved._saved_ignore_index
+        if logs.shape[1] < 2 or not bool(counted.any()):
+            continue
+        rows = logs.movedim(1, -1)[counted].double()
+        own = rows.gather(1, labels[counted].unsqueeze(1))
+        size = float((rows - rows.mean(1, keepdim=True)).square().mean().sqrt())
+        yield CrossEntropy(-float(own.mean()), int(logs.shape[1]), size, softmax, labels[counted])
+
+
+def loud_logits_findings(
+    flow: Flow, loss: Any, call: ForwardPass, done: TrainingPass, others: Sequence[Finding]
+) -> list[Finding]:
+    """Logits that are far too large, tried with smaller ones.
+
+    Args:
+        flow: the traced pass.
+        loss: a callable on the output that returns a scalar.
+        call: the pass as training makes it.
+        done: its loss, on the graph.
+        others: what else was found: sizes that come of a fault are the fault's.
+    """
+    assert done.loss is not None
+    for found in cross_entropies(done.loss):
+        if found.value > _ABOVE * found.chance and found.size > _LOUD and math.isfinite(found.value):
+            return [_finding(flow, loss, call, done, found, any(map(serious, others)))]
+    return []
+
+
+def _finding(
+    flow: Flow, loss: Any, call: ForwardPass, done: TrainingPass, found: CrossEntropy, explained: bool
+) -> Finding:
+    made = behind_moves(found.softmax.next_functions[0][0])
+    path = "" if made is None else path_of(done, made)
+    evidence = (
+        f"the cross entropy is {found.value:.3g}, and equal chances of {found.classes} classes cost "
+        f"{found.chance:.3g}: the logits{f' of {path}' if path else ''} have the size {found.size:.3g} and are wrong, "
+        "so that training begins by unlearning them"
+    )
+    finding = Finding(
+        kind="loss",
+        severity="info",
+        steps=(len(flow.steps) - 1,),
+        module_path=path or "loss",
+        confidence=1.0,
+        evidence=evidence,
+        remedy="none is needed where the loss holds a margin or a scale against them on purpose",
+        reference=_REFERENCE,
+        numbers={"loss": found.value, "chance": found.chance, "logits": found.size, "classes": float(found.classes)},
+    )
+    if explained:
+        return replace(finding, remedy="that of the other findings; then look at the loss again")
+    return _by_input(flow, loss, call, found, finding) or _by_weight(flow, loss, call, done, found, made, finding)
+
+
+def _by_input(flow: Flow, loss: Any, call: ForwardPass, found: CrossEntropy, finding: Finding) -> Finding | None:
+    """The input to blame, where dividing it by its size gives a loss of equal chances."""
+    size = input_size(flow)
+    if size is None or size < FAR:
+        return None
+
+    def smaller(tensor: Tensor) -> Tensor:
+        return tensor / size if tensor.is_floating_point() else tensor
+
+    inputs, kwargs = map_tensors([call.inputs, call.kwargs], smaller)
+    after = _cross_entropy(replace(call, inputs=tuple(inputs), kwargs=kwargs), loss)
+    if after is None or after > _NEAR * found.chance:
+        return None
+    return replace(
+        finding,
+        severity="warning",
+        evidence=f"{finding.evidence}; the input has the size {size:.3g} and not 1, and divided by it the cross "
+        f"entropy is {after:.3g}",
+        remedy="standardise the input where the data are read: subtract its mean and divide it by its standard "
+        f"deviation (about {size:.3g})",
+        numbers={**finding.numbers, "input_size": size, "after": after},
+    )
+
+
+def _by_weight(
+    flow: Flow, loss: Any, call: ForwardPass, done: TrainingPass, found: CrossEntropy, made: Node | None, seen: Finding
+) -> Finding:
+    """The weight that makes the logits, scaled so that their size is 1: a fault where training gains by that."""
+    names = _weight_of(call, made)
+    if not names:
+        return seen
+    weight = dict(call.module.named_parameters(remove_duplicate=False))[names[0]].detach().double()
+    gain = float(weight.std()) * (weight.numel() / found.classes) ** 0.5  # what it makes of states of unit size
+    if gain < _USUAL:
+        evidence = f"{seen.evidence}; {names[0]} is of usual size, and the state that it reads is not: "
+        return replace(
+            seen,
+            evidence=f"{evidence}{found.size / gain:.3g}",
+            remedy="look for what makes the state before it so large; a norm before the head holds it",
+        )
+    action = remedies.scale(names[0], 1.0 / found.size)
+    try:
+        with carried_out(call.module, [action]):
+            after = _cross_entropy(call, loss)
+    except StabkitError:
+        return seen
+    if after is None or after > _NEAR * found.chance:
+        return seen
+    plain, treated = short_training(flow, loss), short_training(flow, loss, [action])
+    trained = plain is not None and treated is not None
+    if plain is not None and treated is not None and not treated.last < _BETTER * plain.last:
+        return replace(seen, remedy="none is needed: this batch is learnt as fast with smaller ones")
+    tied = f", which is {' and '.join(names[1:])} too," if len(names) > 1 else ""
+    how = f"; {STEPS} steps of plain SGD take the loss {plain} as it is, {treated} treated" if trained else ""
+    was = float(weight.std())
+    return replace(
+        seen,
+        severity="warning",
+        evidence=f"{seen.evidence}; tried on a copy: with {names[0]}{tied} times {1 / found.size:.3g} the cross "
+        f"entropy is {after:.3g}{how}",
+        remedy=f"start {names[0]}{tied} with the standard deviation {was / found.size:.2g} and not {was:.2g}",
+        numbers={**seen.numbers, "after": after},
+        actions=(action,),
+    )
+
+
+def _cross_entropy(call: ForwardPass, loss: Any) -> float | None:
+    try:
+        done = training_pass(call, loss, differentiate=False)
+    except StabkitError:
+        return None
+    values = [] if done.loss is None else [found.value for found in cross_entropies(done.loss)]
+    return max(values, default=None)
+
+
+def _weight_of(call: ForwardPass, made: Node | None) -> list[str]:
+    """All names of the matrix that a product multiplies with."""
+    if made is None:
+        return []
+    behind = [behind_moves(parent) for parent, _ in made.next_functions]
+    leaves: list[Any] = [node for node in behind if node is not None and hasattr(node, "variable")]
+    matrices = [leaf.variable for leaf in leaves if leaf.variable.dim() > 1]
+    names = call.module.named_parameters(remove_duplicate=False)
+    found = [name for name, p in names if any(p is m for m in matrices)]
+    mine = [name for name in found if len({id(m) for m in matrices}) == 1]
+    return mine[::-1]  # the head is named after the embedding that it shares its weight with

@@ -1,0 +1,298 @@
+"""Parameters whose gradient is exactly zero although the loss is made of them, and would stay so.
+
+A gradient of zero is no fault by itself: behind a branch that starts at zero it comes as soon as that branch has moved.
+So everything that has a gradient is moved, until what has none is always the same; what is left is stuck. It is named
+by its cause: an operation whose derivative is zero everywhere, one that is given nothing within its range, or a product
+whose factors are all zero.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import Node
+
+from stabkit.diagnosis.finding import Action, Finding, serious
+from stabkit.diagnosis.inputs.zero_inputs import zero_input_findings
+from stabkit.diagnosis.no_gradient.closed_operations import closed_findings
+from stabkit.diagnosis.no_gradient.lost_parameters import role_of
+from stabkit.diagnosis.remedies import computed as remedies
+from stabkit.diagnosis.remedies.applying import carried_out
+from stabkit.diagnosis.remedies.short_training import STEPS, ShortTraining, falls, short_training, worse
+from stabkit.errors import StabkitError
+from stabkit.tracing import Flow
+from stabkit.tracing.derivatives.lost_gradient import listed
+from stabkit.tracing.graph.values import operation, value_of
+from stabkit.tracing.recording.containers import named_tensors
+from stabkit.tracing.recording.forward_pass import ForwardPass
+from stabkit.tracing.recording.training_pass import Observer, TrainingPass, calling_line, nodes_above, training_pass
+
+#: operations whose derivative is zero wherever there is one
+FLAT = {"Round": "round", "Floor": "floor", "Ceil": "ceil", "Trunc": "trunc", "Sign": "sign", "Sgn": "sign"}
+_FEW = 0.05  # of the numbers that train, under which vectors alone are no fault of a model that learns
+_MOVE = 0.01  # of the size of a parameter: what a step of a usual optimizer moves it by, or less
+_MOST_ROUNDS = 8  # zero factors within zero factors
+_MOST_TRIALS = 6  # kinds of parameters that are drawn anew
+_BENGIO = "Bengio et al., Estimating or propagating gradients through stochastic neurons, 2013"
+_LORA = "Hu et al., LoRA: Low-rank adaptation of large language models, 2022, section 4.1"
+
+
+def zero_gradient_findings(
+    flow: Flow, loss: Any, call: ForwardPass, done: TrainingPass, others: Sequence[Finding]
+) -> list[Finding]:
+    """Parameters that nothing will ever move, with what holds them; without a loss nobody knows.
+
+    What moves once the remedies of other findings are carried out follows from them: units that a dead layer feeds.
+
+    Args:
+        flow: the traced pass.
+        loss: a callable on the output that returns a scalar.
+        call: the pass as training makes it.
+        done: its gradients.
+        others: what was found before.
+    """
+    zeros = zeros_of(done)
+    if not zeros or not callable(loss) or not _moved_by_output(done):
+        return []
+    flat = _behind_flat(call, loss, zeros)
+    found = [_of_flat(flow, loss, flat, done)] if flat.parameters else []
+    rest = [path for path in zeros if path not in flat.parameters]
+    cured = [action for finding in others if serious(finding) for action in finding.actions]
+    stuck = _stuck(call, loss, done, cured) if rest else None
+    left = tuple(path for path in rest if stuck is not None and path in stuck)
+    if left:
+        closed, behind = closed_findings(flow, loss, call, done, left)
+        found += closed
+        left = tuple(path for path in left if path not in behind)
+    if left:
+        found += _of_zero_factors(flow, loss, call, done, left) or zero_input_findings(flow, done, left)
+    return found
+
+
+def zeros_of(done: TrainingPass) -> list[str]:
+    """Parameters that the loss is made of and does not depend on where it stands."""
+    return [path for path, g in done.gradients.items() if g is not None and g.numel() and not _any(g)]
+
+
+def _any(gradient: Tensor) -> bool:
+    entries = gradient.coalesce().values() if gradient.is_sparse else gradient
+    return bool((entries != 0).any())
+
+
+def _moved_by_output(done: TrainingPass) -> bool:
+    """Whether anything in reach has a gradient: a loss that is satisfied, or flat, is no matter of its parameters."""
+    assert done.loss is not None
+    seen = [t for t in _tensors(done.output) if t.requires_grad]
+    found = torch.autograd.grad(done.loss, seen, retain_graph=True, allow_unused=True) if seen else ()
+    return any(g is not None and _any(g) for g in found)
+
+
+def _tensors(output: Any) -> list[Tensor]:
+    return [tensor for _, tensor in named_tensors(output)]
+
+
+@dataclass
+class _Flat:
+    """Parameters from which every way to the loss goes through operations without slope."""
+
+    parameters: tuple[str, ...] = ()
+    operations: tuple[str, ...] = ()
+    places: tuple[str, ...] = ()
+    path: str = ""
+
+
+class _Watch(Observer):  # type: ignore[no-untyped-call]
+    """Notes which line and module runs an operation without slope."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lines: dict[Node, tuple[str, str]] = {}
+        self._waiting: list[tuple[Tensor, str, str]] = []
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if func._schema.name.split("::")[-1].strip("_") in FLAT.values():
+            running = [c for c in self.recording.calls if c.stop < 0]
+            self._waiting.append((out, running[-1].path if running else "", calling_line()))
+        return out
+
+    def placed(self) -> dict[Node, tuple[str, str]]:
+        """Module and line by node: below autograd a result does not have its node yet."""
+        return {t.grad_fn: (path, line) for t, path, line in self._waiting if t.grad_fn is not None}
+
+
+def _behind_flat(call: ForwardPass, loss: Any, zeros: Sequence[str]) -> _Flat:
+    watch = _Watch()
+    done = training_pass(call, loss, watch, differentiate=False)
+    assert done.loss is not None
+    flat = flat_nodes(done.loss)
+    if not flat:
+        return _Flat()
+    reached = _variables(done.loss, flat)
+    behind = tuple(path for path in zeros if id(done.parameters[path]) not in reached)
+    mine = {id(done.parameters[path]) for path in behind}
+    guilty = [node for node in flat if mine & {id(n.variable) for n in _above(node) if hasattr(n, "variable")}]
+    places = watch.placed()
+    known = [places[node] for node in guilty[::-1] if node in places]
+    paths = tuple(dict.fromkeys(path for path, _ in known if path))
+    lines = tuple(dict.fromkeys(line for _, line in known if line))
+    operations = tuple(dict.fromkeys(FLAT[operation(node)] for node in guilty))
+    return _Flat(behind, operations, (*paths, *lines), paths[0] if paths else "")
+
+
+def flat_nodes(scalar: Tensor) -> list[Node]:
+    """The operations behind a loss whose derivative is zero everywhere."""
+    return [node for node in nodes_above(scalar) if _is_flat(node)]
+
+
+def _is_flat(node: Node) -> bool:
+    metas: Any = getattr(node, "_input_metadata", [])
+    return operation(node) in FLAT and not any(meta.dtype.is_complex for meta in metas)
+
+
+def _variables(scalar: Tensor, closed: Sequence[Node]) -> set[int]:
+    """Leaves that a loss is made of by ways round some nodes."""
+    return {id(node.variable) for node in _above(value_of(scalar).node, frozenset(closed)) if hasattr(node, "variable")}
+
+
+def _above(node: Node, closed: frozenset[Node] = frozenset()) -> list[Node]:
+    found: dict[Node, None] = {}
+    stack = [node]
+    while stack:
+        current = stack.pop()
+        if current in found or current in closed:
+            continue
+        found[current] = None
+        stack.extend(parent for parent, _ in current.next_functions if parent is not None)
+    return list(found)
+
+
+def straight_through(scalar: Tensor) -> None:
+    """Give every operation without slope behind a loss the derivative 1, for the gradients that are taken of it."""
+    for node in flat_nodes(scalar):
+        node.register_hook(lambda _inputs, outputs: (outputs[0],))
+
+
+def _of_flat(flow: Flow, loss: Any, flat: _Flat, done: TrainingPass) -> Finding:
+    operations = " and ".join(f"torch.{name}" for name in flat.operations)
+    plain = short_training(flow, loss)
+    through = short_training(flow, loss, altered=straight_through)
+    evidence = (
+        f"{len(flat.parameters)} of {len(done.parameters)} parameters that are to be trained get a gradient of exactly "
+        f"zero ({listed(flat.parameters)}; {_share(done, flat.parameters):.0%} of their numbers): the loss is made of "
+        f"them through {operations} ({listed(flat.places, 5)}) alone, whose derivative is zero everywhere"
+    )
+    return Finding(
+        kind="no_gradient",
+        severity="critical" if _share(done, flat.parameters) > 1 - 1e-9 else "warning",
+        steps=(len(flow.steps) - 1,),
+        module_path=flat.path,
+        confidence=1.0,
+        evidence=evidence + _trained(plain, through, "with the derivative 1 in its place"),
+        remedy=f"pass the gradient straight through: x + ({flat.operations[0]}(x) - x).detach() in place of "
+        f"{flat.operations[0]}(x)",
+        reference=_BENGIO,
+        numbers={"parameters": float(len(flat.parameters)), "share": _share(done, flat.parameters)},
+    )
+
+
+def _trained(plain: ShortTraining | None, treated: ShortTraining | None, how: str) -> str:
+    if plain is None or treated is None:
+        return ""
+    return f"; {STEPS} steps of plain SGD take the loss {plain} as it is, {treated} {how}"
+
+
+def _share(done: TrainingPass, paths: Sequence[str]) -> float:
+    return sum(done.parameters[p].numel() for p in paths) / max(1, sum(p.numel() for p in done.parameters.values()))
+
+
+def _stuck(call: ForwardPass, loss: Any, done: TrainingPass, actions: Sequence[Action] = ()) -> frozenset[str] | None:
+    """What still has no gradient when all that has one was moved; None where that cannot be tried."""
+    held = [remedies.scale(path, 1.0) for path in done.parameters]  # the model's own are never written
+    before: frozenset[str] | None = None
+    try:
+        with carried_out(call.module, held), carried_out(call.module, actions):
+            for _ in range(_MOST_ROUNDS):
+                now = training_pass(call, loss)
+                zeros = frozenset(zeros_of(now))
+                if not zeros or zeros == before:
+                    return zeros
+                before = zeros
+                _move(now.parameters, now.gradients)
+    except (StabkitError, RuntimeError):
+        return None
+    return before
+
+
+def _move(parameters: Mapping[str, Tensor], gradients: Mapping[str, Tensor | None]) -> None:
+    with torch.no_grad():
+        for path, parameter in parameters.items():
+            gradient = gradients.get(path)
+            if gradient is None or not _any(gradient) or not bool(gradient.isfinite().all()):
+                continue
+            size = _rms(parameter) or 1.0
+            parameter.sub_(gradient.to_dense() / _rms(gradient.to_dense()), alpha=_MOVE * size)
+
+
+def _rms(tensor: Tensor) -> float:
+    return float(tensor.detach().double().square().mean().sqrt())
+
+
+def _of_zero_factors(
+    flow: Flow, loss: Any, call: ForwardPass, done: TrainingPass, stuck: tuple[str, ...]
+) -> list[Finding]:
+    """Stuck parameters that get a gradient when others of zeros are drawn anew: the first of each product."""
+    empty = [path for path in stuck if not bool(done.parameters[path].detach().any())]
+    left, actions = frozenset(stuck), list[Action]()
+    for role in list(dict.fromkeys(map(role_of, empty)))[:_MOST_TRIALS]:
+        members = [path for path in empty if role_of(path) == role and path in left]
+        drawn = [remedies.redraw(path, _usual(done.parameters[path])) for path in members]
+        after = _stuck(call, loss, done, [*actions, *drawn]) if members else None
+        if after is not None and len(left & after) < len(left):
+            left, actions = left & after, [*actions, *drawn]
+    freed = tuple(path for path in stuck if path not in left)
+    if not freed:
+        return []
+    named = tuple(str(action["parameter"]) for action in actions)
+    both = tuple(path for path in freed if path in empty)
+    kept = tuple(path for path in both if path not in named)
+    plain, treated = short_training(flow, loss), short_training(flow, loss, actions)
+    # a bias between two norms of a small batch has no gradient either, and the model trains without it
+    few = _share(done, freed) < _FEW and all(done.parameters[path].dim() < 2 for path in freed)
+    harmless = worse(treated, plain) or (few and plain is not None and falls(plain))
+    evidence = (
+        f"{len(freed)} of {len(done.parameters)} parameters that are to be trained get a gradient of exactly zero "
+        f"({listed(freed)}; {_share(done, freed):.0%} of their numbers), and still do when all others have moved: they "
+        f"are the factors of products in which {listed(both)} are all zero, so that neither moves the other; with "
+        f"{listed(named)} drawn anew all of them get a gradient"
+    )
+    return [
+        Finding(
+            kind="no_gradient",
+            severity="info" if harmless else "critical" if _share(done, freed) > 1 - 1e-9 else "warning",
+            steps=(len(flow.steps) - 1,),
+            module_path=named[0].rpartition(".")[0],
+            confidence=1.0,
+            evidence=evidence + _trained(plain, treated, "treated"),
+            remedy="none is needed: the model trains without it"
+            if harmless
+            else f"start {listed(named)} from random numbers (root mean square "
+            f"{max(float(action['rms']) for action in actions):.2g})"
+            + (f"; {listed(kept)} may stay at zero" if kept else ""),
+            reference=_LORA,
+            numbers={"parameters": float(len(freed)), "share": _share(done, freed)},
+            actions=() if harmless else tuple(actions),
+        )
+    ]
+
+
+def _usual(parameter: Tensor) -> float:
+    """The size that `torch.nn.Linear` starts a weight of this shape with."""
+    fan_in = parameter.numel() / parameter.shape[0] if parameter.dim() > 1 else 1.0
+    return float((3.0 * fan_in) ** -0.5)

@@ -1,0 +1,1 @@
+"""NaN, infinity and underflow: where they begin, why, and what would keep the numbers in range."""

@@ -1,0 +1,179 @@
+"""Twenty steps of plain gradient descent on a batch, with a model as it is or treated: what a remedy is worth.
+
+The rate is a share of the size of the weights over that of their gradient, so that the units of the loss do not
+matter; the best of a few shares counts. The model, its buffers and the random state stay as they were.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from stabkit.diagnosis.finding import Action
+from stabkit.diagnosis.remedies import computed as remedies
+from stabkit.diagnosis.remedies.applying import carried_out
+from stabkit.diagnosis.remedies.computed import Remedy
+from stabkit.errors import StabkitError
+from stabkit.tracing import Flow
+from stabkit.tracing.recording.containers import map_tensors
+from stabkit.tracing.recording.forward_pass import ForwardPass
+from stabkit.tracing.recording.untouched_model import unchanged
+
+STEPS = 20
+LARGEST = 1_000_000  # parameters beyond which so much training is no small part of a diagnosis
+_CLEARLY = 0.02  # of the first loss
+_SHARES = (0.003, 0.03)  # of the size of the weights that the first step moves them by
+_SMALLER = (3e-4, 3e-5, 3e-6)  # tried where the loss rises with these: a small layer among large ones
+
+
+@dataclass(frozen=True)
+class ShortTraining:
+    """Losses of a short training.
+
+    Attributes:
+        first: before it.
+        last: after it, at the best of the rates; infinite where all diverge.
+    """
+
+    first: float
+    last: float
+
+    def __str__(self) -> str:
+        return f"from {self.first:.3g} to {self.last:.3g}" if math.isfinite(self.last) else "beyond every bound"
+
+
+def short_training(
+    flow: Any,
+    loss: Any,
+    actions: Sequence[Action] = (),
+    altered: Callable[[Tensor], None] | None = None,
+    within: Callable[[], Any] = contextlib.nullcontext,
+) -> ShortTraining | None:
+    """Losses of a short training with a remedy carried out; None where the model is too large or does not train.
+
+    ``flow`` is a traced pass, or the call alone where nothing could be traced. ``altered`` is called with each loss
+    before its gradients are taken, to hang hooks on its graph; each training runs in a context that ``within`` makes.
+    """
+    call = flow.forward_pass if isinstance(flow, Flow) else flow
+    if not isinstance(call, ForwardPass) or not callable(loss):
+        return None
+    model = call.module
+    paths = [path for path, p in model.named_parameters() if p.requires_grad and p.is_floating_point()]
+    if not paths or sum(p.numel() for p in model.parameters()) > LARGEST:
+        return None
+    runs: list[list[float]] = []
+    try:
+        for share in (*_SHARES, *_SMALLER):
+            if share in _SMALLER and any(run[-1] <= run[0] for run in runs):
+                break
+            # stand-ins for all parameters, so that the model's own are never written
+            with (
+                carried_out(model, [remedies.scale(path, 1.0) for path in paths]),
+                carried_out(model, actions),
+                within(),
+            ):
+                runs.append(_run(call, loss, share, altered))
+    except (StabkitError, RuntimeError):
+        return None
+    first = runs[0][0]
+    return ShortTraining(first, min(run[-1] if math.isfinite(run[-1]) else math.inf for run in runs))
+
+
+def trained_with(flow: Any, loss: Any, remedy: Remedy) -> ShortTraining | None:
+    """Losses of a short training with a remedy of any sort: of the model, of its code, or of the data.
+
+    Of data that are divided the output is taken as it is, and multiplied back where the loss holds it against data of
+    the same size: whichever trains better.
+    """
+    if remedy.data == 1.0:
+        return short_training(flow, loss, remedy.actions, within=remedy.within)
+    call = on_divided_data(flow.forward_pass if isinstance(flow, Flow) else flow, remedy.data)
+
+    def back(output: Any) -> Any:
+        return loss(map_tensors(output, lambda t: remedy.data * t if t.is_floating_point() else t))
+
+    runs = [short_training(call, each) for each in (loss, back)]
+    return min((run for run in runs if run is not None), key=lambda run: run.last, default=None)
+
+
+def on_divided_data(call: ForwardPass, by: float) -> ForwardPass:
+    """The same call of float inputs that are divided by a number."""
+    inputs, kwargs = map_tensors([call.inputs, call.kwargs], lambda t: t / by if t.is_floating_point() else t)
+    return replace(call, inputs=tuple(inputs), kwargs=kwargs)
+
+
+def worse(treated: ShortTraining | None, untreated: ShortTraining | None) -> bool:
+    """Whether a treated model ends clearly above one that was left as it is; False where either was not trained.
+
+    A loss that is far too large at the start is no measure of what is clear.
+    """
+    if treated is None or untreated is None or not math.isfinite(untreated.last):
+        return False
+    return treated.last > untreated.last + _CLEARLY * min(abs(untreated.first), abs(treated.first))
+
+
+def clearly_better(treated: ShortTraining, other: ShortTraining) -> bool:
+    """Whether a treated model ends clearly below another."""
+    if not math.isfinite(other.last):
+        return math.isfinite(treated.last)
+    return treated.last < other.last - _CLEARLY * min(abs(other.first), abs(treated.first))
+
+
+def spoils(treated: ShortTraining | None, untreated: ShortTraining | None) -> bool:
+    """Whether nothing is learnt any more with a remedy, and something is without it."""
+    if treated is None or untreated is None or not math.isfinite(untreated.last):
+        return False
+    return falls(untreated) and not falls(treated) and worse(treated, untreated)
+
+
+def helps(treated: ShortTraining | None, untreated: ShortTraining | None) -> bool:
+    """Whether a remedy may be told, as far as training says: it ends no worse, and better where nothing was learnt."""
+    if treated is None or untreated is None:
+        return True
+    if math.isfinite(untreated.last) and falls(untreated):
+        return not worse(treated, untreated)
+    return clearly_better(treated, untreated)
+
+
+def falls(training: ShortTraining) -> bool:
+    """Whether the loss ends clearly below where it began."""
+    return training.last < training.first - _CLEARLY * abs(training.first)
+
+
+def _run(call: ForwardPass, loss: Any, share: float, altered: Callable[[Tensor], None] | None) -> list[float]:
+    losses = []
+    with unchanged(call.module) as safe, torch.enable_grad():
+        safe.copy_buffers()
+        torch.manual_seed(call.seed)
+        weights = [p for p in call.module.parameters() if p.requires_grad and p.is_floating_point()]
+        rate = None
+        for _ in range(STEPS + 1):
+            scalar = loss(call.model(*call.inputs, **call.kwargs))
+            losses.append(float(scalar.detach()))
+            if altered is not None:
+                altered(scalar)
+            grads = torch.autograd.grad(scalar, weights, allow_unused=True)
+            if rate is None:
+                norm = _norm([g for g in grads if g is not None])
+                rate = share * _norm(weights) / norm if norm > 0 else 0.0
+            if not all(g is None or bool(g.isfinite().all()) for g in grads):
+                return [*losses, math.inf]
+            _move(weights, grads, rate)
+    return losses
+
+
+def _move(weights: Sequence[nn.Parameter], grads: Sequence[Tensor | None], rate: float) -> None:
+    with torch.no_grad():
+        for weight, grad in zip(weights, grads, strict=True):
+            if grad is not None:
+                weight.sub_(grad, alpha=rate)
+
+
+def _norm(tensors: Sequence[Tensor]) -> float:
+    return math.sqrt(sum(float(t.detach().double().square().sum()) for t in tensors))

@@ -1,0 +1,176 @@
+"""Remedies carried out: of one finding, or in rounds until nothing is left to treat."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from stabkit.diagnosis.examination import examine
+from stabkit.diagnosis.finding import Finding, serious
+from stabkit.diagnosis.no_gradient.unreached import diagnosis_without_flow
+from stabkit.diagnosis.remedies.applying import carry_out
+from stabkit.diagnosis.states.running_statistics import refill
+from stabkit.diagnosis.suspects import Diagnosis
+from stabkit.diagnosis.thresholds import Thresholds
+from stabkit.errors import ArgumentError
+from stabkit.tracing import trace
+from stabkit.tracing.cutting.endpoints import UnreachedError
+from stabkit.tracing.recording.containers import named_tensors
+from stabkit.tracing.recording.forward_pass import ForwardPass
+
+
+def apply(model: nn.Module, finding: Finding, *, seed: int = 0) -> int:
+    """How many actions of a finding's remedy were carried out on the model, which is changed in place.
+
+    Args:
+        model: the model that was diagnosed.
+        finding: what was found in it.
+        seed: the seed of weights that are drawn anew.
+
+    Raises:
+        ArgumentError: an action names something that the model does not have, or is of an unknown form.
+
+    Example:
+        >>> import torch, stabkit
+        >>> from stabkit.diagnosis import apply
+        >>> model = torch.nn.Sequential(*[torch.nn.Linear(32, 32, bias=False) for _ in range(8)])
+        >>> for layer in model: _ = torch.nn.init.orthogonal_(layer.weight)
+        >>> model[3].weight.data.mul_(20.0).norm() > 100
+        tensor(True)
+        >>> found = stabkit.diagnose(stabkit.trace(model, torch.randn(4, 32)))
+        >>> [(f.kind, f.module_path) for f in found]
+        [('exploding', '3')]
+        >>> apply(model, found[0])
+        1
+        >>> stabkit.diagnose(stabkit.trace(model, torch.randn(4, 32)))
+        []
+    """
+    carry_out(model, finding.actions, seed)
+    return len(finding.actions)
+
+
+@dataclass(frozen=True)
+class Treatment:
+    """A treated copy of a model, and what was done to it.
+
+    Attributes:
+        model: the copy.
+        applied: the findings whose remedies were carried out, in this order.
+        before: the diagnosis of the model as it was given.
+        after: the diagnosis of the copy.
+    """
+
+    model: nn.Module
+    applied: tuple[Finding, ...]
+    before: Diagnosis
+    after: Diagnosis
+
+    @property
+    def silent(self) -> bool:
+        """Whether nothing at warning or above is left."""
+        return not any(serious(finding) for finding in self.after.findings)
+
+    def __str__(self) -> str:
+        lines = [
+            f"{finding.kind} at {finding.module_path or 'the model'}: {finding.remedy}" for finding in self.applied
+        ]
+        left = [
+            f"left, to be done by hand: {f.kind} at {f.module_path or 'the model'}: {f.evidence}; {f.remedy}"
+            for f in self.after.findings
+            if serious(f)
+        ]
+        return "\n".join([*(lines or ["nothing was done"]), *left])
+
+
+def _what(finding: Finding) -> str:
+    return f"{finding.kind} at {finding.module_path or 'the model'}"
+
+
+def _copied(model: nn.Module) -> nn.Module:
+    """A copy; what a pass left in attributes, on its graph, is copied without its history."""
+    memo: dict[int, Any] = {}
+    for module in model.modules():
+        held = [tensor for _, tensor in named_tensors(dict(vars(module)))]
+        memo |= {id(t): t.detach().clone().requires_grad_(t.requires_grad) for t in held if not t.is_leaf}
+    try:
+        return copy.deepcopy(model, memo)
+    except Exception as error:  # whatever a user's own __deepcopy__ or pickle protocol raises
+        raise ArgumentError(
+            f"model cannot be copied, and treat works on a copy: copy.deepcopy(model) ends in {type(error).__name__}: "
+            f"{error}; stabkit.diagnose needs no copy"
+        ) from error
+
+
+def treat(
+    model: nn.Module,
+    *inputs: Any,
+    loss: object = None,
+    kwargs: Mapping[str, Any] | None = None,
+    rounds: int = 8,
+    thresholds: Thresholds | None = None,
+    seed: int = 0,
+    **tracing: Any,
+) -> Treatment:
+    """A copy of a model, treated in rounds until nothing at warning or above is left, with what was done to it.
+
+    Each round diagnoses the copy and carries out the first remedy that helped when it was tried. The model that is
+    given stays as it is. Whether the copy then trains is for a training run to say.
+
+    Args:
+        model: what to treat.
+        *inputs: what it is called with.
+        loss: a callable on the model's output that returns a scalar; None pulls back random cotangents.
+        kwargs: keyword arguments of the call.
+        rounds: remedies that are carried out at most.
+        thresholds: the limits behind the findings.
+        seed: the seed of every random choice.
+        **tracing: further options of `stabkit.trace`, such as ``batch_dim``.
+
+    Raises:
+        ArgumentError: the model is no ``torch.nn.Module``, or no copy can be made of it.
+        TraceError: the model could not be traced. Where nothing leads from the input to the output, and a loss trains
+            parameters still, the copy is left as it is, with what was found.
+
+    Example:
+        >>> import torch
+        >>> layers = [torch.nn.Linear(16, 16, bias=False) for _ in range(12)]
+        >>> for layer in layers: _ = torch.nn.init.orthogonal_(layer.weight)
+        >>> for layer, by in ((layers[2], 0.05), (layers[7], 30.0)): _ = layer.weight.data.mul_(by)
+        >>> done = treat(torch.nn.Sequential(*layers), torch.randn(4, 16))
+        >>> sorted((f.kind, f.module_path) for f in done.applied), done.silent
+        ([('exploding', '7'), ('vanishing', '2')], True)
+    """
+    if not isinstance(model, nn.Module):
+        raise ArgumentError(
+            f"model is a {type(model).__name__}; treat copies and changes modules: give a torch.nn.Module"
+        )
+    treated = _copied(model)
+    applied: list[Finding] = []
+
+    def diagnosed() -> Diagnosis:
+        try:
+            flow = trace(treated, *inputs, kwargs=kwargs, seed=seed, **tracing)
+            flow = flow if loss is None else flow.following(loss)
+        except UnreachedError as error:
+            if loss is None or not any(p.requires_grad for p in treated.parameters()):
+                raise
+            call = ForwardPass(treated, treated, inputs, dict(kwargs or {}), seed)
+            return diagnosis_without_flow(call, loss, str(error))
+        return examine(flow, loss, thresholds=thresholds, seed=seed)
+
+    before = after = diagnosed()
+    for _ in range(rounds):
+        found = next((f for f in after.findings if serious(f) and f.actions), None)
+        if found is None:
+            break
+        carry_out(treated, found.actions, seed)
+        emptied = [action["module"] for action in found.actions if action["action"] == "reset_statistics"]
+        if emptied:
+            refill(treated, emptied, *inputs, **(kwargs or {}))
+        applied.append(found)
+        after = diagnosed()
+    return Treatment(treated, tuple(applied), before, after)

@@ -1,0 +1,114 @@
+"""A few steps of the usual optimizers at the usual rates, on a copy: what the units of a loss do to them.
+
+A rate that is measured by the weights, as in `stabkit.diagnosis.remedies.short_training`, is blind to units; the
+rates that people type in are not.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from stabkit.diagnosis.finding import Action
+from stabkit.diagnosis.remedies import computed as remedies
+from stabkit.diagnosis.remedies.applying import carried_out
+from stabkit.diagnosis.remedies.short_training import LARGEST, STEPS
+from stabkit.errors import StabkitError
+from stabkit.tracing.recording.forward_pass import ForwardPass
+from stabkit.tracing.recording.untouched_model import unchanged
+
+RATES = (1e-2, 1e-3)  # from the usual 0.01 of SGD down to the default of Adam
+EPSILON = 1e-8  # the default of Adam
+_FIRST, _SECOND = 0.9, 0.999  # the decays of its moments
+
+Update = Callable[[int, Tensor, Tensor, list[Tensor]], None]
+
+
+def sgd(rate: float) -> Update:
+    """Plain gradient descent."""
+
+    def update(_step: int, weight: Tensor, gradient: Tensor, _state: list[Tensor]) -> None:
+        weight.sub_(gradient, alpha=rate)
+
+    return update
+
+
+def adam(rate: float, factor: float = 1.0, eps: float = EPSILON) -> Update:
+    """Adam with its default constants but for its eps, on gradients that are multiplied by a factor."""
+
+    def update(step: int, weight: Tensor, gradient: Tensor, state: list[Tensor]) -> None:
+        gradient = factor * gradient
+        if not state:
+            state += [torch.zeros_like(weight), torch.zeros_like(weight)]
+        mean, square = state
+        mean.lerp_(gradient, 1 - _FIRST)
+        square.lerp_(gradient.square(), 1 - _SECOND)
+        size = (square / (1 - _SECOND**step)).sqrt_().add_(eps)
+        weight.addcdiv_(mean, size, value=-rate / (1 - _FIRST**step))
+
+    return update
+
+
+def left_after(
+    call: ForwardPass,
+    loss: Any,
+    updates: Sequence[Update],
+    actions: Sequence[Action] = (),
+    *,
+    steps: int = STEPS,
+    within: Callable[[], AbstractContextManager[Any]] = nullcontext,
+) -> float | None:
+    """What is left of a loss after a few steps, over what it was, at the best of some updates; None where not tried.
+
+    Infinite where all of them diverge. The model, its buffers and the random state stay as they were.
+
+    Args:
+        call: the pass as training makes it.
+        loss: a callable on the output that returns a scalar.
+        updates: ways to move the weights, each of which is tried from the beginning.
+        actions: a remedy that is carried out before each.
+        steps: how many of each.
+        within: makes what each training runs in.
+    """
+    model = call.module
+    paths = [path for path, p in model.named_parameters() if p.requires_grad and p.is_floating_point()]
+    if not paths or sum(p.numel() for p in model.parameters()) > LARGEST:
+        return None
+    left = []
+    try:
+        for update in updates:
+            # stand-ins for all parameters, so that the model's own are never written
+            held = [remedies.scale(path, 1.0) for path in paths]
+            with carried_out(model, held), carried_out(model, actions), within():
+                left.append(_run(call, loss, update, steps))
+    except (StabkitError, RuntimeError):
+        return None
+    return min(left)
+
+
+def _run(call: ForwardPass, loss: Any, update: Update, steps: int) -> float:
+    first = math.nan
+    with unchanged(call.module) as safe, torch.enable_grad():
+        safe.copy_buffers()
+        torch.manual_seed(call.seed)
+        weights = [p for p in call.module.parameters() if p.requires_grad and p.is_floating_point()]
+        states: list[list[Tensor]] = [[] for _ in weights]
+        for step in range(steps + 1):
+            scalar = loss(call.model(*call.inputs, **call.kwargs))
+            value = float(scalar.detach())
+            first = value if step == 0 else first
+            if not math.isfinite(value):
+                return math.inf
+            if step == steps:
+                break
+            gradients = torch.autograd.grad(scalar, weights, allow_unused=True)
+            with torch.no_grad():
+                for weight, gradient, state in zip(weights, gradients, states, strict=True):
+                    if gradient is not None:
+                        update(step + 1, weight, gradient, state)
+    return value / first if first > 0 else math.inf

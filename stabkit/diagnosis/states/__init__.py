@@ -1,0 +1,1 @@
+"""What states and units show: collapse, dead, saturated and copied units, attention, norms and their statistics."""

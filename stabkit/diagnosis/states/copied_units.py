@@ -1,0 +1,92 @@
+"""Units that are copies of each other: they compute the same, get the same gradient, and stay the same."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from stabkit.diagnosis.finding import Finding
+from stabkit.diagnosis.measurement import Measurement, StepMeasurement
+from stabkit.diagnosis.remedies import computed as remedies
+from stabkit.tracing import Flow
+from stabkit.tracing.graph.values import entries_are_finite
+from stabkit.tracing.recording.sharding import whole
+
+_LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_FEWEST = 4  # units from which copies are no accident
+_MOST = 0.1  # distinct units, as a share of all, up to which a layer counts as copied
+
+
+def copied_units_findings(flow: Flow, measurement: Measurement) -> list[Finding]:
+    """Layers that train and whose units are nearly all the same, where nothing else tells the units apart.
+
+    Weights of zero are how branches and heads are started on purpose, and are left to others. Units with biases of
+    their own differ, and so do their gradients.
+    """
+    parameters = dict(flow.model.named_parameters(remove_duplicate=False))
+    modules = dict(flow.model.named_modules())
+    found = []
+    for step in measurement.steps:
+        for weight in step.weights:
+            parameter = parameters.get(weight.path)
+            module = modules.get(weight.module_path)
+            if parameter is None or not parameter.requires_grad or parameter.dim() < 2 or parameter.is_meta:
+                continue
+            if not isinstance(module, _LAYERS) or getattr(module, "groups", 1) > 1:
+                continue
+            if parameter.numel() == len(parameter) and parameter.shape != module.weight.shape:
+                continue  # a gain per unit, beside weights that differ
+            count = distinct_units(parameter, module.bias)
+            if count is not None and count <= max(1, _MOST * len(parameter)):
+                found.append((step, weight.path, weight.unit, len(parameter), count))
+    if not found:
+        return []
+    others = [path for _, path, *_ in found[1:]]
+    return [_finding(*found[0], others=others, steps=[step.index for step, *_ in found])]
+
+
+def distinct_units(weight: Tensor, bias: Tensor | None) -> int | None:
+    """How many units of a layer differ from each other; None for few units, for zeros and for no numbers.
+
+    Beyond a share of ``_MOST`` of all units it is a lower bound.
+
+    Example:
+        >>> [distinct_units(weight, None) for weight in (torch.ones(8, 3), torch.eye(8), torch.zeros(8, 3))]
+        [1, 8, None]
+    """
+    if len(weight) < _FEWEST:
+        return None
+    rows, bias = whole(weight).detach().flatten(1), None if bias is None else whole(bias).detach()
+    sums = rows.sum(dim=1, dtype=torch.promote_types(rows.dtype, torch.float32))
+    if not (entries_are_finite(sums) or entries_are_finite(rows)) or not (bool(sums.any()) or bool(rows.any())):
+        return None
+    # copies have one sum; rows are compared entry by entry only where few sums differ, since that sorts the matrix
+    distinct = len(torch.unique(sums if bias is None else sums + bias.to(sums)))
+    if distinct > max(1, _MOST * len(rows)):
+        return distinct
+    rows = rows if bias is None else torch.cat([rows, bias[:, None].to(rows)], dim=1)
+    return len(torch.unique(rows, dim=0))
+
+
+def _finding(
+    step: StepMeasurement, path: str, unit: float, units: int, count: int, others: list[str], steps: list[int]
+) -> Finding:
+    also = f"; so are those of {', '.join(others[:3])}" if others else ""
+    rms = 1.0 / unit
+    what = "all are copies of one" if count == 1 else f"only {count} differ"
+    return Finding(
+        kind="copied_units",
+        severity="warning",
+        steps=tuple(dict.fromkeys(steps)),
+        module_path=path.rpartition(".")[0] or step.module_path,
+        confidence=1.0,
+        evidence=f"of the {units} units of {path} {what}, bias included: they get the same gradient and stay the same "
+        f"however long they are trained{also}",
+        remedy=f"draw {path} anew, normal with standard deviation {rms:.3g} (1 / sqrt(fan-in))"
+        + (f", and likewise {', '.join(others[:3])}" if others else ""),
+        reference="Goodfellow, Bengio and Courville, Deep learning, 2016, section 8.4",
+        numbers={"units": float(units), "distinct": float(count), "log_share": math.log(count / units)},
+        actions=tuple(remedies.redraw(each, rms) for each in (path, *others)),
+    )

@@ -1,0 +1,149 @@
+"""Running statistics of batch norms that never caught up with the weights, so that training and evaluation disagree.
+
+Two ways to see it. What they were made with, mean 0 and variance 1, is still part of them by (1 - momentum) to the
+power of the batches seen; that is arithmetic. And a loss on this batch that falls when the norms use the batch's own
+statistics is a measurement: one forward pass.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from stabkit.diagnosis.blocks.weights import step_of
+from stabkit.diagnosis.finding import Finding
+from stabkit.diagnosis.remedies import computed as remedies
+from stabkit.diagnosis.states.batch_statistics import collected, is_fresh, standing
+from stabkit.tracing import Flow
+
+_MADE = 0.05  # share of what statistics were made with, from which they cannot have caught up
+#: share of the loss as it is, below which the loss with the batch's own statistics must lie: of statistics that cannot
+#: have caught up, and of others, which may as well be right and this batch unlike the training data
+_BETTER = {True: 0.8, False: 0.5}
+_FAR = 0.25  # of the size of the output, that it must move by where there is no loss
+_REFERENCE = "Wu and Johnson, Rethinking 'Batch' in BatchNorm, 2021; Ioffe and Szegedy, 2015"
+
+
+def statistics_findings(flow: Flow, loss: Any) -> list[Finding]:
+    """Stale running statistics, with what the batch's own ones change; empty for norms in training mode."""
+    norms = {m: p for p, m in flow.model.named_modules() if isinstance(m, _BatchNorm) and not m.training}
+    norms = {m: p for m, p in norms.items() if m.running_mean is not None and not is_fresh(m)}
+    made = max((_as_made(norm) for norm in norms), default=0.0)
+    if not norms or not (made > _MADE or callable(loss)):
+        return []
+    own = collected(flow, list(norms))
+    if own is None:
+        return []
+    before, after = _losses(flow, loss, own) if callable(loss) else (math.nan, math.nan)
+    moved = math.nan if callable(loss) else _moved(flow, own)
+    if not (after < _BETTER[made > _MADE] * before or moved > _FAR):
+        return []
+    worst = max(own, key=lambda norm: _distance(norm, own[norm]))
+    return [_finding(flow, norms, worst, made, (before, after), moved)]
+
+
+def _as_made(norm: _BatchNorm) -> float:
+    """The share of its statistics that is still what they were made with.
+
+    0 where a variance is smaller than that share of 1: then they began with something else, as after loading.
+    """
+    seen = 0 if norm.num_batches_tracked is None else int(norm.num_batches_tracked)
+    if norm.momentum is None or norm.running_var is None or seen == 0:
+        return 0.0
+    made = float((1.0 - norm.momentum) ** seen)
+    return made if float(norm.running_var.min()) >= 0.99 * made else 0.0
+
+
+def _run(flow: Flow, own: dict[_BatchNorm, tuple[Tensor, Tensor]]) -> Any:
+    call = flow.forward_pass
+    with standing(own), torch.no_grad():
+        torch.manual_seed(call.seed)
+        return call.model(*call.inputs, **call.kwargs)
+
+
+def _losses(flow: Flow, loss: Any, own: dict[_BatchNorm, tuple[Tensor, Tensor]]) -> tuple[float, float]:
+    with torch.random.fork_rng(), torch.no_grad():
+        return float(loss(flow.output)), float(loss(_run(flow, own)))
+
+
+def _moved(flow: Flow, own: dict[_BatchNorm, tuple[Tensor, Tensor]]) -> float:
+    """How far the output is from that with the batch's own statistics, beside the size of the latter."""
+    with torch.random.fork_rng(), torch.no_grad():
+        other = _run(flow, own)
+        if not isinstance(other, Tensor) or not isinstance(flow.output, Tensor):
+            return math.nan
+        return float((flow.output - other).norm() / other.norm().clamp_min(1e-30))
+
+
+def _distance(norm: _BatchNorm, own: tuple[Tensor, Tensor]) -> float:
+    """How far running statistics lie from those of the batch: means in standard deviations, and these in nats."""
+    mean, variance = own
+    assert norm.running_mean is not None
+    assert norm.running_var is not None
+    scale = variance + norm.eps
+    shift = (norm.running_mean - mean).square() / scale
+    ratio = 0.5 * ((norm.running_var + norm.eps) / scale).log()
+    return float(shift.mean().sqrt() + ratio.abs().mean())
+
+
+def _finding(
+    flow: Flow,
+    norms: dict[_BatchNorm, str],
+    worst: _BatchNorm,
+    made: float,
+    losses: tuple[float, float],
+    moved: float,
+) -> Finding:
+    path, seen = norms[worst], int(worst.num_batches_tracked if worst.num_batches_tracked is not None else 0)
+    before, after = losses
+    tried = (
+        f"tried on a copy: with the statistics of this batch the loss is {after:.3g} in place of {before:.3g}"
+        if math.isfinite(before)
+        else f"tried on a copy: with the statistics of this batch the output moves by {moved:.0%} of its size"
+    )
+    again = (
+        "collect the running statistics anew with the weights as they are: torch.optim.swa_utils.update_bn(loader, "
+        "model); what is done to this model resets them, and a pass over the data in training mode fills them"
+    )
+    if made > _MADE:
+        why = (
+            f"after {seen} batches with momentum {worst.momentum:.3g}, {made:.0%} of what the running statistics hold "
+            "is still what they were made with, mean 0 and variance 1"
+        )
+        remedy = f"{again}; or train more steps, or raise the momentum"
+    else:
+        why = "the running statistics are not those of this batch"
+        remedy = (
+            f"{again}; a smaller rate at the end of training lets them catch up. If they are right, this batch is "
+            "unlike those that they were collected on"
+        )
+    return Finding(
+        kind="stale_statistics",
+        severity="warning",
+        steps=tuple(sorted({step_of(flow, place) for place in norms.values()})),  # no fault of the worst one alone
+        module_path=path,
+        confidence=1.0,
+        evidence=f"training and evaluation disagree: {why}, most at {path}; {tried}",
+        remedy=remedy,
+        reference=_REFERENCE,
+        numbers={"as_made": made, "loss": before, "loss_with_own": after, "moved": moved},
+        actions=tuple(remedies.reset_statistics(place) for place in norms.values()),
+    )
+
+
+def refill(model: nn.Module, places: list[str], *inputs: Any, **kwargs: Any) -> None:
+    """Fill statistics that were reset, by one pass in which these norms alone are in training mode."""
+    norms = [model.get_submodule(place) for place in places]
+    modes = [(norm, norm.training) for norm in norms]
+    try:
+        for norm in norms:
+            norm.train()
+        with torch.no_grad():
+            model(*inputs, **kwargs)
+    finally:
+        for norm, mode in modes:
+            norm.training = mode

@@ -1,0 +1,1 @@
+"""Which vector fields a step evaluates, and where."""

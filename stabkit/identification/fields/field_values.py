@@ -1,0 +1,116 @@
+"""Where the value of a field ends: beyond its last nonlinear operation, when what is linear in its argument follows.
+
+The normal form takes f(x, t) = g(x, t) - c(t) x apart and moves the linear part into the tableau, which then is that of
+no method, since c is another number at every stage: d = (x - D(x, t)) / t in samplers of diffusion models. What tells
+the value of the field is that the same operations follow g at every stage, and read nothing but g and its argument.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from torch.autograd.graph import Node
+
+from stabkit.identification.form.chain import Link
+from stabkit.identification.form.flow_index import Surroundings
+from stabkit.identification.form.normal_form import NormalForm, Stage, fields_called
+from stabkit.identification.form.operations import MOVES
+from stabkit.identification.form.pieces import ADDED, Piece
+from stabkit.identification.form.slots import Slots
+from stabkit.tracing.graph.values import Value, operation
+
+_CONTINUED = "the value of the field ends after its linear part, which is another one at every stage"
+
+
+@dataclass(frozen=True)
+class _Continued:
+    """One operation that continues the value of a field.
+
+    Attributes:
+        name: of the operation.
+        nodes: it, and what multiplies the argument before it.
+    """
+
+    name: str
+    nodes: frozenset[Node]
+
+
+def continued_fields(form: NormalForm) -> Iterator[frozenset[Node]]:
+    """Operations that may belong to the fields of a form besides those that do; the most first.
+
+    Only a field that is all there is in a step is continued, and at all its stages in the same way.
+    """
+    stages = [stage for stage in form.stages if any(terms.keys() - form.piece.ends for terms in stage.inputs)
+              or any(a in form.sources for terms in stage.inputs for a in terms)]  # fmt: skip
+    if not stages or len({stage.key for stage in stages}) > 1:
+        return
+    chains = [_continuation(form.piece, stage) for stage in stages]
+    count = 0
+    for parts in zip(*chains, strict=False):
+        if len({part.name for part in parts}) > 1:
+            break
+        count += 1
+    for length in range(count, 0, -1):
+        if chains[0][length - 1].name not in MOVES:
+            yield frozenset(node for chain in chains for part in chain[:length] for node in part.nodes)
+
+
+def _continuation(piece: Piece, stage: Stage) -> list[_Continued]:
+    """What follows a stage and reads nothing but its result and its argument, one operation after the other."""
+    arguments = {_root(piece, entry)[0] for entry in stage.entries}
+    if len(arguments) != 1 or stage.output.output == ADDED:
+        return []
+    argument = arguments.pop()
+    readers: defaultdict[Value, list[Node]] = defaultdict(list)
+    for node in piece.nodes:
+        for value in dict.fromkeys(piece.inputs(node)):
+            readers[value].append(node)
+    found: list[_Continued] = []
+    value = stage.output
+    while value not in piece.targets and len(readers[value]) == 1:
+        node = readers[value][0]
+        taken = piece.linear.get(node, ())
+        if value not in taken or len(node._input_metadata) > 1 or node in piece.added:
+            break
+        nodes = {node}
+        for other in taken:
+            root, between = _root(piece, other)
+            nodes |= between if other != value else set()
+            if other != value and root != argument:
+                return found
+        if set(piece.inputs(node)) - set(taken):
+            break
+        found.append(_Continued(operation(node), frozenset(nodes)))
+        value = Value(node, 0)
+    return found
+
+
+def _root(piece: Piece, value: Value) -> tuple[Value, set[Node]]:
+    """What a value is a multiple of, and the operations that multiply it."""
+    between: set[Node] = set()
+    while value not in piece.ends and value.output != ADDED and len(set(piece.linear.get(value.node, ()))) == 1:
+        if set(piece.inputs(value.node)) != set(piece.linear[value.node]):
+            break
+        between.add(value.node)
+        value = piece.linear[value.node][0]
+    return value, between
+
+
+def chains_of_other_fields(
+    around: Surroundings, found: Slots, links: Sequence[Link], steps: tuple[int, ...]
+) -> Iterator[tuple[tuple[Link, ...], tuple[str, ...]]]:
+    """The links of one sum with fields that are calls of modules as a whole, or end later, and what there is to say."""
+    start, stop = steps[0], steps[-1] + 1
+    sums = [link.form for link in links if link.kind == "sum"]
+    if len(sums) > 1 or len(sums[0].stages) < 2:
+        return
+    called = fields_called(sums[0].piece, around.calls)
+    whole = around.chain(start, stop, found, called) if called else ()
+    forms = [*sums, *(link.form for link in whole if link.kind == "sum")]
+    for form in forms:
+        for more in (frozenset[Node](), *continued_fields(form)):
+            other = around.chain(start, stop, found, more | form.piece.owned)
+            if (more or form is not sums[0]) and [link.kind for link in other] == [link.kind for link in links]:
+                yield other, ((_CONTINUED,) if more else ())

@@ -1,0 +1,103 @@
+"""A step between two single tensors as a chain: additions to the state, and maps before, between and after them."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+
+from torch.autograd.graph import Node
+
+from stabkit.identification.form.normal_form import Call, NormalForm, normal_form
+from stabkit.identification.form.operations import ADDS, MOVES, SCALES, WRITES
+from stabkit.identification.form.pieces import Piece
+from stabkit.tracing.graph.composites import Element, element_of
+from stabkit.tracing.graph.graph import Graph
+from stabkit.tracing.graph.values import Value, operation
+
+
+@dataclass(frozen=True, eq=False)
+class Link:
+    """What happens between two values through which everything passes.
+
+    Attributes:
+        kind: ``"sum"`` (a state and something added to it), ``"join"`` (a state and something put beside it),
+            ``"scaling"`` (moves, scalings), ``"weightless"`` (a norm, an activation) or ``"map"`` (anything with
+            weights that has no skip).
+        form: the normal form.
+        nodes: its operations other than moves, additions and scalings.
+    """
+
+    kind: str
+    form: NormalForm
+    nodes: tuple[Node, ...]
+
+    @property
+    def operations(self) -> tuple[str, ...]:
+        """The names of its nodes; a module whose call is known as one counts as one, by its class."""
+        return tuple(operation(e) if isinstance(e, Node) else e.name for e in self.elements)
+
+    @property
+    def elements(self) -> tuple[Node | Element, ...]:
+        """Its nodes, with activations and norms in the place of theirs."""
+        graph = self.form.piece.graph
+        return tuple(dict.fromkeys(element_of(graph, node) or node for node in self.nodes))
+
+
+def chain(
+    graph: Graph,
+    nodes: Sequence[Node],
+    source: Value,
+    target: Value,
+    *,
+    names: Mapping[int, str],
+    contexts: Sequence[Value] = (),
+    calls: Sequence[Call] = (),
+    owned: Collection[Node] = (),
+) -> tuple[Link, ...]:
+    """The links of a step from one tensor to another; arguments as for `normal_form`."""
+    whole = Piece(graph, nodes, [source], [target], contexts=contexts)
+    links: list[Link] = []
+    cuts = _cuts(whole, source, target)
+    start = 0
+    for a, (b, stop) in zip([source, *(value for value, _ in cuts)], cuts, strict=False):
+        part = whole.nodes[start:stop]
+        form = normal_form(graph, part, [a], [b], names=names, contexts=contexts, calls=calls, owned=owned)
+        links.append(_link(form))
+        start = stop
+    return tuple(links)
+
+
+def _cuts(piece: Piece, source: Value, target: Value) -> list[tuple[Value, int]]:
+    """The values through which everything passes, each with the position after which it is alone; the target last."""
+    last: dict[Value, int] = {target: len(piece.nodes)}
+    for position, node in enumerate(piece.nodes):
+        for value in piece.inputs(node):
+            if value not in piece.contexts:
+                last[value] = max(last.get(value, 0), position)
+    dies: dict[int, list[Value]] = {}
+    for value, position in last.items():
+        dies.setdefault(position, []).append(value)
+    alive = {source}
+    found: list[tuple[Value, int]] = []
+    for position, node in enumerate(piece.nodes):
+        alive.update(value for value in (Value(node, i) for i in range(len(node._input_metadata))) if value in last)
+        alive.difference_update(dies.get(position, ()))
+        if len(alive) == 1 and (value := next(iter(alive))) != source and value not in piece.stacked:
+            whole = piece.graph.composites.get(value.node)
+            if operation(value.node) in WRITES or (whole is not None and whole.target != value):
+                continue  # a buffer that holds the state among other things; the inside of what is known as one
+            found.append((value, position + 1))
+    return found if found and found[-1][0] == target else [*found, (target, len(piece.nodes))]
+
+
+def _link(form: NormalForm) -> Link:
+    piece, target = form.piece, form.targets[0]
+    plain = MOVES | ADDS | SCALES
+    nodes = tuple(node for node in piece.nodes if operation(node) not in plain or node in piece.graph.composites)
+    if target in piece.carrying:
+        kind = "sum" if form.merges else "join" if form.stages else "scaling"
+    elif piece.base[target] == piece.sources[0]:
+        kind = "weightless"
+    else:
+        kind = "map"
+    return Link(kind, form, nodes)

@@ -1,0 +1,289 @@
+"""The coefficient between two values that a linear path joins: a number, a diagonal, a gate, a mask, or a move."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from stabkit.identification.form.operations import ADDS, PRODUCTS
+from stabkit.identification.form.pieces import Piece
+from stabkit.results import Result
+from stabkit.tracing.graph.values import Value, meta_of, operation, standard_normal
+from stabkit.vocabulary import moves
+
+_ROUNDINGS = 8.0
+_RESHAPED, _PERMUTED = moves("reshape"), moves("permute")
+
+
+@dataclass(frozen=True)
+class Coefficient(Result):
+    """What multiplies an atom in a linear combination.
+
+    Attributes:
+        kind: ``"scalar"``; ``"diagonal"`` (a constant for each entry, such as LayerScale); ``"gate"`` (a diagonal that
+            depends on the state); ``"dropout"`` (entries kept or dropped at random); ``"samples"`` (whole samples kept
+            or dropped: stochastic depth); ``"part"`` (some entries only: padding, slices); ``"masked"``
+            (as a number, but some entries of the sum are set to zero); ``"moved"`` (entries change
+            places) or ``"mixed"``.
+        value: the number; the mean of a diagonal or gate; the factor of what is kept by dropout.
+        low: smallest entry.
+        high: largest entry.
+        residual: relative deviation from ``kind`` and ``value`` on random cotangents; 0 where the code leaves no room.
+        sample: the first entry of a diagonal; the factor of the samples that are kept; None for other kinds.
+    """
+
+    kind: str
+    value: float
+    low: float
+    high: float
+    residual: float
+    sample: float | None = None
+
+
+class LinearCombination:
+    """A value as a linear combination of the atoms that linear paths join it with.
+
+    Cotangents that are pulled back arrive at all atoms at once, so each is pulled once, however many atoms there are: a
+    run of an adaptive solver has hundreds.
+
+    Attributes:
+        piece: the stretch of the graph.
+        value: what is combined.
+        atoms: what it is combined of, in order.
+        path: the linear nodes between.
+    """
+
+    def __init__(self, piece: Piece, value: Value) -> None:
+        self.piece = piece
+        self.value = value
+        self.atoms, self.path = piece.expand(value)
+
+    def coefficients(self) -> dict[Value, Coefficient]:
+        """The coefficients of the atoms of which something arrives."""
+        found = {atom: self.coefficient(atom) for atom in self.atoms}
+        return {atom: coefficient for atom, coefficient in found.items() if coefficient is not None}
+
+    def coefficient(self, atom: Value) -> Coefficient | None:
+        """The coefficient of an atom; None where nothing of it arrives.
+
+        A cotangent of ones shows the factors whatever the moves. For a source, two random cotangents show besides
+        whether its entries keep their places.
+        """
+        factors, meta = self._ones.get(atom), meta_of(self.value)
+        is_stage = atom not in self.piece.ends
+        if factors is None:
+            return None
+        if is_stage and self._survival is not None:
+            drawn = _of_samples(factors, self._survival, self._dtype)
+            if drawn is not None:
+                return drawn
+        if factors.is_complex():
+            return Coefficient("mixed", float(factors.abs().mean()), 0.0, float(factors.abs().max()), 1.0)
+        nothing = not bool(factors.any())
+        if is_stage and (nothing or not _is_constant(factors, self._dtype)) and self._adds_entries(atom, factors):
+            return Coefficient("scalar", 1.0, float(factors.min()), float(factors.max()), 0.0)
+        if nothing:
+            # a factor that is zero now (ReZero at its start) is a coefficient; a path that selects nothing is none
+            return Coefficient("scalar", 0.0, 0.0, 0.0, 0.0) if is_stage else None
+        if self._spreads_inside or atom in self._spread:
+            factors = factors * (meta_of(atom).numel / meta.numel)
+        kind, number = _kind(factors, meta.numel, self._dtype, gated=self._is_gated, masked=self._is_masked)
+        low, high = float(factors.min()), float(factors.max())
+        sample = float(factors.reshape(-1)[0]) if kind == "diagonal" else None
+        found = Coefficient(kind, number, low, high, 0.0, sample)
+        return found if is_stage else self._certified(atom, found)
+
+    def _adds_entries(self, atom: Value, factors: Tensor) -> bool:
+        """Whether entries of a stage are added to each other: that map belongs to the field.
+
+        What a cotangent of ones shows of g_(i+1) - 2 g_i + g_(i-1), which is 0, is no number before the field. Where
+        every entry goes to one place, random signs arrive with the sizes that ones arrive with.
+        """
+        if self._spreads_inside or atom in self._spread or not factors.is_floating_point():
+            return False
+        meta = meta_of(self.value)
+        signs = standard_normal(meta.shape, 1).sign().to(dtype=meta.dtype, device=meta.device)
+        arrived = self._pulled(signs)[atom]
+        away = float((arrived.abs() - factors.abs()).abs().max())
+        return away > _tolerance(self._dtype) * float(torch.maximum(arrived.abs().max(), factors.abs().max()))
+
+    def _pulled(self, cotangent: Tensor) -> dict[Value, Tensor]:
+        return self.piece.pull(self.path, {self.value: cotangent})
+
+    @cached_property
+    def _ones(self) -> dict[Value, Tensor]:
+        meta = meta_of(self.value)
+        return self._pulled(torch.ones((), dtype=meta.dtype, device=meta.device).expand(meta.shape))
+
+    @cached_property
+    def _dtype(self) -> torch.dtype:
+        """The coarsest precision on the path: a state in double precision may pass a network in single."""
+        known = [meta_of(v).dtype for v in (self.value, *(Value(node, 0) for node in self.path))]
+        floats = [dtype for dtype in known if dtype.is_floating_point or dtype.is_complex]
+        return max(floats, key=lambda dtype: torch.finfo(dtype).eps)
+
+    @cached_property
+    def _drawn(self) -> list[tuple[Tensor, dict[Value, Tensor]]]:
+        """Two random cotangents, and what arrives of each."""
+        meta = meta_of(self.value)
+        drawn = [w.to(meta.dtype) for w in standard_normal((2, *meta.shape), 0)]
+        return [(w, self._pulled(w.to(meta.device))) for w in drawn]
+
+    @cached_property
+    def _constants(self) -> list[Tensor]:
+        """The constant factors on the path."""
+        names = ("_saved_other", "_saved_self", "_saved_result1", "_saved_mask")
+        nodes: list[Any] = [n for n in self.path if operation(n) in PRODUCTS or operation(n) == "NativeDropout"]
+        saved = [getattr(node, name, None) for node in nodes for name in names]
+        return [t.detach() for t in saved if isinstance(t, Tensor) and t.grad_fn is None]
+
+    @cached_property
+    def _survival(self) -> float | None:
+        if not self.piece.graph.draws:
+            return None  # nothing is drawn in eval mode: a zero is an entry of a table, or masks a sample
+        return next((m for m in map(_kept_samples, self._constants) if m is not None), None)
+
+    @cached_property
+    def _is_masked(self) -> bool:
+        return any(not bool((t != 0).all()) for t in self._constants)
+
+    @cached_property
+    def _is_gated(self) -> bool:
+        return self.piece.is_gated(self.path)
+
+    @cached_property
+    def _spread(self) -> set[Value]:
+        """What is given to several entries of a node on the path, so that a cotangent of ones counts it as often."""
+        found: set[Value] = set()
+        for node in self.path:
+            if operation(node) in ADDS | PRODUCTS or operation(node) in ("Expand", "Where"):
+                whole = meta_of(Value(node, 0)).numel
+                found.update(v for v in self.piece.linear[node] if meta_of(v).numel < whole)
+        return found
+
+    @cached_property
+    def _spreads_inside(self) -> bool:
+        return any(v.node in self.path for v in self._spread)
+
+    def _keeps_places(self) -> bool:
+        """Whether the path leads through nothing but additions of equal shapes, and changes of shape alone."""
+        for node in self.path:
+            metas = [meta_of(value) for value in (Value(node, 0), *self.piece.linear[node])]
+            name = operation(node)
+            if name not in _RESHAPED and (name != "Add" or len({meta.shape for meta in metas}) > 1):
+                return False
+            if len({meta.numel for meta in metas}) > 1:
+                return False
+        return True
+
+    def _only_moves(self) -> bool:
+        """Whether the path does nothing but carry every entry to some place, and the places can be counted."""
+        bijective = all(operation(n) in _RESHAPED | _PERMUTED and len(self.piece.linear[n]) == 1 for n in self.path)
+        return bijective and meta_of(self.value).numel < 1 / torch.finfo(self._dtype).eps
+
+    def _masks_all(self, atom: Value) -> bool:
+        """Whether nothing at all arrives of the entries to which this atom gives nothing: they are set to zero."""
+        dropped = (self._ones[atom] == 0).reshape(meta_of(self.value).shape).to(meta_of(self.value).dtype)
+        return not any(bool(cotangent.any()) for cotangent in self._pulled(dropped).values())
+
+    def _certified(self, atom: Value, guess: Coefficient) -> Coefficient:
+        before, after = meta_of(atom), meta_of(self.value)
+        if before.numel != after.numel:
+            return Coefficient("part", guess.value, guess.low, guess.high, 0.0)
+        if guess.kind == "scalar" and guess.low == guess.high == 1.0:
+            if self._keeps_places():
+                return guess  # every entry arrives once, in its place: random cotangents could not tell otherwise
+            if self._only_moves():
+                places = torch.arange(after.numel, dtype=after.dtype, device=after.device)
+                came = self._pulled(places.view(after.shape))[atom].reshape(-1)
+                kept = float((came == places).double().mean())
+                # a permutation with a share of fixed places is that multiple of the identity, and this far from it
+                return guess if kept == 1.0 else replace(guess, kind="moved", residual=math.sqrt(1 - kept * kept))
+        w = torch.stack([c.reshape(-1) for c, _ in self._drawn]).double()
+        s = torch.stack([arrived[atom].reshape(-1) for _, arrived in self._drawn]).double().cpu()
+        coefficient = float((w * s).sum() / (w * w).sum())
+        residual = float((s - coefficient * w).norm() / w.norm())
+        if residual <= _tolerance(self._dtype):
+            number = guess.value if guess.kind == "scalar" else coefficient
+            return Coefficient("scalar", number, guess.low, guess.high, residual)
+        ratios = s / w
+        if bool(torch.allclose(ratios[0], ratios[1], rtol=1e-3, atol=1e-4)):
+            deviation = float((ratios[0] - ratios[1]).abs().max())
+            kind = guess.kind if guess.kind != "scalar" else "diagonal"
+            kind = "masked" if kind == "part" and self._masks_all(atom) else kind
+            return Coefficient(kind, guess.value, guess.low, guess.high, deviation, guess.sample)
+        # numpy's sort: torch's keeps the places as well, and takes ten times as long
+        sizes = [np.sort(t.abs().numpy(), axis=1) for t in (s, w)]
+        moved = float(np.linalg.norm(sizes[0] - sizes[1]) / w.norm()) <= _tolerance(self._dtype)
+        return Coefficient("moved" if moved else "mixed", guess.value, guess.low, guess.high, residual)
+
+
+def _of_samples(factors: Tensor, kept: float, dtype: torch.dtype) -> Coefficient | None:
+    """The coefficient of a branch that whole samples skip: what it is without the draw, and the factor of the kept.
+
+    A draw of zeros and ones may stand beside a division by p; ones alone, without it, are no draw.
+    """
+    flat = factors.detach().double().reshape(-1).cpu()
+    present = flat[flat != 0]
+    base = _number((present / kept).mean()[None], dtype) if kept and present.numel() else 1.0
+    if kept == 1.0 and base > 1.0:
+        kept, base = base, 1.0
+    elif kept == 1.0 and present.numel() == flat.numel():
+        return None
+    return Coefficient("samples", base, float(flat.min()), float(flat.max()), 0.0, kept)
+
+
+def _kind(factors: Tensor, numel: int, dtype: torch.dtype, *, gated: bool, masked: bool) -> tuple[str, float]:
+    flat = factors.detach().double().reshape(-1).cpu()
+    mean = float(flat.mean())
+    if gated and not _is_constant(factors, dtype):
+        return "gate", mean
+    if _is_constant(factors, dtype):
+        return "scalar", _number(flat, dtype)
+    kept = flat[flat != 0]
+    if kept.numel() == flat.numel() or bool((kept - kept[0]).abs().max() > _tolerance(dtype) * kept[0].abs()):
+        return "diagonal", mean
+    number = _number(kept, dtype)
+    if masked and number != 1.0:  # dropout divides what it keeps; a mask of ones is a choice of entries
+        return "dropout", number
+    # entries of a stage that are cut off again (padding) are no choice of entries of the state
+    return "part" if flat.numel() == numel else "scalar", number
+
+
+def _number(flat: Tensor, dtype: torch.dtype) -> float:
+    number = float(flat[0])
+    exact = round(number)
+    return float(exact) if abs(number - exact) <= _tolerance(dtype) else number
+
+
+def _kept_samples(mask: Tensor) -> float | None:
+    """The factor of kept samples, when a constant is a draw that drops whole samples: 0 where it dropped them all.
+
+    Such a draw is one number a sample, 0 or one other.
+    """
+    if mask.dim() < 2 or len(mask) < 2:
+        return None
+    rows = mask.reshape(len(mask), -1)
+    kept = rows[rows != 0]
+    if not bool((rows == rows[:, :1]).all()) or (kept.numel() and not bool((kept == kept[0]).all())):
+        return None
+    if rows.shape[1] > 1 and kept.numel() in (0, rows.numel()):
+        return None  # one number for all, laid out as the state: a coefficient
+    if kept.numel() == rows.numel() and float(kept[0]) < 1.0:
+        return None
+    return float(kept[0]) if kept.numel() else 0.0
+
+
+def _is_constant(factors: Tensor, dtype: torch.dtype) -> bool:
+    spread = float(factors.max() - factors.min())
+    return spread <= _tolerance(dtype) * float(factors.abs().max())
+
+
+def _tolerance(dtype: torch.dtype) -> float:
+    return _ROUNDINGS * torch.finfo(dtype).eps

@@ -1,0 +1,130 @@
+"""What a reading needs to know about the model around a step: parameters by address, module calls, learned factors."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Collection
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import Node
+
+from stabkit.identification.fields.shared import addresses
+from stabkit.identification.form.chain import Link, chain
+from stabkit.identification.form.normal_form import NormalForm, normal_form
+from stabkit.identification.form.operations import PRODUCTS
+from stabkit.identification.form.pieces import Piece
+from stabkit.identification.form.slots import Slots, laid_out_alike, slots
+from stabkit.tracing import Flow
+from stabkit.tracing.graph.loops import loops_of_calls
+from stabkit.tracing.graph.values import meta_of, operation
+
+#: How a factor may come from a learned number p: as code spells it, and as a function.
+_FORMS: dict[str, Callable[[Tensor], Tensor]] = {
+    "{}": lambda p: p,
+    "1 - {}": lambda p: 1 - p,
+    "1 + {}": lambda p: 1 + p,
+    "relu({})": torch.relu,
+    "1 - relu({})": lambda p: 1 - torch.relu(p),
+    "1 + relu({})": lambda p: 1 + torch.relu(p),
+    "relu(1 - {})": lambda p: torch.relu(1 - p),
+    "1 - relu(1 - {})": lambda p: 1 - torch.relu(1 - p),
+    "sigmoid({})": torch.sigmoid,
+    "1 - sigmoid({})": lambda p: 1 - torch.sigmoid(p),
+    "exp({})": torch.exp,
+    "tanh({})": torch.tanh,
+}
+
+
+class Surroundings:
+    """A flow with what readings of its steps share.
+
+    Attributes:
+        flow: the flow.
+        checks: whether readings are confirmed by numbers.
+        names: parameters and buffers of the model by address.
+        calls: calls of modules that are called more than once, as fields are: intervals of the clock, and the path.
+        loops: whose rounds call modules again.
+    """
+
+    def __init__(self, flow: Flow, checks: bool = True) -> None:
+        self.flow = flow
+        self.checks = checks
+        self.graph = flow.recorded.graph
+        self.names = addresses(flow.model)
+        self._modules = dict(flow.model.named_modules())
+        calls = [c for c in flow.recorded.recording.calls if c.finished and c.stop > c.start]
+        counts = Counter(c.path for c in calls)
+        self.calls = tuple((c.start, c.stop, c.path) for c in calls if counts[c.path] > 1)
+        self.loops = loops_of_calls(self.graph)
+
+    def nodes(self, start: int, stop: int) -> list[Node]:
+        """The operations between two states; saved tensors that were forgotten are computed again first."""
+        before, after = self.flow.states[start].position, self.flow.states[stop].position
+        prefetch = self.flow.recorded.prefetch(before, after)
+        if prefetch is not None:
+            prefetch()
+        return self.graph.nodes[before:after]
+
+    def slots(self, start: int, stop: int) -> Slots:
+        """The states of the method between two states of the flow."""
+        found = slots(self.flow, start, stop, self.loops)
+        if len(found.sources) != 1 or len(found.targets) != 1:
+            return found
+        before, after = meta_of(found.sources[0]), meta_of(found.targets[0])
+        if before.shape == after.shape or before.numel != after.numel:
+            return found
+        return laid_out_alike(self.graph, self.nodes(start, stop), found)
+
+    def chain(self, start: int, stop: int, found: Slots, owned: Collection[Node] = ()) -> tuple[Link, ...]:
+        """The links of a method of one state."""
+        nodes = self.nodes(start - found.earlier, stop)
+        return chain(self.graph, nodes, found.sources[0], found.targets[0], names=self.names,
+                     contexts=found.contexts, calls=self.calls, owned=owned)  # fmt: skip
+
+    def normal_form(self, start: int, stop: int, found: Slots, owned: Collection[Node] = ()) -> NormalForm:
+        """The normal form of a method of several states."""
+        nodes = self.nodes(start - found.earlier, stop)
+        return normal_form(self.graph, nodes, found.sources, found.targets, names=self.names,
+                           contexts=found.contexts, calls=self.calls, owned=owned)  # fmt: skip
+
+    def whole(self, start: int, stop: int, found: Slots, owned: Collection[Node] = ()) -> Piece:
+        """All operations of a method as one piece, some of which belong to its fields."""
+        nodes = self.nodes(start - found.earlier, stop)
+        return Piece(self.graph, nodes, found.sources, found.targets, contexts=found.contexts, owned=owned)
+
+    def learned_factors(self, piece: Piece) -> tuple[str, ...]:
+        """Which parameters the constant factors on linear paths come from, as far as simple functions explain them."""
+        found: dict[str, None] = {}
+        paths = {node for target in piece.targets for node in piece.expand(target)[1]}
+        for node, inputs in piece.linear.items():
+            if node not in paths:
+                continue
+            factor = _factor(node) if operation(node) in PRODUCTS and len(inputs) == 1 else None
+            if factor is not None:
+                text = self._origin(node, factor)
+                if text is not None:
+                    found[text] = None
+        return tuple(found)
+
+    def _origin(self, node: Node, factor: Tensor) -> str | None:
+        if factor.data_ptr() in self.names:
+            return self.names[factor.data_ptr()]
+        path = self.flow.recorded.path_of(node)
+        if path not in self._modules:
+            return None
+        for name, parameter in self._modules[path].named_parameters(recurse=False):
+            if parameter.numel() != factor.numel() or not parameter.is_floating_point():
+                continue
+            p = parameter.detach().reshape(-1).to(factor.dtype)
+            for spelling, function in _FORMS.items():
+                if torch.allclose(function(p), factor.reshape(-1), rtol=8 * torch.finfo(factor.dtype).eps, atol=0.0):
+                    return spelling.format(f"{path}.{name}" if path else name)
+        return None
+
+
+def _factor(node: Node) -> Tensor | None:
+    saved: list[Any] = [getattr(node, name, None) for name in ("_saved_other", "_saved_self")]
+    constant = [t for t in saved if isinstance(t, Tensor) and t.grad_fn is None and t.is_floating_point()]
+    return constant[0].detach() if len(constant) == 1 else None

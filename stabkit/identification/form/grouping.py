@@ -1,0 +1,186 @@
+"""Which steps belong together, because one method spans them."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+
+from stabkit.identification.form.pieces import Piece
+from stabkit.identification.form.slots import parts_of
+from stabkit.tracing import Flow
+from stabkit.tracing.graph.loops import Loop
+from stabkit.tracing.graph.values import Value, meta_of
+
+
+def groups(flow: Flow, loops: Sequence[Loop] = ()) -> tuple[tuple[int, int], ...]:
+    """Half-open ranges of steps, each one method.
+
+    Single steps, rounds of loops that were cut, cut branches, pairs of reversible half-steps, and the last of a run of
+    like steps where it was cut before its end.
+    """
+    found: list[tuple[int, int]] = []
+    start = 0
+    while start < len(flow.steps):
+        stop = _round(flow, start, loops) or _branch(flow, start)
+        stop = stop or _half_steps(flow, start) or _cut_short(flow, start) or start + 1
+        found.append((start, stop))
+        start = stop
+    return tuple(found)
+
+
+def _round(flow: Flow, start: int, loops: Sequence[Loop]) -> int | None:
+    """The end of a round of a loop that was cut: between stages, or between the parts of a splitting."""
+    begin = flow.states[start].position
+    loop = next((loop for loop in loops if begin in loop.boundaries and begin < loop.stop), None)
+    if loop is None:
+        return None
+    return next((i for i in range(start + 1, len(flow.states)) if flow.states[i].position in loop.boundaries), None)
+
+
+def is_divided(flow: Flow, start: int, stop: int, loops: Sequence[Loop]) -> bool:
+    """Whether some steps are a round of a loop, and each of them leads from one tensor to one: a splitting."""
+    begin = flow.states[start].position
+    loop = next((loop for loop in loops if begin in loop.boundaries and begin < loop.stop), None)
+    inside = range(start + 1, stop)
+    return loop is not None and bool(inside) and all(_made(flow, loop, index) == 1 for index in inside)
+
+
+def is_part_of_round(flow: Flow, start: int, stop: int, loops: Sequence[Loop]) -> bool:
+    """Whether some steps begin or end within a round of a loop, where more is alive than the one tensor of its state.
+
+    As many operations as a round has are one, wherever it is divided.
+    """
+    begin, end = flow.states[start].position, flow.states[stop].position
+    for loop in loops:
+        ends = {index: flow.states[index].position for index in (start, stop)}
+        cut = [i for i, p in ends.items() if loop.start < p < loop.stop and p not in loop.boundaries]
+        if not cut or begin >= loop.stop or end <= loop.start:
+            continue
+        alive = {_made(flow, loop, index) for index in cut}
+        whole = (end - begin) % loop.period == 0 and len(cut) == 2 and alive == {loop.carried}
+        if not whole and not (loop.carried == 1 and alive == {1}):
+            return True
+    return False
+
+
+def _made(flow: Flow, loop: Loop, index: int) -> int:
+    """How many of the values of a state a loop has made, or taken up at its beginning."""
+    rank = flow.recorded.graph.rank
+    return sum(rank.get(v.node, -1) >= loop.start or v in loop.states[0] for v in flow.states[index].values)
+
+
+def _branch(flow: Flow, start: int) -> int | None:
+    """The end of a step that was cut inside its branch: the state at its start stays alive in all states between."""
+    source = flow.states[start].values
+    return next((stop for old in source if (stop := _end_of(flow, start, old)) is not None), None)
+
+
+def _end_of(flow: Flow, start: int, old: Value) -> int | None:
+    """Where one value has replaced an old one, after two steps or more that had the old one at hand.
+
+    Values beside it, such as the source of an equation, stay alive to the end, or were alive before.
+    """
+    beside = {v for v in flow.states[start].values if v != old}
+    for stop in range(start + 1, len(flow.states)):
+        values = flow.states[stop].values
+        if old in values:
+            if not beside <= set(values) or (beside and not _reads(flow, stop - 1, old)):
+                return None
+            continue
+        new = [v for v in values if v not in beside]
+        if stop == start + 1 or len(new) != 1 or meta_of(new[0]).shape != meta_of(old).shape:
+            return None
+        stays = beside <= set(values) or (start > 0 and beside <= set(flow.states[start - 1].values))
+        return stop if stays and not _feeds_steps(flow, start, stop) else None
+    return None
+
+
+def _reads(flow: Flow, step: int, value: Value) -> bool:
+    graph = flow.recorded.graph
+    nodes = graph.nodes[flow.states[step].position : flow.states[step + 1].position]
+    return any(value in graph.inputs[node] for node in nodes)
+
+
+def _feeds_steps(flow: Flow, start: int, stop: int) -> bool:
+    """Whether the state at the start stays alive because steps of their own read it, each of which has a skip (x0)."""
+    if stop - start < 4:
+        return False
+    graph, fed = flow.recorded.graph, flow.states[start].values[0]
+    for before, after in itertools.pairwise(flow.states[start + 1 : stop]):
+        nodes = graph.nodes[before.position : after.position]
+        new = [v for v in after.values if v not in before.values]
+        old = max((v for v in before.values if v != fed), key=lambda v: graph.rank.get(v.node, -1), default=fed)
+        if len(new) != 1 or not any(fed in graph.inputs[node] for node in nodes):
+            return False
+        others = [v for v in before.values if v != old]
+        if new[0] not in Piece(graph, nodes, [old], new, contexts=others).carrying:
+            return False
+    return True
+
+
+def _cut_short(flow: Flow, start: int) -> int | None:
+    """The end of a step and the rest of it, which together repeat the step before."""
+    if not 0 < start < len(flow.steps) - 1:
+        return None
+    before, first, rest = (flow.steps[i].operations for i in range(start - 1, start + 2))
+    same = flow.states[start].sample_shapes == flow.states[start + 2].sample_shapes
+    return start + 2 if same and first + rest == before else None
+
+
+def _half_steps(flow: Flow, start: int) -> int | None:
+    """The end of a pair of half-steps of two streams, y_1 = x_1 + F(x_2) and then y_2 = x_2 + G(y_1).
+
+    Seen one by one these are two-step methods s_{n+1} = s_{n-1} + F(s_n). That the streams are parts of one tensor
+    tells them apart; or that every other step renews both streams, as when velocity Verlet is cut between its kicks.
+    """
+    if start + 1 >= len(flow.steps):
+        return None
+    if _alternates(flow, start) and (_alternates(flow, start + 2) or _alternates(flow, start - 2)):
+        return start + 2
+    if not split_before(flow, start):
+        return None
+    return start + 2 if _is_shift(flow, start) and _is_shift(flow, start + 1) else None
+
+
+def split_before(flow: Flow, start: int) -> bool:
+    """Whether the two streams before a step were split off one tensor."""
+    for index in range(start, -1, -1):
+        state = flow.states[index]
+        if len(state.values) == 1:
+            parts = parts_of(flow.recorded.graph, flow.recorded.graph.nodes[state.position :], state.values[0])
+            return parts is not None and len(parts) == 2
+        if len(state.values) != 2:
+            return False
+    return False
+
+
+def _alternates(flow: Flow, start: int) -> bool:
+    """Whether a step renews one of two streams, and the next one both."""
+    if not 0 <= start < len(flow.steps) - 1:
+        return False
+    a, b, c = (set(flow.states[i].values) for i in range(start, start + 3))
+    return len(a) == len(b) == len(c) == 2 and len(a & b) == 1 and not b & c
+
+
+def _is_shift(flow: Flow, index: int) -> bool:
+    """Whether a step replaces the older of two streams and keeps the younger; streams may just be split or joined."""
+    graph = flow.recorded.graph
+    before, after = flow.states[index], flow.states[index + 1]
+    nodes = graph.nodes[before.position : after.position]
+    old = list(before.values)
+    if len(old) == 1:
+        parts = parts_of(graph, graph.nodes[before.position :], old[0])
+        old = list(parts) if parts else old
+    new = list(after.values)
+    if len(new) == 1:
+        inputs = graph.inputs.get(new[0].node, [])
+        new = [v for v in inputs if v not in old or v in before.values]
+        return len(new) == 2 and any(v in before.values for v in inputs) and bool(nodes)
+    kept = [v for v in new if v in old]
+    return len(old) == 2 and len(new) == 2 and len(kept) == 1
+
+
+def is_repeated(flow: Flow, start: int, stop: int) -> bool:
+    """Whether the step before a single one, or the one behind it, does the same operations."""
+    near = [i for i in (start - 1, stop) if 0 <= i < len(flow.steps)]
+    return stop == start + 1 and any(flow.steps[i].operations == flow.steps[start].operations for i in near)

@@ -1,0 +1,418 @@
+"""The affine normal form of a step: new states and stage inputs as linear combinations of old states and stages.
+
+    Y_i = sum_j U_ij x_j + sum_m A_im k_m,   k_i = F_i(Y_i),   x'_j = sum_l V_jl x_l + sum_i B_ji k_i.
+
+A stage F_i is a maximal region of operations that are not linear; it begins where a linear combination ends in which
+a state takes part, at a state itself, or at another stage that also enters such a combination.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import Node
+
+from stabkit.identification.fields.shared import key_of, parameters_of
+from stabkit.identification.form.coefficients import Coefficient, LinearCombination
+from stabkit.identification.form.operations import JOINS, MOVES, has_matrix, is_affine, is_opaque
+from stabkit.identification.form.pieces import ADDED, Piece, pull
+from stabkit.tracing.graph.graph import Graph
+from stabkit.tracing.graph.values import Value, meta_of, operation, random_tensors
+
+Terms = dict[Value, Coefficient]
+Regions = dict[Value, tuple[tuple[Node, ...], tuple[Value, ...]]]  # of stages: their nodes, and where they begin
+_ROUNDINGS = 4096.0  # products with a whole field, in another order
+Call = tuple[int, int, str]  # of a module: an interval of the clock, and its path
+
+
+@dataclass(frozen=True, eq=False)
+class Stage:
+    """A maximal nonlinear region.
+
+    Attributes:
+        output: what it gives out.
+        nodes: its operations, in order.
+        entries: the values at which it begins.
+        inputs: these values as linear combinations of states and earlier stages.
+        is_affine: whether all its operations are affine in what depends on the state.
+        is_weightless: whether it has no matrix and no kernel: a norm, an activation.
+        opaque: its operations whose inside is not on the graph.
+        key: equal for two stages that evaluate the same field.
+    """
+
+    output: Value
+    nodes: tuple[Node, ...]
+    entries: tuple[Value, ...]
+    inputs: tuple[Terms, ...]
+    is_affine: bool
+    is_weightless: bool
+    opaque: tuple[str, ...]
+    key: tuple[object, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class NormalForm:
+    """New states and stage inputs in terms of old states and stages.
+
+    Attributes:
+        piece: the stretch of the graph.
+        stages: in the order in which they are computed.
+        forms: every target as a linear combination.
+        merges: how many additions join a state with something else.
+    """
+
+    piece: Piece
+    stages: tuple[Stage, ...]
+    forms: tuple[Terms, ...]
+    merges: int
+
+    @property
+    def sources(self) -> tuple[Value, ...]:
+        """The old states."""
+        return self.piece.sources
+
+    @property
+    def targets(self) -> tuple[Value, ...]:
+        """The new states."""
+        return self.piece.targets
+
+
+def normal_form(
+    graph: Graph,
+    nodes: Sequence[Node],
+    sources: Sequence[Value],
+    targets: Sequence[Value],
+    *,
+    names: Mapping[int, str],
+    contexts: Sequence[Value] = (),
+    calls: Sequence[Call] = (),
+    owned: Collection[Node] = (),
+) -> NormalForm:
+    """The affine normal form of a stretch of a graph.
+
+    Args:
+        graph: the recorded graph.
+        nodes: those that may lie between the sources and the targets, in order.
+        sources: the old states.
+        targets: the new states.
+        names: parameters and buffers of the model by address, which tell shared fields.
+        contexts: values that come from before and are held fixed.
+        calls: calls of modules that are called repeatedly, as intervals of the clock. What is called at several points
+            of one step is a field as a whole, whatever it adds inside. A factor that a field's own
+            module applies to its result, such as cos(t), belongs to the field; without this the stages of a
+            Runge-Kutta method would carry it.
+        owned: operations that belong to fields, whatever they do.
+    """
+
+    def build(more: set[Node]) -> NormalForm:
+        return _build(Piece(graph, nodes, sources, targets, contexts=contexts, owned=more.union(owned)), names)
+
+    form = build(set())
+    for fields in (fields_called(form.piece, calls), _assembled(form.piece)):
+        whole = build(fields) if fields else form
+        if whole is not form and _is_simpler(whole, form):
+            form = whole
+            break
+    own = _owned_scalings(form, calls)
+    return build(own | form.piece.owned) if own else form
+
+
+def fields_called(piece: Piece, calls: Sequence[Call]) -> set[Node]:
+    """The operations of modules that are called at several points of a stretch."""
+    if not piece.nodes:
+        return set()
+    times = {node: node._sequence_nr() for node in piece.nodes}
+    first, last = min(times.values()), max(times.values())
+    inside = [c for c in calls if first <= c[0] and c[1] <= last + 1]
+    often = Counter(path for *_, path in inside)
+    again = [c for c in inside if often[c[2]] > 1]
+    return {node for node, time in times.items() if any(start <= time < stop for start, stop, _ in again)}
+
+
+def _assembled(piece: Piece) -> set[Node]:
+    """Vectors that are put together from parts of a state, and then added to one: the value of a field."""
+    found: set[Node] = set()
+    for node in piece.nodes:
+        if operation(node) not in JOINS or Value(node, 0) in piece.targets:
+            continue
+        if any(meta_of(Value(node, 0)).numel == meta_of(source).numel for source in piece.sources):
+            found.add(node)
+    return found
+
+
+def _is_simpler(whole: NormalForm, form: NormalForm) -> bool:
+    """Whether a form with composed fields passes each state on as a number, and has no more fields than the other."""
+    kinds = {c.kind for terms in whole.forms for a, c in terms.items() if a in whole.sources}
+    before = {c.kind for terms in form.forms for a, c in terms.items() if a in form.sources}
+    if not whole.stages or not kinds or kinds & {"moved", "mixed", "part"}:
+        return False
+    fields = [len({stage.key for stage in f.stages}) for f in (whole, form)]
+    return fields[0] < fields[1] or bool(before & {"moved", "mixed", "part"})
+
+
+def _owned_scalings(form: NormalForm, calls: Sequence[Call]) -> set[Node]:
+    """Gains of norms, and scalings of stages in the call of a repeated module that adds nothing to a state."""
+    stages = {stage.output: stage for stage in form.stages}
+    piece = form.piece
+    merged = [value.node._sequence_nr() for value in piece.merges]
+    only = _only_atoms(piece)
+    owned: set[Node] = set()
+    for node, edges in piece.linear.items():
+        if len(edges) != 1 or operation(node) in MOVES or Value(node, 0) in piece.carrying:
+            continue
+        atom = only[edges[0].node] if edges[0].node in only and edges[0] not in piece.ends else edges[0]
+        if atom is None or atom not in stages:
+            continue
+        first, last = stages[atom].nodes[0]._sequence_nr(), node._sequence_nr()
+        if piece.is_norm(atom) and piece.has_factors(node):
+            owned.add(node)  # what is normalised has no size of its own: its gain for each channel gives it one
+            continue
+        around = [c for c in calls if c[0] <= first and last < c[1]]
+        if any(not any(start <= time < stop for time in merged) for start, stop, _ in around):
+            owned.add(node)
+    return owned
+
+
+def _only_atoms(piece: Piece) -> dict[Node, Value | None]:
+    """The one atom that a linear operation is a multiple of; None where it combines several."""
+    found: dict[Node, Value | None] = {}
+    for node in piece.nodes:
+        if node in piece.linear:
+            below = {v if v in piece.ends else found.get(v.node, v) for v in piece.linear[node]}
+            below |= {Value(node, ADDED)} if node in piece.added else set()
+            found[node] = below.pop() if len(below) == 1 else None
+    return found
+
+
+def _build(piece: Piece, names: Mapping[int, str]) -> NormalForm:
+    atoms: dict[Value, None] = {}  # stages, in the order in which they were met
+    entered: dict[Value, None] = {}
+    paths: set[Node] = set()
+    for target in piece.targets:
+        found, path = piece.expand(target)
+        atoms.update(dict.fromkeys(v for v in found if v not in piece.ends))
+        paths |= path
+    regions: Regions = {}
+    while True:
+        stops = set(atoms) | piece.ends
+        combined = _combined(piece, stops)
+        regions = {atom: _region(piece, atom, stops, combined) for atom in atoms}
+        entered = dict.fromkeys(entry for _, entries in regions.values() for entry in entries)
+        more = [v for entry in entered for v in piece.expand(entry)[0] if v not in piece.ends and v not in atoms]
+        if not more:
+            break
+        atoms.update(dict.fromkeys(more))
+    regions = _composed(piece, _divide_repeated(piece, regions), names)
+    rank = {node: i for i, node in enumerate(piece.nodes)}
+    ordered = sorted(regions, key=lambda v: (rank[v.node], v.output))
+    stages = _told_apart(piece, [_stage(piece, atom, *regions[atom], names) for atom in ordered])
+    forms = tuple(LinearCombination(piece, target).coefficients() for target in piece.targets)
+    merges = sum(Value(node, 0) in piece.merges for node in paths)
+    return NormalForm(piece, stages, forms, merges)
+
+
+def _region(
+    piece: Piece, atom: Value, stops: set[Value], combined: set[Node]
+) -> tuple[tuple[Node, ...], tuple[Value, ...]]:
+    """The operations of a stage and the values at which it begins."""
+    nodes: set[Node] = set()
+    entries: dict[Value, None] = {}
+    stack = [atom.node]
+    while stack:
+        node = stack.pop()
+        if node in nodes:
+            continue
+        nodes.add(node)
+        for value in piece.inputs_of(atom) if node is atom.node else piece.inputs(node):
+            if _is_entry(piece, value, stops, combined):
+                entries[value] = None
+            else:
+                stack.append(value.node)
+    return tuple(n for n in piece.nodes if n in nodes), tuple(entries)
+
+
+def _combined(piece: Piece, stops: set[Value]) -> set[Node]:
+    """The operations that combine sources and stages alone, by numbers: nothing is put side by side or gated.
+
+    Told for all at once, since each by itself would be followed back over all before it: a scan over time is one long
+    combination.
+    """
+    found: set[Node] = set()
+    for node in piece.nodes:
+        if node not in piece.linear or piece.is_gated({node}):
+            continue
+        joins = operation(node) in JOINS and len(set(piece.inputs(node))) > 1
+        if joins or (node in piece.added and Value(node, ADDED) not in stops):
+            continue
+        if all(v in stops or (v.output != ADDED and v.node in found) for v in piece.linear[node]):
+            found.add(node)
+    return found
+
+
+def _is_entry(piece: Piece, value: Value, stops: set[Value], combined: set[Node]) -> bool:
+    if value in stops:
+        return True
+    if value in piece.merges:  # one of parts of a state lies inside a field
+        return any(meta_of(value).numel == meta_of(source).numel for source in piece.sources)
+    return value.output != ADDED and value.node in combined
+
+
+def _stage(
+    piece: Piece, atom: Value, nodes: tuple[Node, ...], entries: tuple[Value, ...], names: Mapping[int, str]
+) -> Stage:
+    inputs: list[Terms] = []
+    for entry in entries:
+        terms = (
+            LinearCombination(piece, entry).coefficients()
+            if entry not in piece.ends
+            else {entry: Coefficient("scalar", 1, 1, 1, 0)}
+        )
+        if terms and not any(_same(terms, known) for known in inputs):
+            inputs.append(terms)
+    return Stage(
+        output=atom,
+        nodes=nodes,
+        entries=entries,
+        inputs=tuple(inputs),
+        is_affine=all(is_affine(n, len(piece.inputs_of(atom) if n is atom.node else piece.inputs(n))) for n in nodes),
+        is_weightless=not any(has_matrix(n) or is_opaque(n) for n in nodes),
+        opaque=tuple(sorted({operation(n) for n in nodes if is_opaque(n)})),
+        key=key_of(nodes, names),
+    )
+
+
+def stage_vjp(piece: Piece, stage: Stage, cotangent: Tensor) -> dict[Value, Tensor]:
+    """A cotangent of a stage's output pulled back to the values at which it begins."""
+    allowed = {node: piece.inputs(node) for node in stage.nodes}
+    given = cotangent.to(meta_of(stage.output).dtype)  # a field may be evaluated in another precision than the state
+    return pull(piece.graph, list(stage.nodes), allowed, {stage.output: given})
+
+
+def _told_apart(piece: Piece, stages: Sequence[Stage]) -> tuple[Stage, ...]:
+    """Stages of the same weights at one argument that give different things are different fields.
+
+    What goes along the edges of a graph is added to both ends of each: g_i + g_j, one after the other, with other
+    indices and another sign. Weights do not tell these two, their products with one vector do.
+    """
+    out: list[Stage] = []
+    for stage in stages:
+        alike = [s for s in out if s.key[: len(stage.key)] == stage.key and _at_one_point(s, stage)]
+        fields: list[tuple[object, ...]] = list(dict.fromkeys(s.key for s in alike))
+        for s in alike:
+            if not _acts_as(piece, s, stage):
+                continue
+            fields, stage = [], replace(stage, key=s.key)
+            break
+        out.append(replace(stage, key=(*stage.key, len(fields))) if fields else stage)
+    return tuple(out)
+
+
+def _at_one_point(a: Stage, b: Stage) -> bool:
+    return len(a.inputs) == len(b.inputs) and all(_same(x, y) for x, y in zip(a.inputs, b.inputs, strict=True))
+
+
+def _acts_as(piece: Piece, a: Stage, b: Stage) -> bool:
+    """Whether two stages pull one random cotangent back alike."""
+    if meta_of(a.output).shape != meta_of(b.output).shape or len(a.entries) != len(b.entries):
+        return False
+    (w,) = random_tensors([a.output], seed=0)
+    left, right = (stage_vjp(piece, s, w) for s in (a, b))
+    for x, y in zip(a.entries, b.entries, strict=True):
+        if x not in left or y not in right:
+            return x not in left and y not in right
+        size = float(left[x].norm())
+        if float((left[x] - right[y]).norm()) > _ROUNDINGS * torch.finfo(left[x].dtype).eps * size:
+            return False
+    return True
+
+
+def _same(a: Terms, b: Terms) -> bool:
+    return a.keys() == b.keys() and all(replace(a[k], residual=0.0) == replace(b[k], residual=0.0) for k in a)
+
+
+def _composed(piece: Piece, regions: Regions, names: Mapping[int, str]) -> Regions:
+    """Join a stage into an activation that alone takes it, beside the state: tanh(K x - c x) is one field.
+
+    Where the taker has weights of its own the two are stages of a method, as in x + g(x + f(x)).
+    """
+    out = dict(regions)
+    given_out = {atom for target in piece.targets for atom in piece.expand(target)[0]}
+
+    def joins(inner: Value, taker: Value) -> bool:
+        weightless = not any(has_matrix(n) or is_opaque(n) or parameters_of([n], names) for n in regions[taker][0])
+        return inner in out and inner not in given_out and inner.output != ADDED and weightless
+
+    while True:
+        takers: dict[Value, set[Value]] = {}
+        beside: set[Value] = set()  # what enters a stage together with something else
+        for taker, (_, entries) in out.items():
+            for entry in entries:
+                atoms = [entry] if entry in out else piece.expand(entry)[0]
+                beside.update(atoms if len(atoms) > 1 else ())
+                for atom in atoms:
+                    takers.setdefault(atom, set()).add(taker)
+        inner = next(
+            (a for a, who in takers.items() if a in beside and len(who) == 1 and joins(a, next(iter(who)))), None
+        )
+        if inner is None:
+            return out
+        taker = next(iter(takers[inner]))
+        nodes, entries = out[taker]
+        more, begins = out.pop(inner)
+        inside, left = {*nodes, *more}, dict.fromkeys(begins)
+        for entry in entries:
+            atoms, path = ([entry], set[Node]()) if entry in regions else piece.expand(entry)
+            if inner in atoms:
+                inside |= path
+                left.update(dict.fromkeys(a for a in atoms if a != inner))
+            else:
+                left[entry] = None
+        out[taker] = (tuple(n for n in piece.nodes if n in inside), tuple(left))
+
+
+def _divide_repeated(piece: Piece, regions: Regions) -> Regions:
+    """Cut a chain of operations that repeats those of another stage m times into m stages (FractalNet's columns)."""
+    patterns = {atom: _pattern(nodes) for atom, (nodes, _) in regions.items()}
+    out = dict(regions)
+    for atom, (nodes, entries) in regions.items():
+        if all(is_affine(node, 1) for node in nodes):
+            continue  # D^T D x beside D^T x is one linear map, and not two stages
+        for pattern in patterns.values():
+            times = len(patterns[atom]) // max(1, len(pattern))
+            if times < 2 or pattern * times != patterns[atom] or not pattern:
+                continue
+            cut = _cut_chain(piece, nodes, len(pattern))
+            if cut is None:
+                continue
+            del out[atom]
+            begins: tuple[Value, ...] = entries
+            for part in cut:
+                end = atom if part[-1] is nodes[-1] else Value(part[-1], 0)
+                out[end] = (part, begins)
+                begins = (end,)
+            break
+    return out
+
+
+def _pattern(nodes: Sequence[Node]) -> tuple[str, ...]:
+    return tuple(operation(n) for n in nodes if operation(n) not in MOVES)
+
+
+def _cut_chain(piece: Piece, nodes: tuple[Node, ...], length: int) -> list[tuple[Node, ...]] | None:
+    """Parts of ``length`` operations each, when every operation reads just the one before it."""
+    if any(len(set(piece.inputs(node))) != 1 for node in nodes):
+        return None
+    parts: list[list[Node]] = [[]]
+    count = 0
+    for node in nodes:
+        moves = operation(node) in MOVES
+        if count == length and not moves:
+            parts.append([])
+            count = 0
+        parts[-1].append(node)
+        count += not moves
+    return [tuple(part) for part in parts]

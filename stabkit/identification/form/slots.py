@@ -1,0 +1,246 @@
+"""Which values of a recorded state are the states of the method, and which old one a new one follows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch.autograd.graph import Node
+
+from stabkit.identification.form.operations import ADDS, JOINS, MOVES
+from stabkit.tracing import Flow
+from stabkit.tracing.graph.graph import Graph
+from stabkit.tracing.graph.loops import Loop
+from stabkit.tracing.graph.values import Value, meta_of, operation
+from stabkit.tracing.products.node_derivatives import apply_node
+from stabkit.vocabulary import moves
+
+_SPLITS = moves("select")
+_REARRANGE = moves("reshape") | moves("permute")
+_FEW_MOVES = 4
+
+
+@dataclass(frozen=True, eq=False)
+class Slots:
+    """States of a method before and after some steps.
+
+    Attributes:
+        sources: old states; the parts of one tensor where the code splits it at once.
+        targets: new states, in the same order.
+        contexts: values held fixed: the input of a recurrent network.
+        split: whether the states are parts of one tensor.
+        earlier: how many steps of the flow before the first one the old states were made.
+    """
+
+    sources: tuple[Value, ...]
+    targets: tuple[Value, ...]
+    contexts: tuple[Value, ...]
+    split: bool
+    earlier: int = 0
+
+
+def slots(flow: Flow, start: int, stop: int, loops: Sequence[Loop] = ()) -> Slots:
+    """The states of the method that leads from ``states[start]`` to ``states[stop]``.
+
+    Values that only wait for the output (the hidden states that a recurrent network returns) are none. A value that
+    passes unchanged while a younger one is replaced is a context, unless values take turns in its place: these are the
+    history of a multistep method. What was a context before stays one where the method ends. Of rounds of a loop the
+    states are known: what is alive beside them is a context.
+    """
+    graph = flow.recorded.graph
+    before, after = flow.states[start], flow.states[stop]
+    nodes = graph.nodes[before.position : after.position]
+    used = {v for node in nodes for v in graph.inputs[node]}
+    rounds = next(filter(None, (loop.states_at(before.position, after.position) for loop in loops)), None)
+    if rounds is not None:
+        old, new = [v for v in rounds[0] if v in before.values], [v for v in rounds[1] if v in after.values]
+        return _arranged(graph, nodes, old, new, tuple(v for v in before.values if v in used and v not in old))
+    if stop < len(flow.steps):
+        end = flow.states[stop + 1].position
+        last = {v.node for v in flow.states[-1].values if operation(v.node) in JOINS}  # it collects what was returned
+        later = {v for node in graph.nodes[after.position : end] if node not in last for v in graph.inputs[node]}
+        new = [v for v in after.values if v in later]
+    else:
+        new = list(after.values)
+    new = [v for v in new if v in used or v not in before.values]  # the others only pass by, on their way to the output
+    old = [v for v in before.values if v in used]
+    if stop < len(flow.steps) and len(new) < len(old):
+        new = _with_waiting(flow, nodes, [v for v in old if v not in after.values], stop, new)
+    fed = _read_ahead(flow, nodes, old, new)
+    old, new = [v for v in old if v not in fed], [v for v in new if v not in fed]
+    contexts = _contexts(flow, start, old, new)
+    old, new = [v for v in old if v not in contexts], [v for v in new if v not in contexts]
+    return _arranged(graph, nodes, old, new, (*contexts, *(v for v in fed if v in before.values)))
+
+
+def _with_waiting(flow: Flow, nodes: Sequence[Node], dropped: list[Value], stop: int, new: list[Value]) -> list[Value]:
+    """New values with those that wait for a later step than the next one: an encoder's result, a sum beside the state.
+
+    Where there are others, those alone that follow an old one along additions; what is collected for the output, by a
+    join at the end, does not count as read.
+    """
+    graph, after = flow.recorded.graph, flow.states[stop]
+    last = {v.node for v in flow.states[-1].values if operation(v.node) in JOINS}
+    read = {v for node in graph.nodes[after.position :] if node not in last for v in graph.inputs[node]}
+    made, follows = set(nodes), set(dropped)
+    for node in nodes:
+        if operation(node) in ADDS | MOVES and not follows.isdisjoint(graph.inputs[node]):
+            follows.update(Value(node, i) for i in range(len(node._input_metadata)))
+    waiting = [v for v in after.values if v.node in made and v in read and (not new or v in follows)]
+    return [*new, *(v for v in waiting if v not in new)]
+
+
+def _arranged(
+    graph: Graph, nodes: Sequence[Node], old: list[Value], new: list[Value], contexts: tuple[Value, ...]
+) -> Slots:
+    """States in the order in which they were made, or the parts of them."""
+    sources, targets = (sorted(values, key=lambda v: (_born(graph, v), v.output)) for values in (old, new))
+    targets = _by_shape(sources, targets)
+    parted = _parted(graph, nodes, sources, targets)
+    if parted is not None:
+        return Slots(*parted, contexts, True)
+    return Slots(tuple(sources), tuple(targets), contexts, False)
+
+
+def laid_out_alike(graph: Graph, nodes: Sequence[Node], found: Slots) -> Slots:
+    """One state behind moves that it alone passes at once, or before such that end the step, where shapes then agree.
+
+    A batch that comes first between layers, and time first inside of one, is one state.
+    """
+    source, target = found.sources[0], found.targets[0]
+    starts, ends = [source], [target]
+    while (after := _moved_on(graph, nodes, starts[-1])) is not None and len(starts) <= _FEW_MOVES:
+        starts.append(after)
+    while operation(ends[-1].node) in _REARRANGE and len(ends) <= _FEW_MOVES and ends[-1].node in nodes:
+        ends.append(graph.inputs[ends[-1].node][0])
+    for a in starts:
+        for b in ends:
+            if meta_of(a).shape == meta_of(b).shape and a != b:
+                return replace(found, sources=(a,), targets=(b,))
+    return found
+
+
+def _moved_on(graph: Graph, nodes: Sequence[Node], value: Value) -> Value | None:
+    """What a value is after the one operation that reads it, when that puts its entries into another order."""
+    readers = [node for node in nodes if value in graph.inputs[node]]
+    if len(readers) != 1 or operation(readers[0]) not in _REARRANGE or len(graph.inputs[readers[0]]) != 1:
+        return None
+    return Value(readers[0], 0)
+
+
+def _by_shape(sources: list[Value], targets: list[Value]) -> list[Value]:
+    """Targets with those of one shape where the sources of that shape are, in the order in which they were made."""
+    shapes, left = [meta_of(v).shape for v in sources], list(targets)
+    if sorted(shapes) != sorted(meta_of(v).shape for v in targets):
+        return targets
+    found = []
+    for shape in shapes:
+        target = next(v for v in left if meta_of(v).shape == shape)
+        left.remove(target)
+        found.append(target)
+    return found
+
+
+def _contexts(flow: Flow, start: int, old: list[Value], new: list[Value]) -> list[Value]:
+    """Which of the old values are held fixed."""
+    graph = flow.recorded.graph
+    dropped = [v for v in old if v not in new]
+    passing = [v for v in old if v in new]
+    found = [v for v in passing if _takes_no_turn(flow, v) and
+             (_span(flow, v) > len(old) or any(_born(graph, d) > _born(graph, v) for d in dropped))]  # fmt: skip
+    if not passing and len(old) > len(new):  # the last step of a method: a context is read, and not needed any more
+        found = [v for v in old if _span(flow, v) > len(old) and _takes_no_turn(flow, v)]
+        found = found if len(old) - len(found) == len(new) else []
+    if not found and len(old) > len(new):
+        found = [v for v in dropped if _is_one_of_a_sequence(flow, v)]
+        found = found if len(old) - len(found) == len(new) else []
+    return found if len(found) < len(old) else []
+
+
+def _is_one_of_a_sequence(flow: Flow, value: Value) -> bool:
+    """Whether a value was taken from one tensor together with others that are read at other times: an input."""
+    if operation(value.node) not in _SPLITS:
+        return False
+    siblings = [{v for v in state.values if v.node is value.node} for state in flow.states]
+    return any(others and value not in others for others in siblings)
+
+
+def _span(flow: Flow, value: Value) -> int:
+    """In how many states of the flow a value is alive."""
+    return sum(value in state.values for state in flow.states)
+
+
+def _takes_no_turn(flow: Flow, value: Value) -> bool:
+    """Whether no other value of its shape lives as long as this one, earlier or later, as in a shift register."""
+    lives: dict[Value, list[int]] = {}
+    for state in flow.states:
+        for v in state.values:
+            if meta_of(v).shape == meta_of(value).shape:
+                lives.setdefault(v, []).append(state.index)
+    first, last = lives[value][0], lives[value][-1]
+    return not any(life[0] - first == life[-1] - last != 0 for life in lives.values())
+
+
+def _born(graph: Graph, value: Value) -> int:
+    return graph.rank.get(value.node, -1)
+
+
+def _read_ahead(flow: Flow, nodes: Sequence[Node], old: list[Value], new: list[Value]) -> tuple[Value, ...]:
+    """The input of a recurrent network, and what of it is prepared for the next step: read, but no state.
+
+    Inputs are what came unchanged from the beginning of the flow, when some of the new values depend on nothing else
+    while others do.
+    """
+    first = flow.states[0].values
+    inputs = {v for v in old if v in first}
+    if not inputs or len(inputs) == len(old):
+        return ()
+    only: dict[Node, bool] = {}
+    for node in nodes:
+        taken = flow.recorded.graph.inputs[node]
+        only[node] = all(v in inputs or only.get(v.node, False) for v in taken)
+    ahead = [v for v in new if v not in old and only.get(v.node, False)]
+    return (*inputs, *ahead) if ahead else ()
+
+
+def _parted(
+    graph: Graph, nodes: Sequence[Node], sources: list[Value], targets: list[Value]
+) -> tuple[tuple[Value, ...], tuple[Value, ...]] | None:
+    """The parts of a source that is split at once, and of a target that was just joined; None unless they match."""
+    begin = parts_of(graph, nodes, sources[0]) if len(sources) == 1 else tuple(sources)
+    end = joined(graph, nodes, targets[0]) if len(targets) == 1 else tuple(targets)
+    if begin is None or end is None or len(begin) != len(end) or len(begin) < 2:
+        return None
+    if len(sources) == len(begin) and len(targets) == len(end):
+        return None
+    if [meta_of(v).numel for v in begin] != [meta_of(v).numel for v in end]:
+        return None
+    return begin, end
+
+
+def parts_of(graph: Graph, nodes: Sequence[Node], value: Value) -> tuple[Value, ...] | None:
+    """The parts that a value is split into at once; None when something reads it whole."""
+    readers = [node for node in nodes if value in graph.inputs[node]]
+    if not readers or any(operation(node) not in _SPLITS for node in readers):
+        return None
+    taken = {v for node in nodes for v in graph.inputs[node]}
+    parts = [Value(r, i) for r in readers for i in range(len(r._input_metadata)) if Value(r, i) in taken]
+    covered = torch.zeros(meta_of(value).shape, dtype=torch.float64)
+    with torch.no_grad():
+        for part in parts:
+            meta = meta_of(part)
+            ones = torch.ones(meta.shape, dtype=meta.dtype, device=meta.device)
+            given = [ones if i == part.output else None for i in range(len(part.node._input_metadata))]
+            for _, mask in apply_node(part.node, given, [value]):
+                covered += mask.double().cpu()
+    return tuple(parts) if len(parts) > 1 and bool((covered == 1).all()) else None
+
+
+def joined(graph: Graph, nodes: Sequence[Node], value: Value) -> tuple[Value, ...] | None:
+    """The values that a value is a concatenation of; None when it is none of values that depend on the source."""
+    if operation(value.node) not in JOINS or value.node not in set(nodes):
+        return None
+    parts = tuple(graph.inputs[value.node])
+    complete = sum(meta_of(v).numel for v in parts) == meta_of(value).numel
+    return parts if complete and len(set(parts)) == len(parts) > 1 else None

@@ -1,0 +1,116 @@
+"""A step of several states as one step after another: cut where as many values as there are states carry everything."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import replace
+
+import numpy as np
+from torch.autograd.graph import Node
+
+from stabkit.identification.form.normal_form import NormalForm
+from stabkit.identification.form.pieces import Piece
+from stabkit.identification.form.tableau import Blocks, blocks
+from stabkit.identification.names.single import Name, name_one_state
+from stabkit.tracing.graph.values import Value, meta_of
+
+_FEW = 3  # states of which every order is tried
+Form = Callable[[Sequence[Node], Sequence[Value], Sequence[Value]], NormalForm]
+
+
+def composed_name(piece: Piece, name_of: Callable[[Blocks], Name], form_of: Form) -> Name | None:
+    """The name of a step that is two known steps or more, one after the other; None where it is not.
+
+    Args:
+        piece: the whole step.
+        name_of: what a tableau is called.
+        form_of: the normal form of some nodes between old and new states.
+    """
+    contexts = set(piece.contexts)
+    ends = [(0, piece.sources), *_cuts(piece), (len(piece.nodes), piece.targets)]
+    found: list[Name] = []
+    start, old = ends[0]
+    for stop, new in ends[1:]:
+        form = form_of(piece.nodes[start:stop], old, new)
+        if stop < len(piece.nodes) and _are_crossed(form):
+            new = new[::-1]
+            form = form_of(piece.nodes[start:stop], old, new)
+        name = _named(form, contexts, name_of)
+        if name is not None:
+            found.append(name)
+            start, old = stop, new
+    if start != len(piece.nodes) or len(found) < 2:
+        return None
+    names = list(dict.fromkeys(name.name for name in found))
+    sizes = [name.h for name in found]
+    text = f"{len(found)} steps of {names[0]}" if len(names) == 1 else " and then ".join(n.name for n in found)
+    same = max(sizes) - min(sizes) <= 1e-9 * max(sizes)
+    convention = found[0].convention if same else f"h: {', '.join(f'{h:.3g}' for h in sizes)}, one after the other"
+    return replace(found[0], name=f"Lie splitting ({text})", h=sizes[0], convention=convention)
+
+
+def _are_crossed(form: NormalForm) -> bool:
+    """Whether each of two new states follows the other old one alone: they were made in the other order."""
+    if len(form.sources) != 2:
+        return False
+    carried = [[v for v in form.sources if v in terms] for terms in form.forms]
+    return carried == [[form.sources[1]], [form.sources[0]]]
+
+
+def _named(form: NormalForm, contexts: Collection[Value], name_of: Callable[[Blocks], Name]) -> Name | None:
+    """The name of one part; None where it has none, or no field of its own."""
+    if not form.stages:
+        return None
+    table = blocks(form, contexts)
+    name = None if table is None or not table.rows else name_of(table)
+    return name if name is not None and name.is_known else None
+
+
+def _cuts(piece: Piece) -> list[tuple[int, tuple[Value, ...]]]:
+    """Positions inside at which as many values as there are states are alive, of the same shapes, in their order."""
+    last: dict[Value, int] = dict.fromkeys(piece.targets, len(piece.nodes))
+    for position, node in enumerate(piece.nodes):
+        for value in piece.inputs(node):
+            last[value] = max(last.get(value, 0), position)
+    shapes = sorted(meta_of(v).shape for v in piece.sources)
+    order = {node: position for position, node in enumerate(piece.nodes)}
+    alive = set(piece.sources)
+    found: list[tuple[int, tuple[Value, ...]]] = []
+    for position, node in enumerate(piece.nodes[:-1]):
+        alive.update(v for v in (Value(node, i) for i in range(len(node._input_metadata))) if v in last)
+        alive = {v for v in alive if last.get(v, -1) > position}
+        states = [v for v in alive if v not in piece.contexts]
+        if sorted(meta_of(v).shape for v in states) == shapes and all(v in piece.carrying for v in states):
+            found.append((position + 1, tuple(sorted(states, key=lambda v: (order.get(v.node, -1), v.output)))))
+    return found
+
+
+def with_readout(found: Blocks) -> Name | None:
+    """One state beside sums of outputs that nothing reads: the method of that state, whichever was made first."""
+    orders = itertools.permutations(range(len(found.V))) if len(found.V) <= _FEW else [range(len(found.V))]
+    named = (_beside_sums(replace(found, V=found.V[list(order)], B=found.B[list(order)])) for order in orders)
+    return next((name for name in named if name is not None), None)
+
+
+def _beside_sums(found: Blocks) -> Name | None:
+    r = len(found.V)
+    sums = [j for j in range(r) if found.V[j, j] == 1.0 and not found.U[:, j].any()
+            and not np.delete(found.V[:, j], j).any()]  # fmt: skip
+    rest = [j for j in range(r) if j not in sums]
+    if not sums or len(rest) != 1 or found.V[sums, rest[0]].any():
+        return None
+    i = rest[0]
+    used = found.B[i] != 0
+    for _ in range(used.size):  # what feeds a field that is used
+        used = used | (found.A[used] != 0).any(axis=0)
+    keep = [int(k) for k in np.flatnonzero(used)]
+    one = Blocks(
+        found.A[keep][:, keep], found.U[keep, i : i + 1], found.B[i : i + 1, keep], found.V[i : i + 1, i : i + 1],
+        tuple(found.fields[k] for k in keep), tuple(found.rows[k] for k in keep),
+    )  # fmt: skip
+    name = name_one_state(one)
+    if not name.is_known or not len(keep):
+        return None
+    outputs = "a sum of outputs" if len(sums) == 1 else f"{len(sums)} sums of outputs"
+    return replace(name, name=f"{name.name}, beside {outputs}")

@@ -1,0 +1,179 @@
+"""The general linear method of an affine normal form, before a step size makes it a textbook one."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Collection
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from stabkit.identification.fields.recorded_fields import RecordedField, recorded_field
+from stabkit.identification.form.coefficients import Coefficient
+from stabkit.identification.form.normal_form import NormalForm, Stage, Terms
+from stabkit.integrators import GeneralLinearMethod
+from stabkit.tracing.graph.values import Value
+
+Matrix = npt.NDArray[np.float64]
+#: Coefficients between states that a scalar test problem can stand for.
+_NUMBERS = frozenset({"scalar", "diagonal", "gate", "dropout", "masked", "samples"})
+
+
+@dataclass(frozen=True, eq=False)
+class Blocks:
+    """The tableau before a step size is chosen.
+
+    Attributes:
+        A: stage from stage; one row for every input of every stage.
+        U: stage from state.
+        B: state from stage.
+        V: state from state.
+        fields: the field of every row; rows of one field share weights.
+        rows: the stage behind every row.
+        recorded: where the field of every row was recorded.
+    """
+
+    A: Matrix
+    U: Matrix
+    B: Matrix
+    V: Matrix
+    fields: tuple[int, ...]
+    rows: tuple[Stage, ...]
+    recorded: tuple[RecordedField | None, ...] = ()
+
+    @classmethod
+    def single(cls, a: float) -> Blocks:
+        """X' = a x + f(x), with a field of which nothing else is known."""
+        one = np.ones((1, 1))
+        return cls(0.0 * one, one, one, a * one, (0,), ())
+
+    @classmethod
+    def without_field(cls, a: float) -> Blocks:
+        """X' = a x, and what does not depend on x."""
+        return cls(np.zeros((0, 0)), np.zeros((0, 1)), np.zeros((1, 0)), a * np.ones((1, 1)), (), ())
+
+    @property
+    def n_fields(self) -> int:
+        """How many different fields there are."""
+        return len(set(self.fields))
+
+    @property
+    def shared(self) -> bool:
+        """Whether several stages evaluate one field."""
+        return len({id(stage) for stage in self.rows}) > self.n_fields
+
+    def then(self, other: Blocks) -> Blocks:
+        """This step followed by another; stages of one field share it across the two."""
+        size, more = len(self.rows), len(other.rows)
+        A = np.block([[self.A, np.zeros((size, more))], [other.U @ self.B, other.A]])
+        rows = (*self.rows, *other.rows)
+        seen: dict[object, int] = {}
+        places = [*((self.rows, i) for i in range(size)), *((other.rows, i) for i in range(more))]
+        fields = tuple(seen.setdefault((stages[i].key, _number(stages, i)), len(seen)) for stages, i in places)
+        return Blocks(A, np.vstack([self.U, other.U @ self.V]), np.hstack([other.V @ self.B, other.B]),
+                      other.V @ self.V, fields, rows, (*self.recorded, *other.recorded))  # fmt: skip
+
+    def method(self, h: float) -> GeneralLinearMethod:
+        """The method with z = h times the eigenvalue of a field's Jacobian."""
+        return GeneralLinearMethod(_rows(self.A / h), _rows(self.U), _rows(self.B / h), _rows(self.V),
+                                   fields=self.fields)  # fmt: skip
+
+    def recorded_with(self, h: float) -> tuple[RecordedField | None, ...]:
+        """Where h times the field of every row was recorded."""
+        return tuple(None if field is None else field.times(h) for field in self.recorded)
+
+
+def _number(stages: tuple[Stage, ...], i: int) -> int:
+    """Which input of its stage a row is."""
+    return sum(stage is stages[i] for stage in stages[:i])
+
+
+def _rows(block: Matrix) -> list[list[float]]:
+    return [[float(x) for x in row] for row in block]
+
+
+def blocks(
+    form: NormalForm, contexts: Collection[Value] = (), *, moves_cancel: bool = False, one_coordinate: bool = False
+) -> Blocks | None:
+    """The tableau of a normal form; None when a state does not reach the new states as a number times itself.
+
+    Args:
+        form: as many targets as sources that are no contexts; the first new state follows the first old one.
+        contexts: values that are no states, but held fixed: the input of a recurrent network.
+        moves_cancel: whether moved entries return to their places outside of this form.
+        one_coordinate: take the first entry of every diagonal instead of the mean, for products of several diagonals.
+    """
+    states = list(form.sources)
+    numbers_only = _NUMBERS | {"moved"} if moves_cancel else _NUMBERS
+    if len(states) != len(form.targets):
+        return None
+    if any(a in states and c.kind not in numbers_only for terms in form.forms for a, c in terms.items()):
+        return None
+    counts = Counter(stage.key for stage in form.stages)
+    rows: list[tuple[Stage, int]] = []
+    for stage in form.stages:
+        rows += [(stage, i) for i, terms in enumerate(stage.inputs) if any(a not in contexts for a in terms)]
+    size, r = len(rows), len(states)
+    A, U = np.zeros((size, size)), np.zeros((size, r))
+    B, V = np.zeros((r, size)), np.zeros((r, r))
+    outputs = [stage.output for stage, _ in rows]
+    for i, (stage, number) in enumerate(rows):
+        inputs = _own(stage.inputs[number], contexts, shared=counts[stage.key] > 1, one_coordinate=one_coordinate)
+        for atom, value in inputs.items():
+            if atom in states:
+                U[i, states.index(atom)] = value
+            else:
+                A[i, [j for j, output in enumerate(outputs) if output == atom]] = value
+    for i, terms in enumerate(form.forms):
+        for atom, coefficient in terms.items():
+            if atom in states:
+                V[i, states.index(atom)] = _number_of(coefficient, one_coordinate)
+            elif atom not in contexts:
+                B[i, [j for j, output in enumerate(outputs) if output == atom]] = _of_stage(coefficient, one_coordinate)
+    before = [{**dict(zip(states, U[i], strict=True)), **dict(zip(outputs, A[i], strict=True))} for i in range(size)]
+    for j in range(size):  # the sign of a field that is used once belongs to the field
+        if counts[rows[j][0].key] == 1 and B[B[:, j] != 0, j][:1].sum() < 0:
+            A[:, j], B[:, j] = -A[:, j], -B[:, j]
+    numbers: dict[tuple[object, ...], int] = {}
+    fields = [numbers.setdefault((stage.key if counts[stage.key] > 1 else id(stage), i), len(numbers))
+              for stage, i in rows]  # fmt: skip
+    recorded = tuple(
+        recorded_field(form, *rows[j], before[j], float(B[B[:, j] != 0, j][:1].sum())) for j in range(size)
+    )
+    return _without_twins(Blocks(A, U, B, V, tuple(fields), tuple(stage for stage, _ in rows), recorded))
+
+
+def _without_twins(found: Blocks) -> Blocks:
+    """Stages that evaluate one field at one point, taken together: x + f(x) + f(x) is Euler with h = 2."""
+    A, B = found.A.copy(), found.B.copy()
+    kept: list[int] = []
+    for i, (field, stage) in enumerate(zip(found.fields, found.rows, strict=True)):
+        twin = next((j for j in kept if found.fields[j] == field and found.rows[j] is not stage
+                     and np.array_equal(A[j], A[i]) and np.array_equal(found.U[j], found.U[i])), None)  # fmt: skip
+        if twin is None:
+            kept.append(i)
+        else:
+            A[:, twin] += A[:, i]
+            B[:, twin] += B[:, i]
+    fields = tuple(found.fields[i] for i in kept)
+    rows, recorded = tuple(found.rows[i] for i in kept), tuple(found.recorded[i] for i in kept)
+    return Blocks(A[np.ix_(kept, kept)], found.U[kept], B[:, kept], found.V, fields, rows, recorded)
+
+
+def _own(terms: Terms, contexts: Collection[Value], *, shared: bool, one_coordinate: bool) -> dict[Value, float]:
+    """The inputs of a stage; a factor before a field that is used once belongs to the field."""
+    kept = {atom: c for atom, c in terms.items() if atom not in contexts}
+    if len(kept) == 1 and not (shared and next(iter(kept.values())).kind == "scalar"):
+        return dict.fromkeys(kept, 1.0)
+    return {atom: _of_stage(c, one_coordinate) for atom, c in kept.items()}
+
+
+def _number_of(coefficient: Coefficient, one_coordinate: bool) -> float:
+    first = coefficient.sample if coefficient.kind == "diagonal" else None
+    return first if one_coordinate and first is not None else coefficient.value
+
+
+def _of_stage(coefficient: Coefficient, one_coordinate: bool) -> float:
+    """Dropout, and which entries a stage adds to, belong to the stage."""
+    return 1.0 if coefficient.kind == "dropout" else _number_of(coefficient, one_coordinate)

@@ -1,0 +1,269 @@
+"""Names of methods: pattern matches on the tableau, on which stages share weights, and on the stability matrix."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import numpy as np
+
+from stabkit import integrators
+from stabkit.identification.form.tableau import Blocks
+from stabkit.identification.names.step_size import step_size
+from stabkit.integrators import GeneralLinearMethod
+
+CLOSE = 1e-6  # coefficients of single precision networks
+NO_STEP = "none: there is no branch that a step size could multiply"
+POINTS = np.random.default_rng(0).normal(size=(12, 2)) @ np.array([1, 1j])
+
+
+@dataclass(frozen=True)
+class Name:
+    """What a tableau is called.
+
+    Attributes:
+        name: its name.
+        system: the continuous system that it integrates, in words.
+        h: its step size.
+        convention: how h was fixed.
+        order: the order of the system: 2 when a second derivative answers to the field, so that z = h^2 times its
+            eigenvalue.
+    """
+
+    name: str
+    system: str
+    h: float
+    convention: str
+    order: int = 1
+
+    @property
+    def is_known(self) -> bool:
+        """Whether it has a name; else the tableau is what was read, and that it is a method is not said."""
+        return not self.name.startswith("unnamed")
+
+    @property
+    def unit(self) -> float:
+        """What multiplies the eigenvalue of a field in z."""
+        return self.h**self.order
+
+
+def name_one_state(found: Blocks) -> Name:
+    """The name of a one-state tableau."""
+    h, convention = step_size(found)
+    a = float(found.V[0, 0])
+    stages = len(found.A)
+    if stages == 0 and 0 < a < 1:
+        return Name(f"linear recurrence (a = {a:.3g})", "x' = -lambda x + u, u no function of x", 1.0, "h = 1")
+    if stages == 0:
+        name = "no branch" if a == 1.0 else f"scaled state (a = {a:.3g}), no branch"
+        return Name(name, "none: nothing that depends on the state is added to it", 1.0, NO_STEP)
+    if not found.B.any() and a == 1.0:
+        return Name("forward Euler", "x' = f(x), with a step that is zero now", h, convention)
+    if stages == 1:
+        return _single_stage(a, h, convention)
+    if found.shared and found.n_fields == 1:
+        return _runge_kutta(found, a, h, convention)
+    if _is_poly(found, h):
+        return Name(f"PolyNet (mpoly-{stages})", "none: I + F + GF, as a truncated backward Euler step", h, convention)
+    if a == 0.0:
+        return Name("plain", "none: a map without a skip, of several columns", h, convention)
+    if not found.A.any():
+        what = "forward Euler, parallel branches" if a == 1.0 else _scaled("parallel branches", a)
+        return Name(what, "x' = f_1(x) + f_2(x) + ..., all evaluated at one point", h, convention)
+    return Name(_composed(found, h, a), "x' = f_1(x) + f_2(x) + ...", h, convention)
+
+
+def _single_stage(a: float, h: float, convention: str) -> Name:
+    if a == 1.0:
+        return Name("forward Euler", "x' = f(x)", h, convention)
+    if a == 0.0:
+        return Name("plain", "none: a map without a skip", h, convention)
+    if 0.0 < a < 1.0:
+        leak = abs(a + h - 1.0) <= CLOSE
+        system = f"x' = f(x) - x, Euler with h = {h:.3g}" if leak else "x' = f(x) - lambda x"
+        return Name(f"damped Euler (a = {a:.3g})", system, h, convention)
+    # of one step only the products h lambda and h f can be seen: any a > 0 is the exponential of one
+    system = (
+        "x' = lambda x + f(x), exponential Euler with h lambda = log a" if a > 0 else "none: the skip turns the sign"
+    )
+    return Name(f"scaled skip (a = {a:.3g})", system, h, convention)
+
+
+def _scaled(what: str, a: float) -> str:
+    return f"damped Euler (a = {a:.3g}), {what}" if 0 < a < 1 else f"scaled skip (a = {a:.3g}), {what}"
+
+
+def _is_poly(found: Blocks, h: float) -> bool:
+    """Whether fields are chained, F_n(...F_1(x)), and all added: a truncated (I - f)^-1."""
+    s = len(found.rows)
+    return (
+        s > 1
+        and bool(found.V[0, 0] == 1.0)
+        and np.allclose(found.A, np.eye(s, k=-1))
+        and np.allclose(found.U.ravel(), np.eye(s)[0])
+        and np.allclose(found.B.ravel() / h, 1.0)
+    )
+
+
+def _runge_kutta(found: Blocks, a: float, h: float, convention: str) -> Name:
+    system = "x' = f(x), several stages of one field"
+    if _is_poly(found, found.B.ravel()[0]):  # its stages feed on each other without the state
+        name = f"PolyNet (poly-{len(found.rows)})"
+        return Name(name, "x' = f(x), a truncated backward Euler step (I - f)^-1", 1.0, "h = 1: f enters as it is")
+    method = found.method(h)
+    for name, other in _catalogue(method.stages):
+        ours, theirs = (method.A, method.B, method.U, method.V), (other.A, other.B, other.U, other.V)
+        if all(np.allclose(x, y, atol=CLOSE) for x, y in zip(ours, theirs, strict=True)):
+            return Name(name, system, h, convention)
+    iterated = _fixed_point_iteration(method)
+    if iterated is not None:
+        return Name(iterated, system, h, convention)
+    steps = _repeats(found, h)
+    if steps is not None:
+        return Name(steps, system, h, convention)
+    if a == 0.0:
+        return Name("plain", "none: a map without a skip, applied several times", 1.0, "h = 1")
+    if _is_exponential_midpoint(found, a):
+        system = "x' = f(x) - lambda x, the linear part carried on exactly, the field taken in the middle"
+        return Name(f"exponential midpoint (a = {a:.3g}, DPM-Solver-2S type)", system, h, convention)
+    if a != 1.0 or not np.allclose(found.U, 1.0):
+        return Name("unnamed", "none that is consistent", h, convention)
+    alike = [name for name, other in _catalogue(None) if _same_function(method, other)]
+    hint = f", R(z) of {alike[0]}" if alike else ""
+    return Name(f"unnamed Runge-Kutta ({method.stages} stages, order {order_of(method)}{hint})", system, h, convention)
+
+
+def _is_exponential_midpoint(found: Blocks, a: float) -> bool:
+    """Whether x' = a x + b f(u x + c f(x)), with the stage between the two states.
+
+    With x = alpha y and dy = f ds the stage is at the share (c / u) / (b / a) of the step (Lu et al. 2022, DPM-Solver).
+    """
+    if len(found.fields) != 2 or found.B[0, 0] or a <= 0 or abs(a - 1) <= CLOSE or not found.B[0, 1]:
+        return False
+    (first, u), c = found.U[:, 0], found.A[1, 0]
+    return bool(first == 1.0 and min(a, 1.0) <= u <= max(a, 1.0) and 0 < (c / u) / (found.B[0, 1] / a) < 1)
+
+
+def _fixed_point_iteration(method: GeneralLinearMethod) -> str | None:
+    """``"backward_euler (by 5 fixed-point iterations)"`` for x' = x + h f(x + h f(...)), and the theta method alike.
+
+    Each stage is the result that would be given out if the iteration ended there, so its row repeats the weights b.
+    """
+    s, b = method.stages, method.B[0]
+    if s < 3 or not np.allclose(method.U, 1.0) or method.V[0, 0] != 1.0:
+        return None
+    theta = float(b[-1])
+    rows = np.zeros((s, s))
+    for i in range(1, s):
+        rows[i, 0] += 1 - theta
+        rows[i, i - 1] += theta
+    expected = np.concatenate([[1 - theta], np.zeros(s - 2), [theta]])
+    if not np.allclose(method.A, rows, atol=CLOSE) or not np.allclose(b, expected, atol=CLOSE):
+        return None
+    known = {1.0: "backward_euler", 0.5: "trapezoid"}
+    name = next((n for value, n in known.items() if abs(theta - value) <= CLOSE), f"theta method, theta = {theta:.3g}")
+    return f"{name} (by {s - 1} fixed-point iterations)"
+
+
+def order_of(method: GeneralLinearMethod) -> int:
+    """The order up to the rounding of single precision: conditions up to order 4, Hairer, Norsett and Wanner, II.2."""
+    A, b = method.A, method.B[0]
+    c, one = A.sum(axis=1), np.ones(method.stages)
+    conditions = [
+        [(one, 1.0)],
+        [(c, 1 / 2)],
+        [(c**2, 1 / 3), (A @ c, 1 / 6)],
+        [(c**3, 1 / 4), (c * (A @ c), 1 / 8), (A @ c**2, 1 / 12), (A @ A @ c, 1 / 24)],
+    ]
+    for order, row in enumerate(conditions):
+        if any(abs(b @ weight - value) > 1e-5 for weight, value in row):
+            return order
+    return 4
+
+
+def _same_function(method: GeneralLinearMethod, other: GeneralLinearMethod) -> bool:
+    ours, theirs = method.stability_matrix(POINTS)[:, 0, 0], other.stability_matrix(POINTS)[:, 0, 0]
+    return bool(np.abs(ours - theirs).max() <= CLOSE * np.abs(theirs).max())
+
+
+@cache
+def _catalogue(stages: int | None) -> tuple[tuple[str, GeneralLinearMethod], ...]:
+    """One-state, one-field explicit Runge-Kutta methods of the catalogue."""
+    explicit = []
+    for name in integrators.names():
+        method: Any = integrators.named(name)
+        if not isinstance(method, GeneralLinearMethod) or method.states != 1 or method.n_fields != 1:
+            continue
+        if method.is_explicit and np.allclose(method.V, 1.0) and np.allclose(method.U, 1.0):
+            explicit.append((name, method))
+    return tuple((n, m) for n, m in explicit if stages is None or m.stages == stages)
+
+
+def _repeats(found: Blocks, h: float) -> str | None:
+    """``"5 steps of rk4"`` for a block lower triangular tableau of equal blocks."""
+    s = len(found.rows)
+    for count in range(s, 1, -1):
+        size = s // count
+        if size * count != s:
+            continue
+        b = found.B[0, :size]
+        blocks = [found.A[i : i + size, i : i + size] for i in range(0, s, size)]
+        alike = all(np.allclose(block, blocks[0], atol=CLOSE * h) for block in blocks)
+        carried = all(np.allclose(found.A[i:, i - size : i], b, atol=CLOSE * h) for i in range(size, s, size))
+        if not alike or not carried or not np.allclose(found.B[0], np.tile(b, count), atol=CLOSE * h):
+            continue
+        one = Blocks(blocks[0], found.U[:size], b[None], found.V, found.fields[:size], found.rows[:size])
+        return f"{count} steps of {name_one_state(one).name}"
+    return None
+
+
+def without_parallel(found: Blocks) -> Blocks:
+    """Different fields at one point that are added with one weight, as experts are, are one field: their sum."""
+    kept: list[int] = []
+    for i in range(len(found.rows)):
+        same = (
+            np.allclose(found.A[i], found.A[j], atol=CLOSE) and np.allclose(found.U[i], found.U[j], atol=CLOSE)
+            and np.allclose(found.A[:, i], found.A[:, j], atol=CLOSE)
+            and np.allclose(found.B[:, i], found.B[:, j], atol=CLOSE)
+            for j in kept
+        )  # fmt: skip
+        if not any(same):
+            kept.append(i)
+    rows = tuple(found.rows[i] for i in kept)
+    fields = tuple(found.fields[i] for i in kept)
+    return Blocks(found.A[np.ix_(kept, kept)], found.U[kept], found.B[:, kept], found.V, fields, rows)
+
+
+def _without_held(found: Blocks) -> Blocks:
+    """Without the inputs at which fields read the old state besides the newest one: f(x_l, x_0), x_0 held fixed."""
+
+    def is_held(i: int) -> bool:
+        several = sum(stage is found.rows[i] for stage in found.rows) > 1
+        return several and bool(found.U[i, 0] == 1.0) and not found.A[i].any()
+
+    kept = [i for i in range(len(found.rows)) if not is_held(i)]
+    if len(kept) == len(found.rows) or len({id(found.rows[i]) for i in kept}) < len({id(s) for s in found.rows}):
+        return found
+    rows = tuple(found.rows[i] for i in kept)
+    fields = tuple(found.fields[i] for i in kept)
+    return Blocks(found.A[np.ix_(kept, kept)], found.U[kept], found.B[:, kept], found.V, fields, rows)
+
+
+def _composed(found: Blocks, h: float, a: float) -> str:
+    """A sequence of Euler steps of different fields, which may read the state that all began with as well."""
+    whole = _without_held(found)
+    held = "" if whole is found else ", fields that read x_0 too"
+    found = without_parallel(whole)
+    b = found.B[0] / h
+    s = len(found.rows)
+    if a != 1.0:
+        return f"unnamed composition of {s} stages, a = {a:.3g}"
+    lower = np.array([[b[j] if j < i else 0.0 for j in range(s)] for i in range(s)])
+    if np.allclose(found.A / h, lower, atol=CLOSE) and np.allclose(found.U, 1.0):
+        if s >= 3 and np.allclose(b, b[::-1]) and np.allclose(b[[0, -1]], 0.5) and np.allclose(b[1:-1], 1.0):
+            return "Strang-ordered splitting (Macaron)"
+        if np.allclose(b, 1.0):
+            return f"Lie splitting ({s} Euler steps{held})"
+        return f"splitting of {s} Euler steps, weights {', '.join(f'{x:.3g}' for x in b)}{held}"
+    return f"unnamed ({s} stages of different fields)"

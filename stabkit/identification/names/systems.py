@@ -1,0 +1,325 @@
+"""Names of methods with several states: momentum, multistep, reversible, gated and oscillating systems."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from stabkit import integrators
+from stabkit.identification.form.tableau import Blocks, Matrix
+from stabkit.identification.names.single import CLOSE, POINTS, Name, without_parallel
+from stabkit.identification.steps.predictor_correctors import predictor_corrector
+from stabkit.integrators import GeneralLinearMethod
+
+HAMILTONIAN = "symplectic Euler (Hamiltonian)"  # a reversible step whose fields are gradients
+
+
+def name_several_states(found: Blocks, *, symmetric: bool | None, gated: bool) -> Name:
+    """The name of a tableau with several states.
+
+    Args:
+        found: the tableau, states in the order in which they were made.
+        symmetric: whether the Jacobian of every field is symmetric, as that of a gradient is; None if not measured.
+        gated: whether states are multiplied by numbers that depend on the state.
+    """
+    found = found if _meets_in_half_kicks(found) else without_parallel(found)
+    r = len(found.V)
+    one = "h = 1: only the product h f can be seen"
+    if not found.fields:
+        return Name("unnamed", "none: a linear map of several states, and no field", 1.0, one)
+    if found.n_fields == 1 and len(found.rows) == 1 and r == 2:
+        name = _two_state_one_stage(found, history=not _has_velocity(found)) or _second_order(found)
+        if name is not None:
+            return name
+    coupled = _additive_coupling(found) if r == 2 else None
+    if coupled is not None:
+        return coupled
+    adams = _multistep(found) or (_remembering(found) if r == 2 else None) or predictor_corrector(found)
+    if adams is not None:
+        return adams
+    if r == 2 and gated:
+        return _gated_pair(found)
+    if r == 2:
+        name = _verlet(found) or _damped_verlet(found) or _verlet_of_two_fields(found) or _two_fields(found, symmetric)
+        if name is not None:
+            return name
+    if r > 2 and len(found.rows) == 1:
+        return Name(f"general linear method of {r} states", "x' = f(x), a history of states", 1.0, one)
+    return Name("unnamed", f"a system of {r} states", 1.0, one)
+
+
+def _additive_coupling(found: Blocks) -> Name | None:
+    """One stream moves by a field of the other, which stays."""
+    if len(found.rows) != 1 or not np.allclose(found.V, np.eye(2)):
+        return None
+    reads, writes = np.flatnonzero(found.U[0]), np.flatnonzero(found.B[:, 0])
+    if len(reads) != 1 or len(writes) != 1 or reads[0] == writes[0]:
+        return None
+    h = float(np.abs(found.B).max())
+    declared = "h: the number that multiplies the branch" if h != 1 else "h = 1: only h f can be seen"
+    return Name("additive coupling (half of a reversible step)", "p' = F(q), q' = 0", h, declared)
+
+
+def _has_velocity(found: Blocks) -> bool:
+    """Whether one state answers to itself and the field alone: v' = g v + f(x). A two-step method has none."""
+    V = found.V
+    return any(V[i, i] != 0 and V[i, 1 - i] == 0 and V[1 - i, i] != 0 for i in range(2))
+
+
+def _invariants(found: Blocks) -> tuple[Matrix, Matrix]:
+    """Trace and determinant of M(z), which no scaling of the states changes, as polynomials of degree 2 in z.
+
+    All fields have the same z; coefficients from the constant one on.
+    """
+    method = replace(found, fields=(0,) * len(found.fields)).method(1.0)
+    M = method.stability_matrix(np.array([0.0, 1.0, -1.0, 2.0])).real
+    vandermonde = np.vander([0.0, 1.0, -1.0, 2.0], increasing=True)
+    trace, det = (np.linalg.solve(vandermonde, x) for x in (np.trace(M, axis1=1, axis2=2), np.linalg.det(M)))
+    return trace, det
+
+
+def _two_state_one_stage(found: Blocks, *, history: bool) -> Name | None:
+    """Momentum, two-step and second-order methods whose determinant does not depend on z."""
+    trace, det = _invariants(found)
+    t0, t1, d0 = trace[0], trace[1], det[0]
+    if np.abs(trace[2:]).max() > CLOSE or np.abs(det[1:]).max() > CLOSE or abs(t1) < 1e-300:
+        return None
+    c = abs(t1)
+    declared = "h: the number that multiplies the branch" if abs(c - 1) > CLOSE else "h = 1: only h f can be seen"
+    if abs(t0) <= CLOSE and abs(d0 + 1) <= CLOSE:
+        return Name("leapfrog", "x' = f(x), two-step midpoint rule", c / 2, "h: half the number before the branch")
+    if abs(t0 - 2) <= CLOSE and abs(d0 - 1) <= CLOSE:
+        form = "second_order_leapfrog" if history else "symplectic Euler (position, velocity)"
+        return Name(form, "x'' = f(x)", math.sqrt(c), "h: h^2 multiplies the force", 2)
+    if history and abs(t0 - 1 - d0) <= CLOSE < abs(d0):  # with k = 0 the older state takes no part
+        return Name(f"two-step (LM-ResNet, k = {-d0:.3g})", "(1 + k) x' + (1 - k)/2 h x'' = f(x)", c, declared)
+    if abs(t0 - 1 - d0) <= CLOSE and 0 < d0 < 1:
+        return Name(f"momentum (gamma = {d0:.3g})", "eps x'' + x' = f(x), eps = 1/(1 - gamma)", c, declared)
+    return None
+
+
+def _second_order(found: Blocks) -> Name | None:
+    """Nesterov's method, forward Euler for x'' = f(x), and damped oscillators."""
+    trace, det = _invariants(found)
+    (t0, t1), (d0, d1) = trace[:2], det[:2]
+    if np.abs([*trace[2:], *det[2:]]).max() > CLOSE:
+        return _oscillator(found)
+    c = abs(t1 / t0) if t0 else 0.0
+    if 0 < d0 < 1 and c > 1e-12 and abs(t0 - 1 - d0) <= CLOSE and abs(d1 / d0 - t1 / t0) <= CLOSE * c:
+        declared = "h: the number that multiplies the branch" if abs(c - 1) > CLOSE else "h = 1: only h f can be seen"
+        system = "eps x'' + x' = f(x), eps = 1/(1 - gamma), the field taken ahead of the state"
+        return Name(f"Nesterov momentum (gamma = {d0:.3g})", system, c, declared)
+    if abs(t0 - 2) <= CLOSE and abs(t1) <= CLOSE and abs(d0 - 1) <= CLOSE and abs(d1) > 1e-12:
+        return Name("forward Euler (position, velocity)", "x'' = f(x)", math.sqrt(abs(d1)),
+                    "h: h^2 multiplies the force", 2)  # fmt: skip
+    return _oscillator(found)
+
+
+def _verlet(found: Blocks) -> Name | None:
+    """Two half kicks with one force around a drift; where the step is cut in its middle they are of two layers."""
+    trace, det = _invariants(found)
+    c = abs(trace[1])
+    rest = [trace[0] - 2, *trace[2:], det[0] - 1, *det[1:]]
+    if len(found.rows) != 2 or c < 1e-12 or np.abs(rest).max() > CLOSE:
+        return None
+    if not found.A.any() and np.allclose(found.U[0], found.U[1]) and not _meets_in_half_kicks(found):
+        return None  # two fields at one point, with no drift between
+    return Name("stormer_verlet", "x'' = f(x)", math.sqrt(c), "h: h^2 multiplies the force", 2)
+
+
+def _meets_in_half_kicks(found: Blocks) -> bool:
+    """Whether two fields at one point kick the velocity by half of the time step that the drift takes.
+
+    So it is where a step of Verlet's method is cut between its drifts; v + h (f(x) + g(x)) is one kick of two fields.
+    """
+    if len(found.rows) != 2 or len(found.V) != 2 or found.A.any():
+        return False
+    for y, v in ((0, 1), (1, 0)):
+        drift, kicks = float(found.V[y, v]), np.abs(found.B[v])
+        if drift and not found.V[v, y] and np.allclose(kicks, abs(drift) / 2, atol=CLOSE * abs(drift)):
+            return True
+    return False
+
+
+def _damped_verlet(found: Blocks) -> Name | None:
+    """Verlet's step with friction: half a kick, a drift by what that leaves, half a kick there, and a loss of velocity.
+
+    With p_half = c_1 p + k_1 f(q), then q' = q + d p_half, p' = c_2 p_half + k_2 f(q') we have V_qp B_p1 = V_pp B_q1.
+    The loss a = c_1 c_2 is in front of the second kick at most, which bounds the ratio of the kicks (BAOAB, no noise).
+    """
+    if found.n_fields != 1 or len(found.fields) != 2:
+        return None
+    for q, p in ((0, 1), (1, 0)):
+        V, B, a = found.V, found.B, float(found.V[p, p])
+        drift, kicks = float(V[q, p]), B[p]
+        if not CLOSE < a < 1 - CLOSE or V[p, q] or abs(V[q, q] - 1) > CLOSE or not drift or B[q, 1] or not kicks.all():
+            continue
+        at_old = np.allclose(found.U[0], np.eye(2)[q], atol=CLOSE) and not found.A[0].any()
+        at_new = np.allclose(found.U[1], V[q], atol=CLOSE) and np.allclose(found.A[1], B[q], atol=CLOSE)
+        moves = abs(drift * kicks[0] - a * B[q, 0]) <= 10 * CLOSE * abs(drift * kicks[0])
+        if at_old and at_new and moves and a - CLOSE <= kicks[0] / kicks[1] <= 1 + 10 * CLOSE:
+            h = math.sqrt(abs(drift * kicks.sum()))
+            return Name(f"damped stormer_verlet (a = {a:.3g})", "x'' = f(x) - g x'", h,
+                        "h: h^2 is the drift times both kicks", 2)  # fmt: skip
+    return None
+
+
+def _verlet_of_two_fields(found: Blocks) -> Name | None:
+    """Two half kicks around a drift, p' = F(q) and q' = G(p), each at what the one before has left."""
+    if len(found.rows) != 3 or found.fields[0] != found.fields[2] or found.n_fields != 2:
+        return None
+    if not np.allclose(found.V, np.eye(2)) or not np.all((found.B != 0).sum(axis=0) == 1):
+        return None
+    writes = [int(np.argmax(np.abs(column))) for column in found.B.T]
+    reads = [1 - stream for stream in writes]
+    kick, drift, again = (float(found.B[stream, j]) for j, stream in enumerate(writes))
+    if writes[0] == writes[1] or writes[2] != writes[0] or abs(kick - again) > CLOSE * abs(drift):
+        return None
+    U = np.eye(2)[reads]
+    A = np.array([[found.B[reads[i], j] if j < i else 0.0 for j in range(3)] for i in range(3)])
+    halves = abs(2 * abs(kick) - abs(drift)) <= CLOSE * abs(drift)
+    if not halves or not np.allclose(found.U, U, atol=CLOSE) or not np.allclose(found.A, A, atol=CLOSE):
+        return None
+    return Name("stormer_verlet", "p' = F(q), q' = G(p)", abs(drift), "h: the number that multiplies the drift")
+
+
+def _multistep(found: Blocks) -> Name | None:
+    """Adams-Bashforth and other catalogue methods with as many states, by the characteristic polynomial."""
+    if found.n_fields != 1:
+        return None
+    left = _left_vector(found.V)
+    if left is None:
+        return None
+    h = float((left @ found.B).sum())
+    if abs(h) < 1e-12:
+        return None
+    method = found.method(h)
+    ours = [np.poly(M) for M in method.stability_matrix(POINTS)]
+    for name in integrators.names():
+        other: Any = integrators.named(name)
+        if not isinstance(other, GeneralLinearMethod) or other.states != method.states or other.n_fields != 1:
+            continue
+        if other.is_explicit and all(
+            np.allclose(mine, np.poly(M), atol=CLOSE * 10)
+            for mine, M in zip(ours, other.stability_matrix(POINTS), strict=True)
+        ):
+            return Name(name, "x' = f(x), multistep", h, "h: the sum of the weights of all stages")
+    return None
+
+
+def _remembering(found: Blocks) -> Name | None:
+    """X' = a x + b_1 f(x) + b_2 f(x_before) by way of a state that holds the field's last value (DPM-Solver++ 2M).
+
+    What is extrapolated, f + w/2 (f - f_before), has the step ratio w of the method of Adams and Bashforth.
+    """
+    if len(found.rows) != 1:
+        return None
+    for x, memory in ((0, 1), (1, 0)):
+        taken = float(found.B[memory, 0])
+        if found.V[memory].any() or not taken or not found.U[0, x] or found.U[0, memory]:
+            continue
+        a, new, old = float(found.V[x, x]), float(found.B[x, 0]) / taken, float(found.V[x, memory])
+        share = -old / new if new else 0.0
+        if a <= 0 or not CLOSE < share < 1 - CLOSE:
+            continue
+        ratio, skip = 2 * share / (1 - share), "" if abs(a - 1) <= CLOSE else f"a = {a:.3g}, "
+        system = "x' = f(x), multistep" if not skip else "x' = f(x) - lambda x, the field alone extrapolated"
+        name = f"Adams-Bashforth type, two steps ({skip}step ratio {ratio:.3g})"
+        return Name(name, system, abs(new + old), "h: the sum of the weights of both values of the field")
+    return None
+
+
+def _left_vector(V: Matrix) -> Matrix | None:
+    """Y with y V = y and y u = 1 for the right eigenvector u whose first nonzero entry is 1."""
+    values, right = np.linalg.eig(V)
+    place = np.flatnonzero(np.abs(values - 1) < CLOSE)
+    if place.size != 1:
+        return None
+    u = right[:, place[0]].real
+    u = u / u[np.argmax(np.abs(u))]
+    values, left = np.linalg.eig(V.T)
+    y = left[:, np.argmin(np.abs(values - 1))].real
+    product: Matrix = y / (y @ u)
+    return product
+
+
+def _gated_pair(found: Blocks) -> Name:
+    V, B = found.V, found.B
+    kept = [i for i in range(2) if V[i].any()]
+    means = " and ".join(f"{V[i, i]:.3g}" for i in kept)
+    one = f"h: the gates, which depend on the state; the old is kept with {means} in the mean"
+    if len(kept) == 1:
+        return Name("gated memory cell (LSTM)", "c' = -(1 - f) c + i g with h read out of c", 1.0, one)
+    relaxes = np.allclose(np.diag(V) + B.sum(axis=1), 1.0, atol=1e-4)  # the gates of old and new add up to one
+    diagonal = relaxes and np.allclose(V, np.diag(np.diag(V)))
+    reads = [set(np.flatnonzero(found.U[j]).tolist()) for j in range(len(found.rows)) if B[:, j].any()]
+    if diagonal and any(len(r) > 0 for r in reads):
+        order = "Gauss-Seidel " if _reads_the_new(found) else ""
+        of = f"gated {order}Euler of two states" + (" (LEM)" if order else "")
+        return Name(of, "tau_i(x) x_i' = f_i - x_i, two time scales", 1.0, one)
+    return Name("unnamed gated pair", "a system of two gated states", 1.0, one)
+
+
+def _reads_the_new(found: Blocks) -> bool:
+    """Whether some field is evaluated at a state as it is after it was moved: at its old value and at what moves it."""
+    moved = [(found.V[k, k] * np.eye(len(found.V))[k], found.B[k]) for k in range(len(found.V))]
+    return any(
+        found.U[j, k] != 0 and np.allclose(found.A[j] * V[k], found.U[j, k] * B, atol=1e-4) and bool(B.any())
+        for j in range(len(found.rows)) for k, (V, B) in enumerate(moved)
+    )  # fmt: skip
+
+
+def _two_fields(found: Blocks, symmetric: bool | None) -> Name | None:
+    """Reversible couplings, and position-velocity systems whose position moves by the new velocity."""
+    crossed = np.allclose(found.V, np.eye(2)) and len(found.rows) == 2 and not found.A[:, 1].any()
+    if crossed and not np.allclose(found.A, 0) and not np.any((found.B != 0).sum(axis=0) > 1):
+        reads = [int(np.argmax(np.abs(row))) for row in found.U]
+        writes = [int(np.argmax(np.abs(column))) for column in found.B.T]
+        if reads[0] != writes[0] and reads[1] != writes[1] and set(writes) == {0, 1}:
+            h = float(np.abs(found.B).max())
+            declared = "h: the number that multiplies the branches" if h != 1 else "h = 1: only h f can be seen"
+            if symmetric:
+                return Name(HAMILTONIAN, "p' = -dH/dq, q' = dH/dp", h, declared)
+            return Name("reversible (two-stream symplectic Euler)", "p' = F(q), q' = G(p)", h, declared)
+    return _oscillator(found)
+
+
+def _oscillator(found: Blocks) -> Name | None:
+    """Y'' = f - gamma y - epsilon y' by symplectic Euler, cut after the velocity or after the position is renewed."""
+    for y, v in ((0, 1), (1, 0)):
+        if not found.V[v, v]:
+            continue  # what moves the position is made anew by the field, and no velocity that is kept
+        dt = _drift_after_kick(found, y, v) or _kick_after_drift(found, y, v)
+        if dt is not None:
+            damped = abs(float(np.linalg.det(found.V)) - 1.0) > CLOSE
+            return Name(
+                f"{'damped ' * damped}oscillator, symplectic Euler ({'coRNN' if damped else 'UnICORNN'})",
+                "y'' = f(y, y') - gamma y - epsilon y'" if damped else "y'' = f(y) - gamma y",
+                1.0,
+                f"dt = {abs(dt):.3g}: the number that multiplies the new velocity",
+            )
+    return None
+
+
+def _drift_after_kick(found: Blocks, y: int, v: int) -> float | None:
+    """The time step when the new position is the old one plus dt times the new velocity."""
+    rows = np.concatenate([found.V, found.B], axis=1)
+    moved = rows[y] - np.concatenate([np.eye(2)[y], np.zeros(len(found.rows))])
+    where = np.abs(rows[v]) > 1e-12
+    if not where.any():
+        return None
+    dt = float((moved[where] / rows[v][where]).mean())
+    fits = abs(dt) > 1e-12 and np.allclose(moved, dt * rows[v], atol=CLOSE * abs(dt))
+    return dt if fits else None
+
+
+def _kick_after_drift(found: Blocks, y: int, v: int) -> float | None:
+    """The time step when the position moves by the old velocity, and the force is that at the new position."""
+    dt = float(found.V[y, v])
+    force = found.U[np.abs(found.U[:, y]) > 1e-12]
+    if abs(dt) <= 1e-12 or abs(found.V[y, y] - 1.0) > CLOSE or found.B[y].any() or not len(force):
+        return None
+    return dt if np.allclose(force[:, v], dt * force[:, y], atol=CLOSE * abs(dt)) else None

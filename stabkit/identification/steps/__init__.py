@@ -1,0 +1,1 @@
+"""Kinds of steps that an affine normal form alone does not show."""

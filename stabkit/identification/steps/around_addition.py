@@ -1,0 +1,165 @@
+"""What stands around an addition: norms and rectifiers behind it, gates before its terms, branches drawn at random."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from torch.autograd.graph import Node
+
+from stabkit.identification.form.chain import Link
+from stabkit.identification.form.coefficients import Coefficient
+from stabkit.identification.form.normal_form import NormalForm
+from stabkit.identification.record import Identification
+from stabkit.integrators import stochastic_depth
+from stabkit.tracing.graph.composites import Element, element_of
+from stabkit.tracing.graph.graph import Graph
+from stabkit.vocabulary import ActivationFacts, NormFacts, operation
+
+_STATISTICS = frozenset({"Mean", "Std", "Var", "VarMean", "LinalgVectorNorm"})
+_SAME = 1e-4  # thresholds in single precision
+GATED = 1e-3  # by how much the gates of the old state and of the new one may miss one
+
+
+def with_projection(
+    record: Identification,
+    norms: int,
+    sums: int,
+    *,
+    rectified: bool,
+    threshold: tuple[float, float] | None = None,
+    bends: bool = False,
+) -> Identification:
+    """What follows an addition: norms, rectifiers (and nothing else, if ``rectified``), a soft threshold, or others.
+
+    ``bends``: whether something else than norms is there beside norms.
+    """
+    if not record.after:
+        return record
+    note = f"after the addition: {', '.join(record.after)}"
+    if norms:
+        why = f"the skip passes {norms} norm(s) after {sums} addition(s), so no single a describes it"
+        system = f"{record.system}, retracted to the sphere after each step"
+        # of several additions, some followed by a norm and some by a bend, the one name says a part
+        evidence = "measured" if bends else record.evidence
+        return replace(record, name="projected Euler (post-norm)", skip=None, notes=(why, note, *record.notes),
+                       system=system, evidence=evidence)  # fmt: skip
+    if rectified and record.name in ("forward Euler", "forward Euler, parallel branches"):
+        system = "x' in f(x) - N(x), N the normal cone of the nonnegative states"
+        why = "a proximal gradient step on x >= 0; a number that is subtracted before makes it one with a threshold"
+        return replace(record, name="projected Euler (ReLU)", notes=(note, why, *record.notes), system=system)
+    if threshold is not None and not record.name.startswith("unnamed"):
+        low, high = threshold
+        t = f"{low:.3g}" if high - low <= _SAME * high else f"{low:.3g} to {high:.3g}"
+        why = f"the addition is followed by the soft threshold sign(x) max(|x| - t, 0), t = {t}: the prox of t |x|_1"
+        return replace(record, name=f"{record.name}, then soft threshold (forward-backward)", evidence="measured",
+                       notes=(why, note, *record.notes), system="x' in f(x) - d(t/h |x|_1)")  # fmt: skip
+    name = f"{record.name}, then {', '.join(dict.fromkeys(record.after))}"
+    return replace(record, name=name, notes=(note, *record.notes), system=f"{record.system}, and a map after each step")
+
+
+def normalises(link: Link) -> bool:
+    """Whether a norm is among what happens on a link."""
+    return any(map(_normalises, link.elements))
+
+
+def norms_after(links: Sequence[Link]) -> int:
+    """How many sums are followed by a norm."""
+    count, open_sum = 0, False
+    for link in links:
+        if link.kind == "sum":
+            open_sum = True
+        elif link.kind == "weightless" and open_sum and normalises(link):
+            count, open_sum = count + 1, False
+    return count
+
+
+def normalises_in(graph: Graph, nodes: Sequence[Node]) -> bool:
+    """Whether a norm is among some operations."""
+    return any(_normalises(element_of(graph, node) or node) for node in nodes)
+
+
+def _normalises(part: Node | Element) -> bool:
+    return isinstance(part.facts, NormFacts) if isinstance(part, Element) else operation(part) in _STATISTICS
+
+
+def rectifies(link: Link) -> bool:
+    """Whether a link does nothing but set negative entries to zero, or cut them off."""
+    facts = [part.facts for part in link.elements if isinstance(part, Element)]
+    return len(facts) == len(link.elements) and all(isinstance(f, ActivationFacts) and f.rectifies for f in facts)
+
+
+def with_gates(record: Identification, kinds: set[str], sums: Sequence[NormalForm]) -> Identification:
+    """A record that says what gates, and factors of single coordinates, make of it; ``kinds`` are those of the skip."""
+    weighed = any(c.kind == "gate" for form in sums for a, c in form.forms[0].items() if a not in form.piece.ends)
+    if weighed and "gate" not in kinds:
+        record = replace(record, evidence="measured", notes=("stages are weighed by gates, held fixed", *record.notes))
+        if record.name.startswith("unnamed"):
+            return replace(record, name="unnamed (stages weighed by gates)", method=None, recorded=())
+    if kinds == {"diagonal"}:
+        entries = [c for form in sums for c in form.forms[0].values() if c.kind == "diagonal"]
+        if any(c.low < 0 or c.high > 1 for c in entries):
+            name, system = f"diagonal skip (mean a = {record.skip:.3g})", "x' = f(x) + (a - 1) x, a of either sign"
+            record = replace(record, name=name, system=system)
+        return replace(record, notes=("every coordinate has its own damping; a is their mean", *record.notes))
+    if "gate" not in kinds:
+        return record
+    gates = [c for form in sums for c in form.forms[0].values() if c.kind == "gate"]
+    if not gates:  # the skip as a whole is a gate that no single sum shows
+        return replace(record, name="gated skip", evidence="measured", method=None, recorded=())
+    low, high = min(c.low for c in gates), max(c.high for c in gates)
+    notes = (f"gates from {low:.3g} to {high:.3g} here, held fixed in R(z)", *record.notes)
+    gated = [c for form in sums if (c := form.forms[0].get(form.sources[0])) is not None and c.kind == "gate"]
+    if len(sums) > 1 and record.skip is not None:
+        numbers = ", ".join(f"{c.value:.3g}" for c in gated)
+        share = f"{len(sums)} gated steps" if len(gated) == len(sums) else f"{len(sums)} steps, {len(gated)} gated"
+        system = "x' = a_i(x) x + f_i(x) - x, one after the other, each with a gate of its own"
+        name = f"Lie splitting ({share}, mean a = {numbers})"
+        return replace(record, name=name, notes=notes, evidence="measured", system=system)
+    if record.skip is None:  # a projection, or a map behind the addition, has named the step: no single a describes it
+        return replace(record, evidence="measured", notes=(*record.notes, notes[0]))
+    if abs((record.skip or 0.0) + (record.step_size or 0.0) - 1.0) > GATED:
+        name, system = f"gated skip (mean a = {record.skip:.3g})", "x' = a(x) x + f(x) - x, the old state times a gate"
+        return replace(record, name=name, system=system, notes=notes)
+    return replace(
+        record,
+        name=f"gated Euler (mean a = {record.skip:.3g})",
+        convention="h: the gate, which depends on the state; its mean is shown",
+        system="x' = T(x) (f(x) - x), or the exponential step exp(-tau) = 1 - T",
+        notes=notes,
+    )
+
+
+def scaled_by_entries(record: Identification, total: Coefficient) -> Identification:
+    """A record of a state whose entries are multiplied by a number each, while nothing is added to it."""
+    by = "gates" if total.kind == "gate" else "numbers"
+    why = f"every entry is multiplied by a number of its own, from {total.low:.3g} to {total.high:.3g} here"
+    name = f"state times {by} (mean a = {total.value:.3g}), no branch"
+    return replace(record, name=name, evidence="measured", system=f"x' = (a{'(x)' * (by == 'gates')} - 1) x",
+                   notes=(why, *record.notes))  # fmt: skip
+
+
+def masked(kinds: set[str]) -> tuple[str, ...]:
+    """What is said of a mask among the kinds of a skip."""
+    return ("a mask sets some entries to zero: the step is that of the others",) if "masked" in kinds else ()
+
+
+def with_randomness(record: Identification, sums: Sequence[NormalForm]) -> Identification:
+    """Branches that are dropped for whole samples."""
+    dropped = [c for form in sums for c in form.forms[0].values() if c.kind == "samples"]
+    if not dropped:
+        return record
+    factor = max(c.sample or 0.0 for c in dropped)
+    if factor <= 1.0:
+        why = "whole samples skip the branch at random (stochastic depth); how often does not show in one pass"
+        return replace(record, name=f"{record.name}, stochastic depth", notes=(why, *record.notes))
+    survival = 1.0 / factor
+    method = stochastic_depth(survival, rescaled=True) if len(sums) == 1 else None
+    return replace(
+        record,
+        name=f"{record.name}, stochastic depth (p = {survival:.3g})",
+        method=method,
+        convention=f"{record.convention}; drawn 1/p with probability p and 0 otherwise: R is the mean square",
+        system="a weak approximation of a stochastic differential equation",
+        notes=("kept branches are divided by p", *record.notes),
+    )

@@ -1,0 +1,272 @@
+"""Streams of a coupled system: the skip of every state, and which values of the others its branch reads.
+
+Each state is read by itself, with the others' old and new values held fixed. All branches at old values make one step
+of the whole system at once; new values, in the order in which they are made, a step of Gauss-Seidel type.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+
+from stabkit.identification.form.chain import Link
+from stabkit.identification.form.flow_index import Surroundings
+from stabkit.identification.form.formed_ahead import as_made
+from stabkit.identification.form.normal_form import NormalForm
+from stabkit.identification.form.operations import has_matrix
+from stabkit.identification.form.pieces import Piece
+from stabkit.identification.form.slots import Slots
+from stabkit.identification.names.single import NO_STEP
+from stabkit.identification.record import Identification
+from stabkit.tracing.graph.values import Value, meta_of
+
+ReadOne = Callable[[Surroundings, Slots, tuple[int, ...]], Identification]
+COARSE = ("unnamed", "unknown", "plain", "composition")  # what says less of several states than their streams
+_MOST = 6  # states of which every pairing is tried
+_UNREAD = ("unknown", "unnamed", "not a step", "part of a step", "transition")
+_SUMS = ("no branch", "linear recurrence (a")
+_DRIVEN = ("damped Euler", "forward Euler", "projected Euler (post-norm)", "scaled skip", "running sum")
+_SAME = 1e-6  # numbers of single precision networks
+
+
+@dataclass(frozen=True)
+class _Stream:
+    """One state, read with the others held fixed.
+
+    Attributes:
+        record: what it is by itself.
+        links: from its old to its new value.
+        old: the places of states of which it reads the old value, in order.
+        new: of those of which it reads the new value, or one in between.
+    """
+
+    record: Identification
+    links: tuple[Link, ...]
+    old: tuple[int, ...]
+    new: tuple[int, ...]
+
+    @property
+    def is_sum(self) -> bool:
+        """Whether it only adds what is made of others."""
+        return self.record.name.startswith(_SUMS)
+
+    @property
+    def h(self) -> float | None:
+        """The step size; None where there is none."""
+        return None if self.is_sum or self.record.name.startswith("plain") else self.record.step_size
+
+    @property
+    def name(self) -> str:
+        """What it is called."""
+        if not self.is_sum:
+            return self.record.name
+        damped = self.record.name.removeprefix("linear recurrence ") if "(a" in self.record.name else ""
+        return f"running sum {damped}".strip()
+
+
+def coupled(
+    around: Surroundings, found: Slots, steps: tuple[int, ...], record: Identification, read_one: ReadOne
+) -> Identification:
+    """The reading of every state of a system, where it says more than a record of all at once.
+
+    Args:
+        around: of the flow.
+        found: the states.
+        steps: of the flow, that make up the step.
+        record: of all states at once.
+        read_one: reads a step of one state.
+    """
+    coarse = record.name.startswith(COARSE) or (" steps of general linear method" in record.name)
+    if not coarse or not 2 <= len(found.sources) == len(found.targets) <= _MOST:
+        return record
+    found = as_made(around, found, steps[0], steps[-1] + 1)
+    order = _pairing(around.whole(steps[0], steps[-1] + 1, found))
+    if order is None:
+        return record
+    found = replace(found, targets=tuple(found.targets[j] for j in order))
+    streams = _streams(around, found, steps, read_one)
+    if any(s.record.name.startswith(_UNREAD) or s.record.evidence == "unknown" for s in streams):
+        return record
+    if all(s.record.name.startswith("plain") for s in streams) or _rotates(found, streams):
+        return record
+    known = [s.record.residual for s in streams if s.record.residual is not None]
+    proven = all(s.record.evidence == "proven" for s in streams)
+    shapes = ["x".join(map(str, meta_of(v).shape)) for v in found.sources]
+    one = all(s.h in (None, 1.0) for s in streams)
+    return replace(
+        record,
+        name=_momentum(streams) or _name(streams),
+        step_size=record.step_size if one else None,
+        convention=record.convention if one else NO_STEP,
+        evidence="proven" if proven else "measured",
+        residual=max(known, default=None),
+        notes=(*_notes(streams), *record.notes[:1]),
+        system="; ".join(_said(i, streams, shape) for i, shape in enumerate(shapes)),
+    )
+
+
+def _pairing(piece: Piece) -> tuple[int, ...] | None:
+    """Which new state follows each old one; None where no order fits, or several but the given one.
+
+    A value that is an old and a new state at once is a history.
+    """
+    if set(piece.sources) & set(piece.targets):
+        return None
+    carried = [_carried(piece, target) for target in piece.targets]
+    places = range(len(piece.sources))
+    fits = [p for p in itertools.permutations(places) if all(piece.sources[i] in carried[p[i]] for i in places)]
+    given = tuple(places)
+    return given if given in fits else fits[0] if len(fits) == 1 else None
+
+
+def _carried(piece: Piece, target: Value) -> set[Value]:
+    """The sources of as many entries from which a value comes by moves, numbers, sums, norms and activations alone."""
+    seen: set[Value] = set()
+    stack = [target]
+    while stack:
+        value = stack.pop()
+        if value in seen:
+            continue
+        seen.add(value)
+        if value in piece.ends or value.node not in piece.inside:
+            continue
+        taken = piece.linear.get(value.node)
+        if taken is None and not has_matrix(value.node) and not piece.hides(value.node):
+            taken = piece.inputs(value.node)
+        stack.extend(taken or ())
+    return {s for s in piece.sources if s in seen and meta_of(s).numel == meta_of(target).numel}
+
+
+def _streams(around: Surroundings, found: Slots, steps: tuple[int, ...], read_one: ReadOne) -> list[_Stream]:
+    """Every state by itself: first to see what it passes on its way, then with these values of the others as well."""
+    start, stop = steps[0], steps[-1] + 1
+    count = len(found.sources)
+
+    def alone(i: int, more: Sequence[Value]) -> Slots:
+        others = [v for values in (found.sources, found.targets) for j, v in enumerate(values) if j != i]
+        contexts = dict.fromkeys((*found.contexts, *others, *more))
+        return Slots((found.sources[i],), (found.targets[i],), tuple(contexts), False, found.earlier)
+
+    passed: list[tuple[Value, ...]] = []
+    for i in range(count):
+        links = around.chain(start, stop, alone(i, ()))
+        passed.append(tuple(link.form.targets[0] for link in links[:-1]))
+    streams = []
+    for i in range(count):
+        own = {found.sources[i], found.targets[i], *passed[i]}
+        slots = alone(i, [v for j in range(count) if j != i for v in passed[j] if v not in own])
+        piece = around.whole(start, stop, slots)
+        read = {v for node in piece.nodes for v in piece.inputs(node) if v in piece.contexts}
+        old = tuple(j for j in range(count) if found.sources[j] in read and j != i)
+        new = tuple(j for j in range(count) if j != i and read & {found.targets[j], *passed[j]})
+        streams.append(_Stream(read_one(around, slots, steps), around.chain(start, stop, slots), old, new))
+    return streams
+
+
+def _name(streams: Sequence[_Stream]) -> str:
+    """What the streams make together; sums, which only follow, come last."""
+    count = len(streams)
+    names = [s.name for s in sorted(streams, key=lambda s: (s.is_sum, s.name))]
+    if set(names) <= {"forward Euler", "running sum"} and _is_mutual(streams):
+        order = "Gauss-Seidel" if any(s.new for s in streams) else "forward"
+        return f"{order} Euler of {count} coupled states"
+    return f"{count} {'coupled ' * _is_mutual(streams)}states: {', '.join(names)}"
+
+
+def _rotates(found: Slots, streams: Sequence[_Stream]) -> bool:
+    """Whether two states enter each other by numbers: a matrix then tells what is kept, and not the number of each."""
+    places = {v: j for values in (found.sources, found.targets) for j, v in enumerate(values)}
+    mixed = [
+        {places[a] for link in s.links if link.kind != "weightless" for a in link.form.forms[0] if a in places} - {i}
+        for i, s in enumerate(streams)
+    ]
+    return any(i in mixed[j] for i in range(len(mixed)) for j in mixed[i])
+
+
+def _is_mutual(streams: Sequence[_Stream]) -> bool:
+    """Whether some state reads one that reads it, by way of others or at once."""
+    reads = [{*s.old, *s.new} for s in streams]
+    for _ in streams:
+        reads = [r.union(*(reads[j] for j in r)) for r in reads]
+    return any(i in r for i, r in enumerate(reads))
+
+
+def _said(i: int, streams: Sequence[_Stream], shape: str) -> str:
+    """One stream in words."""
+    stream = streams[i]
+    parts = [f"x_{i + 1} ({shape}): {stream.name}"]
+    sums = sum(link.kind == "sum" for link in stream.links)
+    if sums > 1:
+        parts.append(f"{sums} additions")
+    if stream.h is not None:
+        parts.append(f"h = {stream.h:.3g}")
+    for what, places in (("old", stream.old), ("new", stream.new)):
+        if places:
+            parts.append(f"reads {what} {' and '.join(f'x_{j + 1}' for j in places)}")
+    if not any(i in s.old or i in s.new for s in streams):
+        parts.append("read by no other")
+    return ", ".join(parts)
+
+
+def _notes(streams: Sequence[_Stream]) -> tuple[str, ...]:
+    if not any(s.new for s in streams):
+        return ("every branch reads old values: one step of the system at once",)
+    return ("new values are read as soon as they are there: the order belongs to the method",)
+
+
+def _momentum(streams: Sequence[_Stream]) -> str | None:
+    """A velocity that a field of the position drives, normalised or not, and a position that moves by what is new."""
+    for position, velocity in itertools.permutations(streams, 2):
+        sums = [link.form for link in velocity.links if link.kind == "sum"]
+        if len(streams) > 2 or position.name != "running sum" or not velocity.name.startswith(_DRIVEN):
+            continue
+        moves = [link.form for link in position.links if link.kind == "sum"]
+        if not moves or len(moves) != len(sums) or position.old or any(form.stages for form in moves):
+            continue  # it moves by something else than the new velocity alone
+        kept = _kept(velocity.links)
+        if kept is None:
+            continue
+        ahead = [_ahead(form) for form in sums]
+        if None in ahead:
+            continue
+        numbers = [f"beta = {_listed(kept)}"]
+        if any(ahead):
+            numbers.append(f"look-ahead {_listed(m for m in ahead if m is not None)}")
+        rule = "Nesterov momentum" if all(ahead) else "momentum"
+        return f"{rule} ({', '.join(numbers)})" + ", velocity normalised" * velocity.name.startswith("projected")
+    return None
+
+
+def _kept(links: Sequence[Link]) -> list[float] | None:
+    """The numbers before the old state in every addition, with those that multiply it on the way there."""
+    found: list[float] = []
+    factor = 1.0
+    for link in links:
+        c = link.form.forms[0].get(link.form.sources[0])
+        if link.kind in ("sum", "scaling"):
+            if c is None or c.kind != "scalar":
+                return None
+            factor *= c.value
+        if link.kind == "sum":
+            found.append(factor)
+        if link.kind != "scaling":
+            factor = 1.0
+    return found
+
+
+def _ahead(form: NormalForm) -> float | None:
+    """The number of velocities that are added to the position where the field is evaluated; None if that is no such."""
+    v = form.sources[0]
+    found: list[float] = []
+    for stage in form.stages:
+        for terms in stage.inputs:
+            held = [c.value for a, c in terms.items() if a in form.piece.contexts]
+            if len(held) != 1 or not held[0] or terms.keys() - {v} - form.piece.ends:
+                return None
+            found.append(terms[v].value / held[0] if v in terms else 0.0)
+    return found[0] if found and max(found) - min(found) <= _SAME else None
+
+
+def _listed(numbers: Iterable[float]) -> str:
+    return ", ".join(dict.fromkeys(f"{x:.3g}" for x in numbers))

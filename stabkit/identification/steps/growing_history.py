@@ -1,0 +1,56 @@
+"""Layers that read all states before them: a history that grows by one state a layer, mixed by a row of weights.
+
+    u = sum_k w_k y_k,    y_l = u + f(u),
+
+with y_0, ..., y_{l-1} kept as they are (DLCL, Wang et al. 2019; DenseFormer, Pagliardini et al. 2024). As a general
+linear method it has one state more after each layer, so no number of one entry describes its skip.
+"""
+
+from __future__ import annotations
+
+from stabkit.identification.form.flow_index import Surroundings
+from stabkit.identification.form.normal_form import normal_form
+from stabkit.identification.form.pieces import Piece
+from stabkit.identification.record import Identification, nothing
+from stabkit.tracing.graph.values import Value, meta_of
+
+_LINEAR = frozenset({"scalar", "diagonal", "gate", "dropout", "samples"})
+_SHOWN = 8  # weights in a note
+
+
+def growing_history(around: Surroundings, start: int, stop: int) -> Identification | None:
+    """The record of a step that adds one state to two or more, all of which it keeps and combines linearly."""
+    before, after = (around.flow.states[i].values for i in (start, stop))
+    if len(before) < 2 or len(after) < 2:
+        return None
+    graph, nodes = around.graph, around.nodes(start, stop)
+    used = {v for node in nodes for v in graph.inputs[node]}
+    old = [v for v in before if v in used]
+    new = [v for v in after if v not in before]
+    if len(old) < 2 or len(new) != 1 or not all(v in after for v in old):
+        return None
+    if {meta_of(v).shape for v in old} != {meta_of(new[0]).shape}:
+        return None
+    if not _was_made_alike(around, start, old):
+        return None
+    atoms = Piece(graph, nodes, old, new).expand(new[0])[0]
+    if any(v not in atoms for v in old):
+        return None
+    form = normal_form(graph, nodes, old, new, names=around.names, calls=around.calls)
+    terms = [form.forms[0].get(v) for v in old]
+    known = [c for c in terms if c is not None]
+    if len(known) < len(old) or not {c.kind for c in known} <= _LINEAR:
+        return None
+    told = ", ".join(f"{c.value:.3g}" for c in known[:_SHOWN]) + (", ..." if len(known) > _SHOWN else "")
+    of_input = " at this input" if any(c.kind == "gate" for c in known) else ""
+    why = f"all {len(old)} states before are kept, and mixed with weights {told}{of_input}: no single a describes it"
+    name = f"general linear method with a growing history ({len(old)} states)"
+    return nothing(
+        tuple(range(start, stop)), name, why, "measured", system="x' = f(sum_k w_k x_k), one state more each layer"
+    )
+
+
+def _was_made_alike(around: Surroundings, start: int, old: list[Value]) -> bool:
+    """Whether steps before made the states one after the other: each is alive for the first time in another one."""
+    first = [next(i for i, state in enumerate(around.flow.states) if v in state.values) for v in old]
+    return len(set(first)) == len(old)

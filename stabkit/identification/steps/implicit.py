@@ -1,0 +1,187 @@
+"""Layers that solve for their result: a linear system, or a fixed point z = f(z, x).
+
+Fixed points are found by the calls they make, and confirmed by running them again.
+"""
+
+from __future__ import annotations
+
+import inspect
+import itertools
+import math
+from collections import Counter
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import Node
+
+from stabkit.identification.form.gates import is_quotient_of_inner_products
+from stabkit.identification.form.operations import MOVES
+from stabkit.identification.form.pieces import Piece
+from stabkit.tracing import Flow
+from stabkit.tracing.graph.values import Value, operation
+from stabkit.tracing.recording.untouched_model import unchanged
+from stabkit.tracing.recording.wrappers import modules_behind
+
+SOLVES = frozenset(
+    {"CholeskySolve", "LinalgLuSolve", "LinalgSolve", "LinalgSolveEx", "LinalgSolveTriangular", "TriangularSolve"}
+)
+_FIRST = frozenset({"CholeskySolve", "TriangularSolve"})  # those that take the right side first, and then the matrix
+_FEWEST = 3
+_CONVERGED = 1e-2  # relative change at the last call: settled to two figures
+_AVERAGED = 12  # changes, since complex eigenvalues make their ratios swing
+
+
+@dataclass(frozen=True)
+class FixedPoint:
+    """A fixed-point iteration inside a forward pass.
+
+    Attributes:
+        module_path: the module that is called again and again.
+        iterations: how often.
+        residual: relative change of its input at the last call: ``||z - f(z, x)|| / ||z||``.
+        contraction: mean ratio of the last changes, about the spectral radius of df/dz; None when they are rounding.
+    """
+
+    module_path: str
+    iterations: int
+    residual: float
+    contraction: float | None
+
+
+@dataclass(frozen=True)
+class LinearSolve:
+    """Linear systems that are solved inside a step.
+
+    Attributes:
+        count: how many, one after the other.
+        of_the_state: whether each is M x' = x with a constant M, and nothing else.
+    """
+
+    count: int
+    of_the_state: bool
+
+
+def right_side(node: Node) -> Value | None:
+    """The right side of a linear system; None where it is a constant."""
+    parent, output = node.next_functions[0 if operation(node) in _FIRST else 1]
+    return None if parent is None else Value(parent, output)
+
+
+def linear_solve(piece: Piece) -> LinearSolve | None:
+    """The linear systems that a step of one state solves; None without one."""
+    nodes = [node for node in piece.nodes if operation(node) in SOLVES]
+    if not nodes:
+        return None
+    moves_else = all(operation(node) in MOVES | SOLVES for node in piece.nodes)
+    return LinearSolve(len(nodes), moves_else and all(len(piece.inputs(node)) == 1 for node in nodes))
+
+
+def inner_iterations(piece: Piece) -> int:
+    """How many rounds of conjugate gradients or the like a step runs, told by their quotients of inner products."""
+    if len(piece.sources) != 1:
+        return 0
+    made: set[Value] = set(piece.sources)
+    for node in piece.nodes:
+        if any(v in made for v in piece.inputs(node)):
+            made.update(Value(node, i) for i in range(len(node._input_metadata)))
+    return sum(is_quotient_of_inner_products(Value(node, 0), piece.inputs, made, piece.ends) for node in piece.nodes)
+
+
+def solves_inside(flow: Flow, start: int, stop: int) -> bool:
+    """Whether some steps take up values that were computed off the graph by calling modules again and again."""
+    first, last = _clock(flow, start, stop)
+    if not any(first <= s.time < last for s in flow.recorded.recording.stopped):
+        return False
+    return any(count >= _FEWEST for count in _silent_calls(flow, first, last).values())
+
+
+def iterates_silently(flow: Flow, start: int, stop: int) -> bool:
+    """Whether a module that steps call on the graph was called again and again off it: by a solver with buffers."""
+    first, last = _clock(flow, start, stop)
+    heard = {
+        c.path for c in flow.recorded.recording.calls if c.finished and c.start < c.stop and first <= c.start < last
+    }
+    return any(count >= _FEWEST and path in heard for path, count in _silent_calls(flow, first, last).items())
+
+
+def begins_at_constants(flow: Flow, start: int, stop: int) -> bool:
+    """Whether steps evaluate a module at a constant, and then at what depends on the source: at the state of a solver.
+
+    What the solver began with is no part of the graph then, and the source of the steps is an input of the field.
+    """
+    first, last = _clock(flow, start, stop)
+    silent: set[str] = set()
+    for call in flow.recorded.recording.calls:
+        weighty = next(call.module.parameters(), None) is not None
+        if call.finished and first <= call.start < last and weighty:
+            if call.start < call.stop and call.path in silent:
+                return True
+            if call.start == call.stop:
+                silent.add(call.path)
+    return False
+
+
+def _clock(flow: Flow, start: int, stop: int) -> tuple[int, int]:
+    clocks = [*flow.recorded.graph.clock, flow.recorded.recording.stop]
+    return clocks[flow.states[start].position], clocks[flow.states[stop].position]
+
+
+def _silent_calls(flow: Flow, first: int, last: int) -> Counter[str]:
+    calls = flow.recorded.recording.calls
+    return Counter(c.path for c in calls if c.finished and c.start == c.stop and first <= c.start < last)
+
+
+def fixed_point(flow: Flow) -> FixedPoint | None:
+    """The fixed-point iteration of a traced model, measured by running the model once more on the recorded input.
+
+    Returns:
+        The iteration that moves least at its end; None when the model has none, or cannot be called with the
+        recorded input alone.
+    """
+    if flow.side_inputs or not _takes_the_source(flow):
+        return None
+    seen: dict[str, list[Tensor]] = {}
+
+    def watch(path: str) -> object:
+        def note(_module: nn.Module, args: tuple[object, ...], _output: object) -> None:
+            if args and isinstance(args[0], Tensor):
+                seen.setdefault(path, []).append(args[0].detach().clone())
+
+        return note
+
+    with unchanged(modules_behind(flow.model)), torch.no_grad():
+        handles = [m.register_forward_hook(watch(path)) for path, m in flow.model.named_modules()]
+        try:
+            flow.model(flow.states[0].tensors[0])
+        finally:
+            for handle in handles:
+                handle.remove()
+    found = [_measured(path, inputs) for path, inputs in seen.items()]
+    return min((f for f in found if f is not None), key=lambda f: f.residual, default=None)
+
+
+def _takes_the_source(flow: Flow) -> bool:
+    parameters = [
+        p
+        for p in inspect.signature(flow.model.forward).parameters.values()
+        if p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
+    ]
+    names = {"0", "input", *(p.name for p in parameters)}
+    return len(parameters) == 1 and flow.source_name in names
+
+
+def _measured(path: str, inputs: list[Tensor]) -> FixedPoint | None:
+    """The iteration behind a module's inputs: None unless they settle."""
+    if len(inputs) <= _FEWEST or any(x.shape != inputs[0].shape for x in inputs):
+        return None
+    changes = [float((b - a).double().norm()) for a, b in itertools.pairwise(inputs)]
+    size = float(inputs[-1].double().norm())
+    if size == 0.0 or max(changes) == 0.0 or changes[-1] > 0.1 * max(changes):
+        return None
+    rounding = 100 * torch.finfo(inputs[0].dtype).eps * size
+    clear = list(itertools.takewhile(lambda change: change > rounding, changes))[-_AVERAGED - 1 :]
+    if changes[-1] > _CONVERGED * size:
+        return None  # calls that come closer to each other, and then end, are some rounds of a map
+    contraction = math.exp(math.log(clear[-1] / clear[0]) / (len(clear) - 1)) if len(clear) > 1 else None
+    return FixedPoint(path, len(inputs), changes[-1] / size, contraction)

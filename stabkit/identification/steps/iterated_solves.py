@@ -1,0 +1,180 @@
+"""Implicit steps whose equation is solved inside the step by Newton's method or the like: y_k+1 = y_k - u(F(y_k, x)).
+
+The equation F(y, x) = 0 stands in the graph as a linear combination of the iterate, the old state and fields at them:
+F = c (y - x - h theta f(y) - h (1 - theta) f(x)). That the iteration has come to its end shows in the graph too: the
+result no longer depends on the iterate that it was made of, which of Newton's method is true at a root alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import Tensor
+from torch.autograd.graph import Node
+
+from stabkit.identification.form.normal_form import NormalForm, Stage, normal_form
+from stabkit.identification.form.operations import ADDS, PRODUCTS
+from stabkit.identification.form.pieces import Piece, pull
+from stabkit.identification.steps.implicit import SOLVES, right_side
+from stabkit.tracing.graph.values import Value, meta_of, operation, random_tensors
+
+_CONVERGED = 1e-2  # what is left of the iterate in the result: a method that has come to its end to two figures
+_CLOSE = 1e-6
+_INVERSES = frozenset({"LinalgInv", "LinalgInvEx", "Inverse"})
+
+
+@dataclass(frozen=True)
+class SolvedStep:
+    """An implicit step.
+
+    Attributes:
+        name: ``"backward_euler"``, ``"trapezoid"``, ``"implicit_midpoint"``, ``"theta method, theta = 0.7"``, or
+            ``"linearly implicit Euler (Rosenbrock)"`` where one iteration from the old state is all.
+        theta: the weight of the field at the result; None for other methods.
+        h: what multiplies the fields.
+        left: what is left of the iterate in the result, relative.
+    """
+
+    name: str
+    theta: float | None
+    h: float
+    left: float
+
+
+def solved_step(piece: Piece, names: Mapping[int, str]) -> SolvedStep | None:
+    """The implicit step that a piece of one state solves for; None where no equation is found, or none is solved."""
+    source, target = piece.sources[0], piece.targets[0]
+    if not any(operation(node) in SOLVES | _INVERSES for node in piece.nodes):
+        return None
+    if operation(target.node) not in ADDS or meta_of(source).numel != meta_of(target).numel:
+        return None
+    for iterate in dict.fromkeys(piece.inputs(target.node)):
+        found = _linearly_implicit(piece, names) if iterate == source else _solved(piece, iterate, names)
+        if found is not None:
+            return found
+    return None
+
+
+def _solved(piece: Piece, iterate: Value, names: Mapping[int, str]) -> SolvedStep | None:
+    """The equation that the last iteration solves."""
+    source, target = piece.sources[0], piece.targets[0]
+    if meta_of(iterate).shape != meta_of(source).shape:
+        return None
+    last = Piece(piece.graph, piece.nodes, [iterate, source], [target])
+    if iterate not in last.base or last.nodes == piece.nodes:
+        return None
+    left = _left(last, iterate, target)
+    if left > _CONVERGED:
+        return None
+    sums = [v for v in (Value(node, 0) for node in last.nodes) if v in last.merges and v != target]
+    if not sums or meta_of(sums[-1]).numel != meta_of(source).numel:
+        return None
+    # earlier sums are parts of the equation
+    found = _equation(normal_form(piece.graph, last.nodes, [iterate, source], sums[-1:], names=names))
+    return None if found is None else SolvedStep(*found, left)
+
+
+def _left(last: Piece, iterate: Value, target: Value) -> float:
+    """How much of a cotangent of the result arrives at the iterate, over what would arrive by the iterate itself."""
+    w = random_tensors([target], seed=0)[0]
+    arrived = pull(last.graph, last.nodes, {node: last.inputs(node) for node in last.nodes}, {target: w}).get(iterate)
+    return 0.0 if arrived is None else float(arrived.norm() / w.norm())
+
+
+def _equation(form: NormalForm) -> tuple[str, float | None, float] | None:
+    """Name, theta and h of the method whose equation a value is; None where it is no such equation."""
+    iterate, source = form.sources
+    terms = form.forms[0]
+    own, old = terms.get(iterate), terms.get(source)
+    fields = [stage for stage in form.stages if stage.output in terms]
+    if own is None or old is None or own.kind != "scalar" or old.kind != "scalar" or not own.value or not fields:
+        return None
+    if abs(own.value + old.value) > _CLOSE * abs(own.value) or len({stage.key for stage in fields}) > 1:
+        return None
+    if any(terms[stage.output].kind != "scalar" for stage in fields):
+        return None
+    weights = {stage: terms[stage.output].value / own.value for stage in fields}
+    places = {stage: _place(stage, iterate, source) for stage in fields}
+    if any(place is None for place in places.values()):
+        return None
+    h = abs(sum(weights.values()))
+    if h == 0.0:
+        return None
+    if len(fields) == 1:
+        place = places[fields[0]]
+        if place == 1.0:
+            return "backward_euler", 1.0, h
+        return ("implicit_midpoint", None, h) if place is not None and abs(place - 0.5) <= _CLOSE else None
+    at_result = sum(w for stage, w in weights.items() if places[stage] == 1.0)
+    if any(place not in (0.0, 1.0) for place in places.values()):
+        return None
+    if len({_factors(stage) for stage in fields}) > 1:
+        return None  # one field but for the numbers inside of it: theta may be among them
+    theta = abs(at_result) / h
+    name = "trapezoid" if abs(theta - 0.5) <= _CLOSE else f"theta method, theta = {theta:.3g}"
+    return name, theta, h
+
+
+def _place(stage: Stage, iterate: Value, source: Value) -> float | None:
+    """Where between the old state (0) and the result (1) a field is taken; None where it is at neither."""
+    if len(stage.inputs) != 1 or not stage.inputs[0].keys() <= {iterate, source}:
+        return None
+    coefficients = stage.inputs[0]
+    if any(c.kind != "scalar" for c in coefficients.values()):
+        return None
+    shares = [coefficients[v].value if v in coefficients else 0.0 for v in (iterate, source)]
+    return shares[0] if abs(sum(shares) - 1) <= _CLOSE else None
+
+
+def _factors(stage: Stage) -> tuple[float, ...]:
+    """The numbers that multiply something inside a field."""
+    saved = [getattr(n, name, None) for n in stage.nodes for name in ("_saved_other", "_saved_self")
+             if operation(n) in PRODUCTS]  # fmt: skip
+    return tuple(sorted(float(t) for t in saved if isinstance(t, Tensor) and t.numel() == 1))
+
+
+def _linearly_implicit(piece: Piece, names: Mapping[int, str]) -> SolvedStep | None:
+    """X' = x + (1 - h J)^-1 h f(x), J the Jacobian of the field at x: one iteration from the old state."""
+    source = piece.sources[0]
+    for node in piece.nodes:
+        if operation(node) not in SOLVES or len(set(piece.inputs(node))) != 2:
+            continue
+        right, matrix = right_side(node), _matrix(node)
+        if right is None or matrix is None:
+            continue
+        before = _between(piece, source, right)
+        w = random_tensors([right], seed=0)[0]
+        pulled = pull(piece.graph, list(before), before, {right: w}).get(source)
+        if pulled is None or pulled.numel() != w.numel():
+            continue
+        # the right side is h f(x), so (1 - h J)^T w = w - pulled; of either sign, as the equation is written
+        expected = (matrix.mT @ _columns(w, matrix)).reshape(-1)
+        mine = w.reshape(-1)
+        for sign in (1.0, -1.0):
+            residual = float((expected - mine + sign * pulled.reshape(-1)).norm() / expected.norm())
+            if residual <= _CLOSE and float(pulled.norm()) > _CLOSE * float(w.norm()):
+                return SolvedStep("linearly implicit Euler (Rosenbrock)", None, _number(piece, right, names), residual)
+    return None
+
+
+def _between(piece: Piece, source: Value, target: Value) -> dict[Node, list[Value]]:
+    """The nodes between two values of a piece, with their inputs."""
+    part = Piece(piece.graph, piece.nodes, [source], [target])
+    return {node: part.inputs(node) for node in part.nodes}
+
+
+def _matrix(node: Node) -> Tensor | None:
+    saved = getattr(node, "_saved_A", None)
+    return saved.detach() if isinstance(saved, Tensor) else None
+
+
+def _columns(w: Tensor, matrix: Tensor) -> Tensor:
+    return w if w.dim() == matrix.dim() else w.unsqueeze(-1)
+
+
+def _number(piece: Piece, value: Value, names: Mapping[int, str]) -> float:
+    """The number that multiplies the one field of a value."""
+    form = normal_form(piece.graph, piece.nodes, [piece.sources[0]], [value], names=names)
+    numbers = [c.value for atom, c in form.forms[0].items() if atom not in form.piece.ends and c.kind == "scalar"]
+    return abs(numbers[0]) if len(numbers) == 1 and numbers[0] else 1.0

@@ -1,0 +1,214 @@
+"""Methods of several states: momentum, multistep, reversible, gated and oscillating pairs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from torch.autograd.graph import Node
+
+from stabkit.identification.evidence.confirmation import Check, is_symmetric, volume
+from stabkit.identification.evidence.reproduction import confirmed
+from stabkit.identification.fields.composites import with_composite_fields
+from stabkit.identification.fields.field_values import continued_fields
+from stabkit.identification.form.flow_index import Surroundings
+from stabkit.identification.form.formed_ahead import as_made
+from stabkit.identification.form.grouping import split_before
+from stabkit.identification.form.normal_form import NormalForm, normal_form
+from stabkit.identification.form.operations import JOINS, is_opaque
+from stabkit.identification.form.pieces import Piece
+from stabkit.identification.form.slots import Slots, joined
+from stabkit.identification.form.sub_steps import composed_name, with_readout
+from stabkit.identification.form.tableau import Blocks, blocks
+from stabkit.identification.names.compositions import direction, name_composition, shears
+from stabkit.identification.names.single import Name
+from stabkit.identification.names.systems import HAMILTONIAN, name_several_states
+from stabkit.identification.record import Identification
+from stabkit.integrators import GeneralLinearMethod
+from stabkit.tracing.graph.values import Value, operation
+
+PARTS = ", parts of one tensor"
+_UNSPECIFIC = ("unnamed", "general linear method", "Adams-Bashforth type")  # what fields with a linear part may read as
+
+
+def read_several_states(around: Surroundings, found: Slots, steps: tuple[int, ...]) -> Identification:
+    """The method of a step whose old or new state is a tuple of tensors."""
+    start, stop = steps[0], steps[-1] + 1
+    nodes = around.nodes(start, stop)
+    opaque = sorted({operation(n) for n in nodes if is_opaque(n)})
+    if len(found.sources) != len(found.targets):
+        return _change_of_count(around, found, steps)
+    if found.split or len({value.node for value in found.sources}) == 1 or split_before(around.flow, start):
+        found = _paired(around, found, steps)
+    found = as_made(around, found, start, stop)
+    form = around.normal_form(start, stop, found)
+    record = _named(around, found, form, steps, opaque)
+    if record.name.startswith(_UNSPECIFIC):
+        for owned in continued_fields(form):
+            other = around.normal_form(start, stop, found, owned | form.piece.owned)
+            better = _named(around, found, other, steps, opaque)
+            if better.method is not None and not better.name.startswith(_UNSPECIFIC):
+                return better
+    return record
+
+
+def _named(
+    around: Surroundings, found: Slots, form: NormalForm, steps: tuple[int, ...], opaque: Sequence[str]
+) -> Identification:
+    """The record of a normal form of several states."""
+    start, stop = steps[0], steps[-1] + 1
+    diagonal = any(c.kind == "diagonal" for terms in form.forms for c in terms.values())
+    table = blocks(form, found.contexts, one_coordinate=diagonal)
+    if table is None or (opaque and not form.merges):
+        hidden = f"hidden in {', '.join(opaque)}" if opaque else "the states are mixed or moved"
+        return _nothing(steps, "unknown", f"the state is a tuple of tensors; {hidden}", "unknown")
+    coefficients = [c for terms in form.forms for c in terms.values()]
+    gated = any(c.kind == "gate" for c in coefficients)
+    symmetric = is_symmetric(form) if not gated and len(form.stages) == 2 else None
+    named = name_several_states(table, symmetric=symmetric, gated=gated)
+    composed = None if named.is_known else with_composite_fields(table)
+    if composed is not None:
+        table, named = composed, name_several_states(composed, symmetric=None, gated=gated)
+    if not named.is_known and not gated:
+        named = name_composition(table) or named
+    if not named.is_known and not gated:
+        named = with_readout(table) or _in_parts(around, found, steps) or named
+    if named.order == 2 and direction(shears(table) or ()) < 0:
+        named = replace(named, h=-named.h)
+    method = table.method(named.unit)
+    method.name = named.name
+    checks: tuple[Check, ...] = ()
+    if around.checks and (named.name == HAMILTONIAN or named.name.startswith("reversible")):
+        measured = volume(around.flow, start, stop)
+        checks = (measured,) if measured is not None else ()
+    certified = all(c.kind in ("scalar", "dropout") for c in coefficients)
+    # that a field is a gradient was seen in its Jacobian at this input; that the step is reversible is in the graph
+    certified = certified and named.name != HAMILTONIAN
+    record = Identification(
+        name=named.name,
+        method=method,
+        skip=None,
+        step_size=named.h,
+        convention=named.convention,
+        evidence="proven" if certified and named.is_known else "measured",
+        residual=max((c.residual for c in coefficients), default=0.0),
+        steps=steps,
+        notes=_notes(around, form, table, found),
+        system=named.system,
+        shared_weights=table.shared if len(table.rows) > 1 else None,
+        checks=checks,
+        recorded=table.recorded_with(named.unit),
+    )
+    return confirmed(record, form.piece) if around.checks and composed is None else record
+
+
+def _in_parts(around: Surroundings, found: Slots, steps: tuple[int, ...]) -> Name | None:
+    """The name of a step that is several steps one after the other."""
+
+    def name_of(table: Blocks) -> Name:
+        return name_several_states(table, symmetric=None, gated=False)
+
+    def form_of(nodes: Sequence[Node], old: Sequence[Value], new: Sequence[Value]) -> NormalForm:
+        return normal_form(around.graph, nodes, old, new, names=around.names, contexts=found.contexts,
+                           calls=around.calls)  # fmt: skip
+
+    return composed_name(around.whole(steps[0], steps[-1] + 1, found), name_of, form_of)
+
+
+def _paired(around: Surroundings, found: Slots, steps: tuple[int, ...]) -> Slots:
+    """Parts of one tensor, made at once, in the order of the states that carry them on."""
+    piece = around.whole(steps[0], steps[-1] + 1, found)
+    if any(target in found.sources for target in found.targets):
+        carried = [[v for v in piece.expand(target)[0] if v in found.sources] for target in found.targets]
+        followed = [sources[0] for sources in carried if len(sources) == 1]
+    else:
+        followed = _followed(piece, found)
+    if set(followed) != set(found.sources) or len(followed) != len(found.targets):
+        return found
+    return replace(found, targets=tuple(found.targets[followed.index(v)] for v in found.sources))
+
+
+def _followed(piece: Piece, found: Slots) -> list[Value]:
+    """The old state that each new one follows, told where one is left; what shifts up in a history follows none."""
+    left = [{v for v in piece.expand(target)[0] if v in found.sources} for target in found.targets]
+    places: dict[int, Value] = {}
+    while (place := next((i for i, on in enumerate(left) if i not in places and len(on) == 1), None)) is not None:
+        (places[place],) = left[place]
+        left = [on if i in places else on - {places[place]} for i, on in enumerate(left)]
+    return [places[i] for i in sorted(places)]
+
+
+def _notes(around: Surroundings, form: NormalForm, table: Blocks, found: Slots) -> tuple[str, ...]:
+    notes = [f"{len(form.sources)} states" + (PARTS if found.split else "")]
+    if found.contexts:
+        notes.append(f"{len(found.contexts)} tensor(s) from before are held fixed")
+    if any(c.kind == "diagonal" for terms in form.forms for c in terms.values()):
+        notes.append("every coordinate has coefficients of its own: those of the first are shown")
+    learned = around.learned_factors(form.piece)
+    if learned:
+        notes.append(f"learned factors: {', '.join(learned)}")
+    gates = [c for terms in form.forms for c in terms.values() if c.kind == "gate"]
+    if gates:
+        low, high = min(c.low for c in gates), max(c.high for c in gates)
+        notes.append(f"gates from {low:.3g} to {high:.3g} here, held fixed in M(z)")
+    return tuple(notes)
+
+
+def _change_of_count(around: Surroundings, found: Slots, steps: tuple[int, ...]) -> Identification:
+    """Where a method with several states, a branch or a long skip begins or ends; and layers that keep everything."""
+    before, after = len(found.sources), len(found.targets)
+    kept = [v for v in found.targets if v in found.sources]
+    if len(kept) == before and after == before + 1 and _reads_joined(around, found, steps):
+        return _dense(found, steps)
+    if after < before:
+        why = f"{before} states become {after}: the end of a method with several states, of a branch or of a long skip"
+        return _nothing(steps, "join", why, "proven")
+    why = f"{before} state(s) become {after}: the start of a method with several states, of a branch or of a long skip"
+    return _nothing(steps, "fork", why, "proven")
+
+
+def _reads_joined(around: Surroundings, found: Slots, steps: tuple[int, ...]) -> bool:
+    """Whether several old states are all read side by side, as one."""
+    graph = around.graph
+    nodes = around.nodes(steps[0], steps[-1] + 1)
+    readers = {operation(node) for node in nodes for v in found.sources if v in graph.inputs[node]}
+    return len(found.sources) > 1 and readers <= JOINS
+
+
+def _dense(found: Slots, steps: tuple[int, ...]) -> Identification:
+    """DenseNet: in the padded space J = I + (a strictly lower triangular part), so that all eigenvalues are 1."""
+    count = len(found.sources)
+    zeros = [[0.0] * count]
+    method = GeneralLinearMethod(
+        [[0.0] * count for _ in range(count)],
+        [[float(i == j) for j in range(count + 1)] for i in range(count)],
+        [*zeros * count, [1.0] * count],
+        [[float(i == j) for j in range(count + 1)] for i in range(count + 1)],
+        fields=range(count),
+        name="dense (concatenation)",
+    )
+    return Identification(
+        name="dense (concatenation)",
+        method=method,
+        skip=None,
+        step_size=1.0,
+        convention="h = 1: only the product h f can be seen",
+        evidence="proven",
+        residual=0.0,
+        steps=steps,
+        notes=("the state is kept whole and grows: every eigenvalue is 1, all growth is non-normal",),
+        system="none: nothing that is there is changed",
+    )
+
+
+def dense_concatenation(around: Surroundings, found: Slots, steps: tuple[int, ...]) -> Identification | None:
+    """The record of a step s' = [s; H(s)] whose state is one tensor; None when it is something else."""
+    graph = around.graph
+    parts = joined(graph, around.nodes(steps[0], steps[-1] + 1), found.targets[0])
+    if parts is None or len(parts) != 2 or found.sources[0] not in parts:
+        return None
+    return _dense(found, steps)
+
+
+def _nothing(steps: tuple[int, ...], name: str, why: str, evidence: str) -> Identification:
+    return Identification(name, None, None, None, "none", evidence, None, steps, (), (why,), "none")

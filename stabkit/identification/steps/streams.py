@@ -1,0 +1,131 @@
+"""Several residual streams along one axis of a state, mixed by a matrix (hyper-connections): a general linear method.
+
+    y = f(sum_j a_j x_j),    x'_i = sum_j M_ij x_j + b_i y,
+
+the streams x_1, ..., x_n lying side by side in one tensor. M, a and b are measured with a few products.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from stabkit.identification.form.hidden_skip import affine_pulls
+from stabkit.identification.form.pieces import Piece
+from stabkit.integrators import GeneralLinearMethod
+from stabkit.tracing import Flow
+from stabkit.tracing.graph.values import meta_of, random_tensors
+
+_ROUNDINGS = 256.0
+_MOST = 16  # streams
+Matrix = npt.NDArray[np.float64]
+Pull = Callable[[Sequence[Tensor]], list[Tensor]]  # cotangents of a step's target to its source
+
+
+@dataclass(frozen=True)
+class Streams:
+    """A method of several streams.
+
+    Attributes:
+        method: with M as its V, a as its U and b as its B.
+        axis: of the state along which the streams lie.
+        residual: relative deviation of the step from it.
+    """
+
+    method: GeneralLinearMethod
+    axis: int
+    residual: float
+
+
+def mixed_streams(flow: Flow, start: int, stop: int, piece: Piece) -> Streams | None:
+    """The method of a step whose skip mixes streams along one axis; None where it is no such step."""
+    source, target = piece.sources[0], piece.targets[0]
+    shape = meta_of(target).shape
+    segment = flow.steps[start].segment
+    if stop != start + 1 or meta_of(source).shape != shape:
+        return None
+    if segment.source != (source,) or segment.target != (target,):
+        return None
+    vjp = segment.vjp
+    tolerance = _ROUNDINGS * torch.finfo(meta_of(target).dtype).eps
+    w = random_tensors([target], seed=0)[0]
+    skip = affine_pulls(piece, [w])
+    if skip is None:
+        return None
+    for layout in _layouts(tuple(shape)):
+        n = layout.view[layout.axis]
+        if w.numel() < 2 * n * n:
+            continue
+        W, S = layout.rows(w), layout.rows(skip[0])
+        M = S @ np.linalg.pinv(W)  # S = M^T W
+        if np.linalg.norm(S - M @ W) > tolerance * np.linalg.norm(S):
+            continue
+        found = _branch(w, vjp, M, layout, tolerance)
+        if found is not None:
+            a, b, residual = found
+            method = GeneralLinearMethod(np.zeros((1, 1)), a[None], b[:, None], M.T, name=f"{n} streams")
+            return Streams(method, layout.of, residual)
+    return None
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """One way in which streams may lie in a state.
+
+    Attributes:
+        of: the axis of the state that holds them, maybe folded with another.
+        view: the shape with that axis unfolded.
+        axis: of the streams in it.
+    """
+
+    of: int
+    view: tuple[int, ...]
+    axis: int
+
+    def unfold(self, tensor: Tensor) -> Tensor:
+        """Streams along an axis of their own, which comes first."""
+        return tensor.reshape(self.view).movedim(self.axis, 0)
+
+    def rows(self, tensor: Tensor) -> Matrix:
+        """One row a stream."""
+        return np.asarray(self.unfold(tensor.detach().double().cpu()).flatten(1).numpy())
+
+
+def _layouts(shape: tuple[int, ...]) -> Iterator[_Layout]:
+    """Streams as a whole axis, but for the one of samples; then folded into an axis, the slower or the faster part."""
+    for axis, size in enumerate(shape[1:], 1):
+        if 2 <= size <= _MOST:
+            yield _Layout(axis, shape, axis)
+    for axis, size in enumerate(shape):
+        for n in range(2, min(size - 1, _MOST) + 1):
+            if size % n == 0:
+                before, after = shape[:axis], shape[axis + 1 :]
+                yield _Layout(axis, (*before, size // n, n, *after), axis + 1)
+                yield _Layout(axis, (*before, n, size // n, *after), axis)
+
+
+def _branch(w: Tensor, vjp: Pull, M: Matrix, layout: _Layout, tolerance: float) -> tuple[Matrix, Matrix, float] | None:
+    """What the streams give to the one field, and what they take of it, both up to a factor of the field's own."""
+    n = len(M)
+    v = layout.unfold(w)[0]
+    pulled = []
+    for i in range(n):
+        one = torch.zeros_like(w)
+        layout.unfold(one)[i].copy_(v)
+        pulled.append(layout.rows(vjp([one])[0]) - M @ layout.rows(one))
+    flat = np.stack([p.ravel() for p in pulled])  # b_i (a x g)
+    left, sizes, right = np.linalg.svd(flat, full_matrices=False)
+    if sizes[0] == 0 or sizes[1] > 100 * tolerance * np.linalg.norm(w.double().cpu().numpy()):
+        return None
+    b = left[:, 0]
+    inner = right[0].reshape(n, -1)
+    reads, weights, _ = np.linalg.svd(inner, full_matrices=False)
+    if weights[1] > 1e3 * tolerance * weights[0]:
+        return None
+    a, b = (x / x[np.abs(x).argmax()] for x in (reads[:, 0], b))
+    return a, b, float(max(sizes[1] / sizes[0], weights[1] / weights[0]))

@@ -1,0 +1,1 @@
+"""Readings over time: of iterated maps and of recurrences inside a step."""

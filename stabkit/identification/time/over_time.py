@@ -1,0 +1,289 @@
+"""The method over time of a recurrence inside a step of depth: a scan written as a loop, a cell written by hand.
+
+The blocks of a state-space model, of linear attention in its recurrent form or of a liquid network are steps of depth
+whose branch runs over time. What the branch does there is a step of its own, from one state to the next with the input
+held fixed, and is read by the same rules, but for what is affine in its state: there is no field to be found, and the
+numbers that multiply the state say which rule was meant.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch.autograd.graph import Node
+
+from stabkit import integrators
+from stabkit.identification.form.flow_index import Surroundings
+from stabkit.identification.form.operations import ADDS, MOVES, is_affine
+from stabkit.identification.reading import read
+from stabkit.identification.record import Identification, Recurrence
+from stabkit.identification.steps.linear_recurrence import Coupling, coupling
+from stabkit.identification.steps.step_rules import Histories, Made
+from stabkit.integrators import LinearStability
+from stabkit.tracing import Flow
+from stabkit.tracing.graph.scans import FEWEST, Scan
+from stabkit.tracing.graph.values import Value, meta_of, operation, random_tensors
+from stabkit.tracing.maps.scan_flow import growth_over, over_scan, scans_of
+
+_CLOSE = 1e-5  # of invariants of 2 x 2 blocks in single precision
+_CALLED = {
+    "exponential": ("zero-order hold (exponential", "x' = A x + B u, the state carried on exactly"),
+    "trapezoid": ("trapezoid (bilinear", "x' = A x + B u"),
+    "backward Euler": ("backward Euler (linear", "x' = A x + B u"),
+}
+_CLOSED = frozenset({"Cumprod", "Cumsum", "FftC2C", "FftR2C", "Logcumsumexp"})
+_ROUNDINGS = 100.0  # multiple of the rounding unit by which a Fourier transform may miss a zero
+_EXTREMES = frozenset({"Maximum", "Minimum"})
+_MIXTURES = frozenset({"Addcmul", "Lerp"})  # affine in any one of their arguments
+_METHODS = {"trapezoid": "trapezoid", "backward Euler": "backward_euler"}
+_FOLLOWS = "the weight of the input is made of the same h A as the factor of the state"
+_OWN = "the input enters with a weight that is made of other numbers, such as h B"
+
+
+class Recurrences:
+    """The recurrences over time inside the steps of a flow, each with the method of its steps.
+
+    Args:
+        flow: a traced forward pass.
+    """
+
+    def __init__(self, flow: Flow) -> None:
+        self._flow = flow
+        self._histories: Histories | None = None
+        self._untold = ""
+
+    def inside(self, start: int, stop: int) -> tuple[Recurrence, ...]:
+        """Those between two states of the flow."""
+        return self.of(scans_of(self._flow, start, stop))
+
+    def of(self, scans: Sequence[Scan]) -> tuple[Recurrence, ...]:
+        """The readings of recurrences, all of those that run in their modules."""
+        paths = [self._flow.recorded.path_of(scan.cycle[-1]) for scan in scans]
+        found = []
+        for i, (scan, path) in enumerate(zip(scans, paths, strict=True)):
+            record = self._read(scan, path, paths[:i].count(path), paths.count(path))
+            rates = growth_over(self._flow, scan)
+            found.append(replace(record, growth=sum(rates) / len(rates)))
+        return tuple(found)
+
+    def levers(self, scans: Sequence[Scan], place: int) -> list[tuple[str, float]]:
+        """Parameters that set how long one of some recurrences remembers, see `Histories.levers`."""
+        paths = [self._flow.recorded.path_of(scan.cycle[-1]) for scan in scans]
+        path = paths[place]
+        self._made(path, paths[:place].count(path), paths.count(path))
+        if self._histories is None:
+            return []
+        return self._histories.levers(path, paths[:place].count(path), paths.count(path))
+
+    def _read(self, scan: Scan, path: str, place: int, count: int) -> Recurrence:
+        around = _OverTime(over_scan(self._flow, scan, scan.middle, min(scan.middle + 2, len(scan))))
+        fed = _is_fed(around, scan)
+        found = read(around, 0, 1)
+        if {operation(node) for node in scan.cycle} <= _EXTREMES | MOVES | ADDS and found.name == "plain":
+            return Recurrence("maximum over time", "x' = max(x + w, u)", "proven", None, path, len(scan))
+        if not _is_affine(around, scan) or (found.method is not None and found.recorded):
+            return _of_cell(around, found, scan, path, fed)
+        coupled = coupling(around.flow.steps[0].segment)
+        if coupled is None:
+            return Recurrence(
+                "linear recurrence (coupled)", "x' = A(u) x + B u", "measured", None, path, len(scan), fed=fed,
+                notes=("more than one axis of the state is coupled: its matrix was not taken apart",),
+            )  # fmt: skip
+        record = _of_matrix(coupled, self._made(path, place, count), scan, path, fed)
+        return replace(record, notes=(*record.notes, self._untold)) if self._untold else record
+
+    def _made(self, path: str, place: int, count: int) -> Made:
+        """How the factor of a recurrence was made; where that cannot be seen, why not is kept."""
+        if self._histories is None and not self._untold:
+            if any(step.segment.recomputes for step in self._flow.steps):
+                self._untold = "how the factor was made of its parameters was not looked at, to save memory"
+            else:
+                try:
+                    self._histories = Histories(self._flow)
+                except RuntimeError as error:
+                    self._untold = f"the model does not run with parameters that require grad: {str(error)[:100]}"
+        return Made() if self._histories is None else self._histories.of(path, place, count)
+
+
+def closed_form_note(flow: Flow, start: int, stop: int) -> str:
+    """A note where steps may hold a recurrence in closed form, which has no states to be read; empty elsewhere.
+
+    Those are steps with a cumulative operation or a Fourier transform in which a time takes nothing of later ones: a
+    cotangent in the middle of an axis arrives before it, and not behind it.
+    """
+    before, after = flow.states[start], flow.states[stop]
+    names = {name for step in flow.steps[start:stop] for name in step.operations} & _CLOSED
+    if not names or len(before.values) != 1 or len(after.values) != 1:
+        return ""
+    meta, axis_of_samples = meta_of(after.values[0]), after.layouts[0].axis
+    if meta_of(before.values[0]).shape != meta.shape:
+        return ""
+    (drawn,) = random_tensors(after.values, seed=0)
+    for axis, size in enumerate(meta.shape):
+        if size < FEWEST or axis == axis_of_samples:
+            continue
+        middle = size // 2
+        given = torch.zeros_like(drawn)
+        given.select(axis, middle).copy_(drawn.select(axis, middle))
+        cotangents = [given]
+        for step in reversed(flow.steps[start:stop]):
+            cotangents = step.vjp(cotangents)
+        earlier, later = (cotangents[0].narrow(axis, *span) for span in ((0, middle), (middle + 1, size - middle - 1)))
+        rounding = _ROUNDINGS * torch.finfo(meta.dtype).eps * float(cotangents[0].norm())
+        if float(later.norm()) <= rounding < float(earlier.norm()):
+            return (
+                f"axis {axis} is passed causally, with {', '.join(sorted(names))}: if that is a recurrence in closed "
+                "form, it has no chain of states and is not read over time"
+            )
+    return ""
+
+
+class _OverTime(Surroundings):
+    """A flow over time; what the inputs alone make is held fixed, and no part of a step."""
+
+    def __init__(self, flow: Flow) -> None:
+        super().__init__(flow, checks=False)
+
+    def nodes(self, start: int, stop: int) -> list[Node]:
+        """The operations on what depends on the state before."""
+        known: set[Any] = set(self.flow.states[start].values)
+        found = []
+        for node in super().nodes(start, stop):
+            if any(value in known or value.node in known for value in self.graph.inputs[node]):
+                known.add(node)
+                found.append(node)
+        return found
+
+
+def _of_state(around: _OverTime, scan: Scan) -> dict[Node, int]:
+    """The operations of a time step on the way of the state, with how many of their inputs depend on it."""
+    known: set[Any] = set(around.flow.states[0].values)
+    found: dict[Node, int] = {}
+    for node in around.nodes(0, 1):
+        count = sum(value in known or value.node in known for value in around.graph.inputs[node])
+        known.add(node)
+        if node in scan.cycle:
+            found[node] = count
+    return found
+
+
+def _is_affine(around: _OverTime, scan: Scan) -> bool:
+    states = around.flow.states[0].values
+    carried = _of_state(around, scan)
+
+    def affine(node: Node, active: int) -> bool:
+        if operation(node) == "Div":  # not in the divisor
+            parent, output = node.next_functions[0]
+            return active == 1 and (parent in carried or (parent is not None and Value(parent, output) in states))
+        return is_affine(node, active) or (operation(node) in _MIXTURES and active == 1)
+
+    return all(affine(node, active) for node, active in carried.items())
+
+
+def _is_fed(around: _OverTime, scan: Scan) -> bool:
+    """Whether numbers that are made of the input multiply the state or a field, so that they hold for this input."""
+    inputs = around.graph.inputs
+    return any(
+        len(inputs[node]) > active and operation(node) not in MOVES | ADDS
+        for node, active in _of_state(around, scan).items()
+    )
+
+
+def _of_cell(around: _OverTime, found: Identification, scan: Scan, path: str, fed: bool) -> Recurrence:
+    """What the reader of steps made of a cell that is not affine, or has a field."""
+    name, system, evidence, notes = found.name, found.system, found.evidence, found.notes
+    if name == "unnamed":
+        name = "unnamed (a system of several states)"
+    leaks = _divided(around)
+    if leaks and name.startswith("gated skip"):
+        many = f"{leaks} substeps of " if leaks > 1 else ""
+        name = f"{many}semi-implicit Euler{_mean(found.skip)}"
+        notes = ()
+        system = "x' = f(x, u) - w(x, u) x, the leak w at the new state and f at the old: a = 1 / (1 + h w)"
+    if fed and evidence == "proven" and name not in ("plain", "forward Euler"):
+        evidence = "measured"
+        notes = ("numbers that are made of the input multiply the state: they are those of this input", *notes)
+    return Recurrence(
+        name, system, evidence, found.residual, path, len(scan), fed=fed, method=found.method, notes=notes
+    )
+
+
+def _mean(skip: float | None) -> str:
+    return "" if skip is None else f" (mean a = {skip:.3g})"
+
+
+def _divided(around: _OverTime) -> int:
+    """How often a time step divides what is linear in the state by what depends on it as well."""
+    found = around.slots(0, 1)
+    piece = around.whole(0, 1, found)
+    count = 0
+    for node in piece.nodes:
+        linear = piece.linear.get(node, [])
+        if operation(node) == "Div" and len(linear) == 1 and len(piece.inputs(node)) == 2:
+            count += linear[0] in piece.carrying
+    return count
+
+
+def _of_matrix(coupled: Coupling, made: Made, scan: Scan, path: str, fed: bool) -> Recurrence:
+    """The name of a recurrence that is affine in its state."""
+    values = coupled.eigenvalues()
+    sizes = np.abs(values)
+    low, high, mean = float(sizes.min()), float(sizes.max()), float(sizes.mean())
+    notes = [f"|eigenvalues| of a time step from {low:.4g} to {high:.4g}"]
+    if fed:
+        notes.append(f"they depend on the input, and are those at time {scan.middle} of {len(scan)}")
+    evidence, residual = "measured", coupled.residual
+    method: LinearStability | None = None
+    if made.rule:
+        called, system = _CALLED[made.rule]
+        name = f"{called}, mean |a| = {mean:.3g})"
+        residual = made.residual
+        notes.append(_FOLLOWS if made.input_follows else _OWN)
+        method = integrators.named(_METHODS[made.rule]) if made.rule in _METHODS else None
+    elif coupled.size > 1:
+        name, system = _of_blocks(coupled, low, high)
+    else:
+        name, system = _of_numbers(values.ravel(), made, fed)
+        constant = not fed and low == high and not np.iscomplex(values).any()
+        evidence = "proven" if constant else "measured"
+    return Recurrence(
+        name, system, evidence, residual, path, len(scan), low, high, fed=fed, method=method, notes=tuple(notes)
+    )
+
+
+def _of_numbers(a: np.ndarray[Any, Any], made: Made, fed: bool) -> tuple[str, str]:
+    """The name where every entry of the state is multiplied by a number of its own."""
+    mean = float(np.abs(a).mean())
+    one = np.ptp(np.abs(a)) == 0.0 and not np.iscomplex(a).any()
+    if one and a[0] == 1.0:
+        return "sum over time (a = 1)", "x' = u"
+    number = f"a = {a[0].real:.3g}" if one else f"mean |a| = {mean:.3g}"
+    if made.convex and fed:
+        return f"gated Euler (mean a = {mean:.3g})", "x' = z(u) (v(u) - x), or the exponential step exp(-tau) = 1 - z"
+    if made.convex:
+        return f"damped Euler ({number})", "x' = u - x, or the exponential step exp(-h) = a"
+    rate = "lambda(u)" if fed else "lambda"
+    return f"linear recurrence ({number})", f"x' = -{rate} x + u"
+
+
+def _of_blocks(coupled: Coupling, low: float, high: float) -> tuple[str, str]:
+    """The name where entries are coupled: oscillators by the invariants of all their blocks, else a matrix."""
+    if coupled.size == 2 and not coupled.blocks.is_complex():
+        M = coupled.blocks.reshape(-1, 2, 2).double().numpy()
+        trace, det = np.trace(M, axis1=1, axis2=2), np.linalg.det(M)
+        turns = np.abs(trace) < 2 * np.sqrt(np.abs(det))
+        if turns.all() and np.abs(det - 1).max() <= _CLOSE:
+            kept = [np.abs(M[:, i, i] - 1).max() <= _CLOSE for i in range(2)]
+            if any(kept):
+                return "symplectic Euler (linear oscillator)", "y'' = -A y + B u, one of position and velocity first"
+            return "linear oscillator that keeps its volume", "y'' = -A y + B u"
+        # 1 / (1 - i w) has the real part 1 of its inverse: trace = 2 det, whatever the frequencies
+        if turns.all() and np.abs(trace - 2 * det).max() <= _CLOSE and (det < 1).all():
+            return "backward Euler (linear oscillator)", "y'' = -A y + B u, position and velocity at the new time"
+        if turns.all():
+            return f"linear oscillator (|eigenvalues| {low:.3g} to {high:.3g})", "y'' = -A y - g y' + B u"
+    return f"linear recurrence (a matrix, |eigenvalues| {low:.3g} to {high:.3g})", "x' = A x + B u"

@@ -1,0 +1,451 @@
+"""Where one step ends and the next begins: the depth axis that a person would draw.
+
+Module calls say what the author named; the width of the frontier says where the graph can be cut. A boundary
+needs both: it lies between two calls, at a position where as little as possible is alive.
+"""
+
+from __future__ import annotations
+
+import bisect
+import fnmatch
+import itertools
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from torch import nn
+
+from stabkit.errors import TraceError
+from stabkit.tracing.graph.frontiers import Frontiers
+from stabkit.tracing.graph.intervals import Interval, Intervals
+from stabkit.tracing.graph.rounds import around_rounds
+from stabkit.tracing.graph.tandem import tandem_repeat
+from stabkit.tracing.graph.values import operation
+
+Depth = str | Sequence[str] | Callable[[str, nn.Module], bool]
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A stretch of the graph that will be one step.
+
+    Attributes:
+        start: first position.
+        stop: last position.
+        calls: the module calls in it that were taken as units, in order.
+        shape: ``"block"`` (branches inside), ``"layer"`` (plain, with weights) or ``"glue"`` (plain, without).
+    """
+
+    start: int
+    stop: int
+    calls: tuple[Interval, ...]
+    shape: str = "layer"
+
+    @cached_property
+    def main(self) -> Interval | None:
+        """The call that does most of the work."""
+
+        def work(call: Interval) -> tuple[int, int]:
+            weights = any(p.numel() for p in call.module.parameters())
+            return (int(weights), min(call.stop, self.stop) - max(call.start, self.start))
+
+        return max(self.calls, key=work, default=None)
+
+
+def choose(intervals: Intervals, frontiers: Frontiers, depth: Depth = "auto") -> list[Piece]:
+    """The pieces of a graph, in order and without gaps.
+
+    Args:
+        intervals: the module calls on the graph.
+        frontiers: its live frontiers.
+        depth: ``"auto"``; ``"cuts"`` (every position where one value carries everything); ``"modules"`` (every
+            module without children); a list of module paths or globs; or a function of path and module that picks
+            the modules to be steps.
+
+    Raises:
+        TraceError: ``depth`` is none of these, or picks no module that the graph passes through.
+    """
+    if depth == "auto":
+        units = [unit for root in intervals.children(None) for unit in _Units(intervals).of(root) or [root]]
+        pieces = _by_modules(intervals, frontiers, units)
+        # the stages of a solver's only step are no layers, however few steps that leaves
+        if len(pieces) <= 2 and intervals.end >= 8 and len({unit.path for unit in units}) == len(units):
+            by_operations = _by_operations(intervals, frontiers)
+            if len(by_operations) > len(pieces) + 1:
+                return by_operations
+        return pieces
+    if depth == "cuts":
+        return _between(intervals, [], [0, *frontiers.cuts(), intervals.end])
+    picked = _picked(intervals, depth)
+    return _between(intervals, picked, _around(intervals, picked))
+
+
+def _picked(intervals: Intervals, depth: Depth) -> list[Interval]:
+    if depth == "modules":
+        return [call for call in intervals.calls if intervals.is_leaf(call)]
+    if callable(depth):
+        picked = [call for call in intervals.calls if depth(call.path, call.module)]
+    elif isinstance(depth, str):
+        raise TraceError(
+            f'depth={depth!r}; expected "auto", "cuts", "modules", a list of module paths or globs such as '
+            f"[{depth!r}], or a function of path and module"
+        )
+    else:
+        picked = [call for call in intervals.calls if any(fnmatch.fnmatchcase(call.path, glob) for glob in depth)]
+    if not picked:
+        known = ", ".join(dict.fromkeys(call.path for call in intervals.calls if call.path))
+        raise TraceError(f"depth={depth!r} picks no module on the way from input to output; there are: {known[:600]}")
+    outermost: list[Interval] = []
+    for call in picked:  # in the order of their beginnings; what lies inside one that was picked belongs to it
+        if not outermost or call.start >= outermost[-1].stop:
+            outermost.append(call)
+    return outermost
+
+
+def _around(intervals: Intervals, units: Sequence[Interval]) -> list[int]:
+    """One boundary in each gap between units, and around the first and the last."""
+    first = _narrowest(intervals, 0, units[0].start)
+    last = _narrowest(intervals, units[-1].stop, intervals.end, latest=False)
+    return [0, first, *(gap.position for gap in _gaps(intervals, units)), last, intervals.end]
+
+
+def _narrowest(intervals: Intervals, low: int, high: int, *, latest: bool = True) -> int:
+    sign = -1 if latest else 1
+    return min(range(low, high + 1), key=lambda position: (int(intervals.width[position]), sign * position))
+
+
+@dataclass(frozen=True)
+class _Gap:
+    """The place between two consecutive units where the least is alive."""
+
+    position: int
+    width: int
+    before: Interval
+    after: Interval
+
+
+def _gaps(intervals: Intervals, units: Sequence[Interval]) -> list[_Gap]:
+    gaps: list[_Gap] = []
+    before_shapes = intervals.shapes(0)
+    for before, after in itertools.pairwise(units):
+        if after.start >= before.stop:
+            position = _boundary(intervals, before.stop, after.start, before_shapes)
+            if before.pattern != after.pattern and _is_whole(intervals, before):
+                position = before.stop  # a norm before the head is no part of the last block
+            gaps.append(_Gap(position, int(intervals.width[position]), before, after))
+            before_shapes = intervals.shapes(position)
+    return _alike_in_rounds(intervals, gaps)
+
+
+def _alike_in_rounds(intervals: Intervals, gaps: list[_Gap]) -> list[_Gap]:
+    """Gaps with the last one between two modules at the place where all those before are: its round ends as theirs.
+
+    There the input of every round is needed no more, so less is alive behind what takes it.
+    """
+    rounds: dict[tuple[str, str], list[int]] = {}
+    for index, gap in enumerate(gaps):
+        rounds.setdefault((gap.before.path, gap.after.path), []).append(index)
+    found = list(gaps)
+    for *earlier, last in rounds.values():
+        places = {gaps[i].position - gaps[i].before.stop for i in earlier}
+        position = gaps[last].before.stop + min(places, default=0)
+        if len(earlier) > 1 and len(places) == 1 and position <= gaps[last].after.start:
+            found[last] = replace(gaps[last], position=position, width=int(intervals.width[position]))
+    return found
+
+
+def _is_whole(intervals: Intervals, block: Interval) -> bool:
+    """Whether a block holds branches, and nothing but its result is alive where it ends."""
+    narrow = int(intervals.width[block.stop]) == 1 and int(intervals.width[block.start]) == 1
+    return narrow and not intervals.is_leaf(block) and intervals.is_wide(block.start, block.stop)
+
+
+def _boundary(intervals: Intervals, low: int, high: int, before: list[tuple[int, ...]]) -> int:
+    """Where the least is alive: in h = h + f(h), after the addition.
+
+    Among equals the last position that leaves the step in the space it began in, so that an activation belongs to the
+    layer before it but the pooling after a block does not belong to the block; else the last of all.
+    """
+    width = intervals.base(low, high)
+    equals = [position for position in range(low, high + 1) if intervals.width[position] == width]
+    if len(equals) > 1:
+        equals = [position for position in equals if intervals.shapes(position) == before] or equals
+    return equals[-1]
+
+
+def _between(intervals: Intervals, units: Sequence[Interval], boundaries: Sequence[int]) -> list[Piece]:
+    pieces = []
+    starts = [unit.start for unit in units]
+    latest = list(itertools.accumulate((unit.stop for unit in units), max))
+    for start, stop in itertools.pairwise(sorted(set(boundaries))):
+        # none before the first of these reaches into the piece, none after the last begins before its end
+        near = units[bisect.bisect_right(latest, start) : bisect.bisect_left(starts, stop)]
+        inside = _whole(intervals, [u for u in near if min(u.stop, stop) > max(u.start, start)], start, stop)
+        if not units:
+            named = (call for call in intervals.enclosing(start, stop) if call.path)
+            inside = tuple(itertools.islice(named, 1))
+        pieces.append(Piece(start, stop, inside, _shape(intervals, start, stop)))
+    return pieces
+
+
+def _whole(intervals: Intervals, units: list[Interval], start: int, stop: int) -> tuple[Interval, ...]:
+    """The one call that several units of a piece are all of, if it lies within the piece."""
+    if len(units) < 2:
+        return tuple(units)
+    parent = intervals.parent(units[0])
+    while parent is not None and start <= parent.start and parent.stop <= stop:
+        if all(parent.start <= unit.start and unit.stop <= parent.stop for unit in units):
+            return (parent,)
+        parent = intervals.parent(parent)
+    return tuple(units)
+
+
+def _shape(intervals: Intervals, start: int, stop: int) -> str:
+    if intervals.is_wide(start, stop):
+        return "block"
+    return "layer" if intervals.has_weights(start, stop) else "glue"
+
+
+# ---------------------------------------------------------------- from the modules
+
+
+def _by_modules(intervals: Intervals, frontiers: Frontiers, units: Sequence[Interval]) -> list[Piece]:
+    gaps = _gaps(intervals, units)
+    boundaries = {0, intervals.end, *(gap.position for gap in gaps if gap.width == 1)}
+    first = _narrowest(intervals, 0, units[0].start) if units else 0
+    last = _narrowest(intervals, units[-1].stop, intervals.end, latest=False) if units else 0
+    # what the model does outside any module before the first unit and after the last is no part of these
+    boundaries.update(position for position in (first, last) if intervals.width[position] == 1)
+    passed = [gap for gap in gaps if _passed_by(intervals, gap)]
+    boundaries.update(gap.position for gap in passed)
+    begun, ended = {id(gap.before) for gap in passed}, {id(gap.after) for gap in passed}
+    for gap in gaps:  # the first of a run of such blocks begins where it begins, and the last ends where it ends
+        begins = id(gap.after) in begun and intervals.taken_by(gap.position, gap.after) == 1
+        if gap.width > 1 and (begins or (id(gap.before) in ended and intervals.made_in(gap.before, gap.position) == 1)):
+            boundaries.add(gap.position)
+    boundaries = around_rounds(intervals, frontiers, units, boundaries)
+    positions = [gap.position for gap in gaps]
+    for start, stop in itertools.pairwise(sorted(boundaries)):
+        inside = gaps[bisect.bisect_right(positions, start) : bisect.bisect_left(positions, stop)]
+        # no narrow boundary over most of the graph: a ladder of states that are tuples
+        if len(inside) >= 4 and stop - start > 0.5 * intervals.end and not _are_stages(inside):
+            boundaries.update(gap.position for gap in inside)
+    boundaries.update(_rungs(intervals, gaps))
+    return _glued(intervals, _between(intervals, units, sorted(boundaries)))
+
+
+def _are_stages(gaps: Sequence[_Gap]) -> bool:
+    """Whether gaps lie between calls that recur without being rounds of a loop, and more is alive in some of them."""
+    units = [gaps[0].before, *(gap.after for gap in gaps)]
+    return len({unit.path for unit in units}) < len(units) and len({gap.width for gap in gaps}) > 1
+
+
+def _passed_by(intervals: Intervals, gap: _Gap) -> bool:
+    """Whether a gap between two like blocks is wide only because of values that pass both of them by.
+
+    A long skip, kept for a decoder, does not make the blocks beside it one block.
+    """
+    before, after = gap.before, gap.after
+    alike = before.pattern == after.pattern and type(before.module) is type(after.module)
+    if not alike or intervals.is_leaf(before) or gap.width == 1:
+        return False
+    # the widths that count for choosing leave out what decoders read, so they are compared with the full count
+    alive = len(intervals.shapes(gap.position))
+    return alive - intervals.passing_by(gap.position, before, after) == 1
+
+
+def _rungs(intervals: Intervals, gaps: Sequence[_Gap]) -> set[int]:
+    """Gaps between three or more like blocks that hand on several values of the same shapes, all made anew by each.
+
+    Two streams, positions and velocities, a signal and a sum of outputs. Parallel branches whose results are added up
+    hand on a sum as well, but beside it their common input, which none of them makes anew.
+    """
+    found: set[int] = set()
+    run: list[_Gap] = []
+    for gap in [*gaps, None]:
+        if gap is not None and _hands_on_several(intervals, gap):
+            start = run[-1].position if run else gap.before.start
+            same = not run or intervals.shapes(start) == intervals.shapes(gap.position)
+            if same and intervals.renewed(start, gap.position) >= 2 and (not run or run[-1].after == gap.before):
+                run.append(gap)
+                continue
+        if len(run) >= 2:
+            found.update(g.position for g in run)
+        run = []
+    return found
+
+
+def _hands_on_several(intervals: Intervals, gap: _Gap) -> bool:
+    alike = gap.before.pattern == gap.after.pattern and type(gap.before.module) is type(gap.after.module)
+    return alike and gap.width > 1 and not intervals.is_leaf(gap.before)
+
+
+class _Units:
+    """The module calls that are not opened any further, found from the root downwards."""
+
+    def __init__(self, intervals: Intervals) -> None:
+        self.intervals = intervals
+        self._stages: dict[type, bool] = {}
+
+    def of(self, call: Interval) -> list[Interval]:
+        """The units inside a call."""
+        units: list[Interval] = []
+        for item in self.intervals.items(call):
+            units.extend(self._opened(item) or [item])
+        return units
+
+    def _opened(self, item: Interval) -> list[Interval]:
+        """The units of an item that is opened; empty when the item is itself a unit."""
+        intervals = self.intervals
+        if intervals.is_leaf(item):
+            return []
+        if intervals.repeats(item) and not self._is_stage(type(item.module)):
+            return []
+        inside = self.of(item)
+        gaps = _gaps(intervals, inside)
+        narrow = max(intervals.base(item.start, item.stop), 1)
+        if len(inside) > 1 and gaps and min(gap.width for gap in gaps) > narrow and not _repeats(intervals, inside):
+            return []  # parallel branches: the item cannot be cut
+        return inside
+
+    def _is_stage(self, module_class: type) -> bool:
+        """Whether calls of a class are stacks of blocks (to be opened) rather than blocks."""
+        if module_class not in self._stages:
+            calls = [c for c in self.intervals.calls if type(c.module) is module_class]
+            numbered = any(self._numbered_items(call) for call in calls)
+            self._stages[module_class] = numbered and (self._alike_regions(calls) or self._alike_children(calls))
+        return self._stages[module_class]
+
+    def _numbered_items(self, call: Interval) -> bool:
+        """Whether most items bear one numbered name, as blocks in a list do and the parts of a block do not."""
+        inside = [item for item in self.intervals.items(call) if not self.intervals.is_leaf(item)]
+        patterns = Counter(item.pattern for item in inside if "#" in item.pattern[len(call.pattern) :])
+        again = Counter(item.path for item in inside)  # one module called several times
+        most = max([*patterns.values(), *again.values()], default=0)
+        return most >= 2 and most >= 0.5 * len(inside)
+
+    def _alike_regions(self, calls: list[Interval]) -> bool:
+        """Each call holds wide regions only, several in one of them, that all consist of much the same operations."""
+        intervals = self.intervals
+        if not all(not intervals.is_leaf(c) and intervals.is_narrow_to_narrow(c) for c in calls):
+            return False
+        regions = [intervals.wide_regions(c.start, c.stop) for c in calls]
+        if max(map(len, regions)) < 2:
+            return False
+        signatures = [intervals.operations(*region) for found in regions for region in found]
+        return all(_similarity(signatures[0], signature) > 0.6 for signature in signatures)
+
+    def _alike_children(self, calls: list[Interval]) -> bool:
+        """Each call runs several blocks of one class, one after the other, with nothing wide between them."""
+        intervals = self.intervals
+        several = False
+        for call in calls:
+            if intervals.is_leaf(call):
+                return False
+            if not intervals.is_wide(call.start, call.stop):
+                continue
+            blocks = [
+                item
+                for item in intervals.items(call)
+                if intervals.is_narrow_to_narrow(item) and intervals.is_wide(item.start, item.stop)
+            ]
+            if not blocks:
+                return False
+            most_common = Counter(type(block.module) for block in blocks).most_common(1)[0][0]
+            alike = [block for block in blocks if type(block.module) is most_common]
+            narrow = intervals.base(call.start, call.stop)
+            if not _cover(intervals, blocks, alike[0].start, alike[-1].stop, narrow):
+                return False
+            several |= len(alike) >= 2
+        return several
+
+
+def _cover(intervals: Intervals, blocks: list[Interval], start: int, stop: int, base: int) -> bool:
+    """Whether the graph is no wider than ``base`` wherever it is not inside one of the blocks."""
+    inside = np.zeros(stop + 1, dtype=bool)
+    for block in blocks:
+        inside[block.start + 1 : block.stop] = True
+    wide = intervals.width[start + 1 : stop] > base
+    return not bool((wide & ~inside[start + 1 : stop]).any())
+
+
+def _similarity(a: Counter[str], b: Counter[str]) -> float:
+    return sum((a & b).values()) / max(1, sum((a | b).values()))
+
+
+def _repeats(intervals: Intervals, units: Sequence[Interval]) -> bool:
+    """Three or more units of one class, or calls of one module: a ladder, not parallel branches."""
+    keys: Counter[Any] = Counter(id(u.module) if intervals.is_leaf(u) else type(u.module) for u in units)
+    return max(keys.values()) >= 3
+
+
+def _glued(intervals: Intervals, pieces: list[Piece]) -> list[Piece]:
+    """Join norms, activations and pools to the plain layer before them, or after; never to a block."""
+    plain = all(piece.shape != "block" for piece in pieces) and not intervals.has_convolutions
+    of_linear_layers: dict[int, bool] = {}  # by the index of a parent
+    joined: list[Piece] = []
+    for piece in pieces:
+        last = joined[-1] if joined else None
+        together = last is not None and (
+            (piece.shape == "glue" and last.shape in ("layer", "glue"))
+            or (piece.shape == "layer" and last.shape == "glue")
+        )
+        if last is not None and together and not (plain and _own_items(intervals, last, piece, of_linear_layers)):
+            shape = "layer" if "layer" in (last.shape, piece.shape) else "glue"
+            calls = _whole(intervals, [*last.calls, *piece.calls], last.start, piece.stop)
+            joined[-1] = replace(last, stop=piece.stop, calls=calls, shape=shape)
+        else:
+            joined.append(piece)
+    return joined
+
+
+def _own_items(intervals: Intervals, before: Piece, after: Piece, of_linear_layers: dict[int, bool]) -> bool:
+    """Whether two pieces are items of one Sequential of linear layers: there the author's items are the steps.
+
+    What each parent was found to be is kept in ``of_linear_layers``: all its pairs of items ask the same.
+    """
+    if not before.calls or not after.calls:
+        return False
+    parents = {call.parent for call in (*before.calls, *after.calls)}
+    parent = intervals.by_index.get(parents.pop()) if len(parents) == 1 else None
+    if parent is None or type(parent.module) is not nn.Sequential:
+        return False
+    if parent.index not in of_linear_layers:
+        weighted = [item for item in parent.module if any(p.dim() >= 2 for p in item.parameters())]
+        of_linear_layers[parent.index] = all(isinstance(item, nn.Linear) for item in weighted)
+    return of_linear_layers[parent.index]
+
+
+# ---------------------------------------------------------------- from the operations alone
+
+
+def _by_operations(intervals: Intervals, frontiers: Frontiers) -> list[Piece]:
+    """Without usable modules (scripted, functional, fused recurrent code): regions between cuts, else repeats."""
+    end = intervals.end
+    regions = intervals.wide_regions(0, end)
+    if len(regions) >= 2:
+        recurrent = [c for c in intervals.calls if isinstance(c.module, nn.RNNBase)]
+        boundaries = {0, end, *(_before(start, recurrent) for start, _ in regions), *(stop for _, stop in regions)}
+        return _glued(intervals, _between(intervals, [], sorted(boundaries)))
+    repeat = tandem_repeat([operation(node) for node in intervals.graph.nodes])
+    if repeat is not None:
+        first, period, count = repeat
+        if period * count > 0.4 * end:
+            offset = min(
+                range(period),
+                key=lambda o: sum(int(intervals.width[p]) for p in range(first + o, end, period)[:count]),
+            )
+            boundaries = {0, end, *range(first + offset, end, period)[:count]}
+            return _between(intervals, [], sorted(boundaries))
+    if not regions:
+        return _glued(intervals, _between(intervals, [], [0, *frontiers.cuts(), end]))
+    return []
+
+
+def _before(position: int, recurrent: Sequence[Interval]) -> int:
+    """Where a region begins that is the loop over time of a recurrent layer: before its products with the inputs."""
+    inside = [call.start for call in recurrent if call.start < position < call.stop]
+    return inside[0] if inside else position

@@ -1,0 +1,240 @@
+"""Where a flow begins and ends: the input that leads furthest, and the output that a person would mean."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import Node
+
+from stabkit.errors import StabkitError, TraceError
+from stabkit.tracing.graph.graph import Graph
+from stabkit.tracing.graph.values import Value, meta_of, value_of
+from stabkit.tracing.recording.containers import map_tensors, named_tensors
+from stabkit.tracing.recording.inputs import Source, differentiable
+from stabkit.tracing.recording.recorder import Ending
+
+_MOST = 0.5  # share of the longest way from which an input passes most of the model
+_EMBEDDING = 0.25  # share of its operations that embed a condition, at most
+_AGAIN = 2  # times as often as the main input a condition is let in, at least
+_THROUGHOUT = 1 / 3  # share of a way after which a condition of its blocks is let in again: two blocks, and a head
+_CONDITIONS = 8  # times as large as an input that conditions it an input is, at least
+
+Target = Callable[[Any], Tensor] | str | Sequence[str] | None
+
+
+class UnreachedError(TraceError):
+    """Nothing differentiable leads from an input to the output in this recording; another may find more."""
+
+
+def ending(target: Target) -> Ending | None:
+    """What makes of a model's output the tensors that a flow ends at; None where they are outputs as they stand."""
+    if callable(target):
+        return functools.partial(_computed, target)
+    if target is None or isinstance(target, str):
+        return None
+    return functools.partial(_joined, tuple(target))
+
+
+def _computed(target: Callable[[Any], Tensor], output: Any) -> tuple[Any, list[tuple[str, Tensor]]]:
+    with torch.enable_grad():
+        chosen = target(output)
+    if not isinstance(chosen, Tensor):
+        raise TraceError(f"target returned {type(chosen).__name__}; expected a function of the output to a tensor")
+    return output, [("target", chosen)]
+
+
+def _joined(paths: Sequence[str], output: Any) -> tuple[Any, list[tuple[str, Tensor]]]:
+    """Several outputs as one end: each as a view that nothing in the model is made of.
+
+    One output may be made of another, as a decoded sample is of its mean. What a loss takes of each by itself is then
+    the gradient by its view; that by the output would count what the other passes on a second time.
+    """
+    chosen = [_output_at(output, path) for path in paths]
+    with torch.enable_grad():
+        views = {id(tensor): tensor.view_as(tensor) for _, tensor in chosen if tensor.requires_grad}
+    return (
+        map_tensors(output, lambda tensor: views.get(id(tensor), tensor)),
+        [(path, views.get(id(tensor), tensor)) for path, tensor in chosen],
+    )
+
+
+def _output_at(output: Any, path: str) -> tuple[str, Tensor]:
+    named = named_tensors(output)
+    for found in named:
+        if found[0] == path:
+            return found
+    known = ", ".join(other or "''" for other, _ in named)
+    raise TraceError(f"target={path!r} is not a tensor of the output; there are: {known}")
+
+
+def find_targets(output: Any, ends: list[tuple[str, Tensor]] | None, target: Target) -> dict[Value, str]:
+    """The values that the flow leads to, with their names: what was asked for, or the first that is not a loss."""
+    if ends is not None:
+        found = ends
+    elif isinstance(target, str):
+        found = [_output_at(output, target)]
+    else:
+        found = named_tensors(output)
+    floats = [(path, tensor) for path, tensor in found if differentiable(tensor)]
+    if not floats:
+        kinds_found = ", ".join(str(tensor.dtype) for _, tensor in found) or type(output).__name__
+        raise TraceError(
+            f"the model's output has no floating-point tensor (found: {kinds_found}); "
+            "give target=, a function of the output that returns one, or trace an inner module"
+        )
+    reached = [(path, tensor) for path, tensor in floats if tensor.requires_grad]
+    if not reached:
+        raise UnreachedError(
+            f"{_described(floats[0][0])} does not depend differentiably on any input: it is constant, detached, "
+            "computed under no_grad or by operations without a derivative"
+        )
+    reached = [(path, tensor) for path, tensor in reached if tensor.numel() > 0]
+    if not reached:
+        raise TraceError(f"{_described(floats[0][0])} has no elements: for this input there is nothing to analyse")
+    wide = [(path, tensor) for path, tensor in reached if not (tensor.dim() == 0 and "loss" in path)]
+    several = ends is not None and not callable(target)
+    meant = reached if several else (wide or reached)[:1]
+    return {value_of(tensor): path or "output" for path, tensor in meant}
+
+
+def _described(path: str) -> str:
+    return f"the output {path!r}" if path else "the model's output"
+
+
+def graph_between(source: Source, targets: Sequence[Value]) -> Graph:
+    """The operations from a source to those of some targets that it leads to."""
+    if len(targets) > 1:
+        targets = [value for value in targets if Graph([source.value], [value]).reached] or targets
+    return Graph([source.value], targets)
+
+
+def find_source(sources: Sequence[Source], targets: Sequence[Value], wanted: str | None) -> tuple[Graph, Source]:
+    """The source with the longest way to the targets; among equals the larger, then the earlier.
+
+    A time, a label or another input that conditions what is made of a much larger one may well have the longest way,
+    by the few operations that embed it; depth is counted from the larger, and from the one that enters once where
+    another is let in at every block.
+    """
+    if wanted is not None:
+        sources = [s for s in sources if s.name == wanted] or _unknown_source(sources, wanted)
+    reached = []
+    for candidate in sources:
+        graph = graph_between(candidate, targets)
+        if graph.reached:
+            reached.append((graph, candidate))
+    if not reached and not sources:
+        raise UnreachedError(
+            "no input carries derivatives to the output: float inputs of sparse layout are held fixed (pass a dense "
+            "tensor), and integer inputs must be looked up in a table or cast to floats"
+        )
+    if not reached:
+        raise UnreachedError("the output does not depend differentiably on the input that was given")
+    direct = [pair for pair in reached if pair[1].how == "input" or pair[1].embedded] or reached
+    longest = max(len(graph.nodes) for graph, _ in direct)
+    if longest == 0:
+        raise TraceError("the output is the input itself: there is no step between them")
+    through = [pair for pair in direct if len(pair[0].nodes) >= _MOST * longest]
+    through = [a for a in through if not any(_conditions(a[0], b[0]) for b in through if b is not a)]
+    largest = max(_numel(pair) for pair in through)
+    main = [pair for pair in through if _numel(pair) * _CONDITIONS >= largest]
+    nearly = [pair for pair in main if len(pair[0].nodes) >= 0.9 * max(len(graph.nodes) for graph, _ in main)]
+    return max(nearly, key=_numel)
+
+
+def _conditions(graph: Graph, main: Graph) -> bool:
+    """Whether a source is let in again and again along the way of another, which enters once.
+
+    The operations that a source alone leads to are few for a condition, and each of its embeddings enters a block. A
+    sequence that an encoder reads enters every block of a decoder too, but has most of its own operations before. A
+    state that weights of edges meet in one layer enters their way several times too, but nowhere else.
+    """
+    both = set(graph.nodes)
+    shared = [node for node in main.nodes if node in both]
+    entries = _entries(graph, shared)
+    own = len(graph.nodes) - len(shared)
+    again = len(entries) >= _AGAIN * max(1, len(_entries(main, shared)))
+    return own <= _EMBEDDING * len(graph.nodes) and again and entries[-1] >= _THROUGHOUT * len(shared)
+
+
+def _entries(graph: Graph, shared: Sequence[Node]) -> list[int]:
+    """Places of operations on the way of another source too that take something that this one alone leads to."""
+    inside = set(shared)
+    return [i for i, node in enumerate(shared) if any(value.node not in inside for value in graph.inputs[node])]
+
+
+def _numel(pair: tuple[Graph, Source]) -> int:
+    return meta_of(pair[1].value).numel
+
+
+def _unknown_source(sources: Sequence[Source], wanted: str) -> list[Source]:
+    known = ", ".join(repr(s.name) for s in sources)
+    raise TraceError(f"source={wanted!r} is not an input or embedding of this model; there are: {known or 'none'}")
+
+
+def scalar_loss(loss: Any, output: Any) -> Tensor:
+    """A loss of the model's output, on the graph.
+
+    Raises:
+        TraceError: the loss is no function of the output that returns a differentiable scalar; an `UnreachedError`
+            where it carries no gradient, as one that reads an output which is cut off from the input.
+    """
+    if not callable(loss):
+        several = (
+            "; for several losses there is stabkit.growth.gradient_profiles" if isinstance(loss, list | tuple) else ""
+        )
+        raise TraceError(
+            f"loss is a {type(loss).__name__}; expected a callable on the model's output that returns a scalar, "
+            f"e.g. loss=lambda out: out.square().mean(){several}"
+        )
+    try:
+        with torch.enable_grad():
+            scalar = loss(output)
+    except StabkitError:
+        raise
+    except Exception as error:
+        raise TraceError(_failed(error)) from error
+    if not isinstance(scalar, Tensor) or scalar.numel() != 1:
+        found = f"shape {tuple(scalar.shape)}" if isinstance(scalar, Tensor) else type(scalar).__name__
+        raise TraceError(f"loss returned {found}; expected a scalar, e.g. loss=lambda out: out.square().mean()")
+    if not scalar.requires_grad:
+        raise UnreachedError("the loss does not depend on the model's output; compute it from its argument")
+    if scalar.grad_fn is None and not any(scalar is tensor for _, tensor in named_tensors(output)):
+        raise UnreachedError(
+            "the loss does not depend differentiably on the model's output: it was made to require a gradient "
+            "(requires_grad_) after the way back had been cut, which lets backward() run and moves nothing"
+        )
+    return scalar
+
+
+def _failed(error: Exception) -> str:
+    """What a loss says that raised, and what that means where it is known."""
+    message = " ".join(str(error).split())[:400]
+    text = f"the loss failed on the model's output: {type(error).__name__}: {message}"
+    if "elements of input should be between 0 and 1" in message:
+        text += (
+            "; binary_cross_entropy takes probabilities: give it the sigmoid of the output, or, better, the output as "
+            "it is to binary_cross_entropy_with_logits"
+        )
+    return text
+
+
+def outputs_read(loss: Any, output: Any) -> tuple[str, ...]:
+    """Paths of the outputs whose values a loss depends on.
+
+    Raises:
+        TraceError: the loss is no function of the output that returns a differentiable scalar.
+    """
+    leaves: dict[int, Tensor] = {}
+
+    def leaf(tensor: Tensor) -> Tensor:
+        if not tensor.requires_grad:
+            return tensor
+        return leaves.setdefault(id(tensor), tensor.detach().requires_grad_(True))
+
+    scalar = scalar_loss(loss, map_tensors(output, leaf))
+    found = dict(zip(leaves, torch.autograd.grad(scalar, list(leaves.values()), allow_unused=True), strict=True))
+    return tuple(path for path, tensor in named_tensors(output) if found.get(id(tensor)) is not None)

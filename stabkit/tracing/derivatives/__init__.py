@@ -1,0 +1,1 @@
+"""Where gradients stop, and where derivatives are not those of what is computed."""

@@ -1,0 +1,1 @@
+"""The recorded operations as a graph: values, frontiers, module calls, loops and scans."""

@@ -1,0 +1,205 @@
+"""The operations between a source and a target, in an order in which they can be cut anywhere."""
+
+from __future__ import annotations
+
+import bisect
+import copy
+import heapq
+from collections import defaultdict
+from collections.abc import Sequence
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import Node
+
+from stabkit.tracing.graph.composites import Element, composites_of
+from stabkit.tracing.graph.values import Value, meta_of, operation
+from stabkit.tracing.products.node_derivatives import Cotangents, apply_node, is_python_node, match_layout
+from stabkit.vocabulary import moves
+
+if TYPE_CHECKING:
+    from stabkit.tracing.recording.recorder import Call
+
+_ACCUMULATE = (1 << 64) - 1  # sequence number of AccumulateGrad nodes
+
+# operations that pass some entries of their input on and drop others
+_SELECTING = moves("select", "gather", "write")
+# operations that move entries about without mixing them
+_MOVING = moves()
+
+
+class Graph:
+    """Autograd nodes on paths from the sources to the targets, in time order.
+
+    Position ``t`` is the moment before ``nodes[t]``; position 0 is the source, ``len(nodes)`` the target.
+
+    Attributes:
+        nodes: the nodes, in a topological order that follows the clock as closely as it can.
+        inputs: for every node the values it takes that depend on the source.
+        reached: whether every target depends on the sources.
+        clock: the clock at every position, made monotone.
+        calls: the calls of modules around the nodes, where they are known.
+        batching: by operations, whether products through many vectors at once agreed with single ones.
+    """
+
+    def __init__(self, sources: Sequence[Value], targets: Sequence[Value], *, prune: bool = True) -> None:
+        self.sources = tuple(sources)
+        self.targets = tuple(targets)
+        order = _time_order(self.targets)
+        self.nodes, self.inputs, self.reached = _between(order, self.sources, self.targets)
+        self.calls: Sequence[Call] = ()
+        self.batching: dict[tuple[object, ...], str] = {}
+        if prune:
+            self._drop_dead()
+        self.rank = {node: position for position, node in enumerate(self.nodes)}
+        self.clock = _monotone([node._sequence_nr() for node in self.nodes])
+
+    def along(self, nodes: list[Node], inputs: dict[Node, list[Value]]) -> Graph:
+        """Some nodes of this graph, each with the inputs that are followed; all else is shared."""
+        other = copy.copy(self)
+        other.nodes, other.inputs = nodes, inputs
+        return other
+
+    @cached_property
+    def composites(self) -> dict[Node, Element]:
+        """Activations and norms that are calls of modules with several operations, by each of these."""
+        return composites_of(self, self.calls)
+
+    @cached_property
+    def recurrent(self) -> frozenset[Node]:
+        """The operations of recurrent layers: a loop over time, in which no step of depth lies."""
+        calls = [call for call in self.calls if call.finished and isinstance(call.module, nn.RNNBase)]
+        stretches = ((self.position(call.start), self.position(call.stop)) for call in calls)
+        return frozenset(node for start, stop in stretches for node in self.nodes[start:stop])
+
+    @cached_property
+    def draws(self) -> bool:
+        """Whether a module is in training mode, so that what drops samples at random may do so; True if unknown."""
+        return not self.calls or any(call.module.training for call in self.calls)
+
+    def position(self, time: int) -> int:
+        """How many nodes had been made when the clock showed ``time``."""
+        return bisect.bisect_left(self.clock, time)
+
+    def _drop_dead(self) -> None:
+        """Drop edges along which selection lets nothing through.
+
+        ``stack(hidden_states)[-1]`` or a preallocated buffer would otherwise keep every state alive to the end. A
+        mask of what is used is pushed back: exactly through nodes that only move entries, as "everything" elsewhere.
+        """
+        used: dict[Value, Tensor | None] = dict.fromkeys(self.targets)  # None: every entry is used
+        kept, inputs = [], {}
+        for node in reversed(self.nodes):
+            outputs = [Value(node, i) for i in range(len(node._input_metadata))]
+            if not any(value in used for value in outputs):
+                continue
+            kept.append(node)
+            partial = any(used.get(value) is not None for value in outputs)
+            name = operation(node)
+            if name in _MOVING and not is_python_node(node) and (partial or name in _SELECTING):
+                masks = self._pull_mask(node, outputs, used)
+                inputs[node] = [value for value in self.inputs[node] if value in masks]
+                for value, mask in masks.items():
+                    _join(used, value, mask)
+            else:
+                inputs[node] = self.inputs[node]
+                used.update(dict.fromkeys(inputs[node]))
+        self.nodes, self.inputs = kept[::-1], inputs
+
+    def _pull_mask(self, node: Node, outputs: list[Value], used: dict[Value, Tensor | None]) -> dict[Value, Tensor]:
+        cotangents: Cotangents = []
+        for value in outputs:
+            if value not in used:
+                cotangents.append(None)
+                continue
+            meta, mask = meta_of(value), used[value]
+            everything = torch.ones((), dtype=torch.float32, device=meta.device).to(meta.dtype).expand(meta.shape)
+            cotangents.append(everything if mask is None else mask.to(meta.dtype))
+        with torch.no_grad():
+            pulled = apply_node(node, cotangents, self.inputs[node])
+        masks: dict[Value, Tensor] = {}
+        for value, cotangent in pulled:
+            mask = cotangent != 0
+            if bool(mask.any()):
+                masks[value] = masks[value] | mask if value in masks else mask
+        return masks
+
+
+def _join(used: dict[Value, Tensor | None], value: Value, mask: Tensor) -> None:
+    before = used.get(value, mask)
+    joined = None if before is None or bool(mask.all()) else before | mask
+    used[value] = joined
+
+
+def _time_order(targets: Sequence[Value]) -> list[Node]:
+    """Every node above the targets, inputs first.
+
+    Sequence numbers alone are not a topological order: a view that is regenerated after an in-place write gets its
+    number after the node that consumes it. Kahn's algorithm from the targets, latest number first, is one.
+    """
+    parents: dict[Node, list[Node]] = {}
+    stack = [value.node for value in targets]
+    while stack:
+        node = stack.pop()
+        if node in parents:
+            continue
+        parents[node] = [parent for parent, _ in node.next_functions if parent is not None]
+        stack.extend(parents[node])
+    consumers: defaultdict[Node, int] = defaultdict(int)
+    for above in parents.values():
+        for parent in above:
+            consumers[parent] += 1
+    heap = [(-node._sequence_nr(), id(node), node) for node in parents if consumers[node] == 0]
+    heapq.heapify(heap)
+    latest_first = []
+    while heap:
+        number, _, node = heapq.heappop(heap)
+        if -number != _ACCUMULATE:
+            latest_first.append(node)
+        for parent in parents[node]:
+            consumers[parent] -= 1
+            if consumers[parent] == 0:
+                heapq.heappush(heap, (-parent._sequence_nr(), id(parent), parent))
+    return latest_first[::-1]
+
+
+def _between(
+    order: list[Node], sources: tuple[Value, ...], targets: tuple[Value, ...]
+) -> tuple[list[Node], dict[Node, list[Value]], bool]:
+    """The nodes on source -> target paths, with their inputs on such paths."""
+    source_nodes = {value.node for value in sources}
+    live_values = set(sources)
+    live_nodes: set[Node] = set()
+    inputs: dict[Node, list[Value]] = {}
+    for node in order:
+        if node in source_nodes:
+            continue
+        taken = [Value(parent, output) for parent, output in node.next_functions if parent is not None]
+        taken = [value for value in taken if value in live_values or value.node in live_nodes]
+        if taken:
+            live_nodes.add(node)
+            inputs[node] = taken
+    reached = all(target in live_values or target.node in live_nodes for target in targets)
+    needed = {target.node for target in targets}
+    kept = []
+    for node in reversed(order):
+        if node in needed and node in inputs:
+            kept.append(node)
+            needed.update(value.node for value in inputs[node])
+    nodes = kept[::-1]
+    return nodes, {node: inputs[node] for node in nodes}, reached
+
+
+def _monotone(numbers: list[int]) -> list[int]:
+    for i in range(len(numbers) - 2, -1, -1):
+        numbers[i] = min(numbers[i], numbers[i + 1])
+    return numbers
+
+
+def mend_batch_norm(graph: Graph) -> None:
+    """Let the engine, too, pass batch-norm cotangents in the layout of the saved input (see `match_layout`)."""
+    for node in graph.nodes:
+        if "BatchNorm" in type(node).__name__:
+            node.register_prehook(lambda grads, node=node: tuple(match_layout(node, grads)))

@@ -1,0 +1,1 @@
+"""Flows of maps that are iterated and of recurrences over time."""

@@ -1,0 +1,1 @@
+"""Products with the Jacobians of recorded steps, exact and certified."""

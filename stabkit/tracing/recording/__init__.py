@@ -1,0 +1,1 @@
+"""A real forward pass, run under recording, with the model left as it was."""
