@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -12,6 +14,7 @@ import stabkit
 from stabkit.diagnosis import Finding, Thresholds, examine
 from stabkit.diagnosis.finding import serious
 from stabkit.diagnosis.over_time.findings import loops_over_time, time_findings, time_profiles
+from stabkit.diagnosis.over_time.profile import TimeProfile
 from stabkit.errors import TraceError
 from stabkit.tracing.recording.forward_pass import ForwardPass
 
@@ -373,3 +376,10 @@ def test_a_recurrent_model_is_judged_over_time_where_depth_is_too_little(model: 
     assert found.verdict.name == name
     assert ("over time" in found.verdict.summary) is (name != "not judged")
     assert not [f for f in found.findings if f.severity != "info"]
+
+
+def test_time_is_counted_from_the_newest_step_that_a_gradient_reaches():
+    reached = TimeProfile("r", nn.Identity(), np.array([*np.linspace(-3.0, 0.0, 12), -math.inf]))
+    assert reached.growth == pytest.approx(-3.0)
+    few = TimeProfile("r", nn.Identity(), np.array([0.0] * 4 + [-math.inf] * 9))
+    assert math.isnan(few.growth)

@@ -159,3 +159,25 @@ def test_a_cell_that_reads_another_piece_each_time_is_not_iterated_to_a_fixed_po
             return self.head(self.cell(z, x[:, -1]))
 
     assert said(Warmed(), torch.randn(4, 20, 5, generator=torch.Generator().manual_seed(1))) == []
+
+
+class ImplicitSteps(nn.Module):
+    """Midpoint steps z = x + h f((x + z) / 2), each solved by plain iteration: f itself has no fixed point there."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.field, self.head = nn.Sequential(nn.Linear(12, 24), nn.Tanh(), nn.Linear(24, 12)), nn.Linear(12, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for _ in range(3):
+            with torch.no_grad():
+                z = x
+                for _ in range(12):
+                    z = x + 0.5 * self.field((x + z) / 2)
+            x = x + 0.5 * self.field((x + z) / 2)
+        return self.head(x)
+
+
+def test_a_field_whose_steps_are_solved_is_no_fixed_point_that_is_missed():
+    assert said(ImplicitSteps(), torch.randn(6, 12)) == []

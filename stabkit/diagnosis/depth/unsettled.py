@@ -44,10 +44,13 @@ class Iterates:
     Attributes:
         residuals: |f(z) - z| / |f(z)| of every call.
         changes: |f(z) - z| of every call.
+        moved: how far the state moved in the end, over its size: where it stands still, the iteration arrived, whatever
+            else than this module its map is made of.
     """
 
     residuals: list[float] = field(default_factory=list)
     changes: list[float] = field(default_factory=list)
+    moved: float = math.inf
 
     @property
     def stretch(self) -> float:
@@ -60,7 +63,7 @@ class Iterates:
     @property
     def arrives(self) -> bool:
         """Whether the residual is small in the end, or the changes still fall."""
-        return self.residuals[-1] < _REACHED or self.stretch < _FALLS
+        return self.residuals[-1] < _REACHED or self.stretch < _FALLS or self.moved < _REACHED
 
 
 def unsettled_findings(flow: Flow) -> list[Finding]:
@@ -105,6 +108,9 @@ def _iterates(call: ForwardPass, path: str) -> Iterates | None:
         change = float((out - tensors[place]).norm())
         found.changes.append(change)
         found.residuals.append(change / max(float(out.norm()), 1e-30))
+    states = [tensors[place] for tensors in given]
+    steps = [float((b - a).norm()) / max(float(b.norm()), 1e-30) for a, b in itertools.pairwise(states)]
+    found.moved = max([step for step in steps[-2:] if step > 0], default=math.inf)  # the last may be made twice
     return found
 
 

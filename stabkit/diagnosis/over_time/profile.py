@@ -45,11 +45,15 @@ class TimeProfile:
     def growth(self) -> float:
         """What the gradient gains on its way back over time, nats: from the newest step that it reaches to the oldest.
 
-        Means of the first and last eighths, so that one step counts little.
+        Means of the first and last eighths, so that one step counts little; NaN where too few steps are reached.
         """
-        width = max(1, len(self.log_gradient) // 8)
+        reached = np.flatnonzero(self.log_gradient > -math.inf)
+        logs = self.log_gradient[: reached[-1] + 1] if reached.size else self.log_gradient[:0]
+        if len(logs) < FEWEST:
+            return math.nan
+        width = max(1, len(logs) // 8)
         with np.errstate(invalid="ignore"):
-            return float(_log_mean(self.log_gradient[:width]) - _log_mean(self.log_gradient[-width:]))
+            return float(_log_mean(logs[:width]) - _log_mean(logs[-width:]))
 
 
 def _log_mean(logs: Array) -> float:
