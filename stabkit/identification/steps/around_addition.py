@@ -107,9 +107,10 @@ def with_gates(record: Identification, kinds: set[str], sums: Sequence[NormalFor
     gates = [c for form in sums for c in form.forms[0].values() if c.kind == "gate"]
     if not gates:  # the skip as a whole is a gate that no single sum shows
         return replace(record, name="gated skip", evidence="measured", method=None, recorded=())
-    low, high = min(c.low for c in gates), max(c.high for c in gates)
-    notes = (f"gates from {low:.3g} to {high:.3g} here, held fixed in R(z)", *record.notes)
     gated = [c for form in sums if (c := form.forms[0].get(form.sources[0])) is not None and c.kind == "gate"]
+    told = gated or gates  # those of the skip; a branch may have the same with another sign
+    low, high = min(c.low for c in told), max(c.high for c in told)
+    notes = (f"gates from {low:.3g} to {high:.3g} here, held fixed in R(z)", *record.notes)
     if len(sums) > 1 and record.skip is not None:
         numbers = ", ".join(f"{c.value:.3g}" for c in gated)
         share = f"{len(sums)} gated steps" if len(gated) == len(sums) else f"{len(sums)} steps, {len(gated)} gated"
