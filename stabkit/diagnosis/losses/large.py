@@ -26,6 +26,7 @@ from stabkit.diagnosis.states.batch_statistics import with_norms_of_evaluation
 from stabkit.diagnosis.suspects import Diagnosis, Settings, ordered
 from stabkit.tracing import Flow, FlowLike
 
+_SEVERAL = 2  # steps beyond which a growth is one of the whole stretch, and of no single block
 _REFERENCE = "Karpathy, A recipe for training neural networks, 2019: verify the loss at initialisation"
 
 
@@ -55,8 +56,16 @@ def with_large_loss(flow: FlowLike, found: Diagnosis, settings: Settings) -> Dia
     finding = _finding(flow, remedy, run, plain)
     waiting = [f for f in found.findings if serious(f)]
     gone = tried(flow, waiting[0], remedy, found, settings).gone(waiting) if waiting else []
+    stretch = next((f for f in gone if f.kind in ("exploding", "vanishing") and len(f.steps) > _SEVERAL), None)
+    if stretch is not None:  # the growth is what makes the loss large: one finding, with the remedy that trains better
+        told_of = f"{stretch.evidence}; {finding.evidence}"
+        finding = replace(stretch, evidence=told_of, remedy=remedy.text, actions=remedy.actions)
     kept = [follows(f, finding) if any(f is g for g in gone) else f for f in found.findings]
-    return replace(found, findings=(finding, *ordered(kept)))
+    return replace(found, findings=(finding, *(f for f in ordered(kept) if not _is_of(f, stretch))))
+
+
+def _is_of(finding: Finding, stretch: Finding | None) -> bool:
+    return stretch is not None and (finding.kind, finding.steps) == (stretch.kind, stretch.steps)
 
 
 def _unlearns(remedy: Remedy, treated: ShortTraining, plain: ShortTraining) -> bool:
