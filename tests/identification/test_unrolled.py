@@ -85,9 +85,10 @@ def records(model):
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("prox", [torch.tanh, lambda x: functional.softshrink(x, 0.05), lambda x: x / 1.2])
 def test_rounds_that_were_taken_together_are_named_by_none_of_them(prox, tied):
-    methods = [r for r in records(PrimalDual(prox, tied)) if r.method is not None and r.evidence == "proven"]
-    assert {r.name for r in methods} <= {"plain", "forward Euler"}
-    assert not any("forward-backward" in r.name for r in records(PrimalDual(prox, tied)))
+    # what is said of each of two states, the other held fixed, is no name of a method of both
+    whole = [r for r in records(PrimalDual(prox, tied)) if not r.name.startswith("2 coupled states")]
+    assert {r.name for r in whole if r.method is not None and r.evidence == "proven"} <= {"plain", "forward Euler"}
+    assert not any("forward-backward" in r.name for r in whole)
 
 
 def test_the_mean_of_all_layers_proves_no_damping():

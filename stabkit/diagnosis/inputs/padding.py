@@ -64,7 +64,7 @@ def padding_of(tensor: Tensor) -> Tensor | None:
         >>> padding_of(torch.tensor([[1, 1, 1, 1], [1, 0, 0, 0], [1, 1, 1, 0]])) is None
         True
     """
-    if tensor.dim() == 2 and (tensor.dtype == torch.bool or int(tensor.max()) - int(tensor.min()) < 2):
+    if tensor.dim() == 2 and (tensor.dtype == torch.bool or not float(tensor.max()) - float(tensor.min()) >= 2):
         return None
     return padded(tensor)
 

@@ -10,12 +10,13 @@ from collections.abc import Sequence
 
 from stabkit.diagnosis.blocks.weights import Weight
 from stabkit.diagnosis.depth.summing_operations import Summing, divided, summing_operations
-from stabkit.diagnosis.inputs.features import FAR
+from stabkit.diagnosis.inputs.features import FAR, features_of
 from stabkit.diagnosis.inputs.scale import input_size
 from stabkit.diagnosis.measurement import Measurement
 from stabkit.diagnosis.remedies.computed import Remedy, scale
 from stabkit.tracing import Flow
 from stabkit.tracing.derivatives.lost_gradient import listed
+from stabkit.tracing.recording.containers import named_tensors
 
 _USUAL = math.log(2.0)  # gain of a weight drawn with any of the usual gains, of which the largest is 5/3 (tanh), nats
 _FEWEST = 2  # matrices that a statement about all of them needs
@@ -28,13 +29,20 @@ def outer_causes(flow: Flow, measurement: Measurement) -> list[Remedy]:
 
 def _of_data(flow: Flow) -> list[Remedy]:
     size = input_size(flow)
-    if size is None or not FAR <= size < math.inf:
+    if size is None or not FAR <= size < math.inf or _is_uneven(flow):
         return []
     text = (
         "standardise the data where they are read: subtract their mean and divide them by their standard deviation "
         f"(about {size:.3g}), targets in the same units too"
     )
     return [Remedy(text, cause=f"the input has the size {size:.3g} and not 1", data=size)]
+
+
+def _is_uneven(flow: Flow) -> bool:
+    """Whether features differ so much that no single factor is the remedy: what standardises each is told instead."""
+    call = flow.forward_pass
+    given = [*named_tensors(list(call.inputs)), *named_tensors(call.kwargs)]
+    return any((found := features_of(flow, name, t)) is not None and found.uneven for name, t in given)
 
 
 def _of_sums(flow: Flow, measurement: Measurement) -> list[Remedy]:
