@@ -4,7 +4,11 @@ import math
 
 import numpy as np
 import pytest
+import torch
+from torch import Tensor, nn
 
+import stabkit
+from stabkit.diagnosis import examine
 from stabkit.diagnosis.blocks.peers import FLOOR, deviation
 from stabkit.diagnosis.blocks.weights import role_of
 
@@ -47,3 +51,24 @@ def test_two_kinds_that_take_turns_accuse_nobody():
 )
 def test_roles_forget_which_block_it_is(path, role):
     assert role_of(path) == role
+
+
+class Normed(nn.Module):
+    """x + f(norm(x)), where the norm may be left out, as first blocks of stages do."""
+
+    def __init__(self, size: int, norm: bool) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(size) if norm else nn.Identity()
+        self.layer = nn.Linear(size, size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.layer(torch.tanh(self.norm(x)))
+
+
+def test_a_norm_that_few_peers_have_is_missed_only_where_the_gain_differs():
+    torch.manual_seed(0)
+    model = nn.Sequential(*[Normed(32, norm=i != 2) for i in range(4)])
+    for block in model:
+        block.layer.weight.data.mul_(0.05)
+    found = examine(stabkit.trace(model, 0.3 * torch.randn(8, 32))).findings
+    assert [f.severity for f in found if "norm less" in f.evidence] == ["info"]

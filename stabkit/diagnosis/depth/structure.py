@@ -19,7 +19,7 @@ from stabkit.vocabulary import norm_of
 
 _FEWEST = 3  # peers that must agree
 _MANY = 5  # peers from which what all of them have is no chance
-_NOTICED = 0.1  # nats by which a block must act unlike fewer peers for a norm to be missed
+_NOTICED = 0.1  # nats by which a block's gain must differ from fewer peers for a norm to be missed
 
 
 def missing_norm_findings(flow: FlowLike, measurement: Measurement) -> list[Finding]:
@@ -84,7 +84,7 @@ def _norm_finding(flow: Flow, step: StepMeasurement, measurement: Measurement, m
     acting = next((b for b in behaviours(measurement) if b.step is step), None)
     gain = acting.gain.size if acting is not None else 0.0
     places = _empty_places(flow, step.module_path)
-    noticed = acting is None or acting.peers >= _MANY or max(abs(gain), abs(acting.largest)) > _NOTICED
+    noticed = acting is None or acting.peers >= _MANY or abs(gain) > _NOTICED
     remedy = "put the norm that its peers have in front of its branch" + (
         f": at {', '.join(place for place, _ in places)}, as at {places[0][1]}" if places else ""
     )
