@@ -140,3 +140,9 @@ def test_padding_is_one_value_that_fills_ends_of_different_lengths():
     assert padding_of(x != 0) is None  # which end is filled up is not known
     x[0, 1] = 0
     assert padding_of(x) is None
+
+
+@pytest.mark.parametrize("given", [torch.eye(4).to_sparse(), torch.empty(0, 4), torch.full((3, 4), torch.nan)])
+def test_what_has_no_tokens_has_no_padding(given):
+    assert padding_of(given) is None
+    assert padding_of(given.to(torch.complex64)) is None

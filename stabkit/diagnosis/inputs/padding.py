@@ -64,6 +64,8 @@ def padding_of(tensor: Tensor) -> Tensor | None:
         >>> padding_of(torch.tensor([[1, 1, 1, 1], [1, 0, 0, 0], [1, 1, 1, 0]])) is None
         True
     """
+    if tensor.layout != torch.strided or tensor.is_complex() or not tensor.numel():
+        return None
     if tensor.dim() == 2 and (tensor.dtype == torch.bool or not float(tensor.max()) - float(tensor.min()) >= 2):
         return None
     return padded(tensor)
