@@ -139,8 +139,8 @@ def told(diagnosis: Diagnosis) -> dict[str, Any]:
 
 
 def usual_loss(out: Any) -> Tensor:
-    """The mean of a loss over every output that is a tensor of numbers with a gradient."""
-    found = [t for t in tree_leaves(out) if isinstance(t, Tensor) and t.requires_grad and t.numel()]
+    """A loss of the first output that has a gradient: pooled outputs behind a tanh, say, are no logits."""
+    found = [t for t in tree_leaves(out) if isinstance(t, Tensor) and t.requires_grad and t.numel()][:1]
     generator = torch.Generator().manual_seed(1)
     losses = []
     for t in found:
