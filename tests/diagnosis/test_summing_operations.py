@@ -12,6 +12,8 @@ from torch.nn import functional
 import stabkit
 from stabkit.diagnosis.depth.summing_operations import divided, summing_operations
 from stabkit.diagnosis.finding import serious
+from stabkit.diagnosis.measurement import measure
+from stabkit.diagnosis.remedies.outer_causes import outer_causes
 from stabkit.diagnosis.remedies.short_training import short_training
 
 NODES, DEGREE = 50, 36
@@ -144,3 +146,50 @@ def test_divided_sums_are_means(name):
         treated = model(X)
     assert torch.allclose(treated, Graph(means)(X), atol=1e-4)
     assert short_training(flow, loss, within=divided(sums)).last < short_training(flow, loss).last
+
+
+class Repelled(nn.Module):
+    """Points that move along their differences by what a layer makes of the squares of these, summed over points."""
+
+    def __init__(self, layers: int = 3) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.pairs = nn.ModuleList(
+            [nn.Sequential(nn.Linear(1, 16), nn.SiLU(), nn.Linear(16, 1)) for _ in range(layers)]
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        for pair in self.pairs:
+            apart = x[:, :, None] - x[:, None]
+            x = x + (apart * pair(apart.square().mean(-1, keepdim=True))).sum(2)
+        return x
+
+
+def test_a_mean_that_leaves_the_loss_out_of_reach_is_no_remedy():
+    """All is finite with a mean, and no usual step brings the loss down from there."""
+    x = 3 * torch.randn(4, 20, 3, generator=torch.Generator().manual_seed(1))
+    target = torch.randn(4, 20, 3, generator=torch.Generator().manual_seed(2))
+    flow = stabkit.trace(Repelled(), x, check=False)
+    found = stabkit.diagnose(flow, lambda out: (out - target).square().mean())
+    assert [f.kind for f in found if serious(f)] == ["non_finite"]
+    assert "take the mean" not in found[0].remedy
+
+
+class Twice(nn.Module):
+    """Sums over neighbours, in two lines."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.one, self.other = nn.Linear(16, 16), nn.Linear(16, 16)
+
+    def forward(self, x: Tensor, adjacency: Tensor) -> Tensor:
+        x = torch.relu(adjacency @ self.one(x))
+        return torch.relu(self.other(adjacency @ x))
+
+
+def test_the_remedy_names_every_sum_that_was_divided_when_it_was_tried():
+    x = torch.randn(40, 16, generator=torch.Generator().manual_seed(1))
+    flow = stabkit.trace(Twice(), x, torch.ones(40, 40), check=False, batch_dim=None)
+    (remedy,) = outer_causes(flow, measure(flow))
+    assert remedy.text.count("divide the sum by the number of its terms") == 2
