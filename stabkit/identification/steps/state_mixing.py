@@ -70,7 +70,7 @@ def streams_mixed_by_themselves(piece: Piece) -> Mixing | None:
         return None
     found = mixed_by_itself(piece)
     # of a single vector any field is a matrix of it times itself
-    whole = any(operation(n) in _PRODUCTS and min(meta_of(Value(n, 0)).shape[-2:]) > 1 for n in piece.nodes)
+    whole = any(operation(n) in _PRODUCTS and min(meta_of(Value(n, 0)).shape[-2:], default=0) > 1 for n in piece.nodes)
     few = found is not None and any(len(size) == 2 and max(size) <= _MOST_STREAMS for size in found.sizes)
     return found if few and whole else None
 
