@@ -144,3 +144,58 @@ def test_divided_sums_are_means(name):
         treated = model(X)
     assert torch.allclose(treated, Graph(means)(X), atol=1e-4)
     assert short_training(flow, loss, within=divided(sums)).last < short_training(flow, loss).last
+
+
+class OfData(nn.Module):
+    """Raw data times a weight, in each of the ways in which it is written without a layer."""
+
+    def __init__(self, made: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.w, self.made = nn.Parameter(torch.randn(8, 3)), made
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 10 * x @ self.made(self.w)
+
+
+WEIGHTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "parameter": lambda w: w,
+    "view": lambda w: w.T[:2].T,
+    "masked": lambda w: w * (torch.arange(3) < 2),
+    "softplus": functional.softplus,
+}
+
+
+@pytest.mark.parametrize("name", WEIGHTS)
+def test_data_times_a_weight_are_no_sum_of_states(name):
+    assert summing_operations(stabkit.trace(OfData(WEIGHTS[name]), X).forward_pass) == []
+
+
+def test_data_times_a_scale_for_each_feature_are_a_state():
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale = nn.Parameter(torch.ones(8))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return A @ ((x + 1) * self.scale)
+
+    assert [each.name for each in summing_operations(stabkit.trace(Scaled(), X).forward_pass)] == ["matmul"]
+
+
+def test_the_trained_product_of_the_same_line_is_left_as_it_is():
+    class Both(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.first, self.v = nn.Linear(8, 32), nn.Parameter(torch.randn(32, 3) / 32**0.5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return A @ self.first(x) @ self.v
+
+    model = Both()
+    sums = summing_operations(stabkit.trace(model, X).forward_pass)
+    assert len(sums) == 1
+    with divided(sums)():
+        treated = model(X)
+    assert torch.allclose(treated, model(X) / DEGREE, atol=1e-5)
