@@ -89,6 +89,9 @@ def test_two_states_are_made_anew_as_well():
     assert record.evidence == "proven"
     assert record.method.states == 2
     assert record.step_size is not None
+    away = deviation(around.whole(2, 3, around.slots(2, 3)), record.method, record.recorded)
+    assert away is not None
+    assert away < 1e-12
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
