@@ -66,13 +66,17 @@ def diagnose(
     probes: int = 4,
     seed: int = 0,
 ) -> list[Finding]:
-    """What is wrong with a network, worst first; empty when it is healthy.
+    """What is wrong with a network; of a healthy one, nothing at warning or above.
 
     What is suspected is tried: its remedy stands in the model for a while, and the same cotangents are pulled back
     again. A remedy is told when it brings the finding below a warning and makes no other; the model stays as it is.
 
-    A block far from its peers is named before anything that concerns a whole stretch. Nothing depends on the order of
-    the batch, or on the units of the loss, but for what says that the usual optimizers are not made for these.
+    First stands what is at warning or above and lies in one or two steps, but for kinds that usually follow from
+    another; then all else, by severity. Facts, which call for nothing, have the severity ``"info"``. Gradients that are
+    zero for want of range are told before all.
+
+    Nothing depends on the order of the batch, or on the units of the loss, but for what says that the usual optimizers
+    are not made for these.
 
     A lesson with a picture: ``examples/deep_tanh_network.py``.
 

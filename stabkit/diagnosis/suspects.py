@@ -50,7 +50,7 @@ class Diagnosis:
 
     Attributes:
         verdict: on the stretch of blocks.
-        findings: worst first; single blocks before stretches.
+        findings: those at warning or above in one or two steps first, then the others by severity.
         measurement: what they rest on.
         untried: suspects whose remedies were not tried, since the trials of a diagnosis are limited in number.
     """
@@ -86,7 +86,7 @@ def suspected(
     methods: Callable[[], Sequence[Identification]] | None = None,
     spectra: SharedSpectra | None = None,
 ) -> Diagnosis:
-    """The verdict on a flow and every suspect in it, worst first; ``methods`` and ``spectra`` are shared."""
+    """The verdict on a flow and every suspect in it; ``methods`` and ``spectra`` are shared."""
     limits, seed = settings.thresholds, settings.seed
     of_loss = loss_findings(flow, settings.loss, limits) if isinstance(flow, Flow) else []
     kept = {} if spectra is None else {"kept": spectra.samples}  # whose growth is attributed from the same walk
@@ -287,7 +287,7 @@ def _renamed(verdict: Verdict, name: str, evidence: str) -> Verdict:
 
 
 def ordered(found: Sequence[Finding]) -> list[Finding]:
-    """Blocks at fault first, then the worst; a consequence never goes before its cause."""
+    """Blocks at fault first, but for kinds that usually follow from another; then all others by severity."""
     blocks = [f for f in found if len(f.steps) <= 2 and serious(f) and not FINDINGS[f.kind].consequence]
     rest = sorted((f for f in found if f not in blocks), key=lambda f: -rank(f.severity))
     return [*blocks, *rest]

@@ -73,7 +73,7 @@ class Identification(Result):
         skip: the coefficient ``a`` of x' = a x + f(x); None where none was read.
         step_size: the step size h; only the product h f can be seen, so ``convention`` says how it was fixed.
         convention: how h was fixed.
-        evidence: ``"proven"`` (read off the graph and confirmed), ``"measured"``, ``"convention"`` or ``"unknown"``.
+        evidence: ``"proven"`` (read off the graph and confirmed), ``"measured"`` or ``"unknown"``.
         residual: relative deviation of the skip from ``a`` times the identity, measured on random cotangents.
         steps: indices of the steps that make up the method.
         after: operations that follow the addition, such as a ReLU or a norm.

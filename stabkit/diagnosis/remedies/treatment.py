@@ -98,10 +98,12 @@ def treat(
     seed: int = 0,
     **tracing: Any,
 ) -> Treatment:
-    """A copy of a model, treated in rounds until nothing at warning or above is left, with what was done to it.
+    """A copy of a model, treated in rounds, with what was done to it.
 
-    Each round diagnoses the copy and carries out the first remedy that helped when it was tried. The model that is
-    given stays as it is. Whether the copy then trains is for a training run to say.
+    Each round diagnoses the copy and carries out the first remedy of a finding at warning or above that helped when it
+    was tried. Rounds end when no such finding is left, when none that is left has a remedy that can be carried out, or
+    when ``rounds`` are used up; ``silent`` says whether nothing is left. The model that is given stays as it is.
+    Whether the copy then trains is for a training run to say.
 
     Args:
         model: what to treat.
