@@ -54,6 +54,7 @@ TRIALS = 6
 UNTRIED = "none was tried: the trials of this diagnosis went to other suspects; cure those, and diagnose again"
 _BY_INITIALISATION = ("vanishing", "exploding", "dead", "transient_growth", "rank_collapse", "overdamped")
 _AS_IT_IS = Remedy("")
+_MOVES = 0.98  # of the first loss, under which it has clearly moved
 NO_HARM = "none was tried: it does no harm that was measured"
 
 
@@ -215,7 +216,7 @@ class _Trials:
             trial = tried(self.flow, suspect, remedy, self.found, self.settings)
             if trial.cured:
                 trains = self.training(remedy)
-                if finite and trains is not None and not math.isfinite(trains.last):
+                if finite and trains is not None and (not math.isfinite(trains.last) or self._stays(remedy)):
                     continue
                 plain = self.training() if trains else None
                 serves = helps(trains, plain) if competing or remedy.cause else not spoils(trains, plain)
@@ -243,6 +244,14 @@ class _Trials:
         if self._outer is None:
             self._outer = outer_causes(self.flow, self.found.measurement) if isinstance(self.flow, Flow) else []
         return [each for each in self._outer if each.data != 1.0 or not small]
+
+    def _stays(self, remedy: Remedy) -> bool:
+        """Whether numbers are finite with a change of the code, and the loss is out of reach of the usual steps."""
+        loss = self.settings.loss
+        if remedy.actions or remedy.data != 1.0 or not isinstance(self.flow, Flow):
+            return False
+        left = left_after(self.flow.forward_pass, loss, [adam(rate) for rate in RATES], within=remedy.within)
+        return left is not None and not left < _MOVES
 
     def _helps_adam(self, remedy: Remedy, treated: ShortTraining | None) -> bool:
         """Whether steps of Adam, blind to the size of gradients, end clearly lower with a change of the code."""

@@ -18,7 +18,7 @@ from stabkit.tracing import FlowLike, Iteration
 from stabkit.tracing.flow_checks import traced
 
 _NOTHING_READ = frozenset({"unknown", "not a step", "part of a step", "plain", "transition", "unnamed"})
-_COARSE = ("unnamed", "gated skip", "composition", "damped Euler, parallel")  # readings that single steps may better
+_COARSE = ("unnamed", "gated skip", "damped Euler, parallel")  # readings that single steps may better
 
 
 def identify(flow: FlowLike, *, checks: bool = True, parallel: Parallel = SERIAL) -> tuple[Identification, ...]:
@@ -37,8 +37,8 @@ def identify(flow: FlowLike, *, checks: bool = True, parallel: Parallel = SERIAL
 
     Args:
         flow: from `stabkit.trace`, `stabkit.recurrent_flow` or `stabkit.iterate`.
-        checks: whether readings are confirmed by numbers: commutators, determinants, defects. They cost several
-            products a step, and no name depends on them.
+        checks: whether numbers beside the reading are taken: commutators, determinants, defects. They cost several
+            products a step, and no name or evidence depends on them.
         parallel: who reads which steps.
 
     Raises:

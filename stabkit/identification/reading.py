@@ -360,7 +360,7 @@ def _read_sums(around: Surroundings, found: Slots, links: Sequence[Link], steps:
         notes=(*masked(kinds), *_linear_part(relaxed), *_notes(around, sums, table), *record.notes),
         checks=_checks(sums, table) if around.checks else (),
     )
-    if around.checks and not any(link.kind == "weightless" for link in links[:first]):
+    if not any(link.kind == "weightless" for link in links[:first]):
         record = confirmed(record, around.whole(steps[0], steps[-1] + 1, found))
     threshold = soft_threshold(around.flow, steps[-1] + 1, links[-1]) if behind else None
     record = with_projection(

@@ -114,7 +114,8 @@ class Flow:
         source_name: path of the input (or embedding) that it starts from.
         side_inputs: other inputs that could carry derivatives, held fixed here.
         batch: number of samples; 1 when the whole batch is one state.
-        chain_error: relative difference between the chain's and the model's own VJP; None when it was not checked.
+        chain_error: relative difference between the chain's and the model's own VJP; None when it was not checked,
+            NaN where no number was finite on both sides.
         notes: what the reader should know about how the flow was found.
         model: the module.
         forward_pass: the call that was recorded, to run it again.

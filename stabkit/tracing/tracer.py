@@ -324,6 +324,8 @@ def _checked(chain: chains.Chain, graph: Graph, recorded: _Recorded, module: nn.
     found = chain.error
     eps = max(torch.finfo(meta_of(value).dtype).eps for node in graph.nodes for value in graph.inputs[node])
     allowed = max(1e-10, _CHAIN_SLACK * eps)
+    if math.isnan(found) and not chain.finite:
+        return found  # not a single number was finite on both sides: there is nothing to refuse, and nothing is proven
     if not found <= allowed:
         between = f"{recorded.source.name!r} and {recorded.target_name!r}"
         hooked = [repr(path) for path, m in module.named_modules() if m._backward_hooks or m._backward_pre_hooks]

@@ -61,3 +61,12 @@ def test_units_that_differ_somewhere_are_no_copies():
     started_at_zero = network()
     constant(started_at_zero[4], 0.0)
     assert said(started_at_zero) == []
+
+
+def test_every_layer_is_drawn_by_its_own_fan_in():
+    model = network()
+    constant(model[0])
+    constant(model[2])
+    (found,) = said(model)
+    sizes = {action["parameter"]: action["rms"] for action in found.actions}
+    assert sizes == pytest.approx({"0.weight": 8**-0.5, "2.weight": 16**-0.5})

@@ -65,6 +65,9 @@ def test_an_eps_that_float16_rounds_to_zero_is_said(kind):
     assert "the weights are float16, in which Adam's eps of 1e-08 is zero" in told.evidence
     assert "20 steps of Adam end in what is not finite" in told.evidence
     assert "keep the weights in float32" in told.remedy
+    assert "and with all in float32" in told.evidence
+    assert "autocast" in told.remedy.partition(";")[2]
+    assert "which was not tried" in told.remedy
     assert "0.0001 leaves" in told.remedy
 
 
@@ -88,6 +91,19 @@ def test_steps_that_bfloat16_rounds_away_are_said():
     (told,) = found(Offset().bfloat16(), X.bfloat16())
     assert told.kind == "precision_loss"
     assert "the weights are bfloat16, and a step of 0.001 is lost in 100% of them" in told.evidence
+
+
+def test_a_model_that_keeps_a_tensor_of_its_graph_is_tried_as_well():
+    class Keeping(nn.Sequential):
+        def forward(self, x: Tensor) -> Tensor:
+            self.kept = super().forward(x)
+            return self.kept
+
+    torch.manual_seed(0)
+    model = Keeping(nn.Linear(8, 32), nn.Tanh(), nn.Linear(32, 4)).half()
+    model(X.half())
+    (told,) = found(model, X.half())
+    assert "and with all in float32" in told.evidence
 
 
 def test_frozen_weights_in_half_are_left_alone():

@@ -73,6 +73,11 @@ DROPPED: dict[str, tuple[Callable[[], nn.Module], Callable[[Tensor], Tensor], fl
         lambda out: functional.nll_loss(out, LABELS),
         0.5 * (0.5 * math.log(2) + 0.25 * math.log(3)),
     ),
+    "before a tanh": (
+        lambda: nn.Sequential(*body(1), nn.Dropout(0.5), nn.Tanh()),
+        squares,
+        0.5 * float(Y.square().mean()),
+    ),
     "one logit": (
         lambda: nn.Sequential(*body(1), nn.Dropout(0.4)),
         lambda out: functional.binary_cross_entropy_with_logits(out.squeeze(-1), (LABELS > 0).float()),
@@ -100,6 +105,12 @@ HEALTHY: dict[str, tuple[Callable[[], nn.Module], Callable[[Tensor], Tensor]]] =
     ),
     "in eval mode": (lambda: nn.Sequential(*body(1), nn.Dropout(0.5)).eval(), squares),
     "of nothing": (lambda: nn.Sequential(*body(1), nn.Dropout(0.0)), squares),
+    "before a sigmoid": (lambda: nn.Sequential(*body(1), nn.Dropout(0.5), nn.Sigmoid()), squares),
+    "before a softplus": (lambda: nn.Sequential(*body(1), nn.Dropout(0.5), nn.Softplus()), squares),
+    "before a softmax": (
+        lambda: nn.Sequential(*body(3), nn.Dropout(0.5), nn.Softmax(1)),
+        lambda out: functional.mse_loss(out, functional.one_hot(LABELS, 3).float()),
+    ),
     "beside a skip": (lambda: ByHand(lambda h: h + functional.dropout(0.1 * h, 0.5)), squares),
     "features of a head in the loss": (
         lambda: nn.Sequential(*body(16), nn.Dropout(0.5)),
@@ -125,8 +136,10 @@ def test_the_expected_logarithm_is_that_of_a_binomial():
 
 
 def test_no_network_gets_below_the_floor():
-    make, loss, floor = DROPPED["module"]
+    make, loss, _ = DROPPED["module"]
     model = make()
+    (found,) = said(model, loss)
+    floor = found.numbers["floor"]
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
     for _ in range(200):
         optimizer.zero_grad()

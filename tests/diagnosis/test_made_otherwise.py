@@ -43,8 +43,8 @@ def test_a_last_block_that_adds_its_branch_in_full_is_a_fact(last):
 
 
 @pytest.mark.parametrize(
-    ("scales", "last"),
-    [([0.2] * 8, {"scale": 30.0, "activate": False}), ([0.2] * 3 + [6.0] + [0.2] * 4, {"scale": 0.2})],
+    ("scales", "last", "path"),
+    [([0.2] * 8, {"scale": 30.0, "activate": False}, "9"), ([0.2] * 3 + [6.0] + [0.2] * 4, {"scale": 0.2}, "4")],
 )
-def test_one_that_harms_or_stands_in_the_middle_is_still_a_fault(scales, last):
-    assert [f for f in found(scales, last) if serious(f)]
+def test_one_that_harms_or_stands_in_the_middle_is_still_a_fault(scales, last, path):
+    assert [(f.kind, f.module_path) for f in found(scales, last) if serious(f)] == [("exploding", path)]

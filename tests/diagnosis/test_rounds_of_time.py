@@ -44,25 +44,43 @@ class Spiking(nn.Module):
         return torch.stack(kept)
 
 
-@pytest.mark.parametrize(("recurrent", "leak", "size"), [(True, 0.1, 30.0), (False, 0.9, 0.1), (False, 0.1, 30.0)])
-def test_rounds_that_keep_what_they_put_out_are_not_judged_by_depth(recurrent, leak, size):
+@pytest.mark.parametrize(
+    ("recurrent", "leak", "size", "verdict", "kinds"),
+    [
+        (True, 0.1, 30.0, "vanishing", ["vanishing"]),
+        (False, 0.9, 0.1, "drift", []),
+        (False, 0.1, 30.0, "vanishing", ["vanishing"]),
+    ],
+)
+def test_rounds_that_keep_what_they_put_out_are_not_judged_by_depth(recurrent, leak, size, verdict, kinds):
     torch.manual_seed(0)
     report = stabkit.analyze(
         Spiking(recurrent, leak), torch.randn(12, 2, 4) * size, loss=lambda out: out[-1].square().mean(), batch_dim=1
     )
     assert "step" not in [step.kind for step in report.steps]
-    summary = str(report)
-    assert "time steps" in summary or report.verdict == "not judged"
+    assert report.verdict == verdict
+    assert "time steps" in str(report)
+    assert [finding.kind for finding in report.findings] == kinds
     assert not any("norm" in finding.remedy for finding in report.findings)
 
 
 def test_plain_layers_that_change_their_space_are_judged():
+    class Layer(nn.Module):
+        def __init__(self, width):
+            super().__init__()
+            self.linear = nn.Linear(width, width - 1)
+
+        def forward(self, x):
+            return self.linear(x).tanh()
+
     torch.manual_seed(0)
-    model = nn.Sequential(*(layer for n in range(12, 4, -1) for layer in (nn.Linear(n, n - 1), nn.Tanh())))
+    model = nn.Sequential(*(Layer(width) for width in range(12, 4, -1)))
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(0.05)
-    report = stabkit.analyze(model, torch.randn(8, 12), loss=lambda out: out.square().mean())
+    depth = [str(i) for i in range(8)]
+    report = stabkit.analyze(model, torch.randn(8, 12), loss=lambda out: out.square().mean(), depth=depth)
+    assert [step.kind for step in report.steps] == ["transition"] * 8
     assert report.verdict == "vanishing"
 
 

@@ -12,6 +12,8 @@ from torch.nn import functional
 import stabkit
 from stabkit.diagnosis.depth.summing_operations import divided, summing_operations
 from stabkit.diagnosis.finding import serious
+from stabkit.diagnosis.measurement import measure
+from stabkit.diagnosis.remedies.outer_causes import outer_causes
 from stabkit.diagnosis.remedies.short_training import short_training
 
 NODES, DEGREE = 50, 36
@@ -130,7 +132,11 @@ def test_what_is_divided_is_no_sum_to_name(gather):
 
 def test_weights_that_are_too_large_are_to_blame_themselves():
     model = Graph(lambda h: (A / A.sum(1, keepdim=True)) @ h, residual=False, gain=20.0)
-    assert not [f for f in found(model) if "what makes it grow" in f.evidence]
+    told = found(model)
+    (first,) = [f for f in told if serious(f)]
+    assert (first.kind, len(first.actions)) == ("exploding", 6)
+    assert "all 6 matrices were started large" in first.evidence
+    assert not [f for f in told if "what makes it grow" in f.evidence]
 
 
 @pytest.mark.parametrize("name", ["matmul", "index_add", "scatter_add", "sum"])
@@ -144,3 +150,105 @@ def test_divided_sums_are_means(name):
         treated = model(X)
     assert torch.allclose(treated, Graph(means)(X), atol=1e-4)
     assert short_training(flow, loss, within=divided(sums)).last < short_training(flow, loss).last
+
+
+class Repelled(nn.Module):
+    """Points that move along their differences by what a layer makes of the squares of these, summed over points."""
+
+    def __init__(self, layers: int = 3) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.pairs = nn.ModuleList(
+            [nn.Sequential(nn.Linear(1, 16), nn.SiLU(), nn.Linear(16, 1)) for _ in range(layers)]
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        for pair in self.pairs:
+            apart = x[:, :, None] - x[:, None]
+            x = x + (apart * pair(apart.square().mean(-1, keepdim=True))).sum(2)
+        return x
+
+
+def test_a_mean_that_leaves_the_loss_out_of_reach_is_no_remedy():
+    """All is finite with a mean, and no usual step brings the loss down from there."""
+    x = 3 * torch.randn(4, 20, 3, generator=torch.Generator().manual_seed(1))
+    target = torch.randn(4, 20, 3, generator=torch.Generator().manual_seed(2))
+    flow = stabkit.trace(Repelled(), x, check=False)
+    found = stabkit.diagnose(flow, lambda out: (out - target).square().mean())
+    assert [f.kind for f in found if serious(f)] == ["non_finite"]
+    assert "take the mean" not in found[0].remedy
+
+
+class Twice(nn.Module):
+    """Sums over neighbours, in two lines."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.one, self.other = nn.Linear(16, 16), nn.Linear(16, 16)
+
+    def forward(self, x: Tensor, adjacency: Tensor) -> Tensor:
+        x = torch.relu(adjacency @ self.one(x))
+        return torch.relu(self.other(adjacency @ x))
+
+
+def test_the_remedy_names_every_sum_that_was_divided_when_it_was_tried():
+    x = torch.randn(40, 16, generator=torch.Generator().manual_seed(1))
+    flow = stabkit.trace(Twice(), x, torch.ones(40, 40), check=False, batch_dim=None)
+    (remedy,) = outer_causes(flow, measure(flow))
+    assert remedy.text.count("divide the sum by the number of its terms") == 2
+
+
+class OfData(nn.Module):
+    """Raw data times a weight, in each of the ways in which it is written without a layer."""
+
+    def __init__(self, made: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.w, self.made = nn.Parameter(torch.randn(8, 3)), made
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 10 * x @ self.made(self.w)
+
+
+WEIGHTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "parameter": lambda w: w,
+    "view": lambda w: w.T[:2].T,
+    "masked": lambda w: w * (torch.arange(3) < 2),
+    "softplus": functional.softplus,
+}
+
+
+@pytest.mark.parametrize("name", WEIGHTS)
+def test_data_times_a_weight_are_no_sum_of_states(name):
+    assert summing_operations(stabkit.trace(OfData(WEIGHTS[name]), X).forward_pass) == []
+
+
+def test_data_times_a_scale_for_each_feature_are_a_state():
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale = nn.Parameter(torch.ones(8))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return A @ ((x + 1) * self.scale)
+
+    assert [each.name for each in summing_operations(stabkit.trace(Scaled(), X).forward_pass)] == ["matmul"]
+
+
+def test_the_trained_product_of_the_same_line_is_left_as_it_is():
+    class Both(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.first, self.v = nn.Linear(8, 32), nn.Parameter(torch.randn(32, 3) / 32**0.5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return A @ self.first(x) @ self.v
+
+    model = Both()
+    sums = summing_operations(stabkit.trace(model, X).forward_pass)
+    assert len(sums) == 1
+    with divided(sums)():
+        treated = model(X)
+    assert torch.allclose(treated, model(X) / DEGREE, atol=1e-5)

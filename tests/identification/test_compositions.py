@@ -115,9 +115,51 @@ def test_a_composition_is_named_by_its_coefficients(step, name, h):
         assert record.step_size == pytest.approx(h, rel=1e-5)
 
 
-@pytest.mark.parametrize("step", [kick_drift_kick, drift_kick_drift, composed(kick_drift_kick, (0.4, 0.6))])
-def test_steps_that_make_no_composition_of_higher_order_stay_single(step):
-    assert not any(word in record.name for record in records(step) for word in ("Yoshida", "Suzuki", "composition"))
+@pytest.mark.parametrize(
+    ("step", "sizes"), [(kick_drift_kick, [0.1] * 3), (composed(kick_drift_kick, (0.4, 0.6)), [0.04, 0.06] * 3)]
+)
+def test_steps_that_make_no_composition_of_higher_order_stay_single(step, sizes):
+    first, *steps = records(step)
+    assert first.name == "fork"
+    assert {(record.name, record.evidence) for record in steps} == {("stormer_verlet", "proven")}
+    assert [record.step_size for record in steps] == pytest.approx(sizes)
+
+
+@pytest.mark.parametrize(
+    ("step", "sizes"),
+    [(drift_kick_drift, [0.1] * 2), (composed(drift_kick_drift, (0.4, 0.6)), [0.04, *[0.06, 0.04] * 2])],
+)
+def test_a_kick_between_two_halves_of_a_drift_is_verlet_too(step, sizes):
+    first, *steps = records(step)
+    whole, rest = steps[: len(sizes)], steps[len(sizes) :]
+    assert first.name == "fork"
+    assert {(record.name, record.evidence) for record in whole} == {("stormer_verlet", "proven")}
+    assert [record.step_size for record in whole] == pytest.approx(sizes)
+    # the last round is cut in two, and neither part is called a method
+    assert [(record.name, record.evidence) for record in rest] == [("part of a step", "unknown")] * 2
+
+
+def uneven(kicks_first, share):
+    def step(f, q, p, h):
+        for weight in (share, 1 - share):
+            if kicks_first:
+                p = p + weight * h * f(q)
+                q = q + h * p if weight == share else q
+            else:
+                q = q + weight * h * p
+                p = p + h * f(q) if weight == share else p
+        return q, p
+
+    return step
+
+
+@pytest.mark.parametrize("kicks_first", [True, False])
+@pytest.mark.parametrize("share", [0.3, 0.7])
+def test_three_kicks_and_drifts_without_halves_are_of_order_one(kicks_first, share):
+    # the same trace and determinant as Verlet's method and symplectic Euler, to which they are conjugate
+    _, *steps = [record for record in records(uneven(kicks_first, share)) if record.name != "part of a step"]
+    assert {record.name for record in steps} == {"symplectic composition (order 1, 3 kicks and drifts)"}
+    assert {round(record.step_size, 6) for record in steps} == {0.1}
 
 
 def test_a_leapfrog_backward_in_time_has_a_negative_step():

@@ -152,7 +152,7 @@ def test_a_mask_of_the_new_state_leaves_the_step_of_the_others():
         return (x - both[:, :6]) * mask, forecast + both[:, 6:]
 
     found = middle(rule)
-    assert found.name in ("forward Euler, beside a sum of outputs", "2 states: forward Euler, running sum")
+    assert (found.name, found.evidence) == ("forward Euler, beside a sum of outputs", "measured")
 
 
 def test_entries_that_are_replaced_are_not_masked():
@@ -169,7 +169,8 @@ def test_entries_that_are_replaced_are_not_masked():
 
     torch.manual_seed(0)
     found = identify(trace(nn.Sequential(Half(), Half(), Half()), torch.randn(3, 6)))[1]
-    assert found.name != "forward Euler"
+    assert (found.name, found.method, found.skip) == ("not a step", None, None)
+    assert "the skip moves, mixes or drops coordinates" in found.notes
 
 
 def test_a_masked_state_alone_is_a_step():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from stabkit.identification import identify
 from stabkit.tracing import trace
@@ -91,3 +91,12 @@ def test_attention_without_weights_of_its_own_stays_a_field():
     model = nn.Sequential(*(Attention() for _ in range(3)))
     found = identify(trace(model, torch.randn(SAMPLES, TOKENS, WIDTH), depth=["0", "1", "2"]))
     assert {record.name for record in found} == {"Lie splitting (2 Euler steps)"}
+
+
+def test_a_product_of_two_vectors_has_no_matrix_to_mix_with():
+    class Turned(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x + torch.tanh(torch.dot(x, x)) * torch.stack([x[1] - x[0], x[2], x[0] * x[1]])
+
+    records = identify(trace(nn.Sequential(Turned(), Turned()), torch.randn(3), batch_dim=None))
+    assert all(record.evidence != "proven" for record in records)

@@ -7,9 +7,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from stabkit import trace
+from stabkit.identification import identify
 from stabkit.identification.evidence.reproduction import confirmed, deviation
 from stabkit.identification.form.flow_index import Surroundings
 from stabkit.identification.reading import read
@@ -88,3 +89,26 @@ def test_two_states_are_made_anew_as_well():
     assert record.evidence == "proven"
     assert record.method.states == 2
     assert record.step_size is not None
+    away = deviation(around.whole(2, 3, around.slots(2, 3)), record.method, record.recorded)
+    assert away is not None
+    assert away < 1e-12
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_roundings_of_a_coarse_dtype_withdraw_nothing(dtype: torch.dtype):
+    torch.manual_seed(0)
+    field = nn.Sequential(nn.Linear(32, 32), nn.Tanh(), nn.Linear(32, 32))
+
+    class Euler(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.f = field
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x + self.f(x)
+
+    flow = trace(nn.Sequential(Euler(), Euler()).to(dtype), torch.randn(4, 32).to(dtype))
+    for checks in (False, True):
+        assert {(r.name, r.evidence, r.step_size) for r in identify(flow, checks=checks)} == {
+            ("forward Euler", "proven", 1.0)
+        }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from stabkit.identification import identify
 from stabkit.tracing import trace
@@ -111,3 +111,18 @@ def test_a_residual_between_weights_and_norms_is_no_skip():
     _, found = read(lambda: Step(forward, nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH), nn.LayerNorm(WIDTH)))
     assert {(record.name, record.skip, record.evidence) for record in found} == {("plain", 0.0, "proven")}
     assert "no skip leads around the whole step" in found[0].notes[0]
+
+
+def test_a_fresh_norm_with_fixed_statistics_has_one_number_for_all_entries():
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.f, self.norm = nn.Sequential(nn.Linear(8, 8), nn.Tanh()), nn.BatchNorm1d(8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.norm(x + self.f(x))
+
+    torch.manual_seed(0)
+    for record in identify(trace(nn.Sequential(Block(), Block()).eval(), torch.randn(4, 8))):
+        assert "diagonal" not in record.name
+        assert not any("every entry has a number" in note for note in record.notes)

@@ -82,13 +82,36 @@ def records(model):
     return identify(trace(model, torch.randn(3, WIDTH)))
 
 
-@pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("prox", [torch.tanh, lambda x: functional.softshrink(x, 0.05), lambda x: x / 1.2])
-def test_rounds_that_were_taken_together_are_named_by_none_of_them(prox, tied):
+def shrink(x):
+    return functional.softshrink(x, 0.05)
+
+
+# the proximal map, what is said of the primal state in the first round and in those after it, and with what evidence
+PROXIMAL = [
+    (torch.tanh, "running sum", "running sum (a = 0.8), then Tanh", "proven"),
+    (shrink, "running sum", "running sum (a = 0.8), then soft threshold (forward-backward)", "measured"),
+    (lambda x: x / 1.2, "running sum (a = 0.833)", "running sum (a = 0.667)", "proven"),
+]
+
+
+@pytest.mark.parametrize(("prox", "first", "after", "evidence"), PROXIMAL)
+def test_rounds_with_the_same_weights_are_steps_of_two_states(prox, first, after, evidence):
     # what is said of each of two states, the other held fixed, is no name of a method of both
-    whole = [r for r in records(PrimalDual(prox, tied)) if not r.name.startswith("2 coupled states")]
-    assert {r.name for r in whole if r.method is not None and r.evidence == "proven"} <= {"plain", "forward Euler"}
-    assert not any("forward-backward" in r.name for r in whole)
+    found = [r for r in records(PrimalDual(prox)) if r.name not in ("fork", "join")]
+    *rounds, last = found
+    said = [f"2 coupled states: transformed skip, {of_primal}" for of_primal in (first, after, after)]
+    assert [r.name for r in rounds] == said
+    assert {(r.method.states, r.skip, r.evidence) for r in rounds} == {(2, None, evidence)}
+    assert last.name in ("plain", "linear recurrence (a = 0.833)")
+
+
+@pytest.mark.parametrize("prox", [prox for prox, *_ in PROXIMAL])
+def test_rounds_that_were_taken_together_are_named_by_none_of_them(prox):
+    whole, last = records(PrimalDual(prox, tied=False))
+    assert whole.steps == (0, 1, 2, 3, 4)
+    assert whole.name.startswith("unnamed composition")
+    assert whole.evidence == "measured"
+    assert last.name in ("plain", "linear recurrence (a = 0.833)")
 
 
 def test_the_mean_of_all_layers_proves_no_damping():

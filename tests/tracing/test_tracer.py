@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import math
+import threading
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -7,6 +10,7 @@ from torch import Tensor, nn
 import stabkit
 from stabkit.errors import StabkitError, TraceError
 from stabkit.tracing import trace
+from stabkit.tracing.recording.made_parameters import parameters_made
 
 X = torch.randn(4, 3)
 
@@ -161,3 +165,23 @@ def test_a_backward_that_fails_is_an_error_that_names_where():
     with pytest.raises(TraceError, match=r"NoBackward|'2'") as caught:
         trace(model, X)
     assert "no derivative today" in str(caught.value)
+
+
+def test_a_chain_of_nothing_finite_is_not_called_exact():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    model[1].weight.data.fill_(math.nan)
+    flow = trace(model, torch.randn(3, 4))
+    assert flow.chain_error is not None
+    assert math.isnan(flow.chain_error)
+    assert flow.passes_finite is False
+
+
+def test_the_making_of_parameters_is_watched_here_and_left_as_it_was():
+    kept, made = nn.Parameter.__dict__["__new__"], []
+    with parameters_made(lambda _, parameter: made.append(tuple(parameter.shape))):
+        elsewhere = threading.Thread(target=lambda: nn.Linear(5, 5))
+        elsewhere.start()
+        elsewhere.join()
+        nn.Linear(3, 2)
+    assert made == [(2, 3), (2,)]
+    assert nn.Parameter.__dict__["__new__"] is kept

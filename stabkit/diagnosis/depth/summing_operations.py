@@ -13,19 +13,23 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from stabkit.errors import StabkitError
+from stabkit.tracing.graph.values import operation
 from stabkit.tracing.recording.forward_pass import ForwardPass
 from stabkit.tracing.recording.recorder import Recording, recording_calls
 from stabkit.tracing.recording.training_pass import calling_line
 from stabkit.tracing.recording.untouched_model import unchanged
+from stabkit.vocabulary import activation_of, moves
 
 _PRODUCTS = frozenset({"matmul", "rmatmul", "mm", "bmm", "einsum", "spmm", "smm", "sparse_mm", "tensordot"})
 _SCATTERS = frozenset({"index_add", "scatter_add"})
 _DIVIDES = frozenset({"div", "truediv", "divide", "true_divide", "mul", "multiply"})
 _MADE_OF_IT = frozenset({"sqrt", "rsqrt", "reciprocal", "log", "pow", "exp", "rtruediv"})
+#: what leaves a weight one, where no other tensor that is trained comes to it: a view, a mask, a softmax
+_OF_WEIGHTS = moves("reshape", "permute", "copy", "select") | {"Mul", "Div", "Exp", "Softmax"}
 _GROWS = 3.0  # times its size that a state leaves an operation with, from which it is one to try
 _NAMES = {"rmatmul": "matmul", "truediv": "div"}
 
@@ -145,21 +149,46 @@ def _read(
 
 def _operands(name: str, args: Arguments) -> tuple[Tensor | None, int, bool]:
     """The state that is summed, the place of what is fixed, and whether that has both signs."""
-    if name == "sum" and args and isinstance(args[0], Tensor):
-        return args[0], -1, False
-    if name in _SCATTERS and len(args) >= 4 and isinstance(args[3], Tensor):
-        return args[3], -1, False
     if name not in _PRODUCTS:
+        return _state(name, args, -1), -1, False
+    fixed = [i for i, a in enumerate(args) if isinstance(a, Tensor) and not a.requires_grad]
+    if len(fixed) != 1:
         return None, -1, False
-    places = [i for i, a in enumerate(args) if isinstance(a, Tensor)]
-    fixed = [i for i in places if not args[i].requires_grad]
-    if len(places) != 2 or len(fixed) != 1:
-        return None, -1, False
-    state = next(args[i] for i in places if i not in fixed)
-    held = args[fixed[0]].detach()
+    return _state(name, args, fixed[0]), fixed[0], _has_both_signs(args[fixed[0]])
+
+
+def _state(name: str, args: Arguments, fixed: int) -> Tensor | None:
+    """The operand that is summed beside a fixed one; None where it is a weight: x @ w sums over no neighbours."""
+    tensors = [i for i, a in enumerate(args) if isinstance(a, Tensor)]
+    places = [i for i in tensors if i != fixed]
+    if name in _PRODUCTS:
+        place = places[0] if len(places) == 1 and fixed in tensors else -1
+    else:
+        place = {"sum": 0}.get(name, 3 if name in _SCATTERS else -1)
+    if place not in places or _is_weight(args[place]):
+        return None
+    state: Tensor = args[place]
+    return state
+
+
+def _has_both_signs(operand: Tensor) -> bool:
+    held = operand.detach()
     values = held.coalesce().values() if held.layout == torch.sparse_coo else held
-    signed = values.layout == torch.strided and bool((values < 0).any())
-    return state, fixed[0], signed
+    return values.layout == torch.strided and bool((values < 0).any())
+
+
+def _is_weight(tensor: Tensor) -> bool:
+    """Whether a tensor is a parameter, a part of one, or one entry by entry changed by what is not trained."""
+    if isinstance(tensor, nn.Parameter):
+        return True
+    node: Any = tensor.grad_fn
+    while node is not None and not hasattr(node, "variable"):
+        parents = [parent for parent, _ in node.next_functions if parent is not None]
+        if len(parents) != 1 or not (operation(node) in _OF_WEIGHTS or activation_of(node) is not None):
+            return False
+        node = parents[0]
+    # data times a scale for each feature are more numbers than the scale is, and are a state
+    return node is not None and tensor.numel() <= node.variable.numel()
 
 
 def _with(args: Arguments, fixed: int, operand: Tensor, state: Tensor) -> Arguments:
@@ -193,7 +222,7 @@ class _Divided(TorchFunctionMode):
 
     def __init__(self, found: Sequence[Summing]) -> None:
         super().__init__()
-        self._at = {(each.name, each.line): each for each in found}
+        self._found = found
 
     def __torch_function__(
         self, func: Any, types: Any, args: Arguments = (), kwargs: dict[str, Any] | None = None
@@ -201,25 +230,35 @@ class _Divided(TorchFunctionMode):
         kwargs, name = kwargs or {}, getattr(func, "__name__", "").strip("_")
         if name not in _PRODUCTS and name not in _SCATTERS and name != "sum":
             return func(*args, **kwargs)
-        each = self._at.get((_NAMES.get(name, name), calling_line()))
+        each = self._of(name, args)
         if each is None:
             return func(*args, **kwargs)
         if each.signed:
             return func(*args, **kwargs) / each.terms
         if name in _SCATTERS:
             with torch.no_grad():
-                terms = _terms(name, func, args, kwargs, -1, args[3], args[0])
+                terms = _terms(name, func, args, kwargs, each.fixed, args[3], args[0])
             assert terms is not None
             return func(*args[:3], args[3] / terms, *args[4:], **kwargs)
-        result = func(*args, **kwargs)
-        state = (
-            args[0]
-            if name == "sum"
-            else next(a for i, a in enumerate(args) if isinstance(a, Tensor) and i != each.fixed)
-        )
+        result, state = func(*args, **kwargs), _state(name, args, each.fixed)
+        assert state is not None
         with torch.no_grad():
             terms = _terms(name, func, args, kwargs, each.fixed, state, result)
         return result if terms is None else result / terms.clamp_min(torch.finfo(result.dtype).tiny)
+
+    def _of(self, name: str, args: Arguments) -> Summing | None:
+        """Which of these lines a call is; None for another operation of the same line, as the product with a weight."""
+        at, free = (_NAMES.get(name, name), calling_line()), []
+        if name in _PRODUCTS:
+            free = [i for i, a in enumerate(args) if isinstance(a, Tensor) and not a.requires_grad]
+        for each in self._found:
+            # what a network is given may ask for gradients here, and the fixed operand be known by its place alone
+            fits = (each.name, each.line) == at and (len(free) != 1 or free[0] == each.fixed)
+            if not fits or _state(name, args, each.fixed) is None:
+                continue
+            if each.fixed < 0 or _has_both_signs(args[each.fixed]) == each.signed:
+                return each
+        return None
 
 
 def divided(found: Sequence[Summing]) -> Callable[[], contextlib.AbstractContextManager[None]]:

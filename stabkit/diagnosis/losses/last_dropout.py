@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.autograd.graph import Node
 
@@ -105,7 +106,7 @@ def _dropped(done: TrainingPass) -> list[_Dropped]:
             words = ("predictions", "their mean squared error", "the mean of the targets alone leaves")
             found.append(_Dropped(node, share, floor, spread, words))
     for entropy in cross_entropies(done.loss):
-        node, share = dropout_behind(entropy.softmax.next_functions[0][0])
+        node, share = dropout_behind(entropy.softmax.next_functions[0][0], ("LogSoftmax",))
         if node is not None:
             floor = share * _expected_log(entropy.classes - 1, share)
             words = ("logits", "their cross entropy", "equal chances cost")
@@ -131,17 +132,28 @@ def _expected_log(count: int, share: float) -> float:
     return total
 
 
-def dropout_behind(node: Node | None) -> tuple[Node | None, float]:
-    """The dropout that a value comes from by nothing but views and activations, with its share; None without one."""
+def dropout_behind(node: Node | None, through: Sequence[str] = ()) -> tuple[Node | None, float]:
+    """The dropout that a value comes from by views and what keeps zero, with its share; None without one.
+
+    Args:
+        node: what made the value.
+        through: operations besides that leave the loss what it is: a second LogSoftmax does nothing.
+    """
     made: Any = behind_moves(node)
     while made is not None:
         share = _share(made)
         if share:
             return made, share
-        if activation_of(made) is None and operation(made) not in ("Softmax", "LogSoftmax"):
+        if not _keeps_zero(made) and operation(made) not in through:
             return None, 0.0
         made = behind_moves(made.next_functions[0][0])
     return None, 0.0
+
+
+def _keeps_zero(node: Node) -> bool:
+    """Whether it is an activation with f(0) = 0, so that what is dropped is a prediction of zero behind it as well."""
+    facts = activation_of(node)
+    return facts is not None and facts.function is not None and float(facts.function(torch.zeros(1))) == 0.0
 
 
 def _share(node: Any) -> float:

@@ -8,7 +8,6 @@ Adam on a copy, in half precision and in float32.
 
 from __future__ import annotations
 
-import copy
 import math
 from dataclasses import replace
 from typing import Any
@@ -19,6 +18,7 @@ from torch import Tensor
 from stabkit.diagnosis.finding import Finding
 from stabkit.diagnosis.losses.faults import LOSS
 from stabkit.diagnosis.non_finite.gradient_underflow import ScaledLoss
+from stabkit.diagnosis.remedies.applying import copied
 from stabkit.diagnosis.remedies.short_training import LARGEST, STEPS
 from stabkit.diagnosis.remedies.usual_training import EPSILON, RATES, adam, left_after
 from stabkit.errors import StabkitError
@@ -77,14 +77,16 @@ def _finding(
     count: int,
     left: tuple[float | None, float | None],
 ) -> Finding:
-    name, autocast = str(dtype).rpartition(".")[2], f"torch.autocast(..., dtype={dtype})"
-    remedy = f"keep the weights in float32 and compute in {name}: model.float(), and {autocast} round the forward pass"
+    name, (plain, single) = str(dtype).rpartition(".")[2], left
+    around = f"torch.autocast(..., dtype={dtype}) round the forward pass{', with torch.amp.GradScaler,' * bool(broken)}"
+    remedy = (
+        f"keep the weights in float32: model.float(); {around} computes in {name} all the same, which was not tried"
+    )
     if broken:
         evidence = (
             f"the weights are {name}, in which Adam's eps of {EPSILON:g} is zero and so are the squares of small "
             f"gradients: its first step divides by zero and makes {broken} of {count} entries infinite or NaN"
         )
-        remedy += ", with torch.amp.GradScaler"
         larger = left_after(call, loss, [adam(r, eps=_LARGE_EPSILON) for r in RATES])
         if larger is not None and larger < 1 - _CLEARLY:
             remedy += f"; or give Adam an eps that {name} holds: {_LARGE_EPSILON:g} leaves {larger:.1%} of the loss"
@@ -93,10 +95,9 @@ def _finding(
             f"the weights are {name}, and a step of {RATES[-1]:g} is lost in {lost / count:.0%} of them, since it is "
             f"less than the last of their digits ({torch.finfo(dtype).eps:.2g})"
         )
-    plain, single = left
     if plain is not None and single is not None:
         ends = f"leave {plain:.1%} of the loss" if math.isfinite(plain) else "end in what is not finite"
-        evidence += f"; tried on a copy: {STEPS} steps of Adam {ends}, and with weights in float32 {single:.1%}"
+        evidence += f"; tried on a copy: {STEPS} steps of Adam {ends}, and with all in float32 {single:.1%}"
     return Finding(
         kind="precision_loss",
         severity="warning",
@@ -118,9 +119,9 @@ def _in_float32(call: ForwardPass, loss: Any) -> float | None:
     def single(tensor: Tensor) -> Tensor:
         return tensor.float() if tensor.dtype in _HALF else tensor
 
-    model = copy.deepcopy(call.module).float()
     inputs, kwargs = map_tensors([call.inputs, call.kwargs], single)
     try:
+        model = copied(call.module).float()
         return left_after(
             replace(call, model=model, module=model, inputs=tuple(inputs), kwargs=kwargs),
             loss,

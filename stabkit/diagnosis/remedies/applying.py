@@ -13,6 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from stabkit.diagnosis.finding import Action
 from stabkit.errors import ArgumentError
+from stabkit.tracing.recording.containers import named_tensors
 
 FORMS = (
     *("scale", "redraw", "fill", "orthogonalise", "add_skip", "insert_norm", "activate", "scale_input", "convert"),
@@ -42,6 +43,25 @@ class ScaledInput(nn.Module):
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         """What the module makes of its input times the factor."""
         return self.inner(self.factor * x, *args, **kwargs)
+
+
+def copied(model: nn.Module) -> nn.Module:
+    """A copy of a model; what a pass left in attributes, on its graph, is copied without its history.
+
+    Raises:
+        ArgumentError: no copy can be made of it.
+    """
+    memo: dict[int, Any] = {}
+    for module in model.modules():
+        held = [tensor for _, tensor in named_tensors(dict(vars(module)))]
+        memo |= {id(t): t.detach().clone().requires_grad_(t.requires_grad) for t in held if not t.is_leaf}
+    try:
+        return copy.deepcopy(model, memo)
+    except Exception as error:  # whatever a user's own __deepcopy__ or pickle protocol raises
+        raise ArgumentError(
+            f"model cannot be copied: copy.deepcopy(model) ends in {type(error).__name__}: "
+            f"{error}; stabkit.diagnose needs no copy"
+        ) from error
 
 
 def carry_out(model: nn.Module, actions: Sequence[Action], seed: int = 0) -> None:

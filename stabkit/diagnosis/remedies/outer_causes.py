@@ -52,8 +52,9 @@ def _of_sums(flow: Flow, measurement: Measurement) -> list[Remedy]:
     found = summing_operations(flow.forward_pass)
     if not found:
         return []
-    first = max(found, key=lambda each: each.gain * each.calls)
-    return [Remedy(_divide(first), cause=_told(found, first), place=first.path, within=divided(found))]
+    found = sorted(found, key=lambda each: -each.gain * each.calls)
+    text = "; and ".join(map(_divide, found))  # all of them, as they are tried
+    return [Remedy(text, cause=_told(found, found[0]), place=found[0].path, within=divided(found))]
 
 
 def _told(found: Sequence[Summing], first: Summing) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -12,14 +11,13 @@ from torch import nn
 from stabkit.diagnosis.examination import examine
 from stabkit.diagnosis.finding import Finding, serious
 from stabkit.diagnosis.no_gradient.unreached import diagnosis_without_flow
-from stabkit.diagnosis.remedies.applying import carry_out
+from stabkit.diagnosis.remedies.applying import carry_out, copied
 from stabkit.diagnosis.states.running_statistics import refill
 from stabkit.diagnosis.suspects import Diagnosis
 from stabkit.diagnosis.thresholds import Thresholds
 from stabkit.errors import ArgumentError
 from stabkit.tracing import trace
 from stabkit.tracing.cutting.endpoints import UnreachedError
-from stabkit.tracing.recording.containers import named_tensors
 from stabkit.tracing.recording.forward_pass import ForwardPass
 
 
@@ -90,21 +88,6 @@ def _what(finding: Finding) -> str:
     return f"{finding.kind} at {finding.module_path or 'the model'}"
 
 
-def _copied(model: nn.Module) -> nn.Module:
-    """A copy; what a pass left in attributes, on its graph, is copied without its history."""
-    memo: dict[int, Any] = {}
-    for module in model.modules():
-        held = [tensor for _, tensor in named_tensors(dict(vars(module)))]
-        memo |= {id(t): t.detach().clone().requires_grad_(t.requires_grad) for t in held if not t.is_leaf}
-    try:
-        return copy.deepcopy(model, memo)
-    except Exception as error:  # whatever a user's own __deepcopy__ or pickle protocol raises
-        raise ArgumentError(
-            f"model cannot be copied, and treat works on a copy: copy.deepcopy(model) ends in {type(error).__name__}: "
-            f"{error}; stabkit.diagnose needs no copy"
-        ) from error
-
-
 def treat(
     model: nn.Module,
     *inputs: Any,
@@ -148,7 +131,7 @@ def treat(
         raise ArgumentError(
             f"model is a {type(model).__name__}; treat copies and changes modules: give a torch.nn.Module"
         )
-    treated = _copied(model)
+    treated = copied(model)
     applied: list[Finding] = []
 
     def diagnosed() -> Diagnosis:

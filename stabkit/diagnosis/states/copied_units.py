@@ -43,7 +43,7 @@ def copied_units_findings(flow: Flow, measurement: Measurement) -> list[Finding]
                 found.append((step, weight.path, weight.unit, len(parameter), count))
     if not found:
         return []
-    others = [path for _, path, *_ in found[1:]]
+    others = {path: unit for _, path, unit, *_ in found[1:]}
     return [_finding(*found[0], others=others, steps=[step.index for step, *_ in found])]
 
 
@@ -71,9 +71,9 @@ def distinct_units(weight: Tensor, bias: Tensor | None) -> int | None:
 
 
 def _finding(
-    step: StepMeasurement, path: str, unit: float, units: int, count: int, others: list[str], steps: list[int]
+    step: StepMeasurement, path: str, unit: float, units: int, count: int, others: dict[str, float], steps: list[int]
 ) -> Finding:
-    also = f"; so are those of {', '.join(others[:3])}" if others else ""
+    also = f"; so are those of {', '.join([*others][:3])}" if others else ""
     rms = 1.0 / unit
     what = "all are copies of one" if count == 1 else f"only {count} differ"
     return Finding(
@@ -85,8 +85,8 @@ def _finding(
         evidence=f"of the {units} units of {path} {what}, bias included: they get the same gradient and stay the same "
         f"however long they are trained{also}",
         remedy=f"draw {path} anew, normal with standard deviation {rms:.3g} (1 / sqrt(fan-in))"
-        + (f", and likewise {', '.join(others[:3])}" if others else ""),
+        + (f", and likewise {', '.join([*others][:3])}, each by its own fan-in" if others else ""),
         reference="Goodfellow, Bengio and Courville, Deep learning, 2016, section 8.4",
         numbers={"units": float(units), "distinct": float(count), "log_share": math.log(count / units)},
-        actions=tuple(remedies.redraw(each, rms) for each in (path, *others)),
+        actions=tuple(remedies.redraw(each, 1.0 / own) for each, own in {path: unit, **others}.items()),
     )

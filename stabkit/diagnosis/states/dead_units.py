@@ -103,7 +103,7 @@ def started_anew(measurement: Measurement) -> remedies.Remedy:
     zeroed = [remedies.fill(w.path, 0.0) for w in held.values() if w.kind == "bias" and w.module_path in own]
     text = (
         f"start again: draw the weights of all {len(drawn)} layers anew (He), set their biases to zero, or go back to "
-        "a checkpoint from before, and lower the learning rate, for a step of training did this"
+        "a checkpoint from before, and lower the learning rate if a step of training did this"
     )
     return remedies.Remedy(text, (*drawn, *zeroed))
 

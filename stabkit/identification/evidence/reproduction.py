@@ -17,6 +17,9 @@ from stabkit.integrators import GeneralLinearMethod
 from stabkit.tracing.graph.values import meta_of, random_tensors
 
 _READ = 1e-3  # relative; a coefficient that is counted twice is off by the size of the branch, roundings by far less
+_ROUNDINGS = (
+    4.0  # rounding units of the dtype: Euler's and midpoint steps in bfloat16 and float16 are off by .2 to .4 of one
+)
 
 
 def confirmed(record: Identification, piece: Piece) -> Identification:
@@ -32,10 +35,18 @@ def confirmed(record: Identification, piece: Piece) -> Identification:
     if record.evidence != "proven" or record.after or not isinstance(method, GeneralLinearMethod):
         return record
     away = deviation(piece, method, record.recorded)
-    if away is None or away <= _READ:
+    eps = max(torch.finfo(dtype).eps for dtype in _dtypes(piece))
+    if away is None or not away > max(_READ, _ROUNDINGS * eps):  # what is not finite tells nothing
         return record
     why = f"made anew of its fields the step is another ({away:.1e} of its products away): no number is claimed"
     return replace(record, evidence="measured", step_size=None, convention=NO_STEP, notes=(why, *record.notes))
+
+
+def _dtypes(piece: Piece) -> set[torch.dtype]:
+    """What a step is computed in: branches may run in another dtype than its states."""
+    return {meta_of(value).dtype for node in piece.nodes for value in piece.inputs(node)} | {
+        meta_of(value).dtype for value in (*piece.sources, *piece.targets)
+    }
 
 
 def deviation(piece: Piece, method: GeneralLinearMethod, recorded: Sequence[RecordedField | None]) -> float | None:

@@ -42,7 +42,7 @@ class Surroundings:
 
     Attributes:
         flow: the flow.
-        checks: whether readings are confirmed by numbers.
+        checks: whether numbers beside a reading are taken.
         names: parameters and buffers of the model by address.
         calls: calls of modules that are called more than once, as fields are: intervals of the clock, and the path.
         loops: whose rounds call modules again.

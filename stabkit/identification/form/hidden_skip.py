@@ -103,4 +103,7 @@ def hidden_skip(piece: Piece, *, of_entries: bool = False) -> HiddenSkip | None:
     if residual > tolerance or float(a.abs().min()) <= tolerance:
         return None
     operations = tuple(operation(node) for node in _affine_way(piece) or ())
-    return HiddenSkip(float(a.mean()), residual, operations, float(a.min()), float(a.max()))
+    low, high = float(a.min()), float(a.max())
+    if high - low <= tolerance * abs(high):  # one number, but for rounding
+        low = high = float(a.mean())
+    return HiddenSkip(float(a.mean()), residual, operations, low, high)

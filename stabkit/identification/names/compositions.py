@@ -11,6 +11,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cache
 
 import numpy as np
@@ -115,6 +116,23 @@ def told_of(sequence: Sequence[Shear]) -> str | None:
     turned = (half, *numbers[:-1], half)
     known = next((name for name, theirs in _known() if _alike(turned, theirs)), None)
     return None if known is None else f"{known}, cut in a drift or kick"
+
+
+def one_step(found: Blocks) -> str | None:
+    """What one kick and one drift, or three of them, are called; None for other steps.
+
+    Trace and determinant are the same for all steps that are conjugate to one another, and say nothing of the order. A
+    kick between two halves of a drift is Verlet's method as well as a drift between two halves of a kick (Hairer,
+    Lubich and Wanner 2006, I.1.4 and I.1.5); parts that are no halves make a step of order 1.
+    """
+    sequence = shears(replace(found, fields=(0,) * len(found.fields)))
+    if sequence is None or len(sequence) not in (2, 3):
+        return None
+    if len(sequence) == 2:
+        return "symplectic Euler (position, velocity)"
+    first, last = sequence[0][1], sequence[2][1]
+    halves = abs(first - last) <= _CLOSE * abs(first + last)
+    return "stormer_verlet" if halves else "symplectic composition (order 1, 3 kicks and drifts)"
 
 
 def is_composition(name: str) -> bool:

@@ -10,6 +10,7 @@ import numpy as np
 
 from stabkit import integrators
 from stabkit.identification.form.tableau import Blocks, Matrix
+from stabkit.identification.names.compositions import one_step
 from stabkit.identification.names.single import CLOSE, POINTS, Name, without_parallel
 from stabkit.identification.steps.predictor_correctors import predictor_corrector
 from stabkit.integrators import GeneralLinearMethod
@@ -92,7 +93,7 @@ def _two_state_one_stage(found: Blocks, *, history: bool) -> Name | None:
     if abs(t0) <= CLOSE and abs(d0 + 1) <= CLOSE:
         return Name("leapfrog", "x' = f(x), two-step midpoint rule", c / 2, "h: half the number before the branch")
     if abs(t0 - 2) <= CLOSE and abs(d0 - 1) <= CLOSE:
-        form = "second_order_leapfrog" if history else "symplectic Euler (position, velocity)"
+        form = "second_order_leapfrog" if history else one_step(found) or "symplectic Euler (position, velocity)"
         return Name(form, "x'' = f(x)", math.sqrt(c), "h: h^2 multiplies the force", 2)
     if history and abs(t0 - 1 - d0) <= CLOSE < abs(d0):  # with k = 0 the older state takes no part
         return Name(f"two-step (LM-ResNet, k = {-d0:.3g})", "(1 + k) x' + (1 - k)/2 h x'' = f(x)", c, declared)
@@ -127,7 +128,8 @@ def _verlet(found: Blocks) -> Name | None:
         return None
     if not found.A.any() and np.allclose(found.U[0], found.U[1]) and not _meets_in_half_kicks(found):
         return None  # two fields at one point, with no drift between
-    return Name("stormer_verlet", "x'' = f(x)", math.sqrt(c), "h: h^2 multiplies the force", 2)
+    form = "stormer_verlet" if _meets_in_half_kicks(found) else one_step(found) or "stormer_verlet"
+    return Name(form, "x'' = f(x)", math.sqrt(c), "h: h^2 multiplies the force", 2)
 
 
 def _meets_in_half_kicks(found: Blocks) -> bool:

@@ -10,6 +10,7 @@ import itertools
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
+from stabkit.identification.evidence.reproduction import confirmed
 from stabkit.identification.form.chain import Link
 from stabkit.identification.form.flow_index import Surroundings
 from stabkit.identification.form.formed_ahead import as_made
@@ -22,7 +23,7 @@ from stabkit.identification.record import Identification
 from stabkit.tracing.graph.values import Value, meta_of
 
 ReadOne = Callable[[Surroundings, Slots, tuple[int, ...]], Identification]
-COARSE = ("unnamed", "unknown", "plain", "composition")  # what says less of several states than their streams
+COARSE = ("unnamed", "unknown", "plain")  # what says less of several states than their streams
 _MOST = 6  # states of which every pairing is tried
 _UNREAD = ("unknown", "unnamed", "not a step", "part of a step", "transition")
 _SUMS = ("no branch", "linear recurrence (a")
@@ -81,7 +82,8 @@ def coupled(
     if not coarse or not 2 <= len(found.sources) == len(found.targets) <= _MOST:
         return record
     found = as_made(around, found, steps[0], steps[-1] + 1)
-    order = _pairing(around.whole(steps[0], steps[-1] + 1, found))
+    piece = around.whole(steps[0], steps[-1] + 1, found)
+    order = _pairing(piece)
     if order is None:
         return record
     found = replace(found, targets=tuple(found.targets[j] for j in order))
@@ -94,7 +96,7 @@ def coupled(
     proven = all(s.record.evidence == "proven" for s in streams)
     shapes = ["x".join(map(str, meta_of(v).shape)) for v in found.sources]
     one = all(s.h in (None, 1.0) for s in streams)
-    return replace(
+    new = replace(
         record,
         name=_momentum(streams) or _name(streams),
         step_size=record.step_size if one else None,
@@ -104,6 +106,7 @@ def coupled(
         notes=(*_notes(streams), *record.notes[:1]),
         system="; ".join(_said(i, streams, shape) for i, shape in enumerate(shapes)),
     )
+    return confirmed(new, piece)
 
 
 def _pairing(piece: Piece) -> tuple[int, ...] | None:

@@ -99,7 +99,7 @@ def _named(
         checks=checks,
         recorded=table.recorded_with(named.unit),
     )
-    return confirmed(record, form.piece) if around.checks and composed is None else record
+    return confirmed(record, form.piece)
 
 
 def _in_parts(around: Surroundings, found: Slots, steps: tuple[int, ...]) -> Name | None:

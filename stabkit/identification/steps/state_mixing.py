@@ -14,11 +14,11 @@ from torch.autograd.graph import Node
 
 from stabkit.identification.form.operations import ADDS, MOVES, SCALES
 from stabkit.identification.form.pieces import Piece
+from stabkit.identification.steps.streams import MOST_STREAMS
 from stabkit.tracing.graph.values import Value, meta_of, operation
 
 _PRODUCTS = frozenset({"Bmm", "Mm", "Mv", "Dot"})
 _SUMS = frozenset({"Sum", "Mean"})  # as products of matrices are spelled by hand: (M[..., None] * x).sum(-2)
-_MOST_STREAMS = 16
 _STOCHASTIC = 1e-3  # rows and columns that are normalised by turns sum to one up to what the turns leave over
 
 
@@ -70,8 +70,8 @@ def streams_mixed_by_themselves(piece: Piece) -> Mixing | None:
         return None
     found = mixed_by_itself(piece)
     # of a single vector any field is a matrix of it times itself
-    whole = any(operation(n) in _PRODUCTS and min(meta_of(Value(n, 0)).shape[-2:]) > 1 for n in piece.nodes)
-    few = found is not None and any(len(size) == 2 and max(size) <= _MOST_STREAMS for size in found.sizes)
+    whole = any(operation(n) in _PRODUCTS and min(meta_of(Value(n, 0)).shape[-2:], default=0) > 1 for n in piece.nodes)
+    few = found is not None and any(len(size) == 2 and max(size) <= MOST_STREAMS for size in found.sizes)
     return found if few and whole else None
 
 

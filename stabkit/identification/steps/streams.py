@@ -22,7 +22,7 @@ from stabkit.tracing import Flow
 from stabkit.tracing.graph.values import meta_of, random_tensors
 
 _ROUNDINGS = 256.0
-_MOST = 16  # streams
+MOST_STREAMS = 16  # along an axis: hyper-connections have 2 to 8
 Matrix = npt.NDArray[np.float64]
 Pull = Callable[[Sequence[Tensor]], list[Tensor]]  # cotangents of a step's target to its source
 
@@ -99,10 +99,10 @@ class _Layout:
 def _layouts(shape: tuple[int, ...]) -> Iterator[_Layout]:
     """Streams as a whole axis, but for the one of samples; then folded into an axis, the slower or the faster part."""
     for axis, size in enumerate(shape[1:], 1):
-        if 2 <= size <= _MOST:
+        if 2 <= size <= MOST_STREAMS:
             yield _Layout(axis, shape, axis)
     for axis, size in enumerate(shape):
-        for n in range(2, min(size - 1, _MOST) + 1):
+        for n in range(2, min(size - 1, MOST_STREAMS) + 1):
             if size % n == 0:
                 before, after = shape[:axis], shape[axis + 1 :]
                 yield _Layout(axis, (*before, size // n, n, *after), axis + 1)

@@ -85,7 +85,7 @@ def _walk_from(
         if largest == 0:
             silent.append(index)
         if index == 0 or largest <= 1 / reach or reach <= largest < math.inf:
-            error = max(error, _relative_difference(scaled, _scaled(plain[index], found, factors)))
+            error = _larger(error, _relative_difference(scaled, _scaled(plain[index], found, factors)))
             if index > 0:
                 whole = False
                 # nothing flows back through this step (a head initialised at zero), or so little or so much that
@@ -171,15 +171,23 @@ def _range(segments: Sequence[Segment]) -> float:
     return 1 / math.sqrt(smallest)
 
 
+def _larger(one: float, other: float) -> float:
+    return math.nan if math.isnan(one) or math.isnan(other) else max(one, other)
+
+
 def _relative_difference(ours: Sequence[Tensor], theirs: Sequence[Tensor]) -> float:
     difference = size = 0.0
+    compared = False
     for a, b in zip(ours, theirs, strict=True):
         finite = b.isfinite()
         if bool(finite.all()) and not bool(a.isfinite().all()):
             return math.inf
         finite &= a.isfinite()  # which entries a NaN spoils depends on the factors, and says nothing of the steps
         wide = torch.complex128 if a.is_complex() else torch.float64
+        compared |= not a.numel() or bool(finite.any())
         x, y = a[finite].to(wide), b[finite].to(wide)
         difference += float((x - y).abs().square().sum())
         size += float(y.abs().square().sum())
+    if not compared:
+        return math.nan  # nothing is finite on both sides, so nothing was held against each other
     return math.sqrt(difference / size) if size > 0 else math.sqrt(difference)

@@ -213,11 +213,17 @@ class Exits(Observer):  # type: ignore[no-untyped-call]
     def __enter__(self) -> Any:
         self._making = parameters_made(self.made)
         self._making.__enter__()
-        return super().__enter__()
+        try:
+            return super().__enter__()
+        except BaseException:
+            self._making.__exit__(None, None, None)
+            raise
 
     def __exit__(self, *error: Any) -> None:
-        super().__exit__(*error)
-        self._making.__exit__(None, None, None)
+        try:
+            super().__exit__(*error)
+        finally:
+            self._making.__exit__(None, None, None)
 
     def made(self, data: Tensor | None, parameter: Tensor) -> None:
         """A parameter is made, which is a leaf, of what may have a history."""

@@ -283,7 +283,7 @@ class _Run:
         """Whether an operation of a cycle uses the same tensor, of more than one number, each time."""
         for place in cycle:
             saved = [_saved_by(self._node(window, place)) for window in range(self.count)]
-            if set.intersection(*saved):
+            if set.intersection(*map(set, saved)):
                 return True
         return False
 
@@ -322,10 +322,13 @@ def _saved_names(kind: type[Node]) -> tuple[str, ...]:
     return tuple(name for name in names if name.startswith("_saved_") and f"_raw{name}" in names)
 
 
-def _saved_by(node: Node) -> set[tuple[str, int]]:
-    """The tensors of more than one number that an operation keeps for its derivative, by name and address."""
+def _saved_by(node: Node) -> dict[tuple[str, int], Tensor]:
+    """The tensors of more than one number that an operation keeps for its derivative, by name and address.
+
+    An address is that of one tensor while that is alive: hooks of the user's may unpack a new one at each call.
+    """
     saved = ((name, getattr(node, name)) for name in _saved_names(type(node)) if not name.startswith("_saved_result"))
-    return {(name, t.data_ptr()) for name, t in saved if isinstance(t, Tensor) and t.numel() > 1 and not t.is_meta
+    return {(name, t.data_ptr()): t for name, t in saved if isinstance(t, Tensor) and t.numel() > 1 and not t.is_meta
             and t.layout == torch.strided}  # fmt: skip
 
 

@@ -77,6 +77,8 @@ def evaluated(
                 if mode is not None:
                     stack.enter_context(mode(found))
                 found.output = call.model(*inputs, **kwargs)
+        except torch.OutOfMemoryError:
+            raise
         except Exception:  # whatever the model does not take
             found.output = None
         finally:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -24,11 +25,12 @@ def parameters_made(seen: Callable[[Tensor | None, nn.Parameter], None]) -> Iter
         >>> made
         [(2, 3), (2,)]
     """
-    original = nn.Parameter.__new__
+    kept, original = nn.Parameter.__dict__["__new__"], nn.Parameter.__new__
+    thread = threading.get_ident()  # what other threads make meanwhile is none of this model's
 
     def new(cls: type, data: Any = None, requires_grad: bool = True, *more: Any, **others: Any) -> Any:
         made: Any = original(cls, data, requires_grad, *more, **others)
-        if isinstance(made, nn.Parameter):
+        if isinstance(made, nn.Parameter) and threading.get_ident() == thread:
             seen(data if isinstance(data, Tensor) else None, made)
         return made
 
@@ -36,7 +38,7 @@ def parameters_made(seen: Callable[[Tensor | None, nn.Parameter], None]) -> Iter
     try:
         yield
     finally:
-        nn.Parameter.__new__ = original  # type: ignore[method-assign]
+        nn.Parameter.__new__ = kept  # type: ignore[method-assign]
 
 
 def on_graph(data: Tensor | None) -> bool:

@@ -248,7 +248,7 @@ def calling_line() -> str:
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         code = frame.f_code
-        if code.co_name in _PASSES:
+        if code.co_name in _PASSES and code.co_filename.startswith(LIBRARIES[1]):
             return ""
         if not code.co_filename.startswith((*LIBRARIES, "<")):
             return f"{Path(code.co_filename).name}:{frame.f_lineno}"
