@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import time
 from collections.abc import Callable
 
 import pytest
@@ -11,6 +13,7 @@ from torch.nn import functional
 
 import stabkit
 from stabkit.diagnosis import Finding, examine
+from stabkit.diagnosis.inputs.lost_order import _Samples
 
 SAMPLES, LENGTH = 48, 6
 _GENERATOR = torch.Generator().manual_seed(3)
@@ -180,3 +183,141 @@ def test_sets_and_what_sees_the_order_raise_nothing(name):
 def test_attention_over_a_set_is_a_fact():
     found = said(Blind(1), TEXTS, lambda out: functional.mse_loss(out.squeeze(-1), SUMS / 10))
     assert [f.severity for f in found] == ["info"]
+
+
+def test_positions_are_added_along_time_in_either_layout():
+    def loss(out: Tensor) -> Tensor:
+        return functional.cross_entropy(out, RISING)
+
+    told = [said(Blind(2), SORTED, loss), said(Blind(2, batch_first=False), SORTED.T.contiguous(), loss)]
+    assert "sines of the position" in told[0][0].evidence
+    ends = [re.findall(r"to (\d\.\d+)", found.evidence) for (found,) in told]
+    assert [float(end) for end in ends[0]] == pytest.approx([float(end) for end in ends[1]], rel=0.2)
+
+
+class Named(nn.Module):
+    """Takes its tokens by name, beside something that is no tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = Blind(2)
+
+    def forward(self, scale: float, *, tokens: Tensor) -> Tensor:
+        return scale * self.inner(tokens)
+
+
+def test_tokens_that_are_given_by_name():
+    flow = stabkit.trace(Named(), 1.0, kwargs={"tokens": SORTED})
+    found = [f for f in examine(flow, lambda out: functional.cross_entropy(out, RISING)).findings if f.kind == "order"]
+    assert ["sines of the position" in f.evidence for f in found] == [True]
+
+
+class Started(nn.Module):
+    """A transformer with positions, of which something begins at zero."""
+
+    def __init__(self, zero: str) -> None:
+        super().__init__()
+        self.body = Blind(2, positions=zero != "nothing seen")
+        self.gate = nn.Parameter(torch.zeros(()) if zero == "gate" else torch.ones(()))
+        with torch.no_grad():
+            if zero in ("head", "nothing seen"):
+                self.body.head.weight.zero_()
+            if zero == "positions":
+                self.body.at.zero_()
+            if zero == "dead":
+                self.body.head.bias.fill_(-50.0)
+        self.dead = zero == "dead"
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.gate * self.body(x)
+        return out.relu() if self.dead else out
+
+
+@pytest.mark.parametrize("zero", ["head", "positions", "gate", "dead"])
+def test_what_begins_at_zero_is_not_blind(zero):
+    assert said(Started(zero), ORDERS, first) == []
+
+
+def test_a_head_of_zeros_hides_no_blindness():
+    (found,) = said(Started("nothing seen"), ORDERS, first)
+    assert found.severity == "warning"
+
+
+class InTraining(nn.Module):
+    """Positions that are added in training alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = Blind(2, positions=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        body, h = self.body, self.body.embed(x)
+        h = h + body.at if self.training else h
+        return body.head((h + body.attend(h, h, h, need_weights=False)[0]).mean(1))
+
+
+def test_a_floor_that_training_goes_below_is_none():
+    assert said(InTraining(), ORDERS, first) == []
+
+
+def test_two_positions_are_exchanged():
+    pairs = torch.tensor([[0, 1], [1, 0]]).repeat(SAMPLES // 2, 1)
+    targets = pairs[:, 0]
+
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.embed, self.attend = nn.Embedding(2, 16), nn.MultiheadAttention(16, 2, batch_first=True)
+            self.head, self.at = nn.Linear(16, 2), nn.Parameter(torch.randn(2, 16))
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.embed(x) + self.at
+            return self.head(self.attend(h, h, h, need_weights=False)[0].mean(1))
+
+    assert said(Two(), pairs, lambda out: functional.cross_entropy(out, targets)) == []
+
+
+class Spectrum(nn.Module):
+    """The power spectrum of a signal, which shifts and reversal leave as it is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.head = nn.Sequential(nn.Linear(LENGTH // 2 + 1, 16), nn.ReLU(), nn.Linear(16, 2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.fft.rfft(x[..., 0], dim=1).abs())
+
+
+def test_a_power_spectrum_sees_most_orders():
+    assert said(Spectrum(), SHUFFLED, first) == []
+
+
+@pytest.mark.parametrize("square", [torch.arange(16), torch.arange(16) % 4])
+def test_time_first_and_as_long_as_wide(square):
+    class Scored(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.embed, self.attend = nn.Embedding(16, 16), nn.MultiheadAttention(16, 2)
+            self.head, self.at = nn.Linear(16, 2), nn.Parameter(torch.randn(16, 1, 16))
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.embed(x) + self.at
+            return self.head(self.attend(h, h, h, need_weights=False)[0])
+
+    tokens = square[:, None].expand(16, 16).contiguous()
+    targets = (torch.arange(256) % 2).reshape(16, 16)
+    assert said(Scored(), tokens, lambda out: functional.cross_entropy(out.flatten(0, 1), targets.flatten())) == []
+
+
+def test_many_numbers_are_told_apart_quickly():
+    rows = torch.randn(64, 256, 64)
+    begun = time.perf_counter()
+    held = _Samples(rows.double(), 1)
+    assert time.perf_counter() - begun < 1.0
+    assert len(set(held.content)) == 64
+    mixed = _Samples(torch.stack([rows[0], rows[0].flip(0)]).double(), 1)
+    assert len(set(mixed.content)) == 1
+    assert len(set(mixed.order)) == 2

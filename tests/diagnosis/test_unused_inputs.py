@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +12,8 @@ from torch.nn import functional
 
 import stabkit
 from stabkit.diagnosis.finding import Finding
+from stabkit.diagnosis.inputs import unused
+from stabkit.tracing.recording.evaluation import evaluated
 
 X = torch.randn(16, 6, generator=torch.Generator().manual_seed(1))
 CLASSES, TIMES = torch.arange(16) % 4, torch.linspace(0, 1, 16)[:, None]
@@ -156,3 +159,39 @@ def test_an_output_that_is_held_against_something_else_may_be_a_constant():
     with torch.no_grad():
         model[0].weight.mul_(1e-3)
     assert not found(model, X, lambda out: functional.mse_loss(out, X.flip(0)))
+
+
+class Zeroed(nn.Module):
+    """An autoencoder whose last layer begins at zero, or whose layer before lets nothing through at all."""
+
+    def __init__(self, dead: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.encoder, self.last = nn.Linear(6, 16), nn.Linear(16, 6)
+        with torch.no_grad():
+            self.encoder.bias.fill_(-50.0) if dead else self.last.weight.zero_()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.encoder(x).relu())
+
+
+def test_a_decoder_that_begins_at_zero_is_not_one_that_ignores_the_code():
+    def loss(out: Tensor) -> Tensor:
+        return functional.mse_loss(out, X)
+
+    assert not found(Zeroed(dead=False), X, loss)
+    (told,) = found(Zeroed(dead=True), X, loss)
+    assert told.severity == "warning"
+
+
+def test_the_call_as_it_is_runs_once_for_all_inputs(monkeypatch: pytest.MonkeyPatch):
+    plain = 0
+
+    def counted(call: Any, change: Any = None, *others: Any, **options: Any) -> Any:
+        nonlocal plain
+        plain += change is None
+        return evaluated(call, change, *others, **options)
+
+    monkeypatch.setattr(unused, "evaluated", counted)
+    found(Conditioned("used"), X, lambda out: out.square().mean(), c=CLASSES, t=TIMES)
+    assert plain == 1

@@ -21,7 +21,9 @@ from stabkit.diagnosis.blocks.weights import step_of
 from stabkit.diagnosis.finding import Finding
 from stabkit.diagnosis.losses.loud_logits import cross_entropies
 from stabkit.diagnosis.losses.regressions import regressions
+from stabkit.diagnosis.remedies.moved_weights import moved_weights
 from stabkit.diagnosis.remedies.usual_training import RATES, adam, left_after
+from stabkit.errors import StabkitError
 from stabkit.tracing import Flow
 from stabkit.tracing.graph.values import operation
 from stabkit.tracing.recording.containers import named_tensors
@@ -32,7 +34,10 @@ from stabkit.tracing.recording.training_pass import TrainingPass, nodes_above, t
 _ROUNDING = 1e-5  # of the size of an output: sums in another order
 _OF_CHANCE = 0.2  # of the loss of equal chances: a floor from which logits are held in too narrow a range
 _OF_VARIANCE = 0.05  # of the variance of the targets, from which what lies out of reach is no noise
+_BELOW = 0.99  # of a floor: what no rounding of a loss that has come down to it explains
 _MOST = 4096  # samples or tokens that are compared
+_MOST_NUMBERS = 2**24  # of all tokens: 128 MiB of doubles, which are told apart in a second or two
+_STAYS, _FOLLOWS = "stays", "follows"  # what an output does where positions change places
 _STEPS = 50  # of a trial, and a fifth of that for models of more parameters than these
 _SMALL = 100_000
 _FALL = 0.2  # of the first loss: what positions must bring
@@ -55,23 +60,55 @@ def lost_order_findings(flow: Flow, loss: Any, call: ForwardPass, done: Training
         tokens = _tokens(call, axis)
         if tokens is None or not outputs or any(t.dim() == 0 or len(t) != len(tokens) for t in outputs):
             continue
-        if attention is None and not _several(_by_content(tokens)):
+        if attention is None and not _may_hold_the_same(tokens):
             continue
-        if _is_blind(call, axis, tokens.shape[1]):
-            return _judged(flow, loss, call, done, tokens, attention)
-    return _of_every_token(flow, call, done, attention)
+        how = _moved_by_order(call, axis, tokens.shape[1])
+        if how == _STAYS:
+            return _judged(flow, loss, call, done, _Samples(tokens, axis), attention)
+        if how == _FOLLOWS and axis == 1:
+            return _of_every_token(flow, call, done, tokens, attention)
+    return []
 
 
-def _of_every_token(flow: Flow, call: ForwardPass, done: TrainingPass, attention: str | None) -> list[Finding]:
+class _Samples:
+    """What samples hold.
+
+    Attributes:
+        count: how many there are.
+        positions: of each.
+        axis: of the inputs, along which positions lie.
+        tokens: of shape (samples, positions), a number for every token that those of the same entries share.
+        content: for every sample what it holds, whatever the order.
+        order: for every sample what it holds, in its order.
+    """
+
+    def __init__(self, tokens: Tensor, axis: int) -> None:
+        self.count, self.positions, self.axis = len(tokens), tokens.shape[1], axis
+        self.tokens = _alike(tokens.flatten(0, 1)).reshape(tokens.shape[:2])
+        self.content: list[Hashable] = _alike(self.tokens.sort(1).values).tolist()
+        self.order: list[Hashable] = _alike(self.tokens).tolist()
+
+
+def _alike(rows: Tensor) -> Tensor:
+    """A number for every row, which rows of the same entries share."""
+    numbers: Tensor = torch.unique(rows, dim=0, return_inverse=True)[1]
+    return numbers
+
+
+def _of_every_token(
+    flow: Flow, call: ForwardPass, done: TrainingPass, tokens: Tensor, attention: str | None
+) -> list[Finding]:
     """Outputs for every token that follow it wherever it is put, where equal tokens of a sample have other targets."""
-    tokens, outputs = _tokens(call, 1), _outputs(done.output)
-    if tokens is None or attention is None or any(t.dim() < 2 or t.shape[:2] != tokens.shape[:2] for t in outputs):
+    if attention is None or any(t.dim() < 2 or t.shape[:2] != tokens.shape[:2] for t in _outputs(done.output)):
         return []
-    samples = list(zip(_by_content(tokens), tokens.cpu().tolist(), strict=True))
-    content: list[Hashable] = [(whole, tuple(token)) for whole, sample in samples for token in sample]
-    order: list[Hashable] = [(place, at) for place in _by_order(tokens) for at in range(tokens.shape[1])]
+    if len(tokens) == tokens.shape[1] and _moved_by_order(call, 0, len(tokens)) != _FOLLOWS:
+        return []  # as long as it is wide, and what follows are samples
+    samples = _Samples(tokens, 1)
+    numbers = samples.tokens.tolist()
+    content: list[Hashable] = [(samples.content[i], token) for i, row in enumerate(numbers) for token in row]
+    order: list[Hashable] = [(place, at) for place in samples.order for at in range(samples.positions)]
     floor = next(iter(_floors(done, content, order)), None)
-    if floor is None or not floor.least > floor.limit or not _is_blind(call, 1, tokens.shape[1], follows=True):
+    if floor is None or not floor.least > floor.limit:
         return []
     words = (
         f"what is returned for a token is the same, to rounding, wherever in its sample it stands: {floor.shared} of "
@@ -82,21 +119,24 @@ def _of_every_token(flow: Flow, call: ForwardPass, done: TrainingPass, attention
 
 
 def _judged(
-    flow: Flow, loss: Any, call: ForwardPass, done: TrainingPass, tokens: Tensor, attention: str | None
+    flow: Flow, loss: Any, call: ForwardPass, done: TrainingPass, samples: _Samples, attention: str | None
 ) -> list[Finding]:
     """What follows from being blind to order, for these samples and their targets."""
     assert done.loss is not None
-    floor = next(iter(_floors(done, _by_content(tokens), _by_order(tokens))), None)
+    floor = next(iter(_floors(done, samples.content, samples.order)), None)
     words = "the output is the same, to rounding, for the tokens of a sample in any order"
     sure = floor is not None and floor.least > floor.limit
     if floor is not None and sure:
         words += (
-            f": {floor.shared} of {len(tokens)} samples hold the same tokens as others with another target, so that "
+            f": {floor.shared} of {samples.count} samples hold the same tokens as others with another target, so that "
             f"the {floor.name} cannot fall below {floor.least:.3g}; {floor.without} {floor.scale:.3g}"
         )
     elif attention is None:
         return []
-    better, tried = _trial(call, loss, done, tokens.shape[1])
+    trial = _trial(call, loss, done, samples)
+    if floor is not None and sure and trial is not None and trial.plain < _BELOW * floor.least <= trial.first:
+        return []  # what training goes below is no floor: the order is seen by what evaluation leaves out
+    better, tried = (False, "") if trial is None else (trial.better, trial.words)
     return [_finding(flow, "warning" if sure or better else "info", attention or "", words + tried, floor)]
 
 
@@ -136,46 +176,66 @@ def _tokens(call: ForwardPass, axis: int) -> Tensor | None:
     lead = given[0].shape[:2]
     if min(lead) < 2 or max(lead) > _MOST:
         return None
-    parts = [t.detach().double().reshape(*lead, -1) for t in given if t.shape[:2] == lead and t.dim() <= 3]
-    joined = torch.cat(parts, 2)
+    parts = [t for t in given if t.shape[:2] == lead and t.dim() <= 3]
+    if sum(t.numel() for t in parts) > _MOST_NUMBERS:
+        return None
+    joined = torch.cat([t.detach().double().reshape(*lead, -1) for t in parts], 2)
+    if bool(joined.isnan().any()):  # no two of which are equal
+        return None
     return joined.transpose(0, 1) if axis == 0 else joined
 
 
-def _by_content(tokens: Tensor) -> list[Hashable]:
-    """For every sample what it holds, whatever the order."""
-    sums = tokens.sum(1)
-    if len(set(map(tuple, sums.round(decimals=4).tolist()))) == len(
-        sums
-    ):  # as good as always of numbers that were measured
-        return list(range(len(tokens)))
-    return [tuple(sorted(map(tuple, sample))) for sample in tokens.cpu().tolist()]
+def _may_hold_the_same(tokens: Tensor) -> bool:
+    """Whether samples may hold the same tokens: their sums are the same, as good as never those of measured numbers."""
+    sums = tokens.sum(1).round(decimals=4)
+    return len(torch.unique(sums, dim=0)) < len(sums)
 
 
-def _by_order(tokens: Tensor) -> list[Hashable]:
-    """For every sample what it holds, in its order."""
-    return [tuple(map(tuple, sample)) for sample in tokens.cpu().tolist()]
+def _moved_by_order(call: ForwardPass, axis: int, count: int) -> str:
+    """Whether the output stays with all positions in another order, or follows them into it; empty for neither.
+
+    So it must at the weights as they are, and with all of them moved: heads and positions may begin at zero.
+    """
+    if not _compared(call, axis, count):
+        return ""
+    try:
+        with moved_weights(call.module):
+            how = _compared(call, axis, count)
+            return how if how and not _compared(call, axis, count, torch.zeros(count, dtype=torch.long)) else ""
+    except StabkitError:
+        return ""
 
 
-def _several(keys: Sequence[Hashable]) -> bool:
-    return len(set(keys)) < len(keys)
-
-
-def _is_blind(call: ForwardPass, axis: int, count: int, *, follows: bool = False) -> bool:
-    """Whether the output is the same with all positions in another order; or follows them into that order."""
+def _compared(call: ForwardPass, axis: int, count: int, order: Tensor | None = None) -> str:
+    """How the output changes with what stands at every position taken from another one."""
     first = next(t for _, t in named_tensors([list(call.inputs), call.kwargs]) if t.dim() > 1)
     lead = first.shape[:2]
-    order = torch.arange(count).roll(1).flip(0)
+    places = _order(count) if order is None else order
 
-    def permuted(t: Tensor) -> Tensor:
-        return t.index_select(axis, order.to(t.device)) if t.dim() > 1 and t.shape[:2] == lead else t
+    def taken(t: Tensor) -> Tensor:
+        return t.index_select(axis, places.to(t.device)) if t.dim() > 1 and t.shape[:2] == lead else t
 
-    plain, other = (_outputs(evaluated(call, change).output) for change in (None, permuted))
+    plain, other = (_outputs(evaluated(call, change).output) for change in (None, taken))
     if not plain or [t.shape for t in plain] != [t.shape for t in other]:
-        return False
-    if follows:
-        plain = [t.index_select(axis, order.to(t.device)) for t in plain]
+        return ""
+    if _same(plain, other):
+        return _STAYS
+    if order is not None or any(t.dim() <= axis or t.shape[axis] != count for t in plain):
+        return ""
+    return _FOLLOWS if _same([t.index_select(axis, places.to(t.device)) for t in plain], other) else ""
+
+
+def _order(count: int) -> Tensor:
+    """All positions in another order, which is no shift of them and no reversal: power spectra are blind to those."""
+    order = torch.arange(count).roll(1).flip(0) if count > 2 else torch.tensor([1, 0])
+    if count > 3:
+        order[:2] = order[:2].flip(0)
+    return order
+
+
+def _same(ones: Sequence[Tensor], others: Sequence[Tensor]) -> bool:
     return all(
-        float((a - b).abs().max()) <= _ROUNDING * float(a.abs().max()) for a, b in zip(plain, other, strict=True)
+        float((a - b).abs().max()) <= _ROUNDING * float(a.abs().max()) for a, b in zip(ones, others, strict=True)
     )
 
 
@@ -276,19 +336,36 @@ def _shared(targets: Tensor, content: list[Hashable], order: list[Hashable]) -> 
     return sum(len(group) for group in several if bool((targets[group] != targets[group[0]]).any()))
 
 
-def _trial(call: ForwardPass, loss: Any, done: TrainingPass, count: int) -> tuple[bool, str]:
-    """Whether training is clearly better with positions, and what it says."""
+@dataclass(frozen=True)
+class _Trial:
+    """What a short training says.
+
+    Attributes:
+        first: the loss before it.
+        plain: after it, as it is.
+        better: whether it is clearly better with positions.
+        words: the same, in words.
+    """
+
+    first: float
+    plain: float
+    better: bool
+    words: str
+
+
+def _trial(call: ForwardPass, loss: Any, done: TrainingPass, samples: _Samples) -> _Trial | None:
+    """Training as it is and with positions; None where it was not tried."""
     assert done.loss is not None
     first = float(done.loss.detach())
-    place = _embedded(call, count)
+    place = _embedded(call, samples)
     if not place or not first > 0:
-        return False, ""
-    told = replace(call, model=_with_positions(call, place))
+        return None
+    told = replace(call, model=_with_positions(call, place, samples))
     steps = _STEPS if sum(p.numel() for p in call.module.parameters()) <= _SMALL else _STEPS // 5
     begun = training_pass(told, loss, differentiate=False).loss
     plain, treated = (left_after(each, loss, [adam(rate) for rate in RATES], steps=steps) for each in (call, told))
     if plain is None or treated is None or begun is None:
-        return False, ""
+        return None
     ends = plain * first, treated * float(begun.detach())
     words = (
         f"; {steps} steps of Adam take the loss from {first:.3g} to {ends[0]:.3g} as it is, to {ends[1]:.3g} with "
@@ -296,15 +373,15 @@ def _trial(call: ForwardPass, loss: Any, done: TrainingPass, count: int) -> tupl
     )
     fall = first - ends[0], first - ends[1]
     better = ends[0] > _LEFT * first and fall[1] - fall[0] > _FALL * first and fall[1] > _TIMES * fall[0]
-    return better, words
+    return _Trial(first, ends[0], better, words)
 
 
-def _embedded(call: ForwardPass, count: int) -> str:
+def _embedded(call: ForwardPass, samples: _Samples) -> str:
     """The first module whose result has one vector for each position; empty without one."""
     made: list[str] = []
     hooks = [
         module.register_forward_hook(
-            lambda _m, _i, out, path=path: made.append(path) if _is_sequence(out, count) else None
+            lambda _m, _i, out, path=path: made.append(path) if _is_sequence(out, samples) else None
         )
         for path, module in call.module.named_modules()
         if path
@@ -317,15 +394,18 @@ def _embedded(call: ForwardPass, count: int) -> str:
     return made[0] if made else ""
 
 
-def _is_sequence(out: Any, count: int) -> bool:
-    return isinstance(out, Tensor) and out.is_floating_point() and out.dim() == 3 and count in out.shape[:2]
+def _is_sequence(out: Any, samples: _Samples) -> bool:
+    if not isinstance(out, Tensor) or not out.is_floating_point() or out.dim() != 3:
+        return False
+    return sorted(out.shape[:2]) == sorted((samples.count, samples.positions))
 
 
-def _with_positions(call: ForwardPass, place: str) -> Callable[..., Any]:
+def _with_positions(call: ForwardPass, place: str, samples: _Samples) -> Callable[..., Any]:
     """The model with sines of the position added to what one module returns, of the size that this has."""
 
     def add(_module: nn.Module, _inputs: Any, out: Tensor) -> Tensor:
-        along = 1 if out.shape[1] != len(out) or call.inputs[0].shape[0] == len(out) else 0
+        # where positions lie in the inputs, unless the model has exchanged the axes
+        along = samples.axis if out.shape[samples.axis] == samples.positions else 1 - samples.axis
         at = torch.arange(out.shape[along], dtype=torch.float64)[:, None]
         rates = 10_000.0 ** -(2 * torch.arange(out.shape[2]).div(2, rounding_mode="floor") / out.shape[2])
         angle = at * rates + math.pi / 2 * (torch.arange(out.shape[2]) % 2)

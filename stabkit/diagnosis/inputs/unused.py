@@ -16,12 +16,14 @@ from torch import Tensor
 from stabkit.diagnosis.blocks.weights import step_of
 from stabkit.diagnosis.finding import Finding
 from stabkit.diagnosis.losses.regressions import Regression, regressions
+from stabkit.diagnosis.remedies.moved_weights import moved_weights
 from stabkit.diagnosis.remedies.short_training import falls, short_training
 from stabkit.diagnosis.states.module_outputs import ModuleOutputs
+from stabkit.errors import StabkitError
 from stabkit.tracing import Flow
 from stabkit.tracing.derivatives.lost_gradient import listed
 from stabkit.tracing.recording.containers import named_tensors
-from stabkit.tracing.recording.evaluation import evaluated
+from stabkit.tracing.recording.evaluation import Evaluation, evaluated
 from stabkit.tracing.recording.forward_pass import ForwardPass
 from stabkit.tracing.recording.training_pass import TrainingPass
 
@@ -47,8 +49,10 @@ def unused_input_findings(flow: Flow, loss: Any, call: ForwardPass, done: Traini
     varying = [(path, t) for path, t in given if _varies(t, count)]
     found = []
     if 1 < len(varying) <= _MOST_INPUTS:  # one that matters is there anyhow: the flow begins at it
+        plain = ModuleOutputs(call.module)
+        one = evaluated(call, mode=lambda _: plain, training=True)
         for path, tensor in varying:
-            found += _of_input(flow, call, done, path, tensor)
+            found += _of_input(flow, call, done, plain, one, path, tensor)
     for path, tensor in varying:
         found += _of_features(flow, call, done, path, tensor)
         if path == flow.source_name:  # another may be given as the target alone
@@ -85,9 +89,17 @@ def _same(one: Any, other: Any) -> bool:
     )
 
 
-def _of_input(flow: Flow, call: ForwardPass, done: TrainingPass, path: str, tensor: Tensor) -> list[Finding]:
-    plain, moved = ModuleOutputs(call.module), ModuleOutputs(call.module)
-    one = evaluated(call, mode=lambda _: plain, training=True)
+def _of_input(
+    flow: Flow,
+    call: ForwardPass,
+    done: TrainingPass,
+    plain: ModuleOutputs,
+    one: Evaluation,
+    path: str,
+    tensor: Tensor,
+) -> list[Finding]:
+    """An input that is exchanged, held against the call as it is and what its modules return."""
+    moved = ModuleOutputs(call.module)
     two = evaluated(call, _exchanged(tensor), lambda _: moved, training=True)
     if not _same(one.output, two.output):
         return []
@@ -177,6 +189,8 @@ def _of_reconstruction(
     told, noise = _variance(plain, exchanged), _variance(plain, redrawn)
     if told > 0 and not (noise > 0 and told < _DRAWN * noise):
         return []
+    if told == 0 and not _is_ignored(call, index, tensor):
+        return []
     what = "does not depend on it at all" if told == 0 else f"takes {told / (told + noise):.2g} of its variance from it"
     by = ", and the rest from numbers that are drawn" if noise > 0 else ", the same for every sample"
     evidence = (
@@ -190,6 +204,17 @@ def _of_reconstruction(
     numbers = {"by_input": told, "by_noise": noise}
     severity = "warning" if told == 0 or (_is_prior(done, index) and _stands(flow, loss)) else "info"
     return [_finding(flow, severity, "", evidence, remedy, _BOWMAN, numbers)]
+
+
+def _is_ignored(call: ForwardPass, index: int, tensor: Tensor) -> bool:
+    """Whether an output does not depend on an input at other weights either: a decoder may begin at zero."""
+    try:
+        with moved_weights(call.module):
+            one, two = (evaluated(call, change, training=True).output for change in (None, _exchanged(tensor)))
+    except StabkitError:
+        return False
+    plain, exchanged = _at(one, index), _at(two, index)
+    return plain is not None and exchanged is not None and _variance(plain, exchanged) == 0
 
 
 def _is_prior(done: TrainingPass, index: int) -> bool:
