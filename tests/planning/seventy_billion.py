@@ -237,8 +237,8 @@ What is assumed:
   7 GB/s that all GPUs share, they arrive in {disk} a pass instead.
 - Products reach {device.efficiency:.0%} of {sizes.amount(device.flops, "FLOP/s")}.
 - The probes are shared out, {share} for each GPU; {_CHECKS} more products a block check what was recorded, {_READINGS}
-  what was read of it, and {_GAINS} measure its gain. The forward pass runs twice on every GPU: once for the states, once
-  more, block by block, to record what a product needs. A block is computed after it was read, not meanwhile.
+  what was read of it, and {_GAINS} measure its gain. The forward pass runs twice on every GPU: once for the states,
+  once more, block by block, to record what a product needs. A block is computed after it was read, not meanwhile.
 - Attention keeps its matrix of weights, since its fused form has no second derivative:
   {byte(2 * _FLOAT32 * model.heads * tokens**2)} of the recorded graph.
 - The embedding and the head are left out; cotangents start at the last state.
