@@ -18,7 +18,7 @@ from stabkit.tracing.recording.containers import named_tensors
 
 FORMS = (
     *("scale", "redraw", "fill", "orthogonalise", "add_skip", "insert_norm", "activate", "scale_input", "convert"),
-    *("reset_statistics", "set_option", "shift", "activate_after"),
+    *("reset_statistics", "set_option", "shift", "activate_after", "clip"),
 )
 
 
@@ -143,6 +143,7 @@ def _act(model: nn.Module, action: Action, generator: torch.Generator) -> None:
     doing: dict[str, Callable[[], None]] = {
         "scale": lambda: _scale(parameter(model, action["parameter"]), float(action["factor"])),
         "shift": lambda: _shift(parameter(model, action["parameter"]), float(action["amount"])),
+        "clip": lambda: _clip(parameter(model, action["parameter"]), float(action["low"]), float(action["high"])),
         "redraw": lambda: _redraw(parameter(model, action["parameter"]), float(action["rms"]), generator),
         "fill": lambda: _fill(_part(parameter(model, action["parameter"]), action), float(action["value"])),
         "orthogonalise": lambda: _orthogonalise(
@@ -168,6 +169,10 @@ def _scale(tensor: Tensor, by: float) -> None:
 
 def _shift(tensor: Tensor, by: float) -> None:
     tensor.add_(by)
+
+
+def _clip(tensor: Tensor, low: float, high: float) -> None:
+    tensor.clamp_(low, high)
 
 
 def _redraw(tensor: Tensor, rms: float, generator: torch.Generator) -> None:
