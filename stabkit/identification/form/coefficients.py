@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from stabkit.identification.form.operations import ADDS, PRODUCTS
-from stabkit.identification.form.pieces import Piece
+from stabkit.identification.form.pieces import ADDED, Piece
 from stabkit.results import Result
 from stabkit.tracing.graph.values import Value, meta_of, operation, standard_normal
 from stabkit.vocabulary import moves
@@ -93,7 +93,7 @@ class LinearCombination:
             return Coefficient("scalar", 0.0, 0.0, 0.0, 0.0) if is_stage else None
         if self._spreads_inside or atom in self._spread:
             factors = factors * (meta_of(atom).numel / meta.numel)
-        kind, number = _kind(factors, meta.numel, self._dtype, gated=self._is_gated, masked=self._is_masked)
+        kind, number = _kind(factors, meta.numel, self._dtype, gated=atom in self._gated, masked=self._is_masked)
         low, high = float(factors.min()), float(factors.max())
         sample = float(factors.reshape(-1)[0]) if kind == "diagonal" else None
         found = Coefficient(kind, number, low, high, 0.0, sample)
@@ -154,8 +154,19 @@ class LinearCombination:
         return any(not bool((t != 0).all()) for t in self._constants)
 
     @cached_property
-    def _is_gated(self) -> bool:
-        return self.piece.is_gated(self.path)
+    def _gated(self) -> set[Value]:
+        """The atoms of which something arrives past a product with what depends on the state."""
+        found, after = set[Value](), set[Value]()
+        for node in reversed(self.piece.nodes):
+            if node not in self.path:
+                continue
+            gated = self.piece.is_gated({node}) or any(
+                Value(node, i) in after for i in range(len(node._input_metadata))
+            )
+            if gated:
+                after.update(self.piece.linear[node])
+                found.add(Value(node, ADDED))
+        return after | found
 
     @cached_property
     def _spread(self) -> set[Value]:
@@ -209,7 +220,7 @@ class LinearCombination:
         s = torch.stack([arrived[atom].reshape(-1) for _, arrived in self._drawn]).double().cpu()
         coefficient = float((w * s).sum() / (w * w).sum())
         residual = float((s - coefficient * w).norm() / w.norm())
-        if residual <= _tolerance(self._dtype):
+        if residual <= _tolerance(self._dtype) and guess.kind != "gate":
             number = guess.value if guess.kind == "scalar" else coefficient
             return Coefficient("scalar", number, guess.low, guess.high, residual)
         ratios = s / w
@@ -242,8 +253,8 @@ def _of_samples(factors: Tensor, kept: float, dtype: torch.dtype) -> Coefficient
 def _kind(factors: Tensor, numel: int, dtype: torch.dtype, *, gated: bool, masked: bool) -> tuple[str, float]:
     flat = factors.detach().double().reshape(-1).cpu()
     mean = float(flat.mean())
-    if gated and not _is_constant(factors, dtype):
-        return "gate", mean
+    if gated and not (_is_constant(factors, dtype) and _number(flat, dtype) in (0.0, 1.0)):
+        return "gate", mean  # also where it is one number at this input; g x + (1 - g) x is x
     if _is_constant(factors, dtype):
         return "scalar", _number(flat, dtype)
     kept = flat[flat != 0]

@@ -303,9 +303,9 @@ class Piece:
                     break
 
     def _weigh_stages(self) -> None:
-        """A product of a stage with a gate that weighs it against another one is linear in the stage: g k1 + (1-g) k2."""
-        ends = {v for target in self.targets if target in self.carrying for v in self.expand(target)[0]} - self.ends
-        products = [v for v in ends if operation(v.node) == "Mul" and v.node not in self.owned]
+        """A product with a gate that weighs a stage against another one is linear in it: g k_1 + (1 - g) k_2."""
+        made = [v for target in self.targets if target in self.carrying for v in self.expand(target)[0]]
+        products = [v for v in made if v not in self.ends and operation(v.node) == "Mul" and v.node not in self.owned]
         if len(products) > 1:
             for node, (gate, weighed) in weights_of_stages(products, self.inputs, self.ends).items():
                 self.linear[node] = [weighed]

@@ -85,9 +85,10 @@ def _tableau_of_own_fields(found: Blocks) -> Name | None:
     known = _named_tableau(found.method(h))
     if known is None:
         return None
-    name, order = known, order_of(integrators.named(known))
-    system = f"x' = f(x, t), weights of its own at every stage: of order {order} where the fields are one"
-    return Name(f"{name} tableau, a field of its own at every stage", system, h, "h: the sum of the weights of all stages")
+    method: Any = integrators.named(known)
+    system = f"x' = f(x, t), weights of its own at every stage: of order {order_of(method)} where the fields are one"
+    name, told = f"{known} tableau, a field of its own at every stage", "h: the sum of the weights of all stages"
+    return Name(name, system, h, told)
 
 
 def _single_stage(a: float, h: float, convention: str) -> Name:
