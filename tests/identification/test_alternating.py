@@ -35,7 +35,7 @@ class _ByTurns(nn.Module):
     [
         (0.93, True, True, "then linear mixing by (0.93, 0.07; 0.0651, 0.935)"),
         (0.8, False, False, "then linear mixing by (0.8, 0.2; 0.2, 0.8)"),
-        (1.0, True, True, ""),
+        (1.0, False, True, ""),
     ],
 )
 def test_alternating_affine_steps(p: float, one_field: bool, mix_new: bool, told: str) -> None:
@@ -43,7 +43,7 @@ def test_alternating_affine_steps(p: float, one_field: bool, mix_new: bool, told
     torch.manual_seed(0)
     numbers = [(1.5, -0.6), (1.3, -0.5), (1.2, -0.4), (1.1, -0.3)]
     model = _ByTurns(numbers, p, one_field, mix_new)
-    found = stabkit.identify(stabkit.trace(model, torch.randn(3, 4)))
+    found = stabkit.identify(stabkit.trace(model, _x()))
     known = [r for r in found if r.name.startswith("alternating")]
     for record, (a, b) in zip(known, numbers, strict=False):
         assert f"(a = {a}, b = {b if one_field else -b})" in record.name  # the sign of a field used once is its own
@@ -51,6 +51,21 @@ def test_alternating_affine_steps(p: float, one_field: bool, mix_new: bool, told
         assert (record.evidence, round(record.step_size or 0.0, 6)) == ("proven", abs(b))
     assert len(known) >= 3
     assert not any("no branch" in r.name for r in found if len(r.steps) > 1)
+
+
+def test_one_field_by_turns_is_a_loop_of_half_rounds() -> None:
+    """Without mixing every half of a round is s_(n+1) = a s_(n-1) + b f(s_n), with numbers of its own."""
+    torch.manual_seed(0)
+    found = stabkit.identify(stabkit.trace(_ByTurns([(1.5, -0.6), (0.9, -0.5), (1.2, -0.4)], 1.0, True, True), _x()))
+    names = [r.name for r in found if r.name.startswith("alternating")]
+    told = [f"alternating affine steps of two states, half a round ({n})" for n in
+            ("a = 1.5, b = 0.6", "a = 0.9, b = 0.5", "a = 1.2, b = 0.4")]  # fmt: skip
+    assert set(names) == set(told)
+    assert not any("no branch" in r.name for r in found)
+
+
+def _x() -> Tensor:
+    return torch.randn(3, 4)
 
 
 def test_scaled_states_that_others_drive_have_a_branch() -> None:

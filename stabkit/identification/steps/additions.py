@@ -60,6 +60,11 @@ def notes_of_sums(around: Surroundings, sums: Sequence[NormalForm], table: Block
             notes.append("a branch is multiplied by zero now: the step is the identity until training moves it")
     if any(stage.opaque for form in sums for stage in form.stages):
         notes.append("the field is opaque: only the step around it was read")
+    if table.guided:
+        weights = " and ".join(f"{w:.3g}" for w in table.guided)
+        notes.append(
+            f"the field is {len(table.guided)} calls of one network at one point, with weights {weights} (guidance)"
+        )
     if table.shared and len(table.rows) > 1:
         notes.append(f"{len(table.rows)} stages share weights")
     return tuple(dict.fromkeys(notes))
