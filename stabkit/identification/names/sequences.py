@@ -103,10 +103,9 @@ def says_less(name: Name, sums: Sequence[NormalForm]) -> bool:
     A matrix times the state besides a field, where the skip is no identity; a relaxation towards a state that is held.
     """
     damped = name.name.startswith(("damped Euler", "scaled skip"))
-    return damped and any(
-        any(_is_linear_term(form, stage) for stage in form.stages) or (len(sums) > 1 and _relaxes_to_held(form))
-        for form in sums
-    )
+    linear = [[_is_linear_term(form, stage) for stage in form.stages] for form in sums]
+    beside = any(any(found) and not all(found) for found in linear)
+    return damped and (beside or (len(sums) > 1 and any(map(_relaxes_to_held, sums))))
 
 
 def _relaxes_to_held(form: NormalForm) -> bool:
