@@ -60,6 +60,8 @@ def notes_of_sums(around: Surroundings, sums: Sequence[NormalForm], table: Block
             notes.append("a branch is multiplied by zero now: the step is the identity until training moves it")
     if any(stage.opaque for form in sums for stage in form.stages):
         notes.append("the field is opaque: only the step around it was read")
+    if any(map(_adds_held, sums)):
+        notes.append("a value that is held from before is added to the state (input injection)")
     if table.guided:
         weights = " and ".join(f"{w:.3g}" for w in table.guided)
         notes.append(
@@ -68,3 +70,9 @@ def notes_of_sums(around: Surroundings, sums: Sequence[NormalForm], table: Block
     if table.shared and len(table.rows) > 1:
         notes.append(f"{len(table.rows)} stages share weights")
     return tuple(dict.fromkeys(notes))
+
+
+def _adds_held(form: NormalForm) -> bool:
+    """Whether what is held fixed is added to a state, as it is, and nothing else."""
+    terms = form.forms[0].keys()
+    return len(terms) > 1 and terms <= form.piece.ends and not terms.isdisjoint(form.piece.contexts)

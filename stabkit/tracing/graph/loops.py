@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch.autograd.graph import Node
 
@@ -21,6 +21,7 @@ from stabkit.vocabulary import moves
 
 _JOINS = moves("join")
 _MOST_EVALUATIONS = 32  # in one round; explicit methods in use have at most 17 stages
+_FEWEST_LEFT = 3  # rounds of a loop without its first
 _MOST_CANDIDATES = 64  # periods that are compared node by node
 
 Signature = tuple[object, ...]
@@ -84,7 +85,7 @@ def find_loops(graph: Graph, frontiers: Frontiers, anchors: Sequence[Anchor]) ->
         if _is_explained(period, places, found):
             continue
         for run in _runs(graph, period, signature):
-            loop = _placed(graph, frontiers, anchors, run)
+            loop = _placed(graph, frontiers, anchors, run) or _without_first(graph, frontiers, anchors, run)
             if loop is not None and _explains(loop, anchors):
                 found.append((run.last - run.first, loop))
     found = [item for item in found if not any(_is_of_rounds(item, other) for other in found)]
@@ -271,6 +272,18 @@ def _placed(graph: Graph, frontiers: Frontiers, anchors: Sequence[Anchor], run: 
         if not set(carried(start + k * period)) <= set(states[-1]):
             return None
     return Loop(start, period, tuple(states[::-1]))
+
+
+def _without_first(graph: Graph, frontiers: Frontiers, anchors: Sequence[Anchor], run: _Run) -> Loop | None:
+    """The loop of a stretch whose first round belongs to something else: the last update of a loop around this one.
+
+    The same map gave out there what all rounds here read, so it is kept; at least three rounds are left, all of which
+    hand on one tensor and read that value as it is.
+    """
+    if run.last - run.first < (_FEWEST_LEFT + 1) * run.period:
+        return None
+    loop = _placed(graph, frontiers, anchors, replace(run, first=run.first + run.period, begins=False))
+    return loop if loop is not None and loop.carried == 1 else None
 
 
 def _before(graph: Graph, start: int, period: int, after: Sequence[Value]) -> tuple[Value, ...]:
