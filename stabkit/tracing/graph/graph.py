@@ -9,7 +9,7 @@ import bisect
 import copy
 import heapq
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -83,6 +83,7 @@ class Graph:
         clock: the clock at every position, made monotone.
         calls: the calls of modules around the nodes, where they are known.
         batching: by operations, whether products through many vectors at once agreed with single ones.
+        passed: nodes that are taken as the identity of the one input that is left to them.
     """
 
     def __init__(self, sources: Sequence[Value], targets: Sequence[Value], *, prune: bool = True) -> None:
@@ -92,6 +93,7 @@ class Graph:
         self.nodes, self.inputs, self.reached = _between(order, self.sources, self.targets)
         self.calls: Sequence[Call] = ()
         self.batching: dict[tuple[object, ...], str] = {}
+        self.passed: frozenset[Node] = frozenset()
         if prune:
             self._drop_dead()
         self.rank = {node: position for position, node in enumerate(self.nodes)}
@@ -101,6 +103,12 @@ class Graph:
         """Some nodes of this graph, each with the inputs that are followed; all else is shared."""
         other = copy.copy(self)
         other.nodes, other.inputs = nodes, inputs
+        return other
+
+    def passing(self, maps: Mapping[Node, Value]) -> Graph:
+        """This graph with some maps taken as the identity: by the node that ends one, the value at which it begins."""
+        other = self.along(self.nodes, {**self.inputs, **{node: [value] for node, value in maps.items()}})
+        other.passed = frozenset(maps)
         return other
 
     @cached_property
