@@ -8,6 +8,7 @@ numbers that multiply the state say which rule was meant.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -73,12 +74,24 @@ class Recurrences:
 
     def levers(self, scans: Sequence[Scan], place: int) -> list[tuple[str, float]]:
         """Parameters that set how long one of some recurrences remembers, see `Histories.levers`."""
+        located = self._histories_at(scans, place)
+        return [] if located is None else located[0].levers(*located[1])
+
+    def makers(self, scans: Sequence[Scan], place: int) -> list[str]:
+        """Parameters that the factor of one of some recurrences is made of."""
+        located = self._histories_at(scans, place)
+        return [] if located is None else located[0].makers(*located[1])
+
+    def range_of_factor(self, scans: Sequence[Scan], place: int) -> tuple[float, float]:
+        """The least and the largest real part of the factor of one of some recurrences; NaN where it is not known."""
+        located = self._histories_at(scans, place)
+        return (math.nan, math.nan) if located is None else located[0].range_of_factor(*located[1])
+
+    def _histories_at(self, scans: Sequence[Scan], place: int) -> tuple[Histories, tuple[str, int, int]] | None:
         paths = [self._flow.recorded.path_of(scan.cycle[-1]) for scan in scans]
-        path = paths[place]
-        self._made(path, paths[:place].count(path), paths.count(path))
-        if self._histories is None:
-            return []
-        return self._histories.levers(path, paths[:place].count(path), paths.count(path))
+        at = paths[place], paths[:place].count(paths[place]), paths.count(paths[place])
+        self._made(*at)
+        return None if self._histories is None else (self._histories, at)
 
     def _read(self, scan: Scan, path: str, place: int, count: int) -> Recurrence:
         around = _OverTime(over_scan(self._flow, scan, scan.middle, min(scan.middle + 2, len(scan))))

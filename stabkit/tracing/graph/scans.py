@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import itertools
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -73,7 +73,7 @@ def scans_between(
     graph: Graph,
     start: int,
     stop: int,
-    parameters: Sequence[Tensor] = (),
+    parameters: Iterable[Tensor] = (),
     prefetch: Callable[[], None] | None = None,
     fewest: int = FEWEST_ALIKE,
 ) -> tuple[Scan, ...]:
