@@ -27,7 +27,14 @@ COARSE = ("unnamed", "unknown", "plain")  # what says less of several states tha
 _MOST = 6  # states of which every pairing is tried
 _UNREAD = ("unknown", "unnamed", "not a step", "part of a step", "transition")
 _SUMS = ("no branch", "linear recurrence (a")
-_DRIVEN = ("damped Euler", "forward Euler", "projected Euler (post-norm)", "diagonal skip", "scaled skip", "running sum")
+_DRIVEN = (
+    "damped Euler",
+    "diagonal skip",
+    "forward Euler",
+    "projected Euler (post-norm)",
+    "running sum",
+    "scaled skip",
+)
 _SAME = 1e-6  # numbers of single precision networks
 
 
@@ -232,7 +239,8 @@ def _momentum(streams: Sequence[_Stream]) -> str | None:
         kept, stays = _kept(v.links), _kept(x.links)
         if kept is None or stays is None:
             continue
-        linear = position in (*v.old, *v.new) and not any(form.stages for form in sums)  # no stage holds a field like M k
+        # a field that is linear in the position, M k, is no stage
+        linear = position in (*v.old, *v.new) and not any(form.stages for form in sums)
         ahead = [0.0] if linear else [_ahead(form) for form in sums]
         if None in ahead:
             continue
