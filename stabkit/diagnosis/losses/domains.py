@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from stabkit.diagnosis.finding import Finding
-from stabkit.diagnosis.remedies.short_training import STEPS, falls, short_training
+from stabkit.diagnosis.remedies.short_training import falls, short_training, trained_on_either
 from stabkit.tracing import Flow
 from stabkit.tracing.recording.forward_pass import ForwardPass
 from stabkit.tracing.recording.training_pass import TrainingPass, calling_line
@@ -334,7 +334,7 @@ def loss_domain_findings(flow: Flow, loss: Any, call: ForwardPass, done: Trainin
         wrong = replace(wrong, severity="info", remedy="none is needed for the rest of the loss, which is learnt")
     evidence = wrong.evidence + (f" ({line})" if line else "")
     if wrong.meant:
-        evidence += f"; the loss is {value:.3g} as it is, and {meant:.3g} as it is meant{_trained(flow, loss)}"
+        evidence += f"; the loss is {value:.3g} as it is, and {meant:.3g} as it is meant{_trained(flow, loss, meant)}"
     elif value < 0:
         evidence += f"; the loss is {value:.3g}"
     return [
@@ -352,31 +352,15 @@ def loss_domain_findings(flow: Flow, loss: Any, call: ForwardPass, done: Trainin
     ]
 
 
-def _trained(flow: Flow, loss: Any) -> str:
-    """What the loss that is meant comes to, by training on the loss as it is and on itself."""
-    ends = []
-    for mend in (False, True):
-        reached: list[float] = []
+def _trained(flow: Flow, loss: Any, meant: float) -> str:
+    """What the loss that is meant comes to, by training on the loss as it is and on itself.
 
-        def watched(out: Any, mend: bool = mend, reached: list[float] = reached) -> Tensor:
-            with torch.no_grad(), _Calls(mend=True):
-                reached.append(float(loss(out)))
-            with _Calls(mend=mend):
-                scalar: Tensor = loss(out)
-            return scalar
+    Of the former the run counts that moves most: towards what else it leads is the question, not at which rate.
+    """
 
-        if short_training(flow, watched) is None:
-            return ""
-        ends.append(reached)
-    as_it_is, by_itself = (run[STEPS :: STEPS + 1] for run in ends)
-    if not as_it_is or not by_itself:
-        return ""
-    return (
-        f"; {STEPS} steps of plain SGD take that to {_farthest(as_it_is, ends[0][0]):.3g} by the loss as it is, and to "
-        f"{min(by_itself):.3g} by itself"
-    )
+    def as_meant(out: Any) -> Tensor:
+        with _Calls(mend=True):
+            scalar: Tensor = loss(out)
+        return scalar
 
-
-def _farthest(reached: list[float], first: float) -> float:
-    """Where the run ends that moved most: towards what else a loss leads is the question, not at which rate."""
-    return max(reached, key=lambda end: abs(end - first))
+    return trained_on_either(flow, loss, as_meant, lambda ends: max(ends, key=lambda end: abs(end - meant)))

@@ -6,6 +6,7 @@ rates that people type in are not.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -17,6 +18,7 @@ from torch import Tensor
 from stabkit.diagnosis.finding import Action
 from stabkit.diagnosis.remedies import computed as remedies
 from stabkit.diagnosis.remedies.applying import carried_out
+from stabkit.diagnosis.remedies.made_once import once
 from stabkit.diagnosis.remedies.short_training import LARGEST, STEPS
 from stabkit.errors import StabkitError
 from stabkit.tracing.recording.forward_pass import ForwardPass
@@ -29,6 +31,7 @@ _FIRST, _SECOND = 0.9, 0.999  # the decays of its moments
 Update = Callable[[int, Tensor, Tensor, list[Tensor]], None]
 
 
+@functools.cache  # the same rate is the same update, by which a training is told
 def sgd(rate: float) -> Update:
     """Plain gradient descent."""
 
@@ -38,6 +41,7 @@ def sgd(rate: float) -> Update:
     return update
 
 
+@functools.cache
 def adam(rate: float, factor: float = 1.0, eps: float = EPSILON) -> Update:
     """Adam with its default constants but for its eps, on gradients that are multiplied by a factor."""
 
@@ -75,20 +79,34 @@ def left_after(
         steps: how many of each.
         within: makes what each training runs in.
     """
+    left: list[float] = []
+    for update in updates:
+        held, words = (loss, update, within), ("usual training", repr(actions), steps)
+        share = once(functools.partial(_left, call, loss, update, actions, steps, within), call, held, words)
+        if share is None:
+            return None
+        left.append(share)
+    return min(left)
+
+
+def _left(
+    call: ForwardPass,
+    loss: Any,
+    update: Update,
+    actions: Sequence[Action],
+    steps: int,
+    within: Callable[[], AbstractContextManager[Any]],
+) -> float | None:
     model = call.module
     paths = [path for path, p in model.named_parameters() if p.requires_grad and p.is_floating_point()]
     if not paths or sum(p.numel() for p in model.parameters()) > LARGEST:
         return None
-    left = []
+    held = [remedies.scale(path, 1.0) for path in paths]  # so that the model's own are never written
     try:
-        for update in updates:
-            # stand-ins for all parameters, so that the model's own are never written
-            held = [remedies.scale(path, 1.0) for path in paths]
-            with carried_out(model, held), carried_out(model, actions), within():
-                left.append(_run(call, loss, update, steps))
+        with carried_out(model, held), carried_out(model, actions), within():
+            return _run(call, loss, update, steps)
     except (StabkitError, RuntimeError):
         return None
-    return min(left)
 
 
 def _run(call: ForwardPass, loss: Any, update: Update, steps: int) -> float:
