@@ -146,9 +146,24 @@ def _run(call: ForwardPass, loss: Any, update: Update, steps: int) -> float:
                 return math.inf
             if step == steps:
                 break
-            gradients = torch.autograd.grad(scalar, weights, allow_unused=True)
-            with torch.no_grad():
-                for weight, gradient, state in zip(weights, gradients, states, strict=True):
-                    if gradient is not None:
-                        update(step + 1, weight, gradient, state)
+            moved_by(scalar, weights, states, update, step + 1)
     return value / first if first > 0 else math.inf
+
+
+def moved_by(
+    scalar: Tensor, weights: Sequence[Tensor], states: Sequence[list[Tensor]], update: Update, step: int
+) -> None:
+    """Move weights by one step of an optimizer down a loss.
+
+    Args:
+        scalar: the loss, on the graph.
+        weights: what is moved, in place.
+        states: what the optimizer keeps of each.
+        update: the optimizer.
+        step: counted from 1.
+    """
+    gradients = torch.autograd.grad(scalar, weights, allow_unused=True)
+    with torch.no_grad():
+        for weight, gradient, state in zip(weights, gradients, states, strict=True):
+            if gradient is not None:
+                update(step, weight, gradient, state)
