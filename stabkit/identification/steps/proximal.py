@@ -18,7 +18,7 @@ from stabkit.identification.form.chain import Link
 from stabkit.identification.form.operations import MOVES, is_affine
 from stabkit.identification.form.pieces import Piece, pull
 from stabkit.tracing import Flow
-from stabkit.tracing.graph.composites import element_of
+from stabkit.tracing.graph.graph import element_of
 from stabkit.tracing.graph.values import Value, meta_of, operation, random_tensors
 
 _ROUNDINGS = 64.0
@@ -118,7 +118,7 @@ def soft_threshold(flow: Flow, index: int, link: Link) -> tuple[float, float] | 
 
     Args:
         flow: that the link belongs to.
-        index: of the state.
+        index: the index of the state.
         link: behind an addition.
     """
     state, piece = flow.states[index], link.form.piece
