@@ -220,9 +220,9 @@ class LinearCombination:
         s = torch.stack([arrived[atom].reshape(-1) for _, arrived in self._drawn]).double().cpu()
         coefficient = float((w * s).sum() / (w * w).sum())
         residual = float((s - coefficient * w).norm() / w.norm())
-        if residual <= _tolerance(self._dtype) and guess.kind != "gate":
+        if residual <= _tolerance(self._dtype):
             number = guess.value if guess.kind == "scalar" else coefficient
-            return Coefficient("scalar", number, guess.low, guess.high, residual)
+            return Coefficient("gate" if guess.kind == "gate" else "scalar", number, guess.low, guess.high, residual)
         ratios = s / w
         if bool(torch.allclose(ratios[0], ratios[1], rtol=1e-3, atol=1e-4)):
             deviation = float((ratios[0] - ratios[1]).abs().max())
@@ -253,8 +253,8 @@ def _of_samples(factors: Tensor, kept: float, dtype: torch.dtype) -> Coefficient
 def _kind(factors: Tensor, numel: int, dtype: torch.dtype, *, gated: bool, masked: bool) -> tuple[str, float]:
     flat = factors.detach().double().reshape(-1).cpu()
     mean = float(flat.mean())
-    if gated and not (_is_constant(factors, dtype) and _number(flat, dtype) in (0.0, 1.0)):
-        return "gate", mean  # also where it is one number at this input; g x + (1 - g) x is x
+    if gated:  # also where it is one number at this input, as what clamps does as long as nothing is clamped
+        return "gate", mean
     if _is_constant(factors, dtype):
         return "scalar", _number(flat, dtype)
     kept = flat[flat != 0]

@@ -42,6 +42,7 @@ _EXTREMES = frozenset({"Maximum", "Minimum"})
 _MIXTURES = frozenset({"Addcmul", "Lerp"})  # affine in any one of their arguments
 _METHODS = {"trapezoid": "trapezoid", "backward Euler": "backward_euler"}
 _FOLLOWS = "the weight of the input is made of the same h A as the factor of the state"
+_BOTH_ENDS = "u at both ends of the step"
 _OWN = "the input enters with a weight that is made of other numbers, such as h B"
 
 
@@ -253,6 +254,8 @@ def _of_matrix(coupled: Coupling, made: Made, scan: Scan, path: str, fed: bool) 
     method: LinearStability | None = None
     if made.rule:
         called, system = _CALLED[made.rule]
+        if made.rule == "exponential" and scan.taps > 1:
+            called, system = "exponential trapezoid (two-point input", f"{system}, {_BOTH_ENDS}"
         name = f"{called}, mean |a| = {mean:.3g})"
         residual = made.residual
         notes.append(_FOLLOWS if made.input_follows else _OWN)
@@ -263,6 +266,8 @@ def _of_matrix(coupled: Coupling, made: Made, scan: Scan, path: str, fed: bool) 
         name, system = _of_numbers(values.ravel(), made, fed)
         constant = not fed and low == high and not np.iscomplex(values).any()
         evidence = "proven" if constant else "measured"
+    if scan.taps > 1:
+        notes.append(f"the input enters at {scan.taps} successive times, each with a weight of its own")
     return Recurrence(
         name, system, evidence, residual, path, len(scan), low, high, fed=fed, method=method, notes=tuple(notes)
     )
