@@ -23,6 +23,10 @@ class _Guided(nn.Module):
         return self.out(torch.tanh(self.inner(x) + self.cond(y) + t))
 
     def field(self, x: Tensor, t: float) -> Tensor:
+        if self.how == "copies":
+            conditions = torch.cat([self.y, torch.zeros_like(self.y)])
+            with_it, without = self.net(torch.cat([x, x]), conditions, t).chunk(2)
+            return without + self.scale * (with_it - without)
         with_it, without = self.net(x, self.y, t), self.net(x, torch.zeros_like(self.y), t)
         return without + self.scale * (with_it - without)
 
@@ -50,6 +54,16 @@ def test_guidance_is_one_field(how: str, name: str, scale: float) -> None:
         assert record.evidence == "proven"
         assert any(f"with weights {1 - scale:.3g} and {scale:.3g}" in n or f"{scale:.3g} and {1 - scale:.3g}" in n
                    for n in record.notes)  # fmt: skip
+
+
+@pytest.mark.parametrize("scale", [2.0, 7.5])
+def test_a_doubled_batch_is_one_field_too(scale: float) -> None:
+    """Both conditions in one call: the weights of the copies are no steps of channels."""
+    torch.manual_seed(0)
+    model = _Guided("copies", scale).double()
+    found = stabkit.identify(stabkit.trace(model, torch.randn(2, 4).double()))
+    assert [record.step_size for record in found] == pytest.approx(model.sizes)
+    assert not any("LayerScale" in note for record in found for note in record.notes)
 
 
 def test_both_ends_of_an_edge_are_fields_of_their_own() -> None:

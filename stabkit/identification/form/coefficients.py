@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -86,6 +87,8 @@ class LinearCombination:
         if factors.is_complex():
             return Coefficient("mixed", float(factors.abs().mean()), 0.0, float(factors.abs().max()), 1.0)
         nothing = not bool(factors.any())
+        if is_stage and (total := _of_copies(factors, meta.shape, self._dtype)) is not None:
+            return total
         if is_stage and (nothing or not _is_constant(factors, self._dtype)) and self._adds_entries(atom, factors):
             return Coefficient("scalar", 1.0, float(factors.min()), float(factors.max()), 0.0)
         if nothing:
@@ -233,6 +236,27 @@ class LinearCombination:
         sizes = [np.sort(t.abs().numpy(), axis=1) for t in (s, w)]
         moved = float(np.linalg.norm(sizes[0] - sizes[1]) / w.norm()) <= _tolerance(self._dtype)
         return Coefficient("moved" if moved else "mixed", guess.value, guess.low, guess.high, residual)
+
+
+def _of_copies(factors: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Coefficient | None:
+    """The coefficient of a field that several copies of a batch are given to at once, and that is their combination.
+
+    Copies come one after the other along the batch (classifier-free guidance), each with one weight; what multiplies
+    the field is the sum of these. None where there are no copies, or the weights cancel.
+    """
+    if factors.dim() != len(shape) or not shape or factors.shape[1:] != torch.Size(shape[1:]):
+        return None
+    copies, rest = divmod(factors.shape[0], shape[0]) if shape[0] else (0, 0)
+    if copies < 2 or rest:
+        return None
+    rows = factors.detach().double().cpu().reshape(copies, -1)
+    total, largest = float(rows[:, 0].sum()), float(rows.abs().max())
+    if (
+        float((rows - rows[:, :1]).abs().max()) > _tolerance(dtype) * largest
+        or abs(total) <= _tolerance(dtype) * largest
+    ):
+        return None
+    return Coefficient("scalar", _number(torch.tensor([total]), dtype), float(rows.min()), float(rows.max()), 0.0)
 
 
 def _of_samples(factors: Tensor, kept: float, dtype: torch.dtype) -> Coefficient | None:
