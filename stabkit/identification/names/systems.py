@@ -10,7 +10,6 @@ import numpy as np
 
 from stabkit import integrators
 from stabkit.identification.form.tableau import Blocks, Matrix
-from stabkit.identification.names.alternating import alternating_affine
 from stabkit.identification.names.compositions import one_step
 from stabkit.identification.names.single import CLOSE, POINTS, Name, without_parallel
 from stabkit.identification.steps.predictor_correctors import predictor_corrector
@@ -46,7 +45,7 @@ def name_several_states(found: Blocks, *, symmetric: bool | None, gated: bool) -
         return _gated_pair(found)
     if r == 2:
         name = _verlet(found) or _damped_verlet(found) or _verlet_of_two_fields(found) or _two_fields(found, symmetric)
-        name = name or _position_form(found) or alternating_affine(found)
+        name = name or _position_form(found)
         if name is not None:
             return name
     if r > 2 and len(found.rows) == 1:
