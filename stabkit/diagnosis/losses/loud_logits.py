@@ -127,25 +127,17 @@ def _finding(
 
 def _by_input(flow: Flow, loss: Any, call: ForwardPass, found: CrossEntropy, finding: Finding) -> Finding | None:
     """The input to blame, where dividing it by its size gives a loss of equal chances."""
-    size = input_size(flow)
-    if size is None or size < FAR:
-        return None
-
-    def smaller(tensor: Tensor) -> Tensor:
-        return tensor / size if tensor.is_floating_point() else tensor
-
-    inputs, kwargs = map_tensors([call.inputs, call.kwargs], smaller)
-    after = _cross_entropy(replace(call, inputs=tuple(inputs), kwargs=kwargs), loss)
-    if after is None or after > _NEAR * found.chance:
+    sizes = large_inputs(flow)
+    after = None if sizes is None else _cross_entropy(sizes.divided(call), loss)
+    if sizes is None or after is None or after > _NEAR * found.chance:
         return None
     return replace(
         finding,
         severity="warning",
-        evidence=f"{finding.evidence}; the input has the size {size:.3g} and not 1, and divided by it the cross "
+        evidence=f"{finding.evidence}; the input has the size {sizes.size:.3g} and not 1, and divided by it the cross "
         f"entropy is {after:.3g}",
-        remedy="standardise the input where the data are read: subtract its mean and divide it by its standard "
-        f"deviation (about {size:.3g})",
-        numbers={**finding.numbers, "input_size": size, "after": after},
+        remedy=sizes.remedy,
+        numbers={**finding.numbers, "input_size": sizes.size, "after": after},
     )
 
 

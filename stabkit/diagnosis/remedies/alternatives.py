@@ -45,11 +45,7 @@ def _unit_input(suspect: Finding, measurement: Measurement) -> list[Remedy]:
     if suspect.kind not in _BY_INPUT or suspect.steps[0] > 1 or not _LARGE < size < math.inf or first is None:
         return []
     rms = math.exp(size)
-    text = (
-        "standardise the input where the data are read: subtract its mean and divide it by its standard deviation "
-        f"(about {rms:.3g})"
-    )
-    return [Remedy(text, (remedies.scale_input(first.module_path, 1.0 / rms),))] if first.module_path else []
+    return [Remedy(brought_to_one(rms), (remedies.scale_input(first.module_path, 1.0 / rms),))] if first.module_path else []
 
 
 def _others(suspect: Finding, measurement: Measurement, flow: FlowLike) -> list[Remedy]:

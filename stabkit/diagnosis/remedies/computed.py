@@ -30,7 +30,7 @@ class Remedy:
         cause: what lies before the blocks that show the fault, in words; empty where it is they that are changed.
         place: the module that a cause is in.
         within: makes what the model's code runs in while a change of it is tried.
-        data: what float inputs are divided by while it is tried.
+        data: the inputs that are divided by their size while it is tried; None for none.
     """
 
     text: str
@@ -38,7 +38,7 @@ class Remedy:
     cause: str = ""
     place: str = ""
     within: Callable[[], AbstractContextManager[Any]] = nullcontext
-    data: float = 1.0
+    data: Sizes | None = None
 
 
 def scale(parameter: str, by: float) -> Action:
