@@ -8,28 +8,26 @@ that rate. Tried by training for a few steps on the inputs as they are and on st
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import replace
+from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from stabkit.diagnosis.finding import Finding
-from stabkit.diagnosis.inputs.features import Features, features_of
+from stabkit.diagnosis.inputs.features import Features, changed, features_of
 from stabkit.diagnosis.remedies.short_training import STEPS, short_training
 from stabkit.diagnosis.remedies.usual_training import RATES, adam, left_after, sgd
 from stabkit.diagnosis.states.batch_statistics import with_norms_of_evaluation
 from stabkit.tracing import Flow
-from stabkit.tracing.recording.containers import map_tensors, named_tensors
+from stabkit.tracing.recording.containers import named_tensors
 from stabkit.tracing.recording.evaluation import evaluated
 from stabkit.tracing.recording.forward_pass import ForwardPass
 from stabkit.tracing.recording.training_pass import Observer, TrainingPass, training_pass
 
-# shares of the loss of a fresh network on standardised inputs. In the four cases that are tested 20 steps on those leave
-# .04 of it, on the inputs as they are .86 and more, and behind a norm that standardises .03; labels that nothing tells
-# leave .8. What learns more slowly than the first of these limits is not told
+# shares of the loss of a fresh network on standardised inputs. In the four cases that are tested 20 steps on those
+# leave .04 of it, on the inputs as they are .86 and more, and behind a norm that standardises .03; labels that nothing
+# tells leave .8. What learns more slowly than the first of these limits is not told
 _LEARNS = 0.25  # what few steps on standardised inputs must get below
 _DOES_NOT = 0.5  # what the same steps on the inputs as they are must stay above
 _REFERENCE = "LeCun, Bottou, Orr and Müller, Efficient backprop, 1998, sections 4.3 and 5.1"
@@ -48,8 +46,7 @@ def feature_scale_findings(flow: Flow, loss: Any, call: ForwardPass, done: Train
     found = {id(t): f for name, t in given if (f := features_of(flow, name, t)) is not None and f.far}
     if not found or done.loss is None or with_norms_of_evaluation(call.module) or _differentiates(call, loss):
         return []
-    inputs, kwargs = map_tensors([call.inputs, call.kwargs], _standardised(found))
-    other = replace(call, inputs=tuple(inputs), kwargs=kwargs)
+    other = changed(call, lambda t: found[id(t)].standardised(t) if id(t) in found else t)
     if evaluated(other, training=True).output is None:  # a model that reads indices off its inputs takes no others
         return []
     fresh = training_pass(other, loss, differentiate=False).loss
@@ -65,10 +62,6 @@ def feature_scale_findings(flow: Flow, loss: Any, call: ForwardPass, done: Train
     if not plain > _DOES_NOT * start:
         return []
     return [_finding(flow, found, first, start, plain, cured)]
-
-
-def _standardised(found: Mapping[int, Features]) -> Callable[[Tensor], Tensor]:
-    return lambda tensor: found[id(tensor)].standardised(tensor) if id(tensor) in found else tensor
 
 
 def _end(call: ForwardPass, loss: Any, first: float) -> float:

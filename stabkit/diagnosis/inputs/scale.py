@@ -5,16 +5,15 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
-from torch import Tensor
-
 from stabkit.diagnosis.finding import Finding
-from stabkit.diagnosis.inputs.features import FAR, Features, features_of
+from stabkit.diagnosis.inputs.features import Features, changed, features_of
+from stabkit.diagnosis.inputs.sizes import Sizes, large_inputs
 from stabkit.diagnosis.states.activity import activities
 from stabkit.diagnosis.suspects import Diagnosis
 from stabkit.diagnosis.thresholds import Thresholds
 from stabkit.errors import StabkitError
 from stabkit.tracing import Flow, trace
-from stabkit.tracing.recording.containers import map_tensors, named_tensors
+from stabkit.tracing.recording.containers import named_tensors
 
 
 def with_input_scale(flow: Flow, found: Diagnosis, thresholds: Thresholds) -> tuple[Finding, ...]:
@@ -49,7 +48,6 @@ def with_input_scale(flow: Flow, found: Diagnosis, thresholds: Thresholds) -> tu
     return tuple(named if finding is accused[0] else finding for finding in found.findings)
 
 
-
 def _features(flow: Flow) -> Features | None:
     """The features of the input that depth is counted from."""
     call = flow.forward_pass
@@ -63,7 +61,8 @@ def _saturated_at(flow: Flow, features: Features | None, sizes: Sizes, index: in
     call = flow.forward_pass
     other = sizes.divided(call)
     if features is not None and features.uneven:
-        other = features.in_place(call)
+        source = dict([*named_tensors(list(call.inputs)), *named_tensors(call.kwargs)])[features.name]
+        other = changed(call, lambda tensor: features.standardised(tensor) if tensor is source else tensor)
     try:
         scaled = trace(call.model, *other.inputs, kwargs=other.kwargs, seed=call.seed, check=False)
     except StabkitError:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from torch import Tensor
 
-from stabkit.diagnosis.inputs.features import FAR
+from stabkit.diagnosis.inputs.features import FAR, changed
 from stabkit.tracing import Flow
-from stabkit.tracing.recording.containers import map_tensors, named_tensors
+from stabkit.tracing.recording.containers import named_tensors
 from stabkit.tracing.recording.forward_pass import ForwardPass
 
 
@@ -40,8 +40,7 @@ class Sizes:
         """The same call of these inputs over their sizes; all others stay as they are."""
         given, sizes = _given(call), dict(self.by_name)
         by = {id(given[name]): sizes[name] for name in sizes}
-        inputs, kwargs = map_tensors([call.inputs, call.kwargs], lambda t: t / by[id(t)] if id(t) in by else t)
-        return replace(call, inputs=tuple(inputs), kwargs=kwargs)
+        return changed(call, lambda tensor: tensor / by[id(tensor)] if id(tensor) in by else tensor)
 
 
 def brought_to_one(size: float) -> str:

@@ -21,7 +21,6 @@ from stabkit.diagnosis.remedies.short_training import (
     ShortTraining,
     clearly_better,
     falls,
-
     short_training,
     taken_back,
     trained_with,

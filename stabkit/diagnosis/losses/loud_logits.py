@@ -15,8 +15,7 @@ from torch import Tensor
 from torch.autograd.graph import Node
 
 from stabkit.diagnosis.finding import Finding, serious
-from stabkit.diagnosis.inputs.features import FAR
-from stabkit.diagnosis.inputs.scale import input_size
+from stabkit.diagnosis.inputs.sizes import large_inputs
 from stabkit.diagnosis.losses.ranges import behind_moves
 from stabkit.diagnosis.remedies import computed as remedies
 from stabkit.diagnosis.remedies.applying import carried_out
@@ -24,7 +23,6 @@ from stabkit.diagnosis.remedies.short_training import STEPS, short_training
 from stabkit.errors import StabkitError
 from stabkit.tracing import Flow
 from stabkit.tracing.graph.values import operation
-from stabkit.tracing.recording.containers import map_tensors
 from stabkit.tracing.recording.forward_pass import ForwardPass
 from stabkit.tracing.recording.training_pass import TrainingPass, nodes_above, path_of, training_pass
 

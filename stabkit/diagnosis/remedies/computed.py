@@ -10,6 +10,7 @@ from statistics import NormalDist
 from typing import TYPE_CHECKING, Any
 
 from stabkit.diagnosis.finding import Action
+from stabkit.diagnosis.inputs.sizes import Sizes
 
 if TYPE_CHECKING:
     from stabkit.diagnosis.blocks.weight_faults import WeightFault

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -164,7 +164,6 @@ def trained_on_either(
         f"; {STEPS} steps of plain SGD take that to {of_runs(ends[0]):.3g} by the loss as it is, and to "
         f"{min(ends[1]):.3g} by itself"
     )
-
 
 
 def worse(treated: ShortTraining | None, untreated: ShortTraining | None) -> bool:

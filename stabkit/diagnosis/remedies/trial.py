@@ -13,7 +13,6 @@ from stabkit.diagnosis.inputs.sizes import Sizes
 from stabkit.diagnosis.measurement import Measurement
 from stabkit.diagnosis.remedies.applying import carried_out
 from stabkit.diagnosis.remedies.computed import Remedy
-
 from stabkit.diagnosis.states.batch_statistics import traced_anew
 from stabkit.diagnosis.suspects import Diagnosis, Settings, suspected
 from stabkit.diagnosis.verdict import nats
