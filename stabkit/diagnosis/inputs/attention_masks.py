@@ -47,7 +47,7 @@ class Seen:
         name: the function.
         path: the module that runs it.
         line: the line that calls it.
-        keys: of shape (samples, keys), those that some query gives weight; None where no mask tells.
+        keys: ``(samples, keys)``, those that some query gives weight; None where no mask tells.
         added: a mask of zeros and ones in floats, which are added to the scores; None where there is none.
     """
 

@@ -27,8 +27,8 @@ class Features:
     Attributes:
         name: path of the input.
         axis: along which features lie.
-        mean: of each.
-        spread: of each.
+        mean: the mean of each feature.
+        spread: the standard deviation of each feature.
     """
 
     name: str

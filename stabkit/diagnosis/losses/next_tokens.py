@@ -40,7 +40,7 @@ class Targets:
         name: its path.
         axis: along which positions lie.
         shift: target t is token t + shift.
-        counted: of shape (samples, positions), where there is a target that counts.
+        counted: ``(samples, positions)``, where there is a target that counts.
     """
 
     tokens: Tensor
