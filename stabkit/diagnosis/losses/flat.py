@@ -20,6 +20,7 @@ from stabkit.tracing import Flow
 from stabkit.tracing.graph.values import operation
 from stabkit.tracing.recording.training_pass import calling_line, nodes_above, nodes_from
 from stabkit.tracing.recording.untouched_model import unchanged_randomness
+from stabkit.vocabulary import activation_of
 
 _HALF = 0.5  # of the samples, from which so many without gradient are a fault
 _TRIED = 8  # samples that other outputs are tried for
@@ -28,7 +29,6 @@ _PROPOSALS = 96  # other outputs of each
 _MOST = 100_000  # numbers of an output, of which so many losses are no small part of a diagnosis
 _SIZES = (0.5, 2.0, 8.0)  # of the spread of the outputs: how far these lie
 _LOWER = 1e-3  # of the loss, over the number of samples: what is no rounding
-_BOUNDS = frozenset({"Clamp", "ClampMin", "ClampMax", "Relu", "Threshold", "Hardtanh", "HardtanhBackward", "Where"})
 _GIOU = "Rezatofighi et al., Generalized intersection over union, 2019"
 
 
@@ -157,11 +157,17 @@ def _stopped(loss: Any, output: Any, rows: Tensor | None) -> tuple[Node | None, 
 
 def _bounds_behind(node: Node) -> list[Node]:
     """The bounds that an operation is, or that its factors come from: a product of zeros ends what they have let by."""
-    if operation(node) in _BOUNDS:
+    if _is_bound(node):
         return [node]
     if operation(node) not in ("Mul", "Prod"):
         return []
-    return [each for each in nodes_from(node) if operation(each) in _BOUNDS]
+    return [each for each in nodes_from(node) if _is_bound(each)]
+
+
+def _is_bound(node: Node) -> bool:
+    """Whether it is flat beyond a bound, or where a condition says so."""
+    facts = activation_of(node)
+    return operation(node) == "Where" or (facts is not None and facts.piecewise_linear and bool(facts.kinks))
 
 
 def _is_of_boxes(node: Node) -> bool:
