@@ -82,6 +82,15 @@ def test_weights_that_are_learnt(weigh: Weigh) -> None:
     assert not [f for f in found if "single number" in f.evidence]
 
 
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_losses_that_torch_divides_by_numbers_inside(smoothing: float) -> None:
+    x = torch.randn(24, 8, generator=torch.Generator().manual_seed(1))
+    soft = functional.one_hot(torch.arange(24) % 3, 3).float()
+    loss = nn.CrossEntropyLoss(label_smoothing=smoothing)
+    found = examine(stabkit.trace(Experts(before), x), lambda out: loss(out, soft)).findings
+    assert not [f for f in found if "single number" in f.evidence]
+
+
 class Pooled(nn.Module):
     """A mean over positions, weighed by a softmax along an axis."""
 

@@ -75,9 +75,10 @@ def _is_one(node: Any) -> bool:
         result = node._saved_result.detach()
         return bool(((result == 1) | (result == 0)).all())
     if operation(node) == "Div":
-        one, other = node._saved_self, node._saved_other
-        both = isinstance(one, Tensor) and isinstance(other, Tensor) and all(p is not None for p, _ in _parents(node))
-        return both and one.dim() > 0 and bool((one.detach() / other.detach() - 1).abs().le(_ROUNDING).all())
+        one, other = (getattr(node, f"_saved_{name}", None) for name in ("self", "other"))  # of a number: no tensor
+        if not isinstance(one, Tensor) or not isinstance(other, Tensor) or any(p is None for p, _ in _parents(node)):
+            return False
+        return one.dim() > 0 and bool((one.detach() / other.detach() - 1).abs().le(_ROUNDING).all())
     return False
 
 
