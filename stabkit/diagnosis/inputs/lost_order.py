@@ -73,9 +73,9 @@ class _Samples:
 
     Attributes:
         count: how many there are.
-        positions: of each.
-        axis: of the inputs, along which positions lie.
-        tokens: of shape (samples, positions), a number for every token that those of the same entries share.
+        positions: how many positions each has.
+        axis: the axis of the inputs along which positions lie.
+        tokens: ``(samples, positions)``, a number for every token that those of the same entries share.
         content: for every sample what it holds, whatever the order.
         order: for every sample what it holds, in its order.
     """
@@ -250,7 +250,7 @@ class _Floor:
         scale: what the loss is without a model.
         limit: from which the floor is no noise.
         shared: samples that hold what others with another target hold.
-        name: of the loss.
+        name: the name of the loss.
         without: what the scale is, in words.
     """
 

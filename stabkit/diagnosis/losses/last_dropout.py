@@ -41,7 +41,7 @@ class _Dropped:
 
     Attributes:
         node: the dropout.
-        share: of the predictions that are set to zero.
+        share: the share of the predictions that are set to zero.
         floor: what the loss of them cannot get below.
         scale: what the loss is without a model.
         words: what they are, what the floor is of, and what the loss is without a model.

@@ -10,8 +10,8 @@ from collections.abc import Sequence
 
 from stabkit.diagnosis.blocks.weights import Weight
 from stabkit.diagnosis.depth.summing_operations import Summing, divided, summing_operations
-from stabkit.diagnosis.inputs.features import FAR, features_of
-from stabkit.diagnosis.inputs.scale import input_size
+from stabkit.diagnosis.inputs.features import features_of
+from stabkit.diagnosis.inputs.sizes import large_inputs
 from stabkit.diagnosis.measurement import Measurement
 from stabkit.diagnosis.remedies.computed import Remedy, redraw, scale
 from stabkit.diagnosis.remedies.made_once import once
@@ -32,14 +32,11 @@ def outer_causes(flow: Flow, measurement: Measurement) -> list[Remedy]:
 
 
 def _of_data(flow: Flow) -> list[Remedy]:
-    size = input_size(flow)
-    if size is None or not FAR <= size < math.inf or _is_uneven(flow):
+    sizes = large_inputs(flow)
+    if sizes is None or _is_uneven(flow):
         return []
-    text = (
-        "standardise the data where they are read: subtract their mean and divide them by their standard deviation "
-        f"(about {size:.3g}), targets in the same units too"
-    )
-    return [Remedy(text, cause=f"the input has the size {size:.3g} and not 1", data=size)]
+    cause = f"the input has the size {sizes.size:.3g} and not 1"
+    return [Remedy(f"{sizes.remedy}; targets in the same units too", cause=cause, data=sizes)]
 
 
 def _is_uneven(flow: Flow) -> bool:

@@ -118,7 +118,7 @@ def soft_threshold(flow: Flow, index: int, link: Link) -> tuple[float, float] | 
 
     Args:
         flow: that the link belongs to.
-        index: of the state.
+        index: the index of the state.
         link: behind an addition.
     """
     state, piece = flow.states[index], link.form.piece
