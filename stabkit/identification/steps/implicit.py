@@ -19,7 +19,7 @@ from stabkit.identification.form.gates import is_quotient_of_inner_products
 from stabkit.identification.form.operations import MOVES
 from stabkit.identification.form.pieces import Piece
 from stabkit.tracing import Flow
-from stabkit.tracing.graph.values import Value, operation
+from stabkit.tracing.graph.values import Value, operation, outputs_of
 from stabkit.tracing.recording.untouched_model import unchanged
 from stabkit.tracing.recording.wrappers import modules_behind
 
@@ -84,7 +84,7 @@ def inner_iterations(piece: Piece) -> int:
     made: set[Value] = set(piece.sources)
     for node in piece.nodes:
         if any(v in made for v in piece.inputs(node)):
-            made.update(Value(node, i) for i in range(len(node._input_metadata)))
+            made.update(outputs_of(node))
     return sum(is_quotient_of_inner_products(Value(node, 0), piece.inputs, made, piece.ends) for node in piece.nodes)
 
 
