@@ -118,12 +118,13 @@ def _is_turned(keys: Tensor | None, padding: Tensor) -> bool:
     """Whether padding alone is seen, of all sequences that have some."""
     if keys is None or keys.shape != padding.shape:
         return False
+    padding = padding.to(keys.device)  # what a model is given may be moved to where it is
     some = padding.any(1)
     return bool((keys == padding)[some].all())
 
 
 def _is_right(keys: Tensor | None, padding: Tensor) -> bool:
-    return keys is not None and keys.shape == padding.shape and bool((keys == ~padding).all())
+    return keys is not None and keys.shape == padding.shape and bool((keys == ~padding.to(keys.device)).all())
 
 
 class _Reading(TorchFunctionMode):
