@@ -175,7 +175,7 @@ def reset_statistics(module: str) -> Action:
     return {"action": "reset_statistics", "module": module}
 
 
-def set_option(module: str, option: str, value: bool | int) -> Action:
+def set_option(module: str, option: str, value: bool | float) -> Action:
     """Give an option of a module another value, such as ``norm_first`` or ``num_groups``."""
     return {"action": "set_option", "module": module, "option": option, "value": value}
 
