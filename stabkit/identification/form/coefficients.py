@@ -15,7 +15,7 @@ from torch import Tensor
 from stabkit.identification.form.operations import ADDS, PRODUCTS
 from stabkit.identification.form.pieces import ADDED, Piece
 from stabkit.results import Result
-from stabkit.tracing.graph.values import Value, meta_of, operation, standard_normal
+from stabkit.tracing.graph.values import Value, meta_of, operation, outputs_of, standard_normal
 from stabkit.vocabulary import moves
 
 _ROUNDINGS = 8.0
@@ -163,9 +163,7 @@ class LinearCombination:
         for node in reversed(self.piece.nodes):
             if node not in self.path:
                 continue
-            gated = self.piece.is_gated({node}) or any(
-                Value(node, i) in after for i in range(len(node._input_metadata))
-            )
+            gated = self.piece.is_gated({node}) or any(v in after for v in outputs_of(node))
             if gated:
                 after.update(self.piece.linear[node])
                 found.add(Value(node, ADDED))
