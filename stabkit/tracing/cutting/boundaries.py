@@ -163,7 +163,9 @@ def _by_modules(intervals: Intervals, frontiers: Frontiers, units: Sequence[Inte
             first, last = gap.after.start, gap.before.stop
             boundaries.update([first] * (id(gap.after) in begun and intervals.taken_by(first, gap.after) == 1))
             boundaries.update([last] * (id(gap.before) in ended and intervals.made_in(gap.before, last) == 1))
-    boundaries.update(_rungs(intervals, gaps))
+    rungs = _rungs(intervals, gaps)
+    if rungs:  # those inside of a round of a loop are none
+        rungs &= around_rounds(intervals, frontiers, units, boundaries | rungs)
     boundaries = around_rounds(intervals, frontiers, units, boundaries)
     positions = [gap.position for gap in gaps]
     for start, stop in itertools.pairwise(sorted(boundaries)):
@@ -175,6 +177,7 @@ def _by_modules(intervals: Intervals, frontiers: Frontiers, units: Sequence[Inte
         if not rounds and not _are_stages(inside):
             rounds = [gap.position for gap in inside]
         boundaries.update(rounds)
+    boundaries.update(rungs)
     return _glued(intervals, _between(intervals, units, sorted(boundaries)))
 
 
