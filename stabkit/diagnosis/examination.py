@@ -15,7 +15,7 @@ from stabkit.diagnosis.non_finite.gradient_underflow import gradient_underflow
 from stabkit.diagnosis.remedies.alternatives import candidates
 from stabkit.diagnosis.remedies.computed import Remedy
 from stabkit.diagnosis.remedies.made_once import made_once
-from stabkit.diagnosis.remedies.outer_causes import outer_causes, smaller_weights
+from stabkit.diagnosis.remedies.outer_causes import larger_weights, outer_causes, smaller_weights
 from stabkit.diagnosis.remedies.short_training import (
     ShortTraining,
     clearly_better,
@@ -282,7 +282,9 @@ class _Trials:
         return (cured_by, left_by) if clearly_better(cured_by, left_by) else None
 
     def of_all_weights(self, suspect: Finding) -> list[Remedy]:
-        """All weights made smaller, where they were started large and the suspect may come of that."""
+        """All weights at their usual size, where they were started far from it and the suspect may come of that."""
+        if is_stretch(suspect) and suspect.kind == "vanishing":
+            return larger_weights(self.found.measurement)
         return smaller_weights(self.found.measurement) if _grows(suspect) or suspect.kind == "saturated" else []
 
     def training(self, remedy: Remedy = _AS_IT_IS) -> ShortTraining | None:
