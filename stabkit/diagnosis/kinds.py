@@ -66,6 +66,7 @@ FINDINGS: dict[str, Word] = {
     "unregistered": Word("tensors get a gradient and are no parameters of the model: nothing moves them", "broken"),
     "mixed_samples": Word("what a model returns for a sample depends on which others are in its batch", "broken"),
     "axes": Word("a reshape cuts through axes that are to change places", "broken"),
+    "dropout": Word("so much is dropped that little is learnt"),
     "mask": Word("a mask hides what is to be seen, or hides nothing", "broken"),
     "leak": Word("a model sees what it is to predict, or is asked for what it was given", "broken"),
     "order": Word(
@@ -73,6 +74,7 @@ FINDINGS: dict[str, Word] = {
     ),
     "affine": Word("a whole model is one affine map of its input, however many matrices it has"),
     "input_scale": Word("inputs lie so that the first layer learns from few of their features, or none"),
+    "spectral_bias": Word("targets vary faster over a few coordinates than a plain network learns"),
     "no_influence": Word("an input changes nothing that the model returns, though it should"),
     "no_fixed_point": Word("an iteration that is meant to settle does not", "grows"),
     "loss": Word("the loss has no gradient, or is taken of what it does not expect", "broken"),

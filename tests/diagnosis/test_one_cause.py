@@ -11,6 +11,7 @@ from torch.nn import functional
 import stabkit
 from stabkit.diagnosis import Diagnosis, examine
 from stabkit.diagnosis.finding import serious
+from stabkit.diagnosis.suspects import Settings, suspected
 
 LABELS = torch.arange(32) % 4
 POINTS = torch.randn(32, 2, generator=torch.Generator().manual_seed(1)) + 2 * functional.one_hot(LABELS, 4)[:, :2]
@@ -34,9 +35,21 @@ class Constant(nn.Module):
 
 
 def test_a_rank_that_copies_lose_is_theirs():
-    found = examine(stabkit.trace(Constant(), POINTS), lambda out: functional.cross_entropy(out, LABELS))
+    def loss(out: Tensor) -> Tensor:
+        return functional.cross_entropy(out, LABELS)
+
+    flow = stabkit.trace(Constant(), POINTS)
+    assert {"copied_units", "rank_collapse"} <= set(alarms(suspected(flow, Settings(loss))))
+    found = examine(flow, loss)
     assert alarms(found) == ["copied_units"]
-    assert [f.remedy for f in found.findings if f.kind == "rank_collapse"] == ["that of copied_units at a"]
+    (follower,) = [f for f in found.findings if f.kind == "rank_collapse"]
+    assert (follower.severity, follower.remedy, follower.actions) == ("info", "that of copied_units at a", ())
+    assert "it is gone with the remedy of copied_units at a" in follower.evidence
+    model = Constant()
+    assert stabkit.diagnosis.apply(model, found.findings[0]) > 0
+    states = model.a(POINTS).detach()
+    assert int(torch.linalg.matrix_rank(states - states.mean(0))) == 2  # as many as the input has, and not one
+    assert not alarms(suspected(stabkit.trace(model, POINTS), Settings(loss)))
 
 
 class Factors(nn.Module):
@@ -105,3 +118,18 @@ def test_growth_from_one_space_to_another_in_one_step_is_not_judged():
     found = examine(stabkit.trace(Sure(), POINTS), lambda out: functional.nll_loss(out, LABELS))
     assert found.verdict.name == "not judged"
     assert "vanishing" not in alarms(found)
+
+
+def test_weights_that_were_all_started_small_are_drawn_anew_and_no_skips_are_asked_for():
+    torch.manual_seed(0)
+    widths = [12, 32, 24, 24, 24, 24, 32, 4]
+    layers = [part for a, b in itertools.pairwise(widths) for part in (nn.Linear(a, b), nn.ReLU())][:-1]
+    model = nn.Sequential(*layers)
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, 0.0, 0.01) if parameter.dim() > 1 else nn.init.zeros_(parameter)
+    x, y = torch.randn(32, 12), torch.arange(32) % 4
+    report = stabkit.analyze(model, x, loss=lambda out: nn.functional.cross_entropy(out, y), spectrum="none")
+    (found,) = [f for f in report.findings if f.kind == "vanishing" and f.severity != "info"]
+    assert found.evidence.startswith("all 7 matrices were started small: with a standard deviation of 0.0")
+    assert found.remedy == "start all 7 matrices with the standard deviation sqrt(2 / fan-in), He's initialisation"
+    assert [a["action"] for a in found.actions] == ["redraw"] * 7
