@@ -38,14 +38,7 @@ _REFERENCE = "LeCun, Bottou, Orr and Müller, Efficient backprop, 1998, sections
 
 
 def feature_scale_findings(flow: Flow, loss: Any, call: ForwardPass, done: TrainingPass) -> list[Finding]:
-    """A finding where a few steps learn from standardised inputs and not from those that are given.
-
-    Args:
-        flow: the traced pass.
-        loss: a callable on the output that returns a scalar.
-        call: the pass as training makes it.
-        done: its loss, on the graph.
-    """
+    """A finding where a few steps learn from standardised inputs and not from those that are given."""
     if done.loss is None or with_norms_of_evaluation(call.module):
         return []
     given = [*named_tensors(list(call.inputs)), *named_tensors(call.kwargs)]
