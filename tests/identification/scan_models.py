@@ -167,6 +167,7 @@ def titans() -> nn.Module:
 
     def forward(m: Any, x: Tensor) -> Tensor:
         q, k, v, gates = m.parts[0](x).split([WIDTH, WIDTH, WIDTH, 3], -1)
+        q, k = functional.normalize(q, dim=-1), functional.normalize(k, dim=-1)
         eta, theta, alpha = (gates.sigmoid() * torch.tensor([1.0, 1.0, 0.2], dtype=x.dtype)).unbind(-1)
         memory = m.start.expand(len(x), WIDTH, WIDTH)
         surprise, ys = torch.zeros_like(memory), []
