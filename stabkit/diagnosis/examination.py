@@ -13,6 +13,7 @@ from stabkit.diagnosis.finding import Finding, serious, sound
 from stabkit.diagnosis.losses.large import with_large_loss
 from stabkit.diagnosis.non_finite.gradient_underflow import gradient_underflow
 from stabkit.diagnosis.remedies.alternatives import candidates
+from stabkit.diagnosis.remedies.best_constant import left_by_a_constant
 from stabkit.diagnosis.remedies.computed import Remedy
 from stabkit.diagnosis.remedies.made_once import made_once
 from stabkit.diagnosis.remedies.outer_causes import larger_weights, outer_causes, smaller_weights
@@ -49,12 +50,14 @@ from stabkit.jacobians.shared import SharedSpectra
 from stabkit.parallel import SERIAL, Parallel
 from stabkit.tracing import Flow, FlowLike
 from stabkit.tracing.flow_checks import check_flow
+from stabkit.tracing.recording.training_pass import training_pass
 
 #: measurements that a diagnosis makes beside its own, at most; a healthy network asks for none
 TRIALS = 6
 UNTRIED = "none was tried: the trials of this diagnosis went to other suspects; cure those, and diagnose again"
 _BY_INITIALISATION = ("vanishing", "exploding", "dead", "transient_growth", "rank_collapse", "overdamped")
 _AS_IT_IS = Remedy("")
+_OUT_OF_REACH = 1e3  # times what the best constant output leaves of a loss: as far as no factor of data or targets goes
 _MOVES = 0.98  # of the first loss, under which it has clearly moved
 NO_HARM = "none was tried: it does no harm that was measured"
 
@@ -222,7 +225,7 @@ class _Trials:
             trial = tried(self.flow, suspect, remedy, self.found, self.settings)
             if trial.cured:
                 trains = self.training(remedy)
-                if finite and trains is not None and (not math.isfinite(trains.last) or self._stays(remedy)):
+                if finite and trains is not None and (not math.isfinite(trains.last) or self._stays(remedy, trains)):
                     continue
                 plain = self.training() if trains else None
                 serves = helps(trains, plain) if competing or remedy.cause else not spoils(trains, plain)
@@ -252,13 +255,20 @@ class _Trials:
             self._outer = outer_causes(self.flow, self.found.measurement) if isinstance(self.flow, Flow) else []
         return [each for each in self._outer if each.data is not None or not small]
 
-    def _stays(self, remedy: Remedy) -> bool:
-        """Whether numbers are finite with a change of the code, and the loss is out of reach of the usual steps."""
+    def _stays(self, remedy: Remedy, trains: ShortTraining) -> bool:
+        """Whether numbers are finite with a change of the code, and the loss is out of reach of the usual steps.
+
+        A loss that begins at 1e13 may fall a hundredfold and is no nearer to what a constant output leaves of it.
+        """
         loss = self.settings.loss
         if remedy.actions or remedy.data is not None or not isinstance(self.flow, Flow):
             return False
-        left = left_after(self.flow.forward_pass, loss, [adam(rate) for rate in RATES], within=remedy.within)
-        return left is not None and not left < _MOVES
+        call = self.flow.forward_pass
+        left = left_after(call, loss, [adam(rate) for rate in RATES], within=remedy.within)
+        if left is None or not left < _MOVES:
+            return left is not None
+        floor = left_by_a_constant(loss, training_pass(call, loss, differentiate=False).output)
+        return floor is not None and left * trains.first > _OUT_OF_REACH * floor
 
     def _by_adam(self, remedy: Remedy, treated: ShortTraining | None) -> tuple[ShortTraining, ShortTraining] | None:
         """Steps of Adam with a change of the code and without, which are blind to the size of gradients.

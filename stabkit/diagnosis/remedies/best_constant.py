@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+_LARGE = 1e6
 _ROUNDS = 50  # of a quasi-Newton method: mean squared errors take one, cross entropies about ten
 
 
@@ -20,7 +21,9 @@ def left_by_a_constant(loss: Any, output: Any) -> float | None:
     """
     if not isinstance(output, Tensor) or not output.is_floating_point() or output.dim() == 0 or len(output) < 2:
         return None
-    constant = output.detach().mean(0, keepdim=True).clone().requires_grad_()
+    mean = output.detach().mean(0, keepdim=True)
+    # an output that is near the end of its range, or beyond, is no place to begin at
+    constant = torch.where(mean.abs() < _LARGE, mean, torch.zeros_like(mean)).requires_grad_()
     search = torch.optim.LBFGS([constant], max_iter=_ROUNDS, line_search_fn="strong_wolfe")
 
     def again() -> Tensor:
