@@ -11,7 +11,6 @@ from stabkit.identification.form.normal_form import Call, NormalForm, normal_for
 from stabkit.identification.form.operations import ADDS, MOVES, SCALES, WRITES
 from stabkit.identification.form.pieces import Piece
 from stabkit.tracing.graph.composites import Element, element_of
-from stabkit.tracing.graph.graph import Graph
 from stabkit.tracing.graph.values import Value, operation
 
 
@@ -44,24 +43,23 @@ class Link:
 
 
 def chain(
-    graph: Graph,
-    nodes: Sequence[Node],
-    source: Value,
-    target: Value,
-    *,
-    names: Mapping[int, str],
-    contexts: Sequence[Value] = (),
-    calls: Sequence[Call] = (),
-    owned: Collection[Node] = (),
+    whole: Piece, *, names: Mapping[int, str], calls: Sequence[Call] = (), owned: Collection[Node] = ()
 ) -> tuple[Link, ...]:
-    """The links of a step from one tensor to another; arguments as for `normal_form`."""
-    whole = Piece(graph, nodes, [source], [target], contexts=contexts)
+    """The links of a step from one tensor to another.
+
+    Args:
+        whole: all operations between the two.
+        names: parameters and buffers of the model by address, as for `normal_form`.
+        calls: calls of modules that are called repeatedly.
+        owned: operations that belong to fields, whatever they do.
+    """
+    (source,), (target,) = whole.sources, whole.targets
     links: list[Link] = []
     cuts = _cuts(whole, source, target)
     start = 0
     for a, (b, stop) in zip([source, *(value for value, _ in cuts)], cuts, strict=False):
         part = whole.nodes[start:stop]
-        form = normal_form(graph, part, [a], [b], names=names, contexts=contexts, calls=calls, owned=owned)
+        form = normal_form(whole.graph, part, [a], [b], names=names, contexts=whole.contexts, calls=calls, owned=owned)
         links.append(_link(form))
         start = stop
     return tuple(links)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Collection
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from stabkit.tracing import Flow
 from stabkit.tracing.graph.loops import loops_of_calls
 from stabkit.tracing.graph.values import meta_of, operation
 
+_KEPT = 16  # pieces of one stretch, which its readers ask for again and again
 #: How a factor may come from a learned number p: as code spells it, and as a function.
 _FORMS: dict[str, Callable[[Tensor], Tensor]] = {
     "{}": lambda p: p,
@@ -58,6 +60,7 @@ class Surroundings:
         counts = Counter(c.path for c in calls)
         self.calls = tuple((c.start, c.stop, c.path) for c in calls if counts[c.path] > 1)
         self.loops = loops_of_calls(self.graph)
+        self._pieces: dict[object, Piece] = {}
 
     def nodes(self, start: int, stop: int) -> list[Node]:
         """The operations between two states; saved tensors that were forgotten are computed again first."""
@@ -79,9 +82,8 @@ class Surroundings:
 
     def chain(self, start: int, stop: int, found: Slots, owned: Collection[Node] = ()) -> tuple[Link, ...]:
         """The links of a method of one state."""
-        nodes = self.nodes(start - found.earlier, stop)
-        return chain(self.graph, nodes, found.sources[0], found.targets[0], names=self.names,
-                     contexts=found.contexts, calls=self.calls, owned=owned)  # fmt: skip
+        whole = self.whole(start, stop, replace(found, sources=found.sources[:1], targets=found.targets[:1]))
+        return chain(whole, names=self.names, calls=self.calls, owned=owned)
 
     def normal_form(self, start: int, stop: int, found: Slots, owned: Collection[Node] = ()) -> NormalForm:
         """The normal form of a method of several states."""
@@ -92,7 +94,14 @@ class Surroundings:
     def whole(self, start: int, stop: int, found: Slots, owned: Collection[Node] = ()) -> Piece:
         """All operations of a method as one piece, some of which belong to its fields."""
         nodes = self.nodes(start - found.earlier, stop)
-        return Piece(self.graph, nodes, found.sources, found.targets, contexts=found.contexts, owned=owned)
+        key = (nodes[0] if nodes else None, len(nodes), found.sources, found.targets, found.contexts, frozenset(owned))
+        if key not in self._pieces:
+            if len(self._pieces) >= _KEPT:
+                self._pieces.clear()
+            self._pieces[key] = Piece(
+                self.graph, nodes, found.sources, found.targets, contexts=found.contexts, owned=owned
+            )
+        return self._pieces[key]
 
     def learned_factors(self, piece: Piece) -> tuple[str, ...]:
         """Which parameters the constant factors on linear paths come from, as far as simple functions explain them."""

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -108,17 +109,43 @@ def normal_form(
         owned: operations that belong to fields, whatever they do.
     """
 
-    def build(more: set[Node]) -> NormalForm:
-        return _build(Piece(graph, nodes, sources, targets, contexts=contexts, owned=more.union(owned)), names)
+    def laid_out(more: set[Node]) -> _Layout:
+        return _laid_out(Piece(graph, nodes, sources, targets, contexts=contexts, owned=more.union(owned)), names)
 
-    form = build(set())
-    for fields in (fields_called(form.piece, calls), _assembled(form.piece)):
-        whole = build(fields) if fields else form
-        if whole is not form and _is_simpler(whole, form):
-            form = whole
+    layout = laid_out(set())
+    for fields in (fields_called(layout.piece, calls), _assembled(layout.piece)):
+        whole = laid_out(fields) if fields else layout
+        if whole is not layout and _is_simpler(whole.measured, layout.measured):
+            layout = whole
             break
-    own = _owned_scalings(form, calls)
-    return build(own | form.piece.owned) if own else form
+    own = _owned_scalings(layout, calls)
+    return laid_out(own | layout.piece.owned).measured if own else layout.measured
+
+
+@dataclass(frozen=True, eq=False)
+class _Layout:
+    """A normal form before its coefficients are measured: most layouts are only looked at, and then made anew.
+
+    Attributes:
+        piece: the stretch of the graph.
+        names: parameters and buffers of the model by address.
+        regions: of the stages.
+        merges: how many additions join a state with something else.
+    """
+
+    piece: Piece
+    names: Mapping[int, str]
+    regions: Regions
+    merges: int
+
+    @cached_property
+    def measured(self) -> NormalForm:
+        """With the coefficients, which take products."""
+        piece, rank = self.piece, {node: i for i, node in enumerate(self.piece.nodes)}
+        ordered = sorted(self.regions, key=lambda v: (rank[v.node], v.output))
+        stages = _told_apart(piece, [_stage(piece, atom, *self.regions[atom], self.names) for atom in ordered])
+        forms = tuple(LinearCombination(piece, target).coefficients() for target in piece.targets)
+        return NormalForm(piece, stages, forms, self.merges)
 
 
 def fields_called(piece: Piece, calls: Sequence[Call]) -> set[Node]:
@@ -154,10 +181,9 @@ def _is_simpler(whole: NormalForm, form: NormalForm) -> bool:
     return fields[0] < fields[1] or bool(before & {"moved", "mixed", "part"})
 
 
-def _owned_scalings(form: NormalForm, calls: Sequence[Call]) -> set[Node]:
+def _owned_scalings(layout: _Layout, calls: Sequence[Call]) -> set[Node]:
     """Gains of norms, and scalings of stages in the call of a repeated module that adds nothing to a state."""
-    stages = {stage.output: stage for stage in form.stages}
-    piece = form.piece
+    piece, stages = layout.piece, layout.regions
     merged = [value.node._sequence_nr() for value in piece.merges]
     only = _only_atoms(piece)
     owned: set[Node] = set()
@@ -167,7 +193,7 @@ def _owned_scalings(form: NormalForm, calls: Sequence[Call]) -> set[Node]:
         atom = only[edges[0].node] if edges[0].node in only and edges[0] not in piece.ends else edges[0]
         if atom is None or atom not in stages:
             continue
-        first, last = stages[atom].nodes[0]._sequence_nr(), node._sequence_nr()
+        first, last = stages[atom][0][0]._sequence_nr(), node._sequence_nr()
         if piece.is_norm(atom) and piece.has_factors(node):
             owned.add(node)  # what is normalised has no size of its own: its gain for each channel gives it one
             continue
@@ -188,7 +214,7 @@ def _only_atoms(piece: Piece) -> dict[Node, Value | None]:
     return found
 
 
-def _build(piece: Piece, names: Mapping[int, str]) -> NormalForm:
+def _laid_out(piece: Piece, names: Mapping[int, str]) -> _Layout:
     atoms: dict[Value, None] = {}  # stages, in the order in which they were met
     entered: dict[Value, None] = {}
     paths: set[Node] = set()
@@ -207,12 +233,7 @@ def _build(piece: Piece, names: Mapping[int, str]) -> NormalForm:
             break
         atoms.update(dict.fromkeys(more))
     regions = _composed(piece, _divide_repeated(piece, regions), names)
-    rank = {node: i for i, node in enumerate(piece.nodes)}
-    ordered = sorted(regions, key=lambda v: (rank[v.node], v.output))
-    stages = _told_apart(piece, [_stage(piece, atom, *regions[atom], names) for atom in ordered])
-    forms = tuple(LinearCombination(piece, target).coefficients() for target in piece.targets)
-    merges = sum(Value(node, 0) in piece.merges for node in paths)
-    return NormalForm(piece, stages, forms, merges)
+    return _Layout(piece, names, regions, sum(Value(node, 0) in piece.merges for node in paths))
 
 
 def _region(
