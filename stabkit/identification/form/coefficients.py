@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.autograd.graph import Node
 
 from stabkit.identification.form.operations import ADDS, PRODUCTS
 from stabkit.identification.form.pieces import Piece
@@ -79,6 +80,8 @@ class LinearCombination:
         is_stage = atom not in self.piece.ends
         if factors is None:
             return None
+        if not any(factors.stride()):
+            factors = factors.reshape(-1)[:1]  # where nothing but moves and sums lies between: one number, expanded
         if is_stage and self._survival is not None:
             drawn = _of_samples(factors, self._survival, self._dtype)
             if drawn is not None:
@@ -183,9 +186,17 @@ class LinearCombination:
         return True
 
     def _only_moves(self) -> bool:
-        """Whether the path does nothing but carry every entry to some place, and the places can be counted."""
-        bijective = all(operation(n) in _RESHAPED | _PERMUTED and len(self.piece.linear[n]) == 1 for n in self.path)
-        return bijective and meta_of(self.value).numel < 1 / torch.finfo(self._dtype).eps
+        """Whether a path of coefficients of one carries every entry to some place, and the places can be counted."""
+        return meta_of(self.value).numel < 1 / torch.finfo(self._dtype).eps and all(map(self._moves, self.path))
+
+    def _moves(self, node: Node) -> bool:
+        """Whether an operation carries entries to other places; sums add up to one only where each comes once."""
+        name, given = operation(node), self.piece.linear[node]
+        if name in _RESHAPED | _PERMUTED:
+            return len(given) == 1
+        known: Any = node
+        sizes = {meta_of(value).numel for value in (Value(node, 0), *given)}
+        return len(sizes) == 1 and (name == "Expand" or (name == "Add" and known._saved_alpha == 1))
 
     def _masks_all(self, atom: Value) -> bool:
         """Whether nothing at all arrives of the entries to which this atom gives nothing: they are set to zero."""
