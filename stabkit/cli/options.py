@@ -134,7 +134,10 @@ class Loading:
             CheckpointError: there is no such source, or it cannot be read.
         """
         from stabkit import checkpoints
+        from stabkit.cli.compiler_on_demand import import_torchvision
 
+        if any(str(name).startswith(("torchvision:", "timm:")) for name in (source, self.model)):
+            import_torchvision()
         return checkpoints.load(source, **self.loading())
 
 

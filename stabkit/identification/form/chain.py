@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
 from torch.autograd.graph import Node
 
-from stabkit.identification.form.normal_form import Call, NormalForm, normal_form
+from stabkit.identification.form.normal_form import NormalForm
 from stabkit.identification.form.operations import ADDS, MOVES, SCALES, WRITES
 from stabkit.identification.form.pieces import Piece
 from stabkit.tracing.graph.composites import Element, element_of
@@ -42,15 +42,12 @@ class Link:
         return tuple(dict.fromkeys(element_of(graph, node) or node for node in self.nodes))
 
 
-def chain(
-    whole: Piece, *, names: Mapping[int, str], calls: Sequence[Call] = (), owned: Collection[Node] = ()
-) -> tuple[Link, ...]:
+def chain(whole: Piece, form_of: Callable[[Piece], NormalForm], owned: Collection[Node] = ()) -> tuple[Link, ...]:
     """The links of a step from one tensor to another.
 
     Args:
         whole: all operations between the two.
-        names: parameters and buffers of the model by address, as for `normal_form`.
-        calls: calls of modules that are called repeatedly.
+        form_of: gives the normal form of a part of them, or of the whole.
         owned: operations that belong to fields, whatever they do.
     """
     (source,), (target,) = whole.sources, whole.targets
@@ -58,9 +55,11 @@ def chain(
     cuts = _cuts(whole, source, target)
     start = 0
     for a, (b, stop) in zip([source, *(value for value, _ in cuts)], cuts, strict=False):
-        part = whole.nodes[start:stop]
-        form = normal_form(whole.graph, part, [a], [b], names=names, contexts=whole.contexts, calls=calls, owned=owned)
-        links.append(_link(form))
+        if len(cuts) == 1 and not owned:
+            part = whole
+        else:
+            part = Piece(whole.graph, whole.nodes[start:stop], [a], [b], contexts=whole.contexts, owned=owned)
+        links.append(_link(form_of(part)))
         start = stop
     return tuple(links)
 

@@ -9,7 +9,7 @@ a state takes part, at a state itself, or at another stage that also enters such
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -21,7 +21,6 @@ from stabkit.identification.fields.shared import key_of, parameters_of
 from stabkit.identification.form.coefficients import Coefficient, LinearCombination
 from stabkit.identification.form.operations import JOINS, MOVES, has_matrix, is_affine, is_opaque
 from stabkit.identification.form.pieces import ADDED, Piece, pull
-from stabkit.tracing.graph.graph import Graph
 from stabkit.tracing.graph.values import Value, meta_of, operation, random_tensors
 
 Terms = dict[Value, Coefficient]
@@ -82,44 +81,26 @@ class NormalForm:
         return self.piece.targets
 
 
-def normal_form(
-    graph: Graph,
-    nodes: Sequence[Node],
-    sources: Sequence[Value],
-    targets: Sequence[Value],
-    *,
-    names: Mapping[int, str],
-    contexts: Sequence[Value] = (),
-    calls: Sequence[Call] = (),
-    owned: Collection[Node] = (),
-) -> NormalForm:
+def normal_form(piece: Piece, *, names: Mapping[int, str], calls: Sequence[Call] = ()) -> NormalForm:
     """The affine normal form of a stretch of a graph.
 
     Args:
-        graph: the recorded graph.
-        nodes: those that may lie between the sources and the targets, in order.
-        sources: the old states.
-        targets: the new states.
+        piece: the stretch; what its fields own besides is found here.
         names: parameters and buffers of the model by address, which tell shared fields.
-        contexts: values that come from before and are held fixed.
         calls: calls of modules that are called repeatedly, as intervals of the clock. What is called at several points
             of one step is a field as a whole, whatever it adds inside. A factor that a field's own
             module applies to its result, such as cos(t), belongs to the field; without this the stages of a
             Runge-Kutta method would carry it.
-        owned: operations that belong to fields, whatever they do.
     """
-
-    def laid_out(more: set[Node]) -> _Layout:
-        return _laid_out(Piece(graph, nodes, sources, targets, contexts=contexts, owned=more.union(owned)), names)
-
-    layout = laid_out(set())
-    for fields in (fields_called(layout.piece, calls), _assembled(layout.piece)):
-        whole = laid_out(fields) if fields else layout
+    layout = _laid_out(piece, names)
+    for fields in (fields_called(piece, calls), _assembled(piece)):
+        owning = piece.owning(fields)
+        whole = layout if owning is piece else _laid_out(owning, names)
         if whole is not layout and _is_simpler(whole.measured, layout.measured):
             layout = whole
             break
-    own = _owned_scalings(layout, calls)
-    return laid_out(own | layout.piece.owned).measured if own else layout.measured
+    owning = layout.piece.owning(_owned_scalings(layout, calls))
+    return layout.measured if owning is layout.piece else _laid_out(owning, names).measured
 
 
 @dataclass(frozen=True, eq=False)

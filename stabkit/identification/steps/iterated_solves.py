@@ -71,7 +71,8 @@ def _solved(piece: Piece, iterate: Value, names: Mapping[int, str]) -> SolvedSte
     if not sums or meta_of(sums[-1]).numel != meta_of(source).numel:
         return None
     # earlier sums are parts of the equation
-    found = _equation(normal_form(piece.graph, last.nodes, [iterate, source], sums[-1:], names=names))
+    equation = Piece(piece.graph, last.nodes, [iterate, source], sums[-1:])
+    found = _equation(normal_form(equation, names=names))
     return None if found is None else SolvedStep(*found, left)
 
 
@@ -175,6 +176,6 @@ def _columns(w: Tensor, matrix: Tensor) -> Tensor:
 
 def _number(piece: Piece, value: Value, names: Mapping[int, str]) -> float:
     """The number that multiplies the one field of a value."""
-    form = normal_form(piece.graph, piece.nodes, [piece.sources[0]], [value], names=names)
+    form = normal_form(Piece(piece.graph, piece.nodes, piece.sources[:1], [value]), names=names)
     numbers = [c.value for atom, c in form.forms[0].items() if atom not in form.piece.ends and c.kind == "scalar"]
     return abs(numbers[0]) if len(numbers) == 1 and numbers[0] else 1.0
