@@ -178,25 +178,6 @@ def test_a_trace_does_not_import_the_compiler():
     assert _printed(code) == "set()"
 
 
-def test_a_command_imports_torchvision_without_the_compiler():
-    code = (
-        "import sys; from stabkit.cli.compiler_on_demand import import_torchvision; import_torchvision(); "
-        "print('torchvision.ops.roi_align' in sys.modules, [name for name in sys.modules if 'dynamo' in name])"
-    )
-    assert _printed(code) == "True []"
-
-
-def test_what_stands_in_for_the_compiler_answers_as_it_does():
-    from torch._dynamo import utils
-
-    from stabkit.cli.compiler_on_demand import _COMPILER, _StandIn
-
-    stands_in = _StandIn(_COMPILER)
-    assert stands_in.is_compile_supported("cpu") == utils.is_compile_supported("cpu")
-    assert stands_in.counters is utils.counters
-    assert not hasattr(stands_in, "__file__")  # inspect asks all modules for it, and must not bring the compiler in
-
-
 def test_an_analysis_imports_little_beside_torch():
     code = (
         "import sys, torch; before = set(sys.modules); import stabkit.analysis, stabkit.checkpoints; "

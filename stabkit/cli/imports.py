@@ -1,19 +1,39 @@
-"""torchvision is imported without the compiler of torch, which takes longer to import than torch itself.
+"""How a command imports what it needs: most of the time until its first answer goes there.
 
-torchvision 0.25 and later asks it, when imported, for one function that it calls when a detector first runs. What
-stands in for the compiler meanwhile brings the true one in as soon as it is called, or is asked for anything else.
+torchvision asks the compiler of torch, which takes longer to import than torch itself, for one function that it calls
+when a detector first runs. What stands in for the compiler meanwhile brings the true one in as soon as it is called, or
+is asked for anything else.
 """
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import importlib
 import sys
+from collections.abc import Iterator
 from importlib.util import find_spec
 from types import ModuleType
 from typing import Any
 
 _COMPILER = "torch._dynamo.utils"
 _ASKED = "is_compile_supported"
+
+
+@contextlib.contextmanager
+def quick_imports() -> Iterator[None]:
+    """Imports make hardly any garbage, and to look for it among all that they make is a seventh of their time.
+
+    What they made stays to the end of the process, and is not looked through later either.
+    """
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        if collects:
+            gc.enable()
 
 
 def import_torchvision() -> None:
