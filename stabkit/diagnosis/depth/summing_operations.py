@@ -41,7 +41,7 @@ class Summing:
     """One line of code that sums.
 
     Attributes:
-        name: of the function.
+        name: the name of the function.
         line: file and line.
         path: the module that it runs in, ``""`` for the outermost.
         fixed: the place of the operand that no parameter makes, among the arguments; -1 for a sum alone.

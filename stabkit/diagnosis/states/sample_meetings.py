@@ -38,7 +38,7 @@ class Meeting:
 
     Attributes:
         index: its place among the functions that the pass runs.
-        name: of the function, without underscores.
+        name: the name of the function, without underscores.
         path: the module that runs it.
         line: the line that calls it; empty where no code of the user does.
         axis: along which samples lie in what it is given.

@@ -29,7 +29,7 @@ class _Continued:
     """One operation that continues the value of a field.
 
     Attributes:
-        name: of the operation.
+        name: the name of the operation.
         nodes: it, and what multiplies the argument before it.
     """
 

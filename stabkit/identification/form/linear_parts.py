@@ -38,7 +38,7 @@ class LinearReading:
     """What the linear operators on the way of a state make of a step.
 
     Attributes:
-        name: of the method.
+        name: the name of the method.
         system: what it integrates.
         h: its step size; None where none can be told.
         convention: how h was fixed.

@@ -173,7 +173,7 @@ class Use:
 
     Attributes:
         number: that of the node which is made.
-        part: of the pass.
+        part: which part of the pass.
         attached: what is on the graph.
     """
 
