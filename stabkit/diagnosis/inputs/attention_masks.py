@@ -145,7 +145,7 @@ class _Reading(TorchFunctionMode):
         masks = masks_given(func, args, kwargs)
         keys = self._by_weight(out) if name == _SOFTMAX else self._by_mask(name, masks)
         added = next((m for m in masks if _adds(m)), None)
-        self._seen.append(Seen(name, self._running.running(), calling_line(), keys, added))
+        self._seen.append(Seen(name, self._running.recording.running, calling_line(), keys, added))
         return out
 
     def _by_weight(self, out: Tensor) -> Tensor | None:

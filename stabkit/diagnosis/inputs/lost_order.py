@@ -45,14 +45,7 @@ _REFERENCE = "Vaswani et al., Attention is all you need, 2017, section 3.5; Zahe
 
 
 def lost_order_findings(flow: Flow, loss: Any, call: ForwardPass, done: TrainingPass) -> list[Finding]:
-    """A finding where the order of tokens does not reach the output.
-
-    Args:
-        flow: the traced pass.
-        loss: a callable on the output that returns a scalar.
-        call: the pass as training makes it.
-        done: its loss, on the graph.
-    """
+    """A finding where the order of tokens does not reach the output."""
     attention, outputs = _attention(call, done), _outputs(done.output)
     for axis in (1, 0):
         tokens = _tokens(call, axis)

@@ -64,13 +64,7 @@ class Reach:
 
 
 def next_token_findings(flow: Flow, call: ForwardPass, done: TrainingPass) -> list[Finding]:
-    """A finding where a loss on the tokens of its input can be lowered without learning anything.
-
-    Args:
-        flow: the traced pass.
-        call: the pass as training makes it.
-        done: its loss, on the graph.
-    """
+    """A finding where a loss on the tokens of its input can be lowered without learning anything."""
     probes = [(each, reach) for each in _targets(call, done) if (reach := _reach(call, each)) is not None]
     leaks = [(each, reach.before) for each, reach in probes if each.shift == 1 and reach.before is not None]
     if leaks:  # where another input holds the targets, and none is seen early, this one is what an encoder reads

@@ -35,14 +35,7 @@ _KINGMA = "Kingma and Ba, Adam: a method for stochastic optimization, 2015"
 
 
 def unit_findings(flow: Flow, loss: Any, call: ForwardPass, done: TrainingPass) -> list[Finding]:
-    """What the units of a loss keep from training, tried with the usual optimizers.
-
-    Args:
-        flow: the traced pass.
-        loss: a callable on the output that returns a scalar.
-        call: the pass as training makes it.
-        done: its loss, on the graph, and the gradients.
-    """
+    """What the units of a loss keep from training, tried with the usual optimizers."""
     found = list(regressions(done))
     return _far_targets(flow, loss, call, done, found) or _below_eps(flow, loss, call, done, found)
 

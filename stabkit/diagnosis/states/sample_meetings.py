@@ -153,7 +153,7 @@ class Comparing(TorchFunctionMode):
             if self._count not in made.shape:
                 return "apart"  # folded into other axes on purpose
             kind = "scramble"
-        path = self._running.running()
+        path = self._running.recording.running
         self.met.append(Meeting(self._index, name, path, calling_line(), axis, tuple(shape), tuple(made.shape), kind))
         return "statistic" if kind == "statistic" else "mixed"
 

@@ -21,7 +21,7 @@ from stabkit.identification.form.gates import is_quotient_of_inner_products
 from stabkit.identification.form.operations import MOVES, has_matrix
 from stabkit.identification.form.pieces import Piece
 from stabkit.tracing import Flow
-from stabkit.tracing.graph.values import Value, operation
+from stabkit.tracing.graph.values import Value, operation, outputs_of
 from stabkit.tracing.recording.untouched_model import unchanged
 from stabkit.tracing.recording.wrappers import modules_behind
 
@@ -93,7 +93,7 @@ def inner_iterations(piece: Piece, names: Mapping[int, str]) -> int:
     between: set[Node] = set()
     for node in piece.nodes:
         inputs = piece.inputs(node)
-        outputs = [Value(node, i) for i in range(len(node._input_metadata))]
+        outputs = outputs_of(node)
         if any(v in made for v in inputs):
             made.update(outputs)
         if _is_operator(node) and any(v in behind for v in inputs):
