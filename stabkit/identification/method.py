@@ -17,7 +17,9 @@ from stabkit.parallel import SERIAL, Parallel
 from stabkit.tracing import FlowLike, Iteration
 from stabkit.tracing.flow_checks import traced
 
-_NOTHING_READ = frozenset({"unknown", "not a step", "part of a step", "plain", "transition", "unnamed"})
+_NOTHING_READ = frozenset(
+    {"unknown", "not a step", "part of a step", "plain", "transition", "transformed skip", "unnamed"}
+)
 _COARSE = ("unnamed", "gated skip", "damped Euler, parallel")  # readings that single steps may better
 
 
