@@ -255,19 +255,29 @@ def _placed(graph: Graph, frontiers: Frontiers, anchors: Sequence[Anchor], run: 
         return None  # what earlier rounds made is kept: these are the stages of one step, not steps
     states = [tuple(left), tuple(made)]
     for k in range(count - 2, -1, -1):
-        states.append(_before(graph, start + k * period, period, states[-1]))
+        states.append(_before(graph, start + k * period, run, states[-1]))
         if not set(carried(start + k * period)) <= set(states[-1]):
             return None
     return Loop(start, period, tuple(states[::-1]))
 
 
-def _before(graph: Graph, start: int, period: int, after: Sequence[Value]) -> tuple[Value, ...]:
-    """The values in whose places the round after this one takes up what this one hands to it."""
+def _before(graph: Graph, start: int, run: _Run, after: Sequence[Value]) -> tuple[Value, ...]:
+    """The values in whose places the round after this one, or a later one, takes up what this one hands to it.
+
+    What waits at the end for a reader behind the loop is in the place of what its like made one round before.
+    """
     found: dict[Value, Value] = {}
-    for node, like in zip(graph.nodes[start : start + period], graph.nodes[start + period :], strict=False):
+    nodes = graph.nodes[start : run.last]
+    for node, like in zip(nodes, nodes[run.period :], strict=False):
+        if len(found) == len(after):
+            break
         for old, new in zip(graph.inputs[node], graph.inputs[like], strict=True):
             if new in after and old != new:
                 found.setdefault(new, old)
+    for value in after:
+        made = graph.rank.get(value.node, -1) - run.period
+        if value not in found and made >= run.first:
+            found[value] = Value(graph.nodes[made], value.output)
     return tuple(found[value] for value in after if value in found)
 
 
