@@ -138,6 +138,30 @@ def delayed(net: nn.Module, x: Tensor) -> Tensor:
     return x
 
 
+class Delayed(nn.Module):
+    """Blocks that read the state of some blocks before."""
+
+    def __init__(self, delay: int, depth: int = 12) -> None:
+        super().__init__()
+        self.blocks, self.delay = nn.ModuleList(s.Net() for _ in range(depth)), delay
+
+    def forward(self, x: Tensor) -> Tensor:
+        states = [x]
+        for i, block in enumerate(self.blocks):
+            states.append(states[-1] + block(states[max(0, i - self.delay)], 0.0))
+        return states[-1]
+
+
+@pytest.mark.parametrize("delay", [1, 2, 3])
+def test_states_that_wait_in_a_queue_are_states_of_the_method(delay: int):
+    torch.manual_seed(0)
+    flow = stabkit.trace(Delayed(delay), torch.randn(3, s.WIDTH))
+    found = stabkit.identify(flow, checks=False)
+    shown = [r for r in found if r.name == f"delayed Euler (k = {delay})"]
+    assert len(shown) >= 12 - 3 * delay
+    assert {(r.evidence, r.step_size) for r in shown} == {("proven", 1.0)}
+
+
 READ = [
     (etd(2), f"exponential Adams-Bashforth, two steps (ETD2, a = {math.exp(-0.5 * s.H):.3g})", None),
     (etd(3), f"exponential Adams-Bashforth, three steps (ETD3, a = {math.exp(-0.5 * s.H):.3g})", None),

@@ -146,24 +146,40 @@ def _is_exponential_midpoint(found: Blocks, a: float) -> bool:
 
 
 def _fixed_point_iteration(method: GeneralLinearMethod) -> str | None:
-    """``"backward_euler (by 5 fixed-point iterations)"`` for x' = x + h f(x + h f(...)), and the theta method alike.
+    """``"backward_euler (by 5 fixed-point iterations)"`` for x' = x + h f(x + h f(...)), and others alike.
 
-    Each stage is the result that would be given out if the iteration ended there, so its row repeats the weights b.
+    Each stage is what the iteration would go on with if it ended there, so its row repeats the weights: those of the
+    theta method, (1 - theta) f(x) + theta f(x'), or theta times the one of x' = x + h f((1 - theta) x + theta x').
     """
     s, b = method.stages, method.B[0]
     if s < 3 or not np.allclose(method.U, 1.0) or method.V[0, 0] != 1.0:
         return None
-    theta = float(b[-1])
-    rows = np.zeros((s, s))
-    for i in range(1, s):
-        rows[i, 0] += 1 - theta
-        rows[i, i - 1] += theta
-    expected = np.concatenate([[1 - theta], np.zeros(s - 2), [theta]])
-    if not np.allclose(method.A, rows, atol=CLOSE) or not np.allclose(b, expected, atol=CLOSE):
+    last = np.eye(s)[-1]
+    theta, one_point = float(b[-1]), bool(np.allclose(b, last, atol=CLOSE))
+    if one_point:
+        theta = float(method.A[-1, -2])
+        rows = theta * np.eye(s, k=-1)
+    else:
+        rows = np.vstack([np.zeros(s), (1 - theta) * np.eye(s)[[0] * (s - 1)] + theta * np.eye(s)[:-1]])
+        if not np.allclose(b, (1 - theta) * np.eye(s)[0] + theta * last, atol=CLOSE):
+            return None
+    if not 0 < theta <= 1 + CLOSE or not np.allclose(method.A, rows, atol=CLOSE):
         return None
-    known = {1.0: "backward_euler", 0.5: "trapezoid"}
-    name = next((n for value, n in known.items() if abs(theta - value) <= CLOSE), f"theta method, theta = {theta:.3g}")
-    return f"{name} (by {s - 1} fixed-point iterations)"
+    return f"{theta_method(theta, one_point=one_point)} (by {s - 1} fixed-point iterations)"
+
+
+def theta_method(theta: float, *, one_point: bool) -> str:
+    """What x' = x + h ((1 - theta) f(x) + theta f(x')) is called; with one point x' = x + h f((1 - theta) x + theta x').
+
+    Example:
+        >>> theta_method(0.5, one_point=True), theta_method(0.7, one_point=False)
+        ('implicit_midpoint', 'theta method, theta = 0.7')
+    """
+    if abs(theta - 1) <= CLOSE:
+        return "backward_euler"
+    if abs(theta - 0.5) <= CLOSE:
+        return "implicit_midpoint" if one_point else "trapezoid"
+    return f"{'one-leg ' * one_point}theta method, theta = {theta:.3g}"
 
 
 def order_of(method: GeneralLinearMethod) -> int:

@@ -108,11 +108,16 @@ def loops_of_calls(graph: Graph) -> tuple[Loop, ...]:
 
 
 def _is_explained(period: int, places: Sequence[int], found: Sequence[tuple[int, Loop]]) -> bool:
-    """Whether a period is that of several rounds of a loop that was found, or of too little beside one."""
+    """Whether a period is that of several rounds of a loop that was found, or of too little beside one.
+
+    Of a loop inside of another every round is a loop of its own, and what recurs in the next one is not explained by it.
+    """
     several = [loop for _, loop in found if period % loop.period == 0]
     low, high = min(places) - period, max(places) + 2 * period  # every round recurs with an evaluation
     beside = any(loop.start < high and low < loop.stop and length >= high - low for length, loop in found)
-    return beside or all(any(loop.start <= place < loop.stop for loop in several) for place in places)
+    return beside or all(
+        any(loop.start <= place and place + period < loop.stop + loop.period for loop in several) for place in places
+    )
 
 
 def _candidates(anchors: Sequence[Anchor]) -> dict[int, list[int]]:
