@@ -117,7 +117,9 @@ def _polynomials(found: Blocks) -> tuple[Matrix, Matrix] | None:
     What both have of the factor zeta is left out: it belongs to values that are kept and not used again.
     """
     method = found.method(1.0)
-    minus, rho, plus = (np.poly(M).real for M in method.stability_matrix(np.array([-1.0, 0.0, 1.0])))
+    minus, rho, plus = (
+        np.array(np.poly(M).real, dtype=float) for M in method.stability_matrix(np.array([-1.0, 0.0, 1.0]))
+    )
     sigma = (minus - plus) / 2
     if np.abs(minus + plus - 2 * rho).max() > CLOSE:
         return None

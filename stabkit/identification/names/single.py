@@ -169,7 +169,9 @@ def _fixed_point_iteration(method: GeneralLinearMethod) -> str | None:
 
 
 def theta_method(theta: float, *, one_point: bool) -> str:
-    """What x' = x + h ((1 - theta) f(x) + theta f(x')) is called; with one point x' = x + h f((1 - theta) x + theta x').
+    """What x' = x + h ((1 - theta) f(x) + theta f(x')) is called.
+
+    With one point it is x' = x + h f((1 - theta) x + theta x').
 
     Example:
         >>> theta_method(0.5, one_point=True), theta_method(0.7, one_point=False)

@@ -110,7 +110,7 @@ def loops_of_calls(graph: Graph) -> tuple[Loop, ...]:
 def _is_explained(period: int, places: Sequence[int], found: Sequence[tuple[int, Loop]]) -> bool:
     """Whether a period is that of several rounds of a loop that was found, or of too little beside one.
 
-    Of a loop inside of another every round is a loop of its own, and what recurs in the next one is not explained by it.
+    Every round of a loop inside of another is a loop of its own: what recurs in the next one is not explained by it.
     """
     several = [loop for _, loop in found if period % loop.period == 0]
     low, high = min(places) - period, max(places) + 2 * period  # every round recurs with an evaluation
