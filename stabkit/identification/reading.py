@@ -23,7 +23,6 @@ from stabkit.identification.form.unseen import unseen
 from stabkit.identification.names.single import NO_STEP, Name, name_one_state
 from stabkit.identification.record import Identification, nothing, record_of
 from stabkit.identification.steps.around_addition import (
-    GATED,
     masked,
     normalises,
     norms_after,
@@ -36,7 +35,8 @@ from stabkit.identification.steps.around_addition import (
 from stabkit.identification.steps.change_of_space import change_of_space
 from stabkit.identification.steps.coupled import coupled
 from stabkit.identification.steps.couplings import is_affine_coupling
-from stabkit.identification.steps.diffusion import averages
+from stabkit.identification.steps.diffusion import as_diffusion
+from stabkit.identification.steps.exponential_steps import by_coordinates
 from stabkit.identification.steps.growing_history import growing_history
 from stabkit.identification.steps.implicit import (
     LinearSolve,
@@ -341,6 +341,7 @@ def _read_sums(around: Surroundings, found: Slots, links: Sequence[Link], steps:
         table = table.then(other)
     if total is not None and total.kind == "scalar":
         table.V[0, 0] = total.value
+    own_rates: tuple[str, ...] = ()
     relaxed = with_linear_part(table)
     if relaxed is not None and name_one_state(relaxed[0]).name.startswith("unnamed"):
         relaxed = None  # a field with a linear part is believed where it makes a method, not where it fits alone
@@ -349,7 +350,10 @@ def _read_sums(around: Surroundings, found: Slots, links: Sequence[Link], steps:
     composed = with_composite_fields(table) if last is None and table.shared and len(sums) == 1 else None
     if composed is not None and name_one_state(composed).is_known:
         table = composed
-    named = _as_diffusion(name_one_state(table if last is None else last), sums, table)
+    named = as_diffusion(name_one_state(table if last is None else last), sums, table)
+    by_rates = by_coordinates(sums[0], found.contexts, named) if len(parts) == 1 and last is None else None
+    if by_rates is not None:
+        table, named, own_rates = by_rates
     skips = [form.forms[0][form.sources[0]] for form in sums if form.sources[0] in form.forms[0]]
     kinds = {c.kind for c in skips} if total is None else {total.kind}
     residual = total.residual if total is not None else max((c.residual for c in skips), default=0.0)
@@ -357,7 +361,7 @@ def _read_sums(around: Surroundings, found: Slots, links: Sequence[Link], steps:
     record = replace(
         record,
         evidence="proven" if kinds <= {"scalar"} and named.is_known and not any(map(_depends, sums)) else "measured",
-        notes=(*masked(kinds), *_linear_part(relaxed), *_notes(around, sums, table), *record.notes),
+        notes=(*own_rates, *masked(kinds), *_linear_part(relaxed), *_notes(around, sums, table), *record.notes),
         checks=_checks(sums, table) if around.checks else (),
     )
     if not any(link.kind == "weightless" for link in links[:first]):
@@ -375,15 +379,6 @@ def _read_sums(around: Surroundings, found: Slots, links: Sequence[Link], steps:
         record = replace(record, name="affine coupling", skip=None, method=None, step_size=None, recorded=(),
                          system="x_2' = a(x_1) x_2 + b(x_1), x_1' = 0", notes=(why, *record.notes))  # fmt: skip
     return with_randomness(record, sums)
-
-
-def _as_diffusion(name: Name, sums: Sequence[NormalForm], table: Blocks) -> Name:
-    """A step towards an average of the state over its neighbours."""
-    relaxes = len(table.rows) == 1 and abs(float(table.V[0, 0]) + name.h - 1.0) <= GATED
-    if not relaxes or not averages(sums[0].piece, table.rows[0]):
-        return name
-    system = f"x' = A x - x, diffusion (rows of A sum to one), Euler with h = {name.h:.3g}"
-    return replace(name, system=system)
 
 
 def _last_sum(parts: Sequence[Link], tables: Sequence[Blocks]) -> Blocks:

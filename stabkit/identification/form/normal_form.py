@@ -26,6 +26,7 @@ from stabkit.tracing.graph.values import Value, meta_of, operation, random_tenso
 Terms = dict[Value, Coefficient]
 Regions = dict[Value, tuple[tuple[Node, ...], tuple[Value, ...]]]  # of stages: their nodes, and where they begin
 _ROUNDINGS = 4096.0  # products with a whole field, in another order
+_SPREAD = 1e-3  # relative; roundings of half precision, whose entries are alike, are smaller
 Call = tuple[int, int, str]  # of a module: an interval of the clock, and its path
 
 
@@ -145,13 +146,28 @@ def _assembled(piece: Piece) -> set[Node]:
 
 
 def _is_simpler(whole: NormalForm, form: NormalForm) -> bool:
-    """Whether a form with composed fields passes each state on as a number, and has no more fields than the other."""
+    """Whether a form with composed fields passes each state on as a number, and says more than the other.
+
+    It has fewer fields, or passes states or values of fields on by numbers which the other moves or turns the sign of.
+    """
     kinds = {c.kind for terms in whole.forms for a, c in terms.items() if a in whole.sources}
     before = {c.kind for terms in form.forms for a, c in terms.items() if a in form.sources}
     if not whole.stages or not kinds or kinds & {"moved", "mixed", "part"}:
         return False
     fields = [len({stage.key for stage in f.stages}) for f in (whole, form)]
-    return fields[0] < fields[1] or bool(before & {"moved", "mixed", "part"})
+    passed = [_of_fields(f) <= {"scalar", "dropout"} for f in (whole, form)]
+    return fields[0] < fields[1] or bool(before & {"moved", "mixed", "part"}) or passed == [True, False]
+
+
+def _of_fields(form: NormalForm) -> set[str]:
+    """The kinds of coefficients with which values of fields enter new states and stages.
+
+    Entries that are added to each other make a map that belongs to the field; its number then stands for none.
+    """
+    rows = (*form.forms, *(terms for stage in form.stages for terms in stage.inputs))
+    found = [c for terms in rows for atom, c in terms.items() if atom not in form.sources]
+    maps = [c.kind == "scalar" and c.high - c.low > _SPREAD * max(abs(c.high), abs(c.low)) for c in found]
+    return {"map" if is_map else c.kind for c, is_map in zip(found, maps, strict=True)}
 
 
 def _owned_scalings(form: NormalForm, calls: Sequence[Call]) -> set[Node]:

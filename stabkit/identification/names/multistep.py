@@ -60,6 +60,34 @@ def memory_of(found: Blocks, x: int) -> Memory | None:
     return Memory(x, tuple(order), stage, float(found.B[fresh[0], stage]))
 
 
+def without_kept_values(found: Blocks) -> Blocks | None:
+    """A tableau of one field that evaluates again what was kept of the step before; None where nothing such is kept.
+
+    A state k = f(Y) whose argument is a combination of the new states is the first stage of the next step already
+    (velocity Verlet, which keeps the force at the new position): there it is f at that combination of the old states.
+    """
+    if found.n_fields != 1 or len(found.V) < 2:
+        return None
+    for i in range(len(found.V)):
+        stages = np.flatnonzero(found.B[i])
+        if found.V[i].any() or len(stages) != 1:
+            continue
+        stage, scale = int(stages[0]), float(found.B[i, stages[0]])
+        others = [j for j in range(len(found.V)) if j != i]
+        made = np.hstack([found.V, found.B])[others]
+        argument = np.concatenate([found.U[stage], found.A[stage]])
+        taken = np.linalg.lstsq(made.T, argument, rcond=None)[0]
+        if np.abs(taken @ made - argument).max() > CLOSE * np.abs(argument).max():
+            continue
+        first = np.zeros((1, len(found.A) + 1))
+        A = np.vstack([first, np.hstack([scale * found.U[:, [i]], found.A])])
+        U = np.vstack([taken, found.U[:, others]])
+        B = np.hstack([scale * found.V[np.ix_(others, [i])], found.B[others]])
+        rows, recorded = (found.rows[:1] + found.rows, (None, *found.recorded))
+        return Blocks(A, U, B, found.V[np.ix_(others, others)], (0,) * (len(found.A) + 1), rows, recorded)
+    return None
+
+
 def name_multistep(found: Blocks) -> Name | None:
     """The name of a tableau of one field that remembers; None for others."""
     if found.n_fields != 1:

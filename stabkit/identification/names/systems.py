@@ -9,8 +9,8 @@ import numpy as np
 
 from stabkit.identification.form.tableau import Blocks, Matrix
 from stabkit.identification.names.compositions import one_step
-from stabkit.identification.names.multistep import leapfrog, name_multistep
-from stabkit.identification.names.single import CLOSE, Name, without_parallel
+from stabkit.identification.names.multistep import leapfrog, name_multistep, without_kept_values
+from stabkit.identification.names.single import CLOSE, Name, name_one_state, without_parallel
 from stabkit.identification.steps.predictor_correctors import predictor_corrector
 
 HAMILTONIAN = "symplectic Euler (Hamiltonian)"  # a reversible step whose fields are gradients
@@ -44,6 +44,11 @@ def name_several_states(found: Blocks, *, symmetric: bool | None, gated: bool) -
     if r == 2:
         name = _verlet(found) or _damped_verlet(found) or _verlet_of_two_fields(found) or _two_fields(found, symmetric)
         if name is not None:
+            return name
+    again = None if gated else without_kept_values(found)
+    if again is not None:
+        name = name_one_state(again) if r == 2 else name_several_states(again, symmetric=symmetric, gated=gated)
+        if name.is_known:
             return name
     if r > 2 and len(found.rows) == 1:
         return Name(f"general linear method of {r} states", "x' = f(x), a history of states", 1.0, one)
