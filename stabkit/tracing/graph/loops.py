@@ -237,7 +237,7 @@ def _placed(graph: Graph, frontiers: Frontiers, anchors: Sequence[Anchor], run: 
 
     def alive(offset: int) -> tuple[int, int]:
         values = carried(middle + offset if middle + offset < last else middle + offset - period)
-        return len(values), sum(meta_of(value).numel for value in values)
+        return len(values), sum(meta_of(value).numbers for value in values)
 
     within = {p for start, stop, _ in anchors if first <= start < last for p in range(start + 1, min(stop, last))}
     offsets = [o for o in range(min(period, last - first - 2 * period + 1)) if first + o + period not in within]
