@@ -18,6 +18,7 @@ from torch.autograd.graph import Node
 
 from stabkit.identification.fields.shared import key_of, parameters_of
 from stabkit.identification.form.coefficients import Coefficient, LinearCombination
+from stabkit.identification.form.left_out import without_left_out
 from stabkit.identification.form.operations import JOINS, MOVES, has_matrix, is_affine, is_opaque
 from stabkit.identification.form.pieces import ADDED, Piece, pull
 from stabkit.tracing.graph.graph import Graph
@@ -248,7 +249,7 @@ def _region(
                 entries[value] = None
             else:
                 stack.append(value.node)
-    return tuple(n for n in piece.nodes if n in nodes), tuple(entries)
+    return tuple(n for n in piece.nodes if n in nodes), without_left_out(piece, atom, nodes, tuple(entries))
 
 
 def _combined(piece: Piece, stops: set[Value]) -> set[Node]:

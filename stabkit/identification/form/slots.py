@@ -257,8 +257,17 @@ def parts_of(graph: Graph, nodes: Sequence[Node], value: Value) -> tuple[Value, 
 
 
 def joined(graph: Graph, nodes: Sequence[Node], value: Value) -> tuple[Value, ...] | None:
-    """The values that a value is a concatenation of; None when it is none of values that depend on the source."""
-    if operation(value.node) not in JOINS or value.node not in set(nodes):
+    """The values that a value is a concatenation of; None when it is none of values that depend on the source.
+
+    A constant that was added since, such as a bias of all parts, is no part.
+    """
+    inside = set(nodes)
+    while operation(value.node) in ADDS and value.node in inside and len(graph.inputs[value.node]) == 1:
+        inner = graph.inputs[value.node][0]
+        if meta_of(inner).shape != meta_of(value).shape:
+            return None
+        value = inner
+    if operation(value.node) not in JOINS or value.node not in inside:
         return None
     parts = tuple(graph.inputs[value.node])
     complete = sum(meta_of(v).numel for v in parts) == meta_of(value).numel

@@ -50,6 +50,9 @@ def name_several_states(found: Blocks, *, symmetric: bool | None, gated: bool) -
         name = name_one_state(again) if r == 2 else name_several_states(again, symmetric=symmetric, gated=gated)
         if name.is_known:
             return name
+    couplings = _couplings(found) if r == 2 else None
+    if couplings is not None:
+        return couplings
     if r > 2 and len(found.rows) == 1:
         return Name(f"general linear method of {r} states", "x' = f(x), a history of states", 1.0, one)
     return Name("unnamed", f"a system of {r} states", 1.0, one)
@@ -65,6 +68,20 @@ def _additive_coupling(found: Blocks) -> Name | None:
     h = float(np.abs(found.B).max())
     declared = "h: the number that multiplies the branch" if h != 1 else "h = 1: only h f can be seen"
     return Name("additive coupling (half of a reversible step)", "p' = F(q), q' = 0", h, declared)
+
+
+def _couplings(found: Blocks) -> Name | None:
+    """Several fields, each of which moves one stream and reads the other as it is then: shears in turn."""
+    if not np.allclose(found.V, np.eye(2)) or not np.all((found.B != 0).sum(axis=0) == 1) or len(found.rows) < 3:
+        return None
+    writes = [int(np.argmax(np.abs(column))) for column in found.B.T]
+    A = np.array([[found.B[1 - w, j] * (j < i) for j in range(len(writes))] for i, w in enumerate(writes)])
+    fits = np.allclose(found.U, np.eye(2)[[1 - w for w in writes]], atol=CLOSE) and np.allclose(found.A, A, atol=CLOSE)
+    if not fits or set(writes) != {0, 1}:
+        return None
+    h = float(np.abs(found.B).max())
+    declared = "h: the number that multiplies the branches" if h != 1 else "h = 1: only h f can be seen"
+    return Name(f"reversible ({len(writes)} couplings in turn)", "p' = F_i(q), q' = G_i(p)", h, declared)
 
 
 def _has_velocity(found: Blocks) -> bool:
