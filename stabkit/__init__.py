@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from stabkit.jacobians import non_normality as non_normality
     from stabkit.jacobians import singular_values as singular_values
     from stabkit.monitor import Monitor as Monitor
-    from stabkit.report.schema import Report as Report
+    from stabkit.report.report import Report as Report
     from stabkit.tracing import Flow as Flow
     from stabkit.tracing import iterate as iterate
     from stabkit.tracing import recurrent_flow as recurrent_flow
@@ -37,7 +37,7 @@ _PUBLIC = {
     "Flow": "stabkit.tracing",
     "Jacobian": "stabkit.jacobians",
     "Monitor": "stabkit.monitor",
-    "Report": "stabkit.report.schema",
+    "Report": "stabkit.report.report",
     "StabkitError": "stabkit.errors",
     "analyze": "stabkit.analysis",
     "compare": "stabkit.comparison",

@@ -31,7 +31,7 @@ from stabkit.identification import Identification, by_step, identify
 from stabkit.jacobians.shared import SharedSpectra
 from stabkit.parallel import SERIAL, Parallel
 from stabkit.planning import SPECTRA, Plan, plan
-from stabkit.report.schema import Exponents, Report, StepReport
+from stabkit.report import Exponents, Report, StepReport
 from stabkit.threads import torch_threads
 from stabkit.tracing import Flow, trace
 from stabkit.tracing.cutting.boundaries import Depth

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from stabkit.tracing import Step
-from stabkit.tracing.graph.composites import Element, element_of
+from stabkit.tracing.graph.graph import Element, element_of
 from stabkit.tracing.graph.values import Value, meta_of
 from stabkit.tracing.products.segments import Segment
 from stabkit.tracing.products.step_products import Products

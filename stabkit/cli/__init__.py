@@ -6,7 +6,9 @@ not run, or nothing finite could be measured; 130, interrupted; 141, the reader 
 
 from __future__ import annotations
 
+import logging
 import os
+import sys
 from typing import Annotated
 
 import typer
@@ -29,7 +31,27 @@ def main() -> None:
     # Beside a busy neighbour, OpenMP threads that spin while they wait make two threads slower than one. torch reads
     # this when it is imported; a command line may set it, a library may not.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    app()
+    try:
+        app()
+    except SystemExit as ended:
+        if os.environ.get("WORLD_SIZE", "1") != "1":
+            _end_rank(ended)
+        raise
+
+
+def _end_rank(ended: SystemExit) -> None:
+    """End one of several processes that ``torchrun`` started, without taking its interpreter down.
+
+    Threads of gloo outlive the group they worked for. One that lets go of a tensor while the interpreter is taken down
+    aborts the process ("terminate called without an active exception"), and torchrun would call a run failed whose
+    report is written.
+    """
+    if isinstance(ended.code, str):
+        return
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(ended.code or 0)
 
 
 def _version(wanted: bool) -> None:

@@ -59,13 +59,13 @@ def run(sources: list[str], recipe: Recipe, output: Output, *, over_time: bool, 
 def _print(found: Comparison, console: Console) -> None:
     from rich.table import Table
 
-    from stabkit.comparison import table
+    from stabkit.comparison.result import LEFT, fitted, legend
     from stabkit.report.terminal import plain_text
 
     shown = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))
-    titles, *rows = table.fitted(found, console.width)
+    titles, *rows = fitted(found, console.width)
     for title in titles:
-        shown.add_column(title, justify="left" if title in table.LEFT else "right")
+        shown.add_column(title, justify="left" if title in LEFT else "right")
     for row in rows:
         shown.add_row(*(plain_text(cell) for cell in row))
     console.print(shown)
@@ -74,7 +74,7 @@ def _print(found: Comparison, console: Console) -> None:
         console.print(plain_text(line), highlight=False)
     cached = sum(snapshot.cached for snapshot in found.snapshots)
     notes = [*found.notes, *([f"{cached} of {len(found.snapshots)} taken from the cache"] if cached else [])]
-    for line in (*notes, table.legend()):
+    for line in (*notes, legend()):
         console.print(plain_text(line, "dim"), highlight=False)
 
 

@@ -53,21 +53,21 @@ def _print(report: WeightsReport, advice: str, console: Console) -> None:
     from rich.table import Table
 
     from stabkit.report.terminal import plain_text
-    from stabkit.weights import table
+    from stabkit.weights.report import legend, rows, summary
 
     console.print(plain_text(report.description, "dim"), highlight=False)
     console.print()
     console.print(plain_text(f"{report.name}: WEIGHTS ONLY", "bold yellow"))
-    for line in (table.summary(report), report.label):
+    for line in (summary(report), report.label):
         console.print(plain_text(line), highlight=False)
-    titles, *rows = table.rows(report, console.width)
+    titles, *cells = rows(report, console.width)
     shown = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))
     for i, title in enumerate(titles):
         shown.add_column(title, justify="left" if i < 3 else "right", no_wrap=True)
-    for row in rows:
+    for row in cells:
         shown.add_row(*(plain_text(cell) for cell in row))
     console.print()
     console.print(shown)
     console.print()
-    for line in (table.legend(report), advice):
+    for line in (legend(report), advice):
         console.print(plain_text(line, "dim"), highlight=False)

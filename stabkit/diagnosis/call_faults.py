@@ -11,6 +11,7 @@ from stabkit.diagnosis.inputs.lost_order import lost_order_findings
 from stabkit.diagnosis.losses.domains import loss_domain_findings
 from stabkit.diagnosis.losses.last_dropout import last_dropout_findings
 from stabkit.diagnosis.no_gradient.made_anew import made_anew_findings
+from stabkit.diagnosis.states.cut_axes import cut_axes_findings
 from stabkit.tracing import Flow
 from stabkit.tracing.recording.forward_pass import ForwardPass
 from stabkit.tracing.recording.training_pass import TrainingPass
@@ -36,4 +37,5 @@ def call_findings(
     # where nothing trains for another reason, training tells nothing of these
     if not any(finding.kind in _NOT_TRAINED and serious(finding) for finding in (*others, *found)):
         found += affine_findings(flow, loss, call, done) or lost_order_findings(flow, loss, call, done)
+        found += cut_axes_findings(flow, loss, call, done, others)
     return found

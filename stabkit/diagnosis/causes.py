@@ -25,6 +25,7 @@ from stabkit.diagnosis.losses.units import unit_findings
 from stabkit.diagnosis.no_gradient.closed_operations import closed_findings
 from stabkit.diagnosis.no_gradient.hidden_cuts import cut_by_a_draw, drawn_on_the_graph, hidden_cut_findings
 from stabkit.diagnosis.no_gradient.lost_parameters import lost_parameter_findings
+from stabkit.diagnosis.no_gradient.shares_of_one import share_findings
 from stabkit.diagnosis.no_gradient.unregistered import unregistered_findings
 from stabkit.diagnosis.no_gradient.wrong_derivatives import wrong_derivative_findings
 from stabkit.diagnosis.no_gradient.zero_gradients import zero_gradient_findings, zeros_of
@@ -112,9 +113,9 @@ def _without_followers(
     flow: Flow, found: Diagnosis, findings: list[Finding], cause: Finding, settings: Settings
 ) -> list[Finding]:
     """Findings on the states of a recurrent module, those that go with its remedy over time told as what follows."""
-    suspects = [
-        f for f in findings if serious(f) and f.kind in _OF_STATES and _runs_in(f.module_path, cause.module_path)
-    ]
+    whole = not cause.module_path  # a loop in the code of the model itself
+    inside = [f for f in findings if whole or _runs_in(f.module_path, cause.module_path)]
+    suspects = [f for f in inside if serious(f) and f.kind in _OF_STATES]
     if not suspects or not serious(cause) or not cause.actions:
         return findings
     trial = tried(flow, suspects[0], cause.actions, found, settings)
@@ -241,6 +242,7 @@ def _of_training_pass(
 ) -> list[Finding]:
     """What a pass as training makes it says of the parameters and of the loss."""
     found = [*zero_gradient_findings(flow, loss, call, done, others), *unregistered_findings(flow, call, done)]
+    found += share_findings(flow, loss, call, done, [*others, *found])
     found += [*mixed_sample_findings(flow, loss, call, done), *next_token_findings(flow, call, done)]
     found += unused_input_findings(flow, loss, call, done)
     found += call_findings(flow, loss, call, done, others)

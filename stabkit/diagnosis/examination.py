@@ -14,6 +14,7 @@ from stabkit.diagnosis.losses.large import with_large_loss
 from stabkit.diagnosis.non_finite.gradient_underflow import gradient_underflow
 from stabkit.diagnosis.remedies.alternatives import candidates
 from stabkit.diagnosis.remedies.computed import Remedy
+from stabkit.diagnosis.remedies.made_once import made_once
 from stabkit.diagnosis.remedies.outer_causes import outer_causes, smaller_weights
 from stabkit.diagnosis.remedies.short_training import (
     ShortTraining,
@@ -131,13 +132,14 @@ def examine(
     """
     check_flow(flow)
     settings = Settings(loss, thresholds or Thresholds(), probes, seed, parallel)
-    if isinstance(flow, Flow):
-        flow = with_statistics(flow if loss is None else flow.following(loss))
-        if (lost := gradient_underflow(flow, loss)) is not None:
-            # what is zero for want of range says nothing of the layers: they are diagnosed with the loss scaled
-            found = _examined(flow, replace(settings, loss=lost.loss), methods, spectra, trials)
-            return replace(found, findings=(lost.finding, *found.findings))
-    return _examined(flow, settings, methods, spectra, trials)
+    with made_once():
+        if isinstance(flow, Flow):
+            flow = with_statistics(flow if loss is None else flow.following(loss))
+            if (lost := gradient_underflow(flow, loss)) is not None:
+                # what is zero for want of range says nothing of the layers: they are diagnosed with the loss scaled
+                found = _examined(flow, replace(settings, loss=lost.loss), methods, spectra, trials)
+                return replace(found, findings=(lost.finding, *found.findings))
+        return _examined(flow, settings, methods, spectra, trials)
 
 
 def _examined(
@@ -154,7 +156,8 @@ def _examined(
         left = _confirmed(flow, found, settings, trials, _of_no_growth(found.findings))
         left = replace(left, verdict=not_judged(found.verdict, missing))
         return _fit_to_be_told(with_lost_parameters(flow, left, settings))
-    tried_out = with_large_loss(flow, _confirmed(flow, found, settings, trials, found.findings), settings)
+    tried_out = _confirmed(flow, found, settings, trials, found.findings)
+    tried_out = with_large_loss(flow, tried_out, found.findings, settings)
     return _fit_to_be_told(with_causes(flow, tried_out, settings))
 
 
@@ -184,7 +187,6 @@ class _Trials:
         self._without: Trial | None = None
         self._outer: list[Remedy] | None = None
         self.no_help: dict[int, str] = {}  # by suspect, what was taken away in vain
-        self._trained: dict[str, ShortTraining | None] = {}
 
     def of_initialisation(self, suspect: Finding) -> Trial | None:
         """What is left of a suspect without the known initialisations, if there are any; measured once for all."""
@@ -224,12 +226,13 @@ class _Trials:
                     continue
                 plain = self.training() if trains else None
                 serves = helps(trains, plain) if competing or remedy.cause else not spoils(trains, plain)
-                if not serves and not self._helps_adam(remedy, trains):
+                ends = (trains, plain) if trains is not None and plain is not None else None
+                if not serves and (ends := self._by_adam(remedy, trains)) is None:
                     self.no_help.setdefault(id(suspect), remedy.cause)
                 else:
-                    found.append(Cure(trial, remedy, trains))
+                    found.append(Cure(trial, remedy, trains, ends))
                 if weighed and not found:
-                    self.refuted[id(suspect)] = Cure(trial, remedy, trains)
+                    self.refuted[id(suspect)] = Cure(trial, remedy, trains, ends)
                 if not competing or (weighed and found and not is_stretch(suspect)):
                     break
         best = min(found, key=lambda cure: cure.worth, default=None)
@@ -257,18 +260,24 @@ class _Trials:
         left = left_after(self.flow.forward_pass, loss, [adam(rate) for rate in RATES], within=remedy.within)
         return left is not None and not left < _MOVES
 
-    def _helps_adam(self, remedy: Remedy, treated: ShortTraining | None) -> bool:
-        """Whether steps of Adam, blind to the size of gradients, end clearly lower with a change of the code."""
+    def _by_adam(self, remedy: Remedy, treated: ShortTraining | None) -> tuple[ShortTraining, ShortTraining] | None:
+        """Steps of Adam with a change of the code and without, which are blind to the size of gradients.
+
+        None where those with it do not end clearly lower.
+        """
         plain, loss = self.training(), self.settings.loss
         if remedy.actions or remedy.data != 1.0 or plain is None or treated is None or not isinstance(self.flow, Flow):
-            return False
+            return None
         call, updates = self.flow.forward_pass, [adam(rate) for rate in RATES]
         left = left_after(call, loss, updates)
         cured = left_after(call, loss, updates, within=remedy.within)
         if left is None or cured is None:
-            return False
-        ends = (ShortTraining(treated.first, cured * treated.first), ShortTraining(plain.first, left * plain.first))
-        return clearly_better(*ends)
+            return None
+        cured_by, left_by = (
+            ShortTraining(run.first, share * run.first, optimizer="Adam")
+            for run, share in ((treated, cured), (plain, left))
+        )
+        return (cured_by, left_by) if clearly_better(cured_by, left_by) else None
 
     def of_all_weights(self, suspect: Finding) -> list[Remedy]:
         """All weights made smaller, where they were started large and the suspect may come of that."""
@@ -276,11 +285,8 @@ class _Trials:
 
     def training(self, remedy: Remedy = _AS_IT_IS) -> ShortTraining | None:
         """A short training with a remedy, where there is a loss."""
-        key = repr((remedy.actions, remedy.cause))
-        if key not in self._trained:
-            loss = self.settings.loss
-            self._trained[key] = trained_with(self.flow, loss, remedy) if callable(loss) else None
-        return self._trained[key]
+        loss = self.settings.loss
+        return trained_with(self.flow, loss, remedy) if callable(loss) else None
 
 
 def _confirmed(
@@ -314,7 +320,7 @@ def _confirmed(
             told[id(suspect)] = replace(suspect, remedy=UNTRIED, actions=())
             continue
         cure = trials.cure(suspect, [other for other in found.findings if other is not suspect])
-        untreated = trials.training() if cure is not None and cure.trains else None
+
         refuted = trials.refuted.get(id(suspect)) if cure is None else None
         if refuted is not None and refuted.trial.after is not None and (plain := trials.training()) and falls(plain):
             told[id(suspect)] = of_no_use(suspect, refuted, plain)
@@ -324,14 +330,14 @@ def _confirmed(
             continue
         if cure is None and not suspect.actions:
             continue  # its words stand
-        told[id(suspect)] = told_of(suspect, cure, untreated, settings.thresholds)
+        told[id(suspect)] = told_of(suspect, cure, settings.thresholds)
         if cure is None and id(suspect) in trials.no_help and (plain := trials.training()) is not None:
             told[id(suspect)] = of_no_help(suspect, plain, trials.no_help[id(suspect)])
-        if cure is not None and cure.trial.after is not None and is_of_units(suspect, cure, untreated):
+        if cure is not None and cure.trial.after is not None and is_of_units(suspect, cure):
             verdict = judged_without(verdict, cure.trial.after.verdict, "the unit of the data")
         if cure is not None:
             gone = cure.trial.gone(waiting)
-            told[id(suspect)] = with_mechanism(told[id(suspect)], [*gone, *found.findings], cure)
+            told[id(suspect)] = with_mechanism(told[id(suspect)], [*gone, *found.findings])
             for follower in gone:
                 waiting.remove(follower)
                 told[id(follower)] = follows(follower, suspect)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Container, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
@@ -82,7 +83,7 @@ class StepMeasurement:
     finite: bool = True
     owed: float = 0.0
 
-    @property
+    @cached_property
     def mean_gain(self) -> float:
         """The gain, mean over samples; -inf where nothing passes."""
         return float(self.gain.mean()) if self.gain.size else math.nan

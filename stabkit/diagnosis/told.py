@@ -23,11 +23,19 @@ NOTHING_HELPED = "nothing that was tried brings it below a warning"
 
 @dataclass(frozen=True)
 class Cure:
-    """A remedy that cures a suspect, its trial, and a short training with it where there is a loss."""
+    """A remedy that cures a suspect, and its trial.
+
+    Attributes:
+        trial: what was measured with it.
+        remedy: itself.
+        trains: a short training with it, where there is a loss; cures are compared by that.
+        ends: short trainings with it and without, of the optimizer that speaks for it.
+    """
 
     trial: Trial
     remedy: Remedy
     trains: ShortTraining | None = None
+    ends: tuple[ShortTraining, ShortTraining] | None = None
 
     @property
     def worth(self) -> tuple[float, int]:
@@ -53,7 +61,7 @@ def of_same_stretch(suspect: Finding, others: Sequence[Finding]) -> list[Finding
     return [o for o in others if is_stretch(o) and 2 * len(own & set(o.steps)) > len(o.steps)]
 
 
-def with_mechanism(told: Finding, others: Sequence[Finding], cure: Cure) -> Finding:
+def with_mechanism(told: Finding, others: Sequence[Finding]) -> Finding:
     """A cured stretch with why it grew or shrank, where that was found in it: its mechanism, or what saturates."""
     if told.kind not in ("exploding", "vanishing"):
         return told
@@ -70,7 +78,7 @@ def _harmless(suspect: Finding, limits: Thresholds) -> bool:
     return abs(suspect.numbers.get("gain_deviation", math.inf)) < limits.stable
 
 
-def told_of(suspect: Finding, cure: Cure | None, untreated: ShortTraining | None, limits: Thresholds) -> Finding:
+def told_of(suspect: Finding, cure: Cure | None, limits: Thresholds) -> Finding:
     """A suspect with what its trial says."""
     if cure is None:
         severity = "info" if suspect.kind in IN_DOUBT or _harmless(suspect, limits) else suspect.severity
@@ -79,7 +87,7 @@ def told_of(suspect: Finding, cure: Cure | None, untreated: ShortTraining | None
             remedy = f"{by_hand} (no change of weights that was tried keeps it finite)"
             return replace(suspect, remedy=remedy, actions=())
         return replace(suspect, severity=severity, remedy=NOTHING_HELPED, actions=())
-    if is_of_units(suspect, cure, untreated):
+    if is_of_units(suspect, cure):
         return replace(
             suspect,
             severity="info",
@@ -92,8 +100,9 @@ def told_of(suspect: Finding, cure: Cure | None, untreated: ShortTraining | None
     severity = suspect.severity if moved else "info"  # what can be taken away unnoticed does no harm
     cause = f"{cure.remedy.cause}; " if cure.remedy.cause else ""
     evidence = f"{cause}{suspect.evidence}; tried on a copy: {cure.trial.changes}"
-    if cure.trains is not None and untreated is not None:
-        evidence += f"; {STEPS} steps of plain SGD take the loss {untreated} as it is, {cure.trains} treated"
+    if cure.ends is not None:
+        treated, untreated = cure.ends
+        evidence += f"; {STEPS} steps of {treated.optimizer} take the loss {untreated} as it is, {treated} treated"
     return replace(
         suspect,
         severity=severity,
@@ -105,12 +114,12 @@ def told_of(suspect: Finding, cure: Cure | None, untreated: ShortTraining | None
     )
 
 
-def is_of_units(suspect: Finding, cure: Cure, untreated: ShortTraining | None) -> bool:
+def is_of_units(suspect: Finding, cure: Cure) -> bool:
     """Whether a gradient vanishes since a first norm takes the size of large data out again, and training minds not."""
     first = cure.trial.before.measurement.steps[suspect.steps[0]]
     if suspect.kind != "vanishing" or cure.remedy.data == 1.0 or not first.norms:
         return False
-    return cure.trains is None or untreated is None or not clearly_better(cure.trains, untreated)
+    return cure.ends is None or not clearly_better(*cure.ends)
 
 
 def of_no_help(suspect: Finding, plain: ShortTraining, cause: str) -> Finding:

@@ -5,6 +5,7 @@ exact at finite width. `at_initialisation` puts a model beside what is expected 
 """
 
 from stabkit.meanfield.activations import Activation, activation, elu, hardtanh, leaky_relu
+from stabkit.meanfield.expectations import Initialisation, StepExpectation
 from stabkit.meanfield.finite_width import (
     LogGain,
     gaussian_exponents,
@@ -13,7 +14,7 @@ from stabkit.meanfield.finite_width import (
     residual_exponent,
 )
 from stabkit.meanfield.gaussian import Expectation
-from stabkit.meanfield.initialisation import Initialisation, StepExpectation, at_initialisation
+from stabkit.meanfield.initialisation import at_initialisation
 from stabkit.meanfield.isometry import JacobianSpectrum, jacobian_spectrum
 from stabkit.meanfield.maps import chi_1, chi_c, chi_parallel, correlation_map, variance_map
 from stabkit.meanfield.normalised import (

@@ -14,100 +14,17 @@ import torch
 from torch import Tensor, nn
 
 from stabkit.errors import ArgumentError
+from stabkit.meanfield.expectations import Initialisation, StepExpectation
 from stabkit.meanfield.gaussian import Array
 from stabkit.meanfield.propagation import Energy, Moments, Propagation
 from stabkit.meanfield.rates import FEWEST, Rate, fit_rate
-from stabkit.meanfield.weights import LayerStatistics, WeightTable
-from stabkit.results import Result
+from stabkit.meanfield.weights import WeightTable
 from stabkit.tracing import Flow, State, trace
 from stabkit.tracing.graph.values import Value
 from stabkit.tracing.products.step_products import Space
 from stabkit.walk import Cotangents, Observer, Passage, balanced, probe_seeds, walk_back, wide
 
 _MAX_PAIRS = 4
-
-
-@dataclass(frozen=True)
-class StepExpectation(Result):
-    """One step, measured and expected; ``None`` where there is no expectation.
-
-    Attributes:
-        index: place in ``flow.steps``.
-        name: what the step is called.
-        kind: ``"step"`` or ``"transition"``.
-        activations: names of the activations in it.
-        layers: statistics of the linear layers in it.
-        q: mean square of the units after the step, over samples.
-        q_expected: the same by the recursion.
-        c: correlation of the units of two samples after the step, over pairs; None with a single sample.
-        c_expected: the same by the recursion.
-        log_chi: log of the sum of squares of the gradient before the step over that after it, mean squares over
-            samples, probes and networks, in nats; half of it is the growth of the norm. -inf where a step passes
-            nothing back (a head initialised at zero); what lies before it is then measured with new cotangents.
-        log_chi_expected: the same by the recursion.
-        width_variance: variance over weights of the log of that ratio at this width, to first order.
-        restarted: whether the recursion starts from the measured state before this step.
-        reason: why there is no expectation.
-    """
-
-    index: int
-    name: str
-    kind: str
-    activations: tuple[str, ...]
-    layers: tuple[LayerStatistics, ...]
-    q: float
-    q_expected: float | None
-    c: float | None
-    c_expected: float | None
-    log_chi: float
-    log_chi_expected: float | None
-    width_variance: float | None
-    restarted: bool
-    reason: str
-
-
-@dataclass(frozen=True)
-class Initialisation(Result):
-    """A model at initialisation, measured beside what mean field theory expects.
-
-    Attributes:
-        steps: step by step.
-        rate: the law of the measured gradient over the longest stretch of states of one size; None when it is short.
-        log_growth: log of the mean square gradient at the input over that at the output, in nats; steps that pass
-            nothing back left out.
-        log_growth_expected: the same by the recursion; None unless every step has an expectation.
-        typical_log_growth: mean of the log instead of log of the mean.
-        gap: the first less the second: fluctuation between samples, probes and networks.
-        gap_expected: half the variance over weights, sum of ``width_variance`` / 2 (for ReLU layers 5 L / 2 n); None
-            unless it is known for every step. A gap over networks comes close to it; that of one network does not,
-            for its samples share the weights.
-        deviation: by how much (one standard deviation) the gradient of one sample in a single network of this width
-            differs from the expectation; averages over samples and probes lie closer to it.
-        samples: inputs per network.
-        probes: random cotangents per network.
-        networks: how many were measured.
-        seed: the seed of the cotangents and of resampling.
-        notes: what the reader should know.
-    """
-
-    steps: tuple[StepExpectation, ...]
-    rate: Rate | None
-    log_growth: float
-    log_growth_expected: float | None
-    typical_log_growth: float
-    gap: float
-    gap_expected: float | None
-    deviation: float | None
-    samples: int
-    probes: int
-    networks: int
-    seed: int
-    notes: tuple[str, ...]
-
-    def __str__(self) -> str:
-        from stabkit.meanfield.table import text
-
-        return text(self)
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from stabkit.meanfield.gaussian import Array, Function, mean
 from stabkit.meanfield.maps import product_moment
 from stabkit.meanfield.weights import LINEAR, LayerStatistics, LinearLayer, UnknownError, WeightTable
 from stabkit.tracing import Step
-from stabkit.tracing.graph.composites import Element
+from stabkit.tracing.graph.graph import Element
 from stabkit.tracing.graph.values import Value, meta_of, operation
 from stabkit.vocabulary import ActivationFacts, NormFacts, activation_of, is_python_node, moves, norm_of
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
-from stabkit.report.schema import Exponents, Report, StepReport
+from stabkit.report.report import Report
+from stabkit.report.schema import Exponents, StepReport
 
 __all__ = ["Exponents", "Report", "StepReport"]

@@ -15,13 +15,13 @@ from stabkit.report import encoding, tables
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from stabkit.report.schema import Report
+    from stabkit.report.schema import ReportFields
 
 PICTURES = (".png", ".svg", ".pdf")
 SUFFIXES = (".html", ".json", ".csv", *PICTURES)
 
 
-def save(report: Report, path: str | os.PathLike[str]) -> Path:
+def save(report: ReportFields, path: str | os.PathLike[str]) -> Path:
     """Write a report in the format that the suffix of ``path`` names; see ``Report.save``."""
     path = Path(path)
     suffix = path.suffix.lower()
@@ -38,7 +38,7 @@ def save(report: Report, path: str | os.PathLike[str]) -> Path:
     raise ReportError(f"{path}: unknown suffix {suffix!r}; accepted: {', '.join(SUFFIXES)}")
 
 
-def save_all(report: Report, folder: str | os.PathLike[str]) -> list[Path]:
+def save_all(report: ReportFields, folder: str | os.PathLike[str]) -> list[Path]:
     """``report.html``, ``report.json`` and up to three pictures in a folder, which is made if needed.
 
     Everything is drawn before anything is written.

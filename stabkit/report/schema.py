@@ -1,23 +1,16 @@
-"""The result of an analysis as plain data: it can be printed, saved, read back and compared without torch."""
+"""What a report holds, field by field, and how people see each; knows no torch."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 from stabkit.diagnosis import VERDICTS, Finding, factor
-from stabkit.errors import ArgumentError, ReportError
-from stabkit.report import decoding, files, tables
+from stabkit.errors import ArgumentError
 from stabkit.report.formats import figures, percent, printable, room, shapes, signed
 from stabkit.report.shown import shown
 from stabkit.results import Result
-
-if TYPE_CHECKING:
-    import os
-
-    import pandas
 
 SCHEMA = "stabkit.report/1"
 
@@ -247,8 +240,8 @@ class Exponents:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Report(Result):
-    """The result of ``stabkit.analyze``: verdict, findings and one record per step.
+class ReportFields(Result):
+    """What a report holds; `stabkit.Report` is these fields with the ways to print, save and read them.
 
     Attributes:
         model: the class of the model, or what it was loaded from.
@@ -281,15 +274,6 @@ class Report(Result):
 
     Raises:
         ArgumentError: ``verdict`` is not one of these words.
-
-    Example:
-        >>> report = Report(
-        ...     model="MLP", verdict="stable", summary="Gradients keep their size.", findings=(), steps=(),
-        ...     total_growth=0.1, total_growth_interval=(0.0, 0.2), chain_error=1e-15, n_parameters=12,
-        ...     dtype="float64", device="cpu", mode="eval", loss="random cotangent", seed=0, seconds=0.01,
-        ... )
-        >>> report.to_dict()["schema"]
-        'stabkit.report/1'
     """
 
     step_type: ClassVar[type] = StepReport
@@ -323,64 +307,8 @@ class Report(Result):
     def __post_init__(self) -> None:
         _one_of("verdict", self.verdict, VERDICTS)
 
-    def __str__(self) -> str:
-        return tables.plain(self)
-
     def _contents(self) -> dict[str, Any]:
         return {"schema": SCHEMA, **super()._contents()}
-
-    def to_dataframe(self) -> pandas.DataFrame:
-        """One row per step, the columns of the CSV file, as a ``pandas.DataFrame`` indexed by ``index``.
-
-        Raises:
-            ReportError: pandas is not installed.
-        """
-        return tables.dataframe(self)
-
-    def save(self, path: str | os.PathLike[str]) -> Path:
-        """Write the report to a file, whole or not at all.
-
-        Args:
-            path: the suffix says what is written: ``.html`` (a page to look at), ``.json`` (everything), ``.csv`` (one
-                row per step), ``.png``, ``.svg`` or ``.pdf`` (three plots side by side).
-
-        Returns:
-            The path that was written.
-
-        Raises:
-            ReportError: the suffix is unknown, or the file cannot be written.
-        """
-        return files.save(self, path)
-
-    @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> Report:
-        """Read a report from a ``.json`` file that ``save`` wrote.
-
-        Raises:
-            ReportError: there is no such file, or it is not a whole report of schema ``stabkit.report/1``.
-        """
-        return cls.from_dict(files.read_json(path), str(path))
-
-    @classmethod
-    def from_dict(cls, data: Any, origin: str = "data") -> Report:
-        """A report from what `to_dict` gave, or from the data of a JSON file.
-
-        Args:
-            data: the data.
-            origin: where it came from, for the messages.
-
-        Raises:
-            ReportError: it is not a whole report of schema ``stabkit.report/1``.
-        """
-        schema = data.get("schema") if isinstance(data, dict) else None
-        if schema != SCHEMA:
-            found = f"schema {schema!r}" if schema else "no schema"
-            raise ReportError(
-                f"{origin}: not a report that this version reads: found {found}, expected {SCHEMA!r}; "
-                "analyse the model again, or read it with the version of stabkit that wrote it"
-            )
-        read: Report = decoding.decoded(cls, data, origin)
-        return read
 
 
 def _one_of(name: str, value: str, accepted: Collection[str]) -> None:

@@ -15,7 +15,7 @@ from stabkit.report.shown import flat, flat_names, shown_fields
 if TYPE_CHECKING:
     import pandas
 
-    from stabkit.report.schema import Report, StepReport
+    from stabkit.report.schema import ReportFields, StepReport
 
 WIDE = 110  # characters from which there is room for everything
 GAP = 1  # characters between two columns
@@ -31,7 +31,7 @@ class Column:
     is_text: bool = False
 
 
-def columns(report: Report, width: int) -> list[Column]:
+def columns(report: ReportFields, width: int) -> list[Column]:
     """The columns that fit into ``width`` characters with one space between them.
 
     The wide table adds the evidence behind the method and the gradient norm. The names get what the others leave.
@@ -56,7 +56,7 @@ def _cut(column: Column, width: int) -> Column:
     return Column(column.title, lambda step: middle(column.cell(step), width), column.is_text)
 
 
-def legend(report: Report) -> list[str]:
+def legend(report: ReportFields) -> list[str]:
     """What the columns mean, in a line or two."""
     meanings = [f"{how.column}: {how.meaning}" for how in shown_fields(report.step_type).values() if how.meaning]
     lines = [f"{'; '.join(meanings)}."]
@@ -65,7 +65,7 @@ def legend(report: Report) -> list[str]:
     return lines
 
 
-def total(report: Report) -> str:
+def total(report: ReportFields) -> str:
     """The growth over all steps with its interval, as a sentence."""
     low, high = report.total_growth_interval
     if not report.steps:
@@ -76,12 +76,12 @@ def total(report: Report) -> str:
     )
 
 
-def reason(report: Report) -> list[str]:
+def reason(report: ReportFields) -> list[str]:
     """Why the growth is what it is, in a sentence; none where it was not attributed."""
     return [str(report.explained["why"])] if report.explained.get("why") else []
 
 
-def origin(report: Report) -> str:
+def origin(report: ReportFields) -> str:
     """How the numbers were obtained, in a line."""
     return (
         f"{report.n_parameters:,} parameters, {report.dtype} on {report.device}, {report.mode} mode, "
@@ -90,7 +90,7 @@ def origin(report: Report) -> str:
     )
 
 
-def plain(report: Report, width: int = 100) -> str:
+def plain(report: ReportFields, width: int = 100) -> str:
     """The report as text without colors.
 
     Args:
@@ -115,12 +115,12 @@ def finding_line(finding: Any) -> str:
     return f"[{finding.severity}] {finding.kind}{place}: {finding.evidence}{remedy}"
 
 
-def csv_text(report: Report) -> str:
+def csv_text(report: ReportFields) -> str:
     """The steps as comma-separated values, one row a step; an absent value is an empty cell."""
     return tables.csv_text(flat_names(report.step_type), map(flat, report.steps))
 
 
-def dataframe(report: Report) -> pandas.DataFrame:
+def dataframe(report: ReportFields) -> pandas.DataFrame:
     """One row per step; see ``Report.to_dataframe``."""
     try:
         import pandas

@@ -18,7 +18,7 @@ from stabkit.diagnosis import SEVERITIES, VERDICTS, Finding
 from stabkit.diagnosis.kinds import Tone
 from stabkit.report import tables
 from stabkit.report.formats import printable, steps_named
-from stabkit.report.schema import Report
+from stabkit.report.schema import ReportFields
 
 _COLORS: dict[Tone, str] = {
     "good": "green",
@@ -37,7 +37,7 @@ def plain_text(text: str, style: str = "") -> Text:
     return Text(printable(text), style=style)
 
 
-def render(report: Report, width: int) -> RenderableType:
+def render(report: ReportFields, width: int) -> RenderableType:
     """Everything in a report that a terminal of ``width`` columns can show."""
     return Group(answer(report.model, report.verdict, report.summary, report.findings), details(report, width))
 
@@ -50,7 +50,7 @@ def answer(model: str, verdict: str, summary: str, findings: Sequence[Finding]) 
     return Group(head, *map(_finding, findings))
 
 
-def details(report: Report, width: int) -> RenderableType:
+def details(report: ReportFields, width: int) -> RenderableType:
     """The rest: one row per step, and what to know about them."""
     parts: list[RenderableType] = [
         *(plain_text(sentence) for sentence in tables.reason(report)),
@@ -63,7 +63,7 @@ def details(report: Report, width: int) -> RenderableType:
     return Group(*parts)
 
 
-def steps(report: Report, width: int) -> Table:
+def steps(report: ReportFields, width: int) -> Table:
     """One row per step; transitions, which are no steps of an integrator, are dim."""
     chosen = tables.columns(report, width)
     table = Table(box=_RULE, show_edge=False, padding=0, collapse_padding=True)
@@ -94,7 +94,7 @@ def _finding(finding: Finding) -> RenderableType:
     return Group(*lines)
 
 
-def notes(report: Report, at_most: int = 8) -> list[str]:
+def notes(report: ReportFields, at_most: int = 8) -> list[str]:
     """Notes on the whole and on the steps; one that several steps share is said once."""
     places: dict[str, list[int]] = {}
     for step in report.steps:
@@ -105,6 +105,6 @@ def notes(report: Report, at_most: int = 8) -> list[str]:
     return found if left <= 0 else [*found[:at_most], f"{left} more notes are in the JSON report"]
 
 
-def show(report: Report, console: Console) -> None:
+def show(report: ReportFields, console: Console) -> None:
     """Print a report on a console, in columns that fit its width."""
     console.print(render(report, console.width), highlight=False)

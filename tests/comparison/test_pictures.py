@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from stabkit.comparison import Comparison, Snapshot
-from stabkit.comparison.table import fitted
+from stabkit.comparison.result import fitted
 from stabkit.errors import ReportError
 from stabkit.plotting import sweep
 from tests.report.synthetic import make_chain

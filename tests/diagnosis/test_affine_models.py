@@ -11,6 +11,7 @@ from torch.nn import functional
 
 import stabkit
 from stabkit.diagnosis import Finding, examine, treat
+from stabkit.diagnosis.remedies.usual_training import RATES, adam, left_after, sgd
 
 SAMPLES = 64
 POINTS = torch.rand(SAMPLES, 2, generator=torch.Generator().manual_seed(1)) * 2 - 1
@@ -85,6 +86,68 @@ def test_the_remedy_is_carried_out():
     done = treat(dense(), POINTS, loss=binary)
     assert [f.kind for f in done.applied] == ["affine"]
     assert sum(isinstance(module, nn.ReLU) for module in done.model.modules()) == 2
+
+
+class Beside(nn.Module):
+    """Layers, or matrices that are no layers, and a product beside them that comes last; bent where asked."""
+
+    def __init__(self, raw: bool, bent: bool = False) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.b, self.c, self.skip = (
+            nn.Linear(2, 24),
+            nn.Linear(24, 24),
+            nn.Linear(24, 1),
+            nn.Linear(2, 1),
+        )
+        self.raw, self.bend = raw, torch.relu if bent else (lambda h: h)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.raw:  # the layers hold the parameters alone
+            h = self.bend(functional.linear(x, self.a.weight, self.a.bias))
+            h = self.bend(torch.einsum("bi,oi->bo", h, self.b.weight))
+            return h @ self.c.weight.T + functional.linear(x, self.skip.weight)
+        return self.c(self.bend(self.b(self.bend(self.a(x))))) + self.skip(x)
+
+
+def held(model: nn.Module) -> nn.Module:
+    """The same with all parameters in its own hands."""
+    if model.raw:
+        for name in "abc":
+            layer = getattr(model, name)
+            holder = nn.Module()
+            holder.weight, holder.bias = layer.weight, layer.bias
+            setattr(model, name, holder)
+    return model
+
+
+@pytest.mark.parametrize("raw", [False, True])
+def test_what_is_told_is_what_was_tried(raw):
+    (found,) = said(held(Beside(raw)), POINTS, binary)
+    assert found.severity == "warning"
+    assert [action["module"] for action in found.actions] == ([] if raw else ["a", "b"])
+    call = stabkit.trace(held(Beside(raw, bent=True)), POINTS).forward_pass
+    begins = float(binary(call.model(POINTS)).detach())
+    left = left_after(call, binary, [by(rate) for rate in RATES for by in (adam, sgd)], steps=100)
+    assert f"to {left * begins:.3g} with ReLUs between" in found.evidence
+
+
+class OneOfAll(nn.Module):
+    """One matrix that is the last one too: no activation goes behind the others alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layer = nn.Linear(2, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(self.layer(self.layer(x)))[:, :1]
+
+
+def test_what_cannot_be_tried_as_it_is_told_is_a_fact():
+    (found,) = said(OneOfAll(), POINTS, binary)
+    assert (found.severity, found.actions) == ("info", ())
+    assert "ReLUs" not in found.evidence
 
 
 MATRIX = torch.randn(6, 6, generator=torch.Generator().manual_seed(4))

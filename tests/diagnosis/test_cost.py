@@ -13,6 +13,7 @@ import stabkit
 from stabkit.analysis import analysis
 from stabkit.diagnosis import causes, examine
 from stabkit.diagnosis.remedies import trial
+from stabkit.diagnosis.remedies.applying import carried_out
 from stabkit.diagnosis.states import collapse
 from stabkit.identification import identify, reading
 from stabkit.identification.evidence import confirmation
@@ -134,3 +135,47 @@ def test_the_verdict_comes_before_methods_are_read_unless_growth_asks_for_a_mech
     assert told.read == [0]
     assert len(read) == 1
     assert {step.method for step in report.steps} == {"plain"}
+
+
+def _layers(depth: int) -> nn.Sequential:
+    return nn.Sequential(*(nn.Sequential(nn.Linear(3, 3), nn.Tanh()) for _ in range(depth)))
+
+
+@pytest.fixture
+def looked_at(monkeypatch: pytest.MonkeyPatch) -> list[nn.Module]:
+    """The modules that were gone through by whoever asked a model for its parameters, buffers or modules."""
+    found: list[nn.Module] = []
+    original = nn.Module.named_modules
+
+    def named_modules(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        for path, module in original(self, *args, **kwargs):
+            found.append(module)
+            yield path, module
+
+    monkeypatch.setattr(nn.Module, "named_modules", named_modules)
+    return found
+
+
+def test_no_reading_of_a_step_goes_through_the_whole_model(looked_at: list[nn.Module]) -> None:
+    seen = []
+    for depth in (8, 32):
+        flow = stabkit.trace(_layers(depth), torch.randn(2, 3))
+        looked_at.clear()
+        identify(flow)
+        seen.append(len(looked_at))
+    assert seen[1] <= 4.5 * seen[0]
+
+
+def test_a_change_of_every_parameter_goes_through_the_model_once(looked_at: list[nn.Module]) -> None:
+    model = _layers(8)
+    tied = model[0][0]
+    model[1][0] = tied
+    before = dict(model.named_parameters())
+    actions = [{"action": "scale", "parameter": name, "factor": 2.0} for name in before]
+    looked_at.clear()
+    with carried_out(model, [*actions, actions[-1]]):
+        assert len(looked_at) <= 3 * len(list(model.modules()))  # each is named by all that it lies in
+        assert model[0][0].weight is model[1][0].weight
+        assert torch.equal(model[1][0].weight, 2 * before["0.0.weight"])
+        assert torch.equal(model[7][0].bias, 4 * before["7.0.bias"])
+    assert all(dict(model.named_parameters())[name] is held for name, held in before.items())

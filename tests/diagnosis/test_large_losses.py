@@ -10,6 +10,8 @@ from torch.nn import functional
 import stabkit
 from stabkit.diagnosis import examine, treat
 from stabkit.diagnosis.finding import serious
+from stabkit.diagnosis.losses import large
+from stabkit.diagnosis.remedies.outer_causes import smaller_weights
 from stabkit.diagnosis.remedies.short_training import (
     ShortTraining,
     clearly_better,
@@ -18,6 +20,7 @@ from stabkit.diagnosis.remedies.short_training import (
     spoils,
     worse,
 )
+from stabkit.diagnosis.suspects import Settings, suspected
 
 X = torch.randn(64, 8, generator=torch.Generator().manual_seed(1))
 LABELS = X[:, :4].argmax(1)
@@ -167,3 +170,43 @@ def test_norms_in_eval_mode_are_no_witnesses_of_large_data():
     x, y = 300 * torch.randn(32, 8), torch.randn(32, 1)
     found = examine(stabkit.trace(model, x), lambda out: (out - y).square().mean()).findings
     assert not [f for f in found if f.severity != "info"]
+
+
+class Growing(nn.Module):
+    """Residual blocks without norms, all of whose matrices were started large."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.stem, self.head = nn.Linear(8, 24), nn.Linear(24, 4)
+        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(24, 24), nn.ReLU(), nn.Linear(24, 24)) for _ in range(8))
+        for weight in self.parameters():
+            if weight.dim() > 1:
+                nn.init.normal_(weight, 0.0, 2.5 / weight.shape[1] ** 0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.stem(x)
+        for block in self.blocks:
+            h = h + block(h)
+        return self.head(h)
+
+
+def test_what_was_tried_of_another_remedy_is_not_told_of_this_one():
+    """With one trial a remedy of the growth is told, and the one that trains better takes its place."""
+    flow = stabkit.trace(Growing(), X)
+    bare = next(f for f in suspected(flow, Settings(squares)).findings if f.kind == "exploding" and len(f.steps) > 2)
+    told = examine(flow, squares, trials=1).findings[0]
+    assert (told.kind, told.steps) == (bare.kind, bare.steps)
+    assert "matrices with the standard deviation 1 / sqrt(fan-in)" in told.remedy
+    assert told.evidence.startswith(f"{bare.evidence}; the loss begins at")
+    assert "tried on a copy" not in told.evidence
+    assert told.evidence.count("as it is") == 1
+
+
+def test_what_begins_no_lower_is_not_trained(monkeypatch):
+    """A loss that plain training brings below where it begins with smaller weights is not too large by them."""
+    flow = stabkit.trace(normal(layers, 0.6), X)
+    found = suspected(flow, Settings(classes))
+    assert smaller_weights(found.measurement)
+    monkeypatch.setattr(large, "trained_with", lambda *_: pytest.fail("trained"))
+    assert large.with_large_loss(flow, found, found.findings, Settings(classes)) is found

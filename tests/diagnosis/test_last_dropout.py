@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from fractions import Fraction
 
 import pytest
 import torch
@@ -130,22 +131,35 @@ def test_little_dropout_of_logits_is_a_fact():
     assert found.severity == "info"
 
 
-def test_the_expected_logarithm_is_that_of_a_binomial():
-    drawn = torch.distributions.Binomial(9, torch.tensor(0.3)).sample((20_000,))
-    assert _expected_log(9, 0.3) == pytest.approx(float(drawn.log1p().mean()), abs=0.02)
+@pytest.mark.parametrize(("count", "share"), [(9, 0.3), (1, 0.5), (200, 0.9), (1500, 0.8)])
+def test_the_expected_logarithm_is_that_of_a_binomial(count, share):
+    """Exactly, also where the first of the probabilities is below every double."""
+    p = Fraction(share)
+    chances = [math.comb(count, k) * p**k * (1 - p) ** (count - k) for k in range(count + 1)]
+    exact = sum(float(chance) * math.log1p(k) for k, chance in enumerate(chances))
+    assert _expected_log(count, share) == pytest.approx(exact, rel=1e-10)
 
 
-def test_no_network_gets_below_the_floor():
+def test_the_floor_is_what_free_predictions_come_to():
+    """The mean over all draws of the dropout, at the best predictions that there are: it is reached, and not passed."""
     make, loss, _ = DROPPED["module"]
-    model = make()
-    (found,) = said(model, loss)
-    floor = found.numbers["floor"]
-    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
-    for _ in range(200):
-        optimizer.zero_grad()
-        value = loss(model(INPUTS))
-        value.backward()
-        optimizer.step()
-    with torch.no_grad():
-        reached = sum(float(loss(model(INPUTS))) for _ in range(1000)) / 1000
-    assert 0.98 * floor < reached < 1.5 * floor
+    (found,) = said(make(), loss)
+    free = torch.zeros(SAMPLES, dtype=torch.float64, requires_grad=True)
+    kept = 0.5 * ((2 * free - Y).square() + Y.square()).mean()  # kept and doubled, or dropped
+    (slope,) = torch.autograd.grad(kept, free, create_graph=True)
+    curvature = torch.autograd.grad(slope.sum(), free)[0]
+    best = (free - slope / curvature).detach()  # the least of a parabola
+    least = float(0.5 * ((2 * best - Y).square() + Y.square()).mean())
+    assert found.numbers["floor"] == pytest.approx(least, rel=1e-6)
+
+
+def test_weights_of_a_binary_cross_entropy_count_in_its_floor():
+    weight, positive = torch.linspace(0.1, 2.0, SAMPLES), torch.tensor(3.0)
+    targets = (LABELS > 0).float()
+
+    def loss(out: Tensor) -> Tensor:
+        given = functional.binary_cross_entropy_with_logits
+        return given(out.squeeze(-1), targets, weight, reduction="sum", pos_weight=positive)
+
+    (found,) = said(nn.Sequential(*body(1), nn.Dropout(0.4)), loss)
+    assert found.numbers["floor"] == pytest.approx(0.4 * float(loss(torch.zeros(SAMPLES, 1))), rel=1e-6)

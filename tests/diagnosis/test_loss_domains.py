@@ -32,6 +32,45 @@ def said(last: nn.Module, loss: Callable[[Tensor], Tensor], width: int = CLASSES
     return [f for f in examine(stabkit.trace(model, inputs), loss).findings if f.kind in ("loss", "non_finite")]
 
 
+def _free(out: Tensor) -> Tensor:
+    return (out[:, 0] - out[:, 0].detach() - 1.0).log().mean()  # a logarithm of -1
+
+
+def _harmless(out: Tensor) -> Tensor:
+    return functional.soft_margin_loss(out, ONE_HOT)  # asks for 1 and -1
+
+
+def _breaking(out: Tensor) -> Tensor:
+    return functional.kl_div(out.log_softmax(1), SOFT - 0.5, reduction="batchmean")
+
+
+def _mended(out: Tensor) -> Tensor:
+    return functional.kl_div(out.log_softmax(1), SOFT.log(), reduction="batchmean")
+
+
+# losses, of which one begins not to be finite, and what is then to be said of it
+BROKEN: dict[str, tuple[list[Callable[[Tensor], Tensor]], str]] = {
+    "something else": ([_harmless, _free], ""),
+    "the second misuse": ([_harmless, _breaking], "give the target as probabilities"),
+    "the second, where it is known what was meant": ([_harmless, _mended], "log_target=True"),
+    "something else behind a misuse": ([_harmless, _free, _harmless], ""),
+    "counts below zero, and an exponential that overflows": (
+        [lambda out: functional.poisson_nll_loss(out + 500, -ONE_HOT)],
+        "",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_of_a_loss_that_is_not_finite_the_misuse_that_makes_it_so_is_told(name):
+    parts, remedy = BROKEN[name]
+    (found,) = said(nn.Identity(), lambda out: sum(part(out) for part in parts))
+    assert found.kind == "non_finite"
+    assert remedy in found.remedy
+    assert "soft_margin_loss" not in found.evidence + found.remedy
+    assert "counts" not in found.remedy
+
+
 class Normalised(nn.Module):
     """A softmax that is written by hand."""
 

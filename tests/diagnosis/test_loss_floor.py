@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -166,12 +167,37 @@ def test_ranges_follow_what_bounds_and_stop_at_what_does_not():
 YES = (NOISE[:, :1] > 0).double().float()
 
 
-# logits above zero cost log 2 for each of the 40 % of zeros, logits in (-1, 1) log(1 + 1/e) for every sample
-@pytest.mark.parametrize(("last", "floor"), [(nn.ReLU(), 0.4 * math.log(2)), (nn.Tanh(), math.log1p(math.exp(-1)))])
-def test_logits_of_a_binary_cross_entropy_that_are_held_have_a_floor(last, floor):
-    loss = functional.binary_cross_entropy_with_logits
-    (found,) = said(ended(last, 1), lambda out: loss(out, YES))
-    assert found.numbers["floor"] == pytest.approx(floor, rel=1e-4)
+SOME = torch.rand(40, 1, generator=torch.Generator().manual_seed(9))
+#: how binary_cross_entropy_with_logits is called
+BINARY: dict[str, tuple[Tensor, dict[str, Any]]] = {
+    "classes": (YES, {}),
+    "probabilities": (0.05 + 0.9 * YES, {}),
+    "weighted positives": (YES, {"pos_weight": torch.tensor([5.0])}),
+    "weights, of which some are zero": (YES, {"weight": (SOME - 0.3).clamp_min(0)}),
+    "a sum": (YES, {"reduction": "sum", "weight": SOME, "pos_weight": torch.tensor([0.2])}),
+}
+
+
+@pytest.mark.parametrize("name", BINARY)
+@pytest.mark.parametrize(("last", "low", "high"), [(nn.ReLU(), 0.0, 40.0), (nn.Tanh(), -1.0, 1.0)])
+def test_the_floor_of_held_logits_is_the_least_that_any_of_them_cost(name, last, low, high):
+    """Every logit tried by itself over its range, and one for all over all numbers."""
+    targets, given = BINARY[name]
+
+    def loss(out: Tensor) -> Tensor:
+        return functional.binary_cross_entropy_with_logits(out, targets.to(out.dtype), **given)
+
+    def least(tried: Tensor) -> Tensor:
+        apart = given | {"reduction": "none"}
+        wide = tried.expand(40, -1)
+        return functional.binary_cross_entropy_with_logits(wide, targets.double().expand_as(wide), **apart)
+
+    (found,) = said(ended(last, 1), loss)
+    by = torch.sum if given.get("reduction") == "sum" else torch.mean
+    held = by(least(torch.linspace(low, high, 40_001, dtype=torch.float64)[None]).amin(1))
+    alike = by(least(torch.linspace(-30, 30, 6001, dtype=torch.float64)[None]), 0).min()
+    assert found.numbers["floor"] == pytest.approx(float(held), rel=1e-6)
+    assert found.numbers["chance"] == pytest.approx(float(alike), rel=1e-3)
     assert "before the loss away" in found.remedy
     assert found.actions
 

@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from stabkit import checkpoints
 from stabkit.cli.execution import analyzed
 from stabkit.cli.options import Effort, Recipe
@@ -58,3 +60,13 @@ def test_a_rank_that_dies_ends_the_run_with_a_message(tmp_path):
     assert done.returncode != 0
     assert "exitcode  : 7" in done.stderr
     assert "another rank" in done.stderr or "another of the 2 ranks is gone" in done.stderr
+
+
+@pytest.mark.parametrize(("processes", "code"), [("2", 0), ("1", -6)])
+def test_a_rank_ends_well_whatever_its_threads_do_when_the_interpreter_is_taken_down(processes, code):
+    program = "import atexit, os, sys; atexit.register(os.abort); sys.argv = ['stabkit', '--version']\n"
+    program += "from stabkit.cli import main; main()"
+    environment = {**os.environ, "WORLD_SIZE": processes, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=60)
+    assert done.returncode == code
+    assert done.stdout.startswith("stabkit ")

@@ -162,6 +162,25 @@ def _diagonal(discretise: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]) -> 
                  C=torch.randn(WIDTH, 4, 2), D=torch.ones(WIDTH))  # fmt: skip
 
 
+def titans() -> nn.Module:
+    """A memory matrix that descends its error with momentum and weight decay (Behrouz, Zhong, Mirrokni, 2025)."""
+
+    def forward(m: Any, x: Tensor) -> Tensor:
+        q, k, v, gates = m.parts[0](x).split([WIDTH, WIDTH, WIDTH, 3], -1)
+        eta, theta, alpha = (gates.sigmoid() * torch.tensor([1.0, 1.0, 0.2], dtype=x.dtype)).unbind(-1)
+        memory = m.start.expand(len(x), WIDTH, WIDTH)
+        surprise, ys = torch.zeros_like(memory), []
+        for t in range(x.shape[1]):
+            error = torch.einsum("bij,bj->bi", memory, k[:, t]) - v[:, t]
+            descent = 2 * torch.einsum("bi,bj->bij", error, k[:, t])
+            surprise = eta[:, t, None, None] * surprise - theta[:, t, None, None] * descent
+            memory = (1 - alpha[:, t, None, None]) * memory + surprise
+            ys.append(torch.einsum("bij,bj->bi", memory, q[:, t]))
+        return m.parts[1](torch.stack(ys, 1))
+
+    return Mixer(forward, linear(3 * WIDTH + 3), linear(WIDTH), start=torch.eye(WIDTH))
+
+
 def s4d_zoh() -> nn.Module:
     return _diagonal(lambda z, dt: (torch.exp(z), (torch.exp(z) - 1) / z * dt))
 
@@ -576,7 +595,8 @@ def running_total() -> nn.Module:
 SCANS: dict[Callable[[], nn.Module], tuple[str, str]] = {
     mamba: (r"zero-order hold \(exponential, mean \|a\| = ", "measured"),
     mamba2_recurrent: ("zero-order hold", "measured"),
-    mamba3: ("zero-order hold", "measured"),
+    mamba3: (r"exponential trapezoid \(two-point input, mean \|a\| = ", "measured"),
+    titans: (r"momentum \(beta = .* in the mean, the position kept with .* in the mean\)", "measured"),
     s4d_zoh: ("zero-order hold", "measured"),
     s4d_bilinear: (r"trapezoid \(bilinear", "measured"),
     s4d_backward: (r"backward Euler \(linear,", "measured"),

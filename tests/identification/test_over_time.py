@@ -56,6 +56,32 @@ def test_a_few_rounds_that_use_the_same_parameters_are_found(make, times):
     assert times - 3 < found.n_steps < times
 
 
+_MULTIPLIED = (models.mamba, models.mamba3, models.gla, models.min_gru, models.gated_delta)
+
+
+@pytest.mark.parametrize("make", _MULTIPLIED, ids=lambda make: make.__name__)
+@pytest.mark.parametrize("times", [5, 7])
+def test_a_few_rounds_that_multiply_the_state_by_slices_are_found(make, times):
+    found = read(models.network(make), times=times)
+    assert re.match(models.SCANS[make][0], found.name)
+    assert times - 3 < found.n_steps < times
+
+
+def test_a_few_slices_that_are_only_added_are_no_recurrence():
+    class Added(nn.Module):
+        """Groups of channels, each with what the one before gave: nothing multiplies what is carried."""
+
+        def forward(self, x):
+            y, out = torch.zeros_like(x[:, 0]), []
+            for piece in x.unbind(1):
+                y = torch.tanh(piece + y)
+                out.append(y)
+            return x + torch.stack(out, 1)
+
+    flow = stabkit.trace(nn.Sequential(Added(), Added()), torch.randn(2, 5, 3))
+    assert not any(record.over_time for record in identify(flow, checks=False))
+
+
 def test_a_few_rounds_with_other_numbers_each_are_no_recurrence():
     class Grouped(nn.Module):
         """Groups of channels, each convolved with what the one before gave (Res2Net)."""

@@ -12,6 +12,7 @@ from stabkit.planning import sizes
 
 _BF16, _FLOAT32, _FLOAT64 = 2, 4, 8  # bytes of a number
 _CHECKS, _GAINS = 3, 2  # products with every block beside those with probes
+_READINGS = 2  # and two more: a step is held against what is read of it, made anew of its fields
 
 
 @dataclass(frozen=True)
@@ -162,7 +163,7 @@ def profile_price(
         )
     own = -(-probes // devices)
     blocks = -(-model.layers // devices)
-    walks = own + _CHECKS + _GAINS + singular_products * blocks / model.layers
+    walks = own + _CHECKS + _GAINS + _READINGS + singular_products * blocks / model.layers
     flops = samples * (2 * model.forward_flops(tokens) + walks * model.product_flops(tokens))
     read = 2 * _BF16 * model.layers * model.block_parameters
     state = samples * tokens * model.width
@@ -235,9 +236,9 @@ What is assumed:
 - The files are in the page cache of the host ({sizes.amount(device.link, "B/s")} to every GPU). Read from a disk of
   7 GB/s that all GPUs share, they arrive in {disk} a pass instead.
 - Products reach {device.efficiency:.0%} of {sizes.amount(device.flops, "FLOP/s")}.
-- The probes are shared out, {share} for each GPU; {_CHECKS} more products a block check what was recorded, {_GAINS}
-  measure its gain. The forward pass runs twice on every GPU: once for the states, once more, block by block, to record
-  what a product needs. A block is computed after it was read, not meanwhile.
+- The probes are shared out, {share} for each GPU; {_CHECKS} more products a block check what was recorded, {_READINGS}
+  what was read of it, and {_GAINS} measure its gain. The forward pass runs twice on every GPU: once for the states,
+  once more, block by block, to record what a product needs. A block is computed after it was read, not meanwhile.
 - Attention keeps its matrix of weights, since its fused form has no second derivative:
   {byte(2 * _FLOAT32 * model.heads * tokens**2)} of the recorded graph.
 - The embedding and the head are left out; cotangents start at the last state.

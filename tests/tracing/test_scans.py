@@ -193,7 +193,7 @@ def test_other_repetitions_are_none(function):
     assert found(function) == ()
 
 
-def test_short_sequences_are_spoken_of_where_each_round_uses_the_same_parameters():
+def test_short_sequences_are_spoken_of_where_each_round_multiplies_its_state():
     def fed(m: Written, x: Tensor) -> Tensor:
         h, out = torch.zeros_like(x[:, 0]), []
         a = torch.sigmoid(m.u(x))
@@ -202,10 +202,19 @@ def test_short_sequences_are_spoken_of_where_each_round_uses_the_same_parameters
             out.append(h)
         return torch.stack(out, 1)
 
+    def added(m: Written, x: Tensor) -> Tensor:
+        h, out, u = torch.zeros_like(x[:, 0]), [], m.u(x)
+        for t in range(x.shape[1]):
+            h = torch.tanh(h + u[:, t])
+            out.append(h)
+        return torch.stack(out, 1)
+
     assert len(found(indexed, times=5)) == 1
     assert found(indexed, times=2) == ()
     assert len(found(fed)) == 1
-    assert found(fed, times=7) == ()
+    assert len(found(fed, times=5)) == 1
+    assert len(found(added)) == 1
+    assert found(added, times=7) == ()
 
 
 def test_recurrent_modules_of_torch_are_left_to_their_own_reader():

@@ -103,28 +103,29 @@ def behaviours(measurement: Measurement) -> list[Behaviour]:
     for step in steps:
         groups[step.module_class, step.kind, step.space].append(step)
         groups[step.module_class, step.kind].append(step)
+    users: defaultdict[str, set[int]] = defaultdict(set)
+    for step in steps:
+        for weight in step.weights:
+            users[weight.path].add(step.index)
+    sizes = [float(row.mean()) for row in measurement.log_states]
     found = []
     for step in steps:
         narrow = groups[step.module_class, step.kind, step.space]
         group = narrow if len(narrow) > _FEWEST else groups[step.module_class, step.kind]
-        found.append(_beside(step, group if step.module_class else [step], measurement))
+        # a layer that runs again and again is no peer of itself
+        same = set[int]().union(*(users[weight.path] for weight in step.weights)) - {step.index}
+        peers = [other for other in group if other.index not in same] if same else group
+        found.append(_beside(step, peers if step.module_class else [step], sizes))
     return found
 
 
-def _own_weights(step: StepMeasurement, group: Sequence[StepMeasurement]) -> list[StepMeasurement]:
-    """The step and its peers: those of other weights. A layer that runs again and again is no peer of itself."""
-    own = {weight.path for weight in step.weights}
-    return [other for other in group if other is step or not own & {weight.path for weight in other.weights}]
-
-
-def _beside(step: StepMeasurement, group: Sequence[StepMeasurement], measurement: Measurement) -> Behaviour:
-    group = _own_weights(step, group)
+def _beside(step: StepMeasurement, group: Sequence[StepMeasurement], sizes: Sequence[float]) -> Behaviour:
+    """A step beside its peers; ``sizes``, log of the rms of every state."""
     place = next(i for i, other in enumerate(group) if other is step)
 
     def of(read: Callable[[StepMeasurement], float]) -> Deviation:
         return deviation([read(other) for other in group], place)
 
-    sizes = [float(row.mean()) for row in measurement.log_states]
     alike = [other for other in group if len(other.merges) == len(step.merges)]
     at = next(i for i, other in enumerate(alike) if other is step)
     gains = np.array([[merge.gain for merge in other.merges] for other in alike]).reshape(len(alike), -1)

@@ -56,7 +56,8 @@ def deviation(values: Sequence[float], index: int) -> Deviation:
         >>> far.typical, far.size, far.exceeds(1.0, 6.0)
         (0.0, 3.0, True)
     """
-    others = np.array([v for i, v in enumerate(values) if i != index and not math.isnan(v)], dtype=float)
+    others = np.delete(np.asarray(values, dtype=float), index)
+    others = others[~np.isnan(others)]
     if not others.size:
         return Deviation(values[index], math.nan, math.inf, 0)
     typical = _median(others)

@@ -7,6 +7,7 @@ what one layer can; it may be studied for that very reason, and is a fault only 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -20,7 +21,8 @@ from stabkit.diagnosis.blocks.weights import step_of
 from stabkit.diagnosis.finding import Action, Finding
 from stabkit.diagnosis.losses.ranges import behind_moves
 from stabkit.diagnosis.remedies import computed as remedies
-from stabkit.diagnosis.remedies.usual_training import RATES, adam, left_after, sgd
+from stabkit.diagnosis.remedies.applying import carried_out
+from stabkit.diagnosis.remedies.usual_training import RATES, adam, learns_only_treated, left_after, sgd
 from stabkit.tracing import Flow
 from stabkit.tracing.derivatives.lost_gradient import listed
 from stabkit.tracing.graph.values import operation
@@ -40,9 +42,7 @@ _SHARES = (0.5, -3.0, 4.0)  # of one input in a combination: within and far beyo
 _ROUNDING = 1e-4  # of the size of what is combined
 _STEPS = 100  # of a trial: activations have to find what no affine map has, which takes longer than to fall
 _SMALL = 100_000  # parameters up to which so many steps are tried; 20 beyond
-_FALL = 0.2  # of the first loss: what activations must bring beside an affine map
-_LEFT = 0.5  # of the first loss: what a model that learns what it can leaves less of, be it by heart
-_TIMES = 1.5  # by how much the fall of the loss must be larger with them
+
 _REFERENCE = "Goodfellow, Bengio and Courville, Deep learning, 2016, section 6.1, learning XOR"
 
 
@@ -68,10 +68,8 @@ def affine_findings(flow: Flow, loss: Any, call: ForwardPass, done: TrainingPass
         f"follow each other without an activation between ({listed(chain)}), which together can do no more than one; "
         "f(a x + (1 - a) y) = a f(x) + (1 - a) f(y) to rounding, wherever that was tried"
     )
-    severity, tried = _trial(call, loss, done)
-    modules = dict(call.module.named_modules())
-    paths = [p for name in chain[:-1] if isinstance(modules.get(p := name.rpartition(".")[0]), nn.Linear | _ConvNd)]
-    actions: tuple[Action, ...] = tuple(remedies.activate_after(path, "ReLU") for path in dict.fromkeys(paths))
+    actions = _actions(call, chain)
+    severity, tried = _trial(call, loss, done, chain, actions)
     first = chain[0].rpartition(".")[0]
     return [
         Finding(
@@ -81,14 +79,24 @@ def affine_findings(flow: Flow, loss: Any, call: ForwardPass, done: TrainingPass
             module_path=first,
             confidence=1.0,
             evidence=evidence + tried,
-            remedy=f"an activation (ReLU, Tanh, GELU) behind each of {listed(chain[:-1])}"
+            remedy=f"an activation, such as the ReLU that was tried, behind each of {listed(chain[:-1])}"
             if severity == "warning"
             else "none is needed where a linear model is meant; otherwise an activation behind each hidden layer",
             reference=_REFERENCE,
             numbers={"matrices": float(len(chain))},
-            actions=actions if severity == "warning" and len(paths) == len(chain) - 1 else (),
+            actions=actions if severity == "warning" else (),
         )
     ]
+
+
+def _actions(call: ForwardPass, chain: Sequence[str]) -> tuple[Action, ...]:
+    """A ReLU behind each hidden matrix, where all of them are the weights of layers that are not the last one too."""
+    modules = dict(call.module.named_modules())
+    paths = [name.rpartition(".")[0] for name in chain]
+    layers = all(isinstance(modules.get(path), nn.Linear | _ConvNd) for path in paths[:-1])
+    if not layers or paths[-1] in paths[:-1]:
+        return ()
+    return tuple(remedies.activate_after(path, "ReLU") for path in dict.fromkeys(paths[:-1]))
 
 
 def _last_product(node: Node | None) -> tuple[Node | None, bool]:
@@ -177,11 +185,16 @@ def _at(call: ForwardPass, end: str, share: float, other: Any) -> Tensor | None:
 
 
 class _Activated(TorchFunctionMode):
-    """Puts a ReLU behind every product of a pass but the last, whatever module or function takes it."""
+    """Puts a ReLU behind every product with some parameters of a model, where no layers hold them.
 
-    def __init__(self, products: int) -> None:
+    Attributes:
+        met: the parameters that a product was taken with.
+    """
+
+    def __init__(self, model: nn.Module, names: Sequence[str]) -> None:
         super().__init__()
-        self._left = products
+        self._held = {model.get_parameter(name).untyped_storage()._cdata: name for name in names}
+        self.met: set[str] = set()
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -189,53 +202,48 @@ class _Activated(TorchFunctionMode):
         result = func(*args, **(kwargs or {}))
         if getattr(func, "__name__", "").strip("_") not in _CALLS:
             return result
-        self._left -= 1
-        return torch.relu(result) if self._left > 0 else result
+        given = [t for _, t in named_tensors([list(args), kwargs or {}]) if t.layout == torch.strided]
+        names = {self._held[at] for t in given if (at := t.untyped_storage()._cdata) in self._held}
+        self.met |= names
+        return torch.relu(result) if names else result
 
 
-class _Counting(TorchFunctionMode):
-    """Counts the products of a pass."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.count = 0
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        self.count += getattr(func, "__name__", "").strip("_") in _CALLS
-        return func(*args, **(kwargs or {}))
-
-
-def _trial(call: ForwardPass, loss: Any, done: TrainingPass) -> tuple[str, str]:
-    """How bad it is, and what a short training says, as it is and with activations."""
+def _trial(
+    call: ForwardPass, loss: Any, done: TrainingPass, chain: Sequence[str], actions: Sequence[Action]
+) -> tuple[str, str]:
+    """How bad it is, and what a short training says, as it is and with a ReLU behind each hidden matrix."""
     assert done.loss is not None
     first = float(done.loss.detach())
-    counting = _Counting()
-    evaluated(call, mode=lambda _: counting)
-    if counting.count < 2 or not first > 0:
+    treated = call if actions else _activated(call, chain)
+    if treated is None or not first > 0:
         return "info", ""
     steps = _STEPS if sum(p.numel() for p in call.module.parameters()) <= _SMALL else _STEPS // 5
     updates = [by(rate) for rate in RATES for by in (adam, sgd)]
-    begun = training_pass(activated := _activated(call, counting.count), loss, differentiate=False).loss
-    plain, treated = (left_after(each, loss, updates, steps=steps) for each in (call, activated))
-    if plain is None or treated is None or begun is None:
+    with carried_out(call.module, actions):
+        begun = training_pass(treated, loss, differentiate=False).loss
+    plain, left = left_after(call, loss, updates, steps=steps), left_after(treated, loss, updates, actions, steps=steps)
+    if plain is None or left is None or begun is None:
         return "info", ""
-    ends = plain * first, treated * float(begun.detach())
-    fall = first - ends[0], first - ends[1]
+    ends = plain * first, left * float(begun.detach())
     words = (
         f"; {steps} steps of SGD or Adam take the loss from {first:.3g} to {ends[0]:.3g} as it is, to {ends[1]:.3g} "
         "with ReLUs between"
     )
-    better = ends[0] > _LEFT * first and fall[1] - fall[0] > _FALL * first and fall[1] > _TIMES * fall[0]
-    return ("warning" if better else "info"), words
+    return ("warning" if learns_only_treated(first, *ends) else "info"), words
 
 
-def _activated(call: ForwardPass, products: int) -> ForwardPass:
-    """The same call with activations between its products; the loss has none to count."""
+def _activated(call: ForwardPass, chain: Sequence[str]) -> ForwardPass | None:
+    """The same call with a ReLU behind the products with each hidden matrix; None where not all of them are found."""
+    if chain[-1] in chain[:-1]:
+        return None
+    met: set[str] = set()
 
     def model(*inputs: Any, **kwargs: Any) -> Any:
-        with _Activated(products):
-            return call.model(*inputs, **kwargs)
+        with _Activated(call.module, chain[:-1]) as activated:  # the parameters may be stand-ins by then
+            output = call.model(*inputs, **kwargs)
+        met.update(activated.met)
+        return output
 
-    return replace(call, model=model)
+    treated = replace(call, model=model)
+    evaluated(treated)
+    return treated if met == set(chain[:-1]) else None

@@ -22,7 +22,7 @@ from stabkit.diagnosis.finding import Finding
 from stabkit.diagnosis.losses.loud_logits import cross_entropies
 from stabkit.diagnosis.losses.regressions import regressions
 from stabkit.diagnosis.remedies.moved_weights import moved_weights
-from stabkit.diagnosis.remedies.usual_training import RATES, adam, left_after
+from stabkit.diagnosis.remedies.usual_training import RATES, adam, learns_only_treated, left_after
 from stabkit.errors import StabkitError
 from stabkit.tracing import Flow
 from stabkit.tracing.graph.values import operation
@@ -40,9 +40,7 @@ _MOST_NUMBERS = 2**24  # of all tokens: 128 MiB of doubles, which are told apart
 _STAYS, _FOLLOWS = "stays", "follows"  # what an output does where positions change places
 _STEPS = 50  # of a trial, and a fifth of that for models of more parameters than these
 _SMALL = 100_000
-_FALL = 0.2  # of the first loss: what positions must bring
-_LEFT = 0.5  # of the first loss: what a model that learns what it can leaves less of, be it by heart
-_TIMES = 1.5  # by how much the fall of the loss must be larger with them
+
 _REFERENCE = "Vaswani et al., Attention is all you need, 2017, section 3.5; Zaheer et al., Deep sets, 2017"
 
 
@@ -371,9 +369,7 @@ def _trial(call: ForwardPass, loss: Any, done: TrainingPass, samples: _Samples) 
         f"; {steps} steps of Adam take the loss from {first:.3g} to {ends[0]:.3g} as it is, to {ends[1]:.3g} with "
         f"sines of the position added behind {place}"
     )
-    fall = first - ends[0], first - ends[1]
-    better = ends[0] > _LEFT * first and fall[1] - fall[0] > _FALL * first and fall[1] > _TIMES * fall[0]
-    return _Trial(first, ends[0], better, words)
+    return _Trial(first, ends[0], learns_only_treated(first, *ends), words)
 
 
 def _embedded(call: ForwardPass, samples: _Samples) -> str:

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from stabkit.diagnosis.finding import Finding
-from stabkit.diagnosis.remedies.short_training import STEPS, falls, short_training
+from stabkit.diagnosis.remedies.short_training import falls, short_training, trained_on_either
 from stabkit.tracing import Flow
 from stabkit.tracing.recording.forward_pass import ForwardPass
 from stabkit.tracing.recording.training_pass import TrainingPass, calling_line
@@ -43,6 +43,7 @@ class Misuse:
         severity: a warning where the loss trains towards something else.
         meant: the arguments that were meant, where that is certain.
         alone: whether it is a fault only where nothing else in the loss trains the model.
+        breaks: whether the loss is not finite by it.
     """
 
     evidence: str
@@ -50,6 +51,7 @@ class Misuse:
     severity: str = "warning"
     meant: Given = field(default_factory=dict, compare=False)
     alone: bool = False
+    breaks: bool = False
 
 
 def _sums(values: Tensor, dim: int) -> Tensor:
@@ -99,7 +101,8 @@ def _kl_div(given: Given) -> Misuse | None:
             )
         meant = {"log_target": True} if _are_logarithms(target) and _are_logarithms(logs) else {}
         remedy = "log_target=True, or give the target as probabilities"
-        return Misuse(f"the target of kl_div is to be probabilities, and is {what}", remedy, meant=meant)
+        said = f"the target of kl_div is to be probabilities, and is {what}"
+        return Misuse(said, remedy, meant=meant, breaks=True)  # it takes their logarithm
     if of_logs and are_probabilities(target):
         meant = {"log_target": False} if _are_logarithms(logs) else {}
         words = "with log_target=True the target of kl_div is to be log-probabilities, and is probabilities"
@@ -264,10 +267,10 @@ class _Calls(TorchFunctionMode):
         found: name, line, and what is wrong, of each that is.
     """
 
-    def __init__(self, mend: bool = False) -> None:
+    def __init__(self, mend: bool = False, only: int | None = None) -> None:
         super().__init__()
         self.found: list[tuple[str, Misuse]] = []
-        self._mend = mend
+        self._mend, self._only = mend, only
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -281,7 +284,7 @@ class _Calls(TorchFunctionMode):
         if wrong is None:
             return func(*args, **kwargs)
         self.found.append((calling_line(), wrong))
-        if self._mend and wrong.meant:
+        if self._mend and wrong.meant and self._only in (None, len(self.found) - 1):
             kwargs = {k: v for k, v in kwargs.items() if k not in wrong.meant} | dict(wrong.meant)
             names = [name for name, _ in zip(domain.arguments, args, strict=False)]
             placed = [kwargs.pop(name) if name in wrong.meant else arg for name, arg in zip(names, args, strict=False)]
@@ -304,6 +307,23 @@ def misuses(loss: Any, output: Any, seed: int) -> tuple[list[tuple[str, Misuse]]
     if not watch.found:
         return [], value
     return watch.found, _value(loss, output, seed, _Calls(mend=True))
+
+
+def breaking(loss: Any, output: Any, seed: int, line: str) -> Misuse | None:
+    """The misuse that a loss is not finite by: as meant, that call makes it finite; None where it is no misuse.
+
+    Args:
+        loss: a callable on the output that returns a scalar.
+        output: of the model.
+        seed: of the numbers that the loss draws.
+        line: where it begins not to be finite, which decides where no single call makes it finite.
+    """
+    found, meant = misuses(loss, output, seed)
+    for index, (_, wrong) in enumerate(found):
+        if wrong.meant and math.isfinite(_value(loss, output, seed, _Calls(mend=True, only=index))):
+            return wrong
+    mended = math.isfinite(meant)
+    return next((w for at, w in found if at == line and (w.breaks or (mended and w.meant))), None)
 
 
 def _value(loss: Any, output: Any, seed: int, mode: TorchFunctionMode) -> float:
@@ -334,7 +354,7 @@ def loss_domain_findings(flow: Flow, loss: Any, call: ForwardPass, done: Trainin
         wrong = replace(wrong, severity="info", remedy="none is needed for the rest of the loss, which is learnt")
     evidence = wrong.evidence + (f" ({line})" if line else "")
     if wrong.meant:
-        evidence += f"; the loss is {value:.3g} as it is, and {meant:.3g} as it is meant{_trained(flow, loss)}"
+        evidence += f"; the loss is {value:.3g} as it is, and {meant:.3g} as it is meant{_trained(flow, loss, meant)}"
     elif value < 0:
         evidence += f"; the loss is {value:.3g}"
     return [
@@ -352,31 +372,15 @@ def loss_domain_findings(flow: Flow, loss: Any, call: ForwardPass, done: Trainin
     ]
 
 
-def _trained(flow: Flow, loss: Any) -> str:
-    """What the loss that is meant comes to, by training on the loss as it is and on itself."""
-    ends = []
-    for mend in (False, True):
-        reached: list[float] = []
+def _trained(flow: Flow, loss: Any, meant: float) -> str:
+    """What the loss that is meant comes to, by training on the loss as it is and on itself.
 
-        def watched(out: Any, mend: bool = mend, reached: list[float] = reached) -> Tensor:
-            with torch.no_grad(), _Calls(mend=True):
-                reached.append(float(loss(out)))
-            with _Calls(mend=mend):
-                scalar: Tensor = loss(out)
-            return scalar
+    Of the former the run counts that moves most: towards what else it leads is the question, not at which rate.
+    """
 
-        if short_training(flow, watched) is None:
-            return ""
-        ends.append(reached)
-    as_it_is, by_itself = (run[STEPS :: STEPS + 1] for run in ends)
-    if not as_it_is or not by_itself:
-        return ""
-    return (
-        f"; {STEPS} steps of plain SGD take that to {_farthest(as_it_is, ends[0][0]):.3g} by the loss as it is, and to "
-        f"{min(by_itself):.3g} by itself"
-    )
+    def as_meant(out: Any) -> Tensor:
+        with _Calls(mend=True):
+            scalar: Tensor = loss(out)
+        return scalar
 
-
-def _farthest(reached: list[float], first: float) -> float:
-    """Where the run ends that moved most: towards what else a loss leads is the question, not at which rate."""
-    return max(reached, key=lambda end: abs(end - first))
+    return trained_on_either(flow, loss, as_meant, lambda ends: max(ends, key=lambda end: abs(end - meant)))

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 
 from stabkit.diagnosis.finding import Finding
-from stabkit.diagnosis.losses.domains import misuses
+from stabkit.diagnosis.losses.domains import breaking
 from stabkit.diagnosis.non_finite.origin import Origin, origin_of
 from stabkit.diagnosis.thresholds import Thresholds
 from stabkit.tracing import Flow
@@ -55,9 +55,9 @@ def loss_findings(flow: Flow, loss: Any, thresholds: Thresholds) -> list[Finding
 def _not_finite(flow: Flow, loss: Any, origin: Origin) -> Finding:
     evidence = f"the output is finite and the loss is not: it begins at {origin.place}: {origin.cause.text}"
     remedy = origin.cause.remedy
-    wrong, _ = misuses(loss, flow.output, flow.forward_pass.seed)
-    if wrong:
-        evidence, remedy = f"{evidence}; {wrong[0][1].evidence}", wrong[0][1].remedy
+    wrong = breaking(loss, flow.output, flow.forward_pass.seed, origin.line)
+    if wrong is not None:
+        evidence, remedy = f"{evidence}; {wrong.evidence}", wrong.remedy
     return _finding(flow, "non_finite", "critical", LOSS, evidence, remedy, dict(origin.cause.numbers))
 
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import Node
 
 from stabkit.diagnosis.finding import Action, Finding
+from stabkit.diagnosis.losses.binary_cross_entropies import binary_cross_entropy
 from stabkit.diagnosis.losses.loud_logits import cross_entropies
 from stabkit.diagnosis.losses.ranges import behind_moves
 from stabkit.diagnosis.losses.regressions import regressions
@@ -112,24 +113,20 @@ def _dropped(done: TrainingPass) -> list[_Dropped]:
             words = ("logits", "their cross entropy", "equal chances cost")
             found.append(_Dropped(node, share, floor, entropy.chance, words))
     for each in nodes_above(done.loss):
-        if operation(each) == "BinaryCrossEntropyWithLogits":
-            node, share = dropout_behind(each.next_functions[0][0])
-            if node is not None:
-                words = ("logits", "their cross entropy", "equal chances cost")
-                found.append(_Dropped(node, share, share * math.log(2.0), math.log(2.0), words))
+        binary = binary_cross_entropy(each)
+        node, share = dropout_behind(binary.node) if binary is not None else (None, 0.0)
+        if binary is not None and node is not None:
+            words = ("logits", "their cross entropy", "the same for all costs")
+            found.append(_Dropped(node, share, share * binary.undecided, binary.chance, words))
     return found
 
 
 def _expected_log(count: int, share: float) -> float:
-    """E[log(1 + K)] of a binomial K, from its probabilities one after another; a normal one of many."""
-    mean = count * share
-    if count > 1000:
-        return math.log1p(mean)
-    total, chance = 0.0, (1 - share) ** count
-    for k in range(count + 1):
-        total += chance * math.log1p(k)
-        chance *= (count - k) / (k + 1) * share / (1 - share)
-    return total
+    """E[log(1 + K)] of a binomial K, from the logarithms of its probabilities, which themselves may underflow."""
+    k = torch.arange(count + 1, dtype=torch.float64)
+    ways = math.lgamma(count + 1) - (k + 1).lgamma() - (count - k + 1).lgamma()
+    chance = (ways + k * math.log(share) + (count - k) * math.log1p(-share)).exp()
+    return float(chance @ k.log1p())
 
 
 def dropout_behind(node: Node | None, through: Sequence[str] = ()) -> tuple[Node | None, float]:

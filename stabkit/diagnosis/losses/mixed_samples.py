@@ -7,7 +7,7 @@ an index of None or an unsqueeze, or hold something against itself; those are le
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -17,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 
 from stabkit.diagnosis.finding import Finding
 from stabkit.diagnosis.losses.faults import LOSS
-from stabkit.diagnosis.remedies.short_training import STEPS, short_training
+from stabkit.diagnosis.remedies.short_training import trained_on_either
 from stabkit.tracing import Flow
 from stabkit.tracing.recording.forward_pass import ForwardPass
 from stabkit.tracing.recording.training_pass import TrainingPass, calling_line
@@ -189,25 +189,10 @@ def _turned(tensor: Tensor, seed: int) -> Tensor:
 
 def _trained(flow: Flow, loss: Any) -> str:
     """What the loss of equal shapes comes to, by training on it and on the loss as it is."""
-    ends = []
-    for trained in (None, _aligned):
-        reached: list[float] = []
 
-        def watched(out: Any, trained: Change | None = trained, reached: list[float] = reached) -> Tensor:
-            with torch.no_grad(), _Mixing(_aligned):
-                reached.append(float(loss(out)))
-            with _Mixing(trained):
-                scalar: Tensor = loss(out)
-            return scalar
+    def aligned(out: Any) -> Tensor:
+        with _Mixing(_aligned):
+            scalar: Tensor = loss(out)
+        return scalar
 
-        if short_training(flow, watched) is None:
-            return ""
-        ends.append(_best(reached))
-    return (
-        f"; {STEPS} steps of plain SGD take that to {ends[0]:.3g} by the loss as it is, and to {ends[1]:.3g} by itself"
-    )
-
-
-def _best(reached: Sequence[float]) -> float:
-    """The least of what the runs of a short training end at."""
-    return min(reached[STEPS :: STEPS + 1], default=math.nan)
+    return trained_on_either(flow, loss, aligned, min)

@@ -226,7 +226,7 @@ def _by(sizes: Sequence[int]) -> str:
 
 def _of_factor(node: Any) -> Closed | None:
     """A product with a constant that is zero everywhere."""
-    saved = (node._saved_self, node._saved_other)
+    saved = (getattr(node, f"_saved_{name}", None) for name in ("self", "other"))
     given = [s for s in saved if isinstance(s, Tensor) and not s.requires_grad and not bool(s.detach().any())]
     if not given:
         return None

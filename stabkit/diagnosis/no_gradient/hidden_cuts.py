@@ -44,8 +44,7 @@ def hidden_cut_findings(subject: Flow | ForwardPass, loss: Any, call: ForwardPas
 def _finding(cut: Cut, subject: Flow | ForwardPass, loss: Any, call: ForwardPass, done: TrainingPass) -> Finding:
     derivative = cut.operation == FIRST_ORDER
     plain = short_training(subject, loss)
-    with _first_order_kept() if derivative else drawn_on_the_graph():
-        treated = short_training(subject, loss)
+    treated = short_training(subject, loss, within=_FirstOrderKept if derivative else drawn_on_the_graph)
     given = [done.gradients.get(path) for path in cut.parameters]
     none = bool(done.gradients) and not any(g is not None and bool((g != 0).any()) for g in given)
     evidence = (
@@ -97,12 +96,6 @@ class _NormalOnTheGraph(TorchFunctionMode):
             like = torch.as_tensor(mean) + 0 * torch.as_tensor(std)
             return mean + std * torch.randn_like(like)
         return func(*args, **(kwargs or {}))
-
-
-@contextlib.contextmanager
-def _first_order_kept() -> Iterator[None]:
-    with _FirstOrderKept():
-        yield
 
 
 @contextlib.contextmanager

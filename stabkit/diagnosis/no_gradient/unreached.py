@@ -13,6 +13,7 @@ from stabkit.diagnosis.measurement import Measurement
 from stabkit.diagnosis.no_gradient.hidden_cuts import hidden_cut_findings
 from stabkit.diagnosis.no_gradient.lost_parameters import lost_parameter_findings
 from stabkit.diagnosis.non_finite.origin import origin_of
+from stabkit.diagnosis.remedies.made_once import made_once
 from stabkit.diagnosis.suspects import Diagnosis, ordered
 from stabkit.diagnosis.verdict import Verdict
 from stabkit.tracing.cutting.endpoints import UnreachedError, scalar_loss
@@ -27,7 +28,8 @@ def diagnosis_without_flow(call: ForwardPass, loss: Any, why: str) -> Diagnosis:
     Raises:
         TraceError: the model fails, or the loss is not a scalar of its output.
     """
-    found = tuple(ordered(findings_without_flow(call, loss)))
+    with made_once():
+        found = tuple(ordered(findings_without_flow(call, loss)))
     broken = any(finding.kind == "non_finite" for finding in found)
     name, said = ("non-finite", "The loss or its gradient is not finite.") if broken else ("not judged", "")
     verdict = Verdict(name, said or f"Not judged: {why}.", math.nan, (math.nan, math.nan), (0, 0))

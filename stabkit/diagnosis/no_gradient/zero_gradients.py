@@ -134,7 +134,7 @@ def _behind_flat(call: ForwardPass, loss: Any, zeros: Sequence[str]) -> _Flat:
     flat = flat_nodes(done.loss)
     if not flat:
         return _Flat()
-    reached = _variables(done.loss, flat)
+    reached = variables_round(done.loss, flat)
     behind = tuple(path for path in zeros if id(done.parameters[path]) not in reached)
     mine = {id(done.parameters[path]) for path in behind}
     guilty = [node for node in flat if mine & {id(n.variable) for n in _above(node) if hasattr(n, "variable")}]
@@ -156,7 +156,7 @@ def _is_flat(node: Node) -> bool:
     return operation(node) in FLAT and not any(meta.dtype.is_complex for meta in metas)
 
 
-def _variables(scalar: Tensor, closed: Sequence[Node]) -> set[int]:
+def variables_round(scalar: Tensor, closed: Sequence[Node]) -> set[int]:
     """Leaves that a loss is made of by ways round some nodes."""
     return {id(node.variable) for node in _above(value_of(scalar).node, frozenset(closed)) if hasattr(node, "variable")}
 

@@ -13,7 +13,7 @@ import itertools
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -29,6 +29,7 @@ from stabkit.diagnosis.over_time.scans import WrittenOut
 from stabkit.diagnosis.remedies import computed as remedies
 from stabkit.diagnosis.remedies.applying import carried_out
 from stabkit.diagnosis.remedies.computed import Remedy
+from stabkit.diagnosis.remedies.short_training import STEPS, short_training
 from stabkit.diagnosis.thresholds import Thresholds
 from stabkit.diagnosis.verdict import factor
 from stabkit.errors import StabkitError
@@ -47,6 +48,7 @@ _SIZES = (
     (1.0, "1/sqrt(hidden), of gain 1"),
     (2.0, "2/sqrt(hidden), of gain 2"),
 )
+_BETTER = 0.8  # of the loss after a short training, from which what holds a state is worth a warning
 _FAR = math.log(1.5)  # nats between the size of a matrix and the standard one that are worth a change
 _REFERENCES = {
     "vanishing": "Pascanu et al., On the difficulty of training recurrent neural networks, 2013; Gers et al., 2000",
@@ -71,10 +73,33 @@ def time_findings(flow: Flow, loss: Any, thresholds: Thresholds) -> list[Finding
         return not math.isnan(profile.growth) and abs(profile.growth) > thresholds.explosion
 
     far = [profile for profile in called if is_far(profile)]
-    inside = [written.with_method(profile) for profile in written.profiles(loss) if is_far(profile)]
+    every = written.profiles(loss)
+    inside = [written.with_method(profile) for profile in every if is_far(profile)]
     # what later blocks do to the gradient on its way is not the fault of the recurrence
     far += [p for p in inside if p.own * math.copysign(1.0, p.growth) > 0.5 * thresholds.explosion]
-    return [_finding(flow, profile, profile.growth, loss, thresholds, written) for profile in far]
+    told = [_finding(flow, profile, profile.growth, loss, thresholds, written) for profile in far]
+    # a state that grows less than that is as bad where the loss sees it
+    grows = [p for p in every if thresholds.stable < p.growth <= thresholds.explosion]
+    near = [p for p in map(written.with_method, grows) if p.own > thresholds.stable and written.constraints(p)]
+    drifting = [_finding(flow, profile, profile.growth, loss, thresholds, written) for profile in near]
+    return [*(_by_training(flow, each, loss) for each in told), *_worth_telling(flow, drifting, loss)]
+
+
+def _worth_telling(flow: Flow, drifting: Sequence[Finding], loss: Any) -> list[Finding]:
+    """What grows within the limits, where a bound on its factor trains clearly better."""
+    judged = [_by_training(flow, replace(finding, severity="info"), loss) for finding in drifting]
+    return [finding for finding in judged if finding.severity != "info"]
+
+
+def _by_training(flow: Flow, finding: Finding, loss: Any) -> Finding:
+    """A state that grows and was no warning, which is one where training is clearly better with what holds it."""
+    if finding.kind != "exploding" or finding.severity != "info" or not finding.actions:
+        return finding
+    plain, treated = short_training(flow, loss), short_training(flow, loss, finding.actions)
+    if plain is None or treated is None or not treated.last < _BETTER * plain.last:
+        return finding
+    evidence = f"{finding.evidence}; {STEPS} steps of plain SGD take the loss {plain} as it is, {treated} treated"
+    return replace(finding, severity="warning", evidence=evidence)
 
 
 def loops_over_time(flow: Flow) -> tuple[str, ...]:
@@ -263,8 +288,9 @@ def _tried(
         return without, ""
     inside = profile.place >= 0
     before = "nothing" if math.isinf(growth) else f"{growth:+.1f}"
-    for remedy in [*(written.remedies(profile, growth) if inside else ()), *_changes(profile, growth)]:
-        own = math.nan
+    bounds = written.constraints(profile) if inside and growth > 0 else []
+    for remedy in [*bounds, *(written.remedies(profile, growth) if inside else ()), *_changes(profile, growth)]:
+        own, cause = math.nan, f"; {remedy.cause}" if remedy.cause else ""
         try:
             with carried_out(call.module, remedy.actions):
                 if inside:
@@ -274,11 +300,11 @@ def _tried(
                     found = next((p.growth for p in after if p.path == profile.path), math.nan)
         except StabkitError:
             continue
-        if abs(found) <= thresholds.explosion:
-            return remedy, f"; tried on a copy: {before} -> {found:+.1f} nats over time"
+        if abs(found) <= thresholds.explosion or (remedy.cause and -2 * thresholds.explosion <= found <= 0):
+            return remedy, f"{cause}; tried on a copy: {before} -> {found:+.1f} nats over time"
         # where another recurrence behind it is at fault as well, what its own steps do is what a remedy can change
         if abs(own) <= thresholds.stable and abs(found) < abs(growth):
-            told = f"; tried on a copy: of its own steps {profile.own:+.1f} -> {own:+.1f} nats over time"
+            told = f"{cause}; tried on a copy: of its own steps {profile.own:+.1f} -> {own:+.1f} nats over time"
             return remedy, f"{told}, with what comes after it {before} -> {found:+.1f}"
     return without, ""
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from stabkit.diagnosis.over_time.constraints import held_below_one
 from stabkit.diagnosis.over_time.profile import FEWEST, TimeProfile, logs_of
 from stabkit.diagnosis.remedies import computed as remedies
 from stabkit.diagnosis.remedies.computed import Remedy
@@ -94,6 +95,13 @@ class WrittenOut:
         record = self._records[self._index(profile)]
         own = math.nan if record.growth is None else record.growth * record.n_steps
         return replace(profile, method=record.name, fed=record.fed or record.name.startswith("gated"), own=own)
+
+    def constraints(self, profile: TimeProfile) -> list[Remedy]:
+        """What may keep the factor of a linear recurrence, whose state grows, from being larger than 1."""
+        place = self._index(profile)
+        makers = self._readings.makers(self._scans, place)
+        factors = self._readings.range_of_factor(self._scans, place)
+        return held_below_one(self._flow.model, profile.path, makers, factors)
 
     def remedies(self, profile: TimeProfile, growth: float) -> list[Remedy]:
         """Parameters that set the factor of a linear recurrence, moved until it is nearer to one.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -17,7 +18,7 @@ from stabkit.tracing.recording.containers import named_tensors
 
 FORMS = (
     *("scale", "redraw", "fill", "orthogonalise", "add_skip", "insert_norm", "activate", "scale_input", "convert"),
-    *("reset_statistics", "set_option", "shift", "activate_after"),
+    *("reset_statistics", "set_option", "shift", "activate_after", "clip"),
 )
 
 
@@ -86,16 +87,28 @@ def carried_out(model: nn.Module, actions: Sequence[Action], seed: int = 0) -> I
         ArgumentError: an action cannot be carried out, or not for a while only (a change of dtype).
     """
     generator = torch.Generator().manual_seed(seed)
+    places: defaultdict[int, list[tuple[nn.Module, str]]] = defaultdict(list)
+    for module in model.modules():  # a tied parameter has several places
+        for name, held in module._parameters.items():
+            places[id(held)].append((module, name))
     with contextlib.ExitStack() as undoing:
         with torch.no_grad():
             for action in actions:
-                _stand_in(model, action, undoing)
+                _stand_in(model, action, undoing, places)
                 _act(model, action, generator)
         yield
 
 
-def _stand_in(model: nn.Module, action: Action, undoing: contextlib.ExitStack) -> None:
-    """Put a copy in the place of what an action changes, and see to it that the original comes back."""
+def _stand_in(
+    model: nn.Module,
+    action: Action,
+    undoing: contextlib.ExitStack,
+    places: dict[int, list[tuple[nn.Module, str]]],
+) -> None:
+    """Put a copy in the place of what an action changes, and see to it that the original comes back.
+
+    ``places`` are those of the parameters by identity; what is put there is added.
+    """
     if action.get("action") == "convert":
         raise ArgumentError("a model is not run in another dtype for a while, which its inputs are not in")
     if "parameter" in action:
@@ -103,10 +116,12 @@ def _stand_in(model: nn.Module, action: Action, undoing: contextlib.ExitStack) -
         if held.is_meta:
             raise ArgumentError(f"the values of {action['parameter']!r} are not in memory")
         fresh = nn.Parameter(held.detach().clone(), requires_grad=held.requires_grad)
-        for module in list(model.modules()):  # a tied parameter has several places
-            for name in [n for n, p in module._parameters.items() if p is held]:
-                setattr(module, name, fresh)
-                undoing.callback(setattr, module, name, held)
+        path, _, own = action["parameter"].rpartition(".")
+        where = places[id(held)] or [(_module(model, path), own)]  # in a module that was put in just now
+        for module, name in where:
+            setattr(module, name, fresh)
+            undoing.callback(setattr, module, name, held)
+        places[id(fresh)] = where
     if action.get("action") == "reset_statistics":
         norm = _module(model, action["module"])
         for name, buffer in list(norm._buffers.items()):
@@ -128,6 +143,7 @@ def _act(model: nn.Module, action: Action, generator: torch.Generator) -> None:
     doing: dict[str, Callable[[], None]] = {
         "scale": lambda: _scale(parameter(model, action["parameter"]), float(action["factor"])),
         "shift": lambda: _shift(parameter(model, action["parameter"]), float(action["amount"])),
+        "clip": lambda: _clip(parameter(model, action["parameter"]), float(action["low"]), float(action["high"])),
         "redraw": lambda: _redraw(parameter(model, action["parameter"]), float(action["rms"]), generator),
         "fill": lambda: _fill(_part(parameter(model, action["parameter"]), action), float(action["value"])),
         "orthogonalise": lambda: _orthogonalise(
@@ -153,6 +169,10 @@ def _scale(tensor: Tensor, by: float) -> None:
 
 def _shift(tensor: Tensor, by: float) -> None:
     tensor.add_(by)
+
+
+def _clip(tensor: Tensor, low: float, high: float) -> None:
+    tensor.clamp_(low, high)
 
 
 def _redraw(tensor: Tensor, rms: float, generator: torch.Generator) -> None:
@@ -251,10 +271,10 @@ def once(model: nn.Module, actions: Sequence[Action]) -> tuple[Action, ...] | No
 
 def parameter(model: nn.Module, path: str) -> nn.Parameter:
     """A parameter by its path."""
-    found = dict(model.named_parameters(remove_duplicate=False)).get(path)
-    if found is None:
-        raise ArgumentError(f"the model has no parameter {path!r}; is it the one that was diagnosed?")
-    return found
+    try:
+        return model.get_parameter(path)
+    except AttributeError:
+        raise ArgumentError(f"the model has no parameter {path!r}; is it the one that was diagnosed?") from None
 
 
 def _module(model: nn.Module, path: str) -> nn.Module:

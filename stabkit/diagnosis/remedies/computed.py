@@ -51,6 +51,11 @@ def shift(parameter: str, by: float) -> Action:
     return {"action": "shift", "parameter": parameter, "amount": by}
 
 
+def clip(parameter: str, low: float, high: float) -> Action:
+    """Bring every entry of a parameter within a range."""
+    return {"action": "clip", "parameter": parameter, "low": low, "high": high}
+
+
 def redraw(parameter: str, rms: float) -> Action:
     """Draw a parameter anew, normal with this root mean square."""
     return {"action": "redraw", "parameter": parameter, "rms": rms}

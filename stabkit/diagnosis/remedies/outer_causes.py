@@ -14,6 +14,7 @@ from stabkit.diagnosis.inputs.features import FAR, features_of
 from stabkit.diagnosis.inputs.scale import input_size
 from stabkit.diagnosis.measurement import Measurement
 from stabkit.diagnosis.remedies.computed import Remedy, scale
+from stabkit.diagnosis.remedies.made_once import once
 from stabkit.tracing import Flow
 from stabkit.tracing.derivatives.lost_gradient import listed
 from stabkit.tracing.recording.containers import named_tensors
@@ -24,7 +25,8 @@ _FEWEST = 2  # matrices that a statement about all of them needs
 
 def outer_causes(flow: Flow, measurement: Measurement) -> list[Remedy]:
     """Remedies of the data and of the code that are worth a trial; sums only where the weights are of usual size."""
-    return [*_of_data(flow), *_of_sums(flow, measurement)]
+    words = "outer causes"
+    return once(lambda: [*_of_data(flow), *_of_sums(flow, measurement)], flow.forward_pass, (flow, measurement), words)
 
 
 def _of_data(flow: Flow) -> list[Remedy]:

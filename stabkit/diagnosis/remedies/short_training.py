@@ -1,7 +1,8 @@
 """Twenty steps of plain gradient descent on a batch, with a model as it is or treated: what a remedy is worth.
 
 The rate is a share of the size of the weights over that of their gradient, so that the units of the loss do not
-matter; the best of a few shares counts. The model, its buffers and the random state stay as they were.
+matter; the best of a few shares counts. The model, its buffers and the random state stay as they were. What several
+rules of a diagnosis ask for is trained once.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from stabkit.diagnosis.finding import Action
 from stabkit.diagnosis.remedies import computed as remedies
 from stabkit.diagnosis.remedies.applying import carried_out
 from stabkit.diagnosis.remedies.computed import Remedy
+from stabkit.diagnosis.remedies.made_once import once
 from stabkit.errors import StabkitError
 from stabkit.tracing import Flow
 from stabkit.tracing.recording.containers import map_tensors
@@ -39,10 +41,14 @@ class ShortTraining:
     Attributes:
         first: before it.
         last: after it, at the best of the rates; infinite where all diverge.
+        watched: what was watched beside the loss, at the end of each run that was made to its end.
+        optimizer: what took the steps.
     """
 
     first: float
     last: float
+    watched: tuple[float, ...] = ()
+    optimizer: str = "plain SGD"
 
     def __str__(self) -> str:
         return f"from {self.first:.3g} to {self.last:.3g}" if math.isfinite(self.last) else "beyond every bound"
@@ -54,20 +60,35 @@ def short_training(
     actions: Sequence[Action] = (),
     altered: Callable[[Tensor], None] | None = None,
     within: Callable[[], Any] = contextlib.nullcontext,
+    watch: Callable[[Any], float] | None = None,
 ) -> ShortTraining | None:
     """Losses of a short training with a remedy carried out; None where the model is too large or does not train.
 
     ``flow`` is a traced pass, or the call alone where nothing could be traced. ``altered`` is called with each loss
-    before its gradients are taken, to hang hooks on its graph; each training runs in a context that ``within`` makes.
+    before its gradients are taken, to hang hooks on its graph; each training runs in a context that ``within`` makes,
+    and in none that is made outside, since it is not repeated. ``watch`` makes a number of the output at its end.
     """
     call = flow.forward_pass if isinstance(flow, Flow) else flow
     if not isinstance(call, ForwardPass) or not callable(loss):
         return None
+    held, words = (loss, altered, within, watch), ("short training", repr(actions))
+    return once(lambda: _trained(call, loss, actions, altered, within, watch), call, held, words)
+
+
+def _trained(
+    call: ForwardPass,
+    loss: Any,
+    actions: Sequence[Action],
+    altered: Callable[[Tensor], None] | None,
+    within: Callable[[], Any],
+    watch: Callable[[Any], float] | None,
+) -> ShortTraining | None:
     model = call.module
     paths = [path for path, p in model.named_parameters() if p.requires_grad and p.is_floating_point()]
     if not paths or sum(p.numel() for p in model.parameters()) > LARGEST:
         return None
     runs: list[list[float]] = []
+    watched: list[float] = []
     try:
         for share in (*_SHARES, *_SMALLER):
             if share in _SMALLER and any(run[-1] <= run[0] for run in runs):
@@ -78,11 +99,14 @@ def short_training(
                 carried_out(model, actions),
                 within(),
             ):
-                runs.append(_run(call, loss, share, altered))
+                losses, output = _run(call, loss, share, altered)
+                if watch is not None and output is not None:
+                    watched.append(watch(output))
+                runs.append(losses)
     except (StabkitError, RuntimeError):
         return None
-    first = runs[0][0]
-    return ShortTraining(first, min(run[-1] if math.isfinite(run[-1]) else math.inf for run in runs))
+    last = min(run[-1] if math.isfinite(run[-1]) else math.inf for run in runs)
+    return ShortTraining(runs[0][0], last, tuple(watched))
 
 
 def trained_with(flow: Any, loss: Any, remedy: Remedy) -> ShortTraining | None:
@@ -91,15 +115,51 @@ def trained_with(flow: Any, loss: Any, remedy: Remedy) -> ShortTraining | None:
     Of data that are divided the output is taken as it is, and multiplied back where the loss holds it against data of
     the same size: whichever trains better.
     """
-    if remedy.data == 1.0:
-        return short_training(flow, loss, remedy.actions, within=remedy.within)
-    call = on_divided_data(flow.forward_pass if isinstance(flow, Flow) else flow, remedy.data)
+    call = flow.forward_pass if isinstance(flow, Flow) else flow
+    if remedy.data == 1.0 or not isinstance(call, ForwardPass):
+        return short_training(call, loss, remedy.actions, within=remedy.within)
+    return once(lambda: _of_divided_data(call, loss, remedy), call, (loss,), ("divided data", remedy.data))
+
+
+def _of_divided_data(call: ForwardPass, loss: Any, remedy: Remedy) -> ShortTraining | None:
+    call = on_divided_data(call, remedy.data)
+    runs = [short_training(call, each) for each in taken_back(loss, remedy.data)]
+    return min((run for run in runs if run is not None), key=lambda run: run.last, default=None)
+
+
+def taken_back(loss: Any, data: float) -> list[Callable[[Any], Any]]:
+    """A loss of the output of data that were divided: as it is, and multiplied back."""
 
     def back(output: Any) -> Any:
-        return loss(map_tensors(output, lambda t: remedy.data * t if t.is_floating_point() else t))
+        return loss(map_tensors(output, lambda t: data * t if t.is_floating_point() else t))
 
-    runs = [short_training(call, each) for each in (loss, back)]
-    return min((run for run in runs if run is not None), key=lambda run: run.last, default=None)
+    return [loss] if data == 1.0 else [loss, back]
+
+
+def trained_on_either(
+    flow: Any, loss: Any, meant: Callable[[Any], Tensor], of_runs: Callable[[Sequence[float]], float]
+) -> str:
+    """What the loss that is meant comes to by training on the loss as it is, and on itself, in words.
+
+    Args:
+        flow: a traced pass, or a call.
+        loss: as it is.
+        meant: as it is meant, of the same output.
+        of_runs: which end counts of the runs on the loss as it is; of those on itself the least does.
+    """
+
+    def watch(output: Any) -> float:
+        with torch.no_grad():
+            return float(meant(output))
+
+    runs = [short_training(flow, each, watch=watch) for each in (loss, meant)]
+    ends = [[end for end in run.watched if math.isfinite(end)] for run in runs if run is not None]
+    if len(ends) < len(runs) or not all(ends):
+        return ""
+    return (
+        f"; {STEPS} steps of plain SGD take that to {of_runs(ends[0]):.3g} by the loss as it is, and to "
+        f"{min(ends[1]):.3g} by itself"
+    )
 
 
 def on_divided_data(call: ForwardPass, by: float) -> ForwardPass:
@@ -146,15 +206,19 @@ def falls(training: ShortTraining) -> bool:
     return training.last < training.first - _CLEARLY * abs(training.first)
 
 
-def _run(call: ForwardPass, loss: Any, share: float, altered: Callable[[Tensor], None] | None) -> list[float]:
-    losses = []
+def _run(
+    call: ForwardPass, loss: Any, share: float, altered: Callable[[Tensor], None] | None
+) -> tuple[list[float], Any]:
+    """The losses of one run, and its last output; infinite at last, and None, where it broke off."""
+    losses: list[float] = []
     with unchanged(call.module) as safe, torch.enable_grad():
         safe.copy_buffers()
         torch.manual_seed(call.seed)
         weights = [p for p in call.module.parameters() if p.requires_grad and p.is_floating_point()]
         rate = None
         for _ in range(STEPS + 1):
-            scalar = loss(call.model(*call.inputs, **call.kwargs))
+            output = call.model(*call.inputs, **call.kwargs)
+            scalar = loss(output)
             losses.append(float(scalar.detach()))
             if altered is not None:
                 altered(scalar)
@@ -163,9 +227,9 @@ def _run(call: ForwardPass, loss: Any, share: float, altered: Callable[[Tensor],
                 norm = _norm([g for g in grads if g is not None])
                 rate = share * _norm(weights) / norm if norm > 0 else 0.0
             if not all(g is None or bool(g.isfinite().all()) for g in grads):
-                return [*losses, math.inf]
+                return [*losses, math.inf], None
             _move(weights, grads, rate)
-    return losses
+    return losses, output
 
 
 def _move(weights: Sequence[nn.Parameter], grads: Sequence[Tensor | None], rate: float) -> None:

@@ -6,6 +6,7 @@ rates that people type in are not.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -17,6 +18,7 @@ from torch import Tensor
 from stabkit.diagnosis.finding import Action
 from stabkit.diagnosis.remedies import computed as remedies
 from stabkit.diagnosis.remedies.applying import carried_out
+from stabkit.diagnosis.remedies.made_once import once
 from stabkit.diagnosis.remedies.short_training import LARGEST, STEPS
 from stabkit.errors import StabkitError
 from stabkit.tracing.recording.forward_pass import ForwardPass
@@ -25,10 +27,17 @@ from stabkit.tracing.recording.untouched_model import unchanged
 RATES = (1e-2, 1e-3)  # from the usual 0.01 of SGD down to the default of Adam
 EPSILON = 1e-8  # the default of Adam
 _FIRST, _SECOND = 0.9, 0.999  # the decays of its moments
+#: shares of the first loss, and a factor. Affine models of tasks that ask for more kept .81 and above, their ReLUs
+#: gained .61 and above and fell 5 times as far, positions alike; what suffices kept .34 at most. Of labels that nothing
+#: tells, which are learnt by heart in the end, ReLUs gained .14
+_KEPT = 0.5  # what a model that learns what it can keeps less of, be it by heart
+_GAINED = 0.2  # what a remedy must bring beside the model as it is
+_TIMES = 1.5  # by how much the fall of the loss must be larger with it
 
 Update = Callable[[int, Tensor, Tensor, list[Tensor]], None]
 
 
+@functools.cache  # the same rate is the same update, by which a training is told
 def sgd(rate: float) -> Update:
     """Plain gradient descent."""
 
@@ -38,6 +47,7 @@ def sgd(rate: float) -> Update:
     return update
 
 
+@functools.cache
 def adam(rate: float, factor: float = 1.0, eps: float = EPSILON) -> Update:
     """Adam with its default constants but for its eps, on gradients that are multiplied by a factor."""
 
@@ -75,20 +85,50 @@ def left_after(
         steps: how many of each.
         within: makes what each training runs in.
     """
+    left: list[float] = []
+    for update in updates:
+        held, words = (loss, update, within), ("usual training", repr(actions), steps)
+        share = once(functools.partial(_left, call, loss, update, actions, steps, within), call, held, words)
+        if share is None:
+            return None
+        left.append(share)
+    return min(left)
+
+
+def learns_only_treated(first: float, plain: float, treated: float) -> bool:
+    """Whether a training learns with a remedy what it does not as the model is.
+
+    Args:
+        first: the loss of the model as it is.
+        plain: after a training as it is.
+        treated: after the same with the remedy.
+
+    Example:
+        >>> learns_only_treated(0.7, 0.68, 0.1), learns_only_treated(0.7, 0.2, 0.1), learns_only_treated(0.7, 0.6, 0.55)
+        (True, False, False)
+    """
+    by_itself, by_remedy = first - plain, first - treated
+    return plain > _KEPT * first and by_remedy - by_itself > _GAINED * first and by_remedy > _TIMES * by_itself
+
+
+def _left(
+    call: ForwardPass,
+    loss: Any,
+    update: Update,
+    actions: Sequence[Action],
+    steps: int,
+    within: Callable[[], AbstractContextManager[Any]],
+) -> float | None:
     model = call.module
     paths = [path for path, p in model.named_parameters() if p.requires_grad and p.is_floating_point()]
     if not paths or sum(p.numel() for p in model.parameters()) > LARGEST:
         return None
-    left = []
+    held = [remedies.scale(path, 1.0) for path in paths]  # so that the model's own are never written
     try:
-        for update in updates:
-            # stand-ins for all parameters, so that the model's own are never written
-            held = [remedies.scale(path, 1.0) for path in paths]
-            with carried_out(model, held), carried_out(model, actions), within():
-                left.append(_run(call, loss, update, steps))
+        with carried_out(model, held), carried_out(model, actions), within():
+            return _run(call, loss, update, steps)
     except (StabkitError, RuntimeError):
         return None
-    return min(left)
 
 
 def _run(call: ForwardPass, loss: Any, update: Update, steps: int) -> float:
@@ -106,9 +146,24 @@ def _run(call: ForwardPass, loss: Any, update: Update, steps: int) -> float:
                 return math.inf
             if step == steps:
                 break
-            gradients = torch.autograd.grad(scalar, weights, allow_unused=True)
-            with torch.no_grad():
-                for weight, gradient, state in zip(weights, gradients, states, strict=True):
-                    if gradient is not None:
-                        update(step + 1, weight, gradient, state)
+            moved_by(scalar, weights, states, update, step + 1)
     return value / first if first > 0 else math.inf
+
+
+def moved_by(
+    scalar: Tensor, weights: Sequence[Tensor], states: Sequence[list[Tensor]], update: Update, step: int
+) -> None:
+    """Move weights by one step of an optimizer down a loss.
+
+    Args:
+        scalar: the loss, on the graph.
+        weights: what is moved, in place.
+        states: what the optimizer keeps of each.
+        update: the optimizer.
+        step: counted from 1.
+    """
+    gradients = torch.autograd.grad(scalar, weights, allow_unused=True)
+    with torch.no_grad():
+        for weight, gradient, state in zip(weights, gradients, states, strict=True):
+            if gradient is not None:
+                update(step, weight, gradient, state)

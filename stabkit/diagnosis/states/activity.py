@@ -11,7 +11,7 @@ from torch.autograd.graph import Node
 
 from stabkit.identification.form.operations import ADDS, MOVES, PRODUCTS, SCALES, has_matrix
 from stabkit.tracing import Flow, Step
-from stabkit.tracing.graph.composites import Element, element_of
+from stabkit.tracing.graph.graph import Element, element_of
 from stabkit.tracing.graph.values import meta_of, operation
 from stabkit.tracing.products.segments import Segment
 from stabkit.vocabulary import ActivationFacts, norm_of

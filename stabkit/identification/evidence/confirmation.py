@@ -15,6 +15,7 @@ from stabkit.tracing import Flow
 from stabkit.tracing.graph.values import meta_of, probes_of, random_tensors
 
 _LARGEST_DENSE = 512
+_ADJOINT = 1e-3  # two ratios of inner products in single precision; of two fields that are none they differ at will
 
 
 @dataclass(frozen=True)
@@ -107,6 +108,26 @@ def is_symmetric(form: NormalForm, seed: int = 0) -> bool | None:
         if abs(left - right) > 1e3 * torch.finfo(meta_of(stage.output).dtype).eps * scale:
             return False
     return True
+
+
+def are_adjoint(form: NormalForm) -> bool:
+    """Whether the Jacobians of two stages are the adjoint of each other, but for a number: K x and K* y."""
+    if len(form.stages) != 2 or any(len(stage.entries) != 1 for stage in form.stages):
+        return False
+    first, second = form.stages
+    sizes = [(meta_of(stage.entries[0]).numel, meta_of(stage.output).numel) for stage in form.stages]
+    if sizes[0] != sizes[1][::-1] or any(meta_of(stage.output).dtype.is_complex for stage in form.stages):
+        return False
+    ratios = []
+    for seed in range(2):
+        w, v = random_tensors([first.output, second.output], seed)
+        at = stage_vjp(form.piece, first, w).get(first.entries[0])
+        other = stage_vjp(form.piece, second, v).get(second.entries[0])
+        if at is None or other is None:
+            return False
+        left, right = (float((a.reshape(-1) * b.reshape(-1)).sum()) for a, b in ((other, w), (at, v)))
+        ratios.append(left / right if right else math.nan)
+    return abs(ratios[0] - ratios[1]) <= _ADJOINT * abs(ratios[0])
 
 
 def defect(form: NormalForm, found: Blocks, seed: int = 0) -> Check | None:

@@ -10,8 +10,7 @@ from torch.autograd.graph import Node
 from stabkit.identification.form.normal_form import Call, NormalForm, normal_form
 from stabkit.identification.form.operations import ADDS, MOVES, SCALES, WRITES
 from stabkit.identification.form.pieces import Piece
-from stabkit.tracing.graph.composites import Element, element_of
-from stabkit.tracing.graph.graph import Graph
+from stabkit.tracing.graph.graph import Element, Graph, element_of
 from stabkit.tracing.graph.values import Value, operation
 
 

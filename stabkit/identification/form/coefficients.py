@@ -212,7 +212,7 @@ class LinearCombination:
         residual = float((s - coefficient * w).norm() / w.norm())
         if residual <= _tolerance(self._dtype):
             number = guess.value if guess.kind == "scalar" else coefficient
-            return Coefficient("scalar", number, guess.low, guess.high, residual)
+            return Coefficient("gate" if guess.kind == "gate" else "scalar", number, guess.low, guess.high, residual)
         ratios = s / w
         if bool(torch.allclose(ratios[0], ratios[1], rtol=1e-3, atol=1e-4)):
             deviation = float((ratios[0] - ratios[1]).abs().max())
@@ -243,7 +243,7 @@ def _of_samples(factors: Tensor, kept: float, dtype: torch.dtype) -> Coefficient
 def _kind(factors: Tensor, numel: int, dtype: torch.dtype, *, gated: bool, masked: bool) -> tuple[str, float]:
     flat = factors.detach().double().reshape(-1).cpu()
     mean = float(flat.mean())
-    if gated and not _is_constant(factors, dtype):
+    if gated:  # also where it is one number at this input, as what clamps does as long as nothing is clamped
         return "gate", mean
     if _is_constant(factors, dtype):
         return "scalar", _number(flat, dtype)

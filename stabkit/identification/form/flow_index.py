@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from collections import Counter
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import torch
@@ -17,8 +18,8 @@ from stabkit.identification.form.operations import PRODUCTS
 from stabkit.identification.form.pieces import Piece
 from stabkit.identification.form.slots import Slots, laid_out_alike, slots
 from stabkit.tracing import Flow
-from stabkit.tracing.graph.loops import loops_of_calls
-from stabkit.tracing.graph.values import meta_of, operation
+from stabkit.tracing.graph.loops import Loop, loops_of_calls, loops_outside_layers
+from stabkit.tracing.graph.values import Value, meta_of, operation
 
 #: How a factor may come from a learned number p: as code spells it, and as a function.
 _FORMS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -57,7 +58,18 @@ class Surroundings:
         calls = [c for c in flow.recorded.recording.calls if c.finished and c.stop > c.start]
         counts = Counter(c.path for c in calls)
         self.calls = tuple((c.start, c.stop, c.path) for c in calls if counts[c.path] > 1)
-        self.loops = loops_of_calls(self.graph)
+        self.loops = loops_of_calls(self.graph) or self._loops_that_were_cut()
+
+    def _loops_that_were_cut(self) -> tuple[Loop, ...]:
+        """Loops that call no module, where the flow has a state between any two rounds."""
+        positions = {state.position for state in self.flow.states}
+        return tuple(loop for loop in loops_outside_layers(self.graph) if positions.issuperset(loop.boundaries))
+
+    def passing(self, maps: Mapping[Node, Value]) -> Surroundings:
+        """The same with some maps taken as the identity; see `Graph.passing`."""
+        other = copy.copy(self)
+        other.graph = self.graph.passing(maps)
+        return other
 
     def nodes(self, start: int, stop: int) -> list[Node]:
         """The operations between two states; saved tensors that were forgotten are computed again first."""

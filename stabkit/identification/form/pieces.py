@@ -148,6 +148,8 @@ class Piece:
 
     def _linear_inputs(self, node: Node, edges: list[Value]) -> list[Value]:
         name = operation(node)
+        if node in self.graph.passed:
+            return edges
         if not edges or is_opaque(node) or node in self.owned or node in self.graph.composites:
             return []
         if name in ADDS or name in PRODUCTS or name == "Addcmul":
@@ -395,6 +397,9 @@ def pull(
                 for value, grad in apply_node(node, [rest / _alpha(node)], graph.inputs[node])[1:]:
                     give(value, grad)
             if all(g is None for g in given):
+                continue
+            if node in graph.passed and given[0] is not None:
+                give(graph.inputs[node][0], given[0].reshape(meta_of(graph.inputs[node][0]).shape))
                 continue
             if node in added and given[0] is not None:
                 give(*apply_node(node, given, graph.inputs[node])[0])

@@ -19,6 +19,7 @@ from stabkit.vocabulary import moves
 _SPLITS = moves("select")
 _REARRANGE = moves("reshape") | moves("permute")
 _FEW_MOVES = 4
+_COLLECTED = 3  # values that a join puts side by side: two are a skip and what it leads around
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,17 +65,46 @@ def slots(flow: Flow, start: int, stop: int, loops: Sequence[Loop] = ()) -> Slot
     else:
         new = list(after.values)
     new = [v for v in new if v in used or v not in before.values]  # the others only pass by, on their way to the output
+    new = _without_collected(flow, new, start, stop)
     old = [v for v in before.values if v in used]
     if stop < len(flow.steps) and len(new) < len(old):
         new = _with_waiting(flow, nodes, [v for v in old if v not in after.values], stop, new)
     waiting = _queued(flow, before.values, after.values, old, new)
     if waiting is not None:
         return _arranged(graph, nodes, *waiting, ())
-    fed = _read_ahead(flow, nodes, old, new)
+    fed = (*_read_ahead(flow, nodes, old, new), *_held_for_later(flow, old, new, stop))
     old, new = [v for v in old if v not in fed], [v for v in new if v not in fed]
     contexts = _contexts(flow, start, old, new)
     old, new = [v for v in old if v not in contexts], [v for v in new if v not in contexts]
     return _arranged(graph, nodes, old, new, (*contexts, *(v for v in fed if v in before.values)))
+
+
+def _held_for_later(flow: Flow, old: list[Value], new: list[Value], stop: int) -> tuple[Value, ...]:
+    """Old values that are read, pass unchanged, and are read again later than in the next step: data of every other."""
+    after = flow.states[stop]
+    passing = [v for v in old if v in after.values and v not in new]
+    later = {v for node in flow.recorded.graph.nodes[after.position :] for v in flow.recorded.graph.inputs[node]}
+    held = tuple(v for v in passing if v in later and not _is_collected(flow, v, stop))
+    return held if len(held) < len(old) else ()
+
+
+def _without_collected(flow: Flow, new: list[Value], start: int, stop: int) -> list[Value]:
+    """New values without those of earlier steps that are only kept for the one join of what all steps made."""
+    made = [v for v in new if v not in flow.states[start].values]
+    if not made:
+        return new
+    shape = meta_of(made[-1]).shape
+    return [v for v in new if v in made or meta_of(v).shape != shape or not _is_collected(flow, v, stop)]
+
+
+def _is_collected(flow: Flow, value: Value, stop: int) -> bool:
+    """Whether nothing behind a state reads a value but one join, of several states."""
+    graph = flow.recorded.graph
+    readers = [node for node in graph.nodes[flow.states[stop].position :] if value in graph.inputs[node]]
+    if len(readers) != 1 or operation(readers[0]) not in JOINS:
+        return False
+    states = {v for state in flow.states for v in state.values}
+    return len(states.intersection(graph.inputs[readers[0]])) >= _COLLECTED
 
 
 def _with_waiting(flow: Flow, nodes: Sequence[Node], dropped: list[Value], stop: int, new: list[Value]) -> list[Value]:

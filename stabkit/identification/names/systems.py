@@ -116,7 +116,10 @@ def _two_state_one_stage(found: Blocks, *, history: bool) -> Name | None:
         form = "second_order_leapfrog" if history else one_step(found) or "symplectic Euler (position, velocity)"
         return Name(form, "x'' = f(x)", math.sqrt(c), "h: h^2 multiplies the force", 2)
     if history and abs(t0 - 1 - d0) <= CLOSE < abs(d0):  # with k = 0 the older state takes no part
-        return Name(f"two-step (LM-ResNet, k = {-d0:.3g})", "(1 + k) x' + (1 - k)/2 h x'' = f(x)", c, declared)
+        ball = f", heavy ball with momentum {d0:.3g}" if 0 < d0 < 1 else ""
+        return Name(f"two-step (LM-ResNet, k = {-d0:.3g})", f"(1 + k) x' + (1 - k)/2 h x'' = f(x){ball}", c, declared)
+    if abs(t0 - 1) <= CLOSE and abs(d0) <= CLOSE:
+        return Name("momentum (gamma = 0)", "x' = f(x), forward Euler beside a state that takes no part", c, declared)
     if abs(t0 - 1 - d0) <= CLOSE and 0 < d0 < 1:
         return Name(f"momentum (gamma = {d0:.3g})", "eps x'' + x' = f(x), eps = 1/(1 - gamma)", c, declared)
     if not history and abs(t0 - 1 - d0) <= CLOSE and -1 < d0 < 0:  # v' = v + 2 eta (f - v), at the middle of the step
@@ -244,7 +247,8 @@ def _two_fields(found: Blocks, symmetric: bool | None) -> Name | None:
     if crossed and not np.allclose(found.A, 0) and not np.any((found.B != 0).sum(axis=0) > 1):
         reads = [int(np.argmax(np.abs(row))) for row in found.U]
         writes = [int(np.argmax(np.abs(column))) for column in found.B.T]
-        if reads[0] != writes[0] and reads[1] != writes[1] and set(writes) == {0, 1}:
+        at_new = abs(found.A[1, 0] - found.B[reads[1], 0]) <= CLOSE * abs(found.B[reads[1], 0])
+        if at_new and reads[0] != writes[0] and reads[1] != writes[1] and set(writes) == {0, 1}:
             h = float(np.abs(found.B).max())
             declared = "h: the number that multiplies the branches" if h != 1 else "h = 1: only h f can be seen"
             if symmetric:

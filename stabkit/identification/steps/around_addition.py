@@ -12,8 +12,7 @@ from stabkit.identification.form.coefficients import Coefficient
 from stabkit.identification.form.normal_form import NormalForm
 from stabkit.identification.record import Identification
 from stabkit.integrators import stochastic_depth
-from stabkit.tracing.graph.composites import Element, element_of
-from stabkit.tracing.graph.graph import Graph
+from stabkit.tracing.graph.graph import Element, Graph, element_of
 from stabkit.vocabulary import ActivationFacts, NormFacts, operation
 
 _STATISTICS = frozenset({"Mean", "Std", "Var", "VarMean", "LinalgVectorNorm"})

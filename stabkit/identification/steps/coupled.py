@@ -27,7 +27,14 @@ COARSE = ("unnamed", "unknown", "plain")  # what says less of several states tha
 _MOST = 6  # states of which every pairing is tried
 _UNREAD = ("unknown", "unnamed", "not a step", "part of a step", "transition")
 _SUMS = ("no branch", "linear recurrence (a")
-_DRIVEN = ("damped Euler", "forward Euler", "projected Euler (post-norm)", "scaled skip", "running sum")
+_DRIVEN = (
+    "damped Euler",
+    "diagonal skip",
+    "forward Euler",
+    "projected Euler (post-norm)",
+    "running sum",
+    "scaled skip",
+)
 _SAME = 1e-6  # numbers of single precision networks
 
 
@@ -220,41 +227,58 @@ def _notes(streams: Sequence[_Stream]) -> tuple[str, ...]:
 
 def _momentum(streams: Sequence[_Stream]) -> str | None:
     """A velocity that a field of the position drives, normalised or not, and a position that moves by what is new."""
-    for position, velocity in itertools.permutations(streams, 2):
-        sums = [link.form for link in velocity.links if link.kind == "sum"]
-        if len(streams) > 2 or position.name != "running sum" or not velocity.name.startswith(_DRIVEN):
+    for position, velocity in itertools.permutations(range(len(streams)), 2):
+        x, v = streams[position], streams[velocity]
+        sums = [link.form for link in v.links if link.kind == "sum"]
+        if len(streams) > 2 or not x.name.startswith("running sum") or not v.name.startswith(_DRIVEN):
             continue
-        moves = [link.form for link in position.links if link.kind == "sum"]
-        if not moves or len(moves) != len(sums) or position.old or any(form.stages for form in moves):
+        moves = [link.form for link in x.links if link.kind == "sum"]
+        in_turn = not x.old or (not x.new and not v.old)  # where a round is cut, in the one order or in the other
+        if not moves or len(moves) != len(sums) or not in_turn or any(form.stages for form in moves):
             continue  # it moves by something else than the new velocity alone
-        kept = _kept(velocity.links)
-        if kept is None:
+        kept, stays = _kept(v.links), _kept(x.links)
+        if kept is None or stays is None:
             continue
-        ahead = [_ahead(form) for form in sums]
+        # a field that is linear in the position, M k, is no stage
+        linear = position in (*v.old, *v.new) and not any(form.stages for form in sums)
+        ahead = [0.0] if linear else [_ahead(form) for form in sums]
         if None in ahead:
             continue
         numbers = [f"beta = {_listed(kept)}"]
         if any(ahead):
             numbers.append(f"look-ahead {_listed(m for m in ahead if m is not None)}")
+        if any(abs(a.value - 1) > _SAME for a in stays):
+            numbers.append(f"the position kept with {_listed(stays)}")
         rule = "Nesterov momentum" if all(ahead) else "momentum"
-        return f"{rule} ({', '.join(numbers)})" + ", velocity normalised" * velocity.name.startswith("projected")
+        return f"{rule} ({', '.join(numbers)})" + ", velocity normalised" * v.name.startswith("projected")
     return None
 
 
-def _kept(links: Sequence[Link]) -> list[float] | None:
+@dataclass(frozen=True)
+class _Kept:
+    """What an old state is multiplied by on the way to the new one: a number, or the mean of one for every entry."""
+
+    value: float
+    is_mean: bool
+
+    def __str__(self) -> str:
+        return f"{self.value:.3g}" + " in the mean" * self.is_mean
+
+
+def _kept(links: Sequence[Link]) -> list[_Kept] | None:
     """The numbers before the old state in every addition, with those that multiply it on the way there."""
-    found: list[float] = []
-    factor = 1.0
+    found: list[_Kept] = []
+    factor, mean = 1.0, False
     for link in links:
         c = link.form.forms[0].get(link.form.sources[0])
         if link.kind in ("sum", "scaling"):
-            if c is None or c.kind != "scalar":
+            if c is None or c.kind not in ("scalar", "diagonal"):
                 return None
-            factor *= c.value
+            factor, mean = factor * c.value, mean or c.kind == "diagonal"
         if link.kind == "sum":
-            found.append(factor)
+            found.append(_Kept(factor, mean))
         if link.kind != "scaling":
-            factor = 1.0
+            factor, mean = 1.0, False
     return found
 
 
@@ -271,5 +295,5 @@ def _ahead(form: NormalForm) -> float | None:
     return found[0] if found and max(found) - min(found) <= _SAME else None
 
 
-def _listed(numbers: Iterable[float]) -> str:
-    return ", ".join(dict.fromkeys(f"{x:.3g}" for x in numbers))
+def _listed(numbers: Iterable[float | _Kept]) -> str:
+    return ", ".join(dict.fromkeys(f"{x:.3g}" if isinstance(x, float) else str(x) for x in numbers))

@@ -99,9 +99,7 @@ def solves_inside(flow: Flow, start: int, stop: int) -> bool:
 def iterates_silently(flow: Flow, start: int, stop: int) -> bool:
     """Whether a module that steps call on the graph was called again and again off it: by a solver with buffers."""
     first, last = _clock(flow, start, stop)
-    heard = {
-        c.path for c in flow.recorded.recording.calls if c.finished and c.start < c.stop and first <= c.start < last
-    }
+    heard = {call.path for call in flow.recorded.recording.begun(first, last) if call.start < call.stop}
     return any(count >= _FEWEST and path in heard for path, count in _silent_calls(flow, first, last).items())
 
 
@@ -112,9 +110,8 @@ def begins_at_constants(flow: Flow, start: int, stop: int) -> bool:
     """
     first, last = _clock(flow, start, stop)
     silent: set[str] = set()
-    for call in flow.recorded.recording.calls:
-        weighty = next(call.module.parameters(), None) is not None
-        if call.finished and first <= call.start < last and weighty:
+    for call in flow.recorded.recording.begun(first, last):
+        if next(call.module.parameters(), None) is not None:
             if call.start < call.stop and call.path in silent:
                 return True
             if call.start == call.stop:
@@ -128,8 +125,7 @@ def _clock(flow: Flow, start: int, stop: int) -> tuple[int, int]:
 
 
 def _silent_calls(flow: Flow, first: int, last: int) -> Counter[str]:
-    calls = flow.recorded.recording.calls
-    return Counter(c.path for c in calls if c.finished and c.start == c.stop and first <= c.start < last)
+    return Counter(call.path for call in flow.recorded.recording.begun(first, last) if call.start == call.stop)
 
 
 def fixed_point(flow: Flow) -> FixedPoint | None:

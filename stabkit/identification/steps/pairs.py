@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from torch.autograd.graph import Node
 
-from stabkit.identification.evidence.confirmation import Check, is_symmetric, volume
+from stabkit.identification.evidence.confirmation import Check, are_adjoint, is_symmetric, volume
 from stabkit.identification.evidence.reproduction import confirmed
 from stabkit.identification.fields.composites import with_composite_fields
 from stabkit.identification.fields.field_values import continued_fields
@@ -21,9 +21,11 @@ from stabkit.identification.form.slots import Slots, joined
 from stabkit.identification.form.sub_steps import composed_name, with_readout
 from stabkit.identification.form.tableau import Blocks, blocks
 from stabkit.identification.names.compositions import direction, name_composition, shears
+from stabkit.identification.names.operator_splittings import name_splitting
 from stabkit.identification.names.single import Name
 from stabkit.identification.names.systems import HAMILTONIAN, name_several_states
 from stabkit.identification.record import Identification
+from stabkit.identification.steps.proximal import proximal_maps
 from stabkit.integrators import GeneralLinearMethod
 from stabkit.tracing.graph.values import Value, operation
 
@@ -49,7 +51,34 @@ def read_several_states(around: Surroundings, found: Slots, steps: tuple[int, ..
             better = _named(around, found, other, steps, opaque)
             if better.method is not None and not better.name.startswith(_UNSPECIFIC):
                 return better
-    return record
+    return _past_proximal_maps(around, found, steps, opaque, record)
+
+
+def _past_proximal_maps(
+    around: Surroundings, found: Slots, steps: tuple[int, ...], opaque: Sequence[str], record: Identification
+) -> Identification:
+    """The record of a step with proximal maps behind its additions, which are taken off where its name is none else."""
+    maps = proximal_maps(around.flow, around.whole(steps[0], steps[-1] + 1, found)) if _is_unnamed(record) else ()
+    if not maps:
+        return record
+    smooth = around.passing({one.end.node: one.begin for one in maps})
+    form = smooth.normal_form(steps[0], steps[-1] + 1, found)
+    better = _named(smooth, found, form, steps, opaque)
+    if better.method is None or _is_unnamed(better):
+        return record
+    told = ", ".join(dict.fromkeys(one.name for one in maps))
+    kind = "forward-backward" if isinstance(better.method, GeneralLinearMethod) and better.method.n_fields == 1 else (
+        "proximal")  # fmt: skip
+    after = tuple(operation for one in maps for operation in one.operations)
+    return replace(
+        better, name=f"{better.name}, then {told} ({kind})", evidence="measured", after=after,
+        notes=(*dict.fromkeys(one.note for one in maps), *better.notes), recorded=(None,) * len(better.recorded),
+        system=f"{better.system}, and the subgradient of a convex function, by its proximal map",
+    )  # fmt: skip
+
+
+def _is_unnamed(record: Identification) -> bool:
+    return record.name.startswith(("unnamed", "unknown"))
 
 
 def _named(
@@ -70,7 +99,7 @@ def _named(
     if composed is not None:
         table, named = composed, name_several_states(composed, symmetric=None, gated=gated)
     if not named.is_known and not gated:
-        named = name_composition(table) or named
+        named = name_composition(table) or name_splitting(table, adjoint=are_adjoint(form)) or named
     if not named.is_known and not gated:
         named = with_readout(table) or _in_parts(around, found, steps) or named
     if named.order == 2 and direction(shears(table) or ()) < 0:

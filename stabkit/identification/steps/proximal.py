@@ -1,18 +1,113 @@
-"""Soft thresholds behind an addition: Euler's step on the smooth part, then the proximal map of t |x|_1 (ISTA)."""
+"""Proximal maps behind additions: Euler's step on the smooth part, then the prox of the rest (forward-backward).
+
+A map of every entry by itself that never falls and never grows faster than its argument is the proximal map of a convex
+function (Moreau 1965): soft thresholds (ISTA), rectifiers, projections on boxes and balls of the maximum norm.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import Node
 
 from stabkit.identification.form.chain import Link
+from stabkit.identification.form.operations import MOVES, is_affine
 from stabkit.identification.form.pieces import Piece, pull
 from stabkit.tracing import Flow
-from stabkit.tracing.graph.values import Value, random_tensors
+from stabkit.tracing.graph.graph import element_of
+from stabkit.tracing.graph.values import Value, meta_of, operation, random_tensors
 
 _ROUNDINGS = 64.0
+_SAME = 1e-4  # thresholds in single precision
+
+
+@dataclass(frozen=True, eq=False)
+class ProximalMap:
+    """A proximal map inside a step.
+
+    Attributes:
+        begin: what it is taken of.
+        end: its result.
+        operations: what it is made of.
+        threshold: the smallest and largest t of a soft threshold; None for other maps.
+    """
+
+    begin: Value
+    end: Value
+    operations: tuple[str, ...]
+    threshold: tuple[float, float] | None
+
+    @property
+    def name(self) -> str:
+        """What it is called."""
+        if self.threshold is not None:
+            return "soft threshold"
+        return " ".join(dict.fromkeys(self.operations)) if len(self.operations) < 3 else "proximal map"
+
+    @property
+    def note(self) -> str:
+        """What it does, in words."""
+        if self.threshold is None:
+            made = ", ".join(dict.fromkeys(self.operations))
+            return f"a map of every entry ({made}) with slopes from 0 to 1 here: the prox of a convex function"
+        low, high = self.threshold
+        t = f"{low:.3g}" if high - low <= _SAME * high else f"{low:.3g} to {high:.3g}"
+        return f"the soft threshold sign(x) max(|x| - t, 0), t = {t}: the prox of t |x|_1"
+
+
+def proximal_maps(flow: Flow, piece: Piece) -> tuple[ProximalMap, ...]:
+    """The proximal maps of states, and of sums in which one takes part, on the way to the new states; in order."""
+    regions: dict[Value, list[Value]] = {}
+    for node in piece.nodes:
+        for output in range(len(node._input_metadata)):
+            value = Value(node, output)
+            begin = piece.base.get(value, value)
+            if begin != value and (begin in piece.merges or begin in piece.sources):
+                regions.setdefault(begin, []).append(value)
+    found = (_proximal_map(flow, piece, begin, values) for begin, values in regions.items())
+    return tuple(one for one in found if one is not None)
+
+
+def _proximal_map(flow: Flow, piece: Piece, begin: Value, values: Sequence[Value]) -> ProximalMap | None:
+    """The map from a sum to the one value that is taken of what is made of it without weights."""
+    inside = {value.node for value in values}
+    used = {v for node in piece.nodes if node not in inside for v in piece.inputs(node)} | set(piece.targets)
+    ends = [value for value in values if value in used]
+    if begin in piece.sources and (begin in used or begin in piece.targets):
+        return None  # a state as it is besides: its map is a field
+    if ends and not any(_avoids(piece, begin, ends[0], other) for other in ends[1:]):
+        ends = ends[:1]  # the others are multiples of it, or made of it
+    if len(ends) != 1 or ends[0].output != 0 or meta_of(ends[0]).shape != meta_of(begin).shape:
+        return None
+    region = Piece(piece.graph, piece.nodes, [begin], ends)
+    made_of = [node for node in region.nodes if operation(node) not in MOVES]
+    slope = _slope(region, begin, ends[0])
+    if slope is None or all(is_affine(node, len(set(region.inputs(node)))) for node in made_of):
+        return None
+    slack = _ROUNDINGS * torch.finfo(slope.dtype).eps
+    if float(slope.min()) < -slack or float(slope.max()) > 1 + slack:
+        return None
+    y, result = _recorded(region, begin), _kept(flow, ends[0])
+    threshold = None if y is None or result is None else _soft_threshold(y, result, slope)
+    parts = dict.fromkeys(element_of(piece.graph, node) or node for node in made_of)
+    return ProximalMap(begin, ends[0], tuple(operation(p) if isinstance(p, Node) else p.name for p in parts), threshold)
+
+
+def _avoids(piece: Piece, begin: Value, end: Value, value: Value) -> bool:
+    """Whether something of the beginning reaches a value on a way past the end."""
+    stack, seen = [value], {end}
+    while stack:
+        v = stack.pop()
+        if v == begin:
+            return True
+        if v not in seen and v not in piece.ends:
+            seen.add(v)
+            stack.extend(piece.inputs(v.node))
+    return False
 
 
 def soft_threshold(flow: Flow, index: int, link: Link) -> tuple[float, float] | None:
@@ -30,12 +125,16 @@ def soft_threshold(flow: Flow, index: int, link: Link) -> tuple[float, float] | 
     source, target = piece.sources[0], piece.targets[0]
     if link.kind != "weightless" or target not in state.values:
         return None
-    y, result = _recorded(piece, source), state.tensors[state.values.index(target)].detach()
-    if y is None or y.shape != result.shape or y.is_complex():
+    y, slope = _recorded(piece, source), _slope(piece, source, target)
+    result = state.tensors[state.values.index(target)].detach()
+    return None if y is None or slope is None else _soft_threshold(y, result, slope)
+
+
+def _soft_threshold(y: Tensor, result: Tensor, slope: Tensor) -> tuple[float, float] | None:
+    if y.shape != result.shape or y.is_complex():
         return None
     slack = _ROUNDINGS * torch.finfo(result.dtype).eps * float(y.abs().max())
-    slope = _slope(piece, source, target)
-    if slope is None or not bool(((slope == 0) | ((slope - 1).abs() <= slack)).all()):
+    if not bool(((slope == 0) | ((slope - 1).abs() <= slack)).all()):
         return None
     kept = slope != 0
     t = (y.abs() - result.abs())[kept]
@@ -51,7 +150,7 @@ def _slope(piece: Piece, source: Value, target: Value) -> Tensor | None:
     w = random_tensors([target], seed=0)[0]
     edges = {node: piece.inputs(node) for node in piece.nodes}
     at = [pull(piece.graph, piece.nodes, edges, {target: c}).get(source) for c in (torch.ones_like(w), w)]
-    if at[0] is None or at[1] is None or at[0].shape != w.shape:
+    if w.is_complex() or at[0] is None or at[1] is None or at[0].shape != w.shape:
         return None
     slack = _ROUNDINGS * torch.finfo(w.dtype).eps
     return at[0] if bool(((at[1] - at[0] * w).abs() <= slack * w.abs()).all()) else None
@@ -65,4 +164,12 @@ def _recorded(piece: Piece, source: Value) -> Tensor | None:
         parent, output = node.next_functions[0]
         if isinstance(kept, Tensor) and parent is not None and Value(parent, output) == source:
             return kept.detach()
+    return None
+
+
+def _kept(flow: Flow, value: Value) -> Tensor | None:
+    """A value as a state of the flow holds it."""
+    for state in flow.states:
+        if value in state.values:
+            return state.tensors[state.values.index(value)].detach()
     return None

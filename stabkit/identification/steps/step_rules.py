@@ -131,6 +131,29 @@ class Histories:
             Names, with the derivative of the mean of log|a| when all entries of the parameter are moved alike; the
             strongest first.
         """
+        found = []
+        for name, grad in self._pulled_by(path, place, count):
+            if float((grad != 0).double().mean()) < _ONE_WAY:
+                continue  # a part of it does something else
+            total = float(grad.double().sum())
+            if abs(total) > _ONE_WAY * float(grad.double().abs().sum()):
+                found.append((name, total))
+        return sorted(found, key=lambda lever: -abs(lever[1]))
+
+    def makers(self, path: str, place: int, count: int) -> list[str]:
+        """Parameters of the module that the factor of a recurrence is made of; arguments as for `levers`."""
+        return [name for name, grad in self._pulled_by(path, place, count) if bool((grad != 0).any())]
+
+    def range_of_factor(self, path: str, place: int, count: int) -> tuple[float, float]:
+        """The least and the largest real part of the entries of a factor; NaN where it is a matrix or not known."""
+        located = self._located(path, place, count)
+        if located is None or located[2][0].is_matrix:
+            return math.nan, math.nan
+        parts = torch.cat([factor.number.real.flatten() for factor in located[2]])
+        return float(parts.min()), float(parts.max())
+
+    def _pulled_by(self, path: str, place: int, count: int) -> list[tuple[str, Tensor]]:
+        """The derivative of the mean of log|a| by the parameters of the module that the factor a is made of."""
         located = self._located(path, place, count)
         if located is None or located[2][0].is_matrix:
             return []
@@ -142,15 +165,8 @@ class Histories:
         for factor in factors:
             a = torch.where(factor.number == 0, torch.ones_like(factor.number), factor.number)
             given.append(torch.where(factor.number == 0, torch.zeros_like(a), 1 / a.conj()) / a.numel())
-        found = []
         pulled = _pulled(factors, [value_of(p) for p in inside.values()], given)
-        for name, grad in zip(inside, pulled, strict=True):
-            if grad is None or float((grad != 0).double().mean()) < _ONE_WAY:
-                continue  # a part of it does something else
-            total = float(grad.double().sum())
-            if abs(total) > _ONE_WAY * float(grad.double().abs().sum()):
-                found.append((name, total / len(factors)))
-        return sorted(found, key=lambda lever: -abs(lever[1]))
+        return [(name, g / len(factors)) for name, g in zip(inside, pulled, strict=True) if g is not None]
 
     def _located(self, path: str, place: int, count: int) -> tuple[Scan, Node, list[_Factor]] | None:
         """A recurrence, the one product in it that is no sum, and its factors."""
@@ -277,6 +293,8 @@ def _rule(factors: Sequence[_Factor]) -> tuple[Rule, float, Value] | None:
     if not factors:
         return None
     above = _above([f.value for f in factors if f.value is not None])
+    if not above:
+        return None  # a parameter itself, made of nothing
     fits = []
     for rule in RULES:
         spreads = (_of_matrix if factors[0].is_matrix else _of_entries)(rule, factors, above)

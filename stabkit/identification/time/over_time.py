@@ -8,6 +8,7 @@ numbers that multiply the state say which rule was meant.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -41,6 +42,7 @@ _EXTREMES = frozenset({"Maximum", "Minimum"})
 _MIXTURES = frozenset({"Addcmul", "Lerp"})  # affine in any one of their arguments
 _METHODS = {"trapezoid": "trapezoid", "backward Euler": "backward_euler"}
 _FOLLOWS = "the weight of the input is made of the same h A as the factor of the state"
+_BOTH_ENDS = "u at both ends of the step"
 _OWN = "the input enters with a weight that is made of other numbers, such as h B"
 
 
@@ -72,12 +74,24 @@ class Recurrences:
 
     def levers(self, scans: Sequence[Scan], place: int) -> list[tuple[str, float]]:
         """Parameters that set how long one of some recurrences remembers, see `Histories.levers`."""
+        located = self._histories_at(scans, place)
+        return [] if located is None else located[0].levers(*located[1])
+
+    def makers(self, scans: Sequence[Scan], place: int) -> list[str]:
+        """Parameters that the factor of one of some recurrences is made of."""
+        located = self._histories_at(scans, place)
+        return [] if located is None else located[0].makers(*located[1])
+
+    def range_of_factor(self, scans: Sequence[Scan], place: int) -> tuple[float, float]:
+        """The least and the largest real part of the factor of one of some recurrences; NaN where it is not known."""
+        located = self._histories_at(scans, place)
+        return (math.nan, math.nan) if located is None else located[0].range_of_factor(*located[1])
+
+    def _histories_at(self, scans: Sequence[Scan], place: int) -> tuple[Histories, tuple[str, int, int]] | None:
         paths = [self._flow.recorded.path_of(scan.cycle[-1]) for scan in scans]
-        path = paths[place]
-        self._made(path, paths[:place].count(path), paths.count(path))
-        if self._histories is None:
-            return []
-        return self._histories.levers(path, paths[:place].count(path), paths.count(path))
+        at = paths[place], paths[:place].count(paths[place]), paths.count(paths[place])
+        self._made(*at)
+        return None if self._histories is None else (self._histories, at)
 
     def _read(self, scan: Scan, path: str, place: int, count: int) -> Recurrence:
         around = _OverTime(over_scan(self._flow, scan, scan.middle, min(scan.middle + 2, len(scan))))
@@ -240,6 +254,8 @@ def _of_matrix(coupled: Coupling, made: Made, scan: Scan, path: str, fed: bool) 
     method: LinearStability | None = None
     if made.rule:
         called, system = _CALLED[made.rule]
+        if made.rule == "exponential" and scan.taps > 1:
+            called, system = "exponential trapezoid (two-point input", f"{system}, {_BOTH_ENDS}"
         name = f"{called}, mean |a| = {mean:.3g})"
         residual = made.residual
         notes.append(_FOLLOWS if made.input_follows else _OWN)
@@ -250,6 +266,8 @@ def _of_matrix(coupled: Coupling, made: Made, scan: Scan, path: str, fed: bool) 
         name, system = _of_numbers(values.ravel(), made, fed)
         constant = not fed and low == high and not np.iscomplex(values).any()
         evidence = "proven" if constant else "measured"
+    if scan.taps > 1:
+        notes.append(f"the input enters at {scan.taps} successive times, each with a weight of its own")
     return Recurrence(
         name, system, evidence, residual, path, len(scan), low, high, fed=fed, method=method, notes=tuple(notes)
     )

@@ -14,7 +14,7 @@ from stabkit.report.plane import Plane, plane_of
 if TYPE_CHECKING:
     from stabkit.diagnosis import Finding
     from stabkit.integrators import GeneralLinearMethod
-    from stabkit.report.schema import Report, StepReport
+    from stabkit.report.schema import ReportFields, StepReport
 
 EIGENVALUES = 1200  # of one step, drawn; the rest lie among them
 _DIGITS = 5
@@ -22,7 +22,7 @@ _CURVE = 160  # points of one line of a region
 _ROUNDING = 1e-4  # how far |R(z)| may exceed 1 by rounding before an eigenvalue counts as outside
 
 
-def report_data(report: Report) -> dict[str, Any]:
+def report_data(report: ReportFields) -> dict[str, Any]:
     """One report for the script: what is drawn of every step, and the regions that are no discs, once each."""
     planes = [plane_of(step) for step in report.steps]
     methods = list({plane.method: None for plane in planes if plane is not None and plane.method is not None})
@@ -38,7 +38,7 @@ def report_data(report: Report) -> dict[str, Any]:
     }
 
 
-def comparison_data(reports: Mapping[str, Report]) -> dict[str, Any]:
+def comparison_data(reports: Mapping[str, ReportFields]) -> dict[str, Any]:
     """Several reports for the script: total growth and the growth of every step that all of them have."""
     names: list[str] = []
     for report in reports.values():
@@ -125,7 +125,7 @@ def thinned(values: Sequence[complex], limit: int) -> list[complex]:
     return [ordered[round(i * (len(ordered) - 1) / (limit - 1))] for i in range(limit)]
 
 
-def _first_choice(report: Report) -> int:
+def _first_choice(report: ReportFields) -> int:
     """The step to show first: the one that the worst finding names, or the one that changes the gradient most."""
     for finding in sorted(report.findings, key=lambda f: -rank(f.severity)):
         place = place_of(report, finding)
@@ -136,7 +136,7 @@ def _first_choice(report: Report) -> int:
     return -max(sizes)[1] if sizes else 0
 
 
-def place_of(report: Report, finding: Finding) -> int | None:
+def place_of(report: ReportFields, finding: Finding) -> int | None:
     """The step that a finding is about: of those that it lists, the one whose module it names, or else the first."""
     listed = [index for index in finding.steps if index < len(report.steps)]
     named = [index for index in listed if report.steps[index].module_path == finding.module_path]

@@ -18,7 +18,7 @@ from stabkit.report.shown import Shown, shown_fields
 if TYPE_CHECKING:
     import jinja2
 
-    from stabkit.report.schema import Report, StepReport
+    from stabkit.report.schema import ReportFields, StepReport
 
 _MINUS = re.compile(r"(?<![\w.)])-(?=\d)")
 _SCRIPTS = {
@@ -27,7 +27,7 @@ _SCRIPTS = {
 }
 
 
-def report_page(report: Report) -> str:
+def report_page(report: ReportFields) -> str:
     """One report as a self-contained HTML page.
 
     Everything that comes from a model or a checkpoint is escaped; the page loads nothing and works from disk.
@@ -41,7 +41,7 @@ def report_page(report: Report) -> str:
     return _render("report.html", report=report, data=report_data(report))
 
 
-def comparison_page(reports: Mapping[str, Report]) -> str:
+def comparison_page(reports: Mapping[str, ReportFields]) -> str:
     """Several reports on the same model, such as the checkpoints of a run, as one self-contained HTML page.
 
     Args:
@@ -107,7 +107,7 @@ def facts(step: StepReport) -> list[tuple[str, str, str]]:
     return [(title, typeset(text), typeset(aside)) for title, text, aside in told if text]
 
 
-def sortable(report: Report) -> list[tuple[str, str, Shown]]:
+def sortable(report: ReportFields) -> list[tuple[str, str, Shown]]:
     """The columns of the table of all steps: field, title, and how it is shown."""
     fields = shown_fields(report.step_type).items()
     return [(name, how.title or how.column, how) for name, how in fields if how.sortable]
@@ -118,13 +118,13 @@ def tone(verdict: str) -> str:
     return VERDICTS[verdict].tone
 
 
-def _radius(report: Report) -> float | None:
+def _radius(report: ReportFields) -> float | None:
     """The largest spectral radius of any step that keeps its space."""
     known = [step.spectral_radius for step in report.steps if step.kind == "step" and step.spectral_radius is not None]
     return max((value for value in known if not math.isnan(value)), default=None)
 
 
-def _kinds(report: Report) -> list[tuple[str, list[str]]]:
+def _kinds(report: ReportFields) -> list[tuple[str, list[str]]]:
     """Every kind of finding once, with the modules where it was found."""
     found: dict[str, list[str]] = {}
     for finding in report.findings:

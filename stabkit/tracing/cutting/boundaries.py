@@ -19,11 +19,15 @@ import numpy as np
 from torch import nn
 
 from stabkit.errors import TraceError
+from stabkit.tracing.cutting.gaps import Gap, around, gaps_between, narrowest
 from stabkit.tracing.graph.frontiers import Frontiers
 from stabkit.tracing.graph.intervals import Interval, Intervals
-from stabkit.tracing.graph.rounds import around_rounds
+from stabkit.tracing.graph.loops import loops_of_products
+from stabkit.tracing.graph.rounds import around_rounds, rounds_of_lists
 from stabkit.tracing.graph.tandem import tandem_repeat
 from stabkit.tracing.graph.values import operation
+
+_FEWEST_ROUNDS = 3  # of a loop that only its operations tell of: two may be the stages of one step
 
 Depth = str | Sequence[str] | Callable[[str, nn.Module], bool]
 
@@ -76,11 +80,11 @@ def choose(intervals: Intervals, frontiers: Frontiers, depth: Depth = "auto") ->
             by_operations = _by_operations(intervals, frontiers)
             if len(by_operations) > len(pieces) + 1:
                 return by_operations
-        return pieces
+        return _around_rounds_of_products(intervals, frontiers, units, pieces)
     if depth == "cuts":
         return _between(intervals, [], [0, *frontiers.cuts(), intervals.end])
     picked = _picked(intervals, depth)
-    return _between(intervals, picked, _around(intervals, picked))
+    return _between(intervals, picked, around(intervals, picked))
 
 
 def _picked(intervals: Intervals, depth: Depth) -> list[Interval]:
@@ -103,77 +107,6 @@ def _picked(intervals: Intervals, depth: Depth) -> list[Interval]:
         if not outermost or call.start >= outermost[-1].stop:
             outermost.append(call)
     return outermost
-
-
-def _around(intervals: Intervals, units: Sequence[Interval]) -> list[int]:
-    """One boundary in each gap between units, and around the first and the last."""
-    first = _narrowest(intervals, 0, units[0].start)
-    last = _narrowest(intervals, units[-1].stop, intervals.end, latest=False)
-    return [0, first, *(gap.position for gap in _gaps(intervals, units)), last, intervals.end]
-
-
-def _narrowest(intervals: Intervals, low: int, high: int, *, latest: bool = True) -> int:
-    sign = -1 if latest else 1
-    return min(range(low, high + 1), key=lambda position: (int(intervals.width[position]), sign * position))
-
-
-@dataclass(frozen=True)
-class _Gap:
-    """The place between two consecutive units where the least is alive."""
-
-    position: int
-    width: int
-    before: Interval
-    after: Interval
-
-
-def _gaps(intervals: Intervals, units: Sequence[Interval]) -> list[_Gap]:
-    gaps: list[_Gap] = []
-    before_shapes = intervals.shapes(0)
-    for before, after in itertools.pairwise(units):
-        if after.start >= before.stop:
-            position = _boundary(intervals, before.stop, after.start, before_shapes)
-            if before.pattern != after.pattern and _is_whole(intervals, before):
-                position = before.stop  # a norm before the head is no part of the last block
-            gaps.append(_Gap(position, int(intervals.width[position]), before, after))
-            before_shapes = intervals.shapes(position)
-    return _alike_in_rounds(intervals, gaps)
-
-
-def _alike_in_rounds(intervals: Intervals, gaps: list[_Gap]) -> list[_Gap]:
-    """Gaps with the last one between two modules at the place where all those before are: its round ends as theirs.
-
-    There the input of every round is needed no more, so less is alive behind what takes it.
-    """
-    rounds: dict[tuple[str, str], list[int]] = {}
-    for index, gap in enumerate(gaps):
-        rounds.setdefault((gap.before.path, gap.after.path), []).append(index)
-    found = list(gaps)
-    for *earlier, last in rounds.values():
-        places = {gaps[i].position - gaps[i].before.stop for i in earlier}
-        position = gaps[last].before.stop + min(places, default=0)
-        if len(earlier) > 1 and len(places) == 1 and position <= gaps[last].after.start:
-            found[last] = replace(gaps[last], position=position, width=int(intervals.width[position]))
-    return found
-
-
-def _is_whole(intervals: Intervals, block: Interval) -> bool:
-    """Whether a block holds branches, and nothing but its result is alive where it ends."""
-    narrow = int(intervals.width[block.stop]) == 1 and int(intervals.width[block.start]) == 1
-    return narrow and not intervals.is_leaf(block) and intervals.is_wide(block.start, block.stop)
-
-
-def _boundary(intervals: Intervals, low: int, high: int, before: list[tuple[int, ...]]) -> int:
-    """Where the least is alive: in h = h + f(h), after the addition.
-
-    Among equals the last position that leaves the step in the space it began in, so that an activation belongs to the
-    layer before it but the pooling after a block does not belong to the block; else the last of all.
-    """
-    width = intervals.base(low, high)
-    equals = [position for position in range(low, high + 1) if intervals.width[position] == width]
-    if len(equals) > 1:
-        equals = [position for position in equals if intervals.shapes(position) == before] or equals
-    return equals[-1]
 
 
 def _between(intervals: Intervals, units: Sequence[Interval], boundaries: Sequence[int]) -> list[Piece]:
@@ -213,10 +146,10 @@ def _shape(intervals: Intervals, start: int, stop: int) -> str:
 
 
 def _by_modules(intervals: Intervals, frontiers: Frontiers, units: Sequence[Interval]) -> list[Piece]:
-    gaps = _gaps(intervals, units)
+    gaps = gaps_between(intervals, units)
     boundaries = {0, intervals.end, *(gap.position for gap in gaps if gap.width == 1)}
-    first = _narrowest(intervals, 0, units[0].start) if units else 0
-    last = _narrowest(intervals, units[-1].stop, intervals.end, latest=False) if units else 0
+    first = narrowest(intervals, 0, units[0].start) if units else 0
+    last = narrowest(intervals, units[-1].stop, intervals.end, latest=False) if units else 0
     # what the model does outside any module before the first unit and after the last is no part of these
     boundaries.update(position for position in (first, last) if intervals.width[position] == 1)
     passed = [gap for gap in gaps if _passed_by(intervals, gap)]
@@ -231,19 +164,23 @@ def _by_modules(intervals: Intervals, frontiers: Frontiers, units: Sequence[Inte
     for start, stop in itertools.pairwise(sorted(boundaries)):
         inside = gaps[bisect.bisect_right(positions, start) : bisect.bisect_left(positions, stop)]
         # no narrow boundary over most of the graph: a ladder of states that are tuples
-        if len(inside) >= 4 and stop - start > 0.5 * intervals.end and not _are_stages(inside):
+        if len(inside) < 4 or stop - start <= 0.5 * intervals.end:
+            continue
+        if not _are_stages(inside):
             boundaries.update(gap.position for gap in inside)
+        else:
+            boundaries.update(b for b in rounds_of_lists(intervals, frontiers, units) if start < b < stop)
     boundaries.update(_rungs(intervals, gaps))
     return _glued(intervals, _between(intervals, units, sorted(boundaries)))
 
 
-def _are_stages(gaps: Sequence[_Gap]) -> bool:
+def _are_stages(gaps: Sequence[Gap]) -> bool:
     """Whether gaps lie between calls that recur without being rounds of a loop, and more is alive in some of them."""
     units = [gaps[0].before, *(gap.after for gap in gaps)]
     return len({unit.path for unit in units}) < len(units) and len({gap.width for gap in gaps}) > 1
 
 
-def _passed_by(intervals: Intervals, gap: _Gap) -> bool:
+def _passed_by(intervals: Intervals, gap: Gap) -> bool:
     """Whether a gap between two like blocks is wide only because of values that pass both of them by.
 
     A long skip, kept for a decoder, does not make the blocks beside it one block.
@@ -257,14 +194,14 @@ def _passed_by(intervals: Intervals, gap: _Gap) -> bool:
     return alive - intervals.passing_by(gap.position, before, after) == 1
 
 
-def _rungs(intervals: Intervals, gaps: Sequence[_Gap]) -> set[int]:
+def _rungs(intervals: Intervals, gaps: Sequence[Gap]) -> set[int]:
     """Gaps between three or more like blocks that hand on several values of the same shapes, all made anew by each.
 
     Two streams, positions and velocities, a signal and a sum of outputs. Parallel branches whose results are added up
     hand on a sum as well, but beside it their common input, which none of them makes anew.
     """
     found: set[int] = set()
-    run: list[_Gap] = []
+    run: list[Gap] = []
     for gap in [*gaps, None]:
         if gap is not None and _hands_on_several(intervals, gap):
             start = run[-1].position if run else gap.before.start
@@ -278,7 +215,7 @@ def _rungs(intervals: Intervals, gaps: Sequence[_Gap]) -> set[int]:
     return found
 
 
-def _hands_on_several(intervals: Intervals, gap: _Gap) -> bool:
+def _hands_on_several(intervals: Intervals, gap: Gap) -> bool:
     alike = gap.before.pattern == gap.after.pattern and type(gap.before.module) is type(gap.after.module)
     return alike and gap.width > 1 and not intervals.is_leaf(gap.before)
 
@@ -305,7 +242,7 @@ class _Units:
         if intervals.repeats(item) and not self._is_stage(type(item.module)):
             return []
         inside = self.of(item)
-        gaps = _gaps(intervals, inside)
+        gaps = gaps_between(intervals, inside)
         narrow = max(intervals.base(item.start, item.stop), 1)
         if len(inside) > 1 and gaps and min(gap.width for gap in gaps) > narrow and not _repeats(intervals, inside):
             return []  # parallel branches: the item cannot be cut
@@ -425,7 +362,10 @@ def _own_items(intervals: Intervals, before: Piece, after: Piece, of_linear_laye
 def _by_operations(intervals: Intervals, frontiers: Frontiers) -> list[Piece]:
     """Without usable modules (scripted, functional, fused recurrent code): regions between cuts, else repeats."""
     end = intervals.end
+    rounds = {b for loop in loops_of_products(intervals.graph, frontiers, range(end)) for b in loop.boundaries}
     regions = intervals.wide_regions(0, end)
+    if len(rounds) > max(len(regions), _FEWEST_ROUNDS):  # a region that holds all of them is what a loop carries on
+        return _between(intervals, [], sorted({0, end, *rounds}))
     if len(regions) >= 2:
         recurrent = [c for c in intervals.calls if isinstance(c.module, nn.RNNBase)]
         boundaries = {0, end, *(_before(start, recurrent) for start, _ in regions), *(stop for _, stop in regions)}
@@ -443,6 +383,25 @@ def _by_operations(intervals: Intervals, frontiers: Frontiers) -> list[Piece]:
     if not regions:
         return _glued(intervals, _between(intervals, [], [0, *frontiers.cuts(), end]))
     return []
+
+
+def _around_rounds_of_products(
+    intervals: Intervals, frontiers: Frontiers, units: Sequence[Interval], pieces: list[Piece]
+) -> list[Piece]:
+    """The pieces, the one of them divided in which a loop of three rounds or more runs that calls no module.
+
+    Where several pieces have such a loop inside, it is a solver that belongs to a block, and the blocks are the steps.
+    """
+    within = {place for unit in units if unit.path for place in range(unit.start, unit.stop)}
+    outside = [place for place in range(intervals.end) if place not in within]
+    loops = loops_of_products(intervals.graph, frontiers, outside)
+    found = [(i, loop) for i, p in enumerate(pieces) for loop in loops if p.start <= loop.start and loop.stop <= p.stop]
+    if len(found) != 1 or found[0][1].count < _FEWEST_ROUNDS:
+        return pieces
+    place, loop = found[0]
+    piece = pieces[place]
+    divided = _between(intervals, units, sorted({piece.start, piece.stop, *loop.boundaries}))
+    return [*pieces[:place], *divided, *pieces[place + 1 :]]
 
 
 def _before(position: int, recurrent: Sequence[Interval]) -> int:

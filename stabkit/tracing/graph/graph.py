@@ -1,4 +1,7 @@
-"""The operations between a source and a target, in an order in which they can be cut anywhere."""
+"""The operations between a source and a target, in an order in which they can be cut anywhere.
+
+Activations and norms among them are one operation each, or all operations of one call of a module.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,8 @@ import bisect
 import copy
 import heapq
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
 
@@ -14,10 +18,9 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import Node
 
-from stabkit.tracing.graph.composites import Element, composites_of
 from stabkit.tracing.graph.values import Value, meta_of, operation
 from stabkit.tracing.products.node_derivatives import Cotangents, apply_node, is_python_node, match_layout
-from stabkit.vocabulary import moves
+from stabkit.vocabulary import ActivationFacts, NormFacts, activation_of, moves, norm_of
 
 if TYPE_CHECKING:
     from stabkit.tracing.recording.recorder import Call
@@ -28,6 +31,44 @@ _ACCUMULATE = (1 << 64) - 1  # sequence number of AccumulateGrad nodes
 _SELECTING = moves("select", "gather", "write")
 # operations that move entries about without mixing them
 _MOVING = moves()
+
+
+@dataclass(frozen=True, eq=False)
+class Element:
+    """An activation or a norm.
+
+    Attributes:
+        facts: what is known of it.
+        nodes: its operations, in forward order.
+        source: the value that it takes.
+        target: the value that it makes.
+        module: whose call it is; None for a single operation.
+    """
+
+    facts: ActivationFacts | NormFacts
+    nodes: tuple[Node, ...]
+    source: Value
+    target: Value
+    module: nn.Module | None = None
+
+    @property
+    def name(self) -> str:
+        """The class of the module, or the operation."""
+        return type(self.module).__name__ if self.module is not None else operation(self.nodes[0])
+
+    def pull(self, graph: Graph, cotangent: Tensor) -> Tensor:
+        """A cotangent of the target pulled back to the source."""
+        given = {self.target: cotangent}
+        with torch.no_grad():
+            for node in reversed(self.nodes):
+                grads: Cotangents = [given.pop(Value(node, i), None) for i in range(len(node._input_metadata))]
+                if all(grad is None for grad in grads):
+                    continue
+                for value, grad in apply_node(node, grads, graph.inputs[node]):
+                    given[value] = given[value] + grad if value in given else grad
+        meta = meta_of(self.source)
+        found = given.get(self.source)
+        return torch.zeros(meta.shape, dtype=meta.dtype, device=meta.device) if found is None else found
 
 
 class Graph:
@@ -42,6 +83,7 @@ class Graph:
         clock: the clock at every position, made monotone.
         calls: the calls of modules around the nodes, where they are known.
         batching: by operations, whether products through many vectors at once agreed with single ones.
+        passed: nodes that are taken as the identity of the one input that is left to them.
     """
 
     def __init__(self, sources: Sequence[Value], targets: Sequence[Value], *, prune: bool = True) -> None:
@@ -51,6 +93,7 @@ class Graph:
         self.nodes, self.inputs, self.reached = _between(order, self.sources, self.targets)
         self.calls: Sequence[Call] = ()
         self.batching: dict[tuple[object, ...], str] = {}
+        self.passed: frozenset[Node] = frozenset()
         if prune:
             self._drop_dead()
         self.rank = {node: position for position, node in enumerate(self.nodes)}
@@ -62,10 +105,16 @@ class Graph:
         other.nodes, other.inputs = nodes, inputs
         return other
 
+    def passing(self, maps: Mapping[Node, Value]) -> Graph:
+        """This graph with some maps taken as the identity: by the node that ends one, the value at which it begins."""
+        other = self.along(self.nodes, {**self.inputs, **{node: [value] for node, value in maps.items()}})
+        other.passed = frozenset(maps)
+        return other
+
     @cached_property
     def composites(self) -> dict[Node, Element]:
         """Activations and norms that are calls of modules with several operations, by each of these."""
-        return composites_of(self, self.calls)
+        return _composites(self, self.calls)
 
     @cached_property
     def recurrent(self) -> frozenset[Node]:
@@ -203,3 +252,43 @@ def mend_batch_norm(graph: Graph) -> None:
     for node in graph.nodes:
         if "BatchNorm" in type(node).__name__:
             node.register_prehook(lambda grads, node=node: tuple(match_layout(node, grads)))
+
+
+def element_of(graph: Graph, node: Node) -> Element | None:
+    """The activation or norm that an operation is, or is a part of; None where it is none."""
+    whole = graph.composites.get(node)
+    if whole is not None:
+        return whole
+    inputs = set(graph.inputs[node])
+    facts = (activation_of(node) or norm_of(node)) if len(inputs) == 1 else None
+    return None if facts is None else Element(facts, (node,), next(iter(inputs)), Value(node, 0))
+
+
+def _composites(graph: Graph, calls: Sequence[Call]) -> dict[Node, Element]:
+    """Calls of modules that the vocabulary knows as one and that made several operations, by each of these."""
+    last_read = {value: len(graph.nodes) for value in graph.targets}
+    for position, node in enumerate(graph.nodes):
+        for value in graph.inputs[node]:
+            last_read[value] = max(position, last_read.get(value, 0))
+    found: dict[Node, Element] = {}
+    for call in calls:
+        if next(call.module.children(), None) is not None:
+            continue
+        start, stop = graph.position(call.start), graph.position(call.stop)
+        nodes = tuple(graph.nodes[start:stop])
+        whole = len(nodes) > 1 or (len(nodes) == 1 and is_python_node(nodes[0]))
+        if not whole or nodes[0] in found:
+            continue
+        sources = {value for node in nodes for value in graph.inputs[node] if value.node not in nodes}
+        made = {value for node in nodes for value in _outputs(node) if last_read.get(value, 0) >= stop}
+        if len(sources) != 1 or len(made) != 1:
+            continue
+        source, target = sources.pop(), made.pop()
+        facts = activation_of(call.module) or norm_of(call.module)
+        if facts is not None and meta_of(source).shape == meta_of(target).shape:
+            found.update(dict.fromkeys(nodes, Element(facts, nodes, source, target, call.module)))
+    return found
+
+
+def _outputs(node: Node) -> list[Value]:
+    return [Value(node, i) for i in range(len(node._input_metadata))]

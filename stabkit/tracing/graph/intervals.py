@@ -22,6 +22,11 @@ _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 _MATRIX_OPERATIONS = ("Addmm", "Mm", "Bmm", "Baddbmm", "Convolution", "MkldnnLinear")
 
 
+def numbered(path: str) -> str:
+    """A path of a module with every run of digits replaced by one sign."""
+    return re.sub(r"\d+", "#", path)
+
+
 @dataclass(frozen=True)
 class Interval:
     """One module call between two positions of the graph."""
@@ -36,7 +41,7 @@ class Interval:
     @cached_property
     def pattern(self) -> str:
         """The path with every run of digits replaced: blocks that repeat share it."""
-        return re.sub(r"\d+", "#", self.path)
+        return numbered(self.path)
 
     @property
     def length(self) -> int:

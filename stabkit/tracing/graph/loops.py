@@ -9,17 +9,19 @@ both evaluate the same field again and again.
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 
 from torch.autograd.graph import Node
 
 from stabkit.tracing.graph.frontiers import Frontiers
 from stabkit.tracing.graph.graph import Graph
+from stabkit.tracing.graph.tandem import PRODUCTS
 from stabkit.tracing.graph.values import Value, meta_of, operation
 from stabkit.vocabulary import moves
 
 _JOINS = moves("join")
+_REARRANGE = moves("permute")
 _MOST_EVALUATIONS = 32  # in one round; explicit methods in use have at most 17 stages
 _MOST_CANDIDATES = 64  # periods that are compared node by node
 
@@ -70,21 +72,26 @@ class Loop:
         return range(self.start, self.stop + 1, self.period)
 
 
-def find_loops(graph: Graph, frontiers: Frontiers, anchors: Sequence[Anchor]) -> tuple[Loop, ...]:
+def find_loops(
+    graph: Graph, frontiers: Frontiers, anchors: Sequence[Anchor], alike: Callable[[str], str] = str
+) -> tuple[Loop, ...]:
     """The loops of a graph, in order; of loops that overlap the one that explains more of it.
 
     Args:
         graph: the recorded graph.
         frontiers: its live frontiers.
         anchors: evaluations that may recur, in order.
+        alike: what paths of modules have in common that may take each other's place in another round.
     """
     found: list[tuple[int, Loop]] = []
-    signature = _signatures(graph)
+    signature = _signatures(graph, alike)
     for period, places in _candidates(anchors).items():
         if _is_explained(period, places, found):
             continue
         for run in _runs(graph, period, signature):
             loop = _placed(graph, frontiers, anchors, run)
+            if loop is None and (later := _behind_what_is_held(graph, run)) is not None:
+                loop = _placed(graph, frontiers, anchors, later)
             if loop is not None and _explains(loop, anchors):
                 found.append((run.last - run.first, loop))
     # of periods that explain as much the shortest: two rounds are one period as well
@@ -105,6 +112,30 @@ def loops_of_calls(graph: Graph) -> tuple[Loop, ...]:
         if stop > start and often[path] > 1 and (not anchors or start >= anchors[-1][1]):
             anchors.append((start, stop, path))
     return find_loops(graph, Frontiers(graph), anchors) if len(anchors) > 1 else ()
+
+
+def loops_of_products(graph: Graph, frontiers: Frontiers, places: Iterable[int]) -> tuple[Loop, ...]:
+    """The loops of a graph whose rounds multiply by matrices again, at some positions where no module tells of them."""
+    anchors: list[Anchor] = []
+    for place in places:
+        node = graph.nodes[place]
+        if operation(node).startswith(PRODUCTS):
+            shapes = [meta_of(value).shape for value in (Value(node, 0), *graph.inputs[node])]
+            anchors.append((place, place + 1, f"{operation(node)} {shapes}"))
+    return find_loops(graph, frontiers, anchors) if len(anchors) > 1 else ()
+
+
+def loops_outside_layers(graph: Graph) -> tuple[Loop, ...]:
+    """The loops of a graph whose rounds multiply by matrices that no layer of torch holds."""
+    layers = [c for c in graph.calls if c.finished and type(c.module).__module__.startswith("torch.nn.")]
+    within = {
+        place
+        for c in layers
+        if any(p.dim() > 1 for p in c.module.parameters(recurse=False))
+        for place in range(graph.position(c.start), graph.position(c.stop))
+    }
+    places = [place for place in range(len(graph.nodes)) if place not in within]
+    return loops_of_products(graph, Frontiers(graph), places)
 
 
 def _is_explained(period: int, places: Sequence[int], found: Sequence[tuple[int, Loop]]) -> bool:
@@ -142,12 +173,12 @@ def _explains(loop: Loop, anchors: Sequence[Anchor]) -> bool:
     return each > 0 and (loop.count > 2 or (before <= each and after < each))
 
 
-def _signatures(graph: Graph) -> Callable[[Node], Signature]:
+def _signatures(graph: Graph, alike: Callable[[str], str]) -> Callable[[Node], Signature]:
     """What an operation has in common with its like in another round: its kind, its shapes, and the module it is in."""
     path = dict[Node, str]()
     for call in sorted((c for c in graph.calls if c.finished), key=lambda c: (c.start, -c.stop)):
         for node in graph.nodes[graph.position(call.start) : graph.position(call.stop)]:
-            path[node] = call.path  # calls are nested, so the innermost comes last
+            path[node] = alike(call.path)  # calls are nested, so the innermost comes last
     known: dict[Node, Signature] = {}
 
     def signature(node: Node) -> Signature:
@@ -227,6 +258,18 @@ def _states(graph: Graph, position: int, period: int) -> list[tuple[Value, Value
     return found
 
 
+def _behind_what_is_held(graph: Graph, run: _Run) -> _Run | None:
+    """A run without the operations of its first round whose results the last one reads too: an initial residual.
+
+    What makes it ends as the rounds do, in the same activation, and so seems to be a part of one.
+    """
+    final = {v for node in graph.nodes[run.last - run.period : run.last] for v in graph.inputs[node]}
+    made = [graph.rank.get(v.node, -1) for v in final]
+    held = [rank for rank in made if run.first <= rank < run.first + run.period]
+    first = max(held, default=run.last) + 1
+    return replace(run, first=first, begins=True) if run.last - first >= 2 * run.period else None
+
+
 def _placed(graph: Graph, frontiers: Frontiers, anchors: Sequence[Anchor], run: _Run) -> Loop | None:
     """The loop of a stretch, its rounds divided where the least is alive; None when it has no state to hand on."""
     first, last, period = run.first, run.last, run.period
@@ -239,6 +282,11 @@ def _placed(graph: Graph, frontiers: Frontiers, anchors: Sequence[Anchor], run: 
         values = carried(middle + offset if middle + offset < last else middle + offset - period)
         return len(values), sum(meta_of(value).numbers for value in values)
 
+    def rearranged(offset: int) -> int:
+        """How many of the values are laid out for the one operation behind, which may be another way than the rest."""
+        values = carried(middle + offset if middle + offset < last else middle + offset - period)
+        return sum(operation(value.node) in _REARRANGE for value in values)
+
     within = {p for start, stop, _ in anchors if first <= start < last for p in range(start + 1, min(stop, last))}
     offsets = [o for o in range(min(period, last - first - 2 * period + 1)) if first + o + period not in within]
     if not offsets:
@@ -246,11 +294,11 @@ def _placed(graph: Graph, frontiers: Frontiers, anchors: Sequence[Anchor], run: 
     sizes = {offset: alive(offset) for offset in offsets}
     least = min(sizes.values())
     equals = [offset for offset in offsets if sizes[offset] == least]
-    start = first + equals[0]
+    start = first + min(equals, key=rearranged)
     if not run.begins:  # then as late as can be before something is evaluated
         begins = [start for start, *_ in anchors if start >= first + period]
         wait = {o: min((b for b in begins if b >= first + o + period), default=last) - o for o in equals}
-        start = first + min(equals, key=lambda offset: wait[offset])
+        start = first + min(equals, key=lambda offset: (rearranged(offset), wait[offset]))
     count = (last - start) // period
     if count < 3 and _feeds_rounds(graph, start, period):
         return None  # the two stages of a midpoint step, x + h/2 f(x) and then x + h f of that

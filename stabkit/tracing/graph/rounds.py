@@ -7,8 +7,10 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 
 from stabkit.tracing.graph.frontiers import Frontiers
-from stabkit.tracing.graph.intervals import Interval, Intervals
+from stabkit.tracing.graph.intervals import Interval, Intervals, numbered
 from stabkit.tracing.graph.loops import Loop, find_loops
+
+_FEWEST_ROUNDS = 3
 
 
 def around_rounds(
@@ -36,6 +38,17 @@ def around_rounds(
         tail = {b for b in boundaries if behind <= b < stop == intervals.end}
         boundaries = boundaries - cut - tail
     return boundaries
+
+
+def rounds_of_lists(intervals: Intervals, frontiers: Frontiers, units: Sequence[Interval]) -> list[int]:
+    """Where rounds begin and end that call the next module of each of some lists, and others that are always the same.
+
+    Each round of a learned method has networks of its own, and one operator between them.
+    """
+    counts = Counter(unit.pattern for unit in units)
+    anchors = [(unit.start, unit.stop, unit.pattern) for unit in units if counts[unit.pattern] >= _FEWEST_ROUNDS]
+    loops = find_loops(intervals.graph, frontiers, anchors, numbered)
+    return [b for loop in loops if loop.count >= _FEWEST_ROUNDS for b in loop.boundaries]
 
 
 def _parts_of_rounds(

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import itertools
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -31,6 +31,8 @@ FEWEST_ALIKE = 3  # those from which one does where each round multiplies its st
 _ONE_PIECE = frozenset({"Select", "Slice"})
 _ALL_PIECES = frozenset({"Split", "SplitWithSizes", "Unbind", "UnsafeSplit"})
 _MOVES = moves()
+_SUMS = frozenset({"Add", "Addcmul", "Sub"})
+_PRODUCTS = frozenset({"Addcmul", "Baddbmm", "Bmm", "Lerp", "Mm", "Mul"})
 _LAGS = 4  # slices of one tensor that a period takes, at most, of which one is to be seen at its distance
 
 Piece = tuple[tuple[Value, str, int], int]  # a tensor, how it is sliced and along which dimension; which slice
@@ -47,6 +49,8 @@ class Scan:
         cycle: the operations between two states, in the middle of the sequence, that lie on the way of the state.
         drives: the tensors of which each time takes another slice.
         period: how many operations lie between two states.
+        taps: slices of one tensor that are added to the state in a time step: 2 where the input of the time before
+            enters as well.
     """
 
     states: tuple[tuple[Value, ...], ...]
@@ -54,6 +58,7 @@ class Scan:
     cycle: tuple[Node, ...]
     drives: tuple[Value, ...]
     period: int
+    taps: int = 1
 
     def __len__(self) -> int:
         return len(self.states) - 1
@@ -68,13 +73,14 @@ def scans_between(
     graph: Graph,
     start: int,
     stop: int,
-    parameters: Sequence[Tensor] = (),
+    parameters: Iterable[Tensor] = (),
     prefetch: Callable[[], None] | None = None,
     fewest: int = FEWEST_ALIKE,
 ) -> tuple[Scan, ...]:
     """The recurrences between two positions of a graph, in the order of their beginnings.
 
-    They run over eight time steps or more, or over three or more that use the same parameters each.
+    They run over eight time steps or more, or over three or more that use the same parameters each or multiply the
+    state by what the slices give.
     The work grows with the number of operations, not with its square.
 
     Args:
@@ -222,7 +228,7 @@ class _Run:
         return one is not None and other is not None and one[0] == other[0]
 
     def chains(self, fewest: int) -> Iterator[Scan]:
-        """The cycles through time, each with its states; of fewer than eight rounds those that use tensors again."""
+        """The cycles through time, each with its states; of fewer than eight rounds see `scans_between`."""
         if self.count < fewest:
             return
         edges = self._edges()
@@ -231,9 +237,9 @@ class _Run:
             nodes = [self._node(self.count // 2, place) for place in cycle]
             if all(operation(node) in _MOVES for node in nodes) or not self._same_parameters(cycle):
                 continue
-            if self.count < _ROUNDS and not self._uses_again(cycle):
-                continue
             above = _reached([*cycle], _turned(edges))
+            if self.count < _ROUNDS and not (self._uses_again(cycle) or self._is_multiplied(cycle, edges, drives)):
+                continue
             tensors = tuple(dict.fromkeys(tensor for place in above for tensor in drives.get(place, ())))
             if tensors:
                 yield self._scan(cycle, [e for e in edges if {e.giver, e.taker} <= cycle], edges, tensors)
@@ -287,6 +293,36 @@ class _Run:
                 return True
         return False
 
+    def _is_multiplied(self, cycle: set[int], edges: Sequence[_Edge], drives: Mapping[int, object]) -> bool:
+        """Whether an operation of a cycle multiplies the state by what is made of the slices that each time takes.
+
+        Rounds that only add their slices, or that convolve them, say nothing of time where they are few.
+        """
+        above = _turned(edges)
+        for place in cycle:
+            if operation(self._node(self.count // 2, place)) in _PRODUCTS:
+                others = [giver for giver in above.get(place, ()) if giver not in cycle]
+                if place in drives or any(giver in drives for giver in _reached(others, above) - cycle):
+                    return True
+        return False
+
+    def _taps(self, cycle: set[int]) -> int:
+        """How many slices of one tensor are added to the state in the middle period."""
+        inputs, found = self._graph.inputs, defaultdict(set)
+        nodes = {self._node(self.count // 2, place) for place in cycle}
+        stack = [value for node in nodes if operation(node) in _SUMS for value in inputs[node]]
+        seen: set[Value] = set()
+        while stack:
+            value = stack.pop()
+            piece = self._pieces.of(value)
+            if piece is not None:
+                found[piece[0]].add(piece[1])
+            elif value not in seen and (rank := self._rank(value)) >= max(self.start - self._period, 0):
+                seen.add(value)
+                if (rank - self.start) % self._period not in cycle:
+                    stack.extend(inputs.get(value.node, ()))
+        return max(map(len, found.values()), default=1)
+
     def _scan(self, cycle: set[int], inner: list[_Edge], edges: list[_Edge], drives: tuple[Value, ...]) -> Scan:
         beyond = {(e.giver, e.output) for e in edges if e.giver in cycle and e.taker not in cycle}
         for node in self._graph.nodes[self.stop :]:
@@ -313,7 +349,7 @@ class _Run:
         passed = tuple(
             self._graph.nodes[rank] for rank in range(low, high) if (rank - self.start) % self._period in cycle
         )
-        return Scan(states, positions, passed, drives, self._period)
+        return Scan(states, positions, passed, drives, self._period, self._taps(cycle))
 
 
 @cache

@@ -28,13 +28,16 @@ def scans_of(flow: Flow, start: int, stop: int, fewest: int = FEWEST_ALIKE) -> t
     """
     first, last = flow.states[start].position, flow.states[stop].position
     graph, recorded = flow.recorded.graph, flow.recorded
-    tensors = [*flow.model.parameters(), *flow.model.buffers()]
+    # read only where there is a recurrence: most steps hold none, and a deep model has as many tensors as steps
+    tensors = itertools.chain(flow.model.parameters(), flow.model.buffers())
+    found = scans_between(graph, first, last, tensors, recorded.prefetch(first, last), fewest)
+    if not found:
+        return ()
     inside = [
         (graph.position(call.start), graph.position(call.stop))
         for call in recorded.recording.calls
         if call.finished and isinstance(call.module, nn.RNNBase)
     ]
-    found = scans_between(graph, first, last, tensors, recorded.prefetch(first, last), fewest)
     return tuple(s for s in found if not any(low <= s.positions[0] <= high for low, high in inside))
 
 

@@ -97,6 +97,11 @@ class Recording:
         """What tells a value of this recording from others, the same whenever the pass is run again."""
         return value.node._sequence_nr() - self.start, value.output
 
+    def begun(self, first: int, last: int) -> list[Call]:
+        """The finished module calls that began from ``first`` on and before ``last``, by the clock."""
+        low, high = (bisect.bisect_left(self.calls, time, key=lambda call: call.start) for time in (first, last))
+        return [call for call in self.calls[low:high] if call.finished]
+
     def path_at(self, time: int) -> str:
         """Path of the innermost module that was running when the clock showed ``time``."""
         # calls are nested, so those that were running are the one that began last and those it was made from
