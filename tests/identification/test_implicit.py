@@ -145,6 +145,6 @@ class NewtonMidpoint(nn.Module):
 
 def test_arguments_of_the_jacobian_hide_no_equation():
     torch.manual_seed(0)
-    model = nn.Sequential(NewtonMidpoint(), NewtonMidpoint()).double()
+    model = nn.Sequential(*[NewtonMidpoint()] * 3).double()
     found = identify(trace(model, torch.randn(3, 6, dtype=torch.float64)), checks=False)
-    assert [record.name for record in found] == ["implicit_midpoint"] * 2
+    assert [record.name for record in found] == ["implicit_midpoint"] * 3

@@ -69,8 +69,9 @@ def _solved(piece: Piece, iterate: Value, names: Mapping[int, str]) -> SolvedSte
     if left > _CONVERGED:
         return None
     sums = [v for v in (Value(node, 0) for node in last.nodes) if v in last.merges and v != target]
-    # earlier sums are parts of the equation, later ones arguments at which its Jacobian is taken
-    for whole in reversed([v for v in sums if meta_of(v).numel == meta_of(source).numel]):
+    # sums inside of others are parts of the equation, others beside it are arguments at which its Jacobian is taken
+    inside = {node for v in sums for node in last.expand(v)[1] if node is not v.node}
+    for whole in reversed([v for v in sums if v.node not in inside and meta_of(v).numel == meta_of(source).numel]):
         found = _equation(normal_form(piece.graph, last.nodes, [iterate, source], [whole], names=names))
         if found is not None:
             return SolvedStep(*found, left)

@@ -40,7 +40,8 @@ def read_linear(
     if any(normalises(link) for link in links if link.kind == "weightless"):
         return None
     merges = [link for link in links if link.kind == "sum"]
-    several = any(len(link.form.stages) > 1 for link in merges)  # a step of its own, and not one evaluation of a field
+    evaluated = [[stage.key for stage in link.form.stages] for link in merges]
+    several = any(len(set(keys)) < len(keys) for keys in evaluated)  # a method of its own before the linear part
     if len(merges) > 1 or several or (merges and links.index(merges[0]) > 0):
         split = _splitting(around, links, steps)
         if split is not None:
