@@ -11,7 +11,7 @@ from stabkit.identification.form.flow_index import Surroundings
 from stabkit.identification.form.grouping import groups, is_divided
 from stabkit.identification.reading import read
 from stabkit.identification.record import Identification
-from stabkit.identification.steps.composed_steps import with_compositions
+from stabkit.identification.steps.composed_steps import with_compositions, with_first_rounds
 from stabkit.identification.time.iterated import read_iteration
 from stabkit.identification.time.over_time import Recurrences, closed_form_note
 from stabkit.parallel import SERIAL, Parallel
@@ -92,6 +92,7 @@ def identify(flow: FlowLike, *, checks: bool = True, parallel: Parallel = SERIAL
     costs = [float(sum(len(flow.steps[i].segment.nodes) for i in range(start, stop))) for start, stop in places]
     found = [record for records in parallel.share(read_group, costs, name="reading") for record in records]
     found = _over_steps(found, recurrences)
+    found = with_first_rounds(found)
     return tuple(with_compositions(found, lambda start, stop: with_time(read(around, start, stop))))
 
 
