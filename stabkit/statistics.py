@@ -76,7 +76,7 @@ def interval_of_mean(values: Any, confidence: float = 0.95) -> tuple[Array, Arra
 
     Args:
         values: ``(samples, ...)``, independent of one another.
-        confidence: of the interval.
+        confidence: the probability with which the interval is to hold the mean.
 
     Raises:
         ArgumentError: there is no value, or ``confidence`` is no probability.
@@ -127,7 +127,7 @@ def over_samples(values: Any, *, confidence: float = 0.95) -> Interval:
     Args:
         values: ``(samples, ...)``, an array or a tensor, say ``lyapunov_spectrum(flow).exponents``. Logs, not norms: a
             mean of norms is that of the largest.
-        confidence: of the interval.
+        confidence: the probability with which the interval is to hold the mean.
 
     Raises:
         ArgumentError: there are fewer than two samples.
@@ -155,7 +155,7 @@ def over_seeds(measure: Callable[[int], Any], seeds: Iterable[int] = range(8), *
         measure: builds a model from a seed and returns ``(samples, ...)``, say
             ``lambda s: lyapunov_spectrum(stabkit.trace(make(s), x)).exponents``.
         seeds: the seeds.
-        confidence: of the interval.
+        confidence: the probability with which the interval is to hold the mean.
 
     Raises:
         ArgumentError: there are fewer than two seeds.

@@ -22,7 +22,7 @@ def of_first_samples(flow: Flow, model: Any, call: Call, count: int, options: Ma
     training mode draws other random numbers, or lets samples meet in its norms.
 
     Args:
-        flow: of the whole batch.
+        flow: the flow of the whole batch.
         model: that was traced.
         call: the whole batch.
         count: how many samples are wanted.

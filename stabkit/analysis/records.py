@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from stabkit.analysis.spectra import StepSpectrum
+from stabkit.analysis.spectra import SpectrumFigures
 from stabkit.diagnosis import Diagnosis, Measurement, Thresholds
 from stabkit.errors import TraceError
 from stabkit.growth import lyapunov_spectrum
@@ -23,7 +23,7 @@ _EXPONENTS = 4  # Lyapunov exponents of the whole flow
 def step_report(
     step: Step,
     method: Identification,
-    spectrum: StepSpectrum,
+    spectrum: SpectrumFigures,
     measurement: Measurement,
     limits: Thresholds,
 ) -> StepReport:

@@ -28,8 +28,8 @@ _LAPACK = 15.0  # operations of a whole spectrum with vectors, times the cube of
 
 
 @dataclass(frozen=True)
-class StepSpectrum:
-    """What the spectrum of one step's Jacobian says; None where it was not computed."""
+class SpectrumFigures:
+    """What a report says of the spectrum of one step's Jacobian; None where it was not computed."""
 
     z: tuple[complex, ...] | None = None
     numerical_range: tuple[complex, ...] | None = None
@@ -75,22 +75,22 @@ class StepSpectra:
     seed: int
     notes: tuple[str, ...] = field(default=())
 
-    def of(self, index: int, method: Identification) -> StepSpectrum:
+    def of(self, index: int, method: Identification) -> SpectrumFigures:
         """The eigenvalues and the largest singular value of a step; why there are none is said in its notes."""
         step = self.flow.steps[index]
         if self.mode == "none":
-            return StepSpectrum()
+            return SpectrumFigures()
         if is_dense(step, self.mode):
             return self._dense(step, method)
         if index not in self.products:
-            return StepSpectrum(notes=("no spectrum: left out to keep the work of the report small",))
+            return SpectrumFigures(notes=("no spectrum: left out to keep the work of the report small",))
         short = self.short.steps[index]
         J = _first_samples(short.jacobian(), self.samples)
         found = _from_products(J, step, method, self.products[index], self.seed)
         short.segment.release()
         return found
 
-    def _dense(self, step: Step, method: Identification) -> StepSpectrum:
+    def _dense(self, step: Step, method: Identification) -> SpectrumFigures:
         n, size = step.source.size, max(step.source.size, step.target.size)
         try:
             if size > LARGEST_DENSE:
@@ -139,7 +139,7 @@ def plan_spectra(
         short: gives the flow of the samples whose spectra are wanted; called only if iterations are needed.
         order: indices of the steps, the most important first.
         mode: how spectra are computed.
-        samples: of how many samples.
+        samples: how many samples' spectra are computed.
         share: part of the work of a default report that may be spent.
         shared: matrices and eigenvalues of small steps.
         seed: the seed of the start vectors.
@@ -195,7 +195,7 @@ def is_dense(step: Step, mode: str) -> bool:
     return mode == "dense" or (mode in ("auto", "full") and max(step.source.size, step.target.size) <= DENSE_SIZE)
 
 
-def _from_products(J: Jacobian, step: Step, method: Identification, products: int, seed: int) -> StepSpectrum:
+def _from_products(J: Jacobian, step: Step, method: Identification, products: int, seed: int) -> SpectrumFigures:
     """A step's outer eigenvalues and largest singular value, from its products alone; few go to the latter."""
     most = krylov_products(max(J.shape[1:]))
     keeps_space, enough = _keeps_space(step), products >= min(work.LEAST, most)
@@ -225,15 +225,15 @@ def _from_products(J: Jacobian, step: Step, method: Identification, products: in
     return _summarise(found.values, found.converged, largest, _skip(method), J.shape[2], "krylov")
 
 
-def _none(error: Exception) -> StepSpectrum:
+def _none(error: Exception) -> SpectrumFigures:
     """Weights that are not finite, or an operation without a certified product: a fact about the step, no failure."""
-    return StepSpectrum(notes=(f"no spectrum: {str(error).splitlines()[0]}",))
+    return SpectrumFigures(notes=(f"no spectrum: {str(error).splitlines()[0]}",))
 
 
-def _only_norm(largest: Spectrum, method: str) -> StepSpectrum:
+def _only_norm(largest: Spectrum, method: str) -> SpectrumFigures:
     converged = bool(largest.converged.all())
     notes = () if converged else ("the largest singular value has not converged: it is a lower bound",)
-    return StepSpectrum(norm=_maximum(largest.values), method=method, converged=converged, notes=notes)
+    return SpectrumFigures(norm=_maximum(largest.values), method=method, converged=converged, notes=notes)
 
 
 def _keeps_space(step: Step) -> bool:
@@ -252,7 +252,7 @@ def _numerical_range(J: Jacobian, a: float) -> tuple[complex, ...]:
 
 def _summarise(
     found: torch.Tensor, found_converged: torch.Tensor, largest: Spectrum, a: float, n: int, method: str
-) -> StepSpectrum:
+) -> SpectrumFigures:
     there = ~found.isnan().all(0)  # of those that the work allowed no look at, nothing is said
     values, found_converged = found[:, there].numpy(), found_converged[:, there]
     outside = np.abs(values) > 1.0 + _ROUNDING
@@ -263,7 +263,7 @@ def _summarise(
     if not converged:
         count = int((~found_converged).sum() + (~largest.converged).sum())
         notes.append(f"{count} of the spectral values computed have not converged")
-    return StepSpectrum(
+    return SpectrumFigures(
         z=tuple(complex(v) - a for v in values[~np.isnan(values)]) if values.size else None,
         radius=float(np.nanmax(np.abs(values))) if values.size else None,
         norm=_maximum(largest.values),

@@ -35,7 +35,7 @@ class Demand:
     """What the Krylov spectrum of one step asks for.
 
     Attributes:
-        index: of the step.
+        index: the index of the step.
         operations: floating-point operations of one product for the samples whose spectra are wanted.
         cost: the same with all that goes with it.
         products: that all its values may take, without a limit on the work.
@@ -104,9 +104,9 @@ def training_step(flow: Flow, samples: int, demands: Mapping[int, Demand]) -> fl
     """Operations of a forward and a backward pass of the whole batch, in the same count.
 
     Args:
-        flow: of the whole batch.
+        flow: the flow of the whole batch.
         samples: that the demands are for.
-        demands: of every step, by index.
+        demands: what every step asks for, by index.
     """
     return sum(
         3.0 * demands[step.index].operations * flow.batch / samples
@@ -122,9 +122,9 @@ def pays_to_shorten(flow: Flow, samples: int, demands: Sequence[Demand]) -> bool
     A recurrent layer written out costs its many nodes, however few the samples.
 
     Args:
-        flow: of the whole batch.
+        flow: the flow of the whole batch.
         samples: that are wanted.
-        demands: of the steps that products are made with, for the whole batch.
+        demands: what the steps that products are made with ask for, of the whole batch.
     """
     saved = LEAST * sum(one.operations for one in demands) * max(0.0, 1 - samples / flow.batch)
     return saved > _PER_TRACED_NODE * sum(len(step.segment.nodes) for step in flow.steps)

@@ -246,7 +246,7 @@ def largest_step_factor(
         method: with a field for each z.
         *z: complex, any shape, the same for every field; NaN entries do not count.
         tolerance: modes of modulus up to this are neutral, and do not count.
-        growing: of the shape of z, modes that the field itself amplifies: no step helps them, and they do not count.
+        growing: modes that the field itself amplifies, in the shape of z: no step helps them, and they do not count.
 
     Returns:
         None when no mode is left; 0 where some mode leaves the region at every step: those of the imaginary axis under

@@ -128,7 +128,7 @@ class _Reading:
         hopeless: ``(samples, k)`` of ``fields``: modes that grow at every small step, since the system amplifies them.
         evidence: how sure z is.
         seen: whether z comes from the fields themselves.
-        defect: of R(z) from the step.
+        defect: how far R(z) is from the step, as a fraction of it.
         spread: the distance of the stages from each other.
         commutator: the size of the commutator of the fields.
         notes: what else to know.

@@ -59,7 +59,7 @@ class Live:
         shown = terminal.answer(self._loaded.name, verdict.name, verdict.summary, diagnosis.findings)
         self._console.print(shown, highlight=False)
         self._console.file.flush()
-        self._wait("spectra")
+        self._wait("explaining the steps")
 
     def step(self, done: int, total: int, step: StepReport, seconds_left: float) -> None:
         """Say which step is finished, what its spectrum is, and how long the others will take."""

@@ -12,6 +12,7 @@ from stabkit.diagnosis.losses.domains import loss_domain_findings
 from stabkit.diagnosis.losses.last_dropout import last_dropout_findings
 from stabkit.diagnosis.no_gradient.made_anew import made_anew_findings
 from stabkit.diagnosis.states.cut_axes import cut_axes_findings
+from stabkit.diagnosis.states.heavy_dropout import heavy_dropout_findings
 from stabkit.tracing import Flow
 from stabkit.tracing.recording.forward_pass import ForwardPass
 from stabkit.tracing.recording.training_pass import TrainingPass
@@ -38,4 +39,5 @@ def call_findings(
     if not any(finding.kind in _NOT_TRAINED and serious(finding) for finding in (*others, *found)):
         found += affine_findings(flow, loss, call, done) or lost_order_findings(flow, loss, call, done)
         found += cut_axes_findings(flow, loss, call, done, others)
+        found += heavy_dropout_findings(flow, loss, call, done, [*others, *found])
     return found

@@ -15,7 +15,7 @@ from stabkit.diagnosis.non_finite.gradient_underflow import gradient_underflow
 from stabkit.diagnosis.remedies.alternatives import candidates
 from stabkit.diagnosis.remedies.computed import Remedy
 from stabkit.diagnosis.remedies.made_once import made_once
-from stabkit.diagnosis.remedies.outer_causes import outer_causes, smaller_weights
+from stabkit.diagnosis.remedies.outer_causes import larger_weights, outer_causes, smaller_weights
 from stabkit.diagnosis.remedies.short_training import (
     ShortTraining,
     clearly_better,
@@ -250,12 +250,12 @@ class _Trials:
             return []
         if self._outer is None:
             self._outer = outer_causes(self.flow, self.found.measurement) if isinstance(self.flow, Flow) else []
-        return [each for each in self._outer if each.data != 1.0 or not small]
+        return [each for each in self._outer if each.data is not None or not small]
 
     def _stays(self, remedy: Remedy) -> bool:
         """Whether numbers are finite with a change of the code, and the loss is out of reach of the usual steps."""
         loss = self.settings.loss
-        if remedy.actions or remedy.data != 1.0 or not isinstance(self.flow, Flow):
+        if remedy.actions or remedy.data is not None or not isinstance(self.flow, Flow):
             return False
         left = left_after(self.flow.forward_pass, loss, [adam(rate) for rate in RATES], within=remedy.within)
         return left is not None and not left < _MOVES
@@ -266,7 +266,9 @@ class _Trials:
         None where those with it do not end clearly lower.
         """
         plain, loss = self.training(), self.settings.loss
-        if remedy.actions or remedy.data != 1.0 or plain is None or treated is None or not isinstance(self.flow, Flow):
+        if remedy.actions or remedy.data is not None or not isinstance(self.flow, Flow):
+            return None
+        if plain is None or treated is None:
             return None
         call, updates = self.flow.forward_pass, [adam(rate) for rate in RATES]
         left = left_after(call, loss, updates)
@@ -280,7 +282,9 @@ class _Trials:
         return (cured_by, left_by) if clearly_better(cured_by, left_by) else None
 
     def of_all_weights(self, suspect: Finding) -> list[Remedy]:
-        """All weights made smaller, where they were started large and the suspect may come of that."""
+        """All weights at their usual size, where they were started far from it and the suspect may come of that."""
+        if is_stretch(suspect) and suspect.kind == "vanishing":
+            return larger_weights(self.found.measurement)
         return smaller_weights(self.found.measurement) if _grows(suspect) or suspect.kind == "saturated" else []
 
     def training(self, remedy: Remedy = _AS_IT_IS) -> ShortTraining | None:

@@ -66,6 +66,7 @@ FINDINGS: dict[str, Word] = {
     "unregistered": Word("tensors get a gradient and are no parameters of the model: nothing moves them", "broken"),
     "mixed_samples": Word("what a model returns for a sample depends on which others are in its batch", "broken"),
     "axes": Word("a reshape cuts through axes that are to change places", "broken"),
+    "dropout": Word("so much is dropped that little is learnt"),
     "mask": Word("a mask hides what is to be seen, or hides nothing", "broken"),
     "leak": Word("a model sees what it is to predict, or is asked for what it was given", "broken"),
     "order": Word(

@@ -16,8 +16,8 @@ from stabkit.diagnosis.blocks.low_rank import rank_findings
 from stabkit.diagnosis.blocks.outliers import local_findings
 from stabkit.diagnosis.blocks.small_start import from_small_start
 from stabkit.diagnosis.depth.chaos import chaos_finding, recurrent_matrices
+from stabkit.diagnosis.depth.findings import growth_finding, mechanism_findings, transient
 from stabkit.diagnosis.depth.fixed_points import settles
-from stabkit.diagnosis.depth.stretch import growth_finding, mechanism_findings, transient
 from stabkit.diagnosis.depth.structure import missing_norm_findings, missing_skip_findings
 from stabkit.diagnosis.finding import Finding, serious
 from stabkit.diagnosis.kinds import FINDINGS, rank

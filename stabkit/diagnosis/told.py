@@ -45,7 +45,7 @@ class Cure:
     @property
     def outer(self) -> bool:
         """Whether it takes away what lies before the weights."""
-        return self.remedy.data != 1.0 or not self.remedy.actions
+        return self.remedy.data is not None or not self.remedy.actions
 
 
 def by_weight(finding: Finding) -> bool:
@@ -117,7 +117,7 @@ def told_of(suspect: Finding, cure: Cure | None, limits: Thresholds) -> Finding:
 def is_of_units(suspect: Finding, cure: Cure) -> bool:
     """Whether a gradient vanishes since a first norm takes the size of large data out again, and training minds not."""
     first = cure.trial.before.measurement.steps[suspect.steps[0]]
-    if suspect.kind != "vanishing" or cure.remedy.data == 1.0 or not first.norms:
+    if suspect.kind != "vanishing" or cure.remedy.data is None or not first.norms:
         return False
     return cure.ends is None or not clearly_better(*cure.ends)
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from stabkit.identification.evidence.confirmation import Check, commutator, defect
 from stabkit.identification.evidence.reproduction import confirmed
-from stabkit.identification.fields.composites import with_composite_fields
+from stabkit.identification.fields.composites import as_one_field, with_composite_fields
 from stabkit.identification.fields.field_values import chains_of_other_fields
 from stabkit.identification.form.chain import Link
 from stabkit.identification.form.coefficients import Coefficient, LinearCombination
@@ -47,12 +47,13 @@ from stabkit.identification.steps.implicit import (
     linear_solve,
     solves_inside,
 )
-from stabkit.identification.steps.iterated_solves import SolvedStep, solved_step
+from stabkit.identification.steps.iterated_solves import record_of_equation, solved_step
 from stabkit.identification.steps.linear_steps import read_linear
 from stabkit.identification.steps.pairs import dense_concatenation, read_several_states
 from stabkit.identification.steps.proximal import soft_threshold
 from stabkit.identification.steps.relaxation import with_linear_part
 from stabkit.identification.steps.retraction import bent_skip, retraction
+from stabkit.identification.steps.sliding_window import sliding_window, window_of_states
 from stabkit.identification.steps.state_mixing import Mixing, mixed_by_itself, streams_mixed_by_themselves
 from stabkit.identification.steps.streams import Streams, mixed_streams
 from stabkit.integrators import named
@@ -98,6 +99,8 @@ def _read(around: Surroundings, found: Slots, start: int, stop: int) -> Identifi
     if len(found.sources) == len(found.targets) == 1:
         return _one_state(around, found, steps)
     record = read_several_states(around, found, steps)
+    if record.name in ("unnamed", "unknown") and (window := window_of_states(around.flow, found, steps)) is not None:
+        return window
     before, after = (around.flow.states[i].values for i in (start, stop))
     if record.name == "unnamed" and found.split and len(before) == len(after) == 1:
         whole = replace(found, sources=before, targets=after, split=False)  # streams split off and mixed again
@@ -137,18 +140,21 @@ def _one_state(around: Surroundings, found: Slots, steps: tuple[int, ...]) -> Id
     maps = [link for link in links if link.kind in ("map", "join")]
     if opaque and (maps or not sums):
         return nothing(steps, "unknown", f"a skip may hide inside {', '.join(opaque)}", "unknown")
+    whole = around.whole(start, stop, found)
+    window = sliding_window(whole, steps)
+    if window is not None:
+        return window
     linear = read_linear(around, found, links, steps)
     if linear is not None:
         return linear
-    whole = around.whole(start, stop, found)
     equation = solved_step(whole, around.names)
     if equation is not None:
-        return _of_equation(equation, steps)
+        return record_of_equation(equation, steps)
     solved = linear_solve(whole)
     if solved is not None:
         return _solved(solved, steps)
-    if inner_iterations(whole) > 1:
-        why = "an iterative solver runs inside: quotients of inner products scale its directions, and they are no gates"
+    if (rounds := inner_iterations(whole, around.names)) > 1:
+        why = f"a solver of {rounds} rounds runs inside: quotients of inner products scale directions, and are no gates"
         return nothing(steps, "iterative solver inside", why, "unknown")
     if maps:
         return _without_skip(around, found, links, steps)
@@ -166,27 +172,6 @@ def _one_state(around: Surroundings, found: Slots, steps: tuple[int, ...]) -> Id
         why = f"the skip begins after {', '.join(before)}: x' = P(x) + f(P(x)), which is no step from x"
         return nothing(steps, "transformed skip", why, "proven")
     return _sums(around, found, links, steps)
-
-
-def _of_equation(solved: SolvedStep, steps: tuple[int, ...]) -> Identification:
-    """An implicit step whose equation is solved by iteration."""
-    known = {"backward_euler", "trapezoid", "implicit_midpoint"}
-    declared = "h: the number that multiplies the field" if solved.h != 1 else "h = 1: only h f can be seen"
-    why = f"the equation is solved inside the step: {solved.left:.2g} of the last iterate is left in the result"
-    if solved.name.startswith("linearly"):
-        why = "one linear system, 1 - h J with the Jacobian of the field at the old state, and its solution is added"
-    return Identification(
-        name=solved.name,
-        method=named(solved.name) if solved.name in known else None,
-        skip=None,
-        step_size=solved.h,
-        convention=declared,
-        evidence="measured",
-        residual=solved.left,
-        steps=steps,
-        notes=(why,),
-        system="x' = f(x)",
-    )
 
 
 def _solved(solved: LinearSolve, steps: tuple[int, ...]) -> Identification:
@@ -348,6 +333,8 @@ def _read_sums(around: Surroundings, found: Slots, links: Sequence[Link], steps:
     if relaxed is not None:
         table = relaxed[0]
     composed = with_composite_fields(table) if last is None and table.shared and len(sums) == 1 else None
+    if composed is None and last is None and len(sums) == 1 and not name_one_state(table).is_known:
+        composed = as_one_field(table)
     if composed is not None and name_one_state(composed).is_known:
         table = composed
     named = as_diffusion(name_one_state(table if last is None else last), sums, table)

@@ -18,7 +18,7 @@ class Resolvent:
     """sigma_min(z I - A) for many z, for a square A or a rectangular Hessenberg matrix of Arnoldi.
 
     Attributes:
-        norm: of A.
+        norm: the 2-norm of A.
         departure: Henrici's departure from normality, the norm of the strictly upper part of the Schur form; nan for a
             rectangular A.
 
@@ -88,7 +88,7 @@ def pseudospectral_radius(resolvent: Resolvent, epsilon: float, values: np.ndarr
     """Max |z| with sigma_min(z I - A) <= epsilon: a lower bound, exact unless a narrow lobe hides between rays.
 
     Args:
-        resolvent: of A.
+        resolvent: the resolvent of A.
         epsilon: the level.
         values: eigenvalues of A; for a projection Ritz values, which only guide the search.
         outside: a bound from above of max |z| - epsilon, such as the numerical radius or the norm.

@@ -98,12 +98,12 @@ class SingularValueDensity(Result):
         return smooth
 
 
-def trace(J: Operator, *, n_probes: int = 30, confidence: float = 0.95, seed: int = 0) -> Estimate:
+def trace(J: Operator, *, probes: int = 30, confidence: float = 0.95, seed: int = 0) -> Estimate:
     """Tr J by Hutch++: exactly on the range of a sketch, by random signs on the rest.
 
     Args:
         J: a Jacobian ``(batch, n, n)``, or explicit matrices.
-        n_probes: products to spend; a third each for the sketch, its range and the signs. Exact from n on.
+        probes: products to spend; a third each for the sketch, its range and the signs. Exact from n on.
         confidence: the confidence level of the interval, from Student's distribution over the signs.
         seed: the seed of the probes.
 
@@ -117,23 +117,23 @@ def trace(J: Operator, *, n_probes: int = 30, confidence: float = 0.95, seed: in
 
     Source: R. A. Meyer, C. Musco, C. Musco, D. P. Woodruff, Hutch++ (SOSA 2021).
     """
-    J = _checked(J, n_probes, confidence, square=True)
+    J = _checked(J, probes, confidence, square=True)
     n = J.shape[2]
-    if n_probes >= n:
+    if probes >= n:
         return _exact(dense_float64(J)[0].diagonal(dim1=1, dim2=2).sum(1), n, confidence)
     products = CountedProducts(J, None)
-    third = max(n_probes // 3, 1)
+    third = max(probes // 3, 1)
     S = _signs(third, J, products, seed)
     Q = torch.linalg.qr(products.forward(S).transpose(1, 2))[0].transpose(1, 2)
     inside = (Q * products.forward(Q)).sum((1, 2))
-    G = _signs(max(n_probes - 2 * third, 2), J, products, seed + 1)
+    G = _signs(max(probes - 2 * third, 2), J, products, seed + 1)
     G = G - (G @ Q.transpose(1, 2)) @ Q
     samples = (G * products.forward(G)).sum(2)  # G is already orthogonal to Q: (I - QQ^T) on the left is free
     return _estimate(inside[:, None] + samples, confidence, products.count, "hutch++")
 
 
-def squared_frobenius_norm(J: Operator, *, n_probes: int = 30, confidence: float = 0.95, seed: int = 0) -> Estimate:
-    """||J||_F^2 = E ||J v||^2 over random signs v; exact from ``n_probes = min(m, n)`` on.
+def squared_frobenius_norm(J: Operator, *, probes: int = 30, confidence: float = 0.95, seed: int = 0) -> Estimate:
+    """||J||_F^2 = E ||J v||^2 over random signs v; exact from ``probes = min(m, n)`` on.
 
     Arguments and errors as in :func:`trace`; J may be rectangular.
 
@@ -144,13 +144,13 @@ def squared_frobenius_norm(J: Operator, *, n_probes: int = 30, confidence: float
 
     Source: M. F. Hutchinson, Commun. Stat. Simul. Comput. 18 (1989) 1059.
     """
-    J = _checked(J, n_probes, confidence, square=False)
-    if n_probes >= min(J.shape[1:]):
+    J = _checked(J, probes, confidence, square=False)
+    if probes >= min(J.shape[1:]):
         return _exact(dense_float64(J)[0].square().sum((1, 2)), min(J.shape[1:]), confidence)
-    return _hutchinson(J, lambda V, p: p.forward(V).square().sum(2), n_probes, confidence, seed)
+    return _hutchinson(J, lambda V, p: p.forward(V).square().sum(2), probes, confidence, seed)
 
 
-def trace_of_square(J: Operator, *, n_probes: int = 30, confidence: float = 0.95, seed: int = 0) -> Estimate:
+def trace_of_square(J: Operator, *, probes: int = 30, confidence: float = 0.95, seed: int = 0) -> Estimate:
     """Tr J^2 = sum of the squared eigenvalues, from (J^T v) . (J v); two products a probe.
 
     Arguments and errors as in :func:`trace`.
@@ -160,16 +160,14 @@ def trace_of_square(J: Operator, *, n_probes: int = 30, confidence: float = 0.95
         >>> trace_of_square(torch.tensor([[0.0, -1.0], [1.0, 0.0]])).value.tolist()
         [-2.0]
     """
-    J = _checked(J, n_probes, confidence, square=True)
-    if 2 * n_probes >= J.shape[2]:
+    J = _checked(J, probes, confidence, square=True)
+    if 2 * probes >= J.shape[2]:
         dense = dense_float64(J)[0]
         return _exact((dense * dense.transpose(1, 2)).sum((1, 2)), J.shape[2], confidence)
-    return _hutchinson(J, lambda V, p: (p.adjoint(V) * p.forward(V)).sum(2), n_probes, confidence, seed)
+    return _hutchinson(J, lambda V, p: (p.adjoint(V) * p.forward(V)).sum(2), probes, confidence, seed)
 
 
-def log_abs_det(
-    J: Operator, *, n_probes: int = 10, steps: int = 60, confidence: float = 0.95, seed: int = 0
-) -> Estimate:
+def log_abs_det(J: Operator, *, probes: int = 10, steps: int = 60, confidence: float = 0.95, seed: int = 0) -> Estimate:
     """Log |det J| = sum of log singular values, by stochastic Lanczos quadrature on Golub-Kahan bidiagonals.
 
     The interval is that of the probes, widened by the change of the quadrature between 3/4 of the steps and all.
@@ -177,13 +175,13 @@ def log_abs_det(
 
     Args:
         J: a Jacobian ``(batch, n, n)``, or explicit matrices.
-        n_probes: random start vectors.
+        probes: random start vectors.
         steps: bidiagonalisation steps for each; every step costs one product with J and one with J^T.
         confidence: the confidence level of the interval.
         seed: the seed of the probes.
 
     Returns:
-        An :class:`Estimate`; exact (LAPACK) where ``2 n_probes steps >= n``; ``-inf`` for a singular matrix.
+        An :class:`Estimate`; exact (LAPACK) where ``2 probes steps >= n``; ``-inf`` for a singular matrix.
 
     Raises:
         ArgumentError: J is not square or not finite, or an argument is out of range.
@@ -195,12 +193,12 @@ def log_abs_det(
 
     Source: S. Ubaru, J. Chen, Y. Saad, SIAM J. Matrix Anal. Appl. 38 (2017) 1075.
     """
-    J = _checked(J, n_probes, confidence, square=True)
+    J = _checked(J, probes, confidence, square=True)
     n = J.shape[2]
-    if 2 * n_probes * steps >= n and n <= 4096:
+    if 2 * probes * steps >= n and n <= 4096:
         return _exact(torch.linalg.slogdet(dense_float64(J)[0])[1], n, confidence)
     products = CountedProducts(J, None)
-    runs = _bidiagonals(products, n_probes, min(steps, n), seed)
+    runs = _bidiagonals(products, probes, min(steps, n), seed)
     full = np.array([[_log_quadrature(run.B) for run in row] for row in runs]) * n
     part = max(3 * runs[0][0].size // 4, 1)
     short = np.array([[_log_quadrature(run.B[:part, :part]) for run in row] for row in runs]) * n
@@ -210,31 +208,31 @@ def log_abs_det(
     return Estimate(estimate.value, estimate.standard_errors, widened, confidence, products.count, estimate.method)
 
 
-def singular_value_density(J: Operator, *, n_probes: int = 10, steps: int = 60, seed: int = 0) -> SingularValueDensity:
+def singular_value_density(J: Operator, *, probes: int = 10, steps: int = 60, seed: int = 0) -> SingularValueDensity:
     """The distribution of all singular values, by stochastic Lanczos quadrature.
 
     Arguments and errors as in :func:`log_abs_det`; J may be rectangular.
 
     Example:
         >>> import torch
-        >>> density = singular_value_density(torch.eye(5), n_probes=2)
+        >>> density = singular_value_density(torch.eye(5), probes=2)
         >>> [round(v, 6) for v in density.cumulative(torch.tensor([0.9, 1.1]))[0].tolist()]
         [0.0, 1.0]
     """
-    J = _checked(J, n_probes, 0.95, square=False)
+    J = _checked(J, probes, 0.95, square=False)
     products = CountedProducts(J.T if J.shape[1] < J.shape[2] else J, None)
-    runs = _bidiagonals(products, n_probes, min(steps, *J.shape[1:]), seed)
+    runs = _bidiagonals(products, probes, min(steps, *J.shape[1:]), seed)
     rules = [[_quadrature(run.B) for run in row] for row in runs]
     nodes, weights = (np.array([[rule[i][::-1] for rule in row] for row in rules]) for i in (0, 1))
     return SingularValueDensity(torch.from_numpy(nodes), torch.from_numpy(weights), products.count)
 
 
-def _checked(J: Operator, n_probes: int, confidence: float, *, square: bool) -> Jacobian:
+def _checked(J: Operator, probes: int, confidence: float, *, square: bool) -> Jacobian:
     J = as_jacobian(J)
     if square and J.shape[1] != J.shape[2]:
         raise ArgumentError(f"J has shape {J.shape}; this quantity is defined for square operators only")
-    if n_probes < 2:
-        raise ArgumentError(f"n_probes={n_probes}; expected at least 2, an interval needs a spread")
+    if probes < 2:
+        raise ArgumentError(f"probes={probes}; expected at least 2, an interval needs a spread")
     if not 0 < confidence < 1:
         raise ArgumentError(f"confidence={confidence}; expected a probability between 0 and 1, such as 0.95")
     return J
@@ -250,12 +248,12 @@ def _signs(count: int, J: Jacobian, products: CountedProducts, seed: int) -> Ten
 def _hutchinson(
     J: Jacobian,
     quadratic: Callable[[Tensor, CountedProducts], Tensor],
-    n_probes: int,
+    probes: int,
     confidence: float,
     seed: int,
 ) -> Estimate:
     products = CountedProducts(J, None)
-    samples = quadratic(_signs(n_probes, J, products, seed), products)
+    samples = quadratic(_signs(probes, J, products, seed), products)
     return _estimate(samples, confidence, products.count, "hutchinson")
 
 
@@ -278,19 +276,19 @@ def _exact(value: Tensor, n_products: int, confidence: float) -> Estimate:
     return Estimate(value, torch.zeros_like(value), torch.stack([value, value], 1), confidence, n_products, "exact")
 
 
-def _bidiagonals(products: CountedProducts, n_probes: int, steps: int, seed: int) -> list[list[Bidiagonalisation]]:
-    """A run from each of ``n_probes`` start vectors for each sample, all in lock-step."""
+def _bidiagonals(products: CountedProducts, probes: int, steps: int, seed: int) -> list[list[Bidiagonalisation]]:
+    """A run from each of ``probes`` start vectors for each sample, all in lock-step."""
     batch, m, n = products.J.shape
     runs = [
-        [Bidiagonalisation(m, n, steps, 1, products.device, seed + probe) for probe in range(n_probes)]
+        [Bidiagonalisation(m, n, steps, 1, products.device, seed + probe) for probe in range(probes)]
         for _ in range(batch)
     ]
     flat = [run for row in runs for run in row]
     for _ in range(steps):
-        V = torch.stack([run.next_block()[0] for run in flat]).reshape(batch, n_probes, n)
+        V = torch.stack([run.next_block()[0] for run in flat]).reshape(batch, probes, n)
         JV = products.forward(V).reshape(-1, 1, m)
         U = torch.stack([run.forward(image)[0] for run, image in zip(flat, JV, strict=True)])
-        JTU = products.adjoint(U.reshape(batch, n_probes, m)).reshape(-1, 1, n)
+        JTU = products.adjoint(U.reshape(batch, probes, m)).reshape(-1, 1, n)
         for run, image in zip(flat, JTU, strict=True):
             run.adjoint(image[: run.width])
     return runs

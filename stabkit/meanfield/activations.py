@@ -13,7 +13,7 @@ from torch import nn
 
 from stabkit.errors import ArgumentError
 from stabkit.meanfield.closed_forms import ERF, GELU, LINEAR, SIN, UNKNOWN, ClosedForms, leaky
-from stabkit.meanfield.gaussian import Array, Function
+from stabkit.meanfield.gaussian import Array, Function, density
 from stabkit.vocabulary import ActivationFacts, activation_names, activation_of
 
 
@@ -146,10 +146,6 @@ def _normal_cdf(h: Array) -> Array:
     return 0.5 * (1 + _erf(h / math.sqrt(2)))
 
 
-def _normal_density(h: Array) -> Array:
-    return np.exp(-h * h / 2) / math.sqrt(2 * math.pi)
-
-
 def _sigmoid(h: Array) -> Array:
     from scipy.special import expit
 
@@ -257,7 +253,7 @@ def _error_function() -> Activation:
 def _gelu(approximate: str) -> Activation | None:
     if approximate == "tanh":
         return replace(_of_function(nn.GELU(approximate="tanh"), (), ""), name="gelu_tanh")
-    return Activation("gelu", lambda h: h * _normal_cdf(h), lambda h: _normal_cdf(h) + h * _normal_density(h), (), GELU)
+    return Activation("gelu", lambda h: h * _normal_cdf(h), lambda h: _normal_cdf(h) + h * density(h), (), GELU)
 
 
 @_formula("silu")

@@ -23,7 +23,7 @@ from stabkit.meanfield.maps import product_moment
 from stabkit.meanfield.weights import LINEAR, LayerStatistics, LinearLayer, UnknownError, WeightTable
 from stabkit.tracing import Step
 from stabkit.tracing.graph.graph import Element
-from stabkit.tracing.graph.values import Value, meta_of, operation
+from stabkit.tracing.graph.values import Value, meta_of, operation, outputs_of
 from stabkit.vocabulary import ActivationFacts, NormFacts, activation_of, is_python_node, moves, norm_of
 
 # entries change places, and nothing else
@@ -97,14 +97,14 @@ class Propagation:
         self._find_composites(step)
         for node in step.segment.nodes:
             inputs = list(step.segment.graph.inputs[node])
-            for output in range(len(node._input_metadata)):
+            for value in outputs_of(node):
                 try:
                     found = self._rule(node, inputs)
                 except UnknownError as error:
                     self.reasons.setdefault(step.index, f"{operation(node)}: {error}")
                     self._unknown.add(node)
                     found = self.moments[inputs[0]].unknown()
-                self.moments[Value(node, output)] = found
+                self.moments[value] = found
 
     def backward(self, step: Step, energies: dict[Value, Energy]) -> dict[Value, Energy]:
         """Pull the energies of the target's gradients back to the source."""

@@ -50,7 +50,7 @@ class LinearLayer:
     """A linear operation: its statistics, its gain, and what tells its weights from others.
 
     Attributes:
-        statistics: of weights and biases.
+        statistics: what is known of the weights and biases.
         gain: mean square of the outputs over that of the inputs, without biases; also the sum of squares of the
             gradient at the inputs over that at the outputs.
         token: identity of the weights.

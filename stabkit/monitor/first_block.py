@@ -18,7 +18,7 @@ class Mover(Move):
     """One quantity of one block that left its usual range; values are in nats.
 
     Attributes:
-        step: of training.
+        step: the training step.
         name: path of the block; empty for the model as a whole.
         index: place of the block in the record; -1 for the model as a whole.
         field: ``growth``, ``gain``, ``total`` or ``non_finite``.

@@ -76,7 +76,7 @@ class TrainingRanks:
 
         Args:
             sums: those of this process; None when its monitor has failed.
-            shape: of ``sums.rows``.
+            shape: the shape of ``sums.rows``.
             requested: whether a capsule was asked for here.
         """
         if not self.together:

@@ -50,7 +50,7 @@ class Blocks(Sequence[BlockRecord]):
 
     Attributes:
         names: paths of the modules.
-        norms: of outputs, their gradients, parameters, parameter gradients, and update ratios; ``(5, blocks)``.
+        norms: ``(5, blocks)``, norms of outputs, their gradients, parameters, parameter gradients; update ratios.
         calls: how often each was called; ``(blocks,)``.
         entries: how many numbers its outputs had; ``(blocks,)``.
         bad: which of `PARTS` are not finite; ``(3, blocks)``.

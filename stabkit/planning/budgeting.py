@@ -117,7 +117,7 @@ def plan(
         source: the input to start from.
         target: the output to end at.
         spectrum: how spectra are computed.
-        spectrum_samples: of how many samples.
+        spectrum_samples: how many samples' spectra are computed.
         probes: random cotangents per sample when there is no loss.
         seed: the seed of every random choice.
         budget: time that the analysis may take: seconds, or ``"10m"``.

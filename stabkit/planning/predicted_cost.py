@@ -49,11 +49,11 @@ class Price(Result):
     """What an analysis costs.
 
     Attributes:
-        seconds: of time.
-        peak_bytes: of memory of the whole process at most; None where the system does not say what a trial took.
+        seconds: how long it takes.
+        peak_bytes: the most that the process holds at once; None where the system does not say what a trial took.
         products: vectors multiplied with the Jacobian of a step or its transpose, over all steps, per sample.
         flops: floating-point operations of the forward passes and products.
-        read_bytes: of weights that the forward passes and products read from memory.
+        read_bytes: the bytes of weights that the forward passes and products read from memory.
     """
 
     seconds: float

@@ -15,7 +15,7 @@ from stabkit.streaming.profile import Method
 from stabkit.streaming.stack import Block
 from stabkit.streaming.weights import StreamedWeights
 from stabkit.tracing import Flow, trace
-from stabkit.walk import balanced, probe_seeds, random_columns, wide
+from stabkit.walk import Observer, Passage, probe_seeds, random_columns, walk_back
 
 
 @dataclass(frozen=True)
@@ -39,6 +39,13 @@ class BlockSettings:
     seed: int
 
 
+class _Source(Observer):
+    """Keeps what comes back to the first state."""
+
+    def passed(self, passage: Passage, pulled: Tensor | None) -> None:
+        self.cotangents = passage.leaving
+
+
 def measure_block(
     block: Block,
     weights: StreamedWeights,
@@ -50,42 +57,37 @@ def measure_block(
     """What one block does to the cotangents of the state after it, and its singular values."""
     with weights.present(block.module.modules()):
         flow = trace(block.step(), state, depth=["module"], seed=settings.seed)
-        J = flow.jacobian()
+        batch, probes, end = flow.batch, settings.probes, flow.states[-1]
         if cotangents is None or powers is None:
-            seeds = probe_seeds(settings.seed, settings.probes, settings.first)
-            arriving = balanced(random_columns(flow, seeds))
-        else:
-            arriving = balanced(cotangents.to(J.device), powers)
-        sent = _normal(J, settings.seed + block.index)
-        pulled = J.rmatmat(torch.cat([arriving.columns, sent.to(arriving.columns)], 2))
-        leaving = balanced(pulled[..., : settings.probes], arriving.powers)
+            seeds = probe_seeds(settings.seed, probes, settings.first)
+            cotangents, powers = random_columns(flow, seeds), torch.zeros(batch, probes, dtype=torch.float64)
+        # two fresh cotangents go along, whose mean growth is that of the Frobenius norm
+        generator = torch.Generator().manual_seed(settings.seed + block.index)
+        fresh = torch.randn(batch, end.size, 2, generator=generator, dtype=torch.float64)
+        columns = torch.cat([cotangents.to(end.space.device), fresh.to(end.space.device, end.space.dtype)], 2)
+        source = _Source()
+        walk = walk_back(
+            flow, columns, observers=[source], powers=torch.cat([powers, torch.zeros(batch, 2, dtype=torch.float64)], 1)
+        )
+        before, after = walk.log_norms[0], walk.log_norms[-1]
+        leaving = source.cotangents
         found = {
-            "cotangents": leaving.columns.cpu().contiguous(),  # as it is read back, so that a resumed run adds alike
-            "powers": leaving.powers,
-            "log_after": arriving.log_norms,
-            "log_before": leaving.log_norms,
+            # laid out as it is read back, so that a resumed run adds alike
+            "cotangents": leaving.columns[..., :probes].cpu().contiguous(),
+            "powers": leaving.powers[:, :probes].contiguous(),
+            "log_after": after[:, :probes],
+            "log_before": before[:, :probes],
             "state_before": torch.linalg.vector_norm(flow.states[0].flatten().double(), dim=1),
-            "state_after": torch.linalg.vector_norm(flow.states[-1].flatten().double(), dim=1),
-            "gain": 0.5 * (_energy(pulled[..., settings.probes :]) / _energy(sent)).log(),
+            "state_after": torch.linalg.vector_norm(end.flatten().double(), dim=1),
+            "gain": 0.5 * (torch.logsumexp(2 * before[:, probes:], 1) - torch.logsumexp(2 * after[:, probes:], 1)),
             "chain_error": torch.tensor([flow.chain_error if flow.chain_error is not None else math.nan]),
             "method": _as_tensor(_method(flow)),
         }
         if settings.k:
-            found.update(_singular(J, settings))
+            found.update(_singular(flow.jacobian(), settings))
         for step in flow.steps:
             step.segment.release()
         return found
-
-
-def _normal(J: Jacobian, seed: int) -> Tensor:
-    """Two random cotangents, whose mean growth is that of the Frobenius norm."""
-    batch, m, _ = J.shape
-    return torch.randn(batch, m, 2, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
-def _energy(columns: Tensor) -> Tensor:
-    """Sum of squares per sample."""
-    return wide(columns).square().sum((1, 2)).cpu()
 
 
 def _method(flow: Flow) -> Method:

@@ -13,7 +13,7 @@ from torch import Tensor
 from stabkit._version import __version__
 from stabkit.diagnosis import Array, Measurement, StepMeasurement, Thresholds, judge
 from stabkit.diagnosis.blocks.outliers import local_findings
-from stabkit.diagnosis.depth.stretch import growth_finding
+from stabkit.diagnosis.depth.findings import growth_finding
 from stabkit.report import Report, StepReport
 from stabkit.results import Result
 from stabkit.statistics import mean_interval

@@ -28,8 +28,8 @@ class Family:
 
     Attributes:
         name: what they are called.
-        function: of a tensor, and of the parameters by name.
-        facts: of the parameters alone: the arguments of `ActivationFacts` from ``slope`` on.
+        function: takes a tensor, and the parameters by name.
+        facts: takes the parameters alone and gives the arguments of `ActivationFacts` from ``slope`` on.
         operations: the names of their autograd nodes; parameters are saved there by their names.
         sources: modules, which hold the parameters by their names, and functions that compute them.
         defaults: the parameters, with the values that torch gives them.

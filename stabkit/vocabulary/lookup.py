@@ -66,7 +66,7 @@ def moves(*kinds: str) -> frozenset[str]:
     """Operations that move, copy or cast numbers and leave them what they are: all, or those of some kinds.
 
     Args:
-        kinds: of ``"reshape"``, ``"permute"``, ``"copy"``, ``"select"`` (a part), ``"gather"`` (by indices),
+        kinds: which of ``"reshape"``, ``"permute"``, ``"copy"``, ``"select"`` (a part), ``"gather"`` (by indices),
             ``"join"`` (several tensors side by side), ``"expand"``, ``"pad"``, ``"write"`` (into a part of another).
 
     Raises:

@@ -85,6 +85,7 @@ def walk_back(
     *,
     renewal: Renewal = "never",
     observers: Sequence[Observer] = (),
+    powers: Tensor | None = None,
 ) -> Walk:
     """Pull cotangents of the last state back to the first, all of them through one batch of products a step.
 
@@ -99,6 +100,7 @@ def walk_back(
         renewal: where random cotangents are drawn anew. ``"never"``; ``"together"`` for all columns at a state that
             nothing comes back to; ``"each"`` also for a single sample and column that has nothing left.
         observers: called at every step.
+        powers: ``(batch, k)``, powers of two that were taken out of the columns on a way that this one goes on with.
 
     Example:
         >>> import torch, stabkit
@@ -109,7 +111,7 @@ def walk_back(
         tensor([[-1.3863]], dtype=torch.float64)
     """
     count, k = len(flow), columns.shape[2]
-    carried = balanced(columns)
+    carried = balanced(columns, powers)
     growth = torch.empty(count, *carried.powers.shape, dtype=torch.float64)
     log_norms = torch.empty(count + 1, *carried.powers.shape, dtype=torch.float64)
     log_norms[count] = carried.log_norms

@@ -12,7 +12,9 @@ from torch.nn import functional
 
 import stabkit
 from stabkit.diagnosis.finding import Finding
+from stabkit.diagnosis.inputs.attention_masks import _is_right, _is_turned
 from stabkit.diagnosis.inputs.padding import padding_of
+from tests.diagnosis.two_devices import TwoDevices, elsewhere
 
 SAMPLES, TIMES, WIDTH = 4, 8, 16
 
@@ -146,3 +148,13 @@ def test_padding_is_one_value_that_fills_ends_of_different_lengths():
 def test_what_has_no_tokens_has_no_padding(given):
     assert padding_of(given) is None
     assert padding_of(given.to(torch.complex64)) is None
+
+
+@pytest.mark.parametrize(("keys", "padding"), [(elsewhere, Tensor.clone), (Tensor.clone, elsewhere)])
+def test_padding_of_inputs_that_the_model_moves_to_its_device(keys, padding):
+    filled = torch.tensor([[False, False, True, True], [False, True, True, True], [False, False, False, False]])
+    with TwoDevices():
+        assert _is_turned(keys(filled), padding(filled))
+        assert not _is_turned(keys(~filled), padding(filled))
+        assert _is_right(keys(~filled), padding(filled))
+        assert not _is_right(keys(filled), padding(filled))

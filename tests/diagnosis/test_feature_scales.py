@@ -42,6 +42,7 @@ def test_features_of_other_sizes_are_told_with_what_standardising_brings(name: s
     assert feature in told.evidence
     assert told.numbers["standardised"] < 0.25 * float(TARGETS.square().mean()) * 2
     assert told.numbers["plain"] > 2 * told.numbers["standardised"]
+    assert "the curvature of the first layer along each goes with the square of its size" in told.evidence
     assert not found(network(), (x - x.mean(0)) / x.std(0))
 
 
@@ -93,6 +94,13 @@ class Derived(nn.Module):
 def test_coordinates_that_derivatives_are_taken_by_stay_as_they_are():
     t = torch.linspace(1990, 2020, 64)[:, None]
     assert not found(Derived(), t, lambda out: out.square().mean())
+
+
+def test_what_goes_wrong_in_the_loss_is_not_taken_for_a_model_that_refuses(monkeypatch):
+    """Only what a pass of the model on other inputs raises says that it takes no others."""
+    monkeypatch.setattr("stabkit.diagnosis.inputs.feature_scales.short_training", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        found(network(), FAR["years"][0])
 
 
 def test_columns_that_are_indices_or_masks_stay_as_they_are():

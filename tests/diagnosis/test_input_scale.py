@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 import stabkit
 from stabkit.diagnosis import Diagnosis, examine
+from stabkit.diagnosis.inputs.sizes import large_inputs
 
 
 def network(act: type[nn.Module], depth: int = 3, gain: float = 1.0) -> nn.Sequential:
@@ -34,7 +35,34 @@ def test_pixels_from_0_to_255_are_named_as_the_cause(act, actions):
     found = [f for f in said(network(act), 255 * inputs()).findings if "input_size" in f.numbers]
     assert [(f.kind, [action["action"] for action in f.actions]) for f in found] == [("saturated", actions)]
     assert "the input has the size 1" in found[0].evidence
-    assert "standardise the input" in found[0].remedy
+    size = float((255 * inputs()).square().mean().sqrt())
+    assert f"divide the input where the data are read by {size:.3g}, its root mean square" in found[0].remedy
+
+
+class Several(nn.Module):
+    """An image with another of its size, a time for each sample, and a mask."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.time = nn.Linear(16, 8), nn.Linear(16, 8), nn.Linear(1, 8)
+
+    def forward(self, x: Tensor, other: Tensor, t: Tensor, *, mask: Tensor) -> Tensor:
+        return torch.tanh(self.first(x) + self.second(other) * mask + self.time(t[:, None]))
+
+
+def test_only_data_that_are_too_large_are_divided_each_by_its_own_size():
+    x, other, t, mask = 255 * inputs(), 100 * inputs().flip(0), 1000 * torch.rand(16), torch.ones(16, 8)
+    flow = stabkit.trace(Several(), x, other, t, kwargs={"mask": mask})
+    sizes = large_inputs(flow)
+    own = {name: float(data.square().mean().sqrt()) for name, data in (("0", x), ("1", other))}
+    assert dict(sizes.by_name) == pytest.approx(own)
+    assert sizes.size == pytest.approx(own[flow.source_name])
+    call = sizes.divided(flow.forward_pass)
+    assert [float(each.square().mean().sqrt()) for each in call.inputs[:2]] == pytest.approx([1.0, 1.0])
+    assert call.inputs[2] is t
+    assert call.kwargs["mask"] is mask
+    assert all(f"{name!r} by {size:.3g}" in sizes.remedy for name, size in own.items())
+    assert large_inputs(stabkit.trace(Several(), x / 255, other / 100, t, kwargs={"mask": mask})) is None
 
 
 def test_weights_that_saturate_by_themselves_are_not_blamed_on_the_input():
@@ -57,4 +85,4 @@ def test_an_input_that_saturates_a_late_tanh_through_relus_is_named(size):
     model = nn.Sequential(*layers, nn.Linear(16, 3), nn.Tanh())
     found = [f for f in said(model, size * inputs()).findings if "input_size" in f.numbers]
     assert [f.kind for f in found] == (["saturated"] if size > 1 else [])
-    assert all("standardise the input" in f.remedy for f in found)
+    assert all("divide the input where the data are read by" in f.remedy for f in found)

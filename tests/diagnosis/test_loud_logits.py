@@ -118,7 +118,7 @@ def test_an_input_that_is_too_large_is_named_instead():
     model, inputs = classifier(), 255 * images()
     (found,) = said(model, inputs)
     assert found.severity == "warning"
-    assert "standardise the input" in found.remedy
+    assert "divide the input where the data are read by" in found.remedy
     assert not found.actions
     assert said(model, inputs / 255) == []
 

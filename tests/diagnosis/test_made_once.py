@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import stabkit
+from stabkit.diagnosis.inputs.sizes import Sizes
 from stabkit.diagnosis.remedies import short_training as short
 from stabkit.diagnosis.remedies import usual_training as usual
 from stabkit.diagnosis.remedies.computed import Remedy
@@ -83,8 +84,8 @@ def test_other_weights_losses_inputs_remedies_and_contexts_are_other_trainings()
             short_training(flow, classes, [action]),
             short_training(flow, classes, within=lambda: torch.autograd.set_grad_enabled(True)),
             short_training(stabkit.trace(model, X.clone()), classes),
-            trained_with(flow, classes, Remedy("", data=2.0)),
-            trained_with(flow, classes, Remedy("", data=4.0)),
+            trained_with(flow, classes, Remedy("", data=Sizes(((flow.source_name, 2.0),)))),
+            trained_with(flow, classes, Remedy("", data=Sizes(((flow.source_name, 4.0),)))),
         ]
         with torch.no_grad():
             model[4].weight.mul_(2.0)

@@ -12,6 +12,8 @@ from torch.nn import functional
 
 import stabkit
 from stabkit.diagnosis.finding import Finding
+from stabkit.diagnosis.losses.next_tokens import _followed, _matched
+from tests.diagnosis.two_devices import TwoDevices, elsewhere
 
 SAMPLES, TIMES, TOKENS, WIDTH = 5, 9, 17, 16
 
@@ -167,3 +169,16 @@ def test_one_number_for_a_whole_series_is_no_next_value():
     series = torch.randn(SAMPLES, TIMES, 3, generator=torch.Generator().manual_seed(0))
     model = nn.Sequential(nn.Flatten(), nn.Linear(3 * TIMES, 8), nn.ReLU(), nn.Linear(8, 1), nn.Flatten(0))
     assert not stabkit.diagnose(stabkit.trace(model, series), lambda out: functional.mse_loss(out, series.mean((1, 2))))
+
+
+@pytest.mark.parametrize(("given", "held"), [(elsewhere, Tensor.clone), (Tensor.clone, elsewhere)])
+def test_targets_on_another_device_than_the_inputs(given, held):
+    tokens = torch.randint(0, 50, (8, 12), generator=torch.Generator().manual_seed(1))
+    series = torch.randn(8, 12, 3, generator=torch.Generator().manual_seed(2))
+    with TwoDevices():
+        one = _matched("tokens", given(tokens), held(tokens[:, 1:].reshape(-1)), -100)
+        two = _followed("series", given(series), held(series[:, 1:].contiguous()))
+    assert one is not None
+    assert two is not None
+    assert one.counted.sum() == two.counted.sum() == 8 * 11
+    assert one.counted.device == two.counted.device == given(tokens).device

@@ -105,3 +105,18 @@ def test_growth_from_one_space_to_another_in_one_step_is_not_judged():
     found = examine(stabkit.trace(Sure(), POINTS), lambda out: functional.nll_loss(out, LABELS))
     assert found.verdict.name == "not judged"
     assert "vanishing" not in alarms(found)
+
+
+def test_weights_that_were_all_started_small_are_drawn_anew_and_no_skips_are_asked_for():
+    torch.manual_seed(0)
+    widths = [12, 32, 24, 24, 24, 24, 32, 4]
+    layers = [part for a, b in itertools.pairwise(widths) for part in (nn.Linear(a, b), nn.ReLU())][:-1]
+    model = nn.Sequential(*layers)
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, 0.0, 0.01) if parameter.dim() > 1 else nn.init.zeros_(parameter)
+    x, y = torch.randn(32, 12), torch.arange(32) % 4
+    report = stabkit.analyze(model, x, loss=lambda out: nn.functional.cross_entropy(out, y), spectrum="none")
+    (found,) = [f for f in report.findings if f.kind == "vanishing" and f.severity != "info"]
+    assert found.evidence.startswith("all 7 matrices were started small: with a standard deviation of 0.0")
+    assert found.remedy == "start all 7 matrices with the standard deviation sqrt(2 / fan-in), He's initialisation"
+    assert [a["action"] for a in found.actions] == ["redraw"] * 7

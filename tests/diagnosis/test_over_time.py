@@ -15,6 +15,7 @@ from stabkit.diagnosis import Finding, Thresholds, examine
 from stabkit.diagnosis.finding import serious
 from stabkit.diagnosis.over_time.findings import loops_over_time, time_findings, time_profiles
 from stabkit.diagnosis.over_time.profile import TimeProfile
+from stabkit.diagnosis.remedies.best_constant import left_by_a_constant
 from stabkit.errors import TraceError
 from stabkit.tracing.recording.forward_pass import ForwardPass
 
@@ -383,3 +384,37 @@ def test_time_is_counted_from_the_newest_step_that_a_gradient_reaches():
     assert reached.growth == pytest.approx(-3.0)
     few = TimeProfile("r", nn.Identity(), np.array([0.0] * 4 + [-math.inf] * 9))
     assert math.isnan(few.growth)
+
+
+def _last_of_recent(back: int) -> tuple[Tensor, Tensor]:
+    drawn = torch.randn(64, 40, 1, generator=torch.Generator().manual_seed(0))
+    return drawn, drawn[:, -1 - back]
+
+
+class Forecaster(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.lstm, self.head = nn.LSTM(1, 32, batch_first=True), nn.Linear(32, 1)
+
+    def forward(self, x):
+        return self.head(self.lstm(x)[0][:, -1])
+
+
+@pytest.mark.parametrize(("back", "severity"), [(0, "info"), (35, "warning")])
+def test_a_short_memory_is_a_warning_where_the_targets_ask_for_a_longer_one(back, severity):
+    torch.manual_seed(0)
+    x, y = _last_of_recent(back)
+    report = stabkit.analyze(Forecaster(), x, loss=lambda out: (out - y).square().mean(), spectrum="none")
+    found = [f for f in report.findings if f.kind == "vanishing" and f.module_path == "lstm"]
+    assert [f.severity for f in found] == [severity]
+    assert ("what these samples ask for does not lie that far back" in found[0].evidence) == (severity == "info")
+
+
+def test_the_best_constant_is_the_mean_or_the_shares_of_the_classes():
+    y = torch.randn(20, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    left = left_by_a_constant(lambda out: (out - y).square().mean(), torch.zeros_like(y))
+    assert left == pytest.approx(float(y.var(0, correction=0).mean()))
+    classes = torch.tensor([0] * 15 + [1] * 5)
+    left = left_by_a_constant(lambda out: nn.functional.cross_entropy(out, classes), torch.zeros(20, 2))
+    assert left == pytest.approx(-0.75 * math.log(0.75) - 0.25 * math.log(0.25), rel=1e-5)
+    assert left_by_a_constant(lambda out: out[0].sum(), (y, y)) is None

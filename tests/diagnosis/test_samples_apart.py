@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import fields
 from typing import Any
 
 import pytest
@@ -12,6 +13,8 @@ from torch.nn import functional
 
 import stabkit
 from stabkit.diagnosis.finding import Finding, serious
+from stabkit.diagnosis.states.sample_meetings import Meeting
+from stabkit.diagnosis.states.samples_apart import _Along
 
 SAMPLES, TIMES, FEATURES = 12, 7, 8
 
@@ -230,3 +233,32 @@ def test_frames_that_a_recurrent_layer_reads_may_be_one_sequence():
     torch.manual_seed(0)
     model = Net(lambda m, x: m.o(m.l(m.c(x).mean((2, 3)))[0]), c=nn.Conv2d(3, 8, 3), l=nn.LSTM(8, 8), o=nn.Linear(8, 2))
     assert [f.severity for f in found(model, torch.randn(SAMPLES, 3, 6, 6))] == ["info"]
+
+
+def test_the_axis_of_a_softmax_is_told_in_words():
+    torch.manual_seed(0)
+    (told,) = found(attending(0), torch.randn(SEQUENCES))
+    assert "tried on a copy: along axis -1 no sample depends on another" in told.evidence
+
+
+@pytest.mark.parametrize(
+    "weigh",
+    [
+        lambda x, dim: functional.gumbel_softmax(x, 5.0, dim=dim),
+        lambda x, dim: functional.gumbel_softmax(x, 0.5, True, 1e-10, dim),
+        lambda x, dim: functional.softmax(x, dim, dtype=torch.float64),
+        lambda x, dim: x.softmax(dim, torch.float64),
+        lambda x, dim: torch.log_softmax(x, dim=dim),
+    ],
+)
+def test_along_another_axis_all_else_is_as_it_was(weigh):
+    x, name = torch.randn(4, 6), next(n for n in weigh.__code__.co_names if "softmax" in n)
+    line = f"test_samples_apart.py:{weigh.__code__.co_firstlineno}"
+    meeting = Meeting(**{field.name: None for field in fields(Meeting)} | {"name": name, "line": line})
+    torch.manual_seed(0)
+    wanted = weigh(x, 1)
+    torch.manual_seed(0)
+    with _Along(meeting, 1):
+        made = weigh(x, 0)
+    assert made.dtype == wanted.dtype
+    assert torch.equal(made, wanted)

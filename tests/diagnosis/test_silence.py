@@ -11,7 +11,7 @@ from torch.nn import functional
 
 import stabkit
 from stabkit.diagnosis import Thresholds, examine, measure
-from stabkit.diagnosis.depth.stretch import transient
+from stabkit.diagnosis.depth.findings import transient
 from stabkit.diagnosis.finding import serious
 from stabkit.tracing import trace
 from tests.diagnosis.further_learners import TASKS as FURTHER

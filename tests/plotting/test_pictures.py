@@ -72,7 +72,7 @@ def drawn_results() -> dict[str, object]:
         "eigenvalues": stabkit.eigenvalues(J),
         "singular values": stabkit.singular_values(J),
         "non-normality": stabkit.non_normality(J),
-        "density": jacobians.singular_value_density(J, n_probes=3),
+        "density": jacobians.singular_value_density(J, probes=3),
         "lyapunov": stabkit.lyapunov_spectrum(flow),
         "finite time": stabkit.finite_time_exponents(flow),
         "gradients": stabkit.gradient_profile(flow),

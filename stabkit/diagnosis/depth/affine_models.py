@@ -47,14 +47,7 @@ _REFERENCE = "Goodfellow, Bengio and Courville, Deep learning, 2016, section 6.1
 
 
 def affine_findings(flow: Flow, loss: Any, call: ForwardPass, done: TrainingPass) -> list[Finding]:
-    """A finding where the whole model is affine in its input and has several trained matrices in a row.
-
-    Args:
-        flow: the traced pass.
-        loss: a callable on the output that returns a scalar.
-        call: the pass as training makes it.
-        done: its loss, on the graph.
-    """
+    """A finding where the whole model is affine in its input and has several trained matrices in a row."""
     outputs = [t for _, t in named_tensors(done.output) if t.is_floating_point() and t.requires_grad]
     if len(outputs) != 1 or outputs[0].grad_fn is None:
         return []

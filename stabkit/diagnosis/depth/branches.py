@@ -11,7 +11,7 @@ from torch.autograd.graph import Node
 
 from stabkit.identification.form.operations import ADDS, MOVES, SCALES, has_matrix
 from stabkit.tracing import Flow, Step
-from stabkit.tracing.graph.values import Value, meta_of, operation, probes_of, random_tensors
+from stabkit.tracing.graph.values import Value, meta_of, operation, outputs_of, probes_of, random_tensors
 from stabkit.tracing.products.node_derivatives import apply_node, is_python_node
 from stabkit.tracing.products.segments import Segment
 from stabkit.vocabulary import norm_of
@@ -61,12 +61,8 @@ def _free_values(segment: Segment) -> set[Value]:
             name in MOVES or name in ADDS or norm_of(node) is not None or (name in SCALES and len(set(inputs)) == 1)
         )
         if passes and not is_python_node(node) and any(value in free for value in inputs):
-            free.update(_outputs(node))
+            free.update(outputs_of(node))
     return free
-
-
-def _outputs(node: Node) -> list[Value]:
-    return [Value(node, i) for i in range(len(node._input_metadata))]
 
 
 def _gain(segment: Segment, skip: Value, branch: Value, free: set[Value], seed: int) -> float:
@@ -82,7 +78,7 @@ def _gain(segment: Segment, skip: Value, branch: Value, free: set[Value], seed: 
         grads: dict[Value, Tensor] = {branch: random_tensors([branch], seed + probe)[0]}
         sent += _energy(grads[branch])
         for node in reversed(segment.nodes):
-            given = [None if value in stops else grads.pop(value, None) for value in _outputs(node)]
+            given = [None if value in stops else grads.pop(value, None) for value in outputs_of(node)]
             if all(g is None for g in given):
                 continue
             with torch.no_grad():

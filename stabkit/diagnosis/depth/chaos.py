@@ -31,7 +31,7 @@ class Chaos:
     Attributes:
         exponent: largest Lyapunov exponent, nats a step, from cotangents that had a fifth of the steps to align.
         interval: the interval of the exponent.
-        slope: of log |x| over the last three quarters of the steps, nats a step.
+        slope: the slope of log |x| over the last three quarters of the steps, nats a step.
         parting: the third test in words; empty where it failed.
     """
 

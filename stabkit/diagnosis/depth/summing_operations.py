@@ -41,7 +41,7 @@ class Summing:
     """One line of code that sums.
 
     Attributes:
-        name: of the function.
+        name: the name of the function.
         line: file and line.
         path: the module that it runs in, ``""`` for the outermost.
         fixed: the place of the operand that no parameter makes, among the arguments; -1 for a sum alone.
@@ -120,10 +120,8 @@ class _Watch(TorchFunctionMode):
         if isinstance(result, Tensor) and result.is_floating_point() and result.requires_grad:
             read = _read(name, func, args, kwargs, result)
             if read is not None:
-                running = [c for c in self.recording.calls if c.stop < 0]
                 fixed, terms, signed, gain = read
-                path = running[-1].path if running else ""
-                place = calling_line()
+                place, path = calling_line(), self.recording.running
                 self.found[id(result)] = Summing(_NAMES.get(name, name), place, path, fixed, terms, signed, gain)
                 self._kept.append(result)
         return result

@@ -47,7 +47,7 @@ class Seen:
         name: the function.
         path: the module that runs it.
         line: the line that calls it.
-        keys: of shape (samples, keys), those that some query gives weight; None where no mask tells.
+        keys: ``(samples, keys)``, those that some query gives weight; None where no mask tells.
         added: a mask of zeros and ones in floats, which are added to the scores; None where there is none.
     """
 
@@ -118,12 +118,13 @@ def _is_turned(keys: Tensor | None, padding: Tensor) -> bool:
     """Whether padding alone is seen, of all sequences that have some."""
     if keys is None or keys.shape != padding.shape:
         return False
+    padding = padding.to(keys.device)  # what a model is given may be moved to where it is
     some = padding.any(1)
     return bool((keys == padding)[some].all())
 
 
 def _is_right(keys: Tensor | None, padding: Tensor) -> bool:
-    return keys is not None and keys.shape == padding.shape and bool((keys == ~padding).all())
+    return keys is not None and keys.shape == padding.shape and bool((keys == ~padding.to(keys.device)).all())
 
 
 class _Reading(TorchFunctionMode):
@@ -144,7 +145,7 @@ class _Reading(TorchFunctionMode):
         masks = masks_given(func, args, kwargs)
         keys = self._by_weight(out) if name == _SOFTMAX else self._by_mask(name, masks)
         added = next((m for m in masks if _adds(m)), None)
-        self._seen.append(Seen(name, self._running.running(), calling_line(), keys, added))
+        self._seen.append(Seen(name, self._running.recording.running, calling_line(), keys, added))
         return out
 
     def _by_weight(self, out: Tensor) -> Tensor | None:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from stabkit.tracing import Flow
 from stabkit.tracing.graph.values import operation
+from stabkit.tracing.recording.containers import map_tensors
+from stabkit.tracing.recording.forward_pass import ForwardPass
 
 FAR = 10.0  # root mean square of an input from which its size is a cause
 _APART = 10.0  # factor between sizes of features, from which a trial is worth its time
@@ -24,8 +27,8 @@ class Features:
     Attributes:
         name: path of the input.
         axis: along which features lie.
-        mean: of each.
-        spread: of each.
+        mean: the mean of each feature.
+        spread: the standard deviation of each feature.
     """
 
     name: str
@@ -73,6 +76,12 @@ class Features:
         offset = int((self.mean.abs() / self.spread).nan_to_num(0.0, posinf=0.0).argmax())
         shown = dict.fromkeys([int(order[last]), int(order[0]), offset])
         return ", ".join(f"{i}: {float(self.mean[i]):.3g} +- {float(self.spread[i]):.3g}" for i in shown)
+
+
+def changed(call: ForwardPass, change: Callable[[Tensor], Tensor]) -> ForwardPass:
+    """The same call with every tensor that it is given changed."""
+    inputs, kwargs = map_tensors([call.inputs, call.kwargs], change)
+    return replace(call, inputs=tuple(inputs), kwargs=kwargs)
 
 
 def features_of(flow: Flow, name: str, tensor: Tensor) -> Features | None:

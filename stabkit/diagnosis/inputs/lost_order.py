@@ -45,14 +45,7 @@ _REFERENCE = "Vaswani et al., Attention is all you need, 2017, section 3.5; Zahe
 
 
 def lost_order_findings(flow: Flow, loss: Any, call: ForwardPass, done: TrainingPass) -> list[Finding]:
-    """A finding where the order of tokens does not reach the output.
-
-    Args:
-        flow: the traced pass.
-        loss: a callable on the output that returns a scalar.
-        call: the pass as training makes it.
-        done: its loss, on the graph.
-    """
+    """A finding where the order of tokens does not reach the output."""
     attention, outputs = _attention(call, done), _outputs(done.output)
     for axis in (1, 0):
         tokens = _tokens(call, axis)
@@ -73,9 +66,9 @@ class _Samples:
 
     Attributes:
         count: how many there are.
-        positions: of each.
-        axis: of the inputs, along which positions lie.
-        tokens: of shape (samples, positions), a number for every token that those of the same entries share.
+        positions: how many positions each has.
+        axis: the axis of the inputs along which positions lie.
+        tokens: ``(samples, positions)``, a number for every token that those of the same entries share.
         content: for every sample what it holds, whatever the order.
         order: for every sample what it holds, in its order.
     """
@@ -250,7 +243,7 @@ class _Floor:
         scale: what the loss is without a model.
         limit: from which the floor is no noise.
         shared: samples that hold what others with another target hold.
-        name: of the loss.
+        name: the name of the loss.
         without: what the scale is, in words.
     """
 

@@ -335,14 +335,7 @@ def _value(loss: Any, output: Any, seed: int, mode: TorchFunctionMode) -> float:
 
 
 def loss_domain_findings(flow: Flow, loss: Any, call: ForwardPass, done: TrainingPass) -> list[Finding]:
-    """A finding where a loss is called with what it is not made for.
-
-    Args:
-        flow: the traced pass.
-        loss: a callable on the output that returns a scalar.
-        call: the pass as training makes it.
-        done: its output, on the graph.
-    """
+    """A finding where a loss is called with what it is not made for."""
     assert done.loss is not None
     found, meant = misuses(loss, done.output, call.seed)
     if not found:

@@ -12,6 +12,7 @@ from torch.autograd.graph import GradientEdge, Node
 
 from stabkit.diagnosis.finding import Finding
 from stabkit.diagnosis.losses.domains import breaking
+from stabkit.diagnosis.losses.flat import flat_loss_findings
 from stabkit.diagnosis.non_finite.origin import Origin, origin_of
 from stabkit.diagnosis.thresholds import Thresholds
 from stabkit.tracing import Flow
@@ -49,7 +50,7 @@ def loss_findings(flow: Flow, loss: Any, thresholds: Thresholds) -> list[Finding
         return [_not_finite(flow, loss, origin)]
     mismatch = _mismatch(flow, scalar) or _no_logarithms(flow, scalar)
     found = [*mismatch, *_flat_sigmoid(flow, loss, scalar, thresholds)]
-    return found or _without_gradient(flow, scalar)
+    return found or flat_loss_findings(flow, loss, scalar)
 
 
 def _not_finite(flow: Flow, loss: Any, origin: Origin) -> Finding:
@@ -159,18 +160,6 @@ def _flat_sigmoid(flow: Flow, loss: Any, scalar: Tensor, thresholds: Thresholds)
     )
     numbers = {"saturated": float(flat), "promised": slope / fall, "loss": value, "turned": turned}
     return [_finding(flow, "saturated", "warning", path, evidence, remedy, numbers, _GOODFELLOW)]
-
-
-def _without_gradient(flow: Flow, scalar: Tensor) -> list[Finding]:
-    """A loss above zero that does not depend on the output where it stands."""
-    value = float(scalar.detach())
-    edges = [v.edge for v in flow.states[-1].values]
-    gradients = torch.autograd.grad(scalar, edges, retain_graph=True, allow_unused=True)
-    if value == 0.0 or any(g is None or bool((g != 0).any()) for g in gradients):
-        return []
-    evidence = f"the loss is {value:.3g} and its gradient by the output is zero everywhere"
-    remedy = "look for a clamp, a rounding, a mask of zeros or a comparison in the loss: nothing can be learnt from it"
-    return [_finding(flow, "loss", "critical", LOSS, evidence, remedy, {"loss": value})]
 
 
 def _loss_nodes(flow: Flow, scalar: Tensor) -> Iterator[tuple[Node, Value]]:

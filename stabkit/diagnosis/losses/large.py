@@ -21,7 +21,6 @@ from stabkit.diagnosis.remedies.short_training import (
     ShortTraining,
     clearly_better,
     falls,
-    on_divided_data,
     short_training,
     taken_back,
     trained_with,
@@ -93,7 +92,7 @@ def _is_of(finding: Finding, stretch: Finding | None) -> bool:
 
 def _begins(flow: Flow, loss: Any, remedy: Remedy) -> float:
     """Where the loss begins with a remedy; of divided data, with the output as it is or multiplied back."""
-    call = on_divided_data(flow.forward_pass, remedy.data) if remedy.data != 1.0 else flow.forward_pass
+    call = flow.forward_pass if remedy.data is None else remedy.data.divided(flow.forward_pass)
     try:
         with carried_out(call.module, remedy.actions), remedy.within():
             passes = [training_pass(call, each, differentiate=False) for each in taken_back(loss, remedy.data)]

@@ -41,7 +41,7 @@ class _Dropped:
 
     Attributes:
         node: the dropout.
-        share: of the predictions that are set to zero.
+        share: the share of the predictions that are set to zero.
         floor: what the loss of them cannot get below.
         scale: what the loss is without a model.
         words: what they are, what the floor is of, and what the loss is without a model.
@@ -55,14 +55,7 @@ class _Dropped:
 
 
 def last_dropout_findings(flow: Flow, loss: Any, call: ForwardPass, done: TrainingPass) -> list[Finding]:
-    """A finding where dropout is the last thing before a loss.
-
-    Args:
-        flow: the traced pass.
-        loss: a callable on the output that returns a scalar.
-        call: the pass as training makes it.
-        done: its loss, on the graph.
-    """
+    """A finding where dropout is the last thing before a loss."""
     assert done.loss is not None
     found = next(iter(_dropped(done)), None)
     if found is None:

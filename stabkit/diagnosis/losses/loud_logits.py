@@ -15,8 +15,7 @@ from torch import Tensor
 from torch.autograd.graph import Node
 
 from stabkit.diagnosis.finding import Finding, serious
-from stabkit.diagnosis.inputs.features import FAR
-from stabkit.diagnosis.inputs.scale import input_size
+from stabkit.diagnosis.inputs.sizes import large_inputs
 from stabkit.diagnosis.losses.ranges import behind_moves
 from stabkit.diagnosis.remedies import computed as remedies
 from stabkit.diagnosis.remedies.applying import carried_out
@@ -24,7 +23,6 @@ from stabkit.diagnosis.remedies.short_training import STEPS, short_training
 from stabkit.errors import StabkitError
 from stabkit.tracing import Flow
 from stabkit.tracing.graph.values import operation
-from stabkit.tracing.recording.containers import map_tensors
 from stabkit.tracing.recording.forward_pass import ForwardPass
 from stabkit.tracing.recording.training_pass import TrainingPass, nodes_above, path_of, training_pass
 
@@ -127,25 +125,17 @@ def _finding(
 
 def _by_input(flow: Flow, loss: Any, call: ForwardPass, found: CrossEntropy, finding: Finding) -> Finding | None:
     """The input to blame, where dividing it by its size gives a loss of equal chances."""
-    size = input_size(flow)
-    if size is None or size < FAR:
-        return None
-
-    def smaller(tensor: Tensor) -> Tensor:
-        return tensor / size if tensor.is_floating_point() else tensor
-
-    inputs, kwargs = map_tensors([call.inputs, call.kwargs], smaller)
-    after = _cross_entropy(replace(call, inputs=tuple(inputs), kwargs=kwargs), loss)
-    if after is None or after > _NEAR * found.chance:
+    sizes = large_inputs(flow)
+    after = None if sizes is None else _cross_entropy(sizes.divided(call), loss)
+    if sizes is None or after is None or after > _NEAR * found.chance:
         return None
     return replace(
         finding,
         severity="warning",
-        evidence=f"{finding.evidence}; the input has the size {size:.3g} and not 1, and divided by it the cross "
+        evidence=f"{finding.evidence}; the input has the size {sizes.size:.3g} and not 1, and divided by it the cross "
         f"entropy is {after:.3g}",
-        remedy="standardise the input where the data are read: subtract its mean and divide it by its standard "
-        f"deviation (about {size:.3g})",
-        numbers={**finding.numbers, "input_size": size, "after": after},
+        remedy=sizes.remedy,
+        numbers={**finding.numbers, "input_size": sizes.size, "after": after},
     )
 
 

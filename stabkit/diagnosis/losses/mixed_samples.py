@@ -100,14 +100,7 @@ def _same_memory(one: Tensor, other: Tensor) -> bool:
 
 
 def mixed_sample_findings(flow: Flow, loss: Any, call: ForwardPass, done: TrainingPass) -> list[Finding]:
-    """A finding where a loss mixes its samples in this way, with what it is when they are held one to one.
-
-    Args:
-        flow: the traced pass.
-        loss: a callable on the output that returns a scalar.
-        call: the pass as training makes it.
-        done: its output, on the graph.
-    """
+    """A finding where a loss mixes its samples in this way, with what it is when they are held one to one."""
     watch = _Mixing()
     value = _value(loss, done, call, watch)
     if not watch.found:

@@ -40,7 +40,7 @@ class Targets:
         name: its path.
         axis: along which positions lie.
         shift: target t is token t + shift.
-        counted: of shape (samples, positions), where there is a target that counts.
+        counted: ``(samples, positions)``, where there is a target that counts.
     """
 
     tokens: Tensor
@@ -64,13 +64,7 @@ class Reach:
 
 
 def next_token_findings(flow: Flow, call: ForwardPass, done: TrainingPass) -> list[Finding]:
-    """A finding where a loss on the tokens of its input can be lowered without learning anything.
-
-    Args:
-        flow: the traced pass.
-        call: the pass as training makes it.
-        done: its loss, on the graph.
-    """
+    """A finding where a loss on the tokens of its input can be lowered without learning anything."""
     probes = [(each, reach) for each in _targets(call, done) if (reach := _reach(call, each)) is not None]
     leaks = [(each, reach.before) for each, reach in probes if each.shift == 1 and reach.before is not None]
     if leaks:  # where another input holds the targets, and none is seen early, this one is what an encoder reads
@@ -113,7 +107,7 @@ def _followed(path: str, values: Tensor, held: Tensor) -> Targets | None:
         near = torch.isclose(wanted[:, : times - 1], rows[:, 1:], rtol=1e-4, atol=1e-6).all(2)
         stays = torch.isclose(rows[:, :-1], rows[:, 1:], rtol=1e-4, atol=1e-6).all(2)
         if times > _FEWEST and float(near.double().mean()) >= _MATCH and float(stays.double().mean()) <= _OTHERWISE:
-            counted = torch.zeros(rows.shape[:2], dtype=torch.bool)
+            counted = torch.zeros(rows.shape[:2], dtype=torch.bool, device=rows.device)
             counted[:, : wanted.shape[1]] = True
             return Targets(values, path, axis, 1, counted)
     return None
@@ -125,6 +119,7 @@ def _are_tokens(tensor: Tensor) -> bool:
 
 
 def _matched(path: str, tokens: Tensor, labels: Tensor, ignored: int) -> Targets | None:
+    labels = labels.to(tokens.device)
     for axis in (1, 0):
         rows = tokens.detach() if axis == 1 else tokens.detach().T
         samples, times = rows.shape

@@ -35,14 +35,7 @@ _KINGMA = "Kingma and Ba, Adam: a method for stochastic optimization, 2015"
 
 
 def unit_findings(flow: Flow, loss: Any, call: ForwardPass, done: TrainingPass) -> list[Finding]:
-    """What the units of a loss keep from training, tried with the usual optimizers.
-
-    Args:
-        flow: the traced pass.
-        loss: a callable on the output that returns a scalar.
-        call: the pass as training makes it.
-        done: its loss, on the graph, and the gradients.
-    """
+    """What the units of a loss keep from training, tried with the usual optimizers."""
     found = list(regressions(done))
     return _far_targets(flow, loss, call, done, found) or _below_eps(flow, loss, call, done, found)
 
@@ -69,13 +62,14 @@ def _far_targets(
         if len(known) < len(tries) or not min(known[2:]) <= 1 - _MOVES:
             continue
         plain, cured, first = known[:2], known[2:], float(done.loss.detach())
-        diverges, stands = plain[0] > 1.0, plain[1] > 1 - _STILL
+        diverges, stands = plain[0] > 1.0, plain[1] > 1 - _MOVES
         # where activations are bounded it does not diverge: they saturate, and what is left is a constant
-        if not diverges and not (stands and plain[0] * first > (1 - _STILL) * floor):
+        constant = plain[0] * first > (1 - _STILL) * floor
+        if not (diverges or stands):
             continue
         mean, spread = float(each.targets.double().mean()), float(each.targets.double().std(correction=0))
         rates = " or ".join(f"{rate:g}" for rate in RATES)
-        learns = "" if diverges else f", no better than a constant ({floor / first:.1%})"
+        learns = f", no better than a constant ({floor / first:.1%})" if constant and not diverges else ""
         evidence = (
             f"the targets of the loss lie at {mean:.3g} with a spread of {spread:.3g}, and the output is of size "
             f"{size:.3g}: the loss begins at {first:.3g}, which the usual rates are not made "
@@ -83,13 +77,18 @@ def _far_targets(
             f"Adam {_left(plain[1])}; with standardised targets SGD {_left(cured[0])}, Adam {_left(cured[1])}"
         )
         remedy = (
-            f"standardise the targets, (y - {mean:.3g}) / {spread:.3g}, and undo it in predictions; or let the model "
+            f"standardise the targets, (y {_minus(mean)}) / {spread:.3g}, and undo it in predictions; or let the model "
             f"end in {mean:.3g} + {spread:.3g} * output, and divide a squared error by {spread**2:.3g}"
         )
-        severity = "warning" if stands else "info"
+        # where plain gradient descent learns, there is an optimizer that these units suit
+        severity = "warning" if stands and (diverges or constant) else "info"
         numbers = {"residual": residual, "output": size, "mean": mean, "spread": spread}
         return [_finding(flow, severity, evidence, remedy, _LECUN, numbers)]
     return []
+
+
+def _minus(number: float) -> str:
+    return f"{'-' if number >= 0 else '+'} {abs(number):.3g}"
 
 
 def _left(share: float) -> str:

@@ -94,8 +94,7 @@ class _Places(Observer):  # type: ignore[no-untyped-call]
     ) -> Any:
         out = func(*args, **(kwargs or {}))
         if self.part != "backward":
-            running = [c for c in self.recording.calls if c.stop < 0]
-            self.of[clock() - 1] = (running[-1].path if running else "", calling_line(), self.part)
+            self.of[clock() - 1] = (self.recording.running, calling_line(), self.part)
         return out
 
 
@@ -138,16 +137,17 @@ def _leaves_behind(node: Node, reached: Collection[Node]) -> frozenset[int]:
 
 def _watching(node: Node, stopping: list[Node], reached: set[Node]) -> Callable[[Any, Any], None]:
     def hook(leaving: Sequence[Tensor | None], arriving: Sequence[Tensor | None]) -> None:
-        came = any(g is not None and _any(g) for g in arriving)
+        came = any(g is not None and any_entry(g) for g in arriving)
         if came:
             reached.add(node)
-        if came and leaving and not any(g is not None and _any(g) for g in leaving):
+        if came and leaving and not any(g is not None and any_entry(g) for g in leaving):
             stopping.append(node)
 
     return hook
 
 
-def _any(gradient: Tensor) -> bool:
+def any_entry(gradient: Tensor) -> bool:
+    """Whether a gradient has an entry that is not zero."""
     entries = gradient.coalesce().values() if gradient.is_sparse else gradient
     return bool((entries != 0).any())
 
@@ -294,7 +294,7 @@ def _opened(flow: Flow, loss: Any, call: ForwardPass, closed: Closed, behind: Co
         done = training_pass(call, loss, Observer(within()))
     except (StabkitError, RuntimeError):
         return ""  # the code does not stand the change
-    still = sum(1 for path in behind if (g := done.gradients.get(path)) is None or not _any(g))
+    still = sum(1 for path in behind if (g := done.gradients.get(path)) is None or not any_entry(g))
     if still:
         return ""
     text = f"; tried on a copy: with {closed.how} all of these get a gradient"

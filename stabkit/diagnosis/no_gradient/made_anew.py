@@ -24,14 +24,7 @@ _REFERENCE = "PyTorch documentation, torch.nn.Module: submodules are assigned in
 
 
 def made_anew_findings(flow: Flow, loss: Any, call: ForwardPass, done: TrainingPass) -> list[Finding]:
-    """One finding for all parameters that are made inside of the forward pass and get a gradient.
-
-    Args:
-        flow: the traced pass.
-        loss: a callable on the output that returns a scalar.
-        call: the pass as training makes it.
-        done: its loss, on the graph.
-    """
+    """One finding for all parameters that are made inside of the forward pass and get a gradient."""
     assert done.loss is not None
     kept = {id(p) for p in call.module.parameters()}
     leaves = [node.variable for node in nodes_above(done.loss) if hasattr(node, "variable")]

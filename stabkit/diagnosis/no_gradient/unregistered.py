@@ -37,13 +37,7 @@ class _Held:
 
 
 def unregistered_findings(flow: Flow, call: ForwardPass, done: TrainingPass) -> list[Finding]:
-    """One finding for all that gets a gradient and is no parameter of the model.
-
-    Args:
-        flow: the traced pass.
-        call: the pass as training makes it.
-        done: its loss, on the graph.
-    """
+    """One finding for all that gets a gradient and is no parameter of the model."""
     assert done.loss is not None
     nodes = nodes_above(done.loss)
     registered = {id(p) for p in call.module.parameters()}

@@ -28,14 +28,7 @@ _REFERENCE = "https://pytorch.org/docs/stable/notes/extending.html; torch.autogr
 
 
 def wrong_derivative_findings(flow: Flow, loss: Any, call: ForwardPass, done: TrainingPass) -> list[Finding]:
-    """One finding for every function whose backward is at fault.
-
-    Args:
-        flow: the traced pass.
-        loss: a callable on the output that returns a scalar.
-        call: the pass as training makes it.
-        done: its loss, on the graph.
-    """
+    """One finding for every function whose backward is at fault."""
     assert done.loss is not None
     functions = own_functions(nodes_above(done.loss))
     together = torch.distributed.is_available() and torch.distributed.is_initialized()

@@ -18,7 +18,7 @@ from torch.autograd.graph import Node
 
 from stabkit.diagnosis.finding import Action, Finding, serious
 from stabkit.diagnosis.inputs.zero_inputs import zero_input_findings
-from stabkit.diagnosis.no_gradient.closed_operations import closed_findings
+from stabkit.diagnosis.no_gradient.closed_operations import any_entry, closed_findings
 from stabkit.diagnosis.no_gradient.lost_parameters import role_of
 from stabkit.diagnosis.remedies import computed as remedies
 from stabkit.diagnosis.remedies.applying import carried_out
@@ -75,12 +75,7 @@ def zero_gradient_findings(
 
 def zeros_of(done: TrainingPass) -> list[str]:
     """Parameters that the loss is made of and does not depend on where it stands."""
-    return [path for path, g in done.gradients.items() if g is not None and g.numel() and not _any(g)]
-
-
-def _any(gradient: Tensor) -> bool:
-    entries = gradient.coalesce().values() if gradient.is_sparse else gradient
-    return bool((entries != 0).any())
+    return [path for path, g in done.gradients.items() if g is not None and g.numel() and not any_entry(g)]
 
 
 def _moved_by_output(done: TrainingPass) -> bool:
@@ -88,7 +83,7 @@ def _moved_by_output(done: TrainingPass) -> bool:
     assert done.loss is not None
     seen = [t for t in _tensors(done.output) if t.requires_grad]
     found = torch.autograd.grad(done.loss, seen, retain_graph=True, allow_unused=True) if seen else ()
-    return any(g is not None and _any(g) for g in found)
+    return any(g is not None and any_entry(g) for g in found)
 
 
 def _tensors(output: Any) -> list[Tensor]:
@@ -118,8 +113,7 @@ class _Watch(Observer):  # type: ignore[no-untyped-call]
     ) -> Any:
         out = func(*args, **(kwargs or {}))
         if func._schema.name.split("::")[-1].strip("_") in FLAT.values():
-            running = [c for c in self.recording.calls if c.stop < 0]
-            self._waiting.append((out, running[-1].path if running else "", calling_line()))
+            self._waiting.append((out, self.recording.running, calling_line()))
         return out
 
     def placed(self) -> dict[Node, tuple[str, str]]:
@@ -234,7 +228,7 @@ def _move(parameters: Mapping[str, Tensor], gradients: Mapping[str, Tensor | Non
     with torch.no_grad():
         for path, parameter in parameters.items():
             gradient = gradients.get(path)
-            if gradient is None or not _any(gradient) or not bool(gradient.isfinite().all()):
+            if gradient is None or not any_entry(gradient) or not bool(gradient.isfinite().all()):
                 continue
             size = _rms(parameter) or 1.0
             parameter.sub_(gradient.to_dense() / _rms(gradient.to_dense()), alpha=_MOVE * size)

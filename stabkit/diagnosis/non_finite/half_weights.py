@@ -34,14 +34,7 @@ _MICIKEVICIUS = "Micikevicius et al., Mixed precision training, 2018, section 3.
 
 
 def half_weight_findings(flow: Flow, loss: Any, call: ForwardPass, done: TrainingPass) -> list[Finding]:
-    """Steps of Adam that half precision makes infinite, or takes away.
-
-    Args:
-        flow: the traced pass.
-        loss: a callable on the output that returns a scalar.
-        call: the pass as training makes it.
-        done: its gradients.
-    """
+    """Steps of Adam that half precision makes infinite, or takes away."""
     half = {path: p for path, p in done.parameters.items() if p.dtype in _HALF}
     if not half:
         return []

@@ -23,13 +23,15 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from stabkit.diagnosis.blocks.weights import step_of
-from stabkit.diagnosis.finding import Action, Finding
+from stabkit.diagnosis.finding import Action, Finding, serious
 from stabkit.diagnosis.over_time.profile import FEWEST, TimeProfile, logs_of
 from stabkit.diagnosis.over_time.scans import WrittenOut
 from stabkit.diagnosis.remedies import computed as remedies
 from stabkit.diagnosis.remedies.applying import carried_out
+from stabkit.diagnosis.remedies.best_constant import left_by_a_constant
 from stabkit.diagnosis.remedies.computed import Remedy
 from stabkit.diagnosis.remedies.short_training import STEPS, short_training
+from stabkit.diagnosis.remedies.usual_training import RATES, adam, left_after
 from stabkit.diagnosis.thresholds import Thresholds
 from stabkit.diagnosis.verdict import factor
 from stabkit.errors import StabkitError
@@ -48,6 +50,7 @@ _SIZES = (
     (1.0, "1/sqrt(hidden), of gain 1"),
     (2.0, "2/sqrt(hidden), of gain 2"),
 )
+_LEARNS = 0.5  # of the loss of the best constant, below which the input was learnt from
 _BETTER = 0.8  # of the loss after a short training, from which what holds a state is worth a warning
 _FAR = math.log(1.5)  # nats between the size of a matrix and the standard one that are worth a change
 _REFERENCES = {
@@ -82,7 +85,28 @@ def time_findings(flow: Flow, loss: Any, thresholds: Thresholds) -> list[Finding
     grows = [p for p in every if thresholds.stable < p.growth <= thresholds.explosion]
     near = [p for p in map(written.with_method, grows) if p.own > thresholds.stable and written.constraints(p)]
     drifting = [_finding(flow, profile, profile.growth, loss, thresholds, written) for profile in near]
-    return [*(_by_training(flow, each, loss) for each in told), *_worth_telling(flow, drifting, loss)]
+    told = [_of_no_harm(flow, _by_training(flow, each, loss), loss) for each in told]
+    return [*told, *_worth_telling(flow, drifting, loss)]
+
+
+def _of_no_harm(flow: Flow, finding: Finding, loss: Any) -> Finding:
+    """A short memory is a fact where the usual optimizers learn from the input all the same, without a longer one."""
+    if finding.kind != "vanishing" or not serious(finding) or not callable(loss):
+        return finding
+    call = flow.forward_pass
+    done = training_pass(call, loss, differentiate=False)
+    floor = left_by_a_constant(loss, done.output) if done.loss is not None else None
+    if floor is None or done.loss is None or not floor > 0:
+        return finding
+    left = left_after(call, loss, [adam(rate) for rate in RATES])
+    if left is None or not left * float(done.loss.detach()) < _LEARNS * floor:
+        return finding
+    evidence = (
+        f"{finding.evidence}; {STEPS} steps of Adam as it is leave {left * float(done.loss.detach()) / floor:.1%} of "
+        "what the best constant output leaves of the loss: what these samples ask for does not lie that far back"
+    )
+    remedy = f"none is needed for these samples; for a longer memory, {finding.remedy}"
+    return replace(finding, severity="info", evidence=evidence, remedy=remedy, actions=())
 
 
 def _worth_telling(flow: Flow, drifting: Sequence[Finding], loss: Any) -> list[Finding]:

@@ -18,7 +18,7 @@ class TimeProfile:
     """The gradient at every time step of one recurrent module.
 
     Attributes:
-        path: of the module.
+        path: the path of the module.
         module: itself.
         log_gradient: ``(time,)``, log of the gradient norm there; -inf where nothing arrives.
         loop: whether it is called in a loop of the model, and no recurrent module of torch.

@@ -9,6 +9,7 @@ from torch import nn
 
 from stabkit.diagnosis.depth.chaos import recurrent_matrices
 from stabkit.diagnosis.finding import Finding
+from stabkit.diagnosis.inputs.sizes import brought_to_one
 from stabkit.diagnosis.measurement import Measurement, StepMeasurement
 from stabkit.diagnosis.remedies import computed as remedies
 from stabkit.diagnosis.remedies.applying import once
@@ -42,14 +43,12 @@ def _unit_input(suspect: Finding, measurement: Measurement) -> list[Remedy]:
     """An input of unit scale, where it is far larger and the suspect is among the first steps."""
     size = float(measurement.log_states[0].mean())
     first = next((w for w in measurement.steps[0].weights if w.kind == "matrix"), None)
-    if suspect.kind not in _BY_INPUT or suspect.steps[0] > 1 or not _LARGE < size < math.inf or first is None:
+    if suspect.kind not in _BY_INPUT or suspect.steps[0] > 1 or not _LARGE < size < math.inf:
+        return []
+    if first is None or not first.module_path:
         return []
     rms = math.exp(size)
-    text = (
-        "standardise the input where the data are read: subtract its mean and divide it by its standard deviation "
-        f"(about {rms:.3g})"
-    )
-    return [Remedy(text, (remedies.scale_input(first.module_path, 1.0 / rms),))] if first.module_path else []
+    return [Remedy(brought_to_one(rms), (remedies.scale_input(first.module_path, 1.0 / rms),))]
 
 
 def _others(suspect: Finding, measurement: Measurement, flow: FlowLike) -> list[Remedy]:

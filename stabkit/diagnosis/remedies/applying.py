@@ -247,7 +247,7 @@ def _reset_statistics(norm: nn.Module) -> None:
     norm.momentum = None  # the mean of all batches that follow
 
 
-def _set_option(module: nn.Module, option: str, value: bool | int) -> None:
+def _set_option(module: nn.Module, option: str, value: bool | float) -> None:
     if type(getattr(module, option, None)) is not type(value):
         raise ArgumentError(f"a {type(module).__name__} has no option {option!r} that could be {value!r}")
     setattr(module, option, value)

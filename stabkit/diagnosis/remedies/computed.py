@@ -10,6 +10,7 @@ from statistics import NormalDist
 from typing import TYPE_CHECKING, Any
 
 from stabkit.diagnosis.finding import Action
+from stabkit.diagnosis.inputs.sizes import Sizes
 
 if TYPE_CHECKING:
     from stabkit.diagnosis.blocks.weight_faults import WeightFault
@@ -30,7 +31,7 @@ class Remedy:
         cause: what lies before the blocks that show the fault, in words; empty where it is they that are changed.
         place: the module that a cause is in.
         within: makes what the model's code runs in while a change of it is tried.
-        data: what float inputs are divided by while it is tried.
+        data: the inputs that are divided by their size while it is tried; None for none.
     """
 
     text: str
@@ -38,7 +39,7 @@ class Remedy:
     cause: str = ""
     place: str = ""
     within: Callable[[], AbstractContextManager[Any]] = nullcontext
-    data: float = 1.0
+    data: Sizes | None = None
 
 
 def scale(parameter: str, by: float) -> Action:
@@ -174,7 +175,7 @@ def reset_statistics(module: str) -> Action:
     return {"action": "reset_statistics", "module": module}
 
 
-def set_option(module: str, option: str, value: bool | int) -> Action:
+def set_option(module: str, option: str, value: bool | float) -> Action:
     """Give an option of a module another value, such as ``norm_first`` or ``num_groups``."""
     return {"action": "set_option", "module": module, "option": option, "value": value}
 

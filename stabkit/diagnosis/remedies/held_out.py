@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -44,13 +44,15 @@ class Learnt:
 
     Attributes:
         own: of the samples that are trained on.
-        other: of the samples that are held out, at the best moment of the training.
+        other: of the samples that are held out, at the best rate and moment for these.
         each: the same of each of them, or of each of a few dozen groups, in an order that is that of the batch.
+        by_heart: of the samples that are trained on, at the best rate for them.
     """
 
     own: float
     other: float
     each: Tensor
+    by_heart: float = math.nan
 
     def beats(self, plain: Learnt) -> bool:
         """Whether clearly more is learnt for the samples held out: no trifle, and no chance among so few samples.
@@ -98,8 +100,8 @@ def learnt(
 ) -> Learnt | None:
     """What Adam at its usual rates learns from every other sample of a batch; None where that cannot be told.
 
-    Each half is held out once, and the mean is given, at the rate that is best for the samples held out. Dropout is
-    off where a loss is read. The model, its buffers and the random state stay as they were.
+    Each half is held out once, and the mean is given. Dropout is off where a loss is read. The model, its buffers and
+    the random state stay as they were.
 
     Args:
         call: the pass as training makes it.
@@ -129,7 +131,8 @@ def learnt(
             runs.append(Learnt(own, other, torch.cat([found.each for found in every])))
     except (StabkitError, RuntimeError):
         return None
-    return max(runs, key=lambda run: run.other)
+    best = max(runs, key=lambda run: run.other)
+    return replace(best, by_heart=max(run.own for run in runs))
 
 
 def _run(call: ForwardPass, loss: Any, update: Update, steps: int, trained: Tensor) -> Learnt | None:

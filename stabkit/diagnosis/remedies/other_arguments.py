@@ -22,7 +22,7 @@ class OtherArguments(TorchFunctionMode):
     """Gives functions that one line of code calls other arguments.
 
     Args:
-        names: of the functions, without underscores; empty means all.
+        names: the names of the functions, without underscores; empty means all.
         line: file and line, as `calling_line` gives them.
         change: what the arguments become.
     """

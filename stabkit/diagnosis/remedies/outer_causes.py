@@ -10,16 +10,18 @@ from collections.abc import Sequence
 
 from stabkit.diagnosis.blocks.weights import Weight
 from stabkit.diagnosis.depth.summing_operations import Summing, divided, summing_operations
-from stabkit.diagnosis.inputs.features import FAR, features_of
-from stabkit.diagnosis.inputs.scale import input_size
+from stabkit.diagnosis.inputs.features import features_of
+from stabkit.diagnosis.inputs.sizes import large_inputs
 from stabkit.diagnosis.measurement import Measurement
-from stabkit.diagnosis.remedies.computed import Remedy, scale
+from stabkit.diagnosis.remedies.computed import Remedy, redraw, scale
 from stabkit.diagnosis.remedies.made_once import once
 from stabkit.tracing import Flow
 from stabkit.tracing.derivatives.lost_gradient import listed
 from stabkit.tracing.recording.containers import named_tensors
 
 _USUAL = math.log(2.0)  # gain of a weight drawn with any of the usual gains, of which the largest is 5/3 (tanh), nats
+#: half of the smallest gain that is usual, 1/sqrt(3) of torch's linear and convolutional layers, nats
+_UNUSUALLY_SMALL = math.log(0.5 / math.sqrt(3.0))
 _FEWEST = 2  # matrices that a statement about all of them needs
 
 
@@ -30,14 +32,11 @@ def outer_causes(flow: Flow, measurement: Measurement) -> list[Remedy]:
 
 
 def _of_data(flow: Flow) -> list[Remedy]:
-    size = input_size(flow)
-    if size is None or not FAR <= size < math.inf or _is_uneven(flow):
+    sizes = large_inputs(flow)
+    if sizes is None or _is_uneven(flow):
         return []
-    text = (
-        "standardise the data where they are read: subtract their mean and divide them by their standard deviation "
-        f"(about {size:.3g}), targets in the same units too"
-    )
-    return [Remedy(text, cause=f"the input has the size {size:.3g} and not 1", data=size)]
+    cause = f"the input has the size {sizes.size:.3g} and not 1"
+    return [Remedy(f"{sizes.remedy}; targets in the same units too", cause=cause, data=sizes)]
 
 
 def _is_uneven(flow: Flow) -> bool:
@@ -97,11 +96,41 @@ def median(values: Sequence[float]) -> float:
     return sorted(values)[len(values) // 2]
 
 
-def smaller_weights(measurement: Measurement) -> list[Remedy]:
-    """All matrices brought to usual size, or those of a kind of layer, where they were started far above it."""
+def larger_weights(measurement: Measurement) -> list[Remedy]:
+    """All matrices drawn anew with the usual size, or those of a kind of layer, where they were started far below it.
+
+    He's gain where most activations pass one side alone, as ReLUs do, and 1 elsewhere.
+    """
+    kinds = _by_class(measurement)
+    small = {name: held for name, held in kinds.items() if median([w.gains[0] for w in held]) < _UNUSUALLY_SMALL}
+    weights = [w for held in small.values() for w in held]
+    if len(weights) < _FEWEST:
+        return []
+    by = math.exp(median([w.gains[0] for w in weights]))
+    sides = [a.facts.flat_side == "below" for step in measurement.steps for a in step.activities if not a.gate]
+    gain = math.sqrt(2.0) if 2 * sum(sides) > len(sides) else 1.0
+    what = f"all {len(weights)} matrices" + ("" if len(small) == len(kinds) else f" of {' and '.join(small)}")
+    rule = "sqrt(2 / fan-in), He's initialisation" if gain > 1.0 else "1 / sqrt(fan-in)"
+    return [
+        Remedy(
+            f"start {what} with the standard deviation {rule}",
+            tuple(redraw(w.path, gain / w.unit) for w in weights),
+            cause=f"{what} were started small: with a standard deviation of {by:.2g} / sqrt(fan-in) in the middle, "
+            "where initialisations use 0.6 to 1.7",
+        )
+    ]
+
+
+def _by_class(measurement: Measurement) -> dict[str, list[Weight]]:
     kinds: dict[str, list[Weight]] = {}
     for weight in matrices_of(measurement):
         kinds.setdefault(weight.module_class, []).append(weight)
+    return kinds
+
+
+def smaller_weights(measurement: Measurement) -> list[Remedy]:
+    """All matrices brought to usual size, or those of a kind of layer, where they were started far above it."""
+    kinds = _by_class(measurement)
     large = {name: held for name, held in kinds.items() if median([w.gains[0] for w in held]) > _USUAL}
     weights = [w for held in large.values() for w in held]
     if len(weights) < _FEWEST:

@@ -10,13 +10,14 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from stabkit.diagnosis.finding import Action
+from stabkit.diagnosis.inputs.sizes import Sizes
 from stabkit.diagnosis.remedies import computed as remedies
 from stabkit.diagnosis.remedies.applying import carried_out
 from stabkit.diagnosis.remedies.computed import Remedy
@@ -116,24 +117,27 @@ def trained_with(flow: Any, loss: Any, remedy: Remedy) -> ShortTraining | None:
     the same size: whichever trains better.
     """
     call = flow.forward_pass if isinstance(flow, Flow) else flow
-    if remedy.data == 1.0 or not isinstance(call, ForwardPass):
+    if remedy.data is None or not isinstance(call, ForwardPass):
         return short_training(call, loss, remedy.actions, within=remedy.within)
     return once(lambda: _of_divided_data(call, loss, remedy), call, (loss,), ("divided data", remedy.data))
 
 
 def _of_divided_data(call: ForwardPass, loss: Any, remedy: Remedy) -> ShortTraining | None:
-    call = on_divided_data(call, remedy.data)
+    call = call if remedy.data is None else remedy.data.divided(call)
     runs = [short_training(call, each) for each in taken_back(loss, remedy.data)]
     return min((run for run in runs if run is not None), key=lambda run: run.last, default=None)
 
 
-def taken_back(loss: Any, data: float) -> list[Callable[[Any], Any]]:
+def taken_back(loss: Any, data: Sizes | None) -> list[Callable[[Any], Any]]:
     """A loss of the output of data that were divided: as it is, and multiplied back."""
+    if data is None:
+        return [loss]
+    size = data.size
 
     def back(output: Any) -> Any:
-        return loss(map_tensors(output, lambda t: data * t if t.is_floating_point() else t))
+        return loss(map_tensors(output, lambda t: size * t if t.is_floating_point() else t))
 
-    return [loss] if data == 1.0 else [loss, back]
+    return [loss, back]
 
 
 def trained_on_either(
@@ -160,12 +164,6 @@ def trained_on_either(
         f"; {STEPS} steps of plain SGD take that to {of_runs(ends[0]):.3g} by the loss as it is, and to "
         f"{min(ends[1]):.3g} by itself"
     )
-
-
-def on_divided_data(call: ForwardPass, by: float) -> ForwardPass:
-    """The same call of float inputs that are divided by a number."""
-    inputs, kwargs = map_tensors([call.inputs, call.kwargs], lambda t: t / by if t.is_floating_point() else t)
-    return replace(call, inputs=tuple(inputs), kwargs=kwargs)
 
 
 def worse(treated: ShortTraining | None, untreated: ShortTraining | None) -> bool:

@@ -9,10 +9,10 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from stabkit.diagnosis.finding import Action, Finding, serious
+from stabkit.diagnosis.inputs.sizes import Sizes
 from stabkit.diagnosis.measurement import Measurement
 from stabkit.diagnosis.remedies.applying import carried_out
 from stabkit.diagnosis.remedies.computed import Remedy
-from stabkit.diagnosis.remedies.short_training import on_divided_data
 from stabkit.diagnosis.states.batch_statistics import traced_anew
 from stabkit.diagnosis.suspects import Diagnosis, Settings, suspected
 from stabkit.diagnosis.verdict import nats
@@ -137,13 +137,13 @@ def tried(
     return Trial(suspect, before, after)
 
 
-def _anew(flow: FlowLike, data: float) -> FlowLike:
+def _anew(flow: FlowLike, data: Sizes | None) -> FlowLike:
     if isinstance(flow, Iteration):
         return flow.again()
     of_depth = traced(flow, "a trial")
-    if data == 1.0:
+    if data is None:
         return traced_anew(of_depth)
-    call = on_divided_data(of_depth.forward_pass, data)
+    call = data.divided(of_depth.forward_pass)
     return of_depth.again(given=(call.inputs, call.kwargs))
 
 

@@ -38,7 +38,7 @@ class Meeting:
 
     Attributes:
         index: its place among the functions that the pass runs.
-        name: of the function, without underscores.
+        name: the name of the function, without underscores.
         path: the module that runs it.
         line: the line that calls it; empty where no code of the user does.
         axis: along which samples lie in what it is given.
@@ -153,7 +153,7 @@ class Comparing(TorchFunctionMode):
             if self._count not in made.shape:
                 return "apart"  # folded into other axes on purpose
             kind = "scramble"
-        path = self._running.running()
+        path = self._running.recording.running
         self.met.append(Meeting(self._index, name, path, calling_line(), axis, tuple(shape), tuple(made.shape), kind))
         return "statistic" if kind == "statistic" else "mixed"
 

@@ -42,6 +42,7 @@ from stabkit.tracing.recording.training_pass import calling_line
 _MOST_ROUNDS = 4  # statistics of statistics
 _NOTICED = 1e-3  # relative change of an output, from which others matter
 _SOFTMAXES = frozenset({"softmax", "log_softmax", "softmin", "gumbel_softmax"})
+
 _NORMS = frozenset({"normalize", "layer_norm", "rms_norm"})
 _REFERENCE = "Karpathy, A recipe for training neural networks, 2019: use backprop to chart dependencies"
 
@@ -258,7 +259,7 @@ def _of_softmax(probe: _Probe, met: Sequence[Meeting], joined: Sequence[str], ke
         return None
     evidence = (
         f"{_called(first)} is taken along axis {first.axis} of {first.given}, which counts samples: the weights of one "
-        "sample sink when those of another rise; tried on a copy: along axis {wide[-1]} no sample depends on another"
+        f"sample sink when those of another rise; tried on a copy: along axis {wide[-1]} no sample depends on another"
     )
     return _Told(evidence, f"dim={wide[-1]} in that softmax (without dim, 0 is taken of three axes)")
 
@@ -312,8 +313,9 @@ class _Along(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         if getattr(func, "__name__", "") == self._meeting.name and calling_line() == self._meeting.line:
-            kwargs = {key: value for key, value in kwargs.items() if key != "dim"} | {"dim": self._dim}
-            args = args[:1]
+            by_place = len(args) > 1  # where the axis is the second argument; functions of nn.functional name theirs
+            args = (args[0], self._dim, *args[2:]) if by_place else args
+            kwargs = kwargs if by_place else {**kwargs, "dim": self._dim}
         return func(*args, **kwargs)
 
 

@@ -28,7 +28,7 @@ def confirmed(record: Identification, piece: Piece) -> Identification:
     Only what is called proven is tried, and only where the way to every field can be told.
 
     Args:
-        record: of a step whose result nothing follows but the tableau's own additions.
+        record: the reading of a step whose result nothing follows but the tableau's own additions.
         piece: from its old states to its new ones, in the order of the tableau.
     """
     method = record.method

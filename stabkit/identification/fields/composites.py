@@ -53,6 +53,19 @@ def with_composite_fields(found: Blocks) -> Blocks | None:
                   (None,) * count)  # fmt: skip
 
 
+def as_one_field(found: Blocks) -> Blocks | None:
+    """The tableau of x' = x + F(x), where stages are evaluated at x or at each other alone; None for others.
+
+    A branch of which its part along the state is taken away, f - (f.x / x.x) x, is one field of several parts. What
+    makes a method of stages is that some are evaluated at a state that others have moved.
+    """
+    moved = (found.U != 0).any(axis=1) & (found.A != 0).any(axis=1)
+    if found.V.shape != (1, 1) or found.V[0, 0] != 1.0 or len(found.rows) < 2 or moved.any() or not found.A.any():
+        return None
+    one = np.ones((1, 1))
+    return Blocks(0 * one, one, one, found.V, (0,), found.rows[:1], (None,))
+
+
 def _weights(found: Blocks, groups: list[slice]) -> Matrix | None:
     """The w of the composed field: every use of a group outside of it is a multiple of it."""
     uses = [found.B[:, columns] for columns in groups]

@@ -19,7 +19,7 @@ from stabkit.identification.form.normal_form import NormalForm, Stage, fields_ca
 from stabkit.identification.form.operations import ADDS, MOVES, SCALES
 from stabkit.identification.form.pieces import ADDED, Piece
 from stabkit.identification.form.slots import Slots
-from stabkit.tracing.graph.values import Value, operation
+from stabkit.tracing.graph.values import Value, operation, outputs_of
 
 _CONTINUED = "the value of the field ends after its linear part, which is another one at every stage"
 
@@ -29,7 +29,7 @@ class _Continued:
     """One operation that continues the value of a field.
 
     Attributes:
-        name: of the operation.
+        name: the name of the operation.
         nodes: it, and what multiplies the argument before it.
         weighs: whether it is a number that multiplies the value for one addition alone: a weight of the method.
     """
@@ -76,7 +76,7 @@ def _continuation(piece: Piece, stage: Stage) -> list[_Continued]:
     while value not in piece.targets and len(readers[value]) == 1:
         node = readers[value][0]
         taken = piece.linear.get(node, ())
-        if value not in taken or len(node._input_metadata) > 1 or node in piece.added:
+        if value not in taken or len(outputs_of(node)) > 1 or node in piece.added:
             break
         nodes = {node}
         for other in taken:

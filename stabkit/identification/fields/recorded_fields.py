@@ -12,7 +12,7 @@ from stabkit.identification.form.pieces import ADDED, Piece
 from stabkit.tracing import Step
 from stabkit.tracing.cutting.samples import Layout, candidates
 from stabkit.tracing.graph.graph import Graph
-from stabkit.tracing.graph.values import Value, meta_of
+from stabkit.tracing.graph.values import Value, meta_of, outputs_of
 from stabkit.tracing.products.step_products import Products, Space
 
 Place = tuple[int, int]  # of a value: the position of its node in the graph, -1 - i for source i; which output
@@ -129,9 +129,9 @@ def _follow(piece: Piece, begin: Value, path: Collection[Node], edges: dict[Node
     """Add the nodes of a linear path that ``begin`` reaches, with the inputs that it comes along."""
     reached = {begin}
     if begin.output == ADDED:  # an operation that adds it to its first input
-        reached.update(Value(begin.node, i) for i in range(len(begin.node._input_metadata)))
+        reached.update(outputs_of(begin.node))
     for node in piece.nodes:
         taken = [v for v in piece.linear.get(node, ()) if v in reached] if node in path else []
         if taken:
             edges[node] = [*edges.get(node, []), *(v for v in taken if v not in edges.get(node, []))]
-            reached.update(Value(node, i) for i in range(len(node._input_metadata)))
+            reached.update(outputs_of(node))

@@ -11,7 +11,7 @@ from stabkit.identification.form.normal_form import Call, NormalForm, normal_for
 from stabkit.identification.form.operations import ADDS, MOVES, SCALES, WRITES
 from stabkit.identification.form.pieces import Piece
 from stabkit.tracing.graph.graph import Element, Graph, element_of
-from stabkit.tracing.graph.values import Value, operation
+from stabkit.tracing.graph.values import Value, operation, outputs_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,7 +79,7 @@ def _cuts(piece: Piece, source: Value, target: Value) -> list[tuple[Value, int]]
     alive = {source}
     found: list[tuple[Value, int]] = []
     for position, node in enumerate(piece.nodes):
-        alive.update(value for value in (Value(node, i) for i in range(len(node._input_metadata))) if value in last)
+        alive.update(value for value in outputs_of(node) if value in last)
         alive.difference_update(dies.get(position, ()))
         if len(alive) == 1 and (value := next(iter(alive))) != source and value not in piece.stacked:
             whole = piece.graph.composites.get(value.node)

@@ -24,7 +24,7 @@ def as_made(around: Surroundings, found: Slots, start: int, stop: int) -> Slots:
     """States as they were before they were prepared for the next step; unchanged where that is not so at both ends.
 
     Args:
-        around: of the flow.
+        around: the index of the flow.
         found: as many new states as old ones, each at the place of the one that it follows.
         start: the state of the flow at which the step begins.
         stop: and at which it ends.

@@ -15,7 +15,7 @@ from torch.autograd.graph import Node
 
 from stabkit.identification.form.operations import ADDENDS, is_affine
 from stabkit.identification.form.pieces import Piece, pull
-from stabkit.tracing.graph.values import Value, operation, random_tensors
+from stabkit.tracing.graph.values import Value, operation, outputs_of, random_tensors
 
 _ROUNDINGS = 64.0
 
@@ -58,7 +58,7 @@ def _affine_way(piece: Piece) -> dict[Node, list[Value]] | None:
         taken = [value for value in affine if value in reached]
         if taken:
             allowed[node] = taken
-            reached.update(Value(node, i) for i in range(len(node._input_metadata)))
+            reached.update(outputs_of(node))
     return allowed if target in reached and len(allowed) < len(piece.nodes) else None
 
 

@@ -24,7 +24,7 @@ from stabkit.identification.form.operations import ADDENDS, ADDS, JOINS, MOVES, 
 from stabkit.identification.form.pieces import ADDED, Piece, pull
 from stabkit.identification.steps.implicit import SOLVES, right_side
 from stabkit.tracing.cutting.samples import Layout
-from stabkit.tracing.graph.values import Value, meta_of, operation, random_tensors
+from stabkit.tracing.graph.values import Value, meta_of, operation, outputs_of, random_tensors
 from stabkit.tracing.products.step_products import Space
 
 Matrix = npt.NDArray[np.complex128]
@@ -40,7 +40,7 @@ class LinearReading:
     """What the linear operators on the way of a state make of a step.
 
     Attributes:
-        name: of the method.
+        name: the name of the method.
         system: what it integrates.
         h: its step size; None where none can be told.
         convention: how h was fixed.
@@ -105,7 +105,7 @@ class LinearParts:
         reached = {self.piece.sources[0]}
         for node in self.piece.nodes:
             if any(v in reached for v in self.piece.inputs(node)):
-                reached.update(Value(node, i) for i in range(len(node._input_metadata)))
+                reached.update(outputs_of(node))
         return any((j if j.output != ADDED else Value(j.node, 0)) in reached for j in self.joins)
 
     @property
@@ -173,7 +173,7 @@ def _affine_inputs(piece: Piece) -> dict[Node, list[Value]]:
         adds = operation(node) in ADDENDS and len(edges) > 1
         if taken == edges[:1] if adds else _affine_in(piece, node, edges):
             found[node] = taken
-            reached.update(Value(node, i) for i in range(len(node._input_metadata)))
+            reached.update(outputs_of(node))
     return found if piece.targets[0] in reached else {}
 
 

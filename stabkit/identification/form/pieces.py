@@ -23,7 +23,7 @@ from stabkit.identification.form.operations import (
     is_opaque,
 )
 from stabkit.tracing.graph.graph import Graph
-from stabkit.tracing.graph.values import Value, meta_of, operation, random_tensors
+from stabkit.tracing.graph.values import Value, meta_of, operation, outputs_of, random_tensors
 from stabkit.tracing.products.node_derivatives import apply_node
 from stabkit.vocabulary import norm_of
 
@@ -133,8 +133,7 @@ class Piece:
         bases = {self.base[v] for v in edges}
         weightless = len(bases) == 1 and not has_matrix(node) and not self.hides(node) and not merged
         of_state = any(v in self._of_state for v in edges)
-        for output in range(len(node._input_metadata)):
-            value = Value(node, output)
+        for value in outputs_of(node):
             if of_state:
                 self._of_state.add(value)
             self.base[value] = next(iter(bases)) if weightless else value
@@ -391,7 +390,7 @@ def pull(
 
     with torch.no_grad():
         for node in reversed(nodes):
-            given = [grads.pop(Value(node, i), None) for i in range(len(node._input_metadata))]
+            given = [grads.pop(value, None) for value in outputs_of(node)]
             rest = grads.pop(Value(node, ADDED), None)
             if rest is not None:
                 for value, grad in apply_node(node, [rest / _alpha(node)], graph.inputs[node])[1:]:

@@ -22,7 +22,7 @@ from stabkit.identification.form.tableau import Blocks
 from stabkit.identification.names.single import name_one_state
 from stabkit.identification.record import Identification, nothing, record_of
 from stabkit.identification.steps.around_addition import normalises, normalises_in
-from stabkit.tracing.graph.values import Value, meta_of, operation, random_tensors
+from stabkit.tracing.graph.values import Value, meta_of, operation, outputs_of, random_tensors
 
 _NUMBERS = frozenset({"scalar", "diagonal"})
 
@@ -40,7 +40,7 @@ def way_past_weights(piece: Piece) -> tuple[str, ...] | None:
         taken = [v for v in piece.inputs(node) if v in reached]
         if taken and _passes(piece, node, taken):
             allowed[node] = taken
-            reached.update(Value(node, i) for i in range(len(node._input_metadata)))
+            reached.update(outputs_of(node))
     if target not in reached:
         return None
     arrived = pull(piece.graph, list(allowed), allowed, {target: random_tensors([target], seed=0)[0]}).get(source)

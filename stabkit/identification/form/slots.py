@@ -12,7 +12,7 @@ from stabkit.identification.form.operations import ADDS, JOINS, MOVES
 from stabkit.tracing import Flow
 from stabkit.tracing.graph.graph import Graph
 from stabkit.tracing.graph.loops import Loop
-from stabkit.tracing.graph.values import Value, meta_of, operation
+from stabkit.tracing.graph.values import Value, meta_of, operation, outputs_of
 from stabkit.tracing.products.node_derivatives import apply_node
 from stabkit.vocabulary import moves
 
@@ -119,7 +119,7 @@ def _with_waiting(flow: Flow, nodes: Sequence[Node], dropped: list[Value], stop:
     made, follows = set(nodes), set(dropped)
     for node in nodes:
         if operation(node) in ADDS | MOVES and not follows.isdisjoint(graph.inputs[node]):
-            follows.update(Value(node, i) for i in range(len(node._input_metadata)))
+            follows.update(outputs_of(node))
     waiting = [v for v in after.values if v.node in made and v in read and (not new or v in follows)]
     return [*new, *(v for v in waiting if v not in new)]
 
@@ -274,13 +274,13 @@ def parts_of(graph: Graph, nodes: Sequence[Node], value: Value) -> tuple[Value, 
     if not readers or any(operation(node) not in _SPLITS for node in readers):
         return None
     taken = {v for node in nodes for v in graph.inputs[node]}
-    parts = [Value(r, i) for r in readers for i in range(len(r._input_metadata)) if Value(r, i) in taken]
+    parts = [part for reader in readers for part in outputs_of(reader) if part in taken]
     covered = torch.zeros(meta_of(value).shape, dtype=torch.float64)
     with torch.no_grad():
         for part in parts:
             meta = meta_of(part)
             ones = torch.ones(meta.shape, dtype=meta.dtype, device=meta.device)
-            given = [ones if i == part.output else None for i in range(len(part.node._input_metadata))]
+            given = [ones if made == part else None for made in outputs_of(part.node)]
             for _, mask in apply_node(part.node, given, [value]):
                 covered += mask.double().cpu()
     return tuple(parts) if len(parts) > 1 and bool((covered == 1).all()) else None

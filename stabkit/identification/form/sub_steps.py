@@ -13,7 +13,7 @@ from stabkit.identification.form.normal_form import NormalForm
 from stabkit.identification.form.pieces import Piece
 from stabkit.identification.form.tableau import Blocks, blocks
 from stabkit.identification.names.single import Name, name_one_state
-from stabkit.tracing.graph.values import Value, meta_of
+from stabkit.tracing.graph.values import Value, meta_of, outputs_of
 
 _FEW = 3  # states of which every order is tried
 Form = Callable[[Sequence[Node], Sequence[Value], Sequence[Value]], NormalForm]
@@ -78,7 +78,7 @@ def _cuts(piece: Piece) -> list[tuple[int, tuple[Value, ...]]]:
     alive = set(piece.sources)
     found: list[tuple[int, tuple[Value, ...]]] = []
     for position, node in enumerate(piece.nodes[:-1]):
-        alive.update(v for v in (Value(node, i) for i in range(len(node._input_metadata))) if v in last)
+        alive.update(v for v in outputs_of(node) if v in last)
         alive = {v for v in alive if last.get(v, -1) > position}
         states = [v for v in alive if v not in piece.contexts]
         if sorted(meta_of(v).shape for v in states) == shapes and all(v in piece.carrying for v in states):

@@ -25,7 +25,7 @@ def with_compositions(records: Sequence[Identification], read: Reader) -> list[I
     """Records, those of steps that make one composition taken together.
 
     Args:
-        records: of consecutive steps.
+        records: the readings of consecutive steps.
         read: the reading of some steps, by their first and one past their last.
     """
     known = [_shears(record) for record in records]

@@ -46,7 +46,7 @@ class _Stream:
         record: what it is by itself.
         links: from its old to its new value.
         old: the places of states of which it reads the old value, in order.
-        new: of those of which it reads the new value, or one in between.
+        new: the states whose new value it reads, or one in between.
     """
 
     record: Identification
@@ -79,10 +79,10 @@ def coupled(
     """The reading of every state of a system, where it says more than a record of all at once.
 
     Args:
-        around: of the flow.
+        around: the index of the flow.
         found: the states.
-        steps: of the flow, that make up the step.
-        record: of all states at once.
+        steps: the steps of the flow that make up the step.
+        record: the reading of all states at once.
         read_one: reads a step of one state.
     """
     coarse = record.name.startswith(COARSE) or (" steps of general linear method" in record.name)

@@ -9,17 +9,19 @@ import inspect
 import itertools
 import math
 from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import Node
 
+from stabkit.identification.fields.shared import key_of
 from stabkit.identification.form.gates import is_quotient_of_inner_products
-from stabkit.identification.form.operations import MOVES
+from stabkit.identification.form.operations import MOVES, has_matrix
 from stabkit.identification.form.pieces import Piece
 from stabkit.tracing import Flow
-from stabkit.tracing.graph.values import Value, operation
+from stabkit.tracing.graph.values import Value, operation, outputs_of
 from stabkit.tracing.recording.untouched_model import unchanged
 from stabkit.tracing.recording.wrappers import modules_behind
 
@@ -77,15 +79,49 @@ def linear_solve(piece: Piece) -> LinearSolve | None:
     return LinearSolve(len(nodes), moves_else and all(len(piece.inputs(node)) == 1 for node in nodes))
 
 
-def inner_iterations(piece: Piece) -> int:
-    """How many rounds of conjugate gradients or the like a step runs, told by their quotients of inner products."""
+def inner_iterations(piece: Piece, names: Mapping[int, str]) -> int:
+    """How many rounds of conjugate gradients or the like a step runs: quotients of inner products with one operator.
+
+    What makes an iteration of them is that the operator is applied again to what the quotient before has moved. One
+    line search is a step, and projections of several branches on each other have quotients and no operator.
+    """
     if len(piece.sources) != 1:
         return 0
     made: set[Value] = set(piece.sources)
+    behind: set[Value] = set()  # what some quotient has a part in
+    quotients: list[Node] = []
+    between: set[Node] = set()
     for node in piece.nodes:
-        if any(v in made for v in piece.inputs(node)):
-            made.update(Value(node, i) for i in range(len(node._input_metadata)))
-    return sum(is_quotient_of_inner_products(Value(node, 0), piece.inputs, made, piece.ends) for node in piece.nodes)
+        inputs = piece.inputs(node)
+        outputs = outputs_of(node)
+        if any(v in made for v in inputs):
+            made.update(outputs)
+        if _is_operator(node) and any(v in behind for v in inputs):
+            between.add(node)
+        if is_quotient_of_inner_products(Value(node, 0), piece.inputs, made, piece.ends):
+            quotients.append(node)
+        if node in quotients or any(v in behind for v in inputs):
+            behind.update(outputs)
+    before = _leading_to(piece, quotients)
+    rounds = Counter(key_of([node], names) for node in piece.nodes if node in before and _is_operator(node))
+    again = {key_of([node], names) for node in between & before}
+    return max((rounds[key] for key in again), default=min(len(quotients), 1))
+
+
+def _is_operator(node: Node) -> bool:
+    """Whether a node may be the operator of a linear system, or a part of it: a matrix, a kernel, a transform."""
+    return has_matrix(node) or operation(node).startswith("Fft")
+
+
+def _leading_to(piece: Piece, ends: Sequence[Node]) -> set[Node]:
+    """The nodes that some others are made of."""
+    stack, found = list(ends), set[Node]()
+    while stack:
+        node = stack.pop()
+        if node not in found and node in piece.inside:
+            found.add(node)
+            stack.extend(v.node for v in piece.inputs(node) if v not in piece.ends)
+    return found
 
 
 def solves_inside(flow: Flow, start: int, stop: int) -> bool:

@@ -17,7 +17,9 @@ from stabkit.identification.form.normal_form import NormalForm, Stage, normal_fo
 from stabkit.identification.form.operations import ADDS, PRODUCTS
 from stabkit.identification.form.pieces import Piece, pull
 from stabkit.identification.names.single import theta_method
+from stabkit.identification.record import Identification
 from stabkit.identification.steps.implicit import SOLVES, right_side
+from stabkit.integrators import named
 from stabkit.tracing.graph.values import Value, meta_of, operation, random_tensors
 
 _CONVERGED = 1e-2  # what is left of the iterate in the result: a method that has come to its end to two figures
@@ -178,3 +180,24 @@ def _number(piece: Piece, value: Value, names: Mapping[int, str]) -> float:
     form = normal_form(piece.graph, piece.nodes, [piece.sources[0]], [value], names=names)
     numbers = [c.value for atom, c in form.forms[0].items() if atom not in form.piece.ends and c.kind == "scalar"]
     return abs(numbers[0]) if len(numbers) == 1 and numbers[0] else 1.0
+
+
+def record_of_equation(solved: SolvedStep, steps: tuple[int, ...]) -> Identification:
+    """The record of an implicit step whose equation is solved by iteration."""
+    known = {"backward_euler", "trapezoid", "implicit_midpoint"}
+    declared = "h: the number that multiplies the field" if solved.h != 1 else "h = 1: only h f can be seen"
+    why = f"the equation is solved inside the step: {solved.left:.2g} of the last iterate is left in the result"
+    if solved.name.startswith("linearly"):
+        why = "one linear system, 1 - h J with the Jacobian of the field at the old state, and its solution is added"
+    return Identification(
+        name=solved.name,
+        method=named(solved.name) if solved.name in known else None,
+        skip=None,
+        step_size=solved.h,
+        convention=declared,
+        evidence="measured",
+        residual=solved.left,
+        steps=steps,
+        notes=(why,),
+        system="x' = f(x)",
+    )

@@ -19,7 +19,7 @@ from stabkit.identification.form.operations import MOVES, is_affine
 from stabkit.identification.form.pieces import Piece, pull
 from stabkit.tracing import Flow
 from stabkit.tracing.graph.graph import element_of
-from stabkit.tracing.graph.values import Value, meta_of, operation, random_tensors
+from stabkit.tracing.graph.values import Value, meta_of, operation, outputs_of, random_tensors
 
 _ROUNDINGS = 64.0
 _SAME = 1e-4  # thresholds in single precision
@@ -63,8 +63,7 @@ def proximal_maps(flow: Flow, piece: Piece) -> tuple[ProximalMap, ...]:
     """The proximal maps of states, and of sums in which one takes part, on the way to the new states; in order."""
     regions: dict[Value, list[Value]] = {}
     for node in piece.nodes:
-        for output in range(len(node._input_metadata)):
-            value = Value(node, output)
+        for value in outputs_of(node):
             begin = piece.base.get(value, value)
             if begin != value and (begin in piece.merges or begin in piece.sources):
                 regions.setdefault(begin, []).append(value)
@@ -118,7 +117,7 @@ def soft_threshold(flow: Flow, index: int, link: Link) -> tuple[float, float] | 
 
     Args:
         flow: that the link belongs to.
-        index: of the state.
+        index: the index of the state.
         link: behind an addition.
     """
     state, piece = flow.states[index], link.form.piece

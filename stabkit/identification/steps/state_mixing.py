@@ -15,7 +15,7 @@ from torch.autograd.graph import Node
 from stabkit.identification.form.operations import ADDS, MOVES, SCALES
 from stabkit.identification.form.pieces import Piece
 from stabkit.identification.steps.streams import MOST_STREAMS
-from stabkit.tracing.graph.values import Value, meta_of, operation
+from stabkit.tracing.graph.values import Value, meta_of, operation, outputs_of
 
 _PRODUCTS = frozenset({"Bmm", "Mm", "Mv", "Dot"})
 _SUMS = frozenset({"Sum", "Mean"})  # as products of matrices are spelled by hand: (M[..., None] * x).sum(-2)
@@ -47,9 +47,9 @@ def mixed_by_itself(piece: Piece) -> Mixing | None:
         by_hand = operation(node) in _SUMS and any(operation(n) == "Mul" for n in passed)
         if operation(node) in _PRODUCTS or by_hand or (operation(node) == "Mul" and len(set(edges)) == 2):
             passed = (*passed, node)
-        for i in range(len(node._input_metadata)):
-            reached.add(Value(node, i))
-            products[Value(node, i)] = passed
+        for value in outputs_of(node):
+            reached.add(value)
+            products[value] = passed
     found = [n for target in piece.targets for n in products.get(target, ()) if operation(n) in _PRODUCTS | _SUMS]
     if not found:
         return None

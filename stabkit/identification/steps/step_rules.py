@@ -93,7 +93,7 @@ class Histories:
         """How the factor of a recurrence was made; nothing where it is not one product with one factor.
 
         Args:
-            path: of the module in which it runs.
+            path: the path of the module in which it runs.
             place: which of the recurrences in that module it is.
             count: how many there are.
         """
@@ -123,7 +123,7 @@ class Histories:
         """Parameters of the module whose entries all move the factor of a recurrence the same way.
 
         Args:
-            path: of the module in which it runs.
+            path: the path of the module in which it runs.
             place: which of the recurrences in that module it is.
             count: how many there are.
 

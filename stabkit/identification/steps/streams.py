@@ -33,7 +33,7 @@ class Streams:
 
     Attributes:
         method: with M as its V, a as its U and b as its B.
-        axis: of the state along which the streams lie.
+        axis: the axis of the state along which the streams lie.
         residual: relative deviation of the step from it.
     """
 
@@ -80,7 +80,7 @@ class _Layout:
     Attributes:
         of: the axis of the state that holds them, maybe folded with another.
         view: the shape with that axis unfolded.
-        axis: of the streams in it.
+        axis: the axis of the streams in it.
     """
 
     of: int

@@ -159,6 +159,7 @@ def _by_modules(intervals: Intervals, frontiers: Frontiers, units: Sequence[Inte
         begins = id(gap.after) in begun and intervals.taken_by(gap.position, gap.after) == 1
         if gap.width > 1 and (begins or (id(gap.before) in ended and intervals.made_in(gap.before, gap.position) == 1)):
             boundaries.add(gap.position)
+    boundaries.update(_rungs(intervals, gaps))
     boundaries = around_rounds(intervals, frontiers, units, boundaries)
     positions = [gap.position for gap in gaps]
     for start, stop in itertools.pairwise(sorted(boundaries)):
@@ -170,7 +171,6 @@ def _by_modules(intervals: Intervals, frontiers: Frontiers, units: Sequence[Inte
             boundaries.update(gap.position for gap in inside)
         else:
             boundaries.update(b for b in rounds_of_lists(intervals, frontiers, units) if start < b < stop)
-    boundaries.update(_rungs(intervals, gaps))
     return _glued(intervals, _between(intervals, units, sorted(boundaries)))
 
 

@@ -173,7 +173,7 @@ class Use:
 
     Attributes:
         number: that of the node which is made.
-        part: of the pass.
+        part: which part of the pass.
         attached: what is on the graph.
     """
 
@@ -268,8 +268,7 @@ class Exits(Observer):  # type: ignore[no-untyped-call]
         """A tensor on the graph gives something that is not."""
         values = [value_of(t) for t in attached if t.grad_fn is not None]
         parameters: list[Tensor] = [t for t in attached if t.grad_fn is None]
-        running = [c for c in self.recording.calls if c.stop < 0]
-        path = running[-1].path if running else ""
+        path = self.recording.running
         stretch = self._stretch
         switched_off = not torch.is_grad_enabled() and not left
         if switched_off and stretch is not None and stretch.cut.operation == operation:
@@ -308,14 +307,11 @@ class Exits(Observer):  # type: ignore[no-untyped-call]
             self.within = before
 
     def _path_of(self, value: Value) -> str:
-        time = value.node._sequence_nr()
-        inside = [c for c in self.recording.calls if c.start <= time and (time < c.stop or c.stop < 0)]
-        return inside[-1].path if inside else ""
+        return self.recording.path_at(value.node._sequence_nr())
 
     def _before(self) -> str:
         """The last module that ended before."""
-        done = [c for c in self.recording.calls if c.finished]
-        return done[-1].path if done else ""
+        return next((call.path for call in reversed(self.recording.calls) if call.finished), "")
 
     def event_of(self, tensor: Tensor) -> Event | None:
         """Where what a tensor without gradient is made of left the graph; None where that was not seen."""

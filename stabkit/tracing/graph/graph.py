@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import Node
 
-from stabkit.tracing.graph.values import Value, meta_of, operation
+from stabkit.tracing.graph.values import Value, meta_of, operation, outputs_of
 from stabkit.tracing.products.node_derivatives import Cotangents, apply_node, is_python_node, match_layout
 from stabkit.vocabulary import ActivationFacts, NormFacts, activation_of, moves, norm_of
 
@@ -61,7 +61,7 @@ class Element:
         given = {self.target: cotangent}
         with torch.no_grad():
             for node in reversed(self.nodes):
-                grads: Cotangents = [given.pop(Value(node, i), None) for i in range(len(node._input_metadata))]
+                grads: Cotangents = [given.pop(value, None) for value in outputs_of(node)]
                 if all(grad is None for grad in grads):
                     continue
                 for value, grad in apply_node(node, grads, graph.inputs[node]):
@@ -141,7 +141,7 @@ class Graph:
         used: dict[Value, Tensor | None] = dict.fromkeys(self.targets)  # None: every entry is used
         kept, inputs = [], {}
         for node in reversed(self.nodes):
-            outputs = [Value(node, i) for i in range(len(node._input_metadata))]
+            outputs = outputs_of(node)
             if not any(value in used for value in outputs):
                 continue
             kept.append(node)
@@ -280,7 +280,7 @@ def _composites(graph: Graph, calls: Sequence[Call]) -> dict[Node, Element]:
         if not whole or nodes[0] in found:
             continue
         sources = {value for node in nodes for value in graph.inputs[node] if value.node not in nodes}
-        made = {value for node in nodes for value in _outputs(node) if last_read.get(value, 0) >= stop}
+        made = {value for node in nodes for value in outputs_of(node) if last_read.get(value, 0) >= stop}
         if len(sources) != 1 or len(made) != 1:
             continue
         source, target = sources.pop(), made.pop()
@@ -288,7 +288,3 @@ def _composites(graph: Graph, calls: Sequence[Call]) -> dict[Node, Element]:
         if facts is not None and meta_of(source).shape == meta_of(target).shape:
             found.update(dict.fromkeys(nodes, Element(facts, nodes, source, target, call.module)))
     return found
-
-
-def _outputs(node: Node) -> list[Value]:
-    return [Value(node, i) for i in range(len(node._input_metadata))]

@@ -17,7 +17,7 @@ from torch.autograd.graph import Node
 from stabkit.tracing.graph.frontiers import Frontiers
 from stabkit.tracing.graph.graph import Graph
 from stabkit.tracing.graph.tandem import PRODUCTS
-from stabkit.tracing.graph.values import Value, meta_of, operation
+from stabkit.tracing.graph.values import Value, meta_of, operation, outputs_of
 from stabkit.vocabulary import moves
 
 _JOINS = moves("join")
@@ -183,7 +183,7 @@ def _signatures(graph: Graph, alike: Callable[[str], str]) -> Callable[[Node], S
 
     def signature(node: Node) -> Signature:
         if node not in known:
-            shapes = tuple(meta_of(Value(node, i)).shape for i in range(len(node._input_metadata)))
+            shapes = tuple(meta_of(value).shape for value in outputs_of(node))
             known[node] = (operation(node), path.get(node, ""), shapes, len(graph.inputs[node]))
         return known[node]
 
@@ -352,8 +352,7 @@ def _carried(graph: Graph, frontiers: Frontiers, first: int, last: int) -> Calla
     born: list[list[Value]] = [[] for _ in range(last - first + 1)]
     dies: list[list[Value]] = [[] for _ in range(last - first + 2)]
     for node in graph.nodes[first:last]:
-        for output in range(len(node._input_metadata)):
-            value = Value(node, output)
+        for value in outputs_of(node):
             if value not in frontiers.last_use:
                 continue
             later = {graph.rank[n]: operation(n) in _JOINS for n in frontiers.consumers.get(value, ())}

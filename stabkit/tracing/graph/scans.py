@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.autograd.graph import Node
 
 from stabkit.tracing.graph.graph import Graph
-from stabkit.tracing.graph.values import Value, meta_of, operation
+from stabkit.tracing.graph.values import Value, meta_of, operation, outputs_of
 from stabkit.vocabulary import moves
 
 FEWEST = 8  # time steps from which one speaks of time, whatever they do
@@ -168,7 +168,7 @@ def _kinds(graph: Graph, start: int, stop: int) -> Kinds:
     numbers: dict[object, int] = {}
     kinds = []
     for node in graph.nodes[start:stop]:
-        shapes = tuple(meta_of(Value(node, output)).shape for output in range(len(node._input_metadata)))
+        shapes = tuple(meta_of(value).shape for value in outputs_of(node))
         key = (operation(node), len(graph.inputs[node]), shapes)
         kinds.append(numbers.setdefault(key, len(numbers)))
     return np.array(kinds, dtype=np.int64)

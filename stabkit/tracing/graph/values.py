@@ -74,6 +74,12 @@ def meta_of(value: Value) -> Meta:
     return metas[value.output]
 
 
+def outputs_of(node: Node) -> list[Value]:
+    """The values that an operation makes."""
+    made: Any = node
+    return [Value(node, output) for output in range(len(made._input_metadata))]
+
+
 def probes_of(numel: int) -> int:
     """How many random vectors of some length estimate a sum over all directions to a few percent: two, or one long."""
     return 1 if numel >= _LONG else 2

@@ -12,7 +12,7 @@ from torch.autograd.graph import Node
 
 from stabkit.errors import TraceError
 from stabkit.tracing.graph.graph import Graph
-from stabkit.tracing.graph.values import Meta, Value, meta_of, random_tensors, value_of
+from stabkit.tracing.graph.values import Meta, Value, meta_of, outputs_of, random_tensors, value_of
 from stabkit.tracing.products.node_derivatives import alike, apply_node, is_python_node
 from stabkit.tracing.products.stacked_cotangents import Stacked
 
@@ -289,8 +289,7 @@ class Segment:
         for value, cotangent in zip(self.target, cotangents, strict=True):
             grads[value] = grads[value] + cotangent if value in grads else cotangent
         for node in reversed(self.nodes):
-            outputs = len(node._input_metadata)
-            given = [self._hooked(Value(node, i), grads.pop(Value(node, i), None)) for i in range(outputs)]
+            given = [self._hooked(value, grads.pop(value, None)) for value in outputs_of(node)]
             if all(g is None for g in given):
                 continue
             try:

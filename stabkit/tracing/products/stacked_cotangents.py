@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import Node
 
-from stabkit.tracing.graph.values import Meta, Value, meta_of, operation
+from stabkit.tracing.graph.values import Meta, Value, meta_of, operation, outputs_of
 from stabkit.tracing.products.node_derivatives import (
     Cotangents,
     apply_node,
@@ -51,7 +51,7 @@ class Stacked:
     def __init__(self, node: Node, active: Sequence[Value], *, remembers: bool = False) -> None:
         self.node = node
         self.active = active
-        self.outputs = tuple(Value(node, i) for i in range(len(node._input_metadata)))
+        self.outputs = tuple(outputs_of(node))
         rule = _rule(node, active)
         self.in_place = rule in (_by_derivative, _batch_norm, _relu)
         known = set(active)

@@ -32,11 +32,6 @@ class Evaluation:
     recording: Recording = field(default_factory=Recording)
     given: frozenset[int] = frozenset()
 
-    def running(self) -> str:
-        """Path of the innermost module that runs now; empty for the model itself."""
-        paths = [call.path for call in self.recording.calls if call.stop < 0]
-        return paths[-1] if paths else ""
-
 
 def evaluated(
     call: ForwardPass,

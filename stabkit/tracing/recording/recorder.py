@@ -102,16 +102,21 @@ class Recording:
         low, high = (bisect.bisect_left(self.calls, time, key=lambda call: call.start) for time in (first, last))
         return [call for call in self.calls[low:high] if call.finished]
 
+    @property
+    def running(self) -> str:
+        """Path of the innermost module that runs now; empty for the model itself."""
+        return self._innermost(len(self.calls) - 1, lambda call: call.stop < 0)
+
     def path_at(self, time: int) -> str:
         """Path of the innermost module that was running when the clock showed ``time``."""
-        # calls are nested, so those that were running are the one that began last and those it was made from
         last = bisect.bisect_right(self.calls, time, key=lambda call: call.start) - 1
-        while last >= 0:
-            call = self.calls[last]
-            if time < call.stop or call.stop < 0:
-                return call.path
-            last = call.parent
-        return ""
+        return self._innermost(last, lambda call: time < call.stop or call.stop < 0)
+
+    def _innermost(self, last: int, runs: Callable[[Call], bool]) -> str:
+        """Path of the first call that ran, of the one that began last and those it was made from: calls are nested."""
+        while last >= 0 and not runs(self.calls[last]):
+            last = self.calls[last].parent
+        return self.calls[last].path if last >= 0 else ""
 
 
 class ValueRecorder(EagerMode):

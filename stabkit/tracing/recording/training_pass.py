@@ -83,7 +83,7 @@ class TrainingPass:
         output: what the model returned, on the graph.
         loss: the scalar that was differentiated; None where it depends on nothing that carries gradient.
         parameters: those that require grad, by path; a tied one by its first.
-        gradients: of those parameters that the loss reaches; None for the others.
+        gradients: the gradients of the parameters that the loss reaches; None for the others.
         inputs: gradients of the float inputs, in their order.
         without_graph: whether the model or the loss switched gradients off, or took some without ``create_graph``.
     """

@@ -43,7 +43,8 @@ def growth_finding(
         f"{count} steps, {verdict.growth / count:+.2f} a step; most at {measurement.steps[worst].name} "
         f"({nats(float(rates[worst - first]))})"
         if math.isfinite(verdict.growth)
-        else f"over {count} steps nothing comes back to the first; it is lost at {measurement.steps[worst].name}"
+        else f"over {count} step{'s' * (count > 1)} nothing comes back to the first; it is lost at "
+        f"{measurement.steps[worst].name}"
     )
     evidence += _bounded(steps) if verdict.growth < 0 else ""
     relative = _relative(measurement, first, last)

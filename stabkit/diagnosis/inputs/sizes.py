@@ -1,0 +1,73 @@
+"""Inputs far larger than 1, and the call in which they are divided by their size."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from stabkit.diagnosis.inputs.features import FAR, changed
+from stabkit.tracing import Flow
+from stabkit.tracing.recording.containers import named_tensors
+from stabkit.tracing.recording.forward_pass import ForwardPass
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Inputs that are far too large.
+
+    Attributes:
+        by_name: path and root mean square of each, that which depth is counted from first.
+    """
+
+    by_name: tuple[tuple[str, float], ...]
+
+    @property
+    def size(self) -> float:
+        """That of the input which depth is counted from."""
+        return self.by_name[0][1]
+
+    @property
+    def remedy(self) -> str:
+        """What is to be done about it, in words."""
+        if len(self.by_name) == 1:
+            return brought_to_one(self.size)
+        each = ", ".join(f"{name!r} by {size:.3g}" for name, size in self.by_name)
+        return f"divide the inputs where the data are read by their root mean squares ({each}); or standardise them"
+
+    def divided(self, call: ForwardPass) -> ForwardPass:
+        """The same call of these inputs over their sizes; all others stay as they are."""
+        given, sizes = _given(call), dict(self.by_name)
+        by = {id(given[name]): sizes[name] for name in sizes}
+        return changed(call, lambda tensor: tensor / by[id(tensor)] if id(tensor) in by else tensor)
+
+
+def brought_to_one(size: float) -> str:
+    """What is to be done about an input of some size, in words; a division is what was tried."""
+    return f"divide the input where the data are read by {size:.3g}, its root mean square; or standardise it"
+
+
+def large_inputs(flow: Flow) -> Sizes | None:
+    """Inputs of floats that are far too large: that which depth is counted from, and others of as many dimensions.
+
+    A time or a weight for each sample beside them is no data. None where the first is not too large.
+    """
+    given = _given(flow.forward_pass)
+    source = given.get(flow.source_name)
+    if source is None or not _is_large(source):
+        return None
+    others = [n for n, t in given.items() if t is not source and 1 < t.dim() == source.dim() and _is_large(t)]
+    return Sizes(tuple((name, _size(given[name])) for name in (flow.source_name, *others)))
+
+
+def _given(call: ForwardPass) -> dict[str, Tensor]:
+    return dict([*named_tensors(list(call.inputs)), *named_tensors(call.kwargs)])
+
+
+def _is_large(tensor: Tensor) -> bool:
+    return tensor.is_floating_point() and tensor.numel() > 0 and FAR <= _size(tensor) < math.inf
+
+
+def _size(tensor: Tensor) -> float:
+    return float(tensor.detach().double().square().mean().sqrt())

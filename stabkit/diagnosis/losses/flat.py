@@ -1,0 +1,213 @@
+"""Losses that are flat where outputs stand, though other outputs would lower them: no gradient says which way to go.
+
+An IoU of boxes that do not meet, a score behind a clamp, a threshold. A gradient of zero is right where a sample is
+satisfied, as beyond a margin, and where a loss leaves it out; so other outputs are tried for single samples.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import Node
+from torch.overrides import TorchFunctionMode
+
+from stabkit.diagnosis.finding import Finding
+from stabkit.tracing import Flow
+from stabkit.tracing.graph.values import operation
+from stabkit.tracing.recording.training_pass import calling_line, nodes_above, nodes_from
+from stabkit.tracing.recording.untouched_model import unchanged_randomness
+from stabkit.vocabulary import activation_of
+
+_HALF = 0.5  # of the samples, from which so many without gradient are a fault
+_TRIED = 8  # samples that other outputs are tried for
+_FEWEST = 2  # of these that must be better off: what is satisfied, or left out, never is
+_PROPOSALS = 96  # other outputs of each
+_MOST = 100_000  # numbers of an output, of which so many losses are no small part of a diagnosis
+_SIZES = (0.5, 2.0, 8.0)  # of the spread of the outputs: how far these lie
+_LOWER = 1e-3  # of the loss, over the number of samples: what is no rounding
+_GIOU = "Rezatofighi et al., Generalized intersection over union, 2019"
+
+
+def flat_loss_findings(flow: Flow, loss: Any, scalar: Tensor) -> list[Finding]:
+    """A finding where a loss has no gradient by most or all of the samples of an output, and is not at its least.
+
+    Args:
+        flow: the traced pass.
+        loss: a callable on the output that returns a scalar.
+        scalar: what it returned.
+    """
+    value = float(scalar.detach())
+    edges = [v.edge for v in flow.states[-1].values]
+    gradients = torch.autograd.grad(scalar, edges, retain_graph=True, allow_unused=True)
+    if value != 0.0 and all(g is not None and not bool((g != 0).any()) for g in gradients):
+        evidence = f"the loss is {value:.3g} and its gradient by the output is zero everywhere"
+        rows = torch.ones(len(flow.output), dtype=torch.bool) if _has_rows(flow.output) else None
+        return [_finding(flow, loss, rows, "critical", evidence, {"loss": value})]
+    return _of_most_samples(flow, loss, value)
+
+
+def _has_rows(output: Any) -> bool:
+    return isinstance(output, Tensor) and output.dim() > 0 and len(output) > 1 and output.is_floating_point()
+
+
+def _of_most_samples(flow: Flow, loss: Any, value: float) -> list[Finding]:
+    """The same of most samples, where single ones would be better off with other outputs."""
+    if not _has_rows(flow.output) or not math.isfinite(value) or flow.output.numel() > _MOST:
+        return []
+    output = flow.output.detach().requires_grad_()
+    with torch.enable_grad():
+        (gradient,) = torch.autograd.grad(loss(output), [output], allow_unused=True)
+    if gradient is None or not bool(gradient.isfinite().all()):
+        return []
+    still = (gradient == 0).flatten(1).all(1) if gradient.dim() > 1 else gradient == 0
+    if float(still.double().mean()) < _HALF or bool(still.all()):
+        return []
+    chosen = still.nonzero().flatten()[:: max(1, int(still.sum()) // _TRIED)][:_TRIED].tolist()
+    better = sum(_can_be_lower(loss, output.detach(), row, value) for row in chosen)
+    if better < _FEWEST:
+        return []
+    evidence = (
+        f"the loss has no gradient by the outputs of {int(still.sum())} of {len(still)} samples, and is not at its "
+        f"least there: other outputs, drawn at random, lower it for {better} of {len(chosen)} of them that were tried"
+    )
+    numbers = {"loss": value, "share": float(still.double().mean())}
+    return [_finding(flow, loss, still, "warning", evidence, numbers)]
+
+
+def _can_be_lower(loss: Any, output: Tensor, row: int, value: float) -> bool:
+    """Whether some other output of one sample lowers the loss."""
+    generator = torch.Generator().manual_seed(row)
+    spread = float(output.double().std()) or 1.0
+    low, high = output.amin(0), output.amax(0)
+    with torch.no_grad():
+        shares = bool(((low >= 0) & (high <= 1)).all())  # probabilities, or what else stays between 0 and 1
+        for index in range(_PROPOSALS):
+            size = _SIZES[index % len(_SIZES)] * spread
+            drawn = torch.randn(output.shape[1:], generator=generator, dtype=torch.float64)
+            other = output.clone()
+            middle = output[row] if index % 2 else (low + high) / 2
+            other[row] = middle + (size * drawn).to(output)
+            other = other.clamp(0, 1) if shares else other
+            found = _read(loss, other)
+            if math.isfinite(found) and found < value - _LOWER * abs(value) / len(output):
+                return True
+    return False
+
+
+def _read(loss: Any, output: Tensor) -> float:
+    """A loss of other outputs; NaN where it does not take them, such as numbers that are no probabilities."""
+    try:
+        return float(loss(output))
+    except (RuntimeError, ValueError, AssertionError):
+        return math.nan
+
+
+class _Lines(TorchFunctionMode):
+    """Which function, on which line, made every node."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.of: dict[Node, tuple[str, str]] = {}
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if isinstance(out, Tensor) and out.grad_fn is not None:
+            self.of[out.grad_fn] = (getattr(func, "__name__", "").strip("_"), calling_line())
+        return out
+
+
+def _stopped(loss: Any, output: Any, rows: Tensor | None) -> tuple[Node | None, str]:
+    """The first operation of a loss that a gradient reaches and does not leave by some samples, and its place."""
+    if rows is None:
+        return None, ""
+    lines, stopping = _Lines(), list[Node]()
+    leaf = output.detach().requires_grad_()
+    with unchanged_randomness(), torch.enable_grad(), lines:
+        scalar = loss(leaf)
+    if scalar.grad_fn is None:
+        return None, ""
+
+    def passes(gradients: Sequence[Tensor | None]) -> bool:
+        """Whether something of these samples is there; what has no rows belongs to all."""
+        found = [g[rows.to(g.device)] if g.dim() and len(g) == len(rows) else g for g in gradients if g is not None]
+        return any(bool((g != 0).any()) for g in found)
+
+    def watching(node: Node) -> Any:
+        def hook(leaving: Sequence[Tensor | None], arriving: Sequence[Tensor | None]) -> None:
+            if leaving and passes(arriving) and not passes(leaving):
+                stopping.append(node)
+
+        return hook
+
+    for node in nodes_above(scalar):
+        node.register_hook(watching(node))
+    torch.autograd.grad(scalar, [leaf], allow_unused=True)
+    bounds = [bound for node in reversed(stopping) for bound in _bounds_behind(node) if bound in lines.of]
+    if not bounds:
+        return None, ""
+    name, line = lines.of[bounds[0]]
+    return bounds[0], f"{name}{f' ({line})' if line else ''}"
+
+
+def _bounds_behind(node: Node) -> list[Node]:
+    """The bounds that an operation is, or that its factors come from: a product of zeros ends what they have let by."""
+    if _is_bound(node):
+        return [node]
+    if operation(node) not in ("Mul", "Prod"):
+        return []
+    return [each for each in nodes_from(node) if _is_bound(each)]
+
+
+def _is_bound(node: Node) -> bool:
+    """Whether it is flat beyond a bound, or where a condition says so."""
+    facts = activation_of(node)
+    return operation(node) == "Where" or (facts is not None and facts.piecewise_linear and bool(facts.kinks))
+
+
+def _is_of_boxes(node: Node) -> bool:
+    """Whether what is clamped is the smaller of some ends less the larger of some beginnings."""
+    names, stack, seen = set[str](), [node], set[Node]()
+    while stack:
+        each = stack.pop()
+        if each not in seen:
+            seen.add(each)
+            names.add(operation(each))
+            stack += [parent for parent, _ in each.next_functions if parent is not None]
+    return {"Maximum", "Minimum"} <= names
+
+
+def _finding(
+    flow: Flow, loss: Any, rows: Tensor | None, severity: str, evidence: str, numbers: dict[str, float]
+) -> Finding:
+    node, place = _stopped(loss, flow.output, rows)
+    remedy = "look for a clamp, a rounding, a mask of zeros or a comparison in the loss: nothing can be learnt from it"
+    if node is not None:
+        evidence += f"; it ends at {place}, out of whose range all lies that these give"
+        remedy = (
+            "keep a slope there: softplus in the place of a clamp at zero, probabilities in the place of a threshold, "
+            "or a loss that falls with the distance first"
+        )
+    boxes = node is not None and _is_of_boxes(node)
+    if boxes:
+        evidence += ": boxes that do not meet have no common area"
+        remedy = (
+            "take an IoU that falls with the distance of boxes (GIoU, DIoU: torchvision.ops.generalized_box_iou_loss), "
+            "or smooth L1 of the coordinates first"
+        )
+    return Finding(
+        kind="loss",
+        severity=severity,
+        steps=(len(flow.steps) - 1,),
+        module_path="loss",
+        confidence=1.0,
+        evidence=evidence,
+        remedy=remedy,
+        reference=_GIOU if boxes else "",
+        numbers=numbers,
+    )

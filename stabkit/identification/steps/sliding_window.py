@@ -1,0 +1,145 @@
+"""Windows of the last states that move by one with every step: x_{n+1} = f(x_n, ..., x_{n-k+1}), a map of order k.
+
+Time series networks that forecast step by step shift what they know, w' = cat(w[s:], f(w)), along some axis, or in a
+list. All but the newest entries of the window come from their neighbours, unchanged, whatever f is.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from stabkit.identification.form.grouping import is_repeated
+from stabkit.identification.form.hidden_skip import affine_pulls
+from stabkit.identification.form.operations import JOINS, MOVES, WRITES
+from stabkit.identification.form.pieces import Piece, pull
+from stabkit.identification.form.slots import Slots
+from stabkit.identification.record import Identification, nothing
+from stabkit.tracing import Flow
+from stabkit.tracing.graph.values import Value, meta_of, operation, random_tensors
+
+_ROUNDINGS = 64.0
+_FEWEST = 2  # entries along the axis of a window
+
+
+@dataclass(frozen=True)
+class Window:
+    """A window that a step moves.
+
+    Attributes:
+        axis: along which its states lie.
+        size: how many entries there are.
+        by: how many are new.
+        kept: the number times the newest entries before that the new ones are besides; 0 for none.
+    """
+
+    axis: int
+    size: int
+    by: int
+    kept: float
+
+
+def sliding_window(piece: Piece, steps: tuple[int, ...]) -> Identification | None:
+    """The record of a step from one tensor to one that moves a window along an axis; None for others."""
+    bends = any(operation(node) not in MOVES | {"Roll"} for node in piece.nodes)
+    found = _window(piece) if bends and _is_put_together(piece.targets[0]) else None
+    if found is None:
+        return None
+    order = -(-found.size // found.by)
+    new = "the newest is" if found.by == 1 else f"the newest {found.by} are"
+    why = f"the entries of axis {found.axis} move up by {found.by}, and {new} made of all {found.size}"
+    return _record(steps, order, why, found.kept)
+
+
+def window_of_states(flow: Flow, found: Slots, steps: tuple[int, ...]) -> Identification | None:
+    """The record of one of several steps that hand on all states but the oldest, and make one; None for others."""
+    oldest, *kept = found.sources
+    shapes = {meta_of(v).shape for v in (*found.sources, *found.targets)}
+    moved = len(found.targets) == len(found.sources) and [v for v in found.targets if v in kept] == kept
+    if not kept or not moved or oldest in found.targets or len(shapes) > 1:
+        return None
+    if not is_repeated(flow, steps[0], steps[-1] + 1):
+        return None  # of one step alone nothing says that the states are one, at times one after the other
+    why = f"{len(kept)} of {len(found.sources)} states move up, and the newest is made of all"
+    return _record(steps, len(found.sources), why, 0.0)
+
+
+def _record(steps: tuple[int, ...], order: int, why: str, kept: float) -> Identification:
+    by = "sliding window" if not kept else f"sliding window, a = {kept:.3g}"
+    state = "" if not kept else f"{'' if kept == 1.0 else f'{kept:.3g} '}x_n + "
+    system = f"x_n+1 = {state}f(x_n, ..., x_n-{order - 1}), a difference equation with delays"
+    return nothing(steps, f"autoregressive map of order {order} ({by})", why, "measured", system=system)
+
+
+def _is_put_together(value: Value) -> bool:
+    """Whether a tensor was joined of others, or written into, and at most laid out anew since."""
+    node = value.node
+    while operation(node) not in JOINS | WRITES | {"Roll"}:
+        parent = node.next_functions[0][0] if node.next_functions else None
+        if operation(node) not in MOVES or parent is None:
+            return False
+        node = parent
+    return True
+
+
+def _window(piece: Piece) -> Window | None:
+    source, target = piece.sources[0], piece.targets[0]
+    shape = tuple(meta_of(target).shape)
+    if tuple(meta_of(source).shape) != shape:
+        return None
+    w = random_tensors([target], seed=0)[0]
+    for axis, size in enumerate(shape):
+        for turned in (False, True):
+            by = _moves_by(piece, w, axis, turned=turned) if size >= _FEWEST else None
+            if by is not None and _is_moved(piece, w, axis, by, turned=turned):
+                return Window(axis, size, by, _kept(piece, w, axis, by, turned=turned))
+    return None
+
+
+def _kept(piece: Piece, w: Tensor, axis: int, by: int, *, turned: bool) -> float:
+    """The number by which the newest entries before enter the new ones along affine operations; 0 for no number."""
+    place = 0 if turned else w.shape[axis] - by
+    given = torch.zeros_like(w)
+    given.narrow(axis, place, by).copy_(w.narrow(axis, place, by))
+    arrived = affine_pulls(piece, [given])
+    if arrived is None or by * 2 > w.shape[axis]:
+        return 0.0
+    old, new = arrived[0].narrow(axis, place, by), w.narrow(axis, place, by)
+    number = float((old * new).sum() / (new * new).sum())
+    slack = _ROUNDINGS * torch.finfo(w.dtype).eps * float(w.abs().max())
+    away = (arrived[0] - number * given).abs().max()
+    return number if number and float(away) <= slack else 0.0
+
+
+def _moves_by(piece: Piece, w: Tensor, axis: int, *, turned: bool) -> int | None:
+    """By how many places the oldest entry along an axis was moved there; None where it is no entry of the window."""
+    size = w.shape[axis]
+    place = size - 1 if turned else 0
+    one = torch.zeros_like(w)
+    one.select(axis, place).copy_(w.select(axis, place))
+    arrived = _pulled(piece, one)
+    if arrived is None:
+        return None
+    reached = arrived.movedim(axis, 0).reshape(size, -1).abs().amax(dim=1).nonzero().reshape(-1).tolist()
+    return abs(reached[0] - place) or None if len(reached) == 1 else None
+
+
+def _is_moved(piece: Piece, w: Tensor, axis: int, by: int, *, turned: bool) -> bool:
+    """Whether all entries but the newest come from their neighbours, and some of the newest from what was made."""
+    kept = w.shape[axis] - by
+    old, new = (0, by) if turned else (by, 0)
+    given, expected = torch.zeros_like(w), torch.zeros_like(w)
+    given.narrow(axis, new, kept).copy_(w.narrow(axis, new, kept))
+    expected.narrow(axis, old, kept).copy_(w.narrow(axis, new, kept))
+    arrived, rest = _pulled(piece, given), _pulled(piece, w - given)
+    if arrived is None or rest is None or not bool(rest.any()):
+        return False
+    slack = _ROUNDINGS * torch.finfo(w.dtype).eps * float(w.abs().max())
+    return float((arrived - expected).abs().max()) <= slack
+
+
+def _pulled(piece: Piece, w: Tensor) -> Tensor | None:
+    edges = {node: piece.inputs(node) for node in piece.nodes}
+    return pull(piece.graph, piece.nodes, edges, {piece.targets[0]: w}).get(piece.sources[0])

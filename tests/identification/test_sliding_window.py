@@ -1,0 +1,119 @@
+"""Windows of the last states that move with every step: maps of order k, in the spellings that code has for them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from stabkit.identification import identify
+from stabkit.tracing import trace
+
+LAST, WIDTH, ROUNDS = 4, 3, 5
+
+
+def joined(w, new):
+    return torch.cat([w[:, 1:], new[:, None]], 1)
+
+
+def rolled(w, new):
+    w = torch.roll(w, -1, 1).clone()
+    w[:, -1] = new
+    return w
+
+
+def newest_first(w, new):
+    return torch.cat([new[:, None], w[:, :-1]], 1)
+
+
+class Forecast(nn.Module):
+    """Forecasts step by step, each of all that the window holds."""
+
+    def __init__(self, move, *, adds=False):
+        super().__init__()
+        self.field = nn.Sequential(nn.Flatten(), nn.Linear(LAST * WIDTH, 16), nn.Tanh(), nn.Linear(16, WIDTH))
+        self.move, self.adds = move, adds
+
+    def forward(self, w):
+        for _ in range(ROUNDS):
+            new = self.field(w)
+            w = self.move(w, w[:, -1] + new if self.adds else new)
+        return w
+
+
+class Queue(nn.Module):
+    """The same with a list in the place of the tensor."""
+
+    def __init__(self):
+        super().__init__()
+        self.field = nn.Sequential(nn.Linear(LAST * WIDTH, 16), nn.Tanh(), nn.Linear(16, WIDTH))
+
+    def forward(self, w):
+        held = [w[:, i] for i in range(LAST)]
+        for _ in range(ROUNDS + 1):
+            held = [*held[1:], self.field(torch.cat(held, -1))]
+        return torch.stack(held, 1)
+
+
+class Images(nn.Module):
+    """Channels are times (Li et al. 2021), a block of two of them is new."""
+
+    def __init__(self):
+        super().__init__()
+        self.field = nn.Sequential(nn.Conv2d(LAST, 8, 3, padding=1), nn.GELU(), nn.Conv2d(8, 2, 3, padding=1))
+
+    def forward(self, x):
+        for _ in range(ROUNDS):
+            x = torch.cat((x[:, 2:], self.field(x)), 1)
+        return x
+
+
+def names(model, *shape):
+    torch.manual_seed(0)
+    return [(r.name, r.evidence) for r in identify(trace(model, torch.randn(2, *shape)))]
+
+
+MOVES = [
+    (lambda: Forecast(joined), (LAST, WIDTH), "order 4 (sliding window)"),
+    (lambda: Forecast(rolled), (LAST, WIDTH), "order 4 (sliding window)"),
+    (lambda: Forecast(newest_first), (LAST, WIDTH), "order 4 (sliding window)"),
+    (lambda: Forecast(joined, adds=True), (LAST, WIDTH), "order 4 (sliding window, a = 1)"),
+    (Images, (LAST, 5, 5), "order 2 (sliding window)"),
+]
+
+
+@pytest.mark.parametrize(("make", "shape", "name"), MOVES)
+def test_a_window_that_moves_is_a_map_of_as_many_states(make, shape, name):
+    assert names(make(), *shape) == [(f"autoregressive map of {name}", "measured")] * ROUNDS
+
+
+def test_a_list_of_the_last_states_is_a_window():
+    inner = [found for found in names(Queue(), LAST, WIDTH) if found[0] not in ("fork", "join", "transition")]
+    assert len(inner) >= ROUNDS
+    assert set(inner[:-1]) == {(f"autoregressive map of order {LAST} (sliding window)", "measured")}
+
+
+class Swapped(nn.Module):
+    """A look-alike: channels that pass a block by, and change places with those that do not (ShuffleNet)."""
+
+    def __init__(self):
+        super().__init__()
+        self.field = nn.Linear(4, 4)
+
+    def forward(self, x):
+        a, b = x.chunk(2, 1)
+        x = torch.cat([a, torch.tanh(self.field(b))], 1)
+        return x.reshape(len(x), 2, 4).transpose(1, 2).reshape(len(x), 8)
+
+
+class Turned(nn.Module):
+    """A look-alike: nothing is made, the entries go around."""
+
+    def forward(self, x):
+        return torch.cat([x[:, 1:], x[:, :1]], 1)
+
+
+@pytest.mark.parametrize("block", [Swapped, Turned])
+def test_entries_that_change_places_are_no_window(block):
+    found = names(nn.Sequential(nn.Linear(8, 8), *(block() for _ in range(3)), nn.Linear(8, 8)), 8)
+    assert not any("window" in name for name, _ in found)
