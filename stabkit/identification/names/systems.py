@@ -71,8 +71,12 @@ def _additive_coupling(found: Blocks) -> Name | None:
 
 
 def _couplings(found: Blocks) -> Name | None:
-    """Several fields, each of which moves one stream and reads the other as it is then: shears in turn."""
-    if not np.allclose(found.V, np.eye(2)) or not np.all((found.B != 0).sum(axis=0) == 1) or len(found.rows) < 3:
+    """Several fields, each of which moves one stream and reads the other as it is then: shears in turn.
+
+    Those of two fields that are taken again and again are compositions, whose numbers tell which.
+    """
+    moves_one = bool(np.all((found.B != 0).sum(axis=0) == 1))
+    if not np.allclose(found.V, np.eye(2)) or not moves_one or not 3 <= len(found.rows) == found.n_fields:
         return None
     writes = [int(np.argmax(np.abs(column))) for column in found.B.T]
     A = np.array([[found.B[1 - w, j] * (j < i) for j in range(len(writes))] for i, w in enumerate(writes)])
