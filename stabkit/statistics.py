@@ -107,8 +107,8 @@ def confidence_above(values: Array, limit: float) -> float:
     return float(stdtr(len(values) - 1, (values.mean() - limit) / error))
 
 
-def jackknife_reach(left_out: Array, confidence: float = 0.95) -> float:
-    """How far the interval of an estimate reaches to each side, from estimates that leave out one unit each.
+def jackknife_reach(left_out: Array) -> float:
+    """How far the 95 % interval of an estimate reaches to each side, from estimates that leave out one unit each.
 
     0 where there are fewer than two. Source: Tukey, "Bias and confidence in not-quite large samples" (1958).
     """
@@ -116,7 +116,7 @@ def jackknife_reach(left_out: Array, confidence: float = 0.95) -> float:
     if count < 2:
         return 0.0
     error = math.sqrt((count - 1) * float(left_out.var()))
-    return student_factor(count, confidence) * error
+    return student_factor(count) * error
 
 
 def over_samples(values: Any, *, confidence: float = 0.95) -> Interval:

@@ -13,8 +13,8 @@ from stabkit.attribution.mechanism import TOLERANCE, Mechanism
 from stabkit.attribution.persistence import ISOTROPIC, Persistence, cosine_of_modes, field_cosines, straightness
 from stabkit.attribution.predictors import Modes, Prediction, along_depth, compare, mode_shares
 from stabkit.attribution.result import COLUMNS, Attribution
+from stabkit.attribution.step_mechanism import damping_limit, mechanism_of
 from stabkit.attribution.step_terms import Budget, Terms, measure_step, skip_of
-from stabkit.attribution.zplane import damping_limit, mechanism_of
 from stabkit.errors import ArgumentError
 from stabkit.identification import Identification, by_step, identify
 from stabkit.jacobians.method_choice import DENSE_SIZE

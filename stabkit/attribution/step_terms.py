@@ -14,7 +14,7 @@ from stabkit.attribution.estimated import isotropic_bracket, outer_eigenvalues, 
 from stabkit.attribution.field_spectra import field_jacobians
 from stabkit.attribution.mechanism import is_inverted
 from stabkit.attribution.probes import Images, basis_images, random_images
-from stabkit.attribution.zplane import StepSpectrum
+from stabkit.attribution.step_mechanism import StepSpectrum
 from stabkit.identification import Identification
 from stabkit.integrators import GeneralLinearMethod
 from stabkit.jacobians import eigenvalues

@@ -7,6 +7,7 @@ from typing import Any
 
 from stabkit.diagnosis.depth.affine_models import affine_findings
 from stabkit.diagnosis.finding import Finding, serious
+from stabkit.diagnosis.inputs.coordinates import coordinate_findings
 from stabkit.diagnosis.inputs.lost_order import lost_order_findings
 from stabkit.diagnosis.losses.domains import loss_domain_findings
 from stabkit.diagnosis.losses.last_dropout import last_dropout_findings
@@ -39,5 +40,6 @@ def call_findings(
     if not any(finding.kind in _NOT_TRAINED and serious(finding) for finding in (*others, *found)):
         found += affine_findings(flow, loss, call, done) or lost_order_findings(flow, loss, call, done)
         found += cut_axes_findings(flow, loss, call, done, others)
+        found += coordinate_findings(flow, loss, call, done)
         found += heavy_dropout_findings(flow, loss, call, done, [*others, *found])
     return found

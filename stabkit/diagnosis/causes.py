@@ -25,6 +25,7 @@ from stabkit.diagnosis.losses.units import unit_findings
 from stabkit.diagnosis.no_gradient.closed_operations import closed_findings
 from stabkit.diagnosis.no_gradient.hidden_cuts import cut_by_a_draw, drawn_on_the_graph, hidden_cut_findings
 from stabkit.diagnosis.no_gradient.lost_parameters import lost_parameter_findings
+from stabkit.diagnosis.no_gradient.passed_through import passed_through_findings
 from stabkit.diagnosis.no_gradient.shares_of_one import share_findings
 from stabkit.diagnosis.no_gradient.unregistered import unregistered_findings
 from stabkit.diagnosis.no_gradient.wrong_derivatives import wrong_derivative_findings
@@ -250,6 +251,7 @@ def _of_training_pass(
     found += loud_logits_findings(flow, loss, call, done, [*others, *found])
     found += loss_floor_findings(flow, loss, call, done, [*others, *found])
     found += half_weight_findings(flow, loss, call, done)
+    found += passed_through_findings(flow, loss, call, done)
     # units are asked after only where nothing else is wrong: a broken network does not train in any
     broken = any(serious(finding) for finding in (*others, *found))
     if broken:

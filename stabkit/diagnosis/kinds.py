@@ -74,6 +74,7 @@ FINDINGS: dict[str, Word] = {
     ),
     "affine": Word("a whole model is one affine map of its input, however many matrices it has"),
     "input_scale": Word("inputs lie so that the first layer learns from few of their features, or none"),
+    "spectral_bias": Word("targets vary faster over a few coordinates than a plain network learns"),
     "no_influence": Word("an input changes nothing that the model returns, though it should"),
     "no_fixed_point": Word("an iteration that is meant to settle does not", "grows"),
     "loss": Word("the loss has no gradient, or is taken of what it does not expect", "broken"),

@@ -15,7 +15,7 @@ class BudgetSpentError(Exception):
     """The next product would exceed ``max_products``; caught by the methods, never seen by a user."""
 
 
-def as_jacobian(J: Jacobian | Tensor | np.ndarray, name: str = "J") -> Jacobian:
+def as_jacobian(J: Jacobian | Tensor | np.ndarray) -> Jacobian:
     """The operator itself, or one over the explicit matrices ``(m, n)`` or ``(batch, m, n)``.
 
     Raises:
@@ -23,26 +23,26 @@ def as_jacobian(J: Jacobian | Tensor | np.ndarray, name: str = "J") -> Jacobian:
         ArgumentError: wrong number of dimensions, no entries, or entries that are not finite.
     """
     if isinstance(J, np.ndarray):
-        J = _tensor(J, name)
+        J = _tensor(J)
     if isinstance(J, Tensor):
         if J.is_complex():
-            raise ArgumentTypeError(f"{name} has dtype {J.dtype}; expected real entries (a Jacobian is real)")
+            raise ArgumentTypeError(f"J has dtype {J.dtype}; expected real entries (a Jacobian is real)")
         if not J.is_floating_point():
-            raise ArgumentTypeError(f"{name} has dtype {J.dtype}; expected a floating-point dtype: {name}.double()")
+            raise ArgumentTypeError(f"J has dtype {J.dtype}; expected a floating-point dtype: J.double()")
         if J.dim() not in (2, 3):
-            raise ArgumentError(f"{name} has shape {tuple(J.shape)}; expected (m, n) or (batch, m, n)")
+            raise ArgumentError(f"J has shape {tuple(J.shape)}; expected (m, n) or (batch, m, n)")
         J = J.detach()
         J = from_dense((J.cpu() if J.device.type == "mps" else J).double())  # exact; mps has no float64
     if not isinstance(J, Jacobian):
-        raise ArgumentTypeError(f"{name} is a {type(J).__name__}; expected a Jacobian, a torch tensor or a numpy array")
+        raise ArgumentTypeError(f"J is a {type(J).__name__}; expected a Jacobian, a torch tensor or a numpy array")
     if 0 in J.shape:
-        raise ArgumentError(f"{name} has shape {tuple(J.shape)}; expected at least one sample, row and column")
+        raise ArgumentError(f"J has shape {tuple(J.shape)}; expected at least one sample, row and column")
     return J
 
 
-def _tensor(matrix: np.ndarray, name: str) -> Tensor:
+def _tensor(matrix: np.ndarray) -> Tensor:
     if matrix.dtype.kind not in "fiubc":
-        raise ArgumentTypeError(f"{name} has dtype {matrix.dtype}; expected a floating-point dtype")
+        raise ArgumentTypeError(f"J has dtype {matrix.dtype}; expected a floating-point dtype")
     return torch.from_numpy(np.ascontiguousarray(matrix))
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from stabkit.errors import TraceError
 from stabkit.garbage import young_only
 from stabkit.tracing.cutting import chain_check as chains
-from stabkit.tracing.cutting.boundaries import Depth, Piece, choose
+from stabkit.tracing.cutting.boundaries import Depth, Span, choose
 from stabkit.tracing.cutting.endpoints import Target, UnreachedError, ending, find_source, find_targets, graph_between
 from stabkit.tracing.cutting.naming import kinds, names, stacks
 from stabkit.tracing.cutting.samples import Layout
@@ -342,7 +342,7 @@ def _checked(chain: chains.Chain, graph: Graph, recorded: _Recorded, module: nn.
 
 
 def _steps(
-    pieces: Sequence[Piece],
+    pieces: Sequence[Span],
     segments: Sequence[Segment],
     states: Sequence[State],
     recording: Recording,

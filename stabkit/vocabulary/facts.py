@@ -62,16 +62,6 @@ class ActivationFacts:
         return all(map(math.isfinite, self.limits))
 
     @property
-    def is_contraction(self) -> bool:
-        """Whether no two values move apart: the derivative is never larger than 1."""
-        return self.steepest <= 1.0
-
-    @property
-    def is_smooth(self) -> bool:
-        """Whether it has no kinks."""
-        return not self.kinks
-
-    @property
     def rectifies(self) -> bool:
         """Whether it is constant on all negative numbers, as the ReLU is: a unit there is off."""
         return self.piecewise_linear and math.isfinite(self.limits[0]) and min(self.kinks) >= 0

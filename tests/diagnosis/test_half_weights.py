@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import re
 
 import pytest
 import torch
@@ -91,6 +92,25 @@ def test_steps_that_bfloat16_rounds_away_are_said():
     (told,) = found(Offset().bfloat16(), X.bfloat16())
     assert told.kind == "precision_loss"
     assert "the weights are bfloat16, and a step of 0.001 is lost in 100% of them" in told.evidence
+
+
+def test_what_bfloat16_loses_at_the_rates_of_fine_tuning_is_a_fact():
+    torch.manual_seed(0)
+    norms = [nn.LayerNorm(512) for _ in range(2)]
+    layers = [nn.Linear(256, 512), norms[0], nn.GELU(), nn.Linear(512, 512), norms[1], nn.GELU(), nn.Linear(512, 8)]
+    model = nn.Sequential(*layers)
+    x, y = torch.randn(64, 256), torch.randint(8, (64,))
+    report = stabkit.analyze(
+        model.bfloat16(), x.bfloat16(), loss=lambda out: functional.cross_entropy(out.float(), y), spectrum="none"
+    )
+    (told,) = [f for f in report.findings if f.kind == "precision_loss"]
+    assert told.severity == "info"
+    share = float(re.search(r"(\d+)% of a step are lost", told.evidence)[1])
+    lost, count = 0, 0
+    for p in model.parameters():
+        lost += int(((p - 2e-5 * torch.ones_like(p)) == p).sum())  # the first step of Adam is the rate, either way
+        count += p.numel()
+    assert share == pytest.approx(100 * lost / count, abs=3)
 
 
 def test_a_model_that_keeps_a_tensor_of_its_graph_is_tried_as_well():

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from stabkit.tracing.cutting.boundaries import Piece
+from stabkit.tracing.cutting.boundaries import Span
 from stabkit.tracing.cutting.naming import families, kinds, names
 from stabkit.tracing.graph.intervals import Interval
 
@@ -11,8 +11,8 @@ def call(path: str, start: int, stop: int, module: nn.Module | None = None) -> I
     return Interval(start, -1, path, module or nn.Linear(2, 2), start, stop)
 
 
-def piece(*calls: Interval, shape: str = "block") -> Piece:
-    return Piece(calls[0].start, calls[-1].stop, calls, shape)
+def piece(*calls: Interval, shape: str = "block") -> Span:
+    return Span(calls[0].start, calls[-1].stop, calls, shape)
 
 
 def test_a_piece_is_named_by_its_module_or_by_the_first_and_the_last():
@@ -36,7 +36,7 @@ def test_names_are_unique_when_a_module_is_called_again():
 
 
 def test_pieces_without_modules_are_named_by_their_place():
-    pieces = [Piece(0, 1, ()), Piece(1, 2, ()), Piece(2, 3, ())]
+    pieces = [Span(0, 1, ()), Span(1, 2, ()), Span(2, 3, ())]
     assert names(pieces) == ["input", "operations", "output"]
 
 
@@ -60,4 +60,4 @@ def test_without_repeats_every_map_within_one_space_is_a_step():
 def test_main_is_the_call_that_does_most_of_the_work_with_weights():
     both = piece(call("act", 0, 9, nn.Tanh()), call("fc", 9, 10))
     assert both.main.path == "fc"
-    assert Piece(0, 1, ()).main is None
+    assert Span(0, 1, ()).main is None

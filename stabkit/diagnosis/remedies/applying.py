@@ -18,7 +18,7 @@ from stabkit.tracing.recording.containers import named_tensors
 
 FORMS = (
     *("scale", "redraw", "fill", "orthogonalise", "add_skip", "insert_norm", "activate", "scale_input", "convert"),
-    *("reset_statistics", "set_option", "shift", "activate_after", "clip"),
+    *("reset_statistics", "set_option", "shift", "activate_after", "clip", "fourier_features"),
 )
 
 
@@ -44,6 +44,27 @@ class ScaledInput(nn.Module):
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         """What the module makes of its input times the factor."""
         return self.inner(self.factor * x, *args, **kwargs)
+
+
+class WithFourierFeatures(nn.Module):
+    """What a linear layer makes of its input, and another of sines and cosines of that."""
+
+    frequencies: Tensor
+
+    def __init__(self, layer: nn.Linear, frequency: float, generator: torch.Generator) -> None:
+        super().__init__()
+        count = layer.out_features
+        drawn = frequency * torch.randn(layer.in_features, count, generator=generator, dtype=torch.float64)
+        self.register_buffer("frequencies", drawn.to(layer.weight))
+        self.layer, self.of_features = layer, nn.Linear(2 * count, count, bias=False).to(layer.weight)
+        bound = (2 * count) ** -0.5
+        weights = bound * (2 * torch.rand(count, 2 * count, generator=generator, dtype=torch.float64) - 1)
+        self.of_features.weight.data.copy_(weights.to(layer.weight))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The sum of both."""
+        angles = x @ self.frequencies
+        return self.layer(x) + self.of_features(torch.cat([angles.sin(), angles.cos()], -1))
 
 
 def copied(model: nn.Module) -> nn.Module:
@@ -154,6 +175,7 @@ def _act(model: nn.Module, action: Action, generator: torch.Generator) -> None:
         "activate": lambda: _activate(model, action["module"], action["by"]),
         "activate_after": lambda: _activate_after(model, action["module"], action["by"]),
         "scale_input": lambda: _scale_input(model, action["module"], float(action["factor"])),
+        "fourier_features": lambda: _fourier_features(model, action["module"], float(action["frequency"]), generator),
         "convert": lambda: _convert(model, action["dtype"]),
         "reset_statistics": lambda: _reset_statistics(_module(model, action["module"])),
         "set_option": lambda: _set_option(_module(model, action["module"]), action["option"], action["value"]),
@@ -234,6 +256,13 @@ def _activate_after(model: nn.Module, place: str, by: str) -> None:
 
 def _scale_input(model: nn.Module, place: str, by: float) -> None:
     _replace(model, place, ScaledInput(_module(model, place), by))
+
+
+def _fourier_features(model: nn.Module, place: str, frequency: float, generator: torch.Generator) -> None:
+    layer = _module(model, place)
+    if not isinstance(layer, nn.Linear):
+        raise ArgumentError(f"{place!r} is a {type(layer).__name__}; Fourier features are given to an nn.Linear")
+    _replace(model, place, WithFourierFeatures(layer, frequency, generator))
 
 
 def _convert(model: nn.Module, dtype: str) -> None:

@@ -159,6 +159,11 @@ def activate_after(module: str, by: str) -> Action:
     return {"action": "activate_after", "module": module, "by": by}
 
 
+def fourier_features(module: str, frequency: float) -> Action:
+    """Give a linear layer sines and cosines of its inputs beside these, of normal frequencies of this size."""
+    return {"action": "fourier_features", "module": module, "frequency": frequency}
+
+
 def insert_norm(module: str, like: str) -> Action:
     """Put a fresh copy of another module's norm in the place of a module."""
     return {"action": "insert_norm", "module": module, "like": like}

@@ -190,8 +190,7 @@ class _Reshapes(TorchFunctionMode):
         return given.reshape(turn.split).permute(turn.order).reshape(out.shape)
 
     def _running(self) -> str:
-        calls = [] if self.observer is None else [c for c in self.observer.recording.calls if c.stop < 0]
-        return calls[-1].path if calls else ""
+        return "" if self.observer is None else self.observer.recording.running
 
 
 def cut_axes_findings(

@@ -33,7 +33,7 @@ Depth = str | Sequence[str] | Callable[[str, nn.Module], bool]
 
 
 @dataclass(frozen=True)
-class Piece:
+class Span:
     """A stretch of the graph that will be one step.
 
     Attributes:
@@ -59,7 +59,7 @@ class Piece:
         return max(self.calls, key=work, default=None)
 
 
-def choose(intervals: Intervals, frontiers: Frontiers, depth: Depth = "auto") -> list[Piece]:
+def choose(intervals: Intervals, frontiers: Frontiers, depth: Depth = "auto") -> list[Span]:
     """The pieces of a graph, in order and without gaps.
 
     Args:
@@ -109,7 +109,7 @@ def _picked(intervals: Intervals, depth: Depth) -> list[Interval]:
     return outermost
 
 
-def _between(intervals: Intervals, units: Sequence[Interval], boundaries: Sequence[int]) -> list[Piece]:
+def _between(intervals: Intervals, units: Sequence[Interval], boundaries: Sequence[int]) -> list[Span]:
     pieces = []
     starts = [unit.start for unit in units]
     latest = list(itertools.accumulate((unit.stop for unit in units), max))
@@ -120,7 +120,7 @@ def _between(intervals: Intervals, units: Sequence[Interval], boundaries: Sequen
         if not units:
             named = (call for call in intervals.enclosing(start, stop) if call.path)
             inside = tuple(itertools.islice(named, 1))
-        pieces.append(Piece(start, stop, inside, _shape(intervals, start, stop)))
+        pieces.append(Span(start, stop, inside, _shape(intervals, start, stop)))
     return pieces
 
 
@@ -145,7 +145,7 @@ def _shape(intervals: Intervals, start: int, stop: int) -> str:
 # ---------------------------------------------------------------- from the modules
 
 
-def _by_modules(intervals: Intervals, frontiers: Frontiers, units: Sequence[Interval]) -> list[Piece]:
+def _by_modules(intervals: Intervals, frontiers: Frontiers, units: Sequence[Interval]) -> list[Span]:
     gaps = gaps_between(intervals, units)
     boundaries = {0, intervals.end, *(gap.position for gap in gaps if gap.width == 1)}
     first = narrowest(intervals, 0, units[0].start) if units else 0
@@ -319,11 +319,11 @@ def _repeats(intervals: Intervals, units: Sequence[Interval]) -> bool:
     return max(keys.values()) >= 3
 
 
-def _glued(intervals: Intervals, pieces: list[Piece]) -> list[Piece]:
+def _glued(intervals: Intervals, pieces: list[Span]) -> list[Span]:
     """Join norms, activations and pools to the plain layer before them, or after; never to a block."""
     plain = all(piece.shape != "block" for piece in pieces) and not intervals.has_convolutions
     of_linear_layers: dict[int, bool] = {}  # by the index of a parent
-    joined: list[Piece] = []
+    joined: list[Span] = []
     for piece in pieces:
         last = joined[-1] if joined else None
         together = last is not None and (
@@ -339,7 +339,7 @@ def _glued(intervals: Intervals, pieces: list[Piece]) -> list[Piece]:
     return joined
 
 
-def _own_items(intervals: Intervals, before: Piece, after: Piece, of_linear_layers: dict[int, bool]) -> bool:
+def _own_items(intervals: Intervals, before: Span, after: Span, of_linear_layers: dict[int, bool]) -> bool:
     """Whether two pieces are items of one Sequential of linear layers: there the author's items are the steps.
 
     What each parent was found to be is kept in ``of_linear_layers``: all its pairs of items ask the same.
@@ -359,7 +359,7 @@ def _own_items(intervals: Intervals, before: Piece, after: Piece, of_linear_laye
 # ---------------------------------------------------------------- from the operations alone
 
 
-def _by_operations(intervals: Intervals, frontiers: Frontiers) -> list[Piece]:
+def _by_operations(intervals: Intervals, frontiers: Frontiers) -> list[Span]:
     """Without usable modules (scripted, functional, fused recurrent code): regions between cuts, else repeats."""
     end = intervals.end
     rounds = {b for loop in loops_of_products(intervals.graph, frontiers, range(end)) for b in loop.boundaries}
@@ -386,8 +386,8 @@ def _by_operations(intervals: Intervals, frontiers: Frontiers) -> list[Piece]:
 
 
 def _around_rounds_of_products(
-    intervals: Intervals, frontiers: Frontiers, units: Sequence[Interval], pieces: list[Piece]
-) -> list[Piece]:
+    intervals: Intervals, frontiers: Frontiers, units: Sequence[Interval], pieces: list[Span]
+) -> list[Span]:
     """The pieces, the one of them divided in which a loop of three rounds or more runs that calls no module.
 
     Where several pieces have such a loop inside, it is a solver that belongs to a block, and the blocks are the steps.

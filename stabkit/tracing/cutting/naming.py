@@ -6,10 +6,10 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 
-from stabkit.tracing.cutting.boundaries import Piece
+from stabkit.tracing.cutting.boundaries import Span
 
 
-def names(pieces: Sequence[Piece]) -> list[str]:
+def names(pieces: Sequence[Span]) -> list[str]:
     """A unique name for every piece: its module's path, or the first and last path when it spans several."""
     raw = [_name(piece, index == len(pieces) - 1) for index, piece in enumerate(pieces)]
     total, seen = Counter(raw), Counter[str]()
@@ -20,7 +20,7 @@ def names(pieces: Sequence[Piece]) -> list[str]:
     return unique
 
 
-def _name(piece: Piece, is_last: bool) -> str:
+def _name(piece: Span, is_last: bool) -> str:
     if not piece.calls:
         return "input" if piece.start == 0 else "output" if is_last else "operations"
     main = piece.main
@@ -31,7 +31,7 @@ def _name(piece: Piece, is_last: bool) -> str:
     return label[0] if label[0] == label[1] else f"{label[0]} .. {label[1]}"
 
 
-def families(pieces: Sequence[Piece]) -> list[str]:
+def families(pieces: Sequence[Span]) -> list[str]:
     """What each piece has in common with others like it; ``""`` for pieces that stand alone.
 
     Blocks are alike by the pattern of their paths, or else by their class, or because they are calls of one module.
@@ -56,7 +56,7 @@ def families(pieces: Sequence[Piece]) -> list[str]:
     return found
 
 
-def stacks(pieces: Sequence[Piece]) -> list[str]:
+def stacks(pieces: Sequence[Span]) -> list[str]:
     """The stack of blocks that each piece belongs to (``"encoder.layers"``); ``""`` for pieces that stand alone."""
     found = []
     for piece, family in zip(pieces, families(pieces), strict=True):
@@ -65,7 +65,7 @@ def stacks(pieces: Sequence[Piece]) -> list[str]:
     return found
 
 
-def kinds(pieces: Sequence[Piece], same_space: Sequence[bool]) -> list[str]:
+def kinds(pieces: Sequence[Span], same_space: Sequence[bool]) -> list[str]:
     """``"step"`` where the space stays the same; what comes before or after all repeated blocks is a transition."""
     family = families(pieces)
     repeated = [i for i, name in enumerate(family) if name]

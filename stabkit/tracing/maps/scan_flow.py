@@ -41,14 +41,14 @@ def scans_of(flow: Flow, start: int, stop: int, fewest: int = FEWEST_ALIKE) -> t
     return tuple(s for s in found if not any(low <= s.positions[0] <= high for low, high in inside))
 
 
-def growth_over(flow: Flow, scan: Scan, seed: int = 0) -> list[float]:
+def growth_over(flow: Flow, scan: Scan) -> list[float]:
     """What a random cotangent of the last state gains on its way back over each time step, nats, in the order of time.
 
     All inputs are held fixed, and the batch is one state. It is scaled to length one after every step, so that nothing
     leaves the range of a float; minus infinity where nothing is passed on.
     """
     parameters = list(flow.model.parameters())
-    cotangents = random_tensors(scan.states[-1], seed)
+    cotangents = random_tensors(scan.states[-1], seed=0)
     found = []
     for time in range(len(scan) - 1, -1, -1):
         before, after = scan.states[time], scan.states[time + 1]

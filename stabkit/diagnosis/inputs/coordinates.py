@@ -1,0 +1,110 @@
+"""Networks of coordinates whose targets vary faster than a plain network learns: spectral bias.
+
+A map from a few coordinates to a value, by layers of ReLU or tanh, learns slow variations first, and fast ones after
+thousands of steps. Sines and cosines of the coordinates, of several frequencies, bring the fast ones within reach. They
+are tried on a copy, for the samples between those that are trained on; noise is predicted no better with them.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from stabkit.diagnosis.blocks.weights import step_of
+from stabkit.diagnosis.finding import Finding
+from stabkit.diagnosis.losses.regressions import regressions
+from stabkit.diagnosis.remedies import computed as remedies
+from stabkit.diagnosis.remedies.held_out import learnt
+from stabkit.tracing import Flow
+from stabkit.tracing.recording.containers import named_tensors
+from stabkit.tracing.recording.forward_pass import ForwardPass
+from stabkit.tracing.recording.training_pass import TrainingPass
+
+_MOST_AXES = 3  # of coordinates
+_FEWEST = 64  # samples between which variation shows
+_MOST = 4096  # samples that are compared with each other
+_SMOOTH = 0.6  # of the variance of the targets: what neighbours may differ by where there is something to learn
+_PLAIN = 0.5  # of the loss of samples between: a network that learns as much needs no help
+_FALL = 0.3  # of that loss: what features must bring
+_USUAL = (0.05, 5.0)  # the standard deviation of coordinates that lie within -1 to 1, or were standardised
+_STEPS = 100  # of every trial
+_FREQUENCIES = (2.0, 6.0, 16.0)  # standard deviations, in radians over the standard deviation of a coordinate
+_REFERENCE = "Tancik et al., Fourier features let networks learn high frequency functions, 2020; Sitzmann et al., 2020"
+
+
+def coordinate_findings(flow: Flow, loss: Any, call: ForwardPass, done: TrainingPass) -> list[Finding]:
+    """A finding where features of sines learn far more of targets that vary fast over a few coordinates.
+
+    Args:
+        flow: the traced pass.
+        loss: a callable on the output that returns a scalar.
+        call: the pass as training makes it.
+        done: its loss, on the graph.
+    """
+    given = [t for _, t in named_tensors([list(call.inputs), call.kwargs])]
+    first = _first_layer(call, done, given[0]) if len(given) == 1 else ""
+    if not first:
+        return []
+    x = given[0].detach().double()
+    spread = float(x.std(0).mean())
+    if not _USUAL[0] < spread < _USUAL[1]:
+        return []  # their size comes first
+    targets = [r.targets.detach().double() for r in regressions(done) if len(r.targets) == len(x)]
+    near = _between_neighbours(x, targets[0].flatten(1)) if targets else math.nan
+    if not near < _SMOOTH:
+        return []
+    plain = learnt(call, loss, _STEPS)
+    if plain is None or plain.other > _PLAIN:
+        return []
+    for frequency in _FREQUENCIES:
+        action = remedies.fourier_features(first, frequency / spread)
+        treated = learnt(call, loss, _STEPS, [action])
+        if treated is not None and treated.beats(plain) and treated.other > plain.other + _FALL:
+            break
+    else:
+        return []
+    evidence = (
+        f"{first} takes {x.shape[1]} coordinates, and the targets vary fast over them: {near:.0%} of their variance is "
+        f"left between nearest neighbours; tried on a copy: {_STEPS} steps of Adam on every other sample take "
+        f"{max(plain.other, 0):.0%} of the loss of those between away as it is, {treated.other:.0%} with sines and "
+        f"cosines of the coordinates, of frequencies of {frequency / spread:.3g} radians a unit, beside them"
+    )
+    return [
+        Finding(
+            kind="spectral_bias",
+            severity="warning",
+            steps=(step_of(flow, first),),
+            module_path=first,
+            confidence=1.0,
+            evidence=evidence,
+            remedy=f"give {first} Fourier features of the coordinates (sin and cos of B x, B normal of standard "
+            f"deviation {frequency / spread:.3g}), or take sines for activations, as SIREN does",
+            reference=_REFERENCE,
+            numbers={"learnt": plain.other, "learnt_with_features": treated.other, "frequency": frequency / spread},
+            actions=(action,),
+        )
+    ]
+
+
+def _first_layer(call: ForwardPass, done: TrainingPass, x: Tensor) -> str:
+    """The linear layer that takes coordinates as they are given; empty where a model does not begin so."""
+    if x.dim() != 2 or not x.is_floating_point() or x.shape[1] > _MOST_AXES or not _FEWEST <= len(x) <= _MOST:
+        return ""
+    modules = dict(call.module.named_modules())
+    ran = [modules[each.path] for each in done.calls if each.path in modules]
+    leaves = [m for m in ran if not any(True for _ in m.children())]
+    first = leaves[0] if leaves else None
+    if not isinstance(first, nn.Linear) or first.in_features != x.shape[1]:
+        return ""
+    return str(next(path for path, module in modules.items() if module is first))
+
+
+def _between_neighbours(x: Tensor, targets: Tensor) -> float:
+    """The mean square by which targets of nearest neighbours differ, over that of any two."""
+    distances = torch.cdist(x, x).fill_diagonal_(math.inf)
+    change = (targets - targets[distances.argmin(1)]).square().mean()
+    whole = 2 * (targets - targets.mean(0)).square().mean()
+    return float(change / whole) if float(whole) > 0 else math.nan
