@@ -156,6 +156,7 @@ def plan_spectra(
         demands = {step.index: work.demand(step) for step in flow.steps}
         if work.pays_to_shorten(flow, samples, [demands[index] for index in iterated]):
             few = short()
+        if few is not flow:  # which it stays where the samples cannot be had alone
             demands = {step.index: work.demand(step) for step in few.steps}
         wanted = [demands[index] for index in iterated]
         limit = share * _limit(flow, few, demands, wanted, mode)

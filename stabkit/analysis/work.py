@@ -23,7 +23,8 @@ FEWEST = 32  # and from which the largest singular value alone does: of random m
 _PER_NODE = 2e5  # operations that the call of one node is worth in a backward pass of torch's engine,
 _PER_STACKED_NODE = 4e5  # and one by one, for each of several vectors at once
 _PER_VECTOR = 2e6  # and the projected problem, for every vector of a Krylov basis
-_PER_TRACED_NODE = 1e7  # and when it is traced
+# and when it is traced anew: a millisecond of a thread whose products make 3e10 to 5e10 of them a second
+_PER_TRACED_NODE = 4e7
 # a product of two vectors with one sample is made at a lower rate than the operations of a training step: by 1.2 to 1.5
 # for the blocks of a small vision transformer
 _RATE = 1.3

@@ -35,6 +35,7 @@ from stabkit.diagnosis.non_finite.half_weights import half_weight_findings
 from stabkit.diagnosis.over_time.findings import time_findings
 from stabkit.diagnosis.over_time.verdict import judged_over_time
 from stabkit.diagnosis.remedies.trial import follows, tried
+from stabkit.diagnosis.states.batch_places import batch_place_findings
 from stabkit.diagnosis.states.running_statistics import statistics_findings
 from stabkit.diagnosis.states.samples_apart import mixed_batch_findings
 from stabkit.diagnosis.suspects import Diagnosis, Settings, broken_verdict, ordered, suspected
@@ -58,7 +59,7 @@ def with_causes(flow: FlowLike, found: Diagnosis, settings: Settings) -> Diagnos
         return found
     if unsettled := unsettled_findings(flow):  # what comes after a state that is no fixed point may follow from it
         found = replace(found, findings=tuple(ordered([*unsettled, *found.findings])))
-    if function := mixed_batch_findings(flow):
+    if function := mixed_batch_findings(flow) or batch_place_findings(flow):
         found = replace(found, findings=tuple(ordered([*found.findings, *function])))
     before, found = found, with_lost_parameters(flow, found, settings)
     if found.verdict.name == "non-finite":  # of a parameter alone

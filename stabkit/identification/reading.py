@@ -13,7 +13,7 @@ from stabkit.identification.form.chain import Link
 from stabkit.identification.form.coefficients import Coefficient, LinearCombination
 from stabkit.identification.form.flow_index import Surroundings
 from stabkit.identification.form.grouping import is_part_of_round, is_repeated
-from stabkit.identification.form.hidden_skip import hidden_skip, reaches_linearly
+from stabkit.identification.form.hidden_skip import hidden_skip, reaches_linearly, residuals_inside
 from stabkit.identification.form.normal_form import NormalForm, Stage
 from stabkit.identification.form.routing import routed
 from stabkit.identification.form.skip_past_norms import measured_skip, skip_past_norms, with_fixed_norms
@@ -21,6 +21,7 @@ from stabkit.identification.form.slots import Slots
 from stabkit.identification.form.tableau import Blocks, blocks
 from stabkit.identification.form.unseen import unseen
 from stabkit.identification.names.single import NO_STEP, Name, name_one_state
+from stabkit.identification.names.step_size import NUMBER
 from stabkit.identification.record import Identification, nothing, record_of
 from stabkit.identification.steps.around_addition import (
     masked,
@@ -50,11 +51,12 @@ from stabkit.identification.steps.implicit import (
 from stabkit.identification.steps.iterated_solves import record_of_equation, solved_step
 from stabkit.identification.steps.linear_steps import read_linear
 from stabkit.identification.steps.pairs import dense_concatenation, read_several_states
+from stabkit.identification.steps.predicted_steps import with_predicted_step
 from stabkit.identification.steps.proximal import soft_threshold
 from stabkit.identification.steps.relaxation import with_linear_part
 from stabkit.identification.steps.retraction import bent_skip, retraction
 from stabkit.identification.steps.sliding_window import sliding_window, window_of_states
-from stabkit.identification.steps.state_mixing import Mixing, mixed_by_itself, streams_mixed_by_themselves
+from stabkit.identification.steps.state_mixing import mixed_by_itself, record_of_mixing, streams_mixed_by_themselves
 from stabkit.identification.steps.streams import Streams, mixed_streams
 from stabkit.integrators import named
 from stabkit.tracing.graph.values import meta_of, operation
@@ -83,6 +85,8 @@ def read(around: Surroundings, start: int, stop: int) -> Identification:
         why = f"data choose which entries take part ({', '.join(chosen)}): the branches are those of this input"
     elif cut:
         why = f"{', '.join(cut)} cuts the gradient beside the state: this is the step of gradients, not of values"
+        if record.convention == NUMBER:
+            record = replace(record, convention=f"{NUMBER} here, and may be made of the data off the graph")
     else:
         return record
     return replace(record, evidence="measured", notes=(why, *record.notes))
@@ -135,7 +139,7 @@ def _one_state(around: Surroundings, found: Slots, steps: tuple[int, ...]) -> Id
         dense = dense_concatenation(around, found, steps)
         if dense is not None:
             return dense
-        return nothing(steps, "transition", change_of_space(links, opaque), "proven")
+        return _with_inner(around, found, nothing(steps, "transition", change_of_space(links, opaque), "proven"))
     sums = [link for link in links if link.kind == "sum"]
     maps = [link for link in links if link.kind in ("map", "join")]
     if opaque and (maps or not sums):
@@ -157,7 +161,7 @@ def _one_state(around: Surroundings, found: Slots, steps: tuple[int, ...]) -> Id
         why = f"a solver of {rounds} rounds runs inside: quotients of inner products scale directions, and are no gates"
         return nothing(steps, "iterative solver inside", why, "unknown")
     if maps:
-        return _without_skip(around, found, links, steps)
+        return _with_inner(around, found, _without_skip(around, found, links, steps))
     if not sums:
         return _without_sum(around, found, links, steps)
     first = links.index(sums[0])
@@ -201,7 +205,7 @@ def _without_skip(around: Surroundings, found: Slots, links: Sequence[Link], ste
         return retracted
     mixing = mixed_by_itself(whole)
     if mixing is not None:
-        return _self_mixed(mixing, steps)
+        return record_of_mixing(mixing, steps)
     if whole.may_hide_skip():
         why = "the state is multiplied by a factor that grows with it and has a constant in it: a skip may hide there"
         return nothing(steps, "unknown", why, "unknown")
@@ -243,6 +247,15 @@ def _without_skip(around: Surroundings, found: Slots, links: Sequence[Link], ste
     return replace(record, evidence="measured") if linear else record
 
 
+def _with_inner(around: Surroundings, found: Slots, record: Identification) -> Identification:
+    """A record of what is no step that says how many there are inside of it: bottlenecks of a part of the channels."""
+    if record.name not in ("plain", "transition"):
+        return record
+    count = residuals_inside(around.whole(record.steps[0], record.steps[-1] + 1, found))
+    why = f"{count} residual addition(s) on values inside, Euler steps of these: a finer depth shows them"
+    return replace(record, notes=(*record.notes, why)) if count else record
+
+
 def _is_projection(stage: Stage) -> bool:
     """Whether an affine stage is one of the state alone: no product with what depends on it lies before."""
     coefficients = [c for terms in stage.inputs for c in terms.values()]
@@ -257,14 +270,6 @@ def _of_streams(streams: Streams, steps: tuple[int, ...]) -> Identification:
     named = Name(f"general linear method of {n} streams", "x' = f(x), a history of states as streams", 1.0, one)
     record = record_of(named, None, steps, skip=None, residual=streams.residual, notes=(why,))
     return replace(record, method=streams.method, evidence="measured")
-
-
-def _self_mixed(mixing: Mixing, steps: tuple[int, ...]) -> Identification:
-    """A state that is multiplied by a matrix made of it."""
-    sizes = " and ".join(" by ".join(map(str, size)) for size in mixing.sizes) or "spelled as a product and a sum"
-    kind = f", {mixing.stochastic} at this input" if mixing.stochastic else ""
-    why = f"the state is multiplied by a matrix that depends on it ({sizes}{kind}): no single a describes the skip"
-    return nothing(steps, "skip by a matrix of the state", why, "measured", system="x' = M(x) x + f(x)")
 
 
 def _without_sum(around: Surroundings, found: Slots, links: Sequence[Link], steps: tuple[int, ...]) -> Identification:
@@ -294,7 +299,7 @@ def _sums(around: Surroundings, found: Slots, links: Sequence[Link], steps: tupl
     """A chain of sums; where it is no known method, that of fields which end later than where they stop to bend."""
     mixing = streams_mixed_by_themselves(around.whole(steps[0], steps[-1] + 1, found))
     if mixing is not None:
-        return _self_mixed(mixing, steps)
+        return record_of_mixing(mixing, steps)
     record = _read_sums(around, found, links, steps)
     if norms_after(links) and (fixed := with_fixed_norms(around.whole(steps[0], steps[-1] + 1, found), record)):
         return fixed
@@ -365,6 +370,7 @@ def _read_sums(around: Surroundings, found: Slots, links: Sequence[Link], steps:
         why = "some coordinates stay as they are, and scale and move the others"
         record = replace(record, name="affine coupling", skip=None, method=None, step_size=None, recorded=(),
                          system="x_2' = a(x_1) x_2 + b(x_1), x_1' = 0", notes=(why, *record.notes))  # fmt: skip
+    record = with_predicted_step(record, sums[0]) if len(sums) == 1 else record
     return with_randomness(record, sums)
 
 

@@ -114,6 +114,18 @@ def test_one_sample_is_traced_alone_where_that_saves_work():
     assert not pays_to_shorten(flow, 1, [demand(step) for step in flow.steps])
 
 
+@pytest.mark.parametrize(("training", "samples"), [(True, 1), (False, 4)])
+def test_what_a_product_costs_is_found_once_for_samples_that_are_not_had_alone(monkeypatch, training, samples):
+    """Also where it would pay to pass fewer: with dropout another pass is another network."""
+    asked = Counter()
+    monkeypatch.setattr("stabkit.analysis.work.demand", lambda step: (asked.update([step.index]), demand(step))[1])
+    model = nn.Sequential(residual(600, 2), nn.Dropout(0.1)).train(training)
+    x = torch.randn(4, 600)
+    stabkit.analyze(model, x, spectrum_samples=samples)
+    assert asked
+    assert set(asked.values()) == {1}
+
+
 def test_the_verdict_is_told_before_any_spectrum_and_faults_come_first():
     class Log:
         def __init__(self):

@@ -114,3 +114,52 @@ def test_columns_that_are_indices_or_masks_stay_as_they_are():
 
     x = torch.cat([torch.arange(2000.0, 2064.0)[:, None], Z], 1)
     assert not found(Looking(), x)
+
+
+STEP = torch.randint(0, 5000, (64,), generator=torch.Generator().manual_seed(4))
+
+
+class Joined(nn.Module):
+    """Features of size 1 and a number of a side input, joined before the first matrix."""
+
+    def __init__(self, made: Callable[[Tensor], Tensor], first: tuple[nn.Module, ...] = ()) -> None:
+        super().__init__()
+        self.made, self.f = made, network(5, first)
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        return self.f(torch.cat([x, self.made(t).reshape(-1, 1)], 1))
+
+
+def beside(made: Callable[[Tensor], Tensor], t: Tensor, targets: Tensor = TARGETS, *first: nn.Module) -> list[Finding]:
+    flow = stabkit.trace(Joined(made, first), Z, t)
+    said = stabkit.diagnose(flow, lambda out: functional.mse_loss(out, targets))
+    return [f for f in said if f.kind == "input_scale"]
+
+
+SIDE: dict[str, tuple[Callable[[Tensor], Tensor], Tensor, Callable[[Tensor], Tensor]]] = {
+    "numbers of steps": (Tensor.float, STEP, lambda t: t / 5000),
+    "years": (Tensor.float, 1950 + STEP // 100, lambda t: (t - 1975) / 15),
+    "identities": (lambda t: t.to(torch.float32) + 1, STEP * 20, lambda t: (t + 1).log() / 8),
+}
+
+
+@pytest.mark.parametrize("name", SIDE)
+def test_a_side_input_of_another_size_is_told_by_name(name: str):
+    raw, t, small = SIDE[name]
+    (told,) = beside(raw, t)
+    assert told.module_path == "f.0"
+    assert "feature 4 comes from '1'" in told.evidence
+    assert f"divide by {float(t.float().std(correction=0)):.3g}" in told.remedy
+    assert "or embed it" in told.remedy
+    assert not beside(small, t)
+    assert not beside(raw, t, TARGETS, nn.BatchNorm1d(5))
+
+
+def test_noise_that_is_learnt_by_heart_is_no_fault_of_a_side_input():
+    assert not beside(Tensor.float, STEP, torch.randn(64, 1, generator=torch.Generator().manual_seed(3)))
+    assert not beside(Tensor.float, STEP, torch.randn(64, 1, generator=torch.Generator().manual_seed(6)))
+
+
+def test_noise_beside_what_is_learnt_hides_no_side_input():
+    noise = 0.4 * torch.randn(64, 1, generator=torch.Generator().manual_seed(3))
+    assert beside(Tensor.float, STEP, TARGETS + noise)

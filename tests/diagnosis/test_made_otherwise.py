@@ -43,8 +43,25 @@ def test_a_last_block_that_adds_its_branch_in_full_is_a_fact(last):
 
 
 @pytest.mark.parametrize(
-    ("scales", "last", "path"),
-    [([0.2] * 8, {"scale": 30.0, "activate": False}, "9"), ([0.2] * 3 + [6.0] + [0.2] * 4, {"scale": 0.2}, "4")],
+    ("scales", "last", "fault"),
+    [
+        ([0.2] * 8, {"scale": 30.0, "activate": False}, ("exploding", "9")),  # far more gain than its peers
+        ([0.2] * 3 + [6.0] + [0.2] * 4, {"scale": 0.2}, ("exploding", "4")),
+        ([0.2] * 3 + [1.0] + [0.2] * 4, {"scale": 0.2}, ("unstable_step", "4")),  # as at the end, where it is a fact
+        ([0.2, 0.21] * 4, {"scale": 1.0}, ("unstable_step", "9")),  # peers that agree on no constant tell nothing
+    ],
 )
-def test_one_that_harms_or_stands_in_the_middle_is_still_a_fault(scales, last, path):
-    assert [(f.kind, f.module_path) for f in found(scales, last) if serious(f)] == [("exploding", path)]
+def test_one_that_harms_or_that_its_place_does_not_explain_is_still_a_fault(scales, last, fault):
+    told = [f for f in found(scales, last) if serious(f)]
+    assert [(f.kind, f.module_path) for f in told] == [fault]
+    assert "was made with" not in told[0].evidence
+
+
+def test_a_weight_of_odd_size_is_no_matter_of_how_a_block_was_made():
+    """Also of a last block that was made with another constant."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(16, 32), *[Block(32, 0.2) for _ in range(8)], Block(32, 0.1), nn.Linear(32, 4))
+    model[9].outer.weight.data.mul_(8.0)
+    told = stabkit.diagnose(stabkit.trace(model, torch.randn(8, 16)))
+    assert [f.module_path for f in told if serious(f)] == ["9"]
+    assert not [f for f in told if "was made with" in f.evidence]

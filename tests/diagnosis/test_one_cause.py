@@ -11,6 +11,7 @@ from torch.nn import functional
 import stabkit
 from stabkit.diagnosis import Diagnosis, examine
 from stabkit.diagnosis.finding import serious
+from stabkit.diagnosis.suspects import Settings, suspected
 
 LABELS = torch.arange(32) % 4
 POINTS = torch.randn(32, 2, generator=torch.Generator().manual_seed(1)) + 2 * functional.one_hot(LABELS, 4)[:, :2]
@@ -34,9 +35,21 @@ class Constant(nn.Module):
 
 
 def test_a_rank_that_copies_lose_is_theirs():
-    found = examine(stabkit.trace(Constant(), POINTS), lambda out: functional.cross_entropy(out, LABELS))
+    def loss(out: Tensor) -> Tensor:
+        return functional.cross_entropy(out, LABELS)
+
+    flow = stabkit.trace(Constant(), POINTS)
+    assert {"copied_units", "rank_collapse"} <= set(alarms(suspected(flow, Settings(loss))))
+    found = examine(flow, loss)
     assert alarms(found) == ["copied_units"]
-    assert [f.remedy for f in found.findings if f.kind == "rank_collapse"] == ["that of copied_units at a"]
+    (follower,) = [f for f in found.findings if f.kind == "rank_collapse"]
+    assert (follower.severity, follower.remedy, follower.actions) == ("info", "that of copied_units at a", ())
+    assert "it is gone with the remedy of copied_units at a" in follower.evidence
+    model = Constant()
+    assert stabkit.diagnosis.apply(model, found.findings[0]) > 0
+    states = model.a(POINTS).detach()
+    assert int(torch.linalg.matrix_rank(states - states.mean(0))) == 2  # as many as the input has, and not one
+    assert not alarms(suspected(stabkit.trace(model, POINTS), Settings(loss)))
 
 
 class Factors(nn.Module):

@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import math
+import re
+
 import pytest
 import torch
 from torch import nn
@@ -44,24 +47,42 @@ class Spiking(nn.Module):
         return torch.stack(kept)
 
 
+def growth_over_time(model, x):
+    """The log of the gradient norm at the first state over that at the last, by autograd alone."""
+    model, kept = model.double(), []
+    v = z = x.new_zeros(x.shape[1], 12, dtype=torch.float64)
+    for now in x.double():
+        v = model.leak * v * (1 - z) + model.into(now) + (0 if model.around is None else model.around(z))
+        v.retain_grad()
+        kept.append(v)
+        z = Spike.apply(v - 1)
+    model.out(z).square().mean().backward()
+    first, last = (state.grad.norm(dim=1).log() for state in (kept[0], kept[-1]))
+    return float((first - last).mean())
+
+
 @pytest.mark.parametrize(
-    ("recurrent", "leak", "size", "verdict", "kinds"),
+    ("recurrent", "leak", "size", "verdict", "remedy"),
     [
-        (True, 0.1, 30.0, "vanishing", ["vanishing"]),
-        (False, 0.9, 0.1, "drift", []),
-        (False, 0.1, 30.0, "vanishing", ["vanishing"]),
+        (True, 0.1, 30.0, "vanishing", "use an LSTM with open forget gates"),
+        (False, 0.9, 0.1, "drift", ""),
+        (False, 0.1, 30.0, "vanishing", "use factors of the state nearer to 1"),
     ],
 )
-def test_rounds_that_keep_what_they_put_out_are_not_judged_by_depth(recurrent, leak, size, verdict, kinds):
+def test_rounds_that_keep_what_they_put_out_are_judged_over_time(recurrent, leak, size, verdict, remedy):
     torch.manual_seed(0)
-    report = stabkit.analyze(
-        Spiking(recurrent, leak), torch.randn(12, 2, 4) * size, loss=lambda out: out[-1].square().mean(), batch_dim=1
-    )
+    model, x = Spiking(recurrent, leak), torch.randn(12, 2, 4) * size
+    report = stabkit.analyze(model, x, loss=lambda out: out[-1].square().mean(), batch_dim=1)
     assert "step" not in [step.kind for step in report.steps]
     assert report.verdict == verdict
-    assert "time steps" in str(report)
-    assert [finding.kind for finding in report.findings] == kinds
-    assert not any("norm" in finding.remedy for finding in report.findings)
+    ((whole, power),) = set(
+        re.findall(r"time steps of .*? the gradient changes by a factor of (?:10\^(-\d+)|([\d.]+))", str(report))
+    )
+    told = math.log(10.0) * int(whole) if whole else math.log(float(power))
+    # the state that is cut is the potential or the spike behind it, between which lies a part of a step
+    assert told == pytest.approx(growth_over_time(model, x), rel=0.2)
+    assert [finding.kind for finding in report.findings] == ([verdict] if remedy else [])
+    assert all(remedy in finding.remedy for finding in report.findings)
 
 
 def test_plain_layers_that_change_their_space_are_judged():

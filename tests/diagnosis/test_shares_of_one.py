@@ -129,3 +129,21 @@ class Attention(nn.Module):
 def test_attention_among_one_position_is_a_fact() -> None:
     found = said(Attention(), torch.randn(24, 1, 8, generator=torch.Generator().manual_seed(1)))
     assert [f.severity for f in found] == ["info"]
+
+
+class Mixed(nn.Module):
+    """Shares of the positions for every unit, from a bias of its own, as in state-space mixers of images."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.bias, self.head = nn.Linear(8, 6), nn.Parameter(torch.randn(6, 1)), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        states = self.first(x).transpose(1, 2)
+        return self.head((states * (states.detach() + self.bias).softmax(-1)).sum(-1))
+
+
+def test_shares_of_one_position_are_a_fact() -> None:
+    found = said(Mixed(), torch.randn(24, 1, 8, generator=torch.Generator().manual_seed(1)))
+    assert [f.severity for f in found] == ["info"]

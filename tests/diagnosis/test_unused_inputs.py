@@ -36,8 +36,10 @@ class Conditioned(nn.Module):
     def forward(self, x: Tensor, c: Tensor, t: Tensor) -> Tensor:
         if self.how == "never":
             return self.f(x)
-        condition = self.embed(c) + self.time(t)
-        return self.f(x + condition) if self.how == "used" else self.f(x)
+        embedded, time = self.embed(c), self.time(t)
+        if self.how == "of the class alone":
+            return self.f(x + embedded)
+        return self.f(x + embedded + time) if self.how == "used" else self.f(x)
 
 
 NEVER = "nothing is done with it, and nothing with embed.weight, time.weight, time.bias"
@@ -57,6 +59,17 @@ def test_conditions_that_change_nothing_are_told_with_what_was_made_for_them(how
     assert by_input.keys() == {"the input 'c'", "the input 't'"}
     assert of_class in by_input["the input 'c'"]
     assert of_time in by_input["the input 't'"]
+
+
+def test_of_two_conditions_the_one_that_changes_nothing_is_told():
+    model = Conditioned("of the class alone")
+    (told,) = found(model, X, lambda out: out.square().mean(), c=CLASSES, t=TIMES)
+    assert told.evidence.startswith("the input 't' differs between samples and changes nothing")
+    assert told.evidence.endswith("it goes into time.weight, time.bias, whose results are not used")
+    assert told.module_path == "time"
+    assert "add it to a state" in told.remedy
+    out, other = model(X, CLASSES, TIMES), model(X, CLASSES, TIMES.roll(1, 0))
+    assert torch.equal(out, other)
 
 
 def test_conditions_that_matter_or_are_the_same_for_all_raise_nothing():

@@ -108,11 +108,13 @@ def records(step, h=0.1):
 )
 @pytest.mark.parametrize("h", [0.1, -0.25])
 def test_a_composition_is_named_by_its_coefficients(step, name, h):
-    found = [record for record in records(step, h) if record.name.startswith(name)]
-    assert found
-    for record in found:
-        assert record.evidence == "proven"
-        assert record.step_size == pytest.approx(h, rel=1e-5)
+    fork, *found = records(step, h)
+    assert fork.name == "fork"
+    assert len(found) == 3  # one for each time step of the solver, and nothing beside them
+    assert all(record.name.startswith(name) for record in found)
+    assert {record.evidence for record in found} == {"proven"}
+    assert [record.step_size for record in found] == pytest.approx([h] * 3, rel=1e-5)
+    assert [index for record in found for index in record.steps] == list(range(1, found[-1].steps[-1] + 1))
 
 
 @pytest.mark.parametrize(

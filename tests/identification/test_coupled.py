@@ -208,4 +208,6 @@ def test_states_that_are_rotated_into_each_other_are_not_damped_each():
     def rule(m, x, y):
         return 0.8 * x + 0.6 * y + m.f(m.norm(x)), -0.6 * x + 0.8 * y
 
-    assert "damped Euler" not in middle(rule).name
+    found = middle(rule)
+    assert (found.name, found.evidence, found.skip) == ("unnamed", "measured", None)
+    assert found.system == "a system of 2 states"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -43,7 +44,17 @@ def test_a_recurrence_of_three_terms_beside_a_sum_is_a_method_of_three_states(pr
     torch.manual_seed(0)
     a = torch.arange(NODES)
     edges = torch.stack([torch.cat([a, (a + 1) % NODES]), torch.cat([(a + 1) % NODES, a])])
-    found = identify(trace(Chebyshev(product), torch.randn(NODES, 3), edges, batch_dim=None))
+    model = Chebyshev(product)
+    found = identify(trace(model, torch.randn(NODES, 3), edges, batch_dim=None))
     rounds = [record for record in found if record.name not in ("fork", "join", "transition")]
-    assert len(rounds) >= ROUNDS - 1
+    assert len(rounds) == ROUNDS - 1  # the first is where states become three
     assert {(r.name, r.method.states) for r in rounds} == {("general linear method of 3 states", 3)}
+    weights = model.weights.tolist()
+    for z in (0.3, -0.8):  # one after the other they sum Chebyshev polynomials, T_(n+1) = 2 z T_n - T_(n-1)
+        states, total, angle = np.array([1.0, z, 0.0]), 0.0, np.arccos(z)
+        for n, record in enumerate(rounds, 1):
+            states = np.asarray(record.method.stability_matrix(z)).real @ states
+            total += weights[n] * np.cos(n * angle)
+            assert sorted(states) == pytest.approx(
+                sorted([np.cos(n * angle), total, np.cos((n + 1) * angle)]), abs=1e-6
+            )

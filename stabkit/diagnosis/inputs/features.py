@@ -16,7 +16,7 @@ from stabkit.tracing.recording.forward_pass import ForwardPass
 
 FAR = 10.0  # root mean square of an input from which its size is a cause
 _APART = 10.0  # factor between sizes of features, from which a trial is worth its time
-_OFFSET = 5.0  # spreads that a mean lies away from zero, from which it is
+OFFSET = 5.0  # spreads that a mean lies away from zero, from which it is
 _FEWEST = 8  # samples whose mean and spread tell something
 
 
@@ -49,7 +49,7 @@ class Features:
     @property
     def uneven(self) -> bool:
         """Whether no single factor brings all features to mean 0 and spread 1, or nearly."""
-        return self.apart > _APART or self.offset > _OFFSET
+        return self.apart > _APART or self.offset > OFFSET
 
     @property
     def apart(self) -> float:
@@ -69,6 +69,15 @@ class Features:
         return ((tensor.double() - self.mean.reshape(shape)) / spread.reshape(shape)).to(tensor)
 
     @property
+    def farthest(self) -> int:
+        """The varying feature whose size is farthest from that of the others; the one off zero where sizes agree."""
+        sizes = (self.mean.square() + self.spread.square()).sqrt()
+        if self.apart > _APART or len(self.mean) == 1:
+            logs = sizes.log().where(self.spread > 0, math.nan)
+            return int((logs - logs.nanmedian()).abs().nan_to_num(-1.0).argmax())
+        return int((self.mean.abs() / self.spread).where(self.spread > 0, -1.0).argmax())
+
+    @property
     def words(self) -> str:
         """The features at the ends."""
         order = torch.argsort((self.mean.square() + self.spread.square()).where(self.spread > 0, math.nan))
@@ -86,12 +95,16 @@ def changed(call: ForwardPass, change: Callable[[Tensor], Tensor]) -> ForwardPas
 
 def features_of(flow: Flow, name: str, tensor: Tensor) -> Features | None:
     """Mean and spread along the features of an input of floats; None for masks and for what has none."""
+    by_channel = any("Convolution" in operation(node) for node in flow.steps[0].segment.nodes)
+    return features_along(name, tensor, 1 if by_channel or tensor.dim() > 3 else tensor.dim() - 1)
+
+
+def features_along(name: str, tensor: Tensor, axis: int) -> Features | None:
+    """The same along a given axis."""
     if not tensor.is_floating_point() or tensor.dim() < 2 or len(tensor) < _FEWEST or tensor.layout != torch.strided:
         return None
     numbers = tensor.detach().double()
     if not bool(numbers.isfinite().all()) or bool(((numbers == 0) | (numbers == 1)).all()):
         return None
-    by_channel = any("Convolution" in operation(node) for node in flow.steps[0].segment.nodes)
-    axis = 1 if by_channel or tensor.dim() > 3 else tensor.dim() - 1
     others = [i for i in range(tensor.dim()) if i != axis]
     return Features(name, axis, numbers.mean(others), numbers.std(others, correction=0))

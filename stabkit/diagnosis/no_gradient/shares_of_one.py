@@ -135,6 +135,8 @@ def _finding(
     flow: Flow, loss: Any, done: TrainingPass, first: Any, behind: tuple[str, ...], weighed: _Weighed
 ) -> Finding:
     path, chosen = path_of(done, first), _of_a_choice(first)
+    # a layer that gives one score does so for any input; one position is what this input has
+    single = any(done.parameters[p].dim() > 1 and len(done.parameters[p]) == 1 for p in behind)
     share = sum(done.parameters[p].numel() for p in behind) / sum(p.numel() for p in done.parameters.values())
     lines, how = listed(tuple(filter(None, weighed.lines))), next(iter(weighed.lines.values()))
     plain, treated = short_training(flow, loss), short_training(flow, loss, within=_Weighed)
@@ -148,25 +150,25 @@ def _finding(
         evidence += f", and {STEPS} steps of plain SGD take the loss {treated}, as it is {plain}"
     return Finding(
         kind="no_gradient",
-        severity="info" if _is_between_states(first) else "warning",
+        severity="warning" if chosen or single else "info",
         steps=(step_of(flow, path),),
         module_path=path,
         confidence=1.0,
         evidence=evidence,
-        remedy=_remedy(first, chosen),
+        remedy=_remedy(first, chosen, single),
         reference=_REFERENCE if chosen else "",
         numbers={"parameters": float(len(behind)), "share": share},
     )
 
 
-def _remedy(node: Any, chosen: bool) -> str:
+def _remedy(node: Any, chosen: bool, single: bool) -> str:
     if chosen:
         return (
             "take the softmax over all scores before the choice and weigh what is chosen with its share of them, "
             "without dividing by the sum of the chosen where one is chosen; or weigh it with the sigmoid of its score"
         )
-    if _is_between_states(node):
-        return "none is needed where longer sequences come: attention among one position has nothing to choose"
+    if not single:
+        return "none is needed where longer sequences, or larger images, come: of one position there is none to choose"
     shape = tuple(node._saved_result.shape) if operation(node) == "Softmax" else ()
     longer = [axis - len(shape) for axis, size in enumerate(shape) if axis > 0 and size > 1]
     along = f"take it along the axis that is chosen from (dim={longer[0]} of {shape}), or " if longer else ""
@@ -176,11 +178,6 @@ def _remedy(node: Any, chosen: bool) -> str:
 def _of_a_choice(node: Any) -> bool:
     """Whether what becomes a share was chosen among others, by moves alone."""
     return any(name in _CHOICES for name in _made_by(node))
-
-
-def _is_between_states(node: Any) -> bool:
-    """Whether it is a score of one state with another, as in attention, and none that a layer gives."""
-    return any(name == "Bmm" for name in _made_by(node))
 
 
 def _made_by(node: Any) -> list[str]:

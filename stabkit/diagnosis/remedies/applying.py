@@ -64,7 +64,8 @@ class WithFourierFeatures(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """The sum of both."""
         angles = x @ self.frequencies
-        return self.layer(x) + self.of_features(torch.cat([angles.sin(), angles.cos()], -1))
+        made: Tensor = self.layer(x) + self.of_features(torch.cat([angles.sin(), angles.cos()], -1))
+        return made
 
 
 def copied(model: nn.Module) -> nn.Module:

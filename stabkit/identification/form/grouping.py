@@ -137,8 +137,6 @@ def _half_steps(flow: Flow, start: int) -> int | None:
         return None
     if _alternates(flow, start) and (_alternates(flow, start + 2) or _alternates(flow, start - 2)):
         return start + 2
-    if _in_turn(flow, start) and (_in_turn(flow, start + 2) or _in_turn(flow, start - 2)):
-        return start + 2
     if not split_before(flow, start):
         return None
     return start + 2 if _is_shift(flow, start) and _is_shift(flow, start + 1) else None
@@ -162,21 +160,6 @@ def _alternates(flow: Flow, start: int) -> bool:
         return False
     a, b, c = (set(flow.states[i].values) for i in range(start, start + 3))
     return len(a) == len(b) == len(c) == 2 and len(a & b) == 1 and not b & c
-
-
-def _in_turn(flow: Flow, start: int) -> bool:
-    """Whether a step renews one of two streams of different shapes, and the next one the other: primal and dual."""
-    if not 0 <= start < len(flow.steps) - 1:
-        return False
-    states = [set(flow.states[i].values) for i in range(start, start + 3)]
-    renewed = []
-    for before, after in itertools.pairwise(states):
-        old, new = before - after, after - before
-        if len(old) != 1 or len(new) != 1 or meta_of(next(iter(old))).shape != meta_of(next(iter(new))).shape:
-            return False
-        renewed.append((old, new))
-    (_, first), (second, _) = renewed
-    return second <= states[0] and meta_of(next(iter(first))).shape != meta_of(next(iter(second))).shape
 
 
 def _is_shift(flow: Flow, index: int) -> bool:

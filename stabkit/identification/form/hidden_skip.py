@@ -6,6 +6,7 @@ affine, so it hides a multiple of the identity or it does not, and two random co
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -18,6 +19,7 @@ from stabkit.identification.form.pieces import Piece, pull
 from stabkit.tracing.graph.values import Value, operation, outputs_of, random_tensors
 
 _ROUNDINGS = 64.0
+_BLOCK = 500  # operations
 
 
 @dataclass(frozen=True)
@@ -107,3 +109,23 @@ def hidden_skip(piece: Piece, *, of_entries: bool = False) -> HiddenSkip | None:
     if high - low <= tolerance * abs(high):  # one number, but for rounding
         low = high = float(a.mean())
     return HiddenSkip(float(a.mean()), residual, operations, low, high)
+
+
+def residuals_inside(piece: Piece) -> int:
+    """How many additions of a piece add something to a value that it was made of, neither of which is a state of it.
+
+    They are counted where a person would: 0 for a piece of more operations than a block has.
+    """
+    if len(piece.nodes) > _BLOCK:
+        return 0
+    behind: dict[Value, set[Value]] = {}  # of every value the sums and branching points that it was made of
+    uses = Counter(v for node in piece.nodes for v in piece.inputs(node))
+    count = 0
+    for node in piece.nodes:
+        inputs = piece.inputs(node)
+        made = {v for v in inputs if uses[v] > 1 and v not in piece.ends}.union(*(behind.get(v, set()) for v in inputs))
+        if operation(node) == "Add" and len(set(inputs)) == 2:
+            a, b = inputs
+            count += a in behind.get(b, set()) or b in behind.get(a, set())
+        behind.update(dict.fromkeys((Value(node, i) for i in range(len(node._input_metadata))), made))
+    return count

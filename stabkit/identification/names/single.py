@@ -62,7 +62,7 @@ def name_one_state(found: Blocks) -> Name:
         return Name(name, "none: nothing that depends on the state is added to it", 1.0, NO_STEP)
     if not found.B.any() and a == 1.0:
         return Name("forward Euler", "x' = f(x), with a step that is zero now", h, convention)
-    if stages == 1:
+    if stages == 1 or (not found.A.any() and len({id(stage) for stage in found.rows}) == 1):
         return _single_stage(a, h, convention)
     if found.shared and found.n_fields == 1:
         return _runge_kutta(found, a, h, convention)
@@ -108,6 +108,14 @@ def _is_poly(found: Blocks, h: float) -> bool:
     )
 
 
+def _is_chain(found: Blocks) -> bool:
+    """Whether every stage but the first reads what the one before it gives out, and nothing else."""
+    s = len(found.rows)
+    below = np.eye(s, k=-1, dtype=bool)
+    alone = bool((found.A[~below] == 0).all() and (found.A[below] != 0).all())
+    return alone and not found.U[1:].any() and bool(found.U[0, 0] != 0)
+
+
 def _runge_kutta(found: Blocks, a: float, h: float, convention: str) -> Name:
     system = "x' = f(x), several stages of one field"
     if _is_poly(found, found.B.ravel()[0]):  # its stages feed on each other without the state
@@ -133,6 +141,9 @@ def _runge_kutta(found: Blocks, a: float, h: float, convention: str) -> Name:
     if _is_exponential_midpoint(found, a):
         system = "x' = f(x) - lambda x, the linear part carried on exactly, the field taken in the middle"
         return Name(f"exponential midpoint (a = {a:.3g}, DPM-Solver-2S type)", system, h, convention)
+    if _is_chain(found):
+        system = "none: sum_k c_k F^k(x), powers of one map, as filters on graphs are"
+        return Name(f"polynomial of one map (degree {len(found.rows)})", system, 1.0, "h = 1: the map as it is")
     if a != 1.0 or not np.allclose(found.U, 1.0):
         return Name("unnamed", "none that is consistent", h, convention)
     alike = [name for name, other in _catalogue(None) if _same_function(method, other)]

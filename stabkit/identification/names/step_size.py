@@ -6,6 +6,8 @@ import numpy as np
 
 from stabkit.identification.form.tableau import Blocks
 
+NUMBER = "h: the number that multiplies the branch"
+
 
 def step_size(found: Blocks) -> tuple[float, str]:
     """The step size h of a one-state method, and the convention by which it is fixed.
@@ -25,4 +27,4 @@ def step_size(found: Blocks) -> tuple[float, str]:
     h = float(np.max(sizes))
     if abs(h - 1.0) <= 1e-12:
         return 1.0, "h = 1: only the product h f can be seen"
-    return h, "h: the number that multiplies the branch"
+    return h, NUMBER

@@ -53,9 +53,26 @@ def name_several_states(found: Blocks, *, symmetric: bool | None, gated: bool) -
     couplings = _couplings(found) if r == 2 else None
     if couplings is not None:
         return couplings
+    alone = _one_beside_others(found) if r > 2 else None
+    if alone is not None:
+        return alone
     if r > 2 and len(found.rows) == 1:
         return Name(f"general linear method of {r} states", "x' = f(x), a history of states", 1.0, one)
     return Name("unnamed", f"a system of {r} states", 1.0, one)
+
+
+def _one_beside_others(found: Blocks) -> Name | None:
+    """One state moves by itself, while the others stay what they are: kept for a join, or for a decoder."""
+    r = len(found.V)
+    moved = [i for i in range(r) if found.B[i].any() or not np.array_equal(found.V[i], np.eye(r)[i])]
+    if len(moved) != 1 or found.U[:, [i for i in range(r) if i != moved[0]]].any():
+        return None
+    (i,) = moved
+    if np.delete(found.V[i], i).any():
+        return None
+    one = Blocks(found.A, found.U[:, [i]], found.B[[i]], found.V[i, i] * np.ones((1, 1)), found.fields, found.rows)
+    name = name_one_state(one)
+    return replace(name, name=f"{name.name}, beside {r - 1} states that stay") if name.is_known else None
 
 
 def _additive_coupling(found: Blocks) -> Name | None:

@@ -14,6 +14,7 @@ from torch.autograd.graph import Node
 
 from stabkit.identification.form.operations import ADDS, MOVES, SCALES
 from stabkit.identification.form.pieces import Piece
+from stabkit.identification.record import Identification, nothing
 from stabkit.identification.steps.streams import MOST_STREAMS
 from stabkit.tracing.graph.values import Value, meta_of, operation, outputs_of
 
@@ -110,3 +111,11 @@ def _kind(matrix: Tensor) -> str:
     square = matrix.shape[-1] == matrix.shape[-2]
     columns = square and bool(((matrix.sum(-2) - 1).abs() <= _STOCHASTIC).all())
     return "doubly stochastic" if columns else "of weights that sum to one"
+
+
+def record_of_mixing(mixing: Mixing, steps: tuple[int, ...]) -> Identification:
+    """The record of a state that is multiplied by a matrix made of it."""
+    sizes = " and ".join(" by ".join(map(str, size)) for size in mixing.sizes) or "spelled as a product and a sum"
+    kind = f", {mixing.stochastic} at this input" if mixing.stochastic else ""
+    why = f"the state is multiplied by a matrix that depends on it ({sizes}{kind}): no single a describes the skip"
+    return nothing(steps, "skip by a matrix of the state", why, "measured", system="x' = M(x) x + f(x)")

@@ -159,7 +159,13 @@ def _by_modules(intervals: Intervals, frontiers: Frontiers, units: Sequence[Inte
         begins = id(gap.after) in begun and intervals.taken_by(gap.position, gap.after) == 1
         if gap.width > 1 and (begins or (id(gap.before) in ended and intervals.made_in(gap.before, gap.position) == 1)):
             boundaries.add(gap.position)
-    boundaries.update(_rungs(intervals, gaps))
+        elif gap.width == 1:  # what passes the run by is split off just before it, or joined to its result just behind
+            first, last = gap.after.start, gap.before.stop
+            boundaries.update([first] * (id(gap.after) in begun and intervals.taken_by(first, gap.after) == 1))
+            boundaries.update([last] * (id(gap.before) in ended and intervals.made_in(gap.before, last) == 1))
+    rungs = _rungs(intervals, gaps)
+    if rungs:  # those inside of a round of a loop are none
+        rungs &= around_rounds(intervals, frontiers, units, boundaries | rungs)
     boundaries = around_rounds(intervals, frontiers, units, boundaries)
     positions = [gap.position for gap in gaps]
     for start, stop in itertools.pairwise(sorted(boundaries)):
@@ -167,10 +173,11 @@ def _by_modules(intervals: Intervals, frontiers: Frontiers, units: Sequence[Inte
         # no narrow boundary over most of the graph: a ladder of states that are tuples
         if len(inside) < 4 or stop - start <= 0.5 * intervals.end:
             continue
-        if not _are_stages(inside):
-            boundaries.update(gap.position for gap in inside)
-        else:
-            boundaries.update(b for b in rounds_of_lists(intervals, frontiers, units) if start < b < stop)
+        rounds = [b for b in rounds_of_lists(intervals, frontiers, units) if start < b < stop]
+        if not rounds and not _are_stages(inside):
+            rounds = [gap.position for gap in inside]
+        boundaries.update(rounds)
+    boundaries.update(rungs)
     return _glued(intervals, _between(intervals, units, sorted(boundaries)))
 
 

@@ -41,14 +41,20 @@ def around_rounds(
 
 
 def rounds_of_lists(intervals: Intervals, frontiers: Frontiers, units: Sequence[Interval]) -> list[int]:
-    """Where rounds begin and end that call the next module of each of some lists, and others that are always the same.
+    """Where rounds begin and end that call the next module of each of several lists, and others that stay the same.
 
-    Each round of a learned method has networks of its own, and one operator between them.
+    Each round of a learned method has networks of its own, and one operator between them; layers have a gate beside.
     """
     counts = Counter(unit.pattern for unit in units)
     anchors = [(unit.start, unit.stop, unit.pattern) for unit in units if counts[unit.pattern] >= _FEWEST_ROUNDS]
     loops = find_loops(intervals.graph, frontiers, anchors, numbered)
-    return [b for loop in loops if loop.count >= _FEWEST_ROUNDS for b in loop.boundaries]
+    starts = [start for start, *_ in anchors]
+    return [
+        b
+        for loop in loops
+        if loop.count >= _FEWEST_ROUNDS and sum(loop.start <= start < loop.start + loop.period for start in starts) > 1
+        for b in loop.boundaries
+    ]
 
 
 def _parts_of_rounds(

@@ -1,0 +1,163 @@
+"""What a model returns for a sample must not depend on its place in the batch.
+
+Positions that are counted along the axis of samples do that: a table of times first, added to a batch that has samples
+first. In eval mode all samples change places, and their outputs must change places with them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from stabkit.diagnosis.blocks.weights import step_of
+from stabkit.diagnosis.finding import Finding
+from stabkit.diagnosis.remedies.moved_weights import moved_weights
+from stabkit.diagnosis.states.sample_meetings import differing
+from stabkit.diagnosis.states.samples_apart import sample_count
+from stabkit.errors import StabkitError
+from stabkit.tracing import Flow
+from stabkit.tracing.recording.containers import named_tensors
+from stabkit.tracing.recording.evaluation import Evaluation, evaluated
+from stabkit.tracing.recording.forward_pass import ForwardPass
+from stabkit.tracing.recording.training_pass import calling_line
+
+_REFERENCE = "Vaswani et al., Attention is all you need, 2017, section 3.5: positions are those within a sequence"
+
+
+def batch_place_findings(flow: Flow) -> list[Finding]:
+    """A finding where outputs depend on the places of samples in their batch, with where that begins."""
+    call = flow.forward_pass
+    count = sample_count(call)
+    if flow.batch < 2 or count < 3 or _has_codes(call.module, count):
+        return []  # only where samples are kept apart, as the recording has proven: others may be compared on purpose
+    plain = _outputs(evaluated(call), count)
+    if not plain or _follows(plain, _outputs(evaluated(call, _moved(count)), count), count):
+        return []
+    if not _is_fixed(call, plain, count):
+        return []
+    first = _first(call, count)
+    if first is None:
+        return []
+    where = " in ".join(part for part in (first.line, first.path) if part)
+    begin = f"{first.name}{f' ({where})' if where else ''}"
+    evidence = (
+        f"what the model returns for a sample depends on its place in the batch of {count}, in eval mode: with the "
+        f"samples in another order their outputs are other ones; it begins at {begin}, which makes {first.shape} of "
+        "the inputs and of numbers that differ from one sample to the next whatever these are"
+    )
+    return [
+        Finding(
+            kind="mixed_samples",
+            severity="warning",
+            steps=(step_of(flow, first.path),),
+            module_path=first.path,
+            confidence=1.0,
+            evidence=evidence,
+            remedy="count positions along the axis of the sequence: of (batch, time, features) take a table of shape "
+            "(1, time, features), cut to x.size(1) and not to x.size(0)",
+            reference=_REFERENCE,
+            numbers={"samples": float(count)},
+        )
+    ]
+
+
+def _has_codes(model: nn.Module, count: int) -> bool:
+    """Whether parameters are kept for every sample, as codes that are trained with a decoder are."""
+    return any(
+        p.dim() > 1 and len(p) == count
+        for module in model.modules()
+        for p in module.parameters(recurse=False)
+        if isinstance(module, nn.Embedding) or not type(module).__module__.startswith("torch.nn")
+    )
+
+
+def _moved(count: int) -> Any:
+    return lambda t: t.roll(1, 0) if t.dim() > 0 and len(t) == count else t
+
+
+def _outputs(found: Evaluation, count: int) -> list[Tensor]:
+    made = [t.detach() for _, t in named_tensors(found.output) if t.is_floating_point()]
+    return made if all(t.dim() > 0 and len(t) == count and t.layout == torch.strided for t in made) else []
+
+
+def _follows(plain: Sequence[Tensor], other: Sequence[Tensor], count: int) -> bool:
+    """Whether outputs have changed places as the inputs have; also where that cannot be told."""
+    if len(plain) != len(other) or any(a.shape != b.shape for a, b in zip(plain, other, strict=True)):
+        return True
+    return not any(bool(differing(b, a.roll(1, 0)).any()) for a, b in zip(plain, other, strict=True))
+
+
+def _is_fixed(call: ForwardPass, plain: Sequence[Tensor], count: int) -> bool:
+    """Whether the model draws nothing, and depends on places with all weights moved, too."""
+    again = _outputs(evaluated(ForwardPass(call.model, call.module, call.inputs, call.kwargs, call.seed + 1)), count)
+    if len(again) != len(plain) or any(bool(differing(b, a).any()) for a, b in zip(plain, again, strict=True)):
+        return False
+    try:
+        with moved_weights(call.module):
+            one, two = (_outputs(evaluated(call, change), count) for change in (None, _moved(count)))
+            return bool(one) and not _follows(one, two, count)
+    except StabkitError:
+        return False
+
+
+@dataclass(frozen=True)
+class _Made:
+    """What one function of a pass returned."""
+
+    name: str
+    line: str
+    path: str
+    tensors: tuple[Tensor, ...]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.tensors[0].shape)
+
+
+class _Noting(TorchFunctionMode):
+    """Keeps what every function returns, and where it is called."""
+
+    def __init__(self, running: Evaluation) -> None:
+        super().__init__()
+        self.made: list[_Made] = []
+        self._running = running
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        out = func(*args, **(kwargs or {}))
+        tensors = tuple(t.detach().clone() for _, t in named_tensors(out, 3))
+        if tensors:
+            name = str(getattr(func, "__name__", "")).strip("_")
+            self.made.append(_Made(name, calling_line(), self._running.recording.running, tensors))
+        return out
+
+
+def _first(call: ForwardPass, count: int) -> _Made | None:
+    """The first function whose result neither stays nor changes places along some axis with the samples."""
+    modes: list[_Noting] = []
+
+    def noting(running: Evaluation) -> _Noting:
+        modes.append(_Noting(running))
+        return modes[-1]
+
+    evaluated(call, mode=noting)
+    evaluated(call, _moved(count), noting)
+    if len(modes) != 2 or [m.name for m in modes[0].made] != [m.name for m in modes[1].made]:
+        return None
+    for one, two in zip(modes[0].made, modes[1].made, strict=True):
+        if not all(_is_placed(a, b, count) for a, b in zip(one.tensors, two.tensors, strict=True)):
+            return one if count in one.shape else None
+    return None
+
+
+def _is_placed(one: Tensor, two: Tensor, count: int) -> bool:
+    if one.shape != two.shape or one.layout != torch.strided:
+        return False
+    axes = [axis for axis, size in enumerate(one.shape) if size == count]
+    return any(not bool(differing(two, each).any()) for each in (one, *(one.roll(1, axis) for axis in axes)))
