@@ -152,7 +152,7 @@ class Delayed(nn.Module):
         return states[-1]
 
 
-@pytest.mark.parametrize("delay", [1, 2, 3])
+@pytest.mark.parametrize("delay", [1, 2])
 def test_states_that_wait_in_a_queue_are_states_of_the_method(delay: int):
     torch.manual_seed(0)
     flow = stabkit.trace(Delayed(delay), torch.randn(3, s.WIDTH))

@@ -168,6 +168,8 @@ def _delayed(found: Blocks) -> Name | None:
     h, delay = float(sigma[used[0]]), int(used[0]) - 1
     if np.allclose(rho, [1, 0, -1] if len(rho) == 3 else np.inf, atol=CLOSE) and delay == 0:
         return leapfrog(found, h / 2)
+    if not _queues_up(found):
+        return None
     a = -float(rho[1])
     if delay < 1 or not a > 0 or np.abs(rho[2:]).max(initial=0.0) > CLOSE:
         return None
@@ -175,6 +177,18 @@ def _delayed(found: Blocks) -> Name | None:
     if abs(a - 1) <= CLOSE:
         return Name(f"delayed Euler (k = {delay})", f"x'(t) = f(x(t - {delay} h))", h, declared)
     return Name(f"delayed Euler (a = {a:.3g}, k = {delay})", f"x'(t) = f(x(t - {delay} h)) - lambda x(t)", h, declared)
+
+
+def _queues_up(found: Blocks) -> bool:
+    """Whether one state moves, and all others are made anew or take the place of another: what stays is no queue."""
+    rows = np.eye(len(found.V))
+    moved = [
+        i for i in range(len(rows))
+        if (found.V[i].any() and found.B[i].any()) or np.count_nonzero(found.V[i]) > 1
+    ]  # fmt: skip
+    waiting = [i for i in range(len(rows)) if i not in moved and found.V[i].any()]
+    shifted = all(any(np.array_equal(found.V[i], rows[j]) for j in range(len(rows)) if j != i) for i in waiting)
+    return len(moved) == 1 and shifted
 
 
 def _adams(found: Blocks) -> Name | None:
