@@ -135,7 +135,7 @@ def open_model(source: str, options: Options) -> Opened:
 
 
 def _open(path: Path, options: Options) -> Opened:
-    """What the first of ``FORMATS`` that knows the path makes of it."""
+    """What the first of ``FOLDERS`` or ``FILES`` that knows the path makes of it."""
     formats = FOLDERS if path.is_dir() else FILES
     if formats is FILES:
         regular_file(path)

@@ -18,7 +18,9 @@ from stabkit.parallel import SERIAL, Parallel
 from stabkit.tracing import FlowLike, Iteration
 from stabkit.tracing.flow_checks import traced
 
-_NOTHING_READ = frozenset({"unknown", "not a step", "part of a step", "plain", "transition", "unnamed"})
+_NOTHING_READ = frozenset(
+    {"unknown", "not a step", "part of a step", "plain", "transition", "transformed skip", "unnamed"}
+)
 _OVER_TIME = ("linear recurrence", "diagonal skip")  # what a step over time is called that is seen by itself
 _COARSE = ("unnamed", "gated skip", "damped Euler, parallel")  # readings that single steps may better
 

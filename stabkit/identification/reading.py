@@ -20,11 +20,15 @@ from stabkit.identification.form.skip_past_norms import measured_skip, skip_past
 from stabkit.identification.form.slots import Slots
 from stabkit.identification.form.tableau import Blocks, blocks
 from stabkit.identification.form.unseen import unseen
+from stabkit.identification.names.sequences import name_sequence, says_less
 from stabkit.identification.names.single import NO_STEP, Name, name_one_state
 from stabkit.identification.names.step_size import NUMBER
+from stabkit.identification.names.weighed import gates_of_stages, name_weighed
 from stabkit.identification.record import Identification, nothing, record_of
+from stabkit.identification.steps.additions import depends_on_input, last_sum, linear_links, notes_of_sums
 from stabkit.identification.steps.around_addition import (
     masked,
+    normalised_at_the_end,
     normalises,
     norms_after,
     rectifies,
@@ -227,7 +231,7 @@ def _without_skip(around: Surroundings, found: Slots, links: Sequence[Link], ste
             return nothing(steps, "projection shortcut", why, "proven")
     past = skip_past_norms(whole, links, steps)
     form = around.normal_form(steps[0], steps[-1] + 1, found)
-    table = None if _depends(form) else blocks(form, found.contexts)
+    table = None if depends_on_input(form) else blocks(form, found.contexts)
     if table is not None and len(table.rows) > 1 and not notes:
         named = name_one_state(table)
         if named.name != "plain" or past is None:
@@ -321,12 +325,14 @@ def _read_sums(around: Surroundings, found: Slots, links: Sequence[Link], steps:
     total = None if after else _total(around, found, steps, links)
     if total is not None and total.kind in ("moved", "mixed"):
         return nothing(steps, "not a step", "the skip moves or mixes coordinates", "measured")
-    parts = _linear_links(links)
+    parts = linear_links(links)
     tables = [blocks(p.form, found.contexts, moves_cancel=total is not None or p.kind == "scaling") for p in parts]
     if any(table is None for table in tables):
         return nothing(steps, "not a step", "the skip moves, mixes or drops coordinates", "measured")
     table, *others = [t for t in tables if t is not None]
-    last = _last_sum(parts, [table, *others]) if norms_after(links) else None
+    at_the_end = normalised_at_the_end(links)
+    last = last_sum(parts, [table, *others]) if norms_after(links) and not at_the_end else None
+    pairs = [(part.form, found) for part, found in zip(parts, (table, *others), strict=True)]
     for other in others:
         table = table.then(other)
     if total is not None and total.kind == "scalar":
@@ -338,11 +344,15 @@ def _read_sums(around: Surroundings, found: Slots, links: Sequence[Link], steps:
     if relaxed is not None:
         table = relaxed[0]
     composed = with_composite_fields(table) if last is None and table.shared and len(sums) == 1 else None
+    gates = gates_of_stages(sums)
     if composed is None and last is None and len(sums) == 1 and not name_one_state(table).is_known:
         composed = as_one_field(table)
-    if composed is not None and name_one_state(composed).is_known:
+    if composed is not None and (gates or name_one_state(composed).is_known):
         table = composed
     named = as_diffusion(name_one_state(table if last is None else last), sums, table)
+    if last is None and (at_the_end or not named.is_known or says_less(named, sums)):
+        named = name_sequence(pairs) or named
+    named = (name_weighed(table, gates) if gates and last is None else None) or named
     by_rates = by_coordinates(sums[0], found.contexts, named) if len(parts) == 1 and last is None else None
     if by_rates is not None:
         table, named, own_rates = by_rates
@@ -352,8 +362,10 @@ def _read_sums(around: Surroundings, found: Slots, links: Sequence[Link], steps:
     record = record_of(named, table, steps, skip=float(table.V[0, 0]), residual=residual, after=after)
     record = replace(
         record,
-        evidence="proven" if kinds <= {"scalar"} and named.is_known and not any(map(_depends, sums)) else "measured",
-        notes=(*own_rates, *masked(kinds), *_linear_part(relaxed), *_notes(around, sums, table), *record.notes),
+        evidence="proven"
+        if kinds <= {"scalar"} and named.is_known and not any(map(depends_on_input, sums))
+        else "measured",
+        notes=(*own_rates, *masked(kinds), *_linear_part(relaxed), *notes_of_sums(around, sums, table), *record.notes),
         checks=_checks(sums, table) if around.checks else (),
     )
     if not any(link.kind == "weightless" for link in links[:first]):
@@ -361,7 +373,7 @@ def _read_sums(around: Surroundings, found: Slots, links: Sequence[Link], steps:
     threshold = soft_threshold(around.flow, steps[-1] + 1, links[-1]) if behind else None
     record = with_projection(
         record, norms_after(links), len(sums), rectified=all(map(rectifies, behind)), threshold=threshold,
-        bends=not all(map(normalises, behind)),
+        bends=not all(map(normalises, behind)), whole=at_the_end,
     )  # fmt: skip
     record = with_gates(record, kinds, sums)
     if "gate" in kinds and is_affine_coupling(
@@ -374,64 +386,10 @@ def _read_sums(around: Surroundings, found: Slots, links: Sequence[Link], steps:
     return with_randomness(record, sums)
 
 
-def _last_sum(parts: Sequence[Link], tables: Sequence[Blocks]) -> Blocks:
-    """The tableau of the last addition, with the scalings before it; one with norms around it has its own step size."""
-    added = [i for i, part in enumerate(parts) if part.kind == "sum"]
-    last = max([i for i in added if tables[i].rows] or added)  # what does not depend on the state is no branch
-    first = max((i + 1 for i, part in enumerate(parts[:last]) if part.kind == "sum"), default=0)
-    table, *others = tables[first : last + 1]
-    for other in others:
-        table = table.then(other)
-    return table
-
-
-def _depends(form: NormalForm) -> bool:
-    """Whether some coefficient of the tableau is that of a gate or of some entries, so that it holds for this input."""
-    stages = [c for stage in form.stages for terms in stage.inputs for c in terms.values()]
-    return any(c.kind == "gate" for c in form.forms[0].values()) or any(c.kind in ("gate", "part") for c in stages)
-
-
-def _linear_links(links: Sequence[Link]) -> list[Link]:
-    """Sums and the scalings around them; one after a norm or an activation is a part of that."""
-    found, after = [], False
-    for link in links:
-        after = link.kind == "weightless" or (after and link.kind == "scaling")
-        if link.kind in ("sum", "scaling") and not after:
-            found.append(link)
-    return found
-
-
 def _linear_part(relaxed: tuple[Blocks, float] | None) -> tuple[str, ...]:
     if relaxed is None:
         return ()
     return (f"the field is f(x) = g(x) - {relaxed[1]:.4g} x: its linear part was told from the inputs of the stages",)
-
-
-def _notes(around: Surroundings, sums: Sequence[NormalForm], table: Blocks) -> tuple[str, ...]:
-    notes = []
-    count = len(sums)
-    if count > 1:
-        notes.append(f"{count} additions, each a step of its own" + (": a splitting" if table.n_fields > 1 else ""))
-    learned = dict.fromkeys(text for form in sums for text in around.learned_factors(form.piece))
-    if learned:
-        notes.append(f"learned factors: {', '.join(learned)}")
-    coefficients = [c for form in sums for atom, c in form.forms[0].items() if atom not in form.piece.ends]
-    for c in coefficients:
-        if c.kind == "diagonal":
-            notes.append(f"every channel has a step of its own (LayerScale), {c.low:.3g} to {c.high:.3g}")
-        if c.kind == "part":
-            notes.append("the branch is added to some entries only")
-        if c.kind == "scalar" and c.value < 0 and len(coefficients) == 1:
-            notes.append("the branch is subtracted: f is minus what the code calls so")
-        if c.kind == "dropout":
-            notes.append("dropout after the branch counts as part of it")
-        if c.kind == "scalar" and c.value == 0.0 and len(coefficients) == 1:
-            notes.append("a branch is multiplied by zero now: the step is the identity until training moves it")
-    if any(stage.opaque for form in sums for stage in form.stages):
-        notes.append("the field is opaque: only the step around it was read")
-    if table.shared and len(table.rows) > 1:
-        notes.append(f"{len(table.rows)} stages share weights")
-    return tuple(dict.fromkeys(notes))
 
 
 def _checks(sums: Sequence[NormalForm], table: Blocks) -> tuple[Check, ...]:

@@ -105,3 +105,41 @@ def test_an_input_that_every_layer_reads_is_no_growing_history():
     torch.manual_seed(0)
     found = identify(trace(First(), torch.randn(3, WIDTH)))
     assert not [record for record in found if "growing history" in record.name]
+
+
+class Rollout(nn.Module):
+    """Positions of a second-order system, all of which are returned, though each needs the last two alone."""
+
+    def __init__(self, how):
+        super().__init__()
+        self.how, self.f, self.g = (
+            how,
+            dense(WIDTH),
+            nn.Sequential(nn.Linear(2 * WIDTH, 9), nn.Tanh(), nn.Linear(9, WIDTH)),
+        )
+
+    def force(self, x, older):
+        if self.how == "position":
+            return self.f(x)
+        return self.g(torch.cat([x, x - older if self.how == "velocity" else older], -1))
+
+    def forward(self, x):
+        older, kept = 0.9 * x, []
+        for _ in range(5):
+            x, older = 2 * x - older + 0.25 * self.force(x, older), x
+            kept.append(x)
+        return torch.stack(kept).transpose(0, 1) if self.how == "older" else torch.stack(kept, 1)
+
+
+@pytest.mark.parametrize("how", ["position", "velocity", "older"])
+def test_states_that_are_kept_for_the_output_alone_are_no_history(how):
+    """A trajectory is a list of states, and a step of it reads no more of them than the method does."""
+    torch.manual_seed(0)
+    found = identify(trace(Rollout(how), torch.randn(3, WIDTH)))
+    named = [record for record in found if record.name.startswith("second_order_leapfrog")]
+    assert len(named) >= 3
+    assert {record.name for record in named} == {
+        "second_order_leapfrog" if how == "position" else
+        "second_order_leapfrog (Stormer-Verlet, position form), force of position and velocity"
+    }  # fmt: skip
+    assert {(record.evidence, round(record.step_size, 6)) for record in named} == {("proven", 0.5)}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from torch.autograd.graph import Node
@@ -123,6 +123,19 @@ def recorded_field(
     known = [n for n in piece.nodes if n in edges]
     ways = tuple((graph.rank[n], tuple(_place(graph, v) for v in edges[n])) for n in known)
     return RecordedField(_place(graph, begin), _place(graph, end), ways, divisor)
+
+
+def together(fields: Sequence[RecordedField | None]) -> RecordedField | None:
+    """Several evaluations that are added with weights as one field, whose weight is their sum; None where not told."""
+    known = [field for field in fields if field is not None]
+    if len(known) < len(fields) or len({(f.source, f.target, f.linear) for f in known}) > 1:
+        return None
+    taken: dict[int, list[Place]] = {}
+    for field in known:
+        for position, places in field.nodes:
+            taken.setdefault(position, []).extend(p for p in places if p not in taken.get(position, ()))
+    nodes = tuple((position, tuple(places)) for position, places in sorted(taken.items()))
+    return replace(known[0], nodes=nodes, divisor=sum(field.divisor for field in known))
 
 
 def _follow(piece: Piece, begin: Value, path: Collection[Node], edges: dict[Node, list[Value]]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -12,9 +13,9 @@ import torch
 from torch import Tensor
 
 from stabkit.identification.form.operations import ADDS, PRODUCTS
-from stabkit.identification.form.pieces import Piece
+from stabkit.identification.form.pieces import ADDED, Piece
 from stabkit.results import Result
-from stabkit.tracing.graph.values import Value, meta_of, operation, standard_normal
+from stabkit.tracing.graph.values import Value, meta_of, operation, outputs_of, standard_normal
 from stabkit.vocabulary import moves
 
 _ROUNDINGS = 8.0
@@ -86,6 +87,8 @@ class LinearCombination:
         if factors.is_complex():
             return Coefficient("mixed", float(factors.abs().mean()), 0.0, float(factors.abs().max()), 1.0)
         nothing = not bool(factors.any())
+        if is_stage and (total := _of_copies(factors, meta.shape, self._dtype)) is not None:
+            return total
         if is_stage and (nothing or not _is_constant(factors, self._dtype)) and self._adds_entries(atom, factors):
             return Coefficient("scalar", 1.0, float(factors.min()), float(factors.max()), 0.0)
         if nothing:
@@ -93,7 +96,7 @@ class LinearCombination:
             return Coefficient("scalar", 0.0, 0.0, 0.0, 0.0) if is_stage else None
         if self._spreads_inside or atom in self._spread:
             factors = factors * (meta_of(atom).numel / meta.numel)
-        kind, number = _kind(factors, meta.numel, self._dtype, gated=self._is_gated, masked=self._is_masked)
+        kind, number = _kind(factors, meta.numel, self._dtype, gated=atom in self._gated, masked=self._is_masked)
         low, high = float(factors.min()), float(factors.max())
         sample = float(factors.reshape(-1)[0]) if kind == "diagonal" else None
         found = Coefficient(kind, number, low, high, 0.0, sample)
@@ -155,8 +158,17 @@ class LinearCombination:
         return any(not bool((t != 0).all()) for t in self._constants)
 
     @cached_property
-    def _is_gated(self) -> bool:
-        return self.piece.is_gated(self.path)
+    def _gated(self) -> set[Value]:
+        """The atoms of which something arrives past a product with what depends on the state."""
+        found, after = set[Value](), set[Value]()
+        for node in reversed(self.piece.nodes):
+            if node not in self.path:
+                continue
+            gated = self.piece.is_gated({node}) or any(v in after for v in outputs_of(node))
+            if gated:
+                after.update(self.piece.linear[node])
+                found.add(Value(node, ADDED))
+        return after | found
 
     @cached_property
     def _spread(self) -> set[Value]:
@@ -223,6 +235,27 @@ class LinearCombination:
         sizes = [np.sort(t.abs().numpy(), axis=1) for t in (s, w)]
         moved = float(np.linalg.norm(sizes[0] - sizes[1]) / w.norm()) <= _tolerance(self._dtype)
         return Coefficient("moved" if moved else "mixed", guess.value, guess.low, guess.high, residual)
+
+
+def _of_copies(factors: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Coefficient | None:
+    """The coefficient of a field that several copies of a batch are given to at once, and that is their combination.
+
+    Copies come one after the other along the batch (classifier-free guidance), each with one weight; what multiplies
+    the field is the sum of these. None where there are no copies, or the weights cancel.
+    """
+    if factors.dim() != len(shape) or not shape or factors.shape[1:] != torch.Size(shape[1:]):
+        return None
+    copies, rest = divmod(factors.shape[0], shape[0]) if shape[0] else (0, 0)
+    if copies < 2 or rest:
+        return None
+    rows = factors.detach().double().cpu().reshape(copies, -1)
+    total, largest = float(rows[:, 0].sum()), float(rows.abs().max())
+    if (
+        float((rows - rows[:, :1]).abs().max()) > _tolerance(dtype) * largest
+        or abs(total) <= _tolerance(dtype) * largest
+    ):
+        return None
+    return Coefficient("scalar", _number(torch.tensor([total]), dtype), float(rows.min()), float(rows.max()), 0.0)
 
 
 def _of_samples(factors: Tensor, kept: float, dtype: torch.dtype) -> Coefficient | None:

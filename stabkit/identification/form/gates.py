@@ -21,6 +21,8 @@ _BETWEEN = MOVES | SCALES | ADDS | PRODUCTS
 #: Operations that may follow an inner product.
 _OF_ONE = frozenset({"Conj", "Pow", "Real", "ViewAsReal"})
 
+_WEIGHTS = frozenset({"SafeSoftmax", "Sigmoid", "Softmax"})
+
 Inputs = Callable[[Node], Sequence[Value]]
 
 
@@ -101,3 +103,57 @@ def _is_inner_product(value: Value, inputs: Inputs, of_state: Collection[Value],
         else:
             return False
     return found
+
+
+def weights_of_stages(
+    products: Sequence[Value], inputs: Inputs, ends: Collection[Value]
+) -> dict[Node, tuple[Value, Value]]:
+    """Products g k_1 and (1 - g) k_2 of stages of one step with gates that one sigmoid or softmax gave out.
+
+    One of the stages is evaluated at what the other gave: they are stages of a method, and no experts at one point.
+
+    Args:
+        products: with both factors made of states, that are added to one.
+        inputs: the inputs of an operation that depend on states or on what is held fixed.
+        ends: the states, and what is held fixed.
+
+    Returns:
+        By operation, the gate and what it weighs.
+    """
+    groups: dict[Value, dict[Node, tuple[Value, Value]]] = {}
+    for product in products:
+        given = list(dict.fromkeys(inputs(product.node)))
+        for gate, weighed in (given, given[::-1]) if len(given) == 2 else ():
+            root = _root_of_weight(gate, inputs, ends)
+            if root is not None and _root_of_weight(weighed, inputs, ends) is None:
+                groups.setdefault(root, {})[product.node] = gate, weighed
+    found: dict[Node, tuple[Value, Value]] = {}
+    for group in groups.values():
+        gates, stages = zip(*group.values(), strict=True)
+        if len(set(gates)) > 1 and any(a != b and _is_made_of(a, b, inputs, ends) for a in stages for b in stages):
+            found.update(group)
+    return found
+
+
+def _root_of_weight(value: Value, inputs: Inputs, ends: Collection[Value]) -> Value | None:
+    """The sigmoid or softmax of which a value is a part or what it leaves of one; None where it is no such."""
+    while value not in ends:
+        if operation(value.node) in _WEIGHTS:
+            return value
+        given = inputs(value.node)
+        if len(given) != 1 or operation(value.node) not in MOVES | ADDS | SCALES:
+            return None
+        value = given[0]
+    return None
+
+
+def _is_made_of(value: Value, wanted: Value, inputs: Inputs, ends: Collection[Value]) -> bool:
+    stack, seen = [value], set[Value]()
+    while stack:
+        v = stack.pop()
+        if v == wanted:
+            return True
+        if v not in seen and v not in ends:
+            seen.add(v)
+            stack.extend(inputs(v.node))
+    return False

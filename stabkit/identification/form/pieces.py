@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import Node
 
-from stabkit.identification.form.gates import adds_constant, is_gate
+from stabkit.identification.form.gates import adds_constant, is_gate, weights_of_stages
 from stabkit.identification.form.operations import (
     ADDENDS,
     ADDS,
@@ -99,6 +99,7 @@ class Piece:
             self._sort(node)
         self.gates = self._find_gates()
         self._gate_products()
+        self._weigh_stages()
 
     def inputs(self, node: Node) -> list[Value]:
         """The inputs of a node that depend on the sources, one entry for every edge."""
@@ -301,6 +302,15 @@ class Piece:
                     self.linear[node] = [other]
                     self._gating[node] = gate
                     break
+
+    def _weigh_stages(self) -> None:
+        """A product with a gate that weighs a stage against another one is linear in it: g k_1 + (1 - g) k_2."""
+        made = [v for target in self.targets if target in self.carrying for v in self.expand(target)[0]]
+        products = [v for v in made if v not in self.ends and operation(v.node) == "Mul" and v.node not in self.owned]
+        if len(products) > 1:
+            for node, (gate, weighed) in weights_of_stages(products, self.inputs, self.ends).items():
+                self.linear[node] = [weighed]
+                self._gating[node] = gate
 
     def is_gated(self, path: set[Node]) -> bool:
         """Whether a path passes a product with a tensor that depends on the state."""

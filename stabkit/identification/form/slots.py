@@ -59,7 +59,7 @@ def slots(flow: Flow, start: int, stop: int, loops: Sequence[Loop] = ()) -> Slot
         return _arranged(graph, nodes, old, new, tuple(v for v in before.values if v in used and v not in old))
     if stop < len(flow.steps):
         end = flow.states[stop + 1].position
-        last = {v.node for v in flow.states[-1].values if operation(v.node) in JOINS}  # it collects what was returned
+        last = collectors(flow)
         later = {v for node in graph.nodes[after.position : end] if node not in last for v in graph.inputs[node]}
         new = [v for v in after.values if v in later]
     else:
@@ -77,6 +77,19 @@ def slots(flow: Flow, start: int, stop: int, loops: Sequence[Loop] = ()) -> Slot
     contexts = _contexts(flow, start, old, new)
     old, new = [v for v in old if v not in contexts], [v for v in new if v not in contexts]
     return _arranged(graph, nodes, old, new, (*contexts, *(v for v in fed if v in before.values)))
+
+
+def collectors(flow: Flow) -> set[Node]:
+    """The joins, if any, that put what was kept for it side by side as the output, which may be moved after that."""
+    values = list(flow.states[-1].values)
+    found: set[Node] = set()
+    while values:
+        value = values.pop()
+        if operation(value.node) in JOINS:
+            found.add(value.node)
+        elif operation(value.node) in _REARRANGE:
+            values.extend(flow.recorded.graph.inputs.get(value.node, ()))
+    return found
 
 
 def _held_for_later(flow: Flow, old: list[Value], new: list[Value], stop: int) -> tuple[Value, ...]:
@@ -114,7 +127,7 @@ def _with_waiting(flow: Flow, nodes: Sequence[Node], dropped: list[Value], stop:
     join at the end, does not count as read.
     """
     graph, after = flow.recorded.graph, flow.states[stop]
-    last = {v.node for v in flow.states[-1].values if operation(v.node) in JOINS}
+    last = collectors(flow)
     read = {v for node in graph.nodes[after.position :] if node not in last for v in graph.inputs[node]}
     made, follows = set(nodes), set(dropped)
     for node in nodes:

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
-from stabkit.identification.fields.recorded_fields import RecordedField, recorded_field
+from stabkit.identification.fields.recorded_fields import RecordedField, recorded_field, together
 from stabkit.identification.form.coefficients import Coefficient
 from stabkit.identification.form.normal_form import NormalForm, Stage, Terms
 from stabkit.integrators import GeneralLinearMethod
 from stabkit.tracing.graph.values import Value
 
 Matrix = npt.NDArray[np.float64]
+_ZERO = 1e-6  # of weights in single precision
 #: Coefficients between states that a scalar test problem can stand for.
 _NUMBERS = frozenset({"scalar", "diagonal", "gate", "dropout", "masked", "samples"})
 
@@ -32,6 +33,7 @@ class Blocks:
         fields: the field of every row; rows of one field share weights.
         rows: the stage behind every row.
         recorded: where the field of every row was recorded.
+        guided: the weights of several calls of one network at one point that make one field; empty for others.
     """
 
     A: Matrix
@@ -41,6 +43,7 @@ class Blocks:
     fields: tuple[int, ...]
     rows: tuple[Stage, ...]
     recorded: tuple[RecordedField | None, ...] = ()
+    guided: tuple[float, ...] = ()
 
     @classmethod
     def single(cls, a: float) -> Blocks:
@@ -72,7 +75,8 @@ class Blocks:
         places = [*((self.rows, i) for i in range(size)), *((other.rows, i) for i in range(more))]
         fields = tuple(seen.setdefault((stages[i].key, _number(stages, i)), len(seen)) for stages, i in places)
         return Blocks(A, np.vstack([self.U, other.U @ self.V]), np.hstack([other.V @ self.B, other.B]),
-                      other.V @ self.V, fields, rows, (*self.recorded, *other.recorded))  # fmt: skip
+                      other.V @ self.V, fields, rows, (*self.recorded, *other.recorded),
+                      self.guided or other.guided)  # fmt: skip
 
     def method(self, h: float) -> GeneralLinearMethod:
         """The method with z = h times the eigenvalue of a field's Jacobian."""
@@ -132,8 +136,9 @@ def blocks(
             elif atom not in contexts:
                 B[i, [j for j, output in enumerate(outputs) if output == atom]] = _of_stage(coefficient, one_coordinate)
     before = [{**dict(zip(states, U[i], strict=True)), **dict(zip(outputs, A[i], strict=True))} for i in range(size)]
+    calls = _calls_of_one_network([stage for stage, _ in rows], A, U, B)
     for j in range(size):  # the sign of a field that is used once belongs to the field
-        if counts[rows[j][0].key] == 1 and B[B[:, j] != 0, j][:1].sum() < 0:
+        if counts[rows[j][0].key] == 1 and not any(j in group for group in calls) and B[B[:, j] != 0, j][:1].sum() < 0:
             A[:, j], B[:, j] = -A[:, j], -B[:, j]
     numbers: dict[tuple[object, ...], int] = {}
     fields = [numbers.setdefault((stage.key if counts[stage.key] > 1 else id(stage), i), len(numbers))
@@ -141,7 +146,59 @@ def blocks(
     recorded = tuple(
         recorded_field(form, *rows[j], before[j], float(B[B[:, j] != 0, j][:1].sum())) for j in range(size)
     )
-    return _without_twins(Blocks(A, U, B, V, tuple(fields), tuple(stage for stage, _ in rows), recorded))
+    found = _without_twins(Blocks(A, U, B, V, tuple(fields), tuple(stage for stage, _ in rows), recorded))
+    return _guided(found, calls) if calls and len(found.rows) == size else found
+
+
+def _calls_of_one_network(stages: Sequence[Stage], A: Matrix, U: Matrix, B: Matrix) -> list[tuple[int, ...]]:
+    """Rows that evaluate one network anew at one point, with other values held fixed, and are used together.
+
+    Wherever one of them enters, the others do with the same weights, which do not sum to zero; the weights are those
+    of every such group, since they make one field. Parts of one evaluation, as a graph gives both ends of an edge, are
+    fields by themselves.
+    """
+    groups: dict[object, list[int]] = {}
+    for i, stage in enumerate(stages):
+        groups.setdefault((_network(stage), A[i].tobytes(), U[i].tobytes()), []).append(i)
+    found: list[tuple[int, ...]] = []
+    known: Matrix | None = None
+    for group in groups.values():
+        keys = {stages[i].key for i in group}
+        apart = len(set().union(*(stages[i].nodes for i in group))) == sum(len(stages[i].nodes) for i in group)
+        uses = np.concatenate([A[:, group], B[:, group]])
+        largest = uses[np.abs(uses).sum(axis=1).argmax()]
+        if len(group) < 2 or len(keys) < len(group) or not apart or abs(largest.sum()) <= _ZERO * np.abs(largest).max():
+            continue
+        weights = largest / largest.sum()
+        together = np.allclose(uses, uses.sum(axis=1, keepdims=True) * weights, atol=_ZERO * np.abs(uses).max())
+        if not together or (known is not None and (len(known) != len(weights) or not np.allclose(known, weights))):
+            return []
+        known = weights
+        found.append(tuple(group))
+    return found
+
+
+def _network(stage: Stage) -> tuple[object, ...]:
+    """What two stages of one network have in common that give different things at one point."""
+    return tuple(part for part in stage.key if not isinstance(part, int))
+
+
+def _guided(found: Blocks, calls: Sequence[tuple[int, ...]]) -> Blocks:
+    """Calls of one network at one point taken together, as one field: classifier-free guidance."""
+    A, B, recorded = found.A.copy(), found.B.copy(), list(found.recorded)
+    first = list(calls[0])
+    uses = np.concatenate([A[:, first], B[:, first]])
+    largest = uses[np.abs(uses).sum(axis=1).argmax()]
+    for group in calls:
+        i, rows = group[0], list(group)
+        recorded[i] = together([recorded[j] for j in rows])
+        A[:, i], B[:, i] = A[:, rows].sum(axis=1), B[:, rows].sum(axis=1)
+    gone = {j for group in calls for j in group[1:]}
+    kept = [i for i in range(len(found.rows)) if i not in gone]
+    fields = tuple(found.fields[i] for i in kept)
+    rows_kept, told = tuple(found.rows[i] for i in kept), tuple(recorded[i] for i in kept)
+    weights = tuple(float(w) for w in largest / largest.sum())
+    return Blocks(A[np.ix_(kept, kept)], found.U[kept], B[:, kept], found.V, fields, rows_kept, told, weights)
 
 
 def _without_twins(found: Blocks) -> Blocks:

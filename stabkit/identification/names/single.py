@@ -73,7 +73,24 @@ def name_one_state(found: Blocks) -> Name:
     if not found.A.any():
         what = "forward Euler, parallel branches" if a == 1.0 else _scaled("parallel branches", a)
         return Name(what, "x' = f_1(x) + f_2(x) + ..., all evaluated at one point", h, convention)
-    return Name(_composed(found, h, a), "x' = f_1(x) + f_2(x) + ...", h, convention)
+    return _tableau_of_own_fields(found) or Name(_composed(found, h, a), "x' = f_1(x) + f_2(x) + ...", h, convention)
+
+
+def _tableau_of_own_fields(found: Blocks) -> Name | None:
+    """The Runge-Kutta method whose numbers a step has, with another field at every stage; None where it has others.
+
+    Such stages are those of x' = f(x, t) where the weights follow t; what order they make is that of one field alone.
+    """
+    h, own = float(found.B.sum()), len({id(stage) for stage in found.rows}) == found.n_fields == len(found.fields)
+    if not own or h <= 0 or np.count_nonzero(found.B) < 2:  # g(x + f(x) / 2) alone: the number belongs to f
+        return None
+    known = _named_tableau(found.method(h))
+    if known is None:
+        return None
+    method: Any = integrators.named(known)
+    system = f"x' = f(x, t), weights of its own at every stage: of order {order_of(method)} where the fields are one"
+    name, told = f"{known} tableau, a field of its own at every stage", "h: the sum of the weights of all stages"
+    return Name(name, system, h, told)
 
 
 def _single_stage(a: float, h: float, convention: str) -> Name:
@@ -122,10 +139,9 @@ def _runge_kutta(found: Blocks, a: float, h: float, convention: str) -> Name:
         name = f"PolyNet (poly-{len(found.rows)})"
         return Name(name, "x' = f(x), a truncated backward Euler step (I - f)^-1", 1.0, "h = 1: f enters as it is")
     method = found.method(h)
-    for name, other in _catalogue(method.stages):
-        ours, theirs = (method.A, method.B, method.U, method.V), (other.A, other.B, other.U, other.V)
-        if all(np.allclose(x, y, atol=CLOSE) for x, y in zip(ours, theirs, strict=True)):
-            return Name(name, system, h, convention)
+    known = _named_tableau(method)
+    if known is not None:
+        return Name(known, system, h, convention)
     iterated = _fixed_point_iteration(method)
     if iterated is not None:
         return Name(iterated, system, h, convention)
@@ -163,6 +179,15 @@ def _of_lawson(found: Blocks) -> tuple[str, float] | None:
         return None
     name, a = _runge_kutta(back, 1.0, h, "").name, float(found.V[0, 0])
     return None if name.startswith("unnamed") else (f"{name} with integrating factor (Lawson, a = {a:.3g})", h)
+
+
+def _named_tableau(method: GeneralLinearMethod) -> str | None:
+    """The method of the catalogue that has these numbers."""
+    for name, other in _catalogue(method.stages):
+        ours, theirs = (method.A, method.B, method.U, method.V), (other.A, other.B, other.U, other.V)
+        if all(np.allclose(x, y, atol=CLOSE) for x, y in zip(ours, theirs, strict=True)):
+            return name
+    return None
 
 
 def _is_exponential_midpoint(found: Blocks, a: float) -> bool:

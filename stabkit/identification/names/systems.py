@@ -43,6 +43,7 @@ def name_several_states(found: Blocks, *, symmetric: bool | None, gated: bool) -
         return _gated_pair(found)
     if r == 2:
         name = _verlet(found) or _damped_verlet(found) or _verlet_of_two_fields(found) or _two_fields(found, symmetric)
+        name = name or _position_form(found)
         if name is not None:
             return name
     again = None if gated else without_kept_values(found)
@@ -147,6 +148,24 @@ def _two_state_one_stage(found: Blocks, *, history: bool) -> Name | None:
         eta = (1 - d0) / 2
         system = "x' = f(x), v' = v + 2 eta (f(x) - v) at the middle of the step"
         return Name(f"asynchronous leapfrog (ALF, eta = {eta:.3g})", system, c / (2 * eta), declared)
+    return None
+
+
+def _position_form(found: Blocks) -> Name | None:
+    """Positions alone, x_(n+1) = 2 x_n - x_(n-1) + h^2 f(x_n, x_n - x_(n-1)), with a force of the velocity as well."""
+    if len({id(stage) for stage in found.rows}) != 1 or found.A.any():
+        return None
+    for older, newer in ((0, 1), (1, 0)):
+        moves_up = np.allclose(found.V[older], np.eye(2)[newer]) and not found.B[older].any()
+        if not moves_up or not found.U[:, older].any():
+            continue
+        of_position = Blocks(np.zeros((1, 1)), np.eye(2)[[newer]], found.B[:, :1], found.V, (0,), found.rows[:1])
+        name = _two_state_one_stage(of_position, history=True)
+        if name is not None and name.order == 2:
+            system = "x'' = f(x, x'), x' = (x_n - x_(n-1)) / h, so that x' enters with order 1"
+            return replace(
+                name, name=f"{name.name} (Stormer-Verlet, position form), force of position and velocity", system=system
+            )
     return None
 
 

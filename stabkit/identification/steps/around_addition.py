@@ -28,10 +28,12 @@ def with_projection(
     rectified: bool,
     threshold: tuple[float, float] | None = None,
     bends: bool = False,
+    whole: bool = False,
 ) -> Identification:
     """What follows an addition: norms, rectifiers (and nothing else, if ``rectified``), a soft threshold, or others.
 
-    ``bends``: whether something else than norms is there beside norms.
+    ``bends``: whether something else than norms is there beside norms. ``whole``: whether the record is one of several
+    additions with a norm behind the last of them alone.
     """
     if not record.after:
         return record
@@ -41,7 +43,8 @@ def with_projection(
         system = f"{record.system}, retracted to the sphere after each step"
         # of several additions, some followed by a norm and some by a bend, the one name says a part
         evidence = "measured" if bends else record.evidence
-        return replace(record, name="projected Euler (post-norm)", skip=None, notes=(why, note, *record.notes),
+        name = f"{record.name}, then a norm (post-norm)" if whole else "projected Euler (post-norm)"
+        return replace(record, name=name, skip=None, notes=(why, note, *record.notes),
                        system=system, evidence=evidence)  # fmt: skip
     if rectified and record.name in ("forward Euler", "forward Euler, parallel branches"):
         system = "x' in f(x) - N(x), N the normal cone of the nonnegative states"
@@ -80,6 +83,13 @@ def normalises_in(graph: Graph, nodes: Sequence[Node]) -> bool:
 
 def _normalises(part: Node | Element) -> bool:
     return isinstance(part.facts, NormFacts) if isinstance(part, Element) else operation(part) in _STATISTICS
+
+
+def normalised_at_the_end(links: Sequence[Link]) -> bool:
+    """Whether there are several sums, nothing but numbers between them, and norms behind the last of them alone."""
+    sums = [i for i, link in enumerate(links) if link.kind == "sum"]
+    between = [link for link in links[: sums[-1]] if link.kind not in ("sum", "scaling")]
+    return len(sums) > 1 and not between and norms_after(links) == 1 and all(map(normalises, links[sums[-1] + 1 :]))
 
 
 def rectifies(link: Link) -> bool:

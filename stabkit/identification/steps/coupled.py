@@ -26,7 +26,7 @@ ReadOne = Callable[[Surroundings, Slots, tuple[int, ...]], Identification]
 COARSE = ("unnamed", "unknown", "plain")  # what says less of several states than their streams
 _MOST = 6  # states of which every pairing is tried
 _UNREAD = ("unknown", "unnamed", "not a step", "part of a step", "transition")
-_SUMS = ("no branch", "linear recurrence (a")
+_SUMS = ("no branch", "linear recurrence (a", "scaled state (a")
 _DRIVEN = (
     "damped Euler",
     "diagonal skip",
@@ -47,17 +47,24 @@ class _Stream:
         links: from its old to its new value.
         old: the places of states of which it reads the old value, in order.
         new: the states whose new value it reads, or one in between.
+        passed: the values through which it passes.
     """
 
     record: Identification
     links: tuple[Link, ...]
     old: tuple[int, ...]
     new: tuple[int, ...]
+    passed: tuple[Value, ...]
 
     @property
     def is_sum(self) -> bool:
-        """Whether it only adds what is made of others."""
-        return self.record.name.startswith(_SUMS)
+        """Whether it only adds what is made of others, which are held fixed."""
+        return self.record.name.startswith(_SUMS) and not (self.is_scaled and not (self.old or self.new))
+
+    @property
+    def is_scaled(self) -> bool:
+        """Whether it is multiplied by a number above one, or below zero."""
+        return self.record.name.startswith("scaled state (a")
 
     @property
     def h(self) -> float | None:
@@ -69,8 +76,8 @@ class _Stream:
         """What it is called."""
         if not self.is_sum:
             return self.record.name
-        damped = self.record.name.removeprefix("linear recurrence ") if "(a" in self.record.name else ""
-        return f"running sum {damped}".strip()
+        _, number, rest = self.record.name.partition("(a")
+        return f"running sum {number}{rest.removesuffix(', no branch')}".strip()
 
 
 def coupled(
@@ -170,7 +177,7 @@ def _streams(around: Surroundings, found: Slots, steps: tuple[int, ...], read_on
         read = {v for node in piece.nodes for v in piece.inputs(node) if v in piece.contexts}
         old = tuple(j for j in range(count) if found.sources[j] in read and j != i)
         new = tuple(j for j in range(count) if j != i and read & {found.targets[j], *passed[j]})
-        streams.append(_Stream(read_one(around, slots, steps), around.chain(start, stop, slots), old, new))
+        streams.append(_Stream(read_one(around, slots, steps), around.chain(start, stop, slots), old, new, passed[i]))
     return streams
 
 
@@ -186,7 +193,7 @@ def _name(streams: Sequence[_Stream]) -> str:
 
 def _rotates(found: Slots, streams: Sequence[_Stream]) -> bool:
     """Whether two states enter each other by numbers: a matrix then tells what is kept, and not the number of each."""
-    places = {v: j for values in (found.sources, found.targets) for j, v in enumerate(values)}
+    places = {v: j for j, s in enumerate(streams) for v in (found.sources[j], *s.passed, found.targets[j])}
     mixed = [
         {places[a] for link in s.links if link.kind != "weightless" for a in link.form.forms[0] if a in places} - {i}
         for i, s in enumerate(streams)

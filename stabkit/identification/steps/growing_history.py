@@ -11,6 +11,7 @@ from __future__ import annotations
 from stabkit.identification.form.flow_index import Surroundings
 from stabkit.identification.form.normal_form import normal_form
 from stabkit.identification.form.pieces import Piece
+from stabkit.identification.form.slots import collectors
 from stabkit.identification.record import Identification, nothing
 from stabkit.tracing.graph.values import Value, meta_of
 
@@ -31,7 +32,7 @@ def growing_history(around: Surroundings, start: int, stop: int) -> Identificati
         return None
     if {meta_of(v).shape for v in old} != {meta_of(new[0]).shape}:
         return None
-    if not _was_made_alike(around, start, old):
+    if not _was_made_alike(around, start, old) or not _are_read_again(around, stop, old):
         return None
     atoms = Piece(graph, nodes, old, new).expand(new[0])[0]
     if any(v not in atoms for v in old):
@@ -54,3 +55,10 @@ def _was_made_alike(around: Surroundings, start: int, old: list[Value]) -> bool:
     """Whether steps before made the states one after the other: each is alive for the first time in another one."""
     first = [next(i for i, state in enumerate(around.flow.states) if v in state.values) for v in old]
     return len(set(first)) == len(old)
+
+
+def _are_read_again(around: Surroundings, stop: int, old: list[Value]) -> bool:
+    """Whether later steps read the states as well, rather than hand them on to be collected for the output."""
+    collects = collectors(around.flow)
+    later = [node for node in around.graph.nodes[around.flow.states[stop].position :] if node not in collects]
+    return set(old) <= {v for node in later for v in around.graph.inputs[node]}

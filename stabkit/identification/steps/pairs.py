@@ -20,6 +20,7 @@ from stabkit.identification.form.pieces import Piece
 from stabkit.identification.form.slots import Slots, joined
 from stabkit.identification.form.sub_steps import composed_name, with_readout
 from stabkit.identification.form.tableau import Blocks, blocks
+from stabkit.identification.names.alternating import alternating_affine
 from stabkit.identification.names.compositions import direction, name_composition, shears
 from stabkit.identification.names.operator_splittings import name_splitting
 from stabkit.identification.names.single import Name
@@ -99,7 +100,8 @@ def _named(
     if composed is not None:
         table, named = composed, name_several_states(composed, symmetric=None, gated=gated)
     if not named.is_known and not gated:
-        named = name_composition(table) or name_splitting(table, adjoint=are_adjoint(form)) or named
+        known = name_composition(table) or name_splitting(table, adjoint=are_adjoint(form))
+        named = known or alternating_affine(table) or named
     if not named.is_known and not gated:
         named = with_readout(table) or _in_parts(around, found, steps) or named
     if named.order == 2 and direction(shears(table) or ()) < 0:

@@ -94,6 +94,7 @@ def find_loops(
                 loop = _placed(graph, frontiers, anchors, later)
             if loop is not None and _explains(loop, anchors):
                 found.append((run.last - run.first, loop))
+    found = [item for item in found if not any(_is_of_rounds(item, other) for other in found)]
     # of periods that explain as much the shortest: two rounds are one period as well
     found.sort(key=lambda item: (-item[0], item[1].period))
     kept: list[Loop] = []
@@ -101,6 +102,17 @@ def find_loops(
         if all(loop.stop <= other.start or other.stop <= loop.start for other in kept):
             kept.append(loop)
     return tuple(sorted(kept, key=lambda loop: loop.start))
+
+
+def _is_of_rounds(item: tuple[int, Loop], other: tuple[int, Loop]) -> bool:
+    """Whether one loop is several rounds of another at a time, and explains less than one round more.
+
+    So it is where the first round reads what is no value of the loop: an input that moves up in a history.
+    """
+    (length, loop), (explained, shorter) = item, other
+    several = loop.period % shorter.period == 0 and loop.period > shorter.period
+    overlap = loop.start < shorter.stop and shorter.start < loop.stop
+    return several and overlap and length - explained < shorter.period
 
 
 def loops_of_calls(graph: Graph) -> tuple[Loop, ...]:

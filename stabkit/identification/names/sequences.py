@@ -1,0 +1,128 @@
+"""Steps of one state that are several additions one after the other, each called what it is by itself."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from stabkit.identification.form.normal_form import NormalForm, Stage
+from stabkit.identification.form.tableau import Blocks
+from stabkit.identification.names.single import CLOSE, Name, name_one_state
+from stabkit.tracing.graph.values import Value, meta_of
+
+_EULER = "forward Euler"
+
+
+def name_sequence(parts: Sequence[tuple[NormalForm, Blocks]]) -> Name | None:
+    """The name of several additions, one after the other; None where one of them has none.
+
+    Args:
+        parts: every addition, with its tableau.
+    """
+    scaled = _with_scalings(parts)
+    named = [_named(*part) for part in scaled]
+    told = [name for name in named if name is not None]
+    if len(told) < len(named) or not told:
+        return None
+    driven = [name for name, (_, table, _) in zip(told, scaled, strict=True) if len(table.rows)]
+    sizes = [name.h for name in driven]
+    if not sizes:
+        return None
+    same = max(sizes) - min(sizes) <= CLOSE * max(sizes)
+    convention = f"h: {', '.join(f'{h:.3g}' for h in sizes)}, one after the other"
+    convention = (
+        next(n.convention for n, (_, t) in zip(told, parts, strict=True) if len(t.rows)) if same else convention
+    )
+    if len(told) == 1:
+        return replace(told[0], convention=convention)
+    listed = "" if same else f", h = {', '.join(f'{h:.3g}' for h in sizes)}"
+    if all(name.name == _EULER for name in told):
+        text = f"{len(told)} Euler steps{listed}"
+    else:
+        text = ", ".join(_run(name, len(list(group))) for name, group in itertools.groupby(name.name for name in told))
+    return Name(f"Lie splitting ({text})", "x' = f_1(x) + f_2(x) + ..., one after the other", sizes[0], convention)
+
+
+def _run(name: str, count: int) -> str:
+    if name == _EULER:
+        return f"{count} Euler steps" if count > 1 else "Euler"
+    return f"{count} times {name}" if count > 1 else name
+
+
+def _with_scalings(parts: Sequence[tuple[NormalForm, Blocks]]) -> list[tuple[NormalForm, Blocks, float]]:
+    """Additions with the numbers that multiply the state before them, and behind the last, which are no steps."""
+    found: list[tuple[NormalForm, Blocks, float]] = []
+    waiting: Blocks | None = None
+    for form, table in parts:
+        if len(table.rows) or form.merges:
+            found.append((form, table if waiting is None else waiting.then(table), 1.0))
+            waiting = None
+        else:
+            waiting = table if waiting is None else waiting.then(table)
+    if waiting is not None and found:
+        form, table, _ = found[-1]
+        found[-1] = (form, table.then(waiting), float(waiting.V[0, 0]))
+    return found
+
+
+def _named(form: NormalForm, table: Blocks, behind: float) -> Name | None:
+    """The name of one addition: of a state that is held to the state, of a field, and of a linear term besides."""
+    terms = form.forms[0]
+    if any(terms[v].kind != "scalar" for v in form.sources if v in terms):
+        return None
+    held = [c for atom, c in terms.items() if atom in form.piece.contexts]
+    if held and (len(table.rows) or len(held) > 1 or held[0].kind != "scalar"):
+        return None
+    if held:
+        a, b = float(table.V[0, 0]), held[0].value * behind
+        text = f"{a:.3g} x {'-' if b < 0 else '+'} {abs(b):.3g} x_0"
+        return Name(f"restart from a held state x_0 ({text})", "none: a state that is held is added", 1.0, "none")
+    linear = [i for i, stage in enumerate(table.rows) if _is_linear_term(form, stage)]
+    if linear and len(linear) < len(table.rows) and not table.A.any():
+        rest = [i for i in range(len(table.rows)) if i not in linear]
+        name = name_one_state(_of_rows(table, rest))
+        rank = min(_width(form, table.rows[i]) for i in linear)
+        what = "a low-rank linear term" if rank < meta_of(form.sources[0]).numel else "a linear term"
+        return replace(name, name=f"{name.name} with {what}") if name.is_known else None
+    name = name_one_state(table)
+    return name if name.is_known else None
+
+
+def _is_linear_term(form: NormalForm, stage: Stage) -> bool:
+    """Whether a stage is a matrix times the state."""
+    of_state = all(terms.keys() == set(form.sources) for terms in stage.inputs)
+    return stage.is_affine and not stage.is_weightless and not stage.opaque and of_state
+
+
+def says_less(name: Name, sums: Sequence[NormalForm]) -> bool:
+    """Whether the name of all additions at once leaves out what one of them is by itself.
+
+    A matrix times the state besides a field, where the skip is no identity; a relaxation towards a state that is held.
+    """
+    damped = name.name.startswith(("damped Euler", "scaled skip"))
+    linear = [[_is_linear_term(form, stage) for stage in form.stages] for form in sums]
+    beside = any(any(found) and not all(found) for found in linear)
+    return damped and (beside or (len(sums) > 1 and any(map(_relaxes_to_held, sums))))
+
+
+def _relaxes_to_held(form: NormalForm) -> bool:
+    """Whether a state is multiplied by a number that is not one, and nothing but a held state is added."""
+    terms = form.forms[0]
+    kept = [c for atom, c in terms.items() if atom in form.sources]
+    return terms.keys() <= form.piece.ends and len(terms) > 1 and any(c.value != 1.0 for c in kept)
+
+
+def _width(form: NormalForm, stage: Stage) -> int:
+    """How many entries the narrowest value inside a linear term has."""
+    return min(meta_of(Value(node, 0)).numel for node in stage.nodes)
+
+
+def _of_rows(table: Blocks, rows: Sequence[int]) -> Blocks:
+    places = np.array(rows)
+    return Blocks(
+        table.A[np.ix_(places, places)], table.U[places], table.B[:, places], table.V,
+        tuple(table.fields[i] for i in rows), tuple(table.rows[i] for i in rows),
+    )  # fmt: skip

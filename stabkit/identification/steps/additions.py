@@ -1,0 +1,78 @@
+"""A step that is a chain of additions to one state: what its links give to the tableau, and what there is to say."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from stabkit.identification.form.chain import Link
+from stabkit.identification.form.flow_index import Surroundings
+from stabkit.identification.form.normal_form import NormalForm
+from stabkit.identification.form.tableau import Blocks
+
+
+def last_sum(parts: Sequence[Link], tables: Sequence[Blocks]) -> Blocks:
+    """The tableau of the last addition, with the scalings before it; one with norms around it has its own step size."""
+    added = [i for i, part in enumerate(parts) if part.kind == "sum"]
+    last = max([i for i in added if tables[i].rows] or added)  # what does not depend on the state is no branch
+    first = max((i + 1 for i, part in enumerate(parts[:last]) if part.kind == "sum"), default=0)
+    table, *others = tables[first : last + 1]
+    for other in others:
+        table = table.then(other)
+    return table
+
+
+def depends_on_input(form: NormalForm) -> bool:
+    """Whether some coefficient of the tableau is that of a gate or of some entries, so that it holds for this input."""
+    stages = [c for stage in form.stages for terms in stage.inputs for c in terms.values()]
+    return any(c.kind == "gate" for c in form.forms[0].values()) or any(c.kind in ("gate", "part") for c in stages)
+
+
+def linear_links(links: Sequence[Link]) -> list[Link]:
+    """Sums and the scalings around them; one after a norm or an activation is a part of that."""
+    found, after = [], False
+    for link in links:
+        after = link.kind == "weightless" or (after and link.kind == "scaling")
+        if link.kind in ("sum", "scaling") and not after:
+            found.append(link)
+    return found
+
+
+def notes_of_sums(around: Surroundings, sums: Sequence[NormalForm], table: Blocks) -> tuple[str, ...]:
+    """What there is to say of some additions and their tableau."""
+    notes = []
+    count = len(sums)
+    if count > 1:
+        notes.append(f"{count} additions, each a step of its own" + (": a splitting" if table.n_fields > 1 else ""))
+    learned = dict.fromkeys(text for form in sums for text in around.learned_factors(form.piece))
+    if learned:
+        notes.append(f"learned factors: {', '.join(learned)}")
+    coefficients = [c for form in sums for atom, c in form.forms[0].items() if atom not in form.piece.ends]
+    for c in coefficients:
+        if c.kind == "diagonal":
+            notes.append(f"every channel has a step of its own (LayerScale), {c.low:.3g} to {c.high:.3g}")
+        if c.kind == "part":
+            notes.append("the branch is added to some entries only")
+        if c.kind == "scalar" and c.value < 0 and len(coefficients) == 1:
+            notes.append("the branch is subtracted: f is minus what the code calls so")
+        if c.kind == "dropout":
+            notes.append("dropout after the branch counts as part of it")
+        if c.kind == "scalar" and c.value == 0.0 and len(coefficients) == 1:
+            notes.append("a branch is multiplied by zero now: the step is the identity until training moves it")
+    if any(stage.opaque for form in sums for stage in form.stages):
+        notes.append("the field is opaque: only the step around it was read")
+    if any(map(_adds_held, sums)):
+        notes.append("a value that is held from before is added to the state (input injection)")
+    if table.guided:
+        weights = " and ".join(f"{w:.3g}" for w in table.guided)
+        notes.append(
+            f"the field is {len(table.guided)} calls of one network at one point, with weights {weights} (guidance)"
+        )
+    if table.shared and len(table.rows) > 1:
+        notes.append(f"{len(table.rows)} stages share weights")
+    return tuple(dict.fromkeys(notes))
+
+
+def _adds_held(form: NormalForm) -> bool:
+    """Whether what is held fixed is added to a state, as it is, and nothing else."""
+    terms = form.forms[0].keys()
+    return len(terms) > 1 and terms <= form.piece.ends and not terms.isdisjoint(form.piece.contexts)
