@@ -53,3 +53,12 @@ def test_features_are_given_to_a_linear_layer() -> None:
         apply(network(), Finding("spectral_bias", "warning", (0,), "1", 1.0, "", "", "", {}, (
             {"action": "fourier_features", "module": "1", "frequency": 2.0},
         )))  # fmt: skip
+
+
+def test_one_number_for_each_point_in_one_axis():
+    """Targets without a second axis, as of a model that squeezes its output."""
+    x = torch.linspace(-1, 1, 64)[:, None]
+    targets = x[:, 0] ** 2
+    model = torch.nn.Sequential(torch.nn.Linear(1, 16), torch.nn.Tanh(), torch.nn.Linear(16, 1), torch.nn.Flatten(0))
+    found = stabkit.diagnose(stabkit.trace(model, x), lambda out: (out - targets).square().mean())
+    assert not [f for f in found if "Fourier" in f.remedy]

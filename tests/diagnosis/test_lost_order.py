@@ -137,6 +137,26 @@ def test_tokens_that_are_tagged_by_themselves_raise_nothing():
     assert said(model, REPEATED, lambda out: functional.cross_entropy(out.flatten(0, 1), REPEATED.flatten())) == []
 
 
+WORDS = torch.randint(0, 20, (SAMPLES, 8), generator=torch.Generator().manual_seed(11))
+PLACES = torch.arange(8).expand(SAMPLES, 8)
+CHANCE = torch.randint(0, 8, (SAMPLES, 8), generator=torch.Generator().manual_seed(12))
+
+
+def test_tokens_that_are_tagged_by_their_place_and_learnt_by_heart_without_it():
+    """The floor is not above what noisy labels leave: positions must do more than tell tokens apart."""
+
+    def said_of(labels: Tensor) -> list[Finding]:
+        torch.manual_seed(0)
+        layer = nn.TransformerEncoderLayer(32, 4, 64, dropout=0.0, batch_first=True)
+        model = nn.Sequential(nn.Embedding(30, 32), nn.TransformerEncoder(layer, 1), nn.Linear(32, 8))
+        return said(model, WORDS, lambda out: functional.cross_entropy(out.flatten(0, 1), labels.flatten()))
+
+    (found,) = said_of(PLACES)
+    assert found.severity == "warning"
+    assert "with the same sines in another order in every sample" in found.evidence
+    assert said_of(CHANCE) == []
+
+
 def test_an_order_that_no_two_samples_share_is_told_by_training():
     (found,) = said(Blind(2), SORTED, lambda out: functional.cross_entropy(out, RISING))
     assert "sines of the position" in found.evidence

@@ -53,7 +53,7 @@ def coordinate_findings(flow: Flow, loss: Any, call: ForwardPass, done: Training
     if not _USUAL[0] < spread < _USUAL[1]:
         return []  # their size comes first
     targets = [r.targets.detach().double() for r in regressions(done) if len(r.targets) == len(x)]
-    near = _between_neighbours(x, targets[0].flatten(1)) if targets else math.nan
+    near = _between_neighbours(x, targets[0].reshape(len(x), -1)) if targets else math.nan
     if not near < _SMOOTH:
         return []
     plain = learnt(call, loss, _STEPS)

@@ -3,7 +3,8 @@
 Attention, means and sums over positions give the same for the same tokens in any order, unless something tells them
 apart. That is right for sets. It is wrong where samples that hold the same tokens have different targets: they get the
 same output, and the loss has a floor, which is computed. Where no two samples hold the same tokens, positions are
-added on a copy, and training says whether they matter.
+added on a copy, and training says whether they matter; where a model learns by heart, whether they do more than the
+same positions in another order in every sample.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from stabkit.diagnosis.finding import Finding
 from stabkit.diagnosis.losses.loud_logits import cross_entropies
 from stabkit.diagnosis.losses.regressions import regressions
 from stabkit.diagnosis.remedies.moved_weights import moved_weights
+from stabkit.diagnosis.remedies.short_training import STEPS
 from stabkit.diagnosis.remedies.usual_training import RATES, adam, learns_only_treated, left_after
 from stabkit.errors import StabkitError
 from stabkit.tracing import Flow
@@ -40,6 +42,9 @@ _MOST_NUMBERS = 2**24  # of all tokens: 128 MiB of doubles, which are told apart
 _STAYS, _FOLLOWS = "stays", "follows"  # what an output does where positions change places
 _STEPS = 50  # of a trial, and a fifth of that for models of more parameters than these
 _SMALL = 100_000
+# reversed sequences: .9 of 2.5 as it is and with shuffled positions, .46 with positions; with noisy labels alike
+_TIMES = 1.5  # as much loss without positions, and with shuffled ones, as with positions
+_GAIN = 0.1  # of the first loss
 
 _REFERENCE = "Vaswani et al., Attention is all you need, 2017, section 3.5; Zaheer et al., Deep sets, 2017"
 
@@ -57,7 +62,7 @@ def lost_order_findings(flow: Flow, loss: Any, call: ForwardPass, done: Training
         if how == _STAYS:
             return _judged(flow, loss, call, done, _Samples(tokens, axis), attention)
         if how == _FOLLOWS and axis == 1:
-            return _of_every_token(flow, call, done, tokens, attention)
+            return _of_every_token(flow, loss, call, done, tokens, attention)
     return []
 
 
@@ -87,7 +92,7 @@ def _alike(rows: Tensor) -> Tensor:
 
 
 def _of_every_token(
-    flow: Flow, call: ForwardPass, done: TrainingPass, tokens: Tensor, attention: str | None
+    flow: Flow, loss: Any, call: ForwardPass, done: TrainingPass, tokens: Tensor, attention: str | None
 ) -> list[Finding]:
     """Outputs for every token that follow it wherever it is put, where equal tokens of a sample have other targets."""
     if attention is None or any(t.dim() < 2 or t.shape[:2] != tokens.shape[:2] for t in _outputs(done.output)):
@@ -99,13 +104,17 @@ def _of_every_token(
     content: list[Hashable] = [(samples.content[i], token) for i, row in enumerate(numbers) for token in row]
     order: list[Hashable] = [(place, at) for place in samples.order for at in range(samples.positions)]
     floor = next(iter(_floors(done, content, order)), None)
-    if floor is None or not floor.least > floor.limit:
-        return []
-    words = (
-        f"what is returned for a token is the same, to rounding, wherever in its sample it stands: {floor.shared} of "
-        f"{len(content)} tokens are the same as others of their sample with another target, so that the {floor.name} "
-        f"cannot fall below {floor.least:.3g}; {floor.without} {floor.scale:.3g}"
-    )
+    words = "what is returned for a token is the same, to rounding, wherever in its sample it stands"
+    if floor is not None and floor.shared:
+        words += (
+            f": {floor.shared} of {len(content)} tokens are the same as others of their sample with another target, so "
+            f"that the {floor.name} cannot fall below {floor.least:.3g}; {floor.without} {floor.scale:.3g}"
+        )
+    if floor is None or not floor.least > floor.limit:  # labels that are noise leave as much
+        trial = _trial(call, loss, done, samples, by_heart=True)
+        if trial is None or not trial.better:
+            return []
+        words += trial.words
     return [_finding(flow, "warning", attention, words, floor)]
 
 
@@ -344,8 +353,13 @@ class _Trial:
     words: str
 
 
-def _trial(call: ForwardPass, loss: Any, done: TrainingPass, samples: _Samples) -> _Trial | None:
-    """Training as it is and with positions; None where it was not tried."""
+def _trial(
+    call: ForwardPass, loss: Any, done: TrainingPass, samples: _Samples, *, by_heart: bool = False
+) -> _Trial | None:
+    """Training as it is and with positions; None where it was not tried.
+
+    Targets of tokens may be learnt ``by_heart`` where positions tell these apart: only an order counts then.
+    """
     assert done.loss is not None
     first = float(done.loss.detach())
     place = _embedded(call, samples)
@@ -353,16 +367,35 @@ def _trial(call: ForwardPass, loss: Any, done: TrainingPass, samples: _Samples) 
         return None
     told = replace(call, model=_with_positions(call, place, samples))
     steps = _STEPS if sum(p.numel() for p in call.module.parameters()) <= _SMALL else _STEPS // 5
-    begun = training_pass(told, loss, differentiate=False).loss
-    plain, treated = (left_after(each, loss, [adam(rate) for rate in RATES], steps=steps) for each in (call, told))
-    if plain is None or treated is None or begun is None:
+    ends = _after(call, loss, steps), _after(told, loss, steps)
+    if any(map(math.isnan, ends)):
         return None
-    ends = plain * first, treated * float(begun.detach())
     words = (
         f"; {steps} steps of Adam take the loss from {first:.3g} to {ends[0]:.3g} as it is, to {ends[1]:.3g} with "
         f"sines of the position added behind {place}"
     )
-    return _Trial(first, ends[0], learns_only_treated(first, *ends), words)
+    better = learns_only_treated(first, *ends) and not by_heart
+    if not better and _clearly(ends[1], ends[0], first):  # what is learnt by heart is no order
+        shuffled = replace(call, model=_with_positions(call, place, samples, shuffled=True))
+        ran = [_after(each, loss, few := min(steps, STEPS)) for each in (call, told, shuffled)]
+        better = _clearly(ran[1], min(ran[0], ran[2]), first)
+        words += (
+            f"; {few} steps to {ran[0]:.3g} and {ran[1]:.3g}, and to {ran[2]:.3g} with the same sines in another order "
+            "in every sample, which tell tokens apart and no order"
+        )
+    return _Trial(first, ends[0], better, words)
+
+
+def _clearly(treated: float, other: float, first: float) -> bool:
+    """Whether a loss is clearly below another one."""
+    return _TIMES * treated < other and other - treated > _GAIN * first
+
+
+def _after(call: ForwardPass, loss: Any, steps: int) -> float:
+    """The loss after a few steps; NaN where not tried."""
+    begun = training_pass(call, loss, differentiate=False).loss
+    left = left_after(call, loss, [adam(rate) for rate in RATES], steps=steps)
+    return math.nan if begun is None or left is None else left * float(begun.detach())
 
 
 def _embedded(call: ForwardPass, samples: _Samples) -> str:
@@ -389,8 +422,13 @@ def _is_sequence(out: Any, samples: _Samples) -> bool:
     return sorted(out.shape[:2]) == sorted((samples.count, samples.positions))
 
 
-def _with_positions(call: ForwardPass, place: str, samples: _Samples) -> Callable[..., Any]:
-    """The model with sines of the position added to what one module returns, of the size that this has."""
+def _with_positions(call: ForwardPass, place: str, samples: _Samples, *, shuffled: bool = False) -> Callable[..., Any]:
+    """The model with sines of the position added to what one module returns, of the size that this has.
+
+    Shuffled, every sample gets them in an order of its own, the same at every call.
+    """
+    draws = torch.Generator().manual_seed(call.seed)
+    orders = torch.stack([torch.randperm(samples.positions, generator=draws) for _ in range(samples.count)])
 
     def add(_module: nn.Module, _inputs: Any, out: Tensor) -> Tensor:
         # where positions lie in the inputs, unless the model has exchanged the axes
@@ -399,6 +437,9 @@ def _with_positions(call: ForwardPass, place: str, samples: _Samples) -> Callabl
         rates = 10_000.0 ** -(2 * torch.arange(out.shape[2]).div(2, rounding_mode="floor") / out.shape[2])
         angle = at * rates + math.pi / 2 * (torch.arange(out.shape[2]) % 2)
         encoding = (2**0.5 * angle.sin()).to(out) * out.detach().square().mean().sqrt()
+        if shuffled:
+            own = encoding[orders.to(out.device)]
+            return out + (own if along == 1 else own.transpose(0, 1))
         return out + (encoding if along == 1 else encoding.unsqueeze(1))
 
     def model(*inputs: Any, **kwargs: Any) -> Any:
