@@ -77,7 +77,7 @@ class LinearCombination:
         A cotangent of ones shows the factors whatever the moves. For a source, two random cotangents show besides
         whether its entries keep their places.
         """
-        factors, meta = self._ones.get(atom), meta_of(self.value)
+        factors, meta = self.factors.get(atom), meta_of(self.value)
         is_stage = atom not in self.piece.ends
         if factors is None:
             return None
@@ -123,7 +123,8 @@ class LinearCombination:
         return self.piece.pull(self.path, {self.value: cotangent})
 
     @cached_property
-    def _ones(self) -> dict[Value, Tensor]:
+    def factors(self) -> dict[Value, Tensor]:
+        """What a cotangent of ones shows: the factor of every entry of every atom, wherever it goes."""
         meta = meta_of(self.value)
         return self._pulled(torch.ones((), dtype=meta.dtype, device=meta.device).expand(meta.shape))
 
@@ -212,7 +213,7 @@ class LinearCombination:
 
     def _masks_all(self, atom: Value) -> bool:
         """Whether nothing at all arrives of the entries to which this atom gives nothing: they are set to zero."""
-        dropped = (self._ones[atom] == 0).reshape(meta_of(self.value).shape).to(meta_of(self.value).dtype)
+        dropped = (self.factors[atom] == 0).reshape(meta_of(self.value).shape).to(meta_of(self.value).dtype)
         return not any(bool(cotangent.any()) for cotangent in self._pulled(dropped).values())
 
     def _certified(self, atom: Value, guess: Coefficient) -> Coefficient:

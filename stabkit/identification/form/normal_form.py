@@ -19,6 +19,7 @@ from torch.autograd.graph import Node
 
 from stabkit.identification.fields.shared import key_of, parameters_of
 from stabkit.identification.form.coefficients import Coefficient, LinearCombination
+from stabkit.identification.form.left_out import without_left_out
 from stabkit.identification.form.operations import JOINS, MOVES, has_matrix, is_affine, is_opaque
 from stabkit.identification.form.pieces import ADDED, Piece, pull
 from stabkit.tracing.graph.values import Value, meta_of, operation, random_tensors
@@ -26,6 +27,7 @@ from stabkit.tracing.graph.values import Value, meta_of, operation, random_tenso
 Terms = dict[Value, Coefficient]
 Regions = dict[Value, tuple[tuple[Node, ...], tuple[Value, ...]]]  # of stages: their nodes, and where they begin
 _ROUNDINGS = 4096.0  # products with a whole field, in another order
+_SPREAD = 1e-3  # relative; roundings of half precision, whose entries are alike, are smaller
 Call = tuple[int, int, str]  # of a module: an interval of the clock, and its path
 
 
@@ -153,13 +155,28 @@ def _assembled(piece: Piece) -> set[Node]:
 
 
 def _is_simpler(whole: NormalForm, form: NormalForm) -> bool:
-    """Whether a form with composed fields passes each state on as a number, and has no more fields than the other."""
+    """Whether a form with composed fields passes each state on as a number, and says more than the other.
+
+    It has fewer fields, or passes states or values of fields on by numbers which the other moves or turns the sign of.
+    """
     kinds = {c.kind for terms in whole.forms for a, c in terms.items() if a in whole.sources}
     before = {c.kind for terms in form.forms for a, c in terms.items() if a in form.sources}
     if not whole.stages or not kinds or kinds & {"moved", "mixed", "part"}:
         return False
     fields = [len({stage.key for stage in f.stages}) for f in (whole, form)]
-    return fields[0] < fields[1] or bool(before & {"moved", "mixed", "part"})
+    passed = [_of_fields(f) <= {"scalar", "dropout"} for f in (whole, form)]
+    return fields[0] < fields[1] or bool(before & {"moved", "mixed", "part"}) or passed == [True, False]
+
+
+def _of_fields(form: NormalForm) -> set[str]:
+    """The kinds of coefficients with which values of fields enter new states and stages.
+
+    Entries that are added to each other make a map that belongs to the field; its number then stands for none.
+    """
+    rows = (*form.forms, *(terms for stage in form.stages for terms in stage.inputs))
+    found = [c for terms in rows for atom, c in terms.items() if atom not in form.sources]
+    maps = [c.kind == "scalar" and c.high - c.low > _SPREAD * max(abs(c.high), abs(c.low)) for c in found]
+    return {"map" if is_map else c.kind for c, is_map in zip(found, maps, strict=True)}
 
 
 def _owned_scalings(layout: _Layout, calls: Sequence[Call]) -> set[Node]:
@@ -234,7 +251,7 @@ def _region(
                 entries[value] = None
             else:
                 stack.append(value.node)
-    return tuple(n for n in piece.nodes if n in nodes), tuple(entries)
+    return tuple(n for n in piece.nodes if n in nodes), without_left_out(piece, atom, nodes, tuple(entries))
 
 
 def _combined(piece: Piece, stops: set[Value]) -> set[Node]:
