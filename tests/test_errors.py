@@ -17,6 +17,7 @@ PACKAGE = Path(errors.__file__).parent
 # raised to be caught inside the package, or because a protocol of Python or torch asks for this very class
 INTERNAL = {
     "__init__.py": {"AttributeError"},  # module __getattr__
+    "cli/imports.py": {"AttributeError"},  # as every module, where it has no such name
     "checkpoints/distributed.py": {"ValueError"},  # damage, told as a CheckpointError with the name of the file
     "checkpoints/pickles.py": {"ValueError"},
     "diagnosis/__init__.py": {"AttributeError"},

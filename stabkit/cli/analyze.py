@@ -11,6 +11,7 @@ import typer
 from stabkit.cli import compare, execution, weights_only
 from stabkit.cli.console import fail, progress_bar, say, stdout_to_stderr
 from stabkit.cli.exit_codes import FOUND
+from stabkit.cli.imports import quick_imports
 from stabkit.cli.live import Live
 from stabkit.cli.options import Cache, Device, Effort, Output, Recipe, command, given
 from stabkit.errors import CheckpointError, StabkitError
@@ -75,7 +76,8 @@ def analyze(
 
 def _one(source: str, recipe: Recipe, effort: Effort, device: str, activation: str, output: Output) -> None:
     """A single checkpoint or model."""
-    from stabkit import checkpoints
+    with quick_imports():
+        from stabkit import checkpoints
 
     try:
         with stdout_to_stderr():

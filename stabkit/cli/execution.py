@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from stabkit.cli.imports import quick_imports
 from stabkit.errors import StabkitError
 
 if TYPE_CHECKING:
@@ -39,9 +40,10 @@ def analyzed(
     Raises:
         StabkitError: not even the least fits the budget, a rank failed, or the model cannot be analysed.
     """
-    from stabkit.analysis import analyze
-    from stabkit.distributed import session
-    from stabkit.tracing.recording.containers import map_tensors
+    with quick_imports():
+        from stabkit.analysis import analyze
+        from stabkit.distributed import session
+        from stabkit.tracing.recording.containers import map_tensors
 
     place = chosen_device(device)
     if place.type != "cpu":

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 import typer
 
 from stabkit.cli.console import guarded, say, screen
+from stabkit.cli.imports import import_torchvision, quick_imports
 from stabkit.errors import ReportError, StabkitError, did_you_mean
 
 if TYPE_CHECKING:
@@ -133,8 +134,11 @@ class Loading:
         Raises:
             CheckpointError: there is no such source, or it cannot be read.
         """
-        from stabkit import checkpoints
+        with quick_imports():
+            from stabkit import checkpoints
 
+            if any(str(name).startswith(("torchvision:", "timm:")) for name in (source, self.model)):
+                import_torchvision()
         return checkpoints.load(source, **self.loading())
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -10,7 +11,7 @@ from stabkit.identification.form.flow_index import Surroundings
 from stabkit.identification.form.grouping import groups, is_divided
 from stabkit.identification.reading import read
 from stabkit.identification.record import Identification
-from stabkit.identification.steps.composed_steps import with_compositions
+from stabkit.identification.steps.composed_steps import with_compositions, with_first_rounds
 from stabkit.identification.time.iterated import read_iteration
 from stabkit.identification.time.over_time import Recurrences, closed_form_note
 from stabkit.parallel import SERIAL, Parallel
@@ -20,6 +21,7 @@ from stabkit.tracing.flow_checks import traced
 _NOTHING_READ = frozenset(
     {"unknown", "not a step", "part of a step", "plain", "transition", "transformed skip", "unnamed"}
 )
+_OVER_TIME = ("linear recurrence", "diagonal skip")  # what a step over time is called that is seen by itself
 _COARSE = ("unnamed", "gated skip", "damped Euler, parallel")  # readings that single steps may better
 
 
@@ -91,7 +93,30 @@ def identify(flow: FlowLike, *, checks: bool = True, parallel: Parallel = SERIAL
 
     costs = [float(sum(len(flow.steps[i].segment.nodes) for i in range(start, stop))) for start, stop in places]
     found = [record for records in parallel.share(read_group, costs, name="reading") for record in records]
+    found = _over_steps(found, recurrences)
+    found = with_first_rounds(found)
     return tuple(with_compositions(found, lambda start, stop: with_time(read(around, start, stop))))
+
+
+def _over_steps(records: Sequence[Identification], recurrences: Recurrences) -> list[Identification]:
+    """Records, those of steps over time with the name that how their numbers were made gives to all of them.
+
+    Of one step alone every number that multiplies the state is a damping: that it is exp(h A) shows in its derivative.
+    """
+    found: list[Identification] = []
+    for is_linear, run in itertools.groupby(records, lambda record: record.name.startswith(_OVER_TIME)):
+        steps = list(run)
+        over = recurrences.inside(steps[0].steps[0], steps[-1].steps[-1] + 1) if is_linear and len(steps) > 2 else ()
+        if len(over) != 1 or over[0].name.startswith(_OVER_TIME):
+            found += steps
+            continue
+        told = over[0]
+        found += [
+            replace(record, name=told.name, system=told.system, evidence=told.evidence, residual=told.residual,
+                    notes=(*told.notes, *record.notes))
+            for record in steps
+        ]  # fmt: skip
+    return found
 
 
 def by_step(identifications: Sequence[Identification], n_steps: int) -> tuple[Identification, ...]:

@@ -27,7 +27,6 @@ from stabkit.identification.names.weighed import gates_of_stages, name_weighed
 from stabkit.identification.record import Identification, nothing, record_of
 from stabkit.identification.steps.additions import depends_on_input, last_sum, linear_links, notes_of_sums
 from stabkit.identification.steps.around_addition import (
-    GATED,
     masked,
     normalised_at_the_end,
     normalises,
@@ -41,7 +40,8 @@ from stabkit.identification.steps.around_addition import (
 from stabkit.identification.steps.change_of_space import change_of_space
 from stabkit.identification.steps.coupled import coupled
 from stabkit.identification.steps.couplings import is_affine_coupling
-from stabkit.identification.steps.diffusion import averages
+from stabkit.identification.steps.diffusion import as_diffusion
+from stabkit.identification.steps.exponential_steps import by_coordinates
 from stabkit.identification.steps.growing_history import growing_history
 from stabkit.identification.steps.implicit import (
     LinearSolve,
@@ -337,6 +337,7 @@ def _read_sums(around: Surroundings, found: Slots, links: Sequence[Link], steps:
         table = table.then(other)
     if total is not None and total.kind == "scalar":
         table.V[0, 0] = total.value
+    own_rates: tuple[str, ...] = ()
     relaxed = with_linear_part(table)
     if relaxed is not None and name_one_state(relaxed[0]).name.startswith("unnamed"):
         relaxed = None  # a field with a linear part is believed where it makes a method, not where it fits alone
@@ -348,10 +349,13 @@ def _read_sums(around: Surroundings, found: Slots, links: Sequence[Link], steps:
         composed = as_one_field(table)
     if composed is not None and (gates or name_one_state(composed).is_known):
         table = composed
-    named = _as_diffusion(name_one_state(table if last is None else last), sums, table)
+    named = as_diffusion(name_one_state(table if last is None else last), sums, table)
     if last is None and (at_the_end or not named.is_known or says_less(named, sums)):
         named = name_sequence(pairs) or named
     named = (name_weighed(table, gates) if gates and last is None else None) or named
+    by_rates = by_coordinates(sums[0], found.contexts, named) if len(parts) == 1 and last is None else None
+    if by_rates is not None:
+        table, named, own_rates = by_rates
     skips = [form.forms[0][form.sources[0]] for form in sums if form.sources[0] in form.forms[0]]
     kinds = {c.kind for c in skips} if total is None else {total.kind}
     residual = total.residual if total is not None else max((c.residual for c in skips), default=0.0)
@@ -361,7 +365,7 @@ def _read_sums(around: Surroundings, found: Slots, links: Sequence[Link], steps:
         evidence="proven"
         if kinds <= {"scalar"} and named.is_known and not any(map(depends_on_input, sums))
         else "measured",
-        notes=(*masked(kinds), *_linear_part(relaxed), *notes_of_sums(around, sums, table), *record.notes),
+        notes=(*own_rates, *masked(kinds), *_linear_part(relaxed), *notes_of_sums(around, sums, table), *record.notes),
         checks=_checks(sums, table) if around.checks else (),
     )
     if not any(link.kind == "weightless" for link in links[:first]):
@@ -380,15 +384,6 @@ def _read_sums(around: Surroundings, found: Slots, links: Sequence[Link], steps:
                          system="x_2' = a(x_1) x_2 + b(x_1), x_1' = 0", notes=(why, *record.notes))  # fmt: skip
     record = with_predicted_step(record, sums[0]) if len(sums) == 1 else record
     return with_randomness(record, sums)
-
-
-def _as_diffusion(name: Name, sums: Sequence[NormalForm], table: Blocks) -> Name:
-    """A step towards an average of the state over its neighbours."""
-    relaxes = len(table.rows) == 1 and abs(float(table.V[0, 0]) + name.h - 1.0) <= GATED
-    if not relaxes or not averages(sums[0].piece, table.rows[0]):
-        return name
-    system = f"x' = A x - x, diffusion (rows of A sum to one), Euler with h = {name.h:.3g}"
-    return replace(name, system=system)
 
 
 def _linear_part(relaxed: tuple[Blocks, float] | None) -> tuple[str, ...]:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import GradientEdge
+from torch.autograd.graph import _engine_run_backward
 
 from stabkit.errors import OutOfRangeError, TraceError
 from stabkit.operators.jacobian import Jacobian
@@ -363,10 +363,13 @@ class Flow:
 
 
 def engine_vjp(target: Sequence[Value], source: Sequence[Value], cotangents: Sequence[Tensor]) -> list[Tensor]:
-    """The model's own VJP, by autograd's engine."""
-    edges: list[GradientEdge] = [value.edge for value in target]
-    grads = torch.autograd.grad(
-        edges, [value.edge for value in source], list(cotangents), retain_graph=True, allow_unused=True
+    """The model's own VJP, by autograd's engine.
+
+    ``torch.autograd.grad`` says the same, and imports sympy before that, to compare shapes.
+    """
+    edges, ends = (tuple(value.edge for value in values) for values in (target, source))
+    grads = _engine_run_backward(
+        edges, tuple(cotangents), True, False, ends, allow_unreachable=True, accumulate_grad=False
     )
     metas = [meta_of(value) for value in source]
     return [

@@ -136,20 +136,20 @@ def test_the_same_call_twice_is_one_field():
 
 
 @pytest.mark.parametrize(
-    "stencil",
+    ("stencil", "h"),
     [
-        lambda g: g.roll(1, 0) + g.roll(-1, 0) - 2 * g,
-        lambda g: torch.cat([g[1:] - g[:-1], 0 * g[:1]]),
-        lambda g: g - g.flip(0),
+        (lambda g: g.roll(1, 0) + g.roll(-1, 0) - 2 * g, 1.0),
+        (lambda g: torch.cat([g[1:] - g[:-1], 0 * g[:1]]), 0.25),  # what is put together is the value of the field
+        (lambda g: g - g.flip(0), 1.0),
     ],
     ids=["laplacian", "difference", "odd part"],
 )
-def test_a_stencil_on_a_field_is_no_factor_of_zero(stencil):
+def test_a_stencil_on_a_field_is_no_factor_of_zero(stencil, h):
     def step(m, x):
         return x + 0.25 * stencil(torch.tanh(m.parts[0](x)))
 
     found = middle(lambda: Step(step, nn.Linear(4, 4)), batch_dim=None)
-    assert (found.name, found.step_size, found.system) == ("forward Euler", 1.0, "x' = f(x)")
+    assert (found.name, found.step_size, found.system) == ("forward Euler", h, "x' = f(x)")
 
 
 def test_rezero_behind_a_move_is_still_zero():

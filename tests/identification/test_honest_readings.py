@@ -144,18 +144,23 @@ def test_an_operator_behind_the_addition_is_no_forward_euler(how):
     assert found.skip is None
 
 
+@pytest.mark.parametrize("divides", [False, True])
 @pytest.mark.parametrize("real", [False, True])
-def test_an_operator_in_fourier_space_behind_the_addition_is_semi_implicit(real):
+def test_an_operator_in_fourier_space_behind_the_addition_is_semi_implicit(real, divides):
     def step(m, x):
         k = torch.arange(D, dtype=x.dtype)
-        k = torch.minimum(k, D - k)
+        rates = 1 + 0.25 * torch.minimum(k, D - k) ** 2
+
+        def solved(u, rates):
+            return u / rates if divides else u * (1 / rates)
+
         y = x + 0.25 * m.f(x)
         if real:
-            return torch.fft.irfft(torch.fft.rfft(y) / (1 + 0.25 * k[: D // 2 + 1] ** 2), n=D)
-        return torch.fft.ifft(torch.fft.fft(y) / (1 + 0.25 * k**2)).real
+            return torch.fft.irfft(solved(torch.fft.rfft(y), rates[: D // 2 + 1]), n=D)
+        return torch.fft.ifft(solved(torch.fft.fft(y), rates)).real
 
     found = read(step)
-    assert found.name == "semi-implicit (linear map behind the addition)"
+    assert found.name == f"semi-implicit {'Euler (linear solve)' if divides else '(linear map behind the addition)'}"
     assert found.step_size == pytest.approx(0.25)
 
 

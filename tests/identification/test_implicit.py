@@ -76,3 +76,75 @@ def test_repeated_calls_that_do_not_settle_are_unknown():
 
 def test_a_network_without_iterations_has_no_fixed_point():
     assert fixed_point(trace(nn.Sequential(nn.Linear(3, 3), nn.Tanh()), torch.randn(2, 3))) is None
+
+
+def tanh_field(width: int = 6) -> nn.Module:
+    return nn.Sequential(nn.Linear(width, 12), nn.Tanh(), nn.Linear(12, width))
+
+
+class Iterated(nn.Module):
+    """Rounds of one-leg theta methods by fixed-point iteration, or of chains of stages with other numbers."""
+
+    def __init__(self, numbers, by_slope=False):
+        super().__init__()
+        self.net, self.numbers, self.by_slope = tanh_field(), numbers, by_slope
+
+    def forward(self, x):
+        for _ in range(3):
+            x = self.slopes(x) if self.by_slope else self.states(x)
+        return x
+
+    def slopes(self, x):
+        k = self.net(x)
+        for number in self.numbers[:-1]:
+            k = self.net(x + 0.1 * number * k)
+        return x + 0.1 * self.numbers[-1] * k
+
+    def states(self, x):
+        z = x
+        for number in self.numbers:
+            z = x + 0.1 * self.net((1 - number) * x + number * z)
+        return z
+
+
+CHAINS = [
+    (Iterated([0.5] * 6 + [1], by_slope=True), "implicit_midpoint (by 6 fixed-point iterations)"),
+    (Iterated([0.5] * 6), "implicit_midpoint (by 5 fixed-point iterations)"),
+    (Iterated([0.7] * 6), "one-leg theta method, theta = 0.7 (by 5 fixed-point iterations)"),
+    (Iterated([1.0] * 6 + [1], by_slope=True), "backward_euler (by 6 fixed-point iterations)"),
+    (Iterated([1 / 4, 1 / 6, 3 / 8, 1 / 2, 1], by_slope=True), "unnamed Runge-Kutta (5 stages, order 2)"),
+]
+
+
+@pytest.mark.parametrize(("model", "name"), CHAINS)
+def test_where_the_field_of_an_iteration_is_taken_tells_which_method_it_solves(model, name):
+    torch.manual_seed(0)
+    found = identify(trace(model.double(), torch.randn(3, 6, dtype=torch.float64)), checks=False)
+    assert {record.name for record in found} == {name}
+    assert [record.step_size for record in found] == pytest.approx([0.1] * 3)
+    assert {record.evidence == "proven" for record in found} == {not name.startswith("unnamed")}
+
+
+class NewtonMidpoint(nn.Module):
+    """Newton's method for z = x + h f((x + z) / 2), its Jacobian taken at the middle."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = tanh_field()
+
+    def forward(self, x):
+        z, eye = x, torch.eye(6, dtype=x.dtype)
+        for _ in range(4):
+            residual = z - x - 0.1 * self.net((x + z) / 2)
+            middle = (x + z) / 2
+            slope = 1 - torch.tanh(self.net[0](middle)) ** 2
+            jacobian = torch.einsum("ij,bj,jk->bik", self.net[2].weight, slope, self.net[0].weight)
+            z = z - torch.linalg.solve(eye - 0.05 * jacobian, residual.unsqueeze(-1)).squeeze(-1)
+        return z
+
+
+def test_arguments_of_the_jacobian_hide_no_equation():
+    torch.manual_seed(0)
+    model = nn.Sequential(*[NewtonMidpoint()] * 3).double()
+    found = identify(trace(model, torch.randn(3, 6, dtype=torch.float64)), checks=False)
+    assert [record.name for record in found] == ["implicit_midpoint"] * 3

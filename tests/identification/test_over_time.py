@@ -229,3 +229,42 @@ def test_records_are_plain_data():
 def test_the_reports_of_steps_tell_of_time():
     report = stabkit.analyze(models.network(models.s4d_zoh), drawn(), spectrum="none")
     assert any("over time, 12 steps of mixers.0: zero-order hold" in note for note in report.steps[1].notes)
+
+
+class Scanned(nn.Module):
+    """A state-space layer that is the whole model, so that its steps are those over time."""
+
+    def __init__(self, rule):
+        super().__init__()
+        self.A, self.dt, self.rule = nn.Parameter(torch.rand(4) + 0.2), nn.Parameter(torch.rand(4)), rule
+        self.B, self.C = nn.Linear(3, 4), nn.Linear(4, 3)
+
+    def forward(self, u):
+        dt = nn.functional.softplus(self.dt)
+        z = -dt * self.A
+        a, b = {
+            "exponential": lambda: (z.exp(), (1 - z.exp()) / self.A),
+            "bilinear": lambda: ((1 + z / 2) / (1 - z / 2), dt / (1 - z / 2)),
+            "backward": lambda: (1 / (1 - z), dt / (1 - z)),
+        }[self.rule]()
+        h, out = torch.zeros(len(u), 4).to(u), []
+        for t in range(u.shape[1]):
+            h = a * h + b * self.B(u[:, t])
+            out.append(self.C(h))
+        return torch.stack(out, 1)
+
+
+@pytest.mark.parametrize(
+    ("rule", "name"),
+    [
+        ("exponential", "zero-order hold (exponential"),
+        ("bilinear", "trapezoid (bilinear"),
+        ("backward", "backward Euler (linear"),
+    ],
+)
+def test_steps_over_time_have_the_name_that_their_factors_were_made_by(rule, name):
+    torch.manual_seed(0)
+    flow = stabkit.trace(Scanned(rule).double(), torch.randn(2, 8, 3, dtype=torch.float64))
+    found = [r for r in identify(flow, checks=False) if r.name not in ("fork", "join")]
+    assert len(found) > 4
+    assert all(r.name.startswith(name) and r.evidence == "measured" for r in found)

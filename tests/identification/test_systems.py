@@ -212,3 +212,39 @@ def test_an_oscillator_of_independent_units_is_read_at_one_of_them():
     assert record.convention.startswith(f"dt = {float(rate[0]):.3g}:")
     assert np.linalg.det(record.method.stability_matrix(Z)) == pytest.approx(1.0)
     assert "those of the first are shown" in record.notes[1]
+
+
+class LinearShears(nn.Module):
+    """The linear module of a SympNet (Jin et al. 2020): shears by symmetric matrices in turn, and a bias."""
+
+    def __init__(self, count, activation=False):
+        super().__init__()
+        self.S = nn.ParameterList(nn.Parameter(torch.randn(3, 3) / 3) for _ in range(count))
+        self.bias, self.activation = nn.Parameter(torch.randn(6)), activation
+
+    def forward(self, x):
+        p, q = x[..., :3], x[..., 3:]
+        for i, S in enumerate(self.S):
+            if i % 2:
+                q = q + p @ (S + S.t())
+            else:
+                p = p + q @ (S + S.t())
+        x = torch.cat([p, q], -1) + self.bias
+        if not self.activation:
+            return x
+        p, q = x[..., :3], x[..., 3:]
+        return torch.cat([p + 0.5 * torch.sigmoid(q), q], -1)
+
+
+@pytest.mark.parametrize(
+    ("count", "activation", "name"),
+    [
+        (2, False, "symplectic Euler (Hamiltonian)"),
+        (4, False, "reversible (4 couplings in turn)"),
+        (2, True, "reversible (3 couplings in turn)"),
+    ],
+)
+def test_shears_by_linear_maps_are_couplings_whatever_is_joined_between(count, activation, name):
+    torch.manual_seed(0)
+    model = nn.Sequential(*(LinearShears(count, activation) for _ in range(4)))
+    assert {r.name for r in identify(trace(model, torch.randn(3, 6)), checks=False)} == {name}

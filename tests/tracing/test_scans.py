@@ -230,6 +230,22 @@ def test_recurrent_modules_of_torch_are_left_to_their_own_reader():
     assert scans_of(flow, 0, len(flow.steps)) == ()
 
 
+def test_a_loop_over_what_a_recurrent_module_returned_is_found():
+    class Behind(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.rnn = nn.LSTM(WIDTH, WIDTH, batch_first=True)
+            self.loop = Written(indexed)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.loop(self.rnn(x)[0])
+
+    flow = stabkit.trace(Behind(), torch.randn(2, 16, WIDTH), depth=lambda path, _: path == "", check=False)
+    (scan,) = scans_of(flow, 0, len(flow.steps))
+    assert flow.recorded.path_of(scan.cycle[0]) == "loop"
+    assert scan.period == found(indexed)[0].period
+
+
 def test_the_flow_over_a_scan_has_the_derivative_of_its_formula():
     model, x = Written(indexed).double(), torch.randn(2, 12, WIDTH, dtype=torch.float64)
     flow = stabkit.trace(model, x, depth=lambda path, _: path == "", check=False)

@@ -16,7 +16,7 @@ from torch.autograd.graph import Node
 from stabkit.identification.form.chain import Link
 from stabkit.identification.form.flow_index import Surroundings
 from stabkit.identification.form.normal_form import NormalForm, Stage, fields_called
-from stabkit.identification.form.operations import MOVES
+from stabkit.identification.form.operations import ADDS, MOVES, SCALES
 from stabkit.identification.form.pieces import ADDED, Piece
 from stabkit.identification.form.slots import Slots
 from stabkit.tracing.graph.values import Value, operation, outputs_of
@@ -31,16 +31,20 @@ class _Continued:
     Attributes:
         name: the name of the operation.
         nodes: it, and what multiplies the argument before it.
+        weighs: whether it is a number that multiplies the value for one addition alone: a weight of the method.
     """
 
     name: str
     nodes: frozenset[Node]
+    weighs: bool
 
 
 def continued_fields(form: NormalForm) -> Iterator[frozenset[Node]]:
     """Operations that may belong to the fields of a form besides those that do; the most first.
 
-    Only a field that is all there is in a step is continued, and at all its stages in the same way.
+    Only a field that is all there is in a step is continued, and at all its stages in the same way. What multiplies
+    every value just before it is added is no part of it: every chain of stages x + h f(x + h/2 f(...)) would otherwise
+    be a fixed-point iteration of x + f(x + f(...)).
     """
     stages = [stage for stage in form.stages if any(terms.keys() - form.piece.ends for terms in stage.inputs)
               or any(a in form.sources for terms in stage.inputs for a in terms)]  # fmt: skip
@@ -53,7 +57,7 @@ def continued_fields(form: NormalForm) -> Iterator[frozenset[Node]]:
             break
         count += 1
     for length in range(count, 0, -1):
-        if chains[0][length - 1].name not in MOVES:
+        if chains[0][length - 1].name not in MOVES and not all(chain[length - 1].weighs for chain in chains):
             yield frozenset(node for chain in chains for part in chain[:length] for node in part.nodes)
 
 
@@ -82,8 +86,9 @@ def _continuation(piece: Piece, stage: Stage) -> list[_Continued]:
                 return found
         if set(piece.inputs(node)) - set(taken):
             break
-        found.append(_Continued(operation(node), frozenset(nodes)))
         value = Value(node, 0)
+        added = len(readers[value]) == 1 and operation(readers[value][0]) in ADDS
+        found.append(_Continued(operation(node), frozenset(nodes), operation(node) in SCALES and added))
     return found
 
 

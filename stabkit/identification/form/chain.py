@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
 from torch.autograd.graph import Node
 
-from stabkit.identification.form.normal_form import Call, NormalForm, normal_form
+from stabkit.identification.form.normal_form import NormalForm
 from stabkit.identification.form.operations import ADDS, MOVES, SCALES, WRITES
 from stabkit.identification.form.pieces import Piece
-from stabkit.tracing.graph.graph import Element, Graph, element_of
+from stabkit.tracing.graph.graph import Element, element_of
 from stabkit.tracing.graph.values import Value, operation, outputs_of
 
 
@@ -42,26 +42,24 @@ class Link:
         return tuple(dict.fromkeys(element_of(graph, node) or node for node in self.nodes))
 
 
-def chain(
-    graph: Graph,
-    nodes: Sequence[Node],
-    source: Value,
-    target: Value,
-    *,
-    names: Mapping[int, str],
-    contexts: Sequence[Value] = (),
-    calls: Sequence[Call] = (),
-    owned: Collection[Node] = (),
-) -> tuple[Link, ...]:
-    """The links of a step from one tensor to another; arguments as for `normal_form`."""
-    whole = Piece(graph, nodes, [source], [target], contexts=contexts)
+def chain(whole: Piece, form_of: Callable[[Piece], NormalForm], owned: Collection[Node] = ()) -> tuple[Link, ...]:
+    """The links of a step from one tensor to another.
+
+    Args:
+        whole: all operations between the two.
+        form_of: gives the normal form of a part of them, or of the whole.
+        owned: operations that belong to fields, whatever they do.
+    """
+    (source,), (target,) = whole.sources, whole.targets
     links: list[Link] = []
     cuts = _cuts(whole, source, target)
     start = 0
     for a, (b, stop) in zip([source, *(value for value, _ in cuts)], cuts, strict=False):
-        part = whole.nodes[start:stop]
-        form = normal_form(graph, part, [a], [b], names=names, contexts=contexts, calls=calls, owned=owned)
-        links.append(_link(form))
+        if len(cuts) == 1 and not owned:
+            part = whole
+        else:
+            part = Piece(whole.graph, whole.nodes[start:stop], [a], [b], contexts=whole.contexts, owned=owned)
+        links.append(_link(form_of(part)))
         start = stop
     return tuple(links)
 

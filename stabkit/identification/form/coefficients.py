@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.autograd.graph import Node
 
 from stabkit.identification.form.operations import ADDS, PRODUCTS
 from stabkit.identification.form.pieces import ADDED, Piece
@@ -76,7 +77,7 @@ class LinearCombination:
         A cotangent of ones shows the factors whatever the moves. For a source, two random cotangents show besides
         whether its entries keep their places.
         """
-        factors, meta = self._ones.get(atom), meta_of(self.value)
+        factors, meta = self.factors.get(atom), meta_of(self.value)
         is_stage = atom not in self.piece.ends
         if factors is None:
             return None
@@ -89,6 +90,8 @@ class LinearCombination:
         nothing = not bool(factors.any())
         if is_stage and (total := _of_copies(factors, meta.shape, self._dtype)) is not None:
             return total
+        if not any(factors.stride()):
+            factors = factors.reshape(-1)[:1]  # where nothing but moves and sums lies between: one number, expanded
         if is_stage and (nothing or not _is_constant(factors, self._dtype)) and self._adds_entries(atom, factors):
             return Coefficient("scalar", 1.0, float(factors.min()), float(factors.max()), 0.0)
         if nothing:
@@ -120,7 +123,8 @@ class LinearCombination:
         return self.piece.pull(self.path, {self.value: cotangent})
 
     @cached_property
-    def _ones(self) -> dict[Value, Tensor]:
+    def factors(self) -> dict[Value, Tensor]:
+        """What a cotangent of ones shows: the factor of every entry of every atom, wherever it goes."""
         meta = meta_of(self.value)
         return self._pulled(torch.ones((), dtype=meta.dtype, device=meta.device).expand(meta.shape))
 
@@ -195,13 +199,21 @@ class LinearCombination:
         return True
 
     def _only_moves(self) -> bool:
-        """Whether the path does nothing but carry every entry to some place, and the places can be counted."""
-        bijective = all(operation(n) in _RESHAPED | _PERMUTED and len(self.piece.linear[n]) == 1 for n in self.path)
-        return bijective and meta_of(self.value).numel < 1 / torch.finfo(self._dtype).eps
+        """Whether a path of coefficients of one carries every entry to some place, and the places can be counted."""
+        return meta_of(self.value).numel < 1 / torch.finfo(self._dtype).eps and all(map(self._moves, self.path))
+
+    def _moves(self, node: Node) -> bool:
+        """Whether an operation carries entries to other places; sums add up to one only where each comes once."""
+        name, given = operation(node), self.piece.linear[node]
+        if name in _RESHAPED | _PERMUTED:
+            return len(given) == 1
+        known: Any = node
+        sizes = {meta_of(value).numel for value in (Value(node, 0), *given)}
+        return len(sizes) == 1 and (name == "Expand" or (name == "Add" and known._saved_alpha == 1))
 
     def _masks_all(self, atom: Value) -> bool:
         """Whether nothing at all arrives of the entries to which this atom gives nothing: they are set to zero."""
-        dropped = (self._ones[atom] == 0).reshape(meta_of(self.value).shape).to(meta_of(self.value).dtype)
+        dropped = (self.factors[atom] == 0).reshape(meta_of(self.value).shape).to(meta_of(self.value).dtype)
         return not any(bool(cotangent.any()) for cotangent in self._pulled(dropped).values())
 
     def _certified(self, atom: Value, guess: Coefficient) -> Coefficient:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from stabkit.tracing import Flow
 from stabkit.tracing.graph.loops import Loop, loops_of_calls, loops_outside_layers
 from stabkit.tracing.graph.values import Value, meta_of, operation
 
+_KEPT = 16  # pieces of one stretch, which its readers ask for again and again
 #: How a factor may come from a learned number p: as code spells it, and as a function.
 _FORMS: dict[str, Callable[[Tensor], Tensor]] = {
     "{}": lambda p: p,
@@ -59,6 +61,8 @@ class Surroundings:
         counts = Counter(c.path for c in calls)
         self.calls = tuple((c.start, c.stop, c.path) for c in calls if counts[c.path] > 1)
         self.loops = loops_of_calls(self.graph) or self._loops_that_were_cut()
+        self._pieces: dict[object, Piece] = {}
+        self._forms: dict[Piece, NormalForm] = {}
 
     def _loops_that_were_cut(self) -> tuple[Loop, ...]:
         """Loops that call no module, where the flow has a state between any two rounds."""
@@ -69,6 +73,7 @@ class Surroundings:
         """The same with some maps taken as the identity; see `Graph.passing`."""
         other = copy.copy(self)
         other.graph = self.graph.passing(maps)
+        other._pieces, other._forms = {}, {}
         return other
 
     def nodes(self, start: int, stop: int) -> list[Node]:
@@ -91,20 +96,40 @@ class Surroundings:
 
     def chain(self, start: int, stop: int, found: Slots, owned: Collection[Node] = ()) -> tuple[Link, ...]:
         """The links of a method of one state."""
-        nodes = self.nodes(start - found.earlier, stop)
-        return chain(self.graph, nodes, found.sources[0], found.targets[0], names=self.names,
-                     contexts=found.contexts, calls=self.calls, owned=owned)  # fmt: skip
+        whole = self.whole(start, stop, replace(found, sources=found.sources[:1], targets=found.targets[:1]))
+        return chain(whole, self.form_of, owned)
 
     def normal_form(self, start: int, stop: int, found: Slots, owned: Collection[Node] = ()) -> NormalForm:
         """The normal form of a method of several states."""
-        nodes = self.nodes(start - found.earlier, stop)
-        return normal_form(self.graph, nodes, found.sources, found.targets, names=self.names,
-                           contexts=found.contexts, calls=self.calls, owned=owned)  # fmt: skip
+        return self.form_of(self.whole(start, stop, found, owned))
+
+    def form_of(self, piece: Piece) -> NormalForm:
+        """The normal form of some operations."""
+        if piece not in self._forms:
+            self._forms[piece] = normal_form(piece, names=self.names, calls=self.calls)
+        return self._forms[piece]
 
     def whole(self, start: int, stop: int, found: Slots, owned: Collection[Node] = ()) -> Piece:
         """All operations of a method as one piece, some of which belong to its fields."""
         nodes = self.nodes(start - found.earlier, stop)
-        return Piece(self.graph, nodes, found.sources, found.targets, contexts=found.contexts, owned=owned)
+        return self.piece(nodes, found.sources, found.targets, found.contexts, owned)
+
+    def piece(
+        self,
+        nodes: Sequence[Node],
+        sources: Sequence[Value],
+        targets: Sequence[Value],
+        contexts: Sequence[Value] = (),
+        owned: Collection[Node] = (),
+    ) -> Piece:
+        """Some operations, sorted; arguments as for `Piece`. Those of the last few calls are kept."""
+        key = (tuple(nodes), tuple(sources), tuple(targets), tuple(contexts), frozenset(owned))
+        if key not in self._pieces:
+            if len(self._pieces) >= _KEPT:
+                self._pieces.clear()
+                self._forms.clear()
+            self._pieces[key] = Piece(self.graph, nodes, sources, targets, contexts=contexts, owned=owned)
+        return self._pieces[key]
 
     def learned_factors(self, piece: Piece) -> tuple[str, ...]:
         """Which parameters the constant factors on linear paths come from, as far as simple functions explain them."""

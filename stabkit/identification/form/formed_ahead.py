@@ -57,7 +57,7 @@ def _as_made(
         if value.node not in inside:
             continue
         others = [v for v in ends if v != value and v not in olds]
-        made = _made_of(Piece(around.graph, nodes, olds, [value], contexts=others), value, olds)
+        made = _made_of(around.piece(nodes, olds, [value], others), value, olds)
         made = made or _scaled(around, nodes, value)
         if made is not None:
             found[place] = made

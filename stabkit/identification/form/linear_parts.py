@@ -29,6 +29,8 @@ from stabkit.tracing.products.step_products import Space
 
 Matrix = npt.NDArray[np.complex128]
 LINEAR_SKIP = "linear skip"
+BACKWARD_EULER = "backward Euler"
+TRANSFORMS = frozenset({"FftC2C", "FftC2R", "FftR2C", "ViewAsReal", "ViewAsComplex"})
 _ROUNDINGS = 2048.0  # products with a few matrices, and solutions of linear systems, that are not badly conditioned
 _LARGEST_DENSE = 128  # a sample: one product for each of its entries
 
@@ -65,7 +67,7 @@ class LinearParts:
         joins: values that are added on the way, made of the source by what is not affine; ``Value(node, ADDED)`` for
             what an operation adds to its first input.
         beside: whether something is put beside the state rather than added to it.
-        solves: whether a linear system is solved on the way.
+        solves: whether a linear system is solved on the way, in a basis in which it is diagonal or as it is.
     """
 
     def __init__(self, piece: Piece) -> None:
@@ -90,7 +92,7 @@ class LinearParts:
                 joins.update(dict.fromkeys(others))
         self.ways = tuple(reversed(ways))
         self.joins = tuple(joins)
-        self.solves = any(operation(node) in SOLVES for node in self.ways)
+        self.solves = any(operation(node) in SOLVES for node in self.ways) or self.quotient == BACKWARD_EULER
 
     @property
     def is_whole(self) -> bool:
@@ -105,6 +107,33 @@ class LinearParts:
             if any(v in reached for v in self.piece.inputs(node)):
                 reached.update(outputs_of(node))
         return any((j if j.output != ADDED else Value(j.node, 0)) in reached for j in self.joins)
+
+    @property
+    def quotient(self) -> str | None:
+        """What a division between Fourier transforms solves for; None where it is none of a known method.
+
+        By 1 + h A with A >= 0 it is a backward Euler step in the basis in which A is diagonal; where what is divided
+        was multiplied by 1 - h A before, one of the trapezoidal rule with 2 h.
+        """
+        divisors = [n for n in self.ways if operation(n) == "Div"]
+        products = [n for n in self.ways if operation(n) == "Mul"]
+        others = [n for n in self.ways if n not in (*divisors, *products)]
+        between = any(operation(n) in TRANSFORMS for n in others) and all(
+            operation(n) in TRANSFORMS | MOVES | ADDS for n in others
+        )
+        below = [d for n in divisors if (d := _constant(n)) is not None]
+        above = [m for n in products if (m := _constant(n)) is not None]
+        if (
+            not between
+            or len(below) != 1
+            or bool((below[0].real < 1 - 1e-6).any())
+            or bool((below[0] == below[0].flatten()[0]).all())
+        ):
+            return None
+        if not products and len(divisors) == 1:
+            return BACKWARD_EULER
+        both = len(above) == len(products) == 1 and len(divisors) == 1
+        return "trapezoid" if both and bool(((above[0] + below[0] - 2).abs() <= 1e-6 * below[0].abs()).all()) else None
 
     def pulled(self, w: Tensor) -> dict[Value, Tensor]:
         """P^T w at the source, and S^T w at what joins."""
@@ -123,6 +152,13 @@ class LinearParts:
             found.append((value.node, edges[0]))
             value = edges[0]
         return found
+
+
+def _constant(node: Node) -> Tensor | None:
+    """The constant entries by which a node multiplies or divides; None for a number."""
+    saved = [getattr(node, name, None) for name in ("_saved_other", "_saved_self")]
+    found = [t.detach() for t in saved if isinstance(t, Tensor) and t.numel() > 1]
+    return found[0] if len(found) == 1 else None
 
 
 def _affine_inputs(piece: Piece) -> dict[Node, list[Value]]:
@@ -192,8 +228,8 @@ def operator_of(piece: Piece, source: Layout, target: Layout) -> str | None:
     """What an affine piece is to the equation that a step solves.
 
     Returns:
-        ``"backward Euler"`` where a linear system is solved; ``"an implicit linear part"`` where the spectrum is that
-        of one; ``"number"`` for a number for each entry; None for anything else.
+        ``"backward Euler"`` where a linear system is solved, or ``"trapezoid"``; ``"a damping linear part"`` where the
+        spectrum is that of (1 + h A)^-1 or exp(-h A); ``"number"`` for a number for each entry; None for anything else.
     """
     parts = LinearParts(piece)
     if not parts.ways:
@@ -203,10 +239,10 @@ def operator_of(piece: Piece, source: Layout, target: Layout) -> str | None:
     fitted = _Fitted(parts)
     if fitted.is_number(piece.sources[0]):
         return "number"
-    if parts.solves:
-        return "backward Euler"
+    if parts.solves or parts.quotient:
+        return parts.quotient or BACKWARD_EULER
     M = _dense(fitted, fitted.source, source, target)
-    return "an implicit linear part" if M is not None and _is_contraction(M) else None
+    return "a damping linear part" if M is not None and _is_contraction(M) else None
 
 
 def linear_reading(piece: Piece, source: Layout, target: Layout, *, at_once: bool = True) -> LinearReading | None:
@@ -288,6 +324,10 @@ def _behind(
     if fitted.parts.solves:  # with whatever matrix: the code takes a part of its equation at the new state
         why = f"{behind}; a linear system is solved for it"
         return LinearReading("semi-implicit Euler (linear solve)", system, h, declared, residual, (why,))
+    if fitted.parts.quotient:
+        why = f"{behind}; in Fourier space it is (1 - h A / 2) / (1 + h A / 2)"
+        name, system = f"Lie splitting (Euler, {fitted.parts.quotient})", "x' = f(x) - A x"
+        return LinearReading(name, system, h, declared, residual, (why,))
     M = _dense(fitted, fitted.source, source, target)
     name = "semi-implicit (linear map behind the addition)"
     if M is None:
@@ -298,7 +338,7 @@ def _behind(
     if _is_contraction(M):
         why = f"{behind}; its eigenvalues are those of a (1 + h A)^-1 with A >= 0: a semi-implicit step"
         return LinearReading(name, system, h, declared, residual, (why,), "measured")
-    if any(operation(n) not in _TRANSFORMS | MOVES | SCALES | ADDS | {"Div"} for n in fitted.parts.ways):
+    if any(operation(n) not in TRANSFORMS | MOVES | SCALES | ADDS | {"Div"} for n in fitted.parts.ways):
         return None  # a layer of its own: that it is no step is said elsewhere
     why = f"{behind}; its eigenvalues are not those of a (1 + h A)^-1 with A >= 0"
     return LinearReading("linear map behind the addition", "x' = M (x + f(x))", h, declared, residual, (why,))
@@ -308,9 +348,6 @@ def _is_contraction(M: Matrix) -> bool:
     """Whether the eigenvalues are those of (1 + h A)^-1, A with none in the left half plane: a disc on [0, 1]."""
     values = np.linalg.eigvals(M)
     return bool((np.abs(values - 0.5) <= 0.5 + 1e-6).all()) and bool((np.abs(values) > 1e-12).all())
-
-
-_TRANSFORMS = frozenset({"FftC2C", "FftC2R", "FftR2C", "ViewAsReal", "ViewAsComplex"})
 
 
 def _dense(fitted: _Fitted, at: Value, source: Layout, target: Layout, behind: int = 0) -> Matrix | None:

@@ -9,8 +9,9 @@ a state takes part, at a state itself, or at another stage that also enters such
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -18,14 +19,15 @@ from torch.autograd.graph import Node
 
 from stabkit.identification.fields.shared import key_of, parameters_of
 from stabkit.identification.form.coefficients import Coefficient, LinearCombination
+from stabkit.identification.form.left_out import without_left_out
 from stabkit.identification.form.operations import JOINS, MOVES, has_matrix, is_affine, is_opaque
 from stabkit.identification.form.pieces import ADDED, Piece, pull
-from stabkit.tracing.graph.graph import Graph
 from stabkit.tracing.graph.values import Value, meta_of, operation, random_tensors
 
 Terms = dict[Value, Coefficient]
 Regions = dict[Value, tuple[tuple[Node, ...], tuple[Value, ...]]]  # of stages: their nodes, and where they begin
 _ROUNDINGS = 4096.0  # products with a whole field, in another order
+_SPREAD = 1e-3  # relative; roundings of half precision, whose entries are alike, are smaller
 Call = tuple[int, int, str]  # of a module: an interval of the clock, and its path
 
 
@@ -81,44 +83,52 @@ class NormalForm:
         return self.piece.targets
 
 
-def normal_form(
-    graph: Graph,
-    nodes: Sequence[Node],
-    sources: Sequence[Value],
-    targets: Sequence[Value],
-    *,
-    names: Mapping[int, str],
-    contexts: Sequence[Value] = (),
-    calls: Sequence[Call] = (),
-    owned: Collection[Node] = (),
-) -> NormalForm:
+def normal_form(piece: Piece, *, names: Mapping[int, str], calls: Sequence[Call] = ()) -> NormalForm:
     """The affine normal form of a stretch of a graph.
 
     Args:
-        graph: the recorded graph.
-        nodes: those that may lie between the sources and the targets, in order.
-        sources: the old states.
-        targets: the new states.
+        piece: the stretch; what its fields own besides is found here.
         names: parameters and buffers of the model by address, which tell shared fields.
-        contexts: values that come from before and are held fixed.
         calls: calls of modules that are called repeatedly, as intervals of the clock. What is called at several points
             of one step is a field as a whole, whatever it adds inside. A factor that a field's own
             module applies to its result, such as cos(t), belongs to the field; without this the stages of a
             Runge-Kutta method would carry it.
-        owned: operations that belong to fields, whatever they do.
+    """
+    layout = _laid_out(piece, names)
+    for fields in (fields_called(piece, calls), _assembled(piece)):
+        owning = piece.owning(fields)
+        whole = layout if owning is piece else _laid_out(owning, names)
+        if whole is not layout and _is_simpler(whole.measured, layout.measured):
+            layout = whole
+            break
+    owning = layout.piece.owning(_owned_scalings(layout, calls))
+    return layout.measured if owning is layout.piece else _laid_out(owning, names).measured
+
+
+@dataclass(frozen=True, eq=False)
+class _Layout:
+    """A normal form before its coefficients are measured: most layouts are only looked at, and then made anew.
+
+    Attributes:
+        piece: the stretch of the graph.
+        names: parameters and buffers of the model by address.
+        regions: of the stages.
+        merges: how many additions join a state with something else.
     """
 
-    def build(more: set[Node]) -> NormalForm:
-        return _build(Piece(graph, nodes, sources, targets, contexts=contexts, owned=more.union(owned)), names)
+    piece: Piece
+    names: Mapping[int, str]
+    regions: Regions
+    merges: int
 
-    form = build(set())
-    for fields in (fields_called(form.piece, calls), _assembled(form.piece)):
-        whole = build(fields) if fields else form
-        if whole is not form and _is_simpler(whole, form):
-            form = whole
-            break
-    own = _owned_scalings(form, calls)
-    return build(own | form.piece.owned) if own else form
+    @cached_property
+    def measured(self) -> NormalForm:
+        """With the coefficients, which take products."""
+        piece, rank = self.piece, {node: i for i, node in enumerate(self.piece.nodes)}
+        ordered = sorted(self.regions, key=lambda v: (rank[v.node], v.output))
+        stages = _told_apart(piece, [_stage(piece, atom, *self.regions[atom], self.names) for atom in ordered])
+        forms = tuple(LinearCombination(piece, target).coefficients() for target in piece.targets)
+        return NormalForm(piece, stages, forms, self.merges)
 
 
 def fields_called(piece: Piece, calls: Sequence[Call]) -> set[Node]:
@@ -145,19 +155,33 @@ def _assembled(piece: Piece) -> set[Node]:
 
 
 def _is_simpler(whole: NormalForm, form: NormalForm) -> bool:
-    """Whether a form with composed fields passes each state on as a number, and has no more fields than the other."""
+    """Whether a form with composed fields passes each state on as a number, and says more than the other.
+
+    It has fewer fields, or passes states or values of fields on by numbers which the other moves or turns the sign of.
+    """
     kinds = {c.kind for terms in whole.forms for a, c in terms.items() if a in whole.sources}
     before = {c.kind for terms in form.forms for a, c in terms.items() if a in form.sources}
     if not whole.stages or not kinds or kinds & {"moved", "mixed", "part"}:
         return False
     fields = [len({stage.key for stage in f.stages}) for f in (whole, form)]
-    return fields[0] < fields[1] or bool(before & {"moved", "mixed", "part"})
+    passed = [_of_fields(f) <= {"scalar", "dropout"} for f in (whole, form)]
+    return fields[0] < fields[1] or bool(before & {"moved", "mixed", "part"}) or passed == [True, False]
 
 
-def _owned_scalings(form: NormalForm, calls: Sequence[Call]) -> set[Node]:
+def _of_fields(form: NormalForm) -> set[str]:
+    """The kinds of coefficients with which values of fields enter new states and stages.
+
+    Entries that are added to each other make a map that belongs to the field; its number then stands for none.
+    """
+    rows = (*form.forms, *(terms for stage in form.stages for terms in stage.inputs))
+    found = [c for terms in rows for atom, c in terms.items() if atom not in form.sources]
+    maps = [c.kind == "scalar" and c.high - c.low > _SPREAD * max(abs(c.high), abs(c.low)) for c in found]
+    return {"map" if is_map else c.kind for c, is_map in zip(found, maps, strict=True)}
+
+
+def _owned_scalings(layout: _Layout, calls: Sequence[Call]) -> set[Node]:
     """Gains of norms, and scalings of stages in the call of a repeated module that adds nothing to a state."""
-    stages = {stage.output: stage for stage in form.stages}
-    piece = form.piece
+    piece, stages = layout.piece, layout.regions
     merged = [value.node._sequence_nr() for value in piece.merges]
     only = _only_atoms(piece)
     owned: set[Node] = set()
@@ -167,7 +191,7 @@ def _owned_scalings(form: NormalForm, calls: Sequence[Call]) -> set[Node]:
         atom = only[edges[0].node] if edges[0].node in only and edges[0] not in piece.ends else edges[0]
         if atom is None or atom not in stages:
             continue
-        first, last = stages[atom].nodes[0]._sequence_nr(), node._sequence_nr()
+        first, last = stages[atom][0][0]._sequence_nr(), node._sequence_nr()
         if piece.is_norm(atom) and piece.has_factors(node):
             owned.add(node)  # what is normalised has no size of its own: its gain for each channel gives it one
             continue
@@ -188,7 +212,7 @@ def _only_atoms(piece: Piece) -> dict[Node, Value | None]:
     return found
 
 
-def _build(piece: Piece, names: Mapping[int, str]) -> NormalForm:
+def _laid_out(piece: Piece, names: Mapping[int, str]) -> _Layout:
     atoms: dict[Value, None] = {}  # stages, in the order in which they were met
     entered: dict[Value, None] = {}
     paths: set[Node] = set()
@@ -207,12 +231,7 @@ def _build(piece: Piece, names: Mapping[int, str]) -> NormalForm:
             break
         atoms.update(dict.fromkeys(more))
     regions = _composed(piece, _divide_repeated(piece, regions), names)
-    rank = {node: i for i, node in enumerate(piece.nodes)}
-    ordered = sorted(regions, key=lambda v: (rank[v.node], v.output))
-    stages = _told_apart(piece, [_stage(piece, atom, *regions[atom], names) for atom in ordered])
-    forms = tuple(LinearCombination(piece, target).coefficients() for target in piece.targets)
-    merges = sum(Value(node, 0) in piece.merges for node in paths)
-    return NormalForm(piece, stages, forms, merges)
+    return _Layout(piece, names, regions, sum(Value(node, 0) in piece.merges for node in paths))
 
 
 def _region(
@@ -232,7 +251,7 @@ def _region(
                 entries[value] = None
             else:
                 stack.append(value.node)
-    return tuple(n for n in piece.nodes if n in nodes), tuple(entries)
+    return tuple(n for n in piece.nodes if n in nodes), without_left_out(piece, atom, nodes, tuple(entries))
 
 
 def _combined(piece: Piece, stops: set[Value]) -> set[Node]:

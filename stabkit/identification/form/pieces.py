@@ -101,6 +101,13 @@ class Piece:
         self._gate_products()
         self._weigh_stages()
 
+    def owning(self, more: Collection[Node]) -> Piece:
+        """The same stretch, with more operations that belong to stages."""
+        owned = self.owned.union(more)
+        if owned == self.owned:
+            return self
+        return Piece(self.graph, self.nodes, self.sources, self.targets, contexts=self.contexts, owned=owned)
+
     def inputs(self, node: Node) -> list[Value]:
         """The inputs of a node that depend on the sources, one entry for every edge."""
         return [v for v in self.graph.inputs[node] if v in self.base]

@@ -69,6 +69,9 @@ def slots(flow: Flow, start: int, stop: int, loops: Sequence[Loop] = ()) -> Slot
     old = [v for v in before.values if v in used]
     if stop < len(flow.steps) and len(new) < len(old):
         new = _with_waiting(flow, nodes, [v for v in old if v not in after.values], stop, new)
+    waiting = _queued(flow, before.values, after.values, old, new)
+    if waiting is not None:
+        return _arranged(graph, nodes, *waiting, ())
     fed = (*_read_ahead(flow, nodes, old, new), *_held_for_later(flow, old, new, stop))
     old, new = [v for v in old if v not in fed], [v for v in new if v not in fed]
     contexts = _contexts(flow, start, old, new)
@@ -132,6 +135,22 @@ def _with_waiting(flow: Flow, nodes: Sequence[Node], dropped: list[Value], stop:
             follows.update(outputs_of(node))
     waiting = [v for v in after.values if v.node in made and v in read and (not new or v in follows)]
     return [*new, *(v for v in waiting if v not in new)]
+
+
+def _queued(
+    flow: Flow, before: Sequence[Value], after: Sequence[Value], old: list[Value], new: list[Value]
+) -> tuple[list[Value], list[Value]] | None:
+    """Old and new states with those that wait in a queue, x_(n-k), ..., x_n; None where no values queue up.
+
+    All of them are of one shape, each lives as long as the others, and every step takes one out and puts one in.
+    """
+    dropped, made = [v for v in before if v not in after], [v for v in after if v not in before]
+    if len(before) != len(after) or len(dropped) != 1 or len(made) != 1 or len(before) <= max(len(old), len(new)):
+        return None
+    shapes = {meta_of(v).shape for v in (*before, *after)}
+    lives = {_span(flow, v) for v in (*dropped, *made)}
+    whole = len(shapes) == 1 and lives == {len(before)}
+    return (list(before), list(after)) if whole else None
 
 
 def _arranged(
@@ -281,8 +300,17 @@ def parts_of(graph: Graph, nodes: Sequence[Node], value: Value) -> tuple[Value, 
 
 
 def joined(graph: Graph, nodes: Sequence[Node], value: Value) -> tuple[Value, ...] | None:
-    """The values that a value is a concatenation of; None when it is none of values that depend on the source."""
-    if operation(value.node) not in JOINS or value.node not in set(nodes):
+    """The values that a value is a concatenation of; None when it is none of values that depend on the source.
+
+    A constant that was added since, such as a bias of all parts, is no part.
+    """
+    inside = set(nodes)
+    while operation(value.node) in ADDS and value.node in inside and len(graph.inputs[value.node]) == 1:
+        inner = graph.inputs[value.node][0]
+        if meta_of(inner).shape != meta_of(value).shape:
+            return None
+        value = inner
+    if operation(value.node) not in JOINS or value.node not in inside:
         return None
     parts = tuple(graph.inputs[value.node])
     complete = sum(meta_of(v).numel for v in parts) == meta_of(value).numel

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -10,6 +11,7 @@ import numpy as np
 
 from stabkit import integrators
 from stabkit.identification.form.tableau import Blocks
+from stabkit.identification.names.exponential import carried_back, exponential_step
 from stabkit.identification.names.step_size import step_size
 from stabkit.integrators import GeneralLinearMethod
 
@@ -143,11 +145,15 @@ def _runge_kutta(found: Blocks, a: float, h: float, convention: str) -> Name:
     iterated = _fixed_point_iteration(method)
     if iterated is not None:
         return Name(iterated, system, h, convention)
-    steps = _repeats(found, h)
+    steps = _in_parts(found)
     if steps is not None:
         return Name(steps, system, h, convention)
     if a == 0.0:
         return Name("plain", "none: a map without a skip, applied several times", 1.0, "h = 1")
+    exponential = exponential_step(found) or _of_lawson(found)
+    if exponential is not None:
+        name, h = exponential
+        return Name(name, "x' = f(x) - lambda x, the linear part carried on exactly, h lambda = -log a", h, convention)
     if _is_exponential_midpoint(found, a):
         system = "x' = f(x) - lambda x, the linear part carried on exactly, the field taken in the middle"
         return Name(f"exponential midpoint (a = {a:.3g}, DPM-Solver-2S type)", system, h, convention)
@@ -159,6 +165,20 @@ def _runge_kutta(found: Blocks, a: float, h: float, convention: str) -> Name:
     alike = [name for name, other in _catalogue(None) if _same_function(method, other)]
     hint = f", R(z) of {alike[0]}" if alike else ""
     return Name(f"unnamed Runge-Kutta ({method.stages} stages, order {order_of(method)}{hint})", system, h, convention)
+
+
+def _of_lawson(found: Blocks) -> tuple[str, float] | None:
+    """Name and h of a Runge-Kutta method of the catalogue for e^(lambda t) x, its stages at the times of the skips."""
+    back = carried_back(found)
+    if back is None:
+        return None
+    h = float(back.B[0].sum())
+    if abs(h) < 1e-12 or not np.allclose(
+        back.A.sum(axis=1) / h, np.log(found.U[:, 0]) / np.log(float(found.V[0, 0])), atol=1e-4
+    ):
+        return None
+    name, a = _runge_kutta(back, 1.0, h, "").name, float(found.V[0, 0])
+    return None if name.startswith("unnamed") else (f"{name} with integrating factor (Lawson, a = {a:.3g})", h)
 
 
 def _named_tableau(method: GeneralLinearMethod) -> str | None:
@@ -182,24 +202,42 @@ def _is_exponential_midpoint(found: Blocks, a: float) -> bool:
 
 
 def _fixed_point_iteration(method: GeneralLinearMethod) -> str | None:
-    """``"backward_euler (by 5 fixed-point iterations)"`` for x' = x + h f(x + h f(...)), and the theta method alike.
+    """``"backward_euler (by 5 fixed-point iterations)"`` for x' = x + h f(x + h f(...)), and others alike.
 
-    Each stage is the result that would be given out if the iteration ended there, so its row repeats the weights b.
+    Each stage is what the iteration would go on with if it ended there, so its row repeats the weights: those of the
+    theta method, (1 - theta) f(x) + theta f(x'), or theta times the one of x' = x + h f((1 - theta) x + theta x').
     """
     s, b = method.stages, method.B[0]
     if s < 3 or not np.allclose(method.U, 1.0) or method.V[0, 0] != 1.0:
         return None
-    theta = float(b[-1])
-    rows = np.zeros((s, s))
-    for i in range(1, s):
-        rows[i, 0] += 1 - theta
-        rows[i, i - 1] += theta
-    expected = np.concatenate([[1 - theta], np.zeros(s - 2), [theta]])
-    if not np.allclose(method.A, rows, atol=CLOSE) or not np.allclose(b, expected, atol=CLOSE):
+    last = np.eye(s)[-1]
+    theta, one_point = float(b[-1]), bool(np.allclose(b, last, atol=CLOSE))
+    if one_point:
+        theta = float(method.A[-1, -2])
+        rows = theta * np.eye(s, k=-1)
+    else:
+        rows = np.vstack([np.zeros(s), (1 - theta) * np.eye(s)[[0] * (s - 1)] + theta * np.eye(s)[:-1]])
+        if not np.allclose(b, (1 - theta) * np.eye(s)[0] + theta * last, atol=CLOSE):
+            return None
+    if not 0 < theta <= 1 + CLOSE or not np.allclose(method.A, rows, atol=CLOSE):
         return None
-    known = {1.0: "backward_euler", 0.5: "trapezoid"}
-    name = next((n for value, n in known.items() if abs(theta - value) <= CLOSE), f"theta method, theta = {theta:.3g}")
-    return f"{name} (by {s - 1} fixed-point iterations)"
+    return f"{theta_method(theta, one_point=one_point)} (by {s - 1} fixed-point iterations)"
+
+
+def theta_method(theta: float, *, one_point: bool) -> str:
+    """What x' = x + h ((1 - theta) f(x) + theta f(x')) is called.
+
+    With one point it is x' = x + h f((1 - theta) x + theta x').
+
+    Example:
+        >>> theta_method(0.5, one_point=True), theta_method(0.7, one_point=False)
+        ('implicit_midpoint', 'theta method, theta = 0.7')
+    """
+    if abs(theta - 1) <= CLOSE:
+        return "backward_euler"
+    if abs(theta - 0.5) <= CLOSE:
+        return "implicit_midpoint" if one_point else "trapezoid"
+    return f"{'one-leg ' * one_point}theta method, theta = {theta:.3g}"
 
 
 def order_of(method: GeneralLinearMethod) -> int:
@@ -236,22 +274,29 @@ def _catalogue(stages: int | None) -> tuple[tuple[str, GeneralLinearMethod], ...
     return tuple((n, m) for n, m in explicit if stages is None or m.stages == stages)
 
 
-def _repeats(found: Blocks, h: float) -> str | None:
-    """``"5 steps of rk4"`` for a block lower triangular tableau of equal blocks."""
-    s = len(found.rows)
-    for count in range(s, 1, -1):
-        size = s // count
-        if size * count != s:
-            continue
-        b = found.B[0, :size]
-        blocks = [found.A[i : i + size, i : i + size] for i in range(0, s, size)]
-        alike = all(np.allclose(block, blocks[0], atol=CLOSE * h) for block in blocks)
-        carried = all(np.allclose(found.A[i:, i - size : i], b, atol=CLOSE * h) for i in range(size, s, size))
-        if not alike or not carried or not np.allclose(found.B[0], np.tile(b, count), atol=CLOSE * h):
-            continue
-        one = Blocks(blocks[0], found.U[:size], b[None], found.V, found.fields[:size], found.rows[:size])
-        return f"{count} steps of {name_one_state(one).name}"
-    return None
+def _in_parts(found: Blocks) -> str | None:
+    """``"5 steps of rk4"``, ``"2 steps of heun2 (h = 0.1, 0.05)"``, ``"forward Euler and then heun2"``; None else.
+
+    A part ends where all later stages, and the result, take what is before them with the weights of the result.
+    """
+    s, b = len(found.rows), found.B[0]
+    if not np.allclose(found.U, 1.0) or found.V[0, 0] != 1.0:
+        return None
+    near = CLOSE * float(np.abs(b).max())
+    ends = [c for c in range(1, s) if np.allclose(found.A[c:, :c], b[:c], rtol=0, atol=near)]
+    if not ends:
+        return None
+    named = []
+    for start, stop in itertools.pairwise([0, *ends, s]):
+        part = slice(start, stop)
+        named.append(name_one_state(Blocks(found.A[part, part], found.U[part], found.B[:, part], found.V,
+                                           found.fields[part], found.rows[part])))  # fmt: skip
+    if not all(name.is_known for name in named):
+        return None
+    names, sizes = [name.name for name in named], [name.h for name in named]
+    same = max(sizes) - min(sizes) <= CLOSE * max(map(abs, sizes))
+    shown = "" if same else f" (h = {', '.join(f'{h:.3g}' for h in sizes)})"
+    return f"{len(names)} steps of {names[0]}{shown}" if len(set(names)) == 1 else " and then ".join(names) + shown
 
 
 def without_parallel(found: Blocks) -> Blocks:

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 
-from stabkit import integrators
 from stabkit.identification.form.tableau import Blocks, Matrix
 from stabkit.identification.names.compositions import one_step
-from stabkit.identification.names.single import CLOSE, POINTS, Name, name_one_state, without_parallel
+from stabkit.identification.names.multistep import leapfrog, name_multistep, without_kept_values
+from stabkit.identification.names.single import CLOSE, Name, name_one_state, without_parallel
 from stabkit.identification.steps.predictor_correctors import predictor_corrector
-from stabkit.integrators import GeneralLinearMethod
 
 HAMILTONIAN = "symplectic Euler (Hamiltonian)"  # a reversible step whose fields are gradients
 
@@ -38,7 +36,7 @@ def name_several_states(found: Blocks, *, symmetric: bool | None, gated: bool) -
     coupled = _additive_coupling(found) if r == 2 else None
     if coupled is not None:
         return coupled
-    adams = _multistep(found) or (_remembering(found) if r == 2 else None) or predictor_corrector(found)
+    adams = name_multistep(found) or predictor_corrector(found)
     if adams is not None:
         return adams
     if r == 2 and gated:
@@ -48,6 +46,14 @@ def name_several_states(found: Blocks, *, symmetric: bool | None, gated: bool) -
         name = name or _position_form(found)
         if name is not None:
             return name
+    again = None if gated else without_kept_values(found)
+    if again is not None:
+        name = name_one_state(again) if r == 2 else name_several_states(again, symmetric=symmetric, gated=gated)
+        if name.is_known:
+            return name
+    couplings = _couplings(found) if r == 2 else None
+    if couplings is not None:
+        return couplings
     alone = _one_beside_others(found) if r > 2 else None
     if alone is not None:
         return alone
@@ -82,6 +88,24 @@ def _additive_coupling(found: Blocks) -> Name | None:
     return Name("additive coupling (half of a reversible step)", "p' = F(q), q' = 0", h, declared)
 
 
+def _couplings(found: Blocks) -> Name | None:
+    """Several fields, each of which moves one stream and reads the other as it is then: shears in turn.
+
+    Those of two fields that are taken again and again are compositions, whose numbers tell which.
+    """
+    moves_one = bool(np.all((found.B != 0).sum(axis=0) == 1))
+    if not np.allclose(found.V, np.eye(2)) or not moves_one or not 3 <= len(found.rows) == found.n_fields:
+        return None
+    writes = [int(np.argmax(np.abs(column))) for column in found.B.T]
+    A = np.array([[found.B[1 - w, j] * (j < i) for j in range(len(writes))] for i, w in enumerate(writes)])
+    fits = np.allclose(found.U, np.eye(2)[[1 - w for w in writes]], atol=CLOSE) and np.allclose(found.A, A, atol=CLOSE)
+    if not fits or set(writes) != {0, 1}:
+        return None
+    h = float(np.abs(found.B).max())
+    declared = "h: the number that multiplies the branches" if h != 1 else "h = 1: only h f can be seen"
+    return Name(f"reversible ({len(writes)} couplings in turn)", "p' = F_i(q), q' = G_i(p)", h, declared)
+
+
 def _has_velocity(found: Blocks) -> bool:
     """Whether one state answers to itself and the field alone: v' = g v + f(x). A two-step method has none."""
     V = found.V
@@ -109,7 +133,7 @@ def _two_state_one_stage(found: Blocks, *, history: bool) -> Name | None:
     c = abs(t1)
     declared = "h: the number that multiplies the branch" if abs(c - 1) > CLOSE else "h = 1: only h f can be seen"
     if abs(t0) <= CLOSE and abs(d0 + 1) <= CLOSE:
-        return Name("leapfrog", "x' = f(x), two-step midpoint rule", c / 2, "h: half the number before the branch")
+        return leapfrog(found, c / 2)
     if abs(t0 - 2) <= CLOSE and abs(d0 - 1) <= CLOSE:
         form = "second_order_leapfrog" if history else one_step(found) or "symplectic Euler (position, velocity)"
         return Name(form, "x'' = f(x)", math.sqrt(c), "h: h^2 multiplies the force", 2)
@@ -120,6 +144,10 @@ def _two_state_one_stage(found: Blocks, *, history: bool) -> Name | None:
         return Name("momentum (gamma = 0)", "x' = f(x), forward Euler beside a state that takes no part", c, declared)
     if abs(t0 - 1 - d0) <= CLOSE and 0 < d0 < 1:
         return Name(f"momentum (gamma = {d0:.3g})", "eps x'' + x' = f(x), eps = 1/(1 - gamma)", c, declared)
+    if not history and abs(t0 - 1 - d0) <= CLOSE and -1 < d0 < 0:  # v' = v + 2 eta (f - v), at the middle of the step
+        eta = (1 - d0) / 2
+        system = "x' = f(x), v' = v + 2 eta (f(x) - v) at the middle of the step"
+        return Name(f"asynchronous leapfrog (ALF, eta = {eta:.3g})", system, c / (2 * eta), declared)
     return None
 
 
@@ -225,66 +253,6 @@ def _verlet_of_two_fields(found: Blocks) -> Name | None:
     if not halves or not np.allclose(found.U, U, atol=CLOSE) or not np.allclose(found.A, A, atol=CLOSE):
         return None
     return Name("stormer_verlet", "p' = F(q), q' = G(p)", abs(drift), "h: the number that multiplies the drift")
-
-
-def _multistep(found: Blocks) -> Name | None:
-    """Adams-Bashforth and other catalogue methods with as many states, by the characteristic polynomial."""
-    if found.n_fields != 1:
-        return None
-    left = _left_vector(found.V)
-    if left is None:
-        return None
-    h = float((left @ found.B).sum())
-    if abs(h) < 1e-12:
-        return None
-    method = found.method(h)
-    ours = [np.poly(M) for M in method.stability_matrix(POINTS)]
-    for name in integrators.names():
-        other: Any = integrators.named(name)
-        if not isinstance(other, GeneralLinearMethod) or other.states != method.states or other.n_fields != 1:
-            continue
-        if other.is_explicit and all(
-            np.allclose(mine, np.poly(M), atol=CLOSE * 10)
-            for mine, M in zip(ours, other.stability_matrix(POINTS), strict=True)
-        ):
-            return Name(name, "x' = f(x), multistep", h, "h: the sum of the weights of all stages")
-    return None
-
-
-def _remembering(found: Blocks) -> Name | None:
-    """X' = a x + b_1 f(x) + b_2 f(x_before) by way of a state that holds the field's last value (DPM-Solver++ 2M).
-
-    What is extrapolated, f + w/2 (f - f_before), has the step ratio w of the method of Adams and Bashforth.
-    """
-    if len(found.rows) != 1:
-        return None
-    for x, memory in ((0, 1), (1, 0)):
-        taken = float(found.B[memory, 0])
-        if found.V[memory].any() or not taken or not found.U[0, x] or found.U[0, memory]:
-            continue
-        a, new, old = float(found.V[x, x]), float(found.B[x, 0]) / taken, float(found.V[x, memory])
-        share = -old / new if new else 0.0
-        if a <= 0 or not CLOSE < share < 1 - CLOSE:
-            continue
-        ratio, skip = 2 * share / (1 - share), "" if abs(a - 1) <= CLOSE else f"a = {a:.3g}, "
-        system = "x' = f(x), multistep" if not skip else "x' = f(x) - lambda x, the field alone extrapolated"
-        name = f"Adams-Bashforth type, two steps ({skip}step ratio {ratio:.3g})"
-        return Name(name, system, abs(new + old), "h: the sum of the weights of both values of the field")
-    return None
-
-
-def _left_vector(V: Matrix) -> Matrix | None:
-    """Y with y V = y and y u = 1 for the right eigenvector u whose first nonzero entry is 1."""
-    values, right = np.linalg.eig(V)
-    place = np.flatnonzero(np.abs(values - 1) < CLOSE)
-    if place.size != 1:
-        return None
-    u = right[:, place[0]].real
-    u = u / u[np.argmax(np.abs(u))]
-    values, left = np.linalg.eig(V.T)
-    y = left[:, np.argmin(np.abs(values - 1))].real
-    product: Matrix = y / (y @ u)
-    return product
 
 
 def _gated_pair(found: Blocks) -> Name:

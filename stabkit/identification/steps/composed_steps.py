@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import numpy as np
 
 from stabkit.identification.form.tableau import Blocks
 from stabkit.identification.names.compositions import Shear, is_composition, may_be_known, merged, shears
+from stabkit.identification.names.single import CLOSE
 from stabkit.identification.record import Identification
 from stabkit.integrators import GeneralLinearMethod
 
+_FEW = 4  # states of which every order is tried
 _LONGEST = 8  # steps in a composition; Yoshida's of order 6 takes seven leapfrogs
 _SECOND_ORDER = "x'' = f(x)"  # systems whose force is multiplied by h^2
 
@@ -50,12 +54,49 @@ def _composition(
     return None
 
 
+def with_first_rounds(records: Sequence[Identification]) -> list[Identification]:
+    """Records, the first of a method named as the next one where it does the same to its states in another order.
+
+    States stand in the order in which they were made, and what a method starts with may be made in another than what
+    it hands on: a velocity is computed from the position first, and before it in every step.
+    """
+    found = list(records)
+    for i in reversed(range(len(found) - 1)):
+        record, after = found[i], found[i + 1]
+        ours, theirs = _table(record), _table(after)
+        if ours is None or theirs is None or record.name == after.name or ours.V.shape != theirs.V.shape:
+            continue
+        orders = itertools.permutations(range(len(ours.V))) if len(ours.V) <= _FEW else ()
+        if any(_is_same(ours, theirs, list(order)) for order in orders):
+            scale = _unit(after) / _unit(record)
+            recorded = tuple(None if field is None else field.times(scale) for field in record.recorded)
+            found[i] = replace(after, steps=record.steps, residual=record.residual, checks=record.checks,
+                               recorded=recorded, over_time=record.over_time)  # fmt: skip
+    return found
+
+
+def _is_same(ours: Blocks, theirs: Blocks, order: list[int]) -> bool:
+    pairs = ((ours.A, theirs.A), (ours.U[:, order], theirs.U), (ours.B, theirs.B), (ours.V[:, order], theirs.V))
+    return ours.A.shape == theirs.A.shape and all(np.allclose(a, b, atol=CLOSE) for a, b in pairs)
+
+
+def _unit(record: Identification) -> float:
+    """What multiplies the eigenvalue of a field in z."""
+    h = record.step_size or 1.0
+    return h * h if record.system == _SECOND_ORDER else h
+
+
+def _table(record: Identification) -> Blocks | None:
+    """The tableau of a record of several states that is proven, with its step size; None for others."""
+    method = record.method
+    if not isinstance(method, GeneralLinearMethod) or method.states < 2 or record.evidence != "proven":
+        return None
+    unit = _unit(record)
+    A, B = np.asarray(method.A) * unit, np.asarray(method.B) * unit
+    return Blocks(A, np.asarray(method.U), B, np.asarray(method.V), tuple(method.fields), ())
+
+
 def _shears(record: Identification) -> tuple[Shear, ...]:
     """The kicks and drifts of a step that has a method of two states; empty for others."""
-    method, h = record.method, record.step_size
-    if not isinstance(method, GeneralLinearMethod) or method.states != 2 or not h or record.evidence != "proven":
-        return ()
-    unit = h * h if record.system == _SECOND_ORDER else h
-    A, B = np.asarray(method.A) * unit, np.asarray(method.B) * unit
-    table = Blocks(A, np.asarray(method.U), B, np.asarray(method.V), tuple(method.fields), ())
-    return shears(table) or ()
+    table = _table(record) if record.step_size else None
+    return () if table is None or len(table.V) != 2 else shears(table) or ()

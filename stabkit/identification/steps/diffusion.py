@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from stabkit.identification.form.normal_form import Stage, stage_vjp
+from stabkit.identification.form.normal_form import NormalForm, Stage, stage_vjp
 from stabkit.identification.form.operations import MOVES
 from stabkit.identification.form.pieces import Piece
+from stabkit.identification.form.tableau import Blocks
+from stabkit.identification.names.single import Name
+from stabkit.identification.steps.around_addition import GATED
 from stabkit.tracing.graph.values import Value, meta_of, operation, random_tensors
 
 _ROUNDINGS = 1e3
 
 
-def averages(piece: Piece, stage: Stage) -> bool:
+def _averages(piece: Piece, stage: Stage) -> bool:
     """Whether a stage multiplies the state by a matrix whose rows sum to one: a constant one, or that of an attention.
 
     A constant matrix, however it is applied (dense, sparse, by indices), is known by leaving a constant state alone:
@@ -47,3 +52,12 @@ def _leaves_constants(piece: Piece, stage: Stage) -> bool:
         if pulled is None or abs(float(pulled.sum() - w.sum())) > slack:
             return False
     return True
+
+
+def as_diffusion(name: Name, sums: Sequence[NormalForm], table: Blocks) -> Name:
+    """A step towards an average of the state over its neighbours."""
+    relaxes = len(table.rows) == 1 and abs(float(table.V[0, 0]) + name.h - 1.0) <= GATED
+    if not relaxes or not _averages(sums[0].piece, table.rows[0]):
+        return name
+    system = f"x' = A x - x, diffusion (rows of A sum to one), Euler with h = {name.h:.3g}"
+    return replace(name, system=system)

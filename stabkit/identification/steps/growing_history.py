@@ -9,8 +9,6 @@ linear method it has one state more after each layer, so no number of one entry 
 from __future__ import annotations
 
 from stabkit.identification.form.flow_index import Surroundings
-from stabkit.identification.form.normal_form import normal_form
-from stabkit.identification.form.pieces import Piece
 from stabkit.identification.form.slots import collectors
 from stabkit.identification.record import Identification, nothing
 from stabkit.tracing.graph.values import Value, meta_of
@@ -34,10 +32,11 @@ def growing_history(around: Surroundings, start: int, stop: int) -> Identificati
         return None
     if not _was_made_alike(around, start, old) or not _are_read_again(around, stop, old):
         return None
-    atoms = Piece(graph, nodes, old, new).expand(new[0])[0]
+    piece = around.piece(nodes, old, new)
+    atoms = piece.expand(new[0])[0]
     if any(v not in atoms for v in old):
         return None
-    form = normal_form(graph, nodes, old, new, names=around.names, calls=around.calls)
+    form = around.form_of(piece)
     terms = [form.forms[0].get(v) for v in old]
     known = [c for c in terms if c is not None]
     if len(known) < len(old) or not {c.kind for c in known} <= _LINEAR:

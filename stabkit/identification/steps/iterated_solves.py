@@ -16,6 +16,7 @@ from torch.autograd.graph import Node
 from stabkit.identification.form.normal_form import NormalForm, Stage, normal_form
 from stabkit.identification.form.operations import ADDS, PRODUCTS
 from stabkit.identification.form.pieces import Piece, pull
+from stabkit.identification.names.single import theta_method
 from stabkit.identification.record import Identification
 from stabkit.identification.steps.implicit import SOLVES, right_side
 from stabkit.integrators import named
@@ -33,7 +34,7 @@ class SolvedStep:
     Attributes:
         name: ``"backward_euler"``, ``"trapezoid"``, ``"implicit_midpoint"``, ``"theta method, theta = 0.7"``, or
             ``"linearly implicit Euler (Rosenbrock)"`` where one iteration from the old state is all.
-        theta: the weight of the field at the result; None for other methods.
+        theta: the weight of the result in the field, or of the field at it; None for other methods.
         h: what multiplies the fields.
         left: what is left of the iterate in the result, relative.
     """
@@ -70,11 +71,14 @@ def _solved(piece: Piece, iterate: Value, names: Mapping[int, str]) -> SolvedSte
     if left > _CONVERGED:
         return None
     sums = [v for v in (Value(node, 0) for node in last.nodes) if v in last.merges and v != target]
-    if not sums or meta_of(sums[-1]).numel != meta_of(source).numel:
-        return None
-    # earlier sums are parts of the equation
-    found = _equation(normal_form(piece.graph, last.nodes, [iterate, source], sums[-1:], names=names))
-    return None if found is None else SolvedStep(*found, left)
+    # sums inside of others are parts of the equation, others beside it are arguments at which its Jacobian is taken
+    inside = {node for v in sums for node in last.expand(v)[1] if node is not v.node}
+    for whole in reversed([v for v in sums if v.node not in inside and meta_of(v).numel == meta_of(source).numel]):
+        equation = Piece(piece.graph, last.nodes, [iterate, source], [whole])
+        found = _equation(normal_form(equation, names=names))
+        if found is not None:
+            return SolvedStep(*found, left)
+    return None
 
 
 def _left(last: Piece, iterate: Value, target: Value) -> float:
@@ -105,17 +109,14 @@ def _equation(form: NormalForm) -> tuple[str, float | None, float] | None:
         return None
     if len(fields) == 1:
         place = places[fields[0]]
-        if place == 1.0:
-            return "backward_euler", 1.0, h
-        return ("implicit_midpoint", None, h) if place is not None and abs(place - 0.5) <= _CLOSE else None
+        return None if not place else (theta_method(place, one_point=True), place, h)
     at_result = sum(w for stage, w in weights.items() if places[stage] == 1.0)
     if any(place not in (0.0, 1.0) for place in places.values()):
         return None
     if len({_factors(stage) for stage in fields}) > 1:
         return None  # one field but for the numbers inside of it: theta may be among them
     theta = abs(at_result) / h
-    name = "trapezoid" if abs(theta - 0.5) <= _CLOSE else f"theta method, theta = {theta:.3g}"
-    return name, theta, h
+    return theta_method(theta, one_point=False), theta, h
 
 
 def _place(stage: Stage, iterate: Value, source: Value) -> float | None:
@@ -177,7 +178,7 @@ def _columns(w: Tensor, matrix: Tensor) -> Tensor:
 
 def _number(piece: Piece, value: Value, names: Mapping[int, str]) -> float:
     """The number that multiplies the one field of a value."""
-    form = normal_form(piece.graph, piece.nodes, [piece.sources[0]], [value], names=names)
+    form = normal_form(Piece(piece.graph, piece.nodes, piece.sources[:1], [value]), names=names)
     numbers = [c.value for atom, c in form.forms[0].items() if atom not in form.piece.ends and c.kind == "scalar"]
     return abs(numbers[0]) if len(numbers) == 1 and numbers[0] else 1.0
 

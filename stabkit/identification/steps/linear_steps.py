@@ -4,9 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
+from torch import Tensor
+
 from stabkit.identification.form.chain import Link
 from stabkit.identification.form.flow_index import Surroundings
-from stabkit.identification.form.linear_parts import LINEAR_SKIP, linear_reading, operator_of
+from stabkit.identification.form.linear_parts import (
+    BACKWARD_EULER,
+    LINEAR_SKIP,
+    LinearParts,
+    linear_reading,
+    operator_of,
+)
 from stabkit.identification.form.pieces import Piece
 from stabkit.identification.form.slots import Slots
 from stabkit.identification.form.tableau import blocks
@@ -15,9 +24,10 @@ from stabkit.identification.record import Identification
 from stabkit.identification.steps.around_addition import normalises
 from stabkit.identification.steps.streams import mixed_streams
 from stabkit.tracing.cutting.samples import Layout
-from stabkit.tracing.graph.values import Value, meta_of
+from stabkit.tracing.graph.values import Value, meta_of, random_tensors
 
 _CLOSE = 1e-12
+_SAME = 2048.0  # rounding units between products with one operator, as of products with a few matrices
 
 
 def read_linear(
@@ -30,7 +40,9 @@ def read_linear(
     if any(normalises(link) for link in links if link.kind == "weightless"):
         return None
     merges = [link for link in links if link.kind == "sum"]
-    if len(merges) > 1 or (merges and links.index(merges[0]) > 0):
+    evaluated = [[stage.key for stage in link.form.stages] for link in merges]
+    several = any(len(set(keys)) < len(keys) for keys in evaluated)  # a method of its own before the linear part
+    if len(merges) > 1 or several or (merges and links.index(merges[0]) > 0):
         split = _splitting(around, links, steps)
         if split is not None:
             return split
@@ -73,6 +85,7 @@ def _splitting(around: Surroundings, links: Sequence[Link], steps: tuple[int, ..
     proven = True
     residual = 0.0
     waiting: list[Link] = []
+    acts: list[object] = []  # what tells parts apart: the field, or what an operator makes of a random cotangent
     for link in [*links, None]:
         if link is not None and link.kind != "sum":
             waiting.append(link)
@@ -84,8 +97,9 @@ def _splitting(around: Surroundings, links: Sequence[Link], steps: tuple[int, ..
             if kind is None:
                 return None
             if kind != "number":
-                solves, operators = solves + (kind == "backward Euler"), operators + 1
+                solves, operators = solves + (kind == BACKWARD_EULER), operators + 1
                 parts.append(kind)
+                acts.append(_action(piece))
             waiting = []
         if link is None:
             break
@@ -96,6 +110,7 @@ def _splitting(around: Surroundings, links: Sequence[Link], steps: tuple[int, ..
         gated = any(c.kind == "gate" for a, c in link.form.forms[0].items() if a in link.form.sources)
         parts.append("gated Euler" if gated else named.name.replace("forward Euler", "Euler"))
         sizes.append(named.h)
+        acts.append((named.h, [stage.key for stage in link.form.stages]))
         coefficients = link.form.forms[0].values()
         proven = proven and all(c.kind == "scalar" for c in coefficients)
         residual = max([residual, *(c.residual for c in coefficients)])
@@ -103,12 +118,13 @@ def _splitting(around: Surroundings, links: Sequence[Link], steps: tuple[int, ..
         return None
     same = max(sizes) - min(sizes) <= _CLOSE * max(sizes)
     notes = [f"{len(parts)} steps one after the other, each of a part of the field: a splitting"]
+    strang = len(parts) % 2 == 1 and len(parts) > 1 and all(map(_alike, acts, reversed(acts)))
     if solves:
         notes.append("the linear system M x' = x is a backward Euler step with M = 1 + h A; h A is not taken apart")
     if not same:
         notes.append(f"step sizes of the additions: {', '.join(f'{h:.3g}' for h in sizes)}")
     return Identification(
-        name=f"Lie splitting ({', '.join(parts)})",
+        name=f"{'Strang-ordered' if strang else 'Lie'} splitting ({', '.join(parts)})",
         method=None,
         skip=None,
         step_size=sizes[0] if same else None,
@@ -119,6 +135,20 @@ def _splitting(around: Surroundings, links: Sequence[Link], steps: tuple[int, ..
         notes=tuple(notes),
         system="x' = f_1(x) + f_2(x) + ..., one of them linear",
     )
+
+
+def _action(piece: Piece) -> Tensor:
+    """What an affine piece makes of a random cotangent."""
+    w = random_tensors([piece.targets[0]], seed=0)[0]
+    return LinearParts(piece).pulled(w)[piece.sources[0]].reshape(-1)
+
+
+def _alike(a: object, b: object) -> bool:
+    """Whether two parts of a splitting are one field with one step size, or one operator."""
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        near = _SAME * torch.finfo(a.dtype).eps * float(a.norm())
+        return a.shape == b.shape and float((a - b).norm()) <= near
+    return not isinstance(a, Tensor) and not isinstance(b, Tensor) and a == b
 
 
 def _joined(around: Surroundings, links: Sequence[Link]) -> Piece:

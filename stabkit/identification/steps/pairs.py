@@ -14,7 +14,7 @@ from stabkit.identification.fields.field_values import continued_fields
 from stabkit.identification.form.flow_index import Surroundings
 from stabkit.identification.form.formed_ahead import as_made
 from stabkit.identification.form.grouping import split_before
-from stabkit.identification.form.normal_form import NormalForm, normal_form
+from stabkit.identification.form.normal_form import NormalForm
 from stabkit.identification.form.operations import JOINS, is_opaque
 from stabkit.identification.form.pieces import Piece
 from stabkit.identification.form.slots import Slots, joined
@@ -140,8 +140,7 @@ def _in_parts(around: Surroundings, found: Slots, steps: tuple[int, ...]) -> Nam
         return name_several_states(table, symmetric=None, gated=False)
 
     def form_of(nodes: Sequence[Node], old: Sequence[Value], new: Sequence[Value]) -> NormalForm:
-        return normal_form(around.graph, nodes, old, new, names=around.names, contexts=found.contexts,
-                           calls=around.calls)  # fmt: skip
+        return around.form_of(around.piece(nodes, old, new, found.contexts))
 
     return composed_name(around.whole(steps[0], steps[-1] + 1, found), name_of, form_of)
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import numpy as np
 
 from stabkit.identification.form.tableau import Blocks, Matrix
+from stabkit.identification.names.multistep import memory_of
 from stabkit.identification.names.single import CLOSE, Name
 from stabkit.integrators.multistep import quadrature_weights
 
@@ -26,27 +27,10 @@ def predictor_corrector(found: Blocks) -> Name | None:
     if found.n_fields != 1 or not len(found.A) or len(found.V) < 2:
         return None
     for x in range(len(found.V)):
-        kept = _memory(found, x)
+        kept = memory_of(found, x)
         if kept is not None and found.V[x, x] == 1.0:
-            return _named(found, x, *kept)
+            return _named(found, x, list(kept.order), kept.stage, kept.scale)
     return None
-
-
-def _memory(found: Blocks, x: int) -> tuple[list[int], int, float] | None:
-    """The states other than ``x``, the newest value of the field first; the stage that it is; what multiplies it."""
-    others = [i for i in range(len(found.V)) if i != x]
-    fresh = [i for i in others if not found.V[i].any() and np.count_nonzero(found.B[i]) == 1]
-    if len(fresh) != 1:
-        return None
-    order = fresh[:]
-    while len(order) < len(others):
-        newer = np.eye(len(found.V))[order[-1]]
-        follows = [i for i in others if not found.B[i].any() and np.array_equal(found.V[i], newer)]
-        if len(follows) != 1 or follows[0] in order:
-            return None
-        order += follows
-    stage = int(np.flatnonzero(found.B[fresh[0]])[0])
-    return order, stage, float(found.B[fresh[0], stage])
 
 
 def _named(found: Blocks, x: int, memory: list[int], kept: int, scale: float) -> Name | None:

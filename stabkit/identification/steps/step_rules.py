@@ -85,8 +85,7 @@ class Histories:
             return
         sources = [value_of(p) for p in self._pass.parameters.values()] + [s.value for s in watching.sources]
         self._graph = Graph(sources, [value_of(self._pass.loss)], prune=False)
-        parameters = list(self._pass.parameters.values())
-        for scan in scans_between(self._graph, 0, len(self._graph.nodes), parameters):
+        for scan in scans_between(self._graph, 0, len(self._graph.nodes), self._pass.parameters.values()):
             self._scans.setdefault(path_of(self._pass, scan.cycle[-1]), []).append(scan)
 
     def of(self, path: str, place: int, count: int) -> Made:

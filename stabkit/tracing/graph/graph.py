@@ -279,7 +279,8 @@ def _composites(graph: Graph, calls: Sequence[Call]) -> dict[Node, Element]:
         whole = len(nodes) > 1 or (len(nodes) == 1 and is_python_node(nodes[0]))
         if not whole or nodes[0] in found:
             continue
-        sources = {value for node in nodes for value in graph.inputs[node] if value.node not in nodes}
+        inside = frozenset(nodes)  # a recurrent layer has thousands
+        sources = {value for node in nodes for value in graph.inputs[node] if value.node not in inside}
         made = {value for node in nodes for value in outputs_of(node) if last_read.get(value, 0) >= stop}
         if len(sources) != 1 or len(made) != 1:
             continue

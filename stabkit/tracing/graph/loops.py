@@ -151,11 +151,16 @@ def loops_outside_layers(graph: Graph) -> tuple[Loop, ...]:
 
 
 def _is_explained(period: int, places: Sequence[int], found: Sequence[tuple[int, Loop]]) -> bool:
-    """Whether a period is that of several rounds of a loop that was found, or of too little beside one."""
+    """Whether a period is that of several rounds of a loop that was found, or of too little beside one.
+
+    Every round of a loop inside of another is a loop of its own: what recurs in the next one is not explained by it.
+    """
     several = [loop for _, loop in found if period % loop.period == 0]
     low, high = min(places) - period, max(places) + 2 * period  # every round recurs with an evaluation
     beside = any(loop.start < high and low < loop.stop and length >= high - low for length, loop in found)
-    return beside or all(any(loop.start <= place < loop.stop for loop in several) for place in places)
+    return beside or all(
+        any(loop.start <= place and place + period < loop.stop + loop.period for loop in several) for place in places
+    )
 
 
 def _candidates(anchors: Sequence[Anchor]) -> dict[int, list[int]]:
@@ -287,7 +292,7 @@ def _placed(graph: Graph, frontiers: Frontiers, anchors: Sequence[Anchor], run: 
 
     def alive(offset: int) -> tuple[int, int]:
         values = carried(middle + offset if middle + offset < last else middle + offset - period)
-        return len(values), sum(meta_of(value).numel for value in values)
+        return len(values), sum(meta_of(value).numbers for value in values)
 
     def rearranged(offset: int) -> int:
         """How many of the values are laid out for the one operation behind, which may be another way than the rest."""
@@ -315,19 +320,29 @@ def _placed(graph: Graph, frontiers: Frontiers, anchors: Sequence[Anchor], run: 
         return None  # what earlier rounds made is kept: these are the stages of one step, not steps
     states = [tuple(left), tuple(made)]
     for k in range(count - 2, -1, -1):
-        states.append(_before(graph, start + k * period, period, states[-1]))
+        states.append(_before(graph, start + k * period, run, states[-1]))
         if not set(carried(start + k * period)) <= set(states[-1]):
             return None
     return Loop(start, period, tuple(states[::-1]))
 
 
-def _before(graph: Graph, start: int, period: int, after: Sequence[Value]) -> tuple[Value, ...]:
-    """The values in whose places the round after this one takes up what this one hands to it."""
+def _before(graph: Graph, start: int, run: _Run, after: Sequence[Value]) -> tuple[Value, ...]:
+    """The values in whose places the round after this one, or a later one, takes up what this one hands to it.
+
+    What waits at the end for a reader behind the loop is in the place of what its like made one round before.
+    """
     found: dict[Value, Value] = {}
-    for node, like in zip(graph.nodes[start : start + period], graph.nodes[start + period :], strict=False):
+    nodes = graph.nodes[start : run.last]
+    for node, like in zip(nodes, nodes[run.period :], strict=False):
+        if len(found) == len(after):
+            break
         for old, new in zip(graph.inputs[node], graph.inputs[like], strict=True):
             if new in after and old != new:
                 found.setdefault(new, old)
+    for value in after:
+        made = graph.rank.get(value.node, -1) - run.period
+        if value not in found and made >= run.first:
+            found[value] = Value(graph.nodes[made], value.output)
     return tuple(found[value] for value in after if value in found)
 
 

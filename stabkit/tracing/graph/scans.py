@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import itertools
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -76,6 +76,7 @@ def scans_between(
     parameters: Iterable[Tensor] = (),
     prefetch: Callable[[], None] | None = None,
     fewest: int = FEWEST_ALIKE,
+    without: Collection[Node] = (),
 ) -> tuple[Scan, ...]:
     """The recurrences between two positions of a graph, in the order of their beginnings.
 
@@ -87,23 +88,29 @@ def scans_between(
         graph: the recorded graph.
         start: the first position.
         stop: the last position.
-        parameters: parameters and buffers of the model. What uses other parameters each time is no recurrence.
+        parameters: parameters and buffers of the model, read only where something repeats. What uses other parameters
+            each time is no recurrence.
         prefetch: called before saved tensors are looked at, to bring back those that were forgotten.
         fewest: rounds of a recurrence.
+        without: operations whose slices are not looked at.
     """
-    pieces = _Pieces(graph, start, stop)
+    pieces = _Pieces(graph, start, stop, without)
     periods = pieces.distances()
     if not periods:
         return ()
     if prefetch is not None:
         prefetch()
     kinds = _kinds(graph, start, stop)
-    storages = {p.untyped_storage().data_ptr() for p in parameters if p.layout == torch.strided and not p.is_meta}
+    storages: set[int] | None = None
     found: list[tuple[int, Scan]] = []
     taken: list[tuple[int, int]] = []
     # the longer first: a few rounds that look alike may lie inside of one of theirs
     for least, period in itertools.product(sorted({_ROUNDS, fewest}, reverse=True), sorted(periods)):
         for low, high in _stretches(kinds[:-period] == kinds[period:], least * period - period):
+            if storages is None:
+                storages = {
+                    p.untyped_storage().data_ptr() for p in parameters if p.layout == torch.strided and not p.is_meta
+                }
             run = _Run(graph, pieces, start + low, start + high + period, period, storages)
             if any(run.start < b and a < run.stop for a, b in taken):
                 continue
@@ -117,12 +124,14 @@ def scans_between(
 class _Pieces:
     """Where slices of tensors are taken, and which."""
 
-    def __init__(self, graph: Graph, start: int, stop: int) -> None:
+    def __init__(self, graph: Graph, start: int, stop: int, without: Collection[Node]) -> None:
         self._graph = graph
         self._taken: defaultdict[object, list[int]] = defaultdict(list)
         self._places: defaultdict[object, set[int]] = defaultdict(set)
         for rank in range(start, stop):
             node = graph.nodes[rank]
+            if node in without:
+                continue
             if operation(node) in _ONE_PIECE:
                 self._note(rank, node, "made")
             for value in graph.inputs[node]:

@@ -46,6 +46,11 @@ class Meta(NamedTuple):
         """Number of elements."""
         return torch.Size(self.shape).numel()
 
+    @property
+    def numbers(self) -> int:
+        """How many real numbers: half of a spectrum holds as many as the real values that it is made of."""
+        return self.numel * (2 if self.dtype.is_complex else 1)
+
 
 def value_of(tensor: Tensor) -> Value:
     """The value that a tensor holds now; the tensor must require grad."""

@@ -28,9 +28,9 @@ def scans_of(flow: Flow, start: int, stop: int, fewest: int = FEWEST_ALIKE) -> t
     """
     first, last = flow.states[start].position, flow.states[stop].position
     graph, recorded = flow.recorded.graph, flow.recorded
-    # read only where there is a recurrence: most steps hold none, and a deep model has as many tensors as steps
+    # read only where something repeats: most steps hold no recurrence, and a deep model has as many tensors as steps
     tensors = itertools.chain(flow.model.parameters(), flow.model.buffers())
-    found = scans_between(graph, first, last, tensors, recorded.prefetch(first, last), fewest)
+    found = scans_between(graph, first, last, tensors, recorded.prefetch(first, last), fewest, graph.recurrent)
     if not found:
         return ()
     inside = [

@@ -55,7 +55,8 @@ class Stacked:
         rule = _rule(node, active)
         self.in_place = rule in (_by_derivative, _batch_norm, _relu)
         known = set(active)
-        self._edges = [(edge, meta_of(edge)) if edge is not None and edge in known else None for edge in _edges(node)]
+        edges = enumerate(_edges(node))
+        self._wanted = [(i, edge, meta_of(edge)) for i, edge in edges if edge is not None and edge in known]
         self._rule = rule
         self.part_of = active[0] if rule in _PARTS else None
         self._factor_of = _FACTORS.get(rule) if remembers else None
@@ -80,11 +81,15 @@ class Stacked:
             grads: Sequence[Tensor | None] = (_times(_first(cotangents), self._remembered(self._factor_of), overwrite),)
         else:
             grads = self._rule(self.node, cotangents, self.active, overwrite and self.in_place)
-        return [
-            (edge[0], _as_recorded(edge[1], grad))
-            for edge, grad in zip(self._edges, grads, strict=False)
-            if edge is not None and grad is not None
-        ]
+        pulled = []
+        for i, value, meta in self._wanted:
+            grad = grads[i] if i < len(grads) else None
+            if grad is None:
+                continue
+            if grad.dtype != meta.dtype or grad.shape[1:] != meta.shape:
+                grad = _as_recorded(meta, grad)
+            pulled.append((value, grad))
+        return pulled
 
     def add_to(self, whole: Tensor, cotangent: Tensor) -> None:
         """Add a stacked cotangent of the output to that of the value `part_of` which it is a part."""
@@ -169,6 +174,8 @@ def _rule(node: Node, active: Sequence[Value]) -> Rule | None:
         return _BY_NAME[name]
     if name == "ReluBackward0":
         return _relu
+    if name == "AddBackward0" and getattr(node, "_saved_alpha", None) == 1:
+        return _added
     if kind in COSTLY or (kind.endswith("Backward") and kind.removesuffix("Backward") in ACTIVATIONS):
         return _by_derivative if only_first else None
     return _elementwise if kind in _ELEMENTWISE else None
@@ -183,6 +190,10 @@ def _elementwise(
     """What the node saved meets the last dimensions of the cotangent, so the first may be there or not."""
     raw = node(*cotangents)
     return raw if isinstance(raw, tuple) else (raw,)
+
+
+def _added(node: Any, cotangents: Cotangents, active: Sequence[Value], overwrite: bool) -> Sequence[Tensor | None]:
+    return (cotangents[0], cotangents[0])
 
 
 def _by_derivative(

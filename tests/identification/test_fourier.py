@@ -1,0 +1,83 @@
+"""Splittings one part of which is linear and taken in Fourier space."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from stabkit.identification import Identification, identify
+from stabkit.tracing import trace
+
+H, WIDTH = 0.1, 8
+
+
+class Split(nn.Module):
+    """Rounds of a field and of diffusion."""
+
+    def __init__(self, order: str, rounds: int = 4) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(WIDTH, 12), nn.Tanh(), nn.Linear(12, WIDTH))
+        self.nu, self.order, self.rounds = nn.Parameter(torch.tensor(0.5)), order, rounds
+
+    def forward(self, x: Tensor) -> Tensor:
+        for _ in range(self.rounds):
+            x = getattr(self, self.order)(x)
+        return x
+
+    def react(self, x: Tensor, h: float) -> Tensor:
+        return x + h * self.net(x)
+
+    def diffuse(self, x: Tensor, h: float, kind: str = "solve") -> Tensor:
+        rate = h * self.nu * torch.arange(WIDTH // 2 + 1, dtype=x.dtype) ** 2
+        u = torch.fft.rfft(x)
+        u = (
+            u / (1 + rate)
+            if kind == "solve"
+            else u * (1 - rate / 2) / (1 + rate / 2)
+            if kind == "cn"
+            else u / (0.5 + rate)
+        )
+        return torch.fft.irfft(u, n=WIDTH)
+
+    def lie(self, x: Tensor) -> Tensor:
+        return self.diffuse(self.react(x, H), H)
+
+    def crank_nicolson(self, x: Tensor) -> Tensor:
+        return self.diffuse(self.react(x, H), H, "cn")
+
+    def filtered(self, x: Tensor) -> Tensor:
+        return self.diffuse(self.react(x, H), H, "filter")
+
+    def midpoint(self, x: Tensor) -> Tensor:
+        return self.diffuse(x + H * self.net(self.react(x, H / 2)), H)
+
+    def strang(self, x: Tensor) -> Tensor:
+        return self.react(self.diffuse(self.react(x, H / 2), H), H / 2)
+
+    def strang_outside(self, x: Tensor) -> Tensor:
+        return self.diffuse(self.react(self.diffuse(x, H / 2), H), H / 2)
+
+    def uneven(self, x: Tensor) -> Tensor:
+        return self.diffuse(self.react(self.diffuse(x, 0.3 * H), H), 0.7 * H)
+
+
+def read(order: str) -> tuple[Identification, ...]:
+    torch.manual_seed(0)
+    return identify(trace(Split(order).double(), torch.randn(3, WIDTH, dtype=torch.float64)), checks=False)
+
+
+@pytest.mark.parametrize(
+    ("order", "name", "evidence"),
+    [
+        ("lie", "semi-implicit Euler (linear solve)", "proven"),
+        ("crank_nicolson", "Lie splitting (Euler, trapezoid)", "proven"),
+        ("midpoint", "Lie splitting (midpoint, backward Euler)", "proven"),
+        ("strang", "Strang-ordered splitting (Euler, backward Euler, Euler)", "proven"),
+        ("strang_outside", "Strang-ordered splitting (backward Euler, Euler, backward Euler)", "proven"),
+        ("uneven", "Lie splitting (backward Euler, Euler, backward Euler)", "proven"),
+        ("filtered", "linear map behind the addition", "proven"),
+    ],
+)
+def test_a_division_between_transforms_is_a_linear_solve(order: str, name: str, evidence: str):
+    assert [(r.name, r.evidence) for r in read(order)] == [(name, evidence)] * 4
