@@ -21,7 +21,7 @@ class Recurrence(Result):
     """The method of a recurrence over time inside a step of depth: a scan written as a loop, a cell written by hand.
 
     Attributes:
-        name: ``"zero-order hold (exponential, mean |a| = 0.27)"``, ``"gated Euler (mean a = 0.48)"``, ...
+        name: ``"exponential step (exact in the state, mean |a| = 0.27)"``, ``"gated Euler (mean a = 0.48)"``, ...
         system: the continuous system in time, in words.
         evidence: ``"proven"`` (for every input), ``"measured"`` or ``"unknown"``.
         residual: relative deviation in the numerical test behind the name; None where there is none.

@@ -223,12 +223,12 @@ def test_a_model_that_writes_to_its_weights_keeps_its_graph():
 def test_records_are_plain_data():
     (record, *_) = blocks(models.network(models.mamba))
     told = record.to_dict()["over_time"]
-    assert told[0]["name"].startswith("zero-order hold")
+    assert told[0]["name"].startswith("exponential step")
 
 
 def test_the_reports_of_steps_tell_of_time():
     report = stabkit.analyze(models.network(models.s4d_zoh), drawn(), spectrum="none")
-    assert any("over time, 12 steps of mixers.0: zero-order hold" in note for note in report.steps[1].notes)
+    assert any("over time, 12 steps of mixers.0: exponential step" in note for note in report.steps[1].notes)
 
 
 class Scanned(nn.Module):
@@ -257,7 +257,7 @@ class Scanned(nn.Module):
 @pytest.mark.parametrize(
     ("rule", "name"),
     [
-        ("exponential", "zero-order hold (exponential"),
+        ("exponential", "exponential step (exact in the state"),
         ("bilinear", "trapezoid (bilinear"),
         ("backward", "backward Euler (linear"),
     ],

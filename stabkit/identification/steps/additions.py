@@ -57,7 +57,8 @@ def notes_of_sums(around: Surroundings, sums: Sequence[NormalForm], table: Block
         if c.kind == "dropout":
             notes.append("dropout after the branch counts as part of it")
         if c.kind == "scalar" and c.value == 0.0 and len(coefficients) == 1:
-            notes.append("a branch is multiplied by zero now: the step is the identity until training moves it")
+            moved = ": the step is the identity until training moves it" if learned else " for this input"
+            notes.append(f"a branch is multiplied by zero{moved}")
     if any(stage.opaque for form in sums for stage in form.stages):
         notes.append("the field is opaque: only the step around it was read")
     if any(map(_adds_held, sums)):

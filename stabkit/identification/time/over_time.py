@@ -32,7 +32,7 @@ from stabkit.tracing.maps.scan_flow import growth_over, over_scan, scans_of
 
 _CLOSE = 1e-5  # of invariants of 2 x 2 blocks in single precision
 _CALLED = {
-    "exponential": ("zero-order hold (exponential", "x' = A x + B u, the state carried on exactly"),
+    "exponential": ("exponential step (exact in the state", "x' = A x + B u, the state carried on exactly"),
     "trapezoid": ("trapezoid (bilinear", "x' = A x + B u"),
     "backward Euler": ("backward Euler (linear", "x' = A x + B u"),
 }
