@@ -9,6 +9,7 @@ from stabkit.diagnosis.depth.affine_models import affine_findings
 from stabkit.diagnosis.finding import Finding, serious
 from stabkit.diagnosis.inputs.coordinates import coordinate_findings
 from stabkit.diagnosis.inputs.lost_order import lost_order_findings
+from stabkit.diagnosis.inputs.padded_ends import padded_end_findings
 from stabkit.diagnosis.losses.domains import loss_domain_findings
 from stabkit.diagnosis.losses.last_dropout import last_dropout_findings
 from stabkit.diagnosis.no_gradient.made_anew import made_anew_findings
@@ -39,6 +40,7 @@ def call_findings(
     # where nothing trains for another reason, training tells nothing of these
     if not any(finding.kind in _NOT_TRAINED and serious(finding) for finding in (*others, *found)):
         found += affine_findings(flow, loss, call, done) or lost_order_findings(flow, loss, call, done)
+        found += padded_end_findings(loss, call, done)
         found += cut_axes_findings(flow, loss, call, done, others)
         found += coordinate_findings(flow, loss, call, done)
         found += heavy_dropout_findings(flow, loss, call, done, [*others, *found])
