@@ -7,6 +7,8 @@ import torch
 from torch import Tensor, nn
 
 import stabkit
+from stabkit.diagnosis.remedies import alternatives
+from stabkit.diagnosis.suspects import Settings, suspected
 from stabkit.errors import TraceError
 
 
@@ -92,3 +94,11 @@ def test_the_derivative_of_an_activation_is_no_activation():
     torch.manual_seed(0)
     report = stabkit.analyze(Informed(nn.ReLU, False), X, loss=with_boundary, spectrum="none")
     assert [finding for finding in report.findings if finding.kind == "dead"] == []
+
+
+def test_no_relus_are_tried_where_a_model_takes_second_derivatives():
+    torch.manual_seed(0)
+    model = Informed(nn.Tanh, False)
+    whole, net = stabkit.trace(model, X).following(with_boundary), stabkit.trace(model.net, X)
+    assert alternatives._unbounded(suspected(net, Settings()).measurement, net) is not None
+    assert alternatives._unbounded(suspected(net, Settings()).measurement, whole) is None

@@ -332,7 +332,10 @@ ROWS = (
     Paper("LRU", Repeated(LRU, sequence, 1), r"linear recurrence", r"diagonal skip"),
     Paper("LRU, time first", Repeated(LRU, sequence, 1, batch_dim=None), r"linear recurrence", r"diagonal skip"),
     Paper(
-        "Mamba scan", Repeated(Mamba, sequence, 1, batch_dim=None), r"exponential step|linear recurrence", r"forward Euler"
+        "Mamba scan",
+        Repeated(Mamba, sequence, 1, batch_dim=None),
+        r"exponential step|linear recurrence",
+        r"forward Euler",
     ),
     Paper("RetNet", Repeated(RetNet, sequence, 1), r"damped|linear recurrence"),
     Paper("DeltaNet", Repeated(DeltaNet, sequence, 1), r"forward Euler"),

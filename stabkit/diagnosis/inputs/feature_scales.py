@@ -39,12 +39,12 @@ _REFERENCE = "LeCun, Bottou, Orr and Müller, Efficient backprop, 1998, sections
 
 def feature_scale_findings(flow: Flow, loss: Any, call: ForwardPass, done: TrainingPass) -> list[Finding]:
     """A finding where a few steps learn from standardised inputs and not from those that are given."""
-    if done.loss is None or with_norms_of_evaluation(call.module):
+    if done.loss is None or with_norms_of_evaluation(call.module) or _differentiates(call, loss):
         return []
     given = [*named_tensors(list(call.inputs)), *named_tensors(call.kwargs)]
     found = {id(t): f for name, t in given if (f := features_of(flow, name, t)) is not None and f.far}
     places = [place for place in given_to_matrices(call) if place.features.far]
-    if not (found or places) or _differentiates(call, loss):
+    if not (found or places):
         return []
     first = float(done.loss.detach())
     if found:

@@ -107,7 +107,12 @@ def _by_share(suspect: Finding, measurement: Measurement) -> list[Remedy]:
 
 
 def _unbounded(measurement: Measurement, flow: Flow) -> Remedy | None:
-    """ReLUs for saturating activations that are modules of their own, with weights drawn for them."""
+    """ReLUs for saturating activations that are modules of their own, with weights drawn for them.
+
+    Not where the model takes derivatives: a second one of a ReLU is zero.
+    """
+    if any(name.endswith("Backward") for step in flow.steps for name in step.operations):
+        return None
     modules = dict(flow.model.named_modules())
     places = {
         a.module_path: a
