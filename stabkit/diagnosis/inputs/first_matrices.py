@@ -90,7 +90,9 @@ def _rows(call: ForwardPass) -> dict[str, Tensor]:
     with unchanged(call.module) as safe, torch.enable_grad(), _noting(call.module, kept, trained):
         safe.copy_buffers()
         torch.manual_seed(call.seed)
-        inputs, kwargs = map_tensors([list(call.inputs), dict(call.kwargs)], lambda t: t.detach().clone())
+        inputs, kwargs = map_tensors(
+            [list(call.inputs), dict(call.kwargs)], lambda t: t.detach().clone().requires_grad_(t.requires_grad)
+        )
         call.model(*inputs, **kwargs)
     return {path: torch.cat(rows) for path, rows in kept.items() if path not in trained}
 

@@ -160,7 +160,9 @@ def _by_modules(intervals: Intervals, frontiers: Frontiers, units: Sequence[Inte
         if gap.width > 1 and (begins or (id(gap.before) in ended and intervals.made_in(gap.before, gap.position) == 1)):
             boundaries.add(gap.position)
         elif gap.width == 1:  # what passes the run by is split off just before it, or joined to its result just behind
-            first, last = gap.after.start, gap.before.stop
+            # as far behind the last block as the others end: x + f(x) may stand outside of them
+            behind = min((g.position - g.before.stop for g in passed if g.after is gap.before), default=0)
+            first, last = gap.after.start, min(gap.before.stop + behind, gap.position)
             boundaries.update([first] * (id(gap.after) in begun and intervals.taken_by(first, gap.after) == 1))
             boundaries.update([last] * (id(gap.before) in ended and intervals.made_in(gap.before, last) == 1))
     rungs = _rungs(intervals, gaps)
