@@ -267,12 +267,12 @@ def session(*, keep: Path | None = None, timeout: datetime.timedelta = _TIMEOUT)
     on_gpus = devices >= int(os.environ.get("LOCAL_WORLD_SIZE", "1")) and dist.is_nccl_available()
     if on_gpus:
         torch.cuda.set_device(local)
-    dist.init_process_group("nccl" if on_gpus else "gloo", timeout=timeout)
-    try:
-        with _told_to_stop():
+    with _told_to_stop():  # from before the first moment at which another rank can fail
+        dist.init_process_group("nccl" if on_gpus else "gloo", timeout=timeout)
+        try:
             yield current(keep=keep)
-    finally:
-        dist.destroy_process_group()
+        finally:
+            dist.destroy_process_group()
 
 
 @contextlib.contextmanager
