@@ -40,3 +40,14 @@ def test_garbage_is_collected_after_imports_as_before(collects):
     finally:
         gc.unfreeze()
         (gc.enable if before else gc.disable)()
+
+
+_AS_A_LIBRARY = "from stabkit.cli.imports import quick_imports\nwith quick_imports(): pass"
+
+
+@pytest.mark.parametrize("entry", [_AS_A_LIBRARY, "from stabkit.cli import main; main()"])
+def test_only_the_process_of_a_command_keeps_what_it_imported_from_its_collector(entry):
+    code = "import atexit, gc, sys; sys.argv = ['stabkit', 'analyze', 'missing.pt']\n"
+    code += f"atexit.register(lambda: print(gc.get_freeze_count()))\n{entry}"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (int(done.stdout.splitlines()[-1]) > 0) == ("main" in entry)

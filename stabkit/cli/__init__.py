@@ -15,6 +15,7 @@ import typer
 
 from stabkit._version import __version__
 from stabkit.cli import analyze, compare, demo, methods, plan, plot
+from stabkit.cli.imports import in_own_process
 
 app = typer.Typer(
     name="stabkit",
@@ -31,6 +32,7 @@ def main() -> None:
     # Beside a busy neighbour, OpenMP threads that spin while they wait make two threads slower than one. torch reads
     # this when it is imported; a command line may set it, a library may not.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    in_own_process()
     try:
         app()
     except SystemExit as ended:

@@ -18,20 +18,30 @@ from typing import Any
 
 _COMPILER = "torch._dynamo.utils"
 _ASKED = "is_compile_supported"
+_own_process: list[bool] = []  # not empty in the process of a command
+
+
+def in_own_process() -> None:
+    """Say that this process is that of a command: what it imports need not be looked through for garbage again.
+
+    A program that imports a command's module keeps its collector as it is.
+    """
+    _own_process.append(True)
 
 
 @contextlib.contextmanager
 def quick_imports() -> Iterator[None]:
     """Imports make hardly any garbage, and to look for it among all that they make is a seventh of their time.
 
-    What they made stays to the end of the process, and is not looked through later either.
+    In the process of a command, what they made stays to its end and is not looked through later either.
     """
     collects = gc.isenabled()
     gc.disable()
     try:
         yield
     finally:
-        gc.freeze()
+        if _own_process:
+            gc.freeze()
         if collects:
             gc.enable()
 
