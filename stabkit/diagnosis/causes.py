@@ -248,8 +248,8 @@ def _of_training_pass(
     found += share_findings(flow, loss, call, done, [*others, *found])
     found += [*mixed_sample_findings(flow, loss, call, done), *next_token_findings(flow, call, done)]
     found += unused_input_findings(flow, loss, call, done)
+    found += call_findings(flow, loss, call, done, others)
     found += without_end_findings(flow, loss, call, done, [*others, *found])
-    found += call_findings(flow, loss, call, done, [*others, *found])
     found += wrong_derivative_findings(flow, loss, call, done)
     found += loud_logits_findings(flow, loss, call, done, [*others, *found])
     found += loss_floor_findings(flow, loss, call, done, [*others, *found])

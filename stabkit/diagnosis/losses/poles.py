@@ -25,7 +25,7 @@ from stabkit.tracing.graph.values import operation
 from stabkit.tracing.recording.training_pass import TrainingPass, nodes_above, path_of
 from stabkit.vocabulary import moves
 
-_SUMS = moves() | {"Add", "Sub", "Sum", "Mean", "Neg", "Mul"}
+_SUMS = moves() | {"Add", "Sub", "Rsub", "Sum", "Mean", "Neg", "Mul"}
 _REACH = 4.0  # times their size, or units of a logit, by which outputs are shifted: what a few epochs do to them
 _PLACES, _HALVINGS = 41, 40
 _HIGH = 1e3  # times what the loss is, from which a place is a pole

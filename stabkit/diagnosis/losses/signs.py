@@ -77,12 +77,13 @@ def _signs(node: Any, known: dict[Node, Signs], depth: int) -> Signs:
         return _all(inner)
     if name == "Neg":
         return inner[0].turned()
-    if name in ("Add", "Sub"):
+    if name in ("Add", "Sub", "Rsub"):
         return _sum(node, name, inner)
     if name in ("Mul", "Div"):
         return _product(node, name, inner)
     if name == "Pow":
-        return _POSITIVE if float(node._saved_exponent) % 2 == 0 else _UNKNOWN
+        power = getattr(node, "_saved_exponent", None)  # a tensor where each entry has its own
+        return _POSITIVE if isinstance(power, int | float) and power % 2 == 0 else _UNKNOWN
     if name in ("Maximum", "Minimum"):
         return _of_two(name, *inner)
     if name == "Where":
@@ -90,7 +91,7 @@ def _signs(node: Any, known: dict[Node, Signs], depth: int) -> Signs:
     return _single(node, name, known, depth)
 
 
-_FOLLOWED = frozenset({"Neg", "Add", "Sub", "Mul", "Div", "Maximum", "Minimum", "Where"}) | _MOVES | _SUMS
+_FOLLOWED = frozenset({"Neg", "Add", "Sub", "Rsub", "Mul", "Div", "Maximum", "Minimum", "Where"}) | _MOVES | _SUMS
 
 
 def _single(node: Any, name: str, known: dict[Node, Signs], depth: int) -> Signs:
@@ -126,9 +127,11 @@ def _all(inner: list[Signs]) -> Signs:
 
 def _sum(node: Any, name: str, inner: list[Signs]) -> Signs:
     one, two = (inner[0], inner[1] if len(inner) > 1 else _CONSTANT)
-    alpha = getattr(node, "_saved_alpha", 1)
-    two = two if float(alpha) >= 0 else two.turned()
-    return _all([one, two.turned() if name == "Sub" else two])
+    if name == "Rsub":  # other - self
+        one, two = two, one
+    if float(getattr(node, "_saved_alpha", 1)) * (1 if name == "Add" else -1) < 0:
+        two = two.turned()
+    return _all([one, two])
 
 
 def _product(node: Any, name: str, inner: list[Signs]) -> Signs:

@@ -24,11 +24,17 @@ from stabkit.tracing.recording.recorder import Call, Recording, recording_calls
 from stabkit.tracing.recording.training_pass import TrainingPass, calling_line, nodes_above, nodes_from, path_of
 from stabkit.vocabulary import moves, norm_of
 
-_LINEAR = moves("reshape", "permute", "copy", "select", "gather", "join", "expand", "pad") | {"Sum", "Mean", "Neg"}
+_LINEAR = moves("reshape", "permute", "copy", "select", "gather", "join", "expand", "pad") | {
+    "Sum",
+    "Mean",
+    "Neg",
+    "Rsub",
+}
 _KEPT = _LINEAR - moves("select", "gather") - {"Sum", "Mean"} | {"Add", "Sub", "Mul", "Div"}  # that keep every entry
 _SUMS = _LINEAR | {"Add", "Sub", "Mul", "Div"}
 #: operations that multiply by a matrix; what one makes is a score, and no term of a likelihood or of a distance
 MATRICES = frozenset({"Addmm", "Mm", "Bmm", "Baddbmm", "Addmv", "Mv", "Dot", "Convolution", "Linear", "Embedding"})
+_LIKELIHOODS = frozenset({"LogSoftmax", "Logsumexp", "NllLoss", "LogSigmoid", "BinaryCrossEntropyWithLogits"})
 _MOST = 64  # terms that are followed
 _NORMALISED = 1e-3  # by how much rows of probabilities may miss a sum of 1
 
@@ -44,7 +50,7 @@ class Term:
         coefficient: of every entry in the loss.
         value: its entries, on the graph.
         weighted: whether samples have weights of their own, such as advantages.
-        score: whether it is what a matrix gives, and serves for nothing else.
+        score: whether it is what a matrix gives, or a parameter, and serves for nothing else.
         factor: parameters that alone make one of its two factors.
         other: the other factor, and what made it.
         group: the summand of the whole loss that it belongs to.
@@ -132,34 +138,38 @@ def _terms(scalar: Tensor, made: _Made) -> tuple[Term, ...]:
         for parent, number in node.next_functions:
             if parent is not None:
                 consumers[Value(parent, number)].append(node)
-    ends: dict[Value, tuple[bool, int]] = {}
-    groups = _groups(value_of(scalar), consumers)
-    stack, seen = [(value, weighted, place) for place, (value, weighted) in enumerate(groups)], set[Value]()
+    ends: dict[Value, tuple[bool, int, bool]] = {}
+    whole = value_of(scalar)
+    groups = _groups(whole, consumers)
+    stack = [(value, value if value in made.of else whole, weighed, i) for i, (value, weighed) in enumerate(groups)]
+    seen = set[Value]()
     inner: list[Node] = []
     while stack and len(ends) < _MOST:
-        value, weighted, place = stack.pop()
+        value, named, weighed, place = stack.pop()
         if value in seen:
             continue
         seen.add(value)
+        named = value if value in made.of else named  # what a function of torch makes inside is known by its result
         parents = [Value(parent, number) for parent, number in value.node.next_functions if parent is not None]
-        if _is_used(value, consumers) or operation(value.node) not in _SUMS or not _is_sum(value.node, parents):
-            ends[value] = weighted, place
+        used = _is_used(value, consumers)
+        if used or operation(value.node) not in _SUMS or not _is_sum(value.node, parents):
+            bare = operation(value.node) in MATRICES or hasattr(value.node, "variable")
+            score = not used and (bare or norm_of(value.node) is not None)
+            others = ends.get(named, (False, 0, True))
+            ends[named] = weighed or others[0], place, score and others[2]
             continue
         inner.append(value.node)
-        stack += [(parent, weighted or _weighs(value.node), place) for parent in parents]
+        stack += [(parent, named, weighed or _weighs(value.node), place) for parent in parents]
     coefficients = _coefficients(scalar, inner, groups)
     found = []
-    for value, (weighted, place) in ends.items():
-        if value not in made.of or coefficients.get(value) is None:
+    for value, (weighed, place, score) in ends.items():
+        if value not in made.of or value not in coefficients:
             continue
         name, line, tensor = made.of[value]
-        score = not _is_used(value, consumers) and (
-            operation(value.node) in MATRICES or norm_of(value.node) is not None
-        )
         factor, rest = _factor(value.node)
         other = None if rest is None or rest not in made.of else (rest.node, made.of[rest][2])
-        held = (value.node, name, line, coefficients[value], tensor, weighted, score, factor, other, place)
-        found.append(Term(*held))
+        held = (value.node, name, line, coefficients[value], tensor, weighed)
+        found.append(Term(*held, score, factor, other, place))
     return tuple(found)
 
 
@@ -222,7 +232,7 @@ def _is_sum(node: Node, parents: list[Value]) -> bool:
 
     Logits less their logsumexp are one expression: one part is made of the other.
     """
-    if operation(node) in ("Add", "Sub") and len(parents) == 2:
+    if operation(node) in ("Add", "Sub", "Rsub") and len(parents) == 2:
         one, two = parents[0].node, parents[1].node
         return one is two or (one not in nodes_from(two) and two not in nodes_from(one))
     if operation(node) not in ("Mul", "Div"):
@@ -231,17 +241,23 @@ def _is_sum(node: Node, parents: list[Value]) -> bool:
 
 
 def _weighs(node: Any) -> bool:
-    """Whether an operation multiplies by a number of its own for each sample: no mask, no class, no probability."""
+    """Whether an operation multiplies by a number of its own for each sample: no mask, no class, no probability.
+
+    Ones and zeros for each sample are labels of pairs, or rewards: of likelihoods they are the latter.
+    """
     if operation(node) not in ("Mul", "Div"):
         return False
     saved = node._saved_self if node.next_functions[0][0] is None else getattr(node, "_saved_other", None)
     if not isinstance(saved, Tensor) or saved.numel() < 2 or not saved.is_floating_point():
         return False
+    saved = saved.detach()
+    if bool(((saved == 0) | (saved == 1)).all()):
+        likelihood = any(operation(each) in _LIKELIHOODS for each in nodes_from(node))
+        return saved.squeeze().dim() < 2 and likelihood and bool((saved != saved.flatten()[0]).any())
     if saved.squeeze().dim() < 2 or bool((saved < 0).any()):
         return bool((saved != saved.flatten()[0]).any())
-    values = torch.unique(saved.detach())
-    rows = saved.detach().sum(-1)
-    return len(values) > 2 and bool(((rows - 1).abs() > _NORMALISED).any())
+    shares = bool((saved <= 1).all())
+    return not shares and bool(((saved.sum(-1) - 1).abs() > _NORMALISED).any())
 
 
 def _factor(node: Node) -> tuple[tuple[Tensor, ...], Value | None]:
