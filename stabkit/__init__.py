@@ -57,7 +57,16 @@ _PUBLIC = {
     "singular_values": "stabkit.jacobians",
     "trace": "stabkit.tracing",
 }
-_SUBMODULES = ("curvature", "distributed", "integrators", "meanfield", "planning", "plotting", "streaming", "vocabulary")
+_SUBMODULES = (
+    "curvature",
+    "distributed",
+    "integrators",
+    "meanfield",
+    "planning",
+    "plotting",
+    "streaming",
+    "vocabulary",
+)
 
 __all__ = ["__version__", *_PUBLIC, *_SUBMODULES]
 

@@ -64,7 +64,7 @@ def by_block(
     owners = _owners(module, hessian, paths)
     squares: dict[str, float] = dict.fromkeys(owners, 0.0)
     for name, part in zip(owners, torch.split(v, hessian.sizes), strict=True):
-        squares[name] += float(part.double().square().sum())
+        squares[name] += float(torch.linalg.vector_norm(part)) ** 2
     found = sorted(squares.items(), key=lambda item: -item[1])
     alone = {name: _alone(hessian, product, v, owners, name, max(tol, _LOOSE)) for name, _ in found[:own]}
     if len(found) == 1:

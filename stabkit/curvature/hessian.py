@@ -98,11 +98,15 @@ class Hessian:
         Raises:
             TraceError: the loss cannot be differentiated twice.
         """
-        total = torch.zeros_like(v) if out is None else out.zero_()
+        total = torch.empty_like(v) if out is None else out
         vectors = self.split(v)
+        self.n_products += 1
+        if len(self.batches) == 1:
+            ((_, found),) = self.gradients()
+            return self._joined(found.product(self.parameters, vectors), total)
+        total.zero_()
         for weight, found in self.gradients():
             self.add(total, found.product(self.parameters, vectors), weight)
-        self.n_products += 1
         return total
 
     def gradients(self) -> Iterator[tuple[float, Gradient]]:
@@ -133,6 +137,12 @@ class Hessian:
         for place, part in zip(torch.split(total, self.sizes), parts, strict=True):
             if part is not None:
                 place.add_(part.detach().reshape(-1).to(total.device, total.dtype), alpha=weight)
+
+    def _joined(self, parts: Sequence[Tensor | None], total: Tensor) -> Tensor:
+        """One vector of parts, in a single pass over memory; zero where there is none."""
+        there = [torch.zeros_like(p) if g is None else g for g, p in zip(parts, self.parameters, strict=True)]
+        flat = [g.detach().reshape(-1).to(total.device, total.dtype) for g in there]
+        return torch.cat(flat, out=total)
 
     def _passed(self, batch: Batch) -> Gradient:
         with self.running(batch) as (output, loss):

@@ -1,8 +1,8 @@
 """The algebraically largest eigenvalues of a large symmetric operator: Lanczos with thick restarts.
 
-K. Wu, H. Simon, SIAM J. Matrix Anal. Appl. 22 (2000) 602. The basis is orthogonalised in full, twice; the projected
-matrix is kept whole in float64, so that what products lack in symmetry is seen. Convergence is looked at after every
-product, since one costs more than a training step.
+K. Wu, H. Simon, SIAM J. Matrix Anal. Appl. 22 (2000) 602. The basis is orthogonalised in full, twice where that is
+needed; the projected matrix is kept whole in float64, so that what products lack in symmetry is seen. Convergence is
+looked at after every product, since one costs more than a training step.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from stabkit.threads import single_threaded
 
 Product = Callable[[Tensor, Tensor], Tensor]
 _FEWEST = 4  # Ritz values before gaps between them mean something
+_MUCH = 0.7  # of the norm: what is left of a vector of which less was taken is orthogonal to rounding (Kahan, Parlett)
 _DEPENDENT = 50.0  # roundings of the product below which nothing of it is new
 
 
@@ -67,17 +68,19 @@ class _Basis:
             w = self.V[j + 1]
         before = float(torch.linalg.vector_norm(w))
         basis = self.V[: j + 1]
-        first = basis @ w
-        w.addmv_(basis.T, first, alpha=-1)
-        second = basis @ w
-        w.addmv_(basis.T, second, alpha=-1)
-        column = (first + second).double().cpu().numpy()
+        along = basis @ w
+        w.addmv_(basis.T, along, alpha=-1)
+        left = float(torch.linalg.vector_norm(w))
+        if left <= _MUCH * before:  # what was taken away is large, and so is its rounding
+            again = basis @ w
+            w.addmv_(basis.T, again, alpha=-1)
+            along, left = along + again, float(torch.linalg.vector_norm(w))
+        column = along.double().cpu().numpy()
         old = self.T[j, :j].copy()
         expected = self.coupling[:j] if j else old
         self.asymmetry = max(self.asymmetry, float(np.abs(column[:j] - expected).max(initial=0.0)))
         self.T[: j + 1, j] = column
         self.T[j, : j + 1] = column
-        left = float(torch.linalg.vector_norm(w))
         self.size = j + 1
         self.invariant = left <= _DEPENDENT * torch.finfo(w.dtype).eps * before or not before
         self.coupling = np.zeros(self.rows)

@@ -111,7 +111,8 @@ def eigenthings(case: Case, tol: float) -> Answer:
     import hessian_eigenthings as peer
 
     operator = peer.HessianOperator(case.model, [(case.x, case.y)], peer.supervised_loss(nn.CrossEntropyLoss()))
-    found = peer.lanczos(operator, k=1, which="LA", tol=tol, seed=0)
+    most = {TOL: 10, 1e-4: 20, 1e-5: 50, 1e-6: 100}[tol]  # by itself it stops after two
+    found = peer.lanczos(operator, k=1, which="LA", tol=tol, seed=0, max_iter=most)
     return float(found.eigenvalues[0]), int(getattr(found, "iterations", 0))
 
 
