@@ -98,7 +98,7 @@ def _beside_sums(found: Blocks) -> Name | None:
     sums = [j for j in range(r) if found.V[j, j] == 1.0 and not found.U[:, j].any()
             and not np.delete(found.V[:, j], j).any()]  # fmt: skip
     rest = [j for j in range(r) if j not in sums]
-    if not sums or len(rest) != 1 or found.V[sums, rest[0]].any():
+    if not sums or len(rest) != 1:
         return None
     i = rest[0]
     used = found.B[i] != 0
