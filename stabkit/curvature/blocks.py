@@ -25,7 +25,7 @@ class BlockCurvature(Result):
         name: the path of its module; ``""`` for what the model itself holds.
         share: the part of the squared leading eigenvector that lies in it: v_b^T (H v)_b over the eigenvalue; shares
             sum to 1.
-        sharpness: the largest eigenvalue of its own diagonal block, to a residual of 1 percent; None where it was not
+        sharpness: the largest eigenvalue of its own diagonal block, to 1 percent; None where it was not
             asked for.
     """
 
@@ -56,7 +56,7 @@ def by_block(
         v: ``(n,)``, of norm 1.
         paths: of the blocks; None for the modules that hold parameters.
         own: how many get their own sharpness.
-        tol: to what residual, 1 percent at best.
+        tol: to what error, 1 percent at best.
 
     Raises:
         ArgumentError: a path names no module.

@@ -128,13 +128,14 @@ def _errors(values: np.ndarray, residuals: np.ndarray, chosen: np.ndarray) -> np
     Parlett, The Symmetric Eigenvalue Problem, 1998, section 10.5). It is an estimate: what the basis has not seen yet
     is not in it.
     """
+    own: np.ndarray = residuals[chosen]
     if len(values) < _FEWEST:
-        return residuals[chosen]
+        return own
     away = np.abs(values[chosen, None] - values) - residuals
     away[range(len(chosen)), chosen] = np.inf
     gaps = away.min(axis=1)
-    squared = np.divide(residuals[chosen] ** 2, gaps, out=residuals[chosen].copy(), where=gaps > residuals[chosen])
-    return np.minimum(residuals[chosen], squared)
+    errors: np.ndarray = np.divide(own**2, gaps, out=own.copy(), where=gaps > own)
+    return errors
 
 
 def _kept(count: int, k: int, rows: int) -> np.ndarray:

@@ -93,14 +93,14 @@ def test_shares_and_parts_are_those_of_the_eigenvector():
     loss = lambda out: functional.cross_entropy(out, y)  # noqa: E731
     H = dense(model, x, loss)
     _, vectors = np.linalg.eigh(H)
-    found = sharpness(model, x, loss=loss, tol=1e-9, own=2)
+    found = sharpness(model, x, loss=loss, tol=1e-13, own=2)
     first = 3 * 8 + 8
     share = {block.name: block.share for block in found.by_block}
     assert share["0"] == pytest.approx((vectors[:first, -1] ** 2).sum(), abs=1e-6)
     assert sum(share.values()) == pytest.approx(1.0)
     own = {block.name: block.sharpness for block in found.by_block}
-    assert own["0"] == pytest.approx(np.linalg.eigvalsh(H[:first, :first])[-1], rel=1e-3)
-    assert own["2"] == pytest.approx(np.linalg.eigvalsh(H[first:, first:])[-1], rel=1e-3)
+    assert own["0"] == pytest.approx(np.linalg.eigvalsh(H[:first, :first])[-1], rel=1e-2)
+    assert own["2"] == pytest.approx(np.linalg.eigvalsh(H[first:, first:])[-1], rel=1e-2)
 
 
 def test_the_gauss_newton_part_is_that_of_the_whole_matrices():
