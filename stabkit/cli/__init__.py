@@ -15,7 +15,8 @@ import typer
 
 from stabkit._version import __version__
 from stabkit.cli import analyze, compare, demo, methods, plan, plot
-from stabkit.cli.imports import in_own_process
+from stabkit.cli.console import one_of_several
+from stabkit.cli.imports import in_own_process, quick_imports
 
 app = typer.Typer(
     name="stabkit",
@@ -33,11 +34,17 @@ def main() -> None:
     # this when it is imported; a command line may set it, a library may not.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     in_own_process()
-    try:
+    if not one_of_several():
         app()
+        return
+    with quick_imports():
+        from stabkit.distributed.ranks import told_to_stop
+
+    try:
+        with told_to_stop():
+            app()
     except SystemExit as ended:
-        if os.environ.get("WORLD_SIZE", "1") != "1":
-            _end_rank(ended)
+        _end_rank(ended)
         raise
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,6 +16,11 @@ from stabkit.errors import StabkitError
 
 if TYPE_CHECKING:
     from rich.console import Console
+
+
+def one_of_several() -> bool:
+    """Whether ``torchrun`` started this process as one of several."""
+    return os.environ.get("WORLD_SIZE", "1") != "1"
 
 
 @contextmanager
@@ -41,6 +47,10 @@ def guarded(debug: bool) -> Iterator[None]:
 
 def fail(message: str, debug: bool, code: int = FAILED) -> NoReturn:
     """Print one line to standard error and leave with an exit code."""
+    if one_of_several():
+        # torchrun tells the others to stop a tenth of a second after one has failed, and kills them 30 s later: the
+        # reason may be on its way here by then, and the imports below take longer
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
     if debug:
         import traceback
 

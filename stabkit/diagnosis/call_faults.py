@@ -10,6 +10,7 @@ from stabkit.diagnosis.finding import Finding, serious
 from stabkit.diagnosis.inputs.coordinates import coordinate_findings
 from stabkit.diagnosis.inputs.lost_order import lost_order_findings
 from stabkit.diagnosis.inputs.padded_ends import padded_end_findings
+from stabkit.diagnosis.inputs.read_positions import read_position_findings
 from stabkit.diagnosis.losses.domains import loss_domain_findings
 from stabkit.diagnosis.losses.last_dropout import last_dropout_findings
 from stabkit.diagnosis.no_gradient.made_anew import made_anew_findings
@@ -40,7 +41,7 @@ def call_findings(
     # where nothing trains for another reason, training tells nothing of these
     if not any(finding.kind in _NOT_TRAINED and serious(finding) for finding in (*others, *found)):
         found += affine_findings(flow, loss, call, done) or lost_order_findings(flow, loss, call, done)
-        found += padded_end_findings(loss, call, done)
+        found += padded_end_findings(loss, call, done) or read_position_findings(flow, loss, call, done)
         found += cut_axes_findings(flow, loss, call, done, others)
         found += coordinate_findings(flow, loss, call, done)
         found += heavy_dropout_findings(flow, loss, call, done, [*others, *found])

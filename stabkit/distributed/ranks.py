@@ -267,7 +267,7 @@ def session(*, keep: Path | None = None, timeout: datetime.timedelta = _TIMEOUT)
     on_gpus = devices >= int(os.environ.get("LOCAL_WORLD_SIZE", "1")) and dist.is_nccl_available()
     if on_gpus:
         torch.cuda.set_device(local)
-    with _told_to_stop():  # from before the first moment at which another rank can fail
+    with told_to_stop():  # from before the first moment at which another rank can fail
         dist.init_process_group("nccl" if on_gpus else "gloo", timeout=timeout)
         try:
             yield current(keep=keep)
@@ -276,8 +276,8 @@ def session(*, keep: Path | None = None, timeout: datetime.timedelta = _TIMEOUT)
 
 
 @contextlib.contextmanager
-def _told_to_stop() -> Iterator[None]:
-    """The signal by which torchrun ends the ranks becomes an error, so that what was finished can be kept."""
+def told_to_stop() -> Iterator[None]:
+    """The signal by which torchrun ends the ranks becomes an error, so that what was finished can be kept and told."""
 
     def stop(signum: int, frame: FrameType | None) -> None:
         raise RankError("told to stop, because another rank has failed", {})

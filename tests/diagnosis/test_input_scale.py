@@ -86,3 +86,32 @@ def test_an_input_that_saturates_a_late_tanh_through_relus_is_named(size):
     found = [f for f in said(model, size * inputs()).findings if "input_size" in f.numbers]
     assert [f.kind for f in found] == (["saturated"] if size > 1 else [])
     assert all("divide the input where the data are read by" in f.remedy for f in found)
+
+
+class Residual(nn.Module):
+    """An equation for what a network makes of the time, which it is given."""
+
+    def __init__(self, inside: float = 1.0) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.net, self.inside = nn.Sequential(nn.Linear(1, 32), nn.Tanh(), nn.Linear(32, 1)), inside
+
+    def forward(self, t: Tensor) -> Tensor:
+        t = t.clone().requires_grad_()
+        u = self.net(t / self.inside - (self.inside > 1))
+        (slope,) = torch.autograd.grad(u.sum(), t, create_graph=True)
+        return torch.cat([slope + 0.1 * u, u[:1] - 1])
+
+
+@pytest.mark.parametrize("start", [0.0, 1980.0])
+def test_inputs_of_which_derivatives_are_taken_are_scaled_inside_of_the_network(start):
+    times = torch.linspace(start, start + 100, 64)[:, None]
+    told = [f for f in said(Residual(), times).findings if "input_size" in f.numbers]
+    assert len(told) == 1
+    assert "inside of the network, in front of its first layer" in told[0].remedy
+    assert "where the data are read:" not in told[0].remedy
+
+
+def test_inputs_that_are_scaled_inside_raise_nothing():
+    times = torch.linspace(0, 100, 64)[:, None]
+    assert not [f for f in said(Residual(50.0), times).findings if "input_size" in f.numbers]

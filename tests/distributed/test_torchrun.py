@@ -59,7 +59,42 @@ def test_a_rank_that_dies_ends_the_run_with_a_message(tmp_path):
     done = torchrun(tmp_path, "analyze", source, "--input", "4x4")
     assert done.returncode != 0
     assert "exitcode  : 7" in done.stderr
-    assert "another rank" in done.stderr or "another of the 2 ranks is gone" in done.stderr
+    assert "another rank" in done.stderr or "another of the 2 ranks is gone" in done.stderr, done.stderr
+
+
+_TELLING = """
+import os, signal, sys
+import stabkit.report.terminal as terminal
+plain_text = terminal.plain_text
+def told(text, *style):
+    os.kill(os.getpid(), signal.SIGTERM)
+    return plain_text(text, *style)
+terminal.plain_text = told
+"""
+_LOADING = """
+import os, signal, sys
+import stabkit.checkpoints as checkpoints
+checkpoints.load = lambda *_, **__: os.kill(os.getpid(), signal.SIGTERM)
+"""
+
+
+@pytest.mark.parametrize(
+    ("program", "processes", "code", "says"),
+    [
+        (_TELLING, "2", 2, "missing.pt"),
+        (_TELLING, "1", -15, ""),
+        (_LOADING, "2", 2, "another rank has failed"),
+        (_LOADING, "1", -15, ""),
+    ],
+)
+def test_a_rank_that_is_told_to_stop_first_says_why_it_ends(program, processes, code, says, tmp_path):
+    program += "sys.argv = ['stabkit', 'analyze', 'missing.pt']\nfrom stabkit.cli import main; main()"
+    environment = {**os.environ, "WORLD_SIZE": processes, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-c", program], env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == code
+    assert says in done.stderr
 
 
 @pytest.mark.parametrize(("processes", "code"), [("2", 0), ("1", -6)])

@@ -12,11 +12,9 @@ import math
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
-from torch.overrides import TorchFunctionMode
-
 from stabkit.diagnosis.blocks.weights import step_of
 from stabkit.diagnosis.finding import Finding
+from stabkit.diagnosis.inputs.derivatives import differentiates
 from stabkit.diagnosis.inputs.features import OFFSET, Features, changed, features_of
 from stabkit.diagnosis.inputs.first_matrices import Given, given_to_matrices, inputs_behind, standardised
 from stabkit.diagnosis.remedies.held_out import learnt
@@ -27,7 +25,7 @@ from stabkit.tracing import Flow
 from stabkit.tracing.recording.containers import named_tensors
 from stabkit.tracing.recording.evaluation import evaluated
 from stabkit.tracing.recording.forward_pass import ForwardPass
-from stabkit.tracing.recording.training_pass import Observer, TrainingPass, training_pass
+from stabkit.tracing.recording.training_pass import TrainingPass, training_pass
 
 # of the loss: in the four cases that are tested 20 steps on standardised inputs leave .04 of it, on the inputs as they
 # are .86 and more, and behind a norm that standardises .03; labels that nothing tells leave .8, or .3 where they are
@@ -39,7 +37,7 @@ _REFERENCE = "LeCun, Bottou, Orr and Müller, Efficient backprop, 1998, sections
 
 def feature_scale_findings(flow: Flow, loss: Any, call: ForwardPass, done: TrainingPass) -> list[Finding]:
     """A finding where a few steps learn from standardised inputs and not from those that are given."""
-    if done.loss is None or with_norms_of_evaluation(call.module) or _differentiates(call, loss):
+    if done.loss is None or with_norms_of_evaluation(call.module) or differentiates(call, loss):
         return []
     given = [*named_tensors(list(call.inputs)), *named_tensors(call.kwargs)]
     found = {id(t): f for name, t in given if (f := features_of(flow, name, t)) is not None and f.far}
@@ -95,27 +93,6 @@ def _end(call: ForwardPass, loss: Any, first: float) -> float:
     left = [left_after(call, loss, [by(rate) for rate in RATES]) for by in (adam, sgd)]
     known = [share for share in left if share is not None]
     return min(known) * first if known else math.nan
-
-
-class _Derivatives(TorchFunctionMode):
-    """Notes whether a derivative is taken within a pass."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.taken = False
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        self.taken = self.taken or func in (torch.autograd.grad, torch.autograd.backward)
-        return func(*args, **(kwargs or {}))
-
-
-def _differentiates(call: ForwardPass, loss: Any) -> bool:
-    """Whether the model or the loss takes derivatives: in other coordinates those are others."""
-    watch = _Derivatives()
-    training_pass(call, loss, Observer(watch), differentiate=False)
-    return watch.taken
 
 
 def _of_matrix(flow: Flow, call: ForwardPass, place: Given, trial: _Trial) -> Finding:

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from stabkit.diagnosis.finding import Finding
 from stabkit.diagnosis.inputs.features import Features, changed, features_of
-from stabkit.diagnosis.inputs.sizes import Sizes, large_inputs
+from stabkit.diagnosis.inputs.sizes import INSIDE, Sizes, large_inputs
 from stabkit.diagnosis.states.activity import activities
 from stabkit.diagnosis.suspects import Diagnosis
 from stabkit.diagnosis.thresholds import Thresholds
@@ -37,15 +37,21 @@ def with_input_scale(flow: Flow, found: Diagnosis, thresholds: Thresholds) -> tu
         evidence=f"the input has the size {size:.3g} and not 1{each}: {before:.0%} of the activation in "
         f"{accused[0].module_path} lies where it is flat, and of the input "
         f"{'with every feature standardised' if uneven else 'divided by its size'} {after:.0%}",
-        remedy="standardise the input where the data are read: subtract the mean of every feature and divide by its "
-        "standard deviation"
-        if uneven
-        else sizes.remedy,
+        remedy=_standardise(sizes) if uneven else sizes.remedy,
         reference="LeCun et al., Efficient BackProp, 1998, section 4.3",
         numbers={**accused[0].numbers, "input_size": size, "saturated_after": after},
         actions=tuple(a for a in accused[0].actions if a["action"] == "scale_input" and not uneven),
     )
     return tuple(named if finding is accused[0] else finding for finding in found.findings)
+
+
+def _standardise(sizes: Sizes) -> str:
+    if sizes.inside:
+        return f"subtract the mean of every feature of the input and divide by its standard deviation, {INSIDE}"
+    return (
+        "standardise the input where the data are read: subtract the mean of every feature and divide by its standard "
+        "deviation"
+    )
 
 
 def _features(flow: Flow) -> Features | None:

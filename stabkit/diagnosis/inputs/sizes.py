@@ -7,10 +7,17 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from stabkit.diagnosis.inputs.derivatives import differentiates
 from stabkit.diagnosis.inputs.features import FAR, changed
 from stabkit.tracing import Flow
 from stabkit.tracing.recording.containers import named_tensors
 from stabkit.tracing.recording.forward_pass import ForwardPass
+
+#: where inputs are scaled of which derivatives are taken
+INSIDE = (
+    "inside of the network, in front of its first layer: the derivatives that the model takes stay those by what it is "
+    "given, and of data that are scaled where they are read they would be others"
+)
 
 
 @dataclass(frozen=True)
@@ -19,9 +26,11 @@ class Sizes:
 
     Attributes:
         by_name: path and root mean square of each, that which depth is counted from first.
+        inside: whether the model takes derivatives, so that they can be divided inside of the network alone.
     """
 
     by_name: tuple[tuple[str, float], ...]
+    inside: bool = False
 
     @property
     def size(self) -> float:
@@ -32,8 +41,10 @@ class Sizes:
     def remedy(self) -> str:
         """What is to be done about it, in words."""
         if len(self.by_name) == 1:
-            return brought_to_one(self.size)
+            return brought_to_one(self.size, inside=self.inside)
         each = ", ".join(f"{name!r} by {size:.3g}" for name, size in self.by_name)
+        if self.inside:
+            return f"divide the inputs by their root mean squares ({each}) {INSIDE}"
         return f"divide the inputs where the data are read by their root mean squares ({each}); or standardise them"
 
     def divided(self, call: ForwardPass) -> ForwardPass:
@@ -43,8 +54,10 @@ class Sizes:
         return changed(call, lambda tensor: tensor / by[id(tensor)] if id(tensor) in by else tensor)
 
 
-def brought_to_one(size: float) -> str:
+def brought_to_one(size: float, *, inside: bool = False) -> str:
     """What is to be done about an input of some size, in words; a division is what was tried."""
+    if inside:
+        return f"divide the input by {size:.3g}, its root mean square, {INSIDE}"
     return f"divide the input where the data are read by {size:.3g}, its root mean square; or standardise it"
 
 
@@ -58,7 +71,8 @@ def large_inputs(flow: Flow) -> Sizes | None:
     if source is None or not _is_large(source):
         return None
     others = [n for n, t in given.items() if t is not source and 1 < t.dim() == source.dim() and _is_large(t)]
-    return Sizes(tuple((name, _size(given[name])) for name in (flow.source_name, *others)))
+    by_name = tuple((name, _size(given[name])) for name in (flow.source_name, *others))
+    return Sizes(by_name, inside=differentiates(flow.forward_pass))
 
 
 def _given(call: ForwardPass) -> dict[str, Tensor]:

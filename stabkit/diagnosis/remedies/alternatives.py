@@ -9,6 +9,7 @@ from torch import nn
 
 from stabkit.diagnosis.depth.chaos import recurrent_matrices
 from stabkit.diagnosis.finding import Finding
+from stabkit.diagnosis.inputs.derivatives import differentiates
 from stabkit.diagnosis.inputs.sizes import brought_to_one
 from stabkit.diagnosis.measurement import Measurement, StepMeasurement
 from stabkit.diagnosis.remedies import computed as remedies
@@ -32,14 +33,14 @@ def candidates(
     """
     found: list[Remedy] = []
     own, *theirs = (Remedy(each.remedy, each.actions) for each in (suspect, *others))
-    for remedy in [*_unit_input(suspect, measurement), own, *_others(suspect, measurement, flow), *theirs]:
+    for remedy in [*_unit_input(suspect, measurement, flow), own, *_others(suspect, measurement, flow), *theirs]:
         actions = once(flow.model, remedy.actions)
         if actions and all(actions != known.actions for known in found):
             found.append(Remedy(remedy.text, actions))
     return found
 
 
-def _unit_input(suspect: Finding, measurement: Measurement) -> list[Remedy]:
+def _unit_input(suspect: Finding, measurement: Measurement, flow: FlowLike) -> list[Remedy]:
     """An input of unit scale, where it is far larger and the suspect is among the first steps."""
     size = float(measurement.log_states[0].mean())
     first = next((w for w in measurement.steps[0].weights if w.kind == "matrix"), None)
@@ -48,7 +49,8 @@ def _unit_input(suspect: Finding, measurement: Measurement) -> list[Remedy]:
     if first is None or not first.module_path:
         return []
     rms = math.exp(size)
-    return [Remedy(brought_to_one(rms), (remedies.scale_input(first.module_path, 1.0 / rms),))]
+    inside = isinstance(flow, Flow) and differentiates(flow.forward_pass)
+    return [Remedy(brought_to_one(rms, inside=inside), (remedies.scale_input(first.module_path, 1.0 / rms),))]
 
 
 def _others(suspect: Finding, measurement: Measurement, flow: FlowLike) -> list[Remedy]:

@@ -33,7 +33,7 @@ def outer_causes(flow: Flow, measurement: Measurement) -> list[Remedy]:
 
 def _of_data(flow: Flow) -> list[Remedy]:
     sizes = large_inputs(flow)
-    if sizes is None or _is_uneven(flow):
+    if sizes is None or sizes.inside or _is_uneven(flow):  # of divided data a derivative is another
         return []
     cause = f"the input has the size {sizes.size:.3g} and not 1"
     return [Remedy(f"{sizes.remedy}; targets in the same units too", cause=cause, data=sizes)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 
+from stabkit.identification.form.accumulated import is_renewed_beside_sum
 from stabkit.identification.form.pieces import Piece
 from stabkit.identification.form.slots import parts_of
 from stabkit.tracing import Flow
@@ -15,8 +16,8 @@ from stabkit.tracing.graph.values import Value, meta_of
 def groups(flow: Flow, loops: Sequence[Loop] = ()) -> tuple[tuple[int, int], ...]:
     """Half-open ranges of steps, each one method.
 
-    Single steps, rounds of loops that were cut, cut branches, pairs of reversible half-steps, and the last of a run of
-    like steps where it was cut before its end.
+    Single steps, rounds of loops that were cut, cut branches, pairs of reversible half-steps, a state and a sum beside
+    it that are renewed by turns, and the last of a run of like steps where it was cut before its end.
     """
     found: list[tuple[int, int]] = []
     start = 0
@@ -135,6 +136,8 @@ def _half_steps(flow: Flow, start: int) -> int | None:
     """
     if start + 1 >= len(flow.steps):
         return None
+    if is_renewed_beside_sum(flow, start):
+        return start + 2
     if _alternates(flow, start) and (_alternates(flow, start + 2) or _alternates(flow, start - 2)):
         return start + 2
     if not split_before(flow, start):

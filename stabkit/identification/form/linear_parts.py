@@ -135,11 +135,12 @@ class LinearParts:
         both = len(above) == len(products) == 1 and len(divisors) == 1
         return "trapezoid" if both and bool(((above[0] + below[0] - 2).abs() <= 1e-6 * below[0].abs()).all()) else None
 
-    def pulled(self, w: Tensor) -> dict[Value, Tensor]:
-        """P^T w at the source, and S^T w at what joins."""
-        edges = {n: [*self._allowed[n], *(v for v in self.piece.inputs(n) if v in self.joins)] for n in self.ways}
-        edges.update({n: list(self._allowed[n]) for n in self._added})
-        return pull(self.piece.graph, self.ways, edges, {self.piece.targets[0]: w}, self._added)
+    def pulled(self, w: Tensor, since: Node | None = None) -> dict[Value, Tensor]:
+        """P^T w at the source, and S^T w at what joins; or at what the ways read that begin with a node."""
+        ways = self.ways if since is None else self.ways[self.ways.index(since) :]
+        edges = {n: [*self._allowed[n], *(v for v in self.piece.inputs(n) if v in self.joins)] for n in ways}
+        edges.update({n: list(self._allowed[n]) for n in self._added if n in edges})
+        return pull(self.piece.graph, ways, edges, {self.piece.targets[0]: w}, self._added)
 
     def behind(self, join: Value) -> list[tuple[Node, Value]]:
         """The affine operations on one value, one after the other, from which a join comes; the last one first."""

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch.autograd.graph import Node
 
+from stabkit.identification.form.accumulated import moves_in_turn
 from stabkit.identification.form.operations import ADDS, JOINS, MOVES
 from stabkit.tracing import Flow
 from stabkit.tracing.graph.graph import Graph
@@ -70,11 +71,13 @@ def slots(flow: Flow, start: int, stop: int, loops: Sequence[Loop] = ()) -> Slot
     if stop < len(flow.steps) and len(new) < len(old):
         new = _with_waiting(flow, nodes, [v for v in old if v not in after.values], stop, new)
     waiting = _queued(flow, before.values, after.values, old, new)
-    if waiting is not None:
+    if waiting is not None and moves_in_turn(flow, start, stop, *waiting):
         return _arranged(graph, nodes, *waiting, ())
     fed = (*_read_ahead(flow, nodes, old, new), *_held_for_later(flow, old, new, stop))
     old, new = [v for v in old if v not in fed], [v for v in new if v not in fed]
     contexts = _contexts(flow, start, old, new)
+    if not contexts and not moves_in_turn(flow, start, stop, old, new):
+        contexts = [v for v in old if v in new]
     old, new = [v for v in old if v not in contexts], [v for v in new if v not in contexts]
     return _arranged(graph, nodes, old, new, (*contexts, *(v for v in fed if v in before.values)))
 

@@ -302,6 +302,8 @@ def _oscillator(found: Blocks) -> Name | None:
     for y, v in ((0, 1), (1, 0)):
         if not found.V[v, v]:
             continue  # what moves the position is made anew by the field, and no velocity that is kept
+        if not found.U[:, y].any() and not found.V[v, y]:
+            continue  # no force of the position: what it sums up moves by itself
         dt = _drift_after_kick(found, y, v) or _kick_after_drift(found, y, v)
         if dt is not None:
             damped = abs(float(np.linalg.det(found.V)) - 1.0) > CLOSE

@@ -22,6 +22,7 @@ from stabkit.identification.form.tableau import blocks
 from stabkit.identification.names.single import name_one_state
 from stabkit.identification.record import Identification
 from stabkit.identification.steps.around_addition import normalises
+from stabkit.identification.steps.driven_solves import driven_solve
 from stabkit.identification.steps.streams import mixed_streams
 from stabkit.tracing.cutting.samples import Layout
 from stabkit.tracing.graph.values import Value, meta_of, random_tensors
@@ -39,18 +40,23 @@ def read_linear(
         return None
     if any(normalises(link) for link in links if link.kind == "weightless"):
         return None
+    whole = around.whole(start, stop, found)
+    driven = driven_solve(whole, steps)
+    if driven is not None:
+        return driven
+    parts = LinearParts(whole)
+    affine = bool(parts.joins) and not parts.has_field  # nothing is added but what the input makes
     merges = [link for link in links if link.kind == "sum"]
     evaluated = [[stage.key for stage in link.form.stages] for link in merges]
     several = any(len(set(keys)) < len(keys) for keys in evaluated)  # a method of its own before the linear part
-    if len(merges) > 1 or several or (merges and links.index(merges[0]) > 0):
+    if not affine and (len(merges) > 1 or several or (merges and links.index(merges[0]) > 0)):
         split = _splitting(around, links, steps)
         if split is not None:
             return split
     if len(merges) > 1:
         return None
-    whole = around.whole(start, stop, found)
     source, target = (_layout(around, i, v[0]) for i, v in ((start, found.sources), (stop, found.targets)))
-    at_once = [link.kind for link in links if link.kind != "scaling"] == ["map"]
+    at_once = affine or [link.kind for link in links if link.kind != "scaling"] == ["map"]
     reading = linear_reading(whole, source, target, at_once=at_once)
     if reading is None or (reading.name == LINEAR_SKIP and mixed_streams(around.flow, start, stop, whole) is not None):
         return None

@@ -383,10 +383,14 @@ def _by_operations(intervals: Intervals, frontiers: Frontiers) -> list[Span]:
     if repeat is not None:
         first, period, count = repeat
         if period * count > 0.4 * end:
-            offset = min(
-                range(period),
-                key=lambda o: sum(int(intervals.width[p]) for p in range(first + o, end, period)[:count]),
-            )
+
+            def alive(offset: int) -> tuple[int, int]:
+                """How much is alive, and, the more the better, how often it is read: a state by skip and field."""
+                places = range(first + offset, end, period)[1:count]
+                readers = sum(frontiers.readers(place, place - period) for place in places)
+                return sum(int(intervals.width[place]) for place in places), -readers
+
+            offset = min(range(period), key=alive)
             boundaries = {0, end, *range(first + offset, end, period)[:count]}
             return _between(intervals, [], sorted(boundaries))
     if not regions:

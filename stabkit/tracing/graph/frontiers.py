@@ -45,6 +45,11 @@ class Frontiers:
         until = bisect.bisect_right(self._in_order, position, key=self.born.__getitem__)
         return tuple(self._alive((*older, *self._in_order[count:until]), position))
 
+    def readers(self, position: int, since: int) -> int:
+        """How often the values at a position that were made after another are read from there on."""
+        made = [value for value in self.at(position) if self.born[value] > since]
+        return sum(self._graph.rank[node] >= position for value in made for node in self.consumers.get(value, ()))
+
     def _alive(self, values: Iterable[Value], position: int) -> list[Value]:
         return [value for value in values if position <= self.last_use[value]]
 
