@@ -139,13 +139,11 @@ def _product(node: Any, name: str, inner: list[Signs]) -> Signs:
     if name == "Mul" and len(parents) == 2 and parents[0] is not None and parents[0] is parents[1]:
         return _POSITIVE
     one = inner[0] if parents[0] is not None else _of_constant(node._saved_self)
-    if len(parents) > 1 and parents[1] is not None:
-        two = inner[1]
-    else:
-        two = _of_constant(getattr(node, "_saved_other", None))
+    variable = len(parents) > 1 and parents[1] is not None
+    two = inner[1] if variable else _of_constant(getattr(node, "_saved_other", None))
     positive = (one.positive and two.positive) or (one.negative and two.negative)
     negative = (one.positive and two.negative) or (one.negative and two.positive)
-    if name == "Div" and len(parents) > 1 and parents[1] is not None:
+    if name == "Div" and variable:
         return Signs(positive, negative, positive, negative)
     bounded = one.below and one.above and two.below and two.above
     return Signs(bounded or positive, bounded or negative, positive, negative)

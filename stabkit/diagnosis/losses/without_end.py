@@ -69,15 +69,15 @@ def without_end_findings(
     """
     if done.loss is None or any(finding.kind == "loss" and serious(finding) for finding in others):
         return []
-    if poles := pole_findings(flow, loss, done):
-        return poles
-    if sum(p.numel() for p in call.module.parameters()) > LARGEST or is_linear_in(done.loss, done.output):
-        return []
-    bounded = signs_of(done.loss.grad_fn).below
-    if bounded and not _has_free_factor(done.loss):
+    if sum(p.numel() for p in call.module.parameters()) > LARGEST:
         return []
     own = {id(p) for p in done.parameters.values()}
     try:
+        if poles := pole_findings(flow, loss, done):
+            return poles
+        bounded = signs_of(done.loss.grad_fn).below
+        if (bounded and not _has_free_factor(done.loss)) or is_linear_in(done.loss, done.output):
+            return []
         if through_another_net(done.loss, own):
             return []
         return _of_free_weights(flow, loss, call) or ([] if bounded else _falling(flow, loss, call))
