@@ -20,10 +20,10 @@ _MOVES = moves()
 _SUMS = frozenset({"Sum", "Mean", "Cumsum", "Max", "Min", "Amax", "Amin", "Median", "MaxPool2DWithIndices"})
 _NEVER_NEGATIVE = frozenset(
     {"MseLoss", "L1Loss", "SmoothL1Loss", "HuberLoss", "Abs", "Norm", "LinalgVectorNorm", "Exp", "Sqrt", "CtcLoss"}
-    | {"SoftMarginLoss", "Softplus", "Cdist", "Std", "Var", "Softmax", "Cosh"}
+    | {"SoftMarginLoss", "Cdist", "Std", "Var", "Softmax", "Cosh"}
 )
-_NEVER_POSITIVE = frozenset({"LogSoftmax", "LogSigmoid"})
-_BETWEEN = frozenset({"Sin", "Cos", "Tanh", "Sigmoid", "Erf", "Atan", "Sign", "CosineSimilarity"})
+_NEVER_POSITIVE = frozenset({"LogSoftmax"})
+_BETWEEN = frozenset({"Sin", "Cos", "CosineSimilarity"})
 _DEEPEST = 200  # operations from the loss down that are followed
 
 
@@ -50,8 +50,7 @@ class Signs:
 
 _UNKNOWN = Signs()
 _POSITIVE = Signs(below=True, positive=True)
-_BOUNDED = Signs(below=True, above=True)
-_CONSTANT = _BOUNDED
+_BOUNDED = _CONSTANT = Signs(below=True, above=True)
 
 
 def signs_of(node: Node | None, known: dict[Node, Signs] | None = None, depth: int = 0) -> Signs:
@@ -108,7 +107,7 @@ def _single(node: Any, name: str, known: dict[Node, Signs], depth: int) -> Signs
     if name in _NEVER_POSITIVE:
         return _POSITIVE.turned()
     if name in _BETWEEN:
-        return Signs(below=True, above=True, positive=name == "Sigmoid")
+        return _BOUNDED
     if name.startswith("Clamp"):
         held = range_of(node)
         return Signs(held.low > -math.inf, held.high < math.inf, held.low >= 0, held.high <= 0)
