@@ -13,6 +13,7 @@ from stabkit.identification.names.multistep import leapfrog, name_multistep, wit
 from stabkit.identification.names.single import CLOSE, Name, name_one_state, without_parallel
 from stabkit.identification.steps.predictor_correctors import predictor_corrector
 
+LINEAR_MAP = "none: a linear map of several states, and no field"
 HAMILTONIAN = "symplectic Euler (Hamiltonian)"  # a reversible step whose fields are gradients
 
 
@@ -28,7 +29,7 @@ def name_several_states(found: Blocks, *, symmetric: bool | None, gated: bool) -
     r = len(found.V)
     one = "h = 1: only the product h f can be seen"
     if not found.fields:
-        return Name("unnamed", "none: a linear map of several states, and no field", 1.0, one)
+        return Name("unnamed", LINEAR_MAP, 1.0, one)
     if found.n_fields == 1 and len(found.rows) == 1 and r == 2:
         name = _two_state_one_stage(found, history=not _has_velocity(found)) or _second_order(found)
         if name is not None:
