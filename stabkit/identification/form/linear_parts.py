@@ -375,6 +375,8 @@ def _dense(fitted: _Fitted, at: Value, source: Layout, target: Layout, behind: i
         columns = layout.columns(torch.stack(rows).movedim(0, -1), meta_of(end).shape)
     except RuntimeError:  # another shape, whose samples are not told
         return None
+    if columns.shape[-1] != columns.shape[-2]:  # real entries on one side, complex ones on the other
+        return None
     return np.asarray(columns.detach().double().cpu().numpy(), dtype=np.complex128)
 
 
