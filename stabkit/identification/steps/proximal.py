@@ -125,11 +125,11 @@ def soft_threshold(flow: Flow, index: int, link: Link) -> tuple[float, float] | 
     """
     state, piece = flow.states[index], link.form.piece
     source, target = piece.sources[0], piece.targets[0]
-    if link.kind != "weightless" or target not in state.values:
+    result = state.tensor_of(target)
+    if link.kind != "weightless" or result is None:
         return None
     y, slope = _recorded(piece, source), _slope(piece, source, target)
-    result = state.tensors[state.values.index(target)].detach()
-    return None if y is None or slope is None else _soft_threshold(y, result, slope)
+    return None if y is None or slope is None else _soft_threshold(y, result.detach(), slope)
 
 
 def learned_threshold(flow: Flow, steps: tuple[int, ...], links: Sequence[Link]) -> Identification | None:
@@ -197,7 +197,5 @@ def _recorded(piece: Piece, source: Value) -> Tensor | None:
 
 def _kept(flow: Flow, value: Value) -> Tensor | None:
     """A value as a state of the flow holds it."""
-    for state in flow.states:
-        if value in state.values:
-            return state.tensors[state.values.index(value)].detach()
-    return None
+    held = (state.tensor_of(value) for state in flow.states)
+    return next((tensor.detach() for tensor in held if tensor is not None), None)
