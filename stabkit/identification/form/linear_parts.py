@@ -222,7 +222,7 @@ class _Fitted:
 
 
 def _stacked(tensors: Sequence[Tensor]) -> Tensor:
-    return torch.stack([t.reshape(-1) for t in tensors]).double().cpu()
+    return torch.stack([(t.real if t.is_complex() else t).reshape(-1) for t in tensors]).double().cpu()
 
 
 def operator_of(piece: Piece, source: Layout, target: Layout) -> str | None:
