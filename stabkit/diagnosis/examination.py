@@ -9,6 +9,7 @@ from dataclasses import replace
 from stabkit.diagnosis.blocks.initialisation import known_initialisations
 from stabkit.diagnosis.blocks.made_otherwise import made_otherwise
 from stabkit.diagnosis.causes import with_causes, with_lost_parameters
+from stabkit.diagnosis.depth.without_harm import with_harmless_as_facts
 from stabkit.diagnosis.finding import Finding, serious, sound
 from stabkit.diagnosis.losses.large import with_large_loss
 from stabkit.diagnosis.non_finite.gradient_underflow import gradient_underflow
@@ -160,6 +161,7 @@ def _examined(
         left = replace(left, verdict=not_judged(found.verdict, missing))
         return _fit_to_be_told(with_lost_parameters(flow, left, settings))
     tried_out = _confirmed(flow, found, settings, trials, found.findings)
+    tried_out = with_harmless_as_facts(flow, tried_out, settings)
     tried_out = with_large_loss(flow, tried_out, found.findings, settings)
     return _fit_to_be_told(with_causes(flow, tried_out, settings))
 

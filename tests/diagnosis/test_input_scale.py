@@ -98,7 +98,7 @@ class Residual(nn.Module):
 
     def forward(self, t: Tensor) -> Tensor:
         t = t.clone().requires_grad_()
-        u = self.net(t / self.inside - (self.inside > 1))
+        u = self.net(t / self.inside - float(self.inside > 1))
         (slope,) = torch.autograd.grad(u.sum(), t, create_graph=True)
         return torch.cat([slope + 0.1 * u, u[:1] - 1])
 
