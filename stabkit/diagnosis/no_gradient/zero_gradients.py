@@ -250,6 +250,10 @@ def _of_zero_factors(
         after = _stuck(call, loss, done, [*actions, *drawn]) if members else None
         if after is not None and len(left & after) < len(left):
             left, actions = left & after, [*actions, *drawn]
+    if left and (drawn := _all_matrices(done, empty)):  # all were started at zero, so that no kind of them is enough
+        after = _stuck(call, loss, done, drawn)
+        if after is not None and len(frozenset(stuck) & after) < len(left):
+            left, actions = frozenset(stuck) & after, drawn
     freed = tuple(path for path in stuck if path not in left)
     if not freed:
         return []
@@ -284,6 +288,11 @@ def _of_zero_factors(
             actions=() if harmless else tuple(actions),
         )
     ]
+
+
+def _all_matrices(done: TrainingPass, empty: Sequence[str]) -> list[Action]:
+    matrices = [path for path in empty if done.parameters[path].dim() > 1]
+    return [remedies.redraw(path, _usual(done.parameters[path])) for path in matrices]
 
 
 def _usual(parameter: Tensor) -> float:
