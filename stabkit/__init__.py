@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from stabkit.attribution import attribute as attribute
     from stabkit.checkpoints import load as load
     from stabkit.comparison import compare as compare
+    from stabkit.curvature import sharpness as sharpness
     from stabkit.diagnosis import diagnose as diagnose
     from stabkit.errors import StabkitError as StabkitError
     from stabkit.growth import finite_time_exponents as finite_time_exponents
@@ -52,10 +53,20 @@ _PUBLIC = {
     "lyapunov_spectrum": "stabkit.growth",
     "non_normality": "stabkit.jacobians",
     "recurrent_flow": "stabkit.tracing",
+    "sharpness": "stabkit.curvature",
     "singular_values": "stabkit.jacobians",
     "trace": "stabkit.tracing",
 }
-_SUBMODULES = ("distributed", "integrators", "meanfield", "planning", "plotting", "streaming", "vocabulary")
+_SUBMODULES = (
+    "curvature",
+    "distributed",
+    "integrators",
+    "meanfield",
+    "planning",
+    "plotting",
+    "streaming",
+    "vocabulary",
+)
 
 __all__ = ["__version__", *_PUBLIC, *_SUBMODULES]
 

@@ -38,6 +38,7 @@ LAYERS = [
     "jacobians",
     "walk",
     "growth",
+    "curvature",
     "identification",
     "meanfield",
     "attribution",

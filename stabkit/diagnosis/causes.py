@@ -23,6 +23,7 @@ from stabkit.diagnosis.losses.loud_logits import loud_logits_findings
 from stabkit.diagnosis.losses.mixed_samples import mixed_sample_findings
 from stabkit.diagnosis.losses.next_tokens import next_token_findings
 from stabkit.diagnosis.losses.units import unit_findings
+from stabkit.diagnosis.losses.without_end import without_end_findings
 from stabkit.diagnosis.no_gradient.closed_operations import closed_findings
 from stabkit.diagnosis.no_gradient.hidden_cuts import cut_by_a_draw, drawn_on_the_graph, hidden_cut_findings
 from stabkit.diagnosis.no_gradient.lost_parameters import lost_parameter_findings
@@ -249,6 +250,7 @@ def _of_training_pass(
     found += [*mixed_sample_findings(flow, loss, call, done), *next_token_findings(flow, call, done)]
     found += unused_input_findings(flow, loss, call, done)
     found += call_findings(flow, loss, call, done, others)
+    found += without_end_findings(flow, loss, call, done, [*others, *found])
     found += wrong_derivative_findings(flow, loss, call, done)
     found += loud_logits_findings(flow, loss, call, done, [*others, *found])
     found += loss_floor_findings(flow, loss, call, done, [*others, *found])

@@ -55,7 +55,7 @@ from stabkit.identification.steps.implicit import (
 from stabkit.identification.steps.iterated_solves import record_of_equation, solved_step
 from stabkit.identification.steps.linear_steps import read_linear
 from stabkit.identification.steps.pairs import dense_concatenation, read_several_states
-from stabkit.identification.steps.predicted_steps import with_predicted_step
+from stabkit.identification.steps.predicted_steps import with_fed_step, with_predicted_step
 from stabkit.identification.steps.proximal import soft_threshold
 from stabkit.identification.steps.relaxation import with_linear_part
 from stabkit.identification.steps.retraction import bent_skip, retraction
@@ -382,7 +382,7 @@ def _read_sums(around: Surroundings, found: Slots, links: Sequence[Link], steps:
         why = "some coordinates stay as they are, and scale and move the others"
         record = replace(record, name="affine coupling", skip=None, method=None, step_size=None, recorded=(),
                          system="x_2' = a(x_1) x_2 + b(x_1), x_1' = 0", notes=(why, *record.notes))  # fmt: skip
-    record = with_predicted_step(record, sums[0]) if len(sums) == 1 else record
+    record = with_fed_step(with_predicted_step(record, sums), around, sums)
     return with_randomness(record, sums)
 
 

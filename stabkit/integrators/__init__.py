@@ -36,6 +36,7 @@ from stabkit.integrators.networks import (
     stochastic_depth,
     unicornn,
 )
+from stabkit.integrators.optimizers import adam, heavy_ball, nadam, nesterov
 from stabkit.integrators.probing import from_step_function
 from stabkit.integrators.regions import Curve, Region, order_star
 from stabkit.integrators.splitting import lie, strang
@@ -53,6 +54,7 @@ __all__ = [
     "Region",
     "StabilityFunction",
     "UnknownMethodError",
+    "adam",
     "adams_bashforth",
     "adams_moulton",
     "bdf",
@@ -69,15 +71,18 @@ __all__ = [
     "from_stability_function",
     "from_step_function",
     "gated",
+    "heavy_ball",
     "lem",
     "lie",
     "lm_resnet",
     "maximum_internal_amplification",
     "milne_simpson",
     "momentum_resnet",
+    "nadam",
     "named",
     "names",
     "near_names",
+    "nesterov",
     "nystrom",
     "order_star",
     "plain",

@@ -15,6 +15,7 @@ from stabkit.integrators import (
     implicit_runge_kutta,
     multistep,
     networks,
+    optimizers,
     splitting,
 )
 from stabkit.integrators.catalogue_entry import Entry
@@ -51,6 +52,7 @@ def entries() -> tuple[Entry, ...]:
         *multistep.ENTRIES,
         *splitting.ENTRIES,
         *networks.ENTRIES,
+        *optimizers.ENTRIES,
     )
 
 

@@ -138,3 +138,70 @@ def test_gates_in_a_list_of_their_own_are_read_with_the_layers(model, name):
     found = read(model)
     assert len(found) >= DEPTH - 1
     assert all(r.name.startswith(name) and r.evidence == "measured" for r in found)
+
+
+class Modulated(nn.Module):
+    """Blocks of a diffusion transformer (Peebles and Xie 2023): norms, fields and steps answer to a condition."""
+
+    def __init__(self, branches=2, learned=False):
+        super().__init__()
+        self.norms = nn.ModuleList(nn.LayerNorm(WIDTH, elementwise_affine=False) for _ in range(branches))
+        self.fields = nn.ModuleList(network() for _ in range(branches))
+        self.made = nn.Sequential(nn.SiLU(), nn.Linear(WIDTH, 3 * branches * WIDTH))
+        self.scales = nn.Parameter(torch.randn(branches, WIDTH)) if learned else None
+
+    def forward(self, x, c):
+        parts = self.made(c).chunk(3 * len(self.fields), 1)
+        for i, (norm, field) in enumerate(zip(self.norms, self.fields, strict=True)):
+            shift, scale, gate = parts[3 * i : 3 * i + 3]
+            gate = gate if self.scales is None else self.scales[i]
+            x = x + gate * field(norm(x) * (1 + scale) + shift)
+        return x
+
+
+class Conditioned(nn.Module):
+    """Modulated blocks whose condition is an input of its own, or made of the state at first."""
+
+    def __init__(self, own=False, **more):
+        super().__init__()
+        self.condition, self.own = nn.Linear(WIDTH, WIDTH), own
+        self.blocks = nn.ModuleList(Modulated(**more) for _ in range(DEPTH))
+
+    def forward(self, x, c=None):
+        c = self.condition(x if self.own else c)
+        for block in self.blocks:
+            x = block(x, c)
+        return x
+
+
+def conditioned(**more):
+    torch.manual_seed(0)
+    model, x = Conditioned(**more), torch.randn(3, WIDTH)
+    given = (x,) if model.own else (x, torch.randn(3, WIDTH))
+    found = identify(trace(model, *given, depth=["blocks.*"], source="0"))
+    return [r for r in found if r.name not in ("fork", "join", "transition", "no branch")]
+
+
+@pytest.mark.parametrize(
+    ("branches", "name"),
+    [(1, "forward Euler"), (2, "Lie splitting (2 Euler steps)"), (3, "Lie splitting (3 Euler steps)")],
+)
+def test_gates_of_another_input_are_steps_that_depend_on_it(branches, name):
+    found = conditioned(branches=branches)
+    assert len(found) == DEPTH
+    assert {(r.name, r.evidence) for r in found} == {(name, "measured")}
+    assert all("(c) F" in r.convention and "held fixed" in r.notes[0] for r in found)
+    assert not any("LayerScale" in note for r in found for note in r.notes)
+
+
+@pytest.mark.parametrize(("branches", "system"), [(1, "x' = h(c) F(x)"), (2, "x' = h_1(c) F_1(x) + h_2(c) F_2(x)")])
+def test_gates_of_a_condition_that_is_made_of_the_state(branches, system):
+    found = conditioned(branches=branches, own=True)
+    assert {(r.system, r.step_size) for r in found} == {(system, 1.0)}
+    assert all("no constant" in r.convention for r in found)
+
+
+def test_learned_scales_beside_a_condition_are_numbers():
+    found = conditioned(branches=1, learned=True)
+    assert {(r.name, r.evidence) for r in found} == {("forward Euler", "proven")}
+    assert all("(c)" not in r.convention and any("LayerScale" in note for note in r.notes) for r in found)

@@ -207,3 +207,23 @@ def test_a_mean_with_an_older_value_is_no_method_of_adams(a: float, new: float, 
         return x
 
     assert not any("Adams" in r.name for r in read(forward))
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_two_delayed_steps_that_are_cut_as_one_are_no_splitting(tied):
+    class Delayed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.first = nn.Linear(3, 6)
+            self.f = nn.ModuleList(nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 6)) for _ in range(8))
+
+        def forward(self, x):
+            states = [self.first(x)] * 3
+            for f in self.f:
+                states = [*states[1:], states[-1] + (self.f[0] if tied else f)(states[0])]
+            return states[-1]
+
+    found = [record.name for record in stabkit.identify(stabkit.trace(Delayed().double(), torch.randn(4, 3).double()))]
+    assert any("delayed Euler (k = 2)" in name for name in found)
+    assert not any("splitting" in name for name in found)

@@ -35,8 +35,9 @@ def batch_place_findings(flow: Flow) -> list[Finding]:
     count = sample_count(call)
     if flow.batch < 2 or count < 3 or _has_codes(call.module, count):
         return []  # only where samples are kept apart, as the recording has proven: others may be compared on purpose
-    plain = _outputs(evaluated(call), count)
-    if not plain or _follows(plain, _outputs(evaluated(call, _moved(count)), count), count):
+    trains = any(module.training for module in call.module.modules())
+    plain = _outputs(evaluated(call).output if trains else flow.output, count)
+    if not plain or _follows(plain, _outputs(evaluated(call, _moved(count)).output, count), count):
         return []
     if not _is_fixed(call, plain, count):
         return []
@@ -80,8 +81,8 @@ def _moved(count: int) -> Any:
     return lambda t: t.roll(1, 0) if t.dim() > 0 and len(t) == count else t
 
 
-def _outputs(found: Evaluation, count: int) -> list[Tensor]:
-    made = [t.detach() for _, t in named_tensors(found.output) if t.is_floating_point()]
+def _outputs(output: Any, count: int) -> list[Tensor]:
+    made = [t.detach() for _, t in named_tensors(output) if t.is_floating_point()]
     return made if all(t.dim() > 0 and len(t) == count and t.layout == torch.strided for t in made) else []
 
 
@@ -94,12 +95,13 @@ def _follows(plain: Sequence[Tensor], other: Sequence[Tensor], count: int) -> bo
 
 def _is_fixed(call: ForwardPass, plain: Sequence[Tensor], count: int) -> bool:
     """Whether the model draws nothing, and depends on places with all weights moved, too."""
-    again = _outputs(evaluated(ForwardPass(call.model, call.module, call.inputs, call.kwargs, call.seed + 1)), count)
+    other = ForwardPass(call.model, call.module, call.inputs, call.kwargs, call.seed + 1)
+    again = _outputs(evaluated(other).output, count)
     if len(again) != len(plain) or any(bool(differing(b, a).any()) for a, b in zip(plain, again, strict=True)):
         return False
     try:
         with moved_weights(call.module):
-            one, two = (_outputs(evaluated(call, change), count) for change in (None, _moved(count)))
+            one, two = (_outputs(evaluated(call, change).output, count) for change in (None, _moved(count)))
             return bool(one) and not _follows(one, two, count)
     except StabkitError:
         return False

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -133,17 +133,23 @@ class Surroundings:
 
     def learned_factors(self, piece: Piece) -> tuple[str, ...]:
         """Which parameters the constant factors on linear paths come from, as far as simple functions explain them."""
-        found: dict[str, None] = {}
-        paths = {node for target in piece.targets for node in piece.expand(target)[1]}
-        for node, inputs in piece.linear.items():
-            if node not in paths:
-                continue
-            factor = _factor(node) if operation(node) in PRODUCTS and len(inputs) == 1 else None
+        return tuple(dict.fromkeys(text for _, text in self._factors(piece) if text is not None))
+
+    def has_fed_factor(self, piece: Piece) -> bool:
+        """Whether a factor on a linear path is made of another input of the model, which is held fixed."""
+        return any(_is_fed(node) for node, _ in self._products(piece))
+
+    def _factors(self, piece: Piece) -> Iterator[tuple[Tensor, str | None]]:
+        """The constant factors on linear paths, each with the parameter that it comes from."""
+        for node, inputs in self._products(piece):
+            factor = _factor(node) if len(inputs) == 1 else None
             if factor is not None:
-                text = self._origin(node, factor)
-                if text is not None:
-                    found[text] = None
-        return tuple(found)
+                yield factor, self._origin(node, factor)
+
+    def _products(self, piece: Piece) -> Iterator[tuple[Node, Sequence[Value]]]:
+        """The products on linear paths, with what they read on these."""
+        paths = {node for target in piece.targets for node in piece.expand(target)[1]}
+        return ((n, inputs) for n, inputs in piece.linear.items() if n in paths and operation(n) in PRODUCTS)
 
     def _origin(self, node: Node, factor: Tensor) -> str | None:
         if factor.data_ptr() in self.names:
@@ -159,6 +165,12 @@ class Surroundings:
                 if torch.allclose(function(p), factor.reshape(-1), rtol=8 * torch.finfo(factor.dtype).eps, atol=0.0):
                     return spelling.format(f"{path}.{name}" if path else name)
         return None
+
+
+def _is_fed(node: Node) -> bool:
+    """Whether one of two factors was made with derivatives, and by no operation of the graph."""
+    saved = [getattr(node, name, None) for name in ("_saved_other", "_saved_self")]
+    return any(isinstance(t, Tensor) and t.grad_fn is not None for t in saved)
 
 
 def _factor(node: Node) -> Tensor | None:

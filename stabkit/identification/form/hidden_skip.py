@@ -48,6 +48,15 @@ class HiddenSkip:
 
 def _affine_way(piece: Piece) -> dict[Node, list[Value]] | None:
     """The affine operations from the one source to the one target, with the inputs on the way; None if all are."""
+    allowed = reached_along_affine(piece)
+    return allowed if allowed is not None and len(allowed) < len(piece.nodes) else None
+
+
+def reached_along_affine(piece: Piece) -> dict[Node, list[Value]] | None:
+    """The affine operations by which the one source reaches the one target, if it does, with their inputs on the way.
+
+    Nothing is computed: what arrives may be zero.
+    """
     source, target = piece.sources[0], piece.targets[0]
     reached: set[Value] = {source}
     allowed: dict[Node, list[Value]] = {}
@@ -61,7 +70,7 @@ def _affine_way(piece: Piece) -> dict[Node, list[Value]] | None:
         if taken:
             allowed[node] = taken
             reached.update(outputs_of(node))
-    return allowed if target in reached and len(allowed) < len(piece.nodes) else None
+    return allowed if target in reached else None
 
 
 def affine_pulls(piece: Piece, cotangents: Sequence[Tensor]) -> list[Tensor] | None:

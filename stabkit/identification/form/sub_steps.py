@@ -15,6 +15,8 @@ from stabkit.identification.form.tableau import Blocks, blocks
 from stabkit.identification.names.single import Name, name_one_state
 from stabkit.tracing.graph.values import Value, meta_of, outputs_of
 
+_UNSPECIFIC = "general linear method"  # a part that ends within the step of a queue has this name as well
+_OF_HISTORY = ("delayed", _UNSPECIFIC, "ab", "Adams")  # steps that remember are of one system, whatever their fields
 _FEW = 3  # states of which every order is tried
 Form = Callable[[Sequence[Node], Sequence[Value], Sequence[Value]], NormalForm]
 
@@ -27,6 +29,21 @@ def composed_name(piece: Piece, name_of: Callable[[Blocks], Name], form_of: Form
         name_of: what a tableau is called.
         form_of: the normal form of some nodes between old and new states.
     """
+    found = _run_of_names(piece, lambda t: n if not (n := name_of(t)).name.startswith(_UNSPECIFIC) else None, form_of)
+    found = found or _run_of_names(piece, name_of, form_of)
+    if len(found) < 2:
+        return None
+    names = list(dict.fromkeys(name.name for name in found))
+    sizes = [name.h for name in found]
+    text = f"{len(found)} steps of {names[0]}" if len(names) == 1 else " and then ".join(n.name for n in found)
+    same = max(sizes) - min(sizes) <= 1e-9 * max(sizes)
+    convention = found[0].convention if same else f"h: {', '.join(f'{h:.3g}' for h in sizes)}, one after the other"
+    several = len(names) > 1 or not names[0].startswith(_OF_HISTORY)
+    return replace(found[0], name=f"Lie splitting ({text})" if several else text, h=sizes[0], convention=convention)
+
+
+def _run_of_names(piece: Piece, name_of: Callable[[Blocks], Name | None], form_of: Form) -> list[Name]:
+    """The names of parts that are known, one after the other; none unless they make all of a step."""
     contexts = set(piece.contexts)
     ends = [(0, piece.sources), *_cuts(piece), (len(piece.nodes), piece.targets)]
     found: list[Name] = []
@@ -40,14 +57,7 @@ def composed_name(piece: Piece, name_of: Callable[[Blocks], Name], form_of: Form
         if name is not None:
             found.append(name)
             start, old = stop, new
-    if start != len(piece.nodes) or len(found) < 2:
-        return None
-    names = list(dict.fromkeys(name.name for name in found))
-    sizes = [name.h for name in found]
-    text = f"{len(found)} steps of {names[0]}" if len(names) == 1 else " and then ".join(n.name for n in found)
-    same = max(sizes) - min(sizes) <= 1e-9 * max(sizes)
-    convention = found[0].convention if same else f"h: {', '.join(f'{h:.3g}' for h in sizes)}, one after the other"
-    return replace(found[0], name=f"Lie splitting ({text})", h=sizes[0], convention=convention)
+    return found if start == len(piece.nodes) else []
 
 
 def _are_crossed(form: NormalForm) -> bool:
@@ -58,7 +68,7 @@ def _are_crossed(form: NormalForm) -> bool:
     return carried == [[form.sources[1]], [form.sources[0]]]
 
 
-def _named(form: NormalForm, contexts: Collection[Value], name_of: Callable[[Blocks], Name]) -> Name | None:
+def _named(form: NormalForm, contexts: Collection[Value], name_of: Callable[[Blocks], Name | None]) -> Name | None:
     """The name of one part; None where it has none, or no field of its own."""
     if not form.stages:
         return None
@@ -74,7 +84,9 @@ def _cuts(piece: Piece) -> list[tuple[int, tuple[Value, ...]]]:
         for value in piece.inputs(node):
             last[value] = max(last.get(value, 0), position)
     shapes = sorted(meta_of(v).shape for v in piece.sources)
-    order = {node: position for position, node in enumerate(piece.nodes)}
+    count = len(piece.sources)
+    order = {v: (place - count, 0) for place, v in enumerate(piece.sources)}
+    order.update({v: (place, v.output) for place, node in enumerate(piece.nodes) for v in outputs_of(node)})
     alive = set(piece.sources)
     found: list[tuple[int, tuple[Value, ...]]] = []
     for position, node in enumerate(piece.nodes[:-1]):
@@ -82,7 +94,7 @@ def _cuts(piece: Piece) -> list[tuple[int, tuple[Value, ...]]]:
         alive = {v for v in alive if last.get(v, -1) > position}
         states = [v for v in alive if v not in piece.contexts]
         if sorted(meta_of(v).shape for v in states) == shapes and all(v in piece.carrying for v in states):
-            found.append((position + 1, tuple(sorted(states, key=lambda v: (order.get(v.node, -1), v.output)))))
+            found.append((position + 1, tuple(sorted(states, key=order.__getitem__))))
     return found
 
 

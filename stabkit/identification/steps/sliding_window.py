@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from stabkit.identification.form.grouping import is_repeated
-from stabkit.identification.form.hidden_skip import affine_pulls
+from stabkit.identification.form.hidden_skip import affine_pulls, reached_along_affine
 from stabkit.identification.form.operations import JOINS, MOVES, WRITES
 from stabkit.identification.form.pieces import Piece, pull
 from stabkit.identification.form.slots import Slots
@@ -44,7 +44,8 @@ class Window:
 def sliding_window(piece: Piece, steps: tuple[int, ...]) -> Identification | None:
     """The record of a step from one tensor to one that moves a window along an axis; None for others."""
     bends = any(operation(node) not in MOVES | {"Roll"} for node in piece.nodes)
-    found = _window(piece) if bends and _is_put_together(piece.targets[0]) else None
+    moves = bends and _is_put_together(piece.targets[0]) and reached_along_affine(piece) is not None
+    found = _window(piece) if moves else None
     if found is None:
         return None
     order = -(-found.size // found.by)

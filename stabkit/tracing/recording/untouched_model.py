@@ -32,12 +32,16 @@ class Safe:
             for held in attributes.values()
             if type(held) in (list, dict, OrderedDict, set, deque)
         ]
-        self._grads = [(p, p.grad) for p in model.parameters()]
-        self._flags = [(p, p.requires_grad) for p in model.parameters() if not p.is_inference()]
+        parameters, buffers = (
+            list({id(t): t for m in self._modules for t in getattr(m, kept).values() if t is not None}.values())
+            for kept in ("_parameters", "_buffers")
+        )
+        self._grads = [(p, p.grad) for p in parameters]
+        self._flags = [(p, p.requires_grad) for p in parameters if not p.is_inference()]
         self._by_storage: dict[int, list[Tensor]] = {}
         self._written: dict[int, tuple[Tensor, Tensor]] = {}
         loose = [held for attributes in self._attributes for held in attributes.values() if isinstance(held, Tensor)]
-        for tensor in (*model.parameters(), *model.buffers(), *loose):
+        for tensor in (*parameters, *buffers, *loose):
             if not _lazy(tensor) and tensor.layout == torch.strided:
                 self._by_storage.setdefault(tensor.untyped_storage()._cdata, []).append(tensor)
 

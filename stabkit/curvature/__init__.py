@@ -1,0 +1,15 @@
+"""Curvature of the loss in the parameters: is this learning rate stable on this loss?
+
+Example:
+    >>> import torch
+    >>> from stabkit.curvature import sharpness
+    >>> model, x = torch.nn.Linear(1, 1, bias=False).double(), torch.ones(4, 1).double()
+    >>> round(float(sharpness(model, x, loss=lambda out: out.square().mean()).values[0]), 9)
+    2.0
+"""
+
+from stabkit.curvature.blocks import BlockCurvature
+from stabkit.curvature.critical_rate import CriticalRate, critical_rate
+from stabkit.curvature.sharpness import Sharpness, sharpness
+
+__all__ = ["BlockCurvature", "CriticalRate", "Sharpness", "critical_rate", "sharpness"]

@@ -1,0 +1,113 @@
+"""Which blocks limit the rate: the share of the leading eigenvector in each, and each block's own sharpness."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from stabkit.curvature.hessian import Hessian
+from stabkit.curvature.lanczos import largest
+from stabkit.errors import ArgumentError, did_you_mean
+from stabkit.results import Result
+
+_LOOSE = 1e-2
+_MOST = 20  # products for a block
+
+
+@dataclass(frozen=True)
+class BlockCurvature(Result):
+    """The part of a block in the largest curvature.
+
+    Attributes:
+        name: the path of its module; ``""`` for what the model itself holds.
+        share: the part of the squared leading eigenvector that lies in it: v_b^T (H v)_b over the eigenvalue; shares
+            sum to 1.
+        sharpness: the largest eigenvalue of its own diagonal block, to 1 percent; None where it was not
+            asked for.
+    """
+
+    name: str
+    share: float
+    sharpness: float | None = None
+
+    def __str__(self) -> str:
+        own = "" if self.sharpness is None else f", alone {self.sharpness:.4g}"
+        return f"{self.name or 'the model'}: {self.share:.0%} of it{own}"
+
+
+def by_block(
+    module: nn.Module,
+    hessian: Hessian,
+    product: Callable[[Tensor, Tensor], Tensor],
+    v: Tensor,
+    paths: Sequence[str] | None,
+    own: int,
+    tol: float,
+) -> tuple[BlockCurvature, ...]:
+    """Shares of a unit eigenvector, the largest first.
+
+    Args:
+        module: the model.
+        hessian: whose parameters are shared out.
+        product: the operator that the eigenvector belongs to.
+        v: ``(n,)``, of norm 1.
+        paths: of the blocks; None for the modules that hold parameters.
+        own: how many get their own sharpness.
+        tol: to what error, 1 percent at best.
+
+    Raises:
+        ArgumentError: a path names no module.
+    """
+    owners = _owners(module, hessian, paths)
+    squares: dict[str, float] = dict.fromkeys(owners, 0.0)
+    for name, part in zip(owners, torch.split(v, hessian.sizes), strict=True):
+        squares[name] += float(torch.linalg.vector_norm(part)) ** 2
+    found = sorted(squares.items(), key=lambda item: -item[1])
+    alone = {name: _alone(hessian, product, v, owners, name, max(tol, _LOOSE)) for name, _ in found[:own]}
+    if len(found) == 1:
+        alone = {}  # it is the whole
+    return tuple(BlockCurvature(name, share, alone.get(name)) for name, share in found)
+
+
+def _owners(module: nn.Module, hessian: Hessian, paths: Sequence[str] | None) -> list[str]:
+    """For every parameter the block that it belongs to."""
+    names = {id(p): name for name, p in module.named_parameters()}
+    holders = [names[id(p)].rpartition(".")[0] for p in hessian.parameters]
+    if paths is None:
+        return holders
+    known = {name for name, _ in module.named_modules()}
+    for path in paths:
+        if path not in known:
+            raise ArgumentError(f"blocks: {path!r} is no module of the model{did_you_mean(path, known)}")
+    longest = sorted(paths, key=len, reverse=True)
+
+    def block_of(holder: str) -> str:
+        return next((p for p in longest if holder == p or holder.startswith(f"{p}.")), holder if "" in paths else "")
+
+    return [block_of(holder) for holder in holders]
+
+
+def _alone(
+    hessian: Hessian,
+    product: Callable[[Tensor, Tensor], Tensor],
+    v: Tensor,
+    owners: Sequence[str],
+    name: str,
+    tol: float,
+) -> float:
+    """The largest eigenvalue of one diagonal block: the search begins at its part of the whole eigenvector."""
+    mask = torch.zeros_like(v)
+    for owner, part in zip(owners, torch.split(mask, hessian.sizes), strict=True):
+        if owner == name:
+            part.fill_(1.0)
+    if not bool((v * mask).any()):
+        return 0.0
+
+    def inside(x: Tensor, out: Tensor) -> Tensor:
+        return product(x, out).mul_(mask)
+
+    found = largest(inside, len(v), 1, tol=tol, start=v * mask, rows=8, max_products=_MOST)
+    return float(found.values[0])

@@ -1,0 +1,182 @@
+"""The rate at which the coming update would raise the loss, by forward passes alone.
+
+Along an update p the loss is L(theta - t p) = L - t g.p + t^2/2 p.Hp + ...: it rises beyond t = 2 g.p / p.Hp. This is
+not the threshold of stability: it belongs to one direction and one update, and any optimizer has it (J. Gilmer et al.,
+A loss curvature perspective on training instability, ICLR 2022).
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from stabkit.curvature.batches import Batches
+from stabkit.curvature.hessian import ALONE, Hessian, Summing, refuse_randomness
+from stabkit.curvature.updates import plain_update
+from stabkit.errors import ArgumentError, ArgumentTypeError
+from stabkit.results import Result
+from stabkit.tracing.recording.sharding import own_part
+from stabkit.tracing.recording.untouched_model import unchanged_randomness
+from stabkit.tracing.recording.wrappers import unwrap
+
+_DOUBLINGS = 24
+_HALVINGS = 12
+
+
+@dataclass(frozen=True)
+class CriticalRate(Result):
+    """Where the loss along an update comes back to where it was.
+
+    Attributes:
+        factor: by how much the update could be longer, or has to be shorter, before the loss is no lower than it is
+            now; ``inf`` where it still falls at 2^24 times the update, 0 where the update rises at any length tried.
+        rate: the learning rate at which it would be so, of the group with the largest one.
+        learning_rate: the present rate.
+        loss: the present loss.
+        loss_after: the loss after the update at the present rate, on the same batches.
+        slope: g.p, the fall of the loss per unit of the update, by differences; negative where the update climbs.
+        n_losses: how many times the loss was computed.
+    """
+
+    factor: float
+    rate: float
+    learning_rate: float
+    loss: float
+    loss_after: float
+    slope: float
+    n_losses: int
+
+
+def critical_rate(
+    model: nn.Module,
+    *inputs: Any,
+    loss: Any,
+    optimizer: Any,
+    batches: Iterable[Any] | None = None,
+    kwargs: Mapping[str, Any] | None = None,
+    seed: int = 0,
+    ranks: Summing | None = None,
+) -> CriticalRate:
+    """How long the coming update of an optimizer may be before it raises the loss.
+
+    The update is made by the optimizer itself, on copies of the parameters and of its state: any torch optimizer will
+    do, also one whose update is no gradient step. The loss is then computed at multiples of it, doubled or halved until
+    the point is enclosed and then bisected to 1 percent.
+
+    Args:
+        model: the model; it and the optimizer come back as they were.
+        *inputs: what it is called with.
+        loss: a callable on the output that returns a scalar; with ``batches``, on the output and the targets.
+        optimizer: any torch optimizer of its parameters.
+        batches: pairs of inputs and targets in place of ``inputs``, over which the loss is the mean.
+        kwargs: keyword arguments of the call.
+        seed: of what the model draws.
+        ranks: who shares the batches, as of `sharpness`.
+
+    Raises:
+        ArgumentError: the loss is random, there is no gradient, or the optimizer needs a closure.
+        ArgumentTypeError: ``optimizer`` is no torch optimizer.
+
+    Example:
+        >>> torch.manual_seed(0) and None
+        >>> model, x = nn.Linear(1, 1, bias=False), torch.ones(1, 1)
+        >>> sgd = torch.optim.SGD(model.parameters(), lr=0.5)
+        >>> found = critical_rate(model, x, loss=lambda out: out.square().sum() / 2, optimizer=sgd)
+        >>> round(found.rate, 1)
+        2.0
+    """
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise ArgumentTypeError(f"optimizer is a {type(optimizer).__name__}; expected a torch.optim.Optimizer")
+    own = {id(p) for p in model.parameters()}
+    trained = [p for g in optimizer.param_groups for p in plain_update(g["params"])]
+    if not trained or any(id(p) not in own for p in trained):
+        raise ArgumentError("optimizer trains no parameters, or others than the model's; give the model's own")
+    with unchanged_randomness():
+        hessian = Hessian(unwrap(model), trained, Batches(inputs, kwargs, loss, batches), seed, ranks or ALONE)
+        refuse_randomness(hessian)
+        update = _update(optimizer, hessian)
+        return _searched(hessian, update, max(float(g["lr"]) for g in optimizer.param_groups))
+
+
+def _update(optimizer: torch.optim.Optimizer, hessian: Hessian) -> list[Tensor]:
+    """What the next update adds to every parameter."""
+    parts = hessian.split(hessian.gradient())
+    hessian.release()
+    copies = {id(p): nn.Parameter(p.detach().clone()) for p in hessian.parameters}
+    twin = copy.deepcopy(optimizer, dict(copies))
+    for p, part in zip(hessian.parameters, parts, strict=True):
+        copies[id(p)].grad = own_part(part, p)
+    try:
+        twin.step()
+    except TypeError as error:
+        raise ArgumentError(
+            f"{type(optimizer).__name__} makes its update with a closure, so that it has none of its own: {error}"
+        ) from error
+    return [copies[id(p)].detach() - p.detach() for p in hessian.parameters]
+
+
+@contextmanager
+def _moved(hessian: Hessian, update: list[Tensor], factor: float) -> Iterator[None]:
+    """The model with its parameters moved along an update, and back, bit for bit."""
+    kept = [p.detach().clone() for p in hessian.parameters]
+    with torch.no_grad():
+        try:
+            for p, part in zip(hessian.parameters, update, strict=True):
+                p.add_(part, alpha=factor)
+            yield
+        finally:
+            for p, before in zip(hessian.parameters, kept, strict=True):
+                p.copy_(before)
+
+
+def _searched(hessian: Hessian, update: list[Tensor], rate: float) -> CriticalRate:
+    made = 0
+
+    def at(factor: float) -> float:
+        nonlocal made
+        made += 1
+        with _moved(hessian, update, factor):
+            total = 0.0
+            for batch in hessian.own_batches():
+                with hessian.running(batch, graph=False) as (_, value):
+                    total += batch.weight * float(torch.as_tensor(value).detach())
+        return float(hessian.ranks.sum(torch.tensor(total, dtype=torch.float64)))
+
+    here, after = at(0.0), at(1.0)
+    if not math.isfinite(here):
+        raise ArgumentError(f"the loss is {here}; nothing can be said of the update")
+    low, high = 0.0, math.inf
+    factor = 1.0
+    falls = after < here
+    if falls:
+        low = 1.0
+        for _ in range(_DOUBLINGS):
+            factor *= 2.0
+            if not at(factor) < here:
+                high = factor
+                break
+            low = factor
+    else:
+        high = 1.0
+        for _ in range(_DOUBLINGS):
+            factor /= 2.0
+            if at(factor) < here:
+                low = factor
+                break
+            high = factor
+    if low and math.isfinite(high):
+        for _ in range(_HALVINGS):
+            if high <= 1.01 * low:
+                break
+            middle = math.sqrt(low * high)
+            low, high = (middle, high) if at(middle) < here else (low, middle)
+    found = math.sqrt(low * high) if low and math.isfinite(high) else (math.inf if low else 0.0)
+    step = (low or 1.0) * 1e-2 if math.isfinite(low) else 1.0
+    return CriticalRate(found, found * rate, rate, here, after, (here - at(step)) / step, made)

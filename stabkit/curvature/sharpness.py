@@ -1,0 +1,309 @@
+"""Sharpness: the largest curvature of a loss, and whether the learning rate is stable on it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from stabkit.curvature.batches import Batches
+from stabkit.curvature.blocks import BlockCurvature, by_block
+from stabkit.curvature.gauss_newton import gauss_newton
+from stabkit.curvature.hessian import ALONE, Hessian, Preconditioned, Summing, refuse_randomness
+from stabkit.curvature.lanczos import Eigenpairs, largest
+from stabkit.curvature.updates import Update, flat, plain_update, read_update
+from stabkit.errors import ArgumentError, ArgumentTypeError
+from stabkit.integrators import GeneralLinearMethod
+from stabkit.results import Result
+from stabkit.statistics import student_factor
+from stabkit.tracing.recording.untouched_model import unchanged_randomness
+from stabkit.tracing.recording.wrappers import unwrap
+
+_TOLERANCE = 1e-3
+_ASYMMETRIC = 1e-2  # of the largest entry; rounding in float32 stays below 1e-4, a wrong derivative is of order one
+_ROWS = (20, 6)  # of the basis, for small models and for those of which many rows would outgrow a training step
+_LARGE = 2**25  # parameters
+_MOST = 400  # products of one search
+_MIXED = 0.05  # how much of a start vector is drawn anew: what it is orthogonal to is then found too
+
+
+@dataclass(frozen=True, eq=False)
+class Sharpness(Result):
+    """The largest eigenvalues of the Hessian of a loss, beside what the optimizer's next update can bear.
+
+    Attributes:
+        values: ``(k,)`` float64, the algebraically largest eigenvalues of the Hessian H, in units of the loss per
+            squared parameter.
+        residuals: ``(k,)``, norms of H v - value v; each bounds the distance to an eigenvalue.
+        converged: ``(k,)``, whether the error is at most ``tol`` times the largest value in size: the residual, or its
+            square over the gap to the next value where that is less.
+        lowest: the smallest Ritz value, an upper bound of the smallest eigenvalue.
+        lowest_residual: its residual.
+        gauss_newton: ``(k,)``, the part of each value that comes from the curvature of the loss in the output; the
+            rest is curvature of the network.
+        interval: where the mean over batches of v^T H v lies, at 95 percent by Student's t over the batches, v the
+            first eigenvector; None for fewer than 3 batches.
+        n_products: products with the Hessian, each through all batches.
+        loss: the value of the loss.
+        method: the optimizer's update as a method for the gradient flow; None without an optimizer.
+        learning_rate: the present rate, of the group with the largest one.
+        preconditioned: ``(k,)``, the largest eigenvalues of P^-1 (H + W), P the optimizer's preconditioner and W its
+            coupled weight decay; equal to ``values`` where P is the identity.
+        preconditioned_residuals: ``(k,)``, theirs.
+        threshold: the largest curvature at which updates stay bounded: the real stability interval of the method over
+            the rate, less the weight decay where it stands in no W.
+        ratio: ``preconditioned[0] / threshold``; above 1 the next updates grow along the first eigenvector, on a
+            quadratic of this curvature.
+        largest_stable_lr: the rate at which the ratio is 1; ``inf`` where nothing curves upwards.
+        by_block: what part of the first eigenvector that limits the rate lies in each block, the largest first, and
+            the own sharpness of the first few.
+        notes: what a reader should know about how it was computed.
+        vector: ``(n,)``, the first eigenvector of H in the order of the parameters, where a later search may begin.
+    """
+
+    values: np.ndarray
+    residuals: np.ndarray
+    converged: np.ndarray
+    lowest: float
+    lowest_residual: float
+    gauss_newton: np.ndarray
+    interval: tuple[float, float] | None
+    n_products: int
+    loss: float
+    method: GeneralLinearMethod | None
+    learning_rate: float | None
+    preconditioned: np.ndarray
+    preconditioned_residuals: np.ndarray
+    threshold: float | None
+    ratio: float | None
+    largest_stable_lr: float | None
+    by_block: tuple[BlockCurvature, ...]
+    notes: tuple[str, ...] = ()
+    vector: Tensor | None = field(default=None, repr=False)
+
+    def _contents(self) -> dict[str, Any]:
+        named = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "vector"}
+        return named | {"method": None if self.method is None else self.method.name}
+
+    def __str__(self) -> str:
+        shown = ", ".join(f"{v:.4g} (residual {r:.1g})" for v, r in zip(self.values, self.residuals, strict=True))
+        lines = [f"sharpness {shown}; {self.n_products} products with the Hessian"]
+        if self.ratio is not None and self.threshold is not None:
+            kind = "preconditioned curvature" if self.preconditioned[0] != self.values[0] else "curvature"
+            lines.append(
+                f"{kind} {self.preconditioned[0]:.4g} against {self.threshold:.4g}, the most that a rate of "
+                f"{self.learning_rate:.4g} bears: ratio {self.ratio:.3g}; stable up to a rate of "
+                f"{self.largest_stable_lr:.4g}"
+            )
+        lines += [f"  {block}" for block in self.by_block[:5]]
+        return "\n".join([*lines, *(f"note: {note}" for note in self.notes)])
+
+
+def sharpness(
+    model: nn.Module,
+    *inputs: Any,
+    loss: Any,
+    optimizer: Any = None,
+    k: int = 1,
+    tol: float | None = None,
+    kwargs: Mapping[str, Any] | None = None,
+    seed: int = 0,
+    batches: Iterable[Any] | None = None,
+    start: Tensor | None = None,
+    blocks: Sequence[str] | None = None,
+    own: int = 3,
+    ranks: Summing | None = None,
+) -> Sharpness:
+    """The largest curvature of a loss in the parameters, and whether an optimizer's learning rate is stable on it.
+
+    An update of gradient descent is a step of forward Euler of the gradient flow: along an eigenvector of the Hessian
+    with eigenvalue c it multiplies by 1 - lr c, which grows beyond c = 2 / lr. Momentum and Adam are other methods with
+    other intervals (`stabkit.integrators.heavy_ball`, `nesterov`, `adam`). Eigenvalues come from Lanczos with products
+    through the kept graph of one gradient; the matrix is never made.
+
+    Args:
+        model: the model, in the mode as it is; it comes back as it was.
+        *inputs: what it is called with.
+        loss: a callable on the output that returns a scalar; with ``batches``, on the output and the targets.
+        optimizer: SGD, Adam, AdamW, NAdam, Adamax, RMSprop or Adagrad of the model's parameters, with its state; None
+            for the curvature of the loss alone, in all parameters that require grad.
+        k: how many eigenvalues.
+        tol: the error, over the largest value in size, that counts as converged; 1e-3 by default.
+        kwargs: keyword arguments of the call.
+        seed: of what the model draws, and of the start of the search.
+        batches: pairs of inputs and targets in place of ``inputs``, over which the loss is the mean, each batch by its
+            number of samples; a list, or a loader that gives the same batches in the same order each time.
+        start: where the search begins, such as ``vector`` of an earlier result of the same model.
+        blocks: paths of modules that the parameters are shared out to; by default those that hold them.
+        own: of how many blocks, those with the largest shares, the own sharpness is computed too.
+        ranks: who shares the batches, such as ``stabkit.distributed.current()``; every rank must then make this call
+            with the same model and batches, and gets the same result. None: this process goes through all.
+
+    Raises:
+        ArgumentError: the loss is random, the optimizer is not the model's or has no threshold, or no parameter is
+            trained.
+        TraceError: the loss is no scalar, or cannot be differentiated twice.
+
+    Example:
+        >>> import torch
+        >>> model, x = torch.nn.Linear(2, 1, bias=False).double(), torch.diag(torch.tensor([3.0, 1.0])).double()
+        >>> sgd = torch.optim.SGD(model.parameters(), lr=0.2)
+        >>> found = sharpness(model, x, loss=lambda out: out.square().sum() / 2, optimizer=sgd)
+        >>> round(float(found.values[0]), 6), round(found.threshold, 6), round(found.ratio, 6)
+        (9.0, 10.0, 0.9)
+    """
+    _check(model, k, tol, own)
+    tol = _TOLERANCE if tol is None else float(tol)
+    module = unwrap(model)
+    update = None if optimizer is None else read_update(optimizer, module)
+    parameters = plain_update(module.parameters()) if update is None else update.parameters
+    if not parameters:
+        raise ArgumentError("no parameter of the model requires grad; there is no curvature to measure")
+    with unchanged_randomness():
+        hessian = Hessian(module, parameters, Batches(inputs, kwargs, loss, batches), seed, ranks or ALONE)
+        refuse_randomness(hessian)
+        search = _Search(hessian, k, tol, seed)
+        sign = -1.0 if update is not None and update.ascends else 1.0
+        plain = search.run(_signed(hessian, sign), start)
+        limiting, operator = plain, _signed(hessian, sign)
+        if update is not None and not update.is_plain:
+            operator = _signed(_preconditioned(hessian, update), sign)
+            limiting = search.run(operator, None)
+        groups = by_block(module, hessian, operator, limiting.vectors[0], blocks, own, tol)
+        parts = np.array([sign * gauss_newton(hessian, v) for v in plain.vectors])
+        interval = _interval(hessian, plain.vectors[0])
+    notes = _notes(module, parameters, plain, limiting, k, update)
+    return Sharpness(
+        values=plain.values,
+        residuals=plain.residuals,
+        converged=plain.converged,
+        lowest=plain.lowest,
+        lowest_residual=plain.lowest_residual,
+        gauss_newton=parts,
+        interval=interval,
+        n_products=hessian.n_products,
+        loss=float("nan") if hessian.value is None else hessian.value,
+        by_block=groups,
+        notes=notes,
+        vector=plain.vectors[0],
+        preconditioned=limiting.values,
+        preconditioned_residuals=limiting.residuals,
+        **_stability(update, float(limiting.values[0])),
+    )
+
+
+def _check(model: Any, k: Any, tol: Any, own: Any) -> None:
+    if not isinstance(model, nn.Module):
+        raise ArgumentTypeError(f"model is a {type(model).__name__}; expected a torch.nn.Module with parameters")
+    for name, value, least in (("k", k, 1), ("own", own, 0)):
+        if not isinstance(value, int | np.integer) or isinstance(value, bool) or value < least:
+            raise ArgumentError(f"{name}={value!r}; give a whole number of at least {least}")
+    if tol is not None and not (isinstance(tol, float | int) and 0 < tol < 1):
+        raise ArgumentError(f"tol={tol!r}; give a number between 0 and 1, or None for {_TOLERANCE:g}")
+
+
+def _signed(operator: Any, sign: float) -> Any:
+    if sign > 0:
+        return operator.matvec
+    return lambda v, out=None: operator.matvec(v, out).neg_()
+
+
+def _preconditioned(hessian: Hessian, update: Update) -> Preconditioned:
+    like = torch.empty(hessian.n, dtype=hessian.dtype, device=hessian.device)
+    roots = flat([s.rsqrt() if isinstance(s, Tensor) else s**-0.5 for s in update.scales], hessian.parameters, like)
+    shift = flat(update.decays, hessian.parameters, like) if any(update.decays) else 0.0
+    return Preconditioned(hessian, roots, shift)
+
+
+@dataclass(frozen=True)
+class _Search:
+    """How eigenvalues are looked for."""
+
+    hessian: Hessian
+    k: int
+    tol: float
+    seed: int
+
+    def run(self, product: Any, start: Tensor | None) -> Eigenpairs:
+        n = self.hessian.n
+        generator = torch.Generator().manual_seed(self.seed)
+        drawn = torch.randn(n, generator=generator, dtype=torch.float32).to(self.hessian.device, self.hessian.dtype)
+        if start is not None:
+            if start.shape != (n,):
+                raise ArgumentError(f"start has shape {tuple(start.shape)}; expected ({n},), one entry a parameter")
+            given = start.detach().to(drawn)
+            drawn = given / torch.linalg.vector_norm(given) + _MIXED * drawn / torch.linalg.vector_norm(drawn)
+        rows = _ROWS[n > _LARGE]
+        return largest(product, n, self.k, tol=self.tol, start=drawn, rows=rows, max_products=_MOST)
+
+
+def _stability(update: Update | None, curvature: float) -> dict[str, Any]:
+    if update is None:
+        return dict.fromkeys(("method", "learning_rate", "threshold", "ratio", "largest_stable_lr"))
+    decay = update.decays[0] if update.is_plain else 0.0
+    threshold = update.interval(update.rate) / update.rate - decay
+    return {
+        "method": update.method,
+        "learning_rate": update.rate,
+        "threshold": threshold,
+        "ratio": curvature / threshold if threshold > 0 else math.inf,
+        "largest_stable_lr": _largest_rate(update, curvature + decay),
+    }
+
+
+def _largest_rate(update: Update, curvature: float) -> float:
+    """The rate at which ``rate * curvature`` is the end of the interval, which decoupled decay makes depend on it."""
+    if curvature <= 0:
+        return math.inf
+    rate = update.interval(update.rate) / curvature
+    for _ in range(20):  # the interval hardly moves with the rate: this contracts by a factor of decay / curvature
+        rate, before = update.interval(rate) / curvature, rate
+        if abs(rate - before) <= 1e-12 * rate:
+            break
+    return rate
+
+
+def _interval(hessian: Hessian, v: Tensor) -> tuple[float, float] | None:
+    """Student's interval of the mean of v^T H_b v over the batches b."""
+    if len(hessian.batches) < 3:
+        return None
+    vectors = hessian.split(v)
+    quotients = torch.zeros(len(hessian.batches), dtype=torch.float64)
+    for place, (_, found) in enumerate(hessian.gradients()):
+        image = torch.zeros_like(v)
+        hessian.add(image, found.product(vectors), 1.0)
+        quotients[hessian.ranks.rank + place * hessian.ranks.count] = v.double() @ image.double()
+    found_by_all = hessian.ranks.sum(quotients).numpy()
+    mean = float(found_by_all.mean())
+    spread = float(found_by_all.std(ddof=1)) / math.sqrt(len(quotients))
+    reach = float(student_factor(len(quotients), 0.95)) * spread
+    return mean - reach, mean + reach
+
+
+def _notes(
+    module: nn.Module,
+    parameters: Sequence[nn.Parameter],
+    plain: Eigenpairs,
+    limiting: Eigenpairs,
+    k: int,
+    update: Update | None,
+) -> tuple[str, ...]:
+    notes = []
+    if not (plain.converged.all() and limiting.converged.all()):
+        notes.append(f"not converged within {_MOST} products: values are lower bounds; residuals say how far")
+    if max(plain.asymmetry, limiting.asymmetry) > _ASYMMETRIC:
+        notes.append(
+            "products with the Hessian are not symmetric: some operation has a wrong second derivative, such as a "
+            "custom backward that cuts the graph; the values cannot be trusted"
+        )
+    if len(plain.values) < k:
+        notes.append(f"there are only {len(plain.values)} parameters")
+    left = sum(p.requires_grad for p in module.parameters()) - len(parameters)
+    if update is not None and left > 0:
+        notes.append(f"{left} tensors of parameters that require grad are not in the optimizer, and held fixed here")
+    return tuple(notes)

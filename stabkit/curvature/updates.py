@@ -1,0 +1,242 @@
+"""What the next update of a torch optimizer does on a mode of given curvature, read from its settings and its state."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from stabkit.errors import ArgumentError, ArgumentTypeError
+from stabkit.integrators import GeneralLinearMethod, adam, heavy_ball, nadam, nesterov
+from stabkit.tracing.recording.sharding import whole
+
+Group = Mapping[str, Any]
+State = Mapping[Any, Any]
+
+
+@dataclass(frozen=True, eq=False)
+class Update:
+    """The next update of the parameters that an optimizer trains.
+
+    Attributes:
+        build: the method at a rate; what decoupled decay takes of the weights depends on it.
+        rate: the rate of the group with the largest one.
+        parameters: those that are trained, in the order of the optimizer.
+        scales: for every one the diagonal of P, a tensor or a number; the rate of its group is in it, relative to
+            `rate`.
+        decays: for every one the coupled weight decay, which adds to the curvature.
+        name: the class of the optimizer.
+        ascends: whether it climbs (``maximize=True``), so that curvature is that of minus the loss.
+    """
+
+    build: Callable[[float], GeneralLinearMethod]
+    rate: float
+    parameters: tuple[nn.Parameter, ...]
+    scales: tuple[Tensor | float, ...]
+    decays: tuple[float, ...]
+    name: str
+    ascends: bool = False
+
+    @property
+    def method(self) -> GeneralLinearMethod:
+        """The method at the present rate."""
+        return self.build(self.rate)
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether P is the identity and the weight decay one number, so that curvature is that of the loss alone."""
+        return all(not isinstance(s, Tensor) and s == 1.0 for s in self.scales) and len(set(self.decays)) == 1
+
+    def interval(self, rate: float) -> float:
+        """The largest ``rate * curvature`` at which updates stay bounded."""
+        return float(self.build(rate).real_interval())
+
+
+def plain_update(parameters: Iterable[nn.Parameter]) -> tuple[nn.Parameter, ...]:
+    """The parameters that would be trained without an optimizer: those that require grad."""
+    return tuple(p for p in parameters if p.requires_grad)
+
+
+def read_update(optimizer: Any, model: nn.Module) -> Update:
+    """How an optimizer moves the parameters of a model in its next update.
+
+    Args:
+        optimizer: SGD (momentum, dampening, Nesterov), Adam, AdamW, NAdam, Adamax, RMSprop or Adagrad of torch.
+        model: whose parameters it trains.
+
+    Raises:
+        ArgumentTypeError: it is no torch optimizer.
+        ArgumentError: it trains other parameters, none, or groups with different momentum; it has made no update and
+            so has no preconditioner; or its update has no threshold in curvature.
+    """
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise ArgumentTypeError(f"optimizer is a {type(optimizer).__name__}; expected a torch.optim.Optimizer or None")
+    name = type(optimizer).__name__
+    own = {id(p) for p in model.parameters()}
+    groups = [g for g in optimizer.param_groups if any(p.requires_grad for p in g["params"])]
+    trained = [(p, g) for g in groups for p in g["params"] if p.requires_grad]
+    if not trained:
+        raise ArgumentError(f"optimizer {name} trains no parameter that requires grad")
+    foreign = sum(id(p) not in own for p, _ in trained)
+    if foreign:
+        raise ArgumentError(
+            f"optimizer {name} trains {foreign} parameters that are not the model's (of {len(trained)}); give the "
+            "optimizer that was made with this model's parameters() after it was moved or wrapped"
+        )
+    reader = next((_READERS[c.__name__] for c in type(optimizer).__mro__ if c.__name__ in _READERS), None)
+    if reader is None:
+        raise ArgumentError(
+            f"no threshold in curvature is known for {name}; known are {', '.join(_READERS)}. Leave optimizer= out for "
+            "the curvature of the loss alone, or take stabkit.curvature.critical_rate, which asks any optimizer for "
+            "its update"
+        )
+    rates = [_number(g["lr"]) for g in groups]
+    rate = max(rates)
+    if not (math.isfinite(rate) and rate > 0):
+        raise ArgumentError(f"optimizer {name} has the learning rate {rate}; at a rate that is positive it has a step")
+    read = [reader(g, optimizer.state, name) for g in groups]
+    if len({r.kind for r in read}) > 1:
+        raise ArgumentError(
+            f"the groups of optimizer {name} differ in momentum or in how many updates they have had; no single "
+            "stability region belongs to such updates. Give all groups the same betas and momentum"
+        )
+    if len({bool(g.get("maximize", False)) for g in groups}) > 1:
+        raise ArgumentError(f"some groups of optimizer {name} maximize and others do not; their step is no descent")
+    first = read[0]
+    # groups often differ in decay: that of the largest is taken, which makes the interval too small by at most rate
+    # times decay in relative terms, 1e-4 or less at usual settings
+    decay = max(_number(g.get("weight_decay", 0)) if r.decoupled else 0.0 for g, r in zip(groups, read, strict=True))
+    scales, decays = [], []
+    for group, of, own_rate in zip(groups, read, rates, strict=True):
+        ratio = rate / own_rate if own_rate else math.inf
+        for p in (p for p in group["params"] if p.requires_grad):
+            scale = of.scale(p)
+            scales.append(scale * (ratio * of.slowing))
+            decays.append(0.0 if of.decoupled else _number(group.get("weight_decay", 0)))
+    return Update(
+        build=lambda at: first.build(at * decay),
+        rate=rate,
+        parameters=tuple(p for p, _ in trained),
+        scales=tuple(scales),
+        decays=tuple(decays),
+        name=name,
+        ascends=bool(groups[0].get("maximize", False)),
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class _Read:
+    """A group: how its update is built at a decay, what tells it from others, and P."""
+
+    build: Callable[[float], GeneralLinearMethod]
+    kind: tuple[Any, ...]
+    scale: Callable[[nn.Parameter], Tensor | float]
+    decoupled: bool = False
+    slowing: float = 1.0  # what the rate is divided by, by now
+
+
+def _number(value: Any) -> float:
+    return float(value.detach()) if isinstance(value, Tensor) else float(value)
+
+
+def _state_of(state: State, p: nn.Parameter, key: str, name: str) -> Tensor:
+    found: Tensor | None = state.get(p, {}).get(key)
+    if found is None:
+        raise ArgumentError(
+            f"optimizer {name} has made no update of a parameter of shape {tuple(p.shape)}, so that it has no "
+            "preconditioner for it; ask after some updates, or leave optimizer= out"
+        )
+    return whole(found.detach()).double()
+
+
+def _updates(state: State, group: Group, name: str) -> int:
+    """How many updates were made, the same for all parameters of a group."""
+    made = [state[p]["step"] for p in group["params"] if p in state and "step" in state[p]]
+    counts = {int(_number(step)) for step in made}
+    if not counts or max(counts) == 0:
+        raise ArgumentError(
+            f"optimizer {name} has made no update, so that it has no preconditioner; ask after some updates, or leave "
+            "optimizer= out for the curvature of the loss alone"
+        )
+    return max(counts)
+
+
+def _sgd(group: Group, _state: State, _name: str) -> _Read:
+    b, d = _number(group["momentum"]), _number(group["dampening"])
+    build = (lambda w: nesterov(b, w)) if group["nesterov"] and b else (lambda w: heavy_ball(b, d if b else 0.0, w))
+    return _Read(build, (b, d if b else 0.0, bool(group["nesterov"])), lambda p: 1.0)
+
+
+def _adam_like(group: Group, state: State, name: str) -> _Read:
+    (b1, b2), made, eps = map(_number, group["betas"]), _updates(state, group, name), _number(group["eps"])
+    amsgrad = bool(group.get("amsgrad", False))
+
+    def scale(p: nn.Parameter) -> Tensor:
+        v = _state_of(state, p, "max_exp_avg_sq" if amsgrad else "exp_avg_sq", name)
+        return (v / (1 - b2**made)).sqrt() + eps
+
+    correction = 1 / (1 - b1 ** (made + 1))
+    decoupled = bool(group.get("decoupled_weight_decay", name == "AdamW"))
+    return _Read(lambda w: adam(b1, w, correction), (b1, made), scale, decoupled)
+
+
+def _nadam(group: Group, state: State, name: str) -> _Read:
+    (b1, b2), made, eps = map(_number, group["betas"]), _updates(state, group, name), _number(group["eps"])
+    psi, t = _number(group["momentum_decay"]), made + 1
+    now, then = (b1 * (1 - 0.5 * 0.96 ** (at * psi)) for at in (t, t + 1))
+    past = _number(next(state[p]["mu_product"] for p in group["params"] if p in state))
+    own, moment = (1 - now) / (1 - past * now), then / (1 - past * now * then)
+
+    def scale(p: nn.Parameter) -> Tensor:
+        return (_state_of(state, p, "exp_avg_sq", name) / (1 - b2**made)).sqrt() + eps
+
+    decoupled = bool(group.get("decoupled_weight_decay", False))
+    return _Read(lambda w: nadam(b1, w, own, moment), (b1, made, psi), scale, decoupled)
+
+
+def _adamax(group: Group, state: State, name: str) -> _Read:
+    (b1, _), made = map(_number, group["betas"]), _updates(state, group, name)
+    correction = 1 / (1 - b1 ** (made + 1))
+    return _Read(lambda w: adam(b1, w, correction), (b1, made), lambda p: _state_of(state, p, "exp_inf", name))
+
+
+def _rmsprop(group: Group, state: State, name: str) -> _Read:
+    b, eps = _number(group["momentum"]), _number(group["eps"])
+
+    def scale(p: nn.Parameter) -> Tensor:
+        v = _state_of(state, p, "square_avg", name)
+        if group["centered"]:
+            v = v - _state_of(state, p, "grad_avg", name).square()
+        return v.clamp_min(0.0).sqrt() + eps
+
+    return _Read(lambda w: heavy_ball(b, 0.0, w), (b,), scale)
+
+
+def _adagrad(group: Group, state: State, name: str) -> _Read:
+    made = _updates(state, group, name)
+    slowing = 1 + made * _number(group["lr_decay"])
+    return _Read(lambda w: heavy_ball(0, 0, w), (), lambda p: _state_of(state, p, "sum", name).sqrt()
+                 + _number(group["eps"]), slowing=slowing)  # fmt: skip
+
+
+_READERS: dict[str, Callable[[Group, State, str], _Read]] = {
+    "SGD": _sgd,
+    "AdamW": _adam_like,
+    "Adam": _adam_like,
+    "NAdam": _nadam,
+    "Adamax": _adamax,
+    "RMSprop": _rmsprop,
+    "Adagrad": _adagrad,
+}
+
+
+def flat(values: Sequence[Tensor | float], parameters: Sequence[nn.Parameter], like: Tensor) -> Tensor:
+    """Numbers or tensors for parameters as one vector of the dtype and device of another."""
+    vector = torch.empty_like(like)
+    for place, value in zip(torch.split(vector, [p.numel() for p in parameters]), values, strict=True):
+        place.copy_(value.reshape(-1)) if isinstance(value, Tensor) else place.fill_(value)
+    return vector

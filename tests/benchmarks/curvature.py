@@ -1,0 +1,206 @@
+"""The largest curvature of a loss against its peers, interleaved: ``python -m tests.benchmarks.curvature [rounds]``.
+
+Peers: ``pip install curvlinops-for-pytorch hessian-eigenthings pyhessian``; curvlinops is used with
+``scipy.sparse.linalg.eigsh``. All look for the largest eigenvalue to 1e-3, on the same model, batch and loss, with the
+threads that the environment gives; of each peer the loosest tolerance is taken with which it gets there, and one that
+never does is no peer of that model. Printed are medians of wall time in training steps (forward and backward on the
+same batch) with the smallest and largest, products of each, and the ratio to the fastest peer within a round.
+``memory NAME`` instead prints the peak of resident memory of a process that makes one training step, and of one that
+asks for the sharpness.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import resource
+import statistics
+import subprocess
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from stabkit.curvature import sharpness
+
+TOL = 1e-3
+Answer = tuple[float, int]  # the eigenvalue and the products
+
+
+class Logits(nn.Module):
+    """A language model that returns its logits, one row a token."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.model(input_ids=tokens, use_cache=False).logits.flatten(0, 1)
+
+
+@dataclass
+class Case:
+    model: nn.Module
+    x: Tensor
+    y: Tensor
+
+    def loss(self, output: Tensor) -> Tensor:
+        return functional.cross_entropy(output, self.y)
+
+    def step(self) -> None:
+        self.loss(self.model(self.x)).backward()
+        self.model.zero_grad()
+
+
+def mlp() -> Case:
+    layers = [m for _ in range(6) for m in (nn.Linear(128, 128), nn.Tanh())]
+    return Case(nn.Sequential(*layers, nn.Linear(128, 10)), torch.randn(256, 128), torch.randint(10, (256,)))
+
+
+def resnet18() -> Case:
+    import torchvision
+
+    model = torchvision.models.resnet18(weights=None, num_classes=10)
+    with torch.no_grad():
+        model.train()(torch.randn(8, 3, 64, 64))
+    return Case(model.eval(), torch.randn(8, 3, 64, 64), torch.randint(10, (8,)))
+
+
+def gpt2() -> Case:
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    config = transformers.GPT2Config(attn_implementation="eager")
+    tokens = torch.randint(3, 50000, (1, 129))
+    return Case(Logits(transformers.GPT2LMHeadModel(config)).eval(), tokens[:, :-1], tokens[0, 1:])
+
+
+def ours(case: Case, tol: float = TOL) -> Answer:
+    found = sharpness(case.model, case.x, loss=case.loss, tol=tol, own=0)
+    return float(found.values[0]), found.n_products
+
+
+def curvlinops(case: Case, tol: float) -> Answer:
+    from curvlinops import HessianLinearOperator
+    from scipy.sparse.linalg import LinearOperator, eigsh
+
+    parameters = [p for p in case.model.parameters() if p.requires_grad]
+    operator = HessianLinearOperator(
+        case.model, nn.CrossEntropyLoss(), parameters, [(case.x, case.y)], check_deterministic=False
+    ).to_scipy()
+    made = 0
+
+    def product(v: np.ndarray) -> np.ndarray:
+        nonlocal made
+        made += 1
+        return operator @ v
+
+    start = np.random.default_rng(0).standard_normal(operator.shape[0]).astype(np.float32)
+    counted = LinearOperator(operator.shape, matvec=product, dtype=np.float32)
+    return float(eigsh(counted, 1, which="LA", tol=tol, v0=start, return_eigenvectors=False)[0]), made
+
+
+def eigenthings(case: Case, tol: float) -> Answer:
+    import hessian_eigenthings as peer
+
+    operator = peer.HessianOperator(case.model, [(case.x, case.y)], peer.supervised_loss(nn.CrossEntropyLoss()))
+    most = {TOL: 10, 1e-4: 20, 1e-5: 50, 1e-6: 100}[tol]  # by itself it stops after two
+    found = peer.lanczos(operator, k=1, which="LA", tol=tol, seed=0, max_iter=most)
+    return float(found.eigenvalues[0]), int(getattr(found, "iterations", 0))
+
+
+def pyhessian(case: Case, tol: float) -> Answer:
+    import pyhessian as peer
+
+    with contextlib.redirect_stdout(io.StringIO()):
+        operator = peer.hessian(case.model, nn.CrossEntropyLoss(), data=(case.x, case.y), cuda=False)
+        value = operator.eigenvalues(maxIter=100, tol=tol, top_n=1)[0][0]
+    case.model.zero_grad()
+    return float(value), 0
+
+
+CASES = {"mlp": mlp, "resnet18": resnet18, "gpt2": gpt2}
+WAYS: dict[str, Callable[[Case, float], Answer]] = {
+    "stabkit": ours,
+    "curvlinops + eigsh": curvlinops,
+    "hessian-eigenthings": eigenthings,
+    "pyhessian": pyhessian,
+}
+
+
+def seconds(work: Callable[[], Any]) -> tuple[float, Any]:
+    began = time.perf_counter()
+    found = work()
+    return time.perf_counter() - began, found
+
+
+def tolerance(work: Callable[[Case, float], Answer], case: Case, truth: float) -> float:
+    """The loosest one with which the answer is right to 1e-3; the tightest that is tried, where none is."""
+    tried = (TOL, 1e-4, 1e-5, 1e-6)
+    return next((tol for tol in tried if abs(work(case, tol)[0] / truth - 1) <= TOL), tried[-1])
+
+
+def compare(name: str, rounds: int) -> None:
+    torch.manual_seed(0)
+    case = CASES[name]()
+    for _ in range(2):
+        case.step()
+    truth = ours(case, 1e-7)[0]
+    tolerances = {way: tolerance(work, case, truth) for way, work in WAYS.items()}
+    times: dict[str, list[float]] = {way: [] for way in WAYS}
+    answers: dict[str, Answer] = {}
+    for _ in range(rounds):
+        unit = statistics.median(seconds(case.step)[0] for _ in range(3))
+        for way, work in WAYS.items():
+            taken, answers[way] = seconds(lambda work=work, way=way: work(case, tolerances[way]))  # type: ignore[misc]
+            times[way].append(taken / unit)
+    print(f"{name}: {sum(p.numel() for p in case.model.parameters()):,} parameters")
+    for way, taken in times.items():
+        value, products = answers[way]
+        error = abs(value / truth - 1)
+        told = f"{products} products" if products else "products not counted"
+        span = f"{statistics.median(taken):7.1f} steps ({min(taken):.1f} to {max(taken):.1f})"
+        print(f"  {way:20} {span}, {told}, tolerance {tolerances[way]:.0e}, error {error:.0e}")
+    right = [w for w in WAYS if w != "stabkit" and abs(answers[w][0] / truth - 1) <= TOL]
+    ratios = [mine / min(times[w][i] for w in right) for i, mine in enumerate(times["stabkit"])]
+    print(f"  over the fastest peer: {statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f}); goal .7")
+
+
+def memory(name: str) -> None:
+    code = (
+        "import torch; from tests.benchmarks import curvature as c; torch.manual_seed(0); case = c.CASES[{name!r}]();"
+        "c.{work}; print(c.peak())"
+    )
+    found = []
+    for work in ("seconds(lambda: None)", "seconds(case.step)", "ours(case)"):
+        command = [sys.executable, "-c", code.format(name=name, work=work)]
+        done = subprocess.run(command, check=True, capture_output=True, text=True)
+        found.append(int(done.stdout.split()[-1]) / 1024)
+    base, step, mine = found
+    weights = sum(p.numel() * p.element_size() for p in CASES[name]().model.parameters()) / 2**20
+    of_step, of_ours = weights + step - base, weights + mine - base
+    told = f"with a training step {of_step:.0f} MB, with the sharpness {of_ours:.0f} MB: {of_ours / of_step:.2f} times"
+    print(f"{name}: weights {weights:.0f} MB; {told}")
+
+
+def peak() -> int:
+    """Kilobytes."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+if __name__ == "__main__":
+    warnings.filterwarnings("ignore")
+    if sys.argv[1:2] == ["memory"]:
+        for each in sys.argv[2:] or CASES:
+            memory(each)
+    else:
+        count = int(sys.argv[1]) if sys.argv[1:] else 5
+        for each in sys.argv[2:] or CASES:
+            compare(each, count)
