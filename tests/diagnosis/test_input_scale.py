@@ -105,7 +105,7 @@ class Residual(nn.Module):
 
 @pytest.mark.parametrize("start", [0.0, 1980.0])
 def test_inputs_of_which_derivatives_are_taken_are_scaled_inside_of_the_network(start):
-    times = torch.linspace(start, start + 100, 64)[:, None]
+    times = torch.linspace(start, start + 1000, 64)[:, None]
     told = [f for f in said(Residual(), times).findings if "input_size" in f.numbers]
     assert len(told) == 1
     assert "inside of the network, in front of its first layer" in told[0].remedy
