@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import Node
 
 from stabkit.curvature.batches import Batch, Batches
 from stabkit.errors import ArgumentError, TraceError
@@ -22,6 +23,8 @@ from stabkit.tracing.recording.containers import map_tensors
 from stabkit.tracing.recording.sharding import take_whole
 from stabkit.tracing.recording.transparency import transparent
 from stabkit.tracing.recording.untouched_model import unchanged
+
+_END = "torch::autograd::Error"  # the node that stands for what may not be differentiated again
 
 
 @dataclass(eq=False)
@@ -84,6 +87,7 @@ class Hessian:
         self.n_products = 0
         self.value: float | None = None
         self._kept: Gradient | None = None
+        self._looked = False
 
     def gradient(self) -> Tensor:
         """The gradient of the loss, ``(n,)``."""
@@ -123,6 +127,37 @@ class Hessian:
             yield batch.weight, found
         self.value = value
 
+    def loss(self) -> float:
+        """The loss where the parameters stand, by a forward pass."""
+        total = 0.0
+        for batch in self.batches:
+            with self.running(batch, graph=False) as (_, value):
+                total += batch.weight * float(torch.as_tensor(value).detach())
+        return total
+
+    def slopes(self) -> tuple[float, list[Tensor | None]]:
+        """The loss where the parameters stand and its gradient, off the graph, one part a parameter.
+
+        A gradient that is kept is used.
+        """
+        total, sums = 0.0, [None] * len(self.parameters)  # type: tuple[float, list[Tensor | None]]
+        for weight, value, parts in self._slopes():
+            total += weight * value
+            for at, part in enumerate(parts):
+                if part is not None:
+                    before = sums[at]
+                    sums[at] = weight * part.detach() if before is None else before.add_(part.detach(), alpha=weight)
+        return total, sums
+
+    def _slopes(self) -> Iterator[tuple[float, float, Sequence[Tensor | None]]]:
+        if self._kept is not None:
+            yield 1.0, float(self._kept.loss.detach()), self._kept.parts
+            return
+        for batch in self.batches:
+            with self.running(batch) as (_, loss):
+                parts = torch.autograd.grad(loss, self.parameters, allow_unused=True)
+            yield batch.weight, float(loss.detach()), parts
+
     def release(self) -> None:
         """Let go of the graph."""
         self._kept = None
@@ -147,6 +182,9 @@ class Hessian:
     def _passed(self, batch: Batch) -> Gradient:
         with self.running(batch) as (output, loss):
             parts = torch.autograd.grad(loss, self.parameters, create_graph=True, allow_unused=True)
+        if not self._looked:  # the graph is the same for every batch
+            _refuse_ends(parts)
+            self._looked = True
         return Gradient(batch, loss, output, list(parts))
 
     @contextlib.contextmanager
@@ -218,7 +256,21 @@ def refuse_randomness(hessian: Hessian) -> None:
         break  # one batch shows it
 
 
-def _not_twice(error: RuntimeError) -> TraceError:
+def _refuse_ends(parts: Sequence[Tensor | None]) -> None:
+    """A backward that is once_differentiable ends the graph of the gradient: what lies behind would count as zero."""
+    seen: set[Node] = set()
+    stack = [part.grad_fn for part in parts if part is not None and part.grad_fn is not None]
+    while stack:
+        node = stack.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        if node.name() == _END:
+            raise _not_twice("a custom autograd.Function has a backward that is marked once_differentiable")
+        stack.extend(parent for parent, _ in node.next_functions if parent is not None)
+
+
+def _not_twice(error: RuntimeError | str) -> TraceError:
     message = " ".join(str(error).split())[:300]
     return TraceError(
         f"the loss cannot be differentiated twice, which curvature needs: {message}. Replace the operation by one with "
