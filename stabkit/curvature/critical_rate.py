@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from stabkit.curvature.batches import Batches
-from stabkit.curvature.hessian import Hessian, refuse_randomness
+from stabkit.curvature.hessian import ALONE, Hessian, Summing, refuse_randomness
 from stabkit.curvature.twin import Twin, standing_at
 from stabkit.curvature.updates import trained_by
 from stabkit.errors import ArgumentError
@@ -60,6 +60,7 @@ def critical_rate(
     batches: Iterable[Any] | None = None,
     kwargs: Mapping[str, Any] | None = None,
     seed: int = 0,
+    ranks: Summing | None = None,
 ) -> CriticalRate:
     """How long the coming update of an optimizer may be before it raises the loss.
 
@@ -75,6 +76,7 @@ def critical_rate(
         batches: pairs of inputs and targets in place of ``inputs``, over which the loss is the mean.
         kwargs: keyword arguments of the call.
         seed: of what the model draws.
+        ranks: who shares the batches, as of `sharpness`.
 
     Raises:
         ArgumentError: the loss is random or not finite, the update is zero, or the optimizer needs a closure or trains
@@ -92,7 +94,7 @@ def critical_rate(
     module = unwrap(model)
     trained = trained_by(optimizer, module)
     with unchanged_randomness():
-        hessian = Hessian(module, trained, Batches(inputs, kwargs, loss, batches), seed)
+        hessian = Hessian(module, trained, Batches(inputs, kwargs, loss, batches), seed, ranks or ALONE)
         refuse_randomness(hessian)
         return along_update(hessian, optimizer)
 

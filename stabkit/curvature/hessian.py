@@ -8,9 +8,10 @@ each product walks through all of them, and only one is held at a time.
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +28,33 @@ from stabkit.tracing.recording.untouched_model import unchanged
 _END = "torch::autograd::Error"  # the node that stands for what may not be differentiated again
 
 
+class Summing(Protocol):
+    """Several processes that share the batches, or this one alone."""
+
+    @property
+    def rank(self) -> int:
+        """The number of this process."""
+
+    @property
+    def count(self) -> int:
+        """How many there are."""
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """The sum of a tensor over all of them, in its place; every one must ask for it."""
+
+
+@dataclass(frozen=True)
+class _Alone:
+    rank: int = 0
+    count: int = 1
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        return tensor
+
+
+ALONE = _Alone()
+
+
 @dataclass(eq=False)
 class Gradient:
     """The gradient of a batch, on the graph.
@@ -35,15 +63,17 @@ class Gradient:
         batch: of what.
         loss: the scalar.
         output: what the model returned.
+        parameters: those that were differentiated in, whole copies where ranks hold parts.
         parts: for every parameter its gradient; None where the loss does not depend on it.
     """
 
     batch: Batch
     loss: Tensor
     output: Any
+    parameters: list[nn.Parameter]
     parts: list[Tensor | None]
 
-    def product(self, parameters: Sequence[Tensor], vectors: Sequence[Tensor]) -> list[Tensor | None]:
+    def product(self, vectors: Sequence[Tensor]) -> list[Tensor | None]:
         """H v, None where it is zero.
 
         Raises:
@@ -51,10 +81,10 @@ class Gradient:
         """
         there = [(part, v) for part, v in zip(self.parts, vectors, strict=True) if part is not None and part.grad_fn]
         if not there:
-            return [None] * len(parameters)
+            return [None] * len(self.parameters)
         outputs, weights = zip(*there, strict=True)
         try:
-            return list(torch.autograd.grad(outputs, parameters, weights, retain_graph=True, allow_unused=True))
+            return list(torch.autograd.grad(outputs, self.parameters, weights, retain_graph=True, allow_unused=True))
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:
@@ -69,6 +99,7 @@ class Hessian:
         parameters: in which the loss is differentiated; one vector holds them all, one after the other.
         batches: what the loss is taken over.
         seed: of what the model draws, the same for every product.
+        ranks: who shares the batches; each rank goes through every so-manyth one, and sums are taken over all ranks.
 
     Attributes:
         n: how many parameters there are.
@@ -78,8 +109,18 @@ class Hessian:
         value: the loss, once a pass was made.
     """
 
-    def __init__(self, module: nn.Module, parameters: Sequence[nn.Parameter], batches: Batches, seed: int) -> None:
+    def __init__(
+        self,
+        module: nn.Module,
+        parameters: Sequence[nn.Parameter],
+        batches: Batches,
+        seed: int,
+        ranks: Summing = ALONE,
+    ) -> None:
+        self.ranks = ranks if len(batches) > 1 else ALONE  # one batch is the same on all
         self.module, self.parameters, self.batches, self.seed = module, list(parameters), batches, seed
+        names = {id(p): name for name, p in module.named_parameters()}
+        self._names = [names[id(p)] for p in self.parameters]
         self.sizes = [p.numel() for p in self.parameters]
         self.n = sum(self.sizes)
         self.device = self.parameters[0].device
@@ -94,7 +135,7 @@ class Hessian:
         total = torch.zeros(self.n, dtype=self.dtype, device=self.device)
         for weight, found in self.gradients():
             self.add(total, found.parts, weight)
-        return total
+        return self.ranks.sum(total)
 
     def matvec(self, v: Tensor, out: Tensor | None = None) -> Tensor:
         """H v for a vector ``(n,)``, into ``out`` where it is given.
@@ -107,55 +148,61 @@ class Hessian:
         self.n_products += 1
         if len(self.batches) == 1:
             ((_, found),) = self.gradients()
-            return self._joined(found.product(self.parameters, vectors), total)
+            return self._joined(found.product(vectors), total)
         total.zero_()
         for weight, found in self.gradients():
-            self.add(total, found.product(self.parameters, vectors), weight)
-        return total
+            self.add(total, found.product(vectors), weight)
+        return self.ranks.sum(total)
 
     def gradients(self) -> Iterator[tuple[float, Gradient]]:
-        """Every batch's part in the loss and its gradient on the graph; that of a single batch is kept."""
+        """The part in the loss, and the gradient on the graph, of every batch of this rank; a single one is kept."""
         if self._kept is not None:
             yield 1.0, self._kept
             return
         value = 0.0
-        for batch in self.batches:
+        for batch in self.own_batches():
             found = self._passed(batch)
             value += batch.weight * float(found.loss.detach())
             if len(self.batches) == 1:
                 self._kept = found
             yield batch.weight, found
-        self.value = value
+        if self.value is None:
+            self.value = float(self.ranks.sum(torch.tensor(value, dtype=torch.float64)))
+
+    def own_batches(self) -> Iterator[Batch]:
+        """The batches that this rank goes through."""
+        return itertools.islice(self.batches, self.ranks.rank, None, self.ranks.count)
 
     def loss(self) -> float:
         """The loss where the parameters stand, by a forward pass."""
         total = 0.0
-        for batch in self.batches:
+        for batch in self.own_batches():
             with self.running(batch, graph=False) as (_, value):
                 total += batch.weight * float(torch.as_tensor(value).detach())
-        return total
+        return float(self.ranks.sum(torch.tensor(total, dtype=torch.float64)))
 
     def slopes(self) -> tuple[float, list[Tensor | None]]:
-        """The loss where the parameters stand and its gradient, off the graph, one part a parameter.
+        """The loss where the parameters stand and its gradient, off the graph; None for what the loss does not reach.
 
         A gradient that is kept is used.
         """
-        total, sums = 0.0, [None] * len(self.parameters)  # type: tuple[float, list[Tensor | None]]
-        for weight, value, parts in self._slopes():
-            total += weight * value
-            for at, part in enumerate(parts):
-                if part is not None:
-                    before = sums[at]
-                    sums[at] = weight * part.detach() if before is None else before.add_(part.detach(), alpha=weight)
-        return total, sums
+        value, total = 0.0, torch.zeros(self.n, dtype=self.dtype, device=self.device)
+        reached = torch.zeros(len(self.parameters))
+        for weight, loss, parts in self._slopes():
+            value += weight * loss
+            self.add(total, parts, weight)
+            reached += torch.tensor([float(part is not None) for part in parts])
+        value, total = float(self.ranks.sum(torch.tensor(value, dtype=torch.float64))), self.ranks.sum(total)
+        seen = self.ranks.sum(reached).tolist()
+        return value, [part if count else None for part, count in zip(self.split(total), seen, strict=True)]
 
     def _slopes(self) -> Iterator[tuple[float, float, Sequence[Tensor | None]]]:
         if self._kept is not None:
             yield 1.0, float(self._kept.loss.detach()), self._kept.parts
             return
-        for batch in self.batches:
+        for batch in self.own_batches():
             with self.running(batch) as (_, loss):
-                parts = torch.autograd.grad(loss, self.parameters, allow_unused=True)
+                parts = torch.autograd.grad(loss, self._running_parameters(), allow_unused=True)
             yield batch.weight, float(loss.detach()), parts
 
     def release(self) -> None:
@@ -181,11 +228,15 @@ class Hessian:
 
     def _passed(self, batch: Batch) -> Gradient:
         with self.running(batch) as (output, loss):
-            parts = torch.autograd.grad(loss, self.parameters, create_graph=True, allow_unused=True)
+            parameters = self._running_parameters()
+            parts = torch.autograd.grad(loss, parameters, create_graph=True, allow_unused=True)
         if not self._looked:  # the graph is the same for every batch
             _refuse_ends(parts)
             self._looked = True
-        return Gradient(batch, loss, output, list(parts))
+        return Gradient(batch, loss, output, parameters, list(parts))
+
+    def _running_parameters(self) -> list[nn.Parameter]:
+        return [self.module.get_parameter(name) for name in self._names]
 
     @contextlib.contextmanager
     def running(self, batch: Batch, *, graph: bool = True) -> Iterator[tuple[Any, Tensor]]:
@@ -198,7 +249,7 @@ class Hessian:
         with torch.inference_mode(False), unchanged(self.module) as safe, transparent():
             safe.copy_buffers()
             take_whole(self.module)
-            for parameter in self.parameters:
+            for parameter in self._running_parameters():
                 parameter.requires_grad_()
             torch.manual_seed(self.seed)
             args, kwargs = map_tensors([list(batch.inputs), dict(batch.kwargs)], lambda t: t.detach().clone())
@@ -243,7 +294,7 @@ def refuse_randomness(hessian: Hessian) -> None:
     Raises:
         ArgumentError: the loss differs from one pass to the next.
     """
-    for batch in hessian.batches:
+    for batch in hessian.own_batches():
         values = []
         for _ in range(2):
             with torch.no_grad(), hessian.running(batch, graph=False) as (_, loss):

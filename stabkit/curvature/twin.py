@@ -13,22 +13,32 @@ from torch import Tensor, nn
 
 from stabkit.curvature.hessian import Hessian
 from stabkit.errors import ArgumentError
+from stabkit.tracing.recording.sharding import own_part
 
 
 @contextlib.contextmanager
 def standing_at(parameters: Sequence[nn.Parameter], points: Sequence[Tensor]) -> Iterator[None]:
-    """The parameters hold other values meanwhile.
+    """The parameters hold other values meanwhile, and are bit for bit the same afterwards.
 
-    Nothing is written to what they held: it is bit for bit the same afterwards, and graphs that saved it stay whole.
+    Nothing is written to what a plain parameter held, so that graphs that saved it stay whole. One that is spread over
+    ranks, of which graphs hold whole copies, is written to.
     """
-    kept = [p.data for p in parameters]
+    plain = [type(p) in (Tensor, nn.Parameter) for p in parameters]
+    kept = [p.data if own else p.detach().clone() for p, own in zip(parameters, plain, strict=True)]
     try:
-        for p, point in zip(parameters, points, strict=True):
-            p.data = point
+        _place(parameters, points, plain)
         yield
     finally:
-        for p, before in zip(parameters, kept, strict=True):
-            p.data = before
+        _place(parameters, kept, plain)
+
+
+def _place(parameters: Sequence[nn.Parameter], values: Sequence[Tensor], plain: Sequence[bool]) -> None:
+    with torch.no_grad():
+        for p, value, own in zip(parameters, values, plain, strict=True):
+            if own:
+                p.data = value
+            else:
+                p.copy_(value)
 
 
 class Twin:
@@ -70,7 +80,7 @@ class Twin:
         with standing_at(self._hessian.parameters, self.values()):
             value, slopes = self._hessian.slopes()
         for c, slope in zip(self._copies, slopes, strict=True):
-            c.grad = slope
+            c.grad = None if slope is None else own_part(slope, c)
         try:
             self._optimizer.step()
         except Exception as error:  # one that needs a closure raises TypeError, one of one's own anything
