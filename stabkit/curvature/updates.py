@@ -18,6 +18,19 @@ Group = Mapping[str, Any]
 State = Mapping[Any, Any]
 
 
+class NoThresholdError(ArgumentError):
+    """An optimizer has no threshold in curvature, or none yet.
+
+    Args:
+        why: says so.
+        advice: what to do about it.
+    """
+
+    def __init__(self, why: str, advice: str) -> None:
+        super().__init__(f"{why}{advice}")
+        self.why = why
+
+
 @dataclass(frozen=True, eq=False)
 class Update:
     """The next update of the parameters that an optimizer trains.
@@ -61,6 +74,29 @@ def plain_update(parameters: Iterable[nn.Parameter]) -> tuple[nn.Parameter, ...]
     return tuple(p for p in parameters if p.requires_grad)
 
 
+def trained_by(optimizer: Any, model: nn.Module) -> tuple[nn.Parameter, ...]:
+    """The parameters that an optimizer trains, all of them the model's, in its order.
+
+    Raises:
+        ArgumentTypeError: it is no torch optimizer.
+        ArgumentError: it trains other parameters, or none.
+    """
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise ArgumentTypeError(f"optimizer is a {type(optimizer).__name__}; expected a torch.optim.Optimizer or None")
+    name = type(optimizer).__name__
+    own = {id(p) for p in model.parameters()}
+    trained = tuple(p for g in optimizer.param_groups for p in plain_update(g["params"]))
+    if not trained:
+        raise ArgumentError(f"optimizer {name} trains no parameter that requires grad")
+    foreign = sum(id(p) not in own for p in trained)
+    if foreign:
+        raise ArgumentError(
+            f"optimizer {name} trains {foreign} parameters that are not the model's (of {len(trained)}); give the "
+            "optimizer that was made with this model's parameters() after it was moved or wrapped"
+        )
+    return trained
+
+
 def read_update(optimizer: Any, model: nn.Module) -> Update:
     """How an optimizer moves the parameters of a model in its next update.
 
@@ -73,26 +109,15 @@ def read_update(optimizer: Any, model: nn.Module) -> Update:
         ArgumentError: it trains other parameters, none, or groups with different momentum; it has made no update and
             so has no preconditioner; or its update has no threshold in curvature.
     """
-    if not isinstance(optimizer, torch.optim.Optimizer):
-        raise ArgumentTypeError(f"optimizer is a {type(optimizer).__name__}; expected a torch.optim.Optimizer or None")
+    trained = trained_by(optimizer, model)
     name = type(optimizer).__name__
-    own = {id(p) for p in model.parameters()}
     groups = [g for g in optimizer.param_groups if any(p.requires_grad for p in g["params"])]
-    trained = [(p, g) for g in groups for p in g["params"] if p.requires_grad]
-    if not trained:
-        raise ArgumentError(f"optimizer {name} trains no parameter that requires grad")
-    foreign = sum(id(p) not in own for p, _ in trained)
-    if foreign:
-        raise ArgumentError(
-            f"optimizer {name} trains {foreign} parameters that are not the model's (of {len(trained)}); give the "
-            "optimizer that was made with this model's parameters() after it was moved or wrapped"
-        )
     reader = next((_READERS[c.__name__] for c in type(optimizer).__mro__ if c.__name__ in _READERS), None)
     if reader is None:
-        raise ArgumentError(
-            f"no threshold in curvature is known for {name}; known are {', '.join(_READERS)}. Leave optimizer= out for "
-            "the curvature of the loss alone, or take stabkit.curvature.critical_rate, which asks any optimizer for "
-            "its update"
+        raise NoThresholdError(
+            f"no threshold in curvature is known for {name}",
+            f"; known are {', '.join(_READERS)}. Leave optimizer= out for the curvature of the loss alone, or take "
+            "stabkit.curvature.critical_rate, which asks any optimizer for its update",
         )
     rates = [_number(g["lr"]) for g in groups]
     rate = max(rates)
@@ -120,7 +145,7 @@ def read_update(optimizer: Any, model: nn.Module) -> Update:
     return Update(
         build=lambda at: first.build(at * decay),
         rate=rate,
-        parameters=tuple(p for p, _ in trained),
+        parameters=trained,
         scales=tuple(scales),
         decays=tuple(decays),
         name=name,
@@ -146,9 +171,10 @@ def _number(value: Any) -> float:
 def _state_of(state: State, p: nn.Parameter, key: str, name: str) -> Tensor:
     found: Tensor | None = state.get(p, {}).get(key)
     if found is None:
-        raise ArgumentError(
+        raise NoThresholdError(
             f"optimizer {name} has made no update of a parameter of shape {tuple(p.shape)}, so that it has no "
-            "preconditioner for it; ask after some updates, or leave optimizer= out"
+            "preconditioner for it",
+            "; ask after some updates, or leave optimizer= out",
         )
     return whole(found.detach()).double()
 
@@ -158,9 +184,9 @@ def _updates(state: State, group: Group, name: str) -> int:
     made = [state[p]["step"] for p in group["params"] if p in state and "step" in state[p]]
     counts = {int(_number(step)) for step in made}
     if not counts or max(counts) == 0:
-        raise ArgumentError(
-            f"optimizer {name} has made no update, so that it has no preconditioner; ask after some updates, or leave "
-            "optimizer= out for the curvature of the loss alone"
+        raise NoThresholdError(
+            f"optimizer {name} has made no update, so that it has no preconditioner",
+            "; ask after some updates, or leave optimizer= out for the curvature of the loss alone",
         )
     return max(counts)
 

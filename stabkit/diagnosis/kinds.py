@@ -79,6 +79,7 @@ FINDINGS: dict[str, Word] = {
     "no_influence": Word("an input changes nothing that the model returns, though it should"),
     "no_fixed_point": Word("an iteration that is meant to settle does not", "grows"),
     "loss": Word("the loss has no gradient, or is taken of what it does not expect", "broken"),
+    "unstable_update": Word("the optimizer's updates are too long for the curvature of the loss", "grows"),
     "precision_loss": Word("numbers are lost to the dtype by rounding or underflow", "unsure", consequence=True),
 }
 
