@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from stabkit.curvature.batches import Batch, Batches
 from stabkit.errors import ArgumentError, TraceError
 from stabkit.tracing.cutting.endpoints import scalar_loss
-from stabkit.tracing.recording.containers import map_tensors
 from stabkit.tracing.recording.sharding import take_whole
 from stabkit.tracing.recording.transparency import transparent
 from stabkit.tracing.recording.untouched_model import unchanged
@@ -75,7 +74,9 @@ class Hessian:
         value: the loss, once a pass was made.
     """
 
-    def __init__(self, module: nn.Module, parameters: Sequence[nn.Parameter], batches: Batches, seed: int) -> None:
+    def __init__(
+        self, module: nn.Module, parameters: Sequence[nn.Parameter], batches: Batches | Sequence[Batch], seed: int
+    ) -> None:
         self.module, self.parameters, self.batches, self.seed = module, list(parameters), batches, seed
         self.sizes = [p.numel() for p in self.parameters]
         self.n = sum(self.sizes)
@@ -146,7 +147,12 @@ class Hessian:
 
     def _passed(self, batch: Batch) -> Gradient:
         with self.running(batch) as (output, loss):
-            parts = torch.autograd.grad(loss, self.parameters, create_graph=True, allow_unused=True)
+            try:
+                parts = torch.autograd.grad(loss, self.parameters, create_graph=True, allow_unused=True)
+            except torch.OutOfMemoryError:
+                raise
+            except RuntimeError as error:
+                raise _not_once(error) from error
         return Gradient(batch, loss, output, list(parts))
 
     @contextlib.contextmanager
@@ -159,13 +165,14 @@ class Hessian:
         """
         with torch.inference_mode(False), unchanged(self.module) as safe, transparent():
             safe.copy_buffers()
+            for parameter in self.module.parameters():
+                parameter.grad = None  # what a closure does with gradients is none of the user's
             take_whole(self.module)
             for parameter in self.parameters:
                 parameter.requires_grad_()
             torch.manual_seed(self.seed)
-            args, kwargs = map_tensors([list(batch.inputs), dict(batch.kwargs)], lambda t: t.detach().clone())
             with torch.set_grad_enabled(graph):
-                output = self.module(*args, **kwargs)
+                output = batch.output(self.module)
                 yield output, scalar_loss(batch.loss, output) if graph else batch.loss(output)
 
 
@@ -216,6 +223,13 @@ def refuse_randomness(hessian: Hessian) -> None:
                 "seed; give a loss that draws no new batches or masks: take them before, and close over them"
             )
         break  # one batch shows it
+
+
+def _not_once(error: RuntimeError) -> TraceError:
+    message = " ".join(str(error).split())[:300]
+    if "second time" in message or "have already been freed" in message:
+        return TraceError("the loss comes with its graph freed; return it without backward() having been called")
+    return TraceError(f"the loss cannot be differentiated in the parameters: {message}")
 
 
 def _not_twice(error: RuntimeError) -> TraceError:
