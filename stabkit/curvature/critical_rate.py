@@ -18,10 +18,11 @@ import torch
 from torch import Tensor, nn
 
 from stabkit.curvature.batches import Batches
-from stabkit.curvature.hessian import Hessian, refuse_randomness
+from stabkit.curvature.hessian import ALONE, Hessian, Summing, refuse_randomness
 from stabkit.curvature.updates import plain_update
 from stabkit.errors import ArgumentError, ArgumentTypeError
 from stabkit.results import Result
+from stabkit.tracing.recording.sharding import own_part
 from stabkit.tracing.recording.untouched_model import unchanged_randomness
 from stabkit.tracing.recording.wrappers import unwrap
 
@@ -61,6 +62,7 @@ def critical_rate(
     batches: Iterable[Any] | None = None,
     kwargs: Mapping[str, Any] | None = None,
     seed: int = 0,
+    ranks: Summing | None = None,
 ) -> CriticalRate:
     """How long the coming update of an optimizer may be before it raises the loss.
 
@@ -76,6 +78,7 @@ def critical_rate(
         batches: pairs of inputs and targets in place of ``inputs``, over which the loss is the mean.
         kwargs: keyword arguments of the call.
         seed: of what the model draws.
+        ranks: who shares the batches, as of `sharpness`.
 
     Raises:
         ArgumentError: the loss is random, there is no gradient, or the optimizer needs a closure.
@@ -96,7 +99,7 @@ def critical_rate(
     if not trained or any(id(p) not in own for p in trained):
         raise ArgumentError("optimizer trains no parameters, or others than the model's; give the model's own")
     with unchanged_randomness():
-        hessian = Hessian(unwrap(model), trained, Batches(inputs, kwargs, loss, batches), seed)
+        hessian = Hessian(unwrap(model), trained, Batches(inputs, kwargs, loss, batches), seed, ranks or ALONE)
         refuse_randomness(hessian)
         update = _update(optimizer, hessian)
         return _searched(hessian, update, max(float(g["lr"]) for g in optimizer.param_groups))
@@ -104,16 +107,12 @@ def critical_rate(
 
 def _update(optimizer: torch.optim.Optimizer, hessian: Hessian) -> list[Tensor]:
     """What the next update adds to every parameter."""
-    parts: list[Tensor] = [torch.zeros_like(p) for p in hessian.parameters]
-    for weight, found in hessian.gradients():
-        for part, g in zip(parts, found.parts, strict=True):
-            if g is not None:
-                part.add_(g.detach(), alpha=weight)
+    parts = hessian.split(hessian.gradient())
     hessian.release()
     copies = {id(p): nn.Parameter(p.detach().clone()) for p in hessian.parameters}
     twin = copy.deepcopy(optimizer, dict(copies))
     for p, part in zip(hessian.parameters, parts, strict=True):
-        copies[id(p)].grad = part
+        copies[id(p)].grad = own_part(part, p)
     try:
         twin.step()
     except TypeError as error:
@@ -145,10 +144,10 @@ def _searched(hessian: Hessian, update: list[Tensor], rate: float) -> CriticalRa
         made += 1
         with _moved(hessian, update, factor):
             total = 0.0
-            for batch in hessian.batches:
+            for batch in hessian.own_batches():
                 with hessian.running(batch, graph=False) as (_, value):
                     total += batch.weight * float(torch.as_tensor(value).detach())
-        return total
+        return float(hessian.ranks.sum(torch.tensor(total, dtype=torch.float64)))
 
     here, after = at(0.0), at(1.0)
     if not math.isfinite(here):

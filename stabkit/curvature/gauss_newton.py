@@ -17,12 +17,13 @@ from stabkit.tracing.recording.containers import map_tensors, named_tensors
 def gauss_newton(hessian: Hessian, v: Tensor) -> float:
     """v^T G v for a direction ``(n,)`` in the parameters; what the loss takes of parameters directly is left out."""
     vectors = hessian.split(v)
-    return sum(weight * _of_batch(hessian, found, vectors) for weight, found in hessian.gradients())
+    total = sum(weight * _of_batch(found, vectors) for weight, found in hessian.gradients())
+    return float(hessian.ranks.sum(torch.tensor(total, dtype=torch.float64)))
 
 
-def _of_batch(hessian: Hessian, found: Gradient, vectors: list[Tensor]) -> float:
+def _of_batch(found: Gradient, vectors: list[Tensor]) -> float:
     outputs = list({id(t): t for _, t in named_tensors(found.output) if t.requires_grad}.values())
-    pushed = _pushed(hessian, outputs, vectors)
+    pushed = _pushed(found, outputs, vectors)
     leaves = {id(t): t.detach().requires_grad_() for t in outputs}
     with torch.enable_grad():
         scalar = scalar_loss(found.batch.loss, map_tensors(found.output, lambda t: leaves.get(id(t), t)))
@@ -37,12 +38,12 @@ def _of_batch(hessian: Hessian, found: Gradient, vectors: list[Tensor]) -> float
     return float(sum((a * b).sum(dtype=torch.float64) for a, b in parts if a is not None and b is not None))
 
 
-def _pushed(hessian: Hessian, outputs: list[Tensor], vectors: list[Tensor]) -> list[Tensor | None]:
+def _pushed(found: Gradient, outputs: list[Tensor], vectors: list[Tensor]) -> list[Tensor | None]:
     """J v, as the derivative of J^T u, which is linear, in u."""
     seeds = [torch.zeros_like(t).requires_grad_() for t in outputs]
     with torch.enable_grad():
         pulled = torch.autograd.grad(
-            outputs, hessian.parameters, seeds, retain_graph=True, create_graph=True, allow_unused=True
+            outputs, found.parameters, seeds, retain_graph=True, create_graph=True, allow_unused=True
         )
     there = [(p, v) for p, v in zip(pulled, vectors, strict=True) if p is not None and p.grad_fn]
     if not there:

@@ -8,9 +8,10 @@ each product walks through all of them, and only one is held at a time.
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +24,33 @@ from stabkit.tracing.recording.transparency import transparent
 from stabkit.tracing.recording.untouched_model import unchanged
 
 
+class Summing(Protocol):
+    """Several processes that share the batches, or this one alone."""
+
+    @property
+    def rank(self) -> int:
+        """The number of this process."""
+
+    @property
+    def count(self) -> int:
+        """How many there are."""
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """The sum of a tensor over all of them, in its place; every one must ask for it."""
+
+
+@dataclass(frozen=True)
+class _Alone:
+    rank: int = 0
+    count: int = 1
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        return tensor
+
+
+ALONE = _Alone()
+
+
 @dataclass(eq=False)
 class Gradient:
     """The gradient of a batch, on the graph.
@@ -31,15 +59,17 @@ class Gradient:
         batch: of what.
         loss: the scalar.
         output: what the model returned.
+        parameters: those that were differentiated in, whole copies where ranks hold parts.
         parts: for every parameter its gradient; None where the loss does not depend on it.
     """
 
     batch: Batch
     loss: Tensor
     output: Any
+    parameters: list[nn.Parameter]
     parts: list[Tensor | None]
 
-    def product(self, parameters: Sequence[Tensor], vectors: Sequence[Tensor]) -> list[Tensor | None]:
+    def product(self, vectors: Sequence[Tensor]) -> list[Tensor | None]:
         """H v, None where it is zero.
 
         Raises:
@@ -47,10 +77,10 @@ class Gradient:
         """
         there = [(part, v) for part, v in zip(self.parts, vectors, strict=True) if part is not None and part.grad_fn]
         if not there:
-            return [None] * len(parameters)
+            return [None] * len(self.parameters)
         outputs, weights = zip(*there, strict=True)
         try:
-            return list(torch.autograd.grad(outputs, parameters, weights, retain_graph=True, allow_unused=True))
+            return list(torch.autograd.grad(outputs, self.parameters, weights, retain_graph=True, allow_unused=True))
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:
@@ -65,6 +95,7 @@ class Hessian:
         parameters: in which the loss is differentiated; one vector holds them all, one after the other.
         batches: what the loss is taken over.
         seed: of what the model draws, the same for every product.
+        ranks: who shares the batches; each rank goes through every so-manyth one, and sums are taken over all ranks.
 
     Attributes:
         n: how many parameters there are.
@@ -75,9 +106,17 @@ class Hessian:
     """
 
     def __init__(
-        self, module: nn.Module, parameters: Sequence[nn.Parameter], batches: Batches | Sequence[Batch], seed: int
+        self,
+        module: nn.Module,
+        parameters: Sequence[nn.Parameter],
+        batches: Batches | Sequence[Batch],
+        seed: int,
+        ranks: Summing = ALONE,
     ) -> None:
+        self.ranks = ranks if len(batches) > 1 else ALONE  # one batch is the same on all
         self.module, self.parameters, self.batches, self.seed = module, list(parameters), batches, seed
+        names = {id(p): name for name, p in module.named_parameters()}
+        self._names = [names[id(p)] for p in self.parameters]
         self.sizes = [p.numel() for p in self.parameters]
         self.n = sum(self.sizes)
         self.device = self.parameters[0].device
@@ -91,7 +130,7 @@ class Hessian:
         total = torch.zeros(self.n, dtype=self.dtype, device=self.device)
         for weight, found in self.gradients():
             self.add(total, found.parts, weight)
-        return total
+        return self.ranks.sum(total)
 
     def matvec(self, v: Tensor, out: Tensor | None = None) -> Tensor:
         """H v for a vector ``(n,)``, into ``out`` where it is given.
@@ -104,25 +143,30 @@ class Hessian:
         self.n_products += 1
         if len(self.batches) == 1:
             ((_, found),) = self.gradients()
-            return self._joined(found.product(self.parameters, vectors), total)
+            return self._joined(found.product(vectors), total)
         total.zero_()
         for weight, found in self.gradients():
-            self.add(total, found.product(self.parameters, vectors), weight)
-        return total
+            self.add(total, found.product(vectors), weight)
+        return self.ranks.sum(total)
 
     def gradients(self) -> Iterator[tuple[float, Gradient]]:
-        """Every batch's part in the loss and its gradient on the graph; that of a single batch is kept."""
+        """The part in the loss, and the gradient on the graph, of every batch of this rank; a single one is kept."""
         if self._kept is not None:
             yield 1.0, self._kept
             return
         value = 0.0
-        for batch in self.batches:
+        for batch in self.own_batches():
             found = self._passed(batch)
             value += batch.weight * float(found.loss.detach())
             if len(self.batches) == 1:
                 self._kept = found
             yield batch.weight, found
-        self.value = value
+        if self.value is None:
+            self.value = float(self.ranks.sum(torch.tensor(value, dtype=torch.float64)))
+
+    def own_batches(self) -> Iterator[Batch]:
+        """The batches that this rank goes through."""
+        return itertools.islice(self.batches, self.ranks.rank, None, self.ranks.count)
 
     def release(self) -> None:
         """Let go of the graph."""
@@ -147,13 +191,17 @@ class Hessian:
 
     def _passed(self, batch: Batch) -> Gradient:
         with self.running(batch) as (output, loss):
+            parameters = self._running_parameters()
             try:
-                parts = torch.autograd.grad(loss, self.parameters, create_graph=True, allow_unused=True)
+                parts = torch.autograd.grad(loss, parameters, create_graph=True, allow_unused=True)
             except torch.OutOfMemoryError:
                 raise
             except RuntimeError as error:
                 raise _not_once(error) from error
-        return Gradient(batch, loss, output, list(parts))
+        return Gradient(batch, loss, output, parameters, list(parts))
+
+    def _running_parameters(self) -> list[nn.Parameter]:
+        return [self.module.get_parameter(name) for name in self._names]
 
     @contextlib.contextmanager
     def running(self, batch: Batch, *, graph: bool = True) -> Iterator[tuple[Any, Tensor]]:
@@ -168,7 +216,7 @@ class Hessian:
             for parameter in self.module.parameters():
                 parameter.grad = None  # what a closure does with gradients is none of the user's
             take_whole(self.module)
-            for parameter in self.parameters:
+            for parameter in self._running_parameters():
                 parameter.requires_grad_()
             torch.manual_seed(self.seed)
             with torch.set_grad_enabled(graph):
@@ -212,7 +260,7 @@ def refuse_randomness(hessian: Hessian) -> None:
     Raises:
         ArgumentError: the loss differs from one pass to the next.
     """
-    for batch in hessian.batches:
+    for batch in hessian.own_batches():
         values = []
         for _ in range(2):
             with torch.no_grad(), hessian.running(batch, graph=False) as (_, loss):

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from stabkit.curvature.batches import Batches
 from stabkit.curvature.blocks import BlockCurvature, by_block
 from stabkit.curvature.gauss_newton import gauss_newton
-from stabkit.curvature.hessian import Hessian, refuse_randomness
+from stabkit.curvature.hessian import ALONE, Hessian, Summing, refuse_randomness
 from stabkit.curvature.lanczos import Eigenpairs, largest
 from stabkit.curvature.stability import Stability, limiting_product, signed
 from stabkit.curvature.updates import Update, plain_update, read_update
@@ -118,6 +118,7 @@ def sharpness(
     start: Tensor | None = None,
     blocks: Sequence[str] | None = None,
     own: int = 3,
+    ranks: Summing | None = None,
 ) -> Sharpness:
     """The largest curvature of a loss in the parameters, and whether an optimizer's learning rate is stable on it.
 
@@ -141,6 +142,8 @@ def sharpness(
         start: where the search begins, such as ``vector`` of an earlier result of the same model.
         blocks: paths of modules that the parameters are shared out to; by default those that hold them.
         own: of how many blocks, those with the largest shares, the own sharpness is computed too.
+        ranks: who shares the batches, such as ``stabkit.distributed.current()``; every rank must then make this call
+            with the same model and batches, and gets the same result. None: this process goes through all.
 
     Raises:
         ArgumentError: the loss is random, the optimizer is not the model's or has no threshold, or no parameter is
@@ -163,7 +166,7 @@ def sharpness(
     if not parameters:
         raise ArgumentError("no parameter of the model requires grad; there is no curvature to measure")
     with unchanged_randomness():
-        hessian = Hessian(module, parameters, Batches(inputs, kwargs, loss, batches), seed)
+        hessian = Hessian(module, parameters, Batches(inputs, kwargs, loss, batches), seed, ranks or ALONE)
         refuse_randomness(hessian)
         search = _Search(hessian, k, tol, seed)
         sign = -1.0 if update is not None and update.ascends else 1.0
@@ -239,12 +242,14 @@ def _interval(hessian: Hessian, v: Tensor) -> tuple[float, float] | None:
     if len(hessian.batches) < 3:
         return None
     vectors = hessian.split(v)
-    quotients = []
-    for _, found in hessian.gradients():
+    quotients = torch.zeros(len(hessian.batches), dtype=torch.float64)
+    for place, (_, found) in enumerate(hessian.gradients()):
         image = torch.zeros_like(v)
-        hessian.add(image, found.product(hessian.parameters, vectors), 1.0)
-        quotients.append(float(v.double() @ image.double()))
-    mean, spread = float(np.mean(quotients)), float(np.std(quotients, ddof=1)) / math.sqrt(len(quotients))
+        hessian.add(image, found.product(vectors), 1.0)
+        quotients[hessian.ranks.rank + place * hessian.ranks.count] = v.double() @ image.double()
+    found_by_all = hessian.ranks.sum(quotients).numpy()
+    mean = float(found_by_all.mean())
+    spread = float(found_by_all.std(ddof=1)) / math.sqrt(len(quotients))
     reach = float(student_factor(len(quotients), 0.95)) * spread
     return mean - reach, mean + reach
 

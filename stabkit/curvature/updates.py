@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from stabkit.errors import ArgumentError, ArgumentTypeError
 from stabkit.integrators import GeneralLinearMethod, adam, heavy_ball, nadam, nesterov
+from stabkit.tracing.recording.sharding import whole
 
 
 class NotYetError(ArgumentError):
@@ -159,7 +160,7 @@ def _state_of(state: State, p: nn.Parameter, key: str, name: str) -> Tensor:
             f"optimizer {name} has made no update of a parameter of shape {tuple(p.shape)}, so that it has no "
             "preconditioner for it; ask after some updates, or leave optimizer= out"
         )
-    return found.detach().double()
+    return whole(found.detach()).double()
 
 
 def _updates(state: State, group: Group, name: str) -> int:

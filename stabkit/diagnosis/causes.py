@@ -16,12 +16,14 @@ from stabkit.diagnosis.finding import Finding, serious
 from stabkit.diagnosis.inputs.attention_masks import mask_findings
 from stabkit.diagnosis.inputs.feature_scales import feature_scale_findings
 from stabkit.diagnosis.inputs.scale import with_input_scale
+from stabkit.diagnosis.inputs.small import with_small_inputs
 from stabkit.diagnosis.inputs.unused import unused_input_findings
 from stabkit.diagnosis.losses.floor import loss_floor_findings
 from stabkit.diagnosis.losses.loud_logits import loud_logits_findings
 from stabkit.diagnosis.losses.mixed_samples import mixed_sample_findings
 from stabkit.diagnosis.losses.next_tokens import next_token_findings
 from stabkit.diagnosis.losses.units import unit_findings
+from stabkit.diagnosis.losses.without_end import without_end_findings
 from stabkit.diagnosis.no_gradient.closed_operations import closed_findings
 from stabkit.diagnosis.no_gradient.hidden_cuts import cut_by_a_draw, drawn_on_the_graph, hidden_cut_findings
 from stabkit.diagnosis.no_gradient.lost_parameters import lost_parameter_findings
@@ -64,7 +66,7 @@ def with_causes(flow: FlowLike, found: Diagnosis, settings: Settings) -> Diagnos
     before, found = found, with_lost_parameters(flow, found, settings)
     if found.verdict.name == "non-finite":  # of a parameter alone
         return found
-    found = _of_one_cause(flow, before, found, settings)
+    found = with_small_inputs(flow, _of_one_cause(flow, before, found, settings), settings)
     named = [with_slopes(each, found.measurement) for each in with_input_scale(flow, found, settings.thresholds)]
     others = statistics_findings(flow, settings.loss)
     if not any(serious(finding) for finding in named):
@@ -248,6 +250,7 @@ def _of_training_pass(
     found += [*mixed_sample_findings(flow, loss, call, done), *next_token_findings(flow, call, done)]
     found += unused_input_findings(flow, loss, call, done)
     found += call_findings(flow, loss, call, done, others)
+    found += without_end_findings(flow, loss, call, done, [*others, *found])
     found += wrong_derivative_findings(flow, loss, call, done)
     found += loud_logits_findings(flow, loss, call, done, [*others, *found])
     found += loss_floor_findings(flow, loss, call, done, [*others, *found])

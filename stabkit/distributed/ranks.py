@@ -200,6 +200,22 @@ class Ranks:
             raise self._lost(told, finished, name)
         return found
 
+    def sum(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The sum of a tensor over all ranks, in its place; every rank must ask for it.
+
+        Raises:
+            RankError: a rank did not answer.
+        """
+        if self.count == 1:
+            return tensor
+        try:
+            dist.all_reduce(tensor, group=self.group)
+        except RuntimeError as error:
+            raise self._lost(
+                f"another of the {self.count} ranks is gone ({str(error).splitlines()[0]})", {}, "sum"
+            ) from error
+        return tensor
+
     def _lost(self, reason: str, finished: dict[int, Any], name: str) -> RankError:
         finished = {piece: result for piece, result in finished.items() if not isinstance(result, _Raised)}
         if not finished:

@@ -363,4 +363,55 @@ def raising() -> str:
     return ""
 
 
-PROGRAMS = {function.__name__: function for function in (everything, dying, wrapped, meeting)}
+def labelled(count: int) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """Batches of unequal size for `residual`, and targets."""
+    whole, targets = batch(4 * count, 16), batch(4 * count, 16).flip(0)
+    sizes = [1 + i % 3 for i in range(2 * count - 1)]
+    sizes.append(4 * count - sum(sizes))
+    return list(whole.split(sizes)), list(targets.split(sizes))
+
+
+def curvature() -> dict[str, Any]:
+    """The sharpness of one loss, of a model wrapped in several ways, with the batches shared by the ranks."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    from stabkit.curvature import critical_rate, sharpness
+    from stabkit.distributed import current
+
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+
+    def spread() -> nn.Module:
+        model = residual()
+        for block in model:
+            fully_shard(block, mesh=mesh)
+        return fully_shard(model, mesh=mesh)
+
+    xs, ys = labelled(4)
+    pairs = list(zip(xs, ys, strict=True))
+    told: dict[str, Any] = {}
+    for name, model in (
+        ("plain", residual()),
+        ("ddp", nn.parallel.DistributedDataParallel(residual())),
+        ("fully_shard", spread()),
+    ):
+        optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+        for x, y in pairs[:2]:
+            optimizer.zero_grad()
+            nn.functional.mse_loss(model(x), y).backward()
+            optimizer.step()
+        options = {"loss": nn.functional.mse_loss, "batches": pairs, "optimizer": optimizer, "ranks": current()}
+        found, rate = sharpness(model, tol=1e-6, **options), critical_rate(model, **options)
+        told[name] = {
+            "values": found.values.tolist(),
+            "preconditioned": found.preconditioned.tolist(),
+            "gauss_newton": found.gauss_newton.tolist(),
+            "interval": found.interval,
+            "loss": found.loss,
+            "rate": rate.rate,
+            "products": found.n_products,
+        }
+    return told
+
+
+PROGRAMS = {function.__name__: function for function in (everything, dying, wrapped, meeting, curvature)}
