@@ -15,6 +15,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import Node
 
 from stabkit.curvature.batches import Batch, Batches
 from stabkit.errors import ArgumentError, TraceError
@@ -22,6 +23,8 @@ from stabkit.tracing.cutting.endpoints import scalar_loss
 from stabkit.tracing.recording.sharding import take_whole
 from stabkit.tracing.recording.transparency import transparent
 from stabkit.tracing.recording.untouched_model import unchanged
+
+_END = "torch::autograd::Error"  # the node that stands for what may not be differentiated again
 
 
 class Summing(Protocol):
@@ -124,6 +127,7 @@ class Hessian:
         self.n_products = 0
         self.value: float | None = None
         self._kept: Gradient | None = None
+        self._looked = False
 
     def gradient(self) -> Tensor:
         """The gradient of the loss, ``(n,)``."""
@@ -168,6 +172,38 @@ class Hessian:
         """The batches that this rank goes through."""
         return itertools.islice(self.batches, self.ranks.rank, None, self.ranks.count)
 
+    def loss(self) -> float:
+        """The loss where the parameters stand, by a forward pass."""
+        total = 0.0
+        for batch in self.own_batches():
+            with self.running(batch, graph=False) as (_, value):
+                total += batch.weight * float(torch.as_tensor(value).detach())
+        return float(self.ranks.sum(torch.tensor(total, dtype=torch.float64)))
+
+    def slopes(self) -> tuple[float, list[Tensor | None]]:
+        """The loss where the parameters stand and its gradient, off the graph; None for what the loss does not reach.
+
+        A gradient that is kept is used.
+        """
+        value, total = 0.0, torch.zeros(self.n, dtype=self.dtype, device=self.device)
+        reached = torch.zeros(len(self.parameters))
+        for weight, loss, parts in self._slopes():
+            value += weight * loss
+            self.add(total, parts, weight)
+            reached += torch.tensor([float(part is not None) for part in parts])
+        value, total = float(self.ranks.sum(torch.tensor(value, dtype=torch.float64))), self.ranks.sum(total)
+        seen = self.ranks.sum(reached).tolist()
+        return value, [part if count else None for part, count in zip(self.split(total), seen, strict=True)]
+
+    def _slopes(self) -> Iterator[tuple[float, float, Sequence[Tensor | None]]]:
+        if self._kept is not None:
+            yield 1.0, float(self._kept.loss.detach()), self._kept.parts
+            return
+        for batch in self.own_batches():
+            with self.running(batch) as (_, loss):
+                parts = torch.autograd.grad(loss, self._running_parameters(), allow_unused=True)
+            yield batch.weight, float(loss.detach()), parts
+
     def release(self) -> None:
         """Let go of the graph."""
         self._kept = None
@@ -198,6 +234,9 @@ class Hessian:
                 raise
             except RuntimeError as error:
                 raise _not_once(error) from error
+        if not self._looked:  # the graph is the same for every batch
+            _refuse_ends(parts)
+            self._looked = True
         return Gradient(batch, loss, output, parameters, list(parts))
 
     def _running_parameters(self) -> list[nn.Parameter]:
@@ -280,7 +319,21 @@ def _not_once(error: RuntimeError) -> TraceError:
     return TraceError(f"the loss cannot be differentiated in the parameters: {message}")
 
 
-def _not_twice(error: RuntimeError) -> TraceError:
+def _refuse_ends(parts: Sequence[Tensor | None]) -> None:
+    """A backward that is once_differentiable ends the graph of the gradient: what lies behind would count as zero."""
+    seen: set[Node] = set()
+    stack = [part.grad_fn for part in parts if part is not None and part.grad_fn is not None]
+    while stack:
+        node = stack.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        if node.name() == _END:
+            raise _not_twice("a custom autograd.Function has a backward that is marked once_differentiable")
+        stack.extend(parent for parent, _ in node.next_functions if parent is not None)
+
+
+def _not_twice(error: RuntimeError | str) -> TraceError:
     message = " ".join(str(error).split())[:300]
     return TraceError(
         f"the loss cannot be differentiated twice, which curvature needs: {message}. Replace the operation by one with "

@@ -7,6 +7,7 @@ looked at after every product, since one costs more than a training step.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -14,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from stabkit.errors import TraceError
 from stabkit.threads import single_threaded
 
 Product = Callable[[Tensor, Tensor], Tensor]
@@ -67,6 +69,11 @@ class _Basis:
             self.V[j + 1] = w
             w = self.V[j + 1]
         before = float(torch.linalg.vector_norm(w))
+        if not math.isfinite(before):
+            raise TraceError(
+                "a product with the Hessian is not finite: the loss, or a derivative of it, is NaN or beyond the range "
+                "of its dtype where the weights are"
+            )
         basis = self.V[: j + 1]
         along = basis @ w
         w.addmv_(basis.T, along, alpha=-1)
@@ -166,6 +173,9 @@ def largest(
         rows: the most rows of the basis before a restart.
         max_products: where to stop.
         spare: how many further Ritz vectors come back among the vectors, where there are so many.
+
+    Raises:
+        TraceError: a product is not finite.
     """
     k = min(k, n)
     rows = min(n, max(rows, k + 3))

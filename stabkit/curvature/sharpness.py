@@ -140,7 +140,8 @@ def sharpness(
         batches: pairs of inputs and targets in place of ``inputs``, over which the loss is the mean, each batch by its
             number of samples; a list, or a loader that gives the same batches in the same order each time.
         start: where the search begins, such as ``vector`` of an earlier result of the same model.
-        blocks: paths of modules that the parameters are shared out to; by default those that hold them.
+        blocks: paths of modules that the parameters are shared out to; by default those that hold them, as for what
+            lies in none of the paths.
         own: of how many blocks, those with the largest shares, the own sharpness is computed too.
         ranks: who shares the batches, such as ``stabkit.distributed.current()``; every rank must then make this call
             with the same model and batches, and gets the same result. None: this process goes through all.
@@ -168,29 +169,44 @@ def sharpness(
     with unchanged_randomness():
         hessian = Hessian(module, parameters, Batches(inputs, kwargs, loss, batches), seed, ranks or ALONE)
         refuse_randomness(hessian)
-        search = _Search(hessian, k, tol, seed)
-        sign = -1.0 if update is not None and update.ascends else 1.0
-        plain = search.run(signed(hessian, sign), start)
-        limiting, operator = plain, signed(hessian, sign)
-        if update is not None and not update.is_plain:
-            operator = limiting_product(hessian, update)
-            limiting = search.run(operator, None)
-        groups = by_block(module, hessian, operator, limiting.vectors[0], blocks, own, tol)
-        parts = np.array([sign * gauss_newton(hessian, v) for v in plain.vectors])
-        interval = _interval(hessian, plain.vectors[0])
-    notes = _notes(module, parameters, plain, limiting, k, update)
+        return of_hessian(hessian, update, k=k, tol=tol, start=start, blocks=blocks, own=own)
+
+
+def of_hessian(
+    hessian: Hessian,
+    update: Update | None = None,
+    *,
+    k: int = 1,
+    tol: float = _TOLERANCE,
+    start: Tensor | None = None,
+    blocks: Sequence[str] | None = None,
+    own: int = 3,
+) -> Sharpness:
+    """`sharpness` of a loss whose Hessian is at hand, which keeps its graph; arguments are those of `sharpness`.
+
+    Raises:
+        ArgumentError: ``start`` or ``blocks`` do not fit the model.
+        TraceError: the loss cannot be differentiated twice.
+    """
+    search = _Search(hessian, k, tol, hessian.seed)
+    sign = -1.0 if update is not None and update.ascends else 1.0
+    plain = search.run(signed(hessian, sign), start)
+    limiting, operator = plain, signed(hessian, sign)
+    if update is not None and not update.is_plain:
+        operator = limiting_product(hessian, update)
+        limiting = search.run(operator, None)
     return Sharpness(
         values=plain.values,
         residuals=plain.residuals,
         converged=plain.converged,
         lowest=plain.lowest,
         lowest_residual=plain.lowest_residual,
-        gauss_newton=parts,
-        interval=interval,
+        by_block=by_block(hessian.module, hessian, operator, limiting.vectors[0], blocks, own, tol),
+        gauss_newton=np.array([sign * gauss_newton(hessian, v) for v in plain.vectors]),
+        interval=_interval(hessian, plain.vectors[0]),
         n_products=hessian.n_products,
         loss=float("nan") if hessian.value is None else hessian.value,
-        by_block=groups,
-        notes=notes,
+        notes=_notes(hessian.module, hessian.parameters, plain, limiting, k, update),
         vector=plain.vectors[0],
         preconditioned=limiting.values,
         preconditioned_residuals=limiting.residuals,

@@ -15,12 +15,25 @@ from stabkit.integrators import GeneralLinearMethod, adam, heavy_ball, nadam, ne
 from stabkit.tracing.recording.sharding import whole
 
 
-class NotYetError(ArgumentError):
-    """An optimizer has made no update, so that it has no preconditioner yet."""
-
-
 Group = Mapping[str, Any]
 State = Mapping[Any, Any]
+
+
+class NoThresholdError(ArgumentError):
+    """An optimizer has no threshold in curvature, or none yet.
+
+    Args:
+        why: says so.
+        advice: what to do about it.
+    """
+
+    def __init__(self, why: str, advice: str) -> None:
+        super().__init__(f"{why}{advice}")
+        self.why = why
+
+
+class NotYetError(NoThresholdError):
+    """An optimizer has made no update, so that it has no preconditioner yet."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,6 +79,29 @@ def plain_update(parameters: Iterable[nn.Parameter]) -> tuple[nn.Parameter, ...]
     return tuple(p for p in parameters if p.requires_grad)
 
 
+def trained_by(optimizer: Any, model: nn.Module) -> tuple[nn.Parameter, ...]:
+    """The parameters that an optimizer trains, all of them the model's, in its order.
+
+    Raises:
+        ArgumentTypeError: it is no torch optimizer.
+        ArgumentError: it trains other parameters, or none.
+    """
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise ArgumentTypeError(f"optimizer is a {type(optimizer).__name__}; expected a torch.optim.Optimizer or None")
+    name = type(optimizer).__name__
+    own = {id(p) for p in model.parameters()}
+    trained = tuple(p for g in optimizer.param_groups for p in plain_update(g["params"]))
+    if not trained:
+        raise ArgumentError(f"optimizer {name} trains no parameter that requires grad")
+    foreign = sum(id(p) not in own for p in trained)
+    if foreign:
+        raise ArgumentError(
+            f"optimizer {name} trains {foreign} parameters that are not the model's (of {len(trained)}); give the "
+            "optimizer that was made with this model's parameters() after it was moved or wrapped"
+        )
+    return trained
+
+
 def read_update(optimizer: Any, model: nn.Module, *, first: bool = False) -> Update:
     """How an optimizer moves the parameters of a model in its next update.
 
@@ -81,32 +117,21 @@ def read_update(optimizer: Any, model: nn.Module, *, first: bool = False) -> Upd
             threshold in curvature.
         NotYetError: it has made no update and so has no preconditioner.
     """
-    if not isinstance(optimizer, torch.optim.Optimizer):
-        raise ArgumentTypeError(f"optimizer is a {type(optimizer).__name__}; expected a torch.optim.Optimizer or None")
+    trained = trained_by(optimizer, model)
     name = type(optimizer).__name__
-    own = {id(p) for p in model.parameters()}
     groups = [g for g in optimizer.param_groups if any(p.requires_grad for p in g["params"])]
-    trained = [(p, g) for g in groups for p in g["params"] if p.requires_grad]
-    if not trained:
-        raise ArgumentError(f"optimizer {name} trains no parameter that requires grad")
-    foreign = sum(id(p) not in own for p, _ in trained)
-    if foreign:
-        raise ArgumentError(
-            f"optimizer {name} trains {foreign} parameters that are not the model's (of {len(trained)}); give the "
-            "optimizer that was made with this model's parameters() after it was moved or wrapped"
-        )
     reader = next((_READERS[c.__name__] for c in type(optimizer).__mro__ if c.__name__ in _READERS), None)
     if reader is None:
-        raise ArgumentError(
-            f"no threshold in curvature is known for {name}; known are {', '.join(_READERS)}. Leave optimizer= out for "
-            "the curvature of the loss alone, or take stabkit.curvature.critical_rate, which asks any optimizer for "
-            "its update"
+        raise NoThresholdError(
+            f"no threshold in curvature is known for {name}",
+            f"; known are {', '.join(_READERS)}. Leave optimizer= out for the curvature of the loss alone, or take "
+            "stabkit.curvature.critical_rate, which asks any optimizer for its update",
         )
     rates = [as_number(g["lr"]) for g in groups]
     rate = max(rates)
     if not (math.isfinite(rate) and rate > 0):
         raise ArgumentError(f"optimizer {name} has the learning rate {rate}; at a rate that is positive it has a step")
-    fresh = first and reader is _adam_like and not optimizer.state and all(p.grad is not None for p, _ in trained)
+    fresh = first and reader is _adam_like and not optimizer.state and all(p.grad is not None for p in trained)
     read = [(_first_of_adam(g) if fresh else reader(g, optimizer.state, name)) for g in groups]
     if len({r.kind for r in read}) > 1:
         raise ArgumentError(
@@ -129,7 +154,7 @@ def read_update(optimizer: Any, model: nn.Module, *, first: bool = False) -> Upd
     return Update(
         build=lambda at: leading.build(at * decay),
         rate=rate,
-        parameters=tuple(p for p, _ in trained),
+        parameters=trained,
         scales=tuple(scales),
         decays=tuple(decays),
         name=name,
@@ -158,7 +183,8 @@ def _state_of(state: State, p: nn.Parameter, key: str, name: str) -> Tensor:
     if found is None:
         raise NotYetError(
             f"optimizer {name} has made no update of a parameter of shape {tuple(p.shape)}, so that it has no "
-            "preconditioner for it; ask after some updates, or leave optimizer= out"
+            "preconditioner for it",
+            "; ask after some updates, or leave optimizer= out",
         )
     return whole(found.detach()).double()
 
@@ -169,8 +195,8 @@ def _updates(state: State, group: Group, name: str) -> int:
     counts = {int(as_number(step)) for step in made}
     if not counts or max(counts) == 0:
         raise NotYetError(
-            f"optimizer {name} has made no update, so that it has no preconditioner; ask after some updates, or leave "
-            "optimizer= out for the curvature of the loss alone"
+            f"optimizer {name} has made no update, so that it has no preconditioner",
+            "; ask after some updates, or leave optimizer= out for the curvature of the loss alone",
         )
     return max(counts)
 

@@ -112,7 +112,7 @@ def _finding(look: Look, grown: float) -> Finding:
     if grown > 1.0:
         evidence += f"; the loss has grown by a factor of {grown:.2g}"
     return Finding(
-        kind="unstable_rate",
+        kind="unstable_update",
         severity="critical",
         steps=(),
         module_path=found.block,

@@ -89,7 +89,7 @@ def trained(build, data, kind, rate, steps):
 def test_it_is_said_before_the_loss_blows_up(name):
     monitor, end = trained(*BLOWING_UP[name], 100)
     assert end is not None
-    said = next(f for f in monitor.findings if f.kind == "unstable_rate")
+    said = next(f for f in monitor.findings if f.kind == "unstable_update")
     numbers = said.numbers
     assert numbers["training_step"] < end
     assert numbers["learning_rate"] > numbers["largest_stable_lr"]
