@@ -14,7 +14,6 @@ from stabkit.errors import ArgumentError, ArgumentTypeError
 from stabkit.integrators import GeneralLinearMethod, adam, heavy_ball, nadam, nesterov
 from stabkit.tracing.recording.sharding import whole
 
-
 Group = Mapping[str, Any]
 State = Mapping[Any, Any]
 
