@@ -18,6 +18,7 @@ from stabkit.threads import single_threaded
 
 Product = Callable[[Tensor, Tensor], Tensor]
 _FEWEST = 4  # Ritz values before gaps between them mean something
+_COLUMNS = 2**20
 _MUCH = 0.7  # of the norm: what is left of a vector of which less was taken is orthogonal to rounding (Kahan, Parlett)
 _DEPENDENT = 50.0  # roundings of the product below which nothing of it is new
 
@@ -110,9 +111,11 @@ class _Basis:
         """Keep some Ritz vectors; the next row stays the next."""
         p, count = self.size, len(kept)
         turned = torch.from_numpy(S[:, kept].T.copy()).to(self.V)
-        rows = turned @ self.V[:p]
+        for part in torch.split(
+            self.V[:p], _COLUMNS, dim=1
+        ):  # rows may be as large as the model: no second set of them
+            part[:count] = turned @ part
         self.V[count] = self.V[p]
-        self.V[:count] = rows
         coupling = self.coupling[:p] @ S[:, kept]
         self.T[:] = 0
         self.T[range(count), range(count)] = values[kept]

@@ -26,7 +26,7 @@ from stabkit.tracing.recording.wrappers import unwrap
 
 _TOLERANCE = 1e-3
 _ASYMMETRIC = 1e-2  # of the largest entry; rounding in float32 stays below 1e-4, a wrong derivative is of order one
-_ROWS = (20, 6)  # of the basis, for small models and for those of which many rows would outgrow a training step
+_ROWS = (20, 4)  # of the basis, for small models and for those of which many rows would outgrow a training step
 _LARGE = 2**25  # parameters
 _MOST = 400  # products of one search
 _MIXED = 0.05  # how much of a start vector is drawn anew: what it is orthogonal to is then found too
