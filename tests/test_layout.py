@@ -11,6 +11,7 @@ import pkgutil
 import re
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import networkx as nx
@@ -89,14 +90,17 @@ def imported(path: Path) -> list[tuple[str, str]]:
     return found
 
 
-IMPORTS = {name: imported(path) for name, path in MODULES.items()}
+@cache
+def imports() -> dict[str, list[tuple[str, str]]]:
+    """What every module imports; read when a test asks, not by every process that collects the tests."""
+    return {name: imported(path) for name, path in MODULES.items()}
 
 
 @pytest.mark.parametrize("name", [name for name in MODULES if name != "stabkit"])
 def test_imports_point_downwards(name: str):
     here = package_of(name)
     assert here in LAYERS, f"stabkit.{here} has no place in the layout"
-    for module, taken in IMPORTS[name]:
+    for module, taken in imports()[name]:
         if taken == "__version__":
             continue
         there = package_of(module)
@@ -106,7 +110,7 @@ def test_imports_point_downwards(name: str):
 
 def test_no_files_import_each_other_in_a_circle():
     graph = nx.DiGraph()
-    for name, found in IMPORTS.items():
+    for name, found in imports().items():
         graph.add_edges_from((name, there) for there, _ in found if there != name)
     assert [sorted(files) for files in nx.strongly_connected_components(graph) if len(files) > 1] == []
 
@@ -114,7 +118,7 @@ def test_no_files_import_each_other_in_a_circle():
 def test_no_private_name_crosses_packages():
     crossing = [
         f"{name} takes {taken or module} of {module}"
-        for name, found in IMPORTS.items()
+        for name, found in imports().items()
         for module, taken in found
         if package_of(module) != package_of(name)
         and any(part.startswith("_") and not part.startswith("__") for part in (*module.split(".")[2:], taken))
@@ -150,26 +154,24 @@ def _exists(name: str) -> bool:
     return True
 
 
-def _printed(code: str) -> str:
-    """What a fresh process prints."""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    return done.stdout.strip()
-
-
-def test_a_trace_does_not_import_the_compiler():
-    """It takes as long as torch itself, and only what compiles needs it; sympy has nothing to compute."""
-    code = (
-        "import sys, torch, stabkit; "
-        "stabkit.diagnose(stabkit.trace(torch.nn.Linear(3, 3), torch.ones(2, 3))); "
-        "print({'sympy', 'torch._dynamo'} & set(sys.modules))"
-    )
-    assert _printed(code) == "set()"
-
-
-def test_an_analysis_imports_little_beside_torch():
+@pytest.fixture(scope="module")
+def printed() -> list[str]:
+    """What a fresh process says: which heavy packages an analysis imports, then which compilers a diagnosis does."""
     code = (
         "import sys, torch; before = set(sys.modules); import stabkit.analysis, stabkit.checkpoints; "
         "heavy = {'scipy', 'networkx', 'matplotlib', 'pandas', 'torchvision', 'timm', 'transformers'}; "
-        "print(sorted(heavy & (set(sys.modules) - before)))"
+        "print(sorted(heavy & (set(sys.modules) - before))); "
+        "stabkit.diagnose(stabkit.trace(torch.nn.Linear(3, 3), torch.ones(2, 3))); "
+        "print({'sympy', 'torch._dynamo'} & set(sys.modules))"
     )
-    assert _printed(code) == "[]"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    return done.stdout.splitlines()
+
+
+def test_an_analysis_imports_little_beside_torch(printed: list[str]):
+    assert printed[0] == "[]"
+
+
+def test_a_trace_does_not_import_the_compiler(printed: list[str]):
+    """It takes as long as torch itself, and only what compiles needs it; sympy has nothing to compute."""
+    assert printed[1] == "set()"

@@ -7,7 +7,7 @@ import dataclasses
 import inspect
 import json
 import math
-from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -97,15 +97,19 @@ def test_a_result_without_a_picture_says_so():
         Inner(1.0).plot()
 
 
-def classes() -> Iterator[tuple[str, ast.ClassDef]]:
-    for path in PACKAGE.rglob("*.py"):
-        for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.ClassDef):
-                yield str(path.relative_to(PACKAGE)), node
+@cache
+def classes() -> list[tuple[str, str, set[str]]]:
+    """File, name and methods of every class of the package."""
+    return [
+        (str(path.relative_to(PACKAGE)), node.name, {f.name for f in node.body if isinstance(f, ast.FunctionDef)})
+        for path in PACKAGE.rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.ClassDef)
+    ]
 
 
 def test_every_picture_is_of_one_class_and_takes_ax():
-    named = [node.name for _, node in classes()]
+    named = [name for _, name, _ in classes()]
     made_for_a_picture = {"Records", "Grid", "Lattice"}
     for kind, draws in PICTURES.items():
         for shown, function in draws.items():
@@ -115,9 +119,5 @@ def test_every_picture_is_of_one_class_and_takes_ax():
 
 
 def test_no_class_writes_its_data_by_hand():
-    by_hand = [
-        f"{path}: {node.name}"
-        for path, node in classes()
-        if path != "results.py" and any(isinstance(f, ast.FunctionDef) and f.name == "to_dict" for f in node.body)
-    ]
+    by_hand = [f"{path}: {name}" for path, name, methods in classes() if path != "results.py" and "to_dict" in methods]
     assert by_hand == []

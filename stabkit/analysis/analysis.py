@@ -19,19 +19,21 @@ from stabkit.analysis.explanation import Explanation, explain
 from stabkit.analysis.first_samples import of_first_samples
 from stabkit.analysis.progress import Listener, Progress, Told
 from stabkit.analysis.records import lyapunov, norms, restart_notes, side_input_notes, step_report, untried_notes
+from stabkit.analysis.settings import Settings, affordable, planned
 from stabkit.analysis.spectra import StepSpectra, by_importance, plan_spectra
+from stabkit.analysis.updates import check_optimizer, with_updates
 from stabkit.attribution.measure import EXPLAINED
 from stabkit.diagnosis import Diagnosis, Thresholds, examine
 from stabkit.diagnosis.no_gradient.unreached import findings_without_flow
 from stabkit.diagnosis.non_finite.findings import is_finite
 from stabkit.diagnosis.states.batch_statistics import with_statistics
 from stabkit.distributed import Ranks, current, fingerprint, is_spread, is_tensor_parallel, whole_parameters
-from stabkit.errors import StabkitError, TraceError
+from stabkit.errors import TraceError
 from stabkit.identification import Identification, by_step, identify
 from stabkit.jacobians.shared import SharedSpectra
 from stabkit.parallel import SERIAL, Parallel
-from stabkit.planning import SPECTRA, Plan, plan
-from stabkit.report import Exponents, Report, StepReport
+from stabkit.planning import SPECTRA, Plan
+from stabkit.report import Exponents, Report, StepReport, TrainingReport
 from stabkit.threads import torch_threads
 from stabkit.tracing import Flow, trace
 from stabkit.tracing.cutting.boundaries import Depth
@@ -67,6 +69,7 @@ def analyze(
     ranks: Ranks | None = None,
     budget: str | float | None = None,
     memory: str | float | None = None,
+    optimizer: torch.optim.Optimizer | None = None,
     plan_only: Literal[False] = False,
 ) -> Report: ...
 
@@ -91,6 +94,7 @@ def analyze(  # type: ignore[misc]  # where only the plan is wanted, the options
     ranks: Ranks | None = None,
     budget: str | float | None = None,
     memory: str | float | None = None,
+    optimizer: torch.optim.Optimizer | None = None,
     plan_only: bool = False,
 ) -> Report | Plan:
     """Trace a model and report, step by step, its integrator, its spectrum and its gradient growth, with a verdict.
@@ -127,10 +131,15 @@ def analyze(  # type: ignore[misc]  # where only the plan is wanted, the options
         budget: time that the analysis may take, in seconds or as ``"10m"``. Samples, probes and spectra are left out
             to keep it, and the notes of the report say which.
         memory: bytes that the process may use, or ``"8G"``; likewise.
+        optimizer: of the model's parameters, with its state; with a loss, ``training`` of the report then says whether
+            its coming updates are stable, by `stabkit.sharpness` and `stabkit.curvature.critical_rate`. That takes
+            20 to 100 products with the Hessian of about two training steps each, which are in no plan, and where the
+            rate is in doubt up to 60 updates of copies.
         plan_only: analyse nothing but return what it would cost, a `stabkit.planning.Plan`, whose ``str`` is a table.
 
     Raises:
-        StabkitError: not even the least analysis keeps the budget.
+        StabkitError: not even the least analysis keeps the budget, or there is an optimizer and no loss, or one of
+            other parameters.
         TraceError: the model could not be traced, or an argument makes no sense for it. Where nothing leads from the
             input to the output and a loss trains parameters all the same, the report has no steps, and says which
             parameters get no gradient.
@@ -154,42 +163,18 @@ def analyze(  # type: ignore[misc]  # where only the plan is wanted, the options
     group = _group(model, inputs, kwargs, distributed, ranks)
     call = Call(inputs, dict(kwargs or {}), batch_dim)
     where = {"depth": depth, "source": source, "target": target, "seed": seed}
-    settings = _Settings(loss, where, spectrum, spectrum_samples, probes, thresholds or Thresholds(), seed)
+    settings = Settings(loss, where, spectrum, spectrum_samples, probes, thresholds or Thresholds(), seed)
+    if optimizer is not None:
+        check_optimizer(optimizer, model, loss)
+        settings = replace(settings, optimizer=optimizer)
     if plan_only or budget is not None or memory is not None:
-        foretold = _planned(group, model, call, settings, budget, memory)
+        foretold = planned(group, model, call, settings, budget, memory)
         if plan_only:
             return foretold
-        call, settings = _affordable(foretold, call, settings, budget, memory)
+        call, settings = affordable(foretold, call, settings, budget, memory)
     # products of tensor-parallel models are collective: all ranks do all of them together
     parallel: Parallel = SERIAL if is_tensor_parallel(model) else group
     return _Analysis(model, call, settings, progress, parallel).report(name)
-
-
-@dataclass(frozen=True)
-class _Settings:
-    """What is measured of a model, and how much of it.
-
-    Attributes:
-        loss: on the model's output.
-        where: where to trace: ``depth``, ``source``, ``target`` and ``seed``.
-        spectrum: how spectra are computed.
-        spectrum_samples: of how many samples.
-        probes: random cotangents per sample when there is no loss.
-        thresholds: the limits behind the verdict.
-        seed: the seed of every random choice.
-        spectrum_share: part of the work of a default report that spectra may take.
-        given_up: what was left out to keep a budget, in sentences.
-    """
-
-    loss: Callable[[Any], torch.Tensor] | None
-    where: Mapping[str, Any]
-    spectrum: str
-    spectrum_samples: int
-    probes: int
-    thresholds: Thresholds
-    seed: int
-    spectrum_share: float = 1.0
-    given_up: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -198,7 +183,7 @@ class _Analysis:
 
     model: Any
     call: Call
-    settings: _Settings
+    settings: Settings
     progress: Progress | Listener | None
     parallel: Parallel
 
@@ -240,6 +225,9 @@ class _Analysis:
                 spectra=shared,
                 parallel=self.parallel,
             )
+            training = None
+            if chosen.optimizer is not None:
+                diagnosis, training = with_updates(diagnosis, self.model, call, chosen)
             told = Told(self.progress, len(flow.steps))
             told.verdict(diagnosis)
             found = methods()
@@ -269,7 +257,8 @@ class _Analysis:
             told.begin()
             steps = self._steps(flow, diagnosis, found, why, spectra, told)
             exponents, missing = self._exponents(spectra) if finite else (None, ())
-        return self._written(name, began, flow, diagnosis, why, steps, exponents, (*spectra.notes, *missing))
+        notes = (*spectra.notes, *missing)
+        return self._written(name, began, flow, diagnosis, why, steps, exponents, notes, training)
 
     def _of_parameters(self, name: str | None, began: float, why: str) -> Report:
         """A report without steps: nothing leads from the input to the output, and the loss trains parameters still."""
@@ -346,6 +335,7 @@ class _Analysis:
         steps: tuple[StepReport, ...],
         exponents: Exponents | None,
         notes: tuple[str, ...],
+        training: TrainingReport | None,
     ) -> Report:
         verdict, measurement, chosen = diagnosis.verdict, diagnosis.measurement, self.settings
         last = norms(measurement, -1, flow.states[-1].size, chosen.thresholds)
@@ -369,6 +359,7 @@ class _Analysis:
             explained=why.explained,
             rate_law=why.rate_law,
             lyapunov=exponents,
+            training=training,
             **{f"output_{key}": value for key, value in last.items()},
             notes=(
                 *chosen.given_up,
@@ -410,51 +401,3 @@ def _group(
     ranks = current() if ranks is None else ranks
     ranks.meet("stabkit.analyze", lambda: fingerprint(model, inputs, kwargs or {}))
     return ranks
-
-
-def _planned(
-    group: Ranks, model: Any, call: Call, settings: _Settings, budget: str | float | None, memory: str | float | None
-) -> Plan:
-    """What the analysis will cost in one process; the first rank measures it for all."""
-
-    def foretell() -> Plan | None:
-        if not (group.first or is_tensor_parallel(model)):
-            return None
-        return plan(
-            model,
-            *call.inputs,
-            loss=settings.loss,
-            kwargs=call.kwargs,
-            batch_dim=call.batch_dim,
-            spectrum=settings.spectrum,
-            spectrum_samples=settings.spectrum_samples,
-            probes=settings.probes,
-            budget=budget,
-            memory=memory,
-            **settings.where,
-        )
-
-    with whole_parameters(model):
-        found = group.together(foretell)
-    agreed: Plan = group.gather(found)[0]
-    return agreed
-
-
-def _affordable(
-    foretold: Plan, call: Call, settings: _Settings, budget: str | float | None, memory: str | float | None
-) -> tuple[Call, _Settings]:
-    """As many samples, and as much of the rest, as the plan allows."""
-    if not foretold.fits:
-        limits = [f"{name}={given}" for name, given in (("budget", budget), ("memory", memory)) if given is not None]
-        raise StabkitError(
-            f"no analysis of this model keeps {' and '.join(limits)}; the least that one takes:\n{foretold}"
-        )
-    chosen = foretold.settings
-    return call.part(0, chosen.samples), replace(
-        settings,
-        probes=chosen.probes,
-        spectrum=chosen.spectrum,
-        spectrum_samples=chosen.spectrum_samples,
-        spectrum_share=chosen.spectrum_share,
-        given_up=tuple(f"left out to keep the budget: {words}" for words in foretold.given_up),
-    )

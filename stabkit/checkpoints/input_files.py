@@ -38,29 +38,33 @@ class FileInput:
 
 
 def read_input_file(
-    path: Path, *, size: tuple[int, ...] | None = None, config: Mapping[str, Any] | None = None
+    path: Path, *, size: tuple[int, ...] | None = None, config: Mapping[str, Any] | None = None, what: str = "input"
 ) -> FileInput:
-    """Read a ``.npy``, ``.npz``, ``.pt``, ``.pth``, ``.safetensors`` or image file.
+    """Read a ``.npy``, ``.npz``, ``.csv``, ``.pt``, ``.pth``, ``.safetensors`` or image file.
 
     Args:
         path: the file.
         size: ``(channels, height, width)`` that the model takes; images are resized to it.
         config: ``mean`` and ``std`` per channel, as timm's ``default_cfg`` has them; ImageNet's otherwise.
+        what: what the file holds, for the messages.
 
     Raises:
         CheckpointError: the file is missing, damaged, or of another kind.
     """
     suffix = path.suffix.lower()
-    if suffix not in {".npy", ".npz", ".pt", ".pth", ".bin", ".safetensors", *_IMAGES}:
+    if suffix not in {".npy", ".npz", ".csv", ".pt", ".pth", ".bin", ".safetensors", *_IMAGES}:
+        shape = "neither a shape (1x3x224x224, tokens:1x128) nor" if what == "input" else "not"
         raise CheckpointError(
-            f"input {str(path)!r} is neither a shape (1x3x224x224, tokens:1x128) nor a file of a known kind: "
-            f".npy, .npz, .pt, .pth, .safetensors, {', '.join(_IMAGES)}"
+            f"{what} {str(path)!r} is {shape} a file of a known kind: .npy, .npz, .csv, .pt, .pth, .safetensors, "
+            f"{', '.join(_IMAGES)}"
         )
     regular_file(path)
     if suffix in _IMAGES:
         return _image(path, size, config or {})
     if suffix in {".npy", ".npz"}:
         return _arrays(path)
+    if suffix == ".csv":
+        return _rows(path)
     return _saved(path, read_file(path).content)
 
 
@@ -99,6 +103,29 @@ def _arrays(path: Path) -> FileInput:
     except Exception as error:  # a damaged file makes numpy, tokenize and zipfile raise anything
         raise CheckpointError(f"input {path} cannot be read as numbers: {error}") from error
     return FileInput(tensors, _described(tensors), ordered)
+
+
+def _rows(path: Path) -> FileInput:
+    """Numbers with commas between them, a sample a line; a single column is one number a sample.
+
+    A first line of names is passed over.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+        rows = [line.split(",") for line in lines if line.strip()]
+        try:
+            _ = [float(cell) for cell in rows[0]]
+        except ValueError:
+            rows = rows[1:]
+        array = np.array([[float(cell) for cell in row] for row in rows])
+    except (ValueError, IndexError) as error:
+        raise CheckpointError(f"{path} cannot be read as lines of numbers with commas between them: {error}") from error
+    if array.ndim != 2:
+        raise CheckpointError(f"{path} has no line of numbers")
+    whole = bool((array == array.round()).all()) and not any("." in cell for row in rows for cell in row)
+    array = array[:, 0] if array.shape[1] == 1 else array
+    tensors = {"0": torch.from_numpy(array.astype(np.int64) if whole else array)}
+    return FileInput(tensors, _described(tensors))
 
 
 def _image(path: Path, size: tuple[int, ...] | None, config: Mapping[str, Any]) -> FileInput:

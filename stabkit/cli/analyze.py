@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -14,6 +15,7 @@ from stabkit.cli.exit_codes import FOUND
 from stabkit.cli.imports import quick_imports
 from stabkit.cli.live import Live
 from stabkit.cli.options import Cache, Device, Effort, Output, Recipe, command, given
+from stabkit.cli.training import Training
 from stabkit.errors import CheckpointError, StabkitError
 
 if TYPE_CHECKING:
@@ -35,6 +37,7 @@ def analyze(
     recipe: Recipe,
     output: Output,
     effort: Effort,
+    training: Training,
     device: Device = "cpu",
     over_time: Annotated[
         bool, typer.Option("--over-time", help="Several checkpoints of one training run, in the order of training.")
@@ -54,10 +57,12 @@ def analyze(
 ) -> None:
     """Say, step by step, what a model's gradients do and why."""
     output.check()
+    training.check()
     if over_time:
-        if stream or effort != Effort() or device != "cpu":
+        if stream or effort != Effort() or training != Training() or device != "cpu":
             raise StabkitError(
-                "--over-time takes no --device, --probes, --budget, --memory or --stream; leave them out"
+                "--over-time takes no --device, --probes, --budget, --memory, --loss, --labels, --optimizer or "
+                "--stream; leave them out"
             )
         compare.run(source, recipe, output, over_time=True, cache=cache)
         return
@@ -69,12 +74,14 @@ def analyze(
     if cache is not None:
         raise StabkitError("--cache keeps the checkpoints of a run with --over-time; leave it out")
     if stream:
-        _stream(source[0], recipe, effort, device, output)
+        _stream(source[0], recipe, effort, training, device, output)
     else:
-        _one(source[0], recipe, effort, device, activation, output)
+        _one(source[0], recipe, effort, training, device, activation, output)
 
 
-def _one(source: str, recipe: Recipe, effort: Effort, device: str, activation: str, output: Output) -> None:
+def _one(
+    source: str, recipe: Recipe, effort: Effort, training: Training, device: str, activation: str, output: Output
+) -> None:
     """A single checkpoint or model."""
     with quick_imports():
         from stabkit import checkpoints
@@ -83,17 +90,23 @@ def _one(source: str, recipe: Recipe, effort: Effort, device: str, activation: s
         with stdout_to_stderr():
             loaded = recipe.load(source)
     except checkpoints.ArchitectureMissingError as missing:
+        if training != Training():
+            raise
         if execution.first_rank():
             weights_only.run(missing, activation, recipe.seed, output)
         return
     _check_finite(loaded)
+    loss = training.loss_of(loaded.loss)
     human = output.screen()
     with contextlib.ExitStack() as stack:
         live = Live(loaded, human) if execution.first_rank() else None
         stack.enter_context(stdout_to_stderr())
         if live is not None:
             stack.enter_context(live)
-        report = execution.analyzed(loaded, recipe, effort, live, device=device, keep=output.out)
+        report = execution.analyzed(
+            dataclasses.replace(loaded, loss=loss), recipe, effort, live, training=training, device=device,
+            keep=output.out,
+        )  # fmt: skip
     if report is not None:  # another rank reports
         from stabkit.report import terminal
 
@@ -101,9 +114,9 @@ def _one(source: str, recipe: Recipe, effort: Effort, device: str, activation: s
         _deliver(report, output, human)
 
 
-def _stream(source: str, recipe: Recipe, effort: Effort, device: str, output: Output) -> None:
+def _stream(source: str, recipe: Recipe, effort: Effort, training: Training, device: str, output: Output) -> None:
     """A directory larger than memory."""
-    unused = [*given(recipe, but=("input", "seed", "spectrum")), *given(effort, but=("probes",))]
+    unused = [*given(recipe, but=("input", "seed", "spectrum")), *given(effort, but=("probes",)), *given(training)]
     if unused:
         raise StabkitError(f"--stream reads a Hugging Face directory block by block; leave out {', '.join(unused)}")
     with stdout_to_stderr(), progress_bar() as progress:

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
     from stabkit.checkpoints import Loaded
     from stabkit.cli.options import Effort, Recipe
+    from stabkit.cli.training import Training
     from stabkit.planning import Plan
     from stabkit.report import Report
     from stabkit.streaming import StreamedProfile
@@ -24,6 +25,7 @@ def analyzed(
     effort: Effort,
     progress: Any = None,
     *,
+    training: Training,
     device: str = "cpu",
     keep: Path | None = None,
 ) -> Report | None:
@@ -34,6 +36,7 @@ def analyzed(
         recipe: how it is analysed.
         effort: how much is measured, and what it may cost in each process.
         progress: called as steps are finished.
+        training: says which optimizer the updates are made with.
         device: where the model runs.
         keep: where a rank writes what it had finished when another one failed.
 
@@ -55,6 +58,7 @@ def analyzed(
             *inputs,
             kwargs=kwargs,
             loss=loaded.loss,
+            optimizer=training.optimizer_of(loaded.model),
             name=loaded.name,
             progress=progress if ranks.first else None,
             ranks=ranks,

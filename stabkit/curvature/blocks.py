@@ -54,7 +54,7 @@ def by_block(
         hessian: whose parameters are shared out.
         product: the operator that the eigenvector belongs to.
         v: ``(n,)``, of norm 1.
-        paths: of the blocks; None for the modules that hold parameters.
+        paths: of the blocks; what lies in none of them goes by the modules that hold it, as everything does for None.
         own: how many get their own sharpness.
         tol: to what error, 1 percent at best.
 
@@ -85,7 +85,7 @@ def _owners(module: nn.Module, hessian: Hessian, paths: Sequence[str] | None) ->
     longest = sorted(paths, key=len, reverse=True)
 
     def block_of(holder: str) -> str:
-        return next((p for p in longest if holder == p or holder.startswith(f"{p}.")), holder if "" in paths else "")
+        return next((p for p in longest if p in ("", holder) or holder.startswith(f"{p}.")), holder)
 
     return [block_of(holder) for holder in holders]
 

@@ -7,10 +7,8 @@ A loss curvature perspective on training instability, ICLR 2022).
 
 from __future__ import annotations
 
-import copy
 import math
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,10 +17,10 @@ from torch import Tensor, nn
 
 from stabkit.curvature.batches import Batches
 from stabkit.curvature.hessian import ALONE, Hessian, Summing, refuse_randomness
-from stabkit.curvature.updates import plain_update
-from stabkit.errors import ArgumentError, ArgumentTypeError
+from stabkit.curvature.twin import Twin, standing_at
+from stabkit.curvature.updates import trained_by
+from stabkit.errors import ArgumentError
 from stabkit.results import Result
-from stabkit.tracing.recording.sharding import own_part
 from stabkit.tracing.recording.untouched_model import unchanged_randomness
 from stabkit.tracing.recording.wrappers import unwrap
 
@@ -81,7 +79,8 @@ def critical_rate(
         ranks: who shares the batches, as of `sharpness`.
 
     Raises:
-        ArgumentError: the loss is random, there is no gradient, or the optimizer needs a closure.
+        ArgumentError: the loss is random or not finite, the update is zero, or the optimizer needs a closure or trains
+            other parameters.
         ArgumentTypeError: ``optimizer`` is no torch optimizer.
 
     Example:
@@ -92,48 +91,27 @@ def critical_rate(
         >>> round(found.rate, 1)
         2.0
     """
-    if not isinstance(optimizer, torch.optim.Optimizer):
-        raise ArgumentTypeError(f"optimizer is a {type(optimizer).__name__}; expected a torch.optim.Optimizer")
-    own = {id(p) for p in model.parameters()}
-    trained = [p for g in optimizer.param_groups for p in plain_update(g["params"])]
-    if not trained or any(id(p) not in own for p in trained):
-        raise ArgumentError("optimizer trains no parameters, or others than the model's; give the model's own")
+    module = unwrap(model)
+    trained = trained_by(optimizer, module)
     with unchanged_randomness():
-        hessian = Hessian(unwrap(model), trained, Batches(inputs, kwargs, loss, batches), seed, ranks or ALONE)
+        hessian = Hessian(module, trained, Batches(inputs, kwargs, loss, batches), seed, ranks or ALONE)
         refuse_randomness(hessian)
-        update = _update(optimizer, hessian)
-        return _searched(hessian, update, max(float(g["lr"]) for g in optimizer.param_groups))
+        return along_update(hessian, optimizer)
 
 
-def _update(optimizer: torch.optim.Optimizer, hessian: Hessian) -> list[Tensor]:
-    """What the next update adds to every parameter."""
-    parts = hessian.split(hessian.gradient())
+def along_update(hessian: Hessian, optimizer: torch.optim.Optimizer) -> CriticalRate:
+    """The critical rate of an optimizer's coming update; a gradient that the Hessian keeps is used, and let go of.
+
+    Raises:
+        ArgumentError: the loss is not finite, or the optimizer makes no update by itself, or one that is zero.
+    """
+    twin = Twin(hessian, optimizer)
+    twin.step()
     hessian.release()
-    copies = {id(p): nn.Parameter(p.detach().clone()) for p in hessian.parameters}
-    twin = copy.deepcopy(optimizer, dict(copies))
-    for p, part in zip(hessian.parameters, parts, strict=True):
-        copies[id(p)].grad = own_part(part, p)
-    try:
-        twin.step()
-    except TypeError as error:
-        raise ArgumentError(
-            f"{type(optimizer).__name__} makes its update with a closure, so that it has none of its own: {error}"
-        ) from error
-    return [copies[id(p)].detach() - p.detach() for p in hessian.parameters]
-
-
-@contextmanager
-def _moved(hessian: Hessian, update: list[Tensor], factor: float) -> Iterator[None]:
-    """The model with its parameters moved along an update, and back, bit for bit."""
-    kept = [p.detach().clone() for p in hessian.parameters]
-    with torch.no_grad():
-        try:
-            for p, part in zip(hessian.parameters, update, strict=True):
-                p.add_(part, alpha=factor)
-            yield
-        finally:
-            for p, before in zip(hessian.parameters, kept, strict=True):
-                p.copy_(before)
+    update = [new - p.detach() for new, p in zip(twin.values(), hessian.parameters, strict=True)]
+    if not any(bool(part.any()) for part in update):
+        raise ArgumentError(f"the coming update of optimizer {type(optimizer).__name__} is zero; it has no direction")
+    return _searched(hessian, update, max(float(g["lr"]) for g in optimizer.param_groups))
 
 
 def _searched(hessian: Hessian, update: list[Tensor], rate: float) -> CriticalRate:
@@ -142,12 +120,9 @@ def _searched(hessian: Hessian, update: list[Tensor], rate: float) -> CriticalRa
     def at(factor: float) -> float:
         nonlocal made
         made += 1
-        with _moved(hessian, update, factor):
-            total = 0.0
-            for batch in hessian.own_batches():
-                with hessian.running(batch, graph=False) as (_, value):
-                    total += batch.weight * float(torch.as_tensor(value).detach())
-        return float(hessian.ranks.sum(torch.tensor(total, dtype=torch.float64)))
+        points = [torch.add(p.detach(), part, alpha=factor) for p, part in zip(hessian.parameters, update, strict=True)]
+        with standing_at(hessian.parameters, points):
+            return hessian.loss()
 
     here, after = at(0.0), at(1.0)
     if not math.isfinite(here):

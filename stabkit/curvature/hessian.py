@@ -15,14 +15,16 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import Node
 
 from stabkit.curvature.batches import Batch, Batches
 from stabkit.errors import ArgumentError, TraceError
 from stabkit.tracing.cutting.endpoints import scalar_loss
-from stabkit.tracing.recording.containers import map_tensors
 from stabkit.tracing.recording.sharding import take_whole
 from stabkit.tracing.recording.transparency import transparent
 from stabkit.tracing.recording.untouched_model import unchanged
+
+_END = "torch::autograd::Error"  # the node that stands for what may not be differentiated again
 
 
 class Summing(Protocol):
@@ -110,7 +112,7 @@ class Hessian:
         self,
         module: nn.Module,
         parameters: Sequence[nn.Parameter],
-        batches: Batches,
+        batches: Batches | Sequence[Batch],
         seed: int,
         ranks: Summing = ALONE,
     ) -> None:
@@ -125,6 +127,7 @@ class Hessian:
         self.n_products = 0
         self.value: float | None = None
         self._kept: Gradient | None = None
+        self._looked = False
 
     def gradient(self) -> Tensor:
         """The gradient of the loss, ``(n,)``."""
@@ -169,6 +172,38 @@ class Hessian:
         """The batches that this rank goes through."""
         return itertools.islice(self.batches, self.ranks.rank, None, self.ranks.count)
 
+    def loss(self) -> float:
+        """The loss where the parameters stand, by a forward pass."""
+        total = 0.0
+        for batch in self.own_batches():
+            with self.running(batch, graph=False) as (_, value):
+                total += batch.weight * float(torch.as_tensor(value).detach())
+        return float(self.ranks.sum(torch.tensor(total, dtype=torch.float64)))
+
+    def slopes(self) -> tuple[float, list[Tensor | None]]:
+        """The loss where the parameters stand and its gradient, off the graph; None for what the loss does not reach.
+
+        A gradient that is kept is used.
+        """
+        value, total = 0.0, torch.zeros(self.n, dtype=self.dtype, device=self.device)
+        reached = torch.zeros(len(self.parameters))
+        for weight, loss, parts in self._slopes():
+            value += weight * loss
+            self.add(total, parts, weight)
+            reached += torch.tensor([float(part is not None) for part in parts])
+        value, total = float(self.ranks.sum(torch.tensor(value, dtype=torch.float64))), self.ranks.sum(total)
+        seen = self.ranks.sum(reached).tolist()
+        return value, [part if count else None for part, count in zip(self.split(total), seen, strict=True)]
+
+    def _slopes(self) -> Iterator[tuple[float, float, Sequence[Tensor | None]]]:
+        if self._kept is not None:
+            yield 1.0, float(self._kept.loss.detach()), self._kept.parts
+            return
+        for batch in self.own_batches():
+            with self.running(batch) as (_, loss):
+                parts = torch.autograd.grad(loss, self._running_parameters(), allow_unused=True)
+            yield batch.weight, float(loss.detach()), parts
+
     def release(self) -> None:
         """Let go of the graph."""
         self._kept = None
@@ -193,7 +228,15 @@ class Hessian:
     def _passed(self, batch: Batch) -> Gradient:
         with self.running(batch) as (output, loss):
             parameters = self._running_parameters()
-            parts = torch.autograd.grad(loss, parameters, create_graph=True, allow_unused=True)
+            try:
+                parts = torch.autograd.grad(loss, parameters, create_graph=True, allow_unused=True)
+            except torch.OutOfMemoryError:
+                raise
+            except RuntimeError as error:
+                raise _not_once(error) from error
+        if not self._looked:  # the graph is the same for every batch
+            _refuse_ends(parts)
+            self._looked = True
         return Gradient(batch, loss, output, parameters, list(parts))
 
     def _running_parameters(self) -> list[nn.Parameter]:
@@ -209,13 +252,14 @@ class Hessian:
         """
         with torch.inference_mode(False), unchanged(self.module) as safe, transparent():
             safe.copy_buffers()
+            for parameter in self.module.parameters():
+                parameter.grad = None  # what a closure does with gradients is none of the user's
             take_whole(self.module)
             for parameter in self._running_parameters():
                 parameter.requires_grad_()
             torch.manual_seed(self.seed)
-            args, kwargs = map_tensors([list(batch.inputs), dict(batch.kwargs)], lambda t: t.detach().clone())
             with torch.set_grad_enabled(graph):
-                output = self.module(*args, **kwargs)
+                output = batch.output(self.module)
                 yield output, scalar_loss(batch.loss, output) if graph else batch.loss(output)
 
 
@@ -268,7 +312,28 @@ def refuse_randomness(hessian: Hessian) -> None:
         break  # one batch shows it
 
 
-def _not_twice(error: RuntimeError) -> TraceError:
+def _not_once(error: RuntimeError) -> TraceError:
+    message = " ".join(str(error).split())[:300]
+    if "second time" in message or "have already been freed" in message:
+        return TraceError("the loss comes with its graph freed; return it without backward() having been called")
+    return TraceError(f"the loss cannot be differentiated in the parameters: {message}")
+
+
+def _refuse_ends(parts: Sequence[Tensor | None]) -> None:
+    """A backward that is once_differentiable ends the graph of the gradient: what lies behind would count as zero."""
+    seen: set[Node] = set()
+    stack = [part.grad_fn for part in parts if part is not None and part.grad_fn is not None]
+    while stack:
+        node = stack.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        if node.name() == _END:
+            raise _not_twice("a custom autograd.Function has a backward that is marked once_differentiable")
+        stack.extend(parent for parent, _ in node.next_functions if parent is not None)
+
+
+def _not_twice(error: RuntimeError | str) -> TraceError:
     message = " ".join(str(error).split())[:300]
     return TraceError(
         f"the loss cannot be differentiated twice, which curvature needs: {message}. Replace the operation by one with "

@@ -7,6 +7,7 @@ looked at after every product, since one costs more than a training step.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -14,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from stabkit.errors import TraceError
 from stabkit.threads import single_threaded
 
 Product = Callable[[Tensor, Tensor], Tensor]
@@ -32,7 +34,7 @@ class Eigenpairs:
         residuals: ``(k,)``, norms of A v - value v: every one bounds the distance to an eigenvalue.
         converged: ``(k,)``, whether the error by the residual and the gap is at most the tolerance times the largest
             value in size.
-        vectors: ``(k, n)``, orthonormal.
+        vectors: ``(k, n)``, orthonormal; after them those to spare.
         lowest: the smallest Ritz value, an upper bound of the smallest eigenvalue.
         lowest_residual: its residual.
         asymmetry: the largest ``|A - A^T|`` that was seen, over the largest entry of the projected matrix.
@@ -68,6 +70,11 @@ class _Basis:
             self.V[j + 1] = w
             w = self.V[j + 1]
         before = float(torch.linalg.vector_norm(w))
+        if not math.isfinite(before):
+            raise TraceError(
+                "a product with the Hessian is not finite: the loss, or a derivative of it, is NaN or beyond the range "
+                "of its dtype where the weights are"
+            )
         basis = self.V[: j + 1]
         along = basis @ w
         w.addmv_(basis.T, along, alpha=-1)
@@ -156,6 +163,7 @@ def largest(
     start: Tensor,
     rows: int,
     max_products: int,
+    spare: int = 0,
 ) -> Eigenpairs:
     """The k algebraically largest eigenvalues and their vectors.
 
@@ -167,6 +175,10 @@ def largest(
         start: ``(n,)``, where the search begins; its dtype and device are those of the basis.
         rows: the most rows of the basis before a restart.
         max_products: where to stop.
+        spare: how many further Ritz vectors come back among the vectors, where there are so many.
+
+    Raises:
+        TraceError: a product is not finite.
     """
     k = min(k, n)
     rows = min(n, max(rows, k + 3))
@@ -193,7 +205,8 @@ def largest(
             basis.turn(seed=made)
         elif basis.size == rows:
             basis.restart(_kept(len(values), k, rows), values, S)
-    vectors = torch.from_numpy(S[:, top].T.copy()).to(basis.V) @ basis.V[: basis.size]
+    back = np.arange(len(values))[::-1][: k + spare]
+    vectors = torch.from_numpy(S[:, back].T.copy()).to(basis.V) @ basis.V[: basis.size]
     size = float(np.abs(basis.T).max(initial=0.0)) or 1.0
     return Eigenpairs(
         values[top], residuals[top], found | (basis.size == n), vectors, float(values[0]), float(residuals[0]),

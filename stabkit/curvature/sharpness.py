@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from stabkit.curvature.batches import Batches
 from stabkit.curvature.blocks import BlockCurvature, by_block
 from stabkit.curvature.gauss_newton import gauss_newton
-from stabkit.curvature.hessian import ALONE, Hessian, Preconditioned, Summing, refuse_randomness
+from stabkit.curvature.hessian import ALONE, Hessian, Summing, refuse_randomness
 from stabkit.curvature.lanczos import Eigenpairs, largest
-from stabkit.curvature.updates import Update, flat, plain_update, read_update
+from stabkit.curvature.stability import Stability, limiting_product, signed
+from stabkit.curvature.updates import Update, plain_update, read_update
 from stabkit.errors import ArgumentError, ArgumentTypeError
 from stabkit.integrators import GeneralLinearMethod
 from stabkit.results import Result
@@ -139,7 +140,8 @@ def sharpness(
         batches: pairs of inputs and targets in place of ``inputs``, over which the loss is the mean, each batch by its
             number of samples; a list, or a loader that gives the same batches in the same order each time.
         start: where the search begins, such as ``vector`` of an earlier result of the same model.
-        blocks: paths of modules that the parameters are shared out to; by default those that hold them.
+        blocks: paths of modules that the parameters are shared out to; by default those that hold them, as for what
+            lies in none of the paths.
         own: of how many blocks, those with the largest shares, the own sharpness is computed too.
         ranks: who shares the batches, such as ``stabkit.distributed.current()``; every rank must then make this call
             with the same model and batches, and gets the same result. None: this process goes through all.
@@ -167,29 +169,44 @@ def sharpness(
     with unchanged_randomness():
         hessian = Hessian(module, parameters, Batches(inputs, kwargs, loss, batches), seed, ranks or ALONE)
         refuse_randomness(hessian)
-        search = _Search(hessian, k, tol, seed)
-        sign = -1.0 if update is not None and update.ascends else 1.0
-        plain = search.run(_signed(hessian, sign), start)
-        limiting, operator = plain, _signed(hessian, sign)
-        if update is not None and not update.is_plain:
-            operator = _signed(_preconditioned(hessian, update), sign)
-            limiting = search.run(operator, None)
-        groups = by_block(module, hessian, operator, limiting.vectors[0], blocks, own, tol)
-        parts = np.array([sign * gauss_newton(hessian, v) for v in plain.vectors])
-        interval = _interval(hessian, plain.vectors[0])
-    notes = _notes(module, parameters, plain, limiting, k, update)
+        return of_hessian(hessian, update, k=k, tol=tol, start=start, blocks=blocks, own=own)
+
+
+def of_hessian(
+    hessian: Hessian,
+    update: Update | None = None,
+    *,
+    k: int = 1,
+    tol: float = _TOLERANCE,
+    start: Tensor | None = None,
+    blocks: Sequence[str] | None = None,
+    own: int = 3,
+) -> Sharpness:
+    """`sharpness` of a loss whose Hessian is at hand, which keeps its graph; arguments are those of `sharpness`.
+
+    Raises:
+        ArgumentError: ``start`` or ``blocks`` do not fit the model.
+        TraceError: the loss cannot be differentiated twice.
+    """
+    search = _Search(hessian, k, tol, hessian.seed)
+    sign = -1.0 if update is not None and update.ascends else 1.0
+    plain = search.run(signed(hessian, sign), start)
+    limiting, operator = plain, signed(hessian, sign)
+    if update is not None and not update.is_plain:
+        operator = limiting_product(hessian, update)
+        limiting = search.run(operator, None)
     return Sharpness(
         values=plain.values,
         residuals=plain.residuals,
         converged=plain.converged,
         lowest=plain.lowest,
         lowest_residual=plain.lowest_residual,
-        gauss_newton=parts,
-        interval=interval,
+        by_block=by_block(hessian.module, hessian, operator, limiting.vectors[0], blocks, own, tol),
+        gauss_newton=np.array([sign * gauss_newton(hessian, v) for v in plain.vectors]),
+        interval=_interval(hessian, plain.vectors[0]),
         n_products=hessian.n_products,
         loss=float("nan") if hessian.value is None else hessian.value,
-        by_block=groups,
-        notes=notes,
+        notes=_notes(hessian.module, hessian.parameters, plain, limiting, k, update),
         vector=plain.vectors[0],
         preconditioned=limiting.values,
         preconditioned_residuals=limiting.residuals,
@@ -205,19 +222,6 @@ def _check(model: Any, k: Any, tol: Any, own: Any) -> None:
             raise ArgumentError(f"{name}={value!r}; give a whole number of at least {least}")
     if tol is not None and not (isinstance(tol, float | int) and 0 < tol < 1):
         raise ArgumentError(f"tol={tol!r}; give a number between 0 and 1, or None for {_TOLERANCE:g}")
-
-
-def _signed(operator: Any, sign: float) -> Any:
-    if sign > 0:
-        return operator.matvec
-    return lambda v, out=None: operator.matvec(v, out).neg_()
-
-
-def _preconditioned(hessian: Hessian, update: Update) -> Preconditioned:
-    like = torch.empty(hessian.n, dtype=hessian.dtype, device=hessian.device)
-    roots = flat([s.rsqrt() if isinstance(s, Tensor) else s**-0.5 for s in update.scales], hessian.parameters, like)
-    shift = flat(update.decays, hessian.parameters, like) if any(update.decays) else 0.0
-    return Preconditioned(hessian, roots, shift)
 
 
 @dataclass(frozen=True)
@@ -245,27 +249,8 @@ class _Search:
 def _stability(update: Update | None, curvature: float) -> dict[str, Any]:
     if update is None:
         return dict.fromkeys(("method", "learning_rate", "threshold", "ratio", "largest_stable_lr"))
-    decay = update.decays[0] if update.is_plain else 0.0
-    threshold = update.interval(update.rate) / update.rate - decay
-    return {
-        "method": update.method,
-        "learning_rate": update.rate,
-        "threshold": threshold,
-        "ratio": curvature / threshold if threshold > 0 else math.inf,
-        "largest_stable_lr": _largest_rate(update, curvature + decay),
-    }
-
-
-def _largest_rate(update: Update, curvature: float) -> float:
-    """The rate at which ``rate * curvature`` is the end of the interval, which decoupled decay makes depend on it."""
-    if curvature <= 0:
-        return math.inf
-    rate = update.interval(update.rate) / curvature
-    for _ in range(20):  # the interval hardly moves with the rate: this contracts by a factor of decay / curvature
-        rate, before = update.interval(rate) / curvature, rate
-        if abs(rate - before) <= 1e-12 * rate:
-            break
-    return rate
+    found = Stability.of(update, curvature)
+    return {"method": update.method, **{f.name: getattr(found, f.name) for f in fields(found)}}
 
 
 def _interval(hessian: Hessian, v: Tensor) -> tuple[float, float] | None:

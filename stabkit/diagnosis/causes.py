@@ -16,6 +16,7 @@ from stabkit.diagnosis.finding import Finding, serious
 from stabkit.diagnosis.inputs.attention_masks import mask_findings
 from stabkit.diagnosis.inputs.feature_scales import feature_scale_findings
 from stabkit.diagnosis.inputs.scale import with_input_scale
+from stabkit.diagnosis.inputs.small import with_small_inputs
 from stabkit.diagnosis.inputs.unused import unused_input_findings
 from stabkit.diagnosis.losses.floor import loss_floor_findings
 from stabkit.diagnosis.losses.loud_logits import loud_logits_findings
@@ -65,7 +66,7 @@ def with_causes(flow: FlowLike, found: Diagnosis, settings: Settings) -> Diagnos
     before, found = found, with_lost_parameters(flow, found, settings)
     if found.verdict.name == "non-finite":  # of a parameter alone
         return found
-    found = _of_one_cause(flow, before, found, settings)
+    found = with_small_inputs(flow, _of_one_cause(flow, before, found, settings), settings)
     named = [with_slopes(each, found.measurement) for each in with_input_scale(flow, found, settings.thresholds)]
     others = statistics_findings(flow, settings.loss)
     if not any(serious(finding) for finding in named):

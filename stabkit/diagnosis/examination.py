@@ -8,15 +8,24 @@ from dataclasses import replace
 
 from stabkit.diagnosis.blocks.initialisation import known_initialisations
 from stabkit.diagnosis.blocks.made_otherwise import made_otherwise
+from stabkit.diagnosis.blocks.small_matrices import with_small_matrices
 from stabkit.diagnosis.causes import with_causes, with_lost_parameters
-from stabkit.diagnosis.finding import Finding, serious, sound
+from stabkit.diagnosis.depth.without_harm import with_harmless_as_facts
+from stabkit.diagnosis.finding import Action, Finding, serious, sound
 from stabkit.diagnosis.losses.large import with_large_loss
 from stabkit.diagnosis.non_finite.gradient_underflow import gradient_underflow
 from stabkit.diagnosis.remedies.alternatives import candidates
 from stabkit.diagnosis.remedies.best_constant import left_by_a_constant
 from stabkit.diagnosis.remedies.computed import Remedy
 from stabkit.diagnosis.remedies.made_once import made_once
-from stabkit.diagnosis.remedies.outer_causes import larger_weights, outer_causes, smaller_weights
+from stabkit.diagnosis.remedies.outer_causes import (
+    is_unusual,
+    larger_weights,
+    matrices_of,
+    median,
+    outer_causes,
+    smaller_weights,
+)
 from stabkit.diagnosis.remedies.short_training import (
     ShortTraining,
     clearly_better,
@@ -160,8 +169,9 @@ def _examined(
         left = replace(left, verdict=not_judged(found.verdict, missing))
         return _fit_to_be_told(with_lost_parameters(flow, left, settings))
     tried_out = _confirmed(flow, found, settings, trials, found.findings)
+    tried_out = with_harmless_as_facts(flow, tried_out, settings)
     tried_out = with_large_loss(flow, tried_out, found.findings, settings)
-    return _fit_to_be_told(with_causes(flow, tried_out, settings))
+    return _fit_to_be_told(with_small_matrices(flow, with_causes(flow, tried_out, settings), settings))
 
 
 def _fit_to_be_told(found: Diagnosis) -> Diagnosis:
@@ -217,7 +227,9 @@ class _Trials:
         weighed = callable(self.settings.loss) and _is_small_end(suspect, len(self.found.measurement.steps))
         competing = is_stretch(suspect) or dead or finite or weighed
         tries = candidates(suspect, self.found.measurement, self.flow, of_same_stretch(suspect, others))
-        tries = [*self.outer(suspect), *tries, *self.of_all_weights(suspect)]
+        every = self.of_all_weights(suspect)
+        partial = suspect.kind in _BY_INITIALISATION and self._is_part(suspect, every)
+        tries = [*self.outer(suspect), *every, *tries] if partial else [*self.outer(suspect), *tries, *every]
         for remedy in tries:
             if self.left < 1:
                 break
@@ -230,18 +242,23 @@ class _Trials:
                 plain = self.training() if trains else None
                 serves = helps(trains, plain) if competing or remedy.cause else not spoils(trains, plain)
                 ends = (trains, plain) if trains is not None and plain is not None else None
-                if not serves and (ends := self._by_adam(remedy, trains)) is None:
+                if not serves and (ends := self._by_adam(suspect, remedy, trains)) is None:
                     self.no_help.setdefault(id(suspect), remedy.cause)
                 else:
                     found.append(Cure(trial, remedy, trains, ends))
                 if weighed and not found:
                     self.refuted[id(suspect)] = Cure(trial, remedy, trains, ends)
-                if not competing or (weighed and found and not is_stretch(suspect)):
+                # where all weights were started so and training minds it not, those of the suspect alone come next
+                refused = remedy.cause and not serves and ends is None
+                if not (competing or refused) or (weighed and found and not is_stretch(suspect)):
                     break
         best = min(found, key=lambda cure: cure.worth, default=None)
         outer = min((cure for cure in found if cure.outer), key=lambda cure: cure.worth, default=None)
         if outer is not None and best is not None and not worse(outer.trains, best.trains):
             return outer  # weights that make up for it leave it where it is
+        whole = min((cure for cure in found if cure.whole), key=lambda cure: cure.worth, default=None)
+        if partial and whole is not None and best is not None and not worse(whole.trains, best.trains):
+            return whole  # some of the layers that were all started so are not the half of it
         if not dead or best is None:
             return best
         return next(cure for cure in found if not worse(cure.trains, best.trains))  # the mildest that is as good
@@ -270,19 +287,22 @@ class _Trials:
         floor = left_by_a_constant(loss, training_pass(call, loss, differentiate=False).output)
         return floor is not None and left * trains.first > _OUT_OF_REACH * floor
 
-    def _by_adam(self, remedy: Remedy, treated: ShortTraining | None) -> tuple[ShortTraining, ShortTraining] | None:
-        """Steps of Adam with a change of the code and without, which are blind to the size of gradients.
+    def _by_adam(
+        self, suspect: Finding, remedy: Remedy, treated: ShortTraining | None
+    ) -> tuple[ShortTraining, ShortTraining] | None:
+        """Steps of Adam with a change of the code, or of all weights, and without: blind to the size of gradients.
 
         None where those with it do not end clearly lower.
         """
         plain, loss = self.training(), self.settings.loss
-        if remedy.actions or remedy.data is not None or not isinstance(self.flow, Flow):
+        partial = bool(remedy.actions) and not remedy.cause and suspect.kind != "copied_units"
+        if partial or remedy.data is not None or not isinstance(self.flow, Flow):
             return None
         if plain is None or treated is None:
             return None
         call, updates = self.flow.forward_pass, [adam(rate) for rate in RATES]
         left = left_after(call, loss, updates)
-        cured = left_after(call, loss, updates, within=remedy.within)
+        cured = left_after(call, loss, updates, remedy.actions, within=remedy.within)
         if left is None or cured is None:
             return None
         cured_by, left_by = (
@@ -293,9 +313,16 @@ class _Trials:
 
     def of_all_weights(self, suspect: Finding) -> list[Remedy]:
         """All weights at their usual size, where they were started far from it and the suspect may come of that."""
-        if is_stretch(suspect) and suspect.kind == "vanishing":
+        if suspect.kind == "vanishing" and (is_stretch(suspect) or len(suspect.steps) > 1):
             return larger_weights(self.found.measurement)
         return smaller_weights(self.found.measurement) if _grows(suspect) or suspect.kind == "saturated" else []
+
+    def _is_part(self, suspect: Finding, every: Sequence[Remedy]) -> bool:
+        """Whether the weights of a suspect are some of those that were started far from the usual size, all alike."""
+        own = _changed(suspect.actions)
+        others = _changed(every[0].actions) - own if every else set()
+        gains = [w.gains[0] for w in matrices_of(self.found.measurement) if w.path in others]
+        return bool(own and gains) and is_unusual(median(gains))
 
     def training(self, remedy: Remedy = _AS_IT_IS) -> ShortTraining | None:
         """A short training with a remedy, where there is a loss."""
@@ -308,7 +335,8 @@ def _confirmed(
 ) -> Diagnosis:
     """Some suspects of a diagnosis after their remedies were tried, one cause with one remedy each."""
     trials = _Trials(flow, found, settings, limit)
-    waiting = [finding for finding in suspects if serious(finding)]
+    # copies are the cause of whatever else the layers of copies do
+    waiting = sorted(filter(serious, suspects), key=lambda finding: finding.kind != "copied_units")
     told: dict[int, Finding] = {}
     untried: list[Finding] = []
     uncured: list[Finding] = []
@@ -364,6 +392,11 @@ def _confirmed(
         verdict = judge(found.measurement.growth, found.measurement.kinds, settings.thresholds)
     kept = [finding for finding in map(sound, left) if finding is not None]
     return replace(found, verdict=verdict, findings=tuple(ordered(kept)), untried=tuple(untried))
+
+
+def _changed(actions: Sequence[Action]) -> set[str]:
+    """The parameters that a remedy changes."""
+    return {str(action["parameter"]) for action in actions if "parameter" in action}
 
 
 def _grows(suspect: Finding) -> bool:

@@ -51,7 +51,6 @@ FINDINGS: dict[str, Word] = {
     "exploding": Word("a block, or the whole stretch of blocks, makes gradients grow", "grows"),
     "vanishing": Word("a block, or the whole stretch of blocks, makes gradients shrink", "shrinks"),
     "unstable_step": Word("eigenvalues lie outside the stability region because the step is too long", "grows"),
-    "unstable_rate": Word("the learning rate is beyond what the curvature of the loss bears", "grows"),
     "overdamped": Word("eigenvalues lie where the method damps what the equation would keep", "shrinks"),
     "dead": Word("units pass nothing for any sample", "shrinks"),
     "saturated": Word("activations work where their derivative is nearly zero", "shrinks"),
@@ -79,6 +78,7 @@ FINDINGS: dict[str, Word] = {
     "no_influence": Word("an input changes nothing that the model returns, though it should"),
     "no_fixed_point": Word("an iteration that is meant to settle does not", "grows"),
     "loss": Word("the loss has no gradient, or is taken of what it does not expect", "broken"),
+    "unstable_update": Word("the optimizer's updates are too long for the curvature of the loss", "grows"),
     "precision_loss": Word("numbers are lost to the dtype by rounding or underflow", "unsure", consequence=True),
 }
 

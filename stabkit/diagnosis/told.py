@@ -47,6 +47,11 @@ class Cure:
         """Whether it takes away what lies before the weights."""
         return self.remedy.data is not None or not self.remedy.actions
 
+    @property
+    def whole(self) -> bool:
+        """Whether it starts all weights anew, or all of a kind of layer."""
+        return bool(self.remedy.cause and self.remedy.actions)
+
 
 def by_weight(finding: Finding) -> bool:
     """Whether a finding is that of a weight far from those of its peers."""

@@ -9,6 +9,7 @@ from dataclasses import replace
 from stabkit.errors import ArgumentError
 from stabkit.identification.form.flow_index import Surroundings
 from stabkit.identification.form.grouping import groups, is_divided
+from stabkit.identification.names.systems import LINEAR_MAP
 from stabkit.identification.reading import read
 from stabkit.identification.record import Identification
 from stabkit.identification.steps.composed_steps import with_compositions, with_first_rounds
@@ -104,7 +105,7 @@ def _over_steps(records: Sequence[Identification], recurrences: Recurrences) -> 
     Of one step alone every number that multiplies the state is a damping: that it is exp(h A) shows in its derivative.
     """
     found: list[Identification] = []
-    for is_linear, run in itertools.groupby(records, lambda record: record.name.startswith(_OVER_TIME)):
+    for is_linear, run in itertools.groupby(records, _may_be_linear):
         steps = list(run)
         over = recurrences.inside(steps[0].steps[0], steps[-1].steps[-1] + 1) if is_linear and len(steps) > 2 else ()
         if len(over) != 1 or over[0].name.startswith(_OVER_TIME):
@@ -117,6 +118,11 @@ def _over_steps(records: Sequence[Identification], recurrences: Recurrences) -> 
             for record in steps
         ]  # fmt: skip
     return found
+
+
+def _may_be_linear(record: Identification) -> bool:
+    """Whether a step is linear in its state, as far as was read."""
+    return record.name.startswith(_OVER_TIME) or record.system == LINEAR_MAP
 
 
 def by_step(identifications: Sequence[Identification], n_steps: int) -> tuple[Identification, ...]:

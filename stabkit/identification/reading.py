@@ -52,11 +52,11 @@ from stabkit.identification.steps.implicit import (
     linear_solve,
     solves_inside,
 )
-from stabkit.identification.steps.iterated_solves import record_of_equation, solved_step
+from stabkit.identification.steps.iterated_solves import held_iteration, record_of_equation, solved_step
 from stabkit.identification.steps.linear_steps import read_linear
 from stabkit.identification.steps.pairs import dense_concatenation, read_several_states
 from stabkit.identification.steps.predicted_steps import with_fed_step, with_predicted_step
-from stabkit.identification.steps.proximal import soft_threshold
+from stabkit.identification.steps.proximal import learned_threshold, soft_threshold
 from stabkit.identification.steps.relaxation import with_linear_part
 from stabkit.identification.steps.retraction import bent_skip, retraction
 from stabkit.identification.steps.sliding_window import sliding_window, window_of_states
@@ -204,6 +204,12 @@ def _without_skip(around: Surroundings, found: Slots, links: Sequence[Link], ste
     streams = mixed_streams(around.flow, steps[0], steps[-1] + 1, whole)
     if streams is not None:
         return _of_streams(streams, steps)
+    threshold = learned_threshold(around.flow, steps, links)
+    if threshold is not None:
+        return threshold
+    iterated = held_iteration(around, found, steps)
+    if iterated is not None:
+        return iterated
     retracted = retraction(links, steps)
     if retracted is not None:
         return retracted

@@ -4,5 +4,6 @@ from __future__ import annotations
 
 from stabkit.report.report import Report
 from stabkit.report.schema import Exponents, StepReport
+from stabkit.report.training import TrainingReport
 
-__all__ = ["Exponents", "Report", "StepReport"]
+__all__ = ["Exponents", "Report", "StepReport", "TrainingReport"]

@@ -10,6 +10,7 @@ from stabkit.diagnosis import VERDICTS, Finding, factor
 from stabkit.errors import ArgumentError
 from stabkit.report.formats import figures, percent, printable, room, shapes, signed
 from stabkit.report.shown import shown
+from stabkit.report.training import TrainingReport
 from stabkit.results import Result
 
 SCHEMA = "stabkit.report/1"
@@ -265,6 +266,7 @@ class ReportFields(Result):
             the answer in a sentence.
         rate_law: how growth depends on depth: the law chosen and the evidence for it.
         lyapunov: Lyapunov exponents over the flow; None where they were not computed.
+        training: whether the coming updates of an optimizer are stable; None where none was given.
         output_gradient_norm: geometric mean over samples of the gradient norm behind the last step.
         output_gradient_norm_interval: its confidence interval over samples.
         output_state_norm: geometric mean over samples of the norm of the last state.
@@ -297,6 +299,7 @@ class ReportFields(Result):
     explained: Mapping[str, Any] = field(default_factory=dict)
     rate_law: Mapping[str, Any] = field(default_factory=dict)
     lyapunov: Exponents | None = None
+    training: TrainingReport | None = None
     output_gradient_norm: float | None = None
     output_gradient_norm_interval: tuple[float, float] | None = None
     output_state_norm: float | None = None

@@ -81,6 +81,22 @@ def reason(report: ReportFields) -> list[str]:
     return [str(report.explained["why"])] if report.explained.get("why") else []
 
 
+def training(report: ReportFields) -> list[str]:
+    """What is told of an optimizer's updates, a line each; none where there was no optimizer."""
+    if report.training is None:
+        return []
+    told = facts(report.training)
+    width = max(len(title) for title, _, _ in told)
+    lines = [f"  {title:{width}}  {text}{f' ({aside})' if aside else ''}" for title, text, aside in told]
+    return ["Coming updates:", *lines, *(f"  {note}" for note in report.training.notes)]
+
+
+def facts(record: Any) -> list[tuple[str, str, str]]:
+    """What is told of one record: title, value and small print of every field that has something to show."""
+    told = ((how.title, how.text(record), how.aside(record)) for how in shown_fields(record).values() if how.title)
+    return [fact for fact in told if fact[1]]
+
+
 def origin(report: ReportFields) -> str:
     """How the numbers were obtained, in a line."""
     return (
@@ -103,7 +119,14 @@ def plain(report: ReportFields, width: int = 100) -> str:
     words = {place for place, column in enumerate(chosen) if column.is_text}
     table = tables.aligned(rows, words, GAP)
     head = [f"{report.model}: {report.verdict.upper()}", report.summary, *reason(report), origin(report), ""]
-    tail = ["", total(report), *(finding_line(finding) for finding in report.findings), *report.notes]
+    updates = training(report)
+    tail = [
+        "",
+        total(report),
+        *([*updates, ""] if updates else []),
+        *(finding_line(finding) for finding in report.findings),
+        *report.notes,
+    ]
     return printable("\n".join([*head, *table, *tail]))
 
 

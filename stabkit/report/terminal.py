@@ -19,6 +19,7 @@ from stabkit.diagnosis.kinds import Tone
 from stabkit.report import tables
 from stabkit.report.formats import printable, steps_named
 from stabkit.report.schema import ReportFields
+from stabkit.report.training import TrainingReport
 
 _COLORS: dict[Tone, str] = {
     "good": "green",
@@ -58,6 +59,8 @@ def details(report: ReportFields, width: int) -> RenderableType:
         Padding(steps(report, width), (1, 0)),
         plain_text(tables.total(report)),
     ]
+    if report.training is not None:
+        parts.append(Padding(_updates(report.training), (1, 0, 0, 0)))
     parts += [plain_text(f"Note: {note}", "dim") for note in notes(report)]
     parts += [plain_text(line, "dim") for line in tables.legend(report)]
     return Group(*parts)
@@ -77,6 +80,17 @@ def steps(report: ReportFields, width: int) -> Table:
             cells[[column.title for column in chosen].index("growth")].stylize("red")
         table.add_row(*cells, style=style)
     return table
+
+
+def _updates(training: TrainingReport) -> RenderableType:
+    """What is told of an optimizer's updates, and what could not be had."""
+    table = Table.grid(padding=(0, 2, 0, 0))
+    table.add_column(no_wrap=True)
+    table.add_column()
+    for title, text, aside in tables.facts(training):
+        table.add_row(title, Text.assemble(plain_text(text), plain_text(f" ({aside})" if aside else "", "dim")))
+    notes = [plain_text(note, "dim") for note in training.notes]
+    return Group(Text("Coming updates:"), Padding(Group(table, *notes), (0, 0, 0, 2)))
 
 
 def _finding(finding: Finding) -> RenderableType:

@@ -52,6 +52,10 @@ class State(FlatState):
             raise TraceError(f"state {self.index} holds a value that no operation consumed: {missing[0].node.name()}")
         return tuple(self._data[value] for value in self.values)
 
+    def tensor_of(self, value: Value) -> Tensor | None:
+        """One of its values, detached; None where that is none of them, or no operation consumed it."""
+        return self._data.get(value) if value in self.values else None
+
     @property
     def space(self) -> Space:
         """Flat coordinates of the state."""

@@ -536,3 +536,25 @@ def temperature() -> Subject:
         return -(log_alpha[0] * (log_p.detach() + 2)).mean() + F.mse_loss(mean, AGE) + F.cross_entropy(kind, KIND)
 
     return MultiTask(0.0), drawn(32, 12), loss
+
+
+class Pixels(nn.Module):
+    """A flow whose scales lie between zero and one, as Glow has them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.nets = nn.ModuleList(mlp(8, 32, 16) for _ in range(4))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        log_det = x.new_zeros(len(x))
+        for net in self.nets:
+            a, b = x.chunk(2, 1)
+            s, t = net(a).chunk(2, 1)
+            s = torch.sigmoid(s + 2)
+            x, log_det = torch.cat([(b + t) * s, a], 1), log_det + s.log().sum(1)
+        return x, log_det
+
+
+@in_table(HEALTHY, "a flow of pixels")
+def pixels() -> Subject:
+    return Pixels(), drawn(40, 16).sigmoid() / 2, lambda o: (-Normal(0.0, 1.0).log_prob(o[0]).sum(1) - o[1]).mean()

@@ -98,14 +98,14 @@ class Residual(nn.Module):
 
     def forward(self, t: Tensor) -> Tensor:
         t = t.clone().requires_grad_()
-        u = self.net(t / self.inside - (self.inside > 1))
+        u = self.net(t / self.inside - float(self.inside > 1))
         (slope,) = torch.autograd.grad(u.sum(), t, create_graph=True)
         return torch.cat([slope + 0.1 * u, u[:1] - 1])
 
 
 @pytest.mark.parametrize("start", [0.0, 1980.0])
 def test_inputs_of_which_derivatives_are_taken_are_scaled_inside_of_the_network(start):
-    times = torch.linspace(start, start + 100, 64)[:, None]
+    times = torch.linspace(start, start + 1000, 64)[:, None]
     told = [f for f in said(Residual(), times).findings if "input_size" in f.numbers]
     assert len(told) == 1
     assert "inside of the network, in front of its first layer" in told[0].remedy

@@ -519,7 +519,7 @@ ROWS = (
     Paper(
         "APPNP",
         Repeated(APPNP, lambda: torch.randn(6, D), 1, batch_dim=None),
-        r"damped|restart|plain|linear (skip|recurrence)",
+        r"damped|restart|plain|linear skip",
         which=-1,
     ),
     Paper("IMEXnet", Repeated(IMEXNet, images), r"semi-implicit|IMEX"),

@@ -25,6 +25,17 @@ class Net(nn.Module):
         return self.b(nn.functional.silu(self.a(x) + self.time(t)))
 
 
+class Beside(nn.Module):
+    """A network whose time is put beside the state."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(WIDTH + 1, 16), nn.SiLU(), nn.Linear(16, WIDTH))
+
+    def forward(self, x: Tensor, t: Any) -> Tensor:
+        return self.net(torch.cat([x, torch.full_like(x[:, :1], float(t))], 1))
+
+
 class Preconditioned(nn.Module):
     """The denoiser of Karras et al. 2022, with its own skip."""
 

@@ -211,3 +211,87 @@ def test_states_that_are_rotated_into_each_other_are_not_damped_each():
     found = middle(rule)
     assert (found.name, found.evidence, found.skip) == ("unnamed", "measured", None)
     assert found.system == "a system of 2 states"
+
+
+def projected_position(m, x, v):
+    v = 0.8 * v + m.f(m.norm(x))
+    return m.norm(x + 0.5 * v), v
+
+
+def momentum_and_residual(m, x, v):
+    v = 0.8 * v + m.f(m.norm(x))
+    x = x + 0.5 * v
+    return x + m.g(m.norm(x)), v
+
+
+@pytest.mark.parametrize(
+    ("rule", "name"),
+    [
+        (projected_position, "momentum (beta = 0.8), position normalised"),
+        (momentum_and_residual, "Lie splitting (momentum (beta = 0.8); 1 Euler step of the position)"),
+    ],
+)
+def test_a_position_that_is_normalised_or_moves_further_by_itself(rule, name):
+    found = middle(rule)
+    assert (found.name, found.evidence) == (name, "proven")
+
+
+def test_a_residual_that_reads_the_velocity_is_no_step_of_the_position_alone():
+    def rule(m, x, v):
+        v = 0.8 * v + m.f(m.norm(x))
+        x = x + 0.5 * v
+        return x + m.g(m.norm(x + v)), v
+
+    assert "momentum" not in middle(rule).name
+
+
+class Filters(nn.Module):
+    """Two filters over time; the second one takes the first for its input, which does not read it."""
+
+    def __init__(self, back):
+        super().__init__()
+        torch.manual_seed(0)
+        self.decay, self.first, self.last, self.back = nn.Parameter(torch.rand(2, 6)), nn.Linear(3, 6), mlp(6), back
+
+    def forward(self, x):
+        a = b = x.new_zeros(len(x), 6)
+        told = []
+        for t in range(x.shape[1]):
+            force = self.first(x[:, t])
+            a = self.decay[0] * a + (force + self.last(b) if self.back else force)
+            b = self.decay[1] * b + a
+            told.append(torch.tanh(b))
+        return torch.stack(told, 1)
+
+
+@pytest.mark.parametrize("back", [False, True])
+def test_a_velocity_answers_to_the_position(back):
+    found = identify(trace(Filters(back).double(), torch.randn(3, 7, 3).double()))
+    assert any("momentum" in record.name for record in found) == back
+
+
+@pytest.mark.parametrize(
+    ("damping", "name"), [(0.0, "symplectic Euler (linear oscillator)"), (1.0, "linear oscillator (")]
+)
+def test_oscillators_over_time_whose_entries_have_numbers_of_their_own(damping, name):
+    class Oscillators(nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.A, self.dt, self.B = (
+                nn.Parameter(torch.rand(6)),
+                nn.Parameter(torch.rand(6) / 2 + 0.1),
+                nn.Linear(3, 6),
+            )
+
+        def forward(self, u):
+            x = z = u.new_zeros(len(u), 6)
+            told = []
+            for t in range(u.shape[1]):
+                z = (z + self.dt * (self.B(u[:, t]) - self.A * x)) / (1 + damping * self.dt * self.A.detach() ** 2)
+                x = x + self.dt * z
+                told.append(torch.tanh(x))
+            return torch.stack(told, 1)
+
+    found = identify(trace(Oscillators().double(), torch.randn(3, 7, 3).double()))
+    assert sum(record.name.startswith(name) for record in found) >= 3

@@ -81,3 +81,30 @@ def read(order: str) -> tuple[Identification, ...]:
 )
 def test_a_division_between_transforms_is_a_linear_solve(order: str, name: str, evidence: str):
     assert [(r.name, r.evidence) for r in read(order)] == [(name, evidence)] * 4
+
+
+def test_rounds_that_denoise_and_solve_in_fourier_space():
+    class Splitting(nn.Module):
+        """Zhang et al. 2017 (half-quadratic splitting): a denoiser, then a division by |k|^2 + mu in Fourier space."""
+
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            kernel = torch.zeros(8, 8, dtype=torch.float64)
+            kernel[:2, :2] = 0.25
+            self.register_buffer("kernel", torch.fft.fft2(kernel))
+            self.denoisers = nn.ModuleList(
+                nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), nn.ReLU(), nn.Conv2d(4, 1, 3, padding=1)) for _ in range(4)
+            )
+
+        def forward(self, y):
+            x, data = y, self.kernel.conj() * torch.fft.fft2(y)
+            for k, denoiser in enumerate(self.denoisers):
+                mu = 0.1 * (k + 1)
+                z = torch.fft.fft2(x - denoiser(x))
+                x = torch.fft.ifft2((data + mu * z) / (self.kernel.abs() ** 2 + mu)).real
+            return x
+
+    found = identify(trace(Splitting().double(), torch.randn(2, 1, 8, 8).double()))
+    told = {r.name.split(" (")[0] for r in found if r.name not in ("fork", "transition", "plain")}
+    assert told <= {"semi-implicit", "not a step"}  # a state that is a spectrum is no state of the same space

@@ -148,3 +148,46 @@ def test_arguments_of_the_jacobian_hide_no_equation():
     model = nn.Sequential(*[NewtonMidpoint()] * 3).double()
     found = identify(trace(model, torch.randn(3, 6, dtype=torch.float64)), checks=False)
     assert [record.name for record in found] == ["implicit_midpoint"] * 3
+
+
+class Rounds(nn.Module):
+    """Rounds that are steps of their own: no module holds all of them."""
+
+    def __init__(self, rule, tied=True):
+        super().__init__()
+        torch.manual_seed(0)
+        self.f = nn.ModuleList(
+            nn.Sequential(nn.Linear(6, 8), nn.ELU(), nn.Linear(8, 6)) for _ in range(1 if tied else 7)
+        )
+        self.rule = rule
+
+    def forward(self, y):
+        z = y
+        for k in range(7):
+            z = self.rule(self.f[k % len(self.f)], y, z)
+        return z
+
+
+@pytest.mark.parametrize(
+    ("rule", "system"),
+    [(lambda f, y, z: y - f(z), "z = y - f(z)"), (lambda f, y, z: y + 0.3 * f(z), "z = y + 0.3 f(z)")],
+)
+def test_rounds_of_a_fixed_point_iteration_that_are_cut(rule, system):
+    found = identify(trace(Rounds(rule).double(), torch.randn(4, 6).double()))
+    assert {(r.name, r.evidence) for r in found[1:]} == {("plain (fixed-point iteration)", "proven")}
+    assert all(r.system.startswith(system) for r in found[1:])
+
+
+@pytest.mark.parametrize(
+    ("rule", "tied"),
+    [
+        (lambda f, y, z: y + f(z), False),
+        (lambda f, y, z: z + f(z), True),
+        (lambda f, y, z: f(z + y), True),
+        (lambda f, y, z: 0.5 * y + f(z), True),
+        (lambda f, y, z: z + f(z) + y, True),
+    ],
+)
+def test_rounds_of_other_maps_are_no_fixed_point_iteration(rule, tied):
+    found = identify(trace(Rounds(rule, tied).double(), torch.randn(4, 6).double()))
+    assert not any("fixed-point" in r.name for r in found)

@@ -40,7 +40,7 @@ def test_a_round_is_the_step_whatever_is_added_to_the_field(step: Callable[..., 
 
 
 @pytest.mark.parametrize("noise", [0.0, 0.1])
-@pytest.mark.parametrize("net", [s.Net, s.Preconditioned])
+@pytest.mark.parametrize("net", [s.Net, s.Beside, s.Preconditioned])
 def test_the_heun_steps_of_edm(net: Callable[[], nn.Module], noise: float):
     found = read(s.Loop(lambda m, x, i: s.edm_heun(m, x, i, noise), net))
     t = s.sigmas(5)

@@ -248,3 +248,38 @@ def test_shears_by_linear_maps_are_couplings_whatever_is_joined_between(count, a
     torch.manual_seed(0)
     model = nn.Sequential(*(LinearShears(count, activation) for _ in range(4)))
     assert {r.name for r in identify(trace(model, torch.randn(3, 6)), checks=False)} == {name}
+
+
+class Damped(nn.Module):
+    """A position and a velocity with friction; ``force``, ``drift`` multiply the field and the velocity."""
+
+    def __init__(self, force, drift, kept, shared=True):
+        super().__init__()
+        torch.manual_seed(0)
+        self.K, self.numbers = nn.Parameter(torch.randn(8, 4)), (force, drift, kept)
+
+    def forward(self, q):
+        force, drift, kept = self.numbers
+        p = torch.zeros_like(q)
+        for _ in range(5):
+            p = kept * p - force * (torch.tanh(q @ self.K.T) @ self.K)
+            q = q + drift * p
+        return q
+
+
+@pytest.mark.parametrize(
+    ("force", "drift", "kept", "name", "h"),
+    [
+        (0.1, 0.1, 0.97, "damped symplectic Euler (position, velocity), friction 0.3", 0.1),
+        (0.2, 0.2, 0.9, "damped symplectic Euler (position, velocity), friction 0.5", 0.2),
+        (0.1, 0.1, 0.9, "momentum (gamma = 0.9)", 0.01),
+        (1.0, 1.0, 0.9, "momentum (gamma = 0.9)", 1.0),
+        (1.0, 0.1, 0.9, "momentum (gamma = 0.9)", 0.1),
+        (0.1, 1.0, 0.9, "momentum (gamma = 0.9)", 0.1),
+    ],
+)
+def test_friction_and_momentum_are_told_by_their_numbers(force, drift, kept, name, h):
+    flow = trace(Damped(force, drift, kept).double(), torch.randn(3, 4).double())
+    found = [r for r in identify(flow) if r.name not in ("fork", "join", "transition")]
+    assert {r.name for r in found} == {name}
+    assert [r.step_size for r in found] == pytest.approx([h] * len(found))

@@ -43,7 +43,7 @@ def given_to_matrices(call: ForwardPass) -> list[Given]:
     """What every matrix is given that no trained parameter comes before, and that is none of the inputs as they are."""
     plain = [t for _, t in named_tensors([list(call.inputs), call.kwargs]) if t.is_floating_point()]
     found = []
-    for path, rows in _rows(call).items():
+    for path, rows in rows_given(call).items():
         features = features_along(path, rows, 1)
         same = any(t.numel() == rows.numel() and bool((_sorted(t) == _sorted(rows)).all()) for t in plain)
         if features is not None and not same:
@@ -77,13 +77,13 @@ def inputs_behind(call: ForwardPass, place: Given, feature: int) -> list[tuple[s
     varying = [(name, t) for name, t in named if t.dim() > 0 and len(t) > 1 and bool((t != t[:1]).any())]
     found = []
     for name, tensor in varying[:_MOST_INPUTS]:
-        rows = _rows(changed(call, lambda t, one=tensor: t.roll(1, 0) if t is one else t)).get(place.path)  # type: ignore[misc]
+        rows = rows_given(changed(call, lambda t, one=tensor: t.roll(1, 0) if t is one else t)).get(place.path)  # type: ignore[misc]
         if rows is not None and rows.shape == place.rows.shape and bool((rows != place.rows)[:, feature].any()):
             found.append((name, tensor))
     return found
 
 
-def _rows(call: ForwardPass) -> dict[str, Tensor]:
+def rows_given(call: ForwardPass) -> dict[str, Tensor]:
     """By path what matrices are given that carries no gradient where the parameters do."""
     kept: dict[str, list[Tensor]] = {}
     trained: set[str] = set()

@@ -352,7 +352,8 @@ def _judged(
 
     As much lower counts as well, where a number of ``times`` is given: a batch is learnt by heart from one token too.
     """
-    steps = _STEPS if sum(p.numel() for p in call.module.parameters()) <= _SMALL else _STEPS // 5
+    small = sum(p.numel() for p in call.module.parameters()) <= _SMALL
+    steps = _STEPS if small and times > 0 else _STEPS // 5  # a direction that is lost is seldom of matter
     rates = [adam(rate) for rate in RATES]
     plain, treated = (
         left_after(call, loss, rates, steps=steps),
@@ -367,7 +368,7 @@ def _judged(
             f"; {steps} steps of Adam take the loss from {first:.3g} to {plain * first:.3g} as it is, to "
             f"{treated * first:.3g} reading {where}"
         )
-    if not better:
+    if not better and times > 0:
         ones, others = learnt(call, loss, steps), learnt(call, loss, steps, within=within)
         if ones is not None and others is not None and others.beats(ones):
             better = True

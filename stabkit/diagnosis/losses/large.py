@@ -13,6 +13,7 @@ from typing import Any
 
 from stabkit.diagnosis.finding import Finding, serious
 from stabkit.diagnosis.losses.faults import LOSS
+from stabkit.diagnosis.losses.signs import signs_of
 from stabkit.diagnosis.remedies.applying import carried_out
 from stabkit.diagnosis.remedies.computed import Remedy
 from stabkit.diagnosis.remedies.outer_causes import outer_causes, smaller_weights
@@ -51,7 +52,7 @@ def with_large_loss(flow: FlowLike, found: Diagnosis, suspects: Sequence[Finding
         return found
     if with_norms_of_evaluation(flow.model):
         return found  # which divide by running statistics, and in training by the size of what comes
-    tries = [*outer_causes(flow, found.measurement), *smaller_weights(found.measurement)]
+    tries = [*_of_errors(flow, loss, outer_causes(flow, found.measurement)), *smaller_weights(found.measurement)]
     plain = short_training(flow, loss) if tries else None
     if plain is None or not math.isfinite(plain.first):
         return found
@@ -84,6 +85,22 @@ def with_large_loss(flow: FlowLike, found: Diagnosis, suspects: Sequence[Finding
         )
     kept = [follows(f, finding) if any(f is g for g in gone) else f for f in found.findings]
     return replace(found, findings=(finding, *(f for f in ordered(kept) if not _is_of(f, stretch))))
+
+
+def _of_errors(flow: Flow, loss: Any, remedies: Sequence[Remedy]) -> list[Remedy]:
+    """Remedies but for changes of sums in the code where a loss may lie below zero: of likelihoods they are terms.
+
+    The log-determinant of a flow over its size is another loss, and begins elsewhere whatever is learnt.
+    """
+    if any(_is_of_code(remedy) for remedy in remedies):
+        scalar = training_pass(flow.forward_pass, loss, differentiate=False).loss
+        if scalar is None or not signs_of(scalar.grad_fn).positive:
+            return [remedy for remedy in remedies if not _is_of_code(remedy)]
+    return list(remedies)
+
+
+def _is_of_code(remedy: Remedy) -> bool:
+    return not remedy.actions and remedy.data is None
 
 
 def _is_of(finding: Finding, stretch: Finding | None) -> bool:

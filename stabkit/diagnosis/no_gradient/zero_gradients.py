@@ -22,7 +22,7 @@ from stabkit.diagnosis.no_gradient.closed_operations import any_entry, closed_fi
 from stabkit.diagnosis.no_gradient.lost_parameters import role_of
 from stabkit.diagnosis.remedies import computed as remedies
 from stabkit.diagnosis.remedies.applying import carried_out
-from stabkit.diagnosis.remedies.short_training import STEPS, ShortTraining, falls, short_training, worse
+from stabkit.diagnosis.remedies.short_training import STEPS, ShortTraining, clearly_better, falls, short_training, worse
 from stabkit.errors import StabkitError
 from stabkit.tracing import Flow
 from stabkit.tracing.derivatives.lost_gradient import listed
@@ -250,6 +250,10 @@ def _of_zero_factors(
         after = _stuck(call, loss, done, [*actions, *drawn]) if members else None
         if after is not None and len(left & after) < len(left):
             left, actions = left & after, [*actions, *drawn]
+    if left and (drawn := _all_matrices(done, empty)):  # all were started at zero, so that no kind of them is enough
+        after = _stuck(call, loss, done, drawn)
+        if after is not None and len(frozenset(stuck) & after) < len(left):
+            left, actions = frozenset(stuck) & after, drawn
     freed = tuple(path for path in stuck if path not in left)
     if not freed:
         return []
@@ -257,6 +261,9 @@ def _of_zero_factors(
     both = tuple(path for path in freed if path in empty)
     kept = tuple(path for path in both if path not in named)
     plain, treated = short_training(flow, loss), short_training(flow, loss, actions)
+    vectors = all(done.parameters[path].dim() < 2 for path in named)
+    if vectors and plain is not None and treated is not None and not clearly_better(treated, plain):
+        return []  # biases of zero are how layers are made: what holds them is another, as a layer that is dead
     # a bias between two norms of a small batch has no gradient either, and the model trains without it
     few = _share(done, freed) < _FEW and all(done.parameters[path].dim() < 2 for path in freed)
     harmless = worse(treated, plain) or (few and plain is not None and falls(plain))
@@ -284,6 +291,11 @@ def _of_zero_factors(
             actions=() if harmless else tuple(actions),
         )
     ]
+
+
+def _all_matrices(done: TrainingPass, empty: Sequence[str]) -> list[Action]:
+    matrices = [path for path in empty if done.parameters[path].dim() > 1]
+    return [remedies.redraw(path, _usual(done.parameters[path])) for path in matrices]
 
 
 def _usual(parameter: Tensor) -> float:

@@ -28,10 +28,9 @@ from stabkit.diagnosis.over_time.profile import FEWEST, TimeProfile, logs_of
 from stabkit.diagnosis.over_time.scans import WrittenOut
 from stabkit.diagnosis.remedies import computed as remedies
 from stabkit.diagnosis.remedies.applying import carried_out
-from stabkit.diagnosis.remedies.best_constant import left_by_a_constant
 from stabkit.diagnosis.remedies.computed import Remedy
+from stabkit.diagnosis.remedies.learning import left_beside_a_constant
 from stabkit.diagnosis.remedies.short_training import STEPS, short_training
-from stabkit.diagnosis.remedies.usual_training import RATES, adam, left_after
 from stabkit.diagnosis.thresholds import Thresholds
 from stabkit.diagnosis.verdict import factor
 from stabkit.errors import StabkitError
@@ -93,17 +92,12 @@ def _of_no_harm(flow: Flow, finding: Finding, loss: Any) -> Finding:
     """A short memory is a fact where the usual optimizers learn from the input all the same, without a longer one."""
     if finding.kind != "vanishing" or not serious(finding) or not callable(loss):
         return finding
-    call = flow.forward_pass
-    done = training_pass(call, loss, differentiate=False)
-    floor = left_by_a_constant(loss, done.output) if done.loss is not None else None
-    if floor is None or done.loss is None or not floor > 0:
-        return finding
-    left = left_after(call, loss, [adam(rate) for rate in RATES])
-    if left is None or not left * float(done.loss.detach()) < _LEARNS * floor:
+    left = left_beside_a_constant(flow.forward_pass, loss)
+    if left is None or not left < _LEARNS:
         return finding
     evidence = (
-        f"{finding.evidence}; {STEPS} steps of Adam as it is leave {left * float(done.loss.detach()) / floor:.1%} of "
-        "what the best constant output leaves of the loss: what these samples ask for does not lie that far back"
+        f"{finding.evidence}; {STEPS} steps of Adam as it is leave {left:.1%} of what the best constant output leaves "
+        "of the loss: what these samples ask for does not lie that far back"
     )
     remedy = f"none is needed for these samples; for a longer memory, {finding.remedy}"
     return replace(finding, severity="info", evidence=evidence, remedy=remedy, actions=())

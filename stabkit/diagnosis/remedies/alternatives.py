@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 from torch import nn
 
@@ -21,6 +22,7 @@ from stabkit.vocabulary import activation_of
 
 _BY_INPUT = ("saturated", "dead", "exploding", "vanishing")
 _LARGE = math.log(5.0)  # size of the entries of an input from which it is no unit scale, nats
+_BY_CHANCE = 0.05  # of all draws that leave a layer dead, from which the width is a cause: 30 layers of 9 units
 _STRETCH = 3  # steps beyond which a finding is about a stretch
 
 
@@ -36,7 +38,7 @@ def candidates(
     for remedy in [*_unit_input(suspect, measurement, flow), own, *_others(suspect, measurement, flow), *theirs]:
         actions = once(flow.model, remedy.actions)
         if actions and all(actions != known.actions for known in found):
-            found.append(Remedy(remedy.text, actions))
+            found.append(replace(remedy, actions=actions))
     return found
 
 
@@ -56,7 +58,7 @@ def _unit_input(suspect: Finding, measurement: Measurement, flow: FlowLike) -> l
 def _others(suspect: Finding, measurement: Measurement, flow: FlowLike) -> list[Remedy]:
     """Further remedies, of dead layers and of stretches."""
     if suspect.kind == "dead":
-        return [drawn_anew(suspect.steps, measurement), started_anew(measurement)]
+        return [drawn_anew(suspect.steps, measurement), started_anew(measurement), *_smooth(measurement, flow)]
     if suspect.kind == "rank_collapse":
         return _short_skips(suspect, measurement)
     if suspect.kind == "saturated":
@@ -132,6 +134,35 @@ def _unbounded(measurement: Measurement, flow: Flow) -> Remedy | None:
         f"use ReLU in the place of {' and '.join(kinds)} ({len(places)} of them), and draw the weights anew for it (He)"
     )
     return Remedy(text, tuple(actions))
+
+
+def _smooth(measurement: Measurement, flow: FlowLike) -> list[Remedy]:
+    """An activation that dies nowhere for ReLUs of narrow layers, of which whole ones are dead by chance of the draw.
+
+    That of a layer of n units is 2^-n or more (Lu et al., 2019).
+    """
+    if not isinstance(flow, Flow):
+        return []
+    modules = dict(flow.model.named_modules())
+    held = [a for step in measurement.steps for a in step.activities if a.operation == "Relu" and not a.gate]
+    narrow = {a.module_path: a.units for a in held if isinstance(modules.get(a.module_path), nn.ReLU)}
+    alive = math.prod(1.0 - 2.0**-units for units in narrow.values())
+    if len(narrow) < 2 or alive > 1.0 - _BY_CHANCE:
+        return []
+    units = sorted(narrow.values())
+    cause = (
+        f"a layer of n ReLUs is dead for all inputs with a chance of about 2^-n as its weights are drawn: of these "
+        f"{len(narrow)} of {units[0]}{f' to {units[-1]}' if units[-1] > units[0] else ''} units one is so in "
+        f"{1 - alive:.0%} of all draws, and what is behind it is one constant"
+    )
+    matrices = {w.path: w for step in measurement.steps for w in step.weights if w.kind == "matrix"}
+    actions = [remedies.activate(path, "ELU") for path in narrow]
+    actions += [remedies.orthogonalise(path, 1.0) for path in matrices]
+    text = (
+        f"make the layers wider, or use an activation that is flat nowhere, as nn.ELU, in the place of all "
+        f"{len(narrow)} ReLUs, with orthogonal weights; to draw them again may do by luck"
+    )
+    return [Remedy(text, tuple(actions), cause=cause)]
 
 
 def deep_norm(steps: Sequence[StepMeasurement]) -> Remedy | None:

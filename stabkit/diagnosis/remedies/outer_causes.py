@@ -96,6 +96,16 @@ def median(values: Sequence[float]) -> float:
     return sorted(values)[len(values) // 2]
 
 
+def is_unusual(gain: float) -> bool:
+    """Whether a gain, in nats, is beyond those that weights are usually started with.
+
+    Example:
+        >>> is_unusual(0.0), is_unusual(1.0), is_unusual(-3.0)
+        (False, True, True)
+    """
+    return gain > _USUAL or gain < _UNUSUALLY_SMALL
+
+
 def larger_weights(measurement: Measurement) -> list[Remedy]:
     """All matrices drawn anew with the usual size, or those of a kind of layer, where they were started far below it.
 

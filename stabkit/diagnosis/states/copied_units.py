@@ -11,10 +11,12 @@ from stabkit.diagnosis.finding import Finding
 from stabkit.diagnosis.measurement import Measurement, StepMeasurement
 from stabkit.diagnosis.remedies import computed as remedies
 from stabkit.tracing import Flow
+from stabkit.tracing.derivatives.lost_gradient import listed
 from stabkit.tracing.graph.values import entries_are_finite
 from stabkit.tracing.recording.sharding import whole
 
-_LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+_LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, *_TRANSPOSED)
 _FEWEST = 4  # units from which copies are no accident
 _MOST = 0.1  # distinct units, as a share of all, up to which a layer counts as copied
 
@@ -38,13 +40,27 @@ def copied_units_findings(flow: Flow, measurement: Measurement) -> list[Finding]
                 continue
             if parameter.numel() == len(parameter) and parameter.shape != module.weight.shape:
                 continue  # a gain per unit, beside weights that differ
-            count = distinct_units(parameter, module.bias)
-            if count is not None and count <= max(1, _MOST * len(parameter)):
-                found.append((step, weight.path, weight.unit, len(parameter), count))
+            units = parameter.transpose(0, 1) if isinstance(module, _TRANSPOSED) else parameter
+            count = distinct_units(units, module.bias)
+            if count is not None and count <= max(1, _MOST * len(units)):
+                found.append((step, weight.path, weight.unit, len(units), count))
     if not found:
         return []
-    others = {path: unit for _, path, unit, *_ in found[1:]}
+    others = {path: unit for _, path, unit, *_ in found[1:]} | dict.fromkeys(_constant_tables(flow), 1.0)
     return [_finding(*found[0], others=others, steps=[step.index for step, *_ in found])]
+
+
+def _constant_tables(flow: Flow) -> list[str]:
+    """Tables of tokens that were filled with one number, as the layers were: they are drawn anew with these."""
+    found = []
+    for path, module in flow.model.named_modules():
+        if not isinstance(module, nn.Embedding) or module.weight.is_meta or not module.weight.requires_grad:
+            continue
+        table = whole(module.weight).detach()
+        rows = table if module.padding_idx is None else table[torch.arange(len(table)) != module.padding_idx]
+        if rows.numel() > 1 and bool((rows == rows[0, 0]).all()):
+            found.append(f"{path}.weight" if path else "weight")
+    return found
 
 
 def distinct_units(weight: Tensor, bias: Tensor | None) -> int | None:
@@ -73,7 +89,7 @@ def distinct_units(weight: Tensor, bias: Tensor | None) -> int | None:
 def _finding(
     step: StepMeasurement, path: str, unit: float, units: int, count: int, others: dict[str, float], steps: list[int]
 ) -> Finding:
-    also = f"; so are those of {', '.join([*others][:3])}" if others else ""
+    also = f"; so are those of {listed(tuple(others))}" if others else ""
     rms = 1.0 / unit
     what = "all are copies of one" if count == 1 else f"only {count} differ"
     return Finding(
@@ -85,7 +101,7 @@ def _finding(
         evidence=f"of the {units} units of {path} {what}, bias included: they get the same gradient and stay the same "
         f"however long they are trained{also}",
         remedy=f"draw {path} anew, normal with standard deviation {rms:.3g} (1 / sqrt(fan-in))"
-        + (f", and likewise {', '.join([*others][:3])}, each by its own fan-in" if others else ""),
+        + (f", and likewise {listed(tuple(others))}, each by its own fan-in" if others else ""),
         reference="Goodfellow, Bengio and Courville, Deep learning, 2016, section 8.4",
         numbers={"units": float(units), "distinct": float(count), "log_share": math.log(count / units)},
         actions=tuple(remedies.redraw(each, 1.0 / own) for each, own in {path: unit, **others}.items()),

@@ -16,7 +16,7 @@ from torch.autograd.graph import Node
 from stabkit.identification.form.chain import Link
 from stabkit.identification.form.flow_index import Surroundings
 from stabkit.identification.form.normal_form import NormalForm, Stage, fields_called
-from stabkit.identification.form.operations import ADDS, MOVES, SCALES
+from stabkit.identification.form.operations import ADDS, JOINS, MOVES, SCALES
 from stabkit.identification.form.pieces import ADDED, Piece
 from stabkit.identification.form.slots import Slots
 from stabkit.tracing.graph.values import Value, operation, outputs_of
@@ -63,10 +63,13 @@ def continued_fields(form: NormalForm) -> Iterator[frozenset[Node]]:
 
 def _continuation(piece: Piece, stage: Stage) -> list[_Continued]:
     """What follows a stage and reads nothing but its result and its argument, one operation after the other."""
-    arguments = {_root(piece, entry)[0] for entry in stage.entries}
+    roots = [_root(piece, entry) for entry in stage.entries]
+    arguments = {root for root, _ in roots}
     if len(arguments) != 1 or stage.output.output == ADDED:
         return []
     argument = arguments.pop()
+    # a time is put beside the argument before the field: where that is read besides, the field begins at it
+    beside = {node for _, between in roots for node in between if operation(node) in JOINS}
     readers: defaultdict[Value, list[Node]] = defaultdict(list)
     for node in piece.nodes:
         for value in dict.fromkeys(piece.inputs(node)):
@@ -88,7 +91,7 @@ def _continuation(piece: Piece, stage: Stage) -> list[_Continued]:
             break
         value = Value(node, 0)
         added = len(readers[value]) == 1 and operation(readers[value][0]) in ADDS
-        found.append(_Continued(operation(node), frozenset(nodes), operation(node) in SCALES and added))
+        found.append(_Continued(operation(node), frozenset(nodes | beside), operation(node) in SCALES and added))
     return found
 
 

@@ -229,8 +229,8 @@ class LinearCombination:
                 kept = float((came == places).double().mean())
                 # a permutation with a share of fixed places is that multiple of the identity, and this far from it
                 return guess if kept == 1.0 else replace(guess, kind="moved", residual=math.sqrt(1 - kept * kept))
-        w = torch.stack([c.reshape(-1) for c, _ in self._drawn]).double()
-        s = torch.stack([arrived[atom].reshape(-1) for _, arrived in self._drawn]).double().cpu()
+        w = torch.stack([_real(c) for c, _ in self._drawn]).double()
+        s = torch.stack([_real(arrived[atom]) for _, arrived in self._drawn]).double().cpu()
         coefficient = float((w * s).sum() / (w * w).sum())
         residual = float((s - coefficient * w).norm() / w.norm())
         if residual <= _tolerance(self._dtype):
@@ -246,6 +246,11 @@ class LinearCombination:
         sizes = [np.sort(t.abs().numpy(), axis=1) for t in (s, w)]
         moved = float(np.linalg.norm(sizes[0] - sizes[1]) / w.norm()) <= _tolerance(self._dtype)
         return Coefficient("moved" if moved else "mixed", guess.value, guess.low, guess.high, residual)
+
+
+def _real(values: Tensor) -> Tensor:
+    """Entries one after the other, of complex ones their real parts, which numbers multiply alike."""
+    return (values.real if values.is_complex() else values).reshape(-1)
 
 
 def _of_copies(factors: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Coefficient | None:

@@ -222,7 +222,7 @@ class _Fitted:
 
 
 def _stacked(tensors: Sequence[Tensor]) -> Tensor:
-    return torch.stack([t.reshape(-1) for t in tensors]).double().cpu()
+    return torch.stack([(t.real if t.is_complex() else t).reshape(-1) for t in tensors]).double().cpu()
 
 
 def operator_of(piece: Piece, source: Layout, target: Layout) -> str | None:
@@ -374,6 +374,8 @@ def _dense(fitted: _Fitted, at: Value, source: Layout, target: Layout, behind: i
     try:
         columns = layout.columns(torch.stack(rows).movedim(0, -1), meta_of(end).shape)
     except RuntimeError:  # another shape, whose samples are not told
+        return None
+    if columns.shape[-1] != columns.shape[-2]:  # real entries on one side, complex ones on the other
         return None
     return np.asarray(columns.detach().double().cpu().numpy(), dtype=np.complex128)
 

@@ -13,6 +13,7 @@ from stabkit.identification.names.multistep import leapfrog, name_multistep, wit
 from stabkit.identification.names.single import CLOSE, Name, name_one_state, without_parallel
 from stabkit.identification.steps.predictor_correctors import predictor_corrector
 
+LINEAR_MAP = "none: a linear map of several states, and no field"
 HAMILTONIAN = "symplectic Euler (Hamiltonian)"  # a reversible step whose fields are gradients
 
 
@@ -28,7 +29,7 @@ def name_several_states(found: Blocks, *, symmetric: bool | None, gated: bool) -
     r = len(found.V)
     one = "h = 1: only the product h f can be seen"
     if not found.fields:
-        return Name("unnamed", "none: a linear map of several states, and no field", 1.0, one)
+        return Name("unnamed", LINEAR_MAP, 1.0, one)
     if found.n_fields == 1 and len(found.rows) == 1 and r == 2:
         name = _two_state_one_stage(found, history=not _has_velocity(found)) or _second_order(found)
         if name is not None:
@@ -142,12 +143,33 @@ def _two_state_one_stage(found: Blocks, *, history: bool) -> Name | None:
         return Name(f"two-step (LM-ResNet, k = {-d0:.3g})", f"(1 + k) x' + (1 - k)/2 h x'' = f(x){ball}", c, declared)
     if abs(t0 - 1) <= CLOSE and abs(d0) <= CLOSE:
         return Name("momentum (gamma = 0)", "x' = f(x), forward Euler beside a state that takes no part", c, declared)
+    dt = None if history else _time_step(found)
+    if dt is not None and abs(t0 - 1 - d0) <= CLOSE and 0 < d0 < 1:
+        name = f"damped symplectic Euler (position, velocity), friction {(1 - d0) / dt:.3g}"
+        return Name(name, "x'' = f(x) - g x'", dt, "h: what multiplies both the force and the velocity", 2)
     if abs(t0 - 1 - d0) <= CLOSE and 0 < d0 < 1:
         return Name(f"momentum (gamma = {d0:.3g})", "eps x'' + x' = f(x), eps = 1/(1 - gamma)", c, declared)
     if not history and abs(t0 - 1 - d0) <= CLOSE and -1 < d0 < 0:  # v' = v + 2 eta (f - v), at the middle of the step
         eta = (1 - d0) / 2
         system = "x' = f(x), v' = v + 2 eta (f(x) - v) at the middle of the step"
         return Name(f"asynchronous leapfrog (ALF, eta = {eta:.3g})", system, c / (2 * eta), declared)
+    return None
+
+
+def _time_step(found: Blocks) -> float | None:
+    """The number h before the force and the new velocity alike: v' = a v + h f(x), x' = x + h v', cut at either place.
+
+    Not one: then only products can be seen. And not 1 - a, by which a mean over the last values of a field is kept.
+    """
+    V, B, U = found.V, found.B[:, 0], found.U[0]
+    for x, v in ((0, 1), (1, 0)):
+        h, a = abs(float(B[v])), float(V[v, v])
+        if not h or V[v, x] or abs(V[x, x] - 1) > CLOSE or abs(h - 1) <= CLOSE or abs(h - (1 - a)) <= CLOSE:
+            continue
+        kick_first = abs(V[x, v] - h * a) <= CLOSE * h and abs(abs(B[x]) - h * h) <= CLOSE * h and not U[v]
+        drift_first = abs(V[x, v] - h) <= CLOSE * h and not B[x] and abs(U[v] - h * U[x]) <= CLOSE * h
+        if kick_first or drift_first:
+            return h
     return None
 
 

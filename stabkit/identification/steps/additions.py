@@ -52,7 +52,8 @@ def notes_of_sums(around: Surroundings, sums: Sequence[NormalForm], table: Block
             notes.append(f"every channel has a step of its own (LayerScale), {c.low:.3g} to {c.high:.3g}")
         if c.kind == "part":
             notes.append("the branch is added to some entries only")
-        if c.kind == "scalar" and c.value < 0 and len(coefficients) == 1:
+        h_is_negative = table.shared and table.n_fields == 1  # then the sum of the weights is h
+        if c.kind == "scalar" and c.value < 0 and len(coefficients) == 1 and not h_is_negative:
             notes.append("the branch is subtracted: f is minus what the code calls so")
         if c.kind == "dropout":
             notes.append("dropout after the branch counts as part of it")

@@ -7,7 +7,7 @@ of the whole system at once; new values, in the order in which they are made, a 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from stabkit.identification.evidence.reproduction import confirmed
@@ -55,6 +55,11 @@ class _Stream:
     old: tuple[int, ...]
     new: tuple[int, ...]
     passed: tuple[Value, ...]
+
+    @property
+    def values(self) -> set[Value]:
+        """The old value, the new one, and what lies on the way."""
+        return {self.links[0].form.sources[0], *self.passed, self.links[-1].form.targets[0]}
 
     @property
     def is_sum(self) -> bool:
@@ -237,18 +242,19 @@ def _momentum(streams: Sequence[_Stream]) -> str | None:
     for position, velocity in itertools.permutations(range(len(streams)), 2):
         x, v = streams[position], streams[velocity]
         sums = [link.form for link in v.links if link.kind == "sum"]
-        if len(streams) > 2 or not x.name.startswith("running sum") or not v.name.startswith(_DRIVEN):
+        added = [link.form for link in x.links if link.kind == "sum"]
+        moves, own = [f for f in added if not f.stages], [f for f in added if f.stages]
+        if len(streams) > 2 or not v.name.startswith(_DRIVEN) or not x.name.startswith((*_DRIVEN, "Lie splitting")):
             continue
-        moves = [link.form for link in x.links if link.kind == "sum"]
         in_turn = not x.old or (not x.new and not v.old)  # where a round is cut, in the one order or in the other
-        if not moves or len(moves) != len(sums) or not in_turn or any(form.stages for form in moves):
+        if not moves or len(moves) != len(sums) or not in_turn or not all(map(_is_apart, own)):
             continue  # it moves by something else than the new velocity alone
         kept, stays = _kept(v.links), _kept(x.links)
         if kept is None or stays is None:
             continue
         # a field that is linear in the position, M k, is no stage
         linear = position in (*v.old, *v.new) and not any(form.stages for form in sums)
-        ahead = [0.0] if linear else [_ahead(form) for form in sums]
+        ahead = [0.0] if linear else [_ahead(form, x.values) for form in sums]
         if None in ahead:
             continue
         numbers = [f"beta = {_listed(kept)}"]
@@ -257,8 +263,17 @@ def _momentum(streams: Sequence[_Stream]) -> str | None:
         if any(abs(a.value - 1) > _SAME for a in stays):
             numbers.append(f"the position kept with {_listed(stays)}")
         rule = "Nesterov momentum" if all(ahead) else "momentum"
-        return f"{rule} ({', '.join(numbers)})" + ", velocity normalised" * v.name.startswith("projected")
+        ends = (("velocity", v), ("position", x))
+        normed = "".join(f", {what} normalised" for what, one in ends if one.name.startswith("projected"))
+        told = f"{rule} ({', '.join(numbers)}){normed}"
+        return f"Lie splitting ({told}; {len(own)} Euler step{'s' * (len(own) > 1)} of the position)" if own else told
     return None
+
+
+def _is_apart(form: NormalForm) -> bool:
+    """Whether an addition has a field of its own state alone: nothing that is held fixed takes part."""
+    read = {v for node in form.piece.nodes for v in form.piece.inputs(node)}
+    return read.isdisjoint(form.piece.contexts)
 
 
 @dataclass(frozen=True)
@@ -289,16 +304,17 @@ def _kept(links: Sequence[Link]) -> list[_Kept] | None:
     return found
 
 
-def _ahead(form: NormalForm) -> float | None:
+def _ahead(form: NormalForm, position: Collection[Value]) -> float | None:
     """The number of velocities that are added to the position where the field is evaluated; None if that is no such."""
     v = form.sources[0]
     found: list[float] = []
-    for stage in form.stages:
-        for terms in stage.inputs:
-            held = [c.value for a, c in terms.items() if a in form.piece.contexts]
-            if len(held) != 1 or not held[0] or terms.keys() - {v} - form.piece.ends:
-                return None
-            found.append(terms[v].value / held[0] if v in terms else 0.0)
+    for terms in (terms for stage in form.stages for terms in stage.inputs):
+        held = [c.value for a, c in terms.items() if a in position]
+        if not held and form.piece.contexts and set(terms) <= set(form.piece.contexts):
+            continue  # an input from outside
+        if len(held) != 1 or not held[0] or terms.keys() - {v} - form.piece.ends:
+            return None
+        found.append(terms[v].value / held[0] if v in terms else 0.0)
     return found[0] if found and max(found) - min(found) <= _SAME else None
 
 

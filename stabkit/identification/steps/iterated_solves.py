@@ -13,11 +13,14 @@ from dataclasses import dataclass
 from torch import Tensor
 from torch.autograd.graph import Node
 
+from stabkit.identification.form.coefficients import Coefficient
+from stabkit.identification.form.flow_index import Surroundings
 from stabkit.identification.form.normal_form import NormalForm, Stage, normal_form
 from stabkit.identification.form.operations import ADDS, PRODUCTS
 from stabkit.identification.form.pieces import Piece, pull
-from stabkit.identification.names.single import theta_method
-from stabkit.identification.record import Identification
+from stabkit.identification.form.slots import Slots
+from stabkit.identification.names.single import Name, theta_method
+from stabkit.identification.record import Identification, record_of
 from stabkit.identification.steps.implicit import SOLVES, right_side
 from stabkit.integrators import named
 from stabkit.tracing.graph.values import Value, meta_of, operation, random_tensors
@@ -181,6 +184,51 @@ def _number(piece: Piece, value: Value, names: Mapping[int, str]) -> float:
     form = normal_form(Piece(piece.graph, piece.nodes, piece.sources[:1], [value]), names=names)
     numbers = [c.value for atom, c in form.forms[0].items() if atom not in form.piece.ends and c.kind == "scalar"]
     return abs(numbers[0]) if len(numbers) == 1 and numbers[0] else 1.0
+
+
+def held_iteration(around: Surroundings, found: Slots, steps: tuple[int, ...]) -> Identification | None:
+    """The record of one round of z' = y + h f(z), y being what the iteration began with; None for others.
+
+    Where it settles, z = y + h f(z) is a step of backward Euler from y: so i-ResNets are inverted (Behrmann et al.
+    2019), and implicit layers unrolled whose rounds are steps of the flow.
+    """
+    terms, stage = _round_of(around, found, steps)
+    near = [i for i in (steps[0] - 1, steps[-1] + 1) if 0 <= i < len(around.flow.steps)]
+    if stage is None or not any(_repeats(around, stage, i) for i in near):
+        return None
+    held = [v for v in terms if v in found.contexts]
+    begun = any(state.values == (v,) for state in around.flow.states[: steps[0]] for v in held)
+    if not begun or terms[held[0]].value != 1.0:
+        return None
+    h = next(c.value for v, c in terms.items() if v not in found.contexts)
+    why = "one round of a fixed-point iteration: what it began with is held fixed, and one field is used in every round"
+    field = f"{'-' if h < 0 else '+'} {'' if abs(h) == 1 else f'{abs(h):.3g} '}f(z)"
+    system = f"z = y {field}, a backward Euler step from y, where it settles"
+    name = Name("plain (fixed-point iteration)", system, 1.0, "h = 1: the map itself")
+    return record_of(name, None, steps, skip=0.0, residual=0.0, notes=(why,))
+
+
+def _round_of(
+    around: Surroundings, found: Slots, steps: tuple[int, ...]
+) -> tuple[Mapping[Value, Coefficient], Stage | None]:
+    """The terms of a step that adds one field of the state alone to one value that is held fixed, and the field."""
+    form = around.normal_form(steps[0], steps[-1] + 1, found)
+    terms = form.forms[0]
+    stages = [stage for stage in form.stages if stage.output in terms]
+    held = [v for v in terms if v in found.contexts]
+    alone = len(form.stages) == len(stages) == len(held) == 1 and len(terms) == 2
+    if not alone or any(c.kind != "scalar" for c in terms.values()) or len(stages[0].inputs) != 1:
+        return {}, None
+    read = set(stages[0].inputs[0])
+    return (terms, stages[0]) if read == set(found.sources) else ({}, None)
+
+
+def _repeats(around: Surroundings, stage: Stage, index: int) -> bool:
+    """Whether another step uses a field again."""
+    found = around.slots(index, index + 1)
+    if len(found.sources) != 1 or len(found.targets) != 1:
+        return False
+    return any(other.key == stage.key for other in around.normal_form(index, index + 1, found).stages)
 
 
 def record_of_equation(solved: SolvedStep, steps: tuple[int, ...]) -> Identification:

@@ -25,9 +25,11 @@ from stabkit.identification.steps.around_addition import normalises
 from stabkit.identification.steps.driven_solves import driven_solve
 from stabkit.identification.steps.streams import mixed_streams
 from stabkit.tracing.cutting.samples import Layout
-from stabkit.tracing.graph.values import Value, meta_of, random_tensors
+from stabkit.tracing.graph.values import Value, meta_of, operation, random_tensors
+from stabkit.vocabulary import moves
 
 _CLOSE = 1e-12
+_TAKES = moves("select")
 _SAME = 2048.0  # rounding units between products with one operator, as of products with a few matrices
 
 
@@ -56,7 +58,7 @@ def read_linear(
     if len(merges) > 1:
         return None
     source, target = (_layout(around, i, v[0]) for i, v in ((start, found.sources), (stop, found.targets)))
-    at_once = affine or [link.kind for link in links if link.kind != "scaling"] == ["map"]
+    at_once = [link.kind for link in links if link.kind != "scaling"] == ["map"] or (affine and _is_driven(whole))
     reading = linear_reading(whole, source, target, at_once=at_once)
     if reading is None or (reading.name == LINEAR_SKIP and mixed_streams(around.flow, start, stop, whole) is not None):
         return None
@@ -72,6 +74,11 @@ def read_linear(
         notes=reading.notes,
         system=reading.system,
     )
+
+
+def _is_driven(piece: Piece) -> bool:
+    """Whether what is held fixed is one of a sequence: the input of a time step, and not the same for all steps."""
+    return any(operation(v.node) in _TAKES for v in piece.contexts) or any(operation(n) in _TAKES for n in piece.nodes)
 
 
 def _layout(around: Surroundings, index: int, value: Value) -> Layout:

@@ -7,7 +7,7 @@ function (Moreau 1965): soft thresholds (ISTA), rectifiers, projections on boxes
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -15,8 +15,11 @@ from torch import Tensor
 from torch.autograd.graph import Node
 
 from stabkit.identification.form.chain import Link
+from stabkit.identification.form.linear_parts import LinearParts
 from stabkit.identification.form.operations import MOVES, is_affine
 from stabkit.identification.form.pieces import Piece, pull
+from stabkit.identification.names.single import Name
+from stabkit.identification.record import Identification, record_of
 from stabkit.tracing import Flow
 from stabkit.tracing.graph.graph import element_of
 from stabkit.tracing.graph.values import Value, meta_of, operation, outputs_of, random_tensors
@@ -122,11 +125,37 @@ def soft_threshold(flow: Flow, index: int, link: Link) -> tuple[float, float] | 
     """
     state, piece = flow.states[index], link.form.piece
     source, target = piece.sources[0], piece.targets[0]
-    if link.kind != "weightless" or target not in state.values:
+    result = state.tensor_of(target)
+    if link.kind != "weightless" or result is None:
         return None
     y, slope = _recorded(piece, source), _slope(piece, source, target)
-    result = state.tensors[state.values.index(target)].detach()
-    return None if y is None or slope is None else _soft_threshold(y, result, slope)
+    return None if y is None or slope is None else _soft_threshold(y, result.detach(), slope)
+
+
+def learned_threshold(flow: Flow, steps: tuple[int, ...], links: Sequence[Link]) -> Identification | None:
+    """The record of a soft threshold behind one linear map of the state and of what is held fixed; None for others.
+
+    x' = prox(S x + W y) is a step of forward-backward splitting whose gradient step, S = 1 - h A^T A and W = h A^T, is
+    written or learned as two matrices (Gregor and LeCun 2010, LISTA).
+    """
+    *maps, last = links
+    if not maps:
+        return None
+    threshold = soft_threshold(flow, steps[-1] + 1, last)
+    if threshold is None:
+        return None
+    nodes = [node for link in maps for node in link.form.piece.nodes]
+    held = [v for link in maps for v in link.form.piece.contexts]
+    ends = maps[0].form.sources, maps[-1].form.targets
+    parts = LinearParts(Piece(flow.recorded.graph, nodes, *ends, contexts=tuple(dict.fromkeys(held))))
+    if not parts.ways or parts.has_field or parts.beside or not parts.joins:
+        return None
+    low, high = threshold
+    t = f"{low:.3g}" if high - low <= _SAME * high else f"{low:.3g} to {high:.3g}"
+    why = f"a linear map of the state and of what is held fixed, then the soft threshold, t = {t}: the prox of t |x|_1"
+    name = Name("linear step, then soft threshold (forward-backward)", "x' in (S - 1) x + u - d(t |x|_1)", 1.0,
+                "h = 1: the matrix S as it is")  # fmt: skip
+    return replace(record_of(name, None, steps, skip=None, residual=0.0, notes=(why,)), evidence="measured")
 
 
 def _soft_threshold(y: Tensor, result: Tensor, slope: Tensor) -> tuple[float, float] | None:
@@ -168,7 +197,5 @@ def _recorded(piece: Piece, source: Value) -> Tensor | None:
 
 def _kept(flow: Flow, value: Value) -> Tensor | None:
     """A value as a state of the flow holds it."""
-    for state in flow.states:
-        if value in state.values:
-            return state.tensors[state.values.index(value)].detach()
-    return None
+    held = (state.tensor_of(value) for state in flow.states)
+    return next((tensor.detach() for tensor in held if tensor is not None), None)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from stabkit.diagnosis import VERDICTS, factor
 from stabkit.errors import ArgumentError
+from stabkit.report import tables
 from stabkit.report.formats import figures, percent, signed
 from stabkit.report.page.data import comparison_data, place_of, report_data
 from stabkit.report.shown import Shown, shown_fields
@@ -18,7 +19,7 @@ from stabkit.report.shown import Shown, shown_fields
 if TYPE_CHECKING:
     import jinja2
 
-    from stabkit.report.schema import ReportFields, StepReport
+    from stabkit.report.schema import ReportFields
 
 _MINUS = re.compile(r"(?<![\w.)])-(?=\d)")
 _SCRIPTS = {
@@ -101,10 +102,9 @@ def typeset(text: str) -> str:
     return words.get(text) or _MINUS.sub("−", text)
 
 
-def facts(step: StepReport) -> list[tuple[str, str, str]]:
-    """What is told of one step: title, value and small print of every field that has something to show."""
-    told = ((how.title, how.text(step), how.aside(step)) for how in shown_fields(step).values() if how.title)
-    return [(title, typeset(text), typeset(aside)) for title, text, aside in told if text]
+def facts(record: Any) -> list[tuple[str, str, str]]:
+    """What is told of a step, or of an optimizer's updates, as a page sets it."""
+    return [(title, typeset(text), typeset(aside)) for title, text, aside in tables.facts(record)]
 
 
 def sortable(report: ReportFields) -> list[tuple[str, str, Shown]]:

@@ -386,7 +386,7 @@ def _by_operations(intervals: Intervals, frontiers: Frontiers) -> list[Span]:
 
             def alive(offset: int) -> tuple[int, int]:
                 """How much is alive, and, the more the better, how often it is read: a state by skip and field."""
-                places = range(first + offset, end, period)[1:count]
+                places = range(first + offset, end, period)[1 : count - 1]  # inputs are not alive at both ends
                 readers = sum(frontiers.readers(place, place - period) for place in places)
                 return sum(int(intervals.width[place]) for place in places), -readers
 

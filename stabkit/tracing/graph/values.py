@@ -62,7 +62,15 @@ def value_of(tensor: Tensor) -> Value:
 
 def meta_of(value: Value) -> Meta:
     """Shape, dtype and device of a value, as autograd recorded them."""
-    node: Any = value.node
+    return _metas(value.node)[value.output]
+
+
+def outputs_of(node: Node) -> list[Value]:
+    """The values that an operation makes."""
+    return [Value(node, output) for output in range(len(_metas(node)))]
+
+
+def _metas(node: Any) -> tuple[Meta, ...]:
     # a reader asks thousands of times, and autograd makes them anew each time: the node keeps them
     kept: dict[str, tuple[Meta, ...]] = node.metadata
     metas = kept.get(_KEPT)
@@ -71,13 +79,7 @@ def meta_of(value: Value) -> Meta:
         # an AccumulateGrad node has none
         entries = [node.variable] if entries is None else entries
         metas = kept[_KEPT] = tuple(Meta(tuple(entry.shape), entry.dtype, entry.device) for entry in entries)
-    return metas[value.output]
-
-
-def outputs_of(node: Node) -> list[Value]:
-    """The values that an operation makes."""
-    made: Any = node
-    return [Value(node, output) for output in range(len(made._input_metadata))]
+    return metas
 
 
 def probes_of(numel: int) -> int:

@@ -1,0 +1,101 @@
+"""A copy of an optimizer that moves copies of the parameters, so that real updates can be made and looked at."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from stabkit.curvature.hessian import Hessian
+from stabkit.errors import ArgumentError
+from stabkit.tracing.recording.sharding import own_part
+
+
+@contextlib.contextmanager
+def standing_at(parameters: Sequence[nn.Parameter], points: Sequence[Tensor]) -> Iterator[None]:
+    """The parameters hold other values meanwhile, and are bit for bit the same afterwards.
+
+    Nothing is written to what a plain parameter held, so that graphs that saved it stay whole. One that is spread over
+    ranks, of which graphs hold whole copies, is written to.
+    """
+    plain = [type(p) in (Tensor, nn.Parameter) for p in parameters]
+    kept = [p.data if own else p.detach().clone() for p, own in zip(parameters, plain, strict=True)]
+    try:
+        _place(parameters, points, plain)
+        yield
+    finally:
+        _place(parameters, kept, plain)
+
+
+def _place(parameters: Sequence[nn.Parameter], values: Sequence[Tensor], plain: Sequence[bool]) -> None:
+    with torch.no_grad():
+        for p, value, own in zip(parameters, values, plain, strict=True):
+            if own:
+                p.data = value
+            else:
+                p.copy_(value)
+
+
+class Twin:
+    """An optimizer with its settings and its state, for copies of the parameters.
+
+    Args:
+        hessian: of the loss, at the parameters that are copied.
+        optimizer: of these parameters; it stays as it is.
+        factor: what its rates are multiplied with.
+
+    Raises:
+        ArgumentError: no copy of the optimizer can be made.
+    """
+
+    def __init__(self, hessian: Hessian, optimizer: torch.optim.Optimizer, factor: float = 1.0) -> None:
+        self._hessian, self._name = hessian, type(optimizer).__name__
+        self._copies = [nn.Parameter(p.detach().clone()) for p in hessian.parameters]
+        memo: dict[int, Any] = {id(p): c for p, c in zip(hessian.parameters, self._copies, strict=True)}
+        try:
+            self._optimizer = copy.deepcopy(optimizer, memo)
+            for name, value in vars(optimizer).items():  # what a class of one's own keeps beside the state
+                if name not in vars(self._optimizer) and name not in ("step", "zero_grad"):
+                    setattr(self._optimizer, name, copy.deepcopy(value, memo))
+        except Exception as error:  # whatever a class of one's own raises
+            raise ArgumentError(f"no copy can be made of optimizer {self._name}: {error}") from error
+        for group in self._optimizer.param_groups:
+            group["lr"] = group["lr"] * factor
+
+    def values(self) -> list[Tensor]:
+        """Where the copies are."""
+        return [c.detach() for c in self._copies]
+
+    def step(self) -> float:
+        """Make one update with the gradient where the copies are; the loss before it.
+
+        Raises:
+            ArgumentError: the optimizer makes no update by itself.
+        """
+        with standing_at(self._hessian.parameters, self.values()):
+            value, slopes = self._hessian.slopes()
+        for c, slope in zip(self._copies, slopes, strict=True):
+            c.grad = None if slope is None else own_part(slope, c)
+        try:
+            self._optimizer.step()
+        except Exception as error:  # one that needs a closure raises TypeError, one of one's own anything
+            raise ArgumentError(
+                f"optimizer {self._name} makes no update of copies of the parameters by itself: "
+                f"{type(error).__name__}: {error}"
+            ) from error
+        return value
+
+    def losses(self, steps: int) -> list[float]:
+        """The loss before each of some updates, and after the last; it ends where it is not finite."""
+        found: list[float] = []
+        for _ in range(steps):
+            found.append(self.step())
+            if not math.isfinite(found[-1]):
+                return found
+        with standing_at(self._hessian.parameters, self.values()):
+            return [*found, self._hessian.loss()]

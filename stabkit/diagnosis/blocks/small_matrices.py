@@ -1,0 +1,62 @@
+"""All matrices, or all of a kind of layer, started so small that nothing is learnt at first, within range as they are.
+
+What a few layers of a standard deviation of 0.01 do to states and gradients is less than what counts as vanishing, and
+yet the outputs are the same for all samples until the weights have grown. Training says whether that costs anything.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from stabkit.diagnosis.finding import Finding, serious
+from stabkit.diagnosis.remedies.outer_causes import larger_weights
+from stabkit.diagnosis.remedies.usual_training import RATES, adam, learns_only_treated, left_after
+from stabkit.diagnosis.suspects import Diagnosis, Settings, ordered
+from stabkit.tracing import Flow, FlowLike
+from stabkit.tracing.recording.training_pass import training_pass
+
+_STEPS = 20  # of a trial: five convolutions of 0.01 kept .96 of the loss, and .002 drawn by He; six tanh layers alike
+_REFERENCE = "He et al., Delving deep into rectifiers, 2015, section 2.2"
+
+
+def with_small_matrices(flow: FlowLike, found: Diagnosis, settings: Settings) -> Diagnosis:
+    """A diagnosis in which nothing else is wrong, with weights that were all started far below the usual size.
+
+    Args:
+        flow: the traced pass.
+        found: the diagnosis so far.
+        settings: how suspects are looked for.
+    """
+    loss = settings.loss
+    if not isinstance(flow, Flow) or not callable(loss) or any(map(serious, found.findings)):
+        return found
+    if any(step.norms for step in found.measurement.steps):  # which take the size out again
+        return found
+    tries = larger_weights(found.measurement)
+    if not tries:
+        return found
+    (remedy,), call, rates = tries, flow.forward_pass, [adam(rate) for rate in RATES]
+    begun = training_pass(call, loss, differentiate=False).loss
+    with_remedy = left_after(call, loss, rates, remedy.actions, steps=_STEPS)
+    plain = left_after(call, loss, rates, steps=_STEPS)
+    if begun is None or plain is None or with_remedy is None:
+        return found
+    first = float(begun.detach())
+    if not (first > 0 and learns_only_treated(first, plain * first, with_remedy * first)):
+        return found
+    changed = {str(action["parameter"]) for action in remedy.actions}
+    steps = tuple(s.index for s in found.measurement.steps if any(w.path in changed for w in s.weights))
+    finding = Finding(
+        kind="vanishing",
+        severity="warning",
+        steps=steps,
+        module_path=found.measurement.steps[steps[0]].module_path,
+        confidence=1.0,
+        evidence=f"{remedy.cause}; {_STEPS} steps of Adam leave {plain:.0%} of the loss as it is, and "
+        f"{with_remedy:.2g} of where it was with weights drawn anew",
+        remedy=remedy.text,
+        reference=_REFERENCE,
+        numbers={"left": plain, "treated": with_remedy},
+        actions=remedy.actions,
+    )
+    return replace(found, findings=tuple(ordered([finding, *found.findings])))

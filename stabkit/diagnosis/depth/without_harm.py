@@ -1,0 +1,74 @@
+"""Gradients that vanish over depth, and states that become alike, in a model that learns all the same: facts.
+
+Optimizers that divide a gradient by its size do not mind how large it is. So the model is trained as it is for a few
+usual steps: where it learns from its input, or as well as with what takes the finding away, no harm was measured.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from stabkit.diagnosis.finding import Finding, serious
+from stabkit.diagnosis.remedies.learning import left_beside_a_constant
+from stabkit.diagnosis.remedies.short_training import STEPS
+from stabkit.diagnosis.remedies.trial import is_stretch
+from stabkit.diagnosis.suspects import Diagnosis, Settings, ordered
+from stabkit.diagnosis.verdict import judged_harmless
+from stabkit.tracing import Flow, FlowLike
+
+#: of what the best constant output leaves of the loss. Tanh nets of 4 to 8 layers on derivatives kept .27 to .36 after
+#: twenty steps and trained on; plain ReLUs, tanhs and sigmoids of 12 to 30 layers kept .66 and above
+_LEARNS = 0.5
+_BEGINS = 0.9  # of the same: clearly more than a constant, where what takes the finding away is no better
+_NO_BETTER = 0.05  # of the same, by which a remedy must end lower to be one
+
+
+def with_harmless_as_facts(flow: FlowLike, found: Diagnosis, settings: Settings) -> Diagnosis:
+    """A diagnosis in which what does no measured harm is a fact to know, also in its verdict.
+
+    Args:
+        flow: the traced pass.
+        found: the diagnosis, after remedies were tried.
+        settings: how suspects are looked for, with the loss that a model is trained by.
+    """
+    suspects = [finding for finding in found.findings if serious(finding) and _is_over_depth(finding)]
+    if not suspects or not isinstance(flow, Flow) or not callable(settings.loss):
+        return found
+    left = left_beside_a_constant(flow.forward_pass, settings.loss)
+    if left is None or not left < _BEGINS:
+        return found
+    told = {id(suspect): _without_harm(flow, suspect, left, settings) for suspect in suspects}
+    findings = tuple(ordered([told.get(id(finding), finding) for finding in found.findings]))
+    verdict = found.verdict
+    if verdict.name == "vanishing" and not any(serious(f) and f.kind in ("vanishing", "dead") for f in findings):
+        verdict = judged_harmless(verdict, f"{STEPS} steps of Adam leave {left:.0%} of what the best constant leaves")
+    return replace(found, verdict=verdict, findings=findings)
+
+
+def _is_over_depth(finding: Finding) -> bool:
+    """Whether it is about growth that is finite over the whole stretch, or about states that become alike over it.
+
+    Where nothing at all comes back, layers stand still, whatever the others learn.
+    """
+    if finding.kind == "vanishing":
+        return "rate" in finding.numbers and "growth" in finding.numbers
+    return finding.kind in ("overdamped", "rank_collapse") and is_stretch(finding)
+
+
+def _without_harm(flow: Flow, suspect: Finding, left: float, settings: Settings) -> Finding:
+    """A suspect as a fact, where a few steps show no harm of it."""
+    evidence = f"{STEPS} steps of Adam as it is leave {left:.1%} of what the best constant output leaves of the loss"
+    if not left < _LEARNS:
+        if not suspect.actions:
+            return suspect
+        treated = left_beside_a_constant(flow.forward_pass, settings.loss, suspect.actions)
+        if treated is None or treated < left - _NO_BETTER:
+            return suspect
+        evidence += f", and {treated:.1%} with what takes it away"
+    return replace(
+        suspect,
+        severity="info",
+        evidence=f"{suspect.evidence}; {evidence}",
+        remedy=f"none is needed for these samples; if training stalls: {suspect.remedy}",
+        actions=(),
+    )

@@ -1,0 +1,1 @@
+"""Whether an optimizer's updates are stable on the loss that they are to lower."""

@@ -1,0 +1,89 @@
+"""Updates that are too long for the curvature of the loss, where they were seen to raise it."""
+
+from __future__ import annotations
+
+import math
+
+from stabkit.diagnosis.finding import Finding
+from stabkit.diagnosis.updates.measured import SHARES, STEPS, UpdateMeasurement, UpdateRun
+
+_FAILS = 10.0  # times the first loss by which it has risen, or not finite: no training goes on from there
+_REFERENCE = (
+    "Cohen et al., Gradient descent on neural networks typically occurs at the edge of stability, 2021, and Adaptive "
+    "gradient methods at the edge of stability, 2022; Gilmer et al., A loss curvature perspective, 2022"
+)
+
+
+def update_findings(found: UpdateMeasurement) -> list[Finding]:
+    """A rate above the largest stable one that raises the loss, where a lower one lowers it; else nothing.
+
+    A ratio above 1 alone is no finding: full-batch training goes there by itself and stays, and the first updates of
+    Adam begin there. What decides are real updates on a copy.
+    """
+    present, proposed = found.present, found.proposed
+    if present is None or proposed is None:
+        return []
+    first, last = present.losses[0], present.losses[-1]
+    fails = not math.isfinite(last) or last - first > _FAILS * abs(first)
+    told, bound = _measured(found)
+    return [
+        Finding(
+            kind="unstable_update",
+            severity="critical" if fails else "warning",
+            steps=(),
+            module_path="",
+            confidence=1.0,
+            evidence=f"{told}; on a copy, {STEPS} updates on this batch take the loss {present}, and {proposed} at a "
+            f"rate of {proposed.rate:.3g}{_leading(found)}",
+            remedy=f"lower the learning rate from {present.rate:.3g} to {proposed.rate:.3g} ({_part(proposed, found)} "
+            f"{bound}), or begin there and warm up while the curvature falls",
+            reference=_REFERENCE,
+            numbers=_numbers(found, present, proposed),
+        )
+    ]
+
+
+def _measured(found: UpdateMeasurement) -> tuple[str, str]:
+    """What the rate exceeds, and what the bound is called."""
+    rate, sharpness = found.learning_rate, found.sharpness
+    if sharpness is None:
+        return (
+            f"the coming update of {found.optimizer} at a learning rate of {rate:.3g} is {found.excess:.3g} times as "
+            "long as the longest along it that does not raise the loss",
+            f"of the critical rate along it, {found.bound:.3g}",
+        )
+    return (
+        f"the learning rate {rate:.3g} of {found.optimizer} is {found.excess:.3g} times the largest stable one: the "
+        f"curvature {float(sharpness.preconditioned[0]):.3g} stands against {sharpness.threshold:.3g}, the most that "
+        "its update bears at that rate",
+        f"of the largest stable rate, {found.bound:.3g}",
+    )
+
+
+def _part(proposed: UpdateRun, found: UpdateMeasurement) -> str:
+    share = min(SHARES, key=lambda s: abs(s * found.bound - proposed.rate))
+    return "half" if share == SHARES[0] else "a tenth"
+
+
+def _leading(found: UpdateMeasurement) -> str:
+    if found.sharpness is None or len(found.sharpness.by_block) < 2:
+        return ""
+    block = found.sharpness.by_block[0]
+    return f"; {block.share:.0%} of the steepest direction lies in {block.name or 'the model itself'}"
+
+
+def _numbers(found: UpdateMeasurement, present: UpdateRun, proposed: UpdateRun) -> dict[str, float]:
+    numbers = {
+        "learning_rate": present.rate,
+        "proposed_rate": proposed.rate,
+        "loss": present.losses[0],
+        "loss_at_present_rate": present.losses[-1],
+        "loss_at_proposed_rate": proposed.losses[-1],
+        "excess": math.inf if found.excess is None else found.excess,
+    }
+    if found.sharpness is not None and found.sharpness.threshold is not None:
+        numbers |= {
+            "curvature": float(found.sharpness.preconditioned[0]),
+            "threshold": found.sharpness.threshold,
+        }
+    return numbers
