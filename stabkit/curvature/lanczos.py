@@ -60,7 +60,7 @@ class _Basis:
         self.coupling = np.zeros(rows)  # of every row with the next one
         self.size, self.rows, self.asymmetry = 0, rows, 0.0
         self.invariant = False
-        self.V[0] = start / torch.linalg.vector_norm(start)
+        self.V[0].copy_(start).div_(torch.linalg.vector_norm(start))
 
     def grow(self, product: Product) -> None:
         """Multiply the last row; the row after it is what is new of that."""
@@ -183,6 +183,7 @@ def largest(
     k = min(k, n)
     rows = min(n, max(rows, k + 3))
     basis, made, looking = _Basis(n, rows, start), 0, False
+    del start  # as large as the model
     while True:
         basis.grow(product)
         made += 1
