@@ -154,26 +154,24 @@ def _exists(name: str) -> bool:
     return True
 
 
-def _printed(code: str) -> str:
-    """What a fresh process prints."""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    return done.stdout.strip()
-
-
-def test_a_trace_does_not_import_the_compiler():
-    """It takes as long as torch itself, and only what compiles needs it; sympy has nothing to compute."""
-    code = (
-        "import sys, torch, stabkit; "
-        "stabkit.diagnose(stabkit.trace(torch.nn.Linear(3, 3), torch.ones(2, 3))); "
-        "print({'sympy', 'torch._dynamo'} & set(sys.modules))"
-    )
-    assert _printed(code) == "set()"
-
-
-def test_an_analysis_imports_little_beside_torch():
+@pytest.fixture(scope="module")
+def printed() -> list[str]:
+    """What a fresh process says: which heavy packages an analysis imports, then which compilers a diagnosis does."""
     code = (
         "import sys, torch; before = set(sys.modules); import stabkit.analysis, stabkit.checkpoints; "
         "heavy = {'scipy', 'networkx', 'matplotlib', 'pandas', 'torchvision', 'timm', 'transformers'}; "
-        "print(sorted(heavy & (set(sys.modules) - before)))"
+        "print(sorted(heavy & (set(sys.modules) - before))); "
+        "stabkit.diagnose(stabkit.trace(torch.nn.Linear(3, 3), torch.ones(2, 3))); "
+        "print({'sympy', 'torch._dynamo'} & set(sys.modules))"
     )
-    assert _printed(code) == "[]"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    return done.stdout.splitlines()
+
+
+def test_an_analysis_imports_little_beside_torch(printed: list[str]):
+    assert printed[0] == "[]"
+
+
+def test_a_trace_does_not_import_the_compiler(printed: list[str]):
+    """It takes as long as torch itself, and only what compiles needs it; sympy has nothing to compute."""
+    assert printed[1] == "set()"

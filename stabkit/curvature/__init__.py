@@ -10,6 +10,20 @@ Example:
 
 from stabkit.curvature.blocks import BlockCurvature
 from stabkit.curvature.critical_rate import CriticalRate, critical_rate
+from stabkit.curvature.schedules import RatesAhead, rates_ahead
 from stabkit.curvature.sharpness import Sharpness, sharpness
+from stabkit.curvature.tracking import SharpnessTracker, TrackedSharpness
+from stabkit.curvature.updates import NotYetError
 
-__all__ = ["BlockCurvature", "CriticalRate", "Sharpness", "critical_rate", "sharpness"]
+__all__ = [
+    "BlockCurvature",
+    "CriticalRate",
+    "NotYetError",
+    "RatesAhead",
+    "Sharpness",
+    "SharpnessTracker",
+    "TrackedSharpness",
+    "critical_rate",
+    "rates_ahead",
+    "sharpness",
+]

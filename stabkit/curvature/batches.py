@@ -6,10 +6,11 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
-from stabkit.errors import ArgumentError, ArgumentTypeError
-from stabkit.tracing.recording.containers import named_tensors
+from stabkit.errors import ArgumentError, ArgumentTypeError, StabkitError, TraceError
+from stabkit.tracing.recording.containers import map_tensors, named_tensors
 
 
 @dataclass(frozen=True)
@@ -21,12 +22,34 @@ class Batch:
         kwargs: keyword arguments.
         loss: a callable on the output that returns a scalar.
         weight: the part of this batch in the whole.
+        call: what runs the model by itself, in place of a call with the inputs.
     """
 
     inputs: tuple[Any, ...]
     kwargs: Mapping[str, Any]
     loss: Callable[[Any], Tensor]
     weight: float = 1.0
+    call: Callable[[], Any] | None = None
+
+    def output(self, module: nn.Module) -> Any:
+        """What the model returns; the batch is not written to."""
+        if self.call is not None:
+            return _called(self.call)
+        args, kwargs = map_tensors([list(self.inputs), dict(self.kwargs)], lambda t: t.detach().clone())
+        return module(*args, **kwargs)
+
+
+def _called(closure: Callable[[], Any]) -> Any:
+    try:
+        return closure()
+    except (StabkitError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        message = " ".join(str(error).split())[:300]
+        raise TraceError(
+            f"the closure failed: {type(error).__name__}: {message}. It is to return the loss of a fixed batch, on the "
+            "graph, without backward()"
+        ) from error
 
 
 class Batches:

@@ -20,7 +20,6 @@ from torch.autograd.graph import Node
 from stabkit.curvature.batches import Batch, Batches
 from stabkit.errors import ArgumentError, TraceError
 from stabkit.tracing.cutting.endpoints import scalar_loss
-from stabkit.tracing.recording.containers import map_tensors
 from stabkit.tracing.recording.sharding import take_whole
 from stabkit.tracing.recording.transparency import transparent
 from stabkit.tracing.recording.untouched_model import unchanged
@@ -113,7 +112,7 @@ class Hessian:
         self,
         module: nn.Module,
         parameters: Sequence[nn.Parameter],
-        batches: Batches,
+        batches: Batches | Sequence[Batch],
         seed: int,
         ranks: Summing = ALONE,
     ) -> None:
@@ -229,7 +228,12 @@ class Hessian:
     def _passed(self, batch: Batch) -> Gradient:
         with self.running(batch) as (output, loss):
             parameters = self._running_parameters()
-            parts = torch.autograd.grad(loss, parameters, create_graph=True, allow_unused=True)
+            try:
+                parts = torch.autograd.grad(loss, parameters, create_graph=True, allow_unused=True)
+            except torch.OutOfMemoryError:
+                raise
+            except RuntimeError as error:
+                raise _not_once(error) from error
         if not self._looked:  # the graph is the same for every batch
             _refuse_ends(parts)
             self._looked = True
@@ -248,13 +252,14 @@ class Hessian:
         """
         with torch.inference_mode(False), unchanged(self.module) as safe, transparent():
             safe.copy_buffers()
+            for parameter in self.module.parameters():
+                parameter.grad = None  # what a closure does with gradients is none of the user's
             take_whole(self.module)
             for parameter in self._running_parameters():
                 parameter.requires_grad_()
             torch.manual_seed(self.seed)
-            args, kwargs = map_tensors([list(batch.inputs), dict(batch.kwargs)], lambda t: t.detach().clone())
             with torch.set_grad_enabled(graph):
-                output = self.module(*args, **kwargs)
+                output = batch.output(self.module)
                 yield output, scalar_loss(batch.loss, output) if graph else batch.loss(output)
 
 
@@ -305,6 +310,13 @@ def refuse_randomness(hessian: Hessian) -> None:
                 "seed; give a loss that draws no new batches or masks: take them before, and close over them"
             )
         break  # one batch shows it
+
+
+def _not_once(error: RuntimeError) -> TraceError:
+    message = " ".join(str(error).split())[:300]
+    if "second time" in message or "have already been freed" in message:
+        return TraceError("the loss comes with its graph freed; return it without backward() having been called")
+    return TraceError(f"the loss cannot be differentiated in the parameters: {message}")
 
 
 def _refuse_ends(parts: Sequence[Tensor | None]) -> None:

@@ -33,7 +33,7 @@ class Eigenpairs:
         residuals: ``(k,)``, norms of A v - value v: every one bounds the distance to an eigenvalue.
         converged: ``(k,)``, whether the error by the residual and the gap is at most the tolerance times the largest
             value in size.
-        vectors: ``(k, n)``, orthonormal.
+        vectors: ``(k, n)``, orthonormal; after them those to spare.
         lowest: the smallest Ritz value, an upper bound of the smallest eigenvalue.
         lowest_residual: its residual.
         asymmetry: the largest ``|A - A^T|`` that was seen, over the largest entry of the projected matrix.
@@ -160,6 +160,7 @@ def largest(
     start: Tensor,
     rows: int,
     max_products: int,
+    spare: int = 0,
 ) -> Eigenpairs:
     """The k algebraically largest eigenvalues and their vectors.
 
@@ -171,6 +172,7 @@ def largest(
         start: ``(n,)``, where the search begins; its dtype and device are those of the basis.
         rows: the most rows of the basis before a restart.
         max_products: where to stop.
+        spare: how many further Ritz vectors come back among the vectors, where there are so many.
 
     Raises:
         TraceError: a product is not finite.
@@ -200,7 +202,8 @@ def largest(
             basis.turn(seed=made)
         elif basis.size == rows:
             basis.restart(_kept(len(values), k, rows), values, S)
-    vectors = torch.from_numpy(S[:, top].T.copy()).to(basis.V) @ basis.V[: basis.size]
+    back = np.arange(len(values))[::-1][: k + spare]
+    vectors = torch.from_numpy(S[:, back].T.copy()).to(basis.V) @ basis.V[: basis.size]
     size = float(np.abs(basis.T).max(initial=0.0)) or 1.0
     return Eigenpairs(
         values[top], residuals[top], found | (basis.size == n), vectors, float(values[0]), float(residuals[0]),

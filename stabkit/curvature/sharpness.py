@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from stabkit.curvature.batches import Batches
 from stabkit.curvature.blocks import BlockCurvature, by_block
 from stabkit.curvature.gauss_newton import gauss_newton
-from stabkit.curvature.hessian import ALONE, Hessian, Preconditioned, Summing, refuse_randomness
+from stabkit.curvature.hessian import ALONE, Hessian, Summing, refuse_randomness
 from stabkit.curvature.lanczos import Eigenpairs, largest
-from stabkit.curvature.updates import Update, flat, plain_update, read_update
+from stabkit.curvature.stability import Stability, limiting_product, signed
+from stabkit.curvature.updates import Update, plain_update, read_update
 from stabkit.errors import ArgumentError, ArgumentTypeError
 from stabkit.integrators import GeneralLinearMethod
 from stabkit.results import Result
@@ -189,10 +190,10 @@ def of_hessian(
     """
     search = _Search(hessian, k, tol, hessian.seed)
     sign = -1.0 if update is not None and update.ascends else 1.0
-    plain = search.run(_signed(hessian, sign), start)
-    limiting, operator = plain, _signed(hessian, sign)
+    plain = search.run(signed(hessian, sign), start)
+    limiting, operator = plain, signed(hessian, sign)
     if update is not None and not update.is_plain:
-        operator = _signed(_preconditioned(hessian, update), sign)
+        operator = limiting_product(hessian, update)
         limiting = search.run(operator, None)
     return Sharpness(
         values=plain.values,
@@ -223,19 +224,6 @@ def _check(model: Any, k: Any, tol: Any, own: Any) -> None:
         raise ArgumentError(f"tol={tol!r}; give a number between 0 and 1, or None for {_TOLERANCE:g}")
 
 
-def _signed(operator: Any, sign: float) -> Any:
-    if sign > 0:
-        return operator.matvec
-    return lambda v, out=None: operator.matvec(v, out).neg_()
-
-
-def _preconditioned(hessian: Hessian, update: Update) -> Preconditioned:
-    like = torch.empty(hessian.n, dtype=hessian.dtype, device=hessian.device)
-    roots = flat([s.rsqrt() if isinstance(s, Tensor) else s**-0.5 for s in update.scales], hessian.parameters, like)
-    shift = flat(update.decays, hessian.parameters, like) if any(update.decays) else 0.0
-    return Preconditioned(hessian, roots, shift)
-
-
 @dataclass(frozen=True)
 class _Search:
     """How eigenvalues are looked for."""
@@ -261,27 +249,8 @@ class _Search:
 def _stability(update: Update | None, curvature: float) -> dict[str, Any]:
     if update is None:
         return dict.fromkeys(("method", "learning_rate", "threshold", "ratio", "largest_stable_lr"))
-    decay = update.decays[0] if update.is_plain else 0.0
-    threshold = update.interval(update.rate) / update.rate - decay
-    return {
-        "method": update.method,
-        "learning_rate": update.rate,
-        "threshold": threshold,
-        "ratio": curvature / threshold if threshold > 0 else math.inf,
-        "largest_stable_lr": _largest_rate(update, curvature + decay),
-    }
-
-
-def _largest_rate(update: Update, curvature: float) -> float:
-    """The rate at which ``rate * curvature`` is the end of the interval, which decoupled decay makes depend on it."""
-    if curvature <= 0:
-        return math.inf
-    rate = update.interval(update.rate) / curvature
-    for _ in range(20):  # the interval hardly moves with the rate: this contracts by a factor of decay / curvature
-        rate, before = update.interval(rate) / curvature, rate
-        if abs(rate - before) <= 1e-12 * rate:
-            break
-    return rate
+    found = Stability.of(update, curvature)
+    return {"method": update.method, **{f.name: getattr(found, f.name) for f in fields(found)}}
 
 
 def _interval(hessian: Hessian, v: Tensor) -> tuple[float, float] | None:

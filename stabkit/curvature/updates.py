@@ -31,6 +31,10 @@ class NoThresholdError(ArgumentError):
         self.why = why
 
 
+class NotYetError(NoThresholdError):
+    """An optimizer has made no update, so that it has no preconditioner yet."""
+
+
 @dataclass(frozen=True, eq=False)
 class Update:
     """The next update of the parameters that an optimizer trains.
@@ -97,17 +101,20 @@ def trained_by(optimizer: Any, model: nn.Module) -> tuple[nn.Parameter, ...]:
     return trained
 
 
-def read_update(optimizer: Any, model: nn.Module) -> Update:
+def read_update(optimizer: Any, model: nn.Module, *, first: bool = False) -> Update:
     """How an optimizer moves the parameters of a model in its next update.
 
     Args:
         optimizer: SGD (momentum, dampening, Nesterov), Adam, AdamW, NAdam, Adamax, RMSprop or Adagrad of torch.
         model: whose parameters it trains.
+        first: whether the preconditioner of Adam and AdamW before their first update is that which this update will
+            have, by the gradients that the parameters hold.
 
     Raises:
         ArgumentTypeError: it is no torch optimizer.
-        ArgumentError: it trains other parameters, none, or groups with different momentum; it has made no update and
-            so has no preconditioner; or its update has no threshold in curvature.
+        ArgumentError: it trains other parameters, none, or groups with different momentum; or its update has no
+            threshold in curvature.
+        NotYetError: it has made no update and so has no preconditioner.
     """
     trained = trained_by(optimizer, model)
     name = type(optimizer).__name__
@@ -119,11 +126,12 @@ def read_update(optimizer: Any, model: nn.Module) -> Update:
             f"; known are {', '.join(_READERS)}. Leave optimizer= out for the curvature of the loss alone, or take "
             "stabkit.curvature.critical_rate, which asks any optimizer for its update",
         )
-    rates = [_number(g["lr"]) for g in groups]
+    rates = [as_number(g["lr"]) for g in groups]
     rate = max(rates)
     if not (math.isfinite(rate) and rate > 0):
         raise ArgumentError(f"optimizer {name} has the learning rate {rate}; at a rate that is positive it has a step")
-    read = [reader(g, optimizer.state, name) for g in groups]
+    fresh = first and reader is _adam_like and not optimizer.state and all(p.grad is not None for p in trained)
+    read = [(_first_of_adam(g) if fresh else reader(g, optimizer.state, name)) for g in groups]
     if len({r.kind for r in read}) > 1:
         raise ArgumentError(
             f"the groups of optimizer {name} differ in momentum or in how many updates they have had; no single "
@@ -131,19 +139,19 @@ def read_update(optimizer: Any, model: nn.Module) -> Update:
         )
     if len({bool(g.get("maximize", False)) for g in groups}) > 1:
         raise ArgumentError(f"some groups of optimizer {name} maximize and others do not; their step is no descent")
-    first = read[0]
+    leading = read[0]
     # groups often differ in decay: that of the largest is taken, which makes the interval too small by at most rate
     # times decay in relative terms, 1e-4 or less at usual settings
-    decay = max(_number(g.get("weight_decay", 0)) if r.decoupled else 0.0 for g, r in zip(groups, read, strict=True))
+    decay = max(as_number(g.get("weight_decay", 0)) if r.decoupled else 0.0 for g, r in zip(groups, read, strict=True))
     scales, decays = [], []
     for group, of, own_rate in zip(groups, read, rates, strict=True):
         ratio = rate / own_rate if own_rate else math.inf
         for p in (p for p in group["params"] if p.requires_grad):
             scale = of.scale(p)
             scales.append(scale * (ratio * of.slowing))
-            decays.append(0.0 if of.decoupled else _number(group.get("weight_decay", 0)))
+            decays.append(0.0 if of.decoupled else as_number(group.get("weight_decay", 0)))
     return Update(
-        build=lambda at: first.build(at * decay),
+        build=lambda at: leading.build(at * decay),
         rate=rate,
         parameters=trained,
         scales=tuple(scales),
@@ -164,14 +172,15 @@ class _Read:
     slowing: float = 1.0  # what the rate is divided by, by now
 
 
-def _number(value: Any) -> float:
+def as_number(value: Any) -> float:
+    """A setting of an optimizer, which may be a tensor, as a float."""
     return float(value.detach()) if isinstance(value, Tensor) else float(value)
 
 
 def _state_of(state: State, p: nn.Parameter, key: str, name: str) -> Tensor:
     found: Tensor | None = state.get(p, {}).get(key)
     if found is None:
-        raise NoThresholdError(
+        raise NotYetError(
             f"optimizer {name} has made no update of a parameter of shape {tuple(p.shape)}, so that it has no "
             "preconditioner for it",
             "; ask after some updates, or leave optimizer= out",
@@ -182,9 +191,9 @@ def _state_of(state: State, p: nn.Parameter, key: str, name: str) -> Tensor:
 def _updates(state: State, group: Group, name: str) -> int:
     """How many updates were made, the same for all parameters of a group."""
     made = [state[p]["step"] for p in group["params"] if p in state and "step" in state[p]]
-    counts = {int(_number(step)) for step in made}
+    counts = {int(as_number(step)) for step in made}
     if not counts or max(counts) == 0:
-        raise NoThresholdError(
+        raise NotYetError(
             f"optimizer {name} has made no update, so that it has no preconditioner",
             "; ask after some updates, or leave optimizer= out for the curvature of the loss alone",
         )
@@ -192,13 +201,13 @@ def _updates(state: State, group: Group, name: str) -> int:
 
 
 def _sgd(group: Group, _state: State, _name: str) -> _Read:
-    b, d = _number(group["momentum"]), _number(group["dampening"])
+    b, d = as_number(group["momentum"]), as_number(group["dampening"])
     build = (lambda w: nesterov(b, w)) if group["nesterov"] and b else (lambda w: heavy_ball(b, d if b else 0.0, w))
     return _Read(build, (b, d if b else 0.0, bool(group["nesterov"])), lambda p: 1.0)
 
 
 def _adam_like(group: Group, state: State, name: str) -> _Read:
-    (b1, b2), made, eps = map(_number, group["betas"]), _updates(state, group, name), _number(group["eps"])
+    (b1, b2), made, eps = map(as_number, group["betas"]), _updates(state, group, name), as_number(group["eps"])
     amsgrad = bool(group.get("amsgrad", False))
 
     def scale(p: nn.Parameter) -> Tensor:
@@ -210,11 +219,24 @@ def _adam_like(group: Group, state: State, name: str) -> _Read:
     return _Read(lambda w: adam(b1, w, correction), (b1, made), scale, decoupled)
 
 
+def _first_of_adam(group: Group) -> _Read:
+    """The first update: of the second moment, corrected, there is the square of the gradient."""
+    b1, eps = as_number(group["betas"][0]), as_number(group["eps"])
+
+    def scale(p: nn.Parameter) -> Tensor:
+        assert p.grad is not None
+        g = p.grad.to_dense() if p.grad.layout != torch.strided else p.grad
+        return g.detach().double().abs() + eps
+
+    decoupled = bool(group.get("decoupled_weight_decay", False))
+    return _Read(lambda w: adam(b1, w, 1 / (1 - b1)), (b1, 0), scale, decoupled)
+
+
 def _nadam(group: Group, state: State, name: str) -> _Read:
-    (b1, b2), made, eps = map(_number, group["betas"]), _updates(state, group, name), _number(group["eps"])
-    psi, t = _number(group["momentum_decay"]), made + 1
+    (b1, b2), made, eps = map(as_number, group["betas"]), _updates(state, group, name), as_number(group["eps"])
+    psi, t = as_number(group["momentum_decay"]), made + 1
     now, then = (b1 * (1 - 0.5 * 0.96 ** (at * psi)) for at in (t, t + 1))
-    past = _number(next(state[p]["mu_product"] for p in group["params"] if p in state))
+    past = as_number(next(state[p]["mu_product"] for p in group["params"] if p in state))
     own, moment = (1 - now) / (1 - past * now), then / (1 - past * now * then)
 
     def scale(p: nn.Parameter) -> Tensor:
@@ -225,13 +247,13 @@ def _nadam(group: Group, state: State, name: str) -> _Read:
 
 
 def _adamax(group: Group, state: State, name: str) -> _Read:
-    (b1, _), made = map(_number, group["betas"]), _updates(state, group, name)
+    (b1, _), made = map(as_number, group["betas"]), _updates(state, group, name)
     correction = 1 / (1 - b1 ** (made + 1))
     return _Read(lambda w: adam(b1, w, correction), (b1, made), lambda p: _state_of(state, p, "exp_inf", name))
 
 
 def _rmsprop(group: Group, state: State, name: str) -> _Read:
-    b, eps = _number(group["momentum"]), _number(group["eps"])
+    b, eps = as_number(group["momentum"]), as_number(group["eps"])
 
     def scale(p: nn.Parameter) -> Tensor:
         v = _state_of(state, p, "square_avg", name)
@@ -244,9 +266,9 @@ def _rmsprop(group: Group, state: State, name: str) -> _Read:
 
 def _adagrad(group: Group, state: State, name: str) -> _Read:
     made = _updates(state, group, name)
-    slowing = 1 + made * _number(group["lr_decay"])
+    slowing = 1 + made * as_number(group["lr_decay"])
     return _Read(lambda w: heavy_ball(0, 0, w), (), lambda p: _state_of(state, p, "sum", name).sqrt()
-                 + _number(group["eps"]), slowing=slowing)  # fmt: skip
+                 + as_number(group["eps"]), slowing=slowing)  # fmt: skip
 
 
 _READERS: dict[str, Callable[[Group, State, str], _Read]] = {

@@ -51,7 +51,6 @@ FINDINGS: dict[str, Word] = {
     "exploding": Word("a block, or the whole stretch of blocks, makes gradients grow", "grows"),
     "vanishing": Word("a block, or the whole stretch of blocks, makes gradients shrink", "shrinks"),
     "unstable_step": Word("eigenvalues lie outside the stability region because the step is too long", "grows"),
-    "unstable_rate": Word("the learning rate is beyond what the curvature of the loss bears", "grows"),
     "overdamped": Word("eigenvalues lie where the method damps what the equation would keep", "shrinks"),
     "dead": Word("units pass nothing for any sample", "shrinks"),
     "saturated": Word("activations work where their derivative is nearly zero", "shrinks"),

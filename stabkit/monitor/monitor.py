@@ -30,7 +30,8 @@ from stabkit.monitor.no_gradient import Silence
 from stabkit.monitor.parameters import Parameters
 from stabkit.monitor.probes import Probe
 from stabkit.monitor.ranks import TrainingRanks
-from stabkit.monitor.record import Record
+from stabkit.monitor.rates import RateWatch
+from stabkit.monitor.record import Look, Record
 from stabkit.monitor.rules import AlertRules
 from stabkit.monitor.updates import UpdateSampler
 from stabkit.monitor.writers import Writer, open_writers
@@ -66,6 +67,13 @@ class Monitor:
             ``records.jsonl`` into ``directory``, or nothing when there is none.
         directory: where capsules, and records by default, are kept; None keeps everything in memory.
         optimizer: one or several, to measure update ratios.
+        closure: returns the loss of a fixed batch, ``lambda: cross_entropy(model(x), y)``, without ``backward``; with
+            it and one optimizer the sharpness is measured, and a rate that it does not bear is an alert before the loss
+            blows up. The model and its random state are left as they are. Some 100 samples will do; without a closure
+            no curvature is measured, since no gradient is kept from one step to the next.
+        sharpness_every: training steps between two measurements, each of 4 products with the Hessian (about 5 to 8
+            times the price of a gradient on the closure's batch); more often only in the first steps and where the rate
+            is raised beyond the edge of stability.
         scaler: the ``torch.amp.GradScaler``, so that gradients are reported unscaled.
         blocks: paths of the modules to watch instead of those found.
         on_alert: called with every finding; one callable or several.
@@ -106,6 +114,8 @@ class Monitor:
         *,
         directory: str | os.PathLike[str] | None = None,
         optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer] | None = None,
+        closure: Callable[[], Tensor] | None = None,
+        sharpness_every: int = 100,
         scaler: Any = None,
         blocks: Sequence[str] | None = None,
         on_alert: Callback | Sequence[Callback] | None = None,
@@ -119,6 +129,7 @@ class Monitor:
     ) -> None:
         check_model(model, preset)
         check_counts(every=(every, 1), history=(history, 1), capsules=(capsules, 0), probe_every=(probe_every, 1))
+        check_counts(sharpness_every=(sharpness_every, 1))
         check_kinds(directory, scaler, rules, model_factory)
         self.every = every
         self.preset = preset
@@ -135,11 +146,17 @@ class Monitor:
         parameters = Parameters(inner, self.blocks)
         self._collector = Collector(parameters, len(chosen))
         self._hooks = Hooks(visible(model, chosen.values()), self._fail)
-        self._updates = UpdateSampler(as_optimizers(optimizer), parameters, self._fail)
+        optimizers = as_optimizers(optimizer)
+        self._updates = UpdateSampler(optimizers, parameters, self._fail)
         self._ranks = TrainingRanks(model, parameters.tensors, distributed)
         self._writers: list[Writer] = open_writers(writers, self.directory) if self._ranks.first else []
         self._capsules = CapsuleStore(self.directory, capsules, inner, model_factory, self._ranks)
         probing = preset != "economy" and self._ranks.first
+        self._rates = RateWatch(model, optimizers, closure, sharpness_every, rules, seed) if closure else None
+        if not self._ranks.first:
+            self._rates = None
+        self._look: Look | None = None
+        self._unrecorded: list[Finding] = []  # found since the last record
         self._probe = Probe(inner, preset, probe_every, seed) if probing else None
         self._inputs = RecordedInputs(model, inner, self._fail, enabled=probing or self._capsules.enabled)
         self._step = 0
@@ -253,6 +270,9 @@ class Monitor:
             self._hooks.measurement = None
             if self._probe is not None:
                 self._inputs.pause()
+        if self._rates is not None and not self._part("the sharpness", self._look_at_rates):
+            self._rates = None
+        if measurement is not None:
             self._record(measurement, loss)
         if self._failed or self._off:
             self._switch_off()
@@ -260,6 +280,15 @@ class Monitor:
             self._switch_on(self._step + 1)
         else:
             self._switch_off()
+
+    def _look_at_rates(self) -> None:
+        assert self._rates is not None
+        look, findings = self._rates.look(self._step)
+        self._look = look or self._look
+        self._unrecorded += findings
+        self._say(findings)
+        if findings and self._capsules.enabled:
+            self._requested = findings[0].kind
 
     def _record(self, measurement: StepNorms, loss: Tensor | float | None) -> None:
         scale = getattr(self._scaler, "_scale", None)
@@ -286,7 +315,9 @@ class Monitor:
         findings += self._silence.judge(record)
         probes, more = self._probed()
         findings += more
-        record = replace(record, probes=probes, findings=tuple(finding.kind for finding in findings))
+        kinds = tuple(finding.kind for finding in (*self._unrecorded, *findings))
+        record = replace(record, probes=probes, findings=kinds, look=self._look)
+        self._look, self._unrecorded = None, []
         self.records.append(record)
         if self._count == 0 and not measurement.called and sums.rows[TRAINED].any():
             self._hooks.drop()
@@ -327,10 +358,13 @@ class Monitor:
         )
 
     def _publish(self, record: Record, findings: list[Finding]) -> None:
-        self.findings.extend(findings)
         for writer in tuple(self._writers):
             if not self._part(f"the writer {type(writer).__name__}", partial(writer.write, record)):
                 self._writers.remove(writer)
+        self._say(findings)
+
+    def _say(self, findings: list[Finding]) -> None:
+        self.findings.extend(findings)
         for finding in findings:
             for callback in tuple(self._on_alert):
                 if not self._part("a callback on alerts", partial(callback, finding)):

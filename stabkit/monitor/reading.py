@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from stabkit.errors import ReportError
+from stabkit.monitor.record import SHARPNESS
 
 _LINES, _TABLES = (".jsonl", ".ndjson"), (".csv",)
 _RECORDS = "records.jsonl"
@@ -67,7 +68,11 @@ def _rows(path: Path) -> list[dict[str, Any]]:
             totals = {name: row.pop(name) for name in _TOTALS}
             totals["gradient_norm"] = row.pop("total_gradient_norm")
             findings = row.pop("findings").split()
+            sharpness, ratio, rate, stable = (row.pop(name, "") for name in SHARPNESS)
+            numbers = {"sharpness": sharpness, "ratio": ratio, "learning_rate": rate, "largest_stable_lr": stable}
+            look = {"step": totals["step"], **numbers} if ratio else None
             key = (totals["step"], totals["time"])
-            record = found.setdefault(key, {**totals, "findings": findings, "probes": {}, "blocks": []})
+            parts = {"findings": findings, "probes": {}, "sharpness": look, "blocks": []}
+            record = found.setdefault(key, {**totals, **parts})
             record["blocks"].append({**row, "non_finite": row["non_finite"].split()})
     return list(found.values())

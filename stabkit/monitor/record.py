@@ -9,10 +9,12 @@ from typing import Any, overload
 
 import numpy as np
 
+from stabkit.curvature import TrackedSharpness
 from stabkit.results import Result
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
+SHARPNESS = ("sharpness", "sharpness_ratio", "learning_rate", "largest_stable_lr")  # as they are logged
 PARTS = ("output", "gradient", "parameter_gradient")  # of a block, that may hold NaN or infinity
 
 
@@ -121,6 +123,28 @@ class Blocks(Sequence[BlockRecord]):
             )
 
 
+@dataclass(frozen=True)
+class Look(Result):
+    """A measurement of the sharpness.
+
+    Attributes:
+        step: the training step.
+        found: what was measured.
+    """
+
+    step: int
+    found: TrackedSharpness
+
+    def _contents(self) -> dict[str, Any]:
+        return {"step": self.step, **vars(self.found)}
+
+    def scalars(self) -> dict[str, float]:
+        """The numbers that are logged beside those of a record."""
+        found = self.found
+        numbers = (found.sharpness, found.ratio, found.learning_rate, found.largest_stable_lr)
+        return dict(zip(SHARPNESS, numbers, strict=True))
+
+
 @dataclass(frozen=True, kw_only=True)
 class Record(Result):
     """One training step.
@@ -136,6 +160,7 @@ class Record(Result):
         probes: what presets above ``economy`` measured at this step, by name.
         findings: kinds of the findings raised at this step.
         loss_is_broken: whether a loss was given and is not finite.
+        look: the newest measurement of the sharpness since the record before; None where none was made.
     """
 
     step: int
@@ -149,10 +174,12 @@ class Record(Result):
     findings: tuple[str, ...] = ()
 
     loss_is_broken: bool = False
+    look: Look | None = None
 
     def _contents(self) -> dict[str, Any]:
         blocks = tuple(self.blocks)
-        return {**self.totals(), "blocks": blocks, "probes": self.probes, "findings": self.findings}
+        parts = {"blocks": blocks, "probes": self.probes, "findings": self.findings}
+        return {**self.totals(), **parts, "sharpness": self.look}
 
     def totals(self) -> dict[str, Any]:
         """The numbers of the whole model by name."""
@@ -162,9 +189,12 @@ class Record(Result):
     def scalars(self) -> dict[str, float]:
         """The finite-or-not numbers by a flat name, as logging tools want them; what was not measured is left out.
 
-        Names are ``loss``, ``gradient_norm``, ``clipped_norm``, ``non_finite``, and ``BLOCK/QUANTITY`` for every block.
+        Names are ``loss``, ``gradient_norm``, ``clipped_norm``, ``non_finite``, with a closure ``sharpness``,
+        ``sharpness_ratio``, ``learning_rate`` and ``largest_stable_lr``, and ``BLOCK/QUANTITY`` for every block.
         """
         top = {name: float(value) for name, value in self.totals().items() if name not in ("step", "time")}
+        if self.look is not None:
+            top |= self.look.scalars()
         found = {name: value for name, value in top.items() if not math.isnan(value)}
         for block in self.blocks:
             for name, value in vars(block).items():

@@ -26,6 +26,11 @@ class AlertRules:
             from which a quantity has drifted, in nats.
         overflows: number of successive records with non-finite gradients after which they are reported when a loss
             scaler is used; a scaler causes single ones on purpose.
+        edge: ratio of the sharpness to the optimizer's threshold up to which a run is at the edge of stability, where
+            training hovers by itself.
+        rate: ratio from which the rate is reported at once.
+        grown: factor by which the loss of the closure has grown from its least over the last ``warmup`` looks, with
+            which a ratio beyond ``edge`` is reported as well.
     """
 
     warmup: int = 8
@@ -36,3 +41,6 @@ class AlertRules:
     certain: float = math.log(100.0)
     drift: float = math.log(100.0)
     overflows: int = 3
+    edge: float = 1.2
+    rate: float = 3.0
+    grown: float = 3.0

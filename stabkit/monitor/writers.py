@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Protocol, TextIO, runtime_checkable
 
 from stabkit.errors import ArgumentError, did_you_mean
-from stabkit.monitor.record import Record
+from stabkit.monitor.record import SHARPNESS, Record
 
 _BLOCK = 1 << 16  # bytes read at once in the search for the end of the last whole line
 
@@ -48,30 +48,48 @@ class JSONLinesWriter:
 
 
 class CSVWriter:
-    """One line for each block of each record: step, time, loss, norms, findings, and the block's numbers."""
+    """One line for each block of each record: step, time, loss, norms, findings, sharpness, and the block's numbers.
+
+    A file that is continued keeps the columns that it has.
+    """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
+        self._columns = _header(self.path)
         self._file = _continued(self.path)
         self._lines = csv.writer(self._file)
-        self._new = self._file.tell() == 0
 
     def write(self, record: Record) -> None:
         """Append the lines of a record."""
+        look = dict.fromkeys(SHARPNESS, "") if record.look is None else record.look.scalars()
+        totals = {
+            "step": record.step,
+            "time": record.time,
+            "loss": record.loss,
+            "total_gradient_norm": record.gradient_norm,
+            "clipped_norm": record.clipped_norm,
+            "findings": " ".join(record.findings),
+            **look,
+        }
         for block in record.blocks:
-            values = {**vars(block), "non_finite": " ".join(block.non_finite)}
-            if self._new:
-                self._lines.writerow(
-                    ["step", "time", "loss", "total_gradient_norm", "clipped_norm", "findings", *values]
-                )
-                self._new = False
-            totals = [record.step, record.time, record.loss, record.gradient_norm, record.clipped_norm]
-            self._lines.writerow([*totals, " ".join(record.findings), *values.values()])
+            values = {**totals, **vars(block), "non_finite": " ".join(block.non_finite)}
+            if not self._columns:
+                self._columns = list(values)
+                self._lines.writerow(self._columns)
+            self._lines.writerow([values.get(column, "") for column in self._columns])
         self._file.flush()
 
     def close(self) -> None:
         """Close the file."""
         self._file.close()
+
+
+def _header(path: Path) -> list[str]:
+    """The columns of a table that is there already."""
+    if not path.exists():
+        return []
+    with path.open(encoding="utf-8", newline="") as file:
+        return next(csv.reader(file), []) if file.readline().endswith("\n") and not file.seek(0) else []
 
 
 def _continued(path: Path) -> TextIO:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -10,8 +10,21 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
 from stabkit.errors import ArgumentError, did_you_mean
-from stabkit.plotting.style import DIVERGING, around_zero, color_bar, end_of, finish, ink, new_axes
+from stabkit.plotting.style import (
+    BLUE,
+    DIVERGING,
+    GREY,
+    ORANGE,
+    around_zero,
+    color_bar,
+    end_of,
+    finish,
+    ink,
+    new_axes,
+    shade,
+)
 
+_RATIO = "sharpness_ratio"
 _NAMES = 12  # rows that can carry a name
 _COUNTED = {"growth", "gain"}  # quantities around zero, in nats
 
@@ -23,7 +36,8 @@ def training(records: Any, ax: Axes | None = None, *, quantity: str = "growth") 
         records: a monitor, its records, or what ``stabkit.monitor.read_records`` gives.
         ax: where to draw; a new figure when None.
         quantity: a number that the blocks have; ``"growth"`` is drawn as it is (orange grows, blue shrinks), a norm or
-            ratio as its log10.
+            ratio as its log10. ``"sharpness_ratio"``, which is of the whole model, is a curve beside the edge of
+            stability.
 
     Raises:
         ArgumentError: there is no record, or its blocks have no such number.
@@ -32,11 +46,13 @@ def training(records: Any, ax: Axes | None = None, *, quantity: str = "growth") 
     plain = [record if isinstance(record, Mapping) else record.to_dict() for record in seen]
     if not plain:
         raise ArgumentError("records is empty; a picture of a training run needs at least one record")
+    if quantity == _RATIO:
+        return _edge_of_stability(plain, ax)
     names = list(dict.fromkeys(block["name"] for record in plain for block in record["blocks"]))
     known = [key for key in (plain[0]["blocks"] or [{}])[0] if key not in ("name", "non_finite")]
     if quantity not in known:
-        guess = did_you_mean(quantity, known)
-        raise ArgumentError(f"quantity={quantity!r}; the blocks have {', '.join(known)}{guess}")
+        guess = did_you_mean(quantity, (*known, _RATIO))
+        raise ArgumentError(f"quantity={quantity!r}; the blocks have {', '.join(known)}, the model {_RATIO}{guess}")
     values = np.full((len(names), len(plain)), np.nan)
     for column, record in enumerate(plain):
         for block in record["blocks"]:
@@ -65,6 +81,26 @@ def training(records: Any, ax: Axes | None = None, *, quantity: str = "growth") 
     color_bar(ax, image, label, font)
     title = f"{quantity.replace('_', ' ').capitalize()} of every block" + (" (×: findings)" if raised else "")
     return finish(ax, font, "training step", "block (input on top)", title)
+
+
+def _edge_of_stability(records: Sequence[Mapping[str, Any]], ax: Axes | None) -> Axes:
+    """The ratio of the sharpness to the optimizer's threshold, with the band in which training hovers."""
+    looks = [(record["sharpness"], bool(record["findings"])) for record in records if record.get("sharpness")]
+    if not looks:
+        raise ArgumentError("the records hold no sharpness; give the monitor closure=, which returns a loss")
+    steps = [int(look["step"]) for look, _ in looks]
+    ratios = np.array([float(look["ratio"]) for look, _ in looks])
+    ratios[~(ratios > 0)] = np.nan  # nothing curves upwards
+    ax, font = new_axes(ax, 9, 5.5)
+    ax.axhspan(0.8, 1.2, color=shade(ax), zorder=0)
+    ax.axhline(1.0, color=GREY, linewidth=1)
+    ax.plot(steps, ratios, color=BLUE, marker=".", markersize=3)
+    raised = [i for i, (_, told) in enumerate(looks) if told]
+    ax.plot([steps[i] for i in raised], ratios[raised], "x", color=ORANGE, markersize=5)
+    ax.set_yscale("log")
+    ax.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+    title = "Sharpness over what the learning rate bears" + (" (×: findings)" if raised else "")
+    return finish(ax, font, "training step", "ratio to the threshold", title)
 
 
 def _edges(steps: np.ndarray) -> np.ndarray:

@@ -1,0 +1,118 @@
+"""The learning rates that a schedule has yet to give, found by stepping a copy of it."""
+
+from __future__ import annotations
+
+import copy
+import math
+import warnings
+from collections import defaultdict
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from stabkit.curvature.updates import as_number
+from stabkit.errors import ArgumentError, ArgumentTypeError
+from stabkit.results import Result
+
+_MOST = 1_000_000  # steps, which take some seconds
+
+
+@dataclass(frozen=True)
+class RatesAhead(Result):
+    """What a schedule does to the learning rate from now on.
+
+    Attributes:
+        present: the rate in force, of the group with the largest one.
+        largest: the largest rate to come, the present one among them.
+        at: in how many steps of the schedule it comes; 0 where it is the present one.
+        last: the rate at the end of what was looked at.
+        n_steps: how many steps were looked at: fewer than asked for where the schedule ends before.
+    """
+
+    present: float
+    largest: float
+    at: int
+    last: float
+    n_steps: int
+
+    def beside(self, largest_stable_lr: float) -> str:
+        """What the schedule comes to, beside the largest stable rate.
+
+        Example:
+            >>> RatesAhead(0.1, 0.3, 40, 0.0, 100).beside(0.15)
+            'the schedule climbs to 0.3 in 40 steps, 2 times what is stable now'
+        """
+        if not self.at or not math.isfinite(largest_stable_lr):
+            return f"the rate of {self.present:.3g} is the largest that the schedule has to come"
+        times = self.largest / largest_stable_lr
+        return f"the schedule climbs to {self.largest:.3g} in {self.at} steps, {times:.2g} times what is stable now"
+
+
+def rates_ahead(optimizer: torch.optim.Optimizer, scheduler: Any, steps: int) -> RatesAhead:
+    """The largest learning rate that a schedule has to come; neither it nor the optimizer is changed.
+
+    A copy of the schedule is stepped, with a copy of the optimizer that holds no parameters. Momentum that is cycled
+    beside the rate is not looked at. A schedule that waits for a metric (``ReduceLROnPlateau``) can only lower the
+    rate, so that the present one is the largest.
+
+    Args:
+        optimizer: whose rates it sets.
+        scheduler: one of ``torch.optim.lr_scheduler``, or what steps and copies like one.
+        steps: how many of its steps to look ahead, by the unit that it is stepped in (updates or epochs).
+
+    Raises:
+        ArgumentError: the schedule is another optimizer's, or cannot be copied.
+        ArgumentTypeError: it is no schedule.
+
+    Example:
+        >>> sgd = torch.optim.SGD([nn.Parameter(torch.zeros(2))], lr=0.1)
+        >>> schedule = torch.optim.lr_scheduler.OneCycleLR(sgd, max_lr=0.3, total_steps=100)
+        >>> found = rates_ahead(sgd, schedule, 100)
+        >>> round(found.largest, 3), found.at
+        (0.3, 29)
+    """
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise ArgumentTypeError(f"optimizer is a {type(optimizer).__name__}; expected a torch.optim.Optimizer")
+    if not callable(getattr(scheduler, "step", None)) or getattr(scheduler, "optimizer", None) is None:
+        raise ArgumentTypeError(f"scheduler is a {type(scheduler).__name__}; expected a torch.optim.lr_scheduler")
+    if scheduler.optimizer is not optimizer:
+        raise ArgumentError("scheduler sets the rates of another optimizer; give the one that it was made with")
+    if isinstance(steps, bool) or not isinstance(steps, int) or not 0 <= steps <= _MOST:
+        raise ArgumentError(f"steps={steps!r}; give a whole number from 0 to {_MOST}")
+    present = largest = last = _rate(optimizer)
+    at = made = 0
+    if isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
+        return RatesAhead(present, largest, 0, last, 0)
+    twin = _twin(optimizer, scheduler)
+    for made in range(1, steps + 1):
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of the order of steps, which is the user's affair
+                twin.step()
+        except ValueError:  # it has an end, as OneCycleLR
+            made -= 1
+            break
+        last = _rate(twin.optimizer)
+        if last > largest:
+            largest, at = last, made
+    return RatesAhead(present, largest, at, last, made)
+
+
+def _rate(optimizer: torch.optim.Optimizer) -> float:
+    return max(as_number(g["lr"]) for g in optimizer.param_groups)
+
+
+def _twin(optimizer: torch.optim.Optimizer, scheduler: Any) -> Any:
+    """The schedule with an optimizer of empty parameters and no state."""
+    held = [p for g in optimizer.param_groups for p in g["params"]]
+    stand_ins: dict[int, Any] = {id(p): nn.Parameter(torch.empty(0)) for p in held}
+    stand_ins[id(optimizer.state)] = defaultdict(dict)
+    try:
+        return copy.deepcopy(scheduler, stand_ins)
+    except Exception as error:
+        raise ArgumentError(
+            f"scheduler {type(scheduler).__name__} cannot be copied, so that it cannot be looked ahead of: "
+            f"{type(error).__name__}: {error}"
+        ) from error

@@ -1,0 +1,132 @@
+"""Whether the learning rate is stable on the loss, looked at while a model trains and said before the loss shows it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from stabkit.curvature import NotYetError, SharpnessTracker, TrackedSharpness
+from stabkit.diagnosis import Finding
+from stabkit.errors import ArgumentError
+from stabkit.monitor.parameters import is_sharded
+from stabkit.monitor.record import Look
+from stabkit.monitor.rules import AlertRules
+
+_ROSE = 1.05  # of the rate since the last look, at the edge: time for another
+_LEAPT = 1.5  # of the ratio from one look to the next: the next look comes soon
+_REFERENCE = "J. Cohen et al., Gradient descent on neural networks typically occurs at the edge of stability, ICLR 2021"
+
+
+class RateWatch:
+    """Measures the sharpness now and then, and judges its ratio to the optimizer's threshold.
+
+    A look comes every so many steps, and sooner where it matters: in the first steps, and while the ratio is beyond the
+    edge and has just leapt or the rate has been raised; then again in 1, 2, 4, ... steps.
+
+    Args:
+        model: as it is called.
+        optimizers: of its parameters; there must be one.
+        closure: returns the loss of a fixed batch.
+        every: training steps between two looks.
+        rules: when it is an alert.
+        seed: of what the model draws.
+
+    Raises:
+        ArgumentError: there is not exactly one optimizer, or the parameters are spread over processes.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizers: Sequence[torch.optim.Optimizer],
+        closure: Callable[[], Tensor],
+        every: int,
+        rules: AlertRules | None,
+        seed: int,
+    ) -> None:
+        if len(optimizers) != 1:
+            raise ArgumentError(
+                f"closure= measures whether the rate of an optimizer is stable; optimizer= holds {len(optimizers)}, "
+                "expected the one that trains the model"
+            )
+        if is_sharded(model.parameters()):
+            raise ArgumentError("closure= needs whole parameters in every process; these are sharded. Leave it out")
+        self._optimizer = optimizers[0]
+        self._tracker = SharpnessTracker(model, closure, self._optimizer, seed=seed)
+        self._every, self._rules = every, rules or AlertRules()
+        self._gap, self._last = 1, -1
+        self._before: TrackedSharpness | None = None
+        self._losses: list[float] = []
+        self._said = False
+
+    def look(self, step: int) -> tuple[Look | None, list[Finding]]:
+        """A measurement where it is time for one, and what follows from it; call it before the optimizer's step."""
+        rose = self._rose()
+        if not (rose or step % self._every == 0 or step >= self._last + self._gap):
+            return None, []
+        try:
+            found = self._tracker.measure()
+        except NotYetError:  # Adam before its first update
+            return None, []
+        before, self._before, self._last = self._before, found, step
+        leapt = before is not None and found.ratio > max(self._rules.edge, _LEAPT * before.ratio)
+        self._gap = 1 if rose or leapt else min(2 * self._gap, self._every)
+        look = Look(step, found)
+        return look, self._judge(look)
+
+    def _rose(self) -> bool:
+        """Whether the rate was raised since the last look, to beyond the edge at the curvature of then."""
+        if self._before is None:
+            return False
+        rates = [g["lr"] for g in self._optimizer.param_groups]
+        if any(isinstance(rate, Tensor) and rate.device.type != "cpu" for rate in rates):
+            return False  # to read it would wait for the device
+        times = max(float(rate) for rate in rates) / self._before.learning_rate
+        return times > _ROSE and times * self._before.ratio > self._rules.edge
+
+    def _judge(self, look: Look) -> list[Finding]:
+        found, rules = look.found, self._rules
+        lowest = min(self._losses, default=found.loss)
+        self._losses = [*self._losses[-rules.warmup :], found.loss]
+        grown = found.loss / lowest if lowest > 0 else 1.0
+        if found.ratio < rules.edge:
+            self._said = False
+        above = found.ratio > rules.rate or (found.ratio > rules.edge and grown > rules.grown)
+        if self._said or not above or math.isnan(found.ratio):
+            return []
+        self._said = True
+        return [_finding(look, grown if grown > rules.grown else 1.0)]
+
+
+def _finding(look: Look, grown: float) -> Finding:
+    found = look.found
+    block = found.block or "the model"
+    evidence = (
+        f"at training step {look.step} the learning rate of {found.learning_rate:.4g} is {found.ratio:.3g} times the "
+        f"largest stable one, {found.largest_stable_lr:.3g}: the curvature of the loss is {found.sharpness:.4g}, most "
+        f"of it ({found.share:.0%}) in {block}, and this rate bears {found.threshold:.4g}"
+    )
+    if grown > 1.0:
+        evidence += f"; the loss has grown by a factor of {grown:.2g}"
+    return Finding(
+        kind="unstable_update",
+        severity="critical",
+        steps=(),
+        module_path=found.block,
+        confidence=0.95,
+        evidence=evidence,
+        remedy=f"lower the learning rate to {0.8 * found.largest_stable_lr:.2g} or less, or come to it by a warm-up "
+        "that is slow enough for the curvature to give way",
+        reference=_REFERENCE,
+        numbers={
+            "training_step": float(look.step),
+            "ratio": found.ratio,
+            "learning_rate": found.learning_rate,
+            "largest_stable_lr": found.largest_stable_lr,
+            "sharpness": found.sharpness,
+            "threshold": found.threshold,
+        },
+    )

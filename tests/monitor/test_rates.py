@@ -1,0 +1,189 @@
+"""A rate that the loss does not bear is said before the loss blows up, and healthy runs are left in peace."""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+
+import pytest
+import torch
+from torch import nn
+
+from stabkit import plotting
+from stabkit.errors import ArgumentError
+from stabkit.monitor import Monitor, read_records
+from tests.monitor.divergences import CharacterGPT, CharacterLSTM, Digits, characters, digits
+from tests.monitor.networks import mlp, weights
+from tests.monitor.test_alerts import two_classes
+
+SGD, ADAM = torch.optim.SGD, torch.optim.Adam
+MOMENTUM = partial(SGD, momentum=0.9)
+
+
+class Flat(nn.Sequential):
+    def __init__(self, act=nn.Tanh, dropout=0.0):
+        super().__init__(
+            nn.Flatten(), nn.Linear(64, 48), act(), nn.Dropout(dropout), nn.Linear(48, 48), act(), nn.Linear(48, 10)
+        )
+
+
+def constant(rate):
+    return lambda step: rate
+
+
+def jump(low, high):
+    return lambda step: low if step < 20 else high
+
+
+def climb(low, high):
+    return lambda step: low * (high / low) ** (min(step, 60) / 60)
+
+
+gpt, lstm = partial(CharacterGPT, 24, 2), partial(CharacterLSTM, 24, 2)
+BLOWING_UP = {
+    "too high from the start": (Flat, digits, SGD, constant(60.0)),
+    "convolutions": (Digits, digits, SGD, constant(3.0)),
+    "momentum, a jump": (Flat, digits, MOMENTUM, jump(0.05, 6.0)),
+    "Adam, a jump": (Flat, digits, ADAM, jump(1e-3, 1.0)),
+    "Adam from the start": (Flat, digits, ADAM, constant(2.0)),
+    "transformer, a jump": (gpt, characters, ADAM, jump(1e-3, 1.0)),
+    "LSTM, a jump": (lstm, characters, ADAM, jump(1e-3, 3.0)),
+    "transformer, a climb": (gpt, characters, MOMENTUM, climb(0.01, 20.0)),
+}
+HEALTHY = {
+    "small rate": (Flat, digits, SGD, constant(0.1)),
+    "at the edge": (partial(Flat, nn.ReLU), digits, SGD, constant(0.3)),
+    "momentum": (Flat, digits, MOMENTUM, constant(0.05)),
+    "Adam, dead units": (partial(Flat, nn.ReLU, 0.3), digits, ADAM, constant(2e-3)),
+    "RMSprop": (Flat, digits, torch.optim.RMSprop, constant(1e-3)),
+    "convolutions": (Digits, digits, ADAM, constant(2e-3)),
+    "transformer": (gpt, characters, ADAM, constant(2e-3)),
+    "a slow warm-up": (Flat, digits, MOMENTUM, climb(1e-3, 0.1)),
+}
+
+
+def trained(build, data, kind, rate, steps):
+    """The monitor, and the step at which the loss was ten times its start or not finite."""
+    torch.manual_seed(0)
+    model, draw = build(), data()
+    x, y = (torch.cat(parts) for parts in zip(*(draw() for _ in range(4)), strict=True))
+    optimizer = kind(model.parameters(), lr=rate(0))
+    closure = lambda: nn.functional.cross_entropy(model(x), y)  # noqa: E731
+    first = math.nan
+    with Monitor(model, 10, optimizer=optimizer, closure=closure, sharpness_every=20) as monitor:
+        for step in range(steps):
+            optimizer.param_groups[0]["lr"] = rate(step)
+            inputs, targets = draw()
+            optimizer.zero_grad()
+            loss = nn.functional.cross_entropy(model(inputs), targets)
+            first = loss.item() if step == 0 else first
+            if not loss.item() <= 10 * first:
+                return monitor, step
+            loss.backward()
+            monitor.step(loss)
+            optimizer.step()
+    return monitor, None
+
+
+@pytest.mark.parametrize("name", BLOWING_UP)
+def test_it_is_said_before_the_loss_blows_up(name):
+    monitor, end = trained(*BLOWING_UP[name], 100)
+    assert end is not None
+    said = next(f for f in monitor.findings if f.kind == "unstable_update")
+    numbers = said.numbers
+    assert numbers["training_step"] < end
+    assert numbers["learning_rate"] > numbers["largest_stable_lr"]
+    assert f"{numbers['learning_rate']:.4g}" in said.evidence
+    assert f"{numbers['largest_stable_lr']:.3g}" in said.evidence
+
+
+@pytest.mark.parametrize("name", HEALTHY)
+def test_healthy_runs_are_left_in_peace(name):
+    monitor, end = trained(*HEALTHY[name], 90)
+    assert end is None
+    assert monitor.findings == []
+    assert sum(record.look is not None for record in monitor.records) >= 5
+
+
+def test_a_jump_is_said_at_its_own_step():
+    monitor, _ = trained(*BLOWING_UP["momentum, a jump"], 100)
+    assert monitor.findings[0].numbers["training_step"] == 20
+
+
+def run(model, tmp_path, closure=True):
+    torch.manual_seed(0)
+    draw = two_classes(16)
+    x, y = draw()
+    optimizer = SGD(model.parameters(), lr=0.1, momentum=0.9)
+    options = {"closure": lambda: nn.functional.cross_entropy(model(x), y), "sharpness_every": 4} if closure else {}
+    writers = [tmp_path / "run.jsonl", tmp_path / "run.csv"]
+    with Monitor(model, 2, optimizer=optimizer, writers=writers, **options) as monitor:
+        for _ in range(9):
+            inputs, targets = draw()
+            optimizer.zero_grad()
+            loss = nn.functional.cross_entropy(model(inputs), targets)
+            loss.backward()
+            monitor.step(loss)
+            optimizer.step()
+    return monitor
+
+
+def test_training_is_the_same_bit_for_bit(tmp_path):
+    found = []
+    for closure in (False, True):
+        torch.manual_seed(3)
+        model = nn.Sequential(mlp(16, 2, dropout=0.3)[:-1], nn.BatchNorm1d(16), nn.Linear(16, 2))
+        run(model, tmp_path / str(closure), closure)
+        found.append(weights(model))
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+def test_records_writers_and_pictures_have_it(tmp_path):
+    monitor = run(mlp(16, 2), tmp_path)
+    looks = [record.look for record in monitor.records if record.look is not None]
+    assert [look.step for look in looks] == [0, 2, 4, 8]  # of the looks at 1 and 2 the newer
+    scalars = monitor.records[0].scalars()
+    assert scalars["sharpness_ratio"] == looks[0].found.ratio
+    assert scalars["learning_rate"] == 0.1
+    for name in ("run.jsonl", "run.csv"):
+        read = [record["sharpness"] for record in read_records(tmp_path / name)]
+        assert [float(look["ratio"]) for look in read if look] == [look.found.ratio for look in looks]
+        ax = plotting.training(read_records(tmp_path / name), quantity="sharpness_ratio")
+        assert "bears" in ax.get_title()
+    assert monitor.plot(quantity="sharpness_ratio").get_yscale() == "log"
+    with pytest.raises(ArgumentError, match="the records hold no sharpness"):
+        plotting.training(run(mlp(16, 2), tmp_path / "b", closure=False), quantity="sharpness_ratio")
+
+
+def test_a_table_that_is_continued_keeps_its_columns(tmp_path):
+    run(mlp(16, 2), tmp_path)
+    path = tmp_path / "run.csv"
+    lines = [line.split(",") for line in path.read_text().splitlines()]
+    path.write_text("".join(",".join([*line[:6], *line[10:]]) + "\n" for line in lines))  # as it was before sharpness
+    run(mlp(16, 2), tmp_path)
+    read = read_records(path)
+    assert len(read) == 10
+    assert read[-1]["sharpness"] is None
+    assert float(read[-1]["blocks"][0]["activation_norm"]) > 0
+
+
+def test_it_needs_one_optimizer():
+    model = mlp(16, 2)
+    with pytest.raises(ArgumentError, match="optimizer= holds 0"):
+        Monitor(model, closure=lambda: model(torch.ones(2, 16)).sum())
+
+
+def test_a_closure_that_fails_does_not_stop_the_run():
+    model = mlp(16, 2)
+    sgd = SGD(model.parameters(), lr=0.1)
+    monitor = Monitor(model, 1, optimizer=sgd, closure=lambda: model(torch.ones(2, 3)).sum())
+
+    def train():
+        for _ in range(3):
+            model(torch.ones(2, 16)).sum().backward()
+            monitor.step()
+            sgd.step()
+
+    with pytest.warns(RuntimeWarning, match="the sharpness failed at step 0 and is off"):
+        train()
+    assert len(monitor.records) == 3
