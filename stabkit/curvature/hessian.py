@@ -22,7 +22,7 @@ from stabkit.errors import ArgumentError, TraceError
 from stabkit.tracing.cutting.endpoints import scalar_loss
 from stabkit.tracing.recording.sharding import take_whole
 from stabkit.tracing.recording.transparency import transparent
-from stabkit.tracing.recording.untouched_model import unchanged
+from stabkit.tracing.recording.untouched_model import seeded, unchanged
 
 _END = "torch::autograd::Error"  # the node that stands for what may not be differentiated again
 
@@ -257,7 +257,7 @@ class Hessian:
             take_whole(self.module)
             for parameter in self._running_parameters():
                 parameter.requires_grad_()
-            torch.manual_seed(self.seed)
+            seeded(self.seed)
             with torch.set_grad_enabled(graph):
                 output = batch.output(self.module)
                 yield output, scalar_loss(batch.loss, output) if graph else batch.loss(output)
