@@ -15,6 +15,7 @@ from torch.nn.parameter import UninitializedParameter
 from torch.overrides import TorchFunctionMode
 
 from stabkit.errors import ArgumentError
+from stabkit.tracing.recording.untouched_model import seeded
 
 
 def refuse_unusable(parameters: Sequence[Tensor]) -> None:
@@ -40,7 +41,7 @@ def refuse_unusable(parameters: Sequence[Tensor]) -> None:
 
 def seed_everything(seed: int) -> None:
     """Seed the generators of torch, numpy and Python."""
-    torch.manual_seed(seed)
+    seeded(seed)
     random.seed(seed)
     np.random.seed(seed % 2**32)  # noqa: NPY002 - it is the one that models draw from
 
