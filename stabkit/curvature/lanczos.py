@@ -22,6 +22,7 @@ Product = Callable[[Tensor, Tensor], Tensor]
 _FEWEST = 4  # Ritz values before gaps between them mean something
 _COLUMNS = 2**20
 _MUCH = 0.7  # of the norm: what is left of a vector of which less was taken is orthogonal to rounding (Kahan, Parlett)
+_TINY = 1e-10  # its square, summed over many entries, is still a normal number of float32
 _DEPENDENT = 50.0  # roundings of the product below which nothing of it is new
 
 
@@ -131,6 +132,25 @@ class _Basis:
         self.size = count
 
 
+class _Scaled:
+    """Products over a power of two that brings the first near 1: squares of others leave the range of float32.
+
+    Attributes:
+        size: that power.
+    """
+
+    def __init__(self, product: Product) -> None:
+        self._product, self.size = product, 0.0
+
+    def __call__(self, x: Tensor, out: Tensor) -> Tensor:
+        w = self._product(x, out)
+        if not self.size:
+            largest = float(w.abs().max())
+            usual = not 0 < largest < math.inf or _TINY < largest < 1 / _TINY
+            self.size = 1.0 if usual else 2.0 ** round(math.log2(largest))
+        return w if self.size == 1.0 else w.div_(self.size)
+
+
 def _errors(values: np.ndarray, residuals: np.ndarray, chosen: np.ndarray) -> np.ndarray:
     """How far Ritz values are from eigenvalues: the residual, or its square over the gap where that is less.
 
@@ -184,8 +204,9 @@ def largest(
     rows = min(n, max(rows, k + 3))
     basis, made, looking = _Basis(n, rows, start), 0, False
     del start  # as large as the model
+    scaled = _Scaled(product)
     while True:
-        basis.grow(product)
+        basis.grow(scaled)
         made += 1
         values, S, residuals = basis.ritz()
         top = np.arange(len(values))[::-1][:k]
@@ -210,6 +231,12 @@ def largest(
     vectors = torch.from_numpy(S[:, back].T.copy()).to(basis.V) @ basis.V[: basis.size]
     size = float(np.abs(basis.T).max(initial=0.0)) or 1.0
     return Eigenpairs(
-        values[top], residuals[top], found | (basis.size == n), vectors, float(values[0]), float(residuals[0]),
-        basis.asymmetry / size, made,
-    )  # fmt: skip
+        scaled.size * values[top],
+        scaled.size * residuals[top],
+        found | (basis.size == n),
+        vectors,
+        scaled.size * float(values[0]),
+        scaled.size * float(residuals[0]),
+        basis.asymmetry / size,
+        made,
+    )

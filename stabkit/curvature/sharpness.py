@@ -17,6 +17,7 @@ from stabkit.curvature.gauss_newton import gauss_newton
 from stabkit.curvature.hessian import ALONE, Hessian, Summing, refuse_randomness
 from stabkit.curvature.lanczos import Eigenpairs, largest
 from stabkit.curvature.stability import Stability, limiting_product, signed
+from stabkit.curvature.twin import refuse_wrong_products
 from stabkit.curvature.updates import Update, plain_update, read_update
 from stabkit.errors import ArgumentError, ArgumentTypeError
 from stabkit.integrators import GeneralLinearMethod
@@ -166,7 +167,7 @@ def sharpness(
     parameters = plain_update(module.parameters()) if update is None else update.parameters
     if not parameters:
         raise ArgumentError("no parameter of the model requires grad; there is no curvature to measure")
-    with unchanged_randomness():
+    with torch.inference_mode(False), unchanged_randomness():
         hessian = Hessian(module, parameters, Batches(inputs, kwargs, loss, batches), seed, ranks or ALONE)
         refuse_randomness(hessian)
         return of_hessian(hessian, update, k=k, tol=tol, start=start, blocks=blocks, own=own)
@@ -191,6 +192,7 @@ def of_hessian(
     search = _Search(hessian, k, tol, hessian.seed)
     sign = -1.0 if update is not None and update.ascends else 1.0
     plain = search.run(signed(hessian, sign), start)
+    refuse_wrong_products(hessian, plain.vectors[0])
     limiting, operator = plain, signed(hessian, sign)
     if update is not None and not update.is_plain:
         operator = limiting_product(hessian, update)

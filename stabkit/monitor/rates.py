@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from stabkit.curvature import NotYetError, SharpnessTracker, TrackedSharpness
 from stabkit.diagnosis import Finding
-from stabkit.errors import ArgumentError
+from stabkit.errors import ArgumentError, TraceError
 from stabkit.monitor.parameters import is_sharded
 from stabkit.monitor.record import Look
 from stabkit.monitor.rules import AlertRules
@@ -71,6 +71,10 @@ class RateWatch:
             found = self._tracker.measure()
         except NotYetError:  # Adam before its first update
             return None, []
+        except TraceError:
+            if self._before is None:
+                raise
+            return None, []  # it could be measured before: the loss is not finite any more, which is told elsewhere
         before, self._before, self._last = self._before, found, step
         leapt = before is not None and found.ratio > max(self._rules.edge, _LEAPT * before.ratio)
         self._gap = 1 if rose or leapt else min(2 * self._gap, self._every)
