@@ -26,7 +26,7 @@ from stabkit.errors import StabkitError
 from stabkit.tracing import Flow
 from stabkit.tracing.recording.containers import map_tensors
 from stabkit.tracing.recording.forward_pass import ForwardPass
-from stabkit.tracing.recording.untouched_model import unchanged
+from stabkit.tracing.recording.untouched_model import seeded, unchanged
 
 STEPS = 20
 LARGEST = 1_000_000  # parameters beyond which so much training is no small part of a diagnosis
@@ -211,7 +211,7 @@ def _run(
     losses: list[float] = []
     with unchanged(call.module) as safe, torch.enable_grad():
         safe.copy_buffers()
-        torch.manual_seed(call.seed)
+        seeded(call.seed)
         weights = [p for p in call.module.parameters() if p.requires_grad and p.is_floating_point()]
         rate = None
         for _ in range(STEPS + 1):

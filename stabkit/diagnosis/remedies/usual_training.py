@@ -22,7 +22,7 @@ from stabkit.diagnosis.remedies.made_once import once
 from stabkit.diagnosis.remedies.short_training import LARGEST, STEPS
 from stabkit.errors import StabkitError
 from stabkit.tracing.recording.forward_pass import ForwardPass
-from stabkit.tracing.recording.untouched_model import unchanged
+from stabkit.tracing.recording.untouched_model import seeded, unchanged
 
 RATES = (1e-2, 1e-3)  # from the usual 0.01 of SGD down to the default of Adam
 EPSILON = 1e-8  # the default of Adam
@@ -135,7 +135,7 @@ def _run(call: ForwardPass, loss: Any, update: Update, steps: int) -> float:
     first = math.nan
     with unchanged(call.module) as safe, torch.enable_grad():
         safe.copy_buffers()
-        torch.manual_seed(call.seed)
+        seeded(call.seed)
         weights = [p for p in call.module.parameters() if p.requires_grad and p.is_floating_point()]
         states: list[list[Tensor]] = [[] for _ in weights]
         for step in range(steps + 1):
