@@ -13,6 +13,7 @@ from stabkit.identification.names.systems import LINEAR_MAP
 from stabkit.identification.reading import read
 from stabkit.identification.record import Identification
 from stabkit.identification.steps.composed_steps import with_compositions, with_first_rounds
+from stabkit.identification.steps.forks_and_joins import changes_count
 from stabkit.identification.time.iterated import read_iteration
 from stabkit.identification.time.over_time import Recurrences, closed_form_note
 from stabkit.parallel import SERIAL, Parallel
@@ -89,7 +90,7 @@ def identify(flow: FlowLike, *, checks: bool = True, parallel: Parallel = SERIAL
         single = [read(around, step, step + 1) for step in range(start, stop)]
         if all(r.name == "part of a step" for r in single):
             return [record]
-        unread = sum(r.name in (*_NOTHING_READ, "fork", "join") or r.name.startswith(_COARSE) for r in single)
+        unread = sum(r.name in _NOTHING_READ or changes_count(r) or r.name.startswith(_COARSE) for r in single)
         return single if divided or record.name in _NOTHING_READ or unread <= len(single) / 2 else [record]
 
     costs = [float(sum(len(flow.steps[i].segment.nodes) for i in range(start, stop))) for start, stop in places]

@@ -42,6 +42,7 @@ from stabkit.identification.steps.coupled import coupled
 from stabkit.identification.steps.couplings import is_affine_coupling
 from stabkit.identification.steps.diffusion import as_diffusion
 from stabkit.identification.steps.exponential_steps import by_coordinates
+from stabkit.identification.steps.forks_and_joins import holds_a_step, step_inside
 from stabkit.identification.steps.growing_history import growing_history
 from stabkit.identification.steps.implicit import (
     LinearSolve,
@@ -82,7 +83,7 @@ def read(around: Surroundings, start: int, stop: int) -> Identification:
     if shifts and begins_at_constants(around.flow, start, stop):
         why = "a solver begins at a constant here: what the steps start from is an input of its field, and no state"
         return nothing(record.steps, "unknown", why, "unknown")
-    if record.evidence != "proven" or record.method is None:
+    if record.evidence != "proven" or (record.method is None and not holds_a_step(record)):
         return record
     chosen, cut = routed(around, start, stop, found), unseen(around, start, stop, found)
     if chosen:
@@ -104,9 +105,17 @@ def _read(around: Surroundings, found: Slots, start: int, stop: int) -> Identifi
         return _implicit(around, steps)
     if not found.sources or not found.targets:
         return nothing(steps, "unknown", "which of the values around this step are its states was not found", "unknown")
+    return _of_slots(around, found, steps)
+
+
+def _of_slots(around: Surroundings, found: Slots, steps: tuple[int, ...]) -> Identification:
+    """The method between some old states and some new ones."""
+    start, stop = steps[0], steps[-1] + 1
     if len(found.sources) == len(found.targets) == 1:
         return _one_state(around, found, steps)
     record = read_several_states(around, found, steps)
+    if record.name in ("fork", "join"):
+        return step_inside(around, found, steps, record, lambda inner, at: _of_slots(around, inner, at))
     if record.name in ("unnamed", "unknown") and (window := window_of_states(around.flow, found, steps)) is not None:
         return window
     before, after = (around.flow.states[i].values for i in (start, stop))

@@ -93,10 +93,12 @@ PROXIMAL = [(torch.tanh, "Tanh"), (shrink, "Tanh, soft threshold"), (lambda x: x
 @pytest.mark.parametrize(("prox", "maps"), PROXIMAL)
 def test_rounds_with_the_same_weights_are_steps_of_two_states(prox, maps):
     found = [r for r in records(PrimalDual(prox)) if r.name not in ("fork", "join")]
-    *rounds, last = found
+    *rounds, joined, last = found
     name = f"primal-dual hybrid gradient (Chambolle-Pock, theta = 1), then {maps} (proximal)"
     assert [r.name for r in rounds] == [name] * 3
     assert {(r.method.states, r.skip, r.evidence) for r in rounds} == {(2, None, "measured")}
+    assert joined.name.startswith("primal-dual hybrid gradient (Chambolle-Pock, theta = 1), then Tanh")
+    assert joined.notes[0].endswith("a join")
     assert last.name in ("plain", "linear recurrence (a = 0.833)")
 
 

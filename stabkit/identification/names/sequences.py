@@ -34,7 +34,7 @@ def name_sequence(parts: Sequence[tuple[NormalForm, Blocks]]) -> Name | None:
     same = max(sizes) - min(sizes) <= CLOSE * max(sizes)
     convention = f"h: {', '.join(f'{h:.3g}' for h in sizes)}, one after the other"
     convention = (
-        next(n.convention for n, (_, t) in zip(told, parts, strict=True) if len(t.rows)) if same else convention
+        next(n.convention for n, (_, t, _) in zip(told, scaled, strict=True) if len(t.rows)) if same else convention
     )
     if len(told) == 1:
         return replace(told[0], convention=convention)
