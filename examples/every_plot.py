@@ -57,6 +57,8 @@ def main(out: Path) -> None:
     blocks = nn.Sequential(*[Block(24, 48, 1.5) for _ in range(10)])
     plain = nn.Sequential(*[nn.Sequential(nn.Linear(24, 24), nn.Tanh()) for _ in range(10)])
     batch = torch.randn(16, 24)
+    descent = torch.optim.SGD(blocks.parameters(), lr=0.5, momentum=0.9)
+    updated = stabkit.analyze(blocks, batch, loss=lambda y: (y - batch.flip(1)).square().mean(), optimizer=descent)
     report, other = (stabkit.analyze(model, batch) for model in (blocks, plain))
     flow = stabkit.trace(blocks, batch)
     J = flow.steps[4].jacobian()
@@ -93,10 +95,11 @@ def main(out: Path) -> None:
         lambda ax: plotting.vector_field(points, ax),
         lambda ax: plotting.exponent_field(plane, ax),
         lambda ax: plotting.training(monitor, ax),
+        lambda ax: plotting.update(updated, ax),
     ]
     rows = -(-len(draws) // COLUMNS)
     figure = Figure(figsize=(COLUMNS * WIDTH * CENTIMETER, rows * HEIGHT * CENTIMETER), dpi=150, layout="constrained")
-    for draw, panel in zip(draws, figure.subfigures(rows, COLUMNS).ravel(), strict=True):
+    for draw, panel in zip(draws, figure.subfigures(rows, COLUMNS).ravel(), strict=False):  # the last row has room
         ax = panel.subplots()
         small_text(ax, FONT)
         draw(ax)

@@ -24,6 +24,8 @@ PICTURES: dict[str, dict[str, str]] = {
     "gradients": {"Report": "gradients", "GradientProfile": "gradients"},
     "graph": {"Report": "graph", "Flow": "graph"},
     "overview": {"Report": "overview"},
+    "update": {"Report": "update"},
+    "updates": {"Report": "updates"},
     "training": {"Records": "training"},
     "spectrum": {"StepReport": "spectrum", "Spectrum": "spectrum"},
     "pseudospectra": {"Jacobian": "pseudospectra"},

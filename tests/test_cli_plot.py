@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ from stabkit import plotting
 from stabkit.cli import app
 from stabkit.cli.plot import KINDS
 from stabkit.pictures import PICTURES, default_picture
-from tests.report.synthetic import make_chain
+from tests.report.synthetic import make_chain, make_training
 
 PLANAR = """
 import torch
@@ -39,7 +40,9 @@ EXPONENTS = ("lyapunov", "convergence", "sums")  # not in a report made by hand
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
-    make_chain([0.5, -0.2], attribution={"spectral": 0.1}).save(tmp_path / "report.json")
+    report = make_chain([0.5, -0.2], attribution={"spectral": 0.1})
+    replace(report, training=make_training()).save(tmp_path / "report.json")
+    report.save(tmp_path / "bare.json")
     block = {"name": "0", "growth": 0.1}
     lines = [json.dumps({"step": i, "findings": [], "blocks": [block]}) for i in range(3)]
     (tmp_path / "records.jsonl").write_text("\n".join(lines) + "\n")
@@ -73,6 +76,8 @@ def test_the_growth_of_a_run_is_the_heat_map_of_its_training(folder: Path, sourc
         (["report.json", "regoin"], "did you mean region?"),
         (["missing.json", "region"], "no such file"),
         (["report.json", "training"], "no readable records"),
+        (["bare.json", "update"], "the report has no optimizer; analyse with loss= and optimizer="),
+        (["planar.py:planar", "updates", "--input", "1x2"], "the report has no optimizer"),
         (["records.jsonl", "region"], "of which growth and training are drawn"),
         (["records.jsonl", "growth", "--quantity", "groth"], "did you mean growth?"),
         (["planar.py:planar", "field", "--input", "1x2", "--step", "9"], "there is no such step"),

@@ -115,7 +115,7 @@ def test_every_picture_is_of_one_class_and_takes_ax():
         for shown, function in draws.items():
             assert shown in made_for_a_picture or named.count(shown) == 1, shown
             parameters = list(inspect.signature(getattr(plotting, function)).parameters)
-            assert parameters[1:2] == ["ax"] or kind == "overview"
+            assert parameters[1:2] == ["ax"] or kind in ("overview", "updates")
 
 
 def test_no_class_writes_its_data_by_hand():

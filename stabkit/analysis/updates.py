@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from stabkit.analysis.settings import Settings
-from stabkit.curvature.sharpness import Sharpness
+from stabkit.curvature import BlockCurvature, Sharpness
 from stabkit.curvature.updates import trained_by
 from stabkit.diagnosis import Diagnosis, Measurement, factor
 from stabkit.diagnosis.suspects import ordered
@@ -118,9 +118,7 @@ def _of_curvature(sharpness: Sharpness, measurement: Measurement) -> Mapping[str
         "largest_stable_rate": sharpness.largest_stable_lr,
         "blocks": tuple(BlockShare(name=b.name, share=b.share, curvature=b.sharpness) for b in sharpness.by_block[:5]),
         "growth_behind": behind,
-        "depth": ""
-        if step is None or behind is None
-        else _sentence(leading.name, leading.share, step, behind, measurement),
+        "depth": _sentence(leading, step, behind, measurement),
         "n_products": sharpness.n_products,
     }
 
@@ -139,9 +137,11 @@ def _growth_behind(step: int, measurement: Measurement) -> float:
     return float(np.asarray(measurement.growth[step + 1 :]).mean(axis=1).sum())
 
 
-def _sentence(block: str, share: float, step: int, behind: float, measurement: Measurement) -> str:
+def _sentence(leading: BlockCurvature, step: int | None, behind: float | None, measurement: Measurement) -> str:
+    holds = f"{leading.name or 'the model itself'} holds {leading.share:.0%} of the largest curvature"
+    if step is None or behind is None:
+        return f"{holds}; it is the work of no step, so that no growth over depth leads to it."
     count = len(measurement.steps) - step - 1
-    holds = f"{block} holds {share:.0%} of the largest curvature"
     if not count:
         return f"{holds}; it is the last step, and the gradient comes to it from the loss itself."
     if not math.isfinite(behind):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -34,22 +35,32 @@ class Batch:
     def output(self, module: nn.Module) -> Any:
         """What the model returns; the batch is not written to."""
         if self.call is not None:
-            return _called(self.call)
+            with _told(
+                "the closure failed", "it returns the loss of a fixed batch, on the graph and without backward()"
+            ):
+                return self.call()
         args, kwargs = map_tensors([list(self.inputs), dict(self.kwargs)], lambda t: t.detach().clone())
-        return module(*args, **kwargs)
+        with _told("the model failed on what it was called with", "see that the inputs are those of a batch"):
+            return module(*args, **kwargs)
+
+    def value(self, output: Any) -> Any:
+        """What the loss returns, whatever it is."""
+        with _told("the loss failed on the model's output", "it is called with the output, and returns a scalar"):
+            found = self.loss(output)
+            if isinstance(found, Tensor) and found.is_complex():
+                raise TraceError("the loss is complex; return a real scalar, such as its real part or its size")
+            return found
 
 
-def _called(closure: Callable[[], Any]) -> Any:
+@contextlib.contextmanager
+def _told(what: str, advice: str) -> Iterator[None]:
     try:
-        return closure()
+        yield
     except (StabkitError, torch.OutOfMemoryError):
         raise
     except Exception as error:
         message = " ".join(str(error).split())[:300]
-        raise TraceError(
-            f"the closure failed: {type(error).__name__}: {message}. It is to return the loss of a fixed batch, on the "
-            "graph, without backward()"
-        ) from error
+        raise TraceError(f"{what}: {type(error).__name__}: {message}; {advice}") from error
 
 
 class Batches:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from stabkit.curvature.hessian import Gradient, Hessian
+from stabkit.curvature.setting_aside import without_hooks
 from stabkit.tracing.cutting.endpoints import scalar_loss
 from stabkit.tracing.recording.containers import map_tensors, named_tensors
 
@@ -41,7 +42,7 @@ def _of_batch(found: Gradient, vectors: list[Tensor]) -> float:
 def _pushed(found: Gradient, outputs: list[Tensor], vectors: list[Tensor]) -> list[Tensor | None]:
     """J v, as the derivative of J^T u, which is linear, in u."""
     seeds = [torch.zeros_like(t).requires_grad_() for t in outputs]
-    with torch.enable_grad():
+    with torch.enable_grad(), without_hooks(found.parameters):
         pulled = torch.autograd.grad(
             outputs, found.parameters, seeds, retain_graph=True, create_graph=True, allow_unused=True
         )

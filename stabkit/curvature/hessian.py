@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import Node
 
 from stabkit.curvature.batches import Batch, Batches
+from stabkit.curvature.setting_aside import refuse_unusable, seed_everything, set_aside, without_hooks
 from stabkit.errors import ArgumentError, TraceError
 from stabkit.tracing.cutting.endpoints import scalar_loss
 from stabkit.tracing.recording.sharding import take_whole
@@ -83,7 +84,10 @@ class Gradient:
             return [None] * len(self.parameters)
         outputs, weights = zip(*there, strict=True)
         try:
-            return list(torch.autograd.grad(outputs, self.parameters, weights, retain_graph=True, allow_unused=True))
+            with without_hooks(self.parameters):
+                return list(
+                    torch.autograd.grad(outputs, self.parameters, weights, retain_graph=True, allow_unused=True)
+                )
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:
@@ -106,6 +110,7 @@ class Hessian:
         device: of the vectors.
         n_products: how many were made.
         value: the loss, once a pass was made.
+        by_hand: the name of an ``autograd.Function`` of the user's in the pass, if there is one.
     """
 
     def __init__(
@@ -117,6 +122,7 @@ class Hessian:
         ranks: Summing = ALONE,
     ) -> None:
         self.ranks = ranks if len(batches) > 1 else ALONE  # one batch is the same on all
+        refuse_unusable(parameters)
         self.module, self.parameters, self.batches, self.seed = module, list(parameters), batches, seed
         names = {id(p): name for name, p in module.named_parameters()}
         self._names = [names[id(p)] for p in self.parameters]
@@ -125,6 +131,7 @@ class Hessian:
         self.device = self.parameters[0].device
         self.dtype = torch.float64 if any(p.dtype == torch.float64 for p in self.parameters) else torch.float32
         self.n_products = 0
+        self.by_hand = ""
         self.value: float | None = None
         self._kept: Gradient | None = None
         self._looked = False
@@ -201,7 +208,7 @@ class Hessian:
             return
         for batch in self.own_batches():
             with self.running(batch) as (_, loss):
-                parts = torch.autograd.grad(loss, self._running_parameters(), allow_unused=True)
+                parts = self._gradient(loss, self._running_parameters())
             yield batch.weight, float(loss.detach()), parts
 
     def release(self) -> None:
@@ -228,16 +235,30 @@ class Hessian:
     def _passed(self, batch: Batch) -> Gradient:
         with self.running(batch) as (output, loss):
             parameters = self._running_parameters()
-            try:
-                parts = torch.autograd.grad(loss, parameters, create_graph=True, allow_unused=True)
-            except torch.OutOfMemoryError:
-                raise
-            except RuntimeError as error:
-                raise _not_once(error) from error
+            parts = self._gradient(loss, parameters, create_graph=True)
         if not self._looked:  # the graph is the same for every batch
-            _refuse_ends(parts)
+            self.by_hand = _looked_through(loss, parts)
             self._looked = True
         return Gradient(batch, loss, output, parameters, list(parts))
+
+    def _gradient(
+        self, loss: Tensor, parameters: list[nn.Parameter], *, create_graph: bool = False
+    ) -> tuple[Tensor | None, ...]:
+        try:
+            with without_hooks(parameters):
+                parts: tuple[Tensor | None, ...] = torch.autograd.grad(
+                    loss, parameters, create_graph=create_graph, allow_unused=True
+                )
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            raise _not_once(error) from error
+        for name, part in zip(self._names, parts, strict=True):
+            if part is not None and part.layout != torch.strided:
+                raise TraceError(
+                    f"the gradient of {name} is sparse, which has no second derivative; look it up with sparse=False"
+                )
+        return parts
 
     def _running_parameters(self) -> list[nn.Parameter]:
         return [self.module.get_parameter(name) for name in self._names]
@@ -250,17 +271,15 @@ class Hessian:
             batch: the batch.
             graph: whether they are wanted on the graph; without, any scalar is a loss.
         """
-        with torch.inference_mode(False), unchanged(self.module) as safe, transparent():
+        with torch.inference_mode(False), unchanged(self.module) as safe, transparent(), set_aside(self.module):
             safe.copy_buffers()
-            for parameter in self.module.parameters():
-                parameter.grad = None  # what a closure does with gradients is none of the user's
             take_whole(self.module)
             for parameter in self._running_parameters():
                 parameter.requires_grad_()
-            torch.manual_seed(self.seed)
+            seed_everything(self.seed)
             with torch.set_grad_enabled(graph):
                 output = batch.output(self.module)
-                yield output, scalar_loss(batch.loss, output) if graph else batch.loss(output)
+                yield output, scalar_loss(batch.loss, output) if graph else batch.value(output)
 
 
 @dataclass(eq=False)
@@ -319,10 +338,18 @@ def _not_once(error: RuntimeError) -> TraceError:
     return TraceError(f"the loss cannot be differentiated in the parameters: {message}")
 
 
-def _refuse_ends(parts: Sequence[Tensor | None]) -> None:
-    """A backward that is once_differentiable ends the graph of the gradient: what lies behind would count as zero."""
+_BY_HAND: Any = torch.autograd.function.BackwardCFunction
+
+
+def _looked_through(loss: Tensor, parts: Sequence[Tensor | None]) -> str:
+    """The name of a backward that was written by hand, if there is one.
+
+    One that is once_differentiable ends the graph of the gradient: what lies behind would count as zero.
+    """
     seen: set[Node] = set()
-    stack = [part.grad_fn for part in parts if part is not None and part.grad_fn is not None]
+    ends = (loss, *(part for part in parts if part is not None))
+    stack = [tensor.grad_fn for tensor in ends if tensor.grad_fn is not None]
+    by_hand = ""
     while stack:
         node = stack.pop()
         if node in seen:
@@ -330,7 +357,10 @@ def _refuse_ends(parts: Sequence[Tensor | None]) -> None:
         seen.add(node)
         if node.name() == _END:
             raise _not_twice("a custom autograd.Function has a backward that is marked once_differentiable")
+        if isinstance(node, _BY_HAND):
+            by_hand = node.name().removesuffix("Backward")
         stack.extend(parent for parent, _ in node.next_functions if parent is not None)
+    return by_hand
 
 
 def _not_twice(error: RuntimeError | str) -> TraceError:

@@ -20,7 +20,9 @@ from stabkit.threads import single_threaded
 
 Product = Callable[[Tensor, Tensor], Tensor]
 _FEWEST = 4  # Ritz values before gaps between them mean something
+_COLUMNS = 2**20
 _MUCH = 0.7  # of the norm: what is left of a vector of which less was taken is orthogonal to rounding (Kahan, Parlett)
+_TINY = 1e-10  # its square, summed over many entries, is still a normal number of float32
 _DEPENDENT = 50.0  # roundings of the product below which nothing of it is new
 
 
@@ -59,7 +61,7 @@ class _Basis:
         self.coupling = np.zeros(rows)  # of every row with the next one
         self.size, self.rows, self.asymmetry = 0, rows, 0.0
         self.invariant = False
-        self.V[0] = start / torch.linalg.vector_norm(start)
+        self.V[0].copy_(start).div_(torch.linalg.vector_norm(start))
 
     def grow(self, product: Product) -> None:
         """Multiply the last row; the row after it is what is new of that."""
@@ -117,15 +119,36 @@ class _Basis:
         """Keep some Ritz vectors; the next row stays the next."""
         p, count = self.size, len(kept)
         turned = torch.from_numpy(S[:, kept].T.copy()).to(self.V)
-        rows = turned @ self.V[:p]
+        for part in torch.split(
+            self.V[:p], _COLUMNS, dim=1
+        ):  # rows may be as large as the model: no second set of them
+            part[:count] = turned @ part
         self.V[count] = self.V[p]
-        self.V[:count] = rows
         coupling = self.coupling[:p] @ S[:, kept]
         self.T[:] = 0
         self.T[range(count), range(count)] = values[kept]
         self.coupling = np.zeros(self.rows)
         self.coupling[:count] = coupling
         self.size = count
+
+
+class _Scaled:
+    """Products over a power of two that brings the first near 1: squares of others leave the range of float32.
+
+    Attributes:
+        size: that power.
+    """
+
+    def __init__(self, product: Product) -> None:
+        self._product, self.size = product, 0.0
+
+    def __call__(self, x: Tensor, out: Tensor) -> Tensor:
+        w = self._product(x, out)
+        if not self.size:
+            largest = float(w.abs().max())
+            usual = not 0 < largest < math.inf or _TINY < largest < 1 / _TINY
+            self.size = 1.0 if usual else 2.0 ** round(math.log2(largest))
+        return w if self.size == 1.0 else w.div_(self.size)
 
 
 def _errors(values: np.ndarray, residuals: np.ndarray, chosen: np.ndarray) -> np.ndarray:
@@ -180,8 +203,10 @@ def largest(
     k = min(k, n)
     rows = min(n, max(rows, k + 3))
     basis, made, looking = _Basis(n, rows, start), 0, False
+    del start  # as large as the model
+    scaled = _Scaled(product)
     while True:
-        basis.grow(product)
+        basis.grow(scaled)
         made += 1
         values, S, residuals = basis.ritz()
         top = np.arange(len(values))[::-1][:k]
@@ -206,6 +231,12 @@ def largest(
     vectors = torch.from_numpy(S[:, back].T.copy()).to(basis.V) @ basis.V[: basis.size]
     size = float(np.abs(basis.T).max(initial=0.0)) or 1.0
     return Eigenpairs(
-        values[top], residuals[top], found | (basis.size == n), vectors, float(values[0]), float(residuals[0]),
-        basis.asymmetry / size, made,
-    )  # fmt: skip
+        scaled.size * values[top],
+        scaled.size * residuals[top],
+        found | (basis.size == n),
+        vectors,
+        scaled.size * float(values[0]),
+        scaled.size * float(residuals[0]),
+        basis.asymmetry / size,
+        made,
+    )

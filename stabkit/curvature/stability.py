@@ -65,7 +65,10 @@ def limiting_product(hessian: Hessian, update: Update, floor: float = 0.0) -> Pr
         return signed(hessian, sign)
     like = torch.empty(hessian.n, dtype=hessian.dtype, device=hessian.device)
     scales = flat(update.scales, hessian.parameters, like)
-    roots = scales.clamp_(min=floor * float(scales.mean())).rsqrt_()
+    if floor:
+        moving = scales[scales.isfinite()]  # a group whose rate is 0 has an infinite P
+        scales.clamp_(min=floor * float(moving.mean()))
+    roots = scales.rsqrt_()
     shift = flat(update.decays, hessian.parameters, like) if any(update.decays) else 0.0
     return signed(Preconditioned(hessian, roots, shift), sign)
 

@@ -111,7 +111,7 @@ class SharpnessTracker:
             TraceError: the closure returns no scalar on the graph, or one that cannot be differentiated twice.
         """
         update = read_update(self._optimizer, self._module, first=True)
-        with unchanged_randomness(), _called_inside(self._model):
+        with torch.inference_mode(False), unchanged_randomness(), _called_inside(self._model):
             hessian = Hessian(self._module, update.parameters, self._batches, self._seed)
             if not self._made:
                 refuse_randomness(hessian)

@@ -12,8 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from stabkit.curvature.hessian import Hessian
-from stabkit.errors import ArgumentError
+from stabkit.errors import ArgumentError, TraceError
 from stabkit.tracing.recording.sharding import own_part
+
+# Of differences of gradients, in float32 and in float64: length over the norm of the weights, how well two lengths must
+# agree, and by how much the products must differ from both. Kinks of ReLUs are in the differences and not in products.
+_LENGTHS, _AGREE, _DIFFER = (1e-2, 1e-6), (0.05, 0.005), (0.1, 0.02)
 
 
 @contextlib.contextmanager
@@ -64,6 +68,7 @@ class Twin:
                     setattr(self._optimizer, name, copy.deepcopy(value, memo))
         except Exception as error:  # whatever a class of one's own raises
             raise ArgumentError(f"no copy can be made of optimizer {self._name}: {error}") from error
+        self._takes_rows = isinstance(optimizer, torch.optim.SparseAdam)
         for group in self._optimizer.param_groups:
             group["lr"] = group["lr"] * factor
 
@@ -80,7 +85,8 @@ class Twin:
         with standing_at(self._hessian.parameters, self.values()):
             value, slopes = self._hessian.slopes()
         for c, slope in zip(self._copies, slopes, strict=True):
-            c.grad = None if slope is None else own_part(slope, c)
+            part = None if slope is None else own_part(slope, c)
+            c.grad = part.to_sparse(1) if part is not None and self._takes_rows else part
         try:
             self._optimizer.step()
         except Exception as error:  # one that needs a closure raises TypeError, one of one's own anything
@@ -99,3 +105,45 @@ class Twin:
                 return found
         with standing_at(self._hessian.parameters, self.values()):
             return [*found, self._hessian.loss()]
+
+
+def refuse_wrong_products(hessian: Hessian, v: Tensor) -> None:
+    """Where a backward was written by hand, v^T H v must be what differences of gradients along v give.
+
+    A backward that detaches what it saved, or computes in numpy, gives a right gradient and leaves out a part of H
+    without an error, and the rest may well be symmetric.
+
+    Raises:
+        TraceError: it is not.
+    """
+    if not hessian.by_hand:
+        return
+    product = float(v.double() @ hessian.matvec(v).double())
+    hessian.release()
+    size = sum(float(torch.linalg.vector_norm(p.detach().double())) ** 2 for p in hessian.parameters) ** 0.5
+    fine = hessian.dtype == torch.float64 and all(p.dtype == torch.float64 for p in hessian.parameters)
+    length = _LENGTHS[fine] * (size or 1.0)
+    far, near = (_difference(hessian, v, length), _difference(hessian, v, length / 4))
+    scale = max(abs(near), abs(product))
+    # two lengths that agree say that neither rounding nor what is beyond the second order is in them
+    if abs(far - near) <= _AGREE[fine] * scale and abs(near - product) > _DIFFER[fine] * scale:
+        raise TraceError(
+            f"the curvature along the eigenvector is {product:.4g} by products with the Hessian and {near:.4g} by "
+            f"differences of gradients: the backward of {hessian.by_hand} is not differentiable as it is written. "
+            "Write it with operations on saved tensors, without detach, numpy or no_grad"
+        )
+
+
+def _difference(hessian: Hessian, v: Tensor, length: float) -> float:
+    slopes = []
+    for sign in (1.0, -1.0):
+        points = [
+            torch.add(p.detach(), part, alpha=sign * length)
+            for p, part in zip(hessian.parameters, hessian.split(v), strict=True)
+        ]
+        with standing_at(hessian.parameters, points):
+            _, parts = hessian.slopes()
+        total = torch.zeros_like(v, dtype=torch.float64)
+        hessian.add(total, parts, 1.0)
+        slopes.append(float(v.double() @ total))
+    return (slopes[0] - slopes[1]) / (2 * length)

@@ -22,7 +22,7 @@ from stabkit.tracing.recording.containers import map_tensors, named_tensors
 from stabkit.tracing.recording.forward_pass import ForwardPass
 from stabkit.tracing.recording.recorder import clock
 from stabkit.tracing.recording.transparency import transparent
-from stabkit.tracing.recording.untouched_model import unchanged
+from stabkit.tracing.recording.untouched_model import seeded, unchanged
 from stabkit.walk import wide
 
 _AGREEMENT = 1e-4  # how far the shares may be from the whole by rounding, relative to its norm
@@ -166,7 +166,7 @@ def _gradients(
 ) -> _Gradients:
     with torch.inference_mode(False), unchanged(forward.module) as safe, transparent():
         safe.copy_buffers()
-        torch.manual_seed(forward.seed)
+        seeded(forward.seed)
         differentiable = {name: p for name, p in known.items() if p.is_floating_point() or p.is_complex()}
         for parameter in differentiable.values():
             parameter.requires_grad_()

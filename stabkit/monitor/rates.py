@@ -10,12 +10,13 @@ from torch import Tensor, nn
 
 from stabkit.curvature import NotYetError, SharpnessTracker, TrackedSharpness
 from stabkit.diagnosis import Finding
-from stabkit.errors import ArgumentError
+from stabkit.errors import ArgumentError, TraceError
 from stabkit.monitor.parameters import is_sharded
 from stabkit.monitor.record import Look
 from stabkit.monitor.rules import AlertRules
 
 _ROSE = 1.05  # of the rate since the last look, at the edge: time for another
+_AGAIN = 0.5  # of the first loss: one that has grown back to that has lost what was learnt
 _LEAPT = 1.5  # of the ratio from one look to the next: the next look comes soon
 _REFERENCE = "J. Cohen et al., Gradient descent on neural networks typically occurs at the edge of stability, ICLR 2021"
 
@@ -59,6 +60,8 @@ class RateWatch:
         self._every, self._rules = every, rules or AlertRules()
         self._gap, self._last = 1, -1
         self._before: TrackedSharpness | None = None
+        self._first: float | None = None
+        self._suspect: float | None = None  # the loss of a look that was beyond the edge with a loss that had grown
         self._losses: list[float] = []
         self._said = False
 
@@ -71,6 +74,10 @@ class RateWatch:
             found = self._tracker.measure()
         except NotYetError:  # Adam before its first update
             return None, []
+        except TraceError:
+            if self._before is None:
+                raise
+            return None, []  # it could be measured before: the loss is not finite any more, which is told elsewhere
         before, self._before, self._last = self._before, found, step
         leapt = before is not None and found.ratio > max(self._rules.edge, _LEAPT * before.ratio)
         self._gap = 1 if rose or leapt else min(2 * self._gap, self._every)
@@ -89,12 +96,20 @@ class RateWatch:
 
     def _judge(self, look: Look) -> list[Finding]:
         found, rules = look.found, self._rules
+        self._first = found.loss if self._first is None else self._first
         lowest = min(self._losses, default=found.loss)
         self._losses = [*self._losses[-rules.warmup :], found.loss]
-        grown = found.loss / lowest if lowest > 0 else 1.0
+        # of a loss that has become small a few batches make several times as much, at the edge of stability
+        grown = found.loss / lowest if lowest > 0 and found.loss > _AGAIN * self._first else 1.0
         if found.ratio < rules.edge:
             self._said = False
-        above = found.ratio > rules.rate or (found.ratio > rules.edge and grown > rules.grown)
+        growing = found.ratio > rules.edge and grown > rules.grown
+        # a spike that comes down by itself is the edge's own; where the loss is larger still at the next step it is not
+        goes_on = growing and self._suspect is not None and found.loss > self._suspect
+        self._suspect = found.loss if growing else None
+        if growing:
+            self._gap = 1
+        above = found.ratio > rules.rate or goes_on
         if self._said or not above or math.isnan(found.ratio):
             return []
         self._said = True

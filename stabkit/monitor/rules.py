@@ -29,8 +29,8 @@ class AlertRules:
         edge: ratio of the sharpness to the optimizer's threshold up to which a run is at the edge of stability, where
             training hovers by itself.
         rate: ratio from which the rate is reported at once.
-        grown: factor by which the loss of the closure has grown from its least over the last ``warmup`` looks, with
-            which a ratio beyond ``edge`` is reported as well.
+        grown: factor by which the loss of the closure has grown from its least over the last ``warmup`` looks, to
+            half of its first value or more, with which a ratio beyond ``edge`` is reported as well if it grows on.
     """
 
     warmup: int = 8
@@ -41,6 +41,10 @@ class AlertRules:
     certain: float = math.log(100.0)
     drift: float = math.log(100.0)
     overflows: int = 3
+    # Of 16 runs that blew up by their rate (MLP, convolutions, transformer, LSTM; SGD, momentum, Adam; at once,
+    # a jump, a climb) all were told before the loss was ten times its start; of 27 healthy ones none. Healthy runs at
+    # the edge reached 2.5 with a closure of 64 or 128 samples, whose sharpness is above that of all data, and spikes of
+    # their loss that came down again three times its least; four of them were above 1.5 at some step.
     edge: float = 1.2
     rate: float = 3.0
     grown: float = 3.0

@@ -26,6 +26,7 @@ from stabkit.plotting.region import region
 from stabkit.plotting.ridgelines import ridgelines
 from stabkit.plotting.style import figure_of, render, side_by_side
 from stabkit.plotting.sweep import margin, step_growth, total_growth
+from stabkit.plotting.update import update, updates
 
 if TYPE_CHECKING:
     from stabkit.report import Report
@@ -63,6 +64,8 @@ __all__ = [
     "sum_rule",
     "total_growth",
     "training",
+    "update",
+    "updates",
     "vector_field",
 ]
 

@@ -55,6 +55,24 @@ def test_the_leading_block_is_joined_with_the_growth_behind_it():
     assert place == len(report.steps) - 1 or f"{behind:+.2f} nats" in found.depth
 
 
+def test_a_leading_block_that_is_no_step_is_said_to_be_none():
+    class Scaled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.scale, self.layers = nn.Parameter(torch.tensor(30.0)), nn.Sequential(nn.Linear(6, 6), nn.Tanh())
+
+        def forward(self, x):
+            return self.layers(x) + 0 * x + 9 * self.scale
+
+    torch.manual_seed(0)
+    model, x = Scaled(), torch.randn(8, 6)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-4)
+    found = stabkit.analyze(model, x, loss=lambda out: out.square().mean(), optimizer=optimizer).training
+    assert found.blocks[0].name == ""
+    assert "the model itself holds" in found.depth
+    assert ("no step" in found.depth) == (found.growth_behind is None)
+
+
 def test_without_an_optimizer_there_is_no_section():
     report, *_ = analysed()
     assert report.training is None

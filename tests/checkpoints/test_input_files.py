@@ -88,3 +88,17 @@ def test_what_holds_no_numbers(tmp_path):
             read_input_file(tmp_path / name)
     with pytest.raises(CheckpointError, match="did you mean"):
         read_input_file(tmp_path / "xx.pt")
+
+
+def test_lines_of_numbers_are_samples(tmp_path):
+    path = tmp_path / "x.csv"
+    path.write_text("a,b\n1,2.5\n\n-3,4e1\n")
+    (read,) = read_input_file(path).tensors.values()
+    assert read.tolist() == [[1.0, 2.5], [-3.0, 40.0]]
+    path.write_text("3\n1\n")
+    (read,) = read_input_file(path).tensors.values()
+    assert (read.dtype, read.tolist()) == (torch.int64, [3, 1])
+    for content in ("", "a,b\n", "1,2\n3\n", "a\nb\n"):
+        path.write_text(content)
+        with pytest.raises(CheckpointError):
+            read_input_file(path)

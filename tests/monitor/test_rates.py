@@ -7,6 +7,7 @@ from functools import partial
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from stabkit import plotting
@@ -187,3 +188,24 @@ def test_a_closure_that_fails_does_not_stop_the_run():
     with pytest.warns(RuntimeWarning, match="the sharpness failed at step 0 and is off"):
         train()
     assert len(monitor.records) == 3
+
+
+def test_a_wrapper_that_waits_for_other_processes_is_not_called():
+    """Forward calls of DistributedDataParallel exchange buffers and prepare a backward pass that would not come."""
+    model = nn.Sequential(nn.Linear(16, 8), nn.BatchNorm1d(8), nn.Linear(8, 2))
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        wrapped = nn.parallel.DistributedDataParallel(model)
+        sgd = SGD(wrapped.parameters(), lr=0.1)
+        x = torch.randn(32, 16)
+        closure = lambda: wrapped(x).square().mean()  # noqa: E731
+        with Monitor(wrapped, 1, optimizer=sgd, closure=closure, sharpness_every=1) as monitor:
+            for _ in range(4):
+                sgd.zero_grad()
+                closure().backward()
+                monitor.step()
+                sgd.step()
+    finally:
+        dist.destroy_process_group()
+    assert all(record.look is not None for record in monitor.records)
+    assert "forward" not in vars(wrapped)

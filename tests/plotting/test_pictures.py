@@ -16,7 +16,7 @@ from torch import nn
 import stabkit
 from stabkit import growth, jacobians, plotting
 from stabkit.jacobians import from_dense
-from tests.report.synthetic import make_chain, make_report, make_step
+from tests.report.synthetic import make_chain, make_report, make_step, make_training
 
 PARTS = {"spectral": 0.3, "non_normal": 0.4, "alignment": -0.2}
 
@@ -53,6 +53,7 @@ DRAWN = {
     "sliding_disc": lambda ax: plotting.sliding_disc(REPORT, ax),
     "norms": lambda ax: plotting.norms(REPORT, ax),
     "ridgelines": lambda ax: plotting.ridgelines(REPORT, ax),
+    "update": lambda ax: plotting.update(replace(REPORT, training=make_training()), ax),
     "lyapunov": lambda ax: plotting.lyapunov(exponents(), ax),
     "convergence": lambda ax: plotting.lyapunov_convergence(exponents(), ax),
     "sums": lambda ax: plotting.sum_rule(exponents(), ax),
@@ -131,6 +132,30 @@ def test_discs_slide_from_minus_one_to_zero():
     assert centers == {(-1.0, 0), (-0.5, 0), (0.0, 0)}
     with pytest.raises(ValueError, match=r"damping=\(1.5,\)"):
         plotting.sliding_disc(damping=(1.5,))
+
+
+def test_modes_of_an_update_lie_at_minus_rate_times_curvature():
+    ax = plotting.update(replace(REPORT, training=make_training()))
+    marks = {line.get_marker(): list(line.get_xdata()) for line in ax.lines}
+    assert marks["D"] == pytest.approx([-3.0])
+    assert marks["o"] == pytest.approx([-2.5, -0.5])
+    assert marks["|"] == pytest.approx([-2.0])
+    assert ax.get_xlim()[0] < -3
+    assert ax.get_aspect() == 1.0
+    assert "ratio 1.50" in ax.get_title()
+
+
+def test_a_mode_far_beyond_stands_on_the_frame_with_its_number():
+    ax = plotting.update(replace(REPORT, training=make_training(preconditioned=4000.0)))
+    (mark,) = (line for line in ax.lines if line.get_marker() == "<")
+    assert mark.get_xdata()[0] > -8
+    assert "z = −400" in mark.get_label()
+
+
+def test_without_a_threshold_there_is_no_region_but_a_reason():
+    bare = make_training(tableau=None, method=None, threshold=None, ratio=None, preconditioned=None)
+    ax = plotting.update(replace(REPORT, training=bare))
+    assert "no threshold" in ax.texts[0].get_text()
 
 
 def test_ridges_are_densities_of_the_moduli_of_the_eigenvalues():

@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 
 from stabkit.diagnosis import Finding
-from stabkit.report import Report, StepReport
+from stabkit.report import Report, StepReport, TrainingReport
+from stabkit.report.training import BlockShare, Updates
 
 FINDING = Finding(
     "exploding", "critical", (0, 1), "net.0", 0.97, "growth +9 nats", "scale the branches", "Yang et al., 2020"
@@ -40,6 +41,37 @@ def make_step(index: int = 0, **changes: Any) -> StepReport:
         "state_norm": 3.0,
     }
     return StepReport(**{**values, **changes})
+
+
+def make_training(**changes: Any) -> TrainingReport:
+    """Gradient descent at 1.5 times its largest stable rate."""
+    values: dict[str, Any] = {
+        "optimizer": "SGD",
+        "method": "gradient_descent",
+        "tableau": {"A": ((0.0,),), "U": ((1.0,),), "B": ((1.0,),), "V": ((1.0,),)},
+        "learning_rate": 0.1,
+        "loss": 2.5,
+        "curvature": 30.0,
+        "curvature_residual": 0.01,
+        "converged": True,
+        "preconditioned": 30.0,
+        "preconditioned_residual": 0.01,
+        "threshold": 20.0,
+        "ratio": 1.5,
+        "largest_stable_rate": 1 / 15,
+        "critical_rate": 0.08,
+        "loss_after": 2.75,
+        "blocks": (
+            BlockShare(name="net.blocks.0", share=0.75, curvature=25.0),
+            BlockShare(name="net.blocks.1", share=0.25, curvature=5.0),
+        ),
+        "growth_behind": -0.2,
+        "depth": "net.blocks.0 holds 75% of the largest curvature.",
+        "updates": (Updates(rate=0.1, losses=(2.5, 2.75, float("inf"))), Updates(rate=1 / 30, losses=(2.5, 2.0))),
+        "n_products": 12,
+        "notes": ("a note on updates",),
+    }
+    return TrainingReport(**{**values, **changes})
 
 
 def make_report(*steps: StepReport, **changes: Any) -> Report:

@@ -6,7 +6,7 @@ import pytest
 
 from stabkit.errors import ReportError
 from stabkit.report import Report
-from tests.report.synthetic import FINDING, make_report, make_step
+from tests.report.synthetic import FINDING, make_report, make_step, make_training
 
 
 def data():
@@ -19,7 +19,7 @@ def test_a_report_comes_back_equal():
         make_step(1, growth=-math.inf, gradient_norm=0.0, growth_interval=(-math.inf, math.inf), notes=("x", "y")),
         make_step(2, kind="transition", source_shapes=((3, 4), ()), z=()),
     )
-    report = make_report(*steps, findings=(FINDING,))
+    report = make_report(*steps, findings=(FINDING,), training=make_training())
     assert Report.from_dict(report.to_dict(), "here") == report
 
 

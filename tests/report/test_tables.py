@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from stabkit.errors import ReportError
 from stabkit.report import formats, tables
-from tests.report.synthetic import FINDING, make_chain, make_report, make_step
+from tests.report.synthetic import FINDING, make_chain, make_report, make_step, make_training
 
 LONG = "model.encoder.transformer.layers.encoder_layer_11.residual"
 
@@ -89,3 +89,12 @@ def test_data_frame_without_pandas_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "pandas", None)
     with pytest.raises(ReportError, match="pip install pandas"):
         make_report().to_dataframe()
+
+
+def test_updates_are_told_with_both_curvatures_where_they_differ():
+    text = str(make_report(make_step(), training=make_training(preconditioned=400.0)))
+    assert "Largest curvature  30.00 (residual 0.010, converged; preconditioned 400.0" in text
+    assert "2 at a rate of 0.100: 2.500 beyond every bound; 1 at a rate of 0.0333: 2.500 to 2.000" in text
+    assert "net.blocks.0 75%, net.blocks.1 25% (each alone: 25.0, 5.00)" in text
+    assert "a note on updates" in text
+    assert "Coming updates" not in str(make_report(make_step()))

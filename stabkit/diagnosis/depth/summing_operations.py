@@ -21,7 +21,7 @@ from stabkit.tracing.graph.values import operation
 from stabkit.tracing.recording.forward_pass import ForwardPass
 from stabkit.tracing.recording.recorder import Recording, recording_calls
 from stabkit.tracing.recording.training_pass import calling_line
-from stabkit.tracing.recording.untouched_model import unchanged
+from stabkit.tracing.recording.untouched_model import seeded, unchanged
 from stabkit.vocabulary import activation_of, moves
 
 _PRODUCTS = frozenset({"matmul", "rmatmul", "mm", "bmm", "einsum", "spmm", "smm", "sparse_mm", "tensordot"})
@@ -76,7 +76,7 @@ def summing_operations(call: ForwardPass) -> list[Summing]:
     try:
         with unchanged(call.module) as safe, torch.enable_grad(), recording_calls(call.module, watch.recording), watch:
             safe.copy_buffers()
-            torch.manual_seed(call.seed)
+            seeded(call.seed)
             call.model(*call.inputs, **call.kwargs)
     except (StabkitError, RuntimeError):
         return []

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from stabkit.diagnosis.inputs.features import Features, changed, features_along
 from stabkit.tracing.recording.containers import map_tensors, named_tensors
 from stabkit.tracing.recording.forward_pass import ForwardPass
-from stabkit.tracing.recording.untouched_model import unchanged
+from stabkit.tracing.recording.untouched_model import seeded, unchanged
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _MATRICES = (nn.Linear, *_CONVOLUTIONS, nn.RNNBase, nn.RNNCellBase)
@@ -89,7 +89,7 @@ def rows_given(call: ForwardPass) -> dict[str, Tensor]:
     trained: set[str] = set()
     with unchanged(call.module) as safe, torch.enable_grad(), _noting(call.module, kept, trained):
         safe.copy_buffers()
-        torch.manual_seed(call.seed)
+        seeded(call.seed)
         inputs, kwargs = map_tensors(
             [list(call.inputs), dict(call.kwargs)], lambda t: t.detach().clone().requires_grad_(t.requires_grad)
         )

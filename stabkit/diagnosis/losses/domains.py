@@ -22,7 +22,7 @@ from stabkit.diagnosis.remedies.short_training import falls, short_training, tra
 from stabkit.tracing import Flow
 from stabkit.tracing.recording.forward_pass import ForwardPass
 from stabkit.tracing.recording.training_pass import TrainingPass, calling_line
-from stabkit.tracing.recording.untouched_model import unchanged_randomness
+from stabkit.tracing.recording.untouched_model import seeded, unchanged_randomness
 
 NORMALISED = 0.05  # by how much probabilities may miss a sum of 1: float16 loses that in a thousand classes
 _EXACTLY = 1e-3  # the same where values alone, and no operation, say that they are probabilities
@@ -328,7 +328,7 @@ def breaking(loss: Any, output: Any, seed: int, line: str) -> Misuse | None:
 
 def _value(loss: Any, output: Any, seed: int, mode: TorchFunctionMode) -> float:
     with unchanged_randomness(), torch.enable_grad():
-        torch.manual_seed(seed)
+        seeded(seed)
         with mode:
             scalar = loss(output)
     return float(scalar.detach())

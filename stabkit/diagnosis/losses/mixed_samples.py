@@ -21,7 +21,7 @@ from stabkit.diagnosis.remedies.short_training import trained_on_either
 from stabkit.tracing import Flow
 from stabkit.tracing.recording.forward_pass import ForwardPass
 from stabkit.tracing.recording.training_pass import TrainingPass, calling_line
-from stabkit.tracing.recording.untouched_model import unchanged_randomness
+from stabkit.tracing.recording.untouched_model import seeded, unchanged_randomness
 
 _ARITHMETIC = frozenset(
     {
@@ -146,7 +146,7 @@ def _shape(tensor: Tensor) -> str:
 
 def _value(loss: Any, done: TrainingPass, call: ForwardPass, mode: _Mixing) -> float:
     with unchanged_randomness(), torch.enable_grad():
-        torch.manual_seed(call.seed)
+        seeded(call.seed)
         with mode:
             scalar = loss(done.output)
     return float(scalar.detach())

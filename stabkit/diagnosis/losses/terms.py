@@ -22,6 +22,7 @@ from stabkit.tracing.recording.containers import named_tensors
 from stabkit.tracing.recording.forward_pass import ForwardPass
 from stabkit.tracing.recording.recorder import Call, Recording, recording_calls
 from stabkit.tracing.recording.training_pass import TrainingPass, calling_line, nodes_above, nodes_from, path_of
+from stabkit.tracing.recording.untouched_model import seeded
 from stabkit.vocabulary import moves, norm_of
 
 _LINEAR = moves("reshape", "permute", "copy", "select", "gather", "join", "expand", "pad") | {
@@ -125,7 +126,7 @@ def evaluated(call: ForwardPass, loss: Callable[[Any], Tensor]) -> Evaluated:
         loss: a callable on the output that returns a scalar.
     """
     made, recording = _Made(), Recording()
-    torch.manual_seed(call.seed)
+    seeded(call.seed)
     with torch.enable_grad(), made, recording_calls(call.module, recording):
         output = call.model(*call.inputs, **call.kwargs)
         scalar = loss(output)

@@ -31,7 +31,7 @@ from stabkit.tracing import Flow
 from stabkit.tracing.graph.values import value_of
 from stabkit.tracing.recording.forward_pass import ForwardPass
 from stabkit.tracing.recording.training_pass import TrainingPass, nodes_above
-from stabkit.tracing.recording.untouched_model import unchanged
+from stabkit.tracing.recording.untouched_model import seeded, unchanged
 
 #: steps of Adam from its default rate up to 6, where no minimum is left; what has none falls the faster
 _GROWING = tuple(1e-3 * 1.2**step for step in range(48))
@@ -150,7 +150,7 @@ def _value(call: ForwardPass, loss: Any, turned: Turned | None) -> Callable[[], 
     def made() -> Tensor:
         if turned is not None:
             return turned(evaluated(call, loss))
-        torch.manual_seed(call.seed)
+        seeded(call.seed)
         found: Tensor = loss(call.model(*call.inputs, **call.kwargs))
         return found
 

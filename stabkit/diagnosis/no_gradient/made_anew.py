@@ -18,7 +18,7 @@ from stabkit.tracing.derivatives.lost_gradient import listed
 from stabkit.tracing.recording.forward_pass import ForwardPass
 from stabkit.tracing.recording.made_parameters import on_graph, parameters_made
 from stabkit.tracing.recording.training_pass import TrainingPass, calling_line, nodes_above
-from stabkit.tracing.recording.untouched_model import unchanged
+from stabkit.tracing.recording.untouched_model import seeded, unchanged
 
 _REFERENCE = "PyTorch documentation, torch.nn.Module: submodules are assigned in __init__"
 
@@ -79,7 +79,7 @@ def _called_twice(call: ForwardPass, loss: Any) -> tuple[list[_Made], list[_Made
     found = []
     with unchanged(call.module) as safe, torch.enable_grad():
         safe.copy_buffers()
-        torch.manual_seed(call.seed)
+        seeded(call.seed)
         for _ in range(2):
             held = [p.detach() for p in call.module.parameters()]
             made: list[tuple[nn.Parameter, str]] = []

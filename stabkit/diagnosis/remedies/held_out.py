@@ -25,7 +25,7 @@ from stabkit.diagnosis.remedies.usual_training import RATES, Update, adam, moved
 from stabkit.errors import StabkitError
 from stabkit.tracing.recording.containers import map_tensors, named_tensors
 from stabkit.tracing.recording.forward_pass import ForwardPass
-from stabkit.tracing.recording.untouched_model import unchanged
+from stabkit.tracing.recording.untouched_model import seeded, unchanged
 
 _GAIN = 0.1  # of the loss of the samples held out: what is no trifle
 _TIMES = 1.5  # as much
@@ -140,7 +140,7 @@ def _run(call: ForwardPass, loss: Any, update: Update, steps: int, trained: Tens
     best, own, output_then = -math.inf, 0.0, None
     with unchanged(call.module) as safe, torch.enable_grad():
         safe.copy_buffers()
-        torch.manual_seed(call.seed)
+        seeded(call.seed)
         first = _read(call)
         scale = float(loss(first)) / 2
         if not _is_of_samples(first, len(trained)) or not (math.isfinite(scale) and scale > 0):

@@ -26,7 +26,7 @@ from stabkit.errors import StabkitError
 from stabkit.tracing import Flow
 from stabkit.tracing.recording.containers import map_tensors
 from stabkit.tracing.recording.forward_pass import ForwardPass
-from stabkit.tracing.recording.untouched_model import unchanged
+from stabkit.tracing.recording.untouched_model import seeded, unchanged
 
 STEPS = 20
 LARGEST = 1_000_000  # parameters beyond which so much training is no small part of a diagnosis
@@ -183,6 +183,18 @@ def clearly_better(treated: ShortTraining, other: ShortTraining) -> bool:
     return treated.last < other.last - _CLEARLY * min(abs(other.first), abs(treated.first))
 
 
+def gains(treated: ShortTraining | None, untreated: ShortTraining | None) -> bool:
+    """Whether a treated model ends clearly below one that was left as it is, or neither was trained.
+
+    A loss that begins near zero, as that of a policy does, is no measure of what is clear: how far it falls is.
+    """
+    if treated is None or untreated is None:
+        return True
+    if not math.isfinite(untreated.last):
+        return math.isfinite(treated.last)
+    return treated.last < untreated.last - _CLEARLY * max(abs(untreated.first), abs(untreated.first - untreated.last))
+
+
 def spoils(treated: ShortTraining | None, untreated: ShortTraining | None) -> bool:
     """Whether nothing is learnt any more with a remedy, and something is without it."""
     if treated is None or untreated is None or not math.isfinite(untreated.last):
@@ -211,7 +223,7 @@ def _run(
     losses: list[float] = []
     with unchanged(call.module) as safe, torch.enable_grad():
         safe.copy_buffers()
-        torch.manual_seed(call.seed)
+        seeded(call.seed)
         weights = [p for p in call.module.parameters() if p.requires_grad and p.is_floating_point()]
         rate = None
         for _ in range(STEPS + 1):

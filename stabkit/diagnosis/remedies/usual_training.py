@@ -19,10 +19,10 @@ from stabkit.diagnosis.finding import Action
 from stabkit.diagnosis.remedies import computed as remedies
 from stabkit.diagnosis.remedies.applying import carried_out
 from stabkit.diagnosis.remedies.made_once import once
-from stabkit.diagnosis.remedies.short_training import LARGEST, STEPS
+from stabkit.diagnosis.remedies.short_training import LARGEST, STEPS, ShortTraining
 from stabkit.errors import StabkitError
 from stabkit.tracing.recording.forward_pass import ForwardPass
-from stabkit.tracing.recording.untouched_model import unchanged
+from stabkit.tracing.recording.untouched_model import seeded, unchanged
 
 RATES = (1e-2, 1e-3)  # from the usual 0.01 of SGD down to the default of Adam
 EPSILON = 1e-8  # the default of Adam
@@ -95,6 +95,32 @@ def left_after(
     return min(left)
 
 
+def ends_of_adam(
+    call: ForwardPass, loss: Any, remedy: remedies.Remedy, treated: ShortTraining, plain: ShortTraining
+) -> tuple[ShortTraining, ShortTraining] | None:
+    """A few steps of Adam with a remedy and without, each at the better of the usual rates; None where not tried.
+
+    Nor is it where a loss begins at zero or below, of which nothing is a share.
+
+    Args:
+        call: the pass as training makes it.
+        loss: a callable on the output that returns a scalar.
+        remedy: one of the model or of its code.
+        treated: a short training with it, of which the first loss is taken.
+        plain: the same without.
+    """
+    updates = [adam(rate) for rate in RATES]
+    left = left_after(call, loss, updates)
+    cured = left_after(call, loss, updates, remedy.actions, within=remedy.within)
+    if left is None or cured is None or min(treated.first, plain.first) <= 0:
+        return None
+    one, other = (
+        ShortTraining(run.first, share * run.first, optimizer="Adam")
+        for run, share in ((treated, cured), (plain, left))
+    )
+    return one, other
+
+
 def learns_only_treated(first: float, plain: float, treated: float) -> bool:
     """Whether a training learns with a remedy what it does not as the model is.
 
@@ -135,7 +161,7 @@ def _run(call: ForwardPass, loss: Any, update: Update, steps: int) -> float:
     first = math.nan
     with unchanged(call.module) as safe, torch.enable_grad():
         safe.copy_buffers()
-        torch.manual_seed(call.seed)
+        seeded(call.seed)
         weights = [p for p in call.module.parameters() if p.requires_grad and p.is_floating_point()]
         states: list[list[Tensor]] = [[] for _ in weights]
         for step in range(steps + 1):

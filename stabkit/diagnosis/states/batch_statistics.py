@@ -22,7 +22,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from stabkit.tracing import Flow
 from stabkit.tracing.graph.values import Value, meta_of, operation
-from stabkit.tracing.recording.untouched_model import unchanged
+from stabkit.tracing.recording.untouched_model import seeded, unchanged
 
 NOTE = (
     "batch norms in eval mode have never collected statistics: judged with those of this batch, as in training; "
@@ -107,7 +107,7 @@ def collected(flow: Flow, norms: list[_BatchNorm]) -> dict[_BatchNorm, tuple[tor
 
     with unchanged(call.module) as safe, torch.no_grad():
         safe.copy_buffers()
-        torch.manual_seed(call.seed)
+        seeded(call.seed)
         for norm in norms:
             norm.train()
             norm.momentum = 1.0  # the statistics are those of this batch alone, whatever was seen before

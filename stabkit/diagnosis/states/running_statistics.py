@@ -19,6 +19,7 @@ from stabkit.diagnosis.finding import Finding
 from stabkit.diagnosis.remedies import computed as remedies
 from stabkit.diagnosis.states.batch_statistics import collected, is_fresh, standing
 from stabkit.tracing import Flow
+from stabkit.tracing.recording.untouched_model import seeded
 
 _MADE = 0.05  # share of what statistics were made with, from which they cannot have caught up
 #: share of the loss as it is, below which the loss with the batch's own statistics must lie: of statistics that cannot
@@ -61,7 +62,7 @@ def _as_made(norm: _BatchNorm) -> float:
 def _run(flow: Flow, own: dict[_BatchNorm, tuple[Tensor, Tensor]]) -> Any:
     call = flow.forward_pass
     with standing(own), torch.no_grad():
-        torch.manual_seed(call.seed)
+        seeded(call.seed)
         return call.model(*call.inputs, **call.kwargs)
 
 

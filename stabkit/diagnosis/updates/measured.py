@@ -180,6 +180,7 @@ def _tried(found: UpdateMeasurement, hessian: Hessian, optimizer: torch.optim.Op
 
     Of 312 measurements at usual rates (SGD, momentum, Nesterov, Adam, AdamW, NAdam, RMSprop, Lion; five small models,
     at first and after 1, 5 and 100 updates) 23 were in doubt, and none raised the loss.
+    Of 61 in doubt at rates from 3 for SGD and .3 for Adam, 29 did; the others recover, most under batch norm or Adam.
     """
     excess, bound = found.excess, found.bound
     if excess is None or not excess > EDGE:

@@ -15,7 +15,7 @@ from stabkit.tracing.recording.containers import map_tensors
 from stabkit.tracing.recording.forward_pass import ForwardPass
 from stabkit.tracing.recording.recorder import Recording, recording_calls
 from stabkit.tracing.recording.sharding import take_whole
-from stabkit.tracing.recording.untouched_model import unchanged
+from stabkit.tracing.recording.untouched_model import seeded, unchanged
 
 
 @dataclass
@@ -65,7 +65,7 @@ def evaluated(
 
         inputs, kwargs = map_tensors([list(call.inputs), dict(call.kwargs)], prepared)
         found.given = frozenset(given)
-        torch.manual_seed(call.seed)
+        seeded(call.seed)
         try:
             torch.backends.mha.set_fastpath_enabled(False)  # it cuts padding off, and runs no functions of torch
             with recording_calls(call.module, found.recording), contextlib.ExitStack() as stack:

@@ -18,7 +18,7 @@ from stabkit.tracing.recording.recomputation import SavedTensors
 from stabkit.tracing.recording.recorder import Ending, Recording, ValueRecorder, clock, record
 from stabkit.tracing.recording.sharding import take_whole
 from stabkit.tracing.recording.transparency import transparent
-from stabkit.tracing.recording.untouched_model import unchanged
+from stabkit.tracing.recording.untouched_model import seeded, unchanged
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class ForwardPass:
             safe.freeze()
             safe.copy_buffers()
             take_whole(self.module)
-            torch.manual_seed(self.seed)
+            seeded(self.seed)
             recording.start = clock()
             prepared = prepare(self.inputs, self.kwargs)
             recording.sources.extend(prepared.sources)

@@ -20,7 +20,7 @@ from torch.autograd.graph import Node
 from torch.utils._pytree import tree_leaves, tree_map
 
 from stabkit.tracing.recording.recorder import clock
-from stabkit.tracing.recording.untouched_model import unchanged_randomness
+from stabkit.tracing.recording.untouched_model import seeded, unchanged_randomness
 
 LARGEST = 1_000_000  # numbers in the arguments of a call beyond which it is not tried
 _STEP = 1e-6  # of central differences in float64, whose error is then about 1e-10, relative
@@ -190,7 +190,7 @@ def _probed(call: FunctionCall) -> Probe | None:
     args, _, leaves = _copied(call, torch.float64)
     if not leaves:
         return None
-    torch.manual_seed(0)
+    seeded(0)
     outs = [out for out in _floats(call.function.apply(*args)) if out.requires_grad]
     if not outs or any(out.dtype != torch.float64 for out in outs):
         return None
@@ -241,7 +241,7 @@ def _true(
     generator: torch.Generator,
 ) -> list[Tensor] | None:
     """The derivative of the forward's own operations, where difference quotients say the same."""
-    torch.manual_seed(0)
+    seeded(0)
     made = plain_forward(call, args)
     if len(made) != len(outs) or not all(_near(a, b, _EXACT) for a, b in zip(made, outs, strict=True)):
         return None
@@ -284,7 +284,7 @@ def _at(
     """The result beside the arguments."""
     moved = {id(leaf): leaf.detach() + steps * _STEP * direction for leaf, direction in zip(leaves, along, strict=True)}
     given = tree_map(lambda a: moved.get(id(a), a.detach().clone()) if isinstance(a, Tensor) else a, args)
-    torch.manual_seed(0)
+    seeded(0)
     with torch.no_grad():
         return [out.detach() for out in plain_forward(call, given)]
 

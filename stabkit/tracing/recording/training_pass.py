@@ -27,7 +27,7 @@ from stabkit.tracing.recording.inputs import Source, differentiable, prepare
 from stabkit.tracing.recording.recorder import Call, Recording, recording_calls
 from stabkit.tracing.recording.sharding import take_whole
 from stabkit.tracing.recording.transparency import EagerMode, transparent
-from stabkit.tracing.recording.untouched_model import unchanged
+from stabkit.tracing.recording.untouched_model import seeded, unchanged
 
 #: Folders whose code is not the user's.
 LIBRARIES = (str(Path(torch.__file__).parent), str(Path(errors.__file__).parent))
@@ -124,7 +124,7 @@ def training_pass(
     with torch.inference_mode(False), unchanged(call.module) as safe, transparent(call.through_no_grad, checkpoint):
         safe.copy_buffers()
         take_whole(call.module)
-        torch.manual_seed(call.seed)
+        seeded(call.seed)
         prepared = prepare(call.inputs, call.kwargs)
         if checkpoint is not None:
             checkpoint.promoted = _promoted(call, prepared.sources)

@@ -133,6 +133,18 @@ def unchanged_randomness() -> Iterator[None]:
         yield
 
 
+def seeded(seed: int) -> None:
+    """Seed what a model may draw from, as `torch.manual_seed` does.
+
+    Where there is no accelerator torch notes the stack of every such call for one that may come later: 0.15 ms in a
+    script, 1 ms below the sixty frames of a test, once a step of every short training. None is used here then.
+    """
+    if torch.accelerator.is_available():
+        torch.manual_seed(seed)
+    else:
+        torch.default_generator.manual_seed(seed)
+
+
 @contextlib.contextmanager
 def unchanged(model: nn.Module) -> Iterator[Safe]:
     """Run a block after which the model is as it was, also when the block raises."""

@@ -1,0 +1,94 @@
+"""What a pass for the curvature leaves alone of a model beside its weights: hooks, generators, random states."""
+
+from __future__ import annotations
+
+import contextlib
+import random
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import UninitializedParameter
+from torch.overrides import TorchFunctionMode
+
+from stabkit.errors import ArgumentError
+from stabkit.tracing.recording.untouched_model import seeded
+
+
+def refuse_unusable(parameters: Sequence[Tensor]) -> None:
+    """Parameters without numbers have no curvature.
+
+    Raises:
+        ArgumentError: some are lazy, complex or on the meta device, or all are empty.
+    """
+    if any(isinstance(p, UninitializedParameter) for p in parameters):
+        raise ArgumentError("the model has lazy modules whose parameters have no shape yet; call it once on a batch")
+    if any(p.is_meta for p in parameters):
+        raise ArgumentError(
+            "parameters are on the meta device and hold no numbers; move the model with to_empty() and load its weights"
+        )
+    if any(p.is_complex() for p in parameters):
+        raise ArgumentError(
+            "some parameters are complex; hold their real and imaginary parts as real parameters (torch.view_as_real), "
+            "in which curvature is defined"
+        )
+    if not sum(p.numel() for p in parameters):
+        raise ArgumentError("the parameters of the model have no entries; there is no curvature to measure")
+
+
+def seed_everything(seed: int) -> None:
+    """Seed the generators of torch, numpy and Python."""
+    seeded(seed)
+    random.seed(seed)
+    np.random.seed(seed % 2**32)  # noqa: NPY002 - it is the one that models draw from
+
+
+class _TwiceDifferentiable(TorchFunctionMode):
+    """Operations whose second derivative torch has wrong are made of others."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None) -> Any:
+        if func is torch._weight_norm:  # up to torch 2.9 gradgradcheck fails on it
+            v, g, dim = (*args, 0)[:3]
+            return v * (g / torch.norm_except_dim(v, 2, dim))
+        return func(*args, **(kwargs or {}))
+
+
+@contextlib.contextmanager
+def set_aside(module: nn.Module) -> Iterator[None]:
+    """A pass that runs no hook of the way back and leaves gradients and generators as they are.
+
+    What it changes of the modules themselves is put back by what keeps the model unchanged, which this stands inside.
+    """
+    own = {id(g): g for m in module.modules() for g in vars(m).values() if isinstance(g, torch.Generator)}
+    states = [(g, g.get_state()) for g in own.values()]
+    python, numbers = random.getstate(), np.random.get_state()  # noqa: NPY002
+    for part in module.modules():
+        part._backward_hooks, part._backward_pre_hooks = OrderedDict(), OrderedDict()
+        if isinstance(part, nn.Embedding | nn.EmbeddingBag):
+            part.sparse = False  # sparse gradients have no second derivative
+    for parameter in module.parameters():
+        parameter.grad = None  # what a closure does with gradients is none of the user's
+    try:
+        with _TwiceDifferentiable():
+            yield
+    finally:
+        for generator, state in states:
+            generator.set_state(state)
+        random.setstate(python)
+        np.random.set_state(numbers)  # noqa: NPY002
+
+
+@contextlib.contextmanager
+def without_hooks(parameters: Sequence[Tensor]) -> Iterator[None]:
+    """Hooks that were registered on the parameters do not run: they may count, log, or change the gradient."""
+    hooked = [(p, p._backward_hooks) for p in parameters if p._backward_hooks]
+    try:
+        for p, _ in hooked:
+            p._backward_hooks = None
+        yield
+    finally:
+        for p, hooks in hooked:
+            p._backward_hooks = hooks
