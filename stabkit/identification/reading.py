@@ -324,7 +324,11 @@ def _sums(around: Surroundings, found: Slots, links: Sequence[Link], steps: tupl
         better = _read_sums(around, found, other, steps)
         if not better.name.startswith("unnamed") and better.shared_weights:
             return replace(better, notes=(*why, *better.notes))
-    return record
+    called = around.most_called(steps[0], steps[-1] + 1)
+    if called is None:
+        return record
+    told = f"{called[0]} is called {called[1]} times in it: what steps of a method these calls are was not found"
+    return replace(record, notes=(told, *record.notes))
 
 
 def _read_sums(around: Surroundings, found: Slots, links: Sequence[Link], steps: tuple[int, ...]) -> Identification:
