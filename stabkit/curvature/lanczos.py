@@ -20,6 +20,7 @@ from stabkit.threads import single_threaded
 
 Product = Callable[[Tensor, Tensor], Tensor]
 _FEWEST = 4  # Ritz values before gaps between them mean something
+_COLUMNS = 2**20
 _MUCH = 0.7  # of the norm: what is left of a vector of which less was taken is orthogonal to rounding (Kahan, Parlett)
 _TINY = 1e-10  # its square, summed over many entries, is still a normal number of float32
 _DEPENDENT = 50.0  # roundings of the product below which nothing of it is new
@@ -60,7 +61,7 @@ class _Basis:
         self.coupling = np.zeros(rows)  # of every row with the next one
         self.size, self.rows, self.asymmetry = 0, rows, 0.0
         self.invariant = False
-        self.V[0] = start / torch.linalg.vector_norm(start)
+        self.V[0].copy_(start).div_(torch.linalg.vector_norm(start))
 
     def grow(self, product: Product) -> None:
         """Multiply the last row; the row after it is what is new of that."""
@@ -118,9 +119,11 @@ class _Basis:
         """Keep some Ritz vectors; the next row stays the next."""
         p, count = self.size, len(kept)
         turned = torch.from_numpy(S[:, kept].T.copy()).to(self.V)
-        rows = turned @ self.V[:p]
+        for part in torch.split(
+            self.V[:p], _COLUMNS, dim=1
+        ):  # rows may be as large as the model: no second set of them
+            part[:count] = turned @ part
         self.V[count] = self.V[p]
-        self.V[:count] = rows
         coupling = self.coupling[:p] @ S[:, kept]
         self.T[:] = 0
         self.T[range(count), range(count)] = values[kept]
@@ -200,6 +203,7 @@ def largest(
     k = min(k, n)
     rows = min(n, max(rows, k + 3))
     basis, made, looking = _Basis(n, rows, start), 0, False
+    del start  # as large as the model
     scaled = _Scaled(product)
     while True:
         basis.grow(scaled)

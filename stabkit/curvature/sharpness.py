@@ -28,8 +28,8 @@ from stabkit.tracing.recording.wrappers import unwrap
 
 _TOLERANCE = 1e-3
 _ASYMMETRIC = 1e-2  # of the largest entry; rounding in float32 stays below 1e-4, a wrong derivative is of order one
-_ROWS = (20, 6)  # of the basis, for small models and for those of which many rows would outgrow a training step
-_LARGE = 2**25  # parameters
+_ROWS = (4, 20)  # of the basis, at least and at most
+_MEMORY = 2**26  # bytes that all of them may take where more than the least are kept
 _MOST = 400  # products of one search
 _MIXED = 0.05  # how much of a start vector is drawn anew: what it is orthogonal to is then found too
 
@@ -237,6 +237,11 @@ class _Search:
 
     def run(self, product: Any, start: Tensor | None) -> Eigenpairs:
         n = self.hessian.n
+        rows = int(np.clip(_MEMORY // (n * self.hessian.dtype.itemsize), *_ROWS))
+        return largest(product, n, self.k, tol=self.tol, start=self._start(start), rows=rows, max_products=_MOST)
+
+    def _start(self, start: Tensor | None) -> Tensor:
+        n = self.hessian.n
         generator = torch.Generator().manual_seed(self.seed)
         drawn = torch.randn(n, generator=generator, dtype=torch.float32).to(self.hessian.device, self.hessian.dtype)
         if start is not None:
@@ -244,8 +249,7 @@ class _Search:
                 raise ArgumentError(f"start has shape {tuple(start.shape)}; expected ({n},), one entry a parameter")
             given = start.detach().to(drawn)
             drawn = given / torch.linalg.vector_norm(given) + _MIXED * drawn / torch.linalg.vector_norm(drawn)
-        rows = _ROWS[n > _LARGE]
-        return largest(product, n, self.k, tol=self.tol, start=drawn, rows=rows, max_products=_MOST)
+        return drawn
 
 
 def _stability(update: Update | None, curvature: float) -> dict[str, Any]:

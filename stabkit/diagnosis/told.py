@@ -141,14 +141,15 @@ def of_no_help(suspect: Finding, plain: ShortTraining, cause: str) -> Finding:
     )
 
 
-def of_no_use(suspect: Finding, refuted: Cure, plain: ShortTraining) -> Finding:
-    """A weight of odd size that training does not mind, and that it minds being changed."""
+def of_no_use(suspect: Finding, ends: tuple[ShortTraining | None, ShortTraining]) -> Finding:
+    """A weight of odd size that training does not mind, and gains nothing by when it is changed."""
+    treated, plain = ends
     return replace(
         suspect,
         severity="info",
-        evidence=f"{suspect.evidence}; {STEPS} steps of plain SGD take the loss {plain} as it is, {refuted.trains} "
+        evidence=f"{suspect.evidence}; {STEPS} steps of {plain.optimizer} take the loss {plain} as it is, {treated} "
         "with weights of the usual size",
-        remedy="none is needed: it trains better as it is",
+        remedy="none is needed: it trains as well as it is, or better",
         actions=(),
     )
 

@@ -26,7 +26,7 @@ class Recurrence(Result):
         evidence: ``"proven"`` (for every input), ``"measured"`` or ``"unknown"``.
         residual: relative deviation in the numerical test behind the name; None where there is none.
         module_path: the module in which it runs.
-        n_steps: how many steps over time were recorded alike.
+        n_steps: how many steps over time there are, with a first from constants and a last of which not all is read.
         low: smallest modulus of an eigenvalue of a time step that is linear in its state; None for others.
         high: the largest.
         growth: what a random cotangent gains a time step on its way back, mean over time, nats; inputs are held fixed.

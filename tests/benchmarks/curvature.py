@@ -58,6 +58,11 @@ class Case:
         self.loss(self.model(self.x)).backward()
         self.model.zero_grad()
 
+    def adam(self) -> None:
+        optimizer = torch.optim.Adam(self.model.parameters(), foreach=False)
+        self.loss(self.model(self.x)).backward()
+        optimizer.step()
+
 
 def mlp() -> Case:
     layers = [m for _ in range(6) for m in (nn.Linear(128, 128), nn.Tanh())]
@@ -179,15 +184,15 @@ def memory(name: str) -> None:
         "c.{work}; print(c.peak())"
     )
     found = []
-    for work in ("seconds(lambda: None)", "seconds(case.step)", "ours(case)"):
+    for work in ("seconds(lambda: None)", "seconds(case.step)", "seconds(case.adam)", "ours(case)"):
         command = [sys.executable, "-c", code.format(name=name, work=work)]
         done = subprocess.run(command, check=True, capture_output=True, text=True)
         found.append(int(done.stdout.split()[-1]) / 1024)
-    base, step, mine = found
+    base, step, adam, mine = found
     weights = sum(p.numel() * p.element_size() for p in CASES[name]().model.parameters()) / 2**20
-    of_step, of_ours = weights + step - base, weights + mine - base
-    told = f"with a training step {of_step:.0f} MB, with the sharpness {of_ours:.0f} MB: {of_ours / of_step:.2f} times"
-    print(f"{name}: weights {weights:.0f} MB; {told}")
+    of_step, of_adam, of_ours = (weights + each - base for each in (step, adam, mine))
+    print(f"{name}: weights {weights:.0f} MB; a training step {of_step:.0f} MB, one of Adam {of_adam:.0f} MB")
+    print(f"  the sharpness {of_ours:.0f} MB: {of_ours / of_step:.2f} and {of_ours / of_adam:.2f} times that")
 
 
 def peak() -> int:

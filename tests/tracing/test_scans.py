@@ -146,6 +146,40 @@ def test_a_loop_over_slices_is_found_however_it_is_written(function, cycle):
     assert sorted(map(operation, scan.cycle)) == sorted(cycle)
     assert len(scan.drives) >= 1
     assert 7 <= len(scan) <= 12
+    assert scan.n_steps == {increments: 11}.get(function, 12)
+
+
+def from_the_first_slice(m: Written, x: Tensor) -> Tensor:
+    h = x[:, 0]
+    out = [h]
+    for t in range(1, x.shape[1]):
+        h = m.a * h + (1 - m.a) * x[:, t]
+        out.append(h)
+    return torch.stack(out, 1)
+
+
+def from_a_layer(m: Written, x: Tensor) -> Tensor:
+    h, out = m.w(x[:, 0]), [x[:, 0]]
+    for t in range(1, x.shape[1]):
+        h = m.a * h + x[:, t]
+        out.append(h)
+    return torch.stack(out, 1)
+
+
+def teacher(m: Written, x: Tensor) -> Tensor:
+    """Outputs meet the input of the next time, which is no time step of the state."""
+    h, out = torch.zeros_like(x[:, 0]), []
+    for t in range(x.shape[1] - 1):
+        h = m.a * h + x[:, t]
+        out.append(h * x[:, t + 1])
+    return torch.stack([*out, h], 1)
+
+
+@pytest.mark.parametrize("times", [8, 12, 17])
+@pytest.mark.parametrize("function", [from_the_first_slice, from_a_layer, teacher])
+def test_steps_are_counted_from_the_state_that_the_first_begins_with(function, times):
+    (scan,) = found(function, times)
+    assert scan.n_steps == times - 1
 
 
 def test_a_state_of_two_times_is_carried_whole():

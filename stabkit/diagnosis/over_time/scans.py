@@ -92,8 +92,9 @@ class WrittenOut:
         """A profile with the method of its steps, and what they alone do to a gradient."""
         if self._records is None:
             self._records = self._readings.of(self._scans)
-        record = self._records[self._index(profile)]
-        own = math.nan if record.growth is None else record.growth * record.n_steps
+        index = self._index(profile)
+        record = self._records[index]
+        own = math.nan if record.growth is None else record.growth * len(self._scans[index])
         return replace(profile, method=record.name, fed=record.fed or record.name.startswith("gated"), own=own)
 
     def constraints(self, profile: TimeProfile) -> list[Remedy]:

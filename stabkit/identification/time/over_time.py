@@ -98,13 +98,13 @@ class Recurrences:
         fed = _is_fed(around, scan)
         found = read(around, 0, 1)
         if {operation(node) for node in scan.cycle} <= _EXTREMES | MOVES | ADDS and found.name == "plain":
-            return Recurrence("maximum over time", "x' = max(x + w, u)", "proven", None, path, len(scan))
+            return Recurrence("maximum over time", "x' = max(x + w, u)", "proven", None, path, scan.n_steps)
         if not _is_affine(around, scan) or (found.method is not None and found.recorded):
             return _of_cell(around, found, scan, path, fed)
         coupled = coupling(around.flow.steps[0].segment)
         if coupled is None:
             return Recurrence(
-                "linear recurrence (coupled)", "x' = A(u) x + B u", "measured", None, path, len(scan), fed=fed,
+                "linear recurrence (coupled)", "x' = A(u) x + B u", "measured", None, path, scan.n_steps, fed=fed,
                 notes=("more than one axis of the state is coupled: its matrix was not taken apart",),
             )  # fmt: skip
         record = _of_matrix(coupled, self._made(path, place, count), scan, path, fed)
@@ -222,7 +222,7 @@ def _of_cell(around: _OverTime, found: Identification, scan: Scan, path: str, fe
         evidence = "measured"
         notes = ("numbers that are made of the input multiply the state: they are those of this input", *notes)
     return Recurrence(
-        name, system, evidence, found.residual, path, len(scan), fed=fed, method=found.method, notes=notes
+        name, system, evidence, found.residual, path, scan.n_steps, fed=fed, method=found.method, notes=notes
     )
 
 
@@ -249,7 +249,7 @@ def _of_matrix(coupled: Coupling, made: Made, scan: Scan, path: str, fed: bool) 
     low, high, mean = float(sizes.min()), float(sizes.max()), float(sizes.mean())
     notes = [f"|eigenvalues| of a time step from {low:.4g} to {high:.4g}"]
     if fed:
-        notes.append(f"they depend on the input, and are those at time {scan.middle} of {len(scan)}")
+        notes.append(f"they depend on the input, and are those at time {scan.before + scan.middle} of {scan.n_steps}")
     evidence, residual = "measured", coupled.residual
     method: LinearStability | None = None
     if made.rule:
@@ -269,7 +269,7 @@ def _of_matrix(coupled: Coupling, made: Made, scan: Scan, path: str, fed: bool) 
     if scan.taps > 1:
         notes.append(f"the input enters at {scan.taps} successive times, each with a weight of its own")
     return Recurrence(
-        name, system, evidence, residual, path, len(scan), low, high, fed=fed, method=method, notes=tuple(notes)
+        name, system, evidence, residual, path, scan.n_steps, low, high, fed=fed, method=method, notes=tuple(notes)
     )
 
 
@@ -290,11 +290,14 @@ def _of_numbers(a: np.ndarray[Any, Any], made: Made, fed: bool) -> tuple[str, st
 
 def _of_blocks(coupled: Coupling, low: float, high: float) -> tuple[str, str]:
     """The name where entries are coupled: oscillators by the invariants of all their blocks, else a matrix."""
-    if coupled.size == 2 and not coupled.blocks.is_complex():
-        M = coupled.blocks.reshape(-1, 2, 2).double().numpy()
+    if coupled.size == 2 and not (coupled.blocks.is_complex() and bool(coupled.blocks.imag.any())):
+        M = coupled.blocks.real.reshape(-1, 2, 2).double().numpy()
         trace, det = np.trace(M, axis1=1, axis2=2), np.linalg.det(M)
         turns = np.abs(trace) < 2 * np.sqrt(np.abs(det))
-        if turns.all() and np.abs(det - 1).max() <= _CLOSE:
+        drifts = (
+            (trace == 2) & (np.eye(2) == M).any(axis=(1, 2)) & turns.any()
+        )  # a spring of no stiffness beside others
+        if (turns | drifts).all() and np.abs(det - 1).max() <= _CLOSE:
             kept = [np.abs(M[:, i, i] - 1).max() <= _CLOSE for i in range(2)]
             if any(kept):
                 return "symplectic Euler (linear oscillator)", "y'' = -A y + B u, one of position and velocity first"

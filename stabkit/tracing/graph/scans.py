@@ -22,20 +22,18 @@ from torch import Tensor
 from torch.autograd.graph import Node
 
 from stabkit.tracing.graph.graph import Graph
+from stabkit.tracing.graph.scan_ends import Ends
+from stabkit.tracing.graph.slices import Piece, Pieces
 from stabkit.tracing.graph.values import Value, meta_of, operation, outputs_of
 from stabkit.vocabulary import moves
 
 FEWEST = 8  # time steps from which one speaks of time, whatever they do
 _ROUNDS = FEWEST - 1  # of them that are alike at least: the first may begin at constants, and do less
 FEWEST_ALIKE = 3  # those from which one does where each round multiplies its state by the same tensors
-_ONE_PIECE = frozenset({"Select", "Slice"})
-_ALL_PIECES = frozenset({"Split", "SplitWithSizes", "Unbind", "UnsafeSplit"})
 _MOVES = moves()
 _SUMS = frozenset({"Add", "Addcmul", "Sub"})
 _PRODUCTS = frozenset({"Addcmul", "Baddbmm", "Bmm", "Lerp", "Mm", "Mul"})
-_LAGS = 4  # slices of one tensor that a period takes, at most, of which one is to be seen at its distance
 
-Piece = tuple[tuple[Value, str, int], int]  # a tensor, how it is sliced and along which dimension; which slice
 Kinds = np.ndarray[Any, np.dtype[np.int64]]
 
 
@@ -51,6 +49,8 @@ class Scan:
         period: how many operations lie between two states.
         taps: slices of one tensor that are added to the state in a time step: 2 where the input of the time before
             enters as well.
+        before: time steps that lead to the first of the states, that from constants with them, which does less.
+        after: time steps that follow the last of them, one that does less with them, since not all of it is read.
     """
 
     states: tuple[tuple[Value, ...], ...]
@@ -59,9 +59,16 @@ class Scan:
     drives: tuple[Value, ...]
     period: int
     taps: int = 1
+    before: int = 0
+    after: int = 0
 
     def __len__(self) -> int:
         return len(self.states) - 1
+
+    @property
+    def n_steps(self) -> int:
+        """How many time steps there are, with those at both ends that are not like the others."""
+        return self.before + len(self) + self.after
 
     @property
     def middle(self) -> int:
@@ -94,8 +101,8 @@ def scans_between(
         fewest: rounds of a recurrence.
         without: operations whose slices are not looked at.
     """
-    pieces = _Pieces(graph, start, stop, without)
-    periods = pieces.distances()
+    pieces = Pieces(graph, start, stop, without)
+    periods = pieces.distances(FEWEST_ALIKE, FEWEST)
     if not periods:
         return ()
     if prefetch is not None:
@@ -119,57 +126,6 @@ def scans_between(
                 taken.append((run.start, run.stop))
                 found += [(run.start, scan) for scan in chains]
     return tuple(scan for _, scan in sorted(found, key=lambda pair: pair[0]))
-
-
-class _Pieces:
-    """Where slices of tensors are taken, and which."""
-
-    def __init__(self, graph: Graph, start: int, stop: int, without: Collection[Node]) -> None:
-        self._graph = graph
-        self._taken: defaultdict[object, list[int]] = defaultdict(list)
-        self._places: defaultdict[object, set[int]] = defaultdict(set)
-        for rank in range(start, stop):
-            node = graph.nodes[rank]
-            if node in without:
-                continue
-            if operation(node) in _ONE_PIECE:
-                self._note(rank, node, "made")
-            for value in graph.inputs[node]:
-                if operation(value.node) in _ONE_PIECE | _ALL_PIECES:
-                    self._note(rank, value.node, "read", value.output)
-
-    def _note(self, rank: int, node: Node, how: str, output: int = 0) -> None:
-        found = self.of(Value(node, output))
-        if found is not None:
-            tensor, place = found
-            self._taken[how, tensor].append(rank)
-            self._places[how, tensor].add(place)
-
-    def of(self, value: Value) -> Piece | None:
-        """The tensor that a value is a slice of, with the dimension, and which of its slices; None for others."""
-        node: Any = value.node
-        name, given = operation(node), self._graph.inputs.get(node)
-        if not given:
-            return None
-        if name in _ALL_PIECES:
-            return (given[0], name, 0), value.output
-        if name in _ONE_PIECE:
-            place = node._saved_index if name == "Select" else node._saved_start
-            return (given[0], name, node._saved_dim), 0 if place is None else int(place)
-        return None
-
-    def distances(self) -> set[int]:
-        """How many operations lie between successive slices of one tensor, where there are enough of them."""
-        found: set[int] = set()
-        for key, ranks in self._taken.items():
-            count = min(len(self._places[key]), FEWEST)
-            if count < FEWEST_ALIKE:
-                continue
-            ordered = np.unique(ranks)
-            for lag in range(1, _LAGS + 1):
-                apart, often = np.unique(ordered[lag:] - ordered[:-lag], return_counts=True)
-                found.update(int(p) for p in apart[often >= max(count - 2, 2)])
-        return found
 
 
 def _kinds(graph: Graph, start: int, stop: int) -> Kinds:
@@ -209,7 +165,7 @@ class _Run:
         stop: one past the last.
     """
 
-    def __init__(self, graph: Graph, pieces: _Pieces, start: int, stop: int, period: int, storages: set[int]) -> None:
+    def __init__(self, graph: Graph, pieces: Pieces, start: int, stop: int, period: int, storages: set[int]) -> None:
         self._graph, self._pieces, self._period, self._storages = graph, pieces, period, storages
         self._first = start
         agree = np.array([self._agree(rank) for rank in range(start, stop - period)], dtype=bool)
@@ -339,26 +295,37 @@ class _Run:
                 rank = self._rank(value)
                 if self.start <= rank < self.stop:
                     beyond.add(((rank - self.start) % self._period, value.output))
-        ends = {place + 1: _alive(inner, place + 1, self._period) for place in cycle}
+        places = {place + 1: _alive(inner, place + 1, self._period) for place in cycle}
 
         def cost(end: int) -> tuple[int, int, int, int]:
-            numel = sum(meta_of(Value(self._node(1, place), out)).numel for place, out, _ in ends[end])
-            return len(ends[end]), numel, -len({(p, o) for p, o, _ in ends[end]} & beyond), -end
+            numel = sum(meta_of(Value(self._node(1, place), out)).numel for place, out, _ in places[end])
+            return len(places[end]), numel, -len({(p, o) for p, o, _ in places[end]} & beyond), -end
 
-        end = min(ends, key=cost)
-        alive = sorted(ends[end], key=lambda v: (v[0] - v[2] * self._period, v[1]))
+        end = min(places, key=cost)
+        alive = sorted(places[end], key=lambda v: (v[0] - v[2] * self._period, v[1]))
         oldest = max(age for *_, age in alive)
         windows = [w for w in range(oldest, self.count) if self.start + w * self._period + end <= self.stop]
-        states = tuple(
-            tuple(Value(self._node(w - age, place), output) for place, output, age in alive) for w in windows
-        )
+
+        def state(window: int) -> tuple[Value, ...]:
+            return tuple(Value(self._node(window - age, place), output) for place, output, age in alive)
+
+        states = tuple(map(state, windows))
         positions = tuple(self.start + w * self._period + end for w in windows)
         middle = (len(windows) - 1) // 2
         low, high = positions[middle], positions[middle + 1]
         passed = tuple(
             self._graph.nodes[rank] for rank in range(low, high) if (rank - self.start) % self._period in cycle
         )
-        return Scan(states, positions, passed, drives, self._period, self._taps(cycle))
+        ends = Ends(self._graph, self._pieces, self.start + end, self._period, cycle, alive, end)
+        first, last = windows[0], windows[-1]
+        while ends.has_round(first, like=1):
+            first -= 1
+        while ends.has_round(last + 1, like=-1):
+            last += 1
+        outer = (state(first), state(first + 1)), state(last)
+        before = windows[0] - first + ends.before(outer[0], self.start + first * self._period + end)
+        after = last - windows[-1] + ends.after(outer[1], self.start + last * self._period + end, drives)
+        return Scan(states, positions, passed, drives, self._period, self._taps(cycle), before, after)
 
 
 @cache
