@@ -18,7 +18,7 @@ from stabkit.tracing.graph.values import Value
 Matrix = npt.NDArray[np.float64]
 _ZERO = 1e-6  # of weights in single precision
 #: Coefficients between states that a scalar test problem can stand for.
-_NUMBERS = frozenset({"scalar", "diagonal", "gate", "dropout", "masked", "samples"})
+_NUMBERS = frozenset({"scalar", "diagonal", "gate", "dropout", "masked", "samples"})  # of noise the mean is no skip
 
 
 @dataclass(frozen=True, eq=False)
@@ -116,8 +116,10 @@ def blocks(
         return None
     counts = Counter(stage.key for stage in form.stages)
     rows: list[tuple[Stage, int]] = []
+    noise = noise_of(form)
     for stage in form.stages:
-        rows += [(stage, i) for i, terms in enumerate(stage.inputs) if any(a not in contexts for a in terms)]
+        if stage.output not in noise:  # what drawn numbers multiply is zero in the mean
+            rows += [(stage, i) for i, terms in enumerate(stage.inputs) if any(a not in contexts for a in terms)]
     size, r = len(rows), len(states)
     A, U = np.zeros((size, size)), np.zeros((size, r))
     B, V = np.zeros((r, size)), np.zeros((r, r))
@@ -148,6 +150,15 @@ def blocks(
     )
     found = _without_twins(Blocks(A, U, B, V, tuple(fields), tuple(stage for stage, _ in rows), recorded))
     return _guided(found, calls) if calls and len(found.rows) == size else found
+
+
+def noise_of(form: NormalForm) -> tuple[Value, ...]:
+    """What drawn numbers multiply wherever it is used: the diffusion of a stochastic equation."""
+    terms = [*form.forms, *(terms for stage in form.stages for terms in stage.inputs)]
+    kinds: dict[Value, set[str]] = {}
+    for atom, coefficient in ((a, c) for combined in terms for a, c in combined.items()):
+        kinds.setdefault(atom, set()).add(coefficient.kind)
+    return tuple(atom for atom, found in kinds.items() if found == {"noise"} and atom not in form.sources)
 
 
 def _calls_of_one_network(stages: Sequence[Stage], A: Matrix, U: Matrix, B: Matrix) -> list[tuple[int, ...]]:
