@@ -200,7 +200,7 @@ class _Trials:
         self.refuted: dict[int, Cure] = {}
         self._without: Trial | None = None
         self._outer: list[Remedy] | None = None
-        self.no_help: dict[int, str] = {}  # by suspect, what was taken away in vain
+        self.no_help: dict[int, list[Remedy]] = {}  # by suspect, what was taken away in vain
 
     def of_initialisation(self, suspect: Finding) -> Trial | None:
         """What is left of a suspect without the known initialisations, if there are any; measured once for all."""
@@ -249,7 +249,7 @@ class _Trials:
                     ends = self._by_adam(suspect, remedy, trains)
                     serves = ends is not None
                 if not serves:
-                    self.no_help.setdefault(id(suspect), remedy.cause)
+                    self.no_help.setdefault(id(suspect), []).append(remedy)
                 else:
                     found.append(Cure(trial, remedy, trains, ends))
                 if weighed and not found:
@@ -301,7 +301,8 @@ class _Trials:
         None where those with it do not end clearly lower.
         """
         plain, loss = self.training(), self.settings.loss
-        partial = bool(remedy.actions) and not remedy.cause and suspect.kind != "copied_units"
+        alone = suspect.kind != "copied_units" and not is_stretch(suspect)
+        partial = bool(remedy.actions) and not remedy.cause and alone
         if partial or remedy.data is not None or not isinstance(self.flow, Flow):
             return None
         if plain is None or treated is None:
