@@ -325,7 +325,7 @@ def _sums(around: Surroundings, found: Slots, links: Sequence[Link], steps: tupl
         if not better.name.startswith("unnamed") and better.shared_weights:
             return replace(better, notes=(*why, *better.notes))
     called = around.most_called(steps[0], steps[-1] + 1)
-    if called is None:
+    if called is None or record.shared_weights:
         return record
     told = f"{called[0]} is called {called[1]} times in it: what steps of a method these calls are was not found"
     return replace(record, notes=(told, *record.notes))

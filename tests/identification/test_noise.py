@@ -121,3 +121,27 @@ def test_weights_along_an_axis_of_stages_are_no_layer_scale(weigh: Callable[[Ten
     model = nn.Sequential(*(_Contracted(weigh) for _ in range(3))).double()
     found = stabkit.identify(stabkit.trace(model, torch.randn(3, WIDTH, dtype=torch.float64)), checks=False)
     assert not any("LayerScale" in note for r in found for note in r.notes)
+
+
+class _Solved(nn.Module):
+    """A library's adaptive solver, whose stages lie along an axis of a buffer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.field = nn.Sequential(nn.Conv2d(2, 4, 3, padding=1), nn.Tanh(), nn.Conv2d(4, 2, 3, padding=1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        import torchdiffeq
+
+        times = torch.tensor([0.0, 1.0], dtype=x.dtype)
+        return torchdiffeq.odeint(lambda t, y: self.field(y), x, times, rtol=1e-3, atol=1e-3)[1]
+
+
+def test_stages_of_one_field_that_are_not_taken_apart_are_no_different_fields() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(1, 2, 3, padding=1), _Solved(), nn.Conv2d(2, 1, 3))
+    found = stabkit.identify(stabkit.trace(model, torch.randn(2, 1, 5, 5)), checks=False)
+    (solve,) = [r for r in found if r.name.startswith("unnamed")]
+    assert "different fields" not in solve.name
+    assert "1.field is called" in solve.notes[0]
+    assert not any("LayerScale" in note for note in solve.notes)
