@@ -50,6 +50,7 @@ from stabkit.identification.steps.implicit import (
     inner_iterations,
     iterates_silently,
     linear_solve,
+    silent_rounds,
     solves_inside,
 )
 from stabkit.identification.steps.iterated_solves import held_iteration, record_of_equation, solved_step
@@ -125,8 +126,7 @@ def _implicit(around: Surroundings, steps: tuple[int, ...]) -> Identification:
     """A layer that solves for its output."""
     found = fixed_point(around.flow)
     if found is None:
-        why = "modules are called again and again off the graph, and no fixed point was found in them"
-        return nothing(steps, "unknown", why, "unknown")
+        return nothing(steps, "unknown", silent_rounds(around.flow, steps[0], steps[-1] + 1), "unknown")
     record = nothing(
         steps,
         "implicit (fixed point)",
@@ -324,7 +324,11 @@ def _sums(around: Surroundings, found: Slots, links: Sequence[Link], steps: tupl
         better = _read_sums(around, found, other, steps)
         if not better.name.startswith("unnamed") and better.shared_weights:
             return replace(better, notes=(*why, *better.notes))
-    return record
+    called = around.most_called(steps[0], steps[-1] + 1)
+    if called is None:
+        return record
+    told = f"{called[0]} is called {called[1]} times in it: what steps of a method these calls are was not found"
+    return replace(record, notes=(told, *record.notes))
 
 
 def _read_sums(around: Surroundings, found: Slots, links: Sequence[Link], steps: tuple[int, ...]) -> Identification:

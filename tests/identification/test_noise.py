@@ -42,6 +42,10 @@ class _Stochastic(nn.Module):
         guess = x + H * k + s * dw
         return x + H / 2 * (k + self.f(guess)) + (s + self.g(guess)) / 2 * dw
 
+    def milstein(self, x: Tensor, dw: Tensor) -> Tensor:
+        s, slope = torch.sin(self.gain * x), self.gain * torch.cos(self.gain * x)
+        return x + H * self.f(x) + s * dw + s * slope / 2 * (dw**2 - H)
+
     def dropped(self, x: Tensor, dw: Tensor) -> Tensor:
         return x + self.f(x) * (1 + dw)
 
@@ -77,10 +81,11 @@ def test_noise_is_said_and_is_no_step_size(how: str, evidence: str) -> None:
     assert not any("LayerScale" in note for r in found for note in r.notes)
 
 
-def test_noise_inside_of_stages_makes_no_euler_maruyama() -> None:
-    found = [r for r in _read("heun") if r.step_size is not None]
+@pytest.mark.parametrize(("how", "name"), [("heun", "heun2 with noise"), ("milstein", "forward Euler with noise")])
+def test_more_noise_than_one_term_at_the_old_state_is_no_euler_maruyama(how: str, name: str) -> None:
+    found = [r for r in _read(how) if r.step_size is not None]
     assert found
-    assert {r.name for r in found} == {"heun2 with noise"}
+    assert {r.name for r in found} == {name}
     assert [r.step_size for r in found] == pytest.approx([H] * len(found))
 
 

@@ -71,6 +71,15 @@ class Surroundings:
         positions = {state.position for state in self.flow.states}
         return tuple(loop for loop in loops_outside_layers(self.graph) if positions.issuperset(loop.boundaries))
 
+    def most_called(self, start: int, stop: int) -> tuple[str, int] | None:
+        """The module with weights that some steps call most often, the outermost one, and how often; None for once."""
+        clocks = [*self.graph.clock, self.flow.recorded.recording.stop]
+        first, last = (clocks[self.flow.states[i].position] for i in (start, stop))
+        begun = self.flow.recorded.recording.begun(first, last)
+        counts = Counter(c.path for c in begun if c.path and next(c.module.parameters(), None) is not None)
+        path, often = max(counts.items(), key=lambda item: (item[1], -len(item[0])), default=("", 0))
+        return (path, often) if often > 1 else None
+
     def passing(self, maps: Mapping[Node, Value]) -> Surroundings:
         """The same with some maps taken as the identity; see `Graph.passing`."""
         other = copy.copy(self)

@@ -152,13 +152,19 @@ def blocks(
     return _guided(found, calls) if calls and len(found.rows) == size else found
 
 
-def noise_of(form: NormalForm) -> tuple[Value, ...]:
-    """What drawn numbers multiply wherever it is used: the diffusion of a stochastic equation."""
-    terms = [*form.forms, *(terms for stage in form.stages for terms in stage.inputs)]
-    kinds: dict[Value, set[str]] = {}
-    for atom, coefficient in ((a, c) for combined in terms for a, c in combined.items()):
-        kinds.setdefault(atom, set()).add(coefficient.kind)
-    return tuple(atom for atom, found in kinds.items() if found == {"noise"} and atom not in form.sources)
+def noise_of(form: NormalForm) -> frozenset[Value]:
+    """What drawn numbers multiply wherever it is used: a diffusion, and what is made for it."""
+    uses: dict[Value, list[tuple[Value | None, str]]] = {}
+    rows = [(None, terms) for terms in form.forms]
+    for user, terms in [*rows, *((stage.output, terms) for stage in form.stages for terms in stage.inputs)]:
+        for atom, coefficient in terms.items():
+            uses.setdefault(atom, []).append((user, coefficient.kind))
+    found: set[Value] = set()
+    for stage in reversed(form.stages):  # those that take a stage come behind it
+        taken = uses.get(stage.output, [])
+        if taken and all(kind == "noise" or user in found for user, kind in taken):
+            found.add(stage.output)
+    return frozenset(found)
 
 
 def _calls_of_one_network(stages: Sequence[Stage], A: Matrix, U: Matrix, B: Matrix) -> list[tuple[int, ...]]:

@@ -60,6 +60,6 @@ def mixed_coupling(links: Sequence[Link], steps: tuple[int, ...]) -> Identificat
         return None
     where = " and ".join(["after"] * (at > 0) + ["before"] * (at + 1 < len(links)))
     maps = ", ".join(dict.fromkeys(operation(node) for link in links if link.kind == "map" for node in link.nodes))
-    why = f"some coordinates of z = P x stay as they are, and scale and move the others; P is linear ({maps})"
-    system = "z = P x; z_2' = a(z_1) z_2 + b(z_1), z_1' = 0"
+    why = f"beside a linear map ({maps}) some coordinates z stay as they are, and scale and move the others"
+    system = "z_2' = a(z_1) z_2 + b(z_1), z_1' = 0, and a linear map"
     return nothing(steps, f"affine coupling ({where} a linear map)", why, "measured", system=system)

@@ -150,6 +150,19 @@ def solves_inside(flow: Flow, start: int, stop: int) -> bool:
     return any(count >= _FEWEST for count in _silent_calls(flow, first, last).values())
 
 
+def silent_rounds(flow: Flow, start: int, stop: int) -> str:
+    """What is called off the graph inside some steps that no fixed point was found of: which modules, how often."""
+    first, last = _clock(flow, start, stop)
+    often = {path: count for path, count in _silent_calls(flow, first, last).items() if count >= _FEWEST}
+    outer = [path for path in often if path and not any(path.startswith(f"{other}.") for other in often if other)]
+    heard = {call.path for call in flow.recorded.recording.calls if call.start < call.stop}
+    told = ", ".join(f"{path} {often[path]} times" for path in outer)
+    same = " and, with the same weights, on it" if any(path in heard for path in outer) else ""
+    calls = f" ({told}{same})" if told else ""
+    return (f"modules are called again and again off the graph{calls}, and no fixed point was found in them: these "
+            "rounds have no gradient, and are no steps of this flow")  # fmt: skip
+
+
 def iterates_silently(flow: Flow, start: int, stop: int) -> bool:
     """Whether a module that steps call on the graph was called again and again off it: by a solver with buffers."""
     first, last = _clock(flow, start, stop)
