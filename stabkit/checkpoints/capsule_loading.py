@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from stabkit.checkpoints.capsules import Capsule, RecordedCall, read_capsule
 from stabkit.checkpoints.files import read_file
 from stabkit.checkpoints.matching import fill
-from stabkit.checkpoints.names import Model, build_model
+from stabkit.checkpoints.model_names import Model, build_model
 from stabkit.checkpoints.opened import Opened
 from stabkit.checkpoints.randomness import restore_random
 from stabkit.errors import CheckpointError, StabkitError

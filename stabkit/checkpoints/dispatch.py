@@ -19,10 +19,10 @@ from stabkit.checkpoints.distributed import Distributed, Placed, distributed_fol
 from stabkit.checkpoints.files import read_file, regular_file
 from stabkit.checkpoints.hugging_face import load_directory, read_json, read_weights
 from stabkit.checkpoints.matching import fill, release_parameters
-from stabkit.checkpoints.names import Model, build_model, is_model_name
+from stabkit.checkpoints.model_names import Model, build_model, is_model_name
 from stabkit.checkpoints.opened import Opened
 from stabkit.checkpoints.state_dict import Weights, architecture_hint, arrange, choose_weights, find_weights
-from stabkit.checkpoints.training import step_in_name, training_step
+from stabkit.checkpoints.training_progress import step_in_name, training_step
 from stabkit.errors import CheckpointError
 
 

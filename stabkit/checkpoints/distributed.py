@@ -22,7 +22,7 @@ from torch import Tensor
 
 from stabkit.checkpoints.files import read_part, reading, regular_file
 from stabkit.checkpoints.pickles import Inert, globals_asked, refuse_code
-from stabkit.checkpoints.training import STEP_NAMES
+from stabkit.checkpoints.training_progress import STEP_NAMES
 from stabkit.errors import CheckpointError
 
 _METADATA_LIMIT = 2**28

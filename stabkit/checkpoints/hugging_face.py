@@ -15,7 +15,7 @@ from stabkit.checkpoints.bounds import bounded_by
 from stabkit.checkpoints.directories import SINGLE
 from stabkit.checkpoints.files import read_file, regular_file
 from stabkit.checkpoints.matching import misfit
-from stabkit.checkpoints.names import optional, seeded
+from stabkit.checkpoints.model_names import optional, seeded
 from stabkit.checkpoints.state_dict import find_weights
 from stabkit.errors import CheckpointError, did_you_mean
 

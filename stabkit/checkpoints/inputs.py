@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from stabkit.checkpoints.input_files import read_input_file
-from stabkit.checkpoints.names import optional, seeded
+from stabkit.checkpoints.model_names import optional, seeded
 from stabkit.checkpoints.processors import Processor
 from stabkit.errors import CheckpointError
 

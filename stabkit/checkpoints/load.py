@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from stabkit.checkpoints.dispatch import Options, open_model
 from stabkit.checkpoints.inputs import Input, Inputs, make_inputs
 from stabkit.checkpoints.matching import non_finite
-from stabkit.checkpoints.names import Model
+from stabkit.checkpoints.model_names import Model
 from stabkit.checkpoints.opened import Opened
 from stabkit.checkpoints.processors import read_processor
 from stabkit.errors import CheckpointError

@@ -5,12 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from stabkit.cli.device import chosen_device
 from stabkit.cli.imports import quick_imports
-from stabkit.errors import StabkitError
 
 if TYPE_CHECKING:
-    import torch
-
     from stabkit.checkpoints import Loaded
     from stabkit.cli.options import Effort, Recipe
     from stabkit.cli.training import Training
@@ -25,7 +23,7 @@ def analyzed(
     effort: Effort,
     progress: Any = None,
     *,
-    training: Training,
+    training: Training | None = None,
     device: str = "cpu",
     keep: Path | None = None,
 ) -> Report | None:
@@ -36,7 +34,7 @@ def analyzed(
         recipe: how it is analysed.
         effort: how much is measured, and what it may cost in each process.
         progress: called as steps are finished.
-        training: says which optimizer the updates are made with.
+        training: says which optimizer the updates are made with; None for none.
         device: where the model runs.
         keep: where a rank writes what it had finished when another one failed.
 
@@ -58,7 +56,7 @@ def analyzed(
             *inputs,
             kwargs=kwargs,
             loss=loaded.loss,
-            optimizer=training.optimizer_of(loaded.model),
+            optimizer=None if training is None else training.optimizer_of(loaded.model),
             name=loaded.name,
             progress=progress if ranks.first else None,
             ranks=ranks,
@@ -80,31 +78,6 @@ def planned(loaded: Loaded, recipe: Recipe, effort: Effort) -> Plan:
         **effort.settings(),
         **recipe.analysing(),
     )
-
-
-def chosen_device(name: str) -> torch.device:
-    """The device that ``--device`` names; of several ranks on one host, each has its own.
-
-    Raises:
-        StabkitError: there is no such device.
-    """
-    import os
-
-    import torch
-
-    try:
-        device = torch.device(name)
-        if device.type == "cuda" and ":" not in name and "LOCAL_RANK" in os.environ:
-            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        why = str(error).splitlines()[0]
-        raise StabkitError(
-            f"--device {name!r} cannot be used: {why}; expected cpu, or a device that torch sees"
-        ) from None
-    if device.type == "meta":
-        raise StabkitError("--device 'meta' holds no numbers; expected cpu or cuda")
-    return device
 
 
 def first_rank() -> bool:

@@ -19,8 +19,8 @@ from stabkit.checkpoints import load
 from stabkit.checkpoints.inputs import Input, Inputs
 from stabkit.checkpoints.load import Loaded
 from stabkit.checkpoints.matching import release_parameters
-from stabkit.checkpoints.names import Model, build_model
-from stabkit.checkpoints.training import natural_order
+from stabkit.checkpoints.model_names import Model, build_model
+from stabkit.checkpoints.training_progress import natural_order
 from stabkit.comparison import cache as cached
 from stabkit.comparison.cache_key import architecture_hash, content_hash, recipe_hash, source_hash
 from stabkit.comparison.result import Comparison, Snapshot

@@ -26,6 +26,7 @@ from stabkit.diagnosis.losses.units import unit_findings
 from stabkit.diagnosis.losses.without_end import without_end_findings
 from stabkit.diagnosis.no_gradient.closed_operations import closed_findings
 from stabkit.diagnosis.no_gradient.hidden_cuts import cut_by_a_draw, drawn_on_the_graph, hidden_cut_findings
+from stabkit.diagnosis.no_gradient.kept_graphs import kept_graph_findings
 from stabkit.diagnosis.no_gradient.lost_parameters import lost_parameter_findings
 from stabkit.diagnosis.no_gradient.passed_through import passed_through_findings
 from stabkit.diagnosis.no_gradient.shares_of_one import share_findings
@@ -246,6 +247,7 @@ def _of_training_pass(
 ) -> list[Finding]:
     """What a pass as training makes it says of the parameters and of the loss."""
     found = [*zero_gradient_findings(flow, loss, call, done, others), *unregistered_findings(flow, call, done)]
+    found += kept_graph_findings(flow, loss, call)
     found += share_findings(flow, loss, call, done, [*others, *found])
     found += [*mixed_sample_findings(flow, loss, call, done), *next_token_findings(flow, call, done)]
     found += unused_input_findings(flow, loss, call, done)

@@ -30,13 +30,14 @@ from stabkit.diagnosis.remedies.short_training import (
     ShortTraining,
     clearly_better,
     falls,
+    gains,
     helps,
     spoils,
     trained_with,
     worse,
 )
 from stabkit.diagnosis.remedies.trial import Trial, follows, is_stretch, tried
-from stabkit.diagnosis.remedies.usual_training import RATES, adam, left_after
+from stabkit.diagnosis.remedies.usual_training import RATES, adam, ends_of_adam, left_after
 from stabkit.diagnosis.states.batch_statistics import with_statistics, without_statistics
 from stabkit.diagnosis.suspects import Diagnosis, Settings, ordered, suspected
 from stabkit.diagnosis.thresholds import Thresholds
@@ -199,7 +200,7 @@ class _Trials:
         self.refuted: dict[int, Cure] = {}
         self._without: Trial | None = None
         self._outer: list[Remedy] | None = None
-        self.no_help: dict[int, str] = {}  # by suspect, what was taken away in vain
+        self.no_help: dict[int, list[Remedy]] = {}  # by suspect, what was taken away in vain
 
     def of_initialisation(self, suspect: Finding) -> Trial | None:
         """What is left of a suspect without the known initialisations, if there are any; measured once for all."""
@@ -242,14 +243,19 @@ class _Trials:
                 plain = self.training() if trains else None
                 serves = helps(trains, plain) if competing or remedy.cause else not spoils(trains, plain)
                 ends = (trains, plain) if trains is not None and plain is not None else None
-                if not serves and (ends := self._by_adam(suspect, remedy, trains)) is None:
-                    self.no_help.setdefault(id(suspect), remedy.cause)
+                if serves and weighed and (of_none := self._without_gain(remedy, trains)) is not None:
+                    serves, ends = False, of_none
+                elif not serves:
+                    ends = self._by_adam(suspect, remedy, trains)
+                    serves = ends is not None
+                if not serves:
+                    self.no_help.setdefault(id(suspect), []).append(remedy)
                 else:
                     found.append(Cure(trial, remedy, trains, ends))
                 if weighed and not found:
                     self.refuted[id(suspect)] = Cure(trial, remedy, trains, ends)
                 # where all weights were started so and training minds it not, those of the suspect alone come next
-                refused = remedy.cause and not serves and ends is None
+                refused = remedy.cause and not serves
                 if not (competing or refused) or (weighed and found and not is_stretch(suspect)):
                     break
         best = min(found, key=lambda cure: cure.worth, default=None)
@@ -295,21 +301,28 @@ class _Trials:
         None where those with it do not end clearly lower.
         """
         plain, loss = self.training(), self.settings.loss
-        partial = bool(remedy.actions) and not remedy.cause and suspect.kind != "copied_units"
+        alone = suspect.kind != "copied_units" and not is_stretch(suspect)
+        partial = bool(remedy.actions) and not remedy.cause and alone
         if partial or remedy.data is not None or not isinstance(self.flow, Flow):
             return None
         if plain is None or treated is None:
             return None
-        call, updates = self.flow.forward_pass, [adam(rate) for rate in RATES]
-        left = left_after(call, loss, updates)
-        cured = left_after(call, loss, updates, remedy.actions, within=remedy.within)
-        if left is None or cured is None:
+        ends = ends_of_adam(self.flow.forward_pass, loss, remedy, treated, plain)
+        return ends if ends is not None and clearly_better(*ends) else None
+
+    def _without_gain(
+        self, remedy: Remedy, treated: ShortTraining | None
+    ) -> tuple[ShortTraining, ShortTraining] | None:
+        """Trainings with a last layer of usual size and without that gain nothing by it, of plain SGD or of Adam.
+
+        Policies, values and detectors begin with small ones on purpose. Plain SGD moves what is before such a layer
+        less at first; to Adam it makes no difference.
+        """
+        plain, loss = self.training(), self.settings.loss
+        if plain is None or treated is None or not isinstance(self.flow, Flow):
             return None
-        cured_by, left_by = (
-            ShortTraining(run.first, share * run.first, optimizer="Adam")
-            for run, share in ((treated, cured), (plain, left))
-        )
-        return (cured_by, left_by) if clearly_better(cured_by, left_by) else None
+        runs = ((treated, plain), ends_of_adam(self.flow.forward_pass, loss, remedy, treated, plain))
+        return next((ends for ends in runs if ends is not None and not gains(*ends)), None)
 
     def of_all_weights(self, suspect: Finding) -> list[Remedy]:
         """All weights at their usual size, where they were started far from it and the suspect may come of that."""
@@ -365,10 +378,10 @@ def _confirmed(
 
         refuted = trials.refuted.get(id(suspect)) if cure is None else None
         if refuted is not None and refuted.trial.after is not None and (plain := trials.training()) and falls(plain):
-            told[id(suspect)] = of_no_use(suspect, refuted, plain)
-            verdict = judged_without(
-                verdict, refuted.trial.after.verdict, f"the size of weights at {suspect.module_path}"
-            )
+            told[id(suspect)] = of_no_use(suspect, refuted.ends or (refuted.trains, plain))
+            without = refuted.trial.after.verdict
+            if without.name != verdict.name:
+                verdict = judged_without(verdict, without, f"the size of weights at {suspect.module_path}")
             continue
         if cure is None and not suspect.actions:
             continue  # its words stand

@@ -63,6 +63,7 @@ FINDINGS: dict[str, Word] = {
     "copied_units": Word("units of a layer are copies of each other, and stay so"),
     "no_gradient": Word("parameters that are to be trained get no gradient", "broken"),
     "wrong_derivative": Word("a backward that was written by hand is not the derivative of its forward", "broken"),
+    "kept_graph": Word("a state that is kept between calls leads back into the call before", "broken"),
     "unregistered": Word("tensors get a gradient and are no parameters of the model: nothing moves them", "broken"),
     "mixed_samples": Word("what a model returns for a sample depends on which others are in its batch", "broken"),
     "axes": Word("a reshape cuts through axes that are to change places", "broken"),

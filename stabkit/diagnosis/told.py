@@ -127,28 +127,36 @@ def is_of_units(suspect: Finding, cure: Cure) -> bool:
     return cure.ends is None or not clearly_better(*cure.ends)
 
 
-def of_no_help(suspect: Finding, plain: ShortTraining, cause: str) -> Finding:
-    """A suspect that can be taken away, with which training ends no lower."""
-    cause = f"{cause}; " if cause else ""
+def of_no_help(suspect: Finding, plain: ShortTraining, tries: Sequence[Remedy]) -> Finding:
+    """A suspect that can be taken away, with which training ends no lower.
+
+    What is known to help deep stacks, skips and other activations, may take longer than a trial, and is told as such.
+    """
+    cause = f"{tries[0].cause}; " if tries[0].cause else ""
+    known = [each.text for each in tries if any(a["action"] in ("add_skip", "activate") for a in each.actions)]
+    vanishes = is_stretch(suspect) and suspect.kind == "vanishing"
     learnt = is_stretch(suspect) and suspect.kind in GROWS and abs(plain.last) < _LEARNT * abs(plain.first)
     return replace(
         suspect,
         severity="info" if learnt else suspect.severity,
         evidence=f"{cause}{suspect.evidence}; {STEPS} steps of plain SGD take the loss {plain} as it is, and end no "
         "lower with anything that takes it away",
-        remedy="none is told: what was tried takes it away, and trains no better",
+        remedy=f"not shown to help within {STEPS} steps: {'; or '.join(dict.fromkeys(known))}"
+        if known and vanishes
+        else "none is told: what was tried takes it away, and trains no better",
         actions=(),
     )
 
 
-def of_no_use(suspect: Finding, refuted: Cure, plain: ShortTraining) -> Finding:
-    """A weight of odd size that training does not mind, and that it minds being changed."""
+def of_no_use(suspect: Finding, ends: tuple[ShortTraining | None, ShortTraining]) -> Finding:
+    """A weight of odd size that training does not mind, and gains nothing by when it is changed."""
+    treated, plain = ends
     return replace(
         suspect,
         severity="info",
-        evidence=f"{suspect.evidence}; {STEPS} steps of plain SGD take the loss {plain} as it is, {refuted.trains} "
+        evidence=f"{suspect.evidence}; {STEPS} steps of {plain.optimizer} take the loss {plain} as it is, {treated} "
         "with weights of the usual size",
-        remedy="none is needed: it trains better as it is",
+        remedy="none is needed: it trains as well as it is, or better",
         actions=(),
     )
 

@@ -25,7 +25,7 @@ from stabkit.identification.names.single import NO_STEP, Name, name_one_state
 from stabkit.identification.names.step_size import NUMBER
 from stabkit.identification.names.weighed import gates_of_stages, name_weighed
 from stabkit.identification.record import Identification, nothing, record_of
-from stabkit.identification.steps.additions import depends_on_input, last_sum, linear_links, notes_of_sums
+from stabkit.identification.steps.additions import depends_on_input, last_sum, linear_links, notes_of_sums, with_mean
 from stabkit.identification.steps.around_addition import (
     masked,
     normalised_at_the_end,
@@ -39,7 +39,7 @@ from stabkit.identification.steps.around_addition import (
 )
 from stabkit.identification.steps.change_of_space import change_of_space
 from stabkit.identification.steps.coupled import coupled
-from stabkit.identification.steps.couplings import is_affine_coupling
+from stabkit.identification.steps.couplings import coupling, is_affine_coupling, mixed_coupling
 from stabkit.identification.steps.diffusion import as_diffusion
 from stabkit.identification.steps.exponential_steps import by_coordinates
 from stabkit.identification.steps.forks_and_joins import holds_a_step, step_inside
@@ -51,10 +51,12 @@ from stabkit.identification.steps.implicit import (
     inner_iterations,
     iterates_silently,
     linear_solve,
+    silent_rounds,
     solves_inside,
 )
 from stabkit.identification.steps.iterated_solves import held_iteration, record_of_equation, solved_step
 from stabkit.identification.steps.linear_steps import read_linear
+from stabkit.identification.steps.noise import with_noise
 from stabkit.identification.steps.pairs import dense_concatenation, read_several_states
 from stabkit.identification.steps.predicted_steps import with_fed_step, with_predicted_step
 from stabkit.identification.steps.proximal import learned_threshold, soft_threshold
@@ -119,10 +121,12 @@ def _of_slots(around: Surroundings, found: Slots, steps: tuple[int, ...]) -> Ide
     if record.name in ("unnamed", "unknown") and (window := window_of_states(around.flow, found, steps)) is not None:
         return window
     before, after = (around.flow.states[i].values for i in (start, stop))
-    if record.name == "unnamed" and found.split and len(before) == len(after) == 1:
-        whole = replace(found, sources=before, targets=after, split=False)  # streams split off and mixed again
-        streams = mixed_streams(around.flow, start, stop, around.whole(start, stop, whole))
-        if streams is not None:
+    if record.name.startswith("unnamed") and found.split and len(before) == len(after) == 1:
+        whole = around.whole(start, stop, replace(found, sources=before, targets=after, split=False))
+        if is_affine_coupling(whole):
+            return coupling(steps)
+        streams = mixed_streams(around.flow, start, stop, whole) if record.name == "unnamed" else None
+        if streams is not None:  # split off and mixed again
             return _of_streams(streams, steps)
     return coupled(around, found, steps, record, _one_state)
 
@@ -131,13 +135,11 @@ def _implicit(around: Surroundings, steps: tuple[int, ...]) -> Identification:
     """A layer that solves for its output."""
     found = fixed_point(around.flow)
     if found is None:
-        why = "modules are called again and again off the graph, and no fixed point was found in them"
-        return nothing(steps, "unknown", why, "unknown")
-    rate = "" if found.contraction is None else f", contracting by {found.contraction:.3g} a call"
+        return nothing(steps, "unknown", silent_rounds(around.flow, steps[0], steps[-1] + 1), "unknown")
     record = nothing(
         steps,
         "implicit (fixed point)",
-        f"{found.module_path} is called {found.iterations} times{rate}; what the graph holds is the last call alone",
+        f"{found}; what the graph holds is the last call alone",
         "measured",
         system="0 = f(z, x) - z: the equilibrium of z' = f(z, x) - z",
     )
@@ -206,6 +208,9 @@ def _solved(solved: LinearSolve, steps: tuple[int, ...]) -> Identification:
 
 def _without_skip(around: Surroundings, found: Slots, links: Sequence[Link], steps: tuple[int, ...]) -> Identification:
     """A map without a skip; or one whose skip is a linear map."""
+    mixed = mixed_coupling(links, steps)
+    if mixed is not None:
+        return mixed
     whole = around.whole(steps[0], steps[-1] + 1, found)
     hidden = hidden_skip(whole)
     if hidden is not None:
@@ -328,7 +333,11 @@ def _sums(around: Surroundings, found: Slots, links: Sequence[Link], steps: tupl
         better = _read_sums(around, found, other, steps)
         if not better.name.startswith("unnamed") and better.shared_weights:
             return replace(better, notes=(*why, *better.notes))
-    return record
+    called = around.most_called(steps[0], steps[-1] + 1)
+    if called is None or record.shared_weights:
+        return record
+    told = f"{called[0]} is called {called[1]} times in it: what steps of a method these calls are was not found"
+    return replace(record, notes=(told, *record.notes))
 
 
 def _read_sums(around: Surroundings, found: Slots, links: Sequence[Link], steps: tuple[int, ...]) -> Identification:
@@ -391,14 +400,11 @@ def _read_sums(around: Surroundings, found: Slots, links: Sequence[Link], steps:
         bends=not all(map(normalises, behind)), whole=at_the_end,
     )  # fmt: skip
     record = with_gates(record, kinds, sums)
-    if "gate" in kinds and is_affine_coupling(
-        around.flow, start := steps[0], steps[-1] + 1, around.whole(start, steps[-1] + 1, found)
-    ):
-        why = "some coordinates stay as they are, and scale and move the others"
-        record = replace(record, name="affine coupling", skip=None, method=None, step_size=None, recorded=(),
-                         system="x_2' = a(x_1) x_2 + b(x_1), x_1' = 0", notes=(why, *record.notes))  # fmt: skip
-    record = with_fed_step(with_predicted_step(record, sums), around, sums)
-    return with_randomness(record, sums)
+    if "gate" in kinds and is_affine_coupling(around.whole(steps[0], steps[-1] + 1, found)):
+        found_one = coupling(steps)
+        record = replace(found_one, after=record.after, notes=(*found_one.notes, *record.notes))
+    record = with_fed_step(with_predicted_step(with_mean(record, sums), sums), around, sums)
+    return with_noise(with_randomness(record, sums), [link.form for link in links])
 
 
 def _linear_part(relaxed: tuple[Blocks, float] | None) -> tuple[str, ...]:

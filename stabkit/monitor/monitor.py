@@ -71,9 +71,9 @@ class Monitor:
             it and one optimizer the sharpness is measured, and a rate that it does not bear is an alert before the loss
             blows up. The model and its random state are left as they are. Some 100 samples will do; without a closure
             no curvature is measured, since no gradient is kept from one step to the next.
-        sharpness_every: training steps between two measurements, each of 4 products with the Hessian (about 5 to 8
-            times the price of a gradient on the closure's batch); more often only in the first steps and where the rate
-            is raised beyond the edge of stability.
+        sharpness_every: training steps between two measurements, each of at most 4 products with the Hessian (on a CPU
+            11 to 15 times the price of a gradient on the closure's batch), every 10th of 10 to 40; more often only in
+            the first steps and where the rate is raised beyond the edge of stability.
         scaler: the ``torch.amp.GradScaler``, so that gradients are reported unscaled.
         blocks: paths of the modules to watch instead of those found.
         on_alert: called with every finding; one callable or several.

@@ -13,7 +13,7 @@ from torch import nn
 
 from stabkit.checkpoints.capsule_loading import build, outer_gradients, output_tensors, remembered, set_buffers
 from stabkit.checkpoints.capsules import Capsule, read_capsule
-from stabkit.checkpoints.names import Model
+from stabkit.checkpoints.model_names import Model
 from stabkit.errors import CheckpointError
 from stabkit.monitor.collection import Collector, finish
 from stabkit.monitor.measurement import Hooks, StepNorms

@@ -41,10 +41,10 @@ class AlertRules:
     certain: float = math.log(100.0)
     drift: float = math.log(100.0)
     overflows: int = 3
-    # Of 16 runs that blew up by their rate (MLP, convolutions, transformer, LSTM; SGD, momentum, Adam; at once,
-    # a jump, a climb) all were told before the loss was ten times its start; of 27 healthy ones none. Healthy runs at
-    # the edge reached 2.5 with a closure of 64 or 128 samples, whose sharpness is above that of all data, and spikes of
-    # their loss that came down again three times its least; four of them were above 1.5 at some step.
+    # Of 16 runs that blow up by their rate (MLP, convolutions, transformer, LSTM; SGD, momentum, Adam; too high at
+    # once, a jump, a climb), two draws each, all were told before the loss was ten times its start; of 27 healthy ones,
+    # three draws each, none. Healthy runs at the edge reached 2.5 with a closure of 64 or 128 samples, whose sharpness
+    # is above that of all data, and once a spike of the loss that came down again was three times its least.
     edge: float = 1.2
     rate: float = 3.0
     grown: float = 3.0

@@ -13,7 +13,7 @@ from stabkit.walk.backwards import (
     space_at,
     walk_back,
 )
-from stabkit.walk.balancing import PROBE, Cotangents, balanced, drawn, norms, probe_seeds, wide
+from stabkit.walk.cotangents import PROBE, Cotangents, balanced, drawn, norms, probe_seeds, wide
 
 __all__ = [
     "PROBE",

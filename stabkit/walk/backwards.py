@@ -13,7 +13,7 @@ from torch import Tensor
 
 from stabkit.tracing.products.step_products import Space
 from stabkit.tracing.protocols import FlowLike, StepLike
-from stabkit.walk.balancing import Cotangents, balanced, drawn, stacked
+from stabkit.walk.cotangents import Cotangents, balanced, drawn, stacked
 
 Renewal = Literal["never", "together", "each"]
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stabkit.checkpoints.training import natural_order
+from stabkit.checkpoints.training_progress import natural_order
 from stabkit.errors import ArgumentError
 from stabkit.meanfield import activation_names
 from stabkit.report import encoding, files

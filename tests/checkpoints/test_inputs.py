@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from stabkit.checkpoints.inputs import make_inputs
-from stabkit.checkpoints.names import build_model
+from stabkit.checkpoints.model_names import build_model
 from stabkit.errors import CheckpointError
 
 

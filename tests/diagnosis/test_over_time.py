@@ -418,3 +418,10 @@ def test_the_best_constant_is_the_mean_or_the_shares_of_the_classes():
     left = left_by_a_constant(lambda out: nn.functional.cross_entropy(out, classes), torch.zeros(20, 2))
     assert left == pytest.approx(-0.75 * math.log(0.75) - 0.25 * math.log(0.25), rel=1e-5)
     assert left_by_a_constant(lambda out: out[0].sum(), (y, y)) is None
+
+
+@pytest.mark.parametrize("scale", [1e-6, 1.0, 1e6])
+def test_the_best_constant_is_as_good_in_any_units_of_the_loss(scale: float):
+    y = torch.randn(20, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    left = left_by_a_constant(lambda out: scale * (out - y).square().mean(), 5 + torch.zeros_like(y))
+    assert left == pytest.approx(scale * float(y.var(0, correction=0).mean()))

@@ -191,3 +191,61 @@ def test_rounds_of_a_fixed_point_iteration_that_are_cut(rule, system):
 def test_rounds_of_other_maps_are_no_fixed_point_iteration(rule, tied):
     found = identify(trace(Rounds(rule, tied).double(), torch.randn(4, 6).double()))
     assert not any("fixed-point" in r.name for r in found)
+
+
+class Cell(nn.Module):
+    """The f of an equilibrium as a module of its own."""
+
+    def __init__(self, width: int = 6):
+        super().__init__()
+        self.inner, self.inject = nn.Linear(width, width), nn.Linear(width, width)
+
+    def forward(self, z, x):
+        return torch.tanh(0.3 * self.inner(z) + self.inject(x))
+
+
+class Solver(nn.Module):
+    """Plain, damped and accelerated iterations for one equilibrium, and the call that puts it on the graph."""
+
+    def __init__(self, how: str):
+        super().__init__()
+        self.f, self.how = Cell(), how
+
+    def forward(self, x):
+        with torch.no_grad():
+            z = self.solve(x)
+        return self.f(z, x)
+
+    def solve(self, x):
+        z = torch.zeros_like(x)
+        if self.how != "accelerated":
+            share = 1.0 if self.how == "plain" else 0.6
+            for _ in range(9):
+                z = z + share * (self.f(z, x) - z)
+            return z
+        before, out = z, self.f(z, x)
+        z, old = out, out
+        for _ in range(6):
+            out = self.f(z, x)
+            r, s = out - z, old - before
+            a = ((r * (r - s)).sum(-1) / (r - s).square().sum(-1).clamp(min=1e-30)).unsqueeze(-1)
+            before, z, old = z, out - a * (out - old), out
+        return z
+
+
+@pytest.mark.parametrize(("how", "said"), [("plain", "contracting by"), ("damped", "contracting by"),
+                                           ("accelerated", "an accelerated iteration")])  # fmt: skip
+def test_what_an_iteration_contracts_by_is_no_property_of_f_where_it_is_accelerated(how, said):
+    torch.manual_seed(0)
+    model = Solver(how).double()
+    x = torch.randn(3, 6, dtype=torch.float64)
+    flow = trace(model, x)
+    found, record = fixed_point(flow), identify(flow)[0]
+    with torch.no_grad():
+        z = model.solve(x)
+        residual = float((model.f(z, x) - z).norm() / z.norm())
+    assert found.plain == (how != "accelerated")
+    assert said in record.notes[0]
+    assert ("contracting" in record.notes[0]) == (how != "accelerated")
+    assert found.residual == pytest.approx(residual, rel=1e-6)
+    assert residual > 0

@@ -175,7 +175,7 @@ def test_an_affine_coupling_is_no_multiscale_cell():
             x = torch.cat([a, b * torch.exp(f(a)) + torch.tanh(f(a))], -1)
         return x
 
-    assert {record.name for record in records(coupling, width=3)} == {"unnamed gated pair"}
+    assert {record.name for record in records(coupling, width=3)} == {"affine coupling"}
 
 
 def test_an_oscillator_is_known_wherever_its_step_is_cut():

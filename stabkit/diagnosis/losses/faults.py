@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 
 from stabkit.diagnosis.finding import Finding
+from stabkit.diagnosis.losses.closed_over import broken_targets
 from stabkit.diagnosis.losses.domains import breaking
 from stabkit.diagnosis.losses.flat import flat_loss_findings
 from stabkit.diagnosis.non_finite.origin import Origin, origin_of
@@ -56,6 +57,9 @@ def loss_findings(flow: Flow, loss: Any, thresholds: Thresholds) -> list[Finding
 def _not_finite(flow: Flow, loss: Any, origin: Origin) -> Finding:
     evidence = f"the output is finite and the loss is not: it begins at {origin.place}: {origin.cause.text}"
     remedy = origin.cause.remedy
+    if origin.cause.given:
+        where, mend = broken_targets(loss)
+        evidence, remedy = evidence + f": {where}" * bool(where), mend or remedy
     wrong = breaking(loss, flow.output, flow.forward_pass.seed, origin.line)
     if wrong is not None:
         evidence, remedy = f"{evidence}; {wrong.evidence}", wrong.remedy

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.autograd.graph import Node
 
 from stabkit.diagnosis.finding import Finding, serious
+from stabkit.diagnosis.inputs.best_scaling import best_scaling
 from stabkit.diagnosis.inputs.sizes import large_inputs
 from stabkit.diagnosis.losses.ranges import behind_moves
 from stabkit.diagnosis.remedies import computed as remedies
@@ -134,7 +135,7 @@ def _by_input(flow: Flow, loss: Any, call: ForwardPass, found: CrossEntropy, fin
         severity="warning",
         evidence=f"{finding.evidence}; the input has the size {sizes.size:.3g} and not 1, and divided by it the cross "
         f"entropy is {after:.3g}",
-        remedy=sizes.remedy,
+        remedy=best_scaling(flow, loss, call, sizes),
         numbers={**finding.numbers, "input_size": sizes.size, "after": after},
     )
 

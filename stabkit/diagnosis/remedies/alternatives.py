@@ -70,7 +70,7 @@ def _others(suspect: Finding, measurement: Measurement, flow: FlowLike) -> list[
     if suspect.kind != "vanishing" or not isinstance(flow, Flow):
         return []
     steps = [measurement.steps[index] for index in suspect.steps]
-    tries = (_skips(steps, flow), _unbounded(measurement, flow), deep_norm(steps))
+    tries = (_skips(steps, flow) or _skips_of_peers(steps), _unbounded(measurement, flow), deep_norm(steps))
     return [remedy for remedy in tries if remedy is not None]
 
 
@@ -209,6 +209,21 @@ def _skips(steps: Sequence[StepMeasurement], flow: Flow) -> Remedy | None:
     return Remedy(
         f"put a skip round {what}, x + f(x): {len(blocks)} blocks, the first at {blocks[0][0].module_path}",
         tuple(actions),
+    )
+
+
+def _skips_of_peers(steps: Sequence[StepMeasurement]) -> Remedy | None:
+    """A skip round every layer of a class that keeps its space, wherever the code of the model runs it."""
+    classes = {step.module_class for step in steps if step.module_path}
+    if len(steps) < 2 or len(classes) != 1 or any(step.merges or step.space[0] != step.space[1] for step in steps):
+        return None
+    (name,) = classes
+    paths = dict.fromkeys(step.module_path for step in steps)
+    if "" in paths or len(paths) < len(steps):
+        return None
+    return Remedy(
+        f"put a skip round each {name}, x + f(x, ...): {len(paths)} of them, the first at {steps[0].module_path}",
+        tuple(remedies.add_skip(path) for path in paths),
     )
 
 

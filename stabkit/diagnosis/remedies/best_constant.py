@@ -26,14 +26,20 @@ def left_by_a_constant(loss: Any, output: Any) -> float | None:
     constant = torch.where(mean.abs() < _LARGE, mean, torch.zeros_like(mean)).requires_grad_()
     search = torch.optim.LBFGS([constant], max_iter=_ROUNDS, line_search_fn="strong_wolfe")
 
+    unit: list[float] = []  # the search ends at gradients that are small as numbers, whatever the units of the loss
+
     def again() -> Tensor:
         search.zero_grad()
         value: Tensor = loss(constant.expand_as(output))
-        value.backward()  # type: ignore[no-untyped-call]
-        return value.detach()
+        (slope,) = torch.autograd.grad(value, constant, allow_unused=True)
+        slope = torch.zeros_like(constant) if slope is None else slope
+        size = float(slope.norm())
+        unit.append(size if math.isfinite(size) and size > 0 else 1.0)
+        constant.grad = slope / unit[0]
+        return value.detach() / unit[0]
 
     with torch.enable_grad():
-        first = float(search.step(again))  # type: ignore[no-untyped-call]
+        first = float(search.step(again)) * unit[0]  # type: ignore[no-untyped-call]
     with torch.no_grad():
         last = float(loss(constant.expand_as(output)))
     known = [value for value in (first, last) if math.isfinite(value)]

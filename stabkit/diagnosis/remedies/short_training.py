@@ -183,6 +183,18 @@ def clearly_better(treated: ShortTraining, other: ShortTraining) -> bool:
     return treated.last < other.last - _CLEARLY * min(abs(other.first), abs(treated.first))
 
 
+def gains(treated: ShortTraining | None, untreated: ShortTraining | None) -> bool:
+    """Whether a treated model ends clearly below one that was left as it is, or neither was trained.
+
+    A loss that begins near zero, as that of a policy does, is no measure of what is clear: how far it falls is.
+    """
+    if treated is None or untreated is None:
+        return True
+    if not math.isfinite(untreated.last):
+        return math.isfinite(treated.last)
+    return treated.last < untreated.last - _CLEARLY * max(abs(untreated.first), abs(untreated.first - untreated.last))
+
+
 def spoils(treated: ShortTraining | None, untreated: ShortTraining | None) -> bool:
     """Whether nothing is learnt any more with a remedy, and something is without it."""
     if treated is None or untreated is None or not math.isfinite(untreated.last):

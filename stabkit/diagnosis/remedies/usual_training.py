@@ -19,7 +19,7 @@ from stabkit.diagnosis.finding import Action
 from stabkit.diagnosis.remedies import computed as remedies
 from stabkit.diagnosis.remedies.applying import carried_out
 from stabkit.diagnosis.remedies.made_once import once
-from stabkit.diagnosis.remedies.short_training import LARGEST, STEPS
+from stabkit.diagnosis.remedies.short_training import LARGEST, STEPS, ShortTraining
 from stabkit.errors import StabkitError
 from stabkit.tracing.recording.forward_pass import ForwardPass
 from stabkit.tracing.recording.untouched_model import seeded, unchanged
@@ -93,6 +93,32 @@ def left_after(
             return None
         left.append(share)
     return min(left)
+
+
+def ends_of_adam(
+    call: ForwardPass, loss: Any, remedy: remedies.Remedy, treated: ShortTraining, plain: ShortTraining
+) -> tuple[ShortTraining, ShortTraining] | None:
+    """A few steps of Adam with a remedy and without, each at the better of the usual rates; None where not tried.
+
+    Nor is it where a loss begins at zero or below, of which nothing is a share.
+
+    Args:
+        call: the pass as training makes it.
+        loss: a callable on the output that returns a scalar.
+        remedy: one of the model or of its code.
+        treated: a short training with it, of which the first loss is taken.
+        plain: the same without.
+    """
+    updates = [adam(rate) for rate in RATES]
+    left = left_after(call, loss, updates)
+    cured = left_after(call, loss, updates, remedy.actions, within=remedy.within)
+    if left is None or cured is None or min(treated.first, plain.first) <= 0:
+        return None
+    one, other = (
+        ShortTraining(run.first, share * run.first, optimizer="Adam")
+        for run, share in ((treated, cured), (plain, left))
+    )
+    return one, other
 
 
 def learns_only_treated(first: float, plain: float, treated: float) -> bool:

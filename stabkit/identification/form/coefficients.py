@@ -31,9 +31,9 @@ class Coefficient(Result):
         kind: ``"scalar"``; ``"diagonal"`` (a constant for each entry, such as LayerScale); ``"gate"`` (a diagonal that
             depends on the state); ``"dropout"`` (entries kept or dropped at random); ``"samples"`` (whole samples kept
             or dropped: stochastic depth); ``"part"`` (some entries only: padding, slices); ``"masked"``
-            (as a number, but some entries of the sum are set to zero); ``"moved"`` (entries change
-            places) or ``"mixed"``.
-        value: the number; the mean of a diagonal or gate; the factor of what is kept by dropout.
+            (as a number, but some entries of the sum are set to zero); ``"noise"`` (normal numbers that this pass drew,
+            and no others); ``"moved"`` (entries change places) or ``"mixed"``.
+        value: the number; the mean of a diagonal or gate; the factor of what is kept by dropout; 0 of noise.
         low: smallest entry.
         high: largest entry.
         residual: relative deviation from ``kind`` and ``value`` on random cotangents; 0 where the code leaves no room.
@@ -80,7 +80,8 @@ class LinearCombination:
         factors, meta = self.factors.get(atom), meta_of(self.value)
         is_stage = atom not in self.piece.ends
         if factors is None:
-            return None
+            noise = self._noise.get(atom)
+            return None if noise is None else Coefficient("noise", 0.0, float(noise.min()), float(noise.max()), 0.0)
         if is_stage and self._survival is not None:
             drawn = _of_samples(factors, self._survival, self._dtype)
             if drawn is not None:
@@ -120,13 +121,28 @@ class LinearCombination:
         return away > _tolerance(self._dtype) * float(torch.maximum(arrived.abs().max(), factors.abs().max()))
 
     def _pulled(self, cotangent: Tensor) -> dict[Value, Tensor]:
-        return self.piece.pull(self.path, {self.value: cotangent})
+        return self.piece.pull(self._fixed, {self.value: cotangent})
 
     @cached_property
     def factors(self) -> dict[Value, Tensor]:
-        """What a cotangent of ones shows: the factor of every entry of every atom, wherever it goes."""
+        """What a cotangent of ones shows: the factor of every entry of every atom, wherever it goes; without noise."""
+        return self._pulled(self._ones)
+
+    @cached_property
+    def _noise(self) -> dict[Value, Tensor]:
+        """The factors of atoms of which nothing arrives but what drawn numbers multiply."""
+        whole = self.piece.pull(self.path, {self.value: self._ones}) if self.path - self._fixed else {}
+        return {atom: t for atom, t in whole.items() if atom in self.atoms and not t.is_complex()}
+
+    @cached_property
+    def _ones(self) -> Tensor:
         meta = meta_of(self.value)
-        return self._pulled(torch.ones((), dtype=meta.dtype, device=meta.device).expand(meta.shape))
+        return torch.ones((), dtype=meta.dtype, device=meta.device).expand(meta.shape)
+
+    @cached_property
+    def _fixed(self) -> set[Node]:
+        """The nodes of the path without products with numbers that the pass drew."""
+        return {n for n in self.path if operation(n) not in PRODUCTS or not self.piece.is_noisy(n)}
 
     @cached_property
     def _dtype(self) -> torch.dtype:

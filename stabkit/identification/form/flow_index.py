@@ -6,6 +6,7 @@ import copy
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -15,13 +16,14 @@ from torch.autograd.graph import Node
 from stabkit.identification.fields.shared import addresses
 from stabkit.identification.form.chain import Link, chain
 from stabkit.identification.form.normal_form import NormalForm, normal_form
-from stabkit.identification.form.operations import PRODUCTS
+from stabkit.identification.form.operations import CONTRACTIONS, PRODUCTS
 from stabkit.identification.form.pieces import Piece
 from stabkit.identification.form.slots import Slots, laid_out_alike, slots
 from stabkit.tracing import Flow
 from stabkit.tracing.graph.loops import Loop, loops_of_calls, loops_outside_layers
-from stabkit.tracing.graph.values import Value, meta_of, operation
+from stabkit.tracing.graph.values import Value, meta_of, operation, outputs_of
 
+_MASKS = frozenset({"MaskedFill", "Where"})
 _KEPT = 16  # pieces of one stretch, which its readers ask for again and again
 #: How a factor may come from a learned number p: as code spells it, and as a function.
 _FORMS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -68,6 +70,15 @@ class Surroundings:
         """Loops that call no module, where the flow has a state between any two rounds."""
         positions = {state.position for state in self.flow.states}
         return tuple(loop for loop in loops_outside_layers(self.graph) if positions.issuperset(loop.boundaries))
+
+    def most_called(self, start: int, stop: int) -> tuple[str, int] | None:
+        """The module with weights that some steps call most often, the outermost one, and how often; None for once."""
+        clocks = [*self.graph.clock, self.flow.recorded.recording.stop]
+        first, last = (clocks[self.flow.states[i].position] for i in (start, stop))
+        begun = self.flow.recorded.recording.begun(first, last)
+        counts = Counter(c.path for c in begun if c.path and next(c.module.parameters(), None) is not None)
+        path, often = max(counts.items(), key=lambda item: (item[1], -len(item[0])), default=("", 0))
+        return (path, often) if often > 1 else None
 
     def passing(self, maps: Mapping[Node, Value]) -> Surroundings:
         """The same with some maps taken as the identity; see `Graph.passing`."""
@@ -135,6 +146,41 @@ class Surroundings:
         """Which parameters the constant factors on linear paths come from, as far as simple functions explain them."""
         return tuple(dict.fromkeys(text for _, text in self._factors(piece) if text is not None))
 
+    def scales_channels(self, piece: Piece, atom: Value) -> bool:
+        """Whether learned numbers, or a buffer's, multiply what an atom gives to a new state, entry by entry alone.
+
+        Weights that an axis of stages is contracted with, masks and drawn numbers make a diagonal as well.
+        """
+        way: set[Value] = {atom}
+        factors: list[tuple[Node, Tensor]] = []
+        path = {node for target in piece.targets for node in piece.expand(target)[1]}
+        for node in piece.nodes:
+            if node not in path or way.isdisjoint(piece.linear[node]):
+                continue
+            way.update(outputs_of(node))
+            if operation(node) in _MASKS or operation(node) in CONTRACTIONS:
+                return False
+            if operation(node) in PRODUCTS and (factor := _factor(node)) is not None and factor.numel() > 1:
+                factors.append((node, factor))
+        return bool(factors) and all(self._is_learned(node, factor) for node, factor in factors)
+
+    def _is_learned(self, node: Node, factor: Tensor) -> bool:
+        """Whether a factor is a parameter or a buffer, a part of one, or rises or falls with one around it."""
+        place = factor.data_ptr()
+        if any(begin <= place < end for begin, end in self._stretches):
+            return True
+        if node._sequence_nr() in self.graph.noisy:
+            return False
+        module = self._modules.get(self.flow.recorded.path_of(node))
+        own = [] if module is None else [*module.parameters(recurse=False), *module.buffers(recurse=False)]
+        return any(t.numel() == factor.numel() and _is_monotone(t, factor) for t in own)
+
+    @cached_property
+    def _stretches(self) -> tuple[tuple[int, int], ...]:
+        """The memory of parameters and buffers."""
+        held = [t for t in (*self.flow.model.parameters(), *self.flow.model.buffers()) if t.layout == torch.strided]
+        return tuple((t.data_ptr(), t.data_ptr() + t.numel() * t.element_size()) for t in held if t.is_contiguous())
+
     def has_fed_factor(self, piece: Piece) -> bool:
         """Whether a factor on a linear path is made of another input of the model, which is held fixed."""
         return any(_is_fed(node) for node, _ in self._products(piece))
@@ -165,6 +211,14 @@ class Surroundings:
                 if torch.allclose(function(p), factor.reshape(-1), rtol=8 * torch.finfo(factor.dtype).eps, atol=0.0):
                     return spelling.format(f"{path}.{name}" if path else name)
         return None
+
+
+def _is_monotone(parameter: Tensor, factor: Tensor) -> bool:
+    """Whether one rises or falls with the other, entry by entry: as exp(p) does, or a clamp."""
+    if not parameter.is_floating_point():
+        return False
+    steps = factor.reshape(-1)[parameter.detach().reshape(-1).argsort()].diff()
+    return bool((steps >= 0).all() or (steps <= 0).all())
 
 
 def _is_fed(node: Node) -> bool:

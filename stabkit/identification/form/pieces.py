@@ -30,6 +30,7 @@ from stabkit.vocabulary import norm_of
 #: Output number of what an operation adds to its first input, as if it were a value of its own.
 ADDED = -1
 _ROUNDINGS = 64.0
+_DEVIATIONS = 4.0  # of a mean from 0: one draw in 16,000 is missed; a dropout of std .5 is taken for noise below n = 4
 
 
 class Piece:
@@ -323,6 +324,10 @@ class Piece:
         """Whether a path passes a product with a tensor that depends on the state."""
         return any(node in self._gating for node in path)
 
+    def is_noisy(self, node: Node) -> bool:
+        """Whether normal numbers around 0 that the pass drew are added to what depends on the state, or multiply it."""
+        return node._sequence_nr() in self.graph.noisy and _is_centred(node)
+
     def expand(self, value: Value) -> tuple[list[Value], set[Node]]:
         """The atoms that a value is a linear combination of, in order, and the linear nodes between."""
         atoms: dict[Value, None] = {}
@@ -360,6 +365,13 @@ def _argument(node: Node, position: int) -> Value | None:
     """The value given for one argument of an operation; None for a constant."""
     parent, output = node.next_functions[position]
     return None if parent is None else Value(parent, output)
+
+
+def _is_centred(node: Node) -> bool:
+    """Whether the numbers that a product has are drawn around 0: those around 1 are a dropout, and hold a step size."""
+    saved = [getattr(node, name, None) for name in ("_saved_other", "_saved_self")]
+    drawn = [t.detach().double() for t in saved if isinstance(t, Tensor) and t.grad_fn is None and t.numel() > 1]
+    return all(float(t.mean().abs()) <= _DEVIATIONS * float(t.std()) / t.numel() ** 0.5 for t in drawn)
 
 
 def _alpha(node: Node) -> float:

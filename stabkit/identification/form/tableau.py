@@ -18,7 +18,7 @@ from stabkit.tracing.graph.values import Value
 Matrix = npt.NDArray[np.float64]
 _ZERO = 1e-6  # of weights in single precision
 #: Coefficients between states that a scalar test problem can stand for.
-_NUMBERS = frozenset({"scalar", "diagonal", "gate", "dropout", "masked", "samples"})
+_NUMBERS = frozenset({"scalar", "diagonal", "gate", "dropout", "masked", "samples"})  # of noise the mean is no skip
 
 
 @dataclass(frozen=True, eq=False)
@@ -116,8 +116,10 @@ def blocks(
         return None
     counts = Counter(stage.key for stage in form.stages)
     rows: list[tuple[Stage, int]] = []
+    noise = noise_of(form)
     for stage in form.stages:
-        rows += [(stage, i) for i, terms in enumerate(stage.inputs) if any(a not in contexts for a in terms)]
+        if stage.output not in noise:  # what drawn numbers multiply is zero in the mean
+            rows += [(stage, i) for i, terms in enumerate(stage.inputs) if any(a not in contexts for a in terms)]
     size, r = len(rows), len(states)
     A, U = np.zeros((size, size)), np.zeros((size, r))
     B, V = np.zeros((r, size)), np.zeros((r, r))
@@ -148,6 +150,21 @@ def blocks(
     )
     found = _without_twins(Blocks(A, U, B, V, tuple(fields), tuple(stage for stage, _ in rows), recorded))
     return _guided(found, calls) if calls and len(found.rows) == size else found
+
+
+def noise_of(form: NormalForm) -> frozenset[Value]:
+    """What drawn numbers multiply wherever it is used: a diffusion, and what is made for it."""
+    uses: dict[Value, list[tuple[Value | None, str]]] = {}
+    rows = [(None, terms) for terms in form.forms]
+    for user, terms in [*rows, *((stage.output, terms) for stage in form.stages for terms in stage.inputs)]:
+        for atom, coefficient in terms.items():
+            uses.setdefault(atom, []).append((user, coefficient.kind))
+    found: set[Value] = set()
+    for stage in reversed(form.stages):  # those that take a stage come behind it
+        taken = uses.get(stage.output, [])
+        if taken and all(kind == "noise" or user in found for user, kind in taken):
+            found.add(stage.output)
+    return frozenset(found)
 
 
 def _calls_of_one_network(stages: Sequence[Stage], A: Matrix, U: Matrix, B: Matrix) -> list[tuple[int, ...]]:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from stabkit.identification.form.chain import Link
 from stabkit.identification.form.flow_index import Surroundings
 from stabkit.identification.form.normal_form import NormalForm
 from stabkit.identification.form.tableau import Blocks
+from stabkit.identification.names.step_size import NUMBER
+from stabkit.identification.record import Identification
 
 
 def last_sum(parts: Sequence[Link], tables: Sequence[Blocks]) -> Blocks:
@@ -22,9 +25,10 @@ def last_sum(parts: Sequence[Link], tables: Sequence[Blocks]) -> Blocks:
 
 
 def depends_on_input(form: NormalForm) -> bool:
-    """Whether some coefficient of the tableau is that of a gate or of some entries, so that it holds for this input."""
+    """Whether some coefficient of the tableau is a gate, drawn, or that of some entries: it holds for this pass."""
     stages = [c for stage in form.stages for terms in stage.inputs for c in terms.values()]
-    return any(c.kind == "gate" for c in form.forms[0].values()) or any(c.kind in ("gate", "part") for c in stages)
+    ends = any(c.kind in ("gate", "noise") for c in form.forms[0].values())
+    return ends or any(c.kind in ("gate", "noise", "part") for c in stages)
 
 
 def linear_links(links: Sequence[Link]) -> list[Link]:
@@ -40,16 +44,20 @@ def linear_links(links: Sequence[Link]) -> list[Link]:
 def notes_of_sums(around: Surroundings, sums: Sequence[NormalForm], table: Blocks) -> tuple[str, ...]:
     """What there is to say of some additions and their tableau."""
     notes = []
-    count = len(sums)
+    count = sum(not _adds_noise(form) for form in sums)
     if count > 1:
         notes.append(f"{count} additions, each a step of its own" + (": a splitting" if table.n_fields > 1 else ""))
     learned = dict.fromkeys(text for form in sums for text in around.learned_factors(form.piece))
     if learned:
         notes.append(f"learned factors: {', '.join(learned)}")
-    coefficients = [c for form in sums for atom, c in form.forms[0].items() if atom not in form.piece.ends]
-    for c in coefficients:
+    branches = [(form, a, c) for form in sums for a, c in form.forms[0].items() if a not in form.piece.ends]
+    coefficients = [c for *_, c in branches]
+    for form, atom, c in branches:
         if c.kind == "diagonal":
-            notes.append(f"every channel has a step of its own (LayerScale), {c.low:.3g} to {c.high:.3g}")
+            learned_ones = around.scales_channels(form.piece, atom)
+            what = "every channel has a step of its own (LayerScale)" if learned_ones else (
+                "entries of a branch are multiplied by different numbers")  # fmt: skip
+            notes.append(f"{what}, {c.low:.3g} to {c.high:.3g}")
         if c.kind == "part":
             notes.append("the branch is added to some entries only")
         h_is_negative = table.shared and table.n_fields == 1  # then the sum of the weights is h
@@ -74,7 +82,22 @@ def notes_of_sums(around: Surroundings, sums: Sequence[NormalForm], table: Block
     return tuple(dict.fromkeys(notes))
 
 
+def with_mean(record: Identification, sums: Sequence[NormalForm]) -> Identification:
+    """A record that says of which numbers its step size is the mean, where entries have numbers of their own."""
+    own = any(c.kind == "diagonal" for form in sums for a, c in form.forms[0].items() if a not in form.piece.ends)
+    if not own or record.convention != NUMBER:
+        return record
+    return replace(record, convention="h: the mean of the numbers that multiply the entries of the branch")
+
+
 def _adds_held(form: NormalForm) -> bool:
     """Whether what is held fixed is added to a state, as it is, and nothing else."""
     terms = form.forms[0].keys()
-    return len(terms) > 1 and terms <= form.piece.ends and not terms.isdisjoint(form.piece.contexts)
+    held = len(terms) > 1 and terms <= form.piece.ends and not terms.isdisjoint(form.piece.contexts)
+    return held and not _adds_noise(form)
+
+
+def _adds_noise(form: NormalForm) -> bool:
+    """Whether nothing but what drawn numbers multiply is added to a state."""
+    added = [c.kind for atom, c in form.forms[0].items() if atom not in form.sources]
+    return bool(added) and set(added) == {"noise"}

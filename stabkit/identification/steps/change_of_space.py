@@ -19,6 +19,8 @@ def change_of_space(links: Sequence[Link], opaque: Sequence[str]) -> str:
     if all(operation(node) in MOVES for link in links for node in link.form.piece.nodes):
         return "the same entries are laid out in another shape, or some of them are taken"
     text = "the space changes, so this is no step of a method"
+    if any(link.kind == "map" and link.form is not form for link in links):
+        return f"{text}; hidden in {', '.join(opaque)}" if opaque else text  # what leads around one part is no shortcut
     if affine and not parts and len(terms) > len(affine):
         return f"{text}; the shortcut is a projection, a linear map"
     if parts and len(terms) > len(parts):

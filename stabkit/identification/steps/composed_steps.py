@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import numpy as np
 
+from stabkit.identification.form.flow_index import Surroundings
 from stabkit.identification.form.tableau import Blocks
 from stabkit.identification.names.compositions import Shear, is_composition, may_be_known, merged, shears
 from stabkit.identification.names.single import CLOSE
@@ -17,6 +18,9 @@ from stabkit.integrators import GeneralLinearMethod
 _FEW = 4  # states of which every order is tried
 _LONGEST = 8  # steps in a composition; Yoshida's of order 6 takes seven leapfrogs
 _SECOND_ORDER = "x'' = f(x)"  # systems whose force is multiplied by h^2
+
+_KICK = "additive coupling"
+_DRIFT_AND_KICK = ("symplectic Euler (Hamiltonian)", "reversible (two-stream symplectic Euler)")
 
 Reader = Callable[[int, int], Identification]
 
@@ -73,6 +77,40 @@ def with_first_rounds(records: Sequence[Identification]) -> list[Identification]
             found[i] = replace(after, steps=record.steps, residual=record.residual, checks=record.checks,
                                recorded=recorded, over_time=record.over_time)  # fmt: skip
     return found
+
+
+def with_half_kicks(records: Sequence[Identification], around: Surroundings) -> list[Identification]:
+    """Records, those of drifts and kicks of one size behind a kick of half of it named as the leapfrog they make.
+
+    After half a kick the velocity lies between two positions, and symplectic Euler steps are those of Verlet's method.
+    """
+    found = list(records)
+    for i, record in enumerate(records[:-1]):
+        half = 2 * abs(record.step_size or 0.0)
+        if not record.name.startswith(_KICK) or not half:
+            continue
+        kicks = _numbers(around, record, behind=False)
+        for j in range(i + 1, len(records)):
+            step = records[j]
+            alike = step.name == records[i + 1].name and abs(abs(step.step_size or 0.0) - half) <= CLOSE * half
+            if not alike or not step.name.startswith(_DRIFT_AND_KICK):
+                break
+            whole = _numbers(around, step, behind=True)
+            if not any(abs(c - 2 * kicks[key]) <= CLOSE * abs(c) for key, c in whole.items() if key in kicks):
+                break
+            why = f"half a kick before (step {record.steps[0]}) puts p between two q: {step.name} is then the leapfrog"
+            found[j] = replace(step, name="stormer_verlet (leapfrog, cut after a half kick)", notes=(why, *step.notes))
+    return found
+
+
+def _numbers(around: Surroundings, record: Identification, *, behind: bool) -> dict[tuple[object, ...], float]:
+    """What multiplies each field in the new states, by its weights; ``behind``: of those that read another one."""
+    start, stop = record.steps[0], record.steps[-1] + 1
+    form = around.normal_form(start, stop, around.slots(start, stop))
+    made = {stage.output for stage in form.stages}
+    read = [s for s in form.stages if not behind or any(not made.isdisjoint(terms) for terms in s.inputs)]
+    given = [(s.key, terms[s.output].value) for s in read for terms in form.forms if s.output in terms]
+    return {key: sum(c for k, c in given if k == key) for key, _ in given}
 
 
 def _is_same(ours: Blocks, theirs: Blocks, order: list[int]) -> bool:

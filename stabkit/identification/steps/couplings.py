@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
-from stabkit.identification.form.pieces import Piece
-from stabkit.tracing import Flow
-from stabkit.tracing.graph.values import meta_of, random_tensors
+from stabkit.identification.form.chain import Link
+from stabkit.identification.form.operations import is_affine
+from stabkit.identification.form.pieces import Piece, pull
+from stabkit.identification.record import Identification, nothing
+from stabkit.tracing.graph.values import meta_of, operation, random_tensors
 
 _ROUNDINGS = 64.0
 
 
-def is_affine_coupling(flow: Flow, start: int, stop: int, piece: Piece) -> bool:
+def is_affine_coupling(piece: Piece) -> bool:
     """Whether x' = (x_1, s(x_1) x_2 + t(x_1)) for some split of the coordinates, by products with random vectors."""
     source, target = piece.sources[0], piece.targets[0]
     if meta_of(source).shape != meta_of(target).shape or target not in piece.carrying:
@@ -23,12 +27,39 @@ def is_affine_coupling(flow: Flow, start: int, stop: int, piece: Piece) -> bool:
     stays = scales == 1
     if bool(stays.all()) or not bool(stays.any()):
         return False
-    segment = flow.steps[start].segment if stop == start + 1 else None
-    if segment is None or segment.target != (target,) or segment.source != (source,):
-        return False
     w = random_tensors([target], seed=0)[0]
     tolerance = _ROUNDINGS * torch.finfo(w.dtype).eps * float(w.norm())
-    kept, moved = (segment.vjp([w * mask])[0] for mask in (stays, ~stays))
-    apart = float((kept - w * stays).norm()) <= tolerance
-    scaled = float(((moved - scales * w) * ~stays).norm()) <= tolerance * max(1.0, float(scales.abs().max()))
+    edges = {node: piece.inputs(node) for node in piece.nodes}
+    pulled = [pull(piece.graph, piece.nodes, edges, {target: w * mask}).get(source) for mask in (stays, ~stays)]
+    if pulled[0] is None or pulled[1] is None:
+        return False
+    apart = float((pulled[0] - w * stays).norm()) <= tolerance
+    scaled = float(((pulled[1] - scales * w) * ~stays).norm()) <= tolerance * max(1.0, float(scales.abs().max()))
     return apart and scaled
+
+
+def coupling(steps: tuple[int, ...]) -> Identification:
+    """The record of an affine coupling."""
+    why = "some coordinates stay as they are, and scale and move the others"
+    return nothing(steps, "affine coupling", why, "measured", system="x_2' = a(x_1) x_2 + b(x_1), x_1' = 0")
+
+
+def mixed_coupling(links: Sequence[Link], steps: tuple[int, ...]) -> Identification | None:
+    """An affine coupling with linear maps of one size before or after it (Glow); None for anything else."""
+    added = [i for i, link in enumerate(links) if link.kind == "sum"]
+    if len(added) != 1 or len(links) < 2:
+        return None
+    (at,) = added
+    form = links[at].form
+    around = [node for link in (*links[:at], *links[at + 1 :]) for node in link.form.piece.nodes]
+    sizes = {meta_of(value).shape for link in links for value in (*link.form.sources, *link.form.targets)}
+    kept = form.forms[0].get(form.sources[0])
+    if len(sizes) > 1 or not all(is_affine(node, 1) for node in around) or kept is None or kept.kind != "gate":
+        return None
+    if not is_affine_coupling(form.piece):
+        return None
+    where = " and ".join(["after"] * (at > 0) + ["before"] * (at + 1 < len(links)))
+    maps = ", ".join(dict.fromkeys(operation(node) for link in links if link.kind == "map" for node in link.nodes))
+    why = f"beside a linear map ({maps}) some coordinates z stay as they are, and scale and move the others"
+    system = "z_2' = a(z_1) z_2 + b(z_1), z_1' = 0, and a linear map"
+    return nothing(steps, f"affine coupling ({where} a linear map)", why, "measured", system=system)

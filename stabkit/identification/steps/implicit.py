@@ -31,6 +31,7 @@ SOLVES = frozenset(
 _FIRST = frozenset({"CholeskySolve", "TriangularSolve"})  # those that take the right side first, and then the matrix
 _FEWEST = 3
 _CONVERGED = 1e-2  # relative change at the last call: settled to two figures
+_MIXED = 1e-3  # relative; of what plain or damped iterations go on with, roundings of half precision are about this far
 _AVERAGED = 12  # changes, since complex eigenvalues make their ratios swing
 
 
@@ -41,14 +42,31 @@ class FixedPoint:
     Attributes:
         module_path: the module that is called again and again.
         iterations: how often.
-        residual: relative change of its input at the last call: ``||z - f(z, x)|| / ||z||``.
-        contraction: mean ratio of the last changes, about the spectral radius of df/dz; None when they are rounding.
+        residual: ``||z - f(z, x)|| / ||z||`` at the last call: that of the module where it is f, else the relative
+            change of its input.
+        contraction: mean ratio of the last changes, about the spectral radius of df/dz where each call goes on from
+            the one before; None when they are rounding.
+        plain: whether each call begins at what the one before gave out, or at a fixed share of the way there; None
+            where the module is only a part of f, so that this cannot be told.
     """
 
     module_path: str
     iterations: int
     residual: float
     contraction: float | None
+    plain: bool | None = None
+
+    def __str__(self) -> str:
+        """Who is called how often, and what that does to the distance from the solution."""
+        called = f"{self.module_path} is called {self.iterations} times"
+        if self.contraction is None:
+            return called
+        if self.plain:
+            return f"{called}, contracting by {self.contraction:.3g} a call"
+        if self.plain is None:
+            return f"{called}, the change of its input shrinks by {self.contraction:.3g} a call"
+        return (f"{called} by an accelerated iteration (what a call begins at is a mixture of earlier ones), and "
+                f"|f(z) - z| shrinks by {self.contraction:.3g} a call, which is no property of f")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -132,6 +150,19 @@ def solves_inside(flow: Flow, start: int, stop: int) -> bool:
     return any(count >= _FEWEST for count in _silent_calls(flow, first, last).values())
 
 
+def silent_rounds(flow: Flow, start: int, stop: int) -> str:
+    """What is called off the graph inside some steps that no fixed point was found of: which modules, how often."""
+    first, last = _clock(flow, start, stop)
+    often = {path: count for path, count in _silent_calls(flow, first, last).items() if count >= _FEWEST}
+    outer = [path for path in often if path and not any(path.startswith(f"{other}.") for other in often if other)]
+    heard = {call.path for call in flow.recorded.recording.calls if call.start < call.stop}
+    told = ", ".join(f"{path} {often[path]} times" for path in outer)
+    same = " and, with the same weights, on it" if any(path in heard for path in outer) else ""
+    calls = f" ({told}{same})" if told else ""
+    return (f"modules are called again and again off the graph{calls}, and no fixed point was found in them: these "
+            "rounds have no gradient, and are no steps of this flow")  # fmt: skip
+
+
 def iterates_silently(flow: Flow, start: int, stop: int) -> bool:
     """Whether a module that steps call on the graph was called again and again off it: by a solver with buffers."""
     first, last = _clock(flow, start, stop)
@@ -173,12 +204,13 @@ def fixed_point(flow: Flow) -> FixedPoint | None:
     """
     if flow.side_inputs or not _takes_the_source(flow):
         return None
-    seen: dict[str, list[Tensor]] = {}
+    seen: dict[str, list[tuple[Tensor, Tensor | None]]] = {}
 
     def watch(path: str) -> object:
-        def note(_module: nn.Module, args: tuple[object, ...], _output: object) -> None:
+        def note(_module: nn.Module, args: tuple[object, ...], output: object) -> None:
             if args and isinstance(args[0], Tensor):
-                seen.setdefault(path, []).append(args[0].detach().clone())
+                made = output.detach().clone() if isinstance(output, Tensor) else None
+                seen.setdefault(path, []).append((args[0].detach().clone(), made))
 
         return note
 
@@ -189,8 +221,9 @@ def fixed_point(flow: Flow) -> FixedPoint | None:
         finally:
             for handle in handles:
                 handle.remove()
-    found = [_measured(path, inputs) for path, inputs in seen.items()]
-    return min((f for f in found if f is not None), key=lambda f: f.residual, default=None)
+    found = [f for path, calls in seen.items() if (f := _measured(path, calls)) is not None]
+    whole = [f for f in found if f.plain is not None]  # the module of f itself, rather than one inside
+    return min(whole or found, key=lambda f: f.residual, default=None)
 
 
 def _takes_the_source(flow: Flow) -> bool:
@@ -203,17 +236,44 @@ def _takes_the_source(flow: Flow) -> bool:
     return len(parameters) == 1 and flow.source_name in names
 
 
-def _measured(path: str, inputs: list[Tensor]) -> FixedPoint | None:
-    """The iteration behind a module's inputs: None unless they settle."""
+def _measured(path: str, calls: list[tuple[Tensor, Tensor | None]]) -> FixedPoint | None:
+    """The iteration behind a module's calls: None unless they settle."""
+    inputs = [x for x, _ in calls]
     if len(inputs) <= _FEWEST or any(x.shape != inputs[0].shape for x in inputs):
         return None
-    changes = [float((b - a).double().norm()) for a, b in itertools.pairwise(inputs)]
     size = float(inputs[-1].double().norm())
+    rounding = 100 * torch.finfo(inputs[0].dtype).eps * size
+    itself = _as_f([(x, y) for x, y in calls if y is not None and y.shape == x.shape], len(calls))
+    changes = [float((b - a).double().norm()) for a, b in itertools.pairwise(inputs)]
+    if itself is not None:
+        changes = itself[0]
+    elif changes[-1] == 0.0 and len(changes) > 1 and changes[-2] > rounding:
+        changes.pop()  # a last call at the point of the one before tells nothing of how far that is from f
     if size == 0.0 or max(changes) == 0.0 or changes[-1] > 0.1 * max(changes):
         return None
-    rounding = 100 * torch.finfo(inputs[0].dtype).eps * size
     clear = list(itertools.takewhile(lambda change: change > rounding, changes))[-_AVERAGED - 1 :]
     if changes[-1] > _CONVERGED * size:
         return None  # calls that come closer to each other, and then end, are some rounds of a map
     contraction = math.exp(math.log(clear[-1] / clear[0]) / (len(clear) - 1)) if len(clear) > 1 else None
-    return FixedPoint(path, len(inputs), changes[-1] / size, contraction)
+    return FixedPoint(path, len(inputs), changes[-1] / size, contraction, None if itself is None else itself[1])
+
+
+def _as_f(calls: Sequence[tuple[Tensor, Tensor]], count: int) -> tuple[list[float], bool] | None:
+    """``||f(z) - z||`` at every call of a module that is f, and whether calls go on from each other; None for others.
+
+    A call at the point of the one before, such as the one that puts the result on the graph, is left out.
+    """
+    if len(calls) < count:
+        return None
+    kept = [calls[0], *(b for a, b in itertools.pairwise(calls) if not torch.equal(a[0], b[0]))]
+    away = [y.double() - x.double() for x, y in kept]
+    sizes = [float(r.norm()) for r in away]
+    if len(kept) <= 1 or not max(sizes) or sizes[-1] > _CONVERGED * float(kept[-1][0].double().norm()):
+        return None
+    moves = [b[0].double() - a[0].double() for a, b in itertools.pairwise(kept)]
+    shares = [
+        float((m * r).sum() / (r * r).sum()) if float(r.norm()) else 1.0 for m, r in zip(moves, away, strict=False)
+    ]
+    plain = all(float((m - shares[0] * r).norm()) <= _MIXED * float(m.norm()) + _MIXED * sizes[-1]
+                for m, r in zip(moves, away, strict=False))  # fmt: skip
+    return sizes, plain

@@ -26,6 +26,7 @@ from stabkit.identification.names.operator_splittings import name_splitting
 from stabkit.identification.names.single import Name
 from stabkit.identification.names.systems import HAMILTONIAN, name_several_states
 from stabkit.identification.record import Identification
+from stabkit.identification.steps.noise import with_noise
 from stabkit.identification.steps.proximal import proximal_maps
 from stabkit.integrators import GeneralLinearMethod
 from stabkit.tracing.graph.values import Value, operation
@@ -130,7 +131,7 @@ def _named(
         checks=checks,
         recorded=table.recorded_with(named.unit),
     )
-    return confirmed(record, form.piece)
+    return with_noise(confirmed(record, form.piece), [form])
 
 
 def _in_parts(around: Surroundings, found: Slots, steps: tuple[int, ...]) -> Name | None:

@@ -9,7 +9,7 @@ import bisect
 import copy
 import heapq
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -82,6 +82,7 @@ class Graph:
         reached: whether every target depends on the sources.
         clock: the clock at every position, made monotone.
         calls: the calls of modules around the nodes, where they are known.
+        noisy: when, on the clock, values met normal numbers that the pass drew.
         batching: by operations, whether products through many vectors at once agreed with single ones.
         passed: nodes that are taken as the identity of the one input that is left to them.
     """
@@ -92,6 +93,7 @@ class Graph:
         order = _time_order(self.targets)
         self.nodes, self.inputs, self.reached = _between(order, self.sources, self.targets)
         self.calls: Sequence[Call] = ()
+        self.noisy: Collection[int] = ()
         self.batching: dict[tuple[object, ...], str] = {}
         self.passed: frozenset[Node] = frozenset()
         if prune:

@@ -23,6 +23,7 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 from torch.overrides import TorchFunctionMode
 
 from stabkit.tracing.graph.values import Value, value_of
+from stabkit.tracing.recording.draws import Draws
 from stabkit.tracing.recording.inputs import INDEXING, VALUE_FREE, Source, differentiable, non_leaf
 from stabkit.tracing.recording.transparency import EagerMode
 from stabkit.tracing.recording.untouched_model import Safe
@@ -78,6 +79,7 @@ class Recording:
         stopped: where dependence on the input went on without gradient.
         routed: when operations took integers or masks that were made from values on the graph: indices of the largest,
             experts that were chosen.
+        noisy: when values on the graph were scaled by, or added to, normal numbers that this pass drew.
         masked: whether an attention of torch was given a mask.
     """
 
@@ -89,6 +91,7 @@ class Recording:
     ends: list[tuple[str, Tensor]] | None = None
     stopped: list[Stopped] = field(default_factory=list)
     routed: set[int] = field(default_factory=set)
+    noisy: set[int] = field(default_factory=set)
     masked: bool = False
     start: int = 0
     stop: int = 0
@@ -144,6 +147,7 @@ class ValueRecorder(EagerMode):
         # depend on the input, carry no gradient; held weakly, or everything inside a custom Function would stay alive
         self.silent: dict[int, tuple[weakref.ref[Tensor], str]] = {}
         self.chosen: dict[int, weakref.ref[Tensor]] = {}  # integers and masks made from values on the graph
+        self.draws = Draws()
         self._on_storage: defaultdict[int, list[Value]] = defaultdict(list)
 
     def __torch_dispatch__(
@@ -159,8 +163,10 @@ class ValueRecorder(EagerMode):
                 self._before_write(tensor)
         out = func(*args, **kwargs)
         name = func._schema.name.split("::")[-1]
+        results = tensors_in(out)
+        if self.draws.meet(func, tensors, results):
+            self.recording.noisy.add(clock() - 1)  # the node has its number already
         if name not in VALUE_FREE:
-            results = tensors_in(out)
             if self.tainted:
                 self._follow_integers(name, tensors, results)
             self._follow_gradients(func, tensors, results)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from stabkit.checkpoints.files import read_file
-from stabkit.checkpoints.training import natural_order, step_in_name, training_step
+from stabkit.checkpoints.training_progress import natural_order, step_in_name, training_step
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from stabkit.checkpoints.names import build_model, is_model_name
+from stabkit.checkpoints.model_names import build_model, is_model_name
 from stabkit.errors import CheckpointError
 
 FACTORY = """
