@@ -162,7 +162,7 @@ def test_no_verdict_stands_beside_a_loss_that_is_not_finite_however_it_is_made(n
     )
     assert cause in found.evidence
     healthy = Beside(torch.logdet, torch.eye(3) + 0.1)
-    report = stabkit.analyze(healthy, inputs(), loss=lambda out: out[0].square().mean() - out[1])
+    report = stabkit.analyze(healthy, inputs(), loss=lambda out: out[0].square().mean() + out[1].square())
     assert report.verdict != "non-finite"
     assert not report.findings
 
