@@ -93,7 +93,12 @@ def rows_given(call: ForwardPass) -> dict[str, Tensor]:
         inputs, kwargs = map_tensors(
             [list(call.inputs), dict(call.kwargs)], lambda t: t.detach().clone().requires_grad_(t.requires_grad)
         )
-        call.model(*inputs, **kwargs)
+        try:
+            call.model(*inputs, **kwargs)
+        except (
+            RuntimeError
+        ):  # it differentiates with respect to its inputs: all matrices are given what carries gradient
+            return {}
     return {path: torch.cat(rows) for path, rows in kept.items() if path not in trained}
 
 

@@ -19,6 +19,7 @@ from stabkit.tracing import Flow
 from stabkit.tracing.derivatives.lost_gradient import listed
 from stabkit.tracing.recording.containers import map_tensors, named_tensors
 from stabkit.tracing.recording.forward_pass import ForwardPass
+from stabkit.tracing.recording.inputs import prepare
 from stabkit.tracing.recording.training_pass import nodes_above
 from stabkit.tracing.recording.untouched_model import seeded, unchanged
 
@@ -28,12 +29,12 @@ _REFERENCE = "PyTorch examples, word_language_model: repackage_hidden"
 
 def kept_graph_findings(flow: Flow, loss: Any, call: ForwardPass) -> list[Finding]:
     """A finding where a second step goes back through the first, by a tensor in an attribute of the model."""
-    if not callable(loss):
+    if not callable(loss) or not any(p.requires_grad for p in call.module.parameters()):
         return []
     with unchanged(call.module) as safe, torch.enable_grad():
         safe.copy_buffers()
         seeded(call.seed)
-        scalar = loss(call.model(*call.inputs, **call.kwargs))
+        scalar = loss(_run(call))
         if not _kept(call.module) or not isinstance(scalar, Tensor) or not scalar.requires_grad:
             return []
         held = _fails(call, loss, scalar, detach=False)
@@ -43,8 +44,14 @@ def kept_graph_findings(flow: Flow, loss: Any, call: ForwardPass) -> list[Findin
     with unchanged(call.module) as safe, torch.enable_grad():
         safe.copy_buffers()
         seeded(call.seed)
-        cured = _fails(call, loss, loss(call.model(*call.inputs, **call.kwargs)), detach=True) is None
+        cured = _fails(call, loss, loss(_run(call)), detach=True) is None
     return [_finding(flow, held, several)] if cured else []
+
+
+def _run(call: ForwardPass) -> Any:
+    """The output, of inputs that a model may differentiate with respect to, as in the recorded pass."""
+    prepared = prepare(call.inputs, call.kwargs)
+    return call.model(*prepared.args, **prepared.kwargs)
 
 
 def _kept(model: nn.Module) -> dict[str, tuple[nn.Module, str, list[Tensor]]]:
@@ -75,7 +82,7 @@ def _fails(call: ForwardPass, loss: Any, scalar: Tensor, *, detach: bool) -> lis
     kept = _kept(call.module)
     for owner, name, _ in kept.values() if detach else ():
         setattr(owner, name, map_tensors(getattr(owner, name), lambda t: t.detach()))
-    again = loss(call.model(*call.inputs, **call.kwargs))
+    again = loss(_run(call))
     try:
         torch.autograd.grad(again, weights, allow_unused=True)
     except RuntimeError as error:

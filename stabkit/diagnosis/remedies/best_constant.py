@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from typing import Any
 
@@ -26,11 +27,13 @@ def left_by_a_constant(loss: Any, output: Any) -> float | None:
     constant = torch.where(mean.abs() < _LARGE, mean, torch.zeros_like(mean)).requires_grad_()
     search = torch.optim.LBFGS([constant], max_iter=_ROUNDS, line_search_fn="strong_wolfe")
 
+    seen: list[float] = []
     unit: list[float] = []  # the search ends at gradients that are small as numbers, whatever the units of the loss
 
     def again() -> Tensor:
         search.zero_grad()
         value: Tensor = loss(constant.expand_as(output))
+        seen.append(float(value.detach()))
         (slope,) = torch.autograd.grad(value, constant, allow_unused=True)
         slope = torch.zeros_like(constant) if slope is None else slope
         size = float(slope.norm())
@@ -38,9 +41,8 @@ def left_by_a_constant(loss: Any, output: Any) -> float | None:
         constant.grad = slope / unit[0]
         return value.detach() / unit[0]
 
-    with torch.enable_grad():
-        first = float(search.step(again)) * unit[0]  # type: ignore[no-untyped-call]
-    with torch.no_grad():
-        last = float(loss(constant.expand_as(output)))
-    known = [value for value in (first, last) if math.isfinite(value)]
-    return min(known, default=None)
+    with torch.enable_grad(), contextlib.suppress(RuntimeError, ValueError):
+        # a loss of probabilities refuses what the search tries beyond them: the least so far then counts
+        search.step(again)  # type: ignore[no-untyped-call]
+        seen.append(float(loss(constant.detach().expand_as(output))))
+    return min(filter(math.isfinite, seen), default=None)

@@ -214,6 +214,11 @@ def _failed(error: Exception) -> str:
     """What a loss says that raised, and what that means where it is known."""
     message = " ".join(str(error).split())[:400]
     text = f"the loss failed on the model's output: {type(error).__name__}: {message}"
+    if "is out of bounds" in message and message.startswith("Target"):
+        text += (
+            "; classes are counted from 0: with C outputs the labels run from 0 to C - 1. Where they begin at 1, take "
+            "labels - 1; otherwise give the last layer as many outputs as there are classes"
+        )
     if "elements of input should be between 0 and 1" in message:
         text += (
             "; binary_cross_entropy takes probabilities: give it the sigmoid of the output, or, better, the output as "

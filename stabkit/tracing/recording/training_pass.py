@@ -19,6 +19,7 @@ from torch.autograd.graph import Node
 from torch.overrides import TorchFunctionMode
 
 from stabkit import errors
+from stabkit.errors import TraceError
 from stabkit.tracing.cutting.endpoints import UnreachedError, scalar_loss
 from stabkit.tracing.graph.values import normal_from, value_of
 from stabkit.tracing.recording.containers import map_tensors, named_tensors
@@ -116,7 +117,7 @@ def training_pass(
             for them; False lets all through, as those that are not reentrant do.
 
     Raises:
-        TraceError: the loss is not a differentiable scalar of the output.
+        TraceError: the loss is not a differentiable scalar of the output, or its backward pass raises.
     """
     watching = Observer() if observer is None else observer
     mode = contextlib.nullcontext() if observer is None else observer
@@ -226,9 +227,27 @@ def _differentiate(done: TrainingPass, sources: list[Source]) -> None:
     wanted = [*done.parameters.values(), *(source.tensor for source in sources)]
     if not wanted:
         return
-    found = torch.autograd.grad(done.loss, wanted, retain_graph=True, allow_unused=True)
+    try:
+        found = torch.autograd.grad(done.loss, wanted, retain_graph=True, allow_unused=True)
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        raise TraceError(_failed_backward(error)) from error
     done.gradients = dict(zip(done.parameters, found[: len(done.parameters)], strict=True))
     done.inputs = list(found[len(done.parameters) :])
+
+
+def _failed_backward(error: RuntimeError) -> str:
+    """What the backward pass says that raises, and what that means where it is known."""
+    message = " ".join(str(error).split())[:400]
+    text = f"the backward pass of the loss fails, as it does in training: {message}"
+    if "modified by an inplace operation" in message:
+        text += (
+            "; something that the gradient needs was written to after it was used: look for +=, x[...] = and functions "
+            "that end in _ on tensors of that shape, and make a new tensor there (x = x + y, torch.stack of a list, "
+            "x.clone() before the write); torch.autograd.set_detect_anomaly(True) names the line that needed it"
+        )
+    return text
 
 
 def _announced(loss: Tensor, observer: Observer) -> list[Any]:

@@ -1,0 +1,43 @@
+"""Losses that fail are refused with what it means and the nearest mend."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional
+
+import stabkit
+from stabkit.errors import TraceError
+
+
+def test_labels_that_begin_at_one_are_told():
+    labels = torch.tensor([1, 2, 3, 4])
+    with pytest.raises(TraceError, match=r"Target 4 is out of bounds.*take labels - 1"):
+        stabkit.analyze(nn.Linear(3, 4), torch.randn(4, 3), loss=lambda out: functional.cross_entropy(out, labels))
+
+
+class Rollout(nn.Module):
+    """Writes every state into one tensor, which the gradient needs as it was."""
+
+    def __init__(self, together: bool) -> None:
+        super().__init__()
+        self.field, self.together = nn.Linear(2, 2), together
+
+    def forward(self, x):
+        states = [x]
+        path = torch.zeros(len(x), 5, 2)
+        path[:, 0] = x
+        for i in range(4):
+            before = states[-1] if self.together else path[:, i]
+            states.append(before + 0.1 * torch.tanh(self.field(before)))
+            path[:, i + 1] = states[-1]
+        return torch.stack(states, 1) if self.together else path
+
+
+def test_what_is_written_to_after_it_was_used_is_told():
+    torch.manual_seed(0)
+    loss = lambda out: out.square().mean()  # noqa: E731
+    with pytest.raises(TraceError, match=r"backward pass of the loss fails, as it does in training.*torch.stack"):
+        stabkit.analyze(Rollout(False), torch.randn(4, 2), loss=loss, spectrum="none")
+    assert stabkit.analyze(Rollout(True), torch.randn(4, 2), loss=loss, spectrum="none").verdict != "non-finite"
