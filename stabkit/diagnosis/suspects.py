@@ -24,6 +24,7 @@ from stabkit.diagnosis.kinds import FINDINGS, rank
 from stabkit.diagnosis.losses.faults import loss_findings
 from stabkit.diagnosis.measurement import Measurement, measure
 from stabkit.diagnosis.non_finite.findings import all_finite, finite_end, non_finite_findings
+from stabkit.diagnosis.non_finite.unread_gradients import as_facts, reach_no_parameter
 from stabkit.diagnosis.over_time.rounds import of_rounds
 from stabkit.diagnosis.states.attention import attention_findings
 from stabkit.diagnosis.states.batch_statistics import by_batch
@@ -33,7 +34,7 @@ from stabkit.diagnosis.states.copied_units import copied_units_findings
 from stabkit.diagnosis.states.dead_units import dead_findings, saturated_findings
 from stabkit.diagnosis.states.erased_inputs import erased_input_findings
 from stabkit.diagnosis.thresholds import Thresholds
-from stabkit.diagnosis.verdict import Verdict, judge, judged_without
+from stabkit.diagnosis.verdict import Verdict, judge, judged_without, not_judged
 from stabkit.growth.rate_laws import rate_law
 from stabkit.identification import Identification, by_step, identify
 from stabkit.jacobians.method_choice import DENSE_SIZE
@@ -96,6 +97,10 @@ def suspected(
     within = verdict.name != "non-finite" and all_finite(measurement)  # on the way from the input to the output
     if lossless or not within or not finite_end(flow, settings.loss):
         broken = of_loss or non_finite_findings(flow, measurement, limits, settings.loss)
+        unread = bool(broken) and not of_loss and callable(settings.loss)
+        if unread and isinstance(flow, Flow) and reach_no_parameter(flow, settings.loss):
+            why = "gradients are not finite before the first parameter, where nothing is trained"
+            return Diagnosis(not_judged(verdict, why), tuple(as_facts(broken)), measurement)
         if broken or not within:
             return Diagnosis(broken_verdict(verdict) if broken else verdict, tuple(broken), measurement)
     first = measurement.steps[verdict.stretch[0]]
