@@ -41,3 +41,20 @@ def test_what_is_written_to_after_it_was_used_is_told():
     with pytest.raises(TraceError, match=r"backward pass of the loss fails, as it does in training.*torch.stack"):
         stabkit.analyze(Rollout(False), torch.randn(4, 2), loss=loss, spectrum="none")
     assert stabkit.analyze(Rollout(True), torch.randn(4, 2), loss=loss, spectrum="none").verdict != "non-finite"
+
+
+def test_a_loss_that_leads_back_to_a_tensor_of_its_own_is_told_with_the_parameters_that_it_leaves():
+    torch.manual_seed(0)
+    target = (torch.rand(6, 1) > 0.5).float()
+
+    def dice(out, hard):
+        made = (out.sigmoid() > 0.5).float().requires_grad_() if hard else out.sigmoid()
+        return 1 - 2 * (made * target).sum() / (made.sum() + target.sum() + 1)
+
+    model, x = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 1)), torch.randn(6, 4)
+    report = stabkit.analyze(model, x, loss=lambda out: dice(out, True), spectrum="none")
+    (found,) = report.findings
+    assert (found.kind, found.severity) == ("no_gradient", "critical")
+    assert "a tensor that was made inside of it" in found.evidence
+    assert "4 parameters" in found.evidence
+    assert not stabkit.analyze(model, x, loss=lambda out: dice(out, False), spectrum="none").findings

@@ -207,7 +207,37 @@ def scalar_loss(loss: Any, output: Any) -> Tensor:
             "the loss does not depend differentiably on the model's output: it was made to require a gradient "
             "(requires_grad_) after the way back had been cut, which lets backward() run and moves nothing"
         )
+    if _is_made_inside(scalar, [tensor for _, tensor in named_tensors(output)]):
+        raise UnreachedError(
+            "the loss does not depend differentiably on the model's output: it leads back to a tensor that was made "
+            "inside of it (torch.tensor(..., requires_grad=True), or requires_grad_() behind a threshold, an argmax, "
+            ".item() or numpy), which lets backward() run and moves nothing"
+        )
     return scalar
+
+
+def _is_made_inside(scalar: Tensor, outputs: Sequence[Tensor]) -> bool:
+    """Whether a loss leads back to leaves alone that no output was made of, and to no output."""
+    ends = {tensor.grad_fn for tensor in outputs if tensor.grad_fn is not None}
+    above = _above([scalar.grad_fn], ends) if ends else None  # of outputs that are not found nothing is known
+    if above is None or any(scalar is tensor for tensor in outputs):
+        return False
+    leaves = {node for node in above if hasattr(node, "variable")}
+    return bool(leaves) and leaves.isdisjoint(_above(list(ends), set()) or set())
+
+
+def _above(firsts: Sequence[Node | None], stops: set[Node]) -> set[Node] | None:
+    """All nodes that lead to some; None where one of those at which to stop is among them."""
+    found: set[Node] = set()
+    stack = [node for node in firsts if node is not None]
+    while stack:
+        node = stack.pop()
+        if node in stops:
+            return None
+        if node not in found:
+            found.add(node)
+            stack.extend(parent for parent, _ in node.next_functions if parent is not None)
+    return found
 
 
 def _failed(error: Exception) -> str:
