@@ -8,7 +8,7 @@ from typing import Any
 from stabkit.diagnosis.finding import Action
 from stabkit.diagnosis.remedies.applying import carried_out
 from stabkit.diagnosis.remedies.best_constant import left_by_a_constant
-from stabkit.diagnosis.remedies.usual_training import RATES, adam, left_after
+from stabkit.diagnosis.remedies.usual_training import adams, left_after
 from stabkit.tracing.recording.forward_pass import ForwardPass
 from stabkit.tracing.recording.training_pass import training_pass
 
@@ -25,7 +25,7 @@ def left_beside_a_constant(call: ForwardPass, loss: Any, actions: Sequence[Actio
     floor = left_by_a_constant(loss, done.output) if done.loss is not None else None
     if floor is None or done.loss is None or not floor > 0:
         return None
-    first, left = done.loss, left_after(call, loss, [adam(rate) for rate in RATES], actions)
+    first, left = done.loss, left_after(call, loss, adams(floor), actions)
     if actions and left is not None:
         with carried_out(call.module, actions):
             treated = training_pass(call, loss, differentiate=False).loss

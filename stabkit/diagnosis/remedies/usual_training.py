@@ -30,6 +30,7 @@ _FIRST, _SECOND = 0.9, 0.999  # the decays of its moments
 #: shares of the first loss, and a factor. Affine models of tasks that ask for more kept .81 and above, their ReLUs
 #: gained .61 and above and fell 5 times as far, positions alike; what suffices kept .34 at most. Of labels that nothing
 #: tells, which are learnt by heart in the end, ReLUs gained .14
+_ORDINARY = 1e-3  # of a loss: gradients are then some powers of ten above eps
 _KEPT = 0.5  # what a model that learns what it can keeps less of, be it by heart
 _GAINED = 0.2  # what a remedy must bring beside the model as it is
 _TIMES = 1.5  # by how much the fall of the loss must be larger with it
@@ -62,6 +63,15 @@ def adam(rate: float, factor: float = 1.0, eps: float = EPSILON) -> Update:
         weight.addcdiv_(mean, size, value=-rate / (1 - _FIRST**step))
 
     return update
+
+
+def adams(size: float) -> list[Update]:
+    """Adam at the usual rates for a loss of this size, whose eps (1e-8) is not to be the largest part of its steps.
+
+    Of a loss of ordinary size the gradients are taken as they are, as every other training of the diagnosis takes them.
+    """
+    factor = 1.0 / size if 0 < size < _ORDINARY else 1.0
+    return [adam(rate, factor) for rate in RATES]
 
 
 def left_after(
@@ -109,10 +119,12 @@ def ends_of_adam(
         treated: a short training with it, of which the first loss is taken.
         plain: the same without.
     """
-    updates = [adam(rate) for rate in RATES]
+    if min(treated.first, plain.first) <= 0:
+        return None
+    updates = adams(min(treated.first, plain.first))
     left = left_after(call, loss, updates)
     cured = left_after(call, loss, updates, remedy.actions, within=remedy.within)
-    if left is None or cured is None or min(treated.first, plain.first) <= 0:
+    if left is None or cured is None:
         return None
     one, other = (
         ShortTraining(run.first, share * run.first, optimizer="Adam")
