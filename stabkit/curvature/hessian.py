@@ -211,6 +211,12 @@ class Hessian:
                 parts = self._gradient(loss, self._running_parameters())
             yield batch.weight, float(loss.detach()), parts
 
+    def random_direction(self, seed: int) -> Tensor:
+        """A vector of norm 1 in a random direction, the same on every device."""
+        generator = torch.Generator().manual_seed(seed)
+        drawn = torch.randn(self.n, generator=generator, dtype=torch.float32).to(self.device, self.dtype)
+        return drawn.div_(torch.linalg.vector_norm(drawn))
+
     def release(self) -> None:
         """Let go of the graph."""
         self._kept = None

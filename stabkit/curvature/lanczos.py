@@ -18,6 +18,9 @@ from torch import Tensor
 from stabkit.errors import TraceError
 from stabkit.threads import single_threaded
 
+#: How much of a start vector that was found before is drawn anew: what it is orthogonal to is then found too.
+DRAWN = 0.05
+
 Product = Callable[[Tensor, Tensor], Tensor]
 _FEWEST = 4  # Ritz values before gaps between them mean something
 _COLUMNS = 2**20

@@ -15,7 +15,7 @@ from stabkit.curvature.batches import Batches
 from stabkit.curvature.blocks import BlockCurvature, by_block
 from stabkit.curvature.gauss_newton import gauss_newton
 from stabkit.curvature.hessian import ALONE, Hessian, Summing, refuse_randomness
-from stabkit.curvature.lanczos import Eigenpairs, largest
+from stabkit.curvature.lanczos import DRAWN, Eigenpairs, largest
 from stabkit.curvature.stability import Stability, limiting_product, signed
 from stabkit.curvature.twin import refuse_wrong_products
 from stabkit.curvature.updates import Update, plain_update, read_update
@@ -31,7 +31,6 @@ _ASYMMETRIC = 1e-2  # of the largest entry; rounding in float32 stays below 1e-4
 _ROWS = (4, 20)  # of the basis, at least and at most
 _MEMORY = 2**26  # bytes that all of them may take where more than the least are kept
 _MOST = 400  # products of one search
-_MIXED = 0.05  # how much of a start vector is drawn anew: what it is orthogonal to is then found too
 
 
 @dataclass(frozen=True, eq=False)
@@ -241,15 +240,13 @@ class _Search:
         return largest(product, n, self.k, tol=self.tol, start=self._start(start), rows=rows, max_products=_MOST)
 
     def _start(self, start: Tensor | None) -> Tensor:
-        n = self.hessian.n
-        generator = torch.Generator().manual_seed(self.seed)
-        drawn = torch.randn(n, generator=generator, dtype=torch.float32).to(self.hessian.device, self.hessian.dtype)
-        if start is not None:
-            if start.shape != (n,):
-                raise ArgumentError(f"start has shape {tuple(start.shape)}; expected ({n},), one entry a parameter")
-            given = start.detach().to(drawn)
-            drawn = given / torch.linalg.vector_norm(given) + _MIXED * drawn / torch.linalg.vector_norm(drawn)
-        return drawn
+        n, drawn = self.hessian.n, self.hessian.random_direction(self.seed)
+        if start is None:
+            return drawn
+        if start.shape != (n,):
+            raise ArgumentError(f"start has shape {tuple(start.shape)}; expected ({n},), one entry a parameter")
+        given = start.detach().to(drawn)
+        return drawn.mul_(DRAWN).add_(given / torch.linalg.vector_norm(given))
 
 
 def _stability(update: Update | None, curvature: float) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from stabkit.curvature.batches import Batch
 from stabkit.curvature.blocks import by_block
 from stabkit.curvature.hessian import Hessian, refuse_randomness
-from stabkit.curvature.lanczos import Eigenpairs, largest
+from stabkit.curvature.lanczos import DRAWN, Eigenpairs, largest
 from stabkit.curvature.stability import Stability, limiting_product
 from stabkit.curvature.updates import Update, read_update
 from stabkit.errors import ArgumentTypeError
@@ -31,7 +31,6 @@ _SECOND = 0.3  # of the start, the second vector: what is about to overtake the 
 # runs of Adam and RMSprop the ratio was 1.5 to 2000 without and at most 2.3 with it, later on nearly the same; in 4
 # runs that blew up it was 6 to 5000 with it.
 _FLOOR = 0.1
-_DRAWN = 0.05  # of the start, drawn anew
 
 
 @dataclass(frozen=True)
@@ -131,20 +130,18 @@ class SharpnessTracker:
         )
 
     def _searched(self, hessian: Hessian, update: Update) -> Eigenpairs:
-        n, kept = hessian.n, self._vectors
-        if kept is not None and kept.shape[1] != n:
+        kept = self._vectors
+        if kept is not None and kept.shape[1] != hessian.n:
             kept = None
         afresh = kept is None or self._made % EVERY == 0
-        generator = torch.Generator().manual_seed(self._seed + self._made)
-        start = torch.randn(n, generator=generator, dtype=torch.float32).to(hessian.device, hessian.dtype)
-        start /= torch.linalg.vector_norm(start)
+        start = hessian.random_direction(self._seed + self._made)
         if kept is not None and not afresh:
-            start.mul_(_DRAWN).add_(kept[0])
+            start.mul_(DRAWN).add_(kept[0])
             if len(kept) > 1:
                 start.add_(kept[1], alpha=_SECOND)
         most = COLD if afresh else WARM
         product = limiting_product(hessian, update, _FLOOR)
-        found = largest(product, n, 1, tol=_TOLERANCE, start=start, rows=_ROWS, max_products=most, spare=1)
+        found = largest(product, hessian.n, 1, tol=_TOLERANCE, start=start, rows=_ROWS, max_products=most, spare=1)
         self._vectors = found.vectors
         return found
 

@@ -13,6 +13,7 @@ import stabkit
 from stabkit.errors import ArgumentError, ArgumentTypeError
 from stabkit.report import terminal
 from stabkit.report.page import report_page
+from tests.curvature.test_twin import Once
 
 
 def made(n=12):
@@ -111,18 +112,6 @@ def test_nothing_of_the_model_or_the_optimizer_is_changed():
     assert all(torch.equal(p.grad, g) for p, g in zip(model.parameters(), grads, strict=True))
     assert torch.equal(torch.get_rng_state(), random)
     assert optimizer.state_dict()["state"] == {}
-
-
-class Once(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x):
-        ctx.save_for_backward(x)
-        return x.sin()
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, g):
-        return g * ctx.saved_tensors[0].cos()
 
 
 def test_what_could_not_be_had_is_said():

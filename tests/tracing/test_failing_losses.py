@@ -9,6 +9,7 @@ from torch.nn import functional
 
 import stabkit
 from stabkit.errors import TraceError
+from stabkit.tracing.cutting.endpoints import scalar_loss
 
 
 def test_labels_that_begin_at_one_are_told():
@@ -58,3 +59,19 @@ def test_a_loss_that_leads_back_to_a_tensor_of_its_own_is_told_with_the_paramete
     assert "a tensor that was made inside of it" in found.evidence
     assert "4 parameters" in found.evidence
     assert not stabkit.analyze(model, x, loss=lambda out: dice(out, False), spectrum="none").findings
+
+
+def test_a_parameter_that_is_an_output_is_no_tensor_of_the_loss_itself():
+    class Wide(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer, self.log_deviation = nn.Linear(3, 2), nn.Parameter(torch.zeros(2))
+
+        def forward(self, x):
+            return self.layer(x), self.log_deviation
+
+    with torch.enable_grad():
+        output = Wide()(torch.randn(4, 3))
+    assert scalar_loss(lambda out: out[1].square().sum(), output).requires_grad
+    with pytest.raises(TraceError, match="made inside of it"):
+        scalar_loss(lambda out: (out[0] > 0).float().requires_grad_().sum(), output)

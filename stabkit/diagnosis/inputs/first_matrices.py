@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from stabkit.diagnosis.inputs.derivatives import differentiates
 from stabkit.diagnosis.inputs.features import Features, changed, features_along
 from stabkit.tracing.recording.containers import map_tensors, named_tensors
 from stabkit.tracing.recording.forward_pass import ForwardPass
@@ -95,10 +96,10 @@ def rows_given(call: ForwardPass) -> dict[str, Tensor]:
         )
         try:
             call.model(*inputs, **kwargs)
-        except (
-            RuntimeError
-        ):  # it differentiates with respect to its inputs: all matrices are given what carries gradient
-            return {}
+        except RuntimeError:
+            if not differentiates(call):
+                raise
+            return {}  # with respect to its inputs, which the recorded pass lets carry gradient: so do all matrices
     return {path: torch.cat(rows) for path, rows in kept.items() if path not in trained}
 
 

@@ -222,7 +222,10 @@ def _is_made_inside(scalar: Tensor, outputs: Sequence[Tensor]) -> bool:
     above = _above([scalar.grad_fn], ends) if ends else None  # of outputs that are not found nothing is known
     if above is None or any(scalar is tensor for tensor in outputs):
         return False
+    given = {id(tensor) for tensor in outputs}  # a parameter may be an output, too
     leaves = {node for node in above if hasattr(node, "variable")}
+    if any(id(node.variable) in given for node in leaves):
+        return False
     return bool(leaves) and leaves.isdisjoint(_above(list(ends), set()) or set())
 
 
