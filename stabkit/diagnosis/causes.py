@@ -8,17 +8,22 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from stabkit.diagnosis.call_faults import call_findings
+from stabkit.diagnosis.depth.affine_models import affine_findings
+from stabkit.diagnosis.depth.findings import with_slopes
 from stabkit.diagnosis.depth.post_norm import post_norm_findings
-from stabkit.diagnosis.depth.slopes import with_slopes
 from stabkit.diagnosis.depth.unsettled import unsettled_findings
 from stabkit.diagnosis.finding import Finding, serious
 from stabkit.diagnosis.inputs.attention_masks import mask_findings
+from stabkit.diagnosis.inputs.coordinates import coordinate_findings
 from stabkit.diagnosis.inputs.feature_scales import feature_scale_findings
-from stabkit.diagnosis.inputs.scale import with_input_scale
-from stabkit.diagnosis.inputs.small import with_small_inputs
+from stabkit.diagnosis.inputs.lost_order import lost_order_findings
+from stabkit.diagnosis.inputs.padded_ends import padded_end_findings
+from stabkit.diagnosis.inputs.read_positions import read_position_findings
+from stabkit.diagnosis.inputs.scale import with_input_scale, with_small_inputs
 from stabkit.diagnosis.inputs.unused import unused_input_findings
+from stabkit.diagnosis.losses.domains import loss_domain_findings
 from stabkit.diagnosis.losses.floor import loss_floor_findings
+from stabkit.diagnosis.losses.last_dropout import last_dropout_findings
 from stabkit.diagnosis.losses.loud_logits import loud_logits_findings
 from stabkit.diagnosis.losses.mixed_samples import mixed_sample_findings
 from stabkit.diagnosis.losses.next_tokens import next_token_findings
@@ -28,6 +33,7 @@ from stabkit.diagnosis.no_gradient.closed_operations import closed_findings
 from stabkit.diagnosis.no_gradient.hidden_cuts import cut_by_a_draw, drawn_on_the_graph, hidden_cut_findings
 from stabkit.diagnosis.no_gradient.kept_graphs import kept_graph_findings
 from stabkit.diagnosis.no_gradient.lost_parameters import lost_parameter_findings
+from stabkit.diagnosis.no_gradient.made_anew import made_anew_findings
 from stabkit.diagnosis.no_gradient.passed_through import passed_through_findings
 from stabkit.diagnosis.no_gradient.shares_of_one import share_findings
 from stabkit.diagnosis.no_gradient.unregistered import unregistered_findings
@@ -39,6 +45,8 @@ from stabkit.diagnosis.over_time.findings import time_findings
 from stabkit.diagnosis.over_time.verdict import judged_over_time
 from stabkit.diagnosis.remedies.trial import follows, tried
 from stabkit.diagnosis.states.batch_places import batch_place_findings
+from stabkit.diagnosis.states.cut_axes import cut_axes_findings
+from stabkit.diagnosis.states.heavy_dropout import heavy_dropout_findings
 from stabkit.diagnosis.states.running_statistics import statistics_findings
 from stabkit.diagnosis.states.samples_apart import mixed_batch_findings
 from stabkit.diagnosis.suspects import Diagnosis, Settings, broken_verdict, ordered, suspected
@@ -50,6 +58,7 @@ from stabkit.tracing.recording.training_pass import TrainingPass, training_pass
 #: what states show that forget, or blow up, over time
 _OF_STATES = ("rank_collapse", "saturated", "vanishing", "exploding", "chaotic", "transient_growth")
 _OF_DEPTH = ("exploding", "vanishing", "non-finite")  # verdicts that stand whatever else is found
+_NOT_TRAINED = frozenset({"loss", "no_gradient", "unregistered", "non_finite", "exploding", "leak", "copied_units"})
 
 
 def with_causes(flow: FlowLike, found: Diagnosis, settings: Settings) -> Diagnosis:
@@ -251,7 +260,7 @@ def _of_training_pass(
     found += share_findings(flow, loss, call, done, [*others, *found])
     found += [*mixed_sample_findings(flow, loss, call, done), *next_token_findings(flow, call, done)]
     found += unused_input_findings(flow, loss, call, done)
-    found += call_findings(flow, loss, call, done, others)
+    found += _of_call(flow, loss, call, done, others)
     found += without_end_findings(flow, loss, call, done, [*others, *found])
     found += wrong_derivative_findings(flow, loss, call, done)
     found += loud_logits_findings(flow, loss, call, done, [*others, *found])
@@ -263,3 +272,20 @@ def _of_training_pass(
     if broken:
         return found
     return [*found, *(unit_findings(flow, loss, call, done) or feature_scale_findings(flow, loss, call, done))]
+
+
+def _of_call(
+    flow: Flow, loss: object, call: ForwardPass, done: TrainingPass, others: Sequence[Finding]
+) -> list[Finding]:
+    """What is wrong with a model and its loss as they are called in training, whatever its gradients are like."""
+    found = [*made_anew_findings(flow, loss, call, done), *last_dropout_findings(flow, loss, call, done)]
+    if not any(finding.kind == "loss" and serious(finding) for finding in others):
+        found += loss_domain_findings(flow, loss, call, done)
+    # where nothing trains for another reason, training tells nothing of these
+    if not any(finding.kind in _NOT_TRAINED and serious(finding) for finding in (*others, *found)):
+        found += affine_findings(flow, loss, call, done) or lost_order_findings(flow, loss, call, done)
+        found += padded_end_findings(loss, call, done) or read_position_findings(flow, loss, call, done)
+        found += cut_axes_findings(flow, loss, call, done, others)
+        found += coordinate_findings(flow, loss, call, done)
+        found += heavy_dropout_findings(flow, loss, call, done, [*others, *found])
+    return found

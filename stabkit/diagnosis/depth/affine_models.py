@@ -21,7 +21,7 @@ from stabkit.diagnosis.blocks.weights import step_of
 from stabkit.diagnosis.finding import Action, Finding
 from stabkit.diagnosis.losses.ranges import behind_moves
 from stabkit.diagnosis.remedies import computed as remedies
-from stabkit.diagnosis.remedies.applying import carried_out
+from stabkit.diagnosis.remedies.applying import carried_out, is_small
 from stabkit.diagnosis.remedies.usual_training import RATES, adam, learns_only_treated, left_after, sgd
 from stabkit.tracing import Flow
 from stabkit.tracing.derivatives.lost_gradient import listed
@@ -40,8 +40,7 @@ _CALLS = frozenset(
 _SOFTMAXES = frozenset({"Softmax", "LogSoftmax", "LogSigmoid"})
 _SHARES = (0.5, -3.0, 4.0)  # of one input in a combination: within and far beyond the two
 _ROUNDING = 1e-4  # of the size of what is combined
-_STEPS = 100  # of a trial: activations have to find what no affine map has, which takes longer than to fall
-_SMALL = 100_000  # parameters up to which so many steps are tried; 20 beyond
+_STEPS = 100  # of a trial, and a fifth of that for large models: activations have to find what no affine map has
 
 _REFERENCE = "Goodfellow, Bengio and Courville, Deep learning, 2016, section 6.1, learning XOR"
 
@@ -135,7 +134,7 @@ def _matrix(parents: list[Node], names: dict[int, str]) -> str:
 
 def _is_affine(call: ForwardPass, end: str) -> bool:
     """Whether what a module returns, or the model, is affine in the inputs of floats; not where it is constant."""
-    given = [t for _, t in named_tensors([list(call.inputs), call.kwargs]) if t.is_floating_point()]
+    given = [t for _, t in call.given if t.is_floating_point()]
     if not given or any(t.layout != torch.strided for t in given):
         return False
 
@@ -210,7 +209,7 @@ def _trial(
     treated = call if actions else _activated(call, chain)
     if treated is None or not first > 0:
         return "info", ""
-    steps = _STEPS if sum(p.numel() for p in call.module.parameters()) <= _SMALL else _STEPS // 5
+    steps = _STEPS if is_small(call.module) else _STEPS // 5
     updates = [by(rate) for rate in RATES for by in (adam, sgd)]
     with carried_out(call.module, actions):
         begun = training_pass(treated, loss, differentiate=False).loss

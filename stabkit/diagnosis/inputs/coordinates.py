@@ -19,7 +19,6 @@ from stabkit.diagnosis.losses.regressions import regressions
 from stabkit.diagnosis.remedies import computed as remedies
 from stabkit.diagnosis.remedies.held_out import learnt
 from stabkit.tracing import Flow
-from stabkit.tracing.recording.containers import named_tensors
 from stabkit.tracing.recording.forward_pass import ForwardPass
 from stabkit.tracing.recording.training_pass import TrainingPass
 
@@ -44,7 +43,7 @@ def coordinate_findings(flow: Flow, loss: Any, call: ForwardPass, done: Training
         call: the pass as training makes it.
         done: its loss, on the graph.
     """
-    given = [t for _, t in named_tensors([list(call.inputs), call.kwargs])]
+    given = [t for _, t in call.given]
     first = _first_layer(call, done, given[0]) if len(given) == 1 else ""
     if not first:
         return []

@@ -22,7 +22,6 @@ from stabkit.diagnosis.remedies.short_training import STEPS, short_training
 from stabkit.diagnosis.remedies.usual_training import RATES, adam, left_after, sgd
 from stabkit.diagnosis.states.batch_statistics import with_norms_of_evaluation
 from stabkit.tracing import Flow
-from stabkit.tracing.recording.containers import named_tensors
 from stabkit.tracing.recording.evaluation import evaluated
 from stabkit.tracing.recording.forward_pass import ForwardPass
 from stabkit.tracing.recording.training_pass import TrainingPass, training_pass
@@ -39,8 +38,7 @@ def feature_scale_findings(flow: Flow, loss: Any, call: ForwardPass, done: Train
     """A finding where a few steps learn from standardised inputs and not from those that are given."""
     if done.loss is None or with_norms_of_evaluation(call.module) or differentiates(call, loss):
         return []
-    given = [*named_tensors(list(call.inputs)), *named_tensors(call.kwargs)]
-    found = {id(t): f for name, t in given if (f := features_of(flow, name, t)) is not None and f.far}
+    found = {id(t): f for name, t in call.given if (f := features_of(flow, name, t)) is not None and f.far}
     places = [place for place in given_to_matrices(call) if place.features.far]
     if not (found or places):
         return []

@@ -22,6 +22,7 @@ from stabkit.diagnosis.blocks.weights import step_of
 from stabkit.diagnosis.finding import Finding
 from stabkit.diagnosis.losses.loud_logits import cross_entropies
 from stabkit.diagnosis.losses.regressions import regressions
+from stabkit.diagnosis.remedies.applying import is_small
 from stabkit.diagnosis.remedies.moved_weights import moved_weights
 from stabkit.diagnosis.remedies.short_training import STEPS
 from stabkit.diagnosis.remedies.usual_training import RATES, adam, learns_only_treated, left_after
@@ -40,8 +41,7 @@ _BELOW = 0.99  # of a floor: what no rounding of a loss that has come down to it
 _MOST = 4096  # samples or tokens that are compared
 _MOST_NUMBERS = 2**24  # of all tokens: 128 MiB of doubles, which are told apart in a second or two
 _STAYS, _FOLLOWS = "stays", "follows"  # what an output does where positions change places
-_STEPS = 50  # of a trial, and a fifth of that for models of more parameters than these
-_SMALL = 100_000
+_STEPS = 50  # of a trial, and a fifth of that for large models
 # reversed sequences: .9 of 2.5 as it is and with shuffled positions, .46 with positions; with noisy labels alike
 _TIMES = 1.5  # as much loss without positions, and with shuffled ones, as with positions
 _GAIN = 0.1  # of the first loss
@@ -170,7 +170,7 @@ def _attention(call: ForwardPass, done: TrainingPass) -> str | None:
 
 def _tokens(call: ForwardPass, axis: int) -> Tensor | None:
     """What is given at every position of every sample, as ``(samples, positions, numbers)``."""
-    given = [t for _, t in named_tensors([list(call.inputs), call.kwargs]) if t.dim() > 1 and t.layout == torch.strided]
+    given = [t for _, t in call.given if t.dim() > 1 and t.layout == torch.strided]
     if not given or given[0].dim() > 3 or (given[0].dim() == 2 and given[0].is_floating_point()):
         return None
     lead = given[0].shape[:2]
@@ -208,7 +208,7 @@ def _moved_by_order(call: ForwardPass, axis: int, count: int) -> str:
 
 def _compared(call: ForwardPass, axis: int, count: int, order: Tensor | None = None) -> str:
     """How the output changes with what stands at every position taken from another one."""
-    first = next(t for _, t in named_tensors([list(call.inputs), call.kwargs]) if t.dim() > 1)
+    first = next(t for _, t in call.given if t.dim() > 1)
     lead = first.shape[:2]
     places = _order(count) if order is None else order
 
@@ -366,7 +366,7 @@ def _trial(
     if not place or not first > 0:
         return None
     told = replace(call, model=_with_positions(call, place, samples))
-    steps = _STEPS if sum(p.numel() for p in call.module.parameters()) <= _SMALL else _STEPS // 5
+    steps = _STEPS if is_small(call.module) else _STEPS // 5
     ends = _after(call, loss, steps), _after(told, loss, steps)
     if any(map(math.isnan, ends)):
         return None

@@ -34,7 +34,7 @@ def padded_end_findings(loss: Any, call: ForwardPass, done: TrainingPass) -> lis
         call: the pass as training makes it.
         done: its loss, on the graph.
     """
-    given = [*named_tensors(list(call.inputs)), *named_tensors(call.kwargs)]
+    given = call.given
     filled = [(name, t, p) for name, t in given if (p := padding_of(t.detach())) is not None and bool(p[:, -1].any())]
     if not filled or done.loss is None:
         return []

@@ -19,6 +19,7 @@ from torch.overrides import TorchFunctionMode
 
 from stabkit.diagnosis.blocks.weights import step_of
 from stabkit.diagnosis.finding import Finding
+from stabkit.diagnosis.remedies.applying import is_small
 from stabkit.diagnosis.remedies.held_out import learnt
 from stabkit.diagnosis.remedies.moved_weights import moved_weights
 from stabkit.diagnosis.remedies.other_arguments import Arguments, OtherArguments
@@ -32,8 +33,7 @@ from stabkit.tracing.recording.training_pass import TrainingPass, calling_line
 
 _FEWEST = 4  # positions that a sequence has at least
 _ROUNDING = 1e-6  # of the largest entry of an output: what another order of additions may do
-_STEPS = 50  # of a trial, and a fifth of that for models of more parameters than these
-_SMALL = 100_000
+_STEPS = 50  # of a trial, and a fifth of that for large models
 _MORE = 2  # times as many positions that another reading must depend on
 # single tokens of 64 sequences are learnt by heart to .35 to .5 of the loss, whole ones to .001 to .01; where the first
 # token is what matters, it leaves .06 and the whole sequence .2
@@ -86,7 +86,7 @@ class _Sequences:
     @classmethod
     def of(cls, call: ForwardPass, done: TrainingPass, axis: int) -> _Sequences | None:
         """Sequences of tokens, or of vectors, of which each has one output; None for other calls."""
-        first = next((t for _, t in named_tensors([list(call.inputs), call.kwargs]) if t.dim() > 0), None)
+        first = next((t for _, t in call.given if t.dim() > 0), None)
         if first is None or first.dim() != 2 + first.is_floating_point() or first.layout != torch.strided:
             return None
         found = cls(call, (first.shape[0], first.shape[1]), axis)
@@ -352,8 +352,9 @@ def _judged(
 
     As much lower counts as well, where a number of ``times`` is given: a batch is learnt by heart from one token too.
     """
-    small = sum(p.numel() for p in call.module.parameters()) <= _SMALL
-    steps = _STEPS if small and times > 0 else _STEPS // 5  # a direction that is lost is seldom of matter
+    steps = (
+        _STEPS if is_small(call.module) and times > 0 else _STEPS // 5
+    )  # a direction that is lost is seldom of matter
     rates = [adam(rate) for rate in RATES]
     plain, treated = (
         left_after(call, loss, rates, steps=steps),

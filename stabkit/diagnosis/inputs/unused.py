@@ -37,7 +37,7 @@ _REFERENCE = "Karpathy, A recipe for training neural networks, 2019: use backpro
 
 def unused_input_findings(flow: Flow, loss: Any, call: ForwardPass, done: TrainingPass) -> list[Finding]:
     """Findings on inputs that change nothing, on features that do not, and on a reconstruction that is not one."""
-    given = [*named_tensors(list(call.inputs)), *named_tensors(call.kwargs)]
+    given = call.given
     count = next((len(t) for _, t in given if t.dim() > 0), 0)
     varying = [(path, t) for path, t in given if _varies(t, count)]
     found = []

@@ -14,7 +14,7 @@ from stabkit.diagnosis.losses.loud_logits import CrossEntropy, cross_entropies
 from stabkit.diagnosis.losses.ranges import Range, range_of
 from stabkit.diagnosis.losses.regressions import regressions
 from stabkit.diagnosis.remedies import computed as remedies
-from stabkit.diagnosis.remedies.short_training import STEPS, short_training, worse
+from stabkit.diagnosis.remedies.short_training import compared, short_training, worse
 from stabkit.tracing import Flow
 from stabkit.tracing.recording.forward_pass import ForwardPass
 from stabkit.tracing.recording.training_pass import TrainingPass, path_of
@@ -97,8 +97,8 @@ def _narrow(
         factor = _factor(found, held)
         actions = (remedies.scale(scale, factor),)
         plain, treated = short_training(flow, loss), short_training(flow, loss, actions)
+        evidence += compared(plain, treated, "treated")
         if plain is not None and treated is not None:
-            evidence += f"; {STEPS} steps of plain SGD take the loss {plain} as it is, {treated} treated"
             severity = "warning" if treated.last < plain.last else "info"
         remedy = (
             f"start {scale} at {factor * value:.2g} or more; where it is meant as a logarithm, multiply by its exp, "
@@ -173,9 +173,7 @@ def _without(flow: Flow, loss: Any, path: str, words: str) -> tuple[tuple[Action
         return (), ""
     actions: tuple[Action, ...] = ({"action": "activate", "module": path, "by": "Identity"},)
     plain, treated = short_training(flow, loss), short_training(flow, loss, actions)
-    if plain is None or treated is None:  # no verdict: a floor lies below what so few steps reach
-        return actions, ""
-    return actions, f"; {STEPS} steps of plain SGD take the loss {plain} as it is, {treated} without the {words}"
+    return actions, compared(plain, treated, f"without the {words}")  # no verdict: so few steps do not reach a floor
 
 
 def _finding(

@@ -23,7 +23,7 @@ from stabkit.diagnosis.losses.loud_logits import cross_entropies
 from stabkit.diagnosis.losses.ranges import behind_moves
 from stabkit.diagnosis.losses.regressions import regressions
 from stabkit.diagnosis.remedies import computed as remedies
-from stabkit.diagnosis.remedies.short_training import STEPS, short_training
+from stabkit.diagnosis.remedies.short_training import compared, short_training
 from stabkit.tracing import Flow
 from stabkit.tracing.graph.values import operation
 from stabkit.tracing.recording.forward_pass import ForwardPass
@@ -71,8 +71,7 @@ def last_dropout_findings(flow: Flow, loss: Any, call: ForwardPass, done: Traini
     actions: Sequence[Action] = (remedies.activate(path, "Identity"),) if isinstance(module, _DROPOUTS) else ()
     if actions:
         plain, treated = short_training(flow, loss), short_training(flow, loss, actions)
-        if plain is not None and treated is not None:  # no verdict: a floor lies below what so few steps reach
-            evidence += f"; {STEPS} steps of plain SGD take the loss {plain} as it is, {treated} without it"
+        evidence += compared(plain, treated, "without it")  # no verdict: a floor lies below what so few steps reach
     return [
         Finding(
             kind="loss",

@@ -15,15 +15,17 @@ from torch import Tensor
 from torch.autograd.graph import Node
 
 from stabkit.diagnosis.finding import Finding, serious
-from stabkit.diagnosis.inputs.best_scaling import best_scaling
-from stabkit.diagnosis.inputs.sizes import large_inputs
+from stabkit.diagnosis.inputs.features import changed, features_of
+from stabkit.diagnosis.inputs.sizes import Sizes, large_inputs
 from stabkit.diagnosis.losses.ranges import behind_moves
 from stabkit.diagnosis.remedies import computed as remedies
 from stabkit.diagnosis.remedies.applying import carried_out
-from stabkit.diagnosis.remedies.short_training import STEPS, short_training
+from stabkit.diagnosis.remedies.short_training import STEPS, compared, short_training
+from stabkit.diagnosis.remedies.usual_training import RATES, adam, left_after, sgd
 from stabkit.errors import StabkitError
 from stabkit.tracing import Flow
 from stabkit.tracing.graph.values import operation
+from stabkit.tracing.recording.evaluation import evaluated
 from stabkit.tracing.recording.forward_pass import ForwardPass
 from stabkit.tracing.recording.training_pass import TrainingPass, nodes_above, path_of, training_pass
 
@@ -165,11 +167,10 @@ def _by_weight(
     if after is None or after > _NEAR * found.chance:
         return seen
     plain, treated = short_training(flow, loss), short_training(flow, loss, [action])
-    trained = plain is not None and treated is not None
     if plain is not None and treated is not None and not treated.last < _BETTER * plain.last:
         return replace(seen, remedy="none is needed: this batch is learnt as fast with smaller ones")
     tied = f", which is {' and '.join(names[1:])} too," if len(names) > 1 else ""
-    how = f"; {STEPS} steps of plain SGD take the loss {plain} as it is, {treated} treated" if trained else ""
+    how = compared(plain, treated, "treated")
     was = float(weight.std())
     return replace(
         seen,
@@ -202,3 +203,36 @@ def _weight_of(call: ForwardPass, made: Node | None) -> list[str]:
     found = [name for name, p in names if any(p is m for m in matrices)]
     mine = [name for name in found if len({id(m) for m in matrices}) == 1]
     return mine[::-1]  # the head is named after the embedding that it shares its weight with
+
+
+def best_scaling(flow: Flow, loss: Any, call: ForwardPass, sizes: Sizes) -> str:
+    """What to do about large inputs, in words, that which trains best in front.
+
+    Args:
+        flow: the traced pass.
+        loss: a callable on the output that returns a scalar.
+        call: the pass as training makes it.
+        sizes: of its inputs.
+    """
+    found = {id(t): f for name, t in call.given if (f := features_of(flow, name, t)) is not None and f.uneven}
+    if not found or sizes.inside:
+        return sizes.remedy
+    standard = changed(call, lambda t: found[id(t)].standardised(t) if id(t) in found else t)
+    ends = [_end(each, loss) for each in (standard, sizes.divided(call))]
+    if ends[0] is None or ends[1] is None or not ends[0] < ends[1]:
+        return sizes.remedy
+    return (
+        "standardise every feature where the data are read, (x - mean) / std with the numbers of the training set: "
+        f"{STEPS} steps of SGD or Adam take the loss to {ends[0]:.3g} at best, and to {ends[1]:.3g} with all divided "
+        f"by {sizes.size:.3g}"
+    )
+
+
+def _end(call: ForwardPass, loss: Any) -> float | None:
+    """The loss after a few steps, at the best of the usual optimizers and rates."""
+    if evaluated(call, training=True).output is None:
+        return None
+    first = training_pass(call, loss, differentiate=False).loss
+    left = [left_after(call, loss, [by(rate) for rate in RATES]) for by in (sgd, adam)]
+    known = [share for share in left if share is not None]
+    return min(known) * float(first.detach()) if first is not None and known else None

@@ -19,7 +19,6 @@ from stabkit.diagnosis.states.module_outputs import ModuleOutputs, float_outputs
 from stabkit.diagnosis.states.sample_meetings import differing
 from stabkit.tracing import Flow
 from stabkit.tracing.graph.values import operation
-from stabkit.tracing.recording.containers import named_tensors
 from stabkit.tracing.recording.evaluation import evaluated
 from stabkit.tracing.recording.forward_pass import ForwardPass
 from stabkit.tracing.recording.training_pass import TrainingPass, nodes_above
@@ -77,14 +76,14 @@ def next_token_findings(flow: Flow, call: ForwardPass, done: TrainingPass) -> li
 def _targets(call: ForwardPass, done: TrainingPass) -> list[Targets]:
     """Inputs that the targets of a classification loss are taken from, each at its shift."""
     assert done.loss is not None
-    inputs = [(p, t) for p, t in [*named_tensors(list(call.inputs)), *named_tensors(call.kwargs)] if _are_tokens(t)]
+    inputs = [(p, t) for p, t in call.given if _are_tokens(t)]
     for each in nodes_above(done.loss) if inputs else ():
         node: Any = each
         if operation(node) in ("NllLoss", "NllLoss2D"):
             labels, ignored = node._saved_target.detach(), int(node._saved_ignore_index)
             found = [_matched(path, tokens, labels, ignored) for path, tokens in inputs]
             return [targets for targets in found if targets is not None]
-    series = [(p, t) for p, t in [*named_tensors(list(call.inputs)), *named_tensors(call.kwargs)] if _is_series(t)]
+    series = [(p, t) for p, t in call.given if _is_series(t)]
     for held in regressions(done) if series else ():
         found = [_followed(path, values, held.targets) for path, values in series]
         return [targets for targets in found if targets is not None]

@@ -19,7 +19,7 @@ from stabkit.diagnosis.finding import Action, Finding
 from stabkit.diagnosis.losses.faults import LOSS
 from stabkit.diagnosis.losses.ranges import range_of
 from stabkit.diagnosis.losses.signs import signs_of
-from stabkit.diagnosis.remedies.short_training import STEPS, short_training
+from stabkit.diagnosis.remedies.short_training import compared, short_training
 from stabkit.tracing import Flow
 from stabkit.tracing.graph.values import operation
 from stabkit.tracing.recording.training_pass import TrainingPass, nodes_above, path_of
@@ -59,8 +59,7 @@ def pole_findings(flow: Flow, loss: Any, done: TrainingPass) -> list[Finding]:
     if path and output.shape[1] == 1:
         actions = ({"action": "activate_after", "module": path, "by": "Sigmoid"},)
         plain, treated = short_training(flow, loss), short_training(flow, loss, actions)
-        if plain is not None and treated is not None:
-            evidence += f"; {STEPS} steps of plain SGD take it {plain} as it is, {treated} with a sigmoid before it"
+        evidence += compared(plain, treated, "with a sigmoid before it", "it")
     return [
         Finding(
             kind="loss",

@@ -23,8 +23,7 @@ from stabkit.diagnosis.losses.poles import pole_findings
 from stabkit.diagnosis.losses.signs import signs_of
 from stabkit.diagnosis.losses.terms import Evaluated, Term, evaluated, is_linear_in, through_another_net
 from stabkit.diagnosis.remedies import computed as remedies
-from stabkit.diagnosis.remedies.applying import carried_out
-from stabkit.diagnosis.remedies.short_training import LARGEST
+from stabkit.diagnosis.remedies.applying import LARGEST, carried_out, is_small
 from stabkit.diagnosis.remedies.usual_training import Update, adam, moved_by, sgd
 from stabkit.errors import StabkitError
 from stabkit.tracing import Flow
@@ -69,7 +68,7 @@ def without_end_findings(
     """
     if done.loss is None or any(finding.kind == "loss" and serious(finding) for finding in others):
         return []
-    if sum(p.numel() for p in call.module.parameters()) > LARGEST:
+    if not is_small(call.module, LARGEST):
         return []
     own = {id(p) for p in done.parameters.values()}
     try:

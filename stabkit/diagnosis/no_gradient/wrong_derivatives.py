@@ -12,7 +12,7 @@ from torch.autograd import Function
 from torch.autograd.graph import Node
 
 from stabkit.diagnosis.finding import Finding
-from stabkit.diagnosis.remedies.short_training import STEPS, ShortTraining, short_training, worse
+from stabkit.diagnosis.remedies.short_training import ShortTraining, compared, short_training, worse
 from stabkit.tracing import Flow
 from stabkit.tracing.derivatives.lost_gradient import listed
 from stabkit.tracing.recording.forward_pass import ForwardPass
@@ -116,12 +116,8 @@ def _finding(
     paths = tuple(dict.fromkeys(path for node in nodes[::-1] if (path := path_of(done, node))))
     plain, mended = short_training(flow, loss), _mended(function, flow, loss)
     evidence = f"the backward of {function.__name__}{f' (in {listed(paths)})' if paths else ''} {said}"
-    helps = False
-    if plain is not None and mended is not None:
-        evidence += (
-            f"; {STEPS} steps of plain SGD take the loss {plain} as it is, {mended} with the derivative in its place"
-        )
-        helps = worse(plain, mended)
+    evidence += compared(plain, mended, "with the derivative in its place")
+    helps = worse(plain, mended)
     # what is no chain rule is a fault where training does not show it either; another gradient may be meant
     harm = helps or (ignoring and not worse(mended, plain))
     remedy = (

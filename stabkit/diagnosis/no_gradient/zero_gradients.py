@@ -17,12 +17,17 @@ from torch import Tensor
 from torch.autograd.graph import Node
 
 from stabkit.diagnosis.finding import Action, Finding, serious
-from stabkit.diagnosis.inputs.zero_inputs import zero_input_findings
 from stabkit.diagnosis.no_gradient.closed_operations import any_entry, closed_findings
 from stabkit.diagnosis.no_gradient.lost_parameters import role_of
 from stabkit.diagnosis.remedies import computed as remedies
 from stabkit.diagnosis.remedies.applying import carried_out
-from stabkit.diagnosis.remedies.short_training import STEPS, ShortTraining, clearly_better, falls, short_training, worse
+from stabkit.diagnosis.remedies.short_training import (
+    clearly_better,
+    compared,
+    falls,
+    short_training,
+    worse,
+)
 from stabkit.errors import StabkitError
 from stabkit.tracing import Flow
 from stabkit.tracing.derivatives.lost_gradient import listed
@@ -30,6 +35,7 @@ from stabkit.tracing.graph.values import operation, value_of
 from stabkit.tracing.recording.containers import named_tensors
 from stabkit.tracing.recording.forward_pass import ForwardPass
 from stabkit.tracing.recording.training_pass import Observer, TrainingPass, calling_line, nodes_above, training_pass
+from stabkit.vocabulary import moves
 
 #: operations whose derivative is zero wherever there is one
 FLAT = {"Round": "round", "Floor": "floor", "Ceil": "ceil", "Trunc": "trunc", "Sign": "sign", "Sgn": "sign"}
@@ -39,6 +45,8 @@ _MOST_ROUNDS = 8  # zero factors within zero factors
 _MOST_TRIALS = 6  # kinds of parameters that are drawn anew
 _BENGIO = "Bengio et al., Estimating or propagating gradients through stochastic neurons, 2013"
 _LORA = "Hu et al., LoRA: Low-rank adaptation of large language models, 2022, section 4.1"
+_MOVES = moves("reshape", "permute", "copy", "expand")
+_PRODUCTS = frozenset({"Mm", "Addmm", "Bmm", "Baddbmm", "Mv"})
 
 
 def zero_gradient_findings(
@@ -188,18 +196,12 @@ def _of_flat(flow: Flow, loss: Any, flat: _Flat, done: TrainingPass) -> Finding:
         steps=(len(flow.steps) - 1,),
         module_path=flat.path,
         confidence=1.0,
-        evidence=evidence + _trained(plain, through, "with the derivative 1 in its place"),
+        evidence=evidence + compared(plain, through, "with the derivative 1 in its place"),
         remedy=f"pass the gradient straight through: x + ({flat.operations[0]}(x) - x).detach() in place of "
         f"{flat.operations[0]}(x)",
         reference=_BENGIO,
         numbers={"parameters": float(len(flat.parameters)), "share": _share(done, flat.parameters)},
     )
-
-
-def _trained(plain: ShortTraining | None, treated: ShortTraining | None, how: str) -> str:
-    if plain is None or treated is None:
-        return ""
-    return f"; {STEPS} steps of plain SGD take the loss {plain} as it is, {treated} {how}"
 
 
 def _share(done: TrainingPass, paths: Sequence[str]) -> float:
@@ -280,7 +282,7 @@ def _of_zero_factors(
             steps=(len(flow.steps) - 1,),
             module_path=named[0].rpartition(".")[0],
             confidence=1.0,
-            evidence=evidence + _trained(plain, treated, "treated"),
+            evidence=evidence + compared(plain, treated, "treated"),
             remedy="none is needed: the model trains without it"
             if harmless
             else f"start {listed(named)} from random numbers (root mean square "
@@ -302,3 +304,64 @@ def _usual(parameter: Tensor) -> float:
     """The size that `torch.nn.Linear` starts a weight of this shape with."""
     fan_in = parameter.numel() / parameter.shape[0] if parameter.dim() > 1 else 1.0
     return float((3.0 * fan_in) ** -0.5)
+
+
+def zero_input_findings(flow: Flow, done: TrainingPass, zeros: Sequence[str]) -> list[Finding]:
+    """Parameters without gradient that are multiplied with constants of zeros alone, told as a fact.
+
+    Args:
+        flow: the traced pass.
+        done: its loss, on the graph.
+        zeros: the parameters whose gradient is exactly zero, whatever else has moved.
+    """
+    assert done.loss is not None
+    readers: dict[Node, list[Node]] = {}
+    for node in nodes_above(done.loss):
+        for parent, _ in node.next_functions:
+            if parent is not None:
+                readers.setdefault(parent, []).append(node)
+    leaves: dict[int, Node] = {id(leaf.variable): leaf for leaf in map(_leaf, readers) if leaf is not None}
+    idle = tuple(p for p in zeros if (leaf := leaves.get(id(done.parameters[p]))) and _meets_zeros(leaf, readers))
+    if not idle:
+        return []
+    share = sum(done.parameters[p].numel() for p in idle) / max(1, sum(p.numel() for p in done.parameters.values()))
+    return [
+        Finding(
+            kind="no_gradient",
+            severity="info",
+            steps=(len(flow.steps) - 1,),
+            module_path=idle[0].rpartition(".")[0],
+            confidence=1.0,
+            evidence=f"{len(idle)} of {len(done.parameters)} parameters that are to be trained get a gradient of "
+            f"exactly zero ({listed(idle)}; {share:.0%} of their numbers): all that they multiply are constants of "
+            "zeros, as the state that a recurrence begins with",
+            remedy="none is needed where a recurrence is meant to run for one step alone; else carry its state on from "
+            "call to call, and look which axis it takes for time (batch_first)",
+            reference="",
+            numbers={"parameters": float(len(idle)), "share": share},
+        )
+    ]
+
+
+def _leaf(node: Any) -> Any:
+    return node if hasattr(node, "variable") else None
+
+
+def _meets_zeros(leaf: Node, readers: dict[Node, list[Node]]) -> bool:
+    """Whether everything that reads a leaf, but for how its entries are ordered, multiplies it with constant zeros."""
+    stack, met = [leaf], False
+    while stack:
+        for reader in readers[stack.pop()]:
+            if operation(reader) in _MOVES:
+                stack.append(reader)
+            elif operation(reader) in _PRODUCTS and _with_zeros(reader):
+                met = True
+            else:
+                return False
+    return met
+
+
+def _with_zeros(node: Any) -> bool:
+    """Whether a product has a factor that is a constant of zeros."""
+    saved = [getattr(node, f"_saved_{name}", None) for name in ("self", "mat1", "mat2", "batch1", "batch2", "vec")]
+    return any(isinstance(t, Tensor) and not t.requires_grad and not bool(t.detach().any()) for t in saved)

@@ -19,8 +19,8 @@ from torch import Tensor
 from stabkit.diagnosis.finding import Finding
 from stabkit.diagnosis.losses.faults import LOSS
 from stabkit.diagnosis.non_finite.gradient_underflow import ScaledLoss
-from stabkit.diagnosis.remedies.applying import copied
-from stabkit.diagnosis.remedies.short_training import LARGEST, STEPS
+from stabkit.diagnosis.remedies.applying import LARGEST, copied, is_small
+from stabkit.diagnosis.remedies.short_training import STEPS
 from stabkit.diagnosis.remedies.usual_training import EPSILON, RATES, adam, left_after
 from stabkit.errors import StabkitError
 from stabkit.tracing import Flow
@@ -142,7 +142,7 @@ def _finding(
 
 def _in_float32(call: ForwardPass, loss: Any, rates: Sequence[float]) -> float | None:
     """What Adam leaves of the loss with weights and inputs in float32; None where the model does not stand that."""
-    if call.model is not call.module or sum(p.numel() for p in call.module.parameters()) > LARGEST:
+    if call.model is not call.module or not is_small(call.module, LARGEST):
         return None
 
     def single(tensor: Tensor) -> Tensor:

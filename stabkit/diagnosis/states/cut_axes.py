@@ -18,19 +18,18 @@ from torch.overrides import TorchFunctionMode
 
 from stabkit.diagnosis.blocks.weights import step_of
 from stabkit.diagnosis.finding import Finding, serious
+from stabkit.diagnosis.remedies.applying import is_small
 from stabkit.diagnosis.remedies.held_out import Learnt, learnt
 from stabkit.diagnosis.states.sample_meetings import differing
 from stabkit.diagnosis.states.samples_apart import sample_count
 from stabkit.errors import StabkitError
 from stabkit.tracing import Flow
-from stabkit.tracing.recording.containers import named_tensors
 from stabkit.tracing.recording.evaluation import evaluated
 from stabkit.tracing.recording.forward_pass import ForwardPass
 from stabkit.tracing.recording.training_pass import Observer, TrainingPass, calling_line, training_pass
 
 _RESHAPES = frozenset({"view", "reshape"})
-_STEPS = 60  # of every trial, and a third of that for models of more parameters than these
-_SMALL = 100_000
+_STEPS = 60  # of every trial, and a third of that for large models
 _MOST_LINES = 3  # that are tried each by itself
 _MOST_AXES = 5  # of what is reshaped, but for axes that stay
 _REFERENCE = "Karpathy, A recipe for training neural networks, 2019: view in place of transpose mixes what is apart"
@@ -218,7 +217,7 @@ def cut_axes_findings(
     lines = tuple(dict.fromkeys(cut.line for cut in cuts))
     if not lines:
         return []
-    steps = _STEPS if sum(p.numel() for p in call.module.parameters()) <= _SMALL else _STEPS // 3
+    steps = _STEPS if is_small(call.module) else _STEPS // 3
     plain = learnt(call, loss, steps)
     if plain is None:
         return []
@@ -248,7 +247,7 @@ def _seen_less(call: ForwardPass, count: int, lines: Sequence[str]) -> str:
 
 def _positions_moved(call: ForwardPass, mode: Any) -> frozenset[tuple[int, int]]:
     """Pairs of a position whose input is exchanged among the samples, and a position whose output changes with it."""
-    first = next((t for _, t in named_tensors([list(call.inputs), call.kwargs]) if t.dim() > 1), None)
+    first = next((t for _, t in call.given if t.dim() > 1), None)
     if first is None or first.shape[1] < 2:
         return frozenset()
     length, moved = first.shape[1], set[tuple[int, int]]()

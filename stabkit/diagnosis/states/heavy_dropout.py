@@ -16,20 +16,19 @@ from stabkit.diagnosis.blocks.weights import step_of
 from stabkit.diagnosis.finding import Action, Finding, serious
 from stabkit.diagnosis.losses.regressions import regressions
 from stabkit.diagnosis.remedies import computed as remedies
+from stabkit.diagnosis.remedies.applying import is_small
 from stabkit.diagnosis.remedies.held_out import Dropping, learnt
 from stabkit.errors import StabkitError
 from stabkit.tracing import Flow
 from stabkit.tracing.derivatives.lost_gradient import listed
 from stabkit.tracing.graph.values import operation
-from stabkit.tracing.recording.containers import named_tensors
 from stabkit.tracing.recording.forward_pass import ForwardPass
 from stabkit.tracing.recording.training_pass import Observer, TrainingPass, calling_line, nodes_above, training_pass
 
 _HIDDEN = 0.75  # of hidden units: half of them is the usual share, and most that is recommended
 _GIVEN = 0.4  # of what a model is given: a fifth is the usual share
 _LESS = (0.5, 0.2)  # the usual shares, which are tried in turn
-_STEPS = 100  # of every trial, and a fifth of that for models of more parameters than these
-_SMALL = 100_000
+_STEPS = 100  # of every trial, and a fifth of that for large models
 _LEARNT = 0.7  # of the loss of its samples: a model that learns as much by heart is not held back
 _FALL = 0.2  # of that loss: what dropping less must bring
 _TIMES = 1.5  # and how many times as much must be learnt with it
@@ -86,7 +85,7 @@ def heavy_dropout_findings(
         return []
     if not shares.heavy or _is_denoised(call, done):
         return []
-    steps = _STEPS if sum(p.numel() for p in call.module.parameters()) <= _SMALL else _STEPS // 5
+    steps = _STEPS if is_small(call.module) else _STEPS // 5
     plain = learnt(call, loss, steps)
     if plain is None or plain.by_heart > _LEARNT:
         return []
@@ -103,7 +102,7 @@ def heavy_dropout_findings(
 
 def _is_denoised(call: ForwardPass, done: TrainingPass) -> bool:
     """Whether a model is asked for what it is given, of which much is dropped on purpose."""
-    given = [t for _, t in named_tensors([list(call.inputs), call.kwargs])]
+    given = [t for _, t in call.given]
     targets = [found.targets for found in regressions(done)]
     return any(t.shape == target.shape and torch.equal(t.to(target), target) for t in given for target in targets)
 

@@ -67,7 +67,7 @@ def mixed_batch_findings(flow: Flow) -> list[Finding]:
 
 def sample_count(call: ForwardPass) -> int:
     """The length of the first axis of all inputs; 0 where they do not agree, as those of a graph do not."""
-    given = [t for _, t in named_tensors([list(call.inputs), call.kwargs]) if t.dim() > 0]
+    given = [t for _, t in call.given if t.dim() > 0]
     if not given or any(t.layout != torch.strided for t in given):
         return 0
     count = len(given[0])
