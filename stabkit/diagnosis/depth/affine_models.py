@@ -23,7 +23,7 @@ from stabkit.diagnosis.losses.ranges import behind_moves
 from stabkit.diagnosis.remedies import computed as remedies
 from stabkit.diagnosis.remedies.applying import carried_out, is_small
 from stabkit.diagnosis.remedies.usual_training import RATES, adam, learns_only_treated, left_after, sgd
-from stabkit.tracing import Flow
+from stabkit.diagnosis.training_run import TrainingRun
 from stabkit.tracing.derivatives.lost_gradient import listed
 from stabkit.tracing.graph.values import operation
 from stabkit.tracing.recording.containers import named_tensors
@@ -45,29 +45,29 @@ _STEPS = 100  # of a trial, and a fifth of that for large models: activations ha
 _REFERENCE = "Goodfellow, Bengio and Courville, Deep learning, 2016, section 6.1, learning XOR"
 
 
-def affine_findings(flow: Flow, loss: Any, call: ForwardPass, done: TrainingPass) -> list[Finding]:
+def affine_findings(run: TrainingRun) -> list[Finding]:
     """A finding where the whole model is affine in its input and has several trained matrices in a row."""
-    outputs = [t for _, t in named_tensors(done.output) if t.is_floating_point() and t.requires_grad]
+    outputs = [t for _, t in named_tensors(run.done.output) if t.is_floating_point() and t.requires_grad]
     if len(outputs) != 1 or outputs[0].grad_fn is None:
         return []
     last, bare = _last_product(outputs[0].grad_fn)
-    chain = _chain(last, done) if last is not None else ()
-    end = "" if bare else path_of(done, last)
-    if len(chain) < 2 or not (bare or end) or not _is_affine(call, end):
+    chain = _chain(last, run.done) if last is not None else ()
+    end = "" if bare else path_of(run.done, last)
+    if len(chain) < 2 or not (bare or end) or not _is_affine(run.call, end):
         return []
     evidence = (
         f"the model is one affine map of its input{f' up to {end}' if end else ''}: {len(chain)} trained matrices "
         f"follow each other without an activation between ({listed(chain)}), which together can do no more than one; "
         "f(a x + (1 - a) y) = a f(x) + (1 - a) f(y) to rounding, wherever that was tried"
     )
-    actions = _actions(call, chain)
-    severity, tried = _trial(call, loss, done, chain, actions)
+    actions = _actions(run.call, chain)
+    severity, tried = _trial(run, chain, actions)
     first = chain[0].rpartition(".")[0]
     return [
         Finding(
             kind="affine",
             severity=severity,
-            steps=(step_of(flow, first),),
+            steps=(step_of(run.flow, first),),
             module_path=first,
             confidence=1.0,
             evidence=evidence + tried,
@@ -200,20 +200,21 @@ class _Activated(TorchFunctionMode):
         return torch.relu(result) if names else result
 
 
-def _trial(
-    call: ForwardPass, loss: Any, done: TrainingPass, chain: Sequence[str], actions: Sequence[Action]
-) -> tuple[str, str]:
+def _trial(run: TrainingRun, chain: Sequence[str], actions: Sequence[Action]) -> tuple[str, str]:
     """How bad it is, and what a short training says, as it is and with a ReLU behind each hidden matrix."""
-    assert done.loss is not None
-    first = float(done.loss.detach())
-    treated = call if actions else _activated(call, chain)
+    assert run.done.loss is not None
+    first = float(run.done.loss.detach())
+    treated = run.call if actions else _activated(run.call, chain)
     if treated is None or not first > 0:
         return "info", ""
-    steps = _STEPS if is_small(call.module) else _STEPS // 5
+    steps = _STEPS if is_small(run.call.module) else _STEPS // 5
     updates = [by(rate) for rate in RATES for by in (adam, sgd)]
-    with carried_out(call.module, actions):
-        begun = training_pass(treated, loss, differentiate=False).loss
-    plain, left = left_after(call, loss, updates, steps=steps), left_after(treated, loss, updates, actions, steps=steps)
+    with carried_out(run.call.module, actions):
+        begun = training_pass(treated, run.loss, differentiate=False).loss
+    plain, left = (
+        left_after(run.call, run.loss, updates, steps=steps),
+        left_after(treated, run.loss, updates, actions, steps=steps),
+    )
     if plain is None or left is None or begun is None:
         return "info", ""
     ends = plain * first, left * float(begun.detach())

@@ -25,11 +25,12 @@ from stabkit.diagnosis.losses.terms import Evaluated, Term, evaluated, is_linear
 from stabkit.diagnosis.remedies import computed as remedies
 from stabkit.diagnosis.remedies.applying import LARGEST, carried_out, is_small
 from stabkit.diagnosis.remedies.usual_training import Update, adam, moved_by, sgd
+from stabkit.diagnosis.training_run import TrainingRun
 from stabkit.errors import StabkitError
 from stabkit.tracing import Flow
 from stabkit.tracing.graph.values import value_of
 from stabkit.tracing.recording.forward_pass import ForwardPass
-from stabkit.tracing.recording.training_pass import TrainingPass, nodes_above
+from stabkit.tracing.recording.training_pass import nodes_above
 from stabkit.tracing.recording.untouched_model import seeded, unchanged
 
 #: steps of Adam from its default rate up to 6, where no minimum is left; what has none falls the faster
@@ -54,32 +55,27 @@ _KENDALL = "Kendall, Gal and Cipolla, Multi-task learning using uncertainty to w
 _REFERENCE = "Goodfellow, Bengio and Courville, Deep learning, 2016, section 6.2"
 
 
-def without_end_findings(
-    flow: Flow, loss: Any, call: ForwardPass, done: TrainingPass, others: Sequence[Finding]
-) -> list[Finding]:
+def without_end_findings(run: TrainingRun, others: Sequence[Finding]) -> list[Finding]:
     """A finding where a loss has no lower end, or where the weights of its terms take it to zero by themselves.
 
-    Args:
-        flow: the traced pass.
-        loss: a callable on the output that returns a scalar.
-        call: the pass as training makes it.
-        done: its loss, on the graph.
-        others: what else was found: a loss that is known to be wrong is said once.
+    A loss that is known to be wrong is said once.
     """
-    if done.loss is None or any(finding.kind == "loss" and serious(finding) for finding in others):
+    if run.done.loss is None or any(finding.kind == "loss" and serious(finding) for finding in others):
         return []
-    if not is_small(call.module, LARGEST):
+    if not is_small(run.call.module, LARGEST):
         return []
-    own = {id(p) for p in done.parameters.values()}
+    own = {id(p) for p in run.done.parameters.values()}
     try:
-        if poles := pole_findings(flow, loss, done):
+        if poles := pole_findings(run):
             return poles
-        bounded = signs_of(done.loss.grad_fn).below
-        if (bounded and not _has_free_factor(done.loss)) or is_linear_in(done.loss, done.output):
+        bounded = signs_of(run.done.loss.grad_fn).below
+        if (bounded and not _has_free_factor(run.done.loss)) or is_linear_in(run.done.loss, run.done.output):
             return []
-        if through_another_net(done.loss, own):
+        if through_another_net(run.done.loss, own):
             return []
-        return _of_free_weights(flow, loss, call) or ([] if bounded else _falling(flow, loss, call))
+        return _of_free_weights(run.flow, run.loss, run.call) or (
+            [] if bounded else _falling(run.flow, run.loss, run.call)
+        )
     except (StabkitError, RuntimeError, ValueError):
         return []
 
