@@ -17,8 +17,7 @@ from torch.autograd.graph import Node
 from torch.nn.modules.conv import _ConvNd
 from torch.overrides import TorchFunctionMode
 
-from stabkit.diagnosis.blocks.weights import step_of
-from stabkit.diagnosis.finding import Action, Finding
+from stabkit.diagnosis.finding import Action, Finding, of_module
 from stabkit.diagnosis.losses.ranges import behind_moves
 from stabkit.diagnosis.remedies import computed as remedies
 from stabkit.diagnosis.remedies.applying import carried_out, is_small
@@ -64,12 +63,11 @@ def affine_findings(run: TrainingRun) -> list[Finding]:
     severity, tried = _trial(run, chain, actions)
     first = chain[0].rpartition(".")[0]
     return [
-        Finding(
-            kind="affine",
-            severity=severity,
-            steps=(step_of(run.flow, first),),
-            module_path=first,
-            confidence=1.0,
+        of_module(
+            run.flow,
+            "affine",
+            severity,
+            first,
             evidence=evidence + tried,
             remedy=f"an activation, such as the ReLU that was tried, behind each of {listed(chain[:-1])}"
             if severity == "warning"

@@ -20,8 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from stabkit.diagnosis.blocks.weights import step_of
-from stabkit.diagnosis.finding import Finding
+from stabkit.diagnosis.finding import Finding, of_module
 from stabkit.diagnosis.measurement import Measurement
 from stabkit.diagnosis.remedies import computed as remedies
 from stabkit.diagnosis.remedies.applying import carried_out
@@ -175,12 +174,11 @@ def _finding(flow: Flow, path: str, seen: Iterates) -> Finding:
     count, last, stretch = len(seen.residuals), seen.residuals[-1], seen.stretch
     grows = f", and a call multiplies the change of the one before by {stretch:.2f}" if math.isfinite(stretch) else ""
     remedy, tried = _tried(flow, path, seen)
-    return Finding(
-        kind="no_fixed_point",
-        severity="warning",
-        steps=(step_of(flow, path),),
-        module_path=path,
-        confidence=1.0,
+    return of_module(
+        flow,
+        "no_fixed_point",
+        "warning",
+        path,
         evidence=f"{path} ({type(flow.model.get_submodule(path)).__name__}) is iterated without gradient, and no fixed "
         f"point is reached: the relative residual |f(z) - z| / |f(z)| is {last:.2g} after {count} calls{grows}; the "
         f"gradient of a fixed point is not that of this state{tried}",

@@ -14,8 +14,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from stabkit.diagnosis.blocks.weights import step_of
-from stabkit.diagnosis.finding import Finding
+from stabkit.diagnosis.finding import Finding, of_module
 from stabkit.diagnosis.inputs.padding import padding_of
 from stabkit.diagnosis.remedies.short_training import compared, short_training, worse
 from stabkit.tracing import Flow
@@ -237,14 +236,4 @@ def _turned(mask: Tensor) -> Tensor:
 
 
 def _finding(flow: Flow, first: Seen, severity: str, evidence: str, remedy: str, numbers: dict[str, float]) -> Finding:
-    return Finding(
-        kind="mask",
-        severity=severity,
-        steps=(step_of(flow, first.path),),
-        module_path=first.path,
-        confidence=1.0,
-        evidence=evidence,
-        remedy=remedy,
-        reference=_REFERENCE,
-        numbers=numbers,
-    )
+    return of_module(flow, "mask", severity, first.path, evidence, remedy, _REFERENCE, numbers)

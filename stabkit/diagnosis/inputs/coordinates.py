@@ -12,8 +12,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from stabkit.diagnosis.blocks.weights import step_of
-from stabkit.diagnosis.finding import Finding
+from stabkit.diagnosis.finding import Finding, of_module
 from stabkit.diagnosis.losses.regressions import regressions
 from stabkit.diagnosis.remedies import computed as remedies
 from stabkit.diagnosis.remedies.held_out import learnt
@@ -62,12 +61,11 @@ def coordinate_findings(run: TrainingRun) -> list[Finding]:
         f"cosines of the coordinates, of frequencies of {frequency / spread:.3g} radians a unit, beside them"
     )
     return [
-        Finding(
-            kind="spectral_bias",
-            severity="warning",
-            steps=(step_of(run.flow, first),),
-            module_path=first,
-            confidence=1.0,
+        of_module(
+            run.flow,
+            "spectral_bias",
+            "warning",
+            first,
             evidence=evidence,
             remedy=f"give {first} Fourier features of the coordinates (sin and cos of B x, B normal of standard "
             f"deviation {frequency / spread:.3g}), or take sines for activations, as SIREN does",

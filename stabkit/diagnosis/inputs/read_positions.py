@@ -17,8 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from stabkit.diagnosis.blocks.weights import step_of
-from stabkit.diagnosis.finding import Finding
+from stabkit.diagnosis.finding import Finding, of_module
 from stabkit.diagnosis.remedies.applying import is_small
 from stabkit.diagnosis.remedies.held_out import learnt
 from stabkit.diagnosis.remedies.moved_weights import moved_weights
@@ -360,12 +359,11 @@ def _judged(
                 f"; of samples that are held out {max(ones.other, 0.0):.0%} of the loss is learnt as it is, "
                 f"{others.other:.0%} so"
             )
-    return Finding(
-        kind="no_influence",
-        severity="warning" if better else "info",
-        steps=(step_of(run.flow, read.halves or read.path),),
-        module_path=read.halves or read.path,
-        confidence=1.0,
+    return of_module(
+        run.flow,
+        "no_influence",
+        "warning" if better else "info",
+        read.halves or read.path,
         evidence=evidence,
         remedy=remedy if better else f"none is needed where the others are of no matter; otherwise {remedy}",
         reference=_REFERENCE,

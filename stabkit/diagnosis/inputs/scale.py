@@ -7,8 +7,7 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from stabkit.diagnosis.blocks.weights import step_of
-from stabkit.diagnosis.finding import Finding, serious
+from stabkit.diagnosis.finding import Finding, of_module, serious
 from stabkit.diagnosis.inputs.derivatives import differentiates
 from stabkit.diagnosis.inputs.features import Features, changed, features_of
 from stabkit.diagnosis.inputs.first_matrices import rows_given
@@ -117,12 +116,11 @@ def with_small_inputs(flow: Flow, found: Diagnosis, settings: Settings) -> Diagn
     size, largest = max(sizes.values()), max(float(given.abs().max()) for given in rows.values())
     twice = 0.5 < largest * _PIXELS <= 1.01
     where = "in front of these layers" if differentiates(call, loss) else "where the data are read, or there"
-    cause = Finding(
-        kind="input_scale",
-        severity="warning",
-        steps=(step_of(flow, next(iter(sizes))),),
-        module_path=next(iter(sizes)),
-        confidence=1.0,
+    cause = of_module(
+        flow,
+        "input_scale",
+        "warning",
+        next(iter(sizes)),
         evidence=f"what {listed(tuple(sizes))} is given has the size {size:.2g} and not 1"
         + (f", at most {largest:.3g}, as pixels have that were divided by 255 twice" if twice else "")
         + f": beside the biases it is next to nothing; {_STEPS} steps of Adam leave {plain:.0%} of the loss as it is, "

@@ -13,8 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stabkit.diagnosis.blocks.weights import step_of
-from stabkit.diagnosis.finding import Finding
+from stabkit.diagnosis.finding import Finding, of_module
 from stabkit.diagnosis.losses.regressions import Regression, regressions
 from stabkit.diagnosis.remedies.moved_weights import moved_weights
 from stabkit.diagnosis.remedies.short_training import falls, short_training
@@ -110,7 +109,8 @@ def _of_input(
         + (", whose results are not used" if into else "")
     )
     remedy = f"use what is made of {path!r}: add it to a state, or concatenate it; or leave it out, with its parameters"
-    return [_finding(run.flow, "warning", holders[0].rpartition(".")[0], evidence, remedy, _REFERENCE, {})]
+    home = holders[0].rpartition(".")[0]
+    return [of_module(run.flow, "no_influence", "warning", home, evidence, remedy, _REFERENCE)]
 
 
 def _is_mask(tensor: Tensor) -> bool:
@@ -137,17 +137,8 @@ def _of_features(run: TrainingRun, path: str, tensor: Tensor) -> list[Finding]:
         f"nothing that the model returns ({_ranges(numbers)})"
     )
     remedy = "none is needed where the model takes the others on purpose"
-    return [
-        _finding(
-            run.flow,
-            "info",
-            run.flow.steps[0].module_path,
-            evidence,
-            remedy,
-            _REFERENCE,
-            {"unused": float(len(numbers))},
-        )
-    ]
+    first, told = run.flow.steps[0].module_path, {"unused": float(len(numbers))}
+    return [of_module(run.flow, "no_influence", "info", first, evidence, remedy, _REFERENCE, told)]
 
 
 def _ranges(numbers: Sequence[int]) -> str:
@@ -201,7 +192,7 @@ def _of_reconstruction(run: TrainingRun, path: str, tensor: Tensor) -> list[Find
     )
     numbers = {"by_input": told, "by_noise": noise}
     severity = "warning" if told == 0 or (_is_prior(run.done, index) and _stands(run.flow, run.loss)) else "info"
-    return [_finding(run.flow, severity, "", evidence, remedy, _BOWMAN, numbers)]
+    return [of_module(run.flow, "no_influence", severity, "", evidence, remedy, _BOWMAN, numbers)]
 
 
 def _is_ignored(call: ForwardPass, index: int, tensor: Tensor) -> bool:
@@ -251,19 +242,3 @@ def _is(tensor: Tensor, output: Tensor) -> bool:
 
 def _variance(one: Tensor, other: Tensor) -> float:
     return float((one - other).square().mean()) / 2 if one.shape == other.shape else 0.0
-
-
-def _finding(
-    flow: Flow, severity: str, path: str, evidence: str, remedy: str, reference: str, numbers: dict[str, float]
-) -> Finding:
-    return Finding(
-        kind="no_influence",
-        severity=severity,
-        steps=(step_of(flow, path),),
-        module_path=path,
-        confidence=1.0,
-        evidence=evidence,
-        remedy=remedy,
-        reference=reference,
-        numbers=numbers,
-    )

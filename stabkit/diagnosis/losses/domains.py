@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from stabkit.diagnosis.finding import Finding
+from stabkit.diagnosis.finding import LOSS, Finding, of_last_step
 from stabkit.diagnosis.remedies.short_training import falls, short_training, trained_on_either
 from stabkit.diagnosis.training_run import TrainingRun
 from stabkit.tracing import Flow
@@ -27,7 +27,6 @@ from stabkit.tracing.recording.untouched_model import seeded, unchanged_randomne
 NORMALISED = 0.05  # by how much probabilities may miss a sum of 1: float16 loses that in a thousand classes
 _EXACTLY = 1e-3  # the same where values alone, and no operation, say that they are probabilities
 _FEW = 0.05  # share of entries or rows that may be odd: padding, ignored or masked samples
-_LOSS = "loss"
 _REFERENCE = "PyTorch documentation, torch.nn.functional, loss functions"
 
 Given = Mapping[str, Any]
@@ -353,16 +352,8 @@ def loss_domain_findings(run: TrainingRun) -> list[Finding]:
     elif value < 0:
         evidence += f"; the loss is {value:.3g}"
     return [
-        Finding(
-            kind="loss",
-            severity=wrong.severity,
-            steps=(len(run.flow.steps) - 1,),
-            module_path=_LOSS,
-            confidence=1.0,
-            evidence=evidence,
-            remedy=wrong.remedy,
-            reference=_REFERENCE,
-            numbers={"loss": value, "meant": meant},
+        of_last_step(
+            run.flow, "loss", wrong.severity, LOSS, evidence, wrong.remedy, _REFERENCE, {"loss": value, "meant": meant}
         )
     ]
 

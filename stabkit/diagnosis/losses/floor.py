@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from stabkit.diagnosis.finding import Action, Finding, serious
+from stabkit.diagnosis.finding import LOSS, Action, Finding, of_last_step, serious
 from stabkit.diagnosis.losses.binary_cross_entropies import BinaryCrossEntropy, binary_cross_entropies
 from stabkit.diagnosis.losses.loud_logits import CrossEntropy, cross_entropies
 from stabkit.diagnosis.losses.ranges import Range, range_of
@@ -99,7 +99,7 @@ def _narrow(run: TrainingRun, found: CrossEntropy, held: Range, floor: float) ->
         severity = "info"  # a temperature that was chosen: contrastive losses are trained far above zero
         remedy = "none is needed where the temperature is meant; a smaller one lets the loss fall further"
     numbers = {"floor": floor, "chance": found.chance, "low": held.low, "high": held.high}
-    return _finding(run.flow, severity, path, evidence, remedy, _COSINES, numbers, actions)
+    return of_last_step(run.flow, "loss", severity, path or LOSS, evidence, remedy, _COSINES, numbers, actions)
 
 
 def _factor(found: CrossEntropy, held: Range) -> float:
@@ -127,7 +127,7 @@ def _out_of_reach(run: TrainingRun, held: Range, targets: Tensor) -> list[Findin
     evidence += trained
     remedy = f"take the {held.words} at the end away, or bring the targets into its range"
     numbers = {"outside": share, "missed": missed, "spread": spread}
-    return [_finding(run.flow, "warning", path, evidence, remedy, _OUTPUTS, numbers, actions)]
+    return [of_last_step(run.flow, "loss", "warning", path or LOSS, evidence, remedy, _OUTPUTS, numbers, actions)]
 
 
 def _one_sided(run: TrainingRun, binary: BinaryCrossEntropy, held: Range) -> Finding:
@@ -140,7 +140,8 @@ def _one_sided(run: TrainingRun, binary: BinaryCrossEntropy, held: Range) -> Fin
     actions, trained = _without(run.flow, run.loss, path, held.words)
     remedy = f"take the {held.words} before the loss away: logits go from minus to plus infinity"
     numbers = {"floor": floor, "chance": binary.chance, "low": held.low, "high": held.high}
-    return _finding(run.flow, "warning", path, evidence + trained, remedy, _OUTPUTS, numbers, actions)
+    evidence += trained
+    return of_last_step(run.flow, "loss", "warning", path or LOSS, evidence, remedy, _OUTPUTS, numbers, actions)
 
 
 def _no_sign(run: TrainingRun, found: CrossEntropy, held: Range) -> list[Finding]:
@@ -154,7 +155,8 @@ def _no_sign(run: TrainingRun, found: CrossEntropy, held: Range) -> list[Finding
         f"it cuts off gets no gradient{trained}"
     )
     remedy = f"take the {held.words} before the loss away: logits go from minus to plus infinity"
-    return [_finding(run.flow, "warning", path, evidence, remedy, _OUTPUTS, {"chance": found.chance}, actions)]
+    numbers = {"chance": found.chance}
+    return [of_last_step(run.flow, "loss", "warning", path or LOSS, evidence, remedy, _OUTPUTS, numbers, actions)]
 
 
 def _without(flow: Flow, loss: Any, path: str, words: str) -> tuple[tuple[Action, ...], str]:
@@ -165,27 +167,3 @@ def _without(flow: Flow, loss: Any, path: str, words: str) -> tuple[tuple[Action
     actions: tuple[Action, ...] = ({"action": "activate", "module": path, "by": "Identity"},)
     plain, treated = short_training(flow, loss), short_training(flow, loss, actions)
     return actions, compared(plain, treated, f"without the {words}")  # no verdict: so few steps do not reach a floor
-
-
-def _finding(
-    flow: Flow,
-    severity: str,
-    path: str,
-    evidence: str,
-    remedy: str,
-    reference: str,
-    numbers: dict[str, float],
-    actions: tuple[Action, ...],
-) -> Finding:
-    return Finding(
-        kind="loss",
-        severity=severity,
-        steps=(len(flow.steps) - 1,),
-        module_path=path or "loss",
-        confidence=1.0,
-        evidence=evidence,
-        remedy=remedy,
-        reference=reference,
-        numbers=numbers,
-        actions=actions,
-    )

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import Node
 
-from stabkit.diagnosis.finding import Action, Finding
+from stabkit.diagnosis.finding import LOSS, Action, Finding, of_last_step
 from stabkit.diagnosis.losses.binary_cross_entropies import binary_cross_entropy
 from stabkit.diagnosis.losses.loud_logits import cross_entropies
 from stabkit.diagnosis.losses.ranges import behind_moves
@@ -72,12 +72,11 @@ def last_dropout_findings(run: TrainingRun) -> list[Finding]:
         plain, treated = short_training(run.flow, run.loss), short_training(run.flow, run.loss, actions)
         evidence += compared(plain, treated, "without it")  # no verdict: a floor lies below what so few steps reach
     return [
-        Finding(
-            kind="loss",
-            severity="warning" if found.floor > _FLOOR * found.scale else "info",
-            steps=(len(run.flow.steps) - 1,),
-            module_path=path or "loss",
-            confidence=1.0,
+        of_last_step(
+            run.flow,
+            "loss",
+            "warning" if found.floor > _FLOOR * found.scale else "info",
+            path or LOSS,
             evidence=evidence,
             remedy="take the dropout at the end away, or put it before the last layer",
             reference=_REFERENCE,

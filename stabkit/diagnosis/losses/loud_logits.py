@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor
 from torch.autograd.graph import Node
 
-from stabkit.diagnosis.finding import Finding, serious
+from stabkit.diagnosis.finding import LOSS, Finding, of_last_step, serious
 from stabkit.diagnosis.inputs.features import changed, features_of
 from stabkit.diagnosis.inputs.sizes import Sizes, large_inputs
 from stabkit.diagnosis.losses.ranges import behind_moves
@@ -102,12 +102,11 @@ def _finding(run: TrainingRun, found: CrossEntropy, explained: bool) -> Finding:
         f"{found.chance:.3g}: the logits{f' of {path}' if path else ''} have the size {found.size:.3g} and are wrong, "
         "so that training begins by unlearning them"
     )
-    finding = Finding(
-        kind="loss",
-        severity="info",
-        steps=(len(run.flow.steps) - 1,),
-        module_path=path or "loss",
-        confidence=1.0,
+    finding = of_last_step(
+        run.flow,
+        "loss",
+        "info",
+        path or LOSS,
         evidence=evidence,
         remedy="none is needed where the loss holds a margin or a scale against them on purpose",
         reference=_REFERENCE,

@@ -15,8 +15,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from stabkit.diagnosis.finding import Finding
-from stabkit.diagnosis.losses.faults import LOSS
+from stabkit.diagnosis.finding import LOSS, Finding, of_last_step
 from stabkit.diagnosis.remedies.short_training import trained_on_either
 from stabkit.diagnosis.training_run import TrainingRun
 from stabkit.tracing import Flow
@@ -126,12 +125,11 @@ def mixed_sample_findings(run: TrainingRun) -> list[Finding]:
     evidence += f"; with both of one shape the loss is {aligned:.3g}" + _trained(run.flow, run.loss)
     wider = one if one.dim() > other.dim() else other
     return [
-        Finding(
-            kind="loss",
-            severity="warning" if blind else "info",
-            steps=(len(run.flow.steps) - 1,),
-            module_path=LOSS,
-            confidence=1.0,
+        of_last_step(
+            run.flow,
+            "loss",
+            "warning" if blind else "info",
+            LOSS,
             evidence=evidence,
             remedy=f"give both the same shape: squeeze the dimension of 1 of {_shape(wider)}, or unsqueeze the other",
             reference=_REFERENCE,

@@ -14,8 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import Node
 
-from stabkit.diagnosis.finding import Action, Finding
-from stabkit.diagnosis.losses.faults import LOSS
+from stabkit.diagnosis.finding import LOSS, Action, Finding, of_last_step
 from stabkit.diagnosis.losses.ranges import range_of
 from stabkit.diagnosis.losses.signs import signs_of
 from stabkit.diagnosis.remedies.short_training import compared, short_training
@@ -54,12 +53,11 @@ def pole_findings(run: TrainingRun) -> list[Finding]:
         plain, treated = short_training(run.flow, run.loss), short_training(run.flow, run.loss, actions)
         evidence += compared(plain, treated, "with a sigmoid before it", "it")
     return [
-        Finding(
-            kind="loss",
-            severity="warning",
-            steps=(len(run.flow.steps) - 1,),
-            module_path=LOSS,
-            confidence=1.0,
+        of_last_step(
+            run.flow,
+            "loss",
+            "warning",
+            LOSS,
             evidence=evidence,
             remedy="give it probabilities: sigmoid of the logits, or softmax over classes, before this loss",
             reference=_DICE,

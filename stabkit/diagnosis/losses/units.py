@@ -13,14 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stabkit.diagnosis.finding import Finding
-from stabkit.diagnosis.losses.faults import LOSS
+from stabkit.diagnosis.finding import LOSS, Finding, of_last_step
 from stabkit.diagnosis.losses.loud_logits import cross_entropies
 from stabkit.diagnosis.losses.regressions import Regression, regressions
 from stabkit.diagnosis.remedies.short_training import STEPS
 from stabkit.diagnosis.remedies.usual_training import EPSILON, RATES, adam, left_after, sgd
 from stabkit.diagnosis.training_run import TrainingRun
-from stabkit.tracing import Flow
 from stabkit.tracing.recording.containers import map_tensors, named_tensors
 from stabkit.tracing.recording.training_pass import TrainingPass
 
@@ -83,7 +81,7 @@ def _far_targets(run: TrainingRun, found: Sequence[Regression]) -> list[Finding]
         # where plain gradient descent learns, there is an optimizer that these units suit
         severity = "warning" if stands and (diverges or constant) else "info"
         numbers = {"residual": residual, "output": size, "mean": mean, "spread": spread}
-        return [_finding(run.flow, severity, evidence, remedy, _LECUN, numbers)]
+        return [of_last_step(run.flow, "loss", severity, LOSS, evidence, remedy, _LECUN, numbers)]
     return []
 
 
@@ -145,7 +143,7 @@ def _below_eps(run: TrainingRun, found: Sequence[Regression]) -> list[Finding]:
         remedy += f", or divide outputs and targets by {spread:.2g}, their size, before they meet"
     remedy += f"; or give Adam an eps far below {largest:.2g}"
     numbers = {"gradient": largest, "epsilon": EPSILON, "plain": plain, "scaled": scaled}
-    return [_finding(run.flow, "warning" if limited else "info", evidence, remedy, _KINGMA, numbers)]
+    return [of_last_step(run.flow, "loss", "warning" if limited else "info", LOSS, evidence, remedy, _KINGMA, numbers)]
 
 
 def _decade(number: float) -> str:
@@ -161,19 +159,3 @@ def _unlearnt(done: TrainingPass, found: Sequence[Regression]) -> bool:
             return True
     assert done.loss is not None
     return any(each.value > _UNLEARNT * each.chance for each in cross_entropies(done.loss))
-
-
-def _finding(
-    flow: Flow, severity: str, evidence: str, remedy: str, reference: str, numbers: dict[str, float]
-) -> Finding:
-    return Finding(
-        kind="loss",
-        severity=severity,
-        steps=(len(flow.steps) - 1,),
-        module_path=LOSS,
-        confidence=1.0,
-        evidence=evidence,
-        remedy=remedy,
-        reference=reference,
-        numbers=numbers,
-    )

@@ -17,8 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from stabkit.diagnosis.finding import Finding, serious
-from stabkit.diagnosis.losses.faults import LOSS
+from stabkit.diagnosis.finding import LOSS, Finding, of_last_step, serious
 from stabkit.diagnosis.losses.poles import pole_findings
 from stabkit.diagnosis.losses.signs import signs_of
 from stabkit.diagnosis.losses.terms import Evaluated, Term, evaluated, is_linear_in, through_another_net
@@ -270,7 +269,7 @@ def _of_free_weights(flow: Flow, loss: Any, call: ForwardPass) -> list[Finding]:
     )
     numbers = {"loss": fall.first, "after": fall.last}
     severity = "critical" if fall.last < 0 else "warning" if worse else "info"
-    return [_finding(flow, severity, LOSS, evidence, remedy, _KENDALL, numbers)]
+    return [of_last_step(flow, "loss", severity, LOSS, evidence, remedy, _KENDALL, numbers)]
 
 
 def _free(done: Evaluated) -> list[Tensor]:
@@ -349,7 +348,7 @@ def _falling(flow: Flow, loss: Any, call: ForwardPass) -> list[Finding]:
     )
     path = fall.before.path_of(term)
     numbers = {"loss": fall.first, "after": fall.last, "term": last}
-    return [_finding(flow, "critical", path or LOSS, evidence, remedy, _REFERENCE, numbers)]
+    return [of_last_step(flow, "loss", "critical", path or LOSS, evidence, remedy, _REFERENCE, numbers)]
 
 
 def _by_turning(call: ForwardPass, loss: Any, group: int, alone: bool) -> str:
@@ -363,19 +362,3 @@ def _by_turning(call: ForwardPass, loss: Any, group: int, alone: bool) -> str:
         return ""
     what = "its sign" if alone else "the sign of that term"
     return f"; with {what} turned the same steps take it from {fall.first:.3g} to {fall.last:.3g}"
-
-
-def _finding(
-    flow: Flow, severity: str, path: str, evidence: str, remedy: str, reference: str, numbers: dict[str, float]
-) -> Finding:
-    return Finding(
-        kind="loss",
-        severity=severity,
-        steps=(len(flow.steps) - 1,),
-        module_path=path,
-        confidence=1.0,
-        evidence=evidence,
-        remedy=remedy,
-        reference=reference,
-        numbers=numbers,
-    )

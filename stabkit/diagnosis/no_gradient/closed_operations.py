@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import Node
 
-from stabkit.diagnosis.finding import Finding
+from stabkit.diagnosis.finding import Finding, of_last_step
 from stabkit.diagnosis.no_gradient.lost_parameters import role_of
 from stabkit.diagnosis.non_finite.domains import count
 from stabkit.diagnosis.remedies.other_arguments import Arguments, Change, OtherArguments
@@ -262,12 +262,11 @@ def closed_findings(run: TrainingRun, zeros: Sequence[str]) -> tuple[list[Findin
         f"{first.text}" + (f"; the same at {listed(others)}" if others else "")
     )
     severity = "critical" if share > 1 - 1e-9 else "warning" if share >= _LARGE else "info"
-    found = Finding(
-        kind="no_gradient",
-        severity=severity,
-        steps=(len(run.flow.steps) - 1,),
-        module_path=first.path,
-        confidence=1.0,
+    found = of_last_step(
+        run.flow,
+        "no_gradient",
+        severity,
+        first.path,
         evidence=evidence + _opened(run.flow, run.loss, run.call, first, behind),
         remedy=first.remedy,
         reference="Jaderberg et al., Spatial transformer networks, 2015" if first.name == "grid_sample" else "",

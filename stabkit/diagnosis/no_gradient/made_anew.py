@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from stabkit.diagnosis.finding import Finding
+from stabkit.diagnosis.finding import Finding, of_last_step
 from stabkit.diagnosis.training_run import TrainingRun
 from stabkit.tracing.cutting.endpoints import scalar_loss
 from stabkit.tracing.derivatives.lost_gradient import listed
@@ -53,12 +53,11 @@ def made_anew_findings(run: TrainingRun) -> list[Finding]:
         )
         remedy = "call the model once before the optimizer is made, or make them in __init__"
     return [
-        Finding(
-            kind="unregistered",
-            severity="warning" if second else "info",
-            steps=(len(run.flow.steps) - 1,),
-            module_path=names[0].rpartition(".")[0] if names else "",
-            confidence=1.0,
+        of_last_step(
+            run.flow,
+            "unregistered",
+            "warning" if second else "info",
+            names[0].rpartition(".")[0] if names else "",
             evidence=evidence,
             remedy=remedy,
             reference=_REFERENCE,

@@ -14,8 +14,7 @@ from torch import Tensor
 from torch.autograd.graph import Node
 from torch.overrides import TorchFunctionMode
 
-from stabkit.diagnosis.blocks.weights import step_of
-from stabkit.diagnosis.finding import Finding, serious
+from stabkit.diagnosis.finding import Finding, of_module, serious
 from stabkit.diagnosis.no_gradient.zero_gradients import variables_round
 from stabkit.diagnosis.remedies.short_training import STEPS, short_training, worse
 from stabkit.diagnosis.training_run import TrainingRun
@@ -144,12 +143,11 @@ def _finding(run: TrainingRun, first: Any, behind: tuple[str, ...], weighed: _We
     )
     if plain is not None and treated is not None and not worse(treated, plain):
         evidence += f", and {STEPS} steps of plain SGD take the loss {treated}, as it is {plain}"
-    return Finding(
-        kind="no_gradient",
-        severity="warning" if chosen or single else "info",
-        steps=(step_of(run.flow, path),),
-        module_path=path,
-        confidence=1.0,
+    return of_module(
+        run.flow,
+        "no_gradient",
+        "warning" if chosen or single else "info",
+        path,
         evidence=evidence,
         remedy=_remedy(first, chosen, single),
         reference=_REFERENCE if chosen else "",

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from stabkit.diagnosis.finding import Finding
+from stabkit.diagnosis.finding import Finding, of_last_step
 from stabkit.diagnosis.training_run import TrainingRun
 from stabkit.tracing.derivatives.lost_gradient import listed
 from stabkit.tracing.recording.training_pass import nodes_above
@@ -70,12 +70,11 @@ def unregistered_findings(run: TrainingRun) -> list[Finding]:
         f"require grad, with {hidden / total:.0%} of the squared norm of the gradient"
     )
     return [
-        Finding(
-            kind="unregistered",
-            severity="warning",
-            steps=(len(run.flow.steps) - 1,),
-            module_path=attributes[0],
-            confidence=1.0,
+        of_last_step(
+            run.flow,
+            "unregistered",
+            "warning",
+            attributes[0],
             evidence=evidence,
             remedy="; ".join(dict.fromkeys(each.remedy for each in held.values())),
             reference=_REFERENCE,

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.graph import Node
 
-from stabkit.diagnosis.finding import Finding
+from stabkit.diagnosis.finding import Finding, of_last_step
 from stabkit.diagnosis.remedies.short_training import ShortTraining, compared, short_training, worse
 from stabkit.diagnosis.training_run import TrainingRun
 from stabkit.tracing import Flow
@@ -124,16 +124,15 @@ def _finding(
         else "derive the forward again, or leave the backward to autograd; torch.autograd.gradcheck tells when it is "
         "right"
     )
-    return Finding(
-        kind="wrong_derivative",
-        severity="warning" if harm else "info",
-        steps=(len(run.flow.steps) - 1,),
-        module_path=paths[0] if paths else "",
-        confidence=1.0,
-        evidence=evidence,
-        remedy=remedy,
-        reference=_REFERENCE,
-        numbers={"calls": float(len(nodes))},
+    return of_last_step(
+        run.flow,
+        "wrong_derivative",
+        "warning" if harm else "info",
+        paths[0] if paths else "",
+        evidence,
+        remedy,
+        _REFERENCE,
+        {"calls": float(len(nodes))},
     )
 
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import Node
 
-from stabkit.diagnosis.finding import Action, Finding, serious
+from stabkit.diagnosis.finding import Action, Finding, of_last_step, serious
 from stabkit.diagnosis.no_gradient.closed_operations import any_entry, closed_findings
 from stabkit.diagnosis.no_gradient.lost_parameters import role_of
 from stabkit.diagnosis.remedies import computed as remedies
@@ -181,12 +181,11 @@ def _of_flat(run: TrainingRun, flat: _Flat) -> Finding:
         f"exactly zero ({listed(flat.parameters)}; {_share(run.done, flat.parameters):.0%} of their numbers): the loss "
         f"is made of them through {operations} ({listed(flat.places, 5)}) alone, whose derivative is zero everywhere"
     )
-    return Finding(
-        kind="no_gradient",
-        severity="critical" if _share(run.done, flat.parameters) > 1 - 1e-9 else "warning",
-        steps=(len(run.flow.steps) - 1,),
-        module_path=flat.path,
-        confidence=1.0,
+    return of_last_step(
+        run.flow,
+        "no_gradient",
+        "critical" if _share(run.done, flat.parameters) > 1 - 1e-9 else "warning",
+        flat.path,
         evidence=evidence + compared(plain, through, "with the derivative 1 in its place"),
         remedy=f"pass the gradient straight through: x + ({flat.operations[0]}(x) - x).detach() in place of "
         f"{flat.operations[0]}(x)",
@@ -267,12 +266,11 @@ def _of_zero_factors(run: TrainingRun, stuck: tuple[str, ...]) -> list[Finding]:
         f"{listed(named)} drawn anew all of them get a gradient"
     )
     return [
-        Finding(
-            kind="no_gradient",
-            severity="info" if harmless else "critical" if _share(run.done, freed) > 1 - 1e-9 else "warning",
-            steps=(len(run.flow.steps) - 1,),
-            module_path=named[0].rpartition(".")[0],
-            confidence=1.0,
+        of_last_step(
+            run.flow,
+            "no_gradient",
+            "info" if harmless else "critical" if _share(run.done, freed) > 1 - 1e-9 else "warning",
+            named[0].rpartition(".")[0],
             evidence=evidence + compared(plain, treated, "treated"),
             remedy="none is needed: the model trains without it"
             if harmless
@@ -316,12 +314,11 @@ def zero_input_findings(run: TrainingRun, zeros: Sequence[str]) -> list[Finding]
         1, sum(p.numel() for p in run.done.parameters.values())
     )
     return [
-        Finding(
-            kind="no_gradient",
-            severity="info",
-            steps=(len(run.flow.steps) - 1,),
-            module_path=idle[0].rpartition(".")[0],
-            confidence=1.0,
+        of_last_step(
+            run.flow,
+            "no_gradient",
+            "info",
+            idle[0].rpartition(".")[0],
             evidence=f"{len(idle)} of {len(run.done.parameters)} parameters that are to be trained get a gradient of "
             f"exactly zero ({listed(idle)}; {share:.0%} of their numbers): all that they multiply are constants of "
             "zeros, as the state that a recurrence begins with",

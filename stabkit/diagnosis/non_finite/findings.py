@@ -12,8 +12,7 @@ from torch import nn
 
 from stabkit.diagnosis.blocks.weight_faults import WeightFault, weight_faults
 from stabkit.diagnosis.blocks.weights import role_of
-from stabkit.diagnosis.finding import Finding
-from stabkit.diagnosis.losses.faults import LOSS
+from stabkit.diagnosis.finding import LOSS, Finding
 from stabkit.diagnosis.measurement import Measurement, StepMeasurement
 from stabkit.diagnosis.non_finite.origin import Origin, origin_of
 from stabkit.diagnosis.non_finite.softmax_by_hand import BEGINS, stable_softmax

@@ -15,8 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stabkit.diagnosis.finding import Finding
-from stabkit.diagnosis.losses.faults import LOSS
+from stabkit.diagnosis.finding import LOSS, Finding
 from stabkit.diagnosis.remedies.short_training import ShortTraining, compared, short_training
 from stabkit.tracing import Flow
 from stabkit.tracing.cutting.endpoints import scalar_loss

@@ -16,8 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stabkit.diagnosis.finding import Finding
-from stabkit.diagnosis.losses.faults import LOSS
+from stabkit.diagnosis.finding import LOSS, Finding
 from stabkit.diagnosis.non_finite.gradient_underflow import ScaledLoss
 from stabkit.diagnosis.remedies.applying import LARGEST, copied, is_small
 from stabkit.diagnosis.remedies.short_training import STEPS

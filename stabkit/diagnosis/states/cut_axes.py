@@ -16,8 +16,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from stabkit.diagnosis.blocks.weights import step_of
-from stabkit.diagnosis.finding import Finding, serious
+from stabkit.diagnosis.finding import Finding, of_module, serious
 from stabkit.diagnosis.remedies.applying import is_small
 from stabkit.diagnosis.remedies.held_out import Learnt, learnt
 from stabkit.diagnosis.states.sample_meetings import differing
@@ -291,12 +290,11 @@ def _finding(
             f"; tried on a copy: with {how}, {steps} steps of Adam on half of the batch take "
             f"{max(treated.other, 0):.0%} of the loss of the other half away, as it is {max(plain.other, 0):.0%}"
         )
-    return Finding(
-        kind="axes",
-        severity=severity,
-        steps=(step_of(flow, first.path),),
-        module_path=first.path,
-        confidence=1.0,
+    return of_module(
+        flow,
+        "axes",
+        severity,
+        first.path,
         evidence=evidence,
         remedy=("" if severity == "warning" else "where axes are to change places: ")
         + f"{how}; a reshape moves no axis",

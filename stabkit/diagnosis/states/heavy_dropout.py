@@ -12,8 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from stabkit.diagnosis.blocks.weights import step_of
-from stabkit.diagnosis.finding import Action, Finding, serious
+from stabkit.diagnosis.finding import Action, Finding, of_module, serious
 from stabkit.diagnosis.losses.regressions import regressions
 from stabkit.diagnosis.remedies import computed as remedies
 from stabkit.diagnosis.remedies.applying import is_small
@@ -116,12 +115,11 @@ def _finding(
         f"than {less:.0%}, {steps} steps of Adam on half of the batch take {learnt_of[1]} of its loss away, read "
         f"without dropout, and {learnt_of[0]} as it is; the other half is predicted no worse"
     )
-    return Finding(
-        kind="dropout",
-        severity="warning",
-        steps=(step_of(flow, paths[0] if paths else ""),),
-        module_path=paths[0] if paths else "",
-        confidence=1.0,
+    return of_module(
+        flow,
+        "dropout",
+        "warning",
+        paths[0] if paths else "",
         evidence=evidence,
         remedy=f"drop less: p={less:g} at {where}; p is the share that is set to zero, not the one that is kept",
         reference=_REFERENCE,
