@@ -70,6 +70,7 @@ def analyze(
     budget: str | float | None = None,
     memory: str | float | None = None,
     optimizer: torch.optim.Optimizer | None = None,
+    trained: bool = False,
     plan_only: Literal[False] = False,
 ) -> Report: ...
 
@@ -95,6 +96,7 @@ def analyze(  # type: ignore[misc]  # where only the plan is wanted, the options
     budget: str | float | None = None,
     memory: str | float | None = None,
     optimizer: torch.optim.Optimizer | None = None,
+    trained: bool = False,
     plan_only: bool = False,
 ) -> Report | Plan:
     """Trace a model and report, step by step, its integrator, its spectrum and its gradient growth, with a verdict.
@@ -135,6 +137,7 @@ def analyze(  # type: ignore[misc]  # where only the plan is wanted, the options
             its coming updates are stable, by `stabkit.sharpness` and `stabkit.curvature.critical_rate`. That takes
             20 to 100 products with the Hessian of about two training steps each, which are in no plan, and where the
             rate is in doubt up to 60 updates of copies.
+        trained: whether the weights are known to have been trained; remedies of how they start are then no remedies.
         plan_only: analyse nothing but return what it would cost, a `stabkit.planning.Plan`, whose ``str`` is a table.
 
     Raises:
@@ -164,6 +167,7 @@ def analyze(  # type: ignore[misc]  # where only the plan is wanted, the options
     call = Call(inputs, dict(kwargs or {}), batch_dim)
     where = {"depth": depth, "source": source, "target": target, "seed": seed}
     settings = Settings(loss, where, spectrum, spectrum_samples, probes, thresholds or Thresholds(), seed)
+    settings = replace(settings, trained=trained)
     if optimizer is not None:
         check_optimizer(optimizer, model, loss)
         settings = replace(settings, optimizer=optimizer)
@@ -224,6 +228,7 @@ class _Analysis:
                 methods=methods,
                 spectra=shared,
                 parallel=self.parallel,
+                trained=chosen.trained,
             )
             training = None
             if chosen.optimizer is not None:

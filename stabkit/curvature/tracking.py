@@ -14,7 +14,7 @@ from stabkit.curvature.batches import Batch
 from stabkit.curvature.blocks import by_block
 from stabkit.curvature.hessian import Hessian, refuse_randomness
 from stabkit.curvature.lanczos import DRAWN, Eigenpairs, largest
-from stabkit.curvature.stability import Stability, limiting_product
+from stabkit.curvature.stability import FLOOR, Stability, limiting_product
 from stabkit.curvature.updates import Update, read_update
 from stabkit.errors import ArgumentTypeError
 from stabkit.results import Result
@@ -26,11 +26,6 @@ EVERY = 10  # so many measurements from one search that begins to the next
 _TOLERANCE = 1e-2
 _ROWS = 8
 _SECOND = 0.3  # of the start, the second vector: what is about to overtake the first is found by the first products
-# Entries of an adaptive preconditioner count as a tenth of their mean at least. One that is far smaller follows its
-# gradient within an update, so that what grows there stops at the size of an update. In the first updates of 7 healthy
-# runs of Adam and RMSprop the ratio was 1.5 to 2000 without and at most 2.3 with it, later on nearly the same; in 4
-# runs that blew up it was 6 to 5000 with it.
-_FLOOR = 0.1
 
 
 @dataclass(frozen=True)
@@ -140,7 +135,7 @@ class SharpnessTracker:
             if len(kept) > 1:
                 start.add_(kept[1], alpha=_SECOND)
         most = COLD if afresh else WARM
-        product = limiting_product(hessian, update, _FLOOR)
+        product = limiting_product(hessian, update, FLOOR)
         found = largest(product, hessian.n, 1, tol=_TOLERANCE, start=start, rows=_ROWS, max_products=most, spare=1)
         self._vectors = found.vectors
         return found

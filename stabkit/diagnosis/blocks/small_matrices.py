@@ -27,7 +27,7 @@ def with_small_matrices(flow: FlowLike, found: Diagnosis, settings: Settings) ->
         settings: how suspects are looked for.
     """
     loss = settings.loss
-    if not isinstance(flow, Flow) or not callable(loss) or any(map(serious, found.findings)):
+    if settings.trained or not isinstance(flow, Flow) or not callable(loss) or any(map(serious, found.findings)):
         return found
     if any(step.norms for step in found.measurement.steps):  # which take the size out again
         return found
