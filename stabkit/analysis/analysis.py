@@ -134,7 +134,7 @@ def analyze(  # type: ignore[misc]  # where only the plan is wanted, the options
         optimizer: of the model's parameters, with its state; with a loss, ``training`` of the report then says whether
             its coming updates are stable, by `stabkit.sharpness` and `stabkit.curvature.critical_rate`. That takes
             20 to 100 products with the Hessian of about two training steps each, which are in no plan, and where the
-            rate is in doubt up to 60 updates of copies.
+            rate is in doubt up to 80 updates of copies.
         plan_only: analyse nothing but return what it would cost, a `stabkit.planning.Plan`, whose ``str`` is a table.
 
     Raises:
