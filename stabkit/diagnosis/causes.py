@@ -18,6 +18,7 @@ from stabkit.diagnosis.inputs.feature_scales import feature_scale_findings
 from stabkit.diagnosis.inputs.scale import with_input_scale
 from stabkit.diagnosis.inputs.small import with_small_inputs
 from stabkit.diagnosis.inputs.unused import unused_input_findings
+from stabkit.diagnosis.losses.drowned_terms import drowned_term_findings
 from stabkit.diagnosis.losses.floor import loss_floor_findings
 from stabkit.diagnosis.losses.loud_logits import loud_logits_findings
 from stabkit.diagnosis.losses.mixed_samples import mixed_sample_findings
@@ -256,6 +257,7 @@ def _of_training_pass(
     found += wrong_derivative_findings(flow, loss, call, done)
     found += loud_logits_findings(flow, loss, call, done, [*others, *found])
     found += loss_floor_findings(flow, loss, call, done, [*others, *found])
+    found += drowned_term_findings(flow, loss, call, done, [*others, *found])
     found += half_weight_findings(flow, loss, call, done)
     found += passed_through_findings(flow, loss, call, done)
     # units are asked after only where nothing else is wrong: a broken network does not train in any
