@@ -23,6 +23,7 @@ from stabkit.diagnosis.losses.floor import loss_floor_findings
 from stabkit.diagnosis.losses.loud_logits import loud_logits_findings
 from stabkit.diagnosis.losses.mixed_samples import mixed_sample_findings
 from stabkit.diagnosis.losses.next_tokens import next_token_findings
+from stabkit.diagnosis.losses.unequal_classes import unequal_class_findings
 from stabkit.diagnosis.losses.units import unit_findings
 from stabkit.diagnosis.losses.without_end import without_end_findings
 from stabkit.diagnosis.no_gradient.closed_operations import closed_findings
@@ -258,6 +259,7 @@ def _of_training_pass(
     found += loud_logits_findings(flow, loss, call, done, [*others, *found])
     found += loss_floor_findings(flow, loss, call, done, [*others, *found])
     found += drowned_term_findings(flow, loss, call, done, [*others, *found])
+    found += unequal_class_findings(flow, loss, call, done, [*others, *found])
     found += half_weight_findings(flow, loss, call, done)
     found += passed_through_findings(flow, loss, call, done)
     # units are asked after only where nothing else is wrong: a broken network does not train in any

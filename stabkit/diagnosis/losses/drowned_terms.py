@@ -22,17 +22,14 @@ from stabkit.diagnosis.finding import Finding, serious
 from stabkit.diagnosis.losses.faults import LOSS
 from stabkit.diagnosis.losses.reductions import Summand, of_matrices, summands_of
 from stabkit.diagnosis.losses.terms import Evaluated, evaluated
-from stabkit.diagnosis.remedies import computed as remedies
-from stabkit.diagnosis.remedies.applying import carried_out
 from stabkit.diagnosis.remedies.short_training import LARGEST
-from stabkit.diagnosis.remedies.usual_training import RATES, adam, moved_by
+from stabkit.diagnosis.remedies.usual_training import RATES, adam, after_steps
 from stabkit.errors import StabkitError
 from stabkit.tracing import Flow
 from stabkit.tracing.graph.values import operation
 from stabkit.tracing.recording.containers import map_tensors, named_tensors
 from stabkit.tracing.recording.forward_pass import ForwardPass
 from stabkit.tracing.recording.training_pass import TrainingPass, nodes_above
-from stabkit.tracing.recording.untouched_model import seeded, unchanged
 
 _FEWEST = 4  # rows of a term, below which sum and mean are the same for all that matters
 _APART = 8.0  # entries of a row that one term averages where another sums its own, from which it is tried
@@ -166,22 +163,14 @@ def _best(
 
 def _trained(call: ForwardPass, loss: Any, factors: _Factors, rate: float) -> _Ends | None:
     """The summands of a loss after some steps of Adam, each multiplied by a factor; None where it diverges."""
-    model = call.module
-    held = [remedies.scale(path, 1.0) for path, p in model.named_parameters() if p.requires_grad]
-    with carried_out(model, held), unchanged(model) as safe, torch.enable_grad():
-        safe.copy_buffers()
-        seeded(call.seed)
-        weights = [p for p in model.parameters() if p.requires_grad and p.is_floating_point()]
-        states: list[list[Tensor]] = [[] for _ in weights]
-        for step in range(1, _STEPS + 1):
-            scalar = loss(call.model(*call.inputs, **call.kwargs))
-            if not math.isfinite(float(scalar.detach())):
-                return None
-            for summand, factor in zip(summands_of(scalar), factors, strict=True):
-                if factor != 1.0:
-                    summand.value.node.register_prehook(functools.partial(_times, factor))
-            moved_by(scalar, weights, states, adam(rate), step)
-        return _ends(call, loss)
+
+    def weighed(scalar: Tensor) -> None:
+        for summand, factor in zip(summands_of(scalar), factors, strict=True):
+            if factor != 1.0:
+                summand.value.node.register_prehook(functools.partial(_times, factor))
+
+    with after_steps(call, loss, adam(rate), _STEPS, weighed) as finite:
+        return _ends(call, loss) if finite else None
 
 
 def _ends(call: ForwardPass, loss: Any) -> _Ends:
