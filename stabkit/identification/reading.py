@@ -15,11 +15,10 @@ from stabkit.identification.form.flow_index import Surroundings
 from stabkit.identification.form.grouping import is_part_of_round, is_repeated
 from stabkit.identification.form.hidden_skip import hidden_skip, reaches_linearly, residuals_inside
 from stabkit.identification.form.normal_form import NormalForm, Stage
-from stabkit.identification.form.routing import routed
 from stabkit.identification.form.skip_past_norms import measured_skip, skip_past_norms, with_fixed_norms
 from stabkit.identification.form.slots import Slots
 from stabkit.identification.form.tableau import Blocks, blocks
-from stabkit.identification.form.unseen import unseen
+from stabkit.identification.form.unseen import routed, unseen
 from stabkit.identification.names.sequences import name_sequence, says_less
 from stabkit.identification.names.single import NO_STEP, Name, name_one_state
 from stabkit.identification.names.step_size import NUMBER

@@ -14,6 +14,7 @@ import stabkit
 from stabkit.diagnosis import Finding, examine
 from stabkit.diagnosis.losses.drowned_terms import drowned_term_findings
 from stabkit.diagnosis.losses.reductions import Summand, summands_of
+from stabkit.diagnosis.training_run import TrainingRun
 from stabkit.tracing.recording.training_pass import training_pass
 
 ROWS, PIXELS = 32, 48
@@ -75,8 +76,8 @@ HEALTHY: dict[str, Loss] = {
 
 def said(model: nn.Module, loss: Loss) -> list[Finding]:
     flow = stabkit.trace(model, X)
-    done = training_pass(flow.forward_pass, loss)
-    return drowned_term_findings(flow, loss, flow.forward_pass, done, ())
+    run = TrainingRun(flow, loss, flow.forward_pass, training_pass(flow.forward_pass, loss))
+    return drowned_term_findings(run, ())
 
 
 @pytest.mark.parametrize("name", DROWNED)

@@ -12,6 +12,7 @@ from torch.nn import functional
 import stabkit
 from stabkit.diagnosis import Finding
 from stabkit.diagnosis.losses.unequal_classes import unequal_class_findings
+from stabkit.diagnosis.training_run import TrainingRun
 from stabkit.tracing.recording.training_pass import training_pass
 
 Loss = Callable[[Tensor], Tensor]
@@ -95,7 +96,8 @@ HEALTHY = {
 def said(case: Case) -> list[Finding]:
     model, x, loss = case
     flow = stabkit.trace(model, x)
-    return unequal_class_findings(flow, loss, flow.forward_pass, training_pass(flow.forward_pass, loss), ())
+    run = TrainingRun(flow, loss, flow.forward_pass, training_pass(flow.forward_pass, loss))
+    return unequal_class_findings(run, ())
 
 
 @pytest.mark.parametrize("name", MISSED)

@@ -18,18 +18,18 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from stabkit.diagnosis.finding import Finding, serious
-from stabkit.diagnosis.losses.faults import LOSS
+from stabkit.diagnosis.finding import LOSS, Finding, of_last_step, serious
 from stabkit.diagnosis.losses.reductions import Summand, of_matrices, summands_of
 from stabkit.diagnosis.losses.terms import Evaluated, evaluated
-from stabkit.diagnosis.remedies.short_training import LARGEST
+from stabkit.diagnosis.remedies.applying import may_train
 from stabkit.diagnosis.remedies.usual_training import RATES, adam, after_steps
+from stabkit.diagnosis.training_run import TrainingRun
 from stabkit.errors import StabkitError
 from stabkit.tracing import Flow
 from stabkit.tracing.graph.values import operation
 from stabkit.tracing.recording.containers import map_tensors, named_tensors
 from stabkit.tracing.recording.forward_pass import ForwardPass
-from stabkit.tracing.recording.training_pass import TrainingPass, nodes_above
+from stabkit.tracing.recording.training_pass import nodes_above
 
 _FEWEST = 4  # rows of a term, below which sum and mean are the same for all that matters
 _APART = 8.0  # entries of a row that one term averages where another sums its own, from which it is tried
@@ -71,28 +71,20 @@ _Ends = tuple[_End, ...]
 _Factors = tuple[float, ...]
 
 
-def drowned_term_findings(
-    flow: Flow, loss: Any, call: ForwardPass, done: TrainingPass, others: Sequence[Finding]
-) -> list[Finding]:
+def drowned_term_findings(run: TrainingRun, others: Sequence[Finding]) -> list[Finding]:
     """A finding where a term of the loss is not learnt, and is with all terms reduced alike.
 
-    Args:
-        flow: the traced pass.
-        loss: a callable on the output that returns a scalar.
-        call: the pass as training makes it.
-        done: its loss, on the graph.
-        others: what else was found: a loss that is known to be wrong is said once.
+    A loss that is known to be wrong otherwise is said once.
     """
-    assert done.loss is not None
-    found = summands_of(done.loss)
-    if not _differ(found) or any(finding.kind == "loss" and serious(finding) for finding in others):
+    if run.done.loss is None or any(finding.kind == "loss" and serious(finding) for finding in others):
         return []
-    if not _differ([each for each in found if of_matrices(each)]):
+    found = summands_of(run.done.loss)
+    if not _differ(found) or not _differ([each for each in found if of_matrices(each)]):
         return []
-    if sum(p.numel() for p in call.module.parameters()) > LARGEST:
+    if not may_train(run.call.module):
         return []
     try:
-        return _tried(flow, loss, call, found)
+        return _tried(run, found)
     except (StabkitError, RuntimeError, ValueError):
         return []
 
@@ -122,7 +114,8 @@ _WAYS: dict[str, Callable[[Summand], float]] = {
 }
 
 
-def _tried(flow: Flow, loss: Any, call: ForwardPass, found: Sequence[Summand]) -> list[Finding]:
+def _tried(run: TrainingRun, found: Sequence[Summand]) -> list[Finding]:
+    loss, call = run.loss, run.call
     begun = evaluated(call, loss)
     if any(each.value not in begun.made for each in summands_of(begun.loss)):
         return []
@@ -135,7 +128,7 @@ def _tried(flow: Flow, loss: Any, call: ForwardPass, found: Sequence[Summand]) -
         treated = _best(call, loss, factors, still, lambda end: end.apart > _MUCH)
         for place in still if treated else ():
             if treated[place].apart > _MUCH and plain[place].gain < _NOTHING * treated[place].gain:
-                return [_finding(flow, begun, found, place, words, factors, plain[place], treated[place])]
+                return [_finding(run.flow, begun, found, place, words, factors, plain[place], treated[place])]
     return []
 
 
@@ -242,17 +235,8 @@ def _finding(
         f"divided by the batch size), or multiply {names[loud]} by a weight of about {1 / times:.2g} and raise it "
         "slowly; then a weight between them means the same at every size"
     )
-    return Finding(
-        kind="loss",
-        severity="warning",
-        steps=(len(flow.steps) - 1,),
-        module_path=LOSS,
-        confidence=1.0,
-        evidence=evidence,
-        remedy=remedy,
-        reference=_REFERENCE,
-        numbers={"times": times, "left": plain.value, "treated": treated.value},
-    )
+    numbers = {"times": times, "left": plain.value, "treated": treated.value}
+    return of_last_step(flow, "loss", "warning", LOSS, evidence, remedy, _REFERENCE, numbers)
 
 
 def _name(begun: Evaluated, summand: Summand) -> str:

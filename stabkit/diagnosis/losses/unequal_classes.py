@@ -18,15 +18,15 @@ from torch import Tensor
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
-from stabkit.diagnosis.finding import Finding, serious
-from stabkit.diagnosis.losses.faults import LOSS
-from stabkit.diagnosis.remedies.short_training import LARGEST
+from stabkit.diagnosis.finding import LOSS, Finding, of_last_step, serious
+from stabkit.diagnosis.remedies.applying import is_small
 from stabkit.diagnosis.remedies.usual_training import RATES, adam, after_steps
+from stabkit.diagnosis.training_run import TrainingRun
 from stabkit.errors import StabkitError
 from stabkit.tracing import Flow
 from stabkit.tracing.graph.values import operation
 from stabkit.tracing.recording.forward_pass import ForwardPass
-from stabkit.tracing.recording.training_pass import TrainingPass, nodes_above
+from stabkit.tracing.recording.training_pass import nodes_above
 
 _TIMES = 50.0  # how many more the frequent class has, from which a loss is tried
 _FREQUENT = 0.9  # share of the labels that it has: where many classes share them, it is not what is predicted
@@ -36,6 +36,7 @@ _TOLD, _FOUND, _UNFOUND = 0.5, 0.3, 0.2  # of the held-out labels of rare classe
 #: Of classes eight spreads apart .38 was left when none was predicted yet, of two and less .69 and above
 _LEARNT = 0.6
 _FALSE = 0.05  # of the frequent class that a model may call rare
+_LARGEST = 300_000  # parameters: where it is tried to its end it takes 1500 steps
 _FIRST, _SETTLED = 10, 50  # steps, in which a fresh model still calls anything anything
 _CHANCE = 0.005  # of finding so many by calling as many samples rare at random
 #: of Adam; what can be told without weights is told by then. Of classes drawn four spreads apart, 9 in 512, all of 12
@@ -235,37 +236,27 @@ def _seen(name: str, scores: Tensor, target: Tensor, counts: _Counts, out: Tenso
     return _Seen(counted[0], counted[1], counted[2], counted[3], float(each))
 
 
-def unequal_class_findings(
-    flow: Flow, loss: Any, call: ForwardPass, done: TrainingPass, others: Sequence[Finding]
-) -> list[Finding]:
+def unequal_class_findings(run: TrainingRun, others: Sequence[Finding]) -> list[Finding]:
     """A finding where a rare class is not predicted, and is with every class weighed as a whole.
 
-    Args:
-        flow: the traced pass.
-        loss: a callable on the output that returns a scalar.
-        call: the pass as training makes it.
-        done: its loss, on the graph.
-        others: what else was found: a loss that is known to be wrong is said once.
+    A loss that is known to be wrong otherwise is said once.
     """
-    assert done.loss is not None
-    if any(finding.kind == "loss" and serious(finding) for finding in others):
+    if run.done.loss is None or any(finding.kind == "loss" and serious(finding) for finding in others):
         return []
-    if not any(_is_unequal(node) for node in nodes_above(done.loss)):
-        return []
-    if sum(p.numel() for p in call.module.parameters()) > LARGEST:
+    if not any(_is_unequal(node) for node in nodes_above(run.done.loss)) or not is_small(run.call.module, _LARGEST):
         return []
     try:
         plain = None
         for rate in RATES:
-            plain = _both(call, loss, False, rate)
+            plain = _both(run.call, run.loss, False, rate)
             if plain is None or plain[1].told > _UNFOUND or plain[1].loss < _LEARNT * plain[0].chance:
                 return []
-        weighed = _both(call, loss, True, max(RATES))
+        weighed = _both(run.call, run.loss, True, max(RATES))
     except (StabkitError, RuntimeError, ValueError):
         return []
     if plain is None or weighed is None or weighed[1].told < _FOUND or weighed[1].by_chance > _CHANCE:
         return []
-    return [_finding(flow, plain[0], plain[1], weighed[1])]
+    return [_finding(run.flow, plain[0], plain[1], weighed[1])]
 
 
 def _both(call: ForwardPass, loss: Any, weighed: bool, rate: float) -> tuple[_HeldOut, _Seen] | None:
@@ -314,14 +305,5 @@ def _finding(flow: Flow, mode: _HeldOut, plain: _Seen, weighed: _Seen) -> Findin
         f"weigh the classes, {by}, or draw batches in which they are balanced, or use a focal loss (dice for masks); "
         f"judge by recall or F1: always to predict class {counts.frequent} is {1 - rare / total:.1%} accurate"
     )
-    return Finding(
-        kind="loss",
-        severity="warning",
-        steps=(len(flow.steps) - 1,),
-        module_path=LOSS,
-        confidence=1.0,
-        evidence=evidence,
-        remedy=remedy,
-        reference=_REFERENCE,
-        numbers={"rare": rare / total, "found": plain.found, "weighed": weighed.found, "false": weighed.false},
-    )
+    numbers = {"rare": rare / total, "found": plain.found, "weighed": weighed.found, "false": weighed.false}
+    return of_last_step(flow, "loss", "warning", LOSS, evidence, remedy, _REFERENCE, numbers)
