@@ -65,6 +65,9 @@ FED: dict[str, tuple[Callable[..., Tensor], tuple[Any, ...]]] = {
     "a step size": (lambda s, x, t: x + (t[1] - t[0]) * s.f(x), (TIMES,)),
     "a damping": (lambda s, x, a: a * x + (1 - a) * s.f(x), (torch.tensor(0.5).double(),)),
     "a mask of zeros": (lambda s, x, m: m * x + s.f(x), (0 * ONES,)),
+    "before a rectifier": (lambda s, x, m: torch.relu((x + s.f(x)) * m), (ONES,)),
+    "before a norm": (lambda s, x, m: torch.layer_norm((x + s.f(x)) * m, (D,)), (ONES.bool(),)),
+    "at a stage": (lambda s, x, m: x + 0.5 * (s.f(x) + s.f(m * x + s.f(x))), (ONES,)),
     "no gradient": (lambda s, x, m: (x + s.f(x)) * m.detach(), (ONES,)),
 }
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from stabkit.identification.form.fed import fed_numbers
+from stabkit.identification.form.fed import fed_numbers, ways
 from stabkit.identification.form.flow_index import Surroundings
 from stabkit.identification.form.other_inputs import numbers_were_read
 from stabkit.identification.form.routing import routed
@@ -32,10 +32,11 @@ def holding(
         read: reads the same steps of the same model at other inputs.
     """
     start, stop = record.steps[0], record.steps[-1] + 1
-    chosen, cut = routed(around, start, stop, found), unseen(around, start, stop, found)
-    fed = fed_numbers(
-        around, start, stop, found, of_stages=bool(record.shared_weights), skip_alone=record.name == "plain"
-    )
+    is_plain = record.name == "plain"
+    found_ways = ways(around, start, stop, found, of_stages=bool(record.shared_weights), skip_alone=is_plain)
+    paths = set().union(*(path for _, path in found_ways))
+    chosen, cut = routed(around, start, stop, found), unseen(around, start, stop, paths)
+    fed = fed_numbers(around, found_ways, skip_alone=is_plain)
     if chosen:
         why = f"data choose which entries take part ({', '.join(chosen)}): the branches are those of this input"
     elif cut:
