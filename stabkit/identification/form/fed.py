@@ -34,13 +34,13 @@ def ways(around: Surroundings, start: int, stop: int, found: Slots, *, of_stages
         skip_alone: whether nothing but how a state is passed on is claimed: a map may be scaled by anything.
     """
     whole, recording = around.whole(start, stop, found), around.flow.recorded.recording
-    if not (recording.fed or recording.stopped or any(_reads_from_outside(whole, node) for node in whole.nodes)):
+    if not (recording.fed or recording.stopped or around.reading_outside & whole.inside):
         return []  # nothing but states and parameters is there
     is_chain = len(found.sources) == len(found.targets) == 1
     links = around.chain(start, stop, found) if is_chain else ()
     pieces = [
         *(link.form.piece for link in links if link.kind == "sum" or not skip_alone),
-        around.whole(start, stop, found),
+        whole,
     ]
     stages = around.normal_form(start, stop, found).stages if of_stages else ()
     entries = [v for stage in stages for v in stage.entries]
@@ -66,7 +66,7 @@ def fed_numbers(around: Surroundings, found: Sequence[Way], *, skip_alone: bool)
         for node in path
         if (not skip_alone or any(v in piece.carrying for v in piece.linear[node]))
         and _combines_by_number(piece, node)
-        and (not fed.get(node._sequence_nr(), known) <= known or _reads_from_outside(piece, node))
+        and (not fed.get(node._sequence_nr(), known) <= known or node in around.reading_outside)
     ]
     return tuple(sorted(set(map(operation, made))))
 
@@ -84,9 +84,3 @@ def _combines_by_number(piece: Piece, node: Node) -> bool:
         return True
     factors = [Value(parent, output) for parent, output in node.next_functions[1:] if parent is not None]
     return any(v in factors for v in piece.linear[node])
-
-
-def _reads_from_outside(piece: Piece, node: Node) -> bool:
-    """Whether an argument carries gradients of something else than what depth is counted from: of another input."""
-    known = set(piece.graph.inputs[node])
-    return any(parent is not None and Value(parent, output) not in known for parent, output in node.next_functions)

@@ -82,6 +82,15 @@ class Surroundings:
         path, often = max(counts.items(), key=lambda item: (item[1], -len(item[0])), default=("", 0))
         return (path, often) if often > 1 else None
 
+    @cached_property
+    def reading_outside(self) -> frozenset[Node]:
+        """The operations with an argument that carries gradients of something else than what depth is counted from."""
+        return frozenset(
+            node
+            for node, known in self.graph.inputs.items()
+            if sum(parent is not None for parent, _ in node.next_functions) > len(known)
+        )
+
     def elsewhere(self) -> Iterator[Surroundings]:
         """The same model at other inputs, see `at_other_inputs`; where it does not run there it is left out."""
         for factors in OTHERS:
