@@ -10,9 +10,8 @@ import numpy as np
 from stabkit.identification.form.fed import fed_numbers, ways
 from stabkit.identification.form.flow_index import Surroundings
 from stabkit.identification.form.other_inputs import numbers_were_read
-from stabkit.identification.form.routing import routed
 from stabkit.identification.form.slots import Slots
-from stabkit.identification.form.unseen import unseen
+from stabkit.identification.form.unseen import routed, unseen
 from stabkit.identification.names.step_size import NUMBER
 from stabkit.identification.record import Identification
 from stabkit.integrators import GeneralLinearMethod
