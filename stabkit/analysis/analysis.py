@@ -27,6 +27,7 @@ from stabkit.diagnosis import Diagnosis, Thresholds, examine
 from stabkit.diagnosis.no_gradient.unreached import findings_without_flow
 from stabkit.diagnosis.non_finite.findings import is_finite
 from stabkit.diagnosis.states.batch_statistics import with_statistics
+from stabkit.diagnosis.verdict import led_by_findings
 from stabkit.distributed import Ranks, current, fingerprint, is_spread, is_tensor_parallel, whole_parameters
 from stabkit.errors import TraceError
 from stabkit.identification import Identification, by_step, identify
@@ -228,6 +229,7 @@ class _Analysis:
             training = None
             if chosen.optimizer is not None:
                 diagnosis, training = with_updates(diagnosis, self.model, call, chosen)
+            diagnosis = replace(diagnosis, verdict=led_by_findings(diagnosis.verdict, diagnosis.findings))
             told = Told(self.progress, len(flow.steps))
             told.verdict(diagnosis)
             found = methods()

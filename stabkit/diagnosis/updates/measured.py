@@ -21,7 +21,7 @@ from stabkit.curvature.hessian import Hessian, refuse_randomness
 from stabkit.curvature.sharpness import Sharpness, of_hessian
 from stabkit.curvature.twin import Twin
 from stabkit.curvature.updates import NoThresholdError, read_update, trained_by
-from stabkit.diagnosis.remedies.best_constant import left_by_a_constant
+from stabkit.diagnosis.remedies.learning import left_by_a_constant
 from stabkit.errors import StabkitError
 from stabkit.tracing.recording.untouched_model import unchanged
 
