@@ -20,7 +20,10 @@ _LONGEST = 8  # steps in a composition; Yoshida's of order 6 takes seven leapfro
 _SECOND_ORDER = "x'' = f(x)"  # systems whose force is multiplied by h^2
 
 _KICK = "additive coupling"
-_DRIFT_AND_KICK = ("symplectic Euler (Hamiltonian)", "reversible (two-stream symplectic Euler)")
+_DRIFT_AND_KICK = (
+    "symplectic Euler (Hamiltonian)", "symplectic Euler (position, velocity)",
+    "reversible (two-stream symplectic Euler)",
+)  # fmt: skip
 
 Reader = Callable[[int, int], Identification]
 
@@ -108,7 +111,8 @@ def _numbers(around: Surroundings, record: Identification, *, behind: bool) -> d
     start, stop = record.steps[0], record.steps[-1] + 1
     form = around.normal_form(start, stop, around.slots(start, stop))
     made = {stage.output for stage in form.stages}
-    read = [s for s in form.stages if not behind or any(not made.isdisjoint(terms) for terms in s.inputs)]
+    last = [s for s in form.stages if any(not made.isdisjoint(terms) for terms in s.inputs)]
+    read = last if behind and last else form.stages
     given = [(s.key, terms[s.output].value) for s in read for terms in form.forms if s.output in terms]
     return {key: sum(c for k, c in given if k == key) for key, _ in given}
 
