@@ -87,7 +87,9 @@ def with_ends(records: Sequence[Identification], around: Surroundings, read: Rea
     i = 0
     while i < len(records):
         record, count = records[i], 1
-        better = _first(around, record, records[i + 1], read) if _are_like(record, records[i + 1 : i + 3]) else None
+        better = None
+        if _are_like(record, records[i + 1 : i + 3]):
+            better = _first(around, record, _common(*records[i + 1 : i + 3]), read)
         if better is None and i and _are_like(record, records[i - 1 : i - 3 if i > 2 else None : -1]):
             better, count = _last_of(around, records, i, read)
         found.append(better or record)
@@ -101,11 +103,24 @@ def _are_like(record: Identification, beside: Sequence[Identification]) -> bool:
     return len(beside) == 2 and all(map(_is_read, beside)) and len(kinds) == 1 and kind_of(record) not in kinds
 
 
+def _common(record: Identification, other: Identification) -> Identification:
+    """A record with what it has in common with another of its kind: numbers that each step has of its own are none."""
+    if record.name == other.name:
+        return record
+    head, _, tail = record.name.partition(" (")
+    words = [word for word in tail.removesuffix(")").split(", ") if word and " = " not in word]
+    known = [word for word in words if word in other.name]
+    pairs = zip(record.system.split(", "), other.system.split(", "), strict=False)
+    same = itertools.takewhile(lambda pair: pair[0] == pair[1], pairs)
+    return replace(record, name=f"{head} ({', '.join(known)})" if known else head,
+                   system=", ".join(word for word, _ in same))  # fmt: skip
+
+
 def _last_of(
     around: Surroundings, records: Sequence[Identification], i: int, read: Reader
 ) -> tuple[Identification | None, int]:
     """The record of a last step, and of how many records it is made: two where it was cut, and neither was read."""
-    record, before = records[i], records[i - 1]
+    record, before = records[i], _common(records[i - 1], records[i - 2])
     better = _last(around, record, before, read)
     known = better is not None and _is_step(better)
     if known or _is_read(record) or i + 1 == len(records) or _is_read(records[i + 1]):
