@@ -11,6 +11,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property, partial
 
 import numpy as np
 from torch.autograd.graph import Node
@@ -53,26 +54,31 @@ class _Known:
     piece: Piece
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _Part:
     """A step that is known, or the part of it that lies before or behind a cut.
 
     Attributes:
-        record: its reading.
         slots: its states, in the order of those of the whole at the end that is no cut.
         of: the reading of the whole.
+        read: the reading of a part; None for the whole.
         has_all: whether all evaluations of fields lie in it.
     """
 
-    record: Identification
     slots: Slots
     of: Identification
-    has_all: bool = True
+    read: Reader | None = None
+    has_all: Callable[[], bool] = lambda: True
 
     @property
     def whole(self) -> bool:
         """Whether it is not a part."""
-        return self.record is self.of
+        return self.read is None
+
+    @cached_property
+    def record(self) -> Identification:
+        """Its reading, which takes products: few of the parts that there are come so far."""
+        return self.of if self.read is None else self.read(self.slots, self.of.steps)
 
 
 def with_ends(records: Sequence[Identification], around: Surroundings, read: Reader) -> list[Identification]:
@@ -230,7 +236,7 @@ def _begun(
 
 
 def _nodes_of(around: Surroundings, part: _Part) -> list[Node]:
-    steps = part.record.steps
+    steps = part.of.steps
     return around.nodes(steps[0] - part.slots.earlier, steps[-1] + 1)
 
 
@@ -279,18 +285,20 @@ def _starts(states: Sequence[Value], places: Mapping[Value, Value | None]) -> st
 
 def _parts(around: Surroundings, known: _Known, read: Reader, *, behind: bool) -> Iterator[_Part]:
     """A known step, and what lies behind each cut through it, or before: the largest first."""
-    yield _Part(known.record, known.slots, known.record)
+    yield _Part(known.slots, known.record)
     inner = [values for _, values in cuts(known.piece)]
-    evaluated = len(around.form_of(known.piece).stages) if inner else 0
+
+    def has_all(slots: Slots) -> bool:
+        piece = around.piece(known.piece.nodes, slots.sources, slots.targets, slots.contexts)
+        return len(around.form_of(piece).stages) == len(around.form_of(known.piece).stages)
+
     for values in inner if behind else reversed(inner):
         kept = known.slots.targets if behind else known.slots.sources
         for order in itertools.permutations(values):
             old, new = (order, kept) if behind else (kept, order)
             if all(_carries(known.piece, a, b) for a, b in zip(old, new, strict=True)):
                 slots = replace(known.slots, sources=old, targets=new, split=False)
-                form = around.form_of(around.piece(known.piece.nodes, old, new, slots.contexts))
-                part = read(slots, known.record.steps)
-                yield _Part(part, slots, known.record, len(form.stages) == evaluated)
+                yield _Part(slots, known.record, read, partial(has_all, slots))
 
 
 def _carries(piece: Piece, old: Value, new: Value) -> bool:
@@ -360,7 +368,7 @@ def _dropped(
     scale = number_beside(ours, theirs, places, made, slots.contexts, kick=False)
     if scale is None:
         return None
-    part = _Part(known.record, slots, known.record)
+    part = _Part(slots, known.record)
     why = f"the last step of its kind: {len(slots.targets) - len(left)} of its {len(slots.targets)} states are not read"
     return _told(_scaled(known.record, scale), record, part, why, ": a join")
 
@@ -400,7 +408,7 @@ def _has_name(part: _Part) -> bool:
     if not isinstance(one, GeneralLinearMethod) or not isinstance(whole, GeneralLinearMethod):
         return False
     if not np.allclose(one.V, np.eye(one.states), atol=CLOSE):
-        return part.has_all and kind_of(part.record) == kind_of(part.of)
+        return part.has_all() and kind_of(part.record) == kind_of(part.of)
     if whole.states != 2 or not whole.is_explicit:
         return False
     A, U, B, V = (np.abs(np.asarray(x, dtype=float)) for x in (whole.A, whole.U, whole.B, whole.V))
