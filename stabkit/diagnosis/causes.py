@@ -17,7 +17,7 @@ from stabkit.diagnosis.inputs.attention_masks import mask_findings
 from stabkit.diagnosis.inputs.coordinates import coordinate_findings
 from stabkit.diagnosis.inputs.feature_scales import feature_scale_findings
 from stabkit.diagnosis.inputs.lost_order import lost_order_findings
-from stabkit.diagnosis.inputs.padded_ends import padded_end_findings
+from stabkit.diagnosis.inputs.padding import padded_end_findings
 from stabkit.diagnosis.inputs.read_positions import read_position_findings
 from stabkit.diagnosis.inputs.scale import with_input_scale, with_small_inputs
 from stabkit.diagnosis.inputs.unused import unused_input_findings

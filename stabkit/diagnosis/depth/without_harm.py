@@ -24,13 +24,7 @@ _NO_BETTER = 0.05  # of the same, by which a remedy must end lower to be one
 
 
 def with_harmless_as_facts(flow: FlowLike, found: Diagnosis, settings: Settings) -> Diagnosis:
-    """A diagnosis in which what does no measured harm is a fact to know, also in its verdict.
-
-    Args:
-        flow: the traced pass.
-        found: the diagnosis, after remedies were tried.
-        settings: how suspects are looked for, with the loss that a model is trained by.
-    """
+    """A diagnosis in which what does no measured harm is a fact to know, also in its verdict."""
     suspects = [finding for finding in found.findings if serious(finding) and _is_over_depth(finding)]
     if not suspects or not isinstance(flow, Flow) or not callable(settings.loss):
         return found

@@ -33,13 +33,7 @@ _GIOU = "Rezatofighi et al., Generalized intersection over union, 2019"
 
 
 def flat_loss_findings(flow: Flow, loss: Any, scalar: Tensor) -> list[Finding]:
-    """A finding where a loss has no gradient by most or all of the samples of an output, and is not at its least.
-
-    Args:
-        flow: the traced pass.
-        loss: a callable on the output that returns a scalar.
-        scalar: what it returned.
-    """
+    """A finding where a loss has no gradient by most or all of the samples of an output, and is not at its least."""
     value = float(scalar.detach())
     edges = [v.edge for v in flow.states[-1].values]
     gradients = torch.autograd.grad(scalar, edges, retain_graph=True, allow_unused=True)
