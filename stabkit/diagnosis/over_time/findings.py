@@ -37,6 +37,7 @@ from stabkit.errors import StabkitError
 from stabkit.tracing import Flow
 from stabkit.tracing.graph.values import operation
 from stabkit.tracing.recording.forward_pass import ForwardPass
+from stabkit.tracing.recording.hooks import hooked
 from stabkit.tracing.recording.training_pass import training_pass
 
 Array = npt.NDArray[np.float64]
@@ -220,11 +221,8 @@ def _keeping(model: nn.Module, kept: _Kept, loops: Sequence[str] = ()) -> Iterat
             handles.append(module.register_forward_pre_hook(_sequence_hook(path, kept)))
         elif isinstance(module, nn.RNNCellBase) or path in loops:
             handles.append(module.register_forward_hook(_cell_hook(path, kept)))
-    try:
+    with hooked(handles):
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _sequence_hook(path: str, kept: _Kept) -> Callable[[nn.Module, Any], None]:
