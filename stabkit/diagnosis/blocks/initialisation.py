@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from torch import nn
 
 from stabkit.diagnosis.blocks.weights import Weight
-from stabkit.diagnosis.finding import Action, Finding, serious
+from stabkit.diagnosis.finding import Action, Finding, as_fact, serious
 from stabkit.diagnosis.measurement import Measurement
 from stabkit.diagnosis.remedies import computed as remedies
 
@@ -111,14 +111,11 @@ def made_otherwise(model: nn.Module, suspect: Finding) -> Finding | None:
         return None
     end = "last" if block is alike[-1] else "first"
     told = " and ".join(f"{name} = {own!r} and not {theirs!r}" for name, (own, theirs) in odd.items())
-    return replace(
-        suspect,
-        severity="info",
-        evidence=f"{suspect.evidence}; it is the {end} {type(block).__name__} and was "
-        f"made with {told}, and passes gradients on at less than twice the size that its peers do",
-        remedy="none is needed where that is on purpose: no harm of it was measured",
-        actions=(),
+    words = (
+        f"it is the {end} {type(block).__name__} and was made with {told}, and passes gradients on at less than twice "
+        "the size that its peers do"
     )
+    return as_fact(suspect, words, "none is needed where that is on purpose: no harm of it was measured")
 
 
 def _constants(module: nn.Module) -> dict[str, float | bool | str | None]:

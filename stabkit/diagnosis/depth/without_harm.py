@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from stabkit.diagnosis.finding import Finding, serious
+from stabkit.diagnosis.finding import Finding, as_fact, serious
 from stabkit.diagnosis.remedies.learning import left_beside_a_constant
 from stabkit.diagnosis.remedies.short_training import STEPS
 from stabkit.diagnosis.remedies.trial import is_stretch
@@ -70,10 +70,4 @@ def _without_harm(flow: Flow, suspect: Finding, left: float, settings: Settings)
         if treated is None or treated < left - _NO_BETTER:
             return suspect
         evidence += f", and {treated:.1%} with what takes it away"
-    return replace(
-        suspect,
-        severity="info",
-        evidence=f"{suspect.evidence}; {evidence}",
-        remedy=f"none is needed for these samples; if training stalls: {suspect.remedy}",
-        actions=(),
-    )
+    return as_fact(suspect, evidence, f"none is needed for these samples; if training stalls: {suspect.remedy}")

@@ -13,7 +13,7 @@ from torch.autograd.graph import Node
 
 from stabkit.diagnosis.blocks.weight_faults import WeightFault, weight_faults
 from stabkit.diagnosis.blocks.weights import role_of
-from stabkit.diagnosis.finding import LOSS, Finding
+from stabkit.diagnosis.finding import LOSS, Finding, as_fact
 from stabkit.diagnosis.losses.ranges import behind_moves
 from stabkit.diagnosis.measurement import Measurement, StepMeasurement
 from stabkit.diagnosis.non_finite.origin import Origin, origin_of
@@ -351,16 +351,8 @@ def reach_no_parameter(flow: Flow, loss: Any) -> bool:
 def as_facts(findings: list[Finding]) -> list[Finding]:
     """The same as facts: training does not meet them."""
     met = "no parameter lies before it and the gradients of all parameters are finite, so training does not meet it"
-    return [
-        replace(
-            finding,
-            severity="info",
-            evidence=f"{finding.evidence}; {met}",
-            remedy=f"none is needed to train; for gradients of the input: {finding.remedy}",
-            actions=(),
-        )
-        for finding in findings
-    ]
+    remedy = "none is needed to train; for gradients of the input"
+    return [as_fact(finding, met, f"{remedy}: {finding.remedy}") for finding in findings]
 
 
 def stable_softmax(flow: Flow, loss: Any) -> str:

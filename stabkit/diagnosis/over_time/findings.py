@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from stabkit.diagnosis.blocks.weights import step_of
-from stabkit.diagnosis.finding import Action, Finding, serious
+from stabkit.diagnosis.finding import Action, Finding, as_fact, serious
 from stabkit.diagnosis.over_time.profile import FEWEST, TimeProfile, logs_of
 from stabkit.diagnosis.over_time.scans import WrittenOut
 from stabkit.diagnosis.remedies import computed as remedies
@@ -96,12 +96,11 @@ def _of_no_harm(flow: Flow, finding: Finding, loss: Any) -> Finding:
     left = left_beside_a_constant(flow.forward_pass, loss)
     if left is None or not left < _LEARNS:
         return finding
-    evidence = (
-        f"{finding.evidence}; {STEPS} steps of Adam as it is leave {left:.1%} of what the best constant output leaves "
-        "of the loss: what these samples ask for does not lie that far back"
+    words = (
+        f"{STEPS} steps of Adam as it is leave {left:.1%} of what the best constant output leaves of the loss: what "
+        "these samples ask for does not lie that far back"
     )
-    remedy = f"none is needed for these samples; for a longer memory, {finding.remedy}"
-    return replace(finding, severity="info", evidence=evidence, remedy=remedy, actions=())
+    return as_fact(finding, words, f"none is needed for these samples; for a longer memory, {finding.remedy}")
 
 
 def _worth_telling(flow: Flow, drifting: Sequence[Finding], loss: Any) -> list[Finding]:
