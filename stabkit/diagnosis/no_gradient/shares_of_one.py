@@ -130,7 +130,7 @@ def _finding(run: TrainingRun, first: Any, behind: tuple[str, ...], weighed: _We
     path, chosen = path_of(run.done, first), _of_a_choice(first)
     # a layer that gives one score does so for any input; one position is what this input has
     single = any(run.done.parameters[p].dim() > 1 and len(run.done.parameters[p]) == 1 for p in behind)
-    share = sum(run.done.parameters[p].numel() for p in behind) / sum(p.numel() for p in run.done.parameters.values())
+    share = run.share(behind)
     lines, how = listed(tuple(filter(None, weighed.lines))), next(iter(weighed.lines.values()))
     plain, treated = short_training(run.flow, run.loss), short_training(run.flow, run.loss, within=_Weighed)
     evidence = (

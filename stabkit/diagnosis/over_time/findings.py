@@ -16,8 +16,6 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
@@ -40,7 +38,6 @@ from stabkit.tracing.recording.forward_pass import ForwardPass
 from stabkit.tracing.recording.hooks import hooked
 from stabkit.tracing.recording.training_pass import training_pass
 
-Array = npt.NDArray[np.float64]
 #: operations that take a piece of a value
 _PIECES = frozenset({"Select", "Slice", "Narrow", "Index", "IndexSelect"})
 _ALL_PIECES = frozenset({"Split", "SplitWithSizes", "Unbind", "Chunk"})
