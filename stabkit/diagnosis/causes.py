@@ -22,11 +22,13 @@ from stabkit.diagnosis.inputs.read_positions import read_position_findings
 from stabkit.diagnosis.inputs.scale import with_input_scale, with_small_inputs
 from stabkit.diagnosis.inputs.unused import unused_input_findings
 from stabkit.diagnosis.losses.domains import loss_domain_findings
+from stabkit.diagnosis.losses.drowned_terms import drowned_term_findings
 from stabkit.diagnosis.losses.floor import loss_floor_findings
 from stabkit.diagnosis.losses.last_dropout import last_dropout_findings
 from stabkit.diagnosis.losses.loud_logits import loud_logits_findings
 from stabkit.diagnosis.losses.mixed_samples import mixed_sample_findings
 from stabkit.diagnosis.losses.next_tokens import next_token_findings
+from stabkit.diagnosis.losses.unequal_classes import unequal_class_findings
 from stabkit.diagnosis.losses.units import unit_findings
 from stabkit.diagnosis.losses.without_end import without_end_findings
 from stabkit.diagnosis.no_gradient.closed_operations import closed_findings
@@ -257,6 +259,8 @@ def _of_training_pass(run: TrainingRun, others: Sequence[Finding]) -> list[Findi
     found += wrong_derivative_findings(run)
     found += loud_logits_findings(run, [*others, *found])
     found += loss_floor_findings(run, [*others, *found])
+    found += drowned_term_findings(run, [*others, *found])
+    found += unequal_class_findings(run, [*others, *found])
     found += half_weight_findings(run)
     found += passed_through_findings(run)
     # units are asked after only where nothing else is wrong: a broken network does not train in any
