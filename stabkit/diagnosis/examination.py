@@ -6,8 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
-from stabkit.diagnosis.blocks.initialisation import known_initialisations
-from stabkit.diagnosis.blocks.made_otherwise import made_otherwise
+from stabkit.diagnosis.blocks.initialisation import known_initialisations, made_otherwise
 from stabkit.diagnosis.blocks.small_matrices import with_small_matrices
 from stabkit.diagnosis.causes import with_causes, with_lost_parameters
 from stabkit.diagnosis.depth.without_harm import with_harmless_as_facts
@@ -15,8 +14,8 @@ from stabkit.diagnosis.finding import Action, Finding, serious, sound
 from stabkit.diagnosis.losses.large import with_large_loss
 from stabkit.diagnosis.non_finite.gradient_underflow import gradient_underflow
 from stabkit.diagnosis.remedies.alternatives import candidates
-from stabkit.diagnosis.remedies.best_constant import left_by_a_constant
 from stabkit.diagnosis.remedies.computed import Remedy
+from stabkit.diagnosis.remedies.learning import left_by_a_constant
 from stabkit.diagnosis.remedies.made_once import made_once
 from stabkit.diagnosis.remedies.outer_causes import (
     is_unusual,

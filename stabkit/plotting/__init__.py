@@ -13,9 +13,16 @@ from typing import TYPE_CHECKING
 from matplotlib.figure import Figure
 
 from stabkit.plotting.attribution import attribution
-from stabkit.plotting.directions import alignment_index, covariant_angles
-from stabkit.plotting.discs import sliding_disc
-from stabkit.plotting.exponents import exponent_field, finite_time, lyapunov, lyapunov_convergence, sum_rule
+from stabkit.plotting.discs import ridgelines, sliding_disc
+from stabkit.plotting.exponents import (
+    alignment_index,
+    covariant_angles,
+    exponent_field,
+    finite_time,
+    lyapunov,
+    lyapunov_convergence,
+    sum_rule,
+)
 from stabkit.plotting.graph import graph
 from stabkit.plotting.planar import animate_flow_map, flow_map, grid_points, phase_portrait, vector_field
 from stabkit.plotting.plane import method, singular_value_density, spectrum
@@ -23,7 +30,6 @@ from stabkit.plotting.profile import compare, gradients, growth, norms
 from stabkit.plotting.pseudospectra import numerical_range, pseudospectra
 from stabkit.plotting.records import training
 from stabkit.plotting.region import region
-from stabkit.plotting.ridgelines import ridgelines
 from stabkit.plotting.style import figure_of, render, side_by_side
 from stabkit.plotting.sweep import margin, step_growth, total_growth
 from stabkit.plotting.update import update, updates

@@ -16,30 +16,28 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from stabkit.diagnosis.blocks.weights import step_of
-from stabkit.diagnosis.finding import Action, Finding, serious
+from stabkit.diagnosis.finding import Action, Finding, as_fact, serious
 from stabkit.diagnosis.over_time.profile import FEWEST, TimeProfile, logs_of
 from stabkit.diagnosis.over_time.scans import WrittenOut
 from stabkit.diagnosis.remedies import computed as remedies
 from stabkit.diagnosis.remedies.applying import carried_out
 from stabkit.diagnosis.remedies.computed import Remedy
 from stabkit.diagnosis.remedies.learning import left_beside_a_constant
-from stabkit.diagnosis.remedies.short_training import STEPS, short_training
+from stabkit.diagnosis.remedies.short_training import STEPS, compared, short_training
 from stabkit.diagnosis.thresholds import Thresholds
 from stabkit.diagnosis.verdict import factor
 from stabkit.errors import StabkitError
 from stabkit.tracing import Flow
 from stabkit.tracing.graph.values import operation
 from stabkit.tracing.recording.forward_pass import ForwardPass
+from stabkit.tracing.recording.hooks import hooked
 from stabkit.tracing.recording.training_pass import training_pass
 
-Array = npt.NDArray[np.float64]
 #: operations that take a piece of a value
 _PIECES = frozenset({"Select", "Slice", "Narrow", "Index", "IndexSelect"})
 _ALL_PIECES = frozenset({"Split", "SplitWithSizes", "Unbind", "Chunk"})
@@ -95,12 +93,11 @@ def _of_no_harm(flow: Flow, finding: Finding, loss: Any) -> Finding:
     left = left_beside_a_constant(flow.forward_pass, loss)
     if left is None or not left < _LEARNS:
         return finding
-    evidence = (
-        f"{finding.evidence}; {STEPS} steps of Adam as it is leave {left:.1%} of what the best constant output leaves "
-        "of the loss: what these samples ask for does not lie that far back"
+    words = (
+        f"{STEPS} steps of Adam as it is leave {left:.1%} of what the best constant output leaves of the loss: what "
+        "these samples ask for does not lie that far back"
     )
-    remedy = f"none is needed for these samples; for a longer memory, {finding.remedy}"
-    return replace(finding, severity="info", evidence=evidence, remedy=remedy, actions=())
+    return as_fact(finding, words, f"none is needed for these samples; for a longer memory, {finding.remedy}")
 
 
 def _worth_telling(flow: Flow, drifting: Sequence[Finding], loss: Any) -> list[Finding]:
@@ -116,8 +113,7 @@ def _by_training(flow: Flow, finding: Finding, loss: Any) -> Finding:
     plain, treated = short_training(flow, loss), short_training(flow, loss, finding.actions)
     if plain is None or treated is None or not treated.last < _BETTER * plain.last:
         return finding
-    evidence = f"{finding.evidence}; {STEPS} steps of plain SGD take the loss {plain} as it is, {treated} treated"
-    return replace(finding, severity="warning", evidence=evidence)
+    return replace(finding, severity="warning", evidence=finding.evidence + compared(plain, treated, "treated"))
 
 
 def loops_over_time(flow: Flow) -> tuple[str, ...]:
@@ -221,11 +217,8 @@ def _keeping(model: nn.Module, kept: _Kept, loops: Sequence[str] = ()) -> Iterat
             handles.append(module.register_forward_pre_hook(_sequence_hook(path, kept)))
         elif isinstance(module, nn.RNNCellBase) or path in loops:
             handles.append(module.register_forward_hook(_cell_hook(path, kept)))
-    try:
+    with hooked(handles):
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _sequence_hook(path: str, kept: _Kept) -> Callable[[nn.Module, Any], None]:

@@ -15,16 +15,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 
 from stabkit.diagnosis.finding import Action
-from stabkit.diagnosis.remedies import computed as remedies
-from stabkit.diagnosis.remedies.applying import carried_out
-from stabkit.diagnosis.remedies.short_training import LARGEST
+from stabkit.diagnosis.remedies.applying import may_train, stood_in, trainable
 from stabkit.diagnosis.remedies.usual_training import RATES, Update, adam, moved_by
 from stabkit.errors import StabkitError
 from stabkit.tracing.recording.containers import map_tensors, named_tensors
 from stabkit.tracing.recording.forward_pass import ForwardPass
+from stabkit.tracing.recording.function_calls import FunctionCalls, name_of
 from stabkit.tracing.recording.untouched_model import seeded, unchanged
 
 _GAIN = 0.1  # of the loss of the samples held out: what is no trifle
@@ -67,7 +65,7 @@ class Learnt:
         return surely or self.own > max(plain.own + _GAIN, _TIMES * plain.own)
 
 
-class Dropping(TorchFunctionMode):
+class Dropping(FunctionCalls):
     """Every dropout at no more than a given share.
 
     Example:
@@ -81,11 +79,8 @@ class Dropping(TorchFunctionMode):
         self.most = most
         self.dropped: list[float] = []
 
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        if getattr(func, "__name__", "").strip("_") in _DROPOUTS:
+    def _called(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if name_of(func) in _DROPOUTS:
             given = dict(zip(("input", "p", "training", "inplace"), args, strict=False)) | kwargs
             share = float(given.get("p", 0.5)) if given.get("training", given.get("train", True)) else 0.0
             self.dropped.append(share)
@@ -110,19 +105,15 @@ def learnt(
         actions: a remedy that is carried out before.
         within: makes what each training runs in.
     """
-    model = call.module
-    paths = [path for path, p in model.named_parameters() if p.requires_grad and p.is_floating_point()]
-    count = next((len(t) for _, t in named_tensors([list(call.inputs), call.kwargs]) if t.dim() > 0), 0)
-    if not paths or count < 4 or sum(p.numel() for p in model.parameters()) > LARGEST:
+    count = next((len(t) for _, t in call.given if t.dim() > 0), 0)
+    if count < 4 or not may_train(call.module):
         return None
     runs: list[Learnt] = []
     try:
         for rate in RATES:
             folds = []
             for fold in (0, 1):
-                # stand-ins for all parameters, so that the model's own are never written
-                held = [remedies.scale(path, 1.0) for path in paths]
-                with carried_out(model, held), carried_out(model, actions), within():
+                with stood_in(call.module, actions, within):
                     folds.append(_run(call, loss, adam(rate), steps, torch.arange(count) % 2 == fold))
             if any(found is None for found in folds):
                 return None
@@ -145,7 +136,7 @@ def _run(call: ForwardPass, loss: Any, update: Update, steps: int, trained: Tens
         scale = float(loss(first)) / 2
         if not _is_of_samples(first, len(trained)) or not (math.isfinite(scale) and scale > 0):
             return None
-        weights = [p for p in call.module.parameters() if p.requires_grad and p.is_floating_point()]
+        weights = list(trainable(call.module).values())
         states: list[list[Tensor]] = [[] for _ in weights]
         for step in range(1, steps + 1):
             output = call.model(*call.inputs, **call.kwargs)

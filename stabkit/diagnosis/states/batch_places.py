@@ -12,10 +12,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
-from stabkit.diagnosis.blocks.weights import step_of
-from stabkit.diagnosis.finding import Finding
+from stabkit.diagnosis.finding import Finding, of_module
 from stabkit.diagnosis.remedies.moved_weights import moved_weights
 from stabkit.diagnosis.states.sample_meetings import differing
 from stabkit.diagnosis.states.samples_apart import sample_count
@@ -24,6 +22,7 @@ from stabkit.tracing import Flow
 from stabkit.tracing.recording.containers import named_tensors
 from stabkit.tracing.recording.evaluation import Evaluation, evaluated
 from stabkit.tracing.recording.forward_pass import ForwardPass
+from stabkit.tracing.recording.function_calls import FunctionCalls, name_of
 from stabkit.tracing.recording.training_pass import calling_line
 
 _REFERENCE = "Vaswani et al., Attention is all you need, 2017, section 3.5: positions are those within a sequence"
@@ -52,12 +51,11 @@ def batch_place_findings(flow: Flow) -> list[Finding]:
         "the inputs and of numbers that differ from one sample to the next whatever these are"
     )
     return [
-        Finding(
-            kind="mixed_samples",
-            severity="warning",
-            steps=(step_of(flow, first.path),),
-            module_path=first.path,
-            confidence=1.0,
+        of_module(
+            flow,
+            "mixed_samples",
+            "warning",
+            first.path,
             evidence=evidence,
             remedy="count positions along the axis of the sequence: of (batch, time, features) take a table of shape "
             "(1, time, features), cut to x.size(1) and not to x.size(0)",
@@ -121,7 +119,7 @@ class _Made:
         return tuple(self.tensors[0].shape)
 
 
-class _Noting(TorchFunctionMode):
+class _Noting(FunctionCalls):
     """Keeps what every function returns, and where it is called."""
 
     def __init__(self, running: Evaluation) -> None:
@@ -129,13 +127,11 @@ class _Noting(TorchFunctionMode):
         self.made: list[_Made] = []
         self._running = running
 
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        out = func(*args, **(kwargs or {}))
+    def _called(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        out = func(*args, **kwargs)
         tensors = tuple(t.detach().clone() for _, t in named_tensors(out, 3))
         if tensors:
-            name = str(getattr(func, "__name__", "")).strip("_")
+            name = name_of(func)
             self.made.append(_Made(name, calling_line(), self._running.recording.running, tensors))
         return out
 

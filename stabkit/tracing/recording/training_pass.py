@@ -24,6 +24,7 @@ from stabkit.tracing.cutting.endpoints import UnreachedError, scalar_loss
 from stabkit.tracing.graph.values import normal_from, value_of
 from stabkit.tracing.recording.containers import map_tensors, named_tensors
 from stabkit.tracing.recording.forward_pass import ForwardPass
+from stabkit.tracing.recording.hooks import hooked
 from stabkit.tracing.recording.inputs import Source, differentiable, prepare
 from stabkit.tracing.recording.recorder import Call, Recording, recording_calls
 from stabkit.tracing.recording.sharding import take_whole
@@ -143,10 +144,8 @@ def training_pass(
         if done.loss is not None and differentiate:
             watching.part = "backward"
             handles = _announced(done.loss, watching) if observer is not None else []
-            with mode:
+            with mode, hooked(handles):
                 _differentiate(done, prepared.sources)
-            for handle in handles:
-                handle.remove()
     return done
 
 
@@ -194,7 +193,7 @@ class _Reentrant:
 
 def _promoted(call: ForwardPass, sources: list[Source]) -> frozenset[Node]:
     """The leaves of inputs that require no grad where the user trains."""
-    asked = {path for path, t in (*named_tensors(list(call.inputs)), *named_tensors(call.kwargs)) if t.requires_grad}
+    asked = {path for path, t in call.given if t.requires_grad}
     leaves = [source.value.node.next_functions[0][0] for source in sources if source.name not in asked]
     return frozenset(leaf for leaf in leaves if leaf is not None)
 
