@@ -247,7 +247,8 @@ def _run(hessian: Hessian, optimizer: torch.optim.Optimizer, rate: float) -> Upd
 def _left_by_a_constant(hessian: Hessian) -> float | None:
     (batch,) = hessian.own_batches()
     with hessian.running(batch, graph=False) as (output, _):
-        return left_by_a_constant(batch.loss, output)
+        left: float | None = left_by_a_constant(batch.loss, output)
+    return left
 
 
 def _short(error: Exception) -> str:
