@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from stabkit.diagnosis.finding import Finding
-from stabkit.diagnosis.kinds import FINDINGS, leading
+from stabkit.diagnosis.kinds import leading
 from stabkit.diagnosis.thresholds import Thresholds
 from stabkit.statistics import mean_interval
 
@@ -114,7 +114,7 @@ def led_by_findings(verdict: Verdict, findings: Sequence[Finding]) -> Verdict:
         return verdict
     place = f" at {worst.module_path}" if worst.module_path else ""
     depth = verdict.summary[:1].lower() + verdict.summary[1:].replace(_NOTHING, "")
-    said = f"{worst.severity.capitalize()}{place}: {FINDINGS[worst.kind].meaning}. Depth alone: {depth}"
+    said = f"{worst.severity.capitalize()}{place}: {worst.evidence.split('; ')[0]}. Depth alone: {depth}"
     return replace(verdict, summary=said)
 
 
