@@ -16,8 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from stabkit.curvature.batches import Batches
-from stabkit.curvature.hessian import ALONE, Hessian, Summing, refuse_randomness
+from stabkit.curvature.hessian import Hessian, refuse_randomness
 from stabkit.curvature.setting_aside import refuse_unusable
+from stabkit.curvature.summing import ALONE, Summing, agreed
 from stabkit.curvature.twin import Twin, standing_at
 from stabkit.curvature.updates import trained_by
 from stabkit.errors import ArgumentError

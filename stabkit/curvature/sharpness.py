@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
@@ -14,9 +15,10 @@ from torch import Tensor, nn
 from stabkit.curvature.batches import Batches
 from stabkit.curvature.blocks import BlockCurvature, by_block
 from stabkit.curvature.gauss_newton import gauss_newton
-from stabkit.curvature.hessian import ALONE, Hessian, Summing, refuse_randomness
+from stabkit.curvature.hessian import Gradient, Hessian, refuse_randomness
 from stabkit.curvature.lanczos import DRAWN, Eigenpairs, largest
 from stabkit.curvature.stability import Stability, limiting_product, signed
+from stabkit.curvature.summing import ALONE, Summing, agreed
 from stabkit.curvature.twin import refuse_wrong_products
 from stabkit.curvature.updates import Update, plain_update, read_update
 from stabkit.errors import ArgumentError, ArgumentTypeError
@@ -168,7 +170,7 @@ def sharpness(
         raise ArgumentError("no parameter of the model requires grad; there is no curvature to measure")
     with torch.inference_mode(False), unchanged_randomness():
         hessian = Hessian(module, parameters, Batches(inputs, kwargs, loss, batches), seed, ranks or ALONE)
-        refuse_randomness(hessian)
+        refuse_randomness(hessian, keep=True)
         return of_hessian(hessian, update, k=k, tol=tol, start=start, blocks=blocks, own=own)
 
 
@@ -262,10 +264,14 @@ def _interval(hessian: Hessian, v: Tensor) -> tuple[float, float] | None:
         return None
     vectors = hessian.split(v)
     quotients = torch.zeros(len(hessian.batches), dtype=torch.float64)
-    for place, (_, found) in enumerate(hessian.gradients()):
+    places = itertools.count(hessian.ranks.rank, hessian.ranks.count)
+
+    def quotient(_: float, found: Gradient) -> None:
         image = torch.zeros_like(v)
         hessian.add(image, found.product(vectors), 1.0)
-        quotients[hessian.ranks.rank + place * hessian.ranks.count] = v.double() @ image.double()
+        quotients[next(places)] = v.double() @ image.double()
+
+    hessian.each_gradient(quotient)
     found_by_all = hessian.ranks.sum(quotients).numpy()
     mean = float(found_by_all.mean())
     spread = float(found_by_all.std(ddof=1)) / math.sqrt(len(quotients))

@@ -113,7 +113,7 @@ class SharpnessTracker:
         with torch.inference_mode(False), unchanged_randomness(), _called_inside(self._model):
             hessian = Hessian(self._module, update.parameters, self._batches, self._seed)
             if not self._made:
-                refuse_randomness(hessian)
+                refuse_randomness(hessian, keep=True)
             found = self._searched(hessian, update)
         self._made += 1
         v = found.vectors[0]

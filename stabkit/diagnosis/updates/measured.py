@@ -136,7 +136,7 @@ def measure_update(
         try:
             hessian = Hessian(model, trained, Batches(inputs, kwargs, loss, None), seed)
             notes = _in_training_mode(hessian)
-            refuse_randomness(hessian)
+            refuse_randomness(hessian, keep=True)
             found = replace(found, notes=notes)
             found = _curvature(found, hessian, optimizer, blocks)
             found = replace(found, critical=along_update(hessian, optimizer))
