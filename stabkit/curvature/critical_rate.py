@@ -93,13 +93,18 @@ def critical_rate(
         >>> round(found.rate, 1)
         2.0
     """
-    module = unwrap(model)
-    trained = trained_by(optimizer, module)
-    refuse_unusable(trained)
-    if any(p.is_inference() for p in trained):
-        raise ArgumentError("parameters were made in inference_mode and cannot be trained; build the model outside it")
+    shared = ranks or ALONE
+    with agreed(shared):
+        module = unwrap(model)
+        trained = trained_by(optimizer, module)
+        refuse_unusable(trained)
+        if any(p.is_inference() for p in trained):
+            raise ArgumentError(
+                "parameters were made in inference_mode and cannot be trained; build the model outside it"
+            )
     with torch.inference_mode(False), unchanged_randomness():
-        hessian = Hessian(module, trained, Batches(inputs, kwargs, loss, batches), seed, ranks or ALONE)
+        with agreed(shared):
+            hessian = Hessian(module, trained, Batches(inputs, kwargs, loss, batches), seed, shared)
         refuse_randomness(hessian)
         return along_update(hessian, optimizer)
 

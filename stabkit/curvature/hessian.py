@@ -8,9 +8,10 @@ each product walks through all of them, and only one is held at a time.
 from __future__ import annotations
 
 import contextlib
+import copy
 import itertools
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -89,7 +90,8 @@ def _written_to(along: Sequence[Tensor], places: Sequence[Tensor | None]) -> Ite
     def writing(place: Tensor) -> Callable[[Tensor], Tensor]:
         return lambda part: place.copy_(part.detach())
 
-    handles = [t.register_hook(writing(place)) for t, place in zip(along, places, strict=False) if place is not None]
+    hooked: list[tuple[Any, Tensor]] = [(t, at) for t, at in zip(along, places, strict=False) if at is not None]
+    handles = [t.register_hook(writing(place)) for t, place in hooked]
     try:
         yield
     finally:
@@ -245,8 +247,24 @@ class Hessian:
     def random_direction(self, seed: int) -> Tensor:
         """A vector of norm 1 in a random direction, the same on every device."""
         generator = torch.Generator().manual_seed(seed)
-        drawn = torch.randn(self.n, generator=generator, dtype=torch.float32).to(self.device, self.dtype)
+        drawn = torch.empty(self.n, dtype=torch.float32).uniform_(-1.0, 1.0, generator=generator)
+        drawn = drawn.to(self.device, self.dtype)
         return drawn.div_(torch.linalg.vector_norm(drawn))
+
+    def part(self, kept: Sequence[int]) -> Hessian:
+        """The diagonal block of some of the parameters, by products that go no further than to these."""
+        found = copy.copy(self)
+        found.parameters, found._names = [self.parameters[i] for i in kept], [self._names[i] for i in kept]
+        found.sizes = [p.numel() for p in found.parameters]
+        found.n, found.n_products = sum(found.sizes), 0
+        if (whole := self._kept) is not None:
+            found._kept = replace(
+                whole,
+                parameters=[whole.parameters[i] for i in kept],
+                parts=[whole.parts[i] for i in kept],
+                ends=[whole.ends[i] for i in kept],
+            )
+        return found
 
     def release(self) -> None:
         """Let go of the graph."""
@@ -334,36 +352,6 @@ class Hessian:
             with torch.set_grad_enabled(graph):
                 output = batch.output(self.module)
                 yield output, scalar_loss(batch.loss, output) if graph else batch.value(output)
-
-
-@dataclass(eq=False)
-class Preconditioned:
-    """P^-1/2 (H + W) P^-1/2 with diagonal P and W: symmetric, with the eigenvalues of P^-1 (H + W).
-
-    Attributes:
-        hessian: H.
-        roots: ``(n,)``, P^-1/2; None for the identity.
-        shift: ``(n,)`` or a number, W.
-    """
-
-    hessian: Hessian
-    roots: Tensor | None = None
-    shift: Tensor | float = 0.0
-    _scratch: Tensor | None = field(default=None, repr=False)
-
-    def matvec(self, v: Tensor, out: Tensor | None = None) -> Tensor:
-        """The product with a vector ``(n,)``."""
-        inner = v if self.roots is None else self._scaled(v)
-        total = self.hessian.matvec(inner, out)
-        if isinstance(self.shift, Tensor) or self.shift:
-            total.addcmul_(inner, torch.as_tensor(self.shift, dtype=total.dtype, device=total.device))
-        return total if self.roots is None else total.mul_(self.roots)
-
-    def _scaled(self, v: Tensor) -> Tensor:
-        if self._scratch is None:
-            self._scratch = torch.empty_like(v)
-        assert self.roots is not None
-        return torch.mul(v, self.roots, out=self._scratch)
 
 
 def refuse_randomness(hessian: Hessian, *, keep: bool = False) -> None:

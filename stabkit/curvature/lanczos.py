@@ -21,6 +21,9 @@ from stabkit.threads import single_threaded
 #: How much of a start vector that was found before is drawn anew: what it is orthogonal to is then found too.
 DRAWN = 0.05
 
+_ROWS = (4, 20)  # of the basis, at least and at most
+_MEMORY = 2**26  # bytes that all of them may take where more than the least are kept
+
 Product = Callable[[Tensor, Tensor], Tensor]
 _FEWEST = 4  # Ritz values before gaps between them mean something
 _COLUMNS = 2**17  # as many of a few rows stay in the cache: six times as fast as 2^20
@@ -170,6 +173,11 @@ def _errors(values: np.ndarray, residuals: np.ndarray, chosen: np.ndarray) -> np
     gaps = away.min(axis=1)
     errors: np.ndarray = np.divide(own**2, gaps, out=own.copy(), where=gaps > own)
     return errors
+
+
+def rows_for(n: int, itemsize: int) -> int:
+    """How many rows of a basis of vectors of so many entries there is memory for."""
+    return int(np.clip(_MEMORY // (n * itemsize), *_ROWS))
 
 
 def _kept(count: int, k: int, rows: int) -> np.ndarray:

@@ -51,7 +51,7 @@ def agreed(ranks: Summing) -> Iterator[None]:
     """
     try:
         yield
-    except BaseException:
+    except Exception:
         _failed(ranks, here=True)
         raise
     elsewhere = _failed(ranks, here=False)

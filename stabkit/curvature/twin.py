@@ -116,7 +116,7 @@ def refuse_wrong_products(hessian: Hessian, v: Tensor) -> None:
     Raises:
         TraceError: it is not.
     """
-    if not hessian.by_hand:
+    if not hessian.sum_of(bool(hessian.by_hand)):  # a rank without a batch has seen none
         return
     product = float(v.double() @ hessian.matvec(v).double())
     hessian.release()
@@ -127,9 +127,10 @@ def refuse_wrong_products(hessian: Hessian, v: Tensor) -> None:
     scale = max(abs(near), abs(product))
     # two lengths that agree say that neither rounding nor what is beyond the second order is in them
     if abs(far - near) <= _AGREE[fine] * scale and abs(near - product) > _DIFFER[fine] * scale:
+        name = hessian.by_hand or "a custom autograd.Function"
         raise TraceError(
             f"the curvature along the eigenvector is {product:.4g} by products with the Hessian and {near:.4g} by "
-            f"differences of gradients: the backward of {hessian.by_hand} is not differentiable as it is written. "
+            f"differences of gradients: the backward of {name} is not differentiable as it is written. "
             "Write it with operations on saved tensors, without detach, numpy or no_grad"
         )
 
