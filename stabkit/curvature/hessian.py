@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
 from stabkit.curvature.batches import Batch, Batches
-from stabkit.curvature.setting_aside import refuse_unusable, seed_everything, set_aside, without_hooks
+from stabkit.curvature.setting_aside import random_states, refuse_unusable, seed_everything, set_aside, without_hooks
 from stabkit.curvature.summing import ALONE, Summing, agreed
 from stabkit.errors import ArgumentError, TraceError
 from stabkit.tracing.cutting.endpoints import scalar_loss
@@ -115,6 +115,7 @@ class Hessian:
         device: of the vectors.
         n_products: how many were made.
         value: the loss, once a pass was made.
+        draws: whether the model draws random numbers as it runs, once a pass was made.
         by_hand: the name of an ``autograd.Function`` of the user's in the pass, if there is one.
     """
 
@@ -136,7 +137,7 @@ class Hessian:
         self.device = self.parameters[0].device
         self.dtype = torch.float64 if any(p.dtype == torch.float64 for p in self.parameters) else torch.float32
         self.n_products = 0
-        self.by_hand = ""
+        self.by_hand, self.draws = "", False
         self.value: float | None = None
         self._kept: Gradient | None = None
         self._looked = False
@@ -349,9 +350,12 @@ class Hessian:
             for parameter in self._running_parameters():
                 parameter.requires_grad_()
             seed_everything(self.seed)
+            begun = random_states(self.device)
             with torch.set_grad_enabled(graph):
                 output = batch.output(self.module)
-                yield output, scalar_loss(batch.loss, output) if graph else batch.value(output)
+                value = scalar_loss(batch.loss, output) if graph else batch.value(output)
+                self.draws = self.draws or not all(map(torch.equal, random_states(self.device), begun))
+                yield output, value
 
 
 def refuse_randomness(hessian: Hessian, *, keep: bool = False) -> None:
@@ -364,15 +368,14 @@ def refuse_randomness(hessian: Hessian, *, keep: bool = False) -> None:
     Raises:
         ArgumentError: the loss differs from one pass to the next.
     """
+    first = _off_the_graph(hessian)
+    if keep and len(hessian.batches) == 1:
+        kept: list[Tensor] = []
+        hessian.each_gradient(lambda _, found: kept.append(found.loss))
+        if torch.equal(first, kept[0].detach().double().cpu().reshape(first.shape)):
+            return
+    again = _off_the_graph(hessian)  # on the graph other kernels may have run, which round differently
     with agreed(hessian.ranks):
-        batch = next(hessian.own_batches(), None) or next(iter(hessian.batches))  # one batch shows it
-        first = _off_the_graph(hessian, batch)
-        if keep and len(hessian.batches) == 1:
-            kept: list[Tensor] = []
-            hessian.each_gradient(lambda _, found: kept.append(found.loss))
-            if torch.equal(first, kept[0].detach().double().cpu().reshape(first.shape)):
-                return
-        again = _off_the_graph(hessian, batch)  # on the graph other kernels may have run, which round differently
         if not torch.equal(first, again) and not bool((first - again).abs().max().isnan()):
             raise ArgumentError(
                 f"the loss was {float(first):.9g} and then {float(again):.9g} for the same weights and random "
@@ -380,9 +383,12 @@ def refuse_randomness(hessian: Hessian, *, keep: bool = False) -> None:
             )
 
 
-def _off_the_graph(hessian: Hessian, batch: Batch) -> Tensor:
-    with torch.no_grad(), hessian.running(batch, graph=False) as (_, loss):
-        return torch.as_tensor(loss).detach().double().cpu()
+def _off_the_graph(hessian: Hessian) -> Tensor:
+    """The loss of one batch, which shows it: the first of this rank, or of all."""
+    with agreed(hessian.ranks):
+        batch = next(hessian.own_batches(), None) or next(iter(hessian.batches))
+        with torch.no_grad(), hessian.running(batch, graph=False) as (_, loss):
+            return torch.as_tensor(loss).detach().double().cpu()
 
 
 def _not_once(error: RuntimeError) -> TraceError:

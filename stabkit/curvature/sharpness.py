@@ -211,7 +211,7 @@ def of_hessian(
         interval=_interval(hessian, plain.vectors[0]),
         n_products=hessian.n_products,
         loss=float("nan") if hessian.value is None else hessian.value,
-        notes=_notes(hessian.module, hessian.parameters, plain, found, k, update),
+        notes=_notes(hessian, plain, found, k, update),
         vector=plain.vectors[0],
         preconditioned=found.values,
         preconditioned_residuals=found.residuals,
@@ -232,11 +232,15 @@ def _check(model: Any, k: Any, tol: Any, own: Any) -> None:
 def _searched(operator: Preconditioned, k: int, tol: float, start: Tensor | None, *, last: bool = True) -> Eigenpairs:
     """The largest eigenvalues; after the last search that begins at the gradient, its values are let go of."""
     hessian = operator.hessian
-    first = operator.start(hessian.seed) if start is None else _near(hessian, start)
-    if last:
-        hessian.forget_values()
+
+    def first() -> Tensor:
+        found = operator.start(hessian.seed) if start is None else _near(hessian, start)
+        if last:
+            hessian.forget_values()
+        return found
+
     rows = rows_for(hessian.n, hessian.dtype.itemsize)
-    return largest(operator.matvec, hessian.n, k, tol=tol, start=first, rows=rows, max_products=_MOST)
+    return largest(operator.matvec, hessian.n, k, tol=tol, start=first(), rows=rows, max_products=_MOST)
 
 
 def _near(hessian: Hessian, start: Tensor) -> Tensor:
@@ -276,8 +280,7 @@ def _interval(hessian: Hessian, v: Tensor) -> tuple[float, float] | None:
 
 
 def _notes(
-    module: nn.Module,
-    parameters: Sequence[nn.Parameter],
+    hessian: Hessian,
     plain: Eigenpairs,
     limiting: Eigenpairs,
     k: int,
@@ -293,7 +296,12 @@ def _notes(
         )
     if len(plain.values) < k:
         notes.append(f"there are only {len(plain.values)} parameters")
-    left = sum(p.requires_grad for p in module.parameters()) - len(parameters)
+    if hessian.sum_of(hessian.draws):
+        notes.append(
+            "the model draws random numbers as it runs, such as masks of dropout: the curvature is that under one "
+            f"draw, of seed {hessian.seed}"
+        )
+    left = sum(p.requires_grad for p in hessian.module.parameters()) - len(hessian.parameters)
     if update is not None and left > 0:
         notes.append(f"{left} tensors of parameters that require grad are not in the optimizer, and held fixed here")
     return tuple(notes)

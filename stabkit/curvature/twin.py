@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import math
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from stabkit.curvature.hessian import Hessian
+from stabkit.curvature.updates import copied
 from stabkit.errors import ArgumentError, TraceError
 from stabkit.tracing.recording.sharding import own_part
 
@@ -62,10 +62,7 @@ class Twin:
         self._copies = [nn.Parameter(p.detach().clone()) for p in hessian.parameters]
         memo: dict[int, Any] = {id(p): c for p, c in zip(hessian.parameters, self._copies, strict=True)}
         try:
-            self._optimizer = copy.deepcopy(optimizer, memo)
-            for name, value in vars(optimizer).items():  # what a class of one's own keeps beside the state
-                if name not in vars(self._optimizer) and name not in ("step", "zero_grad"):
-                    setattr(self._optimizer, name, copy.deepcopy(value, memo))
+            self._optimizer = copied(optimizer, memo)
         except Exception as error:  # whatever a class of one's own raises
             raise ArgumentError(f"no copy can be made of optimizer {self._name}: {error}") from error
         self._takes_rows = isinstance(optimizer, torch.optim.SparseAdam)
