@@ -22,7 +22,7 @@ from stabkit.checkpoints.matching import release_parameters
 from stabkit.checkpoints.model_names import Model, build_model
 from stabkit.checkpoints.training_progress import natural_order
 from stabkit.comparison import cache as cached
-from stabkit.comparison.cache_key import architecture_hash, content_hash, recipe_hash, source_hash
+from stabkit.comparison.cache import architecture_hash, content_hash, recipe_hash, source_hash
 from stabkit.comparison.result import Comparison, Snapshot
 from stabkit.diagnosis import Thresholds
 from stabkit.distributed import current

@@ -8,26 +8,34 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from stabkit.diagnosis.call_faults import call_findings
+from stabkit.diagnosis.depth.affine_models import affine_findings
+from stabkit.diagnosis.depth.findings import with_slopes
 from stabkit.diagnosis.depth.post_norm import post_norm_findings
-from stabkit.diagnosis.depth.slopes import with_slopes
 from stabkit.diagnosis.depth.unsettled import unsettled_findings
 from stabkit.diagnosis.finding import Finding, serious
 from stabkit.diagnosis.inputs.attention_masks import mask_findings
+from stabkit.diagnosis.inputs.coordinates import coordinate_findings
 from stabkit.diagnosis.inputs.feature_scales import feature_scale_findings
-from stabkit.diagnosis.inputs.scale import with_input_scale
-from stabkit.diagnosis.inputs.small import with_small_inputs
+from stabkit.diagnosis.inputs.lost_order import lost_order_findings
+from stabkit.diagnosis.inputs.padded_ends import padded_end_findings
+from stabkit.diagnosis.inputs.read_positions import read_position_findings
+from stabkit.diagnosis.inputs.scale import with_input_scale, with_small_inputs
 from stabkit.diagnosis.inputs.unused import unused_input_findings
+from stabkit.diagnosis.losses.domains import loss_domain_findings
+from stabkit.diagnosis.losses.drowned_terms import drowned_term_findings
 from stabkit.diagnosis.losses.floor import loss_floor_findings
+from stabkit.diagnosis.losses.last_dropout import last_dropout_findings
 from stabkit.diagnosis.losses.loud_logits import loud_logits_findings
 from stabkit.diagnosis.losses.mixed_samples import mixed_sample_findings
 from stabkit.diagnosis.losses.next_tokens import next_token_findings
+from stabkit.diagnosis.losses.unequal_classes import unequal_class_findings
 from stabkit.diagnosis.losses.units import unit_findings
 from stabkit.diagnosis.losses.without_end import without_end_findings
 from stabkit.diagnosis.no_gradient.closed_operations import closed_findings
 from stabkit.diagnosis.no_gradient.hidden_cuts import cut_by_a_draw, drawn_on_the_graph, hidden_cut_findings
 from stabkit.diagnosis.no_gradient.kept_graphs import kept_graph_findings
 from stabkit.diagnosis.no_gradient.lost_parameters import lost_parameter_findings
+from stabkit.diagnosis.no_gradient.made_anew import made_anew_findings
 from stabkit.diagnosis.no_gradient.passed_through import passed_through_findings
 from stabkit.diagnosis.no_gradient.shares_of_one import share_findings
 from stabkit.diagnosis.no_gradient.unregistered import unregistered_findings
@@ -39,17 +47,20 @@ from stabkit.diagnosis.over_time.findings import time_findings
 from stabkit.diagnosis.over_time.verdict import judged_over_time
 from stabkit.diagnosis.remedies.trial import follows, tried
 from stabkit.diagnosis.states.batch_places import batch_place_findings
+from stabkit.diagnosis.states.cut_axes import cut_axes_findings
+from stabkit.diagnosis.states.heavy_dropout import heavy_dropout_findings
 from stabkit.diagnosis.states.running_statistics import statistics_findings
 from stabkit.diagnosis.states.samples_apart import mixed_batch_findings
 from stabkit.diagnosis.suspects import Diagnosis, Settings, broken_verdict, ordered, suspected
+from stabkit.diagnosis.training_run import TrainingRun
 from stabkit.diagnosis.verdict import judged_without
 from stabkit.tracing import Flow, FlowLike
-from stabkit.tracing.recording.forward_pass import ForwardPass
-from stabkit.tracing.recording.training_pass import TrainingPass, training_pass
+from stabkit.tracing.recording.training_pass import training_pass
 
 #: what states show that forget, or blow up, over time
 _OF_STATES = ("rank_collapse", "saturated", "vanishing", "exploding", "chaotic", "transient_growth")
 _OF_DEPTH = ("exploding", "vanishing", "non-finite")  # verdicts that stand whatever else is found
+_NOT_TRAINED = frozenset({"loss", "no_gradient", "unregistered", "non_finite", "exploding", "leak", "copied_units"})
 
 
 def with_causes(flow: FlowLike, found: Diagnosis, settings: Settings) -> Diagnosis:
@@ -173,12 +184,12 @@ def with_lost_parameters(flow: FlowLike, found: Diagnosis, settings: Settings) -
     lost = lost_parameter_findings(call, (len(flow.steps) - 1,), loss, done)
     if not callable(loss) and any(_nothing_passes(finding, found) for finding in found.findings):
         asked = training_pass(call)  # a random combination of the outputs shows where it stops as well as a loss
-        lost += closed_findings(flow, None, call, asked, zeros_of(asked))[0]
+        lost += closed_findings(TrainingRun(flow, None, call, asked), zeros_of(asked))[0]
     lost += (hidden := hidden_cut_findings(flow, loss, call, done))
     if cut_by_a_draw(hidden):
         found = _but_for_draws(flow, found, hidden[0], settings)
     if callable(loss) and done.loss is not None and bool(done.loss.detach().isfinite()):
-        lost += _of_training_pass(flow, loss, call, done, [*found.findings, *lost])
+        lost += _of_training_pass(TrainingRun(flow, loss, call, done), [*found.findings, *lost])
     if not lost:
         return found
     kept = [_behind_closed(finding, found, lost) for finding in found.findings]
@@ -242,24 +253,39 @@ def _but_for_draws(flow: Flow, found: Diagnosis, cause: Finding, settings: Setti
     return replace(found, verdict=verdict, findings=tuple(ordered([told(finding) for finding in found.findings])))
 
 
-def _of_training_pass(
-    flow: Flow, loss: object, call: ForwardPass, done: TrainingPass, others: Sequence[Finding]
-) -> list[Finding]:
+def _of_training_pass(run: TrainingRun, others: Sequence[Finding]) -> list[Finding]:
     """What a pass as training makes it says of the parameters and of the loss."""
-    found = [*zero_gradient_findings(flow, loss, call, done, others), *unregistered_findings(flow, call, done)]
-    found += kept_graph_findings(flow, loss, call)
-    found += share_findings(flow, loss, call, done, [*others, *found])
-    found += [*mixed_sample_findings(flow, loss, call, done), *next_token_findings(flow, call, done)]
-    found += unused_input_findings(flow, loss, call, done)
-    found += call_findings(flow, loss, call, done, others)
-    found += without_end_findings(flow, loss, call, done, [*others, *found])
-    found += wrong_derivative_findings(flow, loss, call, done)
-    found += loud_logits_findings(flow, loss, call, done, [*others, *found])
-    found += loss_floor_findings(flow, loss, call, done, [*others, *found])
-    found += half_weight_findings(flow, loss, call, done)
-    found += passed_through_findings(flow, loss, call, done)
+    found = [*zero_gradient_findings(run, others), *unregistered_findings(run)]
+    found += kept_graph_findings(run.flow, run.loss, run.call)
+    found += share_findings(run, [*others, *found])
+    found += [*mixed_sample_findings(run), *next_token_findings(run)]
+    found += unused_input_findings(run)
+    found += _of_call(run, others)
+    found += without_end_findings(run, [*others, *found])
+    found += wrong_derivative_findings(run)
+    found += loud_logits_findings(run, [*others, *found])
+    found += loss_floor_findings(run, [*others, *found])
+    found += drowned_term_findings(run, [*others, *found])
+    found += unequal_class_findings(run, [*others, *found])
+    found += half_weight_findings(run)
+    found += passed_through_findings(run)
     # units are asked after only where nothing else is wrong: a broken network does not train in any
     broken = any(serious(finding) for finding in (*others, *found))
     if broken:
         return found
-    return [*found, *(unit_findings(flow, loss, call, done) or feature_scale_findings(flow, loss, call, done))]
+    return [*found, *(unit_findings(run) or feature_scale_findings(run))]
+
+
+def _of_call(run: TrainingRun, others: Sequence[Finding]) -> list[Finding]:
+    """What is wrong with a model and its loss as they are called in training, whatever its gradients are like."""
+    found = [*made_anew_findings(run), *last_dropout_findings(run)]
+    if not any(finding.kind == "loss" and serious(finding) for finding in others):
+        found += loss_domain_findings(run)
+    # where nothing trains for another reason, training tells nothing of these
+    if not any(finding.kind in _NOT_TRAINED and serious(finding) for finding in (*others, *found)):
+        found += affine_findings(run) or lost_order_findings(run)
+        found += padded_end_findings(run) or read_position_findings(run)
+        found += cut_axes_findings(run, others)
+        found += coordinate_findings(run)
+        found += heavy_dropout_findings(run, [*others, *found])
+    return found

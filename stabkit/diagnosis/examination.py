@@ -15,8 +15,8 @@ from stabkit.diagnosis.finding import Action, Finding, serious, sound
 from stabkit.diagnosis.losses.large import with_large_loss
 from stabkit.diagnosis.non_finite.gradient_underflow import gradient_underflow
 from stabkit.diagnosis.remedies.alternatives import candidates
-from stabkit.diagnosis.remedies.best_constant import left_by_a_constant
 from stabkit.diagnosis.remedies.computed import Remedy
+from stabkit.diagnosis.remedies.learning import left_by_a_constant
 from stabkit.diagnosis.remedies.made_once import made_once
 from stabkit.diagnosis.remedies.outer_causes import (
     is_unusual,

@@ -7,11 +7,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from stabkit.diagnosis.blocks.weights import step_of
 from stabkit.diagnosis.kinds import FINDINGS, SEVERITIES, rank
 from stabkit.errors import ArgumentError
 from stabkit.results import Result
+from stabkit.tracing import Flow
 
 Action = Mapping[str, Any]
+
+LOSS = "loss"  # in place of a path, where what is wrong lies in the loss
 
 
 @dataclass(frozen=True)
@@ -50,6 +54,38 @@ class Finding(Result):
         for name, value, known in (("kind", self.kind, FINDINGS), ("severity", self.severity, SEVERITIES)):
             if value not in known:
                 raise ArgumentError(f"{name}={value!r}; accepted: {', '.join(map(repr, known))}")
+
+
+def of_last_step(
+    flow: Flow,
+    kind: str,
+    severity: str,
+    path: str,
+    evidence: str,
+    remedy: str,
+    reference: str,
+    numbers: Mapping[str, float] | None = None,
+    actions: tuple[Action, ...] = (),
+) -> Finding:
+    """A finding that is sure, at the end of a flow: on the loss, or on a module that shows in what the loss gives."""
+    last = (len(flow.steps) - 1,)
+    return Finding(kind, severity, last, path, 1.0, evidence, remedy, reference, numbers or {}, actions)
+
+
+def of_module(
+    flow: Flow,
+    kind: str,
+    severity: str,
+    path: str,
+    evidence: str,
+    remedy: str,
+    reference: str,
+    numbers: Mapping[str, float] | None = None,
+    actions: tuple[Action, ...] = (),
+) -> Finding:
+    """A finding that is sure, in the step in which a module runs first."""
+    step = (step_of(flow, path),)
+    return Finding(kind, severity, step, path, 1.0, evidence, remedy, reference, numbers or {}, actions)
 
 
 def serious(finding: Finding) -> bool:

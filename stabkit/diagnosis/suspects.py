@@ -12,20 +12,24 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from stabkit.attribution import Mechanism, mechanisms
-from stabkit.diagnosis.blocks.low_rank import rank_findings
-from stabkit.diagnosis.blocks.outliers import local_findings
+from stabkit.diagnosis.blocks.outliers import local_findings, rank_findings
 from stabkit.diagnosis.blocks.small_start import from_small_start
 from stabkit.diagnosis.depth.chaos import chaos_finding, recurrent_matrices
 from stabkit.diagnosis.depth.findings import growth_finding, mechanism_findings, transient
-from stabkit.diagnosis.depth.fixed_points import settles
 from stabkit.diagnosis.depth.structure import missing_norm_findings, missing_skip_findings
+from stabkit.diagnosis.depth.unsettled import settles
 from stabkit.diagnosis.finding import Finding, serious
 from stabkit.diagnosis.kinds import FINDINGS, rank
 from stabkit.diagnosis.losses.faults import loss_findings
 from stabkit.diagnosis.measurement import Measurement, measure
-from stabkit.diagnosis.non_finite.findings import all_finite, finite_end, non_finite_findings
-from stabkit.diagnosis.non_finite.unread_gradients import as_facts, reach_no_parameter
-from stabkit.diagnosis.over_time.rounds import of_rounds
+from stabkit.diagnosis.non_finite.findings import (
+    all_finite,
+    as_facts,
+    finite_end,
+    non_finite_findings,
+    reach_no_parameter,
+)
+from stabkit.diagnosis.over_time.verdict import of_rounds
 from stabkit.diagnosis.states.attention import attention_findings
 from stabkit.diagnosis.states.batch_statistics import by_batch
 from stabkit.diagnosis.states.collapse import collapse_finding, precision_findings, spread, underflow

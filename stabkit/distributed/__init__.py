@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from stabkit.distributed.fingerprints import fingerprint
-from stabkit.distributed.profile import gradient_profile
+from stabkit.distributed.profile import fingerprint, gradient_profile
 from stabkit.distributed.ranks import RankError, Ranks, current, session
 from stabkit.tracing.recording.sharding import is_spread, is_tensor_parallel, whole_parameters
 

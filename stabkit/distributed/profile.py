@@ -14,6 +14,7 @@ from stabkit.distributed.ranks import Ranks, current
 from stabkit.errors import TraceError
 from stabkit.growth import GradientProfile
 from stabkit.growth import gradient_profile as profile_of
+from stabkit.hashing import content_key, has_entries
 from stabkit.parallel import runs
 from stabkit.tracing import Flow, trace
 from stabkit.tracing.cutting.boundaries import Depth
@@ -25,6 +26,8 @@ from stabkit.tracing.recording.containers import map_tensors, named_tensors
 from stabkit.tracing.recording.sharding import is_tensor_parallel, whole_parameters
 from stabkit.tracing.recording.wrappers import modules_behind, unwrap
 from stabkit.walk import PROBE
+
+_ENTRIES = 64  # of every parameter, evenly spread, that are compared
 
 
 @dataclass(frozen=True)
@@ -298,3 +301,28 @@ def _put_together(found: list[GradientProfile], shares: list[Part], samples: int
         parameters=None,
         notes=first.notes,
     )
+
+
+def fingerprint(model: Any, inputs: tuple[Any, ...], kwargs: Mapping[str, Any]) -> str:
+    """A hash of a call: the input, names and shapes of the parameters, and some entries of each that is whole here.
+
+    Example:
+        >>> import torch
+        >>> one, two = (torch.nn.Linear(2, 2) for _ in range(2))
+        >>> fingerprint(one, (torch.ones(1, 2),), {}) == fingerprint(one, (torch.ones(1, 2),), {})
+        True
+        >>> fingerprint(one, (torch.ones(1, 2),), {}) == fingerprint(two, (torch.ones(1, 2),), {})
+        False
+    """
+    parameters = {
+        name: (tuple(parameter.shape), _some_entries(parameter))
+        for name, parameter in modules_behind(model).named_parameters()
+    }
+    return content_key(dict(named_tensors([inputs, dict(kwargs)])), parameters)
+
+
+def _some_entries(parameter: Tensor) -> Tensor:
+    """Evenly spread ones; the parameter itself where they do not all lie here."""
+    if not has_entries(parameter):
+        return parameter
+    return parameter.detach().reshape(-1)[:: max(1, parameter.numel() // _ENTRIES)]

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from stabkit.identification.evidence.confirmation import Check, commutator, defect
+from stabkit.identification.evidence.for_every_input import holding
 from stabkit.identification.evidence.reproduction import confirmed
 from stabkit.identification.fields.composites import as_one_field, with_composite_fields
 from stabkit.identification.fields.field_values import chains_of_other_fields
@@ -15,14 +16,11 @@ from stabkit.identification.form.flow_index import Surroundings
 from stabkit.identification.form.grouping import is_part_of_round, is_repeated
 from stabkit.identification.form.hidden_skip import hidden_skip, reaches_linearly, residuals_inside
 from stabkit.identification.form.normal_form import NormalForm, Stage
-from stabkit.identification.form.routing import routed
 from stabkit.identification.form.skip_past_norms import measured_skip, skip_past_norms, with_fixed_norms
 from stabkit.identification.form.slots import Slots
 from stabkit.identification.form.tableau import Blocks, blocks
-from stabkit.identification.form.unseen import unseen
 from stabkit.identification.names.sequences import name_sequence, says_less
 from stabkit.identification.names.single import NO_STEP, Name, name_one_state
-from stabkit.identification.names.step_size import NUMBER
 from stabkit.identification.names.weighed import gates_of_stages, name_weighed
 from stabkit.identification.record import Identification, nothing, record_of
 from stabkit.identification.steps.additions import depends_on_input, last_sum, linear_links, notes_of_sums, with_mean
@@ -85,18 +83,14 @@ def read(around: Surroundings, start: int, stop: int) -> Identification:
     if shifts and begins_at_constants(around.flow, start, stop):
         why = "a solver begins at a constant here: what the steps start from is an input of its field, and no state"
         return nothing(record.steps, "unknown", why, "unknown")
-    if record.evidence != "proven" or (record.method is None and not holds_a_step(record)):
+    if record.evidence != "proven" or not (_claims_numbers(record) or holds_a_step(record)):
         return record
-    chosen, cut = routed(around, start, stop, found), unseen(around, start, stop, found)
-    if chosen:
-        why = f"data choose which entries take part ({', '.join(chosen)}): the branches are those of this input"
-    elif cut:
-        why = f"{', '.join(cut)} cuts the gradient beside the state: this is the step of gradients, not of values"
-        if record.convention == NUMBER:
-            record = replace(record, convention=f"{NUMBER} here, and may be made of the data off the graph")
-    else:
-        return record
-    return replace(record, evidence="measured", notes=(why, *record.notes))
+    return holding(around, record, found, lambda other: _read(other, other.slots(start, stop), start, stop))
+
+
+def _claims_numbers(record: Identification) -> bool:
+    """Whether a record says by which numbers states and fields are combined."""
+    return record.method is not None or record.skip is not None or record.step_size is not None
 
 
 def _read(around: Surroundings, found: Slots, start: int, stop: int) -> Identification:

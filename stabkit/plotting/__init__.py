@@ -13,9 +13,16 @@ from typing import TYPE_CHECKING
 from matplotlib.figure import Figure
 
 from stabkit.plotting.attribution import attribution
-from stabkit.plotting.directions import alignment_index, covariant_angles
 from stabkit.plotting.discs import sliding_disc
-from stabkit.plotting.exponents import exponent_field, finite_time, lyapunov, lyapunov_convergence, sum_rule
+from stabkit.plotting.exponents import (
+    alignment_index,
+    covariant_angles,
+    exponent_field,
+    finite_time,
+    lyapunov,
+    lyapunov_convergence,
+    sum_rule,
+)
 from stabkit.plotting.graph import graph
 from stabkit.plotting.planar import animate_flow_map, flow_map, grid_points, phase_portrait, vector_field
 from stabkit.plotting.plane import method, singular_value_density, spectrum

@@ -3,7 +3,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from stabkit.comparison.cache_key import architecture_hash, content_hash, recipe_hash, source_hash
+from stabkit.comparison.cache import architecture_hash, content_hash, recipe_hash, source_hash
 from stabkit.hashing import content_key, raw
 
 

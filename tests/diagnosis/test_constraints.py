@@ -9,8 +9,8 @@ from torch.nn import functional
 
 import stabkit
 from stabkit.diagnosis import Finding, Thresholds, apply
-from stabkit.diagnosis.over_time.constraints import held_below_one
 from stabkit.diagnosis.over_time.findings import time_findings
+from stabkit.diagnosis.over_time.scans import held_below_one
 
 
 class Scan(nn.Module):

@@ -15,7 +15,7 @@ from stabkit.diagnosis import Finding, Thresholds, examine
 from stabkit.diagnosis.finding import serious
 from stabkit.diagnosis.over_time.findings import loops_over_time, time_findings, time_profiles
 from stabkit.diagnosis.over_time.profile import TimeProfile
-from stabkit.diagnosis.remedies.best_constant import left_by_a_constant
+from stabkit.diagnosis.remedies.learning import left_by_a_constant
 from stabkit.errors import TraceError
 from stabkit.tracing.recording.forward_pass import ForwardPass
 

@@ -10,6 +10,7 @@ from torch.nn import functional
 import stabkit
 from stabkit.diagnosis import Finding
 from stabkit.diagnosis.inputs.padded_ends import padded_end_findings
+from stabkit.diagnosis.training_run import TrainingRun
 from stabkit.tracing.recording.training_pass import training_pass
 
 SAMPLES, LENGTH = 32, 80
@@ -42,12 +43,12 @@ VECTORS = nn.functional.one_hot(TOKENS % 16, 16).float().masked_fill(ENDED[..., 
 
 
 def said(model: nn.Module, x: Tensor, labels: Tensor = LABELS) -> list[Finding]:
-    call = stabkit.trace(model, x).forward_pass
+    flow = stabkit.trace(model, x)
 
     def loss(out: Tensor) -> Tensor:
         return functional.cross_entropy(out, labels)
 
-    return padded_end_findings(loss, call, training_pass(call, loss))
+    return padded_end_findings(TrainingRun(flow, loss, flow.forward_pass, training_pass(flow.forward_pass, loss)))
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ from torch.nn import functional
 import stabkit
 from stabkit.diagnosis import Finding
 from stabkit.diagnosis.inputs.read_positions import read_position_findings
+from stabkit.diagnosis.training_run import TrainingRun
 from stabkit.tracing.recording.training_pass import training_pass
 
 SAMPLES, LENGTH = 48, 12
@@ -87,7 +88,7 @@ def said(model: nn.Module, x: Tensor, labels: Tensor) -> list[Finding]:
     def loss(out: Tensor) -> Tensor:
         return functional.cross_entropy(out, labels)
 
-    return read_position_findings(flow, loss, flow.forward_pass, training_pass(flow.forward_pass, loss))
+    return read_position_findings(TrainingRun(flow, loss, flow.forward_pass, training_pass(flow.forward_pass, loss)))
 
 
 @pytest.mark.parametrize(

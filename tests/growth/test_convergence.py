@@ -4,7 +4,7 @@ import math
 
 import torch
 
-from stabkit.growth.convergence import autocorrelation_times, halves, has_converged, standard_errors
+from stabkit.growth.lyapunov import autocorrelation_times, halves, has_converged, standard_errors
 from tests.growth.systems import DOUBLE, normal
 
 

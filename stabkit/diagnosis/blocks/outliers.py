@@ -9,7 +9,7 @@ import numpy as np
 
 from stabkit.diagnosis.blocks.behaviour import Behaviour, behaviours, jump
 from stabkit.diagnosis.blocks.peers import Deviation
-from stabkit.diagnosis.blocks.weight_faults import FEWEST_PEERS, WeightFault, bias_faults, weight_faults
+from stabkit.diagnosis.blocks.weight_faults import FEWEST_PEERS, WeightFault, bias_faults, rank_faults, weight_faults
 from stabkit.diagnosis.blocks.weights import Weight
 from stabkit.diagnosis.finding import Finding
 from stabkit.diagnosis.measurement import Measurement, StepMeasurement
@@ -240,3 +240,27 @@ def _activity_text(activity: Activity) -> str:
     if activity.dead > 0.5:
         return f"{activity.dead:.0%} of its {activity.units} {activity.operation} units pass nothing"
     return f"{activity.saturated:.0%} of its {activity.operation} outputs are saturated"
+
+
+def rank_findings(measurement: Measurement, thresholds: Thresholds) -> list[Finding]:
+    """Matrices of far lower effective rank than the same matrix of the other blocks, worst first."""
+    return [_of_rank(fault, measurement) for fault in rank_faults(measurement.steps, thresholds)]
+
+
+def _of_rank(fault: WeightFault, measurement: Measurement) -> Finding:
+    step, weight, far = measurement.steps[fault.step], fault.weight, fault.deviation
+    size = math.exp(weight.gains[0]) / weight.unit
+    share, typical = math.exp(far.value), math.exp(far.typical)
+    return Finding(
+        kind="rank_collapse",
+        severity="warning",
+        steps=(fault.step,),
+        module_path=step.home([weight]),
+        confidence=1.0 - math.exp(2 * far.size),
+        evidence=f"the effective rank of {weight.path} is {share:.2%} of the largest that its shape allows, in "
+        f"{far.peers} peers {typical:.0%}: its block writes along few directions only",
+        remedy=f"draw {weight.path} anew with standard deviation {size:.3g}, which it has now",
+        reference="Roy and Vetterli, The effective rank, 2007; Bell and Dean, 1970 (participation ratio)",
+        numbers={"rank_deviation": far.size, "share": share, "peers": float(far.peers)},
+        actions=(remedies.redraw(weight.path, size),),
+    )

@@ -10,10 +10,9 @@ from dataclasses import replace
 
 from stabkit.diagnosis.finding import Finding, serious
 from stabkit.diagnosis.remedies.outer_causes import larger_weights
-from stabkit.diagnosis.remedies.usual_training import RATES, adam, learns_only_treated, left_after
+from stabkit.diagnosis.remedies.usual_training import left_only_treated
 from stabkit.diagnosis.suspects import Diagnosis, Settings, ordered
 from stabkit.tracing import Flow, FlowLike
-from stabkit.tracing.recording.training_pass import training_pass
 
 _STEPS = 20  # of a trial: five convolutions of 0.01 kept .96 of the loss, and .002 drawn by He; six tanh layers alike
 _REFERENCE = "He et al., Delving deep into rectifiers, 2015, section 2.2"
@@ -35,15 +34,11 @@ def with_small_matrices(flow: FlowLike, found: Diagnosis, settings: Settings) ->
     tries = larger_weights(found.measurement)
     if not tries:
         return found
-    (remedy,), call, rates = tries, flow.forward_pass, [adam(rate) for rate in RATES]
-    begun = training_pass(call, loss, differentiate=False).loss
-    with_remedy = left_after(call, loss, rates, remedy.actions, steps=_STEPS)
-    plain = left_after(call, loss, rates, steps=_STEPS)
-    if begun is None or plain is None or with_remedy is None:
+    (remedy,) = tries
+    left = left_only_treated(flow.forward_pass, loss, remedy.actions, _STEPS)
+    if left is None:
         return found
-    first = float(begun.detach())
-    if not (first > 0 and learns_only_treated(first, plain * first, with_remedy * first)):
-        return found
+    plain, with_remedy = left
     changed = {str(action["parameter"]) for action in remedy.actions}
     steps = tuple(s.index for s in found.measurement.steps if any(w.path in changed for w in s.weights))
     finding = Finding(

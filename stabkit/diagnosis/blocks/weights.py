@@ -5,15 +5,15 @@ from __future__ import annotations
 import bisect
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from stabkit.tracing import Flow, Step
-from stabkit.tracing.recording.offloading import values_of
 from stabkit.tracing.recording.recorder import Call
 from stabkit.vocabulary import norm_of
 
@@ -211,3 +211,32 @@ def role_of(path: str) -> str:
     above = [re.sub(r"\d+", "*", part) for part in parents]
     own = "*" if module.isdigit() and "*" not in "".join(above) else module
     return ".".join([*above, own, name]).lstrip(".")
+
+
+def values_of(module: nn.Module, name: str) -> Tensor | None:
+    """The values of a module's own parameter, also when they are offloaded; None where nobody can say.
+
+    ``accelerate`` leaves parameters on the meta device and fetches them in a hook of the module.
+
+    Args:
+        module: that the parameter belongs to.
+        name: what the tensor is called in that module.
+
+    Example:
+        >>> values_of(nn.Linear(3, 2), "weight").shape
+        torch.Size([2, 3])
+    """
+    parameter = module._parameters[name]
+    if parameter is None or not parameter.is_meta:
+        return parameter
+    for hook in _hooks(module):
+        stored = getattr(hook, "weights_map", None)
+        if isinstance(stored, Mapping) and name in stored:
+            found: Tensor = stored[name]
+            return found
+    return None
+
+
+def _hooks(module: nn.Module) -> list[Any]:
+    hook = getattr(module, "_hf_hook", None)
+    return [] if hook is None else list(getattr(hook, "hooks", (hook,)))

@@ -17,13 +17,12 @@ from torch.autograd.graph import Node
 from torch.nn.modules.conv import _ConvNd
 from torch.overrides import TorchFunctionMode
 
-from stabkit.diagnosis.blocks.weights import step_of
-from stabkit.diagnosis.finding import Action, Finding
+from stabkit.diagnosis.finding import Action, Finding, of_module
 from stabkit.diagnosis.losses.ranges import behind_moves
 from stabkit.diagnosis.remedies import computed as remedies
-from stabkit.diagnosis.remedies.applying import carried_out
+from stabkit.diagnosis.remedies.applying import carried_out, is_small
 from stabkit.diagnosis.remedies.usual_training import RATES, adam, learns_only_treated, left_after, sgd
-from stabkit.tracing import Flow
+from stabkit.diagnosis.training_run import TrainingRun
 from stabkit.tracing.derivatives.lost_gradient import listed
 from stabkit.tracing.graph.values import operation
 from stabkit.tracing.recording.containers import named_tensors
@@ -40,37 +39,35 @@ _CALLS = frozenset(
 _SOFTMAXES = frozenset({"Softmax", "LogSoftmax", "LogSigmoid"})
 _SHARES = (0.5, -3.0, 4.0)  # of one input in a combination: within and far beyond the two
 _ROUNDING = 1e-4  # of the size of what is combined
-_STEPS = 100  # of a trial: activations have to find what no affine map has, which takes longer than to fall
-_SMALL = 100_000  # parameters up to which so many steps are tried; 20 beyond
+_STEPS = 100  # of a trial, and a fifth of that for large models: activations have to find what no affine map has
 
 _REFERENCE = "Goodfellow, Bengio and Courville, Deep learning, 2016, section 6.1, learning XOR"
 
 
-def affine_findings(flow: Flow, loss: Any, call: ForwardPass, done: TrainingPass) -> list[Finding]:
+def affine_findings(run: TrainingRun) -> list[Finding]:
     """A finding where the whole model is affine in its input and has several trained matrices in a row."""
-    outputs = [t for _, t in named_tensors(done.output) if t.is_floating_point() and t.requires_grad]
+    outputs = [t for _, t in named_tensors(run.done.output) if t.is_floating_point() and t.requires_grad]
     if len(outputs) != 1 or outputs[0].grad_fn is None:
         return []
     last, bare = _last_product(outputs[0].grad_fn)
-    chain = _chain(last, done) if last is not None else ()
-    end = "" if bare else path_of(done, last)
-    if len(chain) < 2 or not (bare or end) or not _is_affine(call, end):
+    chain = _chain(last, run.done) if last is not None else ()
+    end = "" if bare else path_of(run.done, last)
+    if len(chain) < 2 or not (bare or end) or not _is_affine(run.call, end):
         return []
     evidence = (
         f"the model is one affine map of its input{f' up to {end}' if end else ''}: {len(chain)} trained matrices "
         f"follow each other without an activation between ({listed(chain)}), which together can do no more than one; "
         "f(a x + (1 - a) y) = a f(x) + (1 - a) f(y) to rounding, wherever that was tried"
     )
-    actions = _actions(call, chain)
-    severity, tried = _trial(call, loss, done, chain, actions)
+    actions = _actions(run.call, chain)
+    severity, tried = _trial(run, chain, actions)
     first = chain[0].rpartition(".")[0]
     return [
-        Finding(
-            kind="affine",
-            severity=severity,
-            steps=(step_of(flow, first),),
-            module_path=first,
-            confidence=1.0,
+        of_module(
+            run.flow,
+            "affine",
+            severity,
+            first,
             evidence=evidence + tried,
             remedy=f"an activation, such as the ReLU that was tried, behind each of {listed(chain[:-1])}"
             if severity == "warning"
@@ -135,7 +132,7 @@ def _matrix(parents: list[Node], names: dict[int, str]) -> str:
 
 def _is_affine(call: ForwardPass, end: str) -> bool:
     """Whether what a module returns, or the model, is affine in the inputs of floats; not where it is constant."""
-    given = [t for _, t in named_tensors([list(call.inputs), call.kwargs]) if t.is_floating_point()]
+    given = [t for _, t in call.given if t.is_floating_point()]
     if not given or any(t.layout != torch.strided for t in given):
         return False
 
@@ -201,20 +198,21 @@ class _Activated(TorchFunctionMode):
         return torch.relu(result) if names else result
 
 
-def _trial(
-    call: ForwardPass, loss: Any, done: TrainingPass, chain: Sequence[str], actions: Sequence[Action]
-) -> tuple[str, str]:
+def _trial(run: TrainingRun, chain: Sequence[str], actions: Sequence[Action]) -> tuple[str, str]:
     """How bad it is, and what a short training says, as it is and with a ReLU behind each hidden matrix."""
-    assert done.loss is not None
-    first = float(done.loss.detach())
-    treated = call if actions else _activated(call, chain)
+    assert run.done.loss is not None
+    first = float(run.done.loss.detach())
+    treated = run.call if actions else _activated(run.call, chain)
     if treated is None or not first > 0:
         return "info", ""
-    steps = _STEPS if sum(p.numel() for p in call.module.parameters()) <= _SMALL else _STEPS // 5
+    steps = _STEPS if is_small(run.call.module) else _STEPS // 5
     updates = [by(rate) for rate in RATES for by in (adam, sgd)]
-    with carried_out(call.module, actions):
-        begun = training_pass(treated, loss, differentiate=False).loss
-    plain, left = left_after(call, loss, updates, steps=steps), left_after(treated, loss, updates, actions, steps=steps)
+    with carried_out(run.call.module, actions):
+        begun = training_pass(treated, run.loss, differentiate=False).loss
+    plain, left = (
+        left_after(run.call, run.loss, updates, steps=steps),
+        left_after(treated, run.loss, updates, actions, steps=steps),
+    )
     if plain is None or left is None or begun is None:
         return "info", ""
     ends = plain * first, left * float(begun.detach())

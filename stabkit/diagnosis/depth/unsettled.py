@@ -15,17 +15,18 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from stabkit.diagnosis.blocks.weights import step_of
-from stabkit.diagnosis.finding import Finding
+from stabkit.diagnosis.finding import Finding, of_module
+from stabkit.diagnosis.measurement import Measurement
 from stabkit.diagnosis.remedies import computed as remedies
 from stabkit.diagnosis.remedies.applying import carried_out
 from stabkit.diagnosis.remedies.computed import Remedy
 from stabkit.errors import StabkitError
-from stabkit.tracing import Flow
+from stabkit.tracing import Flow, FlowLike, Iteration
 from stabkit.tracing.recording.forward_pass import ForwardPass
 from stabkit.tracing.recording.training_pass import training_pass
 
@@ -35,6 +36,8 @@ _FALLS = 0.99  # of the change of the call before: what falls less does not arri
 _SAMPLES, _MEMORY = 4, 5  # samples looked at, and states that a solver combines
 _FITS = 1e-3  # relative distance of a state from what a solver can make
 _CONTRACTS = 0.9  # by which a step is to stretch
+_FEWEST_STEPS = 6  # steps from which one speaks of convergence
+_SETTLED = 1e-2  # the last change beside the state, and beside the first change
 
 
 @dataclass
@@ -171,12 +174,11 @@ def _finding(flow: Flow, path: str, seen: Iterates) -> Finding:
     count, last, stretch = len(seen.residuals), seen.residuals[-1], seen.stretch
     grows = f", and a call multiplies the change of the one before by {stretch:.2f}" if math.isfinite(stretch) else ""
     remedy, tried = _tried(flow, path, seen)
-    return Finding(
-        kind="no_fixed_point",
-        severity="warning",
-        steps=(step_of(flow, path),),
-        module_path=path,
-        confidence=1.0,
+    return of_module(
+        flow,
+        "no_fixed_point",
+        "warning",
+        path,
         evidence=f"{path} ({type(flow.model.get_submodule(path)).__name__}) is iterated without gradient, and no fixed "
         f"point is reached: the relative residual |f(z) - z| / |f(z)| is {last:.2g} after {count} calls{grows}; the "
         f"gradient of a fixed point is not that of this state{tried}",
@@ -229,3 +231,45 @@ def _changes(cell: nn.Module, path: str, seen: Iterates) -> list[Remedy]:
         text = f"give {what} the spectral norm {norm:.2g} (now {max(sizes.values()):.2g}); {later}"
         found.append(Remedy(text, tuple(remedies.scale(name, by) for name, by in factors.items())))
     return [remedy for remedy in found if remedy.actions]
+
+
+def settles(flow: FlowLike, measurement: Measurement, stretch: tuple[int, int]) -> str:
+    """How the state settles, in words; empty where it does not, or where something that learns lies before.
+
+    That the gradient with respect to the start vanishes is what convergence means, and no fault where nothing that
+    learns lies before the start. What would be one is told elsewhere: samples that arrive at one and the same point,
+    or units that are dead.
+    """
+    first, last = stretch
+    if last - first + 1 < _FEWEST_STEPS or not _tied(flow, measurement, stretch):
+        return ""
+    states = list(flow.trajectory()) if isinstance(flow, Iteration) else [s.flatten() for s in flow.states]
+    rows = [state.detach().double() for state in states[first : last + 2]]
+    if len({row.shape for row in rows}) > 1:
+        return ""
+    sizes = [float(row.norm()) for row in rows]
+    changes = [float((b - a).norm()) for a, b in itertools.pairwise(rows)]
+    if min(sizes) == 0.0 or not np.isfinite(sizes).all():
+        return ""
+    relative = [change / size for change, size in zip(changes, sizes[1:], strict=True)]
+    if relative[-1] >= _SETTLED or relative[-1] >= _SETTLED * relative[0]:
+        return ""
+    return (
+        f"the same step is taken {len(changes)} times and settles at a fixed point (a step changes the state by "
+        f"{relative[0]:.2g} of its size at first, by {relative[-1]:.2g} at last). That the gradient with respect to "
+        "the start shrinks is what convergence means, and nothing that learns lies before the start"
+    )
+
+
+def _tied(flow: FlowLike, measurement: Measurement, stretch: tuple[int, int]) -> bool:
+    """Whether all steps of a stretch use the same weights, and no other weight that learns comes before them."""
+    if isinstance(flow, Iteration):
+        return True
+    if not isinstance(flow, Flow):
+        return False
+    first, last = stretch
+    used = {frozenset(w.path for w in step.weights) for step in measurement.steps[first : last + 1]}
+    if len(used) != 1 or not next(iter(used)):
+        return False
+    known = {w.path for step in measurement.steps[first:] for w in step.weights}
+    return all(path in known for path, p in flow.model.named_parameters() if p.requires_grad)

@@ -14,10 +14,9 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from stabkit.diagnosis.blocks.weights import step_of
-from stabkit.diagnosis.finding import Finding
+from stabkit.diagnosis.finding import Finding, of_module
 from stabkit.diagnosis.inputs.padding import padding_of
-from stabkit.diagnosis.remedies.short_training import STEPS, short_training, worse
+from stabkit.diagnosis.remedies.short_training import compared, short_training, worse
 from stabkit.tracing import Flow
 from stabkit.tracing.graph.values import operation
 from stabkit.tracing.recording.containers import named_tensors
@@ -61,7 +60,7 @@ class Seen:
 def mask_findings(flow: Flow, loss: Any) -> list[Finding]:
     """One finding for all attentions whose masks are the wrong way round, one for masks that mask nothing."""
     call = flow.forward_pass
-    given = [t for _, t in named_tensors([list(call.inputs), call.kwargs]) if t.device.type != "meta"]
+    given = [t for _, t in call.given if t.device.type != "meta"]
     filled = [(t, p) for t in given if (p := padding_of(t.detach())) is not None]
     paddings = [p for _, p in filled]
     if not any("Softmax" in name or "Attention" in name for name in map(operation, flow.recorded.graph.nodes)):
@@ -84,7 +83,7 @@ def mask_findings(flow: Flow, loss: Any) -> list[Finding]:
 def _of_no_influence(flow: Flow, filled: Sequence[tuple[Tensor, Tensor]]) -> list[Finding]:
     """Tokens that change nothing while their padding does: exchanged among each other, every output stays the same."""
     call = flow.forward_pass
-    given = [t for _, t in named_tensors([list(call.inputs), call.kwargs]) if t.is_floating_point() and t.dim() > 1]
+    given = [t for _, t in call.given if t.is_floating_point() and t.dim() > 1]
     if len(filled) != 1 or any(t is not filled[0][0] for t in given):
         return []  # tokens may be there for the sake of their lengths alone, beside what was made of them
     tensor, padding = filled[0]
@@ -192,8 +191,8 @@ def _of_turned(flow: Flow, loss: Any, turned: Sequence[Seen], count: int) -> Fin
     named = "attention_mask" in flow.forward_pass.kwargs
     evidence += "; the attention_mask of transformers is 1 where tokens are)" if named else ")"
     plain, treated = short_training(flow, loss), short_training(flow, loss, within=_Turning)
-    if plain is not None and treated is not None and worse(plain, treated):
-        evidence += f"; {STEPS} steps of plain SGD take the loss {plain} as it is, {treated} with it turned round"
+    if worse(plain, treated):
+        evidence += compared(plain, treated, "with it turned round")
     remedy = "turn the mask round: ~mask where it is made or passed on"
     return _finding(flow, first, "critical", evidence, remedy, {"attentions": float(len(turned))})
 
@@ -237,14 +236,4 @@ def _turned(mask: Tensor) -> Tensor:
 
 
 def _finding(flow: Flow, first: Seen, severity: str, evidence: str, remedy: str, numbers: dict[str, float]) -> Finding:
-    return Finding(
-        kind="mask",
-        severity=severity,
-        steps=(step_of(flow, first.path),),
-        module_path=first.path,
-        confidence=1.0,
-        evidence=evidence,
-        remedy=remedy,
-        reference=_REFERENCE,
-        numbers=numbers,
-    )
+    return of_module(flow, "mask", severity, first.path, evidence, remedy, _REFERENCE, numbers)

@@ -8,20 +8,15 @@ are tried on a copy, for the samples between those that are trained on; noise is
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from stabkit.diagnosis.blocks.weights import step_of
-from stabkit.diagnosis.finding import Finding
+from stabkit.diagnosis.finding import Finding, of_module
 from stabkit.diagnosis.losses.regressions import regressions
 from stabkit.diagnosis.remedies import computed as remedies
 from stabkit.diagnosis.remedies.held_out import learnt
-from stabkit.tracing import Flow
-from stabkit.tracing.recording.containers import named_tensors
-from stabkit.tracing.recording.forward_pass import ForwardPass
-from stabkit.tracing.recording.training_pass import TrainingPass
+from stabkit.diagnosis.training_run import TrainingRun
 
 _MOST_AXES = 3  # of coordinates
 _FEWEST = 64  # samples between which variation shows
@@ -35,33 +30,26 @@ _FREQUENCIES = (2.0, 6.0, 16.0)  # standard deviations, in radians over the stan
 _REFERENCE = "Tancik et al., Fourier features let networks learn high frequency functions, 2020; Sitzmann et al., 2020"
 
 
-def coordinate_findings(flow: Flow, loss: Any, call: ForwardPass, done: TrainingPass) -> list[Finding]:
-    """A finding where features of sines learn far more of targets that vary fast over a few coordinates.
-
-    Args:
-        flow: the traced pass.
-        loss: a callable on the output that returns a scalar.
-        call: the pass as training makes it.
-        done: its loss, on the graph.
-    """
-    given = [t for _, t in named_tensors([list(call.inputs), call.kwargs])]
-    first = _first_layer(call, done, given[0]) if len(given) == 1 else ""
+def coordinate_findings(run: TrainingRun) -> list[Finding]:
+    """A finding where features of sines learn far more of targets that vary fast over a few coordinates."""
+    given = [t for _, t in run.call.given]
+    first = _first_layer(run, given[0]) if len(given) == 1 else ""
     if not first:
         return []
     x = given[0].detach().double()
     spread = float(x.std(0).mean())
     if not _USUAL[0] < spread < _USUAL[1]:
         return []  # their size comes first
-    targets = [r.targets.detach().double() for r in regressions(done) if len(r.targets) == len(x)]
+    targets = [r.targets.detach().double() for r in regressions(run.done) if len(r.targets) == len(x)]
     near = _between_neighbours(x, targets[0].reshape(len(x), -1)) if targets else math.nan
     if not near < _SMOOTH:
         return []
-    plain = learnt(call, loss, _STEPS)
+    plain = learnt(run.call, run.loss, _STEPS)
     if plain is None or plain.other > _PLAIN:
         return []
     for frequency in _FREQUENCIES:
         action = remedies.fourier_features(first, frequency / spread)
-        treated = learnt(call, loss, _STEPS, [action])
+        treated = learnt(run.call, run.loss, _STEPS, [action])
         if treated is not None and treated.beats(plain) and treated.other > plain.other + _FALL:
             break
     else:
@@ -73,12 +61,11 @@ def coordinate_findings(flow: Flow, loss: Any, call: ForwardPass, done: Training
         f"cosines of the coordinates, of frequencies of {frequency / spread:.3g} radians a unit, beside them"
     )
     return [
-        Finding(
-            kind="spectral_bias",
-            severity="warning",
-            steps=(step_of(flow, first),),
-            module_path=first,
-            confidence=1.0,
+        of_module(
+            run.flow,
+            "spectral_bias",
+            "warning",
+            first,
             evidence=evidence,
             remedy=f"give {first} Fourier features of the coordinates (sin and cos of B x, B normal of standard "
             f"deviation {frequency / spread:.3g}), or take sines for activations, as SIREN does",
@@ -89,12 +76,12 @@ def coordinate_findings(flow: Flow, loss: Any, call: ForwardPass, done: Training
     ]
 
 
-def _first_layer(call: ForwardPass, done: TrainingPass, x: Tensor) -> str:
+def _first_layer(run: TrainingRun, x: Tensor) -> str:
     """The linear layer that takes coordinates as they are given; empty where a model does not begin so."""
     if x.dim() != 2 or not x.is_floating_point() or x.shape[1] > _MOST_AXES or not _FEWEST <= len(x) <= _MOST:
         return ""
-    modules = dict(call.module.named_modules())
-    ran = [modules[each.path] for each in done.calls if each.path in modules]
+    modules = dict(run.call.module.named_modules())
+    ran = [modules[each.path] for each in run.done.calls if each.path in modules]
     leaves = [m for m in ran if not any(True for _ in m.children())]
     first = leaves[0] if leaves else None
     if not isinstance(first, nn.Linear) or first.in_features != x.shape[1]:

@@ -21,11 +21,11 @@ from stabkit.diagnosis.remedies.held_out import learnt
 from stabkit.diagnosis.remedies.short_training import STEPS, short_training
 from stabkit.diagnosis.remedies.usual_training import RATES, adam, left_after, sgd
 from stabkit.diagnosis.states.batch_statistics import with_norms_of_evaluation
+from stabkit.diagnosis.training_run import TrainingRun
 from stabkit.tracing import Flow
-from stabkit.tracing.recording.containers import named_tensors
 from stabkit.tracing.recording.evaluation import evaluated
 from stabkit.tracing.recording.forward_pass import ForwardPass
-from stabkit.tracing.recording.training_pass import TrainingPass, training_pass
+from stabkit.tracing.recording.training_pass import training_pass
 
 # of the loss: in the four cases that are tested 20 steps on standardised inputs leave .04 of it, on the inputs as they
 # are .86 and more, and behind a norm that standardises .03; labels that nothing tells leave .8, or .3 where they are
@@ -35,23 +35,22 @@ _DOES_NOT = 0.5  # what the same steps on the inputs as they are must stay above
 _REFERENCE = "LeCun, Bottou, Orr and Müller, Efficient backprop, 1998, sections 4.3 and 5.1"
 
 
-def feature_scale_findings(flow: Flow, loss: Any, call: ForwardPass, done: TrainingPass) -> list[Finding]:
+def feature_scale_findings(run: TrainingRun) -> list[Finding]:
     """A finding where a few steps learn from standardised inputs and not from those that are given."""
-    if done.loss is None or with_norms_of_evaluation(call.module) or differentiates(call, loss):
+    if run.done.loss is None or with_norms_of_evaluation(run.call.module) or differentiates(run.call, run.loss):
         return []
-    given = [*named_tensors(list(call.inputs)), *named_tensors(call.kwargs)]
-    found = {id(t): f for name, t in given if (f := features_of(flow, name, t)) is not None and f.far}
-    places = [place for place in given_to_matrices(call) if place.features.far]
+    found = {id(t): f for name, t in run.call.given if (f := features_of(run.flow, name, t)) is not None and f.far}
+    places = [place for place in given_to_matrices(run.call) if place.features.far]
     if not (found or places):
         return []
-    first = float(done.loss.detach())
+    first = float(run.done.loss.detach())
     if found:
-        other = changed(call, lambda t: found[id(t)].standardised(t) if id(t) in found else t)
+        other = changed(run.call, lambda t: found[id(t)].standardised(t) if id(t) in found else t)
         worst = max(found.values(), key=lambda f: f.apart)
-        if (trial := _tried(call, other, loss, first)) is not None:
-            return [_finding(worst, trial, f"the input {worst.name!r}", flow, "")]
-    if places and (trial := _tried(call, standardised(call, places), loss, first)) is not None:
-        return [_of_matrix(flow, call, max(places, key=lambda place: place.features.apart), trial)]
+        if (trial := _tried(run.call, other, run.loss, first)) is not None:
+            return [_finding(worst, trial, f"the input {worst.name!r}", run.flow, "")]
+    if places and (trial := _tried(run.call, standardised(run.call, places), run.loss, first)) is not None:
+        return [_of_matrix(run.flow, run.call, max(places, key=lambda place: place.features.apart), trial)]
     return []
 
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from stabkit.diagnosis.inputs.derivatives import differentiates
 from stabkit.diagnosis.inputs.features import Features, changed, features_along
-from stabkit.tracing.recording.containers import map_tensors, named_tensors
+from stabkit.tracing.recording.containers import map_tensors
 from stabkit.tracing.recording.forward_pass import ForwardPass
 from stabkit.tracing.recording.untouched_model import seeded, unchanged
 
@@ -42,7 +42,7 @@ class Given:
 
 def given_to_matrices(call: ForwardPass) -> list[Given]:
     """What every matrix is given that no trained parameter comes before, and that is none of the inputs as they are."""
-    plain = [t for _, t in named_tensors([list(call.inputs), call.kwargs]) if t.is_floating_point()]
+    plain = [t for _, t in call.given if t.is_floating_point()]
     found = []
     for path, rows in rows_given(call).items():
         features = features_along(path, rows, 1)
@@ -74,8 +74,7 @@ def standardised(call: ForwardPass, places: list[Given]) -> ForwardPass:
 
 def inputs_behind(call: ForwardPass, place: Given, feature: int) -> list[tuple[str, Tensor]]:
     """The inputs that a feature comes from: exchanged among the samples, they change it."""
-    named = [*named_tensors(list(call.inputs)), *named_tensors(call.kwargs)]
-    varying = [(name, t) for name, t in named if t.dim() > 0 and len(t) > 1 and bool((t != t[:1]).any())]
+    varying = [(name, t) for name, t in call.given if t.dim() > 0 and len(t) > 1 and bool((t != t[:1]).any())]
     found = []
     for name, tensor in varying[:_MOST_INPUTS]:
         rows = rows_given(changed(call, lambda t, one=tensor: t.roll(1, 0) if t is one else t)).get(place.path)  # type: ignore[misc]

@@ -22,9 +22,11 @@ from stabkit.diagnosis.blocks.weights import step_of
 from stabkit.diagnosis.finding import Finding
 from stabkit.diagnosis.losses.loud_logits import cross_entropies
 from stabkit.diagnosis.losses.regressions import regressions
+from stabkit.diagnosis.remedies.applying import is_small
 from stabkit.diagnosis.remedies.moved_weights import moved_weights
 from stabkit.diagnosis.remedies.short_training import STEPS
 from stabkit.diagnosis.remedies.usual_training import RATES, adam, learns_only_treated, left_after
+from stabkit.diagnosis.training_run import TrainingRun
 from stabkit.errors import StabkitError
 from stabkit.tracing import Flow
 from stabkit.tracing.graph.values import operation
@@ -40,8 +42,7 @@ _BELOW = 0.99  # of a floor: what no rounding of a loss that has come down to it
 _MOST = 4096  # samples or tokens that are compared
 _MOST_NUMBERS = 2**24  # of all tokens: 128 MiB of doubles, which are told apart in a second or two
 _STAYS, _FOLLOWS = "stays", "follows"  # what an output does where positions change places
-_STEPS = 50  # of a trial, and a fifth of that for models of more parameters than these
-_SMALL = 100_000
+_STEPS = 50  # of a trial, and a fifth of that for large models
 # reversed sequences: .9 of 2.5 as it is and with shuffled positions, .46 with positions; with noisy labels alike
 _TIMES = 1.5  # as much loss without positions, and with shuffled ones, as with positions
 _GAIN = 0.1  # of the first loss
@@ -49,20 +50,20 @@ _GAIN = 0.1  # of the first loss
 _REFERENCE = "Vaswani et al., Attention is all you need, 2017, section 3.5; Zaheer et al., Deep sets, 2017"
 
 
-def lost_order_findings(flow: Flow, loss: Any, call: ForwardPass, done: TrainingPass) -> list[Finding]:
+def lost_order_findings(run: TrainingRun) -> list[Finding]:
     """A finding where the order of tokens does not reach the output."""
-    attention, outputs = _attention(call, done), _outputs(done.output)
+    attention, outputs = _attention(run), _outputs(run.done.output)
     for axis in (1, 0):
-        tokens = _tokens(call, axis)
+        tokens = _tokens(run.call, axis)
         if tokens is None or not outputs or any(t.dim() == 0 or len(t) != len(tokens) for t in outputs):
             continue
         if attention is None and not _may_hold_the_same(tokens):
             continue
-        how = _moved_by_order(call, axis, tokens.shape[1])
+        how = _moved_by_order(run.call, axis, tokens.shape[1])
         if how == _STAYS:
-            return _judged(flow, loss, call, done, _Samples(tokens, axis), attention)
+            return _judged(run, _Samples(tokens, axis), attention)
         if how == _FOLLOWS and axis == 1:
-            return _of_every_token(flow, loss, call, done, tokens, attention)
+            return _of_every_token(run, tokens, attention)
     return []
 
 
@@ -91,19 +92,17 @@ def _alike(rows: Tensor) -> Tensor:
     return numbers
 
 
-def _of_every_token(
-    flow: Flow, loss: Any, call: ForwardPass, done: TrainingPass, tokens: Tensor, attention: str | None
-) -> list[Finding]:
+def _of_every_token(run: TrainingRun, tokens: Tensor, attention: str | None) -> list[Finding]:
     """Outputs for every token that follow it wherever it is put, where equal tokens of a sample have other targets."""
-    if attention is None or any(t.dim() < 2 or t.shape[:2] != tokens.shape[:2] for t in _outputs(done.output)):
+    if attention is None or any(t.dim() < 2 or t.shape[:2] != tokens.shape[:2] for t in _outputs(run.done.output)):
         return []
-    if len(tokens) == tokens.shape[1] and _moved_by_order(call, 0, len(tokens)) != _FOLLOWS:
+    if len(tokens) == tokens.shape[1] and _moved_by_order(run.call, 0, len(tokens)) != _FOLLOWS:
         return []  # as long as it is wide, and what follows are samples
     samples = _Samples(tokens, 1)
     numbers = samples.tokens.tolist()
     content: list[Hashable] = [(samples.content[i], token) for i, row in enumerate(numbers) for token in row]
     order: list[Hashable] = [(place, at) for place in samples.order for at in range(samples.positions)]
-    floor = next(iter(_floors(done, content, order)), None)
+    floor = next(iter(_floors(run.done, content, order)), None)
     words = "what is returned for a token is the same, to rounding, wherever in its sample it stands"
     if floor is not None and floor.shared:
         words += (
@@ -111,19 +110,17 @@ def _of_every_token(
             f"that the {floor.name} cannot fall below {floor.least:.3g}; {floor.without} {floor.scale:.3g}"
         )
     if floor is None or not floor.least > floor.limit:  # labels that are noise leave as much
-        trial = _trial(call, loss, done, samples, by_heart=True)
+        trial = _trial(run, samples, by_heart=True)
         if trial is None or not trial.better:
             return []
         words += trial.words
-    return [_finding(flow, "warning", attention, words, floor)]
+    return [_finding(run.flow, "warning", attention, words, floor)]
 
 
-def _judged(
-    flow: Flow, loss: Any, call: ForwardPass, done: TrainingPass, samples: _Samples, attention: str | None
-) -> list[Finding]:
+def _judged(run: TrainingRun, samples: _Samples, attention: str | None) -> list[Finding]:
     """What follows from being blind to order, for these samples and their targets."""
-    assert done.loss is not None
-    floor = next(iter(_floors(done, samples.content, samples.order)), None)
+    assert run.done.loss is not None
+    floor = next(iter(_floors(run.done, samples.content, samples.order)), None)
     words = "the output is the same, to rounding, for the tokens of a sample in any order"
     sure = floor is not None and floor.least > floor.limit
     if floor is not None and sure:
@@ -133,11 +130,11 @@ def _judged(
         )
     elif attention is None:
         return []
-    trial = _trial(call, loss, done, samples)
+    trial = _trial(run, samples)
     if floor is not None and sure and trial is not None and trial.plain < _BELOW * floor.least <= trial.first:
         return []  # what training goes below is no floor: the order is seen by what evaluation leaves out
     better, tried = (False, "") if trial is None else (trial.better, trial.words)
-    return [_finding(flow, "warning" if sure or better else "info", attention or "", words + tried, floor)]
+    return [_finding(run.flow, "warning" if sure or better else "info", attention or "", words + tried, floor)]
 
 
 def _finding(flow: Flow, severity: str, path: str, evidence: str, floor: _Floor | None) -> Finding:
@@ -157,20 +154,20 @@ def _finding(flow: Flow, severity: str, path: str, evidence: str, floor: _Floor 
     )
 
 
-def _attention(call: ForwardPass, done: TrainingPass) -> str | None:
+def _attention(run: TrainingRun) -> str | None:
     """The first module that attends; empty for attention in the code of the model, None without any."""
-    modules = dict(call.module.named_modules())
-    ran = [c.path for c in done.calls]
+    modules = dict(run.call.module.named_modules())
+    ran = [c.path for c in run.done.calls]
     found = next((path for path in ran if isinstance(modules.get(path), nn.MultiheadAttention)), None)
-    if found is not None or done.loss is None:
+    if found is not None or run.done.loss is None:
         return found
-    inside = any(operation(node).startswith("ScaledDotProduct") for node in nodes_above(done.loss))
+    inside = any(operation(node).startswith("ScaledDotProduct") for node in nodes_above(run.done.loss))
     return "" if inside else None
 
 
 def _tokens(call: ForwardPass, axis: int) -> Tensor | None:
     """What is given at every position of every sample, as ``(samples, positions, numbers)``."""
-    given = [t for _, t in named_tensors([list(call.inputs), call.kwargs]) if t.dim() > 1 and t.layout == torch.strided]
+    given = [t for _, t in call.given if t.dim() > 1 and t.layout == torch.strided]
     if not given or given[0].dim() > 3 or (given[0].dim() == 2 and given[0].is_floating_point()):
         return None
     lead = given[0].shape[:2]
@@ -208,7 +205,7 @@ def _moved_by_order(call: ForwardPass, axis: int, count: int) -> str:
 
 def _compared(call: ForwardPass, axis: int, count: int, order: Tensor | None = None) -> str:
     """How the output changes with what stands at every position taken from another one."""
-    first = next(t for _, t in named_tensors([list(call.inputs), call.kwargs]) if t.dim() > 1)
+    first = next(t for _, t in call.given if t.dim() > 1)
     lead = first.shape[:2]
     places = _order(count) if order is None else order
 
@@ -353,21 +350,19 @@ class _Trial:
     words: str
 
 
-def _trial(
-    call: ForwardPass, loss: Any, done: TrainingPass, samples: _Samples, *, by_heart: bool = False
-) -> _Trial | None:
+def _trial(run: TrainingRun, samples: _Samples, *, by_heart: bool = False) -> _Trial | None:
     """Training as it is and with positions; None where it was not tried.
 
     Targets of tokens may be learnt ``by_heart`` where positions tell these apart: only an order counts then.
     """
-    assert done.loss is not None
-    first = float(done.loss.detach())
-    place = _embedded(call, samples)
+    assert run.done.loss is not None
+    first = float(run.done.loss.detach())
+    place = _embedded(run.call, samples)
     if not place or not first > 0:
         return None
-    told = replace(call, model=_with_positions(call, place, samples))
-    steps = _STEPS if sum(p.numel() for p in call.module.parameters()) <= _SMALL else _STEPS // 5
-    ends = _after(call, loss, steps), _after(told, loss, steps)
+    told = replace(run.call, model=_with_positions(run.call, place, samples))
+    steps = _STEPS if is_small(run.call.module) else _STEPS // 5
+    ends = _after(run.call, run.loss, steps), _after(told, run.loss, steps)
     if any(map(math.isnan, ends)):
         return None
     words = (
@@ -376,8 +371,8 @@ def _trial(
     )
     better = learns_only_treated(first, *ends) and not by_heart
     if not better and _clearly(ends[1], ends[0], first):  # what is learnt by heart is no order
-        shuffled = replace(call, model=_with_positions(call, place, samples, shuffled=True))
-        ran = [_after(each, loss, few := min(steps, STEPS)) for each in (call, told, shuffled)]
+        shuffled = replace(run.call, model=_with_positions(run.call, place, samples, shuffled=True))
+        ran = [_after(each, run.loss, few := min(steps, STEPS)) for each in (run.call, told, shuffled)]
         better = _clearly(ran[1], min(ran[0], ran[2]), first)
         words += (
             f"; {few} steps to {ran[0]:.3g} and {ran[1]:.3g}, and to {ran[2]:.3g} with the same sines in another order "

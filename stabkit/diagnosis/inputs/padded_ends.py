@@ -7,8 +7,6 @@ steps on both.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -16,39 +14,34 @@ from stabkit.diagnosis.finding import Finding
 from stabkit.diagnosis.inputs.features import changed
 from stabkit.diagnosis.inputs.padding import padding_of
 from stabkit.diagnosis.remedies.usual_training import RATES, adam, learns_only_treated, left_after
+from stabkit.diagnosis.training_run import TrainingRun
 from stabkit.tracing.recording.containers import named_tensors
 from stabkit.tracing.recording.evaluation import evaluated
 from stabkit.tracing.recording.forward_pass import ForwardPass
-from stabkit.tracing.recording.training_pass import TrainingPass, training_pass
+from stabkit.tracing.recording.training_pass import training_pass
 
 _STEPS = 50  # of a trial
 _ALIKE = 0.25  # of the spread of the outputs over samples that there is with padding in front
 _REFERENCE = "https://docs.pytorch.org/docs/stable/generated/torch.nn.utils.rnn.pack_padded_sequence.html"
 
 
-def padded_end_findings(loss: Any, call: ForwardPass, done: TrainingPass) -> list[Finding]:
-    """A finding where a few steps learn with padding in front of sequences, and not with padding behind them.
-
-    Args:
-        loss: a callable on the output that returns a scalar.
-        call: the pass as training makes it.
-        done: its loss, on the graph.
-    """
-    given = [*named_tensors(list(call.inputs)), *named_tensors(call.kwargs)]
+def padded_end_findings(run: TrainingRun) -> list[Finding]:
+    """A finding where a few steps learn with padding in front of sequences, and not with padding behind them."""
+    given = run.call.given
     filled = [(name, t, p) for name, t in given if (p := padding_of(t.detach())) is not None and bool(p[:, -1].any())]
-    if not filled or done.loss is None:
+    if not filled or run.done.loss is None:
         return []
     name, tensor, padding = filled[0]
     lengths = (~padding).sum(1)
-    front = changed(call, lambda t: _rolled(t, padding) if t.shape[:2] == padding.shape else t)
-    behind, before = (_spread(each, len(padding)) for each in (call, front))
+    front = changed(run.call, lambda t: _rolled(t, padding) if t.shape[:2] == padding.shape else t)
+    behind, before = (_spread(each, len(padding)) for each in (run.call, front))
     if not behind < _ALIKE * before:
         return []
-    begun = training_pass(front, loss, differentiate=False).loss
-    plain, treated = (left_after(c, loss, [adam(r) for r in RATES], steps=_STEPS) for c in (call, front))
+    begun = training_pass(front, run.loss, differentiate=False).loss
+    plain, treated = (left_after(c, run.loss, [adam(r) for r in RATES], steps=_STEPS) for c in (run.call, front))
     if begun is None or plain is None or treated is None:
         return []
-    first, start = float(done.loss.detach()), float(begun.detach())
+    first, start = float(run.done.loss.detach()), float(begun.detach())
     if not (first > 0 and learns_only_treated(first, plain * first, treated * start)):
         return []
     token = f"the rest is token {int(tensor[padding][0])}" if tensor.dim() == 2 else "the rest is zeros"

@@ -17,14 +17,14 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from stabkit.diagnosis.blocks.weights import step_of
-from stabkit.diagnosis.finding import Finding
+from stabkit.diagnosis.finding import Finding, of_module
+from stabkit.diagnosis.remedies.applying import is_small
 from stabkit.diagnosis.remedies.held_out import learnt
 from stabkit.diagnosis.remedies.moved_weights import moved_weights
 from stabkit.diagnosis.remedies.other_arguments import Arguments, OtherArguments
 from stabkit.diagnosis.remedies.usual_training import RATES, adam, learns_only_treated, left_after
+from stabkit.diagnosis.training_run import TrainingRun
 from stabkit.errors import StabkitError
-from stabkit.tracing import Flow
 from stabkit.tracing.recording.containers import named_tensors
 from stabkit.tracing.recording.evaluation import Evaluation, evaluated
 from stabkit.tracing.recording.forward_pass import ForwardPass
@@ -32,8 +32,7 @@ from stabkit.tracing.recording.training_pass import TrainingPass, calling_line
 
 _FEWEST = 4  # positions that a sequence has at least
 _ROUNDING = 1e-6  # of the largest entry of an output: what another order of additions may do
-_STEPS = 50  # of a trial, and a fifth of that for models of more parameters than these
-_SMALL = 100_000
+_STEPS = 50  # of a trial, and a fifth of that for large models
 _MORE = 2  # times as many positions that another reading must depend on
 # single tokens of 64 sequences are learnt by heart to .35 to .5 of the loss, whole ones to .001 to .01; where the first
 # token is what matters, it leaves .06 and the whole sequence .2
@@ -44,28 +43,21 @@ _REFERENCE = "https://docs.pytorch.org/docs/stable/generated/torch.nn.LSTM.html:
 Within = Callable[[], AbstractContextManager[Any]]
 
 
-def read_position_findings(flow: Flow, loss: Any, call: ForwardPass, done: TrainingPass) -> list[Finding]:
-    """A finding where another position than the one that is read has seen more of every sequence.
-
-    Args:
-        flow: the traced pass.
-        loss: a callable on the output that returns a scalar.
-        call: the pass as training makes it.
-        done: its loss, on the graph.
-    """
+def read_position_findings(run: TrainingRun) -> list[Finding]:
+    """A finding where another position than the one that is read has seen more of every sequence."""
     for axis in (1, 0):
-        sequences = _Sequences.of(call, done, axis)
+        sequences = _Sequences.of(run.call, run.done, axis)
         if sequences is None:
             continue
-        reads = _Reading.of(call, sequences)
+        reads = _Reading.of(run.call, sequences)
         if not reads:
             continue
         half = sequences.positions // 2
         for end in (0, -1):
             if not sequences.same(half, end):
                 continue
-            return _of_few(flow, loss, call, done, sequences, end, reads)
-        return _of_halves(flow, loss, call, done, sequences, reads)
+            return _of_few(run, sequences, end, reads)
+        return _of_halves(run, sequences, reads)
     return []
 
 
@@ -86,7 +78,7 @@ class _Sequences:
     @classmethod
     def of(cls, call: ForwardPass, done: TrainingPass, axis: int) -> _Sequences | None:
         """Sequences of tokens, or of vectors, of which each has one output; None for other calls."""
-        first = next((t for _, t in named_tensors([list(call.inputs), call.kwargs]) if t.dim() > 0), None)
+        first = next((t for _, t in call.given if t.dim() > 0), None)
         if first is None or first.dim() != 2 + first.is_floating_point() or first.layout != torch.strided:
             return None
         found = cls(call, (first.shape[0], first.shape[1]), axis)
@@ -281,10 +273,7 @@ def _place(key: Any, size: int) -> int | None:
 
 
 def _of_few(
-    flow: Flow,
-    loss: Any,
-    call: ForwardPass,
-    done: TrainingPass,
+    run: TrainingRun,
     sequences: _Sequences,
     end: int,
     reads: list[_Reading],
@@ -310,13 +299,11 @@ def _of_few(
         )
         if count == 0:
             remedy += "; or take the causal mask away, so that a first token sees the others"
-        return [_judged(flow, loss, call, done, read, moved, evidence, remedy, f"position {other}", _TIMES)]
+        return [_judged(run, read, moved, evidence, remedy, f"position {other}", _TIMES)]
     return []
 
 
-def _of_halves(
-    flow: Flow, loss: Any, call: ForwardPass, done: TrainingPass, sequences: _Sequences, reads: list[_Reading]
-) -> list[Finding]:
+def _of_halves(run: TrainingRun, sequences: _Sequences, reads: list[_Reading]) -> list[Finding]:
     """The two directions of a recurrence read at one end, where one of them has seen a single position."""
     for read in reads:
         if not read.halves or not (read.last or read.index == 0) or read.shape[-1] % 2:
@@ -330,17 +317,12 @@ def _of_halves(
             "take the last state of each direction, torch.cat([h_n[-2], h_n[-1]], -1), or out[:, -1, :H] beside "
             "out[:, 0, H:]; or the mean over positions"
         )
-        return [
-            _judged(flow, loss, call, done, read, read.turned(), evidence, remedy, "each where it has seen all", 0.0)
-        ]
+        return [_judged(run, read, read.turned(), evidence, remedy, "each where it has seen all", 0.0)]
     return []
 
 
 def _judged(
-    flow: Flow,
-    loss: Any,
-    call: ForwardPass,
-    done: TrainingPass,
+    run: TrainingRun,
     read: _Reading,
     within: Within,
     evidence: str,
@@ -352,16 +334,17 @@ def _judged(
 
     As much lower counts as well, where a number of ``times`` is given: a batch is learnt by heart from one token too.
     """
-    small = sum(p.numel() for p in call.module.parameters()) <= _SMALL
-    steps = _STEPS if small and times > 0 else _STEPS // 5  # a direction that is lost is seldom of matter
+    steps = (
+        _STEPS if is_small(run.call.module) and times > 0 else _STEPS // 5
+    )  # a direction that is lost is seldom of matter
     rates = [adam(rate) for rate in RATES]
     plain, treated = (
-        left_after(call, loss, rates, steps=steps),
-        left_after(call, loss, rates, steps=steps, within=within),
+        left_after(run.call, run.loss, rates, steps=steps),
+        left_after(run.call, run.loss, rates, steps=steps, within=within),
     )
     better = False
-    if done.loss is not None and plain is not None and treated is not None:
-        first = float(done.loss.detach())
+    if run.done.loss is not None and plain is not None and treated is not None:
+        first = float(run.done.loss.detach())
         better = first > 0 and learns_only_treated(first, plain * first, treated * first)
         better = better or (first > 0 and treated * times < plain - _GAIN and times > 0)
         evidence += (
@@ -369,19 +352,18 @@ def _judged(
             f"{treated * first:.3g} reading {where}"
         )
     if not better and times > 0:
-        ones, others = learnt(call, loss, steps), learnt(call, loss, steps, within=within)
+        ones, others = learnt(run.call, run.loss, steps), learnt(run.call, run.loss, steps, within=within)
         if ones is not None and others is not None and others.beats(ones):
             better = True
             evidence += (
                 f"; of samples that are held out {max(ones.other, 0.0):.0%} of the loss is learnt as it is, "
                 f"{others.other:.0%} so"
             )
-    return Finding(
-        kind="no_influence",
-        severity="warning" if better else "info",
-        steps=(step_of(flow, read.halves or read.path),),
-        module_path=read.halves or read.path,
-        confidence=1.0,
+    return of_module(
+        run.flow,
+        "no_influence",
+        "warning" if better else "info",
+        read.halves or read.path,
         evidence=evidence,
         remedy=remedy if better else f"none is needed where the others are of no matter; otherwise {remedy}",
         reference=_REFERENCE,

@@ -1,19 +1,33 @@
-"""Inputs far from unit scale: what saturates an activation is not the network."""
+"""Inputs far from unit scale: what saturates an activation is not the network, nor what makes all samples the same."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import replace
 
-from stabkit.diagnosis.finding import Finding
+from torch import Tensor
+
+from stabkit.diagnosis.finding import Finding, of_module, serious
+from stabkit.diagnosis.inputs.derivatives import differentiates
 from stabkit.diagnosis.inputs.features import Features, changed, features_of
+from stabkit.diagnosis.inputs.first_matrices import rows_given
 from stabkit.diagnosis.inputs.sizes import INSIDE, Sizes, large_inputs
+from stabkit.diagnosis.remedies import computed as remedies
+from stabkit.diagnosis.remedies.trial import follows, tried
+from stabkit.diagnosis.remedies.usual_training import left_only_treated
 from stabkit.diagnosis.states.activity import activities
-from stabkit.diagnosis.suspects import Diagnosis
+from stabkit.diagnosis.suspects import Diagnosis, Settings, ordered
 from stabkit.diagnosis.thresholds import Thresholds
+from stabkit.diagnosis.verdict import judged_without
 from stabkit.errors import StabkitError
 from stabkit.tracing import Flow, trace
-from stabkit.tracing.recording.containers import named_tensors
+from stabkit.tracing.derivatives.lost_gradient import listed
+
+_SMALL = 0.1  # root mean square from which on a size is worth a trial, which decides; pixels over 255 twice have .002
+_PIXELS = 255.0
+_STEPS = 20  # of a trial: of pixels scaled twice .75 to .97 of the loss stays, .0002 of those brought to size 1
+_OF_SIZE = ("rank_collapse", "vanishing", "dead")
+_REFERENCE = "LeCun, Bottou, Orr and Müller, Efficient backprop, 1998, section 4.3"
 
 
 def with_input_scale(flow: Flow, found: Diagnosis, thresholds: Thresholds) -> tuple[Finding, ...]:
@@ -56,9 +70,7 @@ def _standardise(sizes: Sizes) -> str:
 
 def _features(flow: Flow) -> Features | None:
     """The features of the input that depth is counted from."""
-    call = flow.forward_pass
-    given = dict([*named_tensors(list(call.inputs)), *named_tensors(call.kwargs)])
-    tensor = given.get(flow.source_name)
+    tensor = dict(flow.forward_pass.given).get(flow.source_name)
     return None if tensor is None else features_of(flow, flow.source_name, tensor)
 
 
@@ -67,7 +79,7 @@ def _saturated_at(flow: Flow, features: Features | None, sizes: Sizes, index: in
     call = flow.forward_pass
     other = sizes.divided(call)
     if features is not None and features.uneven:
-        source = dict([*named_tensors(list(call.inputs)), *named_tensors(call.kwargs)])[features.name]
+        source = dict(call.given)[features.name]
         other = changed(call, lambda tensor: features.standardised(tensor) if tensor is source else tensor)
     try:
         scaled = trace(call.model, *other.inputs, kwargs=other.kwargs, seed=call.seed, check=False)
@@ -76,3 +88,55 @@ def _saturated_at(flow: Flow, features: Features | None, sizes: Sizes, index: in
     if len(scaled.steps) != len(flow.steps):
         return None
     return max((a.saturated for a in activities(scaled, scaled.steps[index])), default=None)
+
+
+def with_small_inputs(flow: Flow, found: Diagnosis, settings: Settings) -> Diagnosis:
+    """A diagnosis in which what inputs far smaller than 1 make of the states is told as what follows from them.
+
+    What the first matrices are given counts, whatever the model divided before them. It is brought to size 1 on a copy:
+    what the states show, if anything, must go with it, and training must learn only so.
+    """
+    accused = [f for f in found.findings if serious(f) and f.kind in _OF_SIZE]
+    call, loss = flow.forward_pass, settings.loss
+    if not callable(loss) or any(serious(f) for f in found.findings if f not in accused):
+        return found
+    rows = rows_given(call)
+    sizes = {path: _rms(given) for path, given in rows.items()}
+    if not sizes or not all(0 < size < _SMALL for size in sizes.values()):
+        return found
+    actions = tuple(remedies.scale_input(path, 1.0 / size) for path, size in sizes.items())
+    trial = tried(flow, accused[0], actions, found, settings) if accused else None
+    gone = [] if trial is None else trial.gone(accused)
+    if trial is not None and (not gone or trial.after is None):
+        return found
+    left = left_only_treated(call, loss, actions, _STEPS)
+    if left is None:
+        return found
+    plain, treated = left
+    size, largest = max(sizes.values()), max(float(given.abs().max()) for given in rows.values())
+    twice = 0.5 < largest * _PIXELS <= 1.01
+    where = "in front of these layers" if differentiates(call, loss) else "where the data are read, or there"
+    cause = of_module(
+        flow,
+        "input_scale",
+        "warning",
+        next(iter(sizes)),
+        evidence=f"what {listed(tuple(sizes))} is given has the size {size:.2g} and not 1"
+        + (f", at most {largest:.3g}, as pixels have that were divided by 255 twice" if twice else "")
+        + f": beside the biases it is next to nothing; {_STEPS} steps of Adam leave {plain:.0%} of the loss as it is, "
+        f"{treated:.2g} of it with that brought to size 1",
+        remedy=("divide pixels by 255 once; what is given so far: " if twice else "")
+        + f"divide by {size:.2g}, or standardise, {where}",
+        reference=_REFERENCE,
+        numbers={"input_size": size, "left": plain, "treated": treated},
+        actions=actions,
+    )
+    verdict = found.verdict
+    if trial is not None and trial.after is not None and any(f.kind == verdict.name for f in gone):
+        verdict = judged_without(verdict, trial.after.verdict, "the size of the input")
+    told = [follows(f, cause) if any(f is g for g in gone) else f for f in found.findings]
+    return replace(found, verdict=verdict, findings=tuple(ordered([cause, *told])))
+
+
+def _rms(given: Tensor) -> float:
+    return float(given.double().square().mean().sqrt())

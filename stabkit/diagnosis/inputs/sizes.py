@@ -10,7 +10,6 @@ from torch import Tensor
 from stabkit.diagnosis.inputs.derivatives import differentiates
 from stabkit.diagnosis.inputs.features import FAR, changed
 from stabkit.tracing import Flow
-from stabkit.tracing.recording.containers import named_tensors
 from stabkit.tracing.recording.forward_pass import ForwardPass
 
 #: where inputs are scaled of which derivatives are taken
@@ -49,7 +48,7 @@ class Sizes:
 
     def divided(self, call: ForwardPass) -> ForwardPass:
         """The same call of these inputs over their sizes; all others stay as they are."""
-        given, sizes = _given(call), dict(self.by_name)
+        given, sizes = dict(call.given), dict(self.by_name)
         by = {id(given[name]): sizes[name] for name in sizes}
         return changed(call, lambda tensor: tensor / by[id(tensor)] if id(tensor) in by else tensor)
 
@@ -66,17 +65,13 @@ def large_inputs(flow: Flow) -> Sizes | None:
 
     A time or a weight for each sample beside them is no data. None where the first is not too large.
     """
-    given = _given(flow.forward_pass)
+    given = dict(flow.forward_pass.given)
     source = given.get(flow.source_name)
     if source is None or not _is_large(source):
         return None
     others = [n for n, t in given.items() if t is not source and 1 < t.dim() == source.dim() and _is_large(t)]
     by_name = tuple((name, _size(given[name])) for name in (flow.source_name, *others))
     return Sizes(by_name, inside=differentiates(flow.forward_pass))
-
-
-def _given(call: ForwardPass) -> dict[str, Tensor]:
-    return dict([*named_tensors(list(call.inputs)), *named_tensors(call.kwargs)])
 
 
 def _is_large(tensor: Tensor) -> bool:

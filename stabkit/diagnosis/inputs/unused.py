@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stabkit.diagnosis.blocks.weights import step_of
-from stabkit.diagnosis.finding import Finding
+from stabkit.diagnosis.finding import Finding, of_module
 from stabkit.diagnosis.losses.regressions import Regression, regressions
 from stabkit.diagnosis.remedies.moved_weights import moved_weights
 from stabkit.diagnosis.remedies.short_training import falls, short_training
 from stabkit.diagnosis.states.module_outputs import ModuleOutputs
+from stabkit.diagnosis.training_run import TrainingRun
 from stabkit.errors import StabkitError
 from stabkit.tracing import Flow
 from stabkit.tracing.derivatives.lost_gradient import listed
@@ -35,21 +35,21 @@ _BOWMAN = "Bowman et al., Generating sentences from a continuous space, 2016, se
 _REFERENCE = "Karpathy, A recipe for training neural networks, 2019: use backprop to chart dependencies"
 
 
-def unused_input_findings(flow: Flow, loss: Any, call: ForwardPass, done: TrainingPass) -> list[Finding]:
+def unused_input_findings(run: TrainingRun) -> list[Finding]:
     """Findings on inputs that change nothing, on features that do not, and on a reconstruction that is not one."""
-    given = [*named_tensors(list(call.inputs)), *named_tensors(call.kwargs)]
+    given = run.call.given
     count = next((len(t) for _, t in given if t.dim() > 0), 0)
     varying = [(path, t) for path, t in given if _varies(t, count)]
     found = []
     if 1 < len(varying) <= _MOST_INPUTS:  # one that matters is there anyhow: the flow begins at it
-        plain = ModuleOutputs(call.module)
-        one = evaluated(call, mode=lambda _: plain, training=True)
+        plain = ModuleOutputs(run.call.module)
+        one = evaluated(run.call, mode=lambda _: plain, training=True)
         for path, tensor in varying:
-            found += _of_input(flow, call, done, plain, one, path, tensor)
+            found += _of_input(run, plain, one, path, tensor)
     for path, tensor in varying:
-        found += _of_features(flow, call, done, path, tensor)
-        if path == flow.source_name:  # another may be given as the target alone
-            found += _of_reconstruction(flow, loss, call, done, path, tensor)
+        found += _of_features(run, path, tensor)
+        if path == run.flow.source_name:  # another may be given as the target alone
+            found += _of_reconstruction(run, path, tensor)
     return found
 
 
@@ -83,22 +83,20 @@ def _same(one: Any, other: Any) -> bool:
 
 
 def _of_input(
-    flow: Flow,
-    call: ForwardPass,
-    done: TrainingPass,
+    run: TrainingRun,
     plain: ModuleOutputs,
     one: Evaluation,
     path: str,
     tensor: Tensor,
 ) -> list[Finding]:
     """An input that is exchanged, held against the call as it is and what its modules return."""
-    moved = ModuleOutputs(call.module)
-    two = evaluated(call, _exchanged(tensor), lambda _: moved, training=True)
+    moved = ModuleOutputs(run.call.module)
+    two = evaluated(run.call, _exchanged(tensor), lambda _: moved, training=True)
     if not _same(one.output, two.output):
         return []
     reached = [p for (p, a), (_, b) in zip(plain.made, moved.made, strict=False) if not _same(a, b)]
     ran = {call.path for call in one.recording.calls}
-    lost = [p for p, gradient in done.gradients.items() if gradient is None]
+    lost = [p for p, gradient in run.done.gradients.items() if gradient is None]
     into = tuple(p for p in lost if p.rpartition(".")[0] in reached)
     unrun = tuple(p for p in lost if p.rpartition(".")[0] not in ran)
     holders = into or (() if _is_mask(tensor) else unrun)
@@ -111,26 +109,27 @@ def _of_input(
         + (", whose results are not used" if into else "")
     )
     remedy = f"use what is made of {path!r}: add it to a state, or concatenate it; or leave it out, with its parameters"
-    return [_finding(flow, "warning", holders[0].rpartition(".")[0], evidence, remedy, _REFERENCE, {})]
+    home = holders[0].rpartition(".")[0]
+    return [of_module(run.flow, "no_influence", "warning", home, evidence, remedy, _REFERENCE)]
 
 
 def _is_mask(tensor: Tensor) -> bool:
     return tensor.dtype == torch.bool or bool(((tensor == 0) | (tensor == 1)).all())
 
 
-def _of_features(flow: Flow, call: ForwardPass, done: TrainingPass, path: str, tensor: Tensor) -> list[Finding]:
+def _of_features(run: TrainingRun, path: str, tensor: Tensor) -> list[Finding]:
     """Features of a table that change nothing, as a fact: which of them a model takes may be meant."""
     if not tensor.is_floating_point() or tensor.dim() != 2 or not 1 < tensor.shape[1] <= _MOST_FEATURES:
         return []
-    gradients = [g for g in done.inputs if g is not None and g.shape == tensor.shape]
+    gradients = [g for g in run.done.inputs if g is not None and g.shape == tensor.shape]
     if len(gradients) != 1:
         return []
     differs = (tensor != tensor[:1]).any(0)
     unused = (gradients[0] == 0).all(0).to(tensor.device) & differs
     if not bool(unused.any()) or bool(unused.all()):
         return []
-    one = evaluated(call, training=True)
-    if not _same(one.output, evaluated(call, _exchanged(tensor, unused), training=True).output):
+    one = evaluated(run.call, training=True)
+    if not _same(one.output, evaluated(run.call, _exchanged(tensor, unused), training=True).output):
         return []
     numbers = [int(i) for i in unused.nonzero().flatten()]
     evidence = (
@@ -138,9 +137,8 @@ def _of_features(flow: Flow, call: ForwardPass, done: TrainingPass, path: str, t
         f"nothing that the model returns ({_ranges(numbers)})"
     )
     remedy = "none is needed where the model takes the others on purpose"
-    return [
-        _finding(flow, "info", flow.steps[0].module_path, evidence, remedy, _REFERENCE, {"unused": float(len(numbers))})
-    ]
+    first, told = run.flow.steps[0].module_path, {"unused": float(len(numbers))}
+    return [of_module(run.flow, "no_influence", "info", first, evidence, remedy, _REFERENCE, told)]
 
 
 def _ranges(numbers: Sequence[int]) -> str:
@@ -160,29 +158,27 @@ def _ranges(numbers: Sequence[int]) -> str:
     return ", ".join(shown[:4]) + (f" and {len(shown) - 4} more" if len(shown) > 4 else "")
 
 
-def _of_reconstruction(
-    flow: Flow, loss: Any, call: ForwardPass, done: TrainingPass, path: str, tensor: Tensor
-) -> list[Finding]:
+def _of_reconstruction(run: TrainingRun, path: str, tensor: Tensor) -> list[Finding]:
     """A reconstruction of an input that does not depend on it: the code between them is ignored, or is noise alone."""
-    assert done.loss is not None
+    assert run.done.loss is not None
     if not tensor.is_floating_point():
         return []
     held = [
-        each.output for each in regressions(done) if each.targets.numel() == tensor.numel() and _holds(each, tensor)
+        each.output for each in regressions(run.done) if each.targets.numel() == tensor.numel() and _holds(each, tensor)
     ]
-    index = next((i for i, t in enumerate(_tensors(done.output)) if any(_is(t, h) for h in held)), None)
+    index = next((i for i, t in enumerate(_tensors(run.done.output)) if any(_is(t, h) for h in held)), None)
     if index is None:
         return []
     plain, exchanged = (
-        _at(evaluated(call, change, training=True).output, index) for change in (None, _exchanged(tensor))
+        _at(evaluated(run.call, change, training=True).output, index) for change in (None, _exchanged(tensor))
     )
-    redrawn = _at(evaluated(replace(call, seed=call.seed + 1), training=True).output, index)
+    redrawn = _at(evaluated(replace(run.call, seed=run.call.seed + 1), training=True).output, index)
     if plain is None or exchanged is None or redrawn is None:
         return []
     told, noise = _variance(plain, exchanged), _variance(plain, redrawn)
     if told > 0 and not (noise > 0 and told < _DRAWN * noise):
         return []
-    if told == 0 and not _is_ignored(call, index, tensor):
+    if told == 0 and not _is_ignored(run.call, index, tensor):
         return []
     what = "does not depend on it at all" if told == 0 else f"takes {told / (told + noise):.2g} of its variance from it"
     by = ", and the rest from numbers that are drawn" if noise > 0 else ", the same for every sample"
@@ -195,8 +191,8 @@ def _of_reconstruction(
         "(KL warm-up), leave it some nats free of charge (free bits), or make the decoder weaker"
     )
     numbers = {"by_input": told, "by_noise": noise}
-    severity = "warning" if told == 0 or (_is_prior(done, index) and _stands(flow, loss)) else "info"
-    return [_finding(flow, severity, "", evidence, remedy, _BOWMAN, numbers)]
+    severity = "warning" if told == 0 or (_is_prior(run.done, index) and _stands(run.flow, run.loss)) else "info"
+    return [of_module(run.flow, "no_influence", severity, "", evidence, remedy, _BOWMAN, numbers)]
 
 
 def _is_ignored(call: ForwardPass, index: int, tensor: Tensor) -> bool:
@@ -246,19 +242,3 @@ def _is(tensor: Tensor, output: Tensor) -> bool:
 
 def _variance(one: Tensor, other: Tensor) -> float:
     return float((one - other).square().mean()) / 2 if one.shape == other.shape else 0.0
-
-
-def _finding(
-    flow: Flow, severity: str, path: str, evidence: str, remedy: str, reference: str, numbers: dict[str, float]
-) -> Finding:
-    return Finding(
-        kind="no_influence",
-        severity=severity,
-        steps=(step_of(flow, path),),
-        module_path=path,
-        confidence=1.0,
-        evidence=evidence,
-        remedy=remedy,
-        reference=reference,
-        numbers=numbers,
-    )

@@ -17,17 +17,16 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from stabkit.diagnosis.finding import Finding
+from stabkit.diagnosis.finding import LOSS, Finding, of_last_step
 from stabkit.diagnosis.remedies.short_training import falls, short_training, trained_on_either
+from stabkit.diagnosis.training_run import TrainingRun
 from stabkit.tracing import Flow
-from stabkit.tracing.recording.forward_pass import ForwardPass
-from stabkit.tracing.recording.training_pass import TrainingPass, calling_line
+from stabkit.tracing.recording.training_pass import calling_line
 from stabkit.tracing.recording.untouched_model import seeded, unchanged_randomness
 
 NORMALISED = 0.05  # by how much probabilities may miss a sum of 1: float16 loses that in a thousand classes
 _EXACTLY = 1e-3  # the same where values alone, and no operation, say that they are probabilities
 _FEW = 0.05  # share of entries or rows that may be odd: padding, ignored or masked samples
-_LOSS = "loss"
 _REFERENCE = "PyTorch documentation, torch.nn.functional, loss functions"
 
 Given = Mapping[str, Any]
@@ -334,33 +333,27 @@ def _value(loss: Any, output: Any, seed: int, mode: TorchFunctionMode) -> float:
     return float(scalar.detach())
 
 
-def loss_domain_findings(flow: Flow, loss: Any, call: ForwardPass, done: TrainingPass) -> list[Finding]:
+def loss_domain_findings(run: TrainingRun) -> list[Finding]:
     """A finding where a loss is called with what it is not made for."""
-    assert done.loss is not None
-    found, meant = misuses(loss, done.output, call.seed)
+    assert run.done.loss is not None
+    found, meant = misuses(run.loss, run.done.output, run.call.seed)
     if not found:
         return []
     line, wrong = max(found, key=lambda each: each[1].severity == "warning")
-    value = float(done.loss.detach())
-    trained = short_training(flow, loss) if wrong.alone else None
+    value = float(run.done.loss.detach())
+    trained = short_training(run.flow, run.loss) if wrong.alone else None
     if trained is not None and falls(trained):
         wrong = replace(wrong, severity="info", remedy="none is needed for the rest of the loss, which is learnt")
     evidence = wrong.evidence + (f" ({line})" if line else "")
     if wrong.meant:
-        evidence += f"; the loss is {value:.3g} as it is, and {meant:.3g} as it is meant{_trained(flow, loss, meant)}"
+        evidence += (
+            f"; the loss is {value:.3g} as it is, and {meant:.3g} as it is meant{_trained(run.flow, run.loss, meant)}"
+        )
     elif value < 0:
         evidence += f"; the loss is {value:.3g}"
     return [
-        Finding(
-            kind="loss",
-            severity=wrong.severity,
-            steps=(len(flow.steps) - 1,),
-            module_path=_LOSS,
-            confidence=1.0,
-            evidence=evidence,
-            remedy=wrong.remedy,
-            reference=_REFERENCE,
-            numbers={"loss": value, "meant": meant},
+        of_last_step(
+            run.flow, "loss", wrong.severity, LOSS, evidence, wrong.remedy, _REFERENCE, {"loss": value, "meant": meant}
         )
     ]
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 
-from stabkit.diagnosis.finding import Finding
+from stabkit.diagnosis.finding import LOSS, Finding, of_last_step
 from stabkit.diagnosis.losses.closed_over import broken_targets
 from stabkit.diagnosis.losses.domains import breaking
 from stabkit.diagnosis.losses.flat import flat_loss_findings
@@ -22,7 +22,6 @@ from stabkit.tracing.graph.values import Value, operation, value_of
 from stabkit.vocabulary import moves
 
 #: module path of findings on the loss, which belongs to no module
-LOSS = "loss"
 # operations that leave numbers what they are
 _STRUCTURAL = moves("reshape", "permute", "copy", "select", "gather")
 _PROBABILITIES = {"Softmax": "softmax", "Sigmoid": "sigmoid"}
@@ -32,6 +31,7 @@ _ON_LOGARITHMS = {"NllLoss": "nll_loss", "NllLoss2D": "nll_loss"}
 _NORMALISED = 0.05  # by how much probabilities may miss a sum of 1: float16 loses that in a thousand classes
 _FLAT = 0.05  # of the largest derivative of a sigmoid
 _HIDDEN = 0.15  # share of the fall of a loss that its gradient promises, under which a sigmoid hides that fall
+_REFERENCE = "Goodfellow, Bengio and Courville, Deep learning, 2016, section 6.2"
 _GOODFELLOW = "Goodfellow et al., Generative adversarial nets, 2014, section 3"
 
 
@@ -63,7 +63,7 @@ def _not_finite(flow: Flow, loss: Any, origin: Origin) -> Finding:
     wrong = breaking(loss, flow.output, flow.forward_pass.seed, origin.line)
     if wrong is not None:
         evidence, remedy = f"{evidence}; {wrong.evidence}", wrong.remedy
-    return _finding(flow, "non_finite", "critical", LOSS, evidence, remedy, dict(origin.cause.numbers))
+    return of_last_step(flow, "non_finite", "critical", LOSS, evidence, remedy, _REFERENCE, dict(origin.cause.numbers))
 
 
 def _mismatch(flow: Flow, scalar: Tensor) -> list[Finding]:
@@ -88,7 +88,7 @@ def _mismatch(flow: Flow, scalar: Tensor) -> list[Finding]:
             floor = f"it cannot fall below {_least(name, classes):.3g}, since probabilities lie within 0 to 1"
         evidence = f"{function} expects {wanted} and is given the output of a {kind} ({path or 'the model'}): {floor}"
         numbers = {"loss": float(scalar.detach()), "classes": float(classes)}
-        return [_finding(flow, "loss", "warning", LOSS, evidence, remedy, numbers)]
+        return [of_last_step(flow, "loss", "warning", LOSS, evidence, remedy, _REFERENCE, numbers)]
     return []
 
 
@@ -110,7 +110,7 @@ def _no_logarithms(flow: Flow, scalar: Tensor) -> list[Finding]:
         )
         numbers = {"loss": float(scalar.detach()), "sum": float(sums.median())}
         remedy = "take log_softmax of the logits first, or cross_entropy in place of both"
-        return [_finding(flow, "loss", "warning", LOSS, evidence, remedy, numbers)]
+        return [of_last_step(flow, "loss", "warning", LOSS, evidence, remedy, _REFERENCE, numbers)]
     return []
 
 
@@ -150,7 +150,7 @@ def _flat_sigmoid(flow: Flow, loss: Any, scalar: Tensor, thresholds: Thresholds)
             f"right: turned round, 1 - p, they would take the loss from {value:.3g} to {turned:.3g}"
         )
         numbers = {"saturated": float(flat), "loss": value, "turned": turned}
-        return [_finding(flow, "saturated", "info", path, evidence, "none is needed", numbers, _GOODFELLOW)]
+        return [of_last_step(flow, "saturated", "info", path, evidence, "none is needed", _GOODFELLOW, numbers)]
     if slope >= _HIDDEN * fall:
         return []
     evidence = (
@@ -163,7 +163,7 @@ def _flat_sigmoid(flow: Flow, loss: Any, scalar: Tensor, thresholds: Thresholds)
         "-log D(G(z)), which does not saturate"
     )
     numbers = {"saturated": float(flat), "promised": slope / fall, "loss": value, "turned": turned}
-    return [_finding(flow, "saturated", "warning", path, evidence, remedy, numbers, _GOODFELLOW)]
+    return [of_last_step(flow, "saturated", "warning", path, evidence, remedy, _GOODFELLOW, numbers)]
 
 
 def _loss_nodes(flow: Flow, scalar: Tensor) -> Iterator[tuple[Node, Value]]:
@@ -190,26 +190,3 @@ def _maker(value: Value) -> Value | None:
             return None
         value = parents[0]
     return value
-
-
-def _finding(
-    flow: Flow,
-    kind: str,
-    severity: str,
-    path: str,
-    evidence: str,
-    remedy: str,
-    numbers: dict[str, float],
-    reference: str = "Goodfellow, Bengio and Courville, Deep learning, 2016, section 6.2",
-) -> Finding:
-    return Finding(
-        kind=kind,
-        severity=severity,
-        steps=(len(flow.steps) - 1,),
-        module_path=path,
-        confidence=1.0,
-        evidence=evidence,
-        remedy=remedy,
-        reference=reference,
-        numbers=numbers,
-    )

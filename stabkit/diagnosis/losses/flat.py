@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.autograd.graph import Node
 from torch.overrides import TorchFunctionMode
 
-from stabkit.diagnosis.finding import Finding
+from stabkit.diagnosis.finding import Finding, of_last_step
 from stabkit.tracing import Flow
 from stabkit.tracing.graph.values import operation
 from stabkit.tracing.recording.training_pass import calling_line, nodes_above, nodes_from
@@ -200,14 +200,4 @@ def _finding(
             "take an IoU that falls with the distance of boxes (GIoU, DIoU: torchvision.ops.generalized_box_iou_loss), "
             "or smooth L1 of the coordinates first"
         )
-    return Finding(
-        kind="loss",
-        severity=severity,
-        steps=(len(flow.steps) - 1,),
-        module_path="loss",
-        confidence=1.0,
-        evidence=evidence,
-        remedy=remedy,
-        reference=_GIOU if boxes else "",
-        numbers=numbers,
-    )
+    return of_last_step(flow, "loss", severity, "loss", evidence, remedy, _GIOU if boxes else "", numbers)

@@ -8,16 +8,16 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from stabkit.diagnosis.finding import Action, Finding, serious
+from stabkit.diagnosis.finding import LOSS, Action, Finding, of_last_step, serious
 from stabkit.diagnosis.losses.binary_cross_entropies import BinaryCrossEntropy, binary_cross_entropies
 from stabkit.diagnosis.losses.loud_logits import CrossEntropy, cross_entropies
 from stabkit.diagnosis.losses.ranges import Range, range_of
 from stabkit.diagnosis.losses.regressions import regressions
 from stabkit.diagnosis.remedies import computed as remedies
-from stabkit.diagnosis.remedies.short_training import STEPS, short_training, worse
+from stabkit.diagnosis.remedies.short_training import compared, short_training, worse
+from stabkit.diagnosis.training_run import TrainingRun
 from stabkit.tracing import Flow
-from stabkit.tracing.recording.forward_pass import ForwardPass
-from stabkit.tracing.recording.training_pass import TrainingPass, path_of
+from stabkit.tracing.recording.training_pass import path_of
 from stabkit.vocabulary import activation_of
 
 _HIGH = 0.2  # of the loss of equal chances: a floor from which logits are held in too narrow a range
@@ -28,36 +28,29 @@ _COSINES = "Wang and Liu, Understanding the behaviour of contrastive loss, 2021;
 _OUTPUTS = "Goodfellow, Bengio and Courville, Deep learning, 2016, section 6.2.2"
 
 
-def loss_floor_findings(
-    flow: Flow, loss: Any, call: ForwardPass, done: TrainingPass, others: Sequence[Finding]
-) -> list[Finding]:
+def loss_floor_findings(run: TrainingRun, others: Sequence[Finding]) -> list[Finding]:
     """What keeps a loss from falling: logits in a narrow range, targets out of reach.
 
-    Args:
-        flow: the traced pass.
-        loss: a callable on the output that returns a scalar.
-        call: the pass as training makes it.
-        done: its loss, on the graph.
-        others: what else was found: a loss that is taken of probabilities says more.
+    What is found of a loss otherwise, that it is taken of probabilities above all, says more.
     """
-    if done.loss is None or any(finding.kind == "loss" and serious(finding) for finding in others):
+    if run.done.loss is None or any(finding.kind == "loss" and serious(finding) for finding in others):
         return []
-    for found in cross_entropies(done.loss):
+    for found in cross_entropies(run.done.loss):
         held = range_of(found.softmax.next_functions[0][0])
         if held.node is not None and math.isfinite(held.width):
             floor = _floor(found, held)
             if floor > _HIGH * found.chance:
-                return [_narrow(flow, loss, call, done, found, held, floor)]
+                return [_narrow(run, found, held, floor)]
         elif held.node is not None and held.low == 0 and activation_of(held.node) is not None:
-            return _no_sign(flow, loss, done, found, held)
-    for binary in binary_cross_entropies(done.loss):
+            return _no_sign(run, found, held)
+    for binary in binary_cross_entropies(run.done.loss):
         held = range_of(binary.node)
         if held.node is not None and binary.floor(held) > _HIGH * binary.chance:
-            return [_one_sided(flow, loss, done, binary, held)]
-    for found_here in regressions(done):
+            return [_one_sided(run, binary, held)]
+    for found_here in regressions(run.done):
         held = range_of(found_here.node)
         if held.node is not None:
-            return _out_of_reach(flow, loss, done, held, found_here.targets)
+            return _out_of_reach(run, held, found_here.targets)
     return []
 
 
@@ -78,11 +71,9 @@ def _contrastive(found: CrossEntropy) -> bool:
     return len(found.labels) == found.classes == len(set(found.labels.tolist()))
 
 
-def _narrow(
-    flow: Flow, loss: Any, call: ForwardPass, done: TrainingPass, found: CrossEntropy, held: Range, floor: float
-) -> Finding:
-    path = path_of(done, held.node)
-    named = {name: p for name, p in call.module.named_parameters() if any(p is scale for scale in held.scales)}
+def _narrow(run: TrainingRun, found: CrossEntropy, held: Range, floor: float) -> Finding:
+    path = path_of(run.done, held.node)
+    named = {name: p for name, p in run.call.module.named_parameters() if any(p is scale for scale in held.scales)}
     scale = next(iter(named), "")
     value = float(named[scale].detach()) if scale else math.nan
     bounded = f"{held.words}{f' in {path}' if path else ''}" + (f" times {scale}, {value:.3g}," if scale else "")
@@ -96,9 +87,9 @@ def _narrow(
     if scale:
         factor = _factor(found, held)
         actions = (remedies.scale(scale, factor),)
-        plain, treated = short_training(flow, loss), short_training(flow, loss, actions)
+        plain, treated = short_training(run.flow, run.loss), short_training(run.flow, run.loss, actions)
+        evidence += compared(plain, treated, "treated")
         if plain is not None and treated is not None:
-            evidence += f"; {STEPS} steps of plain SGD take the loss {plain} as it is, {treated} treated"
             severity = "warning" if treated.last < plain.last else "info"
         remedy = (
             f"start {scale} at {factor * value:.2g} or more; where it is meant as a logarithm, multiply by its exp, "
@@ -108,7 +99,7 @@ def _narrow(
         severity = "info"  # a temperature that was chosen: contrastive losses are trained far above zero
         remedy = "none is needed where the temperature is meant; a smaller one lets the loss fall further"
     numbers = {"floor": floor, "chance": found.chance, "low": held.low, "high": held.high}
-    return _finding(flow, severity, path, evidence, remedy, _COSINES, numbers, actions)
+    return of_last_step(run.flow, "loss", severity, path or LOSS, evidence, remedy, _COSINES, numbers, actions)
 
 
 def _factor(found: CrossEntropy, held: Range) -> float:
@@ -117,7 +108,7 @@ def _factor(found: CrossEntropy, held: Range) -> float:
     return needed / -math.log(math.expm1(_floor(found, held)) / (found.classes - 1))
 
 
-def _out_of_reach(flow: Flow, loss: Any, done: TrainingPass, held: Range, targets: Tensor) -> list[Finding]:
+def _out_of_reach(run: TrainingRun, held: Range, targets: Tensor) -> list[Finding]:
     wanted = targets.double()
     nearest = wanted.clamp(held.low, held.high)
     spread = float((wanted - wanted.mean()).square().mean())
@@ -125,45 +116,47 @@ def _out_of_reach(flow: Flow, loss: Any, done: TrainingPass, held: Range, target
     if not missed > _UNREACHED * spread:
         return []
     share = float((wanted != nearest).double().mean())
-    path = path_of(done, held.node)
+    path = path_of(run.done, held.node)
     ends = f"{float(wanted.min()):.3g} to {float(wanted.max()):.3g}"
     evidence = (
         f"the output is that of a {held.words}{f' ({path})' if path else ''}, within {held.low:.3g} to "
         f"{held.high:.3g}, and {share:.0%} of its targets, which go from {ends}, lie beyond: the nearest that it can "
         f"give leaves a mean squared error of {missed:.3g}, where the mean of the targets leaves {spread:.3g}"
     )
-    actions, trained = _without(flow, loss, path, held.words)
+    actions, trained = _without(run.flow, run.loss, path, held.words)
     evidence += trained
     remedy = f"take the {held.words} at the end away, or bring the targets into its range"
     numbers = {"outside": share, "missed": missed, "spread": spread}
-    return [_finding(flow, "warning", path, evidence, remedy, _OUTPUTS, numbers, actions)]
+    return [of_last_step(run.flow, "loss", "warning", path or LOSS, evidence, remedy, _OUTPUTS, numbers, actions)]
 
 
-def _one_sided(flow: Flow, loss: Any, done: TrainingPass, binary: BinaryCrossEntropy, held: Range) -> Finding:
-    path, floor = path_of(done, held.node), binary.floor(held)
+def _one_sided(run: TrainingRun, binary: BinaryCrossEntropy, held: Range) -> Finding:
+    path, floor = path_of(run.done, held.node), binary.floor(held)
     evidence = (
         f"the logits of {_BINARY} are those of a {held.words}{f' ({path})' if path else ''}, within {held.low:.3g} "
         f"to {held.high:.3g}: with these targets it cannot fall below {floor:.3g}; their mean for all costs "
         f"{binary.chance:.3g}"
     )
-    actions, trained = _without(flow, loss, path, held.words)
+    actions, trained = _without(run.flow, run.loss, path, held.words)
     remedy = f"take the {held.words} before the loss away: logits go from minus to plus infinity"
     numbers = {"floor": floor, "chance": binary.chance, "low": held.low, "high": held.high}
-    return _finding(flow, "warning", path, evidence + trained, remedy, _OUTPUTS, numbers, actions)
+    evidence += trained
+    return of_last_step(run.flow, "loss", "warning", path or LOSS, evidence, remedy, _OUTPUTS, numbers, actions)
 
 
-def _no_sign(flow: Flow, loss: Any, done: TrainingPass, found: CrossEntropy, held: Range) -> list[Finding]:
+def _no_sign(run: TrainingRun, found: CrossEntropy, held: Range) -> list[Finding]:
     """Logits that an activation keeps from going below zero: told where training gains without it."""
-    path = path_of(done, held.node)
-    actions, trained = _without(flow, loss, path, held.words)
-    if not actions or not worse(short_training(flow, loss), short_training(flow, loss, actions)):
+    path = path_of(run.done, held.node)
+    actions, trained = _without(run.flow, run.loss, path, held.words)
+    if not actions or not worse(short_training(run.flow, run.loss), short_training(run.flow, run.loss, actions)):
         return []
     evidence = (
         f"the logits of the cross entropy are those of a {held.words} ({path}), none below zero: a class whose score "
         f"it cuts off gets no gradient{trained}"
     )
     remedy = f"take the {held.words} before the loss away: logits go from minus to plus infinity"
-    return [_finding(flow, "warning", path, evidence, remedy, _OUTPUTS, {"chance": found.chance}, actions)]
+    numbers = {"chance": found.chance}
+    return [of_last_step(run.flow, "loss", "warning", path or LOSS, evidence, remedy, _OUTPUTS, numbers, actions)]
 
 
 def _without(flow: Flow, loss: Any, path: str, words: str) -> tuple[tuple[Action, ...], str]:
@@ -173,30 +166,4 @@ def _without(flow: Flow, loss: Any, path: str, words: str) -> tuple[tuple[Action
         return (), ""
     actions: tuple[Action, ...] = ({"action": "activate", "module": path, "by": "Identity"},)
     plain, treated = short_training(flow, loss), short_training(flow, loss, actions)
-    if plain is None or treated is None:  # no verdict: a floor lies below what so few steps reach
-        return actions, ""
-    return actions, f"; {STEPS} steps of plain SGD take the loss {plain} as it is, {treated} without the {words}"
-
-
-def _finding(
-    flow: Flow,
-    severity: str,
-    path: str,
-    evidence: str,
-    remedy: str,
-    reference: str,
-    numbers: dict[str, float],
-    actions: tuple[Action, ...],
-) -> Finding:
-    return Finding(
-        kind="loss",
-        severity=severity,
-        steps=(len(flow.steps) - 1,),
-        module_path=path or "loss",
-        confidence=1.0,
-        evidence=evidence,
-        remedy=remedy,
-        reference=reference,
-        numbers=numbers,
-        actions=actions,
-    )
+    return actions, compared(plain, treated, f"without the {words}")  # no verdict: so few steps do not reach a floor

@@ -11,8 +11,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from stabkit.diagnosis.finding import Finding, serious
-from stabkit.diagnosis.losses.faults import LOSS
+from stabkit.diagnosis.finding import LOSS, Finding, of_last_step, serious
 from stabkit.diagnosis.losses.signs import signs_of
 from stabkit.diagnosis.remedies.applying import carried_out
 from stabkit.diagnosis.remedies.computed import Remedy
@@ -128,12 +127,11 @@ def _unlearns(remedy: Remedy, treated: ShortTraining, plain: ShortTraining) -> b
 
 
 def _finding(flow: Flow, remedy: Remedy, run: ShortTraining, plain: ShortTraining) -> Finding:
-    return Finding(
-        kind="loss",
-        severity="warning",
-        steps=(len(flow.steps) - 1,),
-        module_path=remedy.place or LOSS,
-        confidence=1.0,
+    return of_last_step(
+        flow,
+        "loss",
+        "warning",
+        remedy.place or LOSS,
         evidence=f"the loss begins at {plain.first:.3g}, and {STEPS} steps do not bring it down to {run.first:.3g}, "
         f"where it begins treated: {remedy.cause}; {STEPS} steps of plain SGD take the loss {plain} as it is, {run} "
         "treated",

@@ -17,16 +17,15 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import Node
 
-from stabkit.diagnosis.finding import Action, Finding
+from stabkit.diagnosis.finding import LOSS, Action, Finding, of_last_step
 from stabkit.diagnosis.losses.binary_cross_entropies import binary_cross_entropy
 from stabkit.diagnosis.losses.loud_logits import cross_entropies
 from stabkit.diagnosis.losses.ranges import behind_moves
 from stabkit.diagnosis.losses.regressions import regressions
 from stabkit.diagnosis.remedies import computed as remedies
-from stabkit.diagnosis.remedies.short_training import STEPS, short_training
-from stabkit.tracing import Flow
+from stabkit.diagnosis.remedies.short_training import compared, short_training
+from stabkit.diagnosis.training_run import TrainingRun
 from stabkit.tracing.graph.values import operation
-from stabkit.tracing.recording.forward_pass import ForwardPass
 from stabkit.tracing.recording.training_pass import TrainingPass, nodes_above, path_of
 from stabkit.vocabulary import activation_of
 
@@ -54,32 +53,30 @@ class _Dropped:
     words: tuple[str, str, str]
 
 
-def last_dropout_findings(flow: Flow, loss: Any, call: ForwardPass, done: TrainingPass) -> list[Finding]:
+def last_dropout_findings(run: TrainingRun) -> list[Finding]:
     """A finding where dropout is the last thing before a loss."""
-    assert done.loss is not None
-    found = next(iter(_dropped(done)), None)
+    assert run.done.loss is not None
+    found = next(iter(_dropped(run.done)), None)
     if found is None:
         return []
-    path = path_of(done, found.node)
+    path = path_of(run.done, found.node)
     what, of, without = found.words
     evidence = (
         f"dropout{f' ({path})' if path else ''} is the last thing before the loss: it sets {found.share:.0%} of the "
         f"{what} to zero and divides the others by {1 - found.share:.3g}, so that {of} cannot fall below "
         f"{found.floor:.3g} on average, whatever the weights are; {without} {found.scale:.3g}"
     )
-    module = dict(call.module.named_modules()).get(path) if path else None
+    module = dict(run.call.module.named_modules()).get(path) if path else None
     actions: Sequence[Action] = (remedies.activate(path, "Identity"),) if isinstance(module, _DROPOUTS) else ()
     if actions:
-        plain, treated = short_training(flow, loss), short_training(flow, loss, actions)
-        if plain is not None and treated is not None:  # no verdict: a floor lies below what so few steps reach
-            evidence += f"; {STEPS} steps of plain SGD take the loss {plain} as it is, {treated} without it"
+        plain, treated = short_training(run.flow, run.loss), short_training(run.flow, run.loss, actions)
+        evidence += compared(plain, treated, "without it")  # no verdict: a floor lies below what so few steps reach
     return [
-        Finding(
-            kind="loss",
-            severity="warning" if found.floor > _FLOOR * found.scale else "info",
-            steps=(len(flow.steps) - 1,),
-            module_path=path or "loss",
-            confidence=1.0,
+        of_last_step(
+            run.flow,
+            "loss",
+            "warning" if found.floor > _FLOOR * found.scale else "info",
+            path or LOSS,
             evidence=evidence,
             remedy="take the dropout at the end away, or put it before the last layer",
             reference=_REFERENCE,

@@ -14,18 +14,21 @@ from typing import Any
 from torch import Tensor
 from torch.autograd.graph import Node
 
-from stabkit.diagnosis.finding import Finding, serious
-from stabkit.diagnosis.inputs.best_scaling import best_scaling
-from stabkit.diagnosis.inputs.sizes import large_inputs
+from stabkit.diagnosis.finding import LOSS, Finding, of_last_step, serious
+from stabkit.diagnosis.inputs.features import changed, features_of
+from stabkit.diagnosis.inputs.sizes import Sizes, large_inputs
 from stabkit.diagnosis.losses.ranges import behind_moves
 from stabkit.diagnosis.remedies import computed as remedies
 from stabkit.diagnosis.remedies.applying import carried_out
-from stabkit.diagnosis.remedies.short_training import STEPS, short_training
+from stabkit.diagnosis.remedies.short_training import STEPS, compared, short_training
+from stabkit.diagnosis.remedies.usual_training import RATES, adam, left_after, sgd
+from stabkit.diagnosis.training_run import TrainingRun
 from stabkit.errors import StabkitError
 from stabkit.tracing import Flow
 from stabkit.tracing.graph.values import operation
+from stabkit.tracing.recording.evaluation import evaluated
 from stabkit.tracing.recording.forward_pass import ForwardPass
-from stabkit.tracing.recording.training_pass import TrainingPass, nodes_above, path_of, training_pass
+from stabkit.tracing.recording.training_pass import nodes_above, path_of, training_pass
 
 _ABOVE = 4.0  # times the loss of equal chances; stock heads of 10 classes that are drawn by fan-out begin at 3
 _LOUD = 3.0  # root mean square of centred logits: 4.5 nats above equal chances if they know nothing
@@ -79,41 +82,31 @@ def cross_entropies(loss: Tensor) -> Iterator[CrossEntropy]:
         yield CrossEntropy(-float(own.mean()), int(logs.shape[1]), size, softmax, labels[counted])
 
 
-def loud_logits_findings(
-    flow: Flow, loss: Any, call: ForwardPass, done: TrainingPass, others: Sequence[Finding]
-) -> list[Finding]:
+def loud_logits_findings(run: TrainingRun, others: Sequence[Finding]) -> list[Finding]:
     """Logits that are far too large, tried with smaller ones.
 
-    Args:
-        flow: the traced pass.
-        loss: a callable on the output that returns a scalar.
-        call: the pass as training makes it.
-        done: its loss, on the graph.
-        others: what else was found: sizes that come of a fault are the fault's.
+    Sizes that come of another fault are that fault's.
     """
-    assert done.loss is not None
-    for found in cross_entropies(done.loss):
+    assert run.done.loss is not None
+    for found in cross_entropies(run.done.loss):
         if found.value > _ABOVE * found.chance and found.size > _LOUD and math.isfinite(found.value):
-            return [_finding(flow, loss, call, done, found, any(map(serious, others)))]
+            return [_finding(run, found, any(map(serious, others)))]
     return []
 
 
-def _finding(
-    flow: Flow, loss: Any, call: ForwardPass, done: TrainingPass, found: CrossEntropy, explained: bool
-) -> Finding:
+def _finding(run: TrainingRun, found: CrossEntropy, explained: bool) -> Finding:
     made = behind_moves(found.softmax.next_functions[0][0])
-    path = "" if made is None else path_of(done, made)
+    path = "" if made is None else path_of(run.done, made)
     evidence = (
         f"the cross entropy is {found.value:.3g}, and equal chances of {found.classes} classes cost "
         f"{found.chance:.3g}: the logits{f' of {path}' if path else ''} have the size {found.size:.3g} and are wrong, "
         "so that training begins by unlearning them"
     )
-    finding = Finding(
-        kind="loss",
-        severity="info",
-        steps=(len(flow.steps) - 1,),
-        module_path=path or "loss",
-        confidence=1.0,
+    finding = of_last_step(
+        run.flow,
+        "loss",
+        "info",
+        path or LOSS,
         evidence=evidence,
         remedy="none is needed where the loss holds a margin or a scale against them on purpose",
         reference=_REFERENCE,
@@ -121,7 +114,7 @@ def _finding(
     )
     if explained:
         return replace(finding, remedy="that of the other findings; then look at the loss again")
-    return _by_input(flow, loss, call, found, finding) or _by_weight(flow, loss, call, done, found, made, finding)
+    return _by_input(run.flow, run.loss, run.call, found, finding) or _by_weight(run, found, made, finding)
 
 
 def _by_input(flow: Flow, loss: Any, call: ForwardPass, found: CrossEntropy, finding: Finding) -> Finding | None:
@@ -140,14 +133,12 @@ def _by_input(flow: Flow, loss: Any, call: ForwardPass, found: CrossEntropy, fin
     )
 
 
-def _by_weight(
-    flow: Flow, loss: Any, call: ForwardPass, done: TrainingPass, found: CrossEntropy, made: Node | None, seen: Finding
-) -> Finding:
+def _by_weight(run: TrainingRun, found: CrossEntropy, made: Node | None, seen: Finding) -> Finding:
     """The weight that makes the logits, scaled so that their size is 1: a fault where training gains by that."""
-    names = _weight_of(call, made)
+    names = _weight_of(run.call, made)
     if not names:
         return seen
-    weight = dict(call.module.named_parameters(remove_duplicate=False))[names[0]].detach().double()
+    weight = dict(run.call.module.named_parameters(remove_duplicate=False))[names[0]].detach().double()
     gain = float(weight.std()) * (weight.numel() / found.classes) ** 0.5  # what it makes of states of unit size
     if gain < _USUAL:
         evidence = f"{seen.evidence}; {names[0]} is of usual size, and the state that it reads is not: "
@@ -158,18 +149,17 @@ def _by_weight(
         )
     action = remedies.scale(names[0], 1.0 / found.size)
     try:
-        with carried_out(call.module, [action]):
-            after = _cross_entropy(call, loss)
+        with carried_out(run.call.module, [action]):
+            after = _cross_entropy(run.call, run.loss)
     except StabkitError:
         return seen
     if after is None or after > _NEAR * found.chance:
         return seen
-    plain, treated = short_training(flow, loss), short_training(flow, loss, [action])
-    trained = plain is not None and treated is not None
+    plain, treated = short_training(run.flow, run.loss), short_training(run.flow, run.loss, [action])
     if plain is not None and treated is not None and not treated.last < _BETTER * plain.last:
         return replace(seen, remedy="none is needed: this batch is learnt as fast with smaller ones")
     tied = f", which is {' and '.join(names[1:])} too," if len(names) > 1 else ""
-    how = f"; {STEPS} steps of plain SGD take the loss {plain} as it is, {treated} treated" if trained else ""
+    how = compared(plain, treated, "treated")
     was = float(weight.std())
     return replace(
         seen,
@@ -202,3 +192,36 @@ def _weight_of(call: ForwardPass, made: Node | None) -> list[str]:
     found = [name for name, p in names if any(p is m for m in matrices)]
     mine = [name for name in found if len({id(m) for m in matrices}) == 1]
     return mine[::-1]  # the head is named after the embedding that it shares its weight with
+
+
+def best_scaling(flow: Flow, loss: Any, call: ForwardPass, sizes: Sizes) -> str:
+    """What to do about large inputs, in words, that which trains best in front.
+
+    Args:
+        flow: the traced pass.
+        loss: a callable on the output that returns a scalar.
+        call: the pass as training makes it.
+        sizes: of its inputs.
+    """
+    found = {id(t): f for name, t in call.given if (f := features_of(flow, name, t)) is not None and f.uneven}
+    if not found or sizes.inside:
+        return sizes.remedy
+    standard = changed(call, lambda t: found[id(t)].standardised(t) if id(t) in found else t)
+    ends = [_end(each, loss) for each in (standard, sizes.divided(call))]
+    if ends[0] is None or ends[1] is None or not ends[0] < ends[1]:
+        return sizes.remedy
+    return (
+        "standardise every feature where the data are read, (x - mean) / std with the numbers of the training set: "
+        f"{STEPS} steps of SGD or Adam take the loss to {ends[0]:.3g} at best, and to {ends[1]:.3g} with all divided "
+        f"by {sizes.size:.3g}"
+    )
+
+
+def _end(call: ForwardPass, loss: Any) -> float | None:
+    """The loss after a few steps, at the best of the usual optimizers and rates."""
+    if evaluated(call, training=True).output is None:
+        return None
+    first = training_pass(call, loss, differentiate=False).loss
+    left = [left_after(call, loss, [by(rate) for rate in RATES]) for by in (sgd, adam)]
+    known = [share for share in left if share is not None]
+    return min(known) * float(first.detach()) if first is not None and known else None

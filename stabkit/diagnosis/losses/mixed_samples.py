@@ -15,12 +15,11 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from stabkit.diagnosis.finding import Finding
-from stabkit.diagnosis.losses.faults import LOSS
+from stabkit.diagnosis.finding import LOSS, Finding, of_last_step
 from stabkit.diagnosis.remedies.short_training import trained_on_either
+from stabkit.diagnosis.training_run import TrainingRun
 from stabkit.tracing import Flow
-from stabkit.tracing.recording.forward_pass import ForwardPass
-from stabkit.tracing.recording.training_pass import TrainingPass, calling_line
+from stabkit.tracing.recording.training_pass import calling_line
 from stabkit.tracing.recording.untouched_model import seeded, unchanged_randomness
 
 _ARITHMETIC = frozenset(
@@ -99,16 +98,16 @@ def _same_memory(one: Tensor, other: Tensor) -> bool:
     return bool(one.untyped_storage()._cdata == other.untyped_storage()._cdata)
 
 
-def mixed_sample_findings(flow: Flow, loss: Any, call: ForwardPass, done: TrainingPass) -> list[Finding]:
+def mixed_sample_findings(run: TrainingRun) -> list[Finding]:
     """A finding where a loss mixes its samples in this way, with what it is when they are held one to one."""
     watch = _Mixing()
-    value = _value(loss, done, call, watch)
+    value = _value(run, watch)
     if not watch.found:
         return []
     name, one, other, line = watch.found[0]
-    aligned = _value(loss, done, call, _Mixing(_aligned))
-    still = _value(loss, done, call, _Mixing(_shuffled))
-    apart = [_value(loss, done, call, _Mixing(change)) for change in (_among_targets, _among_shuffled_targets)]
+    aligned = _value(run, _Mixing(_aligned))
+    still = _value(run, _Mixing(_shuffled))
+    apart = [_value(run, _Mixing(change)) for change in (_among_targets, _among_shuffled_targets)]
     blind = abs(still - value) <= _SAME * abs(value) and abs(apart[0] - apart[1]) > _SAME * max(
         abs(apart[0]), abs(value)
     )
@@ -123,15 +122,14 @@ def mixed_sample_findings(flow: Flow, loss: Any, call: ForwardPass, done: Traini
             f", and the loss stays {value:.3g} when the targets are shuffled among the samples: what it is least at is "
             "the same for all of them"
         )
-    evidence += f"; with both of one shape the loss is {aligned:.3g}" + _trained(flow, loss)
+    evidence += f"; with both of one shape the loss is {aligned:.3g}" + _trained(run.flow, run.loss)
     wider = one if one.dim() > other.dim() else other
     return [
-        Finding(
-            kind="loss",
-            severity="warning" if blind else "info",
-            steps=(len(flow.steps) - 1,),
-            module_path=LOSS,
-            confidence=1.0,
+        of_last_step(
+            run.flow,
+            "loss",
+            "warning" if blind else "info",
+            LOSS,
             evidence=evidence,
             remedy=f"give both the same shape: squeeze the dimension of 1 of {_shape(wider)}, or unsqueeze the other",
             reference=_REFERENCE,
@@ -144,11 +142,11 @@ def _shape(tensor: Tensor) -> str:
     return str(tuple(tensor.shape))
 
 
-def _value(loss: Any, done: TrainingPass, call: ForwardPass, mode: _Mixing) -> float:
+def _value(run: TrainingRun, mode: _Mixing) -> float:
     with unchanged_randomness(), torch.enable_grad():
-        seeded(call.seed)
+        seeded(run.call.seed)
         with mode:
-            scalar = loss(done.output)
+            scalar = run.loss(run.done.output)
     return float(scalar.detach())
 
 

@@ -17,12 +17,12 @@ from stabkit.diagnosis.finding import Finding
 from stabkit.diagnosis.losses.regressions import regressions
 from stabkit.diagnosis.states.module_outputs import ModuleOutputs, float_outputs
 from stabkit.diagnosis.states.sample_meetings import differing
+from stabkit.diagnosis.training_run import TrainingRun
 from stabkit.tracing import Flow
 from stabkit.tracing.graph.values import operation
-from stabkit.tracing.recording.containers import named_tensors
 from stabkit.tracing.recording.evaluation import evaluated
 from stabkit.tracing.recording.forward_pass import ForwardPass
-from stabkit.tracing.recording.training_pass import TrainingPass, nodes_above
+from stabkit.tracing.recording.training_pass import nodes_above
 
 _MATCH = 0.98  # share of targets that are the tokens at a shift
 _OTHERWISE = 0.5  # share that may match at another shift: sequences that repeat themselves tell nothing
@@ -63,29 +63,29 @@ class Reach:
     there: bool
 
 
-def next_token_findings(flow: Flow, call: ForwardPass, done: TrainingPass) -> list[Finding]:
+def next_token_findings(run: TrainingRun) -> list[Finding]:
     """A finding where a loss on the tokens of its input can be lowered without learning anything."""
-    probes = [(each, reach) for each in _targets(call, done) if (reach := _reach(call, each)) is not None]
+    probes = [(each, reach) for each in _targets(run) if (reach := _reach(run.call, each)) is not None]
     leaks = [(each, reach.before) for each, reach in probes if each.shift == 1 and reach.before is not None]
     if leaks:  # where another input holds the targets, and none is seen early, this one is what an encoder reads
-        return [_leak(flow, call, *leaks[0])] if all(reach.before is not None for _, reach in probes) else []
+        return [_leak(run.flow, run.call, *leaks[0])] if all(reach.before is not None for _, reach in probes) else []
     if any(reach.before is not None or not reach.there or each.shift == 1 for each, reach in probes):
         return []
-    return [_shifted(flow, probes[0][0])] if probes else []
+    return [_shifted(run.flow, probes[0][0])] if probes else []
 
 
-def _targets(call: ForwardPass, done: TrainingPass) -> list[Targets]:
+def _targets(run: TrainingRun) -> list[Targets]:
     """Inputs that the targets of a classification loss are taken from, each at its shift."""
-    assert done.loss is not None
-    inputs = [(p, t) for p, t in [*named_tensors(list(call.inputs)), *named_tensors(call.kwargs)] if _are_tokens(t)]
-    for each in nodes_above(done.loss) if inputs else ():
+    assert run.done.loss is not None
+    inputs = [(p, t) for p, t in run.call.given if _are_tokens(t)]
+    for each in nodes_above(run.done.loss) if inputs else ():
         node: Any = each
         if operation(node) in ("NllLoss", "NllLoss2D"):
             labels, ignored = node._saved_target.detach(), int(node._saved_ignore_index)
             found = [_matched(path, tokens, labels, ignored) for path, tokens in inputs]
             return [targets for targets in found if targets is not None]
-    series = [(p, t) for p, t in [*named_tensors(list(call.inputs)), *named_tensors(call.kwargs)] if _is_series(t)]
-    for held in regressions(done) if series else ():
+    series = [(p, t) for p, t in run.call.given if _is_series(t)]
+    for held in regressions(run.done) if series else ():
         found = [_followed(path, values, held.targets) for path, values in series]
         return [targets for targets in found if targets is not None]
     return []

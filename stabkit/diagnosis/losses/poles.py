@@ -9,20 +9,18 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import Node
 
-from stabkit.diagnosis.finding import Action, Finding
-from stabkit.diagnosis.losses.faults import LOSS
+from stabkit.diagnosis.finding import LOSS, Action, Finding, of_last_step
 from stabkit.diagnosis.losses.ranges import range_of
 from stabkit.diagnosis.losses.signs import signs_of
-from stabkit.diagnosis.remedies.short_training import STEPS, short_training
-from stabkit.tracing import Flow
+from stabkit.diagnosis.remedies.short_training import compared, short_training
+from stabkit.diagnosis.training_run import TrainingRun
 from stabkit.tracing.graph.values import operation
-from stabkit.tracing.recording.training_pass import TrainingPass, nodes_above, path_of
+from stabkit.tracing.recording.training_pass import nodes_above, path_of
 from stabkit.vocabulary import moves
 
 _SUMS = moves() | {"Add", "Sub", "Rsub", "Sum", "Mean", "Neg", "Mul"}
@@ -32,46 +30,38 @@ _HIGH = 1e3  # times what the loss is, from which a place is a pole
 _DICE = "Milletari et al., V-Net, 2016: dice of probabilities"
 
 
-def pole_findings(flow: Flow, loss: Any, done: TrainingPass) -> list[Finding]:
-    """A finding where a quotient in the loss has a pole among outputs that the model may well give.
-
-    Args:
-        flow: the traced pass.
-        loss: a callable on the output that returns a scalar.
-        done: a pass as training makes it, with the loss on the graph.
-    """
-    output = done.output
-    if done.loss is None or not isinstance(output, Tensor) or output.grad_fn is None or output.dim() < 2:
+def pole_findings(run: TrainingRun) -> list[Finding]:
+    """A finding where a quotient in the loss has a pole among outputs that the model may well give."""
+    output = run.done.output
+    if run.done.loss is None or not isinstance(output, Tensor) or output.grad_fn is None or output.dim() < 2:
         return []
     if signs_of(output.grad_fn).positive or math.isfinite(range_of(output.grad_fn).low):
         return []
-    if not any(_divides_by_sums(node, output.grad_fn) for node in nodes_above(done.loss)):
+    if not any(_divides_by_sums(node, output.grad_fn) for node in nodes_above(run.done.loss)):
         return []
-    place = _pole(loss, output.detach())
+    place = _pole(run.loss, output.detach())
     if place is None:
         return []
-    path, actions = path_of(done, output.grad_fn), tuple[Action, ...]()
+    path, actions = path_of(run.done, output.grad_fn), tuple[Action, ...]()
     evidence = (
         "the loss divides by a sum of outputs that may have either sign, as dice and IoU of logits do: where all "
         f"outputs are shifted by {place:+.3g} that sum is zero, and the loss jumps from plus to minus infinity; "
-        f"it is {float(done.loss.detach()):.3g} here"
+        f"it is {float(run.done.loss.detach()):.3g} here"
     )
     if path and output.shape[1] == 1:
         actions = ({"action": "activate_after", "module": path, "by": "Sigmoid"},)
-        plain, treated = short_training(flow, loss), short_training(flow, loss, actions)
-        if plain is not None and treated is not None:
-            evidence += f"; {STEPS} steps of plain SGD take it {plain} as it is, {treated} with a sigmoid before it"
+        plain, treated = short_training(run.flow, run.loss), short_training(run.flow, run.loss, actions)
+        evidence += compared(plain, treated, "with a sigmoid before it", "it")
     return [
-        Finding(
-            kind="loss",
-            severity="warning",
-            steps=(len(flow.steps) - 1,),
-            module_path=LOSS,
-            confidence=1.0,
+        of_last_step(
+            run.flow,
+            "loss",
+            "warning",
+            LOSS,
             evidence=evidence,
             remedy="give it probabilities: sigmoid of the logits, or softmax over classes, before this loss",
             reference=_DICE,
-            numbers={"shift": place, "loss": float(done.loss.detach())},
+            numbers={"shift": place, "loss": float(run.done.loss.detach())},
             actions=actions,
         )
     ]

@@ -13,15 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stabkit.diagnosis.finding import Finding
-from stabkit.diagnosis.losses.faults import LOSS
+from stabkit.diagnosis.finding import LOSS, Finding, of_last_step
 from stabkit.diagnosis.losses.loud_logits import cross_entropies
 from stabkit.diagnosis.losses.regressions import Regression, regressions
 from stabkit.diagnosis.remedies.short_training import STEPS
 from stabkit.diagnosis.remedies.usual_training import EPSILON, RATES, adam, left_after, sgd
-from stabkit.tracing import Flow
+from stabkit.diagnosis.training_run import TrainingRun
 from stabkit.tracing.recording.containers import map_tensors, named_tensors
-from stabkit.tracing.recording.forward_pass import ForwardPass
 from stabkit.tracing.recording.training_pass import TrainingPass
 
 _FAR = 30.0  # times its size that an output is from its targets, from which it is tried; what it does decides
@@ -34,34 +32,34 @@ _LECUN = "LeCun, Bottou, Orr and Müller, Efficient backprop, 1998, section 4.3"
 _KINGMA = "Kingma and Ba, Adam: a method for stochastic optimization, 2015"
 
 
-def unit_findings(flow: Flow, loss: Any, call: ForwardPass, done: TrainingPass) -> list[Finding]:
+def unit_findings(run: TrainingRun) -> list[Finding]:
     """What the units of a loss keep from training, tried with the usual optimizers."""
-    found = list(regressions(done))
-    return _far_targets(flow, loss, call, done, found) or _below_eps(flow, loss, call, done, found)
+    found = list(regressions(run.done))
+    return _far_targets(run, found) or _below_eps(run, found)
 
 
 def _rms(tensor: Tensor) -> float:
     return float(tensor.detach().double().square().mean().sqrt()) if tensor.numel() else 0.0
 
 
-def _far_targets(
-    flow: Flow, loss: Any, call: ForwardPass, done: TrainingPass, found: Sequence[Regression]
-) -> list[Finding]:
+def _far_targets(run: TrainingRun, found: Sequence[Regression]) -> list[Finding]:
     """Targets that the output is so far from that the first steps are as large as they are."""
-    assert done.loss is not None
+    assert run.done.loss is not None
     for each in found:
         residual, size = _rms(each.targets.double() - each.output.double()), _rms(each.output)
         if not math.isfinite(residual) or residual < _FAR * max(1.0, size):
             continue
-        found_by = _standardised(loss, done, each)
+        found_by = _standardised(run, each)
         if found_by is None:
             continue
         standard, floor = found_by
-        tries = [left_after(call, some, [by(r) for r in RATES]) for some in (loss, standard) for by in (sgd, adam)]
+        tries = [
+            left_after(run.call, some, [by(r) for r in RATES]) for some in (run.loss, standard) for by in (sgd, adam)
+        ]
         known = [share for share in tries if share is not None]
         if len(known) < len(tries) or not min(known[2:]) <= 1 - _MOVES:
             continue
-        plain, cured, first = known[:2], known[2:], float(done.loss.detach())
+        plain, cured, first = known[:2], known[2:], float(run.done.loss.detach())
         diverges, stands = plain[0] > 1.0, plain[1] > 1 - _MOVES
         # where activations are bounded it does not diverge: they saturate, and what is left is a constant
         constant = plain[0] * first > (1 - _STILL) * floor
@@ -83,7 +81,7 @@ def _far_targets(
         # where plain gradient descent learns, there is an optimizer that these units suit
         severity = "warning" if stands and (diverges or constant) else "info"
         numbers = {"residual": residual, "output": size, "mean": mean, "spread": spread}
-        return [_finding(flow, severity, evidence, remedy, _LECUN, numbers)]
+        return [of_last_step(run.flow, "loss", severity, LOSS, evidence, remedy, _LECUN, numbers)]
     return []
 
 
@@ -95,13 +93,13 @@ def _left(share: float) -> str:
     return f"leaves {share:.1%} of it" if share < _DIVERGED else "diverges"
 
 
-def _standardised(loss: Any, done: TrainingPass, found: Regression) -> tuple[Callable[[Any], Tensor], float] | None:
+def _standardised(run: TrainingRun, found: Regression) -> tuple[Callable[[Any], Tensor], float] | None:
     """The loss of an output that is stretched to where the targets lie, over what their mean leaves of it, and that.
 
     Of a squared error it is the loss of standardised targets, whatever the loss is besides. None where it is not clear
     which output that is, or where a constant is all that there is to learn.
     """
-    named = [(path, t) for path, t in named_tensors(done.output) if t.requires_grad]
+    named = [(path, t) for path, t in named_tensors(run.done.output) if t.requires_grad]
     paths = {path: t.shape for path, t in named if t.grad_fn is found.node or len(named) == 1}
     if len(paths) != 1:
         return None
@@ -115,21 +113,21 @@ def _standardised(loss: Any, done: TrainingPass, found: Regression) -> tuple[Cal
         return map_tensors(output, lambda t: mean + by * t if id(t) in chosen else t)
 
     with torch.no_grad():
-        floor = float(loss(stretched(done.output, torch.zeros_like(spread))))
+        floor = float(run.loss(stretched(run.done.output, torch.zeros_like(spread))))
     if not (math.isfinite(floor) and floor > 0 and bool((spread > 0).all())):
         return None
-    return (lambda output: loss(stretched(output, spread)) / floor), floor
+    return (lambda output: run.loss(stretched(output, spread)) / floor), floor
 
 
-def _below_eps(
-    flow: Flow, loss: Any, call: ForwardPass, done: TrainingPass, found: Sequence[Regression]
-) -> list[Finding]:
+def _below_eps(run: TrainingRun, found: Sequence[Regression]) -> list[Finding]:
     """Gradients so small that Adam divides them by its eps instead of by their size."""
-    sizes = {path: _rms(g.to_dense()) for path, g in done.gradients.items() if g is not None}
+    sizes = {path: _rms(g.to_dense()) for path, g in run.done.gradients.items() if g is not None}
     largest = max(sizes.values(), default=0.0)
-    if not 0 < largest < _SMALL or not _unlearnt(done, found):
+    if not 0 < largest < _SMALL or not _unlearnt(run.done, found):
         return []
-    plain, scaled = (left_after(call, loss, [adam(r, factor) for r in RATES]) for factor in (1.0, 1.0 / largest))
+    plain, scaled = (
+        left_after(run.call, run.loss, [adam(r, factor) for r in RATES]) for factor in (1.0, 1.0 / largest)
+    )
     if plain is None or scaled is None or not scaled <= 1 - _MOVES:
         return []
     limited = 1 - plain < _MOVES * (1 - scaled)
@@ -145,7 +143,7 @@ def _below_eps(
         remedy += f", or divide outputs and targets by {spread:.2g}, their size, before they meet"
     remedy += f"; or give Adam an eps far below {largest:.2g}"
     numbers = {"gradient": largest, "epsilon": EPSILON, "plain": plain, "scaled": scaled}
-    return [_finding(flow, "warning" if limited else "info", evidence, remedy, _KINGMA, numbers)]
+    return [of_last_step(run.flow, "loss", "warning" if limited else "info", LOSS, evidence, remedy, _KINGMA, numbers)]
 
 
 def _decade(number: float) -> str:
@@ -161,19 +159,3 @@ def _unlearnt(done: TrainingPass, found: Sequence[Regression]) -> bool:
             return True
     assert done.loss is not None
     return any(each.value > _UNLEARNT * each.chance for each in cross_entropies(done.loss))
-
-
-def _finding(
-    flow: Flow, severity: str, evidence: str, remedy: str, reference: str, numbers: dict[str, float]
-) -> Finding:
-    return Finding(
-        kind="loss",
-        severity=severity,
-        steps=(len(flow.steps) - 1,),
-        module_path=LOSS,
-        confidence=1.0,
-        evidence=evidence,
-        remedy=remedy,
-        reference=reference,
-        numbers=numbers,
-    )

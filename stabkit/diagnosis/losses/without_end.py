@@ -17,20 +17,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from stabkit.diagnosis.finding import Finding, serious
-from stabkit.diagnosis.losses.faults import LOSS
+from stabkit.diagnosis.finding import LOSS, Finding, of_last_step, serious
 from stabkit.diagnosis.losses.poles import pole_findings
 from stabkit.diagnosis.losses.signs import signs_of
 from stabkit.diagnosis.losses.terms import Evaluated, Term, evaluated, is_linear_in, through_another_net
 from stabkit.diagnosis.remedies import computed as remedies
-from stabkit.diagnosis.remedies.applying import carried_out
-from stabkit.diagnosis.remedies.short_training import LARGEST
+from stabkit.diagnosis.remedies.applying import LARGEST, carried_out, is_small
 from stabkit.diagnosis.remedies.usual_training import Update, adam, moved_by, sgd
+from stabkit.diagnosis.training_run import TrainingRun
 from stabkit.errors import StabkitError
 from stabkit.tracing import Flow
 from stabkit.tracing.graph.values import value_of
 from stabkit.tracing.recording.forward_pass import ForwardPass
-from stabkit.tracing.recording.training_pass import TrainingPass, nodes_above
+from stabkit.tracing.recording.training_pass import nodes_above
 from stabkit.tracing.recording.untouched_model import seeded, unchanged
 
 #: steps of Adam from its default rate up to 6, where no minimum is left; what has none falls the faster
@@ -55,32 +54,27 @@ _KENDALL = "Kendall, Gal and Cipolla, Multi-task learning using uncertainty to w
 _REFERENCE = "Goodfellow, Bengio and Courville, Deep learning, 2016, section 6.2"
 
 
-def without_end_findings(
-    flow: Flow, loss: Any, call: ForwardPass, done: TrainingPass, others: Sequence[Finding]
-) -> list[Finding]:
+def without_end_findings(run: TrainingRun, others: Sequence[Finding]) -> list[Finding]:
     """A finding where a loss has no lower end, or where the weights of its terms take it to zero by themselves.
 
-    Args:
-        flow: the traced pass.
-        loss: a callable on the output that returns a scalar.
-        call: the pass as training makes it.
-        done: its loss, on the graph.
-        others: what else was found: a loss that is known to be wrong is said once.
+    A loss that is known to be wrong is said once.
     """
-    if done.loss is None or any(finding.kind == "loss" and serious(finding) for finding in others):
+    if run.done.loss is None or any(finding.kind == "loss" and serious(finding) for finding in others):
         return []
-    if sum(p.numel() for p in call.module.parameters()) > LARGEST:
+    if not is_small(run.call.module, LARGEST):
         return []
-    own = {id(p) for p in done.parameters.values()}
+    own = {id(p) for p in run.done.parameters.values()}
     try:
-        if poles := pole_findings(flow, loss, done):
+        if poles := pole_findings(run):
             return poles
-        bounded = signs_of(done.loss.grad_fn).below
-        if (bounded and not _has_free_factor(done.loss)) or is_linear_in(done.loss, done.output):
+        bounded = signs_of(run.done.loss.grad_fn).below
+        if (bounded and not _has_free_factor(run.done.loss)) or is_linear_in(run.done.loss, run.done.output):
             return []
-        if through_another_net(done.loss, own):
+        if through_another_net(run.done.loss, own):
             return []
-        return _of_free_weights(flow, loss, call) or ([] if bounded else _falling(flow, loss, call))
+        return _of_free_weights(run.flow, run.loss, run.call) or (
+            [] if bounded else _falling(run.flow, run.loss, run.call)
+        )
     except (StabkitError, RuntimeError, ValueError):
         return []
 
@@ -275,7 +269,7 @@ def _of_free_weights(flow: Flow, loss: Any, call: ForwardPass) -> list[Finding]:
     )
     numbers = {"loss": fall.first, "after": fall.last}
     severity = "critical" if fall.last < 0 else "warning" if worse else "info"
-    return [_finding(flow, severity, LOSS, evidence, remedy, _KENDALL, numbers)]
+    return [of_last_step(flow, "loss", severity, LOSS, evidence, remedy, _KENDALL, numbers)]
 
 
 def _free(done: Evaluated) -> list[Tensor]:
@@ -354,7 +348,7 @@ def _falling(flow: Flow, loss: Any, call: ForwardPass) -> list[Finding]:
     )
     path = fall.before.path_of(term)
     numbers = {"loss": fall.first, "after": fall.last, "term": last}
-    return [_finding(flow, "critical", path or LOSS, evidence, remedy, _REFERENCE, numbers)]
+    return [of_last_step(flow, "loss", "critical", path or LOSS, evidence, remedy, _REFERENCE, numbers)]
 
 
 def _by_turning(call: ForwardPass, loss: Any, group: int, alone: bool) -> str:
@@ -368,19 +362,3 @@ def _by_turning(call: ForwardPass, loss: Any, group: int, alone: bool) -> str:
         return ""
     what = "its sign" if alone else "the sign of that term"
     return f"; with {what} turned the same steps take it from {fall.first:.3g} to {fall.last:.3g}"
-
-
-def _finding(
-    flow: Flow, severity: str, path: str, evidence: str, remedy: str, reference: str, numbers: dict[str, float]
-) -> Finding:
-    return Finding(
-        kind="loss",
-        severity=severity,
-        steps=(len(flow.steps) - 1,),
-        module_path=path,
-        confidence=1.0,
-        evidence=evidence,
-        remedy=remedy,
-        reference=reference,
-        numbers=numbers,
-    )

@@ -16,11 +16,12 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import Node
 
-from stabkit.diagnosis.finding import Finding
+from stabkit.diagnosis.finding import Finding, of_last_step
 from stabkit.diagnosis.no_gradient.lost_parameters import role_of
 from stabkit.diagnosis.non_finite.domains import count
 from stabkit.diagnosis.remedies.other_arguments import Arguments, Change, OtherArguments
 from stabkit.diagnosis.remedies.short_training import STEPS, short_training
+from stabkit.diagnosis.training_run import TrainingRun
 from stabkit.errors import StabkitError
 from stabkit.tracing import Flow
 from stabkit.tracing.derivatives.lost_gradient import listed
@@ -29,7 +30,6 @@ from stabkit.tracing.recording.forward_pass import ForwardPass
 from stabkit.tracing.recording.recorder import clock
 from stabkit.tracing.recording.training_pass import (
     Observer,
-    TrainingPass,
     calling_line,
     nodes_above,
     training_pass,
@@ -233,47 +233,41 @@ def _of_factor(node: Any) -> Closed | None:
     return Closed(node, "a product", f"it multiplies by a constant of {given[0].numel()} zeros", _ZEROS, True)
 
 
-def closed_findings(
-    flow: Flow, loss: Any, call: ForwardPass, done: TrainingPass, zeros: Sequence[str]
-) -> tuple[list[Finding], frozenset[str]]:
+def closed_findings(run: TrainingRun, zeros: Sequence[str]) -> tuple[list[Finding], frozenset[str]]:
     """What is found of parameters behind closed operations, and which those are.
 
     A mask may be what data choose: an expert to which nothing was sent. So of masks it is said where no parameter of
     the same role gets a gradient.
 
-    Args:
-        flow: the traced pass.
-        loss: a callable on the output that returns a scalar; None for a random combination of outputs.
-        call: the pass as training makes it.
-        done: its gradients.
-        zeros: the parameters whose gradient is exactly zero.
+    ``zeros`` are the parameters whose gradient is exactly zero.
     """
-    used = {role_of(path) for path, g in done.gradients.items() if g is not None and path not in zeros}
+    used = {role_of(path) for path, g in run.done.gradients.items() if g is not None and path not in zeros}
     guilty, behind = list[Closed](), dict[str, None]()
-    for each in closed_operations(call, loss):
-        mine = [p for p in zeros if id(done.parameters[p]) in each.behind and not (each.masked and role_of(p) in used)]
+    for each in closed_operations(run.call, run.loss):
+        mine = [
+            p for p in zeros if id(run.done.parameters[p]) in each.behind and not (each.masked and role_of(p) in used)
+        ]
         if mine:
             guilty.append(each)
             behind.update(dict.fromkeys(mine))
     if not guilty:
         return [], frozenset()
     first = guilty[0]
-    held = sum(done.parameters[path].numel() for path in behind)
-    share = held / max(1, sum(p.numel() for p in done.parameters.values()))
+    held = sum(run.done.parameters[path].numel() for path in behind)
+    share = held / max(1, sum(p.numel() for p in run.done.parameters.values()))
     others = tuple(dict.fromkeys(each.place for each in guilty[1:] if each.place != first.place))
     evidence = (
-        f"{len(behind)} of {len(done.parameters)} parameters that are to be trained get a gradient of exactly zero "
+        f"{len(behind)} of {len(run.done.parameters)} parameters that are to be trained get a gradient of exactly zero "
         f"({listed(tuple(behind))}; {share:.0%} of their numbers): it arrives at {first.place} and does not leave it: "
         f"{first.text}" + (f"; the same at {listed(others)}" if others else "")
     )
     severity = "critical" if share > 1 - 1e-9 else "warning" if share >= _LARGE else "info"
-    found = Finding(
-        kind="no_gradient",
-        severity=severity,
-        steps=(len(flow.steps) - 1,),
-        module_path=first.path,
-        confidence=1.0,
-        evidence=evidence + _opened(flow, loss, call, first, behind),
+    found = of_last_step(
+        run.flow,
+        "no_gradient",
+        severity,
+        first.path,
+        evidence=evidence + _opened(run.flow, run.loss, run.call, first, behind),
         remedy=first.remedy,
         reference="Jaderberg et al., Spatial transformer networks, 2015" if first.name == "grid_sample" else "",
         numbers={"parameters": float(len(behind)), "share": share, f"closed:{first.name}": 1.0},

@@ -11,7 +11,7 @@ from torch.distributions import Distribution
 from torch.overrides import TorchFunctionMode
 
 from stabkit.diagnosis.finding import Finding, serious
-from stabkit.diagnosis.remedies.short_training import STEPS, short_training, worse
+from stabkit.diagnosis.remedies.short_training import compared, short_training, worse
 from stabkit.tracing import Flow
 from stabkit.tracing.derivatives.lost_gradient import FIRST_ORDER, Cut, listed
 from stabkit.tracing.derivatives.partial_cuts import NORMAL, partial_cuts
@@ -52,9 +52,8 @@ def _finding(cut: Cut, subject: Flow | ForwardPass, loss: Any, call: ForwardPass
         f"{len(done.parameters)} parameters that are to be trained ({listed(cut.parameters)}) "
         f"{'get none' if none else 'learn from the rest of the loss alone'}"
     )
-    if plain is not None and treated is not None:
-        how = "with create_graph=True" if derivative else "with a gradient through the draw"
-        evidence += f"; {STEPS} steps of plain SGD take the loss {plain} as it is, {treated} {how}"
+    how = "with create_graph=True" if derivative else "with a gradient through the draw"
+    evidence += compared(plain, treated, how)
     remedy = "draw with rsample(), which passes the gradient on to what it is drawn with"
     if derivative:
         remedy = "take the derivative with create_graph=True, so that it is trained like any other output"

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from stabkit.diagnosis.finding import Finding
+from stabkit.diagnosis.finding import Finding, of_last_step
 from stabkit.tracing import Flow
 from stabkit.tracing.derivatives.lost_gradient import listed
 from stabkit.tracing.recording.containers import map_tensors, named_tensors
@@ -97,12 +97,11 @@ def _finding(flow: Flow, held: list[str], several: bool) -> Finding:
     first = held[0]
     own = f"self.{first.rpartition('.')[2]}"
     off = f"tuple(h.detach() for h in {own})" if several else f"{own}.detach()"
-    return Finding(
-        kind="kept_graph",
-        severity="critical",
-        steps=(len(flow.steps) - 1,),
-        module_path=first,
-        confidence=1.0,
+    return of_last_step(
+        flow,
+        "kept_graph",
+        "critical",
+        first,
         evidence=f"{listed(tuple(held))} of the model holds what the call before computed, with its graph, and the "
         "next call goes on from it: tried on a copy, the second backward raises 'Trying to backward through the graph "
         "a second time'; with it detached between the calls two steps run",

@@ -11,31 +11,31 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from stabkit.diagnosis.finding import Finding
-from stabkit.tracing import Flow
+from stabkit.diagnosis.finding import Finding, of_last_step
+from stabkit.diagnosis.training_run import TrainingRun
 from stabkit.tracing.cutting.endpoints import scalar_loss
 from stabkit.tracing.derivatives.lost_gradient import listed
 from stabkit.tracing.recording.forward_pass import ForwardPass
 from stabkit.tracing.recording.made_parameters import on_graph, parameters_made
-from stabkit.tracing.recording.training_pass import TrainingPass, calling_line, nodes_above
+from stabkit.tracing.recording.training_pass import calling_line, nodes_above
 from stabkit.tracing.recording.untouched_model import seeded, unchanged
 
 _REFERENCE = "PyTorch documentation, torch.nn.Module: submodules are assigned in __init__"
 
 
-def made_anew_findings(flow: Flow, loss: Any, call: ForwardPass, done: TrainingPass) -> list[Finding]:
+def made_anew_findings(run: TrainingRun) -> list[Finding]:
     """One finding for all parameters that are made inside of the forward pass and get a gradient."""
-    assert done.loss is not None
-    kept = {id(p) for p in call.module.parameters()}
-    leaves = [node.variable for node in nodes_above(done.loss) if hasattr(node, "variable")]
+    assert run.done.loss is not None
+    kept = {id(p) for p in run.call.module.parameters()}
+    leaves = [node.variable for node in nodes_above(run.done.loss) if hasattr(node, "variable")]
     if all(id(leaf) in kept or not isinstance(leaf, nn.Parameter) for leaf in leaves):
         return []
-    first, second = _called_twice(call, loss)
+    first, second = _called_twice(run.call, run.loss)
     again = second or first
     if not again:
         return []
     entries = sum(p.numel() for p, _, _ in again)
-    share = entries / (entries + sum(p.numel() for p in call.module.parameters() if p.requires_grad))
+    share = entries / (entries + sum(p.numel() for p in run.call.module.parameters() if p.requires_grad))
     names = tuple(dict.fromkeys(name for _, name, _ in again if name))
     lines = tuple(dict.fromkeys(line for _, _, line in again if line))
     what = f"{len(again)} parameters" + (f" ({listed(names)})" if names else "")
@@ -53,12 +53,11 @@ def made_anew_findings(flow: Flow, loss: Any, call: ForwardPass, done: TrainingP
         )
         remedy = "call the model once before the optimizer is made, or make them in __init__"
     return [
-        Finding(
-            kind="unregistered",
-            severity="warning" if second else "info",
-            steps=(len(flow.steps) - 1,),
-            module_path=names[0].rpartition(".")[0] if names else "",
-            confidence=1.0,
+        of_last_step(
+            run.flow,
+            "unregistered",
+            "warning" if second else "info",
+            names[0].rpartition(".")[0] if names else "",
             evidence=evidence,
             remedy=remedy,
             reference=_REFERENCE,

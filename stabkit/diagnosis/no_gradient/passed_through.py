@@ -20,39 +20,31 @@ from stabkit.diagnosis.blocks.weights import step_of
 from stabkit.diagnosis.finding import Finding
 from stabkit.diagnosis.remedies.moved_weights import moved_weights
 from stabkit.diagnosis.remedies.short_training import STEPS, clearly_better, short_training
-from stabkit.tracing import Flow
+from stabkit.diagnosis.training_run import TrainingRun
 from stabkit.tracing.derivatives.lost_gradient import listed
 from stabkit.tracing.recording.containers import named_tensors
 from stabkit.tracing.recording.evaluation import evaluated
 from stabkit.tracing.recording.forward_pass import ForwardPass
-from stabkit.tracing.recording.training_pass import TrainingPass
 
 _FEWEST = 2  # layers that can take turns
 _REFERENCE = "Dinh, Sohl-Dickstein and Bengio, Density estimation using Real NVP, 2017, section 3.5"
 
 
-def passed_through_findings(flow: Flow, loss: Any, call: ForwardPass, done: TrainingPass) -> list[Finding]:
-    """A finding where couplings pass the same entries on, all of them, and take turns in vain or with success.
-
-    Args:
-        flow: the traced pass.
-        loss: a callable on the output that returns a scalar.
-        call: the pass as training makes it.
-        done: its loss, on the graph.
-    """
-    if done.loss is None or not _may_pass(call, done):
+def passed_through_findings(run: TrainingRun) -> list[Finding]:
+    """A finding where couplings pass the same entries on, all of them, and take turns in vain or with success."""
+    if run.done.loss is None or not _may_pass(run):
         return []
     # couplings often begin as the identity, which says nothing: two sets of moved weights are looked at
-    one, other = (_watched(call, seed) for seed in (0, 1))
+    one, other = (_watched(run.call, seed) for seed in (0, 1))
     kept = one.kept_by_all(other)
-    if kept is None or not _is_read(call, done, kept):
+    if kept is None or not _is_read(run, kept):
         return []
     paths = list(one.kept)
     axis = _turned(kept)
     if axis is None:
         return []
-    turned = partial(_taking_turns, call.module, paths, axis)
-    before, after = short_training(flow, loss), short_training(flow, loss, within=turned)
+    turned = partial(_taking_turns, run.call.module, paths, axis)
+    before, after = short_training(run.flow, run.loss), short_training(run.flow, run.loss, within=turned)
     if before is None or after is None or not clearly_better(after, before):
         return []
     count, size = int(kept.sum()), kept.numel()
@@ -66,14 +58,14 @@ def passed_through_findings(flow: Flow, loss: Any, call: ForwardPass, done: Trai
         "let the couplings take turns: give every second one the opposite mask, or permute the entries (a flip, a "
         "shuffle, an invertible 1x1 convolution) between them"
     )
-    where = step_of(flow, paths[0])
+    where = step_of(run.flow, paths[0])
     return [Finding("no_gradient", "warning", (where,), paths[0], 1.0, evidence, remedy, _REFERENCE)]
 
 
-def _may_pass(call: ForwardPass, done: TrainingPass) -> bool:
+def _may_pass(run: TrainingRun) -> bool:
     """Whether the model returns something of the shape of an input."""
-    shapes = {t.shape for _, t in named_tensors(list(call.inputs)) if t.is_floating_point() and t.dim() > 1}
-    return any(t.shape in shapes for _, t in named_tensors(done.output))
+    shapes = {t.shape for _, t in named_tensors(list(run.call.inputs)) if t.is_floating_point() and t.dim() > 1}
+    return any(t.shape in shapes for _, t in named_tensors(run.done.output))
 
 
 def _watched(call: ForwardPass, seed: int) -> _Couplings:
@@ -141,13 +133,13 @@ class _Couplings:
         return kept if bool(kept.any()) else None
 
 
-def _is_read(call: ForwardPass, done: TrainingPass, kept: Tensor) -> bool:
+def _is_read(run: TrainingRun, kept: Tensor) -> bool:
     """Whether the model returns an input with what was kept in it, and the loss reads that."""
-    given = [t for _, t in named_tensors(list(call.inputs)) if t.shape[1:] == kept.shape]
-    for _, tensor in named_tensors(done.output):
-        if done.loss is None or not tensor.requires_grad or tensor.shape[1:] != kept.shape:
+    given = [t for _, t in named_tensors(list(run.call.inputs)) if t.shape[1:] == kept.shape]
+    for _, tensor in named_tensors(run.done.output):
+        if run.done.loss is None or not tensor.requires_grad or tensor.shape[1:] != kept.shape:
             continue
-        (gradient,) = torch.autograd.grad(done.loss, [tensor], retain_graph=True, allow_unused=True)
+        (gradient,) = torch.autograd.grad(run.done.loss, [tensor], retain_graph=True, allow_unused=True)
         same = any(x.shape == tensor.shape and bool((tensor.detach() == x)[:, kept].all()) for x in given)
         if same and gradient is not None and bool((gradient[:, kept] != 0).any()):
             return True

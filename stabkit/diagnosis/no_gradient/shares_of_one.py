@@ -14,18 +14,16 @@ from torch import Tensor
 from torch.autograd.graph import Node
 from torch.overrides import TorchFunctionMode
 
-from stabkit.diagnosis.blocks.weights import step_of
-from stabkit.diagnosis.finding import Finding, serious
+from stabkit.diagnosis.finding import Finding, of_module, serious
 from stabkit.diagnosis.no_gradient.zero_gradients import variables_round
 from stabkit.diagnosis.remedies.short_training import STEPS, short_training, worse
+from stabkit.diagnosis.training_run import TrainingRun
 from stabkit.errors import StabkitError
-from stabkit.tracing import Flow
 from stabkit.tracing.derivatives.lost_gradient import listed
 from stabkit.tracing.graph.values import operation
 from stabkit.tracing.recording.forward_pass import ForwardPass
 from stabkit.tracing.recording.training_pass import (
     Observer,
-    TrainingPass,
     calling_line,
     nodes_above,
     path_of,
@@ -42,31 +40,30 @@ _ON_THE_WAY = moves("reshape", "permute", "copy", "select", "gather")
 _REFERENCE = "Fedus et al., Switch transformers, 2022, section 2.1: the probability among all experts weighs the one"
 
 
-def share_findings(
-    flow: Flow, loss: Any, call: ForwardPass, done: TrainingPass, others: Sequence[Finding]
-) -> list[Finding]:
+def share_findings(run: TrainingRun, others: Sequence[Finding]) -> list[Finding]:
     """A finding where parameters reach the loss through such shares alone.
 
-    Args:
-        flow: the traced pass.
-        loss: a callable on the output that returns a scalar.
-        call: the pass as training makes it.
-        done: its loss and gradients, on the graph.
-        others: what else was found: a softmax of one score that ends a model is told by what the states show.
+    A softmax of one score that ends a model is told by what the states show.
     """
-    if done.loss is None:
+    if run.done.loss is None:
         return []
     told = {finding.module_path for finding in others if serious(finding) and finding.module_path}
-    nodes = [n for n in nodes_above(done.loss) if _is_one(n) and path_of(done, n) not in told]
+    nodes = [n for n in nodes_above(run.done.loss) if _is_one(n) and path_of(run.done, n) not in told]
     if not nodes:
         return []
-    reached = variables_round(done.loss, nodes)
-    behind = tuple(p for p, g in done.gradients.items() if g is not None and id(done.parameters[p]) not in reached)
+    reached = variables_round(run.done.loss, nodes)
+    behind = tuple(
+        p for p, g in run.done.gradients.items() if g is not None and id(run.done.parameters[p]) not in reached
+    )
     weighed = _Weighed()
-    gradients = _gradients(call, loss, weighed) if behind else None
-    if gradients is None or not weighed.lines or not all(_gains(done.gradients[p], gradients.get(p)) for p in behind):
+    gradients = _gradients(run.call, run.loss, weighed) if behind else None
+    if (
+        gradients is None
+        or not weighed.lines
+        or not all(_gains(run.done.gradients[p], gradients.get(p)) for p in behind)
+    ):
         return []
-    return [_finding(flow, loss, done, nodes[-1], behind, weighed)]
+    return [_finding(run, nodes[-1], behind, weighed)]
 
 
 def _is_one(node: Any) -> bool:
@@ -131,29 +128,26 @@ def _gains(plain: Tensor | None, treated: Tensor | None) -> bool:
     return sizes[0] <= _NOTHING * sizes[1]
 
 
-def _finding(
-    flow: Flow, loss: Any, done: TrainingPass, first: Any, behind: tuple[str, ...], weighed: _Weighed
-) -> Finding:
-    path, chosen = path_of(done, first), _of_a_choice(first)
+def _finding(run: TrainingRun, first: Any, behind: tuple[str, ...], weighed: _Weighed) -> Finding:
+    path, chosen = path_of(run.done, first), _of_a_choice(first)
     # a layer that gives one score does so for any input; one position is what this input has
-    single = any(done.parameters[p].dim() > 1 and len(done.parameters[p]) == 1 for p in behind)
-    share = sum(done.parameters[p].numel() for p in behind) / sum(p.numel() for p in done.parameters.values())
+    single = any(run.done.parameters[p].dim() > 1 and len(run.done.parameters[p]) == 1 for p in behind)
+    share = sum(run.done.parameters[p].numel() for p in behind) / sum(p.numel() for p in run.done.parameters.values())
     lines, how = listed(tuple(filter(None, weighed.lines))), next(iter(weighed.lines.values()))
-    plain, treated = short_training(flow, loss), short_training(flow, loss, within=_Weighed)
+    plain, treated = short_training(run.flow, run.loss), short_training(run.flow, run.loss, within=_Weighed)
     evidence = (
-        f"{len(behind)} of {len(done.parameters)} parameters that are to be trained get no gradient ({listed(behind)}; "
-        f"{share:.0%} of their numbers): they reach the loss only through {how} of a single number"
+        f"{len(behind)} of {len(run.done.parameters)} parameters that are to be trained get no gradient "
+        f"({listed(behind)}; {share:.0%} of their numbers): they reach the loss only through {how} of a single number"
         f"{f', {lines}' if lines else ''}, which is 1 whatever they are; tried on a copy: with "
         f"{'the number itself' if how != 'softmax' else 'a sigmoid'} in its place all of them get one"
     )
     if plain is not None and treated is not None and not worse(treated, plain):
         evidence += f", and {STEPS} steps of plain SGD take the loss {treated}, as it is {plain}"
-    return Finding(
-        kind="no_gradient",
-        severity="warning" if chosen or single else "info",
-        steps=(step_of(flow, path),),
-        module_path=path,
-        confidence=1.0,
+    return of_module(
+        run.flow,
+        "no_gradient",
+        "warning" if chosen or single else "info",
+        path,
         evidence=evidence,
         remedy=_remedy(first, chosen, single),
         reference=_REFERENCE if chosen else "",

@@ -14,11 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from stabkit.diagnosis.finding import Finding
-from stabkit.tracing import Flow
+from stabkit.diagnosis.finding import Finding, of_last_step
+from stabkit.diagnosis.training_run import TrainingRun
 from stabkit.tracing.derivatives.lost_gradient import listed
-from stabkit.tracing.recording.forward_pass import ForwardPass
-from stabkit.tracing.recording.training_pass import TrainingPass, nodes_above
+from stabkit.tracing.recording.training_pass import nodes_above
 
 _DEPTH = 4  # containers within containers
 _MOST = 20_000  # things that are looked at
@@ -36,19 +35,19 @@ class _Held:
     remedy: str
 
 
-def unregistered_findings(flow: Flow, call: ForwardPass, done: TrainingPass) -> list[Finding]:
+def unregistered_findings(run: TrainingRun) -> list[Finding]:
     """One finding for all that gets a gradient and is no parameter of the model."""
-    assert done.loss is not None
-    nodes = nodes_above(done.loss)
-    registered = {id(p) for p in call.module.parameters()}
+    assert run.done.loss is not None
+    nodes = nodes_above(run.done.loss)
+    registered = {id(p) for p in run.call.module.parameters()}
     leaves = {id(n.variable): n.variable for n in nodes if hasattr(n, "variable") and id(n.variable) not in registered}
     if not leaves:
         return []
-    began = done.calls[0].start if done.calls else 0
+    began = run.done.calls[0].start if run.done.calls else 0
     # what was made before this pass began: a model may keep what it computes
     older = {n for n in nodes if not hasattr(n, "variable") and n._sequence_nr() < began}
     held: dict[int, _Held] = {}
-    for found in _held(call.module):
+    for found in _held(run.call.module):
         tensor = found.leaf
         for leaf in [tensor] if tensor.is_leaf else _parameters_of(tensor) if tensor.grad_fn in older else []:
             if id(leaf) in leaves:
@@ -56,27 +55,26 @@ def unregistered_findings(flow: Flow, call: ForwardPass, done: TrainingPass) -> 
     if not held:
         return []
     mine = [each.leaf for each in held.values()]
-    others = [parameter for path, parameter in done.parameters.items() if done.gradients.get(path) is not None]
-    squares = _squares(done.loss, [*mine, *others])
+    others = [parameter for path, parameter in run.done.parameters.items() if run.done.gradients.get(path) is not None]
+    squares = _squares(run.done.loss, [*mine, *others])
     hidden, total = sum(squares[: len(mine)]), sum(squares)
     if not hidden > 0:
         return []
     paths = tuple(each.path for each in held.values())
     attributes = tuple(dict.fromkeys(each.attribute for each in held.values()))
     entries = sum(leaf.numel() for leaf in mine)
-    share = entries / (entries + sum(p.numel() for p in done.parameters.values()))
+    share = entries / (entries + sum(p.numel() for p in run.done.parameters.values()))
     evidence = (
         f"{listed(paths)} get a gradient and are no parameters of the model, so that no optimizer made of "
         f"model.parameters() moves them, and no state_dict, .to or .cuda knows them: {share:.0%} of the numbers that "
         f"require grad, with {hidden / total:.0%} of the squared norm of the gradient"
     )
     return [
-        Finding(
-            kind="unregistered",
-            severity="warning",
-            steps=(len(flow.steps) - 1,),
-            module_path=attributes[0],
-            confidence=1.0,
+        of_last_step(
+            run.flow,
+            "unregistered",
+            "warning",
+            attributes[0],
             evidence=evidence,
             remedy="; ".join(dict.fromkeys(each.remedy for each in held.values())),
             reference=_REFERENCE,

@@ -11,13 +11,13 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.graph import Node
 
-from stabkit.diagnosis.finding import Finding
-from stabkit.diagnosis.remedies.short_training import STEPS, ShortTraining, short_training, worse
+from stabkit.diagnosis.finding import Finding, of_last_step
+from stabkit.diagnosis.remedies.short_training import ShortTraining, compared, short_training, worse
+from stabkit.diagnosis.training_run import TrainingRun
 from stabkit.tracing import Flow
 from stabkit.tracing.derivatives.lost_gradient import listed
-from stabkit.tracing.recording.forward_pass import ForwardPass
 from stabkit.tracing.recording.own_functions import Calls, Probe, own_functions, probed, true_derivative, watched
-from stabkit.tracing.recording.training_pass import TrainingPass, nodes_above, path_of, training_pass
+from stabkit.tracing.recording.training_pass import nodes_above, path_of, training_pass
 from stabkit.tracing.recording.untouched_model import unchanged
 
 _MOST_FUNCTIONS = 8  # that are tried; a model has one or two
@@ -27,27 +27,27 @@ _ALIKE = 0.99  # cosine to the derivative from which a gradient is that, scaled,
 _REFERENCE = "https://pytorch.org/docs/stable/notes/extending.html; torch.autograd.gradcheck"
 
 
-def wrong_derivative_findings(flow: Flow, loss: Any, call: ForwardPass, done: TrainingPass) -> list[Finding]:
+def wrong_derivative_findings(run: TrainingRun) -> list[Finding]:
     """One finding for every function whose backward is at fault."""
-    assert done.loss is not None
-    functions = own_functions(nodes_above(done.loss))
+    assert run.done.loss is not None
+    functions = own_functions(nodes_above(run.done.loss))
     together = torch.distributed.is_available() and torch.distributed.is_initialized()
     if not functions or together:
         return []  # a function that talks to other processes must not be called by one alone
     chosen = list(functions)[:_MOST_FUNCTIONS]
     with watched(chosen) as calls:
-        training_pass(call, loss, differentiate=False)
+        training_pass(run.call, run.loss, differentiate=False)
     found = []
     for function in chosen:
         some = [each for each in calls.made.values() if each.function is function][:_MOST_CALLS]
-        with unchanged(call.module) as safe:
+        with unchanged(run.call.module) as safe:
             safe.copy_buffers()  # which a function that runs a module may write to
             probes = [probe for each in some if (probe := probed(each)) is not None]
         ignoring = [p for p in probes if _ignores(p)]
         wrong = [p for p in probes if not _ignores(p) and _is_wrong(p)]
         if ignoring or wrong:
             said = _of_ignoring(ignoring[0]) if ignoring else _of_wrong(wrong[0])
-            found.append(_finding(function, said, bool(ignoring), functions[function], flow, loss, done))
+            found.append(_finding(function, said, bool(ignoring), functions[function], run))
     return found
 
 
@@ -109,19 +109,13 @@ def _finding(
     said: str,
     ignoring: bool,
     nodes: Sequence[Node],
-    flow: Flow,
-    loss: Any,
-    done: TrainingPass,
+    run: TrainingRun,
 ) -> Finding:
-    paths = tuple(dict.fromkeys(path for node in nodes[::-1] if (path := path_of(done, node))))
-    plain, mended = short_training(flow, loss), _mended(function, flow, loss)
+    paths = tuple(dict.fromkeys(path for node in nodes[::-1] if (path := path_of(run.done, node))))
+    plain, mended = short_training(run.flow, run.loss), _mended(function, run.flow, run.loss)
     evidence = f"the backward of {function.__name__}{f' (in {listed(paths)})' if paths else ''} {said}"
-    helps = False
-    if plain is not None and mended is not None:
-        evidence += (
-            f"; {STEPS} steps of plain SGD take the loss {plain} as it is, {mended} with the derivative in its place"
-        )
-        helps = worse(plain, mended)
+    evidence += compared(plain, mended, "with the derivative in its place")
+    helps = worse(plain, mended)
     # what is no chain rule is a fault where training does not show it either; another gradient may be meant
     harm = helps or (ignoring and not worse(mended, plain))
     remedy = (
@@ -130,16 +124,15 @@ def _finding(
         else "derive the forward again, or leave the backward to autograd; torch.autograd.gradcheck tells when it is "
         "right"
     )
-    return Finding(
-        kind="wrong_derivative",
-        severity="warning" if harm else "info",
-        steps=(len(flow.steps) - 1,),
-        module_path=paths[0] if paths else "",
-        confidence=1.0,
-        evidence=evidence,
-        remedy=remedy,
-        reference=_REFERENCE,
-        numbers={"calls": float(len(nodes))},
+    return of_last_step(
+        run.flow,
+        "wrong_derivative",
+        "warning" if harm else "info",
+        paths[0] if paths else "",
+        evidence,
+        remedy,
+        _REFERENCE,
+        {"calls": float(len(nodes))},
     )
 
 

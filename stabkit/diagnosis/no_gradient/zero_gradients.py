@@ -16,20 +16,26 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import Node
 
-from stabkit.diagnosis.finding import Action, Finding, serious
-from stabkit.diagnosis.inputs.zero_inputs import zero_input_findings
+from stabkit.diagnosis.finding import Action, Finding, of_last_step, serious
 from stabkit.diagnosis.no_gradient.closed_operations import any_entry, closed_findings
 from stabkit.diagnosis.no_gradient.lost_parameters import role_of
 from stabkit.diagnosis.remedies import computed as remedies
 from stabkit.diagnosis.remedies.applying import carried_out
-from stabkit.diagnosis.remedies.short_training import STEPS, ShortTraining, clearly_better, falls, short_training, worse
+from stabkit.diagnosis.remedies.short_training import (
+    clearly_better,
+    compared,
+    falls,
+    short_training,
+    worse,
+)
+from stabkit.diagnosis.training_run import TrainingRun
 from stabkit.errors import StabkitError
-from stabkit.tracing import Flow
 from stabkit.tracing.derivatives.lost_gradient import listed
 from stabkit.tracing.graph.values import operation, value_of
 from stabkit.tracing.recording.containers import named_tensors
 from stabkit.tracing.recording.forward_pass import ForwardPass
 from stabkit.tracing.recording.training_pass import Observer, TrainingPass, calling_line, nodes_above, training_pass
+from stabkit.vocabulary import moves
 
 #: operations whose derivative is zero wherever there is one
 FLAT = {"Round": "round", "Floor": "floor", "Ceil": "ceil", "Trunc": "trunc", "Sign": "sign", "Sgn": "sign"}
@@ -39,37 +45,30 @@ _MOST_ROUNDS = 8  # zero factors within zero factors
 _MOST_TRIALS = 6  # kinds of parameters that are drawn anew
 _BENGIO = "Bengio et al., Estimating or propagating gradients through stochastic neurons, 2013"
 _LORA = "Hu et al., LoRA: Low-rank adaptation of large language models, 2022, section 4.1"
+_MOVES = moves("reshape", "permute", "copy", "expand")
+_PRODUCTS = frozenset({"Mm", "Addmm", "Bmm", "Baddbmm", "Mv"})
 
 
-def zero_gradient_findings(
-    flow: Flow, loss: Any, call: ForwardPass, done: TrainingPass, others: Sequence[Finding]
-) -> list[Finding]:
+def zero_gradient_findings(run: TrainingRun, others: Sequence[Finding]) -> list[Finding]:
     """Parameters that nothing will ever move, with what holds them; without a loss nobody knows.
 
     What moves once the remedies of other findings are carried out follows from them: units that a dead layer feeds.
-
-    Args:
-        flow: the traced pass.
-        loss: a callable on the output that returns a scalar.
-        call: the pass as training makes it.
-        done: its gradients.
-        others: what was found before.
     """
-    zeros = zeros_of(done)
-    if not zeros or not callable(loss) or not _moved_by_output(done):
+    zeros = zeros_of(run.done)
+    if not zeros or not callable(run.loss) or not _moved_by_output(run.done):
         return []
-    flat = _behind_flat(call, loss, zeros)
-    found = [_of_flat(flow, loss, flat, done)] if flat.parameters else []
+    flat = _behind_flat(run.call, run.loss, zeros)
+    found = [_of_flat(run, flat)] if flat.parameters else []
     rest = [path for path in zeros if path not in flat.parameters]
     cured = [action for finding in others if serious(finding) for action in finding.actions]
-    stuck = _stuck(call, loss, done, cured) if rest else None
+    stuck = _stuck(run, cured) if rest else None
     left = tuple(path for path in rest if stuck is not None and path in stuck)
     if left:
-        closed, behind = closed_findings(flow, loss, call, done, left)
+        closed, behind = closed_findings(run, left)
         found += closed
         left = tuple(path for path in left if path not in behind)
     if left:
-        found += _of_zero_factors(flow, loss, call, done, left) or zero_input_findings(flow, done, left)
+        found += _of_zero_factors(run, left) or zero_input_findings(run, left)
     return found
 
 
@@ -173,47 +172,40 @@ def straight_through(scalar: Tensor) -> None:
         node.register_hook(lambda _inputs, outputs: (outputs[0],))
 
 
-def _of_flat(flow: Flow, loss: Any, flat: _Flat, done: TrainingPass) -> Finding:
+def _of_flat(run: TrainingRun, flat: _Flat) -> Finding:
     operations = " and ".join(f"torch.{name}" for name in flat.operations)
-    plain = short_training(flow, loss)
-    through = short_training(flow, loss, altered=straight_through)
+    plain = short_training(run.flow, run.loss)
+    through = short_training(run.flow, run.loss, altered=straight_through)
     evidence = (
-        f"{len(flat.parameters)} of {len(done.parameters)} parameters that are to be trained get a gradient of exactly "
-        f"zero ({listed(flat.parameters)}; {_share(done, flat.parameters):.0%} of their numbers): the loss is made of "
-        f"them through {operations} ({listed(flat.places, 5)}) alone, whose derivative is zero everywhere"
+        f"{len(flat.parameters)} of {len(run.done.parameters)} parameters that are to be trained get a gradient of "
+        f"exactly zero ({listed(flat.parameters)}; {_share(run.done, flat.parameters):.0%} of their numbers): the loss "
+        f"is made of them through {operations} ({listed(flat.places, 5)}) alone, whose derivative is zero everywhere"
     )
-    return Finding(
-        kind="no_gradient",
-        severity="critical" if _share(done, flat.parameters) > 1 - 1e-9 else "warning",
-        steps=(len(flow.steps) - 1,),
-        module_path=flat.path,
-        confidence=1.0,
-        evidence=evidence + _trained(plain, through, "with the derivative 1 in its place"),
+    return of_last_step(
+        run.flow,
+        "no_gradient",
+        "critical" if _share(run.done, flat.parameters) > 1 - 1e-9 else "warning",
+        flat.path,
+        evidence=evidence + compared(plain, through, "with the derivative 1 in its place"),
         remedy=f"pass the gradient straight through: x + ({flat.operations[0]}(x) - x).detach() in place of "
         f"{flat.operations[0]}(x)",
         reference=_BENGIO,
-        numbers={"parameters": float(len(flat.parameters)), "share": _share(done, flat.parameters)},
+        numbers={"parameters": float(len(flat.parameters)), "share": _share(run.done, flat.parameters)},
     )
-
-
-def _trained(plain: ShortTraining | None, treated: ShortTraining | None, how: str) -> str:
-    if plain is None or treated is None:
-        return ""
-    return f"; {STEPS} steps of plain SGD take the loss {plain} as it is, {treated} {how}"
 
 
 def _share(done: TrainingPass, paths: Sequence[str]) -> float:
     return sum(done.parameters[p].numel() for p in paths) / max(1, sum(p.numel() for p in done.parameters.values()))
 
 
-def _stuck(call: ForwardPass, loss: Any, done: TrainingPass, actions: Sequence[Action] = ()) -> frozenset[str] | None:
+def _stuck(run: TrainingRun, actions: Sequence[Action] = ()) -> frozenset[str] | None:
     """What still has no gradient when all that has one was moved; None where that cannot be tried."""
-    held = [remedies.scale(path, 1.0) for path in done.parameters]  # the model's own are never written
+    held = [remedies.scale(path, 1.0) for path in run.done.parameters]  # the model's own are never written
     before: frozenset[str] | None = None
     try:
-        with carried_out(call.module, held), carried_out(call.module, actions):
+        with carried_out(run.call.module, held), carried_out(run.call.module, actions):
             for _ in range(_MOST_ROUNDS):
-                now = training_pass(call, loss)
+                now = training_pass(run.call, run.loss)
                 zeros = frozenset(zeros_of(now))
                 if not zeros or zeros == before:
                     return zeros
@@ -238,20 +230,20 @@ def _rms(tensor: Tensor) -> float:
     return float(tensor.detach().double().square().mean().sqrt())
 
 
-def _of_zero_factors(
-    flow: Flow, loss: Any, call: ForwardPass, done: TrainingPass, stuck: tuple[str, ...]
-) -> list[Finding]:
+def _of_zero_factors(run: TrainingRun, stuck: tuple[str, ...]) -> list[Finding]:
     """Stuck parameters that get a gradient when others of zeros are drawn anew: the first of each product."""
-    empty = [path for path in stuck if not bool(done.parameters[path].detach().any())]
+    empty = [path for path in stuck if not bool(run.done.parameters[path].detach().any())]
     left, actions = frozenset(stuck), list[Action]()
     for role in list(dict.fromkeys(map(role_of, empty)))[:_MOST_TRIALS]:
         members = [path for path in empty if role_of(path) == role and path in left]
-        drawn = [remedies.redraw(path, _usual(done.parameters[path])) for path in members]
-        after = _stuck(call, loss, done, [*actions, *drawn]) if members else None
+        drawn = [remedies.redraw(path, _usual(run.done.parameters[path])) for path in members]
+        after = _stuck(run, [*actions, *drawn]) if members else None
         if after is not None and len(left & after) < len(left):
             left, actions = left & after, [*actions, *drawn]
-    if left and (drawn := _all_matrices(done, empty)):  # all were started at zero, so that no kind of them is enough
-        after = _stuck(call, loss, done, drawn)
+    if left and (
+        drawn := _all_matrices(run.done, empty)
+    ):  # all were started at zero, so that no kind of them is enough
+        after = _stuck(run, drawn)
         if after is not None and len(frozenset(stuck) & after) < len(left):
             left, actions = frozenset(stuck) & after, drawn
     freed = tuple(path for path in stuck if path not in left)
@@ -260,34 +252,33 @@ def _of_zero_factors(
     named = tuple(str(action["parameter"]) for action in actions)
     both = tuple(path for path in freed if path in empty)
     kept = tuple(path for path in both if path not in named)
-    plain, treated = short_training(flow, loss), short_training(flow, loss, actions)
-    vectors = all(done.parameters[path].dim() < 2 for path in named)
+    plain, treated = short_training(run.flow, run.loss), short_training(run.flow, run.loss, actions)
+    vectors = all(run.done.parameters[path].dim() < 2 for path in named)
     if vectors and plain is not None and treated is not None and not clearly_better(treated, plain):
         return []  # biases of zero are how layers are made: what holds them is another, as a layer that is dead
     # a bias between two norms of a small batch has no gradient either, and the model trains without it
-    few = _share(done, freed) < _FEW and all(done.parameters[path].dim() < 2 for path in freed)
+    few = _share(run.done, freed) < _FEW and all(run.done.parameters[path].dim() < 2 for path in freed)
     harmless = worse(treated, plain) or (few and plain is not None and falls(plain))
     evidence = (
-        f"{len(freed)} of {len(done.parameters)} parameters that are to be trained get a gradient of exactly zero "
-        f"({listed(freed)}; {_share(done, freed):.0%} of their numbers), and still do when all others have moved: they "
-        f"are the factors of products in which {listed(both)} are all zero, so that neither moves the other; with "
+        f"{len(freed)} of {len(run.done.parameters)} parameters that are to be trained get a gradient of exactly zero "
+        f"({listed(freed)}; {_share(run.done, freed):.0%} of their numbers), and still do when all others have moved: "
+        f"they are the factors of products in which {listed(both)} are all zero, so that neither moves the other; with "
         f"{listed(named)} drawn anew all of them get a gradient"
     )
     return [
-        Finding(
-            kind="no_gradient",
-            severity="info" if harmless else "critical" if _share(done, freed) > 1 - 1e-9 else "warning",
-            steps=(len(flow.steps) - 1,),
-            module_path=named[0].rpartition(".")[0],
-            confidence=1.0,
-            evidence=evidence + _trained(plain, treated, "treated"),
+        of_last_step(
+            run.flow,
+            "no_gradient",
+            "info" if harmless else "critical" if _share(run.done, freed) > 1 - 1e-9 else "warning",
+            named[0].rpartition(".")[0],
+            evidence=evidence + compared(plain, treated, "treated"),
             remedy="none is needed: the model trains without it"
             if harmless
             else f"start {listed(named)} from random numbers (root mean square "
             f"{max(float(action['rms']) for action in actions):.2g})"
             + (f"; {listed(kept)} may stay at zero" if kept else ""),
             reference=_LORA,
-            numbers={"parameters": float(len(freed)), "share": _share(done, freed)},
+            numbers={"parameters": float(len(freed)), "share": _share(run.done, freed)},
             actions=() if harmless else tuple(actions),
         )
     ]
@@ -302,3 +293,62 @@ def _usual(parameter: Tensor) -> float:
     """The size that `torch.nn.Linear` starts a weight of this shape with."""
     fan_in = parameter.numel() / parameter.shape[0] if parameter.dim() > 1 else 1.0
     return float((3.0 * fan_in) ** -0.5)
+
+
+def zero_input_findings(run: TrainingRun, zeros: Sequence[str]) -> list[Finding]:
+    """Parameters without gradient that are multiplied with constants of zeros alone, told as a fact.
+
+    ``zeros`` are the parameters whose gradient is exactly zero, whatever else has moved.
+    """
+    assert run.done.loss is not None
+    readers: dict[Node, list[Node]] = {}
+    for node in nodes_above(run.done.loss):
+        for parent, _ in node.next_functions:
+            if parent is not None:
+                readers.setdefault(parent, []).append(node)
+    leaves: dict[int, Node] = {id(leaf.variable): leaf for leaf in map(_leaf, readers) if leaf is not None}
+    idle = tuple(p for p in zeros if (leaf := leaves.get(id(run.done.parameters[p]))) and _meets_zeros(leaf, readers))
+    if not idle:
+        return []
+    share = sum(run.done.parameters[p].numel() for p in idle) / max(
+        1, sum(p.numel() for p in run.done.parameters.values())
+    )
+    return [
+        of_last_step(
+            run.flow,
+            "no_gradient",
+            "info",
+            idle[0].rpartition(".")[0],
+            evidence=f"{len(idle)} of {len(run.done.parameters)} parameters that are to be trained get a gradient of "
+            f"exactly zero ({listed(idle)}; {share:.0%} of their numbers): all that they multiply are constants of "
+            "zeros, as the state that a recurrence begins with",
+            remedy="none is needed where a recurrence is meant to run for one step alone; else carry its state on from "
+            "call to call, and look which axis it takes for time (batch_first)",
+            reference="",
+            numbers={"parameters": float(len(idle)), "share": share},
+        )
+    ]
+
+
+def _leaf(node: Any) -> Any:
+    return node if hasattr(node, "variable") else None
+
+
+def _meets_zeros(leaf: Node, readers: dict[Node, list[Node]]) -> bool:
+    """Whether everything that reads a leaf, but for how its entries are ordered, multiplies it with constant zeros."""
+    stack, met = [leaf], False
+    while stack:
+        for reader in readers[stack.pop()]:
+            if operation(reader) in _MOVES:
+                stack.append(reader)
+            elif operation(reader) in _PRODUCTS and _with_zeros(reader):
+                met = True
+            else:
+                return False
+    return met
+
+
+def _with_zeros(node: Any) -> bool:
+    """Whether a product has a factor that is a constant of zeros."""
+    saved = [getattr(node, f"_saved_{name}", None) for name in ("self", "mat1", "mat2", "batch1", "batch2", "vec")]
+    return any(isinstance(t, Tensor) and not t.requires_grad and not bool(t.detach().any()) for t in saved)

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 from torch import nn
 
 from stabkit.diagnosis.blocks.weight_faults import WeightFault, weight_faults
 from stabkit.diagnosis.blocks.weights import role_of
-from stabkit.diagnosis.finding import Finding
-from stabkit.diagnosis.losses.faults import LOSS
+from stabkit.diagnosis.finding import LOSS, Finding
 from stabkit.diagnosis.measurement import Measurement, StepMeasurement
 from stabkit.diagnosis.non_finite.origin import Origin, origin_of
 from stabkit.diagnosis.non_finite.softmax_by_hand import BEGINS, stable_softmax
@@ -26,6 +27,7 @@ from stabkit.tracing.flow import engine_vjp
 from stabkit.tracing.graph.values import entries_are_finite
 from stabkit.tracing.recording.containers import named_tensors
 from stabkit.tracing.recording.inputs import differentiable
+from stabkit.tracing.recording.training_pass import training_pass
 
 _LARGE = math.log(4.0)  # of entries beside those of gain 1: twice what He's rule draws, and more, nats
 
@@ -326,3 +328,33 @@ def all_finite(measurement: Measurement) -> bool:
     return not bool((np.isnan(growth) | (growth == math.inf)).any()) and all(
         step.finite and all(weight.finite for weight in step.weights) for step in measurement.steps
     )
+
+
+def reach_no_parameter(flow: Flow, loss: Any) -> bool:
+    """Whether the loss and the gradients of all parameters are finite, and nobody asks for that of an input.
+
+    Args:
+        flow: the traced pass, whose gradients are not finite at some state.
+        loss: a callable on the output that returns a scalar.
+    """
+    call = replace(flow.forward_pass, through_no_grad=False)
+    if any(t.requires_grad for _, t in call.given):
+        return False
+    done = training_pass(call, loss)
+    found = [g for g in done.gradients.values() if g is not None]
+    return bool(found) and done.loss is not None and all(map(entries_are_finite, [done.loss.detach(), *found]))
+
+
+def as_facts(findings: list[Finding]) -> list[Finding]:
+    """The same as facts: training does not meet them."""
+    met = "no parameter lies before it and the gradients of all parameters are finite, so training does not meet it"
+    return [
+        replace(
+            finding,
+            severity="info",
+            evidence=f"{finding.evidence}; {met}",
+            remedy=f"none is needed to train; for gradients of the input: {finding.remedy}",
+            actions=(),
+        )
+        for finding in findings
+    ]

@@ -15,9 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stabkit.diagnosis.finding import Finding
-from stabkit.diagnosis.losses.faults import LOSS
-from stabkit.diagnosis.remedies.short_training import STEPS, ShortTraining, short_training
+from stabkit.diagnosis.finding import LOSS, Finding
+from stabkit.diagnosis.remedies.short_training import ShortTraining, compared, short_training
 from stabkit.tracing import Flow
 from stabkit.tracing.cutting.endpoints import scalar_loss
 from stabkit.tracing.recording.training_pass import TrainingPass, nodes_above, training_pass
@@ -136,8 +135,7 @@ def _finding(
         f"that are not zero when the loss is multiplied by 2**{power} are exactly zero as it is; a typical one is "
         f"{typical:.2g}"
     )
-    if plain is not None and treated is not None:
-        evidence += f"; {STEPS} steps of plain SGD take the loss {plain} as it is, {treated} with the loss scaled"
+    evidence += compared(plain, treated, "with the loss scaled")
     remedy = (
         f"scale the loss: torch.amp.GradScaler multiplies it by 2**{_POWERS[0]} before the backward pass and divides "
         "the gradients of the weights by it before the step; or compute in bfloat16, which reaches as far down as "

@@ -16,17 +16,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stabkit.diagnosis.finding import Finding
-from stabkit.diagnosis.losses.faults import LOSS
+from stabkit.diagnosis.finding import LOSS, Finding
 from stabkit.diagnosis.non_finite.gradient_underflow import ScaledLoss
-from stabkit.diagnosis.remedies.applying import copied
-from stabkit.diagnosis.remedies.short_training import LARGEST, STEPS
+from stabkit.diagnosis.remedies.applying import LARGEST, copied, is_small
+from stabkit.diagnosis.remedies.short_training import STEPS
 from stabkit.diagnosis.remedies.usual_training import EPSILON, RATES, adam, left_after
+from stabkit.diagnosis.training_run import TrainingRun
 from stabkit.errors import StabkitError
 from stabkit.tracing import Flow
 from stabkit.tracing.recording.containers import map_tensors
 from stabkit.tracing.recording.forward_pass import ForwardPass
-from stabkit.tracing.recording.training_pass import TrainingPass, training_pass
+from stabkit.tracing.recording.training_pass import training_pass
 
 _HALF = (torch.float16, torch.bfloat16)
 _LARGE_EPSILON = 1e-4  # that float16 holds
@@ -35,8 +35,9 @@ _CLEARLY = 0.05  # of the first loss, by which float32 must end lower
 _MICIKEVICIUS = "Micikevicius et al., Mixed precision training, 2018, section 3.1"
 
 
-def half_weight_findings(flow: Flow, loss: Any, call: ForwardPass, done: TrainingPass) -> list[Finding]:
+def half_weight_findings(run: TrainingRun) -> list[Finding]:
     """Steps of Adam that half precision makes infinite, or takes away."""
+    flow, loss, call, done = run.flow, run.loss, run.call, run.done
     half = {path: p for path, p in done.parameters.items() if p.dtype in _HALF}
     if not half:
         return []
@@ -142,7 +143,7 @@ def _finding(
 
 def _in_float32(call: ForwardPass, loss: Any, rates: Sequence[float]) -> float | None:
     """What Adam leaves of the loss with weights and inputs in float32; None where the model does not stand that."""
-    if call.model is not call.module or sum(p.numel() for p in call.module.parameters()) > LARGEST:
+    if call.model is not call.module or not is_small(call.module, LARGEST):
         return None
 
     def single(tensor: Tensor) -> Tensor:

@@ -30,7 +30,7 @@ from stabkit.diagnosis.remedies import computed as remedies
 from stabkit.diagnosis.remedies.applying import carried_out
 from stabkit.diagnosis.remedies.computed import Remedy
 from stabkit.diagnosis.remedies.learning import left_beside_a_constant
-from stabkit.diagnosis.remedies.short_training import STEPS, short_training
+from stabkit.diagnosis.remedies.short_training import STEPS, compared, short_training
 from stabkit.diagnosis.thresholds import Thresholds
 from stabkit.diagnosis.verdict import factor
 from stabkit.errors import StabkitError
@@ -116,8 +116,7 @@ def _by_training(flow: Flow, finding: Finding, loss: Any) -> Finding:
     plain, treated = short_training(flow, loss), short_training(flow, loss, finding.actions)
     if plain is None or treated is None or not treated.last < _BETTER * plain.last:
         return finding
-    evidence = f"{finding.evidence}; {STEPS} steps of plain SGD take the loss {plain} as it is, {treated} treated"
-    return replace(finding, severity="warning", evidence=evidence)
+    return replace(finding, severity="warning", evidence=finding.evidence + compared(plain, treated, "treated"))
 
 
 def loops_over_time(flow: Flow) -> tuple[str, ...]:

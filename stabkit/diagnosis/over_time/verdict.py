@@ -1,19 +1,24 @@
 """The verdict over time, for a model of which depth says too little: one recurrent module, or a loop over time.
 
 Every step of such a flow changes its space, by the inputs that are still unread, so that growth over depth has no zero;
-the gradient that reaches each time step has one, and was measured.
+the gradient that reaches each time step has one, and was measured. The rounds of a network that keeps what it put out,
+as a recurrent or a spiking one does, change it as well.
 """
 
 from __future__ import annotations
 
 import math
+from collections import Counter
 from dataclasses import replace
 
+from stabkit.diagnosis.measurement import Measurement
 from stabkit.diagnosis.over_time.findings import loops_over_time, time_profiles
 from stabkit.diagnosis.over_time.scans import WrittenOut
 from stabkit.diagnosis.thresholds import Thresholds
-from stabkit.diagnosis.verdict import Verdict, factor
-from stabkit.tracing import Flow
+from stabkit.diagnosis.verdict import Verdict, factor, not_judged
+from stabkit.tracing import Flow, FlowLike
+
+_FEWEST_BLOCKS = 2  # steps that keep their space, from which growth over depth can be judged
 
 
 def judged_over_time(flow: Flow, verdict: Verdict, loss: object, thresholds: Thresholds) -> Verdict:
@@ -38,3 +43,31 @@ def judged_over_time(flow: Flow, verdict: Verdict, loss: object, thresholds: Thr
         f"the last to the first{gates}; depth alone is too little to judge."
     )
     return replace(verdict, name=name, summary=summary)
+
+
+def of_rounds(flow: FlowLike, verdict: Verdict, measurement: Measurement) -> Verdict:
+    """The verdict, or none where fewer than two steps keep their space and most steps are rounds of one loop."""
+    kinds = measurement.kinds
+    blocks = sum(kind == "step" for kind in kinds)
+    if blocks >= _FEWEST_BLOCKS or verdict.name in ("non-finite", "not judged") or not isinstance(flow, Flow):
+        return verdict
+    rounds = _rounds(flow, measurement)
+    if 2 * rounds <= len(kinds):
+        return verdict
+    why = (
+        f"{rounds} of {len(kinds)} steps are rounds of one loop, and {len(kinds) - blocks} change their space, by what "
+        "they put out or have still to read; growth over depth says nothing of a loop over time"
+    )
+    return replace(not_judged(verdict, why), stretch=(0, len(kinds) - 1))
+
+
+def _rounds(flow: Flow, measurement: Measurement) -> int:
+    """How many steps run the operations that most of them run, with no parameters of their own."""
+    used = Counter(path for step in measurement.steps for path in {weight.path for weight in step.weights})
+    shared = [
+        flow.steps[step.index].operations
+        for step in measurement.steps
+        if all(used[weight.path] > 1 for weight in step.weights)
+    ]
+    ((_, count),) = Counter(shared).most_common(1) or [((), 0)]
+    return count

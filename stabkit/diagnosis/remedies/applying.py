@@ -121,6 +121,36 @@ def carried_out(model: nn.Module, actions: Sequence[Action], seed: int = 0) -> I
         yield
 
 
+LARGEST = 1_000_000  # parameters beyond which a few dozen steps of training are no small part of a diagnosis
+
+
+def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters that training moves, by path."""
+    return {path: p for path, p in model.named_parameters() if p.requires_grad and p.is_floating_point()}
+
+
+def may_train(model: nn.Module) -> bool:
+    """Whether a model has something to train, and is small enough to be trained within a diagnosis."""
+    return bool(trainable(model)) and is_small(model, LARGEST)
+
+
+def is_small(model: nn.Module, most: int = 100_000) -> bool:
+    """Whether a model has at most so many parameters, those up to which trials of many steps are made."""
+    return sum(p.numel() for p in model.parameters()) <= most
+
+
+@contextlib.contextmanager
+def stood_in(
+    model: nn.Module,
+    actions: Sequence[Action] = (),
+    within: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext,
+) -> Iterator[None]:
+    """A model to be trained for a while, with a remedy carried out: stand-ins are written, and never its own."""
+    held = [{"action": "scale", "parameter": path, "factor": 1.0} for path in trainable(model)]
+    with carried_out(model, held), carried_out(model, actions), within():
+        yield
+
+
 def _stand_in(
     model: nn.Module,
     action: Action,

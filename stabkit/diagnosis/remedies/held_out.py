@@ -18,9 +18,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from stabkit.diagnosis.finding import Action
-from stabkit.diagnosis.remedies import computed as remedies
-from stabkit.diagnosis.remedies.applying import carried_out
-from stabkit.diagnosis.remedies.short_training import LARGEST
+from stabkit.diagnosis.remedies.applying import may_train, stood_in, trainable
 from stabkit.diagnosis.remedies.usual_training import RATES, Update, adam, moved_by
 from stabkit.errors import StabkitError
 from stabkit.tracing.recording.containers import map_tensors, named_tensors
@@ -110,19 +108,15 @@ def learnt(
         actions: a remedy that is carried out before.
         within: makes what each training runs in.
     """
-    model = call.module
-    paths = [path for path, p in model.named_parameters() if p.requires_grad and p.is_floating_point()]
-    count = next((len(t) for _, t in named_tensors([list(call.inputs), call.kwargs]) if t.dim() > 0), 0)
-    if not paths or count < 4 or sum(p.numel() for p in model.parameters()) > LARGEST:
+    count = next((len(t) for _, t in call.given if t.dim() > 0), 0)
+    if count < 4 or not may_train(call.module):
         return None
     runs: list[Learnt] = []
     try:
         for rate in RATES:
             folds = []
             for fold in (0, 1):
-                # stand-ins for all parameters, so that the model's own are never written
-                held = [remedies.scale(path, 1.0) for path in paths]
-                with carried_out(model, held), carried_out(model, actions), within():
+                with stood_in(call.module, actions, within):
                     folds.append(_run(call, loss, adam(rate), steps, torch.arange(count) % 2 == fold))
             if any(found is None for found in folds):
                 return None
@@ -145,7 +139,7 @@ def _run(call: ForwardPass, loss: Any, update: Update, steps: int, trained: Tens
         scale = float(loss(first)) / 2
         if not _is_of_samples(first, len(trained)) or not (math.isfinite(scale) and scale > 0):
             return None
-        weights = [p for p in call.module.parameters() if p.requires_grad and p.is_floating_point()]
+        weights = list(trainable(call.module).values())
         states: list[list[Tensor]] = [[] for _ in weights]
         for step in range(1, steps + 1):
             output = call.model(*call.inputs, **call.kwargs)

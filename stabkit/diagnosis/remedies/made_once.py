@@ -9,7 +9,6 @@ from typing import Any, TypeVar
 
 from torch import Tensor
 
-from stabkit.tracing.recording.containers import named_tensors
 from stabkit.tracing.recording.forward_pass import ForwardPass
 
 T = TypeVar("T")
@@ -54,7 +53,7 @@ def once(make: Callable[[], T], call: ForwardPass, held: tuple[Any, ...] = (), w
 def _parts(call: ForwardPass) -> tuple[Any, ...]:
     """The objects that decide what a pass computes, but for the options of modules, which stay as they are."""
     given = [*call.inputs, *call.kwargs, *call.kwargs.values()]
-    tensors = [tensor for _, tensor in named_tensors([list(call.inputs), call.kwargs])]
+    tensors = [tensor for _, tensor in call.given]
     return (call.model, *call.module.modules(), *call.module.parameters(), *given, *tensors)
 
 

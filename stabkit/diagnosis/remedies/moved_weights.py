@@ -12,8 +12,7 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
-from stabkit.diagnosis.remedies import computed as remedies
-from stabkit.diagnosis.remedies.applying import carried_out
+from stabkit.diagnosis.remedies.applying import stood_in, trainable
 
 _SHARE = 0.1  # of the size of a parameter
 _LEAST = 0.02  # standard deviation that GPT and BERT draw all their weights with
@@ -35,13 +34,10 @@ def moved_weights(model: nn.Module, seed: int = 0) -> Iterator[None]:
         >>> bool((layer.weight == 0).all())
         True
     """
-    paths = [path for path, p in model.named_parameters() if p.requires_grad and p.is_floating_point()]
     generator = torch.Generator().manual_seed(seed)
-    with carried_out(model, [remedies.scale(path, 1.0) for path in paths]):
-        held = dict(model.named_parameters())
+    with stood_in(model):
         with torch.no_grad():
-            for path in paths:
-                weight = held[path]
+            for weight in trainable(model).values():
                 size = float(weight.double().square().mean().sqrt()) if weight.numel() else 0.0
                 noise = torch.randn(weight.shape, generator=generator)
                 weight.add_(noise.to(weight), alpha=max(_SHARE * size, _LEAST))

@@ -17,7 +17,6 @@ from stabkit.diagnosis.remedies.computed import Remedy, redraw, scale
 from stabkit.diagnosis.remedies.made_once import once
 from stabkit.tracing import Flow
 from stabkit.tracing.derivatives.lost_gradient import listed
-from stabkit.tracing.recording.containers import named_tensors
 
 _USUAL = math.log(2.0)  # gain of a weight drawn with any of the usual gains, of which the largest is 5/3 (tanh), nats
 #: half of the smallest gain that is usual, 1/sqrt(3) of torch's linear and convolutional layers, nats
@@ -41,8 +40,7 @@ def _of_data(flow: Flow) -> list[Remedy]:
 
 def _is_uneven(flow: Flow) -> bool:
     """Whether features differ so much that no single factor is the remedy: what standardises each is told instead."""
-    call = flow.forward_pass
-    given = [*named_tensors(list(call.inputs)), *named_tensors(call.kwargs)]
+    given = flow.forward_pass.given
     return any((found := features_of(flow, name, t)) is not None and found.uneven for name, t in given)
 
 

@@ -18,8 +18,7 @@ from torch import Tensor, nn
 
 from stabkit.diagnosis.finding import Action
 from stabkit.diagnosis.inputs.sizes import Sizes
-from stabkit.diagnosis.remedies import computed as remedies
-from stabkit.diagnosis.remedies.applying import carried_out
+from stabkit.diagnosis.remedies.applying import may_train, stood_in, trainable
 from stabkit.diagnosis.remedies.computed import Remedy
 from stabkit.diagnosis.remedies.made_once import once
 from stabkit.errors import StabkitError
@@ -29,7 +28,6 @@ from stabkit.tracing.recording.forward_pass import ForwardPass
 from stabkit.tracing.recording.untouched_model import seeded, unchanged
 
 STEPS = 20
-LARGEST = 1_000_000  # parameters beyond which so much training is no small part of a diagnosis
 _CLEARLY = 0.02  # of the first loss
 _SHARES = (0.003, 0.03)  # of the size of the weights that the first step moves them by
 _SMALLER = (3e-4, 3e-5, 3e-6)  # tried where the loss rises with these: a small layer among large ones
@@ -85,8 +83,7 @@ def _trained(
     watch: Callable[[Any], float] | None,
 ) -> ShortTraining | None:
     model = call.module
-    paths = [path for path, p in model.named_parameters() if p.requires_grad and p.is_floating_point()]
-    if not paths or sum(p.numel() for p in model.parameters()) > LARGEST:
+    if not may_train(model):
         return None
     runs: list[list[float]] = []
     watched: list[float] = []
@@ -94,12 +91,7 @@ def _trained(
         for share in (*_SHARES, *_SMALLER):
             if share in _SMALLER and any(run[-1] <= run[0] for run in runs):
                 break
-            # stand-ins for all parameters, so that the model's own are never written
-            with (
-                carried_out(model, [remedies.scale(path, 1.0) for path in paths]),
-                carried_out(model, actions),
-                within(),
-            ):
+            with stood_in(model, actions, within):
                 losses, output = _run(call, loss, share, altered)
                 if watch is not None and output is not None:
                     watched.append(watch(output))
@@ -166,6 +158,13 @@ def trained_on_either(
     )
 
 
+def compared(plain: ShortTraining | None, treated: ShortTraining | None, how: str, what: str = "the loss") -> str:
+    """What a model comes to as it is and treated, in words to be added; empty where either was not trained."""
+    if plain is None or treated is None:
+        return ""
+    return f"; {STEPS} steps of plain SGD take {what} {plain} as it is, {treated} {how}"
+
+
 def worse(treated: ShortTraining | None, untreated: ShortTraining | None) -> bool:
     """Whether a treated model ends clearly above one that was left as it is; False where either was not trained.
 
@@ -224,7 +223,7 @@ def _run(
     with unchanged(call.module) as safe, torch.enable_grad():
         safe.copy_buffers()
         seeded(call.seed)
-        weights = [p for p in call.module.parameters() if p.requires_grad and p.is_floating_point()]
+        weights = list(trainable(call.module).values())
         rate = None
         for _ in range(STEPS + 1):
             output = call.model(*call.inputs, **call.kwargs)

@@ -6,9 +6,10 @@ rates that people type in are not.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -17,11 +18,12 @@ from torch import Tensor
 
 from stabkit.diagnosis.finding import Action
 from stabkit.diagnosis.remedies import computed as remedies
-from stabkit.diagnosis.remedies.applying import carried_out
+from stabkit.diagnosis.remedies.applying import may_train, stood_in, trainable
 from stabkit.diagnosis.remedies.made_once import once
-from stabkit.diagnosis.remedies.short_training import LARGEST, STEPS, ShortTraining
+from stabkit.diagnosis.remedies.short_training import STEPS, ShortTraining
 from stabkit.errors import StabkitError
 from stabkit.tracing.recording.forward_pass import ForwardPass
+from stabkit.tracing.recording.training_pass import training_pass
 from stabkit.tracing.recording.untouched_model import seeded, unchanged
 
 RATES = (1e-2, 1e-3)  # from the usual 0.01 of SGD down to the default of Adam
@@ -149,6 +151,18 @@ def learns_only_treated(first: float, plain: float, treated: float) -> bool:
     return plain > _KEPT * first and by_remedy - by_itself > _GAINED * first and by_remedy > _TIMES * by_itself
 
 
+def left_only_treated(
+    call: ForwardPass, loss: Any, actions: Sequence[Action], steps: int
+) -> tuple[float, float] | None:
+    """What a few steps of Adam leave of a loss as it is, and with a remedy, where only that learns; None elsewhere."""
+    begun = training_pass(call, loss, differentiate=False).loss
+    first = 0.0 if begun is None else float(begun.detach())
+    plain, treated = (left_after(call, loss, [adam(r) for r in RATES], each, steps=steps) for each in ((), actions))
+    if plain is None or treated is None or not first > 0:
+        return None
+    return (plain, treated) if learns_only_treated(first, plain * first, treated * first) else None
+
+
 def _left(
     call: ForwardPass,
     loss: Any,
@@ -157,13 +171,10 @@ def _left(
     steps: int,
     within: Callable[[], AbstractContextManager[Any]],
 ) -> float | None:
-    model = call.module
-    paths = [path for path, p in model.named_parameters() if p.requires_grad and p.is_floating_point()]
-    if not paths or sum(p.numel() for p in model.parameters()) > LARGEST:
+    if not may_train(call.module):
         return None
-    held = [remedies.scale(path, 1.0) for path in paths]  # so that the model's own are never written
     try:
-        with carried_out(model, held), carried_out(model, actions), within():
+        with stood_in(call.module, actions, within):
             return _run(call, loss, update, steps)
     except (StabkitError, RuntimeError):
         return None
@@ -174,7 +185,7 @@ def _run(call: ForwardPass, loss: Any, update: Update, steps: int) -> float:
     with unchanged(call.module) as safe, torch.enable_grad():
         safe.copy_buffers()
         seeded(call.seed)
-        weights = [p for p in call.module.parameters() if p.requires_grad and p.is_floating_point()]
+        weights = list(trainable(call.module).values())
         states: list[list[Tensor]] = [[] for _ in weights]
         for step in range(steps + 1):
             scalar = loss(call.model(*call.inputs, **call.kwargs))
@@ -186,6 +197,42 @@ def _run(call: ForwardPass, loss: Any, update: Update, steps: int) -> float:
                 break
             moved_by(scalar, weights, states, update, step + 1)
     return value / first if first > 0 else math.inf
+
+
+@contextlib.contextmanager
+def after_steps(
+    call: ForwardPass,
+    loss: Any,
+    update: Update,
+    steps: int,
+    altered: Callable[[Tensor], None] | None = None,
+    enough: Callable[[], bool] | None = None,
+) -> Iterator[bool]:
+    """A model after some steps on a copy of its parameters, for a while; whether the loss stayed finite.
+
+    Args:
+        call: the pass as training makes it.
+        loss: a callable on the output that returns a scalar.
+        update: the optimizer.
+        steps: how many.
+        altered: is called with each loss before its gradients are taken, to hang hooks on its graph.
+        enough: asked after each loss whether to end here.
+    """
+    with stood_in(call.module), unchanged(call.module) as safe, torch.enable_grad():
+        safe.copy_buffers()
+        seeded(call.seed)
+        weights = list(trainable(call.module).values())
+        states: list[list[Tensor]] = [[] for _ in weights]
+        finite = True
+        for step in range(1, steps + 1):
+            scalar = loss(call.model(*call.inputs, **call.kwargs))
+            finite = math.isfinite(float(scalar.detach()))
+            if not finite or (enough is not None and enough()):
+                break
+            if altered is not None:
+                altered(scalar)
+            moved_by(scalar, weights, states, update, step)
+        yield finite
 
 
 def moved_by(

@@ -14,8 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from stabkit.diagnosis.blocks.weights import step_of
-from stabkit.diagnosis.finding import Finding
+from stabkit.diagnosis.finding import Finding, of_module
 from stabkit.diagnosis.remedies.moved_weights import moved_weights
 from stabkit.diagnosis.states.sample_meetings import differing
 from stabkit.diagnosis.states.samples_apart import sample_count
@@ -52,12 +51,11 @@ def batch_place_findings(flow: Flow) -> list[Finding]:
         "the inputs and of numbers that differ from one sample to the next whatever these are"
     )
     return [
-        Finding(
-            kind="mixed_samples",
-            severity="warning",
-            steps=(step_of(flow, first.path),),
-            module_path=first.path,
-            confidence=1.0,
+        of_module(
+            flow,
+            "mixed_samples",
+            "warning",
+            first.path,
             evidence=evidence,
             remedy="count positions along the axis of the sequence: of (batch, time, features) take a table of shape "
             "(1, time, features), cut to x.size(1) and not to x.size(0)",

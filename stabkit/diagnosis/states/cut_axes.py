@@ -16,21 +16,20 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from stabkit.diagnosis.blocks.weights import step_of
-from stabkit.diagnosis.finding import Finding, serious
+from stabkit.diagnosis.finding import Finding, of_module, serious
+from stabkit.diagnosis.remedies.applying import is_small
 from stabkit.diagnosis.remedies.held_out import Learnt, learnt
 from stabkit.diagnosis.states.sample_meetings import differing
 from stabkit.diagnosis.states.samples_apart import sample_count
+from stabkit.diagnosis.training_run import TrainingRun
 from stabkit.errors import StabkitError
 from stabkit.tracing import Flow
-from stabkit.tracing.recording.containers import named_tensors
 from stabkit.tracing.recording.evaluation import evaluated
 from stabkit.tracing.recording.forward_pass import ForwardPass
-from stabkit.tracing.recording.training_pass import Observer, TrainingPass, calling_line, training_pass
+from stabkit.tracing.recording.training_pass import Observer, calling_line, training_pass
 
 _RESHAPES = frozenset({"view", "reshape"})
-_STEPS = 60  # of every trial, and a third of that for models of more parameters than these
-_SMALL = 100_000
+_STEPS = 60  # of every trial, and a third of that for large models
 _MOST_LINES = 3  # that are tried each by itself
 _MOST_AXES = 5  # of what is reshaped, but for axes that stay
 _REFERENCE = "Karpathy, A recipe for training neural networks, 2019: view in place of transpose mixes what is apart"
@@ -193,46 +192,39 @@ class _Reshapes(TorchFunctionMode):
         return "" if self.observer is None else self.observer.recording.running
 
 
-def cut_axes_findings(
-    flow: Flow, loss: Any, call: ForwardPass, done: TrainingPass, others: Sequence[Finding]
-) -> list[Finding]:
+def cut_axes_findings(run: TrainingRun, others: Sequence[Finding]) -> list[Finding]:
     """A finding where a reshape cuts through axes, and training is better with a transposition in its place.
 
-    Args:
-        flow: the traced pass.
-        loss: a callable on the output that returns a scalar.
-        call: the pass as training makes it.
-        done: its loss, on the graph.
-        others: what else was found: samples that a reshape mixes are told already.
+    Samples that a reshape mixes are told already.
     """
-    count = sample_count(call)
+    count = sample_count(run.call)
     if count < 4 or any(finding.kind == "mixed_samples" and serious(finding) for finding in others):
         return []
     seen = _Reshapes(count)
     observer = seen.observer = Observer(seen)
     try:
-        training_pass(call, loss, observer, differentiate=False)
+        training_pass(run.call, run.loss, observer, differentiate=False)
     except (StabkitError, RuntimeError):
         return []
     cuts = list(seen.cuts)
     lines = tuple(dict.fromkeys(cut.line for cut in cuts))
     if not lines:
         return []
-    steps = _STEPS if sum(p.numel() for p in call.module.parameters()) <= _SMALL else _STEPS // 3
-    plain = learnt(call, loss, steps)
+    steps = _STEPS if is_small(run.call.module) else _STEPS // 3
+    plain = learnt(run.call, run.loss, steps)
     if plain is None:
         return []
-    best, shorter = plain, _seen_less(call, count, lines)
+    best, shorter = plain, _seen_less(run.call, count, lines)
     alone = [(line,) for line in lines[:_MOST_LINES]] if len(lines) > 1 and not shorter else []
     for some in (lines, *alone):
-        treated = learnt(call, loss, steps, within=lambda some=some: _Reshapes(count, some))  # type: ignore[misc]
+        treated = learnt(run.call, run.loss, steps, within=lambda some=some: _Reshapes(count, some))  # type: ignore[misc]
         if treated is not None and treated.beats(plain):
-            return [_finding(flow, [cut for cut in cuts if cut.line in some], plain, treated, steps, seen=shorter)]
+            return [_finding(run.flow, [cut for cut in cuts if cut.line in some], plain, treated, steps, seen=shorter)]
         best = max(best, treated or plain, key=lambda found: found.other)
     through = [cut for cut in cuts if _cuts(cut.given, cut.made)]
     if not through:
         return []
-    return [_finding(flow, through, plain, best, steps, "warning" if shorter else "info", shorter)]
+    return [_finding(run.flow, through, plain, best, steps, "warning" if shorter else "info", shorter)]
 
 
 def _seen_less(call: ForwardPass, count: int, lines: Sequence[str]) -> str:
@@ -248,7 +240,7 @@ def _seen_less(call: ForwardPass, count: int, lines: Sequence[str]) -> str:
 
 def _positions_moved(call: ForwardPass, mode: Any) -> frozenset[tuple[int, int]]:
     """Pairs of a position whose input is exchanged among the samples, and a position whose output changes with it."""
-    first = next((t for _, t in named_tensors([list(call.inputs), call.kwargs]) if t.dim() > 1), None)
+    first = next((t for _, t in call.given if t.dim() > 1), None)
     if first is None or first.shape[1] < 2:
         return frozenset()
     length, moved = first.shape[1], set[tuple[int, int]]()
@@ -298,12 +290,11 @@ def _finding(
             f"; tried on a copy: with {how}, {steps} steps of Adam on half of the batch take "
             f"{max(treated.other, 0):.0%} of the loss of the other half away, as it is {max(plain.other, 0):.0%}"
         )
-    return Finding(
-        kind="axes",
-        severity=severity,
-        steps=(step_of(flow, first.path),),
-        module_path=first.path,
-        confidence=1.0,
+    return of_module(
+        flow,
+        "axes",
+        severity,
+        first.path,
         evidence=evidence,
         remedy=("" if severity == "warning" else "where axes are to change places: ")
         + f"{how}; a reshape moves no axis",

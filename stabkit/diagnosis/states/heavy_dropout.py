@@ -12,24 +12,23 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from stabkit.diagnosis.blocks.weights import step_of
-from stabkit.diagnosis.finding import Action, Finding, serious
+from stabkit.diagnosis.finding import Action, Finding, of_module, serious
 from stabkit.diagnosis.losses.regressions import regressions
 from stabkit.diagnosis.remedies import computed as remedies
+from stabkit.diagnosis.remedies.applying import is_small
 from stabkit.diagnosis.remedies.held_out import Dropping, learnt
+from stabkit.diagnosis.training_run import TrainingRun
 from stabkit.errors import StabkitError
 from stabkit.tracing import Flow
 from stabkit.tracing.derivatives.lost_gradient import listed
 from stabkit.tracing.graph.values import operation
-from stabkit.tracing.recording.containers import named_tensors
 from stabkit.tracing.recording.forward_pass import ForwardPass
-from stabkit.tracing.recording.training_pass import Observer, TrainingPass, calling_line, nodes_above, training_pass
+from stabkit.tracing.recording.training_pass import Observer, calling_line, nodes_above, training_pass
 
 _HIDDEN = 0.75  # of hidden units: half of them is the usual share, and most that is recommended
 _GIVEN = 0.4  # of what a model is given: a fifth is the usual share
 _LESS = (0.5, 0.2)  # the usual shares, which are tried in turn
-_STEPS = 100  # of every trial, and a fifth of that for models of more parameters than these
-_SMALL = 100_000
+_STEPS = 100  # of every trial, and a fifth of that for large models
 _LEARNT = 0.7  # of the loss of its samples: a model that learns as much by heart is not held back
 _FALL = 0.2  # of that loss: what dropping less must bring
 _TIMES = 1.5  # and how many times as much must be learnt with it
@@ -63,48 +62,41 @@ def _is_given(tensor: Tensor) -> bool:
     return not any(operation(node) in _PRODUCTS for node in nodes_above(tensor)) if tensor.requires_grad else True
 
 
-def heavy_dropout_findings(
-    flow: Flow, loss: Any, call: ForwardPass, done: TrainingPass, others: Sequence[Finding]
-) -> list[Finding]:
+def heavy_dropout_findings(run: TrainingRun, others: Sequence[Finding]) -> list[Finding]:
     """A finding where much is dropped, and training is better where less is.
 
-    Args:
-        flow: the traced pass.
-        loss: a callable on the output that returns a scalar.
-        call: the pass as training makes it.
-        done: its loss, on the graph.
-        others: what else was found: dropout of the predictions themselves is told as such.
+    Dropout of the predictions themselves is told as such.
     """
     if any("dropout" in finding.evidence and serious(finding) for finding in others):
         return []
-    if not any(module.training for module in call.module.modules()):
+    if not any(module.training for module in run.call.module.modules()):
         return []
     shares = _Shares()
     try:
-        training_pass(call, loss, Observer(shares), differentiate=False)
+        training_pass(run.call, run.loss, Observer(shares), differentiate=False)
     except (StabkitError, RuntimeError):
         return []
-    if not shares.heavy or _is_denoised(call, done):
+    if not shares.heavy or _is_denoised(run):
         return []
-    steps = _STEPS if sum(p.numel() for p in call.module.parameters()) <= _SMALL else _STEPS // 5
-    plain = learnt(call, loss, steps)
+    steps = _STEPS if is_small(run.call.module) else _STEPS // 5
+    plain = learnt(run.call, run.loss, steps)
     if plain is None or plain.by_heart > _LEARNT:
         return []
     most = max(shares.heavy.values())
     for less in [share for share in _LESS if share < most]:
-        treated = learnt(call, loss, steps, within=lambda less=less: Dropping(less))  # type: ignore[misc]
+        treated = learnt(run.call, run.loss, steps, within=lambda less=less: Dropping(less))  # type: ignore[misc]
         if treated is None or treated.other < plain.other - _COST:
             continue
         if treated.by_heart > max(plain.by_heart + _FALL, _TIMES * plain.by_heart):
             texts = (f"{max(each, 0):.0%}" for each in (plain.by_heart, treated.by_heart))
-            return [_finding(flow, call, shares, less, (*texts,), steps)]
+            return [_finding(run.flow, run.call, shares, less, (*texts,), steps)]
     return []
 
 
-def _is_denoised(call: ForwardPass, done: TrainingPass) -> bool:
+def _is_denoised(run: TrainingRun) -> bool:
     """Whether a model is asked for what it is given, of which much is dropped on purpose."""
-    given = [t for _, t in named_tensors([list(call.inputs), call.kwargs])]
-    targets = [found.targets for found in regressions(done)]
+    given = [t for _, t in run.call.given]
+    targets = [found.targets for found in regressions(run.done)]
     return any(t.shape == target.shape and torch.equal(t.to(target), target) for t in given for target in targets)
 
 
@@ -123,12 +115,11 @@ def _finding(
         f"than {less:.0%}, {steps} steps of Adam on half of the batch take {learnt_of[1]} of its loss away, read "
         f"without dropout, and {learnt_of[0]} as it is; the other half is predicted no worse"
     )
-    return Finding(
-        kind="dropout",
-        severity="warning",
-        steps=(step_of(flow, paths[0] if paths else ""),),
-        module_path=paths[0] if paths else "",
-        confidence=1.0,
+    return of_module(
+        flow,
+        "dropout",
+        "warning",
+        paths[0] if paths else "",
         evidence=evidence,
         remedy=f"drop less: p={less:g} at {where}; p is the share that is set to zero, not the one that is kept",
         reference=_REFERENCE,

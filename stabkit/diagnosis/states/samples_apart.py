@@ -17,8 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from stabkit.diagnosis.blocks.weights import step_of
-from stabkit.diagnosis.finding import Action, Finding
+from stabkit.diagnosis.finding import Action, Finding, of_module
 from stabkit.diagnosis.inputs.padding import is_time_along
 from stabkit.diagnosis.remedies import computed as remedies
 from stabkit.diagnosis.remedies.applying import carried_out
@@ -67,7 +66,7 @@ def mixed_batch_findings(flow: Flow) -> list[Finding]:
 
 def sample_count(call: ForwardPass) -> int:
     """The length of the first axis of all inputs; 0 where they do not agree, as those of a graph do not."""
-    given = [t for _, t in named_tensors([list(call.inputs), call.kwargs]) if t.dim() > 0]
+    given = [t for _, t in call.given if t.dim() > 0]
     if not given or any(t.layout != torch.strided for t in given):
         return 0
     count = len(given[0])
@@ -340,12 +339,11 @@ def _finding(flow: Flow, probe: _Probe, first: Meeting, kept: int, told: _Told) 
         f"what the model returns for a sample depends on the others in its batch of {probe.count}: with those replaced "
         f"by copies of it, it moves by {min(probe.moved, 99.99):.0%} of what tells it from their mean; {told.evidence}"
     )
-    return Finding(
-        kind="mixed_samples",
-        severity=told.severity,
-        steps=(step_of(flow, first.path),),
-        module_path=first.path,
-        confidence=1.0,
+    return of_module(
+        flow,
+        "mixed_samples",
+        told.severity,
+        first.path,
         evidence=evidence,
         remedy=told.remedy,
         reference=_REFERENCE,

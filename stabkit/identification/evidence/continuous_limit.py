@@ -5,14 +5,15 @@ from __future__ import annotations
 import inspect
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
+from stabkit import integrators
 from stabkit.errors import TraceError
-from stabkit.identification.evidence.solver_swap import HIGHEST_ORDER, Map, solver_swaps
 from stabkit.identification.method import by_step, identify
 from stabkit.identification.names.single import order_of
 from stabkit.identification.record import Identification
@@ -27,6 +28,10 @@ _PERSISTENT = 0.5  # a field that turns by less than 60 degrees from layer to la
 _INDEPENDENT = 0.25
 _SMALL_CHANGE = 0.25  # of the distance that the state travels
 _AROUND = 1.6  # factor about L^-1/2 within which a path is that of a random walk
+Map = Callable[[Tensor], Tensor]
+#: Explicit Runge-Kutta methods of orders 1 to 4.
+_SOLVERS = ("forward_euler", "midpoint", "kutta3", "rk4")
+HIGHEST_ORDER = len(_SOLVERS)
 
 
 @dataclass(frozen=True)
@@ -219,3 +224,69 @@ def _path_length(moves: Sequence[Tensor]) -> Tensor:
 
 def _mean(values: Sequence[Tensor]) -> float:
     return float(torch.cat(list(values)).mean())
+
+
+def solver_swaps(blocks: Sequence[Map], start: Tensor, end: Tensor, order: int = 1) -> dict[str, float]:
+    """The change of the last state under two other solvers of the same order, as a fraction of the distance travelled.
+
+    A network whose output changes much under an equally accurate solver is no discretised differential equation (Ott,
+    Katiyar, Hennig and Tiemann, ICLR 2021). The field of a block comes from the block as a map: of an Euler step it is
+    f = B - 1; of a method of order p the logarithm of the map, to that order,
+
+        f = (B - 1) - (B - 1)^2 / 2 + (B - 1)^3 / 3 - ...,
+
+    with powers as forward differences along x, B x, B B x, ...: the derivative at the first of equally spaced points.
+
+    Args:
+        blocks: the steps as maps of the state.
+        start: the first state.
+        end: the last one.
+        order: the order of the method that the blocks are, 1 to 4.
+
+    Returns:
+        ``"paired"``: one step for two blocks, with the mean of their fields; ``"half steps"``: two for each.
+    """
+    fields = [_field(block, order) for block in blocks]
+    paired = start
+    for f, g in zip(fields[::2], [*fields[1::2], None], strict=False):
+        paired = _step(f, paired, 1.0, order) if g is None else _step(_mean_map(f, g), paired, 2.0, order)
+    halves = start
+    for f in fields:
+        halves = _step(f, _step(f, halves, 0.5, order), 0.5, order)
+    travelled = float((end - start).double().norm())
+    changes = {"paired": paired, "half steps": halves}
+    return {name: float((x - end).double().norm()) / travelled if travelled > 0 else 0.0 for name, x in changes.items()}
+
+
+def _field(block: Map, order: int) -> Map:
+    # weights of x, B x, B B x, ...: (-1)^(k+1)/k of the k-th forward difference
+    weights = np.zeros(order + 1)
+    for k in range(1, order + 1):
+        for j in range(k + 1):
+            weights[j] += (-1) ** (k + 1) / k * math.comb(k, j) * (-1) ** (k - j)
+
+    def field(x: Tensor) -> Tensor:
+        total = float(weights[0]) * x
+        for weight in weights[1:]:
+            x = block(x)
+            total = total + float(weight) * x
+        return total
+
+    return field
+
+
+def _mean_map(f: Map, g: Map) -> Map:
+    return lambda x: (f(x) + g(x)) / 2
+
+
+def _step(field: Map, x: Tensor, h: float, order: int) -> Tensor:
+    method = integrators.named(_SOLVERS[order - 1])
+    stages: list[Tensor] = []
+    for row in method.A:
+        y = x
+        for a, k in zip(row, stages, strict=False):
+            y = y + h * float(a) * k if a else y
+        stages.append(field(y))
+    for b, k in zip(method.B[0], stages, strict=True):
+        x = x + h * float(b) * k
+    return x

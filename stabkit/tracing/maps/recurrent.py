@@ -231,7 +231,7 @@ def _without_drive(flow: Flow) -> Flow:
         target_name=f"state after {steps[-1].name}",
         chain_error=None,
         notes=(*flow.notes, note),
-        _retrace=lambda check: _without_drive(flow.again(check=check)),
+        _retrace=lambda check, given=None: _without_drive(flow.again(check=check, given=given)),
     )
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 from stabkit.errors import TraceError
@@ -44,6 +44,11 @@ class ForwardPass:
     promote_casts: bool = False
     through_no_grad: bool = False
     ending: Ending | None = None
+
+    @property
+    def given(self) -> list[tuple[str, Tensor]]:
+        """The tensors that it is called with, by their paths."""
+        return [*named_tensors(list(self.inputs)), *named_tensors(self.kwargs)]
 
     def run(self, saved: SavedTensors | None = None, wanted: frozenset[tuple[int, int]] | None = None) -> Recording:
         """Run it once and return the recording; the model is afterwards as it was.

@@ -194,7 +194,7 @@ class _Reentrant:
 
 def _promoted(call: ForwardPass, sources: list[Source]) -> frozenset[Node]:
     """The leaves of inputs that require no grad where the user trains."""
-    asked = {path for path, t in (*named_tensors(list(call.inputs)), *named_tensors(call.kwargs)) if t.requires_grad}
+    asked = {path for path, t in call.given if t.requires_grad}
     leaves = [source.value.node.next_functions[0][0] for source in sources if source.name not in asked]
     return frozenset(leaf for leaf in leaves if leaf is not None)
 
