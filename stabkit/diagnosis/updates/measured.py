@@ -37,6 +37,10 @@ LOWER_RATES = (0.5, 0.25, 0.05)  # of the present one, that are tried where it d
 # updates on fresh batches are known, those at the constant gained .20 of it or less, those that trained .67 or more
 _RUINED = 1 / 3
 _WORTH = 0.3  # of the loss of the constant output, that the best of the lower rates must gain on it
+_WHOLE = (
+    "updates here are of the whole gradient, whose norm is {:.3g}; what a training loop does to it before the step is "
+    "not seen: clipping to a smaller norm shortens the update, and the ratio, in proportion"
+)
 _NOT_THE_RATE = "updates raise the loss, and those at the lower rates that were tried do not lower it: see the findings"
 
 
@@ -198,6 +202,8 @@ def _tried(found: UpdateMeasurement, hessian: Hessian, optimizer: torch.optim.Op
     excess, bound = found.excess, found.bound
     if excess is None or not excess > EDGE:
         return found
+    size = float(torch.linalg.vector_norm(hessian.gradient()))
+    found = replace(found, notes=(*found.notes, _WHOLE.format(size)))
     present = UpdateRun(found.learning_rate, tuple(Twin(hessian, optimizer).losses(STEPS)))
     found = replace(found, present=present)
     if not present.raises:
