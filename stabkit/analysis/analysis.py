@@ -70,6 +70,7 @@ def analyze(
     budget: str | float | None = None,
     memory: str | float | None = None,
     optimizer: torch.optim.Optimizer | None = None,
+    scheduler: Any = None,
     plan_only: Literal[False] = False,
 ) -> Report: ...
 
@@ -95,6 +96,7 @@ def analyze(  # type: ignore[misc]  # where only the plan is wanted, the options
     budget: str | float | None = None,
     memory: str | float | None = None,
     optimizer: torch.optim.Optimizer | None = None,
+    scheduler: Any = None,
     plan_only: bool = False,
 ) -> Report | Plan:
     """Trace a model and report, step by step, its integrator, its spectrum and its gradient growth, with a verdict.
@@ -135,6 +137,8 @@ def analyze(  # type: ignore[misc]  # where only the plan is wanted, the options
             its coming updates are stable, by `stabkit.sharpness` and `stabkit.curvature.critical_rate`. That takes
             20 to 100 products with the Hessian of about two training steps each, which are in no plan, and where the
             rate is in doubt up to 60 updates of copies.
+        scheduler: of the optimizer's rates, one of ``torch.optim.lr_scheduler``; the report then says the largest rate
+            to come beside the largest stable one.
         plan_only: analyse nothing but return what it would cost, a `stabkit.planning.Plan`, whose ``str`` is a table.
 
     Raises:
@@ -164,9 +168,9 @@ def analyze(  # type: ignore[misc]  # where only the plan is wanted, the options
     call = Call(inputs, dict(kwargs or {}), batch_dim)
     where = {"depth": depth, "source": source, "target": target, "seed": seed}
     settings = Settings(loss, where, spectrum, spectrum_samples, probes, thresholds or Thresholds(), seed)
-    if optimizer is not None:
-        check_optimizer(optimizer, model, loss)
-        settings = replace(settings, optimizer=optimizer)
+    if optimizer is not None or scheduler is not None:
+        check_optimizer(optimizer, scheduler, model, loss)
+        settings = replace(settings, optimizer=optimizer, scheduler=scheduler)
     if plan_only or budget is not None or memory is not None:
         foretold = planned(group, model, call, settings, budget, memory)
         if plan_only:

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from stabkit.analysis.settings import Settings
-from stabkit.curvature import BlockCurvature, Sharpness
+from stabkit.curvature import BlockCurvature, Sharpness, rates_ahead
 from stabkit.curvature.updates import trained_by
 from stabkit.diagnosis import Diagnosis, Measurement, factor
 from stabkit.diagnosis.suspects import ordered
@@ -25,16 +25,23 @@ from stabkit.report import TrainingReport
 from stabkit.report.training import BlockShare, Updates
 from stabkit.tracing.recording.batch_parts import Call
 
+_AHEAD = 100_000  # steps of a schedule that are looked at, .3 s; most trainings have fewer
+_UNSEEN = "a schedule sets the rate of the optimizer; scheduler= was not given, so that no rate to come is known"
 _SPREAD = "the parameters are spread over ranks, of which no curvature is measured"
 
 
-def check_optimizer(optimizer: Any, model: Any, loss: Any) -> None:
+def check_optimizer(optimizer: Any, scheduler: Any, model: Any, loss: Any) -> None:
     """Say before a long analysis that an optimizer cannot be measured.
 
     Raises:
-        ArgumentError: there is no loss, or the optimizer trains other parameters than the model's.
+        ArgumentError: there is no loss, the optimizer trains other parameters than the model's, or the schedule is
+            another optimizer's.
         ArgumentTypeError: it is no torch optimizer, or the model no module.
     """
+    if optimizer is None:
+        raise ArgumentError(
+            f"scheduler={type(scheduler).__name__} and no optimizer; give optimizer= too, whose rates it sets"
+        )
     if loss is None:
         raise ArgumentError(
             f"optimizer={type(optimizer).__name__} and no loss: whether updates are stable is a question of the loss "
@@ -47,6 +54,8 @@ def check_optimizer(optimizer: Any, model: Any, loss: Any) -> None:
         )
     if not is_spread(model):
         trained_by(optimizer, model)
+    if scheduler is not None:
+        rates_ahead(optimizer, scheduler, 0)
 
 
 def with_updates(
@@ -71,7 +80,19 @@ def with_updates(
     findings = update_findings(found)
     if findings:
         diagnosis = replace(diagnosis, findings=tuple(ordered([*diagnosis.findings, *findings])))
-    return diagnosis, _report(found, diagnosis.measurement)
+    return diagnosis, _with_schedule(_report(found, diagnosis.measurement), optimizer, settings.scheduler)
+
+
+def _with_schedule(record: TrainingReport, optimizer: torch.optim.Optimizer, scheduler: Any) -> TrainingReport:
+    """With the largest rate to come, or a note that there is one which nobody said."""
+    if scheduler is None:
+        unseen = (_UNSEEN,) if hasattr(optimizer.step, "_wrapped_by_lr_sched") else ()
+        return replace(record, notes=(*record.notes, *unseen))
+    ahead = rates_ahead(optimizer, scheduler, _AHEAD)
+    stable = math.inf if record.largest_stable_rate is None else record.largest_stable_rate
+    return replace(
+        record, largest_rate_ahead=ahead.largest, steps_to_largest_rate=ahead.at, schedule=ahead.beside(stable)
+    )
 
 
 def _blocks(measurement: Measurement, model: nn.Module) -> list[str] | None:

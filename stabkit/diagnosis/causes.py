@@ -12,12 +12,12 @@ from stabkit.diagnosis.depth.affine_models import affine_findings
 from stabkit.diagnosis.depth.findings import with_slopes
 from stabkit.diagnosis.depth.post_norm import post_norm_findings
 from stabkit.diagnosis.depth.unsettled import unsettled_findings
-from stabkit.diagnosis.finding import Finding, serious
+from stabkit.diagnosis.finding import Finding, as_fact, serious
 from stabkit.diagnosis.inputs.attention_masks import mask_findings
 from stabkit.diagnosis.inputs.coordinates import coordinate_findings
 from stabkit.diagnosis.inputs.feature_scales import feature_scale_findings
 from stabkit.diagnosis.inputs.lost_order import lost_order_findings
-from stabkit.diagnosis.inputs.padded_ends import padded_end_findings
+from stabkit.diagnosis.inputs.padding import padded_end_findings
 from stabkit.diagnosis.inputs.read_positions import read_position_findings
 from stabkit.diagnosis.inputs.scale import with_input_scale, with_small_inputs
 from stabkit.diagnosis.inputs.unused import unused_input_findings
@@ -161,9 +161,8 @@ def _the_same(finding: Finding, over_time: Sequence[Finding], flow: Flow) -> Fin
         inside = [i for i in finding.steps if _runs_in(flow.steps[i].module_path, other.module_path)]
         same = finding.kind == other.kind or (finding.kind, other.kind) == ("chaotic", "exploding")
         if serious(finding) and same and 2 * len(inside) > len(finding.steps):
-            evidence = f"{finding.evidence}; this is what is found over time at {other.module_path}"
-            remedy = f"that of {other.kind} over time at {other.module_path}"
-            return replace(finding, severity="info", evidence=evidence, remedy=remedy, actions=())
+            words = f"this is what is found over time at {other.module_path}"
+            return as_fact(finding, words, f"that of {other.kind} over time at {other.module_path}")
     return finding
 
 
@@ -213,12 +212,8 @@ def _behind_closed(finding: Finding, found: Diagnosis, lost: Sequence[Finding]) 
     if not units and not _nothing_passes(finding, found):
         return finding
     where = closed.module_path or "the code of the model"
-    return replace(
-        finding,
-        severity="info",
-        evidence=f"{finding.evidence}; this is what {_closed(closed)} in {where} lets through",
-        remedy=f"that of no_gradient at {where}",
-        actions=(),
+    return as_fact(
+        finding, f"this is what {_closed(closed)} in {where} lets through", f"that of no_gradient at {where}"
     )
 
 
@@ -243,9 +238,8 @@ def _but_for_draws(flow: Flow, found: Diagnosis, cause: Finding, settings: Setti
     def told(finding: Finding) -> Finding:
         if not serious(finding) or finding.kind in left:
             return finding
-        evidence = f"{finding.evidence}; it is gone with a gradient through the draw behind {place}"
-        remedy = f"that of {cause.kind} at {place}"
-        return replace(finding, severity="info", evidence=evidence, remedy=remedy, actions=())
+        words = f"it is gone with a gradient through the draw behind {place}"
+        return as_fact(finding, words, f"that of {cause.kind} at {place}")
 
     verdict = found.verdict
     if verdict.name != again.verdict.name:

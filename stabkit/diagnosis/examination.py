@@ -6,8 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
-from stabkit.diagnosis.blocks.initialisation import known_initialisations
-from stabkit.diagnosis.blocks.made_otherwise import made_otherwise
+from stabkit.diagnosis.blocks.initialisation import known_initialisations, made_otherwise
 from stabkit.diagnosis.blocks.small_matrices import with_small_matrices
 from stabkit.diagnosis.causes import with_causes, with_lost_parameters
 from stabkit.diagnosis.depth.without_harm import with_harmless_as_facts

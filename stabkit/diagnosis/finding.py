@@ -93,6 +93,12 @@ def serious(finding: Finding) -> bool:
     return rank(finding.severity) >= rank("warning")
 
 
+def as_fact(finding: Finding, words: str, remedy: str) -> Finding:
+    """A finding that calls for nothing of its own, with the words that say why."""
+    evidence = f"{finding.evidence}; {words}"
+    return replace(finding, severity="info", evidence=evidence, remedy=remedy, actions=())
+
+
 _NEAR_ONE = math.log(1.02)  # factors closer to 1 change nothing that matters, however often they act, nats
 _SURE = 0.5  # confidence under which a finding is more likely wrong than right
 

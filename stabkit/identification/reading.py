@@ -79,6 +79,17 @@ def read(around: Surroundings, start: int, stop: int) -> Identification:
         return history
     found = around.slots(start, stop)
     record = _read(around, found, start, stop)
+    return _with_doubts(around, found, record)
+
+
+def read_states(around: Surroundings, found: Slots, steps: tuple[int, ...]) -> Identification:
+    """The method that leads from some values within a flow to others, which may lie inside of its steps."""
+    return _with_doubts(around, found, _of_slots(around, found, steps))
+
+
+def _with_doubts(around: Surroundings, found: Slots, record: Identification) -> Identification:
+    """A record with less sure evidence where the graph holds this input's path alone, or less than the values."""
+    start, stop = record.steps[0], record.steps[-1] + 1
     shifts = record.name == "projection shortcut" or (record.skip or 0.0) not in (0.0, 1.0)
     if shifts and begins_at_constants(around.flow, start, stop):
         why = "a solver begins at a constant here: what the steps start from is an input of its field, and no state"
@@ -119,7 +130,7 @@ def _of_slots(around: Surroundings, found: Slots, steps: tuple[int, ...]) -> Ide
         whole = around.whole(start, stop, replace(found, sources=before, targets=after, split=False))
         if is_affine_coupling(whole):
             return coupling(steps)
-        streams = mixed_streams(around.flow, start, stop, whole) if record.name == "unnamed" else None
+        streams = mixed_streams(whole) if record.name == "unnamed" else None
         if streams is not None:  # split off and mixed again
             return _of_streams(streams, steps)
     return coupled(around, found, steps, record, _one_state)
@@ -209,7 +220,7 @@ def _without_skip(around: Surroundings, found: Slots, links: Sequence[Link], ste
     hidden = hidden_skip(whole)
     if hidden is not None:
         return measured_skip(hidden, steps)
-    streams = mixed_streams(around.flow, steps[0], steps[-1] + 1, whole)
+    streams = mixed_streams(whole)
     if streams is not None:
         return _of_streams(streams, steps)
     threshold = learned_threshold(around.flow, steps, links)

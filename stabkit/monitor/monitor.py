@@ -70,7 +70,8 @@ class Monitor:
         closure: returns the loss of a fixed batch, ``lambda: cross_entropy(model(x), y)``, without ``backward``; with
             it and one optimizer the sharpness is measured, and a rate that it does not bear is an alert before the loss
             blows up. The model and its random state are left as they are. Some 100 samples will do; without a closure
-            no curvature is measured, since no gradient is kept from one step to the next.
+            no curvature is measured, since no gradient is kept from one step to the next. That gradients are clipped
+            before `step` is seen; what is done to them after it is not.
         sharpness_every: training steps between two measurements, each of at most 4 products with the Hessian (on a CPU
             11 to 15 times the price of a gradient on the closure's batch), every 10th of 10 to 40; more often only in
             the first steps and where the rate is raised beyond the edge of stability.
@@ -152,7 +153,10 @@ class Monitor:
         self._writers: list[Writer] = open_writers(writers, self.directory) if self._ranks.first else []
         self._capsules = CapsuleStore(self.directory, capsules, inner, model_factory, self._ranks)
         probing = preset != "economy" and self._ranks.first
-        self._rates = RateWatch(model, optimizers, closure, sharpness_every, rules, seed) if closure else None
+        together = self._ranks.together
+        self._rates = None
+        if closure is not None:
+            self._rates = RateWatch(model, optimizers, closure, sharpness_every, rules, seed, together=together)
         if not self._ranks.first:
             self._rates = None
         self._look: Look | None = None
@@ -182,11 +186,15 @@ class Monitor:
         self._off = False
         if self._due(self._step):
             self._switch_on(self._step)
+        if self._rates is not None:
+            self._rates.attach(self._step)
 
     def detach(self) -> None:
         """Stop watching: no hook stays behind. `attach` starts again."""
         self._off = True
         self._switch_off()
+        if self._rates is not None:
+            self._rates.detach()
 
     def close(self) -> None:
         """Detach and close the writers; what was recorded stays readable."""
@@ -283,7 +291,8 @@ class Monitor:
 
     def _look_at_rates(self) -> None:
         assert self._rates is not None
-        look, findings = self._rates.look(self._step)
+        scale = getattr(self._scaler, "_scale", None) if self._unscaled() else None
+        look, findings = self._rates.look(self._step, 1.0 if scale is None else float(scale))
         self._look = look or self._look
         self._unrecorded += findings
         self._say(findings)

@@ -9,7 +9,7 @@ from torch.nn import functional
 
 import stabkit
 from stabkit.diagnosis import Finding
-from stabkit.diagnosis.inputs.padded_ends import padded_end_findings
+from stabkit.diagnosis.inputs.padding import padded_end_findings
 from stabkit.diagnosis.training_run import TrainingRun
 from stabkit.tracing.recording.training_pass import training_pass
 

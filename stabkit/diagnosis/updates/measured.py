@@ -34,6 +34,10 @@ _LOWER = 1e-3  # of the first loss, by which a run has lowered it
 _HARMLESS = (
     "the rate is above what is stable on a quadratic, and does no harm that was measured: the loss does not stay above"
 )
+_WHOLE = (
+    "updates here are of the whole gradient, whose norm is {:.3g}; what a training loop does to it before the step is "
+    "not seen: clipping to a smaller norm shortens the update, and the ratio, in proportion"
+)
 _NOT_THE_RATE = "updates raise the loss, and those at the lower rates that were tried do not lower it: see the findings"
 
 
@@ -185,6 +189,8 @@ def _tried(found: UpdateMeasurement, hessian: Hessian, optimizer: torch.optim.Op
     excess, bound = found.excess, found.bound
     if excess is None or not excess > EDGE:
         return found
+    size = float(torch.linalg.vector_norm(hessian.gradient()))
+    found = replace(found, notes=(*found.notes, _WHOLE.format(size)))
     present = UpdateRun(found.learning_rate, tuple(Twin(hessian, optimizer).losses(STEPS)))
     if not present.raises:
         return replace(found, present=present, notes=(*found.notes, _HARMLESS))

@@ -24,6 +24,7 @@ from torch.overrides import TorchFunctionMode
 
 from stabkit.tracing.graph.values import Value, value_of
 from stabkit.tracing.recording.draws import Draws
+from stabkit.tracing.recording.hooks import hooked
 from stabkit.tracing.recording.inputs import INDEXING, VALUE_FREE, Source, differentiable, non_leaf
 from stabkit.tracing.recording.off_graph import OffGraph
 from stabkit.tracing.recording.transparency import EagerMode
@@ -372,11 +373,8 @@ def recording_calls(model: nn.Module, recording: Recording) -> Iterator[None]:
         register_module_forward_pre_hook(enter),
         register_module_forward_hook(leave),
     ]
-    try:
+    with hooked(handles):
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def record(
