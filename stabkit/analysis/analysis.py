@@ -27,6 +27,7 @@ from stabkit.diagnosis import Diagnosis, Thresholds, examine
 from stabkit.diagnosis.no_gradient.unreached import findings_without_flow
 from stabkit.diagnosis.non_finite.findings import is_finite
 from stabkit.diagnosis.states.batch_statistics import with_statistics
+from stabkit.diagnosis.verdict import led_by_findings
 from stabkit.distributed import Ranks, current, fingerprint, is_spread, is_tensor_parallel, whole_parameters
 from stabkit.errors import TraceError
 from stabkit.identification import Identification, by_step, identify
@@ -136,7 +137,7 @@ def analyze(  # type: ignore[misc]  # where only the plan is wanted, the options
         optimizer: of the model's parameters, with its state; with a loss, ``training`` of the report then says whether
             its coming updates are stable, by `stabkit.sharpness` and `stabkit.curvature.critical_rate`. That takes
             20 to 100 products with the Hessian of about two training steps each, which are in no plan, and where the
-            rate is in doubt up to 60 updates of copies.
+            rate is in doubt up to 80 updates of copies.
         scheduler: of the optimizer's rates, one of ``torch.optim.lr_scheduler``; the report then says the largest rate
             to come beside the largest stable one.
         plan_only: analyse nothing but return what it would cost, a `stabkit.planning.Plan`, whose ``str`` is a table.
@@ -232,6 +233,7 @@ class _Analysis:
             training = None
             if chosen.optimizer is not None:
                 diagnosis, training = with_updates(diagnosis, self.model, call, chosen)
+            diagnosis = replace(diagnosis, verdict=led_by_findings(diagnosis.verdict, diagnosis.findings))
             told = Told(self.progress, len(flow.steps))
             told.verdict(diagnosis)
             found = methods()

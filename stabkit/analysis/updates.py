@@ -111,7 +111,9 @@ def _report(found: UpdateMeasurement, measurement: Measurement) -> TrainingRepor
         critical_rate=None if critical is None else critical.rate,
         loss_after=None if critical is None else critical.loss_after,
         updates=tuple(
-            Updates(rate=run.rate, losses=run.losses) for run in (found.present, found.proposed) if run is not None
+            Updates(rate=run.rate, losses=run.losses)
+            for run in (found.present, *(found.lower or (found.proposed,)))
+            if run is not None
         ),
         notes=found.notes,
     )

@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from stabkit.diagnosis.blocks.weights import step_of
 from stabkit.diagnosis.kinds import FINDINGS, SEVERITIES, rank
 from stabkit.errors import ArgumentError
 from stabkit.results import Result
-from stabkit.tracing import Flow
+
+if TYPE_CHECKING:
+    from stabkit.tracing import Flow
 
 Action = Mapping[str, Any]
 
@@ -84,6 +85,8 @@ def of_module(
     actions: tuple[Action, ...] = (),
 ) -> Finding:
     """A finding that is sure, in the step in which a module runs first."""
+    from stabkit.diagnosis.blocks.weights import step_of  # reports hold findings, and are read without torch
+
     step = (step_of(flow, path),)
     return Finding(kind, severity, step, path, 1.0, evidence, remedy, reference, numbers or {}, actions)
 

@@ -125,8 +125,8 @@ class TrainingReport(Result):
         blocks: where the steepest direction lies, the largest share first.
         growth_behind: growth of the gradient over the steps behind the first of the blocks, nats.
         depth: that block, its share and how the gradient grew on the way to it, in a sentence.
-        updates: real updates, at the present rate where something made it doubtful, then at the rate that a finding
-            proposes.
+        updates: real updates, at the present rate where something made it doubtful, then at lower ones that were
+            tried beside it, or that a finding proposes.
         n_products: products with the Hessian.
         notes: what could not be had and why, and how it was measured.
     """

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from stabkit.diagnosis import VERDICTS, factor
-from stabkit.diagnosis.kinds import rank
+from stabkit.diagnosis.kinds import headline, headline_tone, rank
 from stabkit.errors import ArgumentError
 from stabkit.report import tables
 from stabkit.report.formats import figures, percent, signed
@@ -91,6 +91,8 @@ def _environment() -> jinja2.Environment:
         "facts": facts,
         "sortable": sortable,
         "tone": tone,
+        "headline": lambda report: headline(report.verdict, report.findings).lower(),
+        "headline_tone": lambda report: headline_tone(report.verdict, report.findings),
         "place": place_of,
         "radius": _radius,
         "kinds": _kinds,
