@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import torch
 
-from stabkit.diagnosis.finding import Finding, serious
+from stabkit.diagnosis.finding import Finding
 from stabkit.diagnosis.losses.scales import Scaling, scalings
 from stabkit.diagnosis.remedies.trial import follows
 from stabkit.diagnosis.training_run import TrainingRun
