@@ -353,7 +353,7 @@ def test_diagnosis_sees_a_registered_activation():
         (found,) = _activities(_traced(Gated, skip=False))
     (known,) = _activities(_traced(nn.ReLU, skip=False))
     assert (found.operation, found.facts.name) == ("Gated", "relu")
-    assert (found.dead, found.inactive, found.units) == (known.dead, known.inactive, known.units)
+    assert (found.dead, found.units) == (known.dead, known.units)
 
 
 def test_diagnosis_sees_a_registered_norm():

@@ -27,6 +27,7 @@ from stabkit.diagnosis import Diagnosis, Thresholds, examine
 from stabkit.diagnosis.no_gradient.unreached import findings_without_flow
 from stabkit.diagnosis.non_finite.findings import is_finite
 from stabkit.diagnosis.states.batch_statistics import with_statistics
+from stabkit.diagnosis.verdict import led_by_findings
 from stabkit.distributed import Ranks, current, fingerprint, is_spread, is_tensor_parallel, whole_parameters
 from stabkit.errors import TraceError
 from stabkit.identification import Identification, by_step, identify
@@ -70,6 +71,7 @@ def analyze(
     budget: str | float | None = None,
     memory: str | float | None = None,
     optimizer: torch.optim.Optimizer | None = None,
+    scheduler: Any = None,
     trained: bool = False,
     plan_only: Literal[False] = False,
 ) -> Report: ...
@@ -96,6 +98,7 @@ def analyze(  # type: ignore[misc]  # where only the plan is wanted, the options
     budget: str | float | None = None,
     memory: str | float | None = None,
     optimizer: torch.optim.Optimizer | None = None,
+    scheduler: Any = None,
     trained: bool = False,
     plan_only: bool = False,
 ) -> Report | Plan:
@@ -136,7 +139,9 @@ def analyze(  # type: ignore[misc]  # where only the plan is wanted, the options
         optimizer: of the model's parameters, with its state; with a loss, ``training`` of the report then says whether
             its coming updates are stable, by `stabkit.sharpness` and `stabkit.curvature.critical_rate`. That takes
             20 to 100 products with the Hessian of about two training steps each, which are in no plan, and where the
-            rate is in doubt up to 60 updates of copies.
+            rate is in doubt up to 80 updates of copies.
+        scheduler: of the optimizer's rates, one of ``torch.optim.lr_scheduler``; the report then says the largest rate
+            to come beside the largest stable one.
         trained: whether the weights are known to have been trained; remedies of how they start are then no remedies.
         plan_only: analyse nothing but return what it would cost, a `stabkit.planning.Plan`, whose ``str`` is a table.
 
@@ -168,9 +173,9 @@ def analyze(  # type: ignore[misc]  # where only the plan is wanted, the options
     where = {"depth": depth, "source": source, "target": target, "seed": seed}
     settings = Settings(loss, where, spectrum, spectrum_samples, probes, thresholds or Thresholds(), seed)
     settings = replace(settings, trained=trained)
-    if optimizer is not None:
-        check_optimizer(optimizer, model, loss)
-        settings = replace(settings, optimizer=optimizer)
+    if optimizer is not None or scheduler is not None:
+        check_optimizer(optimizer, scheduler, model, loss)
+        settings = replace(settings, optimizer=optimizer, scheduler=scheduler)
     if plan_only or budget is not None or memory is not None:
         foretold = planned(group, model, call, settings, budget, memory)
         if plan_only:
@@ -232,7 +237,8 @@ class _Analysis:
             )
             training = None
             if chosen.optimizer is not None:
-                diagnosis, training = with_updates(diagnosis, self.model, call, chosen)
+                diagnosis, training = with_updates(diagnosis, self.model, flow, call, chosen)
+            diagnosis = replace(diagnosis, verdict=led_by_findings(diagnosis.verdict, diagnosis.findings))
             told = Told(self.progress, len(flow.steps))
             told.verdict(diagnosis)
             found = methods()

@@ -30,6 +30,7 @@ class Settings:
         spectrum_share: part of the work of a default report that spectra may take.
         given_up: what was left out to keep a budget, in sentences.
         optimizer: whose updates are measured beside.
+        scheduler: of its rates.
         trained: whether the weights are known to have been trained.
     """
 
@@ -43,6 +44,7 @@ class Settings:
     spectrum_share: float = 1.0
     given_up: tuple[str, ...] = ()
     optimizer: torch.optim.Optimizer | None = None
+    scheduler: Any = None
     trained: bool = False
 
 

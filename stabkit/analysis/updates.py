@@ -12,29 +12,41 @@ import torch
 from torch import nn
 
 from stabkit.analysis.settings import Settings
-from stabkit.curvature import BlockCurvature, Sharpness
+from stabkit.curvature import BlockCurvature, Sharpness, rates_ahead
 from stabkit.curvature.updates import trained_by
 from stabkit.diagnosis import Diagnosis, Measurement, factor
+from stabkit.diagnosis.finding import serious
 from stabkit.diagnosis.suspects import ordered
+from stabkit.diagnosis.training_run import TrainingRun
 from stabkit.diagnosis.updates.findings import update_findings
 from stabkit.diagnosis.updates.measured import UpdateMeasurement, measure_update
+from stabkit.diagnosis.updates.scales import with_scales
 from stabkit.diagnosis.verdict import nats
 from stabkit.distributed import is_spread
 from stabkit.errors import ArgumentError, ArgumentTypeError
 from stabkit.report import TrainingReport
 from stabkit.report.training import BlockShare, Updates
+from stabkit.tracing import Flow
 from stabkit.tracing.recording.batch_parts import Call
+from stabkit.tracing.recording.training_pass import training_pass
 
+_AHEAD = 100_000  # steps of a schedule that are looked at, .3 s; most trainings have fewer
+_UNSEEN = "a schedule sets the rate of the optimizer; scheduler= was not given, so that no rate to come is known"
 _SPREAD = "the parameters are spread over ranks, of which no curvature is measured"
 
 
-def check_optimizer(optimizer: Any, model: Any, loss: Any) -> None:
+def check_optimizer(optimizer: Any, scheduler: Any, model: Any, loss: Any) -> None:
     """Say before a long analysis that an optimizer cannot be measured.
 
     Raises:
-        ArgumentError: there is no loss, or the optimizer trains other parameters than the model's.
+        ArgumentError: there is no loss, the optimizer trains other parameters than the model's, or the schedule is
+            another optimizer's.
         ArgumentTypeError: it is no torch optimizer, or the model no module.
     """
+    if optimizer is None:
+        raise ArgumentError(
+            f"scheduler={type(scheduler).__name__} and no optimizer; give optimizer= too, whose rates it sets"
+        )
     if loss is None:
         raise ArgumentError(
             f"optimizer={type(optimizer).__name__} and no loss: whether updates are stable is a question of the loss "
@@ -47,16 +59,19 @@ def check_optimizer(optimizer: Any, model: Any, loss: Any) -> None:
         )
     if not is_spread(model):
         trained_by(optimizer, model)
+    if scheduler is not None:
+        rates_ahead(optimizer, scheduler, 0)
 
 
 def with_updates(
-    diagnosis: Diagnosis, model: nn.Module, call: Call, settings: Settings
+    diagnosis: Diagnosis, model: nn.Module, flow: Flow, call: Call, settings: Settings
 ) -> tuple[Diagnosis, TrainingReport]:
     """A diagnosis with what is wrong with the updates, and what was measured of them.
 
     Args:
         diagnosis: of depth, whose growth says how gradients come to the blocks.
         model: the model.
+        flow: the traced pass.
         call: the batch.
         settings: with a loss and an optimizer.
     """
@@ -68,10 +83,26 @@ def with_updates(
     else:
         blocks = _blocks(diagnosis.measurement, model)
         found = measure_update(model, call.inputs, call.kwargs, settings.loss, optimizer, settings.seed, blocks)
-    findings = update_findings(found)
-    if findings:
-        diagnosis = replace(diagnosis, findings=tuple(ordered([*diagnosis.findings, *findings])))
-    return diagnosis, _report(found, diagnosis.measurement)
+    for update in update_findings(found):
+        as_trained = replace(flow.forward_pass, through_no_grad=False)
+        run = TrainingRun(flow, settings.loss, as_trained, training_pass(as_trained, settings.loss))
+        others, told = with_scales(diagnosis.findings, update, found, run, optimizer, settings.seed)
+        if told is update and "proposed_rate" not in told.numbers and any(map(serious, others)):
+            continue  # updates that no rate cures are those of what is wrong besides
+        diagnosis = replace(diagnosis, findings=tuple(ordered([*others, told])))
+    return diagnosis, _with_schedule(_report(found, diagnosis.measurement), optimizer, settings.scheduler)
+
+
+def _with_schedule(record: TrainingReport, optimizer: torch.optim.Optimizer, scheduler: Any) -> TrainingReport:
+    """With the largest rate to come, or a note that there is one which nobody said."""
+    if scheduler is None:
+        unseen = (_UNSEEN,) if hasattr(optimizer.step, "_wrapped_by_lr_sched") else ()
+        return replace(record, notes=(*record.notes, *unseen))
+    ahead = rates_ahead(optimizer, scheduler, _AHEAD)
+    stable = math.inf if record.largest_stable_rate is None else record.largest_stable_rate
+    return replace(
+        record, largest_rate_ahead=ahead.largest, steps_to_largest_rate=ahead.at, schedule=ahead.beside(stable)
+    )
 
 
 def _blocks(measurement: Measurement, model: nn.Module) -> list[str] | None:
@@ -90,7 +121,9 @@ def _report(found: UpdateMeasurement, measurement: Measurement) -> TrainingRepor
         critical_rate=None if critical is None else critical.rate,
         loss_after=None if critical is None else critical.loss_after,
         updates=tuple(
-            Updates(rate=run.rate, losses=run.losses) for run in (found.present, found.proposed) if run is not None
+            Updates(rate=run.rate, losses=run.losses)
+            for run in (found.present, *(found.lower or (found.proposed,)))
+            if run is not None
         ),
         notes=found.notes,
     )

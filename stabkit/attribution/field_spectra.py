@@ -32,15 +32,12 @@ class FieldJacobians:
         method: the method of the step.
         stages: ``(stages, samples, n, n)``, h J_f at every stage.
         fields: ``(fields, samples, n, n)``, their means over the stages of each field.
-        rebuilt: |J - J'|_F / |J|_F, the largest over samples, J' made of the stages by the tableau: how exact the
-            reading is. NaN for several states.
         spread: the largest |J_i - mean|_F / |mean|_F of a stage: how much the field's Jacobian changes in the step.
     """
 
     method: GeneralLinearMethod
     stages: FloatArray
     fields: FloatArray
-    rebuilt: float
     spread: float
 
 
@@ -104,7 +101,7 @@ def field_jacobians(step: Step, found: Identification, samples: int, J: FloatArr
     sizes = np.linalg.norm(fields[numbers], axis=(2, 3))
     away = np.linalg.norm(stages - fields[numbers], axis=(2, 3))
     spread = float((away / np.where(sizes > 0, sizes, 1.0)).max())
-    return FieldJacobians(method, stages, fields, rebuilt, spread)
+    return FieldJacobians(method, stages, fields, spread)
 
 
 def rebuild(method: GeneralLinearMethod, stages: FloatArray) -> FloatArray:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as registration
 
 from stabkit.errors import CheckpointError
+from stabkit.tracing.recording.hooks import hooked
 
 _MODULES = 32  # for each tensor that is stored; a layer of transformers has at most five
 _NUMBERS = 16  # for each number that is stored; tying registers a parameter anew, loading does it again
@@ -60,8 +61,5 @@ def bounded_by(tensors: Mapping[str, Tensor], what: str) -> Iterator[None]:
         registration.register_module_module_registration_hook(count_module),
         registration.register_module_parameter_registration_hook(count_numbers),
     ]
-    try:
+    with hooked(handles):
         yield
-    finally:
-        for handle in handles:
-            handle.remove()

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from stabkit.curvature.hessian import Hessian
-from stabkit.curvature.lanczos import largest
+from stabkit.curvature.lanczos import largest, rows_for
+from stabkit.curvature.stability import Preconditioned
 from stabkit.errors import ArgumentError, did_you_mean
 from stabkit.results import Result
 
@@ -39,9 +40,7 @@ class BlockCurvature(Result):
 
 
 def by_block(
-    module: nn.Module,
-    hessian: Hessian,
-    product: Callable[[Tensor, Tensor], Tensor],
+    operator: Preconditioned,
     v: Tensor,
     paths: Sequence[str] | None,
     own: int,
@@ -50,9 +49,7 @@ def by_block(
     """Shares of a unit eigenvector, the largest first.
 
     Args:
-        module: the model.
-        hessian: whose parameters are shared out.
-        product: the operator that the eigenvector belongs to.
+        operator: what the eigenvector belongs to.
         v: ``(n,)``, of norm 1.
         paths: of the blocks; what lies in none of them goes by the modules that hold it, as everything does for None.
         own: how many get their own sharpness.
@@ -61,12 +58,13 @@ def by_block(
     Raises:
         ArgumentError: a path names no module.
     """
-    owners = _owners(module, hessian, paths)
+    hessian = operator.hessian
+    owners = _owners(hessian.module, hessian, paths)
     squares: dict[str, float] = dict.fromkeys(owners, 0.0)
     for name, part in zip(owners, torch.split(v, hessian.sizes), strict=True):
         squares[name] += float(torch.linalg.vector_norm(part)) ** 2
     found = sorted(squares.items(), key=lambda item: -item[1])
-    alone = {name: _alone(hessian, product, v, owners, name, max(tol, _LOOSE)) for name, _ in found[:own]}
+    alone = {name: _alone(operator, v, owners, name, max(tol, _LOOSE)) for name, _ in found[:own]}
     if len(found) == 1:
         alone = {}  # it is the whole
     return tuple(BlockCurvature(name, share, alone.get(name)) for name, share in found)
@@ -90,24 +88,15 @@ def _owners(module: nn.Module, hessian: Hessian, paths: Sequence[str] | None) ->
     return [block_of(holder) for holder in holders]
 
 
-def _alone(
-    hessian: Hessian,
-    product: Callable[[Tensor, Tensor], Tensor],
-    v: Tensor,
-    owners: Sequence[str],
-    name: str,
-    tol: float,
-) -> float:
+def _alone(operator: Preconditioned, v: Tensor, owners: Sequence[str], name: str, tol: float) -> float:
     """The largest eigenvalue of one diagonal block: the search begins at its part of the whole eigenvector."""
-    mask = torch.zeros_like(v)
-    for owner, part in zip(owners, torch.split(mask, hessian.sizes), strict=True):
-        if owner == name:
-            part.fill_(1.0)
-    if not bool((v * mask).any()):
+    kept = [i for i, owner in enumerate(owners) if owner == name]
+    parts = torch.split(v, operator.hessian.sizes)
+    start = torch.cat([parts[i] for i in kept])
+    if not bool(start.any()):
         return 0.0
-
-    def inside(x: Tensor, out: Tensor) -> Tensor:
-        return product(x, out).mul_(mask)
-
-    found = largest(inside, len(v), 1, tol=tol, start=v * mask, rows=8, max_products=_MOST)
+    inside = operator.part(kept)
+    rows = rows_for(len(start), start.dtype.itemsize)
+    found = largest(inside.matvec, len(start), 1, tol=tol, start=start, rows=rows, max_products=_MOST)
+    operator.hessian.n_products += inside.hessian.n_products
     return float(found.values[0])

@@ -16,8 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from stabkit.curvature.batches import Batches
-from stabkit.curvature.hessian import ALONE, Hessian, Summing, refuse_randomness
+from stabkit.curvature.hessian import Hessian, refuse_randomness
 from stabkit.curvature.setting_aside import refuse_unusable
+from stabkit.curvature.summing import ALONE, Summing, agreed
 from stabkit.curvature.twin import Twin, standing_at
 from stabkit.curvature.updates import trained_by
 from stabkit.errors import ArgumentError
@@ -92,13 +93,18 @@ def critical_rate(
         >>> round(found.rate, 1)
         2.0
     """
-    module = unwrap(model)
-    trained = trained_by(optimizer, module)
-    refuse_unusable(trained)
-    if any(p.is_inference() for p in trained):
-        raise ArgumentError("parameters were made in inference_mode and cannot be trained; build the model outside it")
+    shared = ranks or ALONE
+    with agreed(shared):
+        module = unwrap(model)
+        trained = trained_by(optimizer, module)
+        refuse_unusable(trained)
+        if any(p.is_inference() for p in trained):
+            raise ArgumentError(
+                "parameters were made in inference_mode and cannot be trained; build the model outside it"
+            )
     with torch.inference_mode(False), unchanged_randomness():
-        hessian = Hessian(module, trained, Batches(inputs, kwargs, loss, batches), seed, ranks or ALONE)
+        with agreed(shared):
+            hessian = Hessian(module, trained, Batches(inputs, kwargs, loss, batches), seed, shared)
         refuse_randomness(hessian)
         return along_update(hessian, optimizer)
 

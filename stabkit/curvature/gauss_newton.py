@@ -18,8 +18,31 @@ from stabkit.tracing.recording.containers import map_tensors, named_tensors
 def gauss_newton(hessian: Hessian, v: Tensor) -> float:
     """v^T G v for a direction ``(n,)`` in the parameters; what the loss takes of parameters directly is left out."""
     vectors = hessian.split(v)
-    total = sum(weight * _of_batch(found, vectors) for weight, found in hessian.gradients())
-    return float(hessian.ranks.sum(torch.tensor(total, dtype=torch.float64)))
+    total = 0.0
+
+    def add(weight: float, found: Gradient) -> None:
+        nonlocal total
+        total += weight * (_through(found, vectors) if len(found.cotangents) == 1 else _of_batch(found, vectors))
+
+    hessian.each_gradient(add)
+    return hessian.sum_of(total)
+
+
+def _through(found: Gradient, vectors: list[Tensor]) -> float:
+    """Where the loss reads one tensor of the output: both factors from the graph that is there.
+
+    The gradient in the parameters is J^T u, u that in the output, so that its product with v has the derivative J v in
+    u; and u has the derivative H_out in the output.
+    """
+    ((output, u),) = found.cotangents
+    if u.grad_fn is None:
+        return 0.0  # a loss that is linear in the output
+    (pushed,) = found.pulled(vectors, [u])
+    if pushed is None:
+        return 0.0
+    with without_hooks([output]):
+        (turned,) = torch.autograd.grad(u, output, pushed, retain_graph=True, allow_unused=True)
+    return 0.0 if turned is None else float((turned * pushed).sum(dtype=torch.float64))
 
 
 def _of_batch(found: Gradient, vectors: list[Tensor]) -> float:

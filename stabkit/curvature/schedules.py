@@ -44,10 +44,12 @@ class RatesAhead(Result):
             >>> RatesAhead(0.1, 0.3, 40, 0.0, 100).beside(0.15)
             'the schedule climbs to 0.3 in 40 steps, 2 times what is stable now'
         """
-        if not self.at or not math.isfinite(largest_stable_lr):
+        if not self.at:
             return f"the rate of {self.present:.3g} is the largest that the schedule has to come"
-        times = self.largest / largest_stable_lr
-        return f"the schedule climbs to {self.largest:.3g} in {self.at} steps, {times:.2g} times what is stable now"
+        climbs = f"the schedule climbs to {self.largest:.3g} in {self.at} steps"
+        if not math.isfinite(largest_stable_lr):
+            return climbs
+        return f"{climbs}, {self.largest / largest_stable_lr:.2g} times what is stable now"
 
 
 def rates_ahead(optimizer: torch.optim.Optimizer, scheduler: Any, steps: int) -> RatesAhead:

@@ -46,6 +46,14 @@ def seed_everything(seed: int) -> None:
     np.random.seed(seed % 2**32)  # noqa: NPY002 - it is the one that models draw from
 
 
+def random_states(device: torch.device) -> list[Tensor]:
+    """The states of the generators that a model on a device draws from, but for those of its own."""
+    _, keys, place, *_ = np.random.get_state()  # noqa: NPY002
+    numbers = torch.tensor([place, *np.asarray(keys).tolist()])
+    found = [torch.get_rng_state(), torch.tensor(random.getstate()[1]), numbers]
+    return found if device.type == "cpu" else [*found, torch.get_device_module(device).get_rng_state()]
+
+
 class _TwiceDifferentiable(TorchFunctionMode):
     """Operations whose second derivative torch has wrong are made of others."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
@@ -14,9 +15,10 @@ from torch import Tensor, nn
 from stabkit.curvature.batches import Batches
 from stabkit.curvature.blocks import BlockCurvature, by_block
 from stabkit.curvature.gauss_newton import gauss_newton
-from stabkit.curvature.hessian import ALONE, Hessian, Summing, refuse_randomness
-from stabkit.curvature.lanczos import DRAWN, Eigenpairs, largest
-from stabkit.curvature.stability import Stability, limiting_product, signed
+from stabkit.curvature.hessian import Gradient, Hessian, refuse_randomness
+from stabkit.curvature.lanczos import DRAWN, Eigenpairs, largest, rows_for
+from stabkit.curvature.stability import Preconditioned, Stability, limiting
+from stabkit.curvature.summing import ALONE, Summing, agreed
 from stabkit.curvature.twin import refuse_wrong_products
 from stabkit.curvature.updates import Update, plain_update, read_update
 from stabkit.errors import ArgumentError, ArgumentTypeError
@@ -28,8 +30,6 @@ from stabkit.tracing.recording.wrappers import unwrap
 
 _TOLERANCE = 1e-3
 _ASYMMETRIC = 1e-2  # of the largest entry; rounding in float32 stays below 1e-4, a wrong derivative is of order one
-_ROWS = (4, 20)  # of the basis, at least and at most
-_MEMORY = 2**26  # bytes that all of them may take where more than the least are kept
 _MOST = 400  # products of one search
 
 
@@ -159,16 +159,19 @@ def sharpness(
         >>> round(float(found.values[0]), 6), round(found.threshold, 6), round(found.ratio, 6)
         (9.0, 10.0, 0.9)
     """
-    _check(model, k, tol, own)
-    tol = _TOLERANCE if tol is None else float(tol)
-    module = unwrap(model)
-    update = None if optimizer is None else read_update(optimizer, module)
-    parameters = plain_update(module.parameters()) if update is None else update.parameters
-    if not parameters:
-        raise ArgumentError("no parameter of the model requires grad; there is no curvature to measure")
+    shared = ranks or ALONE
+    with agreed(shared):
+        _check(model, k, tol, own)
+        tol = _TOLERANCE if tol is None else float(tol)
+        module = unwrap(model)
+        update = None if optimizer is None else read_update(optimizer, module)
+        parameters = plain_update(module.parameters()) if update is None else update.parameters
+        if not parameters:
+            raise ArgumentError("no parameter of the model requires grad; there is no curvature to measure")
     with torch.inference_mode(False), unchanged_randomness():
-        hessian = Hessian(module, parameters, Batches(inputs, kwargs, loss, batches), seed, ranks or ALONE)
-        refuse_randomness(hessian)
+        with agreed(shared):
+            hessian = Hessian(module, parameters, Batches(inputs, kwargs, loss, batches), seed, shared)
+        refuse_randomness(hessian, keep=True)
         return of_hessian(hessian, update, k=k, tol=tol, start=start, blocks=blocks, own=own)
 
 
@@ -188,30 +191,31 @@ def of_hessian(
         ArgumentError: ``start`` or ``blocks`` do not fit the model.
         TraceError: the loss cannot be differentiated twice.
     """
-    search = _Search(hessian, k, tol, hessian.seed)
     sign = -1.0 if update is not None and update.ascends else 1.0
-    plain = search.run(signed(hessian, sign), start)
+    own_operator = update is not None and not update.is_plain
+    operator = Preconditioned(hessian, sign=sign)
+    plain = _searched(operator, k, tol, start, last=not own_operator)
     refuse_wrong_products(hessian, plain.vectors[0])
-    limiting, operator = plain, signed(hessian, sign)
-    if update is not None and not update.is_plain:
-        operator = limiting_product(hessian, update)
-        limiting = search.run(operator, None)
+    found = plain
+    if update is not None and own_operator:
+        operator = limiting(hessian, update)
+        found = _searched(operator, k, tol, None)
     return Sharpness(
         values=plain.values,
         residuals=plain.residuals,
         converged=plain.converged,
         lowest=plain.lowest,
         lowest_residual=plain.lowest_residual,
-        by_block=by_block(hessian.module, hessian, operator, limiting.vectors[0], blocks, own, tol),
+        by_block=by_block(operator, found.vectors[0], blocks, own, tol),
         gauss_newton=np.array([sign * gauss_newton(hessian, v) for v in plain.vectors]),
         interval=_interval(hessian, plain.vectors[0]),
         n_products=hessian.n_products,
         loss=float("nan") if hessian.value is None else hessian.value,
-        notes=_notes(hessian.module, hessian.parameters, plain, limiting, k, update),
+        notes=_notes(hessian, plain, found, k, update),
         vector=plain.vectors[0],
-        preconditioned=limiting.values,
-        preconditioned_residuals=limiting.residuals,
-        **_stability(update, float(limiting.values[0])),
+        preconditioned=found.values,
+        preconditioned_residuals=found.residuals,
+        **_stability(update, float(found.values[0])),
     )
 
 
@@ -225,28 +229,26 @@ def _check(model: Any, k: Any, tol: Any, own: Any) -> None:
         raise ArgumentError(f"tol={tol!r}; give a number between 0 and 1, or None for {_TOLERANCE:g}")
 
 
-@dataclass(frozen=True)
-class _Search:
-    """How eigenvalues are looked for."""
+def _searched(operator: Preconditioned, k: int, tol: float, start: Tensor | None, *, last: bool = True) -> Eigenpairs:
+    """The largest eigenvalues; after the last search that begins at the gradient, its values are let go of."""
+    hessian = operator.hessian
 
-    hessian: Hessian
-    k: int
-    tol: float
-    seed: int
+    def first() -> Tensor:
+        found = operator.start(hessian.seed) if start is None else _near(hessian, start)
+        if last:
+            hessian.forget_values()
+        return found
 
-    def run(self, product: Any, start: Tensor | None) -> Eigenpairs:
-        n = self.hessian.n
-        rows = int(np.clip(_MEMORY // (n * self.hessian.dtype.itemsize), *_ROWS))
-        return largest(product, n, self.k, tol=self.tol, start=self._start(start), rows=rows, max_products=_MOST)
+    rows = rows_for(hessian.n, hessian.dtype.itemsize)
+    return largest(operator.matvec, hessian.n, k, tol=tol, start=first(), rows=rows, max_products=_MOST)
 
-    def _start(self, start: Tensor | None) -> Tensor:
-        n, drawn = self.hessian.n, self.hessian.random_direction(self.seed)
-        if start is None:
-            return drawn
-        if start.shape != (n,):
-            raise ArgumentError(f"start has shape {tuple(start.shape)}; expected ({n},), one entry a parameter")
-        given = start.detach().to(drawn)
-        return drawn.mul_(DRAWN).add_(given / torch.linalg.vector_norm(given))
+
+def _near(hessian: Hessian, start: Tensor) -> Tensor:
+    if start.shape != (hessian.n,):
+        raise ArgumentError(f"start has shape {tuple(start.shape)}; expected ({hessian.n},), one entry a parameter")
+    drawn = hessian.random_direction(hessian.seed)
+    given = start.detach().to(drawn)
+    return drawn.mul_(DRAWN).add_(given / torch.linalg.vector_norm(given))
 
 
 def _stability(update: Update | None, curvature: float) -> dict[str, Any]:
@@ -262,10 +264,14 @@ def _interval(hessian: Hessian, v: Tensor) -> tuple[float, float] | None:
         return None
     vectors = hessian.split(v)
     quotients = torch.zeros(len(hessian.batches), dtype=torch.float64)
-    for place, (_, found) in enumerate(hessian.gradients()):
+    places = itertools.count(hessian.ranks.rank, hessian.ranks.count)
+
+    def quotient(_: float, found: Gradient) -> None:
         image = torch.zeros_like(v)
         hessian.add(image, found.product(vectors), 1.0)
-        quotients[hessian.ranks.rank + place * hessian.ranks.count] = v.double() @ image.double()
+        quotients[next(places)] = v.double() @ image.double()
+
+    hessian.each_gradient(quotient)
     found_by_all = hessian.ranks.sum(quotients).numpy()
     mean = float(found_by_all.mean())
     spread = float(found_by_all.std(ddof=1)) / math.sqrt(len(quotients))
@@ -274,8 +280,7 @@ def _interval(hessian: Hessian, v: Tensor) -> tuple[float, float] | None:
 
 
 def _notes(
-    module: nn.Module,
-    parameters: Sequence[nn.Parameter],
+    hessian: Hessian,
     plain: Eigenpairs,
     limiting: Eigenpairs,
     k: int,
@@ -291,7 +296,12 @@ def _notes(
         )
     if len(plain.values) < k:
         notes.append(f"there are only {len(plain.values)} parameters")
-    left = sum(p.requires_grad for p in module.parameters()) - len(parameters)
+    if hessian.sum_of(hessian.draws):
+        notes.append(
+            "the model draws random numbers as it runs, such as masks of dropout: the curvature is that under one "
+            f"draw, of seed {hessian.seed}"
+        )
+    left = sum(p.requires_grad for p in hessian.module.parameters()) - len(hessian.parameters)
     if update is not None and left > 0:
         notes.append(f"{left} tensors of parameters that require grad are not in the optimizer, and held fixed here")
     return tuple(notes)

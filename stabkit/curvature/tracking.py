@@ -14,7 +14,7 @@ from stabkit.curvature.batches import Batch
 from stabkit.curvature.blocks import by_block
 from stabkit.curvature.hessian import Hessian, refuse_randomness
 from stabkit.curvature.lanczos import DRAWN, Eigenpairs, largest
-from stabkit.curvature.stability import FLOOR, Stability, limiting_product
+from stabkit.curvature.stability import FLOOR, Preconditioned, Stability, limiting
 from stabkit.curvature.updates import Update, read_update
 from stabkit.errors import ArgumentTypeError
 from stabkit.results import Result
@@ -108,11 +108,11 @@ class SharpnessTracker:
         with torch.inference_mode(False), unchanged_randomness(), _called_inside(self._model):
             hessian = Hessian(self._module, update.parameters, self._batches, self._seed)
             if not self._made:
-                refuse_randomness(hessian)
+                refuse_randomness(hessian, keep=True)
             found = self._searched(hessian, update)
         self._made += 1
         v = found.vectors[0]
-        block = by_block(self._module, hessian, hessian.matvec, v, None, 0, _TOLERANCE)[0]
+        block = by_block(Preconditioned(hessian), v, None, 0, _TOLERANCE)[0]
         stability = Stability.of(update, float(found.values[0]))
         return TrackedSharpness(
             sharpness=float(found.values[0]),
@@ -129,14 +129,19 @@ class SharpnessTracker:
         if kept is not None and kept.shape[1] != hessian.n:
             kept = None
         afresh = kept is None or self._made % EVERY == 0
-        start = hessian.random_direction(self._seed + self._made)
-        if kept is not None and not afresh:
+        operator = limiting(hessian, update, FLOOR)
+        if kept is None or afresh:
+            start = operator.start(self._seed + self._made)
+        else:
+            start = hessian.random_direction(self._seed + self._made)
             start.mul_(DRAWN).add_(kept[0])
             if len(kept) > 1:
                 start.add_(kept[1], alpha=_SECOND)
         most = COLD if afresh else WARM
-        product = limiting_product(hessian, update, FLOOR)
-        found = largest(product, hessian.n, 1, tol=_TOLERANCE, start=start, rows=_ROWS, max_products=most, spare=1)
+        hessian.forget_values()
+        found = largest(
+            operator.matvec, hessian.n, 1, tol=_TOLERANCE, start=start, rows=_ROWS, max_products=most, spare=1
+        )
         self._vectors = found.vectors
         return found
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import math
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from stabkit.curvature.hessian import Hessian
+from stabkit.curvature.updates import copied
 from stabkit.errors import ArgumentError, TraceError
 from stabkit.tracing.recording.sharding import own_part
 
@@ -62,10 +62,7 @@ class Twin:
         self._copies = [nn.Parameter(p.detach().clone()) for p in hessian.parameters]
         memo: dict[int, Any] = {id(p): c for p, c in zip(hessian.parameters, self._copies, strict=True)}
         try:
-            self._optimizer = copy.deepcopy(optimizer, memo)
-            for name, value in vars(optimizer).items():  # what a class of one's own keeps beside the state
-                if name not in vars(self._optimizer) and name not in ("step", "zero_grad"):
-                    setattr(self._optimizer, name, copy.deepcopy(value, memo))
+            self._optimizer = copied(optimizer, memo)
         except Exception as error:  # whatever a class of one's own raises
             raise ArgumentError(f"no copy can be made of optimizer {self._name}: {error}") from error
         self._takes_rows = isinstance(optimizer, torch.optim.SparseAdam)
@@ -116,7 +113,7 @@ def refuse_wrong_products(hessian: Hessian, v: Tensor) -> None:
     Raises:
         TraceError: it is not.
     """
-    if not hessian.by_hand:
+    if not hessian.sum_of(bool(hessian.by_hand)):  # a rank without a batch has seen none
         return
     product = float(v.double() @ hessian.matvec(v).double())
     hessian.release()
@@ -127,9 +124,10 @@ def refuse_wrong_products(hessian: Hessian, v: Tensor) -> None:
     scale = max(abs(near), abs(product))
     # two lengths that agree say that neither rounding nor what is beyond the second order is in them
     if abs(far - near) <= _AGREE[fine] * scale and abs(near - product) > _DIFFER[fine] * scale:
+        name = hessian.by_hand or "a custom autograd.Function"
         raise TraceError(
             f"the curvature along the eigenvector is {product:.4g} by products with the Hessian and {near:.4g} by "
-            f"differences of gradients: the backward of {hessian.by_hand} is not differentiable as it is written. "
+            f"differences of gradients: the backward of {name} is not differentiable as it is written. "
             "Write it with operations on saved tensors, without detach, numpy or no_grad"
         )
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import inspect
 import math
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -120,13 +123,16 @@ def read_update(optimizer: Any, model: nn.Module, *, first: bool = False, state:
     trained = trained_by(optimizer, model)
     name = type(optimizer).__name__
     groups = [g for g in optimizer.param_groups if any(p.requires_grad for p in g["params"])]
-    reader = next((_READERS[c.__name__] for c in type(optimizer).__mro__ if c.__name__ in _READERS), None)
-    if reader is None:
+    kind = next((kind for kind in _READERS if isinstance(optimizer, kind)), None)
+    if kind is None or not (_inherits(optimizer, kind) or _steps_as(optimizer, kind)):
+        known = ", ".join(kind.__name__ for kind in _READERS)
+        whose = "torch's own" if kind is None else f"updates that are those of {kind.__name__}, which its are not"
         raise NoThresholdError(
             f"no threshold in curvature is known for {name}",
-            f"; known are {', '.join(_READERS)}. Leave optimizer= out for the curvature of the loss alone, or take "
+            f"; known are {known} ({whose}). Leave optimizer= out for the curvature of the loss alone, or take "
             "stabkit.curvature.critical_rate, which asks any optimizer for its update",
         )
+    reader = _READERS[kind]
     rates = [as_number(g["lr"]) for g in groups]
     rate = max(rates)
     if not (math.isfinite(rate) and rate > 0):
@@ -273,15 +279,50 @@ def _adagrad(group: Group, state: State, name: str) -> _Read:
                  + as_number(group["eps"]), slowing=slowing)  # fmt: skip
 
 
-_READERS: dict[str, Callable[[Group, State, str], _Read]] = {
-    "SGD": _sgd,
-    "AdamW": _adam_like,
-    "Adam": _adam_like,
-    "NAdam": _nadam,
-    "Adamax": _adamax,
-    "RMSprop": _rmsprop,
-    "Adagrad": _adagrad,
+_READERS: dict[type[torch.optim.Optimizer], Callable[[Group, State, str], _Read]] = {  # a class before its base
+    torch.optim.SGD: _sgd,
+    torch.optim.AdamW: _adam_like,
+    torch.optim.Adam: _adam_like,
+    torch.optim.NAdam: _nadam,
+    torch.optim.Adamax: _adamax,
+    torch.optim.RMSprop: _rmsprop,
+    torch.optim.Adagrad: _adagrad,
 }
+
+
+def _inherits(optimizer: torch.optim.Optimizer, kind: type[torch.optim.Optimizer]) -> bool:
+    """Whether it makes its updates by the method of the class, below what torch wraps around it."""
+    return inspect.unwrap(type(optimizer).step) is inspect.unwrap(kind.step)
+
+
+def _steps_as(optimizer: torch.optim.Optimizer, kind: type[torch.optim.Optimizer]) -> bool:
+    """Whether a class of one's own moves two numbers as the class that it derives from does, three times over."""
+    moved = []
+    for own in (True, False):
+        stand_in = nn.Parameter(torch.tensor([1.0, -2.0], dtype=torch.float64))
+        memo: dict[int, Any] = {id(p): stand_in for group in optimizer.param_groups for p in group["params"]}
+        memo[id(optimizer.state)] = defaultdict(dict)
+        try:
+            twin = copied(optimizer, memo)
+            twin.param_groups = [{**group, "params": [stand_in]} for group in twin.param_groups[:1]]
+            if not own:
+                twin.__class__ = kind
+            for slope in ((3.0, 0.1), (-0.2, 0.1), (0.5, -4.0)):
+                stand_in.grad = torch.tensor(slope, dtype=torch.float64)
+                twin.step()
+        except Exception:  # whatever a class of one's own raises: it is not known to be the same then
+            return False
+        moved.append(stand_in.detach())
+    return torch.equal(*moved)
+
+
+def copied(optimizer: torch.optim.Optimizer, memo: dict[int, Any]) -> torch.optim.Optimizer:
+    """A copy with all that it keeps; ``memo`` says, by `id`, what stands for what."""
+    twin = copy.deepcopy(optimizer, memo)
+    for name, value in vars(optimizer).items():  # what a class of one's own keeps beside the state
+        if name not in vars(twin) and name not in ("step", "zero_grad"):
+            setattr(twin, name, copy.deepcopy(value, memo))
+    return twin
 
 
 def flat(values: Sequence[Tensor | float], parameters: Sequence[nn.Parameter], like: Tensor) -> Tensor:

@@ -12,21 +12,23 @@ from stabkit.diagnosis.depth.affine_models import affine_findings
 from stabkit.diagnosis.depth.findings import with_slopes
 from stabkit.diagnosis.depth.post_norm import post_norm_findings
 from stabkit.diagnosis.depth.unsettled import unsettled_findings
-from stabkit.diagnosis.finding import Finding, serious
+from stabkit.diagnosis.finding import LEARNT, Finding, as_fact, serious
 from stabkit.diagnosis.inputs.attention_masks import mask_findings
 from stabkit.diagnosis.inputs.coordinates import coordinate_findings
 from stabkit.diagnosis.inputs.feature_scales import feature_scale_findings
 from stabkit.diagnosis.inputs.lost_order import lost_order_findings
-from stabkit.diagnosis.inputs.padded_ends import padded_end_findings
+from stabkit.diagnosis.inputs.padding import padded_end_findings
 from stabkit.diagnosis.inputs.read_positions import read_position_findings
 from stabkit.diagnosis.inputs.scale import with_input_scale, with_small_inputs
 from stabkit.diagnosis.inputs.unused import unused_input_findings
 from stabkit.diagnosis.losses.domains import loss_domain_findings
+from stabkit.diagnosis.losses.drowned_terms import drowned_term_findings
 from stabkit.diagnosis.losses.floor import loss_floor_findings
 from stabkit.diagnosis.losses.last_dropout import last_dropout_findings
 from stabkit.diagnosis.losses.loud_logits import loud_logits_findings
 from stabkit.diagnosis.losses.mixed_samples import mixed_sample_findings
 from stabkit.diagnosis.losses.next_tokens import next_token_findings
+from stabkit.diagnosis.losses.unequal_classes import unequal_class_findings
 from stabkit.diagnosis.losses.units import unit_findings
 from stabkit.diagnosis.losses.without_end import without_end_findings
 from stabkit.diagnosis.no_gradient.closed_operations import closed_findings
@@ -57,6 +59,7 @@ from stabkit.tracing.recording.training_pass import training_pass
 
 #: what states show that forget, or blow up, over time
 _OF_STATES = ("rank_collapse", "saturated", "vanishing", "exploding", "chaotic", "transient_growth")
+_LEARNS = 0.5  # of what a short training leaves without a remedy, below which it must come with it
 _OF_DEPTH = ("exploding", "vanishing", "non-finite")  # verdicts that stand whatever else is found
 _NOT_TRAINED = frozenset({"loss", "no_gradient", "unregistered", "non_finite", "exploding", "leak", "copied_units"})
 
@@ -83,6 +86,10 @@ def with_causes(flow: FlowLike, found: Diagnosis, settings: Settings) -> Diagnos
         others += post_norm_findings(flow, found.measurement, settings.loss)
     found = replace(found, findings=tuple(ordered([*named, *others])) if others else tuple(named))
     over_time = time_findings(flow, settings.loss, settings.thresholds)
+    learnt = [f for f in found.findings if serious(f) and f.numbers.get(LEARNT, math.inf) < _LEARNS]
+    for cause in learnt[:1]:  # what a model learns with all the same is no second fault
+        over_time = [_beside(cause, each) for each in over_time]
+        found = replace(found, findings=tuple(ordered([_beside(cause, each) for each in found.findings])))
     verdict = found.verdict
     worst = next((finding for finding in over_time if serious(finding)), None)
     if worst is None:
@@ -93,6 +100,13 @@ def with_causes(flow: FlowLike, found: Diagnosis, settings: Settings) -> Diagnos
     for cause in over_time:
         over_depth = _without_followers(flow, found, over_depth, cause, settings)
     return replace(found, verdict=verdict, findings=tuple(ordered([*over_depth, *over_time])))
+
+
+def _beside(cause: Finding, other: Finding) -> Finding:
+    """A finding on states or gradients, as a fact beside a cause without which the model learns as it is otherwise."""
+    if other is cause or not serious(other) or other.kind not in _OF_STATES:
+        return other
+    return follows(other, cause, "no harm that keeps the model from learning")
 
 
 def _of_one_cause(flow: Flow, before: Diagnosis, found: Diagnosis, settings: Settings) -> Diagnosis:
@@ -159,9 +173,8 @@ def _the_same(finding: Finding, over_time: Sequence[Finding], flow: Flow) -> Fin
         inside = [i for i in finding.steps if _runs_in(flow.steps[i].module_path, other.module_path)]
         same = finding.kind == other.kind or (finding.kind, other.kind) == ("chaotic", "exploding")
         if serious(finding) and same and 2 * len(inside) > len(finding.steps):
-            evidence = f"{finding.evidence}; this is what is found over time at {other.module_path}"
-            remedy = f"that of {other.kind} over time at {other.module_path}"
-            return replace(finding, severity="info", evidence=evidence, remedy=remedy, actions=())
+            words = f"this is what is found over time at {other.module_path}"
+            return as_fact(finding, words, f"that of {other.kind} over time at {other.module_path}")
     return finding
 
 
@@ -211,12 +224,8 @@ def _behind_closed(finding: Finding, found: Diagnosis, lost: Sequence[Finding]) 
     if not units and not _nothing_passes(finding, found):
         return finding
     where = closed.module_path or "the code of the model"
-    return replace(
-        finding,
-        severity="info",
-        evidence=f"{finding.evidence}; this is what {_closed(closed)} in {where} lets through",
-        remedy=f"that of no_gradient at {where}",
-        actions=(),
+    return as_fact(
+        finding, f"this is what {_closed(closed)} in {where} lets through", f"that of no_gradient at {where}"
     )
 
 
@@ -241,9 +250,8 @@ def _but_for_draws(flow: Flow, found: Diagnosis, cause: Finding, settings: Setti
     def told(finding: Finding) -> Finding:
         if not serious(finding) or finding.kind in left:
             return finding
-        evidence = f"{finding.evidence}; it is gone with a gradient through the draw behind {place}"
-        remedy = f"that of {cause.kind} at {place}"
-        return replace(finding, severity="info", evidence=evidence, remedy=remedy, actions=())
+        words = f"it is gone with a gradient through the draw behind {place}"
+        return as_fact(finding, words, f"that of {cause.kind} at {place}")
 
     verdict = found.verdict
     if verdict.name != again.verdict.name:
@@ -263,6 +271,8 @@ def _of_training_pass(run: TrainingRun, others: Sequence[Finding]) -> list[Findi
     found += wrong_derivative_findings(run)
     found += loud_logits_findings(run, [*others, *found])
     found += loss_floor_findings(run, [*others, *found])
+    found += drowned_term_findings(run, [*others, *found])
+    found += unequal_class_findings(run, [*others, *found])
     found += half_weight_findings(run)
     found += passed_through_findings(run)
     # units are asked after only where nothing else is wrong: a broken network does not train in any

@@ -5,16 +5,19 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from stabkit.diagnosis.blocks.weights import step_of
 from stabkit.diagnosis.kinds import FINDINGS, SEVERITIES, rank
 from stabkit.errors import ArgumentError
 from stabkit.results import Result
-from stabkit.tracing import Flow
+
+if TYPE_CHECKING:
+    from stabkit.tracing import Flow
 
 Action = Mapping[str, Any]
 
+#: among the numbers of a finding: what a short training with its remedy leaves of the loss, over what it leaves without
+LEARNT = "learnt"
 LOSS = "loss"  # in place of a path, where what is wrong lies in the loss
 
 
@@ -84,6 +87,8 @@ def of_module(
     actions: tuple[Action, ...] = (),
 ) -> Finding:
     """A finding that is sure, in the step in which a module runs first."""
+    from stabkit.diagnosis.blocks.weights import step_of  # reports hold findings, and are read without torch
+
     step = (step_of(flow, path),)
     return Finding(kind, severity, step, path, 1.0, evidence, remedy, reference, numbers or {}, actions)
 
@@ -91,6 +96,12 @@ def of_module(
 def serious(finding: Finding) -> bool:
     """Whether it is a warning or worse."""
     return rank(finding.severity) >= rank("warning")
+
+
+def as_fact(finding: Finding, words: str, remedy: str) -> Finding:
+    """A finding that calls for nothing of its own, with the words that say why."""
+    evidence = f"{finding.evidence}; {words}"
+    return replace(finding, severity="info", evidence=evidence, remedy=remedy, actions=())
 
 
 _NEAR_ONE = math.log(1.02)  # factors closer to 1 change nothing that matters, however often they act, nats

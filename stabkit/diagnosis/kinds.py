@@ -6,8 +6,9 @@ and the rule that comes to it.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 #: What a word says of a network, from which terminal, page and pictures take their colors.
 Tone = Literal["good", "grows", "shrinks", "broken", "unsure", "note"]
@@ -92,6 +93,44 @@ def rank(severity: str) -> int:
         True
     """
     return list(SEVERITIES).index(severity)
+
+
+def leading(verdict: str, findings: Sequence[Any]) -> Any | None:
+    """The worst finding, where it is a warning or more and the verdict does not say it already.
+
+    A verdict is of growth over the blocks alone: "stable" above a finding that says why nothing is learnt misleads
+    whoever reads one line.
+
+    Args:
+        verdict: the word.
+        findings: what was found, the first of equals counts.
+    """
+    worst = max(findings, key=lambda finding: rank(finding.severity), default=None)
+    if worst is None or rank(worst.severity) < rank("warning") or verdict == "non-finite":
+        return None
+    said = any(f.kind.replace("_", " ") == verdict and f.severity == worst.severity for f in findings)
+    return None if said else worst
+
+
+def headline(verdict: str, findings: Sequence[Any]) -> str:
+    """The first words on a network: the worst finding, and what holds in depth besides; the verdict where none is bad.
+
+    Args:
+        verdict: the word.
+        findings: what was found.
+    """
+    worst = leading(verdict, findings)
+    if worst is None:
+        return verdict.upper()
+    return f"{worst.severity.upper()}, {worst.kind.replace('_', ' ').upper()} (depth alone: {verdict})"
+
+
+def headline_tone(verdict: str, findings: Sequence[Any]) -> Tone:
+    """What the first words say, from which colors are taken."""
+    worst = leading(verdict, findings)
+    if worst is None:
+        return VERDICTS[verdict].tone
+    return FINDINGS[worst.kind].tone
 
 
 def accused(word: str | None, kind: str, severity: str) -> bool:

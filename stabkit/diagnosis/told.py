@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from stabkit.diagnosis.blocks.initialisation import Known
-from stabkit.diagnosis.finding import Finding
+from stabkit.diagnosis.finding import Finding, as_fact
 from stabkit.diagnosis.remedies.computed import Remedy
 from stabkit.diagnosis.remedies.short_training import STEPS, ShortTraining, clearly_better
 from stabkit.diagnosis.remedies.trial import Trial, is_stretch
@@ -151,22 +151,13 @@ def of_no_help(suspect: Finding, plain: ShortTraining, tries: Sequence[Remedy]) 
 def of_no_use(suspect: Finding, ends: tuple[ShortTraining | None, ShortTraining]) -> Finding:
     """A weight of odd size that training does not mind, and gains nothing by when it is changed."""
     treated, plain = ends
-    return replace(
-        suspect,
-        severity="info",
-        evidence=f"{suspect.evidence}; {STEPS} steps of {plain.optimizer} take the loss {plain} as it is, {treated} "
-        "with weights of the usual size",
-        remedy="none is needed: it trains as well as it is, or better",
-        actions=(),
+    steps = (
+        f"{STEPS} steps of {plain.optimizer} take the loss {plain} as it is, {treated} with weights of the usual size"
     )
+    return as_fact(suspect, steps, "none is needed: it trains as well as it is, or better")
 
 
 def as_made(suspect: Finding, known: Known) -> Finding:
     """A suspect that is nothing but a known initialisation."""
-    return replace(
-        suspect,
-        severity="info",
-        evidence=f"{suspect.evidence}; it comes of {known.words}, and is gone with weights of ordinary size there",
-        remedy="none is needed: training moves these weights first",
-        actions=(),
-    )
+    words = f"it comes of {known.words}, and is gone with weights of ordinary size there"
+    return as_fact(suspect, words, "none is needed: training moves these weights first")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,3 +26,8 @@ class TrainingRun:
     loss: Any
     call: ForwardPass
     done: TrainingPass
+
+    def share(self, paths: Iterable[str]) -> float:
+        """How much of all numbers that are to be trained some parameters hold."""
+        sizes = {path: parameter.numel() for path, parameter in self.done.parameters.items()}
+        return sum(sizes[path] for path in paths) / max(1, sum(sizes.values()))

@@ -13,6 +13,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 import numpy.typing as npt
 
+from stabkit.diagnosis.finding import Finding
+from stabkit.diagnosis.kinds import leading
 from stabkit.diagnosis.thresholds import Thresholds
 from stabkit.statistics import mean_interval
 
@@ -102,6 +104,20 @@ def judged_harmless(verdict: Verdict, why: str) -> Verdict:
     return replace(verdict, name="drift", summary=f"Drift: {change}, and the model learns all the same: {why}.")
 
 
+_NOTHING = "; by itself it asks for nothing"
+
+
+def led_by_findings(verdict: Verdict, findings: Sequence[Finding]) -> Verdict:
+    """A verdict whose summary begins with the worst finding, where that is a warning or more and another matter."""
+    worst = leading(verdict.name, findings)
+    if worst is None:
+        return verdict
+    place = f" at {worst.module_path}" if worst.module_path else ""
+    depth = verdict.summary[:1].lower() + verdict.summary[1:].replace(_NOTHING, "")
+    said = f"{worst.severity.capitalize()}{place}: {worst.evidence.split('; ')[0]}. Depth alone: {depth}"
+    return replace(verdict, summary=said)
+
+
 def _too_few(blocks: int, count: int) -> str:
     """Why growth over so few blocks says nothing."""
     if blocks == 0:
@@ -156,8 +172,7 @@ def _summary(name: str, growth: float, count: int, thresholds: Thresholds) -> st
     return {
         "stable": f"Stable: {change}.",
         "drift": f"Drift: {change}. That is more than the factor of {factor(thresholds.stable)} that counts as stable, "
-        f"and less than the {factor(thresholds.explosion)} from which a finding is made of it; by itself it asks for "
-        "nothing.",
+        f"and less than the {factor(thresholds.explosion)} from which a finding is made of it{_NOTHING}.",
         "exploding": f"Exploding: {change}.",
         "vanishing": f"Vanishing: {change}.",
         "inconclusive": f"Inconclusive: {change}, but the samples disagree; analyse more of them.",

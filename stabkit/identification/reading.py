@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from stabkit.identification.evidence.confirmation import Check, commutator, defect
+from stabkit.identification.evidence.for_every_input import holding
 from stabkit.identification.evidence.reproduction import confirmed
 from stabkit.identification.fields.composites import as_one_field, with_composite_fields
 from stabkit.identification.fields.field_values import chains_of_other_fields
@@ -18,10 +19,8 @@ from stabkit.identification.form.normal_form import NormalForm, Stage
 from stabkit.identification.form.skip_past_norms import measured_skip, skip_past_norms, with_fixed_norms
 from stabkit.identification.form.slots import Slots
 from stabkit.identification.form.tableau import Blocks, blocks
-from stabkit.identification.form.unseen import routed, unseen
 from stabkit.identification.names.sequences import name_sequence, says_less
 from stabkit.identification.names.single import NO_STEP, Name, name_one_state
-from stabkit.identification.names.step_size import NUMBER
 from stabkit.identification.names.weighed import gates_of_stages, name_weighed
 from stabkit.identification.record import Identification, nothing, record_of
 from stabkit.identification.steps.additions import depends_on_input, last_sum, linear_links, notes_of_sums, with_mean
@@ -38,7 +37,7 @@ from stabkit.identification.steps.around_addition import (
 )
 from stabkit.identification.steps.change_of_space import change_of_space
 from stabkit.identification.steps.coupled import coupled
-from stabkit.identification.steps.couplings import coupling, is_affine_coupling, mixed_coupling
+from stabkit.identification.steps.couplings import coupling, is_affine_coupling, mixed_coupling, with_couplings
 from stabkit.identification.steps.diffusion import as_diffusion
 from stabkit.identification.steps.exponential_steps import by_coordinates
 from stabkit.identification.steps.forks_and_joins import holds_a_step, step_inside
@@ -80,22 +79,29 @@ def read(around: Surroundings, start: int, stop: int) -> Identification:
         return history
     found = around.slots(start, stop)
     record = _read(around, found, start, stop)
+    return _with_doubts(around, found, record)
+
+
+def read_states(around: Surroundings, found: Slots, steps: tuple[int, ...]) -> Identification:
+    """The method that leads from some values within a flow to others, which may lie inside of its steps."""
+    return _with_doubts(around, found, _of_slots(around, found, steps))
+
+
+def _with_doubts(around: Surroundings, found: Slots, record: Identification) -> Identification:
+    """A record with less sure evidence where the graph holds this input's path alone, or less than the values."""
+    start, stop = record.steps[0], record.steps[-1] + 1
     shifts = record.name == "projection shortcut" or (record.skip or 0.0) not in (0.0, 1.0)
     if shifts and begins_at_constants(around.flow, start, stop):
         why = "a solver begins at a constant here: what the steps start from is an input of its field, and no state"
         return nothing(record.steps, "unknown", why, "unknown")
-    if record.evidence != "proven" or (record.method is None and not holds_a_step(record)):
+    if record.evidence != "proven" or not (_claims_numbers(record) or holds_a_step(record)):
         return record
-    chosen, cut = routed(around, start, stop, found), unseen(around, start, stop, found)
-    if chosen:
-        why = f"data choose which entries take part ({', '.join(chosen)}): the branches are those of this input"
-    elif cut:
-        why = f"{', '.join(cut)} cuts the gradient beside the state: this is the step of gradients, not of values"
-        if record.convention == NUMBER:
-            record = replace(record, convention=f"{NUMBER} here, and may be made of the data off the graph")
-    else:
-        return record
-    return replace(record, evidence="measured", notes=(why, *record.notes))
+    return holding(around, record, found, lambda other: _read(other, other.slots(start, stop), start, stop))
+
+
+def _claims_numbers(record: Identification) -> bool:
+    """Whether a record says by which numbers states and fields are combined."""
+    return record.method is not None or record.skip is not None or record.step_size is not None
 
 
 def _read(around: Surroundings, found: Slots, start: int, stop: int) -> Identification:
@@ -124,7 +130,7 @@ def _of_slots(around: Surroundings, found: Slots, steps: tuple[int, ...]) -> Ide
         whole = around.whole(start, stop, replace(found, sources=before, targets=after, split=False))
         if is_affine_coupling(whole):
             return coupling(steps)
-        streams = mixed_streams(around.flow, start, stop, whole) if record.name == "unnamed" else None
+        streams = mixed_streams(whole) if record.name == "unnamed" else None
         if streams is not None:  # split off and mixed again
             return _of_streams(streams, steps)
     return coupled(around, found, steps, record, _one_state)
@@ -214,7 +220,7 @@ def _without_skip(around: Surroundings, found: Slots, links: Sequence[Link], ste
     hidden = hidden_skip(whole)
     if hidden is not None:
         return measured_skip(hidden, steps)
-    streams = mixed_streams(around.flow, steps[0], steps[-1] + 1, whole)
+    streams = mixed_streams(whole)
     if streams is not None:
         return _of_streams(streams, steps)
     threshold = learned_threshold(around.flow, steps, links)
@@ -402,6 +408,7 @@ def _read_sums(around: Surroundings, found: Slots, links: Sequence[Link], steps:
     if "gate" in kinds and is_affine_coupling(around.whole(steps[0], steps[-1] + 1, found)):
         found_one = coupling(steps)
         record = replace(found_one, after=record.after, notes=(*found_one.notes, *record.notes))
+    record = with_couplings(record, sums)
     record = with_fed_step(with_predicted_step(with_mean(record, sums), sums), around, sums)
     return with_noise(with_randomness(record, sums), [link.form for link in links])
 

@@ -123,11 +123,9 @@ class Identification(Result):
         return {**named, "tableau": tableau or None}
 
 
-def nothing(
-    steps: tuple[int, ...], name: str, why: str, evidence: str, *, after: tuple[str, ...] = (), system: str = "none"
-) -> Identification:
+def nothing(steps: tuple[int, ...], name: str, why: str, evidence: str, *, system: str = "none") -> Identification:
     """The record of steps in which no method was read."""
-    return Identification(name, None, None, None, "none", evidence, None, steps, after, (why,), system)
+    return Identification(name, None, None, None, "none", evidence, None, steps, (), (why,), system)
 
 
 def record_of(

@@ -34,6 +34,7 @@ from stabkit.monitor.ranks import TrainingRanks
 from stabkit.monitor.rates import RateWatch
 from stabkit.monitor.record import Look, Record
 from stabkit.monitor.rules import AlertRules
+from stabkit.monitor.scaling import gradient_scale, is_unscaled
 from stabkit.monitor.updates import UpdateSampler
 from stabkit.monitor.writers import Writer, open_writers
 from stabkit.tracing.recording.wrappers import unwrap
@@ -73,7 +74,8 @@ class Monitor:
         closure: returns the loss of a fixed batch, ``lambda: cross_entropy(model(x), y)``, without ``backward``; with
             it and one optimizer the sharpness is measured, and a rate that it does not bear is an alert before the loss
             blows up. The model and its random state are left as they are. Some 100 samples will do; without a closure
-            the curvature along updates is measured now and then, from two gradients of two batches, which is noisy.
+            the curvature along updates is measured now and then, from two gradients of two batches, and so noisy. That
+            gradients are clipped before `step` is seen; what is done to them after it is not.
         sharpness_every: training steps between two measurements, each of at most 4 products with the Hessian (on a CPU
             11 to 15 times the price of a gradient on the closure's batch), every 10th of 10 to 40; more often only in
             the first steps and where the rate is raised beyond the edge of stability.
@@ -155,10 +157,14 @@ class Monitor:
         self._writers: list[Writer] = open_writers(writers, self.directory) if self._ranks.first else []
         self._capsules = CapsuleStore(self.directory, capsules, inner, model_factory, self._ranks)
         probing = preset != "economy" and self._ranks.first
-        self._rates = RateWatch(model, optimizers, closure, sharpness_every, rules, seed) if closure else None
-        if not self._ranks.first:
+        self._rates, self._foresight = None, None
+        if closure is not None:
+            together = self._ranks.together
+            self._rates = RateWatch(model, optimizers, closure, sharpness_every, rules, seed, together=together)
+        if self._ranks.first:
+            self._foresight = Foresight(inner, optimizers, rules)
+        else:
             self._rates = None
-        self._foresight = Foresight(inner, optimizers, rules) if self._ranks.first else None
         self._look: Look | None = None
         self._unrecorded: list[Finding] = []  # found since the last record
         self._probe = Probe(inner, preset, probe_every, seed) if probing else None
@@ -186,11 +192,15 @@ class Monitor:
         self._off = False
         if self._due(self._step):
             self._switch_on(self._step)
+        if self._rates is not None:
+            self._rates.attach(self._step)
 
     def detach(self) -> None:
         """Stop watching: no hook stays behind. `attach` starts again."""
         self._off = True
         self._switch_off()
+        if self._rates is not None:
+            self._rates.detach()
 
     def close(self) -> None:
         """Detach and close the writers; what was recorded stays readable."""
@@ -232,7 +242,7 @@ class Monitor:
         listed = [parameters] if isinstance(parameters, Tensor) else list(parameters)
         recording = self._hooks.measurement is not None
         if self._foresight is not None and not self._off:
-            self._foresight.before_clipping(self._scale())
+            self._foresight.before_clipping(gradient_scale(self._scaler))
         total, clipped = clip(listed, max_norm, norm_type, error_if_nonfinite, foreach, recording=recording)
         if clipped is not None:
             self._clipped.append(clipped)
@@ -293,11 +303,12 @@ class Monitor:
 
     def _look_ahead(self, loss: Tensor | float | None) -> None:
         assert self._foresight is not None
-        self._between_records(self._foresight.look(self._step, loss, self._scale(), self._recording))
+        self._between_records(self._foresight.look(self._step, loss, gradient_scale(self._scaler), self._recording))
 
     def _look_at_rates(self) -> None:
         assert self._rates is not None
-        look, findings = self._rates.look(self._step)
+        scale = getattr(self._scaler, "_scale", None) if is_unscaled(self._scaler) else None
+        look, findings = self._rates.look(self._step, 1.0 if scale is None else float(scale))
         self._look = look or self._look
         self._between_records(findings)
 
@@ -313,7 +324,7 @@ class Monitor:
             measurement,
             loss=loss,
             scale=getattr(self._scaler, "_scale", None),
-            unscaled=self._unscaled(),
+            unscaled=is_unscaled(self._scaler),
             clipped=self._clipped,
             updates=self._updates.take(),
         )
@@ -396,19 +407,6 @@ class Monitor:
             for callback in tuple(self._on_alert):
                 if not self._part("a callback on alerts", partial(callback, finding)):
                     self._on_alert.remove(callback)
-
-    def _scale(self) -> Tensor | float:
-        """What the gradients are multiplied by at present."""
-        scale = getattr(self._scaler, "_scale", None)
-        return 1.0 if scale is None or self._unscaled() else scale
-
-    def _unscaled(self) -> bool:
-        """Whether ``scaler.unscale_`` has been called for the optimizers in this step."""
-        states = getattr(self._scaler, "_per_optimizer_states", None)
-        if states is None:
-            return True
-        stages = [state["stage"] for state in states.values()]
-        return any(getattr(stage, "name", "") in ("UNSCALED", "STEPPED") for stage in stages)
 
     def _switch_on(self, step: int) -> None:
         if self._failed:

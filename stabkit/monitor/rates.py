@@ -14,6 +14,7 @@ from stabkit.errors import ArgumentError, TraceError
 from stabkit.monitor.parameters import is_sharded
 from stabkit.monitor.record import Look
 from stabkit.monitor.rules import AlertRules
+from stabkit.monitor.shortening import Shortening
 
 _ROSE = 1.05  # of the rate since the last look, at the edge: time for another
 _AGAIN = 0.5  # of the first loss: one that has grown back to that has lost what was learnt
@@ -34,6 +35,7 @@ class RateWatch:
         every: training steps between two looks.
         rules: when it is an alert.
         seed: of what the model draws.
+        together: whether other processes take part, whose mean of gradients would be mistaken for clipping.
 
     Raises:
         ArgumentError: there is not exactly one optimizer, or the parameters are spread over processes.
@@ -47,6 +49,8 @@ class RateWatch:
         every: int,
         rules: AlertRules | None,
         seed: int,
+        *,
+        together: bool = False,
     ) -> None:
         if len(optimizers) != 1:
             raise ArgumentError(
@@ -59,16 +63,42 @@ class RateWatch:
         self._tracker = SharpnessTracker(model, closure, self._optimizer, seed=seed)
         self._every, self._rules = every, rules or AlertRules()
         self._gap, self._last = 1, -1
+        self._shortening = None if together else Shortening(model)
         self._before: TrackedSharpness | None = None
         self._first: float | None = None
         self._suspect: float | None = None  # the loss of a look that was beyond the edge with a loss that had grown
         self._losses: list[float] = []
         self._said = False
 
-    def look(self, step: int) -> tuple[Look | None, list[Finding]]:
-        """A measurement where it is time for one, and what follows from it; call it before the optimizer's step."""
+    def attach(self, step: int) -> None:
+        """Be ready for a training step: where a look is due, the gradient is noted as it is made."""
+        if self._shortening is not None and self._due(step):
+            self._shortening.on()
+
+    def detach(self) -> None:
+        """No hook stays behind."""
+        if self._shortening is not None:
+            self._shortening.off()
+
+    def look(self, step: int, scale: float = 1.0) -> tuple[Look | None, list[Finding]]:
+        """A measurement where it is time for one, and what follows from it; call it before the optimizer's step.
+
+        Args:
+            step: the training step.
+            scale: by what a loss scaler has divided the gradients since they were made.
+        """
+        shortened = 1.0 if self._shortening is None else self._shortening.factor(scale)
+        self.detach()
+        found = self._looked(step, shortened)
+        self.attach(step + 1)
+        return found
+
+    def _due(self, step: int) -> bool:
+        return step % self._every == 0 or step >= self._last + self._gap
+
+    def _looked(self, step: int, shortened: float) -> tuple[Look | None, list[Finding]]:
         rose = self._rose()
-        if not (rose or step % self._every == 0 or step >= self._last + self._gap):
+        if not (rose or self._due(step)):
             return None, []
         try:
             found = self._tracker.measure()
@@ -81,7 +111,7 @@ class RateWatch:
         before, self._before, self._last = self._before, found, step
         leapt = before is not None and found.ratio > max(self._rules.edge, _LEAPT * before.ratio)
         self._gap = 1 if rose or leapt else min(2 * self._gap, self._every)
-        look = Look(step, found)
+        look = Look(step, found, shortened)
         return look, self._judge(look)
 
     def _rose(self) -> bool:
@@ -101,16 +131,16 @@ class RateWatch:
         self._losses = [*self._losses[-rules.warmup :], found.loss]
         # of a loss that has become small a few batches make several times as much, at the edge of stability
         grown = found.loss / lowest if lowest > 0 and found.loss > _AGAIN * self._first else 1.0
-        if found.ratio < rules.edge:
+        if look.ratio < rules.edge:
             self._said = False
-        growing = found.ratio > rules.edge and grown > rules.grown
+        growing = look.ratio > rules.edge and grown > rules.grown
         # a spike that comes down by itself is the edge's own; where the loss is larger still at the next step it is not
         goes_on = growing and self._suspect is not None and found.loss > self._suspect
         self._suspect = found.loss if growing else None
         if growing:
             self._gap = 1
-        above = found.ratio > rules.rate or goes_on
-        if self._said or not above or math.isnan(found.ratio):
+        above = look.ratio > rules.rate or goes_on
+        if self._said or not above or math.isnan(look.ratio):
             return []
         self._said = True
         return [_finding(look, grown if grown > rules.grown else 1.0)]
@@ -124,6 +154,11 @@ def _finding(look: Look, grown: float) -> Finding:
         f"largest stable one, {found.largest_stable_lr:.3g}: the curvature of the loss is {found.sharpness:.4g}, most "
         f"of it ({found.share:.0%}) in {block}, and this rate bears {found.threshold:.4g}"
     )
+    if look.shortened < 1.0:
+        evidence += (
+            f"; the gradient is shortened to {look.shortened:.2g} of its length before the step, such as by clipping, "
+            f"which leaves {look.ratio:.3g}"
+        )
     if grown > 1.0:
         evidence += f"; the loss has grown by a factor of {grown:.2g}"
     return Finding(

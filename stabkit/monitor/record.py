@@ -131,13 +131,21 @@ class Look(Result):
     Attributes:
         step: the training step.
         found: what was measured.
+        shortened: the part of its length that the gradient had at ``monitor.step``, such as by clipping before it; 1
+            where it was whole, or where that was not looked at.
     """
 
     step: int
     found: TrackedSharpness
+    shortened: float = 1.0
+
+    @property
+    def ratio(self) -> float:
+        """The ratio of an update that is so much shorter."""
+        return self.found.ratio * self.shortened
 
     def _contents(self) -> dict[str, Any]:
-        return {"step": self.step, **vars(self.found)}
+        return {"step": self.step, "shortened": self.shortened, **vars(self.found)}
 
     def scalars(self) -> dict[str, float]:
         """The numbers that are logged beside those of a record."""

@@ -11,12 +11,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from stabkit.operators.coloring import Reach, axis_colors
 from stabkit.operators.linear_map import LinearMap, Shapes
 
 _SHORT = 16  # an axis of so few indices is probed index by index
 _LONGEST = 16_384  # a longer axis is not looked at: its table of reaches would not fit
 _PROBES = 32  # products at once
+Reach = tuple[tuple[np.ndarray, ...], ...]
+"""For every column tensor and axis a boolean table: which of its indices the indices of a row axis reach."""
+
+_MOST_EDGES = 500_000  # above, the greedy coloring would take longer than it can save
 
 
 @dataclass(frozen=True)
@@ -61,17 +64,13 @@ class Pattern:
         )
 
 
-def find_pattern(J: LinearMap, *, seed: int = 0) -> Pattern:
+def find_pattern(J: LinearMap) -> Pattern:
     """The pattern of a Jacobian, the union over its samples, from few products J^T U.
 
     The cotangent of a probe is random on all rows with one index along one axis, and zero elsewhere. What it reaches is
     the union of what these rows reach: sums of products with random numbers vanish by accident with probability zero.
     The middle of an axis and its ends are tried first; if they reach the same, the axis is let be. On long axes many
     indices that reach far-apart places are probed together.
-
-    Args:
-        J: the operator.
-        seed: the seed of the random cotangents.
 
     Example:
         >>> import torch
@@ -80,7 +79,7 @@ def find_pattern(J: LinearMap, *, seed: int = 0) -> Pattern:
         >>> pattern.reaches[0][0][0][0].astype(int).tolist()[1]
         [0, 1, 0, 0, 0]
     """
-    prober = _Prober(J, seed)
+    prober = _Prober(J)
     reaches = []
     for tensor, shape in enumerate(J.row_shapes):
         size = math.prod(shape)
@@ -96,11 +95,11 @@ def full_pattern(J: LinearMap) -> Pattern:
 class _Prober:
     """Probes of one operator, counted."""
 
-    def __init__(self, J: LinearMap, seed: int) -> None:
+    def __init__(self, J: LinearMap) -> None:
         self.J = J
         self.count = 0
         batch, m, _ = J.shape
-        generator = torch.Generator().manual_seed(seed)
+        generator = torch.Generator().manual_seed(0)
         self._weights = torch.randn(batch, m, generator=generator).to(dtype=J.dtype, device=J.device)
         self._starts = np.cumsum([0, *(math.prod(shape) for shape in J.row_shapes)])
 
@@ -237,3 +236,68 @@ def _half_width(table: np.ndarray, tried: np.ndarray, size: int) -> float | None
     farthest = float(np.abs(places - _centres(size, n)[tried[which]]).max())
     allowed = farthest + max(1.0, 0.25 * farthest, n / size)
     return allowed if 4 * allowed < n else None
+
+
+def axis_colors(reach: Reach) -> np.ndarray:
+    """A color for every index of an axis; indices of one color reach no common column.
+
+    One product with the sum of the rows of a group gives all their entries (Curtis, Powell and Reid 1974); two rows
+    that share a column are neighbours at distance two in the bipartite graph of rows and columns, so that this is a
+    distance-two coloring (Gebremedhin, Manne and Pothen 2005).
+
+    Equally spaced colors are taken where they need as few as any coloring, as on the axes of a convolution; otherwise
+    the better of these and networkx's greedy coloring.
+
+    Args:
+        reach: what each index reaches, as in `Pattern`.
+
+    Example:
+        >>> import numpy as np
+        >>> band = np.abs(np.subtract.outer(np.arange(7), np.arange(7))) <= 1
+        >>> axis_colors(((band,),)).tolist()
+        [0, 1, 2, 0, 1, 2, 0]
+    """
+    conflicts = _conflicts(reach)
+    size = len(conflicts)
+    first, second = np.nonzero(np.triu(conflicts, 1))
+    if not len(first):
+        return np.zeros(size, dtype=np.int64)
+    periodic = np.arange(size) % _period(np.unique(second - first), size)
+    enough = periodic.max() + 1 <= _most_on_one_column(reach)
+    if enough or len(first) > _MOST_EDGES or len(first) == size * (size - 1) // 2:
+        return periodic
+    greedy = _greedy(size, first, second)
+    return greedy if greedy.max() < periodic.max() else periodic
+
+
+def _conflicts(reach: Reach) -> np.ndarray:
+    """Which two indices reach a common column: in some tensor, a common index along every axis."""
+    size = len(reach[0][0])
+    conflicts = np.zeros((size, size), dtype=bool)
+    for tables in reach:
+        common = np.ones((size, size), dtype=bool)
+        for table in tables:
+            dense = table.astype(np.float32)
+            common &= dense @ dense.T > 0
+        conflicts |= common
+    return conflicts
+
+
+def _most_on_one_column(reach: Reach) -> int:
+    """How many indices reach a column at most; where this is attained, that many colors are needed."""
+    return max(min(int(table.sum(0).max()) for table in tables) for tables in reach)
+
+
+def _period(distances: np.ndarray, size: int) -> int:
+    """The smallest period none of whose multiples is a distance between indices in conflict."""
+    return next((p for p in range(2, size) if not (distances % p == 0).any()), size)
+
+
+def _greedy(size: int, first: np.ndarray, second: np.ndarray) -> np.ndarray:
+    import networkx as nx
+
+    graph = nx.Graph()
+    graph.add_nodes_from(range(size))
+    graph.add_edges_from(zip(first.tolist(), second.tolist(), strict=True))
+    found = nx.greedy_color(graph, strategy="largest_first")
+    return np.array([found[index] for index in range(size)], dtype=np.int64)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from matplotlib.figure import Figure
 
 from stabkit.plotting.attribution import attribution
-from stabkit.plotting.discs import sliding_disc
+from stabkit.plotting.discs import ridgelines, sliding_disc
 from stabkit.plotting.exponents import (
     alignment_index,
     covariant_angles,
@@ -30,7 +30,6 @@ from stabkit.plotting.profile import compare, gradients, growth, norms
 from stabkit.plotting.pseudospectra import numerical_range, pseudospectra
 from stabkit.plotting.records import training
 from stabkit.plotting.region import region
-from stabkit.plotting.ridgelines import ridgelines
 from stabkit.plotting.style import figure_of, render, side_by_side
 from stabkit.plotting.sweep import margin, step_growth, total_growth
 from stabkit.plotting.update import update, updates

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING
@@ -15,8 +15,6 @@ from stabkit.integrators import GeneralLinearMethod
 
 if TYPE_CHECKING:
     from stabkit.report.schema import StepReport
-
-Blocks = Mapping[str, Sequence[Sequence[float]]]
 
 
 @dataclass(frozen=True)

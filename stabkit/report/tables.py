@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from stabkit import tables
 from stabkit.diagnosis import factor
+from stabkit.diagnosis.kinds import headline
 from stabkit.errors import ReportError
 from stabkit.report.formats import figures, middle, printable, signed, steps_named
 from stabkit.report.shown import flat, flat_names, shown_fields
@@ -118,7 +119,13 @@ def plain(report: ReportFields, width: int = 100) -> str:
     rows += [[column.cell(step) for column in chosen] for step in report.steps]
     words = {place for place, column in enumerate(chosen) if column.is_text}
     table = tables.aligned(rows, words, GAP)
-    head = [f"{report.model}: {report.verdict.upper()}", report.summary, *reason(report), origin(report), ""]
+    head = [
+        f"{report.model}: {headline(report.verdict, report.findings)}",
+        report.summary,
+        *reason(report),
+        origin(report),
+        "",
+    ]
     updates = training(report)
     tail = [
         "",

@@ -14,8 +14,8 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from stabkit.diagnosis import SEVERITIES, VERDICTS, Finding
-from stabkit.diagnosis.kinds import Tone
+from stabkit.diagnosis import SEVERITIES, Finding
+from stabkit.diagnosis.kinds import Tone, headline, headline_tone
 from stabkit.report import tables
 from stabkit.report.formats import printable, steps_named
 from stabkit.report.schema import ReportFields
@@ -45,8 +45,8 @@ def render(report: ReportFields, width: int) -> RenderableType:
 
 def answer(model: str, verdict: str, summary: str, findings: Sequence[Finding]) -> RenderableType:
     """What is known before any spectrum: the verdict and the findings."""
-    color = f"bold {_COLORS[VERDICTS[verdict].tone]}"
-    head = Text.assemble(plain_text(model, "bold"), ": ", (verdict.upper(), color), "\n")
+    color = f"bold {_COLORS[headline_tone(verdict, findings)]}"
+    head = Text.assemble(plain_text(model, "bold"), ": ", (headline(verdict, findings), color), "\n")
     head.append_text(plain_text(summary))
     return Group(head, *map(_finding, findings))
 

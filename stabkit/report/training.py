@@ -117,13 +117,16 @@ class TrainingReport(Result):
         threshold: the largest curvature that updates bear at the present rate.
         ratio: ``preconditioned`` over ``threshold``; full-batch training hovers at 1 by itself.
         largest_stable_rate: the rate at which the ratio is 1.
+        largest_rate_ahead: the largest rate that a schedule has to come; None where none was given.
+        steps_to_largest_rate: in how many steps of the schedule.
+        schedule: both in words, beside the largest stable rate of now.
         critical_rate: the rate at which the coming update leaves the loss where it is; beyond it, the loss rises.
         loss_after: the loss after the coming update at the present rate.
         blocks: where the steepest direction lies, the largest share first.
         growth_behind: growth of the gradient over the steps behind the first of the blocks, nats.
         depth: that block, its share and how the gradient grew on the way to it, in a sentence.
-        updates: real updates, at the present rate where something made it doubtful, then at the rate that a finding
-            proposes.
+        updates: real updates, at the present rate where something made it doubtful, then at lower ones that were
+            tried beside it, or that a finding proposes.
         n_products: products with the Hessian.
         notes: what could not be had and why, and how it was measured.
     """
@@ -150,6 +153,9 @@ class TrainingReport(Result):
         "Ratio", lambda record: "" if record.ratio is None else figures(record.ratio), default=None, aside=_stable
     )
     largest_stable_rate: float | None = None
+    largest_rate_ahead: float | None = None
+    steps_to_largest_rate: int | None = None
+    schedule: str = shown("Schedule", lambda record: record.schedule, default="")
     critical_rate: float | None = shown("Critical rate", _critical, default=None, aside=_after)
     loss_after: float | None = None
     blocks: tuple[BlockShare, ...] = shown("Steepest in", _blocks, default=(), aside=_alone)

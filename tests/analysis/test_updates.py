@@ -139,3 +139,36 @@ def test_an_optimizer_alone_or_of_another_model_is_refused():
         stabkit.analyze(made()[0], x, loss=loss, optimizer=optimizer)
     with pytest.raises(ArgumentTypeError, match=r"torch\.nn\.Module"):
         stabkit.analyze(lambda x: model(x), x, loss=loss, optimizer=optimizer)
+
+
+def test_the_largest_rate_to_come_stands_beside_the_largest_stable_one():
+    model, x, loss = made()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 0.01, 1.0, 20)
+    rate = optimizer.param_groups[0]["lr"]
+    found = stabkit.analyze(model, x, loss=loss, optimizer=optimizer, scheduler=schedule, spectrum="none").training
+    assert optimizer.param_groups[0]["lr"] == rate == found.learning_rate
+    assert (found.largest_rate_ahead, found.steps_to_largest_rate) == (pytest.approx(0.5), 20)
+    assert f"{0.5 / found.largest_stable_rate:.2g} times what is stable now" in found.schedule
+    assert "the schedule climbs to 0.5 in 20 steps" in str(found) or "climbs to 0.5" in found.schedule
+    untold = stabkit.analyze(model, x, loss=loss, optimizer=optimizer, spectrum="none").training
+    assert untold.largest_rate_ahead is None
+    assert any("scheduler= was not given" in note for note in untold.notes)
+
+
+def test_a_schedule_of_another_optimizer_is_refused_before_the_analysis():
+    model, x, loss = made()
+    first, second = (torch.optim.SGD(model.parameters(), lr=0.5) for _ in range(2))
+    schedule = torch.optim.lr_scheduler.ConstantLR(first)
+    with pytest.raises(ArgumentError, match="another optimizer"):
+        stabkit.analyze(model, x, loss=loss, optimizer=second, scheduler=schedule)
+    with pytest.raises(ArgumentError, match="no optimizer"):
+        stabkit.analyze(model, x, loss=loss, scheduler=schedule)
+
+
+def test_a_rate_in_doubt_is_told_to_be_that_of_the_whole_gradient():
+    report, model, x, loss = analysed(lambda p: torch.optim.SGD(p, lr=60.0))
+    size = torch.cat([g.flatten() for g in torch.autograd.grad(loss(model(x)), list(model.parameters()))]).norm()
+    assert any(f"whose norm is {float(size):.3g}" in note and "clipping" in note for note in report.training.notes)
+    report, *_ = analysed(lambda p: torch.optim.SGD(p, lr=0.01))
+    assert not any("clipping" in note for note in report.training.notes)

@@ -87,3 +87,117 @@ def test_a_rate_that_is_no_step_is_refused(rate):
     for measure in (sharpness, critical_rate):
         with pytest.raises(StabkitError):
             measure(model, X, loss=entropy, optimizer=optimizer)
+
+
+class Lion(torch.optim.Optimizer):
+    def __init__(self, params, lr=1e-2):
+        super().__init__(params, {"lr": lr, "betas": (0.9, 0.99)})
+
+    @torch.no_grad()
+    def step(self):
+        for p in (p for group in self.param_groups for p in group["params"] if p.grad is not None):
+            moment = self.state[p].setdefault("exp_avg", torch.zeros_like(p))
+            p.sub_(0.01 * (0.9 * moment + 0.1 * p.grad).sign())
+            moment.mul_(0.99).add_(p.grad, alpha=0.01)
+
+
+class Counting(torch.optim.SGD):
+    """Makes the updates of its base, and counts them."""
+
+    made = 0
+
+    def step(self, closure=None):
+        self.made += 1
+        return super().step(closure)
+
+
+class Halving(torch.optim.SGD):
+    """Makes half the updates of its base."""
+
+    def step(self, closure=None):
+        before = [p.detach().clone() for p in self.param_groups[0]["params"]]
+        super().step(closure)
+        with torch.no_grad():
+            for p, old in zip(self.param_groups[0]["params"], before, strict=True):
+                p.lerp_(old, 0.5)
+
+
+class Named(torch.optim.Optimizer):
+    def __init__(self, params):
+        super().__init__(params, {"lr": 0.1})
+
+
+Named.__name__ = "Adam"
+WITHOUT = {
+    "Lion": Lion,
+    "Muon": lambda p: torch.optim.Muon([q for q in p if q.dim() == 2], lr=0.1),
+    "a name alone": Named,
+    "a step of its own": lambda p: Halving(p, lr=0.1),
+    "RAdam": torch.optim.RAdam,
+    "ASGD": torch.optim.ASGD,
+    "Rprop": torch.optim.Rprop,
+    "Adadelta": torch.optim.Adadelta,
+    "Adafactor": torch.optim.Adafactor,
+}
+
+
+@pytest.mark.parametrize("name", WITHOUT)
+def test_an_optimizer_without_a_threshold_is_refused_and_its_coming_update_is_not(name):
+    model = mlp()
+    optimizer = WITHOUT[name](model.parameters())
+    with pytest.raises(StabkitError, match="no threshold in curvature is known"):
+        sharpness(model, X, loss=entropy, optimizer=optimizer)
+    if name != "a name alone":
+        assert critical_rate(model, X, loss=entropy, optimizer=trained(model, optimizer)).factor > 0
+
+
+@pytest.mark.parametrize("options", [{"momentum": 0.9}, {"maximize": True}, {"weight_decay": 0.1, "nesterov": False}])
+def test_a_class_of_ones_own_that_makes_the_updates_of_its_base_has_its_threshold(options):
+    model = mlp()
+    own, base = (kind(model.parameters(), lr=0.1, **options) for kind in (Counting, torch.optim.SGD))
+    found = [sharpness(model, X, loss=entropy, optimizer=optimizer).threshold for optimizer in (own, base)]
+    assert found[0] == found[1]
+    assert own.made == 0
+
+
+@pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.Adam, torch.optim.RMSprop, torch.optim.Adagrad])
+def test_what_climbs_one_loss_has_the_ratio_of_what_goes_down_minus_it(kind):
+    ratios = []
+    for sign in (1.0, -1.0):
+        model = mlp()
+        optimizer = kind(model.parameters(), lr=0.1, maximize=sign < 0)
+        for _ in range(3):
+            optimizer.zero_grad()
+            (sign * entropy(model(X))).backward()
+            optimizer.step()
+        ratios.append(sharpness(model, X, loss=lambda out, s=sign: s * entropy(out), optimizer=optimizer).ratio)
+    assert ratios[0] == pytest.approx(ratios[1], rel=1e-6)
+    assert ratios[0] > 0
+
+
+FLAGS = ("foreach", "fused", "capturable", "differentiable")
+
+
+@pytest.mark.parametrize("flag", FLAGS)
+@pytest.mark.parametrize("kind", [torch.optim.AdamW, torch.optim.NAdam, torch.optim.Adamax, torch.optim.Adagrad])
+def test_how_an_update_is_computed_is_no_part_of_it(kind, flag):
+    model = mlp()
+    optimizer = trained(model, kind(model.parameters(), lr=0.1), 3)
+    before = sharpness(model, X, loss=entropy, optimizer=optimizer).ratio
+    for group in optimizer.param_groups:
+        group[flag] = True
+    for state_of in optimizer.state.values():
+        state_of["step"] = torch.as_tensor(state_of["step"])
+    assert sharpness(model, X, loss=entropy, optimizer=optimizer).ratio == before
+
+
+def test_masks_of_dropout_are_held_and_told():
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(6, 5), torch.nn.Dropout(0.5), torch.nn.Linear(5, 3)).double()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    found = [sharpness(model, X, loss=entropy, optimizer=optimizer, seed=seed) for seed in (0, 0, 1)]
+    assert found[0].values == found[1].values != found[2].values
+    assert "under one draw, of seed 0" in str(found[0])
+    tracked = SharpnessTracker(model, lambda: entropy(model(X)), optimizer).measure()
+    assert tracked.sharpness == pytest.approx(found[0].values[0], rel=1e-2)
+    assert sharpness(model.eval(), X, loss=entropy, optimizer=optimizer).notes == ()

@@ -129,3 +129,31 @@ def test_a_closure_that_does_not_serve_is_refused():
     with pytest.raises(TraceError, match="without backward"):
         stepping.measure()
     assert all(torch.equal(p.grad, g) for p, g in zip(model.parameters(), kept, strict=True))
+
+
+def test_convolutions_trained_by_full_batches_hover_at_the_edge_of_stability():
+    from sklearn.datasets import load_digits
+
+    torch.manual_seed(0)
+    data = load_digits()
+    images = torch.tensor(data.data[:200] / 16, dtype=torch.float32).view(-1, 1, 8, 8)
+    targets = nn.functional.one_hot(torch.tensor(data.target[:200]), 10).float()
+    first, second = (nn.Conv2d(*channels, 3, stride=2, padding=1) for channels in ((1, 8), (8, 16)))
+    model = nn.Sequential(first, nn.Tanh(), second, nn.Tanh(), nn.Flatten(), nn.Linear(64, 10))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.3)
+
+    def loss():
+        return (model(images) - targets).square().sum(1).mean() / 2
+
+    tracker, ratios, losses = SharpnessTracker(model, loss, optimizer), [], []
+    for step in range(800):
+        optimizer.zero_grad()
+        value = loss()
+        value.backward()
+        if step % 50 == 0:
+            ratios.append(tracker.measure().ratio)
+            losses.append(float(value.detach()))
+        optimizer.step()
+    assert ratios[0] < 0.85  # it has climbed there
+    assert all(abs(ratio - 1) < 0.15 for ratio in ratios[len(ratios) // 2 :])
+    assert losses[-1] < 0.3 * losses[0]

@@ -62,7 +62,7 @@ def test_an_eps_that_float16_rounds_to_zero_is_said(kind):
     assert math.isnan(after_adam(model, x))  # which is what torch makes of it
     assert math.isfinite(after_adam(model, x, eps=1e-4))
     (told,) = found(model, x)
-    assert (told.kind, told.severity) == ("precision_loss", "warning")
+    assert (told.kind, told.severity) == ("precision_loss", "critical")
     assert "the weights are float16, in which Adam's eps of 1e-08 is zero" in told.evidence
     assert "20 steps of Adam end in what is not finite" in told.evidence
     assert "keep the weights in float32" in told.remedy

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import re
 from collections.abc import Callable
 
 import pytest
@@ -80,3 +82,31 @@ def test_where_one_to_one_is_no_different_it_is_a_fact_and_no_fault():
 
 def test_one_sample_is_not_mixed():
     assert said(lambda out: (out - Y[:1]).square().mean(), x=X[:1]) == []
+
+
+class Bellman:
+    """Squares of values of chosen actions beside targets of a network that is held, or of the one that is trained."""
+
+    def __init__(self, model: nn.Module, held: bool) -> None:
+        self.net = copy.deepcopy(model) if held else model
+        self.action = torch.randint(0, 3, (64, 1), generator=torch.Generator().manual_seed(3))
+
+    def __call__(self, out: Tensor) -> Tensor:
+        with torch.no_grad():
+            wanted = Y + 0.9 * self.net(X.flip(0)).max(1)[0]
+        return ((out.gather(1, self.action) - wanted) ** 2).mean()
+
+
+@pytest.mark.parametrize("held", [True, False])
+def test_a_trial_of_both_shapes_is_of_the_mended_loss_and_never_speaks_against_it(held: bool):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 32), nn.Tanh(), nn.Linear(32, 3))
+    loss = Bellman(model, held)
+    (found,) = [f for f in examine(stabkit.trace(model, X), loss).findings if f.kind == "loss"]
+    assert found.severity == "warning"
+    trial = re.search(r"take that to (\S+) by the loss as it is, and to (\S+) by itself", found.evidence)
+    if held:
+        assert trial is not None
+    if trial is not None:
+        as_it_is, by_itself = map(float, trial.groups())
+        assert by_itself < as_it_is

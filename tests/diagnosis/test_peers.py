@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import cProfile
 import math
 
 import numpy as np
@@ -9,8 +10,11 @@ from torch import Tensor, nn
 
 import stabkit
 from stabkit.diagnosis import examine
-from stabkit.diagnosis.blocks.peers import FLOOR, deviation
+from stabkit.diagnosis.blocks.outliers import local_findings
+from stabkit.diagnosis.blocks.peers import FLOOR, Peers, deviation
 from stabkit.diagnosis.blocks.weights import role_of
+from stabkit.diagnosis.measurement import measure
+from stabkit.diagnosis.thresholds import Thresholds
 
 
 def test_the_spread_of_the_others_is_their_standard_deviation_when_they_are_normal():
@@ -38,6 +42,37 @@ def test_nothing_among_something_is_a_fault_and_nothing_among_nothing_is_not():
 def test_two_kinds_that_take_turns_accuse_nobody():
     values = [0.0, 3.0] * 5
     assert not any(deviation(values, i).exceeds(1.0, 6.0) for i in range(10))
+
+
+def test_all_values_put_in_order_once_lie_where_each_lies_beside_the_others_alone():
+    draw = np.random.default_rng(0)
+    for count in range(1, 14):
+        for odd in ([], [math.inf], [-math.inf], [math.nan], [-math.inf, math.nan]):
+            pool = [*draw.normal(size=draw.integers(1, 9)), *odd]  # few, so that some are equal
+            values = [float(draw.choice(pool)) for _ in range(count)]
+            peers = Peers(values)
+            for index, value in enumerate(values):
+                others = np.array([other for at, other in enumerate(values) if at != index and not math.isnan(other)])
+                with np.errstate(invalid="ignore"):
+                    typical = float(np.median(others)) if len(others) else math.nan
+                    away, nearer = np.abs(others - typical), np.abs(others - value)
+                found = peers.deviation(index)
+                assert found.peers == len(others)
+                assert found.typical == pytest.approx(typical, nan_ok=True)
+                if math.isfinite(typical):
+                    assert found.spread == pytest.approx(max(1.4826 * np.median(away), FLOOR))
+                    assert found.company == np.mean((others == value) | (nearer < away))
+
+
+def test_blocks_are_held_against_their_peers_with_work_that_grows_as_they_do():
+    counts = []
+    for depth in (20, 80):
+        model = nn.Sequential(*[nn.Sequential(nn.Linear(4, 4), nn.Tanh()) for _ in range(depth)])
+        measurement = measure(stabkit.trace(model, torch.randn(2, 4)))
+        profile = cProfile.Profile()
+        profile.runcall(local_findings, measurement, Thresholds())
+        counts.append(sum(entry.callcount for entry in profile.getstats()))
+    assert counts[1] < 6 * counts[0]  # calls of functions: 4 times as many, and 9 where all are read for each
 
 
 @pytest.mark.parametrize(

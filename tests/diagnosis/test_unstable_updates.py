@@ -131,7 +131,7 @@ def test_a_ratio_above_one_that_does_no_harm_is_no_finding():
     report = analysed(model, x, y, optimizer)
     assert report.training.ratio > 1.5
     assert told(report) == []
-    assert any("no harm that was measured" in note for note in report.training.notes)
+    assert any("no harm was measured" in note and "at lower rates" in note for note in report.training.notes)
     assert report.training.updates[0].losses[-1] < report.training.loss
 
 
@@ -162,3 +162,92 @@ def test_verdicts_of_updates_do_not_change_with_the_unit_of_the_loss():
     scaled = analysed(model, x, y, larger, loss=lambda out, y: by * functional.cross_entropy(out, y))
     assert scaled.training.ratio == pytest.approx(plain.training.ratio, rel=1e-2)
     assert math.isclose(scaled.training.largest_stable_rate * by, plain.training.largest_stable_rate, rel_tol=1e-2)
+
+
+def sequences(n=32, length=8):
+    y = torch.randint(0, 4, (n,))
+    x = torch.randint(0, 40, (n, length))
+    return torch.where(torch.rand(n, length) < 0.5, 40 + 10 * y[:, None] + torch.randint(0, 10, (n, length)), x), y
+
+
+class PostNorm(nn.Module):
+    def __init__(self, norm_first=False):
+        super().__init__()
+        layer = nn.TransformerEncoderLayer(32, 4, 64, 0.0, batch_first=True, norm_first=norm_first)
+        self.table, self.head = nn.Embedding(80, 32), nn.Linear(32, 4)
+        self.layers = nn.TransformerEncoder(layer, 3, enable_nested_tensor=False)
+
+    def forward(self, x):
+        return self.head(self.layers(self.table(x)).mean(1))
+
+
+def regression(n=64):
+    x = torch.randn(n, 6)
+    return x, x[:, :1].sin() + x[:, 1:2] * x[:, 2:3]
+
+
+def perceptron(activation, depth, outputs):
+    layers = [m for _ in range(depth) for m in (nn.LazyLinear(64), activation())]
+    return nn.Sequential(*layers, nn.LazyLinear(outputs))
+
+
+def fitted(build, data, optimizer):
+    torch.manual_seed(0)
+    x, y = data()
+    model = build()
+    model(x)
+    loss = functional.cross_entropy if y.dim() == 1 else functional.mse_loss
+    return model, x, y, optimizer(model.parameters()), loss
+
+
+RUINED = {
+    "post-norm": (PostNorm, sequences, lambda p: torch.optim.Adam(p, lr=8e-2)),
+    "post-norm with decay": (PostNorm, sequences, lambda p: torch.optim.AdamW(p, lr=8e-2)),
+    "classifier": (lambda: perceptron(nn.ReLU, 4, 4), lambda: batch((16,), 64), lambda p: torch.optim.Adam(p, lr=0.4)),
+    "regression": (lambda: perceptron(nn.ReLU, 3, 1), regression, lambda p: torch.optim.Adam(p, lr=0.16)),
+    "saturated": (lambda: perceptron(nn.Tanh, 5, 1), regression, lambda p: torch.optim.Adam(p, lr=0.05)),
+}
+HIGH_BUT_WELL = {
+    "pre-norm": (lambda: PostNorm(norm_first=True), sequences, lambda p: torch.optim.Adam(p, lr=2e-2)),
+    "post-norm": (PostNorm, sequences, lambda p: torch.optim.Adam(p, lr=2e-3)),
+    "batch norms": (convolutions, lambda: batch((1, 8, 8)), lambda p: torch.optim.Adam(p, lr=5e-2)),
+    "recurrent": (Recurrent, lambda: batch((6, 4)), lambda p: torch.optim.RMSprop(p, lr=3e-2)),
+    "regression": (lambda: perceptron(nn.ReLU, 3, 1), regression, lambda p: torch.optim.Adam(p, lr=2e-2)),
+}
+
+
+@pytest.mark.parametrize("name", RUINED)
+def test_a_rate_that_leads_to_a_constant_output_is_told_beside_lower_ones_that_learn(name):
+    model, x, y, optimizer, loss = fitted(*RUINED[name])
+    (found,) = told(analysed(model, x, y, optimizer, loss=loss))
+    assert found.severity == "warning"
+    proposed = found.numbers["proposed_rate"]
+    assert proposed < optimizer.param_groups[0]["lr"]
+    assert f"{proposed:.3g}" in found.remedy
+    # the promise: with the proposed rate the loss falls far below what the best constant output leaves
+    optimizer.param_groups[0]["lr"] = proposed
+    for _ in range(20):
+        optimizer.zero_grad()
+        value = loss(model(x), y)
+        value.backward()
+        optimizer.step()
+    assert float(loss(model(x), y).detach()) < 0.5 * found.numbers["loss"]
+
+
+@pytest.mark.parametrize("name", HIGH_BUT_WELL)
+def test_high_rates_that_train_as_well_are_silent(name):
+    model, x, y, optimizer, loss = fitted(*HIGH_BUT_WELL[name])
+    assert told(analysed(model, x, y, optimizer, loss=loss)) == []
+
+
+def test_noise_of_a_loss_that_has_been_learnt_is_not_held_against_a_rate():
+    model, x, y, optimizer, loss = fitted(lambda: perceptron(nn.ReLU, 3, 1), regression, RUINED["regression"][2])
+    for step in range(300):
+        if step > 100 and step % 50 == 0:
+            report = analysed(model, x, y, optimizer, loss=loss)
+            run = report.training.updates[0].losses if report.training.updates else (1.0, 0.0)
+            assert told(report) == [] or run[-1] > run[0]
+        optimizer.zero_grad()
+        loss(model(x), y).backward()
+        optimizer.step()
+        optimizer.param_groups[0]["lr"] = 0.01

@@ -5,7 +5,9 @@ import math
 import numpy as np
 import pytest
 
-from stabkit.diagnosis import Thresholds, factor, judge, stretch_of_blocks
+from stabkit.diagnosis import Finding, Thresholds, factor, judge, stretch_of_blocks
+from stabkit.diagnosis.kinds import headline, headline_tone
+from stabkit.diagnosis.verdict import led_by_findings
 
 
 def growths(total: float, steps: int = 4, samples: int = 6, spread: float = 0.01) -> np.ndarray:
@@ -73,3 +75,40 @@ def test_stems_and_heads_are_not_judged():
 )
 def test_factors_can_be_read(growth, text):
     assert factor(growth) == text
+
+
+def finding(kind: str, severity: str, path: str = "layers.1") -> Finding:
+    return Finding(kind, severity, (1,), path, 1.0, "it does this; tried: that", "do so", "")
+
+
+@pytest.mark.parametrize("total", [0.0, 4.0, 8.0])
+@pytest.mark.parametrize(
+    ("kind", "severity"), [("mixed_samples", "warning"), ("mask", "critical"), ("loss", "warning")]
+)
+def test_the_worst_finding_leads_whatever_the_verdict_on_depth(total, kind, severity):
+    verdict = judge(growths(total), ["step"] * 4, Thresholds())
+    findings = [finding("order", "info"), finding("rank_collapse", "warning"), finding(kind, severity)]
+    findings = findings if severity == "critical" else [findings[0], findings[2]]
+    said = led_by_findings(verdict, findings)
+    assert said.summary.startswith(f"{severity.capitalize()} at layers.1: it does this. Depth alone: {verdict.name}")
+    assert "asks for nothing" not in said.summary
+    assert headline(verdict.name, findings) == (
+        f"{severity.upper()}, {kind.replace('_', ' ').upper()} (depth alone: {verdict.name})"
+    )
+    assert headline_tone(verdict.name, findings) != "good"
+
+
+@pytest.mark.parametrize(
+    ("total", "findings"),
+    [
+        (0.0, []),
+        (4.0, [finding("order", "info")]),
+        (8.0, [finding("exploding", "critical")]),
+        (math.nan, [finding("non_finite", "critical")]),
+    ],
+)
+def test_a_verdict_leads_where_nothing_is_bad_or_it_says_the_same(total, findings):
+    verdict = judge(growths(total), ["step"] * 4, Thresholds())
+    assert led_by_findings(verdict, findings) == verdict or math.isnan(total)
+    assert led_by_findings(verdict, findings).summary == verdict.summary
+    assert headline(verdict.name, findings) == verdict.name.upper()

@@ -414,4 +414,37 @@ def curvature() -> dict[str, Any]:
     return told
 
 
-PROGRAMS = {function.__name__: function for function in (everything, dying, wrapped, meeting, curvature)}
+def refusing() -> dict[str, Any]:
+    """What every rank is told of a loss that one of them refuses, and three batches for two ranks."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    from stabkit.curvature import critical_rate, sharpness
+    from stabkit.distributed import current
+    from stabkit.errors import StabkitError
+
+    spread = fully_shard(residual(), mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
+    pairs = list(zip(*labelled(3), strict=True))
+    told: dict[str, Any] = {}
+    for name, model in (("plain", residual()), ("fully_shard", spread)):
+        optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
+        common = {"ranks": current(), "optimizer": optimizer}
+        few = {"tol": 1e-2, "own": 0}
+        found = sharpness(model, loss=nn.functional.mse_loss, batches=pairs, **common, **few)
+        told[name] = {"values": found.values.tolist()}
+        for at in (1, 2):  # the first batch of the second rank, which goes through one, and the last of the first
+            wrong = [(x, y[:, :-1] if i == at else y) for i, (x, y) in enumerate(pairs)]
+            for measure in (sharpness, critical_rate):
+                try:
+                    measure(model, loss=nn.functional.mse_loss, batches=wrong, **common)
+                except StabkitError as error:  # noqa: PERF203
+                    told[name][f"{measure.__name__} {at}"] = str(error)
+        refused = {"ranks": current(), "optimizer": None if dist.get_rank() else "mine"}
+        try:
+            sharpness(model, loss=nn.functional.mse_loss, batches=pairs, **refused)
+        except StabkitError as error:
+            told[name]["optimizer"] = str(error)
+    return told
+
+
+PROGRAMS = {function.__name__: function for function in (everything, dying, wrapped, meeting, curvature, refusing)}

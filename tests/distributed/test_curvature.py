@@ -36,3 +36,19 @@ def test_ranks_that_share_the_batches_find_what_one_process_finds(found, alone, 
         assert told[wrapper]["loss"] == pytest.approx(one.loss, rel=1e-5)
         assert told[wrapper]["rate"] == pytest.approx(rate.rate, rel=2e-2)
     assert found[0] == found[1]
+
+
+def test_what_one_rank_refuses_is_refused_on_all_before_they_wait():
+    first, second = on_ranks(2, "refusing")
+    model, pairs = residual(), list(zip(*labelled(3), strict=True))
+    one = sharpness(model, loss=nn.functional.mse_loss, batches=pairs, tol=1e-2, own=0)
+    elsewhere = "refused in 1 of the 2 processes"
+    for name in ("plain", "fully_shard"):
+        assert first[name]["values"] == second[name]["values"] == pytest.approx(one.values.tolist(), rel=1e-3)
+        for asked in ("sharpness", "critical_rate"):
+            assert elsewhere in first[name][f"{asked} 1"]
+            assert elsewhere in second[name][f"{asked} 2"]
+            assert "the loss" in second[name][f"{asked} 1"]
+            assert elsewhere not in second[name][f"{asked} 1"]
+        assert "optimizer is a str" in first[name]["optimizer"]
+        assert elsewhere in second[name]["optimizer"]

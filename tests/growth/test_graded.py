@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stabkit.growth.graded import log_singular_values, tournament
+from stabkit.growth.finite_time import log_singular_values, tournament
 from tests.growth.systems import DOUBLE, normal
 
 

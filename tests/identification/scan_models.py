@@ -441,6 +441,57 @@ def gated_delta() -> nn.Module:
     return Mixer(forward, *_projected(3), nn.Linear(4, WIDTH), linear(1), linear(1))
 
 
+def gated_delta_by_products() -> nn.Module:
+    """The same with matrix products, whose result might be taken for the value of a field."""
+
+    def forward(m: Any, x: Tensor) -> Tensor:
+        q, k, v = m.parts[0](x), functional.normalize(m.parts[1](x), dim=-1), m.parts[2](x)
+        beta, decay = torch.sigmoid(m.parts[4](x)), -functional.softplus(m.parts[5](x))
+        S, out = x.new_zeros(len(x), 4, 4), []
+        for n in range(x.shape[1]):
+            S = S * decay[:, n, :, None].exp()
+            old = torch.einsum("bkv,bk->bv", S, k[:, n])
+            S = S + torch.einsum("bk,bv->bkv", k[:, n], (v[:, n] - old) * beta[:, n])
+            out.append(torch.einsum("bkv,bk->bv", S, q[:, n]))
+        return m.parts[3](torch.stack(out, 1))
+
+    return Mixer(forward, *_projected(3), nn.Linear(4, WIDTH), linear(1), linear(1))
+
+
+def delta_product() -> nn.Module:
+    """Two delta rules at every time."""
+
+    def forward(m: Any, x: Tensor) -> Tensor:
+        q, out = m.parts[0](x), []
+        pairs = [(functional.normalize(m.parts[i](x), dim=-1), m.parts[i + 1](x)) for i in (1, 4)]
+        beta, S = 2 * torch.sigmoid(m.parts[6](x)), x.new_zeros(len(x), 4, 4)
+        for n in range(x.shape[1]):
+            for k, v in pairs:
+                old = torch.einsum("bkv,bk->bv", S, k[:, n])
+                S = S + torch.einsum("bk,bv->bkv", k[:, n], (v[:, n] - old) * beta[:, n])
+            out.append(torch.einsum("bkv,bk->bv", S, q[:, n]))
+        return m.parts[3](torch.stack(out, 1))
+
+    return Mixer(forward, *_projected(3), nn.Linear(4, WIDTH), linear(4), linear(4), linear(1))
+
+
+def rwkv7() -> nn.Module:
+    """A decay for every channel and a matrix of rank one, from the right."""
+
+    def forward(m: Any, x: Tensor) -> Tensor:
+        r, k, v = m.parts[0](x), m.parts[1](x), m.parts[2](x)
+        w, a = torch.exp(-0.606531 * torch.sigmoid(m.parts[4](x))), torch.sigmoid(m.parts[5](x))
+        kk = functional.normalize(k, dim=-1)
+        S, out = x.new_zeros(len(x), 4, 4), []
+        for n in range(x.shape[1]):
+            removed = S @ -kk[:, n, :, None] @ (kk * a)[:, n, None, :]
+            S = S * w[:, n, None, :] + removed + v[:, n, :, None] @ k[:, n, None, :]
+            out.append((S @ r[:, n, :, None])[..., 0])
+        return m.parts[3](torch.stack(out, 1))
+
+    return Mixer(forward, *_projected(3), nn.Linear(4, WIDTH), linear(4), linear(4))
+
+
 # ---------------------------------------------------------------- cells written by hand
 
 
@@ -615,8 +666,11 @@ SCANS: dict[Callable[[], nn.Module], tuple[str, str]] = {
     min_lstm: (r"gated Euler \(mean a = ", "measured"),
     retnet: (r"linear recurrence \(a = 0\.9\)", "proven"),
     gla: ("exponential step", "measured"),
-    delta_net: ("forward Euler", "proven"),
+    delta_net: (r"linear recurrence \(a matrix", "measured"),
     gated_delta: (r"linear recurrence \(a matrix", "measured"),
+    gated_delta_by_products: (r"linear recurrence \(a matrix", "measured"),
+    delta_product: (r"linear recurrence \(a matrix", "measured"),
+    rwkv7: (r"linear recurrence \(a matrix", "measured"),
     elman: ("plain", "proven"),
     leaky: (r"damped Euler \(a = 0\.8\)", "proven"),
     lstm_by_hand: (r"gated memory cell \(LSTM\)", "measured"),

@@ -101,13 +101,10 @@ def test_a_value_for_later_layers_leaves_the_steps_of_the_state():
 
 
 def test_scores_that_are_added_up_leave_the_steps_of_the_state():
-    first, *others = [
-        r for r in read(Stack(WithScores), torch.randn(2, 5, WIDTH)) if r.name not in ("transition", "plain")
-    ]
-    assert first.name == "forward Euler"
-    assert len(others) == LAYERS - 1
-    assert all(r.name == "Gauss-Seidel Euler of 2 coupled states" for r in others)
-    assert others[-1].notes[0].endswith("a join")
+    found = [r for r in read(Stack(WithScores), torch.randn(2, 5, WIDTH)) if r.name not in ("transition", "plain")]
+    assert [r.name for r in found] == ["Gauss-Seidel Euler of 2 coupled states"] * LAYERS
+    assert "1 of 2 states begins at a constant" in found[0].notes[0]
+    assert found[-1].notes[0].endswith("a join")
 
 
 def test_the_last_step_of_two_streams_is_told_before_they_are_joined():
@@ -161,9 +158,10 @@ class UNet(nn.Module):
         return x
 
 
-def test_two_towers_begin_and_end_with_no_step():
+def test_two_towers_begin_as_two():
     found = read(Towers(), torch.randn(3, WIDTH))
-    assert not any(note.endswith("a fork") for r in found for note in r.notes if r.name != "fork")
+    assert [r.name for r in found][1:-1] == ["2 states: forward Euler, forward Euler"] * LAYERS
+    assert "2 states begin as one" in found[1].notes[0]
 
 
 @pytest.mark.parametrize(

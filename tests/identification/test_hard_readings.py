@@ -44,9 +44,9 @@ def test_a_residual_inside_a_branch_belongs_to_the_branch():
 def test_a_residual_inside_a_layer_without_a_skip_is_plain():
     def forward(m, x):
         u = m.parts[0](x)
-        return m.parts[1](u + torch.relu(u))
+        return m.parts[1](u + torch.relu(m.parts[2](u)))
 
-    found = read(lambda: Step(forward, nn.Linear(6, 6), nn.Linear(6, 6)))
+    found = read(lambda: Step(forward, *(nn.Linear(6, 6) for _ in range(3))))
     assert (found.name, found.skip) == ("plain", 0.0)
     assert "no skip leads around" in found.notes[0]
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
 import stabkit
-from stabkit.attribution.field_spectra import field_jacobians
+from stabkit.attribution.field_spectra import field_jacobians, rebuild
 from stabkit.identification import Identification
 
 from . import samplers as s
@@ -62,7 +63,7 @@ def test_the_tableau_and_the_fields_make_up_the_step(step: Callable[..., torch.T
         J = step.jacobian().dense().numpy()
         found = field_jacobians(step, record, len(J), J)
         assert not isinstance(found, str), found
-        assert found.rebuilt < 1e-12
+        assert np.linalg.norm(J - rebuild(found.method, found.stages)) < 1e-12 * np.linalg.norm(J)
 
 
 @pytest.mark.parametrize("begins", [True, False])
@@ -70,8 +71,9 @@ def test_the_tableau_and_the_fields_make_up_the_step(step: Callable[..., torch.T
 @pytest.mark.parametrize(("step", "name"), [(s.heun, "heun2"), (s.midpoint, "midpoint"), (s.rk4, "rk4")])
 def test_what_is_read_of_the_input_is_no_state(step: Callable[..., object], name: str, kind: str, begins: bool):
     found = read(s.WithInput(kind, step, begins))
-    assert methods(found) == [name] * (3 if begins else 4)  # a first round at a constant is read as a fork
-    assert [r.step_size for r in found if r.name == name] == pytest.approx([s.H] * (3 if begins else 4))
+    one = begins and kind == "condition" and name == "midpoint"  # of a constant state both evaluations look like one
+    assert methods(found) == [name] * (3 if one else 4)
+    assert [r.step_size for r in found if r.name == name] == pytest.approx([s.H] * (3 if one else 4))
 
 
 @pytest.mark.parametrize("rounds", [1, 2])
@@ -155,8 +157,11 @@ def test_a_round_that_was_cut_between_its_stages_is_read_whole(
 def test_parts_of_rounds_are_no_methods():
     assert set(methods(read(s.WithInput("condition", s.heun, begins=False), depth=["net"]))) == {"4 steps of heun2"}
     shifted = read(s.Leapfrog(), depth=["net"])  # cut after the drift, and so half a round off
-    assert set(methods(shifted)) == {"symplectic Euler (position, velocity)"}
-    assert [r.evidence for r in shifted if r.name == "part of a step"] == ["unknown", "unknown"]
+    assert set(methods(shifted)) == {
+        "symplectic Euler (position, velocity)",
+        "additive coupling (half of a reversible step)",  # half a kick at the end
+    }
+    assert [r.evidence for r in shifted if r.name == "part of a step"] == ["unknown"]
 
 
 def splitting(weights: tuple[float, float, float]) -> s.Loop:

@@ -96,9 +96,9 @@ def test_norms_that_look_at_the_batch_stay_projections():
 def test_a_residual_between_weights_is_no_skip_but_a_linear_map():
     def forward(m, x):
         u = m.parts[0](x)
-        return m.parts[1](u + torch.relu(u))
+        return m.parts[1](u + torch.relu(m.parts[2](u)))
 
-    _, found = read(lambda: Step(forward, nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)))
+    _, found = read(lambda: Step(forward, *(nn.Linear(WIDTH, WIDTH) for _ in range(3))))
     assert {(record.name, record.skip, record.evidence) for record in found} == {("plain", 0.0, "measured")}
     assert "no skip leads around the whole step but a linear map" in found[0].notes[0]
 
@@ -106,9 +106,10 @@ def test_a_residual_between_weights_is_no_skip_but_a_linear_map():
 def test_a_residual_between_weights_and_norms_is_no_skip():
     def forward(m, x):
         u = m.parts[0](x)
-        return m.parts[1](m.parts[2](u + torch.relu(u)))
+        return m.parts[1](m.parts[2](u + torch.relu(m.parts[3](u))))
 
-    _, found = read(lambda: Step(forward, nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH), nn.LayerNorm(WIDTH)))
+    layers = (nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH), nn.LayerNorm(WIDTH), nn.Linear(WIDTH, WIDTH))
+    _, found = read(lambda: Step(forward, *layers))
     assert {(record.name, record.skip, record.evidence) for record in found} == {("plain", 0.0, "proven")}
     assert "no skip leads around the whole step" in found[0].notes[0]
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from torch import nn
@@ -117,3 +119,58 @@ class Turned(nn.Module):
 def test_entries_that_change_places_are_no_window(block):
     found = names(nn.Sequential(nn.Linear(8, 8), *(block() for _ in range(3)), nn.Linear(8, 8)), 8)
     assert not any("window" in name for name, _ in found)
+
+
+class Simulator(nn.Module):
+    """Particles whose acceleration is learned from their last velocities (GNS), rolled out."""
+
+    def __init__(self, how):
+        super().__init__()
+        self.field = nn.Sequential(nn.Flatten(), nn.Linear((LAST - 1) * WIDTH, 16), nn.Tanh(), nn.Linear(16, WIDTH))
+        self.how = how
+
+    def forward(self, w):
+        for _ in range(ROUNDS):
+            velocity = w[:, 1:] - w[:, :-1]
+            force = self.field(velocity)
+            if self.how == "velocity":
+                new = w[:, -1] + (velocity[:, -1] + force)
+            elif self.how == "positions":
+                new = 2 * w[:, -1] - w[:, -2] + 0.25 * force
+            else:
+                new = w[:, -1] + 0.9 * velocity[:, -1] + force
+            w = joined(w, new)
+        return w
+
+
+@pytest.mark.parametrize("how", ["velocity", "positions", "friction"])
+def test_a_window_whose_newest_state_follows_its_last_velocity_is_verlet(how):
+    torch.manual_seed(0)
+    flow = trace(Simulator(how).double(), torch.randn(2, LAST, WIDTH).double())
+    found = {(r.name, r.evidence) for r in identify(flow, checks=False)}
+    verlet = f"second_order_leapfrog (Stormer-Verlet, position form), force of {LAST} positions (sliding window)"
+    other = f"autoregressive map of order {LAST} (sliding window)"
+    assert found == {(other if how == "friction" else verlet, "measured")}
+
+
+class Listed(nn.Module):
+    """The same with a list of three positions."""
+
+    def __init__(self):
+        super().__init__()
+        self.field = nn.Sequential(nn.Linear(2 * WIDTH, 16), nn.Tanh(), nn.Linear(16, WIDTH))
+
+    def forward(self, w):
+        h = list(w.unbind(1))
+        for _ in range(ROUNDS):
+            velocities = [b - a for a, b in itertools.pairwise(h)]
+            force = self.field(torch.cat(velocities, -1))
+            h = [*h[1:], 2 * h[-1] - h[-2] + force]
+        return h[-1]
+
+
+def test_what_is_held_beside_a_state_is_no_dense_layer():
+    torch.manual_seed(0)
+    flow = trace(Listed().double(), torch.randn(2, 3, WIDTH).double())
+    assert flow.steps[-2].operations == ("Sub", "Cat")  # a cut lies between the parts of the last round
+    assert not any(r.name.startswith("dense") for r in identify(flow, checks=False))

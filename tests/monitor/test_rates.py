@@ -209,3 +209,57 @@ def test_a_wrapper_that_waits_for_other_processes_is_not_called():
         dist.destroy_process_group()
     assert all(record.look is not None for record in monitor.records)
     assert "forward" not in vars(wrapped)
+
+
+@pytest.mark.parametrize("clipped", ["by torch", "by the monitor", "by value", "whole"])
+def test_a_gradient_that_is_clipped_before_the_step_makes_the_ratio_smaller(clipped):
+    torch.manual_seed(0)
+    model = Flat()
+    draw = digits()
+    x, y = draw()
+    optimizer = SGD(model.parameters(), lr=60.0)
+    closure = lambda: nn.functional.cross_entropy(model(x), y)  # noqa: E731
+    with Monitor(model, 1, optimizer=optimizer, closure=closure, sharpness_every=1) as monitor:
+        for _ in range(3):
+            optimizer.zero_grad()
+            loss = closure()
+            loss.backward()
+            norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters()])
+            if clipped == "by torch":
+                nn.utils.clip_grad_norm_(model.parameters(), 1e-2)
+            elif clipped == "by the monitor":
+                monitor.clip_grad_norm_(model.parameters(), 1e-2)
+            elif clipped == "by value":
+                nn.utils.clip_grad_value_(model.parameters(), 1e-5)
+            monitor.step(loss)
+            look = monitor.records[-1].look
+            assert look.found.ratio > 3.0
+            if clipped == "whole":
+                assert look.shortened == 1.0
+            elif clipped == "by value":
+                assert look.shortened < 0.1
+            else:
+                assert look.shortened == pytest.approx(1e-2 / float(norm), rel=1e-3)
+                assert look.ratio == look.found.ratio * look.shortened < 1.2
+    assert [f.kind for f in monitor.findings] == (["unstable_update"] if clipped == "whole" else [])
+    assert not any(p._post_accumulate_grad_hooks for p in model.parameters())
+
+
+@pytest.mark.parametrize("passed", [True, False])
+def test_a_scale_that_is_taken_out_of_gradients_is_no_clipping(passed):
+    torch.manual_seed(0)
+    model = Flat()
+    x, y = digits()()
+    optimizer = SGD(model.parameters(), lr=0.1)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    closure = lambda: nn.functional.cross_entropy(model(x), y)  # noqa: E731
+    with Monitor(model, 1, optimizer=optimizer, closure=closure, sharpness_every=1, scaler=scaler) as monitor:
+        for _ in range(3):
+            optimizer.zero_grad()
+            scaler.scale(closure()).backward()
+            if passed:
+                scaler.unscale_(optimizer)
+            monitor.step()
+            assert monitor.records[-1].look.shortened == 1.0
+            scaler.step(optimizer)
+            scaler.update()

@@ -4,7 +4,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stabkit.operators.coloring import axis_colors
+from stabkit.operators.sparsity import axis_colors
 
 
 def shares(tables: list[np.ndarray], i: int, j: int) -> bool:

@@ -10,8 +10,7 @@ from typer.testing import CliRunner
 import stabkit
 from stabkit import checkpoints
 from stabkit.cli import app
-from stabkit.cli.device import chosen_device
-from stabkit.cli.execution import analyzed, streamed
+from stabkit.cli.execution import analyzed, chosen_device, streamed
 from stabkit.cli.options import Effort, Recipe
 from stabkit.cli.plan import plan
 from stabkit.errors import StabkitError

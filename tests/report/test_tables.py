@@ -27,7 +27,18 @@ def test_the_table_keeps_to_its_width(width):
 
 def test_the_text_has_every_number_of_the_issue():
     text = str(make_report(make_step(growth=0.25), findings=(FINDING,)))
-    for part in ("Net: STABLE", "blocks.0", "step", "12", "forward Euler", "1.25", "1.50", "25%", "+0.25", "exploding"):
+    for part in (
+        "Net: CRITICAL, EXPLODING (depth alone: stable)",
+        "blocks.0",
+        "step",
+        "12",
+        "forward Euler",
+        "1.25",
+        "1.50",
+        "25%",
+        "+0.25",
+        "exploding",
+    ):
         assert part in text
     assert "scale the branches" in text
     assert "a note" in text

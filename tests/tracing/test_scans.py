@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 import stabkit
-from stabkit.tracing.graph.scans import Scan
+from stabkit.tracing.graph.scans import Scan, scans_between
 from stabkit.tracing.graph.values import operation
 from stabkit.tracing.maps.scan_flow import over_scan, scans_of
 
@@ -311,3 +312,19 @@ def test_the_work_of_finding_grows_with_the_length_of_the_sequence():
         scans_of(flow, 0, len(flow.steps))
         looks.append(nodes.count)
     assert looks[1] <= 4.2 * looks[0]
+
+
+def test_steps_without_a_recurrence_do_not_read_the_parameters_of_all_others():
+    layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+    model = nn.TransformerEncoder(layer, 3, enable_nested_tensor=False).eval()
+    flow = stabkit.trace(model, torch.randn(2, 5, 8))
+    read: list[Tensor] = []
+
+    def parameters() -> Iterator[Tensor]:
+        for parameter in model.parameters():
+            read.append(parameter)
+            yield parameter
+
+    for before, after in itertools.pairwise(flow.states):  # the heads and the rows of a layer repeat in each
+        assert not scans_between(flow.recorded.graph, before.position, after.position, parameters())
+    assert not read

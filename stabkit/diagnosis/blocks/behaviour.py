@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from stabkit.diagnosis.blocks.peers import FLOOR, Deviation, deviation, nearest_to_peers
+from stabkit.diagnosis.blocks.peers import FLOOR, Deviation, Peers, nearest_to_peers
 from stabkit.diagnosis.measurement import Array, Measurement, StepMeasurement
 from stabkit.diagnosis.states.activity import Activity
 from stabkit.diagnosis.thresholds import Thresholds
@@ -99,71 +99,124 @@ def _smaller_size(one: float, two: float) -> float:
 def behaviours(measurement: Measurement) -> list[Behaviour]:
     """Every step beside its peers: the same module class between the same spaces, or else just of the same class."""
     steps = [step for step in measurement.steps if step.finite]
-    groups: defaultdict[tuple[object, ...], list[StepMeasurement]] = defaultdict(list)
+    sizes = [float(row.mean()) for row in measurement.log_states]
+    members: defaultdict[tuple[object, ...], list[StepMeasurement]] = defaultdict(list)
     for step in steps:
-        groups[step.module_class, step.kind, step.space].append(step)
-        groups[step.module_class, step.kind].append(step)
+        members[step.module_class, step.kind, step.space].append(step)
+        members[step.module_class, step.kind].append(step)
+    groups = {key: _Group(group, sizes) for key, group in members.items()}
     users: defaultdict[str, set[int]] = defaultdict(set)
     for step in steps:
         for weight in step.weights:
             users[weight.path].add(step.index)
-    sizes = [float(row.mean()) for row in measurement.log_states]
     found = []
     for step in steps:
         narrow = groups[step.module_class, step.kind, step.space]
-        group = narrow if len(narrow) > _FEWEST else groups[step.module_class, step.kind]
+        group = narrow if len(narrow.steps) > _FEWEST else groups[step.module_class, step.kind]
         # a layer that runs again and again is no peer of itself
         same = set[int]().union(*(users[weight.path] for weight in step.weights)) - {step.index}
-        peers = [other for other in group if other.index not in same] if same else group
-        found.append(_beside(step, peers if step.module_class else [step], sizes))
+        if not step.module_class:
+            group = _Group([step], sizes)
+        elif same:
+            group = _Group([other for other in group.steps if other.index not in same], sizes)
+        found.append(_beside(step, group))
     return found
 
 
-def _beside(step: StepMeasurement, group: Sequence[StepMeasurement], sizes: Sequence[float]) -> Behaviour:
-    """A step beside its peers; ``sizes``, log of the rms of every state."""
-    place = next(i for i, other in enumerate(group) if other is step)
+class _Group:
+    """Steps that are peers, and what of them was compared: each reading is put in order once, for all steps.
 
-    def of(read: Callable[[StepMeasurement], float]) -> Deviation:
-        return deviation([read(other) for other in group], place)
+    Args:
+        steps: they.
+        sizes: log of the rms of every state of the flow.
+    """
 
-    alike = [other for other in group if len(other.merges) == len(step.merges)]
-    at = next(i for i, other in enumerate(alike) if other is step)
-    gains = np.array([[merge.gain for merge in other.merges] for other in alike]).reshape(len(alike), -1)
-    before = np.array([sizes[other.index] for other in alike])
-    normed = step.norms > 0
-    branches = [_branch_gain(column, before, at, normed) for column in gains.T]
+    def __init__(self, steps: Sequence[StepMeasurement], sizes: Sequence[float]) -> None:
+        self.steps = steps
+        self.places = {step.index: place for place, step in enumerate(steps)}
+        self.of_one_space = len({step.space for step in steps}) == 1
+        self._sizes = sizes
+        self._kept: dict[tuple[object, ...], Peers] = {}
+        self._branches: dict[int, tuple[dict[int, int], list[list[Array]]]] = {}
+        self._active: dict[int, tuple[dict[int, int], list[StepMeasurement]]] = {}
+
+    def beside(self, step: StepMeasurement, what: str, read: Callable[[StepMeasurement], float]) -> Deviation:
+        """A step beside all others by a reading with a name."""
+        return self._peers((what,), lambda: [read(other) for other in self.steps]).deviation(self.places[step.index])
+
+    def added(self, step: StepMeasurement) -> Deviation:
+        """What a step adds, as it is or beside the state, whichever agrees best among the peers."""
+        return nearest_to_peers(
+            [
+                self.beside(step, "branch", lambda s: s.log_branch),
+                self.beside(step, "branch beside the state", lambda s: s.log_branch - self._sizes[s.index]),
+            ]
+        )
+
+    def branches(self, step: StepMeasurement) -> list[tuple[Deviation, float]]:
+        """The deviation of each branch gain from those with as many, and from the two nearest of these.
+
+        Gains are read as they are and times the size of the state, as behind a norm; see `Behaviour`. Behind a norm a
+        gain is held to be odd only if the other reading says half of it at least.
+        """
+        count = len(step.merges)
+        if count not in self._branches:
+            alike = [other for other in self.steps if len(other.merges) == count]
+            before = np.array([self._sizes[other.index] for other in alike])
+            gains = np.array([[merge.gain for merge in other.merges] for other in alike]).reshape(len(alike), -1)
+            with np.errstate(invalid="ignore"):
+                columns = [[column, column + before] for column in gains.T]
+            self._branches[count] = {other.index: place for place, other in enumerate(alike)}, columns
+        places, columns = self._branches[count]
+        at, found = places[step.index], []
+        for number, readings in enumerate(columns):
+            kept = [self._peers((count, number, which), values.tolist) for which, values in enumerate(readings)]
+            far = [peers.deviation(at) for peers in kept]
+            best = nearest_to_peers(far)
+            other = far[1 - far.index(best)]
+            if step.norms > 0 and best.size * other.size < _AGREE * best.size**2:
+                best = min(far, key=_size)
+            found.append((best, _between(readings[far.index(best)], at)))
+        return found
+
+    def excess(self, step: StepMeasurement, what: str, share: Callable[[Activity], float]) -> float:
+        """By how much a share of an activation of a step exceeds that of the same one of its peers, if clearly."""
+        count, excess = len(step.activities), 0.0
+        if count not in self._active:
+            alike = [other for other in self.steps if len(other.activities) == count]
+            self._active[count] = {other.index: place for place, other in enumerate(alike)}, alike
+        places, alike = self._active[count]
+        for position in range(count if len(alike) > _FEWEST else 0):
+            peers = self._peers((what, count, position), lambda p=position: [share(s.activities[p]) for s in alike])  # type: ignore[misc]
+            far = peers.deviation(places[step.index])
+            spread = 0.0 if far.spread <= FLOOR else far.spread  # shares of entries need no floor of nats
+            excess = max(excess, far.size if far.size > 6 * spread else 0.0)
+        return excess
+
+    def _peers(self, key: tuple[object, ...], values: Callable[[], list[float]]) -> Peers:
+        if key not in self._kept:
+            self._kept[key] = Peers(values())
+        return self._kept[key]
+
+
+def _beside(step: StepMeasurement, group: _Group) -> Behaviour:
+    """A step beside its peers."""
+    place, last = group.places[step.index], len(group.steps) - 1
+    branches = group.branches(step)
     return Behaviour(
         step=step,
-        gain=of(lambda s: s.mean_gain),
-        change=of(lambda s: s.log_change),
+        gain=group.beside(step, "gain", lambda s: s.mean_gain),
+        change=group.beside(step, "change", lambda s: s.log_change),
         branch=tuple(far for far, _ in branches),
-        added=nearest_to_peers([of(lambda s: s.log_branch), of(lambda s: s.log_branch - sizes[s.index])])
-        if step.merges and step.kind == "step"
-        else None,
-        saturation=_excess(step, group, lambda a: 0.0 if a.gate else a.saturated),
-        dead=_excess(step, group, _dead_beyond_chance),
+        added=group.added(step) if step.merges and step.kind == "step" else None,
+        saturation=group.excess(step, "saturated", lambda a: 0.0 if a.gate else a.saturated),
+        dead=group.excess(step, "dead", _dead_beyond_chance),
         neighbours=tuple(near for _, near in branches),
-        peers=len(group) - 1,
-        at_end=place in (0, len(group) - 1),
+        peers=last,
+        at_end=place in (0, last),
         at_start=place == 0,
-        alike=all(other.space == step.space for other in group),
+        alike=group.of_one_space,
     )
-
-
-def _branch_gain(gains: Array, sizes: Array, at: int, normed: bool) -> tuple[Deviation, float]:
-    """The deviation of one branch gain from the peers, and from the two nearest blocks.
-
-    Gains are read as they are and times the size of the state, as behind a norm; see `Behaviour`. Behind a norm a
-    gain is held to be odd only if the other reading says half of it at least.
-    """
-    with np.errstate(invalid="ignore"):
-        readings = [gains, gains + sizes]
-    found = [deviation(list(values), at) for values in readings]
-    best = nearest_to_peers(found)
-    other = found[1 - found.index(best)]
-    if normed and best.size * other.size < _AGREE * best.size**2:
-        best = min(found, key=_size)
-    return best, _between(readings[found.index(best)], at)
 
 
 def _size(found: Deviation) -> float:
@@ -184,22 +237,6 @@ def _between(column: Array, at: int) -> float:
 def _dead_beyond_chance(activity: Activity) -> float:
     """The share of dead units beyond the half that is always inactive where all inputs look alike to the layer."""
     return max(0.0, activity.dead - 0.5) if activity.units >= _FEW_UNITS else 0.0
-
-
-def _excess(step: StepMeasurement, group: Sequence[StepMeasurement], share: Callable[[Activity], float]) -> float:
-    """By how much a share of an activation of this step exceeds that of the same one of its peers, if clearly."""
-    excess = 0.0
-    for position, activity in enumerate(step.activities):
-        others = [
-            share(other.activities[position])
-            for other in group
-            if other is not step and len(other.activities) == len(step.activities)
-        ]
-        if len(others) >= _FEWEST:
-            far = deviation([*others, share(activity)], len(others))
-            spread = 0.0 if far.spread <= FLOOR else far.spread  # shares of entries need no floor of nats
-            excess = max(excess, far.size if far.size > 6 * spread else 0.0)
-    return excess
 
 
 def jump(behaviour: Behaviour) -> bool:

@@ -10,13 +10,19 @@ import math
 from collections import defaultdict
 from dataclasses import dataclass
 
+from torch import nn
+
 from stabkit.diagnosis.blocks.weights import Weight
-from stabkit.diagnosis.finding import Action
+from stabkit.diagnosis.finding import Action, Finding, as_fact, serious
 from stabkit.diagnosis.measurement import Measurement
 from stabkit.diagnosis.remedies import computed as remedies
 
 _SMALL = 0.5  # constant scales below this are LayerScale; those of norms are 1
 _EQUAL = 1e-6  # relative deviation of entries that are all the same, in single precision
+_FEWEST = 5  # peers that agree on a constant, from which another one is told by them
+_LITTLE = math.log(2.0)  # deviation of the gain of a block up to which no harm of it is measured, nats
+_OF_TORCH = frozenset(vars(nn.Module()))
+_KINDS = ("exploding", "vanishing", "unstable_step", "overdamped")
 
 
 @dataclass(frozen=True)
@@ -76,3 +82,43 @@ def _is_small_constant(weight: Weight) -> bool:
 def _places(weights: list[Weight]) -> str:
     more = f" and {len(weights) - 1} more" if len(weights) > 1 else ""
     return f"{weights[0].path}{more}"
+
+
+def made_otherwise(model: nn.Module, suspect: Finding) -> Finding | None:
+    """A suspect that is the first or last of its class, differs by constants, and passes gradients like its peers.
+
+    The last residual block of a stage often adds its branch in full, or leaves out its activation, where those before
+    it do not. None where weights are odd, or the gain is that of a fault.
+    """
+    if not serious(suspect) or suspect.kind not in _KINDS or any("weight_deviation" in n for n in suspect.numbers):
+        return None
+    if not abs(suspect.numbers.get("gain_deviation", math.inf)) < _LITTLE:
+        return None
+    blocks = {path: m for path, m in model.named_modules() if path}
+    if suspect.module_path not in blocks:
+        return None
+    block = blocks[suspect.module_path]
+    alike = [m for m in blocks.values() if type(m) is type(block)]
+    if len(alike) <= _FEWEST or not (block is alike[0] or block is alike[-1]):
+        return None
+    peers = [_constants(m) for m in alike if m is not block]
+    odd = {
+        name: (value, peers[0][name])
+        for name, value in _constants(block).items()
+        if all(name in peer and peer[name] == peers[0][name] != value for peer in peers)
+    }
+    if not odd:
+        return None
+    end = "last" if block is alike[-1] else "first"
+    told = " and ".join(f"{name} = {own!r} and not {theirs!r}" for name, (own, theirs) in odd.items())
+    words = (
+        f"it is the {end} {type(block).__name__} and was made with {told}, and passes gradients on at less than twice "
+        "the size that its peers do"
+    )
+    return as_fact(suspect, words, "none is needed where that is on purpose: no harm of it was measured")
+
+
+def _constants(module: nn.Module) -> dict[str, float | bool | str | None]:
+    """The plain values that a module was made with."""
+    kept = {name: value for name, value in vars(module).items() if name not in _OF_TORCH and not name.startswith("_")}
+    return {name: value for name, value in kept.items() if value is None or isinstance(value, bool | int | float | str)}

@@ -19,13 +19,7 @@ _REFERENCE = "He et al., Delving deep into rectifiers, 2015, section 2.2"
 
 
 def with_small_matrices(flow: FlowLike, found: Diagnosis, settings: Settings) -> Diagnosis:
-    """A diagnosis in which nothing else is wrong, with weights that were all started far below the usual size.
-
-    Args:
-        flow: the traced pass.
-        found: the diagnosis so far.
-        settings: how suspects are looked for.
-    """
+    """A diagnosis in which nothing else is wrong, with weights that were all started far below the usual size."""
     loss = settings.loss
     if settings.trained or not isinstance(flow, Flow) or not callable(loss) or any(map(serious, found.findings)):
         return found

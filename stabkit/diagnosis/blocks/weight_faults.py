@@ -8,7 +8,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from stabkit.diagnosis.blocks.peers import Deviation, deviation, nearest_to_peers
+from stabkit.diagnosis.blocks.peers import Deviation, Peers, deviation, nearest_to_peers
 from stabkit.diagnosis.blocks.weights import Weight
 from stabkit.diagnosis.measurement import StepMeasurement
 from stabkit.diagnosis.thresholds import Thresholds
@@ -47,13 +47,15 @@ def weight_faults(steps: Sequence[StepMeasurement], thresholds: Thresholds) -> l
                 owners.setdefault(weight.path, (step.index, weight))
     found, judged = [], set()
     for group in _groups([weight for _, weight in owners.values()]):
+        sizes = [Peers(column) for column in zip(*(weight.gains for weight in group), strict=True)]
+        zeros = sum(weight.gains[0] == -math.inf for weight in group)
         for index, weight in enumerate(group):
             if weight.path in judged:
                 continue
             judged.add(weight.path)
-            if weight.gains[0] == -math.inf and sum(w.gains[0] == -math.inf for w in group) > 1:
+            if weight.gains[0] == -math.inf and zeros > 1:
                 continue  # several that start at zero are meant to
-            readings = [_at(group, index, c) for c in range(len(weight.gains))]
+            readings = [peers.deviation(index) for peers in sizes]
             # two peers agree by chance in one of the conventions
             far = nearest_to_peers(readings) if len(group) > FEWEST_PEERS + 1 else min(readings, key=_distance)
             least = thresholds.outlier_weight if far.peers >= _FEW else _FAR
@@ -62,8 +64,10 @@ def weight_faults(steps: Sequence[StepMeasurement], thresholds: Thresholds) -> l
     # of tables of positions and the like, and of what is held fixed without peers (a stencil), no size is expected
     matrices = {p: (i, w) for p, (i, w) in owners.items() if w.kind == "matrix" and p.endswith("weight")}
     for path, (step_index, weight) in matrices.items():
+        if path in judged or weight.fixed:
+            continue
         far_off = _outside(weight, [other for _, other in matrices.values() if other is not weight])
-        if path not in judged and far_off is not None and not weight.fixed:
+        if far_off is not None:
             found.append(WeightFault(step_index, weight, far_off, alone=True))
     return sorted(found, key=lambda fault: -abs(fault.deviation.size))
 
@@ -82,10 +86,6 @@ def _groups(weights: Sequence[Weight]) -> list[list[Weight]]:
         groups += [members for members in by_role.values() if len(members) > fewest]
         rest = [w for members in by_role.values() if len(members) <= fewest for w in members]
     return groups
-
-
-def _at(group: Sequence[Weight], index: int, convention: int) -> Deviation:
-    return deviation([weight.gains[convention] for weight in group], index)
 
 
 def _by_entries(group: Sequence[Weight], index: int, far: Deviation) -> bool:
@@ -134,9 +134,9 @@ def bias_faults(steps: Sequence[StepMeasurement], thresholds: Thresholds) -> dic
     owners = {w.path: (s.index, w) for s in reversed(steps) for w in s.weights if w.kind == "bias" and w.finite}
     found: dict[int, list[Weight]] = {}
     for group in _groups([weight for _, weight in owners.values()]):
-        sizes = [math.log1p(math.exp(min(weight.gains[0], 50.0))) for weight in group]
+        sizes = Peers([math.log1p(math.exp(min(weight.gains[0], 50.0))) for weight in group])
         for index, weight in enumerate(group):
-            far = deviation(sizes, index)
+            far = sizes.deviation(index)
             if far.size > 0 and far.exceeds(thresholds.outlier_weight, thresholds.outlier):
                 found.setdefault(owners[weight.path][0], []).append(weight)
     return found
@@ -147,14 +147,17 @@ def rank_faults(steps: Sequence[StepMeasurement], thresholds: Thresholds) -> lis
     owners = {w.path: (s.index, w) for s in reversed(steps) for w in s.weights if math.isfinite(w.log_rank)}
     found, judged = [], set()
     for group in _groups([weight for _, weight in owners.values()]):
+        ranks = Peers([weight.log_rank for weight in group])
         for index, weight in enumerate(group):
             judged.add(weight.path)
-            far = deviation([other.log_rank for other in group], index)
+            far = ranks.deviation(index)
             if far.size < 0 and far.peers >= _FEW and far.exceeds(thresholds.outlier_behaviour, thresholds.outlier):
                 found.append(WeightFault(owners[weight.path][0], weight, far))
     for path, (step, weight) in owners.items():
+        if path in judged or not path.endswith("weight"):
+            continue
         others = [other.log_rank for _, other in owners.values() if other is not weight]
-        if path not in judged and path.endswith("weight") and len(others) >= _FEW:
+        if len(others) >= _FEW:
             outside = _beyond(weight.log_rank, others, math.inf, thresholds.outlier_behaviour)
             if outside is not None:
                 found.append(WeightFault(step, weight, outside, alone=True))

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import Node
 from torch.nn.modules.conv import _ConvNd
-from torch.overrides import TorchFunctionMode
 
 from stabkit.diagnosis.finding import Action, Finding, of_module
 from stabkit.diagnosis.losses.ranges import behind_moves
@@ -28,6 +27,7 @@ from stabkit.tracing.graph.values import operation
 from stabkit.tracing.recording.containers import named_tensors
 from stabkit.tracing.recording.evaluation import evaluated
 from stabkit.tracing.recording.forward_pass import ForwardPass
+from stabkit.tracing.recording.function_calls import FunctionCalls, name_of
 from stabkit.tracing.recording.training_pass import TrainingPass, nodes_from, path_of, training_pass
 from stabkit.vocabulary import activation_of
 
@@ -174,7 +174,7 @@ def _at(call: ForwardPass, end: str, share: float, other: Any) -> Tensor | None:
     return found[0].detach().double() if len(found) == 1 and isinstance(found[0], Tensor) else None
 
 
-class _Activated(TorchFunctionMode):
+class _Activated(FunctionCalls):
     """Puts a ReLU behind every product with some parameters of a model, where no layers hold them.
 
     Attributes:
@@ -186,13 +186,11 @@ class _Activated(TorchFunctionMode):
         self._held = {model.get_parameter(name).untyped_storage()._cdata: name for name in names}
         self.met: set[str] = set()
 
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        result = func(*args, **(kwargs or {}))
-        if getattr(func, "__name__", "").strip("_") not in _CALLS:
+    def _called(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        result = func(*args, **kwargs)
+        if name_of(func) not in _CALLS:
             return result
-        given = [t for _, t in named_tensors([list(args), kwargs or {}]) if t.layout == torch.strided]
+        given = [t for _, t in named_tensors([list(args), kwargs]) if t.layout == torch.strided]
         names = {self._held[at] for t in given if (at := t.untyped_storage()._cdata) in self._held}
         self.met |= names
         return torch.relu(result) if names else result

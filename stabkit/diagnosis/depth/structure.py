@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable
 
 from torch import nn
 
-from stabkit.diagnosis.blocks.behaviour import behaviours
+from stabkit.diagnosis.blocks.behaviour import Behaviour, behaviours
 from stabkit.diagnosis.blocks.peers import FLOOR
 from stabkit.diagnosis.finding import Finding
 from stabkit.diagnosis.measurement import Measurement, StepMeasurement
@@ -27,7 +27,8 @@ def missing_norm_findings(flow: FlowLike, measurement: Measurement) -> list[Find
     if not isinstance(flow, Flow):
         return []
     short = _short_of(flow, measurement, lambda step: step.norms, lambda step: (step.kind,))
-    return [_norm_finding(flow, step, measurement, missing) for step, missing in short]
+    acting = _acting(measurement) if short else {}
+    return [_norm_finding(flow, step, acting.get(step.index), missing) for step, missing in short]
 
 
 def missing_skip_findings(flow: FlowLike, measurement: Measurement) -> list[Finding]:
@@ -35,7 +36,12 @@ def missing_skip_findings(flow: FlowLike, measurement: Measurement) -> list[Find
     if not isinstance(flow, Flow):
         return []
     short = _short_of(flow, measurement, lambda step: len(step.merges), lambda step: (step.kind, step.space))
-    return [_skip_finding(step, measurement, missing) for step, missing in short if step.kind == "step"]
+    acting = _acting(measurement) if short else {}
+    return [_skip_finding(step, acting.get(step.index), missing) for step, missing in short if step.kind == "step"]
+
+
+def _acting(measurement: Measurement) -> dict[int, Behaviour]:
+    return {behaviour.step.index: behaviour for behaviour in behaviours(measurement)}
 
 
 def _short_of(
@@ -54,15 +60,15 @@ def _short_of(
             groups[measured.module_class, matrices, group(measured)].append(measured)
     found = []
     for members in groups.values():
-        for measured in members:
-            others = {count(other) for other in members if other is not measured}
-            if len(members) > _FEWEST and len(others) == 1 and count(measured) < min(others):
-                found.append((measured, min(others) - count(measured)))
+        counts = Counter(map(count, members))
+        for measured in members if len(members) > _FEWEST and len(counts) == 2 else []:
+            (usual,) = counts.keys() - {count(measured)}
+            if counts[count(measured)] == 1 and count(measured) < usual:
+                found.append((measured, usual - count(measured)))
     return found
 
 
-def _skip_finding(step: StepMeasurement, measurement: Measurement, missing: int) -> Finding:
-    acting = next((b for b in behaviours(measurement) if b.step is step), None)
+def _skip_finding(step: StepMeasurement, acting: Behaviour | None, missing: int) -> Finding:
     gain = acting.gain.size if acting is not None else 0.0
     bare = not step.merges and step.module_path
     return Finding(
@@ -80,8 +86,7 @@ def _skip_finding(step: StepMeasurement, measurement: Measurement, missing: int)
     )
 
 
-def _norm_finding(flow: Flow, step: StepMeasurement, measurement: Measurement, missing: int) -> Finding:
-    acting = next((b for b in behaviours(measurement) if b.step is step), None)
+def _norm_finding(flow: Flow, step: StepMeasurement, acting: Behaviour | None, missing: int) -> Finding:
     gain = acting.gain.size if acting is not None else 0.0
     places = _empty_places(flow, step.module_path)
     noticed = acting is None or acting.peers >= _MANY or abs(gain) > _NOTICED

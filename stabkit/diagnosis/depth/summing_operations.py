@@ -14,11 +14,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from stabkit.errors import StabkitError
 from stabkit.tracing.graph.values import operation
 from stabkit.tracing.recording.forward_pass import ForwardPass
+from stabkit.tracing.recording.function_calls import FunctionCalls, name_of
 from stabkit.tracing.recording.recorder import Recording, recording_calls
 from stabkit.tracing.recording.training_pass import calling_line
 from stabkit.tracing.recording.untouched_model import seeded, unchanged
@@ -96,7 +96,7 @@ def _joined(one: Summing, other: Summing) -> Summing:
     return Summing(one.name, one.line, one.path, one.fixed, terms, one.signed, gain, one.calls + 1)
 
 
-class _Watch(TorchFunctionMode):
+class _Watch(FunctionCalls):
     """Notes what sums, by the result that it makes, and which results are divided later."""
 
     def __init__(self) -> None:
@@ -106,10 +106,8 @@ class _Watch(TorchFunctionMode):
         self.divided: set[int] = set()
         self._kept: list[Tensor] = []  # an id is that of one tensor while that is alive
 
-    def __torch_function__(
-        self, func: Any, types: Any, args: Arguments = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        kwargs, name = kwargs or {}, getattr(func, "__name__", "").strip("_")
+    def _called(self, func: Any, args: Arguments, kwargs: dict[str, Any]) -> Any:
+        name = name_of(func)
         given = [a for a in args if isinstance(a, Tensor)]
         if name in _MADE_OF_IT and given:
             self.divided.add(id(given[0]))
@@ -215,17 +213,15 @@ def _rms(tensor: Tensor) -> float:
     return float(held.double().square().mean().sqrt()) if held.layout == torch.strided else math.nan
 
 
-class _Divided(TorchFunctionMode):
+class _Divided(FunctionCalls):
     """Divides what some lines sum by the number of its terms."""
 
     def __init__(self, found: Sequence[Summing]) -> None:
         super().__init__()
         self._found = found
 
-    def __torch_function__(
-        self, func: Any, types: Any, args: Arguments = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        kwargs, name = kwargs or {}, getattr(func, "__name__", "").strip("_")
+    def _called(self, func: Any, args: Arguments, kwargs: dict[str, Any]) -> Any:
+        name = name_of(func)
         if name not in _PRODUCTS and name not in _SCATTERS and name != "sum":
             return func(*args, **kwargs)
         each = self._of(name, args)

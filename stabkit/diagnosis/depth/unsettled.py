@@ -28,6 +28,7 @@ from stabkit.diagnosis.remedies.computed import Remedy
 from stabkit.errors import StabkitError
 from stabkit.tracing import Flow, FlowLike, Iteration
 from stabkit.tracing.recording.forward_pass import ForwardPass
+from stabkit.tracing.recording.hooks import hooked
 from stabkit.tracing.recording.training_pass import training_pass
 
 _FEWEST = 8  # calls without gradient from which one speaks of an iteration
@@ -164,10 +165,8 @@ def _watched(module: nn.Module, given: list[list[Tensor]], made: list[Tensor]) -
             made.append(out.detach().clone())
 
     handle = module.register_forward_hook(hook, with_kwargs=True)
-    try:
+    with hooked([handle]):
         yield
-    finally:
-        handle.remove()
 
 
 def _finding(flow: Flow, path: str, seen: Iterates) -> Finding:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from stabkit.diagnosis.finding import Finding, serious
+from stabkit.diagnosis.finding import Finding, as_fact, serious
 from stabkit.diagnosis.remedies.learning import left_beside_a_constant
 from stabkit.diagnosis.remedies.short_training import STEPS
 from stabkit.diagnosis.remedies.trial import is_stretch
@@ -24,13 +24,7 @@ _NO_BETTER = 0.05  # of the same, by which a remedy must end lower to be one
 
 
 def with_harmless_as_facts(flow: FlowLike, found: Diagnosis, settings: Settings) -> Diagnosis:
-    """A diagnosis in which what does no measured harm is a fact to know, also in its verdict.
-
-    Args:
-        flow: the traced pass.
-        found: the diagnosis, after remedies were tried.
-        settings: how suspects are looked for, with the loss that a model is trained by.
-    """
+    """A diagnosis in which what does no measured harm is a fact to know, also in its verdict."""
     suspects = [finding for finding in found.findings if serious(finding) and _is_over_depth(finding)]
     if not suspects or not isinstance(flow, Flow) or not callable(settings.loss):
         return found
@@ -76,10 +70,4 @@ def _without_harm(flow: Flow, suspect: Finding, left: float, settings: Settings)
         if treated is None or treated < left - _NO_BETTER:
             return suspect
         evidence += f", and {treated:.1%} with what takes it away"
-    return replace(
-        suspect,
-        severity="info",
-        evidence=f"{suspect.evidence}; {evidence}",
-        remedy=f"none is needed for these samples; if training stalls: {suspect.remedy}",
-        actions=(),
-    )
+    return as_fact(suspect, evidence, f"none is needed for these samples; if training stalls: {suspect.remedy}")

@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 
 from stabkit.diagnosis.finding import Finding, of_module
 from stabkit.diagnosis.inputs.padding import padding_of
@@ -22,6 +21,7 @@ from stabkit.tracing.graph.values import operation
 from stabkit.tracing.recording.containers import named_tensors
 from stabkit.tracing.recording.evaluation import Evaluation, evaluated
 from stabkit.tracing.recording.forward_pass import ForwardPass
+from stabkit.tracing.recording.function_calls import FunctionCalls, name_of
 from stabkit.tracing.recording.recorder import masks_given
 from stabkit.tracing.recording.training_pass import calling_line
 
@@ -126,19 +126,16 @@ def _is_right(keys: Tensor | None, padding: Tensor) -> bool:
     return keys is not None and keys.shape == padding.shape and bool((keys == ~padding.to(keys.device)).all())
 
 
-class _Reading(TorchFunctionMode):
+class _Reading(FunctionCalls):
     """Notes what every attention sees."""
 
     def __init__(self, running: Evaluation, samples: set[int], seen: list[Seen]) -> None:
         super().__init__()
         self._running, self._samples, self._seen = running, samples, seen
 
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
+    def _called(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         out = func(*args, **kwargs)
-        name = getattr(func, "__name__", "").strip("_")
+        name = name_of(func)
         if name not in _CONVENTIONS:
             return out
         masks = masks_given(func, args, kwargs)
@@ -213,14 +210,12 @@ def _places(found: Sequence[Seen]) -> str:
     return f"{len(found)} ({where}{' and others' if len(found) > 1 else ''})"
 
 
-class _Turning(TorchFunctionMode):
+class _Turning(FunctionCalls):
     """Turns the masks of attention round."""
 
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        kwargs = dict(kwargs or {})
-        name = getattr(func, "__name__", "").strip("_")
+    def _called(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        kwargs = dict(kwargs)
+        name = name_of(func)
         key: str = {_MHA: "key_padding_mask", _SDPA: "attn_mask"}.get(name, "")
         if isinstance(kwargs.get(key), Tensor):
             kwargs[key] = _turned(kwargs[key])

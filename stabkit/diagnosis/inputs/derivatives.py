@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch.overrides import TorchFunctionMode
 
 from stabkit.diagnosis.remedies.made_once import once
 from stabkit.tracing.recording.forward_pass import ForwardPass
+from stabkit.tracing.recording.function_calls import FunctionCalls
 from stabkit.tracing.recording.training_pass import Observer, training_pass
 
 
@@ -28,15 +28,13 @@ def _taken(call: ForwardPass, loss: Any) -> bool:
     return watch.taken
 
 
-class _Derivatives(TorchFunctionMode):
+class _Derivatives(FunctionCalls):
     """Notes whether a derivative is taken within a pass."""
 
     def __init__(self) -> None:
         super().__init__()
         self.taken = False
 
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
+    def _called(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         self.taken = self.taken or func in (torch.autograd.grad, torch.autograd.backward)
-        return func(*args, **(kwargs or {}))
+        return func(*args, **kwargs)

@@ -33,6 +33,7 @@ from stabkit.tracing.graph.values import operation
 from stabkit.tracing.recording.containers import named_tensors
 from stabkit.tracing.recording.evaluation import evaluated
 from stabkit.tracing.recording.forward_pass import ForwardPass
+from stabkit.tracing.recording.hooks import hooked
 from stabkit.tracing.recording.training_pass import TrainingPass, nodes_above, training_pass
 
 _ROUNDING = 1e-5  # of the size of an output: sums in another order
@@ -403,11 +404,8 @@ def _embedded(call: ForwardPass, samples: _Samples) -> str:
         for path, module in call.module.named_modules()
         if path
     ]
-    try:
+    with hooked(hooks):
         evaluated(call)
-    finally:
-        for hook in hooks:
-            hook.remove()
     return made[0] if made else ""
 
 
@@ -439,9 +437,7 @@ def _with_positions(call: ForwardPass, place: str, samples: _Samples, *, shuffle
 
     def model(*inputs: Any, **kwargs: Any) -> Any:
         hook = dict(call.module.named_modules())[place].register_forward_hook(add)
-        try:
+        with hooked([hook]):
             return call.model(*inputs, **kwargs)
-        finally:
-            hook.remove()
 
     return model

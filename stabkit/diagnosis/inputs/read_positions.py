@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from stabkit.diagnosis.finding import Finding, of_module
 from stabkit.diagnosis.remedies.applying import is_small
@@ -28,6 +27,7 @@ from stabkit.errors import StabkitError
 from stabkit.tracing.recording.containers import named_tensors
 from stabkit.tracing.recording.evaluation import Evaluation, evaluated
 from stabkit.tracing.recording.forward_pass import ForwardPass
+from stabkit.tracing.recording.function_calls import FunctionCalls, name_of
 from stabkit.tracing.recording.training_pass import TrainingPass, calling_line
 
 _FEWEST = 4  # positions that a sequence has at least
@@ -103,17 +103,17 @@ class _Sequences:
         """How many samples there are."""
         return self.lead[1 - self.axis]
 
-    def same(self, kept: int, end: int, within: Within = nullcontext) -> bool:
+    def same(self, kept: int, end: int) -> bool:
         """Whether outputs stay when every sample gets what the next one has, but for some positions at one end.
 
         So it must be at other weights too: what starts at zero may let them matter after a step.
         """
         try:
             with moved_weights(self.call.module):
-                moved = self._same(kept, end, within)
+                moved = self._same(kept, end, nullcontext)
         except StabkitError:
             return False
-        return moved and self._same(kept, end, within)
+        return moved and self._same(kept, end, nullcontext)
 
     def _same(self, kept: int, end: int, within: Within) -> bool:
         places = torch.arange(self.positions)
@@ -169,7 +169,7 @@ class _Reading:
         """Those of a pass which one line makes once."""
         made: list[_Noting] = []
 
-        def noting(running: Evaluation) -> TorchFunctionMode:
+        def noting(running: Evaluation) -> FunctionCalls:
             made.append(_Noting(call.module, running, sequences))
             return made[-1]
 
@@ -211,7 +211,7 @@ class _Reading:
         return (torch.cat(halves, -1), *args[1:])
 
 
-class _Noting(TorchFunctionMode):
+class _Noting(FunctionCalls):
     """Notes where one position is read out of states."""
 
     def __init__(self, module: nn.Module, running: Evaluation, sequences: _Sequences) -> None:
@@ -222,11 +222,9 @@ class _Noting(TorchFunctionMode):
         self._directions: dict[int, str] = {}
         self._alive: list[Tensor] = []
 
-    def __torch_function__(
-        self, func: Any, types: Any, args: Arguments = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        out = func(*args, **(kwargs or {}))
-        name, path = getattr(func, "__name__", "").strip("_"), self._running.recording.running
+    def _called(self, func: Any, args: Arguments, kwargs: dict[str, Any]) -> Any:
+        out = func(*args, **kwargs)
+        name, path = name_of(func), self._running.recording.running
         module = self._modules.get(path)
         if isinstance(module, nn.RNNBase) and module.bidirectional:
             wide = [t for _, t in named_tensors(out, 3) if t.dim() == 3]

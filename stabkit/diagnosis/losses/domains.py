@@ -15,12 +15,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 
 from stabkit.diagnosis.finding import LOSS, Finding, of_last_step
 from stabkit.diagnosis.remedies.short_training import falls, short_training, trained_on_either
 from stabkit.diagnosis.training_run import TrainingRun
 from stabkit.tracing import Flow
+from stabkit.tracing.recording.function_calls import FunctionCalls
 from stabkit.tracing.recording.training_pass import calling_line
 from stabkit.tracing.recording.untouched_model import seeded, unchanged_randomness
 
@@ -259,7 +259,7 @@ DOMAINS: dict[str, Domain] = {
 }
 
 
-class _Calls(TorchFunctionMode):
+class _Calls(FunctionCalls):
     """Sees the calls of these losses, and makes those that are wrong as they are meant, where that is known.
 
     Attributes:
@@ -271,10 +271,7 @@ class _Calls(TorchFunctionMode):
         self.found: list[tuple[str, Misuse]] = []
         self._mend, self._only = mend, only
 
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
+    def _called(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         domain = DOMAINS.get(getattr(func, "__name__", ""))
         if domain is None:
             return func(*args, **kwargs)
@@ -325,7 +322,7 @@ def breaking(loss: Any, output: Any, seed: int, line: str) -> Misuse | None:
     return next((w for at, w in found if at == line and (w.breaks or (mended and w.meant))), None)
 
 
-def _value(loss: Any, output: Any, seed: int, mode: TorchFunctionMode) -> float:
+def _value(loss: Any, output: Any, seed: int, mode: FunctionCalls) -> float:
     with unchanged_randomness(), torch.enable_grad():
         seeded(seed)
         with mode:

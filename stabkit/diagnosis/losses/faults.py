@@ -122,8 +122,8 @@ def _least(name: str, classes: int) -> float:
 def _flat_sigmoid(flow: Flow, loss: Any, scalar: Tensor, thresholds: Thresholds) -> list[Finding]:
     """A sigmoid before the loss that is flat: a fault where it is wrong, and no more than a fact where it is right.
 
-    So the outputs are turned round, p to 1 - p: where the loss falls by that and yet
-    hardly depends on the logits, the sigmoid hides the error from the gradient.
+    So the outputs are turned round, p to 1 - p: where the loss falls by that and yet hardly depends on the logits, the
+    sigmoid hides the error from the gradient. A logarithm of p takes the sigmoid out again, so that nothing is hidden.
     """
     made = _maker(flow.states[-1].values[0])
     if made is None or operation(made.node) != "Sigmoid" or not isinstance(flow.output, Tensor):
@@ -152,7 +152,13 @@ def _flat_sigmoid(flow: Flow, loss: Any, scalar: Tensor, thresholds: Thresholds)
         numbers = {"saturated": float(flat), "loss": value, "turned": turned}
         return [of_last_step(flow, "saturated", "info", path, evidence, "none is needed", _GOODFELLOW, numbers)]
     if slope >= _HIDDEN * fall:
-        return []
+        evidence = (
+            f"{float(flat):.0%} of the outputs of the sigmoid {path or 'before the loss'} lie where it is flat, and "
+            f"wrong, and its loss makes up for that: turned round, 1 - p, they would bring it from {value:.3g} to "
+            f"{turned:.3g}, and its gradient by the logits promises {slope / fall:.0%} of that"
+        )
+        numbers = {"saturated": float(flat), "promised": slope / fall, "loss": value, "turned": turned}
+        return [of_last_step(flow, "saturated", "info", path, evidence, "none is needed", _GOODFELLOW, numbers)]
     evidence = (
         f"{float(flat):.0%} of the outputs of the sigmoid {path or 'before the loss'} lie where it is flat, and wrong: "
         f"turned round, 1 - p, they would bring the loss from {value:.3g} to {turned:.3g}, and its gradient by the "

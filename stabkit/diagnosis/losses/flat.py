@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.graph import Node
-from torch.overrides import TorchFunctionMode
 
 from stabkit.diagnosis.finding import Finding, of_last_step
 from stabkit.tracing import Flow
 from stabkit.tracing.graph.values import operation
+from stabkit.tracing.recording.function_calls import FunctionCalls, name_of
 from stabkit.tracing.recording.training_pass import calling_line, nodes_above, nodes_from
 from stabkit.tracing.recording.untouched_model import unchanged_randomness
 from stabkit.vocabulary import activation_of
@@ -33,13 +33,7 @@ _GIOU = "Rezatofighi et al., Generalized intersection over union, 2019"
 
 
 def flat_loss_findings(flow: Flow, loss: Any, scalar: Tensor) -> list[Finding]:
-    """A finding where a loss has no gradient by most or all of the samples of an output, and is not at its least.
-
-    Args:
-        flow: the traced pass.
-        loss: a callable on the output that returns a scalar.
-        scalar: what it returned.
-    """
+    """A finding where a loss has no gradient by most or all of the samples of an output, and is not at its least."""
     value = float(scalar.detach())
     edges = [v.edge for v in flow.states[-1].values]
     gradients = torch.autograd.grad(scalar, edges, retain_graph=True, allow_unused=True)
@@ -106,19 +100,17 @@ def _read(loss: Any, output: Tensor) -> float:
         return math.nan
 
 
-class _Lines(TorchFunctionMode):
+class _Lines(FunctionCalls):
     """Which function, on which line, made every node."""
 
     def __init__(self) -> None:
         super().__init__()
         self.of: dict[Node, tuple[str, str]] = {}
 
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        out = func(*args, **(kwargs or {}))
+    def _called(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        out = func(*args, **kwargs)
         if isinstance(out, Tensor) and out.grad_fn is not None:
-            self.of[out.grad_fn] = (getattr(func, "__name__", "").strip("_"), calling_line())
+            self.of[out.grad_fn] = (name_of(func), calling_line())
         return out
 
 

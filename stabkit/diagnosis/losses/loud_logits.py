@@ -195,14 +195,7 @@ def _weight_of(call: ForwardPass, made: Node | None) -> list[str]:
 
 
 def best_scaling(flow: Flow, loss: Any, call: ForwardPass, sizes: Sizes) -> str:
-    """What to do about large inputs, in words, that which trains best in front.
-
-    Args:
-        flow: the traced pass.
-        loss: a callable on the output that returns a scalar.
-        call: the pass as training makes it.
-        sizes: of its inputs.
-    """
+    """What to do about large inputs, in words, that which trains best in front."""
     found = {id(t): f for name, t in call.given if (f := features_of(flow, name, t)) is not None and f.uneven}
     if not found or sizes.inside:
         return sizes.remedy

@@ -13,12 +13,12 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 
 from stabkit.diagnosis.finding import LOSS, Finding, of_last_step
 from stabkit.diagnosis.remedies.short_training import trained_on_either
 from stabkit.diagnosis.training_run import TrainingRun
 from stabkit.tracing import Flow
+from stabkit.tracing.recording.function_calls import FunctionCalls, name_of
 from stabkit.tracing.recording.training_pass import calling_line
 from stabkit.tracing.recording.untouched_model import seeded, unchanged_randomness
 
@@ -37,7 +37,7 @@ _REFERENCE = "https://numpy.org/doc/stable/user/basics.broadcasting.html"
 Change = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
-class _Mixing(TorchFunctionMode):
+class _Mixing(FunctionCalls):
     """Sees operations that broadcast samples against samples, and may change what they are given.
 
     Attributes:
@@ -50,10 +50,8 @@ class _Mixing(TorchFunctionMode):
         self._change = change
         self._meant: list[Tensor] = []
 
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        kwargs, name = kwargs or {}, getattr(func, "__name__", "").strip("_")
+    def _called(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        name = name_of(func)
         if name in _ARITHMETIC:
             args, kwargs = self._seen(name, args, kwargs)
         result = func(*args, **kwargs)

@@ -106,12 +106,14 @@ class Evaluated:
         output: what the model returned.
         terms: in the order in which the graph is walked, which is the same at every pass.
         calls: of modules, in the order of their beginnings.
+        made: every result on the graph, by its value, with the function and the line that made it.
     """
 
     loss: Tensor
     output: Any
     terms: tuple[Term, ...]
     calls: list[Call]
+    made: Mapping[Value, tuple[str, str, Tensor]]
 
     def path_of(self, term: Term) -> str:
         """The module that makes a term, ``""`` where the loss does."""
@@ -130,7 +132,8 @@ def evaluated(call: ForwardPass, loss: Callable[[Any], Tensor]) -> Evaluated:
     with torch.enable_grad(), made, recording_calls(call.module, recording):
         output = call.model(*call.inputs, **call.kwargs)
         scalar = loss(output)
-    return Evaluated(scalar, output, _terms(scalar, made) if scalar.grad_fn is not None else (), recording.calls)
+    terms = _terms(scalar, made) if scalar.grad_fn is not None else ()
+    return Evaluated(scalar, output, terms, recording.calls, made.of)
 
 
 def _terms(scalar: Tensor, made: _Made) -> tuple[Term, ...]:

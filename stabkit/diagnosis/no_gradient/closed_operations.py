@@ -27,6 +27,7 @@ from stabkit.tracing import Flow
 from stabkit.tracing.derivatives.lost_gradient import listed
 from stabkit.tracing.graph.values import operation
 from stabkit.tracing.recording.forward_pass import ForwardPass
+from stabkit.tracing.recording.hooks import hooked
 from stabkit.tracing.recording.recorder import clock
 from stabkit.tracing.recording.training_pass import (
     Observer,
@@ -107,9 +108,8 @@ def closed_operations(call: ForwardPass, loss: Any) -> list[Closed]:
         return []
     stopping, reached = list[Node](), set[Node]()
     hooks = [node.register_hook(_watching(node, stopping, reached)) for node in nodes_above(done.loss)]
-    torch.autograd.grad(done.loss, leaves, retain_graph=True, allow_unused=True)
-    for hook in hooks:
-        hook.remove()
+    with hooked(hooks):
+        torch.autograd.grad(done.loss, leaves, retain_graph=True, allow_unused=True)
     found = []
     for node in stopping:
         path, line, part = places.of.get(node._sequence_nr(), ("", "", "model"))

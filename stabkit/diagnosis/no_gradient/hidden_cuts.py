@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch.distributions import Distribution
-from torch.overrides import TorchFunctionMode
 
 from stabkit.diagnosis.finding import Finding, serious
 from stabkit.diagnosis.remedies.short_training import compared, short_training, worse
@@ -16,6 +15,7 @@ from stabkit.tracing import Flow
 from stabkit.tracing.derivatives.lost_gradient import FIRST_ORDER, Cut, listed
 from stabkit.tracing.derivatives.partial_cuts import NORMAL, partial_cuts
 from stabkit.tracing.recording.forward_pass import ForwardPass
+from stabkit.tracing.recording.function_calls import FunctionCalls
 from stabkit.tracing.recording.training_pass import TrainingPass
 
 _KINGMA = "Kingma and Welling, Auto-encoding variational Bayes, 2014, section 2.4"
@@ -73,28 +73,24 @@ def _finding(cut: Cut, subject: Flow | ForwardPass, loss: Any, call: ForwardPass
     )
 
 
-class _FirstOrderKept(TorchFunctionMode):
+class _FirstOrderKept(FunctionCalls):
     """Every derivative is taken with a graph of its own."""
 
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
+    def _called(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if func is torch.autograd.grad and len(args) <= 4:
-            return func(*args, **{**(kwargs or {}), "create_graph": True, "retain_graph": True})
-        return func(*args, **(kwargs or {}))
+            return func(*args, **{**kwargs, "create_graph": True, "retain_graph": True})
+        return func(*args, **kwargs)
 
 
-class _NormalOnTheGraph(TorchFunctionMode):
+class _NormalOnTheGraph(FunctionCalls):
     """``torch.normal`` of tensors as a mean and a multiple of a standard draw."""
 
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
+    def _called(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if func is torch.normal and not kwargs and any(isinstance(a, torch.Tensor) and a.requires_grad for a in args):
             mean, std = (*args, 1.0)[:2]
             like = torch.as_tensor(mean) + 0 * torch.as_tensor(std)
             return mean + std * torch.randn_like(like)
-        return func(*args, **(kwargs or {}))
+        return func(*args, **kwargs)
 
 
 @contextlib.contextmanager

@@ -25,6 +25,7 @@ from stabkit.tracing.derivatives.lost_gradient import listed
 from stabkit.tracing.recording.containers import named_tensors
 from stabkit.tracing.recording.evaluation import evaluated
 from stabkit.tracing.recording.forward_pass import ForwardPass
+from stabkit.tracing.recording.hooks import hooked
 
 _FEWEST = 2  # layers that can take turns
 _REFERENCE = "Dinh, Sohl-Dickstein and Bengio, Density estimation using Real NVP, 2017, section 3.5"
@@ -102,11 +103,8 @@ class _Couplings:
             for path, module in self._model.named_modules()
             if path and next(module.parameters(), None) is not None
         ]
-        try:
+        with hooked(handles):
             yield
-        finally:
-            for handle in handles:
-                handle.remove()
 
     def _note(self, path: str, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         given = args[0] if args else None
@@ -161,8 +159,5 @@ def _taking_turns(model: nn.Module, paths: list[str], axis: int) -> Iterator[Non
         return (args[0].flip(axis), *args[1:])
 
     handles = [model.get_submodule(path).register_forward_pre_hook(turn) for path in paths[1:]]
-    try:
+    with hooked(handles):
         yield
-    finally:
-        for handle in handles:
-            handle.remove()

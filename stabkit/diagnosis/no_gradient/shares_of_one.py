@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.graph import Node
-from torch.overrides import TorchFunctionMode
 
 from stabkit.diagnosis.finding import Finding, of_module, serious
 from stabkit.diagnosis.no_gradient.zero_gradients import variables_round
@@ -22,6 +21,7 @@ from stabkit.errors import StabkitError
 from stabkit.tracing.derivatives.lost_gradient import listed
 from stabkit.tracing.graph.values import operation
 from stabkit.tracing.recording.forward_pass import ForwardPass
+from stabkit.tracing.recording.function_calls import FunctionCalls, name_of
 from stabkit.tracing.recording.training_pass import (
     Observer,
     calling_line,
@@ -83,17 +83,15 @@ def _parents(node: Node) -> Sequence[tuple[Node | None, int]]:
     return (*node.next_functions, (None, 0))[:2]
 
 
-class _Weighed(TorchFunctionMode):
+class _Weighed(FunctionCalls):
     """Gives, in the place of shares of one part, the sigmoid of the score, or the number before it is divided."""
 
     def __init__(self) -> None:
         super().__init__()
         self.lines: dict[str, str] = {}
 
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        kwargs, name = kwargs or {}, getattr(func, "__name__", "").strip("_")
+    def _called(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        name = name_of(func)
         out = func(*args, **kwargs)
         given = args[0] if args else kwargs.get("input")
         if not isinstance(given, Tensor) or not isinstance(out, Tensor) or not out.requires_grad:
@@ -113,7 +111,7 @@ def _of_one_score(scores: Tensor, shares: Tensor) -> bool:
     return bool(((shares == 1) | (shares == 0)).all()) and bool((left <= _MASKED).all())
 
 
-def _gradients(call: ForwardPass, loss: Any, mode: TorchFunctionMode) -> dict[str, Tensor | None] | None:
+def _gradients(call: ForwardPass, loss: Any, mode: FunctionCalls) -> dict[str, Tensor | None] | None:
     try:
         return training_pass(call, loss, Observer(mode)).gradients
     except (StabkitError, RuntimeError):
@@ -132,7 +130,7 @@ def _finding(run: TrainingRun, first: Any, behind: tuple[str, ...], weighed: _We
     path, chosen = path_of(run.done, first), _of_a_choice(first)
     # a layer that gives one score does so for any input; one position is what this input has
     single = any(run.done.parameters[p].dim() > 1 and len(run.done.parameters[p]) == 1 for p in behind)
-    share = sum(run.done.parameters[p].numel() for p in behind) / sum(p.numel() for p in run.done.parameters.values())
+    share = run.share(behind)
     lines, how = listed(tuple(filter(None, weighed.lines))), next(iter(weighed.lines.values()))
     plain, treated = short_training(run.flow, run.loss), short_training(run.flow, run.loss, within=_Weighed)
     evidence = (

@@ -178,24 +178,20 @@ def _of_flat(run: TrainingRun, flat: _Flat) -> Finding:
     through = short_training(run.flow, run.loss, altered=straight_through)
     evidence = (
         f"{len(flat.parameters)} of {len(run.done.parameters)} parameters that are to be trained get a gradient of "
-        f"exactly zero ({listed(flat.parameters)}; {_share(run.done, flat.parameters):.0%} of their numbers): the loss "
+        f"exactly zero ({listed(flat.parameters)}; {run.share(flat.parameters):.0%} of their numbers): the loss "
         f"is made of them through {operations} ({listed(flat.places, 5)}) alone, whose derivative is zero everywhere"
     )
     return of_last_step(
         run.flow,
         "no_gradient",
-        "critical" if _share(run.done, flat.parameters) > 1 - 1e-9 else "warning",
+        "critical" if run.share(flat.parameters) > 1 - 1e-9 else "warning",
         flat.path,
         evidence=evidence + compared(plain, through, "with the derivative 1 in its place"),
         remedy=f"pass the gradient straight through: x + ({flat.operations[0]}(x) - x).detach() in place of "
         f"{flat.operations[0]}(x)",
         reference=_BENGIO,
-        numbers={"parameters": float(len(flat.parameters)), "share": _share(run.done, flat.parameters)},
+        numbers={"parameters": float(len(flat.parameters)), "share": run.share(flat.parameters)},
     )
-
-
-def _share(done: TrainingPass, paths: Sequence[str]) -> float:
-    return sum(done.parameters[p].numel() for p in paths) / max(1, sum(p.numel() for p in done.parameters.values()))
 
 
 def _stuck(run: TrainingRun, actions: Sequence[Action] = ()) -> frozenset[str] | None:
@@ -257,11 +253,11 @@ def _of_zero_factors(run: TrainingRun, stuck: tuple[str, ...]) -> list[Finding]:
     if vectors and plain is not None and treated is not None and not clearly_better(treated, plain):
         return []  # biases of zero are how layers are made: what holds them is another, as a layer that is dead
     # a bias between two norms of a small batch has no gradient either, and the model trains without it
-    few = _share(run.done, freed) < _FEW and all(run.done.parameters[path].dim() < 2 for path in freed)
+    few = run.share(freed) < _FEW and all(run.done.parameters[path].dim() < 2 for path in freed)
     harmless = worse(treated, plain) or (few and plain is not None and falls(plain))
     evidence = (
         f"{len(freed)} of {len(run.done.parameters)} parameters that are to be trained get a gradient of exactly zero "
-        f"({listed(freed)}; {_share(run.done, freed):.0%} of their numbers), and still do when all others have moved: "
+        f"({listed(freed)}; {run.share(freed):.0%} of their numbers), and still do when all others have moved: "
         f"they are the factors of products in which {listed(both)} are all zero, so that neither moves the other; with "
         f"{listed(named)} drawn anew all of them get a gradient"
     )
@@ -269,7 +265,7 @@ def _of_zero_factors(run: TrainingRun, stuck: tuple[str, ...]) -> list[Finding]:
         of_last_step(
             run.flow,
             "no_gradient",
-            "info" if harmless else "critical" if _share(run.done, freed) > 1 - 1e-9 else "warning",
+            "info" if harmless else "critical" if run.share(freed) > 1 - 1e-9 else "warning",
             named[0].rpartition(".")[0],
             evidence=evidence + compared(plain, treated, "treated"),
             remedy="none is needed: the model trains without it"
@@ -278,7 +274,7 @@ def _of_zero_factors(run: TrainingRun, stuck: tuple[str, ...]) -> list[Finding]:
             f"{max(float(action['rms']) for action in actions):.2g})"
             + (f"; {listed(kept)} may stay at zero" if kept else ""),
             reference=_LORA,
-            numbers={"parameters": float(len(freed)), "share": _share(run.done, freed)},
+            numbers={"parameters": float(len(freed)), "share": run.share(freed)},
             actions=() if harmless else tuple(actions),
         )
     ]
@@ -310,9 +306,7 @@ def zero_input_findings(run: TrainingRun, zeros: Sequence[str]) -> list[Finding]
     idle = tuple(p for p in zeros if (leaf := leaves.get(id(run.done.parameters[p]))) and _meets_zeros(leaf, readers))
     if not idle:
         return []
-    share = sum(run.done.parameters[p].numel() for p in idle) / max(
-        1, sum(p.numel() for p in run.done.parameters.values())
-    )
+    share = run.share(idle)
     return [
         of_last_step(
             run.flow,

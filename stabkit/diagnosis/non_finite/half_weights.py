@@ -130,7 +130,8 @@ def _finding(
         evidence += f"; tried on a copy: {STEPS} steps of Adam {ends}, and with all in float32 {single:.1%}"
     return Finding(
         kind="precision_loss",
-        severity="warning",
+        # training that is not finite after some steps has failed
+        severity="critical" if broken and plain is not None and not math.isfinite(plain) else "warning",
         steps=tuple(range(len(flow.steps))),
         module_path=LOSS,
         confidence=1.0,

@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from stabkit.diagnosis.non_finite.causes import backward_cause, forward_cause, with_lost_eps
@@ -22,6 +21,7 @@ from stabkit.errors import StabkitError
 from stabkit.tracing.graph.values import operation
 from stabkit.tracing.recording.containers import named_tensors
 from stabkit.tracing.recording.forward_pass import ForwardPass
+from stabkit.tracing.recording.function_calls import FunctionCalls
 from stabkit.tracing.recording.inputs import VALUE_FREE, Source, differentiable
 from stabkit.tracing.recording.recorder import clock
 from stabkit.tracing.recording.training_pass import Observer, TrainingPass, calling_line, training_pass
@@ -94,7 +94,7 @@ def origin_of(call: ForwardPass, loss: Any = None) -> Origin | None:
     return watch.blamed(done)
 
 
-class _Called(TorchFunctionMode):
+class _Called(FunctionCalls):
     """Notes which function of torch runs, and what it was given: an operation may be a part of one."""
 
     def __init__(self) -> None:
@@ -102,13 +102,11 @@ class _Called(TorchFunctionMode):
         self.name = ""
         self.given: tuple[Any, ...] = ()
 
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
+    def _called(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         outer = self.name, self.given
         self.name, self.given = getattr(func, "__name__", ""), args
         try:
-            return func(*args, **(kwargs or {}))
+            return func(*args, **kwargs)
         finally:
             self.name, self.given = outer
 

@@ -16,14 +16,12 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from stabkit.diagnosis.blocks.weights import step_of
-from stabkit.diagnosis.finding import Action, Finding, serious
+from stabkit.diagnosis.finding import Action, Finding, as_fact, serious
 from stabkit.diagnosis.over_time.profile import FEWEST, TimeProfile, logs_of
 from stabkit.diagnosis.over_time.scans import WrittenOut
 from stabkit.diagnosis.remedies import computed as remedies
@@ -37,9 +35,9 @@ from stabkit.errors import StabkitError
 from stabkit.tracing import Flow
 from stabkit.tracing.graph.values import operation
 from stabkit.tracing.recording.forward_pass import ForwardPass
+from stabkit.tracing.recording.hooks import hooked
 from stabkit.tracing.recording.training_pass import training_pass
 
-Array = npt.NDArray[np.float64]
 #: operations that take a piece of a value
 _PIECES = frozenset({"Select", "Slice", "Narrow", "Index", "IndexSelect"})
 _ALL_PIECES = frozenset({"Split", "SplitWithSizes", "Unbind", "Chunk"})
@@ -95,12 +93,11 @@ def _of_no_harm(flow: Flow, finding: Finding, loss: Any) -> Finding:
     left = left_beside_a_constant(flow.forward_pass, loss)
     if left is None or not left < _LEARNS:
         return finding
-    evidence = (
-        f"{finding.evidence}; {STEPS} steps of Adam as it is leave {left:.1%} of what the best constant output leaves "
-        "of the loss: what these samples ask for does not lie that far back"
+    words = (
+        f"{STEPS} steps of Adam as it is leave {left:.1%} of what the best constant output leaves of the loss: what "
+        "these samples ask for does not lie that far back"
     )
-    remedy = f"none is needed for these samples; for a longer memory, {finding.remedy}"
-    return replace(finding, severity="info", evidence=evidence, remedy=remedy, actions=())
+    return as_fact(finding, words, f"none is needed for these samples; for a longer memory, {finding.remedy}")
 
 
 def _worth_telling(flow: Flow, drifting: Sequence[Finding], loss: Any) -> list[Finding]:
@@ -220,11 +217,8 @@ def _keeping(model: nn.Module, kept: _Kept, loops: Sequence[str] = ()) -> Iterat
             handles.append(module.register_forward_pre_hook(_sequence_hook(path, kept)))
         elif isinstance(module, nn.RNNCellBase) or path in loops:
             handles.append(module.register_forward_hook(_cell_hook(path, kept)))
-    try:
+    with hooked(handles):
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _sequence_hook(path: str, kept: _Kept) -> Callable[[nn.Module, Any], None]:

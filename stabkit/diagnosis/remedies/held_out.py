@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 
 from stabkit.diagnosis.finding import Action
 from stabkit.diagnosis.remedies.applying import may_train, stood_in, trainable
@@ -23,6 +22,7 @@ from stabkit.diagnosis.remedies.usual_training import RATES, Update, adam, moved
 from stabkit.errors import StabkitError
 from stabkit.tracing.recording.containers import map_tensors, named_tensors
 from stabkit.tracing.recording.forward_pass import ForwardPass
+from stabkit.tracing.recording.function_calls import FunctionCalls, name_of
 from stabkit.tracing.recording.untouched_model import seeded, unchanged
 
 _GAIN = 0.1  # of the loss of the samples held out: what is no trifle
@@ -65,7 +65,7 @@ class Learnt:
         return surely or self.own > max(plain.own + _GAIN, _TIMES * plain.own)
 
 
-class Dropping(TorchFunctionMode):
+class Dropping(FunctionCalls):
     """Every dropout at no more than a given share.
 
     Example:
@@ -79,11 +79,8 @@ class Dropping(TorchFunctionMode):
         self.most = most
         self.dropped: list[float] = []
 
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        if getattr(func, "__name__", "").strip("_") in _DROPOUTS:
+    def _called(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if name_of(func) in _DROPOUTS:
             given = dict(zip(("input", "p", "training", "inplace"), args, strict=False)) | kwargs
             share = float(given.get("p", 0.5)) if given.get("training", given.get("train", True)) else 0.0
             self.dropped.append(share)

@@ -21,13 +21,7 @@ _ROUNDS = 50  # of a quasi-Newton method: mean squared errors take one, cross en
 
 
 def left_beside_a_constant(call: ForwardPass, loss: Any, actions: Sequence[Action] = ()) -> float | None:
-    """What a few steps of Adam leave of a loss, over what the best constant output leaves of it; None where unknown.
-
-    Args:
-        call: the pass as training makes it.
-        loss: a callable on the output that returns a scalar.
-        actions: a remedy that is carried out before.
-    """
+    """What a few steps of Adam leave of a loss, over what the best constant output leaves of it; None where unknown."""
     done = training_pass(call, loss, differentiate=False)
     floor = left_by_a_constant(loss, done.output) if done.loss is not None else None
     if floor is None or done.loss is None or not floor > 0:

@@ -9,8 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from torch.overrides import TorchFunctionMode
-
+from stabkit.tracing.recording.function_calls import FunctionCalls, name_of
 from stabkit.tracing.recording.training_pass import calling_line
 
 Arguments = tuple[Any, ...]
@@ -18,7 +17,7 @@ Arguments = tuple[Any, ...]
 Change = Callable[[str, Arguments, dict[str, Any]], tuple[Arguments, dict[str, Any]]]
 
 
-class OtherArguments(TorchFunctionMode):
+class OtherArguments(FunctionCalls):
     """Gives functions that one line of code calls other arguments.
 
     Args:
@@ -32,11 +31,8 @@ class OtherArguments(TorchFunctionMode):
         self.names, self.line, self.change = names, line, change
         self.applied = 0
 
-    def __torch_function__(
-        self, func: Any, types: Any, args: Arguments = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        name = getattr(func, "__name__", "").strip("_")
+    def _called(self, func: Any, args: Arguments, kwargs: dict[str, Any]) -> Any:
+        name = name_of(func)
         if (not self.names or name in self.names) and args and calling_line() == self.line:
             self.applied += 1
             args, kwargs = self.change(name, args, kwargs)

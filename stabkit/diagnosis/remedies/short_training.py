@@ -137,6 +137,9 @@ def trained_on_either(
 ) -> str:
     """What the loss that is meant comes to by training on the loss as it is, and on itself, in words.
 
+    Nothing is said where the loss that is meant ends no lower by itself, as it may where it holds the output against
+    what is made of the same weights.
+
     Args:
         flow: a traced pass, or a call.
         loss: as it is.
@@ -145,16 +148,19 @@ def trained_on_either(
     """
 
     def watch(output: Any) -> float:
-        with torch.no_grad():
-            return float(meant(output))
+        with torch.enable_grad():  # what mends a loss may go by which tensors carry gradients
+            return float(meant(output).detach())
 
     runs = [short_training(flow, each, watch=watch) for each in (loss, meant)]
     ends = [[end for end in run.watched if math.isfinite(end)] for run in runs if run is not None]
     if len(ends) < len(runs) or not all(ends):
         return ""
+    as_it_is, by_itself = of_runs(ends[0]), min(ends[1])
+    if not by_itself < as_it_is:  # few steps, or a quantity that moves with the weights: it says nothing
+        return ""
     return (
-        f"; {STEPS} steps of plain SGD take that to {of_runs(ends[0]):.3g} by the loss as it is, and to "
-        f"{min(ends[1]):.3g} by itself"
+        f"; {STEPS} steps of plain SGD take that to {as_it_is:.3g} by the loss as it is, and to "
+        f"{by_itself:.3g} by itself"
     )
 
 

@@ -84,10 +84,6 @@ class Treatment:
         return "\n".join([*(lines or ["nothing was done"]), *left])
 
 
-def _what(finding: Finding) -> str:
-    return f"{finding.kind} at {finding.module_path or 'the model'}"
-
-
 def treat(
     model: nn.Module,
     *inputs: Any,

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 
-from stabkit.diagnosis.finding import Action, Finding, serious
+from stabkit.diagnosis.finding import Action, Finding, as_fact, serious
 from stabkit.diagnosis.inputs.sizes import Sizes
 from stabkit.diagnosis.measurement import Measurement
 from stabkit.diagnosis.remedies.applying import carried_out
@@ -150,13 +150,8 @@ def _anew(flow: FlowLike, data: Sizes | None) -> FlowLike:
 def follows(follower: Finding, cause: Finding, how: str = "gone") -> Finding:
     """A suspect that went with the remedy of another."""
     where = cause.module_path or f"step {cause.steps[0]}"
-    return replace(
-        follower,
-        severity="info",
-        evidence=f"{follower.evidence}; it is {how} with the remedy of {cause.kind} at {where}",
-        remedy=f"that of {cause.kind} at {where}",
-        actions=(),
-    )
+    words = f"it is {how} with the remedy of {cause.kind} at {where}"
+    return as_fact(follower, words, f"that of {cause.kind} at {where}")
 
 
 def _at_steps(suspect: Finding, before: Measurement, after: Measurement) -> list[str]:

@@ -6,9 +6,10 @@ rates that people type in are not.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -196,6 +197,42 @@ def _run(call: ForwardPass, loss: Any, update: Update, steps: int) -> float:
                 break
             moved_by(scalar, weights, states, update, step + 1)
     return value / first if first > 0 else math.inf
+
+
+@contextlib.contextmanager
+def after_steps(
+    call: ForwardPass,
+    loss: Any,
+    update: Update,
+    steps: int,
+    altered: Callable[[Tensor], None] | None = None,
+    enough: Callable[[], bool] | None = None,
+) -> Iterator[bool]:
+    """A model after some steps on a copy of its parameters, for a while; whether the loss stayed finite.
+
+    Args:
+        call: the pass as training makes it.
+        loss: a callable on the output that returns a scalar.
+        update: the optimizer.
+        steps: how many.
+        altered: is called with each loss before its gradients are taken, to hang hooks on its graph.
+        enough: asked after each loss whether to end here.
+    """
+    with stood_in(call.module), unchanged(call.module) as safe, torch.enable_grad():
+        safe.copy_buffers()
+        seeded(call.seed)
+        weights = list(trainable(call.module).values())
+        states: list[list[Tensor]] = [[] for _ in weights]
+        finite = True
+        for step in range(1, steps + 1):
+            scalar = loss(call.model(*call.inputs, **call.kwargs))
+            finite = math.isfinite(float(scalar.detach()))
+            if not finite or (enough is not None and enough()):
+                break
+            if altered is not None:
+                altered(scalar)
+            moved_by(scalar, weights, states, update, step)
+        yield finite
 
 
 def moved_by(

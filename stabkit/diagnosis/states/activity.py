@@ -30,7 +30,6 @@ class Activity:
         units: how many units (channels) it has.
         observations: entries per unit: samples times positions.
         dead: share of units that pass nothing at any of them; 0 for two-sided activations.
-        inactive: share of entries that pass nothing.
         saturated: share of entries where the derivative is below a twentieth of its largest value; 0 for one-sided
             activations.
         log_derivative: mean log of the derivative over its largest value, at least log 1e-6, nats. The largest that it
@@ -45,7 +44,6 @@ class Activity:
     units: int
     observations: int
     dead: float
-    inactive: float
     saturated: float
     log_derivative: float
     facts: ActivationFacts
@@ -97,7 +95,6 @@ def _activity(flow: Flow, around: _Around, element: Element, facts: ActivationFa
         units=rows.shape[0],
         observations=rows.shape[1],
         dead=0.0 if two_sided else float(flat.all(1).float().mean()),
-        inactive=float(flat.float().mean()),
         saturated=float((rows < _SATURATED).float().mean()) if two_sided else 0.0,
         log_derivative=float(rows.clamp_min(1e-6).log().mean()),
         facts=facts,

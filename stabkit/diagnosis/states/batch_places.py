@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from stabkit.diagnosis.finding import Finding, of_module
 from stabkit.diagnosis.remedies.moved_weights import moved_weights
@@ -23,6 +22,7 @@ from stabkit.tracing import Flow
 from stabkit.tracing.recording.containers import named_tensors
 from stabkit.tracing.recording.evaluation import Evaluation, evaluated
 from stabkit.tracing.recording.forward_pass import ForwardPass
+from stabkit.tracing.recording.function_calls import FunctionCalls, name_of
 from stabkit.tracing.recording.training_pass import calling_line
 
 _REFERENCE = "Vaswani et al., Attention is all you need, 2017, section 3.5: positions are those within a sequence"
@@ -119,7 +119,7 @@ class _Made:
         return tuple(self.tensors[0].shape)
 
 
-class _Noting(TorchFunctionMode):
+class _Noting(FunctionCalls):
     """Keeps what every function returns, and where it is called."""
 
     def __init__(self, running: Evaluation) -> None:
@@ -127,13 +127,11 @@ class _Noting(TorchFunctionMode):
         self.made: list[_Made] = []
         self._running = running
 
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        out = func(*args, **(kwargs or {}))
+    def _called(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        out = func(*args, **kwargs)
         tensors = tuple(t.detach().clone() for _, t in named_tensors(out, 3))
         if tensors:
-            name = str(getattr(func, "__name__", "")).strip("_")
+            name = name_of(func)
             self.made.append(_Made(name, calling_line(), self._running.recording.running, tensors))
         return out
 

@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 
 from stabkit.diagnosis.finding import Finding, of_module, serious
 from stabkit.diagnosis.remedies.applying import is_small
@@ -26,6 +25,7 @@ from stabkit.errors import StabkitError
 from stabkit.tracing import Flow
 from stabkit.tracing.recording.evaluation import evaluated
 from stabkit.tracing.recording.forward_pass import ForwardPass
+from stabkit.tracing.recording.function_calls import FunctionCalls
 from stabkit.tracing.recording.training_pass import Observer, calling_line, training_pass
 
 _RESHAPES = frozenset({"view", "reshape"})
@@ -158,7 +158,7 @@ class _Cut:
     turn: Turn
 
 
-class _Reshapes(TorchFunctionMode):
+class _Reshapes(FunctionCalls):
     """Sees the reshapes that lines of the user call; those of some lines are done as they were meant.
 
     Args:
@@ -172,10 +172,8 @@ class _Reshapes(TorchFunctionMode):
         self.cuts: dict[_Cut, None] = {}
         self.count, self.turned, self.observer = count, turned, observer
 
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        out = func(*args, **(kwargs or {}))
+    def _called(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        out = func(*args, **kwargs)
         name, given = getattr(func, "__name__", ""), args[0] if args else None
         if name not in _RESHAPES or not isinstance(given, Tensor) or not given.is_floating_point():
             return out

@@ -45,13 +45,11 @@ class _Shares(Dropping):
         super().__init__(1.0)
         self.heavy: dict[str, float] = {}
 
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
+    def _called(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         known = len(self.dropped)
-        out = super().__torch_function__(func, types, args, kwargs)
+        out = super()._called(func, args, kwargs)
         if len(self.dropped) > known:
-            share, given = self.dropped[-1], args[0] if args else (kwargs or {}).get("input")
+            share, given = self.dropped[-1], args[0] if args else kwargs.get("input")
             if isinstance(given, Tensor) and share >= (_GIVEN if _is_given(given) else _HIDDEN):
                 self.heavy.setdefault(calling_line(), share)
         return out

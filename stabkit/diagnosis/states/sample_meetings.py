@@ -13,10 +13,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 
 from stabkit.tracing.recording.containers import named_tensors
 from stabkit.tracing.recording.evaluation import Evaluation
+from stabkit.tracing.recording.function_calls import FunctionCalls
 from stabkit.tracing.recording.training_pass import calling_line
 
 _ROUNDING = 1e-6  # of the largest entry: what another order of additions may do
@@ -64,23 +64,21 @@ class Results:
     made: list[tuple[str, list[Tensor]]] = field(default_factory=list)
 
 
-class Noting(TorchFunctionMode):
+class Noting(FunctionCalls):
     """Keeps what every function returns."""
 
     def __init__(self, results: Results) -> None:
         super().__init__()
         self._results = results
 
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        out = func(*args, **(kwargs or {}))
+    def _called(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        out = func(*args, **kwargs)
         if tensors := _tensors(out):
             self._results.made.append((_name(func), [t.detach().clone() for t in tensors]))
         return out
 
 
-class Comparing(TorchFunctionMode):
+class Comparing(FunctionCalls):
     """Compares what every function returns with what it returned before all samples but one were replaced.
 
     Attributes:
@@ -108,15 +106,13 @@ class Comparing(TorchFunctionMode):
         self._alive: list[Tensor] = []
         self._index = -1
 
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        given = _tensors([args, kwargs or {}])
+    def _called(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        given = _tensors([args, kwargs])
         states = [self._state(tensor) for tensor in given]
         layout = next(
             ((t.shape, sample_axis(t, self._count)) for t, s in zip(given, states, strict=True) if s == "apart"), None
         )
-        out = func(*args, **(kwargs or {}))
+        out = func(*args, **kwargs)
         if self.lost or not (made := _tensors(out)):
             return out
         self._index += 1

@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from stabkit.diagnosis.finding import Action, Finding, of_module
 from stabkit.diagnosis.inputs.padding import is_time_along
@@ -36,6 +35,7 @@ from stabkit.tracing.derivatives.lost_gradient import listed
 from stabkit.tracing.recording.containers import named_tensors
 from stabkit.tracing.recording.evaluation import Evaluation, evaluated
 from stabkit.tracing.recording.forward_pass import ForwardPass
+from stabkit.tracing.recording.function_calls import FunctionCalls
 from stabkit.tracing.recording.training_pass import calling_line
 
 _MOST_ROUNDS = 4  # statistics of statistics
@@ -144,7 +144,7 @@ class _Probe:
             made: list[Comparing] = []
             held = frozenset(meeting.index for meeting in met)
 
-            def comparing(running: Evaluation, made: list[Comparing] = made, held: Any = held) -> TorchFunctionMode:
+            def comparing(running: Evaluation, made: list[Comparing] = made, held: Any = held) -> FunctionCalls:
                 made.append(Comparing(results, kept, self.count, running, held))
                 return made[-1]
 
@@ -176,7 +176,7 @@ class _Probe:
         given = [t for _, t in named_tensors([list(self.call.inputs), self.call.kwargs]) if t.dim() > 1]
         return self.lost_axis or any(is_time_along(t, 1) for t in given)
 
-    def unmixed(self, actions: Sequence[Action] = (), mode: Callable[[], TorchFunctionMode] | None = None) -> bool:
+    def unmixed(self, actions: Sequence[Action] = (), mode: Callable[[], FunctionCalls] | None = None) -> bool:
         """Whether samples are apart with something changed."""
         made = None if mode is None else (lambda _: mode())
         try:
@@ -300,17 +300,14 @@ def _called(meeting: Meeting) -> str:
     return f"{meeting.name}{f' ({where})' if where else ''}"
 
 
-class _Along(TorchFunctionMode):
+class _Along(FunctionCalls):
     """Takes the softmax of one line, or module, along another axis."""
 
     def __init__(self, meeting: Meeting, dim: int) -> None:
         super().__init__()
         self._meeting, self._dim = meeting, dim
 
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
+    def _called(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if getattr(func, "__name__", "") == self._meeting.name and calling_line() == self._meeting.line:
             by_place = len(args) > 1  # where the axis is the second argument; functions of nn.functional name theirs
             args = (args[0], self._dim, *args[2:]) if by_place else args
@@ -318,20 +315,18 @@ class _Along(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-class _Moving(TorchFunctionMode):
+class _Moving(FunctionCalls):
     """Moves the axis of samples before the reshape of one line."""
 
     def __init__(self, meeting: Meeting, axis: int) -> None:
         super().__init__()
         self._meeting, self._axis = meeting, axis
 
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
+    def _called(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         here = getattr(func, "__name__", "") == self._meeting.name and calling_line() == self._meeting.line
         if here and isinstance(args[0], Tensor) and tuple(args[0].shape) == self._meeting.given:
             args = (args[0].transpose(self._meeting.axis, self._axis).contiguous(), *args[1:])
-        return func(*args, **(kwargs or {}))
+        return func(*args, **kwargs)
 
 
 def _finding(flow: Flow, probe: _Probe, first: Meeting, kept: int, told: _Told) -> Finding:

@@ -15,17 +15,21 @@ _REFERENCE = (
 
 
 def update_findings(found: UpdateMeasurement) -> list[Finding]:
-    """A rate above the largest stable one that raises the loss, where a lower one lowers it; else nothing.
+    """A rate that raises the loss, or leads to a constant output, where a lower one learns; else nothing.
 
     A ratio above 1 alone is no finding: full-batch training goes there by itself and stays, and the first updates of
     Adam begin there. What decides are real updates on a copy.
     """
     present, proposed = found.present, found.proposed
-    if present is None or proposed is None:
+    if present is None:
         return []
     first, last = present.losses[0], present.losses[-1]
     fails = not math.isfinite(last) or last - first > _FAILS * abs(first)
     told, bound = _measured(found)
+    if proposed is None:
+        return [] if math.isfinite(last) else [_without_rate(found, present, told)]
+    if found.lower:
+        return [_ruined(found, present, proposed, told)]
     return [
         Finding(
             kind="unstable_update",
@@ -41,6 +45,39 @@ def update_findings(found: UpdateMeasurement) -> list[Finding]:
             numbers=_numbers(found, present, proposed),
         )
     ]
+
+
+def _without_rate(found: UpdateMeasurement, present: UpdateRun, told: str) -> Finding:
+    """Of updates that blow up where no rate that was tried lowers the loss."""
+    return Finding(
+        kind="unstable_update",
+        severity="critical",
+        steps=(),
+        module_path="",
+        confidence=1.0,
+        evidence=f"{told}; on a copy, {STEPS} updates on this batch take the loss {present}{_leading(found)}",
+        remedy="none is told: no lower rate that was tried lowers the loss, so that the rate alone is no cause",
+        reference=_REFERENCE,
+        numbers=_numbers(found, present, None),
+    )
+
+
+def _ruined(found: UpdateMeasurement, present: UpdateRun, proposed: UpdateRun, told: str) -> Finding:
+    """Of a rate that does not blow up, and ends where a constant output does while lower ones learn."""
+    ends = ", ".join(f"{run.end:.3g} at {run.rate:.3g}" for run in found.lower)
+    return Finding(
+        kind="unstable_update",
+        severity="warning",
+        steps=(),
+        module_path="",
+        confidence=1.0,
+        evidence=f"{told}; on a copy, {STEPS} updates on this batch take the loss from {present.losses[0]:.3g} by way "
+        f"of {max(present.losses):.3g} to {present.end:.3g}, where an output that is the same for every input leaves "
+        f"{found.constant:.3g}; as many at lower rates end at {ends}{_leading(found)}",
+        remedy=f"lower the learning rate from {present.rate:.3g} to {proposed.rate:.3g} or less, or warm up to that",
+        reference=_REFERENCE,
+        numbers=_numbers(found, present, proposed),
+    )
 
 
 def _measured(found: UpdateMeasurement) -> tuple[str, str]:
@@ -72,13 +109,15 @@ def _leading(found: UpdateMeasurement) -> str:
     return f"; {block.share:.0%} of the steepest direction lies in {block.name or 'the model itself'}"
 
 
-def _numbers(found: UpdateMeasurement, present: UpdateRun, proposed: UpdateRun) -> dict[str, float]:
+def _numbers(found: UpdateMeasurement, present: UpdateRun, proposed: UpdateRun | None) -> dict[str, float]:
+    of_proposed = {}
+    if proposed is not None:
+        of_proposed = {"proposed_rate": proposed.rate, "loss_at_proposed_rate": proposed.losses[-1]}
     numbers = {
         "learning_rate": present.rate,
-        "proposed_rate": proposed.rate,
+        **of_proposed,
         "loss": present.losses[0],
         "loss_at_present_rate": present.losses[-1],
-        "loss_at_proposed_rate": proposed.losses[-1],
         "excess": math.inf if found.excess is None else found.excess,
     }
     if found.sharpness is not None and found.sharpness.threshold is not None:

@@ -17,6 +17,7 @@ from stabkit.identification.fields.shared import addresses
 from stabkit.identification.form.chain import Link, chain
 from stabkit.identification.form.normal_form import NormalForm, normal_form
 from stabkit.identification.form.operations import CONTRACTIONS, PRODUCTS
+from stabkit.identification.form.other_inputs import OTHERS, at_other_inputs
 from stabkit.identification.form.pieces import Piece
 from stabkit.identification.form.slots import Slots, laid_out_alike, slots
 from stabkit.tracing import Flow
@@ -65,6 +66,7 @@ class Surroundings:
         self.loops = loops_of_calls(self.graph) or self._loops_that_were_cut()
         self._pieces: dict[object, Piece] = {}
         self._forms: dict[Piece, NormalForm] = {}
+        self._elsewhere: dict[object, Surroundings | None] = {}
 
     def _loops_that_were_cut(self) -> tuple[Loop, ...]:
         """Loops that call no module, where the flow has a state between any two rounds."""
@@ -79,6 +81,24 @@ class Surroundings:
         counts = Counter(c.path for c in begun if c.path and next(c.module.parameters(), None) is not None)
         path, often = max(counts.items(), key=lambda item: (item[1], -len(item[0])), default=("", 0))
         return (path, often) if often > 1 else None
+
+    @cached_property
+    def reading_outside(self) -> frozenset[Node]:
+        """The operations with an argument that carries gradients of something else than what depth is counted from."""
+        return frozenset(
+            node
+            for node, known in self.graph.inputs.items()
+            if sum(parent is not None for parent, _ in node.next_functions) > len(known)
+        )
+
+    def elsewhere(self) -> Iterator[Surroundings]:
+        """The same model at other inputs, see `at_other_inputs`; where it does not run there it is left out."""
+        for factors in OTHERS:
+            if factors not in self._elsewhere:
+                flow = at_other_inputs(self.flow, factors)
+                self._elsewhere[factors] = None if flow is None else Surroundings(flow, checks=False)
+            if (found := self._elsewhere[factors]) is not None:
+                yield found
 
     def passing(self, maps: Mapping[Node, Value]) -> Surroundings:
         """The same with some maps taken as the identity; see `Graph.passing`."""

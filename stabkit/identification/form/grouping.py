@@ -3,27 +3,34 @@
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 from collections.abc import Sequence
 
 from stabkit.identification.form.accumulated import is_renewed_beside_sum
+from stabkit.identification.form.operations import JOINS
 from stabkit.identification.form.pieces import Piece
 from stabkit.identification.form.slots import parts_of
 from stabkit.tracing import Flow
 from stabkit.tracing.graph.loops import Loop
-from stabkit.tracing.graph.values import Value, meta_of
+from stabkit.tracing.graph.values import Value, meta_of, operation
+
+_STREAMS = (
+    3  # two that are renewed by turns are told by other marks: they may be one state and what is made ahead of it
+)
 
 
 def groups(flow: Flow, loops: Sequence[Loop] = ()) -> tuple[tuple[int, int], ...]:
     """Half-open ranges of steps, each one method.
 
-    Single steps, rounds of loops that were cut, cut branches, pairs of reversible half-steps, a state and a sum beside
-    it that are renewed by turns, and the last of a run of like steps where it was cut before its end.
+    Single steps, rounds of loops that were cut, cut branches, pairs of reversible half-steps, sweeps over several
+    streams, a state and a sum beside it that are renewed by turns, and the last of a run of like steps where it was cut
+    before its end.
     """
     found: list[tuple[int, int]] = []
     start = 0
     while start < len(flow.steps):
         stop = _round(flow, start, loops) or _branch(flow, start)
-        stop = stop or _half_steps(flow, start) or _cut_short(flow, start) or start + 1
+        stop = stop or _half_steps(flow, start) or _sweep(flow, start) or _cut_short(flow, start) or start + 1
         found.append((start, stop))
         start = stop
     return tuple(found)
@@ -92,7 +99,8 @@ def _end_of(flow: Flow, start: int, old: Value) -> int | None:
         if stop == start + 1 or len(new) != 1 or meta_of(new[0]).shape != meta_of(old).shape:
             return None
         stays = beside <= set(values) or (start > 0 and beside <= set(flow.states[start - 1].values))
-        return stop if stays and not _feeds_steps(flow, start, stop) else None
+        fed = _feeds_steps(flow, start, stop) or _feeds_systems(flow, start, stop, old)
+        return stop if stays and not fed else None
     return None
 
 
@@ -119,6 +127,16 @@ def _feeds_steps(flow: Flow, start: int, stop: int) -> bool:
     return True
 
 
+def _feeds_systems(flow: Flow, start: int, stop: int, fed: Value) -> bool:
+    """Whether the state at the start stays alive because steps read it that renew three others or more each."""
+    count = 0
+    for index in range(start + 1, stop):
+        before, after = ([v for v in flow.states[i].values if v != fed] for i in (index, index + 1))
+        renewed = set(after) - set(before)
+        count += len(before) == len(after) and len(renewed) >= _STREAMS and _reads(flow, index, fed)
+    return count > 1
+
+
 def _cut_short(flow: Flow, start: int) -> int | None:
     """The end of a step and the rest of it, which together repeat the step before."""
     if not 0 < start < len(flow.steps) - 1:
@@ -143,6 +161,37 @@ def _half_steps(flow: Flow, start: int) -> int | None:
     if not split_before(flow, start):
         return None
     return start + 2 if _is_shift(flow, start) and _is_shift(flow, start + 1) else None
+
+
+def _sweep(flow: Flow, start: int) -> int | None:
+    """The end of one call of a block, of which there are others, that renews three or more streams one by one."""
+    graph, before = flow.recorded.graph, flow.states[start]
+    count = len(before.values)
+    if count < _STREAMS:
+        return None
+    calls = [call for call in graph.calls if call.finished]
+    often = Counter(type(call.module) for call in calls)
+    children: dict[int, int] = {}  # where the first part of every call begins
+    for call in calls:
+        children.setdefault(call.parent, graph.position(call.start))
+    begins = {c.index: (graph.position(c.start), children.get(c.index, -1)) for c in calls if often[type(c.module)] > 1}
+    ends = {graph.position(c.stop) for c in calls if _lies(before.position, begins.get(c.index))}
+    for stop in range(start + 2, len(flow.steps) if ends else 0):
+        after = flow.states[stop]
+        passed = {end for end in ends if end <= after.position}
+        if not passed:
+            continue
+        whole = after.position in passed or any(_lies(after.position, begin) for begin in begins.values())
+        between = {len(state.values) for state in flow.states[start:stop]}
+        renewed = after.sample_shapes == before.sample_shapes and not set(before.values) & set(after.values)
+        joined = len(after.values) == 1 and operation(after.values[0].node) in JOINS
+        return stop if between == {count} and ((whole and renewed) or joined) else None
+    return None
+
+
+def _lies(position: int, begin: tuple[int, int] | None) -> bool:
+    """Whether a position lies between the beginning of a call and that of its first part."""
+    return begin is not None and begin[0] <= position <= begin[1]
 
 
 def split_before(flow: Flow, start: int) -> bool:

@@ -133,7 +133,7 @@ def residuals_inside(piece: Piece) -> int:
     for node in piece.nodes:
         inputs = piece.inputs(node)
         made = {v for v in inputs if uses[v] > 1 and v not in piece.ends}.union(*(behind.get(v, set()) for v in inputs))
-        if operation(node) == "Add" and len(set(inputs)) == 2:
+        if operation(node) == "Add" and len(set(inputs)) == 2 and node not in piece.graph.bends:
             a, b = inputs
             count += a in behind.get(b, set()) or b in behind.get(a, set())
         behind.update(dict.fromkeys((Value(node, i) for i in range(len(node._input_metadata))), made))

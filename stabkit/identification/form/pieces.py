@@ -54,7 +54,8 @@ class Piece:
         base: for every value the last value of which it is a function without weights (norm, activation, statistic).
         gates: atoms that multiply a state.
         stacked: values that hold several tensors side by side, which a contraction then adds.
-        owned: operations that belong to a stage whatever they do; those of recurrent layers always.
+        owned: operations that belong to a stage whatever they do; those of recurrent layers and of written-out
+            activations always.
         doubtful: products of a state and what is no gate but has a constant in it, with the state: x (1 + a(x)).
         added: for operations that add something nonlinear to their first input, what that is made of.
 
@@ -95,7 +96,7 @@ class Piece:
         self._gating: dict[Node, Value] = {}
         self._of_state: set[Value] = set(sources)
         self.doubtful: dict[Node, list[Value]] = {}
-        self.owned = frozenset(owned) | (graph.recurrent & self.inside)
+        self.owned = frozenset(owned) | ((graph.recurrent | graph.bends) & self.inside)
         for node in self.nodes:
             self._sort(node)
         self.gates = self._find_gates()

@@ -9,7 +9,7 @@ import torch
 from torch.autograd.graph import Node
 
 from stabkit.identification.form.accumulated import moves_in_turn
-from stabkit.identification.form.operations import ADDS, JOINS, MOVES
+from stabkit.identification.form.operations import ADDS, JOINS, MOVES, SCALES
 from stabkit.tracing import Flow
 from stabkit.tracing.graph.graph import Graph
 from stabkit.tracing.graph.loops import Loop
@@ -126,15 +126,16 @@ def _is_collected(flow: Flow, value: Value, stop: int) -> bool:
 def _with_waiting(flow: Flow, nodes: Sequence[Node], dropped: list[Value], stop: int, new: list[Value]) -> list[Value]:
     """New values with those that wait for a later step than the next one: an encoder's result, a sum beside the state.
 
-    Where there are others, those alone that follow an old one along additions; what is collected for the output, by a
-    join at the end, does not count as read.
+    Where there are others, those alone that follow an old one along additions and numbers; what is collected for the
+    output, by a join at the end, does not count as read.
     """
     graph, after = flow.recorded.graph, flow.states[stop]
     last = collectors(flow)
     read = {v for node in graph.nodes[after.position :] if node not in last for v in graph.inputs[node]}
     made, follows = set(nodes), set(dropped)
     for node in nodes:
-        if operation(node) in ADDS | MOVES and not follows.isdisjoint(graph.inputs[node]):
+        passes = operation(node) in ADDS | MOVES or (operation(node) in SCALES and len(graph.inputs[node]) == 1)
+        if passes and not follows.isdisjoint(graph.inputs[node]):
             follows.update(outputs_of(node))
     waiting = [v for v in after.values if v.node in made and v in read and (not new or v in follows)]
     return [*new, *(v for v in waiting if v not in new)]

@@ -45,7 +45,7 @@ def composed_name(piece: Piece, name_of: Callable[[Blocks], Name], form_of: Form
 def _run_of_names(piece: Piece, name_of: Callable[[Blocks], Name | None], form_of: Form) -> list[Name]:
     """The names of parts that are known, one after the other; none unless they make all of a step."""
     contexts = set(piece.contexts)
-    ends = [(0, piece.sources), *_cuts(piece), (len(piece.nodes), piece.targets)]
+    ends = [(0, piece.sources), *cuts(piece), (len(piece.nodes), piece.targets)]
     found: list[Name] = []
     start, old = ends[0]
     for stop, new in ends[1:]:
@@ -77,7 +77,7 @@ def _named(form: NormalForm, contexts: Collection[Value], name_of: Callable[[Blo
     return name if name is not None and name.is_known else None
 
 
-def _cuts(piece: Piece) -> list[tuple[int, tuple[Value, ...]]]:
+def cuts(piece: Piece) -> list[tuple[int, tuple[Value, ...]]]:
     """Positions inside at which as many values as there are states are alive, of the same shapes, in their order."""
     last: dict[Value, int] = dict.fromkeys(piece.targets, len(piece.nodes))
     for position, node in enumerate(piece.nodes):

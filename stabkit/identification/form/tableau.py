@@ -114,6 +114,7 @@ def blocks(
         return None
     if any(a in states and c.kind not in numbers_only for terms in form.forms for a, c in terms.items()):
         return None
+    contexts = held_with(form, contexts)
     counts = Counter(stage.key for stage in form.stages)
     rows: list[tuple[Stage, int]] = []
     noise = noise_of(form)
@@ -150,6 +151,15 @@ def blocks(
     )
     found = _without_twins(Blocks(A, U, B, V, tuple(fields), tuple(stage for stage, _ in rows), recorded))
     return _guided(found, calls) if calls and len(found.rows) == size else found
+
+
+def held_with(form: NormalForm, contexts: Collection[Value]) -> frozenset[Value]:
+    """What is held fixed, and the stages that nothing else is given to: several layers of an input are one input."""
+    held = set(contexts)
+    for stage in form.stages if held else ():
+        if all(atom in held for terms in stage.inputs for atom in terms):
+            held.add(stage.output)
+    return frozenset(held)
 
 
 def noise_of(form: NormalForm) -> frozenset[Value]:

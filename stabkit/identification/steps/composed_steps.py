@@ -13,6 +13,7 @@ from stabkit.identification.form.tableau import Blocks
 from stabkit.identification.names.compositions import Shear, is_composition, may_be_known, merged, shears
 from stabkit.identification.names.single import CLOSE
 from stabkit.identification.record import Identification
+from stabkit.identification.steps.forks_and_joins import holds_a_step
 from stabkit.integrators import GeneralLinearMethod
 
 _FEW = 4  # states of which every order is tried
@@ -20,7 +21,10 @@ _LONGEST = 8  # steps in a composition; Yoshida's of order 6 takes seven leapfro
 _SECOND_ORDER = "x'' = f(x)"  # systems whose force is multiplied by h^2
 
 _KICK = "additive coupling"
-_DRIFT_AND_KICK = ("symplectic Euler (Hamiltonian)", "reversible (two-stream symplectic Euler)")
+_DRIFT_AND_KICK = (
+    "symplectic Euler (Hamiltonian)", "symplectic Euler (position, velocity)",
+    "reversible (two-stream symplectic Euler)",
+)  # fmt: skip
 
 Reader = Callable[[int, int], Identification]
 
@@ -95,8 +99,11 @@ def with_half_kicks(records: Sequence[Identification], around: Surroundings) -> 
             alike = step.name == records[i + 1].name and abs(abs(step.step_size or 0.0) - half) <= CLOSE * half
             if not alike or not step.name.startswith(_DRIFT_AND_KICK):
                 break
-            whole = _numbers(around, step, behind=True)
-            if not any(abs(c - 2 * kicks[key]) <= CLOSE * abs(c) for key, c in whole.items() if key in kicks):
+            is_end = holds_a_step(step)  # of the number that the ones before it have
+            whole = {} if is_end else _numbers(around, step, behind=True)
+            if not is_end and not any(
+                abs(c - 2 * kicks[key]) <= CLOSE * abs(c) for key, c in whole.items() if key in kicks
+            ):
                 break
             why = f"half a kick before (step {record.steps[0]}) puts p between two q: {step.name} is then the leapfrog"
             found[j] = replace(step, name="stormer_verlet (leapfrog, cut after a half kick)", notes=(why, *step.notes))
@@ -108,7 +115,8 @@ def _numbers(around: Surroundings, record: Identification, *, behind: bool) -> d
     start, stop = record.steps[0], record.steps[-1] + 1
     form = around.normal_form(start, stop, around.slots(start, stop))
     made = {stage.output for stage in form.stages}
-    read = [s for s in form.stages if not behind or any(not made.isdisjoint(terms) for terms in s.inputs)]
+    last = [s for s in form.stages if any(not made.isdisjoint(terms) for terms in s.inputs)]
+    read = last if behind and last else form.stages
     given = [(s.key, terms[s.output].value) for s in read for terms in form.forms if s.output in terms]
     return {key: sum(c for k, c in given if k == key) for key, _ in given}
 

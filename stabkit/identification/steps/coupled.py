@@ -7,6 +7,7 @@ of the whole system at once; new values, in the order in which they are made, a 
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 
@@ -35,6 +36,8 @@ _DRIVEN = (
     "running sum",
     "scaled skip",
 )
+#: Streams that are carried on by a number below one, and driven by others or by a field of their own.
+_DAMPED = re.compile(r"(?:forward Euler|running sum|damped Euler|diagonal skip)(?: \((?:mean )?a = (0\.\d+)\))?")
 _SAME = 1e-6  # numbers of single precision networks
 
 
@@ -190,9 +193,13 @@ def _name(streams: Sequence[_Stream]) -> str:
     """What the streams make together; sums, which only follow, come last."""
     count = len(streams)
     names = [s.name for s in sorted(streams, key=lambda s: (s.is_sum, s.name))]
+    order = "Gauss-Seidel" if any(s.new for s in streams) else "forward"
     if set(names) <= {"forward Euler", "running sum"} and _is_mutual(streams):
-        order = "Gauss-Seidel" if any(s.new for s in streams) else "forward"
         return f"{order} Euler of {count} coupled states"
+    damped = [_DAMPED.fullmatch(s.name) for s in streams]
+    if _is_mutual(streams) and all(damped):
+        numbers = dict.fromkeys(found[1] or "1" for found in damped if found)
+        return f"{order} damped Euler of {count} coupled states (a = {', '.join(numbers)})".removeprefix("forward ")
     return f"{count} {'coupled ' * _is_mutual(streams)}states: {', '.join(names)}"
 
 

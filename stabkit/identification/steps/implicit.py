@@ -22,6 +22,7 @@ from stabkit.identification.form.operations import MOVES, has_matrix
 from stabkit.identification.form.pieces import Piece
 from stabkit.tracing import Flow
 from stabkit.tracing.graph.values import Value, operation, outputs_of
+from stabkit.tracing.recording.hooks import hooked
 from stabkit.tracing.recording.untouched_model import unchanged
 from stabkit.tracing.recording.wrappers import modules_behind
 
@@ -216,11 +217,8 @@ def fixed_point(flow: Flow) -> FixedPoint | None:
 
     with unchanged(modules_behind(flow.model)), torch.no_grad():
         handles = [m.register_forward_hook(watch(path)) for path, m in flow.model.named_modules()]
-        try:
+        with hooked(handles):
             flow.model(flow.states[0].tensors[0])
-        finally:
-            for handle in handles:
-                handle.remove()
     found = [f for path, calls in seen.items() if (f := _measured(path, calls)) is not None]
     whole = [f for f in found if f.plain is not None]  # the module of f itself, rather than one inside
     return min(whole or found, key=lambda f: f.residual, default=None)

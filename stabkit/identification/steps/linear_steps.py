@@ -60,7 +60,7 @@ def read_linear(
     source, target = (_layout(around, i, v[0]) for i, v in ((start, found.sources), (stop, found.targets)))
     at_once = [link.kind for link in links if link.kind != "scaling"] == ["map"] or (affine and _is_driven(whole))
     reading = linear_reading(whole, source, target, at_once=at_once)
-    if reading is None or (reading.name == LINEAR_SKIP and mixed_streams(around.flow, start, stop, whole) is not None):
+    if reading is None or (reading.name == LINEAR_SKIP and mixed_streams(whole) is not None):
         return None
     return Identification(
         name=reading.name,

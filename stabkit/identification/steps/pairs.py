@@ -29,7 +29,7 @@ from stabkit.identification.record import Identification
 from stabkit.identification.steps.noise import with_noise
 from stabkit.identification.steps.proximal import proximal_maps
 from stabkit.integrators import GeneralLinearMethod
-from stabkit.tracing.graph.values import Value, operation
+from stabkit.tracing.graph.values import Value, operation, outputs_of
 
 PARTS = ", parts of one tensor"
 _UNSPECIFIC = ("unnamed", "general linear method", "Adams-Bashforth type")  # what fields with a linear part may read as
@@ -238,6 +238,12 @@ def dense_concatenation(around: Surroundings, found: Slots, steps: tuple[int, ..
     parts = joined(graph, around.nodes(steps[0], steps[-1] + 1), found.targets[0])
     if parts is None or len(parts) != 2 or found.sources[0] not in parts:
         return None
+    made = {found.sources[0]}
+    for node in around.nodes(steps[0], steps[-1] + 1):
+        if not made.isdisjoint(graph.inputs[node]):
+            made.update(outputs_of(node))
+    if not made.issuperset(parts):
+        return None  # what is held fixed is put beside the state: a part of a step
     return _dense(found, steps)
 
 

@@ -21,6 +21,7 @@ from stabkit.tracing import Flow
 from stabkit.tracing.graph.values import Value, meta_of, operation, random_tensors
 
 _ROUNDINGS = 64.0
+_VERLET = "second_order_leapfrog (Stormer-Verlet, position form)"
 _FEWEST = 2  # entries along the axis of a window
 
 
@@ -33,12 +34,14 @@ class Window:
         size: how many entries there are.
         by: how many are new.
         kept: the number times the newest entries before that the new ones are besides; 0 for none.
+        before: the number times the ones before these, where every entry enters by a number; 0 for none.
     """
 
     axis: int
     size: int
     by: int
     kept: float
+    before: float = 0.0
 
 
 def sliding_window(piece: Piece, steps: tuple[int, ...]) -> Identification | None:
@@ -51,7 +54,11 @@ def sliding_window(piece: Piece, steps: tuple[int, ...]) -> Identification | Non
     order = -(-found.size // found.by)
     new = "the newest is" if found.by == 1 else f"the newest {found.by} are"
     why = f"the entries of axis {found.axis} move up by {found.by}, and {new} made of all {found.size}"
-    return _record(steps, order, why, found.kept)
+    if (found.by, found.kept, found.before) == (1, 2.0, -1.0):
+        system = f"x'' = f(x_n, ..., x_n-{order - 1}), velocities as differences of positions"
+        name = f"{_VERLET}, force of {order} positions (sliding window)"
+        return nothing(steps, name, why, "measured", system=system)
+    return _record(steps, order, why, found.kept if not found.before else 0.0)
 
 
 def window_of_states(flow: Flow, found: Slots, steps: tuple[int, ...]) -> Identification | None:
@@ -95,23 +102,32 @@ def _window(piece: Piece) -> Window | None:
         for turned in (False, True):
             by = _moves_by(piece, w, axis, turned=turned) if size >= _FEWEST else None
             if by is not None and _is_moved(piece, w, axis, by, turned=turned):
-                return Window(axis, size, by, _kept(piece, w, axis, by, turned=turned))
+                return Window(axis, size, by, *_kept(piece, w, axis, by, turned=turned))
     return None
 
 
-def _kept(piece: Piece, w: Tensor, axis: int, by: int, *, turned: bool) -> float:
-    """The number by which the newest entries before enter the new ones along affine operations; 0 for no number."""
-    place = 0 if turned else w.shape[axis] - by
+def _kept(piece: Piece, w: Tensor, axis: int, by: int, *, turned: bool) -> tuple[float, float]:
+    """The numbers by which the newest entries before, and those before them, enter the new ones by affine operations.
+
+    0 and 0 where others enter as well, or by no number.
+    """
+    size = w.shape[axis]
+    newest, earlier = (0, by) if turned else (size - by, size - 2 * by)
     given = torch.zeros_like(w)
-    given.narrow(axis, place, by).copy_(w.narrow(axis, place, by))
+    given.narrow(axis, newest, by).copy_(w.narrow(axis, newest, by))
     arrived = affine_pulls(piece, [given])
-    if arrived is None or by * 2 > w.shape[axis]:
-        return 0.0
-    old, new = arrived[0].narrow(axis, place, by), w.narrow(axis, place, by)
-    number = float((old * new).sum() / (new * new).sum())
-    slack = _ROUNDINGS * torch.finfo(w.dtype).eps * float(w.abs().max())
-    away = (arrived[0] - number * given).abs().max()
-    return number if number and float(away) <= slack else 0.0
+    if arrived is None or by * 2 > size:
+        return 0.0, 0.0
+    new = w.narrow(axis, newest, by)
+    numbers = [
+        float((arrived[0].narrow(axis, place, by) * new).sum() / (new * new).sum()) for place in (newest, earlier)
+    ]
+    slack = _ROUNDINGS * torch.finfo(w.dtype).eps
+    kept, before = (float(round(n)) if abs(n - round(n)) <= slack else n for n in numbers)
+    given.narrow(axis, newest, by).mul_(kept)
+    given.narrow(axis, earlier, by).copy_(before * new)
+    away = float((arrived[0] - given).abs().max())
+    return (kept, before) if away <= slack * float(w.abs().max()) else (0.0, 0.0)
 
 
 def _moves_by(piece: Piece, w: Tensor, axis: int, *, turned: bool) -> int | None:

@@ -16,9 +16,8 @@ import torch
 from torch import Tensor
 
 from stabkit.identification.form.hidden_skip import affine_pulls
-from stabkit.identification.form.pieces import Piece
+from stabkit.identification.form.pieces import Piece, pull
 from stabkit.integrators import GeneralLinearMethod
-from stabkit.tracing import Flow
 from stabkit.tracing.graph.values import meta_of, random_tensors
 
 _ROUNDINGS = 256.0
@@ -42,16 +41,18 @@ class Streams:
     residual: float
 
 
-def mixed_streams(flow: Flow, start: int, stop: int, piece: Piece) -> Streams | None:
+def mixed_streams(piece: Piece) -> Streams | None:
     """The method of a step whose skip mixes streams along one axis; None where it is no such step."""
     source, target = piece.sources[0], piece.targets[0]
     shape = meta_of(target).shape
-    segment = flow.steps[start].segment
-    if stop != start + 1 or meta_of(source).shape != shape:
+    if meta_of(source).shape != shape:
         return None
-    if segment.source != (source,) or segment.target != (target,):
-        return None
-    vjp = segment.vjp
+    edges = {node: piece.inputs(node) for node in piece.nodes}
+
+    def vjp(cotangents: Sequence[Tensor]) -> list[Tensor]:
+        arrived = pull(piece.graph, piece.nodes, edges, {target: cotangents[0]})
+        return [arrived[source] if source in arrived else torch.zeros_like(cotangents[0])]
+
     tolerance = _ROUNDINGS * torch.finfo(meta_of(target).dtype).eps
     w = random_tensors([target], seed=0)[0]
     skip = affine_pulls(piece, [w])

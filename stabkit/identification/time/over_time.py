@@ -19,7 +19,7 @@ from torch.autograd.graph import Node
 
 from stabkit import integrators
 from stabkit.identification.form.flow_index import Surroundings
-from stabkit.identification.form.operations import ADDS, MOVES, is_affine
+from stabkit.identification.form.operations import ADDS, MOVES, PRODUCTS_ADDED, has_matrix, is_affine
 from stabkit.identification.reading import read
 from stabkit.identification.record import Identification, Recurrence
 from stabkit.identification.steps.linear_recurrence import Coupling, coupling
@@ -41,6 +41,7 @@ _ROUNDINGS = 100.0  # multiple of the rounding unit by which a Fourier transform
 _EXTREMES = frozenset({"Maximum", "Minimum"})
 _MIXTURES = frozenset({"Addcmul", "Lerp"})  # affine in any one of their arguments
 _METHODS = {"trapezoid": "trapezoid", "backward Euler": "backward_euler"}
+_WITHOUT_NUMBERS = ("plain", "forward Euler")  # names that claim none, so that they hold whatever the input makes
 _FOLLOWS = "the weight of the input is made of the same h A as the factor of the state"
 _BOTH_ENDS = "u at both ends of the step"
 _OWN = "the input enters with a weight that is made of other numbers, such as h B"
@@ -99,7 +100,10 @@ class Recurrences:
         found = read(around, 0, 1)
         if {operation(node) for node in scan.cycle} <= _EXTREMES | MOVES | ADDS and found.name == "plain":
             return Recurrence("maximum over time", "x' = max(x + w, u)", "proven", None, path, scan.n_steps)
-        if not _is_affine(around, scan) or (found.method is not None and found.recorded):
+        # products with what the input makes of every time, k (v - k^T S), are no field but the matrix of that time
+        proven = found.evidence == "proven" and not fed
+        has_field = proven or len(scan.states[0]) > 1 or _multiplies_by_weights(around, scan)
+        if not _is_affine(around, scan) or (found.method is not None and found.recorded and has_field):
             return _of_cell(around, found, scan, path, fed)
         coupled = coupling(around.flow.steps[0].segment)
         if coupled is None:
@@ -189,13 +193,24 @@ def _is_affine(around: _OverTime, scan: Scan) -> bool:
     states = around.flow.states[0].values
     carried = _of_state(around, scan)
 
+    def is_state(node: Node, place: int) -> bool:
+        parent, output = node.next_functions[place]
+        return parent in carried or (parent is not None and Value(parent, output) in states)
+
     def affine(node: Node, active: int) -> bool:
         if operation(node) == "Div":  # not in the divisor
-            parent, output = node.next_functions[0]
-            return active == 1 and (parent in carried or (parent is not None and Value(parent, output) in states))
+            return active == 1 and is_state(node, 0)
+        if operation(node) in PRODUCTS_ADDED and active == 2:  # S + a (v - S k) k^T at once: not in both factors
+            return is_state(node, 0)
         return is_affine(node, active) or (operation(node) in _MIXTURES and active == 1)
 
     return all(affine(node, active) for node, active in carried.items())
+
+
+def _multiplies_by_weights(around: _OverTime, scan: Scan) -> bool:
+    """Whether the state passes a matrix or a kernel that is the same at all times."""
+    inputs = around.graph.inputs
+    return any(has_matrix(node) and len(inputs[node]) == active for node, active in _of_state(around, scan).items())
 
 
 def _is_fed(around: _OverTime, scan: Scan) -> bool:
@@ -218,7 +233,7 @@ def _of_cell(around: _OverTime, found: Identification, scan: Scan, path: str, fe
         name = f"{many}semi-implicit Euler{_mean(found.skip)}"
         notes = ()
         system = "x' = f(x, u) - w(x, u) x, the leak w at the new state and f at the old: a = 1 / (1 + h w)"
-    if fed and evidence == "proven" and name not in ("plain", "forward Euler"):
+    if fed and evidence == "proven" and name not in _WITHOUT_NUMBERS:
         evidence = "measured"
         notes = ("numbers that are made of the input multiply the state: they are those of this input", *notes)
     return Recurrence(

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.graph import Node
-from torch.overrides import TorchFunctionMode
 
 from stabkit.tracing.recording.forward_pass import ForwardPass
+from stabkit.tracing.recording.function_calls import FunctionCalls
 from stabkit.tracing.recording.training_pass import Observer, calling_line, nodes_above, training_pass
 from stabkit.vocabulary import activation_of
 
@@ -95,17 +95,15 @@ class _Derivatives(Observer):  # type: ignore[no-untyped-call]
             self.found.setdefault((calling_line(), self.part), names)
 
 
-class _Gradients(TorchFunctionMode):
+class _Gradients(FunctionCalls):
     """Sees derivatives being taken."""
 
     def __init__(self, watch: _Derivatives) -> None:
         super().__init__()
         self.watch = watch
 
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        result = func(*args, **(kwargs or {}))
+    def _called(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        result = func(*args, **kwargs)
         if func is torch.autograd.grad:
-            self.watch.differentiated(args[0] if args else (kwargs or {})["outputs"], result)
+            self.watch.differentiated(args[0] if args else kwargs["outputs"], result)
         return result

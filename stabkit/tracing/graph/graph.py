@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import Node
 
+from stabkit.tracing.graph.entrywise import activations_by_hand
 from stabkit.tracing.graph.values import Value, meta_of, operation, outputs_of
 from stabkit.tracing.products.node_derivatives import Cotangents, apply_node, is_python_node, match_layout
 from stabkit.vocabulary import ActivationFacts, NormFacts, activation_of, moves, norm_of
@@ -105,6 +106,7 @@ class Graph:
         """Some nodes of this graph, each with the inputs that are followed; all else is shared."""
         other = copy.copy(self)
         other.nodes, other.inputs = nodes, inputs
+        other.bends = self.bends  # what reads their results is seen in the whole graph
         return other
 
     def passing(self, maps: Mapping[Node, Value]) -> Graph:
@@ -124,6 +126,11 @@ class Graph:
         calls = [call for call in self.calls if call.finished and isinstance(call.module, nn.RNNBase)]
         stretches = ((self.position(call.start), self.position(call.stop)) for call in calls)
         return frozenset(node for start, stop in stretches for node in self.nodes[start:stop])
+
+    @cached_property
+    def bends(self) -> frozenset[Node]:
+        """The operations of activations that code writes out, see `activations_by_hand`."""
+        return activations_by_hand(self.nodes, self.inputs, self.targets)
 
     @cached_property
     def draws(self) -> bool:

@@ -95,8 +95,9 @@ def scans_between(
         graph: the recorded graph.
         start: the first position.
         stop: the last position.
-        parameters: parameters and buffers of the model, read only where something repeats. What uses other parameters
-            each time is no recurrence.
+        parameters: parameters and buffers of the model, read once and only where a state goes round: to read all of
+            them for each step would cost the square of the depth. What uses other parameters each time is no
+            recurrence.
         prefetch: called before saved tensors are looked at, to bring back those that were forgotten.
         fewest: rounds of a recurrence.
         without: operations whose slices are not looked at.
@@ -108,16 +109,16 @@ def scans_between(
     if prefetch is not None:
         prefetch()
     kinds = _kinds(graph, start, stop)
-    storages: set[int] | None = None
+
+    @cache
+    def storages() -> set[int]:
+        return {p.untyped_storage().data_ptr() for p in parameters if p.layout == torch.strided and not p.is_meta}
+
     found: list[tuple[int, Scan]] = []
     taken: list[tuple[int, int]] = []
     # the longer first: a few rounds that look alike may lie inside of one of theirs
     for least, period in itertools.product(sorted({_ROUNDS, fewest}, reverse=True), sorted(periods)):
         for low, high in _stretches(kinds[:-period] == kinds[period:], least * period - period):
-            if storages is None:
-                storages = {
-                    p.untyped_storage().data_ptr() for p in parameters if p.layout == torch.strided and not p.is_meta
-                }
             run = _Run(graph, pieces, start + low, start + high + period, period, storages)
             if any(run.start < b and a < run.stop for a, b in taken):
                 continue
@@ -165,7 +166,9 @@ class _Run:
         stop: one past the last.
     """
 
-    def __init__(self, graph: Graph, pieces: Pieces, start: int, stop: int, period: int, storages: set[int]) -> None:
+    def __init__(
+        self, graph: Graph, pieces: Pieces, start: int, stop: int, period: int, storages: Callable[[], set[int]]
+    ) -> None:
         self._graph, self._pieces, self._period, self._storages = graph, pieces, period, storages
         self._first = start
         agree = np.array([self._agree(rank) for rank in range(start, stop - period)], dtype=bool)
@@ -245,8 +248,9 @@ class _Run:
 
     def _same_parameters(self, cycle: set[int]) -> bool:
         """Whether the operations of a cycle use the same parameters each time."""
+        storages = self._storages()
         for place in cycle:
-            if len({_parameters_of(self._node(window, place), self._storages) for window in range(self.count)}) > 1:
+            if len({_parameters_of(self._node(window, place), storages) for window in range(self.count)}) > 1:
                 return False
         return True
 

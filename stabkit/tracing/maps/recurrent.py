@@ -16,6 +16,7 @@ from stabkit.tracing.graph.values import Value
 from stabkit.tracing.maps.iteration import Iteration, iteration
 from stabkit.tracing.maps.linearization import StepFunction, Tensors
 from stabkit.tracing.products.step_products import Products
+from stabkit.tracing.recording.hooks import hooked
 from stabkit.tracing.recording.untouched_model import unchanged
 from stabkit.tracing.tracer import trace
 
@@ -97,11 +98,8 @@ def _inner_calls(module: nn.Module, given: tuple[Any, ...]) -> list[tuple[str, n
             m.register_forward_pre_hook(lambda _, args, kwargs, path=path: note(path, args, kwargs), with_kwargs=True)
             for path, m in modules.items()
         ]
-        try:
+        with hooked(handles):
             module(*given)
-        finally:
-            for handle in handles:
-                handle.remove()
     return called
 
 
@@ -231,7 +229,7 @@ def _without_drive(flow: Flow) -> Flow:
         target_name=f"state after {steps[-1].name}",
         chain_error=None,
         notes=(*flow.notes, note),
-        _retrace=lambda check: _without_drive(flow.again(check=check)),
+        _retrace=lambda check, given=None: _without_drive(flow.again(check=check, given=given)),
     )
 
 

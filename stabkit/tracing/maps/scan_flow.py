@@ -28,7 +28,7 @@ def scans_of(flow: Flow, start: int, stop: int, fewest: int = FEWEST_ALIKE) -> t
     """
     first, last = flow.states[start].position, flow.states[stop].position
     graph, recorded = flow.recorded.graph, flow.recorded
-    # read only where something repeats: most steps hold no recurrence, and a deep model has as many tensors as steps
+    # read only where a state goes round: most steps hold no recurrence, and a deep model has as many tensors as steps
     tensors = itertools.chain(flow.model.parameters(), flow.model.buffers())
     found = scans_between(graph, first, last, tensors, recorded.prefetch(first, last), fewest, graph.recurrent)
     if not found:

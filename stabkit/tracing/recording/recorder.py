@@ -24,7 +24,9 @@ from torch.overrides import TorchFunctionMode
 
 from stabkit.tracing.graph.values import Value, value_of
 from stabkit.tracing.recording.draws import Draws
+from stabkit.tracing.recording.hooks import hooked
 from stabkit.tracing.recording.inputs import INDEXING, VALUE_FREE, Source, differentiable, non_leaf
+from stabkit.tracing.recording.off_graph import OffGraph
 from stabkit.tracing.recording.transparency import EagerMode
 from stabkit.tracing.recording.untouched_model import Safe
 
@@ -80,6 +82,9 @@ class Recording:
         routed: when operations took integers or masks that were made from values on the graph: indices of the largest,
             experts that were chosen.
         noisy: when values on the graph were scaled by, or added to, normal numbers that this pass drew.
+        fed: when values on the graph met what was made of an input off the graph, and from which operations, by their
+            numbers, that had been made; see `OffGraph.follow`.
+        read: when numbers that depend on an input were handed to Python.
         masked: whether an attention of torch was given a mask.
     """
 
@@ -92,6 +97,8 @@ class Recording:
     stopped: list[Stopped] = field(default_factory=list)
     routed: set[int] = field(default_factory=set)
     noisy: set[int] = field(default_factory=set)
+    fed: dict[int, frozenset[int]] = field(default_factory=dict)
+    read: list[int] = field(default_factory=list)
     masked: bool = False
     start: int = 0
     stop: int = 0
@@ -148,6 +155,7 @@ class ValueRecorder(EagerMode):
         self.silent: dict[int, tuple[weakref.ref[Tensor], str]] = {}
         self.chosen: dict[int, weakref.ref[Tensor]] = {}  # integers and masks made from values on the graph
         self.draws = Draws()
+        self.off_graph = OffGraph(tainted)
         self._on_storage: defaultdict[int, list[Value]] = defaultdict(list)
 
     def __torch_dispatch__(
@@ -166,6 +174,11 @@ class ValueRecorder(EagerMode):
         results = tensors_in(out)
         if self.draws.meet(func, tensors, results):
             self.recording.noisy.add(clock() - 1)  # the node has its number already
+        fed, read = self.off_graph.follow(func, tensors, results)
+        if fed:
+            self.recording.fed[clock() - 1] = fed
+        if read:
+            self.recording.read.append(clock())
         if name not in VALUE_FREE:
             if self.tainted:
                 self._follow_integers(name, tensors, results)
@@ -221,9 +234,11 @@ class ValueRecorder(EagerMode):
     def _is_source(self, name: str, tensors: list[Tensor]) -> bool:
         return not any(t.requires_grad for t in tensors) and (name in INDEXING or self.promote_casts)
 
-    def note_exit(self, tensor: Tensor) -> None:
-        """Note that the data of a tensor is handed to numpy, if it depends on the input."""
-        if self._is_silent(tensor) and torch.is_grad_enabled():  # inside a custom Function nothing is lost
+    def note_exit(self, tensor: Tensor, *, to_numpy: bool) -> None:
+        """Note that the data of a tensor leaves torch, if it depends on the input."""
+        if tensor.requires_grad or self.off_graph.holds(tensor):
+            self.recording.read.append(clock())
+        if to_numpy and self._is_silent(tensor) and torch.is_grad_enabled():  # inside a custom Function nothing is lost
             now = clock()
             self.recording.stopped.append(Stopped("numpy()", now, self.recording.path_at(now)))
 
@@ -270,7 +285,7 @@ def masks_given(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> 
 
 
 # where values leave torch; what comes back from there has no gradient
-_EXITS: tuple[Any, ...] = (torch.Tensor.numpy, torch.Tensor.__array__)
+_EXITS: tuple[Any, ...] = (torch.Tensor.numpy, torch.Tensor.__array__, torch.Tensor.tolist)
 
 
 class _NonLeafSources(TorchFunctionMode):
@@ -285,7 +300,7 @@ class _NonLeafSources(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         if func in _EXITS:
-            self.values.note_exit(args[0])
+            self.values.note_exit(args[0], to_numpy=func is not torch.Tensor.tolist)
         if func in ATTENTIONS:
             self.recording.masked |= bool(masks_given(func, args, kwargs or {}))
         if func is torch.Tensor.register_hook and args[0].requires_grad and args[0].grad_fn is not None:
@@ -358,11 +373,8 @@ def recording_calls(model: nn.Module, recording: Recording) -> Iterator[None]:
         register_module_forward_pre_hook(enter),
         register_module_forward_hook(leave),
     ]
-    try:
+    with hooked(handles):
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def record(

@@ -24,6 +24,7 @@ from stabkit.tracing.cutting.endpoints import UnreachedError, scalar_loss
 from stabkit.tracing.graph.values import normal_from, value_of
 from stabkit.tracing.recording.containers import map_tensors, named_tensors
 from stabkit.tracing.recording.forward_pass import ForwardPass
+from stabkit.tracing.recording.hooks import hooked
 from stabkit.tracing.recording.inputs import Source, differentiable, prepare
 from stabkit.tracing.recording.recorder import Call, Recording, recording_calls
 from stabkit.tracing.recording.sharding import take_whole
@@ -143,10 +144,8 @@ def training_pass(
         if done.loss is not None and differentiate:
             watching.part = "backward"
             handles = _announced(done.loss, watching) if observer is not None else []
-            with mode:
+            with mode, hooked(handles):
                 _differentiate(done, prepared.sources)
-            for handle in handles:
-                handle.remove()
     return done
 
 

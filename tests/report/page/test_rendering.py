@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from stabkit.report.page import comparison_page, report_page
-from stabkit.report.page.data import EIGENVALUES, comparison_data, report_data
+from stabkit.report.page.rendering import EIGENVALUES, comparison_data, report_data
 from tests.report.synthetic import FINDING, make_chain, make_report, make_step
 
 

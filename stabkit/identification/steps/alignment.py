@@ -1,0 +1,100 @@
+"""What in one step stands where something stands in another one: the operations of both, side by side.
+
+Steps of one loop are made of the same operations in the same order, and the first and the last of them of fewer: a
+state that begins as zeros multiplies nothing, and what nobody reads at the end is not there.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Collection, Iterable, Mapping, Sequence
+
+from torch.autograd.graph import Node
+
+from stabkit.tracing.graph.graph import Graph
+from stabkit.tracing.graph.values import Value, meta_of, operation, outputs_of
+
+Images = dict[Value, Value | None]  # None: what stands there is a constant
+
+
+def images_before(
+    graph: Graph, pairs: Iterable[tuple[Value, Value]], sources: Collection[Value], nodes: Collection[Node]
+) -> Images:
+    """What stands in one step where values of another do, from the new states of both back to the old ones.
+
+    Args:
+        graph: of both steps.
+        pairs: the new states, those of the step that is known first.
+        sources: the old states of the step that is known, where the way ends.
+        nodes: the operations of both.
+    """
+    found: Images = {}
+    stack: list[tuple[Value, Value | None]] = list(pairs)
+    while stack:
+        known, image = stack.pop()
+        if known in found and (image is None or found[known] is not None):
+            continue
+        found[known] = image
+        if known in sources or known.node not in nodes:
+            continue
+        if image is None:  # all that it is made of may be a constant there, unless it is met on another way
+            stack.extend((v, None) for v in graph.inputs[known.node])
+        elif image.node in nodes and _are_alike(known, image):
+            for v, other in zip(_arguments(graph, known.node), _arguments(graph, image.node), strict=True):
+                if v is not None:
+                    stack.append((v, other))
+    return found
+
+
+def images_after(
+    graph: Graph, seeds: Mapping[Value, Value], known: Sequence[Node], nodes: Sequence[Node]
+) -> dict[Value, Value]:
+    """What stands in one step where values of another do, from the old states of both on.
+
+    Args:
+        graph: of both steps.
+        seeds: the old states, by those of the step that is known.
+        known: the operations of the step that is known, in order.
+        nodes: those of the other.
+    """
+    readers: defaultdict[Value, list[Node]] = defaultdict(list)
+    for node in nodes:
+        for value in dict.fromkeys(graph.inputs[node]):
+            readers[value].append(node)
+    found = dict(seeds)
+    taken: set[Node] = set()
+    for node in known:
+        met = [found[v] for v in graph.inputs[node] if v in found]
+        image = next((n for n in readers[met[0]] if n not in taken and _reads_alike(graph, node, n, found)), None) if (
+            met) else None  # fmt: skip
+        if image is not None:
+            taken.add(image)
+            found.update(zip(outputs_of(node), outputs_of(image), strict=True))
+    return found
+
+
+def _are_alike(one: Value, other: Value) -> bool:
+    """Whether two values are the same output of operations of one kind and shape."""
+    same = operation(one.node) == operation(other.node) and one.output == other.output
+    return same and meta_of(one).shape == meta_of(other).shape and _counts(one.node) == _counts(other.node)
+
+
+def _counts(node: Node) -> tuple[int, int]:
+    return len(node.next_functions), len(outputs_of(node))
+
+
+def _reads_alike(graph: Graph, known: Node, node: Node, found: Mapping[Value, Value]) -> bool:
+    """Whether an operation is of the kind of another and reads what stands where that reads."""
+    if operation(known) != operation(node) or _counts(known) != _counts(node):
+        return False
+    if any(meta_of(a).shape != meta_of(b).shape for a, b in zip(outputs_of(known), outputs_of(node), strict=True)):
+        return False
+    arguments = zip(_arguments(graph, known), _arguments(graph, node), strict=True)
+    return all((a is None) == (b is None) and (a is None or found.get(a, b) == b) for a, b in arguments)
+
+
+def _arguments(graph: Graph, node: Node) -> list[Value | None]:
+    """What an operation takes, by place; None for what does not depend on the input."""
+    taken = set(graph.inputs[node])
+    arguments = [None if parent is None else Value(parent, output) for parent, output in node.next_functions]
+    return [v if v in taken else None for v in arguments]
