@@ -49,6 +49,7 @@ from stabkit.diagnosis.remedies.trial import follows, tried
 from stabkit.diagnosis.states.batch_places import batch_place_findings
 from stabkit.diagnosis.states.cut_axes import cut_axes_findings
 from stabkit.diagnosis.states.heavy_dropout import heavy_dropout_findings
+from stabkit.diagnosis.states.neighbours import with_neighbours
 from stabkit.diagnosis.states.running_statistics import statistics_findings
 from stabkit.diagnosis.states.samples_apart import mixed_batch_findings
 from stabkit.diagnosis.suspects import Diagnosis, Settings, broken_verdict, ordered, suspected
@@ -80,6 +81,7 @@ def with_causes(flow: FlowLike, found: Diagnosis, settings: Settings) -> Diagnos
         return found
     found = with_small_inputs(flow, _of_one_cause(flow, before, found, settings), settings)
     named = [with_slopes(each, found.measurement) for each in with_input_scale(flow, found, settings.thresholds)]
+    named = [with_neighbours(flow, each, settings.loss) if each.kind == "rank_collapse" else each for each in named]
     others = statistics_findings(flow, settings.loss)
     if not any(serious(finding) for finding in named):
         others += post_norm_findings(flow, found.measurement, settings.loss)
