@@ -232,7 +232,7 @@ class _Analysis:
             )
             training = None
             if chosen.optimizer is not None:
-                diagnosis, training = with_updates(diagnosis, self.model, call, chosen)
+                diagnosis, training = with_updates(diagnosis, self.model, flow, call, chosen)
             diagnosis = replace(diagnosis, verdict=led_by_findings(diagnosis.verdict, diagnosis.findings))
             told = Told(self.progress, len(flow.steps))
             told.verdict(diagnosis)

@@ -12,7 +12,7 @@ from stabkit.diagnosis.depth.affine_models import affine_findings
 from stabkit.diagnosis.depth.findings import with_slopes
 from stabkit.diagnosis.depth.post_norm import post_norm_findings
 from stabkit.diagnosis.depth.unsettled import unsettled_findings
-from stabkit.diagnosis.finding import Finding, as_fact, serious
+from stabkit.diagnosis.finding import LEARNT, Finding, as_fact, serious
 from stabkit.diagnosis.inputs.attention_masks import mask_findings
 from stabkit.diagnosis.inputs.coordinates import coordinate_findings
 from stabkit.diagnosis.inputs.feature_scales import feature_scale_findings
@@ -60,6 +60,7 @@ from stabkit.tracing.recording.training_pass import training_pass
 
 #: what states show that forget, or blow up, over time
 _OF_STATES = ("rank_collapse", "saturated", "vanishing", "exploding", "chaotic", "transient_growth")
+_LEARNS = 0.5  # of what a short training leaves without a remedy, below which it must come with it
 _OF_DEPTH = ("exploding", "vanishing", "non-finite")  # verdicts that stand whatever else is found
 _NOT_TRAINED = frozenset({"loss", "no_gradient", "unregistered", "non_finite", "exploding", "leak", "copied_units"})
 
@@ -87,6 +88,10 @@ def with_causes(flow: FlowLike, found: Diagnosis, settings: Settings) -> Diagnos
         others += post_norm_findings(flow, found.measurement, settings.loss)
     found = replace(found, findings=tuple(ordered([*named, *others])) if others else tuple(named))
     over_time = time_findings(flow, settings.loss, settings.thresholds)
+    learnt = [f for f in found.findings if serious(f) and f.numbers.get(LEARNT, math.inf) < _LEARNS]
+    for cause in learnt[:1]:  # what a model learns with all the same is no second fault
+        over_time = [_beside(cause, each) for each in over_time]
+        found = replace(found, findings=tuple(ordered([_beside(cause, each) for each in found.findings])))
     verdict = found.verdict
     worst = next((finding for finding in over_time if serious(finding)), None)
     if worst is None:
@@ -97,6 +102,13 @@ def with_causes(flow: FlowLike, found: Diagnosis, settings: Settings) -> Diagnos
     for cause in over_time:
         over_depth = _without_followers(flow, found, over_depth, cause, settings)
     return replace(found, verdict=verdict, findings=tuple(ordered([*over_depth, *over_time])))
+
+
+def _beside(cause: Finding, other: Finding) -> Finding:
+    """A finding on states or gradients, as a fact beside a cause without which the model learns as it is otherwise."""
+    if other is cause or not serious(other) or other.kind not in _OF_STATES:
+        return other
+    return follows(other, cause, "no harm that keeps the model from learning")
 
 
 def _of_one_cause(flow: Flow, before: Diagnosis, found: Diagnosis, settings: Settings) -> Diagnosis:

@@ -13,7 +13,7 @@ from stabkit.diagnosis.depth.without_harm import with_harmless_as_facts
 from stabkit.diagnosis.finding import Action, Finding, serious, sound
 from stabkit.diagnosis.losses.large import with_large_loss
 from stabkit.diagnosis.non_finite.gradient_underflow import gradient_underflow
-from stabkit.diagnosis.remedies.alternatives import candidates
+from stabkit.diagnosis.remedies.alternatives import candidates, scaled_skips
 from stabkit.diagnosis.remedies.computed import Remedy
 from stabkit.diagnosis.remedies.learning import left_by_a_constant
 from stabkit.diagnosis.remedies.made_once import made_once
@@ -67,6 +67,7 @@ UNTRIED = "none was tried: the trials of this diagnosis went to other suspects; 
 _BY_INITIALISATION = ("vanishing", "exploding", "dead", "transient_growth", "rank_collapse", "overdamped")
 _AS_IT_IS = Remedy("")
 _OUT_OF_REACH = 1e3  # times what the best constant output leaves of a loss: as far as no factor of data or targets goes
+_FAR_ABOVE = 2.0  # times the first loss of a model, from which skips of full strength make it begin too high
 _MOVES = 0.98  # of the first loss, under which it has clearly moved
 NO_HARM = "none was tried: it does no harm that was measured"
 
@@ -235,6 +236,8 @@ class _Trials:
                 break
             self.left -= 1
             trial = tried(self.flow, suspect, remedy, self.found, self.settings)
+            if (weaker := scaled_skips(remedy)) is not None and self._is_too_strong(remedy, trial):
+                tries.append(weaker)
             if trial.cured:
                 trains = self.training(remedy)
                 if finite and trains is not None and (not math.isfinite(trains.last) or self._stays(remedy, trains)):
@@ -267,6 +270,13 @@ class _Trials:
         if not dead or best is None:
             return best
         return next(cure for cure in found if not worse(cure.trains, best.trains))  # the mildest that is as good
+
+    def _is_too_strong(self, remedy: Remedy, trial: Trial) -> bool:
+        """Whether skips at full strength make another fault, or a loss that begins far above that of the model."""
+        if not trial.cured:
+            return True
+        trains, plain = self.training(remedy), self.training()
+        return trains is not None and plain is not None and trains.first > _FAR_ABOVE * abs(plain.first)
 
     def outer(self, suspect: Finding) -> list[Remedy]:
         """What may lie before the weights where something grows, or a first norm divides by the size of the data."""
