@@ -49,8 +49,10 @@ from stabkit.diagnosis.remedies.trial import follows, tried
 from stabkit.diagnosis.states.batch_places import batch_place_findings
 from stabkit.diagnosis.states.cut_axes import cut_axes_findings
 from stabkit.diagnosis.states.heavy_dropout import heavy_dropout_findings
+from stabkit.diagnosis.states.neighbours import with_neighbours
 from stabkit.diagnosis.states.running_statistics import statistics_findings
 from stabkit.diagnosis.states.samples_apart import mixed_batch_findings
+from stabkit.diagnosis.states.softmax_axes import softmax_axis_findings
 from stabkit.diagnosis.suspects import Diagnosis, Settings, broken_verdict, ordered, suspected
 from stabkit.diagnosis.training_run import TrainingRun
 from stabkit.diagnosis.verdict import judged_without
@@ -81,6 +83,7 @@ def with_causes(flow: FlowLike, found: Diagnosis, settings: Settings) -> Diagnos
         return found
     found = with_small_inputs(flow, _of_one_cause(flow, before, found, settings), settings)
     named = [with_slopes(each, found.measurement) for each in with_input_scale(flow, found, settings.thresholds)]
+    named = [with_neighbours(flow, each, settings.loss) if each.kind == "rank_collapse" else each for each in named]
     others = statistics_findings(flow, settings.loss)
     if not any(serious(finding) for finding in named):
         others += post_norm_findings(flow, found.measurement, settings.loss)
@@ -291,7 +294,7 @@ def _of_call(run: TrainingRun, others: Sequence[Finding]) -> list[Finding]:
     if not any(finding.kind in _NOT_TRAINED and serious(finding) for finding in (*others, *found)):
         found += affine_findings(run) or lost_order_findings(run)
         found += padded_end_findings(run) or read_position_findings(run)
-        found += cut_axes_findings(run, others)
+        found += cut_axes_findings(run, others) + softmax_axis_findings(run, others)
         found += coordinate_findings(run)
         found += heavy_dropout_findings(run, [*others, *found])
     return found
