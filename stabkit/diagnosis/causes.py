@@ -28,6 +28,7 @@ from stabkit.diagnosis.losses.last_dropout import last_dropout_findings
 from stabkit.diagnosis.losses.loud_logits import loud_logits_findings
 from stabkit.diagnosis.losses.mixed_samples import mixed_sample_findings
 from stabkit.diagnosis.losses.next_tokens import next_token_findings
+from stabkit.diagnosis.losses.saturating import saturating_findings
 from stabkit.diagnosis.losses.unequal_classes import unequal_class_findings
 from stabkit.diagnosis.losses.units import unit_findings
 from stabkit.diagnosis.losses.without_end import without_end_findings
@@ -271,6 +272,7 @@ def _of_training_pass(run: TrainingRun, others: Sequence[Finding]) -> list[Findi
     found += unused_input_findings(run)
     found += _of_call(run, others)
     found += without_end_findings(run, [*others, *found])
+    found += saturating_findings(run, [*others, *found])
     found += wrong_derivative_findings(run)
     found += loud_logits_findings(run, [*others, *found])
     found += loss_floor_findings(run, [*others, *found])
