@@ -78,7 +78,10 @@ def with_causes(flow: FlowLike, found: Diagnosis, settings: Settings) -> Diagnos
     if unsettled := unsettled_findings(flow):  # what comes after a state that is no fixed point may follow from it
         found = replace(found, findings=tuple(ordered([*unsettled, *found.findings])))
     if function := mixed_batch_findings(flow) or batch_place_findings(flow):
-        found = replace(found, findings=tuple(ordered([*found.findings, *function])))
+        kept = [
+            f for f in found.findings if "softmax_axis" not in f.numbers
+        ]  # that of a softmax over samples, as it is
+        found = replace(found, findings=tuple(ordered([*kept, *function])))
     before, found = found, with_lost_parameters(flow, found, settings)
     if found.verdict.name == "non-finite":  # of a parameter alone
         return found
