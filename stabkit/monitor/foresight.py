@@ -20,7 +20,7 @@ from stabkit.monitor.record import Along
 from stabkit.monitor.rules import AlertRules
 
 _FIRST = 8  # steps that are all measured
-_EVERY = 20  # steps between two measurements where nothing happens: 0.2 % of a step of a small network
+_EVERY = 100  # steps between two measurements where nothing happens: what starts one are a loss or a rate that rises
 _AFTER = 10  # steps that are measured after the rate rose beyond all before
 _MORE = 4  # measured in a row after one that is beyond the threshold, at most; then it is the edge of stability
 
