@@ -129,6 +129,7 @@ def examine(
     spectra: SharedSpectra | None = None,
     parallel: Parallel = SERIAL,
     trials: int = TRIALS,
+    trained: bool = False,
 ) -> Diagnosis:
     """The full result behind `diagnose`, which returns its findings alone: verdict, measurement and findings.
 
@@ -142,9 +143,10 @@ def examine(
         spectra: matrices and eigenvalues of the steps by index, where others want them too.
         parallel: who measures what.
         trials: measurements that trying remedies may take, at most.
+        trained: whether the weights are known to have been trained, so that no remedy of how they start is one.
     """
     check_flow(flow)
-    settings = Settings(loss, thresholds or Thresholds(), probes, seed, parallel)
+    settings = Settings(loss, thresholds or Thresholds(), probes, seed, parallel, trained)
     with made_once():
         if isinstance(flow, Flow):
             flow = with_statistics(flow if loss is None else flow.following(loss))
@@ -335,6 +337,8 @@ class _Trials:
 
     def of_all_weights(self, suspect: Finding) -> list[Remedy]:
         """All weights at their usual size, where they were started far from it and the suspect may come of that."""
+        if self.settings.trained:
+            return []
         if suspect.kind == "vanishing" and (is_stretch(suspect) or len(suspect.steps) > 1):
             return larger_weights(self.found.measurement)
         return smaller_weights(self.found.measurement) if _grows(suspect) or suspect.kind == "saturated" else []
