@@ -21,7 +21,8 @@ BEYOND, EDGE = 1.0, 1.2
 _TWICE = 2  # measurements in a row
 _LEAPS = 3.0  # one alone counts where it is beyond that, and the update was long
 # Of the norm of the weights, in one update. Healthy ones reached 0.79 in the first ten steps (a line that starts near
-# zero; Adagrad 0.72, RMSprop 0.22) and 0.40 later (SGD on a CNN), so that long ones alone want a jump that lasts.
+# zero; Adagrad 0.72, RMSprop 0.22) and 0.40 later (SGD on a CNN), so that long ones alone want a jump that lasts; no
+# ratio of theirs was beyond 1.02, and that of SGD with a rate of 10 began with 1.7.
 _LONG, _SHORT, _MOVES = 0.2, 0.1, 0.05
 _FEW = 8  # measurements
 _LARGE = 10.0  # times the usual size of an update
@@ -85,10 +86,10 @@ class Causes:
     def convicts_rate(self, step: int) -> bool:
         """Whether the updates about a step were measured to be too long for the loss, by the rate.
 
-        Beyond the threshold of curvature, or so long that the weights are others after the rate has risen to one that
-        is new.
+        Beyond the threshold of curvature, or so long that the weights are others: after the rate has risen to one that
+        is new, or where most are and one of them was beyond the threshold as well.
         """
-        if _is_beyond(self.streak):
+        if _is_beyond(self.streak) or any(secant.ratio > EDGE for _, secant in self.mostly_long(step)):
             return True
         rise = self.rates.rise(step, _RECENT)
         new = rise is not None and rise.beyond >= _NEW
