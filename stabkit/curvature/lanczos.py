@@ -143,7 +143,7 @@ class _Basis:
         Nothing was restarted yet, so that of A V only what lies along the next row is not in T.
         """
         p = self.size
-        values, S, _ = self.ritz()
+        values, S, residuals = self.ritz()
         before = np.append(np.linalg.eigh(self.T[: p - 1, : p - 1])[1][:, -1], 0.0)
         best = S[:, -1]
         moved = before - (before @ best) * best
@@ -156,7 +156,9 @@ class _Basis:
         M = torch.from_numpy(turned).to(self.V)
         for part in torch.split(self.V[: p + 1], _COLUMNS, dim=1):
             part[:4] = M @ part
-        return Climb(self.V[:4], float(values[-1]), float(np.abs(values).max()), past)
+        return Climb(
+            self.V[:4], float(values[-1]), float(np.abs(values).max()), float(values[-2] + residuals[-2]), past
+        )
 
 
 class _Scaled:
