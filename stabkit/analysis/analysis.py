@@ -72,6 +72,7 @@ def analyze(
     memory: str | float | None = None,
     optimizer: torch.optim.Optimizer | None = None,
     scheduler: Any = None,
+    trained: bool = False,
     plan_only: Literal[False] = False,
 ) -> Report: ...
 
@@ -98,6 +99,7 @@ def analyze(  # type: ignore[misc]  # where only the plan is wanted, the options
     memory: str | float | None = None,
     optimizer: torch.optim.Optimizer | None = None,
     scheduler: Any = None,
+    trained: bool = False,
     plan_only: bool = False,
 ) -> Report | Plan:
     """Trace a model and report, step by step, its integrator, its spectrum and its gradient growth, with a verdict.
@@ -140,6 +142,7 @@ def analyze(  # type: ignore[misc]  # where only the plan is wanted, the options
             rate is in doubt up to 80 updates of copies.
         scheduler: of the optimizer's rates, one of ``torch.optim.lr_scheduler``; the report then says the largest rate
             to come beside the largest stable one.
+        trained: whether the weights are known to have been trained; remedies of how they start are then no remedies.
         plan_only: analyse nothing but return what it would cost, a `stabkit.planning.Plan`, whose ``str`` is a table.
 
     Raises:
@@ -169,6 +172,7 @@ def analyze(  # type: ignore[misc]  # where only the plan is wanted, the options
     call = Call(inputs, dict(kwargs or {}), batch_dim)
     where = {"depth": depth, "source": source, "target": target, "seed": seed}
     settings = Settings(loss, where, spectrum, spectrum_samples, probes, thresholds or Thresholds(), seed)
+    settings = replace(settings, trained=trained)
     if optimizer is not None or scheduler is not None:
         check_optimizer(optimizer, scheduler, model, loss)
         settings = replace(settings, optimizer=optimizer, scheduler=scheduler)
@@ -229,10 +233,11 @@ class _Analysis:
                 methods=methods,
                 spectra=shared,
                 parallel=self.parallel,
+                trained=chosen.trained,
             )
             training = None
             if chosen.optimizer is not None:
-                diagnosis, training = with_updates(diagnosis, self.model, call, chosen)
+                diagnosis, training = with_updates(diagnosis, self.model, flow, call, chosen)
             diagnosis = replace(diagnosis, verdict=led_by_findings(diagnosis.verdict, diagnosis.findings))
             told = Told(self.progress, len(flow.steps))
             told.verdict(diagnosis)

@@ -31,6 +31,7 @@ class Settings:
         given_up: what was left out to keep a budget, in sentences.
         optimizer: whose updates are measured beside.
         scheduler: of its rates.
+        trained: whether the weights are known to have been trained.
     """
 
     loss: Callable[[Any], torch.Tensor] | None
@@ -44,6 +45,7 @@ class Settings:
     given_up: tuple[str, ...] = ()
     optimizer: torch.optim.Optimizer | None = None
     scheduler: Any = None
+    trained: bool = False
 
 
 def planned(

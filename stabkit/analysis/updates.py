@@ -15,15 +15,20 @@ from stabkit.analysis.settings import Settings
 from stabkit.curvature import BlockCurvature, Sharpness, rates_ahead
 from stabkit.curvature.updates import trained_by
 from stabkit.diagnosis import Diagnosis, Measurement, factor
+from stabkit.diagnosis.finding import serious
 from stabkit.diagnosis.suspects import ordered
+from stabkit.diagnosis.training_run import TrainingRun
 from stabkit.diagnosis.updates.findings import update_findings
 from stabkit.diagnosis.updates.measured import UpdateMeasurement, measure_update
+from stabkit.diagnosis.updates.scales import with_scales
 from stabkit.diagnosis.verdict import nats
 from stabkit.distributed import is_spread
 from stabkit.errors import ArgumentError, ArgumentTypeError
 from stabkit.report import TrainingReport
 from stabkit.report.training import BlockShare, Updates
+from stabkit.tracing import Flow
 from stabkit.tracing.recording.batch_parts import Call
+from stabkit.tracing.recording.training_pass import training_pass
 
 _AHEAD = 100_000  # steps of a schedule that are looked at, .3 s; most trainings have fewer
 _UNSEEN = "a schedule sets the rate of the optimizer; scheduler= was not given, so that no rate to come is known"
@@ -59,13 +64,14 @@ def check_optimizer(optimizer: Any, scheduler: Any, model: Any, loss: Any) -> No
 
 
 def with_updates(
-    diagnosis: Diagnosis, model: nn.Module, call: Call, settings: Settings
+    diagnosis: Diagnosis, model: nn.Module, flow: Flow, call: Call, settings: Settings
 ) -> tuple[Diagnosis, TrainingReport]:
     """A diagnosis with what is wrong with the updates, and what was measured of them.
 
     Args:
         diagnosis: of depth, whose growth says how gradients come to the blocks.
         model: the model.
+        flow: the traced pass.
         call: the batch.
         settings: with a loss and an optimizer.
     """
@@ -77,9 +83,13 @@ def with_updates(
     else:
         blocks = _blocks(diagnosis.measurement, model)
         found = measure_update(model, call.inputs, call.kwargs, settings.loss, optimizer, settings.seed, blocks)
-    findings = update_findings(found)
-    if findings:
-        diagnosis = replace(diagnosis, findings=tuple(ordered([*diagnosis.findings, *findings])))
+    for update in update_findings(found):
+        as_trained = replace(flow.forward_pass, through_no_grad=False)
+        run = TrainingRun(flow, settings.loss, as_trained, training_pass(as_trained, settings.loss))
+        others, told = with_scales(diagnosis.findings, update, found, run, optimizer, settings.seed)
+        if told is update and "proposed_rate" not in told.numbers and any(map(serious, others)):
+            continue  # updates that no rate cures are those of what is wrong besides
+        diagnosis = replace(diagnosis, findings=tuple(ordered([*others, told])))
     return diagnosis, _with_schedule(_report(found, diagnosis.measurement), optimizer, settings.scheduler)
 
 

@@ -46,9 +46,9 @@ the first, while the isotropic rate explains a tenth. Here the picture of a spec
 right one.
 
 *Everywhere between the two* the energies of the modes are carried from step to step, as far as neighbouring steps
-share them (``"persistent"``, `predictors.along_depth`), from the shares in which the gradient enters the last block: it
-turns into the modes that last, within as many steps as that takes. In the trained network above this is less than half
-of the growth: what its blocks share is more than a cosine of their Jacobians says. For Gaussian, antisymmetric and
+share them (``"persistent"``, `shared_modes.along_depth`), from the shares in which the gradient enters the last block:
+it turns into the modes that last, within as many steps as that takes. In the trained network above this is less than
+half of the growth: what its blocks share is more than a cosine of their Jacobians says. For Gaussian, antisymmetric and
 symmetric branches of width 100 and cosines from 0 to 1 it is within 0.05 nats a step, averaged over 20 steps, of which
 the first have not settled. Over 62 networks of 16 steps with four kinds of fields
 (``examples/how_much_the_region_explains.py``) the spectrum of each step for itself explains the growth of 29 of 56 to
@@ -70,10 +70,10 @@ Hutchinson, Commun. Stat. Simul. Comput. 18 (1989) 1059 (probes); E. Hairer, G. 
 Equations II, 1996 (regions).
 """
 
+from stabkit.attribution.explained_share import Prediction
 from stabkit.attribution.measure import attribute, mechanisms
 from stabkit.attribution.mechanism import Mechanism, Shares, largest_step_factor
 from stabkit.attribution.persistence import Persistence
-from stabkit.attribution.predictors import Prediction
 from stabkit.attribution.result import Attribution
 
 __all__ = [

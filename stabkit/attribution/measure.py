@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from stabkit.attribution.explained_share import Prediction, compare
 from stabkit.attribution.mechanism import TOLERANCE, Mechanism
 from stabkit.attribution.persistence import ISOTROPIC, Persistence, cosine_of_modes, field_cosines, straightness
-from stabkit.attribution.predictors import Modes, Prediction, along_depth, compare, mode_shares
 from stabkit.attribution.result import COLUMNS, Attribution
+from stabkit.attribution.shared_modes import Modes, along_depth, mode_shares
 from stabkit.attribution.step_mechanism import damping_limit, mechanism_of
 from stabkit.attribution.step_terms import Budget, Terms, measure_step, skip_of
 from stabkit.errors import ArgumentError

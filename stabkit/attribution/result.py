@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from stabkit.attribution.explained_share import Prediction
 from stabkit.attribution.mechanism import Mechanism
 from stabkit.attribution.persistence import Persistence
-from stabkit.attribution.predictors import Prediction
 from stabkit.results import Result
 
 if TYPE_CHECKING:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -60,8 +60,10 @@ def load_capsule(
         raise CheckpointError(
             f"{capsule.path}: {name} does not run on the batch of its step: {type(error).__name__}: {error}"
         ) from error
+    told = tuple(_told(capsule))
     mode = "training" if capsule.training else "evaluation"
     notes = (
+        *told,
         f"format: capsule of training step {capsule.step}, written because: {capsule.reason}",
         f"input: that of the last of {len(capsule.calls)} calls, in {mode} mode",
         "loss: the gradient that the loss of the run had at the output" if gradients else "loss: none was seen",
@@ -81,6 +83,20 @@ def load_capsule(
         as_saved=True,
         step=("step", capsule.step),
     )
+
+
+def _told(capsule: Capsule) -> Iterator[str]:
+    """What the monitor knew, in sentences: what it said first, and with which optimizer."""
+    for finding in capsule.findings[:2]:
+        yield f"the monitor said: {finding.get('evidence', '')}"
+        yield f"remedy: {finding.get('remedy', '')}"
+    for optimizer in capsule.known.get("optimizers", ()):
+        rates = ", ".join(f"{float(group['lr']):.4g}" for group in optimizer["groups"] if "lr" in group)
+        yield f"optimizer: {optimizer['class']} at the learning rate {rates}"
+    measured = capsule.known.get("curvature_along_updates", ())
+    if measured:
+        ratios = ", ".join(f"{float(one['ratio']):.3g} at step {one['step']}" for one in measured[-3:])
+        yield f"curvature along its last updates over the threshold: {ratios}"
 
 
 def build(

@@ -64,6 +64,8 @@ class Capsule:
         model_factory: what builds the model, when the monitor was told; a hint, since it may be code.
         step: number of the training step.
         reason: why it was written.
+        known: what the monitor knew: optimizers with their settings, the last curvatures along updates.
+        findings: what it had said, the newest last, as mappings.
     """
 
     path: Path
@@ -78,6 +80,8 @@ class Capsule:
     model_factory: str | None
     step: int
     reason: str
+    known: Mapping[str, Any] = field(default_factory=dict)
+    findings: tuple[Mapping[str, Any], ...] = ()
 
     @property
     def weights(self) -> Path:
@@ -159,6 +163,8 @@ def read_capsule(path: str | os.PathLike[str]) -> Capsule:
             model_factory=None if manifest["model_factory"] is None else str(manifest["model_factory"]),
             step=int(manifest["step"]),
             reason=str(manifest["reason"]),
+            known=dict(manifest.get("known", {})),
+            findings=tuple(dict(finding) for finding in manifest.get("findings", ())),
         )
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError, RecursionError) as error:
         raise CheckpointError(f"{directory / _MANIFEST} is damaged: {type(error).__name__}: {error}") from error

@@ -33,6 +33,7 @@ class Loaded(Result):
             averaged weights or raw ones, and where the input comes from; one sentence a line.
         non_finite: names of tensors that hold NaN or infinity.
         step: what counts the steps of training in the file, or in its name, and the count; None when nothing does.
+        trained: whether its weights are known to have been trained: they are of a capsule after the first step.
         loss: where the source is a capsule, a callable on the output with the gradient that the loss of the run had
             there.
     """
@@ -45,6 +46,7 @@ class Loaded(Result):
     non_finite: tuple[str, ...] = ()
     step: tuple[str, float] | None = None
     loss: Callable[[Any], Tensor] | None = None
+    trained: bool = False
 
     def __iter__(self) -> Iterator[Any]:
         yield self.model
@@ -140,7 +142,10 @@ def _with_input(source: str, opened: Opened, given: Input | None, seed: int) -> 
         made = _made(opened, given, seed)
         said.append(f"input: {made.how}")
     bad = non_finite(opened.module) if opened.non_finite is None else opened.non_finite
-    return Loaded(opened.module, made.args, made.kwargs, opened.name, "\n".join(said), bad, opened.step, opened.loss)
+    trained = opened.as_saved and opened.step is not None and opened.step[1] > 0
+    return Loaded(
+        opened.module, made.args, made.kwargs, opened.name, "\n".join(said), bad, opened.step, opened.loss, trained
+    )
 
 
 def _made(opened: Opened, given: Input | None, seed: int) -> Inputs:

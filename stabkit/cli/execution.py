@@ -63,6 +63,7 @@ def analyzed(
             name=loaded.name,
             progress=progress if ranks.first else None,
             ranks=ranks,
+            trained=loaded.trained,
             **effort.settings(),
             **recipe.analysing(),
         )

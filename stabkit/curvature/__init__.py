@@ -11,15 +11,20 @@ Example:
 from stabkit.curvature.blocks import BlockCurvature
 from stabkit.curvature.critical_rate import CriticalRate, critical_rate
 from stabkit.curvature.schedules import RatesAhead, rates_ahead
+from stabkit.curvature.secant import PendingSecant, Secant, SecantCurvature
 from stabkit.curvature.sharpness import Sharpness, sharpness
 from stabkit.curvature.tracking import SharpnessTracker, TrackedSharpness
-from stabkit.curvature.updates import NotYetError
+from stabkit.curvature.updates import NoThresholdError, NotYetError
 
 __all__ = [
     "BlockCurvature",
     "CriticalRate",
+    "NoThresholdError",
     "NotYetError",
+    "PendingSecant",
     "RatesAhead",
+    "Secant",
+    "SecantCurvature",
     "Sharpness",
     "SharpnessTracker",
     "TrackedSharpness",

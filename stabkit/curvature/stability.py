@@ -12,6 +12,12 @@ from torch import Tensor
 from stabkit.curvature.hessian import Hessian
 from stabkit.curvature.updates import Update, flat
 
+# Entries of an adaptive preconditioner count as a tenth of their mean at least. One that is far smaller follows its
+# gradient within an update, so that what grows there stops at the size of an update. In the first updates of 7 healthy
+# runs of Adam and RMSprop the ratio was 1.5 to 2000 without and at most 2.3 with it, later on nearly the same; in 4
+# runs that blew up it was 6 to 5000 with it.
+FLOOR = 0.1
+
 
 @dataclass(frozen=True)
 class Stability:
@@ -128,7 +134,12 @@ def limiting(hessian: Hessian, update: Update, floor: float = 0.0) -> Preconditi
     like = torch.empty(hessian.n, dtype=hessian.dtype, device=hessian.device)
     scales = flat(update.scales, hessian.parameters, like)
     if floor:
-        moving = scales[scales.isfinite()]  # a group whose rate is 0 has an infinite P
-        scales.clamp_(min=floor * float(moving.mean()))
+        raise_small(scales, floor)
     shift = flat(update.decays, hessian.parameters, like) if any(update.decays) else 0.0
     return Preconditioned(hessian, scales.rsqrt_(), shift, sign)
+
+
+def raise_small(scales: Tensor, floor: float) -> None:
+    """Raise the entries of P, in place, to so many times their mean."""
+    mean = scales.masked_fill(scales.isinf(), math.nan).nanmean()  # a group whose rate is 0 has an infinite P
+    scales.clamp_(min=floor * mean)

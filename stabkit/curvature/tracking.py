@@ -14,7 +14,7 @@ from stabkit.curvature.batches import Batch
 from stabkit.curvature.blocks import by_block
 from stabkit.curvature.hessian import Hessian, refuse_randomness
 from stabkit.curvature.lanczos import DRAWN, Eigenpairs, largest
-from stabkit.curvature.stability import Preconditioned, Stability, limiting
+from stabkit.curvature.stability import FLOOR, Preconditioned, Stability, limiting
 from stabkit.curvature.updates import Update, read_update
 from stabkit.errors import ArgumentTypeError
 from stabkit.results import Result
@@ -26,11 +26,6 @@ EVERY = 10  # so many measurements from one search that begins to the next
 _TOLERANCE = 1e-2
 _ROWS = 8
 _SECOND = 0.3  # of the start, the second vector: what is about to overtake the first is found by the first products
-# Entries of an adaptive preconditioner count as a tenth of their mean at least. One that is far smaller follows its
-# gradient within an update, so that what grows there stops at the size of an update. In the first updates of 7 healthy
-# runs of Adam and RMSprop the ratio was 1.5 to 2000 without and at most 2.3 with it, later on nearly the same; in 4
-# runs that blew up it was 6 to 5000 with it.
-_FLOOR = 0.1
 
 
 @dataclass(frozen=True)
@@ -134,7 +129,7 @@ class SharpnessTracker:
         if kept is not None and kept.shape[1] != hessian.n:
             kept = None
         afresh = kept is None or self._made % EVERY == 0
-        operator = limiting(hessian, update, _FLOOR)
+        operator = limiting(hessian, update, FLOOR)
         if kept is None or afresh:
             start = operator.start(self._seed + self._made)
         else:

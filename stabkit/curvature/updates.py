@@ -104,7 +104,7 @@ def trained_by(optimizer: Any, model: nn.Module) -> tuple[nn.Parameter, ...]:
     return trained
 
 
-def read_update(optimizer: Any, model: nn.Module, *, first: bool = False) -> Update:
+def read_update(optimizer: Any, model: nn.Module, *, first: bool = False, state: State | None = None) -> Update:
     """How an optimizer moves the parameters of a model in its next update.
 
     Args:
@@ -112,6 +112,7 @@ def read_update(optimizer: Any, model: nn.Module, *, first: bool = False) -> Upd
         model: whose parameters it trains.
         first: whether the preconditioner of Adam and AdamW before their first update is that which this update will
             have, by the gradients that the parameters hold.
+        state: what is read in place of the optimizer's state, such as a part of the entries of its tensors.
 
     Raises:
         ArgumentTypeError: it is no torch optimizer.
@@ -136,8 +137,9 @@ def read_update(optimizer: Any, model: nn.Module, *, first: bool = False) -> Upd
     rate = max(rates)
     if not (math.isfinite(rate) and rate > 0):
         raise ArgumentError(f"optimizer {name} has the learning rate {rate}; at a rate that is positive it has a step")
-    fresh = first and reader is _adam_like and not optimizer.state and all(p.grad is not None for p in trained)
-    read = [(_first_of_adam(g) if fresh else reader(g, optimizer.state, name)) for g in groups]
+    state = optimizer.state if state is None else state
+    fresh = first and reader is _adam_like and not state and all(p.grad is not None for p in trained)
+    read = [(_first_of_adam(g) if fresh else reader(g, state, name)) for g in groups]
     if len({r.kind for r in read}) > 1:
         raise ArgumentError(
             f"the groups of optimizer {name} differ in momentum or in how many updates they have had; no single "

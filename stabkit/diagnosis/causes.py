@@ -12,7 +12,7 @@ from stabkit.diagnosis.depth.affine_models import affine_findings
 from stabkit.diagnosis.depth.findings import with_slopes
 from stabkit.diagnosis.depth.post_norm import post_norm_findings
 from stabkit.diagnosis.depth.unsettled import unsettled_findings
-from stabkit.diagnosis.finding import Finding, as_fact, serious
+from stabkit.diagnosis.finding import LEARNT, Finding, as_fact, serious
 from stabkit.diagnosis.inputs.attention_masks import mask_findings
 from stabkit.diagnosis.inputs.coordinates import coordinate_findings
 from stabkit.diagnosis.inputs.feature_scales import feature_scale_findings
@@ -28,6 +28,7 @@ from stabkit.diagnosis.losses.last_dropout import last_dropout_findings
 from stabkit.diagnosis.losses.loud_logits import loud_logits_findings
 from stabkit.diagnosis.losses.mixed_samples import mixed_sample_findings
 from stabkit.diagnosis.losses.next_tokens import next_token_findings
+from stabkit.diagnosis.losses.saturating import saturating_findings
 from stabkit.diagnosis.losses.unequal_classes import unequal_class_findings
 from stabkit.diagnosis.losses.units import unit_findings
 from stabkit.diagnosis.losses.without_end import without_end_findings
@@ -49,8 +50,10 @@ from stabkit.diagnosis.remedies.trial import follows, tried
 from stabkit.diagnosis.states.batch_places import batch_place_findings
 from stabkit.diagnosis.states.cut_axes import cut_axes_findings
 from stabkit.diagnosis.states.heavy_dropout import heavy_dropout_findings
+from stabkit.diagnosis.states.neighbours import with_neighbours
 from stabkit.diagnosis.states.running_statistics import statistics_findings
 from stabkit.diagnosis.states.samples_apart import mixed_batch_findings
+from stabkit.diagnosis.states.softmax_axes import softmax_axis_findings
 from stabkit.diagnosis.suspects import Diagnosis, Settings, broken_verdict, ordered, suspected
 from stabkit.diagnosis.training_run import TrainingRun
 from stabkit.diagnosis.verdict import judged_without
@@ -59,6 +62,7 @@ from stabkit.tracing.recording.training_pass import training_pass
 
 #: what states show that forget, or blow up, over time
 _OF_STATES = ("rank_collapse", "saturated", "vanishing", "exploding", "chaotic", "transient_growth")
+_LEARNS = 0.5  # of what a short training leaves without a remedy, below which it must come with it
 _OF_DEPTH = ("exploding", "vanishing", "non-finite")  # verdicts that stand whatever else is found
 _NOT_TRAINED = frozenset({"loss", "no_gradient", "unregistered", "non_finite", "exploding", "leak", "copied_units"})
 
@@ -74,17 +78,25 @@ def with_causes(flow: FlowLike, found: Diagnosis, settings: Settings) -> Diagnos
     if unsettled := unsettled_findings(flow):  # what comes after a state that is no fixed point may follow from it
         found = replace(found, findings=tuple(ordered([*unsettled, *found.findings])))
     if function := mixed_batch_findings(flow) or batch_place_findings(flow):
-        found = replace(found, findings=tuple(ordered([*found.findings, *function])))
+        kept = [
+            f for f in found.findings if "softmax_axis" not in f.numbers
+        ]  # that of a softmax over samples, as it is
+        found = replace(found, findings=tuple(ordered([*kept, *function])))
     before, found = found, with_lost_parameters(flow, found, settings)
     if found.verdict.name == "non-finite":  # of a parameter alone
         return found
     found = with_small_inputs(flow, _of_one_cause(flow, before, found, settings), settings)
     named = [with_slopes(each, found.measurement) for each in with_input_scale(flow, found, settings.thresholds)]
+    named = [with_neighbours(flow, each, settings.loss) if each.kind == "rank_collapse" else each for each in named]
     others = statistics_findings(flow, settings.loss)
     if not any(serious(finding) for finding in named):
         others += post_norm_findings(flow, found.measurement, settings.loss)
     found = replace(found, findings=tuple(ordered([*named, *others])) if others else tuple(named))
     over_time = time_findings(flow, settings.loss, settings.thresholds)
+    learnt = [f for f in found.findings if serious(f) and f.numbers.get(LEARNT, math.inf) < _LEARNS]
+    for cause in learnt[:1]:  # what a model learns with all the same is no second fault
+        over_time = [_beside(cause, each) for each in over_time]
+        found = replace(found, findings=tuple(ordered([_beside(cause, each) for each in found.findings])))
     verdict = found.verdict
     worst = next((finding for finding in over_time if serious(finding)), None)
     if worst is None:
@@ -95,6 +107,13 @@ def with_causes(flow: FlowLike, found: Diagnosis, settings: Settings) -> Diagnos
     for cause in over_time:
         over_depth = _without_followers(flow, found, over_depth, cause, settings)
     return replace(found, verdict=verdict, findings=tuple(ordered([*over_depth, *over_time])))
+
+
+def _beside(cause: Finding, other: Finding) -> Finding:
+    """A finding on states or gradients, as a fact beside a cause without which the model learns as it is otherwise."""
+    if other is cause or not serious(other) or other.kind not in _OF_STATES:
+        return other
+    return follows(other, cause, "no harm that keeps the model from learning")
 
 
 def _of_one_cause(flow: Flow, before: Diagnosis, found: Diagnosis, settings: Settings) -> Diagnosis:
@@ -256,6 +275,7 @@ def _of_training_pass(run: TrainingRun, others: Sequence[Finding]) -> list[Findi
     found += unused_input_findings(run)
     found += _of_call(run, others)
     found += without_end_findings(run, [*others, *found])
+    found += saturating_findings(run, [*others, *found])
     found += wrong_derivative_findings(run)
     found += loud_logits_findings(run, [*others, *found])
     found += loss_floor_findings(run, [*others, *found])
@@ -279,7 +299,7 @@ def _of_call(run: TrainingRun, others: Sequence[Finding]) -> list[Finding]:
     if not any(finding.kind in _NOT_TRAINED and serious(finding) for finding in (*others, *found)):
         found += affine_findings(run) or lost_order_findings(run)
         found += padded_end_findings(run) or read_position_findings(run)
-        found += cut_axes_findings(run, others)
+        found += cut_axes_findings(run, others) + softmax_axis_findings(run, others)
         found += coordinate_findings(run)
         found += heavy_dropout_findings(run, [*others, *found])
     return found

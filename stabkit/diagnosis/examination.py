@@ -13,7 +13,7 @@ from stabkit.diagnosis.depth.without_harm import with_harmless_as_facts
 from stabkit.diagnosis.finding import Action, Finding, serious, sound
 from stabkit.diagnosis.losses.large import with_large_loss
 from stabkit.diagnosis.non_finite.gradient_underflow import gradient_underflow
-from stabkit.diagnosis.remedies.alternatives import candidates
+from stabkit.diagnosis.remedies.alternatives import candidates, scaled_skips
 from stabkit.diagnosis.remedies.computed import Remedy
 from stabkit.diagnosis.remedies.learning import left_by_a_constant
 from stabkit.diagnosis.remedies.made_once import made_once
@@ -67,6 +67,7 @@ UNTRIED = "none was tried: the trials of this diagnosis went to other suspects; 
 _BY_INITIALISATION = ("vanishing", "exploding", "dead", "transient_growth", "rank_collapse", "overdamped")
 _AS_IT_IS = Remedy("")
 _OUT_OF_REACH = 1e3  # times what the best constant output leaves of a loss: as far as no factor of data or targets goes
+_FAR_ABOVE = 2.0  # times the first loss of a model, from which skips of full strength make it begin too high
 _MOVES = 0.98  # of the first loss, under which it has clearly moved
 NO_HARM = "none was tried: it does no harm that was measured"
 
@@ -128,6 +129,7 @@ def examine(
     spectra: SharedSpectra | None = None,
     parallel: Parallel = SERIAL,
     trials: int = TRIALS,
+    trained: bool = False,
 ) -> Diagnosis:
     """The full result behind `diagnose`, which returns its findings alone: verdict, measurement and findings.
 
@@ -141,9 +143,10 @@ def examine(
         spectra: matrices and eigenvalues of the steps by index, where others want them too.
         parallel: who measures what.
         trials: measurements that trying remedies may take, at most.
+        trained: whether the weights are known to have been trained, so that no remedy of how they start is one.
     """
     check_flow(flow)
-    settings = Settings(loss, thresholds or Thresholds(), probes, seed, parallel)
+    settings = Settings(loss, thresholds or Thresholds(), probes, seed, parallel, trained)
     with made_once():
         if isinstance(flow, Flow):
             flow = with_statistics(flow if loss is None else flow.following(loss))
@@ -235,6 +238,8 @@ class _Trials:
                 break
             self.left -= 1
             trial = tried(self.flow, suspect, remedy, self.found, self.settings)
+            if (weaker := scaled_skips(remedy)) is not None and self._is_too_strong(remedy, trial):
+                tries.append(weaker)
             if trial.cured:
                 trains = self.training(remedy)
                 if finite and trains is not None and (not math.isfinite(trains.last) or self._stays(remedy, trains)):
@@ -267,6 +272,13 @@ class _Trials:
         if not dead or best is None:
             return best
         return next(cure for cure in found if not worse(cure.trains, best.trains))  # the mildest that is as good
+
+    def _is_too_strong(self, remedy: Remedy, trial: Trial) -> bool:
+        """Whether skips at full strength make another fault, or a loss that begins far above that of the model."""
+        if not trial.cured:
+            return True
+        trains, plain = self.training(remedy), self.training()
+        return trains is not None and plain is not None and trains.first > _FAR_ABOVE * abs(plain.first)
 
     def outer(self, suspect: Finding) -> list[Remedy]:
         """What may lie before the weights where something grows, or a first norm divides by the size of the data."""
@@ -325,6 +337,8 @@ class _Trials:
 
     def of_all_weights(self, suspect: Finding) -> list[Remedy]:
         """All weights at their usual size, where they were started far from it and the suspect may come of that."""
+        if self.settings.trained:
+            return []
         if suspect.kind == "vanishing" and (is_stretch(suspect) or len(suspect.steps) > 1):
             return larger_weights(self.found.measurement)
         return smaller_weights(self.found.measurement) if _grows(suspect) or suspect.kind == "saturated" else []

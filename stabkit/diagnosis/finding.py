@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
 Action = Mapping[str, Any]
 
+#: among the numbers of a finding: what a short training with its remedy leaves of the loss, over what it leaves without
+LEARNT = "learnt"
 LOSS = "loss"  # in place of a path, where what is wrong lies in the loss
 
 

@@ -76,6 +76,7 @@ class Settings:
         probes: random cotangents per sample when there is no loss.
         seed: the seed of every random choice.
         parallel: who measures what.
+        trained: whether the weights are known to have been trained, so that no remedy of how they start is one.
     """
 
     loss: object = None
@@ -83,6 +84,7 @@ class Settings:
     probes: int = 4
     seed: int = 0
     parallel: Parallel = SERIAL
+    trained: bool = False
 
 
 def suspected(

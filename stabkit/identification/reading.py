@@ -37,7 +37,7 @@ from stabkit.identification.steps.around_addition import (
 )
 from stabkit.identification.steps.change_of_space import change_of_space
 from stabkit.identification.steps.coupled import coupled
-from stabkit.identification.steps.couplings import coupling, is_affine_coupling, mixed_coupling
+from stabkit.identification.steps.couplings import coupling, is_affine_coupling, mixed_coupling, with_couplings
 from stabkit.identification.steps.diffusion import as_diffusion
 from stabkit.identification.steps.exponential_steps import by_coordinates
 from stabkit.identification.steps.forks_and_joins import holds_a_step, step_inside
@@ -408,6 +408,7 @@ def _read_sums(around: Surroundings, found: Slots, links: Sequence[Link], steps:
     if "gate" in kinds and is_affine_coupling(around.whole(steps[0], steps[-1] + 1, found)):
         found_one = coupling(steps)
         record = replace(found_one, after=record.after, notes=(*found_one.notes, *record.notes))
+    record = with_couplings(record, sums)
     record = with_fed_step(with_predicted_step(with_mean(record, sums), sums), around, sums)
     return with_noise(with_randomness(record, sums), [link.form for link in links])
 

@@ -9,21 +9,24 @@ import re
 import shutil
 import uuid
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from stabkit._version import __version__
 from stabkit.checkpoints.capsules import RecordedCall, is_capsule, write_capsule
+from stabkit.diagnosis import Finding
 from stabkit.monitor.inputs import RecordedInputs
 from stabkit.monitor.ranks import TrainingRanks
 from stabkit.monitor.record import Record
 from stabkit.monitor.writers import json_line
 
 RECORDS = 100  # the newest of the ring buffer that go into a capsule
+FINDINGS = 8  # the newest likewise
 
 
 @dataclass(frozen=True)
@@ -93,6 +96,8 @@ class CapsuleStore:
         *,
         scale: float,
         autocast: Mapping[str, str],
+        known: Mapping[str, Any],
+        findings: Sequence[Finding],
     ) -> None:
         """Write a capsule, in the first process; nothing more after one could not be written.
 
@@ -103,6 +108,8 @@ class CapsuleStore:
             records: those up to it.
             scale: the loss scale of AMP.
             autocast: dtype by device type, where autocast was on.
+            known: what the monitor knew of the optimizer and its updates.
+            findings: what it said up to this step.
         """
         if self._broken or not self._ranks.first:
             return
@@ -126,6 +133,8 @@ class CapsuleStore:
                 "processes": self._ranks.count,
                 "model_factory": self._factory,
                 "model_class": f"{type(self._model).__module__}.{type(self._model).__qualname__}",
+                "known": dict(known),
+                "findings": [finding.to_dict() for finding in list(findings)[-FINDINGS:]],
                 "record": json.loads(json_line(record)),
                 "versions": {"stabkit": __version__, "torch": torch.__version__, "python": platform.python_version()},
             },

@@ -115,7 +115,11 @@ class Collector:
         outputs, output_gradients, norms, weight_norms, changed, moved, totals, last = _fetch(
             (*lists, [call.total for call in clipped], given)
         )
+        norms = self._parameters.wide(norms, trained) if not clipped else norms  # clipping has changed them
         rows = self._of_batch(measurement, outputs, output_gradients)
+        if not weights and not np.isfinite(outputs).all():  # is it the weights?
+            weights = self._parameters.norms()
+            (weight_norms,) = _fetch([weights])
         owners = self._parameters.owners
         owners = owners if len(trained) == len(owners) else owners[trained]
         rows[PARAMETER_GRADIENT] = self._squares(owners, norms)
@@ -166,7 +170,7 @@ def finish(sums: Sums, names: tuple[str, ...], processes: int = 1, before: Block
         processes: over which the loss is averaged.
         before: the blocks of an earlier record, which lends the columns that are the same.
     """
-    rows, count = sums.rows[:, :-1], len(names)
+    rows, count, held = sums.rows[:, :-1], len(names), names
     scale = float(sums.scalars[SCALE])
     weight_scale = 1.0 if sums.unscaled else scale
     with np.errstate(divide="ignore", invalid="ignore"):
@@ -187,6 +191,8 @@ def finish(sums: Sums, names: tuple[str, ...], processes: int = 1, before: Block
     squares = sums.rows[PARAMETER_GRADIENT]
     outside = not math.isfinite(squares[count])
     total = math.sqrt(squares.sum()) / weight_scale if sums.rows[TRAINED].any() else math.nan
+    weights = np.isfinite(sums.rows[PARAMETER, :-1])
+    broken_weights = tuple(name for name, finite in zip(held, weights, strict=True) if not finite)
     blocks = Blocks(names, norms, calls, entries, bad)
     return Record(
         step=sums.step,
@@ -197,6 +203,7 @@ def finish(sums: Sums, names: tuple[str, ...], processes: int = 1, before: Block
         non_finite=int(bad.sum()) + outside + broken,
         blocks=blocks if before is None else blocks.sharing(before),
         loss_is_broken=broken,
+        broken_weights=broken_weights,
     )
 
 

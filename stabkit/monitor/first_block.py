@@ -109,6 +109,8 @@ def non_finite_finding(record: Record, first: Mover | None) -> Finding:
         record: the record of the step.
         first: what moved first in this episode, before it.
     """
+    if record.broken_weights:
+        return _broken_weights(record, first)
     index, what = _first_non_finite(record)
     name = record.blocks.names[index] if index >= 0 else ""
     where = name or "the model"
@@ -122,6 +124,29 @@ def non_finite_finding(record: Record, first: Mover | None) -> Finding:
         evidence=evidence + ("" if first is None else _began(first, record.step, name)),
         remedy=f"look at the {what} of {where} first: it is the first that is not finite; lower the learning rate or "
         "clip the gradient, and analyse the capsule of this step",
+        reference="",
+        numbers={"training_step": float(record.step), "count": float(record.non_finite)},
+    )
+
+
+def _broken_weights(record: Record, first: Mover | None) -> Finding:
+    """The finding where the weights are not finite: which output comes first says nothing then, the update before does.
+
+    Where all blocks have broken, none of them is named but the one that had moved before.
+    """
+    names, broken = record.blocks.names, record.broken_weights
+    every = len(broken) > 1 and len(broken) == sum(norm > 0 or not norm <= 0 for norm in record.blocks.norms[3])
+    name = (first.name if first is not None else "") if every else broken[0]
+    whose = f"all {len(broken)} blocks" if every else ", ".join(broken[:4]) + (" and more" if len(broken) > 4 else "")
+    return Finding(
+        kind="non_finite",
+        severity="critical",
+        steps=tuple(i for i, each in enumerate(names) if each in broken),
+        module_path=name,
+        confidence=1.0,
+        evidence=f"at training step {record.step} the weights of {whose} are not finite: an update or a change before "
+        f"this step made them so" + ("" if first is None else _began(first, record.step, name)),
+        remedy="go back to a checkpoint before, lower the learning rate or clip the gradient, and analyse the capsule",
         reference="",
         numbers={"training_step": float(record.step), "count": float(record.non_finite)},
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -17,11 +18,22 @@ _HALF = (torch.float16, torch.bfloat16)
 Failed = Callable[[Exception], None]
 
 
-def norm(tensor: Tensor) -> Tensor:
-    """Euclidean norm as a 0-dimensional tensor on the device; half precision is summed in float32."""
+def norm(tensor: Tensor, wide: bool = False) -> Tensor:
+    """Euclidean norm as a 0-dimensional tensor on the device; half precision is summed in float32.
+
+    Squares of numbers beyond 1e19 are infinite in float32. On a CPU a norm that is infinite is taken again in double
+    precision, and so it is at once where it is ``wide``.
+    """
     if tensor.requires_grad:
         tensor = tensor.detach()
+    if wide:
+        doubled: Tensor = vector_norm(
+            torch.view_as_real(tensor) if tensor.is_complex() else tensor, dtype=torch.float64
+        )
+        return doubled
     found: Tensor = vector_norm(tensor, dtype=torch.float32) if tensor.dtype in _HALF else vector_norm(tensor)
+    if tensor.device.type == "cpu" and found.dtype == torch.float32 and found.item() == math.inf:
+        return norm(tensor, wide=True)
     return found
 
 
@@ -65,7 +77,7 @@ class StepNorms:
         autocast: dtype by device type where autocast was on at the first call.
     """
 
-    def __init__(self, failed: Failed) -> None:
+    def __init__(self, failed: Failed, wide: bool = False) -> None:
         self.order: list[int] = []
         self.called: list[int] = []
         self.outputs: list[Tensor] = []
@@ -73,7 +85,7 @@ class StepNorms:
         self.reached: list[int] = []
         self.gradients: list[Tensor] = []
         self.autocast: dict[str, str] | None = None
-        self._failed = failed
+        self._failed, self._wide = failed, wide
         self._hooked: set[int] = set()
 
     def see(self, index: int, output: Any, training: bool) -> None:
@@ -92,7 +104,7 @@ class StepNorms:
         if self.autocast is None:
             self.autocast = active_autocast(tensor.device.type)
         self.called.append(index)
-        self.outputs.append(norm(tensor))
+        self.outputs.append(norm(tensor, self._wide))
         self.entries.append(tensor.numel())
         if tensor.requires_grad:
             if not recomputed:
@@ -106,13 +118,13 @@ class StepNorms:
                 node.register_prehook(self._taker(index, tensor.output_nr))
 
     def _taker(self, index: int, number: int | None) -> Callable[[Any], None]:
-        reached, gradients = self.reached, self.gradients
+        reached, gradients, wide = self.reached, self.gradients, self._wide
 
         def take(arrived: Any) -> None:
             try:
                 gradient = arrived if number is None else arrived[number]
                 if gradient is not None:
-                    gradients.append(norm(gradient))
+                    gradients.append(norm(gradient, wide))
                     reached.append(index)
             except Exception as error:  # an error here would end the backward pass
                 self._failed(error)
@@ -136,9 +148,9 @@ class Hooks:
         self._undo: list[Callable[[], None]] = []
         self.measurement: StepNorms | None = None
 
-    def on(self) -> StepNorms:
-        """Start a new measurement."""
-        self.measurement = measurement = StepNorms(self._failed)
+    def on(self, wide: bool = False) -> StepNorms:
+        """Start a new measurement; ``wide`` takes norms in double precision, for numbers beyond 1e19."""
+        self.measurement = measurement = StepNorms(self._failed, wide)
         if not self._undo:
             for module, see in self._modules:
                 self._undo.append(watch(module, see))

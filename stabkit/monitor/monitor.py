@@ -24,6 +24,7 @@ from stabkit.monitor.blocks import choose_blocks, visible
 from stabkit.monitor.capsule import CapsuleStore
 from stabkit.monitor.clipping import Clipped, clip
 from stabkit.monitor.collection import AFTER, SCALE, TRAINED, Collector, Sums, finish
+from stabkit.monitor.foresight import Foresight
 from stabkit.monitor.inputs import RecordedInputs
 from stabkit.monitor.measurement import Hooks, StepNorms
 from stabkit.monitor.no_gradient import Silence
@@ -33,6 +34,7 @@ from stabkit.monitor.ranks import TrainingRanks
 from stabkit.monitor.rates import RateWatch
 from stabkit.monitor.record import Look, Record
 from stabkit.monitor.rules import AlertRules
+from stabkit.monitor.scaling import gradient_scale, is_unscaled
 from stabkit.monitor.updates import UpdateSampler
 from stabkit.monitor.writers import Writer, open_writers
 from stabkit.tracing.recording.wrappers import unwrap
@@ -45,8 +47,10 @@ class Monitor:
     """Watches a model in its training loop: gradient growth by block, alerts, and a capsule of what went wrong.
 
     Call ``monitor.step(loss)`` after ``loss.backward()`` and before ``optimizer.step()``. Every ``every``-th step is
-    recorded; on the steps between, no hook is on. Training with a monitor gives the same weights, bit for bit, as
-    training without. An error inside the monitor warns once and switches off what failed: it never stops a run.
+    recorded; on the steps between, no hook is on, but the loss and the learning rates are watched: from the first jump
+    on every step is recorded, and a finding says what changed before. Training with a monitor gives the same weights,
+    bit for bit, as training without. An error inside the monitor warns once and switches off what failed: it never
+    stops a run.
 
     Blocks are the repeated modules of the model (``blocks`` overrides), in the order in which they are called. A
     quantity of a block sums over the whole batch, over micro-batches and over repeated calls (root of the sum of
@@ -70,8 +74,8 @@ class Monitor:
         closure: returns the loss of a fixed batch, ``lambda: cross_entropy(model(x), y)``, without ``backward``; with
             it and one optimizer the sharpness is measured, and a rate that it does not bear is an alert before the loss
             blows up. The model and its random state are left as they are. Some 100 samples will do; without a closure
-            no curvature is measured, since no gradient is kept from one step to the next. That gradients are clipped
-            before `step` is seen; what is done to them after it is not.
+            the curvature along updates is measured now and then, from two gradients of two batches, and so noisy. That
+            gradients are clipped before `step` is seen; what is done to them after it is not.
         sharpness_every: training steps between two measurements, each of at most 4 products with the Hessian (on a CPU
             11 to 15 times the price of a gradient on the closure's batch), every 10th of 10 to 40; more often only in
             the first steps and where the rate is raised beyond the edge of stability.
@@ -153,11 +157,13 @@ class Monitor:
         self._writers: list[Writer] = open_writers(writers, self.directory) if self._ranks.first else []
         self._capsules = CapsuleStore(self.directory, capsules, inner, model_factory, self._ranks)
         probing = preset != "economy" and self._ranks.first
-        together = self._ranks.together
-        self._rates = None
+        self._rates, self._foresight = None, None
         if closure is not None:
+            together = self._ranks.together
             self._rates = RateWatch(model, optimizers, closure, sharpness_every, rules, seed, together=together)
-        if not self._ranks.first:
+        if self._ranks.first:
+            self._foresight = Foresight(inner, optimizers, rules)
+        else:
             self._rates = None
         self._look: Look | None = None
         self._unrecorded: list[Finding] = []  # found since the last record
@@ -167,7 +173,7 @@ class Monitor:
         self._count = 0
         self._requested: str | None = None
         self._clipped: list[Clipped] = []
-        self._off = False
+        self._off = self._recording = False
         self._failed = False
         self._told = False
         self._agreed = -1  # the last step whose sums were exchanged
@@ -207,7 +213,7 @@ class Monitor:
         """Say that a training step's backward pass is done; call it before ``optimizer.step()``.
 
         Args:
-            loss: the loss, for the record.
+            loss: the loss, watched at every step; one on a device is read a step late, and not waited for.
         """
         if self._off:
             return
@@ -235,6 +241,8 @@ class Monitor:
         """
         listed = [parameters] if isinstance(parameters, Tensor) else list(parameters)
         recording = self._hooks.measurement is not None
+        if self._foresight is not None and not self._off:
+            self._foresight.before_clipping(gradient_scale(self._scaler))
         total, clipped = clip(listed, max_norm, norm_type, error_if_nonfinite, foreach, recording=recording)
         if clipped is not None:
             self._clipped.append(clipped)
@@ -265,10 +273,12 @@ class Monitor:
         return plotting.training(self.records, ax, quantity=quantity)
 
     def _due(self, step: int) -> bool:
-        return step % self.every == 0 or (self._requested is not None and not self._ranks.together)
+        asked = self._requested is not None or (self._foresight is not None and self._foresight.suspicious)
+        return step % self.every == 0 or (asked and not self._ranks.together)
 
     def _take(self, loss: Tensor | float | None) -> None:
         measurement = self._hooks.measurement
+        self._recording = measurement is not None
         if self._failed:
             if self._due(self._step):
                 self._tell()
@@ -278,6 +288,8 @@ class Monitor:
             self._hooks.measurement = None
             if self._probe is not None:
                 self._inputs.pause()
+        if self._foresight is not None and not self._part("watching the loss", partial(self._look_ahead, loss)):
+            self._foresight = None
         if self._rates is not None and not self._part("the sharpness", self._look_at_rates):
             self._rates = None
         if measurement is not None:
@@ -289,24 +301,30 @@ class Monitor:
         else:
             self._switch_off()
 
+    def _look_ahead(self, loss: Tensor | float | None) -> None:
+        assert self._foresight is not None
+        self._between_records(self._foresight.look(self._step, loss, gradient_scale(self._scaler), self._recording))
+
     def _look_at_rates(self) -> None:
         assert self._rates is not None
-        scale = getattr(self._scaler, "_scale", None) if self._unscaled() else None
+        scale = getattr(self._scaler, "_scale", None) if is_unscaled(self._scaler) else None
         look, findings = self._rates.look(self._step, 1.0 if scale is None else float(scale))
         self._look = look or self._look
+        self._between_records(findings)
+
+    def _between_records(self, findings: list[Finding]) -> None:
         self._unrecorded += findings
         self._say(findings)
         if findings and self._capsules.enabled:
             self._requested = findings[0].kind
 
     def _record(self, measurement: StepNorms, loss: Tensor | float | None) -> None:
-        scale = getattr(self._scaler, "_scale", None)
         sums = self._collector.collect(
             self._step,
             measurement,
             loss=loss,
-            scale=scale,
-            unscaled=self._unscaled(),
+            scale=getattr(self._scaler, "_scale", None),
+            unscaled=is_unscaled(self._scaler),
             clipped=self._clipped,
             updates=self._updates.take(),
         )
@@ -317,7 +335,7 @@ class Monitor:
             raise RuntimeError("the monitor of another process stopped")
         record = finish(sums, self.blocks, self._ranks.count, self.records[-1].blocks if self.records else None)
         began = self._alerts.first is None
-        findings = self._alerts.judge(record)
+        findings = self._explained(self._alerts.judge(record))
         reason = next((f.kind for f in findings if began or f.kind == "non_finite"), None)
         if asked.requested:
             reason, self._requested = reason or self._requested or "asked for", None
@@ -325,7 +343,8 @@ class Monitor:
         probes, more = self._probed()
         findings += more
         kinds = tuple(finding.kind for finding in (*self._unrecorded, *findings))
-        record = replace(record, probes=probes, findings=kinds, look=self._look)
+        along = None if self._foresight is None else self._foresight.take()
+        record = replace(record, probes=probes, findings=kinds, look=self._look, along=along)
         self._look, self._unrecorded = None, []
         self.records.append(record)
         if self._count == 0 and not measurement.called and sums.rows[TRAINED].any():
@@ -338,8 +357,16 @@ class Monitor:
             )
         self._count += 1
         if reason is not None and self._capsules.enabled:
-            self._keep(reason, record, measurement, sums)
+            self._keep(reason, record, measurement, sums, findings)
         self._publish(record, findings)
+
+    def _explained(self, findings: list[Finding]) -> list[Finding]:
+        """Findings of a record with what changed before; that the loss is not finite is said once."""
+        if self._foresight is None:
+            return findings
+        began = self._step if self._alerts.first is None else self._alerts.first.step
+        news = [f for f in findings if f.kind != "non_finite" or not self._foresight.told_broken]
+        return [self._foresight.explained(finding, began, self._step) for finding in news]
 
     def _probed(self) -> tuple[dict[str, Any], list[Finding]]:
         if self._probe is None or not self._inputs.captured:
@@ -351,7 +378,7 @@ class Monitor:
             self._probe = None
             return {"skipped": f"{type(error).__name__}: {error}"}, []
 
-    def _keep(self, reason: str, record: Record, measurement: StepNorms, sums: Sums) -> None:
+    def _keep(self, reason: str, record: Record, measurement: StepNorms, sums: Sums, findings: list[Finding]) -> None:
         """Write a capsule; its first half is collective and must not fail in one process alone."""
         kept = self._capsules.gather(self._inputs)
         self._part(
@@ -362,6 +389,8 @@ class Monitor:
                 kept,
                 self.records,
                 scale=float(sums.scalars[SCALE]),
+                known={} if self._foresight is None else self._foresight.known(),
+                findings=[*self.findings, *findings],
                 autocast=measurement.autocast or {},
             ),
         )
@@ -379,18 +408,10 @@ class Monitor:
                 if not self._part("a callback on alerts", partial(callback, finding)):
                     self._on_alert.remove(callback)
 
-    def _unscaled(self) -> bool:
-        """Whether ``scaler.unscale_`` has been called for the optimizers in this step."""
-        states = getattr(self._scaler, "_per_optimizer_states", None)
-        if states is None:
-            return True
-        stages = [state["stage"] for state in states.values()]
-        return any(getattr(stage, "name", "") in ("UNSCALED", "STEPPED") for stage in stages)
-
     def _switch_on(self, step: int) -> None:
         if self._failed:
             return
-        self._hooks.on()
+        self._hooks.on(wide=self._foresight is not None and self._foresight.suspicious)
         self._inputs.on()
         if self._collector.weights_due(step):
             self._updates.on()

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from stabkit.monitor.blocks import owner
+from stabkit.monitor.record import Array
 
 _HALF = (torch.float16, torch.bfloat16)
 
@@ -71,6 +72,19 @@ class Parameters:
         missing = [i for i in trained if id(self.tensors[i]) not in known]
         fresh = dict(zip(missing, norms_of([held[i] for i in missing], plain=plain), strict=True))  # type: ignore[misc]
         return [fresh[i] if i in fresh else known[id(self.tensors[i])] for i in trained], trained
+
+    def wide(self, norms: Array, trained: Sequence[int]) -> Array:
+        """Norms of gradients of which those that are infinite were taken again in double precision.
+
+        Args:
+            norms: as `gradients` gave them, on the host.
+            trained: the indices of their parameters.
+        """
+        for place in np.flatnonzero(np.isposinf(norms)).tolist():
+            grad = self.tensors[trained[place]].grad
+            if grad is not None and not grad.is_sparse:
+                norms[place] = float(norms_of([grad.double()], plain=False)[0])
+        return norms
 
 
 def _plain(tensors: Sequence[Tensor]) -> bool:

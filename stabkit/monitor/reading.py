@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from stabkit.errors import ReportError
-from stabkit.monitor.record import SHARPNESS
+from stabkit.monitor.record import ALONG, SHARPNESS
 
 _LINES, _TABLES = (".jsonl", ".ndjson"), (".csv",)
 _RECORDS = "records.jsonl"
@@ -71,8 +71,11 @@ def _rows(path: Path) -> list[dict[str, Any]]:
             sharpness, ratio, rate, stable = (row.pop(name, "") for name in SHARPNESS)
             numbers = {"sharpness": sharpness, "ratio": ratio, "learning_rate": rate, "largest_stable_lr": stable}
             look = {"step": totals["step"], **numbers} if ratio else None
+            curvature, along = (row.pop(name, "") for name in ALONG)
+            second = {"curvature": curvature, "ratio": along} if along else None
             key = (totals["step"], totals["time"])
-            parts = {"findings": findings, "probes": {}, "sharpness": look, "blocks": []}
+            parts = {"findings": findings, "probes": {}, "sharpness": look, "curvature_along_update": second}
+            parts["blocks"] = []
             record = found.setdefault(key, {**totals, **parts})
             record["blocks"].append({**row, "non_finite": row["non_finite"].split()})
     return list(found.values())

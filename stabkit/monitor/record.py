@@ -9,12 +9,13 @@ from typing import Any, overload
 
 import numpy as np
 
-from stabkit.curvature import TrackedSharpness
+from stabkit.curvature import Secant, TrackedSharpness
 from stabkit.results import Result
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
 SHARPNESS = ("sharpness", "sharpness_ratio", "learning_rate", "largest_stable_lr")  # as they are logged
+ALONG = ("curvature_along_update", "ratio_along_update")
 PARTS = ("output", "gradient", "parameter_gradient")  # of a block, that may hold NaN or infinity
 
 
@@ -153,6 +154,26 @@ class Look(Result):
         return dict(zip(SHARPNESS, numbers, strict=True))
 
 
+@dataclass(frozen=True)
+class Along(Result):
+    """A curvature along an update, measured from two successive gradients and so without a closure.
+
+    Attributes:
+        step: the training step whose gradient is the second of the two.
+        found: what was measured; it is noisy, since the batches differ.
+    """
+
+    step: int
+    found: Secant
+
+    def _contents(self) -> dict[str, Any]:
+        return {"step": self.step, **vars(self.found)}
+
+    def scalars(self) -> dict[str, float]:
+        """The numbers that are logged beside those of a record."""
+        return dict(zip(ALONG, (self.found.curvature, self.found.ratio), strict=True))
+
+
 @dataclass(frozen=True, kw_only=True)
 class Record(Result):
     """One training step.
@@ -169,6 +190,8 @@ class Record(Result):
         findings: kinds of the findings raised at this step.
         loss_is_broken: whether a loss was given and is not finite.
         look: the newest measurement of the sharpness since the record before; None where none was made.
+        along: the newest curvature along an update, from two gradients, since the record before; None likewise.
+        broken_weights: blocks whose weights are not finite, looked at where an output is not.
     """
 
     step: int
@@ -183,11 +206,13 @@ class Record(Result):
 
     loss_is_broken: bool = False
     look: Look | None = None
+    along: Along | None = None
+    broken_weights: tuple[str, ...] = ()
 
     def _contents(self) -> dict[str, Any]:
         blocks = tuple(self.blocks)
         parts = {"blocks": blocks, "probes": self.probes, "findings": self.findings}
-        return {**self.totals(), **parts, "sharpness": self.look}
+        return {**self.totals(), **parts, "sharpness": self.look, "curvature_along_update": self.along}
 
     def totals(self) -> dict[str, Any]:
         """The numbers of the whole model by name."""
@@ -198,9 +223,12 @@ class Record(Result):
         """The finite-or-not numbers by a flat name, as logging tools want them; what was not measured is left out.
 
         Names are ``loss``, ``gradient_norm``, ``clipped_norm``, ``non_finite``, with a closure ``sharpness``,
-        ``sharpness_ratio``, ``learning_rate`` and ``largest_stable_lr``, and ``BLOCK/QUANTITY`` for every block.
+        ``sharpness_ratio``, ``learning_rate`` and ``largest_stable_lr``, without one now and then
+        ``curvature_along_update`` and ``ratio_along_update``, and ``BLOCK/QUANTITY`` for every block.
         """
         top = {name: float(value) for name, value in self.totals().items() if name not in ("step", "time")}
+        if self.along is not None:
+            top |= self.along.scalars()
         if self.look is not None:
             top |= self.look.scalars()
         found = {name: value for name, value in top.items() if not math.isnan(value)}

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Protocol, TextIO, runtime_checkable
 
 from stabkit.errors import ArgumentError, did_you_mean
-from stabkit.monitor.record import SHARPNESS, Record
+from stabkit.monitor.record import ALONG, SHARPNESS, Record
 
 _BLOCK = 1 << 16  # bytes read at once in the search for the end of the last whole line
 
@@ -48,7 +48,7 @@ class JSONLinesWriter:
 
 
 class CSVWriter:
-    """One line for each block of each record: step, time, loss, norms, findings, sharpness, and the block's numbers.
+    """One line for each block of each record: step, time, loss, norms, findings, curvature, and the block's numbers.
 
     A file that is continued keeps the columns that it has.
     """
@@ -70,6 +70,7 @@ class CSVWriter:
             "clipped_norm": record.clipped_norm,
             "findings": " ".join(record.findings),
             **look,
+            **(dict.fromkeys(ALONG, "") if record.along is None else record.along.scalars()),
         }
         for block in record.blocks:
             values = {**totals, **vars(block), "non_finite": " ".join(block.non_finite)}

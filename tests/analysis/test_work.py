@@ -200,3 +200,14 @@ def test_the_loops_over_time_of_a_recurrent_stack_are_one_field():
     flow = stabkit.trace(model, torch.randint(20, (2, 64)))
     assert len(flow.recorded.graph.recurrent) > 700
     assert merges(flow, flow.steps[0]) == ()
+
+
+def test_of_convolutions_with_the_same_operations_the_one_with_the_larger_weight_costs_more():
+    costs = []
+    for channels, size in ((64, 8), (256, 2)):
+        model = nn.Sequential(nn.Conv2d(channels, channels, 3, padding=1))
+        (step,) = stabkit.trace(model, torch.randn(1, channels, size, size)).steps
+        costs.append(demand(step))
+    small, large = costs
+    assert small.operations == large.operations
+    assert large.cost > 2 * small.cost

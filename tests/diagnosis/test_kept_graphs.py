@@ -91,3 +91,19 @@ def test_what_every_call_computes_anew_is_in_order():
     assert said(Average(detach=True), x) == []
     normed = nn.Sequential(parametrizations.weight_norm(nn.Linear(4, 8)), nn.ReLU(), nn.Linear(8, 2))
     assert said(normed, x) == []
+
+
+class Asking(nn.Module):
+    """Asks the gradient of its input by the attribute, which torch allows of leaves alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x.requires_grad = True
+        return self.layer(x)
+
+
+def test_a_model_that_asks_for_the_gradient_of_its_input_is_in_order():
+    assert said(Asking(), torch.randn(16, 4)) == []

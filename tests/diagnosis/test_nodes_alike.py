@@ -41,3 +41,61 @@ def test_nodes_become_alike_without_a_skip_and_not_with_one(batch_dim):
         model = nn.Sequential(*[Layer(S, skip) for _ in range(16)])
         found = examine(stabkit.trace(model, x, batch_dim=batch_dim)).findings
         assert any(f.kind == "rank_collapse" for f in found) == collapses
+
+
+class Edges(nn.Module):
+    """A mean over the edges that lead to a node, then a matrix."""
+
+    def __init__(self, S: Tensor) -> None:
+        super().__init__()
+        self.linear = nn.Linear(8, 8, bias=False)
+        self.source, self.target = S.nonzero().T
+        self.degree = (S > 0).sum(1, keepdim=True)
+        nn.init.orthogonal_(self.linear.weight)
+
+    def forward(self, h: Tensor) -> Tensor:
+        messages = self.linear(h).index_select(0, self.source)
+        return torch.zeros_like(h).index_add(0, self.target, messages) / self.degree
+
+
+class Sparse(Layer):
+    """The product with a sparse matrix."""
+
+    def __init__(self, S: Tensor) -> None:
+        super().__init__(S, False)
+
+    def forward(self, h: Tensor) -> Tensor:
+        return torch.sparse.mm(self.S.to_sparse(), self.linear(h))
+
+
+class Attending(nn.Module):
+    """Tokens that an attention without a skip makes alike."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(8, 8, bias=False)
+        nn.init.orthogonal_(self.linear.weight)
+
+    def forward(self, h: Tensor) -> Tensor:
+        z = self.linear(h)
+        return (z @ z.transpose(-2, -1) / 8**0.5).softmax(-1) @ z
+
+
+def collapses(model: nn.Module, x: Tensor) -> list[str]:
+    found = examine(stabkit.trace(model, x, batch_dim=None)).findings
+    return [f.evidence for f in found if f.kind == "rank_collapse"]
+
+
+@pytest.mark.parametrize("layer", [lambda S: Layer(S, False), Edges, Sparse])
+def test_averages_over_neighbours_are_named(layer):
+    torch.manual_seed(0)
+    S = adjacency()
+    (said,) = collapses(nn.Sequential(*[layer(S) for _ in range(16)]), torch.randn(30, 8))
+    assert said.startswith("oversmoothing: 16 ")
+    assert "tells the nodes of the graph apart falls" in said
+
+
+def test_tokens_that_attend_are_no_nodes():
+    torch.manual_seed(0)
+    (said,) = collapses(nn.Sequential(*[Attending() for _ in range(16)]), torch.randn(30, 8))
+    assert "oversmoothing" not in said

@@ -9,6 +9,7 @@ from torch.nn import functional
 
 import stabkit
 from stabkit.diagnosis import Finding
+from stabkit.diagnosis.finding import serious
 from stabkit.diagnosis.inputs.padding import padded_end_findings
 from stabkit.diagnosis.training_run import TrainingRun
 from stabkit.tracing.recording.training_pass import training_pass
@@ -68,3 +69,11 @@ def test_what_is_read_elsewhere_or_padded_in_front_or_learnt_anyhow_raises_nothi
     assert said(Reader(read="mean"), TOKENS) == []
     assert said(Reader(), TOKENS.flip(1)) == []
     assert said(Reader(nn.GRU), TOKENS) == []  # whose gates open within the few steps
+
+
+def test_a_memory_that_is_long_enough_without_the_padding_is_no_second_warning():
+    found = stabkit.diagnose(stabkit.trace(Reader(), TOKENS), lambda out: functional.cross_entropy(out, LABELS))
+    assert [f.kind for f in found if serious(f)] == ["no_influence"]
+    (memory,) = [f for f in found if f.kind == "vanishing"]
+    assert "with the remedy of no_influence" in memory.evidence
+    assert memory.actions == ()

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 import stabkit
 from stabkit.analysis.records import untried_notes
 from stabkit.diagnosis import Finding, Thresholds, apply, examine, judge, treat
+from stabkit.diagnosis.finding import serious as serious_one
 from stabkit.diagnosis.finding import sound
 from stabkit.diagnosis.remedies.applying import carried_out, once
 from stabkit.diagnosis.remedies.short_training import short_training
@@ -112,6 +113,60 @@ def test_skips_go_round_the_activation_too():
     assert isinstance(model[2], nn.Linear)
     assert isinstance(model[3], nn.Tanh)
     assert list(dict(model.named_parameters()))[2] == "2.weight"
+
+
+class Spread(nn.Module):
+    """What neighbours are, through a matrix."""
+
+    def __init__(self, width: int, act: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.layer, self.act = nn.Linear(width, width), act
+
+    def forward(self, x: Tensor, graph: Tensor) -> Tensor:
+        return self.act(graph @ self.layer(x))
+
+
+class Spreading(nn.Module):
+    def __init__(self, depth: int, act: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(12, 32), nn.Linear(32, 4)
+        self.layers = nn.ModuleList(Spread(32, act) for _ in range(depth))
+
+    def forward(self, x: Tensor, graph: Tensor) -> Tensor:
+        x = self.first(x).relu()
+        for layer in self.layers:
+            x = layer(x, graph)
+        return self.last(x)
+
+
+@pytest.mark.parametrize(("act", "depth"), [(torch.relu, 24), (lambda x: 1.5 * x.relu(), 24)])
+def test_skips_that_make_a_loss_begin_far_too_high_are_told_with_a_weight_of_the_branch(act, depth):
+    generator = torch.Generator().manual_seed(0)
+    y = torch.arange(60) % 4
+    close = (torch.rand(60, 60, generator=generator) < (y[:, None] == y) * 0.2 + 0.02).float()
+    graph = ((close + close.T) > 0).float().fill_diagonal_(1.0)
+    graph = graph / graph.sum(1, keepdim=True)
+    x = torch.randn(4, 12, generator=generator)[y] + torch.randn(60, 12, generator=generator)
+    loss = lambda out: nn.functional.cross_entropy(out, y)  # noqa: E731
+    torch.manual_seed(1)
+    model = Spreading(depth, act)
+    found = examine(stabkit.trace(model, x, graph), loss).findings
+    (told,) = [f for f in found if f.kind == "vanishing" and serious_one(f)]
+    assert "x + 0.2 f(x, ...)" in told.remedy
+    assert {action["factor"] for action in told.actions} == {0.2}
+    apply(model, told)
+    begun, plain = (short_training(stabkit.trace(m, x, graph), loss) for m in (model, Spreading(depth, act)))
+    assert begun is not None
+    assert plain is not None
+    assert begun.first < 2 * plain.first
+    assert begun.last < 0.5 * plain.last
+
+
+def test_skips_of_full_strength_are_told_where_they_train():
+    x, loss = classify(64)
+    found = examine(stabkit.trace(deep(nn.Sigmoid), x), loss).findings
+    (told,) = [f for f in found if f.kind == "vanishing" and serious_one(f)]
+    assert not any("factor" in action for action in told.actions if action["action"] == "add_skip")
 
 
 def test_one_weight_has_one_remedy():

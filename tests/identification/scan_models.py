@@ -666,7 +666,7 @@ SCANS: dict[Callable[[], nn.Module], tuple[str, str]] = {
     min_lstm: (r"gated Euler \(mean a = ", "measured"),
     retnet: (r"linear recurrence \(a = 0\.9\)", "proven"),
     gla: ("exponential step", "measured"),
-    delta_net: ("forward Euler", "proven"),
+    delta_net: (r"linear recurrence \(a matrix", "measured"),
     gated_delta: (r"linear recurrence \(a matrix", "measured"),
     gated_delta_by_products: (r"linear recurrence \(a matrix", "measured"),
     delta_product: (r"linear recurrence \(a matrix", "measured"),

@@ -56,6 +56,65 @@ def test_what_is_no_coupling_beside_a_linear_map(how: str) -> None:
     assert not any("coupling" in r.name for r in found)
 
 
+class _Masked(nn.Module):
+    """Couplings whose coordinates a mask of ones and zeros chooses; ``how`` says how they are written."""
+
+    def __init__(self, masks: list[Tensor], how: str) -> None:
+        super().__init__()
+        self.how, (size,) = how, masks[0].shape
+        for i, mask in enumerate(masks):
+            self.register_buffer(f"mask_{i}", mask)
+        self.nets = nn.ModuleList(nn.Sequential(nn.Linear(size, 9), nn.Tanh(), nn.Linear(9, size)) for _ in masks)
+        self.scales = nn.ModuleList(nn.Linear(size, size) for _ in masks)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for i, (net, scale) in enumerate(zip(self.nets, self.scales, strict=True)):
+            m = self.get_buffer(f"mask_{i}")
+            if self.how == "whole":
+                x = m * x + (1 - m) * (x + net(m * x))
+            elif self.how == "branch":
+                x = x + (1 - m) * net(x * m)
+            elif self.how == "back":
+                x = x * m + (1 - m) * (x - net(m * x))
+            elif self.how == "scaled":
+                x = m * x + (1 - m) * (x * torch.exp(torch.tanh(scale(m * x))) + net(m * x))
+            elif self.how == "reads all":
+                x = x + (1 - m) * net(x)
+            else:  # reads what it moves
+                x = x + m * net(x * m)
+        return x
+
+
+def _masked(how: str, masks: int) -> list[str]:
+    torch.manual_seed(0)
+    even = (torch.arange(C) % 2).float()
+    model = nn.Sequential(*(_Masked([even, 1 - even, even][:masks], how) for _ in range(3)))
+    found = stabkit.identify(stabkit.trace(model, torch.randn(2, C), depth=["0", "1", "2"]), checks=False)
+    return [r.name for r in found]
+
+
+@pytest.mark.parametrize("how", ["whole", "branch", "back"])
+@pytest.mark.parametrize(
+    ("masks", "name"),
+    [
+        (1, "additive coupling (half of a reversible step)"),
+        (2, "reversible (two-stream symplectic Euler)"),
+        (3, "reversible (3 couplings in turn)"),
+    ],
+)
+def test_a_mask_that_chooses_what_moves_makes_a_coupling(how: str, masks: int, name: str) -> None:
+    assert _masked(how, masks) == [name] * 3
+
+
+def test_a_mask_beside_a_scale_makes_an_affine_coupling() -> None:
+    assert _masked("scaled", 1) == ["affine coupling"] * 3
+
+
+@pytest.mark.parametrize("how", ["reads all", "reads what it moves"])
+def test_a_mask_alone_makes_no_coupling(how: str) -> None:
+    assert _masked(how, 1) == ["forward Euler"] * 3
+
+
 class _Changes(nn.Module):
     """From one width to another, with something around the whole, or around a part of it."""
 

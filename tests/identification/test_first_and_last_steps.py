@@ -50,6 +50,17 @@ def nesterov(m: nn.Module, x: Tensor, v: Tensor, i: int) -> tuple[Tensor, Tensor
     return x + v, v
 
 
+def look_ahead(m: nn.Module, x: Tensor, v: Tensor, i: int) -> tuple[Tensor, Tensor]:
+    """Nesterov's momentum with a look-ahead that is another number than what the velocity is kept with."""
+    v = 0.8 * v + 0.6 * m.f[i](x + 0.5 * v)
+    return x + v, v
+
+
+def looked_ahead(m: nn.Module, x: Tensor, v: Tensor, i: int) -> tuple[Tensor, Tensor]:
+    x = x + v
+    return x, 0.8 * v + 0.6 * m.f[i](x + 0.4 * v)
+
+
 def leapfrog(m: nn.Module, x: Tensor, old: Tensor, i: int) -> tuple[Tensor, Tensor]:
     return 2 * x - old + 0.09 * m.f[i](x), x
 
@@ -93,6 +104,8 @@ def read(model: nn.Module, *inputs: Tensor) -> list[Identification]:
         (momentum, same, position, "momentum (gamma = 0.9)"),
         (momentum, torch.clone, mean, "momentum (gamma = 0.9)"),
         (nesterov, torch.zeros_like, position, "Nesterov momentum (gamma = 0.8)"),
+        (look_ahead, torch.zeros_like, position, "Nesterov momentum (gamma = 0.8, look-ahead 0.5)"),
+        (look_ahead, torch.tanh, position, "Nesterov momentum (gamma = 0.8, look-ahead 0.5)"),
         (leapfrog, same, position, "second_order_leapfrog"),
         (two_step, same, position, "two-step (LM-ResNet"),
         (reversible, same, mean, "reversible (two-stream symplectic Euler)"),
@@ -105,6 +118,13 @@ def test_every_step_of_a_method_of_two_states_is_named(step, begin, end, name):
     assert {r.evidence for r in found} == {"proven"}
     assert "the first step of its kind" in found[0].notes[0]
     assert found[0].method is None  # it leads from one state to two
+
+
+def test_a_velocity_that_moves_first_looks_ahead_as_well():
+    found = read(Stack(looked_ahead, torch.tanh, mean), torch.randn(4, 3))
+    names = [r.name for r in found]
+    assert names.count("Nesterov momentum (gamma = 0.8, look-ahead 0.4)") >= LAYERS - 1, names
+    assert not any("oscillator" in name for name in names)
 
 
 def test_a_number_that_every_layer_has_of_its_own_is_not_told_of_the_first():

@@ -45,6 +45,45 @@ def test_the_method_over_time_is_that_of_the_code(make, dtype):
     assert found.residual is None or found.residual < 1e-4
 
 
+def _delta(how: str, S: Tensor, k: Tensor, v: Tensor, b: Tensor) -> Tensor:
+    """The delta rule S (I - b k k^T) + b v k^T, for S of rows like v and columns like k."""
+    if how == "one matrix":
+        return S @ (torch.eye(k.shape[-1]) - b[..., None] * k[:, :, None] * k[:, None]) + b[..., None] * (
+            v[:, :, None] * k[:, None]
+        )
+    if how == "einsum":
+        return S - b[..., None] * torch.einsum("bv,bk->bvk", torch.einsum("bvk,bk->bv", S, k) - v, k)
+    if how == "bmm":
+        return S + torch.bmm((b * v)[:, :, None] - b[..., None] * torch.bmm(S, k[:, :, None]), k[:, None])
+    if how == "baddbmm":
+        return torch.baddbmm(S, b[..., None] * (v[:, :, None] - torch.bmm(S, k[:, :, None])), k[:, None])
+    return S + (b * (v - (S * k[:, None]).sum(-1)))[:, :, None] * k[:, None]
+
+
+class _Delta(nn.Module):
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how, self.qkv, self.beta, self.out = how, nn.Linear(6, 12), nn.Linear(6, 1), nn.Linear(4, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).chunk(3, -1)
+        k, b, S, out = torch.nn.functional.normalize(k, dim=-1), self.beta(x).sigmoid(), x.new_zeros(2, 4, 4), []
+        for t in range(x.shape[1]):
+            S = _delta(self.how, S, k[:, t], v[:, t], b[:, t])
+            out.append((S @ q[:, t, :, None]).squeeze(-1))
+        return x + self.out(torch.stack(out, 1))
+
+
+@pytest.mark.parametrize("how", ["one matrix", "einsum", "bmm", "baddbmm", "sums"])
+def test_the_delta_rule_is_a_linear_recurrence_however_it_is_written(how):
+    torch.manual_seed(0)
+    flow = stabkit.trace(nn.Sequential(_Delta(how), _Delta(how)), torch.randn(2, 8, 6))
+    found = [time for record in identify(flow, checks=False) for time in record.over_time]
+    assert len(found) == 2
+    assert all(time.name.startswith("linear recurrence (a matrix, |eigenvalues| 0.") for time in found)
+    assert all(time.evidence == "measured" and time.name.endswith(" to 1)") for time in found)
+
+
 _USE_AGAIN = (models.s4d_zoh, models.s4_dense_bilinear, models.ltc, models.elman, models.lstm_by_hand, models.cornn)
 
 

@@ -15,6 +15,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import stabkit
+from stabkit.checkpoints import load
 from stabkit.checkpoints.capsule_loading import load_capsule
 from stabkit.checkpoints.capsules import is_capsule, read_capsule
 from stabkit.errors import CheckpointError
@@ -136,8 +138,6 @@ def test_a_capsule_loads_as_a_model_with_the_loss_of_the_run(tmp_path):
 
 
 def test_the_analysis_of_a_capsule_finds_the_norms_that_were_recorded(tmp_path):
-    import stabkit
-
     monitor = run(Layers(), lambda: torch.randn(4, 6), tmp_path)
     recalled = load_capsule(monitor.capsules[0], Layers)
     flow = stabkit.trace(recalled.module, *recalled.inputs)
@@ -150,8 +150,6 @@ def test_the_analysis_of_a_capsule_finds_the_norms_that_were_recorded(tmp_path):
 
 
 def test_analyze_draws_the_random_numbers_of_the_run(tmp_path):
-    import stabkit
-
     monitor = run(capsule_mlp(), lambda: torch.randn(4, 8), tmp_path)
     recalled = load_capsule(monitor.capsules[0], FACTORY)
     flow = stabkit.trace(recalled.module, *recalled.inputs, seed=5)
@@ -269,3 +267,43 @@ def test_what_a_killed_process_leaves_is_whole(tmp_path):
         assert replay(path, lambda: mlp(width=64)).agrees(1e-5)
     lines = (tmp_path / "records.jsonl").read_text().split("\n")
     assert [json.loads(line)["step"] for line in lines[:-1]] == list(range(len(lines) - 1))
+
+
+def test_a_capsule_says_first_what_the_monitor_knew(tmp_path):
+    model = capsule_mlp()
+    sgd = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
+    x = torch.randn(8, 8)
+    with Monitor(model, 10, optimizer=sgd, directory=tmp_path) as monitor:
+        for step in range(30):
+            sgd.param_groups[0]["lr"] = 0.01 if step < 20 else 50.0
+            sgd.zero_grad()
+            loss = (model(x) - 1.0).square().mean()
+            loss.backward()
+            monitor.step(loss)
+            sgd.step()
+    capsule = read_capsule(monitor.capsules[0])
+    assert capsule.known["optimizers"][0]["class"] == "SGD"
+    assert capsule.known["optimizers"][0]["groups"][0]["lr"] == 50.0
+    assert "jumped at training step 20 from 0.01 to 50" in capsule.findings[0]["evidence"]
+    loaded = load(monitor.capsules[0], model=FACTORY)
+    assert loaded.trained
+    lines = loaded.description.splitlines()
+    assert lines[1].startswith("the monitor said: at training step 21")
+    assert lines[2].startswith("remedy: lower the learning rate to below")
+    assert "optimizer: SGD at the learning rate 50" in lines
+
+
+def test_weights_that_were_trained_were_not_started_so():
+    torch.manual_seed(0)
+    model = nn.Sequential(*[part for _ in range(6) for part in (nn.Linear(16, 16), nn.ReLU())], nn.Linear(16, 2))
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(30.0)
+    x, y = torch.randn(16, 16), torch.randint(0, 2, (16,))
+    loss = lambda out: nn.functional.cross_entropy(out, y)  # noqa: E731
+    told = {}
+    for trained in (False, True):
+        report = stabkit.analyze(model, x, loss=loss, spectrum="none", trained=trained)
+        told[trained] = " ".join(f"{f.evidence} {f.remedy}" for f in report.findings)
+    assert "were started large" in told[False]
+    assert "start" not in told[True].replace("restart", "")

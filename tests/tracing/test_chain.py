@@ -1,11 +1,15 @@
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
 
+import stabkit
 from stabkit.errors import TraceError
 from stabkit.tracing import trace
+from stabkit.tracing.cutting import chain_check
 
 
 def test_batch_norm_in_training_mode_makes_the_whole_batch_one_state():
@@ -145,3 +149,20 @@ def test_a_chain_that_is_not_exact_is_refused(monkeypatch):
     with pytest.raises(TraceError, match=r"differs from the model's own by 1\.0e-04"):
         trace(model, x)
     assert trace(model, x, check=False).chain_error is None
+
+
+def test_a_check_that_starts_anew_asks_the_engine_for_few_states_more_than_once(monkeypatch: pytest.MonkeyPatch):
+    asked: list[int] = []
+    plain = chain_check.engine_vjp
+
+    def engine(target: Any, source: Any, cotangents: Any) -> Any:
+        asked.append(len(source))
+        return plain(target, source, cotangents)
+
+    monkeypatch.setattr(chain_check, "engine_vjp", engine)
+    layers = [nn.Linear(4, 4) for _ in range(200)]  # each takes a gradient down by a hundred times
+    for layer in layers:
+        nn.init.orthogonal_(layer.weight, gain=0.01)
+    stabkit.trace(nn.Sequential(*layers), torch.randn(2, 4))
+    assert len(asked) > 10  # new starts
+    assert sum(asked) < 200 + 3 * 200  # where all are asked for at each, 2,000 and more

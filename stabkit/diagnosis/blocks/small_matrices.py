@@ -21,7 +21,7 @@ _REFERENCE = "He et al., Delving deep into rectifiers, 2015, section 2.2"
 def with_small_matrices(flow: FlowLike, found: Diagnosis, settings: Settings) -> Diagnosis:
     """A diagnosis in which nothing else is wrong, with weights that were all started far below the usual size."""
     loss = settings.loss
-    if not isinstance(flow, Flow) or not callable(loss) or any(map(serious, found.findings)):
+    if settings.trained or not isinstance(flow, Flow) or not callable(loss) or any(map(serious, found.findings)):
         return found
     if any(step.norms for step in found.measurement.steps):  # which take the size out again
         return found

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from stabkit.diagnosis.blocks.weights import step_of
-from stabkit.diagnosis.finding import Finding
+from stabkit.diagnosis.finding import LEARNT, Finding
 from stabkit.diagnosis.inputs.derivatives import differentiates
 from stabkit.diagnosis.inputs.features import OFFSET, Features, changed, features_of
 from stabkit.diagnosis.inputs.first_matrices import Given, given_to_matrices, inputs_behind, standardised
@@ -137,5 +137,11 @@ def _finding(features: Features, trial: _Trial, whose: str, flow: Flow, path: st
         "set, which go with the model; the logarithm first of what spans several decades, and of times and "
         "coordinates the distance from the first",
         reference=_REFERENCE,
-        numbers={"apart": apart, "offset": offset, "plain": trial.plain, "standardised": trial.cured},
+        numbers={
+            "apart": apart,
+            "offset": offset,
+            "plain": trial.plain,
+            "standardised": trial.cured,
+            LEARNT: trial.cured / trial.plain,
+        },
     )

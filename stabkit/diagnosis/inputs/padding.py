@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from stabkit.diagnosis.finding import Finding
+from stabkit.diagnosis.finding import LEARNT, Finding
 from stabkit.diagnosis.inputs.features import changed
 from stabkit.diagnosis.remedies.usual_training import RATES, adam, learns_only_treated, left_after
 from stabkit.diagnosis.training_run import TrainingRun
@@ -138,7 +138,12 @@ def padded_end_findings(run: TrainingRun) -> list[Finding]:
             remedy="read the output at the last real token of every sample, or pack the sequences "
             "(pack_padded_sequence) and take the last state; or pad in front",
             reference=_REFERENCE,
-            numbers={"shortest": float(lengths.min()), "longest": float(lengths.max()), "spread": behind},
+            numbers={
+                "shortest": float(lengths.min()),
+                "longest": float(lengths.max()),
+                "spread": behind,
+                LEARNT: treated * start / (plain * first),
+            },
         )
     ]
 

@@ -51,7 +51,8 @@ def with_large_loss(flow: FlowLike, found: Diagnosis, suspects: Sequence[Finding
         return found
     if with_norms_of_evaluation(flow.model):
         return found  # which divide by running statistics, and in training by the size of what comes
-    tries = [*_of_errors(flow, loss, outer_causes(flow, found.measurement)), *smaller_weights(found.measurement)]
+    started = [] if settings.trained else smaller_weights(found.measurement)
+    tries = [*_of_errors(flow, loss, outer_causes(flow, found.measurement)), *started]
     plain = short_training(flow, loss) if tries else None
     if plain is None or not math.isfinite(plain.first):
         return found

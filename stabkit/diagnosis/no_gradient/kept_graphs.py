@@ -21,6 +21,7 @@ from stabkit.tracing.recording.containers import map_tensors, named_tensors
 from stabkit.tracing.recording.forward_pass import ForwardPass
 from stabkit.tracing.recording.inputs import prepare
 from stabkit.tracing.recording.training_pass import nodes_above
+from stabkit.tracing.recording.transparency import transparent
 from stabkit.tracing.recording.untouched_model import seeded, unchanged
 
 _FREED = "a second time"  # of what autograd says where a graph is freed
@@ -51,7 +52,8 @@ def kept_graph_findings(flow: Flow, loss: Any, call: ForwardPass) -> list[Findin
 def _run(call: ForwardPass) -> Any:
     """The output, of inputs that a model may differentiate with respect to, as in the recorded pass."""
     prepared = prepare(call.inputs, call.kwargs)
-    return call.model(*prepared.args, **prepared.kwargs)
+    with transparent(call.through_no_grad):
+        return call.model(*prepared.args, **prepared.kwargs)
 
 
 def _kept(model: nn.Module) -> dict[str, tuple[nn.Module, str, list[Tensor]]]:

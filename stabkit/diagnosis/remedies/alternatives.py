@@ -110,6 +110,18 @@ def _by_share(suspect: Finding, measurement: Measurement) -> list[Remedy]:
     return [Remedy(text, tuple(remedies.scale(path, by) for path in paths))]
 
 
+def scaled_skips(remedy: Remedy) -> Remedy | None:
+    """Skips whose branches weigh 1/sqrt(depth), so that all of them add up to the size of one; None for other remedies.
+
+    At full strength the variance of a state doubles with every block, and a loss of it begins far too high.
+    """
+    if len(remedy.actions) < 2 or any(a["action"] != "add_skip" or "factor" in a for a in remedy.actions):
+        return None
+    by = float(f"{len(remedy.actions) ** -0.5:.2g}")
+    actions = tuple({**action, "factor": by} for action in remedy.actions)
+    return replace(remedy, text=remedy.text.replace("x + f(x", f"x + {by:g} f(x"), actions=actions)
+
+
 def _unbounded(measurement: Measurement, flow: Flow) -> Remedy | None:
     """ReLUs for saturating activations that are modules of their own, with weights drawn for them.
 

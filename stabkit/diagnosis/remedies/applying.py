@@ -23,15 +23,16 @@ FORMS = (
 
 
 class Skip(nn.Module):
-    """x + f(x)."""
+    """x + a f(x)."""
 
-    def __init__(self, branch: nn.Module) -> None:
+    def __init__(self, branch: nn.Module, factor: float = 1.0) -> None:
         super().__init__()
-        self.branch = branch
+        self.branch, self.factor = branch, factor
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        """The input plus what the branch makes of it."""
-        return x + self.branch(x, *args, **kwargs)
+        """The input plus what the branch makes of it, times the factor."""
+        made = self.branch(x, *args, **kwargs)
+        return x + made if self.factor == 1.0 else x + self.factor * made
 
 
 class ScaledInput(nn.Module):
@@ -201,7 +202,7 @@ def _act(model: nn.Module, action: Action, generator: torch.Generator) -> None:
         "orthogonalise": lambda: _orthogonalise(
             parameter(model, action["parameter"]), float(action["gain"]), int(action.get("blocks", 1))
         ),
-        "add_skip": lambda: _add_skip(model, action["module"], action.get("through")),
+        "add_skip": lambda: _add_skip(model, action["module"], action.get("through"), float(action.get("factor", 1.0))),
         "insert_norm": lambda: _insert_norm(model, action["module"], action["like"]),
         "activate": lambda: _activate(model, action["module"], action["by"]),
         "activate_after": lambda: _activate_after(model, action["module"], action["by"]),
@@ -247,11 +248,11 @@ def _orthogonalise(tensor: Tensor, gain: float, blocks: int = 1) -> None:
         block.copy_((gain * U @ Vh).reshape(block.shape))
 
 
-def _add_skip(model: nn.Module, first: str, last: str | None) -> None:
+def _add_skip(model: nn.Module, first: str, last: str | None, factor: float) -> None:
     """A skip round one module, or round several that a Sequential runs one after another."""
     paths = _span(model, first, last)
     modules = [_module(model, path) for path in paths]
-    _replace(model, first, Skip(modules[0] if len(modules) == 1 else nn.Sequential(*modules)))
+    _replace(model, first, Skip(modules[0] if len(modules) == 1 else nn.Sequential(*modules), factor))
     for path in paths[1:]:
         _replace(model, path, nn.Identity())
 

@@ -22,6 +22,7 @@ from stabkit.tracing.graph.values import entries_are_finite
 Indices = npt.NDArray[np.intp]
 _FALL = 10.0  # factor by which the dispersion must fall over the stretch to be a collapse
 _DIRECTIONS = 4  # entries of a vector from which its direction tells it apart
+TELLS = "what tells {} apart"  # how the evidence of a collapse begins
 _HEADROOM = math.log(1e3)  # that a gradient needs between its typical and its smallest or largest entries
 
 
@@ -157,7 +158,7 @@ def _collapse(
         steps=tuple(range(first, end)),
         module_path=measurement.steps[where].module_path,
         confidence=1.0,
-        evidence=f"what tells {what} apart falls from {values[start]:.2g} of the energy of the state to "
+        evidence=f"{TELLS.format(what)} falls from {values[start]:.2g} of the energy of the state to "
         f"{values[stop]:.2g}, and the effective rank from {rank[start]:.3g} to {rank[stop]:.3g}; it is below "
         f"{thresholds.collapsed:g} from {measurement.steps[where].name} on",
         remedy=remedy if bare else "scale the branches up, or the part of the state that all share down",

@@ -21,11 +21,13 @@ def update_findings(found: UpdateMeasurement) -> list[Finding]:
     Adam begin there. What decides are real updates on a copy.
     """
     present, proposed = found.present, found.proposed
-    if present is None or proposed is None:
+    if present is None:
         return []
     first, last = present.losses[0], present.losses[-1]
     fails = not math.isfinite(last) or last - first > _FAILS * abs(first)
     told, bound = _measured(found)
+    if proposed is None:
+        return [] if math.isfinite(last) else [_without_rate(found, present, told)]
     if found.lower:
         return [_ruined(found, present, proposed, told)]
     return [
@@ -43,6 +45,21 @@ def update_findings(found: UpdateMeasurement) -> list[Finding]:
             numbers=_numbers(found, present, proposed),
         )
     ]
+
+
+def _without_rate(found: UpdateMeasurement, present: UpdateRun, told: str) -> Finding:
+    """Of updates that blow up where no rate that was tried lowers the loss."""
+    return Finding(
+        kind="unstable_update",
+        severity="critical",
+        steps=(),
+        module_path="",
+        confidence=1.0,
+        evidence=f"{told}; on a copy, {STEPS} updates on this batch take the loss {present}{_leading(found)}",
+        remedy="none is told: no lower rate that was tried lowers the loss, so that the rate alone is no cause",
+        reference=_REFERENCE,
+        numbers=_numbers(found, present, None),
+    )
 
 
 def _ruined(found: UpdateMeasurement, present: UpdateRun, proposed: UpdateRun, told: str) -> Finding:
@@ -92,13 +109,15 @@ def _leading(found: UpdateMeasurement) -> str:
     return f"; {block.share:.0%} of the steepest direction lies in {block.name or 'the model itself'}"
 
 
-def _numbers(found: UpdateMeasurement, present: UpdateRun, proposed: UpdateRun) -> dict[str, float]:
+def _numbers(found: UpdateMeasurement, present: UpdateRun, proposed: UpdateRun | None) -> dict[str, float]:
+    of_proposed = {}
+    if proposed is not None:
+        of_proposed = {"proposed_rate": proposed.rate, "loss_at_proposed_rate": proposed.losses[-1]}
     numbers = {
         "learning_rate": present.rate,
-        "proposed_rate": proposed.rate,
+        **of_proposed,
         "loss": present.losses[0],
         "loss_at_present_rate": present.losses[-1],
-        "loss_at_proposed_rate": proposed.losses[-1],
         "excess": math.inf if found.excess is None else found.excess,
     }
     if found.sharpness is not None and found.sharpness.threshold is not None:

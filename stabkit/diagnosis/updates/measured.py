@@ -23,6 +23,7 @@ from stabkit.curvature.twin import Twin
 from stabkit.curvature.updates import NoThresholdError, read_update, trained_by
 from stabkit.diagnosis.remedies.learning import left_by_a_constant
 from stabkit.errors import StabkitError
+from stabkit.tracing.recording.forward_pass import ForwardPass
 from stabkit.tracing.recording.untouched_model import unchanged
 
 STEPS = 20  # of real updates
@@ -248,6 +249,32 @@ def _beside_lower_rates(
 def _run(hessian: Hessian, optimizer: torch.optim.Optimizer, rate: float) -> UpdateRun:
     factor = rate / max(float(g["lr"]) for g in optimizer.param_groups)
     return UpdateRun(rate, tuple(Twin(hessian, optimizer, factor).losses(STEPS)))
+
+
+def run_with(
+    model: nn.Module,
+    call: ForwardPass,
+    loss: Any,
+    optimizer: torch.optim.Optimizer,
+    seed: int,
+) -> UpdateRun | None:
+    """As many updates of an optimizer at its own rate on another call and another loss; None where none can be made.
+
+    Args:
+        model: the model.
+        call: what it is called with.
+        loss: a callable on the output that returns a scalar.
+        optimizer: of its parameters; it stays as it is.
+        seed: of what the model draws.
+    """
+    rate = max(float(g["lr"]) for g in optimizer.param_groups)
+    with unchanged(model):
+        try:
+            hessian = Hessian(model, trained_by(optimizer, model), Batches(call.inputs, call.kwargs, loss, None), seed)
+            _in_training_mode(hessian)
+            return UpdateRun(rate, tuple(Twin(hessian, optimizer).losses(STEPS)))
+        except (StabkitError, torch.OutOfMemoryError):
+            return None  # the model does not take such inputs
 
 
 def _left_by_a_constant(hessian: Hessian) -> float | None:

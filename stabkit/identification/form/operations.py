@@ -19,6 +19,8 @@ WRITES = moves("write")
 ADDS = frozenset({"Add", "Sub", "Rsub", "ForeachAdd", "ForeachSub"})
 #: Operations that add something to their first input: a product, entries that are scattered into it.
 ADDENDS = frozenset({"Addbmm", "Addcdiv", "Addcmul", "Addmm", "Addmv", "Addr", "Baddbmm", "IndexAdd", "ScatterAdd"})
+#: Those of them whose other two inputs are multiplied.
+PRODUCTS_ADDED = frozenset({"Addbmm", "Addcmul", "Addmm", "Addmv", "Addr", "Baddbmm"})
 #: Operations that combine entries along a dimension with constant weights.
 CONTRACTIONS = frozenset({"Bmm", "Mean", "Mm", "Mv", "Sum"})
 #: Operations that are diagonal and linear when one input alone depends on the state.

@@ -14,6 +14,8 @@ from stabkit.identification.names.single import CLOSE, Name, name_one_state, wit
 from stabkit.identification.steps.predictor_correctors import predictor_corrector
 
 LINEAR_MAP = "none: a linear map of several states, and no field"
+ADDITIVE_COUPLING = "additive coupling (half of a reversible step)"
+REVERSIBLE = "reversible (two-stream symplectic Euler)"
 HAMILTONIAN = "symplectic Euler (Hamiltonian)"  # a reversible step whose fields are gradients
 
 
@@ -86,7 +88,7 @@ def _additive_coupling(found: Blocks) -> Name | None:
         return None
     h = float(np.abs(found.B).max())
     declared = "h: the number that multiplies the branch" if h != 1 else "h = 1: only h f can be seen"
-    return Name("additive coupling (half of a reversible step)", "p' = F(q), q' = 0", h, declared)
+    return Name(ADDITIVE_COUPLING, "p' = F(q), q' = 0", h, declared)
 
 
 def _couplings(found: Blocks) -> Name | None:
@@ -104,7 +106,12 @@ def _couplings(found: Blocks) -> Name | None:
         return None
     h = float(np.abs(found.B).max())
     declared = "h: the number that multiplies the branches" if h != 1 else "h = 1: only h f can be seen"
-    return Name(f"reversible ({len(writes)} couplings in turn)", "p' = F_i(q), q' = G_i(p)", h, declared)
+    return Name(couplings_in_turn(len(writes)), "p' = F_i(q), q' = G_i(p)", h, declared)
+
+
+def couplings_in_turn(count: int) -> str:
+    """What several couplings are called, each of which moves the stream that the one before has read."""
+    return f"reversible ({count} couplings in turn)"
 
 
 def _has_velocity(found: Blocks) -> bool:
@@ -315,7 +322,7 @@ def _two_fields(found: Blocks, symmetric: bool | None) -> Name | None:
             declared = "h: the number that multiplies the branches" if h != 1 else "h = 1: only h f can be seen"
             if symmetric:
                 return Name(HAMILTONIAN, "p' = -dH/dq, q' = dH/dp", h, declared)
-            return Name("reversible (two-stream symplectic Euler)", "p' = F(q), q' = G(p)", h, declared)
+            return Name(REVERSIBLE, "p' = F(q), q' = G(p)", h, declared)
     return _oscillator(found)
 
 
@@ -326,6 +333,9 @@ def _oscillator(found: Blocks) -> Name | None:
             continue  # what moves the position is made anew by the field, and no velocity that is kept
         if not found.U[:, y].any() and not found.V[v, y]:
             continue  # no force of the position: what it sums up moves by itself
+        ahead = _look_ahead(found, y, v)
+        if ahead is not None:
+            return ahead
         dt = _drift_after_kick(found, y, v) or _kick_after_drift(found, y, v)
         if dt is not None:
             damped = abs(float(np.linalg.det(found.V)) - 1.0) > CLOSE
@@ -336,6 +346,28 @@ def _oscillator(found: Blocks) -> Name | None:
                 f"dt = {abs(dt):.3g}: the number that multiplies the new velocity",
             )
     return None
+
+
+def _look_ahead(found: Blocks, y: int, v: int) -> Name | None:
+    """Nesterov's momentum with its own look-ahead: v' = b v + h f(y + mu v), y' = y + c v', cut at either place."""
+    b, force = float(found.V[v, v]), found.U
+    if found.V[v, y] or found.A.any() or not 0 < b < 1 or len({id(stage) for stage in found.rows}) != 1:
+        return None  # a restoring force of its own, another stage, or no friction: a system of order 2
+    if not force[:, y].all() or not found.B[v].any():
+        return None
+    ratios = force[:, v] / force[:, y]
+    after = _drift_after_kick(found, y, v)
+    carried = after or float(found.V[y, v])
+    drifts = carried and abs(found.V[y, y] - 1.0) <= CLOSE and not found.B[y].any()
+    if np.ptp(ratios) > CLOSE or not (after or drifts):
+        return None
+    mu = float(ratios[0]) / carried - (0.0 if after else 1.0)  # in units of what the velocity moves the position by
+    if mu <= CLOSE:
+        return None
+    h = abs(carried * float(found.B[v].sum()))
+    declared = "h: the number that multiplies the branch" if abs(h - 1) > CLOSE else "h = 1: only h f can be seen"
+    system = "eps x'' + x' = f(x), eps = 1/(1 - gamma), the field taken ahead of the state"
+    return Name(f"Nesterov momentum (gamma = {b:.3g}, look-ahead {mu:.3g})", system, h, declared)
 
 
 def _drift_after_kick(found: Blocks, y: int, v: int) -> float | None:

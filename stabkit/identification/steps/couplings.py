@@ -1,18 +1,29 @@
-"""Affine couplings (RealNVP): some coordinates stay; the others are scaled and moved by functions of these alone."""
+"""Couplings (NICE, RealNVP): some coordinates stay; the others are scaled and moved by functions of these alone.
+
+The coordinates may be split off and put back, or chosen by a mask of ones and zeros: m x + (1 - m) (x + f(m x)).
+"""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
+from torch import Tensor
 
 from stabkit.identification.form.chain import Link
+from stabkit.identification.form.coefficients import LinearCombination
+from stabkit.identification.form.normal_form import NormalForm
 from stabkit.identification.form.operations import is_affine
 from stabkit.identification.form.pieces import Piece, pull
+from stabkit.identification.names.systems import ADDITIVE_COUPLING, REVERSIBLE, couplings_in_turn
 from stabkit.identification.record import Identification, nothing
 from stabkit.tracing.graph.values import meta_of, operation, random_tensors
 
 _ROUNDINGS = 64.0
+_EULER = "forward Euler"
+_SEVERAL = "Lie splitting ("
 
 
 def is_affine_coupling(piece: Piece) -> bool:
@@ -42,6 +53,50 @@ def coupling(steps: tuple[int, ...]) -> Identification:
     """The record of an affine coupling."""
     why = "some coordinates stay as they are, and scale and move the others"
     return nothing(steps, "affine coupling", why, "measured", system="x_2' = a(x_1) x_2 + b(x_1), x_1' = 0")
+
+
+def with_couplings(record: Identification, sums: Sequence[NormalForm]) -> Identification:
+    """A record of additions each of which moves some coordinates by functions of others alone, as couplings."""
+    if record.after or not (record.name == _EULER or (record.name.startswith(_SEVERAL) and "Euler" in record.name)):
+        return record
+    masks = [_moved(form) for form in sums]
+    moved = [mask for mask in masks if mask is not None]
+    in_turn = not any(bool((a & b).any()) for a, b in itertools.pairwise(moved))
+    again = all(bool((a == b).all()) for a, b in zip(moved, moved[2:], strict=False))
+    if len(moved) < len(masks) or not moved or not in_turn or not again:
+        return record
+    name, system = {
+        1: (ADDITIVE_COUPLING, "p' = F(q), q' = 0"),
+        2: (REVERSIBLE, "p' = F(q), q' = G(p)"),
+    }.get(len(moved), (couplings_in_turn(len(moved)), "p' = F_i(q), q' = G_i(p)"))
+    why = "a mask chooses the coordinates that move, by functions of those that stay"
+    return replace(record, name=name, system=system, notes=(why, *record.notes), evidence="measured")
+
+
+def _moved(form: NormalForm) -> Tensor | None:
+    """Which coordinates an addition moves, where it moves some by functions of others alone; None elsewhere."""
+    (source,), (target,), terms, piece = form.sources, form.targets, form.forms[0], form.piece
+    kept = terms.get(source)
+    added = [atom for atom in terms if atom not in piece.ends]
+    if kept is None or kept.kind != "scalar" or kept.value != 1.0 or not added or len(added) + 1 < len(terms):
+        return None
+    meta = meta_of(target)
+    factors = LinearCombination(piece, target).factors
+    if meta_of(source).shape != meta.shape or any(
+        atom not in factors or meta_of(atom).shape != meta.shape for atom in added
+    ):
+        return None
+    written = torch.stack([factors[atom] != 0 for atom in added]).any(dim=0).expand(meta.shape)
+    if bool(written.all()) or not bool(written.any()):
+        return None
+    w = random_tensors([target], seed=0)[0]
+    near = _ROUNDINGS * torch.finfo(w.dtype).eps * float(w.abs().max())
+    edges = {node: piece.inputs(node) for node in piece.nodes}
+    whole, rest = (pull(piece.graph, piece.nodes, edges, {target: t}).get(source) for t in (w, w * ~written))
+    if whole is None or rest is None or bool(((rest - w * ~written).abs() > near).any()):
+        return None
+    read = (whole - w).abs() > near
+    return written if bool(read.any()) and not bool((read & written).any()) else None
 
 
 def mixed_coupling(links: Sequence[Link], steps: tuple[int, ...]) -> Identification | None:

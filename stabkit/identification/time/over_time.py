@@ -19,7 +19,7 @@ from torch.autograd.graph import Node
 
 from stabkit import integrators
 from stabkit.identification.form.flow_index import Surroundings
-from stabkit.identification.form.operations import ADDS, MOVES, has_matrix, is_affine
+from stabkit.identification.form.operations import ADDS, MOVES, PRODUCTS_ADDED, has_matrix, is_affine
 from stabkit.identification.reading import read
 from stabkit.identification.record import Identification, Recurrence
 from stabkit.identification.steps.linear_recurrence import Coupling, coupling
@@ -101,7 +101,7 @@ class Recurrences:
         if {operation(node) for node in scan.cycle} <= _EXTREMES | MOVES | ADDS and found.name == "plain":
             return Recurrence("maximum over time", "x' = max(x + w, u)", "proven", None, path, scan.n_steps)
         # products with what the input makes of every time, k (v - k^T S), are no field but the matrix of that time
-        proven = found.evidence == "proven" and (not fed or found.name in _WITHOUT_NUMBERS)
+        proven = found.evidence == "proven" and not fed
         has_field = proven or len(scan.states[0]) > 1 or _multiplies_by_weights(around, scan)
         if not _is_affine(around, scan) or (found.method is not None and found.recorded and has_field):
             return _of_cell(around, found, scan, path, fed)
@@ -193,10 +193,15 @@ def _is_affine(around: _OverTime, scan: Scan) -> bool:
     states = around.flow.states[0].values
     carried = _of_state(around, scan)
 
+    def is_state(node: Node, place: int) -> bool:
+        parent, output = node.next_functions[place]
+        return parent in carried or (parent is not None and Value(parent, output) in states)
+
     def affine(node: Node, active: int) -> bool:
         if operation(node) == "Div":  # not in the divisor
-            parent, output = node.next_functions[0]
-            return active == 1 and (parent in carried or (parent is not None and Value(parent, output) in states))
+            return active == 1 and is_state(node, 0)
+        if operation(node) in PRODUCTS_ADDED and active == 2:  # S + a (v - S k) k^T at once: not in both factors
+            return is_state(node, 0)
         return is_affine(node, active) or (operation(node) in _MIXTURES and active == 1)
 
     return all(affine(node, active) for node, active in carried.items())
@@ -222,34 +227,12 @@ def _of_cell(around: _OverTime, found: Identification, scan: Scan, path: str, fe
     name, system, evidence, notes = found.name, found.system, found.evidence, found.notes
     if name == "unnamed":
         name = "unnamed (a system of several states)"
-    leaks = _divided(around)
-    if leaks and name.startswith("gated skip"):
-        many = f"{leaks} substeps of " if leaks > 1 else ""
-        name = f"{many}semi-implicit Euler{_mean(found.skip)}"
-        notes = ()
-        system = "x' = f(x, u) - w(x, u) x, the leak w at the new state and f at the old: a = 1 / (1 + h w)"
     if fed and evidence == "proven" and name not in _WITHOUT_NUMBERS:
         evidence = "measured"
         notes = ("numbers that are made of the input multiply the state: they are those of this input", *notes)
     return Recurrence(
         name, system, evidence, found.residual, path, scan.n_steps, fed=fed, method=found.method, notes=notes
     )
-
-
-def _mean(skip: float | None) -> str:
-    return "" if skip is None else f" (mean a = {skip:.3g})"
-
-
-def _divided(around: _OverTime) -> int:
-    """How often a time step divides what is linear in the state by what depends on it as well."""
-    found = around.slots(0, 1)
-    piece = around.whole(0, 1, found)
-    count = 0
-    for node in piece.nodes:
-        linear = piece.linear.get(node, [])
-        if operation(node) == "Div" and len(linear) == 1 and len(piece.inputs(node)) == 2:
-            count += linear[0] in piece.carrying
-    return count
 
 
 def _of_matrix(coupled: Coupling, made: Made, scan: Scan, path: str, fed: bool) -> Recurrence:

@@ -70,10 +70,13 @@ def _walk_from(
     factors, tolerance, reach = scales(batch, seed), _tolerance(segments), _range(segments)
     layouts, silent, error, whole = [target_layouts], [], 0.0, True
     drawn = random_tensors(frontiers[-1], seed)
-    plain = _adjoints(segments, frontiers, len(segments), drawn)
+    start = len(segments)
+    plain = _adjoints(segments, frontiers, start, drawn)
     scaled = _scaled(drawn, target_layouts, factors)
     for index in range(len(segments) - 1, -1, -1):
         scaled = segments[index].vjp(scaled)
+        if index not in plain:
+            plain = _adjoints(segments, frontiers, start, drawn, start - 2 * (start - index))
         options = [candidates(meta_of(value), batch, axis) for value in frontiers[index]]
         if index == 0:
             options = [[layout] for layout in source_layouts]
@@ -91,28 +94,35 @@ def _walk_from(
                 # nothing flows back through this step (a head initialised at zero), or so little or so much that
                 # rounding at the ends of the range of a float would pass for a mixing of samples: start anew before it
                 drawn = random_tensors(frontiers[index], seed + index)
-                plain = _adjoints(segments, frontiers, index, drawn)
+                # a new start is soon followed by the next one: to ask for all states at each would cost the square of
+                # the depth
+                plain = _adjoints(segments, frontiers, index, drawn, index - (start - index))
+                start = index
                 scaled = _scaled(drawn, found, factors)
     finite = all(map(entries_are_finite, plain[0])) if whole else None
     return Chain(tuple(reversed(layouts)), error, tuple(silent), finite)
 
 
 def _adjoints(
-    segments: Sequence[Segment], frontiers: Sequence[tuple[Value, ...]], start: int, cotangents: list[Tensor]
-) -> list[list[Tensor]]:
-    """What arrives at every state before ``start``, by the engine where it can say.
+    segments: Sequence[Segment],
+    frontiers: Sequence[tuple[Value, ...]],
+    start: int,
+    cotangents: list[Tensor],
+    lowest: int = 0,
+) -> dict[int, list[Tensor]]:
+    """What arrives at the states before ``start``, down to the lowest that is wanted, by the engine where it can say.
 
     The engine gives total derivatives, which at a state of one tensor are those of the chain. At states of several
-    they are not, and the steps are walked; the source is the engine's in any case.
+    they are not, and all steps are walked; the source is the engine's in any case.
     """
-    single = all(len(frontier) == 1 for frontier in frontiers[:start])
-    if single:
-        sources = [frontier[0] for frontier in frontiers[:start]]
-        return [[grad] for grad in _engine(segments, frontiers, start, sources, cotangents)]
+    if all(len(frontier) == 1 for frontier in frontiers[:start]):
+        wanted = range(max(lowest, 0), start)
+        grads = _engine(segments, frontiers, start, [frontiers[index][0] for index in wanted], cotangents)
+        return {index: [grad] for index, grad in zip(wanted, grads, strict=True)}
     walked = [cotangents]
     for segment in reversed(segments[:start]):
         walked.append(segment.vjp(walked[-1]))
-    return [_engine(segments, frontiers, start, frontiers[0], cotangents), *walked[-2:0:-1]]
+    return dict(enumerate([_engine(segments, frontiers, start, frontiers[0], cotangents), *walked[-2:0:-1]]))
 
 
 def _engine(

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import stabkit
-from stabkit.attribution.predictors import compare
+from stabkit.attribution.explained_share import compare
 from tests.attribution.networks import gaussian_steps, linear_steps, normal_input
 
 DEPTH, SIZE, H = 20, 100, 0.5

@@ -1,0 +1,264 @@
+"""What is watched at every training step beside the records: the loss, the rate, the curvature along updates."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from stabkit.curvature import NoThresholdError, NotYetError, PendingSecant, SecantCurvature
+from stabkit.diagnosis import Finding
+from stabkit.errors import ArgumentError
+from stabkit.monitor.causes import Cause, Causes, times
+from stabkit.monitor.learning_rates import LearningRates
+from stabkit.monitor.losses import FAR, MILD, SLIGHT, Jump, LossJumps, LossReader
+from stabkit.monitor.parameters import is_sharded
+from stabkit.monitor.record import Along
+from stabkit.monitor.rules import AlertRules
+
+_FIRST = 8  # steps that are all measured
+_EVERY = 100  # steps between two measurements where nothing happens: what starts one are a loss or a rate that rises
+_AFTER = 10  # steps that are measured after the rate rose beyond all before
+_MORE = 4  # measured in a row after one that is beyond the threshold, at most; then it is the edge of stability
+
+
+class Foresight:
+    """Sees a loss that jumps at its own step, whatever is recorded, and says what changed before.
+
+    Args:
+        model: as it is trained.
+        optimizers: of its parameters; the curvature is measured where there is one, with whole parameters.
+        rules: of the monitor.
+    """
+
+    def __init__(self, model: nn.Module, optimizers: Sequence[torch.optim.Optimizer], rules: AlertRules | None) -> None:
+        rules = rules or AlertRules()
+        self._optimizers = list(optimizers)
+        self.rates = LearningRates(optimizers)
+        self.causes = Causes(self.rates)
+        self._reader, self._jumps = LossReader(), LossJumps(rules)
+        self._secant, self.unmeasured = _secant(model, self._optimizers)
+        self._pending: tuple[int, PendingSecant] | None = None
+        self._next, self._extra, self._point = 0, 0, -1
+        self._quiet, self._warmup = rules.warmup, rules.warmup
+        self._newest: Along | None = None
+        self._clipped: Any = None  # the point of this step, taken before its gradients were clipped
+        self._last: Any = None  # the point of this step
+        self._began: int | None = None  # of the newest episode
+        self._high = self._jumping = False  # the newest loss is above those before; and is about to be told
+        self.broken = False  # the loss is not finite any more
+        self.told_broken = False  # which was told between two records
+        self.cause: Cause | None = None  # of what was told last
+
+    @property
+    def suspicious(self) -> bool:
+        """Whether every step is to be recorded: the loss has jumped, or seems to."""
+        return self._jumping or self._quiet < self._warmup
+
+    def take(self) -> Along | None:
+        """The newest measurement since the last call."""
+        newest, self._newest = self._newest, None
+        return newest
+
+    def before_clipping(self, scale: Tensor | float) -> None:
+        """Keep the gradients of this step before they are clipped."""
+        if self._secant is not None and self._secant.holds:
+            self._clipped = self._secant.point(scale)
+
+    def look(self, step: int, loss: Tensor | float | None, scale: Tensor | float, recorded: bool) -> list[Finding]:
+        """What there is to say at a step; call it between ``backward`` and the optimizer's step.
+
+        Args:
+            step: the training step.
+            loss: its loss.
+            scale: what the gradients are multiplied by.
+            recorded: whether the step is recorded, so that a loss that is not finite is told elsewhere.
+        """
+        self._measure(step, scale)
+        found = []
+        for at, value in self._reader.take(step, loss):
+            found += self._judge(at, step, value, recorded)
+        self.rates.see(step)
+        self._prepare(step, scale)
+        return found
+
+    def explained(self, finding: Finding, began: int, step: int) -> Finding:
+        """A finding with what changed before, where a rate or an update did.
+
+        Args:
+            finding: of a record.
+            began: the step at which something moved first, by the records.
+            step: the present step.
+        """
+        if finding.kind not in ("exploding", "non_finite"):
+            return finding
+        if self.suspicious and self._began is not None:
+            began = min(began, self._began)
+        cause = self.causes.find(began, step)
+        of_all = cause.name == "batch" and finding.kind == "exploding" and not finding.module_path
+        if not (of_all or cause.name in ("rate", "update")):
+            return finding
+        self.cause = cause
+        numbers = {**finding.numbers, **cause.numbers}
+        return replace(finding, evidence=f"{finding.evidence}; {cause.text}", remedy=cause.remedy, numbers=numbers)
+
+    def known(self) -> dict[str, Any]:
+        """What a capsule keeps: the optimizer, its rates, the last measurements and the cause that was told."""
+        return {
+            "optimizers": [
+                {
+                    "class": type(one).__name__,
+                    "groups": [
+                        {k: float(v) if isinstance(v, Tensor) else v for k, v in group.items() if _is_setting(k, v)}
+                        for group in one.param_groups
+                    ],
+                }
+                for one in self._optimizers
+            ],
+            "curvature_along_updates": [
+                {"step": at, **{k: _plain(v) for k, v in vars(secant).items()}} for at, secant in self.causes.measured
+            ][-_AFTER:],
+        }
+
+    def _judge(self, at: int, step: int, value: float, recorded: bool) -> list[Finding]:
+        if value - value != 0.0:  # NaN or infinite
+            if self.broken or (recorded and at == step):
+                self.broken = True
+                return []
+            self.broken = self.told_broken = True
+            self._quiet = 0
+            self.cause = self.causes.find(at, step)
+            return [_non_finite(at, value, self.cause)]
+        self.broken = self.told_broken = False
+        jump = self._jumps.add(at, value)
+        self._quiet += 1
+        self._high = jump is not None
+        self._jumping = jump is not None and jump.lasting > MILD
+        if jump is None:
+            return []
+        if self._quiet <= self._warmup:
+            self._quiet = 0
+            return []
+        self._began = jump.began
+        if not self._is_told(jump):
+            return []
+        self._quiet = 0
+        self.cause = self.causes.find(jump.began, step)
+        return [_jumped(jump, self.cause)]
+
+    def _is_told(self, jump: Jump) -> bool:
+        """Whether a jump is more than batches do: by its size, or smaller ones where the rate is to blame."""
+        if jump.sure:
+            return True
+        if self.causes.convicts_rate(jump.began):
+            return jump.excess > MILD or jump.lasting > SLIGHT or jump.lost > 1
+        return self.causes.suspects_rate(jump.began) and (jump.excess > FAR or jump.lasting > MILD)
+
+    def _measure(self, step: int, scale: Tensor | float) -> None:
+        self._fetch(wait=False)
+        if self._secant is None or not self._secant.holds:
+            return
+        point = self._clipped or self._secant.point(scale)
+        self._clipped = None
+        try:
+            pending = self._secant.between(point)
+        except NotYetError:  # Adam before its first update
+            pending = None
+        except (NoThresholdError, ArgumentError) as error:
+            self._secant, self.unmeasured = None, str(error)
+            return
+        self._secant.hold(None)
+        self._last = point
+        if pending is not None:
+            self._pending = (step, pending)
+            self._fetch(wait=pending.numbers.device.type == "cpu")
+
+    def _fetch(self, wait: bool) -> None:
+        """Read what was measured: at once on a CPU, one step late on a device, whose work is done by then."""
+        if self._pending is None:
+            return
+        step, read = self._pending
+        if not wait and read.numbers.device.type == "cpu":
+            return
+        self._pending = None
+        secant = read()
+        if secant is None:
+            return
+        self.causes.add(step, secant)
+        self._newest = Along(step, secant)
+        self._extra = self._extra + 1 if secant.ratio > 1.0 else 0
+
+    def _prepare(self, step: int, scale: Tensor | float) -> None:
+        """Keep weights and gradients where the update that comes is to be measured."""
+        last, self._last = self._last, None
+        if self._secant is None:
+            return
+        risen = self.rates.risen >= 0 and step - self.rates.risen < _AFTER
+        due = step < _FIRST or step % _EVERY == _EVERY - 1
+        if due or risen or self._high or self.suspicious or 0 < self._extra <= _MORE:
+            self._secant.hold(last or self._secant.point(scale))
+
+
+def _secant(model: nn.Module, optimizers: list[torch.optim.Optimizer]) -> tuple[SecantCurvature | None, str]:
+    if len(optimizers) != 1:
+        return None, f"{len(optimizers)} optimizers"
+    if is_sharded(model.parameters()) or any(p.is_complex() for p in model.parameters()):
+        return None, "parameters that are sharded or complex"
+    try:
+        return SecantCurvature(model, optimizers[0]), ""
+    except ArgumentError as error:  # of other parameters too, or of none that are trained
+        return None, str(error)
+
+
+def _is_setting(name: str, value: Any) -> bool:
+    if name == "params":
+        return False
+    return isinstance(value, bool | int | float | str | tuple) or (
+        isinstance(value, Tensor) and value.numel() == 1 and value.device.type == "cpu"
+    )
+
+
+def _plain(value: float) -> float | str:
+    return value if value - value == 0.0 else str(value)
+
+
+def _non_finite(step: int, value: float, cause: Cause) -> Finding:
+    text = f"; {cause.text}" if cause.text else ""
+    return Finding(
+        kind="non_finite",
+        severity="critical",
+        steps=(),
+        module_path="",
+        confidence=1.0,
+        evidence=f"at training step {step} the loss is {value}{text}",
+        remedy=cause.remedy or "lower the learning rate or clip the gradient, and analyse the capsule",
+        reference="",
+        numbers={"training_step": float(step), **cause.numbers},
+    )
+
+
+def _jumped(jump: Jump, cause: Cause) -> Finding:
+    of_rate = cause.name == "rate"
+    since = "" if jump.began == jump.step else f", since step {jump.began}"
+    text = f"; {cause.text}" if cause.text else ""
+    return Finding(
+        kind="unstable_update" if of_rate else "exploding",
+        severity="critical" if of_rate and jump.excess > MILD else "warning",
+        steps=(),
+        module_path="",
+        confidence=0.95 if of_rate else 0.8,
+        evidence=f"at training step {jump.step} the loss is {jump.value:.4g}, {times(jump.value, jump.usual)} the "
+        f"usual {jump.usual:.4g}{since}; the highest before was {jump.highest:.4g}{text}",
+        remedy=cause.remedy or "look at the batch of this step, clip the gradient, or lower the learning rate",
+        reference="",
+        numbers={
+            "training_step": float(jump.step),
+            "began": float(jump.began),
+            "loss": jump.value,
+            "usual": jump.usual,
+            **cause.numbers,
+        },
+    )

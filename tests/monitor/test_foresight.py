@@ -1,0 +1,150 @@
+"""A rate that ends a training is named within three steps whatever is recorded; healthy runs hear nothing."""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+
+import pytest
+import torch
+from torch import nn
+
+from stabkit.monitor import Monitor, read_records
+from stabkit.monitor.learning_rates import LearningRates
+from stabkit.monitor.losses import LossJumps, LossReader
+from stabkit.monitor.rules import AlertRules
+from tests.monitor.networks import mlp
+from tests.monitor.runs import BLOW_UPS, HEALTHY, SGD, adversaries, watched
+from tests.monitor.test_alerts import two_classes
+
+JUMPS = [name for name in BLOW_UPS if "x100" in name]
+
+
+@pytest.mark.parametrize("every", [1, 10, 50])
+@pytest.mark.parametrize("name", JUMPS)
+def test_a_rate_that_jumps_is_named_within_three_steps(name, every):
+    *run, at = BLOW_UPS[name]
+    monitor, _ = watched(*run, steps=at + 5, every=every)
+    first = monitor.findings[0]
+    assert at < first.numbers["training_step"] <= at + 3
+    assert first.kind in ("unstable_update", "exploding")  # by the loss, or by the gradients of a record
+    assert (first.numbers["rate_step"], first.numbers["rate_after"]) == (at, run[3](at))
+    assert f"the learning rate jumped at training step {at}" in first.evidence
+    assert first.numbers["lower_to"] < run[3](at)
+    assert "lower the learning rate to below" in first.remedy
+
+
+@pytest.mark.parametrize("name", [name for name in BLOW_UPS if name not in JUMPS])
+def test_a_rate_that_is_too_high_at_once_or_climbs_is_named(name):
+    *run, _ = BLOW_UPS[name]
+    monitor, losses = watched(*run, steps=60, every=10)
+    first = monitor.findings[0]
+    assert first.kind == "unstable_update"
+    assert "the learning rate" in first.evidence
+    end = next((i for i, loss in enumerate(losses) if not loss < 10 * losses[0]), 60)
+    assert first.numbers["training_step"] <= end + 1
+
+
+@pytest.mark.parametrize("every", [1, 10])
+@pytest.mark.parametrize("name", HEALTHY)
+def test_healthy_runs_hear_nothing(name, every):
+    monitor, _ = watched(*HEALTHY[name], steps=80, every=every, seed=3)
+    assert monitor.findings == []
+
+
+def test_adversaries_hear_nothing():
+    assert [monitor.findings for monitor in adversaries(1)] == [[], [], []]
+
+
+def test_the_curvature_along_updates_is_in_records_and_files(tmp_path):
+    files = [tmp_path / "run.jsonl", tmp_path / "run.csv"]
+    monitor, _ = watched(*HEALTHY["MLP, momentum"], steps=6, every=2, writers=files)
+    assert [record.along and record.along.step for record in monitor.records] == [None, 2, 4]
+    along = monitor.records[1].along.found
+    assert monitor.records[1].scalars()["ratio_along_update"] == along.ratio
+    for path in files:
+        read = [record["curvature_along_update"] for record in read_records(path)]
+        assert read[0] is None
+        assert float(read[1]["ratio"]) == along.ratio
+
+
+def test_one_batch_far_out_is_not_blamed_on_the_rate():
+    torch.manual_seed(0)
+    model, draw = mlp(16, 2), two_classes(16)
+    sgd = SGD(model.parameters(), lr=0.1)
+    with Monitor(model, 1, optimizer=sgd) as monitor:
+        for step in range(40):
+            x, y = draw()
+            sgd.zero_grad()
+            loss = nn.functional.cross_entropy(model(x), y) * (1e5 if step == 30 else 1.0)
+            loss.backward()
+            monitor.step(loss)
+            nn.utils.clip_grad_norm_(model.parameters(), 0.1)
+            sgd.step()
+    assert monitor.findings
+    assert {f.numbers["training_step"] for f in monitor.findings} == {30}
+    assert not any("learning rate" in f.evidence.replace("neither the learning rate", "") for f in monitor.findings)
+
+
+def test_a_loss_that_breaks_between_two_records_is_told_once_with_its_step():
+    model = mlp(16, 2)
+    sgd = SGD(model.parameters(), lr=0.1)
+    with Monitor(model, 10, optimizer=sgd) as monitor:
+        for step in range(16):
+            sgd.zero_grad()
+            loss = model(torch.ones(2, 16)).sum() * (math.nan if step >= 13 else 1.0)
+            loss.backward()
+            monitor.step(loss)
+            sgd.step()
+    (finding,) = monitor.findings
+    assert (finding.kind, finding.numbers["training_step"]) == ("non_finite", 13)
+    assert [record.step for record in monitor.records] == [0, 10, 14, 15]
+
+
+def test_a_norm_beyond_1e19_is_finite():
+    model = mlp(16, 2)
+    with Monitor(model, 1) as monitor:
+        (1e22 * model(torch.ones(2, 16)).sum()).backward()
+        monitor.step()
+    (record,) = monitor.records
+    assert record.non_finite == 0
+    assert 1e20 < record.gradient_norm < math.inf
+    assert 1e20 < record.blocks[0].gradient_norm < math.inf
+
+
+def test_losses_of_a_device_are_read_when_they_are_there_and_never_waited_for():
+    reader = LossReader()
+    ready: list[bool] = []
+
+    class Event:
+        def query(self):
+            return bool(ready)
+
+    reader._waiting = deque([(0, torch.tensor(2.0), Event()), (1, torch.tensor(3.0), Event())])
+    assert reader.take(2, None) == []
+    ready.append(True)
+    assert reader.take(3, 4.0) == [(0, 2.0), (1, 3.0), (3, 4.0)]
+
+
+def test_rates_of_groups_and_what_is_no_rise():
+    layers = [nn.Linear(2, 2), nn.Linear(2, 2)]
+    sgd = SGD([{"params": layer.parameters(), "lr": 0.1} for layer in layers])
+    rates = LearningRates([sgd])
+    for step in range(12):
+        sgd.param_groups[1]["lr"] = {5: 1e-3, 6: 0.1}.get(step, 0.1 if step < 9 else 20.0)  # a restart, then a jump
+        rates.see(step)
+    restart = rates.rise(7)
+    assert restart is not None
+    assert restart.beyond == pytest.approx(1.0)
+    rise = rates.rise(11)
+    assert str(rise) == "the learning rate of group 1 jumped at training step 9 from 0.1 to 20"
+    assert rise.beyond == pytest.approx(200.0)
+    assert rates.rise(9) is None or rates.rise(9).step < 9  # what comes with the next update
+
+
+def test_a_loss_that_lasts_becomes_usual():
+    jumps = LossJumps(AlertRules())
+    levels = [1.0] * 20 + [9.0] * 60
+    told = [step for step, value in enumerate(levels) if jumps.add(step, value) is not None]
+    assert told[0] == 20
+    assert told[-1] < 70
