@@ -57,8 +57,7 @@ def demand(step: Step) -> Demand:
     keeps_space = step.source.sample_shapes == step.target.sample_shapes
     product = operations(step)
     cost = _RATE * product + _PER_STACKED_NODE * len(step.segment.nodes) + _PER_VECTOR + _BASIS * (m + n)
-    kernels = [node._saved_weight.numel() for node in step.segment.nodes if operation(node) == "Convolution"]
-    cost += _PER_ORDERED_NUMBER * sum(kernels)
+    cost += _PER_ORDERED_NUMBER * sum(_kernel(node) for node in step.segment.nodes)
     return Demand(step.index, product, cost, krylov_products(max(m, n)) * (2 if keeps_space else 1))
 
 
@@ -75,6 +74,11 @@ def operations(step: Step) -> float:
     with _Operations() as counter:  # type: ignore[no-untyped-call]
         step.vjp(random_tensors(step.target.values, 0))
     return float(counter.total)
+
+
+def _kernel(node: Any) -> int:
+    """The numbers of a convolution's weight."""
+    return int(node._saved_weight.numel()) if operation(node) == "Convolution" else 0
 
 
 def _of_node(node: Any, active: Sequence[Value]) -> float | None:

@@ -28,6 +28,7 @@ from stabkit.diagnosis.losses.last_dropout import last_dropout_findings
 from stabkit.diagnosis.losses.loud_logits import loud_logits_findings
 from stabkit.diagnosis.losses.mixed_samples import mixed_sample_findings
 from stabkit.diagnosis.losses.next_tokens import next_token_findings
+from stabkit.diagnosis.losses.saturating import saturating_findings
 from stabkit.diagnosis.losses.unequal_classes import unequal_class_findings
 from stabkit.diagnosis.losses.units import unit_findings
 from stabkit.diagnosis.losses.without_end import without_end_findings
@@ -77,7 +78,10 @@ def with_causes(flow: FlowLike, found: Diagnosis, settings: Settings) -> Diagnos
     if unsettled := unsettled_findings(flow):  # what comes after a state that is no fixed point may follow from it
         found = replace(found, findings=tuple(ordered([*unsettled, *found.findings])))
     if function := mixed_batch_findings(flow) or batch_place_findings(flow):
-        found = replace(found, findings=tuple(ordered([*found.findings, *function])))
+        kept = [
+            f for f in found.findings if "softmax_axis" not in f.numbers
+        ]  # that of a softmax over samples, as it is
+        found = replace(found, findings=tuple(ordered([*kept, *function])))
     before, found = found, with_lost_parameters(flow, found, settings)
     if found.verdict.name == "non-finite":  # of a parameter alone
         return found
@@ -203,7 +207,7 @@ def with_lost_parameters(flow: FlowLike, found: Diagnosis, settings: Settings) -
     if cut_by_a_draw(hidden):
         found = _but_for_draws(flow, found, hidden[0], settings)
     if callable(loss) and done.loss is not None and bool(done.loss.detach().isfinite()):
-        lost += _of_training_pass(TrainingRun(flow, loss, call, done), [*found.findings, *lost])
+        lost += _of_training_pass(TrainingRun(flow, loss, call, done, settings.optimizer), [*found.findings, *lost])
     if not lost:
         return found
     kept = [_behind_closed(finding, found, lost) for finding in found.findings]
@@ -271,6 +275,7 @@ def _of_training_pass(run: TrainingRun, others: Sequence[Finding]) -> list[Findi
     found += unused_input_findings(run)
     found += _of_call(run, others)
     found += without_end_findings(run, [*others, *found])
+    found += saturating_findings(run, [*others, *found])
     found += wrong_derivative_findings(run)
     found += loud_logits_findings(run, [*others, *found])
     found += loss_floor_findings(run, [*others, *found])

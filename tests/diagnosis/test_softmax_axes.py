@@ -91,3 +91,43 @@ def clusters(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 @pytest.mark.parametrize("mix", [over_keys, of_columns, slots, divided_after, linear, clusters])
 def test_weights_that_are_meant(mix: Mix) -> None:
     assert not said(mix)
+
+
+class Words(nn.Module):
+    """Log-probabilities of the next word, along an axis."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed, self.mix = nn.Embedding(12, 16), nn.GRU(16, 16, batch_first=True)
+        self.out, self.dim = nn.Linear(16, 12), dim
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return functional.log_softmax(self.out(self.mix(self.embed(tokens))[0]), self.dim)
+
+
+@pytest.mark.parametrize(("dim", "wrong"), [(1, True), (2, False)])
+def test_words_whose_probabilities_sum_over_positions(dim: int, wrong: bool) -> None:
+    tokens = torch.randint(0, 12, (6, 9), generator=torch.Generator().manual_seed(0))
+    found = examine(
+        stabkit.trace(Words(dim), tokens),
+        lambda out: functional.nll_loss(out[:, :-1].reshape(-1, 12), tokens[:, 1:].reshape(-1)),
+    ).findings
+    assert any("softmax along axis 1 of (6, 9, 12)" in f.evidence for f in found) == wrong
+
+
+@pytest.mark.parametrize(
+    ("log", "wrong"),
+    [
+        (lambda out: out.log_softmax(0), True),
+        (lambda out: out.softmax(0).log(), True),
+        (lambda out: out.log_softmax(1), False),
+        (lambda out: (out.softmax(1) + 1e-9).log(), False),
+    ],
+)
+def test_class_probabilities_that_sum_over_the_batch(log: Callable[[Tensor], Tensor], wrong: bool) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 16), nn.ReLU(), nn.Linear(16, 3))
+    labels = torch.arange(24) % 3
+    found = examine(stabkit.trace(model, torch.randn(24, 5)), lambda out: functional.nll_loss(log(out), labels))
+    assert any("softmax along axis 0 of (24, 3)" in f.evidence for f in found.findings) == wrong

@@ -116,7 +116,7 @@ class Register(nn.Module):
 @pytest.mark.parametrize(
     ("rule", "name"),
     [
-        (lambda f, old, new: old + 0.2 * f(new), "leapfrog"),
+        (lambda f, old, new: old + 0.2 * f(new), "leapfrog, or additive couplings in turn"),
         (lambda f, old, new: 2 * new - old + 0.04 * f(new), "second_order_leapfrog"),
         (lambda f, old, new: new + 0.2 * f(old), "delayed Euler (k = 1)"),
     ],

@@ -99,6 +99,8 @@ def _no_logarithms(flow: Flow, scalar: Tensor) -> list[Finding]:
         if operation(node) not in _ON_LOGARITHMS or not isinstance(taken, Tensor) or taken.dim() < 2:
             continue
         sums = taken.detach().double().logsumexp(1).exp()
+        if other := _along_another_axis(node, taken, sums):
+            return [of_last_step(flow, "loss", "warning", LOSS, *other, _REFERENCE, {"softmax_axis": 1.0})]
         off = (sums - 1).abs() > _NORMALISED
         above = sums > 1 + _NORMALISED  # probabilities that sum to less than 1 leave the loss bounded
         if not bool(sums.isfinite().all()) or float(off.double().mean()) < 0.5 or not bool(above.any()):
@@ -112,6 +114,36 @@ def _no_logarithms(flow: Flow, scalar: Tensor) -> list[Finding]:
         remedy = "take log_softmax of the logits first, or cross_entropy in place of both"
         return [of_last_step(flow, "loss", "warning", LOSS, evidence, remedy, _REFERENCE, numbers)]
     return []
+
+
+def _along_another_axis(node: Any, taken: Tensor, sums: Tensor) -> tuple[str, str] | None:
+    """Evidence and remedy where log-probabilities were made to sum to 1 along an axis that holds no classes.
+
+    Similarities of as many as there are of the other may be taken along either axis: each is to find its own.
+    """
+    if float(((sums - 1).abs() > _NORMALISED).double().mean()) < 0.5 or taken.shape[0] == taken.shape[1]:
+        return None
+    parent, number = node.next_functions[0]
+    made = _maker(Value(parent, number)) if parent is not None else None
+    while made is not None and operation(made.node) in ("Log", "Add"):  # of a softmax, and a small number to it
+        parent, number = made.node.next_functions[0]
+        made = _maker(Value(parent, number)) if parent is not None else None
+    if made is None or operation(made.node) not in ("LogSoftmax", "Softmax"):
+        return None
+    shape, axis = tuple(made.node._input_metadata[0].shape), int(getattr(made.node, "_saved_dim", -1))
+    axis = axis - (1 << 64) if axis >= 1 << 63 else axis
+    classes = [place for place, size in enumerate(shape) if size == taken.shape[1] and place != axis % len(shape)]
+    if not classes:
+        return None  # some of the classes were left out
+    evidence = (
+        f"nll_loss expects log-probabilities that sum to 1 over the {taken.shape[1]} classes, and is given those of a "
+        f"softmax along axis {axis % len(shape)} of {shape}, which holds none: over classes they sum to "
+        f"{float(sums.median()):.3g}, and what one sample or position gains another loses"
+    )
+    return (
+        evidence,
+        f"dim={(classes or [len(shape) - 1])[-1] - len(shape)} in that softmax, or cross_entropy of the scores",
+    )
 
 
 def _least(name: str, classes: int) -> float:

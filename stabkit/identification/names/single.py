@@ -12,6 +12,7 @@ import numpy as np
 from stabkit import integrators
 from stabkit.identification.form.tableau import Blocks
 from stabkit.identification.names.exponential import carried_back, exponential_step
+from stabkit.identification.names.histories import steps_with_history, told_of
 from stabkit.identification.names.step_size import step_size
 from stabkit.integrators import GeneralLinearMethod
 
@@ -64,6 +65,11 @@ def name_one_state(found: Blocks) -> Name:
         return Name("forward Euler", "x' = f(x), with a step that is zero now", h, convention)
     if stages == 1 or (not found.A.any() and len({id(stage) for stage in found.rows}) == 1):
         return _single_stage(a, h, convention)
+    history = steps_with_history(found)
+    if history is not None:
+        name, system, size, order = told_of(stages, *history)
+        told = "h: h^2 multiplies the force" if order == 2 else "h: the number that multiplies the branch"
+        return Name(name, system, size, told, order)
     if found.shared and found.n_fields == 1:
         return _runge_kutta(found, a, h, convention)
     if _is_poly(found, h):

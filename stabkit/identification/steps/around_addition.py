@@ -11,6 +11,7 @@ from stabkit.identification.form.chain import Link
 from stabkit.identification.form.coefficients import Coefficient
 from stabkit.identification.form.normal_form import NormalForm
 from stabkit.identification.record import Identification
+from stabkit.identification.steps.quotients import leaking_quotients
 from stabkit.integrators import stochastic_depth
 from stabkit.tracing.graph.graph import Element, Graph, element_of
 from stabkit.vocabulary import ActivationFacts, NormFacts, operation
@@ -120,8 +121,19 @@ def with_gates(record: Identification, kinds: set[str], sums: Sequence[NormalFor
     told = gated or gates  # those of the skip; a branch may have the same with another sign
     low, high = min(c.low for c in told), max(c.high for c in told)
     notes = (f"gates from {low:.3g} to {high:.3g} here, held fixed in R(z)", *record.notes)
+    numbers = ", ".join(f"{c.value:.3g}" for c in gated)
+    repeated = len({tuple(stage.key for stage in form.stages) for form in sums}) == 1 == len({len(sums), len(gated)})
+    leaks = [leaking_quotients(form) for form in sums]
+    if all(leaks) and record.skip is not None and (len(sums) == 1 or repeated):
+        many = f"{sum(leaks)} substeps of " if sum(leaks) > 1 else ""
+        system = "x' = f(x) - w(x) x, the leak w at the new state and f at the old: a = 1 / (1 + h w)"
+        told_of = numbers if len(sums) > 1 else f"{record.skip:.3g}"
+        name = f"{many}semi-implicit Euler (mean a = {told_of})"
+        return replace(record, name=name, notes=notes, evidence="measured", system=system)
+    if repeated and len(sums) > 1 and record.skip is not None:
+        name, system = f"{len(sums)} gated substeps (mean a = {numbers})", "x' = a(x) x + f(x) - x, with one gate"
+        return replace(record, name=name, notes=notes, evidence="measured", system=system)
     if len(sums) > 1 and record.skip is not None:
-        numbers = ", ".join(f"{c.value:.3g}" for c in gated)
         share = f"{len(sums)} gated steps" if len(gated) == len(sums) else f"{len(sums)} steps, {len(gated)} gated"
         system = "x' = a_i(x) x + f_i(x) - x, one after the other, each with a gate of its own"
         name = f"Lie splitting ({share}, mean a = {numbers})"

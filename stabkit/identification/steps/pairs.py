@@ -11,6 +11,7 @@ from stabkit.identification.evidence.confirmation import Check, are_adjoint, is_
 from stabkit.identification.evidence.reproduction import confirmed
 from stabkit.identification.fields.composites import with_composite_fields
 from stabkit.identification.fields.field_values import continued_fields
+from stabkit.identification.fields.shared import parameters_of
 from stabkit.identification.form.flow_index import Surroundings
 from stabkit.identification.form.formed_ahead import as_made
 from stabkit.identification.form.grouping import split_before
@@ -31,6 +32,8 @@ from stabkit.identification.steps.proximal import proximal_maps
 from stabkit.integrators import GeneralLinearMethod
 from stabkit.tracing.graph.values import Value, operation, outputs_of
 
+LEAPFROG = "leapfrog"
+_EITHER = "x' = f(x, t) by the two-step midpoint rule, or p' = F(q), q' = G(p) in turn: with weights of its own at each"
 PARTS = ", parts of one tensor"
 _UNSPECIFIC = ("unnamed", "general linear method", "Adams-Bashforth type")  # what fields with a linear part may read as
 
@@ -105,6 +108,8 @@ def _named(
         named = known or alternating_affine(table) or named
     if not named.is_known and not gated:
         named = with_readout(table) or _in_parts(around, found, steps) or named
+    if named.name == LEAPFROG and len(table.rows) == 1 and not _is_evaluated_beside(around, form, steps):
+        named = replace(named, name=f"{LEAPFROG}, or additive couplings in turn", system=_EITHER)
     if named.order == 2 and direction(shears(table) or ()) < 0:
         named = replace(named, h=-named.h)
     method = table.method(named.unit)
@@ -132,6 +137,14 @@ def _named(
         recorded=table.recorded_with(named.unit),
     )
     return with_noise(confirmed(record, form.piece), [form])
+
+
+def _is_evaluated_beside(around: Surroundings, form: NormalForm, steps: tuple[int, ...]) -> bool:
+    """Whether the field of a step is that of the step before or behind it, so that it is one and no two in turn."""
+    own = parameters_of(form.stages[0].nodes, around.names)
+    near = [i for i in (steps[0] - 1, steps[-1] + 1) if 0 <= i < len(around.flow.steps)]
+    beside = [set(parameters_of(around.nodes(i, i + 1), around.names)) for i in near]
+    return not own or any(beside_one.issuperset(own) for beside_one in beside)
 
 
 def _in_parts(around: Surroundings, found: Slots, steps: tuple[int, ...]) -> Name | None:

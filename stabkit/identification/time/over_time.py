@@ -227,34 +227,12 @@ def _of_cell(around: _OverTime, found: Identification, scan: Scan, path: str, fe
     name, system, evidence, notes = found.name, found.system, found.evidence, found.notes
     if name == "unnamed":
         name = "unnamed (a system of several states)"
-    leaks = _divided(around)
-    if leaks and name.startswith("gated skip"):
-        many = f"{leaks} substeps of " if leaks > 1 else ""
-        name = f"{many}semi-implicit Euler{_mean(found.skip)}"
-        notes = ()
-        system = "x' = f(x, u) - w(x, u) x, the leak w at the new state and f at the old: a = 1 / (1 + h w)"
     if fed and evidence == "proven" and name not in _WITHOUT_NUMBERS:
         evidence = "measured"
         notes = ("numbers that are made of the input multiply the state: they are those of this input", *notes)
     return Recurrence(
         name, system, evidence, found.residual, path, scan.n_steps, fed=fed, method=found.method, notes=notes
     )
-
-
-def _mean(skip: float | None) -> str:
-    return "" if skip is None else f" (mean a = {skip:.3g})"
-
-
-def _divided(around: _OverTime) -> int:
-    """How often a time step divides what is linear in the state by what depends on it as well."""
-    found = around.slots(0, 1)
-    piece = around.whole(0, 1, found)
-    count = 0
-    for node in piece.nodes:
-        linear = piece.linear.get(node, [])
-        if operation(node) == "Div" and len(linear) == 1 and len(piece.inputs(node)) == 2:
-            count += linear[0] in piece.carrying
-    return count
 
 
 def _of_matrix(coupled: Coupling, made: Made, scan: Scan, path: str, fed: bool) -> Recurrence:
