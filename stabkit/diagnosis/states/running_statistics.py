@@ -27,7 +27,8 @@ _MADE = 0.05  # share of what statistics were made with, from which they cannot 
 #: have caught up, and of others, which may as well be right and this batch unlike the training data
 _BETTER = {True: 0.8, False: 0.5}
 # share of what the model gains over the best constant output that must be lost: a loss that is nearly gone differs by a
-# factor for a few samples that training has fitted. A residual network at 98 % of digits loses .4 %, stale ones over 60 %
+# factor for a few samples that training has fitted. A residual network at 98 % of digits loses .4 % of it, stale ones
+# over 60 %
 _LOST = 0.05
 _FAR = 0.25  # of the size of the output, that it must move by where there is no loss
 _REFERENCE = "Wu and Johnson, Rethinking 'Batch' in BatchNorm, 2021; Ioffe and Szegedy, 2015"
