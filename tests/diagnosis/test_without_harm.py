@@ -76,3 +76,28 @@ def test_plain_layers_that_do_not_learn_stay_a_fault(act: type[nn.Module], depth
 def test_without_a_loss_nothing_is_known_of_harm():
     found = examine(stabkit.trace(plain(nn.Sigmoid, 12, 32, 16, 4), drawn(16, 16)))
     assert "vanishing" in [f.kind for f in found.findings if serious(f)]
+
+
+class Sine(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.sin(30 * x)
+
+
+def test_what_has_been_learnt_is_no_fault_whatever_more_steps_do_to_it():
+    wave = torch.sin(6 * POINTS[:, :1])
+    model = plain(Sine, 3, 32, 2, 1)  # in the units of sines that turn fast, weights are small
+    with torch.no_grad():
+        model[0].weight.uniform_(-0.5, 0.5)
+        for layer in (model[2], model[4], model[6]):
+            layer.weight.uniform_(-math.sqrt(6 / 32) / 30, math.sqrt(6 / 32) / 30)
+    optimizer = torch.optim.Adam(model.parameters(), 3e-4)
+
+    def loss(out: Tensor) -> Tensor:
+        return functional.mse_loss(out, wave)
+
+    for _ in range(200):
+        optimizer.zero_grad()
+        loss(model(POINTS)).backward()
+        optimizer.step()
+    found = examine(stabkit.trace(model, POINTS, check=False), loss)
+    assert [finding for finding in found.findings if serious(finding)] == []

@@ -20,6 +20,13 @@ _LARGE = 1e6
 _ROUNDS = 50  # of a quasi-Newton method: mean squared errors take one, cross entropies about ten
 
 
+def beside_a_constant(call: ForwardPass, loss: Any) -> float | None:
+    """The loss as it is, over what the best constant output leaves of it; None where unknown."""
+    done = training_pass(call, loss, differentiate=False)
+    floor = left_by_a_constant(loss, done.output) if done.loss is not None else None
+    return None if floor is None or done.loss is None or not floor > 0 else float(done.loss.detach()) / floor
+
+
 def left_beside_a_constant(call: ForwardPass, loss: Any, actions: Sequence[Action] = ()) -> float | None:
     """What a few steps of Adam leave of a loss, over what the best constant output leaves of it; None where unknown."""
     done = training_pass(call, loss, differentiate=False)
