@@ -51,7 +51,8 @@ class Pairs(nn.Module):
         for block in self.blocks:
             x, residual = block(x, residual)
         assert residual is not None
-        return self.norm(x, residual)[0] if self.fused else self.norm(residual + x)[0]
+        made: Tensor = self.norm(x, residual)[0] if self.fused else self.norm(residual + x)[0]
+        return made
 
 
 class Stacked(nn.Module):

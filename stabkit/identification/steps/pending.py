@@ -63,8 +63,8 @@ def _name(found: Blocks) -> Name | None:
         first = name_one_state(Blocks(np.zeros((1, 1)), np.ones((1, 1)), found.B[:, :1], found.V, (0,), found.rows[:1]))
         same = np.allclose(found.B, found.B[0, 0], atol=CLOSE)
         told = "" if same else f", h = {', '.join(f'{h:.3g}' for h in found.B[0])}"
-        name = f"Lie splitting ({len(found.rows)} Euler steps{told})"
-        return replace(first, name=name, system="x' = f_1(x) + f_2(x) + ..., one after the other")
+        text = f"Lie splitting ({len(found.rows)} Euler steps{told})"
+        return replace(first, name=text, system="x' = f_1(x) + f_2(x) + ..., one after the other")
     name = name_one_state(found)
     return name if name.is_known and len(found.rows) else None
 
