@@ -234,6 +234,8 @@ class _Analysis:
                 spectra=shared,
                 parallel=self.parallel,
                 trained=chosen.trained,
+                # of parameters that are spread over ranks no copies are trained
+                optimizer=None if is_spread(self.model) else chosen.optimizer,
             )
             training = None
             if chosen.optimizer is not None:

@@ -28,14 +28,17 @@ class BlockCurvature(Result):
             sum to 1.
         sharpness: the largest eigenvalue of its own diagonal block, to 1 percent; None where it was not
             asked for.
+        converged: whether its search came so near within its 20 products; where not, it is a lower bound.
     """
 
     name: str
     share: float
     sharpness: float | None = None
+    converged: bool = True
 
     def __str__(self) -> str:
-        own = "" if self.sharpness is None else f", alone {self.sharpness:.4g}"
+        least = "" if self.converged else "at least "
+        own = "" if self.sharpness is None else f", alone {least}{self.sharpness:.4g}"
         return f"{self.name or 'the model'}: {self.share:.0%} of it{own}"
 
 
@@ -67,7 +70,7 @@ def by_block(
     alone = {name: _alone(operator, v, owners, name, max(tol, _LOOSE)) for name, _ in found[:own]}
     if len(found) == 1:
         alone = {}  # it is the whole
-    return tuple(BlockCurvature(name, share, alone.get(name)) for name, share in found)
+    return tuple(BlockCurvature(name, share, *alone.get(name, ())) for name, share in found)
 
 
 def _owners(module: nn.Module, hessian: Hessian, paths: Sequence[str] | None) -> list[str]:
@@ -88,15 +91,18 @@ def _owners(module: nn.Module, hessian: Hessian, paths: Sequence[str] | None) ->
     return [block_of(holder) for holder in holders]
 
 
-def _alone(operator: Preconditioned, v: Tensor, owners: Sequence[str], name: str, tol: float) -> float:
-    """The largest eigenvalue of one diagonal block: the search begins at its part of the whole eigenvector."""
+def _alone(operator: Preconditioned, v: Tensor, owners: Sequence[str], name: str, tol: float) -> tuple[float, bool]:
+    """The largest eigenvalue of one diagonal block and whether that converged.
+
+    The search begins at its part of the whole eigenvector.
+    """
     kept = [i for i, owner in enumerate(owners) if owner == name]
     parts = torch.split(v, operator.hessian.sizes)
     start = torch.cat([parts[i] for i in kept])
     if not bool(start.any()):
-        return 0.0
+        return 0.0, True
     inside = operator.part(kept)
     rows = rows_for(len(start), start.dtype.itemsize)
     found = largest(inside.matvec, len(start), 1, tol=tol, start=start, rows=rows, max_products=_MOST)
     operator.hessian.n_products += inside.hessian.n_products
-    return float(found.values[0])
+    return float(found.values[0]), bool(found.converged[0])

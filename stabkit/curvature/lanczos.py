@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from stabkit.errors import TraceError
+from stabkit.curvature.conjugate import Climb, not_finite
 from stabkit.threads import single_threaded
 
 #: How much of a start vector that was found before is drawn anew: what it is orthogonal to is then found too.
@@ -24,6 +24,7 @@ DRAWN = 0.05
 # Of the basis, at least and at most. With three there are no gaps to judge an error by, so that residuals alone have to
 # do: 1.5 to 2.4 times as many products in six searches.
 _ROWS = (4, 20)
+_ENOUGH = 9  # rows with which restarts cost few products: fewer make room for one between two of them
 _MEMORY = 2**26  # bytes that all of them may take where more than the least are kept
 
 Product = Callable[[Tensor, Tensor], Tensor]
@@ -80,10 +81,7 @@ class _Basis:
             w = self.V[j + 1]
         before = float(torch.linalg.vector_norm(w))
         if not math.isfinite(before):
-            raise TraceError(
-                "a product with the Hessian is not finite: the loss, or a derivative of it, is NaN or beyond the range "
-                "of its dtype where the weights are"
-            )
+            raise not_finite()
         basis = self.V[: j + 1]
         along = basis @ w
         w.addmv_(basis.T, along, alpha=-1)
@@ -138,6 +136,29 @@ class _Basis:
         self.coupling = np.zeros(self.rows)
         self.coupling[:count] = coupling
         self.size = count
+
+    def climb(self, past: list[tuple[float, float]]) -> Climb:
+        """Go on from the largest Ritz vector, in the place of the first rows; the last direction is what it moved by.
+
+        Nothing was restarted yet, so that of A V only what lies along the next row is not in T.
+        """
+        p = self.size
+        values, S, residuals = self.ritz()
+        before = np.append(np.linalg.eigh(self.T[: p - 1, : p - 1])[1][:, -1], 0.0)
+        best = S[:, -1]
+        moved = before - (before @ best) * best
+        length = float(np.linalg.norm(moved))
+        moved = moved / length if length > _TINY else S[:, -2]
+        turned = np.zeros((4, p + 1))
+        turned[0, :p], turned[2, :p] = best, moved
+        turned[1, p] = self.coupling[p - 1] * best[-1]
+        turned[3] = np.append(self.T[:p, :p] @ moved, self.coupling[p - 1] * moved[-1])
+        M = torch.from_numpy(turned).to(self.V)
+        for part in torch.split(self.V[: p + 1], _COLUMNS, dim=1):
+            part[:4] = M @ part
+        return Climb(
+            self.V[:4], float(values[-1]), float(np.abs(values).max()), float(values[-2] + residuals[-2]), past
+        )
 
 
 class _Scaled:
@@ -216,7 +237,9 @@ def largest(
     """
     k = min(k, n)
     rows = min(n, max(rows, k + 3))
+    climbs = k == 1 and not spare and rows < min(_ENOUGH, n)
     basis, made, looking = _Basis(n, rows, start), 0, False
+    past = []
     low = math.inf, math.inf  # a Ritz value stays a bound when a restart has let go of its vector
     del start  # as large as the model
     scaled = _Scaled(product)
@@ -229,6 +252,7 @@ def largest(
         top = np.arange(len(values))[::-1][:k]
         goal = tol * float(np.abs(values).max(initial=0.0))
         found = _errors(values, residuals, top) <= goal
+        past.append((float(values[-1]), float(residuals[-1])))
         if made >= max_products or basis.size == n:
             break
         settled = len(top) == k and bool(found.all())
@@ -242,6 +266,19 @@ def largest(
             if basis.size == rows:
                 basis.restart(_kept(len(values), k, rows), values, S)
             basis.turn(seed=made)
+        elif climbs and basis.size == rows:
+            top_one = basis.climb(past)
+            top_one.run(scaled, tol, max_products - made)
+            return Eigenpairs(
+                np.array([scaled.size * top_one.value]),
+                np.array([scaled.size * top_one.residual]),
+                np.array([top_one.converged]),
+                top_one.vectors[:1].clone(),
+                scaled.size * low[0],
+                scaled.size * low[1],
+                max(top_one.asymmetry, basis.asymmetry) / top_one.size,
+                len(top_one.past),
+            )
         elif basis.size == rows:
             basis.restart(_kept(len(values), k, rows), values, S)
     back = np.arange(len(values))[::-1][: k + spare]

@@ -207,7 +207,7 @@ def with_lost_parameters(flow: FlowLike, found: Diagnosis, settings: Settings) -
     if cut_by_a_draw(hidden):
         found = _but_for_draws(flow, found, hidden[0], settings)
     if callable(loss) and done.loss is not None and bool(done.loss.detach().isfinite()):
-        lost += _of_training_pass(TrainingRun(flow, loss, call, done), [*found.findings, *lost])
+        lost += _of_training_pass(TrainingRun(flow, loss, call, done, settings.optimizer), [*found.findings, *lost])
     if not lost:
         return found
     kept = [_behind_closed(finding, found, lost) for finding in found.findings]

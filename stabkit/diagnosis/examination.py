@@ -6,6 +6,8 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
+import torch
+
 from stabkit.diagnosis.blocks.initialisation import known_initialisations, made_otherwise
 from stabkit.diagnosis.blocks.small_matrices import with_small_matrices
 from stabkit.diagnosis.causes import with_causes, with_lost_parameters
@@ -130,6 +132,7 @@ def examine(
     parallel: Parallel = SERIAL,
     trials: int = TRIALS,
     trained: bool = False,
+    optimizer: torch.optim.Optimizer | None = None,
 ) -> Diagnosis:
     """The full result behind `diagnose`, which returns its findings alone: verdict, measurement and findings.
 
@@ -144,9 +147,10 @@ def examine(
         parallel: who measures what.
         trials: measurements that trying remedies may take, at most.
         trained: whether the weights are known to have been trained, so that no remedy of how they start is one.
+        optimizer: that trains the model; what is said of optimizers is then tried with it, at its own settings.
     """
     check_flow(flow)
-    settings = Settings(loss, thresholds or Thresholds(), probes, seed, parallel, trained)
+    settings = Settings(loss, thresholds or Thresholds(), probes, seed, parallel, trained, optimizer)
     with made_once():
         if isinstance(flow, Flow):
             flow = with_statistics(flow if loss is None else flow.following(loss))

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
+import torch
 
 from stabkit.attribution import Mechanism, mechanisms
 from stabkit.diagnosis.blocks.outliers import local_findings, rank_findings
@@ -77,6 +78,7 @@ class Settings:
         seed: the seed of every random choice.
         parallel: who measures what.
         trained: whether the weights are known to have been trained, so that no remedy of how they start is one.
+        optimizer: that trains the model, where it is known.
     """
 
     loss: object = None
@@ -85,6 +87,7 @@ class Settings:
     seed: int = 0
     parallel: Parallel = SERIAL
     trained: bool = False
+    optimizer: torch.optim.Optimizer | None = None
 
 
 def suspected(

@@ -78,18 +78,8 @@ def test_nothing_is_said_where_it_trains(dtype):
 
 
 def test_steps_that_bfloat16_rounds_away_are_said():
-    class Offset(nn.Module):
-        """A function of weights about a large number, beside which a step is nothing."""
-
-        def __init__(self) -> None:
-            super().__init__()
-            self.weight = nn.Parameter(8.0 + 0.3 * torch.randn(8, 4, generator=torch.Generator().manual_seed(3)))
-
-        def forward(self, x: Tensor) -> Tensor:
-            return torch.tanh(x @ (self.weight - 8.0))
-
-    assert not found(Offset(), X)
-    (told,) = found(Offset().bfloat16(), X.bfloat16())
+    assert not found(_Offset(), X)
+    (told,) = found(_Offset().bfloat16(), X.bfloat16())
     assert told.kind == "precision_loss"
     assert "the weights are bfloat16, and a step of 0.001 is lost in 100% of them" in told.evidence
 
@@ -136,3 +126,58 @@ def test_frozen_weights_in_half_are_left_alone():
 class _Wider(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return x.float()
+
+
+def with_optimizer(model: nn.Module, x: Tensor, optimizer: torch.optim.Optimizer) -> list[stabkit.Finding]:
+    report = stabkit.analyze(model, x, loss=squares, spectrum="none", optimizer=optimizer)
+    return [f for f in report.findings if f.kind == "precision_loss"]
+
+
+def given(kind: str, model: nn.Module) -> torch.optim.Optimizer:
+    p = model.parameters()
+    return {
+        "adam": lambda: torch.optim.Adam(p, lr=1e-3),
+        "adam, large eps": lambda: torch.optim.Adam(p, lr=1e-3, eps=1e-4),
+        "rmsprop": lambda: torch.optim.RMSprop(p, lr=1e-3),
+        "rmsprop, large eps": lambda: torch.optim.RMSprop(p, lr=1e-3, eps=1e-4),
+        "sgd": lambda: torch.optim.SGD(p, lr=0.05, momentum=0.9),
+        "two groups": lambda: torch.optim.AdamW(
+            [{"params": model[0].parameters(), "eps": 1e-4}, {"params": model[2].parameters()}], lr=1e-3
+        ),
+    }[kind]()
+
+
+@pytest.mark.parametrize("kind", ["adam, large eps", "rmsprop, large eps", "sgd"])
+def test_an_optimizer_that_float16_holds_is_taken_as_it_is(kind):
+    model = network().half()
+    assert not with_optimizer(model, X.half(), given(kind, model))
+
+
+@pytest.mark.parametrize("kind", ["adam", "rmsprop", "two groups"])
+def test_the_eps_that_is_zero_is_that_of_the_optimizer_that_is_given(kind):
+    model = network().half()
+    optimizer = given(kind, model)
+    (told,) = with_optimizer(model, X.half(), optimizer)
+    assert told.severity == "critical"
+    assert f"{type(optimizer).__name__}'s eps of 1e-08 is zero" in told.evidence
+    assert f"{type(optimizer).__name__} an eps that float16 holds: 0.0001 leaves" in told.remedy
+    assert all(bool(p.isfinite().all()) for p in model.parameters())
+    assert not optimizer.state
+
+
+@pytest.mark.parametrize(("rate", "lost"), [(1e-2, True), (0.1, False)])
+def test_steps_of_the_optimizer_that_is_given_are_lost_or_not_by_its_rate(rate, lost):
+    model = _Offset().bfloat16()
+    told = with_optimizer(model, X.bfloat16(), torch.optim.Adam(model.parameters(), lr=rate))
+    assert [("a step of 0.01 is lost" in f.evidence, f.severity) for f in told] == [(True, "warning")] * lost
+
+
+class _Offset(nn.Module):
+    """A function of weights about a large number, beside which a step is nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(8.0 + 0.3 * torch.randn(8, 4, generator=torch.Generator().manual_seed(3)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.tanh(x @ (self.weight - 8.0))

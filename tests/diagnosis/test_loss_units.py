@@ -109,6 +109,14 @@ def test_gradients_below_the_eps_of_adam_are_told_with_what_a_larger_loss_is_wor
     assert left_after(call, loss, [adam(1e-2)]) > 0.99 > left_after(call, lambda out: factor * loss(out), [adam(1e-2)])
 
 
+@pytest.mark.parametrize(("eps", "count"), [(1e-8, 1), (1e-20, 0)])
+def test_the_eps_is_that_of_the_optimizer_that_is_given(eps: float, count: int):
+    model, loss = SMALL["weighted"]
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2, eps=eps)
+    report = stabkit.analyze(model, X, loss=loss, spectrum="none", optimizer=optimizer)
+    assert [f.numbers["epsilon"] for f in report.findings if "eps" in f.remedy] == [1e-8] * count
+
+
 def test_gradients_that_are_small_since_all_is_learnt_raise_nothing():
     model = Scaled()
     with torch.no_grad():

@@ -14,13 +14,14 @@ from stabkit.diagnosis.finding import LOSS, Finding, of_last_step
 from stabkit.diagnosis.losses.loud_logits import cross_entropies
 from stabkit.diagnosis.losses.regressions import Regression, regressions
 from stabkit.diagnosis.losses.scales import Standardised, far_targets, rms, standardised_inputs, standardised_targets
+from stabkit.diagnosis.remedies.given_optimizer import named_settings, steps_of_given
 from stabkit.diagnosis.remedies.short_training import STEPS
 from stabkit.diagnosis.remedies.usual_training import EPSILON, RATES, adam, left_after, sgd
 from stabkit.diagnosis.training_run import TrainingRun
 from stabkit.tracing.recording.forward_pass import ForwardPass
 from stabkit.tracing.recording.training_pass import TrainingPass
 
-_SMALL = 10 * EPSILON  # root mean square of a gradient from which eps shortens a step by a tenth
+_SHORTENS = 10  # times eps: root mean square of a gradient from which eps shortens a step by a tenth
 _UNLEARNT = 0.05  # of what equal chances, or the mean of the targets, cost: below, a loss is small since it was learnt
 _MOVES = 0.05  # of a loss that a few steps take away where they move something
 _STILL = 0.01  # of a loss that they take away where they move nothing
@@ -99,27 +100,36 @@ def _below_eps(run: TrainingRun, found: Sequence[Regression]) -> list[Finding]:
     """Gradients so small that Adam divides them by its eps instead of by their size."""
     sizes = {path: rms(g.to_dense()) for path, g in run.done.gradients.items() if g is not None}
     largest = max(sizes.values(), default=0.0)
-    if not 0 < largest < _SMALL or not _unlearnt(run.done, found):
+    name, epsilon = "Adam", EPSILON
+    if run.optimizer is not None:
+        name, epsilon = type(run.optimizer).__name__, max(named_settings(run.optimizer, "eps"), default=0.0)
+    if not 0 < largest < _SHORTENS * epsilon or not _unlearnt(run.done, found):
         return []
-    plain, scaled = (
-        left_after(run.call, run.loss, [adam(r, factor) for r in RATES]) for factor in (1.0, 1.0 / largest)
-    )
+    plain, scaled = (_left_of_scaled(run, factor) for factor in (1.0, 1.0 / largest))
     if plain is None or scaled is None or not scaled <= 1 - _MOVES:
         return []
     limited = 1 - plain < _MOVES * (1 - scaled)
     evidence = (
-        f"the gradients of all {len(sizes)} parameters are of size {largest:.2g} at most, and Adam adds {EPSILON:g} to "
-        f"their size before it divides by it, so that its first steps are {largest / (largest + EPSILON):.2g} of what "
-        f"the rate says; tried on a copy, {STEPS} steps of Adam leave {plain:.1%} of the loss, and {scaled:.1%} with "
-        f"the loss multiplied by {1 / largest:.2g}"
+        f"the gradients of all {len(sizes)} parameters are of size {largest:.2g} at most, and {name} adds {epsilon:g} "
+        f"to their size before it divides by it, so that its first steps are {largest / (largest + epsilon):.2g} of "
+        f"what the rate says; tried on a copy, {STEPS} steps of {name} leave {plain:.1%} of the loss, and {scaled:.1%} "
+        f"with the loss multiplied by {1 / largest:.2g}"
     )
     remedy = f"multiply the loss by {_decade(1 / largest)}"
     spread = max((rms(each.targets) for each in found), default=0.0)
     if spread > 0:
         remedy += f", or divide outputs and targets by {spread:.2g}, their size, before they meet"
-    remedy += f"; or give Adam an eps far below {largest:.2g}"
-    numbers = {"gradient": largest, "epsilon": EPSILON, "plain": plain, "scaled": scaled}
+    remedy += f"; or give {name} an eps far below {largest:.2g}"
+    numbers = {"gradient": largest, "epsilon": epsilon, "plain": plain, "scaled": scaled}
     return [of_last_step(run.flow, "loss", "warning" if limited else "info", LOSS, evidence, remedy, _KINGMA, numbers)]
+
+
+def _left_of_scaled(run: TrainingRun, factor: float) -> float | None:
+    """What Adam, or the optimizer that is given, leaves of the loss where that is multiplied by a factor."""
+    if run.optimizer is None:
+        return left_after(run.call, run.loss, [adam(r, factor) for r in RATES])
+    steps = steps_of_given(run.call, lambda out: factor * run.loss(out), run.optimizer)
+    return None if steps is None else steps.left
 
 
 def _decade(number: float) -> str:

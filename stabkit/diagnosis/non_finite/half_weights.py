@@ -2,15 +2,15 @@
 
 Adam keeps the mean square of each gradient and divides by its root plus eps. In float16 the squares of gradients below
 about 8e-3 are zero when they are weighted by 1 - 0.999, and so is an eps of 1e-8: the step is something over zero. In
-bfloat16 a step is lost where it is less than 1/256 of the weight that it is added to. Both are measured with steps of
-Adam on a copy, in half precision and in float32.
+bfloat16 a step is lost where it is less than 1/256 of the weight that it is added to. Both are measured with steps on a
+copy, in half precision and in float32: of the optimizer that is given, or else of Adam as it comes.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -18,7 +18,8 @@ from torch import Tensor
 
 from stabkit.diagnosis.finding import LOSS, Finding
 from stabkit.diagnosis.non_finite.gradient_underflow import ScaledLoss
-from stabkit.diagnosis.remedies.applying import LARGEST, copied, is_small
+from stabkit.diagnosis.remedies.applying import LARGEST, copied, is_small, trainable
+from stabkit.diagnosis.remedies.given_optimizer import named_settings, steps_of_given, transferred
 from stabkit.diagnosis.remedies.short_training import STEPS
 from stabkit.diagnosis.remedies.usual_training import EPSILON, RATES, adam, left_after
 from stabkit.diagnosis.training_run import TrainingRun
@@ -44,6 +45,9 @@ def half_weight_findings(run: TrainingRun) -> list[Finding]:
     if isinstance(loss, ScaledLoss):  # the optimizer sees the gradients of the loss as it is
         loss = loss.loss
         done = training_pass(call, loss)
+    dtype = next(iter(half.values())).dtype
+    if run.optimizer is not None:
+        return _of_given(run, loss, dtype, run.optimizer)
     moved = {path: (p, g.to_dense()) for path, p in half.items() if (g := done.gradients.get(path)) is not None}
     broken, lost, count, largest = 0, 0, 0, 0.0
     for weight, gradient in moved.values():
@@ -55,7 +59,6 @@ def half_weight_findings(run: TrainingRun) -> list[Finding]:
         count += after.numel()
     if not broken and largest < 10 * EPSILON:  # below eps, a step is lost to that
         return []
-    dtype = next(iter(half.values())).dtype
     if not broken and not lost:
         return _at_fine_tuning(flow, call, loss, dtype, moved)
     plain, single = left_after(call, loss, [adam(r) for r in RATES]), _in_float32(call, loss, RATES)
@@ -63,7 +66,66 @@ def half_weight_findings(run: TrainingRun) -> list[Finding]:
         return [] if broken else _at_fine_tuning(flow, call, loss, dtype, moved)  # it trains as well as it is
     if not broken and (plain is None or single is None):
         return []  # what is lost of single steps may well be regained
-    return [_finding(flow, call, loss, dtype, broken, lost, count, (plain, single))]
+    larger = left_after(call, loss, [adam(r, eps=_LARGE_EPSILON) for r in RATES]) if broken else None
+    return [_finding(flow, _Steps(dtype, broken, lost, count, plain, single, larger))]
+
+
+@dataclass(frozen=True)
+class _Steps:
+    """What steps of an optimizer make of weights in half precision, and of the loss.
+
+    Attributes:
+        dtype: of the weights.
+        broken: entries that the first step makes infinite or NaN.
+        lost: entries that it leaves what they were.
+        count: of all entries.
+        plain: what a few steps leave of the loss, infinite where they end in what is not finite; None where not tried.
+        single: the same in float32.
+        larger: the same in half precision with a larger eps.
+        optimizer: its class.
+        rate: its rate.
+        eps: its eps that the dtype rounds to zero; None where there is none.
+    """
+
+    dtype: torch.dtype
+    broken: int
+    lost: int
+    count: int
+    plain: float | None
+    single: float | None
+    larger: float | None
+    optimizer: str = "Adam"
+    rate: float = RATES[-1]
+    eps: float | None = EPSILON
+
+
+def _of_given(run: TrainingRun, loss: Any, dtype: torch.dtype, optimizer: torch.optim.Optimizer) -> list[Finding]:
+    """The same of the optimizer that trains the model, with its own eps, rate and all else that it holds."""
+    call = run.call
+    steps = steps_of_given(call, loss, optimizer)
+    if steps is None:
+        return []
+    finite = math.isfinite(steps.left)
+    if finite and not steps.lost:
+        return []
+    single = _given_in_float32(call, loss, optimizer)
+    if not finite and not (single is not None and math.isfinite(single)) and not steps.broken:
+        return []  # it diverges in whatever dtype
+    if single is not None and not single < steps.left - _CLEARLY:
+        return []  # it trains as well as it is, or no better in float32
+    if finite and single is None:
+        return []
+    zero = [eps for eps in named_settings(optimizer, "eps") if eps > 0 == float(torch.tensor(eps, dtype=dtype))]
+    larger = None
+    if not finite and zero:
+        own = list(trainable(call.module).values())
+        held = steps_of_given(call, loss, transferred(optimizer, own, own, eps=_LARGE_EPSILON))
+        larger = None if held is None else held.left
+    rate = max(named_settings(optimizer, "lr"), default=math.nan)
+    told = _Steps(dtype, steps.broken, steps.lost, steps.count, steps.left, single, larger)
+    return [
+        _finding(run.flow, replace(told, optimizer=type(optimizer).__name__, rate=rate, eps=max(zero, default=None)))
+    ]
 
 
 def _at_fine_tuning(
@@ -97,53 +159,74 @@ def _at_fine_tuning(
     return [Finding("precision_loss", "info", steps, LOSS, 1.0, evidence, remedy, _MICIKEVICIUS, numbers)]
 
 
-def _finding(
-    flow: Flow,
-    call: ForwardPass,
-    loss: Any,
-    dtype: torch.dtype,
-    broken: int,
-    lost: int,
-    count: int,
-    left: tuple[float | None, float | None],
-) -> Finding:
-    name, (plain, single) = str(dtype).rpartition(".")[2], left
-    around = f"torch.autocast(..., dtype={dtype}) round the forward pass{', with torch.amp.GradScaler,' * bool(broken)}"
+def _finding(flow: Flow, steps: _Steps) -> Finding:
+    name, plain, single = str(steps.dtype).rpartition(".")[2], steps.plain, steps.single
+    fails = bool(steps.broken) or (plain is not None and not math.isfinite(plain))
+    scaled = ", with torch.amp.GradScaler," * fails
     remedy = (
-        f"keep the weights in float32: model.float(); {around} computes in {name} all the same, which was not tried"
+        f"keep the weights in float32: model.float(); torch.autocast(..., dtype={steps.dtype}) round the forward "
+        f"pass{scaled} computes in {name} all the same, which was not tried"
     )
-    if broken:
-        evidence = (
-            f"the weights are {name}, in which Adam's eps of {EPSILON:g} is zero and so are the squares of small "
-            f"gradients: its first step divides by zero and makes {broken} of {count} entries infinite or NaN"
-        )
-        larger = left_after(call, loss, [adam(r, eps=_LARGE_EPSILON) for r in RATES])
-        if larger is not None and larger < 1 - _CLEARLY:
-            remedy += f"; or give Adam an eps that {name} holds: {_LARGE_EPSILON:g} leaves {larger:.1%} of the loss"
+    makes = f"makes {steps.broken} of {steps.count} entries infinite or NaN"
+    if fails and steps.eps is not None:
+        small = f"the weights are {name}, in which {steps.optimizer}'s eps of {steps.eps:g} is zero and so are the "
+        evidence = f"{small}squares of small gradients: its "
+        evidence += f"first step divides by zero and {makes}" if steps.broken else "steps divide by zero"
+        if steps.larger is not None and steps.larger < 1 - _CLEARLY:
+            remedy += (
+                f"; or give {steps.optimizer} an eps that {name} holds: {_LARGE_EPSILON:g} leaves {steps.larger:.1%} "
+                "of the loss"
+            )
+    elif fails:
+        first = f"and the first step of {steps.optimizer} at {steps.rate:g} {makes}"
+        evidence = f"the weights are {name}, {first if steps.broken else 'in whose range the training does not stay'}"
     else:
         evidence = (
-            f"the weights are {name}, and a step of {RATES[-1]:g} is lost in {lost / count:.0%} of them, since it is "
-            f"less than the last of their digits ({torch.finfo(dtype).eps:.2g})"
+            f"the weights are {name}, and a step of {steps.rate:g} is lost in {steps.lost / steps.count:.0%} of them, "
+            f"since it is less than the last of their digits ({torch.finfo(steps.dtype).eps:.2g})"
         )
     if plain is not None and single is not None:
         ends = f"leave {plain:.1%} of the loss" if math.isfinite(plain) else "end in what is not finite"
-        evidence += f"; tried on a copy: {STEPS} steps of Adam {ends}, and with all in float32 {single:.1%}"
+        trained = f"{STEPS} steps of {steps.optimizer}"
+        evidence += f"; tried on a copy: {trained} {ends}, and with all in float32 {single:.1%}"
     return Finding(
         kind="precision_loss",
         # training that is not finite after some steps has failed
-        severity="critical" if broken and plain is not None and not math.isfinite(plain) else "warning",
+        severity="critical" if fails and plain is not None and not math.isfinite(plain) else "warning",
         steps=tuple(range(len(flow.steps))),
         module_path=LOSS,
         confidence=1.0,
         evidence=evidence,
         remedy=remedy,
         reference=_MICIKEVICIUS,
-        numbers={"broken": float(broken), "lost": float(lost), "weights": float(count)},
+        numbers={"broken": float(steps.broken), "lost": float(steps.lost), "weights": float(steps.count)},
     )
 
 
 def _in_float32(call: ForwardPass, loss: Any, rates: Sequence[float]) -> float | None:
     """What Adam leaves of the loss with weights and inputs in float32; None where the model does not stand that."""
+    try:
+        single = _single(call)
+        return None if single is None else left_after(single, loss, [adam(r) for r in rates])
+    except (StabkitError, RuntimeError):
+        return None
+
+
+def _given_in_float32(call: ForwardPass, loss: Any, optimizer: torch.optim.Optimizer) -> float | None:
+    """The same of the optimizer that is given."""
+    try:
+        single = _single(call)
+        if single is None:
+            return None
+        own, others = (list(module.parameters()) for module in (call.module, single.module))
+        steps = steps_of_given(single, loss, transferred(optimizer, own, others))
+    except (StabkitError, RuntimeError):
+        return None
+    return None if steps is None else steps.left
+
+
+def _single(call: ForwardPass) -> ForwardPass | None:
+    """A copy of model and inputs in float32; None where the model is too large, or no module by itself."""
     if call.model is not call.module or not is_small(call.module, LARGEST):
         return None
 
@@ -151,12 +234,5 @@ def _in_float32(call: ForwardPass, loss: Any, rates: Sequence[float]) -> float |
         return tensor.float() if tensor.dtype in _HALF else tensor
 
     inputs, kwargs = map_tensors([call.inputs, call.kwargs], single)
-    try:
-        model = copied(call.module).float()
-        return left_after(
-            replace(call, model=model, module=model, inputs=tuple(inputs), kwargs=kwargs),
-            loss,
-            [adam(r) for r in rates],
-        )
-    except (StabkitError, RuntimeError):
-        return None
+    model = copied(call.module).float()
+    return replace(call, model=model, module=model, inputs=tuple(inputs), kwargs=kwargs)
