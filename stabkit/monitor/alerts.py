@@ -32,6 +32,7 @@ class Alerts:
         self._broken = False
         self._quiet = 0
         self._before = 0
+        self._largest = -math.inf  # log of the largest gradient norm that was no spike
         self._said: set[tuple[str, str]] = set()  # in this episode
         self.first: Mover | None = None
 
@@ -90,13 +91,18 @@ class Alerts:
         total = math.log(record.gradient_norm) if record.gradient_norm > 0 else math.nan
         values = np.concatenate([blocks.growth[places], blocks.gain[places], [total]])
         found = []
-        for move in self._bank.add(values):
+        moves = self._bank.add(values)
+        for move in moves:
             field, block = divmod(move.series, len(self._names))
-            if _FIELDS[field] == "total" and move.value < move.usual:
-                continue  # a small gradient of everything is how training ends
+            if _FIELDS[field] == "total" and move.value < self._largest + self.rules.total_jump:
+                # a small gradient of everything is how training ends; where the data change after it has ended, or a
+                # full batch is at the edge of stability, it is for a while as large as at the start, or 6 times that
+                continue
             name, index = ("", -1) if _FIELDS[field] == "total" else (self._names[block], places[block])
             step = self._before if move.late else record.step
             found.append(Mover(**vars(move), step=step, name=name, index=index, field=_FIELDS[field]))
+        if math.isfinite(total) and all(move.series != len(values) - 1 for move in moves):
+            self._largest = max(self._largest, total)
         self._before = record.step
         return sorted(found, key=lambda mover: mover.index if mover.index >= 0 else len(names))
 

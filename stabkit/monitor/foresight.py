@@ -14,7 +14,7 @@ from stabkit.diagnosis import Finding
 from stabkit.errors import ArgumentError
 from stabkit.monitor.causes import Cause, Causes, times
 from stabkit.monitor.learning_rates import LearningRates
-from stabkit.monitor.losses import FAR, MILD, SLIGHT, Jump, LossJumps, LossReader
+from stabkit.monitor.losses import FAR, FEW, MILD, SLIGHT, Jump, LossJumps, LossReader
 from stabkit.monitor.parameters import is_sharded
 from stabkit.monitor.record import Along
 from stabkit.monitor.rules import AlertRules
@@ -155,7 +155,11 @@ class Foresight:
             return True
         if self.causes.convicts_rate(jump.began):
             return jump.excess > MILD or jump.lasting > SLIGHT or jump.lost > 1
-        return self.causes.suspects_rate(jump.began) and (jump.excess > FAR or jump.lasting > MILD)
+        if self.causes.suspects_rate(jump.began) and (jump.excess > FAR or jump.lasting > MILD):
+            return True
+        # Weights that start small are soon others in good training too: two kinds of 26 had losses by 0.1 to 0.85 above
+        # all before while their updates were long, and one loss or two say little of what is usual.
+        return jump.lasting > (FAR if jump.seen < FEW else MILD) and bool(self.causes.mostly_long(jump.began))
 
     def _measure(self, step: int, scale: Tensor | float) -> None:
         self._fetch(wait=False)

@@ -19,7 +19,8 @@ class AlertRules:
             times the median absolute deviation). At least a quarter of that distance must come in one record.
         jump: least distance of a spike from the median of the history, in nats.
         total_jump: the same limit for the norm of all gradients together, in nats. It is wider than ``jump`` because
-            this norm is no ratio and varies more from batch to batch.
+            this norm is no ratio and varies more from batch to batch; and the norm must be so far beyond the largest
+            before, too.
         certain: a change of gradient growth below this limit, in nats, is reported only if the next record confirms
             it: in recurrent networks single batches stand out without harm.
         drift: distance between the median of the first ``warmup`` records and that of the newest ``warmup`` records

@@ -46,9 +46,10 @@ def test_a_new_word_is_one_edit(monkeypatch):
     monkeypatch.setitem(SEVERITIES, "fatal", Word("training is over", "broken"))
     finding = Finding("oscillation", "fatal", (0,), "net", 0.9, "seen", "do", "ref")
     report = make_report(make_step(), verdict="oscillating", findings=(finding,))
-    assert "OSCILLATING" in printed(report)
-    assert "oscillation" in printed(report)
-    assert 'class="verdict grows">oscillating' in report_page(report)
+    assert "FATAL, OSCILLATION (depth alone: oscillating)" in printed(report)
+    alone = make_report(make_step(), verdict="oscillating")
+    assert "OSCILLATING" in printed(alone)
+    assert 'class="verdict grows">oscillating' in report_page(alone)
     assert report.from_dict(report.to_dict()) == report
     assert rank("fatal") > rank("critical")
     assert accused("critical", finding.kind, finding.severity)

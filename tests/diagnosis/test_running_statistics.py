@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 
 import pytest
@@ -72,6 +73,19 @@ def test_statistics_that_the_weights_ran_away_from():
     (found,) = said(model, x, loss)
     assert "the running statistics are not those of this batch" in found.evidence
     assert "this batch is unlike" in found.remedy
+
+
+def test_a_loss_that_is_nearly_gone_may_differ_by_a_factor():
+    model, x, loss = trained(0.1, 400)
+    with torch.no_grad():
+        model[3].weight.mul_(3.0)  # sure of every sample
+        model[3].bias.mul_(3.0)
+        model[1].running_mean.add_(1.0)
+    with torch.no_grad():
+        before, after = float(loss(model(x))), float(loss(copy.deepcopy(model).train()(x)))
+    assert before < 0.05
+    assert after < 0.5 * before
+    assert said(model, x, loss) == []
 
 
 def test_what_is_not_known_to_be_stale_needs_a_loss():

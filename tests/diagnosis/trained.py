@@ -32,7 +32,11 @@ SENTENCES = ("1x3", "1x11", "4x16")
 
 
 def trained(task: Task, seed: int = 0) -> tuple[nn.Module, float, Diagnosis, Diagnosis]:
-    """The network after training, its score, and what is said of it fresh and trained, in eval mode."""
+    """The network after training, its score, and what is said of it fresh and trained, in eval mode.
+
+    It is trained on, up to four times the steps of its task, until it has learned: how many that takes differs between
+    processors, whose rounding training amplifies.
+    """
     torch.manual_seed(seed)
     model, (x, y) = task.make(), data(task.data)
     few, some = x[:16], y[:16]
@@ -46,15 +50,19 @@ def trained(task: Task, seed: int = 0) -> tuple[nn.Module, float, Diagnosis, Dia
     fresh = said()
     optimizer = torch.optim.Adam(model.parameters(), task.rate)
     generator = torch.Generator().manual_seed(seed)
-    model.train()
-    for _ in range(task.steps):
-        chosen = torch.randint(0, len(x), (128,), generator=generator)
-        optimizer.zero_grad()
-        task.loss(model(x[chosen]), y[chosen]).backward()
-        optimizer.step()
-    model.eval()
-    with torch.no_grad():
-        score = task.good(model(x), y)
+    score = -math.inf
+    for _ in range(4):
+        model.train()
+        for _ in range(task.steps):
+            chosen = torch.randint(0, len(x), (128,), generator=generator)
+            optimizer.zero_grad()
+            task.loss(model(x[chosen]), y[chosen]).backward()
+            optimizer.step()
+        model.eval()
+        with torch.no_grad():
+            score = task.good(model(x), y)
+        if score >= task.least:
+            break
     return model, score, fresh, said()
 
 

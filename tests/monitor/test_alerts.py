@@ -110,6 +110,18 @@ def test_the_norm_of_all_gradients_is_judged_upwards_only():
         assert [f.kind for f in found] == ["exploding"] * count
 
 
+def test_a_gradient_that_is_as_large_as_at_the_start_again_is_no_explosion():
+    def told(again: float) -> list[float]:
+        alerts, rng = Alerts(), np.random.default_rng(0)
+        norms = [2.0, 1.5, 1.0, 0.3, 0.1, *rng.uniform(1e-3, 2e-3, 35), again]  # learnt, and then the data are others
+        records = [record(i, list(rng.normal(0, 0.05, 3)), total=norm) for i, norm in enumerate(norms)]
+        found = [f for each in records for f in alerts.judge(each)]
+        return [f.numbers["training_step"] for f in found]
+
+    assert told(3.0) == []
+    assert told(200.0) == [40]
+
+
 def test_blocks_called_in_another_order_keep_their_past():
     alerts = Alerts()
     for step in range(20):

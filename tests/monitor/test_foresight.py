@@ -9,7 +9,9 @@ import pytest
 import torch
 from torch import nn
 
+from stabkit.curvature import Secant
 from stabkit.monitor import Monitor, read_records
+from stabkit.monitor.causes import Causes
 from stabkit.monitor.learning_rates import LearningRates
 from stabkit.monitor.losses import LossJumps, LossReader
 from stabkit.monitor.rules import AlertRules
@@ -54,6 +56,59 @@ def test_healthy_runs_hear_nothing(name, every):
 
 def test_adversaries_hear_nothing():
     assert [monitor.findings for monitor in adversaries(1)] == [[], [], []]
+
+
+def far_outliers():
+    """A line under noise without a variance, whose weights start at a tenth of what they come to."""
+    noise = torch.distributions.StudentT(1.7)
+    slope = 3.0 * torch.randn(8)
+    model = nn.Linear(8, 1)
+
+    def loss():
+        x = torch.randn(16, 8)
+        return nn.functional.mse_loss(model(x)[:, 0], x @ slope + 0.3 * noise.sample((16,)))
+
+    return model, SGD(model.parameters(), lr=0.02), loss
+
+
+def rare_inputs():
+    """Few inputs that are not zero, some of them large, under Adagrad, whose first updates are its longest."""
+    slope = torch.randn(40)
+    model = nn.Sequential(nn.Linear(40, 32), nn.ReLU(), nn.Linear(32, 2))
+
+    def loss():
+        x = (torch.rand(16, 40) < 0.05) * torch.randn(16, 40).exp()
+        return nn.functional.cross_entropy(model(x), (x @ slope > 0).long())
+
+    return model, torch.optim.Adagrad(model.parameters(), lr=0.1), loss
+
+
+@pytest.mark.parametrize("kind", [far_outliers, rare_inputs])
+def test_weights_that_start_small_may_move_far_while_few_losses_are_known(kind):
+    found = []
+    for seed in range(3):
+        torch.manual_seed(seed)
+        model, optimizer, draw = kind()
+        with Monitor(model, 10, optimizer=optimizer) as monitor:
+            for _ in range(20):
+                optimizer.zero_grad()
+                loss = draw()
+                loss.backward()
+                monitor.step(loss)
+                optimizer.step()
+        found += monitor.findings
+    assert found == []
+
+
+def test_a_curvature_that_hovers_about_its_threshold_does_not_convict_the_rate():
+    def convicted(*ratios: float) -> bool:
+        causes = Causes(LearningRates([]))
+        for step, ratio in enumerate(ratios):
+            causes.add(step, Secant(2.0, 2.0 / ratio, ratio, 0.1, 0.1 / ratio, update_ratio=0.1))
+        return causes.convicts_rate(len(ratios))
+
+    assert not convicted(0.9, 1.17, 1.01)  # full batches at the edge of stability, on the way up and down again
+    assert convicted(0.9, 1.17, 1.5)
 
 
 def test_the_curvature_along_updates_is_in_records_and_files(tmp_path):

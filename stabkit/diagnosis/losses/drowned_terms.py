@@ -251,7 +251,7 @@ def _pulls(begun: Evaluated, place: int, loud: int) -> str:
     ]
     pulls = [torch.autograd.grad(parts[i], weights, retain_graph=True, allow_unused=True) for i in (place, loud)]
     shared = [(a, b) for a, b in zip(*pulls, strict=True) if a is not None and b is not None]
-    sizes = [math.sqrt(sum(float(g[i].double().square().sum()) for g in shared)) for i in (0, 1)]
+    sizes = [math.sqrt(sum(float(g[i].abs().double().square().sum()) for g in shared)) for i in (0, 1)]
     if not shared:
         return ""
     return f"; on the parameters that they share their gradients begin at {sizes[0]:.2g} and {sizes[1]:.2g}"

@@ -140,7 +140,7 @@ def _minimised(watch: _Turned, scalar: Tensor) -> frozenset[int]:
 
 
 def _size(gradients: dict[str, Tensor | None]) -> float:
-    held = [g.detach().to_dense().double() for g in gradients.values() if g is not None]
+    held = [g.detach().to_dense().abs().double() for g in gradients.values() if g is not None]
     return math.sqrt(sum(float(g.square().sum()) for g in held))
 
 

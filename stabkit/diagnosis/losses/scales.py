@@ -138,5 +138,5 @@ def standardised_targets(run: TrainingRun, found: Regression) -> Standardised | 
 
 
 def rms(tensor: Tensor) -> float:
-    """Root mean square of the entries; 0 where there are none."""
-    return float(tensor.detach().double().square().mean().sqrt()) if tensor.numel() else 0.0
+    """Root mean square of the moduli of the entries; 0 where there are none."""
+    return float(tensor.detach().abs().double().square().mean().sqrt()) if tensor.numel() else 0.0

@@ -38,7 +38,7 @@ def moved_weights(model: nn.Module, seed: int = 0) -> Iterator[None]:
     with stood_in(model):
         with torch.no_grad():
             for weight in trainable(model).values():
-                size = float(weight.double().square().mean().sqrt()) if weight.numel() else 0.0
+                size = float(weight.abs().double().square().mean().sqrt()) if weight.numel() else 0.0
                 noise = torch.randn(weight.shape, generator=generator)
                 weight.add_(noise.to(weight), alpha=max(_SHARE * size, _LEAST))
         yield

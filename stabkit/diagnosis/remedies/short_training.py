@@ -255,4 +255,4 @@ def _move(weights: Sequence[nn.Parameter], grads: Sequence[Tensor | None], rate:
 
 
 def _norm(tensors: Sequence[Tensor]) -> float:
-    return math.sqrt(sum(float(t.detach().double().square().sum()) for t in tensors))
+    return math.sqrt(sum(float(t.detach().abs().double().square().sum()) for t in tensors))
