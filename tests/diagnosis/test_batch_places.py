@@ -47,6 +47,61 @@ def centred(x: Tensor, _table: Tensor) -> Tensor:
     return x - x.mean(0)
 
 
+class Towers(nn.Module):
+    """Vectors of two inputs beside each other; positions may be counted along the samples."""
+
+    def __init__(self, out: Callable[[Tensor, Tensor], object], placed: bool = False) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.out, self.table = out, nn.Buffer(torch.randn(50, 1, 8) * placed)
+        self.one, self.other = nn.Linear(4, 8), nn.Linear(3, 8)
+        self.mix = nn.GRU(8, 8, batch_first=True)
+
+    def forward(self, x: Tensor, z: Tensor) -> object:
+        return self.out(self.mix(self.one(x) + self.table[: len(x)])[0][:, -1], self.other(z))
+
+
+def similar(u: Tensor, v: Tensor) -> Tensor:
+    return u @ v.T
+
+
+def others(u: Tensor, v: Tensor) -> Tensor:
+    """The similarity to the partner, and those to all others behind it."""
+    own = torch.eye(len(u), dtype=torch.bool)
+    return torch.cat([(u @ v.T)[own][:, None], (u @ v.T)[~own].reshape(len(u), -1)], 1)
+
+
+OUTPUTS: dict[str, Callable[[Tensor, Tensor], object]] = {
+    "matrix": similar,
+    "both ways": lambda u, v: {"one": u @ v.T, "other": v @ u.T, "own": (u * v).sum(1)},
+    "products": lambda u, v: u[:, None] * v[None],
+    "in one axis": lambda u, v: (u @ v.T).flatten(),
+    "diagonal masked": lambda u, v: (u @ v.T).masked_fill(torch.eye(len(u), dtype=torch.bool), -9e9),
+    "partner first": others,
+    "beside each other": lambda u, v: torch.cat([u @ v.T, u @ u.T], 1),
+    "each pair once": lambda u, v: (u @ v.T).triu(1),
+    "another's vector": lambda u, v: (u * v.flip(0)).sum(1),
+}
+
+
+def said_of_towers(model: nn.Module) -> list[Finding]:
+    draw = torch.Generator().manual_seed(1)
+    given = (torch.randn(12, 6, 4, generator=draw), torch.randn(12, 3, generator=draw))
+    return batch_place_findings(stabkit.trace(model, *given, check=False))
+
+
+@pytest.mark.parametrize("name", OUTPUTS)
+def test_samples_held_against_all_of_another_input(name: str) -> None:
+    assert said_of_towers(Towers(OUTPUTS[name])) == []
+
+
+@pytest.mark.parametrize("name", ["matrix", "both ways", "products", "partner first"])
+def test_positions_along_the_samples_beneath_a_matrix_of_them(name: str) -> None:
+    (found,) = said_of_towers(Towers(OUTPUTS[name], placed=True))
+    assert (found.kind, found.severity) == ("mixed_samples", "warning")
+    assert "it begins at add (test_batch_places.py:" in found.evidence
+
+
 def said(model: nn.Module) -> list[Finding]:
     x = torch.randn(12, 6, 4, generator=torch.Generator().manual_seed(1))
     return batch_place_findings(stabkit.trace(model, x, check=False))

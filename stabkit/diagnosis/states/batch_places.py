@@ -1,11 +1,14 @@
 """What a model returns for a sample must not depend on its place in the batch.
 
 Positions that are counted along the axis of samples do that: a table of times first, added to a batch that has samples
-first. In eval mode all samples change places, and their outputs must change places with them.
+first. In eval mode all samples change places, and their outputs must change places with them, along every axis that
+counts samples: the similarities of all samples of two inputs count them twice. Copies of one sample must be returned
+alike: where outputs hold samples against each other, only these may differ.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -36,9 +39,7 @@ def batch_place_findings(flow: Flow) -> list[Finding]:
         return []  # only where samples are kept apart, as the recording has proven: others may be compared on purpose
     trains = any(module.training for module in call.module.modules())
     plain = _outputs(evaluated(call).output if trains else flow.output, count)
-    if not plain or _follows(plain, _outputs(evaluated(call, _moved(count)).output, count), count):
-        return []
-    if not _is_fixed(call, plain, count):
+    if not plain or not _is_of_places(call, plain, count) or not _is_fixed(call, plain, count):
         return []
     first = _first(call, count)
     if first is None:
@@ -79,16 +80,42 @@ def _moved(count: int) -> Any:
     return lambda t: t.roll(1, 0) if t.dim() > 0 and len(t) == count else t
 
 
+def _alike(count: int) -> Any:
+    return lambda t: t[:1].expand_as(t) if t.dim() > 0 and len(t) == count else t
+
+
 def _outputs(output: Any, count: int) -> list[Tensor]:
     made = [t.detach() for _, t in named_tensors(output) if t.is_floating_point()]
     return made if all(t.dim() > 0 and len(t) == count and t.layout == torch.strided for t in made) else []
+
+
+def _is_of_places(call: ForwardPass, plain: Sequence[Tensor], count: int) -> bool:
+    """Whether outputs fail to change places with the samples, and differ where all samples are copies of one."""
+    moved, alike = (_outputs(evaluated(call, change(count)).output, count) for change in (_moved, _alike))
+    return not _follows(plain, moved, count) and not _follows(alike, alike, count)
 
 
 def _follows(plain: Sequence[Tensor], other: Sequence[Tensor], count: int) -> bool:
     """Whether outputs have changed places as the inputs have; also where that cannot be told."""
     if len(plain) != len(other) or any(a.shape != b.shape for a, b in zip(plain, other, strict=True)):
         return True
-    return not any(bool(differing(b, a.roll(1, 0)).any()) for a, b in zip(plain, other, strict=True))
+    return all(_has_followed(a, b, count) for a, b in zip(plain, other, strict=True))
+
+
+def _has_followed(one: Tensor, other: Tensor, count: int) -> bool:
+    """Whether an output has changed places along its first axis, and along others that count samples.
+
+    Where an axis counts the other samples, with one more or less (negatives behind a positive, all but the diagonal),
+    what a sample is returned may come in another order.
+    """
+    axes = [axis for axis, size in enumerate(one.shape) if size == count and axis]
+    every = [(0, *chosen) for n in range(len(axes) + 1) for chosen in itertools.combinations(axes, n)]
+    if any(not bool(differing(other, one.roll([1] * len(some), some)).any()) for some in every):
+        return True
+    if not any(size > 1 and size % count in (0, 1, count - 1) for size in one.shape[1:]):
+        return False
+    rows, others = (t.reshape(count, -1).sort(1).values for t in (one.roll(1, 0), other))
+    return not bool(differing(others, rows).any())
 
 
 def _is_fixed(call: ForwardPass, plain: Sequence[Tensor], count: int) -> bool:
@@ -99,8 +126,8 @@ def _is_fixed(call: ForwardPass, plain: Sequence[Tensor], count: int) -> bool:
         return False
     try:
         with moved_weights(call.module):
-            one, two = (_outputs(evaluated(call, change).output, count) for change in (None, _moved(count)))
-            return bool(one) and not _follows(one, two, count)
+            one = _outputs(evaluated(call).output, count)
+            return bool(one) and _is_of_places(call, one, count)
     except StabkitError:
         return False
 
@@ -144,18 +171,39 @@ def _first(call: ForwardPass, count: int) -> _Made | None:
         modes.append(_Noting(running))
         return modes[-1]
 
-    evaluated(call, mode=noting)
-    evaluated(call, _moved(count), noting)
+    for change in (None, _moved(count)):
+        evaluated(call, change, noting)
     if len(modes) != 2 or [m.name for m in modes[0].made] != [m.name for m in modes[1].made]:
         return None
-    for one, two in zip(modes[0].made, modes[1].made, strict=True):
+    for index, (one, two) in enumerate(zip(modes[0].made, modes[1].made, strict=True)):
         if not all(_is_placed(a, b, count) for a, b in zip(one.tensors, two.tensors, strict=True)):
-            return one if count in one.shape else None
+            return one if count in one.shape and not _is_of_pairs(call, count, modes[0].made, index) else None
     return None
+
+
+def _is_of_pairs(call: ForwardPass, count: int, made: Sequence[_Made], index: int) -> bool:
+    """Whether a result has two axes that get shorter with the batch: pairs of samples are ordered on purpose."""
+    shape = made[index].shape
+    if shape.count(count) < 2:
+        return False
+    modes: list[_Noting] = []
+
+    def noting(running: Evaluation) -> _Noting:
+        modes.append(_Noting(running))
+        return modes[-1]
+
+    evaluated(call, lambda t: t[:-1] if t.dim() > 0 and len(t) == count else t, noting)
+    if [each.name for each in modes[0].made] != [each.name for each in made]:
+        return True  # it cannot be told
+    less = modes[0].made[index].shape
+    return sum(one == count and other == count - 1 for one, other in zip(shape, less, strict=False)) > 1
 
 
 def _is_placed(one: Tensor, two: Tensor, count: int) -> bool:
     if one.shape != two.shape or one.layout != torch.strided:
         return False
+    if not bool(differing(two, one).any()):
+        return True
     axes = [axis for axis, size in enumerate(one.shape) if size == count]
-    return any(not bool(differing(two, each).any()) for each in (one, *(one.roll(1, axis) for axis in axes)))
+    every = [chosen for n in range(1, len(axes) + 1) for chosen in itertools.combinations(axes, n)]
+    return any(not bool(differing(two, one.roll([1] * len(some), some)).any()) for some in every)
