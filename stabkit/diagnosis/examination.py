@@ -244,6 +244,8 @@ class _Trials:
             trial = tried(self.flow, suspect, remedy, self.found, self.settings)
             if (weaker := scaled_skips(remedy)) is not None and self._is_too_strong(remedy, trial):
                 tries.append(weaker)
+            if trial.cured and trial.same_behind_first and is_of_units(suspect, unit := Cure(trial, remedy)):
+                return unit  # no training minds it, so that none is to judge other remedies beside it
             if trial.cured:
                 trains = self.training(remedy)
                 if finite and trains is not None and (not math.isfinite(trains.last) or self._stays(remedy, trains)):

@@ -120,9 +120,16 @@ def told_of(suspect: Finding, cure: Cure | None, limits: Thresholds) -> Finding:
 
 
 def is_of_units(suspect: Finding, cure: Cure) -> bool:
-    """Whether a gradient vanishes since a first norm takes the size of large data out again, and training minds not."""
+    """Whether a gradient vanishes since a first norm takes the size of large data out again, and training minds not.
+
+    Where nothing behind it changes with the size of the data, no training does, whatever a short one says by chance.
+    """
     first = cure.trial.before.measurement.steps[suspect.steps[0]]
-    if suspect.kind != "vanishing" or cure.remedy.data is None or not first.norms:
+    if suspect.kind != "vanishing" or cure.remedy.data is None:
+        return False
+    if cure.trial.same_behind_first:
+        return True
+    if not first.norms:
         return False
     return cure.ends is None or not clearly_better(*cure.ends)
 

@@ -15,6 +15,8 @@ from stabkit.identification.record import Identification
 from stabkit.identification.steps.composed_steps import with_compositions, with_first_rounds, with_half_kicks
 from stabkit.identification.steps.ends import with_ends
 from stabkit.identification.steps.forks_and_joins import changes_count
+from stabkit.identification.steps.linear_steps import with_first_restarts
+from stabkit.identification.steps.pending import with_pending_starts
 from stabkit.identification.time.iterated import read_iteration
 from stabkit.identification.time.over_time import Recurrences, closed_form_note
 from stabkit.parallel import SERIAL, Parallel
@@ -98,6 +100,7 @@ def identify(flow: FlowLike, *, checks: bool = True, parallel: Parallel = SERIAL
     found = [record for records in parallel.share(read_group, costs, name="reading") for record in records]
     found = _over_steps(found, recurrences)
     found = with_first_rounds(found)
+    found = with_first_restarts(with_pending_starts(found, around), around)
     found = with_ends(found, around, lambda slots, steps: read_states(around, slots, steps))
     found = with_compositions(found, lambda start, stop: with_time(read(around, start, stop)))
     return tuple(with_half_kicks(found, around))

@@ -53,7 +53,7 @@ from stabkit.identification.steps.implicit import (
     solves_inside,
 )
 from stabkit.identification.steps.iterated_solves import held_iteration, record_of_equation, solved_step
-from stabkit.identification.steps.linear_steps import read_linear
+from stabkit.identification.steps.linear_steps import read_linear, restarted
 from stabkit.identification.steps.noise import with_noise
 from stabkit.identification.steps.pairs import dense_concatenation, read_several_states
 from stabkit.identification.steps.predicted_steps import with_fed_step, with_predicted_step
@@ -168,7 +168,7 @@ def _one_state(around: Surroundings, found: Slots, steps: tuple[int, ...]) -> Id
     window = sliding_window(whole, steps)
     if window is not None:
         return window
-    linear = read_linear(around, found, links, steps)
+    linear = restarted(around, found, steps) or read_linear(around, found, links, steps)
     if linear is not None:
         return linear
     equation = solved_step(whole, around.names)
@@ -192,6 +192,10 @@ def _one_state(around: Surroundings, found: Slots, steps: tuple[int, ...]) -> Id
         why = "each of several like steps begins with a norm of the state: it puts the step before on the sphere"
         return replace(record, name="projected Euler (post-norm)", skip=None, notes=(why, *record.notes),
                        system=f"{record.system}, retracted to the sphere after each step")  # fmt: skip
+    if before and not any(link.form.stages for link in sums):
+        why = "a map of the state without weights, and a value that is held fixed is added to it"
+        name = Name("plain", "none: a map without a skip", 1.0, "h = 1: the map itself")
+        return record_of(name, None, steps, skip=0.0, residual=0.0, notes=(why,))
     if before:
         why = f"the skip begins after {', '.join(before)}: x' = P(x) + f(P(x)), which is no step from x"
         return nothing(steps, "transformed skip", why, "proven")

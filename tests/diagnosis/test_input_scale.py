@@ -115,3 +115,25 @@ def test_inputs_of_which_derivatives_are_taken_are_scaled_inside_of_the_network(
 def test_inputs_that_are_scaled_inside_raise_nothing():
     times = torch.linspace(0, 100, 64)[:, None]
     assert not [f for f in said(Residual(50.0), times).findings if "input_size" in f.numbers]
+
+
+def rows_behind(first: nn.Module, seed: int, act: type[nn.Module] = nn.ReLU) -> list[stabkit.Finding]:
+    """What is said of gradients that vanish, of raw numbers from 0 to 255 behind a first layer."""
+    torch.manual_seed(seed)
+    layers = [m for _ in range(5) for m in (nn.Linear(64, 64), act())]
+    model = nn.Sequential(first, nn.Linear(16, 64), act(), *layers, nn.Linear(64, 10))
+    x, y = (255 * torch.rand(64, 16)).round(), torch.randint(10, (64,))
+    found = stabkit.analyze(model, x, loss=lambda out: nn.functional.cross_entropy(out, y), spectrum="none").findings
+    return [f for f in found if f.kind == "vanishing"]
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+@pytest.mark.parametrize("norm", [lambda: nn.LayerNorm(16), lambda: nn.BatchNorm1d(16)])
+def test_what_a_norm_of_the_input_takes_out_of_the_gradient_is_a_unit_and_no_fault(norm, seed):
+    assert {f.severity for f in rows_behind(norm(), seed)} <= {"info"}
+
+
+def test_a_gradient_that_vanishes_behind_a_norm_of_the_input_is_told():
+    (told,) = rows_behind(nn.BatchNorm1d(16), 2, nn.Sigmoid)
+    assert told.severity == "critical"
+    assert "a norm takes out" not in told.evidence

@@ -108,16 +108,6 @@ class MeanOfLayers(Propagation):
         return torch.stack(layers, 1).mean(1)
 
 
-class Restart(Propagation):
-    """Gasteiger et al. 2019 (APPNP)."""
-
-    def forward(self, x):
-        h = x = self.first(x)
-        for _ in range(self.rounds):
-            x = 0.9 * (self.A @ x) + 0.1 * h
-        return x
-
-
 class InitialResidual(Propagation):
     """Chen et al. 2020 (GCNII)."""
 
@@ -129,9 +119,72 @@ class InitialResidual(Propagation):
         return x
 
 
-@pytest.mark.parametrize("model", [MeanOfLayers, Restart, InitialResidual])
+@pytest.mark.parametrize("model", [MeanOfLayers, InitialResidual])
 def test_propagation_along_a_graph_is_a_map_for_each_layer_and_no_step(model):
     found = read(model(), torch.randn(NODES, WIDTH), batch_dim=None)
     plain = [r for r in found if r.name == "plain"]
     assert len(plain) >= 3
     assert {r.skip for r in plain} == {0.0}
+
+
+ENDS = adjacency().nonzero(as_tuple=True)
+
+
+def passed(x):
+    """Messages along the edges, added up at their ends."""
+    to, of = ENDS
+    return torch.zeros_like(x).index_add(0, to, adjacency()[ENDS][:, None] * x[of])
+
+
+def scattered(x):
+    to, of = ENDS
+    messages = adjacency()[ENDS].view(-1, 1) * x.index_select(0, of)
+    return torch.zeros_like(x).scatter_add(0, to[:, None].expand_as(messages), messages)
+
+
+RESTARTS = {
+    "a dense product": lambda A, x, h: 0.9 * (A @ x) + 0.1 * h,
+    "messages": lambda A, x, h: 0.9 * passed(x) + 0.1 * h,
+    "messages, in two lines": lambda A, x, h: scattered(x) * (1 - 0.1) + 0.1 * h,
+    "an interpolation": lambda A, x, h: torch.lerp(passed(x), h, 0.1),
+    "one operation": lambda A, x, h: torch.addmm(h, A, x, beta=0.1, alpha=0.9),
+    "a sum over indices": lambda A, x, h: 0.1 * h + torch.einsum("ij,jk->ik", A, 0.9 * x),
+}
+
+
+class Ruled(Propagation):
+    """Gasteiger et al. 2019 (APPNP), or another rule."""
+
+    def __init__(self, rule):
+        super().__init__()
+        self.rule = rule
+
+    def forward(self, x):
+        h = x = self.first(x)
+        for _ in range(self.rounds):
+            x = self.rule(self.A, x, h)
+        return torch.log_softmax(x, 1)
+
+
+@pytest.mark.parametrize("rule", RESTARTS.values(), ids=RESTARTS)
+def test_a_linear_map_and_a_state_that_is_held_is_a_restart_from_it(rule):
+    """What is added is no field of the state, in whatever spelling; of the first step, the state itself is held."""
+    found = read(Ruled(rule), torch.randn(NODES, WIDTH), batch_dim=None)
+    restarts = [(r.name, r.evidence) for r in found[1:-1]]
+    assert restarts == [("restart from a held state x_0 (P x + 0.1 x_0)", "proven")] * 4
+
+
+def test_what_is_added_behind_a_map_and_depends_on_the_state_is_no_restart():
+    def rule(A, x, h):
+        y = passed(x)
+        return y + 0.1 * torch.tanh(y + h)
+
+    found = read(Ruled(rule), torch.randn(NODES, WIDTH), batch_dim=None)
+    assert {r.name for r in found[2:-1]} == {"transformed skip"}
+
+
+def test_a_held_state_behind_a_map_that_bends_is_no_field():
+    found = read(
+        Ruled(lambda A, x, h: 0.9 * torch.softmax(passed(x), 1) + 0.1 * h), torch.randn(NODES, WIDTH), batch_dim=None
+    )
+    assert {(r.name, r.skip) for r in found[2:-1]} == {("plain", 0.0)}

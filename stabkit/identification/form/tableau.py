@@ -98,7 +98,12 @@ def _rows(block: Matrix) -> list[list[float]]:
 
 
 def blocks(
-    form: NormalForm, contexts: Collection[Value] = (), *, moves_cancel: bool = False, one_coordinate: bool = False
+    form: NormalForm,
+    contexts: Collection[Value] = (),
+    *,
+    moves_cancel: bool = False,
+    one_coordinate: bool = False,
+    any_count: bool = False,
 ) -> Blocks | None:
     """The tableau of a normal form; None when a state does not reach the new states as a number times itself.
 
@@ -107,10 +112,11 @@ def blocks(
         contexts: values that are no states, but held fixed: the input of a recurrent network.
         moves_cancel: whether moved entries return to their places outside of this form.
         one_coordinate: take the first entry of every diagonal instead of the mean, for products of several diagonals.
+        any_count: take more or fewer targets than sources as well: where states of a method begin or end.
     """
     states = list(form.sources)
     numbers_only = _NUMBERS | {"moved"} if moves_cancel else _NUMBERS
-    if len(states) != len(form.targets):
+    if len(states) != len(form.targets) and not any_count:
         return None
     if any(a in states and c.kind not in numbers_only for terms in form.forms for a, c in terms.items()):
         return None
@@ -123,7 +129,7 @@ def blocks(
             rows += [(stage, i) for i, terms in enumerate(stage.inputs) if any(a not in contexts for a in terms)]
     size, r = len(rows), len(states)
     A, U = np.zeros((size, size)), np.zeros((size, r))
-    B, V = np.zeros((r, size)), np.zeros((r, r))
+    B, V = np.zeros((len(form.targets), size)), np.zeros((len(form.targets), r))
     outputs = [stage.output for stage, _ in rows]
     for i, (stage, number) in enumerate(rows):
         inputs = _own(stage.inputs[number], contexts, shared=counts[stage.key] > 1, one_coordinate=one_coordinate)

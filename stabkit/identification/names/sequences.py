@@ -13,6 +13,7 @@ from stabkit.identification.form.tableau import Blocks
 from stabkit.identification.names.single import CLOSE, Name, name_one_state
 from stabkit.tracing.graph.values import Value, meta_of
 
+RESTART = "restart from a held state x_0"
 _EULER = "forward Euler"
 
 
@@ -79,7 +80,7 @@ def _named(form: NormalForm, table: Blocks, behind: float) -> Name | None:
     if held:
         a, b = float(table.V[0, 0]), held[0].value * behind
         text = f"{a:.3g} x {'-' if b < 0 else '+'} {abs(b):.3g} x_0"
-        return Name(f"restart from a held state x_0 ({text})", "none: a state that is held is added", 1.0, "none")
+        return Name(f"{RESTART} ({text})", "none: a state that is held is added", 1.0, "none")
     linear = [i for i, stage in enumerate(table.rows) if _is_linear_term(form, stage)]
     if linear and len(linear) < len(table.rows) and not table.A.any():
         rest = [i for i in range(len(table.rows)) if i not in linear]

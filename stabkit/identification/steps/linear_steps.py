@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -19,8 +21,9 @@ from stabkit.identification.form.linear_parts import (
 from stabkit.identification.form.pieces import Piece
 from stabkit.identification.form.slots import Slots
 from stabkit.identification.form.tableau import blocks
-from stabkit.identification.names.single import name_one_state
-from stabkit.identification.record import Identification
+from stabkit.identification.names.sequences import RESTART
+from stabkit.identification.names.single import CLOSE, name_one_state
+from stabkit.identification.record import Identification, nothing
 from stabkit.identification.steps.around_addition import normalises
 from stabkit.identification.steps.driven_solves import driven_solve
 from stabkit.identification.steps.streams import mixed_streams
@@ -28,6 +31,7 @@ from stabkit.tracing.cutting.samples import Layout
 from stabkit.tracing.graph.values import Value, meta_of, operation, random_tensors
 from stabkit.vocabulary import moves
 
+_RESTARTS = "a linear map of the state and a state that is held fixed: nothing else depends on the state"
 _CLOSE = 1e-12
 _TAKES = moves("select")
 _SAME = 2048.0  # rounding units between products with one operator, as of products with a few matrices
@@ -169,3 +173,50 @@ def _joined(around: Surroundings, links: Sequence[Link]) -> Piece:
     nodes = {node for link in links for node in link.form.piece.nodes}
     ordered = [node for node in around.graph.nodes if node in nodes]
     return Piece(around.graph, ordered, links[0].form.sources, links[-1].form.targets)
+
+
+def restarted(around: Surroundings, found: Slots, steps: tuple[int, ...]) -> Identification | None:
+    """The record of a step P x + b x_0, where P is linear and x_0 an earlier state that is held; None for others.
+
+    What is added does not depend on the state, so that there is no field beside P, and no skip to begin behind it.
+    """
+    form = around.normal_form(steps[0], steps[-1] + 1, found)
+    terms, inputs = form.forms[0], [terms for stage in form.stages for terms in stage.inputs]
+    held = [atom for atom in terms if atom in found.contexts]
+    moved = [stage for stage in form.stages if stage.output in terms]
+    if len(held) != 1 or not moved or len(terms) != len(held) + len(moved) or terms[held[0]].kind != "scalar":
+        return None
+    whole = around.whole(steps[0], steps[-1] + 1, found)
+    affine = all(stage.is_affine and not stage.opaque for stage in form.stages)
+    if not affine or _is_driven(whole) or any(atom in found.contexts for terms in inputs for atom in terms):
+        return None
+    b, seen = terms[held[0]].value, {v for state in around.flow.states[: steps[0] + 1] for v in state.values}
+    if held[0] not in seen or meta_of(held[0]).shape != meta_of(found.targets[0]).shape:
+        return None
+    record = nothing(
+        steps, f"{RESTART} (P x {'-' if b < 0 else '+'} {abs(b):.3g} x_0)", _RESTARTS, "proven",
+        system="x' = P x - x + b x_0, Euler with h = 1; at rest x = P x + b x_0",
+    )  # fmt: skip
+    return replace(record, residual=terms[held[0]].residual)
+
+
+def with_first_restarts(records: Sequence[Identification], around: Surroundings) -> list[Identification]:
+    """Records, that of the step which begins at the state that the next ones hold as what these do: there x is x_0.
+
+    Args:
+        records: the readings of consecutive steps.
+        around: the flow.
+    """
+    found = list(records)
+    for i, (record, behind) in enumerate(itertools.pairwise(records)):
+        if not behind.name.startswith(f"{RESTART} (P x") or record.skip is None or record.name == behind.name:
+            continue
+        ours, theirs = (around.slots(one.steps[0], one.steps[-1] + 1) for one in (record, behind))
+        form = around.normal_form(record.steps[0], record.steps[-1] + 1, ours)
+        terms, held = form.forms[0], around.normal_form(behind.steps[0], behind.steps[-1] + 1, theirs).forms[0]
+        x = ours.sources[0]
+        same = x in terms and x in held and abs(terms[x].value - held[x].value) <= CLOSE
+        if len(ours.sources) == 1 and same and all(stage.is_affine for stage in form.stages):
+            why = "the first step of its kind: the state is the one that the next ones hold"
+            found[i] = replace(behind, steps=record.steps, notes=(why, *behind.notes), over_time=record.over_time)
+    return found

@@ -28,6 +28,7 @@ from stabkit.identification.names.single import Name
 from stabkit.identification.names.systems import HAMILTONIAN, name_several_states
 from stabkit.identification.record import Identification
 from stabkit.identification.steps.noise import with_noise
+from stabkit.identification.steps.pending import name_pending, told_of
 from stabkit.identification.steps.proximal import proximal_maps
 from stabkit.integrators import GeneralLinearMethod
 from stabkit.tracing.graph.values import Value, operation, outputs_of
@@ -99,7 +100,8 @@ def _named(
     coefficients = [c for terms in form.forms for c in terms.values()]
     gated = any(c.kind == "gate" for c in coefficients)
     symmetric = is_symmetric(form) if not gated and len(form.stages) == 2 else None
-    named = name_several_states(table, symmetric=symmetric, gated=gated)
+    pending = name_pending(table, form)
+    named = pending or name_several_states(table, symmetric=symmetric, gated=gated)
     composed = None if named.is_known else with_composite_fields(table)
     if composed is not None:
         table, named = composed, name_several_states(composed, symmetric=None, gated=gated)
@@ -130,7 +132,7 @@ def _named(
         evidence="proven" if certified and named.is_known else "measured",
         residual=max((c.residual for c in coefficients), default=0.0),
         steps=steps,
-        notes=_notes(around, form, table, found),
+        notes=(*([] if pending is None else [told_of(len(form.sources))]), *_notes(around, form, table, found)),
         system=named.system,
         shared_weights=table.shared if len(table.rows) > 1 else None,
         checks=checks,
