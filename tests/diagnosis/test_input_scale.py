@@ -137,3 +137,23 @@ def test_a_gradient_that_vanishes_behind_a_norm_of_the_input_is_told():
     (told,) = rows_behind(nn.BatchNorm1d(16), 2, nn.Sigmoid)
     assert told.severity == "critical"
     assert "a norm takes out" not in told.evidence
+
+
+def test_rows_of_norm_one_that_a_model_has_learnt_from_raise_nothing():
+    torch.manual_seed(0)
+    y = torch.randint(4, (128,))
+    counts = torch.poisson(0.3 + 3.0 * nn.functional.one_hot(y, 4).repeat_interleave(100, 1))
+    x = nn.functional.normalize(counts, dim=1)
+    model = nn.Sequential(nn.Linear(400, 32), nn.ReLU(), nn.Linear(32, 4))
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+
+    def loss(out: Tensor) -> Tensor:
+        return nn.functional.cross_entropy(out, y, label_smoothing=0.1)
+
+    for _ in range(150):
+        optimizer.zero_grad()
+        loss(model(x)).backward()
+        optimizer.step()
+    assert float((model(x).argmax(1) == y).float().mean()) == 1.0
+    found = stabkit.analyze(model, x, loss=loss, spectrum="none").findings
+    assert [f for f in found if f.kind == "input_scale"] == []
