@@ -91,8 +91,10 @@ def _outputs(output: Any, count: int) -> list[Tensor]:
 
 def _is_of_places(call: ForwardPass, plain: Sequence[Tensor], count: int) -> bool:
     """Whether outputs fail to change places with the samples, and differ where all samples are copies of one."""
-    moved, alike = (_outputs(evaluated(call, change(count)).output, count) for change in (_moved, _alike))
-    return not _follows(plain, moved, count) and not _follows(alike, alike, count)
+    if _follows(plain, _outputs(evaluated(call, _moved(count)).output, count), count):
+        return False
+    alike = _outputs(evaluated(call, _alike(count)).output, count)
+    return not _follows(alike, alike, count)
 
 
 def _follows(plain: Sequence[Tensor], other: Sequence[Tensor], count: int) -> bool:

@@ -180,6 +180,8 @@ def restarted(around: Surroundings, found: Slots, steps: tuple[int, ...]) -> Ide
 
     What is added does not depend on the state, so that there is no field beside P, and no skip to begin behind it.
     """
+    if not found.contexts:
+        return None
     form = around.normal_form(steps[0], steps[-1] + 1, found)
     terms, inputs = form.forms[0], [terms for stage in form.stages for terms in stage.inputs]
     held = [atom for atom in terms if atom in found.contexts]
