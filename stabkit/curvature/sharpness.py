@@ -43,8 +43,6 @@ class Sharpness(Result):
         residuals: ``(k,)``, norms of H v - value v; each bounds the distance to an eigenvalue.
         converged: ``(k,)``, whether the error is at most ``tol`` times the largest value in size: the residual, or its
             square over the gap to the next value where that is less.
-            Of models of many millions of parameters it is an estimate that can be wrong: GPT-2 small rests at 740 with
-            1e-3 and comes to 877 with 1e-4, so ask for a smaller ``tol`` there.
         lowest: the smallest Ritz value, an upper bound of the smallest eigenvalue.
         lowest_residual: its residual.
         gauss_newton: ``(k,)``, the part of each value that comes from the curvature of the loss in the output; the

@@ -14,7 +14,7 @@ from torch import Tensor
 from stabkit.monitor.rules import AlertRules
 
 # How far a loss lies above all before it, in units of the highest of those or of their range, whichever is more. A
-# start of 2.3 has to be left for 2.5 (SLIGHT), 3.5 (MILD) or 9.2 (FAR). Of 26 kinds of healthy runs held out four went
+# start of 2.3 has to be left for 2.5 (SLIGHT), 3.5 (MILD) or 9.2 (FAR). Of 26 kinds of healthy runs four went
 # beyond FAR, 41 at most (outliers, rare classes, batches of 4, rewards that are rare), and only the last more than once
 # in a row, four times, before FEW losses were known; most went beyond SLIGHT.
 SLIGHT, MILD, FAR, ENORMOUS = 0.1, 0.5, 3.0, 1000.0
