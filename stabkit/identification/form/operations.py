@@ -61,6 +61,7 @@ _MIXES = frozenset(
 
 _AFFINE = MOVES | ADDS | _SCATTERS
 _CLOSED = frozenset(OPAQUE) | {"CppFunction"}
+_known: dict[type[Node], bool] = {}  # of torch's own nodes by class: it is asked of each of them several times over
 
 
 def is_opaque(node: Node) -> bool:
@@ -68,9 +69,13 @@ def is_opaque(node: Node) -> bool:
 
     ``CppFunction`` is what torch shows of every compiled operation that has no class of its own.
     """
-    if operation(node) in _CLOSED:
-        return True
-    return is_python_node(node) and not is_activation(node) and norm_of(node) is None
+    closed = _known.get(type(node))
+    if closed is None:
+        closed = operation(node) in _CLOSED
+        if is_python_node(node):  # whose class may be one of many that a forward pass makes, and be registered later
+            return closed or (not is_activation(node) and norm_of(node) is None)
+        _known[type(node)] = closed
+    return closed
 
 
 def has_matrix(node: Node) -> bool:
