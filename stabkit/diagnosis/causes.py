@@ -44,7 +44,8 @@ from stabkit.diagnosis.no_gradient.wrong_derivatives import wrong_derivative_fin
 from stabkit.diagnosis.no_gradient.zero_gradients import zero_gradient_findings, zeros_of
 from stabkit.diagnosis.non_finite.findings import non_finite_findings
 from stabkit.diagnosis.non_finite.half_weights import half_weight_findings
-from stabkit.diagnosis.over_time.findings import time_findings
+from stabkit.diagnosis.over_time.cut_states import CUT, cut_state_findings
+from stabkit.diagnosis.over_time.findings import NOTHING, time_findings
 from stabkit.diagnosis.over_time.verdict import judged_over_time
 from stabkit.diagnosis.remedies.trial import follows, tried
 from stabkit.diagnosis.states.batch_places import batch_place_findings
@@ -92,7 +93,7 @@ def with_causes(flow: FlowLike, found: Diagnosis, settings: Settings) -> Diagnos
     if not any(serious(finding) for finding in named):
         others += post_norm_findings(flow, found.measurement, settings.loss)
     found = replace(found, findings=tuple(ordered([*named, *others])) if others else tuple(named))
-    over_time = time_findings(flow, settings.loss, settings.thresholds)
+    over_time = [_cut_off(each, found) for each in time_findings(flow, settings.loss, settings.thresholds)]
     learnt = [f for f in found.findings if serious(f) and f.numbers.get(LEARNT, math.inf) < _LEARNS]
     for cause in learnt[:1]:  # what a model learns with all the same is no second fault
         over_time = [_beside(cause, each) for each in over_time]
@@ -107,6 +108,14 @@ def with_causes(flow: FlowLike, found: Diagnosis, settings: Settings) -> Diagnos
     for cause in over_time:
         over_depth = _without_followers(flow, found, over_depth, cause, settings)
     return replace(found, verdict=verdict, findings=tuple(ordered([*over_depth, *over_time])))
+
+
+def _cut_off(finding: Finding, found: Diagnosis) -> Finding:
+    """A memory of which nothing at all comes back, where the states are taken off the graph, which says it already."""
+    cut = next((other for other in found.findings if CUT in other.numbers), None)
+    if cut is None or not finding.numbers.get("growth_over_time", 0.0) <= NOTHING:
+        return finding
+    return as_fact(finding, "its states are taken off the graph", f"that of {cut.kind} at {cut.module_path}")
 
 
 def _beside(cause: Finding, other: Finding) -> Finding:
@@ -208,7 +217,7 @@ def with_lost_parameters(flow: FlowLike, found: Diagnosis, settings: Settings) -
         found = _but_for_draws(flow, found, hidden[0], settings)
     if callable(loss) and done.loss is not None and bool(done.loss.detach().isfinite()):
         lost += _of_training_pass(TrainingRun(flow, loss, call, done, settings.optimizer), [*found.findings, *lost])
-    if not lost:
+    if not lost and not any(map(_closed, found.findings)):
         return found
     kept = [_behind_closed(finding, found, lost) for finding in found.findings]
     return replace(found, findings=tuple(ordered([*kept, *lost])))
@@ -224,15 +233,15 @@ def _behind_closed(finding: Finding, found: Diagnosis, lost: Sequence[Finding]) 
 
     Nothing comes back over the stretch before it, and its own units are dead or saturated.
     """
-    closed = next((other for other in lost if serious(other) and _closed(other)), None)
-    if closed is None or not serious(finding) or finding.actions:
+    closed = next((other for other in (*lost, *found.findings) if serious(other) and _closed(other)), None)
+    if closed is None or closed is finding or not serious(finding) or finding.actions:
         return finding
     units = finding.kind in ("dead", "saturated") and f" {_closed(closed)} " in finding.evidence.lower()
     if not units and not _nothing_passes(finding, found):
         return finding
     where = closed.module_path or "the code of the model"
     return as_fact(
-        finding, f"this is what {_closed(closed)} in {where} lets through", f"that of no_gradient at {where}"
+        finding, f"this is what {_closed(closed)} in {where} lets through", f"that of {closed.kind} at {where}"
     )
 
 
@@ -269,7 +278,7 @@ def _but_for_draws(flow: Flow, found: Diagnosis, cause: Finding, settings: Setti
 def _of_training_pass(run: TrainingRun, others: Sequence[Finding]) -> list[Finding]:
     """What a pass as training makes it says of the parameters and of the loss."""
     found = [*zero_gradient_findings(run, others), *unregistered_findings(run)]
-    found += kept_graph_findings(run.flow, run.loss, run.call)
+    found += [*kept_graph_findings(run.flow, run.loss, run.call), *cut_state_findings(run)]
     found += share_findings(run, [*others, *found])
     found += [*mixed_sample_findings(run), *next_token_findings(run)]
     found += unused_input_findings(run)
