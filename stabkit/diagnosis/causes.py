@@ -13,6 +13,7 @@ from stabkit.diagnosis.depth.findings import with_slopes
 from stabkit.diagnosis.depth.post_norm import post_norm_findings
 from stabkit.diagnosis.depth.unsettled import unsettled_findings
 from stabkit.diagnosis.finding import LEARNT, Finding, as_fact, serious
+from stabkit.diagnosis.inputs.alike_rows import alike_row_findings
 from stabkit.diagnosis.inputs.attention_masks import mask_findings
 from stabkit.diagnosis.inputs.coordinates import coordinate_findings
 from stabkit.diagnosis.inputs.feature_scales import feature_scale_findings
@@ -27,7 +28,7 @@ from stabkit.diagnosis.losses.floor import loss_floor_findings
 from stabkit.diagnosis.losses.last_dropout import last_dropout_findings
 from stabkit.diagnosis.losses.loud_logits import loud_logits_findings
 from stabkit.diagnosis.losses.mixed_samples import mixed_sample_findings
-from stabkit.diagnosis.losses.next_tokens import next_token_findings
+from stabkit.diagnosis.losses.next_tokens import OF_SOFTMAX, next_token_findings
 from stabkit.diagnosis.losses.saturating import saturating_findings
 from stabkit.diagnosis.losses.unequal_classes import unequal_class_findings
 from stabkit.diagnosis.losses.units import unit_findings
@@ -50,6 +51,7 @@ from stabkit.diagnosis.over_time.verdict import judged_over_time
 from stabkit.diagnosis.remedies.trial import follows, tried
 from stabkit.diagnosis.states.batch_places import batch_place_findings
 from stabkit.diagnosis.states.cut_axes import cut_axes_findings
+from stabkit.diagnosis.states.empty_nodes import empty_node_findings
 from stabkit.diagnosis.states.heavy_dropout import heavy_dropout_findings
 from stabkit.diagnosis.states.neighbours import with_neighbours
 from stabkit.diagnosis.states.running_statistics import statistics_findings
@@ -292,11 +294,18 @@ def _of_training_pass(run: TrainingRun, others: Sequence[Finding]) -> list[Findi
     found += unequal_class_findings(run, [*others, *found])
     found += half_weight_findings(run)
     found += passed_through_findings(run)
+    found = [_of_softmax(each, [*others, *found]) for each in found]
     # units are asked after only where nothing else is wrong: a broken network does not train in any
     broken = any(serious(finding) for finding in (*others, *found))
     if broken:
         return found
     return [*found, *(unit_findings(run) or feature_scale_findings(run))]
+
+
+def _of_softmax(finding: Finding, others: Sequence[Finding]) -> Finding:
+    """A leak that goes with a softmax along the wrong axis, where that is told already."""
+    cause = next((f for f in others if serious(f) and ("softmax_axis" in f.numbers or f.kind == "axes")), None)
+    return finding if cause is None or OF_SOFTMAX not in finding.numbers else follows(finding, cause)
 
 
 def _of_call(run: TrainingRun, others: Sequence[Finding]) -> list[Finding]:
@@ -306,7 +315,8 @@ def _of_call(run: TrainingRun, others: Sequence[Finding]) -> list[Finding]:
         found += loss_domain_findings(run)
     # where nothing trains for another reason, training tells nothing of these
     if not any(finding.kind in _NOT_TRAINED and serious(finding) for finding in (*others, *found)):
-        found += affine_findings(run) or lost_order_findings(run)
+        found += alike_row_findings(run) or affine_findings(run) or lost_order_findings(run)
+        found += empty_node_findings(run)
         found += padded_end_findings(run) or read_position_findings(run)
         found += cut_axes_findings(run, others) + softmax_axis_findings(run, others)
         found += coordinate_findings(run)
