@@ -83,8 +83,11 @@ def without_kept_values(found: Blocks) -> Blocks | None:
         A = np.vstack([first, np.hstack([scale * found.U[:, [i]], found.A])])
         U = np.vstack([taken, found.U[:, others]])
         B = np.hstack([scale * found.V[np.ix_(others, [i])], found.B[others]])
-        rows, recorded = (found.rows[:1] + found.rows, (None, *found.recorded))
-        return Blocks(A, U, B, found.V[np.ix_(others, others)], (0,) * (len(found.A) + 1), rows, recorded)
+        rows, recorded = found.rows[:1] + found.rows, (None, *(found.recorded or [None] * len(found.A)))
+        kept = [j for j in range(len(A)) if B[:, j].any() or A[:, j].any()]  # what the next step alone reads is none
+        told = tuple(rows[j] for j in kept), tuple(recorded[j] for j in kept)
+        V = found.V[np.ix_(others, others)]
+        return Blocks(A[np.ix_(kept, kept)], U[kept], B[:, kept], V, (0,) * len(kept), *told)
     return None
 
 

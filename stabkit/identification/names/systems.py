@@ -10,7 +10,7 @@ import numpy as np
 from stabkit.identification.form.tableau import Blocks, Matrix
 from stabkit.identification.names.compositions import one_step
 from stabkit.identification.names.multistep import leapfrog, name_multistep, without_kept_values
-from stabkit.identification.names.single import CLOSE, Name, name_one_state, without_parallel
+from stabkit.identification.names.single import CLOSE, Name, name_one_state, with_its_end, without_parallel
 from stabkit.identification.steps.predictor_correctors import predictor_corrector
 
 LINEAR_MAP = "none: a linear map of several states, and no field"
@@ -53,7 +53,7 @@ def name_several_states(found: Blocks, *, symmetric: bool | None, gated: bool) -
     if again is not None:
         name = name_one_state(again) if r == 2 else name_several_states(again, symmetric=symmetric, gated=gated)
         if name.is_known:
-            return name
+            return replace(name, name=with_its_end(name.name))
     couplings = _couplings(found) if r == 2 else None
     if couplings is not None:
         return couplings
