@@ -91,6 +91,32 @@ def without_kept_values(found: Blocks) -> Blocks | None:
     return None
 
 
+def without_unread_directions(found: Blocks) -> Blocks | None:
+    """A tableau of two states for one of more, of which no field ever reads more than two sums; None for others.
+
+    Velocity Verlet that keeps the velocity and the force at the new position carries v + h f / 2, the velocity at the
+    middle of the step, in two values. What fields read now or later are the rows of U, U V, U V^2, ... (Kalman 1963,
+    observability). The first is the position, the second what it moves by.
+    """
+    reads = np.unique(found.U, axis=0)
+    if len(reads) != 1:
+        return None
+    now, r = reads[0], len(found.V)
+    later = [now]
+    for _ in range(r - 1):
+        later.append(later[-1] @ found.V)
+    moves = later[1] - now
+    if np.linalg.matrix_rank(np.array(later), tol=CLOSE * 10) != 2 or np.linalg.norm(moves) <= CLOSE:
+        return None
+    T = np.array([now, moves / np.abs(moves).max()])
+    back = np.linalg.pinv(T)
+    V = T @ found.V @ back
+    V[np.abs(V) <= CLOSE * np.abs(V).max()] = 0.0
+    B = T @ found.B
+    B[np.abs(B) <= CLOSE * np.abs(B).max(initial=0.0)] = 0.0
+    return replace(found, U=found.U @ back, B=B, V=V)
+
+
 def name_multistep(found: Blocks) -> Name | None:
     """The name of a tableau of one field that remembers; None for others."""
     if found.n_fields != 1:

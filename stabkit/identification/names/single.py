@@ -13,11 +13,12 @@ from stabkit import integrators
 from stabkit.identification.form.tableau import Blocks
 from stabkit.identification.names.exponential import carried_back, exponential_step
 from stabkit.identification.names.histories import steps_with_history, told_of
+from stabkit.identification.names.starters import adams_behind, ends_of_parts
+from stabkit.identification.names.starters import told_of as told_of_orders
 from stabkit.identification.names.step_size import step_size
 from stabkit.integrators import GeneralLinearMethod
 
 CLOSE = 1e-6  # coefficients of single precision networks
-_ADDED_UP = 1e-5  # relative; those that sums of up to a hundred terms of both signs leave, as interpolants have them
 _WITH_ITS_END = 3  # stages, at least, of a method of two and the field at its end
 NO_STEP = "none: there is no branch that a step size could multiply"
 POINTS = np.random.default_rng(0).normal(size=(12, 2)) @ np.array([1, 1j])
@@ -153,7 +154,7 @@ def _runge_kutta(found: Blocks, a: float, h: float, convention: str) -> Name:
     iterated = _fixed_point_iteration(method)
     if iterated is not None:
         return Name(iterated, system, h, convention)
-    steps = _in_parts(found)
+    steps = _in_parts(found) or _behind_starters(found)
     if steps is not None:
         return Name(steps, system, h, convention)
     if a == 0.0:
@@ -291,8 +292,7 @@ def _in_parts(found: Blocks) -> str | None:
     s, b = len(found.rows), found.B[0]
     if not np.allclose(found.U, 1.0) or found.V[0, 0] != 1.0:
         return None
-    near = _ADDED_UP * float(np.abs(b).max())
-    ends = [c for c in range(1, s) if np.allclose(found.A[c:, :c], b[:c], rtol=0, atol=near)]
+    ends = ends_of_parts(found.A, b)
     named, told = [], ""
     for start, stop in itertools.pairwise([0, *ends, s]):
         part = slice(start, stop)
@@ -314,6 +314,21 @@ def _in_parts(found: Blocks) -> str | None:
     same = max(sizes) - min(sizes) <= CLOSE * max(map(abs, sizes))
     shown = f" (h = {', '.join(f'{h:.3g}' for h in sizes)}{told})" if told or not same else ""
     return f"{len(names)} steps of {names[0]}{shown}" if len(set(names)) == 1 else " and then ".join(names) + shown
+
+
+def _behind_starters(found: Blocks) -> str | None:
+    """``"forward Euler and then 3 steps of ab2"``; None for what is no method of Adams and Bashforth."""
+    if not np.allclose(found.U, 1.0) or found.V[0, 0] != 1.0:
+        return None
+    for count, h, orders in adams_behind(found.A, found.B[0]):
+        part, weights = slice(0, count), np.vstack([found.A, found.B])[count : count + 1, :count]
+        first = name_one_state(
+            Blocks(found.A[part, part], found.U[part], weights, found.V, found.fields[part], found.rows[part])
+        )
+        steps = len(ends_of_parts(found.A[part, part], weights[0])) + 1
+        if first.is_known and abs(first.h - steps * h) <= CLOSE * 10 * abs(first.h):
+            return f"{first.name} and then {told_of_orders(orders)} (h = {h:.3g})"
+    return None
 
 
 def _ended_inside(part: Blocks) -> tuple[Name, str] | None:
