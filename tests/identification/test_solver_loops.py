@@ -132,3 +132,65 @@ def test_orders_that_rise_are_told_one_by_one():
     assert stabkit.identify(flow, checks=False)[0].name == (
         "2 steps of three_eighths and then ab3 and then ab4 and then ab5 (h = 0.1)"
     )
+
+
+def backward_differentiation(m: Loop, x: Tensor) -> Tensor:
+    older, newest = x, x + H * m.field(x)
+    for _ in range(5):
+        y = newest
+        for _ in range(4):
+            y = (4 * newest - older) / 3 + 2 / 3 * H * m.field(y)
+        older, newest = newest, y
+    return newest
+
+
+def test_backward_differentiation_by_iteration_is_told_by_its_numbers():
+    found = records(backward_differentiation)
+    assert {r.name for r in found[1:-1]} == {"bdf2 (by 3 fixed-point iterations)"}
+    assert all(r.step_size == pytest.approx(H) for r in found[1:-1])
+
+
+def test_other_numbers_are_no_backward_differentiation():
+    def blended(m: Loop, x: Tensor) -> Tensor:
+        older, newest = x, x + H * m.field(x)
+        for _ in range(5):
+            y = newest
+            for _ in range(4):
+                y = 1.4 * newest - 0.4 * older + 2 / 3 * H * m.field(y)
+            older, newest = newest, y
+        return newest
+
+    assert not any("bdf" in r.name for r in records(blended))
+
+
+class GraphNetwork(nn.Module):
+    """States of nodes, of edges and of the whole, each of which reads the others (Battaglia et al. 2018)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        nodes, ends = 8, torch.randint(0, 8, (2, 20), generator=torch.Generator().manual_seed(1))
+        self.nodes, self.ends = nodes, ends
+        self.first = nn.ModuleList(nn.Linear(5, 6) for _ in range(3))
+        self.blocks = nn.ModuleList(nn.ModuleList(nn.Linear(w, 6) for w in (24, 18, 18)) for _ in range(4))
+        self.last = nn.Linear(6, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        start, stop = self.ends
+        given = (x, x[start] - x[stop], x.mean(0, keepdim=True))
+        state = [torch.tanh(layer(part)) for layer, part in zip(self.first, given, strict=True)]
+        for edge, node, whole in self.blocks:
+            n, e, g = state
+            de = torch.tanh(edge(torch.cat([n[start], n[stop], e, g.expand(len(e), -1)], -1)))
+            received = torch.zeros_like(n).index_add(0, stop, de)
+            dn = torch.tanh(node(torch.cat([n, received, g.expand(len(n), -1)], -1)))
+            dg = torch.tanh(whole(torch.cat([g, dn.mean(0, keepdim=True), de.mean(0, keepdim=True)], -1)))
+            state = [a + b for a, b in zip(state, (dn, de, dg), strict=True)]
+        return self.last(state[0])
+
+
+def test_the_last_block_of_a_graph_network_reads_one_of_its_three_states():
+    torch.manual_seed(0)
+    found = stabkit.identify(stabkit.trace(GraphNetwork(), torch.randn(8, 5), batch_dim=None), checks=False)
+    coupled = [r for r in found if r.name == "forward Euler of 3 coupled states"]
+    assert len(coupled) == 4
+    assert "the last step of its kind" in coupled[-1].notes[0]

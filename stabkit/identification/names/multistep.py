@@ -21,6 +21,7 @@ from stabkit.identification.form.tableau import Blocks, Matrix
 from stabkit.identification.names.single import CLOSE, POINTS, Name
 from stabkit.integrators import GeneralLinearMethod
 
+_ROUNDS = 3  # evaluations, at least, that make an iteration: two are a method of two stages
 _COUNTS = ("one step", "two steps", "three steps", "four steps", "five steps", "six steps")
 _SUM = "h: the sum of the weights of all values of the field"
 _NEWTON = 50  # iterations; from equal steps some five are enough
@@ -121,7 +122,41 @@ def name_multistep(found: Blocks) -> Name | None:
     """The name of a tableau of one field that remembers; None for others."""
     if found.n_fields != 1:
         return None
-    return _of_catalogue(found) or _delayed(found) or _adams(found)
+    return _of_catalogue(found) or _iterated(found) or _delayed(found) or _adams(found)
+
+
+def _iterated(found: Blocks) -> Name | None:
+    """Backward differentiation, x' = sum_j a_j x_j + h b f(x'), whose equation is solved by fixed-point iteration.
+
+    Each stage is what the iteration would end with if it ended there, and so has the numbers of the result; the first
+    one begins at the newest state. From sum_j 1/j (1 - E^-1)^j x' = h f(x') (Hairer, Norsett and Wanner 1993, III.1).
+    """
+    r, s = len(found.V), len(found.rows)
+    made = np.flatnonzero(found.B.any(axis=1))
+    if s < _ROUNDS or len(made) != 1 or not found.B[made[0], -1]:
+        return None
+    (i,), c = made, float(found.B[made[0], -1])
+    a, begin = found.V[i], found.U[0]
+    rounds = np.allclose(found.A, c * np.eye(s, k=-1), atol=CLOSE) and np.allclose(found.B[i], c * np.eye(s)[-1])
+    if (
+        not rounds
+        or not np.allclose(found.U[1:], a, atol=CLOSE)
+        or not np.array_equal(begin, np.eye(r)[begin.argmax()])
+    ):
+        return None
+    differences = sum(np.poly1d([-1.0, 1.0]) ** j / j for j in range(1, r + 1))  # in powers of E^-1
+    weights = -differences.coeffs[::-1][1:] / differences.coeffs[-1]
+    order, place = [], int(begin.argmax())  # from the newest state to the oldest one: where each moves to
+    while len(order) < r and place not in order:
+        order.append(place)
+        later = [j for j in range(r) if j != i and np.array_equal(found.V[j], np.eye(r)[place])]
+        place = later[0] if later else place
+    if len(order) < r or not np.allclose(a[order], weights, atol=10 * CLOSE):
+        return None
+    name = f"bdf{r} (by {s - 1} fixed-point iterations)"
+    return Name(
+        name, "x' = f(x), multistep", c * float(differences.coeffs[-1]), "h: that of the equation which is solved"
+    )
 
 
 def _of_catalogue(found: Blocks) -> Name | None:
