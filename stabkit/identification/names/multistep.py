@@ -144,9 +144,10 @@ def _iterated(found: Blocks) -> Name | None:
         or not np.array_equal(begin, np.eye(r)[begin.argmax()])
     ):
         return None
-    differences = sum(np.poly1d([-1.0, 1.0]) ** j / j for j in range(1, r + 1))  # in powers of E^-1
-    weights = -differences.coeffs[::-1][1:] / differences.coeffs[-1]
-    order, place = [], int(begin.argmax())  # from the newest state to the oldest one: where each moves to
+    powers = np.array([[(-1) ** k * math.comb(j, k) / j for k in range(r + 1)] for j in range(1, r + 1)]).sum(axis=0)
+    weights = -powers[1:] / powers[0]  # in powers of E^-1
+    order: list[int] = []  # from the newest state to the oldest one: where each moves to
+    place = int(begin.argmax())
     while len(order) < r and place not in order:
         order.append(place)
         later = [j for j in range(r) if j != i and np.array_equal(found.V[j], np.eye(r)[place])]
@@ -154,9 +155,7 @@ def _iterated(found: Blocks) -> Name | None:
     if len(order) < r or not np.allclose(a[order], weights, atol=10 * CLOSE):
         return None
     name = f"bdf{r} (by {s - 1} fixed-point iterations)"
-    return Name(
-        name, "x' = f(x), multistep", c * float(differences.coeffs[-1]), "h: that of the equation which is solved"
-    )
+    return Name(name, "x' = f(x), multistep", c * float(powers[0]), "h: that of the equation which is solved")
 
 
 def _of_catalogue(found: Blocks) -> Name | None:
