@@ -59,6 +59,7 @@ _MIXES = frozenset(
 )
 
 
+_AFFINE = MOVES | ADDS | _SCATTERS
 _CLOSED = frozenset(OPAQUE) | {"CppFunction"}
 
 
@@ -84,7 +85,7 @@ def is_affine(node: Node, active: int) -> bool:
     name = operation(node)
     if is_opaque(node):
         return False
-    if name in MOVES | ADDS | _SCATTERS:
+    if name in _AFFINE:
         return True
     if "BatchNorm" in name:
         return getattr(node, "_saved_training", True) is False

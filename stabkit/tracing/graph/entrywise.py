@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from torch.autograd.graph import Node
 
-from stabkit.tracing.graph.values import Value, meta_of, operation
+from stabkit.tracing.graph.values import Value, meta_of, metas_of, operation
 from stabkit.vocabulary import is_activation, moves, norm_of
 
 _SUMS = frozenset({"Add", "Sub", "Rsub"})
@@ -26,6 +26,7 @@ _MATHEMATICS = frozenset(
     }
 )  # fmt: skip
 _IN_PLACE = moves("reshape", "copy")
+_ENTRYWISE = _SUMS | _PRODUCTS | _MATHEMATICS | _IN_PLACE
 _MOVES = moves()
 _WEIGHTED = (
     "Addbmm", "Addmm", "Addmv", "Baddbmm", "Bmm", "Convolution", "Linear", "MkldnnLinear", "Mm", "Mv", "SparseMm",
@@ -89,15 +90,14 @@ def _functions(nodes: Sequence[Node], inputs: Mapping[Node, Sequence[Value]]) ->
         if len(found) != 1 or not _is_entrywise(node):
             continue
         (root,) = found
-        if meta_of(Value(node, 0)).numel == meta_of(root).numel:  # nothing is spread over others
+        if metas_of(node)[0].numel == meta_of(root).numel:  # nothing is spread over others
             roots[Value(node, 0)] = root
             made[root].append(node)
     return [_Function(root, tuple(of_root)) for root, of_root in made.items()]
 
 
 def _is_entrywise(node: Node) -> bool:
-    name = operation(node)
-    return name in _SUMS | _PRODUCTS | _MATHEMATICS | _IN_PLACE or is_activation(node)
+    return operation(node) in _ENTRYWISE or is_activation(node)
 
 
 def _bends_for_matrices(function: _Function, readers: Mapping[Value, list[Node]], targets: Collection[Value]) -> bool:
