@@ -70,6 +70,8 @@ def is_opaque(node: Node) -> bool:
     """
     if operation(node) in _CLOSED:
         return True
+    if operation(node) in WRITES:  # torchdiffeq's own assignment of a stage into the buffer of all stages
+        return False
     return is_python_node(node) and not is_activation(node) and norm_of(node) is None
 
 
