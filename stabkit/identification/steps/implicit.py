@@ -104,7 +104,7 @@ def inner_iterations(piece: Piece, names: Mapping[int, str]) -> int:
     What makes an iteration of them is that the operator is applied again to what the quotient before has moved. One
     line search is a step, and projections of several branches on each other have quotients and no operator.
     """
-    if len(piece.sources) != 1:
+    if len(piece.sources) != 1 or not any(operation(node) == "Div" for node in piece.nodes):
         return 0
     made: set[Value] = set(piece.sources)
     behind: set[Value] = set()  # what some quotient has a part in
