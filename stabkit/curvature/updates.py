@@ -94,15 +94,19 @@ def trained_by(optimizer: Any, model: nn.Module) -> tuple[nn.Parameter, ...]:
     if not isinstance(optimizer, torch.optim.Optimizer):
         raise ArgumentTypeError(f"optimizer is a {type(optimizer).__name__}; expected a torch.optim.Optimizer or None")
     name = type(optimizer).__name__
-    own = {id(p) for p in model.parameters()}
+    own = {id(p): path for path, p in model.named_parameters()}
     trained = tuple(p for g in optimizer.param_groups for p in plain_update(g["params"]))
     if not trained:
         raise ArgumentError(f"optimizer {name} trains no parameter that requires grad")
     foreign = sum(id(p) not in own for p in trained)
     if foreign:
+        held = {id(p) for p in trained}
+        left = [path for key, path in own.items() if key not in held]
+        names = f", and not {', '.join(left[:4])}{' and others' * (len(left) > 4)} of the model" if left else ""
         raise ArgumentError(
-            f"optimizer {name} trains {foreign} parameters that are not the model's (of {len(trained)}); give the "
-            "optimizer that was made with this model's parameters() after it was moved or wrapped"
+            f"optimizer {name} trains {foreign} parameters that are not the model's (of {len(trained)}){names}: these "
+            "never move; give the optimizer that was made with this model's parameters() after it was moved or "
+            "wrapped, or after a layer of it was replaced"
         )
     return trained
 
