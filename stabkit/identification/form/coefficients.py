@@ -125,9 +125,7 @@ class LinearCombination:
         """
         if self._spreads_inside or atom in self._spread or not factors.is_floating_point():
             return False
-        meta = meta_of(self.value)
-        signs = standard_normal(meta.shape, 1).sign().to(dtype=meta.dtype, device=meta.device)
-        arrived = self._pulled(signs)[atom]
+        arrived = self._signs[atom]
         away = float((arrived.abs() - factors.abs()).abs().max())
         return away > _tolerance(self._dtype) * float(torch.maximum(arrived.abs().max(), factors.abs().max()))
 
@@ -138,6 +136,12 @@ class LinearCombination:
     def factors(self) -> dict[Value, Tensor]:
         """What a cotangent of ones shows: the factor of every entry of every atom, wherever it goes; without noise."""
         return self._pulled(self._ones)
+
+    @cached_property
+    def _signs(self) -> dict[Value, Tensor]:
+        """What arrives of random signs."""
+        meta = meta_of(self.value)
+        return self._pulled(standard_normal(meta.shape, 1).sign().to(dtype=meta.dtype, device=meta.device))
 
     @cached_property
     def _noise(self) -> dict[Value, Tensor]:

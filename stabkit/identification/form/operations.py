@@ -70,12 +70,15 @@ def is_opaque(node: Node) -> bool:
     ``CppFunction`` is what torch shows of every compiled operation that has no class of its own.
     """
     closed = _known.get(type(node))
-    if closed is None:
-        closed = operation(node) in _CLOSED
-        if is_python_node(node):  # whose class may be one of many that a forward pass makes, and be registered later
-            return closed or (not is_activation(node) and norm_of(node) is None)
-        _known[type(node)] = closed
-    return closed
+    if closed is not None:
+        return closed
+    name = operation(node)
+    if is_python_node(node):  # whose class may be one of many that a forward pass makes, and be registered later
+        if name in _CLOSED or name in WRITES:  # torchdiffeq's own assignment of a stage into the buffer of all stages
+            return name in _CLOSED
+        return not is_activation(node) and norm_of(node) is None
+    _known[type(node)] = name in _CLOSED
+    return _known[type(node)]
 
 
 def has_matrix(node: Node) -> bool:

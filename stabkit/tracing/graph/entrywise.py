@@ -65,10 +65,21 @@ def activations_by_hand(
     for node in nodes:
         for value in inputs[node]:
             readers[value].append(node)
-    functions = [f for f in _functions(nodes, inputs) if any(len(inputs[node]) > 1 for node in f.nodes)]
+    functions = [f for f in _functions(nodes, inputs)
+                 if any(len(inputs[node]) > 1 for node in f.nodes) and not _is_multiple(f, inputs)]  # fmt: skip
     steps = [f for f in functions if not _bends_for_matrices(f, readers, targets) or _goes_on(f, inputs)]
     others = {f.signature for f in steps}
     return frozenset(node for f in functions if f.signature not in others for node in f.nodes)
+
+
+def _is_multiple(function: _Function, inputs: Mapping[Node, Sequence[Value]]) -> bool:
+    """Whether nothing but numbers multiplies the value: (x + x) / 2, as iterations that begin at x have it."""
+
+    def scales(node: Node) -> bool:
+        divided = operation(node) == "Div" and node.next_functions[0][0] is not None  # and not what divides
+        return (operation(node) == "Mul" or divided) and len(inputs[node]) == 1
+
+    return all(operation(node) in _SUMS | _IN_PLACE | {"Neg"} or scales(node) for node in function.nodes)
 
 
 def _functions(nodes: Sequence[Node], inputs: Mapping[Node, Sequence[Value]]) -> Iterable[_Function]:
