@@ -291,9 +291,13 @@ VERDICT = re.compile(r"\b(exploding|vanishing|stable|drift|inconclusive)\b", re.
 def of_verdict() -> Iterator[Event]:
     """When the verdict is read on the command line, as a part of the whole time."""
     command = [sys.executable, "-m", "stabkit", "analyze", "torchvision:resnet18", "--input", "2x3x64x64"]
+    # an installed package is compiled; from a checkout that may not be, to compile it takes a third of all imports
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "env": environment}
+    subprocess.run(command, check=False, **pipes)
     while True:
         began, seen = time.perf_counter(), None
-        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as run:
+        with subprocess.Popen(command, **pipes) as run:
             assert run.stdout is not None
             for line in run.stdout:
                 if seen is None and VERDICT.search(line):
