@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from stabkit.errors import ArgumentError
 from stabkit.identification.form.flow_index import Surroundings
-from stabkit.identification.form.grouping import groups, is_divided
+from stabkit.identification.form.grouping import groups, is_divided, with_norms
 from stabkit.identification.names.systems import LINEAR_MAP
 from stabkit.identification.reading import read, read_states
 from stabkit.identification.record import Identification
@@ -90,7 +90,7 @@ def identify(flow: FlowLike, *, checks: bool = True, parallel: Parallel = SERIAL
         known = not (record.name in _NOTHING_READ or record.name.startswith(_COARSE))
         if record.name.startswith("Strang") if divided else known:
             return [record]
-        single = [read(around, step, step + 1) for step in range(start, stop)]
+        single = [read(around, *part) for part in with_norms(flow, start, stop)]
         if all(r.name == "part of a step" for r in single):
             return [record]
         unread = sum(r.name in _NOTHING_READ or changes_count(r) or r.name.startswith(_COARSE) for r in single)

@@ -62,7 +62,7 @@ from stabkit.identification.steps.relaxation import with_linear_part
 from stabkit.identification.steps.retraction import bent_skip, retraction
 from stabkit.identification.steps.sliding_window import sliding_window, window_of_states
 from stabkit.identification.steps.state_mixing import mixed_by_itself, record_of_mixing, streams_mixed_by_themselves
-from stabkit.identification.steps.streams import Streams, mixed_streams
+from stabkit.identification.steps.streams import Streams, mixed_by_numbers, mixed_streams, numbers_of
 from stabkit.integrators import named
 from stabkit.tracing.graph.values import meta_of, operation
 
@@ -133,7 +133,7 @@ def _of_slots(around: Surroundings, found: Slots, steps: tuple[int, ...]) -> Ide
         streams = mixed_streams(whole) if record.name == "unnamed" else None
         if streams is not None:  # split off and mixed again
             return _of_streams(streams, steps)
-    return coupled(around, found, steps, record, _one_state)
+    return mixed_by_numbers(coupled(around, found, steps, record, _one_state))
 
 
 def _implicit(around: Surroundings, steps: tuple[int, ...]) -> Identification:
@@ -301,7 +301,8 @@ def _of_streams(streams: Streams, steps: tuple[int, ...]) -> Identification:
     why = f"the skip mixes {n} streams along axis {streams.axis} by a matrix, the V of a general linear method"
     one = "h = 1: only the product h f can be seen"
     named = Name(f"general linear method of {n} streams", "x' = f(x), a history of states as streams", 1.0, one)
-    record = record_of(named, None, steps, skip=None, residual=streams.residual, notes=(why,))
+    notes = (why, numbers_of(streams.method))
+    record = record_of(named, None, steps, skip=None, residual=streams.residual, notes=notes)
     return replace(record, method=streams.method, evidence="measured")
 
 
@@ -406,7 +407,7 @@ def _read_sums(around: Surroundings, found: Slots, links: Sequence[Link], steps:
     threshold = soft_threshold(around.flow, steps[-1] + 1, links[-1]) if behind else None
     record = with_projection(
         record, norms_after(links), len(sums), rectified=all(map(rectifies, behind)), threshold=threshold,
-        bends=not all(map(normalises, behind)), whole=at_the_end,
+        bends=not all(map(normalises, behind)), whole=at_the_end, skips=tuple(c.value for c in skips),
     )  # fmt: skip
     record = with_gates(record, kinds, sums)
     if "gate" in kinds and is_affine_coupling(around.whole(steps[0], steps[-1] + 1, found)):

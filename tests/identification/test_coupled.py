@@ -209,8 +209,8 @@ def test_states_that_are_rotated_into_each_other_are_not_damped_each():
         return 0.8 * x + 0.6 * y + m.f(m.norm(x)), -0.6 * x + 0.8 * y
 
     found = middle(rule)
-    assert (found.name, found.evidence, found.skip) == ("unnamed", "measured", None)
-    assert found.system == "a system of 2 states"
+    assert (found.name, found.evidence, found.skip) == ("general linear method of 2 states", "measured", None)
+    assert found.notes[0].startswith("V = (0.8, 0.6; -0.6, 0.8), the field is that of a = (1, 0)")
 
 
 def projected_position(m, x, v):

@@ -30,22 +30,25 @@ def with_projection(
     threshold: tuple[float, float] | None = None,
     bends: bool = False,
     whole: bool = False,
+    skips: Sequence[float] = (),
 ) -> Identification:
     """What follows an addition: norms, rectifiers (and nothing else, if ``rectified``), a soft threshold, or others.
 
     ``bends``: whether something else than norms is there beside norms. ``whole``: whether the record is one of several
-    additions with a norm behind the last of them alone.
+    additions with a norm behind the last of them alone. ``skips``: what multiplies the state in each addition.
     """
     if not record.after:
         return record
     note = f"after the addition: {', '.join(record.after)}"
     if norms:
         why = f"the skip passes {norms} norm(s) after {sums} addition(s), so no single a describes it"
+        numbers = ", ".join(dict.fromkeys(f"{a:.4g}" for a in skips))  # DeepNorm, nGPT
+        scaled = (f"a = {numbers} before the norm",) if any(abs(a - 1) > _SAME for a in skips) else ()
         system = f"{record.system}, retracted to the sphere after each step"
         # of several additions, some followed by a norm and some by a bend, the one name says a part
         evidence = "measured" if bends else record.evidence
         name = f"{record.name}, then a norm (post-norm)" if whole else "projected Euler (post-norm)"
-        return replace(record, name=name, skip=None, notes=(why, note, *record.notes),
+        return replace(record, name=name, skip=None, notes=(*scaled, why, note, *record.notes),
                        system=system, evidence=evidence)  # fmt: skip
     if rectified and record.name in ("forward Euler", "forward Euler, parallel branches"):
         system = "x' in f(x) - N(x), N the normal cone of the nonnegative states"

@@ -8,7 +8,7 @@ the streams x_1, ..., x_n lying side by side in one tensor. M, a and b are measu
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from stabkit.identification.form.hidden_skip import affine_pulls
 from stabkit.identification.form.pieces import Piece, pull
+from stabkit.identification.record import Identification
 from stabkit.integrators import GeneralLinearMethod
 from stabkit.tracing.graph.values import meta_of, random_tensors
 
@@ -72,6 +73,24 @@ def mixed_streams(piece: Piece) -> Streams | None:
             method = GeneralLinearMethod(np.zeros((1, 1)), a[None], b[:, None], M.T, name=f"{n} streams")
             return Streams(method, layout.of, residual)
     return None
+
+
+def numbers_of(method: GeneralLinearMethod) -> str:
+    """The blocks of a method of one field as its note gives them, rows apart by semicolons."""
+    V, a, b = ("; ".join(", ".join(f"{x:.3g}" for x in row) for row in np.asarray(m)) for m in (
+        method.V, method.U, np.asarray(method.B).T))  # fmt: skip
+    return f"V = ({V}), the field is that of a = ({a}), and is added with b = ({b})"
+
+
+def mixed_by_numbers(record: Identification) -> Identification:
+    """A record of several states without a name, that of one field of them all as the general linear method it is."""
+    method = record.method
+    if record.name != "unnamed" or not isinstance(method, GeneralLinearMethod) or method.stages != 1:
+        return record
+    if method.states < 2 or not np.any(method.U) or not np.any(method.B):
+        return record
+    return replace(record, name=f"general linear method of {method.states} states", system="x' = f(x), several states",
+                   notes=(numbers_of(method), *record.notes))  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -156,15 +156,17 @@ def _by_modules(intervals: Intervals, frontiers: Frontiers, units: Sequence[Inte
     boundaries.update(gap.position for gap in passed)
     begun, ended = {id(gap.before) for gap in passed}, {id(gap.after) for gap in passed}
     for gap in gaps:  # the first of a run of such blocks begins where it begins, and the last ends where it ends
+        # as far behind the last block as the others end: x + f(x) may stand outside of them
+        behind = min((g.position - g.before.stop for g in passed if g.after is gap.before), default=0)
+        last = min(gap.before.stop + behind, gap.position)  # what passed the run by may be joined to it just behind
+        ends = id(gap.before) in ended and intervals.made_in(gap.before, last) == 1
         begins = id(gap.after) in begun and intervals.taken_by(gap.position, gap.after) == 1
-        if gap.width > 1 and (begins or (id(gap.before) in ended and intervals.made_in(gap.before, gap.position) == 1)):
+        if gap.width > 1 and begins:
             boundaries.add(gap.position)
-        elif gap.width == 1:  # what passes the run by is split off just before it, or joined to its result just behind
-            # as far behind the last block as the others end: x + f(x) may stand outside of them
-            behind = min((g.position - g.before.stop for g in passed if g.after is gap.before), default=0)
-            first, last = gap.after.start, min(gap.before.stop + behind, gap.position)
+        elif gap.width == 1:  # and split off just before it
+            first = gap.after.start
             boundaries.update([first] * (id(gap.after) in begun and intervals.taken_by(first, gap.after) == 1))
-            boundaries.update([last] * (id(gap.before) in ended and intervals.made_in(gap.before, last) == 1))
+        boundaries.update([last] * ends)
     rungs = _rungs(intervals, gaps)
     if rungs:  # those inside of a round of a loop are none
         rungs &= around_rounds(intervals, frontiers, units, boundaries | rungs)
@@ -173,11 +175,11 @@ def _by_modules(intervals: Intervals, frontiers: Frontiers, units: Sequence[Inte
     for start, stop in itertools.pairwise(sorted(boundaries)):
         inside = gaps[bisect.bisect_right(positions, start) : bisect.bisect_left(positions, stop)]
         # no narrow boundary over most of the graph: a ladder of states that are tuples
-        if len(inside) < 4 or stop - start <= 0.5 * intervals.end:
+        if stop - start <= 0.5 * intervals.end or (len(inside) < 4 and not _is_history(intervals, inside)):
             continue
         rounds = [b for b in rounds_of_lists(intervals, frontiers, units) if start < b < stop]
         if not rounds and not _are_stages(inside):
-            rounds = [gap.position for gap in inside]
+            rounds = [gap.position for gap in _between_rounds(inside)]
         boundaries.update(rounds)
     boundaries.update(rungs)
     return _glued(intervals, _between(intervals, units, sorted(boundaries)))
@@ -189,18 +191,42 @@ def _are_stages(gaps: Sequence[Gap]) -> bool:
     return len({unit.path for unit in units}) < len(units) and len({gap.width for gap in gaps}) > 1
 
 
+def _is_history(intervals: Intervals, gaps: Sequence[Gap]) -> bool:
+    """Whether gaps lie between like blocks, one after the other, each of which reads what the one before has made.
+
+    Parallel branches read their common input alone, and the stages of a solver are calls of one module.
+    """
+    chained = all(a.after is b.before for a, b in itertools.pairwise(gaps))
+    alike = all(_are_like_blocks(intervals, gap) and gap.before.path != gap.after.path for gap in gaps)
+    return len(gaps) > 1 and chained and alike and all(intervals.reads(gap.after, gap.before) for gap in gaps)
+
+
+def _between_rounds(gaps: Sequence[Gap]) -> list[Gap]:
+    """Gaps without those of a kind in most of which more is alive than before and behind: these lie within a round.
+
+    Layers that are written as several lists of modules, a convolution of each in turn, are cut between the rounds.
+    """
+    kinds: dict[object, list[bool]] = {}
+    keys = [tuple((unit.pattern, type(unit.module)) for unit in (gap.before, gap.after)) for gap in gaps]
+    widths = [gap.width for gap in gaps]
+    for place, key in enumerate(keys):
+        sides = (reversed(widths[:place]), widths[place + 1 :])
+        beside = [next((w for w in side if w != widths[place]), 0) for side in sides]  # other than as wide
+        kinds.setdefault(key, []).append(max(beside) < widths[place])
+    inside = {key for key, peaks in kinds.items() if 2 * sum(peaks) >= len(peaks) > 1}
+    return [gap for gap, key in zip(gaps, keys, strict=True) if key not in inside] or list(gaps)
+
+
 def _passed_by(intervals: Intervals, gap: Gap) -> bool:
     """Whether a gap between two like blocks is wide only because of values that pass both of them by.
 
     A long skip, kept for a decoder, does not make the blocks beside it one block.
     """
-    before, after = gap.before, gap.after
-    alike = before.pattern == after.pattern and type(before.module) is type(after.module)
-    if not alike or intervals.is_leaf(before) or gap.width == 1:
+    if not _are_like_blocks(intervals, gap) or gap.width == 1:
         return False
     # the widths that count for choosing leave out what decoders read, so they are compared with the full count
     alive = len(intervals.shapes(gap.position))
-    return alive - intervals.passing_by(gap.position, before, after) == 1
+    return alive - intervals.passing_by(gap.position, gap.before, gap.after) == 1
 
 
 def _rungs(intervals: Intervals, gaps: Sequence[Gap]) -> set[int]:
@@ -225,8 +251,12 @@ def _rungs(intervals: Intervals, gaps: Sequence[Gap]) -> set[int]:
 
 
 def _hands_on_several(intervals: Intervals, gap: Gap) -> bool:
+    return gap.width > 1 and _are_like_blocks(intervals, gap)
+
+
+def _are_like_blocks(intervals: Intervals, gap: Gap) -> bool:
     alike = gap.before.pattern == gap.after.pattern and type(gap.before.module) is type(gap.after.module)
-    return alike and gap.width > 1 and not intervals.is_leaf(gap.before)
+    return alike and not intervals.is_leaf(gap.before)
 
 
 class _Units:
