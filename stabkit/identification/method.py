@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from stabkit.errors import ArgumentError
 from stabkit.identification.form.flow_index import Surroundings
-from stabkit.identification.form.grouping import groups, is_divided, with_norms
+from stabkit.identification.form.grouping import groups, is_divided, is_round, with_norms
 from stabkit.identification.names.systems import LINEAR_MAP
 from stabkit.identification.reading import read, read_states
 from stabkit.identification.record import Identification
@@ -27,6 +27,7 @@ _NOTHING_READ = frozenset(
     {"unknown", "not a step", "part of a step", "plain", "transition", "transformed skip", "unnamed"}
 )
 _OVER_TIME = ("linear recurrence", "diagonal skip")  # what a step over time is called that is seen by itself
+_BLOCKS = 2  # residual blocks within a long skip that are steps by themselves
 _COARSE = ("unnamed", "gated skip", "damped Euler, parallel")  # readings that single steps may better
 
 
@@ -88,9 +89,14 @@ def identify(flow: FlowLike, *, checks: bool = True, parallel: Parallel = SERIAL
         # where a round may be cut, what is said of its parts is true as well; Strang's order of them says more
         divided = is_divided(flow, start, stop, around.loops)
         known = not (record.name in _NOTHING_READ or record.name.startswith(_COARSE))
-        if record.name.startswith("Strang") if divided else known:
+        kept = record.name.startswith("Strang") if divided else known
+        # a long skip leads around blocks, which are the steps; around a single one it makes a step of its own
+        around_blocks = kept and stop - start > _BLOCKS and not is_round(flow, start, stop, around.loops)
+        if kept and not around_blocks:
             return [record]
         single = [read(around, *part) for part in with_norms(flow, start, stop)]
+        if kept:
+            return single if sum(map(_is_block, single)) >= _BLOCKS else [record]
         if all(r.name == "part of a step" for r in single):
             return [record]
         unread = sum(r.name in _NOTHING_READ or changes_count(r) or r.name.startswith(_COARSE) for r in single)
@@ -125,6 +131,11 @@ def _over_steps(records: Sequence[Identification], recurrences: Recurrences) -> 
             for record in steps
         ]  # fmt: skip
     return found
+
+
+def _is_block(record: Identification) -> bool:
+    """Whether a step is one of a state of its own, with a skip around it."""
+    return record.skip == 1.0 and record.name.startswith(("forward Euler", "Lie splitting")) and bool(record.recorded)
 
 
 def _may_be_linear(record: Identification) -> bool:

@@ -15,6 +15,7 @@ from stabkit.identification.form.coefficients import Coefficient, LinearCombinat
 from stabkit.identification.form.flow_index import Surroundings
 from stabkit.identification.form.grouping import is_part_of_round, is_repeated
 from stabkit.identification.form.hidden_skip import hidden_skip, reaches_linearly, residuals_inside
+from stabkit.identification.form.nested import NESTED, in_turn, nested_chains, nodes_of
 from stabkit.identification.form.normal_form import NormalForm, Stage
 from stabkit.identification.form.skip_past_norms import measured_skip, skip_past_norms, with_fixed_norms
 from stabkit.identification.form.slots import Slots
@@ -244,7 +245,7 @@ def _without_skip(around: Surroundings, found: Slots, links: Sequence[Link], ste
         return nothing(steps, "unknown", why, "unknown")
     notes = []
     if any(link.kind == "sum" for link in links):
-        notes.append("a residual lies inside, but no skip leads around the whole step")
+        notes.append(f"a residual lies inside ({in_turn(links, found.contexts)}), no skip leads around the whole step")
     if any(link.kind == "join" for link in links):
         notes.append("the state is put beside a function of it, and both are mixed: several projections, no skip")
     for link in links:
@@ -343,11 +344,19 @@ def _sums(around: Surroundings, found: Slots, links: Sequence[Link], steps: tupl
         better = _read_sums(around, found, other, steps)
         if not better.name.startswith("unnamed") and better.shared_weights:
             return replace(better, notes=(*why, *better.notes))
+    nested = () if record.shared_weights else nested_chains(around, links)
+    if nested:
+        other = around.chain(steps[0], steps[-1] + 1, found, nodes_of(nested))
+        better = _read_sums(around, found, other, steps) if any(link.kind == "sum" for link in other) else record
+        if not better.name.startswith("unnamed"):
+            told = "; ".join(dict.fromkeys(in_turn(inner, found.contexts) for inner in nested))
+            notes = (f"the branch itself is {told}", *better.notes)
+            return replace(better, name=f"{better.name}{NESTED}", notes=notes)
     called = around.most_called(steps[0], steps[-1] + 1)
     if called is None or record.shared_weights:
         return record
-    told = f"{called[0]} is called {called[1]} times in it: what steps of a method these calls are was not found"
-    return replace(record, notes=(told, *record.notes))
+    said = f"{called[0]} is called {called[1]} times in it: what steps of a method these calls are was not found"
+    return replace(record, notes=(said, *record.notes))
 
 
 def _read_sums(around: Surroundings, found: Slots, links: Sequence[Link], steps: tuple[int, ...]) -> Identification:

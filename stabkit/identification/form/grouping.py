@@ -48,6 +48,11 @@ def _round(flow: Flow, start: int, loops: Sequence[Loop]) -> int | None:
     return next((i for i in range(start + 1, len(flow.states)) if flow.states[i].position in loop.boundaries), None)
 
 
+def is_round(flow: Flow, start: int, stop: int, loops: Sequence[Loop]) -> bool:
+    """Whether some steps are a round of a loop that was cut."""
+    return _round(flow, start, loops) == stop
+
+
 def is_divided(flow: Flow, start: int, stop: int, loops: Sequence[Loop]) -> bool:
     """Whether some steps are a round of a loop, and each of them leads from one tensor to one: a splitting."""
     begin = flow.states[start].position

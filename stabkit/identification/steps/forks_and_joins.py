@@ -34,7 +34,7 @@ _WIDE = 4  # new values of which one may be the state that goes on
 def step_inside(
     around: Surroundings, found: Slots, steps: tuple[int, ...], record: Identification, read: Reader
 ) -> Identification:
-    """The record of a fork or a join; of a fork with the step that the main state makes in it where there is one.
+    """The record of a fork or a join, with the step that the main state makes in it where there is one.
 
     Args:
         around: the flow.
@@ -43,7 +43,9 @@ def step_inside(
         record: the record that says fork or join, which comes back where no step is told.
         read: the reading of some states before and after some steps.
     """
-    if record.name != "fork" or not _begins_a_run(around, steps):
+    if record.name == "join":
+        return _last_use(around, found, steps, read) or record
+    if not _begins_a_run(around, steps):
         return record
     named = [(one.targets[0], inner) for one in _beginnings(found) if _is_step(inner := read(one, steps))]
     last = _made_of_others(around, [value for value, _ in named], steps)
@@ -52,6 +54,25 @@ def step_inside(
     inner, more = next(inner for value, inner in named if value == last), len(found.targets) - 1
     values = "value is" if more == 1 else "values are"
     return inside(inner, f"{more} {values} made beside the state, for later steps{_FORK}")
+
+
+def _last_use(around: Surroundings, found: Slots, steps: tuple[int, ...], read: Reader) -> Identification | None:
+    """The step of the youngest of several states, in which the older ones are read for the last time; None elsewhere.
+
+    An encoder's result that every layer of a decoder reads is no state of it. A decoder of images joins what was kept
+    to what it made since: there nothing of the youngest goes on by itself.
+    """
+    rank = around.graph.rank
+    *held, state = sorted(found.sources, key=lambda v: (rank.get(v.node, -1), v.output))
+    if len(found.targets) != 1 or meta_of(state).shape != meta_of(found.targets[0]).shape or found.split:
+        return None
+    if any(meta_of(v).shape == meta_of(state).shape for v in held):
+        return None  # as likely another stream
+    inner = read(replace(found, sources=(state,), contexts=(*found.contexts, *held)), steps)
+    if not _is_step(inner) or inner.step_size is None:
+        return None
+    values = "value is" if len(held) == 1 else "values are"
+    return inside(inner, f"{len(held)} {values} held from before and read for the last time{_JOIN}")
 
 
 def changes_count(record: Identification) -> bool:

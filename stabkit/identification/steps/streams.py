@@ -84,13 +84,14 @@ def numbers_of(method: GeneralLinearMethod) -> str:
 
 def mixed_by_numbers(record: Identification) -> Identification:
     """A record of several states without a name, that of one field of them all as the general linear method it is."""
-    method = record.method
-    if record.name != "unnamed" or not isinstance(method, GeneralLinearMethod) or method.stages != 1:
+    method, name = record.method, record.name
+    if not isinstance(method, GeneralLinearMethod) or method.stages != 1 or method.states < 2:
         return record
-    if method.states < 2 or not np.any(method.U) or not np.any(method.B):
+    known = f"general linear method of {method.states} states"
+    if name not in ("unnamed", known) or not np.any(method.U) or not np.any(method.B):
         return record
-    return replace(record, name=f"general linear method of {method.states} states", system="x' = f(x), several states",
-                   notes=(numbers_of(method), *record.notes))  # fmt: skip
+    system = record.system if name == known else "x' = f(x), several states"
+    return replace(record, name=known, system=system, notes=(numbers_of(method), *record.notes))
 
 
 @dataclass(frozen=True)

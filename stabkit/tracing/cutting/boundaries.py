@@ -20,6 +20,7 @@ from torch import nn
 
 from stabkit.errors import TraceError
 from stabkit.tracing.cutting.gaps import Gap, around, gaps_between, narrowest
+from stabkit.tracing.cutting.ladders import are_like_blocks, are_stages, between_rounds, is_history
 from stabkit.tracing.graph.frontiers import Frontiers
 from stabkit.tracing.graph.intervals import Interval, Intervals
 from stabkit.tracing.graph.loops import loops_of_products
@@ -175,46 +176,14 @@ def _by_modules(intervals: Intervals, frontiers: Frontiers, units: Sequence[Inte
     for start, stop in itertools.pairwise(sorted(boundaries)):
         inside = gaps[bisect.bisect_right(positions, start) : bisect.bisect_left(positions, stop)]
         # no narrow boundary over most of the graph: a ladder of states that are tuples
-        if stop - start <= 0.5 * intervals.end or (len(inside) < 4 and not _is_history(intervals, inside)):
+        if stop - start <= 0.5 * intervals.end or (len(inside) < 4 and not is_history(intervals, inside)):
             continue
         rounds = [b for b in rounds_of_lists(intervals, frontiers, units) if start < b < stop]
-        if not rounds and not _are_stages(inside):
-            rounds = [gap.position for gap in _between_rounds(inside)]
+        if not rounds and not are_stages(inside):
+            rounds = [gap.position for gap in between_rounds(intervals, inside)]
         boundaries.update(rounds)
     boundaries.update(rungs)
     return _glued(intervals, _between(intervals, units, sorted(boundaries)))
-
-
-def _are_stages(gaps: Sequence[Gap]) -> bool:
-    """Whether gaps lie between calls that recur without being rounds of a loop, and more is alive in some of them."""
-    units = [gaps[0].before, *(gap.after for gap in gaps)]
-    return len({unit.path for unit in units}) < len(units) and len({gap.width for gap in gaps}) > 1
-
-
-def _is_history(intervals: Intervals, gaps: Sequence[Gap]) -> bool:
-    """Whether gaps lie between like blocks, one after the other, each of which reads what the one before has made.
-
-    Parallel branches read their common input alone, and the stages of a solver are calls of one module.
-    """
-    chained = all(a.after is b.before for a, b in itertools.pairwise(gaps))
-    alike = all(_are_like_blocks(intervals, gap) and gap.before.path != gap.after.path for gap in gaps)
-    return len(gaps) > 1 and chained and alike and all(intervals.reads(gap.after, gap.before) for gap in gaps)
-
-
-def _between_rounds(gaps: Sequence[Gap]) -> list[Gap]:
-    """Gaps without those of a kind in most of which more is alive than before and behind: these lie within a round.
-
-    Layers that are written as several lists of modules, a convolution of each in turn, are cut between the rounds.
-    """
-    kinds: dict[object, list[bool]] = {}
-    keys = [tuple((unit.pattern, type(unit.module)) for unit in (gap.before, gap.after)) for gap in gaps]
-    widths = [gap.width for gap in gaps]
-    for place, key in enumerate(keys):
-        sides = (reversed(widths[:place]), widths[place + 1 :])
-        beside = [next((w for w in side if w != widths[place]), 0) for side in sides]  # other than as wide
-        kinds.setdefault(key, []).append(max(beside) < widths[place])
-    inside = {key for key, peaks in kinds.items() if 2 * sum(peaks) >= len(peaks) > 1}
-    return [gap for gap, key in zip(gaps, keys, strict=True) if key not in inside] or list(gaps)
 
 
 def _passed_by(intervals: Intervals, gap: Gap) -> bool:
@@ -222,7 +191,7 @@ def _passed_by(intervals: Intervals, gap: Gap) -> bool:
 
     A long skip, kept for a decoder, does not make the blocks beside it one block.
     """
-    if not _are_like_blocks(intervals, gap) or gap.width == 1:
+    if not are_like_blocks(intervals, gap) or gap.width == 1:
         return False
     # the widths that count for choosing leave out what decoders read, so they are compared with the full count
     alive = len(intervals.shapes(gap.position))
@@ -251,12 +220,7 @@ def _rungs(intervals: Intervals, gaps: Sequence[Gap]) -> set[int]:
 
 
 def _hands_on_several(intervals: Intervals, gap: Gap) -> bool:
-    return gap.width > 1 and _are_like_blocks(intervals, gap)
-
-
-def _are_like_blocks(intervals: Intervals, gap: Gap) -> bool:
-    alike = gap.before.pattern == gap.after.pattern and type(gap.before.module) is type(gap.after.module)
-    return alike and not intervals.is_leaf(gap.before)
+    return gap.width > 1 and are_like_blocks(intervals, gap)
 
 
 class _Units:
