@@ -137,3 +137,23 @@ def test_what_a_last_layer_reads_besides_is_no_state_of_it():
     last = read(Token(), 2, 5, WIDTH)[-1]
     assert (last.name, last.method, last.skip) == ("forward Euler", None, None)
     assert last.notes[0] == "1 value is held from before and read for the last time: a join"
+
+
+def test_weights_that_are_drawn_for_every_sample_are_told():
+    class Shaken(nn.Module):
+        def __init__(self, scale):
+            super().__init__()
+            self.a, self.b, self.scale = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH), scale
+
+        def forward(self, x):
+            share = torch.rand(len(x), 1) if self.scale is None else self.scale
+            return x + share * torch.tanh(self.a(x)) + (1 - share) * torch.tanh(self.b(x))
+
+    torch.manual_seed(0)
+    for scale, told in (
+        (None, True),
+        (nn.Parameter(torch.rand(WIDTH)), False),
+        (nn.Parameter(torch.rand(1, 1)), False),
+    ):
+        found = read(nn.Sequential(Shaken(scale), Shaken(scale)).train(), WIDTH, WIDTH)
+        assert {any("each sample's own" in note for note in record.notes) for record in found} == {told}

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
+from torch import Tensor
 from torch.autograd.graph import Node
 
 from stabkit.identification.form.chain import Link
@@ -14,6 +16,7 @@ from stabkit.identification.record import Identification
 from stabkit.identification.steps.quotients import leaking_quotients
 from stabkit.integrators import stochastic_depth
 from stabkit.tracing.graph.graph import Element, Graph, element_of
+from stabkit.tracing.graph.values import Value, meta_of
 from stabkit.vocabulary import ActivationFacts, NormFacts, operation
 
 _STATISTICS = frozenset({"Mean", "Std", "Var", "VarMean", "LinalgVectorNorm"})
@@ -169,11 +172,24 @@ def masked(kinds: set[str]) -> tuple[str, ...]:
     return ("a mask sets some entries to zero: the step is that of the others",) if "masked" in kinds else ()
 
 
+def _weighs_samples(node: Node) -> bool:
+    """Whether an operation multiplies every sample by a constant of its own (shake-shake draws its weights so)."""
+    known: Any = node
+    saved = [getattr(known, name, None) for name in ("_saved_self", "_saved_other")] if operation(node) == "Mul" else []
+    constant = [t for t in saved if isinstance(t, Tensor) and t.grad_fn is None and not t.requires_grad]
+    laid_out = tuple(meta_of(Value(node, 0)).shape) if constant else ()  # batch first, and nothing else of one's own
+    alike = [t for t in constant if 1 < t.dim() == len(laid_out) and t.numel() == t.shape[0] == laid_out[0]]
+    own = [t.detach().flatten() for t in alike]
+    return any(bool((t != t[0]).any()) for t in own)
+
+
 def with_randomness(record: Identification, sums: Sequence[NormalForm]) -> Identification:
     """Branches that are dropped for whole samples."""
     dropped = [c for form in sums for c in form.forms[0].values() if c.kind == "samples"]
     if not dropped:
-        return record
+        own = any(_weighs_samples(node) for form in sums for node in form.piece.nodes if form.piece.graph.draws)
+        why = "numbers of each sample's own, which are not made of the state, multiply what is added: drawn, or given"
+        return replace(record, notes=(why, *record.notes)) if own else record
     factor = max(c.sample or 0.0 for c in dropped)
     if factor <= 1.0:
         why = "whole samples skip the branch at random (stochastic depth); how often does not show in one pass"
