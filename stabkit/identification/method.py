@@ -135,7 +135,8 @@ def _over_steps(records: Sequence[Identification], recurrences: Recurrences) -> 
 
 def _is_block(record: Identification) -> bool:
     """Whether a step is one of a state of its own, with a skip around it."""
-    return record.skip == 1.0 and record.name.startswith(("forward Euler", "Lie splitting")) and bool(record.recorded)
+    named = not (record.name in _NOTHING_READ or record.name.startswith(_COARSE))
+    return named and record.skip == 1.0 and record.method is not None and not changes_count(record)
 
 
 def _may_be_linear(record: Identification) -> bool:

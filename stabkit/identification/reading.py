@@ -348,7 +348,7 @@ def _sums(around: Surroundings, found: Slots, links: Sequence[Link], steps: tupl
     if nested:
         other = around.chain(steps[0], steps[-1] + 1, found, nodes_of(nested))
         better = _read_sums(around, found, other, steps) if any(link.kind == "sum" for link in other) else record
-        if not better.name.startswith("unnamed"):
+        if not better.name.startswith("unnamed") and better.skip == 1.0:  # x' = x + h R(x)
             told = "; ".join(dict.fromkeys(in_turn(inner, found.contexts) for inner in nested))
             notes = (f"the branch itself is {told}", *better.notes)
             return replace(better, name=f"{better.name}{NESTED}", notes=notes)

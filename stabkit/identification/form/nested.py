@@ -21,6 +21,7 @@ from stabkit.identification.names.single import name_one_state
 from stabkit.tracing.graph.values import Value, operation
 
 NESTED = " (residual in residual)"
+_FEWEST = 2  # additions in a branch: of one, x + g(x + f(x)), the two fields are as likely the stages of a step
 
 
 def nested_chains(around: Surroundings, links: Sequence[Link]) -> tuple[tuple[Link, ...], ...]:
@@ -29,7 +30,7 @@ def nested_chains(around: Surroundings, links: Sequence[Link]) -> tuple[tuple[Li
     for link in links:
         branch = _branch(around, link.form.piece) if link.kind == "sum" and len(link.form.stages) > 1 else None
         inner = () if branch is None else chain(branch, around.form_of)
-        if len(inner) > 1 and any(part.kind == "sum" for part in inner):
+        if sum(part.kind == "sum" and bool(part.form.stages) for part in inner) >= _FEWEST:
             found.append(inner)
     return tuple(found)
 
