@@ -99,8 +99,8 @@ def is_same_from(
 def _numbers(node: Node) -> list[object]:
     """The plain numbers by which an operation multiplies what it is given."""
     saved = [getattr(node, name, None) for name in ("_saved_alpha", "_saved_other", "_saved_self", "_saved_value")]
-    return [float(n) if isinstance(n, Tensor) else n for n in saved
-            if isinstance(n, int | float) or (isinstance(n, Tensor) and not n.dim() and not n.requires_grad)]  # fmt: skip
+    plain = [n for n in saved if not isinstance(n, Tensor) or (not n.dim() and not n.requires_grad)]
+    return [float(n) if isinstance(n, Tensor) else n for n in plain]
 
 
 def images_after(

@@ -142,6 +142,9 @@ def with_gates(record: Identification, kinds: set[str], sums: Sequence[NormalFor
         return replace(record, evidence="measured", notes=(*record.notes, notes[0]))
     if abs((record.skip or 0.0) + (record.step_size or 0.0) - 1.0) > GATED:
         name, system = f"gated skip (mean a = {record.skip:.3g})", "x' = a(x) x + f(x) - x, the old state times a gate"
+        if record.name.startswith("unnamed"):  # of stages that gates weigh no one number is a step size
+            how = "none: the stages of the branch are weighed by numbers of their own"
+            record = replace(record, method=None, recorded=(), step_size=None, convention=how, evidence="measured")
         return replace(record, name=name, system=system, notes=notes)
     return replace(
         record,
