@@ -229,6 +229,27 @@ def _sums_of_exponents(m: Own, x: Tensor) -> Tensor:
     return torch.tanh(torch.exp(functional.logsigmoid(m.linear(x)).cumsum(1)) * x)
 
 
+class _Bins(nn.Module):
+    """A monotone spline of every coordinate, whose knots are sums of widths (Durkan et al. 2019)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.widths = nn.Linear(WIDTH, 4 * WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        shares = self.widths(x).tanh().unflatten(-1, (WIDTH, 4)).softmax(-1)
+        sums = 0.01 + 0.96 * shares
+        knots = sums.cumsum(-1)
+        bins = torch.full_like(x, 2, dtype=torch.long)[..., None]  # of coordinates in the middle all lie in one
+        return x + torch.tanh(knots.gather(-1, bins)[..., 0] * x)
+
+
+def test_sums_over_bins_are_no_recurrence_over_time():
+    torch.manual_seed(0)
+    flow = stabkit.trace(nn.Sequential(_Bins(), _Bins()), torch.randn(1, WIDTH))
+    assert all(record.over_time == () for record in identify(flow, checks=False))
+
+
 _NONE = [(_attention, 3), (_masked_decay, 3), (_token_shifts, 1), (_products_alone, 1), (_sums_of_exponents, 1)]
 
 

@@ -99,7 +99,8 @@ def is_same_from(
 def _numbers(node: Node) -> list[object]:
     """The plain numbers by which an operation multiplies what it is given."""
     saved = [getattr(node, name, None) for name in ("_saved_alpha", "_saved_other", "_saved_self", "_saved_value")]
-    plain = [n for n in saved if not isinstance(n, Tensor) or (not n.dim() and not n.requires_grad)]
+    known = [n for n in saved if n is not None]  # and which tensors are kept depends on what they multiply
+    plain = [n for n in known if not isinstance(n, Tensor) or (not n.dim() and not n.requires_grad)]
     return [float(n) if isinstance(n, Tensor) else n for n in plain]
 
 

@@ -64,7 +64,7 @@ def recurrences_at_once(flow: Flow, start: int, stop: int) -> tuple[Recurrence, 
         if tried == _MOST:
             break
         tried += 1
-        if operator.is_recurrence:
+        if operator.is_recurrence and stretch.runs_along(pair):
             found.append(operator)
     return tuple(stretch.read(operator) for operator in reversed(found))
 
@@ -109,7 +109,8 @@ class _Pair:
     Attributes:
         drive: what drives it, u.
         new: the states, h.
-        axis: along which time runs.
+        outer: the axis of the state at the end along which time runs.
+        axis: that of the two values.
         time: a time in the middle, to which all earlier ones lead.
         of_logarithms: whether h is the exponential of a sum of exponentials' logarithm.
         inside: the operations between that depend on u, with how many of their inputs do.
@@ -117,6 +118,7 @@ class _Pair:
 
     drive: Value
     new: Value
+    outer: int
     axis: int
     time: int
     of_logarithms: bool
@@ -150,7 +152,7 @@ class _Stretch:
     def pairs(self) -> Iterator[_Pair]:
         """The pairs that may be a drive and its states: the last states first, the widest stretch before others."""
         rank = self._graph.rank
-        for spans in self._reached():
+        for outer, spans in self._reached():
             whole = {v: {a: s[1] for a, s in enumerate(along) if _is_start(s)} for v, along in spans.items()}
             drives = sorted((v for v, axes in whole.items() if axes), key=lambda v: rank.get(v.node, -1))
             found: list[_Pair] = []
@@ -161,7 +163,7 @@ class _Stretch:
                         continue
                     logs = value in followers.of_logarithms
                     found += [
-                        _Pair(drive, value, axis, time, logs, followers.inside)
+                        _Pair(drive, value, outer, axis, time, logs, followers.inside)
                         for axis, time in whole[drive].items()
                         if spans[value][axis] == (time, time, 1)
                     ]
@@ -169,21 +171,37 @@ class _Stretch:
             found.sort(key=lambda p: (-rank[p.new.node], (-1) ** p.of_logarithms * rank.get(p.drive.node, -1)))
             yield from found
 
-    def _reached(self) -> Iterator[dict[Value, list[tuple[int, int, int]]]]:
+    def _reached(self) -> Iterator[tuple[int, dict[Value, list[tuple[int, int, int]]]]]:
         """Where along each axis of every value a cotangent arrives that is at one index of an axis at the end."""
-        (drawn, *others) = random_tensors(self._after.values, seed=0)
-        if others:
-            return
-        layout = self._after.layouts[0].axis
-        axes = [a for a, size in enumerate(drawn.shape) if size >= _FEWEST and a != layout]
-        for axis in axes:
-            given = torch.zeros_like(drawn)
-            middle = drawn.shape[axis] // 2
-            given.select(axis, middle).copy_(drawn.select(axis, middle))
-            spans: dict[Value, list[tuple[int, int, int]]] = {}
-            for value, cotangent in self._arriving({self._after.values[0]: given}):
-                spans[value] = [_span(cotangent, a) for a in range(cotangent.dim())]
-            yield spans
+        shape, layout = meta_of(self._after.values[0]).shape, self._after.layouts[0].axis
+        axes = [a for a, size in enumerate(shape) if size >= _FEWEST and a != layout]
+        for axis in axes if len(self._after.values) == 1 else ():
+            arriving = self._arriving(self._at(axis, shape[axis] // 2))
+            yield axis, {value: [_span(cotangent, a) for a in range(cotangent.dim())] for value, cotangent in arriving}
+
+    def _at(self, axis: int, index: int) -> dict[Value, Tensor]:
+        """A cotangent of the state at the end that is at one index of an axis alone."""
+        (drawn,) = random_tensors(self._after.values, seed=0)
+        given = torch.zeros_like(drawn)
+        given.select(axis, index).copy_(drawn.select(axis, index))
+        return {self._after.values[0]: given}
+
+    def runs_along(self, pair: _Pair) -> bool:
+        """Whether the times of a pair are those of the axis at the end, from the first to the last or back.
+
+        Sums over the bins of a spline have an order that is none of positions.
+        """
+        last = meta_of(self._after.values[0]).shape[pair.outer] - 1
+        known = []
+        for index in (0, last):
+            for value, cotangent in self._arriving(self._at(pair.outer, index)):
+                if value == pair.new:
+                    known.append((index > 0, *_span(cotangent, pair.axis)))
+                    break
+        latest = meta_of(pair.new).shape[pair.axis] - 1
+        ahead = [high - low == 0 and (low >= latest - 1 if at_end else low <= 1) for at_end, low, high, _ in known]
+        back = [high - low == 0 and (low <= 1 if at_end else low >= latest - 1) for at_end, low, high, _ in known]
+        return bool(known) and (all(ahead) or all(back))
 
     def _arriving(self, given: dict[Value, Tensor]) -> Iterator[tuple[Value, Tensor]]:
         """What arrives of some cotangents at every value before, each once it is complete."""
