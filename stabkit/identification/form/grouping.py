@@ -111,12 +111,16 @@ def _of_several(flow: Flow, start: int) -> int | None:
     A stack whose layers are no modules is cut at every convolution: x + r(z) beside a sum of s(z), z a gated map of x.
     """
     old = flow.states[start].values
+    shapes = [sorted(state.sample_shapes) for state in flow.states]
     for stop in range(start + 2, min(start + _PARTS, len(flow.steps)) + 1):
         new, size = flow.states[stop].values, stop - start
         if set(old) & set(new):
             continue
         alike = [_operations(flow, start, stop) == _operations(flow, i, i + size) for i in (stop, start - size)]
-        between = all(set(old) & set(flow.states[i].values) for i in range(start + 1, stop))
+        # as many values of these shapes would be a state by themselves, as those of methods that remember are
+        between = all(
+            set(old) & set(flow.states[i].values) and shapes[i] != shapes[stop] for i in range(start + 1, stop)
+        )
         if not any(alike) or not between or len(new) < 2:
             continue
         if len(old) != len(new) and not (len(old) == 1 and alike[0]):
