@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Sequence
 
 from stabkit.identification.form.accumulated import is_renewed_beside_sum
-from stabkit.identification.form.operations import JOINS
+from stabkit.identification.form.operations import JOINS, WRITES
 from stabkit.identification.form.pieces import Piece
 from stabkit.identification.form.slots import parts_of
 from stabkit.tracing import Flow
@@ -30,7 +30,7 @@ def groups(flow: Flow, loops: Sequence[Loop] = ()) -> tuple[tuple[int, int], ...
     found: list[tuple[int, int]] = []
     start = 0
     while start < len(flow.steps):
-        stop = _round(flow, start, loops) or _branch(flow, start) or _of_several(flow, start)
+        stop = _round(flow, start, loops) or _branch(flow, start) or _filled(flow, start) or _of_several(flow, start)
         stop = stop or _half_steps(flow, start) or _sweep(flow, start) or _cut_short(flow, start) or start + 1
         found.append((start, stop))
         start = stop
@@ -111,7 +111,7 @@ def _of_several(flow: Flow, start: int) -> int | None:
     A stack whose layers are no modules is cut at every convolution: x + r(z) beside a sum of s(z), z a gated map of x.
     """
     old = flow.states[start].values
-    shapes = [sorted(state.sample_shapes) for state in flow.states]
+    shapes = {i: sorted(flow.states[i].sample_shapes) for i in range(start, min(start + _PARTS, len(flow.steps)) + 1)}
     for stop in range(start + 2, min(start + _PARTS, len(flow.steps)) + 1):
         new, size = flow.states[stop].values, stop - start
         if set(old) & set(new):
@@ -148,6 +148,24 @@ def _last_of_several(flow: Flow, start: int) -> int | None:
 
 def _operations(flow: Flow, start: int, stop: int) -> list[tuple[str, ...]] | None:
     return [step.operations for step in flow.steps[start:stop]] if 0 <= start < stop <= len(flow.steps) else None
+
+
+def _filled(flow: Flow, start: int) -> int | None:
+    """The end of steps that were cut while the values of a field are written into one tensor, which holds all stages.
+
+    Between them the state is alive, and beside it a tensor of several times its size that is read and written again.
+    """
+    graph, shape = flow.recorded.graph, meta_of(flow.states[start].values[0]).shape
+    if len(flow.states[start].values) > 1:
+        return None
+    for stop in range(start + 1, len(flow.states)):
+        values, nodes = flow.states[stop].values, graph.nodes[flow.states[stop].position :]
+        written = [v for v in values if operation(v.node) in WRITES and meta_of(v).shape != shape]
+        readers = [{operation(n) for n in nodes if v in graph.inputs[n]} for v in written]
+        filled = any(names & WRITES and names - WRITES for names in readers)
+        if not filled or len(values) != len(written) + 1:
+            return stop if stop > start + 1 and len(values) == 1 else None
+    return None
 
 
 def _reads(flow: Flow, step: int, value: Value) -> bool:
