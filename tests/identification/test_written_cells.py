@@ -201,7 +201,6 @@ def test_layers_that_are_cut_at_every_convolution_are_steps_of_a_state_beside_a_
     torch.manual_seed(0)
     found = identify(trace(WaveNet(), torch.randn(2, 3, 40)), checks=False)
     steps = [record for record in found if "Euler" in record.name]
-    assert [len(record.steps) for record in steps] == [4] * 4
-    assert steps[0].name == "forward Euler"
-    assert {(r.name, r.evidence) for r in steps[1:]} == {("forward Euler, beside a sum of outputs", "proven")}
+    assert [len(record.steps) for record in steps] == [4, 4, 4, 4, 3]
+    assert {(r.name, r.evidence) for r in steps} == {("forward Euler, beside a sum of outputs", "proven")}
     assert not any(record.name == "no branch" for record in found)
