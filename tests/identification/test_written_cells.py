@@ -197,10 +197,11 @@ class WaveNet(nn.Module):
         return self.last(functional.relu(total))
 
 
-def test_layers_that_are_cut_at_every_convolution_are_steps_of_a_state_beside_a_sum():
+@pytest.mark.parametrize(("depth", "cut"), [("auto", [1, 1, 1, 1, 1]), ("modules", [4, 4, 4, 4, 3])])
+def test_layers_of_several_convolutions_are_steps_of_a_state_beside_a_sum_also_where_they_are_cut(depth, cut):
     torch.manual_seed(0)
-    found = identify(trace(WaveNet(), torch.randn(2, 3, 40)), checks=False)
+    found = identify(trace(WaveNet(), torch.randn(2, 3, 40), depth=depth), checks=False)
     steps = [record for record in found if "Euler" in record.name]
-    assert [len(record.steps) for record in steps] == [4, 4, 4, 4, 3]
+    assert [len(record.steps) for record in steps] == cut
     assert {(r.name, r.evidence) for r in steps} == {("forward Euler, beside a sum of outputs", "proven")}
     assert not any(record.name == "no branch" for record in found)
