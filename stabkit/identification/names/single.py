@@ -13,11 +13,13 @@ from stabkit import integrators
 from stabkit.identification.form.tableau import Blocks
 from stabkit.identification.names.exponential import carried_back, exponential_step
 from stabkit.identification.names.histories import steps_with_history, told_of
+from stabkit.identification.names.reflections import splitting_by_resolvents
 from stabkit.identification.names.step_size import step_size
-from stabkit.integrators import GeneralLinearMethod
+from stabkit.integrators import GeneralLinearMethod, LinearStability
 
 CLOSE = 1e-6  # coefficients of single precision networks
 NO_STEP = "none: there is no branch that a step size could multiply"
+NO_TABLEAU = "unnamed Runge-Kutta"
 POINTS = np.random.default_rng(0).normal(size=(12, 2)) @ np.array([1, 1j])
 
 
@@ -79,6 +81,9 @@ def name_one_state(found: Blocks) -> Name:
     if not found.A.any():
         what = "forward Euler, parallel branches" if a == 1.0 else _scaled("parallel branches", a)
         return Name(what, "x' = f_1(x) + f_2(x) + ..., all evaluated at one point", h, convention)
+    by_resolvents = splitting_by_resolvents(found)
+    if by_resolvents is not None:
+        return Name(*by_resolvents, 1.0, "h = 1: the resolvents as they are")
     return _tableau_of_own_fields(found) or Name(_composed(found, h, a), "x' = f_1(x) + f_2(x) + ...", h, convention)
 
 
@@ -108,6 +113,9 @@ def _single_stage(a: float, h: float, convention: str) -> Name:
         leak = abs(a + h - 1.0) <= CLOSE
         system = f"x' = f(x) - x, Euler with h = {h:.3g}" if leak else "x' = f(x) - lambda x"
         return Name(f"damped Euler (a = {a:.3g})", system, h, convention)
+    if abs(a + 1) <= CLOSE and abs(h - 2) <= CLOSE:
+        system = "none: 2 f - 1, a reflection at the values of f; two of them in turn are a Peaceman-Rachford step"
+        return Name("reflection 2 f(x) - x", system, 1.0, "h = 1: the map as it is")
     # of one step only the products h lambda and h f can be seen: any a > 0 is the exponential of one
     system = (
         "x' = lambda x + f(x), exponential Euler with h lambda = log a" if a > 0 else "none: the skip turns the sign"
@@ -170,7 +178,20 @@ def _runge_kutta(found: Blocks, a: float, h: float, convention: str) -> Name:
         return Name("unnamed", "none that is consistent", h, convention)
     alike = [name for name, other in _catalogue(None) if _same_function(method, other)]
     hint = f", R(z) of {alike[0]}" if alike else ""
-    return Name(f"unnamed Runge-Kutta ({method.stages} stages, order {order_of(method)}{hint})", system, h, convention)
+    return Name(f"{NO_TABLEAU} ({method.stages} stages, order {order_of(method)}{hint})", system, h, convention)
+
+
+def has_two_stages(name: str, count: int) -> bool:
+    """Whether a Runge-Kutta method of no known tableau has two stages, so that three numbers say all of it."""
+    return name.startswith(NO_TABLEAU) and count == 2
+
+
+def with_two_stages(name: str, method: LinearStability | None) -> str:
+    """The name of a Runge-Kutta method of no known tableau, of two stages by its numbers."""
+    if not isinstance(method, GeneralLinearMethod) or not has_two_stages(name, method.stages):
+        return name
+    b, c = [weight if abs(weight) > CLOSE else 0.0 for weight in method.B[0]], float(method.A[1, 0])
+    return f"2-stage Runge-Kutta (c = {c:.3g}, b = {b[0]:.3g} and {b[1]:.3g}, order {order_of(method)})"
 
 
 def _of_lawson(found: Blocks) -> tuple[str, float] | None:

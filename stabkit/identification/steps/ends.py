@@ -125,11 +125,11 @@ def _common(record: Identification, other: Identification) -> Identification:
 def _last_of(
     around: Surroundings, records: Sequence[Identification], i: int, read: Reader
 ) -> tuple[Identification | None, int]:
-    """The record of a last step, and of how many records it is made: two where it was cut, and neither was read."""
+    """The record of a last step, and of how many records it is made: two where it was cut."""
     record, before = records[i], _common(records[i - 1], records[i - 2])
     better = _last(around, record, before, read)
     known = better is not None and _is_step(better)
-    if known or _is_read(record) or i + 1 == len(records) or _is_read(records[i + 1]):
+    if known or _is_read(record) or i + 1 == len(records):
         return better, 1
     both = replace(record, steps=(*record.steps, *records[i + 1].steps))
     joined = _last(around, both, before, read)
