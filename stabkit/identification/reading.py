@@ -24,9 +24,9 @@ from stabkit.identification.names.single import (
     NO_STEP,
     NO_TABLEAU,
     Name,
+    by_numbers,
     has_two_stages,
     name_one_state,
-    with_two_stages,
 )
 from stabkit.identification.names.weighed import gates_of_stages, name_weighed
 from stabkit.identification.record import Identification, nothing, record_of
@@ -353,8 +353,9 @@ def _sums(around: Surroundings, found: Slots, links: Sequence[Link], steps: tupl
             return replace(better, notes=(*why, *better.notes))
         if record.name == "unnamed" and better.name.startswith(NO_TABLEAU) and better.shared_weights:
             record = replace(better, notes=(*why, *better.notes))
-    if record.name.startswith(NO_TABLEAU):
-        return replace(record, name=with_two_stages(record.name, record.method))
+    name, system = by_numbers(record.name, record.system, record.method)
+    if record.shared_weights and name != record.name:
+        return replace(record, name=name, system=system)
     called = around.most_called(steps[0], steps[-1] + 1)
     if called is None or record.shared_weights:
         return record

@@ -110,6 +110,54 @@ def test_a_transition_of_hamiltonian_monte_carlo_is_so_many_steps_of_verlet():
     assert [r.step_size for r in found] == pytest.approx([0.1] * ROUNDS)
 
 
+class TotalVariation(nn.Module):
+    """Chambolle and Pock 2011 for images: differences by a kernel, and its adjoint by the same kernel transposed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        kernel = torch.zeros(2, 1, 3, 3)
+        kernel[:, 0, 1, 1], kernel[0, 0, 1, 2], kernel[1, 0, 2, 1] = -1, 1, 1
+        self.register_buffer("kernel", kernel)
+
+    def forward(self, y: Tensor) -> Tensor:
+        x = ahead = y
+        p = torch.zeros(len(y), 2, *y.shape[2:], dtype=y.dtype)
+        for _ in range(6):
+            p = (p + 0.3 * nn.functional.conv2d(ahead, self.kernel, padding=1)).clamp(-0.2, 0.2)
+            old, x = x, (x - 0.3 * nn.functional.conv_transpose2d(p, self.kernel, padding=1) + 0.3 * y) / 1.3
+            ahead = 2 * x - old
+        return x
+
+
+def test_a_kernel_and_its_transpose_are_two_fields():
+    torch.manual_seed(0)
+    flow = stabkit.trace(TotalVariation().double(), torch.randn(2, 1, 6, 6, dtype=torch.float64))
+    found = [r for r in stabkit.identify(flow, checks=False) if r.step_size is not None]
+    assert len(found) >= 5
+    assert all(r.name.startswith("primal-dual hybrid gradient (Chambolle-Pock, theta = 1)") for r in found)
+
+
+class InnerLoop(nn.Module):
+    """Steps of gradient descent on fast weights, whose gradient is an outer product with the input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(3, WIDTH))
+
+    def forward(self, x: Tensor) -> Tensor:
+        w, target = self.weight.expand(len(x), 3, WIDTH), torch.tanh(x[:, :3])
+        for _ in range(ROUNDS):
+            error = torch.einsum("bkd,bd->bk", w, x) - target
+            w = w - 0.1 * error[:, :, None] * x[:, None]
+        return torch.einsum("bkd,bd->bk", w, x)
+
+
+def test_an_outer_product_with_the_input_is_no_step_size():
+    found = [r for r in read(InnerLoop()) if r.name == "forward Euler"]
+    assert len(found) >= ROUNDS - 1
+    assert not any("h(c)" in r.convention for r in found)
+
+
 class Adam(nn.Module):
     """Kingma and Ba 2015 as layers of a network; without the squares a look-alike."""
 

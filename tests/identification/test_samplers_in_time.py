@@ -102,6 +102,40 @@ def test_the_midpoint_in_log_sigma_has_its_second_stage_where_that_lies():
         assert record.name == f"2-stage Runge-Kutta (c = {c:.3g}, b = 0 and 1, order 1)"
 
 
+def dpm_solver_3(m: s.Loop, x: Tensor, i: int) -> Tensor:
+    """Lu et al. 2022, the singlestep method of order 3, stages at a third and two thirds."""
+    lam = torch.linspace(-1.5, 2, 3 * m.rounds + 1, dtype=x.dtype)
+    alpha, sigma = torch.sigmoid(2 * lam).sqrt(), torch.sigmoid(-2 * lam).sqrt()
+    start, one, two, stop = range(3 * i, 3 * i + 4)
+    h = lam[stop] - lam[start]
+    e = m.net(x, lam[start])
+    u = alpha[one] / alpha[start] * x - sigma[one] * torch.expm1(h / 3) * e
+    d = m.net(u, lam[one]) - e
+    z = 2 * h / 3
+    u = alpha[two] / alpha[start] * x - sigma[two] * (torch.expm1(z) * e + 2 * (torch.expm1(z) / z - 1) * d)
+    d = m.net(u, lam[two]) - e
+    return alpha[stop] / alpha[start] * x - sigma[stop] * (torch.expm1(h) * e + 1.5 * (torch.expm1(h) / h - 1) * d)
+
+
+def test_a_method_of_three_stages_beside_a_linear_part_has_its_numbers():
+    found = read(s.Loop(dpm_solver_3))
+    assert [r.name.startswith("exponential Runge-Kutta type (3 stages, carried on by 1, ") for r in found] == [True] * 4
+
+
+def test_two_damped_steps_in_one_are_no_exponential_method():
+    def twice(m: s.Loop, x: Tensor, i: int) -> Tensor:
+        for _ in range(2):
+            x = 0.9 * x + 0.2 * m.net(x, 0.0)
+        return x
+
+    found = stabkit.identify(
+        stabkit.trace(nn.Sequential(*(s.Loop(twice, rounds=1) for _ in range(3))).double(),
+                      torch.randn(3, s.WIDTH, dtype=torch.float64), depth=["0", "1", "2"]),
+        checks=False,
+    )  # fmt: skip
+    assert not any("exponential" in r.name for r in found)
+
+
 class Variance(nn.Module):
     """Euler steps of the probability flow of a variance-preserving process, or of its reverse equation with noise."""
 
@@ -213,6 +247,6 @@ class UniPC(nn.Module):
 def test_unipc_predicts_and_corrects_beside_a_linear_part(noise):
     first, *found = read(UniPC(noise=noise))
     assert len(found) == 5
-    assert first.name == "fork"  # two evaluations, one at the prediction: no splitting
+    assert first.name.startswith("exponential Runge-Kutta type (2 stages, ")  # one at the prediction: no splitting
     assert {r.name.partition(",")[0] for r in found} == {"exponential predictor-corrector (1 stage"}
     assert all("weights 0.4, " in r.system for r in found)

@@ -186,12 +186,27 @@ def has_two_stages(name: str, count: int) -> bool:
     return name.startswith(NO_TABLEAU) and count == 2
 
 
-def with_two_stages(name: str, method: LinearStability | None) -> str:
-    """The name of a Runge-Kutta method of no known tableau, of two stages by its numbers."""
-    if not isinstance(method, GeneralLinearMethod) or not has_two_stages(name, method.stages):
-        return name
-    b, c = [weight if abs(weight) > CLOSE else 0.0 for weight in method.B[0]], float(method.A[1, 0])
-    return f"2-stage Runge-Kutta (c = {c:.3g}, b = {b[0]:.3g} and {b[1]:.3g}, order {order_of(method)})"
+def by_numbers(name: str, system: str, method: LinearStability | None) -> tuple[str, str]:
+    """Name and system of a Runge-Kutta method of no known tableau by its numbers; those of others as they are.
+
+    It has two stages, or a linear part besides.
+    """
+    if not isinstance(method, GeneralLinearMethod) or method.states > 1 or method.n_fields > 1 or method.stages < 2:
+        return name, system
+    A, U, B, V = method.A, method.U[:, 0], method.B[0], float(method.V[0, 0])
+    if has_two_stages(name, method.stages):
+        b, c = [weight if abs(weight) > CLOSE else 0.0 for weight in B], float(A[1, 0])
+        return f"2-stage Runge-Kutta (c = {c:.3g}, b = {b[0]:.3g} and {b[1]:.3g}, order {order_of(method)})", system
+    # x = alpha(t) y, and stages of y: what carries the state to a stage grows or falls on the way to the next state
+    skips = np.append(U, V)
+    monotone = bool((np.diff(skips) >= -CLOSE).all() or (np.diff(skips) <= CLOSE).all()) and bool((skips > 0).all())
+    ends = [c for c in range(1, method.stages) if np.allclose(np.vstack([A[c:, :c] / U[c:, None], B[:c] / V]),
+                                                              A[c, :c] / U[c], atol=CLOSE)]  # fmt: skip
+    if name != "unnamed" or not monotone or abs(U[0] - 1) > CLOSE or abs(V - 1) <= CLOSE or ends:
+        return name, system
+    carried = ", ".join(f"{u:.3g}" for u in U)
+    told = f"exponential Runge-Kutta type ({method.stages} stages, carried on by {carried}, a = {V:.3g})"
+    return told, "x' = f(x, t) - lambda(t) x, the linear part carried on to every stage by a number"
 
 
 def _of_lawson(found: Blocks) -> tuple[str, float] | None:

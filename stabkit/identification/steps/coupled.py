@@ -146,7 +146,12 @@ def _pairing(piece: Piece) -> tuple[int, ...] | None:
         return None
     carried = [_carried(piece, target) for target in piece.targets]
     places = range(len(piece.sources))
-    fits = [p for p in itertools.permutations(places) if all(piece.sources[i] in carried[p[i]] for i in places)]
+    # what no new state carries on is only read, and made anew: the output of a cell beside its memory
+    anew = set(piece.sources).difference(*carried)
+    fits = [
+        p for p in itertools.permutations(places)
+        if all(piece.sources[i] in {*carried[p[i]], *anew} for i in places)
+    ] if len(anew) < len(places) else []  # fmt: skip
     given = tuple(places)
     return given if given in fits else fits[0] if len(fits) == 1 else None
 
