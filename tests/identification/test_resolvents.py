@@ -191,6 +191,26 @@ def test_a_mean_of_something_else_is_no_second_moment():
     assert not any("Adam" in r.name for r in read(Adam(lerp=False, squares=False)))
 
 
+class Growing(nn.Module):
+    """Nesterov's steps with a momentum that grows: what the last one begins with is one tensor, y = x + m (x - x_0)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = mlp()
+
+    def forward(self, x: Tensor) -> Tensor:
+        old = x
+        for k in range(ROUNDS + 1):
+            y = x + k / (k + 3) * (x - old)
+            old, x = x, y - 0.1 * self.net(y)
+        return x
+
+
+def test_the_last_step_is_whole_where_one_tensor_carries_all_within_it():
+    last = read(Growing())[-1]
+    assert last.name == f"Nesterov momentum (gamma = {ROUNDS / (ROUNDS + 3):.3g})"
+
+
 class Anderson(nn.Module):
     """A fixed point with a memory of two values, which begins at zero in a function of the input."""
 
