@@ -22,7 +22,6 @@ from stabkit.identification.form.normal_form import NormalForm
 from stabkit.identification.form.operations import SCALES, has_matrix
 from stabkit.identification.form.pieces import Piece
 from stabkit.identification.form.slots import Slots
-from stabkit.identification.names.single import NO_STEP
 from stabkit.identification.record import Identification
 from stabkit.tracing.graph.values import Value, meta_of, operation
 
@@ -41,6 +40,7 @@ _DRIVEN = (
 )
 #: Streams that are carried on by a number below one, and driven by others or by a field of their own.
 _DAMPED = re.compile(r"(?:forward Euler|running sum|damped Euler|diagonal skip)(?: \((?:mean )?a = (0\.\d+)\))?")
+_OWN_SIZES = "none for all: every state has its own"
 _SAME = 1e-6  # numbers of single precision networks
 
 
@@ -83,6 +83,16 @@ class _Stream:
         return None if self.is_sum or self.record.name.startswith("plain") else self.record.step_size
 
     @property
+    def drive(self) -> float | None:
+        """The one number, other than one, that multiplies what is added to it of others; None where there is none."""
+        sums = [link.form for link in self.links if link.kind == "sum"]
+        if not self.is_sum or len(sums) != 1 or self.links[-1].form is not sums[0]:
+            return None
+        added = [c for atom, c in sums[0].forms[0].items() if atom not in sums[0].sources]
+        one = len(added) == 1 and added[0].kind == "scalar" and abs(abs(added[0].value) - 1) > _SAME
+        return abs(added[0].value) if one and added[0].value else None
+
+    @property
     def name(self) -> str:
         """What it is called."""
         if not self.is_sum:
@@ -121,14 +131,14 @@ def coupled(
     proven = all(s.record.evidence == "proven" for s in streams)
     shapes = ["x".join(map(str, meta_of(v).shape)) for v in found.sources]
     adaptive = _adaptive(streams)
-    one = all(s.h in (None, 1.0) for s in streams) and adaptive is None
+    one = all((s.h or s.drive) in (None, 1.0) for s in streams) and adaptive is None
     if adaptive is not None:  # what divides the velocity is no number, so that no tableau makes the step
         record, proven = replace(record, method=None, recorded=()), False
     new = replace(
         record,
         name=adaptive or _momentum(streams) or _name(streams),
         step_size=record.step_size if one else None,
-        convention=record.convention if one else NO_STEP,
+        convention=record.convention if one else _OWN_SIZES,
         evidence="proven" if proven else "measured",
         residual=max(known, default=None),
         notes=(*_notes(streams), *record.notes[:1]),
@@ -239,8 +249,8 @@ def _said(i: int, streams: Sequence[_Stream], shape: str) -> str:
     sums = sum(link.kind == "sum" for link in stream.links)
     if sums > 1:
         parts.append(f"{sums} additions")
-    if stream.h is not None:
-        parts.append(f"h = {stream.h:.3g}")
+    if (h := stream.h or stream.drive) is not None:
+        parts.append(f"h = {h:.3g}")
     for what, places in (("old", stream.old), ("new", stream.new)):
         if places:
             parts.append(f"reads {what} {' and '.join(f'x_{j + 1}' for j in places)}")
