@@ -95,6 +95,30 @@ def test_coordinates_that_take_turns_are_coupled():
     assert {r.name for r in found} == {"additive coupling (half of a reversible step)"}
 
 
+class Halves(nn.Module):
+    """RealNVP (Dinh et al. 2017) on images: halves of the channels, which change places behind every coupling."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        make = lambda: nn.Sequential(nn.Conv2d(2, 6, 3, padding=1), nn.ReLU(), nn.Conv2d(6, 4, 3, padding=1))  # noqa: E731
+        self.nets = nn.ModuleList(make() for _ in range(LAYERS))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        volume = x.new_zeros(len(x))
+        for net in self.nets:
+            a, b = x.chunk(2, 1)
+            scale, shift = net(a).chunk(2, 1)
+            scale = torch.tanh(scale)
+            x = torch.cat([b * scale.exp() + shift, a], 1)
+            volume = volume + scale.flatten(1).sum(1)
+        return x, volume
+
+
+def test_halves_that_change_places_are_coupled_by_affine_maps():
+    found = read(Halves(), 2, 4, 3, 3)
+    assert [r.name for r in found] == ["affine coupling"] * LAYERS
+
+
 class Planar(nn.Module):
     """Rezende and Mohamed 2015: x + u tanh(w.x + b), the product with w written as one with entries and their sum."""
 

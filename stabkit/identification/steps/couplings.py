@@ -30,7 +30,10 @@ _SEVERAL = "Lie splitting ("
 
 
 def is_affine_coupling(piece: Piece) -> bool:
-    """Whether x' = (x_1, s(x_1) x_2 + t(x_1)) for some split of the coordinates, by products with random vectors."""
+    """Whether x' = P (x_1, s(x_1) x_2 + t(x_1)) for some split of the coordinates, by products with random vectors.
+
+    P is a permutation, as where both parts change places behind the step.
+    """
     source, target = piece.sources[0], piece.targets[0]
     if meta_of(source).shape != meta_of(target).shape or target not in piece.carrying:
         return False
@@ -39,17 +42,39 @@ def is_affine_coupling(piece: Piece) -> bool:
     if scales is None:
         return False
     stays = scales == 1
-    if bool(stays.all()) or not bool(stays.any()):
+    places = _places(piece, scales) if bool(stays.any()) and not bool(stays.all()) else None
+    if places is None:
         return False
     w = random_tensors([target], seed=0)[0]
     tolerance = _ROUNDINGS * torch.finfo(w.dtype).eps * float(w.norm())
     edges = {node: piece.inputs(node) for node in piece.nodes}
-    pulled = [pull(piece.graph, piece.nodes, edges, {target: w * mask}).get(source) for mask in (stays, ~stays)]
+    pulled = []
+    for mask in (stays, ~stays):
+        given = torch.zeros_like(ones)
+        given.view(-1)[places] = (w * mask).reshape(-1)
+        pulled.append(pull(piece.graph, piece.nodes, edges, {target: given}).get(source))
     if pulled[0] is None or pulled[1] is None:
         return False
     apart = float((pulled[0] - w * stays).norm()) <= tolerance
     scaled = float(((pulled[1] - scales * w) * ~stays).norm()) <= tolerance * max(1.0, float(scales.abs().max()))
     return apart and scaled
+
+
+def _places(piece: Piece, scales: Tensor) -> Tensor | None:
+    """Where every entry of the old state stands in the new one, which it reaches with these factors; None if untold."""
+    source, target = piece.sources[0], piece.targets[0]
+    if not scales.is_floating_point() or not bool((scales != 0).all()):
+        return None
+    count, way = scales.numel(), piece.expand(target)[1]
+    w = random_tensors([target], seed=0)[0]
+    near = _ROUNDINGS * torch.finfo(w.dtype).eps * float(scales.abs().max()) * float(w.abs().max())
+    if bool(((piece.pull(way, {target: w})[source] - scales * w).abs() <= near).all()):
+        return torch.arange(count, device=scales.device)
+    codes = torch.arange(1, count + 1, dtype=scales.dtype, device=scales.device).view(meta_of(target).shape)
+    arrived = piece.pull(way, {target: codes})[source]
+    found = (arrived / scales).reshape(-1).round().long() - 1
+    inside = bool((found >= 0).all() and (found < count).all())
+    return found if inside and len(torch.unique(found)) == count else None
 
 
 def is_autoregressive(piece: Piece) -> bool:
