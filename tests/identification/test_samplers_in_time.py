@@ -247,6 +247,6 @@ class UniPC(nn.Module):
 def test_unipc_predicts_and_corrects_beside_a_linear_part(noise):
     first, *found = read(UniPC(noise=noise))
     assert len(found) == 5
-    assert first.name.startswith("exponential Runge-Kutta type (2 stages, ")  # one at the prediction: no splitting
+    assert first.name == "fork"  # two evaluations, one at the prediction: no splitting
     assert {r.name.partition(",")[0] for r in found} == {"exponential predictor-corrector (1 stage"}
     assert all("weights 0.4, " in r.system for r in found)

@@ -199,7 +199,8 @@ def by_numbers(name: str, system: str, method: LinearStability | None) -> tuple[
         return f"2-stage Runge-Kutta (c = {c:.3g}, b = {b[0]:.3g} and {b[1]:.3g}, order {order_of(method)})", system
     # x = alpha(t) y, and stages of y: what carries the state to a stage grows or falls on the way to the next state
     skips = np.append(U, V)
-    monotone = bool((np.diff(skips) >= -CLOSE).all() or (np.diff(skips) <= CLOSE).all()) and bool((skips > 0).all())
+    grows = np.diff(skips)  # at every stage: one number before all of them is a scaled skip
+    monotone = bool((grows > CLOSE).all() or (grows < -CLOSE).all()) and bool((skips > 0).all())
     ends = [c for c in range(1, method.stages) if np.allclose(np.vstack([A[c:, :c] / U[c:, None], B[:c] / V]),
                                                               A[c, :c] / U[c], atol=CLOSE)]  # fmt: skip
     if name != "unnamed" or not monotone or abs(U[0] - 1) > CLOSE or abs(V - 1) <= CLOSE or ends:

@@ -156,12 +156,12 @@ def _pairing(piece: Piece) -> tuple[int, ...] | None:
         return None
     carried = [_carried(piece, target) for target in piece.targets]
     places = range(len(piece.sources))
-    # what no new state carries on is only read, and made anew: the output of a cell beside its memory
+    # what no new state carries on is only read, and made anew: the output of a cell beside its memory and a position
     anew = set(piece.sources).difference(*carried)
     fits = [
         p for p in itertools.permutations(places)
         if all(piece.sources[i] in {*carried[p[i]], *anew} for i in places)
-    ] if len(anew) < len(places) else []  # fmt: skip
+    ] if len(anew) < len(places) - 1 else []  # fmt: skip
     given = tuple(places)
     return given if given in fits else fits[0] if len(fits) == 1 else None
 
