@@ -7,9 +7,12 @@ claim not only for normal values: see `student_factor`. Averages over a time ser
 
 from __future__ import annotations
 
+import itertools
 import math
+import operator
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -24,6 +27,8 @@ Array = npt.NDArray[np.float64]
 # than it claims: up to 8.3 % instead of 5 %. Its error rate is taken times this; simulated in tests/test_statistics.py.
 _CORRECTION = 0.72
 _DECISIVE = 20.0  # in AIC, by which the sum of a series must look bounded
+_SERIES = 1000  # degrees of freedom up to which a finite series is summed
+_RARE = 1e-3  # errors below which the difference of two numbers near 1 would lose digits
 _CHUNK = 2**22  # numbers of a series that are transformed at once
 
 
@@ -64,11 +69,42 @@ def student_factor(count: int, confidence: float = 0.95) -> float:
         >>> round(student_factor(4), 2), student_factor(1)
         (3.63, inf)
     """
-    from scipy.special import stdtrit
-
     if not 0 < confidence < 1:
         raise ArgumentError(f"confidence={confidence}; expected a probability between 0 and 1, such as 0.95")
-    return float(stdtrit(count - 1, 1 - _CORRECTION * (1 - confidence) / 2)) if count > 1 else math.inf
+    return _quantile(count - 1, _CORRECTION * (1 - confidence)) if count > 1 else math.inf
+
+
+@lru_cache(maxsize=256)
+def _quantile(freedom: int, error: float) -> float:
+    """What the size of a value of Student's distribution exceeds with a probability of ``error``.
+
+    By Newton's method from 0: the distribution function is concave there, so that every step falls short of the root.
+    scipy has it too; to import its special functions takes as long as a diagnosis of a small model.
+    """
+    if freedom > _SERIES or error < _RARE:
+        from scipy.special import stdtrit
+
+        return float(stdtrit(freedom, 1 - error / 2))
+    scale = 2 * math.exp(math.lgamma((freedom + 1) / 2) - math.lgamma(freedom / 2)) / math.sqrt(freedom * math.pi)
+    t, before = 0.0, -1.0
+    while t > before:
+        density = scale * (1 + t * t / freedom) ** (-(freedom + 1) / 2)
+        before, t = t, t + (1 - error - _within(t, freedom)) / density
+    return before
+
+
+def _within(t: float, freedom: int) -> float:
+    """The probability that a value of Student's distribution of whole degrees of freedom lies between -t and t.
+
+    Abramowitz and Stegun, Handbook of mathematical functions (1964), 26.7.3 and 26.7.4.
+    """
+    angle = math.atan(t / math.sqrt(freedom))
+    squared = math.cos(angle) ** 2
+    factors = [n / (n + 1) * squared for n in range(1 + freedom % 2, freedom - 2, 2)]
+    total = sum(itertools.accumulate(factors, operator.mul, initial=1.0))
+    if freedom % 2 == 0:
+        return math.sin(angle) * total
+    return 2 / math.pi * (angle + (math.sin(angle) * math.cos(angle) * total if freedom > 1 else 0.0))
 
 
 def interval_of_mean(values: Any, confidence: float = 0.95) -> tuple[Array, Array]:

@@ -162,7 +162,7 @@ def printed() -> list[str]:
         "heavy = {'scipy', 'networkx', 'matplotlib', 'pandas', 'torchvision', 'timm', 'transformers'}; "
         "print(sorted(heavy & (set(sys.modules) - before))); "
         "stabkit.diagnose(stabkit.trace(torch.nn.Linear(3, 3), torch.ones(2, 3))); "
-        "print({'sympy', 'torch._dynamo'} & set(sys.modules))"
+        "print({'sympy', 'torch._dynamo', 'triton', 'scipy'} & (set(sys.modules) - before))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     return done.stdout.splitlines()

@@ -102,6 +102,10 @@ def test_the_factor_is_a_quantile_of_student_and_falls_to_that_of_the_normal():
     assert student_factor(5, 0.9) == pytest.approx(scipy.stats.t.ppf(1 - 0.72 * 0.05, 4))
     assert student_factor(10**7) == pytest.approx(scipy.stats.norm.ppf(1 - 0.72 * 0.025), abs=1e-5)
     assert student_factor(1) == math.inf
+    for error in (0.5, 0.05, 0.002, 1e-6):
+        for count in (2, 3, 4, 7, 32, 201, 1001, 1002):
+            exact = scipy.special.stdtrit(count - 1, 1 - 0.72 * error / 2)
+            assert student_factor(count, 1 - error) == pytest.approx(exact, rel=1e-12)
     with pytest.raises(StabkitError, match=r"confidence=1\.5"):
         student_factor(3, 1.5)
 

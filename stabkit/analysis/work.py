@@ -11,7 +11,6 @@ from typing import Any
 
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import flop_registry
 
 from stabkit.identification.form.operations import has_matrix, is_opaque
 from stabkit.jacobians.method_choice import krylov_products
@@ -71,7 +70,7 @@ def operations(step: Step) -> float:
     counts = [_of_node(node, segment.graph.inputs[node]) for node in segment.nodes]
     if None not in counts:
         return sum(filter(None, counts), 0.0)
-    with _Operations() as counter:  # type: ignore[no-untyped-call]
+    with _Operations() as counter:
         step.vjp(random_tensors(step.target.values, 0))
     return float(counter.total)
 
@@ -100,11 +99,16 @@ def _of_node(node: Any, active: Sequence[Value]) -> float | None:
 class _Operations(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts as ``torch.utils.flop_counter`` does, without its attempt to take every other operation apart."""
 
-    total = 0
+    def __init__(self) -> None:
+        from torch.utils.flop_counter import flop_registry  # brings triton in, where that is installed
+
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.total = 0
+        self._counts: Any = flop_registry
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        count = flop_registry.get(func._overloadpacket)
+        count = self._counts.get(func._overloadpacket)
         if count is not None:
             self.total += count(*args, **(kwargs or {}), out_val=out)
         return out

@@ -64,11 +64,12 @@ from stabkit.identification.steps.linear_steps import read_linear, restarted
 from stabkit.identification.steps.moves_behind import before_moves
 from stabkit.identification.steps.noise import with_noise
 from stabkit.identification.steps.pairs import dense_concatenation, read_several_states
-from stabkit.identification.steps.predicted_steps import with_fed_step, with_predicted_step
+from stabkit.identification.steps.predicted_steps import with_fed_step, with_predicted_step, with_step_sizes_held
 from stabkit.identification.steps.proximal import learned_threshold, soft_threshold
 from stabkit.identification.steps.relaxation import with_linear_part
 from stabkit.identification.steps.retraction import bent_skip, retraction
 from stabkit.identification.steps.sliding_window import sliding_window, window_of_states
+from stabkit.identification.steps.solver_outputs import last_of_stack, with_others
 from stabkit.identification.steps.state_mixing import mixed_by_itself, record_of_mixing, streams_mixed_by_themselves
 from stabkit.identification.steps.streams import Streams, mixed_streams
 from stabkit.integrators import named
@@ -130,7 +131,7 @@ def _of_slots(around: Surroundings, found: Slots, steps: tuple[int, ...]) -> Ide
         return _one_state(around, found, steps)
     record = read_several_states(around, found, steps)
     if record.name in ("fork", "join"):
-        return step_inside(around, found, steps, record, lambda inner, at: _of_slots(around, inner, at))
+        return step_inside(around, found, steps, record, _of_slots)
     if record.name in ("unnamed", "unknown") and (window := window_of_states(around.flow, found, steps)) is not None:
         return window
     before, after = (around.flow.states[i].values for i in (start, stop))
@@ -168,6 +169,9 @@ def _one_state(around: Surroundings, found: Slots, steps: tuple[int, ...]) -> Id
         dense = dense_concatenation(around, found, steps)
         if dense is not None:
             return dense
+        last = last_of_stack(around.graph, found)
+        if last and (inside := with_others(_one_state(around, replace(found, targets=(last,)), steps))):
+            return inside
         return _with_inner(around, found, nothing(steps, "transition", change_of_space(links, opaque), "proven"))
     sums = [link for link in links if link.kind == "sum"]
     maps = [link for link in links if link.kind in ("map", "join")]
@@ -347,6 +351,9 @@ def _sums(around: Surroundings, found: Slots, links: Sequence[Link], steps: tupl
         return fixed
     if not record.name.startswith("unnamed"):
         return record
+    controlled = with_step_sizes_held(around, found, steps, read_sums)
+    if controlled is not None:
+        return controlled
     for other, why in chains_of_other_fields(around, found, links, steps):
         better = read_sums(around, found, other, steps)
         if not better.name.startswith("unnamed") and better.shared_weights:

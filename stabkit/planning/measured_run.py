@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from stabkit.attribution.measure import EXPLAINED, EXPLAINED_PROBES, attribute
 from stabkit.diagnosis import examine
@@ -142,10 +141,17 @@ def run_trial(model: Any, call: Call, options: Mapping[str, Any], loss: Any, see
 def _forward(model: Any, call: Call, device: torch.device) -> tuple[float, float]:
     """Seconds and operations of one plain forward pass, without gradients."""
     with unchanged(modules_behind(model)), torch.no_grad():
-        with FlopCounterMode(display=False) as counter:
+        with _counting() as counter:
             model(*call.inputs, **call.kwargs)
         _, seconds = timed(lambda: model(*call.inputs, **call.kwargs), device)
     return seconds, float(counter.get_total_flops())
+
+
+def _counting() -> Any:
+    """A context that counts floating-point operations."""
+    from torch.utils.flop_counter import FlopCounterMode  # brings triton in, where that is installed
+
+    return FlopCounterMode(display=False)
 
 
 class _Saved(torch.autograd.graph.saved_tensors_hooks):
@@ -193,8 +199,7 @@ def _product_costs(step: Step, device: torch.device, spectra: bool) -> tuple[flo
     batch, m, n = J.shape
     width = _BLOCK if spectra else 1
     U = torch.randn(batch, m, width, generator=torch.Generator().manual_seed(0)).to(device, J.dtype)
-    counter: Any = FlopCounterMode(display=False)
-    with counter:
+    with _counting() as counter:
         J.rmatmat(U[..., :1])  # the first block of several is also multiplied another way, to check it
     J.rmatmat(U)
     backward = _second(lambda: J.rmatmat(U), device) / width

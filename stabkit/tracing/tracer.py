@@ -322,7 +322,8 @@ def _chain(
 
 def _checked(chain: chains.Chain, graph: Graph, recorded: _Recorded, module: nn.Module) -> float:
     found = chain.error
-    eps = max(torch.finfo(meta_of(value).dtype).eps for node in graph.nodes for value in graph.inputs[node])
+    dtypes = {meta_of(value).dtype for node in graph.nodes for value in graph.inputs[node]}
+    eps = max(torch.finfo(dtype).eps for dtype in dtypes)
     allowed = max(1e-10, _CHAIN_SLACK * eps)
     if math.isnan(found) and not chain.finite:
         return found  # not a single number was finite on both sides: there is nothing to refuse, and nothing is proven

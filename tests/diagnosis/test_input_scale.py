@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -157,3 +159,45 @@ def test_rows_of_norm_one_that_a_model_has_learnt_from_raise_nothing():
     assert float((model(x).argmax(1) == y).float().mean()) == 1.0
     found = stabkit.analyze(model, x, loss=loss, spectrum="none").findings
     assert [f for f in found if f.kind == "input_scale"] == []
+
+
+class Convolutions(nn.Module):
+    """A network of products with a normalised adjacency."""
+
+    def __init__(self, adjacency: Tensor, sizes: list[int]) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.adjacency = nn.Buffer(adjacency)
+        self.layers = nn.ModuleList(nn.Linear(*pair) for pair in pairwise(sizes))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers[:-1]:
+            x = nn.functional.dropout(torch.relu(self.adjacency @ layer(x)), 0.5, self.training)
+        return self.adjacency @ self.layers[-1](x)
+
+
+def papers() -> tuple[Tensor, Tensor, Tensor]:
+    """A normalised adjacency, rows of words that sum to 1, and labels."""
+    generator, y = torch.Generator().manual_seed(0), torch.arange(160) % 4
+    edges = (torch.rand(160, 160, generator=generator) < torch.where(y[:, None] == y, 0.08, 0.006)).float().triu(1)
+    edges = edges + edges.T + torch.eye(160)
+    degrees = edges.sum(1).rsqrt()
+    words = (torch.rand(160, 500, generator=generator) < 0.01 + 0.05 * (torch.arange(500) % 4 == y[:, None])).float()
+    words[:, 0] = 1.0
+    return degrees[:, None] * edges * degrees, words / words.sum(1, keepdim=True), y
+
+
+@pytest.mark.parametrize(("rate", "severity"), [(None, "info"), (1e-2, "info"), (1e-4, "warning")])
+def test_sparse_rows_of_which_a_model_learns_after_a_slow_start_are_a_fact(rate: float | None, severity: str):
+    adjacency, x, y = papers()
+    model = Convolutions(adjacency, [500, 16, 4])
+    found = stabkit.analyze(
+        model,
+        x,
+        loss=lambda out: nn.functional.cross_entropy(out[:40], y[:40]),
+        optimizer=None if rate is None else torch.optim.Adam(model.parameters(), rate, weight_decay=5e-4),
+        spectrum="none",
+    ).findings
+    told = [f for f in found if f.kind == "input_scale"]
+    assert {f.severity for f in told} == {severity}
+    assert all(("begins slowly, and learns" in f.evidence) == (severity == "info") for f in told)

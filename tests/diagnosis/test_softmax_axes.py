@@ -31,10 +31,19 @@ class Model(nn.Module):
         return self.head((h + self.out(mixed)).mean(1))
 
 
-def said(mix: Mix) -> list[Finding]:
-    x = torch.randn(24, 6, 5, generator=torch.Generator().manual_seed(1))
-    labels = torch.arange(24) % 3
-    found = examine(stabkit.trace(Model(mix), x), lambda out: functional.cross_entropy(out, labels)).findings
+def flagged() -> tuple[Tensor, Tensor]:
+    """Positions of which one is marked, and what that one shows: a layer that cannot choose learns nothing."""
+    x = torch.randn(96, 6, 5, generator=torch.Generator().manual_seed(1))
+    marked = torch.randint(0, 6, (96,), generator=torch.Generator().manual_seed(2))
+    x[..., 0] = 3.0 * functional.one_hot(marked, 6)
+    return x, x[torch.arange(96), marked, 2:].argmax(1)
+
+
+X, LABELS = flagged()
+
+
+def said(mix: Mix, labels: Tensor = LABELS) -> list[Finding]:
+    found = examine(stabkit.trace(Model(mix), X), lambda out: functional.cross_entropy(out, labels)).findings
     return [f for f in found if f.kind == "axes"]
 
 
@@ -51,13 +60,42 @@ def by_letters(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return torch.einsum("bhqk,bhkd->bhqd", scores.softmax(2), v)
 
 
-@pytest.mark.parametrize(("mix", "axis"), [(over_queries, -2), (without_dim, -3), (by_letters, -2)])
-def test_softmax_over_queries_or_heads(mix: Mix, axis: int) -> None:
+def over_heads(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    scores = (q @ k.transpose(-2, -1)).masked_fill(torch.ones(6, 6, dtype=torch.bool).triu(1), -1e9)
+    return torch.softmax(scores, 1) @ v
+
+
+def of_padded_keys(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    padded = torch.zeros(len(q), 1, 1, 6, dtype=torch.bool)
+    padded[::2, ..., 4:] = True
+    return (q @ k.mT / 8**0.5).masked_fill(padded, float(torch.finfo(q.dtype).min)).softmax(-2) @ v
+
+
+@pytest.mark.parametrize(
+    ("mix", "axis", "harm"),
+    [
+        (over_queries, -2, "60 steps of Adam leave "),
+        (by_letters, -2, "weights of earlier queries change by up to 0."),
+        (over_heads, -3, "keys that a mask hides get weights of up to 0.5"),
+        (of_padded_keys, -2, "keys that a mask hides get weights of up to 0.17"),
+    ],
+)
+def test_softmax_over_queries_or_heads_that_does_harm(mix: Mix, axis: int, harm: str) -> None:
     (found,) = said(mix)
     assert found.severity == "warning"
-    assert f"along axis {axis} of (24, 2, 6, 6)" in found.evidence
+    assert f"along axis {axis} of (96, 2, 6, 6)" in found.evidence
     assert "dim=-1" in found.remedy
+    assert harm in found.evidence
+
+
+@pytest.mark.parametrize(
+    ("mix", "labels"), [(without_dim, LABELS), (over_queries, X.mean(1)[:, 2:].argmax(1))], ids=["heads", "a mean"]
+)
+def test_softmax_over_another_axis_with_which_training_learns_as_much_is_a_fact(mix: Mix, labels: Tensor) -> None:
+    (found,) = said(mix, labels)
+    assert found.severity == "info"
     assert "with the softmax along axis -1" in found.evidence
+    assert "if it is meant" in found.remedy
 
 
 def over_keys(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

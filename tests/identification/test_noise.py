@@ -124,7 +124,10 @@ def test_weights_along_an_axis_of_stages_are_no_layer_scale(weigh: Callable[[Ten
 
 
 class _Solved(nn.Module):
-    """A library's adaptive solver, whose stages lie along an axis of a buffer."""
+    """A library's adaptive solver, whose stages lie along an axis of a buffer.
+
+    Its next step begins with the value of the field at the predicted state, so that its stages make no known method.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -134,7 +137,7 @@ class _Solved(nn.Module):
         import torchdiffeq
 
         times = torch.tensor([0.0, 1.0], dtype=x.dtype)
-        return torchdiffeq.odeint(lambda t, y: self.field(y), x, times, rtol=1e-3, atol=1e-3)[1]
+        return torchdiffeq.odeint(lambda t, y: self.field(y), x, times, rtol=1e-3, atol=1e-3, method="adaptive_heun")[1]
 
 
 def test_stages_of_one_field_that_are_not_taken_apart_are_no_different_fields() -> None:

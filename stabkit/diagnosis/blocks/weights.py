@@ -6,7 +6,7 @@ import bisect
 import math
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
@@ -78,10 +78,10 @@ class Weights:
         for call in calls:
             for path, module_path, module, parameter, values in _owned(call, self._called):
                 if path not in found:
-                    weight = describe(path, module_path, module, values)
                     tied = id(parameter) in self._tables
                     fixed = self._trains and not parameter.requires_grad
-                    found[path] = replace(weight, normed=last_norm >= call.stop, tied=tied, fixed=fixed)
+                    normed = last_norm >= call.stop
+                    found[path] = describe(path, module_path, module, values, normed=normed, tied=tied, fixed=fixed)
         return tuple(found.values())
 
 
@@ -139,8 +139,8 @@ def _owned(call: Call, called: set[str]) -> Iterator[tuple[str, str, nn.Module, 
                 yield ".".join(filter(None, (path, key))), path, module, parameter, values
 
 
-def describe(path: str, module_path: str, module: nn.Module, parameter: Tensor) -> Weight:
-    """One parameter in comparable numbers."""
+def describe(path: str, module_path: str, module: nn.Module, parameter: Tensor, **known: bool) -> Weight:
+    """One parameter in comparable numbers, with what is ``known`` of it: whether it is normed, tied or fixed."""
     data = parameter.detach()
     mean, square = _moments(data)
     finite = math.isfinite(square) or bool(data.isfinite().all())
@@ -158,7 +158,7 @@ def describe(path: str, module_path: str, module: nn.Module, parameter: Tensor) 
         gains = tuple(log + 0.5 * math.log(max(fan, 1)) for fan in (*fans, sum(fans) / 2))
     cls = type(module).__name__
     rank = log_rank(data) if kind == "matrix" and finite and rms > 0 else math.nan
-    return Weight(path, module_path, cls, role_of(path), kind, gains, unit, mean, finite, log_rank=rank)
+    return Weight(path, module_path, cls, role_of(path), kind, gains, unit, mean, finite, log_rank=rank, **known)
 
 
 def _moments(data: Tensor) -> tuple[float, float]:

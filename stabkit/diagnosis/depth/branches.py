@@ -74,14 +74,15 @@ def _gain(segment: Segment, skip: Value, branch: Value, free: set[Value], seed: 
         if value.node in inside:
             stack.extend(v for v in segment.graph.inputs[value.node] if v in free and v not in stops)
     sent = arrived = 0.0
+    before = segment.nodes[: segment.nodes.index(branch.node) + 1] if branch.node in inside else []
     for probe in range(probes_of(meta_of(branch).numel)):
         grads: dict[Value, Tensor] = {branch: random_tensors([branch], seed + probe)[0]}
         sent += _energy(grads[branch])
-        for node in reversed(segment.nodes):
-            given = [None if value in stops else grads.pop(value, None) for value in outputs_of(node)]
-            if all(g is None for g in given):
-                continue
-            with torch.no_grad():
+        with torch.no_grad():
+            for node in reversed(before):
+                given = [None if value in stops else grads.pop(value, None) for value in outputs_of(node)]
+                if all(g is None for g in given):
+                    continue
                 for value, grad in apply_node(node, given, segment.graph.inputs[node]):
                     grads[value] = grads[value] + grad if value in grads else grad
         arrived += sum(_energy(grad) for value, grad in grads.items() if value in stops)

@@ -19,6 +19,7 @@ from stabkit.diagnosis.inputs.features import OFFSET, Features, changed, feature
 from stabkit.diagnosis.inputs.first_matrices import Given, given_to_matrices, inputs_behind, standardised
 from stabkit.diagnosis.remedies.held_out import learnt
 from stabkit.diagnosis.remedies.short_training import STEPS, short_training
+from stabkit.diagnosis.remedies.slow_starts import SLOWLY, MoreSteps, more_steps
 from stabkit.diagnosis.remedies.usual_training import RATES, adam, left_after, sgd
 from stabkit.diagnosis.states.batch_statistics import with_norms_of_evaluation
 from stabkit.diagnosis.training_run import TrainingRun
@@ -47,9 +48,9 @@ def feature_scale_findings(run: TrainingRun) -> list[Finding]:
     if found:
         other = changed(run.call, lambda t: found[id(t)].standardised(t) if id(t) in found else t)
         worst = max(found.values(), key=lambda f: f.apart)
-        if (trial := _tried(run.call, other, run.loss, first)) is not None:
+        if (trial := _tried(run, other, first)) is not None:
             return [_finding(worst, trial, f"the input {worst.name!r}", run.flow, "")]
-    if places and (trial := _tried(run.call, standardised(run.call, places), run.loss, first)) is not None:
+    if places and (trial := _tried(run, standardised(run.call, places), first)) is not None:
         return [_of_matrix(run.flow, run.call, max(places, key=lambda place: place.features.apart), trial)]
     return []
 
@@ -62,10 +63,12 @@ class _Trial:
     plain: float
     start: float
     cured: float
+    later: MoreSteps
 
 
-def _tried(call: ForwardPass, other: ForwardPass, loss: Any, first: float) -> _Trial | None:
+def _tried(run: TrainingRun, other: ForwardPass, first: float) -> _Trial | None:
     """What a few steps learn from a call and from one whose inputs are standardised, where that is clearly more."""
+    call, loss = run.call, run.loss
     if evaluated(other, training=True).output is None:  # a model that reads indices off its inputs takes no others
         return None
     fresh = training_pass(other, loss, differentiate=False).loss
@@ -84,7 +87,8 @@ def _tried(call: ForwardPass, other: ForwardPass, loss: Any, first: float) -> _T
         others = learnt(other, loss, STEPS)
         if others is None or not others.other > _LEARNS:
             return None
-    return _Trial(first, plain, start, cured)
+    later = more_steps(call, loss, lambda by, steps: left_after(other, loss, by, steps=steps), run.optimizer)
+    return _Trial(first, plain, start, cured, later)
 
 
 def _end(call: ForwardPass, loss: Any, first: float) -> float:
@@ -102,6 +106,8 @@ def _of_matrix(flow: Flow, call: ForwardPass, place: Given, trial: _Trial) -> Fi
     names = " and ".join(repr(name) for name, _ in behind)
     comes = f", of which feature {index} comes from {names}" if behind else ""
     told = _finding(features, trial, f"what {place.path} is given{comes},", flow, place.path)
+    if trial.later.slow:
+        return told
     mean, spread = float(features.mean[index]), float(features.spread[index])
     whose = f"feature {index} of what {place.path} is given" + (f", from {names}," if behind else "")
     remedy = (
@@ -124,16 +130,18 @@ def _finding(features: Features, trial: _Trial, whose: str, flow: Flow, path: st
         f"feature, mean and spread: {features.words}), and the curvature of the first layer along each goes with the "
         f"square of its size; tried on a copy, {STEPS} steps of SGD and Adam at "
         f"{' or '.join(f'{rate:g}' for rate in RATES)} take the loss from {trial.first:.3g} to {trial.plain:.3g} at "
-        f"best, and with standardised inputs from {trial.start:.3g} to {trial.cured:.3g}"
+        f"best, and with standardised inputs from {trial.start:.3g} to {trial.cured:.3g}{trial.later}"
     )
     return Finding(
         kind="input_scale",
-        severity="warning",
+        severity="info" if trial.later.slow else "warning",
         steps=(step_of(flow, path) if path else 0,),
         module_path=path or flow.steps[0].module_path,
         confidence=1.0,
         evidence=evidence,
-        remedy="standardise every feature where the data are read, (x - mean) / std with the numbers of the training "
+        remedy=SLOWLY
+        if trial.later.slow
+        else "standardise every feature where the data are read, (x - mean) / std with the numbers of the training "
         "set, which go with the model; the logarithm first of what spans several decades, and of times and "
         "coordinates the distance from the first",
         reference=_REFERENCE,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from typing import Any
 
 from torch import Tensor
 
@@ -15,8 +14,9 @@ from stabkit.diagnosis.inputs.first_matrices import rows_given
 from stabkit.diagnosis.inputs.sizes import INSIDE, Sizes, large_inputs
 from stabkit.diagnosis.remedies import computed as remedies
 from stabkit.diagnosis.remedies.learning import beside_a_constant
+from stabkit.diagnosis.remedies.slow_starts import SLOWLY, more_steps
 from stabkit.diagnosis.remedies.trial import follows, tried
-from stabkit.diagnosis.remedies.usual_training import left_only_treated
+from stabkit.diagnosis.remedies.usual_training import left_after, left_only_treated
 from stabkit.diagnosis.states.activity import activities
 from stabkit.diagnosis.suspects import Diagnosis, Settings, ordered
 from stabkit.diagnosis.thresholds import Thresholds
@@ -24,10 +24,10 @@ from stabkit.diagnosis.verdict import judged_without
 from stabkit.errors import StabkitError
 from stabkit.tracing import Flow, trace
 from stabkit.tracing.derivatives.lost_gradient import listed
-from stabkit.tracing.recording.forward_pass import ForwardPass
 
 _SMALL = 0.1  # root mean square from which on a size is worth a trial, which decides; pixels over 255 twice have .002
 _PIXELS = 255.0
+_WHOLE = 1e-2  # by how much a pixel may miss a whole number, by rounding in float32
 _STEPS = 20  # of a trial: of pixels scaled twice .75 to .97 of the loss stays, .0002 of those brought to size 1
 # of what the best constant output leaves of a loss, below which a model has learnt: classifiers that do so on small
 # inputs at good accuracy, one with smoothed labels, had .12 and .27 of it, one that their size held back had .40
@@ -100,12 +100,17 @@ def with_small_inputs(flow: Flow, found: Diagnosis, settings: Settings) -> Diagn
     """A diagnosis in which what inputs far smaller than 1 make of the states is told as what follows from them.
 
     What the first matrices are given counts, whatever the model divided before them. It is brought to size 1 on a copy:
-    what the states show, if anything, must go with it, and training must learn only so.
+    what the states show, if anything, must go with it, and few steps must learn only so. Where more steps learn as it
+    is, it is a slow start and a fact.
+    Labels that are smoothed, and noise, have a floor of their own: of a loss far below what the best constant output
+    leaves a share of the rest says nothing.
     """
     accused = [f for f in found.findings if serious(f) and f.kind in _OF_SIZE]
     call, loss = flow.forward_pass, settings.loss
     if not callable(loss) or any(serious(f) for f in found.findings if f not in accused):
         return found
+    if not accused and any(f.kind == "input_scale" for f in found.findings):
+        return found  # features are named already, which is more
     rows = rows_given(call)
     sizes = {path: _rms(given) for path, given in rows.items()}
     if not sizes or not all(0 < size < _SMALL for size in sizes.values()):
@@ -115,23 +120,31 @@ def with_small_inputs(flow: Flow, found: Diagnosis, settings: Settings) -> Diagn
     gone = [] if trial is None else trial.gone(accused)
     if trial is not None and (not gone or trial.after is None):
         return found
-    left = None if _is_learnt(call, loss) else left_only_treated(call, loss, actions, _STEPS)
+    now = beside_a_constant(call, loss)
+    left = None if now is not None and now < _LEARNT else left_only_treated(call, loss, actions, _STEPS)
     if left is None:
         return found
     plain, treated = left
+    later = more_steps(
+        call, loss, lambda by, steps: left_after(call, loss, by, actions, steps=steps), settings.optimizer
+    )
     size, largest = max(sizes.values()), max(float(given.abs().max()) for given in rows.values())
     twice = 0.5 < largest * _PIXELS <= 1.01
+    slow = later.slow and not (twice and all(map(_of_pixels, rows.values())))
     where = "in front of these layers" if differentiates(call, loss) else "where the data are read, or there"
     cause = of_module(
         flow,
         "input_scale",
-        "warning",
+        "info" if slow else "warning",
         next(iter(sizes)),
         evidence=f"what {listed(tuple(sizes))} is given has the size {size:.2g} and not 1"
         + (f", at most {largest:.3g}, as pixels have that were divided by 255 twice" if twice else "")
         + f": beside the biases it is next to nothing; {_STEPS} steps of Adam leave {plain:.0%} of the loss as it is, "
-        f"{treated:.2g} of it with that brought to size 1",
-        remedy=("divide pixels by 255 once; what is given so far: " if twice else "")
+        f"{treated:.2g} of it with that brought to size 1"
+        f"{later}",
+        remedy=SLOWLY
+        if slow
+        else ("divide pixels by 255 once; what is given so far: " if twice else "")
         + f"divide by {size:.2g}, or standardise, {where}",
         reference=_REFERENCE,
         numbers={"input_size": size, "left": plain, "treated": treated},
@@ -144,13 +157,10 @@ def with_small_inputs(flow: Flow, found: Diagnosis, settings: Settings) -> Diagn
     return replace(found, verdict=verdict, findings=tuple(ordered([cause, *told])))
 
 
-def _is_learnt(call: ForwardPass, loss: Any) -> bool:
-    """Whether a loss is far below what the best constant output leaves: a share of the rest then says nothing.
-
-    Labels that are smoothed, and noise, have a floor of their own, of which no training takes anything.
-    """
-    now = beside_a_constant(call, loss)
-    return now is not None and now < _LEARNT
+def _of_pixels(given: Tensor) -> bool:
+    """Whether all numbers are whole ones over 255 squared: a mistake for sure, which the default rate of Adam minds."""
+    whole = given.double() * _PIXELS**2
+    return bool(((whole - whole.round()).abs() < _WHOLE).all())
 
 
 def _rms(given: Tensor) -> float:

@@ -4,6 +4,10 @@ Weights of keys that a softmax over queries, or over heads, has made do not sum 
 is no mean of values, and how much it gets is decided by the others. Only scores of queries against as many keys are
 looked at; assignments to clusters, slots or capsules compete for what they take, and weights that are divided
 by their sum afterwards are means again.
+
+Some models let queries compete on purpose, and learn. It is a warning where it does harm that is measured: weights for
+keys that a mask hides, weights of earlier queries that change with later ones behind a causal mask, or a training along
+the other axis that learns clearly more of the same batch.
 """
 
 from __future__ import annotations
@@ -16,7 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from stabkit.diagnosis.finding import Finding, of_module, serious
-from stabkit.diagnosis.remedies.short_training import compared, short_training, worse
+from stabkit.diagnosis.remedies.short_training import clearly_better, compared, short_training
+from stabkit.diagnosis.remedies.usual_training import RATES, adam, learns_only_treated, left_after
 from stabkit.diagnosis.training_run import TrainingRun
 from stabkit.tracing.recording.evaluation import Evaluation, evaluated
 from stabkit.tracing.recording.function_calls import FunctionCalls, name_of
@@ -31,6 +36,9 @@ _ONE = 1e-3  # by how much weights may miss a sum of 1: fresh scores are small, 
 _UNITS = 8  # the same in units of rounding, where that is coarser
 _MOST = 0.5  # share of the queries whose weights do not sum to 1; a few rows may be padded
 _FEWEST = 3  # keys
+_HIDDEN = 1e3  # below the largest score of a query: what masks add is far more, and biases of distance less
+_SEEN = 0.1  # of the weight that an even share is: what a hidden key must get to count as seen
+_STEPS = 60  # of Adam: layers that must choose a key leave .02 of a loss by then, .99 over queries at any time
 
 
 @dataclass(frozen=True)
@@ -38,12 +46,14 @@ class _Softmax:
     """One softmax of scores.
 
     Attributes:
+        scores: what it was given.
         out: what it gave.
         axis: along which it was taken, from the last: -1 for that.
         line: file and line.
         path: the module that it ran in.
     """
 
+    scores: Tensor
     out: Tensor
     axis: int
     line: str
@@ -58,6 +68,31 @@ class _Wrong:
     summed: int
     low: float
     high: float
+
+    @property
+    def harm(self) -> str:
+        """What it does to a mask, in words; empty where there is none, or the weights keep to it."""
+        scores, out = (t.detach().double() for t in (self.softmax.scores, self.softmax.out))
+        hidden = scores < scores.amax(self.summed, keepdim=True) - _HIDDEN
+        if not bool(hidden.any()):
+            return ""
+        seen = float(out[hidden].max())
+        if seen > _SEEN / out.shape[self.softmax.axis]:
+            return f"keys that a mask hides get weights of up to {seen:.2g}"
+        queries = -3 - self.summed
+        later = torch.ones(out.shape[-2:], dtype=torch.bool, device=out.device).triu(1)
+        later = later if queries == -2 else later.T
+        if self.softmax.axis != queries or not bool(hidden[..., later].all()) or bool(hidden[..., ~later].all()):
+            return ""
+        others = scores.clone()
+        others.select(queries, -1).add_(1.0)
+        change = float((others.softmax(queries) - out).abs().narrow(queries, 0, out.shape[queries] - 1).max())
+        return (
+            f"weights of earlier queries change by up to {change:.2g} with a score of the last, which they are not "
+            "to see"
+            if change > _ONE * _ONE
+            else ""
+        )
 
 
 class _Watch(FunctionCalls):
@@ -103,7 +138,7 @@ class _Watch(FunctionCalls):
         out = func(*args, **kwargs) if other is None else scores.softmax(other)
         if isinstance(out, Tensor):
             path = "" if self._running is None else self._running.recording.running
-            self._weights[id(out)] = out, _Softmax(out, axis, calling_line(), path)
+            self._weights[id(out)] = out, _Softmax(scores, out, axis, calling_line(), path)
         return out
 
     def _product(self, name: str, args: tuple[Any, ...], given: Sequence[Tensor], out: Tensor) -> None:
@@ -157,9 +192,13 @@ def softmax_axis_findings(run: TrainingRun, others: Sequence[Finding]) -> list[F
     if not found:
         return []
     axes = {(each.softmax.out.dim(), each.softmax.axis): each.summed for each in found}
+    first = next((each for each in found if each.harm), found[0])
     plain = short_training(run.flow, run.loss)
     treated = short_training(run.flow, run.loss, within=lambda: _Watch(axes=axes))
-    first = found[0]
+    how = f"with the softmax along axis {first.summed}"
+    better = treated is not None and plain is not None and clearly_better(treated, plain)
+    harm = first.harm or ("" if better else _learns_only(run, axes, how))
+    harmful = bool(harm) or better
     shape, axis = tuple(first.softmax.out.shape), first.softmax.axis
     over = "queries" if axis in (-1, -2) else "heads"
     line = f" ({first.softmax.line})" if first.softmax.line else ""
@@ -167,21 +206,30 @@ def softmax_axis_findings(run: TrainingRun, others: Sequence[Finding]) -> list[F
     evidence = (
         f"the softmax of the scores{line} in {first.softmax.path or 'the model'}{more} is taken along axis {axis} of "
         f"{shape}, over {over}, and its weights are then summed over axis {first.summed}, the keys: those of a query "
-        f"sum to {first.low:.3g} to {first.high:.3g} and not to 1"
-        f"{compared(plain, treated, f'with the softmax along axis {first.summed}')}"
+        f"sum to {first.low:.3g} to {first.high:.3g} and not to 1{harm and f'; {harm}'}"
+        f"{compared(plain, treated, how)}"
     )
-    harmless = worse(treated, plain)
     return [
         of_module(
             run.flow,
             "axes",
-            "info" if harmless else "warning",
+            "warning" if harmful else "info",
             first.softmax.path,
             evidence=evidence,
-            remedy="none is told: it trains no better along the keys"
-            if harmless
-            else f"dim={first.summed} in that softmax: the weights of a query are to sum to 1 over the keys",
+            remedy=f"dim={first.summed} in that softmax: the weights of a query are to sum to 1 over the keys"
+            if harmful
+            else f"none is needed if it is meant: it trains no better along the keys (dim={first.summed})",
             reference="Vaswani et al., Attention is all you need, 2017, section 3.2.1",
             numbers={"softmax": float(len(found)), "low": first.low, "high": first.high},
         )
     ]
+
+
+def _learns_only(run: TrainingRun, axes: dict[tuple[int, int], int], how: str) -> str:
+    """What Adam leaves of the loss, where it learns along the keys alone; or nothing."""
+    updates = [adam(rate) for rate in RATES]
+    plain = left_after(run.call, run.loss, updates, steps=_STEPS)
+    treated = left_after(run.call, run.loss, updates, steps=_STEPS, within=lambda: _Watch(axes=axes))
+    if plain is None or treated is None or not learns_only_treated(1.0, plain, treated):
+        return ""
+    return f"{_STEPS} steps of Adam leave {plain:.0%} of the loss as it is, {treated:.2g} of it {how}"

@@ -13,6 +13,8 @@ from stabkit.identification.form.pieces import Piece
 from stabkit.tracing.graph.graph import Element, element_of
 from stabkit.tracing.graph.values import Value, operation, outputs_of
 
+_PLAIN = MOVES | ADDS | SCALES
+
 
 @dataclass(frozen=True, eq=False)
 class Link:
@@ -89,8 +91,7 @@ def _cuts(piece: Piece, source: Value, target: Value) -> list[tuple[Value, int]]
 
 def _link(form: NormalForm) -> Link:
     piece, target = form.piece, form.targets[0]
-    plain = MOVES | ADDS | SCALES
-    nodes = tuple(node for node in piece.nodes if operation(node) not in plain or node in piece.graph.composites)
+    nodes = tuple(node for node in piece.nodes if operation(node) not in _PLAIN or node in piece.graph.composites)
     if target in piece.carrying:
         kind = "sum" if form.merges else "join" if form.stages else "scaling"
     elif piece.base[target] == piece.sources[0]:

@@ -88,11 +88,13 @@ class LinearCombination:
                 return drawn
         if factors.is_complex():
             return Coefficient("mixed", float(factors.abs().mean()), 0.0, float(factors.abs().max()), 1.0)
-        nothing = not bool(factors.any())
         if is_stage and (total := _of_copies(factors, meta.shape, self._dtype)) is not None:
             return total
         if not any(factors.stride()):
             factors = factors.reshape(-1)[:1]  # where nothing but moves and sums lies between: one number, expanded
+            if factors.numel() and (found := self._of_one(atom, float(factors))) is not None:
+                return found if is_stage else self._certified(atom, found)
+        nothing = not bool(factors.any())
         if is_stage and (nothing or not _is_constant(factors, self._dtype)) and self._adds_entries(atom, factors):
             return Coefficient("scalar", 1.0, float(factors.min()), float(factors.max()), 0.0)
         if nothing:
@@ -108,6 +110,15 @@ class LinearCombination:
         found = Coefficient(kind, number, low, high, 0.0, sample)
         return found if is_stage else self._certified(atom, found)
 
+    def _of_one(self, atom: Value, factor: float) -> Coefficient | None:
+        """The coefficient where one number, which is neither zero nor infinite, multiplies all entries."""
+        if factor == 0.0 or not math.isfinite(factor) or self._spreads_inside or atom in self._spread:
+            return None
+        gated = atom in self._gated
+        return Coefficient(
+            "gate" if gated else "scalar", factor if gated else _rounded(factor, self._dtype), factor, factor, 0.0
+        )
+
     def _adds_entries(self, atom: Value, factors: Tensor) -> bool:
         """Whether entries of a stage are added to each other: that map belongs to the field.
 
@@ -116,9 +127,7 @@ class LinearCombination:
         """
         if self._spreads_inside or atom in self._spread or not factors.is_floating_point():
             return False
-        meta = meta_of(self.value)
-        signs = standard_normal(meta.shape, 1).sign().to(dtype=meta.dtype, device=meta.device)
-        arrived = self._pulled(signs)[atom]
+        arrived = self._signs[atom]
         away = float((arrived.abs() - factors.abs()).abs().max())
         return away > _tolerance(self._dtype) * float(torch.maximum(arrived.abs().max(), factors.abs().max()))
 
@@ -140,6 +149,12 @@ class LinearCombination:
     def factors(self) -> dict[Value, Tensor]:
         """What a cotangent of ones shows: the factor of every entry of every atom, wherever it goes; without noise."""
         return self._pulled(self._ones)
+
+    @cached_property
+    def _signs(self) -> dict[Value, Tensor]:
+        """What arrives of random signs."""
+        meta = meta_of(self.value)
+        return self._pulled(standard_normal(meta.shape, 1).sign().to(dtype=meta.dtype, device=meta.device))
 
     @cached_property
     def _noise(self) -> dict[Value, Tensor]:
@@ -193,7 +208,7 @@ class LinearCombination:
     def _gated(self) -> set[Value]:
         """The atoms of which something arrives past a product with what depends on the state."""
         found, after = set[Value](), set[Value]()
-        for node in reversed(self.piece.nodes):
+        for node in reversed(self.piece.nodes) if self.piece.is_gated(self.path) else ():
             if node not in self.path:
                 continue
             gated = self.piece.is_gated({node}) or any(v in after for v in outputs_of(node))
@@ -338,7 +353,10 @@ def _kind(factors: Tensor, numel: int, dtype: torch.dtype, *, gated: bool, maske
 
 
 def _number(flat: Tensor, dtype: torch.dtype) -> float:
-    number = float(flat[0])
+    return _rounded(float(flat[0]), dtype)
+
+
+def _rounded(number: float, dtype: torch.dtype) -> float:
     exact = round(number)
     return float(exact) if abs(number - exact) <= _tolerance(dtype) else number
 

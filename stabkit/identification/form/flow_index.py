@@ -107,6 +107,14 @@ class Surroundings:
         other._pieces, other._forms = {}, {}
         return other
 
+    def holding(self, made: Collection[Node]) -> Surroundings:
+        """The same with what some operations make held fixed, as constants are."""
+        inputs = {n: [v for v in known if {n, v.node}.isdisjoint(made)] for n, known in self.graph.inputs.items()}
+        other = copy.copy(self)
+        other.graph = self.graph.along(self.graph.nodes, inputs)
+        other._pieces, other._forms = {}, {}
+        return other
+
     def nodes(self, start: int, stop: int) -> list[Node]:
         """The operations between two states; saved tensors that were forgotten are computed again first."""
         before, after = self.flow.states[start].position, self.flow.states[stop].position

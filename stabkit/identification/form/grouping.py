@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Sequence
 
 from stabkit.identification.form.accumulated import is_renewed_beside_sum
-from stabkit.identification.form.operations import JOINS
+from stabkit.identification.form.operations import JOINS, WRITES
 from stabkit.identification.form.pieces import Piece
 from stabkit.identification.form.slots import parts_of
 from stabkit.tracing import Flow
@@ -29,7 +29,7 @@ def groups(flow: Flow, loops: Sequence[Loop] = ()) -> tuple[tuple[int, int], ...
     found: list[tuple[int, int]] = []
     start = 0
     while start < len(flow.steps):
-        stop = _round(flow, start, loops) or _branch(flow, start)
+        stop = _round(flow, start, loops) or _branch(flow, start) or _filled(flow, start)
         stop = stop or _half_steps(flow, start) or _sweep(flow, start) or _cut_short(flow, start) or start + 1
         found.append((start, stop))
         start = stop
@@ -101,6 +101,24 @@ def _end_of(flow: Flow, start: int, old: Value) -> int | None:
         stays = beside <= set(values) or (start > 0 and beside <= set(flow.states[start - 1].values))
         fed = _feeds_steps(flow, start, stop) or _feeds_systems(flow, start, stop, old)
         return stop if stays and not fed else None
+    return None
+
+
+def _filled(flow: Flow, start: int) -> int | None:
+    """The end of steps that were cut while the values of a field are written into one tensor, which holds all stages.
+
+    Between them the state is alive, and beside it a tensor of several times its size that is read and written again.
+    """
+    graph, shape = flow.recorded.graph, meta_of(flow.states[start].values[0]).shape
+    if len(flow.states[start].values) > 1:
+        return None
+    for stop in range(start + 1, len(flow.states)):
+        values, nodes = flow.states[stop].values, graph.nodes[flow.states[stop].position :]
+        written = [v for v in values if operation(v.node) in WRITES and meta_of(v).shape != shape]
+        readers = [{operation(n) for n in nodes if v in graph.inputs[n]} for v in written]
+        filled = any(names & WRITES and names - WRITES for names in readers)
+        if not filled or len(values) != len(written) + 1:
+            return stop if stop > start + 1 and len(values) == 1 else None
     return None
 
 

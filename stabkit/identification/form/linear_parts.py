@@ -284,6 +284,7 @@ def _implicit(fitted: _Fitted, branch: Value, source: Layout, target: Layout) ->
     p, w = fitted.at(fitted.source), fitted.random
     s = (behind := _scale(fitted, branch)) * fitted.at(branch)
     c = behind * _scale_before(fitted, branch)
+    s = s if s.shape == w.shape else _before_transforms(fitted, branch)
     if s.shape != p.shape or s.shape != w.shape:
         return None
     columns = torch.stack([s.flatten(), -w.flatten()], dim=1)
@@ -294,9 +295,8 @@ def _implicit(fitted: _Fitted, branch: Value, source: Layout, target: Layout) ->
         return None
     slack = 10 * fitted.tolerance
     declared = "h: the number that multiplies the branch" if abs(c - 1) > slack else "h = 1: only h f can be seen"
-    if (
-        abs(alpha) * float(s.norm() / w.norm()) <= slack
-    ):  # P is a number: what follows the addition undoes on the skip what it does to the field
+    if abs(alpha) * float(s.norm() / w.norm()) <= slack:
+        # P is a number: what follows the addition undoes on the skip what it does to the field
         if abs(r + 1) > slack:
             return None
         why = "the state itself is passed on as it is; what moves it passes a linear operator M that the skip undoes"
@@ -314,6 +314,17 @@ def _implicit(fitted: _Fitted, branch: Value, source: Layout, target: Layout) ->
     return LinearReading(
         f"implicit-explicit Euler ({linear} for the linear part)", "x' = f(x) - A x", abs(h), told, residual, (why,)
     )
+
+
+def _before_transforms(fitted: _Fitted, branch: Value) -> Tensor:
+    """Both cotangents at the value that a branch is the Fourier transform of, with the numbers between."""
+    at, arrived = branch, [a[branch] for a in fitted.arrived]
+    for node, inner in fitted.parts.behind(branch):
+        if meta_of(at).shape == meta_of(fitted.source).shape or operation(node) not in TRANSFORMS | MOVES | SCALES:
+            break
+        arrived = [pull(fitted.parts.piece.graph, [node], {node: [inner]}, {at: a})[inner] for a in arrived]
+        at = inner
+    return _stacked(arrived)
 
 
 def _behind(
@@ -375,9 +386,8 @@ def _dense(fitted: _Fitted, at: Value, source: Layout, target: Layout, behind: i
         columns = layout.columns(torch.stack(rows).movedim(0, -1), meta_of(end).shape)
     except RuntimeError:  # another shape, whose samples are not told
         return None
-    if columns.shape[-1] != columns.shape[-2]:  # real entries on one side, complex ones on the other
-        return None
-    return np.asarray(columns.detach().double().cpu().numpy(), dtype=np.complex128)
+    square = columns.shape[-1] == columns.shape[-2]  # or real entries on one side, complex ones on the other
+    return np.asarray(columns.detach().double().cpu().numpy(), dtype=np.complex128) if square else None
 
 
 def _exponential(fitted: _Fitted, branch: Value, source: Layout, target: Layout) -> LinearReading | None:

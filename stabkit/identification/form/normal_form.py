@@ -354,16 +354,24 @@ def _same(a: Terms, b: Terms) -> bool:
 
 
 def _composed(piece: Piece, regions: Regions, names: Mapping[int, str]) -> Regions:
-    """Join a stage into an activation that alone takes it, beside the state: tanh(K x - c x) is one field.
+    """Join a stage into what alone takes it, beside the state, and is no stage: tanh(K x - c x) is one field.
 
-    Where the taker has weights of its own the two are stages of a method, as in x + g(x + f(x)).
+    So is M (x + f(x)), since a linear map of a sum is the sum of two fields at x (port-Hamiltonian systems); a linear f
+    is left, whose powers make methods. Other takers with weights of their own are stages, as in x + g(x + f(x)).
     """
     out = dict(regions)
     given_out = {atom for target in piece.targets for atom in piece.expand(target)[0]}
 
     def joins(inner: Value, taker: Value) -> bool:
         weightless = not any(has_matrix(n) or is_opaque(n) or parameters_of([n], names) for n in regions[taker][0])
-        return inner in out and inner not in given_out and inner.output != ADDED and weightless
+        bends = inner in out and not is_linear(inner)
+        joined = weightless or (bends and is_linear(taker))
+        return inner in out and inner not in given_out and inner.output != ADDED and joined
+
+    def is_linear(atom: Value) -> bool:
+        return all(
+            is_affine(n, len(piece.inputs_of(atom) if n is atom.node else piece.inputs(n))) for n in out[atom][0]
+        )
 
     while True:
         takers: dict[Value, set[Value]] = {}

@@ -59,6 +59,7 @@ _MIXES = frozenset(
 )
 
 
+_AFFINE = MOVES | ADDS | _SCATTERS
 _CLOSED = frozenset(OPAQUE) | {"CppFunction"}
 
 
@@ -69,6 +70,8 @@ def is_opaque(node: Node) -> bool:
     """
     if operation(node) in _CLOSED:
         return True
+    if operation(node) in WRITES:  # torchdiffeq's own assignment of a stage into the buffer of all stages
+        return False
     return is_python_node(node) and not is_activation(node) and norm_of(node) is None
 
 
@@ -82,7 +85,7 @@ def is_affine(node: Node, active: int) -> bool:
     name = operation(node)
     if is_opaque(node):
         return False
-    if name in MOVES | ADDS | _SCATTERS:
+    if name in _AFFINE:
         return True
     if "BatchNorm" in name:
         return getattr(node, "_saved_training", True) is False

@@ -29,6 +29,8 @@ from stabkit.vocabulary import norm_of
 
 #: Output number of what an operation adds to its first input, as if it were a value of its own.
 ADDED = -1
+_MULTIPLIES = MOVES | SCALES
+_SUMS_AND_PRODUCTS = ADDS | PRODUCTS
 _ROUNDINGS = 64.0
 _DEVIATIONS = 4.0  # of a mean from 0: one draw in 16,000 is missed; a dropout of std .5 is taken for noise below n = 4
 
@@ -133,15 +135,17 @@ class Piece:
     def _sort(self, node: Node) -> None:
         edges = self.inputs(node)
         linear = self._linear_inputs(node, edges)
+        merged, carried = False, False
         if linear:
             self.linear[node] = linear
-        carried = [v for v in linear if v in self.carrying]
-        terms = len(set(linear)) + (node in self.added)
-        if operation(node) in CONTRACTIONS and carried:
-            terms = len(self._joined(node) or ())
-        merged = bool(carried) and operation(node) not in PRODUCTS | JOINS and terms > 1
+            carried = any(v in self.carrying for v in linear)
+        if carried:
+            name = operation(node)
+            contracted = name in CONTRACTIONS
+            terms = len(self._joined(node) or ()) if contracted else len(set(linear)) + (node in self.added)
+            merged = terms > 1 and name not in PRODUCTS and name not in JOINS
         bases = {self.base[v] for v in edges}
-        weightless = len(bases) == 1 and not has_matrix(node) and not self.hides(node) and not merged
+        weightless = len(bases) == 1 and not merged and not has_matrix(node) and not self.hides(node)
         weightless = weightless and not self._projects(node)
         of_state = any(v in self._of_state for v in edges)
         for value in outputs_of(node):
@@ -199,7 +203,7 @@ class Piece:
     def is_norm(self, value: Value) -> bool:
         """Whether a value was divided by a statistic of itself, or has its mean taken away."""
         edges = self.inputs(value.node)
-        by_hand = operation(value.node) in ADDS | PRODUCTS and len(edges) == 2 and self._is_statistic_of(*edges)
+        by_hand = operation(value.node) in _SUMS_AND_PRODUCTS and len(edges) == 2 and self._is_statistic_of(*edges)
         return norm_of(value.node) is not None or by_hand
 
     def has_factors(self, node: Node) -> bool:
@@ -258,7 +262,7 @@ class Piece:
         """The tensors that stand side by side in the input of a contraction; None when it is not made of such."""
         parts: list[Value] = []
         for value in self._stacked(node):
-            if value in self.ends or operation(value.node) not in MOVES | SCALES:
+            if value in self.ends or operation(value.node) not in _MULTIPLIES:
                 return None
             inner = self.inputs(value.node)
             if operation(value.node) in JOINS | WRITES:
@@ -276,7 +280,7 @@ class Piece:
                 continue
             found.add(value)
             name = operation(value.node)
-            if value in self.ends or name in JOINS or name not in MOVES | SCALES:
+            if value in self.ends or name in JOINS or name not in _MULTIPLIES:
                 continue
             inner = self.inputs(value.node)
             stack += [v for v in inner if name not in WRITES or (v not in self.ends and operation(v.node) in WRITES)]
@@ -298,6 +302,8 @@ class Piece:
 
     def _find_gates(self) -> set[Value]:
         """The atoms of gates that lie on the way of a state to a target."""
+        if not self._gating:
+            return set()
         used: set[Node] = set()
         for target in self.targets:
             used |= self.expand(target)[1]
@@ -309,7 +315,7 @@ class Piece:
 
     def _gate_products(self) -> None:
         """A product with a gate that elsewhere multiplies a state is linear in its other factor: T H + (1 - T) x."""
-        for node in self.nodes:
+        for node in self.nodes if self.gates else ():
             if operation(node) != "Mul" or node in self.linear or len(set(self.inputs(node))) != 2:
                 continue
             for gate, other in (self.inputs(node), self.inputs(node)[::-1]):

@@ -21,6 +21,7 @@ from stabkit.identification.form.tableau import Blocks, Matrix
 from stabkit.identification.names.single import CLOSE, POINTS, Name
 from stabkit.integrators import GeneralLinearMethod
 
+_ROUNDS = 3  # evaluations, at least, that make an iteration: two are a method of two stages
 _COUNTS = ("one step", "two steps", "three steps", "four steps", "five steps", "six steps")
 _SUM = "h: the sum of the weights of all values of the field"
 _NEWTON = 50  # iterations; from equal steps some five are enough
@@ -83,16 +84,78 @@ def without_kept_values(found: Blocks) -> Blocks | None:
         A = np.vstack([first, np.hstack([scale * found.U[:, [i]], found.A])])
         U = np.vstack([taken, found.U[:, others]])
         B = np.hstack([scale * found.V[np.ix_(others, [i])], found.B[others]])
-        rows, recorded = (found.rows[:1] + found.rows, (None, *found.recorded))
-        return Blocks(A, U, B, found.V[np.ix_(others, others)], (0,) * (len(found.A) + 1), rows, recorded)
+        rows, recorded = found.rows[:1] + found.rows, (None, *(found.recorded or [None] * len(found.A)))
+        kept = [j for j in range(len(A)) if B[:, j].any() or A[:, j].any()]  # what the next step alone reads is none
+        told = tuple(rows[j] for j in kept), tuple(recorded[j] for j in kept)
+        V = found.V[np.ix_(others, others)]
+        return Blocks(A[np.ix_(kept, kept)], U[kept], B[:, kept], V, (0,) * len(kept), *told)
     return None
+
+
+def without_unread_directions(found: Blocks) -> Blocks | None:
+    """A tableau of two states for one of more, of which no field ever reads more than two sums; None for others.
+
+    Velocity Verlet that keeps the velocity and the force at the new position carries v + h f / 2, the velocity at the
+    middle of the step, in two values. What fields read now or later are the rows of U, U V, U V^2, ... (Kalman 1963,
+    observability). The first is the position, the second what it moves by.
+    """
+    reads = np.unique(found.U, axis=0)
+    if len(reads) != 1:
+        return None
+    now, r = reads[0], len(found.V)
+    later = [now]
+    for _ in range(r - 1):
+        later.append(later[-1] @ found.V)
+    moves = later[1] - now
+    if np.linalg.matrix_rank(np.array(later), tol=CLOSE * 10) != 2 or np.linalg.norm(moves) <= CLOSE:
+        return None
+    T = np.array([now, moves / np.abs(moves).max()])
+    back = np.linalg.pinv(T)
+    V = T @ found.V @ back
+    V[np.abs(V) <= CLOSE * np.abs(V).max()] = 0.0
+    B = T @ found.B
+    B[np.abs(B) <= CLOSE * np.abs(B).max(initial=0.0)] = 0.0
+    return replace(found, U=found.U @ back, B=B, V=V)
 
 
 def name_multistep(found: Blocks) -> Name | None:
     """The name of a tableau of one field that remembers; None for others."""
     if found.n_fields != 1:
         return None
-    return _of_catalogue(found) or _delayed(found) or _adams(found)
+    return _of_catalogue(found) or _iterated(found) or _delayed(found) or _adams(found)
+
+
+def _iterated(found: Blocks) -> Name | None:
+    """Backward differentiation, x' = sum_j a_j x_j + h b f(x'), whose equation is solved by fixed-point iteration.
+
+    Each stage is what the iteration would end with if it ended there, and so has the numbers of the result; the first
+    one begins at the newest state. From sum_j 1/j (1 - E^-1)^j x' = h f(x') (Hairer, Norsett and Wanner 1993, III.1).
+    """
+    r, s = len(found.V), len(found.rows)
+    made = np.flatnonzero(found.B.any(axis=1))
+    if s < _ROUNDS or len(made) != 1 or not found.B[made[0], -1]:
+        return None
+    (i,), c = made, float(found.B[made[0], -1])
+    a, begin = found.V[i], found.U[0]
+    rounds = np.allclose(found.A, c * np.eye(s, k=-1), atol=CLOSE) and np.allclose(found.B[i], c * np.eye(s)[-1])
+    if (
+        not rounds
+        or not np.allclose(found.U[1:], a, atol=CLOSE)
+        or not np.array_equal(begin, np.eye(r)[begin.argmax()])
+    ):
+        return None
+    powers = np.array([[(-1) ** k * math.comb(j, k) / j for k in range(r + 1)] for j in range(1, r + 1)]).sum(axis=0)
+    weights = -powers[1:] / powers[0]  # in powers of E^-1
+    order: list[int] = []  # from the newest state to the oldest one: where each moves to
+    place = int(begin.argmax())
+    while len(order) < r and place not in order:
+        order.append(place)
+        later = [j for j in range(r) if j != i and np.array_equal(found.V[j], np.eye(r)[place])]
+        place = later[0] if later else place
+    if len(order) < r or not np.allclose(a[order], weights, atol=10 * CLOSE):
+        return None
+    name = f"bdf{r} (by {s - 1} fixed-point iterations)"
+    return Name(name, "x' = f(x), multistep", c * float(powers[0]), "h: that of the equation which is solved")
 
 
 def _of_catalogue(found: Blocks) -> Name | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
@@ -14,10 +14,13 @@ from stabkit.identification.form.tableau import Blocks
 from stabkit.identification.names.exponential import carried_back, exponential_step
 from stabkit.identification.names.histories import steps_with_history, told_of
 from stabkit.identification.names.reflections import splitting_by_resolvents
+from stabkit.identification.names.starters import adams_behind, ends_of_parts
+from stabkit.identification.names.starters import told_of as told_of_orders
 from stabkit.identification.names.step_size import step_size
 from stabkit.integrators import GeneralLinearMethod, LinearStability
 
 CLOSE = 1e-6  # coefficients of single precision networks
+_WITH_ITS_END = 3  # stages, at least, of a method of two and the field at its end
 NO_STEP = "none: there is no branch that a step size could multiply"
 NO_TABLEAU = "unnamed Runge-Kutta"
 POINTS = np.random.default_rng(0).normal(size=(12, 2)) @ np.array([1, 1j])
@@ -159,7 +162,7 @@ def _runge_kutta(found: Blocks, a: float, h: float, convention: str) -> Name:
     iterated = _fixed_point_iteration(method)
     if iterated is not None:
         return Name(iterated, system, h, convention)
-    steps = _in_parts(found)
+    steps = _in_parts(found) or _behind_starters(found)
     if steps is not None:
         return Name(steps, system, h, convention)
     if a == 0.0:
@@ -320,26 +323,81 @@ def _catalogue(stages: int | None) -> tuple[tuple[str, GeneralLinearMethod], ...
 def _in_parts(found: Blocks) -> str | None:
     """``"5 steps of rk4"``, ``"2 steps of heun2 (h = 0.1, 0.05)"``, ``"forward Euler and then heun2"``; None else.
 
-    A part ends where all later stages, and the result, take what is before them with the weights of the result.
+    A part ends where all later stages, and the result, take what is before them with the weights of the result. The
+    last one may end inside of its step, where an adaptive solver interpolates to the time that it was asked for.
     """
     s, b = len(found.rows), found.B[0]
     if not np.allclose(found.U, 1.0) or found.V[0, 0] != 1.0:
         return None
-    near = CLOSE * float(np.abs(b).max())
-    ends = [c for c in range(1, s) if np.allclose(found.A[c:, :c], b[:c], rtol=0, atol=near)]
-    if not ends:
-        return None
-    named = []
+    ends = ends_of_parts(found.A, b)
+    named, told = [], ""
     for start, stop in itertools.pairwise([0, *ends, s]):
         part = slice(start, stop)
-        named.append(name_one_state(Blocks(found.A[part, part], found.U[part], found.B[:, part], found.V,
-                                           found.fields[part], found.rows[part])))  # fmt: skip
-    if not all(name.is_known for name in named):
-        return None
+        one = Blocks(found.A[part, part], found.U[part], found.B[:, part], found.V, found.fields[part],
+                     found.rows[part])  # fmt: skip
+        inside = _ended_inside(one) if stop == s else None
+        if inside is not None:
+            named.append(inside[0])
+            told = inside[1]
+            named = [replace(n, name=with_its_end(n.name)) for n in named]
+        elif ends and (name := name_one_state(one)).is_known:
+            named.append(name)
+        else:
+            return None
     names, sizes = [name.name for name in named], [name.h for name in named]
+    if not ends:
+        return f"{names[0]} (h = {sizes[0]:.3g}, {told})"
+    told = f", the last {told}" if told else ""
     same = max(sizes) - min(sizes) <= CLOSE * max(map(abs, sizes))
-    shown = "" if same else f" (h = {', '.join(f'{h:.3g}' for h in sizes)})"
+    shown = f" (h = {', '.join(f'{h:.3g}' for h in sizes)}{told})" if told or not same else ""
     return f"{len(names)} steps of {names[0]}{shown}" if len(set(names)) == 1 else " and then ".join(names) + shown
+
+
+def _behind_starters(found: Blocks) -> str | None:
+    """``"forward Euler and then 3 steps of ab2"``; None for what is no method of Adams and Bashforth."""
+    if not np.allclose(found.U, 1.0) or found.V[0, 0] != 1.0:
+        return None
+    for count, h, orders in adams_behind(found.A, found.B[0]):
+        part, weights = slice(0, count), np.vstack([found.A, found.B])[count : count + 1, :count]
+        first = name_one_state(
+            Blocks(found.A[part, part], found.U[part], weights, found.V, found.fields[part], found.rows[part])
+        )
+        steps = len(ends_of_parts(found.A[part, part], weights[0])) + 1
+        if first.is_known and abs(first.h - steps * h) <= CLOSE * 10 * abs(first.h):
+            return f"{first.name} and then {told_of_orders(orders)} (h = {h:.3g})"
+    return None
+
+
+def _ended_inside(part: Blocks) -> tuple[Name, str] | None:
+    """The method of a step that ends inside of it, and where, in words; None where it is none.
+
+    Its last stage is the field at the end of the whole step, which tells the weights of that; the result has others,
+    those of a polynomial through both ends and what is known between (Hairer, Norsett and Wanner 1993, II.6).
+    """
+    s = len(part.rows)
+    if s < _WITH_ITS_END or _named_tableau(part.method(step_size(part)[0])) is not None:
+        return None
+    inner = slice(0, s - 1)
+    whole = Blocks(
+        part.A[inner, inner], part.U[inner], part.A[-1:, inner], part.V, part.fields[inner], part.rows[inner]
+    )
+    name = name_one_state(whole)
+    share = float(part.B.sum()) / name.h
+    if _named_tableau(whole.method(name.h)) is None or not 0 < share < 1 + CLOSE:
+        return None
+    return name, f"ended after {share:.3g} of it by interpolation"
+
+
+def with_its_end(name: str) -> str:
+    """What a method is called that evaluates its field at the end of its step as well, which the next one begins with.
+
+    With it Ralston's method of order 3 makes the pair of Bogacki and Shampine (1989), whose error is estimated.
+
+    Example:
+        >>> with_its_end("ralston3"), with_its_end("dopri5")
+        ('bosh3', 'dopri5')
+    """
+    return "bosh3" if name == "ralston3" else name
 
 
 def without_parallel(found: Blocks) -> Blocks:

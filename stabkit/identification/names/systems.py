@@ -9,8 +9,13 @@ import numpy as np
 
 from stabkit.identification.form.tableau import Blocks, Matrix
 from stabkit.identification.names.compositions import one_step
-from stabkit.identification.names.multistep import leapfrog, name_multistep, without_kept_values
-from stabkit.identification.names.single import CLOSE, Name, name_one_state, without_parallel
+from stabkit.identification.names.multistep import (
+    leapfrog,
+    name_multistep,
+    without_kept_values,
+    without_unread_directions,
+)
+from stabkit.identification.names.single import CLOSE, Name, name_one_state, with_its_end, without_parallel
 from stabkit.identification.steps.predictor_correctors import predictor_corrector
 
 LINEAR_MAP = "none: a linear map of several states, and no field"
@@ -45,7 +50,13 @@ def name_several_states(found: Blocks, *, symmetric: bool | None, gated: bool) -
     if r == 2 and gated:
         return _gated_pair(found)
     if r == 2:
-        name = _verlet(found) or _damped_verlet(found) or _verlet_of_two_fields(found) or _two_fields(found, symmetric)
+        name = (
+            _force_of_both(found)
+            or _verlet(found)
+            or _damped_verlet(found)
+            or _verlet_of_two_fields(found)
+            or _two_fields(found, symmetric)
+        )
         name = name or _position_form(found)
         if name is not None:
             return name
@@ -53,10 +64,15 @@ def name_several_states(found: Blocks, *, symmetric: bool | None, gated: bool) -
     if again is not None:
         name = name_one_state(again) if r == 2 else name_several_states(again, symmetric=symmetric, gated=gated)
         if name.is_known:
-            return name
+            return replace(name, name=with_its_end(name.name))
     couplings = _couplings(found) if r == 2 else None
     if couplings is not None:
         return couplings
+    smaller = without_unread_directions(found) if r > 2 and not gated else None
+    if smaller is not None:
+        name = name_several_states(smaller, symmetric=symmetric, gated=gated)
+        if name.is_known:  # velocities at the middle of a step and positions at its end are those of Verlet's method
+            return replace(name, name=name.name.replace("symplectic Euler (position, velocity)", "stormer_verlet"))
     alone = _one_beside_others(found) if r > 2 else None
     if alone is not None:
         return alone
@@ -195,6 +211,21 @@ def _position_form(found: Blocks) -> Name | None:
             return replace(
                 name, name=f"{name.name} (Stormer-Verlet, position form), force of position and velocity", system=system
             )
+    return None
+
+
+def _force_of_both(found: Blocks) -> Name | None:
+    """Position and velocity, where one force reads both, each by itself: it is read as one of the position alone."""
+    if len(found.rows) != 2 or found.rows[0] is not found.rows[1] or found.A.any():
+        return None
+    for q, p in ((0, 1), (1, 0)):
+        row = next((i for i in range(2) if found.U[i, q] and not found.U[i, p]), None)
+        if row is None or not found.V[q, p] or found.V[p, q] or not found.U[1 - row, p]:
+            continue
+        one = Blocks(np.zeros((1, 1)), found.U[[row]], found.B[:, [row]], found.V, (0,), found.rows[:1])
+        name = _two_state_one_stage(one, history=False)
+        if name is not None and name.order == 2:
+            return replace(name, name=f"{name.name}, force of position and velocity", system="x'' = f(x, x')")
     return None
 
 

@@ -14,11 +14,12 @@ from dataclasses import replace
 
 from stabkit.identification.form.flow_index import Surroundings
 from stabkit.identification.form.operations import ADDS, MOVES, PRODUCTS
+from stabkit.identification.form.pieces import pull
 from stabkit.identification.form.slots import Slots
 from stabkit.identification.record import Identification, nothing
-from stabkit.tracing.graph.values import Value, meta_of, operation, outputs_of
+from stabkit.tracing.graph.values import Value, meta_of, operation, outputs_of, random_tensors
 
-Reader = Callable[[Slots, tuple[int, ...]], Identification]
+Reader = Callable[[Surroundings, Slots, tuple[int, ...]], Identification]
 
 _NO_STEP = (
     "autoregressive", "delayed", "dense", "fork", "general linear method", "gated skip", "iterative", "join", "linear",
@@ -30,6 +31,7 @@ _FORK, _JOIN = ": a fork", ": a join"
 # of the next step's operations: a step of one evaluation is no start of a method of two (0.5), starters of multistep
 # methods and first layers do all that the next does (1); missed: a first layer that lacks a third of it
 _MOST = 0.7
+_WITH_KEPT = "what was kept beside the state, for a first stage, is read and not made again"
 _WIDE = 4  # new values of which one may be the state that goes on
 
 
@@ -45,9 +47,13 @@ def step_inside(
         record: the record that says fork or join, which comes back where no step is told.
         read: the reading of some states before and after some steps.
     """
+    if record.name == "join" and (kept := _of_kept_values(around, found, steps)) is not None:
+        nodes = around.nodes(steps[0] - 1, steps[-1] + 1)
+        inner = read(around.holding({n for n in nodes if meta_of(Value(n, 0)).numel == 1}), kept, steps)
+        return inside(inner, f"{_WITH_KEPT}{_JOIN}") if _is_step(inner) and inner.shared_weights else record
     if record.name != "fork" or not _begins_a_run(around, steps):
         return record
-    read_as = [(one.targets[0], read(one, steps)) for one in _beginnings(found)]
+    read_as = [(one.targets[0], read(around, one, steps)) for one in _beginnings(found)]
     named = [(value, inner) for value, inner in read_as if _is_step(inner) or inner.name.startswith(_UNNAMED)]
     last = _made_of_others(around, [value for value, _ in named], steps)
     if last is None:  # of several none is the state that goes on: two towers
@@ -115,6 +121,27 @@ def _begins_a_run(around: Surroundings, steps: tuple[int, ...]) -> bool:
         for span in ((start, stop), (stop, stop + 1))
     )
     return bool(theirs) and (ours & theirs).total() >= _MOST * theirs.total()
+
+
+def _of_kept_values(around: Surroundings, found: Slots, steps: tuple[int, ...]) -> Slots | None:
+    """The one state of a join whose other old values the step before made of it: of its field, kept for a first stage.
+
+    Single numbers beside states of many are a time, and held fixed. None where the others are made of something else.
+    """
+    start = steps[0]
+    states = [v for v in found.sources if meta_of(v).numel > 1]
+    if start == 0 or len(states) < 2 or len(found.targets) != 1:
+        return None
+    shapes = {meta_of(v).shape for v in (*states, *found.targets)}
+    for state in states if len(shapes) == 1 else ():
+        nodes = [node for node in around.nodes(start - 1, start) if node is not state.node]
+        others = [v for v in states if v != state]
+        drawn = dict(zip(others, random_tensors(others, seed=0), strict=True))
+        arrived = pull(around.graph, nodes, {node: around.graph.inputs[node] for node in nodes}, drawn)
+        if all(v == state or meta_of(v).numel == 1 or not bool(grad.any()) for v, grad in arrived.items()):
+            contexts = (*found.contexts, *(v for v in found.sources if v not in states))
+            return replace(found, sources=(state,), contexts=contexts, split=False, earlier=found.earlier + 1)
+    return None
 
 
 def _made_of_others(around: Surroundings, values: Sequence[Value], steps: tuple[int, ...]) -> Value | None:

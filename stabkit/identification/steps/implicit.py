@@ -104,7 +104,7 @@ def inner_iterations(piece: Piece, names: Mapping[int, str]) -> int:
     What makes an iteration of them is that the operator is applied again to what the quotient before has moved. One
     line search is a step, and projections of several branches on each other have quotients and no operator.
     """
-    if len(piece.sources) != 1:
+    if len(piece.sources) != 1 or not any(operation(node) == "Div" for node in piece.nodes):
         return 0
     made: set[Value] = set(piece.sources)
     behind: set[Value] = set()  # what some quotient has a part in
@@ -239,6 +239,8 @@ def _measured(path: str, calls: list[tuple[Tensor, Tensor | None]]) -> FixedPoin
     inputs = [x for x, _ in calls]
     if len(inputs) <= _FEWEST or any(x.shape != inputs[0].shape for x in inputs):
         return None
+    if not inputs[0].is_floating_point():
+        return None  # an embedding that is looked up again and again
     size = float(inputs[-1].double().norm())
     rounding = 100 * torch.finfo(inputs[0].dtype).eps * size
     itself = _as_f([(x, y) for x, y in calls if y is not None and y.shape == x.shape], len(calls))

@@ -6,17 +6,19 @@ an attention over the channels of F(x), made of F(x) itself, is a part of the fi
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import Node
 
+from stabkit.identification.form.chain import Link
 from stabkit.identification.form.flow_index import Surroundings
 from stabkit.identification.form.normal_form import NormalForm
 from stabkit.identification.form.operations import MOVES, has_matrix
 from stabkit.identification.form.pieces import ADDED, Piece
+from stabkit.identification.form.slots import Slots
 from stabkit.identification.record import Identification
 from stabkit.tracing.graph.values import Value, meta_of, operation
 from stabkit.vocabulary import activation_of
@@ -39,6 +41,71 @@ def with_predicted_step(record: Identification, sums: Sequence[NormalForm]) -> I
     of = found[0][1]
     how = f"h = 1: the field is h({of}) F(x), and h, no constant, is from {low:.3g} to {high:.3g} here"
     return replace(record, convention=how, system=record.system.replace("f(x)", f"h({of}) F(x)"))
+
+
+Reader = Callable[[Surroundings, Slots, Sequence[Link], tuple[int, ...]], Identification]
+
+
+def with_step_sizes_held(
+    around: Surroundings, found: Slots, steps: tuple[int, ...], read: Reader
+) -> Identification | None:
+    """The record of a step where step sizes that are made of the state are taken as numbers; None if that is no method.
+
+    So it is with adaptive solvers, whose first step size follows the state and its field.
+
+    Args:
+        around: the flow.
+        found: the states of the step.
+        steps: its place.
+        read: reads a chain of sums.
+    """
+    start, stop = steps[0], steps[-1] + 1
+    numbers = _made_by_control(around.whole(start, stop, found))
+    if not numbers:
+        return None
+    held = around.holding(numbers)
+    links = held.chain(start, stop, found)
+    if not any(link.kind == "sum" for link in links) or any(link.kind in ("map", "join") for link in links):
+        return None
+    better = read(held, found, links, steps)
+    if better.name.startswith("unnamed") or not better.shared_weights:
+        return None
+    why = "step sizes are made of the state, by the control of an error: they are those of this input, and held fixed"
+    return replace(better, evidence="measured", notes=(why, *better.notes))
+
+
+def without_clock(around: Surroundings, found: Slots, steps: tuple[int, ...]) -> tuple[Surroundings, Slots]:
+    """The flow and the states of a step without single numbers that follow each other beside states of many: a time.
+
+    Where an adaptive solver makes its first step size of the state, so are all times after it.
+    """
+    states = [[v for v in values if meta_of(v).numel > 1] for values in (found.sources, found.targets)]
+    numbers = {v for v in (*found.sources, *found.targets) if meta_of(v).numel == 1}
+    if not numbers or not all(states) or len(found.sources) != len(found.targets):
+        return around, found
+    contexts = (*found.contexts, *(v for v in found.sources if v in numbers))
+    whole = around.whole(steps[0], steps[-1] + 1, found)
+    clock = {v.node for v in found.targets if v in numbers and v not in found.sources}
+    made = {node for node in whole.nodes if meta_of(Value(node, 0)).numel == 1}
+    if any(v.node not in made and v not in found.sources for node in clock for v in whole.inputs(node)):
+        return around, found
+    return around.holding(made), replace(found, sources=tuple(states[0]), targets=tuple(states[1]), contexts=contexts)
+
+
+def _made_by_control(piece: Piece) -> set[Node]:
+    """The operations that make single numbers of a state of many, and what nothing else is made into: step sizes.
+
+    The control of an error takes a norm of all entries, and so couples all samples; what it makes multiplies values of
+    the field. Empty where a state is one number itself.
+    """
+    if min(meta_of(v).numel for v in (*piece.sources, *piece.targets)) == 1:
+        return set()
+    found: set[Node] = set()
+    for node in piece.nodes:
+        of_numbers = all(v.node in found for v in piece.inputs(node))
+        if of_numbers or meta_of(Value(node, 0)).numel == 1:
+            found.add(node)
+    return found
 
 
 def with_fed_step(record: Identification, around: Surroundings, sums: Sequence[NormalForm]) -> Identification:

@@ -110,7 +110,9 @@ def _placed(terms: Terms, known: Mapping[Value, Value | None]) -> dict[Value, fl
 
 
 def _is_number(coefficient: Coefficient) -> bool:
-    return coefficient.kind == "scalar"
+    """Whether it is one number, also where a value is spread over more entries."""
+    spread = coefficient.kind == "part" and coefficient.low == coefficient.high
+    return coefficient.kind == "scalar" or spread
 
 
 def _rows_agree(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -67,7 +67,8 @@ def _walk_from(
     seed: int,
 ) -> Chain | None:
     batch, axis = source_layouts[0].batch, source_layouts[0].axis or 0
-    factors, tolerance, reach = scales(batch, seed), _tolerance(segments), _range(segments)
+    dtypes = {dtype for segment in segments for dtype in segment.dtypes()}
+    factors, tolerance, reach = scales(batch, seed), _tolerance(dtypes), _range(dtypes)
     layouts, silent, error, whole = [target_layouts], [], 0.0, True
     drawn = random_tensors(frontiers[-1], seed)
     start = len(segments)
@@ -164,8 +165,8 @@ def _scaled(tensors: Sequence[Tensor], layouts: Sequence[Layout], factors: Tenso
     return [scale(tensor, layout, factors) for tensor, layout in zip(tensors, layouts, strict=True)]
 
 
-def _tolerance(segments: Sequence[Segment]) -> float:
-    eps = max(torch.finfo(dtype).eps for segment in segments for dtype in segment.dtypes())
+def _tolerance(dtypes: Collection[torch.dtype]) -> float:
+    eps = max(torch.finfo(dtype).eps for dtype in dtypes)
     return min(_SLACK * eps, _COARSEST)
 
 
@@ -175,9 +176,9 @@ def _largest(tensors: Sequence[Tensor]) -> float:
     return float(largest.max())
 
 
-def _range(segments: Sequence[Segment]) -> float:
+def _range(dtypes: Collection[torch.dtype]) -> float:
     """How far from 1 a cotangent may be, up or down, with as much room again for a step to take it further."""
-    smallest = max(torch.finfo(dtype).smallest_normal for segment in segments for dtype in segment.dtypes())
+    smallest = max(torch.finfo(dtype).smallest_normal for dtype in dtypes)
     return 1 / math.sqrt(smallest)
 
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from torch.autograd.graph import Node
 
-from stabkit.tracing.graph.values import Value, meta_of, operation
+from stabkit.tracing.graph.values import Value, meta_of, metas_of, operation
 from stabkit.vocabulary import is_activation, moves, norm_of
 
 _SUMS = frozenset({"Add", "Sub", "Rsub"})
@@ -26,6 +26,7 @@ _MATHEMATICS = frozenset(
     }
 )  # fmt: skip
 _IN_PLACE = moves("reshape", "copy")
+_ENTRYWISE = _SUMS | _PRODUCTS | _MATHEMATICS | _IN_PLACE
 _MOVES = moves()
 _WEIGHTED = (
     "Addbmm", "Addmm", "Addmv", "Baddbmm", "Bmm", "Convolution", "Linear", "MkldnnLinear", "Mm", "Mv", "SparseMm",
@@ -64,10 +65,21 @@ def activations_by_hand(
     for node in nodes:
         for value in inputs[node]:
             readers[value].append(node)
-    functions = [f for f in _functions(nodes, inputs) if any(len(inputs[node]) > 1 for node in f.nodes)]
+    functions = [f for f in _functions(nodes, inputs)
+                 if any(len(inputs[node]) > 1 for node in f.nodes) and not _is_multiple(f, inputs)]  # fmt: skip
     steps = [f for f in functions if not _bends_for_matrices(f, readers, targets) or _goes_on(f, inputs)]
     others = {f.signature for f in steps}
     return frozenset(node for f in functions if f.signature not in others for node in f.nodes)
+
+
+def _is_multiple(function: _Function, inputs: Mapping[Node, Sequence[Value]]) -> bool:
+    """Whether nothing but numbers multiplies the value: (x + x) / 2, as iterations that begin at x have it."""
+
+    def scales(node: Node) -> bool:
+        divided = operation(node) == "Div" and node.next_functions[0][0] is not None  # and not what divides
+        return (operation(node) == "Mul" or divided) and len(inputs[node]) == 1
+
+    return all(operation(node) in _SUMS | _IN_PLACE | {"Neg"} or scales(node) for node in function.nodes)
 
 
 def _functions(nodes: Sequence[Node], inputs: Mapping[Node, Sequence[Value]]) -> Iterable[_Function]:
@@ -78,15 +90,14 @@ def _functions(nodes: Sequence[Node], inputs: Mapping[Node, Sequence[Value]]) ->
         if len(found) != 1 or not _is_entrywise(node):
             continue
         (root,) = found
-        if meta_of(Value(node, 0)).numel == meta_of(root).numel:  # nothing is spread over others
+        if metas_of(node)[0].numel == meta_of(root).numel:  # nothing is spread over others
             roots[Value(node, 0)] = root
             made[root].append(node)
     return [_Function(root, tuple(of_root)) for root, of_root in made.items()]
 
 
 def _is_entrywise(node: Node) -> bool:
-    name = operation(node)
-    return name in _SUMS | _PRODUCTS | _MATHEMATICS | _IN_PLACE or is_activation(node)
+    return operation(node) in _ENTRYWISE or is_activation(node)
 
 
 def _bends_for_matrices(function: _Function, readers: Mapping[Value, list[Node]], targets: Collection[Value]) -> bool:

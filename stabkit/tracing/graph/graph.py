@@ -150,14 +150,14 @@ class Graph:
         used: dict[Value, Tensor | None] = dict.fromkeys(self.targets)  # None: every entry is used
         kept, inputs = [], {}
         for node in reversed(self.nodes):
-            outputs = outputs_of(node)
-            if not any(value in used for value in outputs):
+            outputs = [value for value in outputs_of(node) if value in used]
+            if not outputs:
                 continue
             kept.append(node)
-            partial = any(used.get(value) is not None for value in outputs)
             name = operation(node)
-            if name in _MOVING and not is_python_node(node) and (partial or name in _SELECTING):
-                masks = self._pull_mask(node, outputs, used)
+            partial = name in _SELECTING or (name in _MOVING and any(used[value] is not None for value in outputs))
+            if partial and not is_python_node(node):
+                masks = self._pull_mask(node, used)
                 inputs[node] = [value for value in self.inputs[node] if value in masks]
                 for value, mask in masks.items():
                     _join(used, value, mask)
@@ -166,9 +166,9 @@ class Graph:
                 used.update(dict.fromkeys(inputs[node]))
         self.nodes, self.inputs = kept[::-1], inputs
 
-    def _pull_mask(self, node: Node, outputs: list[Value], used: dict[Value, Tensor | None]) -> dict[Value, Tensor]:
+    def _pull_mask(self, node: Node, used: dict[Value, Tensor | None]) -> dict[Value, Tensor]:
         cotangents: Cotangents = []
-        for value in outputs:
+        for value in outputs_of(node):
             if value not in used:
                 cotangents.append(None)
                 continue
@@ -187,8 +187,8 @@ class Graph:
 
 def _join(used: dict[Value, Tensor | None], value: Value, mask: Tensor) -> None:
     before = used.get(value, mask)
-    joined = None if before is None or bool(mask.all()) else before | mask
-    used[value] = joined
+    joined = None if before is None else mask if before is mask else before | mask
+    used[value] = None if joined is None or bool(joined.all()) else joined
 
 
 def _time_order(targets: Sequence[Value]) -> list[Node]:

@@ -24,7 +24,7 @@ from torch.autograd.graph import Node
 from stabkit.tracing.graph.graph import Graph
 from stabkit.tracing.graph.scan_ends import Ends
 from stabkit.tracing.graph.slices import Piece, Pieces
-from stabkit.tracing.graph.values import Value, meta_of, operation, outputs_of
+from stabkit.tracing.graph.values import Value, meta_of, metas_of, operation
 from stabkit.vocabulary import moves
 
 FEWEST = 8  # time steps from which one speaks of time, whatever they do
@@ -134,7 +134,7 @@ def _kinds(graph: Graph, start: int, stop: int) -> Kinds:
     numbers: dict[object, int] = {}
     kinds = []
     for node in graph.nodes[start:stop]:
-        shapes = tuple(meta_of(value).shape for value in outputs_of(node))
+        shapes = tuple(meta.shape for meta in metas_of(node))
         key = (operation(node), len(graph.inputs[node]), shapes)
         kinds.append(numbers.setdefault(key, len(numbers)))
     return np.array(kinds, dtype=np.int64)

@@ -14,6 +14,7 @@ from stabkit.tracing.graph.values import Value, operation
 
 _ONE = frozenset({"Select", "Slice"})
 _ALL = frozenset({"Split", "SplitWithSizes", "Unbind", "UnsafeSplit"})
+_SLICES = _ONE | _ALL
 _LAGS = 4  # slices of one tensor that a period takes, at most, of which one is to be seen at its distance
 
 Piece = tuple[tuple[Value, str, int], int]  # a tensor, how it is sliced and along which dimension; which slice
@@ -39,7 +40,7 @@ class Pieces:
             if operation(node) in _ONE:
                 self._note(rank, node, "made")
             for value in graph.inputs[node]:
-                if operation(value.node) in _ONE | _ALL:
+                if operation(value.node) in _SLICES:
                     self._note(rank, value.node, "read", value.output)
 
     def _note(self, rank: int, node: Node, how: str, output: int = 0) -> None:

@@ -44,7 +44,7 @@ class Meta(NamedTuple):
     @property
     def numel(self) -> int:
         """Number of elements."""
-        return torch.Size(self.shape).numel()
+        return math.prod(self.shape)
 
     @property
     def numbers(self) -> int:
@@ -62,15 +62,17 @@ def value_of(tensor: Tensor) -> Value:
 
 def meta_of(value: Value) -> Meta:
     """Shape, dtype and device of a value, as autograd recorded them."""
-    return _metas(value.node)[value.output]
+    return metas_of(value.node)[value.output]
 
 
 def outputs_of(node: Node) -> list[Value]:
     """The values that an operation makes."""
-    return [Value(node, output) for output in range(len(_metas(node)))]
+    count = len(metas_of(node))
+    return [Value(node, 0)] if count == 1 else [Value(node, output) for output in range(count)]
 
 
-def _metas(node: Any) -> tuple[Meta, ...]:
+def metas_of(node: Any) -> tuple[Meta, ...]:
+    """Shape, dtype and device of the values that an operation makes."""
     # a reader asks thousands of times, and autograd makes them anew each time: the node keeps them
     kept: dict[str, tuple[Meta, ...]] = node.metadata
     metas = kept.get(_KEPT)

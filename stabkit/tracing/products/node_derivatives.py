@@ -16,6 +16,7 @@ from stabkit.vocabulary import COSTLY
 from stabkit.vocabulary import is_python_node as is_python_node
 
 Cotangents = list[Tensor | None]
+_FEW = 4
 
 
 def alike(node: Node) -> tuple[object, ...]:
@@ -64,13 +65,12 @@ def apply_node(
             raw = call_node(node, cotangents)
         grads = raw if isinstance(raw, tuple) else (raw,)
         edges = list(node.next_functions)
-    wanted = set(active)
+    # an edge equals the value that it leads to; most nodes have one or two, a concatenation may have a thousand
+    wanted = active if len(active) <= _FEW else set(active)
     pulled = []
-    for (parent, output), grad in zip(edges, grads, strict=False):
-        if parent is None or grad is None:
-            continue
-        value = Value(parent, output)
-        if value in wanted:
+    for edge, grad in zip(edges, grads, strict=False):
+        if grad is not None and edge in wanted:
+            value = Value(*edge)
             pulled.append((value, _as_recorded(value, grad)))
     return pulled
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import weakref
-from typing import Any
 
 from torch import Tensor
 
@@ -29,12 +28,11 @@ class Draws:
     def __init__(self) -> None:
         self._held: dict[int, weakref.ref[Tensor]] = {}
 
-    def meet(self, func: Any, given: list[Tensor], made: list[Tensor]) -> bool:
-        """Whether an operation takes drawn numbers and values on the graph."""
-        name = func._schema.name.split("::")[-1]
+    def meet(self, name: str, given: list[Tensor], made: list[Tensor]) -> bool:
+        """Whether an operation of some name takes drawn numbers and values on the graph."""
         meets = False
         if name not in _DRAWS:
-            if name not in _KEEPS or not any(self._is_drawn(t) for t in given):
+            if not self._held or name not in _KEEPS or not any(self._is_drawn(t) for t in given):
                 return False
             meets = any(t.requires_grad for t in given)
         if not meets:

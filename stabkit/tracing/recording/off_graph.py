@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterable
-from typing import Any
 
-import torch
 from torch import Tensor
 
 from stabkit.tracing.recording.inputs import VALUE_FREE, differentiable
@@ -29,28 +27,35 @@ class OffGraph:
         self._inputs = tuple(inputs)  # kept, so that no other tensor takes their place
         self._held = {id(t): (weakref.ref(t), frozenset({INPUT})) for t in self._inputs}
 
-    def follow(self, func: Any, given: list[Tensor], made: list[Tensor]) -> tuple[frozenset[int], bool]:
+    def follow(
+        self, name: str, given: list[Tensor], on_graph: list[Tensor], made: list[Tensor], leaves: bool
+    ) -> tuple[frozenset[int], bool]:
         """Note what an operation makes of such tensors.
+
+        Args:
+            name: the operation.
+            given: what it is given.
+            on_graph: those of them that carry a gradient.
+            made: what it makes.
+            leaves: whether that carries none, since the operation detaches it or gradients are off.
 
         Returns:
             Where those that it brings together with values on the graph left it, as numbers of operations, or `INPUT`;
             and whether it hands numbers to Python.
         """
-        name = func._schema.name.split("::")[-1]
         if name in VALUE_FREE:
             return frozenset(), False
-        held, on_graph = frozenset[int](), []
-        for tensor in given:
-            if tensor.requires_grad:
-                on_graph.append(tensor.grad_fn)
-            elif (entry := self._held.get(id(tensor))) is not None and entry[0]() is tensor:
+        held = frozenset[int]()
+        for tensor in given if self._held else ():
+            entry = self._held.get(id(tensor))
+            if entry is not None and entry[0]() is tensor and not tensor.requires_grad:
                 held |= entry[1]
         if not held and not on_graph:
             return held, False
-        leaves = not on_graph or not torch.is_grad_enabled() or func is torch.ops.aten.detach.default
-        left = [t for t in made if leaves or not differentiable(t)]
+        left = [t for t in made if leaves or not on_graph or not differentiable(t)]
         if left:
-            origins = held.union(INPUT if node is None else node._sequence_nr() for node in on_graph)
+            nodes = [tensor.grad_fn for tensor in on_graph]
+            origins = held.union(INPUT if node is None else node._sequence_nr() for node in nodes)
             origins = origins if len(origins) <= _MOST else frozenset({INPUT})
             self._held.update((id(t), (weakref.ref(t), origins)) for t in left)
         return (held if on_graph else frozenset()), name in _READS

@@ -14,6 +14,7 @@ import weakref
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -32,6 +33,10 @@ from stabkit.tracing.recording.untouched_model import Safe
 
 # makes of an output the output to keep, and the tensors to end at by their names
 Ending = Callable[[Any], tuple[Any, list[tuple[str, Tensor]]]]
+
+
+_DETACH = torch.ops.aten.detach.default
+_LISTS = (list, tuple)
 
 
 def clock() -> int:
@@ -163,18 +168,19 @@ class ValueRecorder(EagerMode):
     ) -> Any:
         kwargs = kwargs or {}
         tensors = tensors_in(args, kwargs)
-        for tensor in tensors:
-            if tensor.requires_grad:
-                self._see(tensor)
-        if func._schema.is_mutable:
+        on_graph = [tensor for tensor in tensors if tensor.requires_grad]
+        for tensor in on_graph:
+            self._see(tensor)
+        name, writes = _facts(func)
+        if writes:
             for tensor in _written(func._schema, args, kwargs):
                 self._before_write(tensor)
         out = func(*args, **kwargs)
-        name = func._schema.name.split("::")[-1]
         results = tensors_in(out)
-        if self.draws.meet(func, tensors, results):
+        if self.draws.meet(name, tensors, results):
             self.recording.noisy.add(clock() - 1)  # the node has its number already
-        fed, read = self.off_graph.follow(func, tensors, results)
+        leaves = not torch.is_grad_enabled() or func is _DETACH
+        fed, read = self.off_graph.follow(name, tensors, on_graph, results, leaves)
         if fed:
             self.recording.fed[clock() - 1] = fed
         if read:
@@ -182,8 +188,8 @@ class ValueRecorder(EagerMode):
         if name not in VALUE_FREE:
             if self.tainted:
                 self._follow_integers(name, tensors, results)
-            self._follow_gradients(func, tensors, results)
-            self._follow_choices(tensors, results)
+            self._follow_gradients(func, tensors, bool(on_graph), results, leaves)
+            self._follow_choices(tensors, bool(on_graph), results)
         return out
 
     def _see(self, tensor: Tensor) -> None:
@@ -217,9 +223,8 @@ class ValueRecorder(EagerMode):
                 result.requires_grad_(True)
                 self.promoted[id(result)] = (result, name)
 
-    def _follow_choices(self, tensors: list[Tensor], results: list[Tensor]) -> None:
-        chosen = any(self._is_chosen(t) for t in tensors)
-        on_graph = any(t.requires_grad for t in tensors)
+    def _follow_choices(self, tensors: list[Tensor], on_graph: bool, results: list[Tensor]) -> None:
+        chosen = bool(self.chosen) and any(self._is_chosen(t) for t in tensors)
         if chosen and on_graph:
             self.recording.routed.add(clock() - 1)  # the node has its number already
         if chosen or on_graph:
@@ -242,21 +247,20 @@ class ValueRecorder(EagerMode):
             now = clock()
             self.recording.stopped.append(Stopped("numpy()", now, self.recording.path_at(now)))
 
-    def _follow_gradients(self, func: Any, tensors: list[Tensor], results: list[Tensor]) -> None:
+    def _follow_gradients(
+        self, func: Any, tensors: list[Tensor], on_graph: bool, results: list[Tensor], leaves: bool
+    ) -> None:
         """Mark floats that depend on the input but left the graph, and note where the graph takes them up again.
 
         Inside a custom ``autograd.Function`` everything is off the graph and that is as it should be; so a loss
         of gradient is noted only when such a value is used where gradients are on.
         """
-        with_grad = torch.is_grad_enabled()
-        lost = [t for t in tensors if not t.requires_grad and self._is_silent(t)]
-        on_graph = any(t.requires_grad for t in tensors)
-        if lost and with_grad and on_graph:
+        lost = [t for t in tensors if not t.requires_grad and self._is_silent(t)] if self.silent else []
+        if lost and on_graph and torch.is_grad_enabled():
             now = clock() - 1  # the node that takes it up has its number already
             operation = self.silent[id(lost[0])][1]
             self.recording.stopped.append(Stopped(operation, now, self.recording.path_at(now)))
-        detached = func is torch.ops.aten.detach.default or not with_grad
-        if not lost and not (detached and on_graph):
+        if not lost and not (leaves and on_graph):
             return
         operation = self.silent[id(lost[0])][1] if lost else str(func)
         for result in results:
@@ -324,11 +328,17 @@ def tensors_in(*held: Any) -> list[Tensor]:
     for item in held:
         if isinstance(item, Tensor):
             found.append(item)
-        elif isinstance(item, list | tuple):
+        elif isinstance(item, _LISTS):  # a union of both would be made anew for every argument
             found += tensors_in(*item)
         elif isinstance(item, dict):
             found += tensors_in(*item.values())
     return found
+
+
+@lru_cache(maxsize=4096)
+def _facts(func: Any) -> tuple[str, bool]:
+    """The name of an operation without its namespace and overload, and whether it writes to what it is given."""
+    return func._schema.name.split("::")[-1], func._schema.is_mutable
 
 
 def _written(schema: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[Tensor]:
