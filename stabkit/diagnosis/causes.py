@@ -89,7 +89,7 @@ def with_causes(flow: FlowLike, found: Diagnosis, settings: Settings) -> Diagnos
     if found.verdict.name == "non-finite":  # of a parameter alone
         return found
     found = with_small_inputs(flow, _of_one_cause(flow, before, found, settings), settings)
-    named = [with_slopes(each, found.measurement) for each in with_input_scale(flow, found, settings.thresholds)]
+    named = [with_slopes(each, found.measurement) for each in with_input_scale(flow, found, settings)]
     named = [with_neighbours(flow, each, settings.loss) if each.kind == "rank_collapse" else each for each in named]
     others = statistics_findings(flow, settings.loss)
     if not any(serious(finding) for finding in named):

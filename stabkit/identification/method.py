@@ -18,8 +18,9 @@ from stabkit.identification.steps.fields_in_time import read_as_euler, with_fiel
 from stabkit.identification.steps.forks_and_joins import changes_count, without_doubtful
 from stabkit.identification.steps.linear_steps import with_first_restarts
 from stabkit.identification.steps.pending import with_pending_starts
+from stabkit.identification.time.at_once import closed_form_note, recurrences_at_once
 from stabkit.identification.time.iterated import read_iteration
-from stabkit.identification.time.over_time import Recurrences, closed_form_note
+from stabkit.identification.time.over_time import Recurrences
 from stabkit.parallel import SERIAL, Parallel
 from stabkit.tracing import FlowLike, Iteration
 from stabkit.tracing.flow_checks import traced
@@ -75,7 +76,7 @@ def identify(flow: FlowLike, *, checks: bool = True, parallel: Parallel = SERIAL
 
     def with_time(record: Identification) -> Identification:
         start, stop = record.steps[0], record.steps[-1] + 1
-        found = recurrences.inside(start, stop)
+        found = recurrences.inside(start, stop) or recurrences_at_once(flow, start, stop)
         told = tuple(map(str, found)) or tuple(filter(None, (closed_form_note(flow, start, stop),)))
         return replace(record, over_time=found, notes=(*record.notes, *told)) if told else record
 

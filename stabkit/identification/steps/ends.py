@@ -24,7 +24,7 @@ from stabkit.identification.form.slots import Slots, joined, parts_of
 from stabkit.identification.form.sub_steps import cuts
 from stabkit.identification.names.single import CLOSE, NO_STEP
 from stabkit.identification.record import Identification, nothing
-from stabkit.identification.steps.alignment import Images, images_after, images_before
+from stabkit.identification.steps.alignment import Images, images_after, images_before, is_same_from
 from stabkit.identification.steps.forks_and_joins import holds_a_step, inside, kind_of
 from stabkit.identification.steps.same_steps import number_beside
 from stabkit.integrators import GeneralLinearMethod
@@ -33,6 +33,7 @@ from stabkit.tracing.graph.values import Value, meta_of, operation
 Reader = Callable[[Slots, tuple[int, ...]], Identification]
 
 _MOST = 4  # states of which every order is tried
+_SAME = "the first step of its kind: it does what the next one does where"
 _SECOND_ORDER = "x'' ="  # systems whose force is multiplied by h^2
 _NO_METHOD = (
     "autoregressive", "dense", "fork", "iterative", "join", "no branch", "not a step", "part of", "plain",
@@ -238,8 +239,14 @@ def _begun(
         )
         if scale is None:
             continue
-        why = f"the first step of its kind: it does what the next one does where {_starts(part.slots.sources, places)}"
-        return _told(_scaled(part.record, scale), record, part, why, ": a fork")
+        return _told(
+            _scaled(part.record, scale), record, part, f"{_SAME} {_starts(part.slots.sources, places)}", ": a fork"
+        )
+    pairs = list(zip(part.slots.targets, made, strict=True))
+    for places in _places(part.slots.sources, old, bases):
+        if part.whole and is_same_from(around.graph, pairs, places, _nodes_of(around, part)):
+            why = f"{_SAME} {_starts(part.slots.sources, places)}, with the numbers of that one"
+            return _told(part.record, record, part, why, ": a fork")
     return None
 
 
