@@ -10,11 +10,12 @@ from stabkit.errors import ArgumentError
 from stabkit.identification.form.flow_index import Surroundings
 from stabkit.identification.form.grouping import groups, is_divided, is_round, with_norms
 from stabkit.identification.names.systems import LINEAR_MAP
-from stabkit.identification.reading import read, read_states
+from stabkit.identification.reading import read, read_states, read_sums
 from stabkit.identification.record import Identification
 from stabkit.identification.steps.composed_steps import with_compositions, with_first_rounds, with_half_kicks
 from stabkit.identification.steps.ends import with_ends
-from stabkit.identification.steps.forks_and_joins import changes_count
+from stabkit.identification.steps.fields_in_time import read_as_euler, with_fields_in_time
+from stabkit.identification.steps.forks_and_joins import changes_count, without_doubtful
 from stabkit.identification.steps.linear_steps import with_first_restarts
 from stabkit.identification.steps.pending import with_pending_starts
 from stabkit.identification.time.at_once import closed_form_note, recurrences_at_once
@@ -106,9 +107,11 @@ def identify(flow: FlowLike, *, checks: bool = True, parallel: Parallel = SERIAL
     costs = [float(sum(len(flow.steps[i].segment.nodes) for i in range(start, stop))) for start, stop in places]
     found = [record for records in parallel.share(read_group, costs, name="reading") for record in records]
     found = _over_steps(found, recurrences)
+    found = with_fields_in_time(found, lambda start, stop: read_as_euler(around, start, stop, read_sums))
     found = with_first_rounds(found)
     found = with_first_restarts(with_pending_starts(found, around), around)
     found = with_ends(found, around, lambda slots, steps: read_states(around, slots, steps))
+    found = without_doubtful(found)
     found = with_compositions(found, lambda start, stop: with_time(read(around, start, stop)))
     return tuple(with_half_kicks(found, around))
 

@@ -142,6 +142,8 @@ def _predicted(piece: Piece, atom: Value) -> tuple[Tensor, str] | None:
         return None
     found = []
     for place, (factor, value) in enumerate((factors, factors[::-1])):
+        if meta_of(value).numel < meta_of(atom).numel:
+            continue  # an outer product, e x^T: no number before a field
         saved = getattr(node, ("_saved_self", "_saved_other")[place], None)
         if isinstance(saved, Tensor) and not saved.is_complex() and _controls(piece, factor, value):
             found.append((saved.detach().to(torch.float64), "x" if _reads_state(piece, factor) else "c"))

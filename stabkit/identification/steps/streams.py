@@ -17,7 +17,8 @@ from torch import Tensor
 
 from stabkit.identification.form.hidden_skip import affine_pulls
 from stabkit.identification.form.pieces import Piece, pull
-from stabkit.identification.record import Identification
+from stabkit.identification.names.single import Name
+from stabkit.identification.record import Identification, record_of
 from stabkit.integrators import GeneralLinearMethod
 from stabkit.tracing.graph.values import meta_of, random_tensors
 
@@ -80,6 +81,17 @@ def numbers_of(method: GeneralLinearMethod) -> str:
     V, a, b = ("; ".join(", ".join(f"{x:.3g}" for x in row) for row in np.asarray(m)) for m in (
         method.V, method.U, np.asarray(method.B).T))  # fmt: skip
     return f"V = ({V}), the field is that of a = ({a}), and is added with b = ({b})"
+
+
+def record_of_streams(streams: Streams, steps: tuple[int, ...]) -> Identification:
+    """The record of residual streams that a matrix mixes."""
+    n = streams.method.states
+    why = f"the skip mixes {n} streams along axis {streams.axis} by a matrix, the V of a general linear method"
+    one = "h = 1: only the product h f can be seen"
+    named = Name(f"general linear method of {n} streams", "x' = f(x), a history of states as streams", 1.0, one)
+    notes = (why, numbers_of(streams.method))
+    record = record_of(named, None, steps, skip=None, residual=streams.residual, notes=notes)
+    return replace(record, method=streams.method, evidence="measured")
 
 
 def mixed_by_numbers(record: Identification) -> Identification:

@@ -8,23 +8,52 @@ state itself is all that is added.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Collection, Sequence
-
-from torch.autograd.graph import Node
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import replace
 
 from stabkit.identification.form.chain import Link, chain
 from stabkit.identification.form.flow_index import Surroundings
 from stabkit.identification.form.operations import ADDS, MOVES, SCALES
 from stabkit.identification.form.pieces import Piece
+from stabkit.identification.form.slots import Slots
 from stabkit.identification.form.tableau import blocks
 from stabkit.identification.names.single import name_one_state
+from stabkit.identification.record import Identification
 from stabkit.tracing.graph.values import Value, operation
 
-NESTED = " (residual in residual)"
+Reader = Callable[[Surroundings, Slots, Sequence[Link], tuple[int, ...]], Identification]
+
+_NESTED = " (residual in residual)"
 _FEWEST = 2  # additions in a branch: of one, x + g(x + f(x)), the two fields are as likely the stages of a step
 
 
-def nested_chains(around: Surroundings, links: Sequence[Link]) -> tuple[tuple[Link, ...], ...]:
+def with_nested_chains(
+    around: Surroundings, found: Slots, links: Sequence[Link], steps: tuple[int, ...], read: Reader
+) -> Identification | None:
+    """The record of additions with branches that are chains taken as one field each; None where there are none.
+
+    Args:
+        around: the flow.
+        found: the states.
+        links: of the step.
+        steps: the steps of the flow.
+        read: the reading of the links of a step.
+    """
+    chains = _nested_chains(around, links)
+    if not chains:
+        return None
+    owned = {node for inner in chains for link in inner for node in link.form.piece.nodes}
+    other = around.chain(steps[0], steps[-1] + 1, found, owned)
+    if not any(link.kind == "sum" for link in other):
+        return None
+    record = read(around, found, other, steps)
+    if record.name.startswith("unnamed") or record.skip != 1.0:  # x' = x + h R(x)
+        return None
+    told = "; ".join(dict.fromkeys(in_turn(inner, found.contexts) for inner in chains))
+    return replace(record, name=f"{record.name}{_NESTED}", notes=(f"the branch itself is {told}", *record.notes))
+
+
+def _nested_chains(around: Surroundings, links: Sequence[Link]) -> list[tuple[Link, ...]]:
     """The chains that the branches of some additions are, where these have additions themselves."""
     found = []
     for link in links:
@@ -32,12 +61,7 @@ def nested_chains(around: Surroundings, links: Sequence[Link]) -> tuple[tuple[Li
         inner = () if branch is None else chain(branch, around.form_of)
         if sum(part.kind == "sum" and bool(part.form.stages) for part in inner) >= _FEWEST:
             found.append(inner)
-    return tuple(found)
-
-
-def nodes_of(chains: Sequence[Sequence[Link]]) -> Collection[Node]:
-    """All operations of some chains."""
-    return {node for links in chains for link in links for node in link.form.piece.nodes}
+    return found
 
 
 def in_turn(links: Sequence[Link], contexts: Collection[Value]) -> str:
