@@ -27,6 +27,7 @@ from stabkit.identification.names.operator_splittings import name_splitting
 from stabkit.identification.names.single import Name
 from stabkit.identification.names.systems import HAMILTONIAN, name_several_states
 from stabkit.identification.record import Identification
+from stabkit.identification.steps.composed_steps import LEAPFROG_OR
 from stabkit.identification.steps.noise import with_noise
 from stabkit.identification.steps.pending import name_pending, told_of
 from stabkit.identification.steps.predicted_steps import without_clock
@@ -35,7 +36,9 @@ from stabkit.integrators import GeneralLinearMethod
 from stabkit.tracing.graph.values import Value, operation, outputs_of
 
 LEAPFROG = "leapfrog"
-_EITHER = "x' = f(x, t) by the two-step midpoint rule, or p' = F(q), q' = G(p) in turn: with weights of its own at each"
+_EITHER = (
+    "x' = f(x, t) by the two-step midpoint rule, or p' = F(q), q' = G(p) in turn: one map, weights of its own at each"
+)
 PARTS = ", parts of one tensor"
 _UNSPECIFIC = ("unnamed", "general linear method", "Adams-Bashforth type")  # what fields with a linear part may read as
 
@@ -113,7 +116,7 @@ def _named(
     if not named.is_known and not gated:
         named = with_readout(table) or _in_parts(around, found, steps) or named
     if named.name == LEAPFROG and len(table.rows) == 1 and not _is_evaluated_beside(around, form, steps):
-        named = replace(named, name=f"{LEAPFROG}, or additive couplings in turn", system=_EITHER)
+        named = replace(named, name=LEAPFROG_OR, system=_EITHER)
     if named.order == 2 and direction(shears(table) or ()) < 0:
         named = replace(named, h=-named.h)
     method = table.method(named.unit)
