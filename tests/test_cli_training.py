@@ -1,4 +1,4 @@
-"""`stabkit analyze --loss --labels --optimizer`: losses by name, labels from files, and one line for what is wrong."""
+"""`stabkit analyze --loss --labels --optimizer --schedule`: names, files, and one line for an error."""
 
 from __future__ import annotations
 
@@ -94,12 +94,68 @@ def test_without_a_state_adam_has_the_critical_rate_and_says_why_no_threshold():
         (["--loss", "nll", "--labels", "y.csv", "--optimizer", "sgd:lr=-1"], "Invalid learning rate: -1.0"),
         (["--loss", "nll", "--labels", "y.csv", "--stream"], "leave out --loss, --labels"),
         (["--optimizer", "sgd:lr=1", "--over-time"], "--over-time takes no"),
+        (["--schedule", "step:step_size=3"], "--schedule step:step_size=3 without --optimizer"),
+        (
+            ["--optimizer", "sgd:lr=1", "--schedule", "step:step_size=3", "--stream"],
+            "leave out --optimizer, --schedule",
+        ),
     ],
 )
 def test_what_is_wrong_is_said_in_one_line(arguments, words):
     code, output = run(*arguments)
     assert code == 2
     assert words in output
+    assert "Traceback" not in output
+
+
+@pytest.mark.parametrize(
+    ("spec", "present", "largest", "at"),
+    [
+        ("onecycle:max_lr=0.4,total_steps=100", 0.016, 0.4, 29),
+        ("OneCycleLR:max_lr=0.4,total_steps=1e2,anneal_strategy=linear,pct_start=1,three_phase=false", 0.016, 0.4, 99),
+        ("multistep:milestones=30:80,gamma=2", 0.1, 0.4, 80),
+        ("multistep:milestones=30,gamma=2", 0.1, 0.2, 30),
+        ("cosineannealinglr:T_max=100", 0.1, 0.1, 0),
+        ("linear:start_factor=0.1,total_iters=20", 0.01, 0.1, 20),
+        ("cyclic:base_lr=0.05,max_lr=0.3,step_size_up=6,cycle_momentum=true,mode=triangular2", 0.05, 0.3, 6),
+        ("reducelronplateau:patience=3,mode=max", 0.1, 0.1, 0),
+    ],
+)
+def test_a_schedule_sets_the_rate_and_the_largest_to_come(folder, spec, present, largest, at):
+    given = ("--loss", "cross_entropy", "--labels", "y.csv", "--optimizer", "sgd:lr=0.1,momentum=0.9")
+    code, output = run(*given, "--schedule", spec, "--json", "found.json")
+    assert code == 0, output
+    found = json.loads((folder / "found.json").read_text())["training"]
+    assert found["learning_rate"] == pytest.approx(present)
+    assert (found["largest_rate_ahead"], found["steps_to_largest_rate"]) == (pytest.approx(largest), at)
+    assert ("the schedule climbs" if at else "the largest that the schedule has to come") in output
+
+
+@pytest.mark.parametrize(
+    ("spec", "words"),
+    [
+        ("onecicle:max_lr=1", "no schedule of torch is called 'onecicle'; there are"),
+        ("onecicle:max_lr=1", "did you mean onecycle"),
+        ("step:size=3", "'size=3' is no setting of step; expected key=value with one of step_size, gamma"),
+        ("step:size=3", "did you mean step_size?"),
+        ("cosineannealing", "has no T_max; write cosineannealing:T_max=..."),
+        ("cyclic:mode=exp_range", "has no base_lr and no max_lr"),
+        ("onecycle:max_lr=0.1", "--schedule onecycle:max_lr=0.1: You must define either total_steps OR"),
+        ("onecycle:max_lr=high,total_steps=9", "'max_lr=high' is no number"),
+        ("onecycle:max_lr=1,total_steps=9,cycle_momentum=0.3", "'cycle_momentum=0.3' is neither true nor false"),
+        ("onecycle:max_lr=1,total_steps=9,anneal_strategy=3", "'anneal_strategy=3' is no word; write for example cos"),
+        ("onecycle:max_lr=1,total_steps=2.5", "Expected positive integer total_steps, but got 2.5"),
+        ("cosineannealing:T_max=0", "scheduler CosineAnnealingLR fails in its next step: ZeroDivisionError"),
+        ("lambda:lr_lambda=1", "LambdaLR takes functions or other schedules, which cannot be written here"),
+        ("sequential", "stabkit.analyze(..., optimizer=optimizer, scheduler=scheduler)"),
+    ],
+)
+def test_what_is_wrong_with_a_schedule_is_said_in_one_line(spec, words):
+    given = ("--loss", "cross_entropy", "--labels", "y.csv", "--optimizer", "sgd:lr=0.1")
+    code, output = run(*given, "--schedule", spec)
+    assert code == 2
+    assert words in output
+    assert "--schedule" in output or "scheduler" in output
     assert "Traceback" not in output
 
 

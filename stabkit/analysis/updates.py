@@ -13,6 +13,7 @@ from torch import nn
 
 from stabkit.analysis.settings import Settings
 from stabkit.curvature import BlockCurvature, Sharpness, rates_ahead
+from stabkit.curvature.schedules import end_of
 from stabkit.curvature.updates import trained_by
 from stabkit.diagnosis import Diagnosis, Measurement, factor
 from stabkit.diagnosis.finding import serious
@@ -40,7 +41,7 @@ def check_optimizer(optimizer: Any, scheduler: Any, model: Any, loss: Any) -> No
 
     Raises:
         ArgumentError: there is no loss, the optimizer trains other parameters than the model's, or the schedule is
-            another optimizer's.
+            another optimizer's or fails in a step.
         ArgumentTypeError: it is no torch optimizer, or the model no module.
     """
     if optimizer is None:
@@ -60,7 +61,7 @@ def check_optimizer(optimizer: Any, scheduler: Any, model: Any, loss: Any) -> No
     if not is_spread(model):
         trained_by(optimizer, model)
     if scheduler is not None:
-        rates_ahead(optimizer, scheduler, 0)
+        rates_ahead(optimizer, scheduler, 1)  # one step says what it makes of its settings
 
 
 def with_updates(
@@ -98,7 +99,7 @@ def _with_schedule(record: TrainingReport, optimizer: torch.optim.Optimizer, sch
     if scheduler is None:
         unseen = (_UNSEEN,) if hasattr(optimizer.step, "_wrapped_by_lr_sched") else ()
         return replace(record, notes=(*record.notes, *unseen))
-    ahead = rates_ahead(optimizer, scheduler, _AHEAD)
+    ahead = rates_ahead(optimizer, scheduler, end_of(scheduler) or _AHEAD)
     stable = math.inf if record.largest_stable_rate is None else record.largest_stable_rate
     return replace(
         record, largest_rate_ahead=ahead.largest, steps_to_largest_rate=ahead.at, schedule=ahead.beside(stable)

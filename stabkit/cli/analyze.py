@@ -61,8 +61,8 @@ def analyze(
     if over_time:
         if stream or effort != Effort() or training != Training() or device != "cpu":
             raise StabkitError(
-                "--over-time takes no --device, --probes, --budget, --memory, --loss, --labels, --optimizer or "
-                "--stream; leave them out"
+                "--over-time takes no --device, --probes, --budget, --memory, --loss, --labels, --optimizer, "
+                "--schedule or --stream; leave them out"
             )
         compare.run(source, recipe, output, over_time=True, cache=cache)
         return

@@ -37,7 +37,7 @@ def analyzed(
         recipe: how it is analysed.
         effort: how much is measured, and what it may cost in each process.
         progress: called as steps are finished.
-        training: says which optimizer the updates are made with; None for none.
+        training: says which optimizer the updates are made with, on what schedule; None for none.
         device: where the model runs.
         keep: where a rank writes what it had finished when another one failed.
 
@@ -59,11 +59,11 @@ def analyzed(
             *inputs,
             kwargs=kwargs,
             loss=loaded.loss,
-            optimizer=None if training is None else training.optimizer_of(loaded.model),
             name=loaded.name,
             progress=progress if ranks.first else None,
             ranks=ranks,
             trained=loaded.trained,
+            **({} if training is None else training.updates_of(loaded.model)),
             **effort.settings(),
             **recipe.analysing(),
         )

@@ -1,19 +1,19 @@
-"""What `stabkit analyze` is told of training: a loss by its name, labels in a file, an optimizer by its settings."""
+"""What `stabkit analyze` is told of training: a loss, labels, an optimizer and its schedule, by their names."""
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Mapping
+import contextlib
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from stabkit.cli.specs import optimizer_of, schedule_of
 from stabkit.errors import StabkitError, did_you_mean
 
 if TYPE_CHECKING:
-    import torch
     from torch import Tensor, nn
 
     Loss = Callable[[Any], Tensor]
@@ -43,6 +43,15 @@ class Training:
             metavar="SPEC",
         ),
     ] = None
+    schedule: Annotated[
+        str | None,
+        typer.Option(
+            help="A schedule of torch.optim.lr_scheduler for the rate of --optimizer, from its first step; the largest "
+            "rate to come is told beside what is stable: onecycle:max_lr=0.1,total_steps=1000, "
+            "cosineannealing:T_max=100, multistep:milestones=30:80.",
+            metavar="SPEC",
+        ),
+    ] = None
 
     def check(self) -> None:
         """Say before a model is loaded what is spelt wrong or missing.
@@ -61,7 +70,14 @@ class Training:
                 f"{have} without {missing}: a loss holds the output against labels; add {missing} {what}"
             )
         if self.optimizer is not None:
-            _parsed(self.optimizer)
+            optimizer_of(self.optimizer)
+        if self.schedule is not None:
+            schedule_of(self.schedule)
+            if self.optimizer is None:
+                raise StabkitError(
+                    f"--schedule {self.schedule} without --optimizer: a schedule sets the rate of an optimizer; add "
+                    "--optimizer SPEC, e.g. sgd:lr=0.1"
+                )
 
     def loss_of(self, saved: Loss | None) -> Loss | None:
         """The loss that is named, or one that was saved with the model.
@@ -79,19 +95,32 @@ class Training:
             )
         return saved
 
-    def optimizer_of(self, model: nn.Module) -> torch.optim.Optimizer | None:
-        """The optimizer, of all parameters, in its first update.
+    def updates_of(self, model: nn.Module) -> dict[str, Any]:
+        """The arguments of ``analyze`` that say how the model is trained.
+
+        They are the optimizer, of all parameters, in its first update, and its schedule in its first step.
 
         Raises:
-            StabkitError: its settings are not accepted.
+            StabkitError: their settings are not accepted.
         """
         if self.optimizer is None:
-            return None
-        kind, settings = _parsed(self.optimizer)
-        try:
-            return kind(model.parameters(), **settings)
-        except (ValueError, TypeError) as error:
-            raise StabkitError(f"--optimizer {self.optimizer}: {error}") from error
+            return {}
+        kind, settings = optimizer_of(self.optimizer)
+        with _accepted("--optimizer", self.optimizer):
+            optimizer = kind(model.parameters(), **settings)
+        if self.schedule is None:
+            return {"optimizer": optimizer}
+        kind_of_schedule, settings = schedule_of(self.schedule)
+        with _accepted("--schedule", self.schedule):
+            return {"optimizer": optimizer, "scheduler": kind_of_schedule(optimizer, **settings)}
+
+
+@contextlib.contextmanager
+def _accepted(option: str, spec: str) -> Iterator[None]:
+    try:
+        yield
+    except (ValueError, TypeError, ArithmeticError) as error:  # what torch's classes raise of settings
+        raise StabkitError(f"{option} {spec}: {' '.join(str(error).split())}") from error
 
 
 def named_loss(name: str, labels: Tensor, called: str = "labels") -> Loss:
@@ -188,48 +217,3 @@ def _read(path: Path) -> Tensor:
     if len(tensors) != 1:
         raise StabkitError(f"--labels {path} holds {len(tensors)} tensors ({', '.join(tensors)}); save one")
     return next(iter(tensors.values()))
-
-
-def _parsed(spec: str) -> tuple[type[torch.optim.Optimizer], Mapping[str, Any]]:
-    """The class and the settings of ``NAME:key=value,...``."""
-    import torch
-
-    base = torch.optim.Optimizer
-    kinds: dict[str, type[torch.optim.Optimizer]] = {
-        name.lower(): kind
-        for name, kind in vars(torch.optim).items()
-        if inspect.isclass(kind) and issubclass(kind, base) and kind is not base
-    }
-    name, _, rest = spec.partition(":")
-    if name.lower() not in kinds:
-        raise StabkitError(
-            f"--optimizer {spec!r}: no optimizer of torch is called {name!r}; there are {', '.join(sorted(kinds))}"
-            f"{did_you_mean(name.lower(), kinds)}"
-        )
-    kind = kinds[name.lower()]
-    accepted = [key for key in inspect.signature(kind).parameters if key != "params"]
-    settings: dict[str, Any] = {}
-    for part in filter(None, (part.strip() for part in rest.split(","))):
-        key, given, value = part.partition("=")
-        if not given or key not in accepted:
-            raise StabkitError(
-                f"--optimizer {spec!r}: {part!r} is no setting of {name}; expected key=value with one of "
-                f"{', '.join(accepted)}{did_you_mean(key, accepted)}"
-            )
-        settings[key] = _value(spec, part, value)
-    if "lr" not in settings:
-        raise StabkitError(f"--optimizer {spec!r} has no learning rate; write {name}:lr=0.1")
-    return kind, settings
-
-
-def _value(spec: str, part: str, text: str) -> Any:
-    """A number, true or false, or several numbers with colons between them."""
-    if text.lower() in ("true", "false"):
-        return text.lower() == "true"
-    try:
-        numbers = [float(number) for number in text.split(":")]
-    except ValueError:
-        raise StabkitError(
-            f"--optimizer {spec!r}: {part!r} has no number; write for example lr=1e-3, nesterov=true, betas=0.9:0.99"
-        ) from None
-    return numbers[0] if len(numbers) == 1 else tuple(numbers)

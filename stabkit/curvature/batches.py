@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -46,9 +48,15 @@ class Batch:
     def value(self, output: Any) -> Any:
         """What the loss returns, whatever it is."""
         with _told("the loss failed on the model's output", "it is called with the output, and returns a scalar"):
-            found = self.loss(output)
+            found: Any = self.loss(output)
             if isinstance(found, Tensor) and found.is_complex():
                 raise TraceError("the loss is complex; return a real scalar, such as its real part or its size")
+            if not isinstance(found, Tensor | np.generic | Real):
+                among = " (it holds one under 'loss')" if "loss" in dir(found) or _has(found, "loss") else ""
+                raise TraceError(
+                    f"loss returned {type(found).__name__}{among}; expected a scalar, e.g. loss=lambda out: "
+                    "out.square().mean()"
+                )
             return found
 
 
@@ -72,11 +80,11 @@ class Batches:
         loss: a callable on the output; with ``batches``, on the output and what the batch gives beside its inputs.
         batches: pairs of inputs and targets, in place of ``inputs``: a list, a loader that gives the same batches in
             the same order each time. Inputs are a tensor, a tuple of arguments or a mapping of keyword arguments. An
-            iterator that gives out once is kept as a list.
+            iterator that gives out once is kept as a list; a batch without samples is left out.
 
     Raises:
         ArgumentError: there are inputs and batches, or neither.
-        ArgumentTypeError: the loss is no function.
+        ArgumentTypeError: the loss is no function, the batches are none, or ``kwargs`` is no mapping.
     """
 
     def __init__(
@@ -93,6 +101,12 @@ class Batches:
             )
         if batches is not None and (inputs or kwargs):
             raise ArgumentError("inputs and batches= are both given; the inputs of each batch stand in batches")
+        if kwargs is not None and not isinstance(kwargs, Mapping):
+            raise ArgumentTypeError(f"kwargs is a {type(kwargs).__name__}; expected a mapping of names to arguments")
+        if isinstance(batches, Tensor | str | Mapping) or not isinstance(batches, Iterable | None):
+            raise ArgumentTypeError(
+                f"batches is a {type(batches).__name__}; expected pairs of inputs and targets: batches=[(x, y), ...]"
+            )
         if batches is None and not (inputs or kwargs):
             raise ArgumentError("there are no inputs; give those of one batch after the model, or batches=")
         self._one = None if batches is not None else Batch(inputs, dict(kwargs or {}), loss)
@@ -101,7 +115,7 @@ class Batches:
         self._sizes: list[float] = []
 
     def __len__(self) -> int:
-        return 1 if self._one is not None else len(self._measured())
+        return 1 if self._one is not None else sum(size > 0 for size in self._measured())
 
     def __iter__(self) -> Iterator[Batch]:
         if self._one is not None:
@@ -112,21 +126,26 @@ class Batches:
         for size, given in zip(sizes, self._many or (), strict=False):
             inputs, targets = _pair(given)
             count += 1
-            yield self._batch(inputs, targets, size / total)
+            if size:
+                yield self._batch(inputs, targets, size / total)
         if count != len(sizes):
             raise ArgumentError(f"batches gave {len(sizes)} batches at first and {count} later; give a list")
 
     def _measured(self) -> list[float]:
         if not self._sizes:
             self._sizes = [_size(_pair(given)[0]) for given in self._many or ()]
-            if not self._sizes:
-                raise ArgumentError("batches is empty; give at least one pair of inputs and targets")
+            if not any(self._sizes):
+                raise ArgumentError("batches holds no samples; give at least one pair of inputs and targets")
         return self._sizes
 
     def _batch(self, inputs: Any, targets: Any, weight: float) -> Batch:
         args = () if isinstance(inputs, Mapping) else tuple(inputs) if isinstance(inputs, tuple | list) else (inputs,)
         kwargs = inputs if isinstance(inputs, Mapping) else {}
         return Batch(args, kwargs, lambda output: self._loss(output, targets), weight)
+
+
+def _has(found: Any, key: str) -> bool:
+    return isinstance(found, Mapping) and key in found
 
 
 def _pair(given: Any) -> tuple[Any, Any]:

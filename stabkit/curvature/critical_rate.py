@@ -105,8 +105,9 @@ def critical_rate(
     with torch.inference_mode(False), unchanged_randomness():
         with agreed(shared):
             hessian = Hessian(module, trained, Batches(inputs, kwargs, loss, batches), seed, shared)
-        refuse_randomness(hessian)
-        return along_update(hessian, optimizer)
+        with hessian.casting.off():
+            refuse_randomness(hessian)
+            return along_update(hessian, optimizer)
 
 
 def along_update(hessian: Hessian, optimizer: torch.optim.Optimizer) -> CriticalRate:

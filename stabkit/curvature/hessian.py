@@ -19,7 +19,14 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
 from stabkit.curvature.batches import Batch, Batches
-from stabkit.curvature.setting_aside import random_states, refuse_unusable, seed_everything, set_aside, without_hooks
+from stabkit.curvature.setting_aside import (
+    Casting,
+    random_states,
+    refuse_unusable,
+    seed_everything,
+    set_aside,
+    without_hooks,
+)
 from stabkit.curvature.summing import ALONE, Summing, agreed
 from stabkit.errors import ArgumentError, TraceError
 from stabkit.tracing.cutting.endpoints import scalar_loss
@@ -116,7 +123,9 @@ class Hessian:
         n_products: how many were made.
         value: the loss, once a pass was made.
         draws: whether the model draws random numbers as it runs, once a pass was made.
+        attends: whether it asks for attention that has fused kernels, which have no second derivative.
         by_hand: the name of an ``autograd.Function`` of the user's in the pass, if there is one.
+        casting: the regions of autocast that it was made in, in which the model runs.
     """
 
     def __init__(
@@ -137,7 +146,8 @@ class Hessian:
         self.device = self.parameters[0].device
         self.dtype = torch.float64 if any(p.dtype == torch.float64 for p in self.parameters) else torch.float32
         self.n_products = 0
-        self.by_hand, self.draws = "", False
+        self.by_hand, self.draws, self.attends = "", False, False
+        self.casting = Casting.active(self.device)
         self.value: float | None = None
         self._kept: Gradient | None = None
         self._looked = False
@@ -306,6 +316,10 @@ class Hessian:
             read = list({id(t): t for _, t in named_tensors(output) if t.grad_fn is not None}.values())
             found = list(self._gradient(loss, parameters, read))
         parts, given = found[: len(parameters)], found[len(parameters) :]
+        if all(part is None for part in parts):
+            raise ArgumentError(
+                "the loss depends on none of the parameters that are to be moved; is it that of another model?"
+            )
         if not self._looked:  # the graph is the same for every batch
             self.by_hand = _looked_through(loss, parts)
             self._looked = True
@@ -344,7 +358,7 @@ class Hessian:
             batch: the batch.
             graph: whether they are wanted on the graph; without, any scalar is a loss.
         """
-        with torch.inference_mode(False), unchanged(self.module) as safe, transparent(), set_aside(self.module):
+        with torch.inference_mode(False), unchanged(self.module) as safe, transparent(), set_aside(self.module) as seen:
             safe.copy_buffers()
             take_whole(self.module)
             for parameter in self._running_parameters():
@@ -352,9 +366,11 @@ class Hessian:
             seed_everything(self.seed)
             begun = random_states(self.device)
             with torch.set_grad_enabled(graph):
-                output = batch.output(self.module)
-                value = scalar_loss(batch.loss, output) if graph else batch.value(output)
+                with self.casting.on():
+                    output = batch.output(self.module)
+                    value = scalar_loss(batch.loss, output) if graph else batch.value(output)
                 self.draws = self.draws or not all(map(torch.equal, random_states(self.device), begun))
+                self.attends = self.attends or seen.attends
                 yield output, value
 
 
@@ -366,9 +382,15 @@ def refuse_randomness(hessian: Hessian, *, keep: bool = False) -> None:
         keep: whether a gradient will be wanted on the graph; that of a single batch is then the second pass.
 
     Raises:
-        ArgumentError: the loss differs from one pass to the next.
+        ArgumentError: the loss differs from one pass to the next, or is not finite.
     """
     first = _off_the_graph(hessian)
+    with agreed(hessian.ranks):
+        if not bool(first.isfinite().all()):
+            raise ArgumentError(
+                f"the loss is not finite ({float(first.sum())}) where the weights are, so that it has no "
+                "curvature; see that the batch has samples, and that the weights and what the loss reads are finite"
+            )
     if keep and len(hessian.batches) == 1:
         kept: list[Tensor] = []
         hessian.each_gradient(lambda _, found: kept.append(found.loss))
@@ -376,7 +398,7 @@ def refuse_randomness(hessian: Hessian, *, keep: bool = False) -> None:
             return
     again = _off_the_graph(hessian)  # on the graph other kernels may have run, which round differently
     with agreed(hessian.ranks):
-        if not torch.equal(first, again) and not bool((first - again).abs().max().isnan()):
+        if not torch.equal(first, again):
             raise ArgumentError(
                 f"the loss was {float(first):.9g} and then {float(again):.9g} for the same weights and random "
                 "seed; give a loss that draws no new batches or masks: take them before, and close over them"
@@ -424,7 +446,7 @@ def _looked_through(loss: Tensor, parts: Sequence[Tensor | None]) -> str:
 
 
 def _not_twice(error: RuntimeError | str) -> TraceError:
-    message = " ".join(str(error).split())[:300]
+    message = " ".join(str(error).split())[:300].rstrip(".")
     return TraceError(
         f"the loss cannot be differentiated twice, which curvature needs: {message}. Replace the operation by one with "
         "a second derivative (of attention, the math backend is used already)"

@@ -17,6 +17,7 @@ from stabkit.errors import ArgumentError, ArgumentTypeError
 from stabkit.results import Result
 
 _MOST = 1_000_000  # steps, which take some seconds
+_SAME = 1 + 1e-6  # rates that differ by less are one: a cosine by recursion comes back to its start 4e-11 above it
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,7 @@ class RatesAhead(Result):
         at: in how many steps of the schedule it comes; 0 where it is the present one.
         last: the rate at the end of what was looked at.
         n_steps: how many steps were looked at: fewer than asked for where the schedule ends before.
+        failure: the error that ends it, as it will end a training; empty without one.
     """
 
     present: float
@@ -36,6 +38,7 @@ class RatesAhead(Result):
     at: int
     last: float
     n_steps: int
+    failure: str = ""
 
     def beside(self, largest_stable_lr: float) -> str:
         """What the schedule comes to, beside the largest stable rate.
@@ -44,12 +47,13 @@ class RatesAhead(Result):
             >>> RatesAhead(0.1, 0.3, 40, 0.0, 100).beside(0.15)
             'the schedule climbs to 0.3 in 40 steps, 2 times what is stable now'
         """
+        fails = f"; its step {self.n_steps + 1} from now fails with {self.failure}" if self.failure else ""
         if not self.at:
-            return f"the rate of {self.present:.3g} is the largest that the schedule has to come"
+            return f"the rate of {self.present:.3g} is the largest that the schedule has to come{fails}"
         climbs = f"the schedule climbs to {self.largest:.3g} in {self.at} steps"
         if not math.isfinite(largest_stable_lr):
-            return climbs
-        return f"{climbs}, {self.largest / largest_stable_lr:.2g} times what is stable now"
+            return f"{climbs}{fails}"
+        return f"{climbs}, {self.largest / largest_stable_lr:.2g} times what is stable now{fails}"
 
 
 def rates_ahead(optimizer: torch.optim.Optimizer, scheduler: Any, steps: int) -> RatesAhead:
@@ -65,7 +69,7 @@ def rates_ahead(optimizer: torch.optim.Optimizer, scheduler: Any, steps: int) ->
         steps: how many of its steps to look ahead, by the unit that it is stepped in (updates or epochs).
 
     Raises:
-        ArgumentError: the schedule is another optimizer's, or cannot be copied.
+        ArgumentError: the schedule is another optimizer's, cannot be copied, or fails in a step.
         ArgumentTypeError: it is no schedule.
 
     Example:
@@ -84,7 +88,7 @@ def rates_ahead(optimizer: torch.optim.Optimizer, scheduler: Any, steps: int) ->
     if isinstance(steps, bool) or not isinstance(steps, int) or not 0 <= steps <= _MOST:
         raise ArgumentError(f"steps={steps!r}; give a whole number from 0 to {_MOST}")
     present = largest = last = _rate(optimizer)
-    at = made = 0
+    at, made, failure = 0, 0, ""
     if isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
         return RatesAhead(present, largest, 0, last, 0)
     twin = _twin(optimizer, scheduler)
@@ -96,10 +100,37 @@ def rates_ahead(optimizer: torch.optim.Optimizer, scheduler: Any, steps: int) ->
         except ValueError:  # it has an end, as OneCycleLR
             made -= 1
             break
+        except Exception as error:  # whatever the user's function raises, or torch of settings that it took unseen
+            failure = f"{type(error).__name__}: {error}"
+            if made == 1:
+                raise ArgumentError(
+                    f"scheduler {type(scheduler).__name__} fails in its next step: {failure}"
+                ) from error
+            made -= 1
+            break
         last = _rate(twin.optimizer)
-        if last > largest:
+        if last > largest * _SAME:
             largest, at = last, made
-    return RatesAhead(present, largest, at, last, made)
+    return RatesAhead(present, largest, at, last, made, failure)
+
+
+def end_of(scheduler: Any) -> int | None:
+    """In how many steps a schedule comes to the end that it was made for; None where it names none.
+
+    A half cosine that is stepped on climbs again to where it began, which a training of its length never sees.
+
+    Example:
+        >>> sgd = torch.optim.SGD([nn.Parameter(torch.zeros(2))], lr=0.1)
+        >>> end_of(torch.optim.lr_scheduler.CosineAnnealingLR(sgd, T_max=30))
+        30
+    """
+    made, last = 0, scheduler
+    if isinstance(scheduler, torch.optim.lr_scheduler.SequentialLR):
+        made, last = scheduler._milestones[-1], scheduler._schedulers[-1]
+    if not isinstance(last, torch.optim.lr_scheduler.CosineAnnealingLR):
+        return None
+    left = made + int(last.T_max) - scheduler.last_epoch
+    return left if left > 0 else None
 
 
 def _rate(optimizer: torch.optim.Optimizer) -> float:

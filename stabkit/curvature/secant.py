@@ -170,10 +170,7 @@ class PendingSecant:
 
 
 class _SampledState(Mapping[Any, Any]):
-    """An optimizer's state of which only some entries of the large tensors are seen.
-
-    A parameter that never had a gradient has no state, and nothing moves it; any will do there.
-    """
+    """An optimizer's state of which only some entries of the large tensors are seen."""
 
     def __init__(self, state: Mapping[Any, Any], sample: Any) -> None:
         self._state, self._sample = state, sample
@@ -190,23 +187,17 @@ class _SampledState(Mapping[Any, Any]):
     def __len__(self) -> int:
         return len(self._state)
 
-    def get(self, p: Any, default: Any = None) -> Any:
-        """The entry of a parameter; ones where it has none and others have."""
-        return self[p] if p in self._state or not self._state else _Entry(None, p, self._sample)
-
 
 class _Entry(Mapping[str, Any]):
-    def __init__(self, entry: Mapping[str, Any] | None, p: Any, sample: Any) -> None:
+    def __init__(self, entry: Mapping[str, Any], p: Any, sample: Any) -> None:
         self._entry, self._p, self._sample = entry, p, sample
 
     def __getitem__(self, key: str) -> Any:
-        if self._entry is None:
-            return torch.ones_like(self._sample(self._p, self._p))
         value = self._entry[key]
         return self._sample(value, self._p) if isinstance(value, Tensor) and value.shape == self._p.shape else value
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._entry or ())
+        return iter(self._entry)
 
     def __len__(self) -> int:
-        return len(self._entry or ())
+        return len(self._entry)

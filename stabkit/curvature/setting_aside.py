@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import random
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -54,18 +55,59 @@ def random_states(device: torch.device) -> list[Tensor]:
     return found if device.type == "cpu" else [*found, torch.get_device_module(device).get_rng_state()]
 
 
-class _TwiceDifferentiable(TorchFunctionMode):
-    """Operations whose second derivative torch has wrong are made of others."""
+@dataclass(frozen=True)
+class Casting:
+    """The regions of autocast that a call was made in: passes of the model run in them, what is made of them does not.
+
+    Attributes:
+        dtypes: by the type of the device.
+    """
+
+    dtypes: Mapping[str, torch.dtype]
+
+    @classmethod
+    def active(cls, device: torch.device) -> Casting:
+        """Those of the CPU and of a device."""
+        types = {"cpu", device.type}
+        return cls({each: torch.get_autocast_dtype(each) for each in types if torch.is_autocast_enabled(each)})
+
+    @contextlib.contextmanager
+    def on(self) -> Iterator[None]:
+        """In them; weights that were cast off the graph are not kept for a pass on it."""
+        with contextlib.ExitStack() as stack:
+            for device, dtype in self.dtypes.items():
+                stack.enter_context(torch.autocast(device, dtype, cache_enabled=False))
+            yield
+
+    @contextlib.contextmanager
+    def off(self) -> Iterator[None]:
+        """Out of them."""
+        with contextlib.ExitStack() as stack:
+            for device in self.dtypes:
+                stack.enter_context(torch.autocast(device, enabled=False))
+            yield
+
+
+class TwiceDifferentiable(TorchFunctionMode):
+    """Operations whose second derivative torch has wrong are made of others.
+
+    Attributes:
+        attends: whether attention was asked for that has fused kernels, in whose place plain ones are used.
+    """
+
+    attends = False
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None) -> Any:
         if func is torch._weight_norm:  # up to torch 2.9 gradgradcheck fails on it
             v, g, dim = (*args, 0)[:3]
             return v * (g / torch.norm_except_dim(v, 2, dim))
+        if func is torch.nn.functional.scaled_dot_product_attention:
+            self.attends = True
         return func(*args, **(kwargs or {}))
 
 
 @contextlib.contextmanager
-def set_aside(module: nn.Module) -> Iterator[None]:
+def set_aside(module: nn.Module) -> Iterator[TwiceDifferentiable]:
     """A pass that runs no hook of the way back and leaves gradients and generators as they are.
 
     What it changes of the modules themselves is put back by what keeps the model unchanged, which this stands inside.
@@ -80,8 +122,8 @@ def set_aside(module: nn.Module) -> Iterator[None]:
     for parameter in module.parameters():
         parameter.grad = None  # what a closure does with gradients is none of the user's
     try:
-        with _TwiceDifferentiable():
-            yield
+        with TwiceDifferentiable() as seen:
+            yield seen
     finally:
         for generator, state in states:
             generator.set_state(state)

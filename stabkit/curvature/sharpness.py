@@ -161,7 +161,7 @@ def sharpness(
     """
     shared = ranks or ALONE
     with agreed(shared):
-        _check(model, k, tol, own)
+        _check(model, k, tol, own, seed, start, blocks)
         tol = _TOLERANCE if tol is None else float(tol)
         module = unwrap(model)
         update = None if optimizer is None else read_update(optimizer, module)
@@ -171,8 +171,9 @@ def sharpness(
     with torch.inference_mode(False), unchanged_randomness():
         with agreed(shared):
             hessian = Hessian(module, parameters, Batches(inputs, kwargs, loss, batches), seed, shared)
-        refuse_randomness(hessian, keep=True)
-        return of_hessian(hessian, update, k=k, tol=tol, start=start, blocks=blocks, own=own)
+        with hessian.casting.off():
+            refuse_randomness(hessian, keep=True)
+            return of_hessian(hessian, update, k=k, tol=tol, start=start, blocks=blocks, own=own)
 
 
 def of_hessian(
@@ -219,12 +220,18 @@ def of_hessian(
     )
 
 
-def _check(model: Any, k: Any, tol: Any, own: Any) -> None:
+def _check(model: Any, k: Any, tol: Any, own: Any, seed: Any, start: Any, blocks: Any) -> None:
     if not isinstance(model, nn.Module):
         raise ArgumentTypeError(f"model is a {type(model).__name__}; expected a torch.nn.Module with parameters")
-    for name, value, least in (("k", k, 1), ("own", own, 0)):
+    for name, value, least in (("k", k, 1), ("own", own, 0), ("seed", seed, -(2**63))):
         if not isinstance(value, int | np.integer) or isinstance(value, bool) or value < least:
-            raise ArgumentError(f"{name}={value!r}; give a whole number of at least {least}")
+            raise ArgumentError(f"{name}={value!r}; give a whole number{f' of at least {least}' * (least >= 0)}")
+    if not isinstance(start, Tensor | None):
+        raise ArgumentTypeError(f"start is a {type(start).__name__}; expected a tensor, such as vector of a result")
+    if start is not None and not (start.isfinite().all() and start.any()):
+        raise ArgumentError("start is zero or not finite; give a direction, such as vector of an earlier result")
+    if isinstance(blocks, str):
+        raise ArgumentTypeError(f"blocks={blocks!r}; give a list of paths of modules, e.g. [{blocks!r}]")
     if tol is not None and not (isinstance(tol, float | int) and 0 < tol < 1):
         raise ArgumentError(f"tol={tol!r}; give a number between 0 and 1, or None for {_TOLERANCE:g}")
 
@@ -301,6 +308,12 @@ def _notes(
             "the model draws random numbers as it runs, such as masks of dropout: the curvature is that under one "
             f"draw, of seed {hessian.seed}"
         )
+    if hessian.sum_of(hessian.attends):
+        notes.append(
+            "attention took its plain path: fused kernels have no second derivative; values differ by rounding"
+        )
+    if update is not None and update.idle:
+        notes.append(f"{update.idle} tensors of parameters have had no gradient so far, and are held fixed here")
     left = sum(p.requires_grad for p in hessian.module.parameters()) - len(hessian.parameters)
     if update is not None and left > 0:
         notes.append(f"{left} tensors of parameters that require grad are not in the optimizer, and held fixed here")

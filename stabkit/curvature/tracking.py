@@ -45,6 +45,8 @@ class TrackedSharpness(Result):
         block: the path of the module with the largest share of the eigenvector.
         share: that share.
         n_products: how many products it took.
+        draws: whether the closure draws random numbers, such as masks of dropout: it is the sharpness under one draw,
+            that of the seed.
     """
 
     sharpness: float
@@ -57,6 +59,7 @@ class TrackedSharpness(Result):
     block: str
     share: float
     n_products: int
+    draws: bool = False
 
 
 class SharpnessTracker:
@@ -107,9 +110,10 @@ class SharpnessTracker:
         update = read_update(self._optimizer, self._module, first=True)
         with torch.inference_mode(False), unchanged_randomness(), _called_inside(self._model):
             hessian = Hessian(self._module, update.parameters, self._batches, self._seed)
-            if not self._made:
-                refuse_randomness(hessian, keep=True)
-            found = self._searched(hessian, update)
+            with hessian.casting.off():
+                if not self._made:
+                    refuse_randomness(hessian, keep=True)
+                found = self._searched(hessian, update)
         self._made += 1
         v = found.vectors[0]
         block = by_block(Preconditioned(hessian), v, None, 0, _TOLERANCE)[0]
@@ -122,6 +126,7 @@ class SharpnessTracker:
             block=block.name,
             share=block.share,
             n_products=found.n_products,
+            draws=hessian.draws,
         )
 
     def _searched(self, hessian: Hessian, update: Update) -> Eigenpairs:

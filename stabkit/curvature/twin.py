@@ -52,12 +52,15 @@ class Twin:
         hessian: of the loss, at the parameters that are copied.
         optimizer: of these parameters; it stays as it is.
         factor: what its rates are multiplied with.
+        decay: takes the place of its weight decay; None leaves that as it is.
 
     Raises:
         ArgumentError: no copy of the optimizer can be made.
     """
 
-    def __init__(self, hessian: Hessian, optimizer: torch.optim.Optimizer, factor: float = 1.0) -> None:
+    def __init__(
+        self, hessian: Hessian, optimizer: torch.optim.Optimizer, factor: float = 1.0, decay: float | None = None
+    ) -> None:
         self._hessian, self._name = hessian, type(optimizer).__name__
         self._copies = [nn.Parameter(p.detach().clone()) for p in hessian.parameters]
         memo: dict[int, Any] = {id(p): c for p, c in zip(hessian.parameters, self._copies, strict=True)}
@@ -68,6 +71,8 @@ class Twin:
         self._takes_rows = isinstance(optimizer, torch.optim.SparseAdam)
         for group in self._optimizer.param_groups:
             group["lr"] = group["lr"] * factor
+            if decay is not None and "weight_decay" in group:
+                group["weight_decay"] = decay
 
     def values(self) -> list[Tensor]:
         """Where the copies are."""

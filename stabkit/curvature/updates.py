@@ -51,6 +51,8 @@ class Update:
         decays: for every one the coupled weight decay, which adds to the curvature.
         name: the class of the optimizer.
         ascends: whether it climbs (``maximize=True``), so that curvature is that of minus the loss.
+        idle: of how many parameters there is no state, since they have had no gradient: nothing moves them, so that
+            their P is infinite.
     """
 
     build: Callable[[float], GeneralLinearMethod]
@@ -60,6 +62,7 @@ class Update:
     decays: tuple[float, ...]
     name: str
     ascends: bool = False
+    idle: int = 0
 
     @property
     def method(self) -> GeneralLinearMethod:
@@ -91,15 +94,19 @@ def trained_by(optimizer: Any, model: nn.Module) -> tuple[nn.Parameter, ...]:
     if not isinstance(optimizer, torch.optim.Optimizer):
         raise ArgumentTypeError(f"optimizer is a {type(optimizer).__name__}; expected a torch.optim.Optimizer or None")
     name = type(optimizer).__name__
-    own = {id(p) for p in model.parameters()}
+    own = {id(p): path for path, p in model.named_parameters()}
     trained = tuple(p for g in optimizer.param_groups for p in plain_update(g["params"]))
     if not trained:
         raise ArgumentError(f"optimizer {name} trains no parameter that requires grad")
     foreign = sum(id(p) not in own for p in trained)
     if foreign:
+        held = {id(p) for p in trained}
+        left = [path for key, path in own.items() if key not in held]
+        names = f", and not {', '.join(left[:4])}{' and others' * (len(left) > 4)} of the model" if left else ""
         raise ArgumentError(
-            f"optimizer {name} trains {foreign} parameters that are not the model's (of {len(trained)}); give the "
-            "optimizer that was made with this model's parameters() after it was moved or wrapped"
+            f"optimizer {name} trains {foreign} parameters that are not the model's (of {len(trained)}){names}: these "
+            "never move; give the optimizer that was made with this model's parameters() after it was moved or "
+            "wrapped, or after a layer of it was replaced"
         )
     return trained
 
@@ -138,7 +145,8 @@ def read_update(optimizer: Any, model: nn.Module, *, first: bool = False, state:
     if not (math.isfinite(rate) and rate > 0):
         raise ArgumentError(f"optimizer {name} has the learning rate {rate}; at a rate that is positive it has a step")
     state = optimizer.state if state is None else state
-    fresh = first and reader is _adam_like and not state and all(p.grad is not None for p in trained)
+    fresh = first and reader is _adam_like and not state and any(p.grad is not None for p in trained)
+    begun = reader is not _sgd and any(p in state for p in trained)
     read = [(_first_of_adam(g) if fresh else reader(g, state, name)) for g in groups]
     if len({r.kind for r in read}) > 1:
         raise ArgumentError(
@@ -151,11 +159,14 @@ def read_update(optimizer: Any, model: nn.Module, *, first: bool = False, state:
     # groups often differ in decay: that of the largest is taken, which makes the interval too small by at most rate
     # times decay in relative terms, 1e-4 or less at usual settings
     decay = max(as_number(g.get("weight_decay", 0)) if r.decoupled else 0.0 for g, r in zip(groups, read, strict=True))
-    scales, decays = [], []
+    scales: list[Tensor | float] = []
+    decays, idle = [], 0
     for group, of, own_rate in zip(groups, read, rates, strict=True):
         ratio = rate / own_rate if own_rate else math.inf
         for p in (p for p in group["params"] if p.requires_grad):
-            scale = of.scale(p)
+            still = begun and p.grad is None and not _has_moved(state, p)
+            scale = math.inf if still else of.scale(p)
+            idle += isinstance(scale, float) and math.isinf(scale)
             scales.append(scale * (ratio * of.slowing))
             decays.append(0.0 if of.decoupled else as_number(group.get("weight_decay", 0)))
     return Update(
@@ -166,6 +177,7 @@ def read_update(optimizer: Any, model: nn.Module, *, first: bool = False, state:
         decays=tuple(decays),
         name=name,
         ascends=bool(groups[0].get("maximize", False)),
+        idle=idle,
     )
 
 
@@ -181,7 +193,15 @@ class _Read:
 
 
 def as_number(value: Any) -> float:
-    """A setting of an optimizer, which may be a tensor, as a float."""
+    """A setting of an optimizer, which may be a tensor, as a float.
+
+    Raises:
+        ArgumentTypeError: it is no number.
+    """
+    if not isinstance(value, Tensor | int | float):
+        raise ArgumentTypeError(
+            f"a setting of the optimizer is a {type(value).__name__} ({value!r}); expected a number"
+        )
     return float(value.detach()) if isinstance(value, Tensor) else float(value)
 
 
@@ -194,6 +214,11 @@ def _state_of(state: State, p: nn.Parameter, key: str, name: str) -> Tensor:
             "; ask after some updates, or leave optimizer= out",
         )
     return whole(found.detach()).double()
+
+
+def _has_moved(state: State, p: nn.Parameter) -> bool:
+    """Whether a parameter was updated; Adagrad gives all of them a state before that."""
+    return p in state and as_number(state[p].get("step", 1)) > 0
 
 
 def _updates(state: State, group: Group, name: str) -> int:
@@ -231,8 +256,9 @@ def _first_of_adam(group: Group) -> _Read:
     """The first update: of the second moment, corrected, there is the square of the gradient."""
     b1, eps = as_number(group["betas"][0]), as_number(group["eps"])
 
-    def scale(p: nn.Parameter) -> Tensor:
-        assert p.grad is not None
+    def scale(p: nn.Parameter) -> Tensor | float:
+        if p.grad is None:
+            return math.inf
         g = p.grad.to_dense() if p.grad.layout != torch.strided else p.grad
         return g.detach().double().abs() + eps
 

@@ -13,6 +13,7 @@ from stabkit.diagnosis.depth.findings import with_slopes
 from stabkit.diagnosis.depth.post_norm import post_norm_findings
 from stabkit.diagnosis.depth.unsettled import unsettled_findings
 from stabkit.diagnosis.finding import LEARNT, Finding, as_fact, serious
+from stabkit.diagnosis.inputs.alike_rows import alike_row_findings
 from stabkit.diagnosis.inputs.attention_masks import mask_findings
 from stabkit.diagnosis.inputs.coordinates import coordinate_findings
 from stabkit.diagnosis.inputs.feature_scales import feature_scale_findings
@@ -27,7 +28,7 @@ from stabkit.diagnosis.losses.floor import loss_floor_findings
 from stabkit.diagnosis.losses.last_dropout import last_dropout_findings
 from stabkit.diagnosis.losses.loud_logits import loud_logits_findings
 from stabkit.diagnosis.losses.mixed_samples import mixed_sample_findings
-from stabkit.diagnosis.losses.next_tokens import next_token_findings
+from stabkit.diagnosis.losses.next_tokens import OF_SOFTMAX, next_token_findings
 from stabkit.diagnosis.losses.saturating import saturating_findings
 from stabkit.diagnosis.losses.unequal_classes import unequal_class_findings
 from stabkit.diagnosis.losses.units import unit_findings
@@ -44,11 +45,13 @@ from stabkit.diagnosis.no_gradient.wrong_derivatives import wrong_derivative_fin
 from stabkit.diagnosis.no_gradient.zero_gradients import zero_gradient_findings, zeros_of
 from stabkit.diagnosis.non_finite.findings import non_finite_findings
 from stabkit.diagnosis.non_finite.half_weights import half_weight_findings
-from stabkit.diagnosis.over_time.findings import time_findings
+from stabkit.diagnosis.over_time.cut_states import CUT, cut_state_findings
+from stabkit.diagnosis.over_time.findings import NOTHING, time_findings
 from stabkit.diagnosis.over_time.verdict import judged_over_time
 from stabkit.diagnosis.remedies.trial import follows, tried
 from stabkit.diagnosis.states.batch_places import batch_place_findings
 from stabkit.diagnosis.states.cut_axes import cut_axes_findings
+from stabkit.diagnosis.states.empty_nodes import empty_node_findings
 from stabkit.diagnosis.states.heavy_dropout import heavy_dropout_findings
 from stabkit.diagnosis.states.neighbours import with_neighbours
 from stabkit.diagnosis.states.running_statistics import statistics_findings
@@ -86,13 +89,13 @@ def with_causes(flow: FlowLike, found: Diagnosis, settings: Settings) -> Diagnos
     if found.verdict.name == "non-finite":  # of a parameter alone
         return found
     found = with_small_inputs(flow, _of_one_cause(flow, before, found, settings), settings)
-    named = [with_slopes(each, found.measurement) for each in with_input_scale(flow, found, settings.thresholds)]
+    named = [with_slopes(each, found.measurement) for each in with_input_scale(flow, found, settings)]
     named = [with_neighbours(flow, each, settings.loss) if each.kind == "rank_collapse" else each for each in named]
     others = statistics_findings(flow, settings.loss)
     if not any(serious(finding) for finding in named):
         others += post_norm_findings(flow, found.measurement, settings.loss)
     found = replace(found, findings=tuple(ordered([*named, *others])) if others else tuple(named))
-    over_time = time_findings(flow, settings.loss, settings.thresholds)
+    over_time = [_cut_off(each, found) for each in time_findings(flow, settings.loss, settings.thresholds)]
     learnt = [f for f in found.findings if serious(f) and f.numbers.get(LEARNT, math.inf) < _LEARNS]
     for cause in learnt[:1]:  # what a model learns with all the same is no second fault
         over_time = [_beside(cause, each) for each in over_time]
@@ -107,6 +110,14 @@ def with_causes(flow: FlowLike, found: Diagnosis, settings: Settings) -> Diagnos
     for cause in over_time:
         over_depth = _without_followers(flow, found, over_depth, cause, settings)
     return replace(found, verdict=verdict, findings=tuple(ordered([*over_depth, *over_time])))
+
+
+def _cut_off(finding: Finding, found: Diagnosis) -> Finding:
+    """A memory of which nothing at all comes back, where the states are taken off the graph, which says it already."""
+    cut = next((other for other in found.findings if CUT in other.numbers), None)
+    if cut is None or not finding.numbers.get("growth_over_time", 0.0) <= NOTHING:
+        return finding
+    return as_fact(finding, "its states are taken off the graph", f"that of {cut.kind} at {cut.module_path}")
 
 
 def _beside(cause: Finding, other: Finding) -> Finding:
@@ -208,7 +219,7 @@ def with_lost_parameters(flow: FlowLike, found: Diagnosis, settings: Settings) -
         found = _but_for_draws(flow, found, hidden[0], settings)
     if callable(loss) and done.loss is not None and bool(done.loss.detach().isfinite()):
         lost += _of_training_pass(TrainingRun(flow, loss, call, done, settings.optimizer), [*found.findings, *lost])
-    if not lost:
+    if not lost and not any(map(_closed, found.findings)):
         return found
     kept = [_behind_closed(finding, found, lost) for finding in found.findings]
     return replace(found, findings=tuple(ordered([*kept, *lost])))
@@ -224,15 +235,15 @@ def _behind_closed(finding: Finding, found: Diagnosis, lost: Sequence[Finding]) 
 
     Nothing comes back over the stretch before it, and its own units are dead or saturated.
     """
-    closed = next((other for other in lost if serious(other) and _closed(other)), None)
-    if closed is None or not serious(finding) or finding.actions:
+    closed = next((other for other in (*lost, *found.findings) if serious(other) and _closed(other)), None)
+    if closed is None or closed is finding or not serious(finding) or finding.actions:
         return finding
     units = finding.kind in ("dead", "saturated") and f" {_closed(closed)} " in finding.evidence.lower()
     if not units and not _nothing_passes(finding, found):
         return finding
     where = closed.module_path or "the code of the model"
     return as_fact(
-        finding, f"this is what {_closed(closed)} in {where} lets through", f"that of no_gradient at {where}"
+        finding, f"this is what {_closed(closed)} in {where} lets through", f"that of {closed.kind} at {where}"
     )
 
 
@@ -269,7 +280,7 @@ def _but_for_draws(flow: Flow, found: Diagnosis, cause: Finding, settings: Setti
 def _of_training_pass(run: TrainingRun, others: Sequence[Finding]) -> list[Finding]:
     """What a pass as training makes it says of the parameters and of the loss."""
     found = [*zero_gradient_findings(run, others), *unregistered_findings(run)]
-    found += kept_graph_findings(run.flow, run.loss, run.call)
+    found += [*kept_graph_findings(run.flow, run.loss, run.call), *cut_state_findings(run)]
     found += share_findings(run, [*others, *found])
     found += [*mixed_sample_findings(run), *next_token_findings(run)]
     found += unused_input_findings(run)
@@ -283,11 +294,18 @@ def _of_training_pass(run: TrainingRun, others: Sequence[Finding]) -> list[Findi
     found += unequal_class_findings(run, [*others, *found])
     found += half_weight_findings(run)
     found += passed_through_findings(run)
+    found = [_of_softmax(each, [*others, *found]) for each in found]
     # units are asked after only where nothing else is wrong: a broken network does not train in any
     broken = any(serious(finding) for finding in (*others, *found))
     if broken:
         return found
     return [*found, *(unit_findings(run) or feature_scale_findings(run))]
+
+
+def _of_softmax(finding: Finding, others: Sequence[Finding]) -> Finding:
+    """A leak that goes with a softmax along the wrong axis, where that is told already."""
+    cause = next((f for f in others if serious(f) and ("softmax_axis" in f.numbers or f.kind == "axes")), None)
+    return finding if cause is None or OF_SOFTMAX not in finding.numbers else follows(finding, cause)
 
 
 def _of_call(run: TrainingRun, others: Sequence[Finding]) -> list[Finding]:
@@ -297,7 +315,8 @@ def _of_call(run: TrainingRun, others: Sequence[Finding]) -> list[Finding]:
         found += loss_domain_findings(run)
     # where nothing trains for another reason, training tells nothing of these
     if not any(finding.kind in _NOT_TRAINED and serious(finding) for finding in (*others, *found)):
-        found += affine_findings(run) or lost_order_findings(run)
+        found += alike_row_findings(run) or affine_findings(run) or lost_order_findings(run)
+        found += empty_node_findings(run)
         found += padded_end_findings(run) or read_position_findings(run)
         found += cut_axes_findings(run, others) + softmax_axis_findings(run, others)
         found += coordinate_findings(run)

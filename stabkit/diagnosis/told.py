@@ -138,6 +138,7 @@ def of_no_help(suspect: Finding, plain: ShortTraining, tries: Sequence[Remedy]) 
     """A suspect that can be taken away, with which training ends no lower.
 
     What is known to help deep stacks, skips and other activations, may take longer than a trial, and is told as such.
+    Activations that are flat do no harm where opening them undoes what the model has learnt.
     """
     cause = f"{tries[0].cause}; " if tries[0].cause else ""
     known = [each.text for each in tries if any(a["action"] in ("add_skip", "activate") for a in each.actions)]
@@ -145,7 +146,7 @@ def of_no_help(suspect: Finding, plain: ShortTraining, tries: Sequence[Remedy]) 
     learnt = is_stretch(suspect) and suspect.kind in GROWS and abs(plain.last) < _LEARNT * abs(plain.first)
     return replace(
         suspect,
-        severity="info" if learnt else suspect.severity,
+        severity="info" if learnt or suspect.kind == "saturated" else suspect.severity,
         evidence=f"{cause}{suspect.evidence}; {STEPS} steps of plain SGD take the loss {plain} as it is, and end no "
         "lower with anything that takes it away",
         remedy=f"not shown to help within {STEPS} steps: {'; or '.join(dict.fromkeys(known))}"

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import math
+from collections import deque
 
 import numpy as np
 
 from stabkit.diagnosis import Finding
 from stabkit.monitor.first_block import Mover, first_mover, moved_finding, non_finite_finding
-from stabkit.monitor.record import Record
+from stabkit.monitor.harm import Harm
+from stabkit.monitor.record import Array, Record
 from stabkit.monitor.rules import AlertRules
 from stabkit.monitor.series import Move, SeriesBank
 
 _FIELDS = ("growth", "gain", "total")
+_SEEN = math.log(2.0)  # of a gain: weights that jumped are seen in the forward pass as well
 
 
 class Alerts:
@@ -33,6 +36,8 @@ class Alerts:
         self._quiet = 0
         self._before = 0
         self._largest = -math.inf  # log of the largest gradient norm that was no spike
+        self._harm = Harm(self.rules.warmup)
+        self._gains: deque[Array] = deque(maxlen=2)
         self._said: set[tuple[str, str]] = set()  # in this episode
         self.first: Mover | None = None
 
@@ -91,12 +96,19 @@ class Alerts:
         total = math.log(record.gradient_norm) if record.gradient_norm > 0 else math.nan
         values = np.concatenate([blocks.growth[places], blocks.gain[places], [total]])
         found = []
+        jumped = [np.abs(blocks.gain[places] - before) for before in self._gains]
+        self._gains.append(blocks.gain[places])
         moves = self._bank.add(values)
+        self._harm.see(record.loss, total)
         for move in moves:
             field, block = divmod(move.series, len(self._names))
             if _FIELDS[field] == "total" and move.value < self._largest + self.rules.total_jump:
                 # a small gradient of everything is how training ends; where the data change after it has ended, or a
                 # full batch is at the edge of stability, it is for a while as large as at the start, or 6 times that
+                continue
+            if _FIELDS[field] != "total" and not self._is_harm(
+                _FIELDS[field], move, any(each[block] > _SEEN for each in jumped)
+            ):
                 continue
             name, index = ("", -1) if _FIELDS[field] == "total" else (self._names[block], places[block])
             step = self._before if move.late else record.step
@@ -105,6 +117,23 @@ class Alerts:
             self._largest = max(self._largest, total)
         self._before = record.step
         return sorted(found, key=lambda mover: mover.index if mover.index >= 0 else len(names))
+
+    def _is_harm(self, field: str, move: Move, seen: bool) -> bool:
+        """Whether what a block does to gradients or activations is more than what training itself makes of it.
+
+        Args:
+            field: ``growth`` or ``gain``.
+            move: what moved.
+            seen: whether the gain of the block has jumped since the last record, or the one before.
+        """
+        change = move.value - move.usual
+        if move.what == "spike" and abs(change) > self.rules.certain:
+            return True
+        if change * move.value < 0:  # a shrinking block that shrinks less, a growing one that grows less
+            return False
+        if move.what == "drift":
+            return self._harm.lasts
+        return field == "gain" or seen or self._harm.now
 
     def _places(self, names: tuple[str, ...]) -> list[int]:
         """Where the blocks of the first record are in this one, which may have called them in another order."""

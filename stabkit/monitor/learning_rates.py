@@ -98,7 +98,8 @@ class LearningRates:
         name += f" of {optimizer}" if self._several else ""
         # what rose and was taken back since is past
         last = changes[-1][2]
-        leaps = [c for c in changes if 0 < c[1] * _LEAP <= c[2] and last * _LEAP > c[2]]
+        # what goes on to rise is a climb, whose first step may well be from 1 to 2
+        leaps = [c for c in changes if 0 < c[1] * _LEAP <= c[2] and last * _LEAP > c[2] and c[2] * _LEAP > last]
         if leaps:
             at, low, high, largest = max(leaps, key=lambda change: change[2] / change[1])
             return [Rise(at, low, high, high / largest, name, True)]

@@ -159,6 +159,8 @@ def _finding(look: Look, grown: float) -> Finding:
             f"; the gradient is shortened to {look.shortened:.2g} of its length before the step, such as by clipping, "
             f"which leaves {look.ratio:.3g}"
         )
+    if found.draws:
+        evidence += "; the closure draws random numbers, such as masks of dropout, of which this is one draw"
     if grown > 1.0:
         evidence += f"; the loss has grown by a factor of {grown:.2g}"
     return Finding(

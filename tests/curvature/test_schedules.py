@@ -10,6 +10,7 @@ from torch import nn
 from torch.optim import lr_scheduler
 
 from stabkit.curvature import rates_ahead
+from stabkit.curvature.schedules import end_of
 from stabkit.errors import ArgumentError, ArgumentTypeError
 
 SCHEDULES = {
@@ -82,3 +83,29 @@ def test_others_are_refused():
         rates_ahead(optimizer, 0.1, 3)
     with pytest.raises(ArgumentError, match="steps=-1"):
         rates_ahead(optimizer, schedule, -1)
+
+
+def test_a_schedule_that_fails_is_told_with_its_step():
+    optimizer, _ = made("cosine")
+    factors = [1.0, 2.0]
+    schedule = lr_scheduler.LambdaLR(optimizer, lambda t: factors[t])
+    found = rates_ahead(optimizer, schedule, 3)
+    assert (found.n_steps, found.at) == (1, 1)
+    assert found.beside(0.3).endswith("now; its step 2 from now fails with IndexError: list index out of range")
+    factors.pop()
+    with pytest.raises(ArgumentError, match="scheduler LambdaLR fails in its next step: IndexError"):
+        rates_ahead(optimizer, schedule, 3)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_half_cosine_ends_where_it_was_made_to():
+    optimizer, schedule = made("cosine")
+    found = rates_ahead(optimizer, schedule, 100_000)  # it comes back 1666 times, each a little higher
+    assert (found.at, found.largest) == (0, found.present)
+    optimizer, schedule = made("sequence")
+    assert end_of(schedule) == 30
+    for _ in range(15):
+        schedule.step()
+    assert end_of(schedule) == 15
+    assert rates_ahead(optimizer, schedule, 15).at == 0  # it would climb again in the 16th
+    assert end_of(made("restarts")[1]) is None

@@ -201,3 +201,15 @@ def test_sparse_rows_of_which_a_model_learns_after_a_slow_start_are_a_fact(rate:
     told = [f for f in found if f.kind == "input_scale"]
     assert {f.severity for f in told} == {severity}
     assert all(("begins slowly, and learns" in f.evidence) == (severity == "info") for f in told)
+
+
+def test_large_features_that_saturate_a_tanh_and_are_learnt_from_are_a_fact():
+    generator = torch.Generator().manual_seed(0)
+    y = torch.arange(96) % 4
+    x = 30 * (torch.randn(96, 64, generator=generator) + torch.randn(4, 64, generator=generator)[y])
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 32), nn.Tanh(), nn.Linear(32, 4))
+    found = stabkit.analyze(model, x, loss=lambda out: nn.functional.cross_entropy(out, y), spectrum="none").findings
+    told = [f for f in found if "input_size" in f.numbers]
+    assert [(f.kind, f.severity) for f in told] == [("saturated", "info")]
+    assert "learns" in told[0].evidence

@@ -182,3 +182,32 @@ def test_targets_on_another_device_than_the_inputs(given, held):
     assert two is not None
     assert one.counted.sum() == two.counted.sum() == 8 * 11
     assert one.counted.device == two.counted.device == given(tokens).device
+
+
+@pytest.mark.parametrize("inside", [True, False])
+def test_a_softmax_along_positions_is_one_cause(inside: bool) -> None:
+    class Along(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.embed, self.head = nn.Embedding(TOKENS, WIDTH), nn.Linear(WIDTH, TOKENS)
+            self.q, self.k = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
+            self.forwards = nn.GRU(WIDTH, WIDTH, batch_first=True)
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.embed(x)
+            if not inside:
+                return self.head(self.forwards(h)[0]).log_softmax(1)
+            scores = self.q(h) @ self.k(h).transpose(1, 2)
+            later = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool).triu(1)
+            return self.head(h + scores.masked_fill(later, -1e9).softmax(1) @ h).log_softmax(-1)
+
+    x = torch.randint(0, TOKENS, (SAMPLES, TIMES + 1), generator=torch.Generator().manual_seed(0))
+
+    def loss(out: Tensor) -> Tensor:
+        return functional.nll_loss(out.flatten(0, 1), x[:, 1:].flatten())
+
+    found = stabkit.analyze(Along(), x[:, :-1], loss=loss, spectrum="none").findings
+    assert [f.kind for f in found if f.severity != "info"] == ["axes" if inside else "loss"]
+    (leak,) = [f for f in found if f.kind == "leak"]
+    assert "taken along the last axis nothing that comes later is seen" in leak.evidence

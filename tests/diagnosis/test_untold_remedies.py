@@ -79,3 +79,29 @@ def test_deep_sigmoids_are_told_what_trains_with_adam():
     assert told.kind == "vanishing"
     assert "ReLU" in told.remedy or "skip" in told.remedy
     assert "none is told" not in told.remedy
+
+
+class Recurrent(nn.Module):
+    """A classifier of sequences whose gates are driven far, by features of size 10."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.gates, self.head = nn.GRU(24, 16, batch_first=True), nn.Linear(16, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.gates(4 * x.relu())[0].mean(1))
+
+
+def test_flat_gates_of_a_network_that_has_learnt_are_a_fact_where_opening_them_undoes_it():
+    labels, generator = torch.arange(96) % 4, torch.Generator().manual_seed(1)
+    x = torch.randn(96, 12, 24, generator=generator) + 3 * torch.randn(4, 1, 24, generator=generator)[labels]
+    model = Recurrent()
+    optimizer = torch.optim.Adam(model.parameters(), 3e-3)
+    for _ in range(80):
+        optimizer.zero_grad()
+        functional.cross_entropy(model(x), labels).backward()
+        optimizer.step()
+    assert float((model(x).argmax(1) == labels).float().mean()) > 0.98
+    found = examine(stabkit.trace(model, x), lambda out: functional.cross_entropy(out, labels)).findings
+    assert [f.severity for f in found if f.kind == "saturated"] == ["info"]

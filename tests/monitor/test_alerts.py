@@ -17,7 +17,9 @@ from stabkit.monitor.series import SeriesBank
 from tests.monitor.networks import InPlace, LastStep, Layers, hooks_of, mlp
 
 
-def record(step: int, growth: list[float], gain: list[float] | None = None, total: float = 1.0) -> Record:
+def record(
+    step: int, growth: list[float], gain: list[float] | None = None, total: float = 1.0, loss: float = 1.0
+) -> Record:
     """A record with the given log growth of the blocks after the first."""
     count = len(growth) + 1
     gradients = np.exp(-np.cumsum([0.0, *growth]))
@@ -25,18 +27,19 @@ def record(step: int, growth: list[float], gain: list[float] | None = None, tota
     norms = np.vstack([outputs, gradients, np.ones((3, count))])
     blocks = Blocks(tuple("abcdefgh"[:count]), norms, np.ones(count), np.ones(count), np.zeros((3, count), dtype=bool))
     return Record(
-        step=step, time=0.0, loss=1.0, gradient_norm=total, clipped_norm=math.nan, non_finite=0, blocks=blocks
+        step=step, time=0.0, loss=loss, gradient_norm=total, clipped_norm=math.nan, non_finite=0, blocks=blocks
     )
 
 
-def judged(values, rules=None):
-    """The findings on records whose block c grows as told, with a little noise everywhere."""
+def judged(values, rules=None, harm=0.1):
+    """The findings on records whose block c grows as told, with a little noise everywhere, and a loss that suffers."""
     rng = np.random.default_rng(0)
     alerts = Alerts(rules)
     found = []
     for step, value in enumerate(values):
         noise = 0.05 * rng.standard_normal(3)
-        found += alerts.judge(record(step, [noise[0], value + noise[1], noise[2]]))
+        loss = 1.0 + harm * abs(value)
+        found += alerts.judge(record(step, [noise[0], value + noise[1], noise[2]], loss=loss))
     return found
 
 
@@ -51,6 +54,32 @@ def test_a_smaller_spike_must_last_and_is_dated_back_to_where_it_began():
     assert judged([0.0] * 20 + [3.0] + [0.0] * 20) == []
     (finding,) = judged([0.0] * 20 + [3.0, 3.1] + [0.0] * 20)
     assert (finding.module_path, finding.numbers["training_step"]) == ("c", 20)
+
+
+def test_what_a_block_learns_is_no_spike_and_no_drift():
+    learnt = [0.0] * 20 + [2.5] * 30
+    assert len(judged(learnt)) == 1
+    assert judged(learnt, harm=0.0) == []  # the loss is as before
+    assert len(judged([0.0] * 20 + [5.0], harm=0.0)) == 1  # a hundred times at once
+    assert len(judged(np.linspace(0.0, 6.0, 200), harm=0.0)) == 1  # nothing is learnt meanwhile
+    falling = [record(i, [v], loss=2.0 - i / 200) for i, v in enumerate(np.linspace(0.0, 6.0, 200))]
+    alerts = Alerts()
+    assert [f for each in falling for f in alerts.judge(each)] == []
+
+
+def test_a_gradient_that_shrinks_less_does_not_explode():
+    assert judged([-4.0] * 20 + [-1.8] * 30) == []
+    assert [f.kind for f in judged([-1.8] * 20 + [-4.0] * 30)] == ["vanishing"]
+    assert [f.kind for f in judged([-0.5] * 20 + [2.0] * 30)] == ["exploding"]
+
+
+def test_a_block_whose_activations_jump_as_well_is_told_whatever_the_loss():
+    for gain, count in ((0.0, 0), (1.5, 1)):
+        alerts, found = Alerts(), []
+        for step in range(30):
+            moved = step >= 20
+            found += alerts.judge(record(step, [0.0, 2.5 * moved, 0.0], [0.0, gain * moved, 0.0]))
+        assert len({f.module_path for f in found}) == count
 
 
 def test_a_fall_is_vanishing():

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from stabkit.diagnosis.finding import Finding, of_module, serious
+from stabkit.diagnosis.finding import Finding, as_fact, of_module, serious
 from stabkit.diagnosis.inputs.derivatives import differentiates
 from stabkit.diagnosis.inputs.features import Features, changed, features_of
 from stabkit.diagnosis.inputs.first_matrices import rows_given
@@ -19,11 +19,11 @@ from stabkit.diagnosis.remedies.trial import follows, tried
 from stabkit.diagnosis.remedies.usual_training import left_after, left_only_treated
 from stabkit.diagnosis.states.activity import activities
 from stabkit.diagnosis.suspects import Diagnosis, Settings, ordered
-from stabkit.diagnosis.thresholds import Thresholds
 from stabkit.diagnosis.verdict import judged_without
 from stabkit.errors import StabkitError
 from stabkit.tracing import Flow, trace
 from stabkit.tracing.derivatives.lost_gradient import listed
+from stabkit.tracing.recording.forward_pass import ForwardPass
 
 _SMALL = 0.1  # root mean square from which on a size is worth a trial, which decides; pixels over 255 twice have .002
 _PIXELS = 255.0
@@ -36,32 +36,41 @@ _OF_SIZE = ("rank_collapse", "vanishing", "dead")
 _REFERENCE = "LeCun, Bottou, Orr and Müller, Efficient backprop, 1998, section 4.3"
 
 
-def with_input_scale(flow: Flow, found: Diagnosis, thresholds: Thresholds) -> tuple[Finding, ...]:
+def with_input_scale(flow: Flow, found: Diagnosis, settings: Settings) -> tuple[Finding, ...]:
     """The findings, with the input named where standardising it opens the first flat activation again.
 
-    Layers of ReLU in between pass the size on.
+    Layers of ReLU in between pass the size on. Where a loss is known and some steps learn as it is, it is a fact: the
+    signs of many features tell samples apart as well.
     """
     accused = sorted((f for f in found.findings if f.kind == "saturated" and f.steps), key=lambda f: f.steps[0])
     sizes = large_inputs(flow)
     if not accused or sizes is None:
         return found.findings
-    size, features = sizes.size, _features(flow)
-    before = max((a.saturated for a in found.measurement.steps[accused[0].steps[0]].activities), default=math.nan)
-    after = _saturated_at(flow, features, sizes, accused[0].steps[0])
-    if after is None or after >= thresholds.saturated:
-        return found.findings
+    call, features = flow.forward_pass, _features(flow)
     uneven = features is not None and features.uneven
+    other = sizes.divided(call)
+    if features is not None and uneven:
+        source = dict(call.given)[features.name]
+        other = changed(call, lambda tensor: features.standardised(tensor) if tensor is source else tensor)
+    before = max((a.saturated for a in found.measurement.steps[accused[0].steps[0]].activities), default=math.nan)
+    after = _saturated_at(flow, other, accused[0].steps[0])
+    if after is None or after >= settings.thresholds.saturated:
+        return found.findings
     each = f" (by feature, mean and spread: {features.words})" if features is not None and uneven else ""
     named = replace(
         accused[0],
-        evidence=f"the input has the size {size:.3g} and not 1{each}: {before:.0%} of the activation in "
+        evidence=f"the input has the size {sizes.size:.3g} and not 1{each}: {before:.0%} of the activation in "
         f"{accused[0].module_path} lies where it is flat, and of the input "
         f"{'with every feature standardised' if uneven else 'divided by its size'} {after:.0%}",
         remedy=_standardise(sizes) if uneven else sizes.remedy,
         reference="LeCun et al., Efficient BackProp, 1998, section 4.3",
-        numbers={**accused[0].numbers, "input_size": size, "saturated_after": after},
+        numbers={**accused[0].numbers, "input_size": sizes.size, "saturated_after": after},
         actions=tuple(a for a in accused[0].actions if a["action"] == "scale_input" and not uneven),
     )
+    loss = settings.loss
+    if serious(named) and callable(loss):
+        later = more_steps(call, loss, lambda by, steps: left_after(other, loss, by, steps=steps), settings.optimizer)
+        named = as_fact(named, f"{later}".removeprefix("; "), SLOWLY) if later.slow else named
     return tuple(named if finding is accused[0] else finding for finding in found.findings)
 
 
@@ -80,15 +89,10 @@ def _features(flow: Flow) -> Features | None:
     return None if tensor is None else features_of(flow, flow.source_name, tensor)
 
 
-def _saturated_at(flow: Flow, features: Features | None, sizes: Sizes, index: int) -> float | None:
-    """Share of saturated outputs of a step when features are standardised, or large inputs divided by their size."""
-    call = flow.forward_pass
-    other = sizes.divided(call)
-    if features is not None and features.uneven:
-        source = dict(call.given)[features.name]
-        other = changed(call, lambda tensor: features.standardised(tensor) if tensor is source else tensor)
+def _saturated_at(flow: Flow, other: ForwardPass, index: int) -> float | None:
+    """Share of saturated outputs of a step in another call."""
     try:
-        scaled = trace(call.model, *other.inputs, kwargs=other.kwargs, seed=call.seed, check=False)
+        scaled = trace(other.model, *other.inputs, kwargs=other.kwargs, seed=other.seed, check=False)
     except StabkitError:
         return None
     if len(scaled.steps) != len(flow.steps):

@@ -200,7 +200,13 @@ def _flat_sigmoid(flow: Flow, loss: Any, scalar: Tensor, thresholds: Thresholds)
         "take the sigmoid into the loss: binary_cross_entropy_with_logits on its input; for a generator minimise "
         "-log D(G(z)), which does not saturate"
     )
-    numbers = {"saturated": float(flat), "promised": slope / fall, "loss": value, "turned": turned}
+    numbers = {
+        "saturated": float(flat),
+        "promised": slope / fall,
+        "loss": value,
+        "turned": turned,
+        "closed:sigmoid": 1.0,
+    }
     return [of_last_step(flow, "saturated", "warning", path, evidence, remedy, _GOODFELLOW, numbers)]
 
 

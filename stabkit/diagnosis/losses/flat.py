@@ -7,20 +7,14 @@ satisfied, as beyond a margin, and where a loss leaves it out; so other outputs 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import Node
 
 from stabkit.diagnosis.finding import Finding, of_last_step
+from stabkit.diagnosis.losses.stops import flat_stop
 from stabkit.tracing import Flow
-from stabkit.tracing.graph.values import operation
-from stabkit.tracing.recording.function_calls import FunctionCalls, name_of
-from stabkit.tracing.recording.training_pass import calling_line, nodes_above, nodes_from
-from stabkit.tracing.recording.untouched_model import unchanged_randomness
-from stabkit.vocabulary import activation_of
 
 _HALF = 0.5  # of the samples, from which so many without gradient are a fault
 _TRIED = 8  # samples that other outputs are tried for
@@ -39,8 +33,7 @@ def flat_loss_findings(flow: Flow, loss: Any, scalar: Tensor) -> list[Finding]:
     gradients = torch.autograd.grad(scalar, edges, retain_graph=True, allow_unused=True)
     if value != 0.0 and all(g is not None and not bool((g != 0).any()) for g in gradients):
         evidence = f"the loss is {value:.3g} and its gradient by the output is zero everywhere"
-        rows = torch.ones(len(flow.output), dtype=torch.bool) if _has_rows(flow.output) else None
-        return [_finding(flow, loss, rows, "critical", evidence, {"loss": value})]
+        return [_finding(flow, loss, None, "critical", evidence, {"loss": value})]
     return _of_most_samples(flow, loss, value)
 
 
@@ -100,96 +93,12 @@ def _read(loss: Any, output: Tensor) -> float:
         return math.nan
 
 
-class _Lines(FunctionCalls):
-    """Which function, on which line, made every node."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.of: dict[Node, tuple[str, str]] = {}
-
-    def _called(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        out = func(*args, **kwargs)
-        if isinstance(out, Tensor) and out.grad_fn is not None:
-            self.of[out.grad_fn] = (name_of(func), calling_line())
-        return out
-
-
-def _stopped(loss: Any, output: Any, rows: Tensor | None) -> tuple[Node | None, str]:
-    """The first operation of a loss that a gradient reaches and does not leave by some samples, and its place."""
-    if rows is None:
-        return None, ""
-    lines, stopping = _Lines(), list[Node]()
-    leaf = output.detach().requires_grad_()
-    with unchanged_randomness(), torch.enable_grad(), lines:
-        scalar = loss(leaf)
-    if scalar.grad_fn is None:
-        return None, ""
-
-    def passes(gradients: Sequence[Tensor | None]) -> bool:
-        """Whether something of these samples is there; what has no rows belongs to all."""
-        found = [g[rows.to(g.device)] if g.dim() and len(g) == len(rows) else g for g in gradients if g is not None]
-        return any(bool((g != 0).any()) for g in found)
-
-    def watching(node: Node) -> Any:
-        def hook(leaving: Sequence[Tensor | None], arriving: Sequence[Tensor | None]) -> None:
-            if leaving and passes(arriving) and not passes(leaving):
-                stopping.append(node)
-
-        return hook
-
-    for node in nodes_above(scalar):
-        node.register_hook(watching(node))
-    torch.autograd.grad(scalar, [leaf], allow_unused=True)
-    bounds = [bound for node in reversed(stopping) for bound in _bounds_behind(node) if bound in lines.of]
-    if not bounds:
-        return None, ""
-    name, line = lines.of[bounds[0]]
-    return bounds[0], f"{name}{f' ({line})' if line else ''}"
-
-
-def _bounds_behind(node: Node) -> list[Node]:
-    """The bounds that an operation is, or that its factors come from: a product of zeros ends what they have let by."""
-    if _is_bound(node):
-        return [node]
-    if operation(node) not in ("Mul", "Prod"):
-        return []
-    return [each for each in nodes_from(node) if _is_bound(each)]
-
-
-def _is_bound(node: Node) -> bool:
-    """Whether it is flat beyond a bound, or where a condition says so."""
-    facts = activation_of(node)
-    return operation(node) == "Where" or (facts is not None and facts.piecewise_linear and bool(facts.kinks))
-
-
-def _is_of_boxes(node: Node) -> bool:
-    """Whether what is clamped is the smaller of some ends less the larger of some beginnings."""
-    names, stack, seen = set[str](), [node], set[Node]()
-    while stack:
-        each = stack.pop()
-        if each not in seen:
-            seen.add(each)
-            names.add(operation(each))
-            stack += [parent for parent, _ in each.next_functions if parent is not None]
-    return {"Maximum", "Minimum"} <= names
-
-
 def _finding(
     flow: Flow, loss: Any, rows: Tensor | None, severity: str, evidence: str, numbers: dict[str, float]
 ) -> Finding:
-    node, place = _stopped(loss, flow.output, rows)
-    remedy = "look for a clamp, a rounding, a mask of zeros or a comparison in the loss: nothing can be learnt from it"
-    if node is not None:
-        evidence += f"; it ends at {place}, out of whose range all lies that these give"
-        remedy = (
-            "keep a slope there: softplus in the place of a clamp at zero, probabilities in the place of a threshold, "
-            "or a loss that falls with the distance first"
-        )
-    boxes = node is not None and _is_of_boxes(node)
-    if boxes:
-        evidence += ": boxes that do not meet have no common area"
-        remedy = (
-            "take an IoU that falls with the distance of boxes (GIoU, DIoU: torchvision.ops.generalized_box_iou_loss), "
-            "or smooth L1 of the coordinates first"
-        )
-    return of_last_step(flow, "loss", severity, "loss", evidence, remedy, _GIOU if boxes else "", numbers)
+    stop = flat_stop(loss, flow.output, rows)
+    remedy = "look for what has no slope in the loss: nothing can be learnt from it"
+    if stop is not None:
+        evidence, remedy = f"{evidence}; {stop.words}", stop.remedy
+    reference = _GIOU if stop is not None and stop.boxes else ""
+    return of_last_step(flow, "loss", severity, "loss", evidence, remedy, reference, numbers)

@@ -6,6 +6,7 @@ one further on, tokens after a position are replaced, and what the model returne
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,11 +23,14 @@ from stabkit.tracing import Flow
 from stabkit.tracing.graph.values import operation
 from stabkit.tracing.recording.evaluation import evaluated
 from stabkit.tracing.recording.forward_pass import ForwardPass
-from stabkit.tracing.recording.training_pass import nodes_above
+from stabkit.tracing.recording.function_calls import FunctionCalls, name_of
+from stabkit.tracing.recording.training_pass import calling_line, nodes_above
 
 _MATCH = 0.98  # share of targets that are the tokens at a shift
 _OTHERWISE = 0.5  # share that may match at another shift: sequences that repeat themselves tell nothing
 _FEWEST = 4  # positions
+OF_SOFTMAX = "of a softmax over positions"  #: among the numbers of a leak that goes with one
+_SOFTMAXES = frozenset({"softmax", "log_softmax"})
 _SHIFTS = (-1, 0, 1, 2)
 _REFERENCE = "Vaswani et al., Attention is all you need, 2017, section 3.2.3; Radford et al., GPT, 2018, section 3.1"
 
@@ -68,7 +72,12 @@ def next_token_findings(run: TrainingRun) -> list[Finding]:
     probes = [(each, reach) for each in _targets(run) if (reach := _reach(run.call, each)) is not None]
     leaks = [(each, reach.before) for each, reach in probes if each.shift == 1 and reach.before is not None]
     if leaks:  # where another input holds the targets, and none is seen early, this one is what an encoder reads
-        return [_leak(run.flow, run.call, *leaks[0])] if all(reach.before is not None for _, reach in probes) else []
+        if not all(reach.before is not None for _, reach in probes):
+            return []
+        along = _AlongLast(leaks[0][0].tokens.shape[leaks[0][0].axis])
+        without = _reach(run.call, leaks[0][0], along)
+        of_softmax = along.place if without is not None and without.before is None else ""
+        return [_leak(run.flow, run.call, *leaks[0], of_softmax)]
     if any(reach.before is not None or not reach.there or each.shift == 1 for each, reach in probes):
         return []
     return [_shifted(run.flow, probes[0][0])] if probes else []
@@ -148,8 +157,34 @@ def _share(rows: Tensor, held: Tensor, shift: int, ignored: int) -> float:
     return float((targets == rows[:, first + shift : last + shift])[counted].double().mean())
 
 
-def _reach(call: ForwardPass, targets: Targets) -> Reach | None:
-    """What the tokens of the second half change; None where the output does not depend on them."""
+class _AlongLast(FunctionCalls):
+    """Takes every softmax that is taken along so many positions, and not along the last axis, along that instead.
+
+    Attributes:
+        place: the first of them, with its line; empty where there is none.
+    """
+
+    def __init__(self, times: int) -> None:
+        super().__init__()
+        self.place = ""
+        self._times = times
+
+    def _called(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        given, dim = args[0] if args else None, kwargs.get("dim", args[1] if len(args) > 1 else None)
+        if name_of(func) not in _SOFTMAXES or not isinstance(given, Tensor) or not isinstance(dim, int):
+            return func(*args, **kwargs)
+        last = dim % given.dim() == given.dim() - 1 or given.shape[-1] == 1
+        if last or given.shape[dim] != self._times:
+            return func(*args, **kwargs)
+        line = calling_line()
+        self.place = (
+            self.place or f"the {name_of(func)} along axis {dim} of {tuple(given.shape)}{f' ({line})' * bool(line)}"
+        )
+        return given.log_softmax(-1) if "log" in name_of(func) else given.softmax(-1)
+
+
+def _reach(call: ForwardPass, targets: Targets, mode: FunctionCalls | None = None) -> Reach | None:
+    """What the tokens of the second half change, in a mode; None where the output does not depend on them."""
     times = targets.tokens.shape[targets.axis]
     kept = times // 2
 
@@ -162,7 +197,14 @@ def _reach(call: ForwardPass, targets: Targets) -> Reach | None:
         return torch.cat([tensor.narrow(targets.axis, 0, kept), drawn], targets.axis)
 
     plain, moved = ModuleOutputs(call.module), ModuleOutputs(call.module)
-    one, two = evaluated(call, mode=lambda _: plain), evaluated(call, replaced, lambda _: moved)
+
+    def within(kept: ModuleOutputs) -> contextlib.ExitStack:
+        stack = contextlib.ExitStack()
+        for each in (kept, mode) if mode is not None else (kept,):
+            stack.enter_context(each)
+        return stack
+
+    one, two = evaluated(call, mode=lambda _: within(plain)), evaluated(call, replaced, lambda _: within(moved))
     for old, new in zip(float_outputs(one.output), float_outputs(two.output), strict=False):
         changed = _changed(old, new, targets)
         if changed is None or not bool(differing(new, old).any()):
@@ -204,7 +246,7 @@ def _changed(one: Tensor, other: Tensor, targets: Targets, counted: Tensor | Non
     return differs & (targets.counted if counted is None else counted).to(differs.device)
 
 
-def _leak(flow: Flow, call: ForwardPass, targets: Targets, path: str | None) -> Finding:
+def _leak(flow: Flow, call: ForwardPass, targets: Targets, path: str | None, softmax: str) -> Finding:
     path = path or ""
     module = dict(call.module.named_modules()).get(path)
     why = ""
@@ -221,7 +263,10 @@ def _leak(flow: Flow, call: ForwardPass, targets: Targets, path: str | None) -> 
         "nn.Transformer layers (True means masked), is_causal=True in scaled_dot_product_attention; convolutions are "
         "padded on the left alone, recurrent layers read in one direction"
     )
-    return _finding(flow, path, "warning", evidence, remedy, targets)
+    if softmax:
+        evidence += f"; tried on a copy: with {softmax} taken along the last axis nothing that comes later is seen"
+        remedy = "dim=-1 in that softmax: along positions, what one gains the others lose, those before it as well"
+    return _finding(flow, path, "warning", evidence, remedy, targets, OF_SOFTMAX if softmax else "")
 
 
 def _shifted(flow: Flow, targets: Targets) -> Finding:
@@ -237,7 +282,9 @@ def _shifted(flow: Flow, targets: Targets) -> Finding:
     return _finding(flow, "loss", "warning", evidence, remedy, targets)
 
 
-def _finding(flow: Flow, path: str, severity: str, evidence: str, remedy: str, targets: Targets) -> Finding:
+def _finding(
+    flow: Flow, path: str, severity: str, evidence: str, remedy: str, targets: Targets, cause: str = ""
+) -> Finding:
     return Finding(
         kind="leak",
         severity=severity,
@@ -247,5 +294,6 @@ def _finding(flow: Flow, path: str, severity: str, evidence: str, remedy: str, t
         evidence=evidence,
         remedy=remedy,
         reference=_REFERENCE,
-        numbers={"shift": float(targets.shift), "targets": float(targets.counted.sum())},
+        numbers={"shift": float(targets.shift), "targets": float(targets.counted.sum())}
+        | ({cause: 1.0} if cause else {}),
     )

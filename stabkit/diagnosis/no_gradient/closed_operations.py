@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.graph import Node
 
 from stabkit.diagnosis.finding import Finding, of_last_step
@@ -220,14 +220,20 @@ def _of_grid(node: Any) -> Closed:
     )
 
 
+def _is_given(tensor: Tensor) -> bool:
+    """Whether no parameter is behind a tensor."""
+    leaves: list[Any] = [node for node in nodes_above(tensor) if hasattr(node, "variable")] if tensor.grad_fn else []
+    return not any(isinstance(leaf.variable, nn.Parameter) for leaf in leaves) and not isinstance(tensor, nn.Parameter)
+
+
 def _by(sizes: Sequence[int]) -> str:
     return " x ".join(map(str, sizes))
 
 
 def _of_factor(node: Any) -> Closed | None:
-    """A product with a constant that is zero everywhere."""
+    """A product with a constant, or an input, that is zero everywhere."""
     saved = (getattr(node, f"_saved_{name}", None) for name in ("self", "other"))
-    given = [s for s in saved if isinstance(s, Tensor) and not s.requires_grad and not bool(s.detach().any())]
+    given = [s for s in saved if isinstance(s, Tensor) and not bool(s.detach().any()) and _is_given(s)]
     if not given:
         return None
     return Closed(node, "a product", f"it multiplies by a constant of {given[0].numel()} zeros", _ZEROS, True)

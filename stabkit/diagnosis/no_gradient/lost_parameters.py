@@ -11,6 +11,7 @@ from stabkit.tracing.derivatives.flat_derivatives import FlatDerivative
 from stabkit.tracing.derivatives.lost_gradient import (
     DRAW,
     FIRST_ORDER,
+    INDICES,
     MADE,
     Cut,
     LostGradient,
@@ -143,7 +144,7 @@ def _unused(found: LostGradient, call: ForwardPass, steps: tuple[int, ...], aske
 
 def remedy_for(operation: str) -> str:
     """What to do about an operation that takes tensors off the graph."""
-    if operation in _CHOICES or (DRAW in operation and not operation.endswith(DRAW)):
+    if operation in _CHOICES or operation.startswith(INDICES) or (DRAW in operation and not operation.endswith(DRAW)):
         return _REMEDIES["argmax"]
     if operation.endswith(DRAW):
         return "draw with rsample(), which passes the gradient on to what it is drawn with"

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from stabkit.diagnosis.finding import Finding
+from stabkit.diagnosis.losses.stops import cut_stop
 from stabkit.diagnosis.measurement import Measurement
 from stabkit.diagnosis.no_gradient.hidden_cuts import hidden_cut_findings
 from stabkit.diagnosis.no_gradient.lost_parameters import lost_parameter_findings
@@ -47,7 +48,7 @@ def findings_without_flow(call: ForwardPass, loss: Any) -> list[Finding]:
     if origin is None:
         call = replace(call, through_no_grad=False)
         done = training_pass(call, loss, differentiate=False)
-        cut = _loss_cut_off(done, loss)
+        cut = _loss_cut_off(call, done, loss)
         if cut is not None:
             return [cut]
         return [*lost_parameter_findings(call, (), loss, done), *hidden_cut_findings(call, loss, call, done)]
@@ -67,7 +68,7 @@ def findings_without_flow(call: ForwardPass, loss: Any) -> list[Finding]:
     ]
 
 
-def _loss_cut_off(done: TrainingPass, loss: Any) -> Finding | None:
+def _loss_cut_off(call: ForwardPass, done: TrainingPass, loss: Any) -> Finding | None:
     """A loss that no parameter reaches although outputs carry gradient: it trains nothing, and may run all the same."""
     carries = any(tensor.requires_grad for _, tensor in named_tensors(done.output))
     if loss is None or done.loss is not None or not carries or not done.parameters:
@@ -75,15 +76,20 @@ def _loss_cut_off(done: TrainingPass, loss: Any) -> Finding | None:
     try:
         scalar_loss(loss, done.output)
     except UnreachedError as error:
+        stop = cut_stop(call, loss)
+        where = f"; {stop.words}" if stop is not None else ""
         return Finding(
             kind="no_gradient",
             severity="critical",
             steps=(),
             module_path="",
             confidence=1.0,
-            evidence=f"{error}: none of {len(done.parameters)} parameters gets a gradient, though the output has one",
-            remedy="compute the loss from the output by operations that have a derivative (probabilities in place of a "
-            "threshold or an argmax; no detach, item or numpy on the way), and leave requires_grad_() on the loss away",
+            evidence=f"{error}{where}: none of {len(done.parameters)} parameters gets a gradient, though the output "
+            "has one",
+            remedy=(
+                "compute the loss from the output by operations that have a derivative" if stop is None else stop.remedy
+            )
+            + ("; and leave requires_grad_() on the loss away" if "requires_grad_" in str(error) else ""),
             reference="PyTorch documentation, Autograd mechanics",
             numbers={"parameters": float(len(done.parameters))},
         )

@@ -197,6 +197,11 @@ def backward_cause(
     found = int((~spoiled.isfinite()).sum())
     key = operation(node)
     known = _AT.get(_SAME.get(key, key))
+    base = getattr(node, "_saved_self", None) if key == "Pow" else None
+    if isinstance(base, Tensor) and not base.is_complex() and bool((base.detach() < 0).any()):
+        # at an exponent that is whole the power itself is finite
+        text = f"the derivative of a power by its exponent holds the logarithm of its base: {count(base.detach() < 0)}"
+        return Cause(f"{text} are negative", "keep the base positive: x.clamp(min=eps) ** p", {"entries": float(found)})
     if known is not None and not (held and wide > limit):
         text = f"{known[0]}: {found} of {spoiled.numel()} entries of the gradient"
         return Cause(text, known[1], {"entries": float(found)})

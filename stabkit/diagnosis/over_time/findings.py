@@ -47,6 +47,7 @@ _SIZES = (
     (1.0, "1/sqrt(hidden), of gain 1"),
     (2.0, "2/sqrt(hidden), of gain 2"),
 )
+NOTHING = -1e3  #: growth over time, in nats, where nothing at all comes back
 _LEARNS = 0.5  # of the loss of the best constant, below which the input was learnt from
 _BETTER = 0.8  # of the loss after a short training, from which what holds a state is worth a warning
 _FAR = math.log(1.5)  # nats between the size of a matrix and the standard one that are worth a change
@@ -249,10 +250,12 @@ def _finding(
     kind = "vanishing" if growth < 0 else "exploding"
     count = len(profile.log_gradient)
     name = type(profile.module).__name__
-    how = "by nothing at all: it is exactly zero there" if growth == -math.inf else f"by a factor of {factor(growth)}"
+    how = f"the gradient changes by a factor of {factor(growth)} on its way from the last to the first"
+    if growth == -math.inf:
+        how = "nothing at all of the gradient gets from the last to the first"
     evidence = (
-        f"over {count} time steps of {profile.path or 'the model'} ({name}) the gradient changes {how} on its way from "
-        "the last to the first; the inputs of other times are held fixed"
+        f"over {count} time steps of {profile.path or 'the model'} ({name}) {how}; the inputs of other times are held "
+        "fixed"
     )
     evidence += f"; its method over time: {profile.method}" if profile.method else ""
     remedy, tried = _tried(flow, profile, growth, loss, thresholds, written)
@@ -265,7 +268,7 @@ def _finding(
         evidence=evidence + tried,
         remedy=remedy.text,
         reference=_REFERENCES[kind],
-        numbers={"growth_over_time": growth if math.isfinite(growth) else -1e3, "time_steps": float(count)}
+        numbers={"growth_over_time": growth if math.isfinite(growth) else NOTHING, "time_steps": float(count)}
         | _own(profile),
         actions=remedy.actions,
     )

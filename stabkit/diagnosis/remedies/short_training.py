@@ -29,6 +29,9 @@ from stabkit.tracing.recording.untouched_model import seeded, unchanged
 
 STEPS = 20
 _CLEARLY = 0.02  # of the first loss
+_MUCH = (
+    2.0  # how far a loss falls where a model trains well, and how far above a remedy ends that undoes what it learnt
+)
 _SHARES = (0.003, 0.03)  # of the size of the weights that the first step moves them by
 _SMALLER = (3e-4, 3e-5, 3e-6)  # tried where the loss rises with these: a small layer among large ones
 
@@ -201,10 +204,12 @@ def gains(treated: ShortTraining | None, untreated: ShortTraining | None) -> boo
 
 
 def spoils(treated: ShortTraining | None, untreated: ShortTraining | None) -> bool:
-    """Whether nothing is learnt any more with a remedy, and something is without it."""
+    """Whether nothing is learnt any more with a remedy, and something is without it; or far less than without it."""
     if treated is None or untreated is None or not math.isfinite(untreated.last):
         return False
-    return falls(untreated) and not falls(treated) and worse(treated, untreated)
+    well = 0 < _MUCH * untreated.last < untreated.first
+    lost = well and treated.last > _MUCH * untreated.last
+    return falls(untreated) and (lost or not falls(treated)) and worse(treated, untreated)
 
 
 def helps(treated: ShortTraining | None, untreated: ShortTraining | None) -> bool:

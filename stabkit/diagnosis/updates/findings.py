@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 from stabkit.diagnosis.finding import Finding
+from stabkit.diagnosis.updates.idle import idle_finding
 from stabkit.diagnosis.updates.measured import SHARES, STEPS, UpdateMeasurement, UpdateRun
 
 _FAILS = 10.0  # times the first loss by which it has risen, or not finite: no training goes on from there
@@ -21,6 +22,8 @@ def update_findings(found: UpdateMeasurement) -> list[Finding]:
     Adam begin there. What decides are real updates on a copy.
     """
     present, proposed = found.present, found.proposed
+    if found.idle is not None:
+        return [idle_finding(found.idle, found.optimizer, found.learning_rate)]
     if present is None:
         return []
     first, last = present.losses[0], present.losses[-1]

@@ -239,6 +239,8 @@ def _measured(path: str, calls: list[tuple[Tensor, Tensor | None]]) -> FixedPoin
     inputs = [x for x, _ in calls]
     if len(inputs) <= _FEWEST or any(x.shape != inputs[0].shape for x in inputs):
         return None
+    if not inputs[0].is_floating_point():
+        return None  # an embedding that is looked up again and again
     size = float(inputs[-1].double().norm())
     rounding = 100 * torch.finfo(inputs[0].dtype).eps * size
     itself = _as_f([(x, y) for x, y in calls if y is not None and y.shape == x.shape], len(calls))

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.graph import Node
 
 from stabkit.errors import StabkitError, TraceError
@@ -207,26 +207,32 @@ def scalar_loss(loss: Any, output: Any) -> Tensor:
             "the loss does not depend differentiably on the model's output: it was made to require a gradient "
             "(requires_grad_) after the way back had been cut, which lets backward() run and moves nothing"
         )
-    if _is_made_inside(scalar, [tensor for _, tensor in named_tensors(output)]):
+    if made := _leaves_of_others(scalar, [tensor for _, tensor in named_tensors(output)]):
+        of = (
+            "parameters of another network alone, which is given the output without its graph"
+            if all(isinstance(tensor, nn.Parameter) for tensor in made)
+            else "a tensor that was made inside of it (torch.tensor(..., requires_grad=True), or requires_grad_() "
+            "behind a threshold, an argmax, .item() or numpy)"
+        )
         raise UnreachedError(
-            "the loss does not depend differentiably on the model's output: it leads back to a tensor that was made "
-            "inside of it (torch.tensor(..., requires_grad=True), or requires_grad_() behind a threshold, an argmax, "
-            ".item() or numpy), which lets backward() run and moves nothing"
+            f"the loss does not depend differentiably on the model's output: it leads back to {of}, which lets "
+            "backward() run and moves nothing of the model"
         )
     return scalar
 
 
-def _is_made_inside(scalar: Tensor, outputs: Sequence[Tensor]) -> bool:
-    """Whether a loss leads back to leaves alone that no output was made of, and to no output."""
+def _leaves_of_others(scalar: Tensor, outputs: Sequence[Tensor]) -> list[Tensor]:
+    """The leaves that a loss leads back to, where no output was made of any of them and it leads to no output."""
     ends = {tensor.grad_fn for tensor in outputs if tensor.grad_fn is not None}
     above = _above([scalar.grad_fn], ends) if ends else None  # of outputs that are not found nothing is known
     if above is None or any(scalar is tensor for tensor in outputs):
-        return False
+        return []
     given = {id(tensor) for tensor in outputs}  # a parameter may be an output, too
     leaves = {node for node in above if hasattr(node, "variable")}
     if any(id(node.variable) in given for node in leaves):
-        return False
-    return bool(leaves) and leaves.isdisjoint(_above(list(ends), set()) or set())
+        return []
+    own = _above(list(ends), set()) or set()
+    return [node.variable for node in leaves] if leaves.isdisjoint(own) else []
 
 
 def _above(firsts: Sequence[Node | None], stops: set[Node]) -> set[Node] | None:

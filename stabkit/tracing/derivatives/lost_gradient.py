@@ -35,6 +35,7 @@ from stabkit.tracing.recording.training_pass import (
     Observer,
     TrainingPass,
     calling_line,
+    calling_place,
     nodes_above,
     nodes_from,
     training_pass,
@@ -50,6 +51,7 @@ _EXITS = {
 
 _SET_DATA = torch.Tensor.data.__set__  # type: ignore[attr-defined]
 DRAW = ".sample()"  # how the draw of a distribution ends that has rsample()
+INDICES = "the indices of "  # how an operation begins of whose results only those left the graph
 FIRST_ORDER = "autograd.grad without create_graph"
 MADE = "nn.Parameter(...)"  # a new leaf, made of what is on the graph
 
@@ -253,6 +255,9 @@ class Exits(Observer):  # type: ignore[no-untyped-call]
         event = known[0] if known else None
         if attached and dropped and results:
             event = self.note(name if with_grad else self.within[0] or "no_grad", attached)
+        elif attached and (indices := [r for r in results if not differentiable(r)]):
+            chosen = self.note(f"{INDICES}{name}", attached)  # of max, sort and the like, whose values stay on it
+            self._silent.update({id(each): (weakref.ref(each), chosen) for each in indices})
         elif known and attached and with_grad:
             use = Use(clock() - 1, self.part, attached)
             for each in known:
@@ -279,8 +284,9 @@ class Exits(Observer):  # type: ignore[no-untyped-call]
         behind = self._path_of(values[0]) if values else self._before()
         if operation == REENTRANT:
             behind = ""  # what is lost is inside
+        line = calling_place if self.part == "loss" else calling_line  # a loss belongs to no module
         event = Event(
-            Cut(operation, path, self.within[1] or calling_line(), behind),
+            Cut(operation, path, self.within[1] or line(), behind),
             values,
             parameters,
             left=left,
@@ -305,6 +311,18 @@ class Exits(Observer):  # type: ignore[no-untyped-call]
             return func(*args, **kwargs)
         finally:
             self.within = before
+
+    def end_in_loss(self, scalar: Tensor | None) -> Cut | None:
+        """Where what a loss is made of left the graph within the loss, for the last time; None where it did not.
+
+        Args:
+            scalar: what the loss returned; it may require grad all the same.
+        """
+        made = None if scalar is None else self.event_of(scalar)
+        if made is not None and made.part == "loss":
+            return made.cut
+        inside = [event for event in self.events if event.part == "loss" and (event.used or event.left)]
+        return inside[-1].cut if inside else None
 
     def _path_of(self, value: Value) -> str:
         return self.recording.path_at(value.node._sequence_nr())

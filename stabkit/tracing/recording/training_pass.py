@@ -88,6 +88,7 @@ class TrainingPass:
         gradients: the gradients of the parameters that the loss reaches; None for the others.
         inputs: gradients of the float inputs, in their order.
         without_graph: whether the model or the loss switched gradients off, or took some without ``create_graph``.
+        detached: how often the model or the loss took a tensor off its graph.
     """
 
     calls: list[Call]
@@ -97,6 +98,7 @@ class TrainingPass:
     gradients: dict[str, Tensor | None] = field(default_factory=dict)
     inputs: list[Tensor | None] = field(default_factory=list)
     without_graph: bool = False
+    detached: int = 0
 
 
 def training_pass(
@@ -140,7 +142,8 @@ def training_pass(
         watching.part = "loss"
         with mode:
             done.loss = combination(output, call.seed) if loss is None else _loss(loss, output)
-        done.without_graph = checkpoint is not None and checkpoint.without_graph
+        if checkpoint is not None:
+            done.without_graph, done.detached = checkpoint.without_graph, checkpoint.detached
         if done.loss is not None and differentiate:
             watching.part = "backward"
             handles = _announced(done.loss, watching) if observer is not None else []
@@ -164,6 +167,7 @@ class _Reentrant:
         self.observer = observer
         self.promoted: frozenset[Node] = frozenset()
         self.without_graph = False
+        self.detached = 0
         self._asking: set[Node] = set()
 
     def ask(self, tensor: Tensor) -> None:
@@ -263,15 +267,32 @@ def _announced(loss: Tensor, observer: Observer) -> list[Any]:
 
 def calling_line() -> str:
     """File and line of the innermost code outside of torch and stabkit that runs within a pass, or nothing."""
+    frame = _calling_frame()
+    return "" if frame is None else f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno}"
+
+
+def calling_place() -> str:
+    """The same behind the function or method that it lies in, where that has a name: ``Dice.forward, losses.py:12``."""
+    frame = _calling_frame()
+    if frame is None:
+        return ""
+    code = frame.f_code
+    owner, name = frame.f_locals.get(code.co_varnames[0]) if code.co_argcount else None, code.co_name
+    method = f"{type(owner).__name__}.{name}" if isinstance(owner, nn.Module) else name
+    line = f"{Path(code.co_filename).name}:{frame.f_lineno}"
+    return line if name.startswith("<") else f"{method}, {line}"
+
+
+def _calling_frame() -> FrameType | None:
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         code = frame.f_code
         if code.co_name in _PASSES and code.co_filename.startswith(LIBRARIES[1]):
-            return ""
+            return None
         if not code.co_filename.startswith((*LIBRARIES, "<")):
-            return f"{Path(code.co_filename).name}:{frame.f_lineno}"
+            return frame
         frame = frame.f_back
-    return ""
+    return None
 
 
 def nodes_above(tensor: Tensor) -> list[Node]:

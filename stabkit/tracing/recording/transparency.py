@@ -112,6 +112,13 @@ _UNWRITTEN = frozenset({torch.empty, torch.empty_like, torch.empty_strided, torc
 
 #: ``x.requires_grad = ...``
 _ASK_GRADIENT = torch.Tensor.requires_grad.__set__  # type: ignore[attr-defined]
+#: how a tensor is taken off its graph
+DETACHING: dict[Any, str] = {
+    torch.detach: "detach",
+    torch.Tensor.detach: "detach",
+    torch.Tensor.detach_: "detach_",
+    torch.Tensor.data.__get__: ".data",  # type: ignore[attr-defined]
+}
 #: how a tensor is made to require grad
 _ASKING = (torch.Tensor.requires_grad_, _ASK_GRADIENT)
 
@@ -168,6 +175,8 @@ class PlainKernels(TorchFunctionMode):
         """Tell the stand-in for training what it cannot see by itself."""
         if func in _ASKING:
             self.training.ask(args[0])
+        elif func in DETACHING:
+            self.training.detached += 1
         elif func is torch._C._set_grad_enabled:
             self.training.without_graph |= not args[0]
         elif func is torch.autograd.grad:
@@ -181,8 +190,8 @@ def transparent(through_no_grad: bool = False, training: Any = None) -> Iterator
     Args:
         through_no_grad: ignore ``torch.no_grad``.
         training: what stands in for the reentrant ``CheckpointFunction``, and is told (``ask``) of the tensors that are
-            made to require grad, and (``without_graph``) that something ran off the graph; None calls the function that
-            is checkpointed, and no more.
+            made to require grad, (``without_graph``) that something ran off the graph, and (``detached``) how often
+            something was taken off it; None calls the function that is checkpointed, and no more.
     """
     with contextlib.ExitStack() as stack:
         stack.enter_context(_without_checkpointing(training))
