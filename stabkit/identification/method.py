@@ -10,7 +10,7 @@ from stabkit.errors import ArgumentError
 from stabkit.identification.form.flow_index import Surroundings
 from stabkit.identification.form.grouping import groups, is_divided
 from stabkit.identification.names.systems import LINEAR_MAP
-from stabkit.identification.reading import read, read_states
+from stabkit.identification.reading import read, read_states, read_sums
 from stabkit.identification.record import Identification
 from stabkit.identification.steps.composed_steps import (
     with_compositions,
@@ -19,11 +19,13 @@ from stabkit.identification.steps.composed_steps import (
     with_halved_starts,
 )
 from stabkit.identification.steps.ends import with_ends
-from stabkit.identification.steps.forks_and_joins import changes_count
+from stabkit.identification.steps.fields_in_time import read_as_euler, with_fields_in_time
+from stabkit.identification.steps.forks_and_joins import changes_count, without_doubtful
 from stabkit.identification.steps.linear_steps import with_first_restarts
 from stabkit.identification.steps.pending import with_pending_starts
+from stabkit.identification.time.at_once import closed_form_note, recurrences_at_once
 from stabkit.identification.time.iterated import read_iteration
-from stabkit.identification.time.over_time import Recurrences, closed_form_note
+from stabkit.identification.time.over_time import Recurrences
 from stabkit.parallel import SERIAL, Parallel
 from stabkit.tracing import FlowLike, Iteration
 from stabkit.tracing.flow_checks import traced
@@ -79,7 +81,7 @@ def identify(flow: FlowLike, *, checks: bool = True, parallel: Parallel = SERIAL
 
     def with_time(record: Identification) -> Identification:
         start, stop = record.steps[0], record.steps[-1] + 1
-        found = recurrences.inside(start, stop)
+        found = recurrences.inside(start, stop) or recurrences_at_once(flow, start, stop)
         told = tuple(map(str, found)) or tuple(filter(None, (closed_form_note(flow, start, stop),)))
         return replace(record, over_time=found, notes=(*record.notes, *told)) if told else record
 
@@ -104,10 +106,11 @@ def identify(flow: FlowLike, *, checks: bool = True, parallel: Parallel = SERIAL
     costs = [float(sum(len(flow.steps[i].segment.nodes) for i in range(start, stop))) for start, stop in places]
     found = [record for records in parallel.share(read_group, costs, name="reading") for record in records]
     found = _over_steps(found, recurrences)
+    found = with_fields_in_time(found, lambda start, stop: read_as_euler(around, start, stop, read_sums))
     found = with_first_rounds(found)
     found = with_first_restarts(with_pending_starts(found, around), around)
     found = with_ends(found, around, lambda slots, steps: read_states(around, slots, steps))
-    found = with_halved_starts(found)
+    found = with_halved_starts(without_doubtful(found))
     found = with_compositions(found, lambda start, stop: with_time(read(around, start, stop)))
     return tuple(with_half_kicks(found, around))
 

@@ -27,6 +27,7 @@ def _rule(family: Family, settings: Mapping[str, Any]) -> Rule:
     return rule
 
 
+_HANDWRITTEN = torch.autograd.function.BackwardCFunction
 _BY_FAMILY = {family.name: family for family in FAMILIES}
 _BY_NAME: dict[str, tuple[Family, Mapping[str, Any]]] = {name: (family, {}) for name, family in _BY_FAMILY.items()}
 _BY_NAME.update((name, (_BY_FAMILY[family], parameters)) for name, (family, parameters, _) in SETTINGS.items())
@@ -59,7 +60,7 @@ def _operation(node_class: type[Node]) -> str:
 
 def is_python_node(node: Node) -> bool:
     """Whether the node belongs to a custom ``torch.autograd.Function``."""
-    return isinstance(node, torch.autograd.function.BackwardCFunction)
+    return isinstance(node, _HANDWRITTEN)
 
 
 def moves(*kinds: str) -> frozenset[str]:

@@ -118,3 +118,20 @@ def test_positions_along_the_axis_of_samples(model: nn.Module) -> None:
 @pytest.mark.parametrize("model", [Placed(right), Placed(drawn), Placed(centred), Placed(wrong, learnt=True, count=12)])
 def test_positions_draws_statistics_and_codes_of_samples(model: nn.Module) -> None:
     assert said(model) == []
+
+
+@pytest.mark.parametrize("bad", [True, False])
+def test_a_model_that_mixes_samples_in_training_alone(bad: bool) -> None:
+    class Normed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.inner, self.norm, self.outer = nn.Linear(4, 8), nn.BatchNorm1d(6), nn.Linear(8, 2)
+            self.positions = nn.Parameter(torch.randn(32, 8))
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.norm(self.inner(x))
+            placed = self.positions[: len(h), None] if bad else self.positions[: h.shape[1]]
+            return self.outer(torch.relu(h + placed)).mean(1)
+
+    assert [f.kind for f in said(Normed())] == ["mixed_samples"] * bad

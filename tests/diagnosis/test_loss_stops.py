@@ -83,3 +83,19 @@ def test_a_flat_sigmoid_is_told_once() -> None:
 
     found = stabkit.analyze(network, batch(), loss=loss, spectrum="none").findings
     assert [f.kind for f in found if f.severity != "info"] == ["saturated"]
+
+
+def test_a_power_whose_exponent_is_trained_over_negative_numbers() -> None:
+    class Pooled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.inner, self.outer, self.p = nn.Linear(6, 16), nn.Linear(16, 1), nn.Parameter(torch.tensor(3.0))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.outer(self.inner(x) ** self.p)
+
+    found = first(lambda o: functional.mse_loss(o, LABELS), Pooled())
+    assert found.kind == "non_finite"
+    assert "by its exponent holds the logarithm of its base" in found.evidence
+    assert "clamp(min=eps)" in found.remedy

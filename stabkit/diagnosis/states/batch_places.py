@@ -8,6 +8,7 @@ alike: where outputs hold samples against each other, only these may differ.
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -35,10 +36,12 @@ def batch_place_findings(flow: Flow) -> list[Finding]:
     """A finding where outputs depend on the places of samples in their batch, with where that begins."""
     call = flow.forward_pass
     count = sample_count(call)
-    if flow.batch < 2 or count < 3 or _has_codes(call.module, count):
-        return []  # only where samples are kept apart, as the recording has proven: others may be compared on purpose
     trains = any(module.training for module in call.module.modules())
+    if count < 3 or _has_codes(call.module, count) or (flow.batch < 2 and not trains):
+        return []  # only where samples are kept apart, as the recording has proven: others may be compared on purpose
     plain = _outputs(evaluated(call).output if trains else flow.output, count)
+    if flow.batch < 2 and not _are_apart(call, plain, count):
+        return []  # a norm over the batch mixes them in training alone
     if not plain or not _is_of_places(call, plain, count) or not _is_fixed(call, plain, count):
         return []
     first = _first(call, count)
@@ -74,6 +77,22 @@ def _has_codes(model: nn.Module, count: int) -> bool:
         for p in module.parameters(recurse=False)
         if isinstance(module, nn.Embedding) or not type(module).__module__.startswith("torch.nn")
     )
+
+
+def _are_apart(call: ForwardPass, plain: Sequence[Tensor], count: int) -> bool:
+    """Whether the first and the last sample are returned alike in eval mode where the others change their places."""
+    for kept in (0, count - 1):
+        rest = [i for i in range(count) if i != kept]
+        order = torch.tensor([kept if i == kept else rest[rest.index(i) - 1] for i in range(count)])
+        other = _outputs(evaluated(call, functools.partial(_in_order, order)).output, count)
+        pairs = zip(plain, other, strict=False)
+        if len(other) != len(plain) or any(bool(differing(b[kept], a[kept]).any()) for a, b in pairs):
+            return False
+    return True
+
+
+def _in_order(order: Tensor, tensor: Tensor) -> Tensor:
+    return tensor[order.to(tensor.device)] if tensor.dim() > 0 and len(tensor) == len(order) else tensor
 
 
 def _moved(count: int) -> Any:

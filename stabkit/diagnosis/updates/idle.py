@@ -25,8 +25,8 @@ _UNTRAINED = 0.9  # of what the best constant output leaves, below which a model
 _DECAYED = 100  # updates with weight decay and without, ten times as long as they are where the curvature bears that
 _LONGER, _SHARE = 10.0, 0.1  # times as long, up to that share of the largest stable rate
 _DOMINATES = 1.0  # pull of the decay over the gradient of the loss, from which it is tried; trained networks come there
-_AT_CONSTANT = 0.9  # of what the best constant output leaves, above which nothing is learnt with the decay
-_LEARNS = 0.5  # of the same, below which it is without
+_AT_CONSTANT = 0.6  # of what the best constant output leaves, above which little is learnt with the decay
+_LEARNS = 0.5  # of what is left with the decay, below which it is without
 _DECAY_REFERENCE = "Loshchilov and Hutter, Decoupled weight decay regularization, 2019"
 _RATE_REFERENCE = "Smith, Cyclical learning rates for training neural networks, 2017"
 
@@ -82,7 +82,7 @@ def idle_updates(
     factor = min(_LONGER, max(1.0, _SHARE * bound / rate)) if math.isfinite(bound) else 1.0
     runs = [Twin(hessian, optimizer, factor, decay=kept) for kept in (None, 0.0)]
     plain, without = (twin.losses(_DECAYED) for twin in runs)
-    if not (plain[-1] >= _AT_CONSTANT * constant and without[-1] < _LEARNS * constant):
+    if not (plain[-1] >= _AT_CONSTANT * constant and without[-1] < _LEARNS * plain[-1]):
         return None
     return Idle(_DECAYED, plain[0], plain[-1], without[-1], factor * rate, decay, pull, constant)
 

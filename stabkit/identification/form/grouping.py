@@ -17,6 +17,7 @@ from stabkit.tracing.graph.values import Value, meta_of, operation
 _STREAMS = (
     3  # two that are renewed by turns are told by other marks: they may be one state and what is made ahead of it
 )
+_PARTS = 8  # into which a layer of several states is cut at most
 
 
 def groups(flow: Flow, loops: Sequence[Loop] = ()) -> tuple[tuple[int, int], ...]:
@@ -29,7 +30,7 @@ def groups(flow: Flow, loops: Sequence[Loop] = ()) -> tuple[tuple[int, int], ...
     found: list[tuple[int, int]] = []
     start = 0
     while start < len(flow.steps):
-        stop = _round(flow, start, loops) or _branch(flow, start) or _filled(flow, start)
+        stop = _round(flow, start, loops) or _branch(flow, start) or _filled(flow, start) or _of_several(flow, start)
         stop = stop or _half_steps(flow, start) or _sweep(flow, start) or _cut_short(flow, start) or start + 1
         found.append((start, stop))
         start = stop
@@ -102,6 +103,51 @@ def _end_of(flow: Flow, start: int, old: Value) -> int | None:
         fed = _feeds_steps(flow, start, stop) or _feeds_systems(flow, start, stop, old)
         return stop if stays and not fed else None
     return None
+
+
+def _of_several(flow: Flow, start: int) -> int | None:
+    """The end of a layer of several states that was cut between their renewals, as its neighbour of the same cuts was.
+
+    A stack whose layers are no modules is cut at every convolution: x + r(z) beside a sum of s(z), z a gated map of x.
+    """
+    old = flow.states[start].values
+    shapes = {i: sorted(flow.states[i].sample_shapes) for i in range(start, min(start + _PARTS, len(flow.steps)) + 1)}
+    for stop in range(start + 2, min(start + _PARTS, len(flow.steps)) + 1):
+        new, size = flow.states[stop].values, stop - start
+        if set(old) & set(new):
+            continue
+        alike = [_operations(flow, start, stop) == _operations(flow, i, i + size) for i in (stop, start - size)]
+        # as many values of these shapes would be a state by themselves, as those of methods that remember are
+        between = all(
+            set(old) & set(flow.states[i].values) and shapes[i] != shapes[stop] for i in range(start + 1, stop)
+        )
+        if not any(alike) or not between or len(new) < 2:
+            continue
+        if len(old) != len(new) and not (len(old) == 1 and alike[0]):
+            return None
+        graph = flow.recorded.graph
+        nodes = graph.nodes[flow.states[start].position : flow.states[stop].position]
+        carrying = Piece(graph, nodes, old, new).carrying
+        return stop if sum(v in carrying for v in new) == len(old) else None
+    return _last_of_several(flow, start)
+
+
+def _last_of_several(flow: Flow, start: int) -> int | None:
+    """The end of the last such layer, of which a part is left out and the rest may go on into what follows."""
+    for size in range(2, _PARTS + 1):
+        before = _operations(flow, start - size, start)
+        if before is None or before != _operations(flow, start - 2 * size, start - size):
+            continue
+        steps = [step.operations for step in flow.steps[start : start + size]]
+        same = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(before, steps, strict=False)))
+        begun = 0 < same < len(steps) and steps[same][: len(before[same])] == before[same]
+        kept = set(flow.states[start].values) & set(flow.states[min(start + same, len(flow.states) - 1)].values)
+        return start + same + 1 if begun and kept and len(flow.states[start].values) > 1 else None
+    return None
+
+
+def _operations(flow: Flow, start: int, stop: int) -> list[tuple[str, ...]] | None:
+    return [step.operations for step in flow.steps[start:stop]] if 0 <= start < stop <= len(flow.steps) else None
 
 
 def _filled(flow: Flow, start: int) -> int | None:

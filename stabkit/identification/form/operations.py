@@ -61,6 +61,7 @@ _MIXES = frozenset(
 
 _AFFINE = MOVES | ADDS | _SCATTERS
 _CLOSED = frozenset(OPAQUE) | {"CppFunction"}
+_known: dict[type[Node], bool] = {}  # of torch's own nodes by class: it is asked of each of them several times over
 
 
 def is_opaque(node: Node) -> bool:
@@ -68,11 +69,16 @@ def is_opaque(node: Node) -> bool:
 
     ``CppFunction`` is what torch shows of every compiled operation that has no class of its own.
     """
-    if operation(node) in _CLOSED:
-        return True
-    if operation(node) in WRITES:  # torchdiffeq's own assignment of a stage into the buffer of all stages
-        return False
-    return is_python_node(node) and not is_activation(node) and norm_of(node) is None
+    closed = _known.get(type(node))
+    if closed is not None:
+        return closed
+    name = operation(node)
+    if is_python_node(node):  # whose class may be one of many that a forward pass makes, and be registered later
+        if name in _CLOSED or name in WRITES:  # torchdiffeq's own assignment of a stage into the buffer of all stages
+            return name in _CLOSED
+        return not is_activation(node) and norm_of(node) is None
+    _known[type(node)] = name in _CLOSED
+    return _known[type(node)]
 
 
 def has_matrix(node: Node) -> bool:

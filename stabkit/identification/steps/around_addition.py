@@ -137,11 +137,16 @@ def with_gates(record: Identification, kinds: set[str], sums: Sequence[NormalFor
         share = f"{len(sums)} gated steps" if len(gated) == len(sums) else f"{len(sums)} steps, {len(gated)} gated"
         system = "x' = a_i(x) x + f_i(x) - x, one after the other, each with a gate of its own"
         name = f"Lie splitting ({share}, mean a = {numbers})"
+        if len(gated) < len(sums):  # the share of a gate is no number of the steps beside it
+            record = replace(record, step_size=None, convention="none: every step has its own")
         return replace(record, name=name, notes=notes, evidence="measured", system=system)
     if record.skip is None:  # a projection, or a map behind the addition, has named the step: no single a describes it
         return replace(record, evidence="measured", notes=(*record.notes, notes[0]))
     if abs((record.skip or 0.0) + (record.step_size or 0.0) - 1.0) > GATED:
         name, system = f"gated skip (mean a = {record.skip:.3g})", "x' = a(x) x + f(x) - x, the old state times a gate"
+        if record.name.startswith("unnamed"):  # of stages that gates weigh no one number is a step size
+            how = "none: the stages of the branch are weighed by numbers of their own"
+            record = replace(record, method=None, recorded=(), step_size=None, convention=how, evidence="measured")
         return replace(record, name=name, system=system, notes=notes)
     return replace(
         record,

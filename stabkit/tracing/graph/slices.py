@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+import operator
+from collections import Counter, defaultdict
 from collections.abc import Collection
 from typing import Any
 
-import numpy as np
 from torch.autograd.graph import Node
 
 from stabkit.tracing.graph.graph import Graph
@@ -75,8 +75,8 @@ class Pieces:
             count = min(len(self._places[key]), enough)
             if count < fewest:
                 continue
-            ordered = np.unique(ranks)
+            ordered = sorted(set(ranks))
             for lag in range(1, _LAGS + 1):
-                apart, often = np.unique(ordered[lag:] - ordered[:-lag], return_counts=True)
-                found.update(int(p) for p in apart[often >= max(count - 2, 2)])
+                apart = Counter(map(operator.sub, ordered[lag:], ordered))
+                found.update(distance for distance, often in apart.items() if often >= max(count - 2, 2))
         return found

@@ -207,7 +207,7 @@ class Segment:
             else:
                 # forward products are held against those backwards before they are used (`Products`); where every node
                 # takes stacked tangents by a rule of its own, that is test enough
-                if direction == "jvp" and walked.stacks_by_rules:
+                if self._vmap[direction] == "untested" and direction == "jvp" and walked.stacks_by_rules:
                     self._vmap[direction] = "right"
                 if self._vmap[direction] == "untested":
                     # batching rules can be silently wrong (torch 2.14: the backward of cdist): test the sum of all

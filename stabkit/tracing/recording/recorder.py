@@ -167,7 +167,7 @@ class ValueRecorder(EagerMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        tensors = tensors_in(args, kwargs)
+        tensors = tensors_in(*args, *kwargs.values())
         on_graph = [tensor for tensor in tensors if tensor.requires_grad]
         for tensor in on_graph:
             self._see(tensor)
