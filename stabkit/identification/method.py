@@ -12,7 +12,12 @@ from stabkit.identification.form.grouping import groups, is_divided, is_round, w
 from stabkit.identification.names.systems import LINEAR_MAP
 from stabkit.identification.reading import read, read_states, read_sums
 from stabkit.identification.record import Identification
-from stabkit.identification.steps.composed_steps import with_compositions, with_first_rounds, with_half_kicks
+from stabkit.identification.steps.composed_steps import (
+    with_compositions,
+    with_first_rounds,
+    with_half_kicks,
+    with_halved_starts,
+)
 from stabkit.identification.steps.ends import with_ends
 from stabkit.identification.steps.fields_in_time import read_as_euler, with_fields_in_time
 from stabkit.identification.steps.forks_and_joins import changes_count, without_doubtful
@@ -111,7 +116,7 @@ def identify(flow: FlowLike, *, checks: bool = True, parallel: Parallel = SERIAL
     found = with_first_rounds(found)
     found = with_first_restarts(with_pending_starts(found, around), around)
     found = with_ends(found, around, lambda slots, steps: read_states(around, slots, steps))
-    found = without_doubtful(found)
+    found = with_halved_starts(without_doubtful(found))
     found = with_compositions(found, lambda start, stop: with_time(read(around, start, stop)))
     return tuple(with_half_kicks(found, around))
 

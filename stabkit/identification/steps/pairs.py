@@ -32,6 +32,7 @@ from stabkit.identification.names.systems import (
     name_several_states,
 )
 from stabkit.identification.record import Identification
+from stabkit.identification.steps.composed_steps import LEAPFROG_OR
 from stabkit.identification.steps.noise import with_noise
 from stabkit.identification.steps.pending import name_pending, told_of
 from stabkit.identification.steps.predicted_steps import without_clock
@@ -40,7 +41,9 @@ from stabkit.integrators import GeneralLinearMethod
 from stabkit.tracing.graph.values import Value, meta_of, operation, outputs_of
 
 LEAPFROG = "leapfrog"
-_EITHER = "x' = f(x, t) by the two-step midpoint rule, or p' = F(q), q' = G(p) in turn: with weights of its own at each"
+_EITHER = (
+    "x' = f(x, t) by the two-step midpoint rule, or p' = F(q), q' = G(p) in turn: one map, weights of its own at each"
+)
 PARTS = ", parts of one tensor"
 _UNSPECIFIC = ("unnamed", "general linear method", "Adams-Bashforth type")  # what fields with a linear part may read as
 
@@ -121,7 +124,7 @@ def _named(
         readout = with_readout(table)
         named = readout.name if readout is not None else _in_parts(around, found, steps) or named
     if named.name == LEAPFROG and len(table.rows) == 1 and not _is_evaluated_beside(around, form, steps):
-        named = replace(named, name=f"{LEAPFROG}, or additive couplings in turn", system=_EITHER)
+        named = replace(named, name=LEAPFROG_OR, system=_EITHER)
     if named.order == 2 and direction(shears(table) or ()) < 0:
         named = replace(named, h=-named.h)
     method = table.method(named.unit)
