@@ -8,17 +8,24 @@ from dataclasses import replace
 
 from stabkit.errors import ArgumentError
 from stabkit.identification.form.flow_index import Surroundings
-from stabkit.identification.form.grouping import groups, is_divided
+from stabkit.identification.form.grouping import groups, is_divided, is_round, with_norms
 from stabkit.identification.names.systems import LINEAR_MAP
-from stabkit.identification.reading import read, read_states
+from stabkit.identification.reading import read, read_states, read_sums
 from stabkit.identification.record import Identification
-from stabkit.identification.steps.composed_steps import with_compositions, with_first_rounds, with_half_kicks
+from stabkit.identification.steps.composed_steps import (
+    with_compositions,
+    with_first_rounds,
+    with_half_kicks,
+    with_halved_starts,
+)
 from stabkit.identification.steps.ends import with_ends
-from stabkit.identification.steps.forks_and_joins import changes_count
+from stabkit.identification.steps.fields_in_time import read_as_euler, with_fields_in_time
+from stabkit.identification.steps.forks_and_joins import changes_count, without_doubtful
 from stabkit.identification.steps.linear_steps import with_first_restarts
 from stabkit.identification.steps.pending import with_pending_starts
+from stabkit.identification.time.at_once import closed_form_note, recurrences_at_once
 from stabkit.identification.time.iterated import read_iteration
-from stabkit.identification.time.over_time import Recurrences, closed_form_note
+from stabkit.identification.time.over_time import Recurrences
 from stabkit.parallel import SERIAL, Parallel
 from stabkit.tracing import FlowLike, Iteration
 from stabkit.tracing.flow_checks import traced
@@ -27,6 +34,7 @@ _NOTHING_READ = frozenset(
     {"unknown", "not a step", "part of a step", "plain", "transition", "transformed skip", "unnamed"}
 )
 _OVER_TIME = ("linear recurrence", "diagonal skip")  # what a step over time is called that is seen by itself
+_BLOCKS = 2  # residual blocks within a long skip that are steps by themselves
 _COARSE = ("unnamed", "gated skip", "damped Euler, parallel")  # readings that single steps may better
 
 
@@ -74,7 +82,7 @@ def identify(flow: FlowLike, *, checks: bool = True, parallel: Parallel = SERIAL
 
     def with_time(record: Identification) -> Identification:
         start, stop = record.steps[0], record.steps[-1] + 1
-        found = recurrences.inside(start, stop)
+        found = recurrences.inside(start, stop) or recurrences_at_once(flow, start, stop)
         told = tuple(map(str, found)) or tuple(filter(None, (closed_form_note(flow, start, stop),)))
         return replace(record, over_time=found, notes=(*record.notes, *told)) if told else record
 
@@ -88,9 +96,14 @@ def identify(flow: FlowLike, *, checks: bool = True, parallel: Parallel = SERIAL
         # where a round may be cut, what is said of its parts is true as well; Strang's order of them says more
         divided = is_divided(flow, start, stop, around.loops)
         known = not (record.name in _NOTHING_READ or record.name.startswith(_COARSE))
-        if record.name.startswith("Strang") if divided else known:
+        kept = record.name.startswith("Strang") if divided else known
+        # a long skip leads around blocks, which are the steps; around a single one it makes a step of its own
+        around_blocks = kept and stop - start > _BLOCKS and not is_round(flow, start, stop, around.loops)
+        if kept and not around_blocks:
             return [record]
-        single = [read(around, step, step + 1) for step in range(start, stop)]
+        single = [read(around, *part) for part in with_norms(flow, start, stop)]
+        if kept:
+            return single if sum(map(_is_block, single)) >= _BLOCKS else [record]
         if all(r.name == "part of a step" for r in single):
             return [record]
         unread = sum(r.name in _NOTHING_READ or changes_count(r) or r.name.startswith(_COARSE) for r in single)
@@ -99,9 +112,11 @@ def identify(flow: FlowLike, *, checks: bool = True, parallel: Parallel = SERIAL
     costs = [float(sum(len(flow.steps[i].segment.nodes) for i in range(start, stop))) for start, stop in places]
     found = [record for records in parallel.share(read_group, costs, name="reading") for record in records]
     found = _over_steps(found, recurrences)
+    found = with_fields_in_time(found, lambda start, stop: read_as_euler(around, start, stop, read_sums))
     found = with_first_rounds(found)
     found = with_first_restarts(with_pending_starts(found, around), around)
     found = with_ends(found, around, lambda slots, steps: read_states(around, slots, steps))
+    found = with_halved_starts(without_doubtful(found))
     found = with_compositions(found, lambda start, stop: with_time(read(around, start, stop)))
     return tuple(with_half_kicks(found, around))
 
@@ -125,6 +140,12 @@ def _over_steps(records: Sequence[Identification], recurrences: Recurrences) -> 
             for record in steps
         ]  # fmt: skip
     return found
+
+
+def _is_block(record: Identification) -> bool:
+    """Whether a step is one of a state of its own, with a skip around it."""
+    named = not (record.name in _NOTHING_READ or record.name.startswith(_COARSE))
+    return named and record.skip == 1.0 and record.method is not None and not changes_count(record)
 
 
 def _may_be_linear(record: Identification) -> bool:

@@ -20,7 +20,14 @@ from stabkit.identification.form.skip_past_norms import measured_skip, skip_past
 from stabkit.identification.form.slots import Slots
 from stabkit.identification.form.tableau import Blocks, blocks
 from stabkit.identification.names.sequences import name_sequence, says_less
-from stabkit.identification.names.single import NO_STEP, Name, name_one_state
+from stabkit.identification.names.single import (
+    NO_STEP,
+    NO_TABLEAU,
+    Name,
+    by_numbers,
+    has_two_stages,
+    name_one_state,
+)
 from stabkit.identification.names.weighed import gates_of_stages, name_weighed
 from stabkit.identification.record import Identification, nothing, record_of
 from stabkit.identification.steps.additions import depends_on_input, last_sum, linear_links, notes_of_sums, with_mean
@@ -37,7 +44,7 @@ from stabkit.identification.steps.around_addition import (
 )
 from stabkit.identification.steps.change_of_space import change_of_space
 from stabkit.identification.steps.coupled import coupled
-from stabkit.identification.steps.couplings import coupling, is_affine_coupling, mixed_coupling, with_couplings
+from stabkit.identification.steps.couplings import mixed_coupling, scaled_coordinates, with_couplings
 from stabkit.identification.steps.diffusion import as_diffusion
 from stabkit.identification.steps.exponential_steps import by_coordinates
 from stabkit.identification.steps.forks_and_joins import holds_a_step, step_inside
@@ -54,6 +61,8 @@ from stabkit.identification.steps.implicit import (
 )
 from stabkit.identification.steps.iterated_solves import held_iteration, record_of_equation, solved_step
 from stabkit.identification.steps.linear_steps import read_linear, restarted
+from stabkit.identification.steps.moves_behind import before_moves
+from stabkit.identification.steps.nested import in_turn, with_nested_chains
 from stabkit.identification.steps.noise import with_noise
 from stabkit.identification.steps.pairs import dense_concatenation, read_several_states
 from stabkit.identification.steps.predicted_steps import with_fed_step, with_predicted_step, with_step_sizes_held
@@ -63,7 +72,7 @@ from stabkit.identification.steps.retraction import bent_skip, retraction
 from stabkit.identification.steps.sliding_window import sliding_window, window_of_states
 from stabkit.identification.steps.solver_outputs import last_of_stack, with_others
 from stabkit.identification.steps.state_mixing import mixed_by_itself, record_of_mixing, streams_mixed_by_themselves
-from stabkit.identification.steps.streams import Streams, mixed_streams
+from stabkit.identification.steps.streams import mixed_by_numbers, mixed_streams, record_of_streams
 from stabkit.integrators import named
 from stabkit.tracing.graph.values import meta_of, operation
 
@@ -129,12 +138,13 @@ def _of_slots(around: Surroundings, found: Slots, steps: tuple[int, ...]) -> Ide
     before, after = (around.flow.states[i].values for i in (start, stop))
     if record.name.startswith("unnamed") and found.split and len(before) == len(after) == 1:
         whole = around.whole(start, stop, replace(found, sources=before, targets=after, split=False))
-        if is_affine_coupling(whole):
-            return coupling(steps)
+        flow = scaled_coordinates(whole, steps)
+        if flow is not None:
+            return flow
         streams = mixed_streams(whole) if record.name == "unnamed" else None
         if streams is not None:  # split off and mixed again
-            return _of_streams(streams, steps)
-    return coupled(around, found, steps, record, _one_state)
+            return record_of_streams(streams, steps)
+    return mixed_by_numbers(coupled(around, found, steps, record, _one_state))
 
 
 def _implicit(around: Surroundings, steps: tuple[int, ...]) -> Identification:
@@ -230,7 +240,7 @@ def _without_skip(around: Surroundings, found: Slots, links: Sequence[Link], ste
         return measured_skip(hidden, steps)
     streams = mixed_streams(whole)
     if streams is not None:
-        return _of_streams(streams, steps)
+        return record_of_streams(streams, steps)
     threshold = learned_threshold(around.flow, steps, links)
     if threshold is not None:
         return threshold
@@ -248,7 +258,7 @@ def _without_skip(around: Surroundings, found: Slots, links: Sequence[Link], ste
         return nothing(steps, "unknown", why, "unknown")
     notes = []
     if any(link.kind == "sum" for link in links):
-        notes.append("a residual lies inside, but no skip leads around the whole step")
+        notes.append(f"a residual lies inside ({in_turn(links, found.contexts)}), no skip leads around the whole step")
     if any(link.kind == "join" for link in links):
         notes.append("the state is put beside a function of it, and both are mixed: several projections, no skip")
     for link in links:
@@ -299,16 +309,6 @@ def _is_projection(stage: Stage) -> bool:
     return len(stage.inputs) == 1 and all(c.kind in ("scalar", "moved") for c in coefficients)
 
 
-def _of_streams(streams: Streams, steps: tuple[int, ...]) -> Identification:
-    """Residual streams that a matrix mixes."""
-    n = streams.method.states
-    why = f"the skip mixes {n} streams along axis {streams.axis} by a matrix, the V of a general linear method"
-    one = "h = 1: only the product h f can be seen"
-    named = Name(f"general linear method of {n} streams", "x' = f(x), a history of states as streams", 1.0, one)
-    record = record_of(named, None, steps, skip=None, residual=streams.residual, notes=(why,))
-    return replace(record, method=streams.method, evidence="measured")
-
-
 def _without_sum(around: Surroundings, found: Slots, links: Sequence[Link], steps: tuple[int, ...]) -> Identification:
     weightless = [n for link in links if link.kind == "weightless" for n in link.operations]
     if weightless:
@@ -337,18 +337,26 @@ def _sums(around: Surroundings, found: Slots, links: Sequence[Link], steps: tupl
     mixing = streams_mixed_by_themselves(around.whole(steps[0], steps[-1] + 1, found))
     if mixing is not None:
         return record_of_mixing(mixing, steps)
-    record = _read_sums(around, found, links, steps)
+    record = read_sums(around, found, links, steps)
     if norms_after(links) and (fixed := with_fixed_norms(around.whole(steps[0], steps[-1] + 1, found), record)):
         return fixed
     if not record.name.startswith("unnamed"):
         return record
-    controlled = with_step_sizes_held(around, found, steps, _read_sums)
+    controlled = with_step_sizes_held(around, found, steps, read_sums)
     if controlled is not None:
         return controlled
     for other, why in chains_of_other_fields(around, found, links, steps):
-        better = _read_sums(around, found, other, steps)
+        better = read_sums(around, found, other, steps)
         if not better.name.startswith("unnamed") and better.shared_weights:
             return replace(better, notes=(*why, *better.notes))
+        if record.name == "unnamed" and better.name.startswith(NO_TABLEAU) and better.shared_weights:
+            record = replace(better, notes=(*why, *better.notes))
+    name, system = by_numbers(record.name, record.system, record.method)
+    if record.shared_weights and name != record.name:
+        return replace(record, name=name, system=system)
+    nested = None if record.shared_weights else with_nested_chains(around, found, links, steps, read_sums)
+    if nested is not None:
+        return nested
     called = around.most_called(steps[0], steps[-1] + 1)
     if called is None or record.shared_weights:
         return record
@@ -356,7 +364,7 @@ def _sums(around: Surroundings, found: Slots, links: Sequence[Link], steps: tupl
     return replace(record, notes=(told, *record.notes))
 
 
-def _read_sums(around: Surroundings, found: Slots, links: Sequence[Link], steps: tuple[int, ...]) -> Identification:
+def read_sums(around: Surroundings, found: Slots, links: Sequence[Link], steps: tuple[int, ...]) -> Identification:
     """A chain of sums, with norms or activations after them."""
     sums = [link.form for link in links if link.kind == "sum"]
     first = next(i for i, link in enumerate(links) if link.kind == "sum")
@@ -364,7 +372,8 @@ def _read_sums(around: Surroundings, found: Slots, links: Sequence[Link], steps:
     after = tuple(n for link in behind for n in link.operations)
     total = None if after else _total(around, found, steps, links)
     if total is not None and total.kind in ("moved", "mixed"):
-        return nothing(steps, "not a step", "the skip moves or mixes coordinates", "measured")
+        before = before_moves(found, links, lambda slots: _of_slots(around, slots, steps))
+        return before or nothing(steps, "not a step", "the skip moves or mixes coordinates", "measured")
     parts = linear_links(links)
     tables = [blocks(p.form, found.contexts, moves_cancel=total is not None or p.kind == "scaling") for p in parts]
     if any(table is None for table in tables):
@@ -400,11 +409,10 @@ def _read_sums(around: Surroundings, found: Slots, links: Sequence[Link], steps:
     kinds = {c.kind for c in skips} if total is None else {total.kind}
     residual = total.residual if total is not None else max((c.residual for c in skips), default=0.0)
     record = record_of(named, table, steps, skip=float(table.V[0, 0]), residual=residual, after=after)
+    told = named.is_known or has_two_stages(named.name, len(table.rows))
     record = replace(
         record,
-        evidence="proven"
-        if kinds <= {"scalar"} and named.is_known and not any(map(depends_on_input, sums))
-        else "measured",
+        evidence="proven" if kinds <= {"scalar"} and told and not any(map(depends_on_input, sums)) else "measured",
         notes=(*own_rates, *masked(kinds), *_linear_part(relaxed), *notes_of_sums(around, sums, table), *record.notes),
         checks=_checks(sums, table) if around.checks else (),
     )
@@ -413,12 +421,12 @@ def _read_sums(around: Surroundings, found: Slots, links: Sequence[Link], steps:
     threshold = soft_threshold(around.flow, steps[-1] + 1, links[-1]) if behind else None
     record = with_projection(
         record, norms_after(links), len(sums), rectified=all(map(rectifies, behind)), threshold=threshold,
-        bends=not all(map(normalises, behind)), whole=at_the_end,
+        bends=not all(map(normalises, behind)), whole=at_the_end, skips=tuple(c.value for c in skips),
     )  # fmt: skip
     record = with_gates(record, kinds, sums)
-    if "gate" in kinds and is_affine_coupling(around.whole(steps[0], steps[-1] + 1, found)):
-        found_one = coupling(steps)
-        record = replace(found_one, after=record.after, notes=(*found_one.notes, *record.notes))
+    flow = scaled_coordinates(around.whole(steps[0], steps[-1] + 1, found), steps) if "gate" in kinds else None
+    if flow is not None:
+        record = replace(flow, after=record.after, notes=(*flow.notes, *record.notes))
     record = with_couplings(record, sums)
     record = with_fed_step(with_predicted_step(with_mean(record, sums), sums), around, sums)
     return with_noise(with_randomness(record, sums), [link.form for link in links])

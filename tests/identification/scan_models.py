@@ -300,20 +300,6 @@ def bidirectional() -> nn.Module:
 # ---------------------------------------------------------------- closed forms
 
 
-def min_gru_log() -> nn.Module:
-    """minGRU by the associative scan in log space."""
-
-    def forward(m: Any, x: Tensor) -> Tensor:
-        hidden, gate = m.parts[0](x), m.parts[1](x)
-        coefficients = -functional.softplus(gate)
-        log_g = torch.where(hidden >= 0, (functional.relu(hidden) + 0.5).log(), -functional.softplus(-hidden))
-        values = -functional.softplus(-gate) + log_g
-        a = coefficients.cumsum(1)
-        return m.parts[2]((a + (values - a).logcumsumexp(1)).exp())
-
-    return Mixer(forward, linear(8), linear(8), nn.Linear(8, WIDTH))
-
-
 def s4d_convolution() -> nn.Module:
     """S4D by its kernel, with the Fourier transform."""
 
@@ -340,17 +326,6 @@ def retnet_parallel() -> nn.Module:
         return m.parts[3]((q @ k.transpose(1, 2) * decay) @ v)
 
     return Mixer(forward, *_projected(3), nn.Linear(4, WIDTH))
-
-
-def ema_cumsum() -> nn.Module:
-    """A decaying sum by cumulative sums of what is scaled up beforehand."""
-
-    def forward(m: Any, x: Tensor) -> Tensor:
-        t = torch.arange(x.shape[1], dtype=x.dtype)[:, None]
-        rate = functional.softplus(m.rate)
-        return m.parts[0](torch.exp(-rate * t) * torch.cumsum(torch.exp(rate * t) * x, 1))
-
-    return Mixer(forward, linear(WIDTH), rate=torch.linspace(-3, -1, WIDTH))
 
 
 # ---------------------------------------------------------------- no recurrence
@@ -411,4 +386,4 @@ SCANS: dict[Callable[[], nn.Module], tuple[str, str]] = {
     cornn: (r"damped oscillator, symplectic Euler \(coRNN\)", "proven"),
     running_total: (r"sum over time \(a = 1\)", "proven"),
 }
-CLOSED = (min_gru_log, s4d_convolution, ema_cumsum)
+CLOSED = (s4d_convolution,)

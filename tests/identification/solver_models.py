@@ -101,7 +101,7 @@ FAMILIES = (
     Family("RK-net, Kutta 3", "kutta3", partial(solver, lambda: Solver(*KUTTA3)), polynomial(1, 1, 1 / 2, 1 / 6)),
     Family("RK-net, 3/8 rule", "three_eighths", partial(solver, lambda: Solver(*THREE_EIGHTHS)),
            polynomial(1, 1, 1 / 2, 1 / 6, 1 / 24)),
-    Family("RK-net, no known tableau", "unnamed Runge-Kutta (2 stages, order 1)",
+    Family("RK-net, no known tableau", "2-stage Runge-Kutta (c = 0.7, b = 0.2 and 0.8, order 1)",
            partial(solver, lambda: Solver(*UNKNOWN)), polynomial(1, 1, 0.56)),
     Family("torchdiffeq euler", "forward Euler", partial(solver, lambda: Library("euler")),
            polynomial(1, 1)),

@@ -161,7 +161,7 @@ REVERSIBLE = "reversible (two-stream symplectic Euler)"
 FAMILIES = (
     Family("LM-ResNet", "two-step (LM-ResNet, k = -0.2)", partial(looped, linear_multistep),
            constant(lambda z: [[0, 1], [-0.2, 1.2 + z]]), which=2),
-    Family("midpoint net", "leapfrog, or additive couplings in turn", partial(looped, midpoint),
+    Family("midpoint net", "leapfrog", partial(looped, midpoint),
            constant(lambda z: [[0, 1], [1, 0.2 * z]]), which=2),
     Family("leapfrog net", "second_order_leapfrog", partial(looped, leapfrog),
            lambda flow, record: lambda w: [[0, 1], [-1, 2 + 0.2 * w]], which=2),

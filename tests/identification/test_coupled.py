@@ -209,8 +209,8 @@ def test_states_that_are_rotated_into_each_other_are_not_damped_each():
         return 0.8 * x + 0.6 * y + m.f(m.norm(x)), -0.6 * x + 0.8 * y
 
     found = middle(rule)
-    assert (found.name, found.evidence, found.skip) == ("unnamed", "measured", None)
-    assert found.system == "a system of 2 states"
+    assert (found.name, found.evidence, found.skip) == ("general linear method of 2 states", "measured", None)
+    assert found.notes[0].startswith("V = (0.8, 0.6; -0.6, 0.8), the field is that of a = (1, 0)")
 
 
 def projected_position(m, x, v):
@@ -295,3 +295,26 @@ def test_oscillators_over_time_whose_entries_have_numbers_of_their_own(damping, 
 
     found = identify(trace(Oscillators().double(), torch.randn(3, 7, 3).double()))
     assert sum(record.name.startswith(name) for record in found) >= 3
+
+
+class Equilibrium(nn.Module):
+    """Two layers that relax towards what each makes of the other (Scellier and Bengio 2017)."""
+
+    def __init__(self):
+        super().__init__()
+        self.into, self.on = nn.Linear(5, 6), nn.Linear(6, 4)
+
+    def forward(self, x):
+        a, b = 0.1 * self.into(x), torch.zeros(len(x), 4, dtype=x.dtype)
+        for _ in range(5):
+            toward = torch.tanh(self.into(x) + b @ self.on.weight)
+            a, b = a + 0.2 * (toward - a), b + 0.3 * (torch.tanh(self.on(a)) - b)
+        return b
+
+
+def test_a_number_before_what_another_state_gives_is_its_step_size():
+    torch.manual_seed(0)
+    found = identify(trace(Equilibrium().double(), torch.randn(3, 5, dtype=torch.float64)))
+    (system,) = {r.system for r in found if r.name.startswith("damped Euler of 2 coupled states")}
+    assert "running sum (a = 0.8), h = 0.2, reads old x_2" in system
+    assert "running sum (a = 0.7), h = 0.3, reads old x_1" in system

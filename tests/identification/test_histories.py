@@ -86,3 +86,28 @@ def test_fields_of_their_own_in_turn_are_no_proof_of_a_leapfrog(fields: int, nam
     names = [r.name for r in found if "leapfrog" in r.name]
     assert len(names) > 2
     assert set(names) == {name}
+
+
+class _Midpoint(nn.Module):
+    """The two-step midpoint rule with weights of its own at each step, begun by some multiple of Euler's step."""
+
+    def __init__(self, start: float) -> None:
+        super().__init__()
+        self.stem, self.head, self.start = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH), start
+        self.f = nn.ModuleList(_mlp() for _ in range(7))
+
+    def forward(self, i: Tensor) -> Tensor:
+        before = self.stem(i)
+        x = before + self.start * self.f[0](before)
+        for f in self.f[1:]:
+            before, x = x, before + 0.2 * f(x)
+        return self.head(x)
+
+
+@pytest.mark.parametrize(("start", "name"), [(0.1, "leapfrog"), (0.2, "leapfrog, or additive couplings in turn")])
+def test_a_start_by_half_a_field_tells_the_midpoint_rule_from_couplings(start: float, name: str) -> None:
+    torch.manual_seed(0)
+    found = stabkit.identify(stabkit.trace(_Midpoint(start), torch.randn(2, WIDTH)), checks=False)[1:-1]
+    assert {r.name for r in found[1:]} == {name}
+    assert {round(r.step_size, 6) for r in found if r.step_size} == {0.1}
+    assert found[0].name == ("forward Euler" if start == 0.1 else name)

@@ -307,3 +307,28 @@ def test_steps_over_time_have_the_name_that_their_factors_were_made_by(rule, nam
     found = [r for r in identify(flow, checks=False) if r.name not in ("fork", "join")]
     assert len(found) > 4
     assert all(r.name.startswith(name) and r.evidence == "measured" for r in found)
+
+
+def test_slices_that_another_recurrence_carries_are_no_inputs_of_this_one():
+    """The weights of RWKV are divided by a running maximum, which holds the keys of all times before."""
+
+    class Weighted(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.k, self.v = nn.Linear(models.WIDTH, models.WIDTH), nn.Linear(models.WIDTH, models.WIDTH)
+            self.decay = nn.Parameter(torch.randn(models.WIDTH))
+
+        def forward(self, x: Tensor) -> Tensor:
+            keys, values, out = self.k(x), self.v(x), []
+            total, top = torch.zeros_like(keys[:, 0]), torch.full_like(keys[:, 0], -1e38)
+            for k, v in zip(keys.unbind(1), values.unbind(1), strict=True):
+                faded = top - torch.exp(self.decay)
+                top = torch.maximum(faded, k)
+                total = torch.exp(faded - top) * total + torch.exp(k - top) * v
+                out.append(total)
+            return torch.tanh(torch.stack(out, 1))
+
+    for record in blocks(models.network(Weighted)):
+        names = [found.name for found in record.over_time]
+        assert sorted(name.partition(" (exact")[0] for name in names) == ["exponential step", "maximum over time"]
+        assert not any("successive times" in note for found in record.over_time for note in found.notes)

@@ -71,9 +71,8 @@ def test_the_tableau_and_the_fields_make_up_the_step(step: Callable[..., torch.T
 @pytest.mark.parametrize(("step", "name"), [(s.heun, "heun2"), (s.midpoint, "midpoint"), (s.rk4, "rk4")])
 def test_what_is_read_of_the_input_is_no_state(step: Callable[..., object], name: str, kind: str, begins: bool):
     found = read(s.WithInput(kind, step, begins))
-    one = begins and kind == "condition" and name == "midpoint"  # of a constant state both evaluations look like one
-    assert methods(found) == [name] * (3 if one else 4)
-    assert [r.step_size for r in found if r.name == name] == pytest.approx([s.H] * (3 if one else 4))
+    assert methods(found) == [name] * 4
+    assert [r.step_size for r in found if r.name == name] == pytest.approx([s.H] * 4)
 
 
 @pytest.mark.parametrize("rounds", [1, 2])

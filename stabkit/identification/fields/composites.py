@@ -62,8 +62,9 @@ def as_one_field(found: Blocks) -> Blocks | None:
     moved = (found.U != 0).any(axis=1) & (found.A != 0).any(axis=1)
     if found.V.shape != (1, 1) or found.V[0, 0] != 1.0 or len(found.rows) < 2 or moved.any() or not found.A.any():
         return None
-    one = np.ones((1, 1))
-    return Blocks(0 * one, one, one, found.V, (0,), found.rows[:1], (None,))
+    one, sizes = np.ones((1, 1)), np.abs(found.B[found.B != 0])  # of f - g, both times h, the step size is h
+    h = sizes[0] if len(sizes) and np.allclose(sizes, sizes[0], rtol=_CLOSE) else 1.0
+    return Blocks(0 * one, one, h * one, found.V, (0,), found.rows[:1], (None,))
 
 
 def _weights(found: Blocks, groups: list[slice]) -> Matrix | None:

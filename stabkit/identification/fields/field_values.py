@@ -21,7 +21,7 @@ from stabkit.identification.form.pieces import ADDED, Piece
 from stabkit.identification.form.slots import Slots
 from stabkit.tracing.graph.values import Value, operation, outputs_of
 
-_CONTINUED = "the value of the field ends after its linear part, which is another one at every stage"
+CONTINUED = "the value of the field ends after its linear part, which is another one at every stage"
 
 
 @dataclass(frozen=True)
@@ -121,4 +121,20 @@ def chains_of_other_fields(
         for more in (frozenset[Node](), *continued_fields(form)):
             other = around.chain(start, stop, found, more | form.piece.owned)
             if (more or form is not sums[0]) and [link.kind for link in other] == [link.kind for link in links]:
-                yield other, ((_CONTINUED,) if more else ())
+                yield other, ((CONTINUED,) if more else ())
+
+
+def chains_of_one_field(
+    around: Surroundings, found: Slots, links: Sequence[Link], steps: tuple[int, ...]
+) -> Iterator[tuple[Link, ...]]:
+    """The links of additions to one state with their one field, used once, ending as late as it may.
+
+    One use alone does not tell where its field ends: (1 - c h) x + h g(x) is a damped step of g as well.
+    """
+    forms = [link.form for link in links if link.kind == "sum" and link.form.stages]
+    if len(forms) != 1 or len(forms[0].stages) != 1:
+        return
+    for more in continued_fields(forms[0]):
+        other = around.chain(steps[0], steps[-1] + 1, found, more | forms[0].piece.owned)
+        if any(link.kind == "sum" for link in other) and all(link.kind in ("sum", "scaling") for link in other):
+            yield other

@@ -50,10 +50,17 @@ def key_of(nodes: Iterable[Node], names: Mapping[int, str]) -> tuple[tuple[str, 
         names: the parameters and buffers of the model by address.
     """
     weighty = [n for n in nodes if operation(n) not in MOVES]
-    own = [(operation(n), tuple(c for c in constants(n) if c[1] in names)) for n in weighty]
+    own = [(_kind(n), tuple(c for c in constants(n) if c[1] in names)) for n in weighty]
     if any(found for _, found in own):
         return tuple(own)
-    return tuple((operation(n), _by_value(n)) for n in weighty)
+    return tuple((_kind(n), _by_value(n)) for n in weighty)
+
+
+def _kind(node: Node) -> str:
+    """The name of an operation; of a convolution with what tells K from its adjoint, and one grid from another."""
+    known: Any = node
+    told = [getattr(known, f"_saved_{name}", None) for name in ("transposed", "stride", "dilation")]
+    return operation(node) if told[0] is None else f"{operation(node)} {told}"
 
 
 def _by_value(node: Node) -> tuple[Constant, ...]:

@@ -102,6 +102,8 @@ class LinearCombination:
             return Coefficient("scalar", 0.0, 0.0, 0.0, 0.0) if is_stage else None
         if self._spreads_inside or atom in self._spread:
             factors = factors * (meta_of(atom).numel / meta.numel)
+            if is_stage and self._spreads_by_weights(atom, factors):
+                return Coefficient("scalar", 1.0, float(factors.min()), float(factors.max()), 0.0)
         kind, number = _kind(factors, meta.numel, self._dtype, gated=atom in self._gated, masked=self._is_masked)
         low, high = float(factors.min()), float(factors.max())
         sample = float(factors.reshape(-1)[0]) if kind == "diagonal" else None
@@ -128,6 +130,17 @@ class LinearCombination:
         arrived = self._signs[atom]
         away = float((arrived.abs() - factors.abs()).abs().max())
         return away > _tolerance(self._dtype) * float(torch.maximum(arrived.abs().max(), factors.abs().max()))
+
+    def _spreads_by_weights(self, atom: Value, factors: Tensor) -> bool:
+        """Whether one entry of a stage is given to several with a weight for each: in u tanh(w.x) u is of the field."""
+        meta, given = meta_of(self.value), meta_of(atom).shape
+        fits = len(given) == len(meta.shape) and all(a in (1, b) for a, b in zip(given, meta.shape, strict=True))
+        if not fits or not factors.is_floating_point():
+            return False
+        w, arrived = self._drawn[0][0], self._drawn[0][1][atom].cpu()
+        alike = factors.cpu() * w.sum_to_size(given)
+        largest = float(w.abs().sum()) * float(factors.abs().max())
+        return float((arrived - alike).abs().max()) > _tolerance(self._dtype) * largest
 
     def _pulled(self, cotangent: Tensor) -> dict[Value, Tensor]:
         return self.piece.pull(self._fixed, {self.value: cotangent})
@@ -312,6 +325,8 @@ def _of_samples(factors: Tensor, kept: float, dtype: torch.dtype) -> Coefficient
     """
     flat = factors.detach().double().reshape(-1).cpu()
     present = flat[flat != 0]
+    if not kept and present.numel():
+        return None  # the zeros are those of another term, such as the last number of a schedule before the state
     base = _number((present / kept).mean()[None], dtype) if kept and present.numel() else 1.0
     if kept == 1.0 and base > 1.0:
         kept, base = base, 1.0

@@ -7,30 +7,34 @@ from collections import Counter
 from collections.abc import Sequence
 
 from stabkit.identification.form.accumulated import is_renewed_beside_sum
-from stabkit.identification.form.operations import JOINS, WRITES
+from stabkit.identification.form.operations import ADDS, JOINS, MOVES, SCALES, WRITES
 from stabkit.identification.form.pieces import Piece
 from stabkit.identification.form.slots import parts_of
 from stabkit.tracing import Flow
+from stabkit.tracing.graph.graph import element_of
 from stabkit.tracing.graph.loops import Loop
 from stabkit.tracing.graph.values import Value, meta_of, operation
+from stabkit.vocabulary import NormFacts
 
 _STREAMS = (
     3  # two that are renewed by turns are told by other marks: they may be one state and what is made ahead of it
 )
+_PARTS = 8  # into which a layer of several states is cut at most
 
 
 def groups(flow: Flow, loops: Sequence[Loop] = ()) -> tuple[tuple[int, int], ...]:
     """Half-open ranges of steps, each one method.
 
     Single steps, rounds of loops that were cut, cut branches, pairs of reversible half-steps, sweeps over several
-    streams, a state and a sum beside it that are renewed by turns, and the last of a run of like steps where it was cut
-    before its end.
+    streams, a state and a sum beside it that are renewed by turns, the last of a run of like steps where it was cut
+    before its end, and additions with the norm behind each.
     """
     found: list[tuple[int, int]] = []
     start = 0
     while start < len(flow.steps):
-        stop = _round(flow, start, loops) or _branch(flow, start) or _filled(flow, start)
-        stop = stop or _half_steps(flow, start) or _sweep(flow, start) or _cut_short(flow, start) or start + 1
+        stop = _round(flow, start, loops) or _branch(flow, start) or _filled(flow, start) or _of_several(flow, start)
+        stop = stop or _half_steps(flow, start) or _sweep(flow, start) or _cut_short(flow, start)
+        stop = stop or _normed(flow, start) or start + 1
         found.append((start, stop))
         start = stop
     return tuple(found)
@@ -43,6 +47,11 @@ def _round(flow: Flow, start: int, loops: Sequence[Loop]) -> int | None:
     if loop is None:
         return None
     return next((i for i in range(start + 1, len(flow.states)) if flow.states[i].position in loop.boundaries), None)
+
+
+def is_round(flow: Flow, start: int, stop: int, loops: Sequence[Loop]) -> bool:
+    """Whether some steps are a round of a loop that was cut."""
+    return _round(flow, start, loops) == stop
 
 
 def is_divided(flow: Flow, start: int, stop: int, loops: Sequence[Loop]) -> bool:
@@ -78,8 +87,13 @@ def _made(flow: Flow, loop: Loop, index: int) -> int:
 
 
 def _branch(flow: Flow, start: int) -> int | None:
-    """The end of a step that was cut inside its branch: the state at its start stays alive in all states between."""
+    """The end of a step that was cut inside its branch: the state at its start stays alive in all states between.
+
+    None in a history that every step before has added to: that one is not read again is no sign that it was cut.
+    """
     source = flow.states[start].values
+    if start and set(flow.states[start - 1].values) < set(source):
+        return None
     return next((stop for old in source if (stop := _end_of(flow, start, old)) is not None), None)
 
 
@@ -102,6 +116,51 @@ def _end_of(flow: Flow, start: int, old: Value) -> int | None:
         fed = _feeds_steps(flow, start, stop) or _feeds_systems(flow, start, stop, old)
         return stop if stays and not fed else None
     return None
+
+
+def _of_several(flow: Flow, start: int) -> int | None:
+    """The end of a layer of several states that was cut between their renewals, as its neighbour of the same cuts was.
+
+    A stack whose layers are no modules is cut at every convolution: x + r(z) beside a sum of s(z), z a gated map of x.
+    """
+    old = flow.states[start].values
+    shapes = {i: sorted(flow.states[i].sample_shapes) for i in range(start, min(start + _PARTS, len(flow.steps)) + 1)}
+    for stop in range(start + 2, min(start + _PARTS, len(flow.steps)) + 1):
+        new, size = flow.states[stop].values, stop - start
+        if set(old) & set(new):
+            continue
+        alike = [_operations(flow, start, stop) == _operations(flow, i, i + size) for i in (stop, start - size)]
+        # as many values of these shapes would be a state by themselves, as those of methods that remember are
+        between = all(
+            set(old) & set(flow.states[i].values) and shapes[i] != shapes[stop] for i in range(start + 1, stop)
+        )
+        if not any(alike) or not between or len(new) < 2:
+            continue
+        if len(old) != len(new) and not (len(old) == 1 and alike[0]):
+            return None
+        graph = flow.recorded.graph
+        nodes = graph.nodes[flow.states[start].position : flow.states[stop].position]
+        carrying = Piece(graph, nodes, old, new).carrying
+        return stop if sum(v in carrying for v in new) == len(old) else None
+    return _last_of_several(flow, start)
+
+
+def _last_of_several(flow: Flow, start: int) -> int | None:
+    """The end of the last such layer, of which a part is left out and the rest may go on into what follows."""
+    for size in range(2, _PARTS + 1):
+        before = _operations(flow, start - size, start)
+        if before is None or before != _operations(flow, start - 2 * size, start - size):
+            continue
+        steps = [step.operations for step in flow.steps[start : start + size]]
+        same = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(before, steps, strict=False)))
+        begun = 0 < same < len(steps) and steps[same][: len(before[same])] == before[same]
+        kept = set(flow.states[start].values) & set(flow.states[min(start + same, len(flow.states) - 1)].values)
+        return start + same + 1 if begun and kept and len(flow.states[start].values) > 1 else None
+    return None
+
+
+def _operations(flow: Flow, start: int, stop: int) -> list[tuple[str, ...]] | None:
+    return [step.operations for step in flow.steps[start:stop]] if 0 <= start < stop <= len(flow.steps) else None
 
 
 def _filled(flow: Flow, start: int) -> int | None:
@@ -164,6 +223,55 @@ def _cut_short(flow: Flow, start: int) -> int | None:
     return start + 2 if same and first + rest == before else None
 
 
+def with_norms(flow: Flow, start: int, stop: int) -> list[tuple[int, int]]:
+    """Single steps, each with the norm behind its addition where that is a step of its own."""
+    found = list[tuple[int, int]]()
+    while start < stop:
+        end = _normed(flow, start)
+        found.append((start, end if end is not None and end <= stop else start + 1))
+        start = found[-1][1]
+    return found
+
+
+def _normed(flow: Flow, start: int) -> int | None:
+    """The end of an addition and of the norm behind it, as there are others: post-norm layers that are cut in two.
+
+    Behind the last layer alone a norm belongs to what follows, as in a network with norms inside its branches.
+    """
+    steps, norms = flow.steps, [i for i in range(1, len(flow.steps)) if _is_norm(flow, i)]
+    if start + 1 not in norms or not _is_addition(flow, start):
+        return None
+    pair = steps[start].operations, steps[start + 1].operations
+    others = [i for i in norms if i != start + 1 and (steps[i - 1].operations, steps[i].operations) == pair]
+    return start + 2 if others else None
+
+
+def _is_norm(flow: Flow, step: int) -> bool:
+    """Whether a step from one tensor to another does nothing but norm it."""
+    before, after = flow.states[step], flow.states[step + 1]
+    graph = flow.recorded.graph
+    elements = {element_of(graph, node) for node in graph.nodes[before.position : after.position]}
+    norm = next(iter(elements)) if len(elements) == 1 else None
+    if norm is None or not isinstance(norm.facts, NormFacts):
+        return False
+    return before.values == (norm.source,) and after.values == (norm.target,)
+
+
+def _is_addition(flow: Flow, step: int) -> bool:
+    """Whether a step from one tensor to another ends with a sum of it, by numbers, and something else."""
+    before, after = flow.states[step], flow.states[step + 1]
+    if len(before.values) != 1 or len(after.values) != 1 or operation(after.values[0].node) not in ADDS:
+        return False
+    graph, stack = flow.recorded.graph, list(after.values)
+    while stack:
+        value = stack.pop()
+        if value in before.values:
+            return True
+        if operation(value.node) in ADDS | MOVES | SCALES and graph.rank.get(value.node, -1) >= before.position:
+            stack.extend(graph.inputs[value.node])
+    return False
+
+
 def _half_steps(flow: Flow, start: int) -> int | None:
     """The end of a pair of half-steps of two streams, y_1 = x_1 + F(x_2) and then y_2 = x_2 + G(y_1).
 
@@ -202,7 +310,9 @@ def _sweep(flow: Flow, start: int) -> int | None:
         whole = after.position in passed or any(_lies(after.position, begin) for begin in begins.values())
         between = {len(state.values) for state in flow.states[start:stop]}
         renewed = after.sample_shapes == before.sample_shapes and not set(before.values) & set(after.values)
-        joined = len(after.values) == 1 and operation(after.values[0].node) in JOINS
+        # a decoder joins what was kept for it, which no step before has renewed
+        left = set(before.values) & set(flow.states[stop - 1].values)
+        joined = len(after.values) == 1 and operation(after.values[0].node) in JOINS and len(left) < 2
         return stop if between == {count} and ((whole and renewed) or joined) else None
     return None
 

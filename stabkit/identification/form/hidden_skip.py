@@ -70,7 +70,15 @@ def reached_along_affine(piece: Piece) -> dict[Node, list[Value]] | None:
         if taken:
             allowed[node] = taken
             reached.update(outputs_of(node))
-    return allowed if target in reached else None
+    if target not in reached:
+        return None
+    wanted = {target}
+    for node in reversed(list(allowed)):  # an affine beginning of a branch that bends later is not on the way
+        if wanted.isdisjoint(outputs_of(node)):
+            del allowed[node]
+        else:
+            wanted.update(allowed[node])
+    return allowed
 
 
 def affine_pulls(piece: Piece, cotangents: Sequence[Tensor]) -> list[Tensor] | None:

@@ -146,6 +146,7 @@ class Piece:
             merged = terms > 1 and name not in PRODUCTS and name not in JOINS
         bases = {self.base[v] for v in edges}
         weightless = len(bases) == 1 and not merged and not has_matrix(node) and not self.hides(node)
+        weightless = weightless and not self._projects(node)
         of_state = any(v in self._of_state for v in edges)
         for value in outputs_of(node):
             if of_state:
@@ -210,6 +211,12 @@ class Piece:
         saved = [getattr(node, name, None) for name in ("_saved_other", "_saved_self")]
         constant = [t for t in saved if isinstance(t, Tensor) and t.grad_fn is None]
         return operation(node) == "Mul" and any(t.numel() > 1 for t in constant)
+
+    def _projects(self, node: Node) -> bool:
+        """Whether an operation multiplies entries by constants of both signs, which are no weights of a mean."""
+        saved = [getattr(node, name, None) for name in ("_saved_other", "_saved_self")] * self.has_factors(node)
+        constant = [t for t in saved if isinstance(t, Tensor) and t.grad_fn is None and not t.is_complex()]
+        return any(bool((t > 0).any()) and bool((t < 0).any()) for t in constant if t.numel() > 1)
 
     def _gated(self, node: Node, edges: list[Value]) -> list[Value]:
         carried = [v for v in edges if v in self.carrying]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 from torch.autograd.graph import Node
@@ -98,31 +98,50 @@ def cuts(piece: Piece) -> list[tuple[int, tuple[Value, ...]]]:
     return found
 
 
-def with_readout(found: Blocks) -> Name | None:
+@dataclass(frozen=True)
+class Readout:
+    """One state beside sums of outputs that nothing reads.
+
+    Attributes:
+        name: of the method of that state.
+        table: its tableau.
+        source: which of the old states it is.
+        target: which of the new ones.
+    """
+
+    name: Name
+    table: Blocks
+    source: int
+    target: int
+
+
+def with_readout(found: Blocks) -> Readout | None:
     """One state beside sums of outputs that nothing reads: the method of that state, whichever was made first."""
-    orders = itertools.permutations(range(len(found.V))) if len(found.V) <= _FEW else [range(len(found.V))]
-    named = (_beside_sums(replace(found, V=found.V[list(order)], B=found.B[list(order)])) for order in orders)
-    return next((name for name in named if name is not None), None)
+    count = len(found.V)
+    orders = itertools.permutations(range(count)) if count <= _FEW else [tuple(range(count))]
+    read = (_beside_sums(found, order) for order in orders)
+    return next((one for one in read if one is not None), None)
 
 
-def _beside_sums(found: Blocks) -> Name | None:
-    r = len(found.V)
-    sums = [j for j in range(r) if found.V[j, j] == 1.0 and not found.U[:, j].any()
-            and not np.delete(found.V[:, j], j).any()]  # fmt: skip
-    rest = [j for j in range(r) if j not in sums]
+def _beside_sums(found: Blocks, order: Sequence[int]) -> Readout | None:
+    V, B = found.V[list(order)], found.B[list(order)]
+    sums = [j for j in range(len(V)) if V[j, j] == 1.0 and not found.U[:, j].any()
+            and not np.delete(V[:, j], j).any()]  # fmt: skip
+    rest = [j for j in range(len(V)) if j not in sums]
     if not sums or len(rest) != 1:
         return None
     i = rest[0]
-    used = found.B[i] != 0
+    used = B[i] != 0
     for _ in range(used.size):  # what feeds a field that is used
         used = used | (found.A[used] != 0).any(axis=0)
     keep = [int(k) for k in np.flatnonzero(used)]
     one = Blocks(
-        found.A[keep][:, keep], found.U[keep, i : i + 1], found.B[i : i + 1, keep], found.V[i : i + 1, i : i + 1],
+        found.A[keep][:, keep], found.U[keep, i : i + 1], B[i : i + 1, keep], V[i : i + 1, i : i + 1],
         tuple(found.fields[k] for k in keep), tuple(found.rows[k] for k in keep),
+        tuple(found.recorded[k] for k in keep),
     )  # fmt: skip
     name = name_one_state(one)
     if not name.is_known or not len(keep):
         return None
     outputs = "a sum of outputs" if len(sums) == 1 else f"{len(sums)} sums of outputs"
-    return replace(name, name=f"{name.name}, beside {outputs}")
+    return Readout(replace(name, name=f"{name.name}, beside {outputs}"), one, i, order[i])

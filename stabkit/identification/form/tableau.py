@@ -144,6 +144,10 @@ def blocks(
                 V[i, states.index(atom)] = _number_of(coefficient, one_coordinate)
             elif atom not in contexts:
                 B[i, [j for j, output in enumerate(outputs) if output == atom]] = _of_stage(coefficient, one_coordinate)
+    if len(rows) > 1:
+        for j, (stage, number) in enumerate(rows):  # W (c x) is c W x: of several branches one h may be written so
+            factor = _before_linear(stage, stage.inputs[number], contexts) if counts[stage.key] == 1 else 1.0
+            A[:, j], B[:, j] = factor * A[:, j], factor * B[:, j]
     before = [{**dict(zip(states, U[i], strict=True)), **dict(zip(outputs, A[i], strict=True))} for i in range(size)]
     calls = _calls_of_one_network([stage for stage, _ in rows], A, U, B)
     for j in range(size):  # the sign of a field that is used once belongs to the field
@@ -257,6 +261,12 @@ def _own(terms: Terms, contexts: Collection[Value], *, shared: bool, one_coordin
     if len(kept) == 1 and not (shared and next(iter(kept.values())).kind == "scalar"):
         return dict.fromkeys(kept, 1.0)
     return {atom: _of_stage(c, one_coordinate) for atom, c in kept.items()}
+
+
+def _before_linear(stage: Stage, terms: Terms, contexts: Collection[Value]) -> float:
+    """The number before the one value that a linear stage reads; 1 where it reads others, or is not linear."""
+    kept = [c for atom, c in terms.items() if atom not in contexts]
+    return kept[0].value if stage.is_affine and len(kept) == 1 and kept[0].kind == "scalar" else 1.0
 
 
 def _number_of(coefficient: Coefficient, one_coordinate: bool) -> float:

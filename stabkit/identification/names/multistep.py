@@ -309,6 +309,9 @@ def _weights_of(a: float, weights: Matrix) -> tuple[str, str] | None:
     if found is None:
         return None
     sizes = [1.0, *-np.diff(found)]
+    if count == 2 and abs(a - 1) <= CLOSE and abs(sizes[0] / sizes[1] - 2) <= CLOSE:
+        name = "optimistic step, 2 f_n - f_(n-1) (Adams-Bashforth type where the step ratio is 2)"  # Popov 1980
+        return name, "x' = f(x), the field extrapolated to the end of the step"
     ratios = ", ".join(f"{size / before:.3g}" for size, before in itertools.pairwise(sizes))
     skip = "" if abs(a - 1) <= CLOSE else f"a = {a:.3g}, "
     system = "x' = f(x), multistep" if not skip else "x' = f(x) - lambda x, the field alone extrapolated"

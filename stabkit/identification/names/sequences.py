@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import numpy as np
 
+from stabkit.identification.fields.composites import as_one_field
 from stabkit.identification.form.normal_form import NormalForm, Stage
 from stabkit.identification.form.tableau import Blocks
 from stabkit.identification.names.single import CLOSE, Name, name_one_state
@@ -89,6 +90,8 @@ def _named(form: NormalForm, table: Blocks, behind: float) -> Name | None:
         what = "a low-rank linear term" if rank < meta_of(form.sources[0]).numel else "a linear term"
         return replace(name, name=f"{name.name} with {what}") if name.is_known else None
     name = name_one_state(table)
+    if not name.is_known and (one := as_one_field(table)) is not None:
+        name = name_one_state(one)
     return name if name.is_known else None
 
 

@@ -13,14 +13,16 @@ from stabkit import integrators
 from stabkit.identification.form.tableau import Blocks
 from stabkit.identification.names.exponential import carried_back, exponential_step
 from stabkit.identification.names.histories import steps_with_history, told_of
+from stabkit.identification.names.reflections import splitting_by_resolvents
 from stabkit.identification.names.starters import adams_behind, ends_of_parts
 from stabkit.identification.names.starters import told_of as told_of_orders
 from stabkit.identification.names.step_size import step_size
-from stabkit.integrators import GeneralLinearMethod
+from stabkit.integrators import GeneralLinearMethod, LinearStability
 
 CLOSE = 1e-6  # coefficients of single precision networks
 _WITH_ITS_END = 3  # stages, at least, of a method of two and the field at its end
 NO_STEP = "none: there is no branch that a step size could multiply"
+NO_TABLEAU = "unnamed Runge-Kutta"
 POINTS = np.random.default_rng(0).normal(size=(12, 2)) @ np.array([1, 1j])
 
 
@@ -82,6 +84,9 @@ def name_one_state(found: Blocks) -> Name:
     if not found.A.any():
         what = "forward Euler, parallel branches" if a == 1.0 else _scaled("parallel branches", a)
         return Name(what, "x' = f_1(x) + f_2(x) + ..., all evaluated at one point", h, convention)
+    by_resolvents = splitting_by_resolvents(found)
+    if by_resolvents is not None:
+        return Name(*by_resolvents, 1.0, "h = 1: the resolvents as they are")
     return _tableau_of_own_fields(found) or Name(_composed(found, h, a), "x' = f_1(x) + f_2(x) + ...", h, convention)
 
 
@@ -111,6 +116,9 @@ def _single_stage(a: float, h: float, convention: str) -> Name:
         leak = abs(a + h - 1.0) <= CLOSE
         system = f"x' = f(x) - x, Euler with h = {h:.3g}" if leak else "x' = f(x) - lambda x"
         return Name(f"damped Euler (a = {a:.3g})", system, h, convention)
+    if abs(a + 1) <= CLOSE and abs(h - 2) <= CLOSE:
+        system = "none: 2 f - 1, a reflection at the values of f; two of them in turn are a Peaceman-Rachford step"
+        return Name("reflection 2 f(x) - x", system, 1.0, "h = 1: the map as it is")
     # of one step only the products h lambda and h f can be seen: any a > 0 is the exponential of one
     system = (
         "x' = lambda x + f(x), exponential Euler with h lambda = log a" if a > 0 else "none: the skip turns the sign"
@@ -173,7 +181,36 @@ def _runge_kutta(found: Blocks, a: float, h: float, convention: str) -> Name:
         return Name("unnamed", "none that is consistent", h, convention)
     alike = [name for name, other in _catalogue(None) if _same_function(method, other)]
     hint = f", R(z) of {alike[0]}" if alike else ""
-    return Name(f"unnamed Runge-Kutta ({method.stages} stages, order {order_of(method)}{hint})", system, h, convention)
+    return Name(f"{NO_TABLEAU} ({method.stages} stages, order {order_of(method)}{hint})", system, h, convention)
+
+
+def has_two_stages(name: str, count: int) -> bool:
+    """Whether a Runge-Kutta method of no known tableau has two stages, so that three numbers say all of it."""
+    return name.startswith(NO_TABLEAU) and count == 2
+
+
+def by_numbers(name: str, system: str, method: LinearStability | None) -> tuple[str, str]:
+    """Name and system of a Runge-Kutta method of no known tableau by its numbers; those of others as they are.
+
+    It has two stages, or a linear part besides.
+    """
+    if not isinstance(method, GeneralLinearMethod) or method.states > 1 or method.n_fields > 1 or method.stages < 2:
+        return name, system
+    A, U, B, V = method.A, method.U[:, 0], method.B[0], float(method.V[0, 0])
+    if has_two_stages(name, method.stages):
+        b, c = [weight if abs(weight) > CLOSE else 0.0 for weight in B], float(A[1, 0])
+        return f"2-stage Runge-Kutta (c = {c:.3g}, b = {b[0]:.3g} and {b[1]:.3g}, order {order_of(method)})", system
+    # x = alpha(t) y, and stages of y: what carries the state to a stage grows or falls on the way to the next state
+    skips = np.append(U, V)
+    grows = np.diff(skips)  # at every stage: one number before all of them is a scaled skip
+    monotone = bool((grows > CLOSE).all() or (grows < -CLOSE).all()) and bool((skips > 0).all())
+    ends = [c for c in range(1, method.stages) if np.allclose(np.vstack([A[c:, :c] / U[c:, None], B[:c] / V]),
+                                                              A[c, :c] / U[c], atol=CLOSE)]  # fmt: skip
+    if name != "unnamed" or not monotone or abs(U[0] - 1) > CLOSE or abs(V - 1) <= CLOSE or ends:
+        return name, system
+    carried = ", ".join(f"{u:.3g}" for u in U)
+    told = f"exponential Runge-Kutta type ({method.stages} stages, carried on by {carried}, a = {V:.3g})"
+    return told, "x' = f(x, t) - lambda(t) x, the linear part carried on to every stage by a number"
 
 
 def _of_lawson(found: Blocks) -> tuple[str, float] | None:

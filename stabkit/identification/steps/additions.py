@@ -25,8 +25,12 @@ def last_sum(parts: Sequence[Link], tables: Sequence[Blocks]) -> Blocks:
 
 
 def depends_on_input(form: NormalForm) -> bool:
-    """Whether some coefficient of the tableau is a gate, drawn, or that of some entries: it holds for this pass."""
-    stages = [c for stage in form.stages for terms in stage.inputs for c in terms.values()]
+    """Whether some coefficient of the tableau is a gate, drawn, or that of some entries: it holds for this pass.
+
+    What is held fixed enters fields as their own argument: which slice of it does is no number of the method.
+    """
+    held = form.piece.contexts
+    stages = [c for stage in form.stages for terms in stage.inputs for a, c in terms.items() if a not in held]
     ends = any(c.kind in ("gate", "noise") for c in form.forms[0].values())
     return ends or any(c.kind in ("gate", "noise", "part") for c in stages)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
 
+from torch import Tensor
 from torch.autograd.graph import Node
 
 from stabkit.tracing.graph.graph import Graph
@@ -44,6 +45,63 @@ def images_before(
                 if v is not None:
                     stack.append((v, other))
     return found
+
+
+def is_same_from(
+    graph: Graph,
+    pairs: Iterable[tuple[Value, Value]],
+    old: Mapping[Value, Value | None],
+    known: Collection[Node],
+) -> bool:
+    """Whether new states are made by the operations of a known step, but for those that read constants alone.
+
+    Operations on constants leave no trace; one that combines a constant with something else has no edge to it. So the
+    two are the same where each operation meets its like, and a constant only what the known step makes of such states.
+    Gates and fields need no coefficients for that.
+
+    Args:
+        graph: of both steps.
+        pairs: the new states, those of the step that is known first.
+        old: what stands where the old states of the known step do; None for a constant.
+        known: the operations of the step that is known.
+    """
+    inside, stack = set(known), [(k, v) for k, v in pairs]
+    of_constants = {value for value, image in old.items() if image is None}
+    for node in known:
+        if node not in inside:
+            continue
+        taken = graph.inputs[node]
+        if taken and of_constants.issuperset(taken):
+            of_constants.update(outputs_of(node))
+    seen: set[tuple[Value, Value]] = set()
+    while stack:
+        one, other = stack.pop()
+        if (one, other) in seen:
+            continue
+        seen.add((one, other))
+        if one in old:
+            if old[one] != other:
+                return False
+        elif one.node in inside:
+            if not _are_alike(one, other) or _numbers(one.node) != _numbers(other.node):
+                return False
+            for a, b in zip(_arguments(graph, one.node), _arguments(graph, other.node), strict=True):
+                if a is None or b is None:
+                    if a is not b and (a is None or a not in of_constants):
+                        return False
+                else:
+                    stack.append((a, b))
+        elif meta_of(one).shape != meta_of(other).shape:
+            return False
+    return bool(seen)
+
+
+def _numbers(node: Node) -> list[object]:
+    """The plain numbers by which an operation multiplies what it is given."""
+    saved = [getattr(node, name, None) for name in ("_saved_alpha", "_saved_other", "_saved_self", "_saved_value")]
+    known = [n for n in saved if n is not None]  # and which tensors are kept depends on what they multiply
+    plain = [n for n in known if not isinstance(n, Tensor) or (not n.dim() and not n.requires_grad)]
+    return [float(n) if isinstance(n, Tensor) else n for n in plain]
 
 
 def images_after(

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
+from torch import Tensor
 from torch.autograd.graph import Node
 
 from stabkit.identification.form.chain import Link
@@ -14,6 +16,7 @@ from stabkit.identification.record import Identification
 from stabkit.identification.steps.quotients import leaking_quotients
 from stabkit.integrators import stochastic_depth
 from stabkit.tracing.graph.graph import Element, Graph, element_of
+from stabkit.tracing.graph.values import Value, meta_of
 from stabkit.vocabulary import ActivationFacts, NormFacts, operation
 
 _STATISTICS = frozenset({"Mean", "Std", "Var", "VarMean", "LinalgVectorNorm"})
@@ -30,22 +33,25 @@ def with_projection(
     threshold: tuple[float, float] | None = None,
     bends: bool = False,
     whole: bool = False,
+    skips: Sequence[float] = (),
 ) -> Identification:
     """What follows an addition: norms, rectifiers (and nothing else, if ``rectified``), a soft threshold, or others.
 
     ``bends``: whether something else than norms is there beside norms. ``whole``: whether the record is one of several
-    additions with a norm behind the last of them alone.
+    additions with a norm behind the last of them alone. ``skips``: what multiplies the state in each addition.
     """
     if not record.after:
         return record
     note = f"after the addition: {', '.join(record.after)}"
     if norms:
         why = f"the skip passes {norms} norm(s) after {sums} addition(s), so no single a describes it"
+        numbers = ", ".join(dict.fromkeys(f"{a:.4g}" for a in skips))  # DeepNorm, nGPT
+        scaled = (f"a = {numbers} before the norm",) if any(abs(a - 1) > _SAME for a in skips) else ()
         system = f"{record.system}, retracted to the sphere after each step"
         # of several additions, some followed by a norm and some by a bend, the one name says a part
         evidence = "measured" if bends else record.evidence
         name = f"{record.name}, then a norm (post-norm)" if whole else "projected Euler (post-norm)"
-        return replace(record, name=name, skip=None, notes=(why, note, *record.notes),
+        return replace(record, name=name, skip=None, notes=(*scaled, why, note, *record.notes),
                        system=system, evidence=evidence)  # fmt: skip
     if rectified and record.name in ("forward Euler", "forward Euler, parallel branches"):
         system = "x' in f(x) - N(x), N the normal cone of the nonnegative states"
@@ -137,11 +143,16 @@ def with_gates(record: Identification, kinds: set[str], sums: Sequence[NormalFor
         share = f"{len(sums)} gated steps" if len(gated) == len(sums) else f"{len(sums)} steps, {len(gated)} gated"
         system = "x' = a_i(x) x + f_i(x) - x, one after the other, each with a gate of its own"
         name = f"Lie splitting ({share}, mean a = {numbers})"
+        if len(gated) < len(sums):  # the share of a gate is no number of the steps beside it
+            record = replace(record, step_size=None, convention="none: every step has its own")
         return replace(record, name=name, notes=notes, evidence="measured", system=system)
     if record.skip is None:  # a projection, or a map behind the addition, has named the step: no single a describes it
         return replace(record, evidence="measured", notes=(*record.notes, notes[0]))
     if abs((record.skip or 0.0) + (record.step_size or 0.0) - 1.0) > GATED:
         name, system = f"gated skip (mean a = {record.skip:.3g})", "x' = a(x) x + f(x) - x, the old state times a gate"
+        if record.name.startswith("unnamed"):  # of stages that gates weigh no one number is a step size
+            how = "none: the stages of the branch are weighed by numbers of their own"
+            record = replace(record, method=None, recorded=(), step_size=None, convention=how, evidence="measured")
         return replace(record, name=name, system=system, notes=notes)
     return replace(
         record,
@@ -166,11 +177,24 @@ def masked(kinds: set[str]) -> tuple[str, ...]:
     return ("a mask sets some entries to zero: the step is that of the others",) if "masked" in kinds else ()
 
 
+def _weighs_samples(node: Node) -> bool:
+    """Whether an operation multiplies every sample by a constant of its own (shake-shake draws its weights so)."""
+    known: Any = node
+    saved = [getattr(known, name, None) for name in ("_saved_self", "_saved_other")] if operation(node) == "Mul" else []
+    constant = [t for t in saved if isinstance(t, Tensor) and t.grad_fn is None and not t.requires_grad]
+    laid_out = tuple(meta_of(Value(node, 0)).shape) if constant else ()  # batch first, and nothing else of one's own
+    alike = [t for t in constant if 1 < t.dim() == len(laid_out) and t.numel() == t.shape[0] == laid_out[0]]
+    own = [t.detach().flatten() for t in alike]
+    return any(bool((t != t[0]).any()) for t in own)
+
+
 def with_randomness(record: Identification, sums: Sequence[NormalForm]) -> Identification:
     """Branches that are dropped for whole samples."""
     dropped = [c for form in sums for c in form.forms[0].values() if c.kind == "samples"]
     if not dropped:
-        return record
+        own = any(_weighs_samples(node) for form in sums for node in form.piece.nodes if form.piece.graph.draws)
+        why = "numbers of each sample's own, which are not made of the state, multiply what is added: drawn, or given"
+        return replace(record, notes=(why, *record.notes)) if own else record
     factor = max(c.sample or 0.0 for c in dropped)
     if factor <= 1.0:
         why = "whole samples skip the branch at random (stochastic depth); how often does not show in one pass"

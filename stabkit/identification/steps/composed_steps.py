@@ -20,6 +20,7 @@ _FEW = 4  # states of which every order is tried
 _LONGEST = 8  # steps in a composition; Yoshida's of order 6 takes seven leapfrogs
 _SECOND_ORDER = "x'' = f(x)"  # systems whose force is multiplied by h^2
 
+LEAPFROG_OR = "leapfrog, or additive couplings in turn"  # one map: which is meant shows in how it begins, if at all
 _KICK = "additive coupling"
 _DRIFT_AND_KICK = (
     "symplectic Euler (Hamiltonian)", "symplectic Euler (position, velocity)",
@@ -80,6 +81,28 @@ def with_first_rounds(records: Sequence[Identification]) -> list[Identification]
             recorded = tuple(None if field is None else field.times(scale) for field in record.recorded)
             found[i] = replace(after, steps=record.steps, residual=record.residual, checks=record.checks,
                                recorded=recorded, over_time=record.over_time)  # fmt: skip
+    return found
+
+
+def with_halved_starts(records: Sequence[Identification]) -> list[Identification]:
+    """Records, those that may be a leapfrog or couplings named as the first where a step of half the size begins them.
+
+    The two-step midpoint rule, x_(n+1) = x_(n-1) + 2 h f(x_n), is started by a step of Euler's with h (Chang et al.
+    2018). Couplings of two streams, which are the same map, have no reason for half a field at their beginning.
+    """
+    found = list(records)
+    for i, (record, after) in enumerate(itertools.pairwise(records)):
+        h, begins = record.step_size or 0.0, record.notes[:1] and "begin as one" in record.notes[0]
+        if not (record.name.startswith(LEAPFROG_OR) and begins) or abs(2 * h - (after.step_size or 0.0)) > CLOSE * h:
+            continue
+        why = "the start of the two-step midpoint rule: half of the number that multiplies the next branches: a fork"
+        told = "h: the number that multiplies the branch"
+        found[i] = replace(record, name="forward Euler", step_size=2 * h, convention=told, system="x' = f(x)",
+                           notes=(why, *record.notes[1:]))  # fmt: skip
+        run = itertools.takewhile(lambda r: r.name.startswith(LEAPFROG_OR), records[i + 1 :])
+        for place, other in enumerate(run, i + 1):
+            system = "x' = f(x, t), two-step midpoint rule, weights of its own at each step"
+            found[place] = replace(other, name="leapfrog", system=system)
     return found
 
 

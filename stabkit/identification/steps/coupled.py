@@ -10,18 +10,20 @@ import itertools
 import re
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
+
+from torch.autograd.graph import Node
 
 from stabkit.identification.evidence.reproduction import confirmed
 from stabkit.identification.form.chain import Link
 from stabkit.identification.form.flow_index import Surroundings
 from stabkit.identification.form.formed_ahead import as_made
 from stabkit.identification.form.normal_form import NormalForm
-from stabkit.identification.form.operations import has_matrix
+from stabkit.identification.form.operations import SCALES, has_matrix
 from stabkit.identification.form.pieces import Piece
 from stabkit.identification.form.slots import Slots
-from stabkit.identification.names.single import NO_STEP
 from stabkit.identification.record import Identification
-from stabkit.tracing.graph.values import Value, meta_of
+from stabkit.tracing.graph.values import Value, meta_of, operation
 
 ReadOne = Callable[[Surroundings, Slots, tuple[int, ...]], Identification]
 COARSE = ("unnamed", "unknown", "plain")  # what says less of several states than their streams
@@ -38,6 +40,7 @@ _DRIVEN = (
 )
 #: Streams that are carried on by a number below one, and driven by others or by a field of their own.
 _DAMPED = re.compile(r"(?:forward Euler|running sum|damped Euler|diagonal skip)(?: \((?:mean )?a = (0\.\d+)\))?")
+_OWN_SIZES = "none for all: every state has its own"
 _SAME = 1e-6  # numbers of single precision networks
 
 
@@ -80,6 +83,16 @@ class _Stream:
         return None if self.is_sum or self.record.name.startswith("plain") else self.record.step_size
 
     @property
+    def drive(self) -> float | None:
+        """The one number, other than one, that multiplies what is added to it of others; None where there is none."""
+        sums = [link.form for link in self.links if link.kind == "sum"]
+        if not self.is_sum or len(sums) != 1 or self.links[-1].form is not sums[0]:
+            return None
+        added = [c for atom, c in sums[0].forms[0].items() if atom not in sums[0].sources]
+        one = len(added) == 1 and added[0].kind == "scalar" and abs(abs(added[0].value) - 1) > _SAME
+        return abs(added[0].value) if one and added[0].value else None
+
+    @property
     def name(self) -> str:
         """What it is called."""
         if not self.is_sum:
@@ -117,12 +130,15 @@ def coupled(
     known = [s.record.residual for s in streams if s.record.residual is not None]
     proven = all(s.record.evidence == "proven" for s in streams)
     shapes = ["x".join(map(str, meta_of(v).shape)) for v in found.sources]
-    one = all(s.h in (None, 1.0) for s in streams)
+    adaptive = _adaptive(streams)
+    one = all((s.h or s.drive) in (None, 1.0) for s in streams) and adaptive is None
+    if adaptive is not None:  # what divides the velocity is no number, so that no tableau makes the step
+        record, proven = replace(record, method=None, recorded=()), False
     new = replace(
         record,
-        name=_momentum(streams) or _name(streams),
+        name=adaptive or _momentum(streams) or _name(streams),
         step_size=record.step_size if one else None,
-        convention=record.convention if one else NO_STEP,
+        convention=record.convention if one else _OWN_SIZES,
         evidence="proven" if proven else "measured",
         residual=max(known, default=None),
         notes=(*_notes(streams), *record.notes[:1]),
@@ -140,7 +156,12 @@ def _pairing(piece: Piece) -> tuple[int, ...] | None:
         return None
     carried = [_carried(piece, target) for target in piece.targets]
     places = range(len(piece.sources))
-    fits = [p for p in itertools.permutations(places) if all(piece.sources[i] in carried[p[i]] for i in places)]
+    # what no new state carries on is only read, and made anew: the output of a cell beside its memory and a position
+    anew = set(piece.sources).difference(*carried)
+    fits = [
+        p for p in itertools.permutations(places)
+        if all(piece.sources[i] in {*carried[p[i]], *anew} for i in places)
+    ] if len(anew) < len(places) - 1 else []  # fmt: skip
     given = tuple(places)
     return given if given in fits else fits[0] if len(fits) == 1 else None
 
@@ -228,8 +249,8 @@ def _said(i: int, streams: Sequence[_Stream], shape: str) -> str:
     sums = sum(link.kind == "sum" for link in stream.links)
     if sums > 1:
         parts.append(f"{sums} additions")
-    if stream.h is not None:
-        parts.append(f"h = {stream.h:.3g}")
+    if (h := stream.h or stream.drive) is not None:
+        parts.append(f"h = {h:.3g}")
     for what, places in (("old", stream.old), ("new", stream.new)):
         if places:
             parts.append(f"reads {what} {' and '.join(f'x_{j + 1}' for j in places)}")
@@ -275,6 +296,53 @@ def _momentum(streams: Sequence[_Stream]) -> str | None:
         told = f"{rule} ({', '.join(numbers)}){normed}"
         return f"Lie splitting ({told}; {len(own)} Euler step{'s' * (len(own) > 1)} of the position)" if own else told
     return None
+
+
+def _adaptive(streams: Sequence[_Stream]) -> str | None:
+    """A velocity, a mean of squares of what drives it, and a position that moves by the one over the other."""
+    for x, m, v in itertools.permutations(range(len(streams))) if len(streams) == 3 else ():
+        reads = [{*s.old, *s.new} for s in (streams[x], streams[m], streams[v])]
+        kept = [_DAMPED.fullmatch(streams[i].name) for i in (m, v)]
+        if reads != [{m, v}, {x}, {x}] or not all(found and found[1] for found in kept):
+            continue
+        squares, moves = (
+            [node for link in streams[i].links for a in link.form.forms[0] for node in _made_of(link.form, a)]
+            for i in (v, x)
+        )
+        if any(map(_is_square, squares)) and not any(map(has_matrix, moves)):
+            numbers = " and ".join(found[1] for found in kept if found)
+            return f"adaptive momentum (Adam type, beta = {numbers})"
+    return None
+
+
+def _made_of(form: NormalForm, atom: Value) -> list[Node]:
+    """The operations that a term of a new state is made by, up to what is held fixed."""
+    stack, found = [atom], dict[Node, None]()
+    while stack:
+        value = stack.pop()
+        if value not in form.piece.ends and value.node not in found and value.node in form.piece.inside:
+            found[value.node] = None
+            stack.extend(form.piece.inputs(value.node))
+    return list(found)
+
+
+def _is_square(node: Node) -> bool:
+    """Whether an operation multiplies a value by itself, or by a multiple of itself."""
+    given = [Value(parent, output) for parent, output in node.next_functions if parent is not None]
+    squared: Any = node
+    if operation(node) == "Pow":
+        return len(given) == 1 and getattr(squared, "_saved_exponent", None) == 2
+    return operation(node) in ("Mul", "Addcmul") and len({_unscaled(v) for v in given[-2:]}) == 1 < len(given)
+
+
+def _unscaled(value: Value) -> Value:
+    """What a value is a multiple of, by numbers."""
+    while operation(value.node) in SCALES:
+        given = [Value(parent, output) for parent, output in value.node.next_functions if parent is not None]
+        if len(given) != 1:
+            break
+        value = given[0]
+    return value
 
 
 def _is_apart(form: NormalForm) -> bool:

@@ -1,6 +1,7 @@
 """Couplings (NICE, RealNVP): some coordinates stay; the others are scaled and moved by functions of these alone.
 
-The coordinates may be split off and put back, or chosen by a mask of ones and zeros: m x + (1 - m) (x + f(m x)).
+The coordinates may be split off and put back, or chosen by a mask of ones and zeros: m x + (1 - m) (x + f(m x)). In
+autoregressive flows (Papamakarios et al. 2017) every coordinate is scaled and moved by functions of those before it.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from dataclasses import replace
+from graphlib import CycleError, TopologicalSorter
 
 import torch
 from torch import Tensor
@@ -22,12 +24,16 @@ from stabkit.identification.record import Identification, nothing
 from stabkit.tracing.graph.values import meta_of, operation, random_tensors
 
 _ROUNDINGS = 64.0
+_MOST_ROWS = 64  # coordinates of which every row of the Jacobian is taken
 _EULER = "forward Euler"
 _SEVERAL = "Lie splitting ("
 
 
 def is_affine_coupling(piece: Piece) -> bool:
-    """Whether x' = (x_1, s(x_1) x_2 + t(x_1)) for some split of the coordinates, by products with random vectors."""
+    """Whether x' = P (x_1, s(x_1) x_2 + t(x_1)) for some split of the coordinates, by products with random vectors.
+
+    P is a permutation, as where both parts change places behind the step.
+    """
     source, target = piece.sources[0], piece.targets[0]
     if meta_of(source).shape != meta_of(target).shape or target not in piece.carrying:
         return False
@@ -36,12 +42,17 @@ def is_affine_coupling(piece: Piece) -> bool:
     if scales is None:
         return False
     stays = scales == 1
-    if bool(stays.all()) or not bool(stays.any()):
+    places = _places(piece, scales) if bool(stays.any()) and not bool(stays.all()) else None
+    if places is None:
         return False
     w = random_tensors([target], seed=0)[0]
     tolerance = _ROUNDINGS * torch.finfo(w.dtype).eps * float(w.norm())
     edges = {node: piece.inputs(node) for node in piece.nodes}
-    pulled = [pull(piece.graph, piece.nodes, edges, {target: w * mask}).get(source) for mask in (stays, ~stays)]
+    pulled = []
+    for mask in (stays, ~stays):
+        given = torch.zeros_like(ones)
+        given.view(-1)[places] = (w * mask).reshape(-1)
+        pulled.append(pull(piece.graph, piece.nodes, edges, {target: given}).get(source))
     if pulled[0] is None or pulled[1] is None:
         return False
     apart = float((pulled[0] - w * stays).norm()) <= tolerance
@@ -49,10 +60,81 @@ def is_affine_coupling(piece: Piece) -> bool:
     return apart and scaled
 
 
-def coupling(steps: tuple[int, ...]) -> Identification:
-    """The record of an affine coupling."""
-    why = "some coordinates stay as they are, and scale and move the others"
-    return nothing(steps, "affine coupling", why, "measured", system="x_2' = a(x_1) x_2 + b(x_1), x_1' = 0")
+def _places(piece: Piece, scales: Tensor) -> Tensor | None:
+    """Where every entry of the old state stands in the new one, which it reaches with these factors; None if untold."""
+    source, target = piece.sources[0], piece.targets[0]
+    if not scales.is_floating_point() or not bool((scales != 0).all()):
+        return None
+    count, way = scales.numel(), piece.expand(target)[1]
+    w = random_tensors([target], seed=0)[0]
+    near = _ROUNDINGS * torch.finfo(w.dtype).eps * float(scales.abs().max()) * float(w.abs().max())
+    if bool(((piece.pull(way, {target: w})[source] - scales * w).abs() <= near).all()):
+        return torch.arange(count, device=scales.device)
+    codes = torch.arange(1, count + 1, dtype=scales.dtype, device=scales.device).view(meta_of(target).shape)
+    arrived = piece.pull(way, {target: codes})[source]
+    found = (arrived / scales).reshape(-1).round().long() - 1
+    inside = bool((found >= 0).all() and (found < count).all())
+    return found if inside and len(torch.unique(found)) == count else None
+
+
+def is_autoregressive(piece: Piece) -> bool:
+    """Whether x_i' = s_i x_i + t_i, with s_i and t_i functions of coordinates before x_i in some order of them.
+
+    Then the Jacobian is triangular in that order, and its diagonal is what multiplies the state. Rows of it are
+    products with unit vectors, on all samples at once. Of most gated steps two show that there is no such order.
+    """
+    source, target = piece.sources[0], piece.targets[0]
+    meta = meta_of(target)
+    n = meta.numel // meta.shape[0] if meta.shape and meta.shape[0] else 0
+    if meta_of(source).shape != meta.shape or target not in piece.carrying or not 2 <= n <= _MOST_ROWS:
+        return False
+    ones = torch.ones(meta.shape, dtype=meta.dtype, device=meta.device)
+    scales = piece.pull(piece.expand(target)[1], {target: ones}).get(source)
+    edges = {node: piece.inputs(node) for node in piece.nodes}
+    if scales is None or not meta.dtype.is_floating_point:
+        return False
+    near = _ROUNDINGS * torch.finfo(meta.dtype).eps * float(scales.abs().max())
+    before: dict[int, set[int]] = {}
+    left = [0]
+    while len(before) < n:
+        i = left.pop() if left else next(i for i in range(n) if i not in before)
+        if i in before:
+            continue
+        unit = torch.zeros(meta.shape, dtype=meta.dtype, device=meta.device)
+        unit.reshape(meta.shape[0], n)[:, i] = 1.0
+        row = pull(piece.graph, piece.nodes, edges, {target: unit}).get(source)
+        if row is None:
+            return False
+        flat, own = row.reshape(meta.shape[0], n), scales.reshape(meta.shape[0], n)[:, i]
+        if bool(((flat[:, i] - own).abs() > near).any()):
+            return False
+        before[i] = {j for j in torch.nonzero((flat.abs() > near).any(dim=0)).reshape(-1).tolist() if j != i}
+        if any(i in before.get(j, ()) for j in before[i]):
+            return False
+        left += [j for j in before[i] if j not in before][:1]
+    return any(before.values()) and _has_order(before)
+
+
+def _has_order(before: dict[int, set[int]]) -> bool:
+    """Whether there is an order in which each comes behind those before it."""
+    try:
+        tuple(TopologicalSorter(before).static_order())
+    except CycleError:
+        return False
+    return True
+
+
+def scaled_coordinates(piece: Piece, steps: tuple[int, ...]) -> Identification | None:
+    """The record of an affine coupling, or of an autoregressive map; None for other gated steps."""
+    if is_affine_coupling(piece):
+        name, system = "affine coupling", "x_2' = a(x_1) x_2 + b(x_1), x_1' = 0"
+        why = "some coordinates stay as they are, and scale and move the others"
+    elif is_autoregressive(piece):
+        name, system = "autoregressive affine map (MAF, IAF)", "x_i' = a_i(x_<i) x_i + b_i(x_<i)"
+        why = "every coordinate is scaled and moved by functions of those before it: the Jacobian is triangular"
+    else:
+        return None
+    return nothing(steps, name, why, "measured", system=system)
 
 
 def with_couplings(record: Identification, sums: Sequence[NormalForm]) -> Identification:
@@ -69,7 +151,7 @@ def with_couplings(record: Identification, sums: Sequence[NormalForm]) -> Identi
         1: (ADDITIVE_COUPLING, "p' = F(q), q' = 0"),
         2: (REVERSIBLE, "p' = F(q), q' = G(p)"),
     }.get(len(moved), (couplings_in_turn(len(moved)), "p' = F_i(q), q' = G_i(p)"))
-    why = "a mask chooses the coordinates that move, by functions of those that stay"
+    why = "some coordinates move, by functions of those that stay"
     return replace(record, name=name, system=system, notes=(why, *record.notes), evidence="measured")
 
 
@@ -81,19 +163,25 @@ def _moved(form: NormalForm) -> Tensor | None:
     if kept is None or kept.kind != "scalar" or kept.value != 1.0 or not added or len(added) + 1 < len(terms):
         return None
     meta = meta_of(target)
-    factors = LinearCombination(piece, target).factors
-    if meta_of(source).shape != meta.shape or any(
-        atom not in factors or meta_of(atom).shape != meta.shape for atom in added
-    ):
+    combination, w = LinearCombination(piece, target), random_tensors([target], seed=0)[0]
+    if meta_of(source).numel != meta.numel or any(atom not in combination.factors for atom in added):
         return None
-    written = torch.stack([factors[atom] != 0 for atom in added]).any(dim=0).expand(meta.shape)
+    arrived = piece.pull(combination.path, {target: w})
+    written = torch.zeros(meta.shape, dtype=torch.bool, device=meta.device)
+    for atom in added:
+        if meta_of(atom).shape == meta.shape:
+            written = written | (combination.factors[atom] != 0)
+        else:  # entries that are put into places of their own: random numbers tell which
+            written = written | torch.isin(w * terms[atom].value, arrived[atom])
     if bool(written.all()) or not bool(written.any()):
         return None
-    w = random_tensors([target], seed=0)[0]
     near = _ROUNDINGS * torch.finfo(w.dtype).eps * float(w.abs().max())
     edges = {node: piece.inputs(node) for node in piece.nodes}
     whole, rest = (pull(piece.graph, piece.nodes, edges, {target: t}).get(source) for t in (w, w * ~written))
-    if whole is None or rest is None or bool(((rest - w * ~written).abs() > near).any()):
+    if whole is None or rest is None:
+        return None
+    whole, rest = whole.reshape(meta.shape), rest.reshape(meta.shape)  # every entry of the state keeps its place
+    if bool(((rest - w * ~written).abs() > near).any()):
         return None
     read = (whole - w).abs() > near
     return written if bool(read.any()) and not bool((read & written).any()) else None

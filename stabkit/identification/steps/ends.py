@@ -18,20 +18,22 @@ from torch.autograd.graph import Node
 
 from stabkit.identification.form.flow_index import Surroundings
 from stabkit.identification.form.formed_ahead import as_made
+from stabkit.identification.form.operations import ADDS, MOVES, PRODUCTS
 from stabkit.identification.form.pieces import Piece
 from stabkit.identification.form.slots import Slots, joined, parts_of
 from stabkit.identification.form.sub_steps import cuts
 from stabkit.identification.names.single import CLOSE, NO_STEP
 from stabkit.identification.record import Identification, nothing
-from stabkit.identification.steps.alignment import Images, images_after, images_before
+from stabkit.identification.steps.alignment import Images, images_after, images_before, is_same_from
 from stabkit.identification.steps.forks_and_joins import holds_a_step, inside, kind_of
 from stabkit.identification.steps.same_steps import number_beside
 from stabkit.integrators import GeneralLinearMethod
-from stabkit.tracing.graph.values import Value, meta_of
+from stabkit.tracing.graph.values import Value, meta_of, operation
 
 Reader = Callable[[Slots, tuple[int, ...]], Identification]
 
 _MOST = 4  # states of which every order is tried
+_SAME = "the first step of its kind: it does what the next one does where"
 _SECOND_ORDER = "x'' ="  # systems whose force is multiplied by h^2
 _NO_METHOD = (
     "autoregressive", "dense", "fork", "iterative", "join", "no branch", "not a step", "part of", "plain",
@@ -125,11 +127,18 @@ def _common(record: Identification, other: Identification) -> Identification:
 def _last_of(
     around: Surroundings, records: Sequence[Identification], i: int, read: Reader
 ) -> tuple[Identification | None, int]:
-    """The record of a last step, and of how many records it is made: two where it was cut, and neither was read."""
+    """The record of a last step, and of how many records it is made: two where it was cut.
+
+    What was cut off it may be read by itself: x' = y - h f(y), behind y = x + m (x - x_0), looks like an Euler step.
+    """
     record, before = records[i], _common(records[i - 1], records[i - 2])
     better = _last(around, record, before, read)
     known = better is not None and _is_step(better)
-    if known or _is_read(record) or i + 1 == len(records) or _is_read(records[i + 1]):
+    if known or _is_read(record) or i + 1 == len(records):
+        return better, 1
+    nodes = around.nodes(record.steps[0], record.steps[-1] + 1)
+    ahead = all(operation(node) in ADDS | MOVES | PRODUCTS for node in nodes)  # where the field behind is evaluated
+    if _is_read(records[i + 1]) and not ahead:
         return better, 1
     both = replace(record, steps=(*record.steps, *records[i + 1].steps))
     joined = _last(around, both, before, read)
@@ -230,8 +239,14 @@ def _begun(
         )
         if scale is None:
             continue
-        why = f"the first step of its kind: it does what the next one does where {_starts(part.slots.sources, places)}"
-        return _told(_scaled(part.record, scale), record, part, why, ": a fork")
+        return _told(
+            _scaled(part.record, scale), record, part, f"{_SAME} {_starts(part.slots.sources, places)}", ": a fork"
+        )
+    pairs = list(zip(part.slots.targets, made, strict=True))
+    for places in _places(part.slots.sources, old, bases):
+        if part.whole and is_same_from(around.graph, pairs, places, _nodes_of(around, part)):
+            why = f"{_SAME} {_starts(part.slots.sources, places)}, with the numbers of that one"
+            return _told(part.record, record, part, why, ": a fork")
     return None
 
 

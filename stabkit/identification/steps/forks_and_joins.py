@@ -7,6 +7,7 @@ step of one method with its neighbours; the state that goes on makes a step in i
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -15,7 +16,7 @@ from stabkit.identification.form.flow_index import Surroundings
 from stabkit.identification.form.operations import ADDS, MOVES, PRODUCTS
 from stabkit.identification.form.pieces import pull
 from stabkit.identification.form.slots import Slots
-from stabkit.identification.record import Identification
+from stabkit.identification.record import Identification, nothing
 from stabkit.tracing.graph.values import Value, meta_of, operation, outputs_of, random_tensors
 
 Reader = Callable[[Surroundings, Slots, tuple[int, ...]], Identification]
@@ -25,6 +26,7 @@ _NO_STEP = (
     "no branch", "not a step", "part of a step", "plain", "projection shortcut", "skip", "transformed skip",
     "transition", "unknown", "unnamed",
 )  # fmt: skip
+_UNNAMED = "unnamed"
 _FORK, _JOIN = ": a fork", ": a join"
 # of the next step's operations: a step of one evaluation is no start of a method of two (0.5), starters of multistep
 # methods and first layers do all that the next does (1); missed: a first layer that lacks a third of it
@@ -36,7 +38,7 @@ _WIDE = 4  # new values of which one may be the state that goes on
 def step_inside(
     around: Surroundings, found: Slots, steps: tuple[int, ...], record: Identification, read: Reader
 ) -> Identification:
-    """The record of a fork or a join; of a fork with the step that the main state makes in it where there is one.
+    """The record of a fork or a join, with the step that the main state makes in it where there is one.
 
     Args:
         around: the flow.
@@ -49,15 +51,39 @@ def step_inside(
         nodes = around.nodes(steps[0] - 1, steps[-1] + 1)
         inner = read(around.holding({n for n in nodes if meta_of(Value(n, 0)).numel == 1}), kept, steps)
         return inside(inner, f"{_WITH_KEPT}{_JOIN}") if _is_step(inner) and inner.shared_weights else record
-    if record.name != "fork" or not _begins_a_run(around, steps):
+    if record.name == "join":
+        return _last_use(around, found, steps, read) or record
+    if not _begins_a_run(around, steps):
         return record
-    named = [(one.targets[0], inner) for one in _beginnings(found) if _is_step(inner := read(around, one, steps))]
+    read_as = [(one.targets[0], read(around, one, steps)) for one in _beginnings(found)]
+    named = [(value, inner) for value, inner in read_as if _is_step(inner) or inner.name.startswith(_UNNAMED)]
     last = _made_of_others(around, [value for value, _ in named], steps)
     if last is None:  # of several none is the state that goes on: two towers
         return record
     inner, more = next(inner for value, inner in named if value == last), len(found.targets) - 1
+    if not _is_step(inner):  # a state whose method has no name: what it was made of are values of its field
+        return record
     values = "value is" if more == 1 else "values are"
     return inside(inner, f"{more} {values} made beside the state, for later steps{_FORK}")
+
+
+def _last_use(around: Surroundings, found: Slots, steps: tuple[int, ...], read: Reader) -> Identification | None:
+    """The step of the youngest of several states, in which the older ones are read for the last time; None elsewhere.
+
+    An encoder's result that every layer of a decoder reads is no state of it. A decoder of images joins what was kept
+    to what it made since: there nothing of the youngest goes on by itself.
+    """
+    rank = around.graph.rank
+    *held, state = sorted(found.sources, key=lambda v: (rank.get(v.node, -1), v.output))
+    if len(found.targets) != 1 or meta_of(state).shape != meta_of(found.targets[0]).shape or found.split:
+        return None
+    if any(meta_of(v).shape == meta_of(state).shape for v in held):
+        return None  # as likely another stream
+    inner = read(around, replace(found, sources=(state,), contexts=(*found.contexts, *held)), steps)
+    if not _is_step(inner) or inner.step_size is None:
+        return None
+    values = "value is" if len(held) == 1 else "values are"
+    return inside(inner, f"{len(held)} {values} held from before and read for the last time{_JOIN}")
 
 
 def changes_count(record: Identification) -> bool:
@@ -68,6 +94,19 @@ def changes_count(record: Identification) -> bool:
 def holds_a_step(record: Identification) -> bool:
     """Whether a record is one of a step inside a fork or a join."""
     return any(note.endswith((_FORK, _JOIN)) for note in record.notes)
+
+
+def without_doubtful(records: Sequence[Identification]) -> list[Identification]:
+    """Records, those of forks without the step inside where the step behind has no name.
+
+    That a fork is a step at all was told by its likeness to the step behind it. An iteration that begins at a constant,
+    in a function of its input, looks like a step of that input.
+    """
+    found = list(records)
+    for i, (record, behind) in enumerate(itertools.pairwise(records)):
+        if behind.name.startswith(_UNNAMED) and any(note.endswith(_FORK) for note in record.notes):
+            found[i] = nothing(record.steps, "fork", record.notes[0], "proven")
+    return found
 
 
 def kind_of(record: Identification) -> str:

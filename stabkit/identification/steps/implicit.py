@@ -92,10 +92,29 @@ def right_side(node: Node) -> Value | None:
 def linear_solve(piece: Piece) -> LinearSolve | None:
     """The linear systems that a step of one state solves; None without one."""
     nodes = [node for node in piece.nodes if operation(node) in SOLVES]
-    if not nodes:
+    if not nodes or _inside_fields(piece):
         return None
     moves_else = all(operation(node) in MOVES | SOLVES for node in piece.nodes)
     return LinearSolve(len(nodes), moves_else and all(len(piece.inputs(node)) == 1 for node in nodes))
+
+
+def _inside_fields(piece: Piece) -> bool:
+    """Whether a skip leads around all systems, and no solution is added to it but by a matrix of its own.
+
+    Of x + S^-1 f(x) it may be that S = 1 - h J; what x + W S^-1 f(x) solves for is a value inside a field, as chunks of
+    the delta rule do.
+    """
+    stack, seen = list(piece.targets), set[Value]()
+    while stack:
+        value = stack.pop()
+        if value in seen or value in piece.ends:
+            continue
+        seen.add(value)
+        if operation(value.node) in SOLVES:
+            return False
+        if not has_matrix(value.node):
+            stack.extend(piece.inputs(value.node))
+    return all(target in piece.carrying for target in piece.targets)
 
 
 def inner_iterations(piece: Piece, names: Mapping[int, str]) -> int:

@@ -9,16 +9,31 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from stabkit.tracing.graph.values import random_tensors
-from stabkit.tracing.products.segments import Segment
+from stabkit.tracing.graph.values import Meta, random_of
 
 _ROUNDINGS = 1e3  # multiple of the rounding unit by which orders of addition may differ
 _WIDEST = 64  # entries along an axis that are told apart, each by a product
+
+
+class TimeStep(Protocol):
+    """The map of one time step, affine in its state."""
+
+    @property
+    def source_metas(self) -> list[Meta]:
+        """Shape, dtype and device of every tensor of the state before."""
+
+    @property
+    def target_metas(self) -> list[Meta]:
+        """The same of the state after."""
+
+    def vjp(self, cotangents: Sequence[Tensor]) -> list[Tensor]:
+        """Cotangents of the state after pulled back to that before."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,7 +62,7 @@ class Coupling:
         return np.linalg.eigvals(torch.view_as_complex(flat.contiguous()).numpy())
 
 
-def coupling(segment: Segment) -> Coupling | None:
+def coupling(segment: TimeStep) -> Coupling | None:
     """How the state after a time step depends on that before; None where more than one axis is coupled.
 
     Args:
@@ -70,7 +85,7 @@ def coupling(segment: Segment) -> Coupling | None:
     return None
 
 
-def _over_states(segment: Segment, ones: Sequence[Tensor]) -> Coupling:
+def _over_states(segment: TimeStep, ones: Sequence[Tensor]) -> Coupling:
     """The blocks if every entry of a tensor answers to the like entries of the tensors alone."""
     rows = []
     for i in range(len(ones)):
@@ -80,7 +95,7 @@ def _over_states(segment: Segment, ones: Sequence[Tensor]) -> Coupling:
     return Coupling(blocks, 0.0, "diagonal" if len(ones) == 1 else "states")
 
 
-def _along(segment: Segment, ones: Tensor, axis: int) -> Coupling:
+def _along(segment: TimeStep, ones: Tensor, axis: int) -> Coupling:
     """The blocks if every entry answers to those along one axis alone."""
     rows = []
     for i in range(ones.shape[axis]):
@@ -90,11 +105,11 @@ def _along(segment: Segment, ones: Tensor, axis: int) -> Coupling:
     return Coupling(torch.stack(rows, dim=-2), 0.0, f"axis {axis}")
 
 
-def _tested(segment: Segment, found: Coupling) -> Coupling:
+def _tested(segment: TimeStep, found: Coupling) -> Coupling:
     """The blocks with how far two random products are from theirs."""
     worst = 0.0
     for seed in range(2):
-        w = random_tensors(segment.target, seed)
+        w = random_of(segment.target_metas, seed)
         exact = [t.cpu() for t in segment.vjp(w)]
         ours = _product(found, [t.cpu() for t in w])
         off = sum(float((a - b).norm()) ** 2 for a, b in zip(exact, ours, strict=True))

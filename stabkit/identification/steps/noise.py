@@ -13,6 +13,7 @@ from stabkit.identification.form.pieces import Piece
 from stabkit.identification.record import Identification
 from stabkit.tracing.graph.values import operation
 
+_TAKEN = "the field takes normal numbers that this pass drew: it is another one in every pass"
 _EULER = ("forward Euler", "forward Euler, parallel branches")
 
 
@@ -20,7 +21,8 @@ def with_noise(record: Identification, forms: Sequence[NormalForm]) -> Identific
     """A record that says the noise; its tableau and its step size are those of the drift."""
     drawn = [(form.piece, node) for form in forms for node in _noisy(form.piece)]
     if not drawn:
-        return record
+        taken = any(form.piece.is_noisy(node) for form in forms for stage in form.stages for node in stage.nodes)
+        return replace(record, notes=(_TAKEN, *record.notes)) if taken else record
     products = [node for _, node in drawn if operation(node) in PRODUCTS]
     inside = [c for form in forms for stage in form.stages for terms in stage.inputs for c in terms.values()]
     whose = "g(x)" if products else "g"

@@ -25,17 +25,25 @@ from stabkit.identification.names.alternating import alternating_affine
 from stabkit.identification.names.compositions import direction, name_composition, shears
 from stabkit.identification.names.operator_splittings import name_splitting
 from stabkit.identification.names.single import Name
-from stabkit.identification.names.systems import HAMILTONIAN, name_several_states
+from stabkit.identification.names.systems import (
+    ADDITIVE_COUPLING,
+    HAMILTONIAN,
+    REVERSIBLE,
+    name_several_states,
+)
 from stabkit.identification.record import Identification
+from stabkit.identification.steps.composed_steps import LEAPFROG_OR
 from stabkit.identification.steps.noise import with_noise
 from stabkit.identification.steps.pending import name_pending, told_of
 from stabkit.identification.steps.predicted_steps import without_clock
 from stabkit.identification.steps.proximal import proximal_maps
 from stabkit.integrators import GeneralLinearMethod
-from stabkit.tracing.graph.values import Value, operation, outputs_of
+from stabkit.tracing.graph.values import Value, meta_of, operation, outputs_of
 
 LEAPFROG = "leapfrog"
-_EITHER = "x' = f(x, t) by the two-step midpoint rule, or p' = F(q), q' = G(p) in turn: with weights of its own at each"
+_EITHER = (
+    "x' = f(x, t) by the two-step midpoint rule, or p' = F(q), q' = G(p) in turn: one map, weights of its own at each"
+)
 PARTS = ", parts of one tensor"
 _UNSPECIFIC = ("unnamed", "general linear method", "Adams-Bashforth type")  # what fields with a linear part may read as
 
@@ -98,12 +106,14 @@ def _named(
     table = blocks(form, found.contexts, one_coordinate=diagonal)
     if table is None or (opaque and not form.merges):
         hidden = f"hidden in {', '.join(opaque)}" if opaque else "the states are mixed or moved"
-        return _nothing(steps, "unknown", f"the state is a tuple of tensors; {hidden}", "unknown")
+        unread = _nothing(steps, "unknown", f"the state is a tuple of tensors; {hidden}", "unknown")
+        return unread if opaque else _laid_out_anew(form, found, steps) or unread
     coefficients = [c for terms in form.forms for c in terms.values()]
     gated = any(c.kind == "gate" for c in coefficients)
     symmetric = is_symmetric(form) if not gated and len(form.stages) == 2 else None
     pending = name_pending(table, form)
     named = pending or name_several_states(table, symmetric=symmetric, gated=gated)
+    readout = None
     composed = None if named.is_known else with_composite_fields(table)
     if composed is not None:
         table, named = composed, name_several_states(composed, symmetric=None, gated=gated)
@@ -111,9 +121,10 @@ def _named(
         known = name_composition(table) or name_splitting(table, adjoint=are_adjoint(form))
         named = known or alternating_affine(table) or named
     if not named.is_known and not gated:
-        named = with_readout(table) or _in_parts(around, found, steps) or named
+        readout = with_readout(table)
+        named = readout.name if readout is not None else _in_parts(around, found, steps) or named
     if named.name == LEAPFROG and len(table.rows) == 1 and not _is_evaluated_beside(around, form, steps):
-        named = replace(named, name=f"{LEAPFROG}, or additive couplings in turn", system=_EITHER)
+        named = replace(named, name=LEAPFROG_OR, system=_EITHER)
     if named.order == 2 and direction(shears(table) or ()) < 0:
         named = replace(named, h=-named.h)
     method = table.method(named.unit)
@@ -140,7 +151,31 @@ def _named(
         checks=checks,
         recorded=table.recorded_with(named.unit),
     )
-    return with_noise(confirmed(record, form.piece), [form])
+    if readout is not None and record.evidence == "proven":  # outputs may be other entries of what the fields give out
+        old, new = form.sources[readout.source], form.targets[readout.target]
+        own = readout.table
+        alone = replace(record, method=own.method(named.unit), recorded=own.recorded_with(named.unit))
+        sure = confirmed(alone, around.piece(form.piece.nodes, [old], [new], found.contexts))
+        record = replace(sure, method=record.method, recorded=record.recorded)
+    else:
+        record = confirmed(record, form.piece)
+    return with_noise(record, [form])
+
+
+def _laid_out_anew(form: NormalForm, found: Slots, steps: tuple[int, ...]) -> Identification | None:
+    """The record of couplings of streams whose entries are moved besides, by each of them (squeezed: i-RevNet).
+
+    A move is undone by another one, so that a coupling stays reversible; of other methods it makes something else.
+    """
+    table = blocks(form, found.contexts, moves_cancel=True)
+    named = None if table is None or len(table.V) != 2 else name_several_states(table, symmetric=None, gated=False)
+    if named is None or not named.name.startswith((ADDITIVE_COUPLING, REVERSIBLE)):
+        return None
+    shapes = ["x".join(map(str, meta_of(ends[0]).shape)) for ends in (form.sources, form.targets)]
+    why = f"the entries of the streams are moved besides, {shapes[0]} to {shapes[1]}: a map that another one undoes"
+    record = _nothing(steps, f"{named.name}, entries moved", why, "measured")
+    count = f"{len(form.sources)} states{PARTS * found.split}"
+    return replace(record, system=named.system, notes=(*record.notes, count))
 
 
 def _is_evaluated_beside(around: Surroundings, form: NormalForm, steps: tuple[int, ...]) -> bool:
@@ -250,18 +285,31 @@ def _dense(found: Slots, steps: tuple[int, ...]) -> Identification:
 
 
 def dense_concatenation(around: Surroundings, found: Slots, steps: tuple[int, ...]) -> Identification | None:
-    """The record of a step s' = [s; H(s)] whose state is one tensor; None when it is something else."""
-    graph = around.graph
-    parts = joined(graph, around.nodes(steps[0], steps[-1] + 1), found.targets[0])
-    if parts is None or len(parts) != 2 or found.sources[0] not in parts:
+    """The record of a step s' = [s; H(s)] whose state is one tensor, or of several, [s; H_1(s); H_2(s, H_1); ...]."""
+    graph, nodes = around.graph, around.nodes(steps[0], steps[-1] + 1)
+    parts = joined(graph, nodes, found.targets[0])
+    if parts is None or len(parts) < 2 or found.sources[0] not in parts:
         return None
     made = {found.sources[0]}
-    for node in around.nodes(steps[0], steps[-1] + 1):
+    for node in nodes:
         if not made.isdisjoint(graph.inputs[node]):
             made.update(outputs_of(node))
     if not made.issuperset(parts):
         return None  # what is held fixed is put beside the state: a part of a step
-    return _dense(found, steps)
+    if len(parts) == 2:
+        return _dense(found, steps)
+    if any(not _reads(around, nodes, parts[:i], part) for i, part in enumerate(parts) if part != found.sources[0]):
+        return None
+    count = len(parts) - 1
+    why = f"the state is kept whole and {count} layers add to it, each reading all before: every eigenvalue is 1"
+    return replace(_nothing(steps, f"dense (concatenation, {count} layers)", why, "proven"),
+                   system="none: nothing that is there is changed")  # fmt: skip
+
+
+def _reads(around: Surroundings, nodes: Sequence[Node], before: Sequence[Value], part: Value) -> bool:
+    """Whether a part of a concatenation is made of all parts before it."""
+    piece = around.piece(nodes, before, [part])
+    return set(before) <= {v for node in piece.nodes for v in piece.inputs(node)}
 
 
 def _nothing(steps: tuple[int, ...], name: str, why: str, evidence: str) -> Identification:

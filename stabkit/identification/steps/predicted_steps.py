@@ -16,7 +16,7 @@ from torch.autograd.graph import Node
 from stabkit.identification.form.chain import Link
 from stabkit.identification.form.flow_index import Surroundings
 from stabkit.identification.form.normal_form import NormalForm
-from stabkit.identification.form.operations import MOVES, has_matrix
+from stabkit.identification.form.operations import MOVES, SCALES, has_matrix
 from stabkit.identification.form.pieces import ADDED, Piece
 from stabkit.identification.form.slots import Slots
 from stabkit.identification.record import Identification
@@ -140,11 +140,15 @@ def _predicted(piece: Piece, atom: Value) -> tuple[Tensor, str] | None:
     factors = piece.inputs(node)
     if operation(node) != "Mul" or len(set(factors)) != 2:
         return None
+    found = []
     for place, (factor, value) in enumerate((factors, factors[::-1])):
+        if meta_of(value).numel < meta_of(atom).numel:
+            continue  # an outer product, e x^T: no number before a field
         saved = getattr(node, ("_saved_self", "_saved_other")[place], None)
         if isinstance(saved, Tensor) and not saved.is_complex() and _controls(piece, factor, value):
-            return saved.detach().to(torch.float64), "x" if _reads_state(piece, factor) else "c"
-    return None
+            found.append((saved.detach().to(torch.float64), "x" if _reads_state(piece, factor) else "c"))
+    # of z tanh(..) either is bounded: a step size is no number below zero
+    return min(found, key=lambda each: bool((each[0] < 0).any()), default=None)
 
 
 def _controls(piece: Piece, factor: Value, value: Value) -> bool:
@@ -171,7 +175,7 @@ def _reads_state(piece: Piece, value: Value) -> bool:
 
 
 def _behind_moves(piece: Piece, value: Value) -> Node | None:
-    while value not in piece.ends and operation(value.node) in MOVES and len(piece.inputs(value.node)) == 1:
+    while value not in piece.ends and operation(value.node) in MOVES | SCALES and len(piece.inputs(value.node)) == 1:
         value = piece.inputs(value.node)[0]
     return None if value in piece.ends else value.node
 

@@ -28,7 +28,7 @@ def predictor_corrector(found: Blocks) -> Name | None:
         return None
     for x in range(len(found.V)):
         kept = memory_of(found, x)
-        if kept is not None and found.V[x, x] == 1.0:
+        if kept is not None and found.V[x, x] > 0:
             return _named(found, x, list(kept.order), kept.stage, kept.scale)
     return None
 
@@ -37,7 +37,9 @@ def _named(found: Blocks, x: int, memory: list[int], kept: int, scale: float) ->
     last = len(found.A) - 1
     now = [j for j in range(last) if not found.A[j].any() and np.array_equal(found.U[j], np.eye(len(found.V))[x])]
     ahead = found.A[last].any() or found.U[last, memory].any()
-    if not ahead or not np.allclose(found.U[:, x], 1.0, atol=CLOSE) or not found.B[x, last]:
+    a = float(found.V[x, x])  # the prediction is one of the end of the step, where the linear part has made the same
+    carried = [a if j == last else 1.0 for j in range(len(found.A))]
+    if not ahead or not np.allclose(found.U[:, x], carried, atol=CLOSE) or not found.B[x, last]:
         return None
     old_ahead, old = found.U[last, memory] * scale, found.V[x, memory] * scale
     predicted = np.concatenate([found.A[last, now], old_ahead])
@@ -46,11 +48,17 @@ def _named(found: Blocks, x: int, memory: list[int], kept: int, scale: float) ->
     if abs(h) < 1e-12:
         return None
     form = "PEC" if kept == last else "PECE"
-    pair = _adams(predicted / h, corrected / h) if len(now) <= 1 and last == len(now) else None
+    pair = _adams(predicted / h, corrected / h) if len(now) <= 1 and last == len(now) and a == 1.0 else None
+    stages = f"{last + 1} stage{'s' * (last > 0)}"
     name = f"predictor-corrector ({pair}), {form}" if pair else (
-        f"predictor-corrector ({last + 1} stages, {len(memory)} value{'s' * (len(memory) > 1)} kept)"
+        f"predictor-corrector ({stages}, {len(memory)} value{'s' * (len(memory) > 1)} kept)"
     )  # fmt: skip
-    return Name(name, "x' = f(x), predicted and corrected", h, "h: the sum of the weights of all values of the field")
+    system = "x' = f(x), predicted and corrected"
+    if a != 1.0:  # UniPC (Zhao et al. 2023): both formulas carry the linear part on
+        weights = ", ".join(f"{weight / h:.3g}" for weight in corrected)
+        name = f"exponential {name[:-1]}, a = {a:.3g}), {form} (UniPC type)"
+        system = f"x' = f(x) - lambda x, h lambda = -log a, corrected with weights {weights} from the newest value on"
+    return Name(name, system, h, "h: the sum of the weights of all values of the field")
 
 
 def _adams(predicted: Matrix, corrected: Matrix) -> str | None:

@@ -8,7 +8,7 @@ the streams x_1, ..., x_n lying side by side in one tensor. M, a and b are measu
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -17,6 +17,8 @@ from torch import Tensor
 
 from stabkit.identification.form.hidden_skip import affine_pulls
 from stabkit.identification.form.pieces import Piece, pull
+from stabkit.identification.names.single import Name
+from stabkit.identification.record import Identification, record_of
 from stabkit.integrators import GeneralLinearMethod
 from stabkit.tracing.graph.values import meta_of, random_tensors
 
@@ -72,6 +74,36 @@ def mixed_streams(piece: Piece) -> Streams | None:
             method = GeneralLinearMethod(np.zeros((1, 1)), a[None], b[:, None], M.T, name=f"{n} streams")
             return Streams(method, layout.of, residual)
     return None
+
+
+def numbers_of(method: GeneralLinearMethod) -> str:
+    """The blocks of a method of one field as its note gives them, rows apart by semicolons."""
+    V, a, b = ("; ".join(", ".join(f"{x:.3g}" for x in row) for row in np.asarray(m)) for m in (
+        method.V, method.U, np.asarray(method.B).T))  # fmt: skip
+    return f"V = ({V}), the field is that of a = ({a}), and is added with b = ({b})"
+
+
+def record_of_streams(streams: Streams, steps: tuple[int, ...]) -> Identification:
+    """The record of residual streams that a matrix mixes."""
+    n = streams.method.states
+    why = f"the skip mixes {n} streams along axis {streams.axis} by a matrix, the V of a general linear method"
+    one = "h = 1: only the product h f can be seen"
+    named = Name(f"general linear method of {n} streams", "x' = f(x), a history of states as streams", 1.0, one)
+    notes = (why, numbers_of(streams.method))
+    record = record_of(named, None, steps, skip=None, residual=streams.residual, notes=notes)
+    return replace(record, method=streams.method, evidence="measured")
+
+
+def mixed_by_numbers(record: Identification) -> Identification:
+    """A record of several states without a name, that of one field of them all as the general linear method it is."""
+    method, name = record.method, record.name
+    if not isinstance(method, GeneralLinearMethod) or method.stages != 1 or method.states < 2:
+        return record
+    known = f"general linear method of {method.states} states"
+    if name not in ("unnamed", known) or not np.any(method.U) or not np.any(method.B):
+        return record
+    system = record.system if name == known else "x' = f(x), several states"
+    return replace(record, name=known, system=system, notes=(numbers_of(method), *record.notes))
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,6 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
-import torch
 from torch.autograd.graph import Node
 
 from stabkit import integrators
@@ -26,8 +25,8 @@ from stabkit.identification.steps.linear_recurrence import Coupling, coupling
 from stabkit.identification.steps.step_rules import Histories, Made
 from stabkit.integrators import LinearStability
 from stabkit.tracing import Flow
-from stabkit.tracing.graph.scans import FEWEST, Scan
-from stabkit.tracing.graph.values import Value, meta_of, operation, random_tensors
+from stabkit.tracing.graph.scans import Scan
+from stabkit.tracing.graph.values import Value, operation
 from stabkit.tracing.maps.scan_flow import growth_over, over_scan, scans_of
 
 _CLOSE = 1e-5  # of invariants of 2 x 2 blocks in single precision
@@ -36,8 +35,6 @@ _CALLED = {
     "trapezoid": ("trapezoid (bilinear", "x' = A x + B u"),
     "backward Euler": ("backward Euler (linear", "x' = A x + B u"),
 }
-_CLOSED = frozenset({"Cumprod", "Cumsum", "FftC2C", "FftR2C", "Logcumsumexp"})
-_ROUNDINGS = 100.0  # multiple of the rounding unit by which a Fourier transform may miss a zero
 _EXTREMES = frozenset({"Maximum", "Minimum"})
 _MIXTURES = frozenset({"Addcmul", "Lerp"})  # affine in any one of their arguments
 _METHODS = {"trapezoid": "trapezoid", "backward Euler": "backward_euler"}
@@ -111,7 +108,8 @@ class Recurrences:
                 "linear recurrence (coupled)", "x' = A(u) x + B u", "measured", None, path, scan.n_steps, fed=fed,
                 notes=("more than one axis of the state is coupled: its matrix was not taken apart",),
             )  # fmt: skip
-        record = _of_matrix(coupled, self._made(path, place, count), scan, path, fed)
+        record = linear_recurrence(coupled, self._made(path, place, count), path, scan.n_steps,
+                                   time=scan.before + scan.middle, taps=scan.taps, fed=fed)  # fmt: skip
         return replace(record, notes=(*record.notes, self._untold)) if self._untold else record
 
     def _made(self, path: str, place: int, count: int) -> Made:
@@ -125,39 +123,6 @@ class Recurrences:
                 except RuntimeError as error:
                     self._untold = f"the model does not run with parameters that require grad: {str(error)[:100]}"
         return Made() if self._histories is None else self._histories.of(path, place, count)
-
-
-def closed_form_note(flow: Flow, start: int, stop: int) -> str:
-    """A note where steps may hold a recurrence in closed form, which has no states to be read; empty elsewhere.
-
-    Those are steps with a cumulative operation or a Fourier transform in which a time takes nothing of later ones: a
-    cotangent in the middle of an axis arrives before it, and not behind it.
-    """
-    before, after = flow.states[start], flow.states[stop]
-    names = {name for step in flow.steps[start:stop] for name in step.operations} & _CLOSED
-    if not names or len(before.values) != 1 or len(after.values) != 1:
-        return ""
-    meta, axis_of_samples = meta_of(after.values[0]), after.layouts[0].axis
-    if meta_of(before.values[0]).shape != meta.shape:
-        return ""
-    (drawn,) = random_tensors(after.values, seed=0)
-    for axis, size in enumerate(meta.shape):
-        if size < FEWEST or axis == axis_of_samples:
-            continue
-        middle = size // 2
-        given = torch.zeros_like(drawn)
-        given.select(axis, middle).copy_(drawn.select(axis, middle))
-        cotangents = [given]
-        for step in reversed(flow.steps[start:stop]):
-            cotangents = step.vjp(cotangents)
-        earlier, later = (cotangents[0].narrow(axis, *span) for span in ((0, middle), (middle + 1, size - middle - 1)))
-        rounding = _ROUNDINGS * torch.finfo(meta.dtype).eps * float(cotangents[0].norm())
-        if float(later.norm()) <= rounding < float(earlier.norm()):
-            return (
-                f"axis {axis} is passed causally, with {', '.join(sorted(names))}: if that is a recurrence in closed "
-                "form, it has no chain of states and is not read over time"
-            )
-    return ""
 
 
 class _OverTime(Surroundings):
@@ -235,23 +200,46 @@ def _of_cell(around: _OverTime, found: Identification, scan: Scan, path: str, fe
     )
 
 
-def _of_matrix(coupled: Coupling, made: Made, scan: Scan, path: str, fed: bool) -> Recurrence:
-    """The name of a recurrence that is affine in its state."""
+def linear_recurrence(
+    coupled: Coupling,
+    made: Made,
+    path: str,
+    n_steps: int,
+    *,
+    time: int,
+    taps: int = 1,
+    fed: bool,
+    growth: float | None = None,
+    notes: tuple[str, ...] = (),
+) -> Recurrence:
+    """The reading of a recurrence that is affine in its state.
+
+    Args:
+        coupled: its matrix at one time.
+        made: how its factor was made.
+        path: the module in which it runs.
+        n_steps: how many times there are.
+        time: that of the matrix.
+        taps: successive times at which the input enters.
+        fed: whether the input makes the matrix.
+        growth: what a cotangent gains a step, nats.
+        notes: what else was seen.
+    """
     values = coupled.eigenvalues()
     sizes = np.abs(values)
     low, high, mean = float(sizes.min()), float(sizes.max()), float(sizes.mean())
-    notes = [f"|eigenvalues| of a time step from {low:.4g} to {high:.4g}"]
+    told = [*notes, f"|eigenvalues| of a time step from {low:.4g} to {high:.4g}"]
     if fed:
-        notes.append(f"they depend on the input, and are those at time {scan.before + scan.middle} of {scan.n_steps}")
+        told.append(f"they depend on the input, and are those at time {time} of {n_steps}")
     evidence, residual = "measured", coupled.residual
     method: LinearStability | None = None
     if made.rule:
         called, system = _CALLED[made.rule]
-        if made.rule == "exponential" and scan.taps > 1:
+        if made.rule == "exponential" and taps > 1:
             called, system = "exponential trapezoid (two-point input", f"{system}, {_BOTH_ENDS}"
         name = f"{called}, mean |a| = {mean:.3g})"
         residual = made.residual
-        notes.append(_FOLLOWS if made.input_follows else _OWN)
+        told.append(_FOLLOWS if made.input_follows else _OWN)
         method = integrators.named(_METHODS[made.rule]) if made.rule in _METHODS else None
     elif coupled.size > 1:
         name, system = _of_blocks(coupled, low, high)
@@ -259,10 +247,10 @@ def _of_matrix(coupled: Coupling, made: Made, scan: Scan, path: str, fed: bool) 
         name, system = _of_numbers(values.ravel(), made, fed)
         constant = not fed and low == high and not np.iscomplex(values).any()
         evidence = "proven" if constant else "measured"
-    if scan.taps > 1:
-        notes.append(f"the input enters at {scan.taps} successive times, each with a weight of its own")
+    if taps > 1:
+        told.append(f"the input enters at {taps} successive times, each with a weight of its own")
     return Recurrence(
-        name, system, evidence, residual, path, scan.n_steps, low, high, fed=fed, method=method, notes=tuple(notes)
+        name, system, evidence, residual, path, n_steps, low, high, growth, fed=fed, method=method, notes=tuple(told)
     )
 
 

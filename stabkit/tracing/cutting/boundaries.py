@@ -20,6 +20,7 @@ from torch import nn
 
 from stabkit.errors import TraceError
 from stabkit.tracing.cutting.gaps import Gap, around, gaps_between, narrowest
+from stabkit.tracing.cutting.ladders import are_like_blocks, are_stages, between_rounds, is_history
 from stabkit.tracing.graph.frontiers import Frontiers
 from stabkit.tracing.graph.intervals import Interval, Intervals
 from stabkit.tracing.graph.loops import loops_of_products
@@ -156,15 +157,17 @@ def _by_modules(intervals: Intervals, frontiers: Frontiers, units: Sequence[Inte
     boundaries.update(gap.position for gap in passed)
     begun, ended = {id(gap.before) for gap in passed}, {id(gap.after) for gap in passed}
     for gap in gaps:  # the first of a run of such blocks begins where it begins, and the last ends where it ends
+        # as far behind the last block as the others end: x + f(x) may stand outside of them
+        behind = min((g.position - g.before.stop for g in passed if g.after is gap.before), default=0)
+        last = min(gap.before.stop + behind, gap.position)  # what passed the run by may be joined to it just behind
+        ends = id(gap.before) in ended and intervals.made_in(gap.before, last) == 1
         begins = id(gap.after) in begun and intervals.taken_by(gap.position, gap.after) == 1
-        if gap.width > 1 and (begins or (id(gap.before) in ended and intervals.made_in(gap.before, gap.position) == 1)):
+        if gap.width > 1 and begins:
             boundaries.add(gap.position)
-        elif gap.width == 1:  # what passes the run by is split off just before it, or joined to its result just behind
-            # as far behind the last block as the others end: x + f(x) may stand outside of them
-            behind = min((g.position - g.before.stop for g in passed if g.after is gap.before), default=0)
-            first, last = gap.after.start, min(gap.before.stop + behind, gap.position)
+        elif gap.width == 1:  # and split off just before it
+            first = gap.after.start
             boundaries.update([first] * (id(gap.after) in begun and intervals.taken_by(first, gap.after) == 1))
-            boundaries.update([last] * (id(gap.before) in ended and intervals.made_in(gap.before, last) == 1))
+        boundaries.update([last] * ends)
     rungs = _rungs(intervals, gaps)
     if rungs:  # those inside of a round of a loop are none
         rungs &= around_rounds(intervals, frontiers, units, boundaries | rungs)
@@ -173,20 +176,14 @@ def _by_modules(intervals: Intervals, frontiers: Frontiers, units: Sequence[Inte
     for start, stop in itertools.pairwise(sorted(boundaries)):
         inside = gaps[bisect.bisect_right(positions, start) : bisect.bisect_left(positions, stop)]
         # no narrow boundary over most of the graph: a ladder of states that are tuples
-        if len(inside) < 4 or stop - start <= 0.5 * intervals.end:
+        if stop - start <= 0.5 * intervals.end or (len(inside) < 4 and not is_history(intervals, inside)):
             continue
         rounds = [b for b in rounds_of_lists(intervals, frontiers, units) if start < b < stop]
-        if not rounds and not _are_stages(inside):
-            rounds = [gap.position for gap in inside]
+        if not rounds and not are_stages(inside):
+            rounds = [gap.position for gap in between_rounds(intervals, inside)]
         boundaries.update(rounds)
     boundaries.update(rungs)
     return _glued(intervals, _between(intervals, units, sorted(boundaries)))
-
-
-def _are_stages(gaps: Sequence[Gap]) -> bool:
-    """Whether gaps lie between calls that recur without being rounds of a loop, and more is alive in some of them."""
-    units = [gaps[0].before, *(gap.after for gap in gaps)]
-    return len({unit.path for unit in units}) < len(units) and len({gap.width for gap in gaps}) > 1
 
 
 def _passed_by(intervals: Intervals, gap: Gap) -> bool:
@@ -194,13 +191,11 @@ def _passed_by(intervals: Intervals, gap: Gap) -> bool:
 
     A long skip, kept for a decoder, does not make the blocks beside it one block.
     """
-    before, after = gap.before, gap.after
-    alike = before.pattern == after.pattern and type(before.module) is type(after.module)
-    if not alike or intervals.is_leaf(before) or gap.width == 1:
+    if not are_like_blocks(intervals, gap) or gap.width == 1:
         return False
     # the widths that count for choosing leave out what decoders read, so they are compared with the full count
     alive = len(intervals.shapes(gap.position))
-    return alive - intervals.passing_by(gap.position, before, after) == 1
+    return alive - intervals.passing_by(gap.position, gap.before, gap.after) == 1
 
 
 def _rungs(intervals: Intervals, gaps: Sequence[Gap]) -> set[int]:
@@ -225,8 +220,7 @@ def _rungs(intervals: Intervals, gaps: Sequence[Gap]) -> set[int]:
 
 
 def _hands_on_several(intervals: Intervals, gap: Gap) -> bool:
-    alike = gap.before.pattern == gap.after.pattern and type(gap.before.module) is type(gap.after.module)
-    return alike and gap.width > 1 and not intervals.is_leaf(gap.before)
+    return gap.width > 1 and are_like_blocks(intervals, gap)
 
 
 class _Units:

@@ -15,7 +15,7 @@ from torch import nn
 
 from stabkit.tracing.graph.frontiers import Frontiers
 from stabkit.tracing.graph.graph import Graph
-from stabkit.tracing.graph.values import Value, meta_of, operation
+from stabkit.tracing.graph.values import Value, meta_of, operation, outputs_of
 from stabkit.tracing.recording.recorder import Call
 
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
@@ -184,6 +184,16 @@ class Intervals:
         used = {v for node in self.graph.nodes[position : after.stop] for v in self.graph.inputs[node]}
         last = self._frontiers.last_use
         return sum(v in used or last[v] < after.stop for v in self._frontiers.at(position))
+
+    def reads(self, call: Interval, before: Interval) -> bool:
+        """Whether what a call reads is made of what an earlier one made."""
+        made = {v for node in self.graph.nodes[before.start : before.stop] for v in outputs_of(node)}
+        for node in self.graph.nodes[before.stop : call.stop]:
+            if not made.isdisjoint(self.graph.inputs[node]):
+                if self.graph.rank[node] >= call.start:
+                    return True
+                made.update(outputs_of(node))
+        return False
 
     def made_in(self, before: Interval, position: int) -> int:
         """How many values alive at a position behind a call were not there before it."""

@@ -17,7 +17,7 @@ from torch.autograd.graph import Node
 from stabkit.tracing.graph.frontiers import Frontiers
 from stabkit.tracing.graph.graph import Graph
 from stabkit.tracing.graph.scans import scans_between
-from stabkit.tracing.graph.tandem import PRODUCTS
+from stabkit.tracing.graph.tandem import PRODUCTS, REDUCTIONS
 from stabkit.tracing.graph.values import Value, meta_of, operation, outputs_of
 from stabkit.vocabulary import moves
 
@@ -130,17 +130,23 @@ def loops_of_calls(graph: Graph) -> tuple[Loop, ...]:
 def loops_of_products(graph: Graph, frontiers: Frontiers, places: Iterable[int]) -> tuple[Loop, ...]:
     """The loops of a graph whose rounds multiply by matrices again, at some positions where no module tells of them.
 
-    The loop over time of a recurrent layer is one field, and rounds that take slice after slice of a tensor are time
-    steps inside of a step of depth: neither is such a loop.
+    Where no such loop is, those whose rounds add up entries again (belief propagation, routing by agreement). The loop
+    over time of a recurrent layer is one field, and rounds that take slice after slice of a tensor are time steps
+    inside of a step of depth: neither is such a loop.
     """
-    anchors: list[Anchor] = []
-    for place in places:
-        node = graph.nodes[place]
-        if operation(node).startswith(PRODUCTS) and node not in graph.recurrent:
-            shapes = [meta_of(value).shape for value in (Value(node, 0), *graph.inputs[node])]
-            anchors.append((place, place + 1, f"{operation(node)} {shapes}"))
-    found = find_loops(graph, frontiers, anchors) if len(anchors) > 1 else ()
-    return tuple(loop for loop in found if not scans_between(graph, loop.start, loop.stop))
+    places = list(places)
+    for kinds in (PRODUCTS, REDUCTIONS):
+        anchors: list[Anchor] = []
+        for place in places:
+            node = graph.nodes[place]
+            if operation(node).startswith(kinds) and node not in graph.recurrent:
+                shapes = [meta_of(value).shape for value in (Value(node, 0), *graph.inputs[node])]
+                anchors.append((place, place + 1, f"{operation(node)} {shapes}"))
+        found = find_loops(graph, frontiers, anchors) if len(anchors) > 1 else ()
+        found = tuple(loop for loop in found if not scans_between(graph, loop.start, loop.stop))
+        if found:
+            return found
+    return ()
 
 
 def loops_outside_layers(graph: Graph) -> tuple[Loop, ...]:

@@ -200,8 +200,9 @@ class _Run:
         if self.count < fewest:
             return
         edges = self._edges()
-        drives = self._drives()
-        for cycle in _cycles(edges):
+        drives, cycles = self._drives(), _cycles(edges)
+        carried = set[int]().union(*cycles)
+        for cycle in cycles:
             nodes = [self._node(self.count // 2, place) for place in cycle]
             if all(operation(node) in _MOVES for node in nodes) or not self._same_parameters(cycle):
                 continue
@@ -210,7 +211,7 @@ class _Run:
                 continue
             tensors = tuple(dict.fromkeys(tensor for place in above for tensor in drives.get(place, ())))
             if tensors:
-                yield self._scan(cycle, [e for e in edges if {e.giver, e.taker} <= cycle], edges, tensors)
+                yield self._scan(cycle, [e for e in edges if {e.giver, e.taker} <= cycle], edges, tensors, carried)
 
     def _node(self, window: int, place: int) -> Node:
         return self._graph.nodes[self.start + window * self._period + place]
@@ -275,8 +276,11 @@ class _Run:
                     return True
         return False
 
-    def _taps(self, cycle: set[int]) -> int:
-        """How many slices of one tensor are added to the state in the middle period."""
+    def _taps(self, cycle: set[int], carried: set[int]) -> int:
+        """How many slices of one tensor are added to the state in the middle period.
+
+        What is ``carried`` from one period to the next, in another cycle, holds slices of all times before.
+        """
         inputs, found = self._graph.inputs, defaultdict(set)
         nodes = {self._node(self.count // 2, place) for place in cycle}
         stack = [value for node in nodes if operation(node) in _SUMS for value in inputs[node]]
@@ -288,11 +292,13 @@ class _Run:
                 found[piece[0]].add(piece[1])
             elif value not in seen and (rank := self._rank(value)) >= max(self.start - self._period, 0):
                 seen.add(value)
-                if (rank - self.start) % self._period not in cycle:
+                if (rank - self.start) % self._period not in carried:
                     stack.extend(inputs.get(value.node, ()))
         return max(map(len, found.values()), default=1)
 
-    def _scan(self, cycle: set[int], inner: list[_Edge], edges: list[_Edge], drives: tuple[Value, ...]) -> Scan:
+    def _scan(
+        self, cycle: set[int], inner: list[_Edge], edges: list[_Edge], drives: tuple[Value, ...], carried: set[int]
+    ) -> Scan:
         beyond = {(e.giver, e.output) for e in edges if e.giver in cycle and e.taker not in cycle}
         for node in self._graph.nodes[self.stop :]:
             for value in self._graph.inputs[node]:
@@ -329,7 +335,7 @@ class _Run:
         outer = (state(first), state(first + 1)), state(last)
         before = windows[0] - first + ends.before(outer[0], self.start + first * self._period + end)
         after = last - windows[-1] + ends.after(outer[1], self.start + last * self._period + end, drives)
-        return Scan(states, positions, passed, drives, self._period, self._taps(cycle), before, after)
+        return Scan(states, positions, passed, drives, self._period, self._taps(cycle, carried), before, after)
 
 
 @cache

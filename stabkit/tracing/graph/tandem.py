@@ -4,6 +4,8 @@ from __future__ import annotations
 
 #: Products with matrices and their inverses, and sums over the neighbours in a graph: what a layer does once or twice.
 PRODUCTS = ("Addmm", "Mm", "Bmm", "Convolution", "IndexAdd", "ScatterAdd", "SparseMm", "SparseAddmm", "LinalgSolve")
+#: What adds up entries without a matrix: messages that are passed on, couplings that are normalised.
+REDUCTIONS = ("Sum", "Mean", "Logsumexp", "Softmax", "LogSoftmax", "Amax", "Max", "LinalgVectorNorm")
 
 
 def tandem_repeat(names: list[str]) -> tuple[int, int, int] | None:

@@ -134,7 +134,11 @@ def entries_are_finite(tensor: Tensor) -> bool:
 
 def random_tensors(values: Sequence[Value], seed: int) -> list[Tensor]:
     """Standard normal tensors of the shapes of some values; the same on every device."""
-    metas = [meta_of(value) for value in values]
+    return random_of([meta_of(value) for value in values], seed)
+
+
+def random_of(metas: Sequence[Meta], seed: int) -> list[Tensor]:
+    """Standard normal tensors of some shapes and dtypes; the same on every device."""
     if len(metas) == 1 and not metas[0].dtype.is_complex:
         return [standard_normal(metas[0].shape, seed).to(dtype=metas[0].dtype, device=metas[0].device, copy=True)]
     generator = torch.Generator().manual_seed(seed)
