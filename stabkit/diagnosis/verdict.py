@@ -77,7 +77,7 @@ def judge(log_growth: Array, kinds: Sequence[str], thresholds: Thresholds) -> Ve
         low, high = mean_interval(total[through], thresholds.confidence)
     name = _name(low, high, thresholds)
     count = last - first + 1
-    found = Verdict(name, _summary(name, growth, count, thresholds), growth, (low, high), (first, last))
+    found = Verdict(name, _summary(name, growth, (low, high), count, thresholds), growth, (low, high), (first, last))
     blocks = sum(kind == "step" for kind in kinds)
     alone = count == 1 and blocks == 0 and math.isfinite(growth)  # a model that is one step between two spaces
     if blocks < _FEWEST_BLOCKS and (name in ("stable", "drift") or alone):
@@ -114,8 +114,16 @@ def led_by_findings(verdict: Verdict, findings: Sequence[Finding]) -> Verdict:
         return verdict
     place = f" at {worst.module_path}" if worst.module_path else ""
     depth = verdict.summary[:1].lower() + verdict.summary[1:].replace(_NOTHING, "")
-    said = f"{worst.severity.capitalize()}{place}: {worst.evidence.split('; ')[0]}. Depth alone: {depth}"
+    said = f"{worst.severity.capitalize()}{place}: {_first_clause(worst.evidence)}. Depth alone: {depth}"
     return replace(verdict, summary=said)
+
+
+def _first_clause(evidence: str) -> str:
+    """What stands before the first semicolon that is outside brackets: lists within them are not cut in two."""
+    end = evidence.find("; ")
+    while end >= 0 and evidence.count("(", 0, end) > evidence.count(")", 0, end):
+        end = evidence.find("; ", end + 1)
+    return evidence if end < 0 else evidence[:end]
 
 
 def _too_few(blocks: int, count: int) -> str:
@@ -166,13 +174,18 @@ def nats(growth: float) -> str:
     return f"{growth:+.2f} nats" if math.isfinite(growth) else "not finite"
 
 
-def _summary(name: str, growth: float, count: int, thresholds: Thresholds) -> str:
+def _summary(name: str, growth: float, interval: tuple[float, float], count: int, thresholds: Thresholds) -> str:
     steps = f"{count} step{'s' if count != 1 else ''}"
     change = f"over {steps} the gradient changes by a factor of {factor(growth)} on its way back"
+    if abs(growth) > thresholds.stable:
+        reach = "That is"
+    else:  # the mean by itself would be stable: what it may be over other samples is not
+        low, high = (factor(end) for end in interval)
+        reach = f"The samples differ, so that it may be anything from {low} to {high}:"
     return {
         "stable": f"Stable: {change}.",
-        "drift": f"Drift: {change}. That is more than the factor of {factor(thresholds.stable)} that counts as stable, "
-        f"and less than the {factor(thresholds.explosion)} from which a finding is made of it{_NOTHING}.",
+        "drift": f"Drift: {change}. {reach} beyond the factor of {factor(thresholds.stable)}, up or down, that counts "
+        f"as stable, and within the {factor(thresholds.explosion)} from which a finding is made of it{_NOTHING}.",
         "exploding": f"Exploding: {change}.",
         "vanishing": f"Vanishing: {change}.",
         "inconclusive": f"Inconclusive: {change}, but the samples disagree; analyse more of them.",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from itertools import pairwise
 
 import pytest
@@ -213,3 +214,19 @@ def test_large_features_that_saturate_a_tanh_and_are_learnt_from_are_a_fact():
     told = [f for f in found if "input_size" in f.numbers]
     assert [(f.kind, f.severity) for f in told] == [("saturated", "info")]
     assert "learns" in told[0].evidence
+
+
+def test_pixels_that_leave_nothing_for_the_first_layer_are_a_warning_though_the_rest_learns_by_heart():
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randint(0, 256, (32, 64), generator=generator).float()
+    y = torch.arange(32) % 10
+    torch.manual_seed(0)
+    widths = (64, 16, 16, 16)
+    hidden = [part for a, b in itertools.pairwise(widths) for part in (nn.Linear(a, b), nn.Tanh())]
+    model = nn.Sequential(*hidden, nn.Linear(16, 10))
+    for layer in model[::2]:
+        nn.init.normal_(layer.weight, std=layer.in_features**-0.5)
+    report = stabkit.analyze(model, x, loss=lambda out: nn.functional.cross_entropy(out, y), spectrum="none")
+    told = [f for f in report.findings if "input_size" in f.numbers]
+    assert [(f.kind, f.severity) for f in told] == [("saturated", "warning")]
+    assert "standardise" in told[0].remedy or "divide" in told[0].remedy

@@ -112,3 +112,20 @@ def test_a_verdict_leads_where_nothing_is_bad_or_it_says_the_same(total, finding
     assert led_by_findings(verdict, findings) == verdict or math.isnan(total)
     assert led_by_findings(verdict, findings).summary == verdict.summary
     assert headline(verdict.name, findings) == verdict.name.upper()
+
+
+def test_a_drift_by_the_spread_of_samples_says_so_and_not_that_its_mean_is_beyond():
+    spread = np.array([[3.4, 1.0, -1.0, 2.8]])  # the mean is 1.55 nats, a factor of 4.71; its interval is wider
+    found = judge(np.repeat(spread / 4, 4, axis=0), ["step"] * 4, Thresholds())
+    assert found.name == "drift"
+    assert abs(found.growth) < Thresholds().stable < found.interval[1]
+    assert "4.71" in found.summary
+    assert "That is" not in found.summary
+    assert factor(found.interval[1]) in found.summary
+
+
+def test_the_headline_does_not_cut_a_list_in_brackets():
+    evidence = "2 of 4 parameters are not used (a.weight, a.bias; 56% of their numbers): nothing is made of them; more"
+    stable = judge(growths(0.0), ["step"] * 4, Thresholds())
+    told = led_by_findings(stable, [Finding("no_gradient", "warning", (0,), "a", 1.0, evidence, "use them", "")])
+    assert "(a.weight, a.bias; 56% of their numbers): nothing is made of them. Depth alone" in told.summary

@@ -39,8 +39,8 @@ _REFERENCE = "LeCun, Bottou, Orr and Müller, Efficient backprop, 1998, section 
 def with_input_scale(flow: Flow, found: Diagnosis, settings: Settings) -> tuple[Finding, ...]:
     """The findings, with the input named where standardising it opens the first flat activation again.
 
-    Layers of ReLU in between pass the size on. Where a loss is known and some steps learn as it is, it is a fact: the
-    signs of many features tell samples apart as well.
+    Layers of ReLU in between pass the size on. Where a loss is known, something comes back to the first layer, and some
+    steps learn as it is, it is a fact: the signs of many features tell samples apart as well.
     """
     accused = sorted((f for f in found.findings if f.kind == "saturated" and f.steps), key=lambda f: f.steps[0])
     sizes = large_inputs(flow)
@@ -68,8 +68,14 @@ def with_input_scale(flow: Flow, found: Diagnosis, settings: Settings) -> tuple[
         actions=tuple(a for a in accused[0].actions if a["action"] == "scale_input" and not uneven),
     )
     loss = settings.loss
-    if serious(named) and callable(loss):
-        later = more_steps(call, loss, lambda by, steps: left_after(other, loss, by, steps=steps), settings.optimizer)
+    if serious(named) and callable(loss) and found.verdict.name != "vanishing":
+        later = more_steps(
+            call,
+            loss,
+            lambda by, steps: left_after(other, loss, by, steps=steps),
+            settings.optimizer,
+            going_on=False,
+        )
         named = as_fact(named, f"{later}".removeprefix("; "), SLOWLY) if later.slow else named
     return tuple(named if finding is accused[0] else finding for finding in found.findings)
 

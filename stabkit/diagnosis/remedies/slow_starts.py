@@ -60,7 +60,14 @@ class MoreSteps:
         return f"; {_STEPS} steps{rate} leave {self.left:.2g} of it as it is{words}"
 
 
-def more_steps(call: ForwardPass, loss: Any, treated: Treated, optimizer: torch.optim.Optimizer | None) -> MoreSteps:
+def more_steps(
+    call: ForwardPass,
+    loss: Any,
+    treated: Treated,
+    optimizer: torch.optim.Optimizer | None,
+    *,
+    going_on: bool = True,
+) -> MoreSteps:
     """What more steps do to a model as it is, and whether that is learning.
 
     Args:
@@ -68,6 +75,8 @@ def more_steps(call: ForwardPass, loss: Any, treated: Treated, optimizer: torch.
         loss: a callable on the output that returns a scalar.
         treated: what some updates leave of the loss with the remedy after a number of steps, over what it was.
         optimizer: that trains the model, whose rates count; the better of the usual ones of Adam where it is not known.
+        going_on: whether a loss that is falling still counts as learning, and not only one that is nearly gone or as
+            low as with the remedy. Behind a first layer that is lost, the layers after it learn by heart what it draws.
     """
     updates, now = _updates(optimizer), beside_a_constant(call, loss)
     # the better of two counts, since of a loss behind dropout the last value is one draw
@@ -77,8 +86,9 @@ def more_steps(call: ForwardPass, loss: Any, treated: Treated, optimizer: torch.
         return MoreSteps(None, False, optimizer is not None)
     left = min(known)
     beside = left * (1.0 if now is None else now)
-    before = left_after(call, loss, updates, steps=3 * _STEPS // 4) if _LEARNT < beside < _LEARNS else None
-    slow = beside < _LEARNT or (beside < _LEARNS and before is not None and left < _GOES_ON * before)
+    falls = going_on and _LEARNT < beside < _LEARNS
+    before = left_after(call, loss, updates, steps=3 * _STEPS // 4) if falls else None
+    slow = beside < _LEARNT or (before is not None and left < _GOES_ON * before)
     if not slow and (cured := treated(updates, _STEPS)) is not None:
         slow = beside < _AS_MUCH * cured and _AS_MUCH * (1.0 - beside) > 1.0 - cured > 0
     return MoreSteps(left, slow, optimizer is not None)
