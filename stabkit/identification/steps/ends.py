@@ -36,8 +36,8 @@ _MOST = 4  # states of which every order is tried
 _SAME = "the first step of its kind: it does what the next one does where"
 _SECOND_ORDER = "x'' ="  # systems whose force is multiplied by h^2
 _NO_METHOD = (
-    "autoregressive", "dense", "fork", "iterative", "join", "no branch", "not a step", "part of", "plain",
-    "projection shortcut", "scaled state", "skip", "transformed skip", "transition", "unknown", "unnamed",
+    "autoregressive", "dense", "fork", "iterative", "join", "linear skip", "no branch", "not a step", "part of",
+    "plain", "scaled state", "skip", "transformed skip", "transition", "unknown", "unnamed",
 )  # fmt: skip
 
 
