@@ -16,9 +16,10 @@ from stabkit.errors import TraceError
 from stabkit.garbage import young_only
 from stabkit.tracing.cutting import chain_check as chains
 from stabkit.tracing.cutting.boundaries import Depth, Span, choose
-from stabkit.tracing.cutting.endpoints import Target, UnreachedError, ending, find_source, find_targets, graph_between
+from stabkit.tracing.cutting.endpoints import Target, UnreachedError, ending, find_targets
 from stabkit.tracing.cutting.naming import kinds, names, stacks
-from stabkit.tracing.cutting.samples import Layout
+from stabkit.tracing.cutting.samples import Layout, candidates
+from stabkit.tracing.cutting.sources import find_source, graph_between
 from stabkit.tracing.derivatives.audit import audit
 from stabkit.tracing.derivatives.lost_gradient import place_of_cut
 from stabkit.tracing.flow import Flow, State, Step
@@ -38,6 +39,7 @@ from stabkit.tracing.recording.wrappers import modules_behind, unwrap
 
 # how the chain may differ from the engine by the order of additions, as a multiple of the dtype's rounding unit
 _CHAIN_SLACK = 500
+_PARTS = 8  # of a pass that is computed anew, before steps are known: an eighth of its memory, eight passes at most
 
 
 def trace(
@@ -179,6 +181,8 @@ def _record(forward: ForwardPass, source: str | None, target: Target, recompute:
         again = functools.partial(attempt.run, wanted=frozenset())
         saved = SavedTensors(forward.module, again, clock) if recompute else None
         recording = attempt.run(saved, frozenset() if recompute else None)
+        if saved is not None:
+            saved.divide_evenly(_PARTS)
         try:
             targets = find_targets(recording.output, recording.ends, target)
             graph, start = find_source(recording.sources, list(targets), source)
@@ -310,7 +314,7 @@ def _chain(
             chain = chains.walk(segments, values, (Layout(batch, axis),), settings.seed)
             if chain is not None:
                 return chain, notes
-        notes.append("the samples of the batch influence each other, so the whole batch is one state")
+        notes.append(_whole_batch_note(segments, values, batch, axis, settings.seed))
     whole = tuple(tuple(Layout(1, None) for _ in state) for state in values)
     if not settings.check:
         return chains.Chain(whole, math.nan, ()), notes
@@ -318,6 +322,27 @@ def _chain(
     if found is None:  # with one sample there is nothing to mix: the two passes differ
         found = chains.Chain(whole, math.inf, ())
     return found, notes
+
+
+def _whole_batch_note(
+    segments: Sequence[Segment], values: Sequence[tuple[Value, ...]], batch: int, axis: int, seed: int
+) -> str:
+    """Why the whole batch is one state: another axis counts samples, none is known to, or they meet, as was measured.
+
+    Of vectors the last axis counts features, and entry by entry these are apart in many models; behind times, (time,
+    batch, features), samples are counted by the second.
+    """
+    shape = meta_of(values[0][0]).shape
+    is_wide = axis == 0 and len(shape) > 2 and shape[1] > 1 and len(values[0]) == 1
+    if is_wide and chains.walk(segments, values, (Layout(shape[1], 1),), seed) is not None:
+        return (
+            "along axis 1 of the input nothing influences another entry: where it counts samples (time first), pass "
+            "batch_dim=1; as it is, axis 0 counts them, and the whole batch is one state"
+        )
+    metas = [meta_of(value) for state in values for value in state]
+    if shape and shape[axis] % batch == 0 and all(candidates(meta, batch, axis) for meta in metas):
+        return "the samples of the batch influence each other, so the whole batch is one state"
+    return f"not every state has an axis that counts {batch} samples, so the whole batch is one state"
 
 
 def _checked(chain: chains.Chain, graph: Graph, recorded: _Recorded, module: nn.Module) -> float:

@@ -211,3 +211,17 @@ def test_a_softmax_along_positions_is_one_cause(inside: bool) -> None:
     assert [f.kind for f in found if f.severity != "info"] == ["axes" if inside else "loss"]
     (leak,) = [f for f in found if f.kind == "leak"]
     assert "taken along the last axis nothing that comes later is seen" in leak.evidence
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_padding_in_front_to_which_every_key_is_left_is_no_leak(causal: bool) -> None:
+    x = text()[:, : TIMES + 1]
+    x[::2, :3] = 0  # the last of them is to predict the first token, and a softmax of equal scores sees all keys
+
+    def read(m: Any, h: Tensor) -> Tensor:
+        later = torch.ones(h.shape[1], h.shape[1], dtype=torch.bool).triu(1) & causal
+        scores = (h @ h.transpose(1, 2)).masked_fill(later | (x == 0)[:, None, :-1], -1e9)
+        return h + scores.softmax(-1) @ h
+
+    said = found(Language(read), x[:, :-1], x[:, 1:])
+    assert [f.kind for f in said] == ([] if causal else ["leak"])

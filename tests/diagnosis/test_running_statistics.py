@@ -95,3 +95,19 @@ def test_what_is_not_known_to_be_stale_needs_a_loss():
     model[1].num_batches_tracked.fill_(1)
     assert said(model, x, None) == []
     assert said(model.train(), x, loss) == []
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.1, None])
+def test_a_momentum_of_zero_is_told_before_training(momentum):
+    x = 3 * torch.randn(64, 8, generator=torch.Generator().manual_seed(0)) + 4
+    torch.manual_seed(0)
+    norm = nn.BatchNorm1d(16, momentum=momentum)
+    model = nn.Sequential(nn.Linear(8, 16), norm, nn.ReLU(), nn.Linear(16, 4))
+    told = said(model, x, None)
+    assert [(f.kind, f.severity, f.module_path) for f in told] == [("stale_statistics", "warning", "1")] * (
+        momentum == 0
+    )
+    assert all("momentum=0.1" in f.remedy for f in told)
+    with torch.no_grad():  # statistics that were loaded may be meant to stay
+        norm.running_mean.fill_(1.0)
+    assert said(model, x, None) == []

@@ -57,6 +57,57 @@ def test_samples_that_see_each_other_are_found_out(couple):
     assert any("influence each other" in note for note in flow.notes)
 
 
+class Oscillators(nn.Module):
+    """A loop over time-major data of which the last state is read."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.force, self.head = nn.Linear(3 + 8, 8), nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = z = x.new_zeros(x.shape[1], 8)
+        for now in x:
+            z = z + 0.1 * (torch.tanh(self.force(torch.cat([now, y], 1))) - y)
+            y = y + 0.1 * z
+        return self.head(y)
+
+
+class Last(nn.Module):
+    """A recurrent layer over time-major tokens."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.rnn, self.head = nn.Embedding(9, 6), nn.GRU(6, 6), nn.Linear(6, 9)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.rnn(self.embed(x))[0]).flatten(0, 1)
+
+
+@pytest.mark.parametrize(
+    ("model", "x"),
+    [
+        (Oscillators(), torch.randn(5, 2, 3)),
+        (Last(), torch.randint(0, 9, (5, 2))),
+        (nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16), 2, enable_nested_tensor=False).eval(),
+         torch.randn(5, 2, 8)),
+    ],
+    ids=["loop", "layer", "attention"],
+)  # fmt: skip
+def test_of_times_along_the_first_axis_it_is_told_which_one_counts_samples(model: nn.Module, x: Tensor):
+    notes = trace(model, x).notes
+    assert not any("influence each other" in note for note in notes)
+    assert any("pass batch_dim=1" in note for note in notes)
+    told = trace(model, x, batch_dim=1)
+    assert (told.batch, told.notes) == (2, ())
+
+
+def test_that_samples_meet_is_said_where_it_was_measured():
+    met = trace(lambda x: torch.einsum("bqd,pkd->bqk", x, x).tanh() @ x.mean(0), torch.randn(4, 3, 5))
+    pooled = trace(lambda x: x.sin().mean(0).cos(), torch.randn(5, 3))
+    assert [note for note in met.notes if "influence each other" in note]
+    assert pooled.notes == ("not every state has an axis that counts 5 samples, so the whole batch is one state",)
+
+
 def test_the_batch_is_that_of_the_source():
     flow = trace(lambda b, a: a.sin().cos() * b.sum(), torch.randn(7), torch.randn(4, 3))
     assert (flow.source_name, flow.batch, flow.notes) == ("1", 4, ())

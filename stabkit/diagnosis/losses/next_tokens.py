@@ -141,9 +141,18 @@ def _matched(path: str, tokens: Tensor, labels: Tensor, ignored: int) -> Targets
             best = max(shares, key=lambda shift: shares[shift])
             if shares[best] >= _MATCH and all(v <= _OTHERWISE for s, v in shares.items() if s != best):
                 counted = torch.zeros_like(rows, dtype=torch.bool)
-                counted[:, :length] = held != ignored
+                counted[:, :length] = (held != ignored) & ~_padding(rows)[:, :length]
                 return Targets(tokens, path, axis, best, counted)
     return None
+
+
+def _padding(rows: Tensor) -> Tensor:
+    """Where a row is still the one token that it begins with, again and again: padding in front, which says nothing.
+
+    What such a position returns is of no use, with no key that it may see; often all of them are left to it.
+    """
+    same = (rows == rows[:, :1]).cumprod(1).bool()
+    return same & (same.sum(1, keepdim=True) > 1)
 
 
 def _share(rows: Tensor, held: Tensor, shift: int, ignored: int) -> float:

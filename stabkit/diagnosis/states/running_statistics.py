@@ -1,8 +1,9 @@
 """Running statistics of batch norms that never caught up with the weights, so that training and evaluation disagree.
 
-Two ways to see it. What they were made with, mean 0 and variance 1, is still part of them by (1 - momentum) to the
-power of the batches seen; that is arithmetic. And a loss on this batch that falls when the norms use the batch's own
-statistics is a measurement: one forward pass.
+While a model trains, a momentum of zero is enough: the statistics stay what they were made with, and evaluation uses
+them. Of a model in evaluation there are two ways to see it. What they were made with, mean 0 and variance 1, is still
+part of them by (1 - momentum) to the power of the batches seen; that is arithmetic. And a loss on this batch that falls
+when the norms use the batch's own statistics is a measurement: one forward pass.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from stabkit.diagnosis.remedies import computed as remedies
 from stabkit.diagnosis.remedies.learning import left_by_a_constant
 from stabkit.diagnosis.states.batch_statistics import collected, is_fresh, standing
 from stabkit.tracing import Flow
+from stabkit.tracing.derivatives.lost_gradient import listed
 from stabkit.tracing.recording.untouched_model import seeded
 
 _MADE = 0.05  # share of what statistics were made with, from which they cannot have caught up
@@ -35,7 +37,10 @@ _REFERENCE = "Wu and Johnson, Rethinking 'Batch' in BatchNorm, 2021; Ioffe and S
 
 
 def statistics_findings(flow: Flow, loss: Any) -> list[Finding]:
-    """Stale running statistics, with what the batch's own ones change; empty for norms in training mode."""
+    """Stale running statistics, with what the batch's own ones change, or those that no batch will ever move."""
+    never = _never_moved(flow)
+    if never:
+        return never
     norms = {m: p for p, m in flow.model.named_modules() if isinstance(m, _BatchNorm) and not m.training}
     norms = {m: p for m, p in norms.items() if m.running_mean is not None and not is_fresh(m)}
     made = max((_as_made(norm) for norm in norms), default=0.0)
@@ -53,6 +58,40 @@ def statistics_findings(flow: Flow, loss: Any) -> list[Finding]:
         return []
     worst = max(own, key=lambda norm: _distance(norm, own[norm]))
     return [_finding(flow, norms, worst, made, (before, after), moved)]
+
+
+def _never_moved(flow: Flow) -> list[Finding]:
+    """Norms in training that will be evaluated with mean 0 and variance 1, since their momentum is zero.
+
+    Other statistics may have been loaded and be meant to stay. Told where those of this batch are far from them.
+    """
+    norms = {m: p for p, m in flow.model.named_modules() if isinstance(m, _BatchNorm) and m.training}
+    norms = {m: p for m, p in norms.items() if m.momentum == 0 and m.running_mean is not None and _of_none(m)}
+    own = collected(flow, list(norms)) if norms else None
+    if own is None or max(_distance(norm, own[norm]) for norm in norms) < _FAR:
+        return []
+    worst = max(norms, key=lambda norm: _distance(norm, own[norm]))
+    return [
+        Finding(
+            kind="stale_statistics",
+            severity="warning",
+            steps=tuple(sorted({step_of(flow, place) for place in norms.values()})),
+            module_path=norms[worst],
+            confidence=1.0,
+            evidence=f"training and evaluation will disagree: momentum=0 in {listed(tuple(norms.values()))} leaves the "
+            "running statistics what they were made with, mean 0 and variance 1, whatever is seen in training, and "
+            f"evaluation uses them; those of this batch are farthest from it in {norms[worst]}",
+            remedy="momentum=0.1, the default: in torch it is the weight of the new batch, 1 - m of libraries in which "
+            "m is that of the old statistics",
+            reference=_REFERENCE,
+            numbers={"momentum": 0.0},
+        )
+    ]
+
+
+def _of_none(norm: _BatchNorm) -> bool:
+    mean, variance = norm.running_mean, norm.running_var
+    return mean is not None and variance is not None and bool((mean == 0).all()) and bool((variance == 1).all())
 
 
 def _as_made(norm: _BatchNorm) -> float:

@@ -1,4 +1,4 @@
-"""Where a flow begins and ends: the input that leads furthest, and the output that a person would mean."""
+"""Where a flow ends: the output that a person would mean, and what a loss reads of it."""
 
 from __future__ import annotations
 
@@ -11,17 +11,10 @@ from torch import Tensor, nn
 from torch.autograd.graph import Node
 
 from stabkit.errors import StabkitError, TraceError
-from stabkit.tracing.graph.graph import Graph
-from stabkit.tracing.graph.values import Value, meta_of, value_of
+from stabkit.tracing.graph.values import Value, value_of
 from stabkit.tracing.recording.containers import map_tensors, named_tensors
-from stabkit.tracing.recording.inputs import Source, differentiable
+from stabkit.tracing.recording.inputs import differentiable
 from stabkit.tracing.recording.recorder import Ending
-
-_MOST = 0.5  # share of the longest way from which an input passes most of the model
-_EMBEDDING = 0.25  # share of its operations that embed a condition, at most
-_AGAIN = 2  # times as often as the main input a condition is let in, at least
-_THROUGHOUT = 1 / 3  # share of a way after which a condition of its blocks is let in again: two blocks, and a head
-_CONDITIONS = 8  # times as large as an input that conditions it an input is, at least
 
 Target = Callable[[Any], Tensor] | str | Sequence[str] | None
 
@@ -103,76 +96,6 @@ def find_targets(output: Any, ends: list[tuple[str, Tensor]] | None, target: Tar
 
 def _described(path: str) -> str:
     return f"the output {path!r}" if path else "the model's output"
-
-
-def graph_between(source: Source, targets: Sequence[Value]) -> Graph:
-    """The operations from a source to those of some targets that it leads to."""
-    if len(targets) > 1:
-        targets = [value for value in targets if Graph([source.value], [value]).reached] or targets
-    return Graph([source.value], targets)
-
-
-def find_source(sources: Sequence[Source], targets: Sequence[Value], wanted: str | None) -> tuple[Graph, Source]:
-    """The source with the longest way to the targets; among equals the larger, then the earlier.
-
-    A time, a label or another input that conditions what is made of a much larger one may well have the longest way,
-    by the few operations that embed it; depth is counted from the larger, and from the one that enters once where
-    another is let in at every block.
-    """
-    if wanted is not None:
-        sources = [s for s in sources if s.name == wanted] or _unknown_source(sources, wanted)
-    reached = []
-    for candidate in sources:
-        graph = graph_between(candidate, targets)
-        if graph.reached:
-            reached.append((graph, candidate))
-    if not reached and not sources:
-        raise UnreachedError(
-            "no input carries derivatives to the output: float inputs of sparse layout are held fixed (pass a dense "
-            "tensor), and integer inputs must be looked up in a table or cast to floats"
-        )
-    if not reached:
-        raise UnreachedError("the output does not depend differentiably on the input that was given")
-    direct = [pair for pair in reached if pair[1].how == "input" or pair[1].embedded] or reached
-    longest = max(len(graph.nodes) for graph, _ in direct)
-    if longest == 0:
-        raise TraceError("the output is the input itself: there is no step between them")
-    through = [pair for pair in direct if len(pair[0].nodes) >= _MOST * longest]
-    through = [a for a in through if not any(_conditions(a[0], b[0]) for b in through if b is not a)]
-    largest = max(_numel(pair) for pair in through)
-    main = [pair for pair in through if _numel(pair) * _CONDITIONS >= largest]
-    nearly = [pair for pair in main if len(pair[0].nodes) >= 0.9 * max(len(graph.nodes) for graph, _ in main)]
-    return max(nearly, key=_numel)
-
-
-def _conditions(graph: Graph, main: Graph) -> bool:
-    """Whether a source is let in again and again along the way of another, which enters once.
-
-    The operations that a source alone leads to are few for a condition, and each of its embeddings enters a block. A
-    sequence that an encoder reads enters every block of a decoder too, but has most of its own operations before. A
-    state that weights of edges meet in one layer enters their way several times too, but nowhere else.
-    """
-    both = set(graph.nodes)
-    shared = [node for node in main.nodes if node in both]
-    entries = _entries(graph, shared)
-    own = len(graph.nodes) - len(shared)
-    again = len(entries) >= _AGAIN * max(1, len(_entries(main, shared)))
-    return own <= _EMBEDDING * len(graph.nodes) and again and entries[-1] >= _THROUGHOUT * len(shared)
-
-
-def _entries(graph: Graph, shared: Sequence[Node]) -> list[int]:
-    """Places of operations on the way of another source too that take something that this one alone leads to."""
-    inside = set(shared)
-    return [i for i, node in enumerate(shared) if any(value.node not in inside for value in graph.inputs[node])]
-
-
-def _numel(pair: tuple[Graph, Source]) -> int:
-    return meta_of(pair[1].value).numel
-
-
-def _unknown_source(sources: Sequence[Source], wanted: str) -> list[Source]:
-    known = ", ".join(repr(s.name) for s in sources)
-    raise TraceError(f"source={wanted!r} is not an input or embedding of this model; there are: {known or 'none'}")
 
 
 def scalar_loss(loss: Any, output: Any) -> Tensor:

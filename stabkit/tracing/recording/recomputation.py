@@ -52,6 +52,10 @@ class SavedTensors:
         """Say where steps begin and end, as clocks of the first run."""
         self._bounds = sorted({0, *(bisect.bisect_left(self._clocks, time) for time in clocks), len(self._clocks)})
 
+    def divide_evenly(self, parts: int) -> None:
+        """Say so before steps are known: for what is asked of a few nodes, one part is held at a time."""
+        self.divide(self._clocks[:: max(1, len(self._clocks) // parts)])
+
     def hooks(self) -> torch.autograd.graph.saved_tensors_hooks:
         """The context in which the forward pass must run."""
         self._count = 0
