@@ -15,7 +15,8 @@ from stabkit.identification.form.coefficients import Coefficient, LinearCombinat
 from stabkit.identification.form.flow_index import Surroundings
 from stabkit.identification.form.grouping import is_part_of_round, is_repeated
 from stabkit.identification.form.hidden_skip import hidden_skip, reaches_linearly, residuals_inside
-from stabkit.identification.form.normal_form import NormalForm, Stage
+from stabkit.identification.form.linear_parts import LINEAR_SKIP
+from stabkit.identification.form.normal_form import NormalForm
 from stabkit.identification.form.skip_past_norms import measured_skip, skip_past_norms, with_fixed_norms
 from stabkit.identification.form.slots import Slots
 from stabkit.identification.form.tableau import Blocks, blocks
@@ -42,7 +43,7 @@ from stabkit.identification.steps.around_addition import (
     with_projection,
     with_randomness,
 )
-from stabkit.identification.steps.change_of_space import change_of_space
+from stabkit.identification.steps.change_of_space import change_of_space, linear_map_as_skip
 from stabkit.identification.steps.coupled import coupled
 from stabkit.identification.steps.couplings import mixed_coupling, scaled_coordinates, with_couplings
 from stabkit.identification.steps.diffusion import as_diffusion
@@ -64,6 +65,7 @@ from stabkit.identification.steps.linear_steps import read_linear, restarted
 from stabkit.identification.steps.moves_behind import before_moves
 from stabkit.identification.steps.nested import in_turn, with_nested_chains
 from stabkit.identification.steps.noise import with_noise
+from stabkit.identification.steps.own_numbers import states_in_fields, without_own_numbers
 from stabkit.identification.steps.pairs import dense_concatenation, read_several_states
 from stabkit.identification.steps.predicted_steps import with_fed_step, with_predicted_step, with_step_sizes_held
 from stabkit.identification.steps.proximal import learned_threshold, soft_threshold
@@ -72,7 +74,7 @@ from stabkit.identification.steps.retraction import bent_skip, retraction
 from stabkit.identification.steps.sliding_window import sliding_window, window_of_states
 from stabkit.identification.steps.solver_outputs import last_of_stack, with_others
 from stabkit.identification.steps.state_mixing import mixed_by_itself, record_of_mixing, streams_mixed_by_themselves
-from stabkit.identification.steps.streams import mixed_by_numbers, mixed_streams, record_of_streams
+from stabkit.identification.steps.streams import mixed_by_numbers, mixed_streams, record_of_streams, streams_in_turn
 from stabkit.integrators import named
 from stabkit.tracing.graph.values import meta_of, operation
 
@@ -100,7 +102,7 @@ def read_states(around: Surroundings, found: Slots, steps: tuple[int, ...]) -> I
 def _with_doubts(around: Surroundings, found: Slots, record: Identification) -> Identification:
     """A record with less sure evidence where the graph holds this input's path alone, or less than the values."""
     start, stop = record.steps[0], record.steps[-1] + 1
-    shifts = record.name == "projection shortcut" or (record.skip or 0.0) not in (0.0, 1.0)
+    shifts = record.name == LINEAR_SKIP or (record.skip or 0.0) not in (0.0, 1.0)
     if shifts and begins_at_constants(around.flow, start, stop):
         why = "a solver begins at a constant here: what the steps start from is an input of its field, and no state"
         return nothing(record.steps, "unknown", why, "unknown")
@@ -238,7 +240,7 @@ def _without_skip(around: Surroundings, found: Slots, links: Sequence[Link], ste
     hidden = hidden_skip(whole)
     if hidden is not None:
         return measured_skip(hidden, steps)
-    streams = mixed_streams(whole)
+    streams = mixed_streams(whole) or streams_in_turn(around.graph, links)
     if streams is not None:
         return record_of_streams(streams, steps)
     threshold = learned_threshold(around.flow, steps, links)
@@ -262,16 +264,14 @@ def _without_skip(around: Surroundings, found: Slots, links: Sequence[Link], ste
     if any(link.kind == "join" for link in links):
         notes.append("the state is put beside a function of it, and both are mixed: several projections, no skip")
     for link in links:
-        terms = link.form.forms[0]
         bent = bent_skip(link)
         if bent is not None:
             bent_by = dict.fromkeys(operation(node) for node in bent.nodes)
             why = f"the skip passes {', '.join(bent_by)}, which is not linear: x' = P(x) + f(x) is no step from x"
             return nothing(steps, "transformed skip", why, "proven")
-        affine = [s for s in link.form.stages if s.is_affine and s.output in terms]
-        if link.kind == "map" and affine and len(affine) < len(terms) and all(map(_is_projection, affine)):
-            why = "the skip is a linear map (projection): a change of space and then a sum, no step of an ODE"
-            return nothing(steps, "projection shortcut", why, "proven")
+    linear_map = linear_map_as_skip(links, steps)
+    if linear_map is not None:
+        return linear_map
     past = skip_past_norms(whole, links, steps)
     form = around.normal_form(steps[0], steps[-1] + 1, found)
     table = None if depends_on_input(form) else blocks(form, found.contexts)
@@ -301,12 +301,6 @@ def _with_inner(around: Surroundings, found: Slots, record: Identification) -> I
     count = residuals_inside(around.whole(record.steps[0], record.steps[-1] + 1, found))
     why = f"{count} residual addition(s) on values inside, Euler steps of these: a finer depth shows them"
     return replace(record, notes=(*record.notes, why)) if count else record
-
-
-def _is_projection(stage: Stage) -> bool:
-    """Whether an affine stage is one of the state alone: no product with what depends on it lies before."""
-    coefficients = [c for terms in stage.inputs for c in terms.values()]
-    return len(stage.inputs) == 1 and all(c.kind in ("scalar", "moved") for c in coefficients)
 
 
 def _without_sum(around: Surroundings, found: Slots, links: Sequence[Link], steps: tuple[int, ...]) -> Identification:
@@ -378,7 +372,8 @@ def read_sums(around: Surroundings, found: Slots, links: Sequence[Link], steps: 
     tables = [blocks(p.form, found.contexts, moves_cancel=total is not None or p.kind == "scaling") for p in parts]
     if any(table is None for table in tables):
         return nothing(steps, "not a step", "the skip moves, mixes or drops coordinates", "measured")
-    table, *others = [t for t in tables if t is not None]
+    found_tables = [(part.form, t) for part, t in zip(parts, tables, strict=True) if t is not None]
+    (table, *others), means = without_own_numbers(around, found_tables)
     at_the_end = normalised_at_the_end(links)
     last = last_sum(parts, [table, *others]) if norms_after(links) and not at_the_end else None
     pairs = [(part.form, found) for part, found in zip(parts, (table, *others), strict=True)]
@@ -395,7 +390,7 @@ def read_sums(around: Surroundings, found: Slots, links: Sequence[Link], steps: 
     composed = with_composite_fields(table) if last is None and table.shared and len(sums) == 1 else None
     gates = gates_of_stages(sums)
     if composed is None and last is None and len(sums) == 1 and not name_one_state(table).is_known:
-        composed = as_one_field(table)
+        composed = as_one_field(states_in_fields(sums, table))
     if composed is not None and (gates or name_one_state(composed).is_known):
         table = composed
     named = as_diffusion(name_one_state(table if last is None else last), sums, table)
@@ -410,9 +405,10 @@ def read_sums(around: Surroundings, found: Slots, links: Sequence[Link], steps: 
     residual = total.residual if total is not None else max((c.residual for c in skips), default=0.0)
     record = record_of(named, table, steps, skip=float(table.V[0, 0]), residual=residual, after=after)
     told = named.is_known or has_two_stages(named.name, len(table.rows))
+    proven = kinds <= {"scalar"} and told and not means and not any(map(depends_on_input, sums))
     record = replace(
         record,
-        evidence="proven" if kinds <= {"scalar"} and told and not any(map(depends_on_input, sums)) else "measured",
+        evidence="proven" if proven else "measured",
         notes=(*own_rates, *masked(kinds), *_linear_part(relaxed), *notes_of_sums(around, sums, table), *record.notes),
         checks=_checks(sums, table) if around.checks else (),
     )
@@ -428,7 +424,7 @@ def read_sums(around: Surroundings, found: Slots, links: Sequence[Link], steps: 
     if flow is not None:
         record = replace(flow, after=record.after, notes=(*flow.notes, *record.notes))
     record = with_couplings(record, sums)
-    record = with_fed_step(with_predicted_step(with_mean(record, sums), sums), around, sums)
+    record = with_fed_step(with_predicted_step(with_mean(record) if means else record, sums), around, sums)
     return with_noise(with_randomness(record, sums), [link.form for link in links])
 
 

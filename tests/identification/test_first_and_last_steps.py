@@ -227,3 +227,31 @@ def summed(m: nn.Module, x: Tensor, total: Tensor, i: int) -> tuple[Tensor, Tens
 def test_a_sum_beside_a_state_is_no_half_of_a_system():
     found = read(Stack(summed, torch.zeros_like, lambda x, total: total), torch.randn(4, 3))
     assert not any("coupling" in r.name or "reversible" in r.name for r in found)
+
+
+class Shrunk(nn.Module):
+    """Unrolled proximal gradient steps from zero, each with a threshold of its own, or all with one."""
+
+    def __init__(self, how: str, thresholds: list[float]) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.how, self.numbers = how, thresholds
+        self.A = nn.Parameter(torch.randn(8, 12) / 3, requires_grad=False)
+        self.W = nn.ParameterList([0.1 * self.A.T + 0.02 * torch.randn(12, 8) for _ in thresholds])
+        self.theta = nn.ParameterList([torch.full((1,), t) for t in thresholds])
+
+    def forward(self, b: Tensor) -> Tensor:
+        x = b.new_zeros(len(b), 12)
+        for W, theta, number in zip(self.W, self.theta, self.numbers, strict=True):
+            x = x + (b - x @ self.A.T) @ W.T
+            x = x.sign() * torch.relu(x.abs() - theta) if self.how == "learned" else nn.functional.softshrink(x, number)
+        return x
+
+
+@pytest.mark.parametrize("thresholds", [[0.08, 0.088, 0.096, 0.104, 0.112], [0.02, 0.05, 0.05, 0.05, 0.05], [0.05] * 5])
+@pytest.mark.parametrize("how", ["learned", "function"])
+def test_a_threshold_that_is_told_of_a_step_is_that_of_the_step(how: str, thresholds: list[float]):
+    found = identify(trace(Shrunk(how, thresholds), 2 * torch.randn(4, 8)), checks=False)
+    told = {r.steps[0]: re.findall(r"t = ([\d.]+)", " ".join(r.notes)) for r in found}
+    assert sum(map(len, told.values())) >= len(thresholds) - 2
+    assert all(float(t) == pytest.approx(thresholds[step]) for step, ts in told.items() for t in ts)

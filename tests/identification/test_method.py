@@ -143,7 +143,7 @@ def test_learned_damping_is_traced_to_its_parameter():
         (lambda m, x: x + m.f(x), 1.0),
         (lambda m, x: x - 0.1 * m.f(x), 0.1),
         (lambda m, x: torch.add(x, m.f(x), alpha=0.5), 0.5),
-        (lambda m, x: x + m.scales * m.f(x), 0.35),
+        (lambda m, x: x + m.scales * m.f(x), 1.0),
         (lambda m, x: x + 0.1 * (m.f(x) + m.g(x)), 0.1),
         (lambda m, x: x + 0.5 * (m.f(x) + m.f(x + m.f(x))), 1.0),
     ],

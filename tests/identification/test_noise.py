@@ -101,7 +101,7 @@ def test_learned_numbers_are_steps_of_channels(how: str) -> None:
     found = [r for r in _read(how) if r.step_size is not None]
     assert found
     assert all(any("LayerScale" in note for note in r.notes) for r in found)
-    assert {r.convention for r in found} == {"h: the mean of the numbers that multiply the entries of the branch"}
+    assert {(r.step_size, r.convention) for r in found} == {(1.0, "h = 1: only the product h f can be seen")}
 
 
 class _Contracted(nn.Module):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
 from torch.autograd.graph import Node
@@ -10,7 +10,7 @@ from torch.autograd.graph import Node
 from stabkit.identification.form.normal_form import NormalForm
 from stabkit.identification.form.operations import ADDS, MOVES, SCALES, WRITES
 from stabkit.identification.form.pieces import Piece
-from stabkit.tracing.graph.graph import Element, element_of
+from stabkit.tracing.graph.graph import Element, Graph, element_of
 from stabkit.tracing.graph.values import Value, operation, outputs_of
 
 _PLAIN = MOVES | ADDS | SCALES
@@ -99,3 +99,9 @@ def _link(form: NormalForm) -> Link:
     else:
         kind = "map"
     return Link(kind, form, nodes)
+
+
+def joined(graph: Graph, links: Sequence[Link]) -> Piece:
+    """Several links, one after the other, as one piece."""
+    nodes = {node for link in links for node in link.form.piece.nodes}
+    return Piece(graph, [n for n in graph.nodes if n in nodes], links[0].form.sources, links[-1].form.targets)

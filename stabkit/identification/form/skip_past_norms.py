@@ -46,7 +46,8 @@ def way_past_weights(piece: Piece) -> tuple[str, ...] | None:
     arrived = pull(piece.graph, list(allowed), allowed, {target: random_tensors([target], seed=0)[0]}).get(source)
     if arrived is None or not bool(arrived.any()):
         return None
-    return tuple(dict.fromkeys(operation(n) for n, taken in allowed.items() if not is_affine(n, len(taken))))
+    bent = [n for n, taken in allowed.items() if not is_affine(n, len(taken)) or piece.is_norm(Value(n, 0))]
+    return tuple(dict.fromkeys(operation(n) for n in bent))
 
 
 def _passes(piece: Piece, node: Node, taken: Sequence[Value]) -> bool:

@@ -72,6 +72,11 @@ def notes_of_sums(around: Surroundings, sums: Sequence[NormalForm], table: Block
         if c.kind == "scalar" and c.value == 0.0 and len(coefficients) == 1:
             moved = ": the step is the identity until training moves it" if learned else " for this input"
             notes.append(f"a branch is multiplied by zero{moved}")
+    inner = [(form, terms) for form in sums for stage in form.stages for terms in stage.inputs if len(terms) > 1]
+    own = [c for form, terms in inner for a, c in terms.items() if a in form.sources and c.kind == "diagonal"]
+    if own:
+        low, high = min(c.low for c in own), max(c.high for c in own)
+        notes.append(f"a field reads the state times a number for each entry, {low:.3g} to {high:.3g}")
     if any(stage.opaque for form in sums for stage in form.stages):
         notes.append("the field is opaque: only the step around it was read")
     if any(map(_adds_held, sums)):
@@ -86,10 +91,9 @@ def notes_of_sums(around: Surroundings, sums: Sequence[NormalForm], table: Block
     return tuple(dict.fromkeys(notes))
 
 
-def with_mean(record: Identification, sums: Sequence[NormalForm]) -> Identification:
+def with_mean(record: Identification) -> Identification:
     """A record that says of which numbers its step size is the mean, where entries have numbers of their own."""
-    own = any(c.kind == "diagonal" for form in sums for a, c in form.forms[0].items() if a not in form.piece.ends)
-    if not own or record.convention != NUMBER:
+    if record.convention != NUMBER:
         return record
     return replace(record, convention="h: the mean of the numbers that multiply the entries of the branch")
 

@@ -15,6 +15,12 @@ from torch.autograd.graph import Node
 from stabkit.tracing.graph.graph import Graph
 from stabkit.tracing.graph.values import Value, meta_of, operation, outputs_of
 
+# what an operation saves of plain numbers: factors, and where activations bend
+_NUMBERS = tuple(
+    f"_saved_{name}"
+    for name in ("alpha", "other", "self", "value", "lambd", "threshold", "negative_slope", "min", "max", "beta")
+)
+
 Images = dict[Value, Value | None]  # None: what stands there is a constant
 
 
@@ -97,8 +103,8 @@ def is_same_from(
 
 
 def _numbers(node: Node) -> list[object]:
-    """The plain numbers by which an operation multiplies what it is given."""
-    saved = [getattr(node, name, None) for name in ("_saved_alpha", "_saved_other", "_saved_self", "_saved_value")]
+    """The plain numbers by which an operation multiplies what it is given, or bends it."""
+    saved = [getattr(node, name, None) for name in _NUMBERS]
     known = [n for n in saved if n is not None]  # and which tensors are kept depends on what they multiply
     plain = [n for n in known if not isinstance(n, Tensor) or (not n.dim() and not n.requires_grad)]
     return [float(n) if isinstance(n, Tensor) else n for n in plain]

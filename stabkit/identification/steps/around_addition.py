@@ -55,7 +55,7 @@ def with_projection(
                        system=system, evidence=evidence)  # fmt: skip
     if rectified and record.name in ("forward Euler", "forward Euler, parallel branches"):
         system = "x' in f(x) - N(x), N the normal cone of the nonnegative states"
-        why = "a proximal gradient step on x >= 0; a number that is subtracted before makes it one with a threshold"
+        why = "a projection on x >= 0 after the step; a proximal gradient step if f is a gradient"
         return replace(record, name="projected Euler (ReLU)", notes=(note, why, *record.notes), system=system)
     if threshold is not None and not record.name.startswith("unnamed"):
         low, high = threshold

@@ -119,6 +119,13 @@ def with_half_kicks(records: Sequence[Identification], around: Surroundings) -> 
         kicks = _numbers(around, record, behind=False)
         for j in range(i + 1, len(records)):
             step = records[j]
+            if _closes(around, step, kicks, half):
+                why = (
+                    f"a drift, and half a kick as the one that began (step {record.steps[0]}): the end of the leapfrog"
+                )
+                found[j] = replace(step, name="stormer_verlet (leapfrog, drift and closing half kick)",
+                                   system=records[i + 1].system, notes=(why, *step.notes))  # fmt: skip
+                break
             alike = step.name == records[i + 1].name and abs(abs(step.step_size or 0.0) - half) <= CLOSE * half
             if not alike or not step.name.startswith(_DRIFT_AND_KICK):
                 break
@@ -131,6 +138,16 @@ def with_half_kicks(records: Sequence[Identification], around: Surroundings) -> 
             why = f"half a kick before (step {record.steps[0]}) puts p between two q: {step.name} is then the leapfrog"
             found[j] = replace(step, name="stormer_verlet (leapfrog, cut after a half kick)", notes=(why, *step.notes))
     return found
+
+
+def _closes(around: Surroundings, step: Identification, kicks: dict[tuple[object, ...], float], half: float) -> bool:
+    """Whether a last step drifts by a whole step, twice that of the kick that began, and kicks as that one does."""
+    if not (step.name.startswith((*_DRIFT_AND_KICK, _KICK)) and holds_a_step(step)):
+        return False
+    drifts = [abs(c) for key, c in _numbers(around, step, behind=False).items() if key not in kicks]
+    last = _numbers(around, step, behind=True)
+    kicked = any(abs(c - kicks[key]) <= CLOSE * abs(c) for key, c in last.items() if key in kicks)
+    return kicked and bool(drifts) and all(abs(c - half) <= CLOSE * half for c in drifts)
 
 
 def _numbers(around: Surroundings, record: Identification, *, behind: bool) -> dict[tuple[object, ...], float]:

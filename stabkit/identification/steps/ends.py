@@ -33,11 +33,12 @@ from stabkit.tracing.graph.values import Value, meta_of, operation
 Reader = Callable[[Slots, tuple[int, ...]], Identification]
 
 _MOST = 4  # states of which every order is tried
-_SAME = "the first step of its kind: it does what the next one does where"
+_SAME = "the first step of its kind: it does what the next one does"
+_SAME_PART = "the first step of its kind: it does what that part does"
 _SECOND_ORDER = "x'' ="  # systems whose force is multiplied by h^2
 _NO_METHOD = (
-    "autoregressive", "dense", "fork", "iterative", "join", "no branch", "not a step", "part of", "plain",
-    "projection shortcut", "scaled state", "skip", "transformed skip", "transition", "unknown", "unnamed",
+    "autoregressive", "dense", "fork", "iterative", "join", "linear skip", "no branch", "not a step", "part of",
+    "plain", "scaled state", "skip", "transformed skip", "transition", "unknown", "unnamed",
 )  # fmt: skip
 
 
@@ -113,6 +114,7 @@ def _are_like(record: Identification, beside: Sequence[Identification]) -> bool:
 
 def _common(record: Identification, other: Identification) -> Identification:
     """A record with what it has in common with another of its kind: numbers that each step has of its own are none."""
+    record = replace(record, notes=tuple(note for note in record.notes if note in other.notes))
     if record.name == other.name:
         return record
     head, _, tail = record.name.partition(" (")
@@ -239,13 +241,13 @@ def _begun(
         )
         if scale is None:
             continue
-        return _told(
-            _scaled(part.record, scale), record, part, f"{_SAME} {_starts(part.slots.sources, places)}", ": a fork"
-        )
+        times = "" if abs(scale - 1) <= CLOSE else f" times {scale:.4g}"
+        why = f"{_SAME if part.whole else _SAME_PART}{times} where {_starts(part.slots.sources, places)}"
+        return _told(_scaled(_without_numbers(part.record, record), scale), record, part, why, ": a fork")
     pairs = list(zip(part.slots.targets, made, strict=True))
     for places in _places(part.slots.sources, old, bases):
         if part.whole and is_same_from(around.graph, pairs, places, _nodes_of(around, part)):
-            why = f"{_SAME} {_starts(part.slots.sources, places)}, with the numbers of that one"
+            why = f"{_SAME} where {_starts(part.slots.sources, places)}, with the numbers of that one"
             return _told(part.record, record, part, why, ": a fork")
     return None
 
@@ -385,7 +387,7 @@ def _dropped(
         return None
     part = _Part(slots, known.record)
     why = f"the last step of its kind: {len(slots.targets) - len(left)} of its {len(slots.targets)} states are not read"
-    return _told(_scaled(known.record, scale), record, part, why, ": a join")
+    return _told(_scaled(_without_numbers(known.record, record), scale), record, part, why, ": a join")
 
 
 def _read_here(
@@ -429,6 +431,11 @@ def _has_name(part: _Part) -> bool:
     A, U, B, V = (np.abs(np.asarray(x, dtype=float)) for x in (whole.A, whole.U, whole.B, whole.V))
     reads = V + B @ np.linalg.inv(np.eye(len(A)) - A) @ U
     return bool(reads[0, 1] and reads[1, 0])
+
+
+def _without_numbers(known: Identification, record: Identification) -> Identification:
+    """A record without what it states of numbers (t = 0.1) that are not known to be those of another step as well."""
+    return replace(known, notes=tuple(note for note in known.notes if " = " not in note or note in record.notes))
 
 
 def _scaled(record: Identification, scale: float) -> Identification:

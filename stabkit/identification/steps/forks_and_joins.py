@@ -23,8 +23,8 @@ Reader = Callable[[Surroundings, Slots, tuple[int, ...]], Identification]
 
 _NO_STEP = (
     "autoregressive", "delayed", "dense", "fork", "general linear method", "gated skip", "iterative", "join", "linear",
-    "no branch", "not a step", "part of a step", "plain", "projection shortcut", "skip", "transformed skip",
-    "transition", "unknown", "unnamed",
+    "no branch", "not a step", "part of a step", "plain", "skip", "transformed skip", "transition", "unknown",
+    "unnamed",
 )  # fmt: skip
 _UNNAMED = "unnamed"
 _FORK, _JOIN = ": a fork", ": a join"

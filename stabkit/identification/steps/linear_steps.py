@@ -9,7 +9,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from stabkit.identification.form.chain import Link
+from stabkit.identification.form.chain import Link, joined
 from stabkit.identification.form.flow_index import Surroundings
 from stabkit.identification.form.linear_parts import (
     BACKWARD_EULER,
@@ -108,7 +108,7 @@ def _splitting(around: Surroundings, links: Sequence[Link], steps: tuple[int, ..
             waiting.append(link)
             continue
         if waiting:
-            piece = _joined(around, waiting)
+            piece = joined(around.graph, waiting)
             kind = operator_of(piece, _layout(around, steps[0], piece.sources[0]),
                                _layout(around, steps[-1] + 1, piece.targets[0]))  # fmt: skip
             if kind is None:
@@ -166,13 +166,6 @@ def _alike(a: object, b: object) -> bool:
         near = _SAME * torch.finfo(a.dtype).eps * float(a.norm())
         return a.shape == b.shape and float((a - b).norm()) <= near
     return not isinstance(a, Tensor) and not isinstance(b, Tensor) and a == b
-
-
-def _joined(around: Surroundings, links: Sequence[Link]) -> Piece:
-    """Several links as one piece."""
-    nodes = {node for link in links for node in link.form.piece.nodes}
-    ordered = [node for node in around.graph.nodes if node in nodes]
-    return Piece(around.graph, ordered, links[0].form.sources, links[-1].form.targets)
 
 
 def restarted(around: Surroundings, found: Slots, steps: tuple[int, ...]) -> Identification | None:

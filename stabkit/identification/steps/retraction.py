@@ -54,14 +54,20 @@ def retraction(links: Sequence[Link], steps: tuple[int, ...]) -> Identification 
     notes = [
         f"the state is normalised before each of {len(pairs)} addition(s) and after it ({links[-1].operations[0]})"
     ]
+    convention = "h: the number that multiplies the branch"
     if "diagonal" in kinds:
-        notes.append(f"every coordinate has its own damping; the mean of a is {a:.3g}")
+        convention = "h: the mean of the numbers that multiply the entries of the last branch"
+        notes += [
+            f"addition {i}: every coordinate has its own damping and step, a from {skip.low:.3g} to {skip.high:.3g}, "
+            f"h from {step.low:.3g} to {step.high:.3g}"
+            for i, (skip, step) in enumerate(zip(skips, steps_taken, strict=True), 1)
+        ]
     return Identification(
         name="projected Euler (post-norm)",
         method=GeneralLinearMethod([[0]], [[1]], [[1]], [[a]], name="projected Euler (post-norm)"),
         skip=None,
         step_size=abs(h),
-        convention="h: the number that multiplies the branch",
+        convention=convention,
         evidence="proven" if kinds == {"scalar"} else "measured",
         residual=max(c.residual for c in (*skips, *steps_taken)),
         steps=steps,

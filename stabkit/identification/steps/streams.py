@@ -15,11 +15,13 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from stabkit.identification.form.chain import Link, joined
 from stabkit.identification.form.hidden_skip import affine_pulls
 from stabkit.identification.form.pieces import Piece, pull
 from stabkit.identification.names.single import Name
 from stabkit.identification.record import Identification, record_of
 from stabkit.integrators import GeneralLinearMethod
+from stabkit.tracing.graph.graph import Graph
 from stabkit.tracing.graph.values import meta_of, random_tensors
 
 _ROUNDINGS = 256.0
@@ -36,11 +38,13 @@ class Streams:
         method: with M as its V, a as its U and b as its B.
         axis: the axis of the state along which the streams lie.
         residual: relative deviation of the step from it.
+        parts: the methods that make it up, one after the other; empty where it is one.
     """
 
     method: GeneralLinearMethod
     axis: int
     residual: float
+    parts: tuple[GeneralLinearMethod, ...] = ()
 
 
 def mixed_streams(piece: Piece) -> Streams | None:
@@ -76,6 +80,42 @@ def mixed_streams(piece: Piece) -> Streams | None:
     return None
 
 
+def streams_in_turn(graph: Graph, links: Sequence[Link]) -> Streams | None:
+    """The method of several branches one after the other, each of streams that a matrix mixes; None for others.
+
+    Between two of them the entries may be laid out in several ways: the one in which the step begins is taken.
+    """
+    maps = [i for i, link in enumerate(links) if link.kind == "map"]
+    if len(maps) < 2 or any(link.kind not in ("map", "scaling") for link in links):
+        return None
+    shape = meta_of(links[0].form.sources[0]).shape
+    found: list[Streams] = []
+    start = 0
+    for i, following in zip(maps, [*maps[1:], None], strict=True):
+        stops = range(i + 1, following + 1) if following is not None else [len(links)]
+        alike = [stop for stop in stops if meta_of(links[stop - 1].form.targets[0]).shape == shape]
+        pieces = [(stop, mixed_streams(joined(graph, links[start:stop]))) for stop in alike[-1:]]
+        if not pieces or pieces[0][1] is None:
+            return None
+        start, one = pieces[0][0], pieces[0][1]
+        found.append(one)
+    if len({(one.axis, one.method.states) for one in found}) > 1:
+        return None
+    method = found[0].method
+    for one in found[1:]:
+        method = _then(method, one.method)
+    return Streams(method, found[0].axis, max(one.residual for one in found), tuple(one.method for one in found))
+
+
+def _then(first: GeneralLinearMethod, second: GeneralLinearMethod) -> GeneralLinearMethod:
+    """One method of several states followed by another, whose fields are others."""
+    A, U, B, V = first.A, first.U, first.B, first.V
+    more = np.block([[A, np.zeros((len(A), len(second.A)))], [second.U @ B, second.A]])
+    fields = tuple(range(len(more)))
+    return GeneralLinearMethod(more, np.vstack([U, second.U @ V]), np.hstack([second.V @ B, second.B]), second.V @ V,
+                               fields=fields, name=first.name)  # fmt: skip
+
+
 def numbers_of(method: GeneralLinearMethod) -> str:
     """The blocks of a method of one field as its note gives them, rows apart by semicolons."""
     V, a, b = ("; ".join(", ".join(f"{x:.3g}" for x in row) for row in np.asarray(m)) for m in (
@@ -86,10 +126,11 @@ def numbers_of(method: GeneralLinearMethod) -> str:
 def record_of_streams(streams: Streams, steps: tuple[int, ...]) -> Identification:
     """The record of residual streams that a matrix mixes."""
     n = streams.method.states
+    name = f"{f'{len(streams.parts)} times ' if streams.parts else ''}general linear method of {n} streams"
     why = f"the skip mixes {n} streams along axis {streams.axis} by a matrix, the V of a general linear method"
     one = "h = 1: only the product h f can be seen"
-    named = Name(f"general linear method of {n} streams", "x' = f(x), a history of states as streams", 1.0, one)
-    notes = (why, numbers_of(streams.method))
+    named = Name(name, "x' = f(x), a history of states as streams", 1.0, one)
+    notes = (why, *map(numbers_of, streams.parts or (streams.method,)))
     record = record_of(named, None, steps, skip=None, residual=streams.residual, notes=notes)
     return replace(record, method=streams.method, evidence="measured")
 
