@@ -238,23 +238,23 @@ def _normed(flow: Flow, start: int) -> int | None:
 
     Behind the last layer alone a norm belongs to what follows, as in a network with norms inside its branches.
     """
-    steps, norms = flow.steps, [i for i in range(1, len(flow.steps)) if _is_norm(flow, i)]
-    if start + 1 not in norms or not _is_addition(flow, start):
+    steps, norm = flow.steps, start + 1
+    if norm == len(steps) or not _is_norm(flow, norm) or not _is_addition(flow, start):
         return None
-    pair = steps[start].operations, steps[start + 1].operations
-    others = [i for i in norms if i != start + 1 and (steps[i - 1].operations, steps[i].operations) == pair]
-    return start + 2 if others else None
+    pair = steps[start].operations, steps[norm].operations
+    others = (i for i in range(1, len(steps)) if i != norm and (steps[i - 1].operations, steps[i].operations) == pair)
+    return start + 2 if any(_is_norm(flow, i) for i in others) else None
 
 
 def _is_norm(flow: Flow, step: int) -> bool:
     """Whether a step from one tensor to another does nothing but norm it."""
     before, after = flow.states[step], flow.states[step + 1]
-    graph = flow.recorded.graph
-    elements = {element_of(graph, node) for node in graph.nodes[before.position : after.position]}
-    norm = next(iter(elements)) if len(elements) == 1 else None
+    graph, nodes = flow.recorded.graph, flow.recorded.graph.nodes[before.position : after.position]
+    norm = element_of(graph, nodes[0]) if nodes else None
     if norm is None or not isinstance(norm.facts, NormFacts):
         return False
-    return before.values == (norm.source,) and after.values == (norm.target,)
+    whole = before.values == (norm.source,) and after.values == (norm.target,)
+    return whole and all(element_of(graph, node) == norm for node in nodes[1:])
 
 
 def _is_addition(flow: Flow, step: int) -> bool:
