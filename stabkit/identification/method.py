@@ -97,8 +97,11 @@ def identify(flow: FlowLike, *, checks: bool = True, parallel: Parallel = SERIAL
         divided = is_divided(flow, start, stop, around.loops)
         known = not (record.name in _NOTHING_READ or record.name.startswith(_COARSE))
         kept = record.name.startswith("Strang") if divided else known
-        # a long skip leads around blocks, which are the steps; around a single one it makes a step of its own
-        around_blocks = kept and stop - start > _BLOCKS and not is_round(flow, start, stop, around.loops)
+        # a long skip leads around blocks, which are the steps; around a single one it makes a step of its own, as do
+        # the stages of one field
+        stages = 0 if record.method is None else record.method.stages
+        around_blocks = kept and stages < 2 and stop - start > _BLOCKS
+        around_blocks = around_blocks and not is_round(flow, start, stop, around.loops)
         if kept and not around_blocks:
             return [record]
         single = [read(around, *part) for part in with_norms(flow, start, stop)]

@@ -33,6 +33,7 @@ from stabkit.tracing.graph.scans import FEWEST
 from stabkit.tracing.graph.values import Meta, Value, meta_of, operation, outputs_of, random_of, random_tensors
 from stabkit.tracing.products.node_derivatives import apply_node, is_python_node
 from stabkit.tracing.products.segments import Segment
+from stabkit.tracing.recording.sharding import whole
 
 _CLOSED = frozenset({"Cumprod", "Cumsum", "FftC2C", "FftR2C", "Logcumsumexp"})
 _SHIFTS = JOINS | {"ConstantPadNd", "CopySlices", "IndexPut", "Roll", "Slice", "SliceScatter"}
@@ -393,7 +394,7 @@ def _is_own(node: Node) -> bool:
 
 def _span(cotangent: Tensor, axis: int) -> tuple[int, int, int]:
     """The first index along an axis that is reached, the last, and how many are."""
-    rows = cotangent.detach().movedim(axis, 0).reshape(cotangent.shape[axis], -1)
+    rows = whole(cotangent).detach().movedim(axis, 0).reshape(cotangent.shape[axis], -1)
     reached = (rows != 0).any(dim=1).nonzero().flatten().tolist()
     return (reached[0], reached[-1], len(reached)) if reached else (-1, -1, 0)
 
