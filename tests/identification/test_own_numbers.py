@@ -118,6 +118,27 @@ def test_stages_of_one_field_keep_the_ratio_of_their_numbers():
     assert record.evidence == "measured"
 
 
+def test_copies_of_a_batch_keep_the_sizes_of_their_steps():
+    """Guidance by one call of two copies (Ho and Salimans 2022): their weights are no numbers of channels."""
+
+    class Guided(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.f, self.embedded = dense(WIDTH), nn.Parameter(torch.randn(2, 1, 1, WIDTH))
+
+        def forward(self, x):
+            for h in (0.1, 0.15, 0.25):
+                without, with_it = self.f((x.expand(2, *x.shape) + self.embedded).flatten(0, 1)).chunk(2)
+                x = x - h * (without + 4.0 * (with_it - without))
+            return x
+
+    torch.manual_seed(0)
+    found = identify(trace(Guided().double(), torch.randn(3, 5, WIDTH, dtype=torch.float64)))
+    sizes = [record.step_size for record in found if record.name == "forward Euler"]
+    assert len(sizes) >= 2
+    assert len(set(sizes)) == len(sizes)
+
+
 def test_one_field_with_other_numbers_at_every_use_is_not_proven():
     def function(m, x):
         x = x + m.g * m.parts[0](x)

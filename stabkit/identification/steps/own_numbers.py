@@ -16,7 +16,7 @@ from stabkit.identification.form.coefficients import Coefficient
 from stabkit.identification.form.flow_index import Surroundings
 from stabkit.identification.form.normal_form import NormalForm, Terms
 from stabkit.identification.form.tableau import Blocks
-from stabkit.tracing.graph.values import Value
+from stabkit.tracing.graph.values import Value, meta_of
 
 _SAME = 1e-5  # products of several numbers of single precision
 _GONE = 1e-3  # a mean this far below the numbers is the rest of what cancels, and no unit
@@ -44,7 +44,11 @@ def without_own_numbers(around: Surroundings, parts: Sequence[tuple[NormalForm, 
     tables = [table for _, table in parts]
     if not scaled or fed or any(c.kind != "scalar" for c in ends):
         return tables, bool(scaled)
-    multiples = {key for key in scaled if all(_is_multiple(c, uses[key][0]) for c in uses[key])}
+    sizes = {
+        (s.key, meta_of(s.output).numel == meta_of(form.targets[0]).numel) for form, _ in parts for s in form.stages
+    }
+    entries = {key for key in scaled if (key, False) not in sizes}  # several copies of a batch add up to one value
+    multiples = {key for key in entries if all(_is_multiple(c, uses[key][0]) for c in uses[key])}
     units: dict[object, float] = {}
     for i, (form, _) in enumerate(parts):
         tables[i] = _with_units(tables[i], form, multiples, uses, counts, units)
@@ -84,6 +88,10 @@ def _uses(form: NormalForm, output: Value) -> Iterator[Coefficient]:
     """The numbers with which a stage enters new states, and stages beside something else."""
     inputs: list[Terms] = [terms for stage in form.stages for terms in stage.inputs if _beside(form, terms)]
     return (terms[output] for terms in (*form.forms, *inputs) if output in terms)
+
+
+def _is_as_wide(value: Value, target: Value) -> bool:
+    return meta_of(value).numel == meta_of(target).numel
 
 
 def _beside(form: NormalForm, terms: Terms) -> bool:
