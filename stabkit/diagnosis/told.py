@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from stabkit.diagnosis.blocks.initialisation import Known
 from stabkit.diagnosis.finding import Finding, as_fact
 from stabkit.diagnosis.remedies.computed import Remedy
-from stabkit.diagnosis.remedies.short_training import STEPS, ShortTraining, clearly_better
+from stabkit.diagnosis.remedies.short_training import STEPS, ShortTraining, clearly_better, learns_well
 from stabkit.diagnosis.remedies.trial import Trial, is_stretch
 from stabkit.diagnosis.thresholds import Thresholds
 
@@ -134,19 +134,28 @@ def is_of_units(suspect: Finding, cure: Cure) -> bool:
     return cure.ends is None or not clearly_better(*cure.ends)
 
 
-def of_no_help(suspect: Finding, plain: ShortTraining, tries: Sequence[Remedy]) -> Finding:
+def of_no_help(suspect: Finding, plain: ShortTraining, tries: Sequence[Remedy], undone: bool) -> Finding:
     """A suspect that can be taken away, with which training ends no lower.
 
     What is known to help deep stacks, skips and other activations, may take longer than a trial, and is told as such.
-    Activations that are flat do no harm where opening them undoes what the model has learnt.
+    Activations that are flat do no harm where opening them undoes what the model has learnt, nor does a block of large
+    growth that few steps learn well with, or whose remedy leaves far more of the loss than there is without it.
+
+    Args:
+        suspect: what was tried.
+        plain: the training without any remedy.
+        tries: the remedies.
+        undone: whether one of them undid what the model has learnt.
     """
     cause = f"{tries[0].cause}; " if tries[0].cause else ""
     known = [each.text for each in tries if any(a["action"] in ("add_skip", "activate") for a in each.actions)]
     vanishes = is_stretch(suspect) and suspect.kind == "vanishing"
-    learnt = is_stretch(suspect) and suspect.kind in GROWS and abs(plain.last) < _LEARNT * abs(plain.first)
+    learnt = abs(plain.last) < _LEARNT * abs(plain.first)
+    if not is_stretch(suspect):
+        learnt = learnt or undone or learns_well(plain)
     return replace(
         suspect,
-        severity="info" if learnt or suspect.kind == "saturated" else suspect.severity,
+        severity="info" if (learnt and suspect.kind in GROWS) or suspect.kind == "saturated" else suspect.severity,
         evidence=f"{cause}{suspect.evidence}; {STEPS} steps of plain SGD take the loss {plain} as it is, and end no "
         "lower with anything that takes it away",
         remedy=f"not shown to help within {STEPS} steps: {'; or '.join(dict.fromkeys(known))}"

@@ -239,3 +239,31 @@ def test_a_stencil_that_is_held_fixed_has_no_size_to_expect(fixed):
     steps = measure(flow).steps
     named = {fault.weight.path for fault in weight_faults(steps, Thresholds())}
     assert ("4.laplace.weight" in named) != fixed
+
+
+class Sine(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.sin(x)
+
+
+@pytest.mark.parametrize("steps", [0, 400])
+@pytest.mark.parametrize("frequency", [10.0, 15.0])
+def test_a_large_first_weight_that_a_network_learns_with_is_a_fact(frequency: float, steps: int):
+    x = torch.linspace(-1, 1, 200)[:, None]
+    y = torch.sin(frequency * x)
+
+    def loss(out: torch.Tensor) -> torch.Tensor:
+        return nn.functional.mse_loss(out, y)
+
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(1, 32), Sine(), nn.Linear(32, 32), Sine(), nn.Linear(32, 1))
+    with torch.no_grad():
+        model[0].weight.mul_(15.0)
+    optimizer = torch.optim.Adam(model.parameters(), 1e-3)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        loss(model(x)).backward()
+        optimizer.step()
+    found = stabkit.analyze(model, x, loss=loss, spectrum="none").findings
+    assert [f.severity for f in found if f.kind == "exploding"] == ["info"]
+    assert all(f.severity == "info" for f in found)

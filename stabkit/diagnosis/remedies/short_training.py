@@ -204,12 +204,28 @@ def gains(treated: ShortTraining | None, untreated: ShortTraining | None) -> boo
 
 
 def spoils(treated: ShortTraining | None, untreated: ShortTraining | None) -> bool:
-    """Whether nothing is learnt any more with a remedy, and something is without it; or far less than without it."""
-    if treated is None or untreated is None or not math.isfinite(untreated.last):
+    """Whether nothing is learnt any more with a remedy, and something is without it; or far less than without it.
+
+    So it is where training with the remedy ends far above the loss as it stands before any: what it was is undone.
+    """
+    if treated is None or untreated is None:
         return False
-    well = 0 < _MUCH * untreated.last < untreated.first
-    lost = well and treated.last > _MUCH * untreated.last
+    if undoes(treated, untreated):
+        return True
+    if not math.isfinite(untreated.last):
+        return False
+    lost = learns_well(untreated) and treated.last > _MUCH * untreated.last
     return falls(untreated) and (lost or not falls(treated)) and worse(treated, untreated)
+
+
+def undoes(treated: ShortTraining, untreated: ShortTraining) -> bool:
+    """Whether a remedy leaves a loss far above what it is without it, before steps and after them."""
+    return 0 < _MUCH * untreated.first < min(treated.first, treated.last)
+
+
+def learns_well(training: ShortTraining) -> bool:
+    """Whether the loss, of one sign, ends at half of where it began or below."""
+    return 0 < _MUCH * training.last < training.first
 
 
 def helps(treated: ShortTraining | None, untreated: ShortTraining | None) -> bool:
