@@ -26,6 +26,7 @@ from stabkit.identification.steps.pending import with_pending_starts
 from stabkit.identification.time.at_once import closed_form_note, recurrences_at_once
 from stabkit.identification.time.iterated import read_iteration
 from stabkit.identification.time.over_time import Recurrences
+from stabkit.integrators import GeneralLinearMethod
 from stabkit.parallel import SERIAL, Parallel
 from stabkit.tracing import FlowLike, Iteration
 from stabkit.tracing.flow_checks import traced
@@ -99,7 +100,7 @@ def identify(flow: FlowLike, *, checks: bool = True, parallel: Parallel = SERIAL
         kept = record.name.startswith("Strang") if divided else known
         # a long skip leads around blocks, which are the steps; around a single one it makes a step of its own, as do
         # the stages of one field
-        stages = 0 if record.method is None else record.method.stages
+        stages = record.method.stages if isinstance(record.method, GeneralLinearMethod) else 0
         around_blocks = kept and stages < 2 and stop - start > _BLOCKS
         around_blocks = around_blocks and not is_round(flow, start, stop, around.loops)
         if kept and not around_blocks:
