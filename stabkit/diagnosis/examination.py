@@ -208,7 +208,7 @@ class _Trials:
         self._without: Trial | None = None
         self._outer: list[Remedy] | None = None
         self.no_help: dict[int, list[Remedy]] = {}  # by suspect, what was taken away in vain
-        self.undone: set[int] = set()  # of these, those of which a remedy undid what the model has learnt
+        self.undone: dict[int, ShortTraining] = {}  # with a remedy of these that undid what the model has learnt
 
     def of_initialisation(self, suspect: Finding) -> Trial | None:
         """What is left of a suspect without the known initialisations, if there are any; measured once for all."""
@@ -263,7 +263,7 @@ class _Trials:
                 if not serves:
                     self.no_help.setdefault(id(suspect), []).append(remedy)
                     if trains is not None and plain is not None and undoes(trains, plain):
-                        self.undone.add(id(suspect))
+                        self.undone[id(suspect)] = trains
                 else:
                     found.append(Cure(trial, remedy, trains, ends))
                 if weighed and not found:
@@ -410,7 +410,7 @@ def _confirmed(
             continue  # its words stand
         told[id(suspect)] = told_of(suspect, cure, settings.thresholds)
         if cure is None and id(suspect) in trials.no_help and (plain := trials.training()) is not None:
-            told[id(suspect)] = of_no_help(suspect, plain, trials.no_help[id(suspect)], id(suspect) in trials.undone)
+            told[id(suspect)] = of_no_help(suspect, plain, trials.no_help[id(suspect)], trials.undone.get(id(suspect)))
         if cure is not None and cure.trial.after is not None and is_of_units(suspect, cure):
             verdict = judged_without(verdict, cure.trial.after.verdict, "the unit of the data")
         if cure is not None:

@@ -93,6 +93,13 @@ def of_module(
     return Finding(kind, severity, step, path, 1.0, evidence, remedy, reference, numbers or {}, actions)
 
 
+def of_training(
+    kind: str, severity: str, evidence: str, remedy: str, reference: str, numbers: Mapping[str, float]
+) -> Finding:
+    """A finding that is sure, on a training as a whole: on its updates or its loss, and on no module."""
+    return Finding(kind, severity, (), "", 1.0, evidence, remedy, reference, numbers)
+
+
 def serious(finding: Finding) -> bool:
     """Whether it is a warning or worse."""
     return rank(finding.severity) >= rank("warning")

@@ -134,30 +134,42 @@ def is_of_units(suspect: Finding, cure: Cure) -> bool:
     return cure.ends is None or not clearly_better(*cure.ends)
 
 
-def of_no_help(suspect: Finding, plain: ShortTraining, tries: Sequence[Remedy], undone: bool) -> Finding:
-    """A suspect that can be taken away, with which training ends no lower.
+def of_no_help(
+    suspect: Finding, plain: ShortTraining, tries: Sequence[Remedy], undone: ShortTraining | None
+) -> Finding:
+    """A suspect that can be taken away, without which training ends no lower, or far above where the loss is now.
 
     What is known to help deep stacks, skips and other activations, may take longer than a trial, and is told as such.
     Activations that are flat do no harm where opening them undoes what the model has learnt, nor does a block of large
-    growth that few steps learn well with, or whose remedy leaves far more of the loss than there is without it.
+    growth that few steps learn well with, or whose remedy leaves far more of the loss than there is without it. Heads
+    30 and 100 times too large are learnt as well by Adam and plain descent in 300 steps, and are facts by this; 300
+    times too large ones are not, and stay warnings. So do 348 runs of 29 planted local faults.
 
     Args:
         suspect: what was tried.
         plain: the training without any remedy.
         tries: the remedies.
-        undone: whether one of them undid what the model has learnt.
+        undone: the training with one that leaves far more of the loss than there is without it; None where none does.
     """
     cause = f"{tries[0].cause}; " if tries[0].cause else ""
     known = [each.text for each in tries if any(a["action"] in ("add_skip", "activate") for a in each.actions)]
     vanishes = is_stretch(suspect) and suspect.kind == "vanishing"
     learnt = abs(plain.last) < _LEARNT * abs(plain.first)
     if not is_stretch(suspect):
-        learnt = learnt or undone or learns_well(plain)
+        learnt = learnt or undone is not None or learns_well(plain)
+    trained = (
+        f"{STEPS} steps of plain SGD take the loss {plain} as it is, and end no lower with anything that takes it "
+    )
+    trained += "away"
+    if undone is not None:
+        trained = (
+            f"the loss is {plain.first:.3g} as it is, and far more is left with what takes it away: {STEPS} steps "
+        )
+        trained += f"of plain SGD take it {undone} then"
     return replace(
         suspect,
         severity="info" if (learnt and suspect.kind in GROWS) or suspect.kind == "saturated" else suspect.severity,
-        evidence=f"{cause}{suspect.evidence}; {STEPS} steps of plain SGD take the loss {plain} as it is, and end no "
-        "lower with anything that takes it away",
+        evidence=f"{cause}{suspect.evidence}; {trained}",
         remedy=f"not shown to help within {STEPS} steps: {'; or '.join(dict.fromkeys(known))}"
         if known and vanishes
         else "none is told: what was tried takes it away, and trains no better",

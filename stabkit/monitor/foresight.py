@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from stabkit.curvature import NoThresholdError, NotYetError, PendingSecant, SecantCurvature
 from stabkit.diagnosis import Finding
+from stabkit.diagnosis.finding import of_training
 from stabkit.errors import ArgumentError
 from stabkit.monitor.causes import Cause, Causes, times
 from stabkit.monitor.learning_rates import LearningRates
@@ -231,12 +232,9 @@ def _plain(value: float) -> float | str:
 
 def _non_finite(step: int, value: float, cause: Cause) -> Finding:
     text = f"; {cause.text}" if cause.text else ""
-    return Finding(
+    return of_training(
         kind="non_finite",
         severity="critical",
-        steps=(),
-        module_path="",
-        confidence=1.0,
         evidence=f"at training step {step} the loss is {value}{text}",
         remedy=cause.remedy or "lower the learning rate or clip the gradient, and analyse the capsule",
         reference="",

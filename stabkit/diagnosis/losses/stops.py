@@ -16,7 +16,7 @@ from torch.autograd.graph import Node
 
 from stabkit.diagnosis.no_gradient.lost_parameters import remedy_for
 from stabkit.errors import StabkitError
-from stabkit.tracing.derivatives.lost_gradient import Exits
+from stabkit.tracing.derivatives.lost_gradient import INDICES, Exits
 from stabkit.tracing.graph.values import operation
 from stabkit.tracing.recording.containers import map_tensors
 from stabkit.tracing.recording.forward_pass import ForwardPass
@@ -213,7 +213,7 @@ def cut_stop(call: ForwardPass, loss: Any) -> Stop | None:
 
 
 def _remedy_of_cut(name: str) -> str:
-    base = name.removeprefix("the indices of ")
+    base = name.removeprefix(INDICES)
     if base in _CHOICES:
         return (
             "take cross_entropy of the scores in the place of the best class, which has no derivative; count hits for "

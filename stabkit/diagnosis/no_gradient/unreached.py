@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from stabkit.diagnosis.finding import Finding
+from stabkit.diagnosis.finding import Finding, of_training
 from stabkit.diagnosis.losses.stops import cut_stop
 from stabkit.diagnosis.measurement import Measurement
 from stabkit.diagnosis.no_gradient.hidden_cuts import hidden_cut_findings
@@ -78,12 +78,9 @@ def _loss_cut_off(call: ForwardPass, done: TrainingPass, loss: Any) -> Finding |
     except UnreachedError as error:
         stop = cut_stop(call, loss)
         where = f"; {stop.words}" if stop is not None else ""
-        return Finding(
+        return of_training(
             kind="no_gradient",
             severity="critical",
-            steps=(),
-            module_path="",
-            confidence=1.0,
             evidence=f"{error}{where}: none of {len(done.parameters)} parameters gets a gradient, though the output "
             "has one",
             remedy=(

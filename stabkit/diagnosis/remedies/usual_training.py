@@ -97,14 +97,28 @@ def left_after(
         steps: how many of each.
         within: makes what each training runs in.
     """
-    left: list[float] = []
+    left = left_on_the_way(call, loss, updates, actions, steps=steps, within=within)
+    return None if left is None else left[-1]
+
+
+def left_on_the_way(
+    call: ForwardPass,
+    loss: Any,
+    updates: Sequence[Update],
+    actions: Sequence[Action] = (),
+    *,
+    steps: int,
+    within: Callable[[], AbstractContextManager[Any]] = nullcontext,
+) -> list[float] | None:
+    """The same after every number of steps from none on, each at the best of the updates; None where not tried."""
+    runs: list[list[float]] = []
     for update in updates:
         held, words = (loss, update, within), ("usual training", repr(actions), steps)
-        share = once(functools.partial(_left, call, loss, update, actions, steps, within), call, held, words)
-        if share is None:
+        run = once(functools.partial(_left, call, loss, update, actions, steps, within), call, held, words)
+        if run is None:
             return None
-        left.append(share)
-    return min(left)
+        runs.append(run)
+    return [min(shares) for shares in zip(*runs, strict=True)]
 
 
 def ends_of_adam(
@@ -152,12 +166,21 @@ def learns_only_treated(first: float, plain: float, treated: float) -> bool:
 
 
 def left_only_treated(
-    call: ForwardPass, loss: Any, actions: Sequence[Action], steps: int
+    call: ForwardPass,
+    loss: Any,
+    actions: Sequence[Action],
+    steps: int,
+    within: Callable[[], AbstractContextManager[Any]] = nullcontext,
 ) -> tuple[float, float] | None:
-    """What a few steps of Adam leave of a loss as it is, and with a remedy, where only that learns; None elsewhere."""
+    """What a few steps of Adam leave of a loss as it is, and with a remedy, where only that learns; None elsewhere.
+
+    The remedy is carried out on the model, and trained ``within`` what stands for one of its code.
+    """
     begun = training_pass(call, loss, differentiate=False).loss
     first = 0.0 if begun is None else float(begun.detach())
-    plain, treated = (left_after(call, loss, [adam(r) for r in RATES], each, steps=steps) for each in ((), actions))
+    updates = [adam(rate) for rate in RATES]
+    plain = left_after(call, loss, updates, steps=steps)
+    treated = left_after(call, loss, updates, actions, steps=steps, within=within)
     if plain is None or treated is None or not first > 0:
         return None
     return (plain, treated) if learns_only_treated(first, plain * first, treated * first) else None
@@ -170,7 +193,7 @@ def _left(
     actions: Sequence[Action],
     steps: int,
     within: Callable[[], AbstractContextManager[Any]],
-) -> float | None:
+) -> list[float] | None:
     if not may_train(call.module):
         return None
     try:
@@ -180,8 +203,9 @@ def _left(
         return None
 
 
-def _run(call: ForwardPass, loss: Any, update: Update, steps: int) -> float:
-    first = math.nan
+def _run(call: ForwardPass, loss: Any, update: Update, steps: int) -> list[float]:
+    """What is left after every number of steps; infinite where the loss is not finite any more, or begins at zero."""
+    losses: list[float] = []
     with unchanged(call.module) as safe, torch.enable_grad():
         safe.copy_buffers()
         seeded(call.seed)
@@ -190,13 +214,13 @@ def _run(call: ForwardPass, loss: Any, update: Update, steps: int) -> float:
         for step in range(steps + 1):
             scalar = loss(call.model(*call.inputs, **call.kwargs))
             value = float(scalar.detach())
-            first = value if step == 0 else first
             if not math.isfinite(value):
-                return math.inf
-            if step == steps:
                 break
-            moved_by(scalar, weights, states, update, step + 1)
-    return value / first if first > 0 else math.inf
+            losses.append(value)
+            if step < steps:
+                moved_by(scalar, weights, states, update, step + 1)
+    known = losses if losses and losses[0] > 0 else []
+    return [value / losses[0] for value in known] + [math.inf] * (steps + 1 - len(known))
 
 
 @contextlib.contextmanager

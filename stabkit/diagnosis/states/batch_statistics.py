@@ -43,8 +43,14 @@ def uncollected(model: nn.Module) -> list[_BatchNorm]:
 
 def is_fresh(norm: _BatchNorm) -> bool:
     """Whether a norm holds what it was made with, mean 0 and variance 1, of no batch."""
-    mean, variance, seen = norm.running_mean, norm.running_var, norm.num_batches_tracked
-    if mean is None or variance is None or mean.is_meta or (seen is not None and int(seen) > 0):
+    seen = norm.num_batches_tracked
+    return holds_what_it_was_made_with(norm) and (seen is None or int(seen) == 0)
+
+
+def holds_what_it_was_made_with(norm: _BatchNorm) -> bool:
+    """Whether the statistics of a norm are mean 0 and variance 1, however many batches were seen."""
+    mean, variance = norm.running_mean, norm.running_var
+    if mean is None or variance is None or mean.is_meta:
         return False
     return bool((mean == 0).all()) and bool((variance == 1).all())
 

@@ -113,7 +113,7 @@ def empty_node_findings(run: TrainingRun) -> list[Finding]:
     seen = evaluated(run.call, mode=watching)
     if not watches or not watches[0].empty or len({len(e) for e in watches[0].empty}) > 1:
         return []
-    empty = torch.stack(watches[0].empty).any(0)
+    empty = torch.stack(watches[0].empty).any(0).cpu()
     deaf = empty & _unmoved(run, seen.output, len(empty))
     if not bool(deaf.any()):
         return []
@@ -161,5 +161,5 @@ def _unmoved(run: TrainingRun, output: Any, count: int) -> Tensor:
     still = torch.zeros(count, dtype=torch.bool)
     for (_, one), (_, two) in zip(named_tensors(output), named_tensors(moved), strict=False):
         if one.is_floating_point() and one.dim() and len(one) == count and one.shape == two.shape:
-            still |= ~differing(two, one).reshape(count, -1).any(1)
+            still |= ~differing(two, one).reshape(count, -1).any(1).cpu()
     return still

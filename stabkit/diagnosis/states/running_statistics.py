@@ -19,7 +19,12 @@ from stabkit.diagnosis.blocks.weights import step_of
 from stabkit.diagnosis.finding import Finding
 from stabkit.diagnosis.remedies import computed as remedies
 from stabkit.diagnosis.remedies.learning import left_by_a_constant
-from stabkit.diagnosis.states.batch_statistics import collected, is_fresh, standing
+from stabkit.diagnosis.states.batch_statistics import (
+    collected,
+    holds_what_it_was_made_with,
+    is_fresh,
+    standing,
+)
 from stabkit.tracing import Flow
 from stabkit.tracing.derivatives.lost_gradient import listed
 from stabkit.tracing.recording.untouched_model import seeded
@@ -66,7 +71,7 @@ def _never_moved(flow: Flow) -> list[Finding]:
     Other statistics may have been loaded and be meant to stay. Told where those of this batch are far from them.
     """
     norms = {m: p for p, m in flow.model.named_modules() if isinstance(m, _BatchNorm) and m.training}
-    norms = {m: p for m, p in norms.items() if m.momentum == 0 and m.running_mean is not None and _of_none(m)}
+    norms = {m: p for m, p in norms.items() if m.momentum == 0 and holds_what_it_was_made_with(m)}
     own = collected(flow, list(norms)) if norms else None
     if own is None or max(_distance(norm, own[norm]) for norm in norms) < _FAR:
         return []
@@ -87,11 +92,6 @@ def _never_moved(flow: Flow) -> list[Finding]:
             numbers={"momentum": 0.0},
         )
     ]
-
-
-def _of_none(norm: _BatchNorm) -> bool:
-    mean, variance = norm.running_mean, norm.running_var
-    return mean is not None and variance is not None and bool((mean == 0).all()) and bool((variance == 1).all())
 
 
 def _as_made(norm: _BatchNorm) -> float:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from stabkit.diagnosis.finding import Finding, of_module, serious
 from stabkit.diagnosis.remedies.short_training import clearly_better, compared, short_training
-from stabkit.diagnosis.remedies.usual_training import RATES, adam, learns_only_treated, left_after
+from stabkit.diagnosis.remedies.usual_training import left_only_treated
 from stabkit.diagnosis.training_run import TrainingRun
 from stabkit.tracing.recording.evaluation import Evaluation, evaluated
 from stabkit.tracing.recording.function_calls import FunctionCalls, name_of
@@ -227,9 +227,7 @@ def softmax_axis_findings(run: TrainingRun, others: Sequence[Finding]) -> list[F
 
 def _learns_only(run: TrainingRun, axes: dict[tuple[int, int], int], how: str) -> str:
     """What Adam leaves of the loss, where it learns along the keys alone; or nothing."""
-    updates = [adam(rate) for rate in RATES]
-    plain = left_after(run.call, run.loss, updates, steps=_STEPS)
-    treated = left_after(run.call, run.loss, updates, steps=_STEPS, within=lambda: _Watch(axes=axes))
-    if plain is None or treated is None or not learns_only_treated(1.0, plain, treated):
-        return ""
-    return f"{_STEPS} steps of Adam leave {plain:.0%} of the loss as it is, {treated:.2g} of it {how}"
+    left = left_only_treated(run.call, run.loss, (), _STEPS, within=lambda: _Watch(axes=axes))
+    return (
+        "" if left is None else f"{_STEPS} steps of Adam leave {left[0]:.0%} of the loss as it is, {left[1]:.2g} {how}"
+    )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from stabkit.diagnosis.finding import Finding
+from stabkit.diagnosis.finding import Finding, of_training
 from stabkit.diagnosis.updates.idle import idle_finding
 from stabkit.diagnosis.updates.measured import SHARES, STEPS, UpdateMeasurement, UpdateRun
 
@@ -34,12 +34,9 @@ def update_findings(found: UpdateMeasurement) -> list[Finding]:
     if found.lower:
         return [_ruined(found, present, proposed, told)]
     return [
-        Finding(
+        of_training(
             kind="unstable_update",
             severity="critical" if fails else "warning",
-            steps=(),
-            module_path="",
-            confidence=1.0,
             evidence=f"{told}; on a copy, {STEPS} updates on this batch take the loss {present}, and {proposed} at a "
             f"rate of {proposed.rate:.3g}{_leading(found)}",
             remedy=f"lower the learning rate from {present.rate:.3g} to {proposed.rate:.3g} ({_part(proposed, found)} "
@@ -52,12 +49,9 @@ def update_findings(found: UpdateMeasurement) -> list[Finding]:
 
 def _without_rate(found: UpdateMeasurement, present: UpdateRun, told: str) -> Finding:
     """Of updates that blow up where no rate that was tried lowers the loss."""
-    return Finding(
+    return of_training(
         kind="unstable_update",
         severity="critical",
-        steps=(),
-        module_path="",
-        confidence=1.0,
         evidence=f"{told}; on a copy, {STEPS} updates on this batch take the loss {present}{_leading(found)}",
         remedy="none is told: no lower rate that was tried lowers the loss, so that the rate alone is no cause",
         reference=_REFERENCE,
@@ -68,12 +62,9 @@ def _without_rate(found: UpdateMeasurement, present: UpdateRun, told: str) -> Fi
 def _ruined(found: UpdateMeasurement, present: UpdateRun, proposed: UpdateRun, told: str) -> Finding:
     """Of a rate that does not blow up, and ends where a constant output does while lower ones learn."""
     ends = ", ".join(f"{run.end:.3g} at {run.rate:.3g}" for run in found.lower)
-    return Finding(
+    return of_training(
         kind="unstable_update",
         severity="warning",
-        steps=(),
-        module_path="",
-        confidence=1.0,
         evidence=f"{told}; on a copy, {STEPS} updates on this batch take the loss from {present.losses[0]:.3g} by way "
         f"of {max(present.losses):.3g} to {present.end:.3g}, where an output that is the same for every input leaves "
         f"{found.constant:.3g}; as many at lower rates end at {ends}{_leading(found)}",

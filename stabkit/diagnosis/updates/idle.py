@@ -14,7 +14,7 @@ import torch
 
 from stabkit.curvature.hessian import Hessian
 from stabkit.curvature.twin import Twin
-from stabkit.diagnosis.finding import Finding
+from stabkit.diagnosis.finding import Finding, of_training
 
 _ORDINARY = 1e-4  # a rate from which on nobody means too low a one; what keeps a loss from moving there are its scales
 _STILL = 1e-3  # of the first loss, that the present rate may move it by: a thousand times as many would be needed
@@ -146,12 +146,9 @@ def idle_finding(idle: Idle, name: str, rate: float) -> Finding:
             f"{idle.other:.3g}"
         )
         remedy = f"raise the learning rate from {rate:.3g} to about {idle.rate:.2g}, with a warm-up if it is to rise on"
-    return Finding(
+    return of_training(
         kind="idle_update",
         severity="warning",
-        steps=(),
-        module_path="",
-        confidence=1.0,
         evidence=evidence,
         remedy=remedy,
         reference=_DECAY_REFERENCE if idle.decay else _RATE_REFERENCE,

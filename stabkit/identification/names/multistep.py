@@ -19,7 +19,7 @@ import numpy as np
 from stabkit import integrators
 from stabkit.identification.form.tableau import Blocks, Matrix
 from stabkit.identification.names.single import CLOSE, POINTS, Name
-from stabkit.integrators import GeneralLinearMethod
+from stabkit.integrators import GeneralLinearMethod, bdf
 
 _ROUNDS = 3  # evaluations, at least, that make an iteration: two are a method of two stages
 _COUNTS = ("one step", "two steps", "three steps", "four steps", "five steps", "six steps")
@@ -129,7 +129,7 @@ def _iterated(found: Blocks) -> Name | None:
     """Backward differentiation, x' = sum_j a_j x_j + h b f(x'), whose equation is solved by fixed-point iteration.
 
     Each stage is what the iteration would end with if it ended there, and so has the numbers of the result; the first
-    one begins at the newest state. From sum_j 1/j (1 - E^-1)^j x' = h f(x') (Hairer, Norsett and Wanner 1993, III.1).
+    one begins at the newest state.
     """
     r, s = len(found.V), len(found.rows)
     made = np.flatnonzero(found.B.any(axis=1))
@@ -144,18 +144,17 @@ def _iterated(found: Blocks) -> Name | None:
         or not np.array_equal(begin, np.eye(r)[begin.argmax()])
     ):
         return None
-    powers = np.array([[(-1) ** k * math.comb(j, k) / j for k in range(r + 1)] for j in range(1, r + 1)]).sum(axis=0)
-    weights = -powers[1:] / powers[0]  # in powers of E^-1
+    method = bdf(r)
     order: list[int] = []  # from the newest state to the oldest one: where each moves to
     place = int(begin.argmax())
     while len(order) < r and place not in order:
         order.append(place)
         later = [j for j in range(r) if j != i and np.array_equal(found.V[j], np.eye(r)[place])]
         place = later[0] if later else place
-    if len(order) < r or not np.allclose(a[order], weights, atol=10 * CLOSE):
+    if len(order) < r or not np.allclose(a[order], method.V[0], atol=10 * CLOSE):
         return None
     name = f"bdf{r} (by {s - 1} fixed-point iterations)"
-    return Name(name, "x' = f(x), multistep", c * float(powers[0]), "h: that of the equation which is solved")
+    return Name(name, "x' = f(x), multistep", c / float(method.B[0, 0]), "h: that of the equation which is solved")
 
 
 def _of_catalogue(found: Blocks) -> Name | None:

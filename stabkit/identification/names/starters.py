@@ -15,6 +15,8 @@ from functools import cache
 import numpy as np
 import numpy.typing as npt
 
+from stabkit.integrators.multistep import quadrature_weights
+
 Matrix = npt.NDArray[np.float64]
 _CLOSE = 1e-5  # relative to the largest weight, which of high orders are sums of many of both signs
 _HIGHEST = 12  # order that is tried, which is torchdiffeq's
@@ -63,9 +65,8 @@ def _order(added: Matrix, states: list[int]) -> int | None:
 
 @cache
 def _bashforth(order: int) -> Matrix:
-    """The weights of f at the times 0, -1, -2, ... whose polynomial is integrated from 0 to 1."""
-    times = -np.arange(order, dtype=float)
-    return np.linalg.solve(np.vander(times, increasing=True).T, 1 / np.arange(1, order + 1))
+    """The weights of the newest values of the field, the newest first."""
+    return np.array(quadrature_weights(range(order), order - 1, order)[::-1], dtype=float)
 
 
 def told_of(orders: list[int]) -> str:

@@ -71,11 +71,9 @@ def is_same_from(
         old: what stands where the old states of the known step do; None for a constant.
         known: the operations of the step that is known.
     """
-    inside, stack = set(known), [(k, v) for k, v in pairs]
+    inside, stack = set(known), list(pairs)
     of_constants = {value for value, image in old.items() if image is None}
     for node in known:
-        if node not in inside:
-            continue
         taken = graph.inputs[node]
         if taken and of_constants.issuperset(taken):
             of_constants.update(outputs_of(node))

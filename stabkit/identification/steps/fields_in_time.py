@@ -39,7 +39,7 @@ def with_fields_in_time(
     places = range(len(records))
     for is_run, run in itertools.groupby(places, lambda i: others[i] is not None or CONTINUED in records[i].notes):
         inside = list(run)
-        pairs = [(record, other) for i in inside for record, other in [(records[i], others[i])]]
+        pairs = [(records[i], others[i]) for i in inside]
         rates = [_rate(record, other) for record, other in pairs if other is not None]
         told = is_run and (len(rates) < len(pairs) or max(rates) - min(rates) > CLOSE * max(map(abs, rates)))
         found += [_told(record, other) if told and other is not None else record for record, other in pairs]

@@ -73,8 +73,9 @@ def _with_units(
         unit = units.setdefault(key, total)
         if abs(unit) > _GONE * largest:
             A[:, columns], B[:, columns] = A[:, columns] / unit, B[:, columns] / unit
-        elif len(uses[key]) == 1 == counts[key] and any(stage.output in form.forms[0] for stage in form.stages
-                                                        if stage.key == key):  # fmt: skip
+        elif len(uses[key]) == 1 == counts[key] and any(
+            stage.key == key and stage.output in form.forms[0] for stage in form.stages
+        ):
             B[0, columns], unit = 1.0, 0.0
         else:
             continue
@@ -88,10 +89,6 @@ def _uses(form: NormalForm, output: Value) -> Iterator[Coefficient]:
     """The numbers with which a stage enters new states, and stages beside something else."""
     inputs: list[Terms] = [terms for stage in form.stages for terms in stage.inputs if _beside(form, terms)]
     return (terms[output] for terms in (*form.forms, *inputs) if output in terms)
-
-
-def _is_as_wide(value: Value, target: Value) -> bool:
-    return meta_of(value).numel == meta_of(target).numel
 
 
 def _beside(form: NormalForm, terms: Terms) -> bool:

@@ -20,8 +20,7 @@ def last_of_stack(graph: Graph, found: Slots) -> Value | None:
     None where a target is anything else: all parts must be of the size of the old state.
     """
     (source,), (target,) = found.sources, found.targets
-    while operation(target.node) in _REARRANGE and len(graph.inputs[target.node]) == 1:
-        target = graph.inputs[target.node][0]
+    target = _as_made(graph, target)
     parts: list[Value] = []
     if operation(target.node) in JOINS:
         parts = list(graph.inputs[target.node])

@@ -61,10 +61,10 @@ def recurrences_at_once(flow: Flow, start: int, stop: int) -> tuple[Recurrence, 
     for pair in stretch.pairs():
         if any(pair.new.node in known.inside for known in found):
             continue
-        operator = _Operator(flow, pair)
         if tried == _MOST:
             break
         tried += 1
+        operator = _Operator(flow, pair)
         if operator.is_recurrence and stretch.runs_along(pair):
             found.append(operator)
     return tuple(stretch.read(operator) for operator in reversed(found))
@@ -154,8 +154,8 @@ class _Stretch:
         """The pairs that may be a drive and its states: the last states first, the widest stretch before others."""
         rank = self._graph.rank
         for outer, spans in self._reached():
-            whole = {v: {a: s[1] for a, s in enumerate(along) if _is_start(s)} for v, along in spans.items()}
-            drives = sorted((v for v, axes in whole.items() if axes), key=lambda v: rank.get(v.node, -1))
+            starts = {v: {a: s[1] for a, s in enumerate(along) if _is_start(s)} for v, along in spans.items()}
+            drives = sorted((v for v, axes in starts.items() if axes), key=lambda v: rank.get(v.node, -1))
             found: list[_Pair] = []
             for drive in drives:
                 followers = _Followers(self._graph, self._nodes, drive)
@@ -165,7 +165,7 @@ class _Stretch:
                     logs = value in followers.of_logarithms
                     found += [
                         _Pair(drive, value, outer, axis, time, logs, followers.inside)
-                        for axis, time in whole[drive].items()
+                        for axis, time in starts[drive].items()
                         if spans[value][axis] == (time, time, 1)
                     ]
             # the widest: what is divided by running products before a sum is multiplied by them behind it
