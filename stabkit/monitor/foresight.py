@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -16,6 +16,7 @@ from stabkit.errors import ArgumentError
 from stabkit.monitor.causes import Cause, Causes, times
 from stabkit.monitor.learning_rates import LearningRates
 from stabkit.monitor.losses import FAR, FEW, MILD, SLIGHT, Jump, LossJumps, LossReader
+from stabkit.monitor.overshoot import UpdateWatch
 from stabkit.monitor.parameters import is_sharded
 from stabkit.monitor.record import Along
 from stabkit.monitor.rules import AlertRules
@@ -33,15 +34,29 @@ class Foresight:
         model: as it is trained.
         optimizers: of its parameters; the curvature is measured where there is one, with whole parameters.
         rules: of the monitor.
+        tell: takes what there is to say after the optimizer's step.
+        failed: told of an error then.
     """
 
-    def __init__(self, model: nn.Module, optimizers: Sequence[torch.optim.Optimizer], rules: AlertRules | None) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizers: Sequence[torch.optim.Optimizer],
+        rules: AlertRules | None,
+        tell: Callable[[list[Finding]], None],
+        failed: Callable[[Exception], None],
+    ) -> None:
         rules = rules or AlertRules()
         self._optimizers = list(optimizers)
         self.rates = LearningRates(optimizers)
         self.causes = Causes(self.rates)
         self._reader, self._jumps = LossReader(), LossJumps(rules)
         self._secant, self.unmeasured = _secant(model, self._optimizers)
+        self._ahead: UpdateWatch | None = None
+        if self._secant is not None:
+            self._ahead = UpdateWatch(self._optimizers[0], self._secant, self.causes, self._tell, failed)
+        self._found_ahead = tell
+        self.parts = 0  # micro-batches of a training step, as many as those of the newest record; 0 for unknown
         self._pending: tuple[int, PendingSecant] | None = None
         self._next, self._extra, self._point = 0, 0, -1
         self._quiet, self._warmup = rules.warmup, rules.warmup
@@ -78,13 +93,25 @@ class Foresight:
             scale: what the gradients are multiplied by.
             recorded: whether the step is recorded, so that a loss that is not finite is told elsewhere.
         """
+        self.disarm()
         self._measure(step, scale)
         found = []
         for at, value in self._reader.take(step, loss):
             found += self._judge(at, step, value, recorded)
         self.rates.see(step)
         self._prepare(step, scale)
+        if self._ahead is not None and self._secant is not None and self._secant.holds and not self.suspicious:
+            self._ahead.arm(step, loss, self.parts)
         return found
+
+    def disarm(self) -> None:
+        """The update that comes is not looked at; no hook stays behind."""
+        if self._ahead is not None:
+            self._ahead.disarm()
+
+    def _tell(self, finding: Finding, cause: Cause) -> None:
+        self._quiet, self.cause = 0, cause
+        self._found_ahead([finding])
 
     def explained(self, finding: Finding, began: int, step: int) -> Finding:
         """A finding with what changed before, where a rate or an update did.
@@ -167,14 +194,13 @@ class Foresight:
         if self._secant is None or not self._secant.holds:
             return
         point = self._clipped or self._secant.point(scale)
-        self._clipped = None
+        self._clipped = pending = None
         try:
-            pending = self._secant.between(point)
-        except NotYetError:  # Adam before its first update
-            pending = None
+            pending = None if self.unmeasured else self._secant.between(point)
+        except NotYetError:  # no update was made, as a loss scaler skips one
+            pass
         except (NoThresholdError, ArgumentError) as error:
-            self._secant, self.unmeasured = None, str(error)
-            return
+            self.unmeasured = str(error)  # how far an update goes is seen all the same
         self._secant.hold(None)
         self._last = point
         if pending is not None:

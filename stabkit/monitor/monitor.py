@@ -162,7 +162,7 @@ class Monitor:
             together = self._ranks.together
             self._rates = RateWatch(model, optimizers, closure, sharpness_every, rules, seed, together=together)
         if self._ranks.first:
-            self._foresight = Foresight(inner, optimizers, rules)
+            self._foresight = Foresight(inner, optimizers, rules, self._between_records, self._fail)
         else:
             self._rates = None
         self._look: Look | None = None
@@ -201,6 +201,8 @@ class Monitor:
         self._switch_off()
         if self._rates is not None:
             self._rates.detach()
+        if self._foresight is not None:
+            self._foresight.disarm()
 
     def close(self) -> None:
         """Detach and close the writers; what was recorded stays readable."""
@@ -288,10 +290,14 @@ class Monitor:
             self._hooks.measurement = None
             if self._probe is not None:
                 self._inputs.pause()
+        if self._foresight is not None and measurement is not None:
+            self._foresight.parts = measurement.parts
         if self._foresight is not None and not self._part("watching the loss", partial(self._look_ahead, loss)):
             self._foresight = None
         if self._rates is not None and not self._part("the sharpness", self._look_at_rates):
             self._rates = None
+        if self._foresight is not None and self._rates is not None and self._rates.said:
+            self._foresight.disarm()  # it is said already
         if measurement is not None:
             self._record(measurement, loss)
         if self._failed or self._off:
