@@ -114,12 +114,19 @@ def along_update(hessian: Hessian, optimizer: torch.optim.Optimizer) -> Critical
     """The critical rate of an optimizer's coming update; a gradient that the Hessian keeps is used, and let go of.
 
     Raises:
-        ArgumentError: the loss is not finite, or the optimizer makes no update by itself, or one that is zero.
+        ArgumentError: the loss is not finite, or the optimizer makes no update by itself, or one that is zero or not
+            finite.
     """
     twin = Twin(hessian, optimizer)
     twin.step()
     hessian.release()
     update = [new - p.detach() for new, p in zip(twin.values(), hessian.parameters, strict=True)]
+    if not all(bool(part.isfinite().all()) for part in update):
+        finite = bool(hessian.gradient().isfinite().all())
+        raise ArgumentError(
+            f"the coming update of optimizer {type(optimizer).__name__} is not finite, though the loss "
+            f"({hessian.loss():.4g}) {'and its gradient are' if finite else 'is: its gradient is not'}"
+        )
     if not any(bool(part.any()) for part in update):
         raise ArgumentError(f"the coming update of optimizer {type(optimizer).__name__} is zero; it has no direction")
     return _searched(hessian, update, max(float(g["lr"]) for g in optimizer.param_groups))
