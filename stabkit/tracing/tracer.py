@@ -21,7 +21,7 @@ from stabkit.tracing.cutting.naming import kinds, names, stacks
 from stabkit.tracing.cutting.samples import Layout, candidates
 from stabkit.tracing.cutting.sources import find_source, graph_between
 from stabkit.tracing.derivatives.audit import audit
-from stabkit.tracing.derivatives.lost_gradient import place_of_cut
+from stabkit.tracing.derivatives.lost_gradient import copied_inputs, place_of_cut
 from stabkit.tracing.flow import Flow, State, Step
 from stabkit.tracing.graph.frontiers import Frontiers
 from stabkit.tracing.graph.graph import Graph, mend_batch_norm
@@ -197,6 +197,11 @@ def _record(forward: ForwardPass, source: str | None, target: Target, recompute:
         return _Recorded(recording, start, side, targets, graph, notes, attempt, saved)
     if failure is None:
         raise TraceError("the forward pass was not recorded")
+    if copies := copied_inputs(forward):
+        raise UnreachedError(
+            f"the output depends on {', '.join(map(repr, copies))} by copies that the model takes off the graph itself "
+            "(detach and requires_grad_): no derivative leads back to what was given, where depth would begin"
+        ) from None
     place = place_of_cut(forward)
     raise UnreachedError(f"{failure}; {place}" if place else str(failure)) from None
 
