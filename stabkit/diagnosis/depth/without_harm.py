@@ -18,6 +18,7 @@ from stabkit.diagnosis.no_gradient.closed_operations import any_entry
 from stabkit.diagnosis.remedies.learning import left_beside_a_constant
 from stabkit.diagnosis.remedies.short_training import STEPS
 from stabkit.diagnosis.remedies.trial import is_stretch
+from stabkit.diagnosis.remedies.usual_training import ADAM
 from stabkit.diagnosis.suspects import Diagnosis, Settings, ordered
 from stabkit.diagnosis.verdict import judged_harmless
 from stabkit.tracing import Flow, FlowLike
@@ -45,7 +46,7 @@ def with_harmless_as_facts(flow: FlowLike, found: Diagnosis, settings: Settings)
     findings = tuple(ordered([told.get(id(finding), finding) for finding in found.findings]))
     verdict = found.verdict
     if verdict.name == "vanishing" and not any(serious(f) and f.kind in ("vanishing", "dead") for f in findings):
-        verdict = judged_harmless(verdict, f"{STEPS} steps of Adam leave {left:.0%} of what the best constant leaves")
+        verdict = judged_harmless(verdict, f"{STEPS} steps of {ADAM} leave {left:.0%} of what the best constant leaves")
     return replace(found, verdict=verdict, findings=findings)
 
 
@@ -87,7 +88,7 @@ def _is_of_the_start(suspect: Finding) -> bool:
 
 def _without_harm(flow: Flow, suspect: Finding, left: float, settings: Settings) -> Finding:
     """A suspect as a fact, where a few steps show no harm of it."""
-    evidence = f"{STEPS} steps of Adam as it is leave {left:.1%} of what the best constant output leaves of the loss"
+    evidence = f"{STEPS} steps of {ADAM} as it is leave {left:.1%} of what the best constant output leaves of the loss"
     if _is_of_the_start(suspect):
         return suspect
     if not left < _LEARNS:

@@ -30,7 +30,7 @@ from stabkit.diagnosis.remedies.applying import is_small
 from stabkit.diagnosis.remedies.held_out import learnt
 from stabkit.diagnosis.remedies.moved_weights import moved_weights
 from stabkit.diagnosis.remedies.short_training import STEPS
-from stabkit.diagnosis.remedies.usual_training import RATES, adam, learns_only_treated, left_after
+from stabkit.diagnosis.remedies.usual_training import ADAM, RATES, adam, learns_only_treated, left_after
 from stabkit.diagnosis.training_run import TrainingRun
 from stabkit.errors import StabkitError
 from stabkit.tracing import Flow
@@ -401,7 +401,7 @@ def _trial(run: TrainingRun, samples: _Samples, *, by_heart: bool = False) -> _T
     if any(map(math.isnan, ends)):
         return None
     words = (
-        f"; {steps} steps of Adam take the loss from {first:.3g} to {ends[0]:.3g} as it is, to {ends[1]:.3g} with "
+        f"; {steps} steps of {ADAM} take the loss from {first:.3g} to {ends[0]:.3g} as it is, to {ends[1]:.3g} with "
         f"sines of the position added behind {place}"
     )
     better = learns_only_treated(first, *ends) and not by_heart
@@ -432,9 +432,9 @@ def _by_halves(run: TrainingRun, layout: Layout, place: str, steps: int) -> str:
         return ""
     shares = [f"{max(each.other, 0.0):.0%}" for each in (plain, told, shuffled)]
     return (
-        f"; tried on a copy: {steps} steps of Adam on half of the batch take {shares[0]} of the loss of the other half "
-        f"away as it is, {shares[1]} with sines of the position added behind {place}, {shares[2]} with these in "
-        "another order in every sample"
+        f"; tried on a copy: up to {steps} steps of {ADAM} on half of the batch take {shares[0]} of the loss of the "
+        f"other half away as it is, {shares[1]} with sines of the position added behind {place}, {shares[2]} with "
+        "these in another order in every sample"
     )
 
 
