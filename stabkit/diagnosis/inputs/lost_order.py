@@ -30,7 +30,7 @@ from stabkit.diagnosis.remedies.applying import is_small
 from stabkit.diagnosis.remedies.held_out import learnt
 from stabkit.diagnosis.remedies.moved_weights import moved_weights
 from stabkit.diagnosis.remedies.short_training import STEPS
-from stabkit.diagnosis.remedies.usual_training import ADAM, RATES, adam, learns_only_treated, left_after
+from stabkit.diagnosis.remedies.usual_training import ADAM, RATES, adam, left_after
 from stabkit.diagnosis.training_run import TrainingRun
 from stabkit.errors import StabkitError
 from stabkit.tracing import Flow
@@ -404,8 +404,8 @@ def _trial(run: TrainingRun, samples: _Samples, *, by_heart: bool = False) -> _T
         f"; {steps} steps of {ADAM} take the loss from {first:.3g} to {ends[0]:.3g} as it is, to {ends[1]:.3g} with "
         f"sines of the position added behind {place}"
     )
-    better = learns_only_treated(first, *ends) and not by_heart
-    if not better and _clearly(ends[1], ends[0], first):  # what is learnt by heart is no order
+    better = False
+    if _clearly(ends[1], ends[0], first):  # what is learnt by heart is no order
         shuffled = replace(run.call, model=layout.with_positions(run.call, place, shuffled=True))
         ran = [_after(each, run.loss, few := min(steps, STEPS)) for each in (run.call, told, shuffled)]
         better = _clearly(ran[1], min(ran[0], ran[2]), first)
