@@ -242,12 +242,12 @@ def _begun(
         if scale is None:
             continue
         times = "" if abs(scale - 1) <= CLOSE else f" times {scale:.4g}"
-        why = f"{_SAME if part.whole else _SAME_PART}{times} where {_starts(part.slots.sources, places)}"
+        why = f"{_SAME if part.whole else _SAME_PART}{times}{_starts(part.slots.sources, places)}"
         return _told(_scaled(_without_numbers(part.record, record), scale), record, part, why, ": a fork")
     pairs = list(zip(part.slots.targets, made, strict=True))
     for places in _places(part.slots.sources, old, bases):
         if part.whole and is_same_from(around.graph, pairs, places, _nodes_of(around, part)):
-            why = f"{_SAME} where {_starts(part.slots.sources, places)}, with the numbers of that one"
+            why = f"{_SAME}{_starts(part.slots.sources, places)}, with the numbers of that one"
             return _told(part.record, record, part, why, ": a fork")
     return None
 
@@ -293,11 +293,12 @@ def _places(
 
 
 def _starts(states: Sequence[Value], places: Mapping[Value, Value | None]) -> str:
-    """How old states begin, in words."""
+    """How old states begin, in words; empty where each is a value of its own."""
     fixed = sum(places[v] is None for v in states)
     copies = len(states) - fixed - len({v for v in places.values() if v is not None})
     told = [f"{fixed} of {len(states)} states begins at a constant"] if fixed else []
-    return " and ".join([*told, *([f"{copies + 1} states begin as one"] if copies else [])])
+    told += [f"{copies + 1} states begin as one"] if copies else []
+    return f" where {' and '.join(told)}" if told else ""
 
 
 def _parts(around: Surroundings, known: _Known, read: Reader, *, behind: bool) -> Iterator[_Part]:
