@@ -450,11 +450,4 @@ def _composed(found: Blocks, h: float, a: float) -> str:
         if np.allclose(b, 1.0):
             return f"Lie splitting ({s} Euler steps{held})"
         return f"splitting of {s} Euler steps, weights {', '.join(f'{x:.3g}' for x in b)}{held}"
-    return f"unnamed ({s} stages{'' if _may_be_one(found) else ' of different fields'})"
-
-
-def _may_be_one(found: Blocks) -> bool:
-    """Whether stages that are told apart have weights in common, or operations that hide what they do."""
-    used = [{c for part in stage.key if isinstance(part, tuple) for c in part[1]} for stage in found.rows]
-    total = sum(map(len, used))
-    return len(set().union(*used)) < total or any(stage.opaque for stage in found.rows)
+    return f"unnamed ({s} stages{' of different fields' if found.weights_shared is False else ''})"
