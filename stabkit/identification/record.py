@@ -79,7 +79,8 @@ class Identification(Result):
         after: operations that follow the addition, such as a ReLU or a norm.
         notes: what else was seen.
         system: the continuous system that the method integrates, in words.
-        shared_weights: whether stages of one step evaluate the same field with the same weights; None for one stage.
+        shared_weights: whether stages of one step evaluate the same field with the same weights; None for one stage,
+            and where different fields have some of their weights in common.
         checks: numerical confirmations.
         over_time: recurrences over time inside these steps, each with the method of its own steps.
         recorded: where h times the field of every stage was evaluated; None where that cannot be told, and empty where
@@ -143,7 +144,6 @@ def record_of(
     if table is not None:
         method = table.method(named.unit)
         method.name = named.name
-    shared = table.shared if table is not None and len({id(s) for s in table.rows}) > 1 else None
     return Identification(
         name=named.name,
         method=method,
@@ -156,6 +156,6 @@ def record_of(
         after=after,
         notes=notes,
         system=named.system,
-        shared_weights=shared,
+        shared_weights=None if table is None else table.weights_shared,
         recorded=() if table is None else table.recorded_with(named.unit),
     )

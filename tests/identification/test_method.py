@@ -93,7 +93,7 @@ def test_two_branches_in_a_row_are_a_splitting():
     found = read(pre_norm)
     assert (found.name, found.skip) == ("Lie splitting (2 Euler steps)", 1.0)
     assert "2 additions" in found.notes[0]
-    assert found.shared_weights is False
+    assert found.shared_weights is None  # the norm is one
 
 
 def test_a_post_norm_transformer_is_projected_after_each_half():

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -12,6 +14,7 @@ from torch.autograd.graph import Node
 from stabkit.identification.form.chain import Link
 from stabkit.identification.form.coefficients import Coefficient
 from stabkit.identification.form.normal_form import NormalForm
+from stabkit.identification.form.operations import MOVES, has_matrix
 from stabkit.identification.record import Identification
 from stabkit.identification.steps.quotients import leaking_quotients
 from stabkit.integrators import stochastic_depth
@@ -70,6 +73,23 @@ def with_projection(
 def normalises(link: Link) -> bool:
     """Whether a norm is among what happens on a link."""
     return any(map(_normalises, link.elements))
+
+
+def begins_as_it_ends(sums: Sequence[NormalForm], behind: Sequence[Link]) -> bool:
+    """Whether all stages are one field that begins with the map behind the only sum: x' = P(b + S P(b + ...)).
+
+    These are rounds of x -> P(S x + b), cut elsewhere: learned iterative thresholding, unrolled equilibria.
+    """
+    stages = [stage for form in sums for stage in form.stages]
+    if len(sums) != 1 or len(behind) != 1 or len(stages) < 2 or len({stage.key for stage in stages}) > 1:
+        return False
+    last = _bends(behind[0].form.piece.nodes)
+    return bool(last) and all(_bends(itertools.takewhile(lambda n: not has_matrix(n), s.nodes)) == last for s in stages)
+
+
+def _bends(nodes: Iterable[Node]) -> Counter[str]:
+    """The operations of a map, but for moves."""
+    return Counter(name for name in map(operation, nodes) if name not in MOVES)
 
 
 def norms_after(links: Sequence[Link]) -> int:

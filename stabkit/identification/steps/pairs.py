@@ -147,7 +147,7 @@ def _named(
         steps=steps,
         notes=(*([] if pending is None else [told_of(len(form.sources))]), *_notes(around, form, table, found)),
         system=named.system,
-        shared_weights=table.shared if len(table.rows) > 1 else None,
+        shared_weights=table.weights_shared,
         checks=checks,
         recorded=table.recorded_with(named.unit),
     )

@@ -58,7 +58,7 @@ class Recurrences:
 
     def inside(self, start: int, stop: int) -> tuple[Recurrence, ...]:
         """Those between two states of the flow."""
-        return self.of(scans_of(self._flow, start, stop))
+        return self.of(scans_of(self._flow, start, stop, in_layers=True))
 
     def of(self, scans: Sequence[Scan]) -> tuple[Recurrence, ...]:
         """The readings of recurrences, all of those that run in their modules."""
@@ -130,6 +130,8 @@ class _OverTime(Surroundings):
 
     def __init__(self, flow: Flow) -> None:
         super().__init__(flow, checks=False)
+        self.graph = self.graph.along(self.graph.nodes, self.graph.inputs)
+        self.graph.recurrent = frozenset()  # a time step of a layer of torch is one like others
 
     def nodes(self, start: int, stop: int) -> list[Node]:
         """The operations on what depends on the state before."""
