@@ -119,7 +119,7 @@ class MLflowWriter:
             self._draw()
 
     def alert(self, finding: Finding, step: int) -> None:
-        """Tag the run with a finding, ``stabkit.STEP.KIND``."""
+        """Tag the run with a finding, under its training step and kind."""
         self._client().set_tag(self._id(), f"stabkit.{step}.{finding.kind}", line(finding, step)[:_LONGEST])
 
     def close(self) -> None:
