@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from stabkit.diagnosis import Finding
+from stabkit.diagnosis.finding import serious
 from stabkit.errors import ArgumentError
 from stabkit.monitor.alerts import Alerts
 from stabkit.monitor.arguments import Callback, callbacks, check_counts, check_kinds, check_model, named_modules
@@ -25,9 +26,11 @@ from stabkit.monitor.capsule import CapsuleStore
 from stabkit.monitor.clipping import Clipped, clip
 from stabkit.monitor.collection import AFTER, SCALE, TRAINED, Collector, Sums, finish
 from stabkit.monitor.foresight import Foresight
+from stabkit.monitor.health import Health, Seen
 from stabkit.monitor.inputs import RecordedInputs
 from stabkit.monitor.measurement import Hooks, StepNorms
 from stabkit.monitor.no_gradient import Silence
+from stabkit.monitor.outlets import Outlets
 from stabkit.monitor.parameters import Parameters
 from stabkit.monitor.probes import Probe
 from stabkit.monitor.ranks import TrainingRanks
@@ -35,8 +38,9 @@ from stabkit.monitor.rates import RateWatch
 from stabkit.monitor.record import Look, Record
 from stabkit.monitor.rules import AlertRules
 from stabkit.monitor.scaling import gradient_scale, is_unscaled
+from stabkit.monitor.sentences import summary
 from stabkit.monitor.updates import UpdateSampler
-from stabkit.monitor.writers import Writer, open_writers
+from stabkit.monitor.writers import open_writers
 from stabkit.tracing.recording.wrappers import unwrap
 
 if TYPE_CHECKING:
@@ -145,7 +149,6 @@ class Monitor:
         chosen = choose_blocks(inner) if blocks is None else named_modules(inner, blocks)
         self.blocks = tuple(chosen)
         self._scaler = scaler
-        self._on_alert = callbacks(on_alert)
         self._alerts = Alerts(rules, scaled=scaler is not None)
         self._silence = Silence(inner)
         parameters = Parameters(inner, self.blocks)
@@ -154,7 +157,8 @@ class Monitor:
         optimizers = as_optimizers(optimizer)
         self._updates = UpdateSampler(optimizers, parameters, self._fail)
         self._ranks = TrainingRanks(model, parameters.tensors, distributed)
-        self._writers: list[Writer] = open_writers(writers, self.directory) if self._ranks.first else []
+        opened = open_writers(writers, self.directory) if self._ranks.first else []
+        self._outlets = Outlets(opened, callbacks(on_alert), self._part, logs=self._ranks.first)
         self._capsules = CapsuleStore(self.directory, capsules, inner, model_factory, self._ranks)
         probing = preset != "economy" and self._ranks.first
         self._rates, self._foresight = None, None
@@ -165,6 +169,7 @@ class Monitor:
             self._foresight = Foresight(inner, optimizers, rules)
         else:
             self._rates = None
+        self._health = Health(parameters, rules, self._ranks, scaled=scaler is not None)
         self._look: Look | None = None
         self._unrecorded: list[Finding] = []  # found since the last record
         self._probe = Probe(inner, preset, probe_every, seed) if probing else None
@@ -173,7 +178,7 @@ class Monitor:
         self._count = 0
         self._requested: str | None = None
         self._clipped: list[Clipped] = []
-        self._off = self._recording = False
+        self._off = self._recording = self._closed = False
         self._failed = False
         self._told = False
         self._agreed = -1  # the last step whose sums were exchanged
@@ -205,18 +210,24 @@ class Monitor:
     def close(self) -> None:
         """Detach and close the writers; what was recorded stays readable."""
         self.detach()
-        for writer in self._writers:
-            self._part(f"the writer {type(writer).__name__}", writer.close)
-        self._writers = []
+        if not self._closed:
+            self._closed = True
+            told = summary(self._step, self._count, self.findings, self.capsules)
+            self._outlets.close(told, quiet=not any(map(serious, self.findings)))
 
-    def step(self, loss: Tensor | float | None = None) -> None:
+    def step(self, loss: Tensor | float | None = None) -> Seen:
         """Say that a training step's backward pass is done; call it before ``optimizer.step()``.
+
+        Returns what was seen. ``if monitor.step(loss).healthy: optimizer.step()`` leaves out the updates of batches
+        whose loss or gradient is not finite, or far larger than all before; records count them as ``skipped``. Do not
+        call `clip_grad_norm_` before it then: a clipped gradient is no larger than others.
 
         Args:
             loss: the loss, watched at every step; one on a device is read a step late, and not waited for.
         """
         if self._off:
-            return
+            return Seen(self._step)
+        step, told = self._step, len(self.findings)
         try:
             self._take(loss)
         except Exception as error:
@@ -225,6 +236,10 @@ class Monitor:
                 self._tell()
         self._clipped.clear()
         self._step += 1
+        if self._failed:
+            return Seen(step)
+        found = tuple(self.findings[told:])
+        return Seen(step, found, partial(self._health.judge, loss, found, gradient_scale(self._scaler)))
 
     def clip_grad_norm_(
         self,
@@ -344,7 +359,8 @@ class Monitor:
         findings += more
         kinds = tuple(finding.kind for finding in (*self._unrecorded, *findings))
         along = None if self._foresight is None else self._foresight.take()
-        record = replace(record, probes=probes, findings=kinds, look=self._look, along=along)
+        skipped = self._health.skipped
+        record = replace(record, probes=probes, findings=kinds, look=self._look, along=along, skipped=skipped)
         self._look, self._unrecorded = None, []
         self.records.append(record)
         if self._count == 0 and not measurement.called and sums.rows[TRAINED].any():
@@ -358,7 +374,8 @@ class Monitor:
         self._count += 1
         if reason is not None and self._capsules.enabled:
             self._keep(reason, record, measurement, sums, findings)
-        self._publish(record, findings)
+        self._outlets.publish(record)
+        self._say(findings)
 
     def _explained(self, findings: list[Finding]) -> list[Finding]:
         """Findings of a record with what changed before; that the loss is not finite is said once."""
@@ -395,18 +412,9 @@ class Monitor:
             ),
         )
 
-    def _publish(self, record: Record, findings: list[Finding]) -> None:
-        for writer in tuple(self._writers):
-            if not self._part(f"the writer {type(writer).__name__}", partial(writer.write, record)):
-                self._writers.remove(writer)
-        self._say(findings)
-
     def _say(self, findings: list[Finding]) -> None:
         self.findings.extend(findings)
-        for finding in findings:
-            for callback in tuple(self._on_alert):
-                if not self._part("a callback on alerts", partial(callback, finding)):
-                    self._on_alert.remove(callback)
+        self._outlets.say(findings, self._step)
 
     def _switch_on(self, step: int) -> None:
         if self._failed:

@@ -110,11 +110,11 @@ def gated_outer(S: Tensor, p: Parts) -> Tensor:
 @pytest.mark.parametrize(
     ("step", "rows", "name", "fed"),
     [
-        (longhorn, True, "forward Euler (linear, mean |a|", True),
-        (oja, True, "forward Euler (linear, mean |a|", True),
-        (relaxed, False, "forward Euler (linear, mean |a|", True),
-        (fading, False, "forward Euler (linear, mean |a|", True),
-        (discretised, False, "forward Euler (linear, mean |a|", True),
+        (longhorn, True, "forward Euler (linear, |a|", True),
+        (oja, True, "forward Euler (linear, |a|", True),
+        (relaxed, False, "forward Euler (linear, |a|", True),
+        (fading, False, "forward Euler (linear, |a|", True),
+        (discretised, False, "forward Euler (linear, |a|", True),
         (trained_at_test, True, "forward Euler (linear, a matrix", False),
         (decayed_delta, True, "decay and then forward Euler (linear, a matrix", True),
     ],

@@ -18,6 +18,7 @@ from stabkit.identification.names.starters import adams_behind, ends_of_parts
 from stabkit.identification.names.starters import told_of as told_of_orders
 from stabkit.identification.names.step_size import step_size
 from stabkit.integrators import GeneralLinearMethod, LinearStability
+from stabkit.tracing.graph.values import meta_of
 
 CLOSE = 1e-6  # coefficients of single precision networks
 _WITH_ITS_END = 3  # stages, at least, of a method of two and the field at its end
@@ -131,10 +132,11 @@ def _scaled(what: str, a: float) -> str:
 
 
 def _is_poly(found: Blocks, h: float) -> bool:
-    """Whether fields are chained, F_n(...F_1(x)), and all added: a truncated (I - f)^-1."""
+    """Whether fields are chained, F_n(...F_1(x)), and all added, none a part of what the next reads."""
     s = len(found.rows)
     return (
         s > 1
+        and len({meta_of(stage.output).numel for stage in found.rows}) == 1
         and bool(found.V[0, 0] == 1.0)
         and np.allclose(found.A, np.eye(s, k=-1))
         and np.allclose(found.U.ravel(), np.eye(s)[0])

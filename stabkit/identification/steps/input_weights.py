@@ -66,15 +66,16 @@ def _factors(value: Value, *, nested: bool = True) -> Iterator[Tensor]:
     stack: list[tuple[Value, list[tuple[int, int]]]] = [(value, [])]
     while stack:
         found, selected = stack.pop()
-        node, known = found.node, found.node
+        node = found.node
         name, parents = operation(node), node.next_functions
-        if name in MOVES and parents and parents[0][0] is not None:
-            at: Any = known
+        first = next((Value(parent, output) for parent, output in parents[:1] if parent is not None), None)
+        if name in MOVES and first is not None:
+            at: Any = node
             if name in ("Select", "Unbind"):
                 selected = [*selected, (at._saved_dim, at._saved_index if name == "Select" else found.output)]
-            stack.append((Value(*parents[0]), selected))
-        elif name == "Neg" and nested and parents[0][0] is not None:
-            stack.append((Value(*parents[0]), selected))
+            stack.append((first, selected))
+        elif name == "Neg" and nested and first is not None:
+            stack.append((first, selected))
         elif name == "Mul" or (nested and name in ("Div", "Mm", "Bmm")):
             for place, saved in SAVED[name].items():
                 number, (parent, output) = getattr(node, saved, None), parents[place]
@@ -99,7 +100,7 @@ def _equal(number: Tensor, weight: Tensor, *, broadcast: bool = True) -> bool:
         shapes = number.shape, weight.shape
         if not broadcast or any(a not in (b, 1) and b != 1 for a, b in zip(*(s[::-1] for s in shapes), strict=False)):
             return False
-        number, weight = torch.broadcast_tensors(number, weight)
+        number, weight = number + torch.zeros_like(weight), weight + torch.zeros_like(number)
     difference = (number.reshape(-1) - weight.reshape(-1)).abs()
     return bool((difference <= _ROUNDINGS * torch.finfo(weight.dtype).eps).all())
 
@@ -146,8 +147,11 @@ def explicit_step(before: Collection[Value], after: Value, cycle: Sequence[Node]
 
 def _stripped(value: Value) -> Value:
     """What a value is made of by moves alone."""
-    while operation(value.node) in MOVES and value.node.next_functions[0][0] is not None:
-        value = Value(*value.node.next_functions[0])
+    while operation(value.node) in MOVES:
+        parent, output = value.node.next_functions[0]
+        if parent is None:
+            break
+        value = Value(parent, output)
     return value
 
 
