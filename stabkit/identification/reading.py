@@ -31,7 +31,7 @@ from stabkit.identification.names.single import (
 )
 from stabkit.identification.names.weighed import gates_of_stages, name_weighed
 from stabkit.identification.record import Identification, nothing, record_of
-from stabkit.identification.steps.additions import depends_on_input, last_sum, linear_links, notes_of_sums, with_mean
+from stabkit.identification.steps.additions import depends_on_input, last_sum, linear_links, notes_of_sums, without_mean
 from stabkit.identification.steps.around_addition import (
     begins_as_it_ends,
     masked,
@@ -428,7 +428,7 @@ def read_sums(around: Surroundings, found: Slots, links: Sequence[Link], steps: 
     if flow is not None:
         record = replace(flow, after=record.after, notes=(*flow.notes, *record.notes))
     record = with_couplings(record, sums)
-    record = with_fed_step(with_predicted_step(with_mean(record) if means else record, sums), around, sums)
+    record = with_fed_step(with_predicted_step(without_mean(record) if means else record, sums), around, sums)
     return with_noise(with_randomness(record, sums), [link.form for link in links])
 
 

@@ -21,7 +21,7 @@ class Recurrence(Result):
     """The method of a recurrence over time inside a step of depth: a scan written as a loop, a cell written by hand.
 
     Attributes:
-        name: ``"exponential step (exact in the state, mean |a| = 0.27)"``, ``"gated Euler (mean a = 0.48)"``, ...
+        name: ``"exponential step (exact in the state, |a| from 0.2 to 0.7)"``, ``"gated Euler (mean a = 0.48)"``, ...
         system: the continuous system in time, in words.
         evidence: ``"proven"`` (for every input), ``"measured"`` or ``"unknown"``.
         residual: relative deviation in the numerical test behind the name; None where there is none.
@@ -70,7 +70,8 @@ class Identification(Result):
             ``"unknown"``, ...
         method: the general linear method, with z = h times the eigenvalue of the Jacobian of a field; None where none
             was read.
-        skip: the coefficient ``a`` of x' = a x + f(x); None where none was read.
+        skip: the coefficient ``a`` of x' = a x + f(x), of entries with numbers of their own the mean; None where none
+            was read.
         step_size: the step size h; only the product h f can be seen, so ``convention`` says how it was fixed.
         convention: how h was fixed.
         evidence: ``"proven"`` (read off the graph and confirmed), ``"measured"`` or ``"unknown"``.

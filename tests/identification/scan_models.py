@@ -354,14 +354,14 @@ def running_total() -> nn.Module:
 
 #: layers with a loop over time: the name of its method, and how sure that is
 SCANS: dict[Callable[[], nn.Module], tuple[str, str]] = {
-    mamba: (r"exponential step \(exact in the state, mean \|a\| = ", "measured"),
+    mamba: (r"exponential step \(exact in the state, \|a\| ", "measured"),
     mamba2_recurrent: ("exponential step", "measured"),
-    mamba3: (r"exponential trapezoid \(two-point input, mean \|a\| = ", "measured"),
-    titans: (r"momentum \(beta = .* in the mean, the position kept with .* in the mean\)", "measured"),
+    mamba3: (r"exponential trapezoid \(two-point input, \|a\| ", "measured"),
+    titans: (r"momentum \(beta = .* by entry, the position kept with .* by entry\)", "measured"),
     s4d_zoh: ("exponential step", "measured"),
     s4d_bilinear: (r"trapezoid \(bilinear", "measured"),
     s4d_backward: (r"backward Euler \(linear,", "measured"),
-    s4d_forward: (r"linear recurrence \(mean \|a\| = ", "measured"),
+    s4d_forward: (r"linear recurrence \(\|a\| ", "measured"),
     s4d_real: ("exponential step", "measured"),
     s4_dense_bilinear: (r"trapezoid \(bilinear", "measured"),
     lru: ("exponential step", "measured"),

@@ -229,7 +229,7 @@ def linear_recurrence(
     """
     values = coupled.eigenvalues()
     sizes = np.abs(values)
-    low, high, mean = float(sizes.min()), float(sizes.max()), float(sizes.mean())
+    low, high = float(sizes.min()), float(sizes.max())
     told = [*notes, f"|eigenvalues| of a time step from {low:.4g} to {high:.4g}"]
     if fed:
         told.append(f"they depend on the input, and are those at time {time} of {n_steps}")
@@ -239,7 +239,7 @@ def linear_recurrence(
         called, system = _CALLED[made.rule]
         if made.rule == "exponential" and taps > 1:
             called, system = "exponential trapezoid (two-point input", f"{system}, {_BOTH_ENDS}"
-        name = f"{called}, mean |a| = {mean:.3g})"
+        name = f"{called}, {_sizes(low, high)})"
         residual = made.residual
         told.append(_FOLLOWS if made.input_follows else _OWN)
         method = integrators.named(_METHODS[made.rule]) if made.rule in _METHODS else None
@@ -256,13 +256,18 @@ def linear_recurrence(
     )
 
 
+def _sizes(low: float, high: float) -> str:
+    """The moduli of the numbers that multiply the entries of a state."""
+    return f"|a| = {low:.3g}" if f"{low:.3g}" == f"{high:.3g}" else f"|a| from {low:.3g} to {high:.3g}"
+
+
 def _of_numbers(a: np.ndarray[Any, Any], made: Made, fed: bool) -> tuple[str, str]:
     """The name where every entry of the state is multiplied by a number of its own."""
     mean = float(np.abs(a).mean())
     one = np.ptp(np.abs(a)) == 0.0 and not np.iscomplex(a).any()
     if one and a[0] == 1.0:
         return "sum over time (a = 1)", "x' = u"
-    number = f"a = {a[0].real:.3g}" if one else f"mean |a| = {mean:.3g}"
+    number = f"a = {a[0].real:.3g}" if one else _sizes(float(np.abs(a).min()), float(np.abs(a).max()))
     if made.convex and fed:
         return f"gated Euler (mean a = {mean:.3g})", "x' = z(u) (v(u) - x), or the exponential step exp(-tau) = 1 - z"
     if made.convex:
