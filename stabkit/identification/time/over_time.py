@@ -41,6 +41,12 @@ _METHODS = {"trapezoid": "trapezoid", "backward Euler": "backward_euler"}
 _WITHOUT_NUMBERS = ("plain", "forward Euler")  # names that claim none, so that they hold whatever the input makes
 _FOLLOWS = "the weight of the input is made of the same h A as the factor of the state"
 _BOTH_ENDS = "u at both ends of the step"
+_WEIGHTS = {
+    "held": "the weight of the input has the factor a - 1, as that of an input held over the step has (ZOH)",
+    "variance": "the input has the weight sqrt(1 - a^2), not that of a held input (ZOH): it keeps the variance of a "
+    "state that white noise drives (exact for a process of Ornstein and Uhlenbeck)",
+}
+_EXPLICIT = "state and input have a factor h in common: explicit Euler with the step h"
 _OWN = "the input enters with a weight that is made of other numbers, such as h B"
 
 
@@ -58,7 +64,7 @@ class Recurrences:
 
     def inside(self, start: int, stop: int) -> tuple[Recurrence, ...]:
         """Those between two states of the flow."""
-        return self.of(scans_of(self._flow, start, stop))
+        return self.of(scans_of(self._flow, start, stop, in_layers=True))
 
     def of(self, scans: Sequence[Scan]) -> tuple[Recurrence, ...]:
         """The readings of recurrences, all of those that run in their modules."""
@@ -130,6 +136,8 @@ class _OverTime(Surroundings):
 
     def __init__(self, flow: Flow) -> None:
         super().__init__(flow, checks=False)
+        self.graph = self.graph.along(self.graph.nodes, self.graph.inputs)
+        self.graph.recurrent = frozenset()  # a time step of a layer of torch is one like others
 
     def nodes(self, start: int, stop: int) -> list[Node]:
         """The operations on what depends on the state before."""
@@ -227,7 +235,7 @@ def linear_recurrence(
     """
     values = coupled.eigenvalues()
     sizes = np.abs(values)
-    low, high, mean = float(sizes.min()), float(sizes.max()), float(sizes.mean())
+    low, high = float(sizes.min()), float(sizes.max())
     told = [*notes, f"|eigenvalues| of a time step from {low:.4g} to {high:.4g}"]
     if fed:
         told.append(f"they depend on the input, and are those at time {time} of {n_steps}")
@@ -237,10 +245,16 @@ def linear_recurrence(
         called, system = _CALLED[made.rule]
         if made.rule == "exponential" and taps > 1:
             called, system = "exponential trapezoid (two-point input", f"{system}, {_BOTH_ENDS}"
-        name = f"{called}, mean |a| = {mean:.3g})"
+        name = f"{called}, {_sizes(low, high)})"
         residual = made.residual
-        told.append(_FOLLOWS if made.input_follows else _OWN)
+        told.append(_WEIGHTS.get(made.weight) or (_FOLLOWS if made.input_follows else _OWN))
         method = integrators.named(_METHODS[made.rule]) if made.rule in _METHODS else None
+    elif made.explicit:
+        size = _sizes(low, high) if coupled.size == 1 else f"a matrix, |eigenvalues| {low:.3g} to {high:.3g}"
+        decay = made.explicit == "decay"
+        name = f"{'decay and then ' * decay}forward Euler (linear, {size})"
+        system = "x' = -gamma x and x' = A x + B u in turn, a Lie splitting" if decay else "x' = A x + B u"
+        told.append(f"{_EXPLICIT}{', which the input makes' * made.fed}")
     elif coupled.size > 1:
         name, system = _of_blocks(coupled, low, high)
     else:
@@ -254,13 +268,18 @@ def linear_recurrence(
     )
 
 
+def _sizes(low: float, high: float) -> str:
+    """The moduli of the numbers that multiply the entries of a state."""
+    return f"|a| = {low:.3g}" if f"{low:.3g}" == f"{high:.3g}" else f"|a| from {low:.3g} to {high:.3g}"
+
+
 def _of_numbers(a: np.ndarray[Any, Any], made: Made, fed: bool) -> tuple[str, str]:
     """The name where every entry of the state is multiplied by a number of its own."""
     mean = float(np.abs(a).mean())
     one = np.ptp(np.abs(a)) == 0.0 and not np.iscomplex(a).any()
     if one and a[0] == 1.0:
         return "sum over time (a = 1)", "x' = u"
-    number = f"a = {a[0].real:.3g}" if one else f"mean |a| = {mean:.3g}"
+    number = f"a = {a[0].real:.3g}" if one else _sizes(float(np.abs(a).min()), float(np.abs(a).max()))
     if made.convex and fed:
         return f"gated Euler (mean a = {mean:.3g})", "x' = z(u) (v(u) - x), or the exponential step exp(-tau) = 1 - z"
     if made.convex:
