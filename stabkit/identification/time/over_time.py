@@ -43,6 +43,12 @@ _METHODS = {"trapezoid": "trapezoid", "backward Euler": "backward_euler"}
 _WITHOUT_NUMBERS = ("plain", "forward Euler")  # names that claim none, so that they hold whatever the input makes
 _FOLLOWS = "the weight of the input is made of the same h A as the factor of the state"
 _BOTH_ENDS = "u at both ends of the step"
+_WEIGHTS = {
+    "held": "the weight of the input has the factor a - 1, as that of an input held over the step has (ZOH)",
+    "variance": "the input has the weight sqrt(1 - a^2), not that of a held input (ZOH): it keeps the variance of a "
+    "state that white noise drives (exact for a process of Ornstein and Uhlenbeck)",
+}
+_EXPLICIT = "state and input have a factor h in common: explicit Euler with the step h"
 _OWN = "the input enters with a weight that is made of other numbers, such as h B"
 
 
@@ -247,8 +253,15 @@ def linear_recurrence(
         name = f"{called}, {_sizes(low, high)})"
         residual = max(made.residual, residual)
         told += [*filter(None, [rates(made.rule, values)])]
-        told += [] if made.input_follows is None else [_FOLLOWS if made.input_follows else _OWN]
+        if made.weight in _WEIGHTS or made.input_follows is not None:
+            told.append(_WEIGHTS.get(made.weight) or (_FOLLOWS if made.input_follows else _OWN))
         method = integrators.named(_METHODS[made.rule]) if made.rule in _METHODS else None
+    elif made.explicit:
+        size = _sizes(low, high) if coupled.size == 1 else f"a matrix, |eigenvalues| {low:.3g} to {high:.3g}"
+        decay = made.explicit == "decay"
+        name = f"{'decay and then ' * decay}forward Euler (linear, {size})"
+        system = "x' = -gamma x and x' = A x + B u in turn, a Lie splitting" if decay else "x' = A x + B u"
+        told.append(f"{_EXPLICIT}{', which the input makes' * made.fed}")
     elif coupled.size > 1:
         name, system = _of_blocks(coupled, low, high)
         if name.startswith(("symplectic Euler", "backward Euler")):
