@@ -16,6 +16,8 @@ from stabkit.monitor.writers import Writer
 LOGGER = logging.getLogger("stabkit.monitor")
 _LEVELS = {"info": logging.INFO, "warning": logging.WARNING, "critical": logging.ERROR}
 
+_AGAIN = 50  # training steps after which the same finding on the same module is logged once more
+
 Part = Callable[[str, Callable[[], object]], bool]
 
 
@@ -33,6 +35,7 @@ class Outlets:
         self, writers: Sequence[Writer], callbacks: Sequence[Callback], part: Part, *, logs: bool = True
     ) -> None:
         self._writers, self._callbacks, self._part, self._logs = list(writers), list(callbacks), part, logs
+        self._logged: dict[tuple[str, str], int] = {}
 
     def publish(self, record: Record) -> None:
         """Give a record to every writer."""
@@ -46,8 +49,7 @@ class Outlets:
             step: the training step.
         """
         for finding in findings:
-            if self._logs:
-                LOGGER.log(_LEVELS[finding.severity], "%s", line(finding, step))
+            self._log(finding, step)
             self._to_writers(partial(_alert, finding=finding, step=step))
             for callback in tuple(self._callbacks):
                 if not self._part("a callback on alerts", partial(callback, finding)):
@@ -65,6 +67,14 @@ class Outlets:
         for writer in self._writers:
             self._part(_name(writer), writer.close)
         self._writers = []
+
+    def _log(self, finding: Finding, step: int) -> None:
+        """A line in the log; where the same was said of the same module lately, it is no news."""
+        key = (finding.kind, finding.module_path)
+        lately = step - self._logged.get(key, -_AGAIN) < _AGAIN
+        self._logged[key] = step
+        if self._logs:
+            LOGGER.log(logging.INFO if lately else _LEVELS[finding.severity], "%s", line(finding, step))
 
     def _to_writers(self, action: Callable[[Writer], Callable[[], object] | None]) -> None:
         for writer in tuple(self._writers):
