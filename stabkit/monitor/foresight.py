@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -18,7 +19,8 @@ from stabkit.monitor.learning_rates import LearningRates
 from stabkit.monitor.losses import FAR, FEW, MILD, SLIGHT, Jump, LossJumps, LossReader
 from stabkit.monitor.overshoot import UpdateWatch
 from stabkit.monitor.parameters import is_sharded
-from stabkit.monitor.record import Along
+from stabkit.monitor.rates import RateWatch
+from stabkit.monitor.record import Along, Record
 from stabkit.monitor.rules import AlertRules
 
 _FIRST = 8  # steps that are all measured
@@ -34,6 +36,8 @@ class Foresight:
         model: as it is trained.
         optimizers: of its parameters; the curvature is measured where there is one, with whole parameters.
         rules: of the monitor.
+        records: of the monitor.
+        watch: of the sharpness; what it has said is not said again.
         tell: takes what there is to say after the optimizer's step.
         failed: told of an error then.
     """
@@ -43,6 +47,8 @@ class Foresight:
         model: nn.Module,
         optimizers: Sequence[torch.optim.Optimizer],
         rules: AlertRules | None,
+        records: Sequence[Record],
+        watch: RateWatch | None,
         tell: Callable[[list[Finding]], None],
         failed: Callable[[Exception], None],
     ) -> None:
@@ -54,9 +60,8 @@ class Foresight:
         self._secant, self.unmeasured = _secant(model, self._optimizers)
         self._ahead: UpdateWatch | None = None
         if self._secant is not None:
-            self._ahead = UpdateWatch(self._optimizers[0], self._secant, self.causes, self._tell, failed)
-        self._found_ahead = tell
-        self.parts = 0  # micro-batches of a training step, as many as those of the newest record; 0 for unknown
+            self._ahead = UpdateWatch(self._optimizers[0], self._secant, self.causes, records, self._tell, failed)
+        self._watch, self._found_ahead = watch, tell
         self._pending: tuple[int, PendingSecant] | None = None
         self._next, self._extra, self._point = 0, 0, -1
         self._quiet, self._warmup = rules.warmup, rules.warmup
@@ -68,11 +73,17 @@ class Foresight:
         self.broken = False  # the loss is not finite any more
         self.told_broken = False  # which was told between two records
         self.cause: Cause | None = None  # of what was told last
+        self.loss = math.nan  # the newest that was read
 
     @property
     def suspicious(self) -> bool:
         """Whether every step is to be recorded: the loss has jumped, or seems to."""
         return self._jumping or self._quiet < self._warmup
+
+    @property
+    def calm(self) -> bool:
+        """Whether the newest loss is finite and nothing seems to be wrong with it."""
+        return not (self.suspicious or self.broken)
 
     def take(self) -> Along | None:
         """The newest measurement since the last call."""
@@ -93,7 +104,7 @@ class Foresight:
             scale: what the gradients are multiplied by.
             recorded: whether the step is recorded, so that a loss that is not finite is told elsewhere.
         """
-        self.disarm()
+        self.detach()
         self._measure(step, scale)
         found = []
         for at, value in self._reader.take(step, loss):
@@ -101,17 +112,18 @@ class Foresight:
         self.rates.see(step)
         self._prepare(step, scale)
         if self._ahead is not None and self._secant is not None and self._secant.holds and not self.suspicious:
-            self._ahead.arm(step, loss, self.parts)
+            self._ahead.arm(step, loss)
         return found
 
-    def disarm(self) -> None:
+    def detach(self) -> None:
         """The update that comes is not looked at; no hook stays behind."""
         if self._ahead is not None:
             self._ahead.disarm()
 
     def _tell(self, finding: Finding, cause: Cause) -> None:
-        self._quiet, self.cause = 0, cause
-        self._found_ahead([finding])
+        if self._watch is None or not self._watch.said:
+            self._quiet, self.cause = 0, cause
+            self._found_ahead([finding])
 
     def explained(self, finding: Finding, began: int, step: int) -> Finding:
         """A finding with what changed before, where a rate or an update did.
@@ -133,6 +145,17 @@ class Foresight:
         numbers = {**finding.numbers, **cause.numbers}
         return replace(finding, evidence=f"{finding.evidence}; {cause.text}", remedy=cause.remedy, numbers=numbers)
 
+    def first_sign(self, step: int) -> int:
+        """The first step whose weights may have been harmed already: that of the loss, or the one after the rate rose.
+
+        Args:
+            step: the step at which something moved first, by the records.
+        """
+        if self.suspicious and self._began is not None:
+            step = min(step, self._began)
+        by_rate = self.cause is not None and self.cause.name == "rate" and 0 <= self.rates.risen < step
+        return self.rates.risen + 1 if by_rate else step
+
     def known(self) -> dict[str, Any]:
         """What a capsule keeps: the optimizer, its rates, the last measurements and the cause that was told."""
         return {
@@ -152,6 +175,7 @@ class Foresight:
         }
 
     def _judge(self, at: int, step: int, value: float, recorded: bool) -> list[Finding]:
+        self.loss = value
         if value - value != 0.0:  # NaN or infinite
             if self.broken or (recorded and at == step):
                 self.broken = True

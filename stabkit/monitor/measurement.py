@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -88,11 +87,6 @@ class StepNorms:
         self.autocast: dict[str, str] | None = None
         self._failed, self._wide = failed, wide
         self._hooked: set[int] = set()
-
-    @property
-    def parts(self) -> int:
-        """How many micro-batches there were at most, by the block that was called least; 0 where none was."""
-        return min(Counter(self.called).values(), default=0)
 
     def see(self, index: int, output: Any, training: bool) -> None:
         """Take note of a block's output and ask for its gradient."""

@@ -75,12 +75,12 @@ class _Delta(nn.Module):
 
 
 @pytest.mark.parametrize("how", ["one matrix", "einsum", "bmm", "baddbmm", "sums"])
-def test_the_delta_rule_is_a_linear_recurrence_however_it_is_written(how):
+def test_the_delta_rule_is_explicit_euler_however_it_is_written(how):
     torch.manual_seed(0)
     flow = stabkit.trace(nn.Sequential(_Delta(how), _Delta(how)), torch.randn(2, 8, 6))
     found = [time for record in identify(flow, checks=False) for time in record.over_time]
     assert len(found) == 2
-    assert all(time.name.startswith("linear recurrence (a matrix, |eigenvalues| 0.") for time in found)
+    assert all(time.name.startswith("forward Euler (linear, a matrix, |eigenvalues| 0.") for time in found)
     assert all(time.evidence == "measured" and time.name.endswith(" to 1)") for time in found)
 
 
@@ -332,3 +332,44 @@ def test_slices_that_another_recurrence_carries_are_no_inputs_of_this_one():
         names = [found.name for found in record.over_time]
         assert sorted(name.partition(" (exact")[0] for name in names) == ["exponential step", "maximum over time"]
         assert not any("successive times" in note for found in record.over_time for note in found.notes)
+
+
+TORCH_LAYERS = [
+    (lambda: nn.RNN(3, 6, batch_first=True), ["plain"]),
+    (lambda: nn.GRU(3, 6, batch_first=True), ["gated Euler"]),
+    (lambda: nn.GRU(3, 6, batch_first=True, bidirectional=True), ["gated Euler"] * 2),
+    (lambda: nn.LSTM(3, 6, batch_first=True), ["gated memory cell"]),
+    (lambda: nn.LSTM(3, 6, batch_first=True, num_layers=2), ["gated memory cell"] * 2),
+]
+
+
+class Reader(nn.Module):
+    def __init__(self, layers: nn.RNNBase, *, embeds: bool) -> None:
+        super().__init__()
+        self.embeds, self.first = embeds, nn.Linear(3, 3) if embeds else nn.Identity()
+        self.layers = layers
+        self.head = nn.Linear(6 * (1 + layers.bidirectional), 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        outputs = self.layers(self.first(x))[0]
+        return self.head(outputs.mean(1) if self.embeds else outputs[:, -1])
+
+
+@pytest.mark.parametrize(("make", "names"), TORCH_LAYERS)
+def test_recurrent_layers_of_torch_inside_a_model_are_read_over_time(make, names):
+    torch.manual_seed(0)
+    records = identify(stabkit.trace(Reader(make(), embeds=True), drawn()), checks=False)
+    record = next(r for r in records if r.over_time)
+    assert [found.name.partition(" (")[0] for found in record.over_time] == names
+    assert all(found.n_steps == TIMES and found.module_path == "layers" for found in record.over_time)
+    assert not any("residual addition" in note for note in record.notes)
+
+
+@pytest.mark.parametrize("make", [lambda: nn.GRU(3, 6, batch_first=True), lambda: nn.LSTM(3, 6, batch_first=True)])
+def test_time_steps_of_a_layer_that_is_cut_in_time_are_no_plain_maps(make):
+    torch.manual_seed(0)
+    records = identify(stabkit.trace(Reader(make(), embeds=False), drawn()), checks=False)
+    names = {record.name.partition(" (")[0] for record in records[:-1]}
+    assert len(records) >= TIMES - 1
+    assert names == {"gated Euler" if isinstance(make(), nn.GRU) else "gated memory cell"}
+    assert not any("where ," in note for record in records for note in record.notes)

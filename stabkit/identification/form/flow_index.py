@@ -64,6 +64,7 @@ class Surroundings:
         counts = Counter(c.path for c in calls)
         self.calls = tuple((c.start, c.stop, c.path) for c in calls if counts[c.path] > 1)
         self.loops = loops_of_calls(self.graph) or self._loops_that_were_cut()
+        self.graph = self.graph.with_open_layers([state.position for state in flow.states])
         self._pieces: dict[object, Piece] = {}
         self._forms: dict[Piece, NormalForm] = {}
         self._elsewhere: dict[object, Surroundings | None] = {}

@@ -131,7 +131,8 @@ def hidden_skip(piece: Piece, *, of_entries: bool = False) -> HiddenSkip | None:
 def residuals_inside(piece: Piece) -> int:
     """How many additions of a piece add something to a value that it was made of, neither of which is a state of it.
 
-    They are counted where a person would: 0 for a piece of more operations than a block has.
+    They are counted where a person would: 0 for a piece of more operations than a block has, and without those of the
+    time steps of recurrent layers.
     """
     if len(piece.nodes) > _BLOCK:
         return 0
@@ -141,7 +142,7 @@ def residuals_inside(piece: Piece) -> int:
     for node in piece.nodes:
         inputs = piece.inputs(node)
         made = {v for v in inputs if uses[v] > 1 and v not in piece.ends}.union(*(behind.get(v, set()) for v in inputs))
-        if operation(node) == "Add" and len(set(inputs)) == 2 and node not in piece.graph.bends:
+        if operation(node) == "Add" and len(set(inputs)) == 2 and node not in piece.owned:
             a, b = inputs
             count += a in behind.get(b, set()) or b in behind.get(a, set())
         behind.update(dict.fromkeys((Value(node, i) for i in range(len(node._input_metadata))), made))

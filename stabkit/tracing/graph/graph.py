@@ -9,7 +9,7 @@ import bisect
 import copy
 import heapq
 from collections import defaultdict
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -123,9 +123,26 @@ class Graph:
     @cached_property
     def recurrent(self) -> frozenset[Node]:
         """The operations of recurrent layers: a loop over time, in which no step of depth lies."""
-        calls = [call for call in self.calls if call.finished and isinstance(call.module, nn.RNNBase)]
-        stretches = ((self.position(call.start), self.position(call.stop)) for call in calls)
-        return frozenset(node for start, stop in stretches for node in self.nodes[start:stop])
+        return frozenset(node for start, stop, _ in self._layers() for node in self.nodes[start:stop])
+
+    def with_open_layers(self, cuts: Sequence[int]) -> Graph:
+        """This graph with the operations of recurrent layers that are cut in time like all others.
+
+        Args:
+            cuts: positions between which steps are read. A layer with more of them inside than there are rows of cells
+                one upon the other is cut in time.
+        """
+        other = self.along(self.nodes, self.inputs)
+        whole = [(a, b) for a, b, rows in self._layers() if sum(a < cut <= b for cut in cuts) <= rows]
+        other.recurrent = frozenset(node for start, stop in whole for node in self.nodes[start:stop])
+        return other
+
+    def _layers(self) -> Iterator[tuple[int, int, int]]:
+        """Where the calls of recurrent layers begin and end, and how many rows of cells they have."""
+        for call in self.calls:
+            if call.finished and isinstance(call.module, nn.RNNBase):
+                rows = call.module.num_layers * (1 + call.module.bidirectional)
+                yield self.position(call.start), self.position(call.stop), rows
 
     @cached_property
     def bends(self) -> frozenset[Node]:

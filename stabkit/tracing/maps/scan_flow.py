@@ -17,22 +17,26 @@ from stabkit.tracing.graph.values import operation, random_tensors
 from stabkit.tracing.products.step_products import Products
 
 
-def scans_of(flow: Flow, start: int, stop: int, fewest: int = FEWEST_ALIKE) -> tuple[Scan, ...]:
-    """The recurrences over time between two states of a flow, but for those inside the recurrent modules of torch.
+def scans_of(
+    flow: Flow, start: int, stop: int, fewest: int = FEWEST_ALIKE, *, in_layers: bool = False
+) -> tuple[Scan, ...]:
+    """The recurrences over time between two states of a flow.
 
     Args:
         flow: a traced forward pass.
         start: index of the state before.
         stop: index of the state after.
         fewest: rounds of a recurrence.
+        in_layers: whether those inside the recurrent modules of torch are wanted as well.
     """
     first, last = flow.states[start].position, flow.states[stop].position
     graph, recorded = flow.recorded.graph, flow.recorded
     # read only where a state goes round: most steps hold no recurrence, and a deep model has as many tensors as steps
     tensors = itertools.chain(flow.model.parameters(), flow.model.buffers())
-    found = scans_between(graph, first, last, tensors, recorded.prefetch(first, last), fewest, graph.recurrent)
-    if not found:
-        return ()
+    without = () if in_layers else graph.recurrent
+    found = scans_between(graph, first, last, tensors, recorded.prefetch(first, last), fewest, without)
+    if not found or in_layers:
+        return found
     inside = [
         (graph.position(call.start), graph.position(call.stop))
         for call in recorded.recording.calls
