@@ -84,6 +84,7 @@ class Graph:
         clock: the clock at every position, made monotone.
         calls: the calls of modules around the nodes, where they are known.
         noisy: when, on the clock, values met normal numbers that the pass drew.
+        dropped: when they met uniform ones, or masks of them.
         batching: by operations, whether products through many vectors at once agreed with single ones.
         passed: nodes that are taken as the identity of the one input that is left to them.
     """
@@ -95,6 +96,7 @@ class Graph:
         self.nodes, self.inputs, self.reached = _between(order, self.sources, self.targets)
         self.calls: Sequence[Call] = ()
         self.noisy: Collection[int] = ()
+        self.dropped: Collection[int] = ()
         self.batching: dict[tuple[object, ...], str] = {}
         self.passed: frozenset[Node] = frozenset()
         if prune:
