@@ -276,7 +276,7 @@ class LinearCombination:
         w = torch.stack([_real(c) for c, _ in self._drawn]).double()
         s = torch.stack([_real(arrived[atom]) for _, arrived in self._drawn]).double().cpu()
         coefficient = float((w * s).sum() / (w * w).sum())
-        residual = float((s - coefficient * w).norm() / w.norm())
+        residual = float((s - coefficient * w).norm() / w.norm()) / max(1.0, abs(coefficient))
         if residual <= _tolerance(self._dtype):
             number = guess.value if guess.kind == "scalar" else coefficient
             return Coefficient("gate" if guess.kind == "gate" else "scalar", number, guess.low, guess.high, residual)

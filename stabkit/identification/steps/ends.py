@@ -20,7 +20,7 @@ from stabkit.identification.form.flow_index import Surroundings
 from stabkit.identification.form.formed_ahead import as_made
 from stabkit.identification.form.operations import ADDS, MOVES, PRODUCTS
 from stabkit.identification.form.pieces import Piece
-from stabkit.identification.form.slots import Slots, joined, parts_of
+from stabkit.identification.form.slots import Slots, collectors, joined, parts_of
 from stabkit.identification.form.sub_steps import cuts
 from stabkit.identification.names.single import CLOSE, NO_STEP
 from stabkit.identification.record import Identification, nothing
@@ -395,11 +395,15 @@ def _read_here(
     around: Surroundings, nodes: Sequence[Node], states: tuple[Value, ...], start: int
 ) -> tuple[Value, ...] | None:
     """The new states of the step before as a step reads them: parts that it splits at once, where they are joined."""
-    whole = around.flow.states[start].values
-    if len(whole) == 1 and len(states) > 1:
-        parts = parts_of(around.graph, nodes, whole[0])
-        return parts if parts is not None and len(parts) == len(states) else None
-    return states
+    values, last = around.flow.states[start].values, collectors(around.flow)
+    if len(states) < 2 or (len(values) > 1 and not set(states).isdisjoint(values)):
+        return states
+    # of a trajectory that is kept, the newest
+    whole = [v for v in values if len(values) == 1 or set(states) <= set(around.graph.inputs.get(v.node, ()))]
+    if len(whole) != 1:
+        return states
+    parts = parts_of(around.graph, [node for node in nodes if node not in last or len(values) == 1], whole[0])
+    return parts if parts is not None and len(parts) == len(states) else None
 
 
 def _told(inner: Identification, record: Identification, part: _Part, why: str, ending: str) -> Identification:

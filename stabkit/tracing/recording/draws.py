@@ -31,11 +31,13 @@ class Draws:
     Args:
         drawn: the operations that draw them.
         keeps: the operations whose results are followed.
+        zeros: whether numbers that are all zero count: those of a mask do, and noise that zero multiplies is none.
     """
 
-    def __init__(self, drawn: Collection[str], keeps: Collection[str]) -> None:
+    def __init__(self, drawn: Collection[str], keeps: Collection[str], *, zeros: bool) -> None:
         self._drawn = drawn
         self._keeps = keeps
+        self._zeros = zeros
         self._held: dict[int, weakref.ref[Tensor]] = {}
 
     def meet(self, name: str, given: list[Tensor], made: list[Tensor]) -> bool:
@@ -45,6 +47,8 @@ class Draws:
             if not self._held or name not in self._keeps or not any(self._is_drawn(t) for t in given):
                 return False
             meets = any(t.requires_grad for t in given)
+            if meets and not (self._zeros or any(bool(t.any()) for t in given if self._is_drawn(t))):
+                return False
         if not meets:
             self._held.update((id(t), weakref.ref(t)) for t in made)
         return meets

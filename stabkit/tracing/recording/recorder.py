@@ -162,8 +162,8 @@ class ValueRecorder(EagerMode):
         self.silent: dict[int, tuple[weakref.ref[Tensor], str]] = {}
         self.chosen: dict[int, weakref.ref[Tensor]] = {}  # integers and masks made from values on the graph
         self._draws = (
-            (Draws(NORMAL, LINEAR), recording.noisy),
-            (Draws(UNIFORM, LINEAR | ROUNDS), recording.dropped),
+            (Draws(NORMAL, LINEAR, zeros=False), recording.noisy),
+            (Draws(UNIFORM, LINEAR | ROUNDS, zeros=True), recording.dropped),
         )
         self.off_graph = OffGraph(tainted)
         self._on_storage: defaultdict[int, list[Value]] = defaultdict(list)
