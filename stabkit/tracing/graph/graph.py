@@ -175,13 +175,15 @@ class Graph:
             if not taken:
                 constant.update(made)
             elif name in _JOINS and len(taken) < len(node.next_functions):
-                joined.update(dict.fromkeys(made, [node]))
+                joined.update({value: [node] for value in made})
             elif taken[0] in joined and len(taken) == 1 and name in _SELECTING | _MOVING and not is_python_node(node):
                 chain = [*joined[taken[0]], node]
                 joined.update(dict.fromkeys(made, chain))
                 constant.update(v for v in made if v not in self.targets and self._holds_constants(v, chain))
         if constant:
-            self.nodes = [node for node in self.nodes if self.inputs[node] and not constant.issuperset(outputs_of(node))]
+            self.nodes = [
+                node for node in self.nodes if self.inputs[node] and not constant.issuperset(outputs_of(node))
+            ]
 
     def _holds_constants(self, value: Value, chain: Sequence[Node]) -> bool:
         """Whether nothing of a value, the last of some moves, arrives at what the first of them, a join, was given."""
