@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from stabkit.jacobians import non_normality as non_normality
     from stabkit.jacobians import singular_values as singular_values
     from stabkit.monitor import Monitor as Monitor
+    from stabkit.monitor.hugging_face import TrainerCallback as TrainerCallback
+    from stabkit.monitor.lightning import MonitorCallback as MonitorCallback
     from stabkit.report.report import Report as Report
     from stabkit.tracing import Flow as Flow
     from stabkit.tracing import iterate as iterate
@@ -38,8 +40,10 @@ _PUBLIC = {
     "Flow": "stabkit.tracing",
     "Jacobian": "stabkit.jacobians",
     "Monitor": "stabkit.monitor",
+    "MonitorCallback": "stabkit.monitor.lightning",
     "Report": "stabkit.report.report",
     "StabkitError": "stabkit.errors",
+    "TrainerCallback": "stabkit.monitor.hugging_face",
     "analyze": "stabkit.analysis",
     "compare": "stabkit.comparison",
     "attribute": "stabkit.attribution",

@@ -19,6 +19,7 @@ from stabkit.errors import CheckpointError, StabkitError
 from stabkit.tracing.recording.containers import named_tensors
 from stabkit.tracing.recording.untouched_model import unchanged
 
+MOST_MOVED = 3  # weights that are named
 MOST_OUTPUTS = 8  # tensors of an output whose gradients are kept
 
 
@@ -28,8 +29,12 @@ def load_capsule(
     *,
     factory_args: Mapping[str, Any] | None = None,
     seed: int = 0,
+    weights: str = "raw",
 ) -> Opened:
     """The model of a capsule, the last batch of its step, and the loss as its gradient at the output.
+
+    A capsule that was written because of trouble has the last good weights beside those of its step, which trouble has
+    harmed already: they are taken, so that what is measured is what met the batch, and the notes say what changed.
 
     Every forward call of the module sets the random generators, and autocast, to what they were before the call of the
     step, so that dropout drops the same.
@@ -40,6 +45,7 @@ def load_capsule(
             monitor was told, if that is a library's.
         factory_args: keyword arguments of the factory.
         seed: the seed of a factory that draws random weights, which are then replaced.
+        weights: ``"step"`` for those of the step itself.
 
     Raises:
         CheckpointError: it is no readable capsule, or the model does not fit its weights.
@@ -48,6 +54,9 @@ def load_capsule(
     if not capsule.calls:
         raise CheckpointError(f"{capsule.path} holds no call of the model")
     module, name = build(capsule, model, factory_args=factory_args, seed=seed)
+    good = capsule.weights_before if weights != "step" and _is_trouble(capsule) else {}
+    if good:
+        fill(module, good)
     call = capsule.calls[-1]
     set_buffers(module, call)
     remembered(module, call, capsule.autocast)
@@ -60,13 +69,16 @@ def load_capsule(
         raise CheckpointError(
             f"{capsule.path}: {name} does not run on the batch of its step: {type(error).__name__}: {error}"
         ) from error
-    told = tuple(_told(capsule))
+    usable = all(bool(gradient.isfinite().all()) for gradient in gradients.values())
+    gradients = gradients if usable else {}
+    why = "loss: none was seen" if usable else "loss: left out, its gradient at the output was not finite"
+    told = (*_told(capsule), *_since(capsule, good))
     mode = "training" if capsule.training else "evaluation"
     notes = (
         *told,
         f"format: capsule of training step {capsule.step}, written because: {capsule.reason}",
         f"input: that of the last of {len(capsule.calls)} calls, in {mode} mode",
-        "loss: the gradient that the loss of the run had at the output" if gradients else "loss: none was seen",
+        "loss: the gradient that the loss of the run had at the output" if gradients else why,
     )
 
     def loss(output: Any) -> Tensor:
@@ -97,6 +109,49 @@ def _told(capsule: Capsule) -> Iterator[str]:
     if measured:
         ratios = ", ".join(f"{float(one['ratio']):.3g} at step {one['step']}" for one in measured[-3:])
         yield f"curvature along its last updates over the threshold: {ratios}"
+
+
+def _is_trouble(capsule: Capsule) -> bool:
+    """Whether a capsule was written because the monitor found something, and not because somebody asked."""
+    return any(finding.get("kind") == capsule.reason for finding in capsule.findings)
+
+
+def _since(capsule: Capsule, good: Mapping[str, Tensor]) -> Iterator[str]:
+    """What changed between the last good state and the step, in sentences."""
+    before = capsule.before
+    if not good:
+        if _is_trouble(capsule) and "why_none" in before:
+            yield f"weights: those of the step itself; of a good state before it there is none: {before['why_none']}"
+        return
+    loss = "" if before.get("loss") is None else f" (loss {float(before['loss']):.4g})"
+    yield (
+        f"weights: the last good ones, of training step {before['step']}{loss}, on the batch of step {capsule.step}; "
+        "weights='step' takes those of the step itself"
+    )
+    rates = [float(g["lr"]) for one in capsule.known.get("optimizers", ()) for g in one["groups"] if "lr" in g]
+    pairs = zip(before.get("learning_rates", ()), rates, strict=False)
+    changed = list(dict.fromkeys(f"{float(a):.4g} -> {b:.4g}" for a, b in pairs if float(a) != b))
+    if changed:
+        yield f"since then the learning rate changed: {', '.join(changed)}"
+    yield f"since then {_moved(good, read_file(capsule.weights).content)}"
+
+
+def _moved(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> str:
+    """Which weights moved most, relative to their size, and which are not finite any more."""
+    ratios, broken = {}, []
+    for name, old in before.items():
+        new = after.get(name)
+        if new is None or new.shape != old.shape or not old.is_floating_point():
+            continue
+        old, new = old.double(), new.double()
+        if not bool(new.isfinite().all()):
+            broken.append(name)
+        elif float(old.norm()) > 0:
+            ratios[name] = float((new - old).norm() / old.norm())
+    most = sorted(ratios, key=lambda name: -ratios[name])[:MOST_MOVED]
+    told = [f"{name} by {ratios[name]:.3g} times its size" for name in most if ratios[name] > 0]
+    said = f"the weights moved, most of all {', '.join(told)}" if told else "the weights that are finite did not move"
+    return f"{said}; {len(broken)} tensors are not finite any more" if broken else said
 
 
 def build(

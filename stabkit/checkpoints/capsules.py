@@ -1,8 +1,9 @@
 """Capsules: one training step on disk, with all it takes to run its forward and backward pass again.
 
 A directory with ``capsule.json`` (format, step, structure of the arguments, versions), ``weights.safetensors``,
-``batch.safetensors`` (tensors of the arguments, random states, gradients at the outputs) and ``records.jsonl``.
-Nothing in it is ever executed.
+``batch.safetensors`` (tensors of the arguments, random states, gradients at the outputs), ``records.jsonl`` and, where
+there was one, ``before.safetensors``: the last good state of the training, ``weights/NAME``, ``random/NAME`` and
+``optimizer/NUMBER/PARAMETER/KEY``. Nothing in it is ever executed.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from stabkit.errors import CheckpointError
 
 FORMAT = "stabkit.capsule/1"
 _MANIFEST, _WEIGHTS, _BATCH, _RECORDS = "capsule.json", "weights.safetensors", "batch.safetensors", "records.jsonl"
+_BEFORE = "before.safetensors"
 _GROUPS = ("random", "buffers", "gradients")
 
 
@@ -66,6 +68,8 @@ class Capsule:
         reason: why it was written.
         known: what the monitor knew: optimizers with their settings, the last curvatures along updates.
         findings: what it had said, the newest last, as mappings.
+        before: of the last good state its ``step``, ``loss``, ``learning_rates``, and the plain ``numbers`` of the
+            optimizers' states; or ``why_none``.
     """
 
     path: Path
@@ -82,6 +86,19 @@ class Capsule:
     reason: str
     known: Mapping[str, Any] = field(default_factory=dict)
     findings: tuple[Mapping[str, Any], ...] = ()
+    before: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def weights_before(self) -> dict[str, Tensor]:
+        """The state dict of the last good state; empty where there is none.
+
+        Raises:
+            CheckpointError: the file is damaged.
+        """
+        if "step" not in self.before:
+            return {}
+        held = read_file(self.path / _BEFORE).content
+        return {name.removeprefix("weights/"): value for name, value in held.items() if name.startswith("weights/")}
 
     @property
     def weights(self) -> Path:
@@ -107,6 +124,7 @@ def write_capsule(
     calls: Sequence[RecordedCall],
     manifest: Mapping[str, Any],
     records: Iterable[str],
+    before: Mapping[str, Tensor] | None = None,
 ) -> None:
     """Write a capsule; it appears whole, under its name, or not at all.
 
@@ -116,6 +134,7 @@ def write_capsule(
         calls: the forward calls.
         manifest: further fields of ``capsule.json``, plain values; see `Capsule`.
         records: lines of JSON.
+        before: the last good state, by the names of its file.
     """
     from safetensors.torch import save_file
 
@@ -126,6 +145,8 @@ def write_capsule(
     try:
         save_file(_separate(weights), temporary / _WEIGHTS)
         save_file(_separate(held), temporary / _BATCH)
+        if before:
+            save_file(_separate(before), temporary / _BEFORE)
         (temporary / _RECORDS).write_text("".join(f"{line}\n" for line in records), encoding="utf-8")
         whole = {"format": FORMAT, **manifest, "calls": structure}
         (temporary / _MANIFEST).write_text(json.dumps(whole, indent=1), encoding="utf-8")
@@ -133,6 +154,21 @@ def write_capsule(
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
+
+
+def lost_arguments(path: str | os.PathLike[str]) -> str:
+    """What kind of argument of the model a capsule could not hold, so that it cannot be run again; empty for none."""
+    calls = json.loads((Path(path) / _MANIFEST).read_text(encoding="utf-8"))["calls"]
+    stack: list[Any] = [part for call in calls for part in (call["args"], call["kwargs"])]
+    while stack:
+        item = stack.pop()
+        if isinstance(item, dict):
+            if isinstance(item.get("lost"), str):
+                return str(item["lost"])
+            stack += item.values()
+        elif isinstance(item, list):
+            stack += item
+    return ""
 
 
 def read_capsule(path: str | os.PathLike[str]) -> Capsule:
@@ -165,6 +201,7 @@ def read_capsule(path: str | os.PathLike[str]) -> Capsule:
             reason=str(manifest["reason"]),
             known=dict(manifest.get("known", {})),
             findings=tuple(dict(finding) for finding in manifest.get("findings", ())),
+            before=dict(manifest.get("before", {})),
         )
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError, RecursionError) as error:
         raise CheckpointError(f"{directory / _MANIFEST} is damaged: {type(error).__name__}: {error}") from error

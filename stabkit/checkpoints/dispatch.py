@@ -139,7 +139,10 @@ def _open(path: Path, options: Options) -> Opened:
     formats = FOLDERS if path.is_dir() else FILES
     if formats is FILES:
         regular_file(path)
-    return next(known for known in formats if known.holds(path, options)).open(path, options)
+    found = next(known for known in formats if known.holds(path, options))
+    if options.weights == "step" and found.open is not _from_capsule:
+        options.refuse(f"a {found.name}", "weights")
+    return found.open(path, options)
 
 
 def _exists(path: Path) -> bool:
@@ -172,8 +175,9 @@ def _is_part(path: Path, options: Options) -> bool:
 
 
 def _from_capsule(path: Path, options: Options) -> Opened:
-    options.refuse("a capsule", "key", "weights", "base")
-    return load_capsule(path, options.model, factory_args=options.factory_args, seed=options.seed)
+    options.refuse("a capsule", "key", "base", *(() if options.weights == "step" else ("weights",)))
+    build, seed = options.factory_args, options.seed
+    return load_capsule(path, options.model, factory_args=build, seed=seed, weights=options.weights)
 
 
 def _from_saved(path: Path, options: Options) -> Opened:

@@ -94,7 +94,8 @@ def load(
         input: a shape (``"1x3x64x64"``), ``"tokens:1x8"``, ``"text:..."``, a file, a tensor or a tuple of them;
             None asks the model itself and the processor that was saved beside it.
         key: where the weights are in the file, for example ``"state_dict"`` or ``"ema.shadow"``.
-        weights: ``"raw"`` or ``"ema"``, when the file has both.
+        weights: ``"raw"`` or ``"ema"``, when the file has both; ``"step"`` for those of a capsule's own step, where it
+            has the last good ones from before as well.
         factory_args: keyword arguments of the factory.
         trust_pickle: unpickle whatever the file asks for, which runs its code.
         allow_export: load a ``torch.export`` program (.pt2), whose loader runs what the file says.
@@ -118,8 +119,8 @@ def load(
         >>> network(*inputs).shape
         torch.Size([4, 2])
     """
-    if weights not in ("raw", "ema"):
-        raise CheckpointError(f"weights={weights!r}; expected 'raw' or 'ema'")
+    if weights not in ("raw", "ema", "step"):
+        raise CheckpointError(f"weights={weights!r}; expected 'raw' or 'ema', or 'step' of a capsule")
     if not isinstance(source, (str, os.PathLike)):
         raise CheckpointError(f"source is a {type(source).__name__}; expected a path or a model name")
     if not str(source):

@@ -106,7 +106,9 @@ class Loading:
     ] = None
     seed: Seed = 0
     key: Annotated[str | None, typer.Option(help="Where the weights are in the file.")] = None
-    weights: Annotated[str, typer.Option(help="raw or ema, when the file has both.")] = "raw"
+    weights: Annotated[
+        str, typer.Option(help="raw or ema, when the file has both; step for those of a capsule's own step.")
+    ] = "raw"
     base: Annotated[
         str | None, typer.Option(help="The model that a LoRA adapter changes: a file or a directory.", metavar="PATH")
     ] = None

@@ -31,8 +31,9 @@ from stabkit.identification.names.single import (
 )
 from stabkit.identification.names.weighed import gates_of_stages, name_weighed
 from stabkit.identification.record import Identification, nothing, record_of
-from stabkit.identification.steps.additions import depends_on_input, last_sum, linear_links, notes_of_sums, with_mean
+from stabkit.identification.steps.additions import depends_on_input, last_sum, linear_links, notes_of_sums, without_mean
 from stabkit.identification.steps.around_addition import (
+    begins_as_it_ends,
     masked,
     normalised_at_the_end,
     normalises,
@@ -68,7 +69,7 @@ from stabkit.identification.steps.noise import with_noise
 from stabkit.identification.steps.own_numbers import states_in_fields, without_own_numbers
 from stabkit.identification.steps.pairs import dense_concatenation, read_several_states
 from stabkit.identification.steps.predicted_steps import with_fed_step, with_predicted_step, with_step_sizes_held
-from stabkit.identification.steps.proximal import learned_threshold, soft_threshold
+from stabkit.identification.steps.proximal import learned_threshold, soft_threshold, with_clamps_taken_off
 from stabkit.identification.steps.relaxation import with_linear_part
 from stabkit.identification.steps.retraction import bent_skip, retraction
 from stabkit.identification.steps.sliding_window import sliding_window, window_of_states
@@ -166,7 +167,7 @@ def _implicit(around: Surroundings, steps: tuple[int, ...]) -> Identification:
 
 def _one_state(around: Surroundings, found: Slots, steps: tuple[int, ...]) -> Identification:
     start, stop = steps[0], steps[-1] + 1
-    links = around.chain(start, stop, found)
+    links = with_clamps_taken_off(around.chain(start, stop, found))
     opaque = sorted({operation(n) for link in links for n in link.form.piece.nodes if link.form.piece.hides(n)})
     if meta_of(found.sources[0]).shape != meta_of(found.targets[0]).shape:
         dense = dense_concatenation(around, found, steps)
@@ -364,6 +365,9 @@ def read_sums(around: Surroundings, found: Slots, links: Sequence[Link], steps: 
     first = next(i for i, link in enumerate(links) if link.kind == "sum")
     behind = [link for link in links[first:] if link.kind == "weightless"]
     after = tuple(n for link in behind for n in link.operations)
+    if begins_as_it_ends(sums, behind):
+        why = "each stage begins with the map that stands behind the addition: rounds of one map, which is no field"
+        return nothing(steps, "unnamed", why, "unknown")
     total = None if after else _total(around, found, steps, links)
     if total is not None and total.kind in ("moved", "mixed"):
         before = before_moves(found, links, lambda slots: _of_slots(around, slots, steps))
@@ -424,7 +428,7 @@ def read_sums(around: Surroundings, found: Slots, links: Sequence[Link], steps: 
     if flow is not None:
         record = replace(flow, after=record.after, notes=(*flow.notes, *record.notes))
     record = with_couplings(record, sums)
-    record = with_fed_step(with_predicted_step(with_mean(record) if means else record, sums), around, sums)
+    record = with_fed_step(with_predicted_step(without_mean(record) if means else record, sums), around, sums)
     return with_noise(with_randomness(record, sums), [link.form for link in links])
 
 

@@ -21,7 +21,7 @@ class Recurrence(Result):
     """The method of a recurrence over time inside a step of depth: a scan written as a loop, a cell written by hand.
 
     Attributes:
-        name: ``"exponential step (exact in the state, mean |a| = 0.27)"``, ``"gated Euler (mean a = 0.48)"``, ...
+        name: ``"exponential step (exact in the state, |a| from 0.2 to 0.7)"``, ``"gated Euler (mean a = 0.48)"``, ...
         system: the continuous system in time, in words.
         evidence: ``"proven"`` (for every input), ``"measured"`` or ``"unknown"``.
         residual: relative deviation in the numerical test behind the name; None where there is none.
@@ -70,7 +70,8 @@ class Identification(Result):
             ``"unknown"``, ...
         method: the general linear method, with z = h times the eigenvalue of the Jacobian of a field; None where none
             was read.
-        skip: the coefficient ``a`` of x' = a x + f(x); None where none was read.
+        skip: the coefficient ``a`` of x' = a x + f(x), of entries with numbers of their own the mean; None where none
+            was read.
         step_size: the step size h; only the product h f can be seen, so ``convention`` says how it was fixed.
         convention: how h was fixed.
         evidence: ``"proven"`` (read off the graph and confirmed), ``"measured"`` or ``"unknown"``.
@@ -79,7 +80,8 @@ class Identification(Result):
         after: operations that follow the addition, such as a ReLU or a norm.
         notes: what else was seen.
         system: the continuous system that the method integrates, in words.
-        shared_weights: whether stages of one step evaluate the same field with the same weights; None for one stage.
+        shared_weights: whether stages of one step evaluate the same field with the same weights; None for one stage,
+            and where different fields have some of their weights in common.
         checks: numerical confirmations.
         over_time: recurrences over time inside these steps, each with the method of its own steps.
         recorded: where h times the field of every stage was evaluated; None where that cannot be told, and empty where
@@ -143,7 +145,6 @@ def record_of(
     if table is not None:
         method = table.method(named.unit)
         method.name = named.name
-    shared = table.shared if table is not None and len({id(s) for s in table.rows}) > 1 else None
     return Identification(
         name=named.name,
         method=method,
@@ -156,6 +157,6 @@ def record_of(
         after=after,
         notes=notes,
         system=named.system,
-        shared_weights=shared,
+        shared_weights=None if table is None else table.weights_shared,
         recorded=() if table is None else table.recorded_with(named.unit),
     )

@@ -68,12 +68,13 @@ def check_kinds(directory: Any, scaler: Any, rules: Any, model_factory: Any) -> 
 
 
 def optimizers(given: Any) -> list[torch.optim.Optimizer]:
-    """One or several optimizers as a list.
+    """One or several optimizers as a list, without the wrappers of accelerate and Lightning.
 
     Raises:
         ArgumentError: something that is no optimizer.
     """
-    listed = [] if given is None else list(given) if isinstance(given, Iterable) else [given]
+    wrapped = [] if given is None else list(given) if isinstance(given, Iterable) else [given]
+    listed = [getattr(one, "optimizer", one) for one in wrapped]
     for one in listed:
         if not isinstance(one, torch.optim.Optimizer):
             raise ArgumentError(f"optimizer holds {type(one).__name__}; expected a torch.optim.Optimizer, or several")

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from torch import nn
 
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
+_STORES = (nn.ParameterList, nn.ParameterDict)  # are never called
 _FEW = 3  # so many like leaves in one container make it a stack of layers rather than one block
 
 
@@ -33,6 +34,8 @@ def _blocks(
     children = list(module.named_children())
     if is_compiled(module) and not root:
         yield path, module
+        return
+    if isinstance(module, _STORES):
         return
     if not children:
         if any(True for _ in module.parameters(recurse=False)):

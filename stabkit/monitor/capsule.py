@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import platform
 import re
@@ -18,11 +19,13 @@ import torch
 from torch import Tensor, nn
 
 from stabkit._version import __version__
-from stabkit.checkpoints.capsules import RecordedCall, is_capsule, write_capsule
+from stabkit.checkpoints.capsules import RecordedCall, is_capsule, lost_arguments, write_capsule
 from stabkit.diagnosis import Finding
 from stabkit.monitor.inputs import RecordedInputs
+from stabkit.monitor.outlets import LOGGER
 from stabkit.monitor.ranks import TrainingRanks
 from stabkit.monitor.record import Record
+from stabkit.monitor.snapshots import Snapshot
 from stabkit.monitor.writers import json_line
 
 RECORDS = 100  # the newest of the ring buffer that go into a capsule
@@ -98,6 +101,8 @@ class CapsuleStore:
         autocast: Mapping[str, str],
         known: Mapping[str, Any],
         findings: Sequence[Finding],
+        before: Snapshot | None = None,
+        why_none: str = "",
     ) -> None:
         """Write a capsule, in the first process; nothing more after one could not be written.
 
@@ -110,6 +115,8 @@ class CapsuleStore:
             autocast: dtype by device type, where autocast was on.
             known: what the monitor knew of the optimizer and its updates.
             findings: what it said up to this step.
+            before: the last good state.
+            why_none: why there can be none, where that is so.
         """
         if self._broken or not self._ranks.first:
             return
@@ -136,13 +143,19 @@ class CapsuleStore:
                 "known": dict(known),
                 "findings": [finding.to_dict() for finding in list(findings)[-FINDINGS:]],
                 "record": json.loads(json_line(record)),
+                "before": _told(before, why_none),
                 "versions": {"stabkit": __version__, "torch": torch.__version__, "python": platform.python_version()},
             },
             records=map(json_line, list(records)[-RECORDS:]),
+            before={} if before is None else before.whole(),
         )
         for old in self.paths[: -self._limit]:
             self._remove(old)
         self._broken = False
+        lost = lost_arguments(path)
+        why = f"an argument of the model is a {lost}" if lost else "" if kept.complete else "not all calls were kept"
+        if why:
+            LOGGER.warning("stabkit: the capsule %s cannot be run again: %s", path, why)
 
     def _remove(self, path: Path) -> None:
         away = path.with_name(f".step-removed-{uuid.uuid4().hex}")
@@ -152,3 +165,11 @@ class CapsuleStore:
     def _sweep(self) -> None:
         for left in self._directory.glob(".step-*"):
             shutil.rmtree(left, ignore_errors=True)
+
+
+def _told(before: Snapshot | None, why_none: str) -> dict[str, Any]:
+    """What the manifest says of the last good state."""
+    if before is None:
+        return {"why_none": why_none or "none had been taken before the trouble began"}
+    finite = before.loss if math.isfinite(before.loss) else None
+    return {"step": before.step, "loss": finite, "learning_rates": before.learning_rates, "numbers": before.numbers}

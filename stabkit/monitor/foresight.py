@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -53,11 +54,17 @@ class Foresight:
         self.broken = False  # the loss is not finite any more
         self.told_broken = False  # which was told between two records
         self.cause: Cause | None = None  # of what was told last
+        self.loss = math.nan  # the newest that was read
 
     @property
     def suspicious(self) -> bool:
         """Whether every step is to be recorded: the loss has jumped, or seems to."""
         return self._jumping or self._quiet < self._warmup
+
+    @property
+    def calm(self) -> bool:
+        """Whether the newest loss is finite and nothing seems to be wrong with it."""
+        return not (self.suspicious or self.broken)
 
     def take(self) -> Along | None:
         """The newest measurement since the last call."""
@@ -106,6 +113,17 @@ class Foresight:
         numbers = {**finding.numbers, **cause.numbers}
         return replace(finding, evidence=f"{finding.evidence}; {cause.text}", remedy=cause.remedy, numbers=numbers)
 
+    def first_sign(self, step: int) -> int:
+        """The first step whose weights may have been harmed already: that of the loss, or the one after the rate rose.
+
+        Args:
+            step: the step at which something moved first, by the records.
+        """
+        if self.suspicious and self._began is not None:
+            step = min(step, self._began)
+        by_rate = self.cause is not None and self.cause.name == "rate" and 0 <= self.rates.risen < step
+        return self.rates.risen + 1 if by_rate else step
+
     def known(self) -> dict[str, Any]:
         """What a capsule keeps: the optimizer, its rates, the last measurements and the cause that was told."""
         return {
@@ -125,6 +143,7 @@ class Foresight:
         }
 
     def _judge(self, at: int, step: int, value: float, recorded: bool) -> list[Finding]:
+        self.loss = value
         if value - value != 0.0:  # NaN or infinite
             if self.broken or (recorded and at == step):
                 self.broken = True

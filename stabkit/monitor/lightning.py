@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-from collections.abc import Sequence
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
 
+from stabkit.diagnosis import Finding
 from stabkit.monitor.monitor import Monitor
 from stabkit.monitor.record import Record
+from stabkit.monitor.services import MLflowWriter, TensorBoardWriter, WandbWriter
+from stabkit.monitor.writers import Writer
 
 _PACKAGE = "lightning.pytorch" if importlib.util.find_spec("lightning") is not None else "pytorch_lightning"
 _Callback: Any = importlib.import_module(_PACKAGE).Callback
@@ -19,8 +23,9 @@ _Callback: Any = importlib.import_module(_PACKAGE).Callback
 class MonitorCallback(_Callback):  # type: ignore[misc]
     """Watches a Lightning run: one step of the monitor before each step of an optimizer.
 
-    Gradients are those before Lightning clips them, and unscaled. Records go to the loggers of the trainer, under
-    ``stabkit/``, beside the writers given.
+    Gradients are those before Lightning clips them, and unscaled. Records, pictures and findings go to the loggers of
+    the trainer, under ``stabkit/``, beside the writers given; a logger of another kind than TensorBoard, Weights &
+    Biases and MLflow gets the numbers.
 
     Args:
         module: path of the network within the LightningModule, such as ``"net"``. A capsule holds the calls of this
@@ -48,13 +53,13 @@ class MonitorCallback(_Callback):  # type: ignore[misc]
         if self._log and trainer.loggers:
             directory = options.get("directory")
             given = writers if writers is not None else [f"{directory}/records.jsonl"] if directory is not None else []
-            writers = [*given, lambda record: _log(trainer, record)]
+            writers = [*given, *(_Logged(trainer, logger) for logger in trainer.loggers)]
         wrapped = trainer.strategy.model
         model = pl_module.get_submodule(self._module) if self._module else wrapped
         self.monitor = Monitor(
             model,
             writers=writers,
-            optimizer=_bare(trainer.optimizers),
+            optimizer=trainer.optimizers,
             scaler=getattr(trainer.precision_plugin, "scaler", None),
             **{"distributed": trainer.world_size > 1, **options},
         )
@@ -75,11 +80,37 @@ class MonitorCallback(_Callback):  # type: ignore[misc]
             self.monitor.close()
 
 
-def _bare(optimizers: Sequence[Any]) -> list[Any]:
-    return [getattr(optimizer, "optimizer", optimizer) for optimizer in optimizers]
+class _Logged:
+    """A logger of a trainer as a writer; its steps are those of the trainer, which may have begun in an earlier run."""
+
+    def __init__(self, trainer: Any, logger: Any) -> None:
+        self._trainer, self._logger = trainer, logger
+        kind = type(logger).__name__
+        made = _WRITERS.get(kind)
+        self._writer: Writer | None = None if made is None else made(logger)
+
+    def write(self, record: Record) -> None:
+        """Log a record."""
+        step = self._trainer.global_step
+        if self._writer is not None:
+            self._writer.write(replace(record, step=step))
+            return
+        self._logger.log_metrics({f"stabkit/{name}": value for name, value in record.scalars().items()}, step=step)
+
+    def alert(self, finding: Finding, step: int) -> None:
+        """Log a finding."""
+        alert = getattr(self._writer, "alert", None)
+        if alert is not None:
+            alert(finding, self._trainer.global_step)
+
+    def close(self) -> None:
+        """Leave the logger open: it belongs to the trainer."""
+        if self._writer is not None:
+            self._writer.close()
 
 
-def _log(trainer: Any, record: Record) -> None:
-    metrics = {f"stabkit/{name}": value for name, value in record.scalars().items()}
-    for logger in trainer.loggers:
-        logger.log_metrics(metrics, step=trainer.global_step)
+_WRITERS: dict[str, Callable[[Any], Writer]] = {
+    "TensorBoardLogger": lambda logger: TensorBoardWriter(logger.experiment),
+    "WandbLogger": lambda logger: WandbWriter(logger.experiment),
+    "MLFlowLogger": lambda logger: MLflowWriter(logger.run_id),
+}

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from stabkit.diagnosis import Finding
+from stabkit.diagnosis.finding import serious
 from stabkit.errors import ArgumentError
 from stabkit.monitor.alerts import Alerts
 from stabkit.monitor.arguments import Callback, callbacks, check_counts, check_kinds, check_model, named_modules
@@ -25,9 +26,12 @@ from stabkit.monitor.capsule import CapsuleStore
 from stabkit.monitor.clipping import Clipped, clip
 from stabkit.monitor.collection import AFTER, SCALE, TRAINED, Collector, Sums, finish
 from stabkit.monitor.foresight import Foresight
+from stabkit.monitor.guard import Guard
+from stabkit.monitor.health import Health, Seen
 from stabkit.monitor.inputs import RecordedInputs
 from stabkit.monitor.measurement import Hooks, StepNorms
 from stabkit.monitor.no_gradient import Silence
+from stabkit.monitor.outlets import Outlets
 from stabkit.monitor.parameters import Parameters
 from stabkit.monitor.probes import Probe
 from stabkit.monitor.ranks import TrainingRanks
@@ -35,8 +39,10 @@ from stabkit.monitor.rates import RateWatch
 from stabkit.monitor.record import Look, Record
 from stabkit.monitor.rules import AlertRules
 from stabkit.monitor.scaling import gradient_scale, is_unscaled
+from stabkit.monitor.sentences import summary
+from stabkit.monitor.snapshots import Snapshots
 from stabkit.monitor.updates import UpdateSampler
-from stabkit.monitor.writers import Writer, open_writers
+from stabkit.monitor.writers import open_writers
 from stabkit.tracing.recording.wrappers import unwrap
 
 if TYPE_CHECKING:
@@ -85,6 +91,8 @@ class Monitor:
         rules: when a change is an alert.
         history: records kept in memory.
         capsules: at most so many capsules on disk, the oldest beyond that are removed; 0 for none.
+        snapshot_memory: bytes on the host for the last good states (weights, buffers, optimizers, random state), which
+            take about a hundredth of the time; a capsule gets the newest from before the trouble. 0 for none.
         probe_every: a probe comes every so many records.
         model_factory: what builds the model, written into capsules: ``"torchvision:NAME"`` and ``"timm:NAME"`` are all
             that ``stabkit analyze CAPSULE`` needs; ``"pkg.mod:factory"`` and ``"file.py:factory"`` are code, which it
@@ -127,6 +135,7 @@ class Monitor:
         rules: AlertRules | None = None,
         history: int = 400,
         capsules: int = 3,
+        snapshot_memory: int = 2**30,
         probe_every: int = 10,
         model_factory: str | None = None,
         distributed: bool | None = None,
@@ -134,7 +143,7 @@ class Monitor:
     ) -> None:
         check_model(model, preset)
         check_counts(every=(every, 1), history=(history, 1), capsules=(capsules, 0), probe_every=(probe_every, 1))
-        check_counts(sharpness_every=(sharpness_every, 1))
+        check_counts(sharpness_every=(sharpness_every, 1), snapshot_memory=(snapshot_memory, 0))
         check_kinds(directory, scaler, rules, model_factory)
         self.every = every
         self.preset = preset
@@ -144,8 +153,8 @@ class Monitor:
         inner = unwrap(model)
         chosen = choose_blocks(inner) if blocks is None else named_modules(inner, blocks)
         self.blocks = tuple(chosen)
+        self._guard = Guard()
         self._scaler = scaler
-        self._on_alert = callbacks(on_alert)
         self._alerts = Alerts(rules, scaled=scaler is not None)
         self._silence = Silence(inner)
         parameters = Parameters(inner, self.blocks)
@@ -154,8 +163,11 @@ class Monitor:
         optimizers = as_optimizers(optimizer)
         self._updates = UpdateSampler(optimizers, parameters, self._fail)
         self._ranks = TrainingRanks(model, parameters.tensors, distributed)
-        self._writers: list[Writer] = open_writers(writers, self.directory) if self._ranks.first else []
+        opened = open_writers(writers, self.directory) if self._ranks.first else []
+        self._outlets = Outlets(opened, callbacks(on_alert), self._guard.part, logs=self._ranks.first)
         self._capsules = CapsuleStore(self.directory, capsules, inner, model_factory, self._ranks)
+        kept = snapshot_memory if self._capsules.enabled and self._ranks.first else 0
+        self._snapshots = Snapshots(inner, optimizers, kept, sharded=self._ranks.sharded)
         probing = preset != "economy" and self._ranks.first
         self._rates, self._foresight = None, None
         if closure is not None:
@@ -165,16 +177,15 @@ class Monitor:
             self._foresight = Foresight(inner, optimizers, rules)
         else:
             self._rates = None
+        self._health = Health(parameters, rules, self._ranks, scaled=scaler is not None)
         self._look: Look | None = None
         self._unrecorded: list[Finding] = []  # found since the last record
         self._probe = Probe(inner, preset, probe_every, seed) if probing else None
         self._inputs = RecordedInputs(model, inner, self._fail, enabled=probing or self._capsules.enabled)
-        self._step = 0
         self._count = 0
         self._requested: str | None = None
         self._clipped: list[Clipped] = []
-        self._off = self._recording = False
-        self._failed = False
+        self._off = self._recording = self._closed = False
         self._told = False
         self._agreed = -1  # the last step whose sums were exchanged
         self.attach()
@@ -190,10 +201,10 @@ class Monitor:
     def attach(self) -> None:
         """Start watching (again); a new monitor is attached already."""
         self._off = False
-        if self._due(self._step):
-            self._switch_on(self._step)
+        if self._due(self._guard.step):
+            self._switch_on(self._guard.step)
         if self._rates is not None:
-            self._rates.attach(self._step)
+            self._rates.attach(self._guard.step)
 
     def detach(self) -> None:
         """Stop watching: no hook stays behind. `attach` starts again."""
@@ -205,26 +216,36 @@ class Monitor:
     def close(self) -> None:
         """Detach and close the writers; what was recorded stays readable."""
         self.detach()
-        for writer in self._writers:
-            self._part(f"the writer {type(writer).__name__}", writer.close)
-        self._writers = []
+        if not self._closed:
+            self._closed = True
+            told = summary(self._guard.step, self._count, self.findings, self.capsules)
+            self._outlets.close(told, quiet=not any(map(serious, self.findings)))
 
-    def step(self, loss: Tensor | float | None = None) -> None:
+    def step(self, loss: Tensor | float | None = None) -> Seen:
         """Say that a training step's backward pass is done; call it before ``optimizer.step()``.
+
+        Returns what was seen. ``if monitor.step(loss).healthy: optimizer.step()`` leaves out the updates of batches
+        whose loss or gradient is not finite, or far larger than all before; records count them as ``skipped``. Do not
+        call `clip_grad_norm_` before it then: a clipped gradient is no larger than others.
 
         Args:
             loss: the loss, watched at every step; one on a device is read a step late, and not waited for.
         """
         if self._off:
-            return
+            return Seen(self._guard.step)
+        step, told = self._guard.step, len(self.findings)
         try:
             self._take(loss)
         except Exception as error:
             self._fail(error)
-            if self._agreed != self._step:
+            if self._agreed != self._guard.step:
                 self._tell()
         self._clipped.clear()
-        self._step += 1
+        self._guard.step += 1
+        if self._guard.failed:
+            return Seen(step)
+        found = tuple(self.findings[told:])
+        return Seen(step, found, partial(self._health.judge, loss, found, gradient_scale(self._scaler)))
 
     def clip_grad_norm_(
         self,
@@ -279,8 +300,8 @@ class Monitor:
     def _take(self, loss: Tensor | float | None) -> None:
         measurement = self._hooks.measurement
         self._recording = measurement is not None
-        if self._failed:
-            if self._due(self._step):
+        if self._guard.failed:
+            if self._due(self._guard.step):
                 self._tell()
             return
         if measurement is not None:
@@ -288,27 +309,34 @@ class Monitor:
             self._hooks.measurement = None
             if self._probe is not None:
                 self._inputs.pause()
-        if self._foresight is not None and not self._part("watching the loss", partial(self._look_ahead, loss)):
+        if self._foresight is not None and not self._guard.part("watching the loss", partial(self._look_ahead, loss)):
             self._foresight = None
-        if self._rates is not None and not self._part("the sharpness", self._look_at_rates):
+        if self._rates is not None and not self._guard.part("the sharpness", self._look_at_rates):
             self._rates = None
+        told = len(self.findings)
         if measurement is not None:
             self._record(measurement, loss)
-        if self._failed or self._off:
+        calm = len(self.findings) == told and not (self.records and self.records[-1].non_finite)
+        if self._foresight is not None and self._foresight.calm and calm:
+            look = partial(self._snapshots.look, self._guard.step, self._foresight.loss)
+            self._guard.part("keeping the last good state", look)
+        if self._guard.failed or self._off:
             self._switch_off()
-        elif self._due(self._step + 1):
-            self._switch_on(self._step + 1)
+        elif self._due(self._guard.step + 1):
+            self._switch_on(self._guard.step + 1)
         else:
             self._switch_off()
 
     def _look_ahead(self, loss: Tensor | float | None) -> None:
         assert self._foresight is not None
-        self._between_records(self._foresight.look(self._step, loss, gradient_scale(self._scaler), self._recording))
+        self._between_records(
+            self._foresight.look(self._guard.step, loss, gradient_scale(self._scaler), self._recording)
+        )
 
     def _look_at_rates(self) -> None:
         assert self._rates is not None
         scale = getattr(self._scaler, "_scale", None) if is_unscaled(self._scaler) else None
-        look, findings = self._rates.look(self._step, 1.0 if scale is None else float(scale))
+        look, findings = self._rates.look(self._guard.step, 1.0 if scale is None else float(scale))
         self._look = look or self._look
         self._between_records(findings)
 
@@ -320,7 +348,7 @@ class Monitor:
 
     def _record(self, measurement: StepNorms, loss: Tensor | float | None) -> None:
         sums = self._collector.collect(
-            self._step,
+            self._guard.step,
             measurement,
             loss=loss,
             scale=getattr(self._scaler, "_scale", None),
@@ -329,7 +357,7 @@ class Monitor:
             updates=self._updates.take(),
         )
         asked = self._ranks.reduce(sums, sums.rows.shape, self._requested is not None)
-        self._agreed = self._step
+        self._agreed = self._guard.step
         if asked.stopped:
             self._told = True
             raise RuntimeError("the monitor of another process stopped")
@@ -344,7 +372,8 @@ class Monitor:
         findings += more
         kinds = tuple(finding.kind for finding in (*self._unrecorded, *findings))
         along = None if self._foresight is None else self._foresight.take()
-        record = replace(record, probes=probes, findings=kinds, look=self._look, along=along)
+        skipped = self._health.skipped
+        record = replace(record, probes=probes, findings=kinds, look=self._look, along=along, skipped=skipped)
         self._look, self._unrecorded = None, []
         self.records.append(record)
         if self._count == 0 and not measurement.called and sums.rows[TRAINED].any():
@@ -358,15 +387,16 @@ class Monitor:
         self._count += 1
         if reason is not None and self._capsules.enabled:
             self._keep(reason, record, measurement, sums, findings)
-        self._publish(record, findings)
+        self._outlets.publish(record)
+        self._say(findings)
 
     def _explained(self, findings: list[Finding]) -> list[Finding]:
         """Findings of a record with what changed before; that the loss is not finite is said once."""
         if self._foresight is None:
             return findings
-        began = self._step if self._alerts.first is None else self._alerts.first.step
+        began = self._guard.step if self._alerts.first is None else self._alerts.first.step
         news = [f for f in findings if f.kind != "non_finite" or not self._foresight.told_broken]
-        return [self._foresight.explained(finding, began, self._step) for finding in news]
+        return [self._foresight.explained(finding, began, self._guard.step) for finding in news]
 
     def _probed(self) -> tuple[dict[str, Any], list[Finding]]:
         if self._probe is None or not self._inputs.captured:
@@ -374,14 +404,16 @@ class Monitor:
         try:
             return self._probe.measure(self._count, self._inputs.captured[-1])
         except Exception as error:
-            self._warn("the probes", error)
+            self._guard.warn("the probes", error)
             self._probe = None
             return {"skipped": f"{type(error).__name__}: {error}"}, []
 
     def _keep(self, reason: str, record: Record, measurement: StepNorms, sums: Sums, findings: list[Finding]) -> None:
         """Write a capsule; its first half is collective and must not fail in one process alone."""
         kept = self._capsules.gather(self._inputs)
-        self._part(
+        first = self._guard.step if self._alerts.first is None else self._alerts.first.step
+        first = first if self._foresight is None else self._foresight.first_sign(first)
+        self._guard.part(
             "writing capsules",
             lambda: self._capsules.write(
                 reason,
@@ -391,25 +423,18 @@ class Monitor:
                 scale=float(sums.scalars[SCALE]),
                 known={} if self._foresight is None else self._foresight.known(),
                 findings=[*self.findings, *findings],
+                before=self._snapshots.before(first),
+                why_none=self._snapshots.why_none,
                 autocast=measurement.autocast or {},
             ),
         )
 
-    def _publish(self, record: Record, findings: list[Finding]) -> None:
-        for writer in tuple(self._writers):
-            if not self._part(f"the writer {type(writer).__name__}", partial(writer.write, record)):
-                self._writers.remove(writer)
-        self._say(findings)
-
     def _say(self, findings: list[Finding]) -> None:
         self.findings.extend(findings)
-        for finding in findings:
-            for callback in tuple(self._on_alert):
-                if not self._part("a callback on alerts", partial(callback, finding)):
-                    self._on_alert.remove(callback)
+        self._outlets.say(findings, self._guard.step)
 
     def _switch_on(self, step: int) -> None:
-        if self._failed:
+        if self._guard.failed:
             return
         self._hooks.on(wide=self._foresight is not None and self._foresight.suspicious)
         self._inputs.on()
@@ -423,27 +448,10 @@ class Monitor:
         self._inputs.off()
         self._updates.off()
 
-    def _part(self, what: str, action: Callable[[], object]) -> bool:
-        """Run a part that the rest can do without; whether it worked. When it fails, warn."""
-        try:
-            action()
-        except Exception as error:
-            self._warn(what, error)
-            return False
-        return True
-
-    def _warn(self, what: str, error: Exception) -> None:
-        text = f"stabkit's monitor: {what} failed at step {self._step} and is off: {type(error).__name__}: {error}"
-        warnings.warn(text, RuntimeWarning, stacklevel=4)
-
     def _fail(self, error: Exception) -> None:
         """Warn once and go quiet, so that the training goes on."""
-        if self._failed:
-            return
-        self._failed = True
-        self._switch_off()
-        text = f"stabkit's monitor stopped at step {self._step}: {type(error).__name__}: {error}"
-        warnings.warn(text, RuntimeWarning, stacklevel=4)
+        if self._guard.stop(error):
+            self._switch_off()
 
     def _tell(self) -> None:
         """Let the other processes know, who wait for this one's part of the record."""

@@ -16,6 +16,7 @@ Array = np.ndarray[Any, np.dtype[Any]]
 
 SHARPNESS = ("sharpness", "sharpness_ratio", "learning_rate", "largest_stable_lr")  # as they are logged
 ALONG = ("curvature_along_update", "ratio_along_update")
+_OF_BLOCKS = ("smallest", "median", "largest")
 PARTS = ("output", "gradient", "parameter_gradient")  # of a block, that may hold NaN or infinity
 
 
@@ -94,6 +95,18 @@ class Blocks(Sequence[BlockRecord]):
         found[1:] -= logs[:-1]
         found[:1] -= 0.5 * _log(self.entries[:1])
         return found
+
+    def columns(self) -> dict[str, Array]:
+        """Every quantity of the blocks by its name, ``(blocks,)``."""
+        activation, gradient, parameter, parameter_gradient, ratio = self.norms
+        return {
+            "activation_norm": activation,
+            "gradient_norm": gradient,
+            "growth": self.growth,
+            "parameter_norm": parameter,
+            "parameter_gradient_norm": parameter_gradient,
+            "update_ratio": ratio,
+        }
 
     def __len__(self) -> int:
         return len(self.names)
@@ -191,6 +204,7 @@ class Record(Result):
         loss_is_broken: whether a loss was given and is not finite.
         look: the newest measurement of the sharpness since the record before; None where none was made.
         along: the newest curvature along an update, from two gradients, since the record before; None likewise.
+        skipped: how many training steps before it were found not healthy when the loop asked, see `Monitor.step`.
         broken_weights: blocks whose weights are not finite, looked at where an output is not.
     """
 
@@ -208,6 +222,7 @@ class Record(Result):
     look: Look | None = None
     along: Along | None = None
     broken_weights: tuple[str, ...] = ()
+    skipped: int = 0
 
     def _contents(self) -> dict[str, Any]:
         blocks = tuple(self.blocks)
@@ -216,27 +231,29 @@ class Record(Result):
 
     def totals(self) -> dict[str, Any]:
         """The numbers of the whole model by name."""
-        names = ("step", "time", "loss", "gradient_norm", "clipped_norm", "non_finite")
+        names = ("step", "time", "loss", "gradient_norm", "clipped_norm", "non_finite", "skipped")
         return {name: getattr(self, name) for name in names}
 
     def scalars(self) -> dict[str, float]:
-        """The finite-or-not numbers by a flat name, as logging tools want them; what was not measured is left out.
+        """The numbers by a flat name for logging tools, as many for any depth; what was not measured is left out.
 
-        Names are ``loss``, ``gradient_norm``, ``clipped_norm``, ``non_finite``, with a closure ``sharpness``,
-        ``sharpness_ratio``, ``learning_rate`` and ``largest_stable_lr``, without one now and then
-        ``curvature_along_update`` and ``ratio_along_update``, and ``BLOCK/QUANTITY`` for every block.
+        Names are ``loss``, ``gradient_norm``, ``clipped_norm``, ``non_finite``, ``findings`` (how many were raised),
+        with a closure ``sharpness``, ``sharpness_ratio``, ``learning_rate`` and ``largest_stable_lr``, without one now
+        and then ``curvature_along_update`` and ``ratio_along_update``, and ``QUANTITY/smallest``, ``QUANTITY/median``
+        and ``QUANTITY/largest`` over the blocks.
         """
         top = {name: float(value) for name, value in self.totals().items() if name not in ("step", "time")}
+        top["findings"] = float(len(self.findings))
         if self.along is not None:
             top |= self.along.scalars()
         if self.look is not None:
             top |= self.look.scalars()
-        found = {name: value for name, value in top.items() if not math.isnan(value)}
-        for block in self.blocks:
-            for name, value in vars(block).items():
-                if isinstance(value, float) and not math.isnan(value):
-                    found[f"{block.name or 'model'}/{name}"] = value
-        return found
+        for name, values in self.blocks.columns().items():
+            known = values[~np.isnan(values)]
+            if len(known):
+                of_blocks = (known.min(), np.median(known), known.max())
+                top |= {f"{name}/{which}": float(x) for which, x in zip(_OF_BLOCKS, of_blocks, strict=True)}
+        return {name: value for name, value in top.items() if not math.isnan(value)}
 
 
 def _log(values: Array) -> Array:

@@ -1,4 +1,4 @@
-"""Where records go: files, TensorBoard, Weights & Biases, MLflow, or any callable."""
+"""Where records go: files, services (see `services`), or any callable."""
 
 from __future__ import annotations
 
@@ -11,13 +11,14 @@ from typing import Any, Protocol, TextIO, runtime_checkable
 
 from stabkit.errors import ArgumentError, did_you_mean
 from stabkit.monitor.record import ALONG, SHARPNESS, Record
+from stabkit.monitor.services import MLflowWriter, TensorBoardWriter, WandbWriter
 
 _BLOCK = 1 << 16  # bytes read at once in the search for the end of the last whole line
 
 
 @runtime_checkable
 class Writer(Protocol):
-    """What a monitor hands its records to."""
+    """What a monitor hands its records to; one with a method ``alert(finding, step)`` gets the findings as well."""
 
     def write(self, record: Record) -> None:
         """Take one record."""
@@ -106,70 +107,6 @@ def _continued(path: Path) -> TextIO:
     opened = path.open("a", encoding="utf-8", newline="")
     opened.seek(0, os.SEEK_END)
     return opened
-
-
-class TensorBoardWriter:
-    """Scalars for TensorBoard; needs the ``tensorboard`` package.
-
-    Args:
-        target: a directory, or a ``SummaryWriter`` that is already open (and stays open).
-    """
-
-    def __init__(self, target: Any) -> None:
-        self._own = isinstance(target, str | os.PathLike)
-        if self._own:
-            from torch.utils.tensorboard import SummaryWriter
-
-            target = SummaryWriter(log_dir=os.fspath(target))
-        self._board = target
-
-    def write(self, record: Record) -> None:
-        """Log every scalar under ``stabkit/``."""
-        for name, value in record.scalars().items():
-            self._board.add_scalar(f"stabkit/{name}", value, record.step, walltime=record.time)
-
-    def close(self) -> None:
-        """Close the board if it was opened here; otherwise flush it."""
-        self._board.close() if self._own else self._board.flush()
-
-
-class WandbWriter:
-    """Scalars for Weights & Biases, into a given run or the current one; needs the ``wandb`` package."""
-
-    def __init__(self, run: Any = None) -> None:
-        if run is None:
-            import wandb
-
-            run = wandb.run
-            if run is None:
-                raise ArgumentError("no Weights & Biases run is active; call wandb.init first or pass the run")
-        self._run = run
-
-    def write(self, record: Record) -> None:
-        """Log all scalars of a record at once, with the training step as ``stabkit/step``."""
-        scalars = {f"stabkit/{name}": value for name, value in record.scalars().items()}
-        self._run.log({**scalars, "stabkit/step": record.step})
-
-    def close(self) -> None:
-        """Leave the run open: it belongs to the caller."""
-
-
-class MLflowWriter:
-    """Metrics for MLflow, into the active run; needs the ``mlflow`` package."""
-
-    def __init__(self, run_id: str | None = None) -> None:
-        import mlflow
-
-        self._mlflow = mlflow
-        self._run_id = run_id
-
-    def write(self, record: Record) -> None:
-        """Log all metrics of a record at once."""
-        metrics = {f"stabkit/{name}": value for name, value in record.scalars().items()}
-        self._mlflow.log_metrics(metrics, step=record.step, run_id=self._run_id)
-
-    def close(self) -> None:
-        """Leave the run open: it belongs to the caller."""
 
 
 class CallableWriter:

@@ -241,3 +241,25 @@ def test_a_loss_that_is_cut_off_from_the_output_is_said_of_the_loss(mended):
     assert ("requires_grad_" in found.evidence) == mended
     assert report.verdict == "not judged"
     assert not stabkit.diagnosis.treat(model, x, loss=loss).silent
+
+
+class _Weighed(nn.Module):
+    """Layers weighed by numbers of a list, the first of which is not used."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(4, 4) for _ in range(3))
+        self.ks = nn.ParameterList(nn.Parameter(torch.ones(())) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for i, layer in enumerate(self.layers):
+            x = torch.tanh(layer(x)) * (self.ks[i] if i else 1.0)
+        return x
+
+
+def test_a_list_of_which_one_is_used_is_not_said_never_to_run():
+    torch.manual_seed(0)
+    report = stabkit.analyze(_Weighed(), torch.randn(8, 4), spectrum="none")
+    (found,) = [f for f in report.findings if f.kind == "no_gradient"]
+    assert "ks.0" in found.evidence
+    assert "never runs" not in found.evidence

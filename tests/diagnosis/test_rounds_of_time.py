@@ -85,6 +85,17 @@ def test_rounds_that_keep_what_they_put_out_are_judged_over_time(recurrent, leak
     assert all(remedy in finding.remedy for finding in report.findings)
 
 
+def test_rounds_are_not_counted_since_the_first_and_the_last_begin_and_end_elsewhere(monkeypatch):
+    monkeypatch.setattr("stabkit.diagnosis.causes.judged_over_time", lambda flow, verdict, *_: verdict)
+    monkeypatch.setattr("stabkit.diagnosis.causes.time_findings", lambda *_: [])
+    torch.manual_seed(0)
+    x = torch.randn(12, 2, 4) * 30
+    report = stabkit.analyze(Spiking(True, 0.1), x, loss=lambda out: out[-1].square().mean(), batch_dim=1)
+    assert report.verdict == "not judged"
+    assert "most of the" in str(report)
+    assert not re.search(r"\d+ of \d+ steps are rounds|change their space", str(report))
+
+
 def test_plain_layers_that_change_their_space_are_judged():
     class Layer(nn.Module):
         def __init__(self, width):

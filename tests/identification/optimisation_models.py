@@ -42,6 +42,33 @@ class ISTA(LeastSquares):
         return x
 
 
+class ClampedISTA(LeastSquares):
+    """The soft threshold written as x - clamp(x, -t, t)."""
+
+    def forward(self, y: Tensor) -> Tensor:
+        x = y @ self.A
+        for _ in range(self.rounds):
+            v = x - self.gradient(x, y) / self.L
+            x = v - torch.clamp(v, -0.05, 0.05)
+        return x
+
+
+class LISTA(LeastSquares):
+    """Gregor and LeCun 2010: one matrix S in all rounds, the first of which begins at zero."""
+
+    def __init__(self, rounds: int = 6) -> None:
+        super().__init__(rounds)
+        self.S = nn.Linear(WIDTH, WIDTH, bias=False)
+        self.S.weight.data = torch.eye(WIDTH) - self.A.T @ self.A / self.L
+
+    def forward(self, y: Tensor) -> Tensor:
+        b = y @ self.A / self.L
+        z = shrink(b, self.theta[0])
+        for k in range(1, self.rounds):
+            z = shrink(b + self.S(z), self.theta[k])
+        return z
+
+
 class FISTA(LeastSquares):
     """Beck and Teboulle 2009: the momentum grows from 0 with the rounds."""
 

@@ -268,5 +268,5 @@ def test_a_decay_that_scales_up_before_a_sum_and_down_behind_it_is_that_of_the_r
     model, found = read(lambda: Own(_scaled_up_before))
     for mixer, (time,) in zip(model.mixers, found, strict=True):
         decays = torch.exp(-functional.softplus(mixer.a)).tolist()
-        assert time.name.startswith("linear recurrence (mean |a| = ")
+        assert time.name.startswith("linear recurrence (|a| ")
         assert (time.low, time.high) == pytest.approx((min(decays), max(decays)))

@@ -129,11 +129,18 @@ class _Changes(nn.Module):
             parts = list(torch.relu(self.before(x)).chunk(2, 1))
             parts.append(torch.tanh(self.f(parts[-1])))
             return torch.relu(self.behind(torch.cat(parts, 1)))
+        if self.how == "activated":
+            x = torch.nn.functional.silu(x)
+        if self.how == "inside":
+            x = x + torch.tanh(self.f(x))
         pad = torch.nn.functional.pad(x, (0, 0, 0, 0, 0, C)) if self.how == "padded" else self.before(x)
         return torch.relu(pad + self.wide(torch.relu(self.f(x))))
 
 
-@pytest.mark.parametrize(("how", "said"), [("padded", "option A"), ("projection", "a projection"), ("chunks", "")])
+@pytest.mark.parametrize(("how", "said"), [
+    ("padded", "option A"), ("projection", "is a projection"), ("chunks", ""),
+    ("activated", "passes Silu and then a projection"), ("inside", ""),
+])  # fmt: skip
 def test_the_shortcut_of_a_step_leads_around_all_of_it(how: str, said: str) -> None:
     torch.manual_seed(0)
     (found,) = stabkit.identify(stabkit.trace(_Changes(how), torch.randn(2, C, 4, 4), depth=[""]), checks=False)

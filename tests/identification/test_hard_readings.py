@@ -92,7 +92,7 @@ def test_a_shared_norm_makes_no_shared_field():
         return x + m.parts[1](m.parts[2](x))
 
     found = read(lambda: Step(forward, dense(), dense(), nn.LayerNorm(6)))
-    assert (found.name, found.shared_weights) == ("Lie splitting (2 Euler steps)", False)
+    assert (found.name, found.shared_weights) == ("Lie splitting (2 Euler steps)", None)
 
 
 def test_a_skip_that_begins_after_a_norm_and_relu_is_transformed():

@@ -24,6 +24,7 @@ def inner(model: nn.Module, scale: float = 1.0, shape: tuple[int, ...] = (MEASUR
 
 PROXIMAL = [
     (models.ISTA, "forward Euler, then", None),
+    (models.ClampedISTA, "forward Euler, then", None),
     (models.FISTA, r"Nesterov momentum (gamma = 0.", "forward-backward"),
     (models.ConstantFISTA, "Nesterov momentum (gamma = 0.5), then", "forward-backward"),
     (models.Nonnegative, "Nesterov momentum (gamma = 0.5), then", "forward-backward"),
@@ -43,6 +44,22 @@ def test_a_proximal_map_behind_a_step_leaves_its_method_what_it_is(make, name, k
     for record in found:
         assert record.name.startswith(name)
         assert kind is None or (record.name.endswith(f"({kind})") and record.evidence == "measured")
+
+
+def test_the_first_round_of_learned_thresholding_begins_at_zero():
+    torch.manual_seed(0)
+    found = identify(trace(models.LISTA(), torch.randn(3, MEASURED)))
+    names = [record.name for record in found if not record.name.startswith(DIVIDED)]
+    assert names == ["linear step, then soft threshold (forward-backward)"] * 6
+    small = identify(trace(models.LISTA(), 0.01 * torch.randn(3, MEASURED)))  # of which the threshold leaves nothing
+    assert not any("backward_euler" in record.name for record in small)
+
+
+def test_what_a_clamp_leaves_is_the_soft_threshold():
+    torch.manual_seed(0)
+    found = inner(models.ClampedISTA())
+    assert {record.name for record in found} == {"forward Euler, then soft threshold (forward-backward)"}
+    assert {record.after for record in found} == {("Clamp", "Sub")}
 
 
 def test_a_step_without_the_adjoint_of_its_operator_is_no_primal_dual_method():

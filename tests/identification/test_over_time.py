@@ -75,12 +75,12 @@ class _Delta(nn.Module):
 
 
 @pytest.mark.parametrize("how", ["one matrix", "einsum", "bmm", "baddbmm", "sums"])
-def test_the_delta_rule_is_a_linear_recurrence_however_it_is_written(how):
+def test_the_delta_rule_is_explicit_euler_however_it_is_written(how):
     torch.manual_seed(0)
     flow = stabkit.trace(nn.Sequential(_Delta(how), _Delta(how)), torch.randn(2, 8, 6))
     found = [time for record in identify(flow, checks=False) for time in record.over_time]
     assert len(found) == 2
-    assert all(time.name.startswith("linear recurrence (a matrix, |eigenvalues| 0.") for time in found)
+    assert all(time.name.startswith("forward Euler (linear, a matrix, |eigenvalues| 0.") for time in found)
     assert all(time.evidence == "measured" and time.name.endswith(" to 1)") for time in found)
 
 

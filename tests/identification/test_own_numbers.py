@@ -135,8 +135,28 @@ def test_copies_of_a_batch_keep_the_sizes_of_their_steps():
     torch.manual_seed(0)
     found = identify(trace(Guided().double(), torch.randn(3, 5, WIDTH, dtype=torch.float64)))
     sizes = [record.step_size for record in found if record.name == "forward Euler"]
-    assert len(sizes) >= 2
-    assert len(set(sizes)) == len(sizes)
+    assert sizes == pytest.approx([0.1, 0.15, 0.25])
+
+
+def test_copies_laid_out_as_patches_have_the_sum_of_their_weights():
+    class Guided(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.f, self.embedded = dense(4), nn.Parameter(torch.randn(2, 1, 1))
+
+        def forward(self, x):
+            n = len(x)
+            for _ in range(4):
+                tokens = torch.cat([x, x]).unfold(1, 2, 2).unfold(2, 2, 2).flatten(1, 2).flatten(-2)
+                tokens = self.f(tokens + self.embedded.repeat_interleave(n, 0))
+                both = tokens.view(2 * n, 3, 3, 2, 2).transpose(2, 3).reshape(2 * n, 6, 6)
+                with_it, without = both.chunk(2)
+                x = x + 0.25 * (without + 3.0 * (with_it - without))
+            return x
+
+    torch.manual_seed(0)
+    found = identify(trace(Guided(), torch.randn(3, 6, 6)))
+    assert [(r.name, r.step_size) for r in found] == [("forward Euler", 0.25)] * 4
 
 
 def test_one_field_with_other_numbers_at_every_use_is_not_proven():
@@ -179,3 +199,35 @@ def test_every_addition_on_the_sphere_says_its_own_numbers():
     told = [note for note in record.notes if note.startswith("addition ")]
     assert len(told) == 2
     assert all(f"h from {t.min():.3g} to {t.max():.3g}" in note for note, t in zip(told, (a, b), strict=True))
+
+
+def test_numbers_of_entries_are_told_by_their_range_and_no_mean_stands_for_them():
+    class Damped(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.f, self.g = dense(WIDTH), dense(WIDTH)
+            self.a, self.s = nn.Parameter(torch.linspace(0.8, 0.9, WIDTH)), nn.Parameter(torch.rand(WIDTH) / 10)
+
+        def forward(self, x):
+            x = x + self.s * self.f(x)
+            return self.a * x + self.g(x)
+
+    class Momentum(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fields = nn.ModuleList(dense(WIDTH) for _ in range(5))
+            self.beta = nn.Parameter(torch.linspace(0.6, 0.9, WIDTH))
+
+        def forward(self, x):
+            v = torch.zeros_like(x)
+            for f in self.fields:
+                v = self.beta * v + (1 - self.beta) * f(x)
+                x = x + v
+            return x
+
+    torch.manual_seed(0)
+    x = torch.randn(3, WIDTH)
+    damped = identify(trace(nn.Sequential(*[Damped() for _ in range(3)]), x))
+    assert {r.name for r in damped} == {"Lie splitting (Euler, damped Euler (a from 0.8 to 0.9 by entry))"}
+    momenta = identify(trace(Momentum(), x))
+    assert [(r.name, r.step_size) for r in momenta[1:-1]] == [("momentum (gamma from 0.6 to 0.9 by entry)", None)] * 3

@@ -104,3 +104,23 @@ class Function(nn.Module):
 def test_sums_along_the_way_of_a_state(function, kind):
     torch.manual_seed(0)
     assert _coefficient(function) == kind
+
+
+class _Branches(nn.Module):
+    """Two branches at one point, behind one norm or each behind its own."""
+
+    def __init__(self, *, one_norm: bool) -> None:
+        super().__init__()
+        self.norms = nn.ModuleList(nn.LayerNorm(6) for _ in range(1 if one_norm else 2))
+        self.f, self.g = nn.Linear(6, 6), nn.Linear(6, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + torch.tanh(self.f(self.norms[0](x))) + torch.sigmoid(self.g(self.norms[-1](x)))
+
+
+@pytest.mark.parametrize(("one_norm", "said"), [(True, None), (False, False)])
+def test_branches_behind_one_norm_are_not_said_to_share_nothing(one_norm, said):
+    torch.manual_seed(0)
+    blocks = nn.Sequential(*[_Branches(one_norm=one_norm) for _ in range(3)])
+    records = identify(trace(blocks, torch.randn(2, 6)))
+    assert [(r.name, r.shared_weights) for r in records] == [("forward Euler, parallel branches", said)] * 3

@@ -49,7 +49,7 @@ def fit(tmp_path, callback=None, **options):
 def test_a_run_is_recorded_before_clipping_and_trains_the_same(tmp_path):
     from lightning.pytorch.loggers import CSVLogger
 
-    from stabkit.monitor.lightning import MonitorCallback
+    from stabkit import MonitorCallback
 
     plain = fit(tmp_path, gradient_clip_val=1e-3)
     callback = MonitorCallback("net", every=1, directory=tmp_path / "watch", capsules=1)
@@ -60,11 +60,11 @@ def test_a_run_is_recorded_before_clipping_and_trains_the_same(tmp_path):
     assert all(r.gradient_norm > 2e-3 and r.loss > 0 for r in monitor.records)
     assert len((tmp_path / "watch" / "records.jsonl").read_text().splitlines()) == 6
     logged = next(tmp_path.rglob("metrics.csv")).read_text()
-    assert "stabkit/3/growth" in logged
+    assert "stabkit/growth/largest" in logged
 
 
 def test_accumulated_micro_batches_are_one_step_with_the_mean_loss(tmp_path):
-    from stabkit.monitor.lightning import MonitorCallback
+    from stabkit import MonitorCallback
 
     callback = MonitorCallback(every=1, directory=None)
     fit(tmp_path, callback, accumulate_grad_batches=3)
@@ -78,7 +78,7 @@ def test_accumulated_micro_batches_are_one_step_with_the_mean_loss(tmp_path):
 
 
 def test_a_capsule_of_the_network_replays(tmp_path):
-    from stabkit.monitor.lightning import MonitorCallback
+    from stabkit import MonitorCallback
 
     class Planted(MonitorCallback):
         def on_train_batch_start(self, trainer, pl_module, batch, index):

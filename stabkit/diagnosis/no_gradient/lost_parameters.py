@@ -124,7 +124,8 @@ def _unused(found: LostGradient, call: ForwardPass, steps: tuple[int, ...], aske
     chosen_among = {role_of(path) for path in found.unused} <= used
     ran = [path for path in found.unused if path.rpartition(".")[0] not in found.idle]
     serious = asked and _share(found, ran) >= _LARGE and call.module.training and not chosen_among
-    idle = [module for module in found.idle if module]
+    kept = set(found.trainable) - set(found.lost)
+    idle = [m for m in found.idle if m and not any(path.startswith(f"{m}.") for path in kept)]  # a list does not run
     why = f"{listed(tuple(idle))} never runs" if idle else "nothing that counts is made of what they give"
     return [
         Finding(

@@ -55,8 +55,8 @@ def of_rounds(flow: FlowLike, verdict: Verdict, measurement: Measurement) -> Ver
     if 2 * rounds <= len(kinds):
         return verdict
     why = (
-        f"{rounds} of {len(kinds)} steps are rounds of one loop, and {len(kinds) - blocks} change their space, by what "
-        "they put out or have still to read; growth over depth says nothing of a loop over time"
+        f"most of the {len(kinds)} steps are rounds of one loop, whose states also hold what was put out and what is "
+        "still to be read; growth over depth says nothing of a loop over time"
     )
     return replace(not_judged(verdict, why), stretch=(0, len(kinds) - 1))
 

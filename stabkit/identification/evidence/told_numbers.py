@@ -44,7 +44,7 @@ def _contradiction(record: Identification, method: GeneralLinearMethod) -> str:
     if gain is not None and abs(gain - 1) > _READ:
         return f"the weights of all values of the field sum to {gain:.3g} h"
     told = _MOMENTUM.search(record.name)
-    if told is not None and float(told[1]):
+    if told is not None and float(told[1]) and method.states > 1:
         away = np.abs(np.linalg.eigvals(method.V) - float(told[1])).min()
         if away > _ROUND * max(1.0, float(told[1])):
             return f"V has no eigenvalue {told[1]}"

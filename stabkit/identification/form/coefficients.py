@@ -308,19 +308,19 @@ def _of_copies(factors: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Coe
     """The coefficient of a field that several copies of a batch are given to at once, and that is their combination.
 
     Copies come one after the other along the batch (classifier-free guidance), each with one weight; what multiplies
-    the field is the sum of these. None where there are no copies, or the weights cancel.
+    the field is the sum of these. Where the weights differ, entries may be laid out otherwise (rows, patches): equal
+    ones are those of a sum over entries. None where there are no copies, or the weights cancel.
     """
-    if factors.dim() != len(shape) or not shape or factors.shape[1:] != torch.Size(shape[1:]):
+    numel = math.prod(shape)
+    copies, rest = divmod(factors.numel(), numel) if numel else (0, 0)
+    if copies < 2 or rest or not factors.dim() or factors.shape[0] % copies:
         return None
-    copies, rest = divmod(factors.shape[0], shape[0]) if shape[0] else (0, 0)
-    if copies < 2 or rest:
-        return None
+    along_batch = factors.dim() == len(shape) and factors.shape[1:] == torch.Size(shape[1:])
     rows = factors.detach().double().cpu().reshape(copies, -1)
     total, largest = float(rows[:, 0].sum()), float(rows.abs().max())
-    if (
-        float((rows - rows[:, :1]).abs().max()) > _tolerance(dtype) * largest
-        or abs(total) <= _tolerance(dtype) * largest
-    ):
+    slack = _tolerance(dtype) * largest
+    differ = along_batch or float(rows.max() - rows.min()) > slack
+    if not differ or float((rows - rows[:, :1]).abs().max()) > slack or abs(total) <= slack:
         return None
     return Coefficient("scalar", _number(torch.tensor([total]), dtype), float(rows.min()), float(rows.max()), 0.0)
 

@@ -66,6 +66,19 @@ class Blocks:
         """Whether several stages evaluate one field."""
         return len({id(stage) for stage in self.rows}) > self.n_fields
 
+    @property
+    def weights_shared(self) -> bool | None:
+        """Whether stages evaluate one field; None for one stage, and where fields have some weights in common.
+
+        Branches behind one norm, or with one projection of queries, are neither one field nor fields of their own.
+        """
+        stages = {id(stage): stage for stage in self.rows}.values()
+        if self.shared or len(stages) < 2:
+            return self.shared or None
+        used = [{c for part in s.key if isinstance(part, tuple) for c in part[1]} for s in stages]
+        apart = len(set().union(*used)) == sum(map(len, used)) and not any(s.opaque for s in stages)
+        return False if apart else None
+
     def then(self, other: Blocks) -> Blocks:
         """This step followed by another; stages of one field share it across the two."""
         size, more = len(self.rows), len(other.rows)

@@ -17,6 +17,7 @@ import math
 import numpy as np
 
 from stabkit.identification.form.tableau import Blocks, Matrix
+from stabkit.identification.names.step_size import with_mass
 
 _CLOSE = 1e-5  # sums of products in single precision
 _AT_STATE = "at the state"
@@ -112,4 +113,4 @@ def told_of(count: int, m: float, w: float, begins: str) -> tuple[str, str, floa
         name = f"{count} steps of second_order_leapfrog ({same}, the older state begins {begins})"
         return name, "x'' = f(x)", math.sqrt(abs(w)), 2
     name = f"{count} steps of momentum (gamma = {m:.3g}, the older state begins {begins})"
-    return name, "eps x'' + x' = f(x), eps = 1/(1 - gamma)", abs(w), 1
+    return name, with_mass(m, abs(w)), abs(w), 1

@@ -9,6 +9,7 @@ from dataclasses import replace
 import numpy as np
 
 from stabkit.identification.fields.composites import as_one_field
+from stabkit.identification.form.coefficients import Coefficient
 from stabkit.identification.form.normal_form import NormalForm, Stage
 from stabkit.identification.form.tableau import Blocks
 from stabkit.identification.names.single import CLOSE, Name, name_one_state
@@ -73,7 +74,8 @@ def _with_scalings(parts: Sequence[tuple[NormalForm, Blocks]]) -> list[tuple[Nor
 def _named(form: NormalForm, table: Blocks, behind: float) -> Name | None:
     """The name of one addition: of a state that is held to the state, of a field, and of a linear term besides."""
     terms = form.forms[0]
-    if any(terms[v].kind != "scalar" for v in form.sources if v in terms):
+    kept = [terms[v] for v in form.sources if v in terms]
+    if any(c.kind != "scalar" and not (_damps(c) and c.value == table.V[0, 0]) for c in kept):
         return None
     held = [c for atom, c in terms.items() if atom in form.piece.contexts]
     if held and (len(table.rows) or len(held) > 1 or held[0].kind != "scalar"):
@@ -93,6 +95,11 @@ def _named(form: NormalForm, table: Blocks, behind: float) -> Name | None:
     if not name.is_known and (one := as_one_field(table)) is not None:
         name = name_one_state(one)
     return name if name.is_known else None
+
+
+def _damps(c: Coefficient) -> bool:
+    """Whether every entry has a damping of its own."""
+    return c.kind == "diagonal" and 0 <= c.low <= c.high <= 1
 
 
 def _is_linear_term(form: NormalForm, stage: Stage) -> bool:

@@ -18,6 +18,7 @@ from stabkit.identification.names.starters import adams_behind, ends_of_parts
 from stabkit.identification.names.starters import told_of as told_of_orders
 from stabkit.identification.names.step_size import step_size
 from stabkit.integrators import GeneralLinearMethod, LinearStability
+from stabkit.tracing.graph.values import meta_of
 
 CLOSE = 1e-6  # coefficients of single precision networks
 _WITH_ITS_END = 3  # stages, at least, of a method of two and the field at its end
@@ -133,10 +134,11 @@ def _scaled(what: str, a: float) -> str:
 
 
 def _is_poly(found: Blocks, h: float) -> bool:
-    """Whether fields are chained, F_n(...F_1(x)), and all added: a truncated (I - f)^-1."""
+    """Whether fields are chained, F_n(...F_1(x)), and all added, none a part of what the next reads."""
     s = len(found.rows)
     return (
         s > 1
+        and len({meta_of(stage.output).numel for stage in found.rows}) == 1
         and bool(found.V[0, 0] == 1.0)
         and np.allclose(found.A, np.eye(s, k=-1))
         and np.allclose(found.U.ravel(), np.eye(s)[0])
@@ -450,11 +452,4 @@ def _composed(found: Blocks, h: float, a: float) -> str:
         if np.allclose(b, 1.0):
             return f"Lie splitting ({s} Euler steps{held})"
         return f"splitting of {s} Euler steps, weights {', '.join(f'{x:.3g}' for x in b)}{held}"
-    return f"unnamed ({s} stages{'' if _may_be_one(found) else ' of different fields'})"
-
-
-def _may_be_one(found: Blocks) -> bool:
-    """Whether stages that are told apart have weights in common, or operations that hide what they do."""
-    used = [{c for part in stage.key if isinstance(part, tuple) for c in part[1]} for stage in found.rows]
-    total = sum(map(len, used))
-    return len(set().union(*used)) < total or any(stage.opaque for stage in found.rows)
+    return f"unnamed ({s} stages{' of different fields' if found.weights_shared is False else ''})"

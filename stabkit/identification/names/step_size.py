@@ -9,6 +9,19 @@ from stabkit.identification.form.tableau import Blocks
 NUMBER = "h: the number that multiplies the branch"
 
 
+def with_mass(gamma: float, c: float) -> str:
+    """The system of a momentum, x_(n+1) = x_n + gamma (x_n - x_(n-1)) + c f(x), in words.
+
+    Over 1 - gamma it is eps H x'' + H x' = c / (1 - gamma) f(x) at steps of one, so that H = c / (1 - gamma) is the
+    length of a step of x' = f(x) with a mass, and c is not, unless H is 1 (v' = gamma v + (1 - gamma) f).
+
+    Example:
+        >>> with_mass(0.9, 0.1)
+        "eps x'' + x' = f(x), eps = H/(1 - gamma), at steps of H = h/(1 - gamma) = 1"
+    """
+    return f"eps x'' + x' = f(x), eps = H/(1 - gamma), at steps of H = h/(1 - gamma) = {c / (1 - gamma):.3g}"
+
+
 def step_size(found: Blocks) -> tuple[float, str]:
     """The step size h of a one-state method, and the convention by which it is fixed.
 

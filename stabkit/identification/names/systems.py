@@ -16,6 +16,7 @@ from stabkit.identification.names.multistep import (
     without_unread_directions,
 )
 from stabkit.identification.names.single import CLOSE, Name, name_one_state, with_its_end, without_parallel
+from stabkit.identification.names.step_size import with_mass
 from stabkit.identification.steps.predictor_correctors import predictor_corrector
 
 LINEAR_MAP = "none: a linear map of several states, and no field"
@@ -179,7 +180,7 @@ def _two_state_one_stage(found: Blocks, *, history: bool) -> Name | None:
         name = f"damped symplectic Euler (position, velocity), friction {(1 - d0) / dt:.3g}"
         return Name(name, "x'' = f(x) - g x'", dt, "h: what multiplies both the force and the velocity", 2)
     if abs(t0 - 1 - d0) <= CLOSE and 0 < d0 < 1:
-        return Name(f"momentum (gamma = {d0:.3g})", "eps x'' + x' = f(x), eps = 1/(1 - gamma)", c, declared)
+        return Name(f"momentum (gamma = {d0:.3g})", with_mass(d0, c), c, declared)
     if not history and abs(t0 - 1 - d0) <= CLOSE and -1 < d0 < 0:  # v' = v + 2 eta (f - v), at the middle of the step
         eta = (1 - d0) / 2
         system = "x' = f(x), v' = v + 2 eta (f(x) - v) at the middle of the step"
@@ -246,7 +247,7 @@ def _second_order(found: Blocks) -> Name | None:
     c = abs(t1 / t0) if t0 else 0.0
     if 0 < d0 < 1 and c > 1e-12 and abs(t0 - 1 - d0) <= CLOSE and abs(d1 / d0 - t1 / t0) <= CLOSE * c:
         declared = "h: the number that multiplies the branch" if abs(c - 1) > CLOSE else "h = 1: only h f can be seen"
-        system = "eps x'' + x' = f(x), eps = 1/(1 - gamma), the field taken ahead of the state"
+        system = f"{with_mass(d0, c)}, the field taken ahead of the state"
         return Name(f"Nesterov momentum (gamma = {d0:.3g})", system, c, declared)
     if abs(t0 - 2) <= CLOSE and abs(t1) <= CLOSE and abs(d0 - 1) <= CLOSE and abs(d1) > 1e-12:
         return Name("forward Euler (position, velocity)", "x'' = f(x)", math.sqrt(abs(d1)),
@@ -404,7 +405,7 @@ def _look_ahead(found: Blocks, y: int, v: int) -> Name | None:
         return None
     h = abs(carried * float(found.B[v].sum()))
     declared = "h: the number that multiplies the branch" if abs(h - 1) > CLOSE else "h = 1: only h f can be seen"
-    system = "eps x'' + x' = f(x), eps = 1/(1 - gamma), the field taken ahead of the state"
+    system = f"{with_mass(b, h)}, the field taken ahead of the state"
     return Name(f"Nesterov momentum (gamma = {b:.3g}, look-ahead {mu:.3g})", system, h, declared)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -11,6 +12,8 @@ from stabkit.identification.form.normal_form import NormalForm
 from stabkit.identification.form.tableau import Blocks
 from stabkit.identification.names.step_size import NUMBER
 from stabkit.identification.record import Identification
+
+_SIZED = re.compile(r", Euler with h = \S+")
 
 
 def last_sum(parts: Sequence[Link], tables: Sequence[Blocks]) -> Blocks:
@@ -91,11 +94,16 @@ def notes_of_sums(around: Surroundings, sums: Sequence[NormalForm], table: Block
     return tuple(dict.fromkeys(notes))
 
 
-def with_mean(record: Identification) -> Identification:
-    """A record that says of which numbers its step size is the mean, where entries have numbers of their own."""
+def without_mean(record: Identification) -> Identification:
+    """A record without a step size where entries of a branch have numbers of their own, of which notes tell the range.
+
+    What the tableau has for z is their mean.
+    """
     if record.convention != NUMBER:
         return record
-    return replace(record, convention="h: the mean of the numbers that multiply the entries of the branch")
+    told = "none for all: every entry has its own, and z is that of their mean"
+    system = _SIZED.sub(", Euler with a step for each entry", record.system)
+    return replace(record, step_size=None, convention=told, system=system)
 
 
 def _adds_held(form: NormalForm) -> bool:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -12,6 +14,7 @@ from torch.autograd.graph import Node
 from stabkit.identification.form.chain import Link
 from stabkit.identification.form.coefficients import Coefficient
 from stabkit.identification.form.normal_form import NormalForm
+from stabkit.identification.form.operations import MOVES, has_matrix
 from stabkit.identification.record import Identification
 from stabkit.identification.steps.quotients import leaking_quotients
 from stabkit.integrators import stochastic_depth
@@ -72,6 +75,23 @@ def normalises(link: Link) -> bool:
     return any(map(_normalises, link.elements))
 
 
+def begins_as_it_ends(sums: Sequence[NormalForm], behind: Sequence[Link]) -> bool:
+    """Whether all stages are one field that begins with the map behind the only sum: x' = P(b + S P(b + ...)).
+
+    These are rounds of x -> P(S x + b), cut elsewhere: learned iterative thresholding, unrolled equilibria.
+    """
+    stages = [stage for form in sums for stage in form.stages]
+    if len(sums) != 1 or len(behind) != 1 or len(stages) < 2 or len({stage.key for stage in stages}) > 1:
+        return False
+    last = _bends(behind[0].form.piece.nodes)
+    return bool(last) and all(_bends(itertools.takewhile(lambda n: not has_matrix(n), s.nodes)) == last for s in stages)
+
+
+def _bends(nodes: Iterable[Node]) -> Counter[str]:
+    """The operations of a map, but for moves."""
+    return Counter(name for name in map(operation, nodes) if name not in MOVES)
+
+
 def norms_after(links: Sequence[Link]) -> int:
     """How many sums are followed by a norm."""
     count, open_sum = 0, False
@@ -113,11 +133,7 @@ def with_gates(record: Identification, kinds: set[str], sums: Sequence[NormalFor
         if record.name.startswith("unnamed"):
             return replace(record, name="unnamed (stages weighed by gates)", method=None, recorded=())
     if kinds == {"diagonal"}:
-        entries = [c for form in sums for c in form.forms[0].values() if c.kind == "diagonal"]
-        if any(c.low < 0 or c.high > 1 for c in entries):
-            name, system = f"diagonal skip (mean a = {record.skip:.3g})", "x' = f(x) + (a - 1) x, a of either sign"
-            record = replace(record, name=name, system=system)
-        return replace(record, notes=("every coordinate has its own damping; a is their mean", *record.notes))
+        return with_own_damping(record, [form.forms[0][a] for form in sums for a in form.sources if a in form.forms[0]])
     if "gate" not in kinds:
         return record
     gates = [c for form in sums for c in form.forms[0].values() if c.kind == "gate"]
@@ -163,11 +179,31 @@ def with_gates(record: Identification, kinds: set[str], sums: Sequence[NormalFor
     )
 
 
+def with_own_damping(record: Identification, skips: Sequence[Coefficient]) -> Identification:
+    """A record of skips with a number for each entry: it tells their range, and not the mean that the tableau holds."""
+    entries = [c for c in skips if c.kind == "diagonal"]
+    name, system = record.name, record.system
+    if any(c.low < 0 or c.high > 1 for c in entries):
+        name, system = f"diagonal skip ({'; '.join(_ranges(entries))})", "x' = f(x) + (a - 1) x, a of either sign"
+    for c, told in zip(entries, _ranges(entries), strict=True):
+        name = name.replace(f"a = {c.value:.3g}", told)
+    if record.skip is not None and len(skips) > 1:  # the product of several
+        name = name.replace(f"a = {record.skip:.3g}", "a by entry")
+    if record.method is not None:
+        record.method.name = name
+    why = f"every entry has a damping of its own ({'; '.join(_ranges(entries))}): the tableau holds their mean"
+    return replace(record, name=name, system=system, notes=(why, *record.notes))
+
+
+def _ranges(entries: Sequence[Coefficient]) -> list[str]:
+    return [f"a from {c.low:.3g} to {c.high:.3g} by entry" for c in entries]
+
+
 def scaled_by_entries(record: Identification, total: Coefficient) -> Identification:
     """A record of a state whose entries are multiplied by a number each, while nothing is added to it."""
     by = "gates" if total.kind == "gate" else "numbers"
     why = f"every entry is multiplied by a number of its own, from {total.low:.3g} to {total.high:.3g} here"
-    name = f"state times {by} (mean a = {total.value:.3g}), no branch"
+    name = f"state times {by} (a from {total.low:.3g} to {total.high:.3g} by entry), no branch"
     return replace(record, name=name, evidence="measured", system=f"x' = (a{'(x)' * (by == 'gates')} - 1) x",
                    notes=(why, *record.notes))  # fmt: skip
 

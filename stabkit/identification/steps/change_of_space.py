@@ -26,7 +26,12 @@ def change_of_space(links: Sequence[Link], opaque: Sequence[str]) -> str:
     if any(link.kind == "map" and link.form is not form for link in links):
         return f"{text}; hidden in {', '.join(opaque)}" if opaque else text  # what leads around one part is no shortcut
     if affine and not parts and len(terms) > len(affine):
-        return f"{text}; the shortcut is a projection, a linear map"
+        before = links[: [link.form for link in links].index(form)]
+        if any(link.kind in ("sum", "join") for link in before):
+            return text  # what leads around the rest is no shortcut
+        bent = dict.fromkeys(name for link in before if link.kind == "weightless" for name in link.operations)
+        way = f"passes {', '.join(bent)} and then" if bent else "is"
+        return f"{text}; the shortcut {way} a projection, a linear map"
     if parts and len(terms) > len(parts):
         if parts[0].kind == "part":
             takes = all(_takes_entries(form, a) for a in form.sources if a in terms)

@@ -7,6 +7,7 @@ of the whole system at once; new values, in the order in which they are made, a 
 from __future__ import annotations
 
 import itertools
+import math
 import re
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -16,6 +17,7 @@ from torch.autograd.graph import Node
 
 from stabkit.identification.evidence.reproduction import confirmed
 from stabkit.identification.form.chain import Link
+from stabkit.identification.form.coefficients import Coefficient
 from stabkit.identification.form.flow_index import Surroundings
 from stabkit.identification.form.formed_ahead import as_made
 from stabkit.identification.form.normal_form import NormalForm
@@ -39,7 +41,10 @@ _DRIVEN = (
     "scaled skip",
 )
 #: Streams that are carried on by a number below one, and driven by others or by a field of their own.
-_DAMPED = re.compile(r"(?:forward Euler|running sum|damped Euler|diagonal skip)(?: \((?:mean )?a = (0\.\d+)\))?")
+_DAMPED = re.compile(
+    r"(?:forward Euler|running sum|damped Euler|diagonal skip)"
+    r"(?: \(a (?:= )?(0\.\d+|from 0\.\d+ to (?:1|0\.\d+) by entry)\))?"
+)
 _OWN_SIZES = "none for all: every state has its own"
 _SAME = 1e-6  # numbers of single precision networks
 
@@ -362,29 +367,39 @@ def _is_apart(form: NormalForm) -> bool:
 
 @dataclass(frozen=True)
 class _Kept:
-    """What an old state is multiplied by on the way to the new one: a number, or the mean of one for every entry."""
+    """What an old state is multiplied by on the way to the new one: a number, or one for every entry.
+
+    Attributes:
+        value: the number; the mean of several.
+        low: the smallest.
+        high: the largest.
+    """
 
     value: float
-    is_mean: bool
+    low: float
+    high: float
 
     def __str__(self) -> str:
-        return f"{self.value:.3g}" + " in the mean" * self.is_mean
+        return f"{self.value:.3g}" if self.low == self.high else f"{self.low:.3g} to {self.high:.3g} by entry"
 
 
 def _kept(links: Sequence[Link]) -> list[_Kept] | None:
     """The numbers before the old state in every addition, with those that multiply it on the way there."""
     found: list[_Kept] = []
-    factor, mean = 1.0, False
+    factors: list[Coefficient] = []
     for link in links:
         c = link.form.forms[0].get(link.form.sources[0])
         if link.kind in ("sum", "scaling"):
             if c is None or c.kind not in ("scalar", "diagonal"):
                 return None
-            factor, mean = factor * c.value, mean or c.kind == "diagonal"
+            factors.append(c)
+        if sum(c.kind == "diagonal" for c in factors) > 1:
+            return None  # of a product the ends are no products of the ends
         if link.kind == "sum":
-            found.append(_Kept(factor, mean))
+            value, *ends = (math.prod(getattr(c, what) for c in factors) for what in ("value", "low", "high"))
+            found.append(_Kept(value, min(ends), max(ends)))
         if link.kind != "scaling":
-            factor, mean = 1.0, False
+            factors = []
     return found
 
 

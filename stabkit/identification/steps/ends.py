@@ -20,20 +20,21 @@ from stabkit.identification.form.flow_index import Surroundings
 from stabkit.identification.form.formed_ahead import as_made
 from stabkit.identification.form.operations import ADDS, MOVES, PRODUCTS
 from stabkit.identification.form.pieces import Piece
-from stabkit.identification.form.slots import Slots, collectors, joined, parts_of
+from stabkit.identification.form.slots import Slots
 from stabkit.identification.form.sub_steps import cuts
 from stabkit.identification.names.single import CLOSE, NO_STEP
 from stabkit.identification.record import Identification, nothing
 from stabkit.identification.steps.alignment import Images, images_after, images_before, is_same_from
-from stabkit.identification.steps.forks_and_joins import holds_a_step, inside, kind_of
+from stabkit.identification.steps.forks_and_joins import changes_count, holds_a_step, inside, kind_of
 from stabkit.identification.steps.same_steps import number_beside
+from stabkit.identification.steps.states_between import made_by, read_by
 from stabkit.integrators import GeneralLinearMethod
 from stabkit.tracing.graph.values import Value, meta_of, operation
 
 Reader = Callable[[Slots, tuple[int, ...]], Identification]
 
 _MOST = 4  # states of which every order is tried
-_SAME = "the first step of its kind: it does what the next one does"
+_SAME = "the first step of its kind: it does what the next of that kind does"
 _SAME_PART = "the first step of its kind: it does what that part does"
 _SECOND_ORDER = "x'' ="  # systems whose force is multiplied by h^2
 _NO_METHOD = (
@@ -97,19 +98,34 @@ def with_ends(records: Sequence[Identification], around: Surroundings, read: Rea
     while i < len(records):
         record, count = records[i], 1
         better = None
-        if _are_like(record, records[i + 1 : i + 3]):
-            better = _first(around, record, _common(*records[i + 1 : i + 3]), read)
-        if better is None and i and _are_like(record, records[i - 1 : i - 3 if i > 2 else None : -1]):
-            better, count = _last_of(around, records, i, read)
+        for apart in (1, 2):
+            behind, before = records[i + apart :: apart], records[i - apart :: -apart] if i >= apart else ()
+            if better is None and (like := _like(record, behind, records[i + 1 : i + apart])):
+                better = _first(around, record, like, read)
+            if better is None and (like := _like(record, before, records[i + 1 - apart : i])):
+                better, count = _last_of(around, records, i, like, read)
         found.append(better or record)
         i += count
     return found
 
 
-def _are_like(record: Identification, beside: Sequence[Identification]) -> bool:
-    """Whether two steps on one side of another are of one method, and that is of another kind, or was not read."""
-    kinds = {kind_of(one) for one in beside}
-    return len(beside) == 2 and all(map(_is_read, beside)) and len(kinds) == 1 and kind_of(record) not in kinds
+def _like(
+    record: Identification, beside: Sequence[Identification], between: Sequence[Identification]
+) -> Identification | None:
+    """What two steps on one side of another have in common: of one method, and of another kind than that.
+
+    Of three steps only the one between the ends is read. What lies ``between`` is a step that takes turns with them: a
+    message and an update, attention and a feed-forward net.
+    """
+    if len(beside) < 2:
+        return None
+    one, other = beside[:2]
+    if changes_count(record) and changes_count(other):
+        other = one
+    kinds = {kind_of(one), kind_of(other)}
+    alike = _is_read(one) and _is_read(other) and len(kinds) == 1 and kind_of(record) not in kinds
+    turns = all(_is_read(third) and kind_of(third) not in kinds for third in between)
+    return _common(one, other) if alike and turns else None
 
 
 def _common(record: Identification, other: Identification) -> Identification:
@@ -127,13 +143,13 @@ def _common(record: Identification, other: Identification) -> Identification:
 
 
 def _last_of(
-    around: Surroundings, records: Sequence[Identification], i: int, read: Reader
+    around: Surroundings, records: Sequence[Identification], i: int, before: Identification, read: Reader
 ) -> tuple[Identification | None, int]:
     """The record of a last step, and of how many records it is made: two where it was cut.
 
     What was cut off it may be read by itself: x' = y - h f(y), behind y = x + m (x - x_0), looks like an Euler step.
     """
-    record, before = records[i], _common(records[i - 1], records[i - 2])
+    record = records[i]
     better = _last(around, record, before, read)
     known = better is not None and _is_step(better)
     if known or _is_read(record) or i + 1 == len(records):
@@ -180,7 +196,7 @@ def _first(around: Surroundings, record: Identification, beside: Identification,
     for known in _known(around, beside, alone=_is_read(record)):
         slots, start, stop = known.slots, record.steps[0], record.steps[-1] + 1
         nodes = around.nodes(start, stop)
-        made = _made_here(around, nodes, slots.sources, record, beside)
+        made = made_by(around, record, slots.sources, beside)
         if made is None or not any(v.node in nodes for v in made):
             return None
         pairs = zip(slots.targets, made, strict=True)
@@ -192,22 +208,6 @@ def _first(around: Surroundings, record: Identification, beside: Identification,
             if better is not None:
                 return better
     return None
-
-
-def _made_here(
-    around: Surroundings,
-    nodes: Sequence[Node],
-    states: tuple[Value, ...],
-    record: Identification,
-    beside: Identification,
-) -> tuple[Value, ...] | None:
-    """The old states of the next step as a step makes them: parts that it has just joined, where they are split."""
-    before = around.flow.states[record.steps[0]].values
-    if all(v.node in nodes or v in before for v in states):
-        return states
-    whole = around.flow.states[beside.steps[0]].values
-    parts = joined(around.graph, nodes, whole[0]) if len(whole) == 1 else None
-    return parts if parts is not None and len(parts) == len(states) else None
 
 
 def _begun(
@@ -258,9 +258,11 @@ def _nodes_of(around: Surroundings, part: _Part) -> list[Node]:
 
 
 def _held(around: Surroundings, record: Identification, images: Images, part: _Part) -> tuple[Value, ...]:
-    """What a step reads and holds fixed."""
-    own = around.slots(record.steps[0], record.steps[-1] + 1).contexts
-    known = (images.get(v) for v in part.slots.contexts)
+    """What a step reads and holds fixed, or makes for the steps behind it to hold fixed."""
+    start, stop = record.steps[0], record.steps[-1] + 1
+    own = around.slots(start, stop).contexts
+    here = {*around.flow.states[start].values, *around.flow.states[stop].values}
+    known = (images.get(v, v if v in here else None) for v in part.slots.contexts)
     return tuple(dict.fromkeys([*own, *(v for v in known if v is not None)]))
 
 
@@ -339,7 +341,7 @@ def _last(around: Surroundings, record: Identification, beside: Identification, 
         slots = known.slots
         own = set(known.piece.nodes)
         nodes = [n for n in around.nodes(beside.steps[0], stop) if n not in own]
-        sources = _read_here(around, around.nodes(start, stop), slots.targets, start)
+        sources = read_by(around, record, slots.targets, beside)
         if sources is None:
             return None
         images = images_after(around.graph, dict(zip(slots.sources, sources, strict=True)), known.piece.nodes, nodes)
@@ -389,21 +391,6 @@ def _dropped(
     part = _Part(slots, known.record)
     why = f"the last step of its kind: {len(slots.targets) - len(left)} of its {len(slots.targets)} states are not read"
     return _told(_scaled(_without_numbers(known.record, record), scale), record, part, why, ": a join")
-
-
-def _read_here(
-    around: Surroundings, nodes: Sequence[Node], states: tuple[Value, ...], start: int
-) -> tuple[Value, ...] | None:
-    """The new states of the step before as a step reads them: parts that it splits at once, where they are joined."""
-    values, last = around.flow.states[start].values, collectors(around.flow)
-    if len(states) < 2 or (len(values) > 1 and not set(states).isdisjoint(values)):
-        return states
-    # of a trajectory that is kept, the newest
-    whole = [v for v in values if len(values) == 1 or set(states) <= set(around.graph.inputs.get(v.node, ()))]
-    if len(whole) != 1:
-        return states
-    parts = parts_of(around.graph, [node for node in nodes if node not in last or len(values) == 1], whole[0])
-    return parts if parts is not None and len(parts) == len(states) else None
 
 
 def _told(inner: Identification, record: Identification, part: _Part, why: str, ending: str) -> Identification:

@@ -22,6 +22,7 @@ from stabkit.identification.form.slots import Slots, joined
 from stabkit.identification.form.sub_steps import composed_name, with_readout
 from stabkit.identification.form.tableau import Blocks, blocks
 from stabkit.identification.names.alternating import alternating_affine
+from stabkit.identification.names.by_entry import OWN_SIZES, told_by_entry
 from stabkit.identification.names.compositions import direction, name_composition, shears
 from stabkit.identification.names.operator_splittings import name_splitting
 from stabkit.identification.names.single import Name
@@ -129,7 +130,12 @@ def _named(
         named = replace(named, name=LEAPFROG_OR, system=_EITHER)
     if named.order == 2 and direction(shears(table) or ()) < 0:
         named = replace(named, h=-named.h)
-    method = table.method(named.unit)
+    unit = named.unit
+    if diagonal:
+        mean = blocks(form, found.contexts)
+        other = named if mean is None else name_several_states(mean, symmetric=symmetric, gated=gated)
+        named = told_by_entry(named, other, [c for c in coefficients if c.kind == "diagonal"])
+    method = table.method(unit)
     method.name = named.name
     checks: tuple[Check, ...] = ()
     if around.checks and (named.name == HAMILTONIAN or named.name.startswith("reversible")):
@@ -142,16 +148,16 @@ def _named(
         name=named.name,
         method=method,
         skip=None,
-        step_size=named.h,
+        step_size=None if named.convention == OWN_SIZES else named.h,
         convention=named.convention,
         evidence="proven" if certified and named.is_known else "measured",
         residual=max((c.residual for c in coefficients), default=0.0),
         steps=steps,
         notes=(*([] if pending is None else [told_of(len(form.sources))]), *_notes(around, form, table, found)),
         system=named.system,
-        shared_weights=table.shared if len(table.rows) > 1 else None,
+        shared_weights=table.weights_shared,
         checks=checks,
-        recorded=table.recorded_with(named.unit),
+        recorded=table.recorded_with(unit),
     )
     if readout is not None and record.evidence == "proven":  # outputs may be other entries of what the fields give out
         old, new = form.sources[readout.source], form.targets[readout.target]
@@ -228,7 +234,7 @@ def _notes(around: Surroundings, form: NormalForm, table: Blocks, found: Slots) 
     if found.contexts:
         notes.append(f"{len(found.contexts)} tensor(s) from before are held fixed")
     if any(c.kind == "diagonal" for terms in form.forms for c in terms.values()):
-        notes.append("every coordinate has coefficients of its own: those of the first are shown")
+        notes.append("every entry has numbers of its own: the tableau is that of the first")
     learned = around.learned_factors(form.piece)
     if learned:
         notes.append(f"learned factors: {', '.join(learned)}")

@@ -122,12 +122,12 @@ def with_fed_step(record: Identification, around: Surroundings, sums: Sequence[N
     low, high = min(c.low for c in fed), max(c.high for c in fed)
     i = "_i" * (len(sums) > 1)
     are = "s are" if i else " is"
-    how = f"h: its mean; the field{are} h{i}(c) F{i}(x), and h{i} is from {low:.3g} to {high:.3g} here"
+    how = f"none for all: the field{are} h{i}(c) F{i}(x), and h{i} is from {low:.3g} to {high:.3g} here"
     told = " and ".join(f"input {name!r}" for name in around.flow.side_inputs)
-    why = f"h(c), a number for every entry, is made of what is held fixed: {told}"
+    why = f"h(c), {low:.3g} to {high:.3g} by entry here, is made of what is held fixed: {told}"
     name = f"Lie splitting ({len(sums)} Euler steps)" if record.name.startswith("splitting of ") else record.name
     notes = tuple(note for note in record.notes if "LayerScale" not in note)
-    return replace(record, name=name, convention=how, evidence="measured", notes=(why, *notes))
+    return replace(record, name=name, step_size=None, convention=how, evidence="measured", notes=(why, *notes))
 
 
 def _predicted(piece: Piece, atom: Value) -> tuple[Tensor, str] | None:

@@ -25,6 +25,7 @@ from stabkit.tracing.graph.graph import element_of
 from stabkit.tracing.graph.values import Value, meta_of, operation, outputs_of, random_tensors
 
 _ROUNDINGS = 64.0
+_CLAMPS = frozenset({"Clamp", "ClampMax", "ClampMin", "Hardtanh", "Maximum", "Minimum"})
 _SAME = 1e-4  # thresholds in single precision
 
 
@@ -130,6 +131,22 @@ def soft_threshold(flow: Flow, index: int, link: Link) -> tuple[float, float] | 
         return None
     y, slope = _recorded(piece, source), _slope(piece, source, target)
     return None if y is None or slope is None else _soft_threshold(y, result.detach(), slope)
+
+
+def with_clamps_taken_off(links: Sequence[Link]) -> Sequence[Link]:
+    """Links whose last is a map and no sum where a clamp is all that is taken off: x - clamp(x, -t, t).
+
+    That is the soft threshold, whose slopes are 0 and 1 as those of a clamp are.
+    """
+    *before, last = links
+    stages = last.form.stages if last.kind == "sum" else ()
+    made = [operation(node) for stage in stages for node in stage.nodes if operation(node) not in MOVES]
+    if len(stages) != 1 or not made or not _CLAMPS.issuperset(made):
+        return links
+    slope = _slope(last.form.piece, last.form.sources[0], last.form.targets[0])
+    if slope is None or not bool(((slope == 0) | (slope == 1)).all()):
+        return links
+    return (*before, replace(last, kind="weightless", nodes=(*last.nodes, last.form.targets[0].node)))
 
 
 def learned_threshold(flow: Flow, steps: tuple[int, ...], links: Sequence[Link]) -> Identification | None:

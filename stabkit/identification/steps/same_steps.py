@@ -149,9 +149,10 @@ def _inputs_agree(
     for terms in left:
         if terms not in different:
             different.append(terms)
-    if len(mine) != len(different):
+    ours = {tuple((a, c.value) for a, c in terms.items()): terms for terms in mine}  # a row of nodes along two axes
+    if len(ours) != len(different):
         return False
-    for own, terms in zip(mine, different, strict=True):
+    for own, terms in zip(ours.values(), different, strict=True):
         if not shared and len(own) == 1 and own.keys() == terms.keys():
             continue
         if not _rows_agree(own, terms, outputs, scales):

@@ -14,13 +14,13 @@ import contextlib
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import Node
 
 from stabkit.identification.form.operations import ADDS, MOVES
+from stabkit.identification.steps.input_weights import SAVED, explicit_step, weighs, weight_of_input
 from stabkit.tracing import Flow
 from stabkit.tracing.graph.graph import Graph
 from stabkit.tracing.graph.scans import Scan, scans_between
@@ -61,12 +61,18 @@ class Made:
         residual: relative spread of the constant in its derivative.
         convex: whether the input enters with the weight 1 - a.
         input_follows: whether the weight of the input is made of the same z; None without a rule.
+        weight: what the weight of the input is besides, see `weight_of_input`; of an exponential alone.
+        explicit: whether it is a step of explicit Euler, see `explicit_step`.
+        fed: whether the input makes the size of that step.
     """
 
     rule: str = ""
     residual: float = 0.0
     convex: bool = False
     input_follows: bool | None = None
+    weight: str = ""
+    explicit: str = ""
+    fed: bool = False
 
 
 class Histories:
@@ -81,9 +87,10 @@ class Histories:
         with _copied_parameters(flow.model):
             self._pass: TrainingPass = training_pass(flow.forward_pass, None, watching, differentiate=False)
         self._scans: dict[str, list[Scan]] = {}
+        self._inputs = [source.value for source in watching.sources]
         if self._pass.loss is None:
             return
-        sources = [value_of(p) for p in self._pass.parameters.values()] + [s.value for s in watching.sources]
+        sources = [value_of(p) for p in self._pass.parameters.values()] + self._inputs
         self._graph = Graph(sources, [value_of(self._pass.loss)], prune=False)
         for scan in scans_between(self._graph, 0, len(self._graph.nodes), self._pass.parameters.values()):
             self._scans.setdefault(path_of(self._pass, scan.cycle[-1]), []).append(scan)
@@ -98,7 +105,7 @@ class Histories:
         """
         located = self._located(path, place, count)
         if located is None:
-            return Made()
+            return self._explicit(path, place, count)
         scan, product, factors = located
         if operation(product) == "Lerp":
             return Made(convex=True)
@@ -111,12 +118,28 @@ class Histories:
             for v in self._graph.inputs[node]
             if v not in own and v.node not in scan.cycle
         ]
-        convex = not factor.is_matrix and any(_weighs(v, 1 - factor.number) for v in added)
+        convex = not factor.is_matrix and any(weighs(v, 1 - factor.number) for v in added)
         found = _rule(factors)
         if found is None:
-            return Made(convex=convex)
+            return Made(convex=True) if convex else self._explicit(path, place, count)
         rule, residual, z = found
-        return Made(rule.name, residual, convex, any(self._is_made_of(v, z) for v in added) if added else None)
+        follows = any(self._is_made_of(v, z) for v in added) if added else None
+        weight = weight_of_input(added, factor.number) if rule.name == "exponential" and not factor.is_matrix else ""
+        return Made(rule.name, residual, convex, follows, weight)
+
+    def _explicit(self, path: str, place: int, count: int) -> Made:
+        scans = self._scans.get(path, [])
+        scan = scans[place] if len(scans) == count else None
+        if scan is None or len(scan.states[0]) != 1 or len(scan) < 1:
+            return Made()
+        before, after = (scan.states[time] for time in (scan.middle, scan.middle + 1))
+        how, size = explicit_step(before, after[0], scan.cycle)
+        return Made(
+            explicit=how,
+            fed=size is not None
+            and size.node not in scan.cycle
+            and any(self._is_made_of(size, v) for v in self._inputs),
+        )
 
     def levers(self, path: str, place: int, count: int) -> list[tuple[str, float]]:
         """Parameters of the module whose entries all move the factor of a recurrence the same way.
@@ -174,9 +197,10 @@ class Histories:
             return None
         scan = scans[place]
         products = [node for node in scan.cycle if operation(node) not in _SUMS]
-        if len(products) != 1:
-            return None
         own = {v for values in scan.states for v in values}
+        met = [sum(v in own or v.node in scan.cycle for v in self._graph.inputs[node]) for node in scan.cycle]
+        if len(products) != 1 or max(met) > 1:  # h + z (u - h): z is no factor of the state
+            return None
         factors = self._factors(scan, products[0], lambda v: v in own or v.node in scan.cycle)
         return (scan, products[0], factors) if factors else None
 
@@ -251,18 +275,9 @@ class _Factor:
     is_matrix: bool = False
 
 
-_SAVED = {  # of the products: where they keep which of their arguments
-    "Mul": {0: "_saved_self", 1: "_saved_other"},
-    "Div": {0: "_saved_self", 1: "_saved_other"},
-    "Mm": {0: "_saved_self", 1: "_saved_mat2"},
-    "Addmm": {1: "_saved_mat1", 2: "_saved_mat2"},
-    "Lerp": {0: "", 2: "_saved_weight"},
-}
-
-
 def _place(product: Node, is_state: Callable[[Value], bool]) -> int | None:
     """Which argument of a product multiplies the state; None where there is more than one state in it."""
-    known = _SAVED.get(operation(product), {})
+    known = SAVED.get(operation(product), {})
     given = [None if parent is None else Value(parent, output) for parent, output in product.next_functions]
     states = [i for i in known if (v := given[i]) is not None and is_state(v)]
     if len(states) != 1 or (operation(product) in ("Div", "Lerp") and states != [0]):
@@ -272,7 +287,7 @@ def _place(product: Node, is_state: Callable[[Value], bool]) -> int | None:
 
 def _factor(product: Node, place: int) -> _Factor | None:
     name = operation(product)
-    number = getattr(product, _SAVED[name][place], None)
+    number = getattr(product, SAVED[name][place], None)
     if not isinstance(number, Tensor):
         return None
     number = number.detach()
@@ -367,28 +382,3 @@ def _of_matrix(rule: Rule, factors: Sequence[_Factor], above: Sequence[Value]) -
 
 def _eye(a: Tensor) -> Tensor:
     return torch.eye(len(a), dtype=a.dtype, device=a.device)
-
-
-def _weighs(value: Value, weight: Tensor) -> bool:
-    """Whether a value is a product one of whose factors is a given number for every entry."""
-    node, selected = value.node, list[tuple[int, int]]()
-    while operation(node) in MOVES and node.next_functions and (parent := node.next_functions[0][0]) is not None:
-        if operation(node) == "Select":
-            saved: Any = node
-            selected.append((saved._saved_dim, saved._saved_index))
-        node = parent
-    if operation(node) != "Mul":
-        return False
-    for name in ("_saved_self", "_saved_other"):
-        number = getattr(node, name, None)
-        if not isinstance(number, Tensor):
-            continue
-        number = number.detach()
-        for axis, index in reversed(selected):
-            if axis < number.dim() and index < number.shape[axis]:
-                number = number.select(axis, index)
-        if number.numel() == weight.numel() or number.numel() == 1:
-            difference = (number.reshape(-1) - weight.reshape(-1)).abs()
-            if bool((difference <= _tolerance(weight)).all()):
-                return True
-    return False

@@ -14,6 +14,7 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
+import torch
 from torch.autograd.graph import Node
 
 from stabkit import integrators
@@ -23,6 +24,7 @@ from stabkit.identification.reading import read
 from stabkit.identification.record import Identification, Recurrence
 from stabkit.identification.steps.linear_recurrence import Coupling, coupling
 from stabkit.identification.steps.step_rules import Histories, Made
+from stabkit.identification.time.rates import rates, rates_of_oscillators, rule_of_constants
 from stabkit.integrators import LinearStability
 from stabkit.tracing import Flow
 from stabkit.tracing.graph.scans import Scan
@@ -41,6 +43,12 @@ _METHODS = {"trapezoid": "trapezoid", "backward Euler": "backward_euler"}
 _WITHOUT_NUMBERS = ("plain", "forward Euler")  # names that claim none, so that they hold whatever the input makes
 _FOLLOWS = "the weight of the input is made of the same h A as the factor of the state"
 _BOTH_ENDS = "u at both ends of the step"
+_WEIGHTS = {
+    "held": "the weight of the input has the factor a - 1, as that of an input held over the step has (ZOH)",
+    "variance": "the input has the weight sqrt(1 - a^2), not that of a held input (ZOH): it keeps the variance of a "
+    "state that white noise drives (exact for a process of Ornstein and Uhlenbeck)",
+}
+_EXPLICIT = "state and input have a factor h in common: explicit Euler with the step h"
 _OWN = "the input enters with a weight that is made of other numbers, such as h B"
 
 
@@ -229,22 +237,35 @@ def linear_recurrence(
     """
     values = coupled.eigenvalues()
     sizes = np.abs(values)
-    low, high, mean = float(sizes.min()), float(sizes.max()), float(sizes.mean())
+    low, high = float(sizes.min()), float(sizes.max())
     told = [*notes, f"|eigenvalues| of a time step from {low:.4g} to {high:.4g}"]
     if fed:
         told.append(f"they depend on the input, and are those at time {time} of {n_steps}")
     evidence, residual = "measured", coupled.residual
     method: LinearStability | None = None
+    if not fed and not made.rule and coupled.size > 1 and (rule := _rule_of_constants(coupled)):
+        made = Made(rule)
+        told.append("a constant matrix: under this rule alone few numbers make up its A")
     if made.rule:
         called, system = _CALLED[made.rule]
         if made.rule == "exponential" and taps > 1:
             called, system = "exponential trapezoid (two-point input", f"{system}, {_BOTH_ENDS}"
-        name = f"{called}, mean |a| = {mean:.3g})"
-        residual = made.residual
-        told.append(_FOLLOWS if made.input_follows else _OWN)
+        name = f"{called}, {_sizes(low, high)})"
+        residual = max(made.residual, residual)
+        told += [*filter(None, [rates(made.rule, values)])]
+        if made.weight in _WEIGHTS or made.input_follows is not None:
+            told.append(_WEIGHTS.get(made.weight) or (_FOLLOWS if made.input_follows else _OWN))
         method = integrators.named(_METHODS[made.rule]) if made.rule in _METHODS else None
+    elif made.explicit:
+        size = _sizes(low, high) if coupled.size == 1 else f"a matrix, |eigenvalues| {low:.3g} to {high:.3g}"
+        decay = made.explicit == "decay"
+        name = f"{'decay and then ' * decay}forward Euler (linear, {size})"
+        system = "x' = -gamma x and x' = A x + B u in turn, a Lie splitting" if decay else "x' = A x + B u"
+        told.append(f"{_EXPLICIT}{', which the input makes' * made.fed}")
     elif coupled.size > 1:
         name, system = _of_blocks(coupled, low, high)
+        if name.startswith(("symplectic Euler", "backward Euler")):
+            told += [*filter(None, [rates_of_oscillators(_real_blocks(coupled))])]
     else:
         name, system = _of_numbers(values.ravel(), made, fed)
         constant = not fed and low == high and not np.iscomplex(values).any()
@@ -256,13 +277,31 @@ def linear_recurrence(
     )
 
 
+def _real_blocks(coupled: Coupling) -> np.ndarray[Any, np.dtype[np.float64]]:
+    blocks = coupled.blocks.real.reshape(-1, coupled.size, coupled.size)
+    return torch.unique(blocks.double(), dim=0).numpy()
+
+
+def _rule_of_constants(coupled: Coupling) -> str | None:
+    """The rule by which one real matrix was made that is a constant of the code; None where there are several."""
+    blocks = _real_blocks(coupled)
+    spread = float(np.abs(blocks - blocks[:1]).max())
+    same = not coupled.blocks.is_complex() and spread <= _CLOSE * float(np.abs(blocks).max())
+    return rule_of_constants(blocks[0]) if same else None
+
+
+def _sizes(low: float, high: float) -> str:
+    """The moduli of the numbers that multiply the entries of a state."""
+    return f"|a| = {low:.3g}" if f"{low:.3g}" == f"{high:.3g}" else f"|a| from {low:.3g} to {high:.3g}"
+
+
 def _of_numbers(a: np.ndarray[Any, Any], made: Made, fed: bool) -> tuple[str, str]:
     """The name where every entry of the state is multiplied by a number of its own."""
     mean = float(np.abs(a).mean())
     one = np.ptp(np.abs(a)) == 0.0 and not np.iscomplex(a).any()
     if one and a[0] == 1.0:
         return "sum over time (a = 1)", "x' = u"
-    number = f"a = {a[0].real:.3g}" if one else f"mean |a| = {mean:.3g}"
+    number = f"a = {a[0].real:.3g}" if one else _sizes(float(np.abs(a).min()), float(np.abs(a).max()))
     if made.convex and fed:
         return f"gated Euler (mean a = {mean:.3g})", "x' = z(u) (v(u) - x), or the exponential step exp(-tau) = 1 - z"
     if made.convex:
@@ -274,7 +313,7 @@ def _of_numbers(a: np.ndarray[Any, Any], made: Made, fed: bool) -> tuple[str, st
 def _of_blocks(coupled: Coupling, low: float, high: float) -> tuple[str, str]:
     """The name where entries are coupled: oscillators by the invariants of all their blocks, else a matrix."""
     if coupled.size == 2 and not (coupled.blocks.is_complex() and bool(coupled.blocks.imag.any())):
-        M = coupled.blocks.real.reshape(-1, 2, 2).double().numpy()
+        M = _real_blocks(coupled)
         trace, det = np.trace(M, axis1=1, axis2=2), np.linalg.det(M)
         turns = np.abs(trace) < 2 * np.sqrt(np.abs(det))
         drifts = (

@@ -1,0 +1,97 @@
+"""Whether a training step is fit to be taken: what a loop asks before it lets the optimizer step."""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Callable
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from stabkit.diagnosis import Finding
+from stabkit.monitor.parameters import Parameters
+from stabkit.monitor.ranks import TrainingRanks
+from stabkit.monitor.rules import AlertRules
+
+_HARMFUL = ("exploding", "non_finite")  # kinds of findings that are about the batch or the weights of this very step
+_OF_ALL = 0.5  # of the largest gradient of all before: a smaller one has been borne
+
+
+class Seen:
+    """What a monitor saw of one training step.
+
+    Attributes:
+        step: number of the training step.
+        findings: what was found at it.
+    """
+
+    def __init__(self, step: int, findings: tuple[Finding, ...] = (), judge: Callable[[], bool] | None = None) -> None:
+        self.step = step
+        self.findings = findings
+        self._judge = judge
+
+    @cached_property
+    def healthy(self) -> bool:
+        """Whether loss and gradients are finite and no larger than steps have borne before, so that a step may be made.
+
+        It is measured when asked for: that reads every gradient once and waits for the device. Processes that train
+        together all have to ask, and get the same answer. What is asked for once is remembered.
+        """
+        return True if self._judge is None else self._judge()
+
+    def __repr__(self) -> str:
+        return f"Seen(step={self.step}, findings={[finding.kind for finding in self.findings]})"
+
+
+class Health:
+    """Judges steps by their loss, their findings, and the size of their gradient beside those before.
+
+    A gradient is too large where its norm is more than ``exp(rules.jump)`` times the largest of the last
+    ``rules.history`` healthy steps, and more than half of the largest of all. In 40 healthy trainings of five kinds of
+    networks on digits (four optimizers, batches of 4 and 32, 400 steps) no norm was more than 1.9 times the largest of
+    the 50 before it.
+
+    Args:
+        parameters: whose gradients are read.
+        rules: of the monitor.
+        ranks: the processes that train together.
+        scaled: whether a loss scaler is at work, which skips infinite gradients by itself.
+    """
+
+    def __init__(self, parameters: Parameters, rules: AlertRules | None, ranks: TrainingRanks, *, scaled: bool) -> None:
+        rules = rules or AlertRules()
+        self._parameters, self._ranks, self._scaled = parameters, ranks, scaled
+        self._warmup, self._factor = rules.warmup, math.exp(rules.jump)
+        self._recent: deque[float] = deque(maxlen=rules.history)
+        self._largest = 0.0
+        self.skipped = 0
+
+    def judge(self, loss: Tensor | float | None, findings: tuple[Finding, ...], scale: Tensor | float) -> bool:
+        """Whether the step is healthy; one that is not is counted as skipped.
+
+        Args:
+            loss: its loss.
+            findings: of this step.
+            scale: what the gradients are multiplied by.
+        """
+        broken = loss is not None and not math.isfinite(float(torch.as_tensor(loss).detach().sum()))
+        broken = broken or any(finding.kind in _HARMFUL for finding in findings)
+        norms, _ = self._parameters.gradients({})
+        squares = float(torch.stack([n.detach().double().cpu() for n in norms]).square().sum()) if norms else 0.0
+        squares, broken = self._ranks.agreed(squares, broken)
+        norm = math.sqrt(squares) / float(scale)
+        healthy = not broken and self._is_borne(norm)
+        if healthy and math.isfinite(norm):
+            self._recent.append(norm)
+            self._largest = max(self._largest, norm)
+        self.skipped += not healthy
+        return healthy
+
+    def _is_borne(self, norm: float) -> bool:
+        if not math.isfinite(norm):
+            return self._scaled
+        if len(self._recent) < self._warmup:
+            return True
+        return norm <= max(self._factor * max(self._recent), _OF_ALL * self._largest)

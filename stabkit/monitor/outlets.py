@@ -1,0 +1,92 @@
+"""Where what a monitor has to say goes: writers, the log of the program, and whoever asked to be called."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from functools import partial
+
+from stabkit.diagnosis import Finding
+from stabkit.monitor.arguments import Callback
+from stabkit.monitor.record import Record
+from stabkit.monitor.sentences import line
+from stabkit.monitor.writers import Writer
+
+#: A program that has not set up logging has warnings and worse on stderr; what is an info is silent there.
+LOGGER = logging.getLogger("stabkit.monitor")
+_LEVELS = {"info": logging.INFO, "warning": logging.WARNING, "critical": logging.ERROR}
+
+_AGAIN = 50  # training steps after which the same finding on the same module is logged once more
+
+Part = Callable[[str, Callable[[], object]], bool]
+
+
+class Outlets:
+    """Hands on records and findings; one that fails is left out from then on, and the others go on.
+
+    Args:
+        writers: get every record, and every finding where they have a method ``alert(finding, step)``.
+        callbacks: get every finding.
+        part: runs one of them under a name, and says whether it worked.
+        logs: whether this process writes to the log; of several that train together one does.
+    """
+
+    def __init__(
+        self, writers: Sequence[Writer], callbacks: Sequence[Callback], part: Part, *, logs: bool = True
+    ) -> None:
+        self._writers, self._callbacks, self._part, self._logs = list(writers), list(callbacks), part, logs
+        self._logged: dict[tuple[str, str], int] = {}
+
+    def publish(self, record: Record) -> None:
+        """Give a record to every writer."""
+        self._to_writers(lambda writer: partial(writer.write, record))
+
+    def say(self, findings: Sequence[Finding], step: int) -> None:
+        """Tell findings: a line each in the log, a mark in each writer that has room for one, a call of each callback.
+
+        Args:
+            findings: what was found, each told for the first time.
+            step: the training step.
+        """
+        for finding in findings:
+            self._log(finding, step)
+            self._to_writers(partial(_alert, finding=finding, step=step))
+            for callback in tuple(self._callbacks):
+                if not self._part("a callback on alerts", partial(callback, finding)):
+                    self._callbacks.remove(callback)
+
+    def close(self, summary: str, *, quiet: bool) -> None:
+        """Say how it went, and close the writers.
+
+        Args:
+            summary: one line.
+            quiet: whether there was nothing to say while it went.
+        """
+        if summary and self._logs:
+            LOGGER.log(logging.INFO if quiet else logging.WARNING, "%s", summary)
+        for writer in self._writers:
+            self._part(_name(writer), writer.close)
+        self._writers = []
+
+    def _log(self, finding: Finding, step: int) -> None:
+        """A line in the log; where the same was said of the same module lately, it is no news."""
+        key = (finding.kind, finding.module_path)
+        lately = step - self._logged.get(key, -_AGAIN) < _AGAIN
+        self._logged[key] = step
+        if self._logs:
+            LOGGER.log(logging.INFO if lately else _LEVELS[finding.severity], "%s", line(finding, step))
+
+    def _to_writers(self, action: Callable[[Writer], Callable[[], object] | None]) -> None:
+        for writer in tuple(self._writers):
+            call = action(writer)
+            if call is not None and not self._part(_name(writer), call):
+                self._writers.remove(writer)
+
+
+def _alert(writer: Writer, *, finding: Finding, step: int) -> Callable[[], object] | None:
+    alert = getattr(writer, "alert", None)
+    return None if alert is None else partial(alert, finding, step)
+
+
+def _name(writer: Writer) -> str:
+    return f"the writer {type(writer).__name__}"

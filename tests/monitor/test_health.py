@@ -1,0 +1,86 @@
+"""What `step` returns: whether a loop should make its update."""
+
+from __future__ import annotations
+
+import logging
+import math
+
+import pytest
+import torch
+
+from stabkit.monitor import Monitor
+from tests.monitor.networks import mlp, weights
+
+STEPS, POISONED = 40, 25
+
+
+def run(poison, every=10, *, ask=True, skips=True, lr=0.05):
+    """A regression whose batch of one step is poisoned, and the loop leaves out what is not healthy."""
+    model = mlp()
+    torch.manual_seed(1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=lr)
+    monitor = Monitor(model, every, optimizer=optimizer)
+    healthy = []
+    for step in range(STEPS):
+        x = torch.randn(16, 8)
+        y = x[:, :2]
+        if step == POISONED:
+            x, y = poison(x, y)
+        optimizer.zero_grad()
+        loss = (model(x) - y).square().mean()
+        loss.backward()
+        seen = monitor.step(loss)
+        healthy.append(seen.healthy if ask else True)
+        if healthy[-1] or not skips:
+            optimizer.step()
+    monitor.close()
+    return model, monitor, healthy
+
+
+@pytest.mark.parametrize("every", [1, 10])
+@pytest.mark.parametrize(
+    "poison",
+    [lambda x, y: (x * math.nan, y), lambda x, y: (x, y + 100.0), lambda x, y: (x, y * math.inf)],
+    ids=["nan", "targets", "infinite"],
+)
+def test_the_poisoned_step_alone_is_left_out(poison, every):
+    model, monitor, healthy = run(poison, every)
+    assert [step for step, good in enumerate(healthy) if not good] == [POISONED]
+    assert all(torch.isfinite(value).all() for value in weights(model))
+    assert monitor.records[-1].skipped == 1
+    assert monitor.records[0].skipped == 0
+
+
+def test_healthy_steps_are_taken_and_nobody_pays_who_does_not_ask(monkeypatch):
+    from stabkit.monitor.health import Health
+
+    model, monitor, healthy = run(lambda x, y: (x, y))
+    assert all(healthy)
+    assert monitor.records[-1].skipped == 0
+    monkeypatch.setattr(Health, "judge", lambda *_: pytest.fail("was measured without being asked for"))
+    other, _, _ = run(lambda x, y: (x, y), ask=False)
+    assert all(torch.equal(a, b) for a, b in zip(weights(model), weights(other), strict=True))
+
+
+def test_a_monitor_that_is_off_lets_every_step_pass():
+    model = mlp()
+    monitor = Monitor(model)
+    monitor.detach()
+    assert monitor.step(torch.tensor(math.nan)).healthy
+
+
+def test_findings_are_logged_once_and_a_summary_at_the_end(caplog):
+    caplog.set_level(logging.INFO, "stabkit.monitor")
+    _, monitor, _ = run(lambda x, y: (x * math.nan, y), every=1, skips=False)
+    lines = [(record.levelno, record.getMessage()) for record in caplog.records]
+    told = [text for level, text in lines if level >= logging.WARNING]
+    assert len(told) == len(monitor.findings) + 1
+    assert told[0].startswith(f"stabkit: training step {POISONED}: non_finite")
+    assert "\n" not in told[0]
+    assert told[-1].startswith(f"stabkit: {STEPS} training steps, {STEPS} recorded: non_finite")
+
+
+def test_a_healthy_run_says_nothing_on_stderr(capfd):
+    run(lambda x, y: (x, y))
+    out, err = capfd.readouterr()
+    assert (out, err) == ("", "")
