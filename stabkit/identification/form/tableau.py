@@ -91,6 +91,16 @@ class Blocks:
                       other.V @ self.V, fields, rows, (*self.recorded, *other.recorded),
                       self.guided or other.guided)  # fmt: skip
 
+    def without_unread(self) -> Blocks:
+        """Without a stage that a zero multiplies wherever it is used, as the last one of Forest and Ruth."""
+        kept = [j for j in range(len(self.rows)) if self.A[:, j].any() or self.B[:, j].any()]
+        if len(kept) in (0, len(self.rows)):
+            return self
+        recorded = tuple(self.recorded[j] for j in kept) if self.recorded else ()
+        return Blocks(self.A[np.ix_(kept, kept)], self.U[kept], self.B[:, kept], self.V,
+                      tuple(self.fields[j] for j in kept), tuple(self.rows[j] for j in kept), recorded,
+                      self.guided).without_unread()  # fmt: skip
+
     def method(self, h: float) -> GeneralLinearMethod:
         """The method with z = h times the eigenvalue of a field's Jacobian."""
         return GeneralLinearMethod(_rows(self.A / h), _rows(self.U), _rows(self.B / h), _rows(self.V),

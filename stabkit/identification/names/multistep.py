@@ -269,7 +269,7 @@ def _adams(found: Blocks) -> Name | None:
         told = _weights_of(a, weights / weights.sum())
         if told is not None:
             name, system = told
-            return Name(name, system, abs(float(weights.sum())), _SUM)
+            return Name(name, system, float(weights.sum()), _SUM)
     return None
 
 

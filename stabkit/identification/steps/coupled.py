@@ -25,7 +25,7 @@ from stabkit.identification.form.operations import SCALES, has_matrix
 from stabkit.identification.form.pieces import Piece
 from stabkit.identification.form.slots import Slots
 from stabkit.identification.record import Identification
-from stabkit.tracing.graph.values import Value, meta_of, operation
+from stabkit.tracing.graph.values import Value, meta_of, operation, outputs_of
 
 ReadOne = Callable[[Surroundings, Slots, tuple[int, ...]], Identification]
 COARSE = ("unnamed", "unknown", "plain")  # what says less of several states than their streams
@@ -212,7 +212,8 @@ def _streams(around: Surroundings, found: Slots, steps: tuple[int, ...], read_on
     for i in range(count):
         links = around.chain(start, stop, alone(i, ()))
         carried = all(link.kind not in ("map", "join") for link in links)  # else what lies between is made of the old
-        passed.append(tuple(link.form.targets[0] for link in links[:-1]) if carried else ())
+        ends = [link.form.targets[0] for link in links[:-1]] if carried else []
+        passed.append(tuple(dict.fromkeys((*ends, *_sums_on_the_way(around.whole(start, stop, alone(i, ())))))))
     streams = []
     for i in range(count):
         own = {found.sources[i], found.targets[i], *passed[i]}
@@ -223,6 +224,14 @@ def _streams(around: Surroundings, found: Slots, steps: tuple[int, ...], read_on
         new = tuple(j for j in range(count) if j != i and read & {found.targets[j], *passed[j]})
         streams.append(_Stream(read_one(around, slots, steps), around.chain(start, stop, slots), old, new, passed[i]))
     return streams
+
+
+def _sums_on_the_way(piece: Piece) -> list[Value]:
+    """The sums by which one state moves, also where others, moved by it in between, lead around them."""
+    (target,) = piece.targets
+    path = piece.expand(target)[1]
+    sums = [v for node in piece.nodes if node in path for v in outputs_of(node) if v in piece.merges and v != target]
+    return [v for v in sums if meta_of(v).numel == meta_of(target).numel]
 
 
 def _name(streams: Sequence[_Stream]) -> str:

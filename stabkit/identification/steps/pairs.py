@@ -114,6 +114,8 @@ def _named(
     symmetric = is_symmetric(form) if not gated and len(form.stages) == 2 else None
     pending = name_pending(table, form)
     named = pending or name_several_states(table, symmetric=symmetric, gated=gated)
+    if not named.is_known and (read := table.without_unread()) is not table:
+        table, named = read, name_several_states(read, symmetric=None, gated=gated)
     readout = None
     composed = None if named.is_known else with_composite_fields(table)
     if composed is not None:

@@ -41,6 +41,7 @@ class Window:
         axis: along which its states lie.
         size: how many entries there are.
         by: how many are new.
+        read: of how many the new ones are made.
         kept: the number times the newest entries before that the new ones are besides; 0 for none.
         before: the number times the ones before these, where every entry enters by a number; 0 for none.
     """
@@ -48,6 +49,7 @@ class Window:
     axis: int
     size: int
     by: int
+    read: int
     kept: float
     before: float = 0.0
 
@@ -61,7 +63,8 @@ def sliding_window(around: Surroundings, piece: Piece, steps: tuple[int, ...]) -
         return None
     order = -(-found.size // found.by)
     new = "the newest is" if found.by == 1 else f"the newest {found.by} are"
-    why = f"the entries of axis {found.axis} move up by {found.by}, and {new} made of all {found.size}"
+    of = f"all {found.size}" if found.read == found.size else f"{found.read} of the {found.size}"
+    why = f"the entries of axis {found.axis} move up by {found.by}, and {new} made of {of}"
     if (found.by, found.kept, found.before) == (1, 2.0, -1.0):
         system = f"x'' = f(x_n, ..., x_n-{order - 1}), velocities as differences of positions"
         name = f"{_VERLET}, force of {order} positions (sliding window)"
@@ -81,7 +84,8 @@ def _of_newest(form: NormalForm, window: Window, steps: tuple[int, ...], why: st
         name, h = f"{adams} ({of})", sum(numbers)
         record = nothing(steps, name, why, "measured", system="x' = f(x), multistep")
         return replace(record, step_size=h, convention="h: the sum of the weights of all values of the field")
-    system = f"x' = f(x), with delays: x_n+1 = x_n + f(x_n, ..., x_n-{window.size - 1})"
+    delays = f", with delays: x_n+1 = x_n + f(x_n, ..., x_n-{window.size - 1})" if window.read == window.size else ""
+    system = f"x' = f(x){delays or ', with delays' * (window.read > 1)}"
     record = nothing(steps, f"forward Euler in the newest state ({of})", why, "measured", system=system)
     if len(numbers) != 1 or len(added) != 1:
         return record
@@ -161,8 +165,9 @@ def _window(piece: Piece) -> Window | None:
     for axis, size in enumerate(shape):
         for turned in (False, True):
             by = _moves_by(piece, w, axis, turned=turned) if size >= _FEWEST else None
-            if by is not None and _is_moved(piece, w, axis, by, turned=turned):
-                return Window(axis, size, by, *_kept(piece, w, axis, by, turned=turned))
+            read = None if by is None else _moved(piece, w, axis, by, turned=turned)
+            if by is not None and read is not None:
+                return Window(axis, size, by, read, *_kept(piece, w, axis, by, turned=turned))
     return None
 
 
@@ -203,8 +208,8 @@ def _moves_by(piece: Piece, w: Tensor, axis: int, *, turned: bool) -> int | None
     return abs(reached[0] - place) or None if len(reached) == 1 else None
 
 
-def _is_moved(piece: Piece, w: Tensor, axis: int, by: int, *, turned: bool) -> bool:
-    """Whether all entries but the newest come from their neighbours, and some of the newest from what was made."""
+def _moved(piece: Piece, w: Tensor, axis: int, by: int, *, turned: bool) -> int | None:
+    """Of how many entries the newest are made, where all others come from their neighbours; None elsewhere."""
     kept = w.shape[axis] - by
     old, new = (0, by) if turned else (by, 0)
     given, expected = torch.zeros_like(w), torch.zeros_like(w)
@@ -212,9 +217,9 @@ def _is_moved(piece: Piece, w: Tensor, axis: int, by: int, *, turned: bool) -> b
     expected.narrow(axis, old, kept).copy_(w.narrow(axis, new, kept))
     arrived, rest = _pulled(piece, given), _pulled(piece, w - given)
     if arrived is None or rest is None or not bool(rest.any()):
-        return False
+        return None
     slack = _ROUNDINGS * torch.finfo(w.dtype).eps * float(w.abs().max())
-    return float((arrived - expected).abs().max()) <= slack
+    return len(_places(rest, axis)) if float((arrived - expected).abs().max()) <= slack else None
 
 
 def _pulled(piece: Piece, w: Tensor) -> Tensor | None:
