@@ -57,7 +57,9 @@ def load_capsule(
     good = capsule.weights_before if weights != "step" and _is_trouble(capsule) else {}
     if good:
         fill(module, good)
-    call = capsule.calls[-1]
+    call, step = capsule.calls[-1], capsule.step
+    if good and capsule.blamed is not None:
+        step, call = capsule.blamed
     set_buffers(module, call)
     remembered(module, call, capsule.autocast)
     try:
@@ -72,12 +74,14 @@ def load_capsule(
     usable = all(bool(gradient.isfinite().all()) for gradient in gradients.values())
     gradients = gradients if usable else {}
     why = "loss: none was seen" if usable else "loss: left out, its gradient at the output was not finite"
-    told = (*_told(capsule), *_since(capsule, good))
+    told = (*_told(capsule), *_since(capsule, good, step))
     mode = "training" if capsule.training else "evaluation"
     notes = (
         *told,
         f"format: capsule of training step {capsule.step}, written because: {capsule.reason}",
-        f"input: that of the last of {len(capsule.calls)} calls, in {mode} mode",
+        f"input: that of the last of {len(capsule.calls)} calls, in {mode} mode"
+        if step == capsule.step
+        else f"input: the batch of training step {step}, in {mode} mode",
         "loss: the gradient that the loss of the run had at the output" if gradients else why,
     )
 
@@ -116,7 +120,7 @@ def _is_trouble(capsule: Capsule) -> bool:
     return any(finding.get("kind") == capsule.reason for finding in capsule.findings)
 
 
-def _since(capsule: Capsule, good: Mapping[str, Tensor]) -> Iterator[str]:
+def _since(capsule: Capsule, good: Mapping[str, Tensor], step: int) -> Iterator[str]:
     """What changed between the last good state and the step, in sentences."""
     before = capsule.before
     if not good:
@@ -125,7 +129,7 @@ def _since(capsule: Capsule, good: Mapping[str, Tensor]) -> Iterator[str]:
         return
     loss = "" if before.get("loss") is None else f" (loss {float(before['loss']):.4g})"
     yield (
-        f"weights: the last good ones, of training step {before['step']}{loss}, on the batch of step {capsule.step}; "
+        f"weights: the last good ones, of training step {before['step']}{loss}, on the batch of step {step}; "
         "weights='step' takes those of the step itself"
     )
     rates = [float(g["lr"]) for one in capsule.known.get("optimizers", ()) for g in one["groups"] if "lr" in g]
@@ -206,7 +210,8 @@ def remembered(module: nn.Module, call: RecordedCall, autocast: Mapping[str, str
     active: list[Any] = []
 
     def before(_: nn.Module, args: Any) -> None:
-        restore_random(call.random)
+        if call.random:
+            restore_random(call.random)
         for device, dtype in autocast.items():
             context: Any = torch.autocast(device, getattr(torch, dtype))
             context.__enter__()

@@ -10,6 +10,7 @@ from statistics import median
 
 from stabkit.curvature import Secant
 from stabkit.diagnosis import factor
+from stabkit.monitor.batches import Odd
 from stabkit.monitor.learning_rates import LearningRates, Rise
 
 # Of noise alone the ratio of a measurement is 0.5. Single ones say little: of healthy runs one reached 5.4 in
@@ -59,6 +60,7 @@ class Causes:
     def __init__(self, rates: LearningRates) -> None:
         self.rates = rates
         self.measured: deque[tuple[int, Secant]] = deque(maxlen=_KEPT)
+        self.odd: Odd | None = None  # the batch that was found unlike the others last
 
     def add(self, step: int, secant: Secant) -> None:
         """Take note of a measurement along the update before a step."""
@@ -109,6 +111,8 @@ class Causes:
             began: the step at which it was seen first.
             step: the present step.
         """
+        if self.odd is not None and began - 1 <= self.odd.step <= step:
+            return _of_batch(self.odd)
         rise = self.rates.rise(began)
         streak = [each for each in self.streak if step - each[0] <= _RECENT]
         beyond = streak if _is_beyond(streak) else []
@@ -143,6 +147,16 @@ class Causes:
             f"look at the batch of training step {began}; clip the gradient, so that no batch moves the weights far",
             {"update_ratio": size, "usual_update_ratio": usual},
         )
+
+
+def _of_batch(odd: Odd) -> Cause:
+    return Cause(
+        "batch",
+        f"at training step {odd.step} {odd.text}",
+        "look at this batch, and at what makes it; leave it out (`if monitor.step(loss).healthy: optimizer.step()`) or "
+        "clip the gradient, and go back to a checkpoint before it if its update was made",
+        {"odd_batch": float(odd.step)},
+    )
 
 
 _CLOSE = 1.2  # rates that differ by less are the same

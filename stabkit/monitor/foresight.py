@@ -14,6 +14,7 @@ from stabkit.curvature import NoThresholdError, NotYetError, PendingSecant, Seca
 from stabkit.diagnosis import Finding
 from stabkit.diagnosis.finding import of_training
 from stabkit.errors import ArgumentError
+from stabkit.monitor.batches import Batches, Odd
 from stabkit.monitor.causes import Cause, Causes, times
 from stabkit.monitor.learning_rates import LearningRates
 from stabkit.monitor.losses import FAR, FEW, MILD, SLIGHT, Jump, LossJumps, LossReader
@@ -34,10 +35,18 @@ class Foresight:
         model: as it is trained.
         optimizers: of its parameters; the curvature is measured where there is one, with whole parameters.
         rules: of the monitor.
+        batches: what goes into the model.
     """
 
-    def __init__(self, model: nn.Module, optimizers: Sequence[torch.optim.Optimizer], rules: AlertRules | None) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizers: Sequence[torch.optim.Optimizer],
+        rules: AlertRules | None,
+        batches: Batches,
+    ) -> None:
         rules = rules or AlertRules()
+        self._batches = batches
         self._optimizers = list(optimizers)
         self.rates = LearningRates(optimizers)
         self.causes = Causes(self.rates)
@@ -55,6 +64,19 @@ class Foresight:
         self.told_broken = False  # which was told between two records
         self.cause: Cause | None = None  # of what was told last
         self.loss = math.nan  # the newest that was read
+
+    def on(self, step: int) -> None:
+        """Begin to watch what goes into the model, at a step."""
+        self._batches.on(step)
+
+    def off(self) -> None:
+        """Stop watching it."""
+        self._batches.off()
+
+    def blamed(self, step: int) -> Odd | None:
+        """The batch that is to blame for what is told at a step, where one was found unlike the others lately."""
+        odd = self.causes.odd
+        return odd if odd is not None and step - odd.step <= self._warmup else None
 
     @property
     def suspicious(self) -> bool:
@@ -91,7 +113,18 @@ class Foresight:
             found += self._judge(at, step, value, recorded)
         self.rates.see(step)
         self._prepare(step, scale)
+        if (recorded or step < _FIRST) and self.calm and not found:
+            self._batches.see()
         return found
+
+    def done(self, step: int, loss: Tensor | float | None) -> None:
+        """Let go of what only this step could ask for.
+
+        Args:
+            step: the training step.
+            loss: its loss; one on a device will be judged in the next step, together with its batch.
+        """
+        self._batches.passed(step + 1, late=isinstance(loss, Tensor) and loss.device.type != "cpu")
 
     def explained(self, finding: Finding, began: int, step: int) -> Finding:
         """A finding with what changed before, where a rate or an update did.
@@ -103,10 +136,12 @@ class Foresight:
         """
         if finding.kind not in ("exploding", "non_finite"):
             return finding
+        self._look_at_batch(step)
         if self.suspicious and self._began is not None:
             began = min(began, self._began)
         cause = self.causes.find(began, step)
         of_all = cause.name == "batch" and finding.kind == "exploding" and not finding.module_path
+        of_all = of_all or "odd_batch" in cause.numbers
         if not (of_all or cause.name in ("rate", "update")):
             return finding
         self.cause = cause
@@ -150,6 +185,7 @@ class Foresight:
                 return []
             self.broken = self.told_broken = True
             self._quiet = 0
+            self._look_at_batch(at)
             self.cause = self.causes.find(at, step)
             return [_non_finite(at, value, self.cause)]
         self.broken = self.told_broken = False
@@ -159,6 +195,8 @@ class Foresight:
         self._jumping = jump is not None and jump.lasting > MILD
         if jump is None:
             return []
+        if jump.excess > FAR:
+            self._look_at_batch(at)
         if self._quiet <= self._warmup:
             self._quiet = 0
             return []
@@ -169,9 +207,15 @@ class Foresight:
         self.cause = self.causes.find(jump.began, step)
         return [_jumped(jump, self.cause)]
 
+    def _look_at_batch(self, step: int) -> None:
+        """Ask once whether the batch of a step is unlike the others."""
+        if self.causes.odd is None or self.causes.odd.step != step:
+            self.causes.odd = self._batches.odd(step) or self.causes.odd
+
     def _is_told(self, jump: Jump) -> bool:
         """Whether a jump is more than batches do: by its size, or smaller ones where the rate is to blame."""
-        if jump.sure:
+        odd = self.causes.odd is not None and self.causes.odd.step == jump.step
+        if jump.sure or odd:
             return True
         if self.causes.convicts_rate(jump.began):
             return jump.excess > MILD or jump.lasting > SLIGHT or jump.lost > 1
