@@ -182,7 +182,7 @@ def _one_state(around: Surroundings, found: Slots, steps: tuple[int, ...]) -> Id
     if opaque and (maps or not sums):
         return nothing(steps, "unknown", f"a skip may hide inside {', '.join(opaque)}", "unknown")
     whole = around.whole(start, stop, found)
-    window = sliding_window(whole, steps)
+    window = sliding_window(around, whole, steps)
     if window is not None:
         return window
     linear = restarted(around, found, steps) or read_linear(around, found, links, steps)
