@@ -312,7 +312,7 @@ class Monitor:
             if self._probe is not None:
                 self._inputs.pause()
         if self._foresight is not None and not self._guard.part("watching the loss", partial(self._look_ahead, loss)):
-            self._foresight.off()
+            self._foresight.detach()
             self._foresight = None
         if self._rates is not None and not self._guard.part("the sharpness", self._look_at_rates):
             self._rates = None
