@@ -312,7 +312,7 @@ class Monitor:
             if self._probe is not None:
                 self._inputs.pause()
         if self._foresight is not None and not self._guard.part("watching the loss", partial(self._look_ahead, loss)):
-            self._foresight.off()
+            self._foresight.detach()
             self._foresight = None
         if self._rates is not None and not self._guard.part("the sharpness", self._look_at_rates):
             self._rates = None
@@ -324,7 +324,7 @@ class Monitor:
             look = partial(self._snapshots.look, self._guard.step, self._foresight.loss)
             self._guard.part("keeping the last good state", look)
         if self._foresight is not None:
-            self._foresight.done(self._guard.step, loss)
+            self._foresight.done(self._guard.step, loss, seen=calm and self._recording)
         if self._guard.failed or self._off:
             self._switch_off()
         elif self._due(self._guard.step + 1):
