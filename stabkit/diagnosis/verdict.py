@@ -131,7 +131,10 @@ def _too_few(blocks: int, count: int) -> str:
     if blocks == 0:
         if count == 1:
             return "the model is one step that changes its space, and growth from one space to another has no zero"
-        return f"each of the {count} steps changes its space, and growth from one space to another has no zero"
+        return (
+            f"each of the {count} steps changes its space, or hands on one state more, kept for the output; and growth "
+            "from one space to another has no zero"
+        )
     return f"one step alone keeps its space, and {count - 1} change it; growth over one block says nothing of depth"
 
 

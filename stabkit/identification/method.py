@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from stabkit.errors import ArgumentError
+from stabkit.identification.evidence.told_numbers import consistent
 from stabkit.identification.form.flow_index import Surroundings
 from stabkit.identification.form.grouping import groups, is_divided, is_round, with_norms
 from stabkit.identification.names.systems import LINEAR_MAP
@@ -122,7 +123,7 @@ def identify(flow: FlowLike, *, checks: bool = True, parallel: Parallel = SERIAL
     found = with_ends(found, around, lambda slots, steps: read_states(around, slots, steps))
     found = with_halved_starts(without_doubtful(found))
     found = with_compositions(found, lambda start, stop: with_time(read(around, start, stop)))
-    return tuple(with_half_kicks(found, around))
+    return tuple(map(consistent, with_half_kicks(found, around)))
 
 
 def _over_steps(records: Sequence[Identification], recurrences: Recurrences) -> list[Identification]:

@@ -209,7 +209,7 @@ def _record(forward: ForwardPass, source: str | None, target: Target, recompute:
 def _build(recorded: _Recorded, settings: _Settings) -> Flow:
     graph, recording = recorded.graph, recorded.recording
     mend_batch_norm(graph)
-    graph.calls, graph.noisy = recording.calls, recording.noisy
+    graph.calls, graph.noisy, graph.dropped = recording.calls, recording.noisy, recording.dropped
     frontiers = Frontiers(graph)
     pieces = choose(
         Intervals(graph, frontiers, recording.calls, dict(settings.module.named_modules())), frontiers, settings.depth
