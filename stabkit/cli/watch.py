@@ -22,7 +22,7 @@ def watch(
     port: Annotated[int, typer.Option(help="Of the page on this machine; 0 takes one that is free.")] = _PORT,
 ) -> None:
     """Show a training run while it goes on, as a page on this machine that refreshes itself; Ctrl+C ends it."""
-    from stabkit.report.page.server import serving
+    from stabkit.monitor.server import serving
 
     if run.is_file() and run.suffix not in (".jsonl", ".ndjson", ".csv"):
         raise ReportError(f"{run} is no run of a monitor; expected its directory, or its .jsonl or .csv")

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from stabkit._version import __version__
+from stabkit.errors import ArgumentError
 from stabkit.report.formats import figures
 from stabkit.report.page.rendering import rendered, typeset
 
@@ -65,8 +66,7 @@ def _facts(records: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
 
 def _pictures(records: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
     """Those quantities that were measured, as PNG."""
-    from stabkit import plotting
-    from stabkit.errors import ArgumentError
+    from stabkit import plotting  # loads matplotlib
 
     drawn = []
     for quantity in _QUANTITIES:

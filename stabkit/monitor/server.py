@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from stabkit.errors import ReportError
-from stabkit.report.page.run import run_page
+from stabkit.monitor.page import run_page
+from stabkit.monitor.reading import is_run, read_findings, read_records
 
 _LOOPBACK = "127.0.0.1"
 _NAMES = (_LOOPBACK, "localhost")
@@ -53,8 +54,6 @@ class RunServer(http.server.ThreadingHTTPServer):
             return self._drawn[1]
 
     def _page(self) -> str:
-        from stabkit.monitor import is_run, read_findings, read_records
-
         known = is_run(self.run) and (self.run.is_dir() or self.run.is_file())
         try:
             records = read_records(self.run) if known else []

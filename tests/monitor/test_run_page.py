@@ -12,8 +12,8 @@ import torch
 
 from stabkit.errors import ReportError
 from stabkit.monitor import Monitor, read_findings, read_records
-from stabkit.report.page.run import run_page
-from stabkit.report.page.server import serving
+from stabkit.monitor.page import run_page
+from stabkit.monitor.server import serving
 from tests.monitor.networks import mlp
 from tests.report.page.browser import browser
 
