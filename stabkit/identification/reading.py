@@ -68,7 +68,13 @@ from stabkit.identification.steps.nested import in_turn, with_nested_chains
 from stabkit.identification.steps.noise import with_noise
 from stabkit.identification.steps.own_numbers import states_in_fields, without_own_numbers
 from stabkit.identification.steps.pairs import dense_concatenation, read_several_states
-from stabkit.identification.steps.predicted_steps import with_fed_step, with_predicted_step, with_step_sizes_held
+from stabkit.identification.steps.predicted_steps import (
+    with_fed_step,
+    with_predicted_step,
+    with_sizes_of_input,
+    with_step_sizes_held,
+    without_clock,
+)
 from stabkit.identification.steps.proximal import learned_threshold, soft_threshold, with_clamps_taken_off
 from stabkit.identification.steps.relaxation import with_linear_part
 from stabkit.identification.steps.retraction import bent_skip, retraction
@@ -133,6 +139,8 @@ def _of_slots(around: Surroundings, found: Slots, steps: tuple[int, ...]) -> Ide
     start, stop = steps[0], steps[-1] + 1
     if len(found.sources) == len(found.targets) == 1:
         return _one_state(around, found, steps)
+    if (timed := without_clock(around, found, steps)) is not None:
+        return with_sizes_of_input(_of_slots(*timed, steps))
     record = read_several_states(around, found, steps)
     if record.name in ("fork", "join"):
         return step_inside(around, found, steps, record, _of_slots)

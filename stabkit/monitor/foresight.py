@@ -131,17 +131,18 @@ class Foresight:
         self._prepare(step, scale)
         if self._ahead is not None and self._secant is not None and self._secant.holds and not self.suspicious:
             self._ahead.arm(step, loss)
-        if (recorded or step < _FIRST) and self.calm and not found:
-            self._batches.see()
         return found
 
-    def done(self, step: int, loss: Tensor | float | None) -> None:
+    def done(self, step: int, loss: Tensor | float | None, *, seen: bool) -> None:
         """Let go of what only this step could ask for.
 
         Args:
             step: the training step.
             loss: its loss; one on a device will be judged in the next step, together with its batch.
+            seen: whether it was recorded, and nothing was found.
         """
+        if self.calm and (seen or step < _FIRST):
+            self._batches.see()
         self._batches.passed(step + 1, late=isinstance(loss, Tensor) and loss.device.type != "cpu")
 
     def _disarm(self) -> None:

@@ -324,7 +324,7 @@ class Monitor:
             look = partial(self._snapshots.look, self._guard.step, self._foresight.loss)
             self._guard.part("keeping the last good state", look)
         if self._foresight is not None:
-            self._foresight.done(self._guard.step, loss)
+            self._foresight.done(self._guard.step, loss, seen=calm and self._recording)
         if self._guard.failed or self._off:
             self._switch_off()
         elif self._due(self._guard.step + 1):

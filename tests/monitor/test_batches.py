@@ -103,3 +103,20 @@ def test_an_odd_batch_that_harms_nothing_is_no_alarm():
     """Saturated units bear what is a hundred times as large."""
     monitor = train(lambda x: 100.0 * x, 10)
     assert monitor.findings == []
+
+
+def test_the_sample_that_carries_the_gradient_is_told(tmp_path):
+    def one_sample(x):
+        x = x.clone()
+        x[5] *= 1000.0
+        return x
+
+    (first, *_) = train(one_sample, 1, lr=1e-6).findings  # tanh bears it, and its first layer shows it
+    assert "the batch is out of range" in first.evidence
+    model = Linear()
+    with Monitor(model, 1, directory=tmp_path, writers=[]) as monitor:
+        monitor.capsule()
+        model(one_sample(torch.randn(32, 16))).square().mean().backward()
+        monitor.step()
+    told = load(monitor.capsules[0], model=Linear).description
+    assert "gradient at the output: sample 5 of 32 carries 100 % of its squares" in told
