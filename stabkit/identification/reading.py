@@ -144,7 +144,7 @@ def _of_slots(around: Surroundings, found: Slots, steps: tuple[int, ...]) -> Ide
     record = read_several_states(around, found, steps)
     if record.name in ("fork", "join"):
         return step_inside(around, found, steps, record, _of_slots)
-    if record.name in ("unnamed", "unknown") and (window := window_of_states(around.flow, found, steps)) is not None:
+    if record.name in ("unnamed", "unknown") and (window := window_of_states(around, found, steps)) is not None:
         return window
     before, after = (around.flow.states[i].values for i in (start, stop))
     if record.name.startswith("unnamed") and found.split and len(before) == len(after) == 1:
