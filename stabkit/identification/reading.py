@@ -74,7 +74,12 @@ from stabkit.identification.steps.relaxation import with_linear_part
 from stabkit.identification.steps.retraction import bent_skip, retraction
 from stabkit.identification.steps.sliding_window import sliding_window, window_of_states
 from stabkit.identification.steps.solver_outputs import last_of_stack, with_others
-from stabkit.identification.steps.state_mixing import mixed_by_itself, record_of_mixing, streams_mixed_by_themselves
+from stabkit.identification.steps.state_mixing import (
+    beside_identity,
+    mixed_by_itself,
+    record_of_mixing,
+    streams_mixed_by_themselves,
+)
 from stabkit.identification.steps.streams import mixed_by_numbers, mixed_streams, record_of_streams, streams_in_turn
 from stabkit.integrators import named
 from stabkit.tracing.graph.values import meta_of, operation
@@ -330,9 +335,11 @@ def _total(
 def _sums(around: Surroundings, found: Slots, links: Sequence[Link], steps: tuple[int, ...]) -> Identification:
     """A chain of sums; where it is no known method, that of fields which end later than where they stop to bend."""
     mixing = streams_mixed_by_themselves(around.whole(steps[0], steps[-1] + 1, found))
-    if mixing is not None:
-        return record_of_mixing(mixing, steps)
     record = read_sums(around, found, links, steps)
+    if mixing is not None:
+        total = _total(around, found, steps, links)
+        whole = total is not None and total.kind == "scalar" and total.value == 1.0
+        return beside_identity(record, mixing) if whole else record_of_mixing(mixing, steps)
     if norms_after(links) and (fixed := with_fixed_norms(around.whole(steps[0], steps[-1] + 1, found), record)):
         return fixed
     if not record.name.startswith("unnamed"):
