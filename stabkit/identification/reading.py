@@ -44,6 +44,7 @@ from stabkit.identification.steps.around_addition import (
     with_projection,
     with_randomness,
 )
+from stabkit.identification.steps.branch_numbers import with_numbers_told
 from stabkit.identification.steps.change_of_space import change_of_space, linear_map_as_skip
 from stabkit.identification.steps.coupled import coupled
 from stabkit.identification.steps.couplings import mixed_coupling, scaled_coordinates, with_couplings
@@ -430,7 +431,7 @@ def read_sums(around: Surroundings, found: Slots, links: Sequence[Link], steps: 
         record, norms_after(links), len(sums), rectified=all(map(rectifies, behind)), threshold=threshold,
         bends=not all(map(normalises, behind)), whole=at_the_end, skips=tuple(c.value for c in skips),
     )  # fmt: skip
-    record = with_gates(record, kinds, sums)
+    record = with_gates(with_numbers_told(record, sums), kinds, sums)
     flow = scaled_coordinates(around.whole(steps[0], steps[-1] + 1, found), steps) if "gate" in kinds else None
     if flow is not None:
         record = replace(flow, after=record.after, notes=(*flow.notes, *record.notes))

@@ -247,6 +247,7 @@ def linear_recurrence(
             called, system = "exponential trapezoid (two-point input", f"{system}, {_BOTH_ENDS}"
         name = f"{called}, {_sizes(low, high)})"
         residual = made.residual
+        evidence = "proven" if made.certain and not fed else "measured"
         told.append(_WEIGHTS.get(made.weight) or (_FOLLOWS if made.input_follows else _OWN))
         method = integrators.named(_METHODS[made.rule]) if made.rule in _METHODS else None
     elif made.explicit:
