@@ -15,6 +15,7 @@ from stabkit.identification.form.chain import Link
 from stabkit.identification.form.coefficients import Coefficient
 from stabkit.identification.form.normal_form import NormalForm
 from stabkit.identification.form.operations import MOVES, has_matrix
+from stabkit.identification.names.step_size import NUMBER
 from stabkit.identification.record import Identification
 from stabkit.identification.steps.quotients import leaking_quotients
 from stabkit.integrators import stochastic_depth
@@ -163,6 +164,8 @@ def with_gates(record: Identification, kinds: set[str], sums: Sequence[NormalFor
         if len(gated) == len(sums) and all(map(_is_convex, sums)):
             system = "x' = T_i(x) (f_i(x) - x), one after the other, each with a gate of its own"
             convention = "none for all: that of a step is its gate, T_i = 1 - a_i"
+        if len(gated) < len(sums):
+            system = "x' = a(x) x + f(x) - x where the old state is gated, one after the other with the rest"
         if record.method is not None:
             record.method.name = name
         record = replace(record, step_size=None, convention=convention)
@@ -174,6 +177,8 @@ def with_gates(record: Identification, kinds: set[str], sums: Sequence[NormalFor
         if record.name.startswith("unnamed"):  # of stages that gates weigh no one number is a step size
             how = "none: the stages of the branch are weighed by numbers of their own"
             record = replace(record, method=None, recorded=(), step_size=None, convention=how, evidence="measured")
+        if len(gates) > len(gated) and record.convention == NUMBER:
+            record = replace(record, convention="h: the mean of what multiplies the branch, which depends on the state")
         return replace(record, name=name, system=system, notes=notes)
     return replace(
         record,

@@ -138,12 +138,19 @@ class Histories:
             return Made()
         before, after = (scan.states[time] for time in (scan.middle, scan.middle + 1))
         how, size = explicit_step(before, after[0], scan.cycle)
-        return Made(
-            explicit=how,
-            fed=size is not None
-            and size.node not in scan.cycle
-            and any(self._is_made_of(size, v) for v in self._inputs),
-        )
+        return Made(explicit=how, fed=size is not None and size.node not in scan.cycle and self._is_fed(size))
+
+    def _is_fed(self, value: Value) -> bool:
+        """Whether a value is made of an input of the model: of floats, or of tokens that were looked up."""
+        stack, seen = [value], set[Value]()
+        while stack:
+            v = stack.pop()
+            if v in self._inputs or operation(v.node).startswith("Embedding"):
+                return True
+            if v not in seen:
+                seen.add(v)
+                stack.extend(self._graph.inputs.get(v.node, ()))
+        return False
 
     def levers(self, path: str, place: int, count: int) -> list[tuple[str, float]]:
         """Parameters of the module whose entries all move the factor of a recurrence the same way.
