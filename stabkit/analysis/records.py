@@ -97,7 +97,7 @@ def lyapunov(flow: Flow, seed: int) -> tuple[Exponents | None, tuple[str, ...]]:
     except (TraceError, ArithmeticError) as error:
         return None, (f"no Lyapunov exponents: {str(error).splitlines()[0]}",)
     if not bool(found.exponents[0].isfinite().any()):
-        return None, ("no Lyapunov exponents: a step passes nothing on, as a head initialised at zero does",)
+        return None, ("no Lyapunov exponents: a step passes nothing on",)
     first = {name: getattr(found, name)[:1].tolist() for name in ("exponents", "standard_errors", "converged")}
     rows = {name: tuple(map(tuple, values)) for name, values in first.items()}
     growth = tuple((tuple(row),) for row in found.local_growth[:, 0].tolist())

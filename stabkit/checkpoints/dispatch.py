@@ -176,8 +176,8 @@ def _is_part(path: Path, options: Options) -> bool:
 
 def _from_capsule(path: Path, options: Options) -> Opened:
     options.refuse("a capsule", "key", "base", *(() if options.weights == "step" else ("weights",)))
-    chosen = {"factory_args": options.factory_args, "seed": options.seed, "weights": options.weights}
-    return load_capsule(path, options.model, **chosen)
+    build, seed = options.factory_args, options.seed
+    return load_capsule(path, options.model, factory_args=build, seed=seed, weights=options.weights)
 
 
 def _from_saved(path: Path, options: Options) -> Opened:

@@ -123,7 +123,7 @@ class Climb:
 def not_finite() -> TraceError:
     """A product that is of no use."""
     return TraceError(
-        "a product with the Hessian is not finite: the loss, or a derivative of it, is NaN or beyond the range "
+        "a product with the Hessian is not finite: a first or second derivative of the loss is NaN or beyond the range "
         "of its dtype where the weights are"
     )
 

@@ -28,6 +28,7 @@ from stabkit.tracing.recording.wrappers import unwrap
 
 _DOUBLINGS = 24
 _HALVINGS = 12
+_ROUNDING = 16  # times the rounding of a loss, by which it moves by chance
 
 
 @dataclass(frozen=True)
@@ -114,12 +115,19 @@ def along_update(hessian: Hessian, optimizer: torch.optim.Optimizer) -> Critical
     """The critical rate of an optimizer's coming update; a gradient that the Hessian keeps is used, and let go of.
 
     Raises:
-        ArgumentError: the loss is not finite, or the optimizer makes no update by itself, or one that is zero.
+        ArgumentError: the loss is not finite, or the optimizer makes no update by itself, or one that is zero, not
+            finite, or too short for the loss to move at any multiple of it.
     """
     twin = Twin(hessian, optimizer)
     twin.step()
     hessian.release()
     update = [new - p.detach() for new, p in zip(twin.values(), hessian.parameters, strict=True)]
+    if not all(bool(part.isfinite().all()) for part in update):
+        finite = bool(hessian.gradient().isfinite().all())
+        raise ArgumentError(
+            f"the coming update of optimizer {type(optimizer).__name__} is not finite, though the loss "
+            f"({hessian.loss():.4g}) {'and its gradient are' if finite else 'is: its gradient is not'}"
+        )
     if not any(bool(part.any()) for part in update):
         raise ArgumentError(f"the coming update of optimizer {type(optimizer).__name__} is zero; it has no direction")
     return _searched(hessian, update, max(float(g["lr"]) for g in optimizer.param_groups))
@@ -139,10 +147,17 @@ def _searched(hessian: Hessian, update: list[Tensor], rate: float) -> CriticalRa
     if not math.isfinite(here):
         raise ArgumentError(f"the loss is {here}; nothing can be said of the update")
     low, high = 0.0, math.inf
-    factor = 1.0
-    falls = after < here
-    if falls:
-        low = 1.0
+    factor, there = 1.0, after
+    noise = _ROUNDING * torch.finfo(hessian.dtype).eps * abs(here)
+    while (
+        abs(there - here) <= noise and factor < 2.0**_DOUBLINGS
+    ):  # an update that moves the loss by less than it is rounded by
+        factor *= 2.0
+        there = at(factor)
+    if abs(there - here) <= noise:
+        raise ArgumentError(f"the coming update moves the loss by less than rounding, and so do 2^{_DOUBLINGS} of it")
+    if there < here:
+        low = factor
         for _ in range(_DOUBLINGS):
             factor *= 2.0
             if not at(factor) < here:
@@ -150,7 +165,7 @@ def _searched(hessian: Hessian, update: list[Tensor], rate: float) -> CriticalRa
                 break
             low = factor
     else:
-        high = 1.0
+        high = factor
         for _ in range(_DOUBLINGS):
             factor /= 2.0
             if at(factor) < here:

@@ -96,12 +96,12 @@ def judged_without(verdict: Verdict, other: Verdict, what: str) -> Verdict:
     return replace(verdict, name=other.name, summary=f"{other.name.capitalize()} but for {what}; without it, {told}")
 
 
-def judged_harmless(verdict: Verdict, why: str) -> Verdict:
+def judged_harmless(verdict: Verdict, why: str, how: str = "the model learns all the same") -> Verdict:
     """A drift in the place of a verdict on growth beyond the limits that keeps a model from nothing."""
     count = verdict.stretch[1] - verdict.stretch[0] + 1
     steps = f"{count} step{'s' if count != 1 else ''}"
     change = f"over {steps} the gradient changes by a factor of {factor(verdict.growth)} on its way back"
-    return replace(verdict, name="drift", summary=f"Drift: {change}, and the model learns all the same: {why}.")
+    return replace(verdict, name="drift", summary=f"Drift: {change}, and {how}: {why}.")
 
 
 _NOTHING = "; by itself it asks for nothing"
@@ -131,7 +131,10 @@ def _too_few(blocks: int, count: int) -> str:
     if blocks == 0:
         if count == 1:
             return "the model is one step that changes its space, and growth from one space to another has no zero"
-        return f"each of the {count} steps changes its space, and growth from one space to another has no zero"
+        return (
+            f"each of the {count} steps changes its space, or hands on one state more, kept for the output; and growth "
+            "from one space to another has no zero"
+        )
     return f"one step alone keeps its space, and {count - 1} change it; growth over one block says nothing of depth"
 
 

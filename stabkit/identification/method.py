@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from stabkit.errors import ArgumentError
+from stabkit.identification.evidence.told_numbers import consistent
 from stabkit.identification.form.flow_index import Surroundings
 from stabkit.identification.form.grouping import groups, is_divided, is_round, with_norms
 from stabkit.identification.names.systems import LINEAR_MAP
@@ -123,7 +124,7 @@ def identify(flow: FlowLike, *, checks: bool = True, parallel: Parallel = SERIAL
     found = with_ends(found, around, lambda slots, steps: read_states(around, slots, steps))
     found = with_halved_starts(without_doubtful(found))
     found = with_compositions(found, lambda start, stop: with_time(read(around, start, stop)))
-    found = with_half_kicks(found, around)
+    found = list(map(consistent, with_half_kicks(found, around)))
     return tuple(with_values(found, flow, lambda other: identify(other, checks=False, parallel=parallel)))
 
 

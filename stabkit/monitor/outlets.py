@@ -16,6 +16,9 @@ from stabkit.monitor.writers import Writer
 LOGGER = logging.getLogger("stabkit.monitor")
 _LEVELS = {"info": logging.INFO, "warning": logging.WARNING, "critical": logging.ERROR}
 
+_AGAIN = 50  # training steps without a finding, after which one is news
+_ALWAYS = "non_finite"  # that numbers are lost is news once in the midst of other findings
+
 Part = Callable[[str, Callable[[], object]], bool]
 
 
@@ -33,6 +36,7 @@ class Outlets:
         self, writers: Sequence[Writer], callbacks: Sequence[Callback], part: Part, *, logs: bool = True
     ) -> None:
         self._writers, self._callbacks, self._part, self._logs = list(writers), list(callbacks), part, logs
+        self._last, self._lost = -_AGAIN, False
 
     def publish(self, record: Record) -> None:
         """Give a record to every writer."""
@@ -46,8 +50,7 @@ class Outlets:
             step: the training step.
         """
         for finding in findings:
-            if self._logs:
-                LOGGER.log(_LEVELS[finding.severity], "%s", line(finding, step))
+            self._log(finding, step)
             self._to_writers(partial(_alert, finding=finding, step=step))
             for callback in tuple(self._callbacks):
                 if not self._part("a callback on alerts", partial(callback, finding)):
@@ -65,6 +68,17 @@ class Outlets:
         for writer in self._writers:
             self._part(_name(writer), writer.close)
         self._writers = []
+
+    def _log(self, finding: Finding, step: int) -> None:
+        """A line in the log; what comes soon after another finding follows from it mostly, and is an info."""
+        if step - self._last >= _AGAIN:
+            self._lost = False
+        level = _LEVELS[finding.severity]
+        news = step - self._last >= _AGAIN or (finding.kind == _ALWAYS and not self._lost)
+        if level > logging.INFO:
+            self._last, self._lost = step, self._lost or finding.kind == _ALWAYS
+        if self._logs:
+            LOGGER.log(level if news else logging.INFO, "%s", line(finding, step))
 
     def _to_writers(self, action: Callable[[Writer], Callable[[], object] | None]) -> None:
         for writer in tuple(self._writers):

@@ -24,7 +24,7 @@ class Snapshot:
     Attributes:
         step: the training step.
         loss: its loss, NaN where none was read.
-        learning_rates: of every group of every optimizer.
+        learning_rates: of every group of every optimizer, in the update that led to this state.
         tensors: ``weights/NAME`` (the state dict) and ``optimizer/NUMBER/PARAMETER/KEY``, on the host.
         numbers: plain numbers of the optimizers' states, by the same names.
         random: the state of the random generators, as named tensors.
@@ -65,6 +65,7 @@ class Snapshots:
         self._names = {id(p): name for name, p in model.named_parameters()}
         self._ring: list[Snapshot] = []
         self._next, self._not_before = 0, 0.0
+        self._rates: list[float] = []  # of the update before
         self.why_none = "its parameters are spread over processes" if sharded else "" if memory else "snapshot_memory=0"
 
     def look(self, step: int, loss: float) -> None:
@@ -74,9 +75,13 @@ class Snapshots:
             step: the training step.
             loss: its loss.
         """
-        if self.why_none or step < self._next or time.perf_counter() < self._not_before:
+        if self.why_none:
             return
+        rates = [float(group["lr"]) for one in self._optimizers for group in one.param_groups if "lr" in group]
+        before, self._rates = self._rates or rates, rates
         began = time.perf_counter()
+        if step < self._next or began < self._not_before:
+            return
         tensors, numbers = self._state()
         size = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
         slots = min(SLOTS, self._memory // max(size, 1))
@@ -89,8 +94,7 @@ class Snapshots:
         del self._ring[: max(0, len(self._ring) - slots)]
         oldest = self._ring.pop(0) if len(self._ring) == slots else None
         kept, wait = _copied(tensors, {} if oldest is None else oldest.tensors)
-        rates = [float(group["lr"]) for one in self._optimizers for group in one.param_groups if "lr" in group]
-        self._ring.append(Snapshot(step, loss, rates, kept, numbers, as_tensors(random_state()), wait))
+        self._ring.append(Snapshot(step, loss, before, kept, numbers, as_tensors(random_state()), wait))
         spent = time.perf_counter() - began
         self._next, self._not_before = step + _APART, began + spent / _SHARE
 

@@ -21,7 +21,7 @@ from stabkit.tracing.cutting.naming import kinds, names, stacks
 from stabkit.tracing.cutting.samples import Layout, candidates
 from stabkit.tracing.cutting.sources import find_source, graph_between
 from stabkit.tracing.derivatives.audit import audit
-from stabkit.tracing.derivatives.lost_gradient import place_of_cut
+from stabkit.tracing.derivatives.lost_gradient import copied_inputs, place_of_cut
 from stabkit.tracing.flow import Flow, State, Step
 from stabkit.tracing.graph.frontiers import Frontiers
 from stabkit.tracing.graph.graph import Graph, mend_batch_norm
@@ -204,6 +204,11 @@ def _record(forward: ForwardPass, source: str | None, target: Target, recompute:
         return _Recorded(recording, start, side, targets, graph, notes, attempt, saved)
     if failure is None:
         raise TraceError("the forward pass was not recorded")
+    if copies := copied_inputs(forward):
+        raise UnreachedError(
+            f"the output depends on {', '.join(map(repr, copies))} by copies that the model takes off the graph itself "
+            "(detach and requires_grad_): no derivative leads back to what was given, where depth would begin"
+        ) from None
     place = place_of_cut(forward)
     raise UnreachedError(f"{failure}; {place}" if place else str(failure)) from None
 
@@ -211,7 +216,7 @@ def _record(forward: ForwardPass, source: str | None, target: Target, recompute:
 def _build(recorded: _Recorded, settings: _Settings) -> Flow:
     graph, recording = recorded.graph, recorded.recording
     mend_batch_norm(graph)
-    graph.calls, graph.noisy = recording.calls, recording.noisy
+    graph.calls, graph.noisy, graph.dropped = recording.calls, recording.noisy, recording.dropped
     frontiers = Frontiers(graph)
     pieces = choose(
         Intervals(graph, frontiers, recording.calls, dict(settings.module.named_modules())), frontiers, settings.depth
@@ -248,7 +253,7 @@ def _build(recorded: _Recorded, settings: _Settings) -> Flow:
         side_inputs=tuple(s.name for s in recorded.side),
         batch=states[0].space.batch,
         chain_error=chain_error,
-        notes=(*recorded.notes, *whole_batch_note, *_silence_notes(chain, names(pieces))),
+        notes=(*recorded.notes, *whole_batch_note, *_silence_notes(chain, pieces)),
         model=settings.module,
         forward_pass=recorded.again,
         recorded=RecordedPass(graph, recording, functools.partial(_prefetch, recorded)),
@@ -301,11 +306,20 @@ def _state_values(recorded: _Recorded, wanted: set[Value]) -> dict[Value, Tensor
     return data
 
 
-def _silence_notes(chain: chains.Chain, step_names: Sequence[str]) -> list[str]:
+def _silence_notes(chain: chains.Chain, pieces: Sequence[Span]) -> list[str]:
     if not chain.silent:
         return []
+    step_names = names(pieces)
     quiet = ", ".join(step_names[i] for i in reversed(chain.silent))
-    return [f"no gradient passes back through {quiet}: its Jacobian is zero (weights initialised at zero?)"]
+    zeros = {
+        f"{call.path}.{path}"
+        for i in chain.silent
+        for call in pieces[i].calls
+        for path, matrix in call.module.named_parameters()
+        if matrix.dim() > 1 and not bool(matrix.detach().any())
+    }
+    why = f", where {', '.join(sorted(zeros))} {'is' if len(zeros) == 1 else 'are'} all zeros" if zeros else ""
+    return [f"no gradient passes back through {quiet}: its Jacobian is zero at this input{why}"]
 
 
 def _chain(

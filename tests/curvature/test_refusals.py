@@ -150,3 +150,20 @@ def test_a_closure_that_draws_masks_is_told_as_one_draw():
     new = SharpnessTracker(model, lambda: cross_entropy(y)(model(x + float(draw.normal()))), sgd)
     with pytest.raises(StabkitError, match="draws no new batches or masks"):
         new.measure()
+
+
+def test_an_update_that_is_not_finite_is_no_loss_that_is_none():
+    """The derivative of a root at zero is infinite, and times zero NaN; the loss itself is finite."""
+    model, x, y = made()
+
+    def loss(out):
+        return cross_entropy(y)(out) + (out - out.detach()).square().sum(1).sqrt().mean()
+
+    with pytest.raises(StabkitError, match=r"SGD is not finite, though the loss \(1\..*\) is: its gradient is not"):
+        critical_rate(model, x, loss=loss, optimizer=torch.optim.SGD(model.parameters(), lr=0.1))
+
+
+def test_an_update_shorter_than_rounding_is_none_that_raises_the_loss():
+    model, x, y = made()
+    tiny = critical_rate(model, x, loss=cross_entropy(y), optimizer=torch.optim.Adam(model.parameters(), lr=1e-9))
+    assert 1e-4 < tiny.rate < math.inf  # weights round such an update to other lengths, some of them to none

@@ -78,9 +78,9 @@ def test_smooth_activations_and_first_derivatives_raise_nothing(activation, orde
 def test_without_a_way_from_the_input_a_report_has_no_steps():
     report = stabkit.analyze(Informed(nn.Tanh, True), X, loss=with_boundary)
     assert (report.verdict, report.steps) == ("not judged", ())
-    assert "does not depend differentiably on the input" in report.summary
+    assert "the output depends on '0' by copies that the model takes off the graph itself" in report.summary
     assert "No growth over depth was measured" in str(report)
-    with pytest.raises(TraceError, match="does not depend differentiably on the input"):
+    with pytest.raises(TraceError, match="no derivative leads back to what was given"):
         stabkit.analyze(Informed(nn.Tanh, True), X)
 
 
@@ -102,3 +102,21 @@ def test_no_relus_are_tried_where_a_model_takes_second_derivatives():
     whole, net = stabkit.trace(model, X).following(with_boundary), stabkit.trace(model.net, X)
     assert alternatives._unbounded(suspected(net, Settings()).measurement, net) is not None
     assert alternatives._unbounded(suspected(net, Settings()).measurement, whole) is None
+
+
+def test_slopes_that_are_the_same_within_a_region_are_reached_through_the_weights():
+    """The first derivative of a network of ReLUs does not change with its input, and with every weight."""
+
+    class Slope(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.f = nn.Sequential(nn.Linear(2, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 1))
+
+        def forward(self, x: Tensor, t: Tensor) -> Tensor:
+            x = x.clone().requires_grad_(True)
+            return torch.autograd.grad(self.f(torch.cat([x, t], 1)).sum(), x, create_graph=True)[0]
+
+    report = stabkit.analyze(Slope(), X[:, :1], X[:, 1:], loss=lambda out: (out - 1).square().mean(), spectrum="none")
+    assert all(finding.severity == "info" for finding in report.findings)
+    assert "matrices that the loss is made of get a gradient that is not zero" in report.summary

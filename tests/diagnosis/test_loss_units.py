@@ -141,3 +141,23 @@ def test_the_optimizers_are_those_of_torch():
             optimizer.step()
             values.append(float(value.detach()))
         assert left == pytest.approx(values[-1] / values[0], rel=1e-4)
+
+
+def test_targets_that_the_given_optimizer_hardly_moves_towards():
+    """A rate of .01 comes nearer, so that without an optimizer it is a fact at most; .001 needs thousands of steps."""
+    torch.manual_seed(0)
+    x = torch.randn(64, 10)
+    targets = 100 * (x @ torch.randn(10, 1))
+    model = nn.Sequential(nn.Linear(10, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 1))
+
+    def said_of(times: float, **options: Any) -> list[Finding]:
+        report = stabkit.analyze(
+            model, x, loss=lambda out: functional.mse_loss(out, times * targets), spectrum="none", **options
+        )
+        return [f for f in report.findings if f.severity != "info"]
+
+    adam = torch.optim.Adam(model.parameters(), lr=1e-3)
+    assert said_of(1.0) == []
+    (found,) = said_of(1.0, optimizer=adam)
+    assert "20 steps of the Adam that is given, at its own settings: leaves 9" in found.evidence
+    assert said_of(0.01, optimizer=adam) == []

@@ -92,8 +92,9 @@ def test_targets_that_depend_on_an_order_which_is_not_seen(name):
     assert "positional" in found.remedy
 
 
-RISING = torch.arange(SAMPLES) % 2
-ROWS = torch.randint(0, 30, (SAMPLES, LENGTH), generator=torch.Generator().manual_seed(5))
+MANY = 128
+RISING = torch.arange(MANY) % 4 // 2
+ROWS = torch.randint(0, 30, (MANY, LENGTH), generator=torch.Generator().manual_seed(5))
 # the larger half of the tokens comes first, or last
 SORTED = torch.where(RISING[:, None] > 0, ROWS.sort(1).values, ROWS.sort(1, descending=True).values)
 
@@ -157,7 +158,8 @@ def test_tokens_that_are_tagged_by_their_place_and_learnt_by_heart_without_it():
     assert said_of(CHANCE) == []
 
 
-def test_an_order_that_no_two_samples_share_is_told_by_training():
+def test_an_order_that_no_two_samples_share_is_told_by_samples_held_out():
+    """Of 48 tasks of sets with 64 to 200 samples none is told."""
     (found,) = said(Blind(2), SORTED, lambda out: functional.cross_entropy(out, RISING))
     assert "sines of the position" in found.evidence
 
@@ -200,9 +202,32 @@ def test_sets_and_what_sees_the_order_raise_nothing(name):
     assert said(make(), inputs, loss) == []
 
 
-def test_attention_over_a_set_is_a_fact():
-    found = said(Blind(1), TEXTS, lambda out: functional.mse_loss(out.squeeze(-1), SUMS / 10))
-    assert [f.severity for f in found] == ["info"]
+def test_attention_over_a_set_raises_nothing():
+    of_sum = (ROWS.sum(1) > 87).long()
+    assert said(Blind(2), ROWS, lambda out: functional.cross_entropy(out, of_sum)) == []
+    assert said(Blind(1), TEXTS, lambda out: functional.mse_loss(out.squeeze(-1), SUMS / 10)) == []
+
+
+class ReadAt(nn.Module):
+    """Attention over tokens, of which the state at one position is read."""
+
+    def __init__(self, position: int) -> None:
+        super().__init__()
+        self.body, self.position = Tagger(positions=False), position
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.body(x)[:, self.position, :2]
+
+
+@pytest.mark.parametrize(("position", "words"), [(-1, "in any order before the last one"), (0, "behind the first one")])
+def test_what_is_read_at_an_end_is_no_matter_of_order(position, words):
+    """The token there is seen as what it is; the order of the others is lost."""
+    own, other = ORDERS[:, position] % 2, ORDERS[:, -1 - position] % 2
+    assert said(ReadAt(position), ORDERS, lambda out: functional.cross_entropy(out, own)) == []
+    (found,) = said(ReadAt(position), ORDERS, lambda out: functional.cross_entropy(out, other))
+    assert words in found.evidence
+    assert found.numbers["floor"] > 0.3 * found.numbers["scale"]
+    assert said(ReadAt(LENGTH // 2), ORDERS, lambda out: functional.cross_entropy(out, own)) == []
 
 
 def test_positions_are_added_along_time_in_either_layout():
@@ -211,8 +236,8 @@ def test_positions_are_added_along_time_in_either_layout():
 
     told = [said(Blind(2), SORTED, loss), said(Blind(2, batch_first=False), SORTED.T.contiguous(), loss)]
     assert "sines of the position" in told[0][0].evidence
-    ends = [re.findall(r"to (\d\.\d+)", found.evidence) for (found,) in told]
-    assert [float(end) for end in ends[0]] == pytest.approx([float(end) for end in ends[1]], rel=0.2)
+    ends = [re.findall(r"(\d+)% ", found.evidence) for (found,) in told]
+    assert [float(end) for end in ends[0]] == pytest.approx([float(end) for end in ends[1]], abs=5)
 
 
 class Named(nn.Module):

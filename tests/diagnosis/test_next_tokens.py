@@ -225,3 +225,62 @@ def test_padding_in_front_to_which_every_key_is_left_is_no_leak(causal: bool) ->
 
     said = found(Language(read), x[:, :-1], x[:, 1:])
     assert [f.kind for f in said] == ([] if causal else ["leak"])
+
+
+class Reading(nn.Module):
+    """Tokens that read each other by an attention of one kind, none of which hides what comes later."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        layer = nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, batch_first=True)
+        made: dict[str, Callable[[], nn.Module]] = {
+            "encoder": lambda: nn.TransformerEncoder(layer, 1, enable_nested_tensor=False),
+            "layer": lambda: layer,
+            "attention": lambda: nn.MultiheadAttention(16, 2, batch_first=True),
+            "decoder": lambda: nn.TransformerDecoderLayer(16, 2, 32, dropout=0.0, batch_first=True),
+            "convolution": lambda: nn.Conv1d(16, 16, 3, padding=1),
+        }
+        self.kind, self.embed, self.head = kind, nn.Embedding(20, 16), nn.Linear(16, 20)
+        self.body = made.get(kind, lambda: nn.Linear(16, 48))()
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.embed(x)
+        if self.kind == "attention":
+            h = h + self.body(h, h, h, need_weights=False)[0]
+        elif self.kind == "decoder":
+            h = self.body(h, torch.ones_like(h))
+        elif self.kind == "convolution":
+            h = h + self.body(h.transpose(1, 2)).transpose(1, 2)
+        elif self.kind == "function":
+            h = h + functional.scaled_dot_product_attention(*self.body(h).chunk(3, -1))
+        elif self.kind == "softmax":
+            q, k, v = self.body(h).chunk(3, -1)
+            h = h + (q @ k.mT / 4).softmax(-1) @ v
+        else:
+            h = self.body(h)
+        return self.head(h)
+
+
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    [
+        ("encoder", "give body mask="),
+        ("layer", "give body src_mask="),
+        ("attention", "give body attn_mask="),
+        ("decoder", "give body tgt_mask="),
+        ("convolution", "pad on the left alone: no padding in body"),
+        ("function", "is_causal=True in scaled_dot_product_attention (test_next_tokens.py"),
+        ("softmax", "-torch.inf) before the softmax (test_next_tokens.py"),
+    ],
+)
+def test_a_mask_is_named_as_the_module_that_is_called_names_it(kind, words):
+    tokens = torch.randint(0, 20, (24, 9), generator=torch.Generator().manual_seed(0))
+    inputs, targets = tokens[:, :-1], tokens[:, 1:]
+
+    def loss(out: Tensor) -> Tensor:
+        return functional.cross_entropy(out.flatten(0, 1), targets.flatten())
+
+    found = stabkit.analyze(Reading(kind), inputs, loss=loss, spectrum="none").findings
+    (told,) = [finding for finding in found if finding.kind == "leak"]
+    assert words in told.remedy

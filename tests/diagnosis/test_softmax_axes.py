@@ -74,7 +74,7 @@ def of_padded_keys(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 @pytest.mark.parametrize(
     ("mix", "axis", "harm"),
     [
-        (over_queries, -2, "60 steps of Adam leave "),
+        (over_queries, -2, "60 steps of Adam (rate 0.01 or 0.001, whichever ends lower) leave "),
         (by_letters, -2, "weights of earlier queries change by up to 0."),
         (over_heads, -3, "keys that a mask hides get weights of up to 0.5"),
         (of_padded_keys, -2, "keys that a mask hides get weights of up to 0.17"),

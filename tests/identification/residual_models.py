@@ -86,7 +86,8 @@ class DropPath(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if not self.training:
             return x
-        mask = x.new_tensor([1.0, 0.0] * (len(x) // 2)).reshape(-1, *[1] * (x.dim() - 1))  # a fixed draw
+        chances = x.new_tensor([1.0, 0.0] * (len(x) // 2)).reshape(-1, *[1] * (x.dim() - 1))  # draws of a known result
+        mask = chances.bernoulli()
         return x * mask / self.p
 
 

@@ -233,3 +233,58 @@ def test_the_order_of_a_splitting():
     assert order_of((1.0, 1.0)) == 1
     assert order_of((0.5, 1.0, 0.5)) == 2
     assert order_of((0.3, 0.5, 0.7, 0.5)) == 1
+
+
+class _OfTwoFields(nn.Module):
+    """Drifts and kicks with two learned fields and given numbers."""
+
+    def __init__(self, drifts, kicks):
+        super().__init__()
+        self.T, self.V = (nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 4)) for _ in range(2))
+        self.numbers = tuple(zip(drifts, kicks, strict=True))
+
+    def forward(self, q, p):
+        for drift, kick in self.numbers:
+            q = q + self.T(p) * drift * 0.1
+            p = p - self.V(q) * kick * 0.1
+        return q, p
+
+
+class _Rolled(nn.Module):
+    """Three such steps; the trajectory is kept, or the last state alone."""
+
+    def __init__(self, drifts, kicks, *, kept):
+        super().__init__()
+        self.step, self.kept = _OfTwoFields(drifts, kicks), kept
+
+    def forward(self, x):
+        q, p = x.chunk(2, -1)
+        states = []
+        for _ in range(3):
+            q, p = self.step(q, p)
+            states.append(torch.cat([q, p], -1))
+        return torch.stack(states) if self.kept else states[-1]
+
+
+def _of_two_fields(drifts, kicks, *, kept=False):
+    torch.manual_seed(0)
+    return identify(trace(_Rolled(drifts, kicks, kept=kept), torch.randn(3, 8)))
+
+
+@pytest.mark.parametrize("kept", [False, True])
+def test_a_last_kick_that_is_multiplied_by_zero_is_none(kept):
+    """Forest and Ruth's tableau as it is printed: four drifts, and four kicks of which the last one is none."""
+    drifts = (ONE / 2, (1 - ONE) / 2, (1 - ONE) / 2, ONE / 2)
+    found = [r for r in _of_two_fields(drifts, (*YOSHIDA, 0.0), kept=kept) if r.method is not None]
+    assert len(found) >= 2
+    assert {r.name for r in found} == {"Yoshida 4 (Forest-Ruth, three leapfrogs)"}
+    assert all(r.step_size == pytest.approx(0.1) and r.evidence == "proven" for r in found)
+    found = _of_two_fields((0.5, 0.5), (1.0, 0.0), kept=kept)
+    assert [r.name for r in found if r.method is not None][:2] == ["stormer_verlet"] * 2
+
+
+def test_numbers_of_two_branches_are_both_told():
+    found = _of_two_fields((0.2, 0.5, 0.3), (0.3, 0.3, 0.4))
+    told = [r.convention for r in found if r.name.startswith("reversible")]
+    assert told[0] == "h: the largest of the numbers that multiply the branches, 0.02, 0.03"
+    assert not any("x_0 too" in r.name for r in found)

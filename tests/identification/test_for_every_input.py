@@ -151,3 +151,16 @@ def test_what_is_proven_is_the_same_at_other_inputs(kind, factor):
     other = tuple((torch.rand(m.shape) < 0.5).to(m) if m.dtype == torch.bool else m * factor for m in given)
     a, b = read(step, *given), read(step, *other)
     assert (a.name, a.skip, a.step_size) == (b.name, b.skip, b.step_size)
+
+
+def test_a_branch_without_a_derivative_is_no_proof_that_there_is_none():
+    """What is made of the detached state, in a buffer as well, is added: gradients see the skip alone."""
+
+    def step(m: Any, x: Tensor) -> Tensor:
+        made = torch.zeros_like(x.detach())
+        made.add_(m.f(x.detach()))
+        return x + 0.1 * made
+
+    torch.manual_seed(0)
+    found = identify(trace(nn.Sequential(*(Block(step) for _ in range(3))), torch.randn(3, D)))
+    assert {(record.name, record.evidence) for record in found} == {("no branch that gradients see", "measured")}

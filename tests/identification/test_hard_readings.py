@@ -270,9 +270,13 @@ def test_a_leaky_unit_is_no_diffusion():
 
 @pytest.mark.parametrize("kept", [(1, 1), (1, 0), (0, 0)], ids=["none dropped", "one dropped", "all dropped"])
 def test_stochastic_depth_shows_whatever_was_drawn(kept):
-    draw = torch.tensor(kept, dtype=torch.float64)[:, None] / 0.8
+    chances = torch.tensor(kept, dtype=torch.float64)[:, None]
     scale = nn.Parameter(torch.full((6,), 0.5))
-    found = read(lambda: Step(lambda m, x: x + m.scale * m.parts[0](x) * draw, dense(), scale=scale), train=True)
+
+    def step(m, x):
+        return x + m.scale * m.parts[0](x) * (chances.bernoulli() / 0.8)
+
+    found = read(lambda: Step(step, dense(), scale=scale), train=True)
     p = " (p = 0.8)" if any(kept) else ""
     assert found.name == f"forward Euler, stochastic depth{p}"
     if any(kept):
@@ -281,15 +285,19 @@ def test_stochastic_depth_shows_whatever_was_drawn(kept):
 
 @pytest.mark.parametrize("draw", [[1.0, 1.0], [1.0, 0.0]], ids=["none dropped", "one dropped"])
 def test_a_draw_of_ones_beside_a_division(draw):
-    mask = torch.tensor(draw, dtype=torch.float64)[:, None]
-    found = read(lambda: Step(lambda m, x: x + m.parts[0](x).div(0.8) * mask, dense()), train=True)
+    chances = torch.tensor(draw, dtype=torch.float64)[:, None]
+    found = read(
+        lambda: Step(lambda m, x: x + m.parts[0](x).div(0.8) * (torch.rand(2, 1) < chances).double(), dense()),
+        train=True,
+    )
     assert (found.name, found.step_size) == ("forward Euler, stochastic depth (p = 0.8)", 1.0)
 
 
 def test_one_number_for_each_sample_is_no_draw():
-    sizes = torch.tensor([0.3, 0.3], dtype=torch.float64)[:, None]
-    found = read(lambda: Step(lambda m, x: x + m.parts[0](x) * sizes, dense()))
-    assert (found.name, found.step_size) == ("forward Euler", pytest.approx(0.3))
+    for size in (0.3, 1.25, 86.0):
+        sizes = torch.tensor([size, size], dtype=torch.float64)[:, None]
+        found = read(lambda: Step(lambda m, x: x + m.parts[0](x) * sizes, dense()), train=True)  # noqa: B023
+        assert (found.name, found.step_size) == ("forward Euler", pytest.approx(size))
 
 
 @pytest.mark.parametrize("wrap", [nn.utils.parametrizations.weight_norm, nn.utils.parametrizations.spectral_norm])

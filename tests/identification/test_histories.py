@@ -111,3 +111,42 @@ def test_a_start_by_half_a_field_tells_the_midpoint_rule_from_couplings(start: f
     assert {r.name for r in found[1:]} == {name}
     assert {round(r.step_size, 6) for r in found if r.step_size} == {0.1}
     assert found[0].name == ("forward Euler" if start == 0.1 else name)
+
+
+class _Kept(nn.Module):
+    """A whole solve by a method that keeps something, in one module."""
+
+    def __init__(self, how: str, eta: float, n: int) -> None:
+        super().__init__()
+        self.f, self.how, self.eta, self.n = _mlp(), how, eta, n
+
+    def forward(self, x: Tensor) -> Tensor:
+        h, z, v, older = 1 / self.n, x, self.f(x), x
+        if self.how == "leapfrog":
+            z = x + h * v
+        for _ in range(self.n - (self.how == "leapfrog")):
+            if self.how == "asynchronous leapfrog":
+                half = z + v * h / 2
+                v = 2 * self.eta * (self.f(half) - v) + v
+                z = half + v * h / 2
+            elif self.how == "reversible Heun":
+                older = 2 * z - older + h * v
+                new = self.f(older)
+                z, v = z + h / 2 * (v + new), new
+            else:
+                older, z = z, older + 2 * h * self.f(z)
+        return z
+
+
+@pytest.mark.parametrize(
+    ("how", "eta"), [("asynchronous leapfrog", 1.0), ("asynchronous leapfrog", 0.8), ("reversible Heun", 1.0),
+                     ("leapfrog", 1.0)],
+)  # fmt: skip
+def test_a_whole_solve_by_a_method_that_keeps_something_is_its_steps(how: str, eta: float):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, WIDTH), _Kept(how, eta, 5), nn.Linear(WIDTH, 4))
+    found = stabkit.identify(stabkit.trace(model, torch.randn(3, 3)))[1]
+    assert found.name.startswith(f"5 steps of {how}")
+    assert (f"eta = {eta:.3g}" in found.name) == how.startswith("async")
+    assert found.step_size == pytest.approx(0.2)
+    assert found.evidence == "proven"

@@ -148,3 +148,22 @@ def test_stages_of_one_field_that_are_not_taken_apart_are_no_different_fields() 
     assert "different fields" not in solve.name
     assert "1.field is called" in solve.notes[0]
     assert not any("LayerScale" in note for note in solve.notes)
+
+
+def test_drawn_numbers_that_zero_multiplies_are_no_noise():
+    """Samplers with their churn, their temperature or their eta at zero."""
+
+    class Cold(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.f = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Tanh())
+
+        def forward(self, x: Tensor) -> Tensor:
+            for h in (2.5, 1.5, 0.5):
+                x = x + h * self.f(x) + torch.zeros(()).sqrt() * torch.randn_like(x)
+            return x
+
+    torch.manual_seed(0)
+    found = stabkit.identify(stabkit.trace(Cold(), torch.randn(3, WIDTH)))
+    assert {record.name for record in found} == {"forward Euler"}
+    assert not any("noise" in note for record in found for note in record.notes)

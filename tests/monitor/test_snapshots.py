@@ -10,7 +10,7 @@ import torch
 from stabkit.checkpoints import load
 from stabkit.checkpoints.capsules import read_capsule
 from stabkit.errors import CheckpointError
-from stabkit.monitor import Monitor, replay
+from stabkit.monitor import Monitor, replay, snapshots
 from stabkit.monitor.snapshots import SLOTS, Snapshots
 from tests.monitor.networks import mlp, weights
 
@@ -77,7 +77,8 @@ def test_a_rate_that_breaks_leaves_the_weights_from_before_it(tmp_path, optimize
     assert replay(path, wide).agrees()
 
 
-def test_a_poisoned_batch_meets_the_last_good_weights(tmp_path):
+def test_a_poisoned_batch_meets_the_last_good_weights(tmp_path, monkeypatch):
+    monkeypatch.setattr(snapshots, "_SHARE", math.inf)  # whatever they cost
     monitor, _ = train(tmp_path, "adam", 1, poison)
     capsule = read_capsule(monitor.capsules[0])
     assert capsule.step in (BREAKS, BREAKS + 1)

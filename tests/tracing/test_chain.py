@@ -134,10 +134,21 @@ def test_a_head_initialised_at_zero_is_named_and_the_rest_still_checked():
     model = nn.Sequential(nn.Linear(3, 3), nn.Tanh(), nn.Linear(3, 3), nn.Linear(3, 2)).double()
     nn.init.zeros_(model[3].weight)
     flow = trace(model, torch.randn(2, 3, dtype=torch.float64))
-    assert any("no gradient passes back through 3" in note for note in flow.notes)
+    assert flow.notes == (
+        "no gradient passes back through 3: its Jacobian is zero at this input, where 3.weight is all zeros",
+    )
     assert flow.chain_error == 0
     assert not flow.jacobian().dense().any()
     assert flow.jacobian(0, 3).dense().any()
+
+
+def test_units_that_are_off_are_no_weights_of_zeros():
+    model = nn.Sequential(nn.Linear(3, 3), nn.ReLU(), nn.Linear(3, 3), nn.ReLU(), nn.Linear(3, 2)).double()
+    nn.init.constant_(model[2].bias, -100.0)
+    nn.init.zeros_(model[4].bias)
+    flow = trace(model, torch.randn(2, 3, dtype=torch.float64))
+    (note,) = flow.notes
+    assert note.endswith("its Jacobian is zero at this input")
 
 
 def deep(scale: float, dtype: torch.dtype, depth: int = 60) -> nn.Sequential:

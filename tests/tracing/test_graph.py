@@ -84,3 +84,17 @@ def test_the_networkx_graph_carries_operations_module_paths_and_steps():
     found = [(data["operation"], data["module_path"], data["step"]) for _, data in sorted(graph.nodes(data=True))]
     assert found == [("source", "", -1), ("Addmm", "0", 0), ("Tanh", "1", 1), ("Addmm", "2", 2)]
     assert [shape for *_, shape in graph.edges(data="shape")] == [(2, 3), (2, 4), (2, 4)]
+
+
+def test_a_constant_that_is_joined_to_the_state_and_cut_off_again_is_a_constant():
+    """The step size as a column beside the state, as flow maps that are learned write it."""
+    x, h = torch.randn(3, 4, requires_grad=True).clone(), torch.full((3, 1), 0.1)
+    whole = torch.cat([x, h], -1)
+    state, step = whole[..., :-1], whole[..., -1:]
+    target = state + step * torch.tanh(state)
+    graph = Graph([value_of(x)], [value_of(target)])
+    assert value_of(step).node not in graph.nodes
+    (product,) = (node for node in graph.nodes if operation(node) == "Mul")
+    assert len(graph.inputs[product]) == 1
+    grads = torch.autograd.grad(target.sum(), x, retain_graph=True)[0]
+    assert torch.allclose(grads, 1 + 0.1 / torch.cosh(x) ** 2)

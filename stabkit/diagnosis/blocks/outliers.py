@@ -211,7 +211,9 @@ def _evidence(fault: LocalFault, step: StepMeasurement) -> str:
             f"its peers, and a step of the same rate {factor(-2 * fault.size)} times as large beside the weight"
         )
     if acting.peers:
-        parts.append(_compared("its gain", acting.gain, acting.peers))
+        parts.append(
+            _compared("its gain, 1/2 log(|J|_F^2 / m) of the m rows of its Jacobian,", acting.gain, acting.peers)
+        )
         parts += [
             _compared(f"the gain of its branch {merge.module_path or index}", branch, acting.peers)
             for index, (merge, branch) in enumerate(zip(step.merges, acting.branch, strict=True))

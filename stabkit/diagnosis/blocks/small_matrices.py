@@ -11,7 +11,7 @@ from dataclasses import replace
 from stabkit.diagnosis.finding import Finding, serious
 from stabkit.diagnosis.remedies.learning import beside_a_constant
 from stabkit.diagnosis.remedies.outer_causes import larger_weights
-from stabkit.diagnosis.remedies.usual_training import left_only_treated
+from stabkit.diagnosis.remedies.usual_training import ADAM, left_only_treated
 from stabkit.diagnosis.suspects import Diagnosis, Settings, ordered
 from stabkit.tracing import Flow, FlowLike
 
@@ -48,7 +48,7 @@ def with_small_matrices(flow: FlowLike, found: Diagnosis, settings: Settings) ->
         steps=steps,
         module_path=found.measurement.steps[steps[0]].module_path,
         confidence=1.0,
-        evidence=f"{remedy.cause}; {_STEPS} steps of Adam leave {plain:.0%} of the loss as it is, and "
+        evidence=f"{remedy.cause}; {_STEPS} steps of {ADAM} leave {plain:.0%} of the loss as it is, and "
         f"{with_remedy:.2g} of where it was with weights drawn anew",
         remedy=remedy.text,
         reference=_REFERENCE,

@@ -44,7 +44,8 @@ def growth_finding(
     remedy = remedies.for_stretch(steps, verdict.growth, thresholds.stable, tied, beside)
     evidence = (
         f"log growth {verdict.growth:+.1f} nats ({thresholds.confidence:.0%} interval {low:+.1f} to {high:+.1f}) over "
-        f"{count} steps, {verdict.growth / count:+.2f} a step; most at {measurement.steps[worst].name} "
+        f"{count} steps ({steps[0].name} to {steps[-1].name}), {verdict.growth / count:+.2f} a step; most at "
+        f"{measurement.steps[worst].name} "
         f"({nats(float(rates[worst - first]))})"
         if math.isfinite(verdict.growth)
         else f"over {count} step{'s' * (count > 1)} nothing comes back to the first; it is lost at "

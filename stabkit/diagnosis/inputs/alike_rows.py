@@ -19,7 +19,7 @@ from stabkit.diagnosis.inputs.features import changed
 from stabkit.diagnosis.remedies.applying import is_small
 from stabkit.diagnosis.remedies.learning import left_by_a_constant
 from stabkit.diagnosis.remedies.moved_weights import moved_weights
-from stabkit.diagnosis.remedies.usual_training import adams, left_after
+from stabkit.diagnosis.remedies.usual_training import ADAM, adams, left_after
 from stabkit.diagnosis.states.sample_meetings import differing
 from stabkit.diagnosis.training_run import TrainingRun
 from stabkit.errors import StabkitError
@@ -82,7 +82,8 @@ def alike_row_findings(run: TrainingRun) -> list[Finding]:
         if plain is None or apart is None or (floor is not None and plain * first < _LEARNT * floor):
             continue
         if apart < _BETTER * plain:
-            return [_finding(run, alike, f"{steps} steps of Adam leave {plain:.2g} of the loss as it is", plain, apart)]
+            left = f"{steps} steps of {ADAM} leave {plain:.2g} of the loss as it is"
+            return [_finding(run, alike, left, plain, apart)]
     return []
 
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from stabkit.diagnosis.finding import Finding, of_module
+from stabkit.diagnosis.inputs.mask_arguments import mask_arguments
 from stabkit.diagnosis.inputs.padding import padding_of
 from stabkit.diagnosis.remedies.short_training import compared, short_training, worse
 from stabkit.tracing import Flow
@@ -190,7 +191,7 @@ def _of_turned(flow: Flow, loss: Any, turned: Sequence[Seen], count: int) -> Fin
     plain, treated = short_training(flow, loss), short_training(flow, loss, within=_Turning)
     if worse(plain, treated):
         evidence += compared(plain, treated, "with it turned round")
-    remedy = "turn the mask round: ~mask where it is made or passed on"
+    remedy = f"turn the mask round: ~mask where it is made or passed on{_as_given(flow, first)}"
     return _finding(flow, first, "critical", evidence, remedy, {"attentions": float(len(turned))})
 
 
@@ -200,8 +201,20 @@ def _of_adding(flow: Flow, adding: Sequence[Seen], count: int) -> Finding:
         f"{_places(adding)} of {count} attentions are given a mask of zeros and ones in floats: floats are added to "
         "the scores, so that nothing is masked"
     )
-    remedy = f"give the mask as booleans ({_CONVENTIONS[first.name]}), or fill it with -inf where nothing may be seen"
+    remedy = (
+        f"give the mask{_as_given(flow, first)} as booleans ({_CONVENTIONS[first.name]}), or fill it with -inf where "
+        "nothing may be seen"
+    )
     return _finding(flow, first, "warning", evidence, remedy, {"attentions": float(len(adding))})
+
+
+def _as_given(flow: Flow, first: Seen) -> str:
+    """The arguments by which the module that is called takes a mask, in words; empty where it is none of torch."""
+    named = mask_arguments(flow.forward_pass.module, first.path) if first.name == _MHA else None
+    if named is None:
+        return ""
+    outer, names = named
+    return f" ({names.causal} or {names.padding} of {outer or 'the model'})"
 
 
 def _places(found: Sequence[Seen]) -> str:

@@ -18,6 +18,7 @@ from stabkit.diagnosis.finding import Finding, of_module
 from stabkit.diagnosis.losses.regressions import regressions
 from stabkit.diagnosis.remedies import computed as remedies
 from stabkit.diagnosis.remedies.held_out import learnt
+from stabkit.diagnosis.remedies.usual_training import ADAM
 from stabkit.diagnosis.training_run import TrainingRun
 from stabkit.tracing.graph.values import operation
 from stabkit.tracing.recording.training_pass import nodes_above
@@ -72,7 +73,7 @@ def coordinate_findings(run: TrainingRun) -> list[Finding]:
     evidence = (
         f"{first} takes {x.shape[1]} coordinates, and targets already differ by half as much as any two of them do "
         f"where these are {_length(x, targets):.2g} of their extent apart; the network leaves {min(left, 9.99):.0%} "
-        f"of their variance; tried on a copy: {_STEPS} steps of Adam on every other sample take "
+        f"of their variance; tried on a copy: up to {_STEPS} steps of {ADAM} on every other sample take "
         f"{max(plain.other, 0):.0%} of the loss of those between away as it is, {treated.other:.0%} with sines and "
         f"cosines of the coordinates, of frequencies of {frequency / spread:.3g} radians a unit, beside them"
     )

@@ -1,10 +1,13 @@
 """Models that do not see the order of what they are given, where the targets depend on it.
 
 Attention, means and sums over positions give the same for the same tokens in any order, unless something tells them
-apart. That is right for sets. It is wrong where samples that hold the same tokens have different targets: they get the
-same output, and the loss has a floor, which is computed. Where no two samples hold the same tokens, positions are
-added on a copy, and training says whether they matter; where a model learns by heart, whether they do more than the
-same positions in another order in every sample.
+apart. That is right for sets, of which nothing is told. It is wrong where samples that hold the same tokens have
+different targets: they get the same output, and the loss has a floor, which is computed. Where no two samples hold the
+same tokens, positions are added on a copy, and training says whether they matter; where a model learns by heart,
+whether they do more than the same positions in another order in every sample.
+
+A model that reads its output at the last or at the first position sees what stands there, and may be blind to the order
+of all others.
 """
 
 from __future__ import annotations
@@ -20,12 +23,14 @@ from torch import Tensor, nn
 
 from stabkit.diagnosis.blocks.weights import step_of
 from stabkit.diagnosis.finding import Finding
+from stabkit.diagnosis.inputs.added_positions import Layout
 from stabkit.diagnosis.losses.loud_logits import cross_entropies
 from stabkit.diagnosis.losses.regressions import regressions
 from stabkit.diagnosis.remedies.applying import is_small
+from stabkit.diagnosis.remedies.held_out import learnt
 from stabkit.diagnosis.remedies.moved_weights import moved_weights
 from stabkit.diagnosis.remedies.short_training import STEPS
-from stabkit.diagnosis.remedies.usual_training import RATES, adam, learns_only_treated, left_after
+from stabkit.diagnosis.remedies.usual_training import ADAM, RATES, adam, left_after
 from stabkit.diagnosis.training_run import TrainingRun
 from stabkit.errors import StabkitError
 from stabkit.tracing import Flow
@@ -33,7 +38,6 @@ from stabkit.tracing.graph.values import operation
 from stabkit.tracing.recording.containers import named_tensors
 from stabkit.tracing.recording.evaluation import evaluated
 from stabkit.tracing.recording.forward_pass import ForwardPass
-from stabkit.tracing.recording.hooks import hooked
 from stabkit.tracing.recording.training_pass import TrainingPass, nodes_above, training_pass
 
 _ROUNDING = 1e-5  # of the size of an output: sums in another order
@@ -43,6 +47,8 @@ _BELOW = 0.99  # of a floor: what no rounding of a loss that has come down to it
 _MOST = 4096  # samples or tokens that are compared
 _MOST_NUMBERS = 2**24  # of all tokens: 128 MiB of doubles, which are told apart in a second or two
 _STAYS, _FOLLOWS = "stays", "follows"  # what an output does where positions change places
+_BUT = {None: "", -1: " before the last one", 0: " behind the first one"}  # positions that are kept, in words
+_FEWEST = 3  # positions, of which one is kept
 _STEPS = 50  # of a trial, and a fifth of that for large models
 # reversed sequences: .9 of 2.5 as it is and with shuffled positions, .46 with positions; with noisy labels alike
 _TIMES = 1.5  # as much loss without positions, and with shuffled ones, as with positions
@@ -65,6 +71,9 @@ def lost_order_findings(run: TrainingRun) -> list[Finding]:
             return _judged(run, _Samples(tokens, axis), attention)
         if how == _FOLLOWS and axis == 1:
             return _of_every_token(run, tokens, attention)
+        for kept in (-1, 0) if tokens.shape[1] >= _FEWEST else ():
+            if _moved_by_order(run.call, axis, tokens.shape[1], kept) == _STAYS:
+                return _judged(run, _Samples(tokens, axis, kept), attention)
     return []
 
 
@@ -76,14 +85,18 @@ class _Samples:
         positions: how many positions each has.
         axis: the axis of the inputs along which positions lie.
         tokens: ``(samples, positions)``, a number for every token that those of the same entries share.
-        content: for every sample what it holds, whatever the order.
+        kept: a position, the first or the last, that is no matter of order; None for none.
+        content: for every sample what it holds, whatever the order of what is not kept.
         order: for every sample what it holds, in its order.
     """
 
-    def __init__(self, tokens: Tensor, axis: int) -> None:
-        self.count, self.positions, self.axis = len(tokens), tokens.shape[1], axis
+    def __init__(self, tokens: Tensor, axis: int, kept: int | None = None) -> None:
+        self.count, self.positions, self.axis, self.kept = len(tokens), tokens.shape[1], axis, kept
         self.tokens = _alike(tokens.flatten(0, 1)).reshape(tokens.shape[:2])
-        self.content: list[Hashable] = _alike(self.tokens.sort(1).values).tolist()
+        held = self.tokens if kept is None else self.tokens.roll(-1 if kept == 0 else 0, 1)
+        mixed = held if kept is None else held[:, :-1]
+        sorted_by_number = torch.cat([mixed.sort(1).values, held[:, mixed.shape[1] :]], 1)
+        self.content: list[Hashable] = _alike(sorted_by_number).tolist()
         self.order: list[Hashable] = _alike(self.tokens).tolist()
 
 
@@ -115,14 +128,14 @@ def _of_every_token(run: TrainingRun, tokens: Tensor, attention: str | None) -> 
         if trial is None or not trial.better:
             return []
         words += trial.words
-    return [_finding(run.flow, "warning", attention, words, floor)]
+    return [_finding(run.flow, attention, words, floor)]
 
 
 def _judged(run: TrainingRun, samples: _Samples, attention: str | None) -> list[Finding]:
     """What follows from being blind to order, for these samples and their targets."""
     assert run.done.loss is not None
     floor = next(iter(_floors(run.done, samples.content, samples.order)), None)
-    words = "the output is the same, to rounding, for the tokens of a sample in any order"
+    words = f"the output is the same, to rounding, for the tokens of a sample in any order{_BUT[samples.kept]}"
     sure = floor is not None and floor.least > floor.limit
     if floor is not None and sure:
         words += (
@@ -135,21 +148,19 @@ def _judged(run: TrainingRun, samples: _Samples, attention: str | None) -> list[
     if floor is not None and sure and trial is not None and trial.plain < _BELOW * floor.least <= trial.first:
         return []  # what training goes below is no floor: the order is seen by what evaluation leaves out
     better, tried = (False, "") if trial is None else (trial.better, trial.words)
-    return [_finding(run.flow, "warning" if sure or better else "info", attention or "", words + tried, floor)]
+    return [_finding(run.flow, attention or "", words + tried, floor)] if sure or better else []
 
 
-def _finding(flow: Flow, severity: str, path: str, evidence: str, floor: _Floor | None) -> Finding:
+def _finding(flow: Flow, path: str, evidence: str, floor: _Floor | None) -> Finding:
     return Finding(
         kind="order",
-        severity=severity,
+        severity="warning",
         steps=(step_of(flow, path) if path else 0,),
         module_path=path,
         confidence=1.0,
         evidence=evidence,
         remedy="tell positions apart: add a positional embedding or encoding to what goes into "
-        f"{path or 'the first layer'}, or read the order by a convolution or a recurrence"
-        if severity == "warning"
-        else "none is needed where the input is a set; otherwise add a positional embedding or encoding",
+        f"{path or 'the first layer'}, or read the order by a convolution or a recurrence",
         reference=_REFERENCE,
         numbers={} if floor is None else {"floor": floor.least, "scale": floor.scale},
     )
@@ -189,26 +200,29 @@ def _may_hold_the_same(tokens: Tensor) -> bool:
     return len(torch.unique(sums, dim=0)) < len(sums)
 
 
-def _moved_by_order(call: ForwardPass, axis: int, count: int) -> str:
+def _moved_by_order(call: ForwardPass, axis: int, count: int, kept: int | None = None) -> str:
     """Whether the output stays with all positions in another order, or follows them into it; empty for neither.
 
-    So it must at the weights as they are, and with all of them moved: heads and positions may begin at zero.
+    So it must at the weights as they are, and with all of them moved: heads and positions may begin at zero. One
+    position may be ``kept`` where it is.
     """
-    if not _compared(call, axis, count):
+    order = _order(count, kept)
+    if not _compared(call, axis, count, order):
         return ""
     try:
         with moved_weights(call.module):
-            how = _compared(call, axis, count)
-            return how if how and not _compared(call, axis, count, torch.zeros(count, dtype=torch.long)) else ""
+            how = _compared(call, axis, count, order)
+            one, moved = torch.arange(count), _movable(count, kept)
+            one[moved] = moved[0]  # the same at every position: something of them must be read
+            return how if how and not _compared(call, axis, count, one, follows=False) else ""
     except StabkitError:
         return ""
 
 
-def _compared(call: ForwardPass, axis: int, count: int, order: Tensor | None = None) -> str:
+def _compared(call: ForwardPass, axis: int, count: int, places: Tensor, *, follows: bool = True) -> str:
     """How the output changes with what stands at every position taken from another one."""
     first = next(t for _, t in call.given if t.dim() > 1)
     lead = first.shape[:2]
-    places = _order(count) if order is None else order
 
     def taken(t: Tensor) -> Tensor:
         return t.index_select(axis, places.to(t.device)) if t.dim() > 1 and t.shape[:2] == lead else t
@@ -218,17 +232,36 @@ def _compared(call: ForwardPass, axis: int, count: int, order: Tensor | None = N
         return ""
     if _same(plain, other):
         return _STAYS
-    if order is not None or any(t.dim() <= axis or t.shape[axis] != count for t in plain):
+    if not follows or any(t.dim() <= axis or t.shape[axis] != count for t in plain):
         return ""
     return _FOLLOWS if _same([t.index_select(axis, places.to(t.device)) for t in plain], other) else ""
 
 
-def _order(count: int) -> Tensor:
-    """All positions in another order, which is no shift of them and no reversal: power spectra are blind to those."""
-    order = torch.arange(count).roll(1).flip(0) if count > 2 else torch.tensor([1, 0])
-    if count > 3:
-        order[:2] = order[:2].flip(0)
+def _order(count: int, kept: int | None = None) -> Tensor:
+    """Positions in another order, which is no shift of them and no reversal: power spectra are blind to those.
+
+    None stays where it is, since it may be all that is read, but for one that is to be ``kept``.
+
+    Example:
+        >>> _order(6).tolist(), _order(5).tolist(), _order(6, -1).tolist(), _order(2).tolist()
+        ([4, 5, 3, 2, 1, 0], [3, 2, 4, 1, 0], [3, 2, 4, 1, 0, 5], [1, 0])
+    """
+    if kept is not None:
+        order = torch.arange(count)
+        moved = _movable(count, kept)
+        order[moved] = moved[_order(len(moved))]
+        return order
+    order = torch.arange(count).flip(0)
+    if count == 3:
+        return order.roll(1)
+    for at in [1] * (count > 3) + [count // 2] * (count % 2):
+        order[at - 1 : at + 1] = order[at - 1 : at + 1].flip(0)
     return order
+
+
+def _movable(count: int, kept: int | None) -> Tensor:
+    """All positions but the one that is kept."""
+    return torch.arange(1 if kept == 0 else 0, count - 1 if kept == -1 else count)
 
 
 def _same(ones: Sequence[Tensor], others: Sequence[Tensor]) -> bool:
@@ -358,28 +391,51 @@ def _trial(run: TrainingRun, samples: _Samples, *, by_heart: bool = False) -> _T
     """
     assert run.done.loss is not None
     first = float(run.done.loss.detach())
-    place = _embedded(run.call, samples)
+    layout = Layout(samples.count, samples.positions, samples.axis)
+    place = layout.embedded(run.call)
     if not place or not first > 0:
         return None
-    told = replace(run.call, model=_with_positions(run.call, place, samples))
+    told = replace(run.call, model=layout.with_positions(run.call, place))
     steps = _STEPS if is_small(run.call.module) else _STEPS // 5
     ends = _after(run.call, run.loss, steps), _after(told, run.loss, steps)
     if any(map(math.isnan, ends)):
         return None
     words = (
-        f"; {steps} steps of Adam take the loss from {first:.3g} to {ends[0]:.3g} as it is, to {ends[1]:.3g} with "
+        f"; {steps} steps of {ADAM} take the loss from {first:.3g} to {ends[0]:.3g} as it is, to {ends[1]:.3g} with "
         f"sines of the position added behind {place}"
     )
-    better = learns_only_treated(first, *ends) and not by_heart
-    if not better and _clearly(ends[1], ends[0], first):  # what is learnt by heart is no order
-        shuffled = replace(run.call, model=_with_positions(run.call, place, samples, shuffled=True))
+    better = False
+    if _clearly(ends[1], ends[0], first):  # what is learnt by heart is no order
+        shuffled = replace(run.call, model=layout.with_positions(run.call, place, shuffled=True))
         ran = [_after(each, run.loss, few := min(steps, STEPS)) for each in (run.call, told, shuffled)]
         better = _clearly(ran[1], min(ran[0], ran[2]), first)
         words += (
             f"; {few} steps to {ran[0]:.3g} and {ran[1]:.3g}, and to {ran[2]:.3g} with the same sines in another order "
             "in every sample, which tell tokens apart and no order"
         )
+    if not (better or by_heart):  # what is learnt by heart may hold for no other sample
+        half = _by_halves(run, layout, place, steps)
+        better, words = bool(half), half or words
     return _Trial(first, ends[0], better, words)
+
+
+def _by_halves(run: TrainingRun, layout: Layout, place: str, steps: int) -> str:
+    """What positions do for samples that are held out, in words; empty where that is not clearly more than nothing.
+
+    Nor is it told where the same positions in another order in every sample do as much, as noise may.
+    """
+    models = (run.call.model, *(layout.with_positions(run.call, place, shuffled=mixed) for mixed in (False, True)))
+    plain, told, shuffled = (
+        learnt(replace(run.call, model=model), run.loss, steps, samples=layout.count) for model in models
+    )
+    if plain is None or told is None or shuffled is None or not (told.beats(plain) and told.beats(shuffled)):
+        return ""
+    shares = [f"{max(each.other, 0.0):.0%}" for each in (plain, told, shuffled)]
+    return (
+        f"; tried on a copy: up to {steps} steps of {ADAM} on half of the batch take {shares[0]} of the loss of the "
+        f"other half away as it is, {shares[1]} with sines of the position added behind {place}, {shares[2]} with "
+        "these in another order in every sample"
+    )
 
 
 def _clearly(treated: float, other: float, first: float) -> bool:
@@ -392,52 +448,3 @@ def _after(call: ForwardPass, loss: Any, steps: int) -> float:
     begun = training_pass(call, loss, differentiate=False).loss
     left = left_after(call, loss, [adam(rate) for rate in RATES], steps=steps)
     return math.nan if begun is None or left is None else left * float(begun.detach())
-
-
-def _embedded(call: ForwardPass, samples: _Samples) -> str:
-    """The first module whose result has one vector for each position; empty without one."""
-    made: list[str] = []
-    hooks = [
-        module.register_forward_hook(
-            lambda _m, _i, out, path=path: made.append(path) if _is_sequence(out, samples) else None
-        )
-        for path, module in call.module.named_modules()
-        if path
-    ]
-    with hooked(hooks):
-        evaluated(call)
-    return made[0] if made else ""
-
-
-def _is_sequence(out: Any, samples: _Samples) -> bool:
-    if not isinstance(out, Tensor) or not out.is_floating_point() or out.dim() != 3:
-        return False
-    return sorted(out.shape[:2]) == sorted((samples.count, samples.positions))
-
-
-def _with_positions(call: ForwardPass, place: str, samples: _Samples, *, shuffled: bool = False) -> Callable[..., Any]:
-    """The model with sines of the position added to what one module returns, of the size that this has.
-
-    Shuffled, every sample gets them in an order of its own, the same at every call.
-    """
-    draws = torch.Generator().manual_seed(call.seed)
-    orders = torch.stack([torch.randperm(samples.positions, generator=draws) for _ in range(samples.count)])
-
-    def add(_module: nn.Module, _inputs: Any, out: Tensor) -> Tensor:
-        # where positions lie in the inputs, unless the model has exchanged the axes
-        along = samples.axis if out.shape[samples.axis] == samples.positions else 1 - samples.axis
-        at = torch.arange(out.shape[along], dtype=torch.float64)[:, None]
-        rates = 10_000.0 ** -(2 * torch.arange(out.shape[2]).div(2, rounding_mode="floor") / out.shape[2])
-        angle = at * rates + math.pi / 2 * (torch.arange(out.shape[2]) % 2)
-        encoding = (2**0.5 * angle.sin()).to(out) * out.detach().square().mean().sqrt()
-        if shuffled:
-            own = encoding[orders.to(out.device)]
-            return out + (own if along == 1 else own.transpose(0, 1))
-        return out + (encoding if along == 1 else encoding.unsqueeze(1))
-
-    def model(*inputs: Any, **kwargs: Any) -> Any:
-        hook = dict(call.module.named_modules())[place].register_forward_hook(add)
-        with hooked([hook]):
-            return call.model(*inputs, **kwargs)
-
-    return model

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from stabkit.diagnosis.finding import LEARNT, Finding
 from stabkit.diagnosis.inputs.features import changed
-from stabkit.diagnosis.remedies.usual_training import RATES, adam, learns_only_treated, left_after
+from stabkit.diagnosis.remedies.usual_training import ADAM, RATES, adam, learns_only_treated, left_after
 from stabkit.diagnosis.training_run import TrainingRun
 from stabkit.tracing.recording.containers import named_tensors
 from stabkit.tracing.recording.evaluation import evaluated
@@ -123,7 +123,7 @@ def padded_end_findings(run: TrainingRun) -> list[Finding]:
     evidence = (
         f"rows of the input {name!r} hold {int(lengths.min())} to {int(lengths.max())} of {padding.shape[1]} positions "
         f"and {token}: what is returned is read behind that padding, and samples come out alike (their outputs spread "
-        f"by {behind:.2g}, and with padding in front by {before:.2g}); {_STEPS} steps of Adam take the loss from "
+        f"by {behind:.2g}, and with padding in front by {before:.2g}); {_STEPS} steps of {ADAM} take the loss from "
         f"{first:.3g} to {plain * first:.3g} as it is, and from {start:.3g} to {treated * start:.3g} with every row "
         "rolled so that its padding lies in front"
     )

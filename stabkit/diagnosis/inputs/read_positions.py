@@ -21,7 +21,7 @@ from stabkit.diagnosis.remedies.applying import is_small
 from stabkit.diagnosis.remedies.held_out import learnt
 from stabkit.diagnosis.remedies.moved_weights import moved_weights
 from stabkit.diagnosis.remedies.other_arguments import Arguments, OtherArguments
-from stabkit.diagnosis.remedies.usual_training import RATES, adam, learns_only_treated, left_after
+from stabkit.diagnosis.remedies.usual_training import ADAM, RATES, adam, learns_only_treated, left_after
 from stabkit.diagnosis.training_run import TrainingRun
 from stabkit.errors import StabkitError
 from stabkit.tracing.recording.containers import named_tensors
@@ -346,7 +346,7 @@ def _judged(
         better = first > 0 and learns_only_treated(first, plain * first, treated * first)
         better = better or (first > 0 and treated * times < plain - _GAIN and times > 0)
         evidence += (
-            f"; {steps} steps of Adam take the loss from {first:.3g} to {plain * first:.3g} as it is, to "
+            f"; {steps} steps of {ADAM} take the loss from {first:.3g} to {plain * first:.3g} as it is, to "
             f"{treated * first:.3g} reading {where}"
         )
     if not better and times > 0:

@@ -16,7 +16,7 @@ from stabkit.diagnosis.remedies import computed as remedies
 from stabkit.diagnosis.remedies.learning import beside_a_constant
 from stabkit.diagnosis.remedies.slow_starts import SLOWLY, more_steps
 from stabkit.diagnosis.remedies.trial import follows, tried
-from stabkit.diagnosis.remedies.usual_training import left_after, left_only_treated
+from stabkit.diagnosis.remedies.usual_training import ADAM, left_after, left_only_treated
 from stabkit.diagnosis.states.activity import activities
 from stabkit.diagnosis.suspects import Diagnosis, Settings, ordered
 from stabkit.diagnosis.verdict import judged_without
@@ -149,8 +149,8 @@ def with_small_inputs(flow: Flow, found: Diagnosis, settings: Settings) -> Diagn
         next(iter(sizes)),
         evidence=f"what {listed(tuple(sizes))} is given has the size {size:.2g} and not 1"
         + (f", at most {largest:.3g}, as pixels have that were divided by 255 twice" if twice else "")
-        + f": beside the biases it is next to nothing; {_STEPS} steps of Adam leave {plain:.0%} of the loss as it is, "
-        f"{treated:.2g} of it with that brought to size 1"
+        + f": beside the biases it is next to nothing; {_STEPS} steps of {ADAM} leave {plain:.0%} of the loss as it "
+        f"is, {treated:.2g} of it with that brought to size 1"
         f"{later}",
         remedy=SLOWLY
         if slow

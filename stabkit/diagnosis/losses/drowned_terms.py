@@ -22,7 +22,7 @@ from stabkit.diagnosis.finding import LOSS, Finding, of_last_step, serious
 from stabkit.diagnosis.losses.reductions import Summand, of_matrices, summands_of
 from stabkit.diagnosis.losses.terms import Evaluated, evaluated
 from stabkit.diagnosis.remedies.applying import may_train
-from stabkit.diagnosis.remedies.usual_training import RATES, adam, after_steps
+from stabkit.diagnosis.remedies.usual_training import ADAM, RATES, adam, after_steps
 from stabkit.diagnosis.training_run import TrainingRun
 from stabkit.errors import StabkitError
 from stabkit.tracing import Flow
@@ -224,7 +224,7 @@ def _finding(
     evidence = (
         f"two terms of the loss are reduced otherwise: {names[place]} is {quiet.words}; {names[loud]} is "
         f"{found[loud].words}, which makes it {times:.3g} times as heavy beside the first as with {words}"
-        f"{_pulls(begun, place, loud)}; tried on a copy, {_STEPS} steps of Adam leave {plain.value:.3g} of "
+        f"{_pulls(begun, place, loud)}; tried on a copy, {_STEPS} steps of {ADAM} leave {plain.value:.3g} of "
         f"{names[place]}, and {plain.of_others:.3g} where each sample is given what was made for another, so that "
         f"nothing of a sample is learnt; with {words} they leave {treated.value:.3g}, and {treated.of_others:.3g} with "
         "what was made for another"

@@ -14,6 +14,7 @@ from stabkit.diagnosis.finding import LOSS, Finding, of_last_step
 from stabkit.diagnosis.losses.closed_over import broken_targets
 from stabkit.diagnosis.losses.domains import breaking
 from stabkit.diagnosis.losses.flat import flat_loss_findings
+from stabkit.diagnosis.losses.same_arguments import same_argument_findings
 from stabkit.diagnosis.non_finite.origin import Origin, origin_of
 from stabkit.diagnosis.thresholds import Thresholds
 from stabkit.tracing import Flow
@@ -50,7 +51,7 @@ def loss_findings(flow: Flow, loss: Any, thresholds: Thresholds) -> list[Finding
             return []  # who measures the whole says what is at fault: see `finite_end`
         return [_not_finite(flow, loss, origin)]
     mismatch = _mismatch(flow, scalar) or _no_logarithms(flow, scalar)
-    found = [*mismatch, *_flat_sigmoid(flow, loss, scalar, thresholds)]
+    found = [*mismatch, *same_argument_findings(flow, loss), *_flat_sigmoid(flow, loss, scalar, thresholds)]
     return found or flat_loss_findings(flow, loss, scalar)
 
 

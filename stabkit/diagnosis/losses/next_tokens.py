@@ -11,10 +11,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from stabkit.diagnosis.blocks.weights import step_of
 from stabkit.diagnosis.finding import Finding
+from stabkit.diagnosis.inputs.mask_arguments import mask_arguments
 from stabkit.diagnosis.losses.regressions import regressions
 from stabkit.diagnosis.states.module_outputs import ModuleOutputs, float_outputs
 from stabkit.diagnosis.states.sample_meetings import differing
@@ -267,15 +268,48 @@ def _leak(flow: Flow, call: ForwardPass, targets: Targets, path: str | None, sof
         f"first in {path or 'the model'}{why}. It can copy what it is to predict, and will have nothing to copy when "
         "it generates"
     )
-    remedy = (
-        "mask what comes later: attn_mask = torch.triu(torch.ones(T, T, dtype=torch.bool), diagonal=1) in "
-        "nn.Transformer layers (True means masked), is_causal=True in scaled_dot_product_attention; convolutions are "
-        "padded on the left alone, recurrent layers read in one direction"
-    )
+    remedy = _hidden(call, path)
     if softmax:
         evidence += f"; tried on a copy: with {softmax} taken along the last axis nothing that comes later is seen"
         remedy = "dim=-1 in that softmax: along positions, what one gains the others lose, those before it as well"
     return _finding(flow, path, "warning", evidence, remedy, targets, OF_SOFTMAX if softmax else "")
+
+
+_LATER = "torch.triu(torch.ones(T, T, dtype=torch.bool), diagonal=1)"
+
+
+class _Attends(FunctionCalls):
+    """Notes what gives weights to positions, and in which line."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lines: dict[str, str] = {}
+
+    def _called(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if (name := name_of(func)) in ("scaled_dot_product_attention", "softmax"):
+            self.lines.setdefault(name, calling_line())
+        return func(*args, **kwargs)
+
+
+def _hidden(call: ForwardPass, path: str) -> str:
+    """What hides the tokens that come later from the module that was found to read them."""
+    model = call.module
+    module = dict(model.named_modules()).get(path)
+    if isinstance(module, nn.RNNBase):
+        return f"read in one direction: bidirectional=False in {path}"
+    if isinstance(module, nn.Conv1d):
+        return f"pad on the left alone: no padding in {path}, and functional.pad(x, ((kernel_size - 1) * dilation, 0))"
+    named = mask_arguments(model, path)
+    if named is not None:
+        outer, names = named
+        return f"mask what comes later: give {outer or 'the model'} {names.causal}={_LATER} (True means masked)"
+    watch = _Attends()
+    evaluated(call, mode=lambda _: watch)
+    if line := watch.lines.get("scaled_dot_product_attention"):
+        return f"mask what comes later: is_causal=True in scaled_dot_product_attention ({line})"
+    if line := watch.lines.get("softmax"):
+        return f"mask what comes later: scores.masked_fill({_LATER}, -torch.inf) before the softmax ({line})"
+    return f"let no position read later ones{f' in {path}' if path else ''}"
 
 
 def _shifted(flow: Flow, targets: Targets) -> Finding:

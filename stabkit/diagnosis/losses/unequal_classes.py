@@ -20,7 +20,7 @@ from torch.overrides import TorchFunctionMode
 
 from stabkit.diagnosis.finding import LOSS, Finding, of_last_step, serious
 from stabkit.diagnosis.remedies.applying import is_small
-from stabkit.diagnosis.remedies.usual_training import RATES, adam, after_steps
+from stabkit.diagnosis.remedies.usual_training import ADAM, RATES, adam, after_steps
 from stabkit.diagnosis.training_run import TrainingRun
 from stabkit.errors import StabkitError
 from stabkit.tracing import Flow
@@ -294,7 +294,7 @@ def _finding(flow: Flow, mode: _HeldOut, plain: _Seen, weighed: _Seen) -> Findin
     total, rare = sum(counts.of), counts.rare
     evidence = (
         f"of {total} labels of {mode.name} {rare} are of rare classes ({rare / total:.2%}), and all weigh alike: each "
-        f"half held out in turn on a copy, {_STEPS} steps of Adam on the other find {plain.hits} of {plain.rare} "
+        f"half held out in turn on a copy, {_STEPS} steps of {ADAM} on the other find {plain.hits} of {plain.rare} "
         f"labels of rare classes, so that class {counts.frequent} is as good as all that is predicted; with every "
         f"class weighed as a whole they find {weighed.hits}, and call {weighed.false:.1%} of the others rare"
     )

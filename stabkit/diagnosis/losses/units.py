@@ -24,6 +24,7 @@ from stabkit.tracing.recording.training_pass import TrainingPass
 _SHORTENS = 10  # times eps: root mean square of a gradient from which eps shortens a step by a tenth
 _UNLEARNT = 0.05  # of what equal chances, or the mean of the targets, cost: below, a loss is small since it was learnt
 _MOVES = 0.05  # of a loss that a few steps take away where they move something
+_FURTHER = 5.0  # times as far as it falls, that a loss of other units must
 _STILL = 0.01  # of a loss that they take away where they move nothing
 _DIVERGED = 1e3  # times as large as at the start
 _LECUN = "LeCun, Bottou, Orr and Müller, Efficient backprop, 1998, section 4.3"
@@ -50,7 +51,8 @@ def _far_targets(run: TrainingRun) -> list[Finding]:
         diverges, stands = plain[0] > 1.0, plain[1] > 1 - _MOVES
         # where activations are bounded it does not diverge: they saturate, and what is left is a constant
         constant = plain[0] * first > (1 - _STILL) * standard.floor
-        if not (diverges or stands):
+        given = _by_the_given(run, standard)
+        if not (diverges or stands or given):
             continue
         residual, size = rms(each.targets.double() - each.output.double()), rms(each.output)
         rates = " or ".join(f"{rate:g}" for rate in RATES)
@@ -59,17 +61,32 @@ def _far_targets(run: TrainingRun) -> list[Finding]:
             f"the targets of the loss lie at {standard.mean:.3g} with a spread of {standard.spread:.3g}, and the "
             f"output is of size {size:.3g}: the loss begins at {first:.3g}, which the usual rates are not made "
             f"for; tried on a copy, {STEPS} steps at {rates}: SGD {_left(plain[0])}{learns}, "
-            f"Adam {_left(plain[1])}; with standardised targets SGD {_left(cured[0])}, Adam {_left(cured[1])}"
+            f"Adam {_left(plain[1])}; with standardised targets SGD {_left(cured[0])}, Adam {_left(cured[1])}{given}"
         )
         remedy = standard.remedy
         if cured[0] > 1.0:
             more, remedy = _with_inputs(run, standard, remedy)
             evidence += more
-        # where plain gradient descent learns, there is an optimizer that these units suit
-        severity = "warning" if stands and (diverges or constant) else "info"
+        # where plain gradient descent learns, there is an optimizer that these units suit, unless another one is given
+        severity = "warning" if given or (stands and (diverges or constant)) else "info"
         numbers = {"residual": residual, "output": size, "mean": standard.mean, "spread": standard.spread}
         return [of_last_step(run.flow, "loss", severity, LOSS, evidence, remedy, _LECUN, numbers)]
     return []
+
+
+def _by_the_given(run: TrainingRun, standard: Standardised) -> str:
+    """What the optimizer that is given leaves, in words, where it stands still and moves with standardised targets."""
+    if run.optimizer is None:
+        return ""
+    plain, cured = (steps_of_given(run.call, some, run.optimizer) for some in (run.loss, standard.loss))
+    if plain is None or cured is None or not plain.left > 1 - _MOVES or not cured.left <= 1 - _MOVES:
+        return ""
+    if not 1 - cured.left > _FURTHER * (1 - plain.left):
+        return ""
+    return (
+        f"; {STEPS} steps of the {type(run.optimizer).__name__} that is given, at its own settings: "
+        f"{_left(plain.left)}, and with standardised targets {_left(cured.left)}"
+    )
 
 
 def _with_inputs(run: TrainingRun, standard: Standardised, remedy: str) -> tuple[str, str]:
@@ -115,11 +132,14 @@ def _below_eps(run: TrainingRun, found: Sequence[Regression]) -> list[Finding]:
         f"what the rate says; tried on a copy, {STEPS} steps of {name} leave {plain:.1%} of the loss, and {scaled:.1%} "
         f"with the loss multiplied by {1 / largest:.2g}"
     )
-    remedy = f"multiply the loss by {_decade(1 / largest)}"
+    eps = f"give {name} an eps far below {largest:.2g}"
+    # an eps that somebody set is what is odd, and not the size of the loss
+    remedy = f"{eps}, as the usual {EPSILON:g}; or " * (epsilon > EPSILON)
+    remedy += f"multiply the loss by {_decade(1 / largest)}"
     spread = max((rms(each.targets) for each in found), default=0.0)
     if spread > 0:
         remedy += f", or divide outputs and targets by {spread:.2g}, their size, before they meet"
-    remedy += f"; or give {name} an eps far below {largest:.2g}"
+    remedy += f"; or {eps}" * (epsilon <= EPSILON)
     numbers = {"gradient": largest, "epsilon": epsilon, "plain": plain, "scaled": scaled}
     return [of_last_step(run.flow, "loss", "warning" if limited else "info", LOSS, evidence, remedy, _KINGMA, numbers)]
 

@@ -22,7 +22,7 @@ from stabkit.diagnosis.blocks.weights import step_of
 from stabkit.diagnosis.finding import Finding
 from stabkit.diagnosis.over_time.profile import FEWEST
 from stabkit.diagnosis.remedies.learning import left_by_a_constant
-from stabkit.diagnosis.remedies.usual_training import adams, left_after
+from stabkit.diagnosis.remedies.usual_training import ADAM, adams, left_after
 from stabkit.diagnosis.states.sample_meetings import differing
 from stabkit.diagnosis.training_run import TrainingRun
 from stabkit.tracing.derivatives.lost_gradient import listed
@@ -249,7 +249,7 @@ def _finding(run: TrainingRun, place: Place, path: str, evidence: str, remedy: s
     passed = left_after(run.call, run.loss, updates, steps=_STEPS, within=lambda: _Cuts(place))
     if plain is not None and passed is not None and first > 0:
         evidence += (
-            f"; tried on a copy: {_STEPS} steps of Adam take the loss from {first:.3g} to {plain * first:.3g} as it "
+            f"; tried on a copy: {_STEPS} steps of {ADAM} take the loss from {first:.3g} to {plain * first:.3g} as it "
             f"is, and to {passed * first:.3g} with the gradient passed on there"
         )
         floor = left_by_a_constant(run.loss, run.done.output)

@@ -29,6 +29,7 @@ from stabkit.diagnosis.remedies.applying import carried_out
 from stabkit.diagnosis.remedies.computed import Remedy
 from stabkit.diagnosis.remedies.learning import left_beside_a_constant
 from stabkit.diagnosis.remedies.short_training import STEPS, compared, short_training
+from stabkit.diagnosis.remedies.usual_training import ADAM
 from stabkit.diagnosis.thresholds import Thresholds
 from stabkit.diagnosis.verdict import factor
 from stabkit.errors import StabkitError
@@ -95,7 +96,7 @@ def _of_no_harm(flow: Flow, finding: Finding, loss: Any) -> Finding:
     if left is None or not left < _LEARNS:
         return finding
     words = (
-        f"{STEPS} steps of Adam as it is leave {left:.1%} of what the best constant output leaves of the loss: what "
+        f"{STEPS} steps of {ADAM} as it is leave {left:.1%} of what the best constant output leaves of the loss: what "
         "these samples ask for does not lie that far back"
     )
     return as_fact(finding, words, f"none is needed for these samples; for a longer memory, {finding.remedy}")

@@ -294,7 +294,7 @@ def for_stretch(
     uses = [path for path in (last_matrix(step) for step in steps) if path is not None] or list(tied or {}) * len(steps)
     layers = list(dict.fromkeys(uses))
     if not math.isfinite(growth):
-        return Remedy("a layer passes nothing back: look for dead units, or weights that are zero")
+        return Remedy("none was computed: no factor brings back what is lost altogether")
     if not layers:
         by = math.exp(-growth / max(len(steps), 1))
         return Remedy(f"every step changes the gradient by {1 / by:.3g}: scale what it multiplies by about {by:.3g}")

@@ -91,7 +91,12 @@ class Dropping(FunctionCalls):
 
 
 def learnt(
-    call: ForwardPass, loss: Any, steps: int, actions: Sequence[Action] = (), within: Within = nullcontext
+    call: ForwardPass,
+    loss: Any,
+    steps: int,
+    actions: Sequence[Action] = (),
+    within: Within = nullcontext,
+    samples: int | None = None,
 ) -> Learnt | None:
     """What Adam at its usual rates learns from every other sample of a batch; None where that cannot be told.
 
@@ -104,8 +109,9 @@ def learnt(
         steps: of every training.
         actions: a remedy that is carried out before.
         within: makes what each training runs in.
+        samples: how many there are; None for as many as the first input has rows.
     """
-    count = next((len(t) for _, t in call.given if t.dim() > 0), 0)
+    count = next((len(t) for _, t in call.given if t.dim() > 0), 0) if samples is None else samples
     if count < 4 or not may_train(call.module):
         return None
     runs: list[Learnt] = []

@@ -45,15 +45,18 @@ class ShortTraining:
         last: after it, at the best of the rates; infinite where all diverge.
         watched: what was watched beside the loss, at the end of each run that was made to its end.
         optimizer: what took the steps.
+        rate: its learning rate; NaN where all diverge.
     """
 
     first: float
     last: float
     watched: tuple[float, ...] = ()
     optimizer: str = "plain SGD"
+    rate: float = math.nan
 
     def __str__(self) -> str:
-        return f"from {self.first:.3g} to {self.last:.3g}" if math.isfinite(self.last) else "beyond every bound"
+        at = f" (rate {self.rate:.6g})" if math.isfinite(self.rate) else ""
+        return f"from {self.first:.3g} to {self.last:.3g}{at}" if math.isfinite(self.last) else "beyond every bound"
 
 
 def short_training(
@@ -89,20 +92,24 @@ def _trained(
     if not may_train(model):
         return None
     runs: list[list[float]] = []
+    rates: list[float] = []
     watched: list[float] = []
     try:
         for share in (*_SHARES, *_SMALLER):
             if share in _SMALLER and any(run[-1] <= run[0] for run in runs):
                 break
             with stood_in(model, actions, within):
-                losses, output = _run(call, loss, share, altered)
+                losses, output, rate = _run(call, loss, share, altered)
+                rates.append(rate)
                 if watch is not None and output is not None:
                     watched.append(watch(output))
                 runs.append(losses)
     except (StabkitError, RuntimeError):
         return None
-    last = min(run[-1] if math.isfinite(run[-1]) else math.inf for run in runs)
-    return ShortTraining(runs[0][0], last, tuple(watched))
+    ends = [run[-1] if math.isfinite(run[-1]) else math.inf for run in runs]
+    last = min(ends)
+    rate = rates[ends.index(last)] if math.isfinite(last) else math.nan
+    return ShortTraining(runs[0][0], last, tuple(watched), rate=rate)
 
 
 def trained_with(flow: Any, loss: Any, remedy: Remedy) -> ShortTraining | None:
@@ -244,14 +251,14 @@ def falls(training: ShortTraining) -> bool:
 
 def _run(
     call: ForwardPass, loss: Any, share: float, altered: Callable[[Tensor], None] | None
-) -> tuple[list[float], Any]:
-    """The losses of one run, and its last output; infinite at last, and None, where it broke off."""
+) -> tuple[list[float], Any, float]:
+    """The losses of one run, its last output and its rate; infinite at last, and None, where it broke off."""
     losses: list[float] = []
     with unchanged(call.module) as safe, torch.enable_grad():
         safe.copy_buffers()
         seeded(call.seed)
         weights = list(trainable(call.module).values())
-        rate = None
+        rate = math.nan
         for _ in range(STEPS + 1):
             output = call.model(*call.inputs, **call.kwargs)
             scalar = loss(output)
@@ -259,13 +266,13 @@ def _run(
             if altered is not None:
                 altered(scalar)
             grads = torch.autograd.grad(scalar, weights, allow_unused=True)
-            if rate is None:
+            if math.isnan(rate):
                 norm = _norm([g for g in grads if g is not None])
                 rate = share * _norm(weights) / norm if norm > 0 else 0.0
             if not all(g is None or bool(g.isfinite().all()) for g in grads):
-                return [*losses, math.inf], None
+                return [*losses, math.inf], None, rate
             _move(weights, grads, rate)
-    return losses, output
+    return losses, output, rate
 
 
 def _move(weights: Sequence[nn.Parameter], grads: Sequence[Tensor | None], rate: float) -> None:

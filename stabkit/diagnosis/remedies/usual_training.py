@@ -27,6 +27,8 @@ from stabkit.tracing.recording.training_pass import training_pass
 from stabkit.tracing.recording.untouched_model import seeded, unchanged
 
 RATES = (1e-2, 1e-3)  # from the usual 0.01 of SGD down to the default of Adam
+#: in words, with what is needed to take the same steps
+ADAM = f"Adam (rate {' or '.join(f'{rate:g}' for rate in RATES)}, whichever ends lower)"
 EPSILON = 1e-8  # the default of Adam
 _FIRST, _SECOND = 0.9, 0.999  # the decays of its moments
 #: shares of the first loss, and a factor. Affine models of tasks that ask for more kept .81 and above, their ReLUs
@@ -138,15 +140,15 @@ def ends_of_adam(
     if min(treated.first, plain.first) <= 0:
         return None
     updates = adams(min(treated.first, plain.first))
-    left = left_after(call, loss, updates)
-    cured = left_after(call, loss, updates, remedy.actions, within=remedy.within)
-    if left is None or cured is None:
-        return None
-    one, other = (
-        ShortTraining(run.first, share * run.first, optimizer="Adam")
-        for run, share in ((treated, cured), (plain, left))
-    )
-    return one, other
+    ends = []
+    for run, done in ((treated, remedy), (plain, remedies.Remedy(""))):
+        left = [left_after(call, loss, [update], done.actions, within=done.within) for update in updates]
+        known = [(share, rate) for share, rate in zip(left, RATES, strict=True) if share is not None]
+        if len(known) < len(left):
+            return None
+        share, rate = min(known)
+        ends.append(ShortTraining(run.first, share * run.first, optimizer="Adam", rate=rate))
+    return ends[0], ends[1]
 
 
 def learns_only_treated(first: float, plain: float, treated: float) -> bool:

@@ -18,6 +18,7 @@ from torch import Tensor
 from stabkit.diagnosis.finding import Finding, of_module, serious
 from stabkit.diagnosis.remedies.applying import is_small
 from stabkit.diagnosis.remedies.held_out import Learnt, learnt
+from stabkit.diagnosis.remedies.usual_training import ADAM
 from stabkit.diagnosis.states.sample_meetings import differing
 from stabkit.diagnosis.states.samples_apart import sample_count
 from stabkit.diagnosis.training_run import TrainingRun
@@ -285,7 +286,7 @@ def _finding(
     how = first.turn.words(first.given, first.made)
     if not seen or treated.beats(plain):
         evidence += (
-            f"; tried on a copy: with {how}, {steps} steps of Adam on half of the batch take "
+            f"; tried on a copy: with {how}, up to {steps} steps of {ADAM} on half of the batch take "
             f"{max(treated.other, 0):.0%} of the loss of the other half away, as it is {max(plain.other, 0):.0%}"
         )
     return of_module(

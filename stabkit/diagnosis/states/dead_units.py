@@ -57,19 +57,20 @@ def _dead(group: Sequence[tuple[StepMeasurement, Activity]], measurement: Measur
     biases = [b for s in dict.fromkeys(indices) for b in _low_biases(s, measurement)]
     home = measurement.steps[biases[0][0]] if biases and len(indices) == 1 else step
     steps = tuple(sorted({*indices, home.index}))
-    stopped = any(np.isneginf(measurement.growth[i]).any() for i in indices)
+    stopped = np.isneginf(measurement.growth[indices]).any(axis=0)
     evidence = (
         f"{activity.dead:.0%} of the {activity.units} {activity.operation} units of "
         f"{activity.module_path or step.name} pass nothing at any of {activity.observations} observations"
     )
     if len(indices) > 1:
         evidence += f"; so do those of {len(group) - 1} more layers"
-    if stopped:
-        evidence += "; no gradient gets through for some samples"
+    if stopped.any():
+        which = "any sample" if stopped.all() else f"{stopped.mean():.0%} of the samples"
+        evidence += f"; no gradient gets through for {which}"
     remedy = remedies.lift([bias for _, bias in biases]) if biases else drawn_anew(indices, measurement)
     return Finding(
         kind="dead",
-        severity="critical" if stopped else "warning",
+        severity="critical" if stopped.any() else "warning",
         steps=steps,
         module_path=home.module_path,
         confidence=1.0 - min(_tail(round(a.dead * a.units), a.units) for _, a in group),

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from stabkit.diagnosis.finding import Finding, of_module
-from stabkit.diagnosis.remedies.usual_training import adams, left_after
+from stabkit.diagnosis.remedies.usual_training import ADAM, adams, left_after
 from stabkit.diagnosis.states.sample_meetings import differing
 from stabkit.diagnosis.training_run import TrainingRun
 from stabkit.tracing.recording.containers import named_tensors
@@ -122,8 +122,8 @@ def empty_node_findings(run: TrainingRun) -> list[Finding]:
     kept = left_after(run.call, run.loss, adams(first), steps=_STEPS, within=lambda: _Sums(keeping=True))
     worth = plain is not None and kept is not None and kept < _BETTER * plain
     trial = (
-        f"; tried on a copy: {_STEPS} steps of Adam leave {plain:.2g} of the loss as it is, and {kept:.2g} of it where "
-        "these keep the state that they had"
+        f"; tried on a copy: {_STEPS} steps of {ADAM} leave {plain:.2g} of the loss as it is, and {kept:.2g} of it "
+        "where these keep the state that they had"
         if plain is not None and kept is not None
         else ""
     )

@@ -17,6 +17,7 @@ from stabkit.diagnosis.losses.regressions import regressions
 from stabkit.diagnosis.remedies import computed as remedies
 from stabkit.diagnosis.remedies.applying import is_small
 from stabkit.diagnosis.remedies.held_out import Dropping, learnt
+from stabkit.diagnosis.remedies.usual_training import ADAM
 from stabkit.diagnosis.training_run import TrainingRun
 from stabkit.errors import StabkitError
 from stabkit.tracing import Flow
@@ -110,8 +111,8 @@ def _finding(
     most = max(shares.heavy.values())
     evidence = (
         f"dropout ({where}) sets {most:.0%} of what it is given to zero while training; tried on a copy: with no more "
-        f"than {less:.0%}, {steps} steps of Adam on half of the batch take {learnt_of[1]} of its loss away, read "
-        f"without dropout, and {learnt_of[0]} as it is; the other half is predicted no worse"
+        f"than {less:.0%}, up to {steps} steps of {ADAM} on half of the batch take {learnt_of[1]} of its loss away, "
+        f"read without dropout, and {learnt_of[0]} as it is; the other half is predicted no worse"
     )
     return of_module(
         flow,

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from stabkit.diagnosis.finding import Finding, of_module, serious
 from stabkit.diagnosis.remedies.short_training import clearly_better, compared, short_training
-from stabkit.diagnosis.remedies.usual_training import left_only_treated
+from stabkit.diagnosis.remedies.usual_training import ADAM, left_only_treated
 from stabkit.diagnosis.training_run import TrainingRun
 from stabkit.tracing.recording.evaluation import Evaluation, evaluated
 from stabkit.tracing.recording.function_calls import FunctionCalls, name_of
@@ -228,6 +228,6 @@ def softmax_axis_findings(run: TrainingRun, others: Sequence[Finding]) -> list[F
 def _learns_only(run: TrainingRun, axes: dict[tuple[int, int], int], how: str) -> str:
     """What Adam leaves of the loss, where it learns along the keys alone; or nothing."""
     left = left_only_treated(run.call, run.loss, (), _STEPS, within=lambda: _Watch(axes=axes))
-    return (
-        "" if left is None else f"{_STEPS} steps of Adam leave {left[0]:.0%} of the loss as it is, {left[1]:.2g} {how}"
-    )
+    if left is None:
+        return ""
+    return f"{_STEPS} steps of {ADAM} leave {left[0]:.0%} of the loss as it is, {left[1]:.2g} {how}"

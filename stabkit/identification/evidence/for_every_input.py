@@ -40,6 +40,8 @@ def holding(
         why = f"data choose which entries take part ({', '.join(chosen)}): the branches are those of this input"
     elif cut:
         why = f"{', '.join(cut)} cuts the gradient beside the state: this is the step of gradients, not of values"
+        if "no branch" in record.name:
+            record = replace(record, name=record.name.replace("no branch", "no branch that gradients see"))
         if record.convention == NUMBER:
             record = replace(record, convention=f"{NUMBER} here, and may be made of the data off the graph")
     elif fed:

@@ -189,16 +189,16 @@ class LinearCombination:
     @cached_property
     def _constants(self) -> list[Tensor]:
         """The constant factors on the path."""
-        names = ("_saved_other", "_saved_self", "_saved_result1", "_saved_mask")
-        nodes: list[Any] = [n for n in self.path if operation(n) in PRODUCTS or operation(n) == "NativeDropout"]
-        saved = [getattr(node, name, None) for node in nodes for name in names]
-        return [t.detach() for t in saved if isinstance(t, Tensor) and t.grad_fn is None]
+        return _constants_of([n for n in self.path if operation(n) in PRODUCTS or operation(n) == "NativeDropout"])
 
     @cached_property
     def _survival(self) -> float | None:
-        if not self.piece.graph.draws:
-            return None  # nothing is drawn in eval mode: a zero is an entry of a table, or masks a sample
-        return next((m for m in map(_kept_samples, self._constants) if m is not None), None)
+        """The factor of the samples that a draw keeps; None where no uniform number was drawn.
+
+        A zero may be an entry of a table, or mask a sample, and one number for all samples is a coefficient.
+        """
+        drawn = [n for n in self.path if n._sequence_nr() in self.piece.graph.dropped and operation(n) in PRODUCTS]
+        return next((m for m in map(_kept_samples, _constants_of(drawn)) if m is not None), None)
 
     @cached_property
     def _is_masked(self) -> bool:
@@ -276,7 +276,7 @@ class LinearCombination:
         w = torch.stack([_real(c) for c, _ in self._drawn]).double()
         s = torch.stack([_real(arrived[atom]) for _, arrived in self._drawn]).double().cpu()
         coefficient = float((w * s).sum() / (w * w).sum())
-        residual = float((s - coefficient * w).norm() / w.norm())
+        residual = float((s - coefficient * w).norm() / w.norm()) / max(1.0, abs(coefficient))
         if residual <= _tolerance(self._dtype):
             number = guess.value if guess.kind == "scalar" else coefficient
             return Coefficient("gate" if guess.kind == "gate" else "scalar", number, guess.low, guess.high, residual)
@@ -290,6 +290,13 @@ class LinearCombination:
         sizes = [np.sort(t.abs().numpy(), axis=1) for t in (s, w)]
         moved = float(np.linalg.norm(sizes[0] - sizes[1]) / w.norm()) <= _tolerance(self._dtype)
         return Coefficient("moved" if moved else "mixed", guess.value, guess.low, guess.high, residual)
+
+
+def _constants_of(nodes: Sequence[Any]) -> list[Tensor]:
+    """What some operations hold that is on no graph."""
+    names = ("_saved_other", "_saved_self", "_saved_result1", "_saved_mask")
+    saved = [getattr(node, name, None) for node in nodes for name in names]
+    return [t.detach() for t in saved if isinstance(t, Tensor) and t.grad_fn is None]
 
 
 def _real(values: Tensor) -> Tensor:

@@ -70,7 +70,7 @@ def _made_of(piece: Piece, value: Value, olds: Collection[Value]) -> Value | Non
     if not all(a in piece.ends for a in atoms):
         return None
     terms = LinearCombination(piece, value).coefficients()
-    before = [a for a in terms if a in olds]
+    before = [a for a in atoms if a in olds]  # also where its number is zero at first (FISTA)
     if len(before) != 1 or any(c.kind != "scalar" for c in terms.values()):
         return None
     return before[0]

@@ -287,6 +287,8 @@ def _parted(
 
 def parts_of(graph: Graph, nodes: Sequence[Node], value: Value) -> tuple[Value, ...] | None:
     """The parts that a value is split into at once; None when something reads it whole."""
+    while (whole := _taken_whole(graph, nodes, value)) is not None:
+        value = whole
     readers = [node for node in nodes if value in graph.inputs[node]]
     if not readers or any(operation(node) not in _SPLITS for node in readers):
         return None
@@ -301,6 +303,27 @@ def parts_of(graph: Graph, nodes: Sequence[Node], value: Value) -> tuple[Value, 
             for _, mask in apply_node(part.node, given, [value]):
                 covered += mask.double().cpu()
     return tuple(parts) if len(parts) > 1 and bool((covered == 1).all()) else None
+
+
+def _taken_whole(graph: Graph, nodes: Sequence[Node], value: Value) -> Value | None:
+    """What a value is beside a constant, which is then cut off again: of ``cat([x, h])[..., :-1]`` that is x."""
+    node = _only_reader(graph, nodes, value)
+    if node is None or operation(node) not in JOINS or len(node.next_functions) == len(graph.inputs[node]):
+        return None
+    cut = _only_reader(graph, nodes, Value(node, 0))
+    if cut is None or operation(cut) not in _SPLITS or meta_of(Value(cut, 0)).shape != meta_of(value).shape:
+        return None
+    meta = meta_of(value)
+    ones = torch.ones(meta.shape, dtype=meta.dtype, device=meta.device)
+    with torch.no_grad():
+        ((_, beside),) = apply_node(cut, [ones], [Value(node, 0)])
+        ((_, mask),) = apply_node(node, [beside], [value])
+    return Value(cut, 0) if bool((mask == 1).all()) else None
+
+
+def _only_reader(graph: Graph, nodes: Sequence[Node], value: Value) -> Node | None:
+    readers = [node for node in nodes if value in graph.inputs[node]]
+    return readers[0] if len(readers) == 1 else None
 
 
 def joined(graph: Graph, nodes: Sequence[Node], value: Value) -> tuple[Value, ...] | None:

@@ -36,7 +36,7 @@ def composed_name(piece: Piece, name_of: Callable[[Blocks], Name], form_of: Form
     names = list(dict.fromkeys(name.name for name in found))
     sizes = [name.h for name in found]
     text = f"{len(found)} steps of {names[0]}" if len(names) == 1 else " and then ".join(n.name for n in found)
-    same = max(sizes) - min(sizes) <= 1e-9 * max(sizes)
+    same = max(sizes) - min(sizes) <= 1e-9 * max(map(abs, sizes))
     convention = found[0].convention if same else f"h: {', '.join(f'{h:.3g}' for h in sizes)}, one after the other"
     several = len(names) > 1 or not names[0].startswith(_OF_HISTORY)
     return replace(found[0], name=f"Lie splitting ({text})" if several else text, h=sizes[0], convention=convention)

@@ -91,6 +91,16 @@ class Blocks:
                       other.V @ self.V, fields, rows, (*self.recorded, *other.recorded),
                       self.guided or other.guided)  # fmt: skip
 
+    def without_unread(self) -> Blocks:
+        """Without a stage that a zero multiplies wherever it is used, as the last one of Forest and Ruth."""
+        kept = [j for j in range(len(self.rows)) if self.A[:, j].any() or self.B[:, j].any()]
+        if len(kept) in (0, len(self.rows)):
+            return self
+        recorded = tuple(self.recorded[j] for j in kept) if self.recorded else ()
+        return Blocks(self.A[np.ix_(kept, kept)], self.U[kept], self.B[:, kept], self.V,
+                      tuple(self.fields[j] for j in kept), tuple(self.rows[j] for j in kept), recorded,
+                      self.guided).without_unread()  # fmt: skip
+
     def method(self, h: float) -> GeneralLinearMethod:
         """The method with z = h times the eigenvalue of a field's Jacobian."""
         return GeneralLinearMethod(_rows(self.A / h), _rows(self.U), _rows(self.B / h), _rows(self.V),
@@ -209,7 +219,7 @@ def _calls_of_one_network(stages: Sequence[Stage], A: Matrix, U: Matrix, B: Matr
     """
     groups: dict[object, list[int]] = {}
     for i, stage in enumerate(stages):
-        groups.setdefault((_network(stage), A[i].tobytes(), U[i].tobytes()), []).append(i)
+        groups.setdefault((network_of(stage), A[i].tobytes(), U[i].tobytes()), []).append(i)
     found: list[tuple[int, ...]] = []
     known: Matrix | None = None
     for group in groups.values():
@@ -228,7 +238,7 @@ def _calls_of_one_network(stages: Sequence[Stage], A: Matrix, U: Matrix, B: Matr
     return found
 
 
-def _network(stage: Stage) -> tuple[object, ...]:
+def network_of(stage: Stage) -> tuple[object, ...]:
     """What two stages of one network have in common that give different things at one point."""
     return tuple(part for part in stage.key if not isinstance(part, int))
 

@@ -57,7 +57,7 @@ def _of_two_fields(found: Blocks) -> tuple[Shear, ...] | None:
     writes = [int(np.argmax(np.abs(column))) for column in found.B.T]
     A = np.array([[found.B[1 - w, j] * (j < i) for j in range(len(writes))] for i, w in enumerate(writes)])
     fits = np.allclose(found.U, np.eye(2)[[1 - w for w in writes]]) and np.allclose(found.A, A, atol=_CLOSE)
-    one_each = len({*zip(writes, found.fields, strict=True)}) == len(set(writes)) == found.n_fields == 2
+    one_each = len({*zip(writes, found.fields, strict=True)}) == len(set(writes)) == found.n_fields
     moved = [(w, float(found.B[w, j])) for j, w in enumerate(writes)]
     return merged(moved, 0.0) if fits and one_each else None
 
@@ -141,8 +141,13 @@ def is_composition(name: str) -> bool:
 
 
 def may_be_known(sequence: Sequence[Shear]) -> bool:
-    """Whether a sequence is that of a known composition but for signs, which a field that is used once hides."""
+    """Whether a sequence is that of a known composition but for signs, which a field that is used once hides.
+
+    So is a leapfrog: a whole move between two halves of the other.
+    """
     numbers = np.abs([number for _, number in sequence])
+    if len(numbers) == 3:
+        return bool(np.allclose(numbers / numbers[1], (0.5, 1.0, 0.5), atol=_CLOSE))
     if len(numbers) < 4:
         return False
     turned = np.array([numbers[-1] / 2, *numbers[:-1], numbers[-1] / 2])

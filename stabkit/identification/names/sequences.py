@@ -34,7 +34,7 @@ def name_sequence(parts: Sequence[tuple[NormalForm, Blocks]]) -> Name | None:
     sizes = [name.h for name in driven]
     if not sizes:
         return None
-    same = max(sizes) - min(sizes) <= CLOSE * max(sizes)
+    same = max(sizes) - min(sizes) <= CLOSE * max(map(abs, sizes))
     convention = f"h: {', '.join(f'{h:.3g}' for h in sizes)}, one after the other"
     convention = (
         next(n.convention for n, (_, t, _) in zip(told, scaled, strict=True) if len(t.rows)) if same else convention

@@ -12,7 +12,7 @@ import numpy as np
 from stabkit import integrators
 from stabkit.identification.form.tableau import Blocks
 from stabkit.identification.names.exponential import carried_back, exponential_step
-from stabkit.identification.names.histories import steps_with_history, told_of
+from stabkit.identification.names.histories import steps_with_history, told_of, whole_solve
 from stabkit.identification.names.reflections import splitting_by_resolvents
 from stabkit.identification.names.starters import adams_behind, ends_of_parts
 from stabkit.identification.names.starters import told_of as told_of_orders
@@ -76,6 +76,8 @@ def name_one_state(found: Blocks) -> Name:
         name, system, size, order = told_of(stages, *history)
         told = "h: h^2 multiplies the force" if order == 2 else "h: the number that multiplies the branch"
         return Name(name, system, size, told, order)
+    if (solve := whole_solve(found)) is not None:
+        return Name(solve[0], "x' = f(x), several steps of one field", solve[1], "h: that of each of the steps")
     if found.shared and found.n_fields == 1:
         return _runge_kutta(found, a, h, convention)
     if _is_poly(found, h):

@@ -121,9 +121,17 @@ def _couplings(found: Blocks) -> Name | None:
     fits = np.allclose(found.U, np.eye(2)[[1 - w for w in writes]], atol=CLOSE) and np.allclose(found.A, A, atol=CLOSE)
     if not fits or set(writes) != {0, 1}:
         return None
-    h = float(np.abs(found.B).max())
-    declared = "h: the number that multiplies the branches" if h != 1 else "h = 1: only h f can be seen"
+    h, declared = _of_branches(found)
     return Name(couplings_in_turn(len(writes)), "p' = F_i(q), q' = G_i(p)", h, declared)
+
+
+def _of_branches(found: Blocks) -> tuple[float, str]:
+    """The step size of branches that move one state each, and how it was fixed: by the largest of their numbers."""
+    numbers = np.abs(found.B).max(axis=0)
+    h = float(numbers.max())
+    if numbers.min() < h * (1 - CLOSE):
+        return h, f"h: the largest of the numbers that multiply the branches, {', '.join(f'{x:.3g}' for x in numbers)}"
+    return h, "h: the number that multiplies the branches" if h != 1 else "h = 1: only h f can be seen"
 
 
 def couplings_in_turn(count: int) -> str:
@@ -350,8 +358,7 @@ def _two_fields(found: Blocks, symmetric: bool | None) -> Name | None:
         writes = [int(np.argmax(np.abs(column))) for column in found.B.T]
         at_new = abs(found.A[1, 0] - found.B[reads[1], 0]) <= CLOSE * abs(found.B[reads[1], 0])
         if at_new and reads[0] != writes[0] and reads[1] != writes[1] and set(writes) == {0, 1}:
-            h = float(np.abs(found.B).max())
-            declared = "h: the number that multiplies the branches" if h != 1 else "h = 1: only h f can be seen"
+            h, declared = _of_branches(found)
             if symmetric:
                 return Name(HAMILTONIAN, "p' = -dH/dq, q' = dH/dp", h, declared)
             return Name(REVERSIBLE, "p' = F(q), q' = G(p)", h, declared)
@@ -376,6 +383,14 @@ def _oscillator(found: Blocks) -> Name | None:
                 "y'' = f(y, y') - gamma y - epsilon y'" if damped else "y'' = f(y) - gamma y",
                 1.0,
                 f"dt = {abs(dt):.3g}: the number that multiplies the new velocity",
+            )
+        if (dt := _drift_by_old(found, y, v)) is not None:
+            still = abs(found.V[v, v] - 1) <= CLOSE and not found.U[:, v].any()
+            return Name(
+                f"forward Euler of 2 coupled states ({'' if still else 'damped '}oscillator)",
+                "y'' = f(y) - gamma y" if still else "y'' = f(y, y') - gamma y - epsilon y'",
+                1.0,
+                f"dt = {abs(dt):.3g}: the number that multiplies the old velocity",
             )
     return None
 
@@ -412,6 +427,14 @@ def _drift_after_kick(found: Blocks, y: int, v: int) -> float | None:
     dt = float((moved[where] / rows[v][where]).mean())
     fits = abs(dt) > 1e-12 and np.allclose(moved, dt * rows[v], atol=CLOSE * abs(dt))
     return dt if fits else None
+
+
+def _drift_by_old(found: Blocks, y: int, v: int) -> float | None:
+    """The time step when the position moves by the old velocity, and each field reads the old states alone."""
+    dt = float(found.V[y, v])
+    drifts = abs(dt) > 1e-12 and abs(found.V[y, y] - 1) <= CLOSE and not found.B[y].any()
+    reads_old = not found.A.any() and bool(found.U[:, y].any()) and bool(((found.U != 0).sum(axis=1) == 1).all())
+    return dt if drifts and reads_old and 0 < found.V[v, v] <= 1 + CLOSE else None
 
 
 def _kick_after_drift(found: Blocks, y: int, v: int) -> float | None:

@@ -36,7 +36,6 @@ from stabkit.identification.record import Identification
 from stabkit.identification.steps.composed_steps import LEAPFROG_OR
 from stabkit.identification.steps.noise import with_noise
 from stabkit.identification.steps.pending import name_pending, told_of
-from stabkit.identification.steps.predicted_steps import without_clock
 from stabkit.identification.steps.proximal import proximal_maps
 from stabkit.integrators import GeneralLinearMethod
 from stabkit.tracing.graph.values import Value, meta_of, operation, outputs_of
@@ -52,7 +51,6 @@ _UNSPECIFIC = ("unnamed", "general linear method", "Adams-Bashforth type")  # wh
 def read_several_states(around: Surroundings, found: Slots, steps: tuple[int, ...]) -> Identification:
     """The method of a step whose old or new state is a tuple of tensors."""
     start, stop = steps[0], steps[-1] + 1
-    around, found = without_clock(around, found, steps)
     nodes = around.nodes(start, stop)
     opaque = sorted({operation(n) for n in nodes if is_opaque(n)})
     if len(found.sources) != len(found.targets):
@@ -114,6 +112,8 @@ def _named(
     symmetric = is_symmetric(form) if not gated and len(form.stages) == 2 else None
     pending = name_pending(table, form)
     named = pending or name_several_states(table, symmetric=symmetric, gated=gated)
+    if not named.is_known and (read := table.without_unread()) is not table:
+        table, named = read, name_several_states(read, symmetric=None, gated=gated)
     readout = None
     composed = None if named.is_known else with_composite_fields(table)
     if composed is not None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from stabkit.identification.form.flow_index import Surroundings
-from stabkit.identification.form.slots import joined, parts_of
+from stabkit.identification.form.slots import collectors, joined, parts_of
 from stabkit.identification.record import Identification
 from stabkit.tracing.graph.values import Value, meta_of
 
@@ -46,11 +46,16 @@ def read_by(
     start, stop = record.steps[0], record.steps[-1] + 1
     if beside.steps[-1] + 1 < start:
         return _at(around, states, beside.steps[-1] + 1, start)
-    whole = around.flow.states[start].values
-    if len(whole) == 1 and len(states) > 1:
-        parts = parts_of(around.graph, around.nodes(start, stop), whole[0])
-        return parts if parts is not None and len(parts) == len(states) else None
-    return states
+    values, last = around.flow.states[start].values, collectors(around.flow)
+    if len(states) < 2 or (len(values) > 1 and not set(states).isdisjoint(values)):
+        return states
+    # of a trajectory that is kept, the newest
+    whole = [v for v in values if len(values) == 1 or set(states) <= set(around.graph.inputs.get(v.node, ()))]
+    if len(whole) != 1:
+        return states
+    nodes = [node for node in around.nodes(start, stop) if node not in last or len(values) == 1]
+    parts = parts_of(around.graph, nodes, whole[0])
+    return parts if parts is not None and len(parts) == len(states) else None
 
 
 def _at(around: Surroundings, values: Sequence[Value], there: int, here: int) -> tuple[Value, ...] | None:

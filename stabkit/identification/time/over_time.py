@@ -14,6 +14,7 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
+import torch
 from torch.autograd.graph import Node
 
 from stabkit import integrators
@@ -23,6 +24,7 @@ from stabkit.identification.reading import read
 from stabkit.identification.record import Identification, Recurrence
 from stabkit.identification.steps.linear_recurrence import Coupling, coupling
 from stabkit.identification.steps.step_rules import Histories, Made
+from stabkit.identification.time.rates import rates, rates_of_oscillators, rule_of_constants
 from stabkit.integrators import LinearStability
 from stabkit.tracing import Flow
 from stabkit.tracing.graph.scans import Scan
@@ -241,14 +243,19 @@ def linear_recurrence(
         told.append(f"they depend on the input, and are those at time {time} of {n_steps}")
     evidence, residual = "measured", coupled.residual
     method: LinearStability | None = None
+    if not fed and not made.rule and coupled.size > 1 and (rule := _rule_of_constants(coupled)):
+        made = Made(rule)
+        told.append("a constant matrix: under this rule alone few numbers make up its A")
     if made.rule:
         called, system = _CALLED[made.rule]
         if made.rule == "exponential" and taps > 1:
             called, system = "exponential trapezoid (two-point input", f"{system}, {_BOTH_ENDS}"
         name = f"{called}, {_sizes(low, high)})"
-        residual = made.residual
+        residual = max(made.residual, residual)
         evidence = "proven" if made.certain and not fed else "measured"
-        told.append(_WEIGHTS.get(made.weight) or (_FOLLOWS if made.input_follows else _OWN))
+        told += [*filter(None, [rates(made.rule, values)])]
+        if made.weight in _WEIGHTS or made.input_follows is not None:
+            told.append(_WEIGHTS.get(made.weight) or (_FOLLOWS if made.input_follows else _OWN))
         method = integrators.named(_METHODS[made.rule]) if made.rule in _METHODS else None
     elif made.explicit:
         size = _sizes(low, high) if coupled.size == 1 else f"a matrix, |eigenvalues| {low:.3g} to {high:.3g}"
@@ -258,6 +265,8 @@ def linear_recurrence(
         told.append(f"{_EXPLICIT}{', which the input makes' * made.fed}")
     elif coupled.size > 1:
         name, system = _of_blocks(coupled, low, high)
+        if name.startswith(("symplectic Euler", "backward Euler")):
+            told += [*filter(None, [rates_of_oscillators(_real_blocks(coupled))])]
     else:
         name, system = _of_numbers(values.ravel(), made, fed)
         constant = not fed and low == high and not np.iscomplex(values).any()
@@ -267,6 +276,19 @@ def linear_recurrence(
     return Recurrence(
         name, system, evidence, residual, path, n_steps, low, high, growth, fed=fed, method=method, notes=tuple(told)
     )
+
+
+def _real_blocks(coupled: Coupling) -> np.ndarray[Any, np.dtype[np.float64]]:
+    blocks = coupled.blocks.real.reshape(-1, coupled.size, coupled.size)
+    return np.asarray(torch.unique(blocks.double(), dim=0).numpy())
+
+
+def _rule_of_constants(coupled: Coupling) -> str | None:
+    """The rule by which one real matrix was made that is a constant of the code; None where there are several."""
+    blocks = _real_blocks(coupled)
+    spread = float(np.abs(blocks - blocks[:1]).max())
+    same = not coupled.blocks.is_complex() and spread <= _CLOSE * float(np.abs(blocks).max())
+    return rule_of_constants(blocks[0]) if same else None
 
 
 def _sizes(low: float, high: float) -> str:
@@ -292,7 +314,7 @@ def _of_numbers(a: np.ndarray[Any, Any], made: Made, fed: bool) -> tuple[str, st
 def _of_blocks(coupled: Coupling, low: float, high: float) -> tuple[str, str]:
     """The name where entries are coupled: oscillators by the invariants of all their blocks, else a matrix."""
     if coupled.size == 2 and not (coupled.blocks.is_complex() and bool(coupled.blocks.imag.any())):
-        M = coupled.blocks.real.reshape(-1, 2, 2).double().numpy()
+        M = _real_blocks(coupled)
         trace, det = np.trace(M, axis1=1, axis2=2), np.linalg.det(M)
         turns = np.abs(trace) < 2 * np.sqrt(np.abs(det))
         drifts = (

@@ -82,8 +82,7 @@ def find_targets(output: Any, ends: list[tuple[str, Tensor]] | None, target: Tar
     reached = [(path, tensor) for path, tensor in floats if tensor.requires_grad]
     if not reached:
         raise UnreachedError(
-            f"{_described(floats[0][0])} does not depend differentiably on any input: it is constant, detached, "
-            "computed under no_grad or by operations without a derivative"
+            f"{_described(floats[0][0])} does not depend differentiably on any input: no derivative leads back from it"
         )
     reached = [(path, tensor) for path, tensor in reached if tensor.numel() > 0]
     if not reached:

@@ -58,7 +58,8 @@ def find_source(sources: Sequence[Source], targets: Sequence[Value], wanted: str
             "tensor), and integer inputs must be looked up in a table or cast to floats"
         )
     if not reached:
-        raise UnreachedError("the output does not depend differentiably on the input that was given")
+        named = ", ".join(dict.fromkeys(repr(candidate.name) for candidate in sources))
+        raise UnreachedError(f"the output does not depend differentiably on the input that was given ({named})")
     direct = [pair for pair in reached if pair[1].how == "input" or pair[1].embedded] or reached
     longest = max(len(graph.nodes) for graph, _ in direct)
     if longest == 0:

@@ -145,6 +145,24 @@ def place_of_cut(call: ForwardPass) -> str:
     )
 
 
+def copied_inputs(call: ForwardPass) -> tuple[str, ...]:
+    """Inputs that the output depends on through copies which the model itself takes off the graph, by name.
+
+    So networks of equations do: ``x.detach().requires_grad_()``, by which they differentiate.
+    """
+    try:
+        output = training_pass(call, differentiate=False).output
+    except StabkitError:
+        return ()
+    nodes = [node for _, t in named_tensors(output) if t.requires_grad for node in nodes_above(t)]
+    leaves = [node.variable.detach() for node in nodes if hasattr(node, "variable")]
+    return tuple(path for path, t in call.given if any(_equal(t.detach(), leaf) for leaf in leaves))
+
+
+def _equal(one: Tensor, other: Tensor) -> bool:
+    return one.shape == other.shape and one.layout == other.layout and bool((one == other).all())
+
+
 def listed(names: tuple[str, ...], count: int = 4) -> str:
     """A few names, and how many more there are."""
     return ", ".join(names[:count]) + (f" and {len(names) - count} more" if len(names) > count else "")

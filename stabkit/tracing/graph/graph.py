@@ -32,6 +32,7 @@ _ACCUMULATE = (1 << 64) - 1  # sequence number of AccumulateGrad nodes
 _SELECTING = moves("select", "gather", "write")
 # operations that move entries about without mixing them
 _MOVING = moves()
+_JOINS = moves("join")
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,6 +85,7 @@ class Graph:
         clock: the clock at every position, made monotone.
         calls: the calls of modules around the nodes, where they are known.
         noisy: when, on the clock, values met normal numbers that the pass drew.
+        dropped: when they met uniform ones, or masks of them.
         batching: by operations, whether products through many vectors at once agreed with single ones.
         passed: nodes that are taken as the identity of the one input that is left to them.
     """
@@ -95,9 +97,11 @@ class Graph:
         self.nodes, self.inputs, self.reached = _between(order, self.sources, self.targets)
         self.calls: Sequence[Call] = ()
         self.noisy: Collection[int] = ()
+        self.dropped: Collection[int] = ()
         self.batching: dict[tuple[object, ...], str] = {}
         self.passed: frozenset[Node] = frozenset()
         if prune:
+            self._drop_constant()
             self._drop_dead()
         self.rank = {node: position for position, node in enumerate(self.nodes)}
         self.clock = _monotone([node._sequence_nr() for node in self.nodes])
@@ -157,6 +161,36 @@ class Graph:
     def position(self, time: int) -> int:
         """How many nodes had been made when the clock showed ``time``."""
         return bisect.bisect_left(self.clock, time)
+
+    def _drop_constant(self) -> None:
+        """Drop what selection takes of a join that is none of what depends on the sources.
+
+        Of ``cat([x, h])``, handed on as one state, ``[..., -1:]`` is the constant h again, and no function of x.
+        """
+        joined: dict[Value, list[Node]] = {}  # values that hold constants, with the operations since these were joined
+        constant: set[Value] = set()
+        for node in self.nodes:
+            self.inputs[node] = taken = [value for value in self.inputs[node] if value not in constant]
+            name, made = operation(node), outputs_of(node)
+            if not taken:
+                constant.update(made)
+            elif name in _JOINS and len(taken) < len(node.next_functions):
+                joined.update({value: [node] for value in made})
+            elif taken[0] in joined and len(taken) == 1 and name in _SELECTING | _MOVING and not is_python_node(node):
+                chain = [*joined[taken[0]], node]
+                joined.update(dict.fromkeys(made, chain))
+                constant.update(v for v in made if v not in self.targets and self._holds_constants(v, chain))
+        if constant:
+            self.nodes = [
+                node for node in self.nodes if self.inputs[node] and not constant.issuperset(outputs_of(node))
+            ]
+
+    def _holds_constants(self, value: Value, chain: Sequence[Node]) -> bool:
+        """Whether nothing of a value, the last of some moves, arrives at what the first of them, a join, was given."""
+        used: dict[Value, Tensor | None] = {value: None}
+        for node in reversed(chain):
+            used = dict(self._pull_mask(node, used))
+        return not used
 
     def _drop_dead(self) -> None:
         """Drop edges along which selection lets nothing through.

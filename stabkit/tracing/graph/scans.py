@@ -276,13 +276,12 @@ class _Run:
                     return True
         return False
 
-    def _taps(self, cycle: set[int], carried: set[int]) -> int:
-        """How many slices of one tensor are added to the state in the middle period.
+    def _taps(self, nodes: Collection[Node], carried: set[int]) -> int:
+        """How many slices of one tensor some operations add to the state: those of its way from one time to the next.
 
         What is ``carried`` from one period to the next, in another cycle, holds slices of all times before.
         """
         inputs, found = self._graph.inputs, defaultdict(set)
-        nodes = {self._node(self.count // 2, place) for place in cycle}
         stack = [value for node in nodes if operation(node) in _SUMS for value in inputs[node]]
         seen: set[Value] = set()
         while stack:
@@ -335,7 +334,7 @@ class _Run:
         outer = (state(first), state(first + 1)), state(last)
         before = windows[0] - first + ends.before(outer[0], self.start + first * self._period + end)
         after = last - windows[-1] + ends.after(outer[1], self.start + last * self._period + end, drives)
-        return Scan(states, positions, passed, drives, self._period, self._taps(cycle, carried), before, after)
+        return Scan(states, positions, passed, drives, self._period, self._taps(passed, carried), before, after)
 
 
 @cache

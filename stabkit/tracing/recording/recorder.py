@@ -24,7 +24,7 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 from torch.overrides import TorchFunctionMode
 
 from stabkit.tracing.graph.values import Value, value_of
-from stabkit.tracing.recording.draws import Draws
+from stabkit.tracing.recording.draws import LINEAR, NORMAL, ROUNDS, UNIFORM, Draws
 from stabkit.tracing.recording.hooks import hooked
 from stabkit.tracing.recording.inputs import INDEXING, VALUE_FREE, Source, differentiable, non_leaf
 from stabkit.tracing.recording.off_graph import OffGraph
@@ -87,6 +87,7 @@ class Recording:
         routed: when operations took integers or masks that were made from values on the graph: indices of the largest,
             experts that were chosen.
         noisy: when values on the graph were scaled by, or added to, normal numbers that this pass drew.
+        dropped: when values on the graph met uniform numbers that this pass drew, or masks of them.
         fed: when values on the graph met what was made of an input off the graph, and from which operations, by their
             numbers, that had been made; see `OffGraph.follow`.
         read: when numbers that depend on an input were handed to Python.
@@ -102,6 +103,7 @@ class Recording:
     stopped: list[Stopped] = field(default_factory=list)
     routed: set[int] = field(default_factory=set)
     noisy: set[int] = field(default_factory=set)
+    dropped: set[int] = field(default_factory=set)
     fed: dict[int, frozenset[int]] = field(default_factory=dict)
     read: list[int] = field(default_factory=list)
     masked: bool = False
@@ -159,7 +161,10 @@ class ValueRecorder(EagerMode):
         # depend on the input, carry no gradient; held weakly, or everything inside a custom Function would stay alive
         self.silent: dict[int, tuple[weakref.ref[Tensor], str]] = {}
         self.chosen: dict[int, weakref.ref[Tensor]] = {}  # integers and masks made from values on the graph
-        self.draws = Draws()
+        self._draws = (
+            (Draws(NORMAL, LINEAR, zeros=False), recording.noisy),
+            (Draws(UNIFORM, LINEAR | ROUNDS, zeros=True), recording.dropped),
+        )
         self.off_graph = OffGraph(tainted)
         self._on_storage: defaultdict[int, list[Value]] = defaultdict(list)
 
@@ -177,8 +182,9 @@ class ValueRecorder(EagerMode):
                 self._before_write(tensor)
         out = func(*args, **kwargs)
         results = tensors_in(out)
-        if self.draws.meet(name, tensors, results):
-            self.recording.noisy.add(clock() - 1)  # the node has its number already
+        for draws, met in self._draws:
+            if draws.meet(name, tensors, results):
+                met.add(clock() - 1)  # the node has its number already
         leaves = not torch.is_grad_enabled() or func is _DETACH
         fed, read = self.off_graph.follow(name, tensors, on_graph, results, leaves)
         if fed:
@@ -264,7 +270,7 @@ class ValueRecorder(EagerMode):
             return
         operation = self.silent[id(lost[0])][1] if lost else str(func)
         for result in results:
-            if differentiable(result) and not any(result is t for t in tensors):
+            if differentiable(result) and not result.requires_grad:  # written to in place as well
                 self.silent[id(result)] = (weakref.ref(result), operation)
 
     def _is_silent(self, tensor: Tensor) -> bool:
