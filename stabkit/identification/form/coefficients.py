@@ -327,7 +327,9 @@ def _of_copies(factors: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Coe
     differ = along_batch or float(rows.max() - rows.min()) > slack
     if not differ or float((rows - rows[:, :1]).abs().max()) > slack or abs(total) <= slack:
         return None
-    return Coefficient("scalar", _number(torch.tensor([total]), _tolerance(dtype)), float(rows.min()), float(rows.max()), 0.0)
+    return Coefficient(
+        "scalar", _number(torch.tensor([total]), _tolerance(dtype)), float(rows.min()), float(rows.max()), 0.0
+    )
 
 
 def _of_samples(factors: Tensor, kept: float, dtype: torch.dtype) -> Coefficient | None:
