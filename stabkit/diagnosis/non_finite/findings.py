@@ -280,7 +280,7 @@ def _backward(step: StepMeasurement, where: Sequence[int]) -> Finding:
         confidence=1.0,
         evidence=f"the gradient is not finite at {step.name}, the first step it meets on its way back, "
         "although the states are",
-        remedy=f"look at the derivatives in {step.module_path or step.name}: the first that is not finite is taken there",
+        remedy=f"look at the derivatives in {step.module_path or step.name}: one that is not finite is taken there",
         reference="",
         numbers={"steps": float(len(where))},
     )
