@@ -261,8 +261,8 @@ def with_softmaxes(finding: Finding, flow: Flow, measurement: Measurement) -> Fi
         return finding
     names = " and ".join(flow.steps[i].name for i in found[:2]) + f" and {len(found) - 2} more" * (len(found) > 2)
     text = (
-        f"{len(found)} softmaxes stand in it as activations ({names}), each of which passes at most half of a gradient, "
-        f"and take {taken:+.1f} nats"
+        f"{len(found)} softmaxes stand in it as activations ({names}), each of which passes at most half of a "
+        f"gradient, and take {taken:+.1f} nats"
     )
     return replace(finding, evidence=f"{finding.evidence}; {text}")
 
