@@ -22,6 +22,7 @@ from stabkit.diagnosis.training_run import TrainingRun
 from stabkit.diagnosis.updates.findings import update_findings
 from stabkit.diagnosis.updates.measured import UpdateMeasurement, measure_update
 from stabkit.diagnosis.updates.scales import with_scales
+from stabkit.diagnosis.updates.settings import setting_findings
 from stabkit.diagnosis.verdict import nats
 from stabkit.distributed import is_spread
 from stabkit.errors import ArgumentError, ArgumentTypeError
@@ -91,6 +92,11 @@ def with_updates(
         if told is update and "proposed_rate" not in told.numbers and any(map(serious, others)):
             continue  # updates that no rate cures are those of what is wrong besides
         diagnosis = replace(diagnosis, findings=tuple(ordered([*others, told])))
+    if not is_spread(model):
+        as_trained = replace(flow.forward_pass, through_no_grad=False)
+        run = TrainingRun(flow, settings.loss, as_trained, training_pass(as_trained, settings.loss))
+        told_of = setting_findings(run, optimizer)
+        diagnosis = replace(diagnosis, findings=tuple(ordered([*told_of, *diagnosis.findings])))
     return diagnosis, _with_schedule(_report(found, diagnosis.measurement), optimizer, settings.scheduler)
 
 

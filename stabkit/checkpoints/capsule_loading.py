@@ -20,6 +20,7 @@ from stabkit.tracing.recording.containers import named_tensors
 from stabkit.tracing.recording.untouched_model import unchanged
 
 MOST_MOVED = 3  # weights that are named
+_EVEN, _HALF = 4, 0.5  # samples of which one that carries so much of the gradient stands out
 MOST_OUTPUTS = 8  # tensors of an output whose gradients are kept
 
 
@@ -57,7 +58,9 @@ def load_capsule(
     good = capsule.weights_before if weights != "step" and _is_trouble(capsule) else {}
     if good:
         fill(module, good)
-    call = capsule.calls[-1]
+    call, step = capsule.calls[-1], capsule.step
+    if good and capsule.blamed is not None:
+        step, call = capsule.blamed
     set_buffers(module, call)
     remembered(module, call, capsule.autocast)
     try:
@@ -72,12 +75,15 @@ def load_capsule(
     usable = all(bool(gradient.isfinite().all()) for gradient in gradients.values())
     gradients = gradients if usable else {}
     why = "loss: none was seen" if usable else "loss: left out, its gradient at the output was not finite"
-    told = (*_told(capsule), *_since(capsule, good))
+    carried = carriers(capsule.calls[-1].gradients) if step == capsule.step else ()
+    told = (*_told(capsule), *_since(capsule, good, step), *carried)
     mode = "training" if capsule.training else "evaluation"
     notes = (
         *told,
         f"format: capsule of training step {capsule.step}, written because: {capsule.reason}",
-        f"input: that of the last of {len(capsule.calls)} calls, in {mode} mode",
+        f"input: that of the last of {len(capsule.calls)} calls, in {mode} mode"
+        if step == capsule.step
+        else f"input: the batch of training step {step}, in {mode} mode",
         "loss: the gradient that the loss of the run had at the output" if gradients else why,
     )
 
@@ -111,12 +117,55 @@ def _told(capsule: Capsule) -> Iterator[str]:
         yield f"curvature along its last updates over the threshold: {ratios}"
 
 
+def carriers(gradients: Mapping[str, Tensor]) -> tuple[str, ...]:
+    """Which sample of a batch, and which position in it, carries the gradient of the loss at an output, in sentences.
+
+    One is told where it carries half of the squares or more, which of four samples or more none does in an even batch.
+
+    Example:
+        >>> g = torch.full((8, 5, 3), 1e-3)
+        >>> g[2, 4] = 1.0
+        >>> carriers({"0": g})
+        ('gradient at the output: sample 2 of 8 carries 100 % of its squares, position 4 of 5 in it 100 %',)
+        >>> carriers({"0": torch.ones(8, 3)})
+        ()
+    """
+    told = []
+    for gradient in gradients.values():
+        if gradient.dim() < 2 or len(gradient) < _EVEN:
+            continue
+        squares = gradient.detach().to(torch.complex128 if gradient.is_complex() else torch.float64).abs().square()
+        rows = squares.flatten(1).sum(1)
+        broken = (~rows.isfinite()).nonzero().flatten().tolist()
+        if broken:
+            many = (
+                f"sample {broken[0]}" if len(broken) == 1 else f"{len(broken)} samples, the first of them {broken[0]},"
+            )
+            told.append(f"gradient at the output: that of {many} of {len(rows)} is not finite")
+            continue
+        worst, share = _largest(rows)
+        if share < _HALF:
+            continue
+        said = f"gradient at the output: sample {worst} of {len(rows)} carries {100 * share:.3g} % of its squares"
+        if gradient.dim() > 2 and gradient.shape[1] >= _EVEN:
+            place, part = _largest(squares[worst].flatten(1).sum(1))
+            said += f", position {place} of {gradient.shape[1]} in it {100 * part:.3g} %" if part >= _HALF else ""
+        told.append(said)
+    return tuple(told)
+
+
+def _largest(values: Tensor) -> tuple[int, float]:
+    """Where the largest of some numbers is, and its share of all."""
+    place = int(values.argmax())
+    return place, float(values[place] / values.sum().clamp_min(1e-300))
+
+
 def _is_trouble(capsule: Capsule) -> bool:
     """Whether a capsule was written because the monitor found something, and not because somebody asked."""
     return any(finding.get("kind") == capsule.reason for finding in capsule.findings)
 
 
-def _since(capsule: Capsule, good: Mapping[str, Tensor]) -> Iterator[str]:
+def _since(capsule: Capsule, good: Mapping[str, Tensor], step: int) -> Iterator[str]:
     """What changed between the last good state and the step, in sentences."""
     before = capsule.before
     if not good:
@@ -125,7 +174,7 @@ def _since(capsule: Capsule, good: Mapping[str, Tensor]) -> Iterator[str]:
         return
     loss = "" if before.get("loss") is None else f" (loss {float(before['loss']):.4g})"
     yield (
-        f"weights: the last good ones, of training step {before['step']}{loss}, on the batch of step {capsule.step}; "
+        f"weights: the last good ones, of training step {before['step']}{loss}, on the batch of step {step}; "
         "weights='step' takes those of the step itself"
     )
     rates = [float(g["lr"]) for one in capsule.known.get("optimizers", ()) for g in one["groups"] if "lr" in g]
@@ -206,7 +255,8 @@ def remembered(module: nn.Module, call: RecordedCall, autocast: Mapping[str, str
     active: list[Any] = []
 
     def before(_: nn.Module, args: Any) -> None:
-        restore_random(call.random)
+        if call.random:
+            restore_random(call.random)
         for device, dtype in autocast.items():
             context: Any = torch.autocast(device, getattr(torch, dtype))
             context.__enter__()

@@ -70,6 +70,8 @@ class Capsule:
         findings: what it had said, the newest last, as mappings.
         before: of the last good state its ``step``, ``loss``, ``learning_rates``, and the plain ``numbers`` of the
             optimizers' states; or ``why_none``.
+        blamed: the training step and the call of a batch from before this step, which is to blame; None where that of
+            the step itself is, or none.
     """
 
     path: Path
@@ -87,6 +89,7 @@ class Capsule:
     known: Mapping[str, Any] = field(default_factory=dict)
     findings: tuple[Mapping[str, Any], ...] = ()
     before: Mapping[str, Any] = field(default_factory=dict)
+    blamed: tuple[int, RecordedCall] | None = None
 
     @property
     def weights_before(self) -> dict[str, Tensor]:
@@ -125,6 +128,7 @@ def write_capsule(
     manifest: Mapping[str, Any],
     records: Iterable[str],
     before: Mapping[str, Tensor] | None = None,
+    blamed: tuple[int, RecordedCall] | None = None,
 ) -> None:
     """Write a capsule; it appears whole, under its name, or not at all.
 
@@ -135,12 +139,14 @@ def write_capsule(
         manifest: further fields of ``capsule.json``, plain values; see `Capsule`.
         records: lines of JSON.
         before: the last good state, by the names of its file.
+        blamed: a step before and its call.
     """
     from safetensors.torch import save_file
 
     path.parent.mkdir(parents=True, exist_ok=True)
     held: dict[str, Tensor] = {}
     structure = [_encode_call(call, f"{index}/", held) for index, call in enumerate(calls)]
+    earlier = None if blamed is None else {"step": blamed[0], "call": _encode_call(blamed[1], "blamed/", held)}
     temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
     try:
         save_file(_separate(weights), temporary / _WEIGHTS)
@@ -148,7 +154,7 @@ def write_capsule(
         if before:
             save_file(_separate(before), temporary / _BEFORE)
         (temporary / _RECORDS).write_text("".join(f"{line}\n" for line in records), encoding="utf-8")
-        whole = {"format": FORMAT, **manifest, "calls": structure}
+        whole = {"format": FORMAT, **manifest, "calls": structure, "blamed": earlier}
         (temporary / _MANIFEST).write_text(json.dumps(whole, indent=1), encoding="utf-8")
         temporary.rename(path)
     except BaseException:
@@ -202,6 +208,7 @@ def read_capsule(path: str | os.PathLike[str]) -> Capsule:
             known=dict(manifest.get("known", {})),
             findings=tuple(dict(finding) for finding in manifest.get("findings", ())),
             before=dict(manifest.get("before", {})),
+            blamed=_decode_blamed(manifest.get("blamed"), tensors),
         )
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError, RecursionError) as error:
         raise CheckpointError(f"{directory / _MANIFEST} is damaged: {type(error).__name__}: {error}") from error
@@ -224,6 +231,10 @@ def _decode_call(entry: Mapping[str, Any], prefix: str, tensors: Mapping[str, Te
             groups[group][rest] = tensor
     args = tuple(_decode(item, tensors) for item in entry["args"])
     return RecordedCall(args, {name: _decode(item, tensors) for name, item in entry["kwargs"].items()}, **groups)
+
+
+def _decode_blamed(entry: Any, tensors: Mapping[str, Tensor]) -> tuple[int, RecordedCall] | None:
+    return None if entry is None else (int(entry["step"]), _decode_call(entry["call"], "blamed/", tensors))
 
 
 def _encode(item: Any, prefix: str, held: dict[str, Tensor]) -> Any:

@@ -14,7 +14,7 @@ from typing import Annotated
 import typer
 
 from stabkit._version import __version__
-from stabkit.cli import analyze, compare, demo, methods, plan, plot
+from stabkit.cli import analyze, compare, demo, methods, plan, plot, watch
 from stabkit.cli.console import one_of_several
 from stabkit.cli.imports import in_own_process, quick_imports
 
@@ -78,5 +78,5 @@ def _top(
     pass
 
 
-for _command in (analyze.analyze, compare.compare, plan.plan, plot.plot, methods.methods, demo.demo):
+for _command in (analyze.analyze, compare.compare, plan.plan, plot.plot, methods.methods, demo.demo, watch.watch):
     app.command()(_command)

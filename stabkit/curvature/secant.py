@@ -50,6 +50,19 @@ class _Point:
     state: Mapping[Any, Any]
 
 
+@dataclass(frozen=True)
+class Reach:
+    """How far an update that was made goes.
+
+    Attributes:
+        fall: of the loss along it, by the gradient before it: that of a loss without curvature.
+        update_ratio: the norm of the update over that of the parameters, as of `Secant`.
+    """
+
+    fall: float
+    update_ratio: float
+
+
 class SecantCurvature:
     """Measures it from one training step to the next, on up to 1024 evenly spaced entries of each parameter.
 
@@ -115,6 +128,22 @@ class SecantCurvature:
     def holds(self) -> bool:
         """Whether there is a point before the update."""
         return self._held is not None
+
+    def reach(self) -> Reach | None:
+        """How far the update goes that was made since the point that is held; None where no size is usual for weights.
+
+        That is where biases and scales alone are trained. It reads numbers of a device, and so waits for it.
+        """
+        before = self._held
+        if before is None or self._factors is None or not self._usual:
+            return None
+        with torch.no_grad():
+            moved = torch.cat([self._sampled(p, p) for p in self._parameters]).float() - before.weights
+            weighed = moved * self._factors
+            fall, length, weights = torch.stack(
+                [-(before.gradients @ weighed), moved @ weighed, before.weights.square() @ self._factors]
+            ).tolist()
+        return Reach(fall, (length / max(weights, self._usual)) ** 0.5)
 
     def between(self, point: _Point | None) -> PendingSecant | None:
         """The curvature from the point that is held to this one; None where one of them is missing.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +16,7 @@ from stabkit.curvature.blocks import by_block
 from stabkit.curvature.hessian import Hessian, refuse_randomness
 from stabkit.curvature.lanczos import DRAWN, Eigenpairs, largest
 from stabkit.curvature.stability import FLOOR, Preconditioned, Stability, limiting
+from stabkit.curvature.twin import Twin, standing_at
 from stabkit.curvature.updates import Update, read_update
 from stabkit.errors import ArgumentTypeError
 from stabkit.results import Result
@@ -47,6 +49,8 @@ class TrackedSharpness(Result):
         n_products: how many products it took.
         draws: whether the closure draws random numbers, such as masks of dropout: it is the sharpness under one draw,
             that of the seed.
+        loss_after: of the closure after the coming update, tried on copies of weights and optimizer, where that has
+            a preconditioner that is less than 8 updates old; NaN elsewhere.
     """
 
     sharpness: float
@@ -60,6 +64,7 @@ class TrackedSharpness(Result):
     share: float
     n_products: int
     draws: bool = False
+    loss_after: float = math.nan
 
 
 class SharpnessTracker:
@@ -101,7 +106,8 @@ class SharpnessTracker:
     def measure(self) -> TrackedSharpness:
         """The sharpness now; model, optimizer and random state are left as they are.
 
-        Call it between ``backward`` and the optimizer's step: Adam then has a preconditioner before its first update.
+        Call it between ``backward`` and the optimizer's step: Adam and its like then have a preconditioner before their
+        first update.
 
         Raises:
             ArgumentError: the loss is random, or the optimizer has no threshold, or no preconditioner yet.
@@ -114,6 +120,7 @@ class SharpnessTracker:
                 if not self._made:
                     refuse_randomness(hessian, keep=True)
                 found = self._searched(hessian, update)
+                loss_after = self._loss_after(hessian) if update.young else math.nan
         self._made += 1
         v = found.vectors[0]
         block = by_block(Preconditioned(hessian), v, None, 0, _TOLERANCE)[0]
@@ -127,7 +134,15 @@ class SharpnessTracker:
             share=block.share,
             n_products=found.n_products,
             draws=hessian.draws,
+            loss_after=loss_after,
         )
+
+    def _loss_after(self, hessian: Hessian) -> float:
+        hessian.release()
+        twin = Twin(hessian, self._optimizer)
+        twin.step()
+        with standing_at(hessian.parameters, twin.values()):
+            return hessian.loss()
 
     def _searched(self, hessian: Hessian, update: Update) -> Eigenpairs:
         kept = self._vectors

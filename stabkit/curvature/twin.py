@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -59,7 +59,11 @@ class Twin:
     """
 
     def __init__(
-        self, hessian: Hessian, optimizer: torch.optim.Optimizer, factor: float = 1.0, decay: float | None = None
+        self,
+        hessian: Hessian,
+        optimizer: torch.optim.Optimizer,
+        factor: float = 1.0,
+        change: Callable[[dict[str, Any]], object] | None = None,
     ) -> None:
         self._hessian, self._name = hessian, type(optimizer).__name__
         self._copies = [nn.Parameter(p.detach().clone()) for p in hessian.parameters]
@@ -71,8 +75,8 @@ class Twin:
         self._takes_rows = isinstance(optimizer, torch.optim.SparseAdam)
         for group in self._optimizer.param_groups:
             group["lr"] = group["lr"] * factor
-            if decay is not None and "weight_decay" in group:
-                group["weight_decay"] = decay
+            if change is not None:
+                change(group)
 
     def values(self) -> list[Tensor]:
         """Where the copies are."""

@@ -6,7 +6,7 @@ import copy
 import inspect
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +19,7 @@ from stabkit.tracing.recording.sharding import whole
 
 Group = Mapping[str, Any]
 State = Mapping[Any, Any]
+_YOUNG = 8  # updates
 
 
 class NoThresholdError(ArgumentError):
@@ -53,6 +54,7 @@ class Update:
         ascends: whether it climbs (``maximize=True``), so that curvature is that of minus the loss.
         idle: of how many parameters there is no state, since they have had no gradient: nothing moves them, so that
             their P is infinite.
+        young: whether it has a P of few gradients, less than 8 updates old.
     """
 
     build: Callable[[float], GeneralLinearMethod]
@@ -63,6 +65,7 @@ class Update:
     name: str
     ascends: bool = False
     idle: int = 0
+    young: bool = False
 
     @property
     def method(self) -> GeneralLinearMethod:
@@ -117,8 +120,8 @@ def read_update(optimizer: Any, model: nn.Module, *, first: bool = False, state:
     Args:
         optimizer: SGD (momentum, dampening, Nesterov), Adam, AdamW, NAdam, Adamax, RMSprop or Adagrad of torch.
         model: whose parameters it trains.
-        first: whether the preconditioner of Adam and AdamW before their first update is that which this update will
-            have, by the gradients that the parameters hold.
+        first: whether the preconditioner before the first update is that which this update will have, by the gradients
+            that the parameters hold.
         state: what is read in place of the optimizer's state, such as a part of the entries of its tensors.
 
     Raises:
@@ -145,9 +148,10 @@ def read_update(optimizer: Any, model: nn.Module, *, first: bool = False, state:
     if not (math.isfinite(rate) and rate > 0):
         raise ArgumentError(f"optimizer {name} has the learning rate {rate}; at a rate that is positive it has a step")
     state = optimizer.state if state is None else state
-    fresh = first and reader is _adam_like and not state and any(p.grad is not None for p in trained)
+    if first and not any(_has_moved(state, p) for p in trained) and any(p.grad is not None for p in trained):
+        state = _FirstState(groups)
     begun = reader is not _sgd and any(p in state for p in trained)
-    read = [(_first_of_adam(g) if fresh else reader(g, state, name)) for g in groups]
+    read = [reader(g, state, name) for g in groups]
     if len({r.kind for r in read}) > 1:
         raise ArgumentError(
             f"the groups of optimizer {name} differ in momentum or in how many updates they have had; no single "
@@ -178,6 +182,7 @@ def read_update(optimizer: Any, model: nn.Module, *, first: bool = False, state:
         name=name,
         ascends=bool(groups[0].get("maximize", False)),
         idle=idle,
+        young=reader is not _sgd and max((_made(state, p) for p in trained), default=0.0) < _YOUNG,
     )
 
 
@@ -218,11 +223,17 @@ def _state_of(state: State, p: nn.Parameter, key: str, name: str) -> Tensor:
 
 def _has_moved(state: State, p: nn.Parameter) -> bool:
     """Whether a parameter was updated; Adagrad gives all of them a state before that."""
-    return p in state and as_number(state[p].get("step", 1)) > 0
+    return _made(state, p) > 0
+
+
+def _made(state: State, p: nn.Parameter) -> float:
+    return as_number(state[p].get("step", 1)) if p in state and not isinstance(state, _FirstState) else 0.0
 
 
 def _updates(state: State, group: Group, name: str) -> int:
     """How many updates were made, the same for all parameters of a group."""
+    if isinstance(state, _FirstState):
+        return 0
     made = [state[p]["step"] for p in group["params"] if p in state and "step" in state[p]]
     counts = {int(as_number(step)) for step in made}
     if not counts or max(counts) == 0:
@@ -231,6 +242,44 @@ def _updates(state: State, group: Group, name: str) -> int:
             "; ask after some updates, or leave optimizer= out for the curvature of the loss alone",
         )
     return max(counts)
+
+
+class _FirstState(Mapping[Any, Any]):
+    """What an optimizer keeps of the gradients at hand when it makes its first update, of parameters that have one."""
+
+    def __init__(self, groups: Sequence[Group]) -> None:
+        self._groups = {p: group for group in groups for p in group["params"] if p.grad is not None}
+
+    def __getitem__(self, p: Any) -> Mapping[str, Any]:
+        group = self._groups[p]
+        slope = whole((p.grad if p.grad.layout == torch.strided else p.grad.to_dense()).detach()).double()
+        decay = 0.0 if _is_decoupled(group) else as_number(group.get("weight_decay", 0))
+        if decay:
+            slope = (-slope if group.get("maximize", False) else slope) + decay * whole(p.detach())
+        part = 1 - as_number(group["betas"][1] if "betas" in group else group.get("alpha", 0.0))
+        mean = part * slope.square()
+        return {
+            "exp_avg_sq": mean,
+            "max_exp_avg_sq": mean,
+            "square_avg": mean,
+            "grad_avg": part * slope,
+            "sum": slope.square() + as_number(group.get("initial_accumulator_value", 0.0)),
+            "exp_inf": slope.abs() + as_number(group.get("eps", 0.0)),
+            "mu_product": 1.0,
+        }
+
+    def __contains__(self, p: object) -> bool:
+        return p in self._groups
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self._groups)
+
+    def __len__(self) -> int:
+        return len(self._groups)
+
+
+def _is_decoupled(group: Group) -> bool:
+    return bool(group.get("decoupled_weight_decay", False))
 
 
 def _sgd(group: Group, _state: State, _name: str) -> _Read:
@@ -245,25 +294,10 @@ def _adam_like(group: Group, state: State, name: str) -> _Read:
 
     def scale(p: nn.Parameter) -> Tensor:
         v = _state_of(state, p, "max_exp_avg_sq" if amsgrad else "exp_avg_sq", name)
-        return (v / (1 - b2**made)).sqrt() + eps
+        return (v / (1 - b2 ** max(made, 1))).sqrt() + eps
 
     correction = 1 / (1 - b1 ** (made + 1))
-    decoupled = bool(group.get("decoupled_weight_decay", name == "AdamW"))
-    return _Read(lambda w: adam(b1, w, correction), (b1, made), scale, decoupled)
-
-
-def _first_of_adam(group: Group) -> _Read:
-    """The first update: of the second moment, corrected, there is the square of the gradient."""
-    b1, eps = as_number(group["betas"][0]), as_number(group["eps"])
-
-    def scale(p: nn.Parameter) -> Tensor | float:
-        if p.grad is None:
-            return math.inf
-        g = p.grad.to_dense() if p.grad.layout != torch.strided else p.grad
-        return g.detach().double().abs() + eps
-
-    decoupled = bool(group.get("decoupled_weight_decay", False))
-    return _Read(lambda w: adam(b1, w, 1 / (1 - b1)), (b1, 0), scale, decoupled)
+    return _Read(lambda w: adam(b1, w, correction), (b1, made), scale, _is_decoupled(group))
 
 
 def _nadam(group: Group, state: State, name: str) -> _Read:
@@ -274,10 +308,9 @@ def _nadam(group: Group, state: State, name: str) -> _Read:
     own, moment = (1 - now) / (1 - past * now), then / (1 - past * now * then)
 
     def scale(p: nn.Parameter) -> Tensor:
-        return (_state_of(state, p, "exp_avg_sq", name) / (1 - b2**made)).sqrt() + eps
+        return (_state_of(state, p, "exp_avg_sq", name) / (1 - b2 ** max(made, 1))).sqrt() + eps
 
-    decoupled = bool(group.get("decoupled_weight_decay", False))
-    return _Read(lambda w: nadam(b1, w, own, moment), (b1, made, psi), scale, decoupled)
+    return _Read(lambda w: nadam(b1, w, own, moment), (b1, made, psi), scale, _is_decoupled(group))
 
 
 def _adamax(group: Group, state: State, name: str) -> _Read:

@@ -9,7 +9,7 @@ from dataclasses import replace
 from torch import Tensor
 
 from stabkit.diagnosis.depth.affine_models import affine_findings
-from stabkit.diagnosis.depth.findings import with_slopes
+from stabkit.diagnosis.depth.findings import with_slopes, with_softmaxes
 from stabkit.diagnosis.depth.post_norm import post_norm_findings
 from stabkit.diagnosis.depth.unsettled import unsettled_findings
 from stabkit.diagnosis.finding import LEARNT, Finding, as_fact, serious
@@ -25,6 +25,7 @@ from stabkit.diagnosis.inputs.unused import unused_input_findings
 from stabkit.diagnosis.losses.domains import loss_domain_findings
 from stabkit.diagnosis.losses.drowned_terms import drowned_term_findings
 from stabkit.diagnosis.losses.floor import loss_floor_findings
+from stabkit.diagnosis.losses.ignored_class import ignored_class_findings
 from stabkit.diagnosis.losses.last_dropout import last_dropout_findings
 from stabkit.diagnosis.losses.loud_logits import loud_logits_findings
 from stabkit.diagnosis.losses.mixed_samples import mixed_sample_findings
@@ -48,9 +49,11 @@ from stabkit.diagnosis.non_finite.half_weights import half_weight_findings
 from stabkit.diagnosis.over_time.cut_states import CUT, cut_state_findings
 from stabkit.diagnosis.over_time.findings import NOTHING, time_findings
 from stabkit.diagnosis.over_time.verdict import judged_over_time
+from stabkit.diagnosis.remedies.given_optimizer import climbs
 from stabkit.diagnosis.remedies.trial import follows, tried
 from stabkit.diagnosis.states.batch_places import batch_place_findings
 from stabkit.diagnosis.states.cut_axes import cut_axes_findings
+from stabkit.diagnosis.states.dropout_in_evaluation import dropping_in_evaluation
 from stabkit.diagnosis.states.empty_nodes import empty_node_findings
 from stabkit.diagnosis.states.heavy_dropout import heavy_dropout_findings
 from stabkit.diagnosis.states.neighbours import with_neighbours
@@ -90,6 +93,7 @@ def with_causes(flow: FlowLike, found: Diagnosis, settings: Settings) -> Diagnos
         return found
     found = with_small_inputs(flow, _of_one_cause(flow, before, found, settings), settings)
     named = [with_slopes(each, found.measurement) for each in with_input_scale(flow, found, settings)]
+    named = [with_softmaxes(each, flow, found.measurement) for each in named]
     named = [with_neighbours(flow, each, settings.loss) if each.kind == "rank_collapse" else each for each in named]
     others = statistics_findings(flow, settings.loss)
     if not any(serious(finding) for finding in named):
@@ -285,14 +289,14 @@ def _of_training_pass(run: TrainingRun, others: Sequence[Finding]) -> list[Findi
     found += [*mixed_sample_findings(run), *next_token_findings(run)]
     found += unused_input_findings(run)
     found += _of_call(run, others)
-    found += without_end_findings(run, [*others, *found])
+    found += [] if climbs(run.optimizer) else without_end_findings(run, [*others, *found])  # a reward has none
     found += saturating_findings(run, [*others, *found])
     found += wrong_derivative_findings(run)
     found += loud_logits_findings(run, [*others, *found])
     found += loss_floor_findings(run, [*others, *found])
     found += drowned_term_findings(run, [*others, *found])
     found += unequal_class_findings(run, [*others, *found])
-    found += half_weight_findings(run)
+    found += [*half_weight_findings(run), *ignored_class_findings(run)]
     found += passed_through_findings(run)
     found = [_of_softmax(each, [*others, *found]) for each in found]
     # units are asked after only where nothing else is wrong: a broken network does not train in any
@@ -310,7 +314,7 @@ def _of_softmax(finding: Finding, others: Sequence[Finding]) -> Finding:
 
 def _of_call(run: TrainingRun, others: Sequence[Finding]) -> list[Finding]:
     """What is wrong with a model and its loss as they are called in training, whatever its gradients are like."""
-    found = [*made_anew_findings(run), *last_dropout_findings(run)]
+    found = [*made_anew_findings(run), *last_dropout_findings(run), *dropping_in_evaluation(run)]
     if not any(finding.kind == "loss" and serious(finding) for finding in others):
         found += loss_domain_findings(run)
     # where nothing trains for another reason, training tells nothing of these

@@ -203,7 +203,10 @@ class _Trials:
 
     def __init__(self, flow: FlowLike, found: Diagnosis, settings: Settings, left: int) -> None:
         self.flow, self.found, self.settings, self.left = flow, found, settings, left
-        self.known = known_initialisations(found.measurement)
+        frozen = {
+            path for path, p in (flow.model.named_parameters() if isinstance(flow, Flow) else ()) if not p.requires_grad
+        }
+        self.known = known_initialisations(found.measurement, frozen)
         self.refuted: dict[int, Cure] = {}
         self._without: Trial | None = None
         self._outer: list[Remedy] | None = None

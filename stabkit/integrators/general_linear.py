@@ -295,17 +295,14 @@ class GeneralLinearMethod(LinearStability):
         return self._interval("imaginary", tolerance)
 
     def _interval(self, axis: Axis, tolerance: float | None) -> float:
-        if tolerance is None:
-            return self._axis_intervals[axis]
-        return self._axis_intervals[axis].at(tolerance)
+        if axis not in self._axis_intervals:  # each is exact arithmetic of some milliseconds
+            self._axis_intervals[axis] = AxisInterval(self.characteristic, axis, precision=self.precision)
+        found = self._axis_intervals[axis]
+        return found if tolerance is None else found.at(tolerance)
 
     @cached_property
     def _axis_intervals(self) -> dict[Axis, AxisInterval]:
-        p, precision = self.characteristic, self.precision
-        return {
-            "real": AxisInterval(p, "real", precision=precision),
-            "imaginary": AxisInterval(p, "imaginary", precision=precision),
-        }
+        return {}
 
     @cached_property
     def is_A_stable(self) -> bool:

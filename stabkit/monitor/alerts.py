@@ -10,7 +10,7 @@ import numpy as np
 from stabkit.diagnosis import Finding
 from stabkit.monitor.first_block import Mover, first_mover, moved_finding, non_finite_finding
 from stabkit.monitor.harm import Harm
-from stabkit.monitor.record import Array, Record
+from stabkit.monitor.record import Array, Blocks, Record
 from stabkit.monitor.rules import AlertRules
 from stabkit.monitor.series import Move, SeriesBank
 
@@ -38,6 +38,7 @@ class Alerts:
         self._largest = -math.inf  # log of the largest gradient norm that was no spike
         self._harm = Harm(self.rules.warmup)
         self._gains: deque[Array] = deque(maxlen=2)
+        self._most: Array | None = None  # calls of each block in a record
         self._said: set[tuple[str, str]] = set()  # in this episode
         self.first: Mover | None = None
 
@@ -94,10 +95,11 @@ class Alerts:
             self._bank = SeriesBank(self.rules, jumps, certain, drifting=2 * len(names))
         places = self._places(names)
         total = math.log(record.gradient_norm) if record.gradient_norm > 0 else math.nan
-        values = np.concatenate([blocks.growth[places], blocks.gain[places], [total]])
+        growth, gain = self._compared(blocks, places)
+        values = np.concatenate([growth, gain, [total]])
         found = []
-        jumped = [np.abs(blocks.gain[places] - before) for before in self._gains]
-        self._gains.append(blocks.gain[places])
+        jumped = [np.abs(gain - before) for before in self._gains]
+        self._gains.append(gain)
         moves = self._bank.add(values)
         self._harm.see(record.loss, total)
         for move in moves:
@@ -134,6 +136,23 @@ class Alerts:
         if move.what == "drift":
             return self._harm.lasts
         return field == "gain" or seen or self._harm.now
+
+    def _compared(self, blocks: Blocks, places: list[int]) -> tuple[Array, Array]:
+        """Growth and gain, but for what would compare outputs of different samples.
+
+        A block that is left out for some micro-batches, at random or by a choice of the model, gives norms of the
+        others alone: it is not judged then, nor what comes after it.
+        """
+        calls = blocks.calls[places].astype(float)
+        self._most = calls if self._most is None else np.maximum(self._most, calls)
+        share = np.ones(len(places))
+        share[places] = calls / np.maximum(self._most, 1.0)
+        partly = share < share.max()
+        partly[1:] |= partly[:-1]
+        return (
+            np.where(partly, math.nan, blocks.growth)[places],
+            np.where(partly, math.nan, blocks.gain)[places],
+        )
 
     def _places(self, names: tuple[str, ...]) -> list[int]:
         """Where the blocks of the first record are in this one, which may have called them in another order."""

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from stabkit._version import __version__
 from stabkit.checkpoints.capsules import RecordedCall, is_capsule, lost_arguments, write_capsule
 from stabkit.diagnosis import Finding
+from stabkit.monitor.batches import Odd
 from stabkit.monitor.inputs import RecordedInputs
 from stabkit.monitor.outlets import LOGGER
 from stabkit.monitor.ranks import TrainingRanks
@@ -103,6 +104,7 @@ class CapsuleStore:
         findings: Sequence[Finding],
         before: Snapshot | None = None,
         why_none: str = "",
+        blamed: Odd | None = None,
     ) -> None:
         """Write a capsule, in the first process; nothing more after one could not be written.
 
@@ -117,6 +119,7 @@ class CapsuleStore:
             findings: what it said up to this step.
             before: the last good state.
             why_none: why there can be none, where that is so.
+            blamed: the batch of an earlier step that is to blame.
         """
         if self._broken or not self._ranks.first:
             return
@@ -148,6 +151,7 @@ class CapsuleStore:
             },
             records=map(json_line, list(records)[-RECORDS:]),
             before={} if before is None else before.whole(),
+            blamed=None if blamed is None or blamed.step == record.step else (blamed.step, blamed.call),
         )
         for old in self.paths[: -self._limit]:
             self._remove(old)

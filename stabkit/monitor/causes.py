@@ -10,6 +10,7 @@ from statistics import median
 
 from stabkit.curvature import Secant
 from stabkit.diagnosis import factor
+from stabkit.monitor.batches import Odd
 from stabkit.monitor.learning_rates import LearningRates, Rise
 
 # Of noise alone the ratio of a measurement is 0.5. Single ones say little: of healthy runs one reached 5.4 in
@@ -59,6 +60,7 @@ class Causes:
     def __init__(self, rates: LearningRates) -> None:
         self.rates = rates
         self.measured: deque[tuple[int, Secant]] = deque(maxlen=_KEPT)
+        self.odd: Odd | None = None  # the batch that was found unlike the others last
 
     def add(self, step: int, secant: Secant) -> None:
         """Take note of a measurement along the update before a step."""
@@ -109,6 +111,8 @@ class Causes:
             began: the step at which it was seen first.
             step: the present step.
         """
+        if self.odd is not None and began - 1 <= self.odd.step <= step:
+            return _of_batch(self.odd)
         rise = self.rates.rise(began)
         streak = [each for each in self.streak if step - each[0] <= _RECENT]
         beyond = streak if _is_beyond(streak) else []
@@ -120,6 +124,26 @@ class Causes:
         if rise is not None and rise.sudden and rise.beyond * _CLOSE > 1.0:
             return _of_rate(rise, (), long, self.rates.largest)
         return self._of_update(began)
+
+    def of_overshoot(self, step: int, part: float, update_ratio: float) -> Cause:
+        """The rate, where the update before a step goes too far.
+
+        Args:
+            step: the step after the update.
+            part: the fall of the loss that the slope promises along it, over twice the loss.
+            update_ratio: the norm of the update over that of the weights.
+        """
+        rise = self.rates.rise(step)
+        told = rise if rise is not None and rise.beyond * _CLOSE > 1.0 else None
+        rate = self.rates.largest
+        lower = min(rate / part, rate * _SHORT / update_ratio, 0.5 * rate)
+        if told is not None:
+            lower = max(lower, min(told.low, 0.5 * rate))
+        parts = [] if told is None else [str(told)]
+        whose = "with it" if parts else f"at the learning rate of {rate:.4g}"
+        parts.append(f"{whose} the update has moved the weights by {update_ratio:.2g} of their norm")
+        numbers = {"learning_rate": rate, "update_ratio": update_ratio, "lower_to": lower}
+        return Cause("rate", "; ".join(parts), _remedy(lower, told), _numbers_of(told) | numbers)
 
     def _of_update(self, began: int) -> Cause:
         before = [(at, secant.update_ratio) for at, secant in self.measured]
@@ -145,6 +169,16 @@ class Causes:
         )
 
 
+def _of_batch(odd: Odd) -> Cause:
+    return Cause(
+        "batch",
+        f"at training step {odd.step} {odd.text}",
+        "look at this batch, and at what makes it; leave it out (`if monitor.step(loss).healthy: optimizer.step()`) or "
+        "clip the gradient, and go back to a checkpoint before it if its update was made",
+        {"odd_batch": float(odd.step)},
+    )
+
+
 _CLOSE = 1.2  # rates that differ by less are the same
 
 
@@ -163,7 +197,7 @@ def _of_rate(
     measured = beyond or long
     if rise is not None:
         parts.append(str(rise))
-        numbers |= {"rate_before": rise.low, "rate_after": rise.high, "rate_step": float(rise.step)}
+        numbers |= _numbers_of(rise)
         rate = rise.high
     elif measured:
         rate = measured[0][1].learning_rate
@@ -188,13 +222,20 @@ def _of_rate(
     short = rate * _SHORT / long[0][1].update_ratio if long else rate
     below = max(min(stable, short, 0.5 * rate), floor)
     numbers |= {"learning_rate": rate, "lower_to": below}
+    return Cause("rate", "; ".join(parts), _remedy(below, rise), numbers)
+
+
+def _numbers_of(rise: Rise | None) -> dict[str, float]:
+    if rise is None:
+        return {}
+    return {"rate_before": rise.low, "rate_after": rise.high, "rate_step": float(rise.step)}
+
+
+def _remedy(below: float, rise: Rise | None) -> str:
     again = "" if rise is None or not rise.sudden else f" (it was {rise.low:.4g} before)"
-    return Cause(
-        "rate",
-        "; ".join(parts),
+    return (
         f"lower the learning rate to below {below:.2g}{again}, warm up to it slowly, or clip the gradient; go back to "
-        "a checkpoint before",
-        numbers,
+        "a checkpoint before"
     )
 
 

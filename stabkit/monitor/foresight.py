@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -14,11 +14,14 @@ from stabkit.curvature import NoThresholdError, NotYetError, PendingSecant, Seca
 from stabkit.diagnosis import Finding
 from stabkit.diagnosis.finding import of_training
 from stabkit.errors import ArgumentError
+from stabkit.monitor.batches import Batches, Odd
 from stabkit.monitor.causes import Cause, Causes, times
 from stabkit.monitor.learning_rates import LearningRates
 from stabkit.monitor.losses import FAR, FEW, MILD, SLIGHT, Jump, LossJumps, LossReader
+from stabkit.monitor.overshoot import UpdateWatch
 from stabkit.monitor.parameters import is_sharded
-from stabkit.monitor.record import Along
+from stabkit.monitor.rates import RateWatch
+from stabkit.monitor.record import Along, Record
 from stabkit.monitor.rules import AlertRules
 
 _FIRST = 8  # steps that are all measured
@@ -34,15 +37,35 @@ class Foresight:
         model: as it is trained.
         optimizers: of its parameters; the curvature is measured where there is one, with whole parameters.
         rules: of the monitor.
+        batches: what goes into the model.
+        records: of the monitor.
+        watch: of the sharpness; what it has said is not said again.
+        tell: takes what there is to say after the optimizer's step.
+        failed: told of an error then.
     """
 
-    def __init__(self, model: nn.Module, optimizers: Sequence[torch.optim.Optimizer], rules: AlertRules | None) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizers: Sequence[torch.optim.Optimizer],
+        rules: AlertRules | None,
+        batches: Batches,
+        records: Sequence[Record],
+        watch: RateWatch | None,
+        tell: Callable[[list[Finding]], None],
+        failed: Callable[[Exception], None],
+    ) -> None:
         rules = rules or AlertRules()
+        self._batches = batches
         self._optimizers = list(optimizers)
         self.rates = LearningRates(optimizers)
         self.causes = Causes(self.rates)
         self._reader, self._jumps = LossReader(), LossJumps(rules)
         self._secant, self.unmeasured = _secant(model, self._optimizers)
+        self._ahead: UpdateWatch | None = None
+        if self._secant is not None:
+            self._ahead = UpdateWatch(self._optimizers[0], self._secant, self.causes, records, self._tell, failed)
+        self._watch, self._found_ahead = watch, tell
         self._pending: tuple[int, PendingSecant] | None = None
         self._next, self._extra, self._point = 0, 0, -1
         self._quiet, self._warmup = rules.warmup, rules.warmup
@@ -55,6 +78,20 @@ class Foresight:
         self.told_broken = False  # which was told between two records
         self.cause: Cause | None = None  # of what was told last
         self.loss = math.nan  # the newest that was read
+
+    def on(self, step: int) -> None:
+        """Begin to watch what goes into the model, at a step."""
+        self._batches.on(step)
+
+    def detach(self) -> None:
+        """Stop watching; no hook stays behind."""
+        self._batches.off()
+        self._disarm()
+
+    def blamed(self, step: int) -> Odd | None:
+        """The batch that is to blame for what is told at a step, where one was found unlike the others lately."""
+        odd = self.causes.odd
+        return odd if odd is not None and step - odd.step <= self._warmup else None
 
     @property
     def suspicious(self) -> bool:
@@ -85,13 +122,37 @@ class Foresight:
             scale: what the gradients are multiplied by.
             recorded: whether the step is recorded, so that a loss that is not finite is told elsewhere.
         """
+        self._disarm()
         self._measure(step, scale)
         found = []
         for at, value in self._reader.take(step, loss):
             found += self._judge(at, step, value, recorded)
         self.rates.see(step)
         self._prepare(step, scale)
+        if self._ahead is not None and self._secant is not None and self._secant.holds and not self.suspicious:
+            self._ahead.arm(step, loss)
         return found
+
+    def done(self, step: int, loss: Tensor | float | None, *, seen: bool) -> None:
+        """Let go of what only this step could ask for.
+
+        Args:
+            step: the training step.
+            loss: its loss; one on a device will be judged in the next step, together with its batch.
+            seen: whether it was recorded, and nothing was found.
+        """
+        if self.calm and (seen or step < _FIRST):
+            self._batches.see()
+        self._batches.passed(step + 1, late=isinstance(loss, Tensor) and loss.device.type != "cpu")
+
+    def _disarm(self) -> None:
+        if self._ahead is not None:
+            self._ahead.disarm()
+
+    def _tell(self, finding: Finding, cause: Cause) -> None:
+        if self._watch is None or not self._watch.said:
+            self._quiet, self.cause = 0, cause
+            self._found_ahead([finding])
 
     def explained(self, finding: Finding, began: int, step: int) -> Finding:
         """A finding with what changed before, where a rate or an update did.
@@ -103,10 +164,12 @@ class Foresight:
         """
         if finding.kind not in ("exploding", "non_finite"):
             return finding
+        self._look_at_batch(step)
         if self.suspicious and self._began is not None:
             began = min(began, self._began)
         cause = self.causes.find(began, step)
         of_all = cause.name == "batch" and finding.kind == "exploding" and not finding.module_path
+        of_all = of_all or "odd_batch" in cause.numbers
         if not (of_all or cause.name in ("rate", "update")):
             return finding
         self.cause = cause
@@ -150,6 +213,7 @@ class Foresight:
                 return []
             self.broken = self.told_broken = True
             self._quiet = 0
+            self._look_at_batch(at)
             self.cause = self.causes.find(at, step)
             return [_non_finite(at, value, self.cause)]
         self.broken = self.told_broken = False
@@ -159,6 +223,8 @@ class Foresight:
         self._jumping = jump is not None and jump.lasting > MILD
         if jump is None:
             return []
+        if jump.excess > FAR:
+            self._look_at_batch(at)
         if self._quiet <= self._warmup:
             self._quiet = 0
             return []
@@ -169,9 +235,15 @@ class Foresight:
         self.cause = self.causes.find(jump.began, step)
         return [_jumped(jump, self.cause)]
 
+    def _look_at_batch(self, step: int) -> None:
+        """Ask once whether the batch of a step is unlike the others."""
+        if self.causes.odd is None or self.causes.odd.step != step:
+            self.causes.odd = self._batches.odd(step) or self.causes.odd
+
     def _is_told(self, jump: Jump) -> bool:
         """Whether a jump is more than batches do: by its size, or smaller ones where the rate is to blame."""
-        if jump.sure:
+        odd = self.causes.odd is not None and self.causes.odd.step == jump.step
+        if jump.sure or odd:
             return True
         if self.causes.convicts_rate(jump.began):
             return jump.excess > MILD or jump.lasting > SLIGHT or jump.lost > 1
@@ -186,14 +258,13 @@ class Foresight:
         if self._secant is None or not self._secant.holds:
             return
         point = self._clipped or self._secant.point(scale)
-        self._clipped = None
+        self._clipped = pending = None
         try:
-            pending = self._secant.between(point)
-        except NotYetError:  # Adam before its first update
-            pending = None
+            pending = None if self.unmeasured else self._secant.between(point)
+        except NotYetError:  # no update was made, as a loss scaler skips one
+            pass
         except (NoThresholdError, ArgumentError) as error:
-            self._secant, self.unmeasured = None, str(error)
-            return
+            self.unmeasured = str(error)  # how far an update goes is seen all the same
         self._secant.hold(None)
         self._last = point
         if pending is not None:

@@ -39,7 +39,7 @@ class LossReader:
             loss: its loss; None when none was given.
         """
         if isinstance(loss, Tensor) and loss.device.type == "cpu":
-            loss = float(loss.detach().sum())
+            loss = loss.item() if loss.numel() == 1 else float(loss.detach().sum())
         if isinstance(loss, Tensor):
             copied = loss.detach().reshape(-1).sum().to("cpu", non_blocking=True)
             event = getattr(torch, loss.device.type).Event()

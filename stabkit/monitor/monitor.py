@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,6 +20,7 @@ from stabkit.errors import ArgumentError
 from stabkit.monitor.alerts import Alerts
 from stabkit.monitor.arguments import Callback, callbacks, check_counts, check_kinds, check_model, named_modules
 from stabkit.monitor.arguments import optimizers as as_optimizers
+from stabkit.monitor.batches import Batches
 from stabkit.monitor.blocks import choose_blocks, visible
 from stabkit.monitor.capsule import CapsuleStore
 from stabkit.monitor.clipping import Clipped, clip
@@ -174,13 +174,14 @@ class Monitor:
             together = self._ranks.together
             self._rates = RateWatch(model, optimizers, closure, sharpness_every, rules, seed, together=together)
         if self._ranks.first:
-            self._foresight = Foresight(inner, optimizers, rules)
+            seen = (Batches(model), self.records, self._rates)
+            self._foresight = Foresight(inner, optimizers, rules, *seen, self._between_records, self._fail)
         else:
             self._rates = None
         self._health = Health(parameters, rules, self._ranks, scaled=scaler is not None)
         self._look: Look | None = None
         self._unrecorded: list[Finding] = []  # found since the last record
-        self._probe = Probe(inner, preset, probe_every, seed) if probing else None
+        self._probe = Probe(inner, preset, probe_every, seed, self._guard) if probing else None
         self._inputs = RecordedInputs(model, inner, self._fail, enabled=probing or self._capsules.enabled)
         self._count = 0
         self._requested: str | None = None
@@ -193,9 +194,7 @@ class Monitor:
     def __enter__(self) -> Monitor:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def attach(self) -> None:
@@ -203,6 +202,8 @@ class Monitor:
         self._off = False
         if self._due(self._guard.step):
             self._switch_on(self._guard.step)
+        if self._foresight is not None:
+            self._foresight.on(self._guard.step)
         if self._rates is not None:
             self._rates.attach(self._guard.step)
 
@@ -210,8 +211,9 @@ class Monitor:
         """Stop watching: no hook stays behind. `attach` starts again."""
         self._off = True
         self._switch_off()
-        if self._rates is not None:
-            self._rates.detach()
+        for part in (self._rates, self._foresight):
+            if part is not None:
+                part.detach()
 
     def close(self) -> None:
         """Detach and close the writers; what was recorded stays readable."""
@@ -310,6 +312,7 @@ class Monitor:
             if self._probe is not None:
                 self._inputs.pause()
         if self._foresight is not None and not self._guard.part("watching the loss", partial(self._look_ahead, loss)):
+            self._foresight.detach()
             self._foresight = None
         if self._rates is not None and not self._guard.part("the sharpness", self._look_at_rates):
             self._rates = None
@@ -320,6 +323,8 @@ class Monitor:
         if self._foresight is not None and self._foresight.calm and calm:
             look = partial(self._snapshots.look, self._guard.step, self._foresight.loss)
             self._guard.part("keeping the last good state", look)
+        if self._foresight is not None:
+            self._foresight.done(self._guard.step, loss, seen=calm and self._recording)
         if self._guard.failed or self._off:
             self._switch_off()
         elif self._due(self._guard.step + 1):
@@ -368,7 +373,7 @@ class Monitor:
         if asked.requested:
             reason, self._requested = reason or self._requested or "asked for", None
         findings += self._silence.judge(record)
-        probes, more = self._probed()
+        probes, more = ({}, []) if self._probe is None else self._probe.take(self._count, self._inputs.captured)
         findings += more
         kinds = tuple(finding.kind for finding in (*self._unrecorded, *findings))
         along = None if self._foresight is None else self._foresight.take()
@@ -398,16 +403,6 @@ class Monitor:
         news = [f for f in findings if f.kind != "non_finite" or not self._foresight.told_broken]
         return [self._foresight.explained(finding, began, self._guard.step) for finding in news]
 
-    def _probed(self) -> tuple[dict[str, Any], list[Finding]]:
-        if self._probe is None or not self._inputs.captured:
-            return {}, []
-        try:
-            return self._probe.measure(self._count, self._inputs.captured[-1])
-        except Exception as error:
-            self._guard.warn("the probes", error)
-            self._probe = None
-            return {"skipped": f"{type(error).__name__}: {error}"}, []
-
     def _keep(self, reason: str, record: Record, measurement: StepNorms, sums: Sums, findings: list[Finding]) -> None:
         """Write a capsule; its first half is collective and must not fail in one process alone."""
         kept = self._capsules.gather(self._inputs)
@@ -424,6 +419,7 @@ class Monitor:
                 known={} if self._foresight is None else self._foresight.known(),
                 findings=[*self.findings, *findings],
                 before=self._snapshots.before(first),
+                blamed=None if self._foresight is None else self._foresight.blamed(self._guard.step),
                 why_none=self._snapshots.why_none,
                 autocast=measurement.autocast or {},
             ),

@@ -16,7 +16,8 @@ from stabkit.monitor.writers import Writer
 LOGGER = logging.getLogger("stabkit.monitor")
 _LEVELS = {"info": logging.INFO, "warning": logging.WARNING, "critical": logging.ERROR}
 
-_AGAIN = 50  # training steps after which the same finding on the same module is logged once more
+_AGAIN = 50  # training steps without a finding, after which one is news
+_ALWAYS = "non_finite"  # that numbers are lost is news once in the midst of other findings
 
 Part = Callable[[str, Callable[[], object]], bool]
 
@@ -35,7 +36,7 @@ class Outlets:
         self, writers: Sequence[Writer], callbacks: Sequence[Callback], part: Part, *, logs: bool = True
     ) -> None:
         self._writers, self._callbacks, self._part, self._logs = list(writers), list(callbacks), part, logs
-        self._logged: dict[tuple[str, str], int] = {}
+        self._last, self._lost = -_AGAIN, False
 
     def publish(self, record: Record) -> None:
         """Give a record to every writer."""
@@ -69,12 +70,15 @@ class Outlets:
         self._writers = []
 
     def _log(self, finding: Finding, step: int) -> None:
-        """A line in the log; where the same was said of the same module lately, it is no news."""
-        key = (finding.kind, finding.module_path)
-        lately = step - self._logged.get(key, -_AGAIN) < _AGAIN
-        self._logged[key] = step
+        """A line in the log; what comes soon after another finding follows from it mostly, and is an info."""
+        if step - self._last >= _AGAIN:
+            self._lost = False
+        level = _LEVELS[finding.severity]
+        news = step - self._last >= _AGAIN or (finding.kind == _ALWAYS and not self._lost)
+        if level > logging.INFO:
+            self._last, self._lost = step, self._lost or finding.kind == _ALWAYS
         if self._logs:
-            LOGGER.log(logging.INFO if lately else _LEVELS[finding.severity], "%s", line(finding, step))
+            LOGGER.log(level if news else logging.INFO, "%s", line(finding, step))
 
     def _to_writers(self, action: Callable[[Writer], Callable[[], object] | None]) -> None:
         for writer in tuple(self._writers):

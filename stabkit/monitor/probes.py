@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from stabkit.diagnosis import Finding
 from stabkit.errors import StabkitError
 from stabkit.growth import gradient_profile
 from stabkit.jacobians import singular_values
+from stabkit.monitor.guard import Guard
 from stabkit.monitor.inputs import Captured
 from stabkit.monitor.parameters import is_sharded
 from stabkit.tracing import Flow, trace
@@ -28,12 +30,29 @@ class Probe:
     The model, its gradients and the random state come back as they were, so that the training goes on bit for bit.
     """
 
-    def __init__(self, model: nn.Module, preset: str, every: int, seed: int) -> None:
+    def __init__(self, model: nn.Module, preset: str, every: int, seed: int, guard: Guard) -> None:
         self._model = model
         self._full = preset == "full"
         self._every = every
         self._seed = seed
         self._standing: set[tuple[str, str]] = set()  # found by the last probe, and said already
+        self._guard, self._off = guard, False
+
+    def take(self, count: int, captured: Sequence[Captured]) -> tuple[dict[str, Any], list[Finding]]:
+        """What `measure` gives for the newest batch of a record; after an error nothing more is measured.
+
+        Args:
+            count: number of records so far.
+            captured: the batches of the step.
+        """
+        if self._off or not captured:
+            return {}, []
+        try:
+            return self.measure(count, captured[-1])
+        except Exception as error:
+            self._guard.warn("the probes", error)
+            self._off = True
+            return {"skipped": f"{type(error).__name__}: {error}"}, []
 
     def measure(self, count: int, captured: Captured) -> tuple[dict[str, Any], list[Finding]]:
         """Measurements by name, and findings when the preset is full; nothing on records between two probes.

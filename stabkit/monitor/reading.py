@@ -50,6 +50,36 @@ def read_records(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
     return found
 
 
+def read_findings(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
+    """The findings of a run as mappings, each with its ``training_step``, the oldest first; none where none was raised.
+
+    Args:
+        path: the directory of a monitor, or its ``records.jsonl``.
+
+    Raises:
+        ReportError: they cannot be read.
+    """
+    path = Path(path)
+    path = findings_beside(path / _RECORDS if path.is_dir() else path)
+    if not path.is_file():
+        return []
+    try:
+        whole, _, _ = path.read_text(encoding="utf-8").rpartition("\n")
+        return [json.loads(line) for line in whole.split("\n") if line]
+    except (OSError, ValueError) as error:
+        raise ReportError(f"{path}: no readable findings of a monitor ({type(error).__name__}: {error})") from error
+
+
+def findings_beside(path: Path) -> Path:
+    """The file of the findings that belong to a file of records.
+
+    Example:
+        >>> str(findings_beside(Path("run/records.jsonl")))
+        'run/records.findings.jsonl'
+    """
+    return path.with_suffix(".findings.jsonl")
+
+
 def _lines(path: Path) -> list[dict[str, Any]]:
     whole, cut, _ = path.read_text(encoding="utf-8").rpartition("\n")
     found = [json.loads(line) for line in (whole if cut else "").split("\n") if line]

@@ -37,16 +37,16 @@ class Hook:
         return getattr, (contextlib.nullcontext(), "__exit__")  # takes anything and returns None
 
 
-def watch(module: nn.Module, after: After, before: Before | None = None) -> Callable[[], None]:
-    """Call ``before`` and ``after`` around every eager call of a module; returns what undoes that.
+def watch(module: nn.Module, after: After | None, before: Before | None = None) -> Callable[[], None]:
+    """Call ``before`` and ``after``, or one of them, around every eager call of a module; returns what undoes that.
 
     A module that was compiled in place (``module.compile()``) compiles its hooks as well and would never run ours, so
     its compiled call is wrapped instead.
     """
-    later, earlier = Hook(after), None if before is None else Hook(before)
+    later, earlier = (None if one is None else Hook(one) for one in (after, before))
     if getattr(module, "_compiled_call_impl", None) is not None:
         return _wrap_compiled(module, later, earlier)
-    handles = [module.register_forward_hook(later)]
+    handles = [] if later is None else [module.register_forward_hook(later)]
     if earlier is not None:
         handles.append(module.register_forward_pre_hook(earlier, with_kwargs=True))
     if len(handles) == 1:
@@ -59,14 +59,15 @@ def watch(module: nn.Module, after: After, before: Before | None = None) -> Call
     return undo
 
 
-def _wrap_compiled(module: nn.Module, after: After, before: Before | None) -> Callable[[], None]:
+def _wrap_compiled(module: nn.Module, after: After | None, before: Before | None) -> Callable[[], None]:
     compiled: Callable[..., Any] = module._compiled_call_impl  # type: ignore[assignment]
 
     def call(*args: Any, **kwargs: Any) -> Any:
         if before is not None:
             before(module, args, kwargs)
         output = compiled(*args, **kwargs)
-        after(module, args, output)
+        if after is not None:
+            after(module, args, output)
         return output
 
     def undo() -> None:

@@ -9,7 +9,9 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Protocol, TextIO, runtime_checkable
 
+from stabkit.diagnosis import Finding
 from stabkit.errors import ArgumentError, did_you_mean
+from stabkit.monitor.reading import findings_beside
 from stabkit.monitor.record import ALONG, SHARPNESS, Record
 from stabkit.monitor.services import MLflowWriter, TensorBoardWriter, WandbWriter
 
@@ -31,12 +33,18 @@ class JSONLinesWriter:
     """One JSON object a line, flushed after each, so that a killed run leaves whole lines.
 
     NaN and infinities are written as the strings ``"nan"``, ``"inf"`` and ``"-inf"``, since JSON has no numbers for
-    them.
+    them. Findings go into a second file beside it, ``NAME.findings.jsonl``, which is there from the first on.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
         self._file = _continued(self.path)
+
+    def alert(self, finding: Finding, step: int) -> None:
+        """Append a finding with its training step."""
+        line = json.dumps({"training_step": step, **finding.to_dict()}, allow_nan=False)
+        with _continued(findings_beside(self.path)) as file:
+            file.write(line + "\n")
 
     def write(self, record: Record) -> None:
         """Append a line."""

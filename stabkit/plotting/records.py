@@ -25,6 +25,7 @@ from stabkit.plotting.style import (
 )
 
 _RATIO = "sharpness_ratio"
+_LOSS = "loss"
 _NAMES = 12  # rows that can carry a name
 _COUNTED = {"growth", "gain"}  # quantities around zero, in nats
 
@@ -37,7 +38,7 @@ def training(records: Any, ax: Axes | None = None, *, quantity: str = "growth") 
         ax: where to draw; a new figure when None.
         quantity: a number that the blocks have; ``"growth"`` is drawn as it is (orange grows, blue shrinks), a norm or
             ratio as its log10. ``"sharpness_ratio"``, which is of the whole model, is a curve beside the edge of
-            stability.
+            stability; ``"loss"`` is a curve.
 
     Raises:
         ArgumentError: there is no record, or its blocks have no such number.
@@ -48,11 +49,15 @@ def training(records: Any, ax: Axes | None = None, *, quantity: str = "growth") 
         raise ArgumentError("records is empty; a picture of a training run needs at least one record")
     if quantity == _RATIO:
         return _edge_of_stability(plain, ax)
+    if quantity == _LOSS:
+        return _loss(plain, ax)
     names = list(dict.fromkeys(block["name"] for record in plain for block in record["blocks"]))
     known = [key for key in (plain[0]["blocks"] or [{}])[0] if key not in ("name", "non_finite")]
     if quantity not in known:
-        guess = did_you_mean(quantity, (*known, _RATIO))
-        raise ArgumentError(f"quantity={quantity!r}; the blocks have {', '.join(known)}, the model {_RATIO}{guess}")
+        guess = did_you_mean(quantity, (*known, _LOSS, _RATIO))
+        raise ArgumentError(
+            f"quantity={quantity!r}; the blocks have {', '.join(known)}, the model {_LOSS}, {_RATIO}{guess}"
+        )
     values = np.full((len(names), len(plain)), np.nan)
     for column, record in enumerate(plain):
         for block in record["blocks"]:
@@ -81,6 +86,25 @@ def training(records: Any, ax: Axes | None = None, *, quantity: str = "growth") 
     color_bar(ax, image, label, font)
     title = f"{quantity.replace('_', ' ').capitalize()} of every block" + (" (×: findings)" if raised else "")
     return finish(ax, font, "training step", "block (input on top)", title)
+
+
+def _loss(records: Sequence[Mapping[str, Any]], ax: Axes | None) -> Axes:
+    """The loss, on a logarithmic axis where it is positive; what is not finite is marked at the top."""
+    steps = np.array([record["step"] for record in records], dtype=float)
+    losses = np.array([float(record["loss"]) for record in records])
+    if np.isnan(losses).all():
+        raise ArgumentError("the records hold no loss; give it to monitor.step(loss)")
+    told = np.array([bool(record["findings"]) for record in records])
+    finite = np.isfinite(losses)
+    ax, font = new_axes(ax, 9, 5.5)
+    ax.plot(steps, np.where(finite, losses, np.nan), color=BLUE, marker=".", markersize=3)
+    if finite.any() and (losses[finite] > 0).all():
+        ax.set_yscale("log")
+    ax.set_xlim(*_edges(steps)[[0, -1]])
+    across = ax.get_xaxis_transform()  # where the loss is not finite, it has no height
+    ax.plot(steps[told], np.ones(told.sum()), "x", color=ORANGE, markersize=5, transform=across, clip_on=False)
+    ax.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+    return finish(ax, font, "training step", "loss", "Loss" + (" (×: findings)" if told.any() else ""))
 
 
 def _edge_of_stability(records: Sequence[Mapping[str, Any]], ax: Axes | None) -> Axes:

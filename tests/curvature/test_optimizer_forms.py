@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import copy
+from functools import partial
 
 import pytest
 import torch
+from torch import nn
 
-from stabkit.curvature import SharpnessTracker, critical_rate, sharpness
+from stabkit.curvature import NotYetError, SharpnessTracker, critical_rate, sharpness
+from stabkit.curvature.updates import read_update
 from stabkit.errors import StabkitError
 from tests.curvature.test_hard_cases import X, dense, entropy, mlp, state
 
@@ -201,3 +204,37 @@ def test_masks_of_dropout_are_held_and_told():
     tracked = SharpnessTracker(model, lambda: entropy(model(X)), optimizer).measure()
     assert tracked.sharpness == pytest.approx(found[0].values[0], rel=1e-2)
     assert sharpness(model.eval(), X, loss=entropy, optimizer=optimizer).notes == ()
+
+
+FIRST = {
+    "Adam": partial(torch.optim.Adam, weight_decay=0.1),
+    "Amsgrad": partial(torch.optim.Adam, amsgrad=True, maximize=True),
+    "NAdam": torch.optim.NAdam,
+    "Adamax": torch.optim.Adamax,
+    "RMSprop": partial(torch.optim.RMSprop, weight_decay=0.1),
+    "RMSprop, centred": partial(torch.optim.RMSprop, centered=True),
+    "Adagrad": partial(torch.optim.Adagrad, initial_accumulator_value=0.5),
+}
+
+
+@pytest.mark.parametrize("name", FIRST)
+def test_the_preconditioner_of_the_first_update_is_that_which_it_is_made_with(name):
+    torch.manual_seed(0)
+    model = nn.Linear(3, 2).double()
+    optimizer = FIRST[name](model.parameters(), lr=0.01)
+    with pytest.raises(NotYetError):
+        read_update(optimizer, model, first=True)  # without a gradient
+    model(torch.randn(4, 3).double()).square().sum().backward()
+    with pytest.raises(NotYetError):
+        read_update(optimizer, model)
+    update = read_update(optimizer, model, first=True)
+    assert update.young
+    before = [p.detach().clone() for p in model.parameters()]
+    decay, sign = optimizer.param_groups[0]["weight_decay"], -1 if optimizer.param_groups[0]["maximize"] else 1
+    slopes = [sign * p.grad + decay * p.detach() for p in model.parameters()]
+    optimizer.step()
+    made = [0.01 * g / s for g, s in zip(slopes, update.scales, strict=True)]
+    moved = [b - p.detach() for b, p in zip(before, model.parameters(), strict=True)]
+    times = torch.cat([(m / u).flatten() for m, u in zip(moved, made, strict=True)])
+    assert torch.allclose(times, times[0].expand_as(times))
+    assert name == "NAdam" or times[0].item() == pytest.approx(1.0)

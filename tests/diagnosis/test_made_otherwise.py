@@ -65,3 +65,26 @@ def test_a_weight_of_odd_size_is_no_matter_of_how_a_block_was_made():
     told = stabkit.diagnose(stabkit.trace(model, torch.randn(8, 16)))
     assert [f.module_path for f in told if serious(f)] == ["9"]
     assert not [f for f in told if "was made with" in f.evidence]
+
+
+class Adapted(nn.Module):
+    """A layer beside an adapter of low rank, of which the second matrix begins at zero."""
+
+    def __init__(self, frozen: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layer, self.down, self.up = nn.Linear(16, 16), nn.Linear(16, 4, bias=False), nn.Linear(4, 16, bias=False)
+        self.head = nn.Linear(16, 3)
+        self.layer.requires_grad_(not frozen)
+        nn.init.zeros_(self.up.weight)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head((self.layer(x) + self.up(self.down(x))).relu())
+
+
+def test_an_adapter_beside_frozen_weights_begins_at_zero():
+    x = torch.randn(32, 16, generator=torch.Generator().manual_seed(0))
+    report = stabkit.analyze(
+        Adapted(True), x, loss=lambda out: nn.functional.cross_entropy(out, (x[:, 0] > 0).long()), spectrum="none"
+    )
+    assert [f for f in report.findings if f.severity != "info"] == []

@@ -153,9 +153,8 @@ def test_a_cure_that_adam_speaks_for_is_told_with_steps_of_adam(monkeypatch):
     with divided(summing_operations(flow.forward_pass))(), torch.no_grad():
         begins = float(loss(model(X)))
     first = float(loss(model(X)).detach())
-    at = r"\(rate 0.0?01\)"
-    said = rf"from {first:.3g} to {left[0] * first:.3g} {at} as it is, from {begins:.3g} to {left[1] * begins:.3g} {at}"
-    assert re.search(f"20 steps of Adam take the loss {said} treated", told.evidence)
+    said = f"from {first:.3g} to {left[0] * first:.3g} as it is, from {begins:.3g} to {left[1] * begins:.3g} treated"
+    assert f"20 steps of Adam take the loss {said}" in re.sub(r" \(rate 0.0?01\)", "", told.evidence)
     assert "plain SGD" not in told.evidence
 
 

@@ -92,3 +92,37 @@ def test_states_side_by_side_are_no_shortcut_that_pads():
     torch.manual_seed(0)
     records = stabkit.identify(stabkit.trace(Solve("dopri5", 5), torch.randn(5, 3)), checks=False)
     assert not any("option A" in note for r in records for note in r.notes)
+
+
+class Controlled(nn.Module):
+    """Heun's method with control of its error, whose step sizes are tensors.
+
+    The first stage is evaluated at each accepted state, or is the last one of the step before as torchdiffeq has it.
+    """
+
+    def __init__(self, *, anew: bool) -> None:
+        super().__init__()
+        self.first, self.field, self.last, self.anew = nn.Linear(3, 4), Field(), nn.Linear(4, 2), anew
+
+    def forward(self, x: Tensor) -> Tensor:
+        y, t, h = self.first(x), torch.tensor(0.0), torch.tensor(0.1)
+        k = self.field(t, y)
+        while t < 1:
+            h = torch.minimum(h, 1 - t)
+            later = self.field(t + h, y + h * k)
+            new, error = y + h * (k + later) / 2, h * (later - k) / 2
+            ratio = (error / (1e-4 + 1e-3 * torch.maximum(y.abs(), new.abs()))).square().mean().sqrt()
+            if ratio <= 1:
+                t, y = t + h, new
+                k = self.field(t, y) if self.anew else later
+            h = h * torch.clamp(0.9 * ratio**-0.5, 0.2, 5.0)
+        return self.last(y)
+
+
+@pytest.mark.parametrize("anew", [True, False])
+def test_steps_of_heuns_method_under_control_are_told(anew: bool):
+    torch.manual_seed(0)
+    records = stabkit.identify(stabkit.trace(Controlled(anew=anew), torch.randn(5, 3)), checks=False)[2:-2]
+    assert len(records) > 3
+    kept = ", its first stage the last one of the step before (M(z) of ab2)"
+    assert {(r.name, r.evidence) for r in records} == {(f"heun2{'' if anew else kept}", "measured")}

@@ -76,23 +76,58 @@ def names(model, *shape):
 
 
 MOVES = [
-    (lambda: Forecast(joined), (LAST, WIDTH), "order 4 (sliding window)"),
-    (lambda: Forecast(rolled), (LAST, WIDTH), "order 4 (sliding window)"),
-    (lambda: Forecast(newest_first), (LAST, WIDTH), "order 4 (sliding window)"),
-    (lambda: Forecast(joined, adds=True), (LAST, WIDTH), "order 4 (sliding window, a = 1)"),
-    (Images, (LAST, 5, 5), "order 2 (sliding window)"),
+    (lambda: Forecast(joined), (LAST, WIDTH), "autoregressive map of order 4 (sliding window)"),
+    (lambda: Forecast(rolled), (LAST, WIDTH), "autoregressive map of order 4 (sliding window)"),
+    (lambda: Forecast(newest_first), (LAST, WIDTH), "autoregressive map of order 4 (sliding window)"),
+    (
+        lambda: Forecast(joined, adds=True),
+        (LAST, WIDTH),
+        "forward Euler in the newest state (sliding window of 4 states)",
+    ),
+    (Images, (LAST, 5, 5), "autoregressive map of order 2 (sliding window)"),
 ]
 
 
 @pytest.mark.parametrize(("make", "shape", "name"), MOVES)
 def test_a_window_that_moves_is_a_map_of_as_many_states(make, shape, name):
-    assert names(make(), *shape) == [(f"autoregressive map of {name}", "measured")] * ROUNDS
+    assert names(make(), *shape) == [(name, "measured")] * ROUNDS
 
 
 def test_a_list_of_the_last_states_is_a_window():
     inner = [found for found in names(Queue(), LAST, WIDTH) if found[0] not in ("fork", "join", "transition")]
     assert len(inner) >= ROUNDS
     assert set(inner[:-1]) == {(f"autoregressive map of order {LAST} (sliding window)", "measured")}
+
+
+class Adams(nn.Module):
+    """A multistep method that keeps its last states, and evaluates its field at each of them anew."""
+
+    def __init__(self, weights):
+        super().__init__()
+        self.field = nn.Sequential(nn.Linear(WIDTH, 16), nn.Tanh(), nn.Linear(16, WIDTH))
+        self.weights = weights
+
+    def forward(self, w):
+        for _ in range(ROUNDS):
+            new = w[:, -1] + 0.1 * sum(b * self.field(w[:, -1 - i]) for i, b in enumerate(self.weights))
+            w = joined(w, new)
+        return w
+
+
+@pytest.mark.parametrize(
+    ("weights", "name", "h"),
+    [
+        ((1.5, -0.5), "ab2 (sliding window of 4 states)", 0.1),
+        ((23 / 12, -16 / 12, 5 / 12), "ab3 (sliding window of 4 states)", 0.1),
+        ((0.7, 0.3), "forward Euler in the newest state (sliding window of 4 states)", None),
+    ],
+)
+def test_values_of_one_field_at_the_last_states_are_a_multistep_method(weights, name, h):
+    torch.manual_seed(0)
+    found = identify(trace(Adams(weights), torch.randn(2, LAST, WIDTH)), checks=False)
+    assert {record.name for record in found} == {name}
+    assert all(record.step_size == (None if h is None else pytest.approx(h)) for record in found)
+    assert all(f"made of {len(weights)} of the 4" in record.notes[0] for record in found)
 
 
 class Swapped(nn.Module):

@@ -205,3 +205,59 @@ def test_layers_of_several_convolutions_are_steps_of_a_state_beside_a_sum_also_w
     assert [len(record.steps) for record in steps] == cut
     assert {(r.name, r.evidence) for r in steps} == {("forward Euler, beside a sum of outputs", "proven")}
     assert not any(record.name == "no branch" for record in found)
+
+
+class Exponential(nn.Module):
+    """The sLSTM (Beck et al. 2024): exponential gates, a normaliser and a stabiliser beside the cell."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.W, self.R, self.out = nn.Linear(3, 32), nn.Linear(8, 32, bias=False), nn.Linear(8, 2)
+
+    def forward(self, x):
+        h = c = n = m = x.new_zeros(len(x), 8)
+        for t in range(x.shape[1]):
+            i, f, z, o = (self.W(x[:, t]) + self.R(h)).chunk(4, -1)
+            f = functional.logsigmoid(f)
+            new = torch.maximum(f + m, i)
+            gate, kept = torch.exp(i - new), torch.exp(f + m - new)
+            c, n, m = kept * c + gate * torch.tanh(z), kept * n + gate, new
+            h = torch.sigmoid(o) * c / n
+        return self.out(h)
+
+
+def test_a_cell_with_a_normaliser_is_no_affine_coupling():
+    torch.manual_seed(0)
+    found = identify(trace(Exponential(), torch.randn(3, 10, 3)), checks=False)[1:-2]
+    assert {record.name for record in found} == {"gated memory cell, read out over a normaliser (sLSTM)"}
+    assert all("coupling" not in record.system and record.method is None for record in found)
+    assert all("reads old x_1 and x_4, reads new x_1" in record.system for record in found)
+
+
+class Oscillator(nn.Module):
+    """Position and velocity at once, both from old values, and a field that both take a half of."""
+
+    def __init__(self, parts: bool) -> None:
+        super().__init__()
+        self.first, self.parts = nn.Linear(3, 8), parts
+        self.fields = nn.ModuleList(nn.Linear(16, 16 if parts else 8) for _ in range(6))
+
+    def forward(self, x):
+        y = self.first(x)
+        z = torch.zeros_like(y)
+        for f in self.fields:
+            force = torch.tanh(f(torch.cat([y, z], -1)))
+            dy, dz = force.chunk(2, -1) if self.parts else (z, force - 0.5 * z)
+            y, z = y + 0.1 * dy, z + 0.1 * (dz - y)
+        return y
+
+
+@pytest.mark.parametrize("parts", [False, True])
+def test_states_that_both_read_old_values_are_one_step_of_eulers(parts):
+    torch.manual_seed(0)
+    found = identify(trace(Oscillator(parts), torch.randn(4, 3)), checks=False)[1:]
+    damped = "" if parts else " (damped oscillator)"
+    assert {(record.name, record.evidence) for record in found} == {
+        (f"forward Euler of 2 coupled states{damped}", "proven")
+    }
+    assert not any("no number is claimed" in note for record in found for note in record.notes)

@@ -302,3 +302,35 @@ def test_a_callback_that_fails_does_not_stop_the_run():
         )
     assert len(monitor.records) == 30
     assert kept
+
+
+def test_blocks_that_are_left_out_for_some_micro_batches_are_not_judged_then():
+    """Stochastic depth: norms of 1 to 8 of 8 micro-batches are no norms of the same samples."""
+
+    class Deep(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.last = nn.Linear(16, 24), nn.Linear(24, 2)
+            self.blocks = nn.ModuleList(
+                [nn.Sequential(nn.LayerNorm(24), nn.Linear(24, 24), nn.GELU()) for _ in range(6)]
+            )
+
+        def forward(self, x):
+            x = self.first(x)
+            for block in self.blocks:
+                x = x + block(x) if torch.rand(()) > 0.3 else x
+            return self.last(x)
+
+    torch.manual_seed(11)
+    model, draw = Deep(), two_classes(16)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
+    with Monitor(model, 1, optimizer=optimizer) as monitor:
+        for _ in range(120):
+            optimizer.zero_grad()
+            for _ in range(8):
+                x, y = draw()
+                loss = nn.functional.cross_entropy(model(x[:8]), y[:8]) / 8
+                loss.backward()
+            monitor.step(loss)
+            optimizer.step()
+    assert monitor.findings == []

@@ -106,6 +106,18 @@ def test_healthy_runs_are_left_in_peace(name):
     assert sum(record.look is not None for record in monitor.records) >= 5
 
 
+@pytest.mark.parametrize("kind", [torch.optim.RMSprop, torch.optim.Adagrad, torch.optim.NAdam])
+def test_the_first_update_of_a_preconditioner_is_told_where_it_does_harm(kind):
+    scale = 10.0 if kind is not torch.optim.RMSprop else 1.0
+    monitor, end = trained(partial(Flat, nn.ReLU), digits, kind, constant(0.005 * scale), 10)
+    assert end is None
+    assert monitor.findings == []
+    assert monitor.records[0].look.ratio > 3.0  # for one update only
+    monitor, end = trained(partial(Flat, nn.ReLU), digits, kind, constant(0.05 * scale), 10)
+    assert end is not None
+    assert monitor.findings[0].numbers["training_step"] == 0
+
+
 def test_a_jump_is_said_at_its_own_step():
     monitor, _ = trained(*BLOWING_UP["momentum, a jump"], 100)
     assert monitor.findings[0].numbers["training_step"] == 20

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from torch import nn
@@ -38,8 +39,13 @@ class Known:
     actions: tuple[Action, ...]
 
 
-def known_initialisations(measurement: Measurement) -> Known | None:
-    """Weights that stand at a known initialisation; None where there are none."""
+def known_initialisations(measurement: Measurement, frozen: Collection[str] = ()) -> Known | None:
+    """Weights that stand at a known initialisation; None where there are none.
+
+    Args:
+        measurement: of the model as it is.
+        frozen: paths of parameters that are not trained: an adapter beside them begins at zero (LoRA).
+    """
     held = {w.path: w for s in measurement.steps for w in s.weights if w.kind != "bias" and w.finite}
     ends = {w.path for s in measurement.steps[-1:] for w in s.weights}
     roles: defaultdict[str, list[Weight]] = defaultdict(list)
@@ -53,7 +59,7 @@ def known_initialisations(measurement: Measurement) -> Known | None:
             zeros += members
         elif all(_is_small_constant(w) for w in members) and members[0].path.rpartition(".")[2] != "weight":
             scales += members
-    zeros += [weight for weight in _zero_scales(measurement) if weight not in zeros]
+    zeros += [weight for weight in (*_zero_scales(measurement), *_adapters(measurement, frozen)) if weight not in zeros]
     if not zeros and not scales:
         return None
     words = []
@@ -72,6 +78,16 @@ def _zero_scales(measurement: Measurement) -> list[Weight]:
     zeros = [[w for w in found if w.gains[0] == -math.inf] for found in scaled]
     count = sum(map(bool, zeros))
     return [w for found in zeros for w in found] if count > 1 and 2 * count > sum(map(bool, scaled)) else []
+
+
+def _adapters(measurement: Measurement, frozen: Collection[str]) -> list[Weight]:
+    """Matrices of zeros that are trained, in steps that a frozen matrix takes part in which is none of zeros."""
+    found = []
+    for step in measurement.steps:
+        matrices = [w for w in step.weights if w.kind == "matrix" and w.finite]
+        if any(w.path in frozen and w.gains[0] > -math.inf for w in matrices):
+            found += [w for w in matrices if w.path not in frozen and w.gains[0] == -math.inf]
+    return found
 
 
 def _is_small_constant(weight: Weight) -> bool:

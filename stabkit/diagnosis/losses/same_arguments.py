@@ -72,7 +72,13 @@ class _Twice:
 class _Watch(FunctionCalls):
     """Notes what is given twice; gives another tensor in the place of the second of one call."""
 
-    def __init__(self, chosen: _Twice | None = None, other: Tensor | None = None, *, by_numbers: bool = True) -> None:
+    def __init__(
+        self,
+        chosen: _Twice | None = None,
+        other: Callable[[Tensor], Tensor] | None = None,
+        *,
+        by_numbers: bool = True,
+    ) -> None:
         super().__init__()
         self.found: list[_Twice] = []
         self._chosen, self._other, self._by_numbers = chosen, other, by_numbers
@@ -90,10 +96,11 @@ class _Watch(FunctionCalls):
         found = _Twice(name, calling_line(), twice, names.index(twice[1]))
         self.found.append(found)
         if found == self._chosen and self._other is not None:
+            other = self._other(given[twice[1]])
             if found.place < len(args):
-                args = (*args[: found.place], self._other, *args[found.place + 1 :])
+                args = (*args[: found.place], other, *args[found.place + 1 :])
             else:
-                kwargs = kwargs | {twice[1]: self._other}
+                kwargs = kwargs | {twice[1]: other}
         return func(*args, **kwargs)
 
 
@@ -137,7 +144,27 @@ def same_argument_findings(flow: Flow, loss: Callable[[Any], Tensor]) -> list[Fi
         told = _tried(flow, loss, first, unread)
         evidence += f"; the output {unread!r} is read by nothing{told}"
         remedy = f"give {first.name} the output {unread!r} as its {first.pair[1]}"
+    elif first.name == "sub" and (told := _taken_off(flow, loss, first)):
+        evidence += told
+        remedy = (
+            "take what is subtracted off the graph, x - x.detach(), where it stands for the value from before, as in a "
+            "ratio of policies; where two are to be compared, give another tensor"
+        )
     return [of_last_step(flow, "loss", "warning", LOSS, evidence, remedy, _REFERENCE, {"given": len(watch.found)})]
+
+
+def _taken_off(flow: Flow, loss: Callable[[Any], Tensor], found: _Twice) -> str:
+    """What the gradient by the output is with the second taken off the graph, where it is zero as it is."""
+    edges = [value.edge for value in flow.states[-1].values]
+    sizes = []
+    for watch in (_Watch(), _Watch(found, lambda t: t.detach())):
+        with torch.enable_grad(), watch:
+            scalar = loss(flow.output)
+        gradients = torch.autograd.grad(scalar, edges, retain_graph=True, allow_unused=True)
+        sizes.append(sum(float(g.double().square().sum()) for g in gradients if g is not None) ** 0.5)
+    if sizes[0] > 0 or not sizes[1] > 0:
+        return ""
+    return f": the gradient of the loss by the output is zero, and {sizes[1]:.2g} with the second taken off the graph"
 
 
 def _unread(flow: Flow, loss: Callable[[Any], Tensor]) -> str:
@@ -152,7 +179,7 @@ def _tried(flow: Flow, loss: Callable[[Any], Tensor], found: _Twice, path: str) 
     """What the loss with another output in its place comes to by training on either, in words; empty where unknown."""
 
     def meant(output: Any) -> Tensor:
-        with _Watch(found, dict(named_tensors(output))[path]):
+        with _Watch(found, lambda _: dict(named_tensors(output))[path]):
             return loss(output)
 
     told = trained_on_either(flow, loss, meant, min)

@@ -69,6 +69,28 @@ def signs_of(node: Node | None, known: dict[Node, Signs] | None = None, depth: i
     return known[node]
 
 
+def is_never_negative(loss: Tensor) -> bool:
+    """Whether the operations that make a scalar say that it is never below zero, also after its backward pass.
+
+    That pass frees constants. One that is multiplied in last is positive where the loss and what it multiplies are.
+    """
+    node: Any = loss.grad_fn
+    while node is not None and operation(node) in ("Mul", "Div"):
+        inner = [parent for parent, _ in node.next_functions if parent is not None]
+        if len(inner) != 1 or float(loss.detach()) <= 0.0:
+            break
+        node = inner[0]
+    return node is not None and signs_of(node).positive
+
+
+def _kept(node: Any, name: str) -> Any:
+    """What an operation has saved; None where its backward pass was made, which frees tensors."""
+    try:
+        return getattr(node, name, None)
+    except RuntimeError:
+        return None
+
+
 def _signs(node: Any, known: dict[Node, Signs], depth: int) -> Signs:
     name = operation(node)
     inner = [signs_of(parent, known, depth) for parent, _ in node.next_functions] if name in _FOLLOWED else []
@@ -81,7 +103,7 @@ def _signs(node: Any, known: dict[Node, Signs], depth: int) -> Signs:
     if name in ("Mul", "Div"):
         return _product(node, name, inner)
     if name == "Pow":
-        power = getattr(node, "_saved_exponent", None)  # a tensor where each entry has its own
+        power = _kept(node, "_saved_exponent")  # a tensor where each entry has its own
         return _POSITIVE if isinstance(power, int | float) and power % 2 == 0 else _UNKNOWN
     if name in ("Maximum", "Minimum"):
         return _of_two(name, *inner)
@@ -99,8 +121,8 @@ def _single(node: Any, name: str, known: dict[Node, Signs], depth: int) -> Signs
         signs = signs_of(node.next_functions[0][0], known, depth)
         return signs.turned() if name.startswith("Nll") else signs
     if name.startswith("BinaryCrossEntropy"):
-        targets = node._saved_target
-        inside = isinstance(targets, Tensor) and bool(((targets >= 0) & (targets <= 1)).all())
+        targets = _kept(node, "_saved_target")  # freed, they are taken for what they should be
+        inside = targets is None or bool(((targets >= 0) & (targets <= 1)).all())
         return _POSITIVE if inside else _UNKNOWN
     if name in _NEVER_NEGATIVE:
         return Signs(below=True, positive=True, above=name == "Softmax")
@@ -137,9 +159,9 @@ def _product(node: Any, name: str, inner: list[Signs]) -> Signs:
     parents = [parent for parent, _ in node.next_functions]
     if name == "Mul" and len(parents) == 2 and parents[0] is not None and parents[0] is parents[1]:
         return _POSITIVE
-    one = inner[0] if parents[0] is not None else _of_constant(node._saved_self)
+    one = inner[0] if parents[0] is not None else _of_constant(_kept(node, "_saved_self"))
     variable = len(parents) > 1 and parents[1] is not None
-    two = inner[1] if variable else _of_constant(getattr(node, "_saved_other", None))
+    two = inner[1] if variable else _of_constant(_kept(node, "_saved_other"))
     positive = (one.positive and two.positive) or (one.negative and two.negative)
     negative = (one.positive and two.negative) or (one.negative and two.positive)
     if name == "Div" and variable:

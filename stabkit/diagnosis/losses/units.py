@@ -132,11 +132,14 @@ def _below_eps(run: TrainingRun, found: Sequence[Regression]) -> list[Finding]:
         f"what the rate says; tried on a copy, {STEPS} steps of {name} leave {plain:.1%} of the loss, and {scaled:.1%} "
         f"with the loss multiplied by {1 / largest:.2g}"
     )
-    remedy = f"multiply the loss by {_decade(1 / largest)}"
+    eps = f"give {name} an eps far below {largest:.2g}"
+    # an eps that somebody set is what is odd, and not the size of the loss
+    remedy = f"{eps}, as the usual {EPSILON:g}; or " * (epsilon > EPSILON)
+    remedy += f"multiply the loss by {_decade(1 / largest)}"
     spread = max((rms(each.targets) for each in found), default=0.0)
     if spread > 0:
         remedy += f", or divide outputs and targets by {spread:.2g}, their size, before they meet"
-    remedy += f"; or give {name} an eps far below {largest:.2g}"
+    remedy += f"; or {eps}" * (epsilon <= EPSILON)
     numbers = {"gradient": largest, "epsilon": epsilon, "plain": plain, "scaled": scaled}
     return [of_last_step(run.flow, "loss", "warning" if limited else "info", LOSS, evidence, remedy, _KINGMA, numbers)]
 

@@ -71,6 +71,11 @@ def steps_of_given(call: ForwardPass, loss: Any, optimizer: torch.optim.Optimize
     return GivenSteps(last / first if whole else math.inf, broken, lost, sum(value.numel() for value in before))
 
 
+def climbs(optimizer: torch.optim.Optimizer | None) -> bool:
+    """Whether it is set to maximise what it is given."""
+    return optimizer is not None and any(group.get("maximize") for group in optimizer.param_groups)
+
+
 def named_settings(optimizer: torch.optim.Optimizer, name: str) -> list[float]:
     """What its groups hold under a name, each value once; empty where they have no such setting."""
     return sorted({float(g[name]) for g in optimizer.param_groups if isinstance(g.get(name), int | float | Tensor)})

@@ -95,6 +95,9 @@ def recorded_field(
         out: its entry in B; 0 where no new state takes it.
     """
     piece, terms = form.piece, stage.inputs[number]
+    users = sum(stage.output in row for row in (*form.forms, *(t for s in form.stages for t in s.inputs)))
+    if users > 1 and meta_of(stage.output).numel > meta_of(form.targets[0]).numel:
+        return None  # parts of it go to several places, and each is another field
     begin = next((a for a in terms if a in piece.sources and given.get(a)), None)
     if begin is None:
         begin = next((a for a in terms if a not in piece.ends and a.output != ADDED and given.get(a)), None)

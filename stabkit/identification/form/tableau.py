@@ -224,7 +224,7 @@ def _calls_of_one_network(stages: Sequence[Stage], A: Matrix, U: Matrix, B: Matr
     """
     groups: dict[object, list[int]] = {}
     for i, stage in enumerate(stages):
-        groups.setdefault((_network(stage), A[i].tobytes(), U[i].tobytes()), []).append(i)
+        groups.setdefault((network_of(stage), A[i].tobytes(), U[i].tobytes()), []).append(i)
     found: list[tuple[int, ...]] = []
     known: Matrix | None = None
     for group in groups.values():
@@ -243,7 +243,7 @@ def _calls_of_one_network(stages: Sequence[Stage], A: Matrix, U: Matrix, B: Matr
     return found
 
 
-def _network(stage: Stage) -> tuple[object, ...]:
+def network_of(stage: Stage) -> tuple[object, ...]:
     """What two stages of one network have in common that give different things at one point."""
     return tuple(part for part in stage.key if not isinstance(part, int))
 

@@ -175,8 +175,21 @@ def _of_catalogue(found: Blocks) -> Name | None:
             np.allclose(mine, np.poly(M), atol=CLOSE * 10)
             for mine, M in zip(ours, other.stability_matrix(POINTS), strict=True)
         ):
+            if name == "ab2" and _begins_with_last_stage(found, h):
+                told = "heun2, its first stage the last one of the step before (M(z) of ab2)"
+                return Name(told, "x' = f(x), the first stage not evaluated at x", h, _SUM)
             return leapfrog(found, h) if name == "leapfrog" else Name(name, "x' = f(x), multistep", h, _SUM)
     return None
+
+
+def _begins_with_last_stage(found: Blocks, h: float) -> bool:
+    """Whether Heun's method takes the value at its last prediction for that at its state, as torchdiffeq's does."""
+    for x, k in ((0, 1), (1, 0)):
+        kept = float(found.B[k].sum())
+        numbers = np.array([found.U[0, k], found.V[x, k]]) * kept
+        if found.V[x, x] == 1.0 and not found.V[k].any() and np.allclose(numbers, [h, h / 2], atol=CLOSE * abs(h)):
+            return bool(len(found.rows) == 1 and found.U[0, x] == 1.0)
+    return False
 
 
 def leapfrog(found: Blocks, h: float) -> Name:

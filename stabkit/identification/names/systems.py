@@ -384,6 +384,14 @@ def _oscillator(found: Blocks) -> Name | None:
                 1.0,
                 f"dt = {abs(dt):.3g}: the number that multiplies the new velocity",
             )
+        if (dt := _drift_by_old(found, y, v)) is not None:
+            still = abs(found.V[v, v] - 1) <= CLOSE and not found.U[:, v].any()
+            return Name(
+                f"forward Euler of 2 coupled states ({'' if still else 'damped '}oscillator)",
+                "y'' = f(y) - gamma y" if still else "y'' = f(y, y') - gamma y - epsilon y'",
+                1.0,
+                f"dt = {abs(dt):.3g}: the number that multiplies the old velocity",
+            )
     return None
 
 
@@ -419,6 +427,14 @@ def _drift_after_kick(found: Blocks, y: int, v: int) -> float | None:
     dt = float((moved[where] / rows[v][where]).mean())
     fits = abs(dt) > 1e-12 and np.allclose(moved, dt * rows[v], atol=CLOSE * abs(dt))
     return dt if fits else None
+
+
+def _drift_by_old(found: Blocks, y: int, v: int) -> float | None:
+    """The time step when the position moves by the old velocity, and each field reads the old states alone."""
+    dt = float(found.V[y, v])
+    drifts = abs(dt) > 1e-12 and abs(found.V[y, y] - 1) <= CLOSE and not found.B[y].any()
+    reads_old = not found.A.any() and bool(found.U[:, y].any()) and bool(((found.U != 0).sum(axis=1) == 1).all())
+    return dt if drifts and reads_old and 0 < found.V[v, v] <= 1 + CLOSE else None
 
 
 def _kick_after_drift(found: Blocks, y: int, v: int) -> float | None:

@@ -25,6 +25,7 @@ from stabkit.identification.form.operations import SCALES, has_matrix
 from stabkit.identification.form.pieces import Piece
 from stabkit.identification.form.slots import Slots
 from stabkit.identification.record import Identification
+from stabkit.identification.steps.driven import weights_of_inputs
 from stabkit.tracing.graph.values import Value, meta_of, operation, outputs_of
 
 ReadOne = Callable[[Surroundings, Slots, tuple[int, ...]], Identification]
@@ -45,6 +46,11 @@ _DAMPED = re.compile(
     r"(?:forward Euler|running sum|damped Euler|diagonal skip)"
     r"(?: \(a (?:= )?(0\.\d+|from 0\.\d+ to (?:1|0\.\d+) by entry)\))?"
 )
+_OF_CELLS = {
+    "affine coupling": "gated step (times a gate, then an input)",
+    "plain": "made anew",
+    "transformed skip": "made of its old value and others by a map that bends",
+}
 _OWN_SIZES = "none for all: every state has its own"
 _SAME = 1e-6  # numbers of single precision networks
 
@@ -137,11 +143,15 @@ def coupled(
     shapes = ["x".join(map(str, meta_of(v).shape)) for v in found.sources]
     adaptive = _adaptive(streams)
     one = all((s.h or s.drive) in (None, 1.0) for s in streams) and adaptive is None
-    if adaptive is not None:  # what divides the velocity is no number, so that no tableau makes the step
+    cell = _memory_cell(streams)
+    if cell is not None:  # what is multiplied by gates is no affine coupling: nothing stays as it is
+        streams = [replace(s, record=replace(s.record, name=_OF_CELLS[s.record.name], step_size=None))
+                   for s in streams]  # fmt: skip
+    if adaptive is not None or cell is not None:  # what divides or multiplies a state is no number: no tableau
         record, proven = replace(record, method=None, recorded=()), False
     new = replace(
         record,
-        name=adaptive or _momentum(streams) or _name(streams),
+        name=adaptive or cell or _momentum(streams) or _name(streams),
         step_size=record.step_size if one else None,
         convention=record.convention if one else _OWN_SIZES,
         evidence="proven" if proven else "measured",
@@ -202,7 +212,8 @@ def _streams(around: Surroundings, found: Slots, steps: tuple[int, ...], read_on
     passed: list[tuple[Value, ...]] = []
     for i in range(count):
         links = around.chain(start, stop, alone(i, ()))
-        ends = [link.form.targets[0] for link in links[:-1]]
+        carried = all(link.kind not in ("map", "join") for link in links)  # else what lies between is made of the old
+        ends = [link.form.targets[0] for link in links[:-1]] if carried else []
         passed.append(tuple(dict.fromkeys((*ends, *_sums_on_the_way(around.whole(start, stop, alone(i, ())))))))
     streams = []
     for i in range(count):
@@ -265,6 +276,8 @@ def _said(i: int, streams: Sequence[_Stream], shape: str) -> str:
         parts.append(f"{sums} additions")
     if (h := stream.h or stream.drive) is not None:
         parts.append(f"h = {h:.3g}")
+    if fed := weights_of_inputs(stream.links, {v for s in streams for v in s.values}):
+        parts.append(f"driven by an input with the weight {' and '.join(f'{w:.3g}' for w in fed)}")
     for what, places in (("old", stream.old), ("new", stream.new)):
         if places:
             parts.append(f"reads {what} {' and '.join(f'x_{j + 1}' for j in places)}")
@@ -327,6 +340,20 @@ def _adaptive(streams: Sequence[_Stream]) -> str | None:
             numbers = " and ".join(found[1] for found in kept if found)
             return f"adaptive momentum (Adam type, beta = {numbers})"
     return None
+
+
+def _memory_cell(streams: Sequence[_Stream]) -> str | None:
+    """States that gates multiply, which others decide that are made anew of them: the cell of an LSTM, and its like."""
+    kinds = [s.record.name for s in streams]
+    cells, anew = kinds.count("affine coupling"), [s for s in streams if s.record.name == "plain"]
+    if not cells or not anew or not _is_mutual(streams) or not set(kinds) <= _OF_CELLS.keys():
+        return None
+    if any("gate" not in {c.kind for link in s.links for c in link.form.forms[0].values()}
+           for s in streams if s.record.name == "affine coupling"):  # fmt: skip
+        return None
+    divides = any(operation(node) == "Div" for s in anew for link in s.links for node in link.form.piece.nodes)
+    normalised = ", read out over a normaliser (sLSTM)" if cells == 2 and divides else ""
+    return f"gated memory cell{'s' * (cells > 1 and not normalised)}{normalised}"
 
 
 def _made_of(form: NormalForm, atom: Value) -> list[Node]:

@@ -38,7 +38,6 @@ from stabkit.identification.steps.composed_steps import LEAPFROG_OR
 from stabkit.identification.steps.given_increments import with_increments, without_increments
 from stabkit.identification.steps.noise import with_noise
 from stabkit.identification.steps.pending import name_pending, told_of
-from stabkit.identification.steps.predicted_steps import without_clock
 from stabkit.identification.steps.proximal import proximal_maps
 from stabkit.integrators import GeneralLinearMethod
 from stabkit.tracing.graph.values import Value, meta_of, operation, outputs_of
@@ -54,7 +53,6 @@ _UNSPECIFIC = ("unnamed", "general linear method", "Adams-Bashforth type")  # wh
 def read_several_states(around: Surroundings, found: Slots, steps: tuple[int, ...]) -> Identification:
     """The method of a step whose old or new state is a tuple of tensors."""
     start, stop = steps[0], steps[-1] + 1
-    around, found = without_clock(around, found, steps)
     nodes = around.nodes(start, stop)
     opaque = sorted({operation(n) for n in nodes if is_opaque(n)})
     if len(found.sources) != len(found.targets):

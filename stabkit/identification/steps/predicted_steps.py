@@ -70,25 +70,33 @@ def with_step_sizes_held(
     better = read(held, found, links, steps)
     if better.name.startswith("unnamed") or not better.shared_weights:
         return None
+    return with_sizes_of_input(better)
+
+
+def with_sizes_of_input(record: Identification) -> Identification:
+    """A record of a step whose size the state makes: its numbers are those of this input."""
+    if record.step_size is None:
+        return record
     why = "step sizes are made of the state, by the control of an error: they are those of this input, and held fixed"
-    return replace(better, evidence="measured", notes=(why, *better.notes))
+    return replace(record, evidence="measured", notes=(why, *record.notes))
 
 
-def without_clock(around: Surroundings, found: Slots, steps: tuple[int, ...]) -> tuple[Surroundings, Slots]:
+def without_clock(around: Surroundings, found: Slots, steps: tuple[int, ...]) -> tuple[Surroundings, Slots] | None:
     """The flow and the states of a step without single numbers that follow each other beside states of many: a time.
 
+    None where there are none.
     Where an adaptive solver makes its first step size of the state, so are all times after it.
     """
     states = [[v for v in values if meta_of(v).numel > 1] for values in (found.sources, found.targets)]
     numbers = {v for v in (*found.sources, *found.targets) if meta_of(v).numel == 1}
     if not numbers or not all(states) or len(found.sources) != len(found.targets):
-        return around, found
+        return None
     contexts = (*found.contexts, *(v for v in found.sources if v in numbers))
     whole = around.whole(steps[0], steps[-1] + 1, found)
     clock = {v.node for v in found.targets if v in numbers and v not in found.sources}
     made = {node for node in whole.nodes if meta_of(Value(node, 0)).numel == 1}
     if any(v.node not in made and v not in found.sources for node in clock for v in whole.inputs(node)):
-        return around, found
+        return None
     return around.holding(made), replace(found, sources=tuple(states[0]), targets=tuple(states[1]), contexts=contexts)
 
 

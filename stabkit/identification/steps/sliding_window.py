@@ -6,16 +6,24 @@ list. All but the newest entries of the window come from their neighbours, uncha
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from stabkit.identification.form.coefficients import Coefficient, LinearCombination
+from stabkit.identification.form.flow_index import Surroundings
 from stabkit.identification.form.grouping import is_repeated
 from stabkit.identification.form.hidden_skip import affine_pulls, reached_along_affine
+from stabkit.identification.form.normal_form import NormalForm
 from stabkit.identification.form.operations import JOINS, MOVES, WRITES
 from stabkit.identification.form.pieces import Piece, pull
 from stabkit.identification.form.slots import Slots
+from stabkit.identification.form.tableau import network_of
+from stabkit.identification.names.single import CLOSE
+from stabkit.identification.names.step_size import NUMBER
 from stabkit.identification.record import Identification, nothing
 from stabkit.tracing import Flow
 from stabkit.tracing.graph.values import Value, meta_of, operation, random_tensors
@@ -33,6 +41,7 @@ class Window:
         axis: along which its states lie.
         size: how many entries there are.
         by: how many are new.
+        read: of how many the new ones are made.
         kept: the number times the newest entries before that the new ones are besides; 0 for none.
         before: the number times the ones before these, where every entry enters by a number; 0 for none.
     """
@@ -40,11 +49,12 @@ class Window:
     axis: int
     size: int
     by: int
+    read: int
     kept: float
     before: float = 0.0
 
 
-def sliding_window(piece: Piece, steps: tuple[int, ...]) -> Identification | None:
+def sliding_window(around: Surroundings, piece: Piece, steps: tuple[int, ...]) -> Identification | None:
     """The record of a step from one tensor to one that moves a window along an axis; None for others."""
     bends = any(operation(node) not in MOVES | {"Roll"} for node in piece.nodes)
     moves = bends and _is_put_together(piece.targets[0]) and reached_along_affine(piece) is not None
@@ -53,12 +63,66 @@ def sliding_window(piece: Piece, steps: tuple[int, ...]) -> Identification | Non
         return None
     order = -(-found.size // found.by)
     new = "the newest is" if found.by == 1 else f"the newest {found.by} are"
-    why = f"the entries of axis {found.axis} move up by {found.by}, and {new} made of all {found.size}"
+    of = f"all {found.size}" if found.read == found.size else f"{found.read} of the {found.size}"
+    why = f"the entries of axis {found.axis} move up by {found.by}, and {new} made of {of}"
     if (found.by, found.kept, found.before) == (1, 2.0, -1.0):
         system = f"x'' = f(x_n, ..., x_n-{order - 1}), velocities as differences of positions"
         name = f"{_VERLET}, force of {order} positions (sliding window)"
         return nothing(steps, name, why, "measured", system=system)
+    if (found.by, found.kept, found.before) == (1, 1.0, 0.0):
+        return _of_newest(around.form_of(piece), found, steps, why)
     return _record(steps, order, why, found.kept if not found.before else 0.0)
+
+
+def _of_newest(form: NormalForm, window: Window, steps: tuple[int, ...], why: str) -> Identification:
+    """The record of x_n+1 = x_n + ..., by what is added: values of one field at the last states, or of all states."""
+    added = [(atom, c) for atom, c in form.forms[0].items() if atom not in form.piece.ends]
+    numbers = [c.value for _, c in added if c.kind == "scalar"]
+    of = f"sliding window of {window.size} states"
+    adams = _adams(form, window, added) if len(numbers) == len(added) > 1 else None
+    if adams is not None:
+        name, h = f"{adams} ({of})", sum(numbers)
+        record = nothing(steps, name, why, "measured", system="x' = f(x), multistep")
+        return replace(record, step_size=h, convention="h: the sum of the weights of all values of the field")
+    delays = f", with delays: x_n+1 = x_n + f(x_n, ..., x_n-{window.size - 1})" if window.read == window.size else ""
+    system = f"x' = f(x){delays or ', with delays' * (window.read > 1)}"
+    record = nothing(steps, f"forward Euler in the newest state ({of})", why, "measured", system=system)
+    if len(numbers) != 1 or len(added) != 1:
+        return record
+    h = abs(numbers[0])
+    return replace(record, step_size=h, convention=NUMBER if h != 1 else "h = 1: only the product h f can be seen")
+
+
+def _adams(form: NormalForm, window: Window, added: Sequence[tuple[Value, Coefficient]]) -> str | None:
+    """The name of the method of Adams and Bashforth whose weights one field has at the last states."""
+    (source,), stages = form.sources, {stage.output: stage for stage in form.stages}
+    weights: dict[int, float] = {}
+    for atom, c in added:
+        stage = stages.get(atom)
+        if stage is None or len(stage.entries) != 1:
+            return None
+        read = LinearCombination(form.piece, stage.entries[0]).factors.get(source)
+        places = [] if read is None else _places(read.reshape(meta_of(source).shape), window.axis)
+        if len(places) != 1:
+            return None
+        weights[places[0]] = c.value
+    count, keys = len(added), {network_of(stages[atom]) for atom, _ in added}
+    if len(weights) < count or len(keys) > 1:
+        return None
+    last = max(weights) if max(weights) == window.size - 1 else 0
+    lags = [abs(last - place) for place in weights]
+    b = np.array([weights[place] for place in weights])
+    if sorted(lags) != list(range(count)) or b.sum() <= 0:
+        return None
+    powers = np.array([[(-float(lag)) ** m for lag in lags] for m in range(count)])
+    exact = np.linalg.solve(powers, [1 / (m + 1) for m in range(count)])
+    return f"ab{count}" if np.allclose(b / b.sum(), exact, atol=CLOSE) else None
+
+
+def _places(entries: Tensor, axis: int) -> list[int]:
+    """Where along an axis some entries are not zero."""
+    rows = entries.movedim(axis, 0).reshape(entries.shape[axis], -1)
+    return rows.abs().amax(dim=1).nonzero().reshape(-1).tolist()
 
 
 def window_of_states(flow: Flow, found: Slots, steps: tuple[int, ...]) -> Identification | None:
@@ -101,8 +165,9 @@ def _window(piece: Piece) -> Window | None:
     for axis, size in enumerate(shape):
         for turned in (False, True):
             by = _moves_by(piece, w, axis, turned=turned) if size >= _FEWEST else None
-            if by is not None and _is_moved(piece, w, axis, by, turned=turned):
-                return Window(axis, size, by, *_kept(piece, w, axis, by, turned=turned))
+            read = None if by is None else _moved(piece, w, axis, by, turned=turned)
+            if by is not None and read is not None:
+                return Window(axis, size, by, read, *_kept(piece, w, axis, by, turned=turned))
     return None
 
 
@@ -139,12 +204,12 @@ def _moves_by(piece: Piece, w: Tensor, axis: int, *, turned: bool) -> int | None
     arrived = _pulled(piece, one)
     if arrived is None:
         return None
-    reached = arrived.movedim(axis, 0).reshape(size, -1).abs().amax(dim=1).nonzero().reshape(-1).tolist()
+    reached = _places(arrived, axis)
     return abs(reached[0] - place) or None if len(reached) == 1 else None
 
 
-def _is_moved(piece: Piece, w: Tensor, axis: int, by: int, *, turned: bool) -> bool:
-    """Whether all entries but the newest come from their neighbours, and some of the newest from what was made."""
+def _moved(piece: Piece, w: Tensor, axis: int, by: int, *, turned: bool) -> int | None:
+    """Of how many entries the newest are made, where all others come from their neighbours; None elsewhere."""
     kept = w.shape[axis] - by
     old, new = (0, by) if turned else (by, 0)
     given, expected = torch.zeros_like(w), torch.zeros_like(w)
@@ -152,9 +217,9 @@ def _is_moved(piece: Piece, w: Tensor, axis: int, by: int, *, turned: bool) -> b
     expected.narrow(axis, old, kept).copy_(w.narrow(axis, new, kept))
     arrived, rest = _pulled(piece, given), _pulled(piece, w - given)
     if arrived is None or rest is None or not bool(rest.any()):
-        return False
+        return None
     slack = _ROUNDINGS * torch.finfo(w.dtype).eps * float(w.abs().max())
-    return float((arrived - expected).abs().max()) <= slack
+    return len(_places(rest, axis)) if float((arrived - expected).abs().max()) <= slack else None
 
 
 def _pulled(piece: Piece, w: Tensor) -> Tensor | None:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import Node
 
 from stabkit.identification.form.operations import ADDS, MOVES
-from stabkit.identification.steps.input_weights import SAVED, explicit_step, weighs, weight_of_input
+from stabkit.identification.steps.input_weights import SAVED, explicit_step, stripped, weighs, weight_of_input
 from stabkit.tracing import Flow
 from stabkit.tracing.graph.graph import Graph
 from stabkit.tracing.graph.scans import Scan, scans_between
@@ -62,6 +62,7 @@ class Made:
         convex: whether the input enters with the weight 1 - a.
         input_follows: whether the weight of the input is made of the same z; None without a rule.
         weight: what the weight of the input is besides, see `weight_of_input`; of an exponential alone.
+        certain: whether the factor is what the operation of the rule gives out, at all inputs.
         explicit: whether it is a step of explicit Euler, see `explicit_step`.
         fed: whether the input makes the size of that step.
     """
@@ -71,6 +72,7 @@ class Made:
     convex: bool = False
     input_follows: bool | None = None
     weight: str = ""
+    certain: bool = False
     explicit: str = ""
     fed: bool = False
 
@@ -125,7 +127,9 @@ class Histories:
         rule, residual, z = found
         follows = any(self._is_made_of(v, z) for v in added) if added else None
         weight = weight_of_input(added, factor.number) if rule.name == "exponential" and not factor.is_matrix else ""
-        return Made(rule.name, residual, convex, follows, weight)
+        written = all(f.value is not None and operation(stripped(f.value).node) == "Exp" for f in factors)
+        certain = written and rule.name == "exponential" and not factor.is_matrix
+        return Made(rule.name, residual, convex, follows, weight, certain=certain)
 
     def _explicit(self, path: str, place: int, count: int) -> Made:
         scans = self._scans.get(path, [])
@@ -134,12 +138,19 @@ class Histories:
             return Made()
         before, after = (scan.states[time] for time in (scan.middle, scan.middle + 1))
         how, size = explicit_step(before, after[0], scan.cycle)
-        return Made(
-            explicit=how,
-            fed=size is not None
-            and size.node not in scan.cycle
-            and any(self._is_made_of(size, v) for v in self._inputs),
-        )
+        return Made(explicit=how, fed=size is not None and size.node not in scan.cycle and self._is_fed(size))
+
+    def _is_fed(self, value: Value) -> bool:
+        """Whether a value is made of an input of the model: of floats, or of tokens that were looked up."""
+        stack, seen = [value], set[Value]()
+        while stack:
+            v = stack.pop()
+            if v in self._inputs or operation(v.node).startswith("Embedding"):
+                return True
+            if v not in seen:
+                seen.add(v)
+                stack.extend(self._graph.inputs.get(v.node, ()))
+        return False
 
     def levers(self, path: str, place: int, count: int) -> list[tuple[str, float]]:
         """Parameters of the module whose entries all move the factor of a recurrence the same way.

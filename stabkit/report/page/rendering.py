@@ -28,6 +28,7 @@ _MINUS = re.compile(r"(?<![\w.)])-(?=\d)")
 _SCRIPTS = {
     "report.html": ("shared.js", "block.js", "report.js"),
     "comparison.html": ("shared.js", "comparison.js"),
+    "run.html": ("run.js",),
 }
 if TYPE_CHECKING:
     from stabkit.diagnosis import Finding
@@ -51,7 +52,7 @@ def report_page(report: ReportFields) -> str:
         >>> report_page(report).startswith("<!doctype html>")
         True
     """
-    return _render("report.html", report=report, data=report_data(report))
+    return rendered("report.html", report=report, data=report_data(report))
 
 
 def comparison_page(reports: Mapping[str, ReportFields]) -> str:
@@ -65,10 +66,11 @@ def comparison_page(reports: Mapping[str, ReportFields]) -> str:
     """
     if not reports:
         raise ArgumentError("reports is empty; a comparison needs at least one report")
-    return _render("comparison.html", reports=reports, data=comparison_data(reports))
+    return rendered("comparison.html", reports=reports, data=comparison_data(reports))
 
 
-def _render(template: str, **values: Any) -> str:
+def rendered(template: str, **values: Any) -> str:
+    """A template of this package with its style, its scripts and these values."""
     environment = _environment()
     scripts = [_asset(name) for name in _SCRIPTS[template]]
     return environment.get_template(template).render(style=_asset("page.css"), scripts=scripts, **values)

@@ -1,0 +1,216 @@
+"""Blow-ups from the first bad step to the replay, in three loops: python -m tests.monitor.stories
+
+A small network on digits is trained in a plain loop, by Lightning and by the Hugging Face Trainer; in the middle the
+learning rate is multiplied by 100, or one batch is poisoned. A line tells how many training steps later the first
+finding came, what it is, whether it names what was done, what stood on stderr, and what became of the capsule.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import re
+import tempfile
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import stabkit
+from stabkit.checkpoints import load
+from stabkit.monitor import Monitor, replay
+
+AT, STEPS, FACTOR = 60, 90, 100.0
+OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
+    "SGD": lambda p: torch.optim.SGD(p, lr=0.1),
+    "momentum": lambda p: torch.optim.SGD(p, lr=0.05, momentum=0.9),
+    "Adam": lambda p: torch.optim.Adam(p, lr=3e-3),
+}
+FAULTS = ("rate", "poisoned", "nan")
+
+
+class Network(nn.Module):
+    """An MLP that returns its loss as models of transformers do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.ModuleList([nn.Sequential(nn.Linear(64, 64), nn.ReLU()) for _ in range(4)])
+        self.head = nn.Linear(64, 10)
+
+    def forward(self, x: Tensor, labels: Tensor | None = None) -> dict[str, Tensor]:
+        for layer in self.layers:
+            x = layer(x)
+        logits = self.head(x)
+        loss = {} if labels is None else {"loss": nn.functional.cross_entropy(logits, labels)}
+        return {**loss, "logits": logits}
+
+
+class Batches(torch.utils.data.Dataset[dict[str, Tensor]]):
+    """Digits, sample by sample; from one on the values are spoiled."""
+
+    def __init__(self, fault: str, size: int = 32) -> None:
+        from sklearn.datasets import load_digits
+
+        x, y = load_digits(return_X_y=True)
+        order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
+        self.x = torch.tensor(x / 16.0, dtype=torch.float32)[order].repeat(2, 1)[: STEPS * size].clone()
+        self.y = torch.tensor(y)[order].repeat(2)[: STEPS * size].clone()
+        bad = slice(AT * size, (AT + 1) * size)
+        if fault == "poisoned":
+            self.x[bad] *= 1e4
+        if fault == "nan":
+            self.x[AT * size + 3, 5] = torch.nan
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        return {"x": self.x[index], "labels": self.y[index]}
+
+
+def schedule(optimizer: torch.optim.Optimizer, fault: str) -> torch.optim.lr_scheduler.LambdaLR:
+    """A constant rate, raised in the middle where that is the fault."""
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda t: FACTOR if fault == "rate" and t >= AT else 1.0)
+
+
+def plain(model: Network, optimizer: torch.optim.Optimizer, fault: str, options: dict[str, Any]) -> Monitor:
+    """A loop written by hand."""
+    rates = schedule(optimizer, fault)
+    with Monitor(model, optimizer=optimizer, **options) as monitor:
+        for batch in torch.utils.data.DataLoader(Batches(fault), 32):
+            optimizer.zero_grad()
+            loss = model(**batch)["loss"]
+            loss.backward()
+            monitor.step(loss)
+            optimizer.step()
+            rates.step()
+    return monitor
+
+
+def lightning(model: Network, optimizer: torch.optim.Optimizer, fault: str, options: dict[str, Any]) -> Monitor:
+    """A Lightning run."""
+    import lightning.pytorch as pl
+
+    class Module(pl.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = model
+
+        def training_step(self, batch: Any, index: int) -> Any:
+            return self.net(**batch)["loss"]
+
+        def configure_optimizers(self) -> Any:
+            return [optimizer], [{"scheduler": schedule(optimizer, fault), "interval": "step"}]
+
+    callback = stabkit.MonitorCallback("net", **options)
+    trainer = pl.Trainer(
+        max_epochs=1,
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        callbacks=[callback],
+    )
+    trainer.fit(Module(), torch.utils.data.DataLoader(Batches(fault), 32))
+    assert callback.monitor is not None
+    return callback.monitor
+
+
+def hugging_face(model: Network, optimizer: torch.optim.Optimizer, fault: str, options: dict[str, Any]) -> Monitor:
+    """A run of the Trainer, which clips no gradient here."""
+    import transformers
+
+    class InOrder(transformers.Trainer):
+        def _get_train_sampler(self, *_: Any) -> Any:
+            return torch.utils.data.SequentialSampler(Batches(fault))
+
+    arguments = transformers.TrainingArguments(
+        output_dir=str(options["directory"]),
+        per_device_train_batch_size=32,
+        num_train_epochs=1,
+        max_grad_norm=0.0,
+        report_to=[],
+        save_strategy="no",
+        logging_strategy="no",
+        disable_tqdm=True,
+        use_cpu=True,
+        remove_unused_columns=False,
+    )
+    callback = stabkit.TrainerCallback(**options)
+    both = (optimizer, schedule(optimizer, fault))
+    InOrder(model, arguments, train_dataset=Batches(fault), callbacks=[callback], optimizers=both).train()
+    assert callback.monitor is not None
+    return callback.monitor
+
+
+LOOPS = {"plain": plain, "Lightning": lightning, "Trainer": hugging_face}
+NAMES = {"rate": "learning rate", "poisoned": "batch", "nan": "batch"}
+
+
+def told(loop: str, optimizer: str, fault: str, every: int) -> dict[str, Any]:
+    """What became of one run."""
+    model = Network()
+    heard = io.StringIO()
+    handler = logging.StreamHandler(heard)
+    logger = logging.getLogger("stabkit.monitor")
+    logger.addHandler(handler)
+    logger.propagate = False
+    with tempfile.TemporaryDirectory() as directory, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.manual_seed(1)
+        options = {"every": every, "directory": Path(directory), "writers": []}
+        try:
+            with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+                monitor = LOOPS[loop](model, OPTIMIZERS[optimizer](model.parameters()), fault, options)
+        finally:
+            logger.removeHandler(handler)
+            logger.propagate = True
+        lines = heard.getvalue().splitlines()
+        first = monitor.findings[0] if monitor.findings else None
+        step = int(re.search(r"training step (\d+)", lines[0])[1]) if lines else -1  # type: ignore[index]
+        words = "" if first is None else f"{first.evidence} {first.remedy}"
+        row = {
+            "later": step - AT,
+            "kind": "nothing" if first is None else first.kind,
+            "named": NAMES[fault] in words,
+            "lines": len(lines),
+            "replays": False,
+            "good": False,
+            "analysis": "",
+        }
+        if monitor.capsules:
+            path = monitor.capsules[0]
+            row["replays"] = replay(path, Network).agrees()
+            loaded = load(path, model=Network)
+            row["good"] = "the last good ones" in loaded.description
+            report = stabkit.analyze(loaded.model, *loaded.inputs, spectrum="none", kwargs=loaded.kwargs)
+            said = NAMES[fault] in loaded.description or any(finding.module_path for finding in report.findings)
+            row["analysis"] = f"{report.verdict}, {'names it' if said else 'names nothing'}"
+    return row
+
+
+def main() -> None:
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    print("fault     loop       optimizer  every  later  first finding     named  lines  replays  last good  ", end="")
+    print("analysis")
+    for fault in FAULTS:
+        for loop in LOOPS:
+            for optimizer in OPTIMIZERS:
+                for every in (1, 10, 50):
+                    row = told(loop, optimizer, fault, every)
+                    print(
+                        f"{fault:9s} {loop:10s} {optimizer:9s} {every:6d} {row['later']:6d}  {row['kind']:16s} "
+                        f"{row['named']!s:6s} {row['lines']:5d}  {row['replays']!s:8s} {row['good']!s:10s} "
+                        f"{row['analysis']}",
+                        flush=True,
+                    )
+
+
+if __name__ == "__main__":
+    main()

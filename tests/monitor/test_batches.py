@@ -1,0 +1,122 @@
+"""A batch that is out of range is named, at its own step, and is what the capsule is analysed with."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from stabkit.checkpoints import load
+from stabkit.checkpoints.capsules import read_capsule
+from stabkit.monitor import Monitor, replay
+from tests.monitor.networks import hooks_of, mlp
+
+AT, STEPS = 57, 75
+
+
+def wide():
+    return mlp(width=16, depth=4)
+
+
+def train(spoil, every, *, lr=0.02, directory=None, named=False):
+    model = wide()
+
+    class Outer(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = model
+
+        def forward(self, *, image):
+            return self.net(image)
+
+    outer = Outer() if named else model
+    torch.manual_seed(1)
+    optimizer = torch.optim.SGD(outer.parameters(), lr=lr)
+    with Monitor(outer, every, optimizer=optimizer, directory=directory, writers=[]) as monitor:
+        for step in range(STEPS):
+            x = torch.randn(32, 16)
+            y = torch.tanh(x[:, :2])
+            if step == AT:
+                x = spoil(x)
+            optimizer.zero_grad()
+            loss = (outer(image=x) if named else outer(x)).sub(y).square().mean()
+            loss.backward()
+            monitor.step(loss)
+            optimizer.step()
+    assert hooks_of(outer) == 0
+    return monitor
+
+
+def one_nan(x):
+    x = x.clone()
+    x[7, 3] = math.nan
+    return x
+
+
+@pytest.mark.parametrize("every", [1, 10, 50])
+def test_a_nan_of_the_data_is_found_in_its_sample(every):
+    first = train(one_nan, every).findings[0]
+    assert first.kind == "non_finite"
+    assert (
+        f"at training step {AT} the batch holds a number that is not finite in its input 0, in sample 7"
+        in first.evidence
+    )
+    assert "look at this batch" in first.remedy
+
+
+class Linear(nn.Module):
+    """A network whose loss follows the size of its input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.Sequential(*[nn.Linear(16, 16) for _ in range(3)], nn.Linear(16, 2))
+
+    def forward(self, x):
+        return self.layers(x)
+
+
+@pytest.mark.parametrize("every", [1, 10, 50])
+def test_values_out_of_range_are_blamed_and_not_the_rate(monkeypatch, every, tmp_path):
+    monkeypatch.setitem(globals(), "wide", Linear)
+    monitor = train(lambda x: 1000.0 * x, every, directory=tmp_path)
+    first = monitor.findings[0]
+    assert first.kind == "exploding"
+    assert f"at training step {AT} the batch is out of range" in first.evidence
+    assert "rate" not in first.remedy
+    capsule = read_capsule(monitor.capsules[0])
+    assert capsule.step in (AT, AT + 1)
+    assert (capsule.blamed is None) == (capsule.step == AT)
+    loaded = load(monitor.capsules[0], model=Linear)
+    assert float(loaded.inputs[0].abs().max()) > 1000.0
+    assert f"on the batch of step {AT}" in loaded.description
+    assert replay(monitor.capsules[0], Linear).agrees()
+
+
+def test_inputs_by_keyword_are_named():
+    assert "in its input image" in train(one_nan, 10, named=True).findings[0].evidence
+
+
+def test_an_odd_batch_that_harms_nothing_is_no_alarm():
+    """Saturated units bear what is a hundred times as large."""
+    monitor = train(lambda x: 100.0 * x, 10)
+    assert monitor.findings == []
+
+
+def test_the_sample_that_carries_the_gradient_is_told(tmp_path):
+    def one_sample(x):
+        x = x.clone()
+        x[5] *= 1000.0
+        return x
+
+    (first, *_) = train(one_sample, 1, lr=1e-6).findings  # tanh bears it, and its first layer shows it
+    assert "the batch is out of range" in first.evidence
+    model = Linear()
+    with Monitor(model, 1, directory=tmp_path, writers=[]) as monitor:
+        monitor.capsule()
+        model(one_sample(torch.randn(32, 16))).square().mean().backward()
+        monitor.step()
+    told = load(monitor.capsules[0], model=Linear).description
+    assert "gradient at the output: sample 5 of 32 carries 100 % of its squares" in told
