@@ -19,6 +19,7 @@ from stabkit.identification.steps.composed_steps import (
     with_half_kicks,
     with_halved_starts,
 )
+from stabkit.identification.steps.detached import with_values
 from stabkit.identification.steps.ends import with_ends
 from stabkit.identification.steps.fields_in_time import read_as_euler, with_fields_in_time
 from stabkit.identification.steps.forks_and_joins import changes_count, without_doubtful
@@ -123,7 +124,8 @@ def identify(flow: FlowLike, *, checks: bool = True, parallel: Parallel = SERIAL
     found = with_ends(found, around, lambda slots, steps: read_states(around, slots, steps))
     found = with_halved_starts(without_doubtful(found))
     found = with_compositions(found, lambda start, stop: with_time(read(around, start, stop)))
-    return tuple(map(consistent, with_half_kicks(found, around)))
+    found = list(map(consistent, with_half_kicks(found, around)))
+    return tuple(with_values(found, flow, lambda other: identify(other, checks=False, parallel=parallel)))
 
 
 def _over_steps(records: Sequence[Identification], recurrences: Recurrences) -> list[Identification]:

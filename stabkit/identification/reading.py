@@ -44,6 +44,7 @@ from stabkit.identification.steps.around_addition import (
     with_projection,
     with_randomness,
 )
+from stabkit.identification.steps.branch_numbers import with_numbers_told
 from stabkit.identification.steps.change_of_space import change_of_space, linear_map_as_skip
 from stabkit.identification.steps.coupled import coupled
 from stabkit.identification.steps.couplings import mixed_coupling, scaled_coordinates, with_couplings
@@ -51,13 +52,14 @@ from stabkit.identification.steps.diffusion import as_diffusion
 from stabkit.identification.steps.exponential_steps import by_coordinates
 from stabkit.identification.steps.forks_and_joins import holds_a_step, step_inside
 from stabkit.identification.steps.growing_history import growing_history
+from stabkit.identification.steps.held_entries import told_of_mask, without_held_entries
 from stabkit.identification.steps.implicit import (
-    LinearSolve,
     begins_at_constants,
     fixed_point,
     inner_iterations,
     iterates_silently,
     linear_solve,
+    record_of_solve,
     silent_rounds,
     solves_inside,
 )
@@ -80,9 +82,13 @@ from stabkit.identification.steps.relaxation import with_linear_part
 from stabkit.identification.steps.retraction import bent_skip, retraction
 from stabkit.identification.steps.sliding_window import sliding_window, window_of_states
 from stabkit.identification.steps.solver_outputs import last_of_stack, with_others
-from stabkit.identification.steps.state_mixing import mixed_by_itself, record_of_mixing, streams_mixed_by_themselves
+from stabkit.identification.steps.state_mixing import (
+    beside_identity,
+    mixed_by_itself,
+    record_of_mixing,
+    streams_mixed_by_themselves,
+)
 from stabkit.identification.steps.streams import mixed_by_numbers, mixed_streams, record_of_streams, streams_in_turn
-from stabkit.integrators import named
 from stabkit.tracing.graph.values import meta_of, operation
 
 _ITERATED = 3  # uses of one field in a row that make a loop of a map without a skip
@@ -144,7 +150,11 @@ def _of_slots(around: Surroundings, found: Slots, steps: tuple[int, ...]) -> Ide
     record = read_several_states(around, found, steps)
     if record.name in ("fork", "join"):
         return step_inside(around, found, steps, record, _of_slots)
-    if record.name in ("unnamed", "unknown") and (window := window_of_states(around.flow, found, steps)) is not None:
+    if record.name in ("unnamed", "unknown") and (moved := without_held_entries(around, found)) is not None:
+        other = read_several_states(around, moved, steps)
+        if other.name not in ("unnamed", "unknown"):
+            return told_of_mask(other)
+    if record.name in ("unnamed", "unknown") and (window := window_of_states(around, found, steps)) is not None:
         return window
     before, after = (around.flow.states[i].values for i in (start, stop))
     if record.name.startswith("unnamed") and found.split and len(before) == len(after) == 1:
@@ -201,7 +211,7 @@ def _one_state(around: Surroundings, found: Slots, steps: tuple[int, ...]) -> Id
         return record_of_equation(equation, steps)
     solved = linear_solve(whole)
     if solved is not None:
-        return _solved(solved, steps)
+        return record_of_solve(solved, steps)
     if (rounds := inner_iterations(whole, around.names)) > 1:
         why = f"a solver of {rounds} rounds runs inside: quotients of inner products scale directions, and are no gates"
         return nothing(steps, "iterative solver inside", why, "unknown")
@@ -225,19 +235,6 @@ def _one_state(around: Surroundings, found: Slots, steps: tuple[int, ...]) -> Id
         why = f"the skip begins after {', '.join(before)}: x' = P(x) + f(P(x)), which is no step from x"
         return nothing(steps, "transformed skip", why, "proven")
     return _sums(around, found, links, steps)
-
-
-def _solved(solved: LinearSolve, steps: tuple[int, ...]) -> Identification:
-    """A step that solves a linear system for its result."""
-    if not solved.of_the_state:
-        why = "a linear system is solved on the way to the result; what method that makes was not found"
-        return nothing(steps, "semi-implicit (linear solve)", why, "unknown")
-    many = f"{solved.count} steps of " if solved.count > 1 else ""
-    system = "x' = f(x), f = (1 - M) x, M the matrix that is solved"
-    record = record_of(
-        Name(f"{many}backward_euler", system, 1.0, "h = 1: M = 1 - h J"), None, steps, skip=None, residual=0.0
-    )
-    return replace(record, method=None if many else named("backward_euler"))
 
 
 def _without_skip(around: Surroundings, found: Slots, links: Sequence[Link], steps: tuple[int, ...]) -> Identification:
@@ -338,9 +335,11 @@ def _total(
 def _sums(around: Surroundings, found: Slots, links: Sequence[Link], steps: tuple[int, ...]) -> Identification:
     """A chain of sums; where it is no known method, that of fields which end later than where they stop to bend."""
     mixing = streams_mixed_by_themselves(around.whole(steps[0], steps[-1] + 1, found))
-    if mixing is not None:
-        return record_of_mixing(mixing, steps)
     record = read_sums(around, found, links, steps)
+    if mixing is not None:
+        total = _total(around, found, steps, links)
+        whole = total is not None and total.kind == "scalar" and total.value == 1.0
+        return beside_identity(record, mixing) if whole else record_of_mixing(mixing, steps)
     if norms_after(links) and (fixed := with_fixed_norms(around.whole(steps[0], steps[-1] + 1, found), record)):
         return fixed
     if not record.name.startswith("unnamed"):
@@ -431,7 +430,7 @@ def read_sums(around: Surroundings, found: Slots, links: Sequence[Link], steps: 
         record, norms_after(links), len(sums), rectified=all(map(rectifies, behind)), threshold=threshold,
         bends=not all(map(normalises, behind)), whole=at_the_end, skips=tuple(c.value for c in skips),
     )  # fmt: skip
-    record = with_gates(record, kinds, sums)
+    record = with_gates(with_numbers_told(record, sums), kinds, sums)
     flow = scaled_coordinates(around.whole(steps[0], steps[-1] + 1, found), steps) if "gate" in kinds else None
     if flow is not None:
         record = replace(flow, after=record.after, notes=(*flow.notes, *record.notes))

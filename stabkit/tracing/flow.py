@@ -141,6 +141,7 @@ class Flow:
     recorded: RecordedPass = field(repr=False)
     _chains: Callable[[], dict[str, Flow]] = field(repr=False)
     _retrace: Callable[..., Flow] | None = field(default=None, repr=False, kw_only=True)
+    _by_values: Callable[[], Flow] | None = field(default=None, repr=False, kw_only=True)
     _finite: bool | None = field(default=None, repr=False, kw_only=True)
 
     def again(self, *, check: bool = False, given: tuple[Any, Any] | None = None) -> Flow:
@@ -156,6 +157,16 @@ class Flow:
         if self._retrace is None:
             raise TraceError("this flow was taken out of another one; trace that one anew")
         return self._retrace(check) if given is None else self._retrace(check, given=given)
+
+    def by_values(self) -> Flow | None:
+        """The same call traced as if nothing were detached in it; None for a flow that was taken out of another one.
+
+        Its states are all values that are carried on, its derivatives those of the values, and not those that train.
+
+        Raises:
+            TraceError: the call fails so, as where the model writes to what it has detached.
+        """
+        return None if self._by_values is None else self._by_values()
 
     def following(self, loss: Any) -> Flow:
         """The flow that leads to all outputs that a loss reads: this one, if it does, or the call traced to them.

@@ -121,8 +121,9 @@ def trace(
             own = map_tensors([inputs, forward.kwargs], lambda tensor: tensor.detach().clone())
             forward = replace(forward, inputs=own[0], kwargs=own[1])
         recorded = _record(forward, source, target, memory == "recompute")
+    settings = _Settings(module, depth, batch, batch_dim or 0, seed, check, target)
     with young_only():
-        flow = _build(recorded, _Settings(module, depth, batch, batch_dim or 0, seed, check, target))
+        flow = _build(recorded, settings)
 
     def again(checked: bool, end: Target = target, given: tuple[Any, Any] | None = None) -> Flow:
         args, named = (inputs, kwargs) if given is None else given
@@ -139,7 +140,13 @@ def trace(
             memory=memory,
         )
 
-    return replace(flow, _retrace=again)
+    def by_values() -> Flow:
+        with young_only(), torch.inference_mode(False):
+            passed_on = _record(replace(forward, through_detach=True), source, target, recompute=False)
+        with young_only():
+            return _build(passed_on, replace(settings, check=False))
+
+    return replace(flow, _retrace=again, _by_values=by_values)
 
 
 @dataclass(frozen=True)

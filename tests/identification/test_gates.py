@@ -136,3 +136,46 @@ def test_a_gate_of_a_similarity_stays_a_gate():
         return gate * x + (1 - gate) * y
 
     assert all(r.name.startswith("gated Euler") for r in records(nn.Sequential(*(Cross(layer, depth=1),) * 2)))
+
+
+class Wide(nn.Module):
+    """A gate of the state, and another number of the same gate before the branch (Kusupati et al. 2018)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.into, self.around = nn.Linear(3, WIDTH), nn.Linear(WIDTH, WIDTH, bias=False)
+
+    def forward(self, x):
+        h = x.new_zeros(len(x), WIDTH)
+        for t in range(x.shape[1]):
+            both = self.into(x[:, t]) + self.around(h)
+            z = torch.sigmoid(both + 1)
+            h = (0.7 * (1 - z) + 0.02) * torch.tanh(both) + z * h
+        return h
+
+
+def test_the_mean_of_a_gate_before_a_branch_is_not_told_as_its_number():
+    torch.manual_seed(0)
+    found = identify(trace(Wide(), torch.randn(2, 9, 3)), checks=False)[3]
+    assert found.name.startswith("gated skip (mean a = ")
+    assert found.convention == "h: the mean of what multiplies the branch, which depends on the state"
+
+
+class Slots(nn.Module):
+    """A cell with gates, and a residual branch behind it (Locatello et al. 2020)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gates, self.norm, self.f = nn.GRUCell(WIDTH, WIDTH), nn.LayerNorm(WIDTH), nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x):
+        x = self.gates(torch.tanh(x), x)
+        return x + torch.relu(self.f(self.norm(x)))
+
+
+def test_a_step_without_a_gate_beside_one_with_a_gate_is_not_said_to_have_one():
+    torch.manual_seed(0)
+    slots = Slots()
+    for found in identify(trace(nn.Sequential(slots, slots, slots), torch.randn(2, WIDTH)), checks=False):
+        assert found.name.startswith("Lie splitting (2 steps, 1 gated")
+        assert "each with a gate" not in found.system

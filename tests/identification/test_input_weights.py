@@ -156,3 +156,12 @@ def test_the_weight_of_the_input_of_an_exponential_step_is_told_by_its_kind(weig
     assert found.name.startswith("exponential step")
     assert said in " ".join(found.notes)
     assert other not in " ".join(found.notes)
+
+
+def test_a_step_that_tokens_make_is_one_that_the_input_makes():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(7, D), Memory(longhorn, rows=True), Memory(longhorn, rows=True))
+    records = stabkit.identify(stabkit.trace(model, torch.randint(0, 7, (3, TIMES))), checks=False)
+    found = [time for record in records for time in record.over_time]
+    assert len(found) == 2
+    assert all("which the input makes" in " ".join(time.notes) for time in found)

@@ -17,9 +17,9 @@ STREAMS, SAMPLES, TOKENS, WIDTH = 3, 2, 5, 8
 class Predicted(nn.Module):
     """Predict all streams, compute on one of them, correct all (Baykal et al. 2023)."""
 
-    def __init__(self, axis, product, square):
+    def __init__(self, axis, product, square, kept=1.0):
         super().__init__()
-        self.axis, self.product, self.square = axis, product, square
+        self.axis, self.product, self.square, self.kept = axis, product, square, kept
         self.router, self.gains = nn.Linear(WIDTH, STREAMS**2), nn.Linear(WIDTH, STREAMS)
         self.f = dense(WIDTH)
 
@@ -27,7 +27,7 @@ class Predicted(nn.Module):
         x = x.movedim(self.axis, 0)
         M = self.router(x[0]).tanh().unflatten(-1, (STREAMS, STREAMS))
         M = M.softmax(-1) if self.square else M
-        predicted = self.product(M, x) + x
+        predicted = self.product(M, x) + self.kept * x if self.kept else self.product(M, x)
         one = predicted[0] + self.f(predicted[0])
         gains = 1 + self.gains(one).movedim(-1, 0).unsqueeze(-1)
         return (predicted + gains * (one - predicted[0])).movedim(0, self.axis)
@@ -45,13 +45,30 @@ def by_hand(M, x):
     return torch.stack([sum(M[..., i, j, None] * x[i] for i in range(STREAMS)) for j in range(STREAMS)])
 
 
-@pytest.mark.parametrize(("axis", "product", "square"), [(0, by_matmul, False), (1, by_matmul, True),
-                                                         (1, by_einsum, False), (2, by_einsum, True)])  # fmt: skip
-def test_streams_that_are_mixed_by_a_matrix_of_one_of_them_are_no_euler_steps(axis, product, square):
+SPELLINGS = [(0, by_matmul, False), (1, by_matmul, True), (1, by_einsum, False), (2, by_einsum, True)]
+
+
+def read(axis, product, square, kept):
     torch.manual_seed(0)
-    model = nn.Sequential(*(Predicted(axis, product, square) for _ in range(3)))
+    model = nn.Sequential(*(Predicted(axis, product, square, kept) for _ in range(3)))
     x = torch.randn(STREAMS, SAMPLES, TOKENS, WIDTH).movedim(0, axis)
-    found = identify(trace(model, x, depth=["0", "1", "2"], batch_dim=None))
+    return identify(trace(model, x, depth=["0", "1", "2"], batch_dim=None))
+
+
+@pytest.mark.parametrize(("axis", "product", "square"), SPELLINGS)
+def test_a_matrix_of_one_stream_that_is_added_to_all_as_they_are_makes_a_splitting(axis, product, square):
+    found = read(axis, product, square, 1.0)
+    name = "Lie splitting (2 Euler steps), streams mixed by a matrix of the state"
+    assert {(record.name, record.skip) for record in found} == {(name, 1.0)}
+    assert all("beside the identity" in record.notes[0] for record in found)
+
+
+@pytest.mark.parametrize("kept", [0.0, 0.5])
+@pytest.mark.parametrize(("axis", "product", "square"), SPELLINGS)
+def test_streams_that_a_matrix_of_one_of_them_mixes_are_no_euler_steps_without_the_identity(
+    axis, product, square, kept
+):
+    found = read(axis, product, square, kept)
     assert {(record.name, record.evidence) for record in found} == {("skip by a matrix of the state", "measured")}
 
 

@@ -54,24 +54,39 @@ def chain(whole: Piece, form_of: Callable[[Piece], NormalForm], owned: Collectio
     """
     (source,), (target,) = whole.sources, whole.targets
     links: list[Link] = []
-    cuts = _cuts(whole, source, target)
+    held = _made_of_held(whole)
+    cuts = _cuts(whole, source, target, held)
     start = 0
     for a, (b, stop) in zip([source, *(value for value, _ in cuts)], cuts, strict=False):
         if len(cuts) == 1 and not owned:
             part = whole
         else:
-            part = Piece(whole.graph, whole.nodes[start:stop], [a], [b], contexts=whole.contexts, owned=owned)
+            nodes = [*(node for node in whole.nodes[:start] if node in held), *whole.nodes[start:stop]]
+            part = Piece(whole.graph, nodes, [a], [b], contexts=whole.contexts, owned=owned)
         links.append(_link(form_of(part)))
         start = stop
     return tuple(links)
 
 
-def _cuts(piece: Piece, source: Value, target: Value) -> list[tuple[Value, int]]:
-    """The values through which everything passes, each with the position after which it is alone; the target last."""
+def _made_of_held(piece: Piece) -> set[Node]:
+    """The operations on what is held fixed alone: features of an input, which several parts of a step may read."""
+    found: set[Node] = set()
+    for node in piece.nodes if piece.contexts else ():
+        given = piece.inputs(node)
+        if given and all(value in piece.contexts or value.node in found for value in given):
+            found.add(node)
+    return found
+
+
+def _cuts(piece: Piece, source: Value, target: Value, held: Collection[Node]) -> list[tuple[Value, int]]:
+    """The values through which everything passes, each with the position after which it is alone; the target last.
+
+    What is held fixed, and what that alone makes (``held``), passes beside them.
+    """
     last: dict[Value, int] = {target: len(piece.nodes)}
     for position, node in enumerate(piece.nodes):
         for value in piece.inputs(node):
-            if value not in piece.contexts:
+            if value not in piece.contexts and value.node not in held:
                 last[value] = max(last.get(value, 0), position)
     dies: dict[int, list[Value]] = {}
     for value, position in last.items():

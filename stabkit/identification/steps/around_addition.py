@@ -15,6 +15,7 @@ from stabkit.identification.form.chain import Link
 from stabkit.identification.form.coefficients import Coefficient
 from stabkit.identification.form.normal_form import NormalForm
 from stabkit.identification.form.operations import MOVES, has_matrix
+from stabkit.identification.names.step_size import NUMBER
 from stabkit.identification.record import Identification
 from stabkit.identification.steps.quotients import leaking_quotients
 from stabkit.integrators import stochastic_depth
@@ -159,8 +160,15 @@ def with_gates(record: Identification, kinds: set[str], sums: Sequence[NormalFor
         share = f"{len(sums)} gated steps" if len(gated) == len(sums) else f"{len(sums)} steps, {len(gated)} gated"
         system = "x' = a_i(x) x + f_i(x) - x, one after the other, each with a gate of its own"
         name = f"Lie splitting ({share}, mean a = {numbers})"
-        if len(gated) < len(sums):  # the share of a gate is no number of the steps beside it
-            record = replace(record, step_size=None, convention="none: every step has its own")
+        convention = "none: every step has its own"  # the share of a gate is no number of the steps beside it
+        if len(gated) == len(sums) and all(map(_is_convex, sums)):
+            system = "x' = T_i(x) (f_i(x) - x), one after the other, each with a gate of its own"
+            convention = "none for all: that of a step is its gate, T_i = 1 - a_i"
+        if len(gated) < len(sums):
+            system = "x' = a(x) x + f(x) - x where the old state is gated, one after the other with the rest"
+        if record.method is not None:
+            record.method.name = name
+        record = replace(record, step_size=None, convention=convention)
         return replace(record, name=name, notes=notes, evidence="measured", system=system)
     if record.skip is None:  # a projection, or a map behind the addition, has named the step: no single a describes it
         return replace(record, evidence="measured", notes=(*record.notes, notes[0]))
@@ -169,6 +177,8 @@ def with_gates(record: Identification, kinds: set[str], sums: Sequence[NormalFor
         if record.name.startswith("unnamed"):  # of stages that gates weigh no one number is a step size
             how = "none: the stages of the branch are weighed by numbers of their own"
             record = replace(record, method=None, recorded=(), step_size=None, convention=how, evidence="measured")
+        if len(gates) > len(gated) and record.convention == NUMBER:
+            record = replace(record, convention="h: the mean of what multiplies the branch, which depends on the state")
         return replace(record, name=name, system=system, notes=notes)
     return replace(
         record,
@@ -179,14 +189,25 @@ def with_gates(record: Identification, kinds: set[str], sums: Sequence[NormalFor
     )
 
 
+def _is_convex(form: NormalForm) -> bool:
+    """Whether what a gate leaves of the state is what is added: the gates of both are one in sum."""
+    gates = [c for c in form.forms[0].values() if c.kind == "gate"]
+    ends = sum(c.value for c in gates), sum(c.low for c in gates[:1]) + sum(c.high for c in gates[1:])
+    return len(gates) == len(form.forms[0]) == 2 and all(abs(end - 1) <= GATED for end in ends)
+
+
 def with_own_damping(record: Identification, skips: Sequence[Coefficient]) -> Identification:
     """A record of skips with a number for each entry: it tells their range, and not the mean that the tableau holds."""
     entries = [c for c in skips if c.kind == "diagonal"]
     name, system = record.name, record.system
     if any(c.low < 0 or c.high > 1 for c in entries):
-        name, system = f"diagonal skip ({'; '.join(_ranges(entries))})", "x' = f(x) + (a - 1) x, a of either sign"
-    for c, told in zip(entries, _ranges(entries), strict=True):
-        name = name.replace(f"a = {c.value:.3g}", told)
+        told = [f"diagonal skip ({_ranges([c])[0]})" if c.kind == "diagonal" else
+                "Euler step" if c.value == 1.0 else f"damped Euler (a = {c.value:.3g})" for c in skips]  # fmt: skip
+        name, system = told[0], "x' = f(x) + (a - 1) x, a of either sign"
+        if len(skips) > 1:
+            name, system = f"Lie splitting ({', '.join(told)})", f"{system}, one after the other"
+    for c, ends in zip(entries, _ranges(entries), strict=True):
+        name = name.replace(f"a = {c.value:.3g}", ends)
     if record.skip is not None and len(skips) > 1:  # the product of several
         name = name.replace(f"a = {record.skip:.3g}", "a by entry")
     if record.method is not None:

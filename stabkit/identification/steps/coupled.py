@@ -25,6 +25,7 @@ from stabkit.identification.form.operations import SCALES, has_matrix
 from stabkit.identification.form.pieces import Piece
 from stabkit.identification.form.slots import Slots
 from stabkit.identification.record import Identification
+from stabkit.identification.steps.driven import weights_of_inputs
 from stabkit.tracing.graph.values import Value, meta_of, operation, outputs_of
 
 ReadOne = Callable[[Surroundings, Slots, tuple[int, ...]], Identification]
@@ -275,6 +276,8 @@ def _said(i: int, streams: Sequence[_Stream], shape: str) -> str:
         parts.append(f"{sums} additions")
     if (h := stream.h or stream.drive) is not None:
         parts.append(f"h = {h:.3g}")
+    if fed := weights_of_inputs(stream.links, {v for s in streams for v in s.values}):
+        parts.append(f"driven by an input with the weight {' and '.join(f'{w:.3g}' for w in fed)}")
     for what, places in (("old", stream.old), ("new", stream.new)):
         if places:
             parts.append(f"reads {what} {' and '.join(f'x_{j + 1}' for j in places)}")

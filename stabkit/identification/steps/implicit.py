@@ -10,7 +10,7 @@ import itertools
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,9 @@ from stabkit.identification.fields.shared import key_of
 from stabkit.identification.form.gates import is_quotient_of_inner_products
 from stabkit.identification.form.operations import MOVES, has_matrix
 from stabkit.identification.form.pieces import Piece
+from stabkit.identification.names.single import Name
+from stabkit.identification.record import Identification, nothing, record_of
+from stabkit.integrators import named
 from stabkit.tracing import Flow
 from stabkit.tracing.graph.values import Value, operation, outputs_of
 from stabkit.tracing.recording.hooks import hooked
@@ -81,6 +84,18 @@ class LinearSolve:
 
     count: int
     of_the_state: bool
+
+
+def record_of_solve(solved: LinearSolve, steps: tuple[int, ...]) -> Identification:
+    """The record of a step that solves a linear system for its result."""
+    if not solved.of_the_state:
+        why = "a linear system is solved on the way to the result; what method that makes was not found"
+        return nothing(steps, "semi-implicit (linear solve)", why, "unknown")
+    many = f"{solved.count} steps of " if solved.count > 1 else ""
+    system = "x' = f(x), f = (1 - M) x, M the matrix that is solved"
+    name = Name(f"{many}backward_euler", system, 1.0, "h = 1: M = 1 - h J")
+    record = record_of(name, None, steps, skip=None, residual=0.0)
+    return replace(record, method=None if many else named("backward_euler"))
 
 
 def right_side(node: Node) -> Value | None:

@@ -137,7 +137,7 @@ def explicit_step(before: Collection[Value], after: Value, cycle: Sequence[Node]
         return "step", size
     for node in cycle:
         given = [None if parent is None else Value(parent, output) for parent, output in node.next_functions]
-        states = [v for v in given if v is not None and _stripped(v) in step.before]
+        states = [v for v in given if v is not None and stripped(v) in step.before]
         if operation(node) == "Mul" and len(states) == 1 and after.node is not node:
             decayed = _TimeStep(frozenset({Value(node, 0)}), after, step.carried - {node}, step.before)
             size = _step_size(decayed)
@@ -145,7 +145,7 @@ def explicit_step(before: Collection[Value], after: Value, cycle: Sequence[Node]
     return "", None
 
 
-def _stripped(value: Value) -> Value:
+def stripped(value: Value) -> Value:
     """What a value is made of by moves alone."""
     while operation(value.node) in MOVES:
         parent, output = value.node.next_functions[0]
@@ -266,9 +266,9 @@ def _is_one_and_step(node: Node, place: int) -> bool:
     number, (parent, output) = getattr(node, places[at], None), node.next_functions[at]
     if not isinstance(number, Tensor) or parent is None:
         return False
-    whole = _stripped(Value(parent, output))
+    whole = stripped(Value(parent, output))
     inner = next(Value(p, o) for p, o in whole.node.next_functions if p is not None)
-    size, step = _product_of(_stripped(inner)), _stripped(inner)
+    size, step = _product_of(stripped(inner)), stripped(inner)
     if size is None:
         return False
     number, meta = number.detach(), meta_of(Value(parent, output))

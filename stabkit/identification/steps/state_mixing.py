@@ -6,7 +6,7 @@ neither; but it is no map without a skip either: the state itself reaches the ne
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor
@@ -115,7 +115,24 @@ def _kind(matrix: Tensor) -> str:
 
 def record_of_mixing(mixing: Mixing, steps: tuple[int, ...]) -> Identification:
     """The record of a state that is multiplied by a matrix made of it."""
+    why = f"the state is multiplied by a matrix that depends on it ({_sizes(mixing)}): no single a describes the skip"
+    return nothing(steps, "skip by a matrix of the state", why, "measured", system="M(x) x + f(x), M a matrix")
+
+
+def beside_identity(record: Identification, mixing: Mixing) -> Identification:
+    """The record of a step that adds to its state a matrix of it times itself, P(x) x: what is passed on is the state.
+
+    Without another name for the whole it is that of a skip by a matrix.
+    """
+    if record.skip != 1.0 or record.name.startswith(("unnamed", "not a step")):
+        return record_of_mixing(mixing, record.steps)
+    why = f"beside the identity the state is multiplied by a matrix P(x) that depends on it ({_sizes(mixing)})"
+    name = f"{record.name}, streams mixed by a matrix of the state"
+    if record.method is not None:
+        record.method.name = name
+    return replace(record, name=name, system=f"{record.system}, one field of them P(x) x", notes=(why, *record.notes))
+
+
+def _sizes(mixing: Mixing) -> str:
     sizes = " and ".join(" by ".join(map(str, size)) for size in mixing.sizes) or "spelled as a product and a sum"
-    kind = f", {mixing.stochastic} at this input" if mixing.stochastic else ""
-    why = f"the state is multiplied by a matrix that depends on it ({sizes}{kind}): no single a describes the skip"
-    return nothing(steps, "skip by a matrix of the state", why, "measured", system="x' = M(x) x + f(x)")
+    return f"{sizes}, {mixing.stochastic} at this input" if mixing.stochastic else sizes

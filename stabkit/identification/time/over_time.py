@@ -252,6 +252,7 @@ def linear_recurrence(
             called, system = "exponential trapezoid (two-point input", f"{system}, {_BOTH_ENDS}"
         name = f"{called}, {_sizes(low, high)})"
         residual = max(made.residual, residual)
+        evidence = "proven" if made.certain and not fed else "measured"
         told += [*filter(None, [rates(made.rule, values)])]
         if made.weight in _WEIGHTS or made.input_follows is not None:
             told.append(_WEIGHTS.get(made.weight) or (_FOLLOWS if made.input_follows else _OWN))
@@ -279,7 +280,7 @@ def linear_recurrence(
 
 def _real_blocks(coupled: Coupling) -> np.ndarray[Any, np.dtype[np.float64]]:
     blocks = coupled.blocks.real.reshape(-1, coupled.size, coupled.size)
-    return torch.unique(blocks.double(), dim=0).numpy()
+    return np.asarray(torch.unique(blocks.double(), dim=0).numpy())
 
 
 def _rule_of_constants(coupled: Coupling) -> str | None:

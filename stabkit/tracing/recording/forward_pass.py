@@ -33,6 +33,7 @@ class ForwardPass:
         seed: the seed of the random numbers that the model draws.
         promote_casts: take floats that are cast from integers as sources too.
         through_no_grad: ignore ``torch.no_grad`` inside the model.
+        through_detach: pass on what the model detaches.
         ending: makes what a flow ends at of the output, recorded with the pass; None where an output itself is meant.
     """
 
@@ -43,6 +44,7 @@ class ForwardPass:
     seed: int
     promote_casts: bool = False
     through_no_grad: bool = False
+    through_detach: bool = False
     ending: Ending | None = None
 
     @property
@@ -74,7 +76,7 @@ class ForwardPass:
             values = ValueRecorder(recording, safe, prepared.integers, self.promote_casts, wanted)
             hooks = saved.hooks() if saved is not None else contextlib.nullcontext()
             try:
-                with transparent(self.through_no_grad), hooks:
+                with transparent(self.through_no_grad, through_detach=self.through_detach), hooks:
                     record(self.model, self.module, prepared.args, prepared.kwargs, recording, values, self.ending)
             except TraceError:
                 raise

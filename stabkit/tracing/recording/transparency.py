@@ -142,16 +142,17 @@ class EagerMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 class PlainKernels(TorchFunctionMode):
-    """Recurrent kernels take their composite path; ``no_grad`` is looked through when asked.
+    """Recurrent kernels take their composite path; ``no_grad`` and ``detach`` are looked through when asked.
 
     A model may ask for a gradient of its input, as those with a frozen front do; the input is on the graph already.
     Memory that a model fills by and by, as a solver does with its stages, begins with zeros: what stands there before
     is part of the states in between, and would be of any size.
     """
 
-    def __init__(self, through_no_grad: bool = False, training: Any = None) -> None:
+    def __init__(self, through_no_grad: bool = False, training: Any = None, through_detach: bool = False) -> None:
         super().__init__()
         self.through_no_grad = through_no_grad
+        self.through_detach = through_detach
         self.training = training
 
     def __torch_function__(
@@ -160,6 +161,8 @@ class PlainKernels(TorchFunctionMode):
         kwargs = kwargs or {}
         if self.through_no_grad and func is torch._C._set_grad_enabled:
             return None
+        if self.through_detach and func in DETACHING:
+            return args[0] if DETACHING[func].endswith("_") else args[0].view_as(args[0])
         if self.training is not None:
             self._told(func, args, kwargs)
         if func == _ASK_GRADIENT and args[1] and args[0].requires_grad:
@@ -184,7 +187,7 @@ class PlainKernels(TorchFunctionMode):
 
 
 @contextlib.contextmanager
-def transparent(through_no_grad: bool = False, training: Any = None) -> Iterator[None]:
+def transparent(through_no_grad: bool = False, training: Any = None, *, through_detach: bool = False) -> Iterator[None]:
     """Run a forward pass eagerly, with gradients, without fusion and without recomputation.
 
     Args:
@@ -192,6 +195,7 @@ def transparent(through_no_grad: bool = False, training: Any = None) -> Iterator
         training: what stands in for the reentrant ``CheckpointFunction``, and is told (``ask``) of the tensors that are
             made to require grad, (``without_graph``) that something ran off the graph, and (``detached``) how often
             something was taken off it; None calls the function that is checkpointed, and no more.
+        through_detach: pass on what is detached, as another view of it.
     """
     with contextlib.ExitStack() as stack:
         stack.enter_context(_without_checkpointing(training))
@@ -200,5 +204,5 @@ def transparent(through_no_grad: bool = False, training: Any = None) -> Iterator
         stack.enter_context(torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH))
         stack.enter_context(torch.jit.optimized_execution(False))  # type: ignore[attr-defined]
         stack.enter_context(torch.enable_grad())
-        stack.enter_context(PlainKernels(through_no_grad, training))
+        stack.enter_context(PlainKernels(through_no_grad, training, through_detach))
         yield
