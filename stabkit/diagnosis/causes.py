@@ -9,7 +9,7 @@ from dataclasses import replace
 from torch import Tensor
 
 from stabkit.diagnosis.depth.affine_models import affine_findings
-from stabkit.diagnosis.depth.findings import with_slopes
+from stabkit.diagnosis.depth.findings import with_slopes, with_softmaxes
 from stabkit.diagnosis.depth.post_norm import post_norm_findings
 from stabkit.diagnosis.depth.unsettled import unsettled_findings
 from stabkit.diagnosis.finding import LEARNT, Finding, as_fact, serious
@@ -93,6 +93,7 @@ def with_causes(flow: FlowLike, found: Diagnosis, settings: Settings) -> Diagnos
         return found
     found = with_small_inputs(flow, _of_one_cause(flow, before, found, settings), settings)
     named = [with_slopes(each, found.measurement) for each in with_input_scale(flow, found, settings)]
+    named = [with_softmaxes(each, flow, found.measurement) for each in named]
     named = [with_neighbours(flow, each, settings.loss) if each.kind == "rank_collapse" else each for each in named]
     others = statistics_findings(flow, settings.loss)
     if not any(serious(finding) for finding in named):

@@ -71,6 +71,10 @@ def test_usual_settings_raise_nothing(make):
     assert said(make) == []
 
 
+def test_an_optimizer_that_needs_a_closure_is_noted_and_no_more():
+    assert said(settings(torch.optim.LBFGS)) == []
+
+
 def test_a_reward_is_to_be_climbed():
     def reward(out: Tensor) -> Tensor:
         return out.log_softmax(1)[torch.arange(128), Y].mean()

@@ -169,3 +169,17 @@ def test_class_probabilities_that_sum_over_the_batch(log: Callable[[Tensor], Ten
     labels = torch.arange(24) % 3
     found = examine(stabkit.trace(model, torch.randn(24, 5)), lambda out: functional.nll_loss(log(out), labels))
     assert any("softmax along axis 0 of (24, 3)" in f.evidence for f in found.findings) == wrong
+
+
+def test_softmaxes_as_activations_are_named_where_a_gradient_vanishes():
+    torch.manual_seed(0)
+    layers = [part for _ in range(3) for part in (nn.Linear(32, 32), nn.Softmax(-1))]
+    x = torch.randn(48, 32)
+    report = stabkit.analyze(
+        nn.Sequential(*layers, nn.Linear(32, 4)),
+        x,
+        loss=lambda out: functional.cross_entropy(out, torch.arange(48) % 4),
+        spectrum="none",
+    )
+    found = next(f for f in report.findings if f.kind == "vanishing")
+    assert "3 softmaxes stand in it as activations (1 and 3 and 1 more)" in found.evidence

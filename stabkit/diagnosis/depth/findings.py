@@ -17,6 +17,7 @@ from stabkit.diagnosis.remedies import computed as remedies
 from stabkit.diagnosis.thresholds import Thresholds
 from stabkit.diagnosis.verdict import Verdict, factor, nats
 from stabkit.statistics import confidence_above, mean_interval
+from stabkit.tracing import Flow
 
 _ROUNDING = 1e-3  # nats
 _REFERENCE = "Yang et al., ICML 2020; Haber and Ruthotto, 2017"
@@ -244,6 +245,26 @@ def _overdamped(
         numbers={"share": share, "modes": modes},
         actions=_scaled(steps, 0.25, measurement),
     )
+
+
+def with_softmaxes(finding: Finding, flow: Flow, measurement: Measurement) -> Finding:
+    """A finding on a stretch that vanishes, with what softmaxes take away that stand in it as activations.
+
+    The Jacobian of a softmax, diag(p) - p p^T, has no singular value above 1/2; of n entries that are alike all are 1/n
+    or 0.
+    """
+    if finding.kind != "vanishing" or len(finding.steps) < 3 or "growth_over_time" in finding.numbers:
+        return finding
+    found = [i for i in finding.steps if set(flow.steps[i].operations) == {"Softmax"}]
+    taken = float(measurement.growth[found].mean(axis=1).sum()) if found else 0.0
+    if len(found) < 2 or not math.isfinite(taken) or taken > -1.0:
+        return finding
+    names = " and ".join(flow.steps[i].name for i in found[:2]) + f" and {len(found) - 2} more" * (len(found) > 2)
+    text = (
+        f"{len(found)} softmaxes stand in it as activations ({names}), each of which passes at most half of a "
+        f"gradient, and take {taken:+.1f} nats"
+    )
+    return replace(finding, evidence=f"{finding.evidence}; {text}")
 
 
 def with_slopes(finding: Finding, measurement: Measurement) -> Finding:

@@ -236,7 +236,7 @@ def _forward(step: StepMeasurement, where: tuple[int, ...]) -> Finding:
         remedy = f"go back to a checkpoint before {', '.join(bad)} became so, or draw anew"
     else:
         evidence = f"the state behind {name} is NaN or infinite, and the one before it is not"
-        remedy = f"look at the output of {step.module_path or name}: its activations overflow, or it divides by zero"
+        remedy = f"look at what {step.module_path or name} computes: the first number that is not finite is made there"
     actions = tuple(
         remedies.redraw(weight.path, 1.0 / weight.unit if weight.kind == "matrix" else 0.0) for weight in poisoned
     )
@@ -280,7 +280,7 @@ def _backward(step: StepMeasurement, where: Sequence[int]) -> Finding:
         confidence=1.0,
         evidence=f"the gradient is not finite at {step.name}, the first step it meets on its way back, "
         "although the states are",
-        remedy=f"look at the derivatives in {step.module_path or step.name}: that of a root at zero is infinite",
+        remedy=f"look at the derivatives in {step.module_path or step.name}: one that is not finite is taken there",
         reference="",
         numbers={"steps": float(len(where))},
     )

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -46,6 +46,7 @@ class ShortTraining:
         watched: what was watched beside the loss, at the end of each run that was made to its end.
         optimizer: what took the steps.
         rate: its learning rate; NaN where all diverge.
+        beside: what else was done to take them, in words.
     """
 
     first: float
@@ -53,9 +54,10 @@ class ShortTraining:
     watched: tuple[float, ...] = ()
     optimizer: str = "plain SGD"
     rate: float = math.nan
+    beside: str = ""
 
     def __str__(self) -> str:
-        at = f" (rate {self.rate:.6g})" if math.isfinite(self.rate) else ""
+        at = f" (rate {self.rate:.6g}{self.beside})" if math.isfinite(self.rate) else ""
         return f"from {self.first:.3g} to {self.last:.3g}{at}" if math.isfinite(self.last) else "beyond every bound"
 
 
@@ -125,9 +127,12 @@ def trained_with(flow: Any, loss: Any, remedy: Remedy) -> ShortTraining | None:
 
 
 def _of_divided_data(call: ForwardPass, loss: Any, remedy: Remedy) -> ShortTraining | None:
-    call = call if remedy.data is None else remedy.data.divided(call)
-    runs = [short_training(call, each) for each in taken_back(loss, remedy.data)]
-    return min((run for run in runs if run is not None), key=lambda run: run.last, default=None)
+    if remedy.data is None:
+        return short_training(call, loss)
+    divided = remedy.data.divided(call)
+    plain, back = (short_training(divided, each) for each in taken_back(loss, remedy.data))
+    told = None if back is None else replace(back, beside=f", the output multiplied by {remedy.data.size:.4g}")
+    return min((run for run in (plain, told) if run is not None), key=lambda run: run.last, default=None)
 
 
 def taken_back(loss: Any, data: Sizes | None) -> list[Callable[[Any], Any]]:

@@ -16,6 +16,7 @@ import torch
 from stabkit.curvature.hessian import Hessian
 from stabkit.curvature.twin import Twin
 from stabkit.diagnosis.finding import Finding, of_training
+from stabkit.errors import StabkitError
 
 _ORDINARY = 1e-4  # a rate from which on nobody means too low a one; what keeps a loss from moving there are its scales
 _STILL = 1e-3  # of the first loss, that the present rate may move it by: a thousand times as many would be needed
@@ -96,10 +97,12 @@ def idle_updates(
 def _is_weak(hessian: Hessian, optimizer: torch.optim.Optimizer) -> bool:
     """Whether the first update is next to nothing beside the weights, though its rate is an ordinary one."""
     twin = Twin(hessian, optimizer)
-    twin.step()
-    moved = sum(
-        float((n - p.detach()).double().square().sum()) for n, p in zip(twin.values(), hessian.parameters, strict=True)
-    )
+    try:
+        twin.step()
+    except StabkitError:
+        return False  # it makes no update by itself, as is noted where that is tried first
+    pairs = zip(twin.values(), hessian.parameters, strict=True)
+    moved = sum(float((new - p.detach()).double().square().sum()) for new, p in pairs)
     size = sum(float(p.detach().double().square().sum()) for p in hessian.parameters)
     return 0 < moved < _WEAK**2 * size
 
