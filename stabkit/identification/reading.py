@@ -52,6 +52,7 @@ from stabkit.identification.steps.diffusion import as_diffusion
 from stabkit.identification.steps.exponential_steps import by_coordinates
 from stabkit.identification.steps.forks_and_joins import holds_a_step, step_inside
 from stabkit.identification.steps.growing_history import growing_history
+from stabkit.identification.steps.held_entries import told_of_mask, without_held_entries
 from stabkit.identification.steps.implicit import (
     begins_at_constants,
     fixed_point,
@@ -149,7 +150,11 @@ def _of_slots(around: Surroundings, found: Slots, steps: tuple[int, ...]) -> Ide
     record = read_several_states(around, found, steps)
     if record.name in ("fork", "join"):
         return step_inside(around, found, steps, record, _of_slots)
-    if record.name in ("unnamed", "unknown") and (window := window_of_states(around.flow, found, steps)) is not None:
+    if record.name in ("unnamed", "unknown") and (moved := without_held_entries(around, found)) is not None:
+        other = read_several_states(around, moved, steps)
+        if other.name not in ("unnamed", "unknown"):
+            return told_of_mask(other)
+    if record.name in ("unnamed", "unknown") and (window := window_of_states(around, found, steps)) is not None:
         return window
     before, after = (around.flow.states[i].values for i in (start, stop))
     if record.name.startswith("unnamed") and found.split and len(before) == len(after) == 1:

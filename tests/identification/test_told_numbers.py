@@ -132,3 +132,25 @@ def test_a_trajectory_that_is_kept_and_a_step_size_beside_the_state_leave_the_fl
     found = records(LearnedFlow(), torch.randn(3, WIDTH), torch.full((3, 1), 0.1))
     assert [r.name for r in found] == ["reversible (4 couplings in turn)"] * 4
     assert all(r.step_size == pytest.approx(0.1) for r in found)
+
+
+class OneState(nn.Module):
+    """Euler steps of a state beside which the step size is joined; the trajectory is kept."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.f = field()
+
+    def forward(self, x: Tensor) -> Tensor:
+        kept = [x]
+        for _ in range(5):
+            given = torch.cat([kept[-1], torch.full((len(x), 1), 0.3)], -1)
+            y = given[:, :-1]
+            kept.append(y + given[:, -1:] * self.f(y))
+        return torch.stack(kept, 1)
+
+
+def test_a_state_beside_a_constant_that_is_cut_off_again_is_that_state():
+    found = records(OneState(), torch.randn(3, WIDTH))
+    assert [r.name for r in found] == ["forward Euler"] * 5
+    assert all(r.step_size == pytest.approx(0.3) and r.evidence == "proven" for r in found)

@@ -95,7 +95,7 @@ class LinearCombination:
             if factors.numel() and (found := self._of_one(atom, float(factors))) is not None:
                 return found if is_stage else self._certified(atom, found)
         nothing = not bool(factors.any())
-        if is_stage and (nothing or not _is_constant(factors, self._dtype)) and self._adds_entries(atom, factors):
+        if is_stage and (nothing or not _is_constant(factors, self._rounding)) and self._adds_entries(atom, factors):
             return Coefficient("scalar", 1.0, float(factors.min()), float(factors.max()), 0.0)
         if nothing:
             # a factor that is zero now (ReZero at its start) is a coefficient; a path that selects nothing is none
@@ -104,7 +104,7 @@ class LinearCombination:
             factors = factors * (meta_of(atom).numel / meta.numel)
             if is_stage and self._spreads_by_weights(atom, factors):
                 return Coefficient("scalar", 1.0, float(factors.min()), float(factors.max()), 0.0)
-        kind, number = _kind(factors, meta.numel, self._dtype, gated=atom in self._gated, masked=self._is_masked)
+        kind, number = _kind(factors, meta.numel, self._rounding, gated=atom in self._gated, masked=self._is_masked)
         low, high = float(factors.min()), float(factors.max())
         sample = float(factors.reshape(-1)[0]) if kind == "diagonal" else None
         found = Coefficient(kind, number, low, high, 0.0, sample)
@@ -116,7 +116,7 @@ class LinearCombination:
             return None
         gated = atom in self._gated
         return Coefficient(
-            "gate" if gated else "scalar", factor if gated else _rounded(factor, self._dtype), factor, factor, 0.0
+            "gate" if gated else "scalar", factor if gated else _rounded(factor, self._rounding), factor, factor, 0.0
         )
 
     def _adds_entries(self, atom: Value, factors: Tensor) -> bool:
@@ -178,6 +178,11 @@ class LinearCombination:
         known = [meta_of(v).dtype for v in (self.value, *(Value(node, 0) for node in self.path))]
         floats = [dtype for dtype in known if dtype.is_floating_point or dtype.is_complex]
         return max(floats, key=lambda dtype: torch.finfo(dtype).eps)
+
+    @cached_property
+    def _rounding(self) -> float:
+        """By how much a number may miss itself, relative: a rounding for each operation, as interpolations cancel."""
+        return torch.finfo(self._dtype).eps * max(_ROUNDINGS, len(self.path))
 
     @cached_property
     def _drawn(self) -> list[tuple[Tensor, dict[Value, Tensor]]]:
@@ -277,7 +282,7 @@ class LinearCombination:
         s = torch.stack([_real(arrived[atom]) for _, arrived in self._drawn]).double().cpu()
         coefficient = float((w * s).sum() / (w * w).sum())
         residual = float((s - coefficient * w).norm() / w.norm()) / max(1.0, abs(coefficient))
-        if residual <= _tolerance(self._dtype):
+        if residual <= self._rounding:
             number = guess.value if guess.kind == "scalar" else coefficient
             return Coefficient("gate" if guess.kind == "gate" else "scalar", number, guess.low, guess.high, residual)
         ratios = s / w
@@ -322,7 +327,9 @@ def _of_copies(factors: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Coe
     differ = along_batch or float(rows.max() - rows.min()) > slack
     if not differ or float((rows - rows[:, :1]).abs().max()) > slack or abs(total) <= slack:
         return None
-    return Coefficient("scalar", _number(torch.tensor([total]), dtype), float(rows.min()), float(rows.max()), 0.0)
+    return Coefficient(
+        "scalar", _number(torch.tensor([total]), _tolerance(dtype)), float(rows.min()), float(rows.max()), 0.0
+    )
 
 
 def _of_samples(factors: Tensor, kept: float, dtype: torch.dtype) -> Coefficient | None:
@@ -334,7 +341,7 @@ def _of_samples(factors: Tensor, kept: float, dtype: torch.dtype) -> Coefficient
     present = flat[flat != 0]
     if not kept and present.numel():
         return None  # the zeros are those of another term, such as the last number of a schedule before the state
-    base = _number((present / kept).mean()[None], dtype) if kept and present.numel() else 1.0
+    base = _number((present / kept).mean()[None], _tolerance(dtype)) if kept and present.numel() else 1.0
     if kept == 1.0 and base > 1.0:
         kept, base = base, 1.0
     elif kept == 1.0 and present.numel() == flat.numel():
@@ -342,30 +349,30 @@ def _of_samples(factors: Tensor, kept: float, dtype: torch.dtype) -> Coefficient
     return Coefficient("samples", base, float(flat.min()), float(flat.max()), 0.0, kept)
 
 
-def _kind(factors: Tensor, numel: int, dtype: torch.dtype, *, gated: bool, masked: bool) -> tuple[str, float]:
+def _kind(factors: Tensor, numel: int, rounding: float, *, gated: bool, masked: bool) -> tuple[str, float]:
     flat = factors.detach().double().reshape(-1).cpu()
     mean = float(flat.mean())
     if gated:  # also where it is one number at this input, as what clamps does as long as nothing is clamped
         return "gate", mean
-    if _is_constant(factors, dtype):
-        return "scalar", _number(flat, dtype)
+    if _is_constant(factors, rounding):
+        return "scalar", _number(flat, rounding)
     kept = flat[flat != 0]
-    if kept.numel() == flat.numel() or bool((kept - kept[0]).abs().max() > _tolerance(dtype) * kept[0].abs()):
+    if kept.numel() == flat.numel() or bool((kept - kept[0]).abs().max() > rounding * kept[0].abs()):
         return "diagonal", mean
-    number = _number(kept, dtype)
+    number = _number(kept, rounding)
     if masked and number != 1.0:  # dropout divides what it keeps; a mask of ones is a choice of entries
         return "dropout", number
     # entries of a stage that are cut off again (padding) are no choice of entries of the state
     return "part" if flat.numel() == numel else "scalar", number
 
 
-def _number(flat: Tensor, dtype: torch.dtype) -> float:
-    return _rounded(float(flat[0]), dtype)
+def _number(flat: Tensor, rounding: float) -> float:
+    return _rounded(float(flat[0]), rounding)
 
 
-def _rounded(number: float, dtype: torch.dtype) -> float:
+def _rounded(number: float, rounding: float) -> float:
     exact = round(number)
-    return float(exact) if abs(number - exact) <= _tolerance(dtype) else number
+    return float(exact) if abs(number - exact) <= rounding else number
 
 
 def _kept_samples(mask: Tensor) -> float | None:
@@ -386,9 +393,9 @@ def _kept_samples(mask: Tensor) -> float | None:
     return float(kept[0]) if kept.numel() else 0.0
 
 
-def _is_constant(factors: Tensor, dtype: torch.dtype) -> bool:
+def _is_constant(factors: Tensor, rounding: float) -> bool:
     spread = float(factors.max() - factors.min())
-    return spread <= _tolerance(dtype) * float(factors.abs().max())
+    return spread <= rounding * float(factors.abs().max())
 
 
 def _tolerance(dtype: torch.dtype) -> float:

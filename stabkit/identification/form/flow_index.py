@@ -19,7 +19,7 @@ from stabkit.identification.form.normal_form import NormalForm, normal_form
 from stabkit.identification.form.operations import CONTRACTIONS, PRODUCTS
 from stabkit.identification.form.other_inputs import OTHERS, at_other_inputs
 from stabkit.identification.form.pieces import Piece
-from stabkit.identification.form.slots import Slots, laid_out_alike, slots
+from stabkit.identification.form.slots import Slots, collectors, laid_out_alike, slots, taken_whole
 from stabkit.tracing import Flow
 from stabkit.tracing.graph.loops import Loop, loops_of_calls, loops_outside_layers
 from stabkit.tracing.graph.values import Value, meta_of, operation, outputs_of
@@ -89,7 +89,8 @@ class Surroundings:
         return frozenset(
             node
             for node, known in self.graph.inputs.items()
-            if sum(parent is not None for parent, _ in node.next_functions) > len(known)
+            if sum(p is not None and Value(p, i) not in self.graph.constants for p, i in node.next_functions)
+            > len(known)
         )
 
     def elsewhere(self) -> Iterator[Surroundings]:
@@ -129,6 +130,10 @@ class Surroundings:
         found = slots(self.flow, start, stop, self.loops)
         if len(found.sources) != 1 or len(found.targets) != 1:
             return found
+        last = collectors(self.flow)
+        read = [node for node in self.nodes(start, stop) if node not in last]
+        if (whole := taken_whole(self.graph, read, found.sources[0])) is not None:
+            found = replace(found, sources=(whole,))
         before, after = meta_of(found.sources[0]), meta_of(found.targets[0])
         if before.shape == after.shape or before.numel != after.numel:
             return found

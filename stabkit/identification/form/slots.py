@@ -287,7 +287,7 @@ def _parted(
 
 def parts_of(graph: Graph, nodes: Sequence[Node], value: Value) -> tuple[Value, ...] | None:
     """The parts that a value is split into at once; None when something reads it whole."""
-    while (whole := _taken_whole(graph, nodes, value)) is not None:
+    while (whole := taken_whole(graph, nodes, value)) is not None:
         value = whole
     readers = [node for node in nodes if value in graph.inputs[node]]
     if not readers or any(operation(node) not in _SPLITS for node in readers):
@@ -305,7 +305,7 @@ def parts_of(graph: Graph, nodes: Sequence[Node], value: Value) -> tuple[Value, 
     return tuple(parts) if len(parts) > 1 and bool((covered == 1).all()) else None
 
 
-def _taken_whole(graph: Graph, nodes: Sequence[Node], value: Value) -> Value | None:
+def taken_whole(graph: Graph, nodes: Sequence[Node], value: Value) -> Value | None:
     """What a value is beside a constant, which is then cut off again: of ``cat([x, h])[..., :-1]`` that is x."""
     node = _only_reader(graph, nodes, value)
     if node is None or operation(node) not in JOINS or len(node.next_functions) == len(graph.inputs[node]):

@@ -96,10 +96,15 @@ class Blocks:
         kept = [j for j in range(len(self.rows)) if self.A[:, j].any() or self.B[:, j].any()]
         if len(kept) in (0, len(self.rows)):
             return self
-        recorded = tuple(self.recorded[j] for j in kept) if self.recorded else ()
-        return Blocks(self.A[np.ix_(kept, kept)], self.U[kept], self.B[:, kept], self.V,
-                      tuple(self.fields[j] for j in kept), tuple(self.rows[j] for j in kept), recorded,
-                      self.guided).without_unread()  # fmt: skip
+        return self.of_rows(kept).without_unread()
+
+    def of_rows(self, kept: Sequence[int]) -> Blocks:
+        """Some rows alone, as if there were no others."""
+        places = list(kept)
+        recorded = tuple(self.recorded[j] for j in places) if self.recorded else ()
+        return Blocks(self.A[np.ix_(places, places)], self.U[places], self.B[:, places], self.V,
+                      tuple(self.fields[j] for j in places), tuple(self.rows[j] for j in places), recorded,
+                      self.guided)  # fmt: skip
 
     def method(self, h: float) -> GeneralLinearMethod:
         """The method with z = h times the eigenvalue of a field's Jacobian."""

@@ -6,8 +6,6 @@ import itertools
 from collections.abc import Sequence
 from dataclasses import replace
 
-import numpy as np
-
 from stabkit.identification.fields.composites import as_one_field
 from stabkit.identification.form.coefficients import Coefficient
 from stabkit.identification.form.normal_form import NormalForm, Stage
@@ -87,7 +85,7 @@ def _named(form: NormalForm, table: Blocks, behind: float) -> Name | None:
     linear = [i for i, stage in enumerate(table.rows) if _is_linear_term(form, stage)]
     if linear and len(linear) < len(table.rows) and not table.A.any():
         rest = [i for i in range(len(table.rows)) if i not in linear]
-        name = name_one_state(_of_rows(table, rest))
+        name = name_one_state(table.of_rows(rest))
         rank = min(_width(form, table.rows[i]) for i in linear)
         what = "a low-rank linear term" if rank < meta_of(form.sources[0]).numel else "a linear term"
         return replace(name, name=f"{name.name} with {what}") if name.is_known else None
@@ -129,11 +127,3 @@ def _relaxes_to_held(form: NormalForm) -> bool:
 def _width(form: NormalForm, stage: Stage) -> int:
     """How many entries the narrowest value inside a linear term has."""
     return min(meta_of(Value(node, 0)).numel for node in stage.nodes)
-
-
-def _of_rows(table: Blocks, rows: Sequence[int]) -> Blocks:
-    places = np.array(rows)
-    return Blocks(
-        table.A[np.ix_(places, places)], table.U[places], table.B[:, places], table.V,
-        tuple(table.fields[i] for i in rows), tuple(table.rows[i] for i in rows),
-    )  # fmt: skip

@@ -416,9 +416,7 @@ def without_parallel(found: Blocks) -> Blocks:
         )  # fmt: skip
         if not any(same):
             kept.append(i)
-    rows = tuple(found.rows[i] for i in kept)
-    fields = tuple(found.fields[i] for i in kept)
-    return Blocks(found.A[np.ix_(kept, kept)], found.U[kept], found.B[:, kept], found.V, fields, rows)
+    return found.of_rows(kept)
 
 
 def _without_held(found: Blocks) -> Blocks:
@@ -431,9 +429,7 @@ def _without_held(found: Blocks) -> Blocks:
     kept = [i for i in range(len(found.rows)) if not is_held(i)]
     if len(kept) == len(found.rows) or len({id(found.rows[i]) for i in kept}) < len({id(s) for s in found.rows}):
         return found
-    rows = tuple(found.rows[i] for i in kept)
-    fields = tuple(found.fields[i] for i in kept)
-    return Blocks(found.A[np.ix_(kept, kept)], found.U[kept], found.B[:, kept], found.V, fields, rows)
+    return found.of_rows(kept)
 
 
 def _composed(found: Blocks, h: float, a: float) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 
 from torch.autograd.graph import Node
 
@@ -34,6 +35,7 @@ from stabkit.identification.names.systems import (
 )
 from stabkit.identification.record import Identification
 from stabkit.identification.steps.composed_steps import LEAPFROG_OR
+from stabkit.identification.steps.given_increments import with_increments, without_increments
 from stabkit.identification.steps.noise import with_noise
 from stabkit.identification.steps.pending import name_pending, told_of
 from stabkit.identification.steps.proximal import proximal_maps
@@ -110,18 +112,25 @@ def _named(
     coefficients = [c for terms in form.forms for c in terms.values()]
     gated = any(c.kind == "gate" for c in coefficients)
     symmetric = is_symmetric(form) if not gated and len(form.stages) == 2 else None
+    certified = all(c.kind in ("scalar", "dropout") for c in coefficients)
     pending = name_pending(table, form)
-    named = pending or name_several_states(table, symmetric=symmetric, gated=gated)
-    if not named.is_known and (read := table.without_unread()) is not table:
+    drift = None
+    if not (pending or gated):
+        drift = without_increments(table, form, found.contexts, partial(around.scales_channels, form.piece))
+    if drift is not None:
+        named, certified, diagonal = name_several_states(drift, symmetric=None, gated=False), False, False
+        table, named = (drift, with_increments(named)) if named.is_known else (table, named)
+    else:
+        named = pending or name_several_states(table, symmetric=symmetric, gated=gated)
+    if not named.is_known and drift is None and (read := table.without_unread()) is not table:
         table, named = read, name_several_states(read, symmetric=None, gated=gated)
-    readout = None
-    composed = None if named.is_known else with_composite_fields(table)
+    readout, composed = None, None if named.is_known or drift is not None else with_composite_fields(table)
     if composed is not None:
         table, named = composed, name_several_states(composed, symmetric=None, gated=gated)
-    if not named.is_known and not gated:
+    if not named.is_known and not gated and drift is None:
         known = name_composition(table) or name_splitting(table, adjoint=are_adjoint(form))
         named = known or alternating_affine(table) or named
-    if not named.is_known and not gated:
+    if not named.is_known and not gated and drift is None:
         readout = with_readout(table)
         named = readout.name if readout is not None else _in_parts(around, found, steps) or named
     if named.name == LEAPFROG and len(table.rows) == 1 and not _is_evaluated_beside(around, form, steps):
@@ -139,7 +148,6 @@ def _named(
     if around.checks and (named.name == HAMILTONIAN or named.name.startswith("reversible")):
         measured = volume(around.flow, start, stop)
         checks = (measured,) if measured is not None else ()
-    certified = all(c.kind in ("scalar", "dropout") for c in coefficients)
     # that a field is a gradient was seen in its Jacobian at this input; that the step is reversible is in the graph
     certified = certified and named.name != HAMILTONIAN
     record = Identification(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from stabkit.identification.form.flow_index import Surroundings
-from stabkit.identification.form.slots import collectors, joined, parts_of
+from stabkit.identification.form.slots import collectors, joined, parts_of, taken_whole
 from stabkit.identification.record import Identification
 from stabkit.tracing.graph.values import Value, meta_of
 
@@ -47,7 +47,10 @@ def read_by(
     if beside.steps[-1] + 1 < start:
         return _at(around, states, beside.steps[-1] + 1, start)
     values, last = around.flow.states[start].values, collectors(around.flow)
-    if len(states) < 2 or (len(values) > 1 and not set(states).isdisjoint(values)):
+    if len(states) == 1:
+        nodes = [node for node in around.nodes(start, stop) if node not in last]
+        return (taken_whole(around.graph, nodes, states[0]) or states[0],)
+    if not states or (len(values) > 1 and not set(states).isdisjoint(values)):
         return states
     # of a trajectory that is kept, the newest
     whole = [v for v in values if len(values) == 1 or set(states) <= set(around.graph.inputs.get(v.node, ()))]

@@ -88,6 +88,7 @@ class Graph:
         dropped: when they met uniform ones, or masks of them.
         batching: by operations, whether products through many vectors at once agreed with single ones.
         passed: nodes that are taken as the identity of the one input that is left to them.
+        constants: values that no input of the model made, though they carry gradients: joined to others, and cut off.
     """
 
     def __init__(self, sources: Sequence[Value], targets: Sequence[Value], *, prune: bool = True) -> None:
@@ -100,6 +101,7 @@ class Graph:
         self.dropped: Collection[int] = ()
         self.batching: dict[tuple[object, ...], str] = {}
         self.passed: frozenset[Node] = frozenset()
+        self.constants: frozenset[Value] = frozenset()
         if prune:
             self._drop_constant()
             self._drop_dead()
@@ -168,7 +170,7 @@ class Graph:
         Of ``cat([x, h])``, handed on as one state, ``[..., -1:]`` is the constant h again, and no function of x.
         """
         joined: dict[Value, list[Node]] = {}  # values that hold constants, with the operations since these were joined
-        constant: set[Value] = set()
+        constant: set[Value] = set()  # for what the graph is of; an input that is held fixed may have made it
         for node in self.nodes:
             self.inputs[node] = taken = [value for value in self.inputs[node] if value not in constant]
             name, made = operation(node), outputs_of(node)
@@ -180,6 +182,12 @@ class Graph:
                 chain = [*joined[taken[0]], node]
                 joined.update(dict.fromkeys(made, chain))
                 constant.update(v for v in made if v not in self.targets and self._holds_constants(v, chain))
+        made_of: dict[Value, list[Value]] = {v: [] for v in constant}
+        for value in constant:
+            first = joined[value][0] if value in joined else value.node
+            given = [Value(parent, output) for parent, output in first.next_functions if parent is not None]
+            made_of[value] = [v for v in given if v not in self.inputs[first]]
+        self.constants = frozenset(v for v in constant if constant.issuperset(made_of[v]))
         if constant:
             self.nodes = [
                 node for node in self.nodes if self.inputs[node] and not constant.issuperset(outputs_of(node))
