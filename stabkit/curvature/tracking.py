@@ -50,7 +50,7 @@ class TrackedSharpness(Result):
         draws: whether the closure draws random numbers, such as masks of dropout: it is the sharpness under one draw,
             that of the seed.
         loss_after: of the closure after the coming update, tried on copies of weights and optimizer, where that has
-            a preconditioner that is less than 8 updates old; NaN elsewhere.
+            a preconditioner that is less than 32 updates old; NaN elsewhere.
     """
 
     sharpness: float

@@ -19,7 +19,7 @@ from stabkit.tracing.recording.sharding import whole
 
 Group = Mapping[str, Any]
 State = Mapping[Any, Any]
-_YOUNG = 8  # updates
+_YOUNG = 32  # updates
 
 
 class NoThresholdError(ArgumentError):
@@ -54,7 +54,7 @@ class Update:
         ascends: whether it climbs (``maximize=True``), so that curvature is that of minus the loss.
         idle: of how many parameters there is no state, since they have had no gradient: nothing moves them, so that
             their P is infinite.
-        young: whether it has a P of few gradients, less than 8 updates old.
+        young: whether it has a P of few gradients, less than 32 updates old.
     """
 
     build: Callable[[float], GeneralLinearMethod]

