@@ -179,7 +179,7 @@ def _since(capsule: Capsule, good: Mapping[str, Tensor], step: int) -> Iterator[
     )
     rates = [float(g["lr"]) for one in capsule.known.get("optimizers", ()) for g in one["groups"] if "lr" in g]
     pairs = zip(before.get("learning_rates", ()), rates, strict=False)
-    changed = list(dict.fromkeys(f"{float(a):.4g} -> {b:.4g}" for a, b in pairs if float(a) != b))
+    changed = list(dict.fromkeys(f"{float(a):.4g} -> {b:.4g}" for a, b in pairs if a is not None and float(a) != b))
     if changed:
         yield f"since then the learning rate changed: {', '.join(changed)}"
     yield f"since then {_moved(good, read_file(capsule.weights).content)}"

@@ -154,7 +154,7 @@ def _of_slots(around: Surroundings, found: Slots, steps: tuple[int, ...]) -> Ide
         other = read_several_states(around, moved, steps)
         if other.name not in ("unnamed", "unknown"):
             return told_of_mask(other)
-    if record.name in ("unnamed", "unknown") and (window := window_of_states(around.flow, found, steps)) is not None:
+    if record.name in ("unnamed", "unknown") and (window := window_of_states(around, found, steps)) is not None:
         return window
     before, after = (around.flow.states[i].values for i in (start, stop))
     if record.name.startswith("unnamed") and found.split and len(before) == len(after) == 1:

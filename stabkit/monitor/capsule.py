@@ -176,4 +176,5 @@ def _told(before: Snapshot | None, why_none: str) -> dict[str, Any]:
     if before is None:
         return {"why_none": why_none or "none had been taken before the trouble began"}
     finite = before.loss if math.isfinite(before.loss) else None
-    return {"step": before.step, "loss": finite, "learning_rates": before.learning_rates, "numbers": before.numbers}
+    rates = [rate if math.isfinite(rate) else None for rate in before.learning_rates]
+    return {"step": before.step, "loss": finite, "learning_rates": rates, "numbers": before.numbers}

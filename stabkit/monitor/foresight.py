@@ -151,7 +151,7 @@ class Foresight:
 
     def _tell(self, finding: Finding, cause: Cause) -> None:
         if self._watch is None or not self._watch.said:
-            self._quiet, self.cause = 0, cause
+            self._quiet, self.cause, self._began = 0, cause, int(finding.numbers["training_step"])
             self._found_ahead([finding])
 
     def explained(self, finding: Finding, began: int, step: int) -> Finding:

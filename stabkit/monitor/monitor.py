@@ -53,10 +53,10 @@ class Monitor:
     """Watches a model in its training loop: gradient growth by block, alerts, and a capsule of what went wrong.
 
     Call ``monitor.step(loss)`` after ``loss.backward()`` and before ``optimizer.step()``. Every ``every``-th step is
-    recorded; on the steps between, no hook is on, but the loss and the learning rates are watched: from the first jump
-    on every step is recorded, and a finding says what changed before. Training with a monitor gives the same weights,
-    bit for bit, as training without. An error inside the monitor warns once and switches off what failed: it never
-    stops a run.
+    recorded; on the steps between, one hook holds on to the batch, and the loss and the rates are watched: from the
+    first jump on every step is recorded, and a finding says what changed before. Training with a monitor gives the same
+    weights, bit for bit, as training without. An error inside the monitor warns once and switches off what failed: it
+    never stops a run.
 
     Blocks are the repeated modules of the model (``blocks`` overrides), in the order in which they are called. A
     quantity of a block sums over the whole batch, over micro-batches and over repeated calls (root of the sum of
@@ -448,6 +448,8 @@ class Monitor:
         """Warn once and go quiet, so that the training goes on."""
         if self._guard.stop(error):
             self._switch_off()
+            if self._foresight is not None:
+                self._foresight.detach()
 
     def _tell(self) -> None:
         """Let the other processes know, who wait for this one's part of the record."""

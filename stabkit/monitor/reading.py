@@ -97,6 +97,7 @@ def _rows(path: Path) -> list[dict[str, Any]]:
                 break  # cut short
             totals = {name: row.pop(name) for name in _TOTALS}
             totals["gradient_norm"] = row.pop("total_gradient_norm")
+            totals["skipped"] = row.pop("skipped", "0")
             findings = row.pop("findings").split()
             sharpness, ratio, rate, stable = (row.pop(name, "") for name in SHARPNESS)
             numbers = {"sharpness": sharpness, "ratio": ratio, "learning_rate": rate, "largest_stable_lr": stable}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -77,7 +78,7 @@ class Snapshots:
         """
         if self.why_none:
             return
-        rates = [float(group["lr"]) for one in self._optimizers for group in one.param_groups if "lr" in group]
+        rates = [_rate(group["lr"]) for one in self._optimizers for group in one.param_groups if "lr" in group]
         before, self._rates = self._rates or rates, rates
         began = time.perf_counter()
         if step < self._next or began < self._not_before:
@@ -141,6 +142,11 @@ def _copied(tensors: dict[str, Tensor], held: dict[str, Tensor]) -> tuple[dict[s
     event = getattr(torch, device.type).Event()
     event.record()
     return kept, event.synchronize
+
+
+def _rate(value: Any) -> float:
+    """A learning rate; NaN for one on a device, which to read would wait for it at every step."""
+    return math.nan if isinstance(value, Tensor) and value.device.type != "cpu" else float(value)
 
 
 def _is_finite(snapshot: Snapshot) -> bool:

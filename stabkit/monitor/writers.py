@@ -77,6 +77,7 @@ class CSVWriter:
             "loss": record.loss,
             "total_gradient_norm": record.gradient_norm,
             "clipped_norm": record.clipped_norm,
+            "skipped": record.skipped,
             "findings": " ".join(record.findings),
             **look,
             **(dict.fromkeys(ALONG, "") if record.along is None else record.along.scalars()),

@@ -135,3 +135,22 @@ def test_a_model_that_mixes_samples_in_training_alone(bad: bool) -> None:
             return self.outer(torch.relu(h + placed)).mean(1)
 
     assert [f.kind for f in said(Normed())] == ["mixed_samples"] * bad
+
+
+def test_lengths_that_the_model_holds_by_itself_are_no_table_of_positions():
+    lengths = torch.randint(3, 9, (24,), generator=torch.Generator().manual_seed(0))
+
+    class Packed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.gru, self.head = nn.GRU(6, 12, batch_first=True), nn.Linear(12, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            packed = nn.utils.rnn.pack_padded_sequence(x, lengths, batch_first=True, enforce_sorted=False)
+            return self.head(self.gru(packed)[1][-1])
+
+    x = torch.randn(24, 8, 6, generator=torch.Generator().manual_seed(1))
+    report = stabkit.analyze(Packed(), x, loss=lambda out: out.square().mean(), spectrum="none")
+    (found,) = [f for f in report.findings if f.kind == "mixed_samples"]
+    assert "give the model as an input what differs there" in found.remedy

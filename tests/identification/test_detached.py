@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 import stabkit
 from stabkit.identification import Identification, identify
+from stabkit.tracing.maps.scan_flow import over_scan, scans_of
 
 WIDTH, ROUNDS = 6, 9
 
@@ -138,3 +139,13 @@ def test_what_runs_on_nothing_but_what_is_detached_is_said_not_to_be_read():
     records = read(Descends())
     assert [r.name for r in records] == ["forward Euler"] * 4
     assert all("by its values the step was not read" in r.notes[-1] for r in records)
+
+
+def test_no_second_trace_is_made_to_save_memory_or_of_a_part_of_a_flow():
+    torch.manual_seed(0)
+    flow = stabkit.trace(Leaky(), 2 * torch.rand(3, 4), memory="recompute")
+    assert not any("by values" in note for r in identify(flow, checks=False) for note in r.notes)
+    whole = stabkit.trace(nn.GRU(4, WIDTH, batch_first=True), torch.randn(3, 9, 4), depth=[""])
+    (scan,) = scans_of(whole, 0, len(whole.steps), in_layers=True)
+    assert whole.by_values() is not None
+    assert over_scan(whole, scan).by_values() is None

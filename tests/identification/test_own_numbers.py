@@ -231,3 +231,23 @@ def test_numbers_of_entries_are_told_by_their_range_and_no_mean_stands_for_them(
     assert {r.name for r in damped} == {"Lie splitting (Euler, damped Euler (a from 0.8 to 0.9 by entry))"}
     momenta = identify(trace(Momentum(), x))
     assert [(r.name, r.step_size) for r in momenta[1:-1]] == [("momentum (gamma from 0.6 to 0.9 by entry)", None)] * 3
+
+
+def test_skips_with_numbers_on_both_sides_of_one_are_told_one_after_the_other():
+    class Scaled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.f, self.g = dense(WIDTH), dense(WIDTH)
+            self.a, self.b = (
+                nn.Parameter(torch.linspace(0.9, 1.1, WIDTH)),
+                nn.Parameter(torch.linspace(1.1, 0.8, WIDTH)),
+            )
+
+        def forward(self, x):
+            x = self.a * x + 0.1 * self.f(x)
+            return self.b * x + 0.1 * self.g(x)
+
+    torch.manual_seed(0)
+    found = identify(trace(nn.Sequential(*[Scaled() for _ in range(3)]), torch.randn(3, WIDTH)))
+    ranges = "diagonal skip (a from 0.9 to 1.1 by entry), diagonal skip (a from 0.8 to 1.1 by entry)"
+    assert {record.name for record in found} == {f"Lie splitting ({ranges})"}

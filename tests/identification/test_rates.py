@@ -83,3 +83,38 @@ def test_oscillators_tell_their_step_and_stiffness_and_one_time_of_the_input(mak
 @pytest.mark.parametrize("make", [models.s4d_zoh, models.s4d_bilinear, models.s4d_backward])
 def test_rules_of_known_parameters_tell_what_they_make_of_them(make):
     assert any(note.startswith("h A ") for note in read(models.network(make)).notes)
+
+
+class Learned(nn.Module):
+    """A fixed A and a learned step size, which the matrix is made of in every pass."""
+
+    def __init__(self, rule: str) -> None:
+        super().__init__()
+        self.register_buffer("A", torch.tensor(5 * legendre(10.0), dtype=torch.float32))
+        self.u, self.out = nn.Linear(3, 4), nn.Linear(4 * ORDER, 3)
+        self.rule, self.log_step = rule, nn.Parameter(torch.tensor(-2.0))
+
+    def made(self):
+        h, one = self.log_step.exp(), torch.eye(ORDER)
+        if self.rule == "exponential":
+            return torch.linalg.matrix_exp(h * self.A)
+        if self.rule == "backward Euler":
+            return torch.linalg.inv(one - h * self.A)
+        return torch.linalg.solve(one - h / 2 * self.A, one + h / 2 * self.A)
+
+    def forward(self, x):
+        M, u, m, states = self.made(), self.u(x), x.new_zeros(len(x), 4, ORDER), []
+        for t in range(x.shape[1]):
+            m = m @ M.T + u[:, t, :, None]
+            states.append(m.flatten(1))
+        return x + torch.tanh(self.out(torch.stack(states, 1)))
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_one_learned_step_size_before_a_fixed_matrix_tells_the_rule(rule):
+    torch.manual_seed(0)
+    flow = stabkit.trace(nn.Sequential(*[Learned(rule) for _ in range(3)]), drawn())
+    (found,) = identify(flow, checks=False)[0].over_time
+    assert found.name.startswith(rule)
+    ends = np.linalg.eigvals(5 * legendre(10.0)).real * np.exp(-2.0)
+    assert any(f"real parts from {ends.min():.3g} to {ends.max():.3g}" in note for note in found.notes)

@@ -99,6 +99,29 @@ def test_a_list_of_the_last_states_is_a_window():
     assert set(inner[:-1]) == {(f"autoregressive map of order {LAST} (sliding window)", "measured")}
 
 
+class Pair(nn.Module):
+    """A forecast of what changes, made of the last two states (GraphCast)."""
+
+    def __init__(self):
+        super().__init__()
+        self.field = nn.Sequential(nn.Linear(2 * WIDTH, 16), nn.SiLU(), nn.Linear(16, WIDTH))
+
+    def forward(self, w):
+        outputs = []
+        for _ in range(ROUNDS + 1):
+            before, now = w[:, 0], w[:, 1]
+            outputs.append(now + 0.5 * self.field(torch.cat([before, now], -1)))
+            w = torch.stack([now, outputs[-1]], 1)
+        return torch.stack(outputs, 1)
+
+
+def test_two_states_that_move_up_are_a_window_of_which_the_newest_makes_an_euler_step():
+    torch.manual_seed(0)
+    found = identify(trace(Pair(), torch.randn(3, 2, WIDTH)), checks=False)[:-1]
+    name = "forward Euler in the newest state (sliding window of 2 states)"
+    assert [(record.name, record.step_size) for record in found] == [(name, 0.5)] * ROUNDS
+
+
 class Adams(nn.Module):
     """A multistep method that keeps its last states, and evaluates its field at each of them anew."""
 

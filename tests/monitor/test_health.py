@@ -8,7 +8,7 @@ import math
 import pytest
 import torch
 
-from stabkit.monitor import Monitor
+from stabkit.monitor import Monitor, read_records
 from tests.monitor.networks import mlp, weights
 
 STEPS, POISONED = 40, 25
@@ -60,6 +60,16 @@ def test_healthy_steps_are_taken_and_nobody_pays_who_does_not_ask(monkeypatch):
     monkeypatch.setattr(Health, "judge", lambda *_: pytest.fail("was measured without being asked for"))
     other, _, _ = run(lambda x, y: (x, y), ask=False)
     assert all(torch.equal(a, b) for a, b in zip(weights(model), weights(other), strict=True))
+
+
+def test_a_table_of_records_counts_what_was_left_out(tmp_path):
+    model = mlp()
+    with Monitor(model, 1, writers=tmp_path / "run.csv") as monitor:
+        for step in range(3):
+            model.zero_grad()
+            (model(torch.randn(4, 8)).sum() * (math.nan if step == 1 else 1.0)).backward()
+            assert monitor.step().healthy == (step != 1)
+    assert [record["skipped"] for record in read_records(tmp_path / "run.csv")] == ["0", "0", "1"]
 
 
 def test_a_monitor_that_is_off_lets_every_step_pass():

@@ -39,7 +39,7 @@ def ignored_class_findings(run: TrainingRun) -> list[Finding]:
             continue
         evidence = (
             f"{count} of {samples} labels are {ignored}, which is the ignore_index of the cross entropy: these samples "
-            f"count for nothing, and class {ignored} of {taken.shape[1]} is never one to be given"
+            f"count for nothing, and none is left that teaches class {ignored} of {taken.shape[1]}"
         )
         remedy = f"leave ignore_index at -100, or give it a number that is no class, where class {ignored} is one"
         return [

@@ -61,12 +61,22 @@ def batch_place_findings(flow: Flow) -> list[Finding]:
             "warning",
             first.path,
             evidence=evidence,
-            remedy="count positions along the axis of the sequence: of (batch, time, features) take a table of shape "
-            "(1, time, features), cut to x.size(1) and not to x.size(0)",
+            remedy=_OF_POSITIONS if first.name in _ADDITIONS else _OF_SAMPLES,
             reference=_REFERENCE,
             numbers={"samples": float(count)},
         )
     ]
+
+
+_ADDITIONS = frozenset({"add", "mul", "cat", "concat", "addcmul"})  # by which a table of positions comes in
+_OF_POSITIONS = (
+    "count positions along the axis of the sequence: of (batch, time, features) take a table of shape (1, time, "
+    "features), cut to x.size(1) and not to x.size(0)"
+)
+_OF_SAMPLES = (
+    "give the model as an input what differs there from sample to sample (lengths, a row of a table), so that it goes "
+    "with the samples wherever they stand; a table of positions is cut to the length of the sequence, x.size(1)"
+)
 
 
 def _has_codes(model: nn.Module, count: int) -> bool:

@@ -201,9 +201,13 @@ def with_own_damping(record: Identification, skips: Sequence[Coefficient]) -> Id
     entries = [c for c in skips if c.kind == "diagonal"]
     name, system = record.name, record.system
     if any(c.low < 0 or c.high > 1 for c in entries):
-        name, system = f"diagonal skip ({'; '.join(_ranges(entries))})", "x' = f(x) + (a - 1) x, a of either sign"
-    for c, told in zip(entries, _ranges(entries), strict=True):
-        name = name.replace(f"a = {c.value:.3g}", told)
+        told = [f"diagonal skip ({_ranges([c])[0]})" if c.kind == "diagonal" else
+                "Euler step" if c.value == 1.0 else f"damped Euler (a = {c.value:.3g})" for c in skips]  # fmt: skip
+        name, system = told[0], "x' = f(x) + (a - 1) x, a of either sign"
+        if len(skips) > 1:
+            name, system = f"Lie splitting ({', '.join(told)})", f"{system}, one after the other"
+    for c, ends in zip(entries, _ranges(entries), strict=True):
+        name = name.replace(f"a = {c.value:.3g}", ends)
     if record.skip is not None and len(skips) > 1:  # the product of several
         name = name.replace(f"a = {record.skip:.3g}", "a by entry")
     if record.method is not None:

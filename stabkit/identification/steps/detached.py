@@ -33,7 +33,7 @@ def with_values(records: Sequence[Identification], flow: Flow, read: Read) -> li
         read: reads another flow.
     """
     places = [i for i, record in enumerate(records) if _detaches(flow, record)]
-    if len(places) < _FEWEST:
+    if len(places) < _FEWEST or any(step.segment.recomputes for step in flow.steps):  # to save memory, no second trace
         return list(records)
     found = list(records)
     try:

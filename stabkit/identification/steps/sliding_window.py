@@ -25,7 +25,6 @@ from stabkit.identification.form.tableau import network_of
 from stabkit.identification.names.single import CLOSE
 from stabkit.identification.names.step_size import NUMBER
 from stabkit.identification.record import Identification, nothing
-from stabkit.tracing import Flow
 from stabkit.tracing.graph.values import Value, meta_of, operation, random_tensors
 
 _ROUNDINGS = 64.0
@@ -78,18 +77,29 @@ def _of_newest(form: NormalForm, window: Window, steps: tuple[int, ...], why: st
     """The record of x_n+1 = x_n + ..., by what is added: values of one field at the last states, or of all states."""
     added = [(atom, c) for atom, c in form.forms[0].items() if atom not in form.piece.ends]
     numbers = [c.value for _, c in added if c.kind == "scalar"]
-    of = f"sliding window of {window.size} states"
     adams = _adams(form, window, added) if len(numbers) == len(added) > 1 else None
-    if adams is not None:
-        name, h = f"{adams} ({of})", sum(numbers)
-        record = nothing(steps, name, why, "measured", system="x' = f(x), multistep")
-        return replace(record, step_size=h, convention="h: the sum of the weights of all values of the field")
-    delays = f", with delays: x_n+1 = x_n + f(x_n, ..., x_n-{window.size - 1})" if window.read == window.size else ""
-    system = f"x' = f(x){delays or ', with delays' * (window.read > 1)}"
-    record = nothing(steps, f"forward Euler in the newest state ({of})", why, "measured", system=system)
-    if len(numbers) != 1 or len(added) != 1:
+    if adams is None:
+        return _euler_of_newest(added, window.size, window.read, steps, why)
+    record = nothing(steps, f"{adams} ({_sliding(window.size)})", why, "measured", system="x' = f(x), multistep")
+    return replace(record, step_size=sum(numbers), convention="h: the sum of the weights of all values of the field")
+
+
+def _sliding(size: int) -> str:
+    return f"sliding window of {size} states"
+
+
+def _euler_of_newest(
+    added: Sequence[tuple[Value, Coefficient]], size: int, read: int, steps: tuple[int, ...], why: str
+) -> Identification:
+    """The record of x_n+1 = x_n + h f, f of several of the last states; its h where one number multiplies it."""
+    delays = (
+        f", with delays: x_n+1 = x_n + f(x_n, ..., x_n-{size - 1})" if read == size else ", with delays" * (read > 1)
+    )
+    record = nothing(steps, f"forward Euler in the newest state ({_sliding(size)})", why, "measured",
+                     system=f"x' = f(x){delays}")  # fmt: skip
+    if len(added) != 1 or added[0][1].kind != "scalar":
         return record
-    h = abs(numbers[0])
+    h = abs(added[0][1].value)
     return replace(record, step_size=h, convention=NUMBER if h != 1 else "h = 1: only the product h f can be seen")
 
 
@@ -125,17 +135,24 @@ def _places(entries: Tensor, axis: int) -> list[int]:
     return rows.abs().amax(dim=1).nonzero().reshape(-1).tolist()
 
 
-def window_of_states(flow: Flow, found: Slots, steps: tuple[int, ...]) -> Identification | None:
+def window_of_states(around: Surroundings, found: Slots, steps: tuple[int, ...]) -> Identification | None:
     """The record of one of several steps that hand on all states but the oldest, and make one; None for others."""
     oldest, *kept = found.sources
     shapes = {meta_of(v).shape for v in (*found.sources, *found.targets)}
     moved = len(found.targets) == len(found.sources) and [v for v in found.targets if v in kept] == kept
     if not kept or not moved or oldest in found.targets or len(shapes) > 1:
         return None
-    if not is_repeated(flow, steps[0], steps[-1] + 1):
+    if not is_repeated(around.flow, steps[0], steps[-1] + 1):
         return None  # of one step alone nothing says that the states are one, at times one after the other
+    form = around.normal_form(steps[0], steps[-1] + 1, found)
+    new = next(i for i, target in enumerate(form.targets) if target not in kept)
+    terms, count = form.forms[new], len(found.sources)
     why = f"{len(kept)} of {len(found.sources)} states move up, and the newest is made of all"
-    return _record(steps, len(found.sources), why, 0.0)
+    old = {atom: c for atom, c in terms.items() if atom in form.piece.ends}
+    if old.keys() == {kept[-1]} and old[kept[-1]].kind == "scalar" and old[kept[-1]].value == 1.0:
+        added = [(atom, c) for atom, c in terms.items() if atom not in old]
+        return _euler_of_newest(added, count, count, steps, why)
+    return _record(steps, count, why, 0.0)
 
 
 def _record(steps: tuple[int, ...], order: int, why: str, kept: float) -> Identification:

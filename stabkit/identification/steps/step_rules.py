@@ -15,12 +15,14 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import Node
 
 from stabkit.identification.form.operations import ADDS, MOVES
 from stabkit.identification.steps.input_weights import SAVED, explicit_step, stripped, weighs, weight_of_input
+from stabkit.identification.steps.matrix_logarithm import logarithm
 from stabkit.tracing import Flow
 from stabkit.tracing.graph.graph import Graph
 from stabkit.tracing.graph.scans import Scan, scans_between
@@ -373,22 +375,44 @@ def _of_entries(rule: Rule, factors: Sequence[_Factor], above: Sequence[Value]) 
 
 
 def _of_matrix(rule: Rule, factors: Sequence[_Factor], above: Sequence[Value]) -> list[tuple[float, Value]]:
-    """The same for the matrix of the first time, in the direction of the identity and with random weights."""
+    """The same for the matrix of the first time, in the direction of the identity and with random weights.
+
+    A parameter of one number, such as a step size, is in z = c v as a whole: da/dv = R'(a) z / v. What is made of it
+    may be used twice, once for each side of a system, and by one of them alone the trapezoidal rule looks like
+    backward Euler.
+    """
     a = factors[0].number
+    of_number = rule.of_matrices(a) @ z if (z := _argument(rule, a)) is not None else None
     generator = torch.Generator().manual_seed(0)
-    rows: dict[Value, list[float]] = {}
+    rows: dict[Value, list[tuple[float, float]]] = {}
     for _ in range(_FEWEST):
         w = torch.randn(a.shape, generator=generator, dtype=torch.float64).to(a)
-        expected = float((w * rule.of_matrices(a)).sum())
+        of_identity = float((w * rule.of_matrices(a)).sum())
         for value, grad in zip(above, _pulled(factors[:1], above, [w]), strict=True):
             if grad is not None and grad.shape == a.shape:
-                rows.setdefault(value, []).append(float(grad.diagonal().sum()) / expected)
+                rows.setdefault(value, []).append((float(grad.diagonal().sum()), of_identity))
+            elif grad is not None and grad.numel() == 1 and of_number is not None and not value.node.next_functions:
+                rows.setdefault(value, []).append((float(grad), float((w * of_number).sum())))
     found = []
-    for value, ratios in rows.items():
-        mean = sum(ratios) / len(ratios)
-        if mean != 0.0:
-            found.append(((max(ratios) - min(ratios)) / abs(mean), value))
+    for value, pairs in rows.items():
+        got, expected = np.array(pairs).T
+        c, size = got @ expected / (expected @ expected), float(np.linalg.norm(got))
+        if size and c:
+            found.append((float(np.linalg.norm(got - c * expected)) / size, value))
     return found
+
+
+def _argument(rule: Rule, a: Tensor) -> Tensor | None:
+    """The z of a = R(z); None where there is none, or not one alone."""
+    matrix = a.double().cpu().numpy()
+    ends = np.linalg.eigvals(matrix)
+    if rule.name == "exponential":
+        z = logarithm(matrix) if (ends.real > 0).all() else None
+    elif rule.name == "trapezoid":
+        z = 2 * np.linalg.solve(matrix + np.eye(len(a)), matrix - np.eye(len(a))) if (ends != -1).all() else None
+    else:
+        z = np.eye(len(a)) - np.linalg.inv(matrix) if ends.all() else None
+    return None if z is None or not np.isfinite(z).all() else torch.from_numpy(z).to(a)
 
 
 def _eye(a: Tensor) -> Tensor:

@@ -12,6 +12,8 @@ from typing import Any
 
 import numpy as np
 
+from stabkit.identification.steps.matrix_logarithm import logarithm
+
 Matrix = np.ndarray[Any, np.dtype[Any]]
 
 # different moduli as a share of the entries that are not zero: 1 / n for a Legendre memory of order n, 1/2 of a matrix
@@ -20,7 +22,6 @@ Matrix = np.ndarray[Any, np.dtype[Any]]
 _REPEATED = 0.4
 _DISTINCT = 0.8
 _SAME = 1e-4  # of the largest entry: discretised in double precision, kept in single
-_NEAR, _ROOTS, _ROUNDS, _TERMS = 0.1, 12, 20, 14
 _FEWEST = 3  # rows: of fewer some entries repeat under several rules
 
 _OF_NUMBERS: dict[str, Callable[[Matrix], Matrix]] = {
@@ -65,22 +66,9 @@ def rule_of_constants(M: Matrix) -> str | None:
         return None
     found = {"trapezoid": 2 * np.linalg.solve(M + one, change), "backward Euler": one - np.linalg.inv(M)}
     if (np.linalg.eigvals(M).real > 0).all():  # of others no logarithm is meant
-        found["exponential"] = _log(M)
+        found["exponential"] = logarithm(M)
     fits = [rule for rule, A in found.items() if _repeats(A)]
     return fits[0] if len(fits) == 1 else None
-
-
-def _log(M: Matrix) -> Matrix:
-    """The principal logarithm: square roots until little is left, and the series of it (Higham 2008, chapter 11)."""
-    one, roots = np.eye(len(M)), 0
-    while np.abs(M - one).max() > _NEAR and roots < _ROOTS:
-        M, inverse = M, one
-        for _ in range(_ROUNDS):  # Denman and Beavers: to the root of M, and of its inverse
-            M, inverse = (M + np.linalg.inv(inverse)) / 2, (inverse + np.linalg.inv(M)) / 2
-        roots += 1
-    Z = np.linalg.solve((M + one).T, (M - one).T).T
-    series = sum((np.linalg.matrix_power(Z, k) / k for k in range(1, _TERMS, 2)), 0 * one)
-    return np.asarray(2 ** (roots + 1) * series)
 
 
 def _repeats(A: Matrix) -> bool:

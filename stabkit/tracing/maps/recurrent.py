@@ -230,6 +230,7 @@ def _without_drive(flow: Flow) -> Flow:
         chain_error=None,
         notes=(*flow.notes, note),
         _retrace=lambda check, given=None: _without_drive(flow.again(check=check, given=given)),
+        _by_values=None,
     )
 
 

@@ -119,4 +119,5 @@ def over_scan(flow: Flow, scan: Scan, start: int = 0, stop: int | None = None) -
         chain_error=None,
         notes=(*flow.notes, f"over time in {path or 'the model'}; the input is held fixed, the batch is one state"),
         _retrace=None,
+        _by_values=None,
     )
