@@ -293,6 +293,17 @@ def test_a_draw_of_ones_beside_a_division(draw):
     assert (found.name, found.step_size) == ("forward Euler, stochastic depth (p = 0.8)", 1.0)
 
 
+def test_a_draw_that_chooses_between_a_branch_and_zero():
+    def step(m, x):
+        y = m.parts[0](x) / 0.5
+        return x + torch.where(torch.rand(len(x), 1) < 0.5, y, torch.zeros_like(y))
+
+    torch.manual_seed(0)
+    model = nn.Sequential(*(Step(step, dense()) for _ in range(3)))
+    found = identify(trace(model.train(), torch.randn(8, 6)))
+    assert {record.name for record in found} == {"forward Euler, stochastic depth (p = 0.5)"}
+
+
 def test_one_number_for_each_sample_is_no_draw():
     for size in (0.3, 1.25, 86.0):
         sizes = torch.tensor([size, size], dtype=torch.float64)[:, None]

@@ -165,3 +165,32 @@ def test_a_step_that_tokens_make_is_one_that_the_input_makes():
     found = [time for record in records for time in record.over_time]
     assert len(found) == 2
     assert all("which the input makes" in " ".join(time.notes) for time in found)
+
+
+def test_the_weight_of_white_noise_is_told_of_complex_factors_as_well():
+    class Rotating(nn.Module):
+        """Linear recurrent units whose normalisation follows their eigenvalues (Orvieto et al. 2023)."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.nu, self.theta, self.out = (
+                nn.Parameter(torch.rand(8) - 1.5),
+                nn.Parameter(torch.rand(8)),
+                nn.Linear(8, D),
+            )
+            self.into = nn.Parameter(torch.randn(8, D, dtype=torch.cfloat) / 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            a = torch.exp(torch.complex(-torch.exp(self.nu), self.theta))
+            u = (x.to(torch.cfloat) @ self.into.T) * torch.sqrt(1 - a.abs() ** 2)
+            h, outs = torch.zeros_like(u[:, 0]), []
+            for t in range(TIMES):
+                h = a * h + u[:, t]
+                outs.append(h.real)
+            return x + torch.tanh(self.out(torch.stack(outs, 1)))
+
+    torch.manual_seed(0)
+    records = stabkit.identify(stabkit.trace(nn.Sequential(Rotating(), Rotating()), torch.randn(3, TIMES, D)))
+    (found,) = records[0].over_time
+    assert found.name.startswith("exponential step")
+    assert "keeps the variance" in " ".join(found.notes)

@@ -130,3 +130,28 @@ def test_a_norm_and_a_rectifier_after_different_additions_prove_no_projection():
     for record in found:
         assert "the skip passes 1 norm(s) after 2 addition(s), so no single a describes it" in record.notes
         assert "after the addition: NativeLayerNorm, Relu" in record.notes
+
+
+@pytest.mark.parametrize("cut_inside", [False, True])
+def test_a_momentum_with_two_fields_at_one_point(cut_inside: bool):
+    """Variational networks with inertia: the gradient of the data and a regulariser, each with a number of its own."""
+
+    class Inertial(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            net = lambda: nn.Sequential(nn.Linear(6, 16), nn.Tanh(), nn.Linear(16, 6))  # noqa: E731
+            self.f, self.g = (nn.ModuleList(net() for _ in range(5)) for _ in range(2))
+            self.register_buffer("A", torch.randn(6, 6))
+
+        def forward(self, x):
+            old = 0.9 * x
+            for f, g in zip(self.f, self.g, strict=True):
+                data = ((x @ self.A.T) @ self.A) if cut_inside else g(x)
+                x, old = x + 0.5 * (x - old) - 0.3 * data - f(x), x
+            return x
+
+    torch.manual_seed(0)
+    found = [r for r in identify(trace(Inertial(), torch.randn(3, 6))) if r.method is not None and r.method.states == 2]
+    assert len(found) >= 3
+    assert {r.name for r in found} == {"momentum (gamma = 0.5) of two fields at one point"}
+    assert all(r.evidence == "proven" and r.convention.startswith("h: the largest of the numbers") for r in found)

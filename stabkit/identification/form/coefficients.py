@@ -202,8 +202,10 @@ class LinearCombination:
 
         A zero may be an entry of a table, or mask a sample, and one number for all samples is a coefficient.
         """
-        drawn = [n for n in self.path if n._sequence_nr() in self.piece.graph.dropped and operation(n) in PRODUCTS]
-        return next((m for m in map(_kept_samples, _constants_of(drawn)) if m is not None), None)
+        drawn: list[Any] = [n for n in self.path if n._sequence_nr() in self.piece.graph.dropped]
+        masks = [n._saved_condition.detach().float() for n in drawn if operation(n) == "Where"]
+        masks += _constants_of([n for n in drawn if operation(n) in PRODUCTS])
+        return next((m for m in map(_kept_samples, masks) if m is not None), None)
 
     @cached_property
     def _is_masked(self) -> bool:

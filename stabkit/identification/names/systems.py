@@ -17,6 +17,7 @@ from stabkit.identification.names.multistep import (
 )
 from stabkit.identification.names.single import CLOSE, Name, name_one_state, with_its_end, without_parallel
 from stabkit.identification.names.step_size import with_mass
+from stabkit.identification.names.two_forces import momentum_of_two_fields
 from stabkit.identification.steps.predictor_correctors import predictor_corrector
 
 LINEAR_MAP = "none: a linear map of several states, and no field"
@@ -56,6 +57,7 @@ def name_several_states(found: Blocks, *, symmetric: bool | None, gated: bool) -
             or _verlet(found)
             or _damped_verlet(found)
             or _verlet_of_two_fields(found)
+            or momentum_of_two_fields(found)
             or _two_fields(found, symmetric)
         )
         name = name or _position_form(found)
@@ -375,14 +377,15 @@ def _oscillator(found: Blocks) -> Name | None:
         ahead = _look_ahead(found, y, v)
         if ahead is not None:
             return ahead
-        dt = _drift_after_kick(found, y, v) or _kick_after_drift(found, y, v)
+        after = _drift_after_kick(found, y, v)
+        dt = after or _kick_after_drift(found, y, v)
         if dt is not None:
             damped = abs(float(np.linalg.det(found.V)) - 1.0) > CLOSE
             return Name(
                 f"{'damped ' * damped}oscillator, symplectic Euler ({'coRNN' if damped else 'UnICORNN'})",
                 "y'' = f(y, y') - gamma y - epsilon y'" if damped else "y'' = f(y) - gamma y",
                 1.0,
-                f"dt = {abs(dt):.3g}: the number that multiplies the new velocity",
+                f"dt = {abs(dt):.3g}: the number that multiplies the {'new ' * bool(after)}velocity",
             )
         if (dt := _drift_by_old(found, y, v)) is not None:
             still = abs(found.V[v, v] - 1) <= CLOSE and not found.U[:, v].any()

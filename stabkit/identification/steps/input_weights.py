@@ -1,8 +1,8 @@
 """How the weight of the input of a linear recurrence goes with the factor of its state: h' = a h + w u.
 
 Made of one step size h, both say which method was meant: a = 1 - h A with w = h B is explicit Euler; w = (a - 1) / A is
-the exact step for an input that is held (ZOH); w = sqrt(1 - a^2) keeps the variance of a state that white noise drives,
-as the exact step of a process of Ornstein and Uhlenbeck does.
+the exact step for an input that is held (ZOH); w = sqrt(1 - |a|^2) keeps the variance of a state that white noise
+drives, as the exact step of a process of Ornstein and Uhlenbeck does.
 
 Explicit Euler is told from the operations alone, by the degree in h of what a time step makes: h' is the old state and
 something that is homogeneous of degree one in h, which every term then has as a factor.
@@ -40,15 +40,15 @@ _FREE, _STATE, _STEP, _ONE_AND_STEP, _STATE_AND_STEP, _OTHER = range(6)  # degre
 
 
 def weight_of_input(added: Sequence[Value], factor: Tensor) -> str:
-    """``"held"`` or ``"variance"``, where the weight of an input has the factor a - 1 or sqrt(1 - a^2); else ``""``.
+    """``"held"`` or ``"variance"``, where the weight of an input has the factor a - 1 or sqrt(1 - |a|^2); else ``""``.
 
     Args:
         added: what is added to the state.
         factor: what multiplies the state, a.
     """
     known = {"held": 1 - factor}
-    if not factor.is_complex() and bool((factor.abs() <= 1).all()):
-        known["variance"] = (1 - factor**2).sqrt()
+    if bool((factor.abs() <= 1).all()):
+        known["variance"] = (1 - factor.abs() ** 2).sqrt()
     for number in (n for value in added for n in _factors(value)):
         for name, weight in known.items():
             if _equal(number, weight) or _equal(-number, weight):

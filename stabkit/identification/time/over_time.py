@@ -45,7 +45,7 @@ _FOLLOWS = "the weight of the input is made of the same h A as the factor of the
 _BOTH_ENDS = "u at both ends of the step"
 _WEIGHTS = {
     "held": "the weight of the input has the factor a - 1, as that of an input held over the step has (ZOH)",
-    "variance": "the input has the weight sqrt(1 - a^2), not that of a held input (ZOH): it keeps the variance of a "
+    "variance": "the input has the weight sqrt(1 - |a|^2), not that of a held input (ZOH): it keeps the variance of a "
     "state that white noise drives (exact for a process of Ornstein and Uhlenbeck)",
 }
 _EXPLICIT = "state and input have a factor h in common: explicit Euler with the step h"
