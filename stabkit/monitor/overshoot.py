@@ -17,9 +17,10 @@ from stabkit.monitor.record import Record
 
 # The fall of the loss that its slope promises along an update, over twice the loss. Of one that is never negative and
 # curves evenly along the update at least (1 - that)^2 times as much is left: 4 times at FAR. Measured on 576 runs of 9
-# kinds of networks under 8 optimizers at fixed multiples of the largest rate that trains: of 240 that blow up tenfold
-# 225 are told by this before (98 are told before by all else), a third of them of the very first update; of 62 whose
-# loss never rose by half and fell, 5, LSTMs at rates of 0.8 to 10 whose loss rose by 25 to 51 percent.
+# kinds of networks under 8 optimizers at fixed multiples of the largest rate that trains, on which these were chosen:
+# of 314 that blow up tenfold 289 are told by this before (125 by all else), a third of them of the very first
+# update; of 73 whose loss never rose by half and fell, 6, at half the largest rate or more. On 144 and 92 others, drawn
+# by the same rule with another seed, the monitor as a whole told 136 and 2.
 FAR, PART = 3.0, 0.5
 # Of the norm of the weights. Healthy ones reached 1.06 with a fall beyond PART (LSTM, Adam at 0.5).
 MOVES, OTHERS = 0.1, 1.5
