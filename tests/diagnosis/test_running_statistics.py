@@ -111,3 +111,21 @@ def test_a_momentum_of_zero_is_told_before_training(momentum):
     with torch.no_grad():  # statistics that were loaded may be meant to stay
         norm.running_mean.fill_(1.0)
     assert said(model, x, None) == []
+
+
+@pytest.mark.parametrize("gain", [1.0, 8.0])
+def test_statistics_that_were_averaged_plainly_hold_nothing_of_their_start(gain):
+    """``update_bn`` puts the momentum back, whatever it is: of three batches .01 would leave 97 % of the start."""
+    torch.manual_seed(0)
+    layers = [nn.Linear(8, 16), nn.BatchNorm1d(16, momentum=0.01), nn.ReLU(), nn.Linear(16, 4)]
+    model = nn.Sequential(*layers)
+    with torch.no_grad():
+        model[0].weight.mul_(gain)  # variances below 1, or all above it
+        model[0].bias.add_(gain)
+    batches = [torch.randn(16, 8) for _ in range(3)]
+    torch.optim.swa_utils.update_bn(batches, model)
+    model.eval()
+    assert model[1].momentum == 0.01
+    x = torch.randn(16, 8)
+    assert said(model, x, None) == []
+    assert said(model, x, lambda out: out.square().mean()) == []

@@ -37,6 +37,7 @@ _BETTER = {True: 0.8, False: 0.5}
 # factor for a few samples that training has fitted. A residual network at 98 % of digits loses .4 % of it, stale ones
 # over 60 %
 _LOST = 0.05
+_HALF = 0.5  # of the share that momentum and count claim, which the means must bear out
 _FAR = 0.25  # of the size of the output, that it must move by where there is no loss
 _REFERENCE = "Wu and Johnson, Rethinking 'Batch' in BatchNorm, 2021; Ioffe and Szegedy, 2015"
 
@@ -48,12 +49,16 @@ def statistics_findings(flow: Flow, loss: Any) -> list[Finding]:
         return never
     norms = {m: p for p, m in flow.model.named_modules() if isinstance(m, _BatchNorm) and not m.training}
     norms = {m: p for m, p in norms.items() if m.running_mean is not None and not is_fresh(m)}
-    made = max((_as_made(norm) for norm in norms), default=0.0)
+    made = _as_made(list(norms))
     if not norms or not (made > _MADE or callable(loss)):
         return []
     own = collected(flow, list(norms))
     if own is None:
         return []
+    if made > _MADE and _followed(own) > 1.0 - _HALF * made:
+        made = 0.0
+        if not callable(loss):
+            return []
     before, after = _losses(flow, loss, own) if callable(loss) else (math.nan, math.nan)
     moved = math.nan if callable(loss) else _moved(flow, own)
     if not (after < _BETTER[made > _MADE] * before or moved > _FAR):
@@ -94,16 +99,29 @@ def _never_moved(flow: Flow) -> list[Finding]:
     ]
 
 
-def _as_made(norm: _BatchNorm) -> float:
-    """The share of its statistics that is still what they were made with.
+def _as_made(norms: list[_BatchNorm]) -> float:
+    """The largest share of their statistics that is still what they were made with, as momentum and count have it.
 
-    0 where a variance is smaller than that share of 1: then they began with something else, as after loading.
+    Every variance then holds that share of 1. Where one of a norm with the same momentum and count is smaller, these
+    statistics came otherwise: by loading, or as the plain mean over batches that ``update_bn`` takes, which puts the
+    momentum back when it is done.
     """
-    seen = 0 if norm.num_batches_tracked is None else int(norm.num_batches_tracked)
-    if norm.momentum is None or norm.running_var is None or seen == 0:
-        return 0.0
-    made = float((1.0 - norm.momentum) ** seen)
-    return made if float(norm.running_var.min()) >= 0.99 * made else 0.0
+    least: dict[float, float] = {}
+    for norm in norms:
+        seen = 0 if norm.num_batches_tracked is None else int(norm.num_batches_tracked)
+        if norm.momentum is not None and norm.running_var is not None and seen:
+            made = float((1.0 - norm.momentum) ** seen)
+            least[made] = min(least.get(made, math.inf), float(norm.running_var.min()))
+    return max((made for made, variance in least.items() if variance >= 0.99 * made), default=0.0)
+
+
+def _followed(own: dict[_BatchNorm, tuple[Tensor, Tensor]]) -> float:
+    """How much of the batch's means the running means have: 1 less the share that is what they were made with."""
+    pairs = [
+        (norm.running_mean.double(), mean.double()) for norm, (mean, _) in own.items() if norm.running_mean is not None
+    ]
+    both, alone = (sum(float(a @ b) for a, b in of) for of in (pairs, [(mean, mean) for _, mean in pairs]))
+    return both / alone if alone > 0 else 0.0
 
 
 def _run(flow: Flow, own: dict[_BatchNorm, tuple[Tensor, Tensor]]) -> Any:
