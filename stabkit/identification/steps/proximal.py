@@ -23,9 +23,10 @@ from stabkit.identification.record import Identification, record_of
 from stabkit.tracing import Flow
 from stabkit.tracing.graph.graph import element_of
 from stabkit.tracing.graph.values import Value, meta_of, operation, outputs_of, random_tensors
+from stabkit.vocabulary import is_activation
 
 _ROUNDINGS = 64.0
-_CLAMPS = frozenset({"Clamp", "ClampMax", "ClampMin", "Hardtanh", "Maximum", "Minimum"})
+_BOUNDS = frozenset({"Maximum", "Minimum"})
 _SAME = 1e-4  # thresholds in single precision
 
 
@@ -140,8 +141,9 @@ def with_clamps_taken_off(links: Sequence[Link]) -> Sequence[Link]:
     """
     *before, last = links
     stages = last.form.stages if last.kind == "sum" else ()
-    made = [operation(node) for stage in stages for node in stage.nodes if operation(node) not in MOVES]
-    if len(stages) != 1 or not made or not _CLAMPS.issuperset(made):
+    made = [node for stage in stages for node in stage.nodes if operation(node) not in MOVES]
+    bent = all(operation(node) in _BOUNDS or is_activation(node) for node in made)  # by slopes of 0 and 1, see below
+    if len(stages) != 1 or not made or not bent:
         return links
     slope = _slope(last.form.piece, last.form.sources[0], last.form.targets[0])
     if slope is None or not bool(((slope == 0) | (slope == 1)).all()):
