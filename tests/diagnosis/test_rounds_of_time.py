@@ -120,3 +120,25 @@ def test_plain_layers_that_change_their_space_are_judged():
 def test_a_remedy_names_what_there_is(norms, word):
     step = StepMeasurement(0, "0", "0", "Block", "step", (((4,),), ((4,),)), torch.zeros(2).numpy(), 0.0, norms=norms)
     assert word in remedies._on_the_skip([step])
+
+
+class Sampler(nn.Module):
+    """A network that guesses the end of a state, clipped as samplers do; the state is carried on around it."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.guess = nn.Sequential(nn.Linear(8, 16), nn.SiLU(), nn.Linear(16, 8))
+
+    def forward(self, x, noise):
+        for each in noise:
+            x = 0.95 * x + 0.05 * (20.0 * self.guess(x) + 50.0).clamp(-1, 1) + 0.1 * each
+        return x
+
+
+def test_a_state_that_is_carried_on_around_a_clipped_guess_does_not_vanish():
+    model, x, noise = Sampler(), torch.randn(4, 8), torch.randn(12, 4, 8)
+    report = stabkit.analyze(model, x, noise, spectrum="none")
+    assert "nothing at all of the gradient" not in str(report)
+    assert "vanishing" not in [finding.kind for finding in report.findings]
+    assert report.verdict in ("stable", "drift")

@@ -48,6 +48,8 @@ _SIZES = (
     (1.0, "1/sqrt(hidden), of gain 1"),
     (2.0, "2/sqrt(hidden), of gain 2"),
 )
+_HALF = 0.5  # of the growth at what a module puts out, under which that at what it is given is told
+_AROUND = 0.5  # of the squares of a gradient: more of it passes around a module than through it
 NOTHING = -1e3  #: growth over time, in nats, where nothing at all comes back
 _LEARNS = 0.5  # of the loss of the best constant, below which the input was learnt from
 _BETTER = 0.8  # of the loss after a short training, from which what holds a state is worth a warning
@@ -64,6 +66,7 @@ class _Kept:
 
     sequences: list[tuple[str, nn.Module, Tensor, int]] = field(default_factory=list)
     cells: dict[str, tuple[nn.Module, list[list[Tensor]]]] = field(default_factory=dict)
+    entered: dict[str, list[list[Tensor]]] = field(default_factory=dict)  # what each call of a loop's module was given
 
 
 def time_findings(flow: Flow, loss: Any, thresholds: Thresholds) -> list[Finding]:
@@ -194,20 +197,47 @@ def time_profiles(call: ForwardPass, loss: Any = None, loops: Sequence[str] = ()
             rows = gradient.detach().double().movedim(axis, 0).flatten(1)
             found.append(TimeProfile(path, module, logs_of(rows.norm(dim=1))))
     for path, (module, states) in kept.cells.items():
-        if len(states) >= FEWEST and (path not in loops or _recurs(states)):
-            flat = [tensor for state in states for tensor in state]
-            gradients = torch.autograd.grad(done.loss, flat, retain_graph=True, allow_unused=True)
-            squares = iter([0.0 if g is None else float(g.detach().double().square().sum()) for g in gradients])
-            sizes = torch.tensor([math.sqrt(sum(next(squares) for _ in state)) for state in states])
-            found.append(TimeProfile(path, module, logs_of(sizes), path in loops, states[0][0].shape[-1]))
+        if len(states) < FEWEST:
+            continue
+        logs = _logs(done.loss, states)
+        if path in loops:
+            recurs, carried = _of_loop(states, kept.entered[path])
+            if not recurs:
+                continue
+            around = _logs(done.loss, carried) if len(carried) >= FEWEST else logs
+            if abs(float(around[0] - around[-1])) < _HALF * abs(float(logs[0] - logs[-1])):
+                logs = around
+        found.append(TimeProfile(path, module, logs, path in loops, states[0][0].shape[-1]))
     return found
 
 
-def _recurs(states: Sequence[list[Tensor]]) -> bool:
-    """Whether what a module puts out depends on what it put out before, and is no head beside the loop."""
+def _logs(loss: Tensor, states: Sequence[list[Tensor]]) -> Any:
+    """Log of the size of the gradient of a loss at every state."""
+    flat = [tensor for state in states for tensor in state]
+    gradients = torch.autograd.grad(loss, flat, retain_graph=True, allow_unused=True)
+    squares = iter([0.0 if g is None else float(g.detach().double().square().sum()) for g in gradients])
+    return logs_of(torch.tensor([math.sqrt(sum(next(squares) for _ in state)) for state in states]))
+
+
+def _of_loop(states: list[list[Tensor]], entered: list[list[Tensor]]) -> tuple[bool, list[list[Tensor]]]:
+    """Whether a loop's module is no head beside it, and what its calls are given where most of the state passes around.
+
+    A cell puts out the next state. A network that a solver or a sampler calls puts out the change of a state, or a
+    guess at its end, and the state is carried on around it: what comes back is then seen at what it is given.
+    """
     last = torch.stack([tensor.sum() for tensor in states[-1]]).sum()
-    gradients = torch.autograd.grad(last, states[-2], retain_graph=True, allow_unused=True)
-    return any(gradient is not None for gradient in gradients)
+    every = {id(tensor) for tensor in entered[-1]}  # what every call is given is no state
+    given = [[t for t in tensors if t.requires_grad and id(t) not in every] for tensors in entered[:-1]]
+    found = torch.autograd.grad(last, [*states[-2], *given[-1]], retain_graph=True, allow_unused=True)
+    through = [(state, g) for state, g in zip(states[-2], found, strict=False) if g is not None]
+    if not through:
+        return False, []
+    outputs, sent = [state for state, _ in through], [g for _, g in through]
+    inside = torch.autograd.grad(outputs, given[-1], sent, retain_graph=True, allow_unused=True) if given[-1] else ()
+    pairs = [(w, i) for w, i in zip(found[len(states[-2]) :], inside, strict=True) if w is not None]
+    around = sum(float((w if i is None else w - i).norm()) ** 2 for w, i in pairs)
+    carried = around > _AROUND * sum(float(w.norm()) ** 2 for w, _ in pairs)
+    return True, [tensors for tensors in given if tensors] if carried else []
 
 
 @contextlib.contextmanager
@@ -237,10 +267,11 @@ def _sequence_hook(path: str, kept: _Kept) -> Callable[[nn.Module, Any], None]:
 
 
 def _cell_hook(path: str, kept: _Kept) -> Callable[[nn.Module, Any, Any], None]:
-    def hook(module: nn.Module, _args: Any, output: Any) -> None:
+    def hook(module: nn.Module, args: Any, output: Any) -> None:
         states = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor) and leaf.requires_grad]
         if states:
             kept.cells.setdefault(path, (module, []))[1].append(states)
+            kept.entered.setdefault(path, []).append([leaf for leaf in tree_leaves(args) if isinstance(leaf, Tensor)])
 
     return hook
 
