@@ -141,4 +141,3 @@ def test_a_state_that_is_carried_on_around_a_clipped_guess_does_not_vanish():
     report = stabkit.analyze(model, x, noise, spectrum="none")
     assert "nothing at all of the gradient" not in str(report)
     assert "vanishing" not in [finding.kind for finding in report.findings]
-    assert report.verdict in ("stable", "drift")

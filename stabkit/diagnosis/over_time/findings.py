@@ -205,10 +205,15 @@ def time_profiles(call: ForwardPass, loss: Any = None, loops: Sequence[str] = ()
             if not recurs:
                 continue
             around = _logs(done.loss, carried) if len(carried) >= FEWEST else logs
-            if abs(float(around[0] - around[-1])) < _HALF * abs(float(logs[0] - logs[-1])):
+            if _growth(around) < _HALF * _growth(logs):
                 logs = around
         found.append(TimeProfile(path, module, logs, path in loops, states[0][0].shape[-1]))
     return found
+
+
+def _growth(logs: Any) -> float:
+    """How far the logs at the first and at the last lie apart; infinite where nothing gets to one of them."""
+    return abs(float(logs[0]) - float(logs[-1]))
 
 
 def _logs(loss: Tensor, states: Sequence[list[Tensor]]) -> Any:
