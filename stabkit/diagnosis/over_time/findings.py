@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_leaves
 
 from stabkit.diagnosis.blocks.weights import step_of
 from stabkit.diagnosis.finding import Action, Finding, as_fact, serious
-from stabkit.diagnosis.over_time.profile import FEWEST, TimeProfile, logs_of
+from stabkit.diagnosis.over_time.profile import FEWEST, TimeProfile, logs_at, logs_of, of_loop
 from stabkit.diagnosis.over_time.scans import WrittenOut
 from stabkit.diagnosis.remedies import computed as remedies
 from stabkit.diagnosis.remedies.applying import carried_out
@@ -49,7 +49,6 @@ _SIZES = (
     (2.0, "2/sqrt(hidden), of gain 2"),
 )
 _HALF = 0.5  # of the growth at what a module puts out, under which that at what it is given is told
-_AROUND = 0.5  # of the squares of a gradient: more of it passes around a module than through it
 NOTHING = -1e3  #: growth over time, in nats, where nothing at all comes back
 _LEARNS = 0.5  # of the loss of the best constant, below which the input was learnt from
 _BETTER = 0.8  # of the loss after a short training, from which what holds a state is worth a warning
@@ -199,50 +198,15 @@ def time_profiles(call: ForwardPass, loss: Any = None, loops: Sequence[str] = ()
     for path, (module, states) in kept.cells.items():
         if len(states) < FEWEST:
             continue
-        logs = _logs(done.loss, states)
+        profile = TimeProfile(path, module, logs_at(done.loss, states), path in loops, states[0][0].shape[-1])
         if path in loops:
-            recurs, carried = _of_loop(states, kept.entered[path])
+            recurs, carried = of_loop(states, kept.entered[path])
             if not recurs:
                 continue
-            around = _logs(done.loss, carried) if len(carried) >= FEWEST else logs
-            if _growth(around) < _HALF * _growth(logs):
-                logs = around
-        found.append(TimeProfile(path, module, logs, path in loops, states[0][0].shape[-1]))
+            around = replace(profile, log_gradient=logs_at(done.loss, carried)) if len(carried) >= FEWEST else profile
+            profile = around if abs(around.growth) < _HALF * abs(profile.growth) else profile
+        found.append(profile)
     return found
-
-
-def _growth(logs: Any) -> float:
-    """How far the logs at the first and at the last lie apart; infinite where nothing gets to one of them."""
-    return abs(float(logs[0]) - float(logs[-1]))
-
-
-def _logs(loss: Tensor, states: Sequence[list[Tensor]]) -> Any:
-    """Log of the size of the gradient of a loss at every state."""
-    flat = [tensor for state in states for tensor in state]
-    gradients = torch.autograd.grad(loss, flat, retain_graph=True, allow_unused=True)
-    squares = iter([0.0 if g is None else float(g.detach().double().square().sum()) for g in gradients])
-    return logs_of(torch.tensor([math.sqrt(sum(next(squares) for _ in state)) for state in states]))
-
-
-def _of_loop(states: list[list[Tensor]], entered: list[list[Tensor]]) -> tuple[bool, list[list[Tensor]]]:
-    """Whether a loop's module is no head beside it, and what its calls are given where most of the state passes around.
-
-    A cell puts out the next state. A network that a solver or a sampler calls puts out the change of a state, or a
-    guess at its end, and the state is carried on around it: what comes back is then seen at what it is given.
-    """
-    last = torch.stack([tensor.sum() for tensor in states[-1]]).sum()
-    every = {id(tensor) for tensor in entered[-1]}  # what every call is given is no state
-    given = [[t for t in tensors if t.requires_grad and id(t) not in every] for tensors in entered[:-1]]
-    found = torch.autograd.grad(last, [*states[-2], *given[-1]], retain_graph=True, allow_unused=True)
-    through = [(state, g) for state, g in zip(states[-2], found, strict=False) if g is not None]
-    if not through:
-        return False, []
-    outputs, sent = [state for state, _ in through], [g for _, g in through]
-    inside = torch.autograd.grad(outputs, given[-1], sent, retain_graph=True, allow_unused=True) if given[-1] else ()
-    pairs = [(w, i) for w, i in zip(found[len(states[-2]) :], inside, strict=True) if w is not None]
-    around = sum(float((w if i is None else w - i).norm()) ** 2 for w, i in pairs)
-    carried = around > _AROUND * sum(float(w.norm()) ** 2 for w, _ in pairs)
-    return True, [tensors for tensors in given if tensors] if carried else []
 
 
 @contextlib.contextmanager

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from torch import Tensor, nn
 
 Array = npt.NDArray[np.float64]
+_AROUND = 0.5  # of the squares of a gradient: more of it passes around a module than through it
 FEWEST = 8  #: time steps from which one speaks of time
 
 
@@ -66,3 +69,32 @@ def logs_of(sizes: Tensor) -> Array:
     with np.errstate(divide="ignore"):
         logs: Array = np.log(sizes.double().numpy())
     return logs
+
+
+def logs_at(loss: Tensor, states: Sequence[list[Tensor]]) -> Array:
+    """Log of the size of the gradient of a loss at every state."""
+    flat = [tensor for state in states for tensor in state]
+    gradients = torch.autograd.grad(loss, flat, retain_graph=True, allow_unused=True)
+    squares = iter([0.0 if g is None else float(g.detach().double().square().sum()) for g in gradients])
+    return logs_of(torch.tensor([math.sqrt(sum(next(squares) for _ in state)) for state in states]))
+
+
+def of_loop(states: list[list[Tensor]], entered: list[list[Tensor]]) -> tuple[bool, list[list[Tensor]]]:
+    """Whether a loop's module is no head beside it, and what its calls are given where most of the state passes around.
+
+    A cell puts out the next state. A network that a solver or a sampler calls puts out the change of a state, or a
+    guess at its end, and the state is carried on around it: what comes back is then seen at what it is given.
+    """
+    last = torch.stack([tensor.sum() for tensor in states[-1]]).sum()
+    every = {id(tensor) for tensor in entered[-1]}  # what every call is given is no state
+    given = [[t for t in tensors if t.requires_grad and id(t) not in every] for tensors in entered[:-1]]
+    found = torch.autograd.grad(last, [*states[-2], *given[-1]], retain_graph=True, allow_unused=True)
+    through = [(state, g) for state, g in zip(states[-2], found, strict=False) if g is not None]
+    if not through:
+        return False, []
+    outputs, sent = [state for state, _ in through], [g for _, g in through]
+    inside = torch.autograd.grad(outputs, given[-1], sent, retain_graph=True, allow_unused=True) if given[-1] else ()
+    pairs = [(w, i) for w, i in zip(found[len(states[-2]) :], inside, strict=True) if w is not None]
+    around = sum(float((w if i is None else w - i).norm()) ** 2 for w, i in pairs)
+    carried = around > _AROUND * sum(float(w.norm()) ** 2 for w, _ in pairs)
+    return True, [tensors for tensors in given if tensors] if carried else []
