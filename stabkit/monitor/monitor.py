@@ -112,8 +112,8 @@ class Monitor:
         ...         optimizer.zero_grad()
         ...         loss = model(torch.ones(2, 4)).square().mean()
         ...         loss.backward()
-        ...         monitor.step(loss)
-        ...         optimizer.step()
+        ...         if monitor.step(loss).healthy:
+        ...             optimizer.step()
         >>> [block.name for block in monitor.records[0].blocks], len(monitor.records)
         (['0', '2'], 3)
     """
