@@ -21,6 +21,7 @@ from stabkit.tracing.recording.containers import map_tensors, named_tensors
 OUT = 10.0  # times the largest of the batches that were looked at
 _FEW = 3  # of these, at least
 _KEPT = 50
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _DEEP = 3  # levels of containers
 
 
@@ -50,6 +51,7 @@ class Batches:
         self._model = model
         self._held: deque[tuple[int, tuple[Any, ...], dict[str, Any]]] = deque(maxlen=2)  # losses may come a step late
         self._usual: dict[str, deque[float]] = {}
+        self._by_design: set[str] = set()  # inputs that hold what is not finite and train well: masks, missing values
         self._step = 0
         self._undo: Callable[[], None] | None = None
 
@@ -82,6 +84,8 @@ class Batches:
         for name, largest in _ranges(self._newest()).items():
             if math.isfinite(largest):
                 self._usual.setdefault(name, deque(maxlen=_KEPT)).append(largest)
+            else:
+                self._by_design.add(name)
 
     def odd(self, step: int) -> Odd | None:
         """What is odd about the batch of a step; None where nothing is, or where it is not held any more.
@@ -92,6 +96,8 @@ class Batches:
         if call is None:
             return None
         for name, largest in _ranges(call).items():
+            if name in self._by_design:
+                continue
             text = self._told(name, largest, dict(named_tensors(_named(*call), _DEEP)).get(name))
             if text:
                 args, kwargs = (map_tensors(part, _host) for part in call)
@@ -132,12 +138,22 @@ def _named(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
 
 def _ranges(call: tuple[tuple[Any, ...], dict[str, Any]]) -> dict[str, float]:
     """The largest modulus in every floating tensor of a call, by its name; NaN or infinite where one is."""
-    named = [(n, t) for n, t in named_tensors(_named(*call), _DEEP) if t.is_floating_point() and t.numel()]
+    named = [(n, t) for n, t in named_tensors(_named(*call), _DEEP) if _has_range(t)]
     if not named:
         return {}
     with torch.no_grad():
         largest = [t.detach().abs().amax().float().cpu() for _, t in named]
     return {name: float(value) for (name, _), value in zip(named, largest, strict=True)}
+
+
+def _has_range(tensor: Tensor) -> bool:
+    """Whether a tensor is dense, of ordinary floats, and there."""
+    plain = tensor.layout == torch.strided and not tensor.is_meta and not tensor.is_nested
+    return plain and tensor.dtype in _FLOATS and tensor.numel() > 0 and not _is_wrapped(tensor)
+
+
+def _is_wrapped(tensor: Tensor) -> bool:
+    return torch._C._functorch.is_functorch_wrapped_tensor(tensor)
 
 
 def _host(tensor: Tensor) -> Tensor:

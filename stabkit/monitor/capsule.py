@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
@@ -10,7 +11,7 @@ import re
 import shutil
 import uuid
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -65,13 +66,18 @@ class CapsuleStore:
         self._factory = model_factory
         self._ranks = ranks
         self._broken = False
+        self._written: list[Path] = []
 
     @property
     def paths(self) -> tuple[Path, ...]:
-        """The capsules on disk, by training step."""
-        if not self.enabled or not self._directory.is_dir():
-            return ()
-        return tuple(sorted(path for path in self._directory.glob("step-*") if is_capsule(path)))
+        """The capsules of this run that are on disk, in the order in which they were written."""
+        return tuple(path for path in self._written if is_capsule(path))
+
+    def _by_age(self) -> list[Path]:
+        """All capsules in the directory, those of earlier runs first."""
+        found = [path for path in self._directory.glob("step-*") if is_capsule(path)]
+        age = {path: place for place, path in enumerate(self._written)}
+        return sorted(found, key=lambda path: (age.get(path, -1), path.stat().st_mtime_ns))
 
     def gather(self, inputs: RecordedInputs) -> Kept:
         """The calls and the weights of all processes, which all have to call this.
@@ -124,8 +130,9 @@ class CapsuleStore:
         if self._broken or not self._ranks.first:
             return
         path = self._directory / f"step-{record.step:09d}-{re.sub('[^a-z0-9]+', '-', reason.lower())[:60].strip('-')}"
-        if path.exists():
+        if path in self._written:
             return
+        path = next(each for each in _names(path) if not each.exists())  # an earlier run may have left one
         self._broken = True  # unless it is written
         self._sweep()
         write_capsule(
@@ -153,7 +160,8 @@ class CapsuleStore:
             before={} if before is None else before.whole(),
             blamed=None if blamed is None or blamed.step == record.step else (blamed.step, blamed.call),
         )
-        for old in self.paths[: -self._limit]:
+        self._written.append(path)
+        for old in self._by_age()[: -self._limit]:
             self._remove(old)
         self._broken = False
         lost = lost_arguments(path)
@@ -178,3 +186,10 @@ def _told(before: Snapshot | None, why_none: str) -> dict[str, Any]:
     finite = before.loss if math.isfinite(before.loss) else None
     rates = [rate if math.isfinite(rate) else None for rate in before.learning_rates]
     return {"step": before.step, "loss": finite, "learning_rates": rates, "numbers": before.numbers}
+
+
+def _names(path: Path) -> Iterator[Path]:
+    """A path, and further ones like it."""
+    yield path
+    for number in itertools.count(2):
+        yield path.with_name(f"{path.name}-{number}")

@@ -18,12 +18,13 @@ class Guard:
         self.step = 0
         self.failed = False
 
-    def part(self, what: str, action: Callable[[], object]) -> bool:
-        """Run a part; whether it worked. When it fails, warn."""
+    def part(self, what: str, action: Callable[[], object], stop: Callable[[], object] = lambda: None) -> bool:
+        """Run a part; whether it worked. When it fails, warn, and ``stop`` it for good."""
         try:
             action()
         except Exception as error:
             self.warn(what, error)
+            stop()
             return False
         return True
 

@@ -16,6 +16,7 @@ from stabkit.monitor.ranks import TrainingRanks
 from stabkit.monitor.rules import AlertRules
 
 _HARMFUL = ("exploding", "non_finite")  # kinds of findings that are about the batch or the weights of this very step
+_LEVEL = 4  # steps in a row that are too large, of which the last is let pass: as many losses in a row are a level too
 _OF_ALL = 0.5  # of the largest gradient of all before: a smaller one has been borne
 
 
@@ -49,9 +50,10 @@ class Health:
     """Judges steps by their loss, their findings, and the size of their gradient beside those before.
 
     A gradient is too large where its norm is more than ``exp(rules.jump)`` times the largest of the last
-    ``rules.history`` healthy steps, and more than half of the largest of all. In 40 healthy trainings of five kinds of
-    networks on digits (four optimizers, batches of 4 and 32, 400 steps) no norm was more than 1.9 times the largest of
-    the 50 before it.
+    ``rules.history`` healthy steps, and more than half of the largest of all. What stays so for a few steps is a new
+    level, of other data or another weight of the loss, and no broken batch: it is let pass. In 40 healthy trainings of
+    five kinds of networks on digits (four optimizers, batches of 4 and 32, 400 steps) no norm was more than 1.9 times
+    the largest of the 50 before it.
 
     Args:
         parameters: whose gradients are read.
@@ -66,6 +68,7 @@ class Health:
         self._warmup, self._factor = rules.warmup, math.exp(rules.jump)
         self._recent: deque[float] = deque(maxlen=rules.history)
         self._largest = 0.0
+        self._above: list[float] = []  # norms in a row that were too large
         self.skipped = 0
 
     def judge(self, loss: Tensor | float | None, findings: tuple[Finding, ...], scale: Tensor | float) -> bool:
@@ -83,9 +86,13 @@ class Health:
         squares, broken = self._ranks.agreed(squares, broken)
         norm = math.sqrt(squares) / float(scale)
         healthy = not broken and self._is_borne(norm)
-        if healthy and math.isfinite(norm):
+        if not healthy and math.isfinite(norm):
+            self._above.append(norm)
+            healthy = len(self._above) >= _LEVEL and not any(f.kind == "non_finite" for f in findings)
+        if healthy and 0.0 < norm < math.inf:
             self._recent.append(norm)
             self._largest = max(self._largest, norm)
+            self._above = []
         self.skipped += not healthy
         return healthy
 

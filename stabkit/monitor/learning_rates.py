@@ -49,9 +49,10 @@ class LearningRates:
 
     def __init__(self, optimizers: Sequence[torch.optim.Optimizer]) -> None:
         self._groups = [
-            (group, f" of group {i}" if len(one.param_groups) > 1 else "", type(one).__name__)
+            # by its place: `load_state_dict` puts new groups there
+            (one, i, f" of group {i}" if len(one.param_groups) > 1 else "", type(one).__name__)
             for one in optimizers
-            for i, group in enumerate(one.param_groups)
+            for i in range(len(one.param_groups))
         ]
         self._several = len(optimizers) > 1
         self._now = [math.nan] * len(self._groups)
@@ -61,8 +62,8 @@ class LearningRates:
 
     def see(self, step: int) -> None:
         """Take note of the rates of the update that comes; call it before the optimizer's step."""
-        for i, (group, _, _) in enumerate(self._groups):
-            rate = group["lr"]
+        for i, (one, place, _, _) in enumerate(self._groups):
+            rate = one.param_groups[place]["lr"] if place < len(one.param_groups) else self._now[i]
             if isinstance(rate, Tensor):
                 if rate.device.type != "cpu":
                     continue
@@ -94,7 +95,7 @@ class LearningRates:
         changes = [change for change in self._changes[index] if step - back <= change[0] < step]
         if not changes:
             return []
-        _, name, optimizer = self._groups[index]
+        _, _, name, optimizer = self._groups[index]
         name += f" of {optimizer}" if self._several else ""
         # what rose and was taken back since is past
         last = changes[-1][2]

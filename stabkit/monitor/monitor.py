@@ -220,8 +220,9 @@ class Monitor:
         self.detach()
         if not self._closed:
             self._closed = True
-            told = summary(self._guard.step, self._count, self.findings, self.capsules)
-            self._outlets.close(told, quiet=not any(map(serious, self.findings)))
+            left_out = self._health.skipped
+            told = summary(self._guard.step, self._count, self.findings, self.capsules, left_out)
+            self._outlets.close(told, quiet=not left_out and not any(map(serious, self.findings)))
 
     def step(self, loss: Tensor | float | None = None) -> Seen:
         """Say that a training step's backward pass is done; call it before ``optimizer.step()``.
@@ -322,9 +323,10 @@ class Monitor:
         calm = len(self.findings) == told and not (self.records and self.records[-1].non_finite)
         if self._foresight is not None and self._foresight.calm and calm:
             look = partial(self._snapshots.look, self._guard.step, self._foresight.loss)
-            self._guard.part("keeping the last good state", look)
+            self._guard.part("keeping the last good state", look, self._snapshots.stop)
         if self._foresight is not None:
-            self._foresight.done(self._guard.step, loss, seen=calm and self._recording)
+            done = partial(self._foresight.done, self._guard.step, loss, seen=calm and self._recording)
+            self._guard.part("watching the batches", done, self._foresight.detach)
         if self._guard.failed or self._off:
             self._switch_off()
         elif self._due(self._guard.step + 1):

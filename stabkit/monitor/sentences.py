@@ -22,7 +22,7 @@ def line(finding: Finding, step: int) -> str:
     return " ".join(f"{told}. What to do: {finding.remedy}".split()) if finding.remedy else told
 
 
-def summary(steps: int, records: int, findings: Sequence[Finding], capsules: Sequence[Path]) -> str:
+def summary(steps: int, records: int, findings: Sequence[Finding], capsules: Sequence[Path], left_out: int = 0) -> str:
     """How a training went; empty where no step was seen.
 
     Args:
@@ -30,10 +30,12 @@ def summary(steps: int, records: int, findings: Sequence[Finding], capsules: Seq
         records: of how many of them there is a record.
         findings: what was found.
         capsules: what was kept.
+        left_out: steps that were not healthy.
     """
     if not steps:
         return ""
     counted = Counter(finding.kind for finding in findings if serious(finding))
     kinds = ", ".join(f"{kind} ({count} times)" if count > 1 else kind for kind, count in counted.items())
     where = f"; capsules in {capsules[0].parent}" if capsules else ""
-    return f"stabkit: {steps} training steps, {records} recorded: {kinds or 'nothing to warn of'}{where}"
+    left = f"; {left_out} steps were not healthy" if left_out else ""
+    return f"stabkit: {steps} training steps, {records} recorded: {kinds or 'nothing to warn of'}{left}{where}"

@@ -83,6 +83,8 @@ class Snapshots:
         began = time.perf_counter()
         if step < self._next or began < self._not_before:
             return
+        if self._ring and not _is_finite(self._ring[-1]):
+            self._ring.pop()
         tensors, numbers = self._state()
         size = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
         slots = min(SLOTS, self._memory // max(size, 1))
@@ -98,6 +100,10 @@ class Snapshots:
         self._ring.append(Snapshot(step, loss, before, kept, numbers, as_tensors(random_state()), wait))
         spent = time.perf_counter() - began
         self._next, self._not_before = step + _APART, began + spent / _SHARE
+
+    def stop(self) -> None:
+        """Take none any more, and let go of those that are held."""
+        self.why_none, self._ring = "to take one failed", []
 
     def before(self, step: int) -> Snapshot | None:
         """The newest snapshot from before a training step whose numbers are all finite; None where there is none."""

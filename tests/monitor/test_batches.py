@@ -120,3 +120,59 @@ def test_the_sample_that_carries_the_gradient_is_told(tmp_path):
         monitor.step()
     told = load(monitor.capsules[0], model=Linear).description
     assert "gradient at the output: sample 5 of 32 carries 100 % of its squares" in told
+
+
+def test_an_input_that_holds_infinities_by_design_is_never_blamed():
+    class Masked(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = wide()
+
+        def forward(self, x, mask):
+            return self.net(x) * torch.softmax(mask, -1).sum()
+
+    model = Masked()
+    mask = torch.tensor([0.0, 0.0, -math.inf])
+    with Monitor(model, 10) as monitor:
+        for step in range(30):
+            model.zero_grad()
+            loss = model(torch.randn(8, 16), mask).square().mean() * (math.nan if step == 25 else 1.0)
+            loss.backward()
+            monitor.step(loss)
+    assert monitor.findings[0].kind == "non_finite"
+    assert "batch holds" not in monitor.findings[0].evidence
+
+
+def test_inputs_without_a_range_stop_nothing():
+    class Graph(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = wide()
+
+        def forward(self, x, adjacency):
+            return self.net(torch.sparse.mm(adjacency, x))
+
+    model, adjacency = Graph(), torch.eye(32).to_sparse()
+    with Monitor(model, 1) as monitor:
+        for _ in range(12):
+            model.zero_grad()
+            loss = model(torch.randn(32, 16), adjacency).square().mean()
+            loss.backward()
+            monitor.step(loss)
+    assert len(monitor.records) == 12
+
+
+def test_a_second_run_into_a_directory_keeps_its_own_capsules(tmp_path):
+    for _ in range(2):
+        model = wide()
+        monitor = Monitor(model, 1, directory=tmp_path, capsules=2)
+        for step in range(4):
+            if step > 1:
+                monitor.capsule("look")
+            model.zero_grad()
+            model(torch.randn(4, 16)).sum().backward()
+            monitor.step()
+        assert len(monitor.capsules) == 2
+        assert all(replay(path, wide).agrees() for path in monitor.capsules)
+        assert len([path for path in (tmp_path / "capsules").iterdir() if path.name.startswith("step-")]) == 2
+        monitor.close()

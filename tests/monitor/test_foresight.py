@@ -203,3 +203,18 @@ def test_a_loss_that_lasts_becomes_usual():
     told = [step for step, value in enumerate(levels) if jumps.add(step, value) is not None]
     assert told[0] == 20
     assert told[-1] < 70
+
+
+def test_groups_that_a_loaded_state_has_put_in_place_are_followed():
+    model = mlp()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    with Monitor(model, 10, optimizer=optimizer) as monitor:
+        optimizer.load_state_dict(optimizer.state_dict())
+        for step in range(40):
+            optimizer.param_groups[0]["lr"] = 0.01 if step < 30 else 300.0
+            optimizer.zero_grad()
+            loss = (model(torch.randn(16, 8)) - 1.0).square().mean()
+            loss.backward()
+            monitor.step(loss)
+            optimizer.step()
+    assert "jumped at training step 30 from 0.01 to 300" in monitor.findings[0].evidence

@@ -62,6 +62,24 @@ def test_healthy_steps_are_taken_and_nobody_pays_who_does_not_ask(monkeypatch):
     assert all(torch.equal(a, b) for a, b in zip(weights(model), weights(other), strict=True))
 
 
+@pytest.mark.parametrize("silent", [0, 20])
+def test_a_new_level_of_the_loss_is_let_pass(silent):
+    """Another task, or a loss that was multiplied by zero for a while, is no broken batch."""
+    model = mlp()
+    torch.manual_seed(1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    monitor, skipped = Monitor(model, optimizer=optimizer), []
+    for step in range(60):
+        x = torch.randn(16, 8)
+        weight = 1.0 if step < 30 else 0.0 if step < 30 + silent else 100.0
+        optimizer.zero_grad()
+        loss = weight * (model(x) - x[:, :2]).square().mean()
+        loss.backward()
+        skipped.append(not monitor.step(loss).healthy)
+    assert sum(skipped) <= 4
+    assert not any(skipped[40 + silent :])
+
+
 def test_a_table_of_records_counts_what_was_left_out(tmp_path):
     model = mlp()
     with Monitor(model, 1, writers=tmp_path / "run.csv") as monitor:
