@@ -129,8 +129,10 @@ def write_capsule(
     records: Iterable[str],
     before: Mapping[str, Tensor] | None = None,
     blamed: tuple[int, RecordedCall] | None = None,
-) -> None:
+) -> str:
     """Write a capsule; it appears whole, under its name, or not at all.
+
+    Returns the kind of an argument of the model that it could not hold, so that it cannot be run again; empty for none.
 
     Args:
         path: the directory to make; its parent is made when missing.
@@ -160,21 +162,7 @@ def write_capsule(
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
-
-
-def lost_arguments(path: str | os.PathLike[str]) -> str:
-    """What kind of argument of the model a capsule could not hold, so that it cannot be run again; empty for none."""
-    calls = json.loads((Path(path) / _MANIFEST).read_text(encoding="utf-8"))["calls"]
-    stack: list[Any] = [part for call in calls for part in (call["args"], call["kwargs"])]
-    while stack:
-        item = stack.pop()
-        if isinstance(item, dict):
-            if isinstance(item.get("lost"), str):
-                return str(item["lost"])
-            stack += item.values()
-        elif isinstance(item, list):
-            stack += item
-    return ""
+    return next((lost for call in structure for part in call.values() if (lost := _lost(part))), "")
 
 
 def read_capsule(path: str | os.PathLike[str]) -> Capsule:
@@ -250,6 +238,15 @@ def _encode(item: Any, prefix: str, held: dict[str, Tensor]) -> Any:
     if isinstance(item, Mapping) and all(isinstance(key, str) for key in item):
         return {"dict": {key: _encode(child, prefix, held) for key, child in item.items()}}
     return {"lost": type(item).__name__}
+
+
+def _lost(item: Any) -> str:
+    """What kind of thing within something encoded was lost; empty for none. Arguments may be called "lost" as well."""
+    if isinstance(item, dict):
+        if isinstance(item.get("lost"), str):
+            return str(item["lost"])
+        item = list(item.values())
+    return next((lost for child in item if (lost := _lost(child))), "") if isinstance(item, list) else ""
 
 
 def _decode(item: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Any:

@@ -8,18 +8,25 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from stabkit.errors import ArgumentError, ArgumentTypeError
-from stabkit.integrators import GeneralLinearMethod, adam, heavy_ball, nadam, nesterov
+from stabkit.integrators import GeneralLinearMethod, optimizers
 from stabkit.tracing.recording.sharding import whole
 
 Group = Mapping[str, Any]
 State = Mapping[Any, Any]
 _YOUNG = 32  # updates
+# A monitor asks for the same methods again and again, and each finds its intervals by exact arithmetic, once. Exact
+# numbers and floats that equal them are told apart.
+adam, heavy_ball, nadam, nesterov = (
+    lru_cache(maxsize=64, typed=True)(build)
+    for build in (optimizers.adam, optimizers.heavy_ball, optimizers.nadam, optimizers.nesterov)
+)
 
 
 class NoThresholdError(ArgumentError):

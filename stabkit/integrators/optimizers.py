@@ -10,7 +10,6 @@ Adam with its preconditioner held fixed, arXiv 2207.14484; the updates are those
 from __future__ import annotations
 
 from fractions import Fraction
-from functools import lru_cache
 from typing import Any
 
 from stabkit.errors import ArgumentError
@@ -25,11 +24,6 @@ _NADAM = "T. Dozat, Incorporating Nesterov momentum into Adam, ICLR workshop 201
 _FAMILY = "optimizers"
 
 
-# a monitor asks for the same ones again and again, and each finds its intervals by exact arithmetic, once; exact
-# numbers and floats that equal them are told apart
-_KEPT = lru_cache(maxsize=64, typed=True)
-
-
 def _number(x: Any, name: str, *, below_one: bool = False) -> Any:
     """A float as it is, anything else as a fraction, so that exact input stays exact."""
     value = x if isinstance(x, float) else to_fraction(x)
@@ -38,7 +32,6 @@ def _number(x: Any, name: str, *, below_one: bool = False) -> Any:
     return value
 
 
-@_KEPT
 def heavy_ball(momentum: Any = Fraction(9, 10), dampening: Any = 0, decay: Any = 0) -> GeneralLinearMethod:
     """Gradient descent with momentum: v' = b v + (1 - d) g, x' = (1 - w) x - lr v'; states (x, -lr v).
 
@@ -64,7 +57,6 @@ def heavy_ball(momentum: Any = Fraction(9, 10), dampening: Any = 0, decay: Any =
     )  # fmt: skip
 
 
-@_KEPT
 def nesterov(momentum: Any = Fraction(9, 10), decay: Any = 0) -> GeneralLinearMethod:
     """Nesterov's momentum as torch has it: v' = b v + g, x' = (1 - w) x - lr (g + b v'); states (x, -lr v).
 
@@ -86,7 +78,6 @@ def nesterov(momentum: Any = Fraction(9, 10), decay: Any = 0) -> GeneralLinearMe
     )  # fmt: skip
 
 
-@_KEPT
 def adam(beta1: Any = Fraction(9, 10), decay: Any = 0, correction: Any = 1) -> GeneralLinearMethod:
     """Adam with its preconditioner P held fixed: m' = b m + (1 - b) g, x' = (1 - w) x - lr c P^-1 m'.
 
@@ -111,7 +102,6 @@ def adam(beta1: Any = Fraction(9, 10), decay: Any = 0, correction: Any = 1) -> G
     )  # fmt: skip
 
 
-@_KEPT
 def nadam(beta1: Any = Fraction(9, 10), decay: Any = 0, own: Any = None, moment: Any = None) -> GeneralLinearMethod:
     """NAdam with its preconditioner P held fixed: m' = b m + (1 - b) g, x' = (1 - w) x - lr P^-1 (p g + q m').
 

@@ -24,6 +24,7 @@ from stabkit.meanfield.weights import LINEAR, LayerStatistics, LinearLayer, Unkn
 from stabkit.tracing import Step
 from stabkit.tracing.graph.graph import Element
 from stabkit.tracing.graph.values import Value, meta_of, operation, outputs_of
+from stabkit.tracing.products.node_derivatives import signed
 from stabkit.vocabulary import ActivationFacts, NormFacts, activation_of, is_python_node, moves, norm_of
 
 # entries change places, and nothing else
@@ -268,8 +269,7 @@ class Propagation:
 
 def _is_last_axis(node: Node, shape: tuple[int, ...]) -> bool:
     axes: tuple[int, ...] = getattr(node, "_saved_dim", ())
-    # autograd keeps negative axes as unsigned numbers
-    return len(axes) == 1 and (axes[0] + 2**63) % 2**64 - 2**63 in (-1, len(shape) - 1)
+    return len(axes) == 1 and signed(axes)[0] in (-1, len(shape) - 1)
 
 
 def _each(phi: Activation, q: Array, f: Function, closed: Moment | None = None) -> Array:

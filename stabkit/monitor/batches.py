@@ -149,11 +149,8 @@ def _ranges(call: tuple[tuple[Any, ...], dict[str, Any]]) -> dict[str, float]:
 def _has_range(tensor: Tensor) -> bool:
     """Whether a tensor is dense, of ordinary floats, and there."""
     plain = tensor.layout == torch.strided and not tensor.is_meta and not tensor.is_nested
-    return plain and tensor.dtype in _FLOATS and tensor.numel() > 0 and not _is_wrapped(tensor)
-
-
-def _is_wrapped(tensor: Tensor) -> bool:
-    return torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+    plain = plain and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+    return plain and tensor.dtype in _FLOATS and tensor.numel() > 0
 
 
 def _host(tensor: Tensor) -> Tensor:

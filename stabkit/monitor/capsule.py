@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from stabkit._version import __version__
-from stabkit.checkpoints.capsules import RecordedCall, is_capsule, lost_arguments, write_capsule
+from stabkit.checkpoints.capsules import RecordedCall, is_capsule, write_capsule
 from stabkit.diagnosis import Finding
 from stabkit.monitor.batches import Odd
 from stabkit.monitor.inputs import RecordedInputs
@@ -135,7 +135,7 @@ class CapsuleStore:
         path = next(each for each in _names(path) if not each.exists())  # an earlier run may have left one
         self._broken = True  # unless it is written
         self._sweep()
-        write_capsule(
+        lost = write_capsule(
             path,
             weights=kept.weights,
             calls=kept.calls,
@@ -164,7 +164,6 @@ class CapsuleStore:
         for old in self._by_age()[: -self._limit]:
             self._remove(old)
         self._broken = False
-        lost = lost_arguments(path)
         why = f"an argument of the model is a {lost}" if lost else "" if kept.complete else "not all calls were kept"
         if why:
             LOGGER.warning("stabkit: the capsule %s cannot be run again: %s", path, why)

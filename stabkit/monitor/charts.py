@@ -62,8 +62,7 @@ class Charts:
 
 
 def _has(records: list[Record], quantity: str) -> bool:
-    values = [getattr(block, quantity) for block in records[-1].blocks]
-    return bool(np.isfinite(values).any())
+    return any(np.isfinite(record.blocks.columns()[quantity]).any() for record in records)  # updates not in each
 
 
 def _picture(records: list[Record], quantity: str) -> np.ndarray[Any, np.dtype[np.uint8]]:

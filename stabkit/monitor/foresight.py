@@ -67,7 +67,7 @@ class Foresight:
             self._ahead = UpdateWatch(self._optimizers[0], self._secant, self.causes, records, self._tell, failed)
         self._watch, self._found_ahead = watch, tell
         self._pending: tuple[int, PendingSecant] | None = None
-        self._next, self._extra, self._point = 0, 0, -1
+        self._next, self._extra = 0, 0
         self._quiet, self._warmup = rules.warmup, rules.warmup
         self._newest: Along | None = None
         self._clipped: Any = None  # the point of this step, taken before its gradients were clipped

@@ -15,7 +15,6 @@ from stabkit.monitor.parameters import Parameters
 from stabkit.monitor.ranks import TrainingRanks
 from stabkit.monitor.rules import AlertRules
 
-_HARMFUL = ("exploding", "non_finite")  # kinds of findings that are about the batch or the weights of this very step
 _LEVEL = 4  # steps in a row that are too large, of which the last is let pass: as many losses in a row are a level too
 _OF_ALL = 0.5  # of the largest gradient of all before: a smaller one has been borne
 
@@ -68,7 +67,7 @@ class Health:
         self._warmup, self._factor = rules.warmup, math.exp(rules.jump)
         self._recent: deque[float] = deque(maxlen=rules.history)
         self._largest = 0.0
-        self._above: list[float] = []  # norms in a row that were too large
+        self._above = 0  # how many in a row were too large
         self.skipped = 0
 
     def judge(self, loss: Tensor | float | None, findings: tuple[Finding, ...], scale: Tensor | float) -> bool:
@@ -80,19 +79,18 @@ class Health:
             scale: what the gradients are multiplied by.
         """
         broken = loss is not None and not math.isfinite(float(torch.as_tensor(loss).detach().sum()))
-        broken = broken or any(finding.kind in _HARMFUL for finding in findings)
+        broken = broken or any(finding.kind == "non_finite" for finding in findings)
+        jumped = any(finding.kind == "exploding" for finding in findings)
         norms, _ = self._parameters.gradients({})
         squares = float(torch.stack([n.detach().double().cpu() for n in norms]).square().sum()) if norms else 0.0
-        squares, broken = self._ranks.agreed(squares, broken)
+        squares, (broken, jumped) = self._ranks.agreed(squares, broken, jumped)
         norm = math.sqrt(squares) / float(scale)
-        healthy = not broken and self._is_borne(norm)
-        if not healthy and math.isfinite(norm):
-            self._above.append(norm)
-            healthy = len(self._above) >= _LEVEL and not any(f.kind == "non_finite" for f in findings)
+        large = jumped or not self._is_borne(norm)
+        self._above = self._above + 1 if large and not broken and math.isfinite(norm) else 0
+        healthy = not broken and (not large or self._above >= _LEVEL)
         if healthy and 0.0 < norm < math.inf:
             self._recent.append(norm)
-            self._largest = max(self._largest, norm)
-            self._above = []
+            self._largest, self._above = max(self._largest, norm), 0
         self.skipped += not healthy
         return healthy
 

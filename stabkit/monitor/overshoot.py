@@ -102,7 +102,7 @@ def _finding(step: int, loss: float, part: float, cause: Cause) -> Finding:
     left = f", and {(1 - part) ** 2:.2g} times as high after it as before" if part > FAR else ""
     return Finding(
         kind="unstable_update",
-        severity="critical",
+        severity="critical" if part > FAR else "warning",
         steps=(),
         module_path="",
         confidence=0.9,

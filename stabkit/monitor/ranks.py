@@ -101,20 +101,20 @@ class TrainingRanks:
         sums.rows[GRADIENT] /= self.count**2
         sums.scalars[LOSS] = single[0] / self.count
 
-    def agreed(self, squares: float, broken: bool) -> tuple[float, bool]:
-        """The squared norm of the whole gradient, and whether anything is broken anywhere. A collective operation.
+    def agreed(self, squares: float, *signs: bool) -> tuple[float, list[bool]]:
+        """The squared norm of the whole gradient, and which of some signs any process has. A collective operation.
 
         Args:
             squares: of the gradients that this process holds.
-            broken: whether something is here.
+            *signs: what is seen here.
         """
         if not self.together:
-            return squares, broken
-        shared = torch.tensor([squares, float(broken)], dtype=torch.float64, device=self._device)
+            return squares, list(signs)
+        shared = torch.tensor([squares, *map(float, signs)], dtype=torch.float64, device=self._device)
         for group in self._groups:
             dist.all_reduce(shared, group=group)
-        total, count = shared.tolist()
-        return (total if self.sharded else total / self.count), count > 0
+        total, *counts = shared.tolist()
+        return (total if self.sharded else total / self.count), [count > 0 for count in counts]
 
     def gather(self, item: Any) -> list[Any]:
         """The item of every process, at the first; this one's own elsewhere. A collective operation."""

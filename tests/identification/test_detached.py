@@ -9,20 +9,9 @@ from torch import Tensor, nn
 import stabkit
 from stabkit.identification import Identification, identify
 from stabkit.tracing.maps.scan_flow import over_scan, scans_of
+from tests.diagnosis.test_rounds_of_time import Spike
 
 WIDTH, ROUNDS = 6, 9
-
-
-class Spike(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x):
-        ctx.save_for_backward(x)
-        return (x > 0).to(x.dtype)
-
-    @staticmethod
-    def backward(ctx, grad):
-        (x,) = ctx.saved_tensors
-        return grad / (1 + 10 * x.abs()) ** 2
 
 
 class Leaky(nn.Module):

@@ -62,6 +62,18 @@ def test_healthy_steps_are_taken_and_nobody_pays_who_does_not_ask(monkeypatch):
     assert all(torch.equal(a, b) for a, b in zip(weights(model), weights(other), strict=True))
 
 
+def test_a_loss_that_stays_nan_is_never_let_pass():
+    """Also where the gradients are finite, as those of a penalty beside it."""
+    model = mlp()
+    monitor, healthy = Monitor(model), []
+    for step in range(30):
+        model.zero_grad()
+        loss = model(torch.randn(8, 8)).square().mean()
+        loss.backward()
+        healthy.append(monitor.step(loss * (math.nan if step >= 15 else 1.0)).healthy)
+    assert healthy == [True] * 15 + [False] * 15
+
+
 @pytest.mark.parametrize("silent", [0, 20])
 def test_a_new_level_of_the_loss_is_let_pass(silent):
     """Another task, or a loss that was multiplied by zero for a while, is no broken batch."""

@@ -13,6 +13,7 @@ import torch
 
 from stabkit.errors import StabkitError
 from stabkit.monitor import Monitor
+from stabkit.monitor.charts import QUANTITIES, Charts
 from stabkit.monitor.writers import WRITERS, MLflowWriter, WandbWriter
 from tests.monitor.networks import mlp, train
 
@@ -82,6 +83,19 @@ def test_tensorboard_reads_back_what_was_written(tmp_path):
     (picture,) = board.Images("stabkit/growth")
     assert picture.step == 2
     assert picture.width > 400
+
+
+def test_every_quantity_that_was_measured_now_and_then_is_drawn_and_long_runs_are_thinned():
+    _, monitor = train(mlp(), lambda: torch.randn(4, 8), 25, lambda m, o: Monitor(m, 1, optimizer=o))
+    assert math.isnan(monitor.records[-1].blocks[0].update_ratio)
+    charts = Charts()
+    for record in list(monitor.records) * 40:
+        charts.add(record)
+    assert len(charts._records) <= 256
+    pictures = charts.drawn()
+    assert set(pictures) == set(QUANTITIES)
+    assert all(picture.std() > 0 for picture in pictures.values())
+    assert charts.drawn() == {}
 
 
 def largest_growth(record) -> float:

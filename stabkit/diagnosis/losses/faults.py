@@ -20,6 +20,7 @@ from stabkit.diagnosis.thresholds import Thresholds
 from stabkit.tracing import Flow
 from stabkit.tracing.cutting.endpoints import scalar_loss
 from stabkit.tracing.graph.values import Value, operation, value_of
+from stabkit.tracing.products.node_derivatives import signed
 from stabkit.vocabulary import moves
 
 #: module path of findings on the loss, which belongs to no module
@@ -131,8 +132,7 @@ def _along_another_axis(node: Any, taken: Tensor, sums: Tensor) -> tuple[str, st
         made = _maker(Value(parent, number)) if parent is not None else None
     if made is None or operation(made.node) not in ("LogSoftmax", "Softmax"):
         return None
-    shape, axis = tuple(made.node._input_metadata[0].shape), int(getattr(made.node, "_saved_dim", -1))
-    axis = axis - (1 << 64) if axis >= 1 << 63 else axis
+    shape, axis = tuple(made.node._input_metadata[0].shape), signed([getattr(made.node, "_saved_dim", -1)])[0]
     classes = [place for place, size in enumerate(shape) if size == taken.shape[1] and place != axis % len(shape)]
     if not classes:
         return None  # some of the classes were left out

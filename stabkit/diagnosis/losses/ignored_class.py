@@ -14,6 +14,7 @@ from torch import Tensor
 from stabkit.diagnosis.finding import LOSS, Finding, of_last_step
 from stabkit.diagnosis.training_run import TrainingRun
 from stabkit.tracing.graph.values import operation
+from stabkit.tracing.products.node_derivatives import signed
 from stabkit.tracing.recording.training_pass import nodes_above
 
 _SHARE = 0.02  # of the labels: fewer may stand for samples without one
@@ -29,8 +30,7 @@ def ignored_class_findings(run: TrainingRun) -> list[Finding]:
         node: Any = each
         if operation(node) != "NllLoss" or not isinstance(labels := node._saved_target, Tensor):
             continue
-        ignored, taken = int(node._saved_ignore_index), node._saved_self
-        ignored -= (1 << 64) * (ignored >= 1 << 63)  # saved without a sign
+        (ignored,), taken = signed([node._saved_ignore_index]), node._saved_self
         if labels.dim() != 1 or len(labels) != samples or not 0 <= ignored < taken.shape[1]:
             continue
         count = int((labels == ignored).sum())

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.autograd.graph import Node
 
 from stabkit.tracing.graph.values import operation
+from stabkit.tracing.products.node_derivatives import signed
 from stabkit.vocabulary import activation_of, moves
 
 _MOVES = moves("reshape", "permute", "copy", "select", "gather", "expand")
@@ -132,7 +133,7 @@ def _product(node: Any) -> tuple[float, tuple[Tensor, ...]]:
         made = node.next_functions[0][0]
         if len(along) != 1 or made is None or operation(made) != "Mul" or len(made.next_functions) < 2:
             return math.inf, ()
-        dims = (_signed(along[0]),) * 2
+        dims = tuple(signed(along[:1])) * 2
         left, right = made._saved_self, made._saved_other
     else:
         dims = (-1, -2)
@@ -149,11 +150,6 @@ def _product(node: Any) -> tuple[float, tuple[Tensor, ...]]:
         size *= norm
         scales += found
     return size, tuple(scales)
-
-
-def _signed(dim: int) -> int:
-    """A dimension as autograd saves it, counted from the end where it wraps round."""
-    return dim - 2**64 if dim >= 2**63 else dim
 
 
 def _norm(node: Node | None) -> tuple[float, tuple[Tensor, ...]]:

@@ -11,6 +11,7 @@ from stabkit.diagnosis.finding import Finding
 from stabkit.diagnosis.thresholds import Thresholds
 from stabkit.tracing import Flow
 from stabkit.tracing.graph.values import operation
+from stabkit.tracing.products.node_derivatives import signed
 from stabkit.vocabulary import moves
 
 _SOFTMAXES = frozenset({"Softmax", "SafeSoftmax"})
@@ -69,8 +70,7 @@ def _measured(node: Node, step: int, path: str) -> Attention | None:
     weights = getattr(node, "_saved_result", None)
     if weights is None or weights.dim() < 2:
         return None
-    dim = int(getattr(node, "_saved_dim", -1))
-    dim = dim - (1 << 64) if dim >= 1 << 63 else dim
+    (dim,) = signed([getattr(node, "_saved_dim", -1)])
     p = weights.detach().to(torch.float64).movedim(dim, -1)
     p = p.reshape(-1, p.shape[-1])
     if p.shape[-1] < _FEWEST_KEYS:

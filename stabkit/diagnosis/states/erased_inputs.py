@@ -17,6 +17,7 @@ from stabkit.diagnosis.states.attention import weighs
 from stabkit.diagnosis.thresholds import Thresholds
 from stabkit.tracing import Flow
 from stabkit.tracing.graph.values import Value, meta_of, operation
+from stabkit.tracing.products.node_derivatives import signed
 from stabkit.vocabulary import moves
 
 _SIGNS = 2  # values of which only the sign of their difference is left
@@ -119,8 +120,7 @@ def _values(node: Any) -> tuple[int, str]:
     if name == "NativeBatchNorm" and node._saved_training:
         return math.prod(shape) // shape[1], "channel"
     if name in _SOFTMAXES and shape:
-        dim = int(node._saved_dim)
-        return int(shape[dim - (1 << 64) if dim >= 1 << 63 else dim]), "row"
+        return int(shape[signed([node._saved_dim])[0]]), "row"
     return 0, ""
 
 
