@@ -16,7 +16,7 @@ from stabkit.diagnosis import examine
 from stabkit.errors import TraceError
 from stabkit.identification import Identification, identify
 from stabkit.planning.machine_speed import PeakMemory, timed
-from stabkit.tracing import Flow, Step, trace
+from stabkit.tracing import Flow, Step, same_space, trace
 from stabkit.tracing.recording.batch_parts import Call
 from stabkit.tracing.recording.untouched_model import unchanged
 from stabkit.tracing.recording.wrappers import modules_behind, unwrap
@@ -183,7 +183,7 @@ def _step_costs(flow: Flow, device: torch.device, spectra: bool) -> tuple[StepCo
         if kind not in known:
             known[kind] = _product_costs(step, device, spectra)
         backward, forward, flops = known[kind]
-        square = step.source.sample_shapes == step.target.sample_shapes
+        square = same_space(step.source, step.target)
         costs.append(StepCost(step.source.size, step.target.size, square, backward, forward, flops))
     return tuple(costs)
 

@@ -54,7 +54,8 @@ def evaluated(
         safe.copy_buffers()
         take_whole(call.module)
         if not training:
-            call.module.eval()
+            with contextlib.suppress(NotImplementedError):  # an exported program has but the mode it was exported in
+                call.module.eval()
         given: list[int] = []
 
         def prepared(tensor: Tensor) -> Tensor:
