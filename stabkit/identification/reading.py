@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from stabkit.identification.evidence.confirmation import Check, commutator, defect
+from stabkit.identification.evidence.confirmation import checks_of
 from stabkit.identification.evidence.for_every_input import holding
 from stabkit.identification.evidence.reproduction import confirmed
 from stabkit.identification.fields.composites import as_one_field, with_composite_fields
@@ -16,7 +16,6 @@ from stabkit.identification.form.flow_index import Surroundings
 from stabkit.identification.form.grouping import is_part_of_round, is_repeated
 from stabkit.identification.form.hidden_skip import hidden_skip, reaches_linearly, residuals_inside
 from stabkit.identification.form.linear_parts import LINEAR_SKIP
-from stabkit.identification.form.normal_form import NormalForm
 from stabkit.identification.form.skip_past_norms import measured_skip, skip_past_norms, with_fixed_norms
 from stabkit.identification.form.slots import Slots
 from stabkit.identification.form.stores import without_stores
@@ -268,7 +267,7 @@ def _without_skip(around: Surroundings, found: Slots, links: Sequence[Link], ste
         return nothing(steps, "unknown", why, "unknown")
     notes = []
     told = in_turn(links, found.contexts)
-    if has_residual := bool(set(told.split(", then ")) - {MAP, HELD}):
+    if has_residual := any(not part.endswith((MAP, HELD)) for part in told.split(", then ")):
         notes.append(f"a residual lies inside ({told}), no skip leads around the whole step")
     if any(link.kind == "join" for link in links):
         notes.append("the state is put beside a function of it, and both are mixed: several projections, no skip")
@@ -431,7 +430,7 @@ def read_sums(around: Surroundings, found: Slots, links: Sequence[Link], steps: 
             *notes_of_sums(around, sums, table),
             *record.notes,
         ),
-        checks=_checks(sums, table) if around.checks else (),
+        checks=checks_of(sums, table) if around.checks else (),
     )
     if not any(link.kind == "weightless" for link in links[:first]):
         record = confirmed(record, around.whole(steps[0], steps[-1] + 1, found))
@@ -453,17 +452,3 @@ def _linear_part(relaxed: tuple[Blocks, float] | None) -> tuple[str, ...]:
     if relaxed is None:
         return ()
     return (f"the field is f(x) = g(x) - {relaxed[1]:.4g} x: its linear part was told from the inputs of the stages",)
-
-
-def _checks(sums: Sequence[NormalForm], table: Blocks) -> tuple[Check, ...]:
-    found: list[Check] = []
-    if len(sums) > 1 and table.n_fields > 1:
-        found.append(commutator(sums))
-    if len(sums) == 1 and table.shared and table.n_fields == 1 and sums[0].stages:
-        measured = defect(sums[0], table)
-        if measured is not None:
-            found.append(measured)
-        b = table.B[0] / (table.B[0].sum() or 1.0)
-        c = (table.A / (table.B[0].sum() or 1.0)).sum(axis=1)
-        found.append(Check("b.c - 1/2", float(b @ c - 0.5), "condition of order 2; b sums to 1 by the choice of h"))
-    return tuple(found)
