@@ -163,7 +163,7 @@ def _vectors(count: int) -> str:
 
 
 def checks_of(sums: Sequence[NormalForm], table: Blocks) -> tuple[Check, ...]:
-    """What is measured beside the reading of one state: how two fields commute, and how far a method of one field is off."""
+    """What is measured beside the reading of one state: how fields commute, how far off a method is."""
     found: list[Check] = []
     if len(sums) > 1 and table.n_fields > 1:
         found.append(commutator(sums))
