@@ -1,8 +1,8 @@
 """What public functions accept, by the annotation and the name of an argument: checked before work begins.
 
 A number given as text, a seed that is None or a plot of something else would fail deep inside, in the words of torch or
-numpy. The kinds are read off the annotations; the bounds stand here once for all functions, since an argument of one
-name means the same everywhere.
+numpy. The kinds are read off the annotations; bounds and words stand here once for all functions, since an argument of
+one name means the same everywhere.
 """
 
 from __future__ import annotations
@@ -95,6 +95,13 @@ BOUNDS: Mapping[str, Bounds] = {
     "along": Bounds(least=2),
     "panels": _COUNT,
     "resolution": Bounds(least=2),
+}
+WORDS: Mapping[str, str] = {  # what is expected, where the kind alone does not say what to give
+    "loss": "a function of the model's output that returns a scalar, e.g. loss=lambda out: out.square().mean()",
+    "start": "a tensor, such as vector of an earlier result, or None",
+    "blocks": "a list of paths of modules, e.g. ['blocks.0', 'blocks.1'], or None",
+    "batches": "pairs of inputs and targets, such as a DataLoader, or None",
+    "sources": "a list of paths, e.g. ['run/1.pt', 'run/2.pt']",
 }
 _MADE_BY = {  # where results come from; those that only type checkers import are known by these names
     "AlignmentIndex": "stabkit.growth.alignment_index",
@@ -205,7 +212,8 @@ def _taken(name: str, value: Any, kinds: list[_Kind]) -> Any:
             raise ArgumentError(f"{name}={value!r}; expected {kind.words}{bounds}")
         return taken
     shown = f"={value!r}" if isinstance(value, str | bytes | float | int | None) else ""
-    words = " or ".join(f"{kind.words}{bounds if kind in (_WHOLE, _NUMBER) else ''}" for kind in kinds)
+    each = [f"{kind.words}{bounds if kind in (_WHOLE, _NUMBER) else ''}" for kind in kinds]
+    words = WORDS.get(name, " or ".join(each))
     raise ArgumentTypeError(f"{name}{shown} is {a(type(value).__name__)}; expected {words}")
 
 

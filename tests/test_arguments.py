@@ -140,7 +140,7 @@ def test_numbers_of_numpy_are_numbers() -> None:
         ({"confidence": float("nan")}, ArgumentError, "confidence=nan; expected a number, more than 0 and less than 1"),
         ({"prober": 1}, ArgumentTypeError, "did you mean probes"),
         ({"kwargs": {1: 2}}, ArgumentTypeError, "kwargs is a dict; expected a mapping of names"),
-        ({"loss": 3}, ArgumentTypeError, "loss=3 is an int; expected a function or None"),
+        ({"loss": 3}, ArgumentTypeError, "loss=3 is an int; expected a function of the model"),
     ],
 )
 def test_what_is_said_of_it(given: dict[str, Any], error: type[Exception], words: str) -> None:

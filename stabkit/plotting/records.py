@@ -52,6 +52,8 @@ def training(records: Any, ax: Axes | None = None, *, quantity: str = "growth") 
             "stabkit.monitor.read_records returns"
         )
     plain = [record if isinstance(record, Mapping) else record.to_dict() for record in seen]
+    if not all({"step", "blocks"} <= record.keys() for record in plain):
+        raise ArgumentError("records holds what is no record of a monitor: each has a 'step' and its 'blocks'")
     if not plain:
         raise ArgumentError("records is empty; a picture of a training run needs at least one record")
     if quantity == _RATIO:
