@@ -84,7 +84,11 @@ class Recurrences:
             record = self._read(scan, path, paths[:i].count(path), paths.count(path))
             rates = growth_over(self._flow, scan)
             found.append(replace(record, growth=sum(rates) / len(rates)))
-        return tuple(replace(r, growth=None) if s in scales else r for s, r in zip(scans, found, strict=True))
+        packed = any(operation(node).startswith("PackPadded") for node in self._flow.recorded.graph.nodes)
+        return tuple(
+            replace(r, growth=None if s in scales else r.growth, notes=_counted(s, packed, r.notes))
+            for s, r in zip(scans, found, strict=True)
+        )
 
     def _rescaled(self, scan: Scan, maximum: Scan, path: str) -> Recurrence:
         """A recurrence that is stored in units of the exponential of a running maximum."""
@@ -162,6 +166,16 @@ class Recurrences:
                 except RuntimeError as error:
                     self._untold = f"the model does not run with parameters that require grad: {str(error)[:100]}"
         return Made() if self._histories is None else self._histories.of(path, place, count)
+
+
+def _counted(scan: Scan, packed: bool, notes: tuple[str, ...]) -> tuple[str, ...]:
+    """Notes that say what a step of a recurrence is where it is no time of every sequence."""
+    if packed:
+        return ("the sequences are packed: these are the steps that run with one number of samples", *notes)
+    if scan.width == 1:
+        return notes
+    told = (note.replace("a time step", "a chunk").replace("at time", "at chunk") for note in notes)
+    return (f"a step is a chunk, of {scan.width} times", *told)
 
 
 class _OverTime(Surroundings):
