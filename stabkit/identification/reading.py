@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
+from stabkit import integrators
 from stabkit.identification.evidence.confirmation import Check, commutator, defect
 from stabkit.identification.evidence.for_every_input import holding
 from stabkit.identification.evidence.reproduction import confirmed
@@ -34,11 +35,11 @@ from stabkit.identification.record import Identification, nothing, record_of
 from stabkit.identification.steps.additions import depends_on_input, last_sum, linear_links, notes_of_sums, without_mean
 from stabkit.identification.steps.around_addition import (
     begins_as_it_ends,
+    box_behind,
     masked,
     normalised_at_the_end,
     normalises,
     norms_after,
-    rectifies,
     scaled_by_entries,
     with_gates,
     with_projection,
@@ -211,7 +212,8 @@ def _one_state(around: Surroundings, found: Slots, steps: tuple[int, ...]) -> Id
         return record_of_equation(equation, steps)
     solved = linear_solve(whole)
     if solved is not None:
-        return record_of_solve(solved, steps)
+        method = None if solved.of_the_state or maps or not sums else _of_solving_field(around, found, links, steps)
+        return method or record_of_solve(solved, steps)
     if (rounds := inner_iterations(whole, around.names)) > 1:
         why = f"a solver of {rounds} rounds runs inside: quotients of inner products scale directions, and are no gates"
         return nothing(steps, "iterative solver inside", why, "unknown")
@@ -235,6 +237,17 @@ def _one_state(around: Surroundings, found: Slots, steps: tuple[int, ...]) -> Id
         why = f"the skip begins after {', '.join(before)}: x' = P(x) + f(P(x)), which is no step from x"
         return nothing(steps, "transformed skip", why, "proven")
     return _sums(around, found, links, steps)
+
+
+def _of_solving_field(
+    around: Surroundings, found: Slots, links: Sequence[Link], steps: tuple[int, ...]
+) -> Identification | None:
+    """The record of a textbook method whose one field solves a linear system at every stage; None for others.
+
+    An acceleration M(q)^-1 F(q, v) is such a field. Where it is evaluated once alone, it may be that M is 1 - h J.
+    """
+    record = _sums(around, found, links, steps)
+    return record if record.shared_weights and record.name in integrators.names() else None
 
 
 def _without_skip(around: Surroundings, found: Slots, links: Sequence[Link], steps: tuple[int, ...]) -> Identification:
@@ -427,7 +440,7 @@ def read_sums(around: Surroundings, found: Slots, links: Sequence[Link], steps: 
         record = confirmed(record, around.whole(steps[0], steps[-1] + 1, found))
     threshold = soft_threshold(around.flow, steps[-1] + 1, links[-1]) if behind else None
     record = with_projection(
-        record, norms_after(links), len(sums), rectified=all(map(rectifies, behind)), threshold=threshold,
+        record, norms_after(links), len(sums), box=box_behind(behind), threshold=threshold,
         bends=not all(map(normalises, behind)), whole=at_the_end, skips=tuple(c.value for c in skips),
     )  # fmt: skip
     record = with_gates(with_numbers_told(record, sums), kinds, sums)

@@ -23,6 +23,7 @@ from stabkit.tracing.graph.values import meta_of
 CLOSE = 1e-6  # coefficients of single precision networks
 _WITH_ITS_END = 3  # stages, at least, of a method of two and the field at its end
 NO_STEP = "none: there is no branch that a step size could multiply"
+EXPONENTIAL = "exponential Runge-Kutta type"
 NO_TABLEAU = "unnamed Runge-Kutta"
 POINTS = np.random.default_rng(0).normal(size=(12, 2)) @ np.array([1, 1j])
 
@@ -213,7 +214,7 @@ def by_numbers(name: str, system: str, method: LinearStability | None) -> tuple[
     if name != "unnamed" or not monotone or abs(U[0] - 1) > CLOSE or abs(V - 1) <= CLOSE or ends:
         return name, system
     carried = ", ".join(f"{u:.3g}" for u in U)
-    told = f"exponential Runge-Kutta type ({method.stages} stages, carried on by {carried}, a = {V:.3g})"
+    told = f"{EXPONENTIAL} ({method.stages} stages, carried on by {carried}, a = {V:.3g})"
     return told, "x' = f(x, t) - lambda(t) x, the linear part carried on to every stage by a number"
 
 

@@ -293,7 +293,7 @@ def _dense(found: Slots, steps: tuple[int, ...]) -> Identification:
         evidence="proven",
         residual=0.0,
         steps=steps,
-        notes=("the state is kept whole and grows: every eigenvalue is 1, all growth is non-normal",),
+        notes=("the state is kept whole beside a function of it: every eigenvalue of the padded step is 1",),
         system="none: nothing that is there is changed",
     )
 
