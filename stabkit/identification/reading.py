@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from stabkit import integrators
-from stabkit.identification.evidence.confirmation import Check, commutator, defect
+from stabkit.identification.evidence.confirmation import checks_of
 from stabkit.identification.evidence.for_every_input import holding
 from stabkit.identification.evidence.reproduction import confirmed
 from stabkit.identification.fields.composites import as_one_field, with_composite_fields
@@ -17,9 +16,8 @@ from stabkit.identification.form.flow_index import Surroundings
 from stabkit.identification.form.grouping import is_part_of_round, is_repeated
 from stabkit.identification.form.hidden_skip import hidden_skip, reaches_linearly, residuals_inside
 from stabkit.identification.form.linear_parts import LINEAR_SKIP
-from stabkit.identification.form.normal_form import NormalForm
 from stabkit.identification.form.skip_past_norms import measured_skip, skip_past_norms, with_fixed_norms
-from stabkit.identification.form.slots import Slots
+from stabkit.identification.form.slots import Slots, beside_outputs
 from stabkit.identification.form.tableau import Blocks, blocks
 from stabkit.identification.names.sequences import name_sequence, says_less
 from stabkit.identification.names.single import (
@@ -64,7 +62,12 @@ from stabkit.identification.steps.implicit import (
     silent_rounds,
     solves_inside,
 )
-from stabkit.identification.steps.iterated_solves import held_iteration, record_of_equation, solved_step
+from stabkit.identification.steps.iterated_solves import (
+    held_iteration,
+    record_of_equation,
+    solved_step,
+    solves_in_fields,
+)
 from stabkit.identification.steps.linear_steps import read_linear, restarted
 from stabkit.identification.steps.moves_behind import before_moves
 from stabkit.identification.steps.nested import in_turn, with_nested_chains
@@ -103,7 +106,12 @@ def read(around: Surroundings, start: int, stop: int) -> Identification:
     history = growing_history(around, start, stop)
     if history is not None:
         return history
-    found = around.slots(start, stop)
+    found = beside_outputs(around.flow, start, stop) or around.slots(start, stop)
+    before, after = (around.flow.states[i].values for i in (start, stop))
+    made = [v for v in after if v not in before]
+    if made and found.sources and set(found.targets) <= set(found.sources):
+        why = f"the state stays as it is; made beside it for later steps: {len(made)}"
+        return nothing(tuple(range(start, stop)), "fork", why, "proven")
     record = _read(around, found, start, stop)
     return _with_doubts(around, found, record)
 
@@ -211,9 +219,8 @@ def _one_state(around: Surroundings, found: Slots, steps: tuple[int, ...]) -> Id
     if equation is not None:
         return record_of_equation(equation, steps)
     solved = linear_solve(whole)
-    if solved is not None:
-        method = None if solved.of_the_state or maps or not sums else _of_solving_field(around, found, links, steps)
-        return method or record_of_solve(solved, steps)
+    if solved is not None and not solves_in_fields(whole, around.names):
+        return record_of_solve(solved, steps)
     if (rounds := inner_iterations(whole, around.names)) > 1:
         why = f"a solver of {rounds} rounds runs inside: quotients of inner products scale directions, and are no gates"
         return nothing(steps, "iterative solver inside", why, "unknown")
@@ -237,17 +244,6 @@ def _one_state(around: Surroundings, found: Slots, steps: tuple[int, ...]) -> Id
         why = f"the skip begins after {', '.join(before)}: x' = P(x) + f(P(x)), which is no step from x"
         return nothing(steps, "transformed skip", why, "proven")
     return _sums(around, found, links, steps)
-
-
-def _of_solving_field(
-    around: Surroundings, found: Slots, links: Sequence[Link], steps: tuple[int, ...]
-) -> Identification | None:
-    """The record of a textbook method whose one field solves a linear system at every stage; None for others.
-
-    An acceleration M(q)^-1 F(q, v) is such a field. Where it is evaluated once alone, it may be that M is 1 - h J.
-    """
-    record = _sums(around, found, links, steps)
-    return record if record.shared_weights and record.name in integrators.names() else None
 
 
 def _without_skip(around: Surroundings, found: Slots, links: Sequence[Link], steps: tuple[int, ...]) -> Identification:
@@ -434,7 +430,7 @@ def read_sums(around: Surroundings, found: Slots, links: Sequence[Link], steps: 
         record,
         evidence="proven" if proven else "measured",
         notes=(*own_rates, *masked(kinds), *_linear_part(relaxed), *notes_of_sums(around, sums, table), *record.notes),
-        checks=_checks(sums, table) if around.checks else (),
+        checks=checks_of(sums, table) if around.checks else (),
     )
     if not any(link.kind == "weightless" for link in links[:first]):
         record = confirmed(record, around.whole(steps[0], steps[-1] + 1, found))
@@ -456,17 +452,3 @@ def _linear_part(relaxed: tuple[Blocks, float] | None) -> tuple[str, ...]:
     if relaxed is None:
         return ()
     return (f"the field is f(x) = g(x) - {relaxed[1]:.4g} x: its linear part was told from the inputs of the stages",)
-
-
-def _checks(sums: Sequence[NormalForm], table: Blocks) -> tuple[Check, ...]:
-    found: list[Check] = []
-    if len(sums) > 1 and table.n_fields > 1:
-        found.append(commutator(sums))
-    if len(sums) == 1 and table.shared and table.n_fields == 1 and sums[0].stages:
-        measured = defect(sums[0], table)
-        if measured is not None:
-            found.append(measured)
-        b = table.B[0] / (table.B[0].sum() or 1.0)
-        c = (table.A / (table.B[0].sum() or 1.0)).sum(axis=1)
-        found.append(Check("b.c - 1/2", float(b @ c - 0.5), "condition of order 2; b sums to 1 by the choice of h"))
-    return tuple(found)

@@ -310,6 +310,8 @@ def _sweep(flow: Flow, start: int) -> int | None:
         whole = after.position in passed or any(_lies(after.position, begin) for begin in begins.values())
         between = {len(state.values) for state in flow.states[start:stop]}
         renewed = after.sample_shapes == before.sample_shapes and not set(before.values) & set(after.values)
+        pairs = itertools.pairwise(set(state.values) for state in flow.states[start : stop + 1])
+        renewed = renewed and all(a & b for a, b in pairs)  # a step that renews all of them is one by itself
         # a decoder joins what was kept for it, which no step before has renewed
         left = set(before.values) & set(flow.states[stop - 1].values)
         joined = len(after.values) == 1 and operation(after.values[0].node) in JOINS and len(left) < 2

@@ -42,7 +42,7 @@ def with_noise(record: Identification, forms: Sequence[NormalForm]) -> Identific
     elif products:
         name, system = f"{record.name} with noise", f"{record.system}, and noise {whose} dW"
     else:  # a constant that is added changes neither tableau nor derivative
-        name, system = f"{_without_cells(record.name)} with noise", f"{record.system}, and noise {whose} dW"
+        name, system = _without_cells(record.name), record.system
     evidence = "measured" if products else record.evidence
     return replace(record, name=name, system=system, evidence=evidence, notes=(*notes, *record.notes))
 
@@ -72,7 +72,8 @@ def _factors(node: Node) -> list[Tensor]:
 
 def _without_cells(name: str) -> str:
     """A name without the recurrent cell that has the same step: a stochastic equation is no such cell."""
-    return name.removesuffix(" (coRNN)").removesuffix(" (UnICORNN)")
+    alone = name.removesuffix(" (coRNN)").removesuffix(" (UnICORNN)")
+    return name if alone == name else f"{alone}, with noise"
 
 
 def _noisy(piece: Piece) -> list[Node]:
