@@ -18,6 +18,7 @@ from stabkit.identification.form.hidden_skip import hidden_skip, reaches_linearl
 from stabkit.identification.form.linear_parts import LINEAR_SKIP
 from stabkit.identification.form.skip_past_norms import measured_skip, skip_past_norms, with_fixed_norms
 from stabkit.identification.form.slots import Slots, beside_outputs
+from stabkit.identification.form.stores import without_stores
 from stabkit.identification.form.tableau import Blocks, blocks
 from stabkit.identification.names.sequences import name_sequence, says_less
 from stabkit.identification.names.single import (
@@ -49,7 +50,7 @@ from stabkit.identification.steps.coupled import coupled
 from stabkit.identification.steps.couplings import mixed_coupling, scaled_coordinates, with_couplings
 from stabkit.identification.steps.diffusion import as_diffusion
 from stabkit.identification.steps.exponential_steps import by_coordinates
-from stabkit.identification.steps.forks_and_joins import holds_a_step, step_inside
+from stabkit.identification.steps.forks_and_joins import holds_a_step, made_beside, step_inside
 from stabkit.identification.steps.growing_history import growing_history
 from stabkit.identification.steps.held_entries import told_of_mask, without_held_entries
 from stabkit.identification.steps.implicit import (
@@ -70,7 +71,7 @@ from stabkit.identification.steps.iterated_solves import (
 )
 from stabkit.identification.steps.linear_steps import read_linear, restarted
 from stabkit.identification.steps.moves_behind import before_moves
-from stabkit.identification.steps.nested import in_turn, with_nested_chains
+from stabkit.identification.steps.nested import HELD, MAP, in_turn, with_nested_chains
 from stabkit.identification.steps.noise import with_noise
 from stabkit.identification.steps.own_numbers import states_in_fields, without_own_numbers
 from stabkit.identification.steps.pairs import dense_concatenation, read_several_states
@@ -107,11 +108,8 @@ def read(around: Surroundings, start: int, stop: int) -> Identification:
     if history is not None:
         return history
     found = beside_outputs(around.flow, start, stop) or around.slots(start, stop)
-    before, after = (around.flow.states[i].values for i in (start, stop))
-    made = [v for v in after if v not in before]
-    if made and found.sources and set(found.targets) <= set(found.sources):
-        why = f"the state stays as it is; made beside it for later steps: {len(made)}"
-        return nothing(tuple(range(start, stop)), "fork", why, "proven")
+    if (beside := made_beside(around, found, start, stop)) is not None:
+        return beside
     record = _read(around, found, start, stop)
     return _with_doubts(around, found, record)
 
@@ -152,6 +150,7 @@ def _read(around: Surroundings, found: Slots, start: int, stop: int) -> Identifi
 def _of_slots(around: Surroundings, found: Slots, steps: tuple[int, ...]) -> Identification:
     """The method between some old states and some new ones."""
     start, stop = steps[0], steps[-1] + 1
+    found = without_stores(around.graph, around.nodes(start, stop), found) or found
     if len(found.sources) == len(found.targets) == 1:
         return _one_state(around, found, steps)
     if (timed := without_clock(around, found, steps)) is not None:
@@ -274,8 +273,9 @@ def _without_skip(around: Surroundings, found: Slots, links: Sequence[Link], ste
         why = "the state is multiplied by a factor that grows with it and has a constant in it: a skip may hide there"
         return nothing(steps, "unknown", why, "unknown")
     notes = []
-    if any(link.kind == "sum" for link in links):
-        notes.append(f"a residual lies inside ({in_turn(links, found.contexts)}), no skip leads around the whole step")
+    told = in_turn(links, found.contexts)
+    if has_residual := any(not part.endswith((MAP, HELD)) for part in told.split(", then ")):
+        notes.append(f"a residual lies inside ({told}), no skip leads around the whole step")
     if any(link.kind == "join" for link in links):
         notes.append("the state is put beside a function of it, and both are mixed: several projections, no skip")
     for link in links:
@@ -301,7 +301,7 @@ def _without_skip(around: Surroundings, found: Slots, links: Sequence[Link], ste
             return replace(record, step_size=None, convention=NO_STEP, evidence="measured", notes=(why,))
     if past is not None:
         return past
-    linear = any(link.kind == "sum" for link in links) and reaches_linearly(whole)
+    linear = has_residual and reaches_linearly(whole)
     if linear:
         notes[:1] = ["a residual lies inside; no skip leads around the whole step but a linear map, x' = P x + f(x)"]
     name = Name("plain", "none: a map without a skip", 1.0, "h = 1: the map itself")
@@ -422,14 +422,21 @@ def read_sums(around: Surroundings, found: Slots, links: Sequence[Link], steps: 
         table, named, own_rates = by_rates
     skips = [form.forms[0][form.sources[0]] for form in sums if form.sources[0] in form.forms[0]]
     kinds = {c.kind for c in skips} if total is None else {total.kind}
+    held = max((c.held for c in (*skips, *filter(None, [total]))), default=0.0)
     residual = total.residual if total is not None else max((c.residual for c in skips), default=0.0)
     record = record_of(named, table, steps, skip=float(table.V[0, 0]), residual=residual, after=after)
     told = named.is_known or has_two_stages(named.name, len(table.rows))
-    proven = kinds <= {"scalar"} and told and not means and not any(map(depends_on_input, sums))
+    proven = kinds <= {"scalar"} and told and not (means or held or any(map(depends_on_input, sums)))
     record = replace(
         record,
         evidence="proven" if proven else "measured",
-        notes=(*own_rates, *masked(kinds), *_linear_part(relaxed), *notes_of_sums(around, sums, table), *record.notes),
+        notes=(
+            *own_rates,
+            *masked(kinds, held),
+            *_linear_part(relaxed),
+            *notes_of_sums(around, sums, table),
+            *record.notes,
+        ),
         checks=checks_of(sums, table) if around.checks else (),
     )
     if not any(link.kind == "weightless" for link in links[:first]):

@@ -159,8 +159,12 @@ def defect(form: NormalForm, found: Blocks) -> Check | None:
     return Check("defect of R(h J_f)", value, f"||J - R(h J_f)|| / ||J||, Frobenius, {_vectors(probes)}")
 
 
+def _vectors(count: int) -> str:
+    return "1 random vector" if count == 1 else f"{count} random vectors"
+
+
 def checks_of(sums: Sequence[NormalForm], table: Blocks) -> tuple[Check, ...]:
-    """The checks that belong to a step of one state: a commutator, a defect, a condition of order."""
+    """What is measured beside the reading of one state: how fields commute, how far off a method is."""
     found: list[Check] = []
     if len(sums) > 1 and table.n_fields > 1:
         found.append(commutator(sums))
@@ -172,7 +176,3 @@ def checks_of(sums: Sequence[NormalForm], table: Blocks) -> tuple[Check, ...]:
         c = (table.A / (table.B[0].sum() or 1.0)).sum(axis=1)
         found.append(Check("b.c - 1/2", float(b @ c - 0.5), "condition of order 2; b sums to 1 by the choice of h"))
     return tuple(found)
-
-
-def _vectors(count: int) -> str:
-    return "1 random vector" if count == 1 else f"{count} random vectors"

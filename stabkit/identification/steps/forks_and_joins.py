@@ -74,6 +74,16 @@ def step_inside(
     return inside(inner, why)
 
 
+def made_beside(around: Surroundings, found: Slots, start: int, stop: int) -> Identification | None:
+    """The record of steps that make something for later steps of a state which stays as it is; None for others."""
+    before, after = (around.flow.states[i].values for i in (start, stop))
+    made = [v for v in after if v not in before]
+    if not made or not found.sources or not set(found.targets) <= set(found.sources):
+        return None
+    why = f"the state stays as it is; made beside it for later steps: {len(made)}"
+    return nothing(tuple(range(start, stop)), "fork", why, "proven")
+
+
 def _stages(record: Identification) -> int:
     return record.method.stages if isinstance(record.method, GeneralLinearMethod) else 0
 
