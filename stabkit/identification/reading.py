@@ -110,8 +110,7 @@ def read(around: Surroundings, start: int, stop: int) -> Identification:
     found = beside_outputs(around.flow, start, stop) or around.slots(start, stop)
     if (beside := made_beside(around, found, start, stop)) is not None:
         return beside
-    record = _read(around, found, start, stop)
-    return _with_doubts(around, found, record)
+    return _with_doubts(around, found, _read(around, found, start, stop))
 
 
 def read_states(around: Surroundings, found: Slots, steps: tuple[int, ...]) -> Identification:
