@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterator, Sequence
 
 from torch.autograd.graph import Node
 
-from stabkit.identification.form.operations import JOINS, MOVES
+from stabkit.identification.form.operations import JOINS, MOVES, WRITES
 from stabkit.identification.form.pieces import Piece
 from stabkit.tracing.graph.values import Value, meta_of, operation, outputs_of
 from stabkit.vocabulary import moves
@@ -63,12 +63,19 @@ def _of_parts(piece: Piece) -> set[Node]:
     for start, node in enumerate(piece.nodes):
         given = piece.inputs(node)
         wide = bool(given) and not any(meta_of(v).numel in sizes for v in given) and given[0] not in piece.ends
-        if wide and operation(node) in _SELECTS and given[0].node not in found and given[0] not in piece.carrying:
+        if wide and operation(node) in _SELECTS and given[0].node not in found and not _is_laid_out(piece, given[0]):
             found |= _until_one(piece, given[0], start, sizes)
     if not found:
         return found
     repeats = (n for n in piece.nodes if operation(n) in MOVES and len(set(piece.inputs(n))) == 1)
     return found | {n for n in repeats if meta_of(Value(n, 0)).numel not in sizes and Value(n, 0) in piece.carrying}
+
+
+def _is_laid_out(piece: Piece, value: Value) -> bool:
+    """Whether a value holds states or values of fields side by side, as buffers of all stages do."""
+    while value not in piece.ends and operation(value.node) in MOVES - JOINS - WRITES and piece.inputs(value.node):
+        value = piece.inputs(value.node)[0]
+    return value in piece.carrying or operation(value.node) in JOINS | WRITES
 
 
 def _until_one(piece: Piece, value: Value, start: int, sizes: Collection[int]) -> set[Node]:
