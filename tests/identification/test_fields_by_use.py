@@ -263,6 +263,51 @@ def test_parts_that_change_places_around_one_field_are_two_steps_of_it():
     assert found[0].step_size == pytest.approx(0.3)
 
 
+class Bent(nn.Module):
+    """A field with a residual inside of it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(4, 8), nn.Linear(8, 4), nn.Linear(4, 4)
+
+    def forward(self, x):
+        return torch.tanh(self.c(x + self.b(torch.relu(self.a(x)))))
+
+
+class Kicked(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.f = Bent()
+
+    def forward(self, x):
+        v = 0.5 * x
+        for _ in range(5):
+            v = v + 0.2 * self.f(x)
+            x = x + 0.2 * v
+        return x
+
+
+def test_a_residual_inside_a_field_belongs_to_it():
+    torch.manual_seed(0)
+    assert names(Steps(euler, Bent()), torch.randn(3, 4)) == ["forward Euler"] * 4
+    assert "symplectic Euler (position, velocity)" in names(Kicked(), torch.randn(3, 4))
+
+
+class Downhill(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.k = nn.Parameter(torch.randn(6, 4) / 2)
+
+    def forward(self, x):
+        return -(torch.relu(x @ self.k.T) @ self.k)
+
+
+def test_a_minus_in_front_of_a_field_is_its_own():
+    torch.manual_seed(0)
+    found = identify(trace(Steps(midpoint, Downhill()), torch.randn(3, 4)))
+    assert [(r.name, pytest.approx(r.step_size)) for r in found] == [("midpoint", 0.2)] * 4
+
+
 class Inner(nn.Module):
     """Gradient steps on weights of its own."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
 
@@ -27,6 +28,8 @@ def composed_fields(piece: Piece, calls: Sequence[Call]) -> Iterator[set[Node]]:
     if parted:
         yield called | parted
     yield called
+    if once := _called_once(piece):
+        yield called | once
     yield _assembled(piece)
 
 
@@ -40,6 +43,27 @@ def fields_called(piece: Piece, calls: Sequence[Call]) -> set[Node]:
     often = Counter(path for *_, path in inside)
     again = [c for c in inside if often[c[2]] > 1]
     return {node for node, time in times.items() if any(start <= time < stop for start, stop, _ in again)}
+
+
+def _called_once(piece: Piece) -> set[Node]:
+    """The operations of modules that add to a state themselves, and give out no such sum but a map of it: fields."""
+    times = [node._sequence_nr() for node in piece.nodes]
+    around: dict[int, Call] = {}  # the innermost call of a module around every sum
+    merged = [value.node._sequence_nr() for value in piece.merges]
+    for call in piece.graph.calls if merged else ():
+        if call.finished and times[0] <= call.start < call.stop <= times[-1] + 1:
+            own = (call.start, call.stop, call.path)
+            around.update(dict.fromkeys((time for time in merged if call.start <= time < call.stop), own))
+    last = {value: i for i, node in enumerate(piece.nodes) for value in piece.inputs(node)}
+    last.update(dict.fromkeys(piece.targets, len(times)))
+    found: set[Node] = set()
+    for begin, end, _ in dict.fromkeys(around.values()):
+        first, stop = (bisect.bisect_left(times, time) for time in (begin, end))
+        inside = piece.nodes[first:stop]
+        used = [v for node in inside for v in outputs_of(node) if last.get(v, -1) >= stop]
+        if len(used) == 1 and used[0].node not in piece.linear:
+            found.update(inside)
+    return found
 
 
 def _assembled(piece: Piece) -> set[Node]:
@@ -62,7 +86,8 @@ def _of_parts(piece: Piece) -> set[Node]:
     found: set[Node] = set()
     for start, node in enumerate(piece.nodes):
         given = piece.inputs(node)
-        wide = bool(given) and not any(meta_of(v).numel in sizes for v in given) and given[0] not in piece.ends
+        wide = bool(given) and given[0] not in piece.ends
+        wide = wide and any(meta_of(given[0]).numel in range(2 * n, meta_of(given[0]).numel + 1, n) for n in sizes)
         if wide and operation(node) in _SELECTS and given[0].node not in found and not _is_laid_out(piece, given[0]):
             found |= _until_one(piece, given[0], start, sizes)
     if not found:
