@@ -22,7 +22,7 @@ _MEAN, _SUM = 1, 2  # reductions of torch
 
 
 class Units:
-    """Looks at the gradient in the model's output once.
+    """Looks at the gradient in the model's output in the first step.
 
     A loss that is never negative and curves by at most c has a gradient whose square is at most 2 c times the loss: c
     is 2 for a sum over samples and 2 / n for the mean over n. Where the mean is told and backward was called on the
@@ -30,6 +30,9 @@ class Units:
 
     Args:
         model: as it is called.
+
+    Attributes:
+        differ: whether it is of another unit for sure.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -37,12 +40,12 @@ class Units:
         self._seen: list[tuple[Tensor, Tensor]] = []  # outputs of this step, their gradients squared
         self._undo: Any = None
         self._output: Tensor | None = None
-        self.known = False
+        self._known = False
         self.differ = False
 
     def on(self) -> None:
-        """Watch the coming calls, unless the answer is known."""
-        if self._undo is None and not self.known:
+        """Watch the coming calls, unless the first step is over."""
+        if self._undo is None and not self._known:
             self._undo = watch(self._model, self._after)
 
     def off(self) -> None:
@@ -61,12 +64,11 @@ class Units:
         """
         if self._undo is None:
             return
-        seen, self._seen = self._seen, []
-        if isinstance(loss, Tensor) and loss.grad_fn is not None and seen:
-            output, squares = seen[-1]
-            self.known = True
+        if isinstance(loss, Tensor) and loss.grad_fn is not None and self._seen:
+            output, squares = self._seen[-1]
             self.differ = not _agree(loss, output, float(squares) / float(scale) ** 2)
-            self.off()
+        self._known = True
+        self.off()
 
     def _after(self, module: nn.Module, args: Any, output: Any) -> None:
         tensor = first_tensor(output) if torch.is_grad_enabled() and not in_backward() else None
