@@ -31,6 +31,23 @@ FIELDS: dict[str, tuple[str, str, str]] = {
                          "dx = x\nfor layer in self.layers[:-1]:\n    dx = {act}(layer(dx))\ndx = self.layers[-1](dx)"),
     "residual inside": ("vector", "self.a = nn.Linear(6, 9)\nself.b = nn.Linear(9, 6)\nself.c = nn.Linear(6, 6)",
                         "y = x + self.b({act}(self.a(x)))\ndx = torch.tanh(self.c(y))"),
+    "second order, one tensor": ("vector", "self.a = nn.Linear(3, 9)\nself.b = nn.Linear(9, 3)",
+                                 "q, v = x.chunk(2, -1)\ndx = torch.cat([v, self.b({act}(self.a(q)))], -1)"),
+    "Hamiltonian": ("vector", "self.v = nn.Sequential(nn.Linear(6, 9), nn.Tanh(), nn.Linear(9, 1))",
+                    "with torch.enable_grad():\n    y = x if x.requires_grad else x.detach().requires_grad_()\n    g = torch.autograd.grad(self.v(y).sum(), y, create_graph=True)[0]\nq, p = g.chunk(2, -1)\ndx = torch.cat([p, -q], -1)"),
+    "linear term, components": ("vector", "self.r = nn.Parameter(0.1 * torch.rand(4))",
+                   "a, b = x[..., :3], x[..., 3:]\ndx = torch.cat([self.r[0] * a - self.r[1] * a * b, self.r[2] * a * b - self.r[3] * b], -1)"),
+    "state times net": ("vector", "self.a = nn.Linear(6, 9)\nself.b = nn.Linear(9, 6)", "dx = x * self.b({act}(self.a(x)))"),
+    "low rank matrix times state": ("vector", "self.u = nn.Linear(6, 12)", "U = torch.tanh(self.u(x)).view(-1, 6, 2)\ndx = -torch.einsum('bir,bjr,bj->bi', U, U, x)"),
+    "sum of two nets": ("vector", "self.a = nn.Linear(6, 6)\nself.b = nn.Linear(6, 9)\nself.c = nn.Linear(9, 6)", "dx = torch.tanh(self.a(x)) + self.c({act}(self.b(x)))"),
+    "weight norm": ("vector", "self.a = nn.utils.parametrizations.weight_norm(nn.Linear(6, 6))", "dx = torch.tanh(self.a(x))"),
+    "causal attention": ("tokens", "self.qkv = nn.Linear(6, 18)\nself.o = nn.Linear(6, 6)",
+                         "B, T, D = x.shape\nq, k, v = self.qkv(x).view(B, T, 3, 2, D // 2).permute(2, 0, 3, 1, 4)\ny = F.scaled_dot_product_attention(q, k, v, is_causal=True)\ndx = self.o(y.transpose(1, 2).reshape(B, T, D))"),
+    "conv over tokens": ("tokens", "self.a = nn.Conv1d(6, 6, 3, padding=1)", "dx = {act}(self.a(x.transpose(1, 2))).transpose(1, 2)"),
+    "linear term, diffusion": ("tokens", "self.w = nn.Linear(6, 6)\nself.register_buffer('adj', torch.softmax(torch.randn(5, 5), -1))",
+                               "dx = torch.einsum('nm,bmd->bnd', self.adj, x) - x + torch.tanh(self.w(x))"),
+    "linear scan inside": ("tokens", "self.a = nn.Parameter(torch.randn(6))\nself.b = nn.Linear(6, 6)\nself.c = nn.Linear(6, 6)\nself.norm = nn.LayerNorm(6)",
+                           "u = self.b(self.norm(x))\ns = torch.zeros_like(u[:, 0])\nys = []\nfor j in range(u.shape[1]):\n    s = torch.sigmoid(self.a) * s + u[:, j]\n    ys.append(s)\ndx = self.c({act}(torch.stack(ys, 1)))"),
     "conv": ("map", "self.a = nn.Conv2d(3, 4, 3, padding=1)\nself.b = nn.Conv2d(4, 3, 3, padding=1)", "dx = self.b({act}(self.a(x)))"),
     "conv, norm first": ("map", "self.n = nn.GroupNorm(1, 3)\nself.a = nn.Conv2d(3, 3, 3, padding=1)", "dx = self.a({act}(self.n(x)))"),
     "symmetric conv": ("map", "self.k = nn.Parameter(0.2 * torch.randn(4, 3, 3, 3))",
@@ -51,6 +68,8 @@ FIELDS: dict[str, tuple[str, str, str]] = {
     "time FiLM": ("time", "self.e = nn.Linear(1, 18)\nself.a = nn.Linear(6, 9)\nself.b = nn.Linear(9, 6)",
                   "s, c = self.e(t * torch.ones(1).to(x)).chunk(2)\ndx = self.b({act}((1 + s) * self.a(x) + c))"),
 }  # fmt: skip
+OVER_TIME = {"linear scan inside": r"linear recurrence|diagonal|exponential|damped"}  # what runs inside a field
+SEPARABLE = ("linear term", "sum of")  # a reader may tell a part of these fields apart
 STATE = {"vector": (6,), "time": (6,), "map": (3, 5, 5), "tokens": (5, 6)}
 NORM = {
     "vector": "nn.LayerNorm(6)",

@@ -35,6 +35,7 @@ class Method:
         axes: where it can stand.
         steps: patterns of whole readings that are also true when one step is read as several, with how many.
         starters: pattern of names that may be told of the first steps, while its history fills.
+        fills: how many steps its history takes to fill, where the states do not show it.
         weak: pattern of names that are true and not all that there is to tell.
         exact: M(z) of the method that the steps come near to, for unrolled implicit ones, by the name's pattern.
         layouts: the only layouts in which it can stand, where not in all.
@@ -52,6 +53,7 @@ class Method:
     axes: tuple[str, ...] = ("own", "shared", "seq", "grid")
     steps: tuple[tuple[str, float], ...] = ()
     starters: str = ""
+    fills: int = 0
     weak: str = ""
     layouts: tuple[str, ...] = ()
     exact: Callable[[complex], complex] | None = None
@@ -187,7 +189,7 @@ METHODS: tuple[Method, ...] = (
     Method("Verlet, two streams", {
         "lines": "v = v + 0.5 * $h * @f(x)\nx = x + $h * @g(v)\nv = v + 0.5 * $h * @f(x)",
         "in place": "v = v.clone()\nv += 0.5 * $h * @f(x)\nx = torch.add(x, @g(v), alpha=$h)\nv = torch.add(v, @f(x), alpha=$h / 2)",
-    }, r"[Vv]erlet|leapfrog|" + GLM, states=("x", "v"), fields=("f", "g"), init={"v": "0.5 * x"}, starters=r".*"),
+    }, r"[Vv]erlet|leapfrog|" + GLM, states=("x", "v"), fields=("f", "g"), init={"v": "0.5 * x"}, starters=r".*", weak="couplings in turn"),
     Method("symplectic Euler", {
         "lines": "v = v + $h * @f(x)\nx = x + $h * v", "alpha": "v = torch.add(v, @f(x), alpha=$h)\nx = torch.add(x, v, alpha=$h)",
         "position first": "x = x + $h * v\nv = v + $h * @f(x)",
@@ -213,7 +215,7 @@ METHODS: tuple[Method, ...] = (
     Method("Strang, midpoint inside", {
         "lines": "y = x + 0.25 * $h * @f(x)\nx = x + 0.5 * $h * @f(y)\ny = x + 0.5 * $h * @g(x)\nx = x + $h * @g(y)\n"
                  "y = x + 0.25 * $h * @f(x)\nx = x + 0.5 * $h * @f(y)",
-    }, r"Strang|strang", fields=("f", "g"), steps=((r"^midpoint", 3),), weak=r"^Lie.*midpoint"),
+    }, r"Strang|strang", fields=("f", "g"), steps=((r"^midpoint", 3),), weak=r"^Lie.*3 times midpoint"),
     Method("parallel branches", {
         "lines": "x = x + $h * @f(x) + $h * @g(x)", "grouped": "x = x + $h * (@f(x) + @g(x))", "stack": "x = x + $h * torch.stack([@f(x), @g(x)]).sum(0)",
     }, EULER + "|parallel", fields=("f", "g")),
@@ -282,6 +284,34 @@ METHODS: tuple[Method, ...] = (
     Method("bilinear recurrence", {"lines": "I = torch.eye({feature}).to(x)\nx = torch.linalg.solve(I - $h / 2 * self.a, (x @ (I + $h / 2 * self.a).T + $h * self.b(u)).T).T"},
            r"linear recurrence|trapezoid|bilinear|implicit_midpoint|semi-implicit", fields=(), linear=False, axes=("seq",), sizes=("const", "attribute"),
            setup="self.a = nn.Parameter(torch.randn({feature}, {feature}) / 3)\nself.b = nn.Linear({inputs}, {feature})"),
+    Method("ab2, Euler first", {"None": "k = @f(x)\nif p is None:\n    x = x + $h * k\nelse:\n    x = x + $h * (1.5 * k - 0.5 * p)\np = k",
+                                "or": "k = @f(x)\nx = x + $h / 2 * (3 * k - (k if p is None else p))\np = k"},
+           r"^ab2", states=("x", "p"), init={"p": "None"}, linear=False, layouts=("inline", "helper", "solver"), starters=r".*"),
+    Method("ab3, list", {"plms": "ks.append(@f(x))\nif len(ks) == 1:\n    d = ks[-1]\nelif len(ks) == 2:\n    d = (3 * ks[-1] - ks[-2]) / 2\nelse:\n    d = (23 * ks[-1] - 16 * ks[-2] + 5 * ks[-3]) / 12\nx = x + $h * d",
+                         "table": "ks = [@f(x), *ks[:2]]\nw = [[1], [3/2, -1/2], [23/12, -4/3, 5/12]][len(ks) - 1]\nx = x + $h * sum(a * k for a, k in zip(w, ks))"},
+           r"^ab3|Adams-Bashforth.*three", init={"ks": "[]"}, linear=False, layouts=("inline",), starters=r".*", fills=2),
+    Method("two states, forward Euler", {"lines": "x, v = x + $h * (@f(x) - v), v + $h * 0.3 * (x - 0.5 * v)",
+                                         "named": "dx = @f(x) - v\ndv = 0.2 * x - 0.1 * v\nx = x + $h * dx\nv = v + $h * dv"},
+           EULER + "|general linear|two states", states=("x", "v"), init={"v": "torch.zeros_like(x)"}, starters=r".*", sizes=("const", "attribute")),
+    Method("two states, midpoint", {"lines": "k, l = v, @f(x)\nm, n = v + 0.5 * $h * l, @f{1/2}(x + 0.5 * $h * k)\nx, v = x + $h * m, v + $h * n"},
+           "^midpoint|general linear|[Nn]ystrom", states=("x", "v"), init={"v": "0.5 * x"}, starters=r".*"),
+    Method("two states, rk4", {"lines": "k1, l1 = v, @f(x)\nk2, l2 = v + 0.5 * $h * l1, @f{1/2}(x + 0.5 * $h * k1)\nk3, l3 = v + 0.5 * $h * l2, @f{1/2}(x + 0.5 * $h * k2)\n"
+                                        "k4, l4 = v + $h * l3, @f{1}(x + $h * k3)\nx = x + $h / 6 * (k1 + 2 * k2 + 2 * k3 + k4)\nv = v + $h / 6 * (l1 + 2 * l2 + 2 * l3 + l4)"},
+           "^rk4|general linear|[Nn]ystrom", states=("x", "v"), init={"v": "0.5 * x"}, starters=r".*", sizes=("const", "one", "attribute")),
+    Method("substeps", {"lines": "for _ in range(3):\n    x = x + $h / 3 * @f(x)", "four": "k = $h / 4\nfor j in range(4):\n    x = torch.add(x, k * @f(x))"},
+           r"[34]-stage Runge-Kutta", steps=((EULER, 3),), weak="^Lie"),
+    Method("complex recurrence", {"lines": "z = torch.exp(torch.complex(-self.nu.exp(), self.th)) * z + self.b(u)\nx = z.real",
+                                  "polar": "z = torch.polar(torch.sigmoid(self.nu), self.th) * z + self.b(u)\nx = 2 * z.real"},
+           r"linear recurrence|diagonal|exponential|rotation|oscillator", fields=(), states=("x", "z"), init={"z": "x + 0j"}, linear=False, axes=("seq",), sizes=("one",),
+           setup="self.nu = nn.Parameter(torch.randn({feature}))\nself.th = nn.Parameter(torch.rand({feature}))\nself.b = nn.Linear({inputs}, {feature})", starters=r".*"),
+    Method("rotation", {"lines": "c, s = torch.cos(self.th), torch.sin(self.th)\nx, y = 0.9 * (c * x - s * y) + self.b(u), 0.9 * (s * x + c * y)"},
+           r"linear recurrence|diagonal|exponential|rotation|oscillator|general linear", fields=(), states=("x", "y"), init={"y": "torch.zeros_like(x)"}, linear=False, axes=("seq",),
+           setup="self.th = nn.Parameter(torch.rand({feature}))\nself.b = nn.Linear({inputs}, {feature})", sizes=("one",), starters=r".*"),
+    Method("uneven Euler", {"lines": "x = x + (ts[i + 1] - ts[i]) * @f(x)"}, EULER, linear=False, axes=("grid",), sizes=("one",), layouts=("inline", "prealloc")),
+    Method("sigma Euler", {"lines": "d = (x - @f(x)) / sigmas[i]\nx = x + d * (sigmas[i + 1] - sigmas[i])"},
+           r"damped|DDIM|exponential|" + EULER, linear=False, axes=("grid",), sizes=("one",), layouts=("inline", "prealloc")),
+    Method("sigma Heun", {"lines": "d = (x - @f(x)) / sigmas[i]\ny = x + d * (sigmas[i + 1] - sigmas[i])\ne = (y - @f(y)) / sigmas[i + 1]\nx = x + (sigmas[i + 1] - sigmas[i]) * 0.5 * (d + e)"},
+           r"^heun2|Heun|2-stage Runge", linear=False, axes=("grid",), sizes=("one",), layouts=("inline", "prealloc")),
     Method("DDIM", {
         "lines": "a, b = alphas[i], alphas[i + 1]\ne = @f(x)\nd = (x - math.sqrt(1 - a) * e) / math.sqrt(a)\nx = math.sqrt(b) * d + math.sqrt(1 - b) * e",
     }, r"damped|DDIM|exponential|scaled|^lambda", linear=False, axes=("grid",), sizes=("one",), layouts=("inline", "prealloc")),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass
 
-from tests.identification.generated_fields import ACTS, FIELDS
+from tests.identification.generated_fields import ACTS, FIELDS, SEPARABLE
 from tests.identification.generated_methods import METHODS, Method
 
 STEPS = 6
@@ -81,9 +81,9 @@ class Program:
         return "u" if self.axis == "seq" else "t" if self.shape == "time" or self.layout == "odeint" else ""
 
     @property
-    def has_linear_term(self) -> bool:
-        """Whether a field has a linear term, which a reader may tell apart from the rest of it."""
-        return any(kind.startswith("linear term") for kind in self.kinds.values())
+    def separable(self) -> bool:
+        """Whether a field has a term that a reader may tell apart from the rest of it."""
+        return any(kind.startswith(SEPARABLE) for kind in self.kinds.values())
 
     @property
     def choices(self) -> dict[str, str]:
@@ -147,7 +147,8 @@ def draw(seed: int) -> Program:
     entry = rng.choice(("trace", "trace", "recurrent_flow")) if axis == "seq" else "trace"
     state = "vars"
     if len(method.states) > 1 and layout != "prealloc":
-        state = rng.choice(PACKED if in_a_row else ("vars", "vars", "vars", *PACKED))
+        plain = "None" in (method.init or {}).values() or method.name == "complex recurrence"
+        state = rng.choice(PACKED if in_a_row else ("vars", "vars", "vars", *(() if plain else PACKED)))
         state = "cat" if state == "slices" and shape == "map" else state
     h = {"one": 1.0, "depth": 1 / STEPS}.get(size, rng.choice((0.1, 0.2, 0.25, 0.3)))
     return Program(

@@ -21,6 +21,11 @@ from tests.identification.generated_methods import with_calls
 from tests.identification.generated_programs import STEPS, Program
 
 BATCH = 3
+SCHEDULES = {
+    "alphas": f"[0.1 + 0.85 * i / {STEPS} for i in range({STEPS} + 1)]",
+    "sigmas": f"[3.0 * (1 - i / {STEPS + 2}) ** 2 for i in range({STEPS} + 1)]",
+    "ts": f"[(i / {STEPS}) ** 2 for i in range({STEPS} + 1)]",
+}
 HEADER = "import math\n\nimport torch\nimport torch.nn.functional as F\nfrom torch import nn\n"
 MODULE = "class {name}(nn.Module):\n    def __init__(self):\n        super().__init__()\n{init}\n\n"
 
@@ -54,8 +59,9 @@ class _Text:
         parts = [f'"""seed {p.seed}: ' + "; ".join(f"{k}={v}" for k, v in p.choices.items()) + '"""', HEADER]
         for f, kind in p.kinds.items():
             parts.append(field_class(f"Field{f.upper()}", kind, p.act, p.takes, p.returns, p.drive, p.call))
-        if p.method.name == "DDIM":
-            parts.append(f"alphas = [0.1 + 0.85 * i / {STEPS} for i in range({STEPS} + 1)]\n")
+        for name, values in SCHEDULES.items():
+            if f"{name}[" in p.body:
+                parts.append(f"{name} = {values}\n")
         if self.in_row or p.layout == "modulelist":
             parts.append(self._step_module("Block", "forward"))
         parts.append(self._row() if self.in_row else self._model())
@@ -245,6 +251,9 @@ class _Text:
         loop, head = self._over()
         if p.layout != "prealloc":
             tail = [self.unpack, "outs.append(x)"] if stack else []
+            if self._counts_time():
+                loop, head = f"t = 0.0\nwhile t < {STEPS * p.h - p.h / 2}:", []
+                tail.append(f"t = t + {self._size('self.solver' if p.layout == 'solver' else 'self', '1 / {}')}")
             body = block(_lines(*head, once, *tail), 4)
             run = [self.start, self.pack, "outs = []" if stack else "", loop, body, "" if stack else self.unpack]
             return run, "torch.stack(outs, 1)" if stack else "x"
@@ -253,6 +262,10 @@ class _Text:
         head += [f"{n} = {n}s[i].clone()" for n in names] if p.seed % 2 else []
         body = block(_lines(*head, once, *(f"{n}s[i + 1] = {n}" for n in names)), 4)
         return [self.start, *stores, loop, body], "xs" if stack else "xs[-1]"
+
+    def _counts_time(self) -> bool:
+        """Whether the loop over a grid runs while the time is not over."""
+        return self.p.axis == "grid" and self.p.seed % 3 == 0 and not self.p.method.layouts
 
     def _over(self) -> tuple[str, list[str]]:
         """The line that opens the loop, and the first lines inside."""

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from tests.identification.generated_fields import OVER_TIME
 from tests.identification.generated_methods import Method, stability_matrix
 from tests.identification.generated_programs import STEPS, Program
 
@@ -44,14 +45,16 @@ class Outcome:
 
 def judge(program: Program, readings: Sequence[Any]) -> Outcome:
     """The verdict on what was told."""
-    truth = program.method
+    truth, inside = program.method, [OVER_TIME[kind] for kind in program.kinds.values() if kind in OVER_TIME]
     good, bad, partly, beside = 0.0, Counter[str](), False, ""
     for place, reading in enumerate(readings):
         if reading.over_time and re.search(truth.names, " | ".join(x.name for x in reading.over_time)):
             good += max(x.n_steps for x in reading.over_time)
             continue
         bad.update(
-            f"over time: {x.name}" for x in reading.over_time if x.evidence in TOLD and not re.search(NO_METHOD, x.name)
+            f"over time: {x.name}"
+            for x in reading.over_time
+            if x.evidence in TOLD and not re.search("|".join((NO_METHOD, *inside)), x.name)
         )
         if re.search(NO_METHOD, reading.name) or reading.evidence not in TOLD:
             continue
@@ -73,7 +76,7 @@ def _verdict(
     program: Program, readings: Sequence[Any], good: float, bad: Counter[str], partly: bool
 ) -> tuple[str, str]:
     states = len(program.method.states)
-    need = STEPS - 1 - (states if states > 1 else program.axis == "seq")
+    need = STEPS - 1 - max(program.method.fills, states if states > 1 else program.axis == "seq")
     if bad:
         why = "; ".join(f"{n} x {name}" for name, n in bad.items())
         return ("part" if good >= need - 1 and bad.total() <= 2 else "wrong"), why
@@ -90,22 +93,27 @@ def _steps(program: Program, reading: Any) -> tuple[float, str]:
     if composed and program.layout == "nested" and re.search(truth.names, composed[2] or "forward Euler"):
         return int(composed[1]), ""  # a stage of several blocks was taken for the step
     part = next((k for pattern, k in truth.steps if re.search(pattern, name)), 0.0)
-    if program.has_linear_term and truth.steps and re.search(r"^forward Euler, parallel|^damped[_ ]Euler", name):
+    if (
+        program.separable
+        and truth.steps
+        and re.search(r"^forward Euler, parallel|^damped[_ ]Euler|^diagonal skip", name)
+    ):
         part = truth.steps[0][1]
+    times = int(found[1]) if (found := re.match(r"(\d+) steps of", name)) else 1
     if part:
-        return 1 / part, ""
-    apart = program.has_linear_term and truth.name in ONE_STAGE and re.search(r"damped[_ ]Euler|parallel", name)
+        return times / part, ""
+    apart = program.separable and truth.name in ONE_STAGE and re.search(r"damped[_ ]Euler|parallel|diagonal skip", name)
     if not (re.search(truth.names, name) or apart):
         return 0, name
     if same_method(reading.method, program) is False and not _is_limit(reading.method, truth):
         return 0, f"{name}: other M(z)"
-    return int(found[1]) if (found := re.match(r"(\d+) steps of", name)) else 1, ""
+    return times, ""
 
 
 def _false_size(program: Program, reading: Any) -> str:
-    """What is false in the step size that was told of a step of one field; 1 is a convention, h^2 multiplies a force."""
+    """What is false in the step size told of a step of one field; 1 is a convention, and h^2 multiplies a force."""
     told, method = reading.step_size, reading.method
-    simple = len(program.kinds) == 1 and not program.has_linear_term and getattr(method, "n_fields", 1) == 1
+    simple = len(program.kinds) == 1 and not program.separable and getattr(method, "n_fields", 1) == 1
     if told is None or not simple or not same_method(method, program) or method.V.shape[0] > len(program.method.states):
         return ""
     size = float(_sizes(*_matrices(method, program), 1, program.h)[0])
@@ -118,7 +126,7 @@ def _at_an_end(program: Program, name: str, place: int, count: int, good: float)
     truth = program.method
     if place >= count - 2 and "Verlet" in truth.name and re.search(LAST, name):
         return True
-    early = len(truth.states) if len(truth.states) > 1 else STEPS
+    early = max(truth.fills, len(truth.states) if len(truth.states) > 1 else STEPS)
     return bool(truth.starters) and good == 0 and place <= early and re.search(truth.starters, name) is not None
 
 
@@ -136,7 +144,7 @@ def same_method(method: Any, program: Program) -> bool | None:
     truth, fields = program.method, list(program.kinds)
     if not truth.linear or program.size == "vector" or not hasattr(method, "stability_matrix"):
         return None
-    count, otherwise = getattr(method, "n_fields", 1), None if program.has_linear_term else False
+    count, otherwise = getattr(method, "n_fields", 1), None if program.separable else False
     exact, read = _matrices(method, program)
     if count == 1 and len(fields) > 1:  # the fields as one: all at the same z
         return _agree(lambda v: exact(list(v) * len(fields)), read, 1, program.h) or otherwise
