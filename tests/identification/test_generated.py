@@ -1,4 +1,4 @@
-"""Generated programs: their truth against closed forms, a sample that is read right, and a judge that sees what is false."""
+"""Generated programs: truth against closed forms, a sample that is read right, a judge that sees what is false."""
 
 from __future__ import annotations
 
@@ -14,23 +14,7 @@ from tests.identification.generated_methods import BY_NAME, TABLEAUX, stability_
 from tests.identification.generated_programs import draw
 from tests.identification.generated_verdict import judge
 
-SEEDS = (
-    1,
-    49,
-    55,
-    65,
-    77,
-    80,
-    89,
-    103,
-    124,
-    131,
-    144,
-    152,
-    188,
-    201,
-    235,
-)  # of the methods and fields as they are listed
+SEEDS = (1, 49, 65, 77, 80, 89, 103, 124, 131, 144, 152, 188, 201)  # of methods and fields as they are listed
 RUNGE_KUTTA = 149
 Z = 0.3 + 0.4j
 ROOTS = {  # a polynomial whose roots are the eigenvalues of M(z), for h = 1
