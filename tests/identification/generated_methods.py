@@ -185,7 +185,7 @@ METHODS: tuple[Method, ...] = (
     Method("Verlet, drift kick drift", {  # of steps cut at half time, symplectic Euler is the same map
         "lines": "x = x + 0.5 * $h * v\nv = v + $h * @f{1/2}(x)\nx = x + 0.5 * $h * v",
         "alpha": "y = torch.add(x, v, alpha=0.5 * $h)\nv = torch.add(v, @f{1/2}(y), alpha=$h)\nx = torch.add(y, v, alpha=0.5 * $h)",
-    }, r"[Vv]erlet|leapfrog|symplectic[ _]Euler|" + GLM, states=("x", "v"), init={"v": "0.3 * x"}, starters=r".*"),
+    }, r"[Vv]erlet|leapfrog|symplectic[ _]Euler|Gauss-Seidel Euler|" + GLM, states=("x", "v"), init={"v": "0.3 * x"}, starters=r".*"),
     Method("Verlet, two streams", {
         "lines": "v = v + 0.5 * $h * @f(x)\nx = x + $h * @g(v)\nv = v + 0.5 * $h * @f(x)",
         "in place": "v = v.clone()\nv += 0.5 * $h * @f(x)\nx = torch.add(x, @g(v), alpha=$h)\nv = torch.add(v, @f(x), alpha=$h / 2)",
@@ -193,7 +193,7 @@ METHODS: tuple[Method, ...] = (
     Method("symplectic Euler", {
         "lines": "v = v + $h * @f(x)\nx = x + $h * v", "alpha": "v = torch.add(v, @f(x), alpha=$h)\nx = torch.add(x, v, alpha=$h)",
         "position first": "x = x + $h * v\nv = v + $h * @f(x)",
-    }, r"symplectic[ _]Euler|second_order_leapfrog|Stormer|" + GLM, states=("x", "v"), init={"v": "torch.zeros_like(x)"}, starters=r".*"),
+    }, r"symplectic[ _]Euler|Gauss-Seidel Euler|second_order_leapfrog|Stormer|" + GLM, states=("x", "v"), init={"v": "torch.zeros_like(x)"}, starters=r".*"),
     Method("symplectic Euler, two fields", {
         "lines": "x = x + $h * @f(v)\nv = v - $h * @g(x)", "reversible": "y = x + $h * @f(v)\nv = v + $h * @g(y)\nx = y",
     }, r"symplectic[ _]Euler|reversible|revnet|" + GLM, states=("x", "v"), fields=("f", "g"), init={"v": "0.5 * x"}, starters=r".*"),
