@@ -87,6 +87,7 @@ def identify(flow: FlowLike, *, checks: bool = True, parallel: Parallel = SERIAL
     def with_time(record: Identification) -> Identification:
         start, stop = record.steps[0], record.steps[-1] + 1
         found = recurrences.inside(start, stop) or recurrences_at_once(flow, start, stop)
+        found = found or recurrences.convolved(start, stop)
         told = tuple(map(str, found)) or tuple(filter(None, (closed_form_note(flow, start, stop),)))
         return replace(record, over_time=found, notes=(*record.notes, *told)) if told else record
 

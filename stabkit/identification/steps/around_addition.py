@@ -190,6 +190,11 @@ def with_gates(record: Identification, kinds: set[str], sums: Sequence[NormalFor
             system = "x' = a(x) x + f(x) - x where the old state is gated, one after the other with the rest"
         if record.method is not None:
             record.method.name = name
+            if record.step_size is not None and abs(record.step_size - 1.0) > GATED:
+                notes = (
+                    f"what multiplies the fields in the tableau is told in units of {record.step_size:.3g}",
+                    *notes,
+                )
         record = replace(record, step_size=None, convention=convention)
         return replace(record, name=name, notes=notes, evidence="measured", system=system)
     if record.skip is None:  # a projection, or a map behind the addition, has named the step: no single a describes it

@@ -166,7 +166,7 @@ def _named(
         name=named.name,
         method=method,
         skip=None,
-        step_size=None if named.convention == OWN_SIZES else named.h,
+        step_size=None if named.convention.startswith(OWN_SIZES) else named.h,
         convention=named.convention,
         evidence="proven" if certified and named.is_known else "measured",
         residual=max((c.residual for c in coefficients), default=0.0),
