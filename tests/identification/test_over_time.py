@@ -166,7 +166,7 @@ def test_an_implicit_oscillator_damps_what_a_symplectic_one_keeps():
     assert (explicit.low, explicit.high) == pytest.approx((1.0, 1.0))
 
 
-@pytest.mark.parametrize("make", [*models.CLOSED, models.retnet_parallel, models.each_alone])
+@pytest.mark.parametrize("make", [models.retnet_parallel, models.each_alone])
 def test_nothing_is_read_where_there_is_no_chain_of_states(make):
     for record in blocks(models.network(make)):
         assert record.over_time == ()
@@ -174,8 +174,26 @@ def test_nothing_is_read_where_there_is_no_chain_of_states(make):
 
 
 @pytest.mark.parametrize("make", models.CLOSED, ids=lambda make: make.__name__)
-def test_a_recurrence_in_closed_form_is_said_not_to_be_read(make):
+def test_a_convolution_is_read_by_the_powers_that_its_kernel_is_made_of(make):
     for record in blocks(models.network(make), torch.float32, 24):
+        assert [r.name.partition(" (")[0] for r in record.over_time] == ["exponential step"]
+        assert not [n for n in record.notes if "not read over time" in n]
+
+
+def test_a_recurrence_in_closed_form_is_said_not_to_be_read():
+    class Filter(nn.Module):
+        """A causal convolution whose kernel is a parameter, of which nothing says that a recurrence made it."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.kernel = nn.Parameter(torch.randn(24, models.WIDTH))
+
+        def forward(self, x: Tensor) -> Tensor:
+            both = torch.fft.rfft(x, n=48, dim=1) * torch.fft.rfft(self.kernel, n=48, dim=0)
+            return torch.tanh(torch.fft.irfft(both, n=48, dim=1)[:, :24])
+
+    for record in blocks(models.network(Filter), torch.float32, 24):
+        assert record.over_time == ()
         (note,) = [n for n in record.notes if "not read over time" in n]
         assert note.startswith("axis 1 is passed causally")
 
