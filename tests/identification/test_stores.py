@@ -65,3 +65,27 @@ def test_the_stack_of_what_was_put_out_is_no_history():
     found = stabkit.identify(stabkit.trace(Verlet(), torch.randn(3, 6)))
     assert not [r.name for r in found if "general linear method" in r.name]
     assert [r.name for r in found].count("stormer_verlet") >= 5
+
+
+class Momentum(nn.Module):
+    """Two states, each written into its own tensor and taken from it again; only one of them is returned."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.f = nn.Sequential(nn.Linear(6, 9), nn.Tanh(), nn.Linear(9, 6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        xs, vs = x.new_zeros((7, *x.shape)), x.new_zeros((7, *x.shape))
+        xs[0] = x
+        for i in range(6):
+            x, v = xs[i].clone(), vs[i].clone()
+            v = 0.9 * v + H * self.f(x)
+            xs[i + 1], vs[i + 1] = x + v, v
+        return xs
+
+
+def test_a_state_that_is_taken_from_its_tensor_again_is_none_of_its_outputs():
+    torch.manual_seed(0)
+    found = stabkit.identify(stabkit.trace(Momentum(), torch.randn(3, 6)))
+    assert [r.name for r in found].count("momentum (gamma = 0.9)") >= 5
+    assert {r.name for r in found} <= {"momentum (gamma = 0.9)", "fork", "join", "transition"}

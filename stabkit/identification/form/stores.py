@@ -51,7 +51,13 @@ def without_stores(graph: Graph, nodes: Sequence[Node], found: Slots) -> Slots |
     targets = [v for v in found.targets if v not in stores]
     taken = [v for store in stores.values() for v in store.taken]
     written = [v for store in stores.values() for v in store.written if v not in (*targets, *sources)]
-    for old, new in ((sources, targets), (sources, [*targets, *written]), ([*sources, *taken], [*targets, *written])):
+    read = [store for store in stores.values() if store.taken]
+    held = all(v in (*targets, *sources) for store in read for v in store.written)
+    for old, new in (
+        *([(sources, targets)] if held else []),
+        (sources, [*targets, *written]),
+        ([*sources, *taken], [*targets, *written]),
+    ):
         if (
             len(old) == len(new) > 0
             and set(old) != set(new)
