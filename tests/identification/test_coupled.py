@@ -318,3 +318,23 @@ def test_a_number_before_what_another_state_gives_is_its_step_size():
     (system,) = {r.system for r in found if r.name.startswith("damped Euler of 2 coupled states")}
     assert "running sum (a = 0.8), h = 0.2, reads old x_2" in system
     assert "running sum (a = 0.7), h = 0.3, reads old x_1" in system
+
+
+class BetweenStates(nn.Module):
+    """Explicit midpoint of q' = v, v' = f(q), the two parts written out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.f = nn.Sequential(nn.Linear(6, 9), nn.Tanh(), nn.Linear(9, 6))
+
+    def forward(self, q: Tensor) -> Tensor:
+        v = 0.5 * q
+        for _ in range(6):
+            q, v = q + v + 0.5 * self.f(q), v + self.f(q + 0.5 * v)
+        return q
+
+
+def test_a_field_that_is_evaluated_between_the_states_is_a_stage_and_not_forward_euler():
+    torch.manual_seed(0)
+    found = stabkit.identify(stabkit.trace(BetweenStates(), torch.randn(3, 6)))
+    assert not [r.name for r in found if "Euler" in r.name]

@@ -13,6 +13,7 @@ from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 from torch.autograd.graph import Node
 
 from stabkit.identification.evidence.reproduction import confirmed
@@ -26,6 +27,7 @@ from stabkit.identification.form.pieces import Piece
 from stabkit.identification.form.slots import Slots
 from stabkit.identification.record import Identification
 from stabkit.identification.steps.driven import weights_of_inputs
+from stabkit.integrators import GeneralLinearMethod
 from stabkit.tracing.graph.values import Value, meta_of, operation, outputs_of
 
 ReadOne = Callable[[Surroundings, Slots, tuple[int, ...]], Identification]
@@ -151,9 +153,12 @@ def coupled(
                    for s in streams]  # fmt: skip
     if adaptive is not None or cell is not None:  # what divides or multiplies a state is no number: no tableau
         record, proven = replace(record, method=None, recorded=()), False
+    name = adaptive or cell or _momentum(streams) or _name(streams)
+    if name.startswith("forward Euler of") and _reads_between(record):
+        return record
     new = replace(
         record,
-        name=adaptive or cell or _momentum(streams) or _name(streams),
+        name=name,
         step_size=record.step_size if one else None,
         convention=record.convention if one else _OWN_SIZES,
         evidence="proven" if proven else "measured",
@@ -249,6 +254,11 @@ def _name(streams: Sequence[_Stream]) -> str:
         numbers = dict.fromkeys(found[1] or "1" for found in damped if found)
         return f"{order} damped Euler of {count} coupled states (a = {', '.join(numbers)})".removeprefix("forward ")
     return f"{count} {'coupled ' * _is_mutual(streams)}states: {', '.join(names)}"
+
+
+def _reads_between(record: Identification) -> bool:
+    """Whether a field is evaluated between the states, x + v / 2: that is a stage, which forward Euler has not."""
+    return isinstance(record.method, GeneralLinearMethod) and bool((~np.isin(np.abs(record.method.U), (0, 1))).any())
 
 
 def _rotates(found: Slots, streams: Sequence[_Stream]) -> bool:
