@@ -327,7 +327,7 @@ class BetweenStates(nn.Module):
         super().__init__()
         self.f = nn.Sequential(nn.Linear(6, 9), nn.Tanh(), nn.Linear(9, 6))
 
-    def forward(self, q: Tensor) -> Tensor:
+    def forward(self, q):
         v = 0.5 * q
         for _ in range(6):
             q, v = q + v + 0.5 * self.f(q), v + self.f(q + 0.5 * v)
@@ -336,5 +336,5 @@ class BetweenStates(nn.Module):
 
 def test_a_field_that_is_evaluated_between_the_states_is_a_stage_and_not_forward_euler():
     torch.manual_seed(0)
-    found = stabkit.identify(stabkit.trace(BetweenStates(), torch.randn(3, 6)))
+    found = identify(trace(BetweenStates(), torch.randn(3, 6)))
     assert not [r.name for r in found if "Euler" in r.name]
