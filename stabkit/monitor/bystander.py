@@ -51,7 +51,9 @@ class Bystander:
         if self._batches is not None:
             self._batches.off()
 
-    def look(self, step: int, loss: Tensor | float | None, scale: Tensor | float, recorded: bool) -> list[Finding]:
+    def look(
+        self, step: int, loss: Tensor | float | None, scale: Tensor | float, recorded: bool, scaled: Tensor | None
+    ) -> list[Finding]:
         """Look at the batch where its loss stands out; see `Foresight.look`."""
         if self._batches is not None:
             for at, value in self._reader.take(step, loss):

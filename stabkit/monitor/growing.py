@@ -77,7 +77,7 @@ class Growing:
         found = self._of_attention(step, of_blocks)
         if found is not None:
             beyond["attention" if found.severity == "warning" else "beyond"] = found
-        found = self._of_normaliser(step, *of_loss.tolist(), resolution)
+        found = self._of_normaliser(step, float(of_loss[0]), float(of_loss[1]), resolution)
         if found is not None:
             beyond["normaliser"] = found
         news = [finding for key, finding in beyond.items() if key in self._suspect and key not in self._told]

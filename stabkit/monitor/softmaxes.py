@@ -135,7 +135,7 @@ class SoftmaxWatch:
         self._found = Measured()
         if self._plain:
             self._mode = _Softmaxes(self._found, self._failed)
-            self._mode.__enter__()
+            self._mode.__enter__()  # type: ignore[no-untyped-call]
 
     def _after(self, module: nn.Module, args: Any, output: Any) -> None:
         inside = self._mode is not None or not self._plain
@@ -153,16 +153,19 @@ class SoftmaxWatch:
         mode, self._mode = self._mode, None
         if mode is None:
             return
+        modes: Any = torch.overrides
         above = []
-        while (top := torch.overrides._get_current_function_mode()) is not None and top is not mode:
-            above.append(torch.overrides._pop_mode())
+        while (top := modes._get_current_function_mode()) is not None and top is not mode:
+            above.append(modes._pop_mode())
         if top is mode:
-            mode.__exit__(None, None, None)
+            mode.__exit__(None, None, None)  # type: ignore[no-untyped-call]
         for each in reversed(above):
-            torch.overrides._push_mode(each)
+            modes._push_mode(each)
 
     def _of_loss(self, found: Measured, outputs: list[_Output], made: Node) -> None:
         known = {output.tag: output for output in outputs}
+        node: Any
+        behind: Any
         for node in nodes_from(made) if known else ():
             if operation(node) != "LogSoftmax":
                 continue
@@ -182,8 +185,8 @@ class _Output:
 
     def __init__(self, output: Tensor) -> None:
         self.tag = object()
-        assert output.grad_fn is not None
-        output.grad_fn.metadata[_TAG] = self.tag
+        made: Any = output.grad_fn
+        made.metadata[_TAG] = self.tag
         self.resolution = torch.finfo(output.dtype).eps
         self._dims = output.dim()
         self._rows = {dim: _some_rows(output.detach(), dim) for dim in {1, self._dims - 1}}
@@ -239,7 +242,7 @@ class _Softmaxes(FunctionCalls):
 
     def softmax(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
         """A softmax, which may be one over keys."""
-        scores = args[0] if args else kwargs.get("input")
+        scores: Any = args[0] if args else kwargs.get("input")
         dim = kwargs.get("dim", args[1] if len(args) > 1 else None)
         if not (_is_plain(scores) and scores.dim() > 1 and isinstance(dim, int) and self._has_room()):
             return
@@ -254,14 +257,14 @@ class _Softmaxes(FunctionCalls):
 
     def cross_entropy(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
         """A loss, of which the first counts."""
-        logits = args[0] if args else kwargs.get("input")
+        logits: Any = args[0] if args else kwargs.get("input")
         if not self._of_loss and _is_plain(logits) and logits.dim() > 0:
             self._of_loss = True
             self._logits(logits, 1 if logits.dim() > 1 else 0)
 
     def log_softmax(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
         """The logarithm of a softmax, of which the last counts where there is no loss."""
-        logits = args[0] if args else kwargs.get("input")
+        logits: Any = args[0] if args else kwargs.get("input")
         dim = kwargs.get("dim", args[1] if len(args) > 1 else None)
         if not self._of_loss and _is_plain(logits) and isinstance(dim, int):
             self._logits(logits, dim)

@@ -329,10 +329,40 @@ def test_slices_that_another_recurrence_carries_are_no_inputs_of_this_one():
                 out.append(total)
             return torch.tanh(torch.stack(out, 1))
 
-    for record in blocks(models.network(Weighted)):
-        names = [found.name for found in record.over_time]
-        assert sorted(name.partition(" (exact")[0] for name in names) == ["exponential step", "maximum over time"]
-        assert not any("successive times" in note for found in record.over_time for note in found.notes)
+    model = models.network(Weighted)
+    decays = [torch.exp(-torch.exp(m.decay)).detach() for m in model.modules() if isinstance(m, Weighted)]
+    records = blocks(model)
+    assert len(records) == len(decays)
+    for record, a in zip(records, decays, strict=True):
+        found = sorted(record.over_time, key=lambda r: r.name)
+        assert [r.name.partition(" (")[0] for r in found] == ["linear recurrence", "maximum over time"]
+        assert found[0].low == pytest.approx(float(a.min()), rel=1e-3)
+        assert found[0].high == pytest.approx(float(a.max()), rel=1e-3)
+        assert all(r.growth is None for r in found)  # of what is stored, which changes with its units
+        assert not any("successive times" in note for r in found for note in r.notes)
+
+
+def test_numbers_that_a_running_maximum_and_the_input_make_are_not_told():
+    """The memory of an mLSTM: its forget gate is made of the input, and stored in units of the maximum."""
+
+    class Memory(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.k, self.v, self.f, self.i = (nn.Linear(models.WIDTH, models.WIDTH) for _ in range(4))
+
+        def forward(self, x: Tensor) -> Tensor:
+            k, v, i, f = self.k(x), self.v(x), self.i(x), nn.functional.logsigmoid(self.f(x))
+            c, m, out = torch.zeros_like(k[:, 0]), torch.zeros_like(k[:, 0]), []
+            for t in range(x.shape[1]):
+                new = torch.maximum(f[:, t] + m, i[:, t])
+                c = torch.exp(f[:, t] + m - new) * c + torch.exp(i[:, t] - new) * k[:, t] * v[:, t]
+                m = new
+                out.append(c)
+            return torch.stack(out, 1)
+
+    for record in blocks(models.network(Memory)):
+        found = next(r for r in record.over_time if not r.name.startswith("maximum"))
+        assert (found.name, found.low, found.growth) == ("linear recurrence (rescaled)", None, None)
 
 
 TORCH_LAYERS = [
@@ -374,3 +404,29 @@ def test_time_steps_of_a_layer_that_is_cut_in_time_are_no_plain_maps(make):
     assert len(records) >= TIMES - 1
     assert names == {"gated Euler" if isinstance(make(), nn.GRU) else "gated memory cell"}
     assert not any("where ," in note for record in records for note in record.notes)
+
+
+def test_a_step_that_takes_a_chunk_of_times_is_told_as_that():
+    """Retention by chunks (Sun et al. 2023): the state decays by gamma^4 a step, of which each takes 4 times."""
+    gamma = 1 - 2.0 ** -torch.tensor([5.0, 6.0])
+
+    class Chunks(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.k, self.v, self.q = (nn.Linear(models.WIDTH, 4) for _ in range(3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            k, v, q = (one(x).unflatten(-1, (2, 2)).transpose(1, 2) for one in (self.k, self.v, self.q))
+            S, out = x.new_zeros(len(x), 2, 2, 2), []
+            for start in range(0, x.shape[1], 4):
+                a, b, c = (each[:, :, start : start + 4] for each in (k, v, q))
+                out.append((c @ S).transpose(1, 2).flatten(2))
+                S = (gamma**4)[:, None, None].to(S) * S + a.transpose(-1, -2) @ b
+            return torch.cat(out, 1).repeat(1, 1, models.WIDTH // 4 + 1)[..., : models.WIDTH]
+
+    torch.manual_seed(0)
+    found = [r for record in identify(stabkit.trace(models.network(Chunks), drawn(36))) for r in record.over_time]
+    assert found
+    assert {(round(r.low, 4), round(r.high, 4)) for r in found} == {tuple(round(float(g), 4) for g in gamma**4)}
+    assert all("a step is a chunk, of 4 times" in r.notes for r in found)
+    assert not any("a time step" in note for r in found for note in r.notes)

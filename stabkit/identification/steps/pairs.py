@@ -30,12 +30,16 @@ from stabkit.identification.names.single import Name
 from stabkit.identification.names.systems import (
     ADDITIVE_COUPLING,
     HAMILTONIAN,
+    MEMORY_CELL,
     REVERSIBLE,
+    UNNAMED_PAIR,
     name_several_states,
 )
 from stabkit.identification.record import Identification
+from stabkit.identification.steps.around_addition import masked
 from stabkit.identification.steps.composed_steps import LEAPFROG_OR
 from stabkit.identification.steps.given_increments import with_increments, without_increments
+from stabkit.identification.steps.memory_cells import is_memory_cell
 from stabkit.identification.steps.noise import with_noise
 from stabkit.identification.steps.pending import name_pending, told_of
 from stabkit.identification.steps.proximal import proximal_maps
@@ -58,7 +62,13 @@ def read_several_states(around: Surroundings, found: Slots, steps: tuple[int, ..
     if len(found.sources) != len(found.targets):
         return _change_of_count(around, found, steps)
     if found.split or len({value.node for value in found.sources}) == 1 or split_before(around.flow, start):
-        found = _paired(around, found, steps)
+        paired = _paired(around, found, steps)
+        swapped = len(found.sources) == 2 and paired.targets == found.targets[::-1]
+        form = around.normal_form(start, stop, found) if swapped else None
+        # one field of parts that change places at every step is evaluated at both in turn: a method of two steps
+        weights = form is not None and form.stages and parameters_of(form.stages[0].nodes, around.names)
+        if form is None or not weights or not _is_evaluated_beside(around, form, steps):
+            found = paired
     found = as_made(around, found, start, stop)
     form = around.normal_form(start, stop, found)
     record = _named(around, found, form, steps, opaque)
@@ -112,7 +122,7 @@ def _named(
     coefficients = [c for terms in form.forms for c in terms.values()]
     gated = any(c.kind == "gate" for c in coefficients)
     symmetric = is_symmetric(form) if not gated and len(form.stages) == 2 else None
-    certified = all(c.kind in ("scalar", "dropout") for c in coefficients)
+    certified = all(c.kind in ("scalar", "dropout") and not c.held for c in coefficients)
     pending = name_pending(table, form)
     drift = None
     if not (pending or gated):
@@ -124,6 +134,8 @@ def _named(
         named = pending or name_several_states(table, symmetric=symmetric, gated=gated)
     if not named.is_known and drift is None and (read := table.without_unread()) is not table:
         table, named = read, name_several_states(read, symmetric=None, gated=gated)
+    if named.name == MEMORY_CELL and not is_memory_cell(form):
+        named = UNNAMED_PAIR
     readout, composed = None, None if named.is_known or drift is not None else with_composite_fields(table)
     if composed is not None:
         table, named = composed, name_several_states(composed, symmetric=None, gated=gated)
@@ -154,7 +166,7 @@ def _named(
         name=named.name,
         method=method,
         skip=None,
-        step_size=None if named.convention == OWN_SIZES else named.h,
+        step_size=None if named.convention.startswith(OWN_SIZES) else named.h,
         convention=named.convention,
         evidence="proven" if certified and named.is_known else "measured",
         residual=max((c.residual for c in coefficients), default=0.0),
@@ -244,10 +256,12 @@ def _notes(around: Surroundings, form: NormalForm, table: Blocks, found: Slots) 
     learned = around.learned_factors(form.piece)
     if learned:
         notes.append(f"learned factors: {', '.join(learned)}")
-    gates = [c for terms in form.forms for c in terms.values() if c.kind == "gate"]
-    if gates:
-        low, high = min(c.low for c in gates), max(c.high for c in gates)
-        notes.append(f"gates from {low:.3g} to {high:.3g} here, held fixed in M(z)")
+    held = max((c.held for terms in form.forms for c in terms.values()), default=0.0)
+    notes += masked(set(), held)
+    for i, (terms, source) in enumerate(zip(form.forms, form.sources, strict=True), 1):
+        if (kept := terms.get(source)) is not None and kept.kind == "gate":
+            told = f"the old x_{i} is multiplied by {kept.low:.3g} to {kept.high:.3g} in the new one"
+            notes.append(f"{told} here, held fixed in M(z)")
     return tuple(notes)
 
 
@@ -293,7 +307,7 @@ def _dense(found: Slots, steps: tuple[int, ...]) -> Identification:
         evidence="proven",
         residual=0.0,
         steps=steps,
-        notes=("the state is kept whole and grows: every eigenvalue is 1, all growth is non-normal",),
+        notes=("the state is kept whole beside a function of it: every eigenvalue of the padded step is 1",),
         system="none: nothing that is there is changed",
     )
 

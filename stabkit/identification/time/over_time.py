@@ -24,7 +24,9 @@ from stabkit.identification.reading import read
 from stabkit.identification.record import Identification, Recurrence
 from stabkit.identification.steps.linear_recurrence import Coupling, coupling
 from stabkit.identification.steps.step_rules import Histories, Made
+from stabkit.identification.time.long_convolutions import powers_of_kernels
 from stabkit.identification.time.rates import rates, rates_of_oscillators, rule_of_constants
+from stabkit.identification.time.rescaled import is_maximum, maximum_of, without_maximum
 from stabkit.integrators import LinearStability
 from stabkit.tracing import Flow
 from stabkit.tracing.graph.scans import Scan
@@ -37,7 +39,7 @@ _CALLED = {
     "trapezoid": ("trapezoid (bilinear", "x' = A x + B u"),
     "backward Euler": ("backward Euler (linear", "x' = A x + B u"),
 }
-_EXTREMES = frozenset({"Maximum", "Minimum"})
+_TIMES = 3  # at which the numbers of a recurrence are compared
 _MIXTURES = frozenset({"Addcmul", "Lerp"})  # affine in any one of their arguments
 _METHODS = {"trapezoid": "trapezoid", "backward Euler": "backward_euler"}
 _WITHOUT_NUMBERS = ("plain", "forward Euler")  # names that claim none, so that they hold whatever the input makes
@@ -48,6 +50,7 @@ _WEIGHTS = {
     "variance": "the input has the weight sqrt(1 - |a|^2), not that of a held input (ZOH): it keeps the variance of a "
     "state that white noise drives (exact for a process of Ornstein and Uhlenbeck)",
 }
+_CONVOLVED = "computed as a convolution by Fourier transforms, whose kernel is a sum of powers of these numbers"
 _EXPLICIT = "state and input have a factor h in common: explicit Euler with the step h"
 _OWN = "the input enters with a weight that is made of other numbers, such as h B"
 
@@ -71,11 +74,64 @@ class Recurrences:
     def of(self, scans: Sequence[Scan]) -> tuple[Recurrence, ...]:
         """The readings of recurrences, all of those that run in their modules."""
         paths = [self._flow.recorded.path_of(scan.cycle[-1]) for scan in scans]
-        found = []
+        found, scales = list[Recurrence](), list[Scan]()
         for i, (scan, path) in enumerate(zip(scans, paths, strict=True)):
+            maximum = maximum_of(
+                self._flow.recorded.graph, scan, [s for s, p in zip(scans, paths, strict=True) if p == path]
+            )
+            if maximum is not None:  # what is stored changes with its units
+                found.append(self._rescaled(scan, maximum, path))
+                scales.append(maximum)
+                continue
             record = self._read(scan, path, paths[:i].count(path), paths.count(path))
             rates = growth_over(self._flow, scan)
             found.append(replace(record, growth=sum(rates) / len(rates)))
+        packed = any(operation(node).startswith("PackPadded") for node in self._flow.recorded.graph.nodes)
+        return tuple(
+            replace(r, growth=None if s in scales else r.growth, notes=_counted(s, packed, r.notes))
+            for s, r in zip(scans, found, strict=True)
+        )
+
+    def _rescaled(self, scan: Scan, maximum: Scan, path: str) -> Recurrence:
+        """A recurrence that is stored in units of the exponential of a running maximum."""
+        record = Recurrence(
+            "linear recurrence (rescaled)", "x' = a x + u, stored in units of exp(m), m a running maximum", "measured",
+            None, path, scan.n_steps, fed=True,
+            notes=("what multiplies the stored state depends on the maximum, and is no number of the recurrence",),
+        )  # fmt: skip
+        around = _OverTime(over_scan(self._flow, scan, scan.middle, min(scan.middle + _TIMES, len(scan))))
+        if not _is_affine(around, scan):
+            return replace(record, name="unnamed (rescaled by a running maximum)", system="")
+        coupled = [coupling(step.segment) for step in around.flow.steps]
+        factors = [c.blocks[..., 0, 0] for c in coupled if c is not None and c.size == 1]
+        graph = self._flow.recorded.graph
+        own = without_maximum(graph, scan, maximum, factors) if len(factors) == len(coupled) else None
+        if own is None:
+            return record
+        low, high = float(own.abs().min()), float(own.abs().max())
+        return replace(
+            record, name=f"linear recurrence ({_sizes(low, high)})", fed=False, low=low, high=high,
+            system="x' = -lambda x + u, stored in units of exp(m), m a running maximum",
+            notes=("the numbers are those without the maximum: they are the same at all times that were looked at",),
+        )  # fmt: skip
+
+    def convolved(self, start: int, stop: int) -> tuple[Recurrence, ...]:
+        """Those between two states of the flow that made the kernels of convolutions by Fourier transforms."""
+        recorded = self._flow.recorded
+        nodes = recorded.graph.nodes[self._flow.states[start].position : self._flow.states[stop].position]
+        paths = dict.fromkeys(recorded.path_of(node) for node in nodes if operation(node) == "FftC2R")
+        found = []
+        for path in paths:
+            if (made := self._looked_back()) is None:
+                break
+            for powers in powers_of_kernels(made.graph, made.nodes_of(path), made.is_fed):
+                sizes, h_a = powers.factors.abs(), rates("exponential", powers.factors.detach().cpu().numpy())
+                low, high = float(sizes.min()), float(sizes.max())
+                found.append(Recurrence(
+                    f"{_CALLED['exponential'][0]}, {_sizes(low, high)})", _CALLED["exponential"][1], "measured",
+                    powers.residual, path, powers.count, low, high,
+                    notes=(_CONVOLVED, *filter(None, [h_a])),
+                ))  # fmt: skip
         return tuple(found)
 
     def levers(self, scans: Sequence[Scan], place: int) -> list[tuple[str, float]]:
@@ -103,7 +159,7 @@ class Recurrences:
         around = _OverTime(over_scan(self._flow, scan, scan.middle, min(scan.middle + 2, len(scan))))
         fed = _is_fed(around, scan)
         found = read(around, 0, 1)
-        if {operation(node) for node in scan.cycle} <= _EXTREMES | MOVES | ADDS and found.name == "plain":
+        if is_maximum(scan) and found.name == "plain":
             return Recurrence("maximum over time", "x' = max(x + w, u)", "proven", None, path, scan.n_steps)
         # products with what the input makes of every time, k (v - k^T S), are no field but the matrix of that time
         proven = found.evidence == "proven" and not fed
@@ -122,6 +178,11 @@ class Recurrences:
 
     def _made(self, path: str, place: int, count: int) -> Made:
         """How the factor of a recurrence was made; where that cannot be seen, why not is kept."""
+        made = self._looked_back()
+        return Made() if made is None else made.of(path, place, count)
+
+    def _looked_back(self) -> Histories | None:
+        """All that the numbers of the flow were made of; None where that cannot be seen."""
         if self._histories is None and not self._untold:
             if any(step.segment.recomputes for step in self._flow.steps):
                 self._untold = "how the factor was made of its parameters was not looked at, to save memory"
@@ -130,7 +191,17 @@ class Recurrences:
                     self._histories = Histories(self._flow)
                 except RuntimeError as error:
                     self._untold = f"the model does not run with parameters that require grad: {str(error)[:100]}"
-        return Made() if self._histories is None else self._histories.of(path, place, count)
+        return self._histories
+
+
+def _counted(scan: Scan, packed: bool, notes: tuple[str, ...]) -> tuple[str, ...]:
+    """Notes that say what a step of a recurrence is where it is no time of every sequence."""
+    if packed:
+        return ("the sequences are packed: these are the steps that run with one number of samples", *notes)
+    if scan.width == 1:
+        return notes
+    told = (note.replace("a time step", "a chunk").replace("at time", "at chunk") for note in notes)
+    return (f"a step is a chunk, of {scan.width} times", *told)
 
 
 class _OverTime(Surroundings):

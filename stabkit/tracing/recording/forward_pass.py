@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -35,6 +35,8 @@ class ForwardPass:
         through_no_grad: ignore ``torch.no_grad`` inside the model.
         through_detach: pass on what the model detaches.
         ending: makes what a flow ends at of the output, recorded with the pass; None where an output itself is meant.
+        differentiated: the parameters that stay on the graph since the model takes derivatives by them, as inner steps
+            of meta-learning do.
     """
 
     model: Any
@@ -46,6 +48,7 @@ class ForwardPass:
     through_no_grad: bool = False
     through_detach: bool = False
     ending: Ending | None = None
+    differentiated: frozenset[int] = frozenset()
 
     @property
     def given(self) -> list[tuple[str, Tensor]]:
@@ -63,8 +66,25 @@ class ForwardPass:
             TraceError: the model raised, with the name of the module in which it did.
         """
         recording = Recording()
+        try:
+            return self._run(recording, saved, wanted)
+        except TraceError:
+            asked = self._asked(recording)
+            if not asked - self.differentiated:
+                raise
+        return replace(self, differentiated=asked).run(saved, wanted)
+
+    def _asked(self, recording: Recording) -> frozenset[int]:
+        """The parameters that the model takes derivatives by, or all where it does so by copies of some."""
+        asked = frozenset(id(tensor) for tensor in recording.undifferentiated)
+        own = frozenset(id(p) for m in self.module.modules() for p in m._parameters.values() if p is not None)
+        return own if asked - own else asked
+
+    def _run(
+        self, recording: Recording, saved: SavedTensors | None, wanted: frozenset[tuple[int, int]] | None
+    ) -> Recording:
         with unchanged(self.module) as safe:
-            safe.freeze()
+            safe.freeze(but=self.differentiated)
             safe.copy_buffers()
             take_whole(self.module)
             seeded(self.seed)

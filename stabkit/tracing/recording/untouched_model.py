@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import operator
 from collections import OrderedDict, deque
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
 import torch
@@ -62,10 +62,10 @@ class Safe:
                     copy = copies.setdefault(id(buffer), buffer.detach().clone())
                     module._buffers[name] = copy
 
-    def freeze(self) -> None:
-        """Let no parameter require grad, so that the graph holds only what depends on the input."""
+    def freeze(self, but: Collection[int] = ()) -> None:
+        """Let no parameter require grad, but some by identity: the graph holds only what depends on the input."""
         for parameter, _ in self._flags:
-            if parameter.requires_grad:
+            if parameter.requires_grad and id(parameter) not in but:
                 parameter.requires_grad_(False)
 
     def before_write(self, storage: int) -> None:
