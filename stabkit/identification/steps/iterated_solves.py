@@ -113,7 +113,8 @@ def _equation(form: NormalForm) -> tuple[str, float | None, float] | None:
     if h == 0.0:
         return None
     if abs(own.value + old.value) > _CLOSE * abs(own.value):  # a linear part of the field, at the result like the rest
-        whole = len(fields) == 1 and places[fields[0]] == 1.0 and own.value * old.value < 0
+        as_it_is = abs(abs(old.value) - 1) <= _CLOSE and own.value * old.value < 0  # and not, as of 3 x, a multiple
+        whole = len(fields) == 1 and places[fields[0]] == 1.0 and as_it_is
         return ("backward_euler", 1.0, h * abs(own.value / old.value)) if whole else None
     if len(fields) == 1:
         place = places[fields[0]]
@@ -187,8 +188,11 @@ def _is_in_field(piece: Piece, node: Node, names: Mapping[int, str]) -> bool:
     terms = form.forms[0]
     if any(atom in form.sources for atom in terms):
         return False
+    added = [stage for stage in form.stages if stage.output in terms]
+    if any(operation(n) in SOLVES for stage in added for n in stage.nodes):
+        return False  # a solution on the right side of the next system, as of Newton's method that has not ended
     if len(set(piece.inputs(node))) < 2:
-        return not any(stage.is_affine for stage in form.stages if stage.output in terms)
+        return not any(stage.is_affine for stage in added)
     (w,) = random_tensors([right], seed=0)
     expected = (matrix.mT @ _columns(w, matrix)).reshape(-1)
     span = [w.reshape(-1)]
