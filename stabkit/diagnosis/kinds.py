@@ -82,6 +82,7 @@ FINDINGS: dict[str, Word] = {
     "loss": Word("the loss has no gradient, or is taken of what it does not expect", "broken"),
     "unstable_update": Word("the optimizer's updates are too long for the curvature of the loss", "grows"),
     "idle_update": Word("the optimizer's updates learn nothing: they are far too short, or weight decay undoes them"),
+    "diverging_logits": Word("logits of attention, or of the loss, grow without bound", "grows"),
     "precision_loss": Word("numbers are lost to the dtype by rounding or underflow", "unsure", consequence=True),
 }
 

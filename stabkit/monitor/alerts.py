@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
+from dataclasses import replace
 
 import numpy as np
 
@@ -12,6 +13,7 @@ from stabkit.monitor.first_block import Mover, first_mover, moved_finding, non_f
 from stabkit.monitor.harm import Harm
 from stabkit.monitor.record import Array, Blocks, Record
 from stabkit.monitor.rules import AlertRules
+from stabkit.monitor.scaling import AT_START
 from stabkit.monitor.series import Move, SeriesBank
 
 _FIELDS = ("growth", "gain", "total")
@@ -32,7 +34,7 @@ class Alerts:
         self._names: tuple[str, ...] = ()
         self._bank: SeriesBank | None = None
         self._overflows = 0
-        self._broken = False
+        self._broken = self._worked = False
         self._quiet = 0
         self._before = 0
         self._largest = -math.inf  # log of the largest gradient norm that was no spike
@@ -42,11 +44,15 @@ class Alerts:
         self._said: set[tuple[str, str]] = set()  # in this episode
         self.first: Mover | None = None
 
+    def began(self, step: int) -> int:
+        """The step at which something moved first in this episode; the present one where nothing has."""
+        return step if self.first is None else self.first.step
+
     def judge(self, record: Record) -> list[Finding]:
         """The findings that this record gives rise to; a condition that persists is reported once."""
         if record.non_finite:
             return self._judge_non_finite(record)
-        self._broken, self._overflows = False, 0
+        self._broken, self._overflows, self._worked = False, 0, True
         movers = self._movers(record)
         if not movers:
             self._quiet += 1
@@ -73,10 +79,13 @@ class Alerts:
     def _judge_non_finite(self, record: Record) -> list[Finding]:
         self._overflows += 1
         mendable = self._scaled and not record.blocks.bad[0].any() and not record.loss_is_broken
-        if self._broken or (mendable and self._overflows < self.rules.overflows):
+        if self._broken or (mendable and self._overflows < (self.rules.overflows if self._worked else AT_START)):
             return []
         self._broken, self._quiet = True, 0
         finding = non_finite_finding(record, self.first)
+        if mendable:
+            tried = f"{finding.evidence}; the loss scale was lowered at {self._overflows} records in a row, in vain"
+            finding = replace(finding, evidence=tried)
         index = finding.steps[0] if finding.steps else -1
         broken = Move(-1, "spike", math.inf, 0.0, math.inf, True)
         began = Mover(**vars(broken), step=record.step, name=finding.module_path, index=index, field="non_finite")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from stabkit.checkpoints.capsules import RecordedCall
 from stabkit.diagnosis import factor
+from stabkit.monitor.inputs import MOST_CALLS
 from stabkit.monitor.measurement import in_backward
 from stabkit.monitor.watching import watch
 from stabkit.tracing.recording.containers import map_tensors, named_tensors
@@ -23,6 +24,7 @@ _FEW = 3  # of these, at least
 _KEPT = 50
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _DEEP = 3  # levels of containers
+_HELD = 2**28  # bytes of the micro-batches of a step that are held on to beside the newest
 
 
 @dataclass(frozen=True)
@@ -40,8 +42,22 @@ class Odd:
     call: RecordedCall
 
 
+@dataclass(frozen=True, eq=False)
+class _Held:
+    """One call of the model: its step, arguments, their bytes, and whether it was the first of the step."""
+
+    step: int
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    size: int
+    first: bool
+
+
 class Batches:
-    """Holds on to the arguments of the newest call of the model, by reference, and knows the range of some before.
+    """Holds on to the arguments of the newest calls of the model, by reference, and knows the range of some before.
+
+    Those are the calls of one training step, of which gradient accumulation makes several, and of the step before where
+    losses come late. Of micro-batches that are large the newest are held.
 
     Args:
         model: as it is called.
@@ -52,7 +68,7 @@ class Batches:
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
-        self._held: deque[tuple[int, tuple[Any, ...], dict[str, Any]]] = deque(maxlen=2)  # losses may come a step late
+        self._held: deque[_Held] = deque()
         self._usual: dict[str, deque[float]] = {}
         self._by_design: set[str] = set()  # inputs that hold what is not finite and train well: masks, missing values
         self._step = 0
@@ -79,7 +95,7 @@ class Batches:
             late: whether the loss of the step before is not known yet.
         """
         self._step = step
-        while self._held and self._held[0][0] < step - late:
+        while self._held and self._held[0].step < step - late:
             self._held.popleft()
 
     def see(self) -> None:
@@ -91,13 +107,18 @@ class Batches:
                 self._by_design.add(name)
 
     def odd(self, step: int) -> Odd | None:
-        """What is odd about the batch of a step; None where nothing is, or where it is not held any more.
+        """What is odd about the batch of a step, of several the first that is; None where none is, or is still held."""
+        held = [each for each in self._held if each.step == step]
+        for number, each in enumerate(held):
+            odd = self._odd(step, (each.args, each.kwargs))
+            if odd is not None:
+                # where some were let go, the place of the others is not known
+                several = len(held) > 1 and held[0].first
+                where = f"in micro-batch {number} of {len(held)} (from 0) " if several else ""
+                return replace(odd, text=where + odd.text)
+        return None
 
-        Of several calls in a step (micro-batches) the last is looked at.
-        """
-        call = next(((args, kwargs) for at, args, kwargs in reversed(self._held) if at == step), None)
-        if call is None:
-            return None
+    def _odd(self, step: int, call: tuple[tuple[Any, ...], dict[str, Any]]) -> Odd | None:
         for name, largest in _ranges(call).items():
             if name in self._by_design:
                 continue
@@ -125,14 +146,18 @@ class Batches:
         return ""
 
     def _newest(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        return self._held[-1][1:] if self._held else ((), {})
+        return (self._held[-1].args, self._held[-1].kwargs) if self._held else ((), {})
 
     def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if not torch.is_grad_enabled() or in_backward():
             return
-        if self._held and self._held[-1][0] == self._step:
-            self._held.pop()
-        self._held.append((self._step, args, kwargs))
+        tensors = (tensor for _, tensor in named_tensors(_named(args, kwargs), _DEEP))
+        size = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+        first = not self._held or self._held[-1].step != self._step
+        self._held.append(_Held(self._step, args, kwargs, size, first))
+        mine = [each for each in self._held if each.step == self._step]
+        while len(mine) > 1 and (sum(each.size for each in mine) > _HELD or len(mine) > MOST_CALLS):
+            self._held.remove(mine.pop(0))
 
 
 def _named(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:

@@ -125,7 +125,7 @@ class CapsuleStore:
             findings: what it said up to this step.
             before: the last good state.
             why_none: why there can be none, where that is so.
-            blamed: the batch of an earlier step that is to blame.
+            blamed: the batch that is to blame, of an earlier step or one of several of this.
         """
         if self._broken or not self._ranks.first:
             return
@@ -158,7 +158,7 @@ class CapsuleStore:
             },
             records=map(json_line, list(records)[-RECORDS:]),
             before={} if before is None else before.whole(),
-            blamed=None if blamed is None or blamed.step == record.step else (blamed.step, blamed.call),
+            blamed=None if blamed is None or _is_all(blamed, record, kept) else (blamed.step, blamed.call),
         )
         self._written.append(path)
         for old in self._by_age()[: -self._limit]:
@@ -176,6 +176,11 @@ class CapsuleStore:
     def _sweep(self) -> None:
         for left in self._directory.glob(".step-*"):
             shutil.rmtree(left, ignore_errors=True)
+
+
+def _is_all(blamed: Odd, record: Record, kept: Kept) -> bool:
+    """Whether the batch that is to blame is all that a capsule holds anyway."""
+    return blamed.step == record.step and len(kept.calls) == 1
 
 
 def _told(before: Snapshot | None, why_none: str) -> dict[str, Any]:

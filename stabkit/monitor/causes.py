@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from statistics import median
 
 from stabkit.curvature import Secant
-from stabkit.diagnosis import factor
+from stabkit.diagnosis import Finding, factor
 from stabkit.monitor.batches import Odd
 from stabkit.monitor.learning_rates import LearningRates, Rise
 
@@ -144,6 +144,14 @@ class Causes:
         parts.append(f"{whose} the update has moved the weights by {update_ratio:.2g} of their norm")
         numbers = {"learning_rate": rate, "update_ratio": update_ratio, "lower_to": lower}
         return Cause("rate", "; ".join(parts), _remedy(lower, told), _numbers_of(told) | numbers)
+
+    def with_rise(self, finding: Finding, step: int) -> Finding:
+        """A finding with the learning rate's rise before a step, where it is new."""
+        rise = self.rates.rise(step)
+        if rise is None or not rise.beyond * _CLOSE > 1.0:
+            return finding
+        evidence, numbers = f"{finding.evidence}; {rise}", {**finding.numbers, **_numbers_of(rise)}
+        return replace(finding, evidence=evidence, numbers=numbers)
 
     def _of_update(self, began: int) -> Cause:
         before = [(at, secant.update_ratio) for at, secant in self.measured]

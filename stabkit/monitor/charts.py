@@ -8,7 +8,7 @@ import numpy as np
 
 from stabkit.monitor.record import Record
 
-QUANTITIES = ("growth", "gradient_norm", "activation_norm", "update_ratio")
+QUANTITIES = ("growth", "gradient_norm", "activation_norm", "update_ratio", "attention_logit", "attention_entropy")
 _FIRST = 8  # records before the first picture
 _KEPT = 256  # columns of a picture: more cannot be told apart
 

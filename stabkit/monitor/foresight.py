@@ -82,7 +82,7 @@ class Foresight:
         self.cause: Cause | None = None  # of what was told last
         self.loss = math.nan  # the newest that was read
 
-    def on(self, step: int) -> None:
+    def attach(self, step: int) -> None:
         """Begin to watch what goes into the model, at a step."""
         self._batches.on(step)
         if self._ahead is not None:
@@ -108,6 +108,25 @@ class Foresight:
     def calm(self) -> bool:
         """Whether the newest loss is finite and nothing seems to be wrong with it."""
         return not (self.suspicious or self.broken)
+
+    def odd(self, step: int) -> Odd | None:
+        """The odd batch of this process that is to blame at a step."""
+        self._look_at_batch(step)
+        return self.blamed(step)
+
+    def _heard(self, odds: Sequence[Odd | None], told: Sequence[Finding]) -> list[Finding]:
+        """Learn of the odd batches of all processes; what there is to say of one that no finding will name."""
+        number = next((i for i, odd in enumerate(odds) if odd is not None), 0)
+        odd = odds[number]
+        if odd is None or number == 0 or (self.causes.odd is not None and self.causes.odd.step == odd.step):
+            return []
+        self.causes.odd = replace(odd, text=f"in process {number} {odd.text}")
+        if told or self._quiet >= self._warmup:
+            return []
+        self.cause = self.causes.find(odd.step + 1, odd.step + 1)
+        kind = "non_finite" if self.broken else "exploding"
+        numbers = {"training_step": float(odd.step), **self.cause.numbers}
+        return [of_training(kind, "critical", self.cause.text, self.cause.remedy, "", numbers)]
 
     def take(self) -> Along | None:
         """The newest measurement since the last call."""
@@ -164,14 +183,21 @@ class Foresight:
             self._quiet, self.cause, self._began = 0, cause, int(finding.numbers["training_step"])
             self._found_ahead([finding])
 
-    def explained(self, finding: Finding, began: int, step: int) -> Finding:
-        """A finding with what changed before, where a rate or an update did.
+    def explained(
+        self, findings: Sequence[Finding], odds: Sequence[Odd | None], began: int, step: int
+    ) -> list[Finding]:
+        """Findings with what changed before, where a rate or an update did; that the loss is not finite is said once.
 
         Args:
-            finding: of a record.
+            findings: of a record.
+            odds: the odd batches of all processes, this one's first; None where there is none.
             began: the step at which something moved first, by the records.
             step: the present step.
         """
+        news = [finding for finding in findings if finding.kind != "non_finite" or not self.told_broken]
+        return [*self._heard(odds, news), *(self._explained(finding, began, step) for finding in news)]
+
+    def _explained(self, finding: Finding, began: int, step: int) -> Finding:
         if finding.kind not in ("exploding", "non_finite"):
             return finding
         self._look_at_batch(step)

@@ -33,6 +33,14 @@ class Guard:
         text = f"stabkit's monitor: {what} failed at step {self.step} and is off: {type(error).__name__}: {error}"
         warnings.warn(text, RuntimeWarning, stacklevel=5)
 
+    def warn_of_blocks(self) -> None:
+        """Say that none of the blocks was seen to run."""
+        text = (
+            "stabkit's monitor saw none of the blocks run, only their parameters: is the model compiled as one, or not "
+            "the one that is called? Compile it block by block, or give the monitor the model that is called"
+        )
+        warnings.warn(text, RuntimeWarning, stacklevel=6)
+
     def stop(self, error: Exception) -> bool:
         """Say once that the monitor stops; whether this was the first error."""
         if self.failed:

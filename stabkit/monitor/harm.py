@@ -35,6 +35,13 @@ class Harm:
         """Whether the newest record, or the one before, stands out: what is smaller is told by two in a row."""
         return self._this or self._before
 
+    @property
+    def left(self) -> float:
+        """The level of the newest losses over that of the first; NaN where they are not known."""
+        if math.isnan(self._first) or not self._first > 0:
+            return math.nan
+        return median(self._losses) / self._first
+
     def see(self, loss: float, norm: float) -> None:
         """Take note of a record: its loss, and the log of the norm of all its gradients."""
         unknown = math.isnan(loss) and not self._losses

@@ -65,8 +65,8 @@ class MonitorCallback(_Callback):  # type: ignore[misc]
         )
 
     def on_before_backward(self, trainer: Any, pl_module: nn.Module, loss: Tensor) -> None:
-        """Remember the loss; over micro-batches it adds up to their mean."""
-        self._loss = loss.detach() if self._loss is None else self._loss + loss.detach()
+        """Remember the loss; over micro-batches it adds up to their mean, and what made the last is known."""
+        self._loss = loss if self._loss is None else self._loss.detach() + loss
 
     def on_before_optimizer_step(self, trainer: Any, pl_module: nn.Module, optimizer: Any) -> None:
         """A step of the monitor."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
@@ -22,6 +21,7 @@ from stabkit.monitor.arguments import Callback, callbacks, check_counts, check_k
 from stabkit.monitor.arguments import optimizers as as_optimizers
 from stabkit.monitor.batches import Batches
 from stabkit.monitor.blocks import choose_blocks, visible
+from stabkit.monitor.bystander import Bystander
 from stabkit.monitor.capsule import CapsuleStore
 from stabkit.monitor.clipping import Clipped, clip
 from stabkit.monitor.collection import AFTER, SCALE, TRAINED, Collector, Sums, finish
@@ -29,6 +29,7 @@ from stabkit.monitor.foresight import Foresight
 from stabkit.monitor.guard import Guard
 from stabkit.monitor.health import Health, Seen
 from stabkit.monitor.inputs import RecordedInputs
+from stabkit.monitor.insides import Insides
 from stabkit.monitor.measurement import Hooks, StepNorms
 from stabkit.monitor.no_gradient import Silence
 from stabkit.monitor.outlets import Outlets
@@ -38,7 +39,7 @@ from stabkit.monitor.ranks import TrainingRanks
 from stabkit.monitor.rates import RateWatch
 from stabkit.monitor.record import Look, Record
 from stabkit.monitor.rules import AlertRules
-from stabkit.monitor.scaling import gradient_scale, is_unscaled
+from stabkit.monitor.scaling import gradient_scale, is_unscaled, unscaled_by
 from stabkit.monitor.sentences import summary
 from stabkit.monitor.snapshots import Snapshots
 from stabkit.monitor.updates import UpdateSampler
@@ -159,7 +160,8 @@ class Monitor:
         self._silence = Silence(inner)
         parameters = Parameters(inner, self.blocks)
         self._collector = Collector(parameters, len(chosen))
-        self._hooks = Hooks(visible(model, chosen.values()), self._fail)
+        blocks_seen = visible(model, chosen.values())
+        self._hooks = Hooks(blocks_seen, self._fail)
         optimizers = as_optimizers(optimizer)
         self._updates = UpdateSampler(optimizers, parameters, self._fail)
         self._ranks = TrainingRanks(model, parameters.tensors, distributed)
@@ -169,13 +171,16 @@ class Monitor:
         kept = snapshot_memory if self._capsules.enabled and self._ranks.first else 0
         self._snapshots = Snapshots(inner, optimizers, kept, sharded=self._ranks.sharded)
         probing = preset != "economy" and self._ranks.first
-        self._rates, self._foresight = None, None
+        self._rates = self._insides = None
+        self._foresight: Foresight | Bystander = Bystander(Batches(model), rules)
         if closure is not None:
-            together = self._ranks.together
-            self._rates = RateWatch(model, optimizers, closure, sharpness_every, rules, seed, together=together)
+            beside = self._ranks.together
+            self._rates = RateWatch(model, optimizers, closure, sharpness_every, rules, seed, together=beside)
         if self._ranks.first:
             seen = (Batches(model), self.records, self._rates)
             self._foresight = Foresight(inner, optimizers, rules, *seen, self._between_records, self._fail)
+            within = (model, blocks_seen, self.blocks, optimizers, parameters, scaler)
+            self._insides = Insides(*within, self._foresight, rules, self._fail)
         else:
             self._rates = None
         self._health = Health(inner, parameters, rules, self._ranks, self._between_records, scaler)
@@ -183,12 +188,10 @@ class Monitor:
         self._unrecorded: list[Finding] = []  # found since the last record
         self._probe = Probe(inner, preset, probe_every, seed, self._guard) if probing else None
         self._inputs = RecordedInputs(model, inner, self._fail, enabled=probing or self._capsules.enabled)
-        self._count = 0
         self._requested: str | None = None
         self._clipped: list[Clipped] = []
-        self._off = self._recording = self._closed = False
-        self._told = False
-        self._agreed = -1  # the last step whose sums were exchanged
+        self._off = self._recording = self._closed = self._told = False
+        self._count, self._agreed = 0, -1  # records; the last step whose sums were exchanged
         self.attach()
 
     def __enter__(self) -> Monitor:
@@ -202,18 +205,15 @@ class Monitor:
         self._off = False
         if self._due(self._guard.step):
             self._switch_on(self._guard.step)
-        if self._foresight is not None:
-            self._foresight.on(self._guard.step)
-        if self._rates is not None:
-            self._rates.attach(self._guard.step)
+        for part in self._parts:
+            part.attach(self._guard.step)
 
     def detach(self) -> None:
         """Stop watching: no hook stays behind. `attach` starts again."""
         self._off = True
         self._switch_off()
-        for part in (self._rates, self._foresight):
-            if part is not None:
-                part.detach()
+        for part in self._parts:
+            part.detach()
 
     def close(self) -> None:
         """Detach and close the writers; what was recorded stays readable."""
@@ -234,9 +234,9 @@ class Monitor:
         Args:
             loss: the loss, watched at every step; one on a device is read a step late, and not waited for.
         """
-        if self._off:
-            return Seen(self._guard.step)
         step, told = self._guard.step, len(self.findings)
+        if self._off:
+            return Seen(step)
         try:
             self._take(loss)
         except Exception as error:
@@ -265,7 +265,7 @@ class Monitor:
         """
         listed = [parameters] if isinstance(parameters, Tensor) else list(parameters)
         recording = self._hooks.measurement is not None
-        if self._foresight is not None and not self._off:
+        if not self._off:
             self._foresight.before_clipping(gradient_scale(self._scaler))
         total, clipped = clip(listed, max_norm, norm_type, error_if_nonfinite, foreach, recording=recording)
         if clipped is not None:
@@ -286,6 +286,11 @@ class Monitor:
         self._requested = reason
 
     @property
+    def _parts(self) -> list[Any]:
+        """What watches beside the records."""
+        return [part for part in (self._foresight, self._insides, self._rates) if part is not None]
+
+    @property
     def capsules(self) -> tuple[Path, ...]:
         """The capsules on disk, the oldest first."""
         return self._capsules.paths
@@ -297,7 +302,7 @@ class Monitor:
         return plotting.training(self.records, ax, quantity=quantity)
 
     def _due(self, step: int) -> bool:
-        asked = self._requested is not None or (self._foresight is not None and self._foresight.suspicious)
+        asked = self._requested is not None or self._foresight.suspicious
         return step % self.every == 0 or (asked and not self._ranks.together)
 
     def _take(self, loss: Tensor | float | None) -> None:
@@ -312,37 +317,44 @@ class Monitor:
             self._hooks.measurement = None
             if self._probe is not None:
                 self._inputs.pause()
-        if self._foresight is not None and not self._guard.part("watching the loss", partial(self._look_ahead, loss)):
-            self._foresight.detach()
-            self._foresight = None
-        if self._rates is not None and not self._guard.part("the sharpness", self._look_at_rates):
-            self._rates = None
+        self._run("_foresight", "watching the loss", partial(self._look_ahead, loss))
+        self._run("_insides", "looking inside the blocks", partial(self._look_inside, loss))
+        self._run("_rates", "the sharpness", self._look_at_rates)
         told = len(self.findings)
         if measurement is not None:
             self._record(measurement, loss)
         calm = len(self.findings) == told and not (self.records and self.records[-1].non_finite)
-        if self._foresight is not None and self._foresight.calm and calm:
+        if self._foresight.calm and calm:
             look = partial(self._snapshots.look, self._guard.step, self._foresight.loss)
             self._guard.part("keeping the last good state", look, self._snapshots.stop)
-        if self._foresight is not None:
-            done = partial(self._foresight.done, self._guard.step, loss, seen=calm and self._recording)
-            self._guard.part("watching the batches", done, self._foresight.detach)
-        if self._guard.failed or self._off:
-            self._switch_off()
-        elif self._due(self._guard.step + 1):
+        done = partial(self._foresight.done, self._guard.step, loss, seen=calm and self._recording)
+        self._guard.part("watching the batches", done, self._foresight.detach)
+        on = not (self._guard.failed or self._off)
+        if on and self._insides is not None:
+            self._insides.attach(self._guard.step + 1)
+        if on and self._due(self._guard.step + 1):
             self._switch_on(self._guard.step + 1)
         else:
             self._switch_off()
 
+    def _run(self, name: str, what: str, look: Callable[[], object]) -> None:
+        """Let one of the parts that the rest can do without look at a step; one that fails is there no more."""
+        part = getattr(self, name)
+        if part is not None and not self._guard.part(what, look):
+            part.detach()
+            setattr(self, name, Bystander() if part is self._foresight else None)
+
     def _look_ahead(self, loss: Tensor | float | None) -> None:
-        assert self._foresight is not None
         scales = gradient_scale(self._scaler), self._recording, getattr(self._scaler, "_scale", None)
         self._between_records(self._foresight.look(self._guard.step, loss, *scales))
 
+    def _look_inside(self, loss: Tensor | float | None) -> None:
+        assert self._insides is not None
+        self._between_records(self._insides.look(self._guard.step, loss, wait=self._recording))
+
     def _look_at_rates(self) -> None:
         assert self._rates is not None
-        scale = getattr(self._scaler, "_scale", None) if is_unscaled(self._scaler) else None
-        look, findings = self._rates.look(self._guard.step, 1.0 if scale is None else float(scale))
+        look, findings = self._rates.look(self._guard.step, unscaled_by(self._scaler))
         self._look = look or self._look
         self._between_records(findings)
 
@@ -369,46 +381,35 @@ class Monitor:
             raise RuntimeError("the monitor of another process stopped")
         record = finish(sums, self.blocks, self._ranks.count, self.records[-1].blocks if self.records else None)
         began = self._alerts.first is None
-        findings = self._explained(self._alerts.judge(record))
+        findings = self._alerts.judge(record)
+        ask = self._ranks.together and (findings or asked.requested)  # in all processes or in none
+        odds = self._ranks.gather(self._foresight.odd(record.step)) if ask else [None]
+        findings = self._foresight.explained(findings, odds, self._alerts.began(record.step), record.step)
         reason = next((f.kind for f in findings if began or f.kind == "non_finite"), None)
         if asked.requested:
             reason, self._requested = reason or self._requested or "asked for", None
-        findings += self._silence.judge(record)
         probes, more = ({}, []) if self._probe is None else self._probe.take(self._count, self._inputs.captured)
-        findings += more
+        findings += [*self._silence.judge(record), *more]
         kinds = tuple(finding.kind for finding in (*self._unrecorded, *findings))
-        along = None if self._foresight is None else self._foresight.take()
+        along = self._foresight.take()
         skipped = self._health.skipped
-        record = replace(record, probes=probes, findings=kinds, look=self._look, along=along, skipped=skipped)
+        inside = {} if self._insides is None else self._insides.into(record)
+        record = replace(record, **inside, probes=probes, findings=kinds, look=self._look, along=along, skipped=skipped)
         self._look, self._unrecorded = None, []
         self.records.append(record)
         if self._count == 0 and not measurement.called and sums.rows[TRAINED].any():
             self._hooks.drop()
-            warnings.warn(
-                "stabkit's monitor saw none of the blocks run, only their parameters: is the model compiled as one, or "
-                "not the one that is called? Compile it block by block, or give the monitor the model that is called",
-                RuntimeWarning,
-                stacklevel=4,
-            )
+            self._guard.warn_of_blocks()
         self._count += 1
         if reason is not None and self._capsules.enabled:
             self._keep(reason, record, measurement, sums, findings)
         self._outlets.publish(record)
         self._say(findings)
 
-    def _explained(self, findings: list[Finding]) -> list[Finding]:
-        """Findings of a record with what changed before; that the loss is not finite is said once."""
-        if self._foresight is None:
-            return findings
-        began = self._guard.step if self._alerts.first is None else self._alerts.first.step
-        news = [f for f in findings if f.kind != "non_finite" or not self._foresight.told_broken]
-        return [self._foresight.explained(finding, began, self._guard.step) for finding in news]
-
     def _keep(self, reason: str, record: Record, measurement: StepNorms, sums: Sums, findings: list[Finding]) -> None:
         """Write a capsule; its first half is collective and must not fail in one process alone."""
         kept = self._capsules.gather(self._inputs)
-        first = self._guard.step if self._alerts.first is None else self._alerts.first.step
-        first = first if self._foresight is None else self._foresight.first_sign(first)
+        first = self._foresight.first_sign(self._alerts.began(self._guard.step))
         self._guard.part(
             "writing capsules",
             lambda: self._capsules.write(
@@ -417,10 +418,10 @@ class Monitor:
                 kept,
                 self.records,
                 scale=float(sums.scalars[SCALE]),
-                known={} if self._foresight is None else self._foresight.known(),
+                known=self._foresight.known(),
                 findings=[*self.findings, *findings],
                 before=self._snapshots.before(first),
-                blamed=None if self._foresight is None else self._foresight.blamed(self._guard.step),
+                blamed=self._foresight.blamed(self._guard.step),
                 why_none=self._snapshots.why_none,
                 autocast=measurement.autocast or {},
             ),
@@ -433,7 +434,7 @@ class Monitor:
     def _switch_on(self, step: int) -> None:
         if self._guard.failed:
             return
-        self._hooks.on(wide=self._foresight is not None and self._foresight.suspicious)
+        self._hooks.on(wide=self._foresight.suspicious)
         self._inputs.on()
         if self._collector.weights_due(step):
             self._updates.on()
@@ -449,8 +450,8 @@ class Monitor:
         """Warn once and go quiet, so that the training goes on."""
         if self._guard.stop(error):
             self._switch_off()
-            if self._foresight is not None:
-                self._foresight.detach()
+            for part in self._parts:
+                part.detach()
 
     def _tell(self) -> None:
         """Let the other processes know, who wait for this one's part of the record."""

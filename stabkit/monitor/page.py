@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import math
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -13,7 +14,17 @@ from stabkit.report.formats import figures
 from stabkit.report.page.rendering import rendered, typeset
 
 _TOTALS = (("loss", "loss"), ("gradient_norm", "norm of all gradients"))
-_QUANTITIES = ("loss", "growth", "gradient_norm", "activation_norm", "update_ratio", "sharpness_ratio")
+_QUANTITIES = (
+    "loss",
+    "growth",
+    "gradient_norm",
+    "activation_norm",
+    "update_ratio",
+    "sharpness_ratio",
+    "attention_logit",
+    "attention_entropy",
+    "log_z",
+)
 _COLUMNS = {
     "growth": "growth (nats)",
     "activation_norm": "output norm",
@@ -21,7 +32,13 @@ _COLUMNS = {
     "parameter_norm": "weights",
     "update_ratio": "update over weights",
 }
+_INSIDE = {  # shown where there is attention, or an epsilon
+    "attention_logit": "largest attention logit",
+    "attention_entropy": "entropy of attention",
+    "epsilon_share": "below epsilon",
+}
 _KEPT = 400  # records that are drawn
+_LOOKS = 100  # records within which there is one of each look inside
 
 
 def run_page(records: Sequence[Mapping[str, Any]], findings: Sequence[Mapping[str, Any]], name: str) -> str:
@@ -37,9 +54,10 @@ def run_page(records: Sequence[Mapping[str, Any]], findings: Sequence[Mapping[st
         True
     """
     newest = records[-1] if records else {}
+    columns = {**_COLUMNS, **{key: title for key, title in _INSIDE.items() if _is_known(records, key)}}
     blocks = [
-        (str(block["name"]) or "model", [typeset(figures(float(block[key]))) for key in _COLUMNS])
-        for block in newest.get("blocks", ())
+        (str(block["name"]) or "model", [typeset(figures(_newest(records, place, key))) for key in columns])
+        for place, block in enumerate(newest.get("blocks", ()))
     ]
     thinned = records[:: -(-len(records) // _KEPT)] if records else records
     return rendered(
@@ -49,10 +67,26 @@ def run_page(records: Sequence[Mapping[str, Any]], findings: Sequence[Mapping[st
         findings=list(reversed(findings)),
         run_facts=_facts(records) if records else [],
         pictures=_pictures(thinned) if records else [],
-        titles=list(_COLUMNS.values()),
+        titles=list(columns.values()),
         blocks=blocks,
         version=__version__,
     )
+
+
+def _newest(records: Sequence[Mapping[str, Any]], place: int, key: str) -> float:
+    """A number of a block of the newest record, or of one of those before where it is not measured in each."""
+    name, found = records[-1]["blocks"][place]["name"], math.nan
+    for record in reversed(records[-_LOOKS:] if key in _INSIDE else records[-1:]):
+        found = next((float(b.get(key, math.nan)) for b in record["blocks"] if b["name"] == name), math.nan)
+        if not math.isnan(found):
+            break
+    return found
+
+
+def _is_known(records: Sequence[Mapping[str, Any]], key: str) -> bool:
+    """Whether the newest records hold a number of some block."""
+    newest = (block for record in records[-_LOOKS:] for block in record["blocks"])
+    return any(not math.isnan(float(block.get(key, math.nan))) for block in newest)
 
 
 def _facts(records: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
@@ -70,6 +104,8 @@ def _pictures(records: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
 
     drawn = []
     for quantity in _QUANTITIES:
+        if quantity in _INSIDE and not _is_known(records, quantity):
+            continue
         try:
             ax = plotting.training(records, quantity=quantity)
         except ArgumentError:  # a run without a loss, or without a closure

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from stabkit.errors import ReportError
-from stabkit.monitor.record import ALONG, SHARPNESS
+from stabkit.monitor.record import ALONG, OF_LOSS, SHARPNESS
 
 _LINES, _TABLES = (".jsonl", ".ndjson"), (".csv",)
 _RECORDS = "records.jsonl"
@@ -104,6 +104,7 @@ def _rows(path: Path) -> list[dict[str, Any]]:
             totals = {name: row.pop(name) for name in _TOTALS}
             totals["gradient_norm"] = row.pop("total_gradient_norm")
             totals["skipped"] = row.pop("skipped", "0")
+            totals |= {name: row.pop(name, "nan") for name in OF_LOSS}
             findings = row.pop("findings").split()
             sharpness, ratio, rate, stable = (row.pop(name, "") for name in SHARPNESS)
             numbers = {"sharpness": sharpness, "ratio": ratio, "learning_rate": rate, "largest_stable_lr": stable}

@@ -16,7 +16,10 @@ Array = np.ndarray[Any, np.dtype[Any]]
 
 SHARPNESS = ("sharpness", "sharpness_ratio", "learning_rate", "largest_stable_lr")  # as they are logged
 ALONG = ("curvature_along_update", "ratio_along_update")
+OF_LOSS = ("log_z", "output_logit")
+_WORST = {"attention_logit": "largest", "attention_entropy": "smallest", "epsilon_share": "largest"}
 _OF_BLOCKS = ("smallest", "median", "largest")
+INSIDE = ("attention_logit", "attention_entropy", "epsilon_share")  # of blocks
 PARTS = ("output", "gradient", "parameter_gradient")  # of a block, that may hold NaN or infinity
 
 
@@ -36,6 +39,11 @@ class BlockRecord:
             tensor; NaN between two measurements, which are at least 10 training steps apart.
         calls: how often it was called in the step (micro-batches and weight sharing; the mean over processes).
         non_finite: which of ``output``, ``gradient`` and ``parameter_gradient`` have no finite norm.
+        attention_logit: the largest logit that its attention gives to a key, above the mean of its row, in a sample of
+            heads, queries and keys; looked at every 10 training steps, or more often where it grows.
+        attention_entropy: entropy of these rows over that of equal weights, the mean; of several attentions the least.
+        epsilon_share: share of the entries of its parameters whose gradients Adam, by the root of their mean square,
+            knows to be smaller than its epsilon; looked at every 100 training steps.
     """
 
     name: str
@@ -47,6 +55,9 @@ class BlockRecord:
     update_ratio: float = math.nan
     calls: float = 0
     non_finite: tuple[str, ...] = ()
+    attention_logit: float = math.nan
+    attention_entropy: float = math.nan
+    epsilon_share: float = math.nan
 
 
 class Blocks(Sequence[BlockRecord]):
@@ -55,26 +66,49 @@ class Blocks(Sequence[BlockRecord]):
     Attributes:
         names: paths of the modules.
         norms: ``(5, blocks)``, norms of outputs, their gradients, parameters, parameter gradients; update ratios.
+        inside: ``(3, blocks)``, attention logits, attention entropies, epsilon shares; None where nothing was seen.
         calls: how often each was called; ``(blocks,)``.
         entries: how many numbers its outputs had; ``(blocks,)``.
         bad: which of `PARTS` are not finite; ``(3, blocks)``.
     """
 
-    __slots__ = ("bad", "calls", "entries", "names", "norms")
+    __slots__ = ("bad", "calls", "entries", "inside", "names", "norms")
 
-    def __init__(self, names: tuple[str, ...], norms: Array, calls: Array, entries: Array, bad: Array) -> None:
+    def __init__(
+        self,
+        names: tuple[str, ...],
+        norms: Array,
+        calls: Array,
+        entries: Array,
+        bad: Array,
+        inside: Array | None = None,
+    ) -> None:
         self.names = names
         self.norms = norms
         self.calls = calls
         self.entries = entries
         self.bad = bad
+        self.inside = inside
 
     def sharing(self, other: Blocks) -> Blocks:
         """The same, with those columns of another that are equal: thousands of records then take little memory."""
         mine = (self.names, self.calls, self.entries, self.bad)
         theirs = (other.names, other.calls, other.entries, other.bad)
         same = [b if a is b or np.array_equal(a, b) else a for a, b in zip(mine[1:], theirs[1:], strict=True)]
-        return Blocks(theirs[0] if mine[0] == theirs[0] else mine[0], self.norms, *same)
+        calls, entries, bad = same
+        names = theirs[0] if mine[0] == theirs[0] else mine[0]
+        return Blocks(names, self.norms, calls, entries, bad, self.inside)
+
+    def with_inside(self, order: Sequence[str], inside: Array) -> Blocks:
+        """The same with what was seen inside of the blocks.
+
+        Args:
+            order: the names of blocks that the columns are of.
+            inside: as the attribute.
+        """
+        place = {name: index for index, name in enumerate(order)}
+        columns = inside[:, [place[name] for name in self.names]]
+        return Blocks(self.names, self.norms, self.calls, self.entries, self.bad, columns)
 
     @property
     def growth(self) -> Array:
@@ -106,7 +140,11 @@ class Blocks(Sequence[BlockRecord]):
             "parameter_norm": parameter,
             "parameter_gradient_norm": parameter_gradient,
             "update_ratio": ratio,
+            **dict(zip(INSIDE, self._inside(), strict=True)),
         }
+
+    def _inside(self) -> Array:
+        return np.full((len(INSIDE), len(self)), math.nan) if self.inside is None else self.inside
 
     def __len__(self) -> int:
         return len(self.names)
@@ -120,6 +158,7 @@ class Blocks(Sequence[BlockRecord]):
         return listed[index]
 
     def __iter__(self) -> Iterator[BlockRecord]:
+        inside = self._inside().T.tolist()
         columns = zip(self.names, self.growth.tolist(), self.calls.tolist(), self.norms.T.tolist(), strict=True)
         for i, (name, growth, calls, (activation, gradient, parameter, parameter_gradient, ratio)) in enumerate(
             columns
@@ -134,6 +173,7 @@ class Blocks(Sequence[BlockRecord]):
                 update_ratio=ratio,
                 calls=calls,
                 non_finite=tuple(part for part, bad in zip(PARTS, self.bad[:, i], strict=True) if bad),
+                **dict(zip(INSIDE, inside[i], strict=True)),
             )
 
 
@@ -206,6 +246,9 @@ class Record(Result):
         along: the newest curvature along an update, from two gradients, since the record before; None likewise.
         skipped: how many training steps before it were found not healthy when the loop asked, see `Monitor.step`.
         broken_weights: blocks whose weights are not finite, looked at where an output is not.
+        log_z: mean log of the normaliser of the softmax in the loss, the log of the sum of the exponentials of its
+            logits, over some of its rows; NaN where it was not seen, or not since the record before.
+        output_logit: the largest modulus of these logits.
     """
 
     step: int
@@ -223,6 +266,8 @@ class Record(Result):
     along: Along | None = None
     broken_weights: tuple[str, ...] = ()
     skipped: int = 0
+    log_z: float = math.nan
+    output_logit: float = math.nan
 
     def _contents(self) -> dict[str, Any]:
         blocks = tuple(self.blocks)
@@ -231,7 +276,7 @@ class Record(Result):
 
     def totals(self) -> dict[str, Any]:
         """The numbers of the whole model by name."""
-        names = ("step", "time", "loss", "gradient_norm", "clipped_norm", "non_finite", "skipped")
+        names = ("step", "time", "loss", "gradient_norm", "clipped_norm", "non_finite", "skipped", *OF_LOSS)
         return {name: getattr(self, name) for name in names}
 
     def scalars(self) -> dict[str, float]:
@@ -239,8 +284,9 @@ class Record(Result):
 
         Names are ``loss``, ``gradient_norm``, ``clipped_norm``, ``non_finite``, ``findings`` (how many were raised),
         with a closure ``sharpness``, ``sharpness_ratio``, ``learning_rate`` and ``largest_stable_lr``, without one now
-        and then ``curvature_along_update`` and ``ratio_along_update``, and ``QUANTITY/smallest``, ``QUANTITY/median``
-        and ``QUANTITY/largest`` over the blocks.
+        and then ``curvature_along_update`` and ``ratio_along_update``, ``log_z`` and ``output_logit`` of the loss, and
+        ``QUANTITY/smallest``, ``QUANTITY/median`` and ``QUANTITY/largest`` over the blocks; of attention and epsilon
+        the worst alone.
         """
         top = {name: float(value) for name, value in self.totals().items() if name not in ("step", "time")}
         top["findings"] = float(len(self.findings))
@@ -252,7 +298,8 @@ class Record(Result):
             known = values[~np.isnan(values)]
             if len(known):
                 of_blocks = (known.min(), np.median(known), known.max())
-                top |= {f"{name}/{which}": float(x) for which, x in zip(_OF_BLOCKS, of_blocks, strict=True)}
+                found = {f"{name}/{which}": float(x) for which, x in zip(_OF_BLOCKS, of_blocks, strict=True)}
+                top |= {key: x for key, x in found.items() if name not in _WORST or key == f"{name}/{_WORST[name]}"}
         return {name: value for name, value in top.items() if not math.isnan(value)}
 
 

@@ -78,6 +78,8 @@ class CSVWriter:
             "total_gradient_norm": record.gradient_norm,
             "clipped_norm": record.clipped_norm,
             "skipped": record.skipped,
+            "log_z": record.log_z,
+            "output_logit": record.output_logit,
             "findings": " ".join(record.findings),
             **look,
             **(dict.fromkeys(ALONG, "") if record.along is None else record.along.scalars()),

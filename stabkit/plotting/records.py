@@ -27,6 +27,7 @@ from stabkit.plotting.style import (
 
 _RATIO = "sharpness_ratio"
 _LOSS = "loss"
+_LOG_Z = "log_z"
 _NAMES = 12  # rows that can carry a name
 _COUNTED = {"growth", "gain"}  # quantities around zero, in nats
 
@@ -39,7 +40,7 @@ def training(records: Any, ax: Axes | None = None, *, quantity: str = "growth") 
         ax: where to draw; a new figure when None.
         quantity: a number that the blocks have; ``"growth"`` is drawn as it is (orange grows, blue shrinks), a norm or
             ratio as its log10. ``"sharpness_ratio"``, which is of the whole model, is a curve beside the edge of
-            stability; ``"loss"`` is a curve.
+            stability; ``"loss"`` is a curve, and so is ``"log_z"``, the log of the softmax normaliser in it.
 
     Raises:
         ArgumentError: there is no record, or its blocks have no such number.
@@ -60,12 +61,14 @@ def training(records: Any, ax: Axes | None = None, *, quantity: str = "growth") 
         return _edge_of_stability(plain, ax)
     if quantity == _LOSS:
         return _loss(plain, ax)
+    if quantity == _LOG_Z:
+        return _normaliser(plain, ax)
     names = list(dict.fromkeys(block["name"] for record in plain for block in record["blocks"]))
     known = [key for key in (plain[0]["blocks"] or [{}])[0] if key not in ("name", "non_finite")]
     if quantity not in known:
-        guess = did_you_mean(quantity, (*known, _LOSS, _RATIO))
+        guess = did_you_mean(quantity, (*known, _LOSS, _RATIO, _LOG_Z))
         raise ArgumentError(
-            f"quantity={quantity!r}; the blocks have {', '.join(known)}, the model {_LOSS}, {_RATIO}{guess}"
+            f"quantity={quantity!r}; the blocks have {', '.join(known)}, the model {_LOSS}, {_RATIO}, {_LOG_Z}{guess}"
         )
     values = np.full((len(names), len(plain)), np.nan)
     for column, record in enumerate(plain):
@@ -114,6 +117,21 @@ def _loss(records: Sequence[Mapping[str, Any]], ax: Axes | None) -> Axes:
     ax.plot(steps[told], np.ones(told.sum()), "x", color=ORANGE, markersize=5, transform=across, clip_on=False)
     ax.xaxis.set_major_locator(MaxNLocator(6, integer=True))
     return finish(ax, font, "training step", "loss", "Loss" + (" (×: findings)" if told.any() else ""))
+
+
+def _normaliser(records: Sequence[Mapping[str, Any]], ax: Axes | None) -> Axes:
+    """The mean log of the softmax normaliser in the loss, where it was looked at."""
+    seen = [(record["step"], float(record.get(_LOG_Z, np.nan)), bool(record["findings"])) for record in records]
+    seen = [each for each in seen if np.isfinite(each[1])]
+    if not seen:
+        raise ArgumentError("the records hold no log_z; it is seen where the loss takes a softmax of an output")
+    steps, values, told = (np.array(column) for column in zip(*seen, strict=True))
+    ax, font = new_axes(ax, 9, 5.5)
+    ax.axhline(0.0, color=GREY, linewidth=1)
+    ax.plot(steps, values, color=BLUE, marker=".", markersize=3)
+    ax.plot(steps[told], values[told], "x", color=ORANGE, markersize=5)
+    ax.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+    return finish(ax, font, "training step", "mean log Z", "Log of the softmax normaliser in the loss")
 
 
 def _edge_of_stability(records: Sequence[Mapping[str, Any]], ax: Axes | None) -> Axes:

@@ -1,8 +1,10 @@
 """Blow-ups from the first bad step to the replay, in three loops: python -m tests.monitor.stories
 
 A small network on digits is trained in a plain loop, by Lightning and by the Hugging Face Trainer; in the middle the
-learning rate is multiplied by 100, or one batch is poisoned. A line tells how many training steps later the first
-finding came, what it is, whether it names what was done, what stood on stderr, and what became of the capsule.
+learning rate is multiplied by 100, one batch is poisoned, or a layer's gradients are so large from a step on that they
+are infinite in float16 and a scaler halves its scale again and again. In a network of attention queries and keys grow
+by a third at every step. A line tells how many training steps later the first finding came, what it is, whether it
+names what was done, what stood on stderr, and what became of the capsule.
 """
 
 from __future__ import annotations
@@ -30,7 +32,8 @@ OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
     "momentum": lambda p: torch.optim.SGD(p, lr=0.05, momentum=0.9),
     "Adam": lambda p: torch.optim.Adam(p, lr=3e-3),
 }
-FAULTS = ("rate", "poisoned", "nan")
+FAULTS = ("rate", "poisoned", "nan", "scaler", "attention")
+GROWTH = 1.35  # of the weights of queries and keys, by a step
 
 
 class Network(nn.Module):
@@ -48,6 +51,57 @@ class Network(nn.Module):
         logits = self.head(x)
         loss = {} if labels is None else {"loss": nn.functional.cross_entropy(logits, labels)}
         return {**loss, "logits": logits}
+
+
+class Attends(nn.Module):
+    """Attention over the rows of a digit; returns its loss as models of transformers do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed = nn.Linear(8, 32)
+        self.layers = nn.ModuleList(
+            [nn.TransformerEncoderLayer(32, 4, 64, 0.0, batch_first=True, norm_first=True) for _ in range(3)]
+        )
+        self.head = nn.Linear(32, 10)
+
+    def forward(self, x: Tensor, labels: Tensor | None = None) -> dict[str, Tensor]:
+        x = self.embed(x.unflatten(1, (8, 8)))
+        for layer in self.layers:
+            x = layer(x)
+        logits = self.head(x.mean(1))
+        loss = {} if labels is None else {"loss": nn.functional.cross_entropy(logits, labels)}
+        return {**loss, "logits": logits}
+
+
+def grow(model: nn.Module) -> Any:
+    """What makes queries and keys of the second layer grow, as a weight decay of the wrong sign does."""
+    calls = [0]
+
+    def before(*_: Any) -> None:
+        if torch.is_grad_enabled():
+            calls[0] += 1
+            if calls[0] > AT:
+                with torch.no_grad():
+                    model.layers[1].self_attn.in_proj_weight[:64] *= GROWTH
+
+    return model.register_forward_pre_hook(before)
+
+
+def blow_up(model: nn.Module, at: int = AT) -> Any:
+    """What makes the gradients of the third layer a thousand million times as large, as a wrong backward does."""
+    calls = [0]
+
+    def after(module: nn.Module, args: Any, output: Tensor) -> None:
+        if output.requires_grad:
+            calls[0] += 1
+            if calls[0] > at:
+                output.register_hook(lambda gradient: gradient * 1e9)
+
+    return model.layers[2].register_forward_hook(after)
+
+
+SPOIL: dict[str, Callable[[nn.Module], Any]] = {"attention": grow, "scaler": blow_up}
 
 
 class Batches(torch.utils.data.Dataset[dict[str, Tensor]]):
@@ -81,13 +135,16 @@ def schedule(optimizer: torch.optim.Optimizer, fault: str) -> torch.optim.lr_sch
 def plain(model: Network, optimizer: torch.optim.Optimizer, fault: str, options: dict[str, Any]) -> Monitor:
     """A loop written by hand."""
     rates = schedule(optimizer, fault)
-    with Monitor(model, optimizer=optimizer, **options) as monitor:
+    scaler = torch.amp.GradScaler("cpu", enabled=fault == "scaler", growth_interval=20)
+    with Monitor(model, optimizer=optimizer, scaler=scaler, **options) as monitor:
         for batch in torch.utils.data.DataLoader(Batches(fault), 32):
             optimizer.zero_grad()
-            loss = model(**batch)["loss"]
-            loss.backward()
+            with torch.autocast("cpu", torch.float16, enabled=fault == "scaler"):
+                loss = model(**batch)["loss"]
+            scaler.scale(loss).backward()
             monitor.step(loss)
-            optimizer.step()
+            scaler.step(optimizer)
+            scaler.update()
             rates.step()
     return monitor
 
@@ -150,12 +207,20 @@ def hugging_face(model: Network, optimizer: torch.optim.Optimizer, fault: str, o
 
 
 LOOPS = {"plain": plain, "Lightning": lightning, "Trainer": hugging_face}
-NAMES = {"rate": "learning rate", "poisoned": "batch", "nan": "batch"}
+NAMES = {
+    "rate": "learning rate",
+    "poisoned": "batch",
+    "nan": "batch",
+    "scaler": "loss scale",
+    "attention": "attention logit",
+}
 
 
 def told(loop: str, optimizer: str, fault: str, every: int) -> dict[str, Any]:
     """What became of one run."""
-    model = Network()
+    build = Attends if fault == "attention" else Network
+    model = build()
+    undo = SPOIL[fault](model) if fault in SPOIL else None
     heard = io.StringIO()
     handler = logging.StreamHandler(heard)
     logger = logging.getLogger("stabkit.monitor")
@@ -171,6 +236,8 @@ def told(loop: str, optimizer: str, fault: str, every: int) -> dict[str, Any]:
         finally:
             logger.removeHandler(handler)
             logger.propagate = True
+        if undo is not None:
+            undo.remove()
         lines = heard.getvalue().splitlines()
         first = monitor.findings[0] if monitor.findings else None
         step = int(re.search(r"training step (\d+)", lines[0])[1]) if lines else -1  # type: ignore[index]
@@ -186,8 +253,11 @@ def told(loop: str, optimizer: str, fault: str, every: int) -> dict[str, Any]:
         }
         if monitor.capsules:
             path = monitor.capsules[0]
-            row["replays"] = replay(path, Network).agrees()
-            loaded = load(path, model=Network)
+            again = build()
+            if fault == "scaler":
+                blow_up(again, 0)  # the fault is in the code of the model
+            row["replays"] = replay(path, again).agrees(1e-3 if fault == "scaler" else 1e-5)  # in half precision
+            loaded = load(path, model=build)
             row["good"] = "the last good ones" in loaded.description
             report = stabkit.analyze(loaded.model, *loaded.inputs, spectrum="none", kwargs=loaded.kwargs)
             said = NAMES[fault] in loaded.description or any(finding.module_path for finding in report.findings)
@@ -200,7 +270,7 @@ def main() -> None:
     print("fault     loop       optimizer  every  later  first finding     named  lines  replays  last good  ", end="")
     print("analysis")
     for fault in FAULTS:
-        for loop in LOOPS:
+        for loop in LOOPS if fault != "scaler" else ("plain",):  # the others have scalers on a GPU alone
             for optimizer in OPTIMIZERS:
                 for every in (1, 10, 50):
                     row = told(loop, optimizer, fault, every)

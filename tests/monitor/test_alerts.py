@@ -169,8 +169,10 @@ def test_overflow_under_a_loss_scale_is_left_to_the_scaler_at_first():
         usual.blocks.bad[1] = True
         return Record(**{**vars(usual), "non_finite": 2})
 
-    scaled, plain = Alerts(scaled=True), Alerts()
-    assert [len(scaled.judge(broken(step))) for step in range(5)] == [0, 0, 1, 0, 0]
+    scaled, plain, fresh = Alerts(scaled=True), Alerts(), Alerts(scaled=True)
+    assert scaled.judge(record(0, [0.0])) == []
+    assert [len(scaled.judge(broken(step))) for step in range(1, 6)] == [0, 0, 1, 0, 0]
+    assert [len(fresh.judge(broken(step))) for step in range(8)] == [0] * 8  # it has not found its scale yet
     assert [len(plain.judge(broken(step))) for step in range(3)] == [1, 0, 0]
     assert scaled.judge(record(6, [0.0])) == []
 

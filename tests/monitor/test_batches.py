@@ -176,3 +176,39 @@ def test_a_second_run_into_a_directory_keeps_its_own_capsules(tmp_path):
         assert all(replay(path, wide).agrees() for path in monitor.capsules)
         assert len([path for path in (tmp_path / "capsules").iterdir() if path.name.startswith("step-")]) == 2
         monitor.close()
+
+
+@pytest.mark.parametrize("every", [1, 10])
+def test_of_micro_batches_the_odd_one_is_named_and_kept(every, tmp_path):
+    model = wide()
+    torch.manual_seed(1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.02)
+    with Monitor(model, every, optimizer=optimizer, directory=tmp_path, writers=[]) as monitor:
+        for step in range(16):
+            optimizer.zero_grad()
+            total = 0.0
+            for number in range(4):
+                x = torch.randn(8, 16)
+                x = one_nan(x) if (step, number) == (13, 1) else x
+                loss = model(x).sub(torch.tanh(x[:, :2])).square().mean() / 4
+                loss.backward()
+                total += loss.detach()
+            monitor.step(total)
+            optimizer.step()
+    words = "at training step 13 in micro-batch 1 of 4 (from 0) the batch holds a number that is not finite"
+    assert words in monitor.findings[0].evidence
+    loaded = load(monitor.capsules[0], model=wide)
+    assert loaded.inputs[0].isnan().any()
+    assert monitor._foresight._batches._held.__len__() <= 4
+
+
+def test_micro_batches_that_are_large_are_not_all_held(monkeypatch):
+    import stabkit.monitor.batches as batches
+
+    monkeypatch.setattr(batches, "_HELD", 2 * 8 * 16 * 4)
+    model = wide()
+    monitor = Monitor(model, 10)
+    for _ in range(5):
+        model(torch.randn(8, 16)).square().mean().backward()
+    assert len(monitor._foresight._batches._held) == 2
+    monitor.close()

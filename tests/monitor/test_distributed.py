@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
+from stabkit.checkpoints.capsules import read_capsule
 from stabkit.monitor import replay
-from tests.monitor.two_processes import FAULT, STEPS, network, train
+from tests.monitor.two_processes import FAULT, POISONED, STEPS, network, train
 
 pytestmark = pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="needs gloo")
 
@@ -35,7 +36,7 @@ def said(tmp_path_factory) -> Said:
     assert "stabkit's monitor stopped at step 5" in done.stderr  # in the run that fails on purpose
     return {
         kind: [json.loads((directory / kind / f"rank{rank}.json").read_text()) for rank in range(2)]
-        for kind in ("ddp", "fsdp", "failing")
+        for kind in ("ddp", "fsdp", "failing", "poisoned1", "poisoned10")
     }
 
 
@@ -66,3 +67,16 @@ def test_norms_equal_those_of_one_process(kind, said):
 def test_a_monitor_that_fails_in_one_process_stops_in_all_and_the_run_goes_on(said):
     first, second = said["failing"]
     assert len(first["records"]) == len(second["records"]) == 5
+
+
+@pytest.mark.parametrize("every", [1, 10])
+def test_each_process_judges_its_own_batch_and_the_first_tells(every, said):
+    """With every=10 the batch is told at the next record, beside the loss that is lost before."""
+    first, _ = said[f"poisoned{every}"]
+    step, process = POISONED
+    told = [f["evidence"] for f in first["findings"]]
+    expected = f"at training step {step} in process {process} in micro-batch 1 of 2 (from 0) the batch holds a number"
+    assert any(expected in evidence for evidence in told), told
+    capsule = read_capsule(first["capsules"][0])
+    held = [call for call in capsule.calls if call.args[0].isnan().any()]
+    assert held or capsule.blamed is not None

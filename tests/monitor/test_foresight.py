@@ -41,7 +41,8 @@ def test_a_rate_that_is_too_high_at_once_or_climbs_is_named(name):
     *run, _ = BLOW_UPS[name]
     monitor, losses = watched(*run, steps=60, every=10)
     first = monitor.findings[0]
-    assert first.kind == "unstable_update"
+    attention = first.kind == "diverging_logits"  # which grows before the loss does
+    assert attention or first.kind == "unstable_update"
     assert "the learning rate" in first.evidence
     end = next((i for i, loss in enumerate(losses) if not loss < 10 * losses[0]), 60)
     assert first.numbers["training_step"] <= end + 1

@@ -21,6 +21,7 @@ from tests.processes import leave
 
 STEPS = 12
 FAULT = 10
+POISONED = (7, 1)  # a step, and the process whose batch holds a NaN in its second micro-batch
 
 
 def network() -> nn.Module:
@@ -57,6 +58,26 @@ def train(
     return monitor
 
 
+def train_on_poison(model: nn.Module, rank: int, world: int, every: int, directory: Path) -> Monitor:
+    """Twelve steps of two micro-batches, of which one in one process holds a NaN."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    monitor = Monitor(model, every, directory=directory, optimizer=optimizer)
+    for step in range(STEPS):
+        optimizer.zero_grad()
+        parts = [part.chunk(world)[rank].clone() for part in batch(step).chunk(2)]
+        if (step, rank) == POISONED:
+            parts[1][0, 3] = math.nan
+        total = 0.0
+        for part in parts:
+            loss = model(part).square().mean() / 2
+            loss.backward()
+            total += loss.detach()
+        monitor.step(total)
+        optimizer.step()
+    monitor.close()
+    return monitor
+
+
 def wrapped(kind: str, world: int) -> tuple[nn.Module, nn.Module]:
     """The model as it is called, and the network inside."""
     inner = network()
@@ -85,6 +106,12 @@ def main(directory: Path) -> None:
             "findings": [finding.to_dict() for finding in monitor.findings],
             "capsules": [str(path) for path in monitor.capsules],
         }
+        (place / f"rank{rank}.json").write_text(json.dumps(said))
+    for every in (1, 10):
+        place = directory / f"poisoned{every}"
+        place.mkdir(exist_ok=True)
+        monitor = train_on_poison(wrapped("ddp", world)[0], rank, world, every, place)
+        said = {"findings": [f.to_dict() for f in monitor.findings], "capsules": [str(p) for p in monitor.capsules]}
         (place / f"rank{rank}.json").write_text(json.dumps(said))
     dist.destroy_process_group()
 

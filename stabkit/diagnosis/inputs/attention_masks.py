@@ -19,11 +19,11 @@ from stabkit.diagnosis.inputs.padding import padding_of
 from stabkit.diagnosis.remedies.short_training import compared, short_training, worse
 from stabkit.tracing import Flow
 from stabkit.tracing.graph.values import operation
+from stabkit.tracing.recording.attentions import masks_given
 from stabkit.tracing.recording.containers import named_tensors
 from stabkit.tracing.recording.evaluation import Evaluation, evaluated
 from stabkit.tracing.recording.forward_pass import ForwardPass
 from stabkit.tracing.recording.function_calls import FunctionCalls, name_of
-from stabkit.tracing.recording.recorder import masks_given
 from stabkit.tracing.recording.training_pass import calling_line
 
 _BLOCKED = -1e4  # what is added to scores so that no weight is left, in any dtype

@@ -7,6 +7,7 @@ everything else nothing is known, and the range is that of all numbers.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -67,10 +68,15 @@ def range_of(node: Node | None) -> Range:
 
 def behind_moves(node: Node | None) -> Node | None:
     """The operation behind views and copies; None where several tensors come together."""
-    while node is not None and operation(node) in _MOVES:
+    return next((each for each in through_moves(node) if operation(each) not in _MOVES), None)
+
+
+def through_moves(node: Node | None) -> Iterator[Node]:
+    """A node and those behind it, as long as they are views and copies of one tensor, and the one behind these."""
+    while node is not None:
+        yield node
         parents = [parent for parent, _ in node.next_functions if parent is not None]
-        node = parents[0] if len(parents) == 1 else None
-    return node
+        node = parents[0] if operation(node) in _MOVES and len(parents) == 1 else None
 
 
 def _of_activation(node: Node) -> Range:

@@ -12,12 +12,11 @@ from stabkit.diagnosis.thresholds import Thresholds
 from stabkit.tracing import Flow
 from stabkit.tracing.graph.values import operation
 from stabkit.tracing.products.node_derivatives import signed
+from stabkit.tracing.recording.attentions import FEWEST_KEYS, entropies, flat_rows
 from stabkit.vocabulary import moves
 
 _SOFTMAXES = frozenset({"Softmax", "SafeSoftmax"})
 _BETWEEN = moves("reshape", "permute", "copy", "expand") | {"Mul", "NativeDropout"}
-_FLAT = 0.01  # 1 - sum p^2 of a row under which its softmax passes nothing on
-_FEWEST_KEYS = 3
 
 
 @dataclass(frozen=True)
@@ -73,15 +72,14 @@ def _measured(node: Node, step: int, path: str) -> Attention | None:
     (dim,) = signed([getattr(node, "_saved_dim", -1)])
     p = weights.detach().to(torch.float64).movedim(dim, -1)
     p = p.reshape(-1, p.shape[-1])
-    if p.shape[-1] < _FEWEST_KEYS:
+    if p.shape[-1] < FEWEST_KEYS:
         return None
     seen = _seen(p)
-    rows = p[seen >= _FEWEST_KEYS]
+    rows = p[seen >= FEWEST_KEYS]
     if len(rows) == 0:
         return None
-    entropy = -(rows * rows.clamp_min(1e-300).log()).sum(1) / seen[seen >= _FEWEST_KEYS].log()
-    flat = 1 - rows.square().sum(1) < _FLAT
-    return Attention(step, path, float(flat.double().mean()), float(entropy.mean()), float(seen.mean()))
+    entropy = entropies(rows, seen[seen >= FEWEST_KEYS])
+    return Attention(step, path, float(flat_rows(rows).double().mean()), float(entropy.mean()), float(seen.mean()))
 
 
 def _seen(p: torch.Tensor) -> torch.Tensor:

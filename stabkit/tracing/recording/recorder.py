@@ -12,18 +12,18 @@ import contextlib
 import threading
 import weakref
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
 
 import torch
-import torch.nn.functional as F  # noqa: N812 - as torch's own documentation has it
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.overrides import TorchFunctionMode
 
 from stabkit.tracing.graph.values import Value, value_of
+from stabkit.tracing.recording.attentions import ATTENTIONS, masks_given
 from stabkit.tracing.recording.draws import LINEAR, NORMAL, ROUNDS, UNIFORM, Draws
 from stabkit.tracing.recording.hooks import hooked
 from stabkit.tracing.recording.inputs import INDEXING, VALUE_FREE, Source, differentiable, non_leaf
@@ -278,22 +278,6 @@ class ValueRecorder(EagerMode):
     def _is_silent(self, tensor: Tensor) -> bool:
         entry = self.silent.get(id(tensor))
         return entry is not None and entry[0]() is tensor
-
-
-#: The attentions of torch, and the names of the masks that they take.
-ATTENTIONS: dict[Any, tuple[str, ...]] = {
-    F.multi_head_attention_forward: ("key_padding_mask", "attn_mask"),
-    F.scaled_dot_product_attention: ("attn_mask",),
-}
-_PLACE = 3  # of the mask among the arguments of scaled_dot_product_attention
-
-
-def masks_given(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Tensor]:
-    """The masks that an attention of torch is called with; none of other functions."""
-    found = [kwargs.get(name) for name in ATTENTIONS.get(func, ())]
-    if func is F.scaled_dot_product_attention and len(args) > _PLACE:
-        found.append(args[_PLACE])
-    return [mask.detach() for mask in found if isinstance(mask, Tensor)]
 
 
 # where values leave torch; what comes back from there has no gradient
