@@ -31,6 +31,7 @@ LAYERS = [
     "hashing",
     "parallel",
     "threads",
+    "turns",
     "garbage",
     "vocabulary",
     "integrators",

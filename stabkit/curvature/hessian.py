@@ -23,7 +23,6 @@ from stabkit.curvature.setting_aside import (
     Casting,
     random_states,
     refuse_unusable,
-    seed_everything,
     set_aside,
     without_hooks,
 )
@@ -33,7 +32,8 @@ from stabkit.tracing.cutting.endpoints import scalar_loss
 from stabkit.tracing.recording.containers import named_tensors
 from stabkit.tracing.recording.sharding import take_whole
 from stabkit.tracing.recording.transparency import transparent
-from stabkit.tracing.recording.untouched_model import unchanged
+from stabkit.tracing.recording.randomness import seeded
+from stabkit.tracing.recording.untouched_model import Safe, aside, unchanged
 
 _END = "torch::autograd::Error"  # the node that stands for what may not be differentiated again
 
@@ -350,6 +350,10 @@ class Hessian:
     def _running_parameters(self) -> list[nn.Parameter]:
         return [self.module.get_parameter(name) for name in self._names]
 
+    def _aside(self, batch: Batch) -> contextlib.AbstractContextManager[Safe]:
+        given = (batch.inputs, batch.kwargs)
+        return aside(self.module, batch.loss, batch.call, given=given, watch=False)
+
     @contextlib.contextmanager
     def running(self, batch: Batch, *, graph: bool = True) -> Iterator[tuple[Any, Tensor]]:
         """The output and the loss of a batch, while the model is put aside; it comes back as it was.
@@ -358,17 +362,17 @@ class Hessian:
             batch: the batch.
             graph: whether they are wanted on the graph; without, any scalar is a loss.
         """
-        with torch.inference_mode(False), unchanged(self.module) as safe, transparent(), set_aside(self.module) as seen:
-            safe.copy_buffers()
+        with torch.inference_mode(False), self._aside(batch) as safe, transparent(), set_aside(self.module) as seen:
             take_whole(self.module)
             for parameter in self._running_parameters():
                 parameter.requires_grad_()
-            seed_everything(self.seed)
+            seeded(self.seed)
             begun = random_states(self.device)
             with torch.set_grad_enabled(graph):
-                with self.casting.on():
+                with self.casting.on(), safe.watching():
                     output = batch.output(self.module)
                     value = scalar_loss(batch.loss, output) if graph else batch.value(output)
+                safe.refuse_other_threads()
                 self.draws = self.draws or not all(map(torch.equal, random_states(self.device), begun))
                 self.attends = self.attends or seen.attends
                 yield output, value

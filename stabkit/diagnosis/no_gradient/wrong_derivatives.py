@@ -40,8 +40,7 @@ def wrong_derivative_findings(run: TrainingRun) -> list[Finding]:
     found = []
     for function in chosen:
         some = [each for each in calls.made.values() if each.function is function][:_MOST_CALLS]
-        with unchanged(run.call.module) as safe:
-            safe.copy_buffers()  # which a function that runs a module may write to
+        with run.call.kept():  # a function that runs a module may write to it
             probes = [probe for each in some if (probe := probed(each)) is not None]
         ignoring = [p for p in probes if _ignores(p)]
         wrong = [p for p in probes if not _ignores(p) and _is_wrong(p)]

@@ -105,7 +105,7 @@ def continuous_limit(flow: Flow, identifications: Sequence[Identification] | Non
     length = sum(float(move.double().norm(dim=1).mean()) for move in moves)
     straightness = _mean([(states[-1] - states[0]).double().norm(dim=1) / _path_length(moves)])
     notes: list[str] = []
-    with unchanged(modules_behind(flow.model)), torch.no_grad():
+    with flow.forward_pass.kept(), torch.no_grad():
         blocks = _callable_blocks(flow, run)
         if blocks is None:
             notes.append("blocks cannot be called by themselves: fields are compared along the path, no solver swap")

@@ -249,7 +249,7 @@ def fixed_point(flow: Flow) -> FixedPoint | None:
 
         return note
 
-    with unchanged(modules_behind(flow.model)), torch.no_grad():
+    with flow.forward_pass.kept(), torch.no_grad():
         handles = [m.register_forward_hook(watch(path)) for path, m in flow.model.named_modules()]
         with hooked(handles):
             flow.model(flow.states[0].tensors[0])
