@@ -115,11 +115,13 @@ def set_aside(module: nn.Module) -> Iterator[TwiceDifferentiable]:
 @contextlib.contextmanager
 def without_hooks(parameters: Sequence[Tensor]) -> Iterator[None]:
     """Hooks that were registered on the parameters do not run: they may count, log, or change the gradient."""
-    hooked = [(p, p._backward_hooks) for p in parameters if p._backward_hooks]
+    before = [(p, p._backward_hooks) for p in parameters]
     try:
-        for p, _ in hooked:
-            p._backward_hooks = None
+        for p, hooks in before:
+            if hooks:
+                p._backward_hooks = None
         yield
     finally:
-        for p, hooks in hooked:
-            p._backward_hooks = hooks
+        for p, hooks in before:
+            if p._backward_hooks is not hooks:
+                p._backward_hooks = hooks

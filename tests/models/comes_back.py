@@ -81,7 +81,7 @@ def _sharpness(given: Awkward) -> Any:
 
 def _analyze(given: Awkward, **options: Any) -> Any:
     found = stabkit.analyze(given.model, *given.args, kwargs=given.kwargs, **options)
-    return found.total_growth, [step.log_growth for step in found.steps], [str(f) for f in found.findings]
+    return {key: value for key, value in found.to_dict().items() if key != "seconds"}
 
 
 def _plan(given: Awkward) -> Any:

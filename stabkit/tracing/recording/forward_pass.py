@@ -129,6 +129,8 @@ class ForwardPass:
                 set_state(generator, self._kept.generators.setdefault(id(generator), (generator, state))[1])
             seeded(self.seed)
             yield safe
+            if watch:
+                self._kept.written |= safe.written
 
     def called(self) -> Any:
         """The output, of copies of what it is called with."""

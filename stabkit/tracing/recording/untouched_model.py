@@ -164,7 +164,7 @@ class _Guarded:
         self._later = getattr(tensor, "_post_accumulate_grad_hooks", None) if self._leaf else None
         self._version = None if tensor.is_inference() else tensor._version
         # shares its memory, and keeps it where the tensor is given another
-        plain = type(tensor) in (Tensor, nn.Parameter, nn.Buffer) and tensor.layout == torch.strided
+        plain = type(tensor) in (Tensor, nn.Parameter, nn.Buffer) and tensor.layout == torch.strided and not tensor.is_meta
         self._alias = tensor.detach() if plain else None
 
     @property
