@@ -30,9 +30,9 @@ from stabkit.curvature.summing import ALONE, Summing, agreed
 from stabkit.errors import ArgumentError, TraceError
 from stabkit.tracing.cutting.endpoints import scalar_loss
 from stabkit.tracing.recording.containers import named_tensors
+from stabkit.tracing.recording.randomness import seeded
 from stabkit.tracing.recording.sharding import take_whole
 from stabkit.tracing.recording.transparency import transparent
-from stabkit.tracing.recording.randomness import seeded
 from stabkit.tracing.recording.untouched_model import Safe, aside, unchanged
 
 _END = "torch::autograd::Error"  # the node that stands for what may not be differentiated again

@@ -163,9 +163,7 @@ class _Gradients:
     of_samples: list[Shares]
 
 
-def _gradients(
-    forward: ForwardPass, loss: Any, expected: list[str], by_sample: Flow | None
-) -> _Gradients:
+def _gradients(forward: ForwardPass, loss: Any, expected: list[str], by_sample: Flow | None) -> _Gradients:
     with torch.inference_mode(False), forward.kept(loss), transparent():
         known = dict(forward.module.named_parameters())
         differentiable = {name: p for name, p in known.items() if p.is_floating_point() or p.is_complex()}

@@ -6,6 +6,7 @@ import contextlib
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
@@ -22,7 +23,7 @@ def without_weights() -> Iterator[None]:
     """
     thread = threading.get_ident()  # what other threads build meanwhile keeps its weights
 
-    def bare(_module: nn.Module, _name: str, param: nn.Parameter) -> nn.Parameter | None:
+    def bare(_module: nn.Module, _name: str, param: nn.Parameter) -> Any:
         if threading.get_ident() != thread or param.device.type == "meta":
             return None
         return nn.Parameter(param.detach().to("meta"), requires_grad=False)

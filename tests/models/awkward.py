@@ -1,7 +1,7 @@
 """Models that change something of theirs, or of the process, whenever they run: what an analysis has to put back.
 
-Every kind is a residual network of five inputs with a `touch` in its middle. ``CASES`` holds what builds each: the model,
-what it is called with, and what else of the user's hangs on it (lists in closures, logs of hooks).
+Every kind is a residual network with a `touch` in its middle. ``CASES`` holds what builds each: the model, what it is
+called with, and what else of the user's hangs on it (lists in closures, logs of hooks).
 """
 
 from __future__ import annotations
@@ -113,8 +113,12 @@ def off_graph(function: Callable[[Any], Any]) -> Callable[[Any, Tensor], None]:
 
 kind("parameter, mul_", nothing, off_graph(lambda self: self.second.weight.mul_(1.1)))
 kind("parameter, .data write", nothing, lambda self, h: self.second.weight.data.add_(0.1) is None)
-kind("parameter, .data replaced", nothing, lambda self, h: setattr(self.second.weight, "data", self.second.weight * 1.1))
-kind("parameter, numpy view", nothing, lambda self, h: np.multiply(w := self.second.weight.detach().numpy(), 1.1, out=w))
+kind(
+    "parameter, .data replaced", nothing, lambda self, h: setattr(self.second.weight, "data", self.second.weight * 1.1)
+)
+kind(
+    "parameter, numpy view", nothing, lambda self, h: np.multiply(w := self.second.weight.detach().numpy(), 1.1, out=w)
+)
 kind(
     "parameter, numpy view kept",
     lambda self: setattr(self, "view", self.second.weight.detach().numpy()),
@@ -138,7 +142,11 @@ kind(
     nothing,
     lambda self, h: setattr(self.second, "weight", nn.Parameter(self.second.weight * 1.1)),
 )
-kind("parameter deleted", put(extra=lambda: nn.Parameter(torch.ones(2))), lambda self, h: self._parameters.pop("extra", 0) is None)
+kind(
+    "parameter deleted",
+    put(extra=lambda: nn.Parameter(torch.ones(2))),
+    lambda self, h: self._parameters.pop("extra", 0) is None,
+)
 kind("parameter registered", nothing, lambda self, h: self.register_parameter("late", nn.Parameter(torch.ones(2))))
 kind(
     "weights renormalised before use",
@@ -183,7 +191,7 @@ kind(
 )
 kind(
     "buffer, view of another",
-    lambda self: (self.register_buffer("whole", torch.zeros(4)), self.register_buffer("part", self.whole[1:3])) and None,
+    lambda self: [self.register_buffer("whole", torch.zeros(4)), self.register_buffer("part", self.whole[1:3])],
     lambda self, h: self.part.add_(1) is None,
 )
 case("batch norm in training", lambda: nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Tanh(), nn.Linear(4, 4)))
@@ -274,8 +282,11 @@ kind(
     put(seen=lambda: torch.zeros(6, WIDTH)[:3]),
     lambda self, h: self.seen.copy_(h) * 0.1 + h,
 )
-kind("schedule by a counter", put(count=lambda: {"n": [0]}), lambda self, h: (
-    self.count["n"].__setitem__(0, self.count["n"][0] + 1), h * (1 + 0.1 * self.count["n"][0]))[-1])
+kind(
+    "schedule by a counter",
+    put(count=lambda: {"n": [0]}),
+    lambda self, h: (self.count["n"].__setitem__(0, self.count["n"][0] + 1), h * (1 + 0.1 * self.count["n"][0]))[-1],
+)
 kind("list appended", put(log=list), lambda self, h: self.log.append(float(h.sum())))
 kind("list of a list", put(log=lambda: [[[0]]]), lambda self, h: self.log[0][0].append(1))
 kind("list of tensors written", put(log=lambda: [torch.zeros(2)]), lambda self, h: self.log[0].add_(1) is None)
@@ -295,10 +306,22 @@ kind("subclass of dict", put(log=OwnDict), lambda self, h: self.log.update(a=len
 kind("object", put(log=Holder), lambda self, h: setattr(self.log, "count", self.log.count + 1))
 kind("object in object", put(log=Holder), lambda self, h: self.log.inner.list.append(1))
 kind("tensor of an object", put(log=Holder), lambda self, h: self.log.inner.tensor.copy_(h) * 0.1 + h)
-kind("slots", put(log=Slots), lambda self, h: (setattr(self.log, "count", 1 + self.log.count), self.log.table["seen"].append(1)))
+kind(
+    "slots",
+    put(log=Slots),
+    lambda self, h: (setattr(self.log, "count", 1 + self.log.count), self.log.table["seen"].append(1)),
+)
 kind("numpy array", put(log=lambda: np.zeros(3)), lambda self, h: self.log.__iadd__(1) is None)
-kind("numpy arrays in a dict", put(log=lambda: {"a": np.zeros((2, 2))}), lambda self, h: self.log["a"].fill(h.sum().item()))
-kind("numpy array of objects", put(log=lambda: np.array([[], {}, 1], dtype=object)), lambda self, h: self.log[0].append(1))
+kind(
+    "numpy arrays in a dict",
+    put(log=lambda: {"a": np.zeros((2, 2))}),
+    lambda self, h: self.log["a"].fill(h.sum().item()),
+)
+kind(
+    "numpy array of objects",
+    put(log=lambda: np.array([[], {}, 1], dtype=object)),
+    lambda self, h: self.log[0].append(1),
+)
 kind("KV cache", put(cache=Cache), lambda self, h: self.cache.update(h))
 kind("counter of itertools", put(ids=itertools.count), lambda self, h: next(self.ids) < 0)
 kind("iterator of a list", put(ids=lambda: iter(range(100000))), lambda self, h: next(self.ids) < 0)
@@ -306,8 +329,11 @@ kind("cycle", put(ids=lambda: itertools.cycle([1.0, 1.1])), lambda self, h: h * 
 kind("generator", put(ids=lambda: (i for i in range(10**6))), lambda self, h: next(self.ids) < 0)
 kind("class attribute", nothing, lambda self, h: setattr(type(self), "runs", type(self).runs + 1), runs=0)
 kind("list of the class", nothing, lambda self, h: self.runs.append(1), runs=[])
-kind("weights of the engine's parts", put(scale=lambda: torch.ones(WIDTH, requires_grad=True)), off_graph(
-    lambda self: self.scale.mul_(1.1)))
+kind(
+    "weights of the engine's parts",
+    put(scale=lambda: torch.ones(WIDTH, requires_grad=True)),
+    off_graph(lambda self: self.scale.mul_(1.1)),
+)
 kind("training flag", nothing, lambda self, h: self.second.eval() is None)
 kind("hook registered", nothing, lambda self, h: self.second.register_forward_hook(lambda *_: None) is None)
 kind("module replaced", nothing, lambda self, h: setattr(self, "head", nn.Linear(WIDTH, WIDTH)))
@@ -368,16 +394,24 @@ def dropped(draw: Callable[[Any], float]) -> Callable[[Any, Tensor], Tensor]:
 
 kind("random", nothing, dropped(lambda self: random.random()))
 kind("numpy.random", nothing, dropped(lambda self: np.random.rand()))  # noqa: NPY002
-kind("torch.Generator", put(rng=lambda: torch.Generator().manual_seed(1)), dropped(
-    lambda self: torch.rand((), generator=self.rng).item()))
+kind(
+    "torch.Generator",
+    put(rng=lambda: torch.Generator().manual_seed(1)),
+    dropped(lambda self: torch.rand((), generator=self.rng).item()),
+)
 kind("random.Random", put(rng=lambda: random.Random(1)), dropped(lambda self: self.rng.random()))
 kind("np.random.Generator", put(rng=lambda: np.random.default_rng(1)), dropped(lambda self: self.rng.random()))
 kind("np.random.RandomState", put(rng=lambda: np.random.RandomState(1)), dropped(lambda self: self.rng.rand()))
-kind("generators in a dict", put(rng=lambda: {"a": [random.Random(1)]}), dropped(lambda self: self.rng["a"][0].random()))
+kind(
+    "generators in a dict", put(rng=lambda: {"a": [random.Random(1)]}), dropped(lambda self: self.rng["a"][0].random())
+)
 kind("generator of its file", nothing, dropped(lambda self: GENERATOR.random()))
 kind("draw by a bound method", put(draw=lambda: random.Random(1).random), dropped(lambda self: self.draw()))
-kind("draw by a partial", put(draw=lambda: functools.partial(np.random.default_rng(1).uniform, 0, 1)), dropped(
-    lambda self: self.draw()))
+kind(
+    "draw by a partial",
+    put(draw=lambda: functools.partial(np.random.default_rng(1).uniform, 0, 1)),
+    dropped(lambda self: self.draw()),
+)
 kind("torch.rand", nothing, lambda self, h: h * torch.rand(WIDTH))
 
 
@@ -385,7 +419,9 @@ kind("torch.rand", nothing, lambda self, h: h * torch.rand(WIDTH))
 
 
 def _first_in_place() -> Awkward:
-    return Awkward(nn.Sequential(nn.ReLU(inplace=True), nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4)), (torch.randn(3, 4),))
+    return Awkward(
+        nn.Sequential(nn.ReLU(inplace=True), nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4)), (torch.randn(3, 4),)
+    )
 
 
 class Popping(Net):

@@ -1,4 +1,4 @@
-"""``python -m tests.models.comes_back [--only PATTERN]``: awkward models under every analyzer, and what is not put back.
+"""``python -m tests.models.comes_back [--only PATTERN]``: awkward models, every analyzer, what is not put back.
 
 A cell is a model and an analyzer. It fails where anything of the model, of what it is called with, of what hangs on it
 or of the process is not bit for bit what it was; where two calls give different numbers; or where the analyzer raises
@@ -51,7 +51,7 @@ def _products(given: Awkward) -> Any:
 def _parameters(given: Awkward) -> Any:
     flow = _trace(given)
     before = torch.get_rng_state(), random.getstate(), np.random.get_state()  # noqa: NPY002
-    torch.rand(3), random.random(), np.random.rand()  # noqa: B018, NPY002 - time goes on between two calls
+    torch.rand(3), random.random(), np.random.rand()  # noqa: NPY002 - time goes on between two calls
     try:
         found = stabkit.gradient_profile(flow, loss, parameters=True)
     finally:
@@ -161,7 +161,7 @@ def cell(name: str, analyzer: str) -> Cell:
             if len(results) == 1:
                 middle = state()
                 changed = differences(before, middle)
-                torch.rand(5), random.random(), np.random.rand()  # noqa: B018, NPY002
+                torch.rand(5), random.random(), np.random.rand()  # noqa: NPY002
     if error:
         changed = differences({k: v for k, v in before.items() if "random" not in k}, state())
         changed = [c for c in changed if "random" not in c]

@@ -104,7 +104,9 @@ def _children(item: Any) -> Iterator[tuple[str, Any]]:
             if not isinstance(item, torch.Size) and hasattr(item, name) and name not in ("__dict__", "__weakref__"):
                 yield f".{name}", getattr(item, name)
     if isinstance(item, nn.Module) and not type(item).__module__.startswith("torch."):
-        yield from ((f" class.{n}", v) for n, v in vars(type(item)).items() if not n.startswith("_") and not callable(v))
+        yield from (
+            (f" class.{n}", v) for n, v in vars(type(item)).items() if not n.startswith("_") and not callable(v)
+        )
 
 
 def process() -> dict[str, Any]:

@@ -99,7 +99,7 @@ def test_a_scalar_loss_as_only_output_is_traced():
 def test_lazy_modules_are_refused_and_stay_so():
     model = nn.Sequential(nn.LazyLinear(4), nn.Tanh(), nn.LazyLinear(2))
     before = torch.get_rng_state()
-    with pytest.raises(TraceError, match="lazy modules .* call it once on a batch"):
+    with pytest.raises(TraceError, match=r"lazy modules .* call it once on a batch"):
         trace(model, X)
     assert nn.parameter.is_lazy(model[0].weight)
     assert torch.equal(torch.get_rng_state(), before)

@@ -20,9 +20,9 @@ from stabkit.diagnosis.losses.ranges import behind_moves
 from stabkit.tracing.graph.values import Value, meta_of, operation, value_of
 from stabkit.tracing.recording.containers import named_tensors
 from stabkit.tracing.recording.forward_pass import ForwardPass
+from stabkit.tracing.recording.randomness import seeded
 from stabkit.tracing.recording.recorder import Call, Recording, recording_calls
 from stabkit.tracing.recording.training_pass import TrainingPass, calling_line, nodes_above, nodes_from, path_of
-from stabkit.tracing.recording.randomness import seeded
 from stabkit.vocabulary import moves, norm_of
 
 _LINEAR = moves("reshape", "permute", "copy", "select", "gather", "join", "expand", "pad") | {

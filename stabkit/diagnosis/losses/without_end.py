@@ -29,9 +29,8 @@ from stabkit.errors import StabkitError
 from stabkit.tracing import Flow
 from stabkit.tracing.graph.values import value_of
 from stabkit.tracing.recording.forward_pass import ForwardPass
-from stabkit.tracing.recording.training_pass import nodes_above
 from stabkit.tracing.recording.randomness import seeded
-from stabkit.tracing.recording.untouched_model import unchanged
+from stabkit.tracing.recording.training_pass import nodes_above
 
 #: steps of Adam from its default rate up to 6, where no minimum is left; what has none falls the faster
 _GROWING = tuple(1e-3 * 1.2**step for step in range(48))

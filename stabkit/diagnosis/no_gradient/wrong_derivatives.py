@@ -18,7 +18,6 @@ from stabkit.tracing import Flow
 from stabkit.tracing.derivatives.lost_gradient import listed
 from stabkit.tracing.recording.own_functions import Calls, Probe, own_functions, probed, true_derivative, watched
 from stabkit.tracing.recording.training_pass import nodes_above, path_of, training_pass
-from stabkit.tracing.recording.untouched_model import unchanged
 
 _MOST_FUNCTIONS = 8  # that are tried; a model has one or two
 _MOST_CALLS = 2  # of each

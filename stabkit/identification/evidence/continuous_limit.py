@@ -20,8 +20,6 @@ from stabkit.identification.record import Identification
 from stabkit.integrators import GeneralLinearMethod
 from stabkit.results import Result
 from stabkit.tracing import Flow, Step
-from stabkit.tracing.recording.untouched_model import unchanged
-from stabkit.tracing.recording.wrappers import modules_behind
 
 _FEWEST = 4
 _PERSISTENT = 0.5  # a field that turns by less than 60 degrees from layer to layer

@@ -26,8 +26,6 @@ from stabkit.integrators import named
 from stabkit.tracing import Flow
 from stabkit.tracing.graph.values import Value, operation, outputs_of
 from stabkit.tracing.recording.hooks import hooked
-from stabkit.tracing.recording.untouched_model import unchanged
-from stabkit.tracing.recording.wrappers import modules_behind
 
 SOLVES = frozenset(
     {"CholeskySolve", "LinalgLuSolve", "LinalgSolve", "LinalgSolveEx", "LinalgSolveTriangular", "TriangularSolve"}

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from stabkit.tracing.recording.containers import map_tensors
 from stabkit.tracing.recording.forward_pass import ForwardPass
+from stabkit.tracing.recording.randomness import seeded
 from stabkit.tracing.recording.recorder import Recording, recording_calls
 from stabkit.tracing.recording.sharding import take_whole
-from stabkit.tracing.recording.randomness import seeded
 
 
 @dataclass

@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from stabkit.errors import TraceError
@@ -112,7 +111,8 @@ class ForwardPass:
         if own or recording.hooks or wanted is not None:
             recording.way_back = WhenCalled(self.module, self.model, recording.hooks, *own)
             for node in own:  # held weakly, as a graph holds what it is told without the garbage collector's knowing
-                node.metadata[WAY_BACK] = weakref.ref(recording.way_back)
+                told: Any = node.metadata
+                told[WAY_BACK] = weakref.ref(recording.way_back)
         return recording
 
     @contextlib.contextmanager

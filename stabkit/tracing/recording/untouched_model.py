@@ -20,8 +20,10 @@ from torch import Tensor, nn
 from torch.nn.modules import module as global_hooks
 
 from stabkit.errors import TraceError
+from stabkit.tracing.recording.places import Place
 from stabkit.tracing.recording.randomness import RandomStates
-from stabkit.tracing.recording.reachable import Place, Reached, put_stand_ins
+from stabkit.tracing.recording.reachable import Reached
+from stabkit.tracing.recording.stand_ins import put_stand_ins
 from stabkit.tracing.recording.written import HandedOut, Writes
 from stabkit.turns import turn, undone
 
@@ -155,8 +157,8 @@ class _Guarded:
 
     __slots__ = ("_alias", "_hooks", "_later", "_leaf", "_needs", "_version", "grad", "tensor")
 
-    def __init__(self, tensor: Tensor) -> None:
-        self.tensor = tensor
+    def __init__(self, tensor: Any) -> None:
+        self.tensor: Any = tensor
         self._leaf = tensor.is_leaf
         self._needs = tensor.requires_grad
         self.grad = tensor.grad if self._leaf else None
@@ -164,7 +166,9 @@ class _Guarded:
         self._later = getattr(tensor, "_post_accumulate_grad_hooks", None) if self._leaf else None
         self._version = None if tensor.is_inference() else tensor._version
         # shares its memory, and keeps it where the tensor is given another
-        plain = type(tensor) in (Tensor, nn.Parameter, nn.Buffer) and tensor.layout == torch.strided and not tensor.is_meta
+        plain = (
+            type(tensor) in (Tensor, nn.Parameter, nn.Buffer) and tensor.layout == torch.strided and not tensor.is_meta
+        )
         self._alias = tensor.detach() if plain else None
 
     @property
@@ -177,7 +181,7 @@ class _Guarded:
         if self._hooks:
             self.tensor._backward_hooks = None
         if self._later:
-            self.tensor._post_accumulate_grad_hooks = None  # type: ignore[attr-defined]
+            self.tensor._post_accumulate_grad_hooks = None
 
     def restore(self) -> None:
         tensor = self.tensor
@@ -194,13 +198,13 @@ class _Guarded:
             tensor.grad = self.grad
         if tensor._backward_hooks is not self._hooks:
             tensor._backward_hooks = self._hooks
-        if self._later is not None and tensor._post_accumulate_grad_hooks is not self._later:  # type: ignore[attr-defined]
-            tensor._post_accumulate_grad_hooks = self._later  # type: ignore[attr-defined]
+        if self._later is not None and tensor._post_accumulate_grad_hooks is not self._later:
+            tensor._post_accumulate_grad_hooks = self._later
 
     def restore_version(self) -> None:
         """A graph of the user's that saved it is as good as before."""
-        if self.moved:
-            torch._C._autograd._unsafe_set_version_counter((self.tensor,), (self._version,))  # type: ignore[attr-defined]
+        if self.moved and self._version is not None:
+            torch._C._autograd._unsafe_set_version_counter((self.tensor,), (self._version,))
 
 
 def _off_the_graph(tensor: Tensor) -> None:
@@ -221,7 +225,7 @@ class _Copies:
         self._spared = reached.spared
         self._parameters = parameters
         self._buffers = {id(vars(m).get("_buffers")) for m in reached.modules}
-        self._memory: dict[int, Tensor] = {}
+        self._memory: dict[int, Any] = {}
         self._owners: dict[int, int] = {}
         self._fixed: set[int] = set()
         for tensor in reached.tensors.values():
@@ -263,11 +267,11 @@ class _Copies:
         if self._owners[storage] == 1 or type(tensor) is not Tensor or tensor.is_quantized:
             return tensor.detach().clone()
         if storage not in self._memory:
-            whole = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
-            self._memory[storage] = whole.set_(tensor.untyped_storage().clone())  # type: ignore[call-overload]
-        memory = self._memory[storage].untyped_storage()
-        made = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
-        return made.set_(memory, tensor.storage_offset(), tensor.size(), tensor.stride())  # type: ignore[call-overload]
+            memory: Any = tensor.untyped_storage()
+            self._memory[storage] = memory.clone()
+        made: Any = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
+        copied: Tensor = made.set_(self._memory[storage], tensor.storage_offset(), tensor.size(), tensor.stride())
+        return copied
 
 
 #: under which a node of the model's own code knows what keeps the model as it is while it runs
@@ -308,8 +312,8 @@ def refuse_lazy(modules: Iterable[nn.Module]) -> None:
         names = [name for name, tensor in held if tensor is not None and nn.parameter.is_lazy(tensor)]
         if names:
             raise TraceError(
-                f"the model has lazy modules ({type(top).__name__}) whose {', '.join(names)} have no shape yet; call it "
-                "once on a batch, model(x), which gives them one"
+                f"the model has lazy modules ({type(top).__name__}) whose {', '.join(names)} have no shape yet; call "
+                "it once on a batch, model(x), which gives them one"
             )
 
 
@@ -337,9 +341,7 @@ def unchanged(*roots: Any, given: Any = ()) -> Iterator[Safe]:
 
 
 @contextlib.contextmanager
-def aside(
-    *roots: Any, given: Any = (), watch: bool = True, parameters: frozenset[int] = frozenset()
-) -> Iterator[Safe]:
+def aside(*roots: Any, given: Any = (), watch: bool = True, parameters: frozenset[int] = frozenset()) -> Iterator[Safe]:
     """Run a model in a block after which everything is as it was.
 
     Args:
