@@ -33,7 +33,7 @@ from stabkit.tracing.recording.containers import named_tensors
 from stabkit.tracing.recording.randomness import seeded
 from stabkit.tracing.recording.sharding import take_whole
 from stabkit.tracing.recording.transparency import transparent
-from stabkit.tracing.recording.untouched_model import Safe, aside, unchanged
+from stabkit.tracing.recording.untouched_model import Safe, WhenCalled, aside, unchanged
 
 _END = "torch::autograd::Error"  # the node that stands for what may not be differentiated again
 
@@ -52,6 +52,7 @@ class Gradient:
         ends: for every parameter where its gradient leaves the graph; None where its derivative is zero.
         cotangents: of the tensors of the output that the loss reads, with the gradient of the loss in them, on the
             graph: what is linear in the gradient passes through them.
+        way_back: what code of the model's own runs in.
     """
 
     batch: Batch
@@ -61,6 +62,7 @@ class Gradient:
     parts: list[Tensor | None]
     ends: list[GradientEdge | None]
     cotangents: list[tuple[Tensor, Tensor]]
+    way_back: contextlib.AbstractContextManager[None]
 
     def product(self, vectors: Sequence[Tensor], places: Sequence[Tensor | None] = ()) -> list[Tensor | None]:
         """H v, None where it is zero.
@@ -84,7 +86,7 @@ class Gradient:
             return [None] * len(along)
         ends, weights = zip(*there, strict=True)
         try:
-            with without_hooks(self.parameters), _written_to(along, places):
+            with self.way_back, without_hooks(self.parameters), _written_to(along, places):
                 return list(torch.autograd.grad(ends, along, weights, retain_graph=True, allow_unused=True))
         except torch.OutOfMemoryError:
             raise
@@ -325,7 +327,8 @@ class Hessian:
             self._looked = True
         ends = [get_gradient_edge(part) if part is not None and part.grad_fn else None for part in parts]
         cotangents = [(tensor, u) for tensor, u in zip(read, given, strict=True) if u is not None]
-        return Gradient(batch, loss, output, parameters, parts, ends, cotangents)
+        way_back = WhenCalled(self.module) if self.by_hand else contextlib.nullcontext()
+        return Gradient(batch, loss, output, parameters, parts, ends, cotangents, way_back)
 
     def _gradient(
         self, loss: Tensor, parameters: list[nn.Parameter], further: Sequence[Tensor] | None = None

@@ -13,12 +13,13 @@ from torch import nn
 
 from stabkit.attribution.measure import EXPLAINED, EXPLAINED_PROBES, attribute
 from stabkit.diagnosis import examine
-from stabkit.errors import TraceError
+from stabkit.errors import StabkitError, TraceError
 from stabkit.identification import Identification, identify
 from stabkit.planning.machine_speed import PeakMemory, timed
 from stabkit.tracing import Flow, Step, trace
 from stabkit.tracing.recording.batch_parts import Call
 from stabkit.tracing.recording.forward_pass import ForwardPass
+from stabkit.tracing.recording.recorder import Recording
 from stabkit.tracing.recording.untouched_model import unchanged
 from stabkit.tracing.recording.wrappers import modules_behind, unwrap
 
@@ -142,10 +143,15 @@ def run_trial(model: Any, call: Call, options: Mapping[str, Any], loss: Any, see
 def _forward(model: Any, call: Call, device: torch.device) -> tuple[float, float]:
     """Seconds and operations of one plain forward pass, without gradients."""
     forward = ForwardPass(model, modules_behind(model), call.inputs, dict(call.kwargs), seed=0)
-    with torch.inference_mode(False), forward.kept(), torch.no_grad(), _counting() as counter:
-        forward.called()
-    with torch.inference_mode(False), forward.kept(watch=False), torch.no_grad():
-        _, seconds = timed(forward.called, device)
+    try:
+        with torch.inference_mode(False), forward.kept(), torch.no_grad(), _counting() as counter:
+            forward.called()
+        with torch.inference_mode(False), forward.kept(), torch.no_grad():
+            _, seconds = timed(forward.called, device)
+    except (StabkitError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # the model is the user's code
+        raise forward.failed(error, Recording()) from error
     return seconds, float(counter.get_total_flops())
 
 

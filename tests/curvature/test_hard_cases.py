@@ -391,9 +391,18 @@ def test_what_cannot_be_measured_is_refused(name, measure):
 
 
 def test_a_loss_that_draws_is_refused():
-    targets = iter(torch.randint(3, (9, 12)))
+    targets = iter(torch.utils.data.DataLoader(torch.randint(3, (9, 12))))
     with pytest.raises(StabkitError, match="draws no new batches"):
-        sharpness(mlp(), X, loss=lambda out: functional.cross_entropy(out, next(targets)))
+        sharpness(mlp(), X, loss=lambda out: functional.cross_entropy(out, next(targets)[0]))
+
+
+def test_an_iterator_that_a_loss_closes_over_is_where_it_was():
+    every = list(torch.randint(3, (9, 12)))
+    targets, model = iter(every), mlp()
+    found = sharpness(model, X, loss=lambda out: functional.cross_entropy(out, next(targets)))
+    same = sharpness(model, X, loss=lambda out: functional.cross_entropy(out, every[0]))
+    assert found.values.tolist() == same.values.tolist()
+    assert next(targets) is every[0]
 
 
 def test_complex_parameters():

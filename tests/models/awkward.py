@@ -547,11 +547,6 @@ class Codebook(Net):
         return h + (self.codes[nearest] - h).detach()
 
 
-@torch.jit.script
-def _scripted(x: Tensor) -> Tensor:
-    return x.tanh()
-
-
 class Scripted(nn.Module):
     """Counts its calls in TorchScript."""
 

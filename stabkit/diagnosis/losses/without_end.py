@@ -118,7 +118,7 @@ def _prepared(
     """A model whose parameters may be moved for a while, its first pass, and what is to be moved."""
     model = call.module
     held = [remedies.scale(path, 1.0) for path, p in model.named_parameters() if p.requires_grad]
-    with carried_out(model, held), call.kept(loss, watch=False), torch.enable_grad(), contextlib.ExitStack() as undoing:
+    with carried_out(model, held), call.kept(loss), torch.enable_grad(), contextlib.ExitStack() as undoing:
         before = evaluated(call, loss)
         weights = _weights(model, before) if only is None else list(only(before))
         own = {id(p) for p in model.parameters()}

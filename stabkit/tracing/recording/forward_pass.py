@@ -104,7 +104,7 @@ class ForwardPass:
             except TraceError:
                 raise
             except Exception as error:
-                raise self._failed(error, recording) from error
+                raise self.failed(error, recording) from error
             safe.refuse_other_threads()
             recording.written = safe.written
         own = [value.node for value in recording.values if is_python_node(value.node)]
@@ -139,7 +139,8 @@ class ForwardPass:
         )
         return self.model(*args, **kwargs)
 
-    def _failed(self, error: Exception, recording: Recording) -> TraceError:
+    def failed(self, error: Exception, recording: Recording) -> TraceError:
+        """The error that says where the model raised, and what it was given."""
         running = [call for call in recording.calls if not call.finished]
         where = "the model"
         if running and running[-1].path:

@@ -361,7 +361,7 @@ def _instance(reached: Reached, item: Any, path: Path) -> None:
     """An object: its attributes and slots, and those of its class where that is the user's."""
     own = _own_dict(item)
     if own is not None:
-        if any(type(value).__module__.startswith(_SHARED) for value in own.values()):
+        if any(_home(type(value)).startswith(_SHARED) for value in own.values()):
             return  # other threads may be at work on it
         if id(own) not in reached._seen:
             reached._seen.add(id(own))
@@ -410,6 +410,12 @@ _KINDS: tuple[tuple[Any, Kind], ...] = (
 )
 
 
+def _home(kind: type) -> str:
+    """The module that a class comes from; some made by Cython name none."""
+    name = kind.__module__
+    return name if isinstance(name, str) else ""
+
+
 _known: dict[type, Kind] = {}
 _MOST = 8192  # classes that are remembered
 
@@ -425,12 +431,12 @@ def _kind(kind: type) -> Kind:
 
 
 def _kind_of(kind: type) -> Kind:
-    if kind.__module__.startswith("stabkit.") and not issubclass(kind, nn.Module):
+    if _home(kind).startswith("stabkit.") and not issubclass(kind, nn.Module):
         return _own
     for types_, handler in _KINDS:
         if issubclass(kind, types_):
             return handler
-    if kind.__module__.startswith(_LEFT) or kind.__name__ in ("RLock", "lock"):
+    if _home(kind).startswith(_LEFT) or kind.__name__ in ("RLock", "lock"):
         return _atom
     if hasattr(kind, "__next__") and not kind.__flags__ & HEAP:
         return _iterator
