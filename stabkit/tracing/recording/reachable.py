@@ -77,22 +77,24 @@ _ATOMS = (
 )
 #: packages whose objects belong to the process, to other threads, or describe code
 _LEFT = (
-    *("threading", "queue", "multiprocessing", "asyncio", "concurrent", "logging", "socket", "subprocess", "_thread"),
+    *("threading", "queue", "_queue", "multiprocessing", "asyncio", "concurrent", "logging", "socket", "_thread"),
     *(
-        "torch.distributed",
-        "torch.utils.data",
-        "torch.fx",
-        "torch._",
-        "torch.cuda",
+        "subprocess",
         "sympy",
         "inspect",
         "typing",
         "abc",
+        "torch.distributed",
+        "torch.utils.data",
+        "torch.fx",
+        "torch._",
     ),
+    "torch.cuda",
 )
 _SHARED = ("_thread", "threading", "queue", "multiprocessing")
 _GENERATORS = (torch.Generator, random.Random, np.random.Generator, np.random.RandomState, np.random.BitGenerator)
 _MANY = 64
+_PLAIN = (dict, OrderedDict)
 
 
 class Reached:
@@ -104,6 +106,7 @@ class Reached:
 
     Attributes:
         places: containers, attributes, slots, closures and the like.
+        empty: dictionaries that hold nothing.
         tensors: every tensor by its id.
         modules: the modules.
         generators: random generators.
@@ -116,6 +119,7 @@ class Reached:
 
     def __init__(self, roots: Iterable[Any], given: Any = ()) -> None:
         self.places: list[Place] = []
+        self.empty: list[dict[Any, Any]] = []
         self.tensors: dict[int, Tensor] = {}
         self.modules: list[nn.Module] = []
         self.generators: dict[int, Any] = {}
@@ -139,6 +143,9 @@ class Reached:
 
     def restore(self) -> None:
         """Make everything what it was."""
+        for held in self.empty:
+            if held:
+                held.clear()
         for place in self.places:
             if not place.same(place.holder, place.contents):
                 place.fill(place.holder, place.contents)
@@ -165,6 +172,9 @@ class Reached:
         for key, value in items:
             kind = _kind(type(value))
             if kind is _atom:
+                continue
+            if kind is _mapping and not value and type(value) in _PLAIN:
+                self.empty.append(value)  # most tables of hooks are
                 continue
             if kind is _tensor:
                 tensors = True
@@ -197,7 +207,7 @@ def _module(reached: Reached, item: nn.Module, path: Path) -> None:
     reached.modules.append(item)
     if isinstance(item, torch.jit.ScriptModule):
         _scripted(reached, item)
-    _instance(reached, item, path)
+    _attributes(reached, item, vars(item), path)
 
 
 def _scripted(reached: Reached, item: Any) -> None:
@@ -360,13 +370,16 @@ def _optimizer(reached: Reached, item: torch.optim.Optimizer, path: Path) -> Non
 def _instance(reached: Reached, item: Any, path: Path) -> None:
     """An object: its attributes and slots, and those of its class where that is the user's."""
     own = _own_dict(item)
-    if own is not None:
-        if any(_home(type(value)).startswith(_SHARED) for value in own.values()):
-            return  # other threads may be at work on it
-        if id(own) not in reached._seen:
-            reached._seen.add(id(own))
-            place = Place(own, dict.copy(own), same_mapping, fill_mapping, dict.items, set_item)
-            reached._add(place, path)
+    if own is not None and any(_home(type(value)).startswith(_SHARED) for value in own.values()):
+        return  # other threads may be at work on it
+    _attributes(reached, item, own, path)
+
+
+def _attributes(reached: Reached, item: Any, own: dict[str, Any] | None, path: Path) -> None:
+    if own is not None and id(own) not in reached._seen:
+        reached._seen.add(id(own))
+        place = Place(own, dict.copy(own), same_mapping, fill_mapping, dict.items, set_item)
+        reached._add(place, path)
     slots = slots_of(item)
     if slots:
         contents = {name: in_slot(item, slot) for name, slot in slots.items()}
@@ -416,15 +429,14 @@ def _home(kind: type) -> str:
     return name if isinstance(name, str) else ""
 
 
-_known: dict[type, Kind] = {}
-_MOST = 8192  # classes that are remembered
+_known: dict[type, Kind] = {}  # of the newest classes
 
 
 def _kind(kind: type) -> Kind:
     """What is done with objects of a class."""
     found = _known.get(kind)
     if found is None:
-        if len(_known) > _MOST:
+        if len(_known) > 8192:
             _known.clear()
         found = _known[kind] = _kind_of(kind)
     return found

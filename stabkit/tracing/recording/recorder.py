@@ -29,7 +29,7 @@ from stabkit.tracing.recording.inputs import INDEXING, VALUE_FREE, Source, diffe
 from stabkit.tracing.recording.off_graph import OffGraph
 from stabkit.tracing.recording.transparency import EagerMode
 from stabkit.tracing.recording.untouched_model import Safe
-from stabkit.tracing.recording.written import HANDED_OUT, facts, written
+from stabkit.tracing.recording.written import ACCUMULATES, HANDED_OUT, facts, written
 
 # makes of an output the output to keep, and the tensors to end at by their names
 Ending = Callable[[Any], tuple[Any, list[tuple[str, Tensor]]]]
@@ -314,6 +314,8 @@ class _NonLeafSources(TorchFunctionMode):
     ) -> Any:
         if func in HANDED_OUT:
             self.values.safe.before_write(args[0])
+        elif func in ACCUMULATES:
+            self.values.safe.before_gradients()
         if func in _EXITS:
             self.values.note_exit(args[0], to_numpy=func is not torch.Tensor.tolist)
         if func in ATTENTIONS:

@@ -65,6 +65,7 @@ class Safe:
             elif not tensor.is_meta:
                 self._written[id(tensor)] = (tensor, tensor.detach().clone())
         self._copies: _Copies | None = None
+        self._accumulates = self._elsewhere = False
         self._undo_hooks: list[tuple[dict[Any, Any], dict[Any, Any]]] = []
 
     @property
@@ -112,7 +113,7 @@ class Safe:
         if not self._by_storage:
             yield
             return
-        with HandedOut(self.before_write), Writes(self.before_write):
+        with HandedOut(self.before_write, self.before_gradients), Writes(self.before_write):
             yield
 
     def before_write(self, tensor: Tensor) -> None:
@@ -122,18 +123,27 @@ class Safe:
                 if not other.is_meta:
                     self._written[id(other)] = (other, other.detach().clone())
 
+    def before_gradients(self) -> None:
+        """The model itself puts gradients into ``.grad``."""
+        self._accumulates = True
+
     def refuse_other_threads(self) -> None:
         """A model that was trained meanwhile gives numbers of no model at all.
 
         Raises:
             TraceError: parameters were written by operations that were not run here.
         """
-        for guarded in self._guarded:
-            if isinstance(guarded.tensor, nn.Parameter) and guarded.moved and id(guarded.tensor) not in self._written:
-                raise TraceError(
-                    "the model was trained by another thread while it ran here: its numbers would be those of no model "
-                    "at all. Stop the training meanwhile, or give a copy: copy.deepcopy(model)"
-                )
+        self._elsewhere = any(
+            (guarded.moved and id(guarded.tensor) not in self._written)
+            or (not self._accumulates and guarded.has_other_gradient)
+            for guarded in self._guarded
+            if isinstance(guarded.tensor, nn.Parameter)
+        )
+        if self._elsewhere:
+            raise TraceError(
+                "the model was trained by another thread while it ran here: its numbers would be those of no model "
+                "at all. Stop the training meanwhile, or give a copy: copy.deepcopy(model)"
+            )
 
     def restore(self) -> None:
         """Put everything back; may be called twice, and after an exception."""
@@ -142,13 +152,14 @@ class Safe:
             hooks.clear()
             hooks.update(before)
         for guarded in self._guarded:
-            guarded.restore()
+            guarded.restore(gradient=not self._elsewhere)
         for tensor, saved in self._written.values():
             if not _same_bits(tensor, saved):
                 with torch.inference_mode(tensor.is_inference()), torch.no_grad():
                     tensor.copy_(saved)
         for guarded in self._guarded:
-            guarded.restore_version()
+            if id(guarded.tensor) in self._written:
+                guarded.restore_version()
         self.random.restore()
 
 
@@ -183,7 +194,13 @@ class _Guarded:
         if self._later:
             self.tensor._post_accumulate_grad_hooks = None
 
-    def restore(self) -> None:
+    @property
+    def has_other_gradient(self) -> bool:
+        """Whether another gradient was put into it."""
+        return self._leaf and self.tensor.grad is not self.grad
+
+    def restore(self, *, gradient: bool) -> None:
+        """Make it what it was; with ``gradient`` that as well."""
         tensor = self.tensor
         if self._alias is not None and not tensor.is_set_to(self._alias):
             tensor.data = self._alias
@@ -194,7 +211,7 @@ class _Guarded:
         if tensor.requires_grad != self._needs:
             with torch.inference_mode(tensor.is_inference()):
                 tensor.requires_grad_(self._needs)
-        if tensor.grad is not self.grad:
+        if gradient and tensor.grad is not self.grad:
             tensor.grad = self.grad
         if tensor._backward_hooks is not self._hooks:
             tensor._backward_hooks = self._hooks

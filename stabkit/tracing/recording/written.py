@@ -63,16 +63,24 @@ class Writes(EagerMode):
         return func(*args, **kwargs)
 
 
-class HandedOut(TorchFunctionMode):
-    """Tells of every tensor whose memory is handed out of torch."""
+_GRADIENT: Any = torch.Tensor.grad
+#: how gradients are put into ``.grad``
+ACCUMULATES: frozenset[Any] = frozenset({_GRADIENT.__set__, _GRADIENT.__delete__, torch.Tensor.backward})
 
-    def __init__(self, told: Callable[[Tensor], None]) -> None:
+
+class HandedOut(TorchFunctionMode):
+    """Tells of every tensor whose memory is handed out of torch, and that gradients are put into ``.grad``."""
+
+    def __init__(self, told: Callable[[Tensor], None], accumulates: Callable[[], None]) -> None:
         super().__init__()
         self._told = told
+        self._accumulates = accumulates
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         if func in HANDED_OUT:
             self._told(args[0])
+        elif func in ACCUMULATES:
+            self._accumulates()
         return func(*args, **(kwargs or {}))
