@@ -32,8 +32,7 @@ from stabkit.tracing.cutting.endpoints import scalar_loss
 from stabkit.tracing.recording.containers import named_tensors
 from stabkit.tracing.recording.randomness import seeded
 from stabkit.tracing.recording.sharding import take_whole
-from stabkit.tracing.recording.transparency import transparent
-from stabkit.tracing.recording.untouched_model import Safe, WhenCalled, aside, unchanged
+from stabkit.tracing.recording.untouched_model import WhenCalled, unchanged
 
 _END = "torch::autograd::Error"  # the node that stands for what may not be differentiated again
 
@@ -353,10 +352,6 @@ class Hessian:
     def _running_parameters(self) -> list[nn.Parameter]:
         return [self.module.get_parameter(name) for name in self._names]
 
-    def _aside(self, batch: Batch) -> contextlib.AbstractContextManager[Safe]:
-        given = (batch.inputs, batch.kwargs)
-        return aside(self.module, batch.loss, batch.call, given=given, watch=False)
-
     @contextlib.contextmanager
     def running(self, batch: Batch, *, graph: bool = True) -> Iterator[tuple[Any, Tensor]]:
         """The output and the loss of a batch, while the model is put aside; it comes back as it was.
@@ -365,7 +360,8 @@ class Hessian:
             batch: the batch.
             graph: whether they are wanted on the graph; without, any scalar is a loss.
         """
-        with torch.inference_mode(False), self._aside(batch) as safe, transparent(), set_aside(self.module) as seen:
+        given = (batch.inputs, batch.kwargs)
+        with set_aside(self.module, batch.loss, batch.call, given=given) as (safe, seen):
             take_whole(self.module)
             for parameter in self._running_parameters():
                 parameter.requires_grad_()

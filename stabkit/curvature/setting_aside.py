@@ -15,6 +15,8 @@ from torch.nn.parameter import UninitializedParameter
 from torch.overrides import TorchFunctionMode
 
 from stabkit.errors import ArgumentError
+from stabkit.tracing.recording.transparency import transparent
+from stabkit.tracing.recording.untouched_model import Safe, aside
 
 
 def refuse_unusable(parameters: Sequence[Tensor]) -> None:
@@ -98,18 +100,23 @@ class TwiceDifferentiable(TorchFunctionMode):
 
 
 @contextlib.contextmanager
-def set_aside(module: nn.Module) -> Iterator[TwiceDifferentiable]:
-    """A pass with plain gradients, that are none of the user's.
+def set_aside(module: nn.Module, *others: Any, given: Any) -> Iterator[tuple[Safe, TwiceDifferentiable]]:
+    """A pass with plain gradients, that are none of the user's; the model comes back as it was.
 
-    What it changes of the modules themselves is put back by what keeps the model unchanged, which this stands inside.
+    Args:
+        module: the model.
+        *others: functions that run with it.
+        given: what it is called with.
     """
-    for part in module.modules():
-        if isinstance(part, nn.Embedding | nn.EmbeddingBag):
-            part.sparse = False  # sparse gradients have no second derivative
-    for parameter in module.parameters():
-        parameter.grad = None  # what a closure does with gradients is none of the user's
-    with TwiceDifferentiable() as seen:
-        yield seen
+    with torch.inference_mode(False), aside(module, *others, given=given, watch=False) as safe, transparent():
+        for part in module.modules():
+            if isinstance(part, nn.Embedding | nn.EmbeddingBag):
+                part.sparse = False  # sparse gradients have no second derivative
+        safe.before_gradients()
+        for parameter in module.parameters():
+            parameter.grad = None  # what a closure does with gradients is none of the user's
+        with TwiceDifferentiable() as seen:
+            yield safe, seen
 
 
 @contextlib.contextmanager

@@ -417,3 +417,12 @@ def test_complex_parameters():
     model = Complex()
     with pytest.raises(StabkitError, match="complex"):
         sharpness(model, torch.ones(2).double(), loss=lambda out: out.abs().square().sum())
+
+
+def test_gradients_that_are_there_are_no_sign_of_another_training():
+    model = mlp()
+    entropy(model(X)).backward()
+    kept = [p.grad for p in model.parameters()]
+    truth = sharpness(mlp(), X, loss=entropy).values.tolist()
+    assert sharpness(model, X, loss=entropy).values.tolist() == truth
+    assert all(p.grad is grad for p, grad in zip(model.parameters(), kept, strict=True))
