@@ -21,9 +21,9 @@ from stabkit.threads import single_threaded
 #: How much of a start vector that was found before is drawn anew: what it is orthogonal to is then found too.
 DRAWN = 0.05
 
-# Of the basis, at least and at most. With three there are no gaps to judge an error by, so that residuals alone have to
-# do: 1.5 to 2.4 times as many products in six searches.
-_ROWS = (4, 20)
+# Of the basis, at least and at most, without the row that is made. Three are what a climb takes up in the four vectors
+# that it keeps.
+_ROWS = (3, 20)
 _ENOUGH = 9  # rows with which restarts cost few products: fewer make room for one between two of them
 _MEMORY = 2**26  # bytes that all of them may take where more than the least are kept
 
@@ -44,7 +44,8 @@ class Eigenpairs:
         residuals: ``(k,)``, norms of A v - value v: every one bounds the distance to an eigenvalue.
         converged: ``(k,)``, whether the error by the residual and the gap is at most the tolerance times the largest
             value in size.
-        vectors: ``(k, n)``, orthonormal; after them those to spare.
+        vectors: ``(k, n)``, orthonormal; after them those to spare. Of a search with few rows they lie in the memory of
+            all four: copy them when there is room.
         lowest: the smallest Ritz value, an upper bound of the smallest eigenvalue.
         lowest_residual: its residual.
         asymmetry: the largest ``|A - A^T|`` that was seen, over the largest entry of the projected matrix.
@@ -236,8 +237,8 @@ def largest(
         TraceError: a product is not finite.
     """
     k = min(k, n)
-    rows = min(n, max(rows, k + 3))
     climbs = k == 1 and not spare and rows < min(_ENOUGH, n)
+    rows = min(n, max(rows, _ROWS[0] if climbs else k + 3))
     basis, made, looking = _Basis(n, rows, start), 0, False
     past = []
     low = math.inf, math.inf  # a Ritz value stays a bound when a restart has let go of its vector
@@ -273,7 +274,7 @@ def largest(
                 np.array([scaled.size * top_one.value]),
                 np.array([scaled.size * top_one.residual]),
                 np.array([top_one.converged]),
-                top_one.vectors[:1].clone(),
+                top_one.vectors[:1],
                 scaled.size * low[0],
                 scaled.size * low[1],
                 max(top_one.asymmetry, basis.asymmetry) / top_one.size,

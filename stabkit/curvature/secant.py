@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from stabkit.curvature.stability import FLOOR, Stability, raise_small
-from stabkit.curvature.updates import Update, read_update, trained_by
+from stabkit.curvature.updates import Update, plain_update, read_update, trained_by
 from stabkit.results import Result
 
 SAMPLED = 1024  # entries of a tensor that stand for all
@@ -57,10 +57,12 @@ class Reach:
     Attributes:
         fall: of the loss along it, by the gradient before it: that of a loss without curvature.
         update_ratio: the norm of the update over that of the parameters, as of `Secant`.
+        second: that of the matrix that is moved furthest but one; 0 where there is but one.
     """
 
     fall: float
     update_ratio: float
+    second: float
 
 
 class SecantCurvature:
@@ -89,21 +91,30 @@ class SecantCurvature:
 
     def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         self._model, self._optimizer = model, optimizer
-        self._parameters = trained_by(optimizer, model)
+        self._held: _Point | None = None
+        self._follow(trained_by(optimizer, model))
+
+    def _follow(self, parameters: Sequence[nn.Parameter]) -> None:
+        """Measure these from now on: layers are frozen and thawed while a model trains, and replaced."""
+        self._parameters, self._held = tuple(parameters), None
         self._strides = {id(p): max(1, p.numel() // SAMPLED) | 1 for p in self._parameters}  # odd: over all columns
         # rows of standard deviation 1 / sqrt(3 fan-in), as torch's layers begin: what starts at zero moves far at first
         self._usual = sum(p.shape[0] / 3.0 for p in self._parameters if p.dim() > 1)
         self._factors: Tensor | None = None
-        self._held: _Point | None = None
 
     def point(self, scale: Tensor | float = 1.0) -> _Point | None:
         """Weights and gradients now, between ``backward`` and the optimizer's step; None where some are sparse.
 
+        Where others are trained than before, what is held is let go of.
+
         Args:
             scale: what the gradients are multiplied by.
         """
+        trained = [p for g in self._optimizer.param_groups for p in plain_update(g["params"])]
+        if [*map(id, trained)] != [*map(id, self._parameters)]:
+            self._follow(trained)
         grads = [p.grad for p in self._parameters]
-        if any(g is not None and g.is_sparse for g in grads):
+        if not grads or any(g is not None and g.is_sparse for g in grads):
             return None
         with torch.no_grad():
             weights = [self._sampled(p, p) for p in self._parameters]
@@ -140,10 +151,18 @@ class SecantCurvature:
         with torch.no_grad():
             moved = torch.cat([self._sampled(p, p) for p in self._parameters]).float() - before.weights
             weighed = moved * self._factors
-            fall, length, weights = torch.stack(
-                [-(before.gradients @ weighed), moved @ weighed, before.weights.square() @ self._factors]
-            ).tolist()
-        return Reach(fall, (length / max(weights, self._usual)) ** 0.5)
+            numbers = [-(before.gradients @ weighed), moved @ weighed, before.weights.square() @ self._factors]
+            sampled = [-(-p.numel() // self._strides[id(p)]) for p in self._parameters]
+            parts = zip(
+                self._parameters, torch.split(moved, sampled), torch.split(before.weights, sampled), strict=True
+            )
+            for p, change, held in parts:
+                if p.dim() > 1:
+                    usual = p.shape[0] / 3.0 / (p.numel() / len(held))
+                    numbers.append(change.square().sum() / held.square().sum().clamp_min(usual))
+            fall, length, weights, *matrices = torch.stack(numbers).tolist()
+        second = sorted(matrices)[-2] if len(matrices) > 1 else 0.0
+        return Reach(fall, (length / max(weights, self._usual)) ** 0.5, second**0.5)
 
     def between(self, point: _Point | None) -> PendingSecant | None:
         """The curvature from the point that is held to this one; None where one of them is missing.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import numpy as np
@@ -247,7 +247,11 @@ def _searched(operator: Preconditioned, k: int, tol: float, start: Tensor | None
         return found
 
     rows = rows_for(hessian.n, hessian.dtype.itemsize)
-    return largest(operator.matvec, hessian.n, k, tol=tol, start=first(), rows=rows, max_products=_MOST)
+    found = largest(operator.matvec, hessian.n, k, tol=tol, start=first(), rows=rows, max_products=_MOST)
+    if found.vectors.untyped_storage().nbytes() > found.vectors.nbytes:
+        hessian.release()  # it is made again for what follows: with it the copy would be the most that is held at once
+        found = replace(found, vectors=found.vectors.clone())
+    return found
 
 
 def _near(hessian: Hessian, start: Tensor) -> Tensor:

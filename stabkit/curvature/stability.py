@@ -45,15 +45,16 @@ class Stability:
 
 
 def _largest_rate(update: Update, curvature: float) -> float:
-    """The rate at which ``rate * curvature`` is the end of the interval, which decoupled decay makes depend on it."""
+    """The rate at which ``rate * curvature`` is the end of the interval, which decoupled decay makes depend on it.
+
+    At that end a root passes -1, where the characteristic polynomial is linear in the decay and in the rate: the end is
+    a line in the rate, known from two points.
+    """
     if curvature <= 0:
         return math.inf
-    rate = update.interval(update.rate) / curvature
-    for _ in range(20):  # the interval hardly moves with the rate: this contracts by a factor of decay / curvature
-        rate, before = update.interval(rate) / curvature, rate
-        if abs(rate - before) <= 1e-12 * rate:
-            break
-    return rate
+    still = update.interval(0.0)
+    slope = (update.interval(update.rate) - still) / update.rate
+    return still / (curvature - slope) if curvature > slope else math.inf
 
 
 @dataclass(eq=False)

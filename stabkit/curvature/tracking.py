@@ -16,8 +16,8 @@ from stabkit.curvature.blocks import by_block
 from stabkit.curvature.hessian import Hessian, refuse_randomness
 from stabkit.curvature.lanczos import DRAWN, Eigenpairs, largest
 from stabkit.curvature.stability import FLOOR, Preconditioned, Stability, limiting
-from stabkit.curvature.twin import Twin, standing_at
-from stabkit.curvature.updates import Update, read_update
+from stabkit.curvature.twin import Twin
+from stabkit.curvature.updates import Update, read_update, trained_by
 from stabkit.errors import ArgumentTypeError
 from stabkit.results import Result
 from stabkit.tracing.recording.randomness import unchanged_randomness
@@ -25,6 +25,7 @@ from stabkit.tracing.recording.wrappers import unwrap
 
 WARM, COLD = 4, 40  # products of a search that goes on, and of one that begins
 EVERY = 10  # so many measurements from one search that begins to the next
+TRIED = 12  # updates of a trial: longer than a momentum of .9 remembers
 _TOLERANCE = 1e-2
 _ROWS = 8
 _SECOND = 0.3  # of the start, the second vector: what is about to overtake the first is found by the first products
@@ -49,8 +50,8 @@ class TrackedSharpness(Result):
         n_products: how many products it took.
         draws: whether the closure draws random numbers, such as masks of dropout: it is the sharpness under one draw,
             that of the seed.
-        loss_after: of the closure after the coming update, tried on copies of weights and optimizer, where that has
-            a preconditioner that is less than 32 updates old; NaN elsewhere.
+        trial: losses of the closure before each of `TRIED` updates and after the last, made on copies of weights and
+            optimizer; they end where one is not finite. Empty where none were tried.
     """
 
     sharpness: float
@@ -64,7 +65,7 @@ class TrackedSharpness(Result):
     share: float
     n_products: int
     draws: bool = False
-    loss_after: float = math.nan
+    trial: tuple[float, ...] = ()
 
 
 class SharpnessTracker:
@@ -103,11 +104,15 @@ class SharpnessTracker:
         self._vectors: Tensor | None = None
         self._made = 0
 
-    def measure(self) -> TrackedSharpness:
+    def measure(self, *, tried_from: float = math.inf, longest: float = math.inf) -> TrackedSharpness:
         """The sharpness now; model, optimizer and random state are left as they are.
 
         Call it between ``backward`` and the optimizer's step: Adam and its like then have a preconditioner before their
         first update.
+
+        Args:
+            tried_from: from which ratio on updates are tried on copies; always where a preconditioner is young.
+            longest: what the gradients of trials are clipped to.
 
         Raises:
             ArgumentError: the loss is random, or the optimizer has no threshold, or no preconditioner yet.
@@ -120,11 +125,13 @@ class SharpnessTracker:
                 if not self._made:
                     refuse_randomness(hessian, keep=True)
                 found = self._searched(hessian, update)
-                loss_after = self._loss_after(hessian) if update.young else math.nan
+                stability = Stability.of(update, float(found.values[0]))
+                hessian.release()
+                tried = update.young or stability.ratio > tried_from
+                trial = self._trial(hessian, 1.0, longest) if tried else ()
         self._made += 1
         v = found.vectors[0]
         block = by_block(Preconditioned(hessian), v, None, 0, _TOLERANCE)[0]
-        stability = Stability.of(update, float(found.values[0]))
         return TrackedSharpness(
             sharpness=float(found.values[0]),
             residual=float(found.residuals[0]),
@@ -134,15 +141,19 @@ class SharpnessTracker:
             share=block.share,
             n_products=found.n_products,
             draws=hessian.draws,
-            loss_after=loss_after,
+            trial=trial,
         )
 
-    def _loss_after(self, hessian: Hessian) -> float:
-        hessian.release()
-        twin = Twin(hessian, self._optimizer)
-        twin.step()
-        with standing_at(hessian.parameters, twin.values()):
-            return hessian.loss()
+    def tried(self, factor: float, longest: float = math.inf) -> tuple[float, ...]:
+        """A trial of updates at so many times the rate, as of `TrackedSharpness`."""
+        trained = trained_by(self._optimizer, self._module)
+        with torch.inference_mode(False), unchanged_randomness(), _called_inside(self._model):
+            hessian = Hessian(self._module, trained, self._batches, self._seed)
+            with hessian.casting.off():
+                return self._trial(hessian, factor, longest)
+
+    def _trial(self, hessian: Hessian, factor: float, longest: float) -> tuple[float, ...]:
+        return tuple(Twin(hessian, self._optimizer, factor, longest=longest).losses(TRIED))
 
     def _searched(self, hessian: Hessian, update: Update) -> Eigenpairs:
         kept = self._vectors

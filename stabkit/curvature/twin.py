@@ -52,7 +52,8 @@ class Twin:
         hessian: of the loss, at the parameters that are copied.
         optimizer: of these parameters; it stays as it is.
         factor: what its rates are multiplied with.
-        decay: takes the place of its weight decay; None leaves that as it is.
+        change: of the settings of every group; None leaves them as they are.
+        longest: the norm that gradients are clipped to.
 
     Raises:
         ArgumentError: no copy of the optimizer can be made.
@@ -64,8 +65,10 @@ class Twin:
         optimizer: torch.optim.Optimizer,
         factor: float = 1.0,
         change: Callable[[dict[str, Any]], object] | None = None,
+        *,
+        longest: float = math.inf,
     ) -> None:
-        self._hessian, self._name = hessian, type(optimizer).__name__
+        self._hessian, self._name, self._longest = hessian, type(optimizer).__name__, longest
         self._copies = [nn.Parameter(p.detach().clone()) for p in hessian.parameters]
         memo: dict[int, Any] = {id(p): c for p, c in zip(hessian.parameters, self._copies, strict=True)}
         try:
@@ -93,6 +96,8 @@ class Twin:
         for c, slope in zip(self._copies, slopes, strict=True):
             part = None if slope is None else own_part(slope, c)
             c.grad = part.to_sparse(1) if part is not None and self._takes_rows else part
+        if self._longest < math.inf and not self._takes_rows:
+            nn.utils.clip_grad_norm_(self._copies, self._longest)
         try:
             self._optimizer.step()
         except Exception as error:  # one that needs a closure raises TypeError, one of one's own anything

@@ -8,7 +8,7 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -43,7 +43,7 @@ class NoThresholdError(ArgumentError):
 
 
 class NotYetError(NoThresholdError):
-    """An optimizer has made no update, so that it has no preconditioner yet."""
+    """An optimizer has no threshold yet: its rate is 0, or it has made no update and has no preconditioner."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,6 +62,8 @@ class Update:
         idle: of how many parameters there is no state, since they have had no gradient: nothing moves them, so that
             their P is infinite.
         young: whether it has a P of few gradients, less than 32 updates old.
+        correction: of the first updates, by which the rate is multiplied.
+        uncorrected: as ``build``, without that; None where it is no factor of the rate.
     """
 
     build: Callable[[float], GeneralLinearMethod]
@@ -73,6 +75,8 @@ class Update:
     ascends: bool = False
     idle: int = 0
     young: bool = False
+    correction: float = 1.0
+    uncorrected: Callable[[float], GeneralLinearMethod] | None = None
 
     @property
     def method(self) -> GeneralLinearMethod:
@@ -86,6 +90,8 @@ class Update:
 
     def interval(self, rate: float) -> float:
         """The largest ``rate * curvature`` at which updates stay bounded."""
+        if self.uncorrected is not None:  # is found once, where the corrections of early updates differ in every one
+            return float(self.uncorrected(rate).real_interval()) / self.correction
         return float(self.build(rate).real_interval())
 
 
@@ -152,6 +158,11 @@ def read_update(optimizer: Any, model: nn.Module, *, first: bool = False, state:
     reader = _READERS[kind]
     rates = [as_number(g["lr"]) for g in groups]
     rate = max(rates)
+    if rate == 0.0:
+        raise NotYetError(
+            f"optimizer {name} has the learning rate 0, with which nothing moves",
+            "; ask when a schedule has raised it, or leave optimizer= out for the curvature of the loss alone",
+        )
     if not (math.isfinite(rate) and rate > 0):
         raise ArgumentError(f"optimizer {name} has the learning rate {rate}; at a rate that is positive it has a step")
     state = optimizer.state if state is None else state
@@ -178,10 +189,13 @@ def read_update(optimizer: Any, model: nn.Module, *, first: bool = False, state:
             still = begun and p.grad is None and not _has_moved(state, p)
             scale = math.inf if still else of.scale(p)
             idle += isinstance(scale, float) and math.isinf(scale)
-            scales.append(scale * (ratio * of.slowing))
+            # a group that was thawed later is corrected more: the method has that of the leading one
+            scales.append(scale * (ratio * of.slowing * leading.correction / of.correction))
             decays.append(0.0 if of.decoupled else as_number(group.get("weight_decay", 0)))
     return Update(
         build=lambda at: leading.build(at * decay),
+        correction=leading.correction,
+        uncorrected=None if leading.uncorrected is None else lambda at: leading.uncorrected(at * decay),  # type: ignore[misc]
         rate=rate,
         parameters=trained,
         scales=tuple(scales),
@@ -202,6 +216,8 @@ class _Read:
     scale: Callable[[nn.Parameter], Tensor | float]
     decoupled: bool = False
     slowing: float = 1.0  # what the rate is divided by, by now
+    correction: float = 1.0  # of the first updates, by which the rate is multiplied
+    uncorrected: Callable[[float], GeneralLinearMethod] | None = None  # as ``build``, without that
 
 
 def as_number(value: Any) -> float:
@@ -303,8 +319,7 @@ def _adam_like(group: Group, state: State, name: str) -> _Read:
         v = _state_of(state, p, "max_exp_avg_sq" if amsgrad else "exp_avg_sq", name)
         return (v / (1 - b2 ** max(made, 1))).sqrt() + eps
 
-    correction = 1 / (1 - b1 ** (made + 1))
-    return _Read(lambda w: adam(b1, w, correction), (b1, made), scale, _is_decoupled(group))
+    return _corrected(b1, made, scale, _is_decoupled(group))
 
 
 def _nadam(group: Group, state: State, name: str) -> _Read:
@@ -322,8 +337,14 @@ def _nadam(group: Group, state: State, name: str) -> _Read:
 
 def _adamax(group: Group, state: State, name: str) -> _Read:
     (b1, _), made = map(as_number, group["betas"]), _updates(state, group, name)
-    correction = 1 / (1 - b1 ** (made + 1))
-    return _Read(lambda w: adam(b1, w, correction), (b1, made), lambda p: _state_of(state, p, "exp_inf", name))
+    return _corrected(b1, made, lambda p: _state_of(state, p, "exp_inf", name))
+
+
+def _corrected(b1: float, made: int, scale: Callable[[nn.Parameter], Tensor | float], decoupled: bool = False) -> _Read:
+    """A group of Adam or its like, whose first moment is divided by what it lacks."""
+    c = 1 / (1 - b1 ** (made + 1))
+    uncorrected = partial(adam, b1)
+    return _Read(lambda w: adam(b1, w, c), (b1,), scale, decoupled, correction=c, uncorrected=uncorrected)
 
 
 def _rmsprop(group: Group, state: State, name: str) -> _Read:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from stabkit.identification.evidence.confirmation import Check, commutator, defect
+from stabkit.identification.evidence.confirmation import checks_of
 from stabkit.identification.evidence.for_every_input import holding
 from stabkit.identification.evidence.reproduction import confirmed
 from stabkit.identification.fields.composites import as_one_field, with_composite_fields
@@ -16,9 +16,9 @@ from stabkit.identification.form.flow_index import Surroundings
 from stabkit.identification.form.grouping import is_part_of_round, is_repeated
 from stabkit.identification.form.hidden_skip import hidden_skip, reaches_linearly, residuals_inside
 from stabkit.identification.form.linear_parts import LINEAR_SKIP
-from stabkit.identification.form.normal_form import NormalForm
 from stabkit.identification.form.skip_past_norms import measured_skip, skip_past_norms, with_fixed_norms
 from stabkit.identification.form.slots import Slots
+from stabkit.identification.form.stores import without_stores
 from stabkit.identification.form.tableau import Blocks, blocks
 from stabkit.identification.names.sequences import name_sequence, says_less
 from stabkit.identification.names.single import (
@@ -66,7 +66,7 @@ from stabkit.identification.steps.implicit import (
 from stabkit.identification.steps.iterated_solves import held_iteration, record_of_equation, solved_step
 from stabkit.identification.steps.linear_steps import read_linear, restarted
 from stabkit.identification.steps.moves_behind import before_moves
-from stabkit.identification.steps.nested import in_turn, with_nested_chains
+from stabkit.identification.steps.nested import HELD, MAP, in_turn, with_nested_chains
 from stabkit.identification.steps.noise import with_noise
 from stabkit.identification.steps.own_numbers import states_in_fields, without_own_numbers
 from stabkit.identification.steps.pairs import dense_concatenation, read_several_states
@@ -143,6 +143,7 @@ def _read(around: Surroundings, found: Slots, start: int, stop: int) -> Identifi
 def _of_slots(around: Surroundings, found: Slots, steps: tuple[int, ...]) -> Identification:
     """The method between some old states and some new ones."""
     start, stop = steps[0], steps[-1] + 1
+    found = without_stores(around.graph, around.nodes(start, stop), found) or found
     if len(found.sources) == len(found.targets) == 1:
         return _one_state(around, found, steps)
     if (timed := without_clock(around, found, steps)) is not None:
@@ -265,8 +266,9 @@ def _without_skip(around: Surroundings, found: Slots, links: Sequence[Link], ste
         why = "the state is multiplied by a factor that grows with it and has a constant in it: a skip may hide there"
         return nothing(steps, "unknown", why, "unknown")
     notes = []
-    if any(link.kind == "sum" for link in links):
-        notes.append(f"a residual lies inside ({in_turn(links, found.contexts)}), no skip leads around the whole step")
+    told = in_turn(links, found.contexts)
+    if has_residual := any(not part.endswith((MAP, HELD)) for part in told.split(", then ")):
+        notes.append(f"a residual lies inside ({told}), no skip leads around the whole step")
     if any(link.kind == "join" for link in links):
         notes.append("the state is put beside a function of it, and both are mixed: several projections, no skip")
     for link in links:
@@ -292,7 +294,7 @@ def _without_skip(around: Surroundings, found: Slots, links: Sequence[Link], ste
             return replace(record, step_size=None, convention=NO_STEP, evidence="measured", notes=(why,))
     if past is not None:
         return past
-    linear = any(link.kind == "sum" for link in links) and reaches_linearly(whole)
+    linear = has_residual and reaches_linearly(whole)
     if linear:
         notes[:1] = ["a residual lies inside; no skip leads around the whole step but a linear map, x' = P x + f(x)"]
     name = Name("plain", "none: a map without a skip", 1.0, "h = 1: the map itself")
@@ -413,15 +415,22 @@ def read_sums(around: Surroundings, found: Slots, links: Sequence[Link], steps: 
         table, named, own_rates = by_rates
     skips = [form.forms[0][form.sources[0]] for form in sums if form.sources[0] in form.forms[0]]
     kinds = {c.kind for c in skips} if total is None else {total.kind}
+    held = max((c.held for c in (*skips, *filter(None, [total]))), default=0.0)
     residual = total.residual if total is not None else max((c.residual for c in skips), default=0.0)
     record = record_of(named, table, steps, skip=float(table.V[0, 0]), residual=residual, after=after)
     told = named.is_known or has_two_stages(named.name, len(table.rows))
-    proven = kinds <= {"scalar"} and told and not means and not any(map(depends_on_input, sums))
+    proven = kinds <= {"scalar"} and told and not (means or held or any(map(depends_on_input, sums)))
     record = replace(
         record,
         evidence="proven" if proven else "measured",
-        notes=(*own_rates, *masked(kinds), *_linear_part(relaxed), *notes_of_sums(around, sums, table), *record.notes),
-        checks=_checks(sums, table) if around.checks else (),
+        notes=(
+            *own_rates,
+            *masked(kinds, held),
+            *_linear_part(relaxed),
+            *notes_of_sums(around, sums, table),
+            *record.notes,
+        ),
+        checks=checks_of(sums, table) if around.checks else (),
     )
     if not any(link.kind == "weightless" for link in links[:first]):
         record = confirmed(record, around.whole(steps[0], steps[-1] + 1, found))
@@ -443,17 +452,3 @@ def _linear_part(relaxed: tuple[Blocks, float] | None) -> tuple[str, ...]:
     if relaxed is None:
         return ()
     return (f"the field is f(x) = g(x) - {relaxed[1]:.4g} x: its linear part was told from the inputs of the stages",)
-
-
-def _checks(sums: Sequence[NormalForm], table: Blocks) -> tuple[Check, ...]:
-    found: list[Check] = []
-    if len(sums) > 1 and table.n_fields > 1:
-        found.append(commutator(sums))
-    if len(sums) == 1 and table.shared and table.n_fields == 1 and sums[0].stages:
-        measured = defect(sums[0], table)
-        if measured is not None:
-            found.append(measured)
-        b = table.B[0] / (table.B[0].sum() or 1.0)
-        c = (table.A / (table.B[0].sum() or 1.0)).sum(axis=1)
-        found.append(Check("b.c - 1/2", float(b @ c - 0.5), "condition of order 2; b sums to 1 by the choice of h"))
-    return tuple(found)

@@ -45,10 +45,13 @@ class Batches:
 
     Args:
         model: as it is called.
+
+    Attributes:
+        model: that one.
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self._model = model
+        self.model = model
         self._held: deque[tuple[int, tuple[Any, ...], dict[str, Any]]] = deque(maxlen=2)  # losses may come a step late
         self._usual: dict[str, deque[float]] = {}
         self._by_design: set[str] = set()  # inputs that hold what is not finite and train well: masks, missing values
@@ -59,7 +62,7 @@ class Batches:
         """Watch the calls of the model from a step on."""
         self._step = step
         if self._undo is None:
-            self._undo = watch(self._model, None, self._before)
+            self._undo = watch(self.model, None, self._before)
 
     def off(self) -> None:
         """Stop, and let go of what is held."""

@@ -23,6 +23,7 @@ from stabkit.monitor.parameters import is_sharded
 from stabkit.monitor.rates import RateWatch
 from stabkit.monitor.record import Along, Record
 from stabkit.monitor.rules import AlertRules
+from stabkit.monitor.units import Units
 
 _FIRST = 8  # steps that are all measured
 _EVERY = 100  # steps between two measurements where nothing happens: what starts one are a loss or a rate that rises
@@ -63,8 +64,10 @@ class Foresight:
         self._reader, self._jumps = LossReader(), LossJumps(rules)
         self._secant, self.unmeasured = _secant(model, self._optimizers)
         self._ahead: UpdateWatch | None = None
+        self._units = Units(batches.model)
         if self._secant is not None:
-            self._ahead = UpdateWatch(self._optimizers[0], self._secant, self.causes, records, self._tell, failed)
+            seen = (self.causes, records, self._units)
+            self._ahead = UpdateWatch(self._optimizers[0], self._secant, *seen, self._tell, failed)
         self._watch, self._found_ahead = watch, tell
         self._pending: tuple[int, PendingSecant] | None = None
         self._next, self._extra = 0, 0
@@ -82,10 +85,13 @@ class Foresight:
     def on(self, step: int) -> None:
         """Begin to watch what goes into the model, at a step."""
         self._batches.on(step)
+        if self._ahead is not None:
+            self._units.on()
 
     def detach(self) -> None:
         """Stop watching; no hook stays behind."""
         self._batches.off()
+        self._units.off()
         self._disarm()
 
     def blamed(self, step: int) -> Odd | None:
@@ -113,7 +119,9 @@ class Foresight:
         if self._secant is not None and self._secant.holds:
             self._clipped = self._secant.point(scale)
 
-    def look(self, step: int, loss: Tensor | float | None, scale: Tensor | float, recorded: bool) -> list[Finding]:
+    def look(
+        self, step: int, loss: Tensor | float | None, scale: Tensor | float, recorded: bool, scaled: Tensor | None
+    ) -> list[Finding]:
         """What there is to say at a step; call it between ``backward`` and the optimizer's step.
 
         Args:
@@ -121,8 +129,10 @@ class Foresight:
             loss: its loss.
             scale: what the gradients are multiplied by.
             recorded: whether the step is recorded, so that a loss that is not finite is told elsewhere.
+            scaled: what the loss was multiplied by before ``backward``; None for nothing.
         """
         self._disarm()
+        self._units.see(loss, 1.0 if scaled is None else scaled)
         self._measure(step, scale)
         found = []
         for at, value in self._reader.take(step, loss):

@@ -83,8 +83,8 @@ class Monitor:
             the curvature along updates is measured now and then, from two gradients of two batches, and so noisy. That
             gradients are clipped before `step` is seen; what is done to them after it is not.
         sharpness_every: training steps between two measurements, each of at most 4 products with the Hessian (on a CPU
-            11 to 15 times the price of a gradient on the closure's batch), every 10th of 10 to 40; more often only in
-            the first steps and where the rate is raised beyond the edge of stability.
+            11 to 15 times the price of a gradient on the closure's batch), every 10th of 10 to 40, and 12 updates on
+            copies where it is beyond the edge of stability; more often only at first and where the rate is raised.
         scaler: the ``torch.amp.GradScaler``, so that gradients are reported unscaled.
         blocks: paths of the modules to watch instead of those found.
         on_alert: called with every finding; one callable or several.
@@ -178,7 +178,7 @@ class Monitor:
             self._foresight = Foresight(inner, optimizers, rules, *seen, self._between_records, self._fail)
         else:
             self._rates = None
-        self._health = Health(parameters, rules, self._ranks, scaled=scaler is not None)
+        self._health = Health(inner, parameters, rules, self._ranks, self._between_records, scaler)
         self._look: Look | None = None
         self._unrecorded: list[Finding] = []  # found since the last record
         self._probe = Probe(inner, preset, probe_every, seed, self._guard) if probing else None
@@ -248,7 +248,7 @@ class Monitor:
         if self._guard.failed:
             return Seen(step)
         found = tuple(self.findings[told:])
-        return Seen(step, found, partial(self._health.judge, loss, found, gradient_scale(self._scaler)))
+        return Seen(step, found, partial(self._health.judge, step, loss, found, gradient_scale(self._scaler)))
 
     def clip_grad_norm_(
         self,
@@ -336,9 +336,8 @@ class Monitor:
 
     def _look_ahead(self, loss: Tensor | float | None) -> None:
         assert self._foresight is not None
-        self._between_records(
-            self._foresight.look(self._guard.step, loss, gradient_scale(self._scaler), self._recording)
-        )
+        scales = gradient_scale(self._scaler), self._recording, getattr(self._scaler, "_scale", None)
+        self._between_records(self._foresight.look(self._guard.step, loss, *scales))
 
     def _look_at_rates(self) -> None:
         assert self._rates is not None

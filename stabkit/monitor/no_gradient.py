@@ -23,6 +23,7 @@ class Silence:
     """
 
     def __init__(self, model: nn.Module) -> None:
+        self._model = model
         self._parameters = dict(model.named_parameters())
         self._without: set[str] = set()
         self._told = False
@@ -44,6 +45,10 @@ class Silence:
         lost = [path for path in trained if path in without & self._without]
         self._without = without
         if not lost:
+            return []
+        now = dict(self._model.named_parameters())
+        if any(now.get(path) is not self._parameters[path] for path in lost):  # layers were replaced
+            self._parameters, self._without = now, set()
             return []
         self._told = True
         return [_no_gradient(record, lost, trained)]

@@ -14,6 +14,7 @@ from stabkit.diagnosis import Finding
 from stabkit.diagnosis.losses.signs import is_never_negative
 from stabkit.monitor.causes import Cause, Causes
 from stabkit.monitor.record import Record
+from stabkit.monitor.units import Units
 
 # The fall of the loss that its slope promises along an update, over twice the loss. Of one that is never negative and
 # curves evenly along the update at least (1 - that)^2 times as much is left: 4 times at FAR. Measured on 576 runs of 9
@@ -22,7 +23,9 @@ from stabkit.monitor.record import Record
 # update; of 73 whose loss never rose by half and fell, 6, at half the largest rate or more. On 144 and 92 others, drawn
 # by the same rule with another seed, the monitor as a whole told 136 and 2.
 FAR, PART = 3.0, 0.5
-# Of the norm of the weights. Healthy ones reached 1.06 with a fall beyond PART (LSTM, Adam at 0.5).
+# Of the norm of the weights. Healthy ones reached 1.06 with a fall beyond PART (LSTM, Adam at 0.5). Where several
+# matrices move by more than their own norm they multiply, and no quadratic stands for the loss along the update. In one
+# alone, as of a regression or a new head, it is one, and falls up to a part of 2 wherever the weights begin.
 MOVES, OTHERS = 0.1, 1.5
 
 
@@ -34,6 +37,7 @@ class UpdateWatch:
         secant: what holds weights and gradients before it.
         causes: what is known of rates.
         records: whose newest says how often blocks are called in a training step.
+        units: whether the loss that is told is the one that was differentiated.
         tell: takes what there is to say.
         failed: told of an error, which would end the training if it left the hook.
     """
@@ -44,11 +48,12 @@ class UpdateWatch:
         secant: SecantCurvature,
         causes: Causes,
         records: Sequence[Record],
+        units: Units,
         tell: Callable[[Finding, Cause], None],
         failed: Callable[[Exception], None],
     ) -> None:
         self._optimizer, self._secant = optimizer, secant
-        self._causes, self._records = causes, records
+        self._causes, self._records, self._units = causes, records, units
         self._tell, self._failed = tell, failed
         self._undo: Callable[[], None] | None = None
         self._armed: tuple[int, Tensor | float] | None = None
@@ -60,7 +65,7 @@ class UpdateWatch:
             step: its training step.
             loss: the loss whose gradients were held; it must be known to be never negative.
         """
-        if not isinstance(loss, Tensor) or loss.numel() != 1 or not is_never_negative(loss):
+        if self._units.differ or not isinstance(loss, Tensor) or loss.numel() != 1 or not is_never_negative(loss):
             return
         self._armed = (step, loss.detach())
         self._undo = self._optimizer.register_step_post_hook(self._made).remove
@@ -92,7 +97,7 @@ class UpdateWatch:
             return
         part = reach.fall / (2.0 * loss)
         moved = reach.update_ratio
-        if not ((part > FAR and moved > MOVES) or (part > PART and moved > OTHERS)):
+        if not ((part > FAR and moved > MOVES) or (part > PART and min(moved, reach.second) > OTHERS)):
             return
         cause = self._causes.of_overshoot(step + 1, part, moved)
         self._tell(_finding(step, loss, part, cause), cause)

@@ -57,12 +57,18 @@ def read_findings(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
         path: the directory of a monitor, or its ``records.jsonl``.
 
     Raises:
-        ReportError: they cannot be read.
+        ReportError: they cannot be read, or there are no records that they would belong to.
     """
-    path = Path(path)
-    path = findings_beside(path / _RECORDS if path.is_dir() else path)
+    given = Path(path)
+    records = given / _RECORDS if given.is_dir() else given
+    path = findings_beside(records)
     if not path.is_file():
-        return []
+        if records.is_file():
+            return []
+        raise ReportError(
+            f"{given}: no records of a monitor; give the directory of a run (directory= of the monitor) or the file "
+            "of its records"
+        )
     try:
         whole, _, _ = path.read_text(encoding="utf-8").rpartition("\n")
         return [json.loads(line) for line in whole.split("\n") if line]

@@ -32,7 +32,7 @@ class BlockRecord:
             what the gradient gains on its way back through the block. NaN for the first block.
         parameter_norm: Euclidean norm of its parameters, measured at most 10 training steps before.
         parameter_gradient_norm: Euclidean norm of their gradients, unscaled, before clipping.
-        update_ratio: norm of the last update of its parameters over their norm, from up to 1024 entries of each
+        update_ratio: norm of the last update of its parameters over their norm, from up to 256 entries of each
             tensor; NaN between two measurements, which are at least 10 training steps apart.
         calls: how often it was called in the step (micro-batches and weight sharing; the mean over processes).
         non_finite: which of ``output``, ``gradient`` and ``parameter_gradient`` have no finite norm.

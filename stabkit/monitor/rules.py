@@ -27,11 +27,10 @@ class AlertRules:
             from which a quantity has drifted, in nats.
         overflows: number of successive records with non-finite gradients after which they are reported when a loss
             scaler is used; a scaler causes single ones on purpose.
-        edge: ratio of the sharpness to the optimizer's threshold up to which a run is at the edge of stability, where
-            training hovers by itself.
-        rate: ratio from which the rate is reported at once.
-        grown: factor by which the loss of the closure has grown from its least over the last ``warmup`` looks, to
-            half of its first value or more, with which a ratio beyond ``edge`` is reported as well if it grows on.
+        edge: ratio of the sharpness to the optimizer's threshold beyond which updates are tried on copies. At the edge
+            of stability training hovers about 1 by itself, and no ratio alone is a finding.
+        lost: the loss of the closure, over its first value, that a rate is reported with if trial updates leave it
+            there.
     """
 
     warmup: int = 8
@@ -42,10 +41,5 @@ class AlertRules:
     certain: float = math.log(100.0)
     drift: float = math.log(100.0)
     overflows: int = 3
-    # Of 16 runs that blow up by their rate (MLP, convolutions, transformer, LSTM; SGD, momentum, Adam; too high at
-    # once, a jump, a climb), two draws each, all were told before the loss was ten times its start; of 27 healthy ones,
-    # three draws each, none. Healthy runs at the edge reached 2.5 with a closure of 64 or 128 samples, whose sharpness
-    # is above that of all data, and once a spike of the loss that came down again was three times its least.
-    edge: float = 1.2
-    rate: float = 3.0
-    grown: float = 3.0
+    edge: float = 1.0
+    lost: float = 1.5

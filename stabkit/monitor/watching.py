@@ -9,8 +9,14 @@ from typing import Any
 import torch
 from torch import nn
 
+from stabkit.errors import ArgumentError
+
 Before = Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]
 After = Callable[[nn.Module, Any, Any], None]
+
+
+class NotScriptableError(ArgumentError, AttributeError):
+    """A hook cannot be compiled by ``torch.jit.script``."""
 
 
 class Hook:
@@ -25,6 +31,18 @@ class Hook:
 
     def __init__(self, function: Callable[..., None]) -> None:
         self._function = function
+
+    @property
+    def __name__(self) -> str:
+        """What ``torch.jit.script`` asks for of every hook that it is about to compile, and nothing else does.
+
+        Raises:
+            NotScriptableError: it cannot be compiled.
+        """
+        raise NotScriptableError(
+            "torch.jit.script compiles the hooks of a model too, and a monitor has some on this one; take them off "
+            "meanwhile: monitor.detach(), torch.jit.script(model), monitor.attach()"
+        )
 
     def __call__(self, *args: Any) -> None:
         """Call the function, except while the model is compiled or traced (``SummaryWriter.add_graph`` does that)."""
@@ -41,8 +59,10 @@ def watch(module: nn.Module, after: After | None, before: Before | None = None) 
     """Call ``before`` and ``after``, or one of them, around every eager call of a module; returns what undoes that.
 
     A module that was compiled in place (``module.compile()``) compiles its hooks as well and would never run ours, so
-    its compiled call is wrapped instead.
+    its compiled call is wrapped instead. One that was scripted takes no hooks, and is not watched.
     """
+    if isinstance(module, torch.jit.ScriptModule):
+        return lambda: None
     later, earlier = (None if one is None else Hook(one) for one in (after, before))
     if getattr(module, "_compiled_call_impl", None) is not None:
         return _wrap_compiled(module, later, earlier)

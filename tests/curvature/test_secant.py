@@ -9,6 +9,8 @@ import torch
 from torch import nn
 
 from stabkit.curvature import NotYetError, SecantCurvature
+from stabkit.curvature.stability import Stability
+from stabkit.curvature.updates import adam, read_update
 from stabkit.errors import ArgumentError
 
 SGD = torch.optim.SGD
@@ -65,3 +67,19 @@ def test_what_has_no_threshold_says_so():
     secant.hold(secant.point())
     with pytest.raises(NotYetError):
         secant.between(secant.point())
+
+
+@pytest.mark.parametrize("options", [{"weight_decay": 2.0}, {"weight_decay": 2.0, "betas": (0.5, 0.999)}])
+def test_the_largest_rate_under_decoupled_decay_is_found_without_a_search(options):
+    """The interval is found by exact arithmetic, at two rates and not anew with every correction of early updates."""
+    before = adam.cache_info().misses
+    assert len(run(partial(torch.optim.AdamW, lr=0.1, **options), 12)) == 11
+    assert adam.cache_info().misses - before <= 2
+    model = nn.Linear(2, 1)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, **options)
+    model(torch.ones(1, 2)).sum().backward()
+    optimizer.step()
+    update = read_update(optimizer, model)
+    for curvature in (0.1, 3.0, 1000.0):
+        rate = Stability.of(update, curvature).largest_stable_lr
+        assert float(update.build(rate).real_interval()) == pytest.approx(rate * curvature, rel=1e-9)

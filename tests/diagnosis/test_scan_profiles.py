@@ -9,7 +9,9 @@ from torch import Tensor, nn
 import stabkit
 from stabkit.diagnosis import Thresholds, examine
 from stabkit.diagnosis.finding import Finding
-from stabkit.diagnosis.over_time.findings import time_findings
+from stabkit.diagnosis.over_time.findings import loops_over_time, time_findings, time_profiles
+from stabkit.diagnosis.over_time.profile import along_states, is_whole_state
+from stabkit.tracing.graph.values import Meta, random_of
 from tests.identification import scan_models as models
 
 
@@ -136,3 +138,77 @@ def test_a_model_with_scans_is_treated():
     done = stabkit.diagnosis.treat(models.network(models.min_gru, depth=1, last=True), drawn(60))
     assert done.silent
     assert [found.module_path for found in done.applied] == ["mixers.0"]
+
+
+class _TwiceCalled(nn.Module):
+    """A cell that is called twice with every input (pondering of a fixed length)."""
+
+    def __init__(self):
+        super().__init__()
+        self.cell = nn.RNNCell(4, 8)
+        self.out = nn.Linear(8, 2)
+
+    def forward(self, x):
+        h, outputs = x.new_zeros(len(x), 8), []
+        for t in range(x.shape[1]):
+            for _ in range(2):
+                h = self.cell(x[:, t], h)
+            outputs.append(self.out(h))
+        return torch.stack(outputs, 1)
+
+
+class _Gated(nn.Module):
+    """A GRU written out of layers, each of which is called once a time step, and none of which puts out the state."""
+
+    def __init__(self):
+        super().__init__()
+        self.z, self.g = nn.Linear(12, 8), nn.Linear(12, 8)
+        self.out = nn.Linear(8, 2)
+
+    def forward(self, x):
+        h, outputs = x.new_zeros(len(x), 8), []
+        for t in range(x.shape[1]):
+            both = torch.cat([x[:, t], h], 1)
+            z = torch.sigmoid(self.z(both))
+            h = (1 - z) * h + z * torch.tanh(self.g(both))
+            outputs.append(self.out(h))
+        return torch.stack(outputs, 1)
+
+
+def test_calls_are_no_time_steps_where_a_cell_is_called_twice_with_each_input():
+    torch.manual_seed(0)
+    model, x = _TwiceCalled().double(), torch.randn(3, 9, 4, dtype=torch.float64)
+    (profile,) = time_profiles(stabkit.trace(model, x).forward_pass)
+    assert profile.unit == "calls"
+    assert len(profile.log_gradient) == 18
+
+
+def test_what_a_gate_gives_out_is_no_state():
+    torch.manual_seed(0)
+    model, x = _Gated().double(), torch.randn(3, 12, 4, dtype=torch.float64)
+    flow = stabkit.trace(model, x)
+    assert not time_profiles(flow.forward_pass, None, loops_over_time(flow))
+    summary = examine(flow, probes=1).verdict.summary
+    assert "(Linear)" not in summary
+    assert "along the states alone, inputs held fixed" in summary
+
+
+def test_along_the_states_inputs_are_held_fixed():
+    torch.manual_seed(0)
+    cell = nn.LSTMCell(4, 6).double()
+    x, h, c = torch.randn(10, 3, 4).double(), *torch.zeros(2, 3, 6).double()
+    states = []
+    for row in x:
+        h, c = cell(row, (h, c))
+        states.append([h, c])
+
+    def last(h0, c0):
+        for row in x[1:]:
+            h0, c0 = cell(row, (h0, c0))
+        return torch.cat([h0.flatten(), c0.flatten()])
+
+    J = torch.cat(torch.autograd.functional.jacobian(last, tuple(t.detach() for t in states[0])), 2).reshape(36, 36)
+    w = torch.cat([t.flatten() for t in random_of([Meta((3, 6), torch.float64, torch.device("cpu"))] * 2, seed=0)])
+    assert along_states(states) == pytest.approx(float(((J.T @ w).norm() / w.norm()).log()), abs=1e-9)
+    assert is_whole_state(states)
+    assert not is_whole_state([[h] for h, _ in states])  # the cell gets around it

@@ -329,10 +329,40 @@ def test_slices_that_another_recurrence_carries_are_no_inputs_of_this_one():
                 out.append(total)
             return torch.tanh(torch.stack(out, 1))
 
-    for record in blocks(models.network(Weighted)):
-        names = [found.name for found in record.over_time]
-        assert sorted(name.partition(" (exact")[0] for name in names) == ["exponential step", "maximum over time"]
-        assert not any("successive times" in note for found in record.over_time for note in found.notes)
+    model = models.network(Weighted)
+    decays = [torch.exp(-torch.exp(m.decay)).detach() for m in model.modules() if isinstance(m, Weighted)]
+    records = blocks(model)
+    assert len(records) == len(decays)
+    for record, a in zip(records, decays, strict=True):
+        found = sorted(record.over_time, key=lambda r: r.name)
+        assert [r.name.partition(" (")[0] for r in found] == ["linear recurrence", "maximum over time"]
+        assert found[0].low == pytest.approx(float(a.min()), rel=1e-3)
+        assert found[0].high == pytest.approx(float(a.max()), rel=1e-3)
+        assert all(r.growth is None for r in found)  # of what is stored, which changes with its units
+        assert not any("successive times" in note for r in found for note in r.notes)
+
+
+def test_numbers_that_a_running_maximum_and_the_input_make_are_not_told():
+    """The memory of an mLSTM: its forget gate is made of the input, and stored in units of the maximum."""
+
+    class Memory(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.k, self.v, self.f, self.i = (nn.Linear(models.WIDTH, models.WIDTH) for _ in range(4))
+
+        def forward(self, x: Tensor) -> Tensor:
+            k, v, i, f = self.k(x), self.v(x), self.i(x), nn.functional.logsigmoid(self.f(x))
+            c, m, out = torch.zeros_like(k[:, 0]), torch.zeros_like(k[:, 0]), []
+            for t in range(x.shape[1]):
+                new = torch.maximum(f[:, t] + m, i[:, t])
+                c = torch.exp(f[:, t] + m - new) * c + torch.exp(i[:, t] - new) * k[:, t] * v[:, t]
+                m = new
+                out.append(c)
+            return torch.stack(out, 1)
+
+    for record in blocks(models.network(Memory)):
+        found = next(r for r in record.over_time if not r.name.startswith("maximum"))
+        assert (found.name, found.low, found.growth) == ("linear recurrence (rescaled)", None, None)
 
 
 TORCH_LAYERS = [

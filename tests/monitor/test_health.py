@@ -124,3 +124,23 @@ def test_a_healthy_run_says_nothing_on_stderr(capfd):
     run(lambda x, y: (x, y))
     out, err = capfd.readouterr()
     assert (out, err) == ("", "")
+
+
+def test_running_statistics_that_a_step_has_spoilt_are_told_although_it_is_left_out():
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.BatchNorm1d(8), torch.nn.Linear(8, 2))
+    model.register_buffer("mask", torch.tensor([0.0, -math.inf]))  # holds an infinity by design
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    with Monitor(model, optimizer=optimizer) as monitor:
+        for step in range(30):
+            x = torch.randn(16, 8) * (math.nan if step in (20, 21) else 1.0)
+            optimizer.zero_grad()
+            loss = model(x).square().mean()
+            loss.backward()
+            if monitor.step(loss).healthy:
+                optimizer.step()
+    told = [finding for finding in monitor.findings if "buffer" in finding.evidence]
+    assert [(finding.module_path, finding.numbers["training_step"]) for finding in told] == [("1", 20)]
+    assert "1.running_mean and 1 more is not finite any more" in told[0].evidence
+    assert "reset_running_stats()" in told[0].remedy
+    assert all(torch.isfinite(p).all() for p in model.parameters())

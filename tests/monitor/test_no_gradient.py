@@ -91,3 +91,15 @@ def test_a_block_that_was_dead_from_the_start_is_said_in_the_second_record():
     model[2].bias.data.fill_(-50.0)
     (found,) = [f for f in heard(model, 16) if f.kind == "dead"]
     assert (found.module_path, found.numbers["training_step"]) == ("2", 1.0)
+
+
+def test_a_head_that_is_replaced_is_not_said_to_get_no_gradient():
+    model = nn.Sequential()
+    model.body, model.head = layers(), nn.Linear(4, 4)
+
+    def replace(step: int) -> None:
+        if step == 3:
+            model.zero_grad()
+            model.head = nn.Linear(4, 3)
+
+    assert heard(model, 16, 8, replace) == []

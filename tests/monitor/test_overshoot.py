@@ -121,3 +121,64 @@ def test_no_hook_stays_behind():
     *_, sgd = bowl(1.0)
     assert not sgd._optimizer_step_post_hooks
     assert not sgd._optimizer_step_pre_hooks
+
+
+def full_batch(step, loss_told, rate, model, x, y, steps=8):
+    """The findings of some updates by full batches."""
+    optimizer = SGD(model.parameters(), lr=rate)
+    with Monitor(model, 10, optimizer=optimizer) as monitor:
+        for _ in range(steps):
+            optimizer.zero_grad()
+            each = (model(x) - y).square()
+            step(each).backward()
+            monitor.step(loss_told(each))
+            optimizer.step()
+    return monitor.findings
+
+
+@pytest.mark.parametrize("outputs", [1, 3])
+def test_a_regression_may_move_far_at_part_of_newtons_rate(outputs):
+    """Weights that begin at zero have no size to measure a move by, and the loss is a quadratic: at .6 it falls."""
+    torch.manual_seed(0)
+    x = torch.linalg.qr(torch.randn(256, 8))[0] * 16.0  # curves alike in all directions: Newton's rate is exact
+    model = nn.Linear(8, outputs, bias=False)
+    nn.init.zeros_(model.weight)
+    y = x @ (10.0 * torch.randn(8, outputs))
+    newton = 1.0 / (2.0 / outputs)
+    mean = torch.Tensor.mean
+    assert full_batch(mean, mean, 0.6 * newton, model, x, y) == []
+    nn.init.zeros_(model.weight)
+    assert len(full_batch(mean, mean, 3.2 * newton, model, x, y, 1)) == 1  # where it rises it is told as before
+
+
+UNITS = {
+    "the sum, the mean told": (torch.Tensor.sum, torch.Tensor.mean),
+    "the sum, a part of it told": (torch.Tensor.sum, lambda each: each.sum() / each.numel()),
+    "many times what is told": (lambda each: 500.0 * each.mean(), torch.Tensor.mean),
+}
+
+
+@pytest.mark.parametrize("name", UNITS)
+def test_a_loss_of_another_unit_than_the_one_that_was_differentiated_is_not_judged(name):
+    differentiated, told = UNITS[name]
+    torch.manual_seed(0)
+    x, y = torch.randn(64, 8), torch.randn(64, 8)
+    model = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 8))
+    slow = 0.5 * (64 * 8 / 500.0 if "many" in name else 1.0) / (64 * 8) * 8
+    assert full_batch(differentiated, told, slow, model, x, y) == []
+
+
+@pytest.mark.parametrize("factor", [1.0, 100.0])
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_a_loss_of_one_unit_is_judged_whatever_the_unit(reduction, factor):
+    torch.manual_seed(0)
+    x, y = torch.randn(64, 8), torch.randn(64, 8)
+    model = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 8))
+    rate = 60.0 * 8 / factor / (1.0 if reduction == "mean" else 64 * 8)
+    optimizer = SGD(model.parameters(), lr=rate)
+    with Monitor(model, 10, optimizer=optimizer) as monitor:
+        loss = factor * nn.functional.mse_loss(model(x), y, reduction=reduction)
+        loss.backward()
+        monitor.step(loss)
+        optimizer.step()
+    assert [f.kind for f in monitor.findings] == ["unstable_update"]

@@ -15,6 +15,7 @@ from stabkit.errors import ArgumentError
 from stabkit.monitor import Monitor, read_records
 from tests.monitor.divergences import CharacterGPT, CharacterLSTM, Digits, characters, digits
 from tests.monitor.networks import mlp, weights
+from tests.monitor.runs import all_digits
 from tests.monitor.test_alerts import two_classes
 
 SGD, ADAM = torch.optim.SGD, torch.optim.Adam
@@ -93,7 +94,7 @@ def test_it_is_said_before_the_loss_blows_up(name):
     said = next(f for f in monitor.findings if f.kind == "unstable_update")
     numbers = said.numbers
     assert numbers["training_step"] < end
-    assert numbers["learning_rate"] > numbers["largest_stable_lr"]
+    assert numbers["learning_rate"] > numbers["lower_to"] > 0
     assert f"{numbers['learning_rate']:.4g}" in said.evidence
     assert f"{numbers['largest_stable_lr']:.3g}" in said.evidence
 
@@ -104,6 +105,77 @@ def test_healthy_runs_are_left_in_peace(name):
     assert end is None
     assert monitor.findings == []
     assert sum(record.look is not None for record in monitor.records) >= 5
+
+
+def full_batches(kind, rate, steps, **options):
+    torch.manual_seed(0)
+    model = Flat(nn.ReLU)
+    x, y = all_digits()()
+    optimizer = kind(model.parameters(), lr=rate(0))
+    closure = lambda: nn.functional.cross_entropy(model(x), y)  # noqa: E731
+    losses = []
+    with Monitor(model, 1, optimizer=optimizer, closure=closure, **options) as monitor:
+        for step in range(steps):
+            optimizer.param_groups[0]["lr"] = rate(step)
+            optimizer.zero_grad()
+            loss = closure()
+            losses.append(loss.item())
+            if losses[-1] > 10 * losses[0]:
+                break
+            loss.backward()
+            monitor.step(loss)
+            optimizer.step()
+    return monitor, losses
+
+
+def test_full_batches_whose_ratio_is_beyond_three_at_the_edge_hear_nothing():
+    monitor, losses = full_batches(SGD, constant(0.527), 60, sharpness_every=2)
+    assert max(record.look.ratio for record in monitor.records if record.look is not None) > 3.0
+    assert losses[-1] < 0.1 * losses[0]
+    assert monitor.findings == []
+
+
+def test_a_rate_that_jumps_below_the_edge_of_now_is_tried():
+    """The curvature of where the weights are bears it, and that of where it takes them does not."""
+    monitor, losses = full_batches(MOMENTUM, jump(0.07, 1.45), 40)
+    assert 20 <= monitor.findings[0].numbers["training_step"] < len(losses) - 1
+    look = monitor.records[20].look
+    assert look is not None
+    assert look.ratio < 1.0 < max(look.found.trial) / look.found.loss
+    assert losses[-1] > 10 * losses[0]
+
+
+class Bowl(nn.Module):
+    """Half the sum of curvature theta^2."""
+
+    def __init__(self):
+        super().__init__()
+        self.theta = nn.Parameter(torch.ones(20))
+        self.register_buffer("curvature", torch.linspace(0.1, 4.0, 20))
+
+    def forward(self):
+        return (self.curvature * self.theta.square()).sum() / 2
+
+
+@pytest.mark.parametrize("times", [0.97, 1.03])
+def test_on_a_bowl_it_is_told_while_the_loss_still_falls(times):
+    bowl = Bowl()
+    sgd = SGD(bowl.parameters(), lr=times * 0.5)
+    with Monitor(bowl, 1, optimizer=sgd, closure=bowl, blocks=[""]) as monitor:
+        for _ in range(24):
+            sgd.zero_grad()
+            loss = bowl()
+            loss.backward()
+            monitor.step(loss)
+            sgd.step()
+    if times < 1:
+        assert monitor.findings == []
+        return
+    (found,) = monitor.findings
+    at = int(found.numbers["training_step"])
+    assert monitor.records[at].loss < monitor.records[0].loss
+    assert found.numbers["lower_to"] < 0.5
+    assert "with which the same trial does not raise the loss" in found.remedy
 
 
 @pytest.mark.parametrize("kind", [torch.optim.RMSprop, torch.optim.Adagrad, torch.optim.NAdam])
@@ -277,3 +349,49 @@ def test_a_scale_that_is_taken_out_of_gradients_is_no_clipping(passed):
             assert monitor.records[-1].look.shortened == 1.0
             scaler.step(optimizer)
             scaler.update()
+
+
+def test_a_warm_up_from_zero_leaves_the_sharpness_on():
+    torch.manual_seed(0)
+    model, draw = Flat(), digits()
+    x, y = draw()
+    optimizer = SGD(model.parameters(), lr=0.0, momentum=0.9)
+    closure = lambda: nn.functional.cross_entropy(model(x), y)  # noqa: E731
+    with Monitor(model, 1, optimizer=optimizer, closure=closure) as monitor:
+        for step in range(8):
+            optimizer.param_groups[0]["lr"] = 0.01 * max(0, step - 2)
+            inputs, targets = draw()
+            optimizer.zero_grad()
+            loss = nn.functional.cross_entropy(model(inputs), targets)
+            loss.backward()
+            monitor.step(loss)
+            optimizer.step()
+    looks = [record.look and record.look.step for record in monitor.records]
+    assert looks[:4] == [None, None, None, 3]
+    assert all(record.along is None for record in list(monitor.records)[:4])
+    assert monitor.records[-1].along is not None  # and so do measurements without a closure
+
+
+def test_layers_that_are_thawed_leave_the_sharpness_on():
+    torch.manual_seed(0)
+    model, draw = Flat(), digits()
+    x, y = draw()
+    model[1].requires_grad_(False)
+    optimizer = ADAM([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+    closure = lambda: nn.functional.cross_entropy(model(x), y)  # noqa: E731
+    with Monitor(model, 1, optimizer=optimizer, closure=closure, sharpness_every=4) as monitor:
+        for step in range(10):
+            if step == 3:
+                model[1].requires_grad_(True)
+                optimizer.add_param_group({"params": list(model[1].parameters())})
+            if step == 7:
+                model[4].requires_grad_(False)
+            inputs, targets = draw()
+            optimizer.zero_grad()
+            loss = nn.functional.cross_entropy(model(inputs), targets)
+            loss.backward()
+            monitor.step(loss)
+            optimizer.step()
+    assert monitor.findings == []
+    assert [r.look.step for r in monitor.records if r.look is not None][-1] == 8
+    assert [r.along.step for r in monitor.records if r.along is not None] == [1, 2, 4, 5, 6, 8]

@@ -53,7 +53,10 @@ def test_findings_are_read_back_with_their_training_step(tmp_path):
     found = read_findings(tmp_path / "run")
     assert [(f["kind"], f["training_step"]) for f in found] == [("non_finite", 9)]
     assert found[0]["evidence"] == monitor.findings[0].evidence
-    assert read_findings(tmp_path) == []
+    with pytest.raises(ReportError, match="no records of a monitor"):
+        read_findings(tmp_path)
+    with pytest.raises(ReportError, match="nowhere"):
+        read_findings(tmp_path / "nowhere")
 
 
 def test_the_page_shows_findings_pictures_and_the_newest_record(tmp_path):

@@ -22,7 +22,16 @@ from torch.utils._pytree import tree_leaves
 
 from stabkit.diagnosis.blocks.weights import step_of
 from stabkit.diagnosis.finding import Action, Finding, as_fact, serious
-from stabkit.diagnosis.over_time.profile import FEWEST, TimeProfile, logs_at, logs_of, of_loop
+from stabkit.diagnosis.over_time.profile import (
+    FEWEST,
+    TimeProfile,
+    along_states,
+    is_whole_state,
+    logs_at,
+    logs_of,
+    of_loop,
+    unit_of,
+)
 from stabkit.diagnosis.over_time.scans import WrittenOut
 from stabkit.diagnosis.remedies import computed as remedies
 from stabkit.diagnosis.remedies.applying import carried_out
@@ -199,12 +208,18 @@ def time_profiles(call: ForwardPass, loss: Any = None, loops: Sequence[str] = ()
         if len(states) < FEWEST:
             continue
         profile = TimeProfile(path, module, logs_at(done.loss, states), path in loops, states[0][0].shape[-1])
+        profile.unit, whole = unit_of(kept.entered[path]), states
         if path in loops:
             recurs, carried = of_loop(states, kept.entered[path])
             if not recurs:
                 continue
             around = replace(profile, log_gradient=logs_at(done.loss, carried)) if len(carried) >= FEWEST else profile
             profile = around if abs(around.growth) < _HALF * abs(profile.growth) else profile
+            whole = states if not carried or is_whole_state(states) else carried
+        if is_whole_state(whole):
+            profile.own = along_states(whole)
+        elif path in loops:
+            continue
         found.append(profile)
     return found
 
@@ -255,8 +270,8 @@ def _finding(
     if growth == -math.inf:
         how = "nothing at all of the gradient gets from the last to the first"
     evidence = (
-        f"over {count} time steps of {profile.path or 'the model'} ({name}) {how}; the inputs of other times are held "
-        "fixed"
+        f"over {count} {profile.unit} of {profile.path or 'the model'} ({name}) {how}; the inputs of other times are "
+        "held fixed"
     )
     evidence += f"; its method over time: {profile.method}" if profile.method else ""
     remedy, tried = _tried(flow, profile, growth, loss, thresholds, written)
@@ -278,7 +293,7 @@ def _finding(
 def _own(profile: TimeProfile) -> dict[str, float]:
     """What the time steps of a recurrence alone do to a gradient, nats a step."""
     finite = math.isfinite(profile.own)
-    return {"growth_per_time_step": profile.own / len(profile.log_gradient)} if finite else {}
+    return {"growth_per_time_step": profile.own / (len(profile.log_gradient) - 1)} if finite else {}
 
 
 def _severity(profile: TimeProfile, growth: float, thresholds: Thresholds) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,7 +12,10 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
+from stabkit.tracing.graph.values import Meta, random_of
+
 Array = npt.NDArray[np.float64]
+_PAST = 1e-4  # of a gradient that may get past what is held for all of a state, for roundings
 _AROUND = 0.5  # of the squares of a gradient: more of it passes around a module than through it
 FEWEST = 8  #: time steps from which one speaks of time
 
@@ -31,6 +35,7 @@ class TimeProfile:
         step: the step of depth that it runs in; -1 where that is told by its module.
         method: the method of its steps, where it was read.
         own: what a random cotangent gains on its way back over all its states alone, nats; NaN where not measured.
+        unit: what is counted, ``"time steps"``; ``"calls"`` where several calls in a row are given the same input.
     """
 
     path: str
@@ -43,6 +48,7 @@ class TimeProfile:
     step: int = -1
     method: str = ""
     own: float = math.nan
+    unit: str = "time steps"
 
     @property
     def growth(self) -> float:
@@ -77,6 +83,51 @@ def logs_at(loss: Tensor, states: Sequence[list[Tensor]]) -> Array:
     gradients = torch.autograd.grad(loss, flat, retain_graph=True, allow_unused=True)
     squares = iter([0.0 if g is None else float(g.detach().double().square().sum()) for g in gradients])
     return logs_of(torch.tensor([math.sqrt(sum(next(squares) for _ in state)) for state in states]))
+
+
+def is_whole_state(states: Sequence[list[Tensor]]) -> bool:
+    """Whether what some calls gave out is all that is carried on: nothing comes back past the states in between.
+
+    What a gate of a cell gives out, or a layer in it, is no state: most of the gradient gets around it.
+    """
+    if len(states) < 3:
+        return False
+    before, between, last = states[-3:]
+    total = torch.stack([tensor.sum() for tensor in last]).sum()
+    whole = torch.autograd.grad(total, before, retain_graph=True, allow_unused=True)
+    handles = [tensor.register_hook(torch.zeros_like) for tensor in between]
+    try:
+        around = torch.autograd.grad(total, before, retain_graph=True, allow_unused=True)
+    finally:
+        for handle in handles:
+            handle.remove()
+    arrived, past = (sum(float(g.norm()) ** 2 for g in found if g is not None) for found in (whole, around))
+    return arrived > 0 and past <= _PAST**2 * arrived
+
+
+def along_states(states: Sequence[list[Tensor]]) -> float:
+    """What a random cotangent of the last of some states gains on its way to the first, nats; inputs are held fixed."""
+    given = random_of([Meta(tuple(t.shape), t.dtype, t.device) for t in states[-1]], seed=0)
+    found = 0.0
+    for one in states[0]:  # each by itself: what one is made into another of the same time counts there
+        handles = [other.register_hook(torch.zeros_like) for other in states[0] if other is not one]
+        try:
+            (gradient,) = torch.autograd.grad(states[-1], [one], given, retain_graph=True, allow_unused=True)
+        finally:
+            for handle in handles:
+                handle.remove()
+        found += 0.0 if gradient is None else float(gradient.double().norm()) ** 2
+    size = sum(float(t.double().norm()) ** 2 for t in given)
+    return 0.5 * math.log(found / size) if found > 0 else -math.inf
+
+
+def unit_of(entered: Sequence[list[Tensor]]) -> str:
+    """What the calls of a module count: times, but where some of them are given what the call before was given."""
+    for column in zip(*entered, strict=False):
+        again = [a.shape == b.shape and bool((a == b).all()) for a, b in itertools.pairwise(column)]
+        if any(again) and not all(again):
+            return "calls"
+    return "time steps"
 
 
 def of_loop(states: list[list[Tensor]], entered: list[list[Tensor]]) -> tuple[bool, list[list[Tensor]]]:

@@ -11,8 +11,11 @@ import math
 from collections import Counter
 from dataclasses import replace
 
+from torch import nn
+
 from stabkit.diagnosis.measurement import Measurement
 from stabkit.diagnosis.over_time.findings import loops_over_time, time_profiles
+from stabkit.diagnosis.over_time.profile import TimeProfile
 from stabkit.diagnosis.over_time.scans import WrittenOut
 from stabkit.diagnosis.thresholds import Thresholds
 from stabkit.diagnosis.verdict import Verdict, factor, not_judged
@@ -30,19 +33,32 @@ def judged_over_time(flow: Flow, verdict: Verdict, loss: object, thresholds: Thr
     if verdict.name != "not judged":
         return verdict
     profiles = time_profiles(flow.forward_pass, loss, loops_over_time(flow))
-    profiles += WrittenOut(flow, {profile.path for profile in profiles}).profiles(loss)
+    written = WrittenOut(flow, {profile.path for profile in profiles})
+    profiles += written.profiles(loss)
     known = [profile for profile in profiles if math.isfinite(profile.growth)]
     if not known:
         return verdict
     worst = max(known, key=lambda profile: abs(profile.growth))
     name = "stable" if abs(worst.growth) <= thresholds.stable else "drift"
     gates = "; gates open while a network trains" if abs(worst.growth) > thresholds.explosion else ""
+    count, where = len(worst.log_gradient), f"{worst.path or 'the model'} ({type(worst.module).__name__})"
+    of = "input" if isinstance(worst.module, nn.RNNBase) else "state"
     summary = (
-        f"{name.capitalize()} over time: over {len(worst.log_gradient)} time steps of {worst.path or 'the model'} "
-        f"({type(worst.module).__name__}) the gradient changes by a factor of {factor(worst.growth)} on its way from "
-        f"the last to the first{gates}; depth alone is too little to judge."
+        f"{name.capitalize()} over time: over {count} {worst.unit} of {where} the gradient of the loss at the first "
+        f"{of} is {factor(worst.growth)} times that at the last, what each gives to the outputs counted{gates}"
+        f"{_along(written.with_method(worst) if worst.place >= 0 else worst)}; depth alone is too little to judge."
     )
     return replace(verdict, name=name, summary=summary)
+
+
+def _along(profile: TimeProfile) -> str:
+    """What the states of a recurrence alone do to a gradient, in words; empty where it was not measured."""
+    if math.isnan(profile.own):
+        return ""
+    if profile.own == -math.inf:
+        return "; along the states alone, inputs held fixed, nothing comes back from the last to the first"
+    rate = profile.own / (len(profile.log_gradient) - 1)
+    return f"; along the states alone, inputs held fixed, it changes by {rate:+.3g} nats a {profile.unit[:-1]}"
 
 
 def of_rounds(flow: FlowLike, verdict: Verdict, measurement: Measurement) -> Verdict:

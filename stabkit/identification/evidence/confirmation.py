@@ -160,3 +160,18 @@ def defect(form: NormalForm, found: Blocks) -> Check | None:
 
 def _vectors(count: int) -> str:
     return "1 random vector" if count == 1 else f"{count} random vectors"
+
+
+def checks_of(sums: Sequence[NormalForm], table: Blocks) -> tuple[Check, ...]:
+    """What is measured beside the reading of one state: how fields commute, how far off a method is."""
+    found: list[Check] = []
+    if len(sums) > 1 and table.n_fields > 1:
+        found.append(commutator(sums))
+    if len(sums) == 1 and table.shared and table.n_fields == 1 and sums[0].stages:
+        measured = defect(sums[0], table)
+        if measured is not None:
+            found.append(measured)
+        b = table.B[0] / (table.B[0].sum() or 1.0)
+        c = (table.A / (table.B[0].sum() or 1.0)).sum(axis=1)
+        found.append(Check("b.c - 1/2", float(b @ c - 0.5), "condition of order 2; b sums to 1 by the choice of h"))
+    return tuple(found)

@@ -19,6 +19,7 @@ from stabkit.results import Result
 from stabkit.tracing.graph.values import Value, meta_of, operation, outputs_of, standard_normal
 from stabkit.vocabulary import moves
 
+_FEWEST_OF_A_ROW = 2  # entries: a gate that is one at all of them by chance is that at one
 _ROUNDINGS = 8.0
 _RESHAPED, _PERMUTED = moves("reshape"), moves("permute")
 
@@ -38,6 +39,7 @@ class Coefficient(Result):
         high: largest entry.
         residual: relative deviation from ``kind`` and ``value`` on random cotangents; 0 where the code leaves no room.
         sample: the first entry of a diagonal; the factor of the samples that are kept; None for other kinds.
+        held: share of the rows that a mask keeps as they are; all numbers are those of the others.
     """
 
     kind: str
@@ -46,6 +48,7 @@ class Coefficient(Result):
     high: float
     residual: float
     sample: float | None = None
+    held: float = 0.0
 
 
 class LinearCombination:
@@ -104,11 +107,49 @@ class LinearCombination:
             factors = factors * (meta_of(atom).numel / meta.numel)
             if is_stage and self._spreads_by_weights(atom, factors):
                 return Coefficient("scalar", 1.0, float(factors.min()), float(factors.max()), 0.0)
+        rows = self._held_rows
+        if rows is not None and factors.shape[:-1] == rows.shape:
+            if not is_stage:
+                return self._past_mask(atom, rows)
+            factors = factors[~rows]
         kind, number = _kind(factors, meta.numel, self._rounding, gated=atom in self._gated, masked=self._is_masked)
         low, high = float(factors.min()), float(factors.max())
         sample = float(factors.reshape(-1)[0]) if kind == "diagonal" else None
         found = Coefficient(kind, number, low, high, 0.0, sample)
         return found if is_stage else self._certified(atom, found)
+
+    def _past_mask(self, atom: Value, rows: Tensor) -> Coefficient:
+        """The coefficient of a state in the rows that a mask lets pass."""
+        passed = self.factors[atom][~rows]
+        kind, number = ("gate", float(passed.mean())) if bool(passed.any()) else ("scalar", 0.0)
+        held = float(rows.double().mean())
+        return Coefficient(kind, number, float(passed.min()), float(passed.max()), 0.0, held=held)
+
+    @cached_property
+    def _held_rows(self) -> Tensor | None:
+        """The rows of a state that a mask keeps as they are; None where it has none, or all.
+
+        Those are rows along the last axis that are multiplied by one at every entry, and to which nothing is added.
+        """
+        shape = meta_of(self.value).shape
+        for atom in self.piece.sources if len(shape) > 1 and shape[-1] >= _FEWEST_OF_A_ROW else ():
+            factors = self.factors.get(atom)
+            if factors is None or factors.shape != shape or not any(factors.stride()):
+                continue
+            rows = (factors == 1).all(dim=-1)
+            if not bool(rows.any()) or bool(rows.all()) or not self._is_all_of(rows, atom):
+                continue
+            moved = [float((arrived[atom].cpu() - factors.cpu() * w).norm() / w.norm()) for w, arrived in self._drawn]
+            if max(moved) <= self._rounding:  # every entry stays in its place
+                return rows
+        return None
+
+    def _is_all_of(self, rows: Tensor, atom: Value) -> bool:
+        """Whether nothing but an atom arrives in some rows: others are not passed on there, or are zero."""
+        others = {a: t for a, t in self.factors.items() if a != atom and a in self.atoms}
+        return bool(others) and all(
+            t.shape[:-1] == rows.shape and (not bool(t[rows].any()) or _is_zero_in(a, rows)) for a, t in others.items()
+        )
 
     def _of_one(self, atom: Value, factor: float) -> Coefficient | None:
         """The coefficient where one number, which is neither zero nor infinite, multiplies all entries."""
@@ -304,6 +345,17 @@ def _constants_of(nodes: Sequence[Any]) -> list[Tensor]:
     names = ("_saved_other", "_saved_self", "_saved_result1", "_saved_mask")
     saved = [getattr(node, name, None) for node in nodes for name in names]
     return [t.detach() for t in saved if isinstance(t, Tensor) and t.grad_fn is None]
+
+
+def _is_zero_in(atom: Value, rows: Tensor) -> bool:
+    """Whether an atom is a product with zeros in some rows, such as a mask that is an input of the model."""
+    saved = [getattr(atom.node, name, None) for name in ("_saved_self", "_saved_other")]
+    masks = (
+        [t for t in saved if isinstance(t, Tensor) and t.dim() == rows.dim() + 1]
+        if operation(atom.node) == "Mul"
+        else []
+    )
+    return any(not bool(t.expand(*rows.shape, t.shape[-1])[rows].any()) for t in masks if t.shape[:-1] == rows.shape)
 
 
 def _real(values: Tensor) -> Tensor:

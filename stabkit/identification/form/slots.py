@@ -280,6 +280,8 @@ def _parted(
         return None
     if len(sources) == len(begin) and len(targets) == len(end):
         return None
+    if 2 * len(set(sources).intersection(end)) >= len(end) >= _COLLECTED:
+        return None  # what earlier steps put out, stacked for the output with what this one does
     if [meta_of(v).numel for v in begin] != [meta_of(v).numel for v in end]:
         return None
     return begin, end

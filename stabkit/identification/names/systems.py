@@ -23,6 +23,10 @@ from stabkit.identification.steps.predictor_correctors import predictor_correcto
 LINEAR_MAP = "none: a linear map of several states, and no field"
 ADDITIVE_COUPLING = "additive coupling (half of a reversible step)"
 REVERSIBLE = "reversible (two-stream symplectic Euler)"
+MEMORY_CELL = "gated memory cell (LSTM)"  # by its tableau alone, see `is_memory_cell` for the rest
+UNNAMED_PAIR = Name(
+    "unnamed gated pair", "a system of two gated states", 1.0, "h = 1: only the product h f can be seen"
+)
 HAMILTONIAN = "symplectic Euler (Hamiltonian)"  # a reversible step whose fields are gradients
 
 
@@ -332,7 +336,7 @@ def _gated_pair(found: Blocks) -> Name:
     means = " and ".join(f"{V[i, i]:.3g}" for i in kept)
     one = f"h: the gates, which depend on the state; the old is kept with {means} in the mean"
     if len(kept) == 1:
-        return Name("gated memory cell (LSTM)", "c' = -(1 - f) c + i g with h read out of c", 1.0, one)
+        return Name(MEMORY_CELL, "c' = -(1 - f) c + i g with h read out of c", 1.0, one)
     relaxes = np.allclose(np.diag(V) + B.sum(axis=1), 1.0, atol=1e-4)  # the gates of old and new add up to one
     diagonal = relaxes and np.allclose(V, np.diag(np.diag(V)))
     reads = [set(np.flatnonzero(found.U[j]).tolist()) for j in range(len(found.rows)) if B[:, j].any()]

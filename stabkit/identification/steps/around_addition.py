@@ -143,7 +143,8 @@ def with_gates(record: Identification, kinds: set[str], sums: Sequence[NormalFor
     gated = [c for form in sums if (c := form.forms[0].get(form.sources[0])) is not None and c.kind == "gate"]
     told = gated or gates  # those of the skip; a branch may have the same with another sign
     low, high = min(c.low for c in told), max(c.high for c in told)
-    notes = (f"gates from {low:.3g} to {high:.3g} here, held fixed in R(z)", *record.notes)
+    of = "the old state is multiplied by" if gated else "what is added is multiplied by"
+    notes = (f"{of} {low:.3g} to {high:.3g} here, held fixed in R(z)", *record.notes)
     numbers = ", ".join(f"{c.value:.3g}" for c in gated)
     repeated = len({tuple(stage.key for stage in form.stages) for form in sums}) == 1 == len({len(sums), len(gated)})
     leaks = [leaking_quotients(form) for form in sums]
@@ -229,8 +230,10 @@ def scaled_by_entries(record: Identification, total: Coefficient) -> Identificat
                    notes=(why, *record.notes))  # fmt: skip
 
 
-def masked(kinds: set[str]) -> tuple[str, ...]:
-    """What is said of a mask among the kinds of a skip."""
+def masked(kinds: set[str], held: float = 0.0) -> tuple[str, ...]:
+    """What is said of a mask among the kinds of a skip, or of one that keeps a share of the rows as they are."""
+    if held:
+        return (f"a mask keeps {held:.0%} of the rows of the state as they are: the step is that of the others",)
     return ("a mask sets some entries to zero: the step is that of the others",) if "masked" in kinds else ()
 
 
@@ -242,7 +245,7 @@ def _weighs_samples(node: Node) -> bool:
     laid_out = tuple(meta_of(Value(node, 0)).shape) if constant else ()  # batch first, and nothing else of one's own
     alike = [t for t in constant if 1 < t.dim() == len(laid_out) and t.numel() == t.shape[0] == laid_out[0]]
     own = [t.detach().flatten() for t in alike]
-    return any(bool((t != t[0]).any()) for t in own)
+    return any(bool((t != t[:1]).any()) for t in own)
 
 
 def with_randomness(record: Identification, sums: Sequence[NormalForm]) -> Identification:

@@ -64,6 +64,9 @@ def _nested_chains(around: Surroundings, links: Sequence[Link]) -> list[tuple[Li
     return found
 
 
+MAP, HELD = "a map", "an addition of what is held"
+
+
 def in_turn(links: Sequence[Link], contexts: Collection[Value]) -> str:
     """What the links of a step do, one after the other."""
     told: list[str] = []
@@ -71,13 +74,13 @@ def in_turn(links: Sequence[Link], contexts: Collection[Value]) -> str:
         table = blocks(link.form, contexts) if link.kind == "sum" else None
         name = None if table is None else name_one_state(table)
         if link.kind != "sum":
-            told.append("a map")
-        elif not link.form.stages:
-            told.append("an addition of what is held")
+            told.append(MAP)
+        elif not link.form.stages or (name is not None and name.name.startswith("no branch")):
+            told.append(HELD)
         else:
             told.append(name.name if name is not None and name.is_known else "an addition")
     runs = [(text, len(list(run))) for text, run in itertools.groupby(told)]
-    return ", then ".join(f"{n} times {text}" if n > 1 and text != "a map" else text for text, n in runs)
+    return ", then ".join(f"{n} times {text}" if n > 1 and text != MAP else text for text, n in runs)
 
 
 def _branch(around: Surroundings, piece: Piece) -> Piece | None:

@@ -30,12 +30,16 @@ from stabkit.identification.names.single import Name
 from stabkit.identification.names.systems import (
     ADDITIVE_COUPLING,
     HAMILTONIAN,
+    MEMORY_CELL,
     REVERSIBLE,
+    UNNAMED_PAIR,
     name_several_states,
 )
 from stabkit.identification.record import Identification
+from stabkit.identification.steps.around_addition import masked
 from stabkit.identification.steps.composed_steps import LEAPFROG_OR
 from stabkit.identification.steps.given_increments import with_increments, without_increments
+from stabkit.identification.steps.memory_cells import is_memory_cell
 from stabkit.identification.steps.noise import with_noise
 from stabkit.identification.steps.pending import name_pending, told_of
 from stabkit.identification.steps.proximal import proximal_maps
@@ -112,7 +116,7 @@ def _named(
     coefficients = [c for terms in form.forms for c in terms.values()]
     gated = any(c.kind == "gate" for c in coefficients)
     symmetric = is_symmetric(form) if not gated and len(form.stages) == 2 else None
-    certified = all(c.kind in ("scalar", "dropout") for c in coefficients)
+    certified = all(c.kind in ("scalar", "dropout") and not c.held for c in coefficients)
     pending = name_pending(table, form)
     drift = None
     if not (pending or gated):
@@ -124,6 +128,8 @@ def _named(
         named = pending or name_several_states(table, symmetric=symmetric, gated=gated)
     if not named.is_known and drift is None and (read := table.without_unread()) is not table:
         table, named = read, name_several_states(read, symmetric=None, gated=gated)
+    if named.name == MEMORY_CELL and not is_memory_cell(form):
+        named = UNNAMED_PAIR
     readout, composed = None, None if named.is_known or drift is not None else with_composite_fields(table)
     if composed is not None:
         table, named = composed, name_several_states(composed, symmetric=None, gated=gated)
@@ -244,10 +250,12 @@ def _notes(around: Surroundings, form: NormalForm, table: Blocks, found: Slots) 
     learned = around.learned_factors(form.piece)
     if learned:
         notes.append(f"learned factors: {', '.join(learned)}")
-    gates = [c for terms in form.forms for c in terms.values() if c.kind == "gate"]
-    if gates:
-        low, high = min(c.low for c in gates), max(c.high for c in gates)
-        notes.append(f"gates from {low:.3g} to {high:.3g} here, held fixed in M(z)")
+    held = max((c.held for terms in form.forms for c in terms.values()), default=0.0)
+    notes += masked(set(), held)
+    for i, (terms, source) in enumerate(zip(form.forms, form.sources, strict=True), 1):
+        if (kept := terms.get(source)) is not None and kept.kind == "gate":
+            told = f"the old x_{i} is multiplied by {kept.low:.3g} to {kept.high:.3g} in the new one"
+            notes.append(f"{told} here, held fixed in M(z)")
     return tuple(notes)
 
 

@@ -394,7 +394,7 @@ def _is_own(node: Node) -> bool:
 
 def _span(cotangent: Tensor, axis: int) -> tuple[int, int, int]:
     """The first index along an axis that is reached, the last, and how many are."""
-    rows = whole(cotangent).detach().movedim(axis, 0).reshape(cotangent.shape[axis], -1)
+    rows = whole(cotangent).detach().movedim(axis, 0).unsqueeze(-1).flatten(1)  # also of no entries
     reached = (rows != 0).any(dim=1).nonzero().flatten().tolist()
     return (reached[0], reached[-1], len(reached)) if reached else (-1, -1, 0)
 

@@ -25,6 +25,7 @@ from stabkit.identification.record import Identification, Recurrence
 from stabkit.identification.steps.linear_recurrence import Coupling, coupling
 from stabkit.identification.steps.step_rules import Histories, Made
 from stabkit.identification.time.rates import rates, rates_of_oscillators, rule_of_constants
+from stabkit.identification.time.rescaled import is_maximum, maximum_of, without_maximum
 from stabkit.integrators import LinearStability
 from stabkit.tracing import Flow
 from stabkit.tracing.graph.scans import Scan
@@ -37,7 +38,7 @@ _CALLED = {
     "trapezoid": ("trapezoid (bilinear", "x' = A x + B u"),
     "backward Euler": ("backward Euler (linear", "x' = A x + B u"),
 }
-_EXTREMES = frozenset({"Maximum", "Minimum"})
+_TIMES = 3  # at which the numbers of a recurrence are compared
 _MIXTURES = frozenset({"Addcmul", "Lerp"})  # affine in any one of their arguments
 _METHODS = {"trapezoid": "trapezoid", "backward Euler": "backward_euler"}
 _WITHOUT_NUMBERS = ("plain", "forward Euler")  # names that claim none, so that they hold whatever the input makes
@@ -71,12 +72,42 @@ class Recurrences:
     def of(self, scans: Sequence[Scan]) -> tuple[Recurrence, ...]:
         """The readings of recurrences, all of those that run in their modules."""
         paths = [self._flow.recorded.path_of(scan.cycle[-1]) for scan in scans]
-        found = []
+        found, scales = list[Recurrence](), list[Scan]()
         for i, (scan, path) in enumerate(zip(scans, paths, strict=True)):
+            maximum = maximum_of(
+                self._flow.recorded.graph, scan, [s for s, p in zip(scans, paths, strict=True) if p == path]
+            )
+            if maximum is not None:  # what is stored changes with its units
+                found.append(self._rescaled(scan, maximum, path))
+                scales.append(maximum)
+                continue
             record = self._read(scan, path, paths[:i].count(path), paths.count(path))
             rates = growth_over(self._flow, scan)
             found.append(replace(record, growth=sum(rates) / len(rates)))
-        return tuple(found)
+        return tuple(replace(r, growth=None) if s in scales else r for s, r in zip(scans, found, strict=True))
+
+    def _rescaled(self, scan: Scan, maximum: Scan, path: str) -> Recurrence:
+        """A recurrence that is stored in units of the exponential of a running maximum."""
+        record = Recurrence(
+            "linear recurrence (rescaled)", "x' = a x + u, stored in units of exp(m), m a running maximum", "measured",
+            None, path, scan.n_steps, fed=True,
+            notes=("what multiplies the stored state depends on the maximum, and is no number of the recurrence",),
+        )  # fmt: skip
+        around = _OverTime(over_scan(self._flow, scan, scan.middle, min(scan.middle + _TIMES, len(scan))))
+        if not _is_affine(around, scan):
+            return replace(record, name="unnamed (rescaled by a running maximum)", system="")
+        coupled = [coupling(step.segment) for step in around.flow.steps]
+        factors = [c.blocks[..., 0, 0] for c in coupled if c is not None and c.size == 1]
+        graph = self._flow.recorded.graph
+        own = without_maximum(graph, scan, maximum, factors) if len(factors) == len(coupled) else None
+        if own is None:
+            return record
+        low, high = float(own.abs().min()), float(own.abs().max())
+        return replace(
+            record, name=f"linear recurrence ({_sizes(low, high)})", fed=False, low=low, high=high,
+            system="x' = -lambda x + u, stored in units of exp(m), m a running maximum",
+            notes=("the numbers are those without the maximum: they are the same at all times that were looked at",),
+        )  # fmt: skip
 
     def levers(self, scans: Sequence[Scan], place: int) -> list[tuple[str, float]]:
         """Parameters that set how long one of some recurrences remembers, see `Histories.levers`."""
@@ -103,7 +134,7 @@ class Recurrences:
         around = _OverTime(over_scan(self._flow, scan, scan.middle, min(scan.middle + 2, len(scan))))
         fed = _is_fed(around, scan)
         found = read(around, 0, 1)
-        if {operation(node) for node in scan.cycle} <= _EXTREMES | MOVES | ADDS and found.name == "plain":
+        if is_maximum(scan) and found.name == "plain":
             return Recurrence("maximum over time", "x' = max(x + w, u)", "proven", None, path, scan.n_steps)
         # products with what the input makes of every time, k (v - k^T S), are no field but the matrix of that time
         proven = found.evidence == "proven" and not fed
