@@ -169,13 +169,27 @@ def _read(found: Identification, spectrum: StepSpectrum, tolerance: float) -> _R
         z = np.asarray(values - 1.0, dtype=complex)
         return _Reading(None, values, (z,), above_one, None, "convention", notes=(*notes, joint))
     notes = (*notes, *_said(fields, joint))
-    total = joint.rates.reshape(*joint.z.shape[1:], -1)[..., 0]
+    rates = _with_linear_part(method, joint.rates)
+    total = rates.reshape(*joint.z.shape[1:], -1)[..., 0]
     hopeless = total.real > tolerance
     return _Reading(
-        method, joint.values, tuple(joint.z), joint.rates.real > tolerance, hopeless, "measured", True,
+        method, joint.values, tuple(joint.z), rates.real > tolerance, hopeless, "measured", True,
         None if math.isnan(joint.defect) else joint.defect, fields.spread,
         joint.commutator if len(joint.z) > 1 else None, notes, total if len(joint.z) > 1 else None,
     )  # fmt: skip
+
+
+def _with_linear_part(method: GeneralLinearMethod, rates: ComplexArray) -> ComplexArray:
+    """The rates over a step of the whole system, where a method carries a linear part on by a number a besides h f.
+
+    Of x' = f(x) - lambda x, h lambda = -log a, the weights of f sum to h phi_1(log a) with phi_1(z) = (e^z - 1) / z.
+    """
+    a = complex(method.V[0, 0])
+    if method.states > 1 or a.imag or a.real <= 0 or a == 1:
+        return rates
+    rate = math.log(a.real)
+    whole: ComplexArray = rates * (rate / math.expm1(rate)) + rate
+    return whole
 
 
 def _rates(found: Identification, z: ComplexArray) -> ComplexArray:

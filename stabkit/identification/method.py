@@ -25,6 +25,7 @@ from stabkit.identification.steps.fields_in_time import read_as_euler, with_fiel
 from stabkit.identification.steps.forks_and_joins import changes_count, without_doubtful
 from stabkit.identification.steps.linear_steps import with_first_restarts
 from stabkit.identification.steps.pending import with_pending_starts
+from stabkit.identification.steps.same_weights import with_same_weights
 from stabkit.identification.time.at_once import closed_form_note, recurrences_at_once
 from stabkit.identification.time.iterated import read_iteration
 from stabkit.identification.time.over_time import Recurrences
@@ -86,6 +87,7 @@ def identify(flow: FlowLike, *, checks: bool = True, parallel: Parallel = SERIAL
     def with_time(record: Identification) -> Identification:
         start, stop = record.steps[0], record.steps[-1] + 1
         found = recurrences.inside(start, stop) or recurrences_at_once(flow, start, stop)
+        found = found or recurrences.convolved(start, stop)
         told = tuple(map(str, found)) or tuple(filter(None, (closed_form_note(flow, start, stop),)))
         return replace(record, over_time=found, notes=(*record.notes, *told)) if told else record
 
@@ -124,7 +126,7 @@ def identify(flow: FlowLike, *, checks: bool = True, parallel: Parallel = SERIAL
     found = with_ends(found, around, lambda slots, steps: read_states(around, slots, steps))
     found = with_halved_starts(without_doubtful(found))
     found = with_compositions(found, lambda start, stop: with_time(read(around, start, stop)))
-    found = list(map(consistent, with_half_kicks(found, around)))
+    found = with_same_weights(list(map(consistent, with_half_kicks(found, around))), around)
     return tuple(with_values(found, flow, lambda other: identify(other, checks=False, parallel=parallel)))
 
 

@@ -17,7 +17,7 @@ from stabkit.identification.form.grouping import is_part_of_round, is_repeated
 from stabkit.identification.form.hidden_skip import hidden_skip, reaches_linearly, residuals_inside
 from stabkit.identification.form.linear_parts import LINEAR_SKIP
 from stabkit.identification.form.skip_past_norms import measured_skip, skip_past_norms, with_fixed_norms
-from stabkit.identification.form.slots import Slots
+from stabkit.identification.form.slots import Slots, beside_outputs
 from stabkit.identification.form.stores import without_stores
 from stabkit.identification.form.tableau import Blocks, blocks
 from stabkit.identification.names.sequences import name_sequence, says_less
@@ -34,11 +34,11 @@ from stabkit.identification.record import Identification, nothing, record_of
 from stabkit.identification.steps.additions import depends_on_input, last_sum, linear_links, notes_of_sums, without_mean
 from stabkit.identification.steps.around_addition import (
     begins_as_it_ends,
+    box_behind,
     masked,
     normalised_at_the_end,
     normalises,
     norms_after,
-    rectifies,
     scaled_by_entries,
     with_gates,
     with_projection,
@@ -50,7 +50,7 @@ from stabkit.identification.steps.coupled import coupled
 from stabkit.identification.steps.couplings import mixed_coupling, scaled_coordinates, with_couplings
 from stabkit.identification.steps.diffusion import as_diffusion
 from stabkit.identification.steps.exponential_steps import by_coordinates
-from stabkit.identification.steps.forks_and_joins import holds_a_step, step_inside
+from stabkit.identification.steps.forks_and_joins import holds_a_step, made_beside, step_inside
 from stabkit.identification.steps.growing_history import growing_history
 from stabkit.identification.steps.held_entries import told_of_mask, without_held_entries
 from stabkit.identification.steps.implicit import (
@@ -63,7 +63,12 @@ from stabkit.identification.steps.implicit import (
     silent_rounds,
     solves_inside,
 )
-from stabkit.identification.steps.iterated_solves import held_iteration, record_of_equation, solved_step
+from stabkit.identification.steps.iterated_solves import (
+    held_iteration,
+    record_of_equation,
+    solved_step,
+    solves_in_fields,
+)
 from stabkit.identification.steps.linear_steps import read_linear, restarted
 from stabkit.identification.steps.moves_behind import before_moves
 from stabkit.identification.steps.nested import HELD, MAP, in_turn, with_nested_chains
@@ -102,9 +107,10 @@ def read(around: Surroundings, start: int, stop: int) -> Identification:
     history = growing_history(around, start, stop)
     if history is not None:
         return history
-    found = around.slots(start, stop)
-    record = _read(around, found, start, stop)
-    return _with_doubts(around, found, record)
+    found = beside_outputs(around.flow, start, stop) or around.slots(start, stop)
+    if (beside := made_beside(around, found, start, stop)) is not None:
+        return beside
+    return _with_doubts(around, found, _read(around, found, start, stop))
 
 
 def read_states(around: Surroundings, found: Slots, steps: tuple[int, ...]) -> Identification:
@@ -211,7 +217,7 @@ def _one_state(around: Surroundings, found: Slots, steps: tuple[int, ...]) -> Id
     if equation is not None:
         return record_of_equation(equation, steps)
     solved = linear_solve(whole)
-    if solved is not None:
+    if solved is not None and not solves_in_fields(whole, around.names):
         return record_of_solve(solved, steps)
     if (rounds := inner_iterations(whole, around.names)) > 1:
         why = f"a solver of {rounds} rounds runs inside: quotients of inner products scale directions, and are no gates"
@@ -436,7 +442,7 @@ def read_sums(around: Surroundings, found: Slots, links: Sequence[Link], steps: 
         record = confirmed(record, around.whole(steps[0], steps[-1] + 1, found))
     threshold = soft_threshold(around.flow, steps[-1] + 1, links[-1]) if behind else None
     record = with_projection(
-        record, norms_after(links), len(sums), rectified=all(map(rectifies, behind)), threshold=threshold,
+        record, norms_after(links), len(sums), box=box_behind(behind), threshold=threshold,
         bends=not all(map(normalises, behind)), whole=at_the_end, skips=tuple(c.value for c in skips),
     )  # fmt: skip
     record = with_gates(with_numbers_told(record, sums), kinds, sums)

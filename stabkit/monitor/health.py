@@ -134,8 +134,8 @@ def _kept_buffers(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     for path, module in model.named_modules():
         for name, buffer in module._buffers.items():
             kept = buffer is not None and name not in module._non_persistent_buffers_set
-            if kept and buffer.is_floating_point() and not buffer.is_meta:  # type: ignore[union-attr]
-                yield f"{path}.{name}" if path else name, local(buffer)  # type: ignore[arg-type]
+            if kept and buffer.is_floating_point() and not buffer.is_meta:
+                yield f"{path}.{name}" if path else name, local(buffer)
 
 
 def _not_finite(model: nn.Module) -> set[str]:

@@ -241,6 +241,8 @@ def _build(recorded: _Recorded, settings: _Settings) -> Flow:
             itertools.pairwise(values), itertools.pairwise(positions), strict=True
         )
     ]
+    if not values[0]:
+        raise UnreachedError("the output does not depend differentiably on the input: what is returned is a constant")
     try:
         chain, whole_batch_note = _chain(segments, values, settings, recorded.source)
     except BackwardError as error:

@@ -147,3 +147,41 @@ def test_the_shortcut_of_a_step_leads_around_all_of_it(how: str, said: str) -> N
     assert found.name == "transition"
     assert ("shortcut" in found.notes[0]) == bool(said)
     assert said in found.notes[0]
+
+
+class _Hamiltonian(nn.Module):
+    """The field of a Hamiltonian, whose halves change places."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.H = nn.Sequential(nn.Linear(6, 9), nn.Tanh(), nn.Linear(9, 1))
+        self.drive = nn.Linear(4, 6)
+
+    def forward(self, x: Tensor, u: Tensor) -> Tensor:
+        x = x * torch.sigmoid(self.drive(u))
+        with torch.enable_grad():
+            y = x if x.requires_grad else x.detach().requires_grad_()
+            gradient = torch.autograd.grad(self.H(y).sum(), y, create_graph=True)[0]
+        q, p = gradient.chunk(2, -1)
+        return torch.cat([p, -q], -1)
+
+
+class _ByEntry(nn.Module):
+    """Its Euler steps, with a step size for each entry."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.f, self.into, self.h = _Hamiltonian(), nn.Linear(4, 6), nn.Parameter(0.25 * (0.5 + torch.rand(6)))
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        x = torch.tanh(self.into(inputs[:, 0]))
+        for t in range(inputs.shape[1]):
+            x = x + self.h * self.f(x, inputs[:, t])
+        return x
+
+
+def test_parts_that_are_laid_out_with_gaps_are_looked_at_all_the_same():
+    torch.manual_seed(0)
+    found = stabkit.identify(stabkit.trace(_ByEntry(), torch.randn(3, 6, 4)))
+    assert found
+    assert not [r.name for r in found if "coupling" in r.name]

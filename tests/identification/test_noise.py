@@ -81,7 +81,9 @@ def test_noise_is_said_and_is_no_step_size(how: str, evidence: str) -> None:
     assert not any("LayerScale" in note for r in found for note in r.notes)
 
 
-@pytest.mark.parametrize(("how", "name"), [("heun", "heun2 with noise"), ("milstein", "forward Euler with noise")])
+@pytest.mark.parametrize(
+    ("how", "name"), [("heun", "heun2 with noise"), ("milstein", "forward Euler with noise (Milstein)")]
+)
 def test_more_noise_than_one_term_at_the_old_state_is_no_euler_maruyama(how: str, name: str) -> None:
     found = [r for r in _read(how) if r.step_size is not None]
     assert found

@@ -404,3 +404,29 @@ def test_time_steps_of_a_layer_that_is_cut_in_time_are_no_plain_maps(make):
     assert len(records) >= TIMES - 1
     assert names == {"gated Euler" if isinstance(make(), nn.GRU) else "gated memory cell"}
     assert not any("where ," in note for record in records for note in record.notes)
+
+
+def test_a_step_that_takes_a_chunk_of_times_is_told_as_that():
+    """Retention by chunks (Sun et al. 2023): the state decays by gamma^4 a step, of which each takes 4 times."""
+    gamma = 1 - 2.0 ** -torch.tensor([5.0, 6.0])
+
+    class Chunks(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.k, self.v, self.q = (nn.Linear(models.WIDTH, 4) for _ in range(3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            k, v, q = (one(x).unflatten(-1, (2, 2)).transpose(1, 2) for one in (self.k, self.v, self.q))
+            S, out = x.new_zeros(len(x), 2, 2, 2), []
+            for start in range(0, x.shape[1], 4):
+                a, b, c = (each[:, :, start : start + 4] for each in (k, v, q))
+                out.append((c @ S).transpose(1, 2).flatten(2))
+                S = (gamma**4)[:, None, None].to(S) * S + a.transpose(-1, -2) @ b
+            return torch.cat(out, 1).repeat(1, 1, models.WIDTH // 4 + 1)[..., : models.WIDTH]
+
+    torch.manual_seed(0)
+    found = [r for record in identify(stabkit.trace(models.network(Chunks), drawn(36))) for r in record.over_time]
+    assert found
+    assert {(round(r.low, 4), round(r.high, 4)) for r in found} == {tuple(round(float(g), 4) for g in gamma**4)}
+    assert all("a step is a chunk, of 4 times" in r.notes for r in found)
+    assert not any("a time step" in note for r in found for note in r.notes)

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from stabkit.errors import StabkitError
 from stabkit.tracing import trace
 
 
@@ -133,3 +134,20 @@ class Conditioned(nn.Module):
 
 def test_parts_of_an_embedding_are_a_condition_and_not_parts_of_a_sequence():
     assert trace(Conditioned(), torch.randn(1, 8), torch.rand(1, 1)).source_name == "0"
+
+
+def test_a_constant_that_is_returned_is_said_to_be_one():
+    """A tensor that is written to, of which a part is returned that nothing was written into."""
+
+    class Unwritten(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.f = nn.Linear(4, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            kept = x.new_zeros(3, *x.shape)
+            kept[0] = torch.tanh(self.f(x))
+            return kept[-1]
+
+    with pytest.raises(StabkitError, match="what is returned is a constant"):
+        trace(Unwritten(), torch.randn(2, 4))

@@ -95,7 +95,7 @@ def is_whole_state(states: Sequence[list[Tensor]]) -> bool:
     before, between, last = states[-3:]
     total = torch.stack([tensor.sum() for tensor in last]).sum()
     whole = torch.autograd.grad(total, before, retain_graph=True, allow_unused=True)
-    handles = [tensor.register_hook(torch.zeros_like) for tensor in between]
+    handles = [tensor.register_hook(torch.zeros_like) for tensor in between]  # type: ignore[no-untyped-call]
     try:
         around = torch.autograd.grad(total, before, retain_graph=True, allow_unused=True)
     finally:
@@ -110,7 +110,8 @@ def along_states(states: Sequence[list[Tensor]]) -> float:
     given = random_of([Meta(tuple(t.shape), t.dtype, t.device) for t in states[-1]], seed=0)
     found = 0.0
     for one in states[0]:  # each by itself: what one is made into another of the same time counts there
-        handles = [other.register_hook(torch.zeros_like) for other in states[0] if other is not one]
+        others = [other for other in states[0] if other is not one]
+        handles = [other.register_hook(torch.zeros_like) for other in others]  # type: ignore[no-untyped-call]
         try:
             (gradient,) = torch.autograd.grad(states[-1], [one], given, retain_graph=True, allow_unused=True)
         finally:

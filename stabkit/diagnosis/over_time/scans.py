@@ -77,7 +77,10 @@ class WrittenOut:
             place = sum(profile.path == path for profile in found)
             module = modules.get(path, flow.model)
             step = sum(state.position <= scan.positions[0] for state in flow.states[1:])
-            found.append(TimeProfile(path, module, logs_of(sizes), loop=True, width=width, place=place, step=step))
+            unit = "chunks" if scan.width > 1 else "time steps"
+            found.append(
+                TimeProfile(path, module, logs_of(sizes), loop=True, width=width, place=place, step=step, unit=unit)
+            )
         return found
 
     def measured(self, profile: TimeProfile, loss: Any) -> tuple[float, float]:

@@ -255,9 +255,8 @@ def _on_the_skip(steps: Sequence[StepMeasurement]) -> str:
     """What to do about a skip that loses gradient, by what there is in the steps."""
     there = {"norms": any(step.norms for step in steps), "activations": any(step.activities for step in steps)}
     found = [name for name, present in there.items() if present]
-    if not found:
-        return "multiply the old state by a number nearer to 1"
-    return f"move {' and '.join(found)} behind the addition into the branch"
+    number = "multiply the old state by a number nearer to 1"
+    return f"{number}, and move {' and '.join(found)} that follow an addition into its branch" if found else number
 
 
 def preactivation_scale(saturated: float) -> float:

@@ -136,7 +136,8 @@ def defect(form: NormalForm, found: Blocks) -> Check | None:
     It is zero for a linear field, since all stages then have one Jacobian.
     """
     piece, first = form.piece, form.stages[0]
-    if len(first.entries) != 1 or meta_of(first.entries[0]).numel != meta_of(first.output).numel:
+    sizes = {meta_of(v).numel for v in (first.output, *first.entries, *form.targets)}
+    if len(first.entries) != 1 or len(sizes) > 1:
         return None
     coefficients, row = [float(found.V[0, 0])], found.B[0]
     for _ in found.rows:

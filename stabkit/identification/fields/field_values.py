@@ -14,8 +14,9 @@ from dataclasses import dataclass
 from torch.autograd.graph import Node
 
 from stabkit.identification.form.chain import Link
+from stabkit.identification.form.composed_fields import fields_called
 from stabkit.identification.form.flow_index import Surroundings
-from stabkit.identification.form.normal_form import NormalForm, Stage, fields_called
+from stabkit.identification.form.normal_form import NormalForm, Stage
 from stabkit.identification.form.operations import ADDS, JOINS, MOVES, SCALES
 from stabkit.identification.form.pieces import ADDED, Piece
 from stabkit.identification.form.slots import Slots

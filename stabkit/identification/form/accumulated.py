@@ -50,6 +50,9 @@ def is_renewed_beside_sum(flow: Flow, start: int) -> bool:
     first, second = (set(a) & set(b) for a, b in itertools.pairwise(states))
     if len(first) != 1 or len(second) != 1:
         return False
+    if not any(set(flow.states[i + 1].values) & _made_of(flow, i, i + 1, next(iter(stays)))
+               for i, stays in zip((start, start + 1), (first, second), strict=True)):  # fmt: skip
+        return False  # two branches, of which neither reads the other
     return not all(moves_in_turn(flow, i, i + 1, flow.states[i].values, flow.states[i + 1].values)
                    for i in (start, start + 1))  # fmt: skip
 

@@ -8,7 +8,6 @@ a state takes part, at a state itself, or at another stage that also enters such
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -19,6 +18,7 @@ from torch.autograd.graph import Node
 
 from stabkit.identification.fields.shared import key_of, parameters_of
 from stabkit.identification.form.coefficients import Coefficient, LinearCombination
+from stabkit.identification.form.composed_fields import Call, composed_fields
 from stabkit.identification.form.left_out import without_left_out
 from stabkit.identification.form.operations import JOINS, MOVES, has_matrix, is_affine, is_opaque
 from stabkit.identification.form.pieces import ADDED, Piece, pull
@@ -28,7 +28,6 @@ Terms = dict[Value, Coefficient]
 Regions = dict[Value, tuple[tuple[Node, ...], tuple[Value, ...]]]  # of stages: their nodes, and where they begin
 _ROUNDINGS = 4096.0  # products with a whole field, in another order
 _SPREAD = 1e-3  # relative; roundings of half precision, whose entries are alike, are smaller
-Call = tuple[int, int, str]  # of a module: an interval of the clock, and its path
 
 
 @dataclass(frozen=True, eq=False)
@@ -95,7 +94,7 @@ def normal_form(piece: Piece, *, names: Mapping[int, str], calls: Sequence[Call]
             Runge-Kutta method would carry it.
     """
     layout = _laid_out(piece, names)
-    for fields in (fields_called(piece, calls), _assembled(piece)):
+    for fields in composed_fields(piece, calls):
         owning = piece.owning(fields)
         whole = layout if owning is piece else _laid_out(owning, names)
         if whole is not layout and _is_simpler(whole.measured, layout.measured):
@@ -129,29 +128,6 @@ class _Layout:
         stages = _told_apart(piece, [_stage(piece, atom, *self.regions[atom], self.names) for atom in ordered])
         forms = tuple(LinearCombination(piece, target).coefficients() for target in piece.targets)
         return NormalForm(piece, stages, forms, self.merges)
-
-
-def fields_called(piece: Piece, calls: Sequence[Call]) -> set[Node]:
-    """The operations of modules that are called at several points of a stretch."""
-    if not piece.nodes:
-        return set()
-    times = {node: node._sequence_nr() for node in piece.nodes}
-    first, last = min(times.values()), max(times.values())
-    inside = [c for c in calls if first <= c[0] and c[1] <= last + 1]
-    often = Counter(path for *_, path in inside)
-    again = [c for c in inside if often[c[2]] > 1]
-    return {node for node, time in times.items() if any(start <= time < stop for start, stop, _ in again)}
-
-
-def _assembled(piece: Piece) -> set[Node]:
-    """Vectors that are put together from parts of a state, and then added to one: the value of a field."""
-    found: set[Node] = set()
-    for node in piece.nodes:
-        if operation(node) not in JOINS or Value(node, 0) in piece.targets:
-            continue
-        if any(meta_of(Value(node, 0)).numel == meta_of(source).numel for source in piece.sources):
-            found.add(node)
-    return found
 
 
 def _is_simpler(whole: NormalForm, form: NormalForm) -> bool:

@@ -15,7 +15,7 @@ from stabkit.tracing.graph.graph import Graph
 from stabkit.tracing.graph.loops import Loop
 from stabkit.tracing.graph.values import Value, meta_of, operation, outputs_of
 from stabkit.tracing.products.node_derivatives import apply_node
-from stabkit.vocabulary import moves
+from stabkit.vocabulary import is_activation, moves
 
 _SPLITS = moves("select")
 _REARRANGE = moves("reshape") | moves("permute")
@@ -82,6 +82,23 @@ def slots(flow: Flow, start: int, stop: int, loops: Sequence[Loop] = ()) -> Slot
     return _arranged(graph, nodes, old, new, (*contexts, *(v for v in fed if v in before.values)))
 
 
+def beside_outputs(flow: Flow, start: int, stop: int) -> Slots | None:
+    """The states of a step whose new one is put beside outputs of the steps before at once; None for other steps.
+
+    What only passes into that join is no state: outputs of a model that are collected and stacked.
+    """
+    graph, before, after = flow.recorded.graph, flow.states[start].values, flow.states[stop].values
+    nodes = graph.nodes[flow.states[start].position : flow.states[stop].position]
+    parts = joined(graph, nodes, after[0]) if len(after) == 1 else None
+    made = [part for part in parts or () if part not in before]
+    if parts is None or len(made) != 1 or len(parts) <= _COLLECTED:
+        return None
+    last = {n for n in nodes if operation(n) in JOINS and set(parts) == set(graph.inputs[n])}
+    read = {v for node in nodes if node not in last for v in graph.inputs[node]}
+    old = [v for v in before if v in read]
+    return Slots(tuple(sorted(old, key=lambda v: _born(graph, v))), (made[0],), (), False) if len(old) > 1 else None
+
+
 def collectors(flow: Flow) -> set[Node]:
     """The joins, if any, that put what was kept for it side by side as the output, which may be moved after that."""
     values = list(flow.states[-1].values)
@@ -93,6 +110,22 @@ def collectors(flow: Flow) -> set[Node]:
         elif operation(value.node) in _REARRANGE:
             values.extend(flow.recorded.graph.inputs.get(value.node, ()))
     return found
+
+
+def beside_collected(flow: Flow) -> list[tuple[Value, ...]]:
+    """The values of every state without those that nothing behind it reads but a join of three or more: outputs.
+
+    Of that join at the end the one part counts that no state before holds.
+    """
+    graph = flow.recorded.graph
+    last = {node for node in collectors(flow) if len(set(graph.inputs[node])) >= _COLLECTED}
+    read = {v: i for i, node in enumerate(graph.nodes) if node not in last for v in graph.inputs[node]}
+    ends = set(flow.states[-1].values)
+    found = [tuple(v for v in s.values if v in ends or read.get(v, -1) >= s.position) or s.values for s in flow.states]
+    parts = joined(graph, graph.nodes, flow.states[-1].values[0]) if len(ends) == 1 and last else None
+    held = {v for state in flow.states[:-1] for v in state.values}
+    made = tuple(v for v in parts or () if v not in held)
+    return [*found[:-1], made if len(made) == 1 else found[-1]]
 
 
 def _held_for_later(flow: Flow, old: list[Value], new: list[Value], stop: int) -> tuple[Value, ...]:
@@ -135,6 +168,7 @@ def _with_waiting(flow: Flow, nodes: Sequence[Node], dropped: list[Value], stop:
     made, follows = set(nodes), set(dropped)
     for node in nodes:
         passes = operation(node) in ADDS | MOVES or (operation(node) in SCALES and len(graph.inputs[node]) == 1)
+        passes = passes or is_activation(node)
         if passes and not follows.isdisjoint(graph.inputs[node]):
             follows.update(outputs_of(node))
     waiting = [v for v in after.values if v.node in made and v in read and (not new or v in follows)]
@@ -313,7 +347,12 @@ def taken_whole(graph: Graph, nodes: Sequence[Node], value: Value) -> Value | No
     if node is None or operation(node) not in JOINS or len(node.next_functions) == len(graph.inputs[node]):
         return None
     cut = _only_reader(graph, nodes, Value(node, 0))
-    if cut is None or operation(cut) not in _SPLITS or meta_of(Value(cut, 0)).shape != meta_of(value).shape:
+    if (
+        cut is None
+        or operation(cut) not in _SPLITS
+        or len(outputs_of(cut)) > 1
+        or meta_of(Value(cut, 0)).shape != meta_of(value).shape
+    ):
         return None
     meta = meta_of(value)
     ones = torch.ones(meta.shape, dtype=meta.dtype, device=meta.device)

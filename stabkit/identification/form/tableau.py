@@ -13,7 +13,7 @@ from stabkit.identification.fields.recorded_fields import RecordedField, recorde
 from stabkit.identification.form.coefficients import Coefficient
 from stabkit.identification.form.normal_form import NormalForm, Stage, Terms
 from stabkit.integrators import GeneralLinearMethod
-from stabkit.tracing.graph.values import Value
+from stabkit.tracing.graph.values import Value, operation
 
 Matrix = npt.NDArray[np.float64]
 _ZERO = 1e-6  # of weights in single precision
@@ -178,8 +178,10 @@ def blocks(
             A[:, j], B[:, j] = factor * A[:, j], factor * B[:, j]
     before = [{**dict(zip(states, U[i], strict=True)), **dict(zip(outputs, A[i], strict=True))} for i in range(size)]
     calls = _calls_of_one_network([stage for stage, _ in rows], A, U, B)
-    for j in range(size):  # the sign of a field that is used once belongs to the field
-        if counts[rows[j][0].key] == 1 and not any(j in group for group in calls) and B[B[:, j] != 0, j][:1].sum() < 0:
+    turned = {key for key, count in counts.items() if count > 1 and _is_turned(form, key)}
+    for j in range(size):  # the sign of a field that is used once belongs to the field, as one that follows every use
+        once = counts[rows[j][0].key] == 1 and not any(j in group for group in calls)
+        if rows[j][0].key in turned or (once and B[B[:, j] != 0, j][:1].sum() < 0):
             A[:, j], B[:, j] = -A[:, j], -B[:, j]
     numbers: dict[tuple[object, ...], int] = {}
     fields = [numbers.setdefault((stage.key if counts[stage.key] > 1 else id(stage), i), len(numbers))
@@ -189,6 +191,15 @@ def blocks(
     )
     found = _without_twins(Blocks(A, U, B, V, tuple(fields), tuple(stage for stage, _ in rows), recorded))
     return _guided(found, calls) if calls and len(found.rows) == size else found
+
+
+def _is_turned(form: NormalForm, key: tuple[object, ...]) -> bool:
+    """Whether a field is taken with the other sign at once wherever it is used: minus a gradient is the field."""
+    for stage in form.stages:
+        readers = [n for n in form.piece.nodes if stage.output in form.piece.inputs(n)] if stage.key == key else []
+        if stage.key == key and [operation(n) for n in readers] != ["Neg"]:
+            return False
+    return True
 
 
 def held_with(form: NormalForm, contexts: Collection[Value]) -> frozenset[Value]:

@@ -30,7 +30,8 @@ def told_by_entry(first: Name, mean: Name, entries: Sequence[Coefficient]) -> Na
     """
     told = [_told(getattr(first, part), getattr(mean, part), entries) for part in ("name", "system", "convention")]
     if first.h is not None and mean.h is not None and abs(first.h - mean.h) > _FEW * abs(first.h):
-        return replace(first, name=told[0], system=told[1], convention=OWN_SIZES)
+        which = f" ({told[2].removeprefix('h: ')})" if "by entry" in told[2] else ""
+        return replace(first, name=told[0], system=told[1], convention=OWN_SIZES + which)
     return replace(first, name=told[0], system=told[1], convention=told[2])
 
 

@@ -282,7 +282,8 @@ def _adams(found: Blocks) -> Name | None:
         told = _weights_of(a, weights / weights.sum())
         if told is not None:
             name, system = told
-            return Name(name, system, float(weights.sum()), _SUM)
+            shares = ", ".join(f"{weight:.4g}" for weight in weights / weights.sum())
+            return Name(name, system, float(weights.sum()), f"{_SUM}, the newest first {shares} of it")
     return None
 
 

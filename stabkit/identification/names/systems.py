@@ -388,16 +388,16 @@ def _oscillator(found: Blocks) -> Name | None:
             return Name(
                 f"{'damped ' * damped}oscillator, symplectic Euler ({'coRNN' if damped else 'UnICORNN'})",
                 "y'' = f(y, y') - gamma y - epsilon y'" if damped else "y'' = f(y) - gamma y",
-                1.0,
-                f"dt = {abs(dt):.3g}: the number that multiplies the {'new ' * bool(after)}velocity",
+                abs(dt),
+                f"h: dt = {abs(dt):.3g}, the number that multiplies the {'new ' * bool(after)}velocity",
             )
         if (dt := _drift_by_old(found, y, v)) is not None:
             still = abs(found.V[v, v] - 1) <= CLOSE and not found.U[:, v].any()
             return Name(
                 f"forward Euler of 2 coupled states ({'' if still else 'damped '}oscillator)",
                 "y'' = f(y) - gamma y" if still else "y'' = f(y, y') - gamma y - epsilon y'",
-                1.0,
-                f"dt = {abs(dt):.3g}: the number that multiplies the old velocity",
+                abs(dt),
+                f"h: dt = {abs(dt):.3g}, the number that multiplies the old velocity",
             )
     return None
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.autograd.graph import Node
 
@@ -15,13 +17,13 @@ from stabkit.identification.form.chain import Link
 from stabkit.identification.form.coefficients import Coefficient
 from stabkit.identification.form.normal_form import NormalForm
 from stabkit.identification.form.operations import MOVES, has_matrix
-from stabkit.identification.names.step_size import NUMBER
+from stabkit.identification.names.step_size import NUMBER, shown
 from stabkit.identification.record import Identification
 from stabkit.identification.steps.quotients import leaking_quotients
 from stabkit.integrators import stochastic_depth
 from stabkit.tracing.graph.graph import Element, Graph, element_of
 from stabkit.tracing.graph.values import Value, meta_of
-from stabkit.vocabulary import ActivationFacts, NormFacts, operation
+from stabkit.vocabulary import ActivationFacts, NormFacts, activation_of, operation
 
 _STATISTICS = frozenset({"Mean", "Std", "Var", "VarMean", "LinalgVectorNorm"})
 _SAME = 1e-4  # thresholds in single precision
@@ -33,13 +35,13 @@ def with_projection(
     norms: int,
     sums: int,
     *,
-    rectified: bool,
+    box: tuple[float, float] | None,
     threshold: tuple[float, float] | None = None,
     bends: bool = False,
     whole: bool = False,
     skips: Sequence[float] = (),
 ) -> Identification:
-    """What follows an addition: norms, rectifiers (and nothing else, if ``rectified``), a soft threshold, or others.
+    """What follows an addition: norms, a projection on a ``box`` and nothing else, a soft threshold, or others.
 
     ``bends``: whether something else than norms is there beside norms. ``whole``: whether the record is one of several
     additions with a norm behind the last of them alone. ``skips``: what multiplies the state in each addition.
@@ -57,10 +59,16 @@ def with_projection(
         name = f"{record.name}, then a norm (post-norm)" if whole else "projected Euler (post-norm)"
         return replace(record, name=name, skip=None, notes=(*scaled, why, note, *record.notes),
                        system=system, evidence=evidence)  # fmt: skip
-    if rectified and record.name in ("forward Euler", "forward Euler, parallel branches"):
+    if box is not None and record.name in ("forward Euler", "forward Euler, parallel branches"):
+        low, high = box
         system = "x' in f(x) - N(x), N the normal cone of the nonnegative states"
-        why = "a projection on x >= 0 after the step; a proximal gradient step if f is a gradient"
-        return replace(record, name="projected Euler (ReLU)", notes=(note, why, *record.notes), system=system)
+        name, where = "projected Euler (ReLU)", "x >= 0"
+        if box != (0.0, math.inf):
+            where = f"x >= {low:.4g}" if high == math.inf else f"x <= {high:.4g}" if low == -math.inf else (
+                f"{low:.4g} <= x <= {high:.4g}")  # fmt: skip
+            name, system = f"projected Euler ({where})", f"x' in f(x) - N(x), N the normal cone of {where}"
+        why = f"a projection on {where} after the step; a proximal gradient step if f is a gradient"
+        return replace(record, name=name, notes=(note, why, *record.notes), system=system)
     if threshold is not None and not record.name.startswith("unnamed"):
         low, high = threshold
         t = f"{low:.3g}" if high - low <= _SAME * high else f"{low:.3g} to {high:.3g}"
@@ -120,10 +128,23 @@ def normalised_at_the_end(links: Sequence[Link]) -> bool:
     return len(sums) > 1 and not between and norms_after(links) == 1 and all(map(normalises, links[sums[-1] + 1 :]))
 
 
-def rectifies(link: Link) -> bool:
-    """Whether a link does nothing but set negative entries to zero, or cut them off."""
-    facts = [part.facts for part in link.elements if isinstance(part, Element)]
-    return len(facts) == len(link.elements) and all(isinstance(f, ActivationFacts) and f.rectifies for f in facts)
+def box_behind(links: Sequence[Link]) -> tuple[float, float] | None:
+    """The least and the largest value that links let pass which project on a box of these: ReLU, clamps; else None.
+
+    A map of every entry is such a projection where it is the identity between its limits and constant beyond.
+    """
+    low, high = -math.inf, math.inf
+    for part in (part for link in links for part in link.elements):
+        facts = part.facts if isinstance(part, Element) else activation_of(part)
+        if not isinstance(facts, ActivationFacts) or facts.function is None:
+            return None
+        below, above = facts.limits
+        ends = [x for x in (below, above) if math.isfinite(x)]
+        at = torch.tensor([x + d for x in ends for d in (-1.0, -1e-3, 0.0, 1e-3, 1.0)], dtype=torch.float64)
+        if not ends or not torch.allclose(facts.function(at), at.clamp(below, above), rtol=0, atol=1e-9):
+            return None
+        low, high = max(low, below), min(high, above)
+    return (low, high) if low < high and (low, high) != (-math.inf, math.inf) else None
 
 
 def with_gates(record: Identification, kinds: set[str], sums: Sequence[NormalForm]) -> Identification:
@@ -169,6 +190,11 @@ def with_gates(record: Identification, kinds: set[str], sums: Sequence[NormalFor
             system = "x' = a(x) x + f(x) - x where the old state is gated, one after the other with the rest"
         if record.method is not None:
             record.method.name = name
+            if record.step_size is not None and abs(record.step_size - 1.0) > GATED:
+                notes = (
+                    f"what multiplies the fields in the tableau is told in units of {record.step_size:.3g}",
+                    *notes,
+                )
         record = replace(record, step_size=None, convention=convention)
         return replace(record, name=name, notes=notes, evidence="measured", system=system)
     if record.skip is None:  # a projection, or a map behind the addition, has named the step: no single a describes it
@@ -203,14 +229,14 @@ def with_own_damping(record: Identification, skips: Sequence[Coefficient]) -> Id
     name, system = record.name, record.system
     if any(c.low < 0 or c.high > 1 for c in entries):
         told = [f"diagonal skip ({_ranges([c])[0]})" if c.kind == "diagonal" else
-                "Euler step" if c.value == 1.0 else f"damped Euler (a = {c.value:.3g})" for c in skips]  # fmt: skip
+                "Euler step" if c.value == 1.0 else f"damped Euler (a = {shown(c.value)})" for c in skips]  # fmt: skip
         name, system = told[0], "x' = f(x) + (a - 1) x, a of either sign"
         if len(skips) > 1:
             name, system = f"Lie splitting ({', '.join(told)})", f"{system}, one after the other"
     for c, ends in zip(entries, _ranges(entries), strict=True):
-        name = name.replace(f"a = {c.value:.3g}", ends)
+        name = name.replace(f"a = {shown(c.value)}", ends)
     if record.skip is not None and len(skips) > 1:  # the product of several
-        name = name.replace(f"a = {record.skip:.3g}", "a by entry")
+        name = name.replace(f"a = {shown(record.skip)}", "a by entry")
     if record.method is not None:
         record.method.name = name
     why = f"every entry has a damping of its own ({'; '.join(_ranges(entries))}): the tableau holds their mean"

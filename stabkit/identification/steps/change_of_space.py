@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from stabkit.identification.form.chain import Link
+import torch
+
+from stabkit.identification.form.chain import Link, joined
 from stabkit.identification.form.linear_parts import LINEAR_SKIP
 from stabkit.identification.form.normal_form import NormalForm, Stage
 from stabkit.identification.form.operations import ADDS, JOINS, MOVES
+from stabkit.identification.form.pieces import Piece, pull
 from stabkit.identification.record import Identification, nothing
-from stabkit.tracing.graph.values import Value, operation, outputs_of
+from stabkit.tracing.graph.values import Value, meta_of, operation, outputs_of
 
 
 def change_of_space(links: Sequence[Link], opaque: Sequence[str]) -> str:
@@ -21,7 +24,7 @@ def change_of_space(links: Sequence[Link], opaque: Sequence[str]) -> str:
     affine = [s for s in of_state if s.is_affine and s.output in terms]
     parts = [terms[a] for a in form.sources if a in terms]
     if all(operation(node) in MOVES for link in links for node in link.form.piece.nodes):
-        return "the same entries are laid out in another shape, or some of them are taken"
+        return _moved(joined(form.piece.graph, links))
     text = "the space changes, so this is no step of a method"
     if any(link.kind == "map" and link.form is not form for link in links):
         return f"{text}; hidden in {', '.join(opaque)}" if opaque else text  # what leads around one part is no shortcut
@@ -39,9 +42,25 @@ def change_of_space(links: Sequence[Link], opaque: Sequence[str]) -> str:
         else:
             kind = "moves entries" if parts[0].kind == "moved" else "passes the state on"
         return f"{text}; the shortcut {kind}"
-    if _is_concatenation(form):
+    if _is_concatenation(form) and parts and len(terms) > len(parts):
         return f"{text}; the state is kept and concatenated with a function of it"
     return f"{text}; hidden in {', '.join(opaque)}" if opaque else text
+
+
+def _moved(piece: Piece) -> str:
+    """What moves alone do, in words: which entries are read once, again, or not, and what is new beside them."""
+    (source,), (target,) = piece.sources, piece.targets
+    meta = meta_of(target)
+    ones = torch.ones(meta.shape, dtype=meta.dtype, device=meta.device)
+    edges = {node: piece.inputs(node) for node in piece.nodes}
+    read = pull(piece.graph, piece.nodes, edges, {target: ones}).get(source)
+    if read is None:
+        return "nothing of the state goes on"
+    told = ["entries are repeated"] if bool((read.abs() > 1).any()) else []
+    told += ["some entries are left out"] if bool((read == 0).any()) else []
+    if meta.numel > round(float(read.real.sum())):
+        told.append("numbers that are not made of the state are put beside its entries")
+    return "; ".join(told) if told else "the same entries are laid out in another shape"
 
 
 def _is_concatenation(form: NormalForm) -> bool:
@@ -61,8 +80,11 @@ def _takes_entries(form: NormalForm, source: Value) -> bool:
         passed = operation(node) in MOVES or (operation(node) in ADDS and len(taken) == 1)
         if not passed:
             return False
-    number = form.forms[0][source]
-    return number.low >= 0.0 and number.value == 1.0
+    number, meta = form.forms[0][source], meta_of(target)
+    ones = torch.ones(meta.shape, dtype=meta.dtype, device=meta.device)
+    read = piece.pull(path, {target: ones}).get(source)
+    once = read is not None and bool((read.abs() <= 1).all())  # what is laid out again and again is read more often
+    return once and number.low >= 0.0 and number.value == 1.0
 
 
 def linear_map_as_skip(links: Sequence[Link], steps: tuple[int, ...]) -> Identification | None:

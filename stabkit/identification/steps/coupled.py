@@ -109,6 +109,8 @@ class _Stream:
         if not self.is_sum:
             return self.record.name
         _, number, rest = self.record.name.partition("(a")
+        if not number:  # what follows the addition stays with it
+            return "running sum" + self.record.name.removeprefix("no branch").replace(" with noise", "")
         return f"running sum {number}{rest.removesuffix(', no branch')}".strip()
 
 

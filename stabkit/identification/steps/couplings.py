@@ -172,7 +172,7 @@ def _moved(form: NormalForm) -> Tensor | None:
         if meta_of(atom).shape == meta.shape:
             written = written | (combination.factors[atom] != 0)
         else:  # entries that are put into places of their own: random numbers tell which
-            written = written | torch.isin(w * terms[atom].value, arrived[atom])
+            written = written | torch.isin(w * terms[atom].value, arrived[atom].contiguous())
     if bool(written.all()) or not bool(written.any()):
         return None
     near = _ROUNDINGS * torch.finfo(w.dtype).eps * float(w.abs().max())

@@ -20,7 +20,7 @@ from stabkit.identification.form.flow_index import Surroundings
 from stabkit.identification.form.formed_ahead import as_made
 from stabkit.identification.form.operations import ADDS, MOVES, PRODUCTS
 from stabkit.identification.form.pieces import Piece
-from stabkit.identification.form.slots import Slots
+from stabkit.identification.form.slots import Slots, beside_outputs
 from stabkit.identification.form.sub_steps import cuts
 from stabkit.identification.names.single import CLOSE, NO_STEP
 from stabkit.identification.record import Identification, nothing
@@ -375,6 +375,8 @@ def _dropped(
     slots = known.slots
     left = [v for v in slots.targets if v in images and images[v] not in sources]
     ends = [v for v in around.flow.states[stop].values if v not in around.flow.states[start].values]
+    stacked = beside_outputs(around.flow, start, stop)
+    ends = ends if stacked is None else list(stacked.targets)
     nodes = around.nodes(start - slots.earlier, stop)
     made = {v: images[v] for v in left}
     stay = set(sources).intersection(around.flow.states[stop].values)

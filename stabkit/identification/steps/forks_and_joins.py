@@ -16,7 +16,9 @@ from stabkit.identification.form.flow_index import Surroundings
 from stabkit.identification.form.operations import ADDS, MOVES, PRODUCTS
 from stabkit.identification.form.pieces import pull
 from stabkit.identification.form.slots import Slots
+from stabkit.identification.names.single import EXPONENTIAL
 from stabkit.identification.record import Identification, nothing
+from stabkit.integrators import GeneralLinearMethod
 from stabkit.tracing.graph.values import Value, meta_of, operation, outputs_of, random_tensors
 
 Reader = Callable[[Surroundings, Slots, tuple[int, ...]], Identification]
@@ -64,7 +66,26 @@ def step_inside(
     if not _is_step(inner):  # a state whose method has no name: what it was made of are values of its field
         return record
     values = "value is" if more == 1 else "values are"
-    return inside(inner, f"{more} {values} made beside the state, for later steps{_FORK}")
+    why = f"{more} {values} made beside the state, for later steps{_FORK}"
+    if 1 < more == _stages(inner) and inner.name.startswith(EXPONENTIAL):
+        # every stage is kept: each was evaluated at a new state, and the weights of all steps together make no method
+        name = f"{more} starting steps of a method that remembers (a = {inner.skip:.3g})"
+        inner = replace(inner, name=name, step_size=None, convention="none for all: every step has its own")
+    return inside(inner, why)
+
+
+def made_beside(around: Surroundings, found: Slots, start: int, stop: int) -> Identification | None:
+    """The record of steps that make something for later steps of a state which stays as it is; None for others."""
+    before, after = (around.flow.states[i].values for i in (start, stop))
+    made = [v for v in after if v not in before]
+    if not made or not found.sources or not set(found.targets) <= set(found.sources):
+        return None
+    why = f"the state stays as it is; made beside it for later steps: {len(made)}"
+    return nothing(tuple(range(start, stop)), "fork", why, "proven")
+
+
+def _stages(record: Identification) -> int:
+    return record.method.stages if isinstance(record.method, GeneralLinearMethod) else 0
 
 
 def _last_use(around: Surroundings, found: Slots, steps: tuple[int, ...], read: Reader) -> Identification | None:

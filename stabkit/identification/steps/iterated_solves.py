@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 from torch.autograd.graph import Node
 
@@ -27,6 +28,7 @@ from stabkit.tracing.graph.values import Value, meta_of, operation, random_tenso
 
 _CONVERGED = 1e-2  # what is left of the iterate in the result: a method that has come to its end to two figures
 _CLOSE = 1e-6
+_APART = 1e-3  # relative; what is left of 1 - h J in half precision is smaller
 _INVERSES = frozenset({"LinalgInv", "LinalgInvEx", "Inverse"})
 
 
@@ -99,7 +101,7 @@ def _equation(form: NormalForm) -> tuple[str, float | None, float] | None:
     fields = [stage for stage in form.stages if stage.output in terms]
     if own is None or old is None or own.kind != "scalar" or old.kind != "scalar" or not own.value or not fields:
         return None
-    if abs(own.value + old.value) > _CLOSE * abs(own.value) or len({stage.key for stage in fields}) > 1:
+    if len({stage.key for stage in fields}) > 1:
         return None
     if any(terms[stage.output].kind != "scalar" for stage in fields):
         return None
@@ -110,6 +112,10 @@ def _equation(form: NormalForm) -> tuple[str, float | None, float] | None:
     h = abs(sum(weights.values()))
     if h == 0.0:
         return None
+    if abs(own.value + old.value) > _CLOSE * abs(own.value):  # a linear part of the field, at the result like the rest
+        as_it_is = abs(abs(old.value) - 1) <= _CLOSE and own.value * old.value < 0  # and not, as of 3 x, a multiple
+        whole = len(fields) == 1 and places[fields[0]] == 1.0 and as_it_is
+        return ("backward_euler", 1.0, h * abs(own.value / old.value)) if whole else None
     if len(fields) == 1:
         place = places[fields[0]]
         return None if not place else (theta_method(place, one_point=True), place, h)
@@ -162,6 +168,42 @@ def _linearly_implicit(piece: Piece, names: Mapping[int, str]) -> SolvedStep | N
             if residual <= _CLOSE and float(pulled.norm()) > _CLOSE * float(w.norm()):
                 return SolvedStep("linearly implicit Euler (Rosenbrock)", None, _number(piece, right, names), residual)
     return None
+
+
+def solves_in_fields(piece: Piece, names: Mapping[int, str]) -> bool:
+    """Whether all linear systems of a step are solved inside of its fields, as that of a mass matrix, M(x)^-1 f(x).
+
+    The right side of a method's own system has the old state in it as it is, or the matrix is made of the Jacobian of
+    the right side, 1 - h J. A constant matrix may be that of a linear part which the right side has as well.
+    """
+    solves = [node for node in piece.nodes if operation(node) in SOLVES]
+    return bool(solves) and all(_is_in_field(piece, node, names) for node in solves)
+
+
+def _is_in_field(piece: Piece, node: Node, names: Mapping[int, str]) -> bool:
+    right, matrix = right_side(node), _matrix(node)
+    if right is None or matrix is None or right in piece.ends or right.node not in piece.inside:
+        return False
+    form = normal_form(Piece(piece.graph, piece.nodes, piece.sources, [right], contexts=piece.contexts), names=names)
+    terms = form.forms[0]
+    if any(atom in form.sources for atom in terms):
+        return False
+    added = [stage for stage in form.stages if stage.output in terms]
+    if any(operation(n) in SOLVES for stage in added for n in stage.nodes):
+        return False  # a solution on the right side of the next system, as of Newton's method that has not ended
+    if len(set(piece.inputs(node))) < 2:
+        return not any(stage.is_affine for stage in added)
+    (w,) = random_tensors([right], seed=0)
+    expected = (matrix.mT @ _columns(w, matrix)).reshape(-1)
+    span = [w.reshape(-1)]
+    for source in piece.sources:
+        before = _between(piece, source, right)
+        pulled = pull(piece.graph, list(before), before, {right: w}).get(source)
+        if pulled is not None and pulled.numel() == w.numel():
+            span.append(pulled.reshape(-1))
+    columns = torch.stack(span, 1)
+    left = expected - columns @ torch.linalg.lstsq(columns, expected[:, None]).solution[:, 0]
+    return float(left.norm()) > _APART * float(expected.norm())
 
 
 def _between(piece: Piece, source: Value, target: Value) -> dict[Node, list[Value]]:

@@ -62,7 +62,13 @@ def read_several_states(around: Surroundings, found: Slots, steps: tuple[int, ..
     if len(found.sources) != len(found.targets):
         return _change_of_count(around, found, steps)
     if found.split or len({value.node for value in found.sources}) == 1 or split_before(around.flow, start):
-        found = _paired(around, found, steps)
+        paired = _paired(around, found, steps)
+        swapped = len(found.sources) == 2 and paired.targets == found.targets[::-1]
+        form = around.normal_form(start, stop, found) if swapped else None
+        # one field of parts that change places at every step is evaluated at both in turn: a method of two steps
+        weights = form is not None and form.stages and parameters_of(form.stages[0].nodes, around.names)
+        if form is None or not weights or not _is_evaluated_beside(around, form, steps):
+            found = paired
     found = as_made(around, found, start, stop)
     form = around.normal_form(start, stop, found)
     record = _named(around, found, form, steps, opaque)
@@ -160,7 +166,7 @@ def _named(
         name=named.name,
         method=method,
         skip=None,
-        step_size=None if named.convention == OWN_SIZES else named.h,
+        step_size=None if named.convention.startswith(OWN_SIZES) else named.h,
         convention=named.convention,
         evidence="proven" if certified and named.is_known else "measured",
         residual=max((c.residual for c in coefficients), default=0.0),
@@ -301,7 +307,7 @@ def _dense(found: Slots, steps: tuple[int, ...]) -> Identification:
         evidence="proven",
         residual=0.0,
         steps=steps,
-        notes=("the state is kept whole and grows: every eigenvalue is 1, all growth is non-normal",),
+        notes=("the state is kept whole beside a function of it: every eigenvalue of the padded step is 1",),
         system="none: nothing that is there is changed",
     )
 

@@ -133,6 +133,16 @@ class Histories:
         certain = written and rule.name == "exponential" and not factor.is_matrix
         return Made(rule.name, residual, convex, follows, weight, certain=certain)
 
+    def nodes_of(self, path: str) -> list[Node]:
+        """The operations of the pass that run in a module."""
+        nodes = self._graph.nodes if self._pass.loss is not None else ()
+        return [node for node in nodes if path_of(self._pass, node) == path]
+
+    @property
+    def graph(self) -> Graph:
+        """The graph of the pass, with parameters on it."""
+        return self._graph
+
     def _explicit(self, path: str, place: int, count: int) -> Made:
         scans = self._scans.get(path, [])
         scan = scans[place] if len(scans) == count else None
@@ -140,9 +150,9 @@ class Histories:
             return Made()
         before, after = (scan.states[time] for time in (scan.middle, scan.middle + 1))
         how, size = explicit_step(before, after[0], scan.cycle)
-        return Made(explicit=how, fed=size is not None and size.node not in scan.cycle and self._is_fed(size))
+        return Made(explicit=how, fed=size is not None and size.node not in scan.cycle and self.is_fed(size))
 
-    def _is_fed(self, value: Value) -> bool:
+    def is_fed(self, value: Value) -> bool:
         """Whether a value is made of an input of the model: of floats, or of tokens that were looked up."""
         stack, seen = [value], set[Value]()
         while stack:

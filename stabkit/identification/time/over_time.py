@@ -24,6 +24,7 @@ from stabkit.identification.reading import read
 from stabkit.identification.record import Identification, Recurrence
 from stabkit.identification.steps.linear_recurrence import Coupling, coupling
 from stabkit.identification.steps.step_rules import Histories, Made
+from stabkit.identification.time.long_convolutions import powers_of_kernels
 from stabkit.identification.time.rates import rates, rates_of_oscillators, rule_of_constants
 from stabkit.identification.time.rescaled import is_maximum, maximum_of, without_maximum
 from stabkit.integrators import LinearStability
@@ -49,6 +50,7 @@ _WEIGHTS = {
     "variance": "the input has the weight sqrt(1 - |a|^2), not that of a held input (ZOH): it keeps the variance of a "
     "state that white noise drives (exact for a process of Ornstein and Uhlenbeck)",
 }
+_CONVOLVED = "computed as a convolution by Fourier transforms, whose kernel is a sum of powers of these numbers"
 _EXPLICIT = "state and input have a factor h in common: explicit Euler with the step h"
 _OWN = "the input enters with a weight that is made of other numbers, such as h B"
 
@@ -84,7 +86,11 @@ class Recurrences:
             record = self._read(scan, path, paths[:i].count(path), paths.count(path))
             rates = growth_over(self._flow, scan)
             found.append(replace(record, growth=sum(rates) / len(rates)))
-        return tuple(replace(r, growth=None) if s in scales else r for s, r in zip(scans, found, strict=True))
+        packed = any(operation(node).startswith("PackPadded") for node in self._flow.recorded.graph.nodes)
+        return tuple(
+            replace(r, growth=None if s in scales else r.growth, notes=_counted(s, packed, r.notes))
+            for s, r in zip(scans, found, strict=True)
+        )
 
     def _rescaled(self, scan: Scan, maximum: Scan, path: str) -> Recurrence:
         """A recurrence that is stored in units of the exponential of a running maximum."""
@@ -108,6 +114,25 @@ class Recurrences:
             system="x' = -lambda x + u, stored in units of exp(m), m a running maximum",
             notes=("the numbers are those without the maximum: they are the same at all times that were looked at",),
         )  # fmt: skip
+
+    def convolved(self, start: int, stop: int) -> tuple[Recurrence, ...]:
+        """Those between two states of the flow that made the kernels of convolutions by Fourier transforms."""
+        recorded = self._flow.recorded
+        nodes = recorded.graph.nodes[self._flow.states[start].position : self._flow.states[stop].position]
+        paths = dict.fromkeys(recorded.path_of(node) for node in nodes if operation(node) == "FftC2R")
+        found = []
+        for path in paths:
+            if (made := self._looked_back()) is None:
+                break
+            for powers in powers_of_kernels(made.graph, made.nodes_of(path), made.is_fed):
+                sizes, h_a = powers.factors.abs(), rates("exponential", powers.factors.detach().cpu().numpy())
+                low, high = float(sizes.min()), float(sizes.max())
+                found.append(Recurrence(
+                    f"{_CALLED['exponential'][0]}, {_sizes(low, high)})", _CALLED["exponential"][1], "measured",
+                    powers.residual, path, powers.count, low, high,
+                    notes=(_CONVOLVED, *filter(None, [h_a])),
+                ))  # fmt: skip
+        return tuple(found)
 
     def levers(self, scans: Sequence[Scan], place: int) -> list[tuple[str, float]]:
         """Parameters that set how long one of some recurrences remembers, see `Histories.levers`."""
@@ -153,6 +178,11 @@ class Recurrences:
 
     def _made(self, path: str, place: int, count: int) -> Made:
         """How the factor of a recurrence was made; where that cannot be seen, why not is kept."""
+        made = self._looked_back()
+        return Made() if made is None else made.of(path, place, count)
+
+    def _looked_back(self) -> Histories | None:
+        """All that the numbers of the flow were made of; None where that cannot be seen."""
         if self._histories is None and not self._untold:
             if any(step.segment.recomputes for step in self._flow.steps):
                 self._untold = "how the factor was made of its parameters was not looked at, to save memory"
@@ -161,7 +191,17 @@ class Recurrences:
                     self._histories = Histories(self._flow)
                 except RuntimeError as error:
                     self._untold = f"the model does not run with parameters that require grad: {str(error)[:100]}"
-        return Made() if self._histories is None else self._histories.of(path, place, count)
+        return self._histories
+
+
+def _counted(scan: Scan, packed: bool, notes: tuple[str, ...]) -> tuple[str, ...]:
+    """Notes that say what a step of a recurrence is where it is no time of every sequence."""
+    if packed:
+        return ("the sequences are packed: these are the steps that run with one number of samples", *notes)
+    if scan.width == 1:
+        return notes
+    told = (note.replace("a time step", "a chunk").replace("at time", "at chunk") for note in notes)
+    return (f"a step is a chunk, of {scan.width} times", *told)
 
 
 class _OverTime(Surroundings):

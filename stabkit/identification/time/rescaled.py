@@ -81,8 +81,8 @@ def without_maximum(graph: Graph, scan: Scan, maximum: Scan, factors: Sequence[T
 
 def _value_of(node: Any) -> Tensor | None:
     """What an extreme of two values gave out."""
-    saved = [getattr(node, name, None) for name in ("_saved_self", "_saved_other")]
-    if operation(node) not in EXTREMES or not all(isinstance(t, Tensor) for t in saved):
+    one, other = (getattr(node, name, None) for name in ("_saved_self", "_saved_other"))
+    if operation(node) not in EXTREMES or one is None or other is None:
         return None
-    found: Tensor = (torch.maximum if operation(node) == "Maximum" else torch.minimum)(*saved)
+    found: Tensor = torch.maximum(one, other) if operation(node) == "Maximum" else torch.minimum(one, other)
     return found.detach()

@@ -51,6 +51,7 @@ class Scan:
             enters as well.
         before: time steps that lead to the first of the states, that from constants with them, which does less.
         after: time steps that follow the last of them, one that does less with them, since not all of it is read.
+        width: how many entries of the sequence each takes at once: more than one of chunks.
     """
 
     states: tuple[tuple[Value, ...], ...]
@@ -61,6 +62,7 @@ class Scan:
     taps: int = 1
     before: int = 0
     after: int = 0
+    width: int = 1
 
     def __len__(self) -> int:
         return len(self.states) - 1
@@ -295,6 +297,19 @@ class _Run:
                     stack.extend(inputs.get(value.node, ()))
         return max(map(len, found.values()), default=1)
 
+    def _width(self, drives: Collection[Value]) -> int:
+        """How many entries of the sequence the slices in the middle take, the least of all."""
+        found = []
+        for place in range(self._period):
+            node = self._node(self.count // 2, place)
+            for value in (Value(node, 0), *self._graph.inputs[node]):
+                if operation(value.node) == "Slice" and (piece := self._pieces.of(value)) and piece[0][0] in drives:
+                    sliced: Any = value.node
+                    found.append(meta_of(value).shape[sliced._saved_dim])
+                elif operation(value.node) != "Slice" and (piece := self._pieces.of(value)) and piece[0][0] in drives:
+                    found.append(1)
+        return min(found, default=1)
+
     def _scan(
         self, cycle: set[int], inner: list[_Edge], edges: list[_Edge], drives: tuple[Value, ...], carried: set[int]
     ) -> Scan:
@@ -334,7 +349,8 @@ class _Run:
         outer = (state(first), state(first + 1)), state(last)
         before = windows[0] - first + ends.before(outer[0], self.start + first * self._period + end)
         after = last - windows[-1] + ends.after(outer[1], self.start + last * self._period + end, drives)
-        return Scan(states, positions, passed, drives, self._period, self._taps(passed, carried), before, after)
+        return Scan(states, positions, passed, drives, self._period, self._taps(passed, carried), before, after,
+                    self._width(drives))  # fmt: skip
 
 
 @cache

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import weakref
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -49,6 +49,8 @@ class ForwardPass:
         through_no_grad: ignore ``torch.no_grad`` inside the model.
         through_detach: pass on what the model detaches.
         ending: makes what a flow ends at of the output, recorded with the pass; None where an output itself is meant.
+        differentiated: the parameters that stay on the graph since the model takes derivatives by them, as inner steps
+            of meta-learning do.
     """
 
     model: Any
@@ -60,6 +62,7 @@ class ForwardPass:
     through_no_grad: bool = False
     through_detach: bool = False
     ending: Ending | None = None
+    differentiated: frozenset[int] = frozenset()
     _kept: _Kept = field(default_factory=_Kept, repr=False, compare=False)
 
     @property
@@ -77,19 +80,36 @@ class ForwardPass:
         Raises:
             TraceError: the model raised, with the name of the module in which it did.
         """
-        recording = self._recorded(saved, wanted)
+        recording = Recording()
+        try:
+            self._record(recording, saved, wanted)
+        except TraceError:
+            asked = self._asked(recording)
+            if not asked - self.differentiated:
+                raise
+            return replace(self, differentiated=asked)._run_again(saved, wanted)
         if not self._kept.written.issuperset(recording.written):
             # it changes weights before it uses them: the graph must hold them as they were used
             self._kept.written |= recording.written
-            if saved is not None:
-                saved.begin_anew()
-            recording = self._recorded(saved, wanted)
+            return self._run_again(saved, wanted)
         return recording
 
-    def _recorded(self, saved: SavedTensors | None, wanted: frozenset[tuple[int, int]] | None) -> Recording:
-        recording = Recording()
+    def _run_again(self, saved: SavedTensors | None, wanted: frozenset[tuple[int, int]] | None) -> Recording:
+        if saved is not None:
+            saved.begin_anew()
+        return self.run(saved, wanted)
+
+    def _asked(self, recording: Recording) -> frozenset[int]:
+        """The parameters that the model takes derivatives by, or all where it does so by copies of some."""
+        asked = frozenset(id(tensor) for tensor in recording.undifferentiated)
+        own = frozenset(id(p) for m in self.module.modules() for p in m._parameters.values() if p is not None)
+        return own if asked - own else asked
+
+    def _record(
+        self, recording: Recording, saved: SavedTensors | None, wanted: frozenset[tuple[int, int]] | None
+    ) -> None:
         with self.kept(watch=False) as safe:
-            safe.freeze()
+            safe.freeze(but=self.differentiated)
             take_whole(self.module)
             recording.start = clock()
             prepared = prepare(self.inputs, self.kwargs)
@@ -113,7 +133,6 @@ class ForwardPass:
             for node in own:  # held weakly, as a graph holds what it is told without the garbage collector's knowing
                 told: Any = node.metadata
                 told[WAY_BACK] = weakref.ref(recording.way_back)
-        return recording
 
     @contextlib.contextmanager
     def kept(self, *others: Any, watch: bool = True) -> Iterator[Safe]:

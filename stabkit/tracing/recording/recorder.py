@@ -94,6 +94,7 @@ class Recording:
         masked: whether an attention of torch was given a mask.
         written: ids of the parameters that the model wrote to.
         way_back: what keeps the model as it is while code of its own runs on the way back.
+        undifferentiated: what the model took derivatives by, though nothing on the graph was made of it.
     """
 
     sources: list[Source] = field(default_factory=list)
@@ -111,6 +112,7 @@ class Recording:
     masked: bool = False
     written: frozenset[int] = frozenset()
     way_back: contextlib.AbstractContextManager[None] = field(default_factory=contextlib.nullcontext)
+    undifferentiated: list[Tensor] = field(default_factory=list)
     start: int = 0
     stop: int = 0
 
@@ -322,6 +324,9 @@ class _NonLeafSources(TorchFunctionMode):
             self.recording.masked |= bool(masks_given(func, args, kwargs or {}))
         if func is torch.Tensor.register_hook and args[0].requires_grad and args[0].grad_fn is not None:
             self.recording.hooks.setdefault(value_of(args[0]), []).append(args[1])
+        if func is torch.autograd.grad:
+            by = tensors_in(args[1] if len(args) > 1 else (kwargs or {}).get("inputs"))
+            self.recording.undifferentiated += [tensor for tensor in by if not tensor.requires_grad]
         result = func(*args, **(kwargs or {}))
         entry = self.values.promoted.pop(id(result), None) if isinstance(result, Tensor) else None
         if entry is None or result.grad_fn is not None:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import types
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -100,11 +100,11 @@ class Safe:
                 self._undo_hooks.append((hooks, dict(hooks)))
                 hooks.clear()
 
-    def freeze(self) -> None:
-        """Let no parameter require grad, so that the graph holds only what depends on the input."""
-        stand_ins = () if self._copies is None else self._copies.made.values()
-        for tensor in (*(guarded.tensor for guarded in self._guarded), *stand_ins):
-            if isinstance(tensor, nn.Parameter) and tensor.requires_grad:
+    def freeze(self, but: Collection[int] = ()) -> None:
+        """Let no parameter require grad, but some by identity: the graph holds only what depends on the input."""
+        stand_ins = {} if self._copies is None else self._copies.made
+        for key, tensor in (*((id(guarded.tensor), guarded.tensor) for guarded in self._guarded), *stand_ins.items()):
+            if isinstance(tensor, nn.Parameter) and tensor.requires_grad and key not in but:
                 tensor.requires_grad_(False)
 
     @contextlib.contextmanager
