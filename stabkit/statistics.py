@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from stabkit.arguments import accepts
 from stabkit.errors import ArgumentError
 from stabkit.results import Result
 
@@ -155,6 +156,7 @@ def jackknife_reach(left_out: Array) -> float:
     return student_factor(count) * error
 
 
+@accepts
 def over_samples(values: Any, *, confidence: float = 0.95) -> Interval:
     """The mean over samples with its interval: a statement about this network, on inputs like these.
 
@@ -181,6 +183,7 @@ def over_samples(values: Any, *, confidence: float = 0.95) -> Interval:
     return Interval(array.mean(axis=0), low, high, "samples of this network", len(array), (), confidence)
 
 
+@accepts
 def over_seeds(measure: Callable[[int], Any], seeds: Iterable[int] = range(8), *, confidence: float = 0.95) -> Interval:
     """The mean over initialisations with its interval: a statement about how models are made.
 

@@ -60,7 +60,7 @@ def test_argument_errors_are_also_built_in_errors():
     [
         (lambda: stabkit.eigenvalues(np.eye(3), k=4), ValueError, "k=4"),
         (lambda: stabkit.eigenvalues("J"), TypeError, "expected a Jacobian"),
-        (lambda: stabkit.lyapunov_spectrum("flow"), TypeError, "flow is a str"),
+        (lambda: stabkit.lyapunov_spectrum("flow"), TypeError, "flow='flow' is a str"),
         (lambda: stabkit.trace(torch.nn.Linear(2, 2), torch.ones(1, 2)).jacobian(3), IndexError, "start=3"),
         (lambda: integrators.GeneralLinearMethod([[0]], [[1]], [[1]], []), ValueError, "V"),
         (lambda: integrators.named("rk4", s=3), TypeError, "rk4 does not take s"),

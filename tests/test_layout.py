@@ -23,6 +23,7 @@ PACKAGE = Path(__file__).parent.parent / "stabkit"
 LAYERS = [
     "_version",
     "errors",
+    "arguments",
     "tables",
     "pictures",
     "results",

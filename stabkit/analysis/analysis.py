@@ -22,6 +22,7 @@ from stabkit.analysis.records import lyapunov, norms, restart_notes, side_input_
 from stabkit.analysis.settings import Settings, affordable, planned
 from stabkit.analysis.spectra import StepSpectra, by_importance, plan_spectra
 from stabkit.analysis.updates import check_optimizer, with_updates
+from stabkit.arguments import accepts
 from stabkit.attribution.measure import EXPLAINED
 from stabkit.diagnosis import Diagnosis, Thresholds, examine
 from stabkit.diagnosis.no_gradient.unreached import findings_without_flow
@@ -77,7 +78,8 @@ def analyze(
 ) -> Report: ...
 
 
-def analyze(  # type: ignore[misc]  # where only the plan is wanted, the options are those of the other overload
+@accepts  # type: ignore[misc]  # where only the plan is wanted, the options are those of the other overload
+def analyze(
     model: Any,
     *inputs: Any,
     loss: Callable[[Any], torch.Tensor] | None = None,
@@ -165,8 +167,6 @@ def analyze(  # type: ignore[misc]  # where only the plan is wanted, the options
     """
     if spectrum not in SPECTRA:
         raise TraceError(f"spectrum={spectrum!r}; expected one of {', '.join(SPECTRA)}")
-    if probes < 1 or spectrum_samples < 1:
-        raise TraceError(f"probes={probes}, spectrum_samples={spectrum_samples}; both must be at least 1")
     model = unwrap(model)
     group = _group(model, inputs, kwargs, distributed, ranks)
     call = Call(inputs, dict(kwargs or {}), batch_dim)

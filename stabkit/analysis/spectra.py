@@ -17,7 +17,7 @@ from stabkit.jacobians.method_choice import DENSE_SIZE, LARGEST_DENSE, krylov_pr
 from stabkit.jacobians.numerical_range import outline
 from stabkit.jacobians.shared import SharedSpectra
 from stabkit.planning.predicted_cost import TRAINING_STEPS
-from stabkit.tracing import Flow, Step
+from stabkit.tracing import Flow, Step, same_space
 
 _WANTED = 6  # eigenvalues and singular values of larger steps
 _PER_VALUE = 10  # products from which one more eigenvalue is looked for
@@ -100,7 +100,7 @@ class StepSpectra:
             shared = size <= DENSE_SIZE
             J = self.shared.matrix(step.index)[: self.samples] if shared else self._own_matrix(step)
             largest = singular_values(J, seed=self.seed, method="dense")
-            if not _keeps_space(step):
+            if not same_space(step.source, step.target):
                 return _only_norm(largest, "dense")
             count = len(J)
             spectra = (
@@ -199,7 +199,7 @@ def is_dense(step: Step, mode: str) -> bool:
 def _from_products(J: Jacobian, step: Step, method: Identification, products: int, seed: int) -> SpectrumFigures:
     """A step's outer eigenvalues and largest singular value, from its products alone; few go to the latter."""
     most = krylov_products(max(J.shape[1:]))
-    keeps_space, enough = _keeps_space(step), products >= min(work.LEAST, most)
+    keeps_space, enough = same_space(step.source, step.target), products >= min(work.LEAST, most)
     try:
         largest = singular_values(
             J,
@@ -235,10 +235,6 @@ def _only_norm(largest: Spectrum, method: str) -> SpectrumFigures:
     converged = bool(largest.converged.all())
     notes = () if converged else ("the largest singular value has not converged: it is a lower bound",)
     return SpectrumFigures(norm=_maximum(largest.values), method=method, converged=converged, notes=notes)
-
-
-def _keeps_space(step: Step) -> bool:
-    return step.source.sample_shapes == step.target.sample_shapes
 
 
 def _skip(method: Identification) -> float:

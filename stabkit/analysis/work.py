@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from stabkit.identification.form.operations import has_matrix, is_opaque
 from stabkit.jacobians.method_choice import krylov_products
-from stabkit.tracing import Flow, Step
+from stabkit.tracing import Flow, Step, same_space
 from stabkit.tracing.graph.values import Value, meta_of, operation, random_tensors
 
 LEAST = 64  # products from which a spectrum says something
@@ -53,7 +53,7 @@ class Demand:
 def demand(step: Step) -> Demand:
     """What the spectrum of a step of a flow of the wanted samples asks for."""
     m, n = step.target.size, step.source.size
-    keeps_space = step.source.sample_shapes == step.target.sample_shapes
+    keeps_space = same_space(step.source, step.target)
     product = operations(step)
     cost = _RATE * product + _PER_STACKED_NODE * len(step.segment.nodes) + _PER_VECTOR + _BASIS * (m + n)
     cost += _PER_ORDERED_NUMBER * sum(_kernel(node) for node in step.segment.nodes)

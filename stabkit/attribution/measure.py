@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from stabkit.arguments import accepts
 from stabkit.attribution.explained_share import Prediction, compare
 from stabkit.attribution.mechanism import TOLERANCE, Mechanism
 from stabkit.attribution.persistence import ISOTROPIC, Persistence, cosine_of_modes, field_cosines, straightness
@@ -29,6 +30,7 @@ COTANGENTS = 4  # random ones, where there is no loss: as many as `analyze` pull
 EXPLAINED, EXPLAINED_PROBES = 4, 8  # samples, and random vectors behind large steps, of what a report says
 
 
+@accepts
 def attribute(
     flow: Flow,
     loss: Any = None,

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from stabkit.arguments import accepts
 from stabkit.errors import ArgumentError
 from stabkit.integrators import GeneralLinearMethod, Region
 from stabkit.results import Result
@@ -232,6 +233,7 @@ def _margin_along_rays(method: GeneralLinearMethod, z: tuple[ComplexArray, ...])
     return float(((reach - 1) * lengths).min())
 
 
+@accepts
 def largest_step_factor(
     method: GeneralLinearMethod,
     *z: ComplexArray,

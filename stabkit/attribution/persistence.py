@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from stabkit.results import Result
-from stabkit.tracing import Flow
+from stabkit.tracing import Flow, same_space
 
 FROZEN, ISOTROPIC = 0.9, 0.1  # cosines of successive Jacobians, from which and up to which a predictor applies
 
@@ -100,7 +100,7 @@ def straightness(flow: Flow) -> tuple[float, tuple[int, int]]:
 
 def _changes_space(flow: Flow, index: int) -> bool:
     step = flow.steps[index]
-    return step.source.sample_shapes != step.target.sample_shapes
+    return not same_space(step.source, step.target)
 
 
 def _nan_mean(values: Tensor) -> float:

@@ -22,7 +22,7 @@ from stabkit.jacobians import Jacobian, eigenvalues
 from stabkit.jacobians.method_choice import krylov_products
 from stabkit.jacobians.shared import SharedSpectra
 from stabkit.statistics import student_factor
-from stabkit.tracing import Step
+from stabkit.tracing import Step, same_space
 
 _NEGLIGIBLE = 1e-6  # a slope this far below the largest switches its coordinate off
 _TOLERANCE = 1e-3  # residual of a Krylov value, as a fraction of the norm of J
@@ -101,7 +101,7 @@ def measure_step(
         images = basis_images(step, tail, spectra.matrix(step.index), budget.samples)
     else:
         images = random_images(step, tail, budget.samples, budget.probes, budget.seed)
-    square = step.source.sample_shapes == step.target.sample_shapes and m == n
+    square = same_space(step.source, step.target)
     a = skip_of(found, tail) if square else None
     terms = _isotropic_terms(images, a, growth, square, m, budget)
     if not bool(images.pulled.isfinite().flatten(1).all(1).any()):

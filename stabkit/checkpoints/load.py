@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from stabkit.arguments import accepts
 from stabkit.checkpoints.dispatch import Options, open_model
 from stabkit.checkpoints.inputs import Input, Inputs, make_inputs
 from stabkit.checkpoints.matching import non_finite
@@ -64,6 +65,7 @@ class Loaded(Result):
         }
 
 
+@accepts
 def load(
     source: str | os.PathLike[str],
     *,

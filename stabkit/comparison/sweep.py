@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import inspect
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ import torch
 from torch import nn
 
 from stabkit.analysis import analyze
+from stabkit.arguments import accepts
 from stabkit.checkpoints import load
 from stabkit.checkpoints.inputs import Input, Inputs
 from stabkit.checkpoints.load import Loaded
@@ -26,13 +28,14 @@ from stabkit.comparison.cache import architecture_hash, content_hash, recipe_has
 from stabkit.comparison.result import Comparison, Snapshot
 from stabkit.diagnosis import Thresholds
 from stabkit.distributed import current
-from stabkit.errors import CheckpointError, StabkitError
+from stabkit.errors import ArgumentTypeError, CheckpointError, StabkitError, did_you_mean
 from stabkit.hashing import content_key
 from stabkit.tracing.cutting.boundaries import Depth
 
 Progress = Callable[[int, int, str], None]
 
 
+@accepts
 def compare(
     sources: Sequence[str | os.PathLike[str]],
     *,
@@ -88,6 +91,10 @@ def compare(
         >>> [snapshot.step for snapshot in found.snapshots], found.growth.round(3).tolist()
         ([0.0, 1.0], [[0.0], [-0.693]])
     """
+    taken = inspect.signature(load).parameters
+    for name in options:
+        if name not in taken:
+            raise ArgumentTypeError(f"compare: got an unexpected keyword argument {name!r}{did_you_mean(name, taken)}")
     named = [str(source) for source in sources]
     if not named:
         raise CheckpointError("there are no checkpoints to compare; give at least one")

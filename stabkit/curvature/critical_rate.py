@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from stabkit.arguments import accepts
 from stabkit.curvature.batches import Batches
 from stabkit.curvature.hessian import Hessian, refuse_randomness
 from stabkit.curvature.setting_aside import refuse_unusable
@@ -55,6 +56,7 @@ class CriticalRate(Result):
     n_losses: int
 
 
+@accepts
 def critical_rate(
     model: nn.Module,
     *inputs: Any,

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from stabkit.arguments import accepts
 from stabkit.curvature.updates import as_number
 from stabkit.errors import ArgumentError, ArgumentTypeError
 from stabkit.results import Result
@@ -56,6 +57,7 @@ class RatesAhead(Result):
         return f"{climbs}, {self.largest / largest_stable_lr:.2g} times what is stable now{fails}"
 
 
+@accepts
 def rates_ahead(optimizer: torch.optim.Optimizer, scheduler: Any, steps: int) -> RatesAhead:
     """The largest learning rate that a schedule has to come; neither it nor the optimizer is changed.
 

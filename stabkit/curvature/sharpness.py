@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from stabkit.arguments import accepts
 from stabkit.curvature.batches import Batches
 from stabkit.curvature.blocks import BlockCurvature, by_block
 from stabkit.curvature.gauss_newton import gauss_newton
@@ -105,6 +106,7 @@ class Sharpness(Result):
         return "\n".join([*lines, *(f"note: {note}" for note in self.notes)])
 
 
+@accepts
 def sharpness(
     model: nn.Module,
     *inputs: Any,
@@ -161,7 +163,7 @@ def sharpness(
     """
     shared = ranks or ALONE
     with agreed(shared):
-        _check(model, k, tol, own, seed, start, blocks)
+        _check(model, k, tol, start, blocks)
         tol = _TOLERANCE if tol is None else float(tol)
         module = unwrap(model)
         update = None if optimizer is None else read_update(optimizer, module)
@@ -220,12 +222,11 @@ def of_hessian(
     )
 
 
-def _check(model: Any, k: Any, tol: Any, own: Any, seed: Any, start: Any, blocks: Any) -> None:
+def _check(model: Any, k: int, tol: Any, start: Any, blocks: Any) -> None:
     if not isinstance(model, nn.Module):
         raise ArgumentTypeError(f"model is a {type(model).__name__}; expected a torch.nn.Module with parameters")
-    for name, value, least in (("k", k, 1), ("own", own, 0), ("seed", seed, -(2**63))):
-        if not isinstance(value, int | np.integer) or isinstance(value, bool) or value < least:
-            raise ArgumentError(f"{name}={value!r}; give a whole number{f' of at least {least}' * (least >= 0)}")
+    if k < 1:
+        raise ArgumentError(f"k={k}; give a whole number of at least 1")
     if not isinstance(start, Tensor | None):
         raise ArgumentTypeError(f"start is a {type(start).__name__}; expected a tensor, such as vector of a result")
     if start is not None and not (start.isfinite().all() and start.any()):

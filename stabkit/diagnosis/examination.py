@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import torch
 
+from stabkit.arguments import accepts
 from stabkit.diagnosis.blocks.initialisation import known_initialisations, made_otherwise
 from stabkit.diagnosis.blocks.small_matrices import with_small_matrices
 from stabkit.diagnosis.causes import with_causes, with_lost_parameters
@@ -75,6 +76,7 @@ _MOVES = 0.98  # of the first loss, under which it has clearly moved
 NO_HARM = "none was tried: it does no harm that was measured"
 
 
+@accepts
 def diagnose(
     flow: FlowLike,
     loss: object = None,
@@ -121,6 +123,7 @@ def diagnose(
     return list(examine(flow, loss, thresholds=thresholds, probes=probes, seed=seed).findings)
 
 
+@accepts
 def examine(
     flow: FlowLike,
     loss: object = None,

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from stabkit.arguments import accepts
 from stabkit.distributed.ranks import Ranks, current
 from stabkit.errors import TraceError
 from stabkit.growth import GradientProfile
@@ -62,6 +63,7 @@ def parts(samples: int, probes: int, ranks: int) -> tuple[Part, ...]:
     return tuple(Part(row, column) for row in rows for column in columns)
 
 
+@accepts
 def gradient_profile(
     model: Any,
     *inputs: Any,

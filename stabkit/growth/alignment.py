@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from stabkit.arguments import accepts
 from stabkit.errors import TraceError
 from stabkit.growth.arguments import checked_k
 from stabkit.growth.qr_sweep import Factor, propagate, start_frame
@@ -55,6 +56,7 @@ class AlignmentIndex(Result):
         return (exponential | deep) & (self.growth * steps > math.log(steps) + _BEYOND)
 
 
+@accepts
 def alignment_index(flow: FlowLike, k: int = 2, *, seed: int = 0) -> AlignmentIndex:
     """The generalised alignment index GALI_k of every sample along a flow; for k = 2 it is SALI up to a factor.
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from stabkit.arguments import accepts
 from stabkit.errors import TraceError
 from stabkit.growth.arguments import checked_k
 from stabkit.growth.qr_sweep import Factor, propagate, start_frame
@@ -56,6 +57,7 @@ class CovariantVectors(Result):
         return torch.stack(smallest)
 
 
+@accepts
 def covariant_vectors(
     flow: FlowLike, k: int | None = None, *, discard: int | None = None, seed: int = 0
 ) -> CovariantVectors:

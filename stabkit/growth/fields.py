@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from stabkit.arguments import accepts
 from stabkit.errors import TraceError
 from stabkit.growth.finite_time import finite_time_exponents
 from stabkit.results import Result
@@ -37,6 +38,7 @@ class ExponentField(Result):
     steps: int
 
 
+@accepts
 def exponent_field(
     flow_of: Callable[[Tensor], FlowLike],
     origin: Tensor,

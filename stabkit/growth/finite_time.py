@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from stabkit.arguments import accepts
 from stabkit.errors import TraceError
 from stabkit.growth.arguments import checked_k, time_per_step
 from stabkit.growth.qr_sweep import Factor, propagate, start_frame
@@ -62,6 +63,7 @@ class FiniteTimeExponents(Result):
         return self.exponents / (self.step_size or 1.0)
 
 
+@accepts
 def finite_time_exponents(
     flow: FlowLike,
     k: int | None = None,

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from stabkit.arguments import accepts
 from stabkit.errors import ArgumentError, TraceError
 from stabkit.growth.parameters import ParameterGradients, parameter_gradients
 from stabkit.results import Result
@@ -105,6 +106,7 @@ class GradientProfile(Result):
         return {**named, "relative_growth": self.relative_growth, "probes": len(self.all_log_growth)}
 
 
+@accepts
 def gradient_profile(
     flow: FlowLike,
     loss: Any = None,
@@ -144,8 +146,6 @@ def gradient_profile(
         [-0.6931, -0.6931, -0.6931]
     """
     check_flow(flow)
-    if isinstance(probes, bool) or not isinstance(probes, int) or probes < 1:
-        raise TraceError(f"probes={probes!r}; expected how many random cotangents to pull back, at least 1")
     if loss is not None and probes > 1:
         raise TraceError(f"probes={probes} with a loss; a loss has one gradient, so leave one of them out")
     found, why = _parameters(flow, loss, parameters)

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from stabkit.arguments import accepts
 from stabkit.errors import TraceError
 from stabkit.growth.arguments import checked_k, time_per_step
 from stabkit.growth.qr_sweep import SweptFrame, propagate, start_frame
@@ -131,6 +132,7 @@ def _kaplan_yorke(exponents: list[float], size: int) -> float:
     return float(size) if len(exponents) == size else math.nan
 
 
+@accepts
 def lyapunov_spectrum(
     flow: FlowLike,
     k: int | None = None,

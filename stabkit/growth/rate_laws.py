@@ -10,6 +10,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from stabkit.arguments import accepts
 from stabkit.errors import ArgumentError
 from stabkit.results import Result
 
@@ -46,6 +47,7 @@ class RateLaw(Result):
     points: int
 
 
+@accepts
 def rate_law(logs: Tensor | Array, *, places: Array | None = None, decisive: float = DECISIVE) -> RateLaw:
     """The law that logs of norms follow over the states, by Akaike's information criterion.
 

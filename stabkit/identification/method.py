@@ -6,7 +6,8 @@ import itertools
 from collections.abc import Sequence
 from dataclasses import replace
 
-from stabkit.errors import ArgumentError
+from stabkit.arguments import accepts
+from stabkit.errors import ArgumentError, ArgumentTypeError
 from stabkit.identification.evidence.told_numbers import consistent
 from stabkit.identification.form.flow_index import Surroundings
 from stabkit.identification.form.grouping import groups, is_divided, is_round, with_norms
@@ -42,6 +43,7 @@ _BLOCKS = 2  # residual blocks within a long skip that are steps by themselves
 _COARSE = ("unnamed", "gated skip", "damped Euler, parallel")  # readings that single steps may better
 
 
+@accepts
 def identify(flow: FlowLike, *, checks: bool = True, parallel: Parallel = SERIAL) -> tuple[Identification, ...]:
     """The method of every step of a flow, or of several steps together where one method spans them.
 
@@ -177,6 +179,10 @@ def by_step(identifications: Sequence[Identification], n_steps: int) -> tuple[Id
     """
     found: dict[int, Identification] = {}
     for record in identifications:
+        if not isinstance(record, Identification):
+            raise ArgumentTypeError(
+                f"identifications holds {type(record).__name__}; give what stabkit.identify returns"
+            )
         count = len(record.steps)
         for place, index in enumerate(record.steps, 1):
             part = record if count == 1 else replace(

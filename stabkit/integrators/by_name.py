@@ -8,6 +8,7 @@ from fractions import Fraction
 from functools import cache, lru_cache
 from typing import Any
 
+from stabkit.arguments import accepts
 from stabkit.errors import ArgumentTypeError, StabkitError
 from stabkit.integrators import (
     chebyshev,
@@ -78,6 +79,7 @@ def entry(name: str) -> Entry:
     return found
 
 
+@accepts
 def named(name: str, **parameters: Any) -> Any:
     """The method of this name.
 

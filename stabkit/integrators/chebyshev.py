@@ -9,6 +9,7 @@ from __future__ import annotations
 from fractions import Fraction
 from typing import Any
 
+from stabkit.arguments import accepts
 from stabkit.errors import ArgumentError
 from stabkit.integrators.catalogue_entry import Entry
 from stabkit.integrators.construction import from_butcher
@@ -34,6 +35,7 @@ def chebyshev_values(s: int, x: Fraction) -> list[tuple[Fraction, Fraction, Frac
     return out[: s + 1]
 
 
+@accepts
 def rkc1(s: int = 5, damping: Any = 0) -> GeneralLinearMethod:
     """The first-order Runge-Kutta-Chebyshev method: R(z) = T_s(w0 + w1 z) / T_s(w0).
 
@@ -59,6 +61,7 @@ def rkc1(s: int = 5, damping: Any = 0) -> GeneralLinearMethod:
     return from_butcher(rows[:s], rows[s], name=label, source=_SOURCE_1)
 
 
+@accepts
 def rkc2(s: int = 5, damping: Any = Fraction(2, 13)) -> GeneralLinearMethod:
     """The second-order Runge-Kutta-Chebyshev method of the code RKC.
 

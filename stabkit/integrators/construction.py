@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from fractions import Fraction
 from typing import Any
 
+from stabkit.arguments import accepts
 from stabkit.errors import ArgumentError
 from stabkit.integrators.general_linear import GeneralLinearMethod, Tableau, from_tableau
 from stabkit.integrators.rational_matrices import Matrix, identity, matmul, solve
@@ -14,6 +15,7 @@ from stabkit.integrators.tableau_checks import entries_are_exact, to_fraction
 _ZERO, _ONE = Fraction(0), Fraction(1)
 
 
+@accepts
 def from_butcher(
     A: Sequence[Sequence[Any]], b: Sequence[Any], *, name: str = "", source: str = "", **options: Any
 ) -> GeneralLinearMethod:
@@ -42,6 +44,7 @@ def from_butcher(
     return GeneralLinearMethod(full, [[1]] * s, [list(b)], [[1]], name=name, source=source, **options)
 
 
+@accepts
 def from_shu_osher(
     alpha: Sequence[Sequence[Any]], beta: Sequence[Sequence[Any]], *, name: str = "", source: str = ""
 ) -> GeneralLinearMethod:
@@ -85,6 +88,7 @@ def from_shu_osher(
     return from_tableau(Tableau(A, U, B, V), exact=exact, name=name, source=source)
 
 
+@accepts
 def from_multistep(
     alpha: Sequence[Any], beta: Sequence[Any], *, name: str = "", source: str = ""
 ) -> GeneralLinearMethod:
@@ -128,6 +132,7 @@ def from_multistep(
     return from_tableau(Tableau(A, U, B, [a, *unit[: k - 1]]), exact=exact, name=name, source=source)
 
 
+@accepts
 def from_additive_butcher(
     tableaux: Sequence[tuple[Sequence[Sequence[Any]], Sequence[Any]]], *, name: str = "", source: str = ""
 ) -> GeneralLinearMethod:
@@ -165,6 +170,7 @@ def from_additive_butcher(
     return GeneralLinearMethod(full, [[1]] * len(used), weights, [[1]], fields=fields, name=name, source=source)
 
 
+@accepts
 def from_partitioned_butcher(
     first: tuple[Sequence[Sequence[Any]], Sequence[Any]],
     second: tuple[Sequence[Sequence[Any]], Sequence[Any]],
@@ -207,6 +213,7 @@ def from_partitioned_butcher(
     )
 
 
+@accepts
 def from_stability_function(
     numerator: Sequence[Any], denominator: Sequence[Any] = (1,), *, name: str = "", source: str = ""
 ) -> GeneralLinearMethod:

@@ -15,6 +15,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.polynomial import Legendre
 
+from stabkit.arguments import accepts
 from stabkit.errors import ArgumentError
 from stabkit.integrators.catalogue_entry import Entry
 from stabkit.integrators.construction import from_butcher
@@ -44,6 +45,7 @@ def pade(top: int, bottom: int) -> tuple[list[Fraction], list[Fraction]]:
     return side(top, bottom, 1), side(bottom, top, -1)
 
 
+@accepts
 def collocation_family(family: Family, s: int) -> GeneralLinearMethod:
     """The s-stage method of a family built on Gauss, Radau or Lobatto nodes.
 

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from fractions import Fraction
 from functools import partial
 
+from stabkit.arguments import accepts
 from stabkit.errors import ArgumentError
 from stabkit.integrators import rational_polynomials as poly
 from stabkit.integrators.catalogue_entry import Entry
@@ -39,6 +40,7 @@ def quadrature_weights(nodes: Sequence[int], start: int, stop: int) -> list[Frac
     return out
 
 
+@accepts
 def adams_bashforth(k: int) -> GeneralLinearMethod:
     """The explicit Adams method with k steps, of order k.
 
@@ -51,6 +53,7 @@ def adams_bashforth(k: int) -> GeneralLinearMethod:
     return from_multistep(_difference(k, 1), beta, name=f"ab{k}", source=f"{_III1} (Adams-Bashforth)")
 
 
+@accepts
 def adams_moulton(k: int) -> GeneralLinearMethod:
     """The implicit Adams method with k steps, of order k + 1.
 
@@ -63,6 +66,7 @@ def adams_moulton(k: int) -> GeneralLinearMethod:
     return from_multistep(_difference(k, 1), beta, name=f"am{k}", source=f"{_III1} (Adams-Moulton)")
 
 
+@accepts
 def nystrom(k: int) -> GeneralLinearMethod:
     """The explicit Nystrom method y_{n+1} = y_{n-1} + h sum beta_j f_j with k >= 2 steps; k = 2 is the leapfrog."""
     _at_least(k, 2)
@@ -70,6 +74,7 @@ def nystrom(k: int) -> GeneralLinearMethod:
     return from_multistep(_difference(k, 2), beta, name=f"nystrom{k}", source=f"{_III1} (Nystrom)")
 
 
+@accepts
 def milne_simpson(k: int) -> GeneralLinearMethod:
     """The implicit method y_{n+1} = y_{n-1} + h sum beta_j f_j with k >= 2 steps; k = 2 is Simpson's rule."""
     _at_least(k, 2)
@@ -77,6 +82,7 @@ def milne_simpson(k: int) -> GeneralLinearMethod:
     return from_multistep(_difference(k, 2), beta, name=f"milne_simpson{k}", source=f"{_III1} (Milne-Simpson)")
 
 
+@accepts
 def bdf(k: int) -> GeneralLinearMethod:
     """The backward differentiation formula with k steps, of order k; zero-unstable from k = 7 on.
 

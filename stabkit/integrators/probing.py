@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from stabkit.arguments import accepts
 from stabkit.errors import ArgumentError
 from stabkit.integrators.construction import from_stability_function
 from stabkit.integrators.general_linear import GeneralLinearMethod, Tableau, from_tableau
@@ -89,6 +90,7 @@ def simple_fraction(value: Any) -> Fraction:
     return simple if abs(simple - exact) <= Fraction(5, 10**16) * abs(exact) else exact
 
 
+@accepts
 def from_step_function(step: Step, *, states: int = 1, fields: int = 1, name: str = "") -> GeneralLinearMethod:
     """The method that a function performs in one step of size 1.
 

@@ -10,7 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from stabkit.errors import ArgumentError
+from stabkit.arguments import a
+from stabkit.errors import ArgumentError, ArgumentTypeError
 from stabkit.integrators.rational_matrices import Matrix
 from stabkit.integrators.spectral_radius import FloatArray
 
@@ -60,8 +61,16 @@ def check_fields(fields: Sequence[int] | None, stages: int) -> tuple[int, ...]:
 def to_fraction(x: Any) -> Fraction:
     """The exact value of an entry: int, Fraction, string or float."""
     if isinstance(x, str | Rational | float):
-        return Fraction(x)
-    return Fraction(float(x)) if not isinstance(x, np.integer) else Fraction(int(x))
+        try:
+            return Fraction(x)
+        except (ValueError, OverflowError) as error:
+            raise ArgumentError(f"an entry is {x!r}; expected a finite number, or text such as '1/2'") from error
+    try:
+        return Fraction(int(x)) if isinstance(x, np.integer) else Fraction(float(x))
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ArgumentTypeError(
+            f"an entry is {a(type(x).__name__)}; expected a number, such as Fraction(1, 2)"
+        ) from error
 
 
 def entry_is_exact(x: Any) -> bool:

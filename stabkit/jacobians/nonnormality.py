@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from stabkit.arguments import accepts
 from stabkit.errors import ArgumentError
 from stabkit.jacobians.counted_products import CountedProducts, as_jacobian, dense_float64
 from stabkit.jacobians.krylov_schur import arnoldi
@@ -93,6 +94,7 @@ class NonNormality(Result):
         return {**super()._contents(), "lower_bounds": self.lower_bounds}
 
 
+@accepts
 def non_normality(
     J: Jacobian | Tensor | np.ndarray,
     *,

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from stabkit.arguments import accepts
 from stabkit.errors import ArgumentError, ArgumentTypeError
 from stabkit.jacobians.counted_products import (
     as_jacobian,
@@ -39,6 +40,7 @@ Row = dict[str, np.ndarray]
 _WITH_VECTORS, _VECTORS_PART = 512, 4
 
 
+@accepts
 def eigenvalues(
     J: Operator,
     k: int | None = None,
@@ -89,7 +91,6 @@ def eigenvalues(
     k = _count(k, n)
     badness = _badness(which)
     tol = _tolerance(tol, J)
-    _check_budget(max_products)
     chosen = choose_method("eigenvalues", "krylov-schur", k, J.shape, str(which), method, max_products)
     used, reason = 0, chosen.reason
     if chosen.method != "dense":
@@ -100,6 +101,7 @@ def eigenvalues(
     return replace(whole_eigenvalues(J, k, badness, str(which), tol, used), reason=reason)
 
 
+@accepts
 def singular_values(
     J: Operator,
     k: int | None = None,
@@ -145,7 +147,6 @@ def singular_values(
     if which not in ("LM", "SM"):
         raise ArgumentError(f"which={which!r}; singular values are 'LM' (largest) or 'SM' (smallest)")
     tol = _tolerance(tol, J)
-    _check_budget(max_products)
     chosen = choose_method("singular values", "golub-kahan", k, J.shape, which, method, max_products)
     used, reason = 0, chosen.reason
     if chosen.method != "dense":
@@ -198,11 +199,6 @@ def _tolerance(tol: float | None, J: Jacobian) -> float:
     if not 0 < tol < 1:
         raise ArgumentError(f"tol={tol}; expected a fraction of the norm of J between 0 and 1, such as 1e-6")
     return float(tol)
-
-
-def _check_budget(max_products: int | None) -> None:
-    if max_products is not None and max_products < 1:
-        raise ArgumentError(f"max_products={max_products}; expected at least 1, or None")
 
 
 def whole_eigenvalues(J: Jacobian, k: int, badness: Badness, which: str, tol: float, used: int) -> Spectrum:

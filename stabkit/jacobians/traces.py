@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from stabkit.arguments import accepts
 from stabkit.errors import ArgumentError
 from stabkit.jacobians.counted_products import CountedProducts, as_jacobian, dense_float64
 from stabkit.jacobians.golub_kahan import Bidiagonalisation
@@ -98,6 +99,7 @@ class SingularValueDensity(Result):
         return smooth
 
 
+@accepts
 def trace(J: Operator, *, probes: int = 30, confidence: float = 0.95, seed: int = 0) -> Estimate:
     """Tr J by Hutch++: exactly on the range of a sketch, by random signs on the rest.
 
@@ -132,6 +134,7 @@ def trace(J: Operator, *, probes: int = 30, confidence: float = 0.95, seed: int 
     return _estimate(inside[:, None] + samples, confidence, products.count, "hutch++")
 
 
+@accepts
 def squared_frobenius_norm(J: Operator, *, probes: int = 30, confidence: float = 0.95, seed: int = 0) -> Estimate:
     """||J||_F^2 = E ||J v||^2 over random signs v; exact from ``probes = min(m, n)`` on.
 
@@ -150,6 +153,7 @@ def squared_frobenius_norm(J: Operator, *, probes: int = 30, confidence: float =
     return _hutchinson(J, lambda V, p: p.forward(V).square().sum(2), probes, confidence, seed)
 
 
+@accepts
 def trace_of_square(J: Operator, *, probes: int = 30, confidence: float = 0.95, seed: int = 0) -> Estimate:
     """Tr J^2 = sum of the squared eigenvalues, from (J^T v) . (J v); two products a probe.
 
@@ -167,6 +171,7 @@ def trace_of_square(J: Operator, *, probes: int = 30, confidence: float = 0.95, 
     return _hutchinson(J, lambda V, p: (p.adjoint(V) * p.forward(V)).sum(2), probes, confidence, seed)
 
 
+@accepts
 def log_abs_det(J: Operator, *, probes: int = 10, steps: int = 60, confidence: float = 0.95, seed: int = 0) -> Estimate:
     """Log |det J| = sum of log singular values, by stochastic Lanczos quadrature on Golub-Kahan bidiagonals.
 
@@ -208,6 +213,7 @@ def log_abs_det(J: Operator, *, probes: int = 10, steps: int = 60, confidence: f
     return Estimate(estimate.value, estimate.standard_errors, widened, confidence, products.count, estimate.method)
 
 
+@accepts
 def singular_value_density(J: Operator, *, probes: int = 10, steps: int = 60, seed: int = 0) -> SingularValueDensity:
     """The distribution of all singular values, by stochastic Lanczos quadrature.
 

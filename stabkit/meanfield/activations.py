@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from stabkit.arguments import accepts
 from stabkit.errors import ArgumentError
 from stabkit.meanfield.closed_forms import ERF, GELU, LINEAR, SIN, UNKNOWN, ClosedForms, leaky
 from stabkit.meanfield.gaussian import Array, Function, density
@@ -91,6 +92,7 @@ def of_facts(facts: ActivationFacts) -> Activation:
     return _of_function(facts.function, facts.kinks, name)
 
 
+@accepts
 def leaky_relu(slope: float = 0.01) -> Activation:
     """``max(h, 0) + slope * min(h, 0)``; slope 0 is the ReLU, slope 1 linear, slope -1 the absolute value.
 
@@ -107,6 +109,7 @@ def leaky_relu(slope: float = 0.01) -> Activation:
     )
 
 
+@accepts
 def hardtanh(low: float = -1.0, high: float = 1.0) -> Activation:
     """``min(max(h, low), high)``.
 
@@ -120,6 +123,7 @@ def hardtanh(low: float = -1.0, high: float = 1.0) -> Activation:
     )
 
 
+@accepts
 def elu(alpha: float = 1.0, scale: float = 1.0) -> Activation:
     """``scale * (max(h, 0) + alpha * (exp(min(h, 0)) - 1))``.
 

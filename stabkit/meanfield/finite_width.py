@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from stabkit.arguments import accepts
 from stabkit.errors import ArgumentError
 from stabkit.meanfield.activations import activation
 from stabkit.meanfield.maps import Phi, check, slope_moment
@@ -31,6 +32,7 @@ class LogGain(Result):
     variance: float
 
 
+@accepts
 def relu_log_gain(width: int, sigma_w: float = math.sqrt(2)) -> LogGain:
     """Exact mean and variance of log |J u|^2 for a ReLU layer of Gaussian weights without bias.
 
@@ -50,7 +52,7 @@ def relu_log_gain(width: int, sigma_w: float = math.sqrt(2)) -> LogGain:
     """
     from scipy.special import digamma, gammaln, polygamma
 
-    _check_width(width, sigma_w)
+    _check_sigma(sigma_w)
     k = np.arange(1, width + 1)
     log_share = gammaln(width + 1) - gammaln(k + 1) - gammaln(width - k + 1) - width * math.log(2)
     share = np.exp(log_share)
@@ -60,6 +62,7 @@ def relu_log_gain(width: int, sigma_w: float = math.sqrt(2)) -> LogGain:
     return LogGain(average, float(share @ (logs - average) ** 2 + share @ polygamma(1, k / 2)))
 
 
+@accepts
 def log_gain_variance(phi: Phi, width: int, q: float = 1.0, weights: str = "gaussian") -> float:
     """Variance of log |J u|^2 of one layer over its weights, to first order in 1 / width.
 
@@ -75,7 +78,6 @@ def log_gain_variance(phi: Phi, width: int, q: float = 1.0, weights: str = "gaus
         0.05
     """
     check(q=q)
-    _check_width(width, 1.0)
     if weights not in ("gaussian", "orthogonal"):
         raise ArgumentError(f"weights={weights!r}; expected 'gaussian' or 'orthogonal'")
     function = activation(phi)
@@ -83,6 +85,7 @@ def log_gain_variance(phi: Phi, width: int, q: float = 1.0, weights: str = "gaus
     return (3 * ratio - (1 if weights == "gaussian" else 3)) / width
 
 
+@accepts
 def gaussian_exponents(width: int, sigma_w: float = 1.0) -> np.ndarray:
     """All Lyapunov exponents of a deep linear network of Gaussian layers W_ij ~ N(0, sigma_w^2 / n), largest first.
 
@@ -104,11 +107,12 @@ def gaussian_exponents(width: int, sigma_w: float = 1.0) -> np.ndarray:
     """
     from scipy.special import digamma
 
-    _check_width(width, sigma_w)
+    _check_sigma(sigma_w)
     k = np.arange(1, width + 1)
     return np.asarray(0.5 * (math.log(2 * sigma_w**2 / width) + digamma((width - k + 1) / 2)))
 
 
+@accepts
 def residual_exponent(width: int | None, h: float) -> float:
     """The largest exponent of x' = x + h W x with fresh W_ij ~ N(0, 1 / n) in every layer, in nats per layer.
 
@@ -132,15 +136,12 @@ def residual_exponent(width: int | None, h: float) -> float:
     check(h=h)
     if width is None or h == 0:
         return 0.5 * math.log1p(h * h)
-    _check_width(width, 1.0)
     rate = width / (2 * h * h)
     reach = 12 * math.sqrt(rate) + 60  # beyond lies less than rounding
     j = np.arange(max(0, int(rate - reach)), int(rate + reach))
     return 0.5 * (math.log(2 * h * h / width) + float(poisson.pmf(j, rate) @ digamma(width / 2 + j)))
 
 
-def _check_width(width: int, sigma_w: float) -> None:
-    if width < 1:
-        raise ArgumentError(f"width={width}; expected at least 1 unit")
+def _check_sigma(sigma_w: float) -> None:
     if not (math.isfinite(sigma_w) and sigma_w > 0):
         raise ArgumentError(f"sigma_w={sigma_w}; expected a positive finite number")

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from stabkit.arguments import accepts
 from stabkit.errors import ArgumentError
 from stabkit.meanfield.expectations import Initialisation, StepExpectation
 from stabkit.meanfield.gaussian import Array
@@ -37,6 +38,7 @@ class _Measured:
     silent: frozenset[int]
 
 
+@accepts
 def at_initialisation(
     model: nn.Module,
     *inputs: Any,
@@ -81,8 +83,6 @@ def at_initialisation(
         >>> round(found.rate.chi, 6), round(found.log_growth_expected / 6, 6)
         (0.25, -1.386294)
     """
-    if probes < 1:
-        raise ArgumentError(f"probes={probes}; expected at least 1 random cotangent")
     measured = []
     for network in (model, *others):
         flow = trace(network, *inputs, kwargs=kwargs, depth=depth, batch_dim=batch_dim, seed=seed)

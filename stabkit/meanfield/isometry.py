@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from stabkit.arguments import accepts
 from stabkit.errors import ArgumentError
 from stabkit.meanfield.activations import Activation, activation
 from stabkit.meanfield.gaussian import Array, mean
@@ -40,6 +41,7 @@ class JacobianSpectrum(Result):
     weights: str
 
 
+@accepts
 def jacobian_spectrum(
     phi: Phi, depth: int, *, sigma_w: float, q: float = 1.0, weights: str = "gaussian"
 ) -> JacobianSpectrum:
@@ -61,8 +63,6 @@ def jacobian_spectrum(
         (6.75, 2.0)
     """
     check(sigma_w=sigma_w, q=q)
-    if depth < 1:
-        raise ArgumentError(f"depth={depth}; expected at least 1 layer")
     if weights not in ("gaussian", "orthogonal"):
         raise ArgumentError(f"weights={weights!r}; expected 'gaussian' or 'orthogonal'")
     function = activation(phi)

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from torch import nn
 
+from stabkit.arguments import accepts
 from stabkit.errors import ArgumentError
 from stabkit.meanfield.activations import Activation, activation
 from stabkit.meanfield.closed_forms import Moment, PairMoment
@@ -21,6 +22,7 @@ from stabkit.meanfield.gaussian import Array, Expectation, Function, exactly, me
 Phi = str | nn.Module | Activation | Callable[..., Any]
 
 
+@accepts
 def variance_map(phi: Phi, q: float, *, sigma_w: float, sigma_b: float = 0.0) -> Expectation:
     """The variance of the next pre-activations, q' = sigma_w^2 E phi(h)^2 + sigma_b^2, for h ~ N(0, q).
 
@@ -41,6 +43,7 @@ def variance_map(phi: Phi, q: float, *, sigma_w: float, sigma_b: float = 0.0) ->
     return second_moment(activation(phi), q).scaled(sigma_w**2, sigma_b**2)
 
 
+@accepts
 def correlation_map(phi: Phi, c: float, q: float, *, sigma_w: float, sigma_b: float = 0.0) -> Expectation:
     """The correlation of two inputs one layer on, for two inputs of variance q and correlation c.
 
@@ -72,6 +75,7 @@ def correlation_map(phi: Phi, c: float, q: float, *, sigma_w: float, sigma_b: fl
     return Expectation(value, (product.error + abs(value) * after.error) / after.value, product.method)
 
 
+@accepts
 def chi_1(phi: Phi, q: float, *, sigma_w: float) -> Expectation:
     """Growth of the squared gradient per layer, sigma_w^2 E phi'(h)^2; also the slope of the correlation map at c = 1.
 
@@ -86,6 +90,7 @@ def chi_1(phi: Phi, q: float, *, sigma_w: float) -> Expectation:
     return slope_moment(activation(phi), q).scaled(sigma_w**2)
 
 
+@accepts
 def chi_c(phi: Phi, c: float, q: float, *, sigma_w: float) -> Expectation:
     """sigma_w^2 E phi'(h_1) phi'(h_2) at correlation c: how a small difference of correlations changes in a layer.
 
@@ -102,6 +107,7 @@ def chi_c(phi: Phi, c: float, q: float, *, sigma_w: float) -> Expectation:
     return slope_product_moment(activation(phi), (q, q), c).scaled(sigma_w**2)
 
 
+@accepts
 def chi_parallel(phi: Phi, q: float, *, sigma_w: float) -> Expectation:
     """The slope dq'/dq of the variance map.
 

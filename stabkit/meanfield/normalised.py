@@ -12,6 +12,7 @@ import math
 
 import numpy as np
 
+from stabkit.arguments import accepts
 from stabkit.errors import ArgumentError
 from stabkit.meanfield.activations import activation
 from stabkit.meanfield.maps import Phi, check, first_moment, second_moment, slope_moment
@@ -20,6 +21,7 @@ from stabkit.meanfield.residual import DepthProfile
 NORMS = ("layer", "rms")
 
 
+@accepts
 def batch_norm_rate(phi: Phi = "relu", batch: int | None = None) -> float:
     """Growth of the squared gradient per layer of a plain network x' = phi(BN(W x)), training mode, towards the input.
 
@@ -54,6 +56,7 @@ def batch_norm_rate(phi: Phi = "relu", batch: int | None = None) -> float:
     return grown - 1 / (batch - 3)
 
 
+@accepts
 def batch_norm_residual_profile(
     depth: int, *, pairs: int = 1, phi: Phi = "relu", sigma_w: float = math.sqrt(2), q: float = 1.0
 ) -> DepthProfile:
@@ -79,8 +82,6 @@ def batch_norm_residual_profile(
         [0.6817, 0.6817, 0.6817]
     """
     check(sigma_w=sigma_w, q=q)
-    if depth < 1 or pairs < 1:
-        raise ArgumentError(f"depth={depth}, pairs={pairs}; expected at least 1 of each")
     function = activation(phi)
     added = sigma_w**2 * (second_moment(function, 1.0).value - first_moment(function, 1.0).value ** 2)
     stream = q + added * np.arange(depth + 1.0)
@@ -88,6 +89,7 @@ def batch_norm_residual_profile(
     return DepthProfile(stream, None, np.log1p(branch / stream[:-1]))
 
 
+@accepts
 def norm_gain(width: int, q: float, norm: str = "layer") -> float:
     """Mean squared singular value of a norm layer on inputs of variance q, in one sample: (1 - k / n) / q.
 
@@ -114,6 +116,7 @@ def norm_gain(width: int, q: float, norm: str = "layer") -> float:
     return (1 - zeros / width) / q
 
 
+@accepts
 def prenorm_profile(
     phi: Phi,
     depth: int,
@@ -146,8 +149,6 @@ def prenorm_profile(
         [1.0, 2.0, 3.0, 4.0, 5.0]
     """
     check(sigma_in=sigma_in, sigma_out=sigma_out, q=q)
-    if depth < 1:
-        raise ArgumentError(f"depth={depth}; expected at least 1 block")
     function = activation(phi)
     added = (scale * sigma_out) ** 2 * second_moment(function, sigma_in**2).value
     branch = (scale * sigma_out * sigma_in) ** 2 * slope_moment(function, sigma_in**2).value
@@ -158,6 +159,7 @@ def prenorm_profile(
     return DepthProfile(units, None, np.log(skip**2 + branch / units[:-1]))
 
 
+@accepts
 def postnorm_chi(phi: Phi, *, sigma_in: float, sigma_out: float, skip: float = 1.0, scale: float = 1.0) -> float:
     """Growth of the squared gradient per block of x' = N(a x + s W_2 phi(W_1 x)), for wide layers.
 

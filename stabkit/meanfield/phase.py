@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from stabkit.arguments import accepts
 from stabkit.errors import ArgumentError
 from stabkit.meanfield.activations import Activation, activation
 from stabkit.meanfield.maps import (
@@ -92,6 +93,7 @@ class CriticalPoint(Result):
     error: float
 
 
+@accepts
 def fixed_point(phi: Phi, *, sigma_w: float, sigma_b: float = 0.0, q_start: float = 1.0) -> FixedPoint:
     """The fixed point that a deep random network approaches, with its depth scales and its phase.
 
@@ -140,6 +142,7 @@ def fixed_point(phi: Phi, *, sigma_w: float, sigma_b: float = 0.0, q_start: floa
     )
 
 
+@accepts
 def depth_scale(chi: float) -> float:
     """Layers over which a deviation shrinks to 1/e of itself, -1 / log chi; inf where it does not shrink.
 
@@ -152,6 +155,7 @@ def depth_scale(chi: float) -> float:
     return -1 / math.log(chi) if chi < 1 - 1e-10 else math.inf
 
 
+@accepts
 def critical_points(
     phi: Phi, *, sigma_w: float | None = None, sigma_b: float | None = None
 ) -> tuple[CriticalPoint, ...]:
@@ -194,6 +198,7 @@ def critical_points(
     return tuple(p for p in points if p is not None)
 
 
+@accepts
 def critical_sigma_w(phi: Phi, sigma_b: float = 0.0) -> float:
     """The sigma_w at which a network with biases of that deviation neither shrinks nor grows gradients.
 

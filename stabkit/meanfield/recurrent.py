@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from stabkit.arguments import accepts
 from stabkit.meanfield.activations import activation
 from stabkit.meanfield.gaussian import mean
 from stabkit.meanfield.maps import Phi
@@ -32,6 +33,7 @@ class RecurrentExponents(Result):
     error: float
 
 
+@accepts
 def recurrent_exponents(phi: Phi, g: float) -> RecurrentExponents:
     """Largest and mean Lyapunov exponent of a random recurrent network, x <- J phi(x).
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from stabkit.arguments import accepts
 from stabkit.errors import ArgumentError
 from stabkit.meanfield.activations import activation
 from stabkit.meanfield.gaussian import Array
@@ -48,6 +49,7 @@ class DepthProfile(Result):
         return {**super()._contents(), "log_gradient_ratio": self.log_gradient_ratio}
 
 
+@accepts
 def residual_profile(
     phi: Phi,
     depth: int,
@@ -88,8 +90,6 @@ def residual_profile(
         4096
     """
     check(sigma_w=sigma_w, sigma_b=sigma_b, q=q, **({} if c is None else {"c": c}))
-    if depth < 1:
-        raise ArgumentError(f"depth={depth}; expected at least 1 block")
     if branch not in BRANCHES:
         raise ArgumentError(f"branch={branch!r}; expected one of {', '.join(map(repr, BRANCHES))}")
     function, last = activation(phi), branch == BRANCHES[0]

@@ -98,6 +98,7 @@ class WeightTable:
         data = weight.detach().double()
         _refuse_mean(data, "weights")
         bias = getattr(module, "bias", None) if has_bias and module is not None else None
+        bias = bias if isinstance(bias, Tensor) else None  # in recurrent layers it says whether there are some
         if has_bias and bias is None and (name != "Linear" or module is None):
             raise UnknownError("biases out of sight (the weight is computed, not a parameter)")
         sigma_b = 0.0 if bias is None else float(bias.detach().double().square().mean())

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from stabkit.arguments import a, accepts
 from stabkit.errors import TraceError
 from stabkit.planning import sizes
 from stabkit.planning.machine_speed import Machine, calibrate
@@ -85,6 +86,7 @@ class Plan(Result):
         return "\n".join(_lines(self))
 
 
+@accepts
 def plan(
     model: Any,
     *inputs: Any,
@@ -140,6 +142,8 @@ def plan(
         raise TraceError(f"spectrum={spectrum!r}; expected one of {', '.join(SPECTRA)}")
     limit_seconds = None if budget is None else sizes.seconds(budget)
     limit_bytes = None if memory is None else sizes.n_bytes(memory)
+    if not callable(model):
+        raise TraceError(f"model is {a(type(model).__name__)}; expected a torch.nn.Module or a function of tensors")
     model = unwrap(model)
     call = Call(inputs, dict(kwargs or {}), batch_dim)
     options = {"depth": depth, "source": source, "target": target}

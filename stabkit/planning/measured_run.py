@@ -16,7 +16,7 @@ from stabkit.diagnosis import examine
 from stabkit.errors import StabkitError, TraceError
 from stabkit.identification import Identification, identify
 from stabkit.planning.machine_speed import PeakMemory, timed
-from stabkit.tracing import Flow, Step, trace
+from stabkit.tracing import Flow, Step, same_space, trace
 from stabkit.tracing.recording.batch_parts import Call
 from stabkit.tracing.recording.forward_pass import ForwardPass
 from stabkit.tracing.recording.recorder import Recording
@@ -191,7 +191,7 @@ def _step_costs(flow: Flow, device: torch.device, spectra: bool) -> tuple[StepCo
         if kind not in known:
             known[kind] = _product_costs(step, device, spectra)
         backward, forward, flops = known[kind]
-        square = step.source.sample_shapes == step.target.sample_shapes
+        square = same_space(step.source, step.target)
         costs.append(StepCost(step.source.size, step.target.size, square, backward, forward, flops))
     return tuple(costs)
 

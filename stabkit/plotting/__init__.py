@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from matplotlib.figure import Figure
 
+from stabkit.arguments import accepts
 from stabkit.plotting.attribution import attribution
 from stabkit.plotting.discs import ridgelines, sliding_disc
 from stabkit.plotting.exponents import (
@@ -76,6 +77,7 @@ __all__ = [
 ]
 
 
+@accepts
 def overview(report: Report) -> Figure:
     """The three pictures of a report side by side: region, growth, gradients."""
     return side_by_side((region, growth, gradients), report)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from matplotlib.axes import Axes
 
+from stabkit.arguments import accepts
 from stabkit.attribution import Attribution
 from stabkit.plotting.depth import FloatArray, depth_axis
 from stabkit.plotting.style import BLUE, GREEN, GREY, ORANGE, empty, finish, ink, new_axes
@@ -24,6 +25,7 @@ _ROUNDING = 1e-12
 _COLORS = {"spectral": BLUE, "non_normal": ORANGE, "alignment": "#CC79A7", "masks": "#E69F00", "norms": GREEN}
 
 
+@accepts
 def attribution(result: Report | Attribution, ax: Axes | None = None) -> Axes:
     """The parts of every step's growth, stacked; their sum is the growth, a black line. All in nats.
 

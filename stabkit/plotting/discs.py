@@ -9,6 +9,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.patches import Circle
 
+from stabkit.arguments import accepts
 from stabkit.errors import ArgumentError
 from stabkit.plotting.style import GREY, complex_plane, empty, end_of, finish, ink, new_axes, paper, sample_color
 
@@ -26,6 +27,7 @@ _GRID = 256
 _FLOOR = 1e-6  # smaller moduli are drawn here
 
 
+@accepts
 def sliding_disc(
     report: Report | None = None, ax: Axes | None = None, *, damping: Sequence[float] = (0.0, 0.25, 0.5, 0.75, 1.0)
 ) -> Axes:
@@ -78,6 +80,7 @@ def sliding_disc(
     return finish(ax, font, "Re z", "Im z", title)
 
 
+@accepts
 def ridgelines(report: Report, ax: Axes | None = None) -> Axes:
     r"""Densities of log10 \|eigenvalue of J\|, one ridge a step, the input at the top.
 

@@ -9,6 +9,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
+from stabkit.arguments import accepts
 from stabkit.errors import ArgumentError, ArgumentTypeError
 from stabkit.plotting.style import (
     DIVERGING,
@@ -78,6 +79,7 @@ def lyapunov_convergence(spectrum: LyapunovSpectrum | Report, ax: Axes | None = 
     return finish(ax, font, "steps", "running mean (nats per step)", "Convergence of the exponents")
 
 
+@accepts
 def finite_time(found: FiniteTimeExponents, ax: Axes | None = None) -> Axes:
     """Finite-time exponents in falling order, as squares: they are not Lyapunov exponents, which are discs.
 
@@ -133,6 +135,7 @@ def _name_curves(ax: Axes, ends: list[tuple[int, float]], steps: int, font: floa
             taken = end
 
 
+@accepts
 def exponent_field(field: ExponentField, ax: Axes | None = None, *, index: int = 0) -> Axes:
     """A finite-time exponent over a plane of inputs, as colors: orange separates neighbours, blue brings them together.
 
@@ -190,6 +193,7 @@ def _array(value: Any) -> np.ndarray:
     return np.asarray(value.detach().cpu() if hasattr(value, "detach") else value)
 
 
+@accepts
 def alignment_index(index: AlignmentIndex, ax: Axes | None = None) -> Axes:
     """Powers of ten of the volume that deviation vectors span: a straight fall is chaos, a level line a torus.
 
@@ -207,6 +211,7 @@ def alignment_index(index: AlignmentIndex, ax: Axes | None = None) -> Axes:
     )
 
 
+@accepts
 def covariant_angles(vectors: CovariantVectors, ax: Axes | None = None, *, first: int = 0, second: int = 1) -> Axes:
     """How often two covariant Lyapunov vectors stand at which angle: values near zero are near-tangencies.
 

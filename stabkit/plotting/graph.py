@@ -10,6 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
 
+from stabkit.arguments import accepts
 from stabkit.identification import by_step, identify
 from stabkit.integrators import GeneralLinearMethod
 from stabkit.plotting.style import BLUE, CENTIMETER, FONT, GREEN, GREY, ORANGE, ink, paper, shade, verbatim
@@ -42,6 +43,7 @@ class _Node:
     growth: float | None
 
 
+@accepts
 def graph(result: Report | Flow, ax: Axes | None = None) -> Axes:
     """The steps as boxes in reading order, with the stages inside, skips as lines around them, transitions in grey.
 

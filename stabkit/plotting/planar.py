@@ -13,6 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from stabkit.arguments import accepts
 from stabkit.errors import ArgumentError
 from stabkit.plotting.style import (
     BLUE,
@@ -49,6 +50,7 @@ def grid_points(low: float = -2.0, high: float = 2.0, lines: int = 11, along: in
     return torch.cat([rows, rows.flip(-1)]).reshape(-1, 2)
 
 
+@accepts
 def flow_map(flow: FlowLike, ax: Axes | None = None, *, along: int | None = 61, panels: int = _PANELS) -> Axes:
     """Grid lines bending step by step: the flow map of a two-dimensional model through depth.
 
@@ -118,6 +120,7 @@ def _check_lines(states: list[tuple[int, NDArray[np.float64]]], along: int | Non
         )
 
 
+@accepts
 def animate_flow_map(
     flow: FlowLike, path: str | os.PathLike[str], *, along: int = 61, between: int = 6, per_second: int = 12
 ) -> Path:
@@ -163,6 +166,7 @@ def animate_flow_map(
     return path
 
 
+@accepts
 def vector_field(flow: FlowLike, ax: Axes | None = None, *, step: int = 0) -> Axes:
     """What one step adds to every point of the plane: the field h f(x) = x' - x of a two-dimensional model.
 
@@ -191,6 +195,7 @@ def vector_field(flow: FlowLike, ax: Axes | None = None, *, step: int = 0) -> Ax
     return finish(ax, font, "x₁", "x₂", f"What {verbatim(_name(flow, step))} adds")
 
 
+@accepts
 def phase_portrait(flow: FlowLike, ax: Axes | None = None, *, samples: int = 40) -> Axes:
     """Trajectories of a recurrent net or an iterated map; in more than two dimensions their two principal directions.
 

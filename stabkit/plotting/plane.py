@@ -9,7 +9,8 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
-from stabkit.errors import ArgumentError
+from stabkit.arguments import a, accepts
+from stabkit.errors import ArgumentError, ArgumentTypeError
 from stabkit.plotting.style import (
     BLUE,
     GREY,
@@ -75,6 +76,7 @@ def spectrum(spectrum: Any, ax: Axes | None = None) -> Axes:
     return finish(ax, font, "index", "singular value", "Singular values of J")
 
 
+@accepts
 def singular_value_density(density: SingularValueDensity, ax: Axes | None = None, *, sample: int = 0) -> Axes:
     """The share of singular values up to each size, with the band in which it lies at 95 % confidence.
 
@@ -99,10 +101,16 @@ def _spectrum(spectrum: Any) -> tuple[NDArray[Any], NDArray[np.bool_]]:
             raise ArgumentError(f"{spectrum.name} has no eigenvalues in this report; choose another step")
         values = np.atleast_2d(np.asarray(spectrum.z, dtype=complex) + (spectrum.skip or 0.0))
         return values, np.full(values.shape, spectrum.spectrum_converged)
+    if not (hasattr(spectrum, "values") and hasattr(spectrum, "converged")):
+        raise ArgumentTypeError(
+            f"spectrum is {a(type(spectrum).__name__)}; expected what stabkit.eigenvalues or stabkit.singular_values "
+            "returns, or one step of a report"
+        )
     values = np.atleast_2d(np.asarray(spectrum.values))
     return values, np.broadcast_to(np.asarray(spectrum.converged, dtype=bool), values.shape)
 
 
+@accepts
 def method(method: LinearStability, ax: Axes | None = None, *, z: ArrayLike | None = None) -> Axes:
     """The stability region of an integrator: where the powers of M(z) stay bounded.
 
@@ -113,7 +121,10 @@ def method(method: LinearStability, ax: Axes | None = None, *, z: ArrayLike | No
     """
     ax, font = new_axes(ax, 8, 7)
     left, right, height = _window(method)
-    points = np.ravel(np.asarray([] if z is None else z, dtype=complex))
+    try:
+        points = np.ravel(np.asarray([] if z is None else z, dtype=complex))
+    except (TypeError, ValueError) as error:
+        raise ArgumentTypeError(f"z is {a(type(z).__name__)}; expected complex numbers") from error
     points = points[np.isfinite(points)]
     if points.size:
         left, right = min(left, 1.1 * points.real.min()), max(right, 1.1 * points.real.max())

@@ -10,6 +10,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
+from stabkit.arguments import accepts
 from stabkit.plotting.depth import FloatArray, Norms, depth_axis, over_depth
 from stabkit.plotting.style import (
     BLUE,
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
 _FLAT = 0.01  # nats that the axis of growth spans at least, so that rounding does not look like growth
 
 
+@accepts
 def growth(result: Report | GradientProfile, ax: Axes | None = None) -> Axes:
     """Gradient growth of every step as bars, and its sum from the output as a line; both in nats.
 
@@ -104,6 +106,7 @@ def _share_zero(left: Axes, right: Axes) -> None:
         ax.set_ylim(-(below + 0.06) * size, (above + 0.06) * size)
 
 
+@accepts
 def gradients(result: Report | GradientProfile, ax: Axes | None = None) -> Axes:
     """The norm of the gradient over depth, on a logarithmic scale, with its interval over samples.
 
@@ -133,6 +136,7 @@ def gradients(result: Report | GradientProfile, ax: Axes | None = None) -> Axes:
     return finish(ax, font, None, "‖gradient‖", title)
 
 
+@accepts
 def norms(result: Report | GradientProfile, ax: Axes | None = None) -> Axes:
     """Norms of the states and of the gradient over depth, on one logarithmic scale, with intervals over samples.
 
@@ -184,6 +188,7 @@ def _norm_line(ax: Axes, norms: Norms, color: str, line: str, label: str) -> Flo
     return np.concatenate([values[shown], ends[known].ravel()])
 
 
+@accepts
 def compare(reports: Mapping[str, Report | GradientProfile], ax: Axes | None = None) -> Axes:
     """The gradient norms of several reports over depth, each divided by its norm at the output.
 

@@ -10,6 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 
+from stabkit.arguments import accepts
 from stabkit.errors import ArgumentError
 from stabkit.plotting.style import GREY, ORANGE, color_bar, finish, ink, new_axes, outline, unit_circle
 
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 _LARGEST = 400  # a resolvent norm at 4000 points takes minutes beyond this size
 
 
+@accepts
 def pseudospectra(
     J: Jacobian,
     ax: Axes | None = None,
@@ -76,6 +78,7 @@ def pseudospectra(
     return finish(ax, font, "Re z", "Im z", "Pseudospectra, dashed: numerical range")
 
 
+@accepts
 def numerical_range(result: NonNormality, ax: Axes | None = None, *, sample: int = 0) -> Axes:
     """Eigenvalues inside the numerical range, and the unit circle.
 

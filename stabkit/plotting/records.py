@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
-from stabkit.errors import ArgumentError, did_you_mean
+from stabkit.arguments import a
+from stabkit.errors import ArgumentError, ArgumentTypeError, did_you_mean
 from stabkit.plotting.style import (
     BLUE,
     DIVERGING,
@@ -43,8 +44,16 @@ def training(records: Any, ax: Axes | None = None, *, quantity: str = "growth") 
     Raises:
         ArgumentError: there is no record, or its blocks have no such number.
     """
-    seen: Iterable[Any] = getattr(records, "records", records)
+    given = getattr(records, "records", records)
+    seen = list(given) if isinstance(given, Sequence | Iterator) else [given]
+    if not all(isinstance(one, Mapping) or hasattr(one, "to_dict") for one in seen):
+        raise ArgumentTypeError(
+            f"records is {a(type(records).__name__)}; expected a stabkit.Monitor, its records, or what "
+            "stabkit.monitor.read_records returns"
+        )
     plain = [record if isinstance(record, Mapping) else record.to_dict() for record in seen]
+    if not all({"step", "blocks"} <= record.keys() for record in plain):
+        raise ArgumentError("records holds what is no record of a monitor: each has a 'step' and its 'blocks'")
     if not plain:
         raise ArgumentError("records is empty; a picture of a training run needs at least one record")
     if quantity == _RATIO:

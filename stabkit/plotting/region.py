@@ -14,6 +14,7 @@ from matplotlib.patches import Circle
 from matplotlib.patheffects import withStroke
 from matplotlib.ticker import MaxNLocator
 
+from stabkit.arguments import accepts
 from stabkit.plotting.plane import stable_area
 from stabkit.plotting.style import (
     color_bar,
@@ -42,6 +43,7 @@ _RANGES = 3  # numerical ranges that can be told apart
 _STYLES: tuple[Literal["-", "--", ":", "-."], ...] = ("-", "--", ":", "-.")
 
 
+@accepts
 def region(report: Report, ax: Axes | None = None) -> Axes:
     r"""The eigenvalues of every step against the stability region of its method; depth is the color.
 

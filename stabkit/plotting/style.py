@@ -18,6 +18,9 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.patches import Circle
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullFormatter
 
+from stabkit.arguments import a
+from stabkit.errors import ArgumentTypeError
+
 BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#7F7F7F"
 LIGHT = "#E8EEF2"
 DIVERGING = LinearSegmentedColormap.from_list("stabkit.diverging", [BLUE, "#FFFFFF", ORANGE])  # shrinks, keeps, grows
@@ -32,6 +35,8 @@ def new_axes(ax: Axes | None, width: float, height: float, margin: float = 0.0) 
     In Axes that were given, text takes the size that was set for the tick labels; None is matplotlib's own.
     """
     if ax is not None:
+        if not isinstance(ax, Axes):
+            raise ArgumentTypeError(f"ax is {a(type(ax).__name__)}; expected Axes of matplotlib, or None for new ones")
         return ax, ax.yaxis.get_tick_params().get("labelsize")
     # the layout does not see labels of an inset color bar beside axes of equal aspect: the margin is for them
     layout = ConstrainedLayoutEngine(rect=(margin, 0, 1 - 2 * margin, 1))

@@ -10,6 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from stabkit.arguments import accepts
 from stabkit.diagnosis import VERDICTS
 from stabkit.plotting.style import (
     BLUE,
@@ -33,6 +34,7 @@ _NAMED = 12  # up to here every checkpoint has its label
 _COLORS = {"grows": ORANGE, "broken": ORANGE, "shrinks": BLUE}
 
 
+@accepts
 def total_growth(comparison: Comparison, ax: Axes | None = None) -> Axes:
     """Gradient growth through the blocks at every checkpoint, with its interval, in nats.
 
@@ -59,6 +61,7 @@ def total_growth(comparison: Comparison, ax: Axes | None = None) -> Axes:
     return finish(ax, font, None, "total growth (nats)", "Gradient growth")
 
 
+@accepts
 def step_growth(comparison: Comparison, ax: Axes | None = None) -> Axes:
     """Growth of every step at every checkpoint, as colors: orange grows, blue shrinks, white keeps its size.
 
@@ -83,6 +86,7 @@ def step_growth(comparison: Comparison, ax: Axes | None = None) -> Axes:
     return finish(ax, font, _axis_name(comparison), "step (input at the top)", "Growth of every step")
 
 
+@accepts
 def margin(comparison: Comparison, ax: Axes | None = None) -> Axes:
     """The largest spectral radius of any step at every checkpoint; beyond 1 lies outside the stability region.
 
@@ -102,6 +106,7 @@ def margin(comparison: Comparison, ax: Axes | None = None) -> Axes:
     return finish(ax, font, None, "largest spectral radius", "Margin to the region")
 
 
+@accepts
 def overview(comparison: Comparison) -> Figure:
     """The three pictures side by side."""
     return side_by_side((total_growth, step_growth, margin), comparison)

@@ -10,6 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from stabkit.arguments import accepts
 from stabkit.errors import ArgumentError
 from stabkit.integrators import GeneralLinearMethod
 from stabkit.plotting.plane import stable_area
@@ -26,6 +27,7 @@ _FLAT = 0.25  # height over length of a region under which it is drawn higher th
 _HEADROOM = 0.42  # of the window, for what the marks are called
 
 
+@accepts
 def updates(report: Report) -> Figure:
     """The optimizer's stability region with its modes, and the blocks' regions with theirs, side by side.
 
@@ -39,6 +41,7 @@ def updates(report: Report) -> Figure:
     return side_by_side((update, region), report)
 
 
+@accepts
 def update(report: Report, ax: Axes | None = None) -> Axes:
     """Modes of the loss under the optimizer: z = -rate x curvature on the stability region of its method.
 

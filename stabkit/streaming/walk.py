@@ -15,8 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from stabkit.arguments import accepts
 from stabkit.distributed import Ranks, current, fingerprint
-from stabkit.errors import TraceError
+from stabkit.errors import ArgumentError, TraceError
 from stabkit.identification import identify
 from stabkit.jacobians import Jacobian, singular_values
 from stabkit.parallel import runs
@@ -33,6 +34,7 @@ _GARBAGE = 2**26  # bytes of weights dropped before memory is swept, which takes
 _VERSION = 2  # of what is kept; results of others are computed again
 
 
+@accepts
 def analyze_files(
     directory: str | os.PathLike[str],
     *inputs: Any,
@@ -100,7 +102,7 @@ def analyze_files(
         [-1.3863, 0.5]
     """
     began = time.perf_counter()
-    _check(probes, k, max_products, inputs, kwargs)
+    _check(k, inputs, kwargs)
     folder = Path(directory)
     files = WeightFiles(folder)
     bare = skeleton(folder) if model is None else _built(model)
@@ -125,11 +127,9 @@ def analyze_files(
     return _profile(bare, blocks, weights, results, store, seed, time.perf_counter() - began)
 
 
-def _check(probes: int, k: int, max_products: int, inputs: tuple[Any, ...], kwargs: Mapping[str, Any] | None) -> None:
-    if probes < 1 or k < 0 or max_products < 1:
-        raise TraceError(
-            f"probes={probes}, k={k}, max_products={max_products}; expected at least 1 probe, 0 values and 1 product"
-        )
+def _check(k: int, inputs: tuple[Any, ...], kwargs: Mapping[str, Any] | None) -> None:
+    if k < 0:
+        raise ArgumentError(f"k={k}; expected at least 0 values")
     bare = [path or "input" for path, tensor in named_tensors([inputs, dict(kwargs or {})]) if tensor.is_meta]
     if bare:
         raise TraceError(f"{', '.join(bare)} on the meta device has no values; give tensors that have")

@@ -3,7 +3,7 @@
 from stabkit.tracing.flow import Flow, State, Step
 from stabkit.tracing.maps.iteration import Iteration, iterate
 from stabkit.tracing.maps.recurrent import recurrent_flow
-from stabkit.tracing.protocols import FlowLike, StateLike, StepLike
+from stabkit.tracing.protocols import FlowLike, StateLike, StepLike, same_space
 from stabkit.tracing.tracer import trace
 
 __all__ = [
@@ -16,5 +16,6 @@ __all__ = [
     "StepLike",
     "iterate",
     "recurrent_flow",
+    "same_space",
     "trace",
 ]

@@ -82,6 +82,11 @@ class FlatState:
         return self.space.flatten([tensor.unsqueeze(0) for tensor in self.tensors]).squeeze(-1)
 
 
+def same_space(before: StateLike, after: StateLike) -> bool:
+    """Whether two states lie in one space: of the same shapes, real or complex alike."""
+    return before.space.axes == after.space.axes
+
+
 class StepLike(Protocol):
     """The map from one state to the next."""
 

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from stabkit.arguments import accepts
 from stabkit.errors import TraceError
 from stabkit.garbage import young_only
 from stabkit.tracing.cutting import chain_check as chains
@@ -43,6 +44,7 @@ _CHAIN_SLACK = 500
 _PARTS = 8  # of a pass that is computed anew, before steps are known: an eighth of its memory, eight passes at most
 
 
+@accepts
 def trace(
     model: Any,
     *inputs: Any,
@@ -102,6 +104,8 @@ def trace(
     given = named_tensors([inputs, dict(kwargs or {})])
     if not given:
         raise TraceError("no tensor among the inputs; call stabkit.trace(model, tensor) with what the model takes")
+    for _, tensor in given:
+        _refuse_unreadable(tensor)
     floats = [tensor for _, tensor in given if differentiable(tensor)]
     if floats and len(floats) == len(given) and all(tensor.layout != torch.strided for tensor in floats):
         raise TraceError(f"the input has the sparse layout {floats[0].layout}; pass a dense tensor: x.to_dense()")
@@ -378,6 +382,14 @@ def _whole_batch_note(
     return f"not every state has an axis that counts {batch} samples, so the whole batch is one state"
 
 
+def _refuse_unreadable(tensor: Tensor) -> None:
+    """Refuse tensors that hold no numbers, or rows of several lengths."""
+    if tensor.is_nested:
+        raise TraceError("the input is a nested tensor; pad it: torch.nested.to_padded_tensor(x, 0.0), with a mask")
+    if tensor.is_meta:
+        raise TraceError("the input is on the meta device, which holds no numbers; move model and input to the CPU")
+
+
 def _checked(chain: chains.Chain, graph: Graph, recorded: _Recorded, module: nn.Module) -> float:
     found = chain.error
     dtypes = {meta_of(value).dtype for node in graph.nodes for value in graph.inputs[node]}
@@ -402,7 +414,7 @@ def _steps(
     graph: Graph,
 ) -> tuple[Step, ...]:
     spaces: list[Space] = [state.space for state in states]
-    same = [before.sample_shapes == after.sample_shapes for before, after in itertools.pairwise(spaces)]
+    same = [before.axes == after.axes for before, after in itertools.pairwise(spaces)]
     clocks = [*graph.clock, recording.stop]
     steps = []
     labels = zip(pieces, names(pieces), stacks(pieces), kinds(pieces, same), strict=True)

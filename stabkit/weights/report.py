@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from stabkit.arguments import accepts
 from stabkit.checkpoints.training_progress import natural_order
 from stabkit.errors import ArgumentError
 from stabkit.meanfield import activation_names
@@ -79,6 +80,7 @@ class WeightsReport(Result):
         return files.write(Path(path), encoding.lines(self.to_dict()).encode())
 
 
+@accepts
 def analyze_weights(
     tensors: Mapping[str, Tensor],
     *,

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import stabkit
-from stabkit.errors import TraceError
+from stabkit.errors import StabkitError, TraceError
 
 
 class Block(nn.Module):
@@ -181,7 +181,7 @@ def test_progress_is_told_step_by_step():
 
 @pytest.mark.parametrize("arguments", [{"spectrum": "all"}, {"probes": 0}, {"spectrum_samples": 0}])
 def test_arguments_that_make_no_sense(arguments):
-    with pytest.raises(TraceError, match=next(iter(arguments))):
+    with pytest.raises(StabkitError, match=next(iter(arguments))):
         stabkit.analyze(nn.Linear(2, 2), torch.ones(1, 2), **arguments)
 
 

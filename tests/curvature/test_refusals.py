@@ -37,8 +37,8 @@ def cross_entropy(y):
         ({"start": [1.0, 2.0]}, "start is a list; expected a tensor"),
         ({"start": torch.zeros(83)}, "start is zero or not finite"),
         ({"start": torch.full((83,), math.nan)}, "start is zero or not finite"),
-        ({"blocks": "0"}, "give a list of paths of modules, e.g. ..0.."),
-        ({"seed": "a"}, "seed='a'; give a whole number"),
+        ({"blocks": "0"}, "expected a list of paths of modules"),
+        ({"seed": "a"}, "seed='a' is a str; expected a whole number"),
         ({"kwargs": [1]}, "kwargs is a list; expected a mapping"),
     ],
 )  # fmt: skip

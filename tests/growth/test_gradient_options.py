@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 import stabkit
-from stabkit.errors import TraceError
+from stabkit.errors import StabkitError, TraceError
 from stabkit.growth import gradient_profile, gradient_profiles, parameter_gradients
 from tests.growth.systems import DOUBLE, normal
 
@@ -199,5 +199,5 @@ def test_gradients_over_time_are_those_of_backpropagation_through_it():
     ],
 )
 def test_options_that_make_no_sense(arguments, message):
-    with pytest.raises(TraceError, match=message):
+    with pytest.raises(StabkitError, match=message):
         gradient_profile(stabkit.trace(network(), X), **arguments)

@@ -243,7 +243,7 @@ def test_the_result_is_ready_for_json():
         (lambda: eigenvalues(np.eye(3), k=4), ValueError, "k=4"),
         (lambda: singular_values(np.ones((2, 3)), k=3), ValueError, "k=3"),
         (lambda: singular_values(np.eye(3), k=0), ValueError, "k=0"),
-        (lambda: singular_values(np.eye(3), k=1.5), TypeError, "integer"),
+        (lambda: singular_values(np.eye(3), k=1.5), TypeError, "whole number"),
         (lambda: eigenvalues(np.eye(3, dtype=int)), TypeError, "floating-point"),
         (lambda: singular_values(torch.eye(3, dtype=torch.int32)), TypeError, "floating-point"),
         (lambda: eigenvalues(1j * np.eye(3)), TypeError, "real"),

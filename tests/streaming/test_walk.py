@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import stabkit
-from stabkit.errors import CheckpointError, TraceError
+from stabkit.errors import CheckpointError, StabkitError, TraceError
 from stabkit.streaming import analyze_files
 from tests.streaming.models import Looped, Tower, saved, tokens, tower
 
@@ -157,7 +157,7 @@ def test_a_tensor_that_is_missing_or_of_another_shape_is_named(tmp_path):
 def test_arguments_that_make_no_sense_are_refused(tmp_path):
     with pytest.raises(TraceError, match="no input"):
         analyze_files(tmp_path)
-    with pytest.raises(TraceError, match="probes=0"):
+    with pytest.raises(StabkitError, match="probes=0"):
         analyze_files(tmp_path, tokens(), probes=0)
     with pytest.raises(CheckpointError, match="no weights"):
         analyze_files(tmp_path, tokens())

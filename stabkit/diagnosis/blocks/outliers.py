@@ -211,11 +211,9 @@ def _evidence(fault: LocalFault, step: StepMeasurement) -> str:
             f"its peers, and a step of the same rate {factor(-2 * fault.size)} times as large beside the weight"
         )
     if acting.peers:
-        parts.append(
-            _compared("its gain, 1/2 log(|J|_F^2 / m) of the m rows of its Jacobian,", acting.gain, acting.peers)
-        )
+        parts.append(_compared(acting.gain, acting.peers))
         parts += [
-            _compared(f"the gain of its branch {merge.module_path or index}", branch, acting.peers)
+            _compared(branch, acting.peers, branch=merge.module_path or str(index))
             for index, (merge, branch) in enumerate(zip(step.merges, acting.branch, strict=True))
             if abs(branch.size) > 0.5
         ]
@@ -234,8 +232,12 @@ def _weight_text(found: WeightFault) -> str:
     return f"{found.weight.path} is {ratio} times as large as in {found.deviation.peers} peers"
 
 
-def _compared(what: str, found: Deviation, peers: int) -> str:
-    return f"{what} is {nats(found.value)}, in {peers} peers {nats(found.typical)} (spread {found.spread:.2f})"
+def _compared(found: Deviation, peers: int, branch: str = "") -> str:
+    through = f" through its branch {branch}" if branch else ""
+    what = f"the gain, 1/2 log(|J|_F^2 / m) of the m rows of the Jacobian{through},"
+    passes = f"nothing passes{through}" if found.value == -math.inf else f"{what} is {nats(found.value)}"
+    typical = f"{nats(found.typical)} (spread {found.spread:.2f})"
+    return f"{passes}; in {peers} peers {'the gain' if found.value == -math.inf else 'it'} is {typical}"
 
 
 def _activity_text(activity: Activity) -> str:

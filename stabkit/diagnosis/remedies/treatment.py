@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from stabkit.arguments import accepts
 from stabkit.diagnosis.examination import examine
 from stabkit.diagnosis.finding import Finding, serious
 from stabkit.diagnosis.no_gradient.unreached import diagnosis_without_flow
@@ -21,6 +22,7 @@ from stabkit.tracing.cutting.endpoints import UnreachedError
 from stabkit.tracing.recording.forward_pass import ForwardPass
 
 
+@accepts
 def apply(model: nn.Module, finding: Finding, *, seed: int = 0) -> int:
     """How many actions of a finding's remedy were carried out on the model, which is changed in place.
 
@@ -84,6 +86,7 @@ class Treatment:
         return "\n".join([*(lines or ["nothing was done"]), *left])
 
 
+@accepts
 def treat(
     model: nn.Module,
     *inputs: Any,

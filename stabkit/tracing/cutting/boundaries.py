@@ -88,15 +88,29 @@ def choose(intervals: Intervals, frontiers: Frontiers, depth: Depth = "auto") ->
     return _between(intervals, picked, around(intervals, picked))
 
 
+def _wanted(depth: Callable[[str, nn.Module], bool], call: Interval) -> bool:
+    try:
+        return bool(depth(call.path, call.module))
+    except Exception as error:
+        raise TraceError(
+            f"depth failed on module {call.path!r}: {type(error).__name__}: {error}; it is given path and module"
+        ) from error
+
+
 def _picked(intervals: Intervals, depth: Depth) -> list[Interval]:
     if depth == "modules":
         return [call for call in intervals.calls if intervals.is_leaf(call)]
     if callable(depth):
-        picked = [call for call in intervals.calls if depth(call.path, call.module)]
+        picked = [call for call in intervals.calls if _wanted(depth, call)]
     elif isinstance(depth, str):
         raise TraceError(
             f'depth={depth!r}; expected "auto", "cuts", "modules", a list of module paths or globs such as '
             f"[{depth!r}], or a function of path and module"
+        )
+    elif not isinstance(depth, Sequence) or not all(isinstance(glob, str) for glob in depth):
+        raise TraceError(
+            f'depth={depth!r}; expected "auto", "cuts", "modules", a list of module paths or globs such as '
+            "['blocks.*'], or a function of path and module"
         )
     else:
         picked = [call for call in intervals.calls if any(fnmatch.fnmatchcase(call.path, glob) for glob in depth)]

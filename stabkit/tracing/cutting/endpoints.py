@@ -123,6 +123,8 @@ def scalar_loss(loss: Any, output: Any) -> Tensor:
     if not isinstance(scalar, Tensor) or scalar.numel() != 1:
         found = f"shape {tuple(scalar.shape)}" if isinstance(scalar, Tensor) else type(scalar).__name__
         raise TraceError(f"loss returned {found}; expected a scalar, e.g. loss=lambda out: out.square().mean()")
+    if scalar.is_complex():
+        raise TraceError("the loss is complex; return a real scalar, such as its real part or its size")
     if not scalar.requires_grad:
         raise UnreachedError("the loss does not depend on the model's output; compute it from its argument")
     if scalar.grad_fn is None and not any(scalar is tensor for _, tensor in named_tensors(output)):

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from stabkit.arguments import accepts
 from stabkit.errors import OutOfRangeError, TraceError
 from stabkit.operators.jacobian import Jacobian
 from stabkit.tracing.cutting.endpoints import scalar_loss
@@ -264,6 +265,7 @@ class Iteration:
         return f"a state between steps {start} and {stop} was not finite, and was finite when computed again"
 
 
+@accepts
 def iterate(
     step_fn: Callable[..., Any],
     x0: Any,
@@ -301,8 +303,6 @@ def iterate(
     """
     if not callable(step_fn):
         raise TraceError(f"step_fn is a {type(step_fn).__name__}; expected a function of a state to the next")
-    if isinstance(n_steps, bool) or not isinstance(n_steps, int) or n_steps < 1:
-        raise TraceError(f"n_steps={n_steps!r}; expected a whole number of at least 1")
     if batch_dim not in (0, None):
         raise TraceError(f"batch_dim={batch_dim!r}; expected 0 (x0 is (batch, ...)) or None (x0 is one state)")
     single = isinstance(x0, Tensor)

@@ -10,17 +10,20 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
 
+from stabkit.arguments import a, accepts
 from stabkit.errors import TraceError
 from stabkit.tracing.flow import Flow, State, Step
 from stabkit.tracing.graph.values import Value
 from stabkit.tracing.maps.iteration import Iteration, iteration
 from stabkit.tracing.maps.linearization import StepFunction, Tensors
 from stabkit.tracing.products.step_products import Products
+from stabkit.tracing.protocols import same_space
 from stabkit.tracing.recording.hooks import hooked
 from stabkit.tracing.recording.untouched_model import aside
 from stabkit.tracing.tracer import trace
 
 
+@accepts
 def recurrent_flow(
     module: nn.Module,
     inputs: Any,
@@ -167,11 +170,18 @@ def _initial(module: nn.RNNBase, drive: Tensor, state: Any, order: Tensor | None
     widths = [module.proj_size or module.hidden_size, module.hidden_size][:count]
     if state is None:
         return tuple(drive.new_zeros(module.num_layers, batch, width) for width in widths)
-    given = (state,) if isinstance(state, Tensor) else tuple(state)
+    given = _tensors(state)
     given = tuple(part.unsqueeze(1) if part.dim() == 2 else part for part in given)
     wanted = [(module.num_layers, batch, width) for width in widths]
     if [tuple(part.shape) for part in given] != wanted:
         raise TraceError(f"state has shapes {[tuple(part.shape) for part in given]}; expected {wanted}")
+    return given
+
+
+def _tensors(state: Any) -> Tensors:
+    given = (state,) if isinstance(state, Tensor) else tuple(state) if isinstance(state, Sequence) else ()
+    if not given or not all(isinstance(part, Tensor) for part in given):
+        raise TraceError(f"state is {a(type(state).__name__)}; expected a tensor, the pair (h, c) of an LSTM, or None")
     return given
 
 
@@ -188,7 +198,7 @@ def _cell(cell: nn.RNNCellBase, inputs: Any, state: Any, step_size: float | None
     if state is None:
         initial = tuple(drive.new_zeros(shape) for shape in wanted)
     else:
-        given = (state,) if isinstance(state, Tensor) else tuple(state)
+        given = _tensors(state)
         initial = tuple(part.unsqueeze(0) if part.dim() == 1 else part for part in given)
         if [tuple(part.shape) for part in initial] != wanted:
             raise TraceError(f"state has shapes {[tuple(part.shape) for part in initial]}; expected {wanted}")
@@ -262,7 +272,7 @@ def _reduced(index: int, state: State, held: set[Value]) -> State:
 def _between(flow: Flow, step: Step, source: State, target: State) -> Step:
     parameters: Sequence[nn.Parameter] = list(flow.model.parameters())
     segment = flow.recorded.segment(source.values, target.values, source.position, target.position, parameters)
-    same = source.sample_shapes == target.sample_shapes
+    same = same_space(source, target)
     return replace(
         step,
         index=source.index,

@@ -53,7 +53,8 @@ def evaluated(
     with torch.inference_mode(False), call.kept(), torch.no_grad():
         take_whole(call.module)
         if not training:
-            call.module.eval()
+            with contextlib.suppress(NotImplementedError):  # an exported program has but the mode it was exported in
+                call.module.eval()
         given: list[int] = []
 
         def prepared(tensor: Tensor) -> Tensor:

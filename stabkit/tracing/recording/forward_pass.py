@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -170,8 +171,19 @@ class ForwardPass:
         takes = what_it_takes(modules[running[-1].path]) if running and running[-1].path in modules else ""
         return TraceError(
             f"the forward pass failed in {where}: {type(error).__name__}: {message} "
-            f"(inputs of shape {shapes or 'none'}{'; ' * bool(takes)}{takes})"
+            f"(inputs of shape {shapes or 'none'}{'; ' * bool(takes)}{takes}){self._advice(error)}"
         )
+
+    def _advice(self, error: Exception) -> str:
+        """What to do about arguments that are missing, where that is what failed."""
+        missing = re.search(r"missing \d+ required .*argument", str(error))
+        if not (isinstance(error, TypeError) and missing):
+            return ""
+        if len(self.inputs) == 1 and isinstance(self.inputs[0], Mapping):
+            return "; a batch that is a dict goes by name: kwargs=batch, which calls model(**batch)"
+        names = re.findall(r"'(\w+)'", str(error)[missing.end() :])
+        given = ", ".join(f"{name!r}: ..." for name in names)
+        return f"; give all that the model is called with, one after the other or as kwargs={{{given}}}"
 
 
 def what_it_takes(module: nn.Module) -> str:
@@ -182,7 +194,7 @@ def what_it_takes(module: nn.Module) -> str:
         'it takes (..., 4) of float32'
     """
     if isinstance(module, nn.Embedding):
-        return f"it takes integers from 0 to {module.num_embeddings - 1}"
+        return f"it takes integers from 0 to {module.num_embeddings - 1}, such as token ids"
     if isinstance(module, nn.Linear):
         shape = f"(..., {module.in_features})"
     elif isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
