@@ -99,8 +99,7 @@ def fill_set(holder: set[Any], contents: set[Any]) -> None:
 
 
 def never(_holder: Any, _key: Any, _value: Any) -> None:
-    """Of what nothing is put into."""
-    raise AssertionError("nothing is put into this")
+    """Of what shows nothing that another thing could be put in the place of."""
 
 
 def fill_bytes(holder: Any, contents: Any) -> None:
