@@ -7,6 +7,8 @@ import gc
 import sys
 from collections.abc import Iterator
 
+from stabkit.turns import turn, undone
+
 
 @contextlib.contextmanager
 def young_only() -> Iterator[None]:
@@ -25,9 +27,8 @@ def young_only() -> Iterator[None]:
         >>> gc.get_threshold() == before
         True
     """
-    before = gc.get_threshold()
-    gc.set_threshold(before[0], before[1], sys.maxsize >> 33)
-    try:
-        yield
-    finally:
-        gc.set_threshold(*before)
+    with turn():  # thresholds are those of the process
+        before = gc.get_threshold()
+        with undone(lambda: gc.set_threshold(*before)):
+            gc.set_threshold(before[0], before[1], sys.maxsize >> 33)
+            yield

@@ -32,6 +32,7 @@ LAYERS = [
     "hashing",
     "parallel",
     "threads",
+    "turns",
     "garbage",
     "vocabulary",
     "integrators",

@@ -203,7 +203,8 @@ class _Analysis:
         with ExitStack() as stack:
             stack.enter_context(whole_parameters(self.model))
             # the whole analysis, not only the forward pass, must leave the model as it was
-            stack.enter_context(unchanged(modules_behind(self.model)))
+            roots = (modules_behind(self.model), self.model, chosen.loss, chosen.optimizer, chosen.scheduler)
+            stack.enter_context(unchanged(*roots, given=(call.inputs, call.kwargs)))
             try:
                 flow = trace(self.model, *call.inputs, kwargs=call.kwargs, batch_dim=call.batch_dim, **chosen.where)
                 flow = flow if chosen.loss is None else flow.following(chosen.loss)

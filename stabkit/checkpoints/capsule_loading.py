@@ -17,7 +17,7 @@ from stabkit.checkpoints.opened import Opened
 from stabkit.checkpoints.randomness import restore_random
 from stabkit.errors import CheckpointError, StabkitError
 from stabkit.tracing.recording.containers import named_tensors
-from stabkit.tracing.recording.untouched_model import unchanged
+from stabkit.tracing.recording.untouched_model import aside
 
 MOST_MOVED = 3  # weights that are named
 _EVEN, _HALF = 4, 0.5  # samples of which one that carries so much of the gradient stands out
@@ -64,7 +64,7 @@ def load_capsule(
     set_buffers(module, call)
     remembered(module, call, capsule.autocast)
     try:
-        with unchanged(module):
+        with aside(module, given=(call.args, call.kwargs)):
             gradients = outer_gradients(module(*call.args, **call.kwargs), call, capsule.scale)
     except StabkitError:
         raise

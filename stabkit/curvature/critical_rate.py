@@ -24,7 +24,7 @@ from stabkit.curvature.twin import Twin, standing_at
 from stabkit.curvature.updates import trained_by
 from stabkit.errors import ArgumentError
 from stabkit.results import Result
-from stabkit.tracing.recording.untouched_model import unchanged_randomness
+from stabkit.tracing.recording.randomness import unchanged_randomness
 from stabkit.tracing.recording.wrappers import unwrap
 
 _DOUBLINGS = 24

@@ -23,7 +23,6 @@ from stabkit.curvature.setting_aside import (
     Casting,
     random_states,
     refuse_unusable,
-    seed_everything,
     set_aside,
     without_hooks,
 )
@@ -31,9 +30,9 @@ from stabkit.curvature.summing import ALONE, Summing, agreed
 from stabkit.errors import ArgumentError, TraceError
 from stabkit.tracing.cutting.endpoints import scalar_loss
 from stabkit.tracing.recording.containers import named_tensors
+from stabkit.tracing.recording.randomness import seeded
 from stabkit.tracing.recording.sharding import take_whole
-from stabkit.tracing.recording.transparency import transparent
-from stabkit.tracing.recording.untouched_model import unchanged
+from stabkit.tracing.recording.untouched_model import WhenCalled, unchanged
 
 _END = "torch::autograd::Error"  # the node that stands for what may not be differentiated again
 
@@ -52,6 +51,7 @@ class Gradient:
         ends: for every parameter where its gradient leaves the graph; None where its derivative is zero.
         cotangents: of the tensors of the output that the loss reads, with the gradient of the loss in them, on the
             graph: what is linear in the gradient passes through them.
+        way_back: what code of the model's own runs in.
     """
 
     batch: Batch
@@ -61,6 +61,7 @@ class Gradient:
     parts: list[Tensor | None]
     ends: list[GradientEdge | None]
     cotangents: list[tuple[Tensor, Tensor]]
+    way_back: contextlib.AbstractContextManager[None]
 
     def product(self, vectors: Sequence[Tensor], places: Sequence[Tensor | None] = ()) -> list[Tensor | None]:
         """H v, None where it is zero.
@@ -84,7 +85,7 @@ class Gradient:
             return [None] * len(along)
         ends, weights = zip(*there, strict=True)
         try:
-            with without_hooks(self.parameters), _written_to(along, places):
+            with self.way_back, without_hooks(self.parameters), _written_to(along, places):
                 return list(torch.autograd.grad(ends, along, weights, retain_graph=True, allow_unused=True))
         except torch.OutOfMemoryError:
             raise
@@ -325,7 +326,8 @@ class Hessian:
             self._looked = True
         ends = [get_gradient_edge(part) if part is not None and part.grad_fn else None for part in parts]
         cotangents = [(tensor, u) for tensor, u in zip(read, given, strict=True) if u is not None]
-        return Gradient(batch, loss, output, parameters, parts, ends, cotangents)
+        way_back = WhenCalled(self.module) if self.by_hand else contextlib.nullcontext()
+        return Gradient(batch, loss, output, parameters, parts, ends, cotangents, way_back)
 
     def _gradient(
         self, loss: Tensor, parameters: list[nn.Parameter], further: Sequence[Tensor] | None = None
@@ -358,17 +360,18 @@ class Hessian:
             batch: the batch.
             graph: whether they are wanted on the graph; without, any scalar is a loss.
         """
-        with torch.inference_mode(False), unchanged(self.module) as safe, transparent(), set_aside(self.module) as seen:
-            safe.copy_buffers()
+        given = (batch.inputs, batch.kwargs)
+        with set_aside(self.module, batch.loss, batch.call, given=given) as (safe, seen):
             take_whole(self.module)
             for parameter in self._running_parameters():
                 parameter.requires_grad_()
-            seed_everything(self.seed)
+            seeded(self.seed)
             begun = random_states(self.device)
             with torch.set_grad_enabled(graph):
-                with self.casting.on():
+                with self.casting.on(), safe.watching():
                     output = batch.output(self.module)
                     value = scalar_loss(batch.loss, output) if graph else batch.value(output)
+                safe.refuse_other_threads()
                 self.draws = self.draws or not all(map(torch.equal, random_states(self.device), begun))
                 self.attends = self.attends or seen.attends
                 yield output, value

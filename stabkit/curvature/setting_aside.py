@@ -1,10 +1,9 @@
-"""What a pass for the curvature leaves alone of a model beside its weights: hooks, generators, random states."""
+"""What a pass for the curvature sets aside of a model, and what it reads of the process."""
 
 from __future__ import annotations
 
 import contextlib
 import random
-from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +15,8 @@ from torch.nn.parameter import UninitializedParameter
 from torch.overrides import TorchFunctionMode
 
 from stabkit.errors import ArgumentError
-from stabkit.tracing.recording.untouched_model import seeded
+from stabkit.tracing.recording.transparency import transparent
+from stabkit.tracing.recording.untouched_model import Safe, aside
 
 
 def refuse_unusable(parameters: Sequence[Tensor]) -> None:
@@ -38,13 +38,6 @@ def refuse_unusable(parameters: Sequence[Tensor]) -> None:
         )
     if not sum(p.numel() for p in parameters):
         raise ArgumentError("the parameters of the model have no entries; there is no curvature to measure")
-
-
-def seed_everything(seed: int) -> None:
-    """Seed the generators of torch, numpy and Python."""
-    seeded(seed)
-    random.seed(seed)
-    np.random.seed(seed % 2**32)  # noqa: NPY002 - it is the one that models draw from
 
 
 def random_states(device: torch.device) -> list[Tensor]:
@@ -107,38 +100,35 @@ class TwiceDifferentiable(TorchFunctionMode):
 
 
 @contextlib.contextmanager
-def set_aside(module: nn.Module) -> Iterator[TwiceDifferentiable]:
-    """A pass that runs no hook of the way back and leaves gradients and generators as they are.
+def set_aside(module: nn.Module, *others: Any, given: Any) -> Iterator[tuple[Safe, TwiceDifferentiable]]:
+    """A pass with plain gradients, that are none of the user's; the model comes back as it was.
 
-    What it changes of the modules themselves is put back by what keeps the model unchanged, which this stands inside.
+    Args:
+        module: the model.
+        *others: functions that run with it.
+        given: what it is called with.
     """
-    own = {id(g): g for m in module.modules() for g in vars(m).values() if isinstance(g, torch.Generator)}
-    states = [(g, g.get_state()) for g in own.values()]
-    python, numbers = random.getstate(), np.random.get_state()  # noqa: NPY002
-    for part in module.modules():
-        part._backward_hooks, part._backward_pre_hooks = OrderedDict(), OrderedDict()
-        if isinstance(part, nn.Embedding | nn.EmbeddingBag):
-            part.sparse = False  # sparse gradients have no second derivative
-    for parameter in module.parameters():
-        parameter.grad = None  # what a closure does with gradients is none of the user's
-    try:
+    with torch.inference_mode(False), aside(module, *others, given=given, watch=False) as safe, transparent():
+        for part in module.modules():
+            if isinstance(part, nn.Embedding | nn.EmbeddingBag):
+                part.sparse = False  # sparse gradients have no second derivative
+        safe.before_gradients()
+        for parameter in module.parameters():
+            parameter.grad = None  # what a closure does with gradients is none of the user's
         with TwiceDifferentiable() as seen:
-            yield seen
-    finally:
-        for generator, state in states:
-            generator.set_state(state)
-        random.setstate(python)
-        np.random.set_state(numbers)  # noqa: NPY002
+            yield safe, seen
 
 
 @contextlib.contextmanager
 def without_hooks(parameters: Sequence[Tensor]) -> Iterator[None]:
     """Hooks that were registered on the parameters do not run: they may count, log, or change the gradient."""
-    hooked = [(p, p._backward_hooks) for p in parameters if p._backward_hooks]
+    before = [(p, p._backward_hooks) for p in parameters]
     try:
-        for p, _ in hooked:
-            p._backward_hooks = None
+        for p, hooks in before:
+            if hooks:
+                p._backward_hooks = None
         yield
     finally:
-        for p, hooks in hooked:
-            p._backward_hooks = hooks
+        for p, hooks in before:
+            if p._backward_hooks is not hooks:
+                p._backward_hooks = hooks

@@ -26,7 +26,7 @@ from stabkit.errors import ArgumentError, ArgumentTypeError
 from stabkit.integrators import GeneralLinearMethod
 from stabkit.results import Result
 from stabkit.statistics import student_factor
-from stabkit.tracing.recording.untouched_model import unchanged_randomness
+from stabkit.tracing.recording.randomness import unchanged_randomness
 from stabkit.tracing.recording.wrappers import unwrap
 
 _TOLERANCE = 1e-3

@@ -20,7 +20,7 @@ from stabkit.curvature.twin import Twin
 from stabkit.curvature.updates import Update, read_update, trained_by
 from stabkit.errors import ArgumentTypeError
 from stabkit.results import Result
-from stabkit.tracing.recording.untouched_model import unchanged_randomness
+from stabkit.tracing.recording.randomness import unchanged_randomness
 from stabkit.tracing.recording.wrappers import unwrap
 
 WARM, COLD = 4, 40  # products of a search that goes on, and of one that begins

@@ -5,7 +5,7 @@ from __future__ import annotations
 import bisect
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -22,7 +22,6 @@ from stabkit.tracing.recording.containers import map_tensors, named_tensors
 from stabkit.tracing.recording.forward_pass import ForwardPass
 from stabkit.tracing.recording.recorder import clock
 from stabkit.tracing.recording.transparency import transparent
-from stabkit.tracing.recording.untouched_model import seeded, unchanged
 from stabkit.walk import wide
 
 _AGREEMENT = 1e-4  # how far the shares may be from the whole by rounding, relative to its norm
@@ -58,11 +57,13 @@ _TRANSPOSES = tuple(getattr(torch.Tensor, name).__get__ for name in ("T", "mT", 
 class _Uses(TorchFunctionMode):
     """Sees every call that takes a parameter, notes when it was, and passes an alias on, on the graph if wanted."""
 
-    def __init__(self, parameters: Mapping[str, nn.Parameter], aliased: bool) -> None:
+    def __init__(
+        self, parameters: Mapping[str, nn.Parameter], aliased: bool, uses: list[tuple[str, int, Tensor]]
+    ) -> None:
         super().__init__()
         self.names = {id(parameter): name for name, parameter in parameters.items()}
         self.aliased = aliased
-        self.uses: list[tuple[str, int, Tensor]] = []
+        self.uses = uses
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -123,17 +124,18 @@ def parameter_gradients(
     args = call.inputs if inputs is None else inputs if isinstance(inputs, tuple) else (inputs,)
     named = call.kwargs if inputs is None else dict(kwargs or {})
     known = dict(flow.model.named_parameters())
-    seen = _Uses(known, aliased=False)
+    uses: list[tuple[str, int, Tensor]] = []
 
     def watched(*given: Any, **named: Any) -> Any:
-        with seen:
-            return flow.model(*given, **named)
+        uses.clear()
+        with _Uses(dict(flow.model.named_parameters()), aliased=False, uses=uses):
+            return call.model(*given, **named)
 
-    forward = ForwardPass(watched, flow.model, args, named, call.seed)
-    start = forward.run(wanted=frozenset()).start
-    places = [_step_at(flow, time - start) for _, time, _ in seen.uses]
-    used = [name for name, _, _ in seen.uses]
-    found = _gradients(forward, loss, known, used, flow if per_sample else None)
+    call = replace(call, inputs=args, kwargs=named, promote_casts=False, ending=None)
+    start = replace(call, model=watched).run(wanted=frozenset()).start
+    places = [_step_at(flow, time - start) for _, time, _ in uses]
+    used = [name for name, _, _ in uses]
+    found = _gradients(call, loss, used, flow if per_sample else None)
     _refuse_hidden_uses(found.shares, found.whole)
     return _shared_out(flow, known, places, found)
 
@@ -161,18 +163,15 @@ class _Gradients:
     of_samples: list[Shares]
 
 
-def _gradients(
-    forward: ForwardPass, loss: Any, known: dict[str, nn.Parameter], expected: list[str], by_sample: Flow | None
-) -> _Gradients:
-    with torch.inference_mode(False), unchanged(forward.module) as safe, transparent():
-        safe.copy_buffers()
-        seeded(forward.seed)
+def _gradients(forward: ForwardPass, loss: Any, expected: list[str], by_sample: Flow | None) -> _Gradients:
+    with torch.inference_mode(False), forward.kept(loss), transparent():
+        known = dict(forward.module.named_parameters())
         differentiable = {name: p for name, p in known.items() if p.is_floating_point() or p.is_complex()}
         for parameter in differentiable.values():
             parameter.requires_grad_()
         args, kwargs = map_tensors([list(forward.inputs), forward.kwargs], lambda tensor: tensor.detach().clone())
-        with _Uses(known, aliased=True) as seen:
-            output = forward.module(*args, **kwargs)
+        with _Uses(known, aliased=True, uses=[]) as seen:
+            output = forward.model(*args, **kwargs)
         if [name for name, _, _ in seen.uses] != expected:
             raise TraceError("the model took another course when it was run again: its parameters cannot be placed")
         scalar = scalar_loss(loss, output)

@@ -20,7 +20,7 @@ from stabkit.monitor.measurement import Hooks, StepNorms
 from stabkit.monitor.parameters import Parameters
 from stabkit.monitor.record import Record
 from stabkit.results import Result
-from stabkit.tracing.recording.untouched_model import unchanged_randomness
+from stabkit.tracing.recording.randomness import unchanged_randomness
 
 COMPARED = ("activation_norm", "gradient_norm", "parameter_gradient_norm")
 

@@ -178,8 +178,14 @@ def _costs(model: Any, call: Call, options: Mapping[str, Any], loss: Any, seed: 
     def trial(count: int) -> Trial:
         return run_trial(model, call.part(0, count), options, loss, seed, spectra)
 
-    machine, one = calibrate(device_of(model)), trial(1)
-    two = trial(2) if call.samples > 1 and one.seconds < _SECOND_TRIAL else None
+    machine = calibrate(device_of(model))
+    try:
+        one = trial(1)
+    except TraceError:  # norms in training mode take no single sample
+        if call.samples == 1:
+            raise
+        one = trial(2)
+    two = trial(2) if one.samples == 1 < call.samples and one.seconds < _SECOND_TRIAL else None
     return Costs(machine, weight_bytes(model), one, two)
 
 

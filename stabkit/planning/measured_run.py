@@ -13,11 +13,13 @@ from torch import nn
 
 from stabkit.attribution.measure import EXPLAINED, EXPLAINED_PROBES, attribute
 from stabkit.diagnosis import examine
-from stabkit.errors import TraceError
+from stabkit.errors import StabkitError, TraceError
 from stabkit.identification import Identification, identify
 from stabkit.planning.machine_speed import PeakMemory, timed
 from stabkit.tracing import Flow, Step, same_space, trace
 from stabkit.tracing.recording.batch_parts import Call
+from stabkit.tracing.recording.forward_pass import ForwardPass
+from stabkit.tracing.recording.recorder import Recording
 from stabkit.tracing.recording.untouched_model import unchanged
 from stabkit.tracing.recording.wrappers import modules_behind, unwrap
 
@@ -120,7 +122,7 @@ def run_trial(model: Any, call: Call, options: Mapping[str, Any], loss: Any, see
         examine(flow, loss, probes=1, seed=seed, methods=lambda: found)
         return flow, found
 
-    with unchanged(module), PeakMemory(device) as peak:
+    with unchanged(module, model, loss, given=(call.inputs, call.kwargs)), PeakMemory(device) as peak:
         (flow, found), seconds = timed(analysed, device)
         explaining = 0.0
         if spectra and not slow:
@@ -140,10 +142,16 @@ def run_trial(model: Any, call: Call, options: Mapping[str, Any], loss: Any, see
 
 def _forward(model: Any, call: Call, device: torch.device) -> tuple[float, float]:
     """Seconds and operations of one plain forward pass, without gradients."""
-    with unchanged(modules_behind(model)), torch.no_grad():
-        with _counting() as counter:
-            model(*call.inputs, **call.kwargs)
-        _, seconds = timed(lambda: model(*call.inputs, **call.kwargs), device)
+    forward = ForwardPass(model, modules_behind(model), call.inputs, dict(call.kwargs), seed=0)
+    try:
+        with torch.inference_mode(False), forward.kept(), torch.no_grad(), _counting() as counter:
+            forward.called()
+        with torch.inference_mode(False), forward.kept(), torch.no_grad():
+            _, seconds = timed(forward.called, device)
+    except (StabkitError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # the model is the user's code
+        raise forward.failed(error, Recording()) from error
     return seconds, float(counter.get_total_flops())
 
 

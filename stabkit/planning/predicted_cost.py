@@ -70,7 +70,7 @@ class Costs:
     Attributes:
         machine: that it runs on.
         weight_bytes: the bytes of its parameters and buffers.
-        one: the trial on one sample.
+        one: the trial on one sample; on two where the model does not take one alone.
         two: the trial on two; None where there is one sample, or one took long.
     """
 
@@ -96,7 +96,7 @@ class Costs:
             seconds=seconds + share * sum(one.seconds for one in spectra),
             peak_bytes=self._peak(samples, max((one.bytes for one in spectra), default=0)),
             products=walks * len(steps) + sum(int(share * one.products) for one in spectra),
-            flops=(self.one.forward_flops + flops) * samples,
+            flops=(self.one.forward_flops / self.one.samples + flops) * samples,
             read_bytes=reads * self.weight_bytes,
         )
 

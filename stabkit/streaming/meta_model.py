@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from torch import nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from stabkit.checkpoints.hugging_face import architecture, building
+from stabkit.tracing.recording.hooks import hooked
 
 
 @contextlib.contextmanager
@@ -18,19 +21,15 @@ def without_weights() -> Iterator[None]:
 
     A parameter is allocated by its module, but not yet written to, when it loses its storage: that costs no memory.
     """
-    module_class: Any = nn.Module
-    register = module_class.register_parameter
+    thread = threading.get_ident()  # what other threads build meanwhile keeps its weights
 
-    def bare(self: nn.Module, name: str, param: nn.Parameter | None) -> None:
-        if param is not None and param.device.type != "meta":
-            param = nn.Parameter(param.detach().to("meta"), requires_grad=False)
-        register(self, name, param)
+    def bare(_module: nn.Module, _name: str, param: nn.Parameter) -> Any:
+        if threading.get_ident() != thread or param.device.type == "meta":
+            return None
+        return nn.Parameter(param.detach().to("meta"), requires_grad=False)
 
-    module_class.register_parameter = bare
-    try:
+    with hooked([register_module_parameter_registration_hook(bare)]):
         yield
-    finally:
-        module_class.register_parameter = register
 
 
 def skeleton(folder: Path) -> nn.Module:

@@ -338,6 +338,10 @@ class Flow:
         """
         if loss is None:
             return random_tensors(self.states[-1].values, seed)
+        with self.recorded.graph.way_back:
+            return self._cotangent(loss)
+
+    def _cotangent(self, loss: Any) -> list[Tensor]:
         scalar = scalar_loss(loss, self.output)
         tensors = self._gradient(scalar)
         if tensors is None:

@@ -36,6 +36,7 @@ from stabkit.tracing.recording.inputs import Source, differentiable
 from stabkit.tracing.recording.recomputation import SavedTensors
 from stabkit.tracing.recording.recorded_pass import RecordedPass
 from stabkit.tracing.recording.recorder import Recording, clock
+from stabkit.tracing.recording.untouched_model import refuse_lazy
 from stabkit.tracing.recording.wrappers import modules_behind, unwrap
 
 # how the chain may differ from the engine by the order of additions, as a multiple of the dtype's rounding unit
@@ -119,6 +120,7 @@ def trace(
         if batch == 0:
             raise TraceError(f"the input of shape {tuple(shaped[0].shape)} holds no samples; give at least one")
     module = modules_behind(model)
+    refuse_lazy(module.modules())
     with young_only(), torch.inference_mode(False):
         forward = ForwardPass(model, module, inputs, dict(kwargs or {}), seed, ending=ending(target))
         if memory == "recompute":  # the inputs are needed again, so they must stay what they are
@@ -126,7 +128,7 @@ def trace(
             forward = replace(forward, inputs=own[0], kwargs=own[1])
         recorded = _record(forward, source, target, memory == "recompute")
     settings = _Settings(module, depth, batch, batch_dim or 0, seed, check, target)
-    with young_only():
+    with young_only(), recorded.recording.way_back:
         flow = _build(recorded, settings)
 
     def again(checked: bool, end: Target = target, given: tuple[Any, Any] | None = None) -> Flow:
@@ -147,7 +149,7 @@ def trace(
     def by_values() -> Flow:
         with young_only(), torch.inference_mode(False):
             passed_on = _record(replace(forward, through_detach=True), source, target, recompute=False)
-        with young_only():
+        with young_only(), passed_on.recording.way_back:
             return _build(passed_on, replace(settings, check=False))
 
     return replace(flow, _retrace=again, _by_values=by_values)
@@ -185,7 +187,7 @@ class _Recorded:
 
 def _record(forward: ForwardPass, source: str | None, target: Target, recompute: bool) -> _Recorded:
     """Record the forward pass; when nothing leads from input to output, look further before giving up."""
-    notes = ["lazy modules were initialised by a first forward pass"] if forward.initialise_lazy() else []
+    notes = _notes_on_hooks(forward.module)
     failure: TraceError | None = None
     for promote_casts, through_no_grad in ((False, False), (True, False), (False, True), (True, True)):
         attempt = replace(forward, promote_casts=promote_casts, through_no_grad=through_no_grad)
@@ -196,7 +198,9 @@ def _record(forward: ForwardPass, source: str | None, target: Target, recompute:
             saved.divide_evenly(_PARTS)
         try:
             targets = find_targets(recording.output, recording.ends, target)
-            graph, start = find_source(recording.sources, list(targets), source)
+            with recording.way_back:
+                graph, start = find_source(recording.sources, list(targets), source)
+            graph.way_back = recording.way_back
         except UnreachedError as error:
             failure = failure or error
             continue
@@ -215,6 +219,11 @@ def _record(forward: ForwardPass, source: str | None, target: Target, recompute:
         ) from None
     place = place_of_cut(forward)
     raise UnreachedError(f"{failure}; {place}" if place else str(failure)) from None
+
+
+def _notes_on_hooks(module: nn.Module) -> list[str]:
+    hooked = [path or "the model" for path, m in module.named_modules() if m._backward_hooks or m._backward_pre_hooks]
+    return [f"backward hooks do not run here: those of {', '.join(hooked)}"] if hooked else []
 
 
 def _build(recorded: _Recorded, settings: _Settings) -> Flow:
@@ -273,6 +282,7 @@ def _sibling_flows(recorded: _Recorded, settings: _Settings) -> dict[str, Flow]:
     flows: dict[str, Flow] = {}
     for start in (recorded.source, *recorded.side):
         graph = graph_between(start, list(recorded.targets))
+        graph.way_back = recorded.recording.way_back
         if not graph.reached or not graph.nodes:
             continue
         side = [s for s in (recorded.source, *recorded.side) if s is not start]
@@ -389,12 +399,6 @@ def _checked(chain: chains.Chain, graph: Graph, recorded: _Recorded, module: nn.
         return found  # not a single number was finite on both sides: there is nothing to refuse, and nothing is proven
     if not found <= allowed:
         between = f"{recorded.source.name!r} and {recorded.target_name!r}"
-        hooked = [repr(path) for path, m in module.named_modules() if m._backward_hooks or m._backward_pre_hooks]
-        if hooked:
-            raise TraceError(
-                f"the chain of steps between {between} is off by {found:.1e} from the model's own VJP, because a full "
-                f"backward hook changes the gradient in {', '.join(hooked)}: take it off while tracing"
-            )
         raise TraceError(
             f"the product of the steps' VJPs differs from the model's own by {found:.1e} (allowed: {allowed:.1e}) "
             f"between {between}: the chain is not exact. Please report this model; check=False skips the test"

@@ -391,9 +391,18 @@ def test_what_cannot_be_measured_is_refused(name, measure):
 
 
 def test_a_loss_that_draws_is_refused():
-    targets = iter(torch.randint(3, (9, 12)))
+    targets = iter(torch.utils.data.DataLoader(torch.randint(3, (9, 12))))
     with pytest.raises(StabkitError, match="draws no new batches"):
-        sharpness(mlp(), X, loss=lambda out: functional.cross_entropy(out, next(targets)))
+        sharpness(mlp(), X, loss=lambda out: functional.cross_entropy(out, next(targets)[0]))
+
+
+def test_an_iterator_that_a_loss_closes_over_is_where_it_was():
+    every = list(torch.randint(3, (9, 12)))
+    targets, model = iter(every), mlp()
+    found = sharpness(model, X, loss=lambda out: functional.cross_entropy(out, next(targets)))
+    same = sharpness(model, X, loss=lambda out: functional.cross_entropy(out, every[0]))
+    assert found.values.tolist() == same.values.tolist()
+    assert next(targets) is every[0]
 
 
 def test_complex_parameters():
@@ -408,3 +417,12 @@ def test_complex_parameters():
     model = Complex()
     with pytest.raises(StabkitError, match="complex"):
         sharpness(model, torch.ones(2).double(), loss=lambda out: out.abs().square().sum())
+
+
+def test_gradients_that_are_there_are_no_sign_of_another_training():
+    model = mlp()
+    entropy(model(X)).backward()
+    kept = [p.grad for p in model.parameters()]
+    truth = sharpness(mlp(), X, loss=entropy).values.tolist()
+    assert sharpness(model, X, loss=entropy).values.tolist() == truth
+    assert all(p.grad is grad for p, grad in zip(model.parameters(), kept, strict=True))

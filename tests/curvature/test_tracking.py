@@ -109,7 +109,7 @@ def test_a_closure_that_does_not_serve_is_refused():
     loss = functional.cross_entropy(model(x), y)
     with pytest.raises(ArgumentTypeError, match="expected a function that returns the loss"):
         SharpnessTracker(model, loss, sgd)
-    batches = iter(torch.randn(9, 64, 8))
+    batches = iter(torch.utils.data.DataLoader(torch.randn(9 * 64, 8), batch_size=64))
     drawing = SharpnessTracker(model, lambda: model(next(batches)).square().mean(), sgd)
     with pytest.raises(ArgumentError, match="draws no new batches"):
         drawing.measure()

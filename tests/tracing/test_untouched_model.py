@@ -84,7 +84,7 @@ def test_products_change_nothing_either(rate):
 
 
 @pytest.mark.parametrize("write", [lambda w: w.mul_(2), lambda w: w.data.add_(1), lambda w: w.detach()[1:].zero_()])
-def test_a_model_that_writes_to_its_weights_is_refused_and_gets_them_back(write):
+def test_a_model_that_writes_to_its_weights_is_traced_as_it_runs_and_gets_them_back(write):
     class Counting(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -96,9 +96,13 @@ def test_a_model_that_writes_to_its_weights_is_refused_and_gets_them_back(write)
             return (x * self.weight).sin()
 
     model = nn.Sequential(Counting())
-    with pytest.raises(TraceError, match=r"overwrites its own parameters"):
-        trace(model, torch.zeros(2, 3))
+    version = model[0].weight._version
+    flow = trace(model, torch.zeros(2, 3))
     assert model[0].weight.tolist() == [1, 1, 1]
+    assert model[0].weight._version == version  # a graph of the user's that saved it can still be walked
+    written = torch.ones(3)
+    write(written)
+    torch.testing.assert_close(flow.jacobian().dense(), torch.diag(written).expand(2, 3, 3))
     assert model[0].weight.requires_grad
 
 

@@ -21,7 +21,6 @@ from stabkit.tracing.recording.forward_pass import ForwardPass
 from stabkit.tracing.recording.function_calls import FunctionCalls, name_of
 from stabkit.tracing.recording.recorder import Recording, recording_calls
 from stabkit.tracing.recording.training_pass import calling_line
-from stabkit.tracing.recording.untouched_model import seeded, unchanged
 from stabkit.vocabulary import activation_of, moves
 
 _PRODUCTS = frozenset({"matmul", "rmatmul", "mm", "bmm", "einsum", "spmm", "smm", "sparse_mm", "tensordot"})
@@ -74,10 +73,8 @@ def summing_operations(call: ForwardPass) -> list[Summing]:
     """
     watch = _Watch()
     try:
-        with unchanged(call.module) as safe, torch.enable_grad(), recording_calls(call.module, watch.recording), watch:
-            safe.copy_buffers()
-            seeded(call.seed)
-            call.model(*call.inputs, **call.kwargs)
+        with call.kept(), torch.enable_grad(), recording_calls(call.module, watch.recording), watch:
+            call.called()
     except (StabkitError, RuntimeError):
         return []
     found: dict[tuple[str, str, int], Summing] = {}

@@ -18,7 +18,6 @@ from stabkit.diagnosis.inputs.derivatives import differentiates
 from stabkit.diagnosis.inputs.features import Features, changed, features_along
 from stabkit.tracing.recording.containers import map_tensors
 from stabkit.tracing.recording.forward_pass import ForwardPass
-from stabkit.tracing.recording.untouched_model import seeded, unchanged
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _MATRICES = (nn.Linear, *_CONVOLUTIONS, nn.RNNBase, nn.RNNCellBase)
@@ -87,9 +86,7 @@ def rows_given(call: ForwardPass) -> dict[str, Tensor]:
     """By path what matrices are given that carries no gradient where the parameters do."""
     kept: dict[str, list[Tensor]] = {}
     trained: set[str] = set()
-    with unchanged(call.module) as safe, torch.enable_grad(), _noting(call.module, kept, trained):
-        safe.copy_buffers()
-        seeded(call.seed)
+    with call.kept(), torch.enable_grad(), _noting(call.module, kept, trained):
         inputs, kwargs = map_tensors(
             [list(call.inputs), dict(call.kwargs)], lambda t: t.detach().clone().requires_grad_(t.requires_grad)
         )

@@ -21,8 +21,8 @@ from stabkit.diagnosis.remedies.short_training import falls, short_training, tra
 from stabkit.diagnosis.training_run import TrainingRun
 from stabkit.tracing import Flow
 from stabkit.tracing.recording.function_calls import FunctionCalls
+from stabkit.tracing.recording.randomness import seeded, unchanged_randomness
 from stabkit.tracing.recording.training_pass import calling_line
-from stabkit.tracing.recording.untouched_model import seeded, unchanged_randomness
 
 NORMALISED = 0.05  # by how much probabilities may miss a sum of 1: float16 loses that in a thousand classes
 _EXACTLY = 1e-3  # the same where values alone, and no operation, say that they are probabilities

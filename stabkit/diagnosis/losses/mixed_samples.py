@@ -19,8 +19,8 @@ from stabkit.diagnosis.remedies.short_training import trained_on_either
 from stabkit.diagnosis.training_run import TrainingRun
 from stabkit.tracing import Flow
 from stabkit.tracing.recording.function_calls import FunctionCalls, name_of
+from stabkit.tracing.recording.randomness import seeded, unchanged_randomness
 from stabkit.tracing.recording.training_pass import calling_line
-from stabkit.tracing.recording.untouched_model import seeded, unchanged_randomness
 
 _ARITHMETIC = frozenset(
     {

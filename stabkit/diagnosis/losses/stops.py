@@ -22,8 +22,8 @@ from stabkit.tracing.recording.containers import map_tensors
 from stabkit.tracing.recording.forward_pass import ForwardPass
 from stabkit.tracing.recording.function_calls import FunctionCalls, name_of
 from stabkit.tracing.recording.inputs import differentiable
+from stabkit.tracing.recording.randomness import unchanged_randomness
 from stabkit.tracing.recording.training_pass import calling_place, nodes_above, nodes_from, training_pass
-from stabkit.tracing.recording.untouched_model import unchanged_randomness
 from stabkit.vocabulary import activation_of
 
 _NO_SLOPE = frozenset({"Round", "Floor", "Ceil", "Trunc", "Sign", "Sgn", "Heaviside"})

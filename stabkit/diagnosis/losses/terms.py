@@ -20,9 +20,9 @@ from stabkit.diagnosis.losses.ranges import behind_moves
 from stabkit.tracing.graph.values import Value, meta_of, operation, value_of
 from stabkit.tracing.recording.containers import named_tensors
 from stabkit.tracing.recording.forward_pass import ForwardPass
+from stabkit.tracing.recording.randomness import seeded
 from stabkit.tracing.recording.recorder import Call, Recording, recording_calls
 from stabkit.tracing.recording.training_pass import TrainingPass, calling_line, nodes_above, nodes_from, path_of
-from stabkit.tracing.recording.untouched_model import seeded
 from stabkit.vocabulary import moves, norm_of
 
 _LINEAR = moves("reshape", "permute", "copy", "select", "gather", "join", "expand", "pad") | {
@@ -130,7 +130,7 @@ def evaluated(call: ForwardPass, loss: Callable[[Any], Tensor]) -> Evaluated:
     made, recording = _Made(), Recording()
     seeded(call.seed)
     with torch.enable_grad(), made, recording_calls(call.module, recording):
-        output = call.model(*call.inputs, **call.kwargs)
+        output = call.called()
         scalar = loss(output)
     terms = _terms(scalar, made) if scalar.grad_fn is not None else ()
     return Evaluated(scalar, output, terms, recording.calls, made.of)

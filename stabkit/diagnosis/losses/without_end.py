@@ -29,8 +29,8 @@ from stabkit.errors import StabkitError
 from stabkit.tracing import Flow
 from stabkit.tracing.graph.values import value_of
 from stabkit.tracing.recording.forward_pass import ForwardPass
+from stabkit.tracing.recording.randomness import seeded
 from stabkit.tracing.recording.training_pass import nodes_above
-from stabkit.tracing.recording.untouched_model import seeded, unchanged
 
 #: steps of Adam from its default rate up to 6, where no minimum is left; what has none falls the faster
 _GROWING = tuple(1e-3 * 1.2**step for step in range(48))
@@ -118,8 +118,7 @@ def _prepared(
     """A model whose parameters may be moved for a while, its first pass, and what is to be moved."""
     model = call.module
     held = [remedies.scale(path, 1.0) for path, p in model.named_parameters() if p.requires_grad]
-    with carried_out(model, held), unchanged(model) as safe, torch.enable_grad(), contextlib.ExitStack() as undoing:
-        safe.copy_buffers()
+    with carried_out(model, held), call.kept(loss), torch.enable_grad(), contextlib.ExitStack() as undoing:
         before = evaluated(call, loss)
         weights = _weights(model, before) if only is None else list(only(before))
         own = {id(p) for p in model.parameters()}
@@ -145,7 +144,7 @@ def _value(call: ForwardPass, loss: Any, turned: Turned | None) -> Callable[[], 
         if turned is not None:
             return turned(evaluated(call, loss))
         seeded(call.seed)
-        found: Tensor = loss(call.model(*call.inputs, **call.kwargs))
+        found: Tensor = loss(call.called())
         return found
 
     return made

@@ -22,7 +22,6 @@ from stabkit.tracing.recording.forward_pass import ForwardPass
 from stabkit.tracing.recording.inputs import prepare
 from stabkit.tracing.recording.training_pass import nodes_above
 from stabkit.tracing.recording.transparency import transparent
-from stabkit.tracing.recording.untouched_model import seeded, unchanged
 
 _FREED = "a second time"  # of what autograd says where a graph is freed
 _REFERENCE = "PyTorch examples, word_language_model: repackage_hidden"
@@ -32,9 +31,7 @@ def kept_graph_findings(flow: Flow, loss: Any, call: ForwardPass) -> list[Findin
     """A finding where a second step goes back through the first, by a tensor in an attribute of the model."""
     if not callable(loss) or not any(p.requires_grad for p in call.module.parameters()):
         return []
-    with unchanged(call.module) as safe, torch.enable_grad():
-        safe.copy_buffers()
-        seeded(call.seed)
+    with call.kept(loss), torch.enable_grad():
         scalar = loss(_run(call))
         if not _kept(call.module) or not isinstance(scalar, Tensor) or not scalar.requires_grad:
             return []
@@ -42,9 +39,7 @@ def kept_graph_findings(flow: Flow, loss: Any, call: ForwardPass) -> list[Findin
         if not held:
             return []
         several = not isinstance(operator.attrgetter(held[0])(call.module), Tensor)
-    with unchanged(call.module) as safe, torch.enable_grad():
-        safe.copy_buffers()
-        seeded(call.seed)
+    with call.kept(loss), torch.enable_grad():
         cured = _fails(call, loss, loss(_run(call)), detach=True) is None
     return [_finding(flow, held, several)] if cured else []
 

@@ -18,7 +18,6 @@ from stabkit.tracing.derivatives.lost_gradient import listed
 from stabkit.tracing.recording.forward_pass import ForwardPass
 from stabkit.tracing.recording.made_parameters import on_graph, parameters_made
 from stabkit.tracing.recording.training_pass import calling_line, nodes_above
-from stabkit.tracing.recording.untouched_model import seeded, unchanged
 
 _REFERENCE = "PyTorch documentation, torch.nn.Module: submodules are assigned in __init__"
 
@@ -76,9 +75,7 @@ def _called_twice(call: ForwardPass, loss: Any) -> tuple[list[_Made], list[_Made
     history are left out: those are another thing.
     """
     found = []
-    with unchanged(call.module) as safe, torch.enable_grad():
-        safe.copy_buffers()
-        seeded(call.seed)
+    with call.kept(loss), torch.enable_grad():
         for _ in range(2):
             held = [p.detach() for p in call.module.parameters()]
             made: list[tuple[nn.Parameter, str]] = []
@@ -88,7 +85,7 @@ def _called_twice(call: ForwardPass, loss: Any) -> tuple[list[_Made], list[_Made
                     made.append((parameter, calling_line()))
 
             with parameters_made(seen):
-                scalar = scalar_loss(loss, call.model(*call.inputs, **call.kwargs))
+                scalar = scalar_loss(loss, call.called())
             made = [(p, line) for p, line in made if not _copies(p, held)]
             names = {id(p): path for path, p in call.module.named_parameters()}
             grads = torch.autograd.grad(scalar, [p for p, _ in made], allow_unused=True) if made else ()

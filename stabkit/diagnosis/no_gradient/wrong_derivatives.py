@@ -18,7 +18,6 @@ from stabkit.tracing import Flow
 from stabkit.tracing.derivatives.lost_gradient import listed
 from stabkit.tracing.recording.own_functions import Calls, Probe, own_functions, probed, true_derivative, watched
 from stabkit.tracing.recording.training_pass import nodes_above, path_of, training_pass
-from stabkit.tracing.recording.untouched_model import unchanged
 
 _MOST_FUNCTIONS = 8  # that are tried; a model has one or two
 _MOST_CALLS = 2  # of each
@@ -40,8 +39,7 @@ def wrong_derivative_findings(run: TrainingRun) -> list[Finding]:
     found = []
     for function in chosen:
         some = [each for each in calls.made.values() if each.function is function][:_MOST_CALLS]
-        with unchanged(run.call.module) as safe:
-            safe.copy_buffers()  # which a function that runs a module may write to
+        with run.call.kept():  # a function that runs a module may write to it
             probes = [probe for each in some if (probe := probed(each)) is not None]
         ignoring = [p for p in probes if _ignores(p)]
         wrong = [p for p in probes if not _ignores(p) and _is_wrong(p)]

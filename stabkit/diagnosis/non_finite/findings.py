@@ -294,7 +294,8 @@ def is_finite(flow: Flow, loss: object = None) -> bool:
         return False
     if loss is None and flow.passes_finite is not None:
         return flow.passes_finite
-    pulled = engine_vjp(flow.states[-1].values, flow.states[0].values, flow.cotangent(loss))
+    with flow.recorded.graph.way_back:
+        pulled = engine_vjp(flow.states[-1].values, flow.states[0].values, flow.cotangent(loss))
     return all(map(entries_are_finite, pulled))
 
 

@@ -23,7 +23,6 @@ from stabkit.errors import StabkitError
 from stabkit.tracing.recording.containers import map_tensors, named_tensors
 from stabkit.tracing.recording.forward_pass import ForwardPass
 from stabkit.tracing.recording.function_calls import FunctionCalls, name_of
-from stabkit.tracing.recording.untouched_model import seeded, unchanged
 
 _GAIN = 0.1  # of the loss of the samples held out: what is no trifle
 _TIMES = 1.5  # as much
@@ -135,9 +134,7 @@ def learnt(
 def _run(call: ForwardPass, loss: Any, update: Update, steps: int, trained: Tensor) -> Learnt | None:
     """One training of half of the samples; None where the loss is no sum over samples."""
     best, own, output_then = -math.inf, 0.0, None
-    with unchanged(call.module) as safe, torch.enable_grad():
-        safe.copy_buffers()
-        seeded(call.seed)
+    with call.kept(loss), torch.enable_grad():
         first = _read(call)
         scale = float(loss(first)) / 2
         if not _is_of_samples(first, len(trained)) or not (math.isfinite(scale) and scale > 0):
@@ -145,7 +142,7 @@ def _run(call: ForwardPass, loss: Any, update: Update, steps: int, trained: Tens
         weights = list(trainable(call.module).values())
         states: list[list[Tensor]] = [[] for _ in weights]
         for step in range(1, steps + 1):
-            output = call.model(*call.inputs, **call.kwargs)
+            output = call.called()
             moved_by(loss(_mixed(output, output, trained)), weights, states, update, step)
             if step % _EVERY and step != steps:
                 continue
@@ -176,7 +173,7 @@ def _only(group: Tensor, count: int) -> Tensor:
 def _read(call: ForwardPass) -> Any:
     """The output without dropout; other random numbers of the training stay what they are."""
     with torch.no_grad(), Dropping(0.0):
-        return map_tensors(call.model(*call.inputs, **call.kwargs), torch.Tensor.detach)
+        return map_tensors(call.called(), torch.Tensor.detach)
 
 
 def _is_of_samples(output: Any, count: int) -> bool:

@@ -25,7 +25,6 @@ from stabkit.errors import StabkitError
 from stabkit.tracing import Flow
 from stabkit.tracing.recording.containers import map_tensors
 from stabkit.tracing.recording.forward_pass import ForwardPass
-from stabkit.tracing.recording.untouched_model import seeded, unchanged
 
 STEPS = 20
 _CLEARLY = 0.02  # of the first loss
@@ -259,13 +258,11 @@ def _run(
 ) -> tuple[list[float], Any, float]:
     """The losses of one run, its last output and its rate; infinite at last, and None, where it broke off."""
     losses: list[float] = []
-    with unchanged(call.module) as safe, torch.enable_grad():
-        safe.copy_buffers()
-        seeded(call.seed)
+    with call.kept(loss), torch.enable_grad():
         weights = list(trainable(call.module).values())
         rate = math.nan
         for _ in range(STEPS + 1):
-            output = call.model(*call.inputs, **call.kwargs)
+            output = call.called()
             scalar = loss(output)
             losses.append(float(scalar.detach()))
             if altered is not None:

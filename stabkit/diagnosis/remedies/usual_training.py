@@ -24,7 +24,6 @@ from stabkit.diagnosis.remedies.short_training import STEPS, ShortTraining
 from stabkit.errors import StabkitError
 from stabkit.tracing.recording.forward_pass import ForwardPass
 from stabkit.tracing.recording.training_pass import training_pass
-from stabkit.tracing.recording.untouched_model import seeded, unchanged
 
 RATES = (1e-2, 1e-3)  # from the usual 0.01 of SGD down to the default of Adam
 #: in words, with what is needed to take the same steps
@@ -208,13 +207,11 @@ def _left(
 def _run(call: ForwardPass, loss: Any, update: Update, steps: int) -> list[float]:
     """What is left after every number of steps; infinite where the loss is not finite any more, or begins at zero."""
     losses: list[float] = []
-    with unchanged(call.module) as safe, torch.enable_grad():
-        safe.copy_buffers()
-        seeded(call.seed)
+    with call.kept(loss), torch.enable_grad():
         weights = list(trainable(call.module).values())
         states: list[list[Tensor]] = [[] for _ in weights]
         for step in range(steps + 1):
-            scalar = loss(call.model(*call.inputs, **call.kwargs))
+            scalar = loss(call.called())
             value = float(scalar.detach())
             if not math.isfinite(value):
                 break
@@ -244,14 +241,12 @@ def after_steps(
         altered: is called with each loss before its gradients are taken, to hang hooks on its graph.
         enough: asked after each loss whether to end here.
     """
-    with stood_in(call.module), unchanged(call.module) as safe, torch.enable_grad():
-        safe.copy_buffers()
-        seeded(call.seed)
+    with stood_in(call.module), call.kept(loss), torch.enable_grad():
         weights = list(trainable(call.module).values())
         states: list[list[Tensor]] = [[] for _ in weights]
         finite = True
         for step in range(1, steps + 1):
-            scalar = loss(call.model(*call.inputs, **call.kwargs))
+            scalar = loss(call.called())
             finite = math.isfinite(float(scalar.detach()))
             if not finite or (enough is not None and enough()):
                 break

@@ -22,7 +22,6 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from stabkit.tracing import Flow
 from stabkit.tracing.graph.values import Value, meta_of, operation
-from stabkit.tracing.recording.untouched_model import seeded, unchanged
 
 NOTE = (
     "batch norms in eval mode have never collected statistics: judged with those of this batch, as in training; "
@@ -111,15 +110,13 @@ def collected(flow: Flow, norms: list[_BatchNorm]) -> dict[_BatchNorm, tuple[tor
     def count(norm: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
         counts.append(inputs[0].numel() // inputs[0].shape[1])
 
-    with unchanged(call.module) as safe, torch.no_grad():
-        safe.copy_buffers()
-        seeded(call.seed)
+    with call.kept(), torch.no_grad():
         for norm in norms:
             norm.train()
             norm.momentum = 1.0  # the statistics are those of this batch alone, whatever was seen before
             norm.register_forward_pre_hook(count)
         try:
-            call.model(*call.inputs, **call.kwargs)
+            call.called()
         except ValueError as error:
             if "more than 1 value per channel" in str(error):
                 return None

@@ -21,7 +21,6 @@ from stabkit.errors import StabkitError
 from stabkit.tracing import Flow
 from stabkit.tracing.recording.forward_pass import ForwardPass
 from stabkit.tracing.recording.function_calls import FunctionCalls, name_of
-from stabkit.tracing.recording.untouched_model import seeded, unchanged
 
 _PRODUCTS = frozenset({"matmul", "rmatmul", "mm", "bmm", "einsum", "spmm", "sparse_mm"})
 _GATHERS = frozenset({"index_select", "getitem"})
@@ -161,10 +160,8 @@ def averages(call: ForwardPass) -> Averages | None:
     """The averages over neighbours of one pass; None where the code does not run under a mode that looks on."""
     seen = Averages()
     try:
-        with torch.inference_mode(False), unchanged(call.module) as safe, torch.enable_grad(), seen:
-            safe.copy_buffers()
-            seeded(call.seed)
-            call.model(*call.inputs, **call.kwargs)
+        with torch.inference_mode(False), call.kept(), torch.enable_grad(), seen:
+            call.called()
     except (StabkitError, RuntimeError):
         return None
     return seen

@@ -27,7 +27,7 @@ from stabkit.diagnosis.states.batch_statistics import (
 )
 from stabkit.tracing import Flow
 from stabkit.tracing.derivatives.lost_gradient import listed
-from stabkit.tracing.recording.untouched_model import seeded
+from stabkit.tracing.recording.randomness import seeded
 
 _MADE = 0.05  # share of what statistics were made with, from which they cannot have caught up
 #: share of the loss as it is, below which the loss with the batch's own statistics must lie: of statistics that cannot
@@ -128,7 +128,7 @@ def _run(flow: Flow, own: dict[_BatchNorm, tuple[Tensor, Tensor]]) -> Any:
     call = flow.forward_pass
     with standing(own), torch.no_grad():
         seeded(call.seed)
-        return call.model(*call.inputs, **call.kwargs)
+        return call.called()
 
 
 def _losses(flow: Flow, loss: Any, own: dict[_BatchNorm, tuple[Tensor, Tensor]]) -> tuple[float, float]:

@@ -20,8 +20,6 @@ from stabkit.identification.record import Identification
 from stabkit.integrators import GeneralLinearMethod
 from stabkit.results import Result
 from stabkit.tracing import Flow, Step
-from stabkit.tracing.recording.untouched_model import unchanged
-from stabkit.tracing.recording.wrappers import modules_behind
 
 _FEWEST = 4
 _PERSISTENT = 0.5  # a field that turns by less than 60 degrees from layer to layer
@@ -105,7 +103,7 @@ def continuous_limit(flow: Flow, identifications: Sequence[Identification] | Non
     length = sum(float(move.double().norm(dim=1).mean()) for move in moves)
     straightness = _mean([(states[-1] - states[0]).double().norm(dim=1) / _path_length(moves)])
     notes: list[str] = []
-    with unchanged(modules_behind(flow.model)), torch.no_grad():
+    with flow.forward_pass.kept(), torch.no_grad():
         blocks = _callable_blocks(flow, run)
         if blocks is None:
             notes.append("blocks cannot be called by themselves: fields are compared along the path, no solver swap")

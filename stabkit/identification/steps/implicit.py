@@ -26,8 +26,6 @@ from stabkit.integrators import named
 from stabkit.tracing import Flow
 from stabkit.tracing.graph.values import Value, operation, outputs_of
 from stabkit.tracing.recording.hooks import hooked
-from stabkit.tracing.recording.untouched_model import unchanged
-from stabkit.tracing.recording.wrappers import modules_behind
 
 SOLVES = frozenset(
     {"CholeskySolve", "LinalgLuSolve", "LinalgSolve", "LinalgSolveEx", "LinalgSolveTriangular", "TriangularSolve"}
@@ -249,7 +247,7 @@ def fixed_point(flow: Flow) -> FixedPoint | None:
 
         return note
 
-    with unchanged(modules_behind(flow.model)), torch.no_grad():
+    with flow.forward_pass.kept(), torch.no_grad():
         handles = [m.register_forward_hook(watch(path)) for path, m in flow.model.named_modules()]
         with hooked(handles):
             flow.model(flow.states[0].tensors[0])

@@ -15,6 +15,7 @@ from stabkit.tracing.graph.values import Value, value_of
 from stabkit.tracing.recording.containers import map_tensors, named_tensors
 from stabkit.tracing.recording.inputs import differentiable
 from stabkit.tracing.recording.recorder import Ending
+from stabkit.tracing.recording.untouched_model import aside
 
 Target = Callable[[Any], Tensor] | str | Sequence[str] | None
 
@@ -113,7 +114,7 @@ def scalar_loss(loss: Any, output: Any) -> Tensor:
             f"e.g. loss=lambda out: out.square().mean(){several}"
         )
     try:
-        with torch.enable_grad():
+        with aside(loss), torch.enable_grad():
             scalar = loss(output)
     except StabkitError:
         raise

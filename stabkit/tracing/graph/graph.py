@@ -6,6 +6,7 @@ Activations and norms among them are one operation each, or all operations of on
 from __future__ import annotations
 
 import bisect
+import contextlib
 import copy
 import heapq
 from collections import defaultdict
@@ -87,6 +88,7 @@ class Graph:
         noisy: when, on the clock, values met normal numbers that the pass drew.
         dropped: when they met uniform ones, or masks of them.
         batching: by operations, whether products through many vectors at once agreed with single ones.
+        way_back: what nodes run in, some of which may be code of the model.
         passed: nodes that are taken as the identity of the one input that is left to them.
         constants: values that no input of the model made, though they carry gradients: joined to others, and cut off.
     """
@@ -100,6 +102,7 @@ class Graph:
         self.noisy: Collection[int] = ()
         self.dropped: Collection[int] = ()
         self.batching: dict[tuple[object, ...], str] = {}
+        self.way_back: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
         self.passed: frozenset[Node] = frozenset()
         self.constants: frozenset[Value] = frozenset()
         if prune:

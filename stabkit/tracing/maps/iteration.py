@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -20,7 +21,8 @@ from stabkit.tracing.maps.linearization import RecordedStep, StepFunction, Tenso
 from stabkit.tracing.maps.map_states import Lazy, MapState, MapStep
 from stabkit.tracing.products.step_products import Space
 from stabkit.tracing.protocols import Tangents
-from stabkit.tracing.recording.untouched_model import unchanged
+from stabkit.tracing.recording.randomness import seeded
+from stabkit.tracing.recording.untouched_model import Safe, aside
 from stabkit.tracing.recording.wrappers import modules_behind
 
 _NUMBERS = 2**22  # how many numbers a window of time may hold at once
@@ -56,6 +58,7 @@ class Iteration:
     notes: tuple[str, ...] = ()
     _as_given: Callable[[Tensors], Any] = field(default=lambda state: state, repr=False)
     _kept: dict[int, Tensors] = field(default_factory=dict, repr=False)
+    _writes: bool = True  # to parameters
 
     def again(self) -> Iteration:
         """The same map from the same state, at the weights that its module has now."""
@@ -132,9 +135,7 @@ class Iteration:
         if not 0 <= start < stop <= self.n_steps:
             raise OutOfRangeError(f"start={start}, stop={stop}; expected 0 <= start < stop <= {self.n_steps}")
         space = self.space
-        with unchanged(self.model) as safe:
-            safe.freeze()
-            safe.copy_buffers()
+        with self._aside():
             states = self._run(self._state(start), start, stop)
             steps = [self._recorded(states[i : i + 2], start + i, 1) for i in range(stop - start)]
 
@@ -179,9 +180,7 @@ class Iteration:
         size, batch = self.space.size, self.batch
         dense = size <= _SMALL or (2 * k >= size and size * size * batch <= _NUMBERS)
         at_once = self._window(size) if dense else 1
-        with unchanged(self.model) as safe:
-            safe.freeze()
-            safe.copy_buffers()
+        with self._aside():
             certified = adjoint
             for first, last, states in self._windows(self._window(size if dense else 1), adjoint):
                 starts = range(first, last, at_once)
@@ -197,6 +196,14 @@ class Iteration:
                         step.certify(batch)
                         certified = True
                     yield Tangents(range(start, stop), multiply=step.pull if adjoint else step.push)
+
+    @contextlib.contextmanager
+    def _aside(self) -> Iterator[Safe]:
+        """Inside, the map may be run; what it changes of its own comes back."""
+        with aside(self.model, self.function.call, given=self.inputs, watch=self._writes) as safe:
+            safe.freeze()
+            seeded(0)
+            yield safe
 
     def _recorded(self, pair: Sequence[Tensors], index: int, copies: int) -> RecordedStep:
         drive = tuple(part[index] for part in self.inputs)
@@ -236,7 +243,7 @@ class Iteration:
             TraceError: a state is not finite.
         """
         states, first = [state], state
-        with torch.no_grad(), torch.inference_mode(False):
+        with self._aside(), torch.no_grad(), torch.inference_mode(False):
             for index in range(start, stop):
                 state = self.function.call(state, tuple(part[index] for part in self.inputs))
                 if keep:
@@ -342,8 +349,6 @@ def iteration(
         raise TraceError(f"step_size={step_size!r}; expected a positive number, or None")
     initial = tuple(tensor.detach().clone() for tensor in initial)
     flow = Iteration(initial, n_steps, inputs, step_size, lengths, name, function, model, notes)
-    with unchanged(model) as safe:
-        safe.freeze()
-        safe.copy_buffers()
+    with flow._aside() as safe:
         try_first_step(function, initial, tuple(part[0] for part in inputs))
-    return flow
+    return replace(flow, _writes=bool(safe.written))

@@ -19,7 +19,7 @@ from stabkit.tracing.maps.linearization import StepFunction, Tensors
 from stabkit.tracing.products.step_products import Products
 from stabkit.tracing.protocols import same_space
 from stabkit.tracing.recording.hooks import hooked
-from stabkit.tracing.recording.untouched_model import unchanged
+from stabkit.tracing.recording.untouched_model import aside
 from stabkit.tracing.tracer import trace
 
 
@@ -95,8 +95,7 @@ def _inner_calls(module: nn.Module, given: tuple[Any, ...]) -> list[tuple[str, n
     modules = {path: m for path, m in module.named_modules() if isinstance(m, nn.RNNBase)}
     if not modules:
         return called
-    with unchanged(module) as safe, torch.no_grad():
-        safe.copy_buffers()
+    with aside(module, given=given), torch.no_grad():
         handles = [
             m.register_forward_pre_hook(lambda _, args, kwargs, path=path: note(path, args, kwargs), with_kwargs=True)
             for path, m in modules.items()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import warnings
 from collections.abc import Callable, Sequence
 from functools import lru_cache
@@ -12,6 +13,7 @@ from torch import Tensor
 from torch.autograd.graph import Node
 
 from stabkit.tracing.graph.values import Value, meta_of, operation
+from stabkit.tracing.recording.untouched_model import WAY_BACK
 from stabkit.vocabulary import COSTLY
 from stabkit.vocabulary import is_python_node as is_python_node
 
@@ -102,6 +104,10 @@ class _SelfAdjoint(torch.autograd.Function):
         return ctx.node(tangent), None
 
 
+def _nowhere() -> None:
+    """The node was made outside of a recorded pass."""
+
+
 def _apply_python(node: Any, cotangents: Cotangents) -> tuple[list[Any], Sequence[Tensor | None]]:
     """A custom Function wants zeros for missing cotangents, and may return one gradient per argument or per input."""
     filled = [
@@ -110,7 +116,9 @@ def _apply_python(node: Any, cotangents: Cotangents) -> tuple[list[Any], Sequenc
         else cotangent
         for entry, cotangent in zip(node._input_metadata, cotangents, strict=True)
     ]
-    grads = node.apply(*filled)
+    way_back = node.metadata.get(WAY_BACK, _nowhere)()
+    with contextlib.nullcontext() if way_back is None else way_back:
+        grads = node.apply(*filled)
     grads = grads if isinstance(grads, tuple) else (grads,)
     edges = list(node.next_functions)
     if len(grads) != len(edges):

@@ -27,7 +27,7 @@ def frozen(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
     The nodes hold the parameters themselves; while a graph of the backward pass is built they must not join it, or
     every later product would compute weight gradients as well.
     """
-    trainable = [p for p in parameters if p.requires_grad]
+    trainable = [p for p in parameters if p.requires_grad and not p.is_inference()]  # of the latter a graph has copies
     for parameter in trainable:
         parameter.requires_grad_(False)
     try:
@@ -152,27 +152,29 @@ class Segment:
     def vjp(self, cotangents: Sequence[Tensor]) -> Tensors:
         """Cotangents of the target pulled back to the source."""
         self._fetch()
-        with torch.no_grad():
+        with self.graph.way_back, torch.no_grad():
             return fill(self._walk(cotangents), self.source_metas)
 
     def vjp_batch(self, cotangents: Sequence[Tensor]) -> Tensors:
         """The same for k cotangents at once, stacked along a new first dimension."""
         self._fetch()
-        return self._batched("vjp", self.vjp, cotangents, self, list(range(len(self.target))), self.source_metas)
+        with self.graph.way_back:
+            return self._batched("vjp", self.vjp, cotangents, self, list(range(len(self.target))), self.source_metas)
 
     def jvp(self, tangents: Sequence[Tensor]) -> Tensors:
         """Tangents of the source pushed forward to the target, by a second reverse pass through the first.
 
         The VJP g(v) = J^T v is linear in v, so its own VJP with respect to v is J u.
         """
-        backward, indices = self._linearize()
-        with torch.no_grad():
+        with self.graph.way_back, torch.no_grad():
+            backward, indices = self._linearize()
             return fill(backward._walk([tangents[i] for i in indices]), self.target_metas)
 
     def jvp_batch(self, tangents: Sequence[Tensor]) -> Tensors:
         """The same for k tangents at once, stacked along a new first dimension."""
-        backward, indices = self._linearize()
-        return self._batched("jvp", self.jvp, tangents, backward, indices, self.target_metas)
+        with self.graph.way_back:
+            backward, indices = self._linearize()
+            return self._batched("jvp", self.jvp, tangents, backward, indices, self.target_metas)
 
     def _fetch(self) -> None:
         if self._prefetch is not None:

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from stabkit.tracing.recording.containers import map_tensors
 from stabkit.tracing.recording.forward_pass import ForwardPass
+from stabkit.tracing.recording.randomness import seeded
 from stabkit.tracing.recording.recorder import Recording, recording_calls
 from stabkit.tracing.recording.sharding import take_whole
-from stabkit.tracing.recording.untouched_model import seeded, unchanged
 
 
 @dataclass
@@ -50,8 +50,7 @@ def evaluated(
     """
     found = Evaluation()
     fast = torch.backends.mha.get_fastpath_enabled()
-    with torch.inference_mode(False), unchanged(call.module) as safe, torch.no_grad():
-        safe.copy_buffers()
+    with torch.inference_mode(False), call.kept(), torch.no_grad():
         take_whole(call.module)
         if not training:
             with contextlib.suppress(NotImplementedError):  # an exported program has but the mode it was exported in

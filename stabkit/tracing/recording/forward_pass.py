@@ -3,24 +3,37 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+import weakref
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-import torch
 from torch import Tensor, nn
-from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 from stabkit.errors import TraceError
-from stabkit.tracing.recording.containers import named_tensors
+from stabkit.tracing.recording.containers import map_tensors, named_tensors
 from stabkit.tracing.recording.inputs import prepare
+from stabkit.tracing.recording.randomness import seeded, set_state
 from stabkit.tracing.recording.recomputation import SavedTensors
 from stabkit.tracing.recording.recorder import Ending, Recording, ValueRecorder, clock, record
 from stabkit.tracing.recording.sharding import take_whole
 from stabkit.tracing.recording.transparency import transparent
-from stabkit.tracing.recording.untouched_model import seeded, unchanged
+from stabkit.tracing.recording.untouched_model import WAY_BACK, Safe, WhenCalled, aside
+from stabkit.vocabulary import is_python_node
+
+
+@dataclass
+class _Kept:
+    """What the first run of a pass shows, and later ones need.
+
+    Attributes:
+        generators: the model's own random generators by their ids, and how they stood.
+        written: ids of parameters that the model writes to.
+    """
+
+    generators: dict[int, tuple[Any, Any]] = field(default_factory=dict)
+    written: set[int] = field(default_factory=set)
 
 
 @dataclass(frozen=True)
@@ -51,6 +64,7 @@ class ForwardPass:
     through_detach: bool = False
     ending: Ending | None = None
     differentiated: frozenset[int] = frozenset()
+    _kept: _Kept = field(default_factory=_Kept, repr=False, compare=False)
 
     @property
     def given(self) -> list[tuple[str, Tensor]]:
@@ -69,12 +83,22 @@ class ForwardPass:
         """
         recording = Recording()
         try:
-            return self._run(recording, saved, wanted)
+            self._record(recording, saved, wanted)
         except TraceError:
             asked = self._asked(recording)
             if not asked - self.differentiated:
                 raise
-        return replace(self, differentiated=asked).run(saved, wanted)
+            return replace(self, differentiated=asked)._run_again(saved, wanted)
+        if not self._kept.written.issuperset(recording.written):
+            # it changes weights before it uses them: the graph must hold them as they were used
+            self._kept.written |= recording.written
+            return self._run_again(saved, wanted)
+        return recording
+
+    def _run_again(self, saved: SavedTensors | None, wanted: frozenset[tuple[int, int]] | None) -> Recording:
+        if saved is not None:
+            saved.begin_anew()
+        return self.run(saved, wanted)
 
     def _asked(self, recording: Recording) -> frozenset[int]:
         """The parameters that the model takes derivatives by, or all where it does so by copies of some."""
@@ -82,14 +106,12 @@ class ForwardPass:
         own = frozenset(id(p) for m in self.module.modules() for p in m._parameters.values() if p is not None)
         return own if asked - own else asked
 
-    def _run(
+    def _record(
         self, recording: Recording, saved: SavedTensors | None, wanted: frozenset[tuple[int, int]] | None
-    ) -> Recording:
-        with unchanged(self.module) as safe:
+    ) -> None:
+        with self.kept(watch=False) as safe:
             safe.freeze(but=self.differentiated)
-            safe.copy_buffers()
             take_whole(self.module)
-            seeded(self.seed)
             recording.start = clock()
             prepared = prepare(self.inputs, self.kwargs)
             recording.sources.extend(prepared.sources)
@@ -103,19 +125,42 @@ class ForwardPass:
             except TraceError:
                 raise
             except Exception as error:
-                raise self._failed(error, recording) from error
-        return recording
+                raise self.failed(error, recording) from error
+            safe.refuse_other_threads()
+            recording.written = safe.written
+        own = [value.node for value in recording.values if is_python_node(value.node)]
+        if own or recording.hooks or wanted is not None:
+            recording.way_back = WhenCalled(self.module, self.model, recording.hooks, *own)
+            for node in own:  # held weakly, as a graph holds what it is told without the garbage collector's knowing
+                told: Any = node.metadata
+                told[WAY_BACK] = weakref.ref(recording.way_back)
 
-    def initialise_lazy(self) -> bool:
-        """Let lazy modules take their shapes, by a first forward pass; whether there were any."""
-        lazy = (UninitializedParameter, UninitializedBuffer)
-        if not any(isinstance(t, lazy) for t in itertools.chain(self.module.parameters(), self.module.buffers())):
-            return False
-        with torch.no_grad():
-            self.model(*self.inputs, **self.kwargs)
-        return True
+    @contextlib.contextmanager
+    def kept(self, *others: Any, watch: bool = True) -> Iterator[Safe]:
+        """Run the model inside as it was run first, with the same random numbers; all comes back as it was.
 
-    def _failed(self, error: Exception, recording: Recording) -> TraceError:
+        Args:
+            *others: functions that run with it, such as a loss.
+            watch: whether writes to parameters are seen; not needed where copies of all of them stand in their places.
+        """
+        known, given = frozenset(self._kept.written), (self.inputs, self.kwargs)
+        with aside(self.module, self.model, *others, given=given, watch=watch, parameters=known) as safe:
+            for generator, state in safe.random.own:
+                set_state(generator, self._kept.generators.setdefault(id(generator), (generator, state))[1])
+            seeded(self.seed)
+            yield safe
+            if watch:
+                self._kept.written |= safe.written
+
+    def called(self) -> Any:
+        """The output, of copies of what it is called with."""
+        args, kwargs = map_tensors(
+            [list(self.inputs), dict(self.kwargs)], lambda t: t.detach().clone().requires_grad_(t.requires_grad)
+        )
+        return self.model(*args, **kwargs)
+
+    def failed(self, error: Exception, recording: Recording) -> TraceError:
+        """The error that says where the model raised, and what it was given."""
         running = [call for call in recording.calls if not call.finished]
         where = "the model"
         if running and running[-1].path:

@@ -19,8 +19,8 @@ from torch.autograd.function import BackwardCFunction, Function
 from torch.autograd.graph import Node
 from torch.utils._pytree import tree_leaves, tree_map
 
+from stabkit.tracing.recording.randomness import seeded, unchanged_randomness
 from stabkit.tracing.recording.recorder import clock
-from stabkit.tracing.recording.untouched_model import seeded, unchanged_randomness
 
 LARGEST = 1_000_000  # numbers in the arguments of a call beyond which it is not tried
 _STEP = 1e-6  # of central differences in float64, whose error is then about 1e-10, relative

@@ -31,7 +31,6 @@ class SavedTensors:
     """
 
     def __init__(self, module: nn.Module, run: Callable[[SavedTensors], Any], clock: Callable[[], int]) -> None:
-        self._module = module
         self._run = run
         self._clock = clock
         self._storages = {
@@ -39,6 +38,7 @@ class SavedTensors:
             for tensor in (*module.parameters(), *module.buffers())
             if tensor.layout == torch.strided
         }
+        self._parameters = list(module.parameters())
         self._versions = self._parameter_versions()
         self._clocks: list[int] = []
         self._bounds: list[int] = []
@@ -47,6 +47,10 @@ class SavedTensors:
         self._count = 0
         self._again = False
         self.most_bytes = 0
+
+    def begin_anew(self) -> None:
+        """The pass is recorded once more."""
+        self._clocks.clear()
 
     def divide(self, clocks: Sequence[int]) -> None:
         """Say where steps begin and end, as clocks of the first run."""
@@ -116,7 +120,7 @@ class SavedTensors:
             )
 
     def _parameter_versions(self) -> list[int]:
-        return [0 if p.is_inference() else p._version for p in self._module.parameters()]
+        return [0 if p.is_inference() else p._version for p in self._parameters]
 
 
 def _bytes(tensors: Any) -> int:

@@ -14,7 +14,6 @@ import weakref
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -30,6 +29,7 @@ from stabkit.tracing.recording.inputs import INDEXING, VALUE_FREE, Source, diffe
 from stabkit.tracing.recording.off_graph import OffGraph
 from stabkit.tracing.recording.transparency import EagerMode
 from stabkit.tracing.recording.untouched_model import Safe
+from stabkit.tracing.recording.written import ACCUMULATES, HANDED_OUT, facts, written
 
 # makes of an output the output to keep, and the tensors to end at by their names
 Ending = Callable[[Any], tuple[Any, list[tuple[str, Tensor]]]]
@@ -92,6 +92,8 @@ class Recording:
             numbers, that had been made; see `OffGraph.follow`.
         read: when numbers that depend on an input were handed to Python.
         masked: whether an attention of torch was given a mask.
+        written: ids of the parameters that the model wrote to.
+        way_back: what keeps the model as it is while code of its own runs on the way back.
         undifferentiated: what the model took derivatives by, though nothing on the graph was made of it.
     """
 
@@ -108,6 +110,8 @@ class Recording:
     fed: dict[int, frozenset[int]] = field(default_factory=dict)
     read: list[int] = field(default_factory=list)
     masked: bool = False
+    written: frozenset[int] = frozenset()
+    way_back: contextlib.AbstractContextManager[None] = field(default_factory=contextlib.nullcontext)
     undifferentiated: list[Tensor] = field(default_factory=list)
     start: int = 0
     stop: int = 0
@@ -178,9 +182,9 @@ class ValueRecorder(EagerMode):
         on_graph = [tensor for tensor in tensors if tensor.requires_grad]
         for tensor in on_graph:
             self._see(tensor)
-        name, writes = _facts(func)
+        name, writes = facts(func)
         if writes:
-            for tensor in _written(func._schema, args, kwargs):
+            for tensor in written(func._schema, args, kwargs):
                 self._before_write(tensor)
         out = func(*args, **kwargs)
         results = tensors_in(out)
@@ -214,9 +218,8 @@ class ValueRecorder(EagerMode):
     def _before_write(self, tensor: Tensor) -> None:
         if tensor.layout != torch.strided:
             return
-        storage = tensor.untyped_storage()._cdata
-        self.safe.before_write(storage)
-        for value in self._on_storage.pop(storage, ()):
+        self.safe.before_write(tensor)
+        for value in self._on_storage.pop(tensor.untyped_storage()._cdata, ()):
             self.recording.values[value] = self.recording.values[value].clone()
 
     def _follow_integers(self, name: str, tensors: list[Tensor], results: list[Tensor]) -> None:
@@ -295,6 +298,10 @@ class _NonLeafSources(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        if func in HANDED_OUT:
+            self.values.safe.before_write(args[0])
+        elif func in ACCUMULATES:
+            self.values.safe.before_gradients()
         if func in _EXITS:
             self.values.note_exit(args[0], to_numpy=func is not torch.Tensor.tolist)
         if func in ATTENTIONS:
@@ -328,22 +335,6 @@ def tensors_in(*held: Any) -> list[Tensor]:
         elif isinstance(item, dict):
             found += tensors_in(*item.values())
     return found
-
-
-@lru_cache(maxsize=4096)
-def _facts(func: Any) -> tuple[str, bool]:
-    """The name of an operation without its namespace and overload, and whether it writes to what it is given."""
-    return func._schema.name.split("::")[-1], func._schema.is_mutable
-
-
-def _written(schema: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[Tensor]:
-    for position, argument in enumerate(schema.arguments):
-        if argument.alias_info is None or not argument.alias_info.is_write:
-            continue
-        given = args[position] if position < len(args) else kwargs.get(argument.name)
-        for item in given if isinstance(given, list | tuple) else (given,):
-            if isinstance(item, Tensor):
-                yield item
 
 
 @contextlib.contextmanager

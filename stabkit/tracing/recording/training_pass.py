@@ -29,7 +29,6 @@ from stabkit.tracing.recording.inputs import Source, differentiable, prepare
 from stabkit.tracing.recording.recorder import Call, Recording, recording_calls
 from stabkit.tracing.recording.sharding import take_whole
 from stabkit.tracing.recording.transparency import EagerMode, transparent
-from stabkit.tracing.recording.untouched_model import seeded, unchanged
 
 #: Folders whose code is not the user's.
 LIBRARIES = (str(Path(torch.__file__).parent), str(Path(errors.__file__).parent))
@@ -125,10 +124,8 @@ def training_pass(
     watching = Observer() if observer is None else observer
     mode = contextlib.nullcontext() if observer is None else observer
     checkpoint = _Reentrant(watching) if reentrant and not call.through_no_grad else None
-    with torch.inference_mode(False), unchanged(call.module) as safe, transparent(call.through_no_grad, checkpoint):
-        safe.copy_buffers()
+    with torch.inference_mode(False), call.kept(loss), transparent(call.through_no_grad, checkpoint):
         take_whole(call.module)
-        seeded(call.seed)
         prepared = prepare(call.inputs, call.kwargs)
         if checkpoint is not None:
             checkpoint.promoted = _promoted(call, prepared.sources)

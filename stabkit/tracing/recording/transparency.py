@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -16,6 +17,8 @@ import torch
 import torch.utils.checkpoint
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from stabkit.turns import turn, undone
 
 _FUSED_RNN = frozenset(getattr(torch._VF, name) for name in ("lstm", "gru", "rnn_tanh", "rnn_relu"))
 
@@ -28,12 +31,19 @@ class _NoCheckpointFunction:
         return function(*args)
 
 
+class _OfThread:
+    """Stands in for a class whose ``apply`` is called: another one in this thread, the original in all others."""
+
+    def __init__(self, original: Any, other: Any) -> None:
+        self.apply = _of_thread(original.apply, other.apply)
+
+
 def _no_checkpoint_generator(*_args: Any, **_kwargs: Any) -> Iterator[None]:
     yield
 
 
 # private names differ between versions of torch: those that exist are replaced
-_CHECKPOINT_STAND_INS = {
+_CHECKPOINT_STAND_INS: dict[str, Any] = {
     "CheckpointFunction": _NoCheckpointFunction,
     "_checkpoint_without_reentrant_generator": _no_checkpoint_generator,
     "_checkpoint_without_reentrant_generator_impl": _no_checkpoint_generator,
@@ -45,14 +55,23 @@ def _plain_cond(pred: Any, true_fn: Callable[..., Any], false_fn: Callable[..., 
     return (true_fn if pred else false_fn)(*operands)
 
 
+def _of_thread(original: Callable[..., Any], other: Callable[..., Any]) -> Callable[..., Any]:
+    """Another function in this thread, the original in all others, which may be training meanwhile."""
+    thread = threading.get_ident()
+
+    def chosen(*args: Any, **kwargs: Any) -> Any:
+        return (other if threading.get_ident() == thread else original)(*args, **kwargs)
+
+    return chosen
+
+
 @contextlib.contextmanager
-def _plain_branches() -> Iterator[None]:
-    original = torch.cond
-    torch.cond = _plain_cond
-    try:
+def _replaced(module: Any, name: str, other: Any) -> Iterator[None]:
+    """Another function, or class with ``apply``, in the place of one of torch's, for this thread."""
+    original = getattr(module, name)
+    with undone(lambda: setattr(module, name, original)):
+        setattr(module, name, (_OfThread if isinstance(original, type) else _of_thread)(original, other))
         yield
-    finally:
-        torch.cond = original
 
 
 @contextlib.contextmanager
@@ -73,26 +92,8 @@ def _compiled_code_eager() -> Iterator[None]:
         if "torch._dynamo" in sys.modules:
             stack.enter_context(torch.compiler.set_stance("force_eager"))
         else:
-            torch.compile = compile_eager
-        try:
-            yield
-        finally:
-            torch.compile = original
-
-
-@contextlib.contextmanager
-def _without_checkpointing(reentrant: Any = None) -> Iterator[None]:
-    module = torch.utils.checkpoint
-    saved = {name: getattr(module, name) for name in _CHECKPOINT_STAND_INS if hasattr(module, name)}
-    try:
-        for name in saved:
-            setattr(module, name, _CHECKPOINT_STAND_INS[name])
-        if reentrant is not None and "CheckpointFunction" in saved:
-            module.CheckpointFunction = reentrant  # type: ignore[misc]
+            stack.enter_context(_replaced(torch, "compile", compile_eager))
         yield
-    finally:
-        for name, original in saved.items():
-            setattr(module, name, original)
 
 
 @contextlib.contextmanager
@@ -198,8 +199,14 @@ def transparent(through_no_grad: bool = False, training: Any = None, *, through_
         through_detach: pass on what is detached, as another view of it.
     """
     with contextlib.ExitStack() as stack:
-        stack.enter_context(_without_checkpointing(training))
-        stack.enter_context(_plain_branches())
+        stack.enter_context(turn())
+        stand_ins = dict(_CHECKPOINT_STAND_INS)
+        if training is not None:
+            stand_ins["CheckpointFunction"] = training
+        for name, other in stand_ins.items():
+            if hasattr(torch.utils.checkpoint, name):
+                stack.enter_context(_replaced(torch.utils.checkpoint, name, other))
+        stack.enter_context(_replaced(torch, "cond", _plain_cond))
         stack.enter_context(_compiled_code_eager())
         stack.enter_context(torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH))
         stack.enter_context(torch.jit.optimized_execution(False))  # type: ignore[attr-defined]

@@ -1,0 +1,86 @@
+"""What operations write to, seen before they do."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._ops import OpOverload
+from torch.overrides import TorchFunctionMode
+
+from stabkit.tracing.recording.transparency import EagerMode
+
+#: how the memory of a tensor leaves torch, which does not see what is written to it there
+HANDED_OUT: frozenset[Any] = frozenset(
+    {
+        torch.Tensor.numpy,
+        torch.Tensor.__array__,
+        torch.Tensor.__dlpack__,
+        torch.Tensor.data_ptr,
+        torch.Tensor.untyped_storage,
+        torch.Tensor.storage,
+        torch.Tensor.resize_as_,
+    }
+)
+
+
+@lru_cache(maxsize=4096)
+def facts(func: Any) -> tuple[str, bool]:
+    """The name of an operation without its namespace and overload, and whether it writes to what it is given."""
+    return func._schema.name.split("::")[-1], func._schema.is_mutable
+
+
+def written(schema: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[Tensor]:
+    """The tensors that an operation writes to."""
+    for position, argument in enumerate(schema.arguments):
+        if argument.alias_info is None or not argument.alias_info.is_write:
+            continue
+        given = args[position] if position < len(args) else kwargs.get(argument.name)
+        for item in given if isinstance(given, list | tuple) else (given,):
+            if isinstance(item, Tensor):
+                yield item
+
+
+class Writes(EagerMode):
+    """Tells of every tensor that is about to be written."""
+
+    supports_higher_order_operators = True
+
+    def __init__(self, told: Callable[[Tensor], None]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._told = told
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if isinstance(func, OpOverload) and facts(func)[1]:
+            for tensor in written(func._schema, args, kwargs):
+                self._told(tensor)
+        return func(*args, **kwargs)
+
+
+_GRADIENT: Any = torch.Tensor.grad
+#: how gradients are put into ``.grad``
+ACCUMULATES: frozenset[Any] = frozenset({_GRADIENT.__set__, _GRADIENT.__delete__, torch.Tensor.backward})
+
+
+class HandedOut(TorchFunctionMode):
+    """Tells of every tensor whose memory is handed out of torch, and that gradients are put into ``.grad``."""
+
+    def __init__(self, told: Callable[[Tensor], None], accumulates: Callable[[], None]) -> None:
+        super().__init__()
+        self._told = told
+        self._accumulates = accumulates
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func in HANDED_OUT:
+            self._told(args[0])
+        elif func in ACCUMULATES:
+            self._accumulates()
+        return func(*args, **(kwargs or {}))
