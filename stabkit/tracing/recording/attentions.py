@@ -61,7 +61,7 @@ def of_scores(scores: Tensor) -> Tensor:
         scores: that a softmax along the last axis is taken of, ``(..., queries, keys)``.
 
     Example:
-        >>> of_scores(torch.zeros(2, 4, 8)).tolist()
+        >>> of_scores(torch.zeros(2, 4, 8)).round(decimals=3).tolist()
         [0.0, 1.0, 0.0]
     """
     rows = _of_heads(scores)[..., _rows(scores.shape[-2]), _keys(scores.shape[-1])].float()
