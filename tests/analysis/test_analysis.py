@@ -212,3 +212,26 @@ def test_norms_have_intervals_and_the_numerical_range_holds_the_spectrum(tmp_pat
     low, high = report.output_state_norm_interval
     assert low < report.output_state_norm < high
     assert stabkit.Report.load(report.save(tmp_path / "report.json")) == report
+
+
+class Spectral(nn.Module):
+    """A field in Fourier space, damped and advected there; real at both ends."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.f = nn.ModuleList(nn.Linear(8, 8) for _ in range(4))
+
+    def forward(self, x):
+        w = torch.fft.fft2(x)
+        for f in self.f:
+            w = 0.9 * w + 0.1 * torch.fft.fft2(torch.tanh(f(torch.fft.ifft2(w).real)))
+        return torch.fft.ifft2(w).real
+
+
+def test_complex_states_of_two_axes_and_steps_from_real_to_complex():
+    torch.manual_seed(0)
+    report = stabkit.analyze(Spectral(), torch.randn(2, 8, 8))
+    kinds = [step.kind for step in report.steps]
+    assert kinds.count("step") >= 3
+    flow = stabkit.trace(Spectral(), torch.randn(2, 8, 8))
+    assert all((s.source.size == s.target.size) == (s.kind == "step") for s in flow.steps)

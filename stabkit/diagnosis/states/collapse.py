@@ -60,8 +60,8 @@ def _vectors(state: StateLike) -> tuple[Tensor, Tensor | None] | None:
     flat = state.flatten().detach().to(device="cpu", dtype=torch.float64)
     if not entries_are_finite(flat) or not bool(flat.any()):
         return None
-    shapes = state.sample_shapes
-    return flat, flat.reshape(len(flat), *shapes[0]) if len(shapes) == 1 and len(shapes[0]) == 2 else None
+    axes = state.space.axes  # complex numbers have one more, and are no sequence
+    return flat, flat.reshape(len(flat), *axes[0]) if len(axes) == 1 and len(axes[0]) == 2 else None
 
 
 def _dispersions(state: StateLike) -> tuple[float, float]:
