@@ -133,3 +133,23 @@ def test_steps_of_several_sizes_in_one_block(model, name):
     torch.manual_seed(0)
     (found,) = identify(trace(model, torch.randn(2, WIDTH), depth=[""]), checks=False)
     assert (found.name, found.evidence) == (name, "proven")
+
+
+class NearlyDefective(nn.Module):
+    """A skip by a matrix whose eigenvectors are nearly one, and a branch by a matrix that has nothing to do with it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.skip, self.f, self.out = nn.Linear(6, 6, bias=False), nn.Linear(6, 6), nn.Linear(6, 6, bias=False)
+        with torch.no_grad():
+            self.skip.weight.copy_(torch.diag(torch.linspace(0.85, 0.95, 6)) + torch.diag(torch.full((5,), 0.3), 1))
+
+    def forward(self, x):
+        return self.skip(x) + self.out(torch.tanh(self.f(x)))
+
+
+def test_matrices_that_no_basis_tells_apart_are_no_exponential():
+    torch.manual_seed(0)
+    model = nn.Sequential(*[NearlyDefective() for _ in range(3)])
+    found = identify(trace(model, torch.randn(3, 6)))
+    assert not [r.name for r in found if "exponential" in r.name]

@@ -32,6 +32,7 @@ LINEAR_SKIP = "linear skip"
 BACKWARD_EULER = "backward Euler"
 TRANSFORMS = frozenset({"FftC2C", "FftC2R", "FftR2C", "ViewAsReal", "ViewAsComplex"})
 _ROUNDINGS = 2048.0  # products with a few matrices, and solutions of linear systems, that are not badly conditioned
+_SEEN = 1e-3  # part of an operator by which two may differ in a basis that blurs them, and still be told apart
 _LARGEST_DENSE = 128  # a sample: one product for each of its entries
 
 
@@ -404,6 +405,8 @@ def _exponential(fitted: _Fitted, branch: Value, source: Layout, target: Layout)
     if np.abs(phi - phi.flat[0]).max() <= 1e-6:
         return None  # a number, which says nothing of the operator
     slack = fitted.tolerance * float(np.linalg.cond(basis).max())
+    if slack > _SEEN:
+        return None
     for count in range(len(fitted.parts.behind(branch)) + 1):
         S = _dense(fitted, branch, source, target, count)
         if S is None or S.shape != P.shape:
