@@ -397,16 +397,14 @@ def _exponential(fitted: _Fitted, branch: Value, source: Layout, target: Layout)
     if P is None:
         return None
     values, basis = np.linalg.eig(P)
-    if np.abs(values).min() <= 1e-12 or np.linalg.cond(basis).max() > 1e8:
+    slack = fitted.tolerance * float(np.linalg.cond(basis).max())
+    if np.abs(values).min() <= 1e-12 or slack > _SEEN:
         return None
     logs = np.log(values)
     near = np.abs(logs) < 1e-8
     phi = np.where(near, 1.0, (values - 1) / np.where(near, 1.0, logs))
     if np.abs(phi - phi.flat[0]).max() <= 1e-6:
         return None  # a number, which says nothing of the operator
-    slack = fitted.tolerance * float(np.linalg.cond(basis).max())
-    if slack > _SEEN:
-        return None
     for count in range(len(fitted.parts.behind(branch)) + 1):
         S = _dense(fitted, branch, source, target, count)
         if S is None or S.shape != P.shape:
