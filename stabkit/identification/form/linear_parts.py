@@ -411,8 +411,7 @@ def _exponential(fitted: _Fitted, branch: Value, source: Layout, target: Layout)
             continue
         inner = np.linalg.solve(basis, S @ basis)
         c = complex((np.einsum("bii->bi", inner) * phi.conj()).sum() / (np.abs(phi) ** 2).sum())
-        expected = np.zeros_like(inner)
-        np.einsum("bii->bi", expected)[...] = c * phi
+        expected = (c * phi)[..., None] * np.eye(phi.shape[-1])
         residual = float(np.linalg.norm(inner - expected) / max(float(np.linalg.norm(inner)), 1e-300))
         if residual > max(slack, fitted.tolerance) or abs(c.imag) > slack * abs(c):
             continue
