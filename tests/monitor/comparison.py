@@ -1,0 +1,353 @@
+"""The monitor beside other tools, on the same failing runs: python -m tests.monitor.comparison [FILE] [--rounds N]
+
+The others are transformers' ``DebugUnderflowOverflow``, diagnostics such as icefall's (written out here from their
+public description) and ignite's ``GradsScalarHandler`` with ``TerminateOnNan``. A small network on digits, and one of
+attention, are trained; in the middle, at training step N, something is done to them. A row tells when a tool first
+spoke and what it said, whether that names the cause and the place, and when its numbers show it to who reads them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import math
+import random
+import re
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from tests.benchmarks.monitor import CASES, CYCLE, Unwatched, cycle, seconds
+from tests.monitor.other_tools import (
+    EVERY,
+    TOOLS,
+    Diagnostics,
+    Heard,
+    IgniteTimed,
+    Stabkit,
+    StabkitEveryStep,
+    Tool,
+    Underflow,
+    installed,
+)
+from tests.monitor.stories import AT, OPTIMIZERS, SPOIL, STEPS, Attends, Batches, Network, schedule
+
+SEEN = 10.0  # a number shows a fault where it is so many times the largest before; a choice, the same for every tool
+
+
+def overflow(model: nn.Module) -> Any:
+    """What makes the outputs of the third layer 100 000 times as large, so that they are infinite in float16."""
+    calls = [0]
+
+    def after(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+        calls[0] += 1
+        return output * 1e5 if calls[0] > AT else output
+
+    return model.layers[2].register_forward_hook(after)
+
+
+SPOILED = {**SPOIL, "half": overflow}
+
+
+NOTHING = r"(?!)"
+MODELS = ("MLP, 33 blocks of width 256, batch 128", "GPT-2, 4 layers of width 256, 8x128 tokens")
+
+
+@dataclass(frozen=True)
+class Story:
+    """A run, what is done to it, and the words that name it (in place of those of a remedy)."""
+
+    title: str
+    fault: str
+    optimizer: str
+    cause: str = NOTHING
+    place: str = NOTHING
+    sample: int = 3  # the one that is spoiled
+
+
+INPUT = r"\binput\b|layers\.0\.0\.output"
+STORIES = (
+    Story("learning rate x100, SGD", "rate", "SGD", "learning rate jumped"),
+    Story("learning rate x100, Adam", "rate", "Adam", "learning rate jumped"),
+    Story("one sample x10^6, SGD", "sample", "SGD", "batch is out of range", INPUT),
+    Story("one sample x10^6, Adam", "sample", "Adam", "batch is out of range", INPUT, 12),
+    Story("one sample x10^6 that does no harm, Adam", "sample", "Adam", "batch is out of range", INPUT),
+    Story("a NaN in the data, Adam", "nan", "Adam", r"batch holds a number|\binput\[0\] has nans", INPUT),
+    Story("growing attention logits, Adam", "attention", "Adam", "attention logit", r"layers\.1\b"),
+    Story("float16 gradients overflow, Adam", "scaler", "Adam", r"gradient.*(infinite|not finite)", r"layers\.2\b"),
+    Story("float16 activations overflow, Adam", "half", "Adam", r"layers\.2.*(has infs|not finite)", r"layers\.2\b"),
+    Story("healthy, SGD", "", "SGD"),
+    Story("healthy, Adam", "", "Adam"),
+    Story("healthy attention, Adam", "calm attention", "Adam"),
+)
+
+
+@dataclass(frozen=True)
+class Row:
+    """What became of a run under a tool; steps count from the fault, None where it never came."""
+
+    said: int | None
+    early: int  # steps before the fault at which it spoke
+    words: str
+    cause: bool
+    place: int | None
+    lines: int
+    shown: int | None
+    losses: tuple[float, ...]
+
+
+def told(story: Story, tool: type[Tool]) -> Row:
+    """One run under one tool."""
+    fault = story.fault
+    model = Attends() if "attention" in fault else Network()
+    if fault in SPOILED:
+        SPOILED[fault](model)
+    data = Batches(fault)
+    if fault == "sample":
+        data.x[AT * 32 + story.sample] *= 1e6
+    optimizer = OPTIMIZERS[story.optimizer](model.parameters())
+    rates, half = schedule(optimizer, fault), fault in ("scaler", "half")
+    scaler = torch.amp.GradScaler("cpu", enabled=half, growth_interval=20)
+    heard, losses = Heard(), []
+
+    def step(batch: Any) -> float:
+        heard.step = len(losses)
+        optimizer.zero_grad()
+        with torch.autocast("cpu", torch.float16, enabled=half):
+            loss = model(**batch)["loss"]
+        scaler.scale(loss).backward()
+        watching.watch(loss)
+        scaler.step(optimizer)
+        scaler.update()
+        rates.step()
+        losses.append(loss.item())
+        return losses[-1]
+
+    with warnings.catch_warnings(), contextlib.redirect_stdout(heard), contextlib.redirect_stderr(heard):
+        warnings.simplefilter("ignore")
+        torch.manual_seed(1)
+        watching = tool(model, optimizer, scaler, heard)
+        watching.drive(step, torch.utils.data.DataLoader(data, 32))
+        watching.close()
+    return judged(story, watching, losses)
+
+
+def judged(story: Story, tool: Tool, losses: list[float]) -> Row:
+    """What was heard of a run, and what its numbers show."""
+    said: dict[int, list[str]] = {}
+    for step in sorted(tool.heard.by_step):
+        lines = tool.heard.lines(step)
+        found = [match for match in (re.search(tool.alarm, line) for line in lines) if match]
+        if found:
+            # the module that the last frame of DebugUnderflowOverflow is about stands on a line of its own
+            modules = [line.strip() for line in lines if re.fullmatch(r" {18}\S+ \w+", line)]
+            words = [match["words"] for match in found]
+            said[step] = [f"{modules[-1]}: {words[0]}", *words[1:]] if modules else words
+    early, said = sum(step < AT for step in said), {step: words for step, words in said.items() if step >= AT}
+    first = min(said, default=None)
+    evidence = {step: " ".join(line.split("What to do")[0] for line in lines) for step, lines in said.items()}
+    place = next((step for step in said if re.search(story.place, evidence[step])), None)
+    shown = loud(tool.numbers)
+    return Row(
+        said=None if first is None else first - AT,
+        early=early,
+        words="" if first is None else said[first][0],
+        cause=first is not None and re.search(story.cause, evidence[first]) is not None,
+        place=None if place is None else place - AT,
+        lines=sum(len(tool.heard.lines(step)) for step in list(tool.heard.by_step)),
+        shown=None if shown is None else shown - AT,
+        losses=tuple(losses),
+    )
+
+
+def loud(numbers: dict[int, dict[str, float]]) -> int | None:
+    """The first training step from the fault on with a number that is not finite, or ``SEEN`` times outside its range."""
+    range_of: dict[str, tuple[float, float]] = {}
+    for step in sorted(numbers):
+        for name, value in numbers[step].items():
+            low, high = range_of.get(name, (0.0, math.inf))
+            if step >= AT and not (math.isfinite(value) and low / SEEN <= abs(value) <= SEEN * high):
+                return step
+            if math.isfinite(value):
+                ends = (abs(value), *(range_of.get(name, ())))
+                range_of[name] = min(ends), max(ends)
+    return None
+
+
+class Beside(Unwatched):
+    """A training run with a tool beside it."""
+
+    def __init__(self, model: nn.Module, tool: type[Tool]) -> None:
+        super().__init__(model)
+        self.tool = tool(self.model, self.optimizer, None, Heard())
+
+    def watch(self, loss: Tensor) -> None:
+        self.tool.watch(loss)
+        self.tool.heard.step += 1
+
+
+WAYS: dict[str, type[Tool]] = {
+    f"stabkit.Monitor, every={EVERY}": Stabkit,
+    "stabkit.Monitor, every=1": StabkitEveryStep,
+    "DebugUnderflowOverflow": Underflow,
+    f"icefall-like diagnostics, a table every {EVERY} steps": Diagnostics,
+    "ignite, gradients at every iteration": IgniteTimed,
+}
+
+
+def costs(case: str, rounds: int) -> tuple[float, dict[str, float | None]]:
+    """Milliseconds of a bare training step, and of every way of watching the time over that, in percent."""
+    build, draw = CASES[case]
+    torch.manual_seed(0)
+    model = build()
+    with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        runs: dict[str, Unwatched] = {"none": Unwatched(model)}
+        runs |= {way: Beside(model, tool) for way, tool in WAYS.items() if installed(tool)}
+        order = random.Random(0)
+        times = {way: np.zeros((rounds, CYCLE)) for way in runs}
+        for number in range(-1, rounds):  # the first round warms up
+            for place in range(CYCLE):
+                x, y = draw()
+                for way in order.sample(list(runs), len(runs)):
+                    times[way][number, place] = seconds(runs[way], x, y)
+        for run in runs.values():
+            if isinstance(run, Beside):
+                run.tool.close()
+    bare = cycle(times["none"])
+    over = {way: 100 * cycle(times[way] - times["none"]) / bare if way in runs else None for way in WAYS}
+    return 1e3 * bare / CYCLE, over
+
+
+NOTES = """## What each is better for
+
+**stabkit.Monitor.** Alone of the four it looks at the rate and the batch beside the network, so that it can say why and
+not only that; and it can stay on in a long run. It does not look within its blocks nor at what stands between them
+(where activations overflowed it named the block after the one at fault), told of float16 gradients without the layer
+that the diagnostics name, waited until attention logits had grown ten thousand times, and leaves a run going unless the
+loop asks `monitor.step(loss).healthy`.
+
+**DebugUnderflowOverflow.** Better for where a forward pass breaks: it names the module, and which of its weights,
+inputs and outputs is not finite, with the sizes in the 21 frames before, and stops there; of float16 activations it is
+the best answer of the four. It sees no gradients, no loss and nothing that stays finite, and costs most, so that it is
+a tool for the rerun (as its documentation says).
+
+**icefall-like diagnostics.** Better for looking at a network as a whole: levels of all modules, both ways, by channel,
+and of the four the only one that names the layer whose gradient overflows first. It judges nothing but what is not
+finite, also an overflow that a scaler mends by itself, prints most, and its tables have to be read side by side
+(icefall prints one and ends; here they go on).
+
+**ignite.** Better for charts in a loop that is ignite's: the gradient of every parameter at every training step, which
+shows most of these faults to who looks, within a step of the monitor's records, and a stop where the loss is NaN. It
+names neither cause nor place, and speaks only at the end.
+"""
+
+
+def at(step: int | None) -> str:
+    return "never" if step is None else f"N + {step}"
+
+
+def became(losses: tuple[float, ...]) -> str:
+    """What became of a run that nothing watched."""
+    broken = next((step for step, loss in enumerate(losses) if not math.isfinite(loss)), None)
+    if broken is not None:
+        return f"not finite at {at(broken - AT)}"
+    return f"{np.median(losses[AT - 10 : AT]):.2g} to {np.median(losses[-10:]):.2g}"
+
+
+def cells(story: Story, row: Row) -> list[str]:
+    """A row of the table, from when a tool spoke to when its numbers show it."""
+    words = row.words if len(row.words) <= 150 else row.words[:147].rsplit(" ", 1)[0] + " ..."
+    before = f", and at {row.early} before" if row.early else ""
+    if row.said is None:
+        return [f"never{before}", "", "", "", str(row.lines), at(row.shown)]
+    if story.place == NOTHING:
+        place = ""
+    elif row.place is not None:
+        place = "yes" if row.place == row.said else f"at {at(row.place)}"
+    else:
+        place = "another" if re.search(r"layers\.\d|head", row.words) else "no"
+    return [
+        at(row.said) + before,
+        words.replace("|", "/"),
+        "yes" if row.cause else "no",
+        place,
+        str(row.lines),
+        at(row.shown),
+    ]
+
+
+def page(rounds: int, stories: tuple[Story, ...] = STORIES, cases: tuple[str, ...] = MODELS) -> str:
+    """The comparison in Markdown."""
+    lines = [
+        "# The monitor beside other tools",
+        "",
+        f"The same runs under four ways of watching, {STEPS} training steps "
+        "each; something is done to them at training",
+        f"step N = {AT}. Made by `python -m tests.monitor.comparison "
+        "examples/monitors_compared.md`, which has the runs.",
+        "",
+        "*said*: the training step of the first warning. *cause*, *place*: "
+        "whether what it said until then names what was",
+        "done, and the module (or the input) where; advice does not count. "
+        "*lines*: printed in all. *shows*: the first step",
+        f"at which a number that it logs or prints is not finite or {SEEN:.0f} "
+        "times outside of the range before, for one who",
+        f"reads them. The monitor records every {EVERY}th step, and the "
+        "diagnostics print a table as often. *loss*: of the run",
+        "that nothing watches, the median of ten steps before N and of the last ten.",
+        "",
+        "| run | loss | tool | said | words | cause | place | lines | shows |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for story in stories:
+        title, loss = story.title, became(told(story, Tool).losses)
+        for tool in TOOLS:
+            found = cells(story, told(story, tool)) if installed(tool) else ["not installed", *[""] * 5]
+            lines.append("| " + " | ".join([title, loss, tool.name, *found]) + " |")
+            title = loss = ""
+    measured = [costs(case, rounds) for case in cases]
+    lines += [
+        "",
+        "The one sample under Adam is one that the network takes for another "
+        "digit; one that it gets right is the run",
+        "after it, where silence is right.",
+        "",
+        "## What a training step costs",
+        "",
+        "CPU time over that of the bare loop, in percent of it: paired and in turns, step by step, medians over",
+        f"{rounds} rounds of {CYCLE} steps, one thread; measured under load, "
+        "beside other work on the same machine. Of ignite",
+        "it is the handlers alone, not the engine.",
+        "",
+        "| tool | "
+        + " | ".join(f"{case} ({bare:.0f} ms)" for case, (bare, _) in zip(cases, measured, strict=True))
+        + " |",
+        "|---|" + "---|" * len(cases),
+    ]
+    for way in WAYS:
+        over = [found[way] for _, found in measured]
+        lines.append(f"| {way} | " + " | ".join("not installed" if x is None else f"{x:+.1f} %" for x in over) + " |")
+    return "\n".join([*lines, "", NOTES])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("file", nargs="?", help="where the page goes too")
+    parser.add_argument("--rounds", type=int, default=6)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    text = page(options.rounds)
+    print(text, end="")
+    if options.file:
+        Path(options.file).write_text(text)
+
+
+if __name__ == "__main__":
+    main()
