@@ -181,7 +181,7 @@ def why(found: Attribution, verdict: Verdict, stable: float) -> str:
     gained = sum(max(value, 0.0) for value in parts.values())
     told = f"eigenvalues predict {share:.0%} of the growth"
     if growth < 0:
-        worst = min(read, key=lambda m: m.excess.overdamped if m.excess is not None else 0.0)
+        worst = min(read, key=lambda m: float(found.spectral[m.step].mean()))
         return f"The steps damp most modes, {worst.name} ({worst.method}) the most: {told}."
     if gained > 0 and parts["discretisation"] > _MOST * gained:
         return f"The step is too long for its method: {_shorter(read)}; {told}."

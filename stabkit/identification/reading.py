@@ -153,7 +153,7 @@ def _of_slots(around: Surroundings, found: Slots, steps: tuple[int, ...]) -> Ide
     if len(found.sources) == len(found.targets) == 1:
         return _one_state(around, found, steps)
     if (timed := without_clock(around, found, steps)) is not None:
-        return with_sizes_of_input(_of_slots(*timed, steps))
+        return with_sizes_of_input(_of_slots(*timed[:2], steps), by_norm=timed[2])
     record = read_several_states(around, found, steps)
     if record.name in ("fork", "join"):
         return step_inside(around, found, steps, record, _of_slots)

@@ -134,7 +134,7 @@ def test_an_opaque_step_is_unknown_rather_than_plain():
 
 def test_learned_damping_is_traced_to_its_parameter():
     found = read(lambda m, x: m.f(x) + (1 - m.damping) * x)
-    assert found.notes == ("learned factors: 1 - 1.damping",)
+    assert found.notes == ("factors that are parameters: 1 - 1.damping",)
 
 
 @pytest.mark.parametrize(

@@ -69,12 +69,6 @@ def _iterate(given: Awkward) -> Any:
     return exponents, flow.states[3].tensors[0], flow.output, flow.trajectory(), flow.jacobian(1, 3).dense()
 
 
-def _optimizer(given: Awkward) -> torch.optim.Optimizer:
-    found = torch.optim.Adam(given.model.parameters(), 1e-3)
-    given.others["optimizer"] = found
-    return found
-
-
 def _sharpness(given: Awkward) -> Any:
     return stabkit.sharpness(given.model, *given.args, loss=loss, kwargs=given.kwargs).values
 
@@ -82,6 +76,12 @@ def _sharpness(given: Awkward) -> Any:
 def _analyze(given: Awkward, **options: Any) -> Any:
     found = stabkit.analyze(given.model, *given.args, kwargs=given.kwargs, **options)
     return {key: value for key, value in found.to_dict().items() if key != "seconds"}
+
+
+def _with_optimizer(given: Awkward) -> Any:
+    if not isinstance(given.model, torch.nn.Module):
+        return None  # a function has no parameters
+    return _analyze(given, loss=loss, optimizer=torch.optim.Adam(given.model.parameters(), 1e-3))
 
 
 def _plan(given: Awkward) -> Any:
@@ -103,7 +103,7 @@ ANALYZERS: dict[str, Callable[[Awkward], Any]] = {
     "sharpness": _sharpness,
     "analyze": lambda given: _analyze(given),
     "analyze, loss": lambda given: _analyze(given, loss=loss),
-    "analyze, optimizer": lambda given: _analyze(given, loss=loss, optimizer=_optimizer(given)),
+    "analyze, optimizer": _with_optimizer,
     "plan": _plan,
     "budget": lambda given: _analyze(given, budget=30.0) and None,  # what it leaves out depends on the clock
     "ranks": lambda given: shared_profile(given.model, *given.args, kwargs=given.kwargs, loss=loss).log_growth,
@@ -134,17 +134,13 @@ def cell(name: str, analyzer: str) -> Cell:
     """One analyzer, called twice on one model."""
     torch.manual_seed(0)
     given = CASES[name]()
-    if "optimizer" in analyzer and isinstance(given.model, torch.nn.Module):
-        run = ANALYZERS[analyzer]
-        optimizer = _optimizer(given)
-        del optimizer
     run = ANALYZERS[analyzer]
     refused = error = ""
     results: list[Any] = []
     began = time.perf_counter()
 
     def state() -> dict[str, Any]:
-        others = {k: v() if callable(v) else v for k, v in given.others.items() if k != "optimizer"}
+        others = {k: v() if callable(v) else v for k, v in given.others.items()}
         return {**everything(model=given.model, args=given.args, kwargs=given.kwargs, **others), **process()}
 
     before = state()

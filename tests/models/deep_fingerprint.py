@@ -144,7 +144,7 @@ def process() -> dict[str, Any]:
         "hooks": {name: len(t) for name, t in vars(modules).items() if isinstance(t, dict) and name.endswith("_hooks")},
         "modes": (torch._C._len_torch_function_stack(), torch._C._len_torch_dispatch_stack()),
         "garbage": (gc.get_threshold(), gc.isenabled()),
-        "compiled": "torch._dynamo" not in sys.modules or torch._dynamo.eval_frame._stance.stance,
+        "compiled": torch._dynamo.eval_frame._stance.stance if "torch._dynamo" in sys.modules else "default",
     }
 
 

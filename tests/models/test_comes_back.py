@@ -21,6 +21,13 @@ def test_a_trace_leaves_everything_as_it_was(name):
 
 
 @pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", ["tuple of tensors", "weights of the engine's parts"])
+def test_an_iterated_map_that_writes_to_no_parameter_is_watched_all_along(name):
+    found = cell(name, "iterate")
+    assert not found.failed, str(found)
+
+
+@pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(("name", "analyzer"), [(n, _SHARED[i % len(_SHARED)]) for i, n in enumerate(CASES) if i % 2])
 def test_other_analyzers_leave_everything_as_it_was(name, analyzer):
     found = cell(name, analyzer)

@@ -56,7 +56,7 @@ def notes_of_sums(around: Surroundings, sums: Sequence[NormalForm], table: Block
         notes.append(f"{count} additions, each a step of its own" + (": a splitting" if table.n_fields > 1 else ""))
     learned = dict.fromkeys(text for form in sums for text in around.learned_factors(form.piece))
     if learned:
-        notes.append(f"learned factors: {', '.join(learned)}")
+        notes.append(f"factors that are parameters: {', '.join(learned)}")
     branches = [(form, a, c) for form in sums for a, c in form.forms[0].items() if a not in form.piece.ends]
     coefficients = [c for *_, c in branches]
     for form, atom, c in branches:

@@ -255,7 +255,7 @@ def _notes(around: Surroundings, form: NormalForm, table: Blocks, found: Slots) 
         notes.append("every entry has numbers of its own: the tableau is that of the first")
     learned = around.learned_factors(form.piece)
     if learned:
-        notes.append(f"learned factors: {', '.join(learned)}")
+        notes.append(f"factors that are parameters: {', '.join(learned)}")
     held = max((c.held for terms in form.forms for c in terms.values()), default=0.0)
     notes += masked(set(), held)
     for i, (terms, source) in enumerate(zip(form.forms, form.sources, strict=True), 1):

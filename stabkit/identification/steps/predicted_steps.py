@@ -6,7 +6,7 @@ an attention over the channels of F(x), made of F(x) itself, is a part of the fi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 
 import torch
@@ -70,21 +70,29 @@ def with_step_sizes_held(
     better = read(held, found, links, steps)
     if better.name.startswith("unnamed") or not better.shared_weights:
         return None
-    return with_sizes_of_input(better)
+    return with_sizes_of_input(better, by_norm=_is_normed(around.whole(start, stop, found), numbers))
 
 
-def with_sizes_of_input(record: Identification) -> Identification:
-    """A record of a step whose size the state makes: its numbers are those of this input."""
+def with_sizes_of_input(record: Identification, *, by_norm: bool) -> Identification:
+    """A record of a step whose size is made of numbers that are put in: its own are those of this input.
+
+    Args:
+        record: that was read with these numbers held fixed.
+        by_norm: whether a norm of the state is among what makes them, as in the control of an error.
+    """
     if record.step_size is None:
         return record
-    why = "step sizes are made of the state, by the control of an error: they are those of this input, and held fixed"
+    made = "of the state, by the control of an error" if by_norm else "of numbers beside the state, such as times"
+    why = f"step sizes are made {made}: they are those of this input, and held fixed"
     return replace(record, evidence="measured", notes=(why, *record.notes))
 
 
-def without_clock(around: Surroundings, found: Slots, steps: tuple[int, ...]) -> tuple[Surroundings, Slots] | None:
+def without_clock(
+    around: Surroundings, found: Slots, steps: tuple[int, ...]
+) -> tuple[Surroundings, Slots, bool] | None:
     """The flow and the states of a step without single numbers that follow each other beside states of many: a time.
 
-    None where there are none.
+    And whether a norm of the state makes them. None where there are none.
     Where an adaptive solver makes its first step size of the state, so are all times after it.
     """
     states = [[v for v in values if meta_of(v).numel > 1] for values in (found.sources, found.targets)]
@@ -97,7 +105,15 @@ def without_clock(around: Surroundings, found: Slots, steps: tuple[int, ...]) ->
     made = {node for node in whole.nodes if meta_of(Value(node, 0)).numel == 1}
     if any(v.node not in made and v not in found.sources for node in clock for v in whole.inputs(node)):
         return None
-    return around.holding(made), replace(found, sources=tuple(states[0]), targets=tuple(states[1]), contexts=contexts)
+    slots = replace(found, sources=tuple(states[0]), targets=tuple(states[1]), contexts=contexts)
+    return around.holding(made), slots, _is_normed(whole, made)
+
+
+def _is_normed(piece: Piece, numbers: Collection[Node]) -> bool:
+    """Whether something that makes one number of many is among the operations that make numbers."""
+    return any(
+        operation(node) not in MOVES and any(meta_of(v).numel > 1 for v in piece.inputs(node)) for node in numbers
+    )
 
 
 def _made_by_control(piece: Piece) -> set[Node]:

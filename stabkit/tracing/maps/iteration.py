@@ -58,7 +58,7 @@ class Iteration:
     notes: tuple[str, ...] = ()
     _as_given: Callable[[Tensors], Any] = field(default=lambda state: state, repr=False)
     _kept: dict[int, Tensors] = field(default_factory=dict, repr=False)
-    _writes: bool = True  # to parameters
+    _writes: bool = True  # to tensors for which no copies stand
 
     def again(self) -> Iteration:
         """The same map from the same state, at the weights that its module has now."""
@@ -351,4 +351,4 @@ def iteration(
     flow = Iteration(initial, n_steps, inputs, step_size, lengths, name, function, model, notes)
     with flow._aside() as safe:
         try_first_step(function, initial, tuple(part[0] for part in inputs))
-    return replace(flow, _writes=bool(safe.written))
+    return replace(flow, _writes=safe.wrote)

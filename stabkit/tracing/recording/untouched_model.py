@@ -73,6 +73,11 @@ class Safe:
         """The ids of the parameters whose memory was written, or handed out."""
         return frozenset(i for i, (t, _) in self._written.items() if isinstance(t, nn.Parameter))
 
+    @property
+    def wrote(self) -> bool:
+        """Whether memory for which no copy stands was written, or handed out."""
+        return bool(self._written)
+
     def set_aside(self, parameters: frozenset[int] = frozenset()) -> None:
         """Prepare for a model to run: copies stand for what it may write to, and no hook of the way back runs.
 
