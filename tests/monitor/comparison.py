@@ -1,4 +1,4 @@
-"""The monitor beside other tools, on the same failing runs: python -m tests.monitor.comparison [FILE] [--rounds N]
+"""The monitor beside other tools, on the same failing runs: python -m tests.monitor.comparison [FILE]
 
 The others are transformers' ``DebugUnderflowOverflow``, diagnostics such as icefall's (written out here from their
 public description) and ignite's ``GradsScalarHandler`` with ``TerminateOnNan``. A small network on digits, and one of
@@ -10,9 +10,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import io
 import math
-import random
 import re
 import warnings
 from dataclasses import dataclass
@@ -23,19 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from tests.benchmarks.monitor import CASES, CYCLE, Unwatched, cycle, seconds
-from tests.monitor.other_tools import (
-    EVERY,
-    TOOLS,
-    Diagnostics,
-    Heard,
-    IgniteTimed,
-    Stabkit,
-    StabkitEveryStep,
-    Tool,
-    Underflow,
-    installed,
-)
+from tests.monitor.other_tools import EVERY, TOOLS, Heard, Tool, installed
 from tests.monitor.stories import AT, OPTIMIZERS, SPOIL, STEPS, Attends, Batches, Network, schedule
 
 SEEN = 10.0  # a number shows a fault where it is so many times the largest before; a choice, the same for every tool
@@ -56,7 +42,6 @@ SPOILED = {**SPOIL, "half": overflow}
 
 
 NOTHING = r"(?!)"
-MODELS = ("MLP, 33 blocks of width 256, batch 128", "GPT-2, 4 layers of width 256, 8x128 tokens")
 
 
 @dataclass(frozen=True)
@@ -167,7 +152,7 @@ def judged(story: Story, tool: Tool, losses: list[float]) -> Row:
 
 
 def loud(numbers: dict[int, dict[str, float]]) -> int | None:
-    """The first training step from the fault on with a number that is not finite, or ``SEEN`` times outside its range."""
+    """The first step from the fault on with a number that is not finite, or ``SEEN`` times outside its range."""
     range_of: dict[str, tuple[float, float]] = {}
     for step in sorted(numbers):
         for name, value in numbers[step].items():
@@ -180,63 +165,18 @@ def loud(numbers: dict[int, dict[str, float]]) -> int | None:
     return None
 
 
-class Beside(Unwatched):
-    """A training run with a tool beside it."""
-
-    def __init__(self, model: nn.Module, tool: type[Tool]) -> None:
-        super().__init__(model)
-        self.tool = tool(self.model, self.optimizer, None, Heard())
-
-    def watch(self, loss: Tensor) -> None:
-        self.tool.watch(loss)
-        self.tool.heard.step += 1
-
-
-WAYS: dict[str, type[Tool]] = {
-    f"stabkit.Monitor, every={EVERY}": Stabkit,
-    "stabkit.Monitor, every=1": StabkitEveryStep,
-    "DebugUnderflowOverflow": Underflow,
-    f"icefall-like diagnostics, a table every {EVERY} steps": Diagnostics,
-    "ignite, gradients at every iteration": IgniteTimed,
-}
-
-
-def costs(case: str, rounds: int) -> tuple[float, dict[str, float | None]]:
-    """Milliseconds of a bare training step, and of every way of watching the time over that, in percent."""
-    build, draw = CASES[case]
-    torch.manual_seed(0)
-    model = build()
-    with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        runs: dict[str, Unwatched] = {"none": Unwatched(model)}
-        runs |= {way: Beside(model, tool) for way, tool in WAYS.items() if installed(tool)}
-        order = random.Random(0)
-        times = {way: np.zeros((rounds, CYCLE)) for way in runs}
-        for number in range(-1, rounds):  # the first round warms up
-            for place in range(CYCLE):
-                x, y = draw()
-                for way in order.sample(list(runs), len(runs)):
-                    times[way][number, place] = seconds(runs[way], x, y)
-        for run in runs.values():
-            if isinstance(run, Beside):
-                run.tool.close()
-    bare = cycle(times["none"])
-    over = {way: 100 * cycle(times[way] - times["none"]) / bare if way in runs else None for way in WAYS}
-    return 1e3 * bare / CYCLE, over
-
-
 NOTES = """## What each is better for
 
 **stabkit.Monitor.** Alone of the four it looks at the rate and the batch beside the network, so that it can say why and
-not only that; and it can stay on in a long run. It does not look within its blocks nor at what stands between them
+not only that. It does not look within its blocks nor at what stands between them
 (where activations overflowed it named the block after the one at fault), told of float16 gradients without the layer
 that the diagnostics name, waited until attention logits had grown ten thousand times, and leaves a run going unless the
 loop asks `monitor.step(loss).healthy`.
 
 **DebugUnderflowOverflow.** Better for where a forward pass breaks: it names the module, and which of its weights,
 inputs and outputs is not finite, with the sizes in the 21 frames before, and stops there; of float16 activations it is
-the best answer of the four. It sees no gradients, no loss and nothing that stays finite, and costs most, so that it is
-a tool for the rerun (as its documentation says).
+the best answer of the four. It sees no gradients, no loss and nothing that stays finite; its documentation has it for
+the rerun of a run that broke.
 
 **icefall-like diagnostics.** Better for looking at a network as a whole: levels of all modules, both ways, by channel,
 and of the four the only one that names the layer whose gradient overflows first. It judges nothing but what is not
@@ -283,25 +223,19 @@ def cells(story: Story, row: Row) -> list[str]:
     ]
 
 
-def page(rounds: int, stories: tuple[Story, ...] = STORIES, cases: tuple[str, ...] = MODELS) -> str:
+def page(stories: tuple[Story, ...] = STORIES) -> str:
     """The comparison in Markdown."""
     lines = [
         "# The monitor beside other tools",
         "",
-        f"The same runs under four ways of watching, {STEPS} training steps "
-        "each; something is done to them at training",
-        f"step N = {AT}. Made by `python -m tests.monitor.comparison "
-        "examples/monitors_compared.md`, which has the runs.",
+        f"The same runs under four ways of watching, {STEPS} training steps each; something is done to them at",
+        f"training step N = {AT}. Made by `python -m tests.monitor.comparison examples/monitors_compared.md`.",
         "",
-        "*said*: the training step of the first warning. *cause*, *place*: "
-        "whether what it said until then names what was",
-        "done, and the module (or the input) where; advice does not count. "
-        "*lines*: printed in all. *shows*: the first step",
-        f"at which a number that it logs or prints is not finite or {SEEN:.0f} "
-        "times outside of the range before, for one who",
-        f"reads them. The monitor records every {EVERY}th step, and the "
-        "diagnostics print a table as often. *loss*: of the run",
-        "that nothing watches, the median of ten steps before N and of the last ten.",
+        "*said*: the training step of the first warning. *cause*, *place*: whether what it said until then names what",
+        "was done, and the module (or the input) where; advice does not count. *lines*: printed in all. *shows*: the",
+        f"first step at which a number that it logs or prints is not finite or {SEEN:.0f} times outside of the range",
+        f"before, for one who reads them. The monitor records every {EVERY}th step, the diagnostics print a table as",
+        "often. *loss*: of the run that nothing watches, the median of ten steps before N and of the last ten.",
         "",
         "| run | loss | tool | said | words | cause | place | lines | shows |",
         "|---|---|---|---|---|---|---|---|---|",
@@ -312,38 +246,20 @@ def page(rounds: int, stories: tuple[Story, ...] = STORIES, cases: tuple[str, ..
             found = cells(story, told(story, tool)) if installed(tool) else ["not installed", *[""] * 5]
             lines.append("| " + " | ".join([title, loss, tool.name, *found]) + " |")
             title = loss = ""
-    measured = [costs(case, rounds) for case in cases]
     lines += [
         "",
-        "The one sample under Adam is one that the network takes for another "
-        "digit; one that it gets right is the run",
+        "The one sample under Adam is one that the network takes for another digit; one that it gets right is the run",
         "after it, where silence is right.",
-        "",
-        "## What a training step costs",
-        "",
-        "CPU time over that of the bare loop, in percent of it: paired and in turns, step by step, medians over",
-        f"{rounds} rounds of {CYCLE} steps, one thread; measured under load, "
-        "beside other work on the same machine. Of ignite",
-        "it is the handlers alone, not the engine.",
-        "",
-        "| tool | "
-        + " | ".join(f"{case} ({bare:.0f} ms)" for case, (bare, _) in zip(cases, measured, strict=True))
-        + " |",
-        "|---|" + "---|" * len(cases),
     ]
-    for way in WAYS:
-        over = [found[way] for _, found in measured]
-        lines.append(f"| {way} | " + " | ".join("not installed" if x is None else f"{x:+.1f} %" for x in over) + " |")
     return "\n".join([*lines, "", NOTES])
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("file", nargs="?", help="where the page goes too")
-    parser.add_argument("--rounds", type=int, default=6)
     options = parser.parse_args()
     torch.set_num_threads(1)
-    text = page(options.rounds)
+    text = page()
     print(text, end="")
     if options.file:
         Path(options.file).write_text(text)

@@ -60,7 +60,6 @@ class Tool:
 
 class Stabkit(Tool):
     name, alarm = "stabkit.Monitor", r"stabkit: training step \d+: (?P<words>.*)"
-    every = EVERY
 
     def __init__(self, *given: Any) -> None:
         super().__init__(*given)
@@ -68,7 +67,7 @@ class Stabkit(Tool):
         self.logger = logging.getLogger("stabkit.monitor")
         self.logger.addHandler(self.handler)
         self.before, self.logger.propagate = self.logger.propagate, False
-        self.monitor = Monitor(self.model, self.every, optimizer=self.optimizer, scaler=self.scaler, writers=[])
+        self.monitor = Monitor(self.model, EVERY, optimizer=self.optimizer, scaler=self.scaler, writers=[])
 
     def watch(self, loss: Tensor) -> None:
         self.monitor.step(loss)
@@ -83,10 +82,6 @@ class Stabkit(Tool):
             shown |= {f"{block.name} {what}": getattr(block, what) for block in record.blocks for what in measures}
             broken = {"not finite": math.inf} if record.non_finite else {}
             self.numbers[record.step] = {k: v for k, v in shown.items() if not math.isnan(v)} | broken
-
-
-class StabkitEveryStep(Stabkit):
-    every = 1
 
 
 class Underflow(Tool):
@@ -198,20 +193,6 @@ class Ignite(Tool):
         self.logger.close()
         self.stop.logger.handlers.clear()
         self.directory.cleanup()
-
-
-class IgniteTimed(Ignite):
-    """The same handlers, called by hand in a loop that is none of ignite's; its engine's own time is left out."""
-
-    def norm(self) -> Callable[[Tensor], Tensor]:
-        return torch.norm
-
-    def watch(self, loss: Tensor) -> None:
-        state = self.engine.state
-        state.output, state.iteration = loss.item(), self.heard.step
-        self.gradients(self.engine, self.logger, self.events)
-        self.loss(self.engine, self.logger, self.events)
-        self.stop(self.engine)
 
 
 TOOLS = (Stabkit, Underflow, Diagnostics, Ignite)

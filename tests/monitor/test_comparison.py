@@ -26,7 +26,7 @@ def test_every_tool_speaks_at_the_batch_that_holds_a_nan(tool: type[Tool]):
 def test_a_tool_that_is_missing_has_a_row_that_says_so(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(comparison, "TOOLS", TOOLS[:2])
     monkeypatch.setattr(comparison, "installed", lambda tool: tool.package == "torch")
-    text = page(1, (Story("healthy", "", "SGD"),), ())
+    text = page((Story("healthy", "", "SGD"),))
     assert "| DebugUnderflowOverflow | not installed |" in text
     assert "| stabkit.Monitor | never |" in text
 
