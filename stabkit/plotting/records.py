@@ -21,6 +21,7 @@ from stabkit.plotting.style import (
     end_of,
     finish,
     ink,
+    log_limits,
     new_axes,
     shade,
 )
@@ -30,6 +31,7 @@ _LOSS = "loss"
 _LOG_Z = "log_z"
 _NAMES = 12  # rows that can carry a name
 _COUNTED = {"growth", "gain"}  # quantities around zero, in nats
+_SHARES = {"attention_entropy", "epsilon_share"}  # from 0 to 1
 
 
 def training(records: Any, ax: Axes | None = None, *, quantity: str = "growth") -> Axes:
@@ -39,8 +41,8 @@ def training(records: Any, ax: Axes | None = None, *, quantity: str = "growth") 
         records: a monitor, its records, or what ``stabkit.monitor.read_records`` gives.
         ax: where to draw; a new figure when None.
         quantity: a number that the blocks have; ``"growth"`` is drawn as it is (orange grows, blue shrinks), a norm or
-            ratio as its log10. ``"sharpness_ratio"``, which is of the whole model, is a curve beside the edge of
-            stability; ``"loss"`` is a curve, and so is ``"log_z"``, the log of the softmax normaliser in it.
+            ratio as its log10, a share as it is. Curves of the whole model are ``"sharpness_ratio"`` beside the edge of
+            stability, ``"loss"``, and ``"log_z"``, the log of the softmax normaliser in it.
 
     Raises:
         ArgumentError: there is no record, or its blocks have no such number.
@@ -81,6 +83,8 @@ def training(records: Any, ax: Axes | None = None, *, quantity: str = "growth") 
     if quantity in _COUNTED:
         look = {"cmap": DIVERGING, "norm": around_zero(values, 0.99)}
         label += " (nats)"
+    elif quantity in _SHARES:
+        look = {"cmap": "viridis", "vmin": 0.0, "vmax": 1.0}
     else:
         with np.errstate(divide="ignore", invalid="ignore"):
             values = np.log10(values)
@@ -101,7 +105,7 @@ def training(records: Any, ax: Axes | None = None, *, quantity: str = "growth") 
 
 
 def _loss(records: Sequence[Mapping[str, Any]], ax: Axes | None) -> Axes:
-    """The loss, on a logarithmic axis where it is positive; what is not finite is marked at the top."""
+    """The loss, on a logarithmic axis where it is positive over a decade; what is not finite is marked at the top."""
     steps = np.array([record["step"] for record in records], dtype=float)
     losses = np.array([float(record["loss"]) for record in records])
     if np.isnan(losses).all():
@@ -110,8 +114,9 @@ def _loss(records: Sequence[Mapping[str, Any]], ax: Axes | None) -> Axes:
     finite = np.isfinite(losses)
     ax, font = new_axes(ax, 9, 5.5)
     ax.plot(steps, np.where(finite, losses, np.nan), color=BLUE, marker=".", markersize=3)
-    if finite.any() and (losses[finite] > 0).all():
+    if finite.any() and losses[finite].min() > 0 and losses[finite].max() > 10 * losses[finite].min():
         ax.set_yscale("log")
+        log_limits(ax, losses[finite])
     ax.set_xlim(*_edges(steps)[[0, -1]])
     across = ax.get_xaxis_transform()  # where the loss is not finite, it has no height
     ax.plot(steps[told], np.ones(told.sum()), "x", color=ORANGE, markersize=5, transform=across, clip_on=False)
