@@ -58,8 +58,8 @@ def test_a_wrong_number_is_withdrawn(step, block):
     parts[block] = parts[block] * 1.5
     wrong = type(method)(parts["A"], parts["U"], parts["B"], parts["V"], fields=method.fields)
     found = confirmed(replace(record, method=wrong), piece)
-    assert (found.name, found.evidence, found.step_size, found.method) == ("unknown", "unknown", None, None)
-    assert "made anew of its fields the step is another" in found.notes[0]
+    assert (found.evidence, found.step_size) == ("measured", None)
+    assert "no number is claimed" in found.notes[0]
 
 
 def test_two_states_are_made_anew_as_well():

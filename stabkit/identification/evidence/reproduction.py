@@ -1,4 +1,4 @@
-"""A step made anew of its tableau and its fields as they were recorded: a reading that makes another is withdrawn."""
+"""A step made anew of its tableau and its fields as they were recorded: numbers that make another are withdrawn."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _ROUNDINGS = (
 
 
 def confirmed(record: Identification, piece: Piece) -> Identification:
-    """A record whose numbers make the step that was recorded; one that says nothing where they make another.
+    """A record whose numbers make the step that was recorded; one without numbers where they make another.
 
     Only what is called proven is tried, and only where the way to every field can be told.
 
@@ -38,18 +38,8 @@ def confirmed(record: Identification, piece: Piece) -> Identification:
     eps = max(torch.finfo(dtype).eps for dtype in _dtypes(piece))
     if away is None or not away > max(_READ, _ROUNDINGS * eps):  # what is not finite tells nothing
         return record
-    why = f"read as {record.name}, but made anew of its fields the step is another: {away:.1e} of its products away"
-    return Identification(
-        name="unknown",
-        method=None,
-        skip=None,
-        step_size=None,
-        convention=NO_STEP,
-        evidence="unknown",
-        residual=None,
-        steps=record.steps,
-        notes=(why,),
-    )
+    why = f"made anew of its fields the step is another ({away:.1e} of its products away): no number is claimed"
+    return replace(record, evidence="measured", step_size=None, convention=NO_STEP, notes=(why, *record.notes))
 
 
 def _dtypes(piece: Piece) -> set[torch.dtype]:
