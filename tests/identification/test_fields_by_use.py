@@ -196,30 +196,6 @@ def test_outputs_that_are_kept_are_no_states_of_the_last_step():
     assert names(Collected(), torch.randn(3, 4))[1:] == ["stormer_verlet"] * 5
 
 
-class Unrolled(nn.Module):
-    """The trapezoidal rule by iteration, a field of its own at every depth, its outputs kept."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.fields = nn.ModuleList(nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 4)) for _ in range(4))
-
-    def forward(self, x):
-        kept = []
-        for f in self.fields:
-            a = f(x)
-            y = x + 0.3 * a
-            for _ in range(4):
-                y = x + 0.15 * (a + f(y))
-            x = y
-            kept.append(x)
-        return torch.stack(kept, 1)
-
-
-def test_an_old_state_that_is_kept_for_the_output_alone_has_been_replaced():
-    torch.manual_seed(0)
-    assert names(Unrolled(), torch.randn(3, 4)) == ["trapezoid (by 4 fixed-point iterations)"] * 4
-
-
 class Split(nn.Module):
     """Symplectic Euler of one tensor, cut into two in every block."""
 
@@ -239,28 +215,6 @@ class Split(nn.Module):
 def test_a_joined_state_may_be_cut_at_once():
     torch.manual_seed(0)
     assert "symplectic Euler (position, velocity)" in names(Split(), torch.randn(3, 4))
-
-
-class TwoSteps(nn.Module):
-    """The midpoint rule of two steps with both states in one tensor, by one field."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.f = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 4))
-
-    def forward(self, x):
-        z = torch.cat([x, x], -1)
-        for _ in range(5):
-            x, before = z.chunk(2, -1)
-            z = torch.cat([before + 0.6 * self.f(x), x], -1)
-        return z.chunk(2, -1)[0]
-
-
-def test_parts_that_change_places_around_one_field_are_two_steps_of_it():
-    torch.manual_seed(0)
-    found = [r for r in identify(trace(TwoSteps(), torch.randn(3, 4))) if r.name == "leapfrog"]
-    assert len(found) >= 4
-    assert found[0].step_size == pytest.approx(0.3)
 
 
 class Bent(nn.Module):

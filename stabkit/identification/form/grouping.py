@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from stabkit.identification.form.accumulated import is_renewed_beside_sum
 from stabkit.identification.form.operations import ADDS, JOINS, MOVES, SCALES, WRITES
 from stabkit.identification.form.pieces import Piece
-from stabkit.identification.form.slots import beside_collected, parts_of
+from stabkit.identification.form.slots import parts_of
 from stabkit.tracing import Flow
 from stabkit.tracing.graph.graph import element_of
 from stabkit.tracing.graph.loops import Loop
@@ -31,14 +31,8 @@ def groups(flow: Flow, loops: Sequence[Loop] = ()) -> tuple[tuple[int, int], ...
     """
     found: list[tuple[int, int]] = []
     start = 0
-    alive = beside_collected(flow)
     while start < len(flow.steps):
-        stop = (
-            _round(flow, start, loops)
-            or _branch(flow, alive, start)
-            or _filled(flow, start)
-            or _of_several(flow, start)
-        )
+        stop = _round(flow, start, loops) or _branch(flow, start) or _filled(flow, start) or _of_several(flow, start)
         stop = stop or _half_steps(flow, start) or _sweep(flow, start) or _cut_short(flow, start)
         stop = stop or _normed(flow, start) or start + 1
         found.append((start, stop))
@@ -92,25 +86,25 @@ def _made(flow: Flow, loop: Loop, index: int) -> int:
     return sum(rank.get(v.node, -1) >= loop.start or v in loop.states[0] for v in flow.states[index].values)
 
 
-def _branch(flow: Flow, alive: Sequence[tuple[Value, ...]], start: int) -> int | None:
+def _branch(flow: Flow, start: int) -> int | None:
     """The end of a step that was cut inside its branch: the state at its start stays alive in all states between.
 
     None in a history that every step before has added to: that one is not read again is no sign that it was cut.
     """
-    source = alive[start]
-    if start and set(alive[start - 1]) < set(source):
+    source = flow.states[start].values
+    if start and set(flow.states[start - 1].values) < set(source):
         return None
-    return next((stop for old in source if (stop := _end_of(flow, alive, start, old)) is not None), None)
+    return next((stop for old in source if (stop := _end_of(flow, start, old)) is not None), None)
 
 
-def _end_of(flow: Flow, alive: Sequence[tuple[Value, ...]], start: int, old: Value) -> int | None:
+def _end_of(flow: Flow, start: int, old: Value) -> int | None:
     """Where one value has replaced an old one, after two steps or more that had the old one at hand.
 
     Values beside it, such as the source of an equation, stay alive to the end, or were alive before.
     """
-    beside = {v for v in alive[start] if v != old}
+    beside = {v for v in flow.states[start].values if v != old}
     for stop in range(start + 1, len(flow.states)):
-        values = alive[stop]
+        values = flow.states[stop].values
         if old in values:
             if not beside <= set(values) or (beside and not _reads(flow, stop - 1, old)):
                 return None
@@ -118,7 +112,7 @@ def _end_of(flow: Flow, alive: Sequence[tuple[Value, ...]], start: int, old: Val
         new = [v for v in values if v not in beside]
         if stop == start + 1 or len(new) != 1 or meta_of(new[0]).shape != meta_of(old).shape:
             return None
-        stays = beside <= set(values) or (start > 0 and beside <= set(alive[start - 1]))
+        stays = beside <= set(values) or (start > 0 and beside <= set(flow.states[start - 1].values))
         fed = _feeds_steps(flow, start, stop) or _feeds_systems(flow, start, stop, old)
         return stop if stays and not fed else None
     return None

@@ -150,6 +150,6 @@ def with_fixed_norms(piece: Piece, record: Identification) -> Identification | N
     scaled = hidden_skip(piece, of_entries=True)
     if scaled is None:
         return None
-    why = f"{', '.join(record.after)} is affine: its numbers are fixed, and not made of this input; no projection"
+    why = f"the statistics of the norm are fixed (evaluation): {', '.join(record.after)} is affine here, no projection"
     found = measured_skip(scaled, record.steps)
     return replace(found, after=record.after, notes=(*found.notes, why))

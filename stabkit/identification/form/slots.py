@@ -112,22 +112,6 @@ def collectors(flow: Flow) -> set[Node]:
     return found
 
 
-def beside_collected(flow: Flow) -> list[tuple[Value, ...]]:
-    """The values of every state without those that nothing behind it reads but a join of three or more: outputs.
-
-    Of that join at the end the one part counts that no state before holds.
-    """
-    graph = flow.recorded.graph
-    last = {node for node in collectors(flow) if len(set(graph.inputs[node])) >= _COLLECTED}
-    read = {v: i for i, node in enumerate(graph.nodes) if node not in last for v in graph.inputs[node]}
-    ends = set(flow.states[-1].values)
-    found = [tuple(v for v in s.values if v in ends or read.get(v, -1) >= s.position) or s.values for s in flow.states]
-    parts = joined(graph, graph.nodes, flow.states[-1].values[0]) if len(ends) == 1 and last else None
-    held = {v for state in flow.states[:-1] for v in state.values}
-    made = tuple(v for v in parts or () if v not in held)
-    return [*found[:-1], made if len(made) == 1 else found[-1]]
-
-
 def _held_for_later(flow: Flow, old: list[Value], new: list[Value], stop: int) -> tuple[Value, ...]:
     """Old values that are read, pass unchanged, and are read again later than in the next step: data of every other."""
     after = flow.states[stop]

@@ -16,7 +16,7 @@ from stabkit.identification.names.histories import steps_with_history, told_of, 
 from stabkit.identification.names.reflections import splitting_by_resolvents
 from stabkit.identification.names.starters import adams_behind, ends_of_parts
 from stabkit.identification.names.starters import told_of as told_of_orders
-from stabkit.identification.names.step_size import shown, step_size
+from stabkit.identification.names.step_size import step_size
 from stabkit.integrators import GeneralLinearMethod, LinearStability
 from stabkit.tracing.graph.values import meta_of
 
@@ -119,7 +119,7 @@ def _single_stage(a: float, h: float, convention: str) -> Name:
     if 0.0 < a < 1.0:
         leak = abs(a + h - 1.0) <= CLOSE
         system = f"x' = f(x) - x, Euler with h = {h:.3g}" if leak else "x' = f(x) - lambda x"
-        return Name(f"damped Euler (a = {shown(a)})", system, h, convention)
+        return Name(f"damped Euler (a = {a:.3g})", system, h, convention)
     if abs(a + 1) <= CLOSE and abs(h - 2) <= CLOSE:
         system = "none: 2 f - 1, a reflection at the values of f; two of them in turn are a Peaceman-Rachford step"
         return Name("reflection 2 f(x) - x", system, 1.0, "h = 1: the map as it is")
@@ -127,11 +127,11 @@ def _single_stage(a: float, h: float, convention: str) -> Name:
     system = (
         "x' = lambda x + f(x), exponential Euler with h lambda = log a" if a > 0 else "none: the skip turns the sign"
     )
-    return Name(f"scaled skip (a = {shown(a)})", system, h, convention)
+    return Name(f"scaled skip (a = {a:.3g})", system, h, convention)
 
 
 def _scaled(what: str, a: float) -> str:
-    return f"damped Euler (a = {shown(a)}), {what}" if 0 < a < 1 else f"scaled skip (a = {shown(a)}), {what}"
+    return f"damped Euler (a = {a:.3g}), {what}" if 0 < a < 1 else f"scaled skip (a = {a:.3g}), {what}"
 
 
 def _is_poly(found: Blocks, h: float) -> bool:

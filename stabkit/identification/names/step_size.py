@@ -9,17 +9,6 @@ from stabkit.identification.form.tableau import Blocks
 NUMBER = "h: the number that multiplies the branch"
 
 
-def shown(a: float) -> str:
-    """A number before a state to three figures, to six where three would say that it is one.
-
-    Example:
-        >>> shown(0.98765), shown(1.0005)
-        ('0.988', '1.0005')
-    """
-    told = f"{a:.3g}"
-    return f"{a:.6g}" if told == "1" else told
-
-
 def with_mass(gamma: float, c: float) -> str:
     """The system of a momentum, x_(n+1) = x_n + gamma (x_n - x_(n-1)) + c f(x), in words.
 

@@ -17,7 +17,7 @@ from stabkit.identification.form.chain import Link
 from stabkit.identification.form.coefficients import Coefficient
 from stabkit.identification.form.normal_form import NormalForm
 from stabkit.identification.form.operations import MOVES, has_matrix
-from stabkit.identification.names.step_size import NUMBER, shown
+from stabkit.identification.names.step_size import NUMBER
 from stabkit.identification.record import Identification
 from stabkit.identification.steps.quotients import leaking_quotients
 from stabkit.integrators import stochastic_depth
@@ -229,14 +229,14 @@ def with_own_damping(record: Identification, skips: Sequence[Coefficient]) -> Id
     name, system = record.name, record.system
     if any(c.low < 0 or c.high > 1 for c in entries):
         told = [f"diagonal skip ({_ranges([c])[0]})" if c.kind == "diagonal" else
-                "Euler step" if c.value == 1.0 else f"damped Euler (a = {shown(c.value)})" for c in skips]  # fmt: skip
+                "Euler step" if c.value == 1.0 else f"damped Euler (a = {c.value:.3g})" for c in skips]  # fmt: skip
         name, system = told[0], "x' = f(x) + (a - 1) x, a of either sign"
         if len(skips) > 1:
             name, system = f"Lie splitting ({', '.join(told)})", f"{system}, one after the other"
     for c, ends in zip(entries, _ranges(entries), strict=True):
-        name = name.replace(f"a = {shown(c.value)}", ends)
+        name = name.replace(f"a = {c.value:.3g}", ends)
     if record.skip is not None and len(skips) > 1:  # the product of several
-        name = name.replace(f"a = {shown(record.skip)}", "a by entry")
+        name = name.replace(f"a = {record.skip:.3g}", "a by entry")
     if record.method is not None:
         record.method.name = name
     why = f"every entry has a damping of its own ({'; '.join(_ranges(entries))}): the tableau holds their mean"

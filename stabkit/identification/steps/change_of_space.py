@@ -80,11 +80,8 @@ def _takes_entries(form: NormalForm, source: Value) -> bool:
         passed = operation(node) in MOVES or (operation(node) in ADDS and len(taken) == 1)
         if not passed:
             return False
-    number, meta = form.forms[0][source], meta_of(target)
-    ones = torch.ones(meta.shape, dtype=meta.dtype, device=meta.device)
-    read = piece.pull(path, {target: ones}).get(source)
-    once = read is not None and bool((read.abs() <= 1).all())  # what is laid out again and again is read more often
-    return once and number.low >= 0.0 and number.value == 1.0
+    number = form.forms[0][source]
+    return number.low >= 0.0 and number.value == 1.0
 
 
 def linear_map_as_skip(links: Sequence[Link], steps: tuple[int, ...]) -> Identification | None:

@@ -62,13 +62,7 @@ def read_several_states(around: Surroundings, found: Slots, steps: tuple[int, ..
     if len(found.sources) != len(found.targets):
         return _change_of_count(around, found, steps)
     if found.split or len({value.node for value in found.sources}) == 1 or split_before(around.flow, start):
-        paired = _paired(around, found, steps)
-        swapped = len(found.sources) == 2 and paired.targets == found.targets[::-1]
-        form = around.normal_form(start, stop, found) if swapped else None
-        # one field of parts that change places at every step is evaluated at both in turn: a method of two steps
-        weights = form is not None and form.stages and parameters_of(form.stages[0].nodes, around.names)
-        if form is None or not weights or not _is_evaluated_beside(around, form, steps):
-            found = paired
+        found = _paired(around, found, steps)
     found = as_made(around, found, start, stop)
     form = around.normal_form(start, stop, found)
     record = _named(around, found, form, steps, opaque)
