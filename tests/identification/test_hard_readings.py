@@ -239,7 +239,7 @@ def test_a_record_is_one_line_and_other_things_are_refused():
     assert str(found) == (
         "step 1: forward Euler, h = 0.5 (the number that multiplies the branch), proven, residual 0; x' = f(x)"
     )
-    with pytest.raises(ArgumentTypeError, match=r"flow is a int; expected what stabkit.trace"):
+    with pytest.raises(ArgumentTypeError, match=r"flow=3 is an int; expected what stabkit.trace"):
         identify(3)
 
 

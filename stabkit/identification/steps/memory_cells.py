@@ -18,6 +18,8 @@ from stabkit.vocabulary import is_activation, norm_of
 
 _ROUNDING = 1e-5  # by which a sigmoid in single precision, or one that is interpolated, may leave its range
 
+_JOINS = frozenset({"Stack", "Cat"})  # of one tensor alone, these are moves
+
 
 def is_memory_cell(form: NormalForm) -> bool:
     """Whether one state is kept by a gate between 0 and 1, and the other is a gate times what is made of it alone.
@@ -32,7 +34,7 @@ def is_memory_cell(form: NormalForm) -> bool:
         if kept is None or kept.kind != "gate" or (old is not None and (old.value, old.low, old.high) != (0, 0, 0)):
             continue  # what is carried on of the output, but by a mask
         if kept.low >= -_ROUNDING and kept.high <= 1 + _ROUNDING:
-            cells = _chosen(form, form.targets[c]) if old else [form.targets[c]]
+            cells = _chosen(form, form.targets[c]) if old else _moved(form, form.targets[c])
             outputs = _chosen(form, form.targets[h]) if old else [form.targets[h]]
             if any(_is_read_out(form, value, cells) for value in outputs) or _is_read_out_next(form, c, h):
                 return True
@@ -51,6 +53,14 @@ def _chosen(form: NormalForm, value: Value) -> list[Value]:
     return found
 
 
+def _moved(form: NormalForm, value: Value) -> list[Value]:
+    """A value, and what it is by moves alone; of several layers it is stacked, of one layer alone."""
+    found = [value]
+    while operation(found[-1].node) in MOVES | _JOINS and len(given := form.piece.inputs(found[-1].node)) == 1:
+        found.append(given[0])
+    return found
+
+
 def _is_read_out(form: NormalForm, value: Value, cells: Collection[Value]) -> bool:
     """Whether a value is o phi(c'), or a projection of that."""
     inputs = form.piece.inputs
@@ -58,7 +68,7 @@ def _is_read_out(form: NormalForm, value: Value, cells: Collection[Value]) -> bo
         name, given = operation(value.node), inputs(value.node)
         if name == "Mul" and len(given) == 2:
             break
-        if len(given) != 1 or not (name in MOVES or has_matrix(value.node)):
+        if len(given) != 1 or not (name in MOVES | _JOINS or has_matrix(value.node)):
             return False
         value = given[0]
     return any(_is_share(gate) and _is_made_of_cell(form, carried, cells) for gate, _, carried in _factors(form, value))
