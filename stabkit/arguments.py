@@ -11,6 +11,7 @@ import functools
 import inspect
 import math
 import re
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from numbers import Complex, Integral, Real
@@ -91,7 +92,6 @@ BOUNDS: Mapping[str, Bounds] = {
     "depth": _COUNT,
     "pairs": _COUNT,
     "steps": _COUNT,
-    "lines": Bounds(least=2),
     "along": Bounds(least=2),
     "panels": _COUNT,
     "resolution": Bounds(least=2),
@@ -101,6 +101,10 @@ WORDS: Mapping[str, str] = {  # what is expected, where the kind alone does not 
     "start": "a tensor, such as vector of an earlier result, or None",
     "blocks": "a list of paths of modules, e.g. ['blocks.0', 'blocks.1'], or None",
     "batches": "pairs of inputs and targets, such as a DataLoader, or None",
+    "module": (
+        "nn.RNN, nn.LSTM, nn.GRU, a cell, or a module that calls cells in a loop. For a function of a state and an "
+        "input use stabkit.iterate(f, x0, n_steps, inputs=...)"
+    ),
     "sources": "a list of paths, e.g. ['run/1.pt', 'run/2.pt']",
 }
 _MADE_BY = {  # where results come from; those that only type checkers import are known by these names
@@ -252,7 +256,7 @@ def _of_type(found: Any) -> Iterator[_Kind | None]:
         words = f"an object with {' and '.join(members)}"
         yield _Kind(lambda value: value if all(hasattr(value, name) for name in members) else _REFUSED, words)
     elif isinstance(origin, type):
-        yield _Kind(lambda value: value if isinstance(value, origin) else _REFUSED, _described(origin.__name__))
+        yield _Kind(lambda value: value if isinstance(value, origin) else _REFUSED, a(_public_name(origin)))
     else:
         yield None
 
@@ -264,6 +268,18 @@ def _named(*names: str, words: str = "") -> _Kind:
         return value if any(base.__name__ in names for base in type(value).__mro__) else _REFUSED
 
     return _Kind(take, words or " or ".join(map(_described, names)))
+
+
+def _public_name(kind: type) -> str:
+    """How a class is written by those who import its package: ``torch.nn.Module``."""
+    parts = kind.__module__.split(".")
+    if parts[0] in ("builtins", "stabkit"):
+        return _described(kind.__name__).partition(" ")[2]
+    for end in range(1, len(parts)):  # the shortest that has it
+        path = ".".join(parts[:end])
+        if getattr(sys.modules.get(path), kind.__name__, None) is kind:
+            return f"{path}.{kind.__name__}"
+    return kind.__name__
 
 
 def _described(name: str) -> str:

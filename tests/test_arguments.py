@@ -24,6 +24,7 @@ import stabkit
 from stabkit import curvature, diagnosis, growth, integrators, jacobians, meanfield, plotting
 from stabkit.arguments import BOUNDS, accepts
 from stabkit.errors import ArgumentError, ArgumentTypeError, StabkitError
+from stabkit.planning.budgeting import plan
 
 X = torch.randn(3, 4, generator=torch.Generator().manual_seed(0))
 Call = tuple[Callable[..., Any], tuple[Any, ...], Mapping[str, Any]]
@@ -55,6 +56,7 @@ CALLS: dict[str, Callable[[], Call]] = {
     "analyze": lambda: (stabkit.analyze, (model(), X), {"spectrum": "none"}),
     "identify": lambda: (stabkit.identify, (flow(),), {}),
     "attribute": lambda: (stabkit.attribute, (flow(),), {}),
+    "plan": lambda: (plan, (model(), X), {}),
     "diagnose": lambda: (stabkit.diagnose, (flow(),), {}),
     "gradient_profile": lambda: (stabkit.gradient_profile, (flow(),), {}),
     "lyapunov_spectrum": lambda: (stabkit.lyapunov_spectrum, (flow(),), {}),
@@ -159,5 +161,5 @@ def test_what_is_said_of_it(given: dict[str, Any], error: type[Exception], words
 
 def test_bounds_are_those_of_arguments_that_there_are() -> None:
     named = {name for call in CALLS.values() for name in inspect.signature(call()[0]).parameters}
-    others = {"width", "pairs", "lines", "along", "panels", "resolution", "chunk", "trials", "kept"}
+    others = {"width", "pairs", "along", "panels", "resolution", "chunk", "trials", "kept"}
     assert set(BOUNDS) <= named | others

@@ -27,8 +27,6 @@ def check_model(model: Any, preset: Any) -> None:
     """
     if not isinstance(model, nn.Module):
         raise ArgumentError(f"model is {type(model).__name__}; expected a torch.nn.Module")
-    if isinstance(model, torch.jit.ScriptModule):
-        raise ArgumentError("model is a ScriptModule, which takes no hooks; monitor the module that was scripted")
     if preset not in PRESETS:
         guess = did_you_mean(str(preset), PRESETS)
         raise ArgumentError(f"preset={preset!r}; expected one of {', '.join(PRESETS)}{guess}")

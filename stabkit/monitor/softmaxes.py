@@ -95,7 +95,7 @@ class SoftmaxWatch:
     def on(self) -> None:
         """Look at the coming call."""
         self._found, self._outputs = None, []
-        if self._undo:
+        if self._undo or isinstance(self._model, torch.jit.ScriptModule):  # one that was scripted takes no hooks
             return
         if self._plain:
             self._undo += [watch(block, None, self._entered(index)) for index, block in self._blocks.items()]

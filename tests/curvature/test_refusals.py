@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-import os
+import random
 import types
 
 import pytest
@@ -146,9 +146,8 @@ def test_a_closure_that_draws_masks_is_told_as_one_draw():
     assert not SharpnessTracker(model, lambda: cross_entropy(y)(model(x)), sgd).measure().draws
     masked = SharpnessTracker(model, lambda: cross_entropy(y)(functional.dropout(model(x))), sgd).measure()
     assert masked.draws
-    new = SharpnessTracker(
-        model, lambda: cross_entropy(y)(model(x + float(int.from_bytes(os.urandom(2), "big") % 997) / 500)), sgd
-    )
+    system = random.SystemRandom()
+    new = SharpnessTracker(model, lambda: cross_entropy(y)(model(x + system.random())), sgd)
     with pytest.raises(StabkitError, match="draws no new batches or masks"):
         new.measure()
 

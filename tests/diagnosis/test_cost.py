@@ -15,7 +15,7 @@ from stabkit.diagnosis import causes, examine
 from stabkit.diagnosis.remedies import trial
 from stabkit.diagnosis.remedies.applying import carried_out
 from stabkit.diagnosis.states import collapse
-from stabkit.identification import identify, reading
+from stabkit.identification import identify
 from stabkit.identification.evidence import confirmation
 from stabkit.identification.steps import pairs
 from stabkit.tracing.derivatives import lost_gradient
@@ -62,7 +62,7 @@ def test_a_report_asks_for_no_numerical_confirmation_of_a_method(monkeypatch: py
     layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
     model = nn.TransformerEncoder(layer, 6, enable_nested_tensor=False).eval()
     x = torch.randn(2, 5, 8)
-    made = _counted(monkeypatch, reading, "commutator")
+    made = _counted(monkeypatch, confirmation, "commutator")
     report = stabkit.analyze(model, x, spectrum="none")
     assert not made
     confirmed = identify(stabkit.trace(model, x))

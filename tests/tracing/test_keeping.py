@@ -31,7 +31,7 @@ def test_four_threads_that_trace_leave_the_process_as_it_was():
         for one in part:
             with contextlib.suppress(stabkit.StabkitError):
                 stabkit.trace(one.model, *one.args, kwargs=one.kwargs)
-                done.append(one)
+            done.append(one)
 
     threads = [threading.Thread(target=work, args=(made[i::4],)) for i in range(4)]
     for thread in threads:

@@ -7,7 +7,7 @@ from torch.autograd.functional import jacobian
 from torch.nn.utils.rnn import pack_padded_sequence, pack_sequence
 
 import stabkit
-from stabkit.errors import TraceError
+from stabkit.errors import StabkitError
 from stabkit.growth import finite_time_exponents, lyapunov_spectrum, over_samples
 from stabkit.tracing import recurrent_flow
 
@@ -190,7 +190,7 @@ def test_a_trained_lstm_is_given_conditional_exponents_over_inputs(digits):
     ],
 )
 def test_what_has_no_state_over_time_is_refused(make, message):
-    with pytest.raises(TraceError, match=message):
+    with pytest.raises(StabkitError, match=message):
         make()
 
 

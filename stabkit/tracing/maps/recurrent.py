@@ -63,11 +63,6 @@ def recurrent_flow(
         return _layers(module, inputs, state, step_size)
     if isinstance(module, nn.RNNCellBase):
         return _cell(module, inputs, state, step_size)
-    if not isinstance(module, nn.Module):
-        raise TraceError(
-            f"module is a {type(module).__name__}; expected nn.RNN, nn.LSTM, nn.GRU, a cell, or a module that calls "
-            "cells in a loop. For a function of a state and an input use stabkit.iterate(f, x0, n_steps, inputs=...)"
-        )
     if state is not None:
         raise TraceError("state= is for the modules of torch; a module with a loop takes its state with its inputs")
     given = inputs if isinstance(inputs, tuple) and not isinstance(inputs, PackedSequence) else (inputs,)

@@ -46,7 +46,11 @@ class RandomStates:
         self._numpy = np.random.get_state(legacy=False)  # noqa: NPY002 - it is the one that models draw from
         self._torch = torch.get_rng_state()
         self._cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-        self.own = [(generator, state_of(generator)) for generator in generators]
+        self.own = [  # the machine's own numbers have no state
+            (generator, state_of(generator))
+            for generator in generators
+            if not isinstance(generator, random.SystemRandom)
+        ]
 
     def restore(self) -> None:
         """Make them stand so again."""

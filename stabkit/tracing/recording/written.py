@@ -33,6 +33,18 @@ def facts(func: Any) -> tuple[str, bool]:
     return func._schema.name.split("::")[-1], func._schema.is_mutable
 
 
+@lru_cache(maxsize=4096)
+def _takes_a_tensor(func: Any) -> bool:
+    """Whether an operation takes a tensor first."""
+    return isinstance(func, OpOverload) and isinstance(func._schema.arguments[0].type, torch.TensorType)
+
+
+def _as_tensor(number: complex) -> Tensor:
+    """A number that was saved for a derivative: a mode is given it as a plain one, which few operations take."""
+    wide = torch.complex128 if isinstance(number, complex) else torch.float64 if isinstance(number, float) else None
+    return torch.tensor(number, dtype=wide)
+
+
 def written(schema: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[Tensor]:
     """The tensors that an operation writes to."""
     for position, argument in enumerate(schema.arguments):
@@ -60,6 +72,8 @@ class Writes(EagerMode):
         if isinstance(func, OpOverload) and facts(func)[1]:
             for tensor in written(func._schema, args, kwargs):
                 self._told(tensor)
+        if args and isinstance(args[0], bool | int | float | complex) and _takes_a_tensor(func):
+            args = (_as_tensor(args[0]), *args[1:])
         return func(*args, **kwargs)
 
 
