@@ -54,7 +54,7 @@ def analyze_files(
 ) -> StreamedProfile:
     """Growth and largest singular values of every block, with the weights of one block in memory at a time.
 
-    The model's own forward pass runs once over blocks that get their weights from memory-mapped safetensors files when
+    The model's own forward pass runs once over blocks that get their weights from safetensors files when
     they are called and lose them when they return. Then the blocks are taken from the last to the first: each is
     recorded alone, from the state that was kept before it, and standard normal cotangents of the last state are pulled
     back. Peak memory is that of one block with its probes; the states are in ``out``.

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from stabkit.checkpoints.files import reading
 from stabkit.checkpoints.hugging_face import weight_files
+from stabkit.checkpoints.mapped import CAN_MAP, read_mapped, written
 from stabkit.errors import CheckpointError, did_you_mean
 from stabkit.hashing import raw
 
@@ -65,13 +66,15 @@ class WeightFiles:
         for name in sorted(set(names)):
             by_file.setdefault(self._files[name], []).append(name)
         for path, inside in sorted(by_file.items()):
+            before = written(path)
             with reading(path), safetensors.safe_open(path, framework="pt") as opened:
                 for name in inside:
                     tensor = opened.get_tensor(name)
+                    read_mapped(path, [tensor], before=before)
                     digest.update(f"{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
                     digest.update(raw(tensor))
                     kind = dtype if tensor.is_floating_point() else tensor.dtype
-                    found[name] = tensor.to(device, kind, copy=True)
+                    found[name] = tensor.to(device, kind, copy=not CAN_MAP)
         return found, digest.hexdigest()
 
 
