@@ -107,7 +107,7 @@ def analyze_files(
     _check(k, inputs, kwargs)
     folder = Path(directory)
     files = WeightFiles(folder)
-    bare = skeleton(folder) if model is None else _built(model)
+    bare = skeleton(folder, files.shapes) if model is None else _built(model)
     weights = StreamedWeights(bare, files, dtype, torch.device(device))
     blocks = stack_of(bare)
     made = key_of("model", 0, bare)  # before anything of the model is replaced

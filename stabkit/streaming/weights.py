@@ -24,6 +24,9 @@ class WeightFiles:
     Args:
         folder: holds ``model.safetensors``, or shards and their index.
 
+    Attributes:
+        shapes: tensors without entries, by name.
+
     Raises:
         CheckpointError: there are none, or they are no safetensors.
     """
@@ -31,6 +34,7 @@ class WeightFiles:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._files: dict[str, Path] = {}
+        self.shapes: dict[str, Tensor] = {}
         for path in weight_files(folder):
             if path.suffix != ".safetensors":
                 raise CheckpointError(
@@ -38,7 +42,9 @@ class WeightFiles:
                     "safe_serialization=True), or load it whole"
                 )
             with reading(path), safetensors.safe_open(path, framework="pt") as opened:
-                self._files.update(dict.fromkeys(opened.keys(), path))
+                for name in opened.keys():  # noqa: SIM118 - it is no dictionary
+                    self._files[name] = path
+                    self.shapes[name] = torch.empty(opened.get_slice(name).get_shape(), device="meta")
 
     @property
     def n_bytes(self) -> int:

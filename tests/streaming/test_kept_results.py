@@ -10,6 +10,7 @@ import safetensors.torch
 import torch
 from torch import nn
 
+from stabkit.errors import CheckpointError
 from stabkit.streaming import analyze_files
 from tests.streaming.models import Tower, saved, tokens, tower
 
@@ -109,3 +110,16 @@ def test_a_file_with_one_wrong_number_or_of_another_key_is_computed_again(tmp_pa
     paths[3].write_bytes(safetensors.torch.save({"other": torch.ones(2)}))
     paths[4].write_bytes(safetensors.torch.save(safetensors.torch.load(paths[4].read_bytes())))
     assert told(folder, out, Tower, tokens()) == 6
+
+
+@pytest.mark.parametrize("claim", [{"num_hidden_layers": 10**9}, {"vocab_size": 10**12}, {"intermediate_size": 10**7}])
+def test_a_config_out_of_proportion_to_its_weights_is_refused(tmp_path, claim):
+    transformers = pytest.importorskip("transformers")
+    config = transformers.LlamaConfig(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, vocab_size=64
+    )
+    transformers.LlamaForCausalLM(config).save_pretrained(tmp_path)
+    written = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**written, **claim}))
+    with pytest.raises(CheckpointError, match=r"describes a model of more than|cannot build LlamaForCausalLM"):
+        analyze_files(tmp_path, torch.randint(64, (1, 4)), k=0)
