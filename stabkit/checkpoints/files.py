@@ -62,7 +62,8 @@ def read_file(path: Path, *, trust_pickle: bool = False, mapped: bool = False) -
         mapped: leave large tensors memory-mapped, of which not all are needed; `read_mapped` reads those that are.
 
     Raises:
-        CheckpointError: the file is missing, cut short while it is read, damaged, of another kind, or asks for code to be run.
+        CheckpointError: the file is missing, cut short while it is read, damaged, of another kind, or asks for
+            code to be run.
     """
     regular_file(path)
     with reading(path), warnings.catch_warnings():

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from stabkit.arguments import accepts
 from stabkit.errors import OutOfRangeError, TraceError
 from stabkit.operators.jacobian import Jacobian
+from stabkit.text import shows_printable
 from stabkit.tracing.cutting.endpoints import scalar_loss
 from stabkit.tracing.maps.first_step import check_sizes, tensors_of, try_first_step
 from stabkit.tracing.maps.linearization import RecordedStep, StepFunction, Tensors, jacobians
@@ -67,6 +68,7 @@ class Iteration:
     def __len__(self) -> int:
         return self.n_steps
 
+    @shows_printable
     def __repr__(self) -> str:
         return f"Iteration of {self.name}: {self.n_steps} steps of {self.space.size} numbers, batch {self.batch}"
 
