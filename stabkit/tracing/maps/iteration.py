@@ -142,14 +142,16 @@ class Iteration:
             steps = [self._recorded(states[i : i + 2], start + i, 1) for i in range(stop - start)]
 
         def forward(columns: Tensor) -> Tensor:
-            steps[0].certify(space.batch)
-            for step in steps:
-                columns = step.push(columns)
+            with self._aside():  # hooks of its own may run on the way back
+                steps[0].certify(space.batch)
+                for step in steps:
+                    columns = step.push(columns)
             return columns
 
         def backward(columns: Tensor) -> Tensor:
-            for step in reversed(steps):
-                columns = step.pull(columns)
+            with self._aside():
+                for step in reversed(steps):
+                    columns = step.pull(columns)
             return columns
 
         shape = (space.batch, space.size, space.size)

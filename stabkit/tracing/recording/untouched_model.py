@@ -180,7 +180,7 @@ class _Guarded:
         self.grad = tensor.grad if self._leaf else None
         self._hooks = tensor._backward_hooks if self._leaf else None
         self._later = getattr(tensor, "_post_accumulate_grad_hooks", None) if self._leaf else None
-        self._version = None if tensor.is_inference() else tensor._version
+        self._version = _version_of(tensor)
         # shares its memory, and keeps it where the tensor is given another
         plain = (
             type(tensor) in (Tensor, nn.Parameter, nn.Buffer) and tensor.layout == torch.strided and not tensor.is_meta
@@ -227,6 +227,14 @@ class _Guarded:
         """A graph of the user's that saved it is as good as before."""
         if self.moved and self._version is not None:
             torch._C._autograd._unsafe_set_version_counter((self.tensor,), (self._version,))
+
+
+def _version_of(tensor: Tensor) -> int | None:
+    """How often something was written to it; None where nobody counts."""
+    try:
+        return tensor._version
+    except RuntimeError:  # it was made under inference_mode, or has the memory of one that was
+        return None
 
 
 def _off_the_graph(tensor: Tensor) -> None:
