@@ -96,15 +96,15 @@ def _mappings(path: Path, status: os.stat_result) -> Iterator[tuple[int, int, in
 
 
 def _read(path: Path, file: int, at: int, size: int) -> torch.UntypedStorage:
-    storage = torch.UntypedStorage(size)
-    buffer = memoryview(torch.empty(0, dtype=torch.uint8).set_(storage, 0, (size,)).numpy())
+    memory = torch.empty(size, dtype=torch.uint8)
+    buffer = memoryview(memory.numpy())  # type: ignore[arg-type]
     done = 0
     while done < size:
         count = os.preadv(file, [buffer[done : done + 2**30]], at + done)
         if count == 0:
             raise _cut_short(path)
         done += count
-    return storage
+    return memory.untyped_storage()
 
 
 def _cut_short(path: Path) -> CheckpointError:

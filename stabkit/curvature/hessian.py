@@ -351,11 +351,9 @@ class Hessian:
 
     def _running_parameters(self) -> list[nn.Parameter]:
         held = dict(self.module.named_parameters(remove_duplicate=False))
-        gone = [name for name in self._names if name not in held]
-        if gone:
-            raise TraceError(
-                f"the model removes its parameter {gone[0]!r} as it runs; let it keep what it is trained by"
-            )
+        for name in self._names:
+            if name not in held:
+                raise TraceError(f"the model removes its parameter {name!r} as it runs; let it keep what it trains")
         return [held[name] for name in self._names]
 
     @contextlib.contextmanager

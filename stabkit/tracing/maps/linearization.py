@@ -147,8 +147,8 @@ def pulled(leaves: Tensors, after: Tensors, stacked: Sequence[Tensor], create_gr
 def _no_way_back(error: RuntimeError) -> TraceError:
     if "modified by an inplace operation" in str(error):
         return TraceError(
-            "the step writes the weights that it was differentiated with each time it runs, by clamping or renormalising "
-            "them: apply that change beforehand"
+            "the step writes the weights that it was differentiated with each time it runs, by clamping or "
+            "renormalising them: apply that change beforehand"
         )
     return TraceError(f"the derivative of the step failed: {' '.join(str(error).split())[:300]}")
 
