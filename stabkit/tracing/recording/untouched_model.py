@@ -170,11 +170,12 @@ class Safe:
         self.random.restore()
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Walks:
     """What was reached from some roots, the newest last; the roots are held, so that no other takes their ids."""
 
     found: dict[Any, tuple[Any, Reached]] = field(default_factory=dict)
+    over: bool = False
 
 
 _walks: ContextVar[_Walks | None] = ContextVar("walks", default=None)
@@ -190,19 +191,26 @@ def walked_once() -> Iterator[None]:
         ...     len(safe.reached.modules)
         1
     """
-    if _walks.get() is not None:
+    if _known() is not None:
         yield
         return
-    token = _walks.set(_Walks())
+    walks = _Walks()
+    _walks.set(walks)
     try:
         yield
-    finally:
-        _walks.reset(token)
+    finally:  # a generator may be thrown away in another thread, where nothing was set
+        walks.over = True
+        walks.found.clear()
+
+
+def _known() -> _Walks | None:
+    walks = _walks.get()
+    return None if walks is None or walks.over else walks
 
 
 def _reached(roots: tuple[Any, ...], given: Any) -> Reached:
     """Everything that hangs on some roots."""
-    if (walks := _walks.get()) is None:
+    if (walks := _known()) is None:
         return Reached(roots, given)
     key = (_ids(roots), _ids(given))
     _, known = walks.found.pop(key, (None, None))
