@@ -146,18 +146,18 @@ def plain(report: ReportFields, width: int = 100) -> str:
         "",
         total(report),
         *([*updates, ""] if updates else []),
-        *(finding_line(finding) for finding in report.findings),
+        *(line for finding in report.findings for line in finding_lines(finding)),
         *report.notes,
     ]
     return printable("\n".join([*head, *table, *tail]))
 
 
-def finding_line(finding: Any) -> str:
-    """A finding in one line: how bad, what, where, what was seen, what to do."""
+def finding_lines(finding: Any) -> list[str]:
+    """A finding: how bad, what, where and what was seen, and what to do in a line of its own."""
     where = finding.module_path or steps_named(finding.steps)
     place = f" at {where}" if where else ""
-    remedy = f" Remedy: {finding.remedy}" if finding.remedy else ""
-    return f"[{finding.severity}] {finding.kind}{place}: {finding.evidence}{remedy}"
+    remedy = [f"    Remedy: {finding.remedy}"] if finding.remedy else []
+    return [f"[{finding.severity}] {finding.kind}{place}: {finding.evidence}", *remedy]
 
 
 def csv_text(report: ReportFields) -> str:
