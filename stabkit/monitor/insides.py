@@ -14,6 +14,7 @@ from stabkit.diagnosis import Finding
 from stabkit.monitor.epsilon import EpsilonShares
 from stabkit.monitor.foresight import Foresight
 from stabkit.monitor.growing import Growing
+from stabkit.monitor.logit_weights import LogitWeights
 from stabkit.monitor.measurement import Failed
 from stabkit.monitor.parameters import Parameters
 from stabkit.monitor.record import OF_LOSS, Array, Record
@@ -26,7 +27,7 @@ _EPSILON_EVERY = 100  # and at epsilon, but for the first two
 
 
 class Insides:
-    """Looks inside every so many training steps, whatever is recorded.
+    """Looks inside every so many training steps, whatever is recorded, and where weights or the loss ask for it.
 
     Args:
         model: as it is called.
@@ -57,6 +58,7 @@ class Insides:
         self._names = names
         self._growing = Growing(names, rules)
         self._softmaxes = SoftmaxWatch(model, blocks, failed)
+        self._weights = LogitWeights(parameters.tensors)
         self._epsilon = EpsilonShares(optimizers, parameters)
         self._next, self._epsilon_next = 0, EVERY
         self._looking = False
@@ -94,6 +96,7 @@ class Insides:
             self._softmaxes.off()  # what follows may run the model itself
             if measured is not None:
                 self._pending = (step, measured)
+                self._weights.watch(measured.weights)
         if pending is not None:
             found += self._read(*pending)
         if self._pending is not None and (wait or self._pending[1].on_host):
@@ -104,7 +107,7 @@ class Insides:
             shares, *sizes = self._epsilon.measured(len(self._names))
             self._kept()[2] = shares
             found += self._growing.judge_epsilon(step, shares, *sizes)
-        if self._growing.soon:
+        if self._weights.grew(step) or self._growing.soon or self._foresight.suspicious:
             self._next = step + 1
         return found
 
