@@ -54,8 +54,8 @@ class Insides:
         failed: Failed,
     ) -> None:
         self._foresight = foresight
-        self._scale = ScaleWatch(scaler, (rules or AlertRules()).overflows)
-        self._names = names
+        self._names, self._parameters = names, parameters
+        self._scale = ScaleWatch(scaler, (rules or AlertRules()).overflows, self._not_finite)
         self._growing = Growing(names, rules)
         self._softmaxes = SoftmaxWatch(model, blocks, failed)
         self._weights = LogitWeights(parameters.tensors)
@@ -79,15 +79,16 @@ class Insides:
         self._softmaxes.off()
         self._looking = False
 
-    def look(self, step: int, loss: Any, *, wait: bool) -> list[Finding]:
+    def look(self, step: int, loss: Any, *, wait: bool, told: bool) -> list[Finding]:
         """What there is to say at a step.
 
         Args:
             step: the training step.
             loss: as it was differentiated.
             wait: whether numbers on a device are read at once, and not in the next step.
+            told: whether it is known already that something is not finite.
         """
-        found = self._scale.look(step)
+        found = self._scale.look(step, told=told or self._foresight.broken)
         self._growing.see(self._foresight.loss)
         pending, self._pending = self._pending, None
         if self._looking:
@@ -119,6 +120,14 @@ class Insides:
         if columns is not None:
             found["blocks"] = record.blocks.with_inside(self._names, columns)
         return found
+
+    def _not_finite(self) -> tuple[tuple[str, ...], list[bool]]:
+        """The blocks with parameters, and whether their gradients of this step are not finite."""
+        norms, trained = self._parameters.gradients({})
+        owners = self._parameters.owners
+        bad = {int(owners[i]) for i, size in zip(trained, norms, strict=True) if not math.isfinite(float(size))}
+        held = sorted({int(owners[i]) for i in trained} - {len(self._names)})
+        return tuple(self._names[i] for i in held), [i in bad for i in held]
 
     def _read(self, step: int, measured: Measured) -> list[Finding]:
         of_blocks, of_loss = measured.read(len(self._names))

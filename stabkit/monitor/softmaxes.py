@@ -247,7 +247,7 @@ class _Softmaxes(FunctionCalls):
         if self._has_room() and _is_plain(args[0]):
             self._keep(of_attention(func, args, kwargs))
             given = (kwargs.get("q_proj_weight"), kwargs.get("k_proj_weight"), *args[_OWN])
-            own = [each for each in given if isinstance(each, nn.Parameter)]
+            own: list[Tensor] = [each for each in given if isinstance(each, nn.Parameter)]
             self._found.weights += [own[:_MAKERS]] if own else [makers(each, _MAKERS) for each in args[:2]]
 
     def softmax(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
