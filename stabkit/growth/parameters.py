@@ -198,8 +198,17 @@ def _gradient(
 ) -> list[Tensor | None]:
     """The gradient in some tensors; None in those that the model itself has switched off."""
     on = [tensor for tensor in wanted if tensor.requires_grad]
-    found = iter(torch.autograd.grad(of, on, cotangent, allow_unused=True, retain_graph=keep))
-    return [next(found) if tensor.requires_grad else None for tensor in wanted]
+    try:
+        found = iter(torch.autograd.grad(of, on, cotangent, allow_unused=True, retain_graph=keep))
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        hint = "; look it up with sparse=False" if "sparse" in str(error) else ""
+        raise TraceError(
+            f"the loss cannot be differentiated in the parameters: {' '.join(str(error).split())[:300]}{hint}"
+        ) from error
+    grads = (next(found) if tensor.requires_grad else None for tensor in wanted)
+    return [grad.to_dense() if grad is not None and grad.is_sparse else grad for grad in grads]
 
 
 def _cotangents_of_samples(flow: Flow, output: Any, scalar: Tensor) -> tuple[Tensor, list[Tensor]]:

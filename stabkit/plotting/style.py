@@ -19,7 +19,7 @@ from matplotlib.patches import Circle
 from matplotlib.text import Text
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullFormatter
 
-from stabkit.arguments import a
+from stabkit.arguments import a, accepts
 from stabkit.errors import ArgumentTypeError
 from stabkit.text import printable
 
@@ -162,6 +162,7 @@ def end_of(name: str, width: int) -> str:
     return verbatim(name if len(name) <= width else f"…{name[1 - width :]}")
 
 
+@accepts
 def figure_of(ax: Axes) -> Figure:
     """The figure that Axes are in, also when they are in a part of it."""
     figure = ax.figure
@@ -170,6 +171,7 @@ def figure_of(ax: Axes) -> Figure:
     return figure
 
 
+@accepts
 def render(figure: Figure, kind: str) -> bytes:
     """A figure as the bytes of a ``"png"``, ``"svg"`` or ``"pdf"`` file; the same figure gives the same bytes."""
     for text in figure.findobj(Text):

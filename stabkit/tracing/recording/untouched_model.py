@@ -245,7 +245,9 @@ class _Guarded:
         self._version = _version_of(tensor)
         # shares its memory, and keeps it where the tensor is given another
         plain = (
-            type(tensor) in (Tensor, nn.Parameter, nn.Buffer) and tensor.layout == torch.strided and not tensor.is_meta
+            type(tensor) in (Tensor, nn.Parameter, nn.Buffer)
+            and tensor.layout == torch.strided
+            and not (tensor.is_meta or tensor.is_nested)
         )
         self._alias = tensor.detach() if plain else None
 
