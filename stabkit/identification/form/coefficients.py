@@ -250,7 +250,7 @@ class LinearCombination:
 
     @cached_property
     def _is_masked(self) -> bool:
-        return any(not bool((t != 0).all()) for t in self._constants)
+        return any(t.dim() and not bool((t != 0).all()) for t in self._constants)  # 0 * k_1 is a weight, and no mask
 
     @cached_property
     def _gated(self) -> set[Value]:

@@ -186,8 +186,11 @@ def blocks(
     numbers: dict[tuple[object, ...], int] = {}
     fields = [numbers.setdefault((stage.key if counts[stage.key] > 1 else id(stage), i), len(numbers))
               for stage, i in rows]  # fmt: skip
-    recorded = tuple(
-        recorded_field(form, *rows[j], before[j], float(B[B[:, j] != 0, j][:1].sum())) for j in range(size)
+    outs = [float(B[B[:, j] != 0, j][:1].sum()) for j in range(size)]
+    fields_there = [recorded_field(form, *rows[j], before[j], out) for j, out in enumerate(outs)]
+    recorded = tuple(  # a way that ends at a stage ends before the sign of its field
+        field.times(-1.0) if field and not out and rows[j][0].key in turned else field
+        for j, (field, out) in enumerate(zip(fields_there, outs, strict=True))
     )
     found = _without_twins(Blocks(A, U, B, V, tuple(fields), tuple(stage for stage, _ in rows), recorded))
     return _guided(found, calls) if calls and len(found.rows) == size else found
