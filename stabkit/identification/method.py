@@ -29,6 +29,7 @@ from stabkit.identification.steps.pending import with_pending_starts
 from stabkit.identification.steps.same_weights import with_same_weights
 from stabkit.identification.time.at_once import closed_form_note, recurrences_at_once
 from stabkit.identification.time.iterated import read_iteration
+from stabkit.identification.time.linear_states import with_matrices
 from stabkit.identification.time.over_time import Recurrences
 from stabkit.integrators import GeneralLinearMethod
 from stabkit.parallel import SERIAL, Parallel
@@ -121,7 +122,7 @@ def identify(flow: FlowLike, *, checks: bool = True, parallel: Parallel = SERIAL
 
     costs = [float(sum(len(flow.steps[i].segment.nodes) for i in range(start, stop))) for start, stop in places]
     found = [record for records in parallel.share(read_group, costs, name="reading") for record in records]
-    found = _over_steps(found, recurrences)
+    found = [with_matrices(record, around) for record in _over_steps(found, recurrences)]
     found = with_fields_in_time(found, lambda start, stop: read_as_euler(around, start, stop, read_sums))
     found = with_first_rounds(found)
     found = with_first_restarts(with_pending_starts(found, around), around)
