@@ -12,8 +12,9 @@ import numpy.typing as npt
 from stabkit.identification.fields.recorded_fields import RecordedField, recorded_field, together
 from stabkit.identification.form.coefficients import Coefficient
 from stabkit.identification.form.normal_form import NormalForm, Stage, Terms
+from stabkit.identification.form.operations import MOVES
 from stabkit.integrators import GeneralLinearMethod
-from stabkit.tracing.graph.values import Value, operation
+from stabkit.tracing.graph.values import Value, operation, outputs_of
 
 Matrix = npt.NDArray[np.float64]
 _ZERO = 1e-6  # of weights in single precision
@@ -198,11 +199,16 @@ def blocks(
 
 def _is_turned(form: NormalForm, key: tuple[object, ...]) -> bool:
     """Whether a field is taken with the other sign at once wherever it is used: minus a gradient is the field."""
-    for stage in form.stages:
-        readers = [n for n in form.piece.nodes if stage.output in form.piece.inputs(n)] if stage.key == key else []
-        if stage.key == key and [operation(n) for n in readers] != ["Neg"]:
-            return False
-    return True
+    return all(_is_negated(form, stage.output) for stage in form.stages if stage.key == key)
+
+
+def _is_negated(form: NormalForm, value: Value) -> bool:
+    """Whether nothing reads a value but a change of sign, once its entries were laid out anew at most."""
+    readers = [n for n in form.piece.nodes if value in form.piece.inputs(n)]
+    while len(readers) == 1 and operation(readers[0]) in MOVES:
+        (moved,) = readers
+        readers = [n for n in form.piece.nodes if any(v in form.piece.inputs(n) for v in outputs_of(moved))]
+    return [operation(n) for n in readers] == ["Neg"]
 
 
 def held_with(form: NormalForm, contexts: Collection[Value]) -> frozenset[Value]:
