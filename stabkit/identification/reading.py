@@ -52,7 +52,7 @@ from stabkit.identification.steps.diffusion import as_diffusion
 from stabkit.identification.steps.exponential_steps import by_coordinates
 from stabkit.identification.steps.forks_and_joins import holds_a_step, made_beside, step_inside
 from stabkit.identification.steps.growing_history import growing_history
-from stabkit.identification.steps.held_entries import told_of_mask, without_held_entries
+from stabkit.identification.steps.held_entries import skip_of_some, told_of_mask, without_held_entries
 from stabkit.identification.steps.implicit import (
     begins_at_constants,
     fixed_point,
@@ -390,7 +390,7 @@ def read_sums(around: Surroundings, found: Slots, links: Sequence[Link], steps: 
     parts = linear_links(links)
     tables = [blocks(p.form, found.contexts, moves_cancel=total is not None or p.kind == "scaling") for p in parts]
     if any(table is None for table in tables):
-        return nothing(steps, "not a step", "the skip moves, mixes or drops coordinates", "measured")
+        return skip_of_some(around, found, steps, total)
     found_tables = [(part.form, t) for part, t in zip(parts, tables, strict=True) if t is not None]
     (table, *others), means = without_own_numbers(around, found_tables)
     at_the_end = normalised_at_the_end(links)

@@ -230,7 +230,7 @@ def _paired(around: Surroundings, found: Slots, steps: tuple[int, ...]) -> Slots
         together = [joined(around.graph, nodes, v) for v in around.flow.states[steps[-1] + 1].values]
         one = any(parts is not None and tuple(parts) == tuple(found.targets) for parts in together)
         if one and parameters_of(piece.nodes, around.names) and _is_beside(around, piece.nodes, steps):
-            return found  # one tensor of both, and one field in every step: what was the newer part becomes the older one
+            return found  # one tensor, and one field in every step: the newer part becomes the older
         carried = [[v for v in piece.expand(target)[0] if v in found.sources] for target in found.targets]
         followed = [sources[0] for sources in carried if len(sources) == 1]
     else:
