@@ -92,7 +92,7 @@ def test_the_first_output_that_is_no_loss_is_the_target():
 
 @pytest.mark.parametrize(("pack", "last"), [(list, True), (lambda xs: {"flow": xs}, True), (tuple, False)])
 def test_of_a_list_of_refined_outputs_the_flow_ends_at_the_last(pack, last):
-    """A network that refines its output gives out all of them; a tuple is of different things, and its first is meant."""
+    """A network that refines its output gives out all of them; a tuple holds different things, the first is meant."""
 
     class Refined(nn.Module):
         def __init__(self):
