@@ -25,6 +25,7 @@ from stabkit.identification.steps.ends import with_ends
 from stabkit.identification.steps.fields_in_time import read_as_euler, with_fields_in_time
 from stabkit.identification.steps.forks_and_joins import changes_count, without_doubtful
 from stabkit.identification.steps.linear_steps import with_first_restarts
+from stabkit.identification.steps.nested import has_residual_inside
 from stabkit.identification.steps.pending import with_pending_starts
 from stabkit.identification.steps.same_weights import with_same_weights
 from stabkit.identification.time.at_once import closed_form_note, recurrences_at_once
@@ -103,7 +104,7 @@ def identify(flow: FlowLike, *, checks: bool = True, parallel: Parallel = SERIAL
             return [record]
         # where a round may be cut, what is said of its parts is true as well; Strang's order of them says more
         divided = is_divided(flow, start, stop, around.loops)
-        known = not (record.name in _NOTHING_READ or record.name.startswith(_COARSE))
+        known = not _is_unread(record)
         kept = record.name.startswith("Strang") if divided else known
         # a long skip leads around blocks, which are the steps; around a single one it makes a step of its own, as do
         # the stages of one field
@@ -117,7 +118,7 @@ def identify(flow: FlowLike, *, checks: bool = True, parallel: Parallel = SERIAL
             return single if sum(map(_is_block, single)) >= _BLOCKS else [record]
         if all(r.name == "part of a step" for r in single):
             return [record]
-        unread = sum(r.name in _NOTHING_READ or changes_count(r) or r.name.startswith(_COARSE) for r in single)
+        unread = sum(changes_count(r) or (_is_unread(r) and not has_residual_inside(r)) for r in single)
         return single if divided or record.name in _NOTHING_READ or unread <= len(single) / 2 else [record]
 
     costs = [float(sum(len(flow.steps[i].segment.nodes) for i in range(start, stop))) for start, stop in places]
@@ -154,10 +155,13 @@ def _over_steps(records: Sequence[Identification], recurrences: Recurrences) -> 
     return found
 
 
+def _is_unread(record: Identification) -> bool:
+    return record.name in _NOTHING_READ or record.name.startswith(_COARSE)
+
+
 def _is_block(record: Identification) -> bool:
     """Whether a step is one of a state of its own, with a skip around it."""
-    named = not (record.name in _NOTHING_READ or record.name.startswith(_COARSE))
-    return named and record.skip == 1.0 and record.method is not None and not changes_count(record)
+    return not _is_unread(record) and record.skip == 1.0 and record.method is not None and not changes_count(record)
 
 
 def _may_be_linear(record: Identification) -> bool:
