@@ -26,6 +26,10 @@ class Alerts:
     Args:
         rules: when a change is an alert.
         scaled: whether a loss scaler is at work, which runs into infinities on purpose.
+
+    Attributes:
+        broken: whether it has been told that something is not finite, and still is.
+        first: what moved first in this episode.
     """
 
     def __init__(self, rules: AlertRules | None = None, *, scaled: bool = False) -> None:
@@ -34,7 +38,7 @@ class Alerts:
         self._names: tuple[str, ...] = ()
         self._bank: SeriesBank | None = None
         self._overflows = 0
-        self._broken = self._worked = False
+        self.broken = self._worked = False
         self._quiet = 0
         self._before = 0
         self._largest = -math.inf  # log of the largest gradient norm that was no spike
@@ -52,7 +56,7 @@ class Alerts:
         """The findings that this record gives rise to; a condition that persists is reported once."""
         if record.non_finite:
             return self._judge_non_finite(record)
-        self._broken, self._overflows, self._worked = False, 0, True
+        self.broken, self._overflows, self._worked = False, 0, True
         movers = self._movers(record)
         if not movers:
             self._quiet += 1
@@ -79,9 +83,9 @@ class Alerts:
     def _judge_non_finite(self, record: Record) -> list[Finding]:
         self._overflows += 1
         mendable = self._scaled and not record.blocks.bad[0].any() and not record.loss_is_broken
-        if self._broken or (mendable and self._overflows < (self.rules.overflows if self._worked else AT_START)):
+        if self.broken or (mendable and self._overflows < (self.rules.overflows if self._worked else AT_START)):
             return []
-        self._broken, self._quiet = True, 0
+        self.broken, self._quiet = True, 0
         finding = non_finite_finding(record, self.first)
         if mendable:
             tried = f"{finding.evidence}; the loss scale was lowered at {self._overflows} records in a row, in vain"

@@ -161,7 +161,9 @@ class Collector:
         return np.bincount(owners, norms * norms, self._count + 1)
 
 
-def finish(sums: Sums, names: tuple[str, ...], processes: int = 1, before: Blocks | None = None) -> Record:
+def finish(
+    sums: Sums, names: tuple[str, ...], processes: int = 1, before: Blocks | None = None, handed: int = -1
+) -> Record:
     """The record of a step.
 
     Args:
@@ -169,6 +171,7 @@ def finish(sums: Sums, names: tuple[str, ...], processes: int = 1, before: Block
         names: the names of the blocks.
         processes: over which the loss is averaged.
         before: the blocks of an earlier record, which lends the columns that are the same.
+        handed: the first block whose output is not finite where what it was given is not; negative for none.
     """
     rows, count, held = sums.rows[:, :-1], len(names), names
     scale = float(sums.scalars[SCALE])
@@ -204,6 +207,7 @@ def finish(sums: Sums, names: tuple[str, ...], processes: int = 1, before: Block
         blocks=blocks if before is None else blocks.sharing(before),
         loss_is_broken=broken,
         broken_weights=broken_weights,
+        handed=held[handed] if handed >= 0 else "",
     )
 
 

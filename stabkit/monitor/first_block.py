@@ -111,10 +111,9 @@ def non_finite_finding(record: Record, first: Mover | None) -> Finding:
     """
     if record.broken_weights:
         return _broken_weights(record, first)
-    index, what = _first_non_finite(record)
+    index, what, text = _first_non_finite(record)
     name = record.blocks.names[index] if index >= 0 else ""
-    where = name or "the model"
-    evidence = f"at training step {record.step} the {what} of {where} is not finite; {record.non_finite} in all"
+    evidence = f"at training step {record.step} {text}; {record.non_finite} in all are not"
     return Finding(
         kind="non_finite",
         severity="critical",
@@ -122,7 +121,7 @@ def non_finite_finding(record: Record, first: Mover | None) -> Finding:
         module_path=name,
         confidence=1.0,
         evidence=evidence + ("" if first is None else _began(first, record.step, name)),
-        remedy=f"look at the {what} of {where} first: it is the first that is not finite; lower the learning rate or "
+        remedy=f"look at {what} first: it is the first that is not finite; lower the learning rate or "
         "clip the gradient, and analyse the capsule of this step",
         reference="",
         numbers={"training_step": float(record.step), "count": float(record.non_finite)},
@@ -152,14 +151,39 @@ def _broken_weights(record: Record, first: Mover | None) -> Finding:
     )
 
 
-def _first_non_finite(record: Record) -> tuple[int, str]:
-    """The block where it began: outputs in the order of the forward pass, the loss, then gradients back from it."""
+def _first_non_finite(record: Record) -> tuple[int, str, str]:
+    """The block where it began, what to look at, and how it was seen.
+
+    Outputs in the order of the forward pass, then the loss, then gradients back from it.
+    """
+    names = record.blocks.names
     output, gradient, parameter_gradient = record.blocks.bad
     if output.any():
-        return int(output.argmax()), "output"
+        index = int(output.argmax())
+        name = names[index] or "the model"
+        if record.handed != names[index]:
+            after = f", and that of {names[index - 1]} before it is" if index else ""
+            return index, f"the output of {name}", f"the output of {name} is not finite{after}"
+        if index == 0:
+            where = f"what comes before {name}"
+            return 0, where, f"what {name} is given is not finite, and it is the first block: look at the batch"
+        before = names[index - 1]
+        where = f"what stands between {before} and {name}"
+        return index - 1, where, f"what {name} is given is not finite, and the output of {before} before it is"
     if record.loss_is_broken:
-        return -1, "loss"
-    for index in reversed(range(len(record.blocks))):
+        return -1, "the loss of the model", "the loss of the model is not finite"
+    for index in reversed(range(len(names))):
+        name = names[index] or "the model"
+        if gradient[index] and index + 1 < len(names) and math.isfinite(record.blocks.norms[1][index + 1]):
+            after = names[index + 1]
+            where = f"the backward pass of {after}, and what stands between it and {name}"
+            return (
+                index + 1,
+                where,
+                f"the gradient of {name} is not finite, and that of {after}, from which it comes, is",
+            )
         if gradient[index] or parameter_gradient[index]:
-            return index, "gradient" if gradient[index] else "parameter gradient"
-    return -1, "gradient of a parameter outside the blocks"
+            what = "gradient" if gradient[index] else "parameter gradient"
+            return index, f"the {what} of {name}", f"the {what} of {name} is not finite"
+    what = "the gradient of a parameter outside the blocks"
+    return -1, what, f"{what} is not finite"

@@ -186,7 +186,9 @@ class Foresight:
     def explained(
         self, findings: Sequence[Finding], odds: Sequence[Odd | None], began: int, step: int
     ) -> list[Finding]:
-        """Findings with what changed before, where a rate or an update did; that the loss is not finite is said once.
+        """Findings with what changed before, where a rate or an update did; a loss that is not finite is said once.
+
+        It is said again where nothing had changed and a record now names the block.
 
         Args:
             findings: of a record.
@@ -194,7 +196,9 @@ class Foresight:
             began: the step at which something moved first, by the records.
             step: the present step.
         """
-        news = [finding for finding in findings if finding.kind != "non_finite" or not self.told_broken]
+        unplaced = self.cause is None or not self.cause.name  # which block it is was not to be seen between records
+        known = [f.kind == "non_finite" and self.told_broken and not (unplaced and f.module_path) for f in findings]
+        news = [finding for finding, old in zip(findings, known, strict=True) if not old]
         return [*self._heard(odds, news), *(self._explained(finding, began, step) for finding in news)]
 
     def _explained(self, finding: Finding, began: int, step: int) -> Finding:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import deque
 
 import numpy as np
 
@@ -25,6 +26,10 @@ NORMALISER, NORMALISER_GROWN = 200.0, 4.0
 ROUNDED = 0.25  # nats by which half a unit in the last place of such logits is off: 64 in bfloat16
 _LEARNT = 0.25  # of the loss at first: what is left of it where a task is learnt
 _FIRST = 3  # looks that say what is usual at the start
+# Sizes that grow so at every step are on their way to the limits, and are told where they are further than most healthy
+# runs come and would be there within _STEPS steps.
+FAST, RUN, AHEAD = math.log(1.3), 2, 0.05
+_STEPS = 10
 _SOON = 0.25  # of the limit, from which a look ahead is taken where it grows so fast that the next would come late
 # Epsilon. A block whose entries are below it by a majority moves by less than half of what Adam is for; with epsilon
 # large on purpose (1e-3 to 1 in RMSprop of convolutional networks) training goes well nevertheless, and is no harm.
@@ -37,6 +42,40 @@ _REFERENCE = (
 )
 _OF_EPSILON = "Wortsman et al., Small-scale proxies for large-scale Transformer training instabilities, 2023"
 _OF_NORMALISER = "Chowdhery et al., PaLM: scaling language modeling with pathways, 2022, section 5"
+
+
+class Runaway:
+    """Sizes that grow by a factor at every training step.
+
+    Args:
+        limit: where they are told in any case.
+        jump: how far they must have grown since the look before, in nats.
+    """
+
+    def __init__(self, limit: float, jump: float) -> None:
+        self._limit, self._jump = limit, jump
+        self._looks: deque[tuple[int, Array]] = deque(maxlen=RUN + 2)
+
+    def see(self, step: int, sizes: Array) -> Array:
+        """The factor by which each grows at every step where it runs away, NaN elsewhere.
+
+        Args:
+            step: the training step.
+            sizes: ``(n,)``, positive, NaN where they are not known.
+        """
+        if self._looks and step <= self._looks[-1][0]:
+            return np.full(len(sizes), math.nan)
+        self._looks.append((step, sizes))
+        steps = np.array([at for at, _ in self._looks])
+        if len(steps) < RUN + 2 or (np.diff(steps)[-RUN:] > 1).any():
+            return np.full(len(sizes), math.nan)
+        with np.errstate(all="ignore"):
+            logs = np.log(np.array([each for _, each in self._looks]))
+            rate = np.diff(logs, axis=0)[-RUN:].min(0)
+            runs = (rate >= FAST) & (logs[-1] - logs[0] >= self._jump) & (sizes >= AHEAD * self._limit)
+            runs &= logs[-1] + _STEPS * rate >= math.log(self._limit)
+            found: Array = np.where(runs, np.exp(rate), math.nan)
+        return found
 
 
 class Growing:
@@ -56,6 +95,8 @@ class Growing:
         self._suspect: set[str] = set()  # beyond its limit at the look before
         self._told: set[str] = set()
         self._normalisers: list[float] = []
+        jump = (rules or AlertRules()).jump
+        self._runs, self._drifts = Runaway(LOGIT, jump), Runaway(NORMALISER, jump)
         self.soon = False  # whether the next step is to be looked at
 
     def see(self, loss: float) -> None:
@@ -82,6 +123,7 @@ class Growing:
             beyond["normaliser"] = found
         news = [finding for key, finding in beyond.items() if key in self._suspect and key not in self._told]
         self._told |= self._suspect & beyond.keys()
+        news += self._running(step, of_blocks, of_loss)
         if "beyond" in self._told:
             self._told.add("attention")
         self._suspect = set(beyond)
@@ -106,6 +148,24 @@ class Growing:
             return []
         self._told.add(key)
         return [self._epsilon(step, shares, hidden, epsilon, root, stuck=stuck)]
+
+    def _running(self, step: int, of_blocks: Array, of_loss: Array) -> list[Finding]:
+        """What is on its way to its limit by a factor at every step, and was not told."""
+        news = []
+        paces = self._runs.see(step, of_blocks[0])
+        running = np.flatnonzero(~np.isnan(paces))
+        if len(running) and not self._told & {"attention", "beyond"}:
+            self._told.add("attention")
+            worst = int(running[np.argmax(of_blocks[0, running])])
+            usual = np.fmin.reduce(self._first)[worst]
+            found = (of_blocks[0, worst], usual, *of_blocks[1:, worst], paces[worst])
+            news.append(self._attention(step, worst, len(running), *found))
+        pace = self._drifts.see(step, np.abs(of_loss[1:]))[0]
+        if not math.isnan(pace) and "normaliser" not in self._told:
+            self._told.add("normaliser")
+            usual = max(min(self._normalisers[:-1], default=1.0), 1.0)
+            news.append(_normaliser(step, float(of_loss[0]), float(of_loss[1]), usual, _faster(pace)))
+        return news
 
     def _of_attention(self, step: int, of_blocks: Array) -> Finding | None:
         logits, entropy, flat = of_blocks
@@ -148,27 +208,27 @@ class Growing:
             if off >= ROUNDED
             else ""
         )
-        return of_training(
-            "diverging_logits",
-            "warning",
-            f"at training step {step} the mean log of the softmax normaliser in the loss is {log_z:.4g}, and was "
-            f"{usual:.3g} in size at first; the largest logit is {largest:.4g}: the logits drift away from zero"
-            f"{rounding}",
-            "add 1e-4 times the mean square of that logarithm to the loss (z-loss: 1e-4 * logits.logsumexp(-1)**2), "
-            "decay the weights of the last layer, or lower the learning rate",
-            _OF_NORMALISER,
-            {"training_step": float(step), "log_z": log_z, "usual": usual, "largest": largest},
-        )
+        return _normaliser(step, largest, log_z, usual, rounding)
 
     @property
     def _learnt(self) -> bool:
         return 0.0 <= self._harm.left <= _LEARNT
 
     def _attention(
-        self, step: int, worst: int, count: int, logit: float, usual: float, entropy: float, flat: float
+        self,
+        step: int,
+        worst: int,
+        count: int,
+        logit: float,
+        usual: float,
+        entropy: float,
+        flat: float,
+        pace: float = math.nan,
     ) -> Finding:
         name = self._names[worst]
-        also = f", and those of {count - 1} other blocks are beyond {LOGIT:.0f}" if count > 1 else ""
+        also = _faster(pace)
+        if count > 1:
+            also += f", and those of {count - 1} other blocks " + ("do" if also else f"are beyond {LOGIT:.0f}")
         return Finding(
             kind="diverging_logits",
             severity="critical" if logit >= BEYOND else "warning",
@@ -215,3 +275,20 @@ class Growing:
             reference=_REFERENCE,
             numbers={"training_step": float(step), "share": float(shares[worst]), "epsilon": epsilon, "root": root},
         )
+
+
+def _faster(pace: float) -> str:
+    return "" if math.isnan(pace) else f", and grows by a factor of {pace:.3g} at every step"
+
+
+def _normaliser(step: int, largest: float, log_z: float, usual: float, also: str) -> Finding:
+    return of_training(
+        "diverging_logits",
+        "warning",
+        f"at training step {step} the mean log of the softmax normaliser in the loss is {log_z:.4g}, and was "
+        f"{usual:.3g} in size at first; the largest logit is {largest:.4g}: the logits drift away from zero{also}",
+        "add 1e-4 times the mean square of that logarithm to the loss (z-loss: 1e-4 * logits.logsumexp(-1)**2), "
+        "decay the weights of the last layer, or lower the learning rate",
+        _OF_NORMALISER,
+        {"training_step": float(step), "log_z": log_z, "usual": usual, "largest": largest},
+    )

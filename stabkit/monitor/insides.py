@@ -14,6 +14,7 @@ from stabkit.diagnosis import Finding
 from stabkit.monitor.epsilon import EpsilonShares
 from stabkit.monitor.foresight import Foresight
 from stabkit.monitor.growing import Growing
+from stabkit.monitor.logit_weights import LogitWeights
 from stabkit.monitor.measurement import Failed
 from stabkit.monitor.parameters import Parameters
 from stabkit.monitor.record import OF_LOSS, Array, Record
@@ -26,7 +27,7 @@ _EPSILON_EVERY = 100  # and at epsilon, but for the first two
 
 
 class Insides:
-    """Looks inside every so many training steps, whatever is recorded.
+    """Looks inside every so many training steps, whatever is recorded, and where weights or the loss ask for it.
 
     Args:
         model: as it is called.
@@ -53,10 +54,11 @@ class Insides:
         failed: Failed,
     ) -> None:
         self._foresight = foresight
-        self._scale = ScaleWatch(scaler, (rules or AlertRules()).overflows)
-        self._names = names
+        self._names, self._parameters = names, parameters
+        self._scale = ScaleWatch(scaler, (rules or AlertRules()).overflows, self._not_finite)
         self._growing = Growing(names, rules)
         self._softmaxes = SoftmaxWatch(model, blocks, failed)
+        self._weights = LogitWeights(parameters.tensors)
         self._epsilon = EpsilonShares(optimizers, parameters)
         self._next, self._epsilon_next = 0, EVERY
         self._looking = False
@@ -77,15 +79,16 @@ class Insides:
         self._softmaxes.off()
         self._looking = False
 
-    def look(self, step: int, loss: Any, *, wait: bool) -> list[Finding]:
+    def look(self, step: int, loss: Any, *, wait: bool, told: bool) -> list[Finding]:
         """What there is to say at a step.
 
         Args:
             step: the training step.
             loss: as it was differentiated.
             wait: whether numbers on a device are read at once, and not in the next step.
+            told: whether it is known already that something is not finite.
         """
-        found = self._scale.look(step)
+        found = self._scale.look(step, told=told or self._foresight.broken)
         self._growing.see(self._foresight.loss)
         pending, self._pending = self._pending, None
         if self._looking:
@@ -94,6 +97,7 @@ class Insides:
             self._softmaxes.off()  # what follows may run the model itself
             if measured is not None:
                 self._pending = (step, measured)
+                self._weights.watch(measured.weights)
         if pending is not None:
             found += self._read(*pending)
         if self._pending is not None and (wait or self._pending[1].on_host):
@@ -104,7 +108,7 @@ class Insides:
             shares, *sizes = self._epsilon.measured(len(self._names))
             self._kept()[2] = shares
             found += self._growing.judge_epsilon(step, shares, *sizes)
-        if self._growing.soon:
+        if self._weights.grew(step) or self._growing.soon or self._foresight.suspicious:
             self._next = step + 1
         return found
 
@@ -116,6 +120,14 @@ class Insides:
         if columns is not None:
             found["blocks"] = record.blocks.with_inside(self._names, columns)
         return found
+
+    def _not_finite(self) -> tuple[tuple[str, ...], list[bool]]:
+        """The blocks with parameters, and whether their gradients of this step are not finite."""
+        norms, trained = self._parameters.gradients({})
+        owners = self._parameters.owners
+        bad = {int(owners[i]) for i, size in zip(trained, norms, strict=True) if not math.isfinite(float(size))}
+        held = sorted({int(owners[i]) for i in trained} - {len(self._names)})
+        return tuple(self._names[i] for i in held), [i in bad for i in held]
 
     def _read(self, step: int, measured: Measured) -> list[Finding]:
         of_blocks, of_loss = measured.read(len(self._names))

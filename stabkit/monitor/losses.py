@@ -89,7 +89,8 @@ class Jump:
 class LossJumps:
     """Compares every loss with those before.
 
-    A loss that is above all before does not enter the past, unless as many as ``warmup`` follow each other.
+    A loss that is above all before enters the past when one follows that is not, if it was not FAR above; one that was
+    may be of a broken batch, and does only where as many as ``warmup`` follow each other.
 
     Args:
         rules: of the monitor.
@@ -110,8 +111,8 @@ class LossJumps:
             return None
         excess = (value - self._top) / max(self._top - self._low, abs(self._top), 1e-30)
         if value <= self._low + _LOST * (self._top - self._low):  # nothing is lost there, whatever is usual
-            self._above, self._lost, self._far = [], 0, 0
-            self._remember(value)
+            self._lost = self._far = 0
+            self._come_back(value)
             return None
         usual = median(self._recent)
         self._lost = self._lost + 1 if self._is_lost(value, usual) else 0
@@ -125,13 +126,20 @@ class LossJumps:
                     self._remember(each)
                 self._above = []
         else:
-            self._above = []
-            self._remember(value)
+            self._come_back(value)
         if excess <= SLIGHT and not self._lost:
             return None
         began = min(step - max(self._lost - 1, 0), self._above[0][0] if self._above else step)
         self._far = self._far + 1 if excess > FAR else 0
         return Jump(step, value, began, usual, highest, excess, lasting, self._far, self._lost, seen)
+
+    def _come_back(self, value: float) -> None:
+        """Take note of a loss that is no higher than others: what was above them before it has done no harm."""
+        for _, each, excess in self._above:
+            if excess <= FAR:
+                self._remember(each)
+        self._above = []
+        self._remember(value)
 
     def _is_lost(self, value: float, usual: float) -> bool:
         if self._count < _RECENT // 2 or value <= usual + _LOST * (self._top - usual):

@@ -75,6 +75,8 @@ class StepNorms:
         reached: index of the block of each output gradient.
         gradients: their norms.
         autocast: dtype by device type where autocast was on at the first call.
+        handed: the first block whose output is not finite, where what it was given is not either; -2 where it is, and
+            -1 where that is not known: on a device it would have to be waited for.
     """
 
     def __init__(self, failed: Failed, wide: bool = False) -> None:
@@ -85,10 +87,11 @@ class StepNorms:
         self.reached: list[int] = []
         self.gradients: list[Tensor] = []
         self.autocast: dict[str, str] | None = None
+        self.handed = -1
         self._failed, self._wide = failed, wide
         self._hooked: set[int] = set()
 
-    def see(self, index: int, output: Any, training: bool) -> None:
+    def see(self, index: int, given: Any, output: Any, training: bool) -> None:
         """Take note of a block's output and ask for its gradient."""
         recomputed = in_backward()
         recording = torch.is_grad_enabled()
@@ -104,7 +107,11 @@ class StepNorms:
         if self.autocast is None:
             self.autocast = active_autocast(tensor.device.type)
         self.called.append(index)
-        self.outputs.append(norm(tensor, self._wide))
+        size = norm(tensor, self._wide)
+        self.outputs.append(size)
+        if self.handed == -1 and size.device.type == "cpu" and not math.isfinite(size.item()):
+            entered = first_tensor(given)
+            self.handed = -2 if entered is None or math.isfinite(norm(entered).item()) else index
         self.entries.append(tensor.numel())
         if tensor.requires_grad:
             if not recomputed:
@@ -169,11 +176,11 @@ class Hooks:
         self.measurement = None
 
     def _hook(self, index: int) -> Callable[[nn.Module, Any, Any], None]:
-        def see(module: nn.Module, _: Any, output: Any) -> None:
+        def see(module: nn.Module, given: Any, output: Any) -> None:
             measurement = self.measurement
             if measurement is not None:
                 try:
-                    measurement.see(index, output, module.training)
+                    measurement.see(index, given, output, module.training)
                 except Exception as error:
                     self._failed(error)
 

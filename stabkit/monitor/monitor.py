@@ -350,7 +350,8 @@ class Monitor:
 
     def _look_inside(self, loss: Tensor | float | None) -> None:
         assert self._insides is not None
-        self._between_records(self._insides.look(self._guard.step, loss, wait=self._recording))
+        found = self._insides.look(self._guard.step, loss, wait=self._recording, told=self._alerts.broken)
+        self._between_records(found)
 
     def _look_at_rates(self) -> None:
         assert self._rates is not None
@@ -379,7 +380,8 @@ class Monitor:
         if asked.stopped:
             self._told = True
             raise RuntimeError("the monitor of another process stopped")
-        record = finish(sums, self.blocks, self._ranks.count, self.records[-1].blocks if self.records else None)
+        before = self.records[-1].blocks if self.records else None
+        record = finish(sums, self.blocks, self._ranks.count, before, measurement.handed)
         began = self._alerts.first is None
         findings = self._alerts.judge(record)
         ask = self._ranks.together and (findings or asked.requested)  # in all processes or in none
@@ -391,10 +393,9 @@ class Monitor:
         probes, more = ({}, []) if self._probe is None else self._probe.take(self._count, self._inputs.captured)
         findings += [*self._silence.judge(record), *more]
         kinds = tuple(finding.kind for finding in (*self._unrecorded, *findings))
-        along = self._foresight.take()
-        skipped = self._health.skipped
+        beside: dict[str, Any] = {"look": self._look, "along": self._foresight.take(), "skipped": self._health.skipped}
         inside = {} if self._insides is None else self._insides.into(record)
-        record = replace(record, **inside, probes=probes, findings=kinds, look=self._look, along=along, skipped=skipped)
+        record = replace(record, **inside, **beside, probes=probes, findings=kinds)
         self._look, self._unrecorded = None, []
         self.records.append(record)
         if self._count == 0 and not measurement.called and sums.rows[TRAINED].any():
@@ -436,10 +437,8 @@ class Monitor:
             return
         self._hooks.on(wide=self._foresight.suspicious)
         self._inputs.on()
-        if self._collector.weights_due(step):
-            self._updates.on()
-        else:
-            self._updates.off()
+        watch = self._updates.on if self._collector.weights_due(step) else self._updates.off
+        watch()
 
     def _switch_off(self) -> None:
         self._hooks.off()

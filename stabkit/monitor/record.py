@@ -246,6 +246,7 @@ class Record(Result):
         along: the newest curvature along an update, from two gradients, since the record before; None likewise.
         skipped: how many training steps before it were found not healthy when the loop asked, see `Monitor.step`.
         broken_weights: blocks whose weights are not finite, looked at where an output is not.
+        handed: a block whose output is the first that is not finite, where what it was given is not either.
         log_z: mean log of the normaliser of the softmax in the loss, the log of the sum of the exponentials of its
             logits, over some of its rows; NaN where it was not seen, or not since the record before.
         output_logit: the largest modulus of these logits.
@@ -266,6 +267,7 @@ class Record(Result):
     along: Along | None = None
     broken_weights: tuple[str, ...] = ()
     skipped: int = 0
+    handed: str = ""
     log_z: float = math.nan
     output_logit: float = math.nan
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
@@ -43,17 +45,23 @@ class ScaleWatch:
     Args:
         scaler: that of the run; None where there is none.
         overflows: how many halvings in a row are too many.
+        where: names the blocks, in their order, and says which have gradients that are not finite.
     """
 
-    def __init__(self, scaler: Any, overflows: int) -> None:
-        self._scaler, self._overflows = scaler, overflows
+    def __init__(self, scaler: Any, overflows: int, where: Callable[[], tuple[Sequence[str], Sequence[bool]]]) -> None:
+        self._scaler, self._overflows, self._where = scaler, overflows, where
         self._reader = LossReader()
         self._scale = 0.0  # the newest
         self._halvings = 0  # in a row
         self._worked = self._told = False
 
-    def look(self, step: int) -> list[Finding]:
-        """What there is to say at a step, of the updates before it."""
+    def look(self, step: int, *, told: bool = False) -> list[Finding]:
+        """What there is to say at a step, of the updates before it.
+
+        Args:
+            step: the training step.
+            told: whether it is known already that something is not finite.
+        """
         scale: Tensor | None = getattr(self._scaler, "_scale", None)
         found = []
         for at, value in () if scale is None else self._reader.take(step, scale):
@@ -64,19 +72,27 @@ class ScaleWatch:
             self._told &= fell
             if self._halvings >= (self._overflows if self._worked else AT_START) and not self._told:
                 self._told = True
-                found.append(self._finding(at))
+                found += [] if told else [self._finding(at)]
         return found
 
     def _finding(self, step: int) -> Finding:
         began = step - self._halvings
-        return of_training(
+        names, bad = self._where()
+        last = max((i for i, each in enumerate(bad) if each), default=-1)
+        place = "" if last < 0 else f"; of the parameters, those of {names[last]} have such gradients"
+        if last > 0 and all(bad[:last]):
+            place += f" and those of {last} block{'s' * (last > 1)} before it"
+        if 0 <= last < len(names) - 1:
+            place += f", and none after it: it begins there, or between it and {names[last + 1]}"
+        told = of_training(
             "non_finite",
             "critical",
             f"the gradients have been infinite or NaN at {self._halvings} training steps in a row since training step "
             f"{began}, and the loss scale has come down to {self._scale:.4g}: no update was made, and lowering the "
-            "scale does not help",
+            f"scale does not help{place}",
             "look at the batches since then and at what is not finite in the capsule: a scale that is too large is "
             "mended by one halving or two; lower the learning rate, clip the gradient, or train in bfloat16",
             "Micikevicius et al., Mixed precision training, 2018",
             {"training_step": float(step), "began": float(began), "scale": self._scale},
         )
+        return told if last < 0 else replace(told, module_path=names[last], steps=(last,))

@@ -16,6 +16,7 @@ from torch.autograd.graph import Node
 
 from stabkit.diagnosis.losses.ranges import through_moves
 from stabkit.monitor.blocks import is_compiled
+from stabkit.monitor.logit_weights import makers
 from stabkit.monitor.measurement import Failed, in_backward
 from stabkit.monitor.record import Array
 from stabkit.monitor.watching import Hook, watch
@@ -28,6 +29,8 @@ from stabkit.tracing.recording.training_pass import nodes_from
 
 _MOST = 8  # attentions of one block that are looked at: one may be written as a loop over its heads
 _ROWS = 64  # of the logits of a loss
+_MAKERS = 2  # parameters: a weight and a bias
+_OWN = slice(5, 7)  # of the arguments of nn.MultiheadAttention: what it projects queries and keys by
 _DEEP, _OUTPUTS = 3, 4  # levels of containers in which outputs are looked for, and how many are kept
 _TAG = "stabkit.logits"
 
@@ -39,11 +42,13 @@ class Measured:
         blocks: the block of each attention.
         attentions: its largest logit, its entropy and its share of flat rows; ``(3,)`` each.
         logits: those of the loss: the largest modulus, and the mean of the log of the normaliser; ``(2,)``.
+        weights: the parameters that each of these was made of last.
     """
 
     def __init__(self) -> None:
         self.blocks: list[int] = []
         self.attentions: list[Tensor] = []
+        self.weights: list[list[Tensor]] = []
         self.logits: Tensor | None = None
         self.resolution = math.nan  # of numbers of their dtype
 
@@ -174,6 +179,7 @@ class SoftmaxWatch:
                 if output is not None:
                     found.logits = output.statistics(None if moves else signed([node._saved_dim])[0])
                     found.resolution = output.resolution
+                    found.weights.append(output.weights)
                     return
 
 
@@ -187,6 +193,7 @@ class _Output:
         self.tag = object()
         made: Any = output.grad_fn
         made.metadata[_TAG] = self.tag
+        self.weights = makers(output, _MAKERS)
         self.resolution = torch.finfo(output.dtype).eps
         self._dims = output.dim()
         self._rows = {dim: _some_rows(output.detach(), dim) for dim in {1, self._dims - 1}}
@@ -239,6 +246,9 @@ class _Softmaxes(FunctionCalls):
         """An attention of torch."""
         if self._has_room() and _is_plain(args[0]):
             self._keep(of_attention(func, args, kwargs))
+            given = (kwargs.get("q_proj_weight"), kwargs.get("k_proj_weight"), *args[_OWN])
+            own: list[Tensor] = [each for each in given if isinstance(each, nn.Parameter)]
+            self._found.weights += [own[:_MAKERS]] if own else [makers(each, _MAKERS) for each in args[:2]]
 
     def softmax(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
         """A softmax, which may be one over keys."""
@@ -246,8 +256,9 @@ class _Softmaxes(FunctionCalls):
         dim = kwargs.get("dim", args[1] if len(args) > 1 else None)
         if not (_is_plain(scores) and scores.dim() > 1 and isinstance(dim, int) and self._has_room()):
             return
-        scores = scores.detach().movedim(dim, -1)
-        self._weights[id(result)] = (weakref.ref(result), of_scores(scores))
+        statistics = of_scores(scores.detach().movedim(dim, -1))
+        self._weights[id(result)] = (weakref.ref(result), statistics)
+        self._found.weights.append(makers(scores, 2 * _MAKERS))
 
     def product(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
         """A product of matrices, of which one may be weights of values."""
@@ -271,6 +282,7 @@ class _Softmaxes(FunctionCalls):
 
     def _logits(self, logits: Tensor, dim: int) -> None:
         self._found.logits = _of_rows(_some_rows(logits.detach(), dim))
+        self._found.weights.append(makers(logits, _MAKERS))
         self._found.resolution = torch.finfo(logits.dtype).eps
 
     def _hand_on(self, args: tuple[Any, ...], result: Any) -> None:

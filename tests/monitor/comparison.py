@@ -168,10 +168,10 @@ def loud(numbers: dict[int, dict[str, float]]) -> int | None:
 NOTES = """## What each is better for
 
 **stabkit.Monitor.** Alone of the four it looks at the rate and the batch beside the network, so that it can say why and
-not only that. It does not look within its blocks nor at what stands between them
-(where activations overflowed it named the block after the one at fault), told of float16 gradients without the layer
-that the diagnostics name, waited until attention logits had grown ten thousand times, and leaves a run going unless the
-loop asks `monitor.step(loss).healthy`.
+not only that. It does not look within its blocks: of what becomes infinite it names the block or the two blocks between
+which it does, and not the module in them. Attention logits that grow by a factor at every step it tells on their way,
+three steps after, and those that grow slowly where they come to 200. It leaves a run going unless the loop asks
+`monitor.step(loss).healthy`.
 
 **DebugUnderflowOverflow.** Better for where a forward pass breaks: it names the module, and which of its weights,
 inputs and outputs is not finite, with the sizes in the 21 frames before, and stops there; of float16 activations it is

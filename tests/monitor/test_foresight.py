@@ -206,6 +206,16 @@ def test_a_loss_that_lasts_becomes_usual():
     assert told[-1] < 70
 
 
+def test_losses_that_come_back_are_usual_and_a_broken_batch_is_not():
+    """A first loss that is the lowest by luck says little of those after it."""
+    jumps = LossJumps(AlertRules())
+    lucky = [0.02, 0.07, 0.02, 0.2, 0.02, 0.4, 0.03, 0.02, 0.02, 0.36, 0.19, 0.1, 0.13]
+    assert not any(found.sure for found in map(jumps.add, range(13), lucky) if found is not None)
+    assert jumps.add(13, 1e6).excess > 1e5
+    jumps.add(14, 0.03)
+    assert jumps.add(15, 1e6).excess > 1e5
+
+
 def test_groups_that_a_loaded_state_has_put_in_place_are_followed():
     model = mlp()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from stabkit.monitor import Monitor
-from stabkit.monitor.growing import Growing
+from stabkit.monitor.growing import Growing, Runaway
 from stabkit.monitor.record import Array
 from tests.monitor.networks import hooks_of
 
@@ -191,6 +191,51 @@ def test_a_drifting_normaliser_is_told_where_it_is_rounded_or_grows_far():
     assert told([4.0, 5.0, -30.0, -70.0, -80.0, -90.0], flat, 1e-7) == []
     assert told([90.0, 100.0, 110.0, 250.0, 260.0, 270.0], flat, 1e-7) == []  # as at first
     assert told([4.0, 5.0, 60.0, 250.0, 300.0, 400.0], [3.0, 2.0, 0.5, 0.1, 0.01, 0.01], 1e-7) == []  # sure, and right
+
+
+def run_away(every_look: int, sizes: list[float]) -> list[int]:
+    """The places at which sizes are seen to run away, in looks so many training steps apart."""
+    seen = Runaway(200.0, math.log(4.0))
+    found = [seen.see(every_look * step, np.array([1.0, size])) for step, size in enumerate(sizes)]
+    assert all(math.isnan(each[0]) for each in found)
+    return [step for step, each in enumerate(found) if each[1] > 1]
+
+
+def test_what_grows_by_a_factor_at_every_step_is_seen_on_its_way():
+    assert run_away(1, [2.0, 2.1, 3.8, 7.0, 13.0, 24.0]) == [4, 5]
+    assert run_away(10, [2.0, 2.1, 3.8, 7.0, 13.0, 24.0]) == []  # a network that learns to attend
+    assert run_away(1, [0.2, 0.3, 0.6, 1.0, 1.9, 3.5]) == []  # small
+    assert run_away(1, [8.0, 12.0, 16.0, 20.0, 24.0, 28.0]) == []  # by so much, and not by a factor
+    assert run_away(1, [3.0, 25.0, 24.0, 30.0, 3.0, 31.0]) == []  # batches
+
+
+@pytest.mark.parametrize("kind", ["fused", "module", "written", "head"])
+def test_weights_that_grow_at_once_are_looked_behind(kind):
+    """The growth begins at a step that nothing looks at; it is told three steps later, and other looks are as ever."""
+    torch.manual_seed(0)
+    model = Classifier("fused" if kind == "head" else kind)
+    weights = {
+        "module": model.blocks[1].inner.in_proj_weight, "head": model.head.bias,
+    }.get(kind, model.blocks[1].project.weight)  # fmt: skip
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
+    looks = []
+    with Monitor(model, 1, optimizer=optimizer) as monitor:
+        for step in range(30):
+            with torch.no_grad():
+                if step >= 24 and kind == "head":
+                    weights += 4.0 * 1.8 ** (step - 23)
+                elif step >= 24:
+                    weights[: 2 * WIDTH] *= 2.0
+            optimizer.zero_grad()
+            loss = F.cross_entropy(model(torch.randn(4, LENGTH, WIDTH)).flatten(0, 1), torch.randint(5, (4 * LENGTH,)))
+            loss.backward()
+            monitor.step(loss)
+            optimizer.step()
+            looks += [step] if not math.isnan(monitor.records[-1].log_z) else []
+    told = [finding for finding in monitor.findings if finding.kind == "diverging_logits"]
+    assert looks[:4] == [0, 10, 20, 25]
+    assert [finding.numbers["training_step"] for finding in told[:1]] == [27]
+    assert told[0].module_path == ("" if kind == "head" else "blocks.1")
 
 
 @pytest.mark.parametrize(("eps", "severity"), [(1e-8, None), (1e-3, "warning"), (3e-5, "info")])

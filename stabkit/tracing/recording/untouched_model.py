@@ -13,6 +13,8 @@ import contextlib
 import types
 from collections import OrderedDict
 from collections.abc import Collection, Iterable, Iterator
+from contextvars import ContextVar
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -43,7 +45,7 @@ class Safe:
     """
 
     def __init__(self, roots: tuple[Any, ...], given: Any = ()) -> None:
-        self.reached = Reached(roots, given)
+        self.reached = _reached(roots, given)
         self.random = RandomStates(self.reached.generators.values())
         self._by_storage: dict[int, list[Tensor]] = {}
         self._written: dict[int, tuple[Tensor, Tensor]] = {}
@@ -166,6 +168,66 @@ class Safe:
             if id(guarded.tensor) in self._written:
                 guarded.restore_version()
         self.random.restore()
+
+
+@dataclass
+class _Walks:
+    """What was reached from some roots, the newest last; the roots are held, so that no other takes their ids."""
+
+    found: dict[Any, tuple[Any, Reached]] = field(default_factory=dict)
+    over: bool = False
+
+
+_walks: ContextVar[_Walks | None] = ContextVar("walks", default=None)
+_FEW = 4  # sets of roots: a model, and the copies of it that remedies are tried on
+
+
+@contextlib.contextmanager
+def walked_once() -> Iterator[None]:
+    """Inside, what can be reached from the same roots is walked once, and compared with what it was after that.
+
+    Example:
+        >>> with walked_once(), unchanged(nn.Linear(2, 2)) as safe:
+        ...     len(safe.reached.modules)
+        1
+    """
+    if _known() is not None:
+        yield
+        return
+    walks = _Walks()
+    _walks.set(walks)
+    try:
+        yield
+    finally:  # a generator may be thrown away in another thread, where nothing was set
+        walks.over = True
+        walks.found.clear()
+
+
+def _known() -> _Walks | None:
+    walks = _walks.get()
+    return None if walks is None or walks.over else walks
+
+
+def _reached(roots: tuple[Any, ...], given: Any) -> Reached:
+    """Everything that hangs on some roots."""
+    if (walks := _known()) is None:
+        return Reached(roots, given)
+    key = (_ids(roots), _ids(given))
+    _, known = walks.found.pop(key, (None, None))
+    found = (known.again() if known is not None else None) or Reached(roots, given)
+    walks.found[key] = ((roots, given), found)
+    while len(walks.found) > _FEW:
+        del walks.found[next(iter(walks.found))]
+    return found
+
+
+def _ids(item: Any) -> Any:
+    """What tells things apart that hang on others: tuples and methods are made anew for every call."""
+    if type(item) is tuple:
+        return tuple(map(_ids, item))
+    if isinstance(item, types.MethodType):
+        return id(item.__self__), id(item.__func__)
+    return id(item)
 
 
 class _Guarded:
@@ -356,7 +418,7 @@ def unchanged(*roots: Any, given: Any = ()) -> Iterator[Safe]:
         *roots: the model, and functions that run with it.
         given: what it is called with.
     """
-    with turn():
+    with turn(), walked_once():
         safe = Safe(roots, given)
         with undone(safe.restore):
             yield safe
