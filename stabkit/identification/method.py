@@ -34,8 +34,9 @@ from stabkit.identification.time.linear_states import with_matrices
 from stabkit.identification.time.over_time import Recurrences
 from stabkit.integrators import GeneralLinearMethod
 from stabkit.parallel import SERIAL, Parallel
-from stabkit.tracing import FlowLike, Iteration
+from stabkit.tracing import Flow, FlowLike, Iteration
 from stabkit.tracing.flow_checks import traced
+from stabkit.tracing.graph.values import entries_are_finite
 
 _NOTHING_READ = frozenset(
     {"unknown", "not a step", "part of a step", "plain", "transition", "transformed skip", "unnamed"}
@@ -84,6 +85,8 @@ def identify(flow: FlowLike, *, checks: bool = True, parallel: Parallel = SERIAL
     if isinstance(flow, Iteration):
         return read_iteration(flow, checks)
     flow = traced(flow, "identify")
+    if not all(entries_are_finite(tensor) for state in flow.states for tensor in state.tensors):
+        return unidentified(flow)
     around = Surroundings(flow, checks)
     places = groups(flow, around.loops)
     recurrences = Recurrences(flow)
@@ -132,6 +135,19 @@ def identify(flow: FlowLike, *, checks: bool = True, parallel: Parallel = SERIAL
     found = with_compositions(found, lambda start, stop: with_time(read(around, start, stop)))
     found = with_same_weights(list(map(consistent, with_half_kicks(found, around))), around)
     return tuple(with_values(found, flow, lambda other: identify(other, checks=False, parallel=parallel)))
+
+
+def unidentified(flow: Flow) -> tuple[Identification, ...]:
+    """No method of any step of a flow whose numbers are not finite, and why: nothing of it can be tested.
+
+    Args:
+        flow: from `stabkit.trace`.
+    """
+    why = ("no spectrum and no method: states or gradients of this pass are not finite",)
+    return tuple(
+        Identification("unknown", None, None, None, "", "unknown", None, (i,), notes=why)
+        for i in range(len(flow.steps))
+    )
 
 
 def _over_steps(records: Sequence[Identification], recurrences: Recurrences) -> list[Identification]:
