@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import gc
+import weakref
 from typing import Any
 
 import numpy as np
@@ -97,3 +100,15 @@ def test_other_inputs_are_walked_by_themselves(walks: list[Any]) -> None:
             with unchanged(model, given=((given,), kwargs)) as safe:
                 assert id(given) in safe.reached.spared
     assert len(walks) == 2
+
+
+def test_a_copy_does_not_outlive_its_trial() -> None:
+    model = Counting()
+    with walked_once():
+        for other in (model, copy.deepcopy(model)):
+            with unchanged(other):
+                pass
+        gone = weakref.ref(other)
+        del other
+        gc.collect()
+        assert gone() is None

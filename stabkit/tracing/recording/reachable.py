@@ -52,18 +52,8 @@ _ATOMS = (
 #: packages whose objects belong to the process, to other threads, or describe code
 _LEFT = (
     *("threading", "queue", "_queue", "multiprocessing", "asyncio", "concurrent", "logging", "socket", "_thread"),
-    *(
-        "subprocess",
-        "sympy",
-        "inspect",
-        "typing",
-        "abc",
-        "torch.distributed",
-        "torch.utils.data",
-        "torch.fx",
-        "torch._",
-    ),
-    "torch.cuda",
+    *("subprocess", "sympy", "inspect", "typing", "abc"),
+    *("torch.distributed", "torch.utils.data", "torch.fx", "torch._", "torch.cuda"),
 )
 _SHARED = ("_thread", "threading", "queue", "multiprocessing")
 _GENERATORS = (torch.Generator, random.Random, np.random.Generator, np.random.RandomState, np.random.BitGenerator)
@@ -129,6 +119,18 @@ class Reached:
             return None
         found = copy.copy(self)  # one that is in use goes back to the numbers that it began with
         found.arrays = [(now, now.copy()) for now, _ in self.arrays]
+        return found
+
+    def further(self, roots: Iterable[Any]) -> Reached:
+        """The same with what hangs on more roots."""
+        new = [root for root in roots if _kind(type(root)) is not _atom and id(root) not in self._seen]
+        if not new:
+            return self
+        found = copy.copy(self)
+        for name, held in vars(self).items():
+            vars(found)[name] = copy.copy(held)
+        found._waiting = [(root, (None, "")) for root in new]
+        found._walk()
         return found
 
     def restore(self) -> None:

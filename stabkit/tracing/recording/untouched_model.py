@@ -172,14 +172,19 @@ class Safe:
 
 @dataclass
 class _Walks:
-    """What was reached from some roots, the newest last; the roots are held, so that no other takes their ids."""
+    """What was reached from a model and what it was called with, first and last.
 
-    found: dict[Any, tuple[Any, Reached]] = field(default_factory=dict)
+    Only of the model that came first: copies of it, which remedies are tried on, are not to outlive their trial. What
+    it was called with is held, so that nothing else takes its ids.
+    """
+
+    found: dict[Any, tuple[Any, list[Reached]]] = field(default_factory=dict)
+    first: Any = None
     over: bool = False
 
 
 _walks: ContextVar[_Walks | None] = ContextVar("walks", default=None)
-_FEW = 4  # sets of roots: a model, and the copies of it that remedies are tried on
+_FEW = 4  # sets of arguments
 
 
 @contextlib.contextmanager
@@ -199,7 +204,7 @@ def walked_once() -> Iterator[None]:
     try:
         yield
     finally:  # a generator may be thrown away in another thread, where nothing was set
-        walks.over = True
+        walks.over, walks.first = True, None
         walks.found.clear()
 
 
@@ -210,15 +215,19 @@ def _known() -> _Walks | None:
 
 def _reached(roots: tuple[Any, ...], given: Any) -> Reached:
     """Everything that hangs on some roots."""
-    if (walks := _known()) is None:
+    walks = _known()
+    if walks is not None and walks.first is None and isinstance(roots[0], nn.Module):
+        walks.first = roots[0]
+    if walks is None or walks.first is not roots[0]:
         return Reached(roots, given)
-    key = (_ids(roots), _ids(given))
-    _, known = walks.found.pop(key, (None, None))
-    found = (known.again() if known is not None else None) or Reached(roots, given)
-    walks.found[key] = ((roots, given), found)
+    _, known = walks.found.setdefault(_ids(given), (given, []))
+    found = next((same for each in known if (same := each.again()) is not None), None)
+    if found is None:
+        found = Reached(roots[:1], given)
+        known[1:] = [found]  # the first is that of the model as it is outside of all trials, to which it comes back
     while len(walks.found) > _FEW:
         del walks.found[next(iter(walks.found))]
-    return found
+    return found.further(roots[1:])  # losses are often made anew
 
 
 def _ids(item: Any) -> Any:
