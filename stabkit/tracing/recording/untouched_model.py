@@ -26,7 +26,7 @@ from stabkit.tracing.recording.places import Place
 from stabkit.tracing.recording.randomness import RandomStates
 from stabkit.tracing.recording.reachable import Reached
 from stabkit.tracing.recording.stand_ins import put_stand_ins
-from stabkit.tracing.recording.written import HandedOut, Writes
+from stabkit.tracing.recording.written import HandedOut, Writes, version_of
 from stabkit.turns import turn, undone
 
 _LARGE = 2**26  # bytes of a tensor that is no buffer, from which a copy of it is made only if it is written to
@@ -251,7 +251,7 @@ class _Guarded:
         self.grad = tensor.grad if self._leaf else None
         self._hooks = tensor._backward_hooks if self._leaf else None
         self._later = getattr(tensor, "_post_accumulate_grad_hooks", None) if self._leaf else None
-        self._version = _version_of(tensor)
+        self._version = version_of(tensor)
         # shares its memory, and keeps it where the tensor is given another
         plain = (
             type(tensor) in (Tensor, nn.Parameter, nn.Buffer)
@@ -300,14 +300,6 @@ class _Guarded:
         """A graph of the user's that saved it is as good as before."""
         if self.moved and self._version is not None:
             torch._C._autograd._unsafe_set_version_counter((self.tensor,), (self._version,))
-
-
-def _version_of(tensor: Tensor) -> int | None:
-    """How often something was written to it; None where nobody counts."""
-    try:
-        return tensor._version
-    except RuntimeError:  # it was made under inference_mode, or has the memory of one that was
-        return None
 
 
 def _off_the_graph(tensor: Tensor) -> None:
