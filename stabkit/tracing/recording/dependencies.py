@@ -139,7 +139,8 @@ class _Dependencies:
     def _tensor(self, item: Tensor) -> None:
         if nn.parameter.is_lazy(item) or item.is_nested:
             raise _UnknownError
-        self._say(f"{type(item).__qualname__} {item.dtype} {tuple(item.shape)} {item.layout} {item.device}")
+        kind = type(item).__qualname__
+        self._say(f"{kind} {item.dtype} {tuple(item.shape)} {item.layout} {item.device} {item.requires_grad}")
         if id(item) in self._stored or item.is_meta:
             return
         if has_entries(item):
@@ -219,7 +220,7 @@ class _Dependencies:
         slots = {name: in_slot(item, slot) for name, slot in slots_of(item).items()}
         filled = (each for pair in slots.items() if pair[1] is not NOTHING for each in pair)
         self._items("object", (*(each for pair in own.items() for each in pair), *filled))
-        if not kind.__flags__ & HEAP or not (own or slots or _made_of_python(kind)):
+        if not kind.__flags__ & HEAP or not (own or slots):
             self._said_of_itself(item)
 
     def _said_of_itself(self, item: Any) -> None:
@@ -400,8 +401,3 @@ def _is_users_module(name: str) -> bool:
 def _is_users_function(value: Any) -> bool:
     inner = inspect.unwrap(value) if isinstance(value, types.FunctionType) else getattr(value, "__func__", value)
     return isinstance(inner, types.FunctionType) and is_users(inner.__code__.co_filename)
-
-
-def _made_of_python(kind: type) -> bool:
-    """Whether a class and those above it hold nothing that only C can see."""
-    return all(each is object or each.__flags__ & HEAP for each in kind.__mro__)
