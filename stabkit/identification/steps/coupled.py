@@ -259,8 +259,8 @@ def _reads_between(record: Identification) -> bool:
     if not isinstance(record.method, GeneralLinearMethod):
         return False
     U, V = record.method.U, record.method.V
-    at_new = np.isclose(U[:, None], V[None], atol=_SAME).all(axis=2).any(axis=1)
-    return bool((~np.isin(np.abs(U), (0, 1)).all(axis=1) & ~at_new).any())
+    of_ends = np.concatenate([[0.0, 1.0, -1.0], V.ravel()])  # sums of old and of new states have these numbers alone
+    return bool((~np.isclose(U[..., None], of_ends, atol=_SAME).any(axis=-1)).any())
 
 
 def _rotates(found: Slots, streams: Sequence[_Stream]) -> bool:
