@@ -276,7 +276,7 @@ def test_an_error_inside_warns_once_and_the_training_goes_on(where, monkeypatch)
         return monitor
 
     if where == "optimizer":
-        monkeypatch.setattr(updates, "_sample", fail)
+        monkeypatch.setattr(updates, "_entries", fail)
     elif where != "step":
         monkeypatch.setattr(measurement, "norm", fail if where == "forward" else fail_in_backward)
     with pytest.warns(RuntimeWarning, match="broken on purpose") as seen:
